@@ -1,0 +1,107 @@
+//! The CPU: aligned pooled buffers.
+//!
+//! The pool keeps returned buffers by exact size. A training step asks for the same sizes every time, so exact matches
+//! are all there is to win; it never splits or joins buffers and never gives memory back before it is dropped.
+//!
+//! A guarded pool (tests) hands out buffers full of NaN between two lines of guard words, and looks at the guards when
+//! a buffer comes back.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::PoolStats;
+
+/// One cache line and one AVX-512 register: the unit and alignment of every buffer.
+#[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+/// Returned buffers by their number of lines, and the counters.
+#[derive(Default)]
+struct Shelves {
+    free: HashMap<usize, Vec<Vec<Line>>>,
+    stats: PoolStats,
+}
+
+/// A pool of host buffers.
+pub struct Pool {
+    shelves: Mutex<Shelves>,
+    /// Lines of guard words before and behind each buffer: 0, or 1 in a guarded pool.
+    guard: usize,
+}
+
+/// What guard lines hold: a number no computation here arrives at.
+const GUARD: Line = Line([-6.022_140_8e23; 16]);
+
+impl Pool {
+    pub(super) fn new(guarded: bool) -> Arc<Self> {
+        Arc::new(Pool { shelves: Mutex::default(), guard: usize::from(guarded) })
+    }
+
+    pub(super) fn alloc(pool: &Arc<Pool>, len: usize) -> Buffer {
+        let lines = len.div_ceil(16) + 2 * pool.guard;
+        let recycled = {
+            let mut shelves = pool.shelves();
+            let recycled = shelves.free.get_mut(&lines).and_then(Vec::pop);
+            match recycled {
+                Some(_) => shelves.stats.hits += 1,
+                None => shelves.stats.misses += 1,
+            }
+            shelves.stats.in_use += (lines * size_of::<Line>()) as u64;
+            shelves.stats.peak = shelves.stats.peak.max(shelves.stats.in_use);
+            recycled
+        };
+        let mut data = recycled.unwrap_or_else(|| bytemuck::zeroed_vec(lines));
+        if pool.guard > 0 {
+            data.fill(Line([f32::NAN; 16]));
+            data[0] = GUARD;
+            data[lines - 1] = GUARD;
+        }
+        Buffer { data, len, pool: pool.clone() }
+    }
+
+    pub(super) fn stats(&self) -> PoolStats {
+        self.shelves().stats
+    }
+
+    /// The shelves stay consistent between statements, so a panic elsewhere does not spoil them.
+    fn shelves(&self) -> MutexGuard<'_, Shelves> {
+        self.shelves.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// `len` floats, 64-byte aligned; goes back to its pool when dropped.
+pub struct Buffer {
+    data: Vec<Line>,
+    len: usize,
+    pool: Arc<Pool>,
+}
+
+impl Buffer {
+    /// The numbers.
+    pub fn as_slice(&self) -> &[f32] {
+        &bytemuck::cast_slice(&self.data[self.pool.guard..])[..self.len]
+    }
+
+    /// The numbers, to be written.
+    pub fn as_mut_slice(&mut self) -> &mut [f32] {
+        &mut bytemuck::cast_slice_mut(&mut self.data[self.pool.guard..])[..self.len]
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let data = std::mem::take(&mut self.data);
+        if self.pool.guard > 0 && !std::thread::panicking() {
+            assert!(data[0].0 == GUARD.0, "something wrote before the start of a buffer of {} numbers", self.len);
+            assert!(
+                data[data.len() - 1].0 == GUARD.0,
+                "something wrote past the end of a buffer of {} numbers",
+                self.len
+            );
+        }
+        let mut shelves = self.pool.shelves();
+        shelves.stats.in_use -= (data.len() * size_of::<Line>()) as u64;
+        shelves.free.entry(data.len()).or_default().push(data);
+    }
+}

@@ -1,0 +1,8 @@
+//! The operations, one file each.
+//!
+//! Every file has the same order: the formula and its derived gradient; the public function (checks, `match` on the
+//! device, a record on the tape); the struct with the backward pass; `mod reference`, the definition as plain loops
+//! over any float type and the oracle of every test; `mod cpu`, the practical path where the plain loops are too slow.
+//! The same stem names the tests (`tests/ops`) and the benches (`benches/ops`).
+
+pub mod add;

@@ -1,0 +1,189 @@
+//! The network's parameters: one flat buffer, a named range in it for each, and the gradients beside it.
+//!
+//! One buffer because the optimiser, the moving average and the gradient norm then are single passes over memory (and,
+//! on a GPU, single kernels). Operations hold a [`Param`], a handle of a few bytes; the tape borrows the store, so the
+//! weights cannot change between a forward pass and its backward pass.
+
+use crate::device::Device;
+use crate::tensor::{Shape, Tensor};
+
+/// Handle of one parameter in its [`Params`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Param {
+    index: usize,
+}
+
+/// How a parameter is laid out in files of other tools; in memory it is always [`Spec::shape`], channels last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// Convolution weight: `(c_out, kh, kw, c_in)` here, OIHW in files.
+    Conv,
+    /// Linear weight or embedding table: `(rows, 1, 1, columns)` here, `[rows, columns]` in files.
+    Matrix,
+    /// Bias, gain or shift: `(1, 1, 1, c)` here, `[c]` in files.
+    Vector,
+}
+
+/// How a parameter starts out.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Init {
+    /// Uniform on `[-b, b]`, `b = sqrt(6 scale / (fan_in + fan_out))`: `variance_scaling(fan_avg, uniform)` of the paper's
+    /// code, which uses scale 1, and 1e-10 for the last layer of each residual branch.
+    FanAvg {
+        /// The variance's factor.
+        scale: f64,
+    },
+    /// Standard normal (embedding tables).
+    Normal,
+    /// All zero.
+    Zeros,
+    /// All one.
+    Ones,
+}
+
+/// Name, shape and start of one parameter.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    /// The name diffusers' `UNet2DModel` gives it.
+    pub name: String,
+    /// Shape in memory.
+    pub shape: Shape,
+    /// Layout in files.
+    pub layout: Layout,
+    /// Initial distribution.
+    pub init: Init,
+    offset: usize,
+}
+
+/// The list of parameters a network asks for, before any memory is spent on them.
+#[derive(Clone, Debug, Default)]
+pub struct Specs {
+    specs: Vec<Spec>,
+    end: usize,
+}
+
+impl Specs {
+    /// Adds a parameter. Each starts on a 64-byte boundary of the flat buffer; the gap stays zero.
+    pub fn add(&mut self, name: String, shape: Shape, layout: Layout, init: Init) -> Param {
+        let offset = self.end;
+        self.end = (offset + shape.len()).next_multiple_of(16);
+        self.specs.push(Spec { name, shape, layout, init, offset });
+        Param { index: self.specs.len() - 1 }
+    }
+
+    /// Number of trainable numbers (gaps not counted).
+    pub fn count(&self) -> usize {
+        self.specs.iter().map(|s| s.shape.len()).sum()
+    }
+
+    /// Length of the flat buffer, gaps included.
+    pub fn flat_len(&self) -> usize {
+        self.end
+    }
+
+    /// All parameters with their handles, in the order they were added.
+    pub fn iter(&self) -> impl Iterator<Item = (Param, &Spec)> {
+        self.specs.iter().enumerate().map(|(index, spec)| (Param { index }, spec))
+    }
+
+    /// Name, shape and layout of one.
+    pub fn spec(&self, p: Param) -> &Spec {
+        &self.specs[p.index]
+    }
+
+    /// Where one stands in a flat buffer.
+    pub fn range(&self, p: Param) -> std::ops::Range<usize> {
+        let s = &self.specs[p.index];
+        s.offset..s.offset + s.shape.len()
+    }
+}
+
+/// Parameters with their values.
+pub struct Params {
+    specs: Specs,
+    flat: Tensor,
+}
+
+impl Params {
+    /// Every parameter zero.
+    pub fn zeros(device: &Device, specs: Specs) -> Self {
+        let flat = Tensor::zeros(device, Shape::vector(specs.flat_len()));
+        Params { specs, flat }
+    }
+
+    /// The list of names and shapes.
+    pub fn specs(&self) -> &Specs {
+        &self.specs
+    }
+
+    /// Shape of one.
+    pub fn shape(&self, p: Param) -> Shape {
+        self.specs.spec(p).shape
+    }
+
+    /// Values of one, channels last.
+    pub fn get(&self, p: Param) -> &[f32] {
+        &self.flat.data()[self.specs.range(p)]
+    }
+
+    /// Values of one, to be written.
+    pub fn get_mut(&mut self, p: Param) -> &mut [f32] {
+        let range = self.specs.range(p);
+        &mut self.flat.data_mut()[range]
+    }
+
+    /// All values, gaps included.
+    pub fn flat(&self) -> &[f32] {
+        self.flat.data()
+    }
+
+    /// All values, gaps included, to be written; the gaps must stay zero.
+    pub fn flat_mut(&mut self) -> &mut [f32] {
+        self.flat.data_mut()
+    }
+}
+
+/// Gradients of the parameters: one flat buffer with the same ranges.
+pub struct ParamGrads {
+    flat: Tensor,
+    written: Vec<bool>,
+}
+
+/// Where an operation leaves a parameter's gradient.
+pub struct ParamGrad<'a> {
+    /// The gradient's range, shaped like the parameter.
+    pub data: &'a mut [f32],
+    /// True: add to what is there. False: what is there is stale, overwrite all of it.
+    pub accumulate: bool,
+}
+
+impl ParamGrads {
+    /// Nothing accumulated yet.
+    pub fn new(device: &Device, specs: &Specs) -> Self {
+        ParamGrads {
+            flat: Tensor::zeros(device, Shape::vector(specs.flat_len())),
+            written: vec![false; specs.specs.len()],
+        }
+    }
+
+    /// Forgets all gradients: the next contribution to each overwrites.
+    pub fn reset(&mut self) {
+        self.written.fill(false);
+    }
+
+    /// The range of `p`; the caller writes or adds all of it.
+    pub fn slot(&mut self, specs: &Specs, p: Param) -> ParamGrad<'_> {
+        let accumulate = std::mem::replace(&mut self.written[p.index], true);
+        ParamGrad { data: &mut self.flat.data_mut()[specs.range(p)], accumulate }
+    }
+
+    /// All gradients; those that no operation has written since [`reset`](Self::reset) become zero first.
+    pub fn finish(&mut self, specs: &Specs) -> &mut [f32] {
+        for (p, _) in specs.iter() {
+            if !std::mem::replace(&mut self.written[p.index], true) {
+                self.flat.data_mut()[specs.range(p)].fill(0.0);
+            }
+        }
+        self.flat.data_mut()
+    }
+}

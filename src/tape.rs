@@ -1,0 +1,262 @@
+//! Reverse-mode differentiation on a tape.
+//!
+//! Operations append one named struct each, holding handles to what their backward pass needs. [`Tape::backward`] walks
+//! the list from the end and consumes it, so an activation's buffer goes back to the pool as soon as its gradient is
+//! done. The first gradient that reaches a value moves in, the second is added. Gradients of parameters accumulate in
+//! [`ParamGrads`], so a batch in several pieces costs nothing extra.
+//!
+//! Deliberately absent: globals, closures, a central `match` over operations, higher derivatives, recomputation.
+
+use crate::device::Device;
+use crate::error::Result;
+use crate::ops;
+use crate::params::{Param, ParamGrad, ParamGrads, Params};
+use crate::tensor::{Shape, Tensor};
+
+/// Names a value on the tape whose gradient is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VarId(usize);
+
+/// A tensor in a computation; with an id if its gradient is wanted.
+#[derive(Clone, Debug)]
+pub struct Var {
+    value: Tensor,
+    id: Option<VarId>,
+}
+
+impl Var {
+    /// A value that takes no gradient.
+    pub fn constant(value: Tensor) -> Self {
+        Var { value, id: None }
+    }
+
+    /// The tensor.
+    pub fn value(&self) -> &Tensor {
+        &self.value
+    }
+
+    /// The tensor, giving up the place on the tape.
+    pub fn into_value(self) -> Tensor {
+        self.value
+    }
+
+    /// Its shape.
+    pub fn shape(&self) -> Shape {
+        self.value.shape()
+    }
+
+    /// Its elements.
+    pub fn data(&self) -> &[f32] {
+        self.value.data()
+    }
+
+    /// Its name on the tape, if its gradient is wanted.
+    pub fn id(&self) -> Option<VarId> {
+        self.id
+    }
+}
+
+/// What an operation leaves on the tape.
+pub trait Backward: Send {
+    /// The operation's stem.
+    fn name(&self) -> &'static str;
+
+    /// The tensors held for the backward pass.
+    fn saved(&self) -> Vec<&Tensor>;
+
+    /// Takes the gradient `dy` of the operation's output and adds its part to the gradients of the inputs.
+    fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()>;
+}
+
+struct Node {
+    output: VarId,
+    place: String,
+    op: Box<dyn Backward>,
+}
+
+/// One line of [`Tape::saved`].
+#[derive(Clone, Debug)]
+pub struct Saved {
+    /// Where in the network the operation stands, as last set by [`Tape::at`].
+    pub place: String,
+    /// The operation's stem.
+    pub name: &'static str,
+    /// Bytes of the tensors it holds; a tensor held by two operations is listed by both.
+    pub bytes: usize,
+}
+
+/// Records operations (training) or only carries device and parameters along (sampling).
+pub struct Tape<'p> {
+    device: Device,
+    params: &'p Params,
+    recording: bool,
+    /// Look at every output and fail at the first non-finite one, naming it.
+    check_finite: bool,
+    nodes: Vec<Node>,
+    ids: usize,
+    place: String,
+}
+
+impl<'p> Tape<'p> {
+    /// A tape that records.
+    pub fn recording(device: &Device, params: &'p Params) -> Self {
+        Tape {
+            device: device.clone(),
+            params,
+            recording: true,
+            check_finite: false,
+            nodes: Vec::new(),
+            ids: 0,
+            place: String::new(),
+        }
+    }
+
+    /// A tape that does not record: nothing is saved, no gradient can be asked for.
+    pub fn inference(device: &Device, params: &'p Params) -> Self {
+        Tape { recording: false, ..Tape::recording(device, params) }
+    }
+
+    /// Makes every following operation fail if its output holds a NaN or an infinity. Costs a pass over each output;
+    /// meant for a second look at a batch whose loss was not finite.
+    pub fn check_finite(mut self) -> Self {
+        self.check_finite = true;
+        self
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The parameters.
+    pub fn params(&self) -> &'p Params {
+        self.params
+    }
+
+    /// True for a tape that records.
+    pub fn is_recording(&self) -> bool {
+        self.recording
+    }
+
+    /// Says where in the network the following operations stand, for messages and listings.
+    pub fn at(&mut self, place: &str) {
+        self.place.clear();
+        self.place.push_str(place);
+    }
+
+    /// A leaf whose gradient [`Tape::backward`] returns.
+    pub fn leaf(&mut self, value: Tensor) -> Var {
+        let id = self.recording.then(|| self.new_id());
+        Var { value, id }
+    }
+
+    /// Ends every differentiable operation: gives `y` its place on the tape and keeps what `save` returns for the
+    /// backward pass. Without recording `save` is not called.
+    pub fn push<B: Backward + 'static>(
+        &mut self,
+        name: &'static str,
+        y: Tensor,
+        save: impl FnOnce() -> B,
+    ) -> Result<Var> {
+        if self.check_finite {
+            self.refuse_non_finite(name, &y)?;
+        }
+        if !self.recording {
+            return Ok(Var::constant(y));
+        }
+        let id = self.new_id();
+        self.nodes.push(Node { output: id, place: self.place.clone(), op: Box::new(save()) });
+        Ok(Var { value: y, id: Some(id) })
+    }
+
+    /// What each recorded operation holds, in the order of the forward pass.
+    pub fn saved(&self) -> Vec<Saved> {
+        let line = |n: &Node| Saved {
+            place: n.place.clone(),
+            name: n.op.name(),
+            bytes: n.op.saved().iter().map(|t| t.bytes()).sum(),
+        };
+        self.nodes.iter().map(line).collect()
+    }
+
+    /// Runs the tape backwards from `y` with gradient `dy`, adding to `params`' gradients. Returns the gradients of
+    /// leaves, to be asked for by [`LeafGrads::take`].
+    pub fn backward(self, y: &Var, dy: Tensor, param_grads: &mut ParamGrads) -> Result<LeafGrads> {
+        assert_eq!(y.shape(), dy.shape(), "gradient of shape {} for a value of shape {}", dy.shape(), y.shape());
+        let start = y.id.expect("backward starts from a value that this tape has recorded");
+        let mut grads = Grads { device: &self.device, params: self.params, param_grads, vars: vec![None; self.ids] };
+        grads.vars[start.0] = Some(dy);
+        for node in self.nodes.into_iter().rev() {
+            if let Some(dy) = grads.vars[node.output.0].take() {
+                node.op.run(dy, &mut grads)?;
+            }
+        }
+        Ok(LeafGrads(grads.vars))
+    }
+
+    fn new_id(&mut self) -> VarId {
+        self.ids += 1;
+        VarId(self.ids - 1)
+    }
+
+    fn refuse_non_finite(&self, name: &str, y: &Tensor) -> Result<()> {
+        match y.data().iter().position(|v| !v.is_finite()) {
+            None => Ok(()),
+            Some(i) => Err(crate::error::Error::Failed(format!(
+                "the first tensor with a value that is not finite is the output of {name} at {} (shape {}, element {i} is {})",
+                if self.place.is_empty() { "the network's start" } else { &self.place },
+                y.shape(),
+                y.data()[i],
+            ))),
+        }
+    }
+}
+
+/// Gradients on their way down the tape.
+pub struct Grads<'a> {
+    device: &'a Device,
+    params: &'a Params,
+    param_grads: &'a mut ParamGrads,
+    vars: Vec<Option<Tensor>>,
+}
+
+impl<'a> Grads<'a> {
+    /// The device.
+    pub fn device(&self) -> &'a Device {
+        self.device
+    }
+
+    /// Values of a parameter.
+    pub fn weight(&self, p: Param) -> &'a [f32] {
+        self.params.get(p)
+    }
+
+    /// Shape of a parameter.
+    pub fn weight_shape(&self, p: Param) -> Shape {
+        self.params.shape(p)
+    }
+
+    /// Where to leave a parameter's gradient.
+    pub fn param(&mut self, p: Param) -> ParamGrad<'_> {
+        self.param_grads.slot(self.params.specs(), p)
+    }
+
+    /// Adds `dx` to the gradient of a value: the first contribution moves in, later ones are added to it.
+    pub fn add(&mut self, id: VarId, dx: Tensor) {
+        let slot = &mut self.vars[id.0];
+        *slot = Some(match slot.take() {
+            None => dx,
+            Some(sum) => ops::add::accumulate(self.device, sum, dx),
+        });
+    }
+}
+
+/// Gradients of leaves after a backward pass.
+pub struct LeafGrads(Vec<Option<Tensor>>);
+
+impl LeafGrads {
+    /// The gradient of a leaf; `None` if nothing reached it.
+    pub fn take(&mut self, leaf: &Var) -> Option<Tensor> {
+        self.0[leaf.id?.0].take()
+    }
+}

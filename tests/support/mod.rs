@@ -1,0 +1,120 @@
+//! What the tests share: how results are compared, where tolerances come from, finite differences, random inputs.
+//!
+//! Tolerances are derived, never felt. For a result computed in f32 the oracle is the operation's reference in f64, and
+//! the yardstick is the same reference in f32: an implementation may err by at most twice the largest error that the
+//! plain f32 loops make on the same case, plus one rounding of the output (2^-24 of the value). Self-calibrating over
+//! reduction length, magnitude and cancellation; the factor of two is for another order of summation.
+
+// Each test target uses its own part of this module.
+#![allow(dead_code)]
+
+mod tests;
+
+/// Half a unit in the last place of an f32, relative: one rounding.
+pub const F32_ROUNDING: f64 = 1.0 / (1u64 << 24) as f64;
+
+/// Largest error of `got` against `want`, with its place. Fails on a wrong length, a NaN or an infinity.
+#[track_caller]
+pub fn worst(name: &str, got: &[f32], want: &[f64], budget: impl Fn(f64) -> f64) -> f64 {
+    assert_eq!(got.len(), want.len(), "{name}: {} numbers, expected {}", got.len(), want.len());
+    let mut share = 0.0;
+    let mut line = String::new();
+    for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
+        assert!(w.is_finite(), "{name}: the oracle itself is {w} at {i}");
+        assert!(g.is_finite(), "{name}: element {i} is {g}, expected {w}");
+        let (error, allowed) = ((f64::from(g) - w).abs(), budget(w));
+        // An error of zero is within a budget of zero.
+        let used = if error == 0.0 { 0.0 } else { error / allowed };
+        if used > share {
+            share = used;
+            line = format!(
+                "{name}: element {i} of {} is {g:e}, expected {w:e}: error {error:.3e} is {used:.2} of its budget",
+                got.len()
+            );
+        }
+    }
+    assert!(share <= 1.0, "{line}");
+    share
+}
+
+/// `got` (f32) against the oracle in f64, the yardstick being the reference in f32. Returns the share of the budget used.
+#[track_caller]
+pub fn close(name: &str, got: &[f32], oracle: &[f64], yardstick: &[f32]) -> f64 {
+    assert_eq!(yardstick.len(), oracle.len(), "{name}: yardstick and oracle differ in length");
+    let own = yardstick.iter().zip(oracle).map(|(&y, &o)| (f64::from(y) - o).abs()).fold(0.0, f64::max);
+    assert!(own.is_finite(), "{name}: the f32 reference is not finite");
+    worst(name, got, oracle, |w| 2.0 * own + F32_ROUNDING * w.abs())
+}
+
+/// `got` against numbers that an f32 implementation reproduces to `relative` of the tensor's largest element (fixtures
+/// of other implementations).
+#[track_caller]
+pub fn close_to_largest(name: &str, got: &[f32], want: &[f32], relative: f64) -> f64 {
+    let want: Vec<f64> = want.iter().map(|&w| f64::from(w)).collect();
+    let largest = want.iter().fold(0.0, |m: f64, w| m.max(w.abs()));
+    worst(name, got, &want, |_| relative * largest)
+}
+
+/// Bit for bit the same.
+#[track_caller]
+pub fn same_bits(name: &str, got: &[f32], want: &[f32]) {
+    assert_eq!(got.len(), want.len(), "{name}: {} numbers, expected {}", got.len(), want.len());
+    for (i, (g, w)) in got.iter().zip(want).enumerate() {
+        assert!(
+            g.to_bits() == w.to_bits(),
+            "{name}: element {i} is {g:e} ({:#x}), expected {w:e} ({:#x})",
+            g.to_bits(),
+            w.to_bits()
+        );
+    }
+}
+
+/// Central finite differences in f64: `f` maps the inputs to a scalar, `gradients[k]` is its derived gradient for
+/// `inputs[k]`, every element of which is tried.
+///
+/// With step h the difference quotient errs by h^2/6 |f'''| (truncation) and eps |f| terms / h (rounding, for a scalar that sums
+/// `terms` products). h = 1e-4 balances the two for functions with derivatives of order one; the budget
+/// is both terms with the largest gradient standing for |f'''|, and 100 for how much larger f''' may be.
+#[track_caller]
+pub fn finite_differences(name: &str, f: impl Fn(&[Vec<f64>]) -> f64, inputs: &[Vec<f64>], gradients: &[Vec<f64>]) {
+    assert_eq!(inputs.len(), gradients.len(), "{name}: one gradient per input");
+    let h = 1e-4;
+    let mut inputs = inputs.to_vec();
+    for k in 0..inputs.len() {
+        assert_eq!(inputs[k].len(), gradients[k].len(), "{name}: gradient {k} has another length than its input");
+        let largest = gradients[k].iter().fold(0.0, |m: f64, g| m.max(g.abs()));
+        for i in 0..inputs[k].len() {
+            let x = inputs[k][i];
+            inputs[k][i] = x + h;
+            let above = f(&inputs);
+            inputs[k][i] = x - h;
+            let below = f(&inputs);
+            inputs[k][i] = x;
+            let (quotient, derived) = ((above - below) / (2.0 * h), gradients[k][i]);
+            let terms = inputs.iter().map(Vec::len).sum::<usize>() as f64;
+            let budget = 100.0 * h * h / 6.0 * largest.max(1.0) + f64::EPSILON * above.abs().max(1.0) * terms / h;
+            let error = (quotient - derived).abs();
+            assert!(
+                error <= budget,
+                "{name}: gradient {k}, element {i} is {derived:e}, differences say {quotient:e} (error {error:.2e}, budget {budget:.2e})"
+            );
+        }
+    }
+}
+
+/// Deterministic numbers, roughly uniform on [-1, 1), different for every `seed`; a linear congruence, since nothing here
+/// depends on their quality and the oracle must not share code with what is tested.
+pub fn numbers(seed: u64, len: usize) -> Vec<f64> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(0x1234_5678_9ABC_DEF1);
+    let mut next = move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        // Rounded to f32, so that the oracle in f64 sees the very inputs of the implementation in f32.
+        f64::from(((state >> 40) as f64 / (1u64 << 23) as f64 - 1.0) as f32)
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// The same numbers in f32; exact for what [`numbers`] returns.
+pub fn to_f32(x: &[f64]) -> Vec<f32> {
+    x.iter().map(|&v| v as f32).collect()
+}
