@@ -1,5 +1,6 @@
 //! Denoising diffusion probabilistic models (Ho, Jain, Abbeel 2020).
 
+pub mod config;
 pub mod device;
 pub mod error;
 pub mod ops;
