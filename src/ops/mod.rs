@@ -6,3 +6,10 @@
 //! The same stem names the tests (`tests/ops`) and the benches (`benches/ops`).
 
 pub mod add;
+pub mod concat;
+pub mod dropout;
+pub mod embedding;
+pub mod group_norm;
+pub mod silu;
+pub mod time_embedding;
+pub mod upsample;
