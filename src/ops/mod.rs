@@ -7,7 +7,14 @@
 
 pub mod adam;
 pub mod add;
+pub mod concat;
+pub mod dropout;
+pub mod embedding;
 pub mod grad_norm;
+pub mod group_norm;
 pub mod loss;
 pub mod q_sample;
 pub mod sample_step;
+pub mod silu;
+pub mod time_embedding;
+pub mod upsample;
