@@ -4,3 +4,10 @@
 mod support;
 
 mod add;
+mod concat;
+mod dropout;
+mod embedding;
+mod group_norm;
+mod silu;
+mod time_embedding;
+mod upsample;

@@ -6,6 +6,8 @@
 //! A guarded pool (tests) hands out buffers full of NaN between two lines of guard words, and looks at the guards when
 //! a buffer comes back.
 
+pub mod simd;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
