@@ -294,3 +294,6 @@ pub mod reference {
         r * if i % 2 == 0 { angle.cos() } else { angle.sin() }
     }
 }
+
+#[cfg(test)]
+mod tests;
