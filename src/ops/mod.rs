@@ -6,6 +6,7 @@
 //! The same stem names the tests (`tests/ops`) and the benches (`benches/ops`).
 
 pub mod add;
+pub mod attention;
 pub mod concat;
 pub mod dropout;
 pub mod embedding;

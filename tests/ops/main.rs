@@ -4,6 +4,7 @@
 mod support;
 
 mod add;
+mod attention;
 mod concat;
 mod dropout;
 mod embedding;
