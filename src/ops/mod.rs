@@ -7,6 +7,7 @@
 
 pub mod adam;
 pub mod add;
+pub mod attention;
 pub mod concat;
 pub mod dropout;
 pub mod embedding;

@@ -5,6 +5,7 @@ mod support;
 
 mod adam;
 mod add;
+mod attention;
 mod concat;
 mod dropout;
 mod embedding;
