@@ -335,7 +335,7 @@ impl Model {
 
     /// Heads of an attention over `width` channels.
     pub fn heads(&self, width: usize) -> usize {
-        if self.head_dim == 0 { 1 } else { width / self.head_dim }
+        width.checked_div(self.head_dim).unwrap_or(1)
     }
 
     /// Refuses a network that cannot be built.

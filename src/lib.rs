@@ -51,6 +51,7 @@ pub mod device;
 pub mod diffusion;
 pub mod error;
 pub mod info;
+pub mod layout;
 pub mod ops;
 pub mod output;
 pub mod params;
