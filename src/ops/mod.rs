@@ -6,3 +6,5 @@
 //! The same stem names the tests (`tests/ops`) and the benches (`benches/ops`).
 
 pub mod add;
+pub mod conv2d;
+pub mod linear;

@@ -4,3 +4,5 @@
 mod support;
 
 mod add;
+mod conv2d;
+mod linear;
