@@ -72,7 +72,25 @@ fn matrix_product(criterion: &mut Criterion) {
             // SAFETY: three row-major N x N matrices of N * N elements each.
             unsafe {
                 gemm::gemm(
-                    N, N, N, c.as_mut_ptr(), 1, n, false, a.as_ptr(), 1, n, b.as_ptr(), 1, n, 0.0, 1.0, false, false, false, threads,
+                    N,
+                    N,
+                    N,
+                    c.as_mut_ptr(),
+                    1,
+                    n,
+                    false,
+                    a.as_ptr(),
+                    1,
+                    n,
+                    b.as_ptr(),
+                    1,
+                    n,
+                    0.0,
+                    1.0,
+                    false,
+                    false,
+                    false,
+                    threads,
                 );
             }
         })
