@@ -12,6 +12,7 @@
 use std::fmt;
 use std::path::Path;
 
+use crate::diffusion::{Kind, Variance};
 use crate::error::{Error, Result};
 use crate::usage;
 
@@ -24,30 +25,6 @@ pub enum Preset {
     Cifar10,
     /// The paper's 256x256 network, 113,673,219 parameters.
     CelebaHq256,
-}
-
-/// How beta_t runs from t = 1 to T.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Schedule {
-    /// beta linear in t (Ho et al. 2020).
-    Linear,
-    /// alpha_bar = cos^2, beta at most 0.999 (Nichol, Dhariwal 2021, equation 17).
-    Cosine,
-    /// sqrt(beta) linear in t.
-    Quadratic,
-    /// All beta equal.
-    Constant,
-    /// alpha_bar a sigmoid of t.
-    Sigmoid,
-}
-
-/// Variance of the reverse steps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Variance {
-    /// sigma_t^2 = (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) beta_t.
-    FixedSmall,
-    /// sigma_t^2 = beta_t.
-    FixedLarge,
 }
 
 /// Rows and columns of an image.
@@ -66,6 +43,11 @@ impl Size {
     /// A square.
     pub const fn square(side: usize) -> Self {
         Size { h: side, w: side }
+    }
+
+    /// Rows times columns.
+    pub const fn pixels(self) -> usize {
+        self.h * self.w
     }
 
     /// The longer side, which is what `attention_resolutions` speak of.
@@ -109,7 +91,7 @@ pub struct Model {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Diffusion {
     /// Shape of the noise schedule.
-    pub schedule: Schedule,
+    pub schedule: Kind,
     /// T.
     pub timesteps: usize,
     /// Variance of ancestral sampling.
@@ -497,7 +479,7 @@ fn cifar10() -> Config {
             freq_shift: 1,
             flip_sin_to_cos: false,
         },
-        diffusion: Diffusion { schedule: Schedule::Linear, timesteps: 1000, variance: Variance::FixedLarge },
+        diffusion: Diffusion { schedule: Kind::Linear, timesteps: 1000, variance: Variance::FixedLarge },
         seed: 0,
         steps: 800_000,
         batch: 128,
@@ -717,12 +699,20 @@ macro_rules! choices {
 }
 
 choices!(Preset, "mnist" => Preset::Mnist, "cifar10" => Preset::Cifar10, "celebahq256" => Preset::CelebaHq256);
-choices!(
-    Schedule,
-    "linear" => Schedule::Linear,
-    "cosine" => Schedule::Cosine,
-    "quadratic" => Schedule::Quadratic,
-    "constant" => Schedule::Constant,
-    "sigmoid" => Schedule::Sigmoid
-);
-choices!(Variance, "fixed_small" => Variance::FixedSmall, "fixed_large" => Variance::FixedLarge);
+/// The same for types that read and spell themselves.
+macro_rules! spelled {
+    ($type:ty, $names:literal) => {
+        impl Value for $type {
+            fn read(text: &str) -> std::result::Result<Self, String> {
+                text.parse().map_err(|_| concat!("one of ", $names, " is expected").into())
+            }
+
+            fn write(&self) -> toml::Value {
+                toml::Value::String(self.to_string())
+            }
+        }
+    };
+}
+
+spelled!(Kind, "linear, cosine, quadratic, constant, sigmoid");
+spelled!(Variance, "fixed_small, fixed_large");

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use ddpm_cuda::config::{Config, Preset, SETTINGS, Schedule, Size, Variance};
+use ddpm_cuda::config::{Config, Preset, SETTINGS, Size};
+use ddpm_cuda::diffusion::{Kind, Variance};
 
 fn sets(assignments: &[&str]) -> Vec<String> {
     assignments.iter().map(|s| s.to_string()).collect()
@@ -102,7 +103,7 @@ fn every_setting_survives_the_file() {
     for ((key, new), (_, old)) in changed.entries().zip(preset.entries()) {
         assert_ne!(new, old, "{key} is changed by this test");
     }
-    assert_eq!(changed.diffusion.schedule, Schedule::Cosine);
+    assert_eq!(changed.diffusion.schedule, Kind::Cosine);
     assert_eq!((changed.seed, changed.steps), (u64::MAX, 100_000));
     let (_folder, path) = file(&changed.to_toml());
     assert_eq!(Config::read(&path).unwrap(), changed);

@@ -19,11 +19,14 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rand::seq::SliceRandom;
 use rayon::prelude::*;
 
 use crate::config::{Config, Size};
 use crate::error::{Error, Result};
+use crate::ops::q_sample::Images;
 use crate::rng::{Purpose, Stream, philox};
+use crate::tensor::Shape;
 use crate::usage;
 
 /// Rows, columns and channels of an image.
@@ -100,22 +103,15 @@ impl Dataset {
         self.labels.as_deref()
     }
 
-    /// Writes the images `indices`, mirrored left to right where `flips` says so, as `(n, h, w, c)` numbers
-    /// `byte / 127.5 - 1` in [-1, 1]: the x_0 of a batch.
-    pub fn write_batch(&self, indices: &[usize], flips: &[bool], x_0: &mut [f32]) {
-        assert_eq!(indices.len(), flips.len(), "one flip per image");
-        assert_eq!(x_0.len(), indices.len() * self.extent.len(), "x_0 for {} images of {}", indices.len(), self.extent);
-        let (row, c) = (self.extent.size.w * self.extent.channels, self.extent.channels);
-        for ((out, &index), &flip) in x_0.chunks_exact_mut(self.extent.len()).zip(indices).zip(flips) {
-            for (out, image) in out.chunks_exact_mut(row).zip(self.image(index).chunks_exact(row)) {
-                for (column, out) in out.chunks_exact_mut(c).enumerate() {
-                    let from = if flip { row - (column + 1) * c } else { column * c };
-                    for (out, &byte) in out.iter_mut().zip(&image[from..from + c]) {
-                        *out = f32::from(byte) / 127.5 - 1.0;
-                    }
-                }
-            }
-        }
+    /// All images, as the forward process reads them.
+    pub fn images(&self) -> Images<'_> {
+        let Extent { size: Size { h, w }, channels } = self.extent;
+        Images { pixels: &self.images, shape: Shape::new(self.len(), h, w, channels) }
+    }
+
+    /// Classes of the images `indices`, where the source has them.
+    pub fn labels_of(&self, indices: &[usize]) -> Option<Vec<u32>> {
+        self.labels.as_ref().map(|labels| indices.iter().map(|&i| labels[i]).collect())
     }
 }
 
@@ -462,31 +458,9 @@ impl Order {
     }
 }
 
-/// Fisher and Yates's shuffle of `0..n`, drawing from the stream of `epoch`.
-fn permutation(seed: u64, epoch: u64, n: usize) -> Vec<u32> {
-    let stream = Stream { seed, purpose: Purpose::Shuffle, step: (epoch >> 32) as u32, stream: epoch as u32 };
-    let mut words = (0..).flat_map(|block| stream.block(block));
+/// `0..n`, shuffled by the stream of `epoch`.
+fn permutation(seed: u64, epoch: u32, n: usize) -> Vec<u32> {
     let mut order: Vec<u32> = (0..n as u32).collect();
-    for i in (1..order.len()).rev() {
-        order.swap(i, below(i as u32 + 1, &mut words) as usize);
-    }
+    order.shuffle(&mut Stream { seed, purpose: Purpose::Shuffle, step: 0, stream: epoch }.generator());
     order
-}
-
-/// A number below `end`, all equally likely: the high half of word * end, unless the low half falls into the part that
-/// would make some numbers likelier (Lemire 2019, "Fast random integer generation in an interval").
-fn below(end: u32, words: &mut impl Iterator<Item = u32>) -> u32 {
-    let excess = end.wrapping_neg() % end;
-    loop {
-        let product = u64::from(words.next().expect("a stream has 2^34 words")) * u64::from(end);
-        if product as u32 >= excess {
-            return (product >> 32) as u32;
-        }
-    }
-}
-
-/// Whether each image of a step's batch is mirrored: a fair coin for (seed, step, place in the batch).
-pub fn flips(seed: u64, step: u32, batch: usize) -> Vec<bool> {
-    let coin = |place| Stream { seed, purpose: Purpose::Flip, step, stream: place as u32 }.block(0)[0] >> 31 == 1;
-    (0..batch).map(coin).collect()
 }

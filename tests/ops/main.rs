@@ -3,4 +3,17 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod adam;
 mod add;
+mod attention;
+mod concat;
+mod dropout;
+mod embedding;
+mod grad_norm;
+mod group_norm;
+mod loss;
+mod q_sample;
+mod sample_step;
+mod silu;
+mod time_embedding;
+mod upsample;
