@@ -2,6 +2,7 @@
 //! first level of folders are the classes, numbered in alphabetical order.
 
 use std::collections::BTreeSet;
+use std::io::Cursor;
 use std::path::{Path, PathBuf};
 
 use image::{ColorType, DynamicImage, ImageDecoder, ImageReader};
@@ -93,7 +94,11 @@ fn list(folder: &Path) -> Result<(Vec<PathBuf>, usize)> {
 /// mark is obeyed.
 fn decode(file: &Path) -> Result<(Extent, Vec<u8>)> {
     let broken = |e: &dyn std::fmt::Display| Error::file(file, format!("is not a whole PNG or JPEG image: {e}"));
-    let reader = ImageReader::open(file).and_then(ImageReader::with_guessed_format);
+    let bytes = std::fs::read(file).map_err(|e| Error::file(file, format!("cannot be read: {e}")))?;
+    if bytes.starts_with(&JPEG_START) && !jpeg_has_end(&bytes) {
+        return Err(broken(&"it is cut short"));
+    }
+    let reader = ImageReader::new(Cursor::new(&bytes)).with_guessed_format();
     let mut decoder = reader.map_err(|e| broken(&e))?.into_decoder().map_err(|e| broken(&e))?;
     let orientation = decoder.orientation().map_err(|e| broken(&e))?;
     let mut image = DynamicImage::from_decoder(decoder).map_err(|e| broken(&e))?;
@@ -105,6 +110,29 @@ fn decode(file: &Path) -> Result<(Extent, Vec<u8>)> {
     } else {
         (Extent { size, channels: 3 }, image.into_rgb8().into_raw())
     })
+}
+
+const JPEG_START: [u8; 2] = [0xFF, 0xD8];
+
+/// True if a JPEG's end marker is there. The decoder fills what is missing of a file that was cut short with grey, which
+/// would go into the training set unseen.
+fn jpeg_has_end(bytes: &[u8]) -> bool {
+    let mut at = JPEG_START.len();
+    loop {
+        match (bytes.get(at), bytes.get(at + 1)) {
+            (Some(0xFF), Some(0xD9)) => return true,
+            // Within compressed data: a stuffed 0xFF, a restart marker, a fill byte.
+            (Some(0xFF), Some(0x00 | 0xD0..=0xD7)) => at += 2,
+            (Some(0xFF), Some(0xFF)) => at += 1,
+            // Any other marker starts a segment with its length, which may hold a thumbnail with an end marker of its own.
+            (Some(0xFF), Some(_)) => match bytes.get(at + 2..at + 4) {
+                Some(length) => at += 2 + usize::from(u16::from_be_bytes([length[0], length[1]])),
+                None => return false,
+            },
+            (Some(_), _) => at += 1,
+            (None, _) => return false,
+        }
+    }
 }
 
 /// Class of each file by its first folder, and the names of the classes; none if some image lies in `folder` itself.
