@@ -188,7 +188,7 @@ impl Trainer {
         self.grads.reset();
         for (k, indices) in order.chunks(piece).enumerate() {
             let labels = data.labels_of(indices).filter(|_| c.model.classes > 0);
-            let batch = Batch::train(c.seed, self.step, (k * piece) as u32, indices.to_vec(), c.flip, c.diffusion.timesteps as u32);
+            let batch = Batch::train(c.seed, self.step, (k * piece) as u32, data.rows(indices), c.flip, c.diffusion.timesteps as u32);
             let masks = DropoutSeed { seed: c.seed, step: self.step * c.accumulate as u32 + k as u32 };
 
             let x_t = Var::constant(q_sample(&self.device, data.images(), &batch, &self.schedule)); // (n, h, w, c)
@@ -248,7 +248,7 @@ impl Trainer {
         let held_out: Vec<usize> = (0..data.len()).collect();
         for (k, indices) in held_out.chunks(piece).enumerate() {
             let labels = data.labels_of(indices).filter(|_| c.model.classes > 0);
-            let batch = Batch::validation(c.seed, (k * piece) as u32, indices.to_vec(), c.diffusion.timesteps as u32);
+            let batch = Batch::validation(c.seed, (k * piece) as u32, data.rows(indices), c.diffusion.timesteps as u32);
             let x_t = Var::constant(q_sample(&self.device, data.images(), &batch, &self.schedule)); // (n, h, w, c)
             let mut tape = Tape::inference(&self.device, &self.ema);
             let eps = self.unet.forward(&mut tape, &x_t, &batch.t_f32(), labels.as_deref(), None)?; // (n, h, w, c)

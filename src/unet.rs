@@ -24,7 +24,7 @@ use crate::ops::embedding::embedding;
 use crate::ops::group_norm::{Activation, group_norm};
 use crate::ops::linear::linear;
 use crate::ops::silu::silu;
-use crate::ops::time_embedding::time_embedding;
+use crate::ops::time_embedding::{Sinusoid, time_embedding};
 use crate::ops::upsample::upsample;
 use crate::params::{Init, Layout, Param, Specs};
 use crate::rng::{Purpose, Stream};
@@ -253,7 +253,8 @@ impl UNet {
         assert_eq!(labels.is_some(), m.classes > 0, "labels go with a conditional network");
 
         tape.at("time_embedding");
-        let temb = Var::constant(time_embedding(tape.device(), t, m.widths[0])); // (n, 1, 1, widths[0])
+        let form = Sinusoid { freq_shift: m.freq_shift, flip_sin_to_cos: m.flip_sin_to_cos };
+        let temb = Var::constant(time_embedding(tape.device(), t, m.widths[0], form)); // (n, 1, 1, widths[0])
         let temb = linear(tape, &temb, self.time_linear_1.weight, Some(self.time_linear_1.bias), None)?; // (n, 1, 1, e)
         let temb = silu(tape, &temb)?; // (n, 1, 1, e)
         let mut temb = linear(tape, &temb, self.time_linear_2.weight, Some(self.time_linear_2.bias), None)?; // (n, 1, 1, e)

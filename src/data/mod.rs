@@ -78,6 +78,14 @@ pub struct Data {
 }
 
 impl Dataset {
+    /// From the bytes of whole images, `(n, h, w, c)`, and a class for each.
+    pub fn new(extent: Extent, images: Vec<u8>, labels: Option<Vec<u32>>) -> Self {
+        assert!(images.len().is_multiple_of(extent.len()), "{} bytes are not images of {extent}", images.len());
+        let n = images.len() / extent.len();
+        assert!(labels.as_ref().is_none_or(|l| l.len() == n), "one label for each of {n} images");
+        Dataset { extent, images: Arc::new(images), rows: (0..n as u32).collect(), labels }
+    }
+
     /// Number of images.
     pub fn len(&self) -> usize {
         self.rows.len()
@@ -103,10 +111,15 @@ impl Dataset {
         self.labels.as_deref()
     }
 
-    /// All images, as the forward process reads them.
+    /// All images of the source, as the forward process reads them; [`rows`](Self::rows) says which are this set's.
     pub fn images(&self) -> Images<'_> {
         let Extent { size: Size { h, w }, channels } = self.extent;
-        Images { pixels: &self.images, shape: Shape::new(self.len(), h, w, channels) }
+        Images { pixels: &self.images, shape: Shape::new(self.images.len() / self.extent.len(), h, w, channels) }
+    }
+
+    /// Where in [`images`](Self::images) this set's images `indices` stand.
+    pub fn rows(&self, indices: &[usize]) -> Vec<usize> {
+        indices.iter().map(|&i| self.rows[i] as usize).collect()
     }
 
     /// Classes of the images `indices`, where the source has them.
@@ -221,8 +234,7 @@ impl Part {
     }
 
     fn into_dataset(self) -> Dataset {
-        let rows = (0..self.len() as u32).collect();
-        Dataset { extent: self.extent, images: Arc::new(self.images), rows, labels: self.labels }
+        Dataset::new(self.extent, self.images, self.labels)
     }
 
     /// Training and held-out images: of `n` images the `share * n` (rounded, at least one unless the share is 0) with
