@@ -459,8 +459,9 @@ impl Order {
 }
 
 /// `0..n`, shuffled by the stream of `epoch`.
-fn permutation(seed: u64, epoch: u32, n: usize) -> Vec<u32> {
+fn permutation(seed: u64, epoch: u64, n: usize) -> Vec<u32> {
     let mut order: Vec<u32> = (0..n as u32).collect();
-    order.shuffle(&mut Stream { seed, purpose: Purpose::Shuffle, step: 0, stream: epoch }.generator());
+    let stream = Stream { seed, purpose: Purpose::Shuffle, step: (epoch >> 32) as u32, stream: epoch as u32 };
+    order.shuffle(&mut stream.generator());
     order
 }
