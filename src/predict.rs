@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 
 use crate::checkpoint;
-use crate::data::npy::Array;
+use crate::data::npy;
 use crate::device::{Choice, Device, Precision};
 use crate::error::{Error, Result};
 use crate::layout;
@@ -49,7 +49,7 @@ pub fn run(args: &Args) -> Result<()> {
     let m = &model.config.model;
     let (unet, _) = UNet::new(m)?;
 
-    let x = Array::read(&args.x)?;
+    let x = npy::read(&args.x)?;
     let multiple = 1 << (m.levels() - 1);
     let shape = match x.shape[..] {
         [n, c, h, w] if c == m.channels && n > 0 && h > 0 && w > 0 && h % multiple == 0 && w % multiple == 0 => Shape::new(n, h, w, c),
@@ -61,7 +61,7 @@ pub fn run(args: &Args) -> Result<()> {
             return Err(Error::file(&args.x, what));
         }
     };
-    let x = x.into_f32().map_err(|e| Error::file(&args.x, e))?;
+    let x = x.to_f32().map_err(|e| Error::file(&args.x, e))?;
     let t: Vec<f32> = one_per_image(&args.t, shape.n)?.iter().map(|&t| t as f32).collect();
     let labels = match (&args.labels, m.classes) {
         (None, 0) => None,
@@ -85,7 +85,7 @@ pub fn run(args: &Args) -> Result<()> {
 }
 
 fn one_per_image(path: &std::path::Path, n: usize) -> Result<Vec<i64>> {
-    let array = Array::read(path)?;
+    let array = npy::read(path)?;
     if array.shape[..] != [n] {
         return Err(Error::file(path, format!("holds an array of shape {:?}, but there are {n} images", array.shape)));
     }

@@ -388,10 +388,7 @@ fn announce(config: &Config, unet: &UNet, specs: &Specs, data: &Data, device: &D
     let size = config.model.image_size;
     let flops: u64 = unet.costs(specs, size.h, size.w).iter().map(|cost| cost.flops).sum();
     let needed = memory_needed(config, unet, specs);
-    let mut system = sysinfo::System::new();
-    system.refresh_memory();
-    let limit = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);
-    let available = system.available_memory().min(limit);
+    let available = available_memory()?;
     println!(
         "{} parameters, {:.2} GFLOP per image and step, {:.2} GiB of memory needed ({:.2} GiB available); {} training and {} held-out images of {size}x{}; {device}",
         crate::info::grouped(specs.count() as u64),
@@ -412,6 +409,15 @@ fn announce(config: &Config, unet: &UNet, specs: &Specs, data: &Data, device: &D
         )));
     }
     Ok(())
+}
+
+/// Bytes of memory that this process may still take, of the machine's or its control group's.
+fn available_memory() -> Result<u64> {
+    let memory = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
+    let system = sysinfo::System::new_with_specifics(memory);
+    let system = system.map_err(|e| Error::Failed(format!("the machine does not say how much memory is free: {e}")))?;
+    let limit = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);
+    Ok(system.available_memory().min(limit))
 }
 
 /// Makes the run folder with its config.toml: the one asked for, which must not hold a run, or the first free of

@@ -316,17 +316,17 @@ impl Resnet {
         let shift = linear(tape, temb, self.time_emb_proj.weight, Some(self.time_emb_proj.bias), None)?; // (n, 1, 1, c)
         let h = group_norm(tape, x, self.norm1.gamma, self.norm1.beta, m.groups, m.norm_eps as f32, Activation::Silu)?; // (n, h, w, c_in)
         let plus = Plus { shift: Some(&shift), residual: None };
-        let h = conv2d(tape, &h, self.conv1.weight, self.conv1.bias, SAME_3X3, plus)?; // (n, h, w, c)
+        let h = conv2d(tape, &h, self.conv1.weight, self.conv1.bias, Geometry::SAME_3X3, plus)?; // (n, h, w, c)
         let mut h = group_norm(tape, &h, self.norm2.gamma, self.norm2.beta, m.groups, m.norm_eps as f32, Activation::Silu)?; // (n, h, w, c)
         if let Some(DropoutSeed { seed, step }) = masks {
             h = dropout(tape, &h, m.dropout as f32, Stream { seed, purpose: Purpose::Dropout, step, stream: self.index })?; // (n, h, w, c)
         }
         let shortcut = match &self.conv_shortcut {
-            Some(s) => &conv2d(tape, x, s.weight, s.bias, Geometry::default(), Plus::default())?, // (n, h, w, c)
+            Some(s) => &conv2d(tape, x, s.weight, s.bias, Geometry::POINTWISE, Plus::default())?, // (n, h, w, c)
             None => x,
         };
         let plus = Plus { shift: None, residual: Some(shortcut) };
-        conv2d(tape, &h, self.conv2.weight, self.conv2.bias, SAME_3X3, plus) // (n, h, w, c)
+        conv2d(tape, &h, self.conv2.weight, self.conv2.bias, Geometry::SAME_3X3, plus) // (n, h, w, c)
     }
 }
 
@@ -348,9 +348,6 @@ fn time_features(model: &Model) -> usize {
     4 * model.widths[0]
 }
 
-/// 3x3 over a border of one zero pixel all around: the output has the input's extent.
-const SAME_3X3: Geometry = Geometry { stride: 1, pad: Pad { top: 1, left: 1, bottom: 1, right: 1 } };
-
 fn conv3x3(tape: &mut Tape<'_>, x: &Var, conv: &Affine) -> Result<Var> {
-    conv2d(tape, x, conv.weight, conv.bias, SAME_3X3, Plus::default())
+    conv2d(tape, x, conv.weight, conv.bias, Geometry::SAME_3X3, Plus::default())
 }

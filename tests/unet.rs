@@ -69,7 +69,8 @@ fn agrees_with_pytorch(name: &str) {
     let mut tape = Tape::recording(&device, &model.params);
     let x = tape.leaf(Tensor::from_slice(&device, shape, &x));
     let y = unet.forward(&mut tape, &x, &t, golden.labels().as_deref(), None).unwrap();
-    let mut shares = vec![("out".to_string(), close_to_largest("out", y.data(), &golden.images("out").1, FIXTURE_TOLERANCE))];
+    let mut shares =
+        vec![("out".to_string(), close_to_largest("out", y.data(), &golden.images("out").1, FIXTURE_TOLERANCE))];
 
     let dy: Vec<f32> = y.data().iter().zip(&target).map(|(y, t)| 2.0 * (y - t) / shape.len() as f32).collect();
     let mut grads = ParamGrads::new(&device, specs);

@@ -19,3 +19,5 @@ pub mod sample_step;
 pub mod silu;
 pub mod time_embedding;
 pub mod upsample;
+pub mod conv2d;
+pub mod linear;

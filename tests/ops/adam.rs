@@ -67,7 +67,7 @@ fn cpu_follows_the_reference() {
 #[test]
 fn the_reference_is_adam_as_pytorch_documents_it() {
     for weight_decay in [0.0, 0.1] {
-        let (lr, beta1, beta2, eps) = (1e-3, 0.9, 0.99, 1e-8);
+        let (lr, beta1, beta2, eps) = (1e-3, 0.9f64, 0.99f64, 1e-8);
         let (mut w, mut m, mut v) = (0.5f64, 0.0, 0.0);
         let mut state = [[0.5f64], [0.5], [0.0], [0.0]];
         for (k, g) in [0.3, -2e-8, 1.5].into_iter().enumerate() {

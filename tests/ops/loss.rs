@@ -1,7 +1,6 @@
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::Batch;
 use ddpm_cuda::ops::loss::{Quarters, loss, reference};
-use ddpm_cuda::rng;
 use ddpm_cuda::tensor::{Shape, Tensor};
 
 use crate::support::{
