@@ -272,12 +272,14 @@ kernel! {
                         if lanes > 0 {
                             for l in 0..count {
                                 block_rows[l] = load_some::<V>(w.add((k + l) * row_stride), lanes);
+                                V::prefetch(w.wrapping_add((k + V::LANES + l) * row_stride));
                             }
                         }
                     } else {
                         let w = w.add(tap * c_in + k);
                         for l in 0..lanes {
                             block_rows[l] = load_some::<V>(w.add((column + j + l) * row_stride), count);
+                            V::prefetch(w.wrapping_add((column + j + l) * row_stride + V::LANES));
                         }
                         V::transpose(block);
                     }
@@ -402,7 +404,7 @@ pub(crate) fn outputs<V: Vector>(
             // SAFETY: the processor has V; v and u hold XI planes; m is scratch of XI planes of BLOCK panel rows.
             unsafe {
                 let store = Overwrite { c: Shared::new_at(m.add(xi * m_plane)), stride: width };
-                rows_by_panel::<V, _, false>(rows, columns, c, v.add(xi * v_plane), stride, u.add(xi * u_plane), store);
+                rows_by_panel::<V, _, false>(rows, columns, c, v.add(xi * v_plane), stride, u.add(xi * u_plane), v.wrapping_add((xi + 1) % XI * v_plane), store);
             }
         }
         // SAFETY: as above; the task owns these columns of these tiles' outputs; `plus` has the lengths asserted.
@@ -418,8 +420,10 @@ pub(crate) fn outputs<V: Vector>(
         for_each_task(panels, |p| transform_panel(p, unsafe { out.at(p * XI * u_plane) }));
         let u = u.as_slice();
         let v_plane = plane(BLOCK * stride);
-        Slots::new(device, XI * v_plane + m_len).run(count.div_ceil(BLOCK), |task, scratch| {
-            let (first, rows) = (task * BLOCK, BLOCK.min(count - task * BLOCK));
+        let blocks = count.div_ceil(BLOCK);
+        Slots::new(device, XI * v_plane + m_len).run(blocks, |task, scratch| {
+            let tiles_here = piece(count, blocks, task);
+            let (first, rows) = (tiles_here.start, tiles_here.len());
             let (v, m) = scratch.split_at_mut(XI * v_plane);
             // SAFETY: the processor has V; x is as long as asserted; v holds XI planes of BLOCK rows.
             unsafe { transform_inputs::<V>(x.as_ptr(), tiles, first, rows, v.as_mut_ptr(), v_plane, stride) };
@@ -448,16 +452,18 @@ pub(crate) fn outputs<V: Vector>(
             let (u, m) = scratch.split_at_mut(XI * u_plane);
             transform_panel(p, u.as_mut_ptr());
             let tiles_here = piece(count, groups, group);
-            for first in tiles_here.clone().step_by(BLOCK) {
-                let rows = BLOCK.min(tiles_here.end - first);
+            let blocks = tiles_here.len().div_ceil(BLOCK);
+            for b in 0..blocks {
+                let block = piece(tiles_here.len(), blocks, b);
+                let (first, rows) = (tiles_here.start + block.start, block.len());
                 multiply(v[first * stride..].as_ptr(), v_plane, u.as_ptr(), p, first, rows, m.as_mut_ptr());
             }
         });
     }
 }
 
-/// Tiles multiplied by a panel at a time: 4 register tiles of AVX-512.
-const BLOCK: usize = 56;
+/// At most so many tiles are multiplied by a panel at a time; one image of 32x32 or four of 16x16.
+const BLOCK: usize = 64;
 
 kernel! {
     /// Row `p` of `B^T D B`: element `q` of channel `k + j` of tile `t` to panel `j / panel_width`, row `t`, of plane `q`; panels are
@@ -638,10 +644,10 @@ pub(crate) fn weight_gradient<V: Vector>(
                         let c = Shared::new_at(c);
                         if first == 0 {
                             let store = Overwrite { c, stride: width };
-                            rows_by_panel::<V, _, true>(c_out, columns, rows, a, y_stride, b, store);
+                            rows_by_panel::<V, _, true>(c_out, columns, rows, a, y_stride, b, a, store);
                         } else {
                             let add = Accumulate { c, stride: width };
-                            rows_by_panel::<V, _, true>(c_out, columns, rows, a, y_stride, b, add);
+                            rows_by_panel::<V, _, true>(c_out, columns, rows, a, y_stride, b, a, add);
                         }
                     }
                 }
