@@ -8,9 +8,11 @@
 pub mod add;
 pub mod attention;
 pub mod concat;
+pub mod conv2d;
 pub mod dropout;
 pub mod embedding;
 pub mod group_norm;
+pub mod linear;
 pub mod silu;
 pub mod time_embedding;
 pub mod upsample;

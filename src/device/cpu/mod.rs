@@ -6,7 +6,10 @@
 //! A guarded pool (tests) hands out buffers full of NaN between two lines of guard words, and looks at the guards when
 //! a buffer comes back.
 
+pub(crate) mod direct;
+pub(crate) mod gemm;
 pub mod simd;
+pub(crate) mod vector;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
