@@ -12,7 +12,7 @@ use image::codecs::gif::{GifEncoder, Repeat};
 use image::{Delay, ExtendedColorType, Frame, ImageEncoder, RgbaImage};
 use rayon::prelude::*;
 
-pub use atomic::{write_atomically, write_folder_atomically};
+pub use atomic::{UNFINISHED, write_atomically, write_folder_atomically};
 pub use npz::{write_npy, write_npz};
 
 use crate::error::{Error, Result};
