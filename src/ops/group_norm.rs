@@ -17,7 +17,7 @@
 //! Saved: `x`, and for each image and group `mean` (as the sum of two f32) and `rstd`.
 //!
 //! Numerics: two passes, because E[x^2] - E[x]^2 loses every digit when the mean is large beside the deviation. They run
-//! over strips of at most 64 pixels, so that the second finds the strip in the cache; the strips' means and squares are joined in f64 (Chan, Golub and LeVeque
+//! over strips of 64 pixels or 16 KiB, so that the second finds the strip in the cache; the strips' means and squares are joined in f64 (Chan, Golub and LeVeque
 //! 1983). Strips depend on the image's extent alone and are joined in order: the same bits for any batch and any
 //! number of threads.
 //!
@@ -220,8 +220,11 @@ mod cpu {
     use super::*;
     use crate::device::cpu::simd;
 
-    /// Pixels in a strip: 64 channels of it are 16 KiB, so that the second pass finds them in the first-level cache.
-    const STRIP: usize = 64;
+    /// Pixels in a strip: 64, so that a tile of 64 channels is 16 KiB and the second pass finds it in the first-level cache; with few channels
+    /// as many as make those 16 KiB.
+    fn strip(shape: Shape) -> usize {
+        (4096 / shape.c).max(64)
+    }
 
     /// Numbers that are worth a task of their own: 64 KiB, some 5 us.
     const TASK: usize = 1 << 14;
@@ -238,21 +241,21 @@ mod cpu {
 
     /// Strips of an image.
     pub fn strips(shape: Shape) -> usize {
-        shape.pixels().div_ceil(STRIP)
+        shape.pixels().div_ceil(strip(shape))
     }
 
     /// `partials` is (n, strips, 3, c), `stats` (n, 1, groups, 3).
     pub fn forward(job: &Job<'_>, y: &mut [f32], stats: &mut [f32], partials: &mut [f32], x: &[f32]) {
-        let (c, pixels) = (job.shape.c, job.shape.pixels());
-        let together = TASK.div_ceil(STRIP * c);
+        let (c, pixels, strip) = (job.shape.c, job.shape.pixels(), strip(job.shape));
+        let together = TASK.div_ceil(strip * c);
         let images = (y.par_chunks_mut(pixels * c).zip(x.par_chunks(pixels * c)))
             .zip(stats.par_chunks_mut(job.groups * 3).zip(partials.par_chunks_mut(strips(job.shape) * 3 * c)));
         images.for_each(|((y, x), (stats, partials))| {
-            let parts = partials.par_chunks_mut(3 * c).zip(x.par_chunks(STRIP * c)).with_min_len(together);
+            let parts = partials.par_chunks_mut(3 * c).zip(x.par_chunks(strip * c)).with_min_len(together);
             parts.for_each(|(part, x)| strip_moments(part, x));
             join_moments(job, stats, partials);
             let affine = Affine::new(job, stats);
-            let strips = y.par_chunks_mut(STRIP * c).zip(x.par_chunks(STRIP * c)).with_min_len(together);
+            let strips = y.par_chunks_mut(strip * c).zip(x.par_chunks(strip * c)).with_min_len(together);
             strips.for_each(|(y, x)| match job.activation {
                 Activation::Identity => normalise(y, x, &affine),
                 Activation::Silu => normalise_silu(y, x, &affine),
@@ -262,22 +265,22 @@ mod cpu {
 
     /// `dx` comes in as `dy`. `partials` is (n, strips + 1, 2, c); the last row becomes the image's `dgamma` and `dbeta`.
     pub fn backward(job: &Job<'_>, dx: &mut [f32], partials: &mut [f32], x: &[f32], stats: &[f32]) {
-        let (c, pixels) = (job.shape.c, job.shape.pixels());
-        let together = TASK.div_ceil(STRIP * c);
+        let (c, pixels, strip) = (job.shape.c, job.shape.pixels(), strip(job.shape));
+        let together = TASK.div_ceil(strip * c);
         let images = (dx.par_chunks_mut(pixels * c).zip(x.par_chunks(pixels * c)))
             .zip(stats.par_chunks(job.groups * 3).zip(partials.par_chunks_mut((strips(job.shape) + 1) * 2 * c)));
         images.for_each(|((dx, x), (stats, partials))| {
             let affine = Affine::new(job, stats);
             let (partials, sums) = partials.split_at_mut(strips(job.shape) * 2 * c);
             let parts = (partials.par_chunks_mut(2 * c))
-                .zip(dx.par_chunks_mut(STRIP * c).zip(x.par_chunks(STRIP * c)))
+                .zip(dx.par_chunks_mut(strip * c).zip(x.par_chunks(strip * c)))
                 .with_min_len(together);
             parts.for_each(|(part, (dx, x))| match job.activation {
                 Activation::Identity => strip_sums(part, dx, x, &affine),
                 Activation::Silu => strip_sums_silu(part, dx, x, &affine),
             });
             let slopes = Slopes::new(job, sums, partials, stats);
-            let strips = dx.par_chunks_mut(STRIP * c).zip(x.par_chunks(STRIP * c)).with_min_len(together);
+            let strips = dx.par_chunks_mut(strip * c).zip(x.par_chunks(strip * c)).with_min_len(together);
             strips.for_each(|(dx, x)| finish_dx(dx, x, &slopes));
         });
     }
@@ -304,18 +307,20 @@ mod cpu {
             let mut done = 0;
             while done < c {
                 done += match c - done {
-                    64.. => moments_of::<I, 64>(mean, first, second, x, c, done),
-                    16.. => moments_of::<I, 16>(mean, first, second, x, c, done),
-                    4.. => moments_of::<I, 4>(mean, first, second, x, c, done),
-                    _ => moments_of::<I, 1>(mean, first, second, x, c, done),
+                    64.. => moments_of::<I, 64, 1>(mean, first, second, x, c, done),
+                    32.. => moments_of::<I, 32, 2>(mean, first, second, x, c, done),
+                    16.. => moments_of::<I, 16, 4>(mean, first, second, x, c, done),
+                    4.. => moments_of::<I, 4, 4>(mean, first, second, x, c, done),
+                    _ => moments_of::<I, 1, 4>(mean, first, second, x, c, done),
                 };
             }
         }
     }
 
-    /// Channels `at .. at + W` of a strip, their sums in registers. Returns `W`.
+    /// Channels `at .. at + W` of a strip, their sums in registers: one for each channel and each of `R` neighbouring pixels, four
+    /// vectors in all, so that an addition does not wait for the one before. Returns `W`.
     #[inline(always)]
-    fn moments_of<I: simd::Isa, const W: usize>(
+    fn moments_of<I: simd::Isa, const W: usize, const R: usize>(
         mean: &mut [f32],
         first: &mut [f32],
         second: &mut [f32],
@@ -323,26 +328,57 @@ mod cpu {
         c: usize,
         at: usize,
     ) -> usize {
-        let rows = || x.chunks_exact(c).map(|row| row[at..].first_chunk::<W>().expect("W channels from here"));
-        let mut sum = [0.0; W];
-        for row in rows() {
-            for (sum, x) in sum.iter_mut().zip(row) {
-                *sum += x;
+        let row = |x: &[f32]| -> [f32; W] { *x[at..].first_chunk().expect("W channels from here") };
+        let fold = |sums: [[f32; W]; R]| {
+            let mut total = sums[0];
+            for sums in &sums[1..] {
+                total.iter_mut().zip(sums).for_each(|(total, v)| *total += v);
+            }
+            total
+        };
+        let together = x.chunks_exact(R * c);
+        let rest = together.remainder();
+
+        let mut sums = [[0.0; W]; R];
+        for rows in together.clone() {
+            for r in 0..R {
+                let x = row(&rows[r * c..]);
+                for i in 0..W {
+                    sums[r][i] += x[i];
+                }
+            }
+        }
+        for rows in rest.chunks_exact(c) {
+            let x = row(rows);
+            for i in 0..W {
+                sums[0][i] += x[i];
             }
         }
         let per_pixel = 1.0 / (x.len() / c) as f32;
-        let m = sum.map(|sum| sum * per_pixel);
-        let (mut d1, mut d2) = ([0.0; W], [0.0; W]);
-        for row in rows() {
+        let m = fold(sums).map(|sum| sum * per_pixel);
+
+        let (mut d1, mut d2) = ([[0.0; W]; R], [[0.0; W]; R]);
+        for rows in together {
+            for r in 0..R {
+                let x = row(&rows[r * c..]);
+                for i in 0..W {
+                    let d = x[i] - m[i];
+                    d1[r][i] += d;
+                    d2[r][i] = I::mul_add(d, d, d2[r][i]);
+                }
+            }
+        }
+        for rows in rest.chunks_exact(c) {
+            let x = row(rows);
             for i in 0..W {
-                let d = row[i] - m[i];
-                d1[i] += d;
-                d2[i] = I::mul_add(d, d, d2[i]);
+                let d = x[i] - m[i];
+                d1[0][i] += d;
+                d2[0][i] = I::mul_add(d, d, d2[0][i]);
             }
         }
         mean[at..at + W].copy_from_slice(&m);
-        first[at..at + W].copy_from_slice(&d1);
-        second[at..at + W].copy_from_slice(&d2);
+        first[at..at + W].copy_from_slice(&fold(d1));
+        second[at..at + W].copy_from_slice(&fold(d2));
         W
     }
 
@@ -351,7 +387,7 @@ mod cpu {
         let (c, pixels) = (job.shape.c, job.shape.pixels());
         let mut means = vec![0.0; c];
         let mut squares = vec![0.0; c];
-        join_strips(&mut means, &mut squares, partials, pixels);
+        join_strips(&mut means, &mut squares, partials, pixels, strip(job.shape));
         let width = c / job.groups;
         for ((stats, means), squares) in
             stats.chunks_exact_mut(3).zip(means.chunks_exact(width)).zip(squares.chunks_exact(width))
@@ -367,19 +403,19 @@ mod cpu {
 
     simd::dispatch! {
         /// Each channel's mean over `pixels` pixels and its sum of squares about that mean, from `partials` (strips, 3, c).
-        fn join_strips<I>(means: &mut [f64], squares: &mut [f64], partials: &[f32], pixels: usize) {
+        fn join_strips<I>(means: &mut [f64], squares: &mut [f64], partials: &[f32], pixels: usize, strip: usize) {
             let c = means.len();
-            let count = |strip: usize| (pixels - strip * STRIP).min(STRIP) as f64;
-            for (strip, part) in partials.chunks_exact(3 * c).enumerate() {
-                let (m, d1, n) = (&part[..c], &part[c..2 * c], count(strip));
+            let count = |i: usize| (pixels - i * strip).min(strip) as f64;
+            for (i, part) in partials.chunks_exact(3 * c).enumerate() {
+                let (m, d1, n) = (&part[..c], &part[c..2 * c], count(i));
                 for ((total, m), d1) in means.iter_mut().zip(m).zip(d1) {
                     *total += f64::from(*m) * n + f64::from(*d1);
                 }
             }
             let per_pixel = 1.0 / pixels as f64;
             means.iter_mut().for_each(|total| *total *= per_pixel);
-            for (strip, part) in partials.chunks_exact(3 * c).enumerate() {
-                let (m, d1, d2, n) = (&part[..c], &part[c..2 * c], &part[2 * c..], count(strip));
+            for (i, part) in partials.chunks_exact(3 * c).enumerate() {
+                let (m, d1, d2, n) = (&part[..c], &part[c..2 * c], &part[2 * c..], count(i));
                 for ((((total, mean), m), d1), d2) in squares.iter_mut().zip(&*means).zip(m).zip(d1).zip(d2) {
                     // About the channel's mean instead of m: sum (x - m)^2 + 2 (m - mean) sum (x - m) + n (m - mean)^2.
                     let shift = f64::from(*m) - mean;
@@ -398,19 +434,25 @@ mod cpu {
 
     impl Affine {
         fn new(job: &Job<'_>, stats: &[f32]) -> Self {
-            let width = job.shape.c / job.groups;
-            let stat = |c: usize| (&stats[c / width * 3..][..3], job.gamma[c], job.beta[c]);
-            let a = |c| stat(c).0[2] * stat(c).1;
+            let a = wide(job, |group, c| stats[3 * group + 2] * job.gamma[c]);
             // What rounding took from the mean goes into the shift.
-            let b = |c| stat(c).2 - stat(c).0[1] * a(c);
-            Affine { mean: wide(job, |c| stat(c).0[0]), a: wide(job, a), b: wide(job, b) }
+            let b = wide(job, |group, c| job.beta[c] - stats[3 * group + 1] * (stats[3 * group + 2] * job.gamma[c]));
+            Affine { mean: wide(job, |group, _| stats[3 * group]), a, b }
         }
     }
 
-    /// `f(channel)` for the channels of as many neighbouring pixels as make 64 numbers or more.
-    fn wide(job: &Job<'_>, f: impl Fn(usize) -> f32) -> Vec<f32> {
-        let c = job.shape.c;
-        (0..64usize.div_ceil(c) * c).map(|i| f(i % c)).collect()
+    /// `f(group, channel)` for the channels of as many neighbouring pixels as make 512 numbers or more, so that loops over a row are long.
+    fn wide(job: &Job<'_>, f: impl Fn(usize, usize) -> f32) -> Vec<f32> {
+        let (c, width) = (job.shape.c, job.shape.c / job.groups);
+        let repeats = 512usize.div_ceil(c);
+        let mut row = Vec::with_capacity(repeats * c);
+        for group in 0..job.groups {
+            row.extend((group * width..(group + 1) * width).map(|c| f(group, c)));
+        }
+        for _ in 1..repeats {
+            row.extend_from_within(..c);
+        }
+        row
     }
 
     simd::dispatch! {
@@ -509,11 +551,11 @@ mod cpu {
                 *slopes = ((s1 / count - lost * s2) as f32, s2 as f32);
             }
             Slopes {
-                mean: wide(job, |c| stats[c / width * 3]),
-                gamma: wide(job, |c| job.gamma[c]),
-                s1: wide(job, |c| slopes[c / width].0),
-                s2: wide(job, |c| slopes[c / width].1),
-                rstd: wide(job, |c| stats[c / width * 3 + 2]),
+                mean: wide(job, |group, _| stats[3 * group]),
+                gamma: wide(job, |_, c| job.gamma[c]),
+                s1: wide(job, |group, _| slopes[group].0),
+                s2: wide(job, |group, _| slopes[group].1),
+                rstd: wide(job, |group, _| stats[3 * group + 2]),
             }
         }
     }

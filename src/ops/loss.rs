@@ -63,6 +63,14 @@ impl Quarters {
         }
     }
 
+    /// Adds what another has summed.
+    pub fn merge(&mut self, other: &Quarters) {
+        for quarter in 0..4 {
+            self.sums[quarter] += other.sums[quarter];
+            self.counts[quarter] += other.counts[quarter];
+        }
+    }
+
     /// Mean loss of each quarter, from the least noise to the most; `None` where no image fell.
     pub fn means(&self) -> [Option<f64>; 4] {
         std::array::from_fn(|q| (self.counts[q] > 0).then(|| self.sums[q] / self.counts[q] as f64))

@@ -7,11 +7,14 @@
 
 pub mod adam;
 pub mod add;
+pub mod attention;
 pub mod concat;
+pub mod conv2d;
 pub mod dropout;
 pub mod embedding;
 pub mod grad_norm;
 pub mod group_norm;
+pub mod linear;
 pub mod loss;
 pub mod q_sample;
 pub mod sample_step;

@@ -6,7 +6,10 @@
 //! A guarded pool (tests) hands out buffers full of NaN between two lines of guard words, and looks at the guards when
 //! a buffer comes back.
 
+pub(crate) mod direct;
+pub(crate) mod gemm;
 pub mod simd;
+pub(crate) mod vector;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -47,7 +50,10 @@ impl Pool {
             let recycled = shelves.free.get_mut(&lines).and_then(Vec::pop);
             match recycled {
                 Some(_) => shelves.stats.hits += 1,
-                None => shelves.stats.misses += 1,
+                None => {
+                    shelves.stats.misses += 1;
+                    shelves.stats.held += (lines * size_of::<Line>()) as u64;
+                }
             }
             shelves.stats.in_use += (lines * size_of::<Line>()) as u64;
             shelves.stats.peak = shelves.stats.peak.max(shelves.stats.in_use);

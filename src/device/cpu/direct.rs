@@ -1,0 +1,428 @@
+//! Direct convolution as a matrix product: any kernel size, stride, padding and number of channels.
+//!
+//! Forward and the gradient of the input are one loop: the pixels of an output grid times the packed weights. A task
+//! gathers the patches of some 56 pixels into scratch that stays in the L2 cache (a patch is `taps * c` numbers, zeros
+//! outside the image) and multiplies them by every panel; the image is never unfolded in memory. A kernel of 1x1 reads
+//! its input where it lies.
+//!
+//! The gradient of the input of a strided convolution splits into `stride^2` grids, one for each remainder of (row,
+//! column), each of which sees a subset of the taps at stride 1: no multiplication by inserted zeros.
+//!
+//! The gradient of the weights multiplies `dy` transposed by gathered patches, over all pixels.
+
+use super::gemm::{self, Epilogue, Shared, Slots, panel_width, piece, rows_by_panel};
+use super::vector::{Vector, kernel};
+use crate::device::{Buffer, Device};
+
+/// How one direction (rows or columns) of an output grid maps to its input: output `i`, tap `t` reads
+/// `i * stride + first + t`, which counts as zero outside `0..len`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Axis {
+    /// Outputs.
+    pub out: usize,
+    /// Inputs.
+    pub len: usize,
+    pub taps: usize,
+    pub stride: usize,
+    pub first: isize,
+}
+
+/// Which row (or column) of a weight belongs to tap `t`: `first + t * step`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TapOf {
+    pub first: isize,
+    pub step: isize,
+}
+
+/// The patches that a grid of outputs reads: `n` images of `rows.len x cols.len x c`.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Patches {
+    pub n: usize,
+    pub rows: Axis,
+    pub cols: Axis,
+    pub c: usize,
+}
+
+impl Patches {
+    /// Outputs, all images together.
+    fn count(&self) -> usize {
+        self.n * self.rows.out * self.cols.out
+    }
+
+    /// Numbers in one.
+    fn depth(&self) -> usize {
+        self.rows.taps * self.cols.taps * self.c
+    }
+
+    /// True if patch `i` is pixel `i` of the input.
+    fn is_identity(&self) -> bool {
+        [self.rows, self.cols].iter().all(|a| a.taps == 1 && a.stride == 1 && a.first == 0 && a.out == a.len)
+    }
+
+    /// Image, row and column of output `i`.
+    fn place(&self, i: usize) -> [usize; 3] {
+        let pixels = self.rows.out * self.cols.out;
+        [i / pixels, i % pixels / self.cols.out, i % self.cols.out]
+    }
+}
+
+/// A convolution weight `(c_out, kh, kw, c_in)`.
+#[derive(Clone, Copy)]
+pub(crate) struct Weight<'a> {
+    pub data: &'a [f32],
+    pub c_out: usize,
+    pub kh: usize,
+    pub kw: usize,
+    pub c_in: usize,
+}
+
+impl Weight<'_> {
+    fn row_stride(&self) -> usize {
+        self.kh * self.kw * self.c_in
+    }
+}
+
+/// Where the outputs of a grid go: pixel `(i, j)` to `(i * step + row, j * step + col)` of an `h x w x c` image, plus
+/// what is added on the way.
+#[derive(Clone, Copy)]
+pub(crate) struct Target<'a> {
+    pub h: usize,
+    pub w: usize,
+    pub c: usize,
+    pub step: usize,
+    pub row: usize,
+    pub col: usize,
+    pub plus: Plus<'a>,
+}
+
+/// What is added to a convolution's sums before they are stored.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Plus<'a> {
+    /// `c` numbers.
+    pub bias: Option<&'a [f32]>,
+    /// `c` numbers for each image.
+    pub shift: Option<&'a [f32]>,
+    /// Shaped like the output.
+    pub residual: Option<&'a [f32]>,
+}
+
+/// Patches in a task: 4 register tiles of AVX-512, 10 of AVX2.
+const BLOCK: usize = 60;
+
+/// Where the pixels of a block lie in the output (in floats), and their images.
+#[derive(Clone, Copy)]
+struct Finish<'a> {
+    y: Shared,
+    pixels: &'a [(usize, usize)],
+    c: usize,
+    first_column: usize,
+    plus: Plus<'a>,
+}
+
+impl Epilogue for Finish<'_> {
+    #[inline(always)]
+    unsafe fn take<V: Vector>(&self, row: usize, column: usize, count: usize, sum: V) {
+        let (pixel, image) = self.pixels[row];
+        let column = self.first_column + column;
+        // SAFETY: the caller owns columns column..column + count of this pixel; the slices added have the lengths that
+        // [`Plus`] says, asserted in `outputs`.
+        unsafe {
+            let mut sum = sum;
+            if let Some(bias) = self.plus.bias {
+                sum = sum.add(gemm::load_some(bias.as_ptr().add(column), count));
+            }
+            if let Some(shift) = self.plus.shift {
+                sum = sum.add(gemm::load_some(shift.as_ptr().add(image * self.c + column), count));
+            }
+            if let Some(residual) = self.plus.residual {
+                sum = sum.add(gemm::load_some(residual.as_ptr().add(pixel + column), count));
+            }
+            gemm::store_some(sum, self.y.at(pixel + column), count);
+        }
+    }
+}
+
+/// Which of a weight's two channel dimensions the outputs have.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Towards {
+    /// `c_out`: forward.
+    Output,
+    /// `c_in`: the gradient of the input.
+    Input,
+}
+
+/// `y = patches * weight`, the weight's tap of each patch row and column as `taps` says.
+pub(crate) fn outputs<V: Vector>(
+    device: &Device,
+    x: &[f32],
+    patches: Patches,
+    weight: Weight<'_>,
+    towards: Towards,
+    taps: [TapOf; 2],
+    y: &mut [f32],
+    target: Target<'_>,
+) {
+    let c_out = target.c;
+    assert_eq!(x.len(), patches.n * patches.rows.len * patches.cols.len * patches.c);
+    assert_eq!(y.len(), patches.n * target.h * target.w * c_out);
+    assert!(target.plus.bias.is_none_or(|b| b.len() == c_out));
+    assert!(target.plus.shift.is_none_or(|s| s.len() == patches.n * c_out));
+    assert!(target.plus.residual.is_none_or(|r| r.len() == y.len()));
+    let last = |a: Axis, offset: usize| a.out.checked_sub(1).map_or(0, |i| i * target.step + offset + 1);
+    assert!(last(patches.rows, target.row) <= target.h && last(patches.cols, target.col) <= target.w);
+
+    let panels = pack::<V>(device, weight, towards, patches, taps);
+    let (count, depth) = (patches.count(), patches.depth());
+    let identity = patches.is_identity();
+    // Rows of gathered patches end on a line of their own: a power of two between them would put all rows of a tile into the same few sets
+    // of the L1 cache.
+    let stride = if identity { patches.c } else { depth.next_multiple_of(16) + 16 };
+    // Half of a 2 MiB L2 cache for patches.
+    let tile_bytes = V::ROWS * stride * size_of::<f32>();
+    let block = V::ROWS * (BLOCK / V::ROWS).min((1 << 20) / tile_bytes).max(1);
+    let blocks = count.div_ceil(block);
+    let panel_count = c_out.div_ceil(panel_width::<V>());
+    // With few pixels the panels are shared out too; each group gathers for itself.
+    let groups = 16usize.div_ceil(blocks.max(1)).clamp(1, panel_count);
+    let y = Shared::new(y);
+    let panels = panels.as_slice();
+    let mut slots = Slots::new(device, if identity { 0 } else { block * stride });
+    slots.run(blocks * groups, |task, scratch| {
+        let (b, group) = (task / groups, task % groups);
+        let first = b * block;
+        let rows = block.min(count - first);
+        let mut pixels = [(0, 0); BLOCK];
+        for (r, pixel) in pixels[..rows].iter_mut().enumerate() {
+            let [image, i, j] = patches.place(first + r);
+            let (i, j) = (i * target.step + target.row, j * target.step + target.col);
+            *pixel = (((image * target.h + i) * target.w + j) * c_out, image);
+        }
+        let a = if identity {
+            x[first * stride..].as_ptr()
+        } else {
+            // SAFETY: the processor has V; scratch holds `block` rows of `stride >= depth`; x is as long as `patches` says.
+            unsafe { gather::<V>(patches, x.as_ptr(), first, rows, scratch.as_mut_ptr(), stride) };
+            scratch.as_ptr()
+        };
+        for p in piece(panel_count, groups, group) {
+            let first_column = p * panel_width::<V>();
+            let columns = panel_width::<V>().min(c_out - first_column);
+            let finish = Finish { y, pixels: &pixels[..rows], c: c_out, first_column, plus: target.plus };
+            let panel = panels[p * depth * panel_width::<V>()..].as_ptr();
+            // SAFETY: the processor has V; `a` holds `rows` rows of `depth`, the panel `depth` rows; the task owns these
+            // columns of these pixels, which `last` above shows to be inside y.
+            unsafe { rows_by_panel::<V, _, false>(rows, columns, depth, a, stride, panel, finish) };
+        }
+    });
+}
+
+/// The weight as panels of output channels, `patches.depth()` rows each.
+fn pack<V: Vector>(
+    device: &Device,
+    weight: Weight<'_>,
+    towards: Towards,
+    patches: Patches,
+    taps: [TapOf; 2],
+) -> Buffer {
+    let width = panel_width::<V>();
+    let (c_out, c) = match towards {
+        Towards::Output => (weight.c_out, weight.c_in),
+        Towards::Input => (weight.c_in, weight.c_out),
+    };
+    assert_eq!(c, patches.c, "the weight reads {c} channels");
+    assert_eq!(weight.data.len(), weight.c_out * weight.row_stride());
+    let tap_count = patches.rows.taps * patches.cols.taps;
+    let panel_count = c_out.div_ceil(width);
+    let mut buffer = device.alloc(panel_count * tap_count * c * width);
+    let out = Shared::new(buffer.as_mut_slice());
+    gemm::for_each_task(panel_count * tap_count, |task| {
+        let (p, tap) = (task / tap_count, task % tap_count);
+        let (first, columns) = (p * width, width.min(c_out - p * width));
+        let row = taps[0].first + (tap / patches.cols.taps) as isize * taps[0].step;
+        let col = taps[1].first + (tap % patches.cols.taps) as isize * taps[1].step;
+        let tap_offset = (row as usize * weight.kw + col as usize) * weight.c_in;
+        // SAFETY: the processor has V; the reads are slices of the weight; task i owns rows i * c .. (i + 1) * c of all panels.
+        unsafe {
+            let panel = out.at(task * c * width);
+            match towards {
+                Towards::Output => {
+                    let from = &weight.data[first * weight.row_stride() + tap_offset..];
+                    gemm::pack_columns::<V>(c, columns, from.as_ptr(), weight.row_stride(), panel)
+                }
+                Towards::Input => {
+                    let from = &weight.data[tap_offset + first..];
+                    gemm::pack_rows::<V>(c, columns, from.as_ptr(), weight.row_stride(), panel)
+                }
+            }
+        }
+    });
+    buffer
+}
+
+/// `count` floats from `from` to `to`.
+#[inline(always)]
+unsafe fn copy<V: Vector>(from: *const f32, to: *mut f32, count: usize) {
+    // SAFETY: both are valid for `count` floats, says the caller, as is the processor.
+    unsafe {
+        let mut i = 0;
+        while i + V::LANES <= count {
+            V::load(from.add(i)).store(to.add(i));
+            i += V::LANES;
+        }
+        if i < count {
+            V::load_first(from.add(i), count - i).store_first(to.add(i), count - i);
+        }
+    }
+}
+
+/// `count` zeros.
+#[inline(always)]
+unsafe fn zero<V: Vector>(to: *mut f32, count: usize) {
+    // SAFETY: as for `copy`.
+    unsafe {
+        let mut i = 0;
+        while i + V::LANES <= count {
+            V::splat(0.0).store(to.add(i));
+            i += V::LANES;
+        }
+        if i < count {
+            V::splat(0.0).store_first(to.add(i), count - i);
+        }
+    }
+}
+
+kernel! {
+    /// Patches `first .. first + count` into rows `stride` apart. Taps beside each other lie beside each other in the image, so each row of
+    /// a patch is one run of memory, cut where the image ends.
+    unsafe fn gather<V>(patches: Patches, x: *const f32, first: usize, count: usize, out: *mut f32, stride: usize) {
+        let Patches { rows, cols, c, .. } = patches;
+        for r in 0..count {
+            let [image, i, j] = patches.place(first + r);
+            let start = (j * cols.stride) as isize + cols.first;
+            let from = start.clamp(0, cols.len as isize);
+            let to = (start + cols.taps as isize).clamp(0, cols.len as isize);
+            let before = (from - start).clamp(0, cols.taps as isize) as usize * c;
+            let inside = (to - from) as usize * c;
+            let run = cols.taps * c;
+            for t in 0..rows.taps {
+                let out = out.add(r * stride + t * run);
+                let row = (i * rows.stride) as isize + rows.first + t as isize;
+                if row < 0 || row >= rows.len as isize || inside == 0 {
+                    zero::<V>(out, run);
+                    continue;
+                }
+                let x = x.add(((image * rows.len + row as usize) * cols.len + from as usize) * c);
+                zero::<V>(out, before);
+                copy::<V>(x, out.add(before), inside);
+                zero::<V>(out.add(before + inside), run - before - inside);
+            }
+        }
+    }
+}
+
+kernel! {
+    /// Columns `column .. column + columns` of patches `first .. first + count`, as a panel.
+    unsafe fn gather_panel<V>(
+        patches: Patches,
+        x: *const f32,
+        first: usize,
+        count: usize,
+        column: usize,
+        columns: usize,
+        panel: *mut f32,
+    ) {
+        let Patches { rows, cols, c, .. } = patches;
+        let width = panel_width::<V>();
+        if columns < width {
+            zero::<V>(panel, count * width);
+        }
+        let mut done = 0;
+        while done < columns {
+            let (tap, channel) = ((column + done) / c, (column + done) % c);
+            let run = (c - channel).min(columns - done);
+            let (tap_row, tap_col) = (tap / cols.taps, tap % cols.taps);
+            let [mut image, mut i, mut j] = patches.place(first);
+            for r in 0..count {
+                let row = (i * rows.stride) as isize + rows.first + tap_row as isize;
+                let col = (j * cols.stride) as isize + cols.first + tap_col as isize;
+                let out = panel.add(r * width + done);
+                if row < 0 || row >= rows.len as isize || col < 0 || col >= cols.len as isize {
+                    zero::<V>(out, run);
+                } else {
+                    let pixel = (image * rows.len + row as usize) * cols.len + col as usize;
+                    copy::<V>(x.add(pixel * c + channel), out, run);
+                }
+                j += 1;
+                if j == cols.out {
+                    (i, j) = (i + 1, 0);
+                    if i == rows.out {
+                        (image, i) = (image + 1, 0);
+                    }
+                }
+            }
+            done += run;
+        }
+    }
+}
+
+/// `dw[o][q] = sum over patches p of dy[p][o] patch[p][q]`, stored in `dw` or added to it.
+pub(crate) fn weight_gradient<V: Vector>(
+    device: &Device,
+    x: &[f32],
+    patches: Patches,
+    dy: &[f32],
+    c_out: usize,
+    dw: &mut [f32],
+    accumulate: bool,
+) {
+    /// Pixels between two passes over the sums: 32 KiB of panel in the L1 cache.
+    const CHUNK: usize = 256;
+    let (count, depth, width) = (patches.count(), patches.depth(), panel_width::<V>());
+    assert_eq!(x.len(), patches.n * patches.rows.len * patches.cols.len * patches.c);
+    assert_eq!(dy.len(), count * c_out);
+    assert_eq!(dw.len(), c_out * depth);
+    let panels = depth.div_ceil(width);
+    // Few panels (the first layer) would leave cores without work: the pixels are cut into parts whose sums are added in order. The
+    // shape alone decides into how many.
+    let parts = 16usize.div_ceil(panels).min(count.div_ceil(4 * CHUNK)).max(1);
+    let each = c_out * width;
+    let mut sums = device.alloc(parts * panels * each);
+    let out = Shared::new(sums.as_mut_slice());
+    let mut slots = Slots::new(device, CHUNK * width);
+    slots.run(parts * panels, |task, scratch| {
+        let (part, p) = (task / panels, task % panels);
+        let columns = width.min(depth - p * width);
+        let pixels = piece(count, parts, part);
+        for first in pixels.clone().step_by(CHUNK) {
+            let chunk = CHUNK.min(pixels.end - first);
+            let (panel, dy) = (scratch.as_mut_ptr(), dy[first * c_out..].as_ptr());
+            // SAFETY: the processor has V; scratch holds CHUNK rows of a panel; dy holds `chunk` rows of c_out from `first`; task i
+            // owns sums[i].
+            unsafe {
+                gather_panel::<V>(patches, x.as_ptr(), first, chunk, p * width, columns, panel);
+                let c = Shared::new_at(out.at(task * each));
+                if first == pixels.start {
+                    let store = gemm::Overwrite { c, stride: width };
+                    rows_by_panel::<V, _, true>(c_out, columns, chunk, dy, c_out, panel, store);
+                } else {
+                    let add = gemm::Accumulate { c, stride: width };
+                    rows_by_panel::<V, _, true>(c_out, columns, chunk, dy, c_out, panel, add);
+                }
+            }
+        }
+    });
+    let sums = sums.as_slice();
+    let dw = Shared::new(dw);
+    gemm::for_each_task(c_out, |o| {
+        for p in 0..panels {
+            let columns = width.min(depth - p * width);
+            // SAFETY: task o owns row o of dw.
+            let dw = unsafe { std::slice::from_raw_parts_mut(dw.at(o * depth + p * width), columns) };
+            for (j, dw) in dw.iter_mut().enumerate() {
+                let part = |part: usize| sums[((part * panels + p) * c_out + o) * width + j];
+                let sum = (1..parts).fold(part(0), |sum, i| sum + part(i));
+                *dw = if accumulate { *dw + sum } else { sum };
+            }
+        }
+    });
+}

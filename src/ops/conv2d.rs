@@ -1,0 +1,444 @@
+//! `y[n,i,j,o] = b[o] + sum over u,v,k of x[n, i s + u - top, j s + v - left, k] w[o,u,v,k]`, and on the way out `+ shift[n,o]
+//! + residual[n,i,j,o]`.
+//!
+//! Shapes: `x` (n, h, w, c_in), `w` (c_out, kh, kw, c_in), `b` (c_out), `y` (n, oh, ow, c_out) with
+//! `oh = (h + top + bottom - kh) / s + 1`, likewise `ow`; `x` is zero outside. The shift, (n, 1, 1, c_out), is the time projection of a residual
+//! block, and the residual, shaped like `y`, its skip: both ride on a store that happens anyway.
+//!
+//! Gradient, each by the chain rule on the one line above:
+//! - `dx[n,p,q,k] = sum over o,u,v with p = i s + u - top, q = j s + v - left of dy[n,i,j,o] w[o,u,v,k]`
+//! - `dw[o,u,v,k] = sum over n,i,j of dy[n,i,j,o] x[n, i s + u - top, j s + v - left, k]`
+//! - `dshift[n,o] = sum over i,j of dy[n,i,j,o]`, `db[o] = sum over n of dshift[n,o]`
+//! - `dresidual = dy`: the same tensor, handed on.
+//!
+//! Saved: a handle to `x`. `dx` is not computed when nobody wants it.
+//!
+//! Numerics: f32 sums. An image's result does not depend on the others in its batch: the method is chosen by the
+//! image's shape alone, and every element is summed in an order of its own that no blocking changes.
+
+use crate::device::Device;
+use crate::device::cpu::simd::{self, Level};
+use crate::error::Result;
+use crate::params::Param;
+use crate::tape::{Backward, Grads, Tape, Var, VarId};
+use crate::tensor::{Shape, Tensor};
+
+/// Rows and columns of zeros around the image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub struct Pad {
+    pub top: usize,
+    pub left: usize,
+    pub bottom: usize,
+    pub right: usize,
+}
+
+impl Pad {
+    /// The same on every side.
+    pub const fn all(pixels: usize) -> Self {
+        Pad { top: pixels, left: pixels, bottom: pixels, right: pixels }
+    }
+}
+
+/// Stride and padding.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Geometry {
+    /// Pixels between outputs, in both directions.
+    pub stride: usize,
+    /// Zeros around the image.
+    pub pad: Pad,
+}
+
+impl Geometry {
+    /// Stride 1 and the padding that keeps the size under a 3x3 kernel.
+    pub const SAME_3X3: Geometry = Geometry { stride: 1, pad: Pad::all(1) };
+    /// Halves an even size with a 3x3 kernel: zeros right and below only, as the paper's code has it.
+    pub const HALVE_3X3: Geometry = Geometry { stride: 2, pad: Pad { top: 0, left: 0, bottom: 1, right: 1 } };
+    /// For a 1x1 kernel.
+    pub const POINTWISE: Geometry = Geometry { stride: 1, pad: Pad::all(0) };
+
+    /// Shape of the output for an image batch `x` and a weight `w` (c_out, kh, kw, c_in).
+    pub fn output(&self, x: Shape, w: Shape) -> Shape {
+        let Pad { top, left, bottom, right } = self.pad;
+        assert!(
+            self.stride > 0 && x.h + top + bottom >= w.h && x.w + left + right >= w.w,
+            "conv2d: a {}x{} kernel over {x} with {self:?}",
+            w.h,
+            w.w
+        );
+        let extent = |len: usize, k: usize| (len - k) / self.stride + 1;
+        Shape::new(x.n, extent(x.h + top + bottom, w.h), extent(x.w + left + right, w.w), w.n)
+    }
+}
+
+/// What is added to the convolution on its way out.
+#[derive(Clone, Copy, Default)]
+pub struct Plus<'a> {
+    /// (n, 1, 1, c_out), added to every pixel of its image.
+    pub shift: Option<&'a Var>,
+    /// Shaped like the output.
+    pub residual: Option<&'a Var>,
+}
+
+/// How a convolution is computed on the CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Algorithm {
+    /// As a matrix product over gathered patches; any convolution.
+    Direct,
+}
+
+/// An algorithm for each of the three products, and the vector instructions to use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Method {
+    /// For `y`.
+    pub forward: Algorithm,
+    /// For `dx`.
+    pub dgrad: Algorithm,
+    /// For `dw`.
+    pub wgrad: Algorithm,
+    /// Instructions; the processor must have them.
+    pub level: Level,
+}
+
+impl Method {
+    /// One algorithm for all three.
+    pub fn all(algorithm: Algorithm, level: Level) -> Self {
+        Method { forward: algorithm, dgrad: algorithm, wgrad: algorithm, level }
+    }
+
+    /// The fastest known for this shape.
+    pub fn choose(_x: Shape, _w: Shape, _geometry: Geometry) -> Self {
+        Method::all(Algorithm::Direct, simd::level())
+    }
+}
+
+/// Convolution with bias; `weight` (c_out, kh, kw, c_in), `bias` (1, 1, 1, c_out).
+pub fn conv2d(
+    tape: &mut Tape<'_>,
+    x: &Var,
+    weight: Param,
+    bias: Param,
+    geometry: Geometry,
+    plus: Plus<'_>,
+) -> Result<Var> {
+    let method = Method::choose(x.shape(), tape.params().shape(weight), geometry);
+    conv2d_by(tape, x, weight, bias, geometry, plus, method)
+}
+
+/// [`conv2d`] by a given method: for tests, and for benches that look for the crossovers.
+pub fn conv2d_by(
+    tape: &mut Tape<'_>,
+    x: &Var,
+    weight: Param,
+    bias: Param,
+    geometry: Geometry,
+    plus: Plus<'_>,
+    method: Method,
+) -> Result<Var> {
+    let (xs, ws, bs) = (x.shape(), tape.params().shape(weight), tape.params().shape(bias));
+    assert_eq!(ws.c, xs.c, "conv2d: weight expects c_in={}, x has c={} (x: {xs})", ws.c, xs.c);
+    assert_eq!(bs, Shape::vector(ws.n), "conv2d: bias is {bs} for c_out={}", ws.n);
+    let ys = geometry.output(xs, ws);
+    if let Some(shift) = plus.shift {
+        let want = Shape::new(ys.n, 1, 1, ys.c);
+        assert_eq!(shift.shape(), want, "conv2d: shift is {}, expected {want}", shift.shape());
+    }
+    if let Some(residual) = plus.residual {
+        assert_eq!(residual.shape(), ys, "conv2d: residual is {}, the output {ys}", residual.shape());
+    }
+    let mut y = Tensor::uninit(tape.device(), ys);
+    match tape.device() {
+        Device::Cpu(_) => {
+            let (weight, bias) = (tape.params().get(weight), tape.params().get(bias));
+            let plus = cpu::Plus {
+                bias: Some(bias),
+                shift: plus.shift.map(Var::data),
+                residual: plus.residual.map(Var::data),
+            };
+            cpu::forward(tape.device(), method, x.data(), xs, weight, ws, geometry, plus, y.data_mut());
+        }
+    }
+    tape.push("conv2d", y, || Conv2dBackward {
+        x: x.value().clone(),
+        x_id: x.id(),
+        weight,
+        bias,
+        shift: plus.shift.and_then(Var::id),
+        residual: plus.residual.and_then(Var::id),
+        geometry,
+        method,
+    })
+}
+
+struct Conv2dBackward {
+    x: Tensor,
+    x_id: Option<VarId>,
+    weight: Param,
+    bias: Param,
+    shift: Option<VarId>,
+    residual: Option<VarId>,
+    geometry: Geometry,
+    method: Method,
+}
+
+impl Backward for Conv2dBackward {
+    fn name(&self) -> &'static str {
+        "conv2d"
+    }
+
+    fn saved(&self) -> Vec<&Tensor> {
+        vec![&self.x]
+    }
+
+    fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let (device, xs, ys) = (grads.device(), self.x.shape(), dy.shape());
+        let ws = grads.weight_shape(self.weight);
+        match device {
+            Device::Cpu(_) => {
+                let dw = grads.param(self.weight);
+                cpu::wgrad(device, self.method, self.x.data(), xs, dy.data(), ws, self.geometry, dw);
+                let mut dshift = Tensor::uninit(device, Shape::new(ys.n, 1, 1, ys.c)); // (n, 1, 1, c_out)
+                cpu::sum_pixels(device, self.method, dy.data(), &mut dshift);
+                cpu::sum_images(dshift.data(), grads.param(self.bias));
+                if let Some(shift) = self.shift {
+                    grads.add(shift, dshift);
+                }
+                if let Some(id) = self.x_id {
+                    let mut dx = Tensor::uninit(device, xs);
+                    let weight = grads.weight(self.weight);
+                    cpu::dgrad(device, self.method, dy.data(), ys, weight, ws, self.geometry, xs, dx.data_mut());
+                    grads.add(id, dx);
+                }
+            }
+        }
+        if let Some(residual) = self.residual {
+            grads.add(residual, dy);
+        }
+        Ok(())
+    }
+}
+
+/// The definition.
+pub mod reference {
+    use num_traits::Float;
+
+    use super::Geometry;
+    use crate::tensor::Shape;
+
+    /// A convolution's inputs; `shift` and `residual` as in [`super::Plus`].
+    #[derive(Clone, Copy)]
+    #[allow(missing_docs)]
+    pub struct Inputs<'a, T> {
+        pub x: &'a [T],
+        pub x_shape: Shape,
+        pub weight: &'a [T],
+        pub weight_shape: Shape,
+        pub bias: &'a [T],
+        pub shift: Option<&'a [T]>,
+        pub residual: Option<&'a [T]>,
+        pub geometry: Geometry,
+    }
+
+    /// Gradients of [`Inputs`]; that of the residual is `dy`.
+    #[allow(missing_docs)]
+    pub struct Gradients<T> {
+        pub x: Vec<T>,
+        pub weight: Vec<T>,
+        pub bias: Vec<T>,
+        pub shift: Vec<T>,
+    }
+
+    impl<T> Inputs<'_, T> {
+        /// Calls `f(y, x, w)` with the indices of every product that enters an output, in the order of y, then u, v, k.
+        fn for_each_product(&self, mut f: impl FnMut(usize, usize, usize)) {
+            let (xs, ws) = (self.x_shape, self.weight_shape);
+            let (ys, s, pad) = (self.geometry.output(xs, ws), self.geometry.stride, self.geometry.pad);
+            for n in 0..ys.n {
+                for i in 0..ys.h {
+                    for j in 0..ys.w {
+                        for o in 0..ys.c {
+                            for u in 0..ws.h {
+                                for v in 0..ws.w {
+                                    // Rows and columns counted from the padding's corner.
+                                    let (p, q) = (i * s + u, j * s + v);
+                                    if p < pad.top || p >= xs.h + pad.top || q < pad.left || q >= xs.w + pad.left {
+                                        continue;
+                                    }
+                                    let x = ((n * xs.h + p - pad.top) * xs.w + q - pad.left) * xs.c;
+                                    let w = ((o * ws.h + u) * ws.w + v) * ws.c;
+                                    for k in 0..xs.c {
+                                        f(((n * ys.h + i) * ys.w + j) * ys.c + o, x + k, w + k);
+                                    }
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// `y`.
+    pub fn forward<T: Float>(a: &Inputs<'_, T>) -> Vec<T> {
+        let ys = a.geometry.output(a.x_shape, a.weight_shape);
+        let mut y = vec![T::zero(); ys.len()];
+        a.for_each_product(|iy, ix, iw| y[iy] = y[iy] + a.x[ix] * a.weight[iw]);
+        for (i, y) in y.iter_mut().enumerate() {
+            let (image, o) = (i / (ys.pixels() * ys.c), i % ys.c);
+            *y = *y + a.bias[o];
+            if let Some(shift) = a.shift {
+                *y = *y + shift[image * ys.c + o];
+            }
+            if let Some(residual) = a.residual {
+                *y = *y + residual[i];
+            }
+        }
+        y
+    }
+
+    /// `dx`, `dw`, `db`, `dshift`.
+    pub fn backward<T: Float>(a: &Inputs<'_, T>, dy: &[T]) -> Gradients<T> {
+        let ys = a.geometry.output(a.x_shape, a.weight_shape);
+        let mut d = Gradients {
+            x: vec![T::zero(); a.x.len()],
+            weight: vec![T::zero(); a.weight.len()],
+            bias: vec![T::zero(); ys.c],
+            shift: vec![T::zero(); ys.n * ys.c],
+        };
+        a.for_each_product(|iy, ix, iw| {
+            d.x[ix] = d.x[ix] + dy[iy] * a.weight[iw];
+            d.weight[iw] = d.weight[iw] + dy[iy] * a.x[ix];
+        });
+        for (i, &dy) in dy.iter().enumerate() {
+            let (image, o) = (i / (ys.pixels() * ys.c), i % ys.c);
+            d.bias[o] = d.bias[o] + dy;
+            d.shift[image * ys.c + o] = d.shift[image * ys.c + o] + dy;
+        }
+        d
+    }
+}
+
+mod cpu {
+    pub(super) use crate::device::cpu::direct::Plus;
+    use crate::device::cpu::direct::{self, Axis, Patches, TapOf, Target, Towards, Weight};
+    use crate::device::cpu::gemm;
+    use crate::device::cpu::vector::with_vector;
+    use crate::params::ParamGrad;
+
+    use super::*;
+
+    /// The patches of the forward pass.
+    fn patches(xs: Shape, ws: Shape, ys: Shape, g: Geometry) -> Patches {
+        let axis = |out, len, taps, before: usize| Axis { out, len, taps, stride: g.stride, first: -(before as isize) };
+        let (rows, cols) = (axis(ys.h, xs.h, ws.h, g.pad.top), axis(ys.w, xs.w, ws.w, g.pad.left));
+        Patches { n: xs.n, rows, cols, c: xs.c }
+    }
+
+    fn weight(data: &[f32], ws: Shape) -> Weight<'_> {
+        Weight { data, c_out: ws.n, kh: ws.h, kw: ws.w, c_in: ws.c }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    pub fn forward(
+        device: &Device,
+        method: Method,
+        x: &[f32],
+        xs: Shape,
+        w: &[f32],
+        ws: Shape,
+        g: Geometry,
+        plus: Plus<'_>,
+        y: &mut [f32],
+    ) {
+        let ys = g.output(xs, ws);
+        match method.forward {
+            Algorithm::Direct => {
+                let straight = TapOf { first: 0, step: 1 };
+                let target = Target { h: ys.h, w: ys.w, c: ys.c, step: 1, row: 0, col: 0, plus };
+                let (patches, w) = (patches(xs, ws, ys, g), weight(w, ws));
+                with_vector!(method.level, V => {
+                    direct::outputs::<V>(device, x, patches, w, Towards::Output, [straight; 2], y, target)
+                });
+            }
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    pub fn dgrad(
+        device: &Device,
+        method: Method,
+        dy: &[f32],
+        ys: Shape,
+        w: &[f32],
+        ws: Shape,
+        g: Geometry,
+        xs: Shape,
+        dx: &mut [f32],
+    ) {
+        match method.dgrad {
+            Algorithm::Direct => {
+                // Pixels p = s i + a of dx, for one remainder a, are reached by the taps u = a + before (mod s): from dy's
+                // pixel i + (a + before - u) / s. In order of that pixel: the largest u first.
+                let axis = |a: usize, x_len: usize, y_len: usize, k: usize, before: usize| {
+                    let u = (a + before) % g.stride;
+                    let taps = if u < k { (k - 1 - u) / g.stride + 1 } else { 0 };
+                    let largest = u + taps.saturating_sub(1) * g.stride;
+                    let first = ((a + before) as isize - largest as isize) / g.stride as isize;
+                    let out = x_len.saturating_sub(a).div_ceil(g.stride);
+                    let tap_of = TapOf { first: largest as isize, step: -(g.stride as isize) };
+                    (Axis { out, len: y_len, taps, stride: 1, first }, tap_of)
+                };
+                for a in 0..g.stride {
+                    for b in 0..g.stride {
+                        let (rows, row_tap) = axis(a, xs.h, ys.h, ws.h, g.pad.top);
+                        let (cols, col_tap) = axis(b, xs.w, ys.w, ws.w, g.pad.left);
+                        let patches = Patches { n: xs.n, rows, cols, c: ws.n };
+                        let plus = Plus::default();
+                        let target = Target { h: xs.h, w: xs.w, c: xs.c, step: g.stride, row: a, col: b, plus };
+                        let w = weight(w, ws);
+                        with_vector!(method.level, V => {
+                            direct::outputs::<V>(device, dy, patches, w, Towards::Input, [row_tap, col_tap], dx, target)
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    pub fn wgrad(
+        device: &Device,
+        method: Method,
+        x: &[f32],
+        xs: Shape,
+        dy: &[f32],
+        ws: Shape,
+        g: Geometry,
+        dw: ParamGrad<'_>,
+    ) {
+        let ys = g.output(xs, ws);
+        match method.wgrad {
+            Algorithm::Direct => {
+                let patches = patches(xs, ws, ys, g);
+                with_vector!(method.level, V => {
+                    direct::weight_gradient::<V>(device, x, patches, dy, ys.c, dw.data, dw.accumulate)
+                });
+            }
+        }
+    }
+
+    /// `dshift`, shaped (n, 1, 1, c).
+    pub fn sum_pixels(device: &Device, method: Method, dy: &[f32], dshift: &mut Tensor) {
+        let Shape { n, c, .. } = dshift.shape();
+        with_vector!(method.level, V => gemm::column_sums::<V>(device, dy, n, c, dshift.data_mut()));
+    }
+
+    /// `db`, the images in order.
+    pub fn sum_images(dshift: &[f32], db: ParamGrad<'_>) {
+        let c = db.data.len();
+        for (o, db_o) in db.data.iter_mut().enumerate() {
+            let sum = dshift[o..].iter().step_by(c).fold(0.0, |sum, s| sum + s);
+            *db_o = if db.accumulate { *db_o + sum } else { sum };
+        }
+    }
+}

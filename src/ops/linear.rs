@@ -1,0 +1,199 @@
+//! `y[p,o] = b[o] + sum over k of x[p,k] w[o,k]` for every pixel or token `p`, and on the way out `+ residual[p,o]`.
+//!
+//! Shapes: `x` (n, h, w, c_in), `w` (c_out, 1, 1, c_in), `b` (c_out) or none, `y` and the residual (n, h, w, c_out).
+//!
+//! Gradient:
+//! - `dx[p,k] = sum over o of dy[p,o] w[o,k]`
+//! - `dw[o,k] = sum over p of dy[p,o] x[p,k]`
+//! - `db[o] = sum over p of dy[p,o]`
+//! - `dresidual = dy`: the same tensor, handed on.
+//!
+//! Saved: a handle to `x`. `dx` is not computed when nobody wants it.
+//!
+//! Numerics: f32 sums, each over `k` in order, so a row's bits do not depend on the rows beside it.
+
+use crate::device::Device;
+use crate::device::cpu::simd::{self, Level};
+use crate::error::Result;
+use crate::params::Param;
+use crate::tape::{Backward, Grads, Tape, Var, VarId};
+use crate::tensor::{Shape, Tensor};
+
+/// A linear layer over the channels; `weight` (c_out, 1, 1, c_in), `bias` (1, 1, 1, c_out).
+pub fn linear(tape: &mut Tape<'_>, x: &Var, weight: Param, bias: Option<Param>, residual: Option<&Var>) -> Result<Var> {
+    linear_by(tape, x, weight, bias, residual, simd::level())
+}
+
+/// [`linear`] with given vector instructions, which the processor must have: for tests.
+pub fn linear_by(
+    tape: &mut Tape<'_>,
+    x: &Var,
+    weight: Param,
+    bias: Option<Param>,
+    residual: Option<&Var>,
+    level: Level,
+) -> Result<Var> {
+    let (xs, ws) = (x.shape(), tape.params().shape(weight));
+    assert_eq!(ws, Shape::new(ws.n, 1, 1, xs.c), "linear: weight is {ws} for x {xs}");
+    if let Some(bias) = bias {
+        let bs = tape.params().shape(bias);
+        assert_eq!(bs, Shape::vector(ws.n), "linear: bias is {bs} for c_out={}", ws.n);
+    }
+    let ys = xs.with_c(ws.n);
+    if let Some(residual) = residual {
+        assert_eq!(residual.shape(), ys, "linear: residual is {}, the output {ys}", residual.shape());
+    }
+    let mut y = Tensor::uninit(tape.device(), ys);
+    match tape.device() {
+        Device::Cpu(_) => {
+            let params = tape.params();
+            let plus = cpu::Plus { bias: bias.map(|b| params.get(b)), shift: None, residual: residual.map(Var::data) };
+            cpu::forward(tape.device(), level, x.data(), params.get(weight), ws, plus, y.data_mut());
+        }
+    }
+    tape.push("linear", y, || LinearBackward {
+        x: x.value().clone(),
+        x_id: x.id(),
+        weight,
+        bias,
+        residual: residual.and_then(Var::id),
+        level,
+    })
+}
+
+struct LinearBackward {
+    x: Tensor,
+    x_id: Option<VarId>,
+    weight: Param,
+    bias: Option<Param>,
+    residual: Option<VarId>,
+    level: Level,
+}
+
+impl Backward for LinearBackward {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn saved(&self) -> Vec<&Tensor> {
+        vec![&self.x]
+    }
+
+    fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let (device, xs) = (grads.device(), self.x.shape());
+        let ws = grads.weight_shape(self.weight);
+        match device {
+            Device::Cpu(_) => {
+                cpu::wgrad(device, self.level, self.x.data(), dy.data(), ws, grads.param(self.weight));
+                if let Some(bias) = self.bias {
+                    cpu::bias_grad(device, self.level, dy.data(), grads.param(bias));
+                }
+                if let Some(id) = self.x_id {
+                    let mut dx = Tensor::uninit(device, xs);
+                    cpu::dgrad(device, self.level, dy.data(), grads.weight(self.weight), ws, dx.data_mut());
+                    grads.add(id, dx);
+                }
+            }
+        }
+        if let Some(residual) = self.residual {
+            grads.add(residual, dy);
+        }
+        Ok(())
+    }
+}
+
+/// The definition; `x` holds rows of `c_in`, `weight` `c_out` rows of `c_in`.
+pub mod reference {
+    use num_traits::Float;
+
+    /// `y`.
+    pub fn forward<T: Float>(x: &[T], weight: &[T], c_in: usize, bias: Option<&[T]>, residual: Option<&[T]>) -> Vec<T> {
+        let c_out = weight.len() / c_in;
+        let mut y = Vec::with_capacity(x.len() / c_in * c_out);
+        for x in x.chunks_exact(c_in) {
+            for (o, w) in weight.chunks_exact(c_in).enumerate() {
+                let mut sum = x.iter().zip(w).fold(T::zero(), |sum, (&x, &w)| sum + x * w);
+                if let Some(bias) = bias {
+                    sum = sum + bias[o];
+                }
+                if let Some(residual) = residual {
+                    sum = sum + residual[y.len()];
+                }
+                y.push(sum);
+            }
+        }
+        y
+    }
+
+    /// `dx`, `dw`, `db`; the gradient of the residual is `dy`.
+    pub fn backward<T: Float>(x: &[T], weight: &[T], c_in: usize, dy: &[T]) -> [Vec<T>; 3] {
+        let c_out = weight.len() / c_in;
+        let mut dx = vec![T::zero(); x.len()];
+        let mut dw = vec![T::zero(); weight.len()];
+        let mut db = vec![T::zero(); c_out];
+        for (p, dy) in dy.chunks_exact(c_out).enumerate() {
+            for o in 0..c_out {
+                db[o] = db[o] + dy[o];
+                for k in 0..c_in {
+                    dx[p * c_in + k] = dx[p * c_in + k] + dy[o] * weight[o * c_in + k];
+                    dw[o * c_in + k] = dw[o * c_in + k] + dy[o] * x[p * c_in + k];
+                }
+            }
+        }
+        [dx, dw, db]
+    }
+}
+
+/// A linear layer is the convolution of one long row of pixels with a 1x1 kernel.
+mod cpu {
+    pub(super) use crate::device::cpu::direct::Plus;
+    use crate::device::cpu::direct::{self, Axis, Patches, TapOf, Target, Towards, Weight};
+    use crate::device::cpu::gemm;
+    use crate::device::cpu::vector::with_vector;
+    use crate::params::ParamGrad;
+
+    use super::*;
+
+    const TAP: [TapOf; 2] = [TapOf { first: 0, step: 1 }; 2];
+
+    fn pixels(count: usize, c: usize) -> Patches {
+        let axis = |len| Axis { out: len, len, taps: 1, stride: 1, first: 0 };
+        Patches { n: 1, rows: axis(1), cols: axis(count), c }
+    }
+
+    fn weight(data: &[f32], ws: Shape) -> Weight<'_> {
+        Weight { data, c_out: ws.n, kh: 1, kw: 1, c_in: ws.c }
+    }
+
+    pub fn forward(device: &Device, level: Level, x: &[f32], w: &[f32], ws: Shape, plus: Plus<'_>, y: &mut [f32]) {
+        let (pixels, w) = (pixels(x.len() / ws.c, ws.c), weight(w, ws));
+        let target = Target { h: 1, w: pixels.cols.out, c: ws.n, step: 1, row: 0, col: 0, plus };
+        with_vector!(level, V => direct::outputs::<V>(device, x, pixels, w, Towards::Output, TAP, y, target));
+    }
+
+    pub fn dgrad(device: &Device, level: Level, dy: &[f32], w: &[f32], ws: Shape, dx: &mut [f32]) {
+        let (pixels, w) = (pixels(dy.len() / ws.n, ws.n), weight(w, ws));
+        let plus = Plus::default();
+        let target = Target { h: 1, w: pixels.cols.out, c: ws.c, step: 1, row: 0, col: 0, plus };
+        with_vector!(level, V => direct::outputs::<V>(device, dy, pixels, w, Towards::Input, TAP, dx, target));
+    }
+
+    pub fn wgrad(device: &Device, level: Level, x: &[f32], dy: &[f32], ws: Shape, dw: ParamGrad<'_>) {
+        let pixels = pixels(x.len() / ws.c, ws.c);
+        with_vector!(level, V => {
+            direct::weight_gradient::<V>(device, x, pixels, dy, ws.n, dw.data, dw.accumulate)
+        });
+    }
+
+    pub fn bias_grad(device: &Device, level: Level, dy: &[f32], db: ParamGrad<'_>) {
+        let c = db.data.len();
+        let mut sums = device.alloc(c);
+        with_vector!(level, V => gemm::column_sums::<V>(device, dy, 1, c, sums.as_mut_slice()));
+        let sums = sums.as_slice();
+        if db.accumulate {
+            db.data.iter_mut().zip(sums).for_each(|(db, s)| *db += s);
+        } else {
+            db.data.copy_from_slice(sums);
+        }
+    }
+}

@@ -1,0 +1,269 @@
+use ddpm_cuda::device::Device;
+use ddpm_cuda::device::cpu::simd::{self, Level};
+use ddpm_cuda::ops::conv2d::reference::{self, Inputs};
+use ddpm_cuda::ops::conv2d::{Algorithm, Geometry, Method, Pad, Plus, conv2d, conv2d_by};
+use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
+use ddpm_cuda::tape::{Tape, Var};
+use ddpm_cuda::tensor::{Shape, Tensor};
+use num_traits::Float;
+
+use crate::support::{close, finite_differences, numbers, same_bits, to_f32};
+
+/// One convolution: `x` (n, h, w, c_in), `w` (c_out, kh, kw, c_in).
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    x: Shape,
+    w: Shape,
+    geometry: Geometry,
+}
+
+const fn case(x: [usize; 4], w: [usize; 3], geometry: Geometry) -> Case {
+    Case { x: Shape::new(x[0], x[1], x[2], x[3]), w: Shape::new(w[0], w[1], w[2], x[3]), geometry }
+}
+
+const SAME: Geometry = Geometry::SAME_3X3;
+const HALVE: Geometry = Geometry::HALVE_3X3;
+
+/// Sizes of one, primes, one over the register tile (32 columns, 14 rows), one over a block, non-square, every kind of padding.
+const CASES: [Case; 18] = [
+    case([1, 1, 1, 1], [1, 1, 1], Geometry::POINTWISE),
+    case([1, 1, 1, 1], [1, 3, 3], SAME),
+    case([2, 5, 7, 3], [5, 3, 3], SAME),
+    case([2, 6, 5, 17], [33, 3, 3], SAME),
+    case([3, 7, 3, 32], [1, 3, 3], SAME),
+    case([2, 9, 11, 1], [32, 3, 3], SAME),
+    case([2, 8, 8, 16], [48, 3, 3], SAME),
+    case([1, 13, 10, 32], [16, 3, 3], SAME),
+    case([1, 3, 19, 5], [7, 1, 1], Geometry::POINTWISE),
+    case([2, 6, 8, 19], [34, 3, 3], HALVE),
+    case([1, 7, 5, 4], [3, 3, 3], HALVE),
+    case([1, 9, 7, 3], [4, 3, 3], Geometry { stride: 2, pad: Pad::all(1) }),
+    case([1, 11, 10, 2], [3, 5, 2], Geometry { stride: 3, pad: Pad { top: 2, left: 0, bottom: 1, right: 3 } }),
+    case([2, 5, 6, 3], [2, 1, 1], Geometry { stride: 2, pad: Pad::all(0) }),
+    case([1, 4, 9, 2], [2, 4, 7], Geometry { stride: 1, pad: Pad { top: 3, left: 6, bottom: 0, right: 1 } }),
+    case([1, 6, 6, 3], [3, 3, 3], Geometry { stride: 1, pad: Pad::all(0) }),
+    case([1, 4, 4, 2], [3, 3, 3], Geometry { stride: 1, pad: Pad::all(4) }),
+    case([3, 16, 16, 64], [65, 3, 3], SAME),
+];
+
+/// A case's numbers.
+struct Data<T> {
+    x: Vec<T>,
+    w: Vec<T>,
+    b: Vec<T>,
+    shift: Vec<T>,
+    residual: Vec<T>,
+    dy: Vec<T>,
+}
+
+impl Data<f64> {
+    fn new(case: Case) -> Self {
+        let y = case.geometry.output(case.x, case.w);
+        Data {
+            x: numbers(1, case.x.len()),
+            w: numbers(2, case.w.len()),
+            b: numbers(3, y.c),
+            shift: numbers(4, y.n * y.c),
+            residual: numbers(5, y.len()),
+            dy: numbers(6, y.len()),
+        }
+    }
+
+    fn to_f32(&self) -> Data<f32> {
+        let Data { x, w, b, shift, residual, dy } = self;
+        let [x, w, b, shift, residual, dy] = [x, w, b, shift, residual, dy].map(|v| to_f32(v));
+        Data { x, w, b, shift, residual, dy }
+    }
+}
+
+impl<T: Float> Data<T> {
+    fn inputs(&self, case: Case) -> Inputs<'_, T> {
+        Inputs {
+            x: &self.x,
+            x_shape: case.x,
+            weight: &self.w,
+            weight_shape: case.w,
+            bias: &self.b,
+            shift: Some(&self.shift),
+            residual: Some(&self.residual),
+            geometry: case.geometry,
+        }
+    }
+}
+
+/// `y`, `dx`, `dw`, `db`, `dshift`, `dresidual`.
+type Results<T> = [Vec<T>; 6];
+
+const NAMES: [&str; 6] = ["y", "dx", "dw", "db", "dshift", "dresidual"];
+
+fn by_reference<T: Float>(case: Case, data: &Data<T>) -> Results<T> {
+    let inputs = data.inputs(case);
+    let d = reference::backward(&inputs, &data.dy);
+    [reference::forward(&inputs), d.x, d.weight, d.bias, d.shift, data.dy.clone()]
+}
+
+fn parameters(device: &Device, case: Case, data: &Data<f32>) -> (Params, Param, Param) {
+    let mut specs = Specs::default();
+    let w = specs.add("w".into(), case.w, Layout::Conv, Init::Zeros);
+    let b = specs.add("b".into(), Shape::vector(case.w.n), Layout::Vector, Init::Zeros);
+    let mut params = Params::zeros(device, specs);
+    params.get_mut(w).copy_from_slice(&data.w);
+    params.get_mut(b).copy_from_slice(&data.b);
+    (params, w, b)
+}
+
+/// Through the public function and the tape, in guarded memory full of NaN; `passes` backward passes accumulate into the
+/// parameters' gradients.
+fn by_tape(case: Case, data: &Data<f32>, method: Method, passes: usize) -> Results<f32> {
+    let device = Device::cpu_guarded();
+    let (params, w, b) = parameters(&device, case, data);
+    let ys = case.geometry.output(case.x, case.w);
+    let tensor = |shape, x: &[f32]| Tensor::from_slice(&device, shape, x);
+    let mut param_grads = ParamGrads::new(&device, params.specs());
+    let mut results = None;
+    for _ in 0..passes {
+        let mut tape = Tape::recording(&device, &params);
+        let x = tape.leaf(tensor(case.x, &data.x));
+        let shift = tape.leaf(tensor(Shape::new(ys.n, 1, 1, ys.c), &data.shift));
+        let residual = tape.leaf(tensor(ys, &data.residual));
+        let plus = Plus { shift: Some(&shift), residual: Some(&residual) };
+        let y = conv2d_by(&mut tape, &x, w, b, case.geometry, plus, method).unwrap();
+        let mut leaves = tape.backward(&y, tensor(ys, &data.dy), &mut param_grads).unwrap();
+        let mut gradient = |leaf| leaves.take(leaf).unwrap().data().to_vec();
+        results = Some((y.data().to_vec(), gradient(&x), gradient(&shift), gradient(&residual)));
+    }
+    let (y, dx, dshift, dresidual) = results.expect("at least one pass");
+    let mut of = |p| param_grads.slot(params.specs(), p).data.to_vec();
+    let (dw, db) = (of(w), of(b));
+    [y, dx, dw, db, dshift, dresidual]
+}
+
+fn direct(level: Level) -> Method {
+    Method::all(Algorithm::Direct, level)
+}
+
+#[test]
+fn the_derived_gradient_agrees_with_differences() {
+    for case in CASES.into_iter().filter(|c| c.x.len() + c.w.len() < 1000) {
+        let data = Data::new(case);
+        let inputs = [&data.x, &data.w, &data.b, &data.shift, &data.residual].map(Clone::clone);
+        let f = |v: &[Vec<f64>]| {
+            let [x, w, b, shift, residual] = std::array::from_fn(|i| v[i].clone());
+            let y = reference::forward(&Data { x, w, b, shift, residual, dy: vec![] }.inputs(case));
+            y.iter().zip(&data.dy).map(|(y, dy)| y * dy).sum()
+        };
+        let d = reference::backward(&data.inputs(case), &data.dy);
+        let gradients = [d.x, d.weight, d.bias, d.shift, data.dy.clone()];
+        finite_differences(&format!("{case:?}"), f, &inputs, &gradients);
+    }
+}
+
+#[test]
+fn direct_agrees_with_the_reference() {
+    for case in CASES {
+        let data = Data::new(case);
+        let (oracle, yardstick) = (by_reference(case, &data), by_reference(case, &data.to_f32()));
+        for level in simd::levels() {
+            let got = by_tape(case, &data.to_f32(), direct(level), 1);
+            for i in 0..6 {
+                close(&format!("{} by direct {level:?} of {case:?}", NAMES[i]), &got[i], &oracle[i], &yardstick[i]);
+            }
+        }
+    }
+}
+
+#[test]
+fn parameter_gradients_accumulate() {
+    for case in CASES {
+        let data = Data::new(case).to_f32();
+        let method = Method::choose(case.x, case.w, case.geometry);
+        let (once, twice) = (by_tape(case, &data, method, 1), by_tape(case, &data, method, 2));
+        for i in 2..4 {
+            let sum: Vec<f32> = once[i].iter().map(|v| v + v).collect();
+            same_bits(&format!("{} twice, {case:?}", NAMES[i]), &twice[i], &sum);
+        }
+    }
+}
+
+#[test]
+fn any_number_of_threads_gives_the_same_bits() {
+    for case in CASES {
+        let data = Data::new(case).to_f32();
+        let method = Method::choose(case.x, case.w, case.geometry);
+        let on = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| by_tape(case, &data, method, 1))
+        };
+        let one = on(1);
+        for threads in [2, 3, 5] {
+            for (name, (a, b)) in NAMES.iter().zip(one.iter().zip(on(threads))) {
+                same_bits(&format!("{name} on {threads} threads, {case:?}"), &b, a);
+            }
+        }
+    }
+}
+
+#[test]
+fn an_image_does_not_depend_on_its_batch() {
+    for case in CASES.into_iter().filter(|c| c.x.n > 1) {
+        let data = Data::new(case).to_f32();
+        let method = Method::choose(case.x, case.w, case.geometry);
+        let [y, dx, ..] = by_tape(case, &data, method, 1);
+        let single = Case { x: Shape { n: 1, ..case.x }, ..case };
+        let method = Method::choose(single.x, single.w, single.geometry);
+        for image in 0..case.x.n {
+            let part = |v: &[f32]| v[image * v.len() / case.x.n..][..v.len() / case.x.n].to_vec();
+            let data = Data {
+                x: part(&data.x),
+                w: data.w.clone(),
+                b: data.b.clone(),
+                shift: part(&data.shift),
+                residual: part(&data.residual),
+                dy: part(&data.dy),
+            };
+            let alone = by_tape(single, &data, method, 1);
+            same_bits(&format!("y of image {image} alone, {case:?}"), &alone[0], &part(&y));
+            same_bits(&format!("dx of image {image} alone, {case:?}"), &alone[1], &part(&dx));
+        }
+    }
+}
+
+#[test]
+fn nothing_is_added_and_no_gradient_made_unless_asked() {
+    let case = CASES[3];
+    let data = Data::new(case).to_f32();
+    let device = Device::cpu_guarded();
+    let (params, w, b) = parameters(&device, case, &data);
+    let mut tape = Tape::recording(&device, &params);
+    let x = Var::constant(Tensor::from_slice(&device, case.x, &data.x));
+    let y = conv2d(&mut tape, &x, w, b, case.geometry, Plus::default()).unwrap();
+    let oracle = Data::new(case);
+    let plain = |a: Inputs<'_, f64>| reference::forward(&Inputs { shift: None, residual: None, ..a });
+    let yardstick = reference::forward(&Inputs { shift: None, residual: None, ..data.inputs(case) });
+    close("y", y.data(), &plain(oracle.inputs(case)), &yardstick);
+    assert_eq!(tape.saved()[0].bytes, case.x.len() * 4, "only x is saved");
+    let dy = Tensor::from_slice(&device, y.shape(), &data.dy);
+    let before = device.pool_stats();
+    tape.backward(&y, dy, &mut ParamGrads::new(&device, params.specs())).unwrap();
+    let largest_free = device.pool_stats().in_use;
+    assert!(largest_free <= before.in_use, "backward left {largest_free} bytes in use, {} before", before.in_use);
+}
+
+#[test]
+fn warm_steps_allocate_nothing() {
+    let case = CASES[17];
+    let data = Data::new(case).to_f32();
+    let device = Device::cpu();
+    let (params, w, b) = parameters(&device, case, &data);
+    let mut param_grads = ParamGrads::new(&device, params.specs());
+    let mut misses = Vec::new();
+    for _ in 0..4 {
+        let mut tape = Tape::recording(&device, &params);
+        let x = tape.leaf(Tensor::from_slice(&device, case.x, &data.x));
+        let y = conv2d(&mut tape, &x, w, b, case.geometry, Plus::default()).unwrap();
+        let dy = Tensor::from_slice(&device, y.shape(), &data.dy);
+        tape.backward(&y, dy, &mut param_grads).unwrap();
+        misses.push(device.pool_stats().misses);
+    }
+    assert!(misses[1..].iter().all(|m| *m == misses[0]), "misses after each step: {misses:?}");
+}
