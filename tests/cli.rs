@@ -7,7 +7,16 @@ use std::time::{Duration, Instant};
 
 /// Settings of a network that trains in milliseconds.
 const TINY: [&str; 10] = [
-    "--set", "widths=8,16", "--set", "groups=4", "--set", "attention_resolutions=14", "--set", "timesteps=50", "--set", "keep_checkpoints=0",
+    "--set",
+    "widths=8,16",
+    "--set",
+    "groups=4",
+    "--set",
+    "attention_resolutions=14",
+    "--set",
+    "timesteps=50",
+    "--set",
+    "keep_checkpoints=0",
 ];
 
 fn ddpm() -> Command {
@@ -52,7 +61,16 @@ fn fixture(name: &str) -> PathBuf {
 fn trains_and_draws() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
-    let said = ok(train(&run, 6).args(["--set", "log_every=2", "--set", "validate_every=3", "--set", "checkpoint_every=4", "--set", "sample_every=5"]));
+    let said = ok(train(&run, 6).args([
+        "--set",
+        "log_every=2",
+        "--set",
+        "validate_every=3",
+        "--set",
+        "checkpoint_every=4",
+        "--set",
+        "sample_every=5",
+    ]));
     for part in ["parameters", "GFLOP", "GiB", "validation loss"] {
         assert!(said.contains(part), "train does not say {part:?}:\n{said}");
     }
@@ -68,7 +86,13 @@ fn trains_and_draws() {
         })
         .collect();
     assert_eq!(steps, [2, 3, 4, 6]);
-    for file in ["config.toml", "samples/5.png", "samples/6.png", "checkpoints/4/training_state.safetensors", "checkpoints/6/unet/config.json"] {
+    for file in [
+        "config.toml",
+        "samples/5.png",
+        "samples/6.png",
+        "checkpoints/4/training_state.safetensors",
+        "checkpoints/6/unet/config.json",
+    ] {
         assert!(run.join(file).is_file(), "{file} is missing");
     }
 
@@ -108,7 +132,14 @@ fn predicts_what_pytorch_predicts() {
     ddpm_cuda::output::write_npy(&at("t.npy"), &shape[..1], &i32s("t")).unwrap();
     ddpm_cuda::output::write_npy(&at("labels.npy"), &shape[..1], &i32s("labels")).unwrap();
     let mut predict = ddpm();
-    predict.arg("predict").arg("--model").arg(fixture("unet_rgb16")).arg("--x").arg(at("x.npy")).arg("--t").arg(at("t.npy"));
+    predict
+        .arg("predict")
+        .arg("--model")
+        .arg(fixture("unet_rgb16"))
+        .arg("--x")
+        .arg(at("x.npy"))
+        .arg("--t")
+        .arg(at("t.npy"));
     predict.arg("--out").arg(at("out.npy"));
     assert!(fails(&mut predict, 2).contains("10 classes"));
     ok(predict.arg("--labels").arg(at("labels.npy")));

@@ -89,7 +89,10 @@ fn agrees_with_pytorch(name: &str) {
         // gradient is a sum of as many such terms, gives the scale.
         let share = match spec.name.strip_suffix("to_k.bias") {
             Some(attention) => {
-                let scale = golden.f32(&format!("grad.{attention}to_q.bias")).iter().fold(0.0, |m: f64, v| m.max(f64::from(v.abs())));
+                let scale = golden
+                    .f32(&format!("grad.{attention}to_q.bias"))
+                    .iter()
+                    .fold(0.0, |m: f64, v| m.max(f64::from(v.abs())));
                 let zeros = vec![0.0; got.len()];
                 worst(&spec.name, got, &zeros, |_| FIXTURE_TOLERANCE * scale)
             }

@@ -285,10 +285,10 @@ mod cpu {
                     let (x, panel) = (x.as_ptr(), panel.as_ptr());
                     if add {
                         let epilogue = Accumulate { c, stride };
-                        rows_by_panel::<V, _, TRANSPOSED>(rows, columns, depth, x, step, panel, epilogue);
+                        rows_by_panel::<V, _, TRANSPOSED>(rows, columns, depth, x, step, panel, x, epilogue);
                     } else {
                         let epilogue = Overwrite { c, stride };
-                        rows_by_panel::<V, _, TRANSPOSED>(rows, columns, depth, x, step, panel, epilogue);
+                        rows_by_panel::<V, _, TRANSPOSED>(rows, columns, depth, x, step, panel, x, epilogue);
                     }
                 }
             });

@@ -404,7 +404,16 @@ pub(crate) fn outputs<V: Vector>(
             // SAFETY: the processor has V; v and u hold XI planes; m is scratch of XI planes of BLOCK panel rows.
             unsafe {
                 let store = Overwrite { c: Shared::new_at(m.add(xi * m_plane)), stride: width };
-                rows_by_panel::<V, _, false>(rows, columns, c, v.add(xi * v_plane), stride, u.add(xi * u_plane), v.wrapping_add((xi + 1) % XI * v_plane), store);
+                rows_by_panel::<V, _, false>(
+                    rows,
+                    columns,
+                    c,
+                    v.add(xi * v_plane),
+                    stride,
+                    u.add(xi * u_plane),
+                    v.wrapping_add((xi + 1) % XI * v_plane),
+                    store,
+                );
             }
         }
         // SAFETY: as above; the task owns these columns of these tiles' outputs; `plus` has the lengths asserted.
