@@ -15,7 +15,7 @@ use ddpm_cuda::ops::embedding::embedding;
 use ddpm_cuda::ops::group_norm::{Activation, group_norm};
 use ddpm_cuda::ops::linear::linear;
 use ddpm_cuda::ops::silu::{self, silu};
-use ddpm_cuda::ops::time_embedding::time_embedding;
+use ddpm_cuda::ops::time_embedding::{Sinusoid, time_embedding};
 use ddpm_cuda::ops::upsample::upsample;
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
 use ddpm_cuda::rng::{Purpose, Stream};
@@ -66,7 +66,7 @@ fn chain(tape: &mut Tape<'_>, w: &Weights, x: &Var) -> [Var; 2] {
     let h = linear(tape, &h, w.linear, None, Some(x)).unwrap();
     let h = add(tape, &h, x).unwrap();
     let y = upsample(tape, &h).unwrap();
-    let t = Var::constant(time_embedding(tape.device(), &[3.0, 500.0], SHAPE.c));
+    let t = Var::constant(time_embedding(tape.device(), &[3.0, 500.0], SHAPE.c, Sinusoid::default()));
     let t = embedding(tape, w.table, &[2, 0], &t).unwrap();
     [y, silu(tape, &t).unwrap()]
 }
@@ -238,7 +238,7 @@ fn a_leaf_that_nothing_reaches_has_no_gradient() {
 fn the_first_output_that_is_not_finite_is_named() {
     let device = Device::cpu_guarded();
     let params = Params::zeros(&device, Specs::default());
-    let mut tape = Tape::inference(&device, &params).check_finite();
+    let mut tape = Tape::inspecting(&device, &params);
     let mut x = Tensor::zeros(&device, Shape::vector(5));
     x.data_mut()[3] = f32::INFINITY;
     let x = tape.leaf(x);
