@@ -96,7 +96,7 @@ fn trains_and_draws() {
         assert!(run.join(file).is_file(), "{file} is missing");
     }
 
-    let mut draw = |count: &str, out: &str| {
+    let draw = |count: &str, out: &str| {
         let out = folder.path().join(out);
         ok(ddpm().args(["sample", "--steps", "3", "--count", count, "--model"]).arg(&run).arg("--out").arg(&out));
         out
