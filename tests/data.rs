@@ -499,22 +499,6 @@ fn no_data_given_is_wrong_usage() {
 }
 
 #[test]
-fn batches_are_scaled_and_mirrored() {
-    let folder = Folder::new();
-    // One image of two rows, three columns, two channels: the value tells its place.
-    let data = load(
-        &folder.put("a.npy", &npy("|u1", &[2, 2, 3, 2], &[&(0..12).collect::<Vec<u8>>()[..], &[255; 12]].concat())),
-    );
-    let mut x_0 = vec![f32::NAN; 36];
-    data.train.write_batch(&[1, 0, 0], &[true, false, true], &mut x_0);
-    assert!(x_0[..12].iter().all(|&x| x == 1.0));
-    let byte = |x: &f32| ((x + 1.0) * 127.5).round() as u8;
-    assert_eq!(x_0[12..24].iter().map(byte).collect::<Vec<_>>(), (0..12).collect::<Vec<u8>>());
-    assert_eq!(x_0[24..].iter().map(byte).collect::<Vec<_>>(), [4, 5, 2, 3, 0, 1, 10, 11, 8, 9, 6, 7]);
-    assert_eq!(x_0[12], -1.0);
-}
-
-#[test]
 fn the_order_is_a_permutation_per_epoch_and_a_function_of_the_step() {
     let (images, batch) = (103, 10);
     let mut order = Order::new(7, images);
