@@ -313,18 +313,19 @@ mod cpu {
                 let s = &mut scratch[..block.len() * tokens]; // (block, T)
                 // SAFETY: V is the processor's level; this task alone has this block of the pair: of its rows of `y`, the channels of its
                 // head, and of `m` and `r` (which follow `2 T pair` and `2 T pair + T`); all of them within the tensors.
-                let (y, m, r) = unsafe {
+                unsafe {
                     let left = Left { x: &q[job.at(pair, block.start)..], stride: c, rows: block.len(), depth: d };
                     left.times::<V, false>(&keys, pair, 0, s.as_mut_ptr(), tokens, false);
                     let of = |part| rows.at((2 * pair + part) * tokens + block.start);
                     let row = |part| std::slice::from_raw_parts_mut(of(part), block.len());
-                    (y.at(job.at(pair, block.start)), row(0), row(1))
-                };
-                softmax(s, m, r, job.scale());
-                // SAFETY: as above.
-                unsafe {
+                    let (m, r) = (row(0), row(1));
+                    softmax(s, m, r, job.scale());
                     let left = Left { x: s, stride: tokens, rows: block.len(), depth: tokens };
+                    let y = y.at(job.at(pair, block.start));
                     left.times::<V, false>(&values, pair, 0, y, c, false);
+                    for (i, r) in r.iter().enumerate() {
+                        scale_row(std::slice::from_raw_parts_mut(y.add(i * c), d), *r);
+                    }
                 }
             });
         }
@@ -392,16 +393,21 @@ mod cpu {
     }
 
     simd::dispatch! {
-        /// Rows of scores before their scale, `s`, become rows of `P`; `m` and `r` are left for the backward pass.
+        /// Rows of scores before their scale, `s`, become rows of `P / r`; `m` and `r` are for the output and for the backward pass.
         fn softmax<I>(s: &mut [f32], m: &mut [f32], r: &mut [f32], scale: f32) {
             let tokens = s.len() / m.len();
             for ((s, m), r) in s.chunks_exact_mut(tokens).zip(m).zip(r) {
                 // The scale is positive, so the largest stays the largest.
                 *m = scale * largest(s);
-                exponentials::<I>(s, *m, scale);
-                *r = 1.0 / total(s);
-                s.iter_mut().for_each(|p| *p *= *r);
+                *r = 1.0 / exponentials::<I>(s, *m, scale);
             }
+        }
+    }
+
+    simd::dispatch! {
+        /// `y *= r`.
+        fn scale_row<I>(y: &mut [f32], r: f32) {
+            y.iter_mut().for_each(|y| *y *= r);
         }
     }
 
@@ -410,9 +416,7 @@ mod cpu {
         fn softmax_gradient<I>(p: &mut [f32], ds: &mut [f32], m: &[f32], r: &[f32], scale: f32) {
             let tokens = p.len() / m.len();
             for (((p, ds), m), r) in p.chunks_exact_mut(tokens).zip(ds.chunks_exact_mut(tokens)).zip(m).zip(r) {
-                exponentials::<I>(p, *m, scale);
-                p.iter_mut().for_each(|p| *p *= *r);
-                let mean = dot::<I>(p, ds);
+                let mean = probabilities::<I>(p, ds, *m, *r, scale);
                 for (ds, p) in ds.iter_mut().zip(p) {
                     *ds = *p * (*ds - mean) * scale;
                 }
@@ -420,15 +424,7 @@ mod cpu {
         }
     }
 
-    /// `s = exp(scale s - m)`.
-    #[inline(always)]
-    fn exponentials<I: Isa>(s: &mut [f32], m: f32, scale: f32) {
-        for s in s {
-            *s = simd::exp::<I>(I::mul_add(*s, scale, -m));
-        }
-    }
-
-    // The three reductions have 16 lanes, joined in order at the end: vectors on every machine, the same order on each.
+    // The reductions have 16 lanes, joined in order at the end: vectors on every machine, the same order on each.
 
     #[inline(always)]
     fn largest(x: &[f32]) -> f32 {
@@ -443,28 +439,39 @@ mod cpu {
         lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| larger(a, b))
     }
 
+    /// `s = exp(scale s - m)`; returns the sum.
     #[inline(always)]
-    fn total(x: &[f32]) -> f32 {
-        let (chunks, rest) = x.as_chunks::<16>();
+    fn exponentials<I: Isa>(s: &mut [f32], m: f32, scale: f32) -> f32 {
+        let (chunks, rest) = s.as_chunks_mut::<16>();
+        let e = |s: f32| simd::exp::<I>(I::mul_add(s, scale, -m));
         let mut lanes = [0.0; 16];
         for chunk in chunks {
             for i in 0..16 {
+                chunk[i] = e(chunk[i]);
                 lanes[i] += chunk[i];
             }
         }
-        lanes.iter().chain(rest).sum()
+        rest.iter_mut().for_each(|s| *s = e(*s));
+        lanes.iter().chain(&*rest).sum()
     }
 
+    /// `p` comes in as scores before their scale and leaves as `P`; returns the sum of `P dP`.
     #[inline(always)]
-    fn dot<I: Isa>(a: &[f32], b: &[f32]) -> f32 {
-        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<16>(), b.as_chunks::<16>());
+    fn probabilities<I: Isa>(p: &mut [f32], dp: &[f32], m: f32, r: f32, scale: f32) -> f32 {
+        let ((chunks, rest), (dp_chunks, dp_rest)) = (p.as_chunks_mut::<16>(), dp.as_chunks::<16>());
+        let probability = |s: f32| simd::exp::<I>(I::mul_add(s, scale, -m)) * r;
         let mut lanes = [0.0; 16];
-        for (a, b) in a.iter().zip(b) {
+        for (p, dp) in chunks.iter_mut().zip(dp_chunks) {
             for i in 0..16 {
-                lanes[i] = I::mul_add(a[i], b[i], lanes[i]);
+                p[i] = probability(p[i]);
+                lanes[i] = I::mul_add(p[i], dp[i], lanes[i]);
             }
         }
-        let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-        lanes.iter().sum::<f32>() + rest
+        let mut sum: f32 = lanes.iter().sum();
+        for (p, dp) in rest.iter_mut().zip(dp_rest) {
+            *p = probability(*p);
+            sum = I::mul_add(*p, *dp, sum);
+        }
+        sum
     }
 }
