@@ -34,11 +34,22 @@ pub fn run(args: &Args) -> Result<()> {
     let costs = unet.costs(&specs, m.image_size.h, m.image_size.w);
     println!("{:<32} {:>12} {:>14} {:>16}", "block", "parameters", "MFLOP forward", "KiB kept/image");
     for Cost { place, params, flops, saved } in &costs {
-        println!("{place:<32} {:>12} {:>14.2} {:>16.1}", grouped(*params as u64), *flops as f64 / 1e6, *saved as f64 / 1024.0);
+        println!(
+            "{place:<32} {:>12} {:>14.2} {:>16.1}",
+            grouped(*params as u64),
+            *flops as f64 / 1e6,
+            *saved as f64 / 1024.0
+        );
     }
     let total = |f: fn(&Cost) -> u64| costs.iter().map(f).sum::<u64>();
     let (flops, saved) = (total(|c| c.flops), total(|c| c.saved));
-    println!("{:<32} {:>12} {:>14.2} {:>16.1}", "in all", grouped(specs.count() as u64), flops as f64 / 1e6, saved as f64 / 1024.0);
+    println!(
+        "{:<32} {:>12} {:>14.2} {:>16.1}",
+        "in all",
+        grouped(specs.count() as u64),
+        flops as f64 / 1e6,
+        saved as f64 / 1024.0
+    );
     println!();
     println!("{} parameters; images {}x{}", grouped(specs.count() as u64), m.image_size, m.channels);
     println!(

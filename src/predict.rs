@@ -52,7 +52,9 @@ pub fn run(args: &Args) -> Result<()> {
     let x = npy::read(&args.x)?;
     let multiple = 1 << (m.levels() - 1);
     let shape = match x.shape[..] {
-        [n, c, h, w] if c == m.channels && n > 0 && h > 0 && w > 0 && h % multiple == 0 && w % multiple == 0 => Shape::new(n, h, w, c),
+        [n, c, h, w] if c == m.channels && n > 0 && h > 0 && w > 0 && h % multiple == 0 && w % multiple == 0 => {
+            Shape::new(n, h, w, c)
+        }
         _ => {
             let what = format!(
                 "holds an array of shape {:?}, but this model takes images x {} x rows x columns, rows and columns multiples of {multiple}",
@@ -65,14 +67,28 @@ pub fn run(args: &Args) -> Result<()> {
     let t: Vec<f32> = one_per_image(&args.t, shape.n)?.iter().map(|&t| t as f32).collect();
     let labels = match (&args.labels, m.classes) {
         (None, 0) => None,
-        (None, classes) => return Err(Error::Usage(format!("this model has {classes} classes: give one an image with --labels L.npy"))),
-        (Some(path), 0) => return Err(Error::Usage(format!("--labels {}: this model is unconditional, leave --labels out", path.display()))),
+        (None, classes) => {
+            return Err(Error::Usage(format!(
+                "this model has {classes} classes: give one an image with --labels L.npy"
+            )));
+        }
+        (Some(path), 0) => {
+            return Err(Error::Usage(format!(
+                "--labels {}: this model is unconditional, leave --labels out",
+                path.display()
+            )));
+        }
         (Some(path), classes) => Some(
             one_per_image(path, shape.n)?
                 .iter()
                 .map(|&l| u32::try_from(l).ok().filter(|&l| (l as usize) < classes).ok_or(l))
                 .collect::<std::result::Result<Vec<u32>, i64>>()
-                .map_err(|l| Error::file(path, format!("holds the class {l}, but this model has the classes 0 to {}", classes - 1)))?,
+                .map_err(|l| {
+                    Error::file(
+                        path,
+                        format!("holds the class {l}, but this model has the classes 0 to {}", classes - 1),
+                    )
+                })?,
         ),
     };
 

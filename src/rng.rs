@@ -291,7 +291,7 @@ pub mod reference {
         let r = (number(-2.0) * number(f64::from(open_uniform(magnitude))).ln()).sqrt();
         let quarters = number(f64::from(angle >> 30)) + number(f64::from(offset(angle)) / f64::from(1 << 25));
         let angle = T::FRAC_PI_2() * quarters;
-        r * if i % 2 == 0 { angle.cos() } else { angle.sin() }
+        r * if i.is_multiple_of(2) { angle.cos() } else { angle.sin() }
     }
 }
 

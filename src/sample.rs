@@ -96,7 +96,8 @@ pub fn run(args: &Args) -> Result<()> {
     let labels = labels(c.model.classes, args.class, args.count)?;
 
     let started = Instant::now();
-    let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} network passes, {eta} left").expect("a valid template");
+    let style =
+        ProgressStyle::with_template("{wide_bar} {pos}/{len} network passes, {eta} left").expect("a valid template");
     let drawing = Drawing { device: &device, unet: &unet, params: &model.params, sampler: &sampler, seed: args.seed };
     let bar = ProgressBar::new((args.count.div_ceil(drawing.batch()) * steps) as u64).with_style(style);
     let frame_every = steps.div_ceil(GIF_FRAMES);
@@ -166,8 +167,14 @@ impl Drawing<'_> {
     ///
     /// # Errors
     /// Those of `each`.
-    pub fn images(&self, count: usize, labels: Option<&[u32]>, mut each: impl FnMut(&Progress<'_>) -> Result<()>) -> Result<Vec<u8>> {
-        let count_u32 = u32::try_from(count).map_err(|_| Error::Usage(format!("--count {count}: at most {} images", u32::MAX)))?;
+    pub fn images(
+        &self,
+        count: usize,
+        labels: Option<&[u32]>,
+        mut each: impl FnMut(&Progress<'_>) -> Result<()>,
+    ) -> Result<Vec<u8>> {
+        let count_u32 =
+            u32::try_from(count).map_err(|_| Error::Usage(format!("--count {count}: at most {} images", u32::MAX)))?;
         let mut images = Vec::with_capacity(self.shape(count).len());
         for first in (0..count_u32).step_by(self.batch()) {
             let range = first as usize..count.min(first as usize + self.batch());

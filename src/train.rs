@@ -188,7 +188,14 @@ impl Trainer {
         self.grads.reset();
         for (k, indices) in order.chunks(piece).enumerate() {
             let labels = data.labels_of(indices).filter(|_| c.model.classes > 0);
-            let batch = Batch::train(c.seed, self.step, (k * piece) as u32, data.rows(indices), c.flip, c.diffusion.timesteps as u32);
+            let batch = Batch::train(
+                c.seed,
+                self.step,
+                (k * piece) as u32,
+                data.rows(indices),
+                c.flip,
+                c.diffusion.timesteps as u32,
+            );
             let masks = DropoutSeed { seed: c.seed, step: self.step * c.accumulate as u32 + k as u32 };
 
             let x_t = Var::constant(q_sample(&self.device, data.images(), &batch, &self.schedule)); // (n, h, w, c)
@@ -198,7 +205,8 @@ impl Trainer {
             if !l.mean().is_finite() {
                 let mut tape = Tape::inspecting(&self.device, &self.params);
                 let again = self.unet.forward(&mut tape, &x_t, &batch.t_f32(), labels.as_deref(), Some(masks));
-                let culprit = again.err().map_or("every tensor of the forward pass is finite".into(), |e| e.to_string());
+                let culprit =
+                    again.err().map_or("every tensor of the forward pass is finite".into(), |e| e.to_string());
                 return Err(self.not_finite("loss", l.mean(), &culprit));
             }
             total += l.per_image.iter().sum::<f64>();
@@ -213,7 +221,11 @@ impl Trainer {
             let g = self.grads.finish(specs);
             let first = specs.iter().find(|(p, _)| g[specs.range(*p)].iter().any(|v| !v.is_finite()));
             let name = first.map_or("", |(_, spec)| &spec.name);
-            return Err(self.not_finite("gradient norm", norm, &format!("the first gradient that is not finite is that of {name}")));
+            return Err(self.not_finite(
+                "gradient norm",
+                norm,
+                &format!("the first gradient that is not finite is that of {name}"),
+            ));
         }
         let number = u64::from(self.step) + 1;
         // The paper's code multiplies by step/warmup, so that its first step does nothing; counting from one does not.
@@ -229,7 +241,13 @@ impl Trainer {
             ema_decay: ema_decay(c.ema_decay, number),
         };
         let g = self.grads.finish(specs);
-        let buffers = Buffers { w: self.params.flat_mut(), ema: self.ema.flat_mut(), m: self.m.data_mut(), v: self.v.data_mut(), g };
+        let buffers = Buffers {
+            w: self.params.flat_mut(),
+            ema: self.ema.flat_mut(),
+            m: self.m.data_mut(),
+            v: self.v.data_mut(),
+            g,
+        };
         adam(&self.device, buffers, &update);
         self.step += 1;
         Ok(StepReport { loss: total / c.batch as f64, quarters, grad_norm: norm, learning_rate })
@@ -427,12 +445,16 @@ fn create_run(out: Option<&Path>, config: &Config) -> Result<PathBuf> {
         Some(run) => run.to_path_buf(),
         None => {
             let base = Path::new("runs");
-            let named = |k: u32| base.join(if k == 1 { config.preset.to_string() } else { format!("{}-{k}", config.preset) });
+            let named =
+                |k: u32| base.join(if k == 1 { config.preset.to_string() } else { format!("{}-{k}", config.preset) });
             (1..).map(named).find(|p| !p.exists()).expect("some number is free")
         }
     };
     if run.join("config.toml").exists() {
-        return Err(Error::file(&run, format!("already holds a run: continue it with --resume {}, or choose another --out", run.display())));
+        return Err(Error::file(
+            &run,
+            format!("already holds a run: continue it with --resume {}, or choose another --out", run.display()),
+        ));
     }
     for folder in [run.clone(), run.join("samples"), run.join("checkpoints")] {
         fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, format!("cannot be created: {e}")))?;
@@ -473,10 +495,17 @@ fn draw_samples(trainer: &Trainer, run: &Path, stop: &AtomicBool) -> Result<Opti
     let c = &trainer.config;
     let steps = sample::DEFAULT_DDIM_STEPS.min(c.diffusion.timesteps);
     let sampler = Sampler::new(&trainer.schedule, Method::Ddim { eta: 0.0 }, Spacing::Even, steps)?;
-    let drawing = sample::Drawing { device: &trainer.device, unet: &trainer.unet, params: &trainer.ema, sampler: &sampler, seed: c.seed };
+    let drawing = sample::Drawing {
+        device: &trainer.device,
+        unet: &trainer.unet,
+        params: &trainer.ema,
+        sampler: &sampler,
+        seed: c.seed,
+    };
     // 64 small images, or as many as are as many pixels, but at least four.
     let count = (64 * 32 * 32 / c.model.image_size.pixels()).clamp(4, 64);
-    let labels: Option<Vec<u32>> = (c.model.classes > 0).then(|| (0..count).map(|i| (i % c.model.classes) as u32).collect());
+    let labels: Option<Vec<u32>> =
+        (c.model.classes > 0).then(|| (0..count).map(|i| (i % c.model.classes) as u32).collect());
     let result = drawing.images(count, labels.as_deref(), |_| match stop.load(Ordering::Relaxed) {
         true => Err(Error::Interrupted),
         false => Ok(()),

@@ -153,7 +153,14 @@ impl Builder<'_> {
     }
 
     /// Residual block `j` of a level, with the attention block behind it if the level has attention.
-    fn block(&mut self, level: &str, j: usize, c_in: usize, c_out: usize, attention: bool) -> (Resnet, Option<Attention>) {
+    fn block(
+        &mut self,
+        level: &str,
+        j: usize,
+        c_in: usize,
+        c_out: usize,
+        attention: bool,
+    ) -> (Resnet, Option<Attention>) {
         let resnet = self.resnet(format!("{level}.resnets.{j}"), c_in, c_out);
         (resnet, attention.then(|| self.attention(format!("{level}.attentions.{j}"), c_out)))
     }
@@ -244,7 +251,14 @@ impl UNet {
     ///
     /// # Errors
     /// Only those of a tape that checks for non-finite values.
-    pub fn forward(&self, tape: &mut Tape<'_>, x: &Var, t: &[f32], labels: Option<&[u32]>, dropout: Option<DropoutSeed>) -> Result<Var> {
+    pub fn forward(
+        &self,
+        tape: &mut Tape<'_>,
+        x: &Var,
+        t: &[f32],
+        labels: Option<&[u32]>,
+        dropout: Option<DropoutSeed>,
+    ) -> Result<Var> {
         let m = &self.model;
         let s = x.shape();
         let multiple = 1 << (m.levels() - 1);
@@ -318,9 +332,15 @@ impl Resnet {
         let h = group_norm(tape, x, self.norm1.gamma, self.norm1.beta, m.groups, m.norm_eps as f32, Activation::Silu)?; // (n, h, w, c_in)
         let plus = Plus { shift: Some(&shift), residual: None };
         let h = conv2d(tape, &h, self.conv1.weight, self.conv1.bias, Geometry::SAME_3X3, plus)?; // (n, h, w, c)
-        let mut h = group_norm(tape, &h, self.norm2.gamma, self.norm2.beta, m.groups, m.norm_eps as f32, Activation::Silu)?; // (n, h, w, c)
+        let mut h =
+            group_norm(tape, &h, self.norm2.gamma, self.norm2.beta, m.groups, m.norm_eps as f32, Activation::Silu)?; // (n, h, w, c)
         if let Some(DropoutSeed { seed, step }) = masks {
-            h = dropout(tape, &h, m.dropout as f32, Stream { seed, purpose: Purpose::Dropout, step, stream: self.index })?; // (n, h, w, c)
+            h = dropout(
+                tape,
+                &h,
+                m.dropout as f32,
+                Stream { seed, purpose: Purpose::Dropout, step, stream: self.index },
+            )?; // (n, h, w, c)
         }
         let shortcut = match &self.conv_shortcut {
             Some(s) => &conv2d(tape, x, s.weight, s.bias, Geometry::POINTWISE, Plus::default())?, // (n, h, w, c)

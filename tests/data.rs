@@ -499,22 +499,6 @@ fn no_data_given_is_wrong_usage() {
 }
 
 #[test]
-fn batches_are_scaled_and_mirrored() {
-    let folder = Folder::new();
-    // One image of two rows, three columns, two channels: the value tells its place.
-    let data = load(
-        &folder.put("a.npy", &npy("|u1", &[2, 2, 3, 2], &[&(0..12).collect::<Vec<u8>>()[..], &[255; 12]].concat())),
-    );
-    let mut x_0 = vec![f32::NAN; 36];
-    data.train.write_batch(&[1, 0, 0], &[true, false, true], &mut x_0);
-    assert!(x_0[..12].iter().all(|&x| x == 1.0));
-    let byte = |x: &f32| ((x + 1.0) * 127.5).round() as u8;
-    assert_eq!(x_0[12..24].iter().map(byte).collect::<Vec<_>>(), (0..12).collect::<Vec<u8>>());
-    assert_eq!(x_0[24..].iter().map(byte).collect::<Vec<_>>(), [4, 5, 2, 3, 0, 1, 10, 11, 8, 9, 6, 7]);
-    assert_eq!(x_0[12], -1.0);
-}
-
-#[test]
 fn the_order_is_a_permutation_per_epoch_and_a_function_of_the_step() {
     let (images, batch) = (103, 10);
     let mut order = Order::new(7, images);
@@ -551,12 +535,6 @@ fn the_shuffle_is_fair() {
         counts[order.iter().position(|&i| i == 0).unwrap()] += 1;
     }
     assert!(counts.iter().all(|c| (c - 4000).abs() < 5 * 57), "{counts:?}");
-    // Flips: a fair coin, 100 * 100 throws, standard deviation 50; and a function of its arguments.
-    let heads: i64 = (0..100).map(|step| data::flips(3, step, 100).iter().filter(|&&f| f).count() as i64).sum();
-    assert!((heads - 5000).abs() < 5 * 50, "{heads}");
-    assert_eq!(data::flips(3, 9, 100)[..10], data::flips(3, 9, 10));
-    assert_ne!(data::flips(3, 9, 100), data::flips(3, 10, 100));
-    assert_ne!(data::flips(3, 9, 100), data::flips(4, 9, 100));
 }
 
 #[test]

@@ -60,15 +60,12 @@ fn network<T: Float>(x: &[T], t: u32, timesteps: usize) -> Vec<T> {
 }
 
 /// All states after each step of `sampler`, started from `start`, the step with index i from the end adding `noise(i)`.
-fn trajectory<'a, T: Float>(
+fn trajectory<'a, T: Float + 'a>(
     sampler: &Sampler,
     timesteps: usize,
     start: &[T],
     noise: impl Fn(usize) -> &'a [T],
-) -> Vec<T>
-where
-    T: 'a,
-{
+) -> Vec<T> {
     let (mut x, mut all) = (start.to_vec(), Vec::new());
     let count = sampler.steps().len();
     for (k, step) in sampler.steps().iter().enumerate() {

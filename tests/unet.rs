@@ -14,7 +14,7 @@ use ddpm_cuda::tensor::{Shape, Tensor};
 use ddpm_cuda::unet::UNet;
 use safetensors::SafeTensors;
 
-use support::{close_to_largest, same_bits};
+use support::{close_to_largest, same_bits, worst};
 
 /// What an implementation in f32 can be held to: the fixtures' own sines are f32, and sums of some thousand products
 /// in f32 differ by about 1e-6 of the largest element, which a network of thirty layers carries on.
@@ -78,15 +78,30 @@ fn agrees_with_pytorch(name: &str) {
     let dx = leaves.take(&x).unwrap();
     shares.push(("dx".into(), close_to_largest("dx", dx.data(), &golden.images("grad_x").1, FIXTURE_TOLERANCE)));
     let flat = grads.finish(specs);
+    let largest = |x: &[f32]| x.iter().fold(0.0, |m: f64, v| m.max(f64::from(v.abs())));
+    let block = |name: &str| name.split('.').take(4).collect::<Vec<_>>().join(".");
+    let of_block = |name: &str| {
+        let parameters = specs.iter().filter(|(_, other)| block(&other.name) == block(name));
+        parameters.map(|(_, other)| largest(&golden.f32(&format!("grad.{}", other.name)))).fold(0.0, f64::max)
+    };
     for (p, spec) in specs.iter() {
         let mut want = golden.f32(&format!("grad.{}", spec.name));
         if spec.layout == Layout::Conv {
             want = layout::to_channels_last(&want, spec.shape.c, spec.shape.pixels());
         }
-        shares.push((spec.name.clone(), close_to_largest(&spec.name, &flat[specs.range(p)], &want, FIXTURE_TOLERANCE)));
+        let got = &flat[specs.range(p)];
+        // Some true gradients are zero: softmax does not see the keys' bias, and a group norm of one channel a group sees
+        // no shift of a channel. What either implementation has there is the rounding of sums that cancel, so its scale
+        // is that of the other gradients of the block.
+        let share = if largest(&want) > 1e-9 * of_block(&spec.name) {
+            close_to_largest(&spec.name, got, &want, FIXTURE_TOLERANCE)
+        } else {
+            worst(&spec.name, got, &vec![0.0; got.len()], |_| FIXTURE_TOLERANCE * of_block(&spec.name))
+        };
+        shares.push((spec.name.clone(), share));
     }
-    let (worst, share) = shares.iter().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
-    println!("{name}: {} tensors, the worst is {worst} with {share:.3} of the tolerance", shares.len());
+    let (name_of_worst, share) = shares.iter().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
+    println!("{name}: {} tensors, the worst is {name_of_worst} with {share:.3} of the tolerance", shares.len());
 }
 
 #[test]

@@ -8,6 +8,8 @@ pub fn bench(c: &mut Criterion) {
     let (t, dim) = ([500.0; 16], 128);
     let mut group = c.benchmark_group("time_embedding");
     group.throughput(Throughput::Elements((t.len() * dim) as u64));
-    group.bench_function(BenchmarkId::new("forward", "16x128"), |b| b.iter(|| time_embedding(&device, &t, dim, Sinusoid::default())));
+    group.bench_function(BenchmarkId::new("forward", "16x128"), |b| {
+        b.iter(|| time_embedding(&device, &t, dim, Sinusoid::default()))
+    });
     group.finish();
 }

@@ -65,10 +65,14 @@ impl Device {
     /// `Error::Failed` for a GPU or a precision this build cannot compute with.
     pub fn open(choice: Choice, precision: Precision) -> Result<Self> {
         if let Choice::Cuda(number) = choice {
-            return Err(Error::Failed(format!("cuda:{number} was asked for, but this version computes on the CPU only: use --device cpu or auto")));
+            return Err(Error::Failed(format!(
+                "cuda:{number} was asked for, but this version computes on the CPU only: use --device cpu or auto"
+            )));
         }
         if precision == Precision::Bf16 {
-            return Err(Error::Failed("bf16 was asked for, but the CPU computes in f32 only: use --precision f32".into()));
+            return Err(Error::Failed(
+                "bf16 was asked for, but the CPU computes in f32 only: use --precision f32".into(),
+            ));
         }
         Ok(Device::cpu())
     }

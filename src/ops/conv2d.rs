@@ -85,6 +85,21 @@ pub struct Plus<'a> {
 pub enum Algorithm {
     /// As a matrix product over gathered patches; any convolution.
     Direct,
+    /// F(4x4, 3x3); 3x3 kernels at stride 1 with a padding of at most 2.
+    Winograd,
+}
+
+impl Algorithm {
+    /// True if it can compute a convolution with weight `w`.
+    pub fn can(self, w: Shape, geometry: Geometry) -> bool {
+        let Pad { top, left, bottom, right } = geometry.pad;
+        match self {
+            Algorithm::Direct => true,
+            Algorithm::Winograd => {
+                (w.h, w.w, geometry.stride) == (3, 3, 1) && [top, left, bottom, right].iter().all(|&p| p <= 2)
+            }
+        }
+    }
 }
 
 /// An algorithm for each of the three products, and the vector instructions to use.
@@ -106,9 +121,11 @@ impl Method {
         Method { forward: algorithm, dgrad: algorithm, wgrad: algorithm, level }
     }
 
-    /// The fastest known for this shape.
-    pub fn choose(_x: Shape, _w: Shape, _geometry: Geometry) -> Self {
-        Method::all(Algorithm::Direct, simd::level())
+    /// The fastest known for this shape; the number of images has no say.
+    pub fn choose(x: Shape, w: Shape, geometry: Geometry) -> Self {
+        let y = geometry.output(x, w);
+        let winograd = Algorithm::Winograd.can(w, geometry) && x.c >= 16 && y.c >= 16;
+        Method::all(if winograd { Algorithm::Winograd } else { Algorithm::Direct }, simd::level())
     }
 }
 
@@ -138,6 +155,9 @@ pub fn conv2d_by(
     let (xs, ws, bs) = (x.shape(), tape.params().shape(weight), tape.params().shape(bias));
     assert_eq!(ws.c, xs.c, "conv2d: weight expects c_in={}, x has c={} (x: {xs})", ws.c, xs.c);
     assert_eq!(bs, Shape::vector(ws.n), "conv2d: bias is {bs} for c_out={}", ws.n);
+    for algorithm in [method.forward, method.dgrad, method.wgrad] {
+        assert!(algorithm.can(ws, geometry), "conv2d: {algorithm:?} cannot do weight {ws} with {geometry:?}");
+    }
     let ys = geometry.output(xs, ws);
     if let Some(shift) = plus.shift {
         let want = Shape::new(ys.n, 1, 1, ys.c);
@@ -323,6 +343,7 @@ mod cpu {
     use crate::device::cpu::direct::{self, Axis, Patches, TapOf, Target, Towards, Weight};
     use crate::device::cpu::gemm;
     use crate::device::cpu::vector::with_vector;
+    use crate::device::cpu::winograd::{self, Tiles};
     use crate::params::ParamGrad;
 
     use super::*;
@@ -332,6 +353,12 @@ mod cpu {
         let axis = |out, len, taps, before: usize| Axis { out, len, taps, stride: g.stride, first: -(before as isize) };
         let (rows, cols) = (axis(ys.h, xs.h, ws.h, g.pad.top), axis(ys.w, xs.w, ws.w, g.pad.left));
         Patches { n: xs.n, rows, cols, c: xs.c }
+    }
+
+    /// The tiles of a 3x3 convolution from `input` to `output`.
+    fn tiles(input: Shape, output: Shape, top: usize, left: usize) -> Tiles {
+        let Shape { n, h, w, c } = input;
+        Tiles { n, h, w, c, out_h: output.h, out_w: output.w, top, left }
     }
 
     fn weight(data: &[f32], ws: Shape) -> Weight<'_> {
@@ -358,6 +385,12 @@ mod cpu {
                 let (patches, w) = (patches(xs, ws, ys, g), weight(w, ws));
                 with_vector!(method.level, V => {
                     direct::outputs::<V>(device, x, patches, w, Towards::Output, [straight; 2], y, target)
+                });
+            }
+            Algorithm::Winograd => {
+                let tiles = tiles(xs, ys, g.pad.top, g.pad.left);
+                with_vector!(method.level, V => {
+                    winograd::outputs::<V>(device, x, tiles, weight(w, ws), Towards::Output, y, plus)
                 });
             }
         }
@@ -402,6 +435,13 @@ mod cpu {
                     }
                 }
             }
+            Algorithm::Winograd => {
+                // dx is the convolution of dy with the kernel turned round; padding p before becomes k - 1 - p.
+                let tiles = tiles(ys, xs, 2 - g.pad.top, 2 - g.pad.left);
+                with_vector!(method.level, V => {
+                    winograd::outputs::<V>(device, dy, tiles, weight(w, ws), Towards::Input, dx, Plus::default())
+                });
+            }
         }
     }
 
@@ -422,6 +462,12 @@ mod cpu {
                 let patches = patches(xs, ws, ys, g);
                 with_vector!(method.level, V => {
                     direct::weight_gradient::<V>(device, x, patches, dy, ys.c, dw.data, dw.accumulate)
+                });
+            }
+            Algorithm::Winograd => {
+                let tiles = tiles(xs, ys, g.pad.top, g.pad.left);
+                with_vector!(method.level, V => {
+                    winograd::weight_gradient::<V>(device, x, tiles, dy, ys.c, dw.data, dw.accumulate)
                 });
             }
         }

@@ -44,14 +44,23 @@ mod cpu {
 
     simd::dispatch! {
         fn chunk<I>(g: &[f32]) -> f64 {
-            // Thirty-two running sums hide the latency of the additions; joined in a fixed order.
-            let mut sums = [0.0f64; 32];
-            let (lanes, rest) = g.as_chunks::<32>();
-            for g in lanes {
-                sums.iter_mut().zip(g).for_each(|(sum, &g)| *sum += f64::from(g) * f64::from(g));
+            // Four places of the chunk at once: the processor fetches ahead in each, and one alone does not fill the memory's
+            // bandwidth. Each has running sums that hide the latency of the additions; joined in a fixed order.
+            let mut sums = [[0.0f64; 16]; 4];
+            let (lanes, rest) = g.as_chunks::<16>();
+            let quarter = lanes.len() / 4;
+            let (places, more) = lanes.split_at(4 * quarter);
+            let (a, b) = places.split_at(2 * quarter);
+            let ((a, b), (c, d)) = (a.split_at(quarter), b.split_at(quarter));
+            for (((a, b), c), d) in a.iter().zip(b).zip(c).zip(d) {
+                for (sums, g) in sums.iter_mut().zip([a, b, c, d]) {
+                    sums.iter_mut().zip(g).for_each(|(sum, &g)| *sum += f64::from(g) * f64::from(g));
+                }
             }
-            sums.iter_mut().zip(rest).for_each(|(sum, &g)| *sum += f64::from(g) * f64::from(g));
-            sums.iter().sum()
+            for g in more.iter().map(|g| &g[..]).chain([rest]) {
+                sums[0].iter_mut().zip(g).for_each(|(sum, &g)| *sum += f64::from(g) * f64::from(g));
+            }
+            sums.iter().flatten().sum()
         }
     }
 }

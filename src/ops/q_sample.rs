@@ -131,11 +131,22 @@ mod cpu {
         first: usize,
         factors: Factors,
     ) {
+        // Walks along the mirrored rows: dividing at every element would cost more than the noise.
+        let (mut x, mut channel) = (first / c % w, first % c);
+        let mut source = (first / c / w * w + (w - 1 - x)) * c;
         let mut mirrored = [0; CHUNK];
-        for (k, u) in mirrored[..x_t.len()].iter_mut().enumerate() {
-            let (pixel, channel) = ((first + k) / c, (first + k) % c);
-            let (row, x) = (pixel / w, pixel % w);
-            *u = image[(row * w + (w - 1 - x)) * c + channel];
+        for u in &mut mirrored[..x_t.len()] {
+            *u = image[source + channel];
+            channel += 1;
+            if channel == c {
+                (channel, x) = (0, x + 1);
+                if x == w {
+                    // From the start of a row to the last pixel of the next.
+                    (x, source) = (0, source + (2 * w - 1) * c);
+                } else {
+                    source -= c;
+                }
+            }
         }
         noised(x_t, &mirrored[..x_t.len()], stream, first, factors);
     }

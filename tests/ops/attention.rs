@@ -7,8 +7,10 @@ use crate::support::{
     through_tape, to_f32,
 };
 
-/// Shape, heads. One token; one channel; primes; a head for each channel; not square; tokens one beyond a block; the sizes of the networks.
-const CASES: [(Shape, usize); 8] = [
+/// Shape, heads. One token; one channel; primes; a head for each channel; not square; tokens one beyond a block of 42 and some beyond several; the
+/// sizes of the networks; the largest head; more pairs of image and head than the backward pass holds scores of (32 of 256 tokens); more
+/// tokens than it holds rows of (1,382 of 1,517).
+const CASES: [(Shape, usize); 11] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 1, 1, 6), 2),
     (Shape::new(2, 3, 5, 7), 1),
@@ -17,6 +19,9 @@ const CASES: [(Shape, usize); 8] = [
     (Shape::new(1, 16, 16, 64), 1),
     (Shape::new(2, 5, 29, 96), 3),
     (Shape::new(1, 4, 9, 512), 1),
+    (Shape::new(1, 43, 1, 17), 1),
+    (Shape::new(3, 16, 16, 24), 12),
+    (Shape::new(1, 37, 41, 3), 1),
 ];
 
 /// `[q, k, v, dy]`; `scale` multiplies q and k.
@@ -97,7 +102,7 @@ fn an_image_does_not_depend_on_its_batch() {
 
 #[test]
 fn the_same_bits_at_any_number_of_threads() {
-    for (shape, heads) in [CASES[4], CASES[6]] {
+    for (shape, heads) in [CASES[4], CASES[6], CASES[10]] {
         let exact = inputs(shape, 1.0);
         same_bits_at_any_number_of_threads("attention", || pass(shape, heads, &exact).flat());
     }

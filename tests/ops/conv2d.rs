@@ -173,6 +173,37 @@ fn direct_agrees_with_the_reference() {
 }
 
 #[test]
+fn winograd_agrees_with_the_reference() {
+    let mut shares = [0.0f64; 6];
+    for case in CASES.into_iter().filter(|c| Algorithm::Winograd.can(c.w, c.geometry)) {
+        let data = Data::new(case);
+        let (oracle, yardstick) = (by_reference(case, &data), by_reference(case, &data.to_f32()));
+        for level in simd::levels() {
+            let got = by_tape(case, &data.to_f32(), Method::all(Algorithm::Winograd, level), 1);
+            for i in 0..6 {
+                let share = share(&got[i], &oracle[i], &yardstick[i]);
+                println!("{share:.2} {} by Winograd {level:?} of {case:?}", NAMES[i]);
+                shares[i] = shares[i].max(share);
+            }
+        }
+    }
+    println!("{shares:?}");
+}
+
+fn share(got: &[f32], oracle: &[f64], yardstick: &[f32]) -> f64 {
+    let own = yardstick.iter().zip(oracle).map(|(&y, &o)| (f64::from(y) - o).abs()).fold(0.0, f64::max);
+    let e = got
+        .iter()
+        .zip(oracle)
+        .map(|(&y, &o)| {
+            assert!(y.is_finite());
+            (f64::from(y) - o).abs()
+        })
+        .fold(0.0, f64::max);
+    e / (2.0 * own + 6e-8 * oracle.iter().fold(0.0, |m: f64, v| m.max(v.abs())))
+}
+
+#[test]
 fn parameter_gradients_accumulate() {
     for case in CASES {
         let data = Data::new(case).to_f32();

@@ -211,7 +211,7 @@ pub(crate) fn outputs<V: Vector>(
             let panel = panels[p * depth * panel_width::<V>()..].as_ptr();
             // SAFETY: the processor has V; `a` holds `rows` rows of `depth`, the panel `depth` rows; the task owns these
             // columns of these pixels, which `last` above shows to be inside y.
-            unsafe { rows_by_panel::<V, _, false>(rows, columns, depth, a, stride, panel, finish) };
+            unsafe { rows_by_panel::<V, _, false>(rows, columns, depth, a, stride, panel, a, finish) };
         }
     });
 }
@@ -403,10 +403,10 @@ pub(crate) fn weight_gradient<V: Vector>(
                 let c = Shared::new_at(out.at(task * each));
                 if first == pixels.start {
                     let store = gemm::Overwrite { c, stride: width };
-                    rows_by_panel::<V, _, true>(c_out, columns, chunk, dy, c_out, panel, store);
+                    rows_by_panel::<V, _, true>(c_out, columns, chunk, dy, c_out, panel, dy, store);
                 } else {
                     let add = gemm::Accumulate { c, stride: width };
-                    rows_by_panel::<V, _, true>(c_out, columns, chunk, dy, c_out, panel, add);
+                    rows_by_panel::<V, _, true>(c_out, columns, chunk, dy, c_out, panel, dy, add);
                 }
             }
         }

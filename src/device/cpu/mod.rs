@@ -10,6 +10,7 @@ pub(crate) mod direct;
 pub(crate) mod gemm;
 pub mod simd;
 pub(crate) mod vector;
+pub(crate) mod winograd;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -21,6 +21,8 @@ pub(crate) trait Vector: Copy + Send + Sync + 'static {
     /// `[Self; LANES]`.
     type Block: AsMut<[Self]> + Copy;
 
+    /// Asks for the cache line of `p`, which need not be valid, ahead of its use.
+    fn prefetch(p: *const f32);
     unsafe fn splat(x: f32) -> Self;
     unsafe fn zero_block() -> Self::Block;
     unsafe fn load(p: *const f32) -> Self;
@@ -49,6 +51,8 @@ impl Vector for Four {
     const ROWS: usize = 6;
     type Block = [Self; 4];
 
+    #[inline(always)]
+    fn prefetch(_: *const f32) {}
     #[inline(always)]
     unsafe fn zero_block() -> Self::Block {
         [Four([0.0; 4]); 4]
@@ -125,6 +129,10 @@ mod x86 {
         type Block = [Self; 8];
 
         #[inline(always)]
+        fn prefetch(p: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        }
+        #[inline(always)]
         unsafe fn zero_block() -> Self::Block {
             unsafe { [_mm256_setzero_ps(); 8] }
         }
@@ -199,6 +207,10 @@ mod x86 {
         const ROWS: usize = 14;
         type Block = [Self; 16];
 
+        #[inline(always)]
+        fn prefetch(p: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        }
         #[inline(always)]
         unsafe fn zero_block() -> Self::Block {
             unsafe { [_mm512_setzero_ps(); 16] }

@@ -1,0 +1,672 @@
+//! Winograd's convolution F(4x4, 3x3) (Lavin and Gray 2015): 3x3 kernels at stride 1 in a quarter of the multiplications.
+//!
+//! Each 4x4 tile `Y` of the output comes from the 6x6 tile `D` of the input under it, for every pair of channels, as
+//! `Y = A^T [(G w G^T) * (B^T D B)] A`, where `*` is element by element. Summed over input channels, the 36 elements are 36
+//! matrix products (tiles x c_in) (c_in x c_out). The gradients are the same formula transposed: that of the input is the
+//! convolution of `dy` with the kernel turned round, and `dw = G^T [sum over tiles of (A dY A^T) * (B^T D B)] G`.
+//!
+//! The matrices evaluate polynomials at 0, +-p, +-1/p and infinity. The usual p = 2 makes the result eight times less accurate
+//! than a plain f32 sum; p = sqrt(2) keeps all entries near 1 and the error within twice that of the plain sum,
+//! which is why F(4x4) is used alone and the more accurate F(2x2) (2.25 times fewer products) is not here.
+//!
+//! Transformed numbers do not travel far. Where tiles are many and channels few, a task transforms a block of tiles into scratch that stays in the L2
+//! cache, multiplies and transforms back; where channels are many, the tiles are transformed once and each task owns a
+//! panel of output channels, whose weights it transforms into its scratch. Both sum over input channels in order, so they agree to the bit.
+
+use super::direct::{Plus, Towards, Weight};
+use super::gemm::{
+    Accumulate, Overwrite, Shared, Slots, for_each_task, load_some, panel_width, piece, rows_by_panel, store_some,
+};
+use super::vector::{Vector, kernel};
+use crate::device::Device;
+
+/// Outputs of a tile in each direction.
+const OUT: usize = 4;
+/// Inputs of a tile in each direction.
+const IN: usize = 6;
+/// Products per tile and pair of channels.
+const XI: usize = IN * IN;
+
+const R2: f32 = std::f32::consts::SQRT_2;
+const H2: f32 = std::f32::consts::FRAC_1_SQRT_2;
+
+/// `B^T`: row per point 0, 1/p, -1/p, p, -p, infinity.
+const BT: [[f32; IN]; IN] = [
+    [1.0, 0.0, -2.5, 0.0, 1.0, 0.0],
+    [0.0, -2.0 * H2, -2.0, H2, 1.0, 0.0],
+    [0.0, 2.0 * H2, -2.0, -H2, 1.0, 0.0],
+    [0.0, -0.5 * R2, -0.5, R2, 1.0, 0.0],
+    [0.0, 0.5 * R2, -0.5, -R2, 1.0, 0.0],
+    [0.0, 1.0, 0.0, -2.5, 0.0, 1.0],
+];
+
+/// `A`: the powers 0 to 3 of each point.
+const A: [[f32; OUT]; IN] = [
+    [1.0, 0.0, 0.0, 0.0],
+    [1.0, H2, 0.5, 0.5 * H2],
+    [1.0, -H2, 0.5, -0.5 * H2],
+    [1.0, R2, 2.0, 2.0 * R2],
+    [1.0, -R2, 2.0, -2.0 * R2],
+    [0.0, 0.0, 0.0, 1.0],
+];
+
+/// `B^T d`.
+#[inline(always)]
+unsafe fn input_1d<V: Vector>(d: [V; IN]) -> [V; IN] {
+    // SAFETY: the processor has V, says the caller; so in all functions of this kind.
+    unsafe {
+        let (even_a, odd_a) = (d[2].mul_add(V::splat(-2.0), d[4]), d[1].mul_add(V::splat(-2.0), d[3]));
+        let (even_b, odd_b) = (d[2].mul_add(V::splat(-0.5), d[4]), d[1].mul_add(V::splat(-0.5), d[3]));
+        [
+            d[2].mul_add(V::splat(-2.5), d[0].add(d[4])),
+            odd_a.mul_add(V::splat(H2), even_a),
+            odd_a.mul_add(V::splat(-H2), even_a),
+            odd_b.mul_add(V::splat(R2), even_b),
+            odd_b.mul_add(V::splat(-R2), even_b),
+            d[3].mul_add(V::splat(-2.5), d[1].add(d[5])),
+        ]
+    }
+}
+
+/// `G g`.
+#[inline(always)]
+unsafe fn weight_1d<V: Vector>(g: [V; 3]) -> [V; IN] {
+    // SAFETY: see `input_1d`.
+    unsafe {
+        let even_a = g[2].mul_add(V::splat(0.5), g[0]).mul(V::splat(-2.0 / 3.0));
+        let even_b = g[2].mul_add(V::splat(2.0), g[0]).mul(V::splat(1.0 / 6.0));
+        [
+            g[0],
+            g[1].mul_add(V::splat(-2.0 / 3.0 * H2), even_a),
+            g[1].mul_add(V::splat(2.0 / 3.0 * H2), even_a),
+            g[1].mul_add(V::splat(R2 / 6.0), even_b),
+            g[1].mul_add(V::splat(-R2 / 6.0), even_b),
+            g[2],
+        ]
+    }
+}
+
+/// `A^T m`.
+#[inline(always)]
+unsafe fn output_1d<V: Vector>(m: [V; IN]) -> [V; OUT] {
+    // SAFETY: see `input_1d`.
+    unsafe {
+        let (sum_a, dif_a, sum_b, dif_b) = (m[1].add(m[2]), m[1].sub(m[2]), m[3].add(m[4]), m[3].sub(m[4]));
+        [
+            m[0].add(sum_a).add(sum_b),
+            dif_b.mul_add(V::splat(R2), dif_a.mul(V::splat(H2))),
+            sum_b.mul_add(V::splat(2.0), sum_a.mul(V::splat(0.5))),
+            dif_b.mul_add(V::splat(2.0 * R2), dif_a.mul_add(V::splat(0.5 * H2), m[5])),
+        ]
+    }
+}
+
+/// `A y`.
+#[inline(always)]
+unsafe fn output_transposed_1d<V: Vector>(y: [V; OUT]) -> [V; IN] {
+    // SAFETY: see `input_1d`.
+    unsafe {
+        let (even_a, odd_a) = (y[2].mul_add(V::splat(0.5), y[0]), y[3].mul_add(V::splat(0.5), y[1]));
+        let (even_b, odd_b) = (y[2].mul_add(V::splat(2.0), y[0]), y[3].mul_add(V::splat(2.0), y[1]));
+        [
+            y[0],
+            odd_a.mul_add(V::splat(H2), even_a),
+            odd_a.mul_add(V::splat(-H2), even_a),
+            odd_b.mul_add(V::splat(R2), even_b),
+            odd_b.mul_add(V::splat(-R2), even_b),
+            y[3],
+        ]
+    }
+}
+
+/// `G^T p`.
+#[inline(always)]
+unsafe fn weight_transposed_1d<V: Vector>(p: [V; IN]) -> [V; 3] {
+    // SAFETY: see `input_1d`.
+    unsafe {
+        let (sum_a, dif_a, sum_b, dif_b) = (p[1].add(p[2]), p[1].sub(p[2]), p[3].add(p[4]), p[3].sub(p[4]));
+        [
+            sum_b.mul_add(V::splat(1.0 / 6.0), sum_a.mul_add(V::splat(-2.0 / 3.0), p[0])),
+            dif_b.mul_add(V::splat(R2 / 6.0), dif_a.mul(V::splat(-2.0 / 3.0 * H2))),
+            sum_b.sub(sum_a).mul_add(V::splat(1.0 / 3.0), p[5]),
+        ]
+    }
+}
+
+/// Tiles over `n` images: inputs of `h x w x c`, outputs of `out_h x out_w`; output (i, j) reads the 3x3 inputs from
+/// `(i - top, j - left)`, zero outside.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tiles {
+    pub n: usize,
+    pub h: usize,
+    pub w: usize,
+    pub c: usize,
+    pub out_h: usize,
+    pub out_w: usize,
+    pub top: usize,
+    pub left: usize,
+}
+
+impl Tiles {
+    /// Tiles over the rows and columns of one image.
+    fn extent(&self) -> (usize, usize) {
+        (self.out_h.div_ceil(OUT), self.out_w.div_ceil(OUT))
+    }
+
+    fn count(&self) -> usize {
+        let (rows, cols) = self.extent();
+        self.n * rows * cols
+    }
+
+    /// Image and the first output row and column of tile `t`.
+    #[inline(always)]
+    fn place(&self, t: usize) -> [usize; 3] {
+        let (rows, cols) = self.extent();
+        [t / (rows * cols), t / cols % rows * OUT, t % cols * OUT]
+    }
+}
+
+/// Floats between two of the 36 planes of transformed numbers: at least `floats`, an odd number of cache lines, so that the 36 stores for
+/// one tile do not meet in one set of the L1 cache.
+const fn plane(floats: usize) -> usize {
+    floats.next_multiple_of(16) | 16
+}
+
+/// The input tile at (row, col), which may lie outside: `d[i][j]` is channel vector `k..k + count` of pixel `(row + i, col + j)`.
+#[inline(always)]
+unsafe fn load_tile<V: Vector>(
+    image: *const f32,
+    tiles: &Tiles,
+    row: isize,
+    col: isize,
+    k: usize,
+    count: usize,
+    i: usize,
+) -> [V; IN] {
+    // SAFETY: the image is as large as `tiles` says and `k + count <= c`; other pixels are not read.
+    unsafe {
+        let zero = V::splat(0.0);
+        let mut d = [zero; IN];
+        let r = row + i as isize;
+        if r < 0 || r >= tiles.h as isize {
+            return d;
+        }
+        let line = image.offset(r * (tiles.w * tiles.c) as isize + k as isize);
+        if col >= 0 && col as usize + IN <= tiles.w && count == V::LANES {
+            for j in 0..IN {
+                d[j] = V::load(line.add((col as usize + j) * tiles.c));
+            }
+        } else {
+            for j in 0..IN {
+                let q = col + j as isize;
+                if q >= 0 && q < tiles.w as isize {
+                    d[j] = load_some(line.add(q as usize * tiles.c), count);
+                }
+            }
+        }
+        d
+    }
+}
+
+kernel! {
+    /// `B^T D B` of tiles `first .. first + count`: element xi of channel `k` of tile `t` to `out[xi * plane + t * stride + k]`.
+    unsafe fn transform_inputs<V>(
+        x: *const f32,
+        tiles: Tiles,
+        first: usize,
+        count: usize,
+        out: *mut f32,
+        plane: usize,
+        stride: usize,
+    ) {
+        for t in 0..count {
+            let [image, row, col] = tiles.place(first + t);
+            let image = x.add(image * tiles.h * tiles.w * tiles.c);
+            let (row, col) = (row as isize - tiles.top as isize, col as isize - tiles.left as isize);
+            for k in (0..tiles.c).step_by(V::LANES) {
+                let lanes = V::LANES.min(tiles.c - k);
+                // Rows first: the columns of one row are beside each other in memory.
+                let mut half = [[V::splat(0.0); IN]; IN];
+                for i in 0..IN {
+                    let d = input_1d(load_tile::<V>(image, &tiles, row, col, k, lanes, i));
+                    for j in 0..IN {
+                        half[j][i] = d[j];
+                    }
+                }
+                for j in 0..IN {
+                    let v = input_1d(half[j]);
+                    for i in 0..IN {
+                        store_some(v[i], out.add((i * IN + j) * plane + t * stride + k), lanes);
+                    }
+                }
+            }
+        }
+    }
+}
+
+kernel! {
+    /// `G w G^T` for one panel of `columns` output channels from `column`: element xi of input channel `k` and column `j` to
+    /// `out[xi * plane + k * panel_width + j]`, zero for `j >= columns`.
+    unsafe fn transform_weights<V>(
+        w: *const f32,
+        c_in: usize,
+        depth: usize,
+        towards_input: bool,
+        column: usize,
+        columns: usize,
+        out: *mut f32,
+        plane: usize,
+    ) {
+        let row_stride = 9 * c_in;
+        for j in (0..panel_width::<V>()).step_by(V::LANES) {
+            let lanes = V::LANES.min(columns.saturating_sub(j));
+            for k in (0..depth).step_by(V::LANES) {
+                let count = V::LANES.min(depth - k);
+                // taps[u * 3 + v]: a register of output channels for each of LANES input channels.
+                let mut taps = [V::zero_block(); 9];
+                for (tap, block) in taps.iter_mut().enumerate() {
+                    let block_rows = block.as_mut();
+                    if towards_input {
+                        // The gradient reads the kernel turned round; rows are c_out, columns c_in, as in memory.
+                        let w = w.add((8 - tap) * c_in + column + j);
+                        if lanes > 0 {
+                            for l in 0..count {
+                                block_rows[l] = load_some::<V>(w.add((k + l) * row_stride), lanes);
+                                V::prefetch(w.wrapping_add((k + V::LANES + l) * row_stride));
+                            }
+                        }
+                    } else {
+                        let w = w.add(tap * c_in + k);
+                        for l in 0..lanes {
+                            block_rows[l] = load_some::<V>(w.add((column + j + l) * row_stride), count);
+                            V::prefetch(w.wrapping_add((column + j + l) * row_stride + V::LANES));
+                        }
+                        V::transpose(block);
+                    }
+                }
+                for l in 0..count {
+                    let mut half = [[V::splat(0.0); 3]; IN];
+                    for u in 0..3 {
+                        let g = weight_1d([
+                            taps[u * 3].as_mut()[l],
+                            taps[u * 3 + 1].as_mut()[l],
+                            taps[u * 3 + 2].as_mut()[l],
+                        ]);
+                        for q in 0..IN {
+                            half[q][u] = g[q];
+                        }
+                    }
+                    for q in 0..IN {
+                        let g = weight_1d(half[q]);
+                        for p in 0..IN {
+                            g[p].store(out.add((p * IN + q) * plane + (k + l) * panel_width::<V>() + j));
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+kernel! {
+    /// `A^T M A` of tiles `first .. first + count` for one panel, plus what is to be added, into `y` (n, out_h, out_w, c_out).
+    unsafe fn transform_outputs<V>(
+        m: *const f32,
+        plane: usize,
+        tiles: Tiles,
+        first: usize,
+        count: usize,
+        column: usize,
+        columns: usize,
+        y: Shared,
+        c_out: usize,
+        plus: Plus<'_>,
+    ) {
+        for t in 0..count {
+            let [image, row, col] = tiles.place(first + t);
+            let (rows, cols) = (OUT.min(tiles.out_h - row), OUT.min(tiles.out_w - col));
+            for j in (0..columns).step_by(V::LANES) {
+                let lanes = V::LANES.min(columns - j);
+                let m = m.add(t * panel_width::<V>() + j);
+                let mut half = [[V::splat(0.0); IN]; OUT];
+                for q in 0..IN {
+                    let mut column = [V::splat(0.0); IN];
+                    for p in 0..IN {
+                        column[p] = V::load(m.add((p * IN + q) * plane));
+                    }
+                    let h = output_1d(column);
+                    for i in 0..OUT {
+                        half[i][q] = h[i];
+                    }
+                }
+                let mut both = V::splat(0.0);
+                if let Some(bias) = plus.bias {
+                    both = load_some(bias.as_ptr().add(column + j), lanes);
+                }
+                if let Some(shift) = plus.shift {
+                    both = both.add(load_some(shift.as_ptr().add(image * c_out + column + j), lanes));
+                }
+                for i in 0..rows {
+                    let out = output_1d(half[i]);
+                    let pixel = ((image * tiles.out_h + row + i) * tiles.out_w + col) * c_out + column + j;
+                    for l in 0..cols {
+                        let mut v = out[l].add(both);
+                        if let Some(residual) = plus.residual {
+                            v = v.add(load_some(residual.as_ptr().add(pixel + l * c_out), lanes));
+                        }
+                        store_some(v, y.at(pixel + l * c_out), lanes);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `y = conv(x, weight)`, or with `Towards::Input` the gradient of the input from that of the output.
+pub(crate) fn outputs<V: Vector>(
+    device: &Device,
+    x: &[f32],
+    tiles: Tiles,
+    weight: Weight<'_>,
+    towards: Towards,
+    y: &mut [f32],
+    plus: Plus<'_>,
+) {
+    let (c_out, c) = match towards {
+        Towards::Output => (weight.c_out, weight.c_in),
+        Towards::Input => (weight.c_in, weight.c_out),
+    };
+    assert_eq!((weight.kh, weight.kw, c), (3, 3, tiles.c), "Winograd: a 3x3 kernel over {} channels", tiles.c);
+    assert_eq!(weight.data.len(), weight.c_out * 9 * weight.c_in);
+    assert_eq!(x.len(), tiles.n * tiles.h * tiles.w * c);
+    assert_eq!(y.len(), tiles.n * tiles.out_h * tiles.out_w * c_out);
+    assert!(plus.bias.is_none_or(|b| b.len() == c_out));
+    assert!(plus.shift.is_none_or(|s| s.len() == tiles.n * c_out));
+    assert!(plus.residual.is_none_or(|r| r.len() == y.len()));
+
+    let (count, width) = (tiles.count(), panel_width::<V>());
+    let panels = c_out.div_ceil(width);
+    // One line more than needed between tiles, lest all rows of a register tile meet in the same sets of the L1 cache.
+    let stride = c.next_multiple_of(16) + 16;
+    let u_plane = plane(c * width);
+    let y = Shared::new(y);
+    let panel_columns = |p: usize| width.min(c_out - p * width);
+    let transform_panel = |p: usize, out: *mut f32| {
+        let towards_input = towards == Towards::Input;
+        let (w, c_in) = (weight.data.as_ptr(), weight.c_in);
+        // SAFETY: the processor has V; the weight is as long as asserted; `out` holds XI planes of c panel rows.
+        unsafe { transform_weights::<V>(w, c_in, c, towards_input, p * width, panel_columns(p), out, u_plane) };
+    };
+    // Multiplies `rows` transformed tiles from tile `first` by panel `p` and stores the outputs.
+    let multiply = |v: *const f32, v_plane: usize, u: *const f32, p: usize, first: usize, rows: usize, m: *mut f32| {
+        let (m_plane, columns) = (plane(BLOCK * width), panel_columns(p));
+        for xi in 0..XI {
+            // SAFETY: the processor has V; v and u hold XI planes; m is scratch of XI planes of BLOCK panel rows.
+            unsafe {
+                let store = Overwrite { c: Shared::new_at(m.add(xi * m_plane)), stride: width };
+                rows_by_panel::<V, _, false>(
+                    rows,
+                    columns,
+                    c,
+                    v.add(xi * v_plane),
+                    stride,
+                    u.add(xi * u_plane),
+                    v.wrapping_add((xi + 1) % XI * v_plane),
+                    store,
+                );
+            }
+        }
+        // SAFETY: as above; the task owns these columns of these tiles' outputs; `plus` has the lengths asserted.
+        unsafe { transform_outputs::<V>(m, m_plane, tiles, first, rows, p * width, columns, y, c_out, plus) };
+    };
+    let m_len = XI * plane(BLOCK * width);
+
+    if 4 * XI * u_plane * panels <= 1 << 20 {
+        // All transformed weights fit in the L2 cache beside a block of tiles.
+        let mut u = device.alloc(panels * XI * u_plane);
+        let out = Shared::new(u.as_mut_slice());
+        // SAFETY: task p owns its panel's planes.
+        for_each_task(panels, |p| transform_panel(p, unsafe { out.at(p * XI * u_plane) }));
+        let u = u.as_slice();
+        let v_plane = plane(BLOCK * stride);
+        let blocks = count.div_ceil(BLOCK);
+        Slots::new(device, XI * v_plane + m_len).run(blocks, |task, scratch| {
+            let tiles_here = piece(count, blocks, task);
+            let (first, rows) = (tiles_here.start, tiles_here.len());
+            let (v, m) = scratch.split_at_mut(XI * v_plane);
+            // SAFETY: the processor has V; x is as long as asserted; v holds XI planes of BLOCK rows.
+            unsafe { transform_inputs::<V>(x.as_ptr(), tiles, first, rows, v.as_mut_ptr(), v_plane, stride) };
+            for p in 0..panels {
+                multiply(v.as_ptr(), v_plane, u[p * XI * u_plane..].as_ptr(), p, first, rows, m.as_mut_ptr());
+            }
+        });
+    } else {
+        let v_plane = plane(count * stride);
+        let mut v = device.alloc(XI * v_plane);
+        let out = Shared::new(v.as_mut_slice());
+        let blocks = count.div_ceil(8);
+        for_each_task(blocks, |b| {
+            let tiles_here = piece(count, blocks, b);
+            // SAFETY: the processor has V; x is as long as asserted; the task owns these rows of each plane.
+            unsafe {
+                let out = out.at(tiles_here.start * stride);
+                transform_inputs::<V>(x.as_ptr(), tiles, tiles_here.start, tiles_here.len(), out, v_plane, stride);
+            }
+        });
+        let v = v.as_slice();
+        // Enough tasks for all threads; tasks that share a panel each transform its weights.
+        let groups = (2 * rayon::current_num_threads()).div_ceil(panels).clamp(1, count.div_ceil(BLOCK));
+        Slots::new(device, XI * u_plane + m_len).run(panels * groups, |task, scratch| {
+            let (p, group) = (task / groups, task % groups);
+            let (u, m) = scratch.split_at_mut(XI * u_plane);
+            transform_panel(p, u.as_mut_ptr());
+            let tiles_here = piece(count, groups, group);
+            let blocks = tiles_here.len().div_ceil(BLOCK);
+            for b in 0..blocks {
+                let block = piece(tiles_here.len(), blocks, b);
+                let (first, rows) = (tiles_here.start + block.start, block.len());
+                multiply(v[first * stride..].as_ptr(), v_plane, u.as_ptr(), p, first, rows, m.as_mut_ptr());
+            }
+        });
+    }
+}
+
+/// At most so many tiles are multiplied by a panel at a time; one image of 32x32 or four of 16x16.
+const BLOCK: usize = 64;
+
+kernel! {
+    /// Row `p` of `B^T D B`: element `q` of channel `k + j` of tile `t` to panel `j / panel_width`, row `t`, of plane `q`; panels are
+    /// `panel` floats apart.
+    unsafe fn transform_input_row<V>(
+        x: *const f32,
+        tiles: Tiles,
+        first: usize,
+        count: usize,
+        p: usize,
+        k: usize,
+        channels: usize,
+        out: *mut f32,
+        plane: usize,
+        panel: usize,
+    ) {
+        let width = panel_width::<V>();
+        for t in 0..count {
+            let [image, row, col] = tiles.place(first + t);
+            let image = x.add(image * tiles.h * tiles.w * tiles.c);
+            let (row, col) = (row as isize - tiles.top as isize, col as isize - tiles.left as isize);
+            for j in (0..channels).step_by(V::LANES) {
+                let lanes = V::LANES.min(channels - j);
+                let mut sum = [V::splat(0.0); IN];
+                for i in 0..IN {
+                    if BT[p][i] != 0.0 {
+                        let d = load_tile::<V>(image, &tiles, row, col, k + j, lanes, i);
+                        for l in 0..IN {
+                            sum[l] = d[l].mul_add(V::splat(BT[p][i]), sum[l]);
+                        }
+                    }
+                }
+                let v = input_1d(sum);
+                let out = out.add(j / width * panel + t * width + j % width);
+                for q in 0..IN {
+                    v[q].store(out.add(q * plane));
+                }
+            }
+        }
+    }
+}
+
+kernel! {
+    /// Row `p` of `A dY A^T`: element `q` of channel `j` of tile `t` to `out[q * plane + t * stride + j]`.
+    unsafe fn transform_gradient_row<V>(
+        dy: *const f32,
+        tiles: Tiles,
+        c_out: usize,
+        first: usize,
+        count: usize,
+        p: usize,
+        out: *mut f32,
+        plane: usize,
+        stride: usize,
+    ) {
+        for t in 0..count {
+            let [image, row, col] = tiles.place(first + t);
+            let (rows, cols) = (OUT.min(tiles.out_h - row), OUT.min(tiles.out_w - col));
+            let dy = dy.add(((image * tiles.out_h + row) * tiles.out_w + col) * c_out);
+            for j in (0..c_out).step_by(V::LANES) {
+                let lanes = V::LANES.min(c_out - j);
+                let mut sum = [V::splat(0.0); OUT];
+                for i in 0..rows {
+                    if A[p][i] != 0.0 {
+                        for l in 0..cols {
+                            let d = load_some::<V>(dy.add((i * tiles.out_w + l) * c_out + j), lanes);
+                            sum[l] = d.mul_add(V::splat(A[p][i]), sum[l]);
+                        }
+                    }
+                }
+                let m = output_transposed_1d(sum);
+                for q in 0..IN {
+                    store_some(m[q], out.add(q * plane + t * stride + j), lanes);
+                }
+            }
+        }
+    }
+}
+
+kernel! {
+    /// `dw = G^T P G` (or `+=`) for output channel `o`; `P` as [`weight_gradient`] leaves it.
+    unsafe fn transform_weight_gradient<V>(
+        sums: *const f32,
+        plane: usize,
+        o: usize,
+        c_out: usize,
+        c: usize,
+        dw: *mut f32,
+        accumulate: bool,
+    ) {
+        let width = panel_width::<V>();
+        for k in (0..c).step_by(V::LANES) {
+            let lanes = V::LANES.min(c - k);
+            let sums = sums.add((k / width * c_out + o) * width + k % width);
+            let mut half = [[V::splat(0.0); IN]; 3];
+            for q in 0..IN {
+                let mut column = [V::splat(0.0); IN];
+                for p in 0..IN {
+                    column[p] = load_some(sums.add((p * IN + q) * plane), lanes);
+                }
+                let h = weight_transposed_1d(column);
+                for u in 0..3 {
+                    half[u][q] = h[u];
+                }
+            }
+            for u in 0..3 {
+                let g = weight_transposed_1d(half[u]);
+                for v in 0..3 {
+                    let dw = dw.add((u * 3 + v) * c + k);
+                    let g = if accumulate { load_some::<V>(dw, lanes).add(g[v]) } else { g[v] };
+                    store_some(g, dw, lanes);
+                }
+            }
+        }
+    }
+}
+
+/// `dw`, stored or added to what is there.
+///
+/// A task owns one row of the 6x6 products (the first half of the transform then yields just that row: splitting the work so costs
+/// only that tiles are read six times) and up to 128 input channels, and walks over all tiles with its transformed
+/// numbers and its sums in its L2 cache.
+pub(crate) fn weight_gradient<V: Vector>(
+    device: &Device,
+    x: &[f32],
+    tiles: Tiles,
+    dy: &[f32],
+    c_out: usize,
+    dw: &mut [f32],
+    accumulate: bool,
+) {
+    let (count, width, c) = (tiles.count(), panel_width::<V>(), tiles.c);
+    assert_eq!(x.len(), tiles.n * tiles.h * tiles.w * c);
+    assert_eq!(dy.len(), tiles.n * tiles.out_h * tiles.out_w * c_out);
+    assert_eq!(dw.len(), c_out * 9 * c);
+    let channels = 128usize.next_multiple_of(width);
+    let blocks = c.div_ceil(channels);
+    let y_stride = c_out.next_multiple_of(16) + 16;
+    // Transformed numbers of a chunk of tiles: 768 KiB; a multiple of the vectors' 16 floats.
+    let chunk =
+        (768 * 1024 / (4 * IN * (channels.min(c.next_multiple_of(width)) + y_stride))).clamp(16, 256).min(count.max(1));
+    let v_panel = plane(chunk * width);
+    let v_plane = channels.min(c).div_ceil(width) * v_panel;
+    let y_plane = plane(chunk * y_stride);
+    let sums_plane = plane(c.div_ceil(width) * c_out * width);
+    let mut sums = device.alloc(XI * sums_plane);
+    let out = Shared::new(sums.as_mut_slice());
+    Slots::new(device, IN * (v_plane + y_plane)).run(IN * blocks, |task, scratch| {
+        let (block, p) = (task / IN, task % IN);
+        let (k, here) = (block * channels, channels.min(c - block * channels));
+        let (v, m) = scratch.split_at_mut(IN * v_plane);
+        for first in (0..count).step_by(chunk) {
+            let rows = chunk.min(count - first);
+            // SAFETY: the processor has V; x and dy are as long as asserted; v and m hold IN planes of a chunk.
+            unsafe {
+                let v = v.as_mut_ptr();
+                transform_input_row::<V>(x.as_ptr(), tiles, first, rows, p, k, here, v, v_plane, v_panel);
+                transform_gradient_row::<V>(
+                    dy.as_ptr(),
+                    tiles,
+                    c_out,
+                    first,
+                    rows,
+                    p,
+                    m.as_mut_ptr(),
+                    y_plane,
+                    y_stride,
+                );
+            }
+            for q in 0..IN {
+                for j in (0..here).step_by(width) {
+                    let columns = width.min(here - j);
+                    // SAFETY: as above; the task owns these panels of plane p * IN + q.
+                    unsafe {
+                        let a = m.as_ptr().add(q * y_plane);
+                        let b = v.as_ptr().add(q * v_plane + j / width * v_panel);
+                        let c = out.at((p * IN + q) * sums_plane + (k + j) / width * c_out * width);
+                        let c = Shared::new_at(c);
+                        if first == 0 {
+                            let store = Overwrite { c, stride: width };
+                            rows_by_panel::<V, _, true>(c_out, columns, rows, a, y_stride, b, a, store);
+                        } else {
+                            let add = Accumulate { c, stride: width };
+                            rows_by_panel::<V, _, true>(c_out, columns, rows, a, y_stride, b, a, add);
+                        }
+                    }
+                }
+            }
+        }
+    });
+    let sums = sums.as_slice();
+    let out = Shared::new(dw);
+    for_each_task(c_out, |o| {
+        // SAFETY: the processor has V; the tasks above wrote every element that counts; task o owns row o of dw.
+        unsafe { transform_weight_gradient::<V>(sums.as_ptr(), sums_plane, o, c_out, c, out.at(o * 9 * c), accumulate) }
+    });
+}
