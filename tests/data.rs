@@ -406,7 +406,7 @@ fn folders_of_images() {
     assert_eq!(&data.train.image(0)[..6], &[1, 1, 1, 2, 2, 2]);
     let pixel = &data.train.image(2)[..3];
     assert!(pixel.iter().zip([200, 100, 50]).all(|(&p, q)| p.abs_diff(q) <= 3), "{pixel:?}");
-    assert!(data.notes[1].contains("3 images of 2x3x1, 2x3x3 are converted to 2x3x3"), "{:?}", data.notes);
+    assert!(data.notes[1].contains("3 images of 2x3x1, 2x3x3 are made colour: 2x3x3"), "{:?}", data.notes);
 }
 
 #[test]
@@ -462,7 +462,7 @@ fn damaged_empty_and_mixed_folders() {
     assert_eq!((data.train.len(), data.train.extent().to_string()), (2, "8x12x1".into()));
     assert!(
         data.notes.contains(
-            &"2 images of 40x40x3, 41x40x3 are centre-cropped, resized (Lanczos) and converted to 8x12x1".into()
+            &"2 images of 40x40x3, 41x40x3 are centre-cropped, resized (Lanczos) and made grey: 8x12x1".into()
         ),
         "{:?}",
         data.notes
@@ -481,7 +481,7 @@ fn arrays_of_another_size_are_fitted_and_it_is_said() {
     let data = data::load(&mut config).unwrap();
     assert_eq!(data.train.extent().to_string(), "16x16x3");
     assert!(all(&data.train).iter().all(|&b| b == 77), "a flat image stays flat");
-    assert_eq!(data.notes, ["2 images of 10x20x1 are centre-cropped, resized (Lanczos) and converted to 16x16x3"]);
+    assert_eq!(data.notes, ["2 images of 10x20x1 are centre-cropped, resized (Lanczos) and made colour: 16x16x3"]);
     let four = folder.put("four.npy", &npy("|u1", &[2, 10, 10, 4], &[77; 800]));
     config.data = four.display().to_string();
     assert!(refusal(&mut config, &four).contains("has 4 channels, but 3 are asked for; only 1 (grey) and 3 (colour)"));
@@ -535,4 +535,22 @@ fn the_shuffle_is_fair() {
         counts[order.iter().position(|&i| i == 0).unwrap()] += 1;
     }
     assert!(counts.iter().all(|c| (c - 4000).abs() < 5 * 57), "{counts:?}");
+}
+
+#[test]
+fn a_note_says_no_more_than_was_done() {
+    let folder = Folder::new();
+    let path = folder.put("a.npy", &npy("|u1", &[2, 10, 20], &[77; 400]));
+    for ((h, w), channels, want) in [
+        ((10, 20), 1, None),
+        ((5, 10), 1, Some("resized (Lanczos): 5x10x1")),
+        ((10, 10), 1, Some("centre-cropped and resized (Lanczos): 10x10x1")),
+        ((10, 20), 3, Some("made colour: 10x20x3")),
+        ((20, 40), 3, Some("resized (Lanczos) and made colour: 20x40x3")),
+    ] {
+        let mut config = open(&path);
+        (config.model.image_size, config.model.channels) = (Size { h, w }, channels);
+        let want: Vec<String> = want.iter().map(|how| format!("2 images of 10x20x1 are {how}")).collect();
+        assert_eq!(data::load(&mut config).unwrap().notes, want);
+    }
 }

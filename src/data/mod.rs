@@ -268,16 +268,24 @@ impl Part {
 
 /// The sentence that says how images were changed; `found` are (rows, columns, channels) as they were.
 fn fitted_note(n: usize, found: &BTreeSet<(usize, usize, usize)>, to: Extent) -> Option<String> {
-    let resized = found.iter().any(|&(h, w, _)| Size { h, w } != to.size);
-    let converted = found.iter().any(|&(_, _, c)| c != to.channels);
-    let how = match (resized, converted) {
-        (false, false) => return None,
-        (true, false) => "centre-cropped and resized (Lanczos)",
-        (false, true) => "converted",
-        (true, true) => "centre-cropped, resized (Lanczos) and converted",
+    let any = |test: &dyn Fn(usize, usize, usize) -> bool| found.iter().any(|&(h, w, c)| test(h, w, c));
+    let mut how = Vec::new();
+    if any(&|h, w, _| h * to.size.w != w * to.size.h) {
+        how.push("centre-cropped");
+    }
+    if any(&|h, w, _| Size { h, w } != to.size) {
+        how.push("resized (Lanczos)");
+    }
+    if any(&|_, _, c| c != to.channels) {
+        how.push(if to.channels == 1 { "made grey" } else { "made colour" });
+    }
+    let how = match &how[..] {
+        [] => return None,
+        [one] => one.to_string(),
+        [first @ .., last] => format!("{} and {last}", first.join(", ")),
     };
     let sizes: Vec<String> = found.iter().map(|&(h, w, c)| format!("{h}x{w}x{c}")).collect();
-    Some(format!("{n} images of {} are {how} to {to}", shortened(&sizes)))
+    Some(format!("{n} images of {} are {how}: {to}", shortened(&sizes)))
 }
 
 /// A list of which only the ends are shown where it is long.
