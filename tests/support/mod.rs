@@ -9,6 +9,7 @@
 #![allow(dead_code)]
 
 mod tests;
+pub mod winograd;
 
 /// Half a unit in the last place of an f32, relative: one rounding.
 pub const F32_ROUNDING: f64 = 1.0 / (1u64 << 24) as f64;
