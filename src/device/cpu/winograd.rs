@@ -13,6 +13,9 @@
 //! cache, multiplies and transforms back; where channels are many, the tiles are transformed once and each task owns a
 //! panel of output channels, whose weights it transforms into its scratch. Both sum over input channels in order, so they agree to the bit.
 
+// Loops count with the letters of the formulas, over several arrays at once.
+#![allow(clippy::needless_range_loop)]
+
 use super::direct::{Plus, Towards, Weight};
 use super::gemm::{
     Accumulate, Continue, Overwrite, Shared, Slots, for_each_task, load_some, panel_width, piece, rows_by_panel,
