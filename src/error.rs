@@ -20,6 +20,9 @@ pub enum Error {
     /// Everything else that stops the job; exits with 1.
     #[error("{0}")]
     Failed(String),
+    /// Stopped on request before it was done; exits with 1.
+    #[error("interrupted")]
+    Interrupted,
 }
 
 impl Error {
@@ -32,7 +35,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Usage(_) => 2,
-            Error::File { .. } | Error::Failed(_) => 1,
+            Error::File { .. } | Error::Failed(_) | Error::Interrupted => 1,
         }
     }
 }

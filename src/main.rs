@@ -1,2 +1,43 @@
-//! The command line.
-fn main() {}
+//! The command line: `ddpm-cuda train | sample | predict | info`. No logic, only what to call and how to end.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use ddpm_cuda::error::Error;
+use ddpm_cuda::{info, predict, sample, train};
+
+/// Denoising diffusion probabilistic models: train on a folder of images, draw new ones.
+#[derive(Parser)]
+#[command(version, max_term_width = 120)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train a model; without arguments, on built-in handwritten digits.
+    Train(train::Args),
+    /// Draw images with a trained model.
+    Sample(sample::Args),
+    /// Evaluate the network once on given inputs.
+    Predict(predict::Args),
+    /// Parameters, operations and memory of a model, and the devices there are.
+    Info(info::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Train(args) => train::run(&args),
+        Command::Sample(args) => sample::run(&args),
+        Command::Predict(args) => predict::run(&args),
+        Command::Info(args) => info::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("ddpm-cuda: {error}");
+            ExitCode::from(Error::exit_code(&error))
+        }
+    }
+}

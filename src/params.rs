@@ -5,6 +5,7 @@
 //! weights cannot change between a forward pass and its backward pass.
 
 use crate::device::Device;
+use crate::rng::{Purpose, Stream};
 use crate::tensor::{Shape, Tensor};
 
 /// Handle of one parameter in its [`Params`].
@@ -109,6 +110,30 @@ impl Params {
     pub fn zeros(device: &Device, specs: Specs) -> Self {
         let flat = Tensor::zeros(device, Shape::vector(specs.flat_len()));
         Params { specs, flat }
+    }
+
+    /// Every parameter drawn as its [`Init`] says, from its own stream of `seed`: adding a parameter at the end changes no
+    /// other.
+    pub fn init(device: &Device, specs: Specs, seed: u64) -> Self {
+        let mut params = Params::zeros(device, specs);
+        let flat = params.flat.data_mut();
+        for (p, spec) in params.specs.iter() {
+            let stream = Stream { seed, purpose: Purpose::Init, step: 0, stream: p.index as u32 };
+            let out = &mut flat[params.specs.range(p)];
+            let Shape { n, h, w, c } = spec.shape;
+            match spec.init {
+                Init::FanAvg { scale } => {
+                    // fan_in = kh kw c_in, fan_out = kh kw c_out.
+                    let bound = (6.0 * scale / (h * w * (c + n)) as f64).sqrt() as f32;
+                    stream.uniforms(out);
+                    out.iter_mut().for_each(|v| *v = bound * (2.0 * *v - 1.0));
+                }
+                Init::Normal => stream.normals(out),
+                Init::Zeros => out.fill(0.0),
+                Init::Ones => out.fill(1.0),
+            }
+        }
+        params
     }
 
     /// The list of names and shapes.

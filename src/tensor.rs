@@ -126,6 +126,11 @@ impl Tensor {
         Arc::get_mut(&mut self.buffer).is_some()
     }
 
+    /// This tensor if no other handle shares its buffer, otherwise a copy: something to be written in place.
+    pub fn into_unique(mut self, device: &Device) -> Self {
+        if self.is_unique() { self } else { Tensor::from_slice(device, self.shape, self.data()) }
+    }
+
     /// The same elements under another shape of the same length.
     pub fn reshape(self, shape: Shape) -> Self {
         assert_eq!(self.shape.len(), shape.len(), "reshape {} to {shape}", self.shape);

@@ -5,6 +5,19 @@
 //! over any float type and the oracle of every test; `mod cpu`, the practical path where the plain loops are too slow.
 //! The same stem names the tests (`tests/ops`) and the benches (`benches/ops`).
 
+pub mod adam;
 pub mod add;
+pub mod attention;
+pub mod concat;
 pub mod conv2d;
+pub mod dropout;
+pub mod embedding;
+pub mod grad_norm;
+pub mod group_norm;
 pub mod linear;
+pub mod loss;
+pub mod q_sample;
+pub mod sample_step;
+pub mod silu;
+pub mod time_embedding;
+pub mod upsample;

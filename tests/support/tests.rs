@@ -29,7 +29,7 @@ fn a_wrong_gradient_is_found() {
     let f = |x: &[Vec<f64>]| x[0].iter().map(|v| v * v * v).sum::<f64>();
     let x = numbers(2, 5);
     let right: Vec<f64> = x.iter().map(|v| 3.0 * v * v).collect();
-    finite_differences("cube", f, &[x.clone()], &[right.clone()]);
+    finite_differences("cube", f, std::slice::from_ref(&x), std::slice::from_ref(&right));
     let mut wrong = right;
     wrong[3] *= 1.001;
     let caught = std::panic::catch_unwind(|| finite_differences("cube", f, &[x], &[wrong]));

@@ -51,7 +51,10 @@ impl Pool {
             let recycled = shelves.free.get_mut(&lines).and_then(Vec::pop);
             match recycled {
                 Some(_) => shelves.stats.hits += 1,
-                None => shelves.stats.misses += 1,
+                None => {
+                    shelves.stats.misses += 1;
+                    shelves.stats.held += (lines * size_of::<Line>()) as u64;
+                }
             }
             shelves.stats.in_use += (lines * size_of::<Line>()) as u64;
             shelves.stats.peak = shelves.stats.peak.max(shelves.stats.in_use);

@@ -1,0 +1,15 @@
+use criterion::Criterion;
+use ddpm_cuda::ops::add::add;
+use ddpm_cuda::tape::Tape;
+use ddpm_cuda::tensor::Shape;
+
+use crate::{Case, bytes};
+
+pub fn bench(c: &mut Criterion) {
+    for shape in [Shape::new(16, 32, 32, 32), Shape::new(16, 32, 32, 128)] {
+        let op = |tape: &mut Tape<'_>, x: &[_], _: &[_]| add(tape, &x[0], &x[1]);
+        // The backward pass hands on its gradient: nothing is moved.
+        let work = bytes(12 * shape.len(), 0);
+        Case { stem: "add", case: shape.to_string(), inputs: &[shape, shape], params: &[], work, op }.run(c);
+    }
+}

@@ -1,0 +1,23 @@
+use criterion::Criterion;
+use ddpm_cuda::ops::attention::attention;
+use ddpm_cuda::tape::Tape;
+use ddpm_cuda::tensor::Shape;
+
+use crate::{Case, flops};
+
+/// Sizes of the networks, one image alone, several heads, many tokens. Two matrix products forward and the five backward that cannot be avoided.
+pub fn bench(c: &mut Criterion) {
+    let cases = [
+        (Shape::new(16, 16, 16, 64), 1),
+        (Shape::new(4, 16, 16, 256), 1),
+        (Shape::new(1, 16, 16, 512), 1),
+        (Shape::new(4, 16, 16, 256), 8),
+        (Shape::new(1, 64, 64, 64), 1),
+    ];
+    for (shape, heads) in cases {
+        let op = |tape: &mut Tape<'_>, x: &[_], _: &[_]| attention(tape, &x[0], &x[1], &x[2], heads);
+        let product = 2 * shape.n * shape.pixels() * shape.pixels() * shape.c;
+        let (case, work) = (format!("{shape}-{heads}"), flops(2 * product, 5 * product));
+        Case { stem: "attention", case, inputs: &[shape; 3], params: &[], work, op }.run(c);
+    }
+}

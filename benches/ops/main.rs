@@ -1,0 +1,104 @@
+//! One module per operation, under the operation's stem: `cargo bench --bench ops -- group_norm`.
+//!
+//! Memory-bound operations report bytes per second, counting the least traffic that their file's header states; the others FLOP per
+//! second. Forward and backward run through the public function and the tape, on a warm pool.
+
+mod add;
+mod attention;
+mod concat;
+mod dropout;
+mod embedding;
+mod group_norm;
+mod silu;
+mod time_embedding;
+mod upsample;
+
+use std::time::Duration;
+
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use ddpm_cuda::device::Device;
+use ddpm_cuda::error::Result;
+use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
+use ddpm_cuda::tape::{Tape, Var};
+use ddpm_cuda::tensor::{Shape, Tensor};
+
+/// An operation with the shapes of what goes in.
+struct Case<'a, F> {
+    /// The operation's stem.
+    stem: &'a str,
+    /// The case's name in the report.
+    case: String,
+    inputs: &'a [Shape],
+    params: &'a [Shape],
+    /// Work of the forward and of the backward pass.
+    work: [Throughput; 2],
+    op: F,
+}
+
+impl<F: Fn(&mut Tape<'_>, &[Var], &[Param]) -> Result<Var>> Case<'_, F> {
+    /// Measures the forward pass (without recording) and the backward pass.
+    fn run(&self, c: &mut Criterion) {
+        let device = Device::cpu();
+        let mut specs = Specs::default();
+        let handles: Vec<Param> =
+            self.params.iter().map(|&shape| specs.add(String::new(), shape, Layout::Vector, Init::Ones)).collect();
+        let mut params = Params::zeros(&device, specs);
+        params.flat_mut().iter_mut().zip(ramp()).for_each(|(p, v)| *p = v);
+        let mut grads = ParamGrads::new(&device, params.specs());
+        let inputs: Vec<Tensor> = self.inputs.iter().map(|&shape| numbers(&device, shape)).collect();
+
+        let mut group = c.benchmark_group(self.stem);
+        let [forward, backward] = self.work.clone();
+        group.throughput(forward).bench_function(BenchmarkId::new("forward", &self.case), |b| {
+            b.iter(|| {
+                let mut tape = Tape::inference(&device, &params);
+                let x: Vec<Var> = inputs.iter().map(|x| tape.leaf(x.clone())).collect();
+                (self.op)(&mut tape, &x, &handles).expect("a valid case")
+            });
+        });
+        group.throughput(backward).bench_function(BenchmarkId::new("backward", &self.case), |b| {
+            let record = || {
+                let mut tape = Tape::recording(&device, &params);
+                let x: Vec<Var> = inputs.iter().map(|x| tape.leaf(x.clone())).collect();
+                let y = (self.op)(&mut tape, &x, &handles).expect("a valid case");
+                let dy = numbers(&device, y.shape());
+                (tape, y, dy)
+            };
+            let run = |(tape, y, dy): (Tape<'_>, Var, Tensor)| tape.backward(&y, dy, &mut grads).map(drop);
+            b.iter_batched(record, run, BatchSize::PerIteration);
+        });
+        group.finish();
+    }
+}
+
+/// `bytes` per second for each of forward and backward.
+fn bytes(forward: usize, backward: usize) -> [Throughput; 2] {
+    [Throughput::Bytes(forward as u64), Throughput::Bytes(backward as u64)]
+}
+
+/// FLOP per second, which criterion prints as elements per second.
+fn flops(forward: usize, backward: usize) -> [Throughput; 2] {
+    [Throughput::Elements(forward as u64), Throughput::Elements(backward as u64)]
+}
+
+/// A tensor of numbers on [-1, 1).
+fn numbers(device: &Device, shape: Shape) -> Tensor {
+    let mut x = Tensor::uninit(device, shape);
+    x.data_mut().iter_mut().zip(ramp()).for_each(|(x, v)| *x = v);
+    x
+}
+
+fn ramp() -> impl Iterator<Item = f32> {
+    (0u32..).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 23) as f32 - 1.0)
+}
+
+criterion_group! {
+    name = ops;
+    config = Criterion::default()
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1));
+    targets = add::bench, attention::bench, concat::bench, dropout::bench, embedding::bench, group_norm::bench,
+        silu::bench, time_embedding::bench, upsample::bench
+}
+criterion_main!(ops);

@@ -1,0 +1,102 @@
+//! Whole training steps (forward, backward, clip, Adam, moving average) and whole sampling steps, in images a second, and
+//! the rate of a large matrix product on the same machine to hold them against.
+//!
+//! `small` is 1.62 M parameters at 32x32x1, batch 16: widths 32,64,64, two blocks a level, attention at 16. `cifar10` is the
+//! preset at batch 4. The convolutions and products of a training step are three times those of a forward pass, which
+//! `info` lists; images/s times three times that figure is the step's GFLOP/s.
+
+use std::time::Duration;
+
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use ddpm_cuda::config::{Config, Preset, Size};
+use ddpm_cuda::data::{Data, Dataset, Extent};
+use ddpm_cuda::device::Device;
+use ddpm_cuda::tape::{Tape, Var};
+use ddpm_cuda::tensor::{Shape, Tensor};
+use ddpm_cuda::train::Trainer;
+
+fn networks() -> [(&'static str, Config); 2] {
+    let mut small = Config::preset(Preset::Mnist);
+    small.model.image_size = Size::square(32);
+    small.model.widths = vec![32, 64, 64];
+    small.model.blocks_per_level = 2;
+    small.model.attention_resolutions = vec![16];
+    small.model.groups = 32;
+    small.batch = 16;
+    let mut cifar10 = Config::preset(Preset::Cifar10);
+    cifar10.batch = 4;
+    [("small", small), ("cifar10", cifar10)]
+}
+
+/// Bytes that look like nothing in particular; the speed does not depend on them.
+fn data(config: &Config) -> Data {
+    let extent = Extent { size: config.model.image_size, channels: config.model.channels };
+    let images = (0..64 * extent.len()).map(|i| (i * 2_654_435_761 >> 13) as u8).collect();
+    let none = Dataset::new(extent, Vec::new(), None);
+    Data { train: Dataset::new(extent, images, None), held_out: none, notes: Vec::new() }
+}
+
+fn steps(criterion: &mut Criterion) {
+    for (name, config) in networks() {
+        let device = Device::cpu();
+        let mut trainer = Trainer::new(&config, data(&config), &device).expect("the settings are valid");
+        let mut group = criterion.benchmark_group(name);
+        group.sample_size(10).warm_up_time(Duration::from_secs(2)).measurement_time(Duration::from_secs(10));
+        group.throughput(Throughput::Elements(config.batch as u64));
+        group.bench_function("train", |b| b.iter(|| trainer.step().expect("the loss is finite")));
+
+        let m = &config.model;
+        let shape = Shape::new(config.batch, m.image_size.h, m.image_size.w, m.channels);
+        let x = Var::constant(Tensor::zeros(&device, shape));
+        let t = vec![500.0; config.batch];
+        group.bench_function("sample", |b| {
+            b.iter(|| {
+                let mut tape = Tape::inference(&device, trainer.ema());
+                trainer.unet().forward(&mut tape, &x, &t, None, None).expect("nothing is checked")
+            })
+        });
+        group.finish();
+    }
+}
+
+/// A 1024-cubed product by the `gemm` crate on all cores: the yardstick.
+fn matrix_product(criterion: &mut Criterion) {
+    const N: usize = 1024;
+    let (a, b, mut c) = (vec![0.5f32; N * N], vec![0.25f32; N * N], vec![0.0f32; N * N]);
+    let mut group = criterion.benchmark_group("yardstick");
+    group.sample_size(10).throughput(Throughput::Elements(2 * (N * N * N) as u64));
+    group.bench_function("gemm_1024", |bench| {
+        bench.iter(|| {
+            let n = N as isize;
+            let threads = gemm::Parallelism::Rayon(0);
+            // SAFETY: three row-major N x N matrices of N * N elements each.
+            unsafe {
+                gemm::gemm(
+                    N,
+                    N,
+                    N,
+                    c.as_mut_ptr(),
+                    1,
+                    n,
+                    false,
+                    a.as_ptr(),
+                    1,
+                    n,
+                    b.as_ptr(),
+                    1,
+                    n,
+                    0.0,
+                    1.0,
+                    false,
+                    false,
+                    false,
+                    threads,
+                );
+            }
+        })
+    });
+    group.finish();
+}
+
+criterion_group!(benches, matrix_product, steps);
+criterion_main!(benches);

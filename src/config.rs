@@ -1,0 +1,718 @@
+//! Everything that has to be known to repeat a run: presets, `--set KEY=VALUE`, `config.toml`.
+//!
+//! One table ([`SETTINGS`], made by the `settings!` macro below) names every setting once, with its place in [`Config`]
+//! and a line of help; the command line, the file reader and the file writer all walk it, so they cannot disagree.
+//! A value has one spelling everywhere: lists as `32,64,64`, sizes as `32` or `28x20` (rows x columns).
+//!
+//! Where a setting comes from, the later winning: the preset, the file of `--config`, `--set`, then flags such as
+//! `--steps`, which the caller writes into the fields before [`Config::validate`].
+//!
+//! Deliberately absent: what does not change the numbers of a run (the output folder, the device, progress output).
+
+use std::fmt;
+use std::path::Path;
+
+use crate::diffusion::{Kind, Variance};
+use crate::error::{Error, Result};
+use crate::usage;
+
+/// A network and training recipe to start from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Preset {
+    /// 28x28 grey digits; the data is built in, minutes on two cores.
+    Mnist,
+    /// The paper's CIFAR-10 network, 35,746,307 parameters.
+    Cifar10,
+    /// The paper's 256x256 network, 113,673,219 parameters.
+    CelebaHq256,
+}
+
+/// Rows and columns of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Size {
+    /// Rows.
+    pub h: usize,
+    /// Columns.
+    pub w: usize,
+}
+
+impl Size {
+    /// The size is whatever the data has; [`crate::data::load`] fills it in.
+    pub const DATA: Size = Size { h: 0, w: 0 };
+
+    /// A square.
+    pub const fn square(side: usize) -> Self {
+        Size { h: side, w: side }
+    }
+
+    /// Rows times columns.
+    pub const fn pixels(self) -> usize {
+        self.h * self.w
+    }
+
+    /// The longer side, which is what `attention_resolutions` speak of.
+    pub fn longer(self) -> usize {
+        self.h.max(self.w)
+    }
+}
+
+/// The network.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Model {
+    /// Extent of the images; [`Size::DATA`] until the data is known.
+    pub image_size: Size,
+    /// Channels of the images, in and out; 0 until the data is known.
+    pub channels: usize,
+    /// Channels of each level, finest first; each further level has half the rows and columns.
+    pub widths: Vec<usize>,
+    /// Residual blocks of a level on the way down; one more on the way up.
+    pub blocks_per_level: usize,
+    /// Longer sides of the levels that have self-attention after each block. The middle always has it.
+    pub attention_resolutions: Vec<usize>,
+    /// Channels of an attention head; 0: one head over all channels.
+    pub head_dim: usize,
+    /// Groups of every group normalisation.
+    pub groups: usize,
+    /// Epsilon of every group normalisation.
+    pub norm_eps: f64,
+    /// Dropout in the residual blocks.
+    pub dropout: f64,
+    /// Classes to condition on; 0: none.
+    pub classes: usize,
+    /// Padding of the 3x3 convolutions of stride 2: 0 pads right and bottom alone (the paper), 1 all four sides.
+    pub downsample_padding: usize,
+    /// freq_k = 10000^(-k / (dim/2 - freq_shift)): 1 is the paper's time embedding, 0 OpenAI's.
+    pub freq_shift: usize,
+    /// Time embedding [sin, cos] (false, the paper) or [cos, sin] (true, OpenAI).
+    pub flip_sin_to_cos: bool,
+}
+
+/// The forward process and the reverse process's variance.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Diffusion {
+    /// Shape of the noise schedule.
+    pub schedule: Kind,
+    /// T.
+    pub timesteps: usize,
+    /// Variance of ancestral sampling.
+    pub variance: Variance,
+}
+
+/// All settings of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// What the other settings started from.
+    pub preset: Preset,
+    /// `mnist` or a path; empty: not given.
+    pub data: String,
+    /// Share of the images kept out of training where the data has no test set of its own, in [0, 0.5].
+    pub held_out: f64,
+    /// The network.
+    pub model: Model,
+    /// The diffusion process.
+    pub diffusion: Diffusion,
+    /// Seed of all randomness.
+    pub seed: u64,
+    /// Training steps.
+    pub steps: u32,
+    /// Images per step.
+    pub batch: usize,
+    /// Equal pieces that a batch is worked through in; the same result in less memory.
+    pub accumulate: usize,
+    /// Adam's step size after the warm-up.
+    pub learning_rate: f64,
+    /// Steps over which the step size rises linearly.
+    pub warmup_steps: u32,
+    /// AdamW's decoupled weight decay.
+    pub weight_decay: f64,
+    /// Largest norm of the gradient; 0: no clipping.
+    pub grad_clip: f64,
+    /// Decay of the moving average of the weights.
+    pub ema_decay: f64,
+    /// Mirror each training image left to right with probability 1/2.
+    pub flip: bool,
+    /// Steps between lines of `metrics.jsonl`.
+    pub log_every: u32,
+    /// Steps between validation losses; 0: never.
+    pub validate_every: u32,
+    /// Steps between sample grids; 0: only at the end.
+    pub sample_every: u32,
+    /// Steps between checkpoints; 0: only at the end.
+    pub checkpoint_every: u32,
+    /// Checkpoints kept, newest first; 0: all.
+    pub keep_checkpoints: usize,
+}
+
+/// One setting: its name, a line of help, and how to read and write it as text.
+pub struct Setting {
+    /// The key of `--set` and `config.toml`.
+    pub key: &'static str,
+    /// What it is, for people.
+    pub help: &'static str,
+    get: fn(&Config) -> toml::Value,
+    set: fn(&mut Config, &str) -> std::result::Result<(), String>,
+}
+
+macro_rules! settings {
+    ($($key:literal => $($field:ident).+, $help:literal;)*) => {
+        /// Every setting, in the order in which files list them.
+        pub const SETTINGS: &[Setting] = &[$(Setting {
+            key: $key,
+            help: $help,
+            get: |c| c.$($field).+.write(),
+            set: |c, text| {
+                c.$($field).+ = Value::read(text)?;
+                Ok(())
+            },
+        }),*];
+    };
+}
+
+settings! {
+    "data" => data, "mnist (built in), .npy, .npz, IDX file or folder, CIFAR-10 binary folder, folder of PNG/JPEG";
+    "held_out" => held_out, "share of the images kept for validation where the data has no test set of its own";
+    "image_size" => model.image_size, "rows x columns; images of another size are cropped and resized; 0: as the data is";
+    "channels" => model.channels, "1 grey, 3 colour; 0: as the data is";
+    "widths" => model.widths, "channels of each level, finest first";
+    "blocks_per_level" => model.blocks_per_level, "residual blocks of a level";
+    "attention_resolutions" => model.attention_resolutions, "levels with self-attention, by their longer side in pixels";
+    "head_dim" => model.head_dim, "channels of an attention head; 0: one head";
+    "groups" => model.groups, "groups of the group normalisations";
+    "norm_eps" => model.norm_eps, "epsilon of the group normalisations";
+    "dropout" => model.dropout, "dropout in the residual blocks";
+    "classes" => model.classes, "classes to condition on; 0: none";
+    "downsample_padding" => model.downsample_padding, "0: right and bottom (the paper); 1: all sides";
+    "freq_shift" => model.freq_shift, "time embedding: 1 the paper's frequencies, 0 OpenAI's";
+    "flip_sin_to_cos" => model.flip_sin_to_cos, "time embedding: false [sin, cos] (the paper), true [cos, sin]";
+    "schedule" => diffusion.schedule, "linear, cosine, quadratic, constant or sigmoid";
+    "timesteps" => diffusion.timesteps, "T, steps of the diffusion process";
+    "variance" => diffusion.variance, "of ancestral sampling: fixed_small or fixed_large";
+    "seed" => seed, "seed of all randomness";
+    "steps" => steps, "training steps";
+    "batch" => batch, "images per step";
+    "accumulate" => accumulate, "equal pieces that a batch is worked through in, to save memory";
+    "learning_rate" => learning_rate, "Adam's step size";
+    "warmup_steps" => warmup_steps, "steps over which the step size rises from 0";
+    "weight_decay" => weight_decay, "AdamW's decoupled weight decay";
+    "grad_clip" => grad_clip, "largest norm of the gradient; 0: no clipping";
+    "ema_decay" => ema_decay, "decay of the moving average of the weights";
+    "flip" => flip, "mirror half of the training images";
+    "log_every" => log_every, "steps between lines of metrics.jsonl";
+    "validate_every" => validate_every, "steps between validation losses; 0: never";
+    "sample_every" => sample_every, "steps between sample grids; 0: only at the end";
+    "checkpoint_every" => checkpoint_every, "steps between checkpoints; 0: only at the end";
+    "keep_checkpoints" => keep_checkpoints, "newest checkpoints kept; 0: all";
+}
+
+impl Config {
+    /// The settings of a preset, before anything else is said.
+    pub fn preset(preset: Preset) -> Self {
+        match preset {
+            Preset::Mnist => mnist(),
+            Preset::Cifar10 => cifar10(),
+            Preset::CelebaHq256 => celebahq256(),
+        }
+    }
+
+    /// Preset, then the file of `--config`, then each `KEY=VALUE` of `--set`. Without `preset` the file's own preset
+    /// counts, and without that `mnist`. Not validated yet.
+    pub fn build(preset: Option<Preset>, file: Option<&Path>, sets: &[String]) -> Result<Self> {
+        let mut config = match file {
+            None => Config::preset(preset.unwrap_or(Preset::Mnist)),
+            Some(path) => Config::read_over(path, preset)?,
+        };
+        for assignment in sets {
+            let Some((key, value)) = assignment.split_once('=') else {
+                usage!("--set {assignment}: there is no '='; write --set KEY=VALUE, as in --set widths=32,64,64");
+            };
+            config.set(key.trim(), value.trim()).map_err(|e| Error::Usage(format!("--set {assignment}: {e}")))?;
+        }
+        Ok(config)
+    }
+
+    /// Reads a `config.toml`.
+    pub fn read(path: &Path) -> Result<Self> {
+        Config::read_over(path, None)
+    }
+
+    fn read_over(path: &Path, preset: Option<Preset>) -> Result<Self> {
+        let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+        Config::from_toml(&text, preset).map_err(|e| Error::file(path, e))
+    }
+
+    /// Settings from the text of a `config.toml`; `preset`, where given, counts instead of the text's own.
+    fn from_toml(text: &str, preset: Option<Preset>) -> std::result::Result<Self, String> {
+        let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
+            // toml's own text is a drawing of several lines; a sentence is wanted.
+            let line = e.span().map_or(0, |s| text[..s.start].matches('\n').count() + 1);
+            format!("line {line} is not TOML ({}); settings are lines KEY = VALUE", e.message())
+        })?;
+        let own = match table.remove("preset") {
+            None => None,
+            Some(value) => Some(Preset::read(&spelling("preset", &value)?)?),
+        };
+        let mut config = Config::preset(preset.or(own).unwrap_or(Preset::Mnist));
+        for (key, value) in &table {
+            config.set(key, &spelling(key, value)?)?;
+        }
+        Ok(config)
+    }
+
+    /// Sets one setting from text. The error is a sentence.
+    pub fn set(&mut self, key: &str, value: &str) -> std::result::Result<(), String> {
+        match SETTINGS.iter().find(|s| s.key == key) {
+            Some(setting) => (setting.set)(self, value).map_err(|e| format!("{key} = {value}: {e}")),
+            None if key == "preset" => Err("a preset is chosen with --preset".into()),
+            None => Err(format!("there is no setting '{key}'; the nearest is '{}'", nearest(key))),
+        }
+    }
+
+    /// Key and value of every setting, spelled as in `config.toml`.
+    pub fn entries(&self) -> impl Iterator<Item = (&'static str, String)> {
+        SETTINGS.iter().map(|s| (s.key, (s.get)(self).to_string()))
+    }
+
+    /// The text of a `config.toml` that gives these settings again, each with its help.
+    pub fn to_toml(&self) -> String {
+        let mut text = format!("preset = {}\n", self.preset.write());
+        for ((key, value), setting) in self.entries().zip(SETTINGS) {
+            text += &format!("{:<36} # {}\n", format!("{key} = {value}"), setting.help);
+        }
+        text
+    }
+
+    /// Refuses settings that cannot work, with the value and one that would. What depends on the image size is looked
+    /// at once it is known, so call again after [`crate::data::load`].
+    pub fn validate(&self) -> Result<()> {
+        self.model.validate()?;
+        self.diffusion.validate()?;
+        positive("steps", self.steps as usize)?;
+        positive("batch", self.batch)?;
+        positive("accumulate", self.accumulate)?;
+        positive("log_every", self.log_every as usize)?;
+        if !self.batch.is_multiple_of(self.accumulate) {
+            usage!(
+                "accumulate = {} does not divide batch = {}; the pieces must be equal, as with accumulate = {}",
+                self.accumulate,
+                self.batch,
+                (1..self.accumulate).rev().find(|&a| self.batch.is_multiple_of(a)).unwrap_or(1)
+            );
+        }
+        if self.learning_rate <= 0.0 {
+            usage!("learning_rate = {} must be above 0; the paper has 0.0002", self.learning_rate);
+        }
+        if self.weight_decay < 0.0 {
+            usage!("weight_decay = {} must be 0 (off) or above", self.weight_decay);
+        }
+        if self.grad_clip < 0.0 {
+            usage!("grad_clip = {} must be 0 (off) or above; the paper has 1", self.grad_clip);
+        }
+        if !(0.0..1.0).contains(&self.ema_decay) {
+            usage!("ema_decay = {} must be at least 0 and below 1; the paper has 0.9999", self.ema_decay);
+        }
+        if !(0.0..=0.5).contains(&self.held_out) {
+            usage!("held_out = {} must be a share between 0 (no validation) and 0.5", self.held_out);
+        }
+        Ok(())
+    }
+}
+
+impl Model {
+    /// Number of levels.
+    pub fn levels(&self) -> usize {
+        self.widths.len()
+    }
+
+    /// Extent of the images at a level, 0 being the finest.
+    pub fn size_at(&self, level: usize) -> Size {
+        Size { h: self.image_size.h >> level, w: self.image_size.w >> level }
+    }
+
+    /// Whether the blocks of a level are followed by self-attention.
+    pub fn attention_at(&self, level: usize) -> bool {
+        self.attention_resolutions.contains(&self.size_at(level).longer())
+    }
+
+    /// Heads of an attention over `width` channels.
+    pub fn heads(&self, width: usize) -> usize {
+        width.checked_div(self.head_dim).unwrap_or(1)
+    }
+
+    /// Refuses a network that cannot be built.
+    pub fn validate(&self) -> Result<()> {
+        if self.widths.is_empty() {
+            usage!("widths is empty; give the channels of each level, as in widths=32,64,64");
+        }
+        positive("blocks_per_level", self.blocks_per_level)?;
+        positive("groups", self.groups)?;
+        for &width in &self.widths {
+            positive("widths", width)?;
+            if !width.is_multiple_of(self.groups) {
+                let fits = (1..self.groups).rev().find(|&g| self.widths.iter().all(|w| w.is_multiple_of(g)));
+                usage!(
+                    "groups = {} does not divide the width {width}; groups = {} divides all of {}",
+                    self.groups,
+                    fits.unwrap_or(1),
+                    join(&self.widths)
+                );
+            }
+        }
+        if self.widths[0] < 4 || self.widths[0] % 2 == 1 {
+            usage!(
+                "widths starts with {}; the first is the length of the time embedding too, so it must be even and at least 4",
+                self.widths[0]
+            );
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            usage!("dropout = {} must be at least 0 and below 1", self.dropout);
+        }
+        if self.norm_eps <= 0.0 {
+            usage!("norm_eps = {} must be above 0; the paper's code has 1e-6", self.norm_eps);
+        }
+        if self.downsample_padding > 1 {
+            usage!("downsample_padding = {} must be 0 (right and bottom) or 1 (all sides)", self.downsample_padding);
+        }
+        if self.freq_shift > 1 {
+            usage!("freq_shift = {} must be 0 or 1", self.freq_shift);
+        }
+        if self.image_size != Size::DATA {
+            self.validate_sizes()?;
+        }
+        Ok(())
+    }
+
+    fn validate_sizes(&self) -> Result<()> {
+        let (size, levels) = (self.image_size, self.levels());
+        let step = u32::try_from(levels - 1).ok().and_then(|l| 1usize.checked_shl(l)).unwrap_or(usize::MAX);
+        if !size.h.is_multiple_of(step) || !size.w.is_multiple_of(step) {
+            let near = |side: usize| side.next_multiple_of(step);
+            let fits = if size.longer() <= 1 << 20 && step <= 1 << 20 {
+                format!("{} would do, and so would fewer widths", Size { h: near(size.h), w: near(size.w) })
+            } else {
+                "use fewer widths".into()
+            };
+            usage!(
+                "image_size = {size} cannot be halved {} times, which the {levels} levels of widths = {} ask for; {fits}",
+                levels - 1,
+                join(&self.widths),
+            );
+        }
+        let sides: Vec<usize> = (0..levels).map(|l| self.size_at(l).longer()).collect();
+        if let Some(odd) = self.attention_resolutions.iter().find(|r| !sides.contains(r)) {
+            usage!(
+                "attention_resolutions holds {odd}, but the longer sides of the levels of image_size = {size} are {}",
+                join(&sides)
+            );
+        }
+        for level in (0..levels).filter(|&l| self.attention_at(l) || l == levels - 1) {
+            let width = self.widths[level];
+            if self.head_dim > 0 && !width.is_multiple_of(self.head_dim) {
+                usage!(
+                    "head_dim = {} does not divide the width {width} of the attention at {}; {} would, and 0 is one head",
+                    self.head_dim,
+                    self.size_at(level),
+                    (1..self.head_dim).rev().find(|&d| width.is_multiple_of(d)).unwrap_or(1)
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Diffusion {
+    /// Refuses a process of less than two steps.
+    pub fn validate(&self) -> Result<()> {
+        if self.timesteps < 2 {
+            usage!("timesteps = {} must be at least 2; the paper has 1000", self.timesteps);
+        }
+        Ok(())
+    }
+}
+
+fn mnist() -> Config {
+    Config {
+        preset: Preset::Mnist,
+        data: "mnist".into(),
+        held_out: 0.05,
+        model: Model {
+            image_size: Size::square(28),
+            channels: 1,
+            widths: vec![32, 64, 64],
+            blocks_per_level: 1,
+            attention_resolutions: vec![14],
+            groups: 8,
+            dropout: 0.0,
+            ..cifar10().model
+        },
+        steps: 3000,
+        batch: 64,
+        learning_rate: 1e-3,
+        warmup_steps: 100,
+        ema_decay: 0.995,
+        flip: false,
+        log_every: 20,
+        validate_every: 500,
+        sample_every: 500,
+        checkpoint_every: 500,
+        ..cifar10()
+    }
+}
+
+/// `scripts/run_cifar.py` of the paper's code, and appendix B.
+fn cifar10() -> Config {
+    Config {
+        preset: Preset::Cifar10,
+        data: String::new(),
+        held_out: 0.05,
+        model: Model {
+            image_size: Size::square(32),
+            channels: 3,
+            widths: vec![128, 256, 256, 256],
+            blocks_per_level: 2,
+            attention_resolutions: vec![16],
+            head_dim: 0,
+            groups: 32,
+            norm_eps: 1e-6,
+            dropout: 0.1,
+            classes: 0,
+            downsample_padding: 0,
+            freq_shift: 1,
+            flip_sin_to_cos: false,
+        },
+        diffusion: Diffusion { schedule: Kind::Linear, timesteps: 1000, variance: Variance::FixedLarge },
+        seed: 0,
+        steps: 800_000,
+        batch: 128,
+        accumulate: 1,
+        learning_rate: 2e-4,
+        warmup_steps: 5000,
+        weight_decay: 0.0,
+        grad_clip: 1.0,
+        ema_decay: 0.9999,
+        flip: true,
+        log_every: 100,
+        validate_every: 5000,
+        sample_every: 5000,
+        checkpoint_every: 5000,
+        keep_checkpoints: 2,
+    }
+}
+
+/// `scripts/run_celebahq.py` of the paper's code, and appendix B.
+fn celebahq256() -> Config {
+    Config {
+        preset: Preset::CelebaHq256,
+        model: Model {
+            image_size: Size::square(256),
+            widths: vec![128, 128, 256, 256, 512, 512],
+            dropout: 0.0,
+            ..cifar10().model
+        },
+        diffusion: Diffusion { variance: Variance::FixedSmall, ..cifar10().diffusion },
+        steps: 500_000,
+        batch: 64,
+        learning_rate: 2e-5,
+        ..cifar10()
+    }
+}
+
+fn positive(key: &str, value: usize) -> Result<()> {
+    if value == 0 {
+        usage!("{key} = 0 must be at least 1");
+    }
+    Ok(())
+}
+
+/// The known key with the fewest edits.
+fn nearest(key: &str) -> &'static str {
+    let edits = |s: &&Setting| strsim::damerau_levenshtein(s.key, key);
+    SETTINGS.iter().min_by_key(edits).expect("there are settings").key
+}
+
+/// A TOML value as `--set` would spell it.
+fn spelling(key: &str, value: &toml::Value) -> std::result::Result<String, String> {
+    Ok(match value {
+        toml::Value::String(s) => s.clone(),
+        toml::Value::Integer(_) | toml::Value::Float(_) | toml::Value::Boolean(_) => value.to_string(),
+        toml::Value::Array(items) => {
+            let items: std::result::Result<Vec<String>, String> = items.iter().map(|i| spelling(key, i)).collect();
+            items?.join(",")
+        }
+        toml::Value::Table(_) => {
+            return Err(format!("[{key}] is a table; settings stand at the top level, KEY = VALUE"));
+        }
+        toml::Value::Datetime(_) => return Err(format!("{key} = {value} is a date; no setting is")),
+    })
+}
+
+fn join(list: &[usize]) -> String {
+    list.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
+}
+
+/// A type that settings have: its spelling in text and in TOML.
+trait Value: Sized {
+    fn read(text: &str) -> std::result::Result<Self, String>;
+    fn write(&self) -> toml::Value;
+}
+
+impl Value for u64 {
+    fn read(text: &str) -> std::result::Result<Self, String> {
+        // A float that is whole stands for the number: 1e5 is how people write large step counts.
+        let whole = |f: f64| (f.fract() == 0.0 && (0.0..9e15).contains(&f)).then_some(f as u64);
+        let number = text.replace('_', "");
+        number
+            .parse()
+            .ok()
+            .or_else(|| number.parse().ok().and_then(whole))
+            .ok_or_else(|| "a whole number of 0 or more is expected".to_string())
+    }
+
+    fn write(&self) -> toml::Value {
+        // TOML's integers end at 2^63 - 1.
+        i64::try_from(*self).map_or_else(|_| toml::Value::String(self.to_string()), toml::Value::Integer)
+    }
+}
+
+impl Value for u32 {
+    fn read(text: &str) -> std::result::Result<Self, String> {
+        u64::read(text)?.try_into().map_err(|_| format!("the largest number possible is {}", u32::MAX))
+    }
+
+    fn write(&self) -> toml::Value {
+        u64::from(*self).write()
+    }
+}
+
+impl Value for usize {
+    fn read(text: &str) -> std::result::Result<Self, String> {
+        Ok(u32::read(text)? as usize)
+    }
+
+    fn write(&self) -> toml::Value {
+        (*self as u64).write()
+    }
+}
+
+impl Value for f64 {
+    fn read(text: &str) -> std::result::Result<Self, String> {
+        text.parse().ok().filter(|f: &f64| f.is_finite()).ok_or_else(|| "a number is expected, as in 2e-4".to_string())
+    }
+
+    fn write(&self) -> toml::Value {
+        toml::Value::Float(*self)
+    }
+}
+
+impl Value for bool {
+    fn read(text: &str) -> std::result::Result<Self, String> {
+        text.parse().map_err(|_| "true or false is expected".to_string())
+    }
+
+    fn write(&self) -> toml::Value {
+        toml::Value::Boolean(*self)
+    }
+}
+
+impl Value for String {
+    fn read(text: &str) -> std::result::Result<Self, String> {
+        Ok(text.into())
+    }
+
+    fn write(&self) -> toml::Value {
+        toml::Value::String(self.clone())
+    }
+}
+
+impl Value for Vec<usize> {
+    fn read(text: &str) -> std::result::Result<Self, String> {
+        let items = text.split(',').map(str::trim).filter(|_| !text.trim().is_empty());
+        items
+            .map(|i| u32::read(i).map(|n| n as usize))
+            .collect::<std::result::Result<_, _>>()
+            .map_err(|_| "whole numbers with commas between are expected, as in 32,64,64".into())
+    }
+
+    fn write(&self) -> toml::Value {
+        toml::Value::Array(self.iter().map(Value::write).collect())
+    }
+}
+
+impl Value for Size {
+    fn read(text: &str) -> std::result::Result<Self, String> {
+        let (h, w) = text.split_once('x').unwrap_or((text, text));
+        match (h.trim().parse::<u32>(), w.trim().parse::<u32>()) {
+            (Ok(0), Ok(0)) => Ok(Size::DATA),
+            (Ok(h @ 1..=65_536), Ok(w @ 1..=65_536)) => Ok(Size { h: h as usize, w: w as usize }),
+            _ => {
+                Err("a size between 1 and 65536 is expected: 32 (square), 28x20 (rows x columns), or 0 (the data's)"
+                    .into())
+            }
+        }
+    }
+
+    fn write(&self) -> toml::Value {
+        match *self {
+            Size { h, w } if h == w => h.write(),
+            size => toml::Value::String(size.to_string()),
+        }
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}x{}", self.h, self.w)
+    }
+}
+
+/// Enumerations: the spelling of each value, for settings and for clap.
+macro_rules! choices {
+    ($type:ty, $($name:literal => $value:path),+) => {
+        impl Value for $type {
+            fn read(text: &str) -> std::result::Result<Self, String> {
+                match text {
+                    $($name => Ok($value),)+
+                    _ => Err(format!("one of {} is expected", [$($name),+].join(", "))),
+                }
+            }
+
+            fn write(&self) -> toml::Value {
+                toml::Value::String(self.to_string())
+            }
+        }
+
+        impl fmt::Display for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self {
+                    $($value => $name,)+
+                })
+            }
+        }
+
+        impl std::str::FromStr for $type {
+            type Err = String;
+
+            fn from_str(text: &str) -> std::result::Result<Self, String> {
+                Value::read(text)
+            }
+        }
+    };
+}
+
+choices!(Preset, "mnist" => Preset::Mnist, "cifar10" => Preset::Cifar10, "celebahq256" => Preset::CelebaHq256);
+/// The same for types that read and spell themselves.
+macro_rules! spelled {
+    ($type:ty, $names:literal) => {
+        impl Value for $type {
+            fn read(text: &str) -> std::result::Result<Self, String> {
+                text.parse().map_err(|_| concat!("one of ", $names, " is expected").into())
+            }
+
+            fn write(&self) -> toml::Value {
+                toml::Value::String(self.to_string())
+            }
+        }
+    };
+}
+
+spelled!(Kind, "linear, cosine, quadratic, constant, sigmoid");
+spelled!(Variance, "fixed_small, fixed_large");

@@ -1,0 +1,116 @@
+//! Bringing an image to the extent a model has: grey to colour or back, the largest centred rectangle of the right
+//! aspect, then a Lanczos filter of three lobes, widened when it shrinks so that nothing aliases.
+
+use image::imageops::{FilterType, resize};
+use image::{GrayImage, ImageBuffer};
+
+use super::Extent;
+use crate::config::Size;
+
+/// Refuses what [`fit`] cannot do.
+pub fn check_channels(from: usize, to: usize) -> std::result::Result<(), String> {
+    if from == to || matches!((from, to), (1, 3) | (3, 1)) {
+        return Ok(());
+    }
+    Err(format!(
+        "has {from} channels, but {to} are asked for; only 1 (grey) and 3 (colour) can be converted, so use --set channels={from}"
+    ))
+}
+
+/// `image`, `(h, w, c)` of extent `from`, at extent `to`.
+pub fn fit(image: &[u8], from: Extent, to: Extent) -> Vec<u8> {
+    assert_eq!(image.len(), from.len(), "{} bytes for an image of {from}", image.len());
+    let coloured = convert(image, from.channels, to.channels);
+    if from.size == to.size { coloured } else { crop_and_resize(&coloured, from.size, to) }
+}
+
+fn convert(image: &[u8], from: usize, to: usize) -> Vec<u8> {
+    match (from, to) {
+        (a, b) if a == b => image.to_vec(),
+        (1, 3) => image.iter().flat_map(|&grey| [grey; 3]).collect(),
+        (3, 1) => image.chunks_exact(3).map(luma).collect(),
+        (a, b) => unreachable!("{a} channels to {b}: asked for without check_channels()"),
+    }
+}
+
+/// Rec. 601's luma, rounded: what most tools mean by a grey version.
+fn luma(rgb: &[u8]) -> u8 {
+    let [r, g, b] = [0, 1, 2].map(|c| u32::from(rgb[c]));
+    ((299 * r + 587 * g + 114 * b + 500) / 1000) as u8
+}
+
+/// The largest rectangle in the middle of `from` that has the aspect of `to`: (top, left, its size).
+fn centre(from: Size, to: Size) -> (usize, usize, Size) {
+    // Compared as products, so that equal aspects crop nothing.
+    let cropped = if from.w * to.h > from.h * to.w {
+        Size { h: from.h, w: (from.h * to.w / to.h).max(1) }
+    } else {
+        Size { h: (from.w * to.h / to.w).max(1), w: from.w }
+    };
+    ((from.h - cropped.h) / 2, (from.w - cropped.w) / 2, cropped)
+}
+
+fn crop_and_resize(image: &[u8], from: Size, to: Extent) -> Vec<u8> {
+    let (top, left, cropped) = centre(from, to.size);
+    let c = to.channels;
+    let mut out = vec![0; to.len()];
+    for channel in 0..c {
+        let pixel = |x: u32, y: u32| {
+            let (row, column) = (top + y as usize, left + x as usize);
+            image::Luma([image[(row * from.w + column) * c + channel]])
+        };
+        let plane: GrayImage = ImageBuffer::from_fn(cropped.w as u32, cropped.h as u32, pixel);
+        let plane = resize(&plane, to.size.w as u32, to.size.h as u32, FilterType::Lanczos3);
+        for (pixel, &value) in out.chunks_exact_mut(c).zip(plane.as_raw()) {
+            pixel[channel] = value;
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn extent(h: usize, w: usize, channels: usize) -> Extent {
+        Extent { size: Size { h, w }, channels }
+    }
+
+    #[test]
+    fn crops_the_middle() {
+        assert_eq!(centre(Size { h: 10, w: 30 }, Size::square(5)), (0, 10, Size::square(10)));
+        assert_eq!(centre(Size { h: 30, w: 10 }, Size::square(5)), (10, 0, Size::square(10)));
+        assert_eq!(centre(Size { h: 28, w: 28 }, Size::square(32)), (0, 0, Size::square(28)));
+        assert_eq!(centre(Size { h: 1000, w: 1 }, Size { h: 1, w: 1000 }), (499, 0, Size { h: 1, w: 1 }));
+        assert_eq!(centre(Size { h: 14, w: 10 }, Size { h: 28, w: 20 }), (0, 0, Size { h: 14, w: 10 }));
+    }
+
+    #[test]
+    fn a_flat_image_stays_flat_and_the_crop_takes_the_middle() {
+        // Left and right thirds 0, middle 200: what is left after the crop is flat.
+        let image: Vec<u8> =
+            (0..12 * 36).flat_map(|i| if (12..24).contains(&(i % 36)) { [200, 10, 7] } else { [0; 3] }).collect();
+        for side in [4, 5, 12, 31] {
+            let out = fit(&image, extent(12, 36, 3), extent(side, side, 3));
+            assert!(out.chunks(3).all(|p| p == [200, 10, 7]), "side {side}: {:?}", &out[..6]);
+        }
+    }
+
+    #[test]
+    fn shrinking_averages_instead_of_dropping_pixels() {
+        // Stripes of one pixel: any filter that looks at single pixels returns 0 or 255.
+        let image: Vec<u8> = (0..64 * 64).map(|i| if i % 2 == 0 { 0 } else { 255 }).collect();
+        let out = fit(&image, extent(64, 64, 1), extent(16, 16, 1));
+        let inner: Vec<u8> = (4..12).flat_map(|r| out[r * 16 + 4..r * 16 + 12].to_vec()).collect();
+        assert!(inner.iter().all(|&v| (120..=135).contains(&v)), "{inner:?}");
+    }
+
+    #[test]
+    fn grey_and_colour() {
+        assert_eq!(fit(&[7, 9], extent(1, 2, 1), extent(1, 2, 3)), [7, 7, 7, 9, 9, 9]);
+        assert_eq!(fit(&[255, 0, 0, 0, 255, 0, 0, 0, 255], extent(1, 3, 3), extent(1, 3, 1)), [76, 150, 29]);
+        assert_eq!(luma(&[255; 3]), 255);
+        let accepted = |from, to| check_channels(from, to).is_ok();
+        assert!(accepted(2, 2) && accepted(1, 3) && accepted(3, 1) && !accepted(4, 3) && !accepted(2, 1));
+    }
+}

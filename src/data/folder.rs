@@ -1,0 +1,149 @@
+//! Reading a folder of PNG and JPEG files, sub-folders included. If every image lies in a sub-folder, the names of the
+//! first level of folders are the classes, numbered in alphabetical order.
+
+use std::collections::BTreeSet;
+use std::io::Cursor;
+use std::path::{Path, PathBuf};
+
+use image::{ColorType, DynamicImage, ImageDecoder, ImageReader};
+use rayon::prelude::*;
+
+use super::{Extent, Found, Part, Target, fit};
+use crate::error::{Error, Result};
+
+/// Decodes every image, in the order of the paths, and fits it at once where `target` says to what: a folder of
+/// photographs need not fit into memory at full size.
+pub fn read(folder: &Path, target: Target) -> Result<Found> {
+    let (files, others) = list(folder)?;
+    if files.is_empty() {
+        return Err(Error::file(
+            folder,
+            format!(
+                "holds no .png, .jpg or .jpeg file ({others} others), no data_batch_1.bin and no train-images-idx3-ubyte"
+            ),
+        ));
+    }
+    let images: Vec<(Extent, Vec<u8>)> = files
+        .par_iter()
+        .map(|file| {
+            let (extent, pixels) = decode(file)?;
+            let to = target.over(extent);
+            fit::check_channels(extent.channels, to.channels).map_err(|e| Error::file(file, e))?;
+            Ok((extent, if to == extent { pixels } else { fit::fit(&pixels, extent, to) }))
+        })
+        .collect::<Result<_>>()?;
+
+    let found: BTreeSet<(usize, usize, usize)> = images.iter().map(|(e, _)| (e.size.h, e.size.w, e.channels)).collect();
+    // Where no number of channels is asked for, one colour image makes all of them colour.
+    let channels = target.channels.unwrap_or(found.iter().map(|e| e.2).max().unwrap_or(1));
+    let size = target.size.unwrap_or(images[0].0.size);
+    let mut pixels = Vec::with_capacity(images.len() * size.h * size.w * channels);
+    for (file, (extent, image)) in files.iter().zip(images) {
+        let now = target.over(extent);
+        if now.size != size {
+            let what = format!(
+                "is {}, but {} is {size}; give all images one size, or fix one with --set image_size={size}",
+                now.size,
+                files[0].display()
+            );
+            return Err(Error::file(file, what));
+        }
+        if now.channels == channels {
+            pixels.extend_from_slice(&image);
+        } else {
+            pixels.extend_from_slice(&fit::fit(&image, now, Extent { channels, ..now }));
+        }
+    }
+    let to = Extent { size, channels };
+    let mut notes = Vec::new();
+    if others > 0 {
+        notes.push(format!("{others} files in {} are neither PNG nor JPEG and are left out", folder.display()));
+    }
+    if let Some(note) = super::fitted_note(files.len(), &found, to) {
+        notes.push(note);
+    }
+    let (labels, classes) = labels(folder, &files);
+    if !classes.is_empty() {
+        let named: Vec<String> = classes.iter().enumerate().map(|(k, name)| format!("{k} {name}")).collect();
+        notes.push(format!("{} classes by folder: {}", classes.len(), super::shortened(&named)));
+    }
+    Ok(Found { train: Part::new(folder, to, pixels, labels)?, held_out: None, notes })
+}
+
+/// Image files in order of their paths, and the number of other files. Hidden files and folders count as neither.
+fn list(folder: &Path) -> Result<(Vec<PathBuf>, usize)> {
+    let (mut files, mut others) = (Vec::new(), 0);
+    let hidden = |e: &walkdir::DirEntry| e.depth() > 0 && e.file_name().as_encoded_bytes().starts_with(b".");
+    let walk = walkdir::WalkDir::new(folder).follow_links(true).sort_by_file_name();
+    for entry in walk.into_iter().filter_entry(|e| !hidden(e)) {
+        let entry = entry.map_err(|e| Error::file(e.path().unwrap_or(folder), format!("cannot be read: {e}")))?;
+        if !entry.file_type().is_file() {
+            continue;
+        }
+        let ending = entry.path().extension().unwrap_or_default().to_ascii_lowercase();
+        if ending == "png" || ending == "jpg" || ending == "jpeg" {
+            files.push(entry.into_path());
+        } else {
+            others += 1;
+        }
+    }
+    Ok((files, others))
+}
+
+/// Grey images as one channel, all others as three; transparency is dropped, 16 bits become 8, a camera's orientation
+/// mark is obeyed.
+fn decode(file: &Path) -> Result<(Extent, Vec<u8>)> {
+    let broken = |e: &dyn std::fmt::Display| Error::file(file, format!("is not a whole PNG or JPEG image: {e}"));
+    let bytes = std::fs::read(file).map_err(|e| Error::file(file, format!("cannot be read: {e}")))?;
+    if bytes.starts_with(&JPEG_START) && !jpeg_has_end(&bytes) {
+        return Err(broken(&"it is cut short"));
+    }
+    let reader = ImageReader::new(Cursor::new(&bytes)).with_guessed_format();
+    let mut decoder = reader.map_err(|e| broken(&e))?.into_decoder().map_err(|e| broken(&e))?;
+    let orientation = decoder.orientation().map_err(|e| broken(&e))?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(|e| broken(&e))?;
+    image.apply_orientation(orientation);
+    let size = crate::config::Size { h: image.height() as usize, w: image.width() as usize };
+    let grey = matches!(image.color(), ColorType::L8 | ColorType::La8 | ColorType::L16 | ColorType::La16);
+    Ok(if grey {
+        (Extent { size, channels: 1 }, image.into_luma8().into_raw())
+    } else {
+        (Extent { size, channels: 3 }, image.into_rgb8().into_raw())
+    })
+}
+
+const JPEG_START: [u8; 2] = [0xFF, 0xD8];
+
+/// True if a JPEG's end marker is there. The decoder fills what is missing of a file that was cut short with grey, which
+/// would go into the training set unseen.
+fn jpeg_has_end(bytes: &[u8]) -> bool {
+    let mut at = JPEG_START.len();
+    loop {
+        match (bytes.get(at), bytes.get(at + 1)) {
+            (Some(0xFF), Some(0xD9)) => return true,
+            // Within compressed data: a stuffed 0xFF, a restart marker, a fill byte.
+            (Some(0xFF), Some(0x00 | 0xD0..=0xD7)) => at += 2,
+            (Some(0xFF), Some(0xFF)) => at += 1,
+            // Any other marker starts a segment with its length, which may hold a thumbnail with an end marker of its own.
+            (Some(0xFF), Some(_)) => match bytes.get(at + 2..at + 4) {
+                Some(length) => at += 2 + usize::from(u16::from_be_bytes([length[0], length[1]])),
+                None => return false,
+            },
+            (Some(_), _) => at += 1,
+            (None, _) => return false,
+        }
+    }
+}
+
+/// Class of each file by its first folder, and the names of the classes; none if some image lies in `folder` itself.
+fn labels(folder: &Path, files: &[PathBuf]) -> (Option<Vec<u32>>, Vec<String>) {
+    let class = |file: &PathBuf| {
+        let mut parts = file.strip_prefix(folder).ok()?.components();
+        let first = parts.next()?.as_os_str().to_string_lossy().into_owned();
+        parts.next().map(|_| first)
+    };
+    let Some(of_file) = files.iter().map(class).collect::<Option<Vec<String>>>() else { return (None, Vec::new()) };
+    let names: Vec<String> = of_file.iter().collect::<BTreeSet<_>>().into_iter().cloned().collect();
+    let number = |name: &String| names.binary_search(name).expect("every name is in the list") as u32;
+    (Some(of_file.iter().map(number).collect()), names)
+}

@@ -1,0 +1,258 @@
+//! Noise schedules: beta_t, the products alpha_bar_t, and the posterior q(x_{t-1} | x_t, x_0).
+//!
+//! `q(x_t | x_0) = N(sqrt(alpha_bar_t) x_0, 1 - alpha_bar_t)` (DDPM, equation 4);
+//! `q(x_{t-1} | x_t, x_0) = N(c_0 x_0 + c_t x_t, beta_tilde_t)` (equations 6 and 7).
+
+use std::f64::consts::FRAC_PI_2;
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::{Error, Result};
+use crate::usage;
+
+/// A schedule by name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// beta_t equally spaced (DDPM, section 4).
+    Linear,
+    /// alpha_bar_t = f(t)/f(0), f(t) = cos^2((t/T + 0.008)/1.008 pi/2), beta_t at most 0.999 (IDDPM, equation 17).
+    Cosine,
+    /// sqrt(beta_t) equally spaced; diffusers calls it `scaled_linear`.
+    Quadratic,
+    /// Every beta_t the same, the end value.
+    Constant,
+    /// beta_t on a sigmoid from -6 to 6 between the end values; the form of GeoDiff (Xu et al. 2022) that diffusers has.
+    Sigmoid,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Kind; 5] = [Kind::Linear, Kind::Cosine, Kind::Quadratic, Kind::Constant, Kind::Sigmoid];
+
+    /// What settings call it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Kind::Linear => "linear",
+            Kind::Cosine => "cosine",
+            Kind::Quadratic => "quadratic",
+            Kind::Constant => "constant",
+            Kind::Sigmoid => "sigmoid",
+        }
+    }
+
+    /// What `beta_schedule` in diffusers' `scheduler_config.json` calls it; `None` for the constant schedule, which there is
+    /// written as `trained_betas`.
+    pub const fn diffusers_name(self) -> Option<&'static str> {
+        match self {
+            Kind::Linear => Some("linear"),
+            Kind::Cosine => Some("squaredcos_cap_v2"),
+            Kind::Quadratic => Some("scaled_linear"),
+            Kind::Constant => None,
+            Kind::Sigmoid => Some("sigmoid"),
+        }
+    }
+
+    /// First and last beta for a chain of `timesteps`: 1e-4 and 0.02 at the paper's 1000 steps, and in inverse proportion to the
+    /// number of steps otherwise, so that the chain always ends at about the same noise level (as IDDPM's code does).
+    pub fn default_betas(timesteps: usize) -> (f64, f64) {
+        let scale = 1000.0 / timesteps as f64;
+        (1e-4 * scale, 0.02 * scale)
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Kind {
+    type Err = Error;
+
+    /// By our name or by diffusers'.
+    fn from_str(s: &str) -> Result<Self> {
+        match Kind::ALL.into_iter().find(|k| k.name() == s || k.diffusers_name() == Some(s)) {
+            Some(kind) => Ok(kind),
+            None => usage!("schedule is `{s}`: must be linear, cosine, quadratic, constant or sigmoid"),
+        }
+    }
+}
+
+/// The variance of p(x_{t-1} | x_t), both ends of what is optimal (DDPM, section 3.2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Variance {
+    /// beta_tilde_t, the posterior variance: right for a data set of one point.
+    FixedSmall,
+    /// beta_t: right for data that are N(0, 1).
+    FixedLarge,
+}
+
+impl Variance {
+    /// What settings and diffusers' `variance_type` call it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Variance::FixedSmall => "fixed_small",
+            Variance::FixedLarge => "fixed_large",
+        }
+    }
+}
+
+impl fmt::Display for Variance {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Variance {
+    type Err = Error;
+
+    fn from_str(s: &str) -> Result<Self> {
+        match [Variance::FixedSmall, Variance::FixedLarge].into_iter().find(|v| v.name() == s) {
+            Some(variance) => Ok(variance),
+            None => usage!("variance is `{s}`: must be fixed_small or fixed_large"),
+        }
+    }
+}
+
+/// beta_t and alpha_bar_t for `t` in `0..len`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Schedule {
+    betas: Vec<f64>,
+    alpha_bar: Vec<f64>,
+}
+
+/// The longest chain accepted.
+const MOST_TIMESTEPS: usize = 1_000_000;
+
+impl Schedule {
+    /// A named schedule with [`Kind::default_betas`].
+    pub fn new(kind: Kind, timesteps: usize) -> Result<Self> {
+        check_timesteps(timesteps)?;
+        let (start, end) = Kind::default_betas(timesteps);
+        // The cosine schedule has no end values, so it alone can be shorter than 21 steps.
+        if kind != Kind::Cosine && end >= 1.0 {
+            usage!("timesteps is {timesteps}: the {kind} schedule needs at least 21");
+        }
+        Schedule::with_betas(kind, timesteps, start, end)
+    }
+
+    /// A named schedule between two values of beta, each in (0, 1); the cosine schedule does not look at them, the constant
+    /// one only at `end`.
+    pub fn with_betas(kind: Kind, timesteps: usize, start: f64, end: f64) -> Result<Self> {
+        check_timesteps(timesteps)?;
+        if kind != Kind::Cosine {
+            check_beta("beta_start", start)?;
+            check_beta("beta_end", end)?;
+        }
+        let last = timesteps - 1;
+        // From `a` to `b` in equal steps.
+        let spaced = |a: f64, b: f64, t: usize| if t == last { b } else { a + (b - a) / last as f64 * t as f64 };
+        let angle = |t: usize| (t as f64 / timesteps as f64 + 0.008) / 1.008 * FRAC_PI_2;
+        let f = |t: usize| angle(t).cos().powi(2);
+        let beta = |t: usize| match kind {
+            Kind::Linear => spaced(start, end, t),
+            Kind::Cosine => (1.0 - f(t + 1) / f(t)).min(0.999),
+            Kind::Quadratic => spaced(start.sqrt(), end.sqrt(), t).powi(2),
+            Kind::Constant => end,
+            Kind::Sigmoid => start + (end - start) / (1.0 + (-spaced(-6.0, 6.0, t)).exp()),
+        };
+        Schedule::from_betas((0..timesteps).map(beta).collect())
+    }
+
+    /// Any betas, each in (0, 1).
+    pub fn from_betas(betas: Vec<f64>) -> Result<Self> {
+        check_timesteps(betas.len())?;
+        for (t, &beta) in betas.iter().enumerate() {
+            check_beta(&format!("beta at timestep {t}"), beta)?;
+        }
+        let product = |alpha_bar: &mut f64, beta: &f64| {
+            *alpha_bar *= 1.0 - beta;
+            Some(*alpha_bar)
+        };
+        let alpha_bar: Vec<f64> = betas.iter().scan(1.0, product).collect();
+        if alpha_bar[betas.len() - 1] < f64::MIN_POSITIVE {
+            usage!("the product of all 1 - beta underflows: there are too many timesteps or too large betas");
+        }
+        Ok(Schedule { betas, alpha_bar })
+    }
+
+    /// The chain that keeps only the given timesteps (ascending): its alpha_bar are those of the kept ones, its betas follow
+    /// (IDDPM, equation 19).
+    pub fn keep(&self, timesteps: &[u32]) -> Self {
+        assert!(!timesteps.is_empty(), "a chain keeps at least one timestep");
+        assert!(timesteps.is_sorted_by(|a, b| a < b), "kept timesteps ascend: {timesteps:?}");
+        if timesteps.len() == self.len() {
+            return self.clone();
+        }
+        let alpha_bar: Vec<f64> = timesteps.iter().map(|&t| self.alpha_bar[t as usize]).collect();
+        let before = std::iter::once(&1.0).chain(&alpha_bar);
+        let betas = alpha_bar.iter().zip(before).map(|(alpha_bar, before)| 1.0 - alpha_bar / before).collect();
+        Schedule { betas, alpha_bar }
+    }
+
+    /// Number of timesteps T.
+    #[allow(clippy::len_without_is_empty)] // there is always one
+    pub fn len(&self) -> usize {
+        self.betas.len()
+    }
+
+    /// beta_t for every t.
+    pub fn betas(&self) -> &[f64] {
+        &self.betas
+    }
+
+    /// alpha_bar_t, the product of `1 - beta` up to and including `t`.
+    pub fn alpha_bar(&self, t: usize) -> f64 {
+        self.alpha_bar[t]
+    }
+
+    /// alpha_bar_{t-1}; 1 at `t = 0`.
+    pub fn alpha_bar_before(&self, t: usize) -> f64 {
+        if t == 0 { 1.0 } else { self.alpha_bar[t - 1] }
+    }
+
+    /// Factors of x_0 and of eps in x_t: `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` (DDPM, equation 4).
+    pub fn q_sample_coefficients(&self, t: usize) -> (f64, f64) {
+        (self.alpha_bar[t].sqrt(), (1.0 - self.alpha_bar[t]).sqrt())
+    }
+
+    /// Factors of x_0 and of x_t in the posterior mean (DDPM, equation 7); 1 and 0 at `t = 0`.
+    pub fn posterior_mean_coefficients(&self, t: usize) -> (f64, f64) {
+        let (beta, alpha_bar, before) = (self.betas[t], self.alpha_bar[t], self.alpha_bar_before(t));
+        let rest = 1.0 - alpha_bar;
+        (beta * before.sqrt() / rest, (1.0 - before) * (1.0 - beta).sqrt() / rest)
+    }
+
+    /// beta_tilde_t, the posterior variance (DDPM, equation 7); 0 at `t = 0`.
+    pub fn posterior_variance(&self, t: usize) -> f64 {
+        self.betas[t] * (1.0 - self.alpha_bar_before(t)) / (1.0 - self.alpha_bar[t])
+    }
+
+    /// Logarithm of the variance of p(x_{t-1} | x_t). Both choices have `ln beta_tilde_1` at `t = 0`, where beta_tilde is 0: no
+    /// noise is added there, but the likelihood of the data under it is finite and better than with beta_0. A chain of
+    /// one step has no entry 1 and keeps `ln beta_0`.
+    pub fn log_variance(&self, variance: Variance, t: usize) -> f64 {
+        let single = self.len() == 1;
+        let value = match variance {
+            _ if single => self.betas[0],
+            _ if t == 0 => self.posterior_variance(1),
+            Variance::FixedSmall => self.posterior_variance(t),
+            Variance::FixedLarge => self.betas[t],
+        };
+        value.ln()
+    }
+}
+
+fn check_timesteps(timesteps: usize) -> Result<()> {
+    if !(2..=MOST_TIMESTEPS).contains(&timesteps) {
+        usage!("timesteps is {timesteps}: must be from 2 to {MOST_TIMESTEPS}");
+    }
+    Ok(())
+}
+
+fn check_beta(name: &str, beta: f64) -> Result<()> {
+    if !(beta > 0.0 && beta < 1.0) {
+        usage!("{name} is {beta}: must lie between 0 and 1");
+    }
+    Ok(())
+}

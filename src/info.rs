@@ -1,0 +1,76 @@
+//! `ddpm-cuda info`: what a model costs, block by block, and the devices there are.
+
+use std::path::PathBuf;
+
+use crate::checkpoint;
+use crate::config::{Config, Preset};
+use crate::device::Device;
+use crate::error::Result;
+use crate::train::memory_needed;
+use crate::unet::{Cost, UNet};
+
+/// Arguments of `ddpm-cuda info`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// A preset [default: mnist]
+    #[arg(long, value_parser = clap::value_parser!(Preset), conflicts_with = "model")]
+    pub preset: Option<Preset>,
+    /// Run folder (its newest checkpoint), checkpoint, or model folder of diffusers
+    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER")]
+    pub model: Option<PathBuf>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// A model that cannot be read.
+pub fn run(args: &Args) -> Result<()> {
+    let config = match &args.model {
+        Some(path) => checkpoint::load(&Device::cpu(), path)?.config,
+        None => Config::preset(args.preset.unwrap_or(Preset::Mnist)),
+    };
+    let m = &config.model;
+    let (unet, specs) = UNet::new(m)?;
+    let costs = unet.costs(&specs, m.image_size.h, m.image_size.w);
+    println!("{:<32} {:>12} {:>14} {:>16}", "block", "parameters", "MFLOP forward", "KiB kept/image");
+    for Cost { place, params, flops, saved } in &costs {
+        println!(
+            "{place:<32} {:>12} {:>14.2} {:>16.1}",
+            grouped(*params as u64),
+            *flops as f64 / 1e6,
+            *saved as f64 / 1024.0
+        );
+    }
+    let total = |f: fn(&Cost) -> u64| costs.iter().map(f).sum::<u64>();
+    let (flops, saved) = (total(|c| c.flops), total(|c| c.saved));
+    println!(
+        "{:<32} {:>12} {:>14.2} {:>16.1}",
+        "in all",
+        grouped(specs.count() as u64),
+        flops as f64 / 1e6,
+        saved as f64 / 1024.0
+    );
+    println!();
+    println!("{} parameters; images {}x{}", grouped(specs.count() as u64), m.image_size, m.channels);
+    println!(
+        "training with batch {}: {:.1} GFLOP a step, about {:.2} GiB of memory",
+        config.batch,
+        3.0 * flops as f64 * config.batch as f64 / 1e9,
+        memory_needed(&config, &unet, &specs) as f64 / f64::from(1 << 30)
+    );
+    println!("devices: {}", Device::cpu());
+    Ok(())
+}
+
+/// `1234567` as `1,234,567`.
+pub fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i) % 3 == 0 {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}

@@ -1,0 +1,477 @@
+//! Scaled dot-product attention over the pixels of an image (Vaswani et al. 2017, eq. 1), one head or several.
+//!
+//! `q`, `k`, `v`, `y (n,h,w,c)` are read as `T = h w` tokens of `c` channels; head `e` has the `d = c/heads` channels from `e d`. For one
+//! image and head, with `i` and `j` tokens:
+//!
+//! ```text
+//! S_ij = q_i . k_j / sqrt(d)      m_i = max_j S_ij      r_i = 1 / sum_j exp(S_ij - m_i)
+//! P_ij = exp(S_ij - m_i) r_i      y_i = sum_j P_ij v_j
+//! ```
+//!
+//! Gradient: `dP_ij = dy_i . v_j`; the softmax's is `dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij)`; with those
+//!
+//! ```text
+//! dq_i = sum_j dS_ij k_j / sqrt(d)      dk_j = sum_i dS_ij q_i / sqrt(d)      dv_j = sum_i P_ij dy_i
+//! ```
+//!
+//! Saved: `q`, `k`, `v` and, for each row, `m` and `r` (2 numbers for `T` probabilities; together they are the log-sum-exp `m - log r`, which
+//! as one f32 would lose digits of `r` when `m` is large). The backward pass computes `P` again.
+//!
+//! Numerics: no exponential exceeds 1, since the row's largest score is taken off first. All sums are f32 and run over `k`'s (or
+//! `q`'s) tokens in order, so the bits of an image depend neither on its batch nor on the number of threads.
+//!
+//! Work: `4 n T^2 c` FLOP forward, `10 n T^2 c` backward (five products; the scores once more is one of them). Memory: forward, a block of rows of `S` for each thread;
+//! backward, `P` and `dS` of some heads at a time, 8 MiB each, or some rows of one head where its scores alone exceed that.
+
+use crate::device::Device;
+use crate::error::Result;
+use crate::tape::{Backward, Grads, Tape, Var, VarId};
+use crate::tensor::{Shape, Tensor};
+
+/// Attention of every token of `q` over all tokens of its image; three tensors of one shape, whose channels `heads` divides.
+pub fn attention(tape: &mut Tape<'_>, q: &Var, k: &Var, v: &Var, heads: usize) -> Result<Var> {
+    let shape = q.shape();
+    assert!(
+        k.shape() == shape && v.shape() == shape,
+        "attention: q is {shape}, k is {}, v is {}",
+        k.shape(),
+        v.shape()
+    );
+    assert!(heads > 0 && shape.c.is_multiple_of(heads), "attention: {heads} heads of {} channels", shape.c);
+
+    let mut y = Tensor::uninit(tape.device(), shape);
+    let mut rows = Tensor::uninit(tape.device(), Shape::new(shape.n, heads, 2, shape.pixels()));
+    match tape.device() {
+        Device::Cpu(_) => {
+            let job = cpu::Job { device: tape.device(), shape, heads };
+            cpu::forward(&job, y.data_mut(), rows.data_mut(), [q, k, v].map(Var::data));
+        }
+    }
+    tape.push("attention", y, || AttentionBackward {
+        ids: [q, k, v].map(Var::id),
+        qkv: [q, k, v].map(|x| x.value().clone()),
+        rows,
+        heads,
+    })
+}
+
+struct AttentionBackward {
+    ids: [Option<VarId>; 3],
+    qkv: [Tensor; 3],
+    /// (n, heads, 2, T): `m`, then `r`.
+    rows: Tensor,
+    heads: usize,
+}
+
+impl Backward for AttentionBackward {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn saved(&self) -> Vec<&Tensor> {
+        self.qkv.iter().chain([&self.rows]).collect()
+    }
+
+    fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let shape = dy.shape();
+        let mut dqkv: [Tensor; 3] = std::array::from_fn(|_| Tensor::uninit(grads.device(), shape));
+        match grads.device() {
+            Device::Cpu(_) => {
+                let job = cpu::Job { device: grads.device(), shape, heads: self.heads };
+                let dqkv = dqkv.each_mut().map(Tensor::data_mut);
+                cpu::backward(&job, dqkv, self.qkv.each_ref().map(Tensor::data), self.rows.data(), dy.data());
+            }
+        }
+        for (id, dx) in self.ids.into_iter().zip(dqkv) {
+            if let Some(id) = id {
+                grads.add(id, dx);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The definition.
+pub mod reference {
+    use num_traits::Float;
+
+    use crate::tensor::Shape;
+
+    /// `y` for `[q, k, v]`.
+    pub fn forward<T: Float>([q, k, v]: [&[T]; 3], shape: Shape, heads: usize) -> Vec<T> {
+        let mut y = vec![T::zero(); shape.len()];
+        each_row(q, k, shape, heads, |i, keys, p| {
+            for (&j, &p) in keys.iter().zip(p) {
+                for l in 0..shape.c / heads {
+                    y[i + l] = y[i + l] + p * v[j + l];
+                }
+            }
+        });
+        y
+    }
+
+    /// `[dq, dk, dv]`.
+    pub fn backward<T: Float>([q, k, v]: [&[T]; 3], dy: &[T], shape: Shape, heads: usize) -> [Vec<T>; 3] {
+        let [mut dq, mut dk, mut dv] = [(); 3].map(|()| vec![T::zero(); shape.len()]);
+        let d = shape.c / heads;
+        each_row(q, k, shape, heads, |i, keys, p| {
+            let dp: Vec<T> = keys.iter().map(|&j| dot(&dy[i..i + d], &v[j..j + d])).collect();
+            let mean = dot(p, &dp);
+            for ((&j, &p), &dp) in keys.iter().zip(p).zip(&dp) {
+                let ds = p * (dp - mean) * scale(d);
+                for l in 0..d {
+                    dq[i + l] = dq[i + l] + ds * k[j + l];
+                    dk[j + l] = dk[j + l] + ds * q[i + l];
+                    dv[j + l] = dv[j + l] + p * dy[i + l];
+                }
+            }
+        });
+        [dq, dk, dv]
+    }
+
+    /// Calls `f` for each image, head and token with where the token's channels of that head start, where those of the keys start, and the
+    /// row of `P`.
+    fn each_row<T: Float>(q: &[T], k: &[T], shape: Shape, heads: usize, mut f: impl FnMut(usize, &[usize], &[T])) {
+        let (d, tokens) = (shape.c / heads, shape.pixels());
+        for (image, head) in (0..shape.n * heads).map(|pair| (pair / heads, pair % heads)) {
+            let places: Vec<usize> = (0..tokens).map(|t| (image * tokens + t) * shape.c + head * d).collect();
+            for &i in &places {
+                let s: Vec<T> = places.iter().map(|&j| dot(&q[i..i + d], &k[j..j + d]) * scale(d)).collect();
+                let largest = s.iter().fold(T::neg_infinity(), |m, &s| m.max(s));
+                let e: Vec<T> = s.iter().map(|&s| (s - largest).exp()).collect();
+                let sum = e.iter().fold(T::zero(), |sum, &e| sum + e);
+                f(i, &places, &e.iter().map(|&e| e / sum).collect::<Vec<T>>());
+            }
+        }
+    }
+
+    fn scale<T: Float>(d: usize) -> T {
+        T::from(d).expect("a count").sqrt().recip()
+    }
+
+    fn dot<T: Float>(a: &[T], b: &[T]) -> T {
+        a.iter().zip(b).fold(T::zero(), |sum, (&a, &b)| sum + a * b)
+    }
+}
+
+mod cpu {
+    use std::ops::Range;
+
+    use super::*;
+    use crate::device::Buffer;
+    use crate::device::cpu::gemm::{self, Accumulate, Overwrite, Shared, Slots, panel_width, piece, rows_by_panel};
+    use crate::device::cpu::simd::{self, Isa};
+    use crate::device::cpu::vector::{Vector, with_vector};
+
+    /// Rows of scores in a task, at most: three register tiles high, so that a panel of keys is used three times for once from the second-level cache,
+    /// and few enough that 256 tokens of one image are 7 tasks.
+    const BLOCK: usize = 42;
+
+    /// Scores held at a time by the backward pass: 8 MiB of `P` and as much of `dS`.
+    const SCORES: usize = 1 << 21;
+
+    /// What both directions need to know.
+    pub struct Job<'a> {
+        pub device: &'a Device,
+        pub shape: Shape,
+        pub heads: usize,
+    }
+
+    impl Job<'_> {
+        fn tokens(&self) -> usize {
+            self.shape.pixels()
+        }
+
+        /// Channels of a head.
+        fn d(&self) -> usize {
+            self.shape.c / self.heads
+        }
+
+        fn scale(&self) -> f32 {
+            (self.d() as f32).sqrt().recip()
+        }
+
+        /// Where row `token` of a pair (image, head) starts in a tensor of `shape`.
+        fn at(&self, pair: usize, token: usize) -> usize {
+            (pair / self.heads * self.tokens() + token) * self.shape.c + pair % self.heads * self.d()
+        }
+
+        /// All pairs, as many at a time as [`SCORES`] allows.
+        fn waves(&self) -> impl Iterator<Item = Range<usize>> {
+            let pairs = self.shape.n * self.heads;
+            let together = (SCORES / (self.tokens() * self.tokens())).max(1);
+            (0..pairs).step_by(together).map(move |first| first..pairs.min(first + together))
+        }
+    }
+
+    /// One of `q`, `k`, `v`, `dy` for the pairs of a wave, as the right factor of products: panels, one behind the other.
+    struct Packed {
+        buffer: Buffer,
+        first_pair: usize,
+        /// Rows and columns of the factor.
+        depth: usize,
+        columns: usize,
+    }
+
+    impl Packed {
+        /// Tokens along the rows: the factor is `(T, d)`; or, `transposed`, along the columns: `(d, T)`.
+        fn new<V: Vector>(job: &Job<'_>, pairs: Range<usize>, x: &[f32], transposed: bool) -> Self {
+            let (depth, columns) = if transposed { (job.d(), job.tokens()) } else { (job.tokens(), job.d()) };
+            let panels = columns.div_ceil(panel_width::<V>());
+            let each = depth * panel_width::<V>();
+            let mut buffer = job.device.alloc(pairs.len() * panels * each);
+            let out = Shared::new(buffer.as_mut_slice());
+            gemm::for_each_task(pairs.len() * panels, |i| {
+                let (pair, first) = (pairs.start + i / panels, i % panels * panel_width::<V>());
+                let count = panel_width::<V>().min(columns - first);
+                // SAFETY: the caller chose V by the processor's level; the panel's numbers lie in `x`: `count` tokens (channels) of the pair from `first` on, all of
+                // its channels (tokens); task i owns the i-th piece of the buffer, `depth * panel_width` long.
+                unsafe {
+                    let panel = out.at(i * each);
+                    if transposed {
+                        gemm::pack_columns::<V>(depth, count, x[job.at(pair, first)..].as_ptr(), job.shape.c, panel);
+                    } else {
+                        gemm::pack_rows::<V>(depth, count, x[job.at(pair, 0) + first..].as_ptr(), job.shape.c, panel);
+                    }
+                }
+            });
+            Packed { buffer, first_pair: pairs.start, depth, columns }
+        }
+
+        /// Calls `f(first column, columns, panel)` for the panels of a pair, each from row `from` on.
+        fn panels<V: Vector>(&self, pair: usize, from: usize, mut f: impl FnMut(usize, usize, &[f32])) {
+            let (width, count) = (panel_width::<V>(), self.columns.div_ceil(panel_width::<V>()));
+            let each = self.depth * width;
+            let of_pair = &self.buffer.as_slice()[(pair - self.first_pair) * count * each..][..count * each];
+            for (i, panel) in of_pair.chunks_exact(each).enumerate() {
+                f(i * width, width.min(self.columns - i * width), &panel[from * width..]);
+            }
+        }
+    }
+
+    /// A left factor: `rows` rows of `depth` numbers, a row every `stride`; or, transposed, `depth` rows of `rows` numbers.
+    #[derive(Clone, Copy)]
+    struct Left<'a> {
+        x: &'a [f32],
+        stride: usize,
+        rows: usize,
+        depth: usize,
+    }
+
+    impl Left<'_> {
+        /// The product with `right`'s rows from `from` on, to rows of `stride` at `c`: written there, or `add`ed.
+        ///
+        /// # Safety
+        /// The processor has `V::LEVEL`; `rows` rows of `right.columns` numbers at `c` belong to the caller's task.
+        unsafe fn times<V: Vector, const TRANSPOSED: bool>(
+            self,
+            right: &Packed,
+            pair: usize,
+            from: usize,
+            c: *mut f32,
+            stride: usize,
+            add: bool,
+        ) {
+            let Left { x, stride: step, rows, depth } = self;
+            let (outer, inner) = if TRANSPOSED { (depth, rows) } else { (rows, depth) };
+            assert!(
+                (outer - 1) * step + inner <= x.len() && from + depth <= right.depth,
+                "a product beyond its factors"
+            );
+            right.panels::<V>(pair, from, |first, columns, panel| {
+                // SAFETY: checked above: x holds the left factor, the panel `depth` rows; `c` is the caller's promise.
+                unsafe {
+                    let c = Shared::new_at(c.add(first));
+                    let (x, panel) = (x.as_ptr(), panel.as_ptr());
+                    if add {
+                        let epilogue = Accumulate { c, stride };
+                        rows_by_panel::<V, _, TRANSPOSED>(rows, columns, depth, x, step, panel, x, epilogue);
+                    } else {
+                        let epilogue = Overwrite { c, stride };
+                        rows_by_panel::<V, _, TRANSPOSED>(rows, columns, depth, x, step, panel, x, epilogue);
+                    }
+                }
+            });
+        }
+    }
+
+    /// `rows` is (n, heads, 2, T).
+    pub fn forward(job: &Job<'_>, y: &mut [f32], rows: &mut [f32], qkv: [&[f32]; 3]) {
+        with_vector!(simd::level(), V => forward_by::<V>(job, y, rows, qkv));
+    }
+
+    fn forward_by<V: Vector>(job: &Job<'_>, y: &mut [f32], rows: &mut [f32], [q, k, v]: [&[f32]; 3]) {
+        let (tokens, d, c) = (job.tokens(), job.d(), job.shape.c);
+        let blocks = tokens.div_ceil(BLOCK);
+        let (y, rows) = (Shared::new(y), Shared::new(rows));
+        let mut slots = Slots::new(job.device, BLOCK * tokens);
+        for pairs in job.waves() {
+            let keys = Packed::new::<V>(job, pairs.clone(), k, true); // (d, T)
+            let values = Packed::new::<V>(job, pairs.clone(), v, false); // (T, d)
+            slots.run(pairs.len() * blocks, |i, scratch| {
+                let (pair, block) = (pairs.start + i / blocks, piece(tokens, blocks, i % blocks));
+                let s = &mut scratch[..block.len() * tokens]; // (block, T)
+                // SAFETY: V is the processor's level; this task alone has this block of the pair: of its rows of `y`, the channels of its
+                // head, and of `m` and `r` (which follow `2 T pair` and `2 T pair + T`); all of them within the tensors.
+                unsafe {
+                    let left = Left { x: &q[job.at(pair, block.start)..], stride: c, rows: block.len(), depth: d };
+                    left.times::<V, false>(&keys, pair, 0, s.as_mut_ptr(), tokens, false);
+                    let of = |part| rows.at((2 * pair + part) * tokens + block.start);
+                    let row = |part| std::slice::from_raw_parts_mut(of(part), block.len());
+                    let (m, r) = (row(0), row(1));
+                    softmax(s, m, r, job.scale());
+                    let left = Left { x: s, stride: tokens, rows: block.len(), depth: tokens };
+                    let y = y.at(job.at(pair, block.start));
+                    left.times::<V, false>(&values, pair, 0, y, c, false);
+                    for (i, r) in r.iter().enumerate() {
+                        scale_row(std::slice::from_raw_parts_mut(y.add(i * c), d), *r);
+                    }
+                }
+            });
+        }
+    }
+
+    pub fn backward(job: &Job<'_>, dqkv: [&mut [f32]; 3], qkv: [&[f32]; 3], rows: &[f32], dy: &[f32]) {
+        with_vector!(simd::level(), V => backward_by::<V>(job, dqkv, qkv, rows, dy));
+    }
+
+    /// Two rounds for each wave: blocks of rows of `P` and `dS`, and with them `dq`; then blocks of their columns, with them `dk` and `dv`.
+    fn backward_by<V: Vector>(job: &Job<'_>, dqkv: [&mut [f32]; 3], [q, k, v]: [&[f32]; 3], rows: &[f32], dy: &[f32]) {
+        let (tokens, d, c) = (job.tokens(), job.d(), job.shape.c);
+        let [dq, dk, dv] = dqkv.map(Shared::new);
+        let blocks = tokens.div_ceil(BLOCK);
+        for pairs in job.waves() {
+            let keys = Packed::new::<V>(job, pairs.clone(), k, true); // (d, T)
+            let values = Packed::new::<V>(job, pairs.clone(), v, true); // (d, T)
+            let [queries, keys_by_token, dy_by_token] =
+                [q, k, dy].map(|x| Packed::new::<V>(job, pairs.clone(), x, false)); // (T, d)
+            // As many rows of each pair at a time as the scores' memory holds: all of them, unless there is only one pair.
+            let together = tokens.min((SCORES / tokens).max(BLOCK));
+            let mut p = job.device.alloc(pairs.len() * together * tokens); // (pairs, together, T)
+            let mut ds = job.device.alloc(pairs.len() * together * tokens); // (pairs, together, T)
+            for first in (0..tokens).step_by(together) {
+                let count = together.min(tokens - first);
+                let row_blocks = count.div_ceil(BLOCK);
+                let (all_p, all_ds) = (Shared::new(p.as_mut_slice()), Shared::new(ds.as_mut_slice()));
+                gemm::for_each_task(pairs.len() * row_blocks, |i| {
+                    let (pair, block) = (pairs.start + i / row_blocks, piece(count, row_blocks, i % row_blocks));
+                    let len = block.len() * tokens;
+                    let token = first + block.start;
+                    let at = job.at(pair, token);
+                    let from = ((pair - pairs.start) * together + block.start) * tokens;
+                    let left = |x| Left { x, stride: c, rows: block.len(), depth: d };
+                    // SAFETY: V is the processor's level; this task alone has these rows of P and dS, `from` on in buffers of (pairs, together, T), and in
+                    // the second piece these rows of `dq` in the channels of the pair's head.
+                    let (p, ds) = unsafe {
+                        left(&q[at..]).times::<V, false>(&keys, pair, 0, all_p.at(from), tokens, false);
+                        left(&dy[at..]).times::<V, false>(&values, pair, 0, all_ds.at(from), tokens, false);
+                        let slice = |x: Shared| std::slice::from_raw_parts_mut(x.at(from), len);
+                        (slice(all_p), slice(all_ds))
+                    };
+                    let of_pair = &rows[2 * pair * tokens..][..2 * tokens];
+                    let [m, r] = [0, tokens].map(|part| &of_pair[part + token..][..block.len()]);
+                    softmax_gradient(p, ds, m, r, job.scale());
+                    let left = Left { x: ds, stride: tokens, rows: block.len(), depth: tokens };
+                    // SAFETY: as above.
+                    unsafe { left.times::<V, false>(&keys_by_token, pair, 0, dq.at(at), c, false) };
+                });
+                let (all_p, all_ds) = (p.as_slice(), ds.as_slice());
+                gemm::for_each_task(pairs.len() * blocks, |i| {
+                    let (pair, block) = (pairs.start + i / blocks, piece(tokens, blocks, i % blocks));
+                    let from = (pair - pairs.start) * together * tokens + block.start;
+                    let at = job.at(pair, block.start);
+                    let left = |x| Left { x, stride: tokens, rows: block.len(), depth: count };
+                    // SAFETY: V is the processor's level; this task alone has these rows of `dk` and `dv` in the channels of the pair's head.
+                    unsafe {
+                        let (queries, dy) = (&queries, &dy_by_token);
+                        left(&all_ds[from..]).times::<V, true>(queries, pair, first, dk.at(at), c, first > 0);
+                        left(&all_p[from..]).times::<V, true>(dy, pair, first, dv.at(at), c, first > 0);
+                    }
+                });
+            }
+        }
+    }
+
+    simd::dispatch! {
+        /// Rows of scores before their scale, `s`, become rows of `P / r`; `m` and `r` are for the output and for the backward pass.
+        fn softmax<I>(s: &mut [f32], m: &mut [f32], r: &mut [f32], scale: f32) {
+            let tokens = s.len() / m.len();
+            for ((s, m), r) in s.chunks_exact_mut(tokens).zip(m).zip(r) {
+                // The scale is positive, so the largest stays the largest.
+                *m = scale * largest(s);
+                *r = 1.0 / exponentials::<I>(s, *m, scale);
+            }
+        }
+    }
+
+    simd::dispatch! {
+        /// `y *= r`.
+        fn scale_row<I>(y: &mut [f32], r: f32) {
+            y.iter_mut().for_each(|y| *y *= r);
+        }
+    }
+
+    simd::dispatch! {
+        /// `p` comes in as scores before their scale and leaves as `P`; `ds` comes in as `dP` and leaves as `dS`, times the scale.
+        fn softmax_gradient<I>(p: &mut [f32], ds: &mut [f32], m: &[f32], r: &[f32], scale: f32) {
+            let tokens = p.len() / m.len();
+            for (((p, ds), m), r) in p.chunks_exact_mut(tokens).zip(ds.chunks_exact_mut(tokens)).zip(m).zip(r) {
+                let mean = probabilities::<I>(p, ds, *m, *r, scale);
+                for (ds, p) in ds.iter_mut().zip(p) {
+                    *ds = *p * (*ds - mean) * scale;
+                }
+            }
+        }
+    }
+
+    // The reductions have 16 lanes, joined in order at the end: vectors on every machine, the same order on each.
+
+    #[inline(always)]
+    fn largest(x: &[f32]) -> f32 {
+        let (chunks, rest) = x.as_chunks::<16>();
+        let larger = |a: f32, b: f32| if b > a { b } else { a };
+        let mut lanes = [f32::NEG_INFINITY; 16];
+        for chunk in chunks {
+            for i in 0..16 {
+                lanes[i] = larger(lanes[i], chunk[i]);
+            }
+        }
+        lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| larger(a, b))
+    }
+
+    /// `s = exp(scale s - m)`; returns the sum.
+    #[inline(always)]
+    fn exponentials<I: Isa>(s: &mut [f32], m: f32, scale: f32) -> f32 {
+        let (chunks, rest) = s.as_chunks_mut::<16>();
+        let e = |s: f32| simd::exp::<I>(I::mul_add(s, scale, -m));
+        let mut lanes = [0.0; 16];
+        for chunk in chunks {
+            for i in 0..16 {
+                chunk[i] = e(chunk[i]);
+                lanes[i] += chunk[i];
+            }
+        }
+        rest.iter_mut().for_each(|s| *s = e(*s));
+        lanes.iter().chain(&*rest).sum()
+    }
+
+    /// `p` comes in as scores before their scale and leaves as `P`; returns the sum of `P dP`.
+    #[inline(always)]
+    fn probabilities<I: Isa>(p: &mut [f32], dp: &[f32], m: f32, r: f32, scale: f32) -> f32 {
+        let ((chunks, rest), (dp_chunks, dp_rest)) = (p.as_chunks_mut::<16>(), dp.as_chunks::<16>());
+        let probability = |s: f32| simd::exp::<I>(I::mul_add(s, scale, -m)) * r;
+        let mut lanes = [0.0; 16];
+        for (p, dp) in chunks.iter_mut().zip(dp_chunks) {
+            for i in 0..16 {
+                p[i] = probability(p[i]);
+                lanes[i] = I::mul_add(p[i], dp[i], lanes[i]);
+            }
+        }
+        let mut sum: f32 = lanes.iter().sum();
+        for (p, dp) in rest.iter_mut().zip(dp_rest) {
+            *p = probability(*p);
+            sum = I::mul_add(*p, *dp, sum);
+        }
+        sum
+    }
+}

@@ -1,0 +1,97 @@
+//! `y = [a, b]` along the channels: `a (n,h,w,c_a)`, `b (n,h,w,c_b)`, `y (n,h,w,c_a + c_b)`.
+//!
+//! Gradient: `da` and `db` are the two parts of `dy`. Nothing is saved; numbers are only copied, so results are exact.
+//! Least traffic: every number read once and written once, `8 (c_a + c_b)` bytes a pixel, forward and backward.
+
+use rayon::prelude::*;
+
+use crate::device::Device;
+use crate::error::Result;
+use crate::tape::{Backward, Grads, Tape, Var, VarId};
+use crate::tensor::{Shape, Tensor};
+
+/// `b` behind `a`, channel-wise; everything but the number of channels has to agree.
+pub fn concat(tape: &mut Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
+    let (a_shape, b_shape) = (a.shape(), b.shape());
+    assert_eq!(a_shape.with_c(0), b_shape.with_c(0), "concat: a is {a_shape}, b is {b_shape}");
+    let mut y = Tensor::uninit(tape.device(), a_shape.with_c(a_shape.c + b_shape.c));
+    match tape.device() {
+        Device::Cpu(_) => cpu::forward(y.data_mut(), a.data(), b.data(), a_shape.c, b_shape.c),
+    }
+    tape.push("concat", y, || ConcatBackward { a: a.id(), b: b.id(), a_shape, b_shape })
+}
+
+struct ConcatBackward {
+    a: Option<VarId>,
+    b: Option<VarId>,
+    a_shape: Shape,
+    b_shape: Shape,
+}
+
+impl Backward for ConcatBackward {
+    fn name(&self) -> &'static str {
+        "concat"
+    }
+
+    fn saved(&self) -> Vec<&Tensor> {
+        Vec::new()
+    }
+
+    fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let c = dy.shape().c;
+        for (id, shape, at) in [(self.a, self.a_shape, 0), (self.b, self.b_shape, self.a_shape.c)] {
+            let Some(id) = id else { continue };
+            let mut dx = Tensor::uninit(grads.device(), shape);
+            match grads.device() {
+                Device::Cpu(_) => cpu::part(dx.data_mut(), dy.data(), c, at..at + shape.c),
+            }
+            grads.add(id, dx);
+        }
+        Ok(())
+    }
+}
+
+/// The definition.
+pub mod reference {
+    use std::ops::Range;
+
+    /// Rows of `c_a` numbers and rows of `c_b` numbers, joined row by row.
+    pub fn forward<T: Copy>(a: &[T], b: &[T], c_a: usize, c_b: usize) -> Vec<T> {
+        let rows = a.chunks_exact(c_a).zip(b.chunks_exact(c_b));
+        rows.flat_map(|(a, b)| a.iter().chain(b).copied()).collect()
+    }
+
+    /// The channels `part` of every row of `c` numbers: the gradient of the input that stands there.
+    pub fn backward<T: Copy>(dy: &[T], c: usize, part: Range<usize>) -> Vec<T> {
+        dy.chunks_exact(c).flat_map(|row| &row[part.clone()]).copied().collect()
+    }
+}
+
+mod cpu {
+    use super::*;
+    use std::ops::Range;
+
+    /// Numbers per task: 64 KiB, large against the cost of handing out a task.
+    const CHUNK: usize = 1 << 14;
+
+    pub fn forward(y: &mut [f32], a: &[f32], b: &[f32], c_a: usize, c_b: usize) {
+        let rows = (CHUNK / (c_a + c_b)).max(1);
+        let chunks = y.par_chunks_mut(rows * (c_a + c_b)).zip(a.par_chunks(rows * c_a)).zip(b.par_chunks(rows * c_b));
+        chunks.for_each(|((y, a), b)| {
+            let rows = y.chunks_exact_mut(c_a + c_b).zip(a.chunks_exact(c_a)).zip(b.chunks_exact(c_b));
+            for ((y, a), b) in rows {
+                y[..c_a].copy_from_slice(a);
+                y[c_a..].copy_from_slice(b);
+            }
+        });
+    }
+
+    pub fn part(dx: &mut [f32], dy: &[f32], c: usize, part: Range<usize>) {
+        let rows = (CHUNK / part.len()).max(1);
+        dx.par_chunks_mut(rows * part.len()).zip(dy.par_chunks(rows * c)).for_each(|(dx, dy)| {
+            for (dx, dy) in dx.chunks_exact_mut(part.len()).zip(dy.chunks_exact(c)) {
+                dx.copy_from_slice(&dy[part.clone()]);
+            }
+        });
+    }
+}

@@ -1,0 +1,66 @@
+//! The Euclidean norm of all gradients, `sqrt(sum g^2)`, and what follows from it: the clipping factor, and whether everything is finite.
+//!
+//! Squares and sums in f64 over fixed chunks, joined in order: the same bits for any number of threads. The square of an f32
+//! never overflows an f64, so the norm is finite if and only if every gradient is: no second pass looks for NaN.
+
+use crate::device::Device;
+
+/// Norm of a flat buffer of gradients; not finite if and only if one of them is not.
+pub fn grad_norm(device: &Device, g: &[f32]) -> f64 {
+    match device {
+        Device::Cpu(_) => cpu::sum_of_squares(g).sqrt(),
+    }
+}
+
+/// The factor that brings a gradient of norm `norm` down to at most `max_norm`: `min(1, max_norm / (norm + 1e-6))`, PyTorch's `clip_grad_norm_`.
+/// NaN for a norm that is not a number.
+pub fn clip_factor(norm: f64, max_norm: f64) -> f64 {
+    let factor = max_norm / (norm + 1e-6);
+    if factor > 1.0 { 1.0 } else { factor }
+}
+
+/// The definition.
+pub mod reference {
+    use num_traits::Float;
+
+    /// `sqrt(sum g^2)`.
+    pub fn forward<T: Float>(g: &[T]) -> T {
+        g.iter().fold(T::zero(), |sum, &g| sum + g * g).sqrt()
+    }
+}
+
+mod cpu {
+    use rayon::prelude::*;
+
+    use crate::device::cpu::simd;
+
+    /// Elements per task and partial sum: 256 KiB.
+    const CHUNK: usize = 1 << 16;
+
+    pub fn sum_of_squares(g: &[f32]) -> f64 {
+        let sums: Vec<f64> = g.par_chunks(CHUNK).map(chunk).collect();
+        sums.iter().sum()
+    }
+
+    simd::dispatch! {
+        fn chunk<I>(g: &[f32]) -> f64 {
+            // Four places of the chunk at once: the processor fetches ahead in each, and one alone does not fill the memory's
+            // bandwidth. Each has running sums that hide the latency of the additions; joined in a fixed order.
+            let mut sums = [[0.0f64; 16]; 4];
+            let (lanes, rest) = g.as_chunks::<16>();
+            let quarter = lanes.len() / 4;
+            let (places, more) = lanes.split_at(4 * quarter);
+            let (a, b) = places.split_at(2 * quarter);
+            let ((a, b), (c, d)) = (a.split_at(quarter), b.split_at(quarter));
+            for (((a, b), c), d) in a.iter().zip(b).zip(c).zip(d) {
+                for (sums, g) in sums.iter_mut().zip([a, b, c, d]) {
+                    sums.iter_mut().zip(g).for_each(|(sum, &g)| *sum += f64::from(g) * f64::from(g));
+                }
+            }
+            for g in more.iter().map(|g| &g[..]).chain([rest]) {
+                sums[0].iter_mut().zip(g).for_each(|(sum, &g)| *sum += f64::from(g) * f64::from(g));
+            }
+            sums.iter().flatten().sum()
+        }
+    }
+}

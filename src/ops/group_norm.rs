@@ -1,0 +1,588 @@
+//! Group normalisation (Wu and He 2018, eq. 1 to 3), with an optional SiLU behind it.
+//!
+//! `x`, `y (n,h,w,c)`; `gamma`, `beta (1,1,1,c)`. The channels are `g` groups of `c/g` neighbours. For one image and group, `N = h w c/g` numbers:
+//!
+//! ```text
+//! mean = sum x / N      var = sum (x - mean)^2 / N      rstd = 1 / sqrt(var + eps)
+//! xhat = (x - mean) rstd      z = gamma xhat + beta      y = z, or silu(z)
+//! ```
+//!
+//! Gradient: `dz = dy`, or `dy silu'(z)` with `z` computed again. `dgamma = sum dz xhat` and `dbeta = sum dz` over images and pixels. `mean` and
+//! `rstd` depend on every `x` of the group, `d mean / dx = 1/N` and `d rstd / dx = -rstd^2 xhat / N`, which gives
+//!
+//! ```text
+//! dx = rstd (gamma dz - s1 - xhat s2),   s1 = sum gamma dz / N,   s2 = sum gamma dz xhat / N   over the group
+//! ```
+//!
+//! Saved: `x`, and for each image and group `mean` (as the sum of two f32) and `rstd`.
+//!
+//! Numerics: two passes, because E[x^2] - E[x]^2 loses every digit when the mean is large beside the deviation. They run
+//! over strips of 64 pixels or 16 KiB, so that the second finds the strip in the cache; the strips' means and squares are joined in f64 (Chan, Golub and LeVeque
+//! 1983). Strips depend on the image's extent alone and are joined in order: the same bits for any batch and any
+//! number of threads.
+//!
+//! Least traffic: forward `x` once and `y` once, 8 bytes a number; backward `x`, `dy`, and `dx` over `dy`, 12 bytes a number. That holds
+//! while an image (backward: twice) fits the second-level cache; beyond it, the pass that follows the statistics reads again: 12 and 24.
+
+use rayon::prelude::*;
+
+use crate::device::Device;
+use crate::error::Result;
+use crate::params::Param;
+use crate::tape::{Backward, Grads, Tape, Var, VarId};
+use crate::tensor::{Shape, Tensor};
+
+/// What follows the normalisation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// Nothing.
+    Identity,
+    /// `z sigmoid(z)`.
+    Silu,
+}
+
+/// Normalises each image's groups of channels; `groups` divides the channels of `x`, `eps > 0`.
+pub fn group_norm(
+    tape: &mut Tape<'_>,
+    x: &Var,
+    gamma: Param,
+    beta: Param,
+    groups: usize,
+    eps: f32,
+    activation: Activation,
+) -> Result<Var> {
+    let shape = x.shape();
+    for (name, p) in [("gamma", gamma), ("beta", beta)] {
+        let p = tape.params().shape(p);
+        assert_eq!(p, Shape::vector(shape.c), "group_norm: {name} is {p}, x is {shape}");
+    }
+    assert!(groups > 0 && shape.c.is_multiple_of(groups), "group_norm: {groups} groups of {} channels", shape.c);
+    assert!(eps > 0.0, "group_norm: eps is {eps}");
+
+    let mut y = Tensor::uninit(tape.device(), shape);
+    let mut stats = Tensor::uninit(tape.device(), Shape::new(shape.n, 1, groups, 3));
+    match tape.device() {
+        Device::Cpu(_) => {
+            let (gamma, beta) = (tape.params().get(gamma), tape.params().get(beta));
+            let mut partials = Tensor::uninit(tape.device(), Shape::new(shape.n, cpu::strips(shape), 3, shape.c));
+            let job = cpu::Job { shape, groups, eps, activation, gamma, beta };
+            cpu::forward(&job, y.data_mut(), stats.data_mut(), partials.data_mut(), x.data());
+        }
+    }
+    tape.push("group_norm", y, || GroupNormBackward {
+        id: x.id(),
+        x: x.value().clone(),
+        stats,
+        gamma,
+        beta,
+        groups,
+        eps,
+        activation,
+    })
+}
+
+struct GroupNormBackward {
+    id: Option<VarId>,
+    x: Tensor,
+    /// (n, 1, groups, 3): the mean, what rounding took from it, rstd.
+    stats: Tensor,
+    gamma: Param,
+    beta: Param,
+    groups: usize,
+    eps: f32,
+    activation: Activation,
+}
+
+impl Backward for GroupNormBackward {
+    fn name(&self) -> &'static str {
+        "group_norm"
+    }
+
+    fn saved(&self) -> Vec<&Tensor> {
+        vec![&self.x, &self.stats]
+    }
+
+    fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let GroupNormBackward { groups, eps, activation, .. } = *self;
+        let shape = self.x.shape();
+        let mut dx = dy.into_unique(grads.device());
+        match grads.device() {
+            Device::Cpu(_) => {
+                let (gamma, beta) = (grads.weight(self.gamma), grads.weight(self.beta));
+                // The last row of each image holds its sums over all strips.
+                let rows = cpu::strips(shape) + 1;
+                let mut partials = Tensor::uninit(grads.device(), Shape::new(shape.n, rows, 2, shape.c));
+                let job = cpu::Job { shape, groups, eps, activation, gamma, beta };
+                cpu::backward(&job, dx.data_mut(), partials.data_mut(), self.x.data(), self.stats.data());
+                for (p, part) in [(self.gamma, 0), (self.beta, 1)] {
+                    let grad = grads.param(p);
+                    cpu::sum_images(grad.data, grad.accumulate, partials.data(), rows, part);
+                }
+            }
+        }
+        if let Some(id) = self.id {
+            grads.add(id, dx);
+        }
+        Ok(())
+    }
+}
+
+/// The definition.
+pub mod reference {
+    use num_traits::Float;
+
+    use super::Activation;
+    use crate::ops::silu::reference::sigmoid;
+    use crate::tensor::Shape;
+
+    /// `x` with its parameters.
+    pub struct Inputs<'a, T> {
+        /// (n, h, w, c).
+        pub x: &'a [T],
+        /// The shape of `x`.
+        pub shape: Shape,
+        /// (c).
+        pub gamma: &'a [T],
+        /// (c).
+        pub beta: &'a [T],
+        /// Number of groups.
+        pub groups: usize,
+        /// Added to the variance.
+        pub eps: T,
+        /// What follows.
+        pub activation: Activation,
+    }
+
+    /// `y`.
+    pub fn forward<T: Float>(inputs: &Inputs<'_, T>) -> Vec<T> {
+        let mut y = vec![T::nan(); inputs.x.len()];
+        each_group(inputs, |at, mean, rstd| {
+            for &(i, c) in at {
+                let z = inputs.gamma[c] * (inputs.x[i] - mean) * rstd + inputs.beta[c];
+                y[i] = match inputs.activation {
+                    Activation::Identity => z,
+                    Activation::Silu => z * sigmoid(z),
+                };
+            }
+        });
+        y
+    }
+
+    /// `(dx, dgamma, dbeta)`.
+    pub fn backward<T: Float>(inputs: &Inputs<'_, T>, dy: &[T]) -> (Vec<T>, Vec<T>, Vec<T>) {
+        let Inputs { x, gamma, beta, .. } = *inputs;
+        let mut dx = vec![T::nan(); x.len()];
+        let (mut dgamma, mut dbeta) = (vec![T::zero(); gamma.len()], vec![T::zero(); gamma.len()]);
+        each_group(inputs, |at, mean, rstd| {
+            let xhat = |i: usize| (x[i] - mean) * rstd;
+            let dz = |i: usize, c: usize| {
+                let z = gamma[c] * xhat(i) + beta[c];
+                match inputs.activation {
+                    Activation::Identity => dy[i],
+                    Activation::Silu => dy[i] * sigmoid(z) * (T::one() + z * (T::one() - sigmoid(z))),
+                }
+            };
+            let count = T::from(at.len()).expect("a count");
+            let (mut s1, mut s2) = (T::zero(), T::zero());
+            for &(i, c) in at {
+                dgamma[c] = dgamma[c] + dz(i, c) * xhat(i);
+                dbeta[c] = dbeta[c] + dz(i, c);
+                s1 = s1 + gamma[c] * dz(i, c) / count;
+                s2 = s2 + gamma[c] * dz(i, c) * xhat(i) / count;
+            }
+            for &(i, c) in at {
+                dx[i] = rstd * (gamma[c] * dz(i, c) - s1 - xhat(i) * s2);
+            }
+        });
+        (dx, dgamma, dbeta)
+    }
+
+    /// Calls `f` with the places and channels of each group's numbers, their mean and `1 / sqrt(var + eps)`.
+    fn each_group<T: Float>(inputs: &Inputs<'_, T>, mut f: impl FnMut(&[(usize, usize)], T, T)) {
+        let Shape { n, c, .. } = inputs.shape;
+        let (pixels, width) = (inputs.shape.pixels(), c / inputs.groups);
+        for image in 0..n {
+            for group in 0..inputs.groups {
+                let channels = group * width..(group + 1) * width;
+                let at: Vec<_> = (0..pixels)
+                    .flat_map(|p| channels.clone().map(move |c_i| ((image * pixels + p) * c + c_i, c_i)))
+                    .collect();
+                let count = T::from(at.len()).expect("a count");
+                let mean = at.iter().fold(T::zero(), |sum, &(i, _)| sum + inputs.x[i]) / count;
+                let var = at.iter().fold(T::zero(), |sum, &(i, _)| sum + (inputs.x[i] - mean).powi(2)) / count;
+                f(&at, mean, (var + inputs.eps).sqrt().recip());
+            }
+        }
+    }
+}
+
+mod cpu {
+    use super::*;
+    use crate::device::cpu::simd;
+
+    /// Pixels in a strip: 64, so that a tile of 64 channels is 16 KiB and the second pass finds it in the first-level cache; with few channels
+    /// as many as make those 16 KiB.
+    fn strip(shape: Shape) -> usize {
+        (4096 / shape.c).max(64)
+    }
+
+    /// Numbers that are worth a task of their own: 64 KiB, some 5 us.
+    const TASK: usize = 1 << 14;
+
+    /// What both directions need to know.
+    pub struct Job<'a> {
+        pub shape: Shape,
+        pub groups: usize,
+        pub eps: f32,
+        pub activation: Activation,
+        pub gamma: &'a [f32],
+        pub beta: &'a [f32],
+    }
+
+    /// Strips of an image.
+    pub fn strips(shape: Shape) -> usize {
+        shape.pixels().div_ceil(strip(shape))
+    }
+
+    /// `partials` is (n, strips, 3, c), `stats` (n, 1, groups, 3).
+    pub fn forward(job: &Job<'_>, y: &mut [f32], stats: &mut [f32], partials: &mut [f32], x: &[f32]) {
+        let (c, pixels, strip) = (job.shape.c, job.shape.pixels(), strip(job.shape));
+        let together = TASK.div_ceil(strip * c);
+        let images = (y.par_chunks_mut(pixels * c).zip(x.par_chunks(pixels * c)))
+            .zip(stats.par_chunks_mut(job.groups * 3).zip(partials.par_chunks_mut(strips(job.shape) * 3 * c)));
+        images.for_each(|((y, x), (stats, partials))| {
+            let parts = partials.par_chunks_mut(3 * c).zip(x.par_chunks(strip * c)).with_min_len(together);
+            parts.for_each(|(part, x)| strip_moments(part, x));
+            join_moments(job, stats, partials);
+            let affine = Affine::new(job, stats);
+            let strips = y.par_chunks_mut(strip * c).zip(x.par_chunks(strip * c)).with_min_len(together);
+            strips.for_each(|(y, x)| match job.activation {
+                Activation::Identity => normalise(y, x, &affine),
+                Activation::Silu => normalise_silu(y, x, &affine),
+            });
+        });
+    }
+
+    /// `dx` comes in as `dy`. `partials` is (n, strips + 1, 2, c); the last row becomes the image's `dgamma` and `dbeta`.
+    pub fn backward(job: &Job<'_>, dx: &mut [f32], partials: &mut [f32], x: &[f32], stats: &[f32]) {
+        let (c, pixels, strip) = (job.shape.c, job.shape.pixels(), strip(job.shape));
+        let together = TASK.div_ceil(strip * c);
+        let images = (dx.par_chunks_mut(pixels * c).zip(x.par_chunks(pixels * c)))
+            .zip(stats.par_chunks(job.groups * 3).zip(partials.par_chunks_mut((strips(job.shape) + 1) * 2 * c)));
+        images.for_each(|((dx, x), (stats, partials))| {
+            let affine = Affine::new(job, stats);
+            let (partials, sums) = partials.split_at_mut(strips(job.shape) * 2 * c);
+            let parts = (partials.par_chunks_mut(2 * c))
+                .zip(dx.par_chunks_mut(strip * c).zip(x.par_chunks(strip * c)))
+                .with_min_len(together);
+            parts.for_each(|(part, (dx, x))| match job.activation {
+                Activation::Identity => strip_sums(part, dx, x, &affine),
+                Activation::Silu => strip_sums_silu(part, dx, x, &affine),
+            });
+            let slopes = Slopes::new(job, sums, partials, stats);
+            let strips = dx.par_chunks_mut(strip * c).zip(x.par_chunks(strip * c)).with_min_len(together);
+            strips.for_each(|(dx, x)| finish_dx(dx, x, &slopes));
+        });
+    }
+
+    /// Sums row `part` of the images' last rows of `partials` (n, rows, 2, c), in the order of the images.
+    pub fn sum_images(grad: &mut [f32], accumulate: bool, partials: &[f32], rows: usize, part: usize) {
+        let c = grad.len();
+        let mut total = vec![0.0f64; c];
+        for image in partials.chunks_exact(rows * 2 * c) {
+            let row = &image[(2 * (rows - 1) + part) * c..][..c];
+            total.iter_mut().zip(row).for_each(|(total, v)| *total += f64::from(*v));
+        }
+        for (grad, total) in grad.iter_mut().zip(total) {
+            *grad = if accumulate { *grad + total as f32 } else { total as f32 };
+        }
+    }
+
+    simd::dispatch! {
+        /// Each channel's mean `m` over a strip `x (pixels, c)`, and the sums of `x - m` (what rounding took from the mean) and of `(x - m)^2`.
+        fn strip_moments<I>(part: &mut [f32], x: &[f32]) {
+            let c = part.len() / 3;
+            let (mean, rest) = part.split_at_mut(c);
+            let (first, second) = rest.split_at_mut(c);
+            let mut done = 0;
+            while done < c {
+                done += match c - done {
+                    64.. => moments_of::<I, 64, 1>(mean, first, second, x, c, done),
+                    32.. => moments_of::<I, 32, 2>(mean, first, second, x, c, done),
+                    16.. => moments_of::<I, 16, 4>(mean, first, second, x, c, done),
+                    4.. => moments_of::<I, 4, 4>(mean, first, second, x, c, done),
+                    _ => moments_of::<I, 1, 4>(mean, first, second, x, c, done),
+                };
+            }
+        }
+    }
+
+    /// Channels `at .. at + W` of a strip, their sums in registers: one for each channel and each of `R` neighbouring pixels, four
+    /// vectors in all, so that an addition does not wait for the one before. Returns `W`.
+    #[inline(always)]
+    fn moments_of<I: simd::Isa, const W: usize, const R: usize>(
+        mean: &mut [f32],
+        first: &mut [f32],
+        second: &mut [f32],
+        x: &[f32],
+        c: usize,
+        at: usize,
+    ) -> usize {
+        let row = |x: &[f32]| -> [f32; W] { *x[at..].first_chunk().expect("W channels from here") };
+        let fold = |sums: [[f32; W]; R]| {
+            let mut total = sums[0];
+            for sums in &sums[1..] {
+                total.iter_mut().zip(sums).for_each(|(total, v)| *total += v);
+            }
+            total
+        };
+        let together = x.chunks_exact(R * c);
+        let rest = together.remainder();
+
+        let mut sums = [[0.0; W]; R];
+        for rows in together.clone() {
+            for r in 0..R {
+                let x = row(&rows[r * c..]);
+                for i in 0..W {
+                    sums[r][i] += x[i];
+                }
+            }
+        }
+        for rows in rest.chunks_exact(c) {
+            let x = row(rows);
+            for i in 0..W {
+                sums[0][i] += x[i];
+            }
+        }
+        let per_pixel = 1.0 / (x.len() / c) as f32;
+        let m = fold(sums).map(|sum| sum * per_pixel);
+
+        let (mut d1, mut d2) = ([[0.0; W]; R], [[0.0; W]; R]);
+        for rows in together {
+            for r in 0..R {
+                let x = row(&rows[r * c..]);
+                for i in 0..W {
+                    let d = x[i] - m[i];
+                    d1[r][i] += d;
+                    d2[r][i] = I::mul_add(d, d, d2[r][i]);
+                }
+            }
+        }
+        for rows in rest.chunks_exact(c) {
+            let x = row(rows);
+            for i in 0..W {
+                let d = x[i] - m[i];
+                d1[0][i] += d;
+                d2[0][i] = I::mul_add(d, d, d2[0][i]);
+            }
+        }
+        mean[at..at + W].copy_from_slice(&m);
+        first[at..at + W].copy_from_slice(&fold(d1));
+        second[at..at + W].copy_from_slice(&fold(d2));
+        W
+    }
+
+    /// Joins an image's `partials` (strips, 3, c) to `stats` (groups, 3), in f64: first each channel over the strips, then the group over its channels.
+    fn join_moments(job: &Job<'_>, stats: &mut [f32], partials: &[f32]) {
+        let (c, pixels) = (job.shape.c, job.shape.pixels());
+        let mut means = vec![0.0; c];
+        let mut squares = vec![0.0; c];
+        join_strips(&mut means, &mut squares, partials, pixels, strip(job.shape));
+        let width = c / job.groups;
+        for ((stats, means), squares) in
+            stats.chunks_exact_mut(3).zip(means.chunks_exact(width)).zip(squares.chunks_exact(width))
+        {
+            let mean = means.iter().sum::<f64>() / width as f64;
+            let between: f64 = means.iter().map(|m| (m - mean) * (m - mean)).sum::<f64>() * pixels as f64;
+            let var = (squares.iter().sum::<f64>() + between) / (width * pixels) as f64;
+            stats[0] = mean as f32;
+            stats[1] = (mean - f64::from(stats[0])) as f32;
+            stats[2] = (var + f64::from(job.eps)).sqrt().recip() as f32;
+        }
+    }
+
+    simd::dispatch! {
+        /// Each channel's mean over `pixels` pixels and its sum of squares about that mean, from `partials` (strips, 3, c).
+        fn join_strips<I>(means: &mut [f64], squares: &mut [f64], partials: &[f32], pixels: usize, strip: usize) {
+            let c = means.len();
+            let count = |i: usize| (pixels - i * strip).min(strip) as f64;
+            for (i, part) in partials.chunks_exact(3 * c).enumerate() {
+                let (m, d1, n) = (&part[..c], &part[c..2 * c], count(i));
+                for ((total, m), d1) in means.iter_mut().zip(m).zip(d1) {
+                    *total += f64::from(*m) * n + f64::from(*d1);
+                }
+            }
+            let per_pixel = 1.0 / pixels as f64;
+            means.iter_mut().for_each(|total| *total *= per_pixel);
+            for (i, part) in partials.chunks_exact(3 * c).enumerate() {
+                let (m, d1, d2, n) = (&part[..c], &part[c..2 * c], &part[2 * c..], count(i));
+                for ((((total, mean), m), d1), d2) in squares.iter_mut().zip(&*means).zip(m).zip(d1).zip(d2) {
+                    // About the channel's mean instead of m: sum (x - m)^2 + 2 (m - mean) sum (x - m) + n (m - mean)^2.
+                    let shift = f64::from(*m) - mean;
+                    *total += f64::from(*d2) + shift * (2.0 * f64::from(*d1) + n * shift);
+                }
+            }
+        }
+    }
+
+    /// `z = (x - mean) a + b` for one image: three rows, repeated until they are wide enough for vectors.
+    struct Affine {
+        mean: Vec<f32>,
+        a: Vec<f32>,
+        b: Vec<f32>,
+    }
+
+    impl Affine {
+        fn new(job: &Job<'_>, stats: &[f32]) -> Self {
+            let a = wide(job, |group, c| stats[3 * group + 2] * job.gamma[c]);
+            // What rounding took from the mean goes into the shift.
+            let b = wide(job, |group, c| job.beta[c] - stats[3 * group + 1] * (stats[3 * group + 2] * job.gamma[c]));
+            Affine { mean: wide(job, |group, _| stats[3 * group]), a, b }
+        }
+    }
+
+    /// `f(group, channel)` for the channels of as many neighbouring pixels as make 512 numbers or more, so that loops over a row are long.
+    fn wide(job: &Job<'_>, f: impl Fn(usize, usize) -> f32) -> Vec<f32> {
+        let (c, width) = (job.shape.c, job.shape.c / job.groups);
+        let repeats = 512usize.div_ceil(c);
+        let mut row = Vec::with_capacity(repeats * c);
+        for group in 0..job.groups {
+            row.extend((group * width..(group + 1) * width).map(|c| f(group, c)));
+        }
+        for _ in 1..repeats {
+            row.extend_from_within(..c);
+        }
+        row
+    }
+
+    simd::dispatch! {
+        /// `y = (x - mean) a + b`.
+        fn normalise<I>(y: &mut [f32], x: &[f32], affine: &Affine) {
+            let Affine { mean, a, b } = affine;
+            for (y, x) in y.chunks_mut(mean.len()).zip(x.chunks(mean.len())) {
+                for ((((y, x), mean), a), b) in y.iter_mut().zip(x).zip(mean).zip(a).zip(b) {
+                    *y = I::mul_add(x - mean, *a, *b);
+                }
+            }
+        }
+    }
+
+    simd::dispatch! {
+        /// `y = silu((x - mean) a + b)`.
+        fn normalise_silu<I>(y: &mut [f32], x: &[f32], affine: &Affine) {
+            let Affine { mean, a, b } = affine;
+            for (y, x) in y.chunks_mut(mean.len()).zip(x.chunks(mean.len())) {
+                for ((((y, x), mean), a), b) in y.iter_mut().zip(x).zip(mean).zip(a).zip(b) {
+                    *y = simd::silu::<I>(I::mul_add(x - mean, *a, *b));
+                }
+            }
+        }
+    }
+
+    simd::dispatch! {
+        /// Each channel's sums of `dz (x - mean)` and of `dz` over a strip; `dx` comes in as `dy`, which is `dz`.
+        fn strip_sums<I>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
+            sums_of::<I, false>(part, dx, x, affine)
+        }
+    }
+
+    simd::dispatch! {
+        /// Each channel's sums of `dz (x - mean)` and of `dz` over a strip; `dx` comes in as `dy` and leaves as `dz`.
+        fn strip_sums_silu<I>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
+            sums_of::<I, true>(part, dx, x, affine)
+        }
+    }
+
+    #[inline(always)]
+    fn sums_of<I: simd::Isa, const SILU: bool>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
+        let Affine { mean, a, b } = affine;
+        let (c, width) = (part.len() / 2, mean.len());
+        // One sum for each number of a wide row, folded to channels at the end.
+        let mut sums = vec![0.0; 2 * width];
+        let (by_x, plain) = sums.split_at_mut(width);
+        for (dx, x) in dx.chunks_mut(width).zip(x.chunks(width)) {
+            let rows = dx.iter_mut().zip(x).zip(mean).zip(a).zip(b).zip(&mut *by_x).zip(&mut *plain);
+            for ((((((dx, x), mean), a), b), by_x), plain) in rows {
+                let d = x - mean;
+                if SILU {
+                    *dx *= simd::silu_grad::<I>(I::mul_add(d, *a, *b));
+                }
+                *by_x = I::mul_add(*dx, d, *by_x);
+                *plain += *dx;
+            }
+        }
+        for (part, sums) in part.chunks_exact_mut(c).zip([by_x, plain]) {
+            part.copy_from_slice(&sums[..c]);
+            for row in sums[c..].chunks_exact(c) {
+                part.iter_mut().zip(row).for_each(|(part, v)| *part += v);
+            }
+        }
+    }
+
+    /// `dx = rstd (gamma dz - (s1 + (x - mean) s2))`, where `s2` has a factor `rstd` in it and `s1` what rounding took from the mean: wide rows, as in [`Affine`].
+    struct Slopes {
+        mean: Vec<f32>,
+        gamma: Vec<f32>,
+        s1: Vec<f32>,
+        s2: Vec<f32>,
+        rstd: Vec<f32>,
+    }
+
+    impl Slopes {
+        /// From an image's `partials` (strips, 2, c); leaves the image's part of `dgamma` and `dbeta` in `sums` (2, c).
+        fn new(job: &Job<'_>, sums: &mut [f32], partials: &[f32], stats: &[f32]) -> Self {
+            let c = job.shape.c;
+            let (by_x, plain) = join_sums(partials, c);
+            let (dgamma, dbeta) = sums.split_at_mut(c);
+            let width = c / job.groups;
+            let count = (width * job.shape.pixels()) as f64;
+            let mut slopes = vec![(0.0, 0.0); job.groups];
+            for (group, (stats, slopes)) in stats.chunks_exact(3).zip(&mut slopes).enumerate() {
+                let [lost, rstd] = [f64::from(stats[1]), f64::from(stats[2])];
+                let (mut s1, mut s2) = (0.0, 0.0);
+                for c in group * width..(group + 1) * width {
+                    let by_xhat = (by_x[c] - lost * plain[c]) * rstd;
+                    s1 += f64::from(job.gamma[c]) * plain[c];
+                    s2 += f64::from(job.gamma[c]) * by_xhat;
+                    (dgamma[c], dbeta[c]) = (by_xhat as f32, plain[c] as f32);
+                }
+                // xhat s2 = (x - mean - lost) rstd s2.
+                let s2 = s2 / count * rstd;
+                *slopes = ((s1 / count - lost * s2) as f32, s2 as f32);
+            }
+            Slopes {
+                mean: wide(job, |group, _| stats[3 * group]),
+                gamma: wide(job, |_, c| job.gamma[c]),
+                s1: wide(job, |group, _| slopes[group].0),
+                s2: wide(job, |group, _| slopes[group].1),
+                rstd: wide(job, |group, _| stats[3 * group + 2]),
+            }
+        }
+    }
+
+    simd::dispatch! {
+        /// The two rows of `partials` (strips, 2, c), each summed over the strips.
+        fn join_sums<I>(partials: &[f32], c: usize) -> (Vec<f64>, Vec<f64>) {
+            let (mut by_x, mut plain) = (vec![0.0; c], vec![0.0; c]);
+            for part in partials.chunks_exact(2 * c) {
+                let (p, q) = part.split_at(c);
+                by_x.iter_mut().zip(p).for_each(|(sum, v)| *sum += f64::from(*v));
+                plain.iter_mut().zip(q).for_each(|(sum, v)| *sum += f64::from(*v));
+            }
+            (by_x, plain)
+        }
+    }
+
+    simd::dispatch! {
+        /// `dx` comes in as `dz`.
+        fn finish_dx<I>(dx: &mut [f32], x: &[f32], slopes: &Slopes) {
+            let Slopes { mean, gamma, s1, s2, rstd } = slopes;
+            for (dx, x) in dx.chunks_mut(mean.len()).zip(x.chunks(mean.len())) {
+                let rows = dx.iter_mut().zip(x).zip(mean).zip(gamma).zip(s1).zip(s2).zip(rstd);
+                for ((((((dx, x), mean), gamma), s1), s2), rstd) in rows {
+                    *dx = (*dx * gamma - I::mul_add(x - mean, *s2, *s1)) * rstd;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! One step of the reverse process in one pass, ancestral or DDIM: `x_{t-1} = c_x0 clip(x0_xt x_t + x0_output y) + c_xt x_t + sigma z`.
+//!
+//! y is the network's output, the predicted noise; the factors are a [`Step`]. z is drawn in the pass from the sample's own
+//! stream for this timestep, and not drawn where sigma is 0. Shapes: all `(n, h, w, c)`. No gradient. Numerics: f32 with
+//! factors rounded from f64; the prediction of x_0 multiplies by up to `1/sqrt(alpha_bar_T)` (158 for the linear schedule), which clipping undoes.
+
+use crate::device::Device;
+use crate::diffusion::sampler::{Samples, Step};
+use crate::tensor::{Shape, Tensor};
+
+/// x_T: standard normals, `(n, h, w, c)`, each sample from its own stream.
+pub fn start(device: &Device, shape: Shape, samples: Samples) -> Tensor {
+    let mut x = Tensor::uninit(device, shape);
+    match device {
+        Device::Cpu(_) => cpu::start(x.data_mut(), shape, samples),
+    }
+    x
+}
+
+/// x_{t-1} from x_t and the network's output.
+pub fn sample_step(device: &Device, x: &Tensor, output: &Tensor, step: &Step, samples: Samples) -> Tensor {
+    let shape = x.shape();
+    assert_eq!(shape, output.shape(), "sample_step: x is {shape}, the network's output {}", output.shape());
+    let mut y = Tensor::uninit(device, shape);
+    match device {
+        Device::Cpu(_) => cpu::step(y.data_mut(), x.data(), output.data(), shape, step, samples),
+    }
+    y
+}
+
+/// The definition.
+pub mod reference {
+    use num_traits::Float;
+
+    use crate::diffusion::sampler::Step;
+
+    /// x_{t-1}; `z` is not looked at where sigma is 0.
+    pub fn forward<T: Float>(x: &[T], output: &[T], z: &[T], step: &Step) -> Vec<T> {
+        let number = |v: f64| T::from(v).expect("every f64 has a nearest number");
+        let one = |i: usize| {
+            let x_0 = number(step.x0_xt) * x[i] + number(step.x0_output) * output[i];
+            let x_0 = if step.clip { x_0.max(-T::one()).min(T::one()) } else { x_0 };
+            let mean = number(step.c_x0) * x_0 + number(step.c_xt) * x[i];
+            if step.sigma == 0.0 { mean } else { mean + number(step.sigma) * z[i] }
+        };
+        (0..x.len()).map(one).collect()
+    }
+}
+
+mod cpu {
+    use rayon::prelude::*;
+
+    use super::*;
+    use crate::device::cpu::simd;
+    use crate::rng::{Stream, normals_from};
+
+    /// Elements per task, of one image.
+    const CHUNK: usize = 1 << 12;
+    /// Noise drawn at a time, on the stack.
+    const PIECE: usize = 256;
+
+    pub fn start(x: &mut [f32], shape: Shape, samples: Samples) {
+        let (image, streams) = ((shape.len() / shape.n.max(1)).max(1), samples.start());
+        x.par_chunks_mut(image).enumerate().for_each(|(i, x)| streams.image(i).normals(x));
+    }
+
+    pub fn step(y: &mut [f32], x: &[f32], output: &[f32], shape: Shape, step: &Step, samples: Samples) {
+        let (image, streams) = ((shape.len() / shape.n.max(1)).max(1), samples.noise(step.t));
+        let images = y.par_chunks_mut(image).zip(x.par_chunks(image)).zip(output.par_chunks(image));
+        images.enumerate().for_each(|(i, ((y, x), output))| {
+            let stream = streams.image(i);
+            let chunks = y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).zip(output.par_chunks(CHUNK));
+            chunks.enumerate().for_each(|(k, ((y, x), output))| chunk(y, x, output, step, &stream, k * CHUNK));
+        });
+    }
+
+    simd::dispatch! {
+        /// Elements `first..` of an image.
+        fn chunk<I>(y: &mut [f32], x: &[f32], output: &[f32], step: &Step, stream: &Stream, first: usize) {
+            let [x0_xt, x0_output, c_x0, c_xt, sigma] =
+                [step.x0_xt, step.x0_output, step.c_x0, step.c_xt, step.sigma].map(|v| v as f32);
+            let bound = if step.clip { 1.0 } else { f32::INFINITY };
+            let mut z = [0.0; PIECE];
+            let pieces = y.chunks_mut(PIECE).zip(x.chunks(PIECE)).zip(output.chunks(PIECE));
+            for (k, ((y, x), output)) in pieces.enumerate() {
+                if step.sigma != 0.0 {
+                    normals_from(stream, first + k * PIECE, &mut z[..y.len()]);
+                }
+                for (((y, &x), &output), &z) in y.iter_mut().zip(x).zip(output).zip(&z) {
+                    let x_0 = I::mul_add(x0_xt, x, x0_output * output);
+                    // Two comparisons instead of `clamp`, so that a NaN stays one and the loop vectorises.
+                    let x_0 = if x_0 < -bound { -bound } else { x_0 };
+                    let x_0 = if x_0 > bound { bound } else { x_0 };
+                    *y = I::mul_add(sigma, z, I::mul_add(c_x0, x_0, c_xt * x));
+                }
+            }
+        }
+    }
+}

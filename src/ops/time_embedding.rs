@@ -1,0 +1,70 @@
+//! Sinusoidal embedding of timesteps, as in the DDPM code (`get_timestep_embedding` of hojonathanho/diffusion, after
+//! Vaswani et al. 2017, section 3.5): `y[i] = [sin(t_i f_0), .., sin(t_i f_{m-1}), cos(t_i f_0), .., cos(t_i f_{m-1})]` with
+//! `m = dim/2` and `f_k = exp(-ln(1e4) k / (m - 1))`; an odd `dim` ends with a zero. `t (n)`, `y (n,1,1,dim)`. OpenAI's code and the
+//! defaults of diffusers divide by m instead and have the cosines first; [`Sinusoid`] says which.
+//!
+//! No gradient: timesteps are data. Computed in f64 and rounded once, since at t = 1000 one rounding of `t f_k` in f32
+//! already moves the sine by 3e-5; `n dim` sines are nothing beside the network.
+
+use crate::device::Device;
+use crate::tensor::{Shape, Tensor};
+
+/// The form of the embedding, in diffusers' terms; the default is the paper's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sinusoid {
+    /// s in `f_k = exp(-ln(1e4) k / (m - s))`.
+    pub freq_shift: usize,
+    /// Cosines before sines.
+    pub flip_sin_to_cos: bool,
+}
+
+impl Default for Sinusoid {
+    fn default() -> Self {
+        Sinusoid { freq_shift: 1, flip_sin_to_cos: false }
+    }
+}
+
+/// One row of `dim` numbers (at least 2) for each timestep.
+pub fn time_embedding(device: &Device, t: &[f32], dim: usize, form: Sinusoid) -> Tensor {
+    assert!(dim >= 2, "time_embedding: dim is {dim}, a sine and a cosine need 2");
+    let mut y = Tensor::uninit(device, Shape::new(t.len(), 1, 1, dim));
+    match device {
+        Device::Cpu(_) => cpu::forward(y.data_mut(), t, dim, form),
+    }
+    y
+}
+
+/// The definition.
+pub mod reference {
+    use num_traits::Float;
+
+    use super::Sinusoid;
+
+    /// Rows of `dim` numbers, one for each `t`.
+    pub fn forward<T: Float>(t: &[T], dim: usize, form: Sinusoid) -> Vec<T> {
+        let number = |v: usize| T::from(v).expect("a small integer");
+        let m = dim / 2;
+        let (sines, cosines) = if form.flip_sin_to_cos { (m, 0) } else { (0, m) };
+        let mut y = vec![T::zero(); t.len() * dim];
+        for (y, &t) in y.chunks_exact_mut(dim).zip(t) {
+            for k in 0..m {
+                // A single frequency is f_0 = 1.
+                let f = (-number(10_000).ln() * number(k) / number((m - form.freq_shift).max(1))).exp();
+                y[sines + k] = (t * f).sin();
+                y[cosines + k] = (t * f).cos();
+            }
+        }
+        y
+    }
+}
+
+mod cpu {
+    use super::{Sinusoid, reference};
+
+    pub fn forward(y: &mut [f32], t: &[f32], dim: usize, form: Sinusoid) {
+        let t: Vec<f64> = t.iter().map(|&t| f64::from(t)).collect();
+        for (y, exact) in y.iter_mut().zip(reference::forward(&t, dim, form)) {
+            *y = exact as f32;
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! What the program leaves on disk: PNG grids and folders, animated GIFs, .npz for OpenAI's evaluator, .npy.
+//!
+//! Images arrive as bytes, `(n, h, w, c)`; [`to_bytes`] makes them from samples in [-1, 1]. Everything is written beside its
+//! final name, synced and renamed, so under that name there is either the old file or the whole new one.
+
+mod atomic;
+mod npz;
+
+use std::path::Path;
+
+use image::codecs::gif::{GifEncoder, Repeat};
+use image::{Delay, ExtendedColorType, Frame, ImageEncoder, RgbaImage};
+use rayon::prelude::*;
+
+pub use atomic::{UNFINISHED, write_atomically, write_folder_atomically};
+pub use npz::{write_npy, write_npz};
+
+use crate::error::{Error, Result};
+use crate::tensor::Shape;
+use crate::usage;
+
+/// Pixels between the images of a grid.
+const GAP: usize = 2;
+/// Their colour.
+const GAP_VALUE: u8 = 255;
+/// How long an animation shows a frame, in milliseconds.
+const FRAME_MS: u32 = 50;
+/// How long it shows the last one.
+const LAST_FRAME_MS: u32 = 2000;
+/// NeuQuant's effort, 1 (most) to 30, where a frame has more than 256 colours; fewer are kept exactly.
+const GIF_SPEED: i32 = 10;
+
+/// What `--out` asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// `FILE.png`: one grid.
+    Png,
+    /// `FILE.npz`: `arr_0`.
+    Npz,
+    /// `FILE.gif`: the reverse process.
+    Gif,
+    /// `DIR/`: a PNG each.
+    Folder,
+}
+
+impl Target {
+    /// By the ending; a path without one is a folder. Refused are other endings and, before hours are spent on images,
+    /// places that nothing can be written to.
+    pub fn parse(out: &Path) -> Result<Self> {
+        let ending = out.extension().unwrap_or_default().to_ascii_lowercase();
+        let target = match ending.to_str() {
+            _ if out.is_dir() || out.as_os_str().as_encoded_bytes().ends_with(b"/") => Target::Folder,
+            Some("") => Target::Folder,
+            Some("png") => Target::Png,
+            Some("npz") => Target::Npz,
+            Some("gif") => Target::Gif,
+            _ => usage!("--out {}: the ending is none of .png, .npz, .gif and DIR/", out.display()),
+        };
+        let parent = atomic::parent(out);
+        if !parent.is_dir() {
+            return Err(Error::file(out, format!("cannot be written: there is no folder {}", parent.display())));
+        }
+        if target == Target::Folder && out.exists() {
+            refuse_full_folder(out)?;
+        }
+        Ok(target)
+    }
+}
+
+/// Bytes of numbers in [-1, 1]: `(x + 1) * 127.5`, rounded to the nearest and clamped to 0..=255. Rounded, so that a byte that
+/// became `byte / 127.5 - 1` comes back as itself; OpenAI's code truncates, which darkens by half a step on average.
+pub fn to_bytes(x: &[f32]) -> Vec<u8> {
+    x.iter().map(|&x| ((x + 1.0) * 127.5).round().clamp(0.0, 255.0) as u8).collect()
+}
+
+/// One PNG of all images in a grid that is about as wide as high.
+pub fn write_grid(path: &Path, shape: Shape, images: &[u8]) -> Result<()> {
+    check(path, shape, images.len())?;
+    let (h, w, pixels) = grid(shape, images);
+    write_atomically(path, &png(path, h, w, shape.c, &pixels)?)
+}
+
+/// A new folder of PNGs, `00000.png` and so on.
+pub fn write_folder(path: &Path, shape: Shape, images: &[u8]) -> Result<()> {
+    check(path, shape, images.len())?;
+    if path.exists() {
+        refuse_full_folder(path)?;
+    }
+    let digits = (shape.n - 1).to_string().len().max(5);
+    write_folder_atomically(path, |folder| {
+        images.par_chunks_exact(images.len() / shape.n).enumerate().try_for_each(|(i, image)| {
+            let file = folder.join(format!("{i:0digits$}.png"));
+            let bytes = png(&file, shape.h, shape.w, shape.c, image)?;
+            std::fs::write(&file, bytes).map_err(|e| Error::file(path, format!("cannot be written: {e}")))
+        })
+    })
+}
+
+/// An endless animation; each frame holds all images, and is shown as a grid.
+pub fn write_gif(path: &Path, shape: Shape, frames: &[Vec<u8>]) -> Result<()> {
+    let failed = |e: image::ImageError| Error::file(path, format!("cannot be written as GIF: {e}"));
+    let mut bytes = Vec::new();
+    {
+        let mut encoder = GifEncoder::new_with_speed(&mut bytes, GIF_SPEED);
+        encoder.set_repeat(Repeat::Infinite).map_err(failed)?;
+        for (index, frame) in frames.iter().enumerate() {
+            check(path, shape, frame.len())?;
+            let (h, w, pixels) = grid(shape, frame);
+            let opaque = |p: &[u8]| [p[0], p[p.len() / 2], p[p.len() - 1], 255];
+            let rgba: Vec<u8> = pixels.chunks_exact(shape.c).flat_map(opaque).collect();
+            let image = RgbaImage::from_raw(w as u32, h as u32, rgba).expect("four bytes a pixel");
+            let ms = if index + 1 == frames.len() { LAST_FRAME_MS } else { FRAME_MS };
+            let frame = Frame::from_parts(image, 0, 0, Delay::from_numer_denom_ms(ms, 1));
+            encoder.encode_frame(frame).map_err(failed)?;
+        }
+    }
+    write_atomically(path, &bytes)
+}
+
+/// Images side by side with gaps around each; (rows, columns, pixels).
+fn grid(shape: Shape, images: &[u8]) -> (usize, usize, Vec<u8>) {
+    let Shape { n, h, w, c } = shape;
+    // As many columns as make the grid about square in pixels.
+    let columns = (((n * h) as f64 / w as f64).sqrt().ceil() as usize).clamp(1, n);
+    let rows = n.div_ceil(columns);
+    let (height, width) = (rows * (h + GAP) + GAP, columns * (w + GAP) + GAP);
+    let mut pixels = vec![GAP_VALUE; height * width * c];
+    for (index, image) in images.chunks_exact(h * w * c).enumerate() {
+        let (top, left) = (GAP + index / columns * (h + GAP), GAP + index % columns * (w + GAP));
+        for (y, row) in image.chunks_exact(w * c).enumerate() {
+            pixels[((top + y) * width + left) * c..][..w * c].copy_from_slice(row);
+        }
+    }
+    (height, width, pixels)
+}
+
+fn png(path: &Path, h: usize, w: usize, c: usize, pixels: &[u8]) -> Result<Vec<u8>> {
+    let color = if c == 1 { ExtendedColorType::L8 } else { ExtendedColorType::Rgb8 };
+    let mut bytes = Vec::new();
+    image::codecs::png::PngEncoder::new(&mut bytes)
+        .write_image(pixels, w as u32, h as u32, color)
+        .map_err(|e| Error::file(path, format!("cannot be written as PNG: {e}")))?;
+    Ok(bytes)
+}
+
+fn check(path: &Path, shape: Shape, bytes: usize) -> Result<()> {
+    assert!(!shape.is_empty() && bytes == shape.len(), "{bytes} bytes for images of {shape}");
+    if shape.c != 1 && shape.c != 3 {
+        let what = format!("images of {} channels are no pictures; only 1 and 3 are, use FILE.npz", shape.c);
+        return Err(Error::file(path, what));
+    }
+    Ok(())
+}
+
+/// A folder with something in it might mix old images with new ones.
+fn refuse_full_folder(path: &Path) -> Result<()> {
+    let mut entries =
+        std::fs::read_dir(path).map_err(|e| Error::file(path, format!("is no folder to write to: {e}")))?;
+    if entries.next().is_some() {
+        return Err(Error::file(path, "is not empty; give a new or an empty folder"));
+    }
+    Ok(())
+}

@@ -1,0 +1,109 @@
+//! `ddpm-cuda predict`: evaluates the network once, from arrays of NumPy to an array of NumPy, for comparing with other
+//! implementations.
+
+use std::path::PathBuf;
+
+use crate::checkpoint;
+use crate::data::npy;
+use crate::device::{Choice, Device, Precision};
+use crate::error::{Error, Result};
+use crate::layout;
+use crate::output;
+use crate::tape::{Tape, Var};
+use crate::tensor::{Shape, Tensor};
+use crate::unet::UNet;
+
+/// Arguments of `ddpm-cuda predict`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Run folder (its newest checkpoint), checkpoint, or model folder of diffusers
+    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER")]
+    pub model: PathBuf,
+    /// x_t: f32, images x channels x rows x columns
+    #[arg(long, value_name = "X.npy")]
+    pub x: PathBuf,
+    /// Timesteps, one an image
+    #[arg(long, value_name = "T.npy")]
+    pub t: PathBuf,
+    /// Classes, one an image, for a conditional model
+    #[arg(long, value_name = "L.npy")]
+    pub labels: Option<PathBuf>,
+    /// The network's output: f32, images x channels x rows x columns
+    #[arg(long, value_name = "OUT.npy")]
+    pub out: PathBuf,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: Choice,
+    /// Type of activations
+    #[arg(long, value_enum, default_value = "f32")]
+    pub precision: Precision,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Arrays that do not fit the model, files that cannot be read or written.
+pub fn run(args: &Args) -> Result<()> {
+    let device = Device::open(args.device, args.precision)?;
+    let model = checkpoint::load(&device, &args.model)?;
+    let m = &model.config.model;
+    let (unet, _) = UNet::new(m)?;
+
+    let x = npy::read(&args.x)?;
+    let multiple = 1 << (m.levels() - 1);
+    let shape = match x.shape[..] {
+        [n, c, h, w] if c == m.channels && n > 0 && h > 0 && w > 0 && h % multiple == 0 && w % multiple == 0 => {
+            Shape::new(n, h, w, c)
+        }
+        _ => {
+            let what = format!(
+                "holds an array of shape {:?}, but this model takes images x {} x rows x columns, rows and columns multiples of {multiple}",
+                x.shape, m.channels
+            );
+            return Err(Error::file(&args.x, what));
+        }
+    };
+    let x = x.to_f32().map_err(|e| Error::file(&args.x, e))?;
+    let t: Vec<f32> = one_per_image(&args.t, shape.n)?.iter().map(|&t| t as f32).collect();
+    let labels = match (&args.labels, m.classes) {
+        (None, 0) => None,
+        (None, classes) => {
+            return Err(Error::Usage(format!(
+                "this model has {classes} classes: give one an image with --labels L.npy"
+            )));
+        }
+        (Some(path), 0) => {
+            return Err(Error::Usage(format!(
+                "--labels {}: this model is unconditional, leave --labels out",
+                path.display()
+            )));
+        }
+        (Some(path), classes) => Some(
+            one_per_image(path, shape.n)?
+                .iter()
+                .map(|&l| u32::try_from(l).ok().filter(|&l| (l as usize) < classes).ok_or(l))
+                .collect::<std::result::Result<Vec<u32>, i64>>()
+                .map_err(|l| {
+                    Error::file(
+                        path,
+                        format!("holds the class {l}, but this model has the classes 0 to {}", classes - 1),
+                    )
+                })?,
+        ),
+    };
+
+    let x = layout::to_channels_last(&x, shape.c, shape.pixels());
+    let mut tape = Tape::inference(&device, &model.params);
+    let x = Var::constant(Tensor::from_slice(&device, shape, &x)); // (n, h, w, c)
+    let y = unet.forward(&mut tape, &x, &t, labels.as_deref(), None)?; // (n, h, w, c)
+    let y = layout::to_channels_first(y.data(), shape.c, shape.pixels());
+    output::write_npy(&args.out, &[shape.n, shape.c, shape.h, shape.w], &y)
+}
+
+fn one_per_image(path: &std::path::Path, n: usize) -> Result<Vec<i64>> {
+    let array = npy::read(path)?;
+    if array.shape[..] != [n] {
+        return Err(Error::file(path, format!("holds an array of shape {:?}, but there are {n} images", array.shape)));
+    }
+    array.to_i64().map_err(|e| Error::file(path, e))
+}

@@ -1,0 +1,617 @@
+//! `ddpm-cuda train`: the training loop, top to bottom.
+//!
+//! A step (algorithm 1 of the paper, for a batch): draw images, timesteps and noise; form x_t; predict the noise; take the loss
+//! and its gradient; walk the tape back; clip; update weights, moments and moving average. What a step draws is a pure
+//! function of seed and step ([`Batch`]), so the state of a run is its step number and four flat buffers: weights,
+//! moving average, two moments. That is what a checkpoint holds and why a resumed run continues with the same bits.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use crate::checkpoint;
+use crate::config::{Config, Preset};
+use crate::data::{self, Data, Order};
+use crate::device::{Choice, Device, Precision};
+use crate::diffusion::{Batch, Method, Sampler, Schedule, Spacing};
+use crate::error::{Error, Result};
+use crate::ops::adam::{Buffers, Update, adam, ema_decay};
+use crate::ops::grad_norm::{clip_factor, grad_norm};
+use crate::ops::loss::{Quarters, loss};
+use crate::ops::q_sample::q_sample;
+use crate::output;
+use crate::params::{ParamGrads, Params, Specs};
+use crate::sample;
+use crate::tape::{Tape, Var};
+use crate::tensor::{Shape, Tensor};
+use crate::unet::{DropoutSeed, UNet};
+
+/// Adam's constants, the paper's and everyone's.
+const BETA1: f64 = 0.9;
+const BETA2: f64 = 0.999;
+const ADAM_EPS: f64 = 1e-8;
+
+/// Arguments of `ddpm-cuda train`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Network and recipe to start from
+    #[arg(long)]
+    pub preset: Option<Preset>,
+    /// Images: mnist (built in), .npy, .npz, IDX file or folder, CIFAR-10 binary folder, folder of PNG/JPEG
+    #[arg(long, value_name = "mnist|PATH")]
+    pub data: Option<String>,
+    /// Run folder to create [default: runs/PRESET, numbered if it exists]
+    #[arg(long, value_name = "RUN")]
+    pub out: Option<PathBuf>,
+    /// Settings to start from, such as the config.toml of another run
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// One setting, such as widths=32,64,64; repeatable
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Training steps
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u32>,
+    /// Images per step
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
+    /// Seed of all randomness
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: Choice,
+    /// Type of activations and gradients
+    #[arg(long, value_enum, default_value = "f32")]
+    pub precision: Precision,
+    /// Continue this run from its newest checkpoint; --steps may extend it
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["preset", "data", "out", "config", "set", "batch", "seed"])]
+    pub resume: Option<PathBuf>,
+}
+
+/// A network in training: everything that changes from step to step.
+pub struct Trainer {
+    device: Device,
+    config: Config,
+    data: Data,
+    order: Order,
+    unet: UNet,
+    schedule: Schedule,
+    params: Params,
+    ema: Params,
+    grads: ParamGrads,
+    m: Tensor,
+    v: Tensor,
+    /// Steps done.
+    step: u32,
+}
+
+/// What one step reports.
+#[derive(Debug)]
+pub struct StepReport {
+    /// L_simple over the step's images.
+    pub loss: f64,
+    /// The same by quarter of the timesteps.
+    pub quarters: Quarters,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of the update.
+    pub learning_rate: f64,
+}
+
+impl Trainer {
+    /// A network with its initial weights, at step 0. `config` must know the data's image size and channels.
+    ///
+    /// # Errors
+    /// Settings that cannot work, in one sentence.
+    pub fn new(config: &Config, data: Data, device: &Device) -> Result<Self> {
+        let (unet, specs) = UNet::new(&config.model)?;
+        let params = Params::init(device, specs.clone(), config.seed);
+        let mut ema = Params::zeros(device, specs.clone());
+        ema.flat_mut().copy_from_slice(params.flat());
+        let flat = Shape::vector(specs.flat_len());
+        Ok(Trainer {
+            device: device.clone(),
+            config: config.clone(),
+            order: Order::new(config.seed, data.train.len()),
+            data,
+            schedule: Schedule::new(config.diffusion.schedule, config.diffusion.timesteps)?,
+            unet,
+            grads: ParamGrads::new(device, &specs),
+            m: Tensor::zeros(device, flat),
+            v: Tensor::zeros(device, flat),
+            params,
+            ema,
+            step: 0,
+        })
+    }
+
+    /// The state that checkpoints hold.
+    pub fn state(&self) -> checkpoint::State<'_> {
+        checkpoint::State { step: self.step, params: &self.params, ema: &self.ema, m: self.m.data(), v: self.v.data() }
+    }
+
+    /// The same, to be read from a checkpoint.
+    pub fn state_mut(&mut self) -> checkpoint::StateMut<'_> {
+        checkpoint::StateMut {
+            step: &mut self.step,
+            params: &mut self.params,
+            ema: &mut self.ema,
+            m: self.m.data_mut(),
+            v: self.v.data_mut(),
+        }
+    }
+
+    /// Steps done.
+    pub fn steps_done(&self) -> u32 {
+        self.step
+    }
+
+    /// The weights.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// The moving average of the weights, which samples are drawn with.
+    pub fn ema(&self) -> &Params {
+        &self.ema
+    }
+
+    /// The network.
+    pub fn unet(&self) -> &UNet {
+        &self.unet
+    }
+
+    /// The noise schedule.
+    pub fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
+    /// One step on the next images.
+    ///
+    /// # Errors
+    /// `Error::Failed` if the loss or the gradient is not finite: with the step, the first tensor that is not, and what to
+    /// try. The weights are then still those of the last step.
+    pub fn step(&mut self) -> Result<StepReport> {
+        let c = &self.config;
+        let data = &self.data.train;
+        let piece = c.batch / c.accumulate;
+        let order = self.order.indices(self.step, c.batch);
+        let mut quarters = Quarters::default();
+        let mut total = 0.0;
+        self.grads.reset();
+        for (k, indices) in order.chunks(piece).enumerate() {
+            let labels = data.labels_of(indices).filter(|_| c.model.classes > 0);
+            let batch = Batch::train(
+                c.seed,
+                self.step,
+                (k * piece) as u32,
+                data.rows(indices),
+                c.flip,
+                c.diffusion.timesteps as u32,
+            );
+            let masks = DropoutSeed { seed: c.seed, step: self.step * c.accumulate as u32 + k as u32 };
+
+            let x_t = Var::constant(q_sample(&self.device, data.images(), &batch, &self.schedule)); // (n, h, w, c)
+            let mut tape = Tape::recording(&self.device, &self.params);
+            let eps = self.unet.forward(&mut tape, &x_t, &batch.t_f32(), labels.as_deref(), Some(masks))?; // (n, h, w, c)
+            let l = loss(&self.device, eps.value(), &batch, Some(c.batch));
+            if !l.mean().is_finite() {
+                let mut tape = Tape::inspecting(&self.device, &self.params);
+                let again = self.unet.forward(&mut tape, &x_t, &batch.t_f32(), labels.as_deref(), Some(masks));
+                let culprit =
+                    again.err().map_or("every tensor of the forward pass is finite".into(), |e| e.to_string());
+                return Err(self.not_finite("loss", l.mean(), &culprit));
+            }
+            total += l.per_image.iter().sum::<f64>();
+            quarters.add(&batch, &l.per_image, c.diffusion.timesteps);
+            let dy = l.gradient.expect("a training loss has a gradient"); // (n, h, w, c)
+            tape.backward(&eps, dy, &mut self.grads)?;
+        }
+
+        let specs = self.params.specs();
+        let norm = grad_norm(&self.device, self.grads.finish(specs));
+        if !norm.is_finite() {
+            let g = self.grads.finish(specs);
+            let first = specs.iter().find(|(p, _)| g[specs.range(*p)].iter().any(|v| !v.is_finite()));
+            let name = first.map_or("", |(_, spec)| &spec.name);
+            return Err(self.not_finite(
+                "gradient norm",
+                norm,
+                &format!("the first gradient that is not finite is that of {name}"),
+            ));
+        }
+        let number = u64::from(self.step) + 1;
+        // The paper's code multiplies by step/warmup, so that its first step does nothing; counting from one does not.
+        let learning_rate = c.learning_rate * (number as f64 / f64::from(c.warmup_steps.max(1))).min(1.0);
+        let update = Update {
+            step: number,
+            learning_rate,
+            beta1: BETA1,
+            beta2: BETA2,
+            eps: ADAM_EPS,
+            weight_decay: c.weight_decay,
+            clip: if c.grad_clip > 0.0 { clip_factor(norm, c.grad_clip) } else { 1.0 },
+            ema_decay: ema_decay(c.ema_decay, number),
+        };
+        let g = self.grads.finish(specs);
+        let buffers = Buffers {
+            w: self.params.flat_mut(),
+            ema: self.ema.flat_mut(),
+            m: self.m.data_mut(),
+            v: self.v.data_mut(),
+            g,
+        };
+        adam(&self.device, buffers, &update);
+        self.step += 1;
+        Ok(StepReport { loss: total / c.batch as f64, quarters, grad_norm: norm, learning_rate })
+    }
+
+    /// L_simple of the moving average on the held-out images, each at one timestep that never changes: overall and by
+    /// quarter of the timesteps; without images if none are held out.
+    ///
+    /// # Errors
+    /// None of its own.
+    pub fn validate(&self) -> Result<Quarters> {
+        let c = &self.config;
+        let data = &self.data.held_out;
+        let piece = c.batch / c.accumulate;
+        let mut quarters = Quarters::default();
+        let held_out: Vec<usize> = (0..data.len()).collect();
+        for (k, indices) in held_out.chunks(piece).enumerate() {
+            let labels = data.labels_of(indices).filter(|_| c.model.classes > 0);
+            let batch = Batch::validation(c.seed, (k * piece) as u32, data.rows(indices), c.diffusion.timesteps as u32);
+            let x_t = Var::constant(q_sample(&self.device, data.images(), &batch, &self.schedule)); // (n, h, w, c)
+            let mut tape = Tape::inference(&self.device, &self.ema);
+            let eps = self.unet.forward(&mut tape, &x_t, &batch.t_f32(), labels.as_deref(), None)?; // (n, h, w, c)
+            quarters.add(&batch, &loss(&self.device, eps.value(), &batch, None).per_image, c.diffusion.timesteps);
+        }
+        Ok(quarters)
+    }
+
+    fn not_finite(&self, what: &str, value: f64, culprit: &str) -> Error {
+        Error::Failed(format!(
+            "step {}: the {what} is {value}; {culprit}; try a learning_rate below {}, more warmup_steps than {} or a smaller grad_clip",
+            self.step, self.config.learning_rate, self.config.warmup_steps
+        ))
+    }
+}
+
+/// Bytes a training run asks for: weights, gradient, two moments and moving average; the activations of a piece of a batch;
+/// and the gradients and scratch space that are alive together with them, about half as much again.
+pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs) -> u64 {
+    let size = config.model.image_size;
+    let saved: u64 = unet.costs(specs, size.h, size.w).iter().map(|cost| cost.saved).sum();
+    let piece = (config.batch / config.accumulate) as u64;
+    5 * 4 * specs.flat_len() as u64 + piece * saved * 3 / 2
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// Settings, data or checkpoints that cannot be used; a loss or gradient that is not finite; files that cannot be written.
+pub fn run(args: &Args) -> Result<()> {
+    let device = Device::open(args.device, args.precision)?;
+    let mut config = match &args.resume {
+        Some(run) => resumed_config(run, args.steps)?,
+        None => new_config(args)?,
+    };
+    let data = data::load(&mut config)?;
+    config.validate()?;
+    for note in &data.notes {
+        println!("{note}");
+    }
+    let (unet, specs) = UNet::new(&config.model)?;
+    announce(&config, &unet, &specs, &data, &device)?;
+
+    let mut trainer = Trainer::new(&config, data, &device)?;
+    let run = match &args.resume {
+        Some(run) => {
+            if let Some(newest) = checkpoint::newest(run)? {
+                checkpoint::restore(&newest, trainer.state_mut())?;
+            }
+            println!("{} continues after step {}", run.display(), trainer.steps_done());
+            run.clone()
+        }
+        None => create_run(args.out.as_deref(), &config)?,
+    };
+    let stop = stop_flag()?;
+    let started = Instant::now();
+    let mut log = Log::open(&run, trainer.steps_done())?;
+    let mut report = Report::default();
+    let bar = progress_bar(config.steps, trainer.steps_done());
+
+    while trainer.steps_done() < config.steps && !stop.load(Ordering::Relaxed) {
+        let step_started = Instant::now();
+        let step = trainer.step().map_err(|e| with_last_checkpoint(e, &run))?;
+        report.add(&step, config.batch, step_started.elapsed().as_secs_f64());
+        let done = trainer.steps_done();
+        let due = |every: u32| every > 0 && done.is_multiple_of(every);
+        bar.set_message(report.message());
+        bar.inc(1);
+
+        let finished = done == config.steps;
+        if due(config.log_every) || due(config.validate_every) || finished {
+            let mut line = report.line(done, &step);
+            if due(config.validate_every) || (finished && config.validate_every > 0) {
+                let quarters = trainer.validate()?;
+                if let Some(mean) = quarters.mean() {
+                    line["validation_loss"] = json!(mean);
+                    line["validation_loss_by_quarter"] = json!(quarters.means());
+                    say(&bar, &format!("step {done}: loss {:.4}, validation loss {mean:.4}", report.loss()));
+                }
+            }
+            log.write(line)?;
+            report = Report::default();
+        }
+        if (due(config.sample_every) || finished)
+            && let Some(path) = draw_samples(&trainer, &run, &stop)?
+            && finished
+        {
+            say(&bar, &format!("samples: {}", path.display()));
+        }
+        if due(config.checkpoint_every) && !finished {
+            save(&trainer, &run)?;
+        }
+    }
+    bar.finish_and_clear();
+    let path = save(&trainer, &run)?;
+    let seconds = started.elapsed().as_secs_f64();
+    if trainer.steps_done() < config.steps {
+        println!("stopped after step {} of {}: {}", trainer.steps_done(), config.steps, path.display());
+        println!("to go on: ddpm-cuda train --resume {}", run.display());
+    } else {
+        println!("{} steps, {seconds:.0} s: {}", trainer.steps_done(), path.display());
+        println!("to draw images: ddpm-cuda sample --model {} --out samples.png", run.display());
+    }
+    Ok(())
+}
+
+/// The settings of a new run: preset, file, `--set`, then flags.
+fn new_config(args: &Args) -> Result<Config> {
+    let mut config = Config::build(args.preset, args.config.as_deref(), &args.set)?;
+    if let Some(data) = &args.data {
+        config.data.clone_from(data);
+    }
+    config.steps = args.steps.unwrap_or(config.steps);
+    config.batch = args.batch.unwrap_or(config.batch);
+    config.seed = args.seed.unwrap_or(config.seed);
+    config.validate()?;
+    Ok(config)
+}
+
+/// The settings of the run to be continued; `steps` may move its end.
+fn resumed_config(run: &Path, steps: Option<u32>) -> Result<Config> {
+    let path = run.join("config.toml");
+    if !path.is_file() {
+        return Err(Error::file(run, "is not a run folder: it holds no config.toml"));
+    }
+    let mut config = Config::read(&path)?;
+    if let Some(steps) = steps {
+        config.steps = steps;
+        output::write_atomically(&path, config.to_toml().as_bytes())?;
+    }
+    Ok(config)
+}
+
+/// Says what the run will cost, and refuses one that does not fit into memory.
+fn announce(config: &Config, unet: &UNet, specs: &Specs, data: &Data, device: &Device) -> Result<()> {
+    const GIB: f64 = (1u64 << 30) as f64;
+    let size = config.model.image_size;
+    let flops: u64 = unet.costs(specs, size.h, size.w).iter().map(|cost| cost.flops).sum();
+    let needed = memory_needed(config, unet, specs);
+    let available = available_memory()?;
+    println!(
+        "{} parameters, {:.2} GFLOP per image and step, {:.2} GiB of memory needed ({:.2} GiB available); {} training and {} held-out images of {size}x{}; {device}",
+        crate::info::grouped(specs.count() as u64),
+        3.0 * flops as f64 / 1e9,
+        needed as f64 / GIB,
+        available as f64 / GIB,
+        data.train.len(),
+        data.held_out.len(),
+        config.model.channels,
+    );
+    if needed > available {
+        return Err(Error::Failed(format!(
+            "this run needs {:.2} GiB of memory and {:.2} GiB are available: use a smaller --batch than {}, or --set accumulate={} for the same result in pieces",
+            needed as f64 / GIB,
+            available as f64 / GIB,
+            config.batch,
+            2 * config.accumulate,
+        )));
+    }
+    Ok(())
+}
+
+/// Bytes of memory that this process may still take, of the machine's or its control group's.
+fn available_memory() -> Result<u64> {
+    let memory = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
+    let system = sysinfo::System::new_with_specifics(memory);
+    let system = system.map_err(|e| Error::Failed(format!("the machine does not say how much memory is free: {e}")))?;
+    let limit = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);
+    Ok(system.available_memory().min(limit))
+}
+
+/// Makes the run folder with its config.toml: the one asked for, which must not hold a run, or the first free of
+/// runs/PRESET, runs/PRESET-2, ...
+fn create_run(out: Option<&Path>, config: &Config) -> Result<PathBuf> {
+    let run = match out {
+        Some(run) => run.to_path_buf(),
+        None => {
+            let base = Path::new("runs");
+            let named =
+                |k: u32| base.join(if k == 1 { config.preset.to_string() } else { format!("{}-{k}", config.preset) });
+            (1..).map(named).find(|p| !p.exists()).expect("some number is free")
+        }
+    };
+    if run.join("config.toml").exists() {
+        return Err(Error::file(
+            &run,
+            format!("already holds a run: continue it with --resume {}, or choose another --out", run.display()),
+        ));
+    }
+    for folder in [run.clone(), run.join("samples"), run.join("checkpoints")] {
+        fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, format!("cannot be created: {e}")))?;
+    }
+    output::write_atomically(&run.join("config.toml"), config.to_toml().as_bytes())?;
+    println!("run folder: {}", run.display());
+    Ok(run)
+}
+
+/// Set by the first Ctrl-C (or SIGTERM); the second ends the program at once.
+fn stop_flag() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    let handler = move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("stopping after this step; once more to stop at once");
+    };
+    ctrlc::set_handler(handler).map_err(|e| Error::Failed(format!("Ctrl-C cannot be caught: {e}")))?;
+    Ok(stop)
+}
+
+fn save(trainer: &Trainer, run: &Path) -> Result<PathBuf> {
+    checkpoint::save(run, &trainer.config, trainer.state())
+}
+
+fn with_last_checkpoint(error: Error, run: &Path) -> Error {
+    let last = match checkpoint::newest(run) {
+        Ok(Some(path)) => format!("the last good checkpoint is {}", path.display()),
+        _ => "there is no checkpoint yet".into(),
+    };
+    Error::Failed(format!("{error}; {last}"))
+}
+
+/// Draws a grid with the moving average into samples/STEP.png; `None` if Ctrl-C came in between.
+fn draw_samples(trainer: &Trainer, run: &Path, stop: &AtomicBool) -> Result<Option<PathBuf>> {
+    let c = &trainer.config;
+    let steps = sample::DEFAULT_DDIM_STEPS.min(c.diffusion.timesteps);
+    let sampler = Sampler::new(&trainer.schedule, Method::Ddim { eta: 0.0 }, Spacing::Even, steps)?;
+    let drawing = sample::Drawing {
+        device: &trainer.device,
+        unet: &trainer.unet,
+        params: &trainer.ema,
+        sampler: &sampler,
+        seed: c.seed,
+    };
+    // 64 small images, or as many as are as many pixels, but at least four.
+    let count = (64 * 32 * 32 / c.model.image_size.pixels()).clamp(4, 64);
+    let labels: Option<Vec<u32>> =
+        (c.model.classes > 0).then(|| (0..count).map(|i| (i % c.model.classes) as u32).collect());
+    let result = drawing.images(count, labels.as_deref(), |_| match stop.load(Ordering::Relaxed) {
+        true => Err(Error::Interrupted),
+        false => Ok(()),
+    });
+    let images = match result {
+        Err(Error::Interrupted) => return Ok(None),
+        other => other?,
+    };
+    let path = run.join("samples").join(format!("{}.png", trainer.step));
+    output::write_grid(&path, drawing.shape(count), &images)?;
+    Ok(Some(path))
+}
+
+/// A bar on a terminal; nothing elsewhere.
+fn progress_bar(steps: u32, done: u32) -> ProgressBar {
+    let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg}, {eta} left").expect("a valid template");
+    let bar = ProgressBar::new(u64::from(steps)).with_style(style).with_position(u64::from(done));
+    bar.reset_eta();
+    bar
+}
+
+/// A line above the bar, or on standard output where there is none.
+fn say(bar: &ProgressBar, line: &str) {
+    bar.suspend(|| println!("{line}"));
+}
+
+/// What has come together since the last line of the log.
+#[derive(Default)]
+struct Report {
+    steps: u32,
+    loss: f64,
+    quarters: Quarters,
+    images: usize,
+    seconds: f64,
+}
+
+impl Report {
+    fn add(&mut self, step: &StepReport, images: usize, seconds: f64) {
+        self.steps += 1;
+        self.loss += step.loss;
+        self.quarters.merge(&step.quarters);
+        self.images += images;
+        self.seconds += seconds;
+    }
+
+    /// Mean loss of the steps.
+    fn loss(&self) -> f64 {
+        self.loss / f64::from(self.steps)
+    }
+
+    fn images_per_s(&self) -> f64 {
+        self.images as f64 / self.seconds
+    }
+
+    fn message(&self) -> String {
+        format!("loss {:.4}, {:.0} images/s", self.loss(), self.images_per_s())
+    }
+
+    fn line(&self, done: u32, step: &StepReport) -> serde_json::Value {
+        json!({
+            "step": done,
+            "loss": self.loss(),
+            "loss_by_quarter": self.quarters.means(),
+            "grad_norm": step.grad_norm,
+            "lr": step.learning_rate,
+            "images_per_s": self.images_per_s(),
+        })
+    }
+}
+
+/// metrics.jsonl: one object a line.
+struct Log {
+    path: PathBuf,
+    file: fs::File,
+    /// Seconds of the run before this process, and when this process began.
+    before: f64,
+    started: Instant,
+}
+
+impl Log {
+    /// Opens the log of a run that continues after step `done`: later lines, and a last one that a crash cut short, go.
+    fn open(run: &Path, done: u32) -> Result<Self> {
+        let path = run.join("metrics.jsonl");
+        let text = match fs::read_to_string(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
+            other => other.map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?,
+        };
+        let mut kept = String::new();
+        let mut before = 0.0;
+        for line in text.lines() {
+            let Ok(value) = serde_json::from_str::<serde_json::Value>(line) else { continue };
+            if value["step"].as_u64().is_some_and(|step| step <= u64::from(done)) {
+                before = value["elapsed_s"].as_f64().unwrap_or(before);
+                kept.push_str(line);
+                kept.push('\n');
+            }
+        }
+        output::write_atomically(&path, kept.as_bytes())?;
+        let file = fs::OpenOptions::new().append(true).open(&path);
+        let file = file.map_err(|e| Error::file(&path, format!("cannot be written: {e}")))?;
+        Ok(Log { path, file, before, started: Instant::now() })
+    }
+
+    fn write(&mut self, mut line: serde_json::Value) -> Result<()> {
+        line["elapsed_s"] = json!(self.before + self.started.elapsed().as_secs_f64());
+        let written = writeln!(self.file, "{line}");
+        written.map_err(|e| Error::file(&self.path, format!("cannot be written: {e}")))
+    }
+}

@@ -1,0 +1,374 @@
+//! The U-Net of the DDPM paper (Ho et al. 2020, appendix B; hojonathanho's `unet.py`), eps_theta(x_t, t).
+//!
+//! Shape letters: n images, h x w pixels at the level in question, c channels, e = 4 widths\[0\] time features. Parameter
+//! names are those of diffusers' `UNet2DModel`, whose structure with `downsample_padding: 0`, `freq_shift: 1` and
+//! `flip_sin_to_cos: false` is the paper's.
+//!
+//! - time: sinusoid(t) -> linear -> SiLU -> linear (+ class embedding); SiLU again before each block's projection
+//! - residual block: GN SiLU conv3x3, + projected time, GN SiLU dropout conv3x3, + input (1x1 convolution if c changes)
+//! - attention block: GN, q k v, softmax(q k^T / sqrt(d)) v, projection, + input
+//! - down: after each level but the last, conv3x3 of stride 2 padded right and bottom only
+//! - up: nearest x2, conv3x3; every block of the way up takes the concatenation `[h, skip]`
+//!
+//! Deliberately absent: scale-shift norm, residual up- and downsampling, learned upsampling filters, checkpointing.
+
+mod cost;
+
+use crate::config::Model;
+use crate::error::Result;
+use crate::ops::attention::attention;
+use crate::ops::concat::concat;
+use crate::ops::conv2d::{Geometry, Pad, Plus, conv2d};
+use crate::ops::dropout::dropout;
+use crate::ops::embedding::embedding;
+use crate::ops::group_norm::{Activation, group_norm};
+use crate::ops::linear::linear;
+use crate::ops::silu::silu;
+use crate::ops::time_embedding::{Sinusoid, time_embedding};
+use crate::ops::upsample::upsample;
+use crate::params::{Init, Layout, Param, Specs};
+use crate::rng::{Purpose, Stream};
+use crate::tape::{Tape, Var};
+use crate::tensor::Shape;
+pub use cost::Cost;
+
+/// The paper starts the last layer of every residual branch at almost nothing: `init_scale=0` is 1e-10 in its code.
+const ALMOST_ZERO: f64 = 1e-10;
+
+/// Where a training step's dropout masks come from.
+#[derive(Clone, Copy, Debug)]
+pub struct DropoutSeed {
+    /// The run's seed.
+    pub seed: u64,
+    /// The forward pass within the run: each has its own masks.
+    pub step: u32,
+}
+
+struct Norm {
+    gamma: Param,
+    beta: Param,
+}
+
+/// Weight and bias of a convolution or a linear layer.
+struct Affine {
+    weight: Param,
+    bias: Param,
+}
+
+struct Resnet {
+    place: String,
+    index: u32,
+    norm1: Norm,
+    conv1: Affine,
+    time_emb_proj: Affine,
+    norm2: Norm,
+    conv2: Affine,
+    conv_shortcut: Option<Affine>,
+}
+
+struct Attention {
+    place: String,
+    heads: usize,
+    group_norm: Norm,
+    to_q: Affine,
+    to_k: Affine,
+    to_v: Affine,
+    to_out: Affine,
+}
+
+/// One level on one side: its blocks and the convolution that leaves it.
+struct Level {
+    place: String,
+    blocks: Vec<(Resnet, Option<Attention>)>,
+    resample: Option<Affine>,
+}
+
+/// The network: handles of its parameters and how they are connected. The values live in [`Params`](crate::params::Params).
+pub struct UNet {
+    model: Model,
+    conv_in: Affine,
+    time_linear_1: Affine,
+    time_linear_2: Affine,
+    class_embedding: Option<Param>,
+    down: Vec<Level>,
+    middle: (Resnet, Attention, Resnet),
+    up: Vec<Level>,
+    conv_norm_out: Norm,
+    conv_out: Affine,
+}
+
+/// Collects parameters under diffusers' names while the network is put together.
+struct Builder<'a> {
+    specs: Specs,
+    model: &'a Model,
+    resnets: u32,
+}
+
+impl Builder<'_> {
+    fn norm(&mut self, name: &str, c: usize) -> Norm {
+        let gamma = self.specs.add(format!("{name}.weight"), Shape::vector(c), Layout::Vector, Init::Ones);
+        Norm { gamma, beta: self.bias(name, c) }
+    }
+
+    fn conv(&mut self, name: &str, c_in: usize, c_out: usize, k: usize, scale: f64) -> Affine {
+        let shape = Shape::new(c_out, k, k, c_in);
+        let weight = self.specs.add(format!("{name}.weight"), shape, Layout::Conv, Init::FanAvg { scale });
+        Affine { weight, bias: self.bias(name, c_out) }
+    }
+
+    fn linear(&mut self, name: &str, c_in: usize, c_out: usize, scale: f64) -> Affine {
+        let shape = Shape::new(c_out, 1, 1, c_in);
+        let weight = self.specs.add(format!("{name}.weight"), shape, Layout::Matrix, Init::FanAvg { scale });
+        Affine { weight, bias: self.bias(name, c_out) }
+    }
+
+    fn bias(&mut self, name: &str, c: usize) -> Param {
+        self.specs.add(format!("{name}.bias"), Shape::vector(c), Layout::Vector, Init::Zeros)
+    }
+
+    fn resnet(&mut self, place: String, c_in: usize, c_out: usize) -> Resnet {
+        self.resnets += 1;
+        Resnet {
+            index: self.resnets - 1,
+            norm1: self.norm(&format!("{place}.norm1"), c_in),
+            conv1: self.conv(&format!("{place}.conv1"), c_in, c_out, 3, 1.0),
+            time_emb_proj: self.linear(&format!("{place}.time_emb_proj"), time_features(self.model), c_out, 1.0),
+            norm2: self.norm(&format!("{place}.norm2"), c_out),
+            conv2: self.conv(&format!("{place}.conv2"), c_out, c_out, 3, ALMOST_ZERO),
+            conv_shortcut: (c_in != c_out).then(|| self.conv(&format!("{place}.conv_shortcut"), c_in, c_out, 1, 1.0)),
+            place,
+        }
+    }
+
+    fn attention(&mut self, place: String, c: usize) -> Attention {
+        Attention {
+            heads: self.model.heads(c),
+            group_norm: self.norm(&format!("{place}.group_norm"), c),
+            to_q: self.linear(&format!("{place}.to_q"), c, c, 1.0),
+            to_k: self.linear(&format!("{place}.to_k"), c, c, 1.0),
+            to_v: self.linear(&format!("{place}.to_v"), c, c, 1.0),
+            to_out: self.linear(&format!("{place}.to_out.0"), c, c, ALMOST_ZERO),
+            place,
+        }
+    }
+
+    /// Residual block `j` of a level, with the attention block behind it if the level has attention.
+    fn block(
+        &mut self,
+        level: &str,
+        j: usize,
+        c_in: usize,
+        c_out: usize,
+        attention: bool,
+    ) -> (Resnet, Option<Attention>) {
+        let resnet = self.resnet(format!("{level}.resnets.{j}"), c_in, c_out);
+        (resnet, attention.then(|| self.attention(format!("{level}.attentions.{j}"), c_out)))
+    }
+}
+
+impl UNet {
+    /// The network and the list of its parameters.
+    ///
+    /// # Errors
+    /// What [`Model::validate`] refuses.
+    pub fn new(model: &Model) -> Result<(UNet, Specs)> {
+        model.validate()?;
+        let mut b = Builder { specs: Specs::default(), model, resnets: 0 };
+        let (widths, levels) = (&model.widths, model.levels());
+
+        let conv_in = b.conv("conv_in", model.channels, widths[0], 3, 1.0);
+        let time_linear_1 = b.linear("time_embedding.linear_1", widths[0], time_features(model), 1.0);
+        let time_linear_2 = b.linear("time_embedding.linear_2", time_features(model), time_features(model), 1.0);
+        let class_embedding = (model.classes > 0).then(|| {
+            let shape = Shape::new(model.classes, 1, 1, time_features(model));
+            b.specs.add("class_embedding.weight".into(), shape, Layout::Matrix, Init::Normal)
+        });
+
+        let mut c = widths[0];
+        let mut skips = vec![c];
+        let mut down = Vec::new();
+        for (i, &width) in widths.iter().enumerate() {
+            let place = format!("down_blocks.{i}");
+            let mut blocks = Vec::new();
+            for j in 0..model.blocks_per_level {
+                blocks.push(b.block(&place, j, c, width, model.attention_at(i)));
+                c = width;
+                skips.push(c);
+            }
+            let resample = (i + 1 < levels).then(|| b.conv(&format!("{place}.downsamplers.0.conv"), c, c, 3, 1.0));
+            if resample.is_some() {
+                skips.push(c);
+            }
+            down.push(Level { place, blocks, resample });
+        }
+
+        let middle = (
+            b.resnet("mid_block.resnets.0".into(), c, c),
+            b.attention("mid_block.attentions.0".into(), c),
+            b.resnet("mid_block.resnets.1".into(), c, c),
+        );
+
+        let mut up = Vec::new();
+        for (i, level) in (0..levels).rev().enumerate() {
+            let place = format!("up_blocks.{i}");
+            let width = widths[level];
+            let mut blocks = Vec::new();
+            for j in 0..=model.blocks_per_level {
+                let skip = skips.pop().expect("one skip per block of the way up");
+                blocks.push(b.block(&place, j, c + skip, width, model.attention_at(level)));
+                c = width;
+            }
+            let resample = (level > 0).then(|| b.conv(&format!("{place}.upsamplers.0.conv"), c, c, 3, 1.0));
+            up.push(Level { place, blocks, resample });
+        }
+
+        let conv_norm_out = b.norm("conv_norm_out", c);
+        let conv_out = b.conv("conv_out", c, model.channels, 3, ALMOST_ZERO);
+        let unet = UNet {
+            model: model.clone(),
+            conv_in,
+            time_linear_1,
+            time_linear_2,
+            class_embedding,
+            down,
+            middle,
+            up,
+            conv_norm_out,
+            conv_out,
+        };
+        Ok((unet, b.specs))
+    }
+
+    /// What it was built from.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// eps_theta: the network's output for images `x` (n, h, w, channels) at timesteps `t` (one an image, 0..T).
+    ///
+    /// h and w must divide by 2^(levels - 1). `labels` (one an image, below `classes`) exactly if the network is conditional.
+    /// With `dropout` the masks of a training step are applied; without, none.
+    ///
+    /// # Errors
+    /// Only those of a tape that checks for non-finite values.
+    pub fn forward(
+        &self,
+        tape: &mut Tape<'_>,
+        x: &Var,
+        t: &[f32],
+        labels: Option<&[u32]>,
+        dropout: Option<DropoutSeed>,
+    ) -> Result<Var> {
+        let m = &self.model;
+        let s = x.shape();
+        let multiple = 1 << (m.levels() - 1);
+        assert!(s.h % multiple == 0 && s.w % multiple == 0, "{s} must divide by {multiple} in h and w");
+        assert_eq!(s.n, t.len(), "{} images but {} timesteps", s.n, t.len());
+        assert_eq!(labels.is_some(), m.classes > 0, "labels go with a conditional network");
+
+        tape.at("time_embedding");
+        let form = Sinusoid { freq_shift: m.freq_shift, flip_sin_to_cos: m.flip_sin_to_cos };
+        let temb = Var::constant(time_embedding(tape.device(), t, m.widths[0], form)); // (n, 1, 1, widths[0])
+        let temb = linear(tape, &temb, self.time_linear_1.weight, Some(self.time_linear_1.bias), None)?; // (n, 1, 1, e)
+        let temb = silu(tape, &temb)?; // (n, 1, 1, e)
+        let mut temb = linear(tape, &temb, self.time_linear_2.weight, Some(self.time_linear_2.bias), None)?; // (n, 1, 1, e)
+        if let (Some(table), Some(labels)) = (self.class_embedding, labels) {
+            temb = embedding(tape, table, labels, &temb)?; // (n, 1, 1, e)
+        }
+        let temb = silu(tape, &temb)?; // (n, 1, 1, e), what every block projects
+
+        tape.at("conv_in");
+        let mut h = conv3x3(tape, x, &self.conv_in)?; // (n, h, w, widths[0])
+        let mut skips = vec![h.clone()];
+        for level in &self.down {
+            for (resnet, attention) in &level.blocks {
+                h = resnet.forward(tape, m, &h, &temb, dropout)?; // (n, h, w, width)
+                if let Some(attention) = attention {
+                    h = attention.forward(tape, m, &h)?; // (n, h, w, width)
+                }
+                skips.push(h.clone());
+            }
+            if let Some(down) = &level.resample {
+                tape.at(&level.place);
+                let before = m.downsample_padding;
+                let pad = Pad { top: before, left: before, bottom: 1, right: 1 };
+                h = conv2d(tape, &h, down.weight, down.bias, Geometry { stride: 2, pad }, Plus::default())?; // (n, h/2, w/2, width)
+                skips.push(h.clone());
+            }
+        }
+
+        h = self.middle.0.forward(tape, m, &h, &temb, dropout)?;
+        h = self.middle.1.forward(tape, m, &h)?;
+        h = self.middle.2.forward(tape, m, &h, &temb, dropout)?;
+
+        for level in &self.up {
+            for (resnet, attention) in &level.blocks {
+                let skip = skips.pop().expect("one skip per block of the way up");
+                tape.at(&level.place);
+                h = concat(tape, &h, &skip)?; // (n, h, w, c + c_skip)
+                h = resnet.forward(tape, m, &h, &temb, dropout)?; // (n, h, w, width)
+                if let Some(attention) = attention {
+                    h = attention.forward(tape, m, &h)?; // (n, h, w, width)
+                }
+            }
+            if let Some(up) = &level.resample {
+                tape.at(&level.place);
+                h = upsample(tape, &h)?; // (n, 2h, 2w, width)
+                h = conv3x3(tape, &h, up)?; // (n, 2h, 2w, width)
+            }
+        }
+
+        tape.at("conv_out");
+        let Norm { gamma, beta } = self.conv_norm_out;
+        h = group_norm(tape, &h, gamma, beta, m.groups, m.norm_eps as f32, Activation::Silu)?; // (n, h, w, widths[0])
+        conv3x3(tape, &h, &self.conv_out) // (n, h, w, channels)
+    }
+}
+
+impl Resnet {
+    fn forward(&self, tape: &mut Tape<'_>, m: &Model, x: &Var, temb: &Var, masks: Option<DropoutSeed>) -> Result<Var> {
+        tape.at(&self.place);
+        let shift = linear(tape, temb, self.time_emb_proj.weight, Some(self.time_emb_proj.bias), None)?; // (n, 1, 1, c)
+        let h = group_norm(tape, x, self.norm1.gamma, self.norm1.beta, m.groups, m.norm_eps as f32, Activation::Silu)?; // (n, h, w, c_in)
+        let plus = Plus { shift: Some(&shift), residual: None };
+        let h = conv2d(tape, &h, self.conv1.weight, self.conv1.bias, Geometry::SAME_3X3, plus)?; // (n, h, w, c)
+        let mut h =
+            group_norm(tape, &h, self.norm2.gamma, self.norm2.beta, m.groups, m.norm_eps as f32, Activation::Silu)?; // (n, h, w, c)
+        if let Some(DropoutSeed { seed, step }) = masks {
+            h = dropout(
+                tape,
+                &h,
+                m.dropout as f32,
+                Stream { seed, purpose: Purpose::Dropout, step, stream: self.index },
+            )?; // (n, h, w, c)
+        }
+        let shortcut = match &self.conv_shortcut {
+            Some(s) => &conv2d(tape, x, s.weight, s.bias, Geometry::POINTWISE, Plus::default())?, // (n, h, w, c)
+            None => x,
+        };
+        let plus = Plus { shift: None, residual: Some(shortcut) };
+        conv2d(tape, &h, self.conv2.weight, self.conv2.bias, Geometry::SAME_3X3, plus) // (n, h, w, c)
+    }
+}
+
+impl Attention {
+    fn forward(&self, tape: &mut Tape<'_>, m: &Model, x: &Var) -> Result<Var> {
+        tape.at(&self.place);
+        let Norm { gamma, beta } = self.group_norm;
+        let h = group_norm(tape, x, gamma, beta, m.groups, m.norm_eps as f32, Activation::Identity)?; // (n, h, w, c)
+        let q = linear(tape, &h, self.to_q.weight, Some(self.to_q.bias), None)?; // (n, h, w, c)
+        let k = linear(tape, &h, self.to_k.weight, Some(self.to_k.bias), None)?; // (n, h, w, c)
+        let v = linear(tape, &h, self.to_v.weight, Some(self.to_v.bias), None)?; // (n, h, w, c)
+        let h = attention(tape, &q, &k, &v, self.heads)?; // (n, h, w, c)
+        linear(tape, &h, self.to_out.weight, Some(self.to_out.bias), Some(x)) // (n, h, w, c)
+    }
+}
+
+/// e: features of the time embedding.
+fn time_features(model: &Model) -> usize {
+    4 * model.widths[0]
+}
+
+fn conv3x3(tape: &mut Tape<'_>, x: &Var, conv: &Affine) -> Result<Var> {
+    conv2d(tape, x, conv.weight, conv.bias, Geometry::SAME_3X3, Plus::default())
+}

@@ -1,0 +1,298 @@
+//! The program from outside: what it prints, writes and exits with.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::{Duration, Instant};
+
+/// Settings of a network that trains in milliseconds.
+const TINY: [&str; 10] = [
+    "--set",
+    "widths=8,16",
+    "--set",
+    "groups=4",
+    "--set",
+    "attention_resolutions=14",
+    "--set",
+    "timesteps=50",
+    "--set",
+    "keep_checkpoints=0",
+];
+
+fn ddpm() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ddpm-cuda"));
+    command.stdin(std::process::Stdio::null());
+    command
+}
+
+#[track_caller]
+fn ok(command: &mut Command) -> String {
+    let out = command.output().unwrap();
+    let (stdout, stderr) = (text(&out.stdout), text(&out.stderr));
+    assert!(out.status.success(), "{command:?}: {}\n{stdout}{stderr}", out.status);
+    stdout
+}
+
+/// Runs what must fail with `code`, and returns its one sentence.
+#[track_caller]
+fn fails(command: &mut Command, code: i32) -> String {
+    let out: Output = command.output().unwrap();
+    let stderr = text(&out.stderr);
+    assert_eq!(out.status.code(), Some(code), "{command:?}: {stderr}");
+    assert!(!stderr.contains("panicked"), "{command:?} panicked: {stderr}");
+    stderr
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn train(run: &Path, steps: u32) -> Command {
+    let mut command = ddpm();
+    command.args(["train", "--batch", "4", "--seed", "5", "--steps", &steps.to_string(), "--out"]).arg(run).args(TINY);
+    command
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+}
+
+#[test]
+fn trains_and_draws() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let said = ok(train(&run, 6).args([
+        "--set",
+        "log_every=2",
+        "--set",
+        "validate_every=3",
+        "--set",
+        "checkpoint_every=4",
+        "--set",
+        "sample_every=5",
+    ]));
+    for part in ["parameters", "GFLOP", "GiB", "validation loss"] {
+        assert!(said.contains(part), "train does not say {part:?}:\n{said}");
+    }
+    let steps: Vec<u64> = fs::read_to_string(run.join("metrics.jsonl"))
+        .unwrap()
+        .lines()
+        .map(|line| {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            for key in ["loss", "grad_norm", "lr", "images_per_s", "elapsed_s"] {
+                assert!(line[key].as_f64().is_some_and(f64::is_finite), "{key} in {line}");
+            }
+            line["step"].as_u64().unwrap()
+        })
+        .collect();
+    assert_eq!(steps, [2, 3, 4, 6]);
+    for file in [
+        "config.toml",
+        "samples/5.png",
+        "samples/6.png",
+        "checkpoints/4/training_state.safetensors",
+        "checkpoints/6/unet/config.json",
+    ] {
+        assert!(run.join(file).is_file(), "{file} is missing");
+    }
+
+    let draw = |count: &str, out: &str| {
+        let out = folder.path().join(out);
+        ok(ddpm().args(["sample", "--steps", "3", "--count", count, "--model"]).arg(&run).arg("--out").arg(&out));
+        out
+    };
+    let grid = image::open(draw("5", "grid.png")).unwrap();
+    assert!(grid.width() > 28 && grid.height() > 28);
+    assert_eq!(&fs::read(draw("2", "process.gif")).unwrap()[..6], b"GIF89a");
+    // An image is the same whatever the number drawn with it.
+    let (three, five) = (draw("3", "three/"), draw("5", "five/"));
+    let images = |folder: &Path| {
+        let mut files: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
+        files.sort();
+        files.iter().map(|f| image::open(f).unwrap().into_luma8().into_raw()).collect::<Vec<_>>()
+    };
+    assert_eq!(images(&three), images(&five)[..3]);
+    let npz = draw("3", "three.npz");
+    let array = ddpm_cuda::data::npy::parse_npz(&fs::read(npz).unwrap()).unwrap();
+    assert_eq!((array[0].0.as_str(), &array[0].1.shape[..]), ("arr_0", &[3, 28, 28, 1][..]));
+}
+
+#[test]
+fn predicts_what_pytorch_predicts() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let bytes = fs::read(fixture("unet_rgb16/io.safetensors")).unwrap();
+    let golden = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let f32s = |key: &str| bytemuck::pod_collect_to_vec::<u8, f32>(golden.tensor(key).unwrap().data());
+    let i32s = |key: &str| -> Vec<f32> {
+        bytemuck::pod_collect_to_vec::<u8, i32>(golden.tensor(key).unwrap().data()).iter().map(|&v| v as f32).collect()
+    };
+    let shape = golden.tensor("x").unwrap().shape().to_vec();
+    ddpm_cuda::output::write_npy(&at("x.npy"), &shape, &f32s("x")).unwrap();
+    ddpm_cuda::output::write_npy(&at("t.npy"), &shape[..1], &i32s("t")).unwrap();
+    ddpm_cuda::output::write_npy(&at("labels.npy"), &shape[..1], &i32s("labels")).unwrap();
+    let mut predict = ddpm();
+    predict
+        .arg("predict")
+        .arg("--model")
+        .arg(fixture("unet_rgb16"))
+        .arg("--x")
+        .arg(at("x.npy"))
+        .arg("--t")
+        .arg(at("t.npy"));
+    predict.arg("--out").arg(at("out.npy"));
+    assert!(fails(&mut predict, 2).contains("10 classes"));
+    ok(predict.arg("--labels").arg(at("labels.npy")));
+    let out = ddpm_cuda::data::npy::read(&at("out.npy")).unwrap();
+    assert_eq!(out.shape, shape);
+    let (out, want) = (out.to_f32().unwrap(), f32s("out"));
+    let largest = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    // The tolerance of the fixtures, tests/unet.rs.
+    let error = out.iter().zip(&want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(error <= 2e-5 * largest, "error {error} where the largest element is {largest}");
+}
+
+#[test]
+fn info_knows_the_papers_networks() {
+    assert!(ok(ddpm().args(["info", "--preset", "cifar10"])).contains("35,746,307 parameters"));
+    assert!(ok(ddpm().args(["info", "--preset", "celebahq256"])).contains("113,673,219 parameters"));
+    assert!(ok(ddpm().arg("info").arg("--model").arg(fixture("unet_gray16"))).contains("parameters"));
+}
+
+#[test]
+fn wrong_usage_is_one_sentence_and_exit_2() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    for (arguments, says) in [
+        (vec!["--set", "wdths=8"], "widths"),
+        (vec!["--set", "widths=8,x"], "32,64,64"),
+        (vec!["--set", "groups=5"], "groups"),
+        (vec!["--set", "image_size=30"], "image_size"),
+        (vec!["--set", "learning_rate=-1"], "learning_rate"),
+        (vec!["--set", "accumulate=3"], "accumulate"),
+        (vec!["--preset", "minst"], "mnist"),
+        (vec!["--device", "gpu"], "cuda:N"),
+        (vec!["--batch", "0"], "batch"),
+        (vec!["--stpes", "3"], "--steps"),
+    ] {
+        let said = fails(train(&run, 1).args(&arguments), 2);
+        assert!(said.contains(says), "{arguments:?}: {said:?} does not say {says:?}");
+        assert!(!run.exists(), "{arguments:?} left a run folder");
+    }
+    let model = fixture("unet_gray16");
+    for (arguments, says) in [
+        (vec!["--out", "x.bmp"], ".png"),
+        (vec!["--out", "x.png", "--class", "3"], "unconditional"),
+        (vec!["--out", "x.png", "--steps", "1001"], "1000"),
+        (vec!["--out", "x.png", "--eta", "2"], "eta"),
+    ] {
+        let said = fails(ddpm().arg("sample").arg("--model").arg(&model).args(&arguments).current_dir(&folder), 2);
+        assert!(said.contains(says), "{arguments:?}: {said:?} does not say {says:?}");
+    }
+}
+
+#[test]
+fn what_is_wrong_with_a_file_is_said_with_its_name_and_exit_1() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    fs::write(at("empty.npy"), b"").unwrap();
+    fs::write(at("text.npz"), b"these are no images").unwrap();
+    fs::create_dir(at("nothing")).unwrap();
+    fs::create_dir(at("broken")).unwrap();
+    fs::write(at("broken/a.png"), b"\x89PNG\r\n\x1a\n and then nothing").unwrap();
+    for name in ["empty.npy", "text.npz", "nothing", "broken", "missing"] {
+        let said = fails(train(&at("run"), 1).arg("--data").arg(at(name)), 1);
+        assert!(said.contains(name) && said.trim().lines().count() == 1, "{name}: {said}");
+        assert!(!at("run").exists(), "{name} left a run folder");
+    }
+    for command in ["sample", "info"] {
+        let mut command_line = ddpm();
+        command_line.arg(command).arg("--model").arg(at("nothing"));
+        if command == "sample" {
+            command_line.arg("--out").arg(at("x.png"));
+        }
+        assert!(fails(&mut command_line, 1).contains("nothing"));
+    }
+    assert!(fails(ddpm().args(["train", "--resume"]).arg(at("nothing")), 1).contains("config.toml"));
+}
+
+#[test]
+fn a_run_is_not_overwritten() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    ok(&mut train(&run, 1));
+    assert!(fails(&mut train(&run, 1), 1).contains("--resume"));
+}
+
+#[test]
+fn a_network_that_cannot_fit_is_refused_with_the_numbers() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let mut command = train(&run, 1);
+    let said = fails(command.args(["--batch", "200000", "--set", "widths=512,512", "--set", "accumulate=1"]), 1);
+    assert!(said.contains("GiB") && said.contains("--batch") && said.contains("accumulate"), "{said}");
+    assert!(!run.exists());
+}
+
+/// Steps of the runs that are interrupted below.
+const STEPS: u32 = 60;
+
+fn final_weights(run: &Path) -> Vec<u8> {
+    fs::read(run.join(format!("checkpoints/{STEPS}/training_state.safetensors"))).unwrap()
+}
+
+/// Waits until the run has written the checkpoint of `step`.
+fn wait_for_checkpoint(run: &Path, step: u32) {
+    let started = Instant::now();
+    while !run.join(format!("checkpoints/{step}")).is_dir() {
+        assert!(started.elapsed() < Duration::from_secs(120), "no checkpoint {step} in {}", run.display());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[test]
+fn ctrl_c_saves_and_exits_0() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, run) = (folder.path().join("whole"), folder.path().join("run"));
+    let settings = ["--set", "checkpoint_every=5", "--set", "sample_every=0"];
+    ok(train(&whole, STEPS).args(settings));
+    let child = train(&run, STEPS).args(settings).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    wait_for_checkpoint(&run, 5);
+    ok(Command::new("kill").args(["-INT", &child.id().to_string()]));
+    let out = child.wait_with_output().unwrap();
+    assert!(out.status.success(), "{}", out.status);
+    assert!(text(&out.stdout).contains("--resume"), "{}", text(&out.stdout));
+    ok(ddpm().args(["train", "--resume"]).arg(&run));
+    assert!(final_weights(&run) == final_weights(&whole), "the interrupted run has other weights");
+    assert_eq!(lines(&run), lines(&whole), "the interrupted run has other lines in its log");
+}
+
+#[test]
+fn killed_and_resumed_it_ends_with_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, run) = (folder.path().join("whole"), folder.path().join("run"));
+    let settings = ["--set", "checkpoint_every=5", "--set", "sample_every=0"];
+    ok(train(&whole, STEPS).args(settings));
+    for (attempt, step) in [10, 20, 35, 50].into_iter().enumerate() {
+        let mut command = match attempt {
+            0 => train(&run, STEPS),
+            _ => ddpm(),
+        };
+        match attempt {
+            0 => command.args(settings),
+            _ => command.args(["train", "--resume"]).arg(&run),
+        };
+        let mut child = command.stdout(std::process::Stdio::null()).spawn().unwrap();
+        wait_for_checkpoint(&run, step);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    ok(ddpm().args(["train", "--resume"]).arg(&run));
+    assert!(final_weights(&run) == final_weights(&whole), "the killed run has other weights");
+}
+
+/// The steps of the log's lines.
+fn lines(run: &Path) -> Vec<u64> {
+    let log = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    log.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["step"].as_u64().unwrap()).collect()
+}

@@ -1,0 +1,218 @@
+//! Settings: presets, `--set`, `config.toml`, and the sentences for what cannot work.
+
+use std::path::PathBuf;
+
+use ddpm_cuda::config::{Config, Preset, SETTINGS, Size};
+use ddpm_cuda::diffusion::{Kind, Variance};
+
+fn sets(assignments: &[&str]) -> Vec<String> {
+    assignments.iter().map(|s| s.to_string()).collect()
+}
+
+fn built(assignments: &[&str]) -> Config {
+    Config::build(None, None, &sets(assignments)).unwrap()
+}
+
+/// The sentence with which `--set` or the validation after it refuses, and that it exits with 2.
+#[track_caller]
+fn refusal(assignments: &[&str]) -> String {
+    let error = Config::build(None, None, &sets(assignments)).and_then(|c| c.validate()).expect_err("refused");
+    assert_eq!(error.exit_code(), 2, "{error}");
+    error.to_string()
+}
+
+fn file(text: &str) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.toml");
+    std::fs::write(&path, text).unwrap();
+    (folder, path)
+}
+
+#[track_caller]
+fn file_refusal(text: &str) -> String {
+    let (_folder, path) = file(text);
+    let error = Config::read(&path).expect_err("refused");
+    assert_eq!(error.exit_code(), 1, "{error}");
+    let sentence = error.to_string();
+    assert!(sentence.starts_with(&path.display().to_string()), "{sentence}");
+    assert!(!sentence.contains('\n'), "one sentence: {sentence}");
+    sentence
+}
+
+#[test]
+fn presets_are_valid_and_are_the_papers() {
+    for preset in [Preset::Mnist, Preset::Cifar10, Preset::CelebaHq256] {
+        Config::preset(preset).validate().unwrap();
+        assert_eq!(preset.to_string().parse::<Preset>().unwrap(), preset);
+    }
+    let c = Config::preset(Preset::Cifar10);
+    assert_eq!((c.model.widths, c.model.dropout, c.batch, c.flip), (vec![128, 256, 256, 256], 0.1, 128, true));
+    assert_eq!((c.learning_rate, c.warmup_steps, c.diffusion.variance), (2e-4, 5000, Variance::FixedLarge));
+    let c = Config::preset(Preset::CelebaHq256);
+    assert_eq!((c.model.widths, c.model.dropout, c.batch), (vec![128, 128, 256, 256, 512, 512], 0.0, 64));
+    assert_eq!(
+        (c.learning_rate, c.diffusion.variance, c.model.image_size),
+        (2e-5, Variance::FixedSmall, Size::square(256))
+    );
+}
+
+#[test]
+fn every_setting_survives_the_file() {
+    for preset in [Preset::Mnist, Preset::Cifar10, Preset::CelebaHq256] {
+        let config = Config::preset(preset);
+        let (_folder, path) = file(&config.to_toml());
+        assert_eq!(Config::read(&path).unwrap(), config);
+    }
+    let changed = built(&[
+        "data=a folder/with \"quotes\" # and more",
+        "held_out=0.25",
+        "image_size=28x20",
+        "channels=2",
+        "widths=16,32,48",
+        "blocks_per_level=3",
+        "attention_resolutions=14,7",
+        "head_dim=8",
+        "groups=16",
+        "norm_eps=1e-5",
+        "dropout=0.3",
+        "classes=10",
+        "downsample_padding=1",
+        "freq_shift=0",
+        "flip_sin_to_cos=true",
+        "schedule=cosine",
+        "timesteps=4000",
+        "variance=fixed_small",
+        "seed=18446744073709551615",
+        "steps=1e5",
+        "batch=12",
+        "accumulate=3",
+        "learning_rate=0.00012345678901234567",
+        "warmup_steps=7",
+        "weight_decay=0.01",
+        "grad_clip=0",
+        "ema_decay=0.5",
+        "flip=true",
+        "log_every=1",
+        "validate_every=2",
+        "sample_every=3",
+        "checkpoint_every=4",
+        "keep_checkpoints=5",
+    ]);
+    // Each setting above differs from its preset, so that none can be forgotten by reader or writer.
+    let preset = Config::preset(Preset::Mnist);
+    for ((key, new), (_, old)) in changed.entries().zip(preset.entries()) {
+        assert_ne!(new, old, "{key} is changed by this test");
+    }
+    assert_eq!(changed.diffusion.schedule, Kind::Cosine);
+    assert_eq!((changed.seed, changed.steps), (u64::MAX, 100_000));
+    let (_folder, path) = file(&changed.to_toml());
+    assert_eq!(Config::read(&path).unwrap(), changed);
+}
+
+#[test]
+fn later_sources_win() {
+    let (_folder, path) = file("preset = \"cifar10\"\nbatch = 16\nwidths = \"64,64\"\nattention_resolutions = [16]\n");
+    let config = Config::build(None, Some(&path), &sets(&["batch=8", "image_size=0", "channels=0"])).unwrap();
+    assert_eq!((config.preset, config.batch, config.model.widths.clone()), (Preset::Cifar10, 8, vec![64, 64]));
+    assert_eq!((config.model.image_size, config.model.channels), (Size::DATA, 0));
+    config.validate().expect("an open size is judged when the data is known");
+    let config = Config::build(Some(Preset::Mnist), Some(&path), &[]).unwrap();
+    assert_eq!(
+        (config.preset, config.batch, config.model.channels),
+        (Preset::Mnist, 16, 1),
+        "--preset beats the file's"
+    );
+    assert!(built(&["attention_resolutions="]).model.attention_resolutions.is_empty());
+}
+
+#[test]
+fn unknown_keys_name_the_nearest() {
+    assert_eq!(
+        refusal(&["lerning_rate=1"]),
+        "--set lerning_rate=1: there is no setting 'lerning_rate'; the nearest is 'learning_rate'"
+    );
+    assert!(refusal(&["width=1"]).ends_with("the nearest is 'widths'"));
+    assert!(refusal(&["imagesize=1"]).ends_with("the nearest is 'image_size'"));
+    assert!(refusal(&["preset=mnist"]).ends_with("a preset is chosen with --preset"));
+    assert!(file_refusal("batchs = 3").ends_with("there is no setting 'batchs'; the nearest is 'batch'"));
+}
+
+#[test]
+fn values_that_cannot_be_read() {
+    let cases = [
+        ("batch=-1", "batch = -1: a whole number of 0 or more is expected"),
+        ("batch=1.5", "a whole number of 0 or more is expected"),
+        ("steps=5000000000", "the largest number possible is 4294967295"),
+        ("widths=32,,64", "whole numbers with commas between are expected, as in 32,64,64"),
+        ("widths=a", "as in 32,64,64"),
+        ("image_size=28x", "28x20 (rows x columns)"),
+        ("image_size=28x0", "a size between 1 and 65536"),
+        ("learning_rate=nan", "a number is expected"),
+        ("learning_rate=inf", "a number is expected"),
+        ("flip=yes", "true or false is expected"),
+        ("schedule=cosin", "one of linear, cosine, quadratic, constant, sigmoid is expected"),
+        ("batch", "there is no '='; write --set KEY=VALUE"),
+    ];
+    for (assignment, want) in cases {
+        let sentence = refusal(&[assignment]);
+        assert!(sentence.contains(want), "{assignment}: {sentence}");
+    }
+    assert!(file_refusal("batch = ").contains("line 1 is not TOML"));
+    assert!(file_refusal("steps = 1\nbatch 3\n").contains("line 2 is not TOML"));
+    assert!(file_refusal("[model]\nwidths = [1]").contains("[model] is a table; settings stand at the top level"));
+    assert!(file_refusal("steps = 2026-01-01").contains("is a date"));
+    assert!(file_refusal("preset = \"minst\"").contains("one of mnist, cifar10, celebahq256 is expected"));
+    let missing = Config::read(std::path::Path::new("no/such/config.toml")).unwrap_err();
+    assert!(missing.to_string().starts_with("no/such/config.toml: cannot be read"), "{missing}");
+}
+
+#[test]
+fn networks_that_cannot_be_built() {
+    let cases: [(&[&str], &str); 19] = [
+        (
+            &["image_size=30"],
+            "image_size = 30x30 cannot be halved 2 times, which the 3 levels of widths = 32,64,64 ask for; 32x32 would do",
+        ),
+        (&["image_size=28x21"], "28x24 would do"),
+        (&["groups=5"], "groups = 5 does not divide the width 32; groups = 4 divides all of 32,64,64"),
+        (&["groups=0"], "groups = 0 must be at least 1"),
+        (&["widths="], "widths is empty"),
+        (&["widths=32,0,64"], "widths = 0 must be at least 1"),
+        (&["widths=3,6,6", "groups=3"], "it must be even and at least 4"),
+        (&["head_dim=24"], "head_dim = 24 does not divide the width 64 of the attention at 14x14; 16 would"),
+        (
+            &["attention_resolutions=16"],
+            "attention_resolutions holds 16, but the longer sides of the levels of image_size = 28x28 are 28,14,7",
+        ),
+        (&["blocks_per_level=0"], "blocks_per_level = 0"),
+        (&["dropout=1"], "dropout = 1"),
+        (&["norm_eps=0"], "norm_eps = 0"),
+        (&["downsample_padding=2"], "downsample_padding = 2 must be 0 (right and bottom) or 1"),
+        (&["freq_shift=2"], "freq_shift = 2 must be 0 or 1"),
+        (&["timesteps=1"], "timesteps = 1 must be at least 2"),
+        (
+            &["batch=10", "accumulate=4"],
+            "accumulate = 4 does not divide batch = 10; the pieces must be equal, as with accumulate = 2",
+        ),
+        (&["learning_rate=0"], "learning_rate = 0 must be above 0"),
+        (&["ema_decay=1"], "ema_decay = 1 must be at least 0 and below 1"),
+        (&["held_out=0.6"], "held_out = 0.6"),
+    ];
+    for (assignments, want) in cases {
+        let sentence = refusal(assignments);
+        assert!(sentence.contains(want), "{assignments:?}: {sentence}");
+    }
+    // More levels than an integer has bits.
+    let many = format!("widths={}", vec!["32"; 70].join(","));
+    assert!(refusal(&[&many]).contains("cannot be halved 69 times"));
+}
+
+#[test]
+fn keys_are_the_contract() {
+    let contract = "image_size channels widths blocks_per_level attention_resolutions head_dim groups dropout classes schedule \
+        timesteps learning_rate warmup_steps weight_decay grad_clip ema_decay accumulate flip log_every validate_every \
+        sample_every checkpoint_every keep_checkpoints";
+    for key in contract.split_whitespace() {
+        assert!(SETTINGS.iter().any(|s| s.key == key), "{key} is a setting");
+    }
+}

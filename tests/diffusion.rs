@@ -1,0 +1,358 @@
+//! Schedules, forward process, ancestral sampling and DDIM against OpenAI's guided-diffusion: the arrays in
+//! `fixtures/diffusion.safetensors`, all float64 (diffusion.md beside it says what each holds).
+//!
+//! In f64 everything agrees to 1e-10: both sides are made of the same few thousand roundings of 1e-16, and what a reverse
+//! process amplifies, at most 1/sqrt(alpha_bar) = 158 a step, clipping to [-1, 1] undoes.
+
+#[path = "support/mod.rs"]
+mod support;
+
+use ddpm_cuda::device::Device;
+use ddpm_cuda::diffusion::sampler::{Samples, Step, sample};
+use ddpm_cuda::diffusion::{Kind, Method, Sampler, Schedule, Spacing, Variance};
+use ddpm_cuda::ops::{q_sample, sample_step};
+use ddpm_cuda::rng;
+use ddpm_cuda::tensor::{Shape, Tensor};
+use num_traits::Float;
+use safetensors::SafeTensors;
+
+use support::{close, same_bits};
+
+/// One array of the fixture.
+fn golden(name: &str) -> Vec<f64> {
+    static BYTES: &[u8] = include_bytes!("fixtures/diffusion.safetensors");
+    let file = SafeTensors::deserialize(BYTES).expect("the fixture is a safetensors file");
+    let view = file.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));
+    assert_eq!(view.dtype(), safetensors::Dtype::F64, "{name}");
+    view.data().chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().expect("eight bytes"))).collect()
+}
+
+/// Every element within 1e-10 of the wanted one, relative to the larger of it and 1. Prints the share used.
+#[track_caller]
+fn agrees(name: &str, got: &[f64], want: &[f64]) {
+    agrees_to(name, got, want, |w| 1e-10 * w.abs().max(1.0));
+}
+
+#[track_caller]
+fn agrees_to(name: &str, got: &[f64], want: &[f64], budget: impl Fn(f64) -> f64) {
+    assert_eq!(got.len(), want.len(), "{name}: {} numbers, expected {}", got.len(), want.len());
+    let mut share = 0.0f64;
+    for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
+        let used = (g - w).abs() / budget(w);
+        assert!(used <= 1.0, "{name}: element {i} is {g:e}, expected {w:e}: {used:.3} of the budget");
+        share = share.max(used);
+    }
+    println!("{name}: {share:.2e} of the budget");
+}
+
+const IMAGES: usize = 2 * 3 * 6 * 6;
+
+/// The fixture's short chain: 20 betas equally spaced from 0.001 to 0.35.
+fn short() -> Schedule {
+    Schedule::with_betas(Kind::Linear, 20, 1e-3, 0.35).unwrap()
+}
+
+/// The fixture's network: `0.8 tanh x + 0.1 sin 3x + 0.05 t/T`.
+fn network<T: Float>(x: &[T], t: u32, timesteps: usize) -> Vec<T> {
+    let number = |v: f64| T::from(v).unwrap();
+    let shift = number(0.05 * f64::from(t) / timesteps as f64);
+    x.iter().map(|&x| number(0.8) * x.tanh() + number(0.1) * (number(3.0) * x).sin() + shift).collect()
+}
+
+/// All states after each step of `sampler`, started from `start`, the step with index i from the end adding `noise(i)`.
+fn trajectory<'a, T: Float + 'a>(
+    sampler: &Sampler,
+    timesteps: usize,
+    start: &[T],
+    noise: impl Fn(usize) -> &'a [T],
+) -> Vec<T> {
+    let (mut x, mut all) = (start.to_vec(), Vec::new());
+    let count = sampler.steps().len();
+    for (k, step) in sampler.steps().iter().enumerate() {
+        let output = network(&x, step.t, timesteps);
+        x = sample_step::reference::forward(&x, &output, noise(count - 1 - k), step);
+        all.extend_from_slice(&x);
+    }
+    all
+}
+
+#[test]
+fn linear_and_cosine_schedules_are_openais() {
+    for kind in [Kind::Linear, Kind::Cosine] {
+        let s = Schedule::new(kind, 1000).unwrap();
+        // Relative: the smallest beta_tilde is 5e-5.
+        let check = |key: &str, got: &dyn Fn(usize) -> f64| {
+            let got: Vec<f64> = (0..1000).map(got).collect();
+            agrees_to(&format!("{kind} {key}"), &got, &golden(&format!("schedule.{kind}.{key}")), |w| {
+                1e-10 * w.abs().max(1e-300)
+            });
+        };
+        check("betas", &|t| s.betas()[t]);
+        check("alphas_cumprod", &|t| s.alpha_bar(t));
+        check("posterior_variance", &|t| s.posterior_variance(t));
+        check("posterior_log_variance_clipped", &|t| s.log_variance(Variance::FixedSmall, t));
+        check("posterior_mean_coef1", &|t| s.posterior_mean_coefficients(t).0);
+        check("posterior_mean_coef2", &|t| s.posterior_mean_coefficients(t).1);
+    }
+}
+
+/// Values worked out by hand in f64 for the paper's schedule, to the digits that were written down.
+#[test]
+fn the_papers_schedule_has_its_known_values() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let near = |name: &str, got: f64, want: f64, digits: i32| {
+        let unit = 10f64.powi(want.abs().log10().floor() as i32 + 1 - digits);
+        assert!((got - want).abs() <= 0.5 * unit * (1.0 + 1e-9), "{name} is {got:e}, expected {want:e}");
+    };
+    near("alpha_bar_0", s.alpha_bar(0), 0.9999, 13);
+    near("alpha_bar_1", s.alpha_bar(1), 0.99978009207, 11);
+    near("alpha_bar_500", s.alpha_bar(500), 0.077796658365, 11);
+    near("alpha_bar_999", s.alpha_bar(999), 4.03582976538e-5, 12);
+    near("beta_tilde_1", s.posterior_variance(1), 5.4531876613e-5, 11);
+    near("ln beta_tilde_1", s.log_variance(Variance::FixedSmall, 1), -9.8167251353, 11);
+    near("ln beta_1", s.log_variance(Variance::FixedLarge, 1), -9.0286863719, 11);
+    near("beta_tilde_999", s.posterior_variance(999), 0.0199999835266, 12);
+    near("c_0 at 999", s.posterior_mean_coefficients(999).0, 1.283514872e-4, 10);
+    near("c_t at 999", s.posterior_mean_coefficients(999).1, 0.9899486783, 10);
+    assert_eq!(s.posterior_variance(0), 0.0);
+    for variance in [Variance::FixedSmall, Variance::FixedLarge] {
+        assert_eq!(s.log_variance(variance, 0), s.posterior_variance(1).ln(), "{variance} at t = 0");
+    }
+    let (c_0, c_t) = s.posterior_mean_coefficients(0);
+    assert!((c_0 - 1.0).abs() < 1e-11 && c_t == 0.0, "posterior at t = 0: {c_0}, {c_t}");
+
+    let cosine = Schedule::new(Kind::Cosine, 1000).unwrap();
+    near("cosine beta_0", cosine.betas()[0], 4.128422482e-5, 10);
+    assert_eq!(cosine.betas().iter().filter(|&&b| b == 0.999).count(), 1, "one beta is cut off");
+    assert_eq!(cosine.betas()[999], 0.999);
+    near("cosine beta_0 of 4000", Schedule::new(Kind::Cosine, 4000).unwrap().betas()[0], 9.865818814e-6, 10);
+}
+
+#[test]
+fn the_other_schedules_start_and_end_where_they_should() {
+    let s = |kind| Schedule::with_betas(kind, 101, 1e-4, 0.02).unwrap();
+    let ends = |kind| (s(kind).betas()[0], s(kind).betas()[50], s(kind).betas()[100]);
+    // sqrt(beta) from 0.01 to sqrt(0.02), half way between them in the middle.
+    let (first, middle, last) = ends(Kind::Quadratic);
+    agrees("quadratic", &[first, middle, last], &[1e-4, ((0.01 + 0.02f64.sqrt()) / 2.0).powi(2), 0.02]);
+    assert_eq!(ends(Kind::Constant), (0.02, 0.02, 0.02));
+    let (first, middle, last) = ends(Kind::Sigmoid);
+    let at = |x: f64| 1e-4 + 0.0199 / (1.0 + (-x).exp());
+    agrees("sigmoid", &[first, middle, last], &[at(-6.0), 0.01005, at(6.0)]);
+    let given = vec![0.1, 0.5, 0.2];
+    let s = Schedule::from_betas(given.clone()).unwrap();
+    assert_eq!(s.betas(), given);
+    agrees("given", &[s.alpha_bar(0), s.alpha_bar(1), s.alpha_bar(2)], &[0.9, 0.45, 0.36]);
+}
+
+#[test]
+fn every_length_of_chain_ends_in_noise() {
+    for kind in Kind::ALL {
+        for timesteps in [21, 50, 1000, 4000] {
+            let s = Schedule::new(kind, timesteps).unwrap();
+            // The quadratic schedule keeps most: its mean beta is 0.0072 at 1000 steps, so alpha_bar ends at e^-7.2 = 7.5e-4.
+            let left = s.alpha_bar(timesteps - 1);
+            assert!(left < 1e-3, "{kind} over {timesteps}: alpha_bar ends at {left}");
+            assert!((1..timesteps).all(|t| s.alpha_bar(t) < s.alpha_bar(t - 1)), "{kind}: alpha_bar falls");
+        }
+    }
+}
+
+#[test]
+fn names_parse_and_print_and_wrong_settings_are_refused() {
+    for kind in Kind::ALL {
+        assert_eq!(kind.to_string().parse::<Kind>().unwrap(), kind);
+        if let Some(name) = kind.diffusers_name() {
+            assert_eq!(name.parse::<Kind>().unwrap(), kind);
+        }
+    }
+    for variance in [Variance::FixedSmall, Variance::FixedLarge] {
+        assert_eq!(variance.to_string().parse::<Variance>().unwrap(), variance);
+    }
+    for spacing in Spacing::ALL {
+        assert_eq!(spacing.to_string().parse::<Spacing>().unwrap(), spacing);
+    }
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let ddim = |eta| Sampler::new(&s, Method::Ddim { eta }, Spacing::Even, 10).map(|_| ());
+    let refused = [
+        ("`lineal`: must be linear, cosine", "lineal".parse::<Kind>().map(|_| ())),
+        ("`learned`: must be fixed_small", "learned".parse::<Variance>().map(|_| ())),
+        ("`odd`: must be even", "odd".parse::<Spacing>().map(|_| ())),
+        ("timesteps is 1: must be from 2", Schedule::new(Kind::Cosine, 1).map(|_| ())),
+        ("timesteps is 20: the linear schedule needs at least 21", Schedule::new(Kind::Linear, 20).map(|_| ())),
+        ("beta_start is 0: must lie", Schedule::with_betas(Kind::Linear, 10, 0.0, 0.02).map(|_| ())),
+        ("beta_end is NaN: must lie", Schedule::with_betas(Kind::Constant, 10, 0.1, f64::NAN).map(|_| ())),
+        ("beta at timestep 1 is 1: must", Schedule::from_betas(vec![0.5, 1.0]).map(|_| ())),
+        ("underflows", Schedule::from_betas(vec![0.99; 200]).map(|_| ())),
+        ("steps is 0: must be from 1 to the model's 1000", Spacing::Even.timesteps(1000, 0).map(|_| ())),
+        ("steps is 1001: must be from 1", Spacing::Trailing.timesteps(1000, 1001).map(|_| ())),
+        ("no stride takes 1000 timesteps in 300", Spacing::Stride.timesteps(1000, 300).map(|_| ())),
+        ("eta is -0.5: must be from 0 to 1", ddim(-0.5)),
+        ("eta is NaN: must be from 0 to 1", ddim(f64::NAN)),
+    ];
+    for (words, result) in refused {
+        let error = result.expect_err(words);
+        assert!(error.to_string().contains(words), "`{error}` does not say `{words}`");
+        assert_eq!(error.exit_code(), 2, "{error}");
+    }
+}
+
+#[test]
+fn q_sample_is_openais() {
+    let (s, x_0, noise) = (short(), golden("x0"), golden("noise"));
+    let x_t: Vec<f64> = (0..20).flat_map(|t| q_sample::reference::forward(&x_0, slice(&noise, t), t, &s)).collect();
+    agrees("q_sample", &x_t, &golden("q_sample"));
+    // The fixture's images are scaled bytes; the scaling meets them from every byte that occurs.
+    for &x in &x_0 {
+        let byte = ((x + 1.0) * 127.5).round() as u8;
+        let scaled: f64 = q_sample::reference::scale(byte);
+        assert!((scaled - x).abs() <= 1e-10, "byte {byte} is {scaled}, expected {x}");
+    }
+}
+
+fn slice<T>(all: &[T], i: usize) -> &[T] {
+    &all[i * IMAGES..(i + 1) * IMAGES]
+}
+
+#[test]
+fn ancestral_sampling_is_openais() {
+    let (s, noise) = (short(), golden("noise"));
+    for variance in [Variance::FixedSmall, Variance::FixedLarge] {
+        let sampler = Sampler::new(&s, Method::Ancestral(variance), Spacing::Even, 20).unwrap();
+        let got = trajectory(&sampler, 20, slice(&noise, 19), |t| slice(&noise, t.saturating_sub(1)));
+        agrees(&format!("ancestral {variance}"), &got, &golden(&format!("ancestral.eps.{variance}")));
+    }
+}
+
+#[test]
+fn ddim_and_its_respacings_are_openais() {
+    let (s, noise) = (Schedule::new(Kind::Linear, 1000).unwrap(), golden("noise"));
+    for (name, spacing) in [("10", Spacing::Even), ("ddim10", Spacing::Stride)] {
+        let kept: Vec<f64> = spacing.timesteps(1000, 10).unwrap().into_iter().map(f64::from).collect();
+        assert_eq!(kept, golden(&format!("respace.{name}.steps")), "{name}");
+        for eta in [0.0, 0.5, 1.0] {
+            let sampler = Sampler::new(&s, Method::Ddim { eta }, spacing, 10).unwrap();
+            let got = trajectory(&sampler, 1000, slice(&noise, 19), |i| slice(&noise, i));
+            agrees(&format!("ddim {name} {eta}"), &got, &golden(&format!("ddim.{name}.eta{eta:.1}")));
+        }
+    }
+}
+
+#[test]
+fn spacings_keep_what_they_say() {
+    let kept = |spacing: Spacing, timesteps, steps| spacing.timesteps(timesteps, steps).unwrap();
+    assert_eq!(kept(Spacing::Even, 1000, 1), [999]);
+    assert_eq!(kept(Spacing::Even, 1000, 2), [0, 999]);
+    assert_eq!(kept(Spacing::Stride, 1000, 7), [0, 143, 286, 429, 572, 715, 858]);
+    assert_eq!(kept(Spacing::Leading, 1000, 7), [0, 142, 284, 426, 568, 710, 852]);
+    assert_eq!(kept(Spacing::Trailing, 1000, 4), [249, 499, 749, 999]);
+    assert_eq!(kept(Spacing::Trailing, 1000, 7), [142, 285, 428, 570, 713, 856, 999]);
+    for spacing in Spacing::ALL {
+        assert_eq!(kept(spacing, 50, 50), (0..50).collect::<Vec<u32>>(), "{spacing}");
+    }
+    // Distinct and in range for every number of steps.
+    for spacing in [Spacing::Even, Spacing::Leading, Spacing::Trailing] {
+        for steps in 1..=1000 {
+            let kept = kept(spacing, 1000, steps);
+            assert!(
+                kept.len() == steps && kept.is_sorted_by(|a, b| a < b) && kept[steps - 1] < 1000,
+                "{spacing} {steps}"
+            );
+        }
+    }
+}
+
+/// With eta = 1 DDIM is ancestral sampling with the small variance (DDIM, section 4.1), also over kept timesteps.
+#[test]
+fn ddim_with_eta_1_is_ancestral() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    for steps in [1, 7, 250, 1000] {
+        let ddim = Sampler::new(&s, Method::Ddim { eta: 1.0 }, Spacing::Even, steps).unwrap();
+        let ancestral = Sampler::new(&s, Method::Ancestral(Variance::FixedSmall), Spacing::Even, steps).unwrap();
+        let numbers = |sampler: &Sampler| {
+            let of = |s: &Step| [f64::from(s.t), s.c_x0, s.c_xt, s.sigma, s.x0_xt, s.x0_output];
+            sampler.steps().iter().flat_map(of).collect::<Vec<f64>>()
+        };
+        agrees(&format!("{steps} steps"), &numbers(&ddim), &numbers(&ancestral));
+    }
+}
+
+/// If the network knows x_0, every sampler arrives there, whatever the steps.
+#[test]
+fn a_network_that_knows_the_image_ends_at_it() {
+    let s = Schedule::new(Kind::Cosine, 1000).unwrap();
+    let (x_0, noise) = (golden("x0"), golden("noise"));
+    for method in [Method::Ancestral(Variance::FixedLarge), Method::Ddim { eta: 0.0 }, Method::Ddim { eta: 0.3 }] {
+        for spacing in Spacing::ALL {
+            let sampler = Sampler::new(&s, method, spacing, 20).unwrap();
+            let mut x = slice(&noise, 0).to_vec();
+            for (k, step) in sampler.steps().iter().enumerate() {
+                let (signal, rest) = s.q_sample_coefficients(step.t as usize);
+                let eps: Vec<f64> = x.iter().zip(&x_0).map(|(x, x_0)| (x - signal * x_0) / rest).collect();
+                x = sample_step::reference::forward(&x, &eps, slice(&noise, k), step);
+            }
+            agrees(&format!("{method:?} {spacing}"), &x, &x_0);
+        }
+    }
+}
+
+/// The reverse loop in f32, on the device, against the reference in f64 with the same noise: the error may be twice that of the
+/// reference in f32.
+#[test]
+fn the_loop_in_f32_follows_the_reference() {
+    let device = Device::cpu_guarded();
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let shape = Shape::new(2, 5, 3, 3);
+    let samples = Samples { seed: 5, first: 7 };
+    for method in [Method::Ancestral(Variance::FixedSmall), Method::Ddim { eta: 0.5 }] {
+        let sampler = Sampler::new(&s, method, Spacing::Even, 10).unwrap();
+        let mut states: Vec<f32> = Vec::new();
+        let net = |x: &Tensor, t: u32| Ok(Tensor::from_slice(&device, x.shape(), &network(x.data(), t, 1000)));
+        let last = sample(&device, &sampler, shape, samples, net, |p| {
+            states.extend_from_slice(p.x.data());
+            Ok(())
+        });
+        same_bits("the last state", last.unwrap().data(), &states[9 * shape.len()..]);
+        let oracle = reverse::<f64>(&sampler, shape, samples);
+        let yardstick = reverse::<f32>(&sampler, shape, samples);
+        println!("{method:?}: {:.2} of the budget", close("states", &states, &oracle, &yardstick));
+    }
+}
+
+fn reverse<T: Float + num_traits::FloatConst>(sampler: &Sampler, shape: Shape, samples: Samples) -> Vec<T> {
+    let image = shape.len() / shape.n;
+    let all = |streams: rng::Streams| -> Vec<T> {
+        (0..shape.n).flat_map(|i| rng::reference::normals(&streams.image(i), 0, image)).collect()
+    };
+    let steps = sampler.steps();
+    let noise: Vec<Vec<T>> = steps.iter().rev().map(|step| all(samples.noise(step.t))).collect();
+    trajectory(sampler, 1000, &all(samples.start()), |i| &noise[i])
+}
+
+#[test]
+fn a_sample_does_not_depend_on_its_batch_and_progress_is_told() {
+    let device = Device::cpu_guarded();
+    let s = Schedule::new(Kind::Linear, 100).unwrap();
+    let sampler = Sampler::new(&s, Method::Ancestral(Variance::FixedLarge), Spacing::Even, 12).unwrap();
+    let net = |x: &Tensor, t: u32| Ok(Tensor::from_slice(&device, x.shape(), &network(x.data(), t, 100)));
+    let draw = |n: usize, first: u32| {
+        let mut told = Vec::new();
+        let x = sample(&device, &sampler, Shape::new(n, 4, 7, 3), Samples { seed: 1, first }, net, |p| {
+            told.push((p.done, p.total, p.t));
+            Ok(())
+        });
+        let steps = sampler.steps().iter().enumerate();
+        assert_eq!(told, steps.map(|(i, step)| (i + 1, 12, step.t)).collect::<Vec<_>>());
+        x.unwrap()
+    };
+    let together = draw(5, 10);
+    for i in 0..5 {
+        same_bits("alone and together", draw(1, 10 + i as u32).data(), &together.data()[i * 84..(i + 1) * 84]);
+    }
+    assert!(together.data()[..84] != together.data()[84..168], "two samples are the same");
+    assert!(together.data().iter().all(|x| x.abs() <= 1.0), "x_0 is clipped");
+    let stop = sample(&device, &sampler, Shape::new(1, 4, 7, 3), Samples { seed: 1, first: 0 }, net, |p| {
+        if p.done == 3 { Err(ddpm_cuda::error::Error::Failed("enough".into())) } else { Ok(()) }
+    });
+    assert_eq!(stop.unwrap_err().to_string(), "enough");
+}

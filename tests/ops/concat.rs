@@ -1,0 +1,47 @@
+use ddpm_cuda::ops::concat::{concat, reference};
+use ddpm_cuda::tensor::Shape;
+
+use crate::support::{
+    Pass, finite_differences, numbers, same_bits, same_bits_at_any_number_of_threads, through_tape, to_f32,
+};
+
+/// Shape of `a` and channels of `b`: one number each, primes, one beyond a task of 2^14 numbers, not square.
+const CASES: [(Shape, usize); 5] = [
+    (Shape::new(1, 1, 1, 1), 1),
+    (Shape::new(2, 3, 5, 7), 11),
+    (Shape::new(1, 1, 3, 5461), 1),
+    (Shape::new(3, 32, 16, 11), 64),
+    (Shape::new(1, 2, 2, 20_000), 3),
+];
+
+fn pass(shape: Shape, c_b: usize) -> (Pass, [Vec<f32>; 3]) {
+    let b_shape = shape.with_c(c_b);
+    let [a, b] = [numbers(1, shape.len()), numbers(2, b_shape.len())].map(|x| to_f32(&x));
+    let dy = to_f32(&numbers(3, a.len() + b.len()));
+    let inputs = [(shape, a.clone()), (b_shape, b.clone())];
+    (through_tape(&inputs, &[], &dy, 1, |tape, x, _| concat(tape, &x[0], &x[1])), [a, b, dy])
+}
+
+#[test]
+fn copies_exactly() {
+    for (shape, c_b) in CASES {
+        let (c_a, c) = (shape.c, shape.c + c_b);
+        let (got, [a, b, dy]) = pass(shape, c_b);
+        same_bits("y", &got.y, &reference::forward(&a, &b, c_a, c_b));
+        same_bits("da", &got.dx[0], &reference::backward(&dy, c, 0..c_a));
+        same_bits("db", &got.dx[1], &reference::backward(&dy, c, c_a..c));
+    }
+}
+
+#[test]
+fn the_reference_agrees_with_finite_differences() {
+    let (a, b, dy) = (numbers(1, 6), numbers(2, 4), numbers(3, 10));
+    let f = |x: &[Vec<f64>]| reference::forward(&x[0], &x[1], 3, 2).iter().zip(&dy).map(|(y, dy)| y * dy).sum();
+    let gradients = [reference::backward(&dy, 5, 0..3), reference::backward(&dy, 5, 3..5)];
+    finite_differences("concat", f, &[a, b], &gradients);
+}
+
+#[test]
+fn the_same_bits_at_any_number_of_threads() {
+    same_bits_at_any_number_of_threads("concat", || pass(CASES[3].0, CASES[3].1).0.flat());
+}

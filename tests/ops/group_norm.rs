@@ -1,0 +1,173 @@
+use ddpm_cuda::ops::group_norm::Activation::{self, Identity, Silu};
+use ddpm_cuda::ops::group_norm::{group_norm, reference};
+use ddpm_cuda::tensor::Shape;
+
+use crate::support::{
+    F32_ROUNDING, Pass, close_but_for, finite_differences, numbers, same_bits, same_bits_at_any_number_of_threads,
+    through_tape, to_f32,
+};
+
+/// Shape, groups. One number (its variance is 0, so y = beta); a group for each channel; one group; primes; channels that fill vectors of 64,
+/// 16, 4 and 1 and the pieces between; strips of 64 pixels with a short last one; many channels on few pixels; not square.
+const CASES: [(Shape, usize); 10] = [
+    (Shape::new(1, 1, 1, 1), 1),
+    (Shape::new(2, 3, 5, 7), 7),
+    (Shape::new(2, 3, 5, 7), 1),
+    (Shape::new(3, 1, 1, 6), 2),
+    (Shape::new(1, 13, 11, 32), 8),
+    (Shape::new(2, 5, 13, 87), 3),
+    (Shape::new(1, 9, 15, 130), 2),
+    (Shape::new(2, 4, 4, 512), 32),
+    (Shape::new(2, 32, 32, 96), 32),
+    (Shape::new(1, 64, 66, 16), 4),
+];
+
+/// A case's numbers, in f64 but exact in f32.
+struct Case {
+    shape: Shape,
+    groups: usize,
+    activation: Activation,
+    x: Vec<f64>,
+    gamma: Vec<f64>,
+    beta: Vec<f64>,
+    dy: Vec<f64>,
+}
+
+const EPS: f32 = 1e-5;
+
+impl Case {
+    /// `x` about `mean`, between `mean - scale` and `mean + scale`.
+    fn new((shape, groups): (Shape, usize), activation: Activation, mean: f64, scale: f64) -> Self {
+        let x = numbers(1, shape.len()).iter().map(|x| f64::from((mean + scale * x) as f32)).collect();
+        let gamma = numbers(2, shape.c).iter().map(|v| f64::from((1.0 + 0.5 * v) as f32)).collect();
+        Case { shape, groups, activation, x, gamma, beta: numbers(3, shape.c), dy: numbers(4, shape.len()) }
+    }
+
+    fn pass(&self, passes: usize) -> Pass {
+        let vector = |v: &[f64]| (Shape::vector(self.shape.c), to_f32(v));
+        let inputs = [(self.shape, to_f32(&self.x))];
+        through_tape(&inputs, &[vector(&self.gamma), vector(&self.beta)], &to_f32(&self.dy), passes, |tape, x, p| {
+            group_norm(tape, &x[0], p[0], p[1], self.groups, EPS, self.activation)
+        })
+    }
+
+    /// `y, dx, dgamma, dbeta` of the reference in f64 and in f32.
+    fn oracle(&self) -> ([Vec<f64>; 4], [Vec<f32>; 4]) {
+        let (shape, groups, activation) = (self.shape, self.groups, self.activation);
+        let inputs = reference::Inputs {
+            x: &self.x,
+            shape,
+            gamma: &self.gamma,
+            beta: &self.beta,
+            groups,
+            eps: f64::from(EPS),
+            activation,
+        };
+        let (dx, dgamma, dbeta) = reference::backward(&inputs, &self.dy);
+        let exact = [reference::forward(&inputs), dx, dgamma, dbeta];
+        let [x, gamma, beta] = [&self.x, &self.gamma, &self.beta].map(|v| to_f32(v));
+        let inputs = reference::Inputs { x: &x, shape, gamma: &gamma, beta: &beta, groups, eps: EPS, activation };
+        let (dx, dgamma, dbeta) = reference::backward(&inputs, &to_f32(&self.dy));
+        (exact, [reference::forward(&inputs), dx, dgamma, dbeta])
+    }
+
+    /// The sigmoid of the CPU path errs by up to 9 roundings where the C library's errs by one. In the few numbers of dgamma and dbeta, sums of
+    /// `n h w` terms of order one, such errors add up like a random walk; in `y` and `dx` the reference's largest error covers them.
+    fn check(&self) {
+        let walk = match self.activation {
+            Identity => 0.0,
+            Silu => 9.0 * F32_ROUNDING * ((self.shape.n * self.shape.pixels()) as f64).sqrt(),
+        };
+        let (oracle, yardstick) = self.oracle();
+        let got = self.pass(1);
+        let got = [&got.y, &got.dx[0], &got.dw[0], &got.dw[1]];
+        for (i, name) in ["y", "dx", "dgamma", "dbeta"].iter().enumerate() {
+            let name = format!("{name} of {} in {} groups, {:?}", self.shape, self.groups, self.activation);
+            close_but_for(&name, got[i], &oracle[i], &yardstick[i], if i < 2 { 0.0 } else { walk });
+        }
+    }
+}
+
+#[test]
+fn the_cpu_path_agrees_with_the_reference() {
+    for case in CASES {
+        for activation in [Identity, Silu] {
+            Case::new(case, activation, 0.3, 2.0).check();
+        }
+    }
+}
+
+/// A mean 10,000 times the deviation: what is left of `x` after the mean has 10 bits, and all of them must survive.
+#[test]
+fn large_mean_small_variance_keeps_digits() {
+    for case in CASES {
+        for activation in [Identity, Silu] {
+            Case::new(case, activation, 100.0, 0.01).check();
+        }
+    }
+}
+
+#[test]
+fn the_reference_agrees_with_finite_differences() {
+    for ((shape, groups), activation) in [
+        ((Shape::new(2, 2, 3, 6), 2), Identity),
+        ((Shape::new(2, 2, 3, 6), 3), Silu),
+        ((Shape::new(1, 3, 1, 2), 2), Silu),
+    ] {
+        let case = Case::new((shape, groups), activation, 0.3, 2.0);
+        let f = |v: &[Vec<f64>]| {
+            let inputs = reference::Inputs {
+                x: &v[0],
+                shape,
+                gamma: &v[1],
+                beta: &v[2],
+                groups,
+                eps: f64::from(EPS),
+                activation,
+            };
+            reference::forward(&inputs).iter().zip(&case.dy).map(|(y, dy)| y * dy).sum()
+        };
+        let [_, dx, dgamma, dbeta] = case.oracle().0;
+        finite_differences(
+            "group_norm",
+            f,
+            &[case.x.clone(), case.gamma.clone(), case.beta.clone()],
+            &[dx, dgamma, dbeta],
+        );
+    }
+}
+
+#[test]
+fn parameter_gradients_accumulate() {
+    let case = Case::new(CASES[5], Silu, 0.3, 2.0);
+    let (once, twice) = (case.pass(1), case.pass(2));
+    for (once, twice) in once.dw.iter().zip(&twice.dw) {
+        let sum: Vec<f32> = once.iter().map(|v| v + v).collect();
+        same_bits("after two passes", twice, &sum);
+    }
+}
+
+#[test]
+fn an_image_does_not_depend_on_its_batch() {
+    for (shape, groups) in [CASES[5], CASES[7], CASES[8]] {
+        let batch = Case::new((shape, groups), Silu, 0.3, 2.0);
+        let together = batch.pass(1);
+        let image = shape.len() / shape.n;
+        for i in 0..shape.n {
+            let mut alone = Case::new((Shape { n: 1, ..shape }, groups), Silu, 0.3, 2.0);
+            alone.x = batch.x[i * image..][..image].to_vec();
+            alone.dy = batch.dy[i * image..][..image].to_vec();
+            let alone = alone.pass(1);
+            same_bits("y", &alone.y, &together.y[i * image..][..image]);
+            same_bits("dx", &alone.dx[0], &together.dx[0][i * image..][..image]);
+        }
+    }
+}
+
+#[test]
+fn the_same_bits_at_any_number_of_threads() {
+    for case in [CASES[5], CASES[8], CASES[9]] {
+        let case = Case::new(case, Silu, 0.3, 2.0);
+        same_bits_at_any_number_of_threads("group_norm", || case.pass(2).flat());
+    }
+}
