@@ -9,6 +9,7 @@
 #![allow(dead_code)]
 
 mod tests;
+pub mod winograd;
 
 use ddpm_cuda::device::Device;
 use ddpm_cuda::error::Result;

@@ -152,6 +152,7 @@ pub(crate) enum Towards {
 }
 
 /// `y = patches * weight`, the weight's tap of each patch row and column as `taps` says.
+#[allow(clippy::too_many_arguments)]
 pub(crate) fn outputs<V: Vector>(
     device: &Device,
     x: &[f32],

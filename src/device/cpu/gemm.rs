@@ -8,6 +8,9 @@
 //! No blocking over `k`: a panel is streamed from the L2 cache at 128 bytes per 14 cycles, which it sustains, and blocking
 //! would cost a pass over the sums.
 
+// Loops count with the letters of the formulas, over several arrays at once.
+#![allow(clippy::needless_range_loop)]
+
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -107,6 +110,16 @@ pub(crate) trait Epilogue: Copy + Sync {
     /// # Safety
     /// The processor has `V::LEVEL`, and the place belongs to the caller's task.
     unsafe fn take<V: Vector>(&self, row: usize, column: usize, count: usize, sum: V);
+
+    /// What the sum starts from.
+    ///
+    /// # Safety
+    /// As for [`take`](Self::take).
+    #[inline(always)]
+    unsafe fn start<V: Vector>(&self, _row: usize, _column: usize, _count: usize) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::splat(0.0) }
+    }
 }
 
 #[inline(always)]
@@ -136,6 +149,27 @@ impl Epilogue for Overwrite {
     }
 }
 
+/// [`Overwrite`] that goes on from the sum that is there: the bits are those of one sum over both depths.
+#[derive(Clone, Copy)]
+pub(crate) struct Continue {
+    pub c: Shared,
+    pub stride: usize,
+}
+
+impl Epilogue for Continue {
+    #[inline(always)]
+    unsafe fn take<V: Vector>(&self, row: usize, column: usize, count: usize, sum: V) {
+        // SAFETY: the caller's promise.
+        unsafe { store_some(sum, self.c.at(row * self.stride + column), count) }
+    }
+
+    #[inline(always)]
+    unsafe fn start<V: Vector>(&self, row: usize, column: usize, count: usize) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { load_some(self.c.at(row * self.stride + column), count) }
+    }
+}
+
 /// `c[row * stride + column] += sum`.
 #[derive(Clone, Copy)]
 pub(crate) struct Accumulate {
@@ -154,7 +188,7 @@ impl Epilogue for Accumulate {
     }
 }
 
-/// One register tile: `sums[i][j] = sum over k of a(i, k) b(k, j)`, where `a(i, k)` is `a[i * stride + k]`, or `a[k * stride + i]` if
+/// One register tile: `sums[i][j] += sum over k of a(i, k) b(k, j)`, where `a(i, k)` is `a[i * stride + k]`, or `a[k * stride + i]` if
 /// `TRANSPOSED`.
 #[inline(always)]
 unsafe fn tile<V: Vector, const R: usize, const C: usize, const TRANSPOSED: bool>(
@@ -163,10 +197,10 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize, const TRANSPOSED: bool
     stride: usize,
     b: *const f32,
     ahead: *const f32,
+    mut sums: [[V; C]; R],
 ) -> [[V; C]; R] {
     // SAFETY: the caller's promise about `a`, `b` and the processor.
     unsafe {
-        let mut sums = [[V::splat(0.0); C]; R];
         let (mut a, mut b) = (a, b);
         let mut left = depth;
         while left > 0 {
@@ -229,13 +263,22 @@ kernel! {
                     match rows.len() {
                         $($r if V::ROWS >= $r => {
                             if columns > V::LANES {
-                                let sums = tile::<V, $r, 2, TRANSPOSED>(depth, a, stride, b, ahead);
+                                let mut sums = [[V::splat(0.0); 2]; $r];
+                                for i in 0..$r {
+                                    sums[i][0] = epilogue.start(rows.start + i, 0, V::LANES);
+                                    sums[i][1] = epilogue.start(rows.start + i, V::LANES, columns - V::LANES);
+                                }
+                                let sums = tile::<V, $r, 2, TRANSPOSED>(depth, a, stride, b, ahead, sums);
                                 for i in 0..$r {
                                     epilogue.take(rows.start + i, 0, V::LANES, sums[i][0]);
                                     epilogue.take(rows.start + i, V::LANES, columns - V::LANES, sums[i][1]);
                                 }
                             } else {
-                                let sums = tile::<V, $r, 1, TRANSPOSED>(depth, a, stride, b, ahead);
+                                let mut sums = [[V::splat(0.0); 1]; $r];
+                                for i in 0..$r {
+                                    sums[i][0] = epilogue.start(rows.start + i, 0, columns);
+                                }
+                                let sums = tile::<V, $r, 1, TRANSPOSED>(depth, a, stride, b, ahead, sums);
                                 for i in 0..$r {
                                     epilogue.take(rows.start + i, 0, columns, sums[i][0]);
                                 }

@@ -13,9 +13,13 @@
 //! cache, multiplies and transforms back; where channels are many, the tiles are transformed once and each task owns a
 //! panel of output channels, whose weights it transforms into its scratch. Both sum over input channels in order, so they agree to the bit.
 
+// Loops count with the letters of the formulas, over several arrays at once.
+#![allow(clippy::needless_range_loop)]
+
 use super::direct::{Plus, Towards, Weight};
 use super::gemm::{
-    Accumulate, Overwrite, Shared, Slots, for_each_task, load_some, panel_width, piece, rows_by_panel, store_some,
+    Accumulate, Continue, Overwrite, Shared, Slots, for_each_task, load_some, panel_width, piece, rows_by_panel,
+    store_some,
 };
 use super::vector::{Vector, kernel};
 use crate::device::Device;
@@ -209,12 +213,15 @@ unsafe fn load_tile<V: Vector>(
 }
 
 kernel! {
-    /// `B^T D B` of tiles `first .. first + count`: element xi of channel `k` of tile `t` to `out[xi * plane + t * stride + k]`.
+    /// `B^T D B` of tiles `first .. first + count`, channels `k ..`: element xi of channel `k + j` of tile `t` to
+    /// `out[xi * plane + t * stride + j]`.
     unsafe fn transform_inputs<V>(
         x: *const f32,
         tiles: Tiles,
         first: usize,
         count: usize,
+        k: usize,
+        channels: usize,
         out: *mut f32,
         plane: usize,
         stride: usize,
@@ -223,12 +230,12 @@ kernel! {
             let [image, row, col] = tiles.place(first + t);
             let image = x.add(image * tiles.h * tiles.w * tiles.c);
             let (row, col) = (row as isize - tiles.top as isize, col as isize - tiles.left as isize);
-            for k in (0..tiles.c).step_by(V::LANES) {
-                let lanes = V::LANES.min(tiles.c - k);
+            for channel in (0..channels).step_by(V::LANES) {
+                let lanes = V::LANES.min(channels - channel);
                 // Rows first: the columns of one row are beside each other in memory.
                 let mut half = [[V::splat(0.0); IN]; IN];
                 for i in 0..IN {
-                    let d = input_1d(load_tile::<V>(image, &tiles, row, col, k, lanes, i));
+                    let d = input_1d(load_tile::<V>(image, &tiles, row, col, k + channel, lanes, i));
                     for j in 0..IN {
                         half[j][i] = d[j];
                     }
@@ -236,7 +243,7 @@ kernel! {
                 for j in 0..IN {
                     let v = input_1d(half[j]);
                     for i in 0..IN {
-                        store_some(v[i], out.add((i * IN + j) * plane + t * stride + k), lanes);
+                        store_some(v[i], out.add((i * IN + j) * plane + t * stride + channel), lanes);
                     }
                 }
             }
@@ -245,11 +252,12 @@ kernel! {
 }
 
 kernel! {
-    /// `G w G^T` for one panel of `columns` output channels from `column`: element xi of input channel `k` and column `j` to
-    /// `out[xi * plane + k * panel_width + j]`, zero for `j >= columns`.
+    /// `G w G^T` for one panel of `columns` output channels from `column` and `depth` input channels from `start`: element xi of input
+    /// channel `start + k` and column `j` to `out[xi * plane + k * panel_width + j]`, zero for `j >= columns`.
     unsafe fn transform_weights<V>(
         w: *const f32,
         c_in: usize,
+        start: usize,
         depth: usize,
         towards_input: bool,
         column: usize,
@@ -268,7 +276,7 @@ kernel! {
                     let block_rows = block.as_mut();
                     if towards_input {
                         // The gradient reads the kernel turned round; rows are c_out, columns c_in, as in memory.
-                        let w = w.add((8 - tap) * c_in + column + j);
+                        let w = w.add((8 - tap) * c_in + column + j + start * row_stride);
                         if lanes > 0 {
                             for l in 0..count {
                                 block_rows[l] = load_some::<V>(w.add((k + l) * row_stride), lanes);
@@ -276,7 +284,7 @@ kernel! {
                             }
                         }
                     } else {
-                        let w = w.add(tap * c_in + k);
+                        let w = w.add(tap * c_in + start + k);
                         for l in 0..lanes {
                             block_rows[l] = load_some::<V>(w.add((column + j + l) * row_stride), count);
                             V::prefetch(w.wrapping_add((column + j + l) * row_stride + V::LANES));
@@ -386,89 +394,149 @@ pub(crate) fn outputs<V: Vector>(
 
     let (count, width) = (tiles.count(), panel_width::<V>());
     let panels = c_out.div_ceil(width);
-    // One line more than needed between tiles, lest all rows of a register tile meet in the same sets of the L1 cache.
-    let stride = c.next_multiple_of(16) + 16;
-    let u_plane = plane(c * width);
     let y = Shared::new(y);
     let panel_columns = |p: usize| width.min(c_out - p * width);
-    let transform_panel = |p: usize, out: *mut f32| {
+    let transform_panel = |p: usize, start: usize, depth: usize, out: *mut f32, plane: usize| {
         let towards_input = towards == Towards::Input;
         let (w, c_in) = (weight.data.as_ptr(), weight.c_in);
-        // SAFETY: the processor has V; the weight is as long as asserted; `out` holds XI planes of c panel rows.
-        unsafe { transform_weights::<V>(w, c_in, c, towards_input, p * width, panel_columns(p), out, u_plane) };
+        // SAFETY: the processor has V; the weight is as long as asserted; `out` holds XI planes of `depth` panel rows.
+        unsafe {
+            transform_weights::<V>(w, c_in, start, depth, towards_input, p * width, panel_columns(p), out, plane)
+        };
     };
-    // Multiplies `rows` transformed tiles from tile `first` by panel `p` and stores the outputs.
-    let multiply = |v: *const f32, v_plane: usize, u: *const f32, p: usize, first: usize, rows: usize, m: *mut f32| {
-        let (m_plane, columns) = (plane(BLOCK * width), panel_columns(p));
+    // The 36 products of `rows` tiles and panel `p` over `depth` channels; `m` goes on from earlier channels unless `fresh`.
+    let multiply = |v: Planes, u: Planes, m: *mut f32, p: usize, rows: usize, depth: usize, fresh: bool| {
         for xi in 0..XI {
-            // SAFETY: the processor has V; v and u hold XI planes; m is scratch of XI planes of BLOCK panel rows.
+            let (a, b) = (v.start.wrapping_add(xi * v.plane), u.start.wrapping_add(xi * u.plane));
+            let next = v.start.wrapping_add((xi + 1) % XI * v.plane);
+            let (columns, stride) = (panel_columns(p), v.stride);
+            // SAFETY: the processor has V; v and u hold XI planes, m XI planes of BLOCK panel rows.
             unsafe {
-                let store = Overwrite { c: Shared::new_at(m.add(xi * m_plane)), stride: width };
-                rows_by_panel::<V, _, false>(
-                    rows,
-                    columns,
-                    c,
-                    v.add(xi * v_plane),
-                    stride,
-                    u.add(xi * u_plane),
-                    v.wrapping_add((xi + 1) % XI * v_plane),
-                    store,
-                );
+                let c = Shared::new_at(m.add(xi * m_plane::<V>()));
+                if fresh {
+                    let store = Overwrite { c, stride: width };
+                    rows_by_panel::<V, _, false>(rows, columns, depth, a, stride, b, next, store);
+                } else {
+                    let go_on = Continue { c, stride: width };
+                    rows_by_panel::<V, _, false>(rows, columns, depth, a, stride, b, next, go_on);
+                }
             }
         }
-        // SAFETY: as above; the task owns these columns of these tiles' outputs; `plus` has the lengths asserted.
-        unsafe { transform_outputs::<V>(m, m_plane, tiles, first, rows, p * width, columns, y, c_out, plus) };
     };
-    let m_len = XI * plane(BLOCK * width);
+    let finish = |m: *const f32, p: usize, first: usize, rows: usize| {
+        // SAFETY: the processor has V; m holds the sums of `rows` tiles; the task owns these columns of these tiles'
+        // outputs; `plus` has the lengths asserted.
+        unsafe {
+            let columns = panel_columns(p);
+            transform_outputs::<V>(m, m_plane::<V>(), tiles, first, rows, p * width, columns, y, c_out, plus)
+        };
+    };
+    // One line more than needed between tiles, lest all rows of a register tile meet in the same sets of the L1 cache.
+    let stride_for = |depth: usize| depth.next_multiple_of(16) + 16;
+    let m_len = XI * m_plane::<V>();
 
-    if 4 * XI * u_plane * panels <= 1 << 20 {
-        // All transformed weights fit in the L2 cache beside a block of tiles.
+    // A block of tiles is worth its way through all weights if there are many blocks; else panels are the tasks.
+    let blocks = count.div_ceil(BLOCK);
+    if blocks >= 2 * panels {
+        let u_plane = plane(c * width);
         let mut u = device.alloc(panels * XI * u_plane);
         let out = Shared::new(u.as_mut_slice());
-        // SAFETY: task p owns its panel's planes.
-        for_each_task(panels, |p| transform_panel(p, unsafe { out.at(p * XI * u_plane) }));
+        let pieces = c.div_ceil(64);
+        for_each_task(panels * pieces, |task| {
+            let (p, k) = (task / pieces, task % pieces * 64);
+            // SAFETY: the task owns rows k .. k + 64 of its panel's planes.
+            let out = unsafe { out.at(p * XI * u_plane + k * width) };
+            transform_panel(p, k, 64.min(c - k), out, u_plane);
+        });
         let u = u.as_slice();
-        let v_plane = plane(BLOCK * stride);
-        let blocks = count.div_ceil(BLOCK);
-        Slots::new(device, XI * v_plane + m_len).run(blocks, |task, scratch| {
-            let tiles_here = piece(count, blocks, task);
+        // Sums for 128 output channels and tiles for 64 input channels fit in the L2 cache together.
+        let group = (128 / width).min(panels);
+        let groups = panels.div_ceil(group);
+        let depth = if group == 1 { c.min(128) } else { c.min(64) };
+        let (stride, v_plane) = (stride_for(depth), plane(BLOCK * stride_for(depth)));
+        Slots::new(device, XI * v_plane + group * m_len).run(blocks * groups, |task, scratch| {
+            let tiles_here = piece(count, blocks, task / groups);
             let (first, rows) = (tiles_here.start, tiles_here.len());
+            let panels_here = task % groups * group..panels.min((task % groups + 1) * group);
             let (v, m) = scratch.split_at_mut(XI * v_plane);
-            // SAFETY: the processor has V; x is as long as asserted; v holds XI planes of BLOCK rows.
-            unsafe { transform_inputs::<V>(x.as_ptr(), tiles, first, rows, v.as_mut_ptr(), v_plane, stride) };
-            for p in 0..panels {
-                multiply(v.as_ptr(), v_plane, u[p * XI * u_plane..].as_ptr(), p, first, rows, m.as_mut_ptr());
+            let m = m.as_mut_ptr();
+            for k in (0..c).step_by(depth) {
+                let here = depth.min(c - k);
+                // SAFETY: the processor has V; x is as long as asserted; v holds XI planes of BLOCK rows.
+                unsafe {
+                    transform_inputs::<V>(x.as_ptr(), tiles, first, rows, k, here, v.as_mut_ptr(), v_plane, stride)
+                };
+                for (i, p) in panels_here.clone().enumerate() {
+                    let v = Planes { start: v.as_ptr(), plane: v_plane, stride };
+                    let u = Planes { start: u[p * XI * u_plane + k * width..].as_ptr(), plane: u_plane, stride: width };
+                    multiply(v, u, m.wrapping_add(i * m_len), p, rows, here, k == 0);
+                }
+            }
+            for (i, p) in panels_here.enumerate() {
+                finish(m.wrapping_add(i * m_len), p, first, rows);
             }
         });
     } else {
+        let stride = stride_for(c);
         let v_plane = plane(count * stride);
         let mut v = device.alloc(XI * v_plane);
         let out = Shared::new(v.as_mut_slice());
-        let blocks = count.div_ceil(8);
-        for_each_task(blocks, |b| {
-            let tiles_here = piece(count, blocks, b);
+        let pieces = count.div_ceil(8);
+        for_each_task(pieces, |i| {
+            let tiles_here = piece(count, pieces, i);
             // SAFETY: the processor has V; x is as long as asserted; the task owns these rows of each plane.
             unsafe {
                 let out = out.at(tiles_here.start * stride);
-                transform_inputs::<V>(x.as_ptr(), tiles, tiles_here.start, tiles_here.len(), out, v_plane, stride);
+                let (first, rows) = (tiles_here.start, tiles_here.len());
+                transform_inputs::<V>(x.as_ptr(), tiles, first, rows, 0, c, out, v_plane, stride);
             }
         });
         let v = v.as_slice();
+        // Transformed weights of a panel for 256 input channels: half of the L2 cache.
+        let depth = c.min(256);
+        let u_plane = plane(depth * width);
         // Enough tasks for all threads; tasks that share a panel each transform its weights.
-        let groups = (2 * rayon::current_num_threads()).div_ceil(panels).clamp(1, count.div_ceil(BLOCK));
-        Slots::new(device, XI * u_plane + m_len).run(panels * groups, |task, scratch| {
+        let groups = (2 * rayon::current_num_threads()).div_ceil(panels).clamp(1, blocks);
+        let most = count.div_ceil(groups).div_ceil(BLOCK);
+        Slots::new(device, XI * u_plane + (most + 1) * m_len).run(panels * groups, |task, scratch| {
             let (p, group) = (task / groups, task % groups);
             let (u, m) = scratch.split_at_mut(XI * u_plane);
-            transform_panel(p, u.as_mut_ptr());
+            let m = m.as_mut_ptr();
             let tiles_here = piece(count, groups, group);
             let blocks = tiles_here.len().div_ceil(BLOCK);
-            for b in 0..blocks {
+            let block = |b: usize| {
                 let block = piece(tiles_here.len(), blocks, b);
-                let (first, rows) = (tiles_here.start + block.start, block.len());
-                multiply(v[first * stride..].as_ptr(), v_plane, u.as_ptr(), p, first, rows, m.as_mut_ptr());
+                (tiles_here.start + block.start, block.len())
+            };
+            for k in (0..c).step_by(depth) {
+                let here = depth.min(c - k);
+                transform_panel(p, k, here, u.as_mut_ptr(), u_plane);
+                for b in 0..blocks {
+                    let (first, rows) = block(b);
+                    let v = Planes { start: v[first * stride + k..].as_ptr(), plane: v_plane, stride };
+                    let u = Planes { start: u.as_ptr(), plane: u_plane, stride: width };
+                    multiply(v, u, m.wrapping_add(b * m_len), p, rows, here, k == 0);
+                }
+            }
+            for b in 0..blocks {
+                let (first, rows) = block(b);
+                finish(m.wrapping_add(b * m_len), p, first, rows);
             }
         });
     }
+}
+
+/// 36 matrices, `plane` floats apart, of rows `stride` floats apart.
+#[derive(Clone, Copy)]
+struct Planes {
+    start: *const f32,
+    plane: usize,
+    stride: usize,
+}
+
+/// Floats between the 36 planes of sums for a block of tiles and one panel.
+fn m_plane<V: Vector>() -> usize {
+    plane(BLOCK * panel_width::<V>())
 }
 
 /// At most so many tiles are multiplied by a panel at a time; one image of 32x32 or four of 16x16.
