@@ -9,7 +9,7 @@ mod support;
 
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::sampler::{Samples, Step, sample};
-use ddpm_cuda::diffusion::{Kind, Method, Sampler, Schedule, Spacing, Variance};
+use ddpm_cuda::diffusion::{Batch, Kind, Method, Sampler, Schedule, Spacing, Variance};
 use ddpm_cuda::ops::{q_sample, sample_step};
 use ddpm_cuda::rng;
 use ddpm_cuda::tensor::{Shape, Tensor};
@@ -275,6 +275,66 @@ fn ddim_with_eta_1_is_ancestral() {
         };
         agrees(&format!("{steps} steps"), &numbers(&ddim), &numbers(&ancestral));
     }
+}
+
+/// DDIM with the exact denoiser of data that are N(mean, deviation^2): an affine map of x_T, so three points of it tell the mean and the
+/// deviation of the samples.
+fn sampled_gaussian(spacing: Spacing, steps: usize, mean: f64, deviation: f64) -> (f64, f64) {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let mut x = vec![-1.0, 0.0, 1.0];
+    for step in Sampler::new(&s, Method::Ddim { eta: 0.0 }, spacing, steps).unwrap().steps() {
+        let (signal, noise) = s.q_sample_coefficients(step.t as usize);
+        let gain = signal * deviation.powi(2) / (signal.powi(2) * deviation.powi(2) + noise.powi(2));
+        let eps: Vec<f64> = x.iter().map(|x| (x - signal * (mean + gain * (x - signal * mean))) / noise).collect();
+        x = sample_step::reference::forward(&x, &eps, &[], step);
+    }
+    (x[1], (x[2] - x[0]) / 2.0)
+}
+
+/// The reasons for the default spacing, and the figures in its documentation.
+#[test]
+fn even_spacing_keeps_detail_and_brightness() {
+    let kept = |spacing, steps| (100.0 * sampled_gaussian(spacing, steps, 0.0, 0.05).1 / 0.05).round();
+    assert_eq!([10, 25, 100].map(|n| kept(Spacing::Even, n)), [32.0, 48.0, 79.0]);
+    assert_eq!([10, 25, 100].map(|n| kept(Spacing::Trailing, n)), [15.0, 33.0, 71.0]);
+    let off = |spacing| (1e4 * (sampled_gaussian(spacing, 4, 0.5, 0.2).0 - 0.5)).abs().round();
+    assert_eq!((off(Spacing::Even), off(Spacing::Leading)), (1.0, 14.0));
+}
+
+/// A step cut in pieces draws what it draws uncut, timesteps are uniform, half the images are mirrored, and the validation
+/// draws the same every time.
+#[test]
+fn a_batch_draws_by_position() {
+    let n = 20_000;
+    let whole = Batch::train(3, 9, 0, (0..n).collect(), true, 1000);
+    let piece = Batch::train(3, 9, 700, (700..800).collect(), true, 1000);
+    assert_eq!((&piece.t[..], &piece.flip[..]), (&whole.t[700..800], &whole.flip[700..800]));
+    assert_eq!(piece.noise.image(5), whole.noise.image(705));
+    assert_eq!(piece.indices[5], 705);
+    assert_eq!(whole.t_f32()[3], whole.t[3] as f32);
+    for other in
+        [Batch::train(4, 9, 0, (0..n).collect(), true, 1000), Batch::train(3, 10, 0, (0..n).collect(), true, 1000)]
+    {
+        assert!(other.t != whole.t && other.flip != whole.flip && other.noise != whole.noise);
+    }
+    assert!(!Batch::train(3, 9, 0, (0..n).collect(), false, 1000).flip.contains(&true));
+
+    // Five deviations: of the number mirrored sqrt(n)/2, of the mean timestep 1000/sqrt(12 n); chi-squared over ten bins 9 +- sqrt(18).
+    let mirrored = whole.flip.iter().filter(|f| **f).count() as f64;
+    assert!((mirrored - n as f64 / 2.0).abs() <= 2.5 * (n as f64).sqrt(), "{mirrored} of {n} mirrored");
+    let mean = whole.t.iter().map(|&t| f64::from(t)).sum::<f64>() / n as f64;
+    assert!((mean - 499.5).abs() <= 5.0 * 1000.0 / (12.0 * n as f64).sqrt(), "mean timestep {mean}");
+    let mut bins = [0.0f64; 10];
+    whole.t.iter().for_each(|&t| bins[t as usize / 100] += 1.0);
+    let expected = n as f64 / 10.0;
+    let chi2: f64 = bins.iter().map(|b| (b - expected).powi(2) / expected).sum();
+    assert!((chi2 - 9.0).abs() <= 5.0 * 18f64.sqrt(), "chi-squared {chi2}");
+
+    let validation = Batch::validation(3, 700, (0..100).collect(), 1000);
+    assert_eq!(validation, Batch::validation(3, 700, (0..100).collect(), 1000));
+    assert_ne!(validation.t, piece.t, "validation has its own timesteps");
+    assert_ne!(validation.noise.image(0), piece.noise.image(0), "and its own noise");
+    assert!(!validation.flip.contains(&true));
 }
 
 /// If the network knows x_0, every sampler arrives there, whatever the steps.

@@ -3,12 +3,17 @@
 //! Memory-bound operations report bytes per second, counting the least traffic that their file's header states; the others FLOP per
 //! second. Forward and backward run through the public function and the tape, on a warm pool.
 
+mod adam;
 mod add;
 mod attention;
 mod concat;
 mod dropout;
 mod embedding;
+mod grad_norm;
 mod group_norm;
+mod loss;
+mod q_sample;
+mod sample_step;
 mod silu;
 mod time_embedding;
 mod upsample;
@@ -98,7 +103,8 @@ criterion_group! {
         .sample_size(20)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1));
-    targets = add::bench, attention::bench, concat::bench, dropout::bench, embedding::bench, group_norm::bench,
-        silu::bench, time_embedding::bench, upsample::bench
+    targets = adam::bench, add::bench, attention::bench, concat::bench, dropout::bench, embedding::bench,
+        grad_norm::bench, group_norm::bench, loss::bench, q_sample::bench, sample_step::bench, silu::bench,
+        time_embedding::bench, upsample::bench
 }
 criterion_main!(ops);
