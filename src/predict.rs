@@ -1,7 +1,7 @@
 //! `ddpm-cuda predict`: evaluates the network once, from arrays of NumPy to an array of NumPy, for comparing with other
 //! implementations.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::checkpoint;
 use crate::data::npy;
@@ -64,7 +64,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
     };
     let x = x.to_f32().map_err(|e| Error::file(&args.x, e))?;
-    let t: Vec<f32> = one_per_image(&args.t, shape.n)?.iter().map(|&t| t as f32).collect();
+    let t = one_per_image(&args.t, shape.n)?.to_f32().map_err(|e| Error::file(&args.t, e))?;
     let labels = match (&args.labels, m.classes) {
         (None, 0) => None,
         (None, classes) => {
@@ -80,6 +80,8 @@ pub fn run(args: &Args) -> Result<()> {
         }
         (Some(path), classes) => Some(
             one_per_image(path, shape.n)?
+                .to_i64()
+                .map_err(|e| Error::file(path, e))?
                 .iter()
                 .map(|&l| u32::try_from(l).ok().filter(|&l| (l as usize) < classes).ok_or(l))
                 .collect::<std::result::Result<Vec<u32>, i64>>()
@@ -100,10 +102,10 @@ pub fn run(args: &Args) -> Result<()> {
     output::write_npy(&args.out, &[shape.n, shape.c, shape.h, shape.w], &y)
 }
 
-fn one_per_image(path: &std::path::Path, n: usize) -> Result<Vec<i64>> {
+fn one_per_image(path: &Path, n: usize) -> Result<npy::Array> {
     let array = npy::read(path)?;
     if array.shape[..] != [n] {
         return Err(Error::file(path, format!("holds an array of shape {:?}, but there are {n} images", array.shape)));
     }
-    array.to_i64().map_err(|e| Error::file(path, e))
+    Ok(array)
 }

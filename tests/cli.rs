@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use npyz::WriterBuilder;
+
 /// Settings of a network that trains in milliseconds.
 const TINY: [&str; 10] = [
     "--set",
@@ -49,7 +51,7 @@ fn text(bytes: &[u8]) -> String {
 
 fn train(run: &Path, steps: u32) -> Command {
     let mut command = ddpm();
-    command.args(["train", "--batch", "4", "--seed", "5", "--steps", &steps.to_string(), "--out"]).arg(run).args(TINY);
+    command.args(["train", "--set", "batch=4", "--seed", "5", "--steps", &steps.to_string(), "--out"]).arg(run).args(TINY);
     command
 }
 
@@ -124,13 +126,15 @@ fn predicts_what_pytorch_predicts() {
     let bytes = fs::read(fixture("unet_rgb16/io.safetensors")).unwrap();
     let golden = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let f32s = |key: &str| bytemuck::pod_collect_to_vec::<u8, f32>(golden.tensor(key).unwrap().data());
-    let i32s = |key: &str| -> Vec<f32> {
-        bytemuck::pod_collect_to_vec::<u8, i32>(golden.tensor(key).unwrap().data()).iter().map(|&v| v as f32).collect()
-    };
     let shape = golden.tensor("x").unwrap().shape().to_vec();
     ddpm_cuda::output::write_npy(&at("x.npy"), &shape, &f32s("x")).unwrap();
-    ddpm_cuda::output::write_npy(&at("t.npy"), &shape[..1], &i32s("t")).unwrap();
-    ddpm_cuda::output::write_npy(&at("labels.npy"), &shape[..1], &i32s("labels")).unwrap();
+    for key in ["t", "labels"] {
+        let file = fs::File::create(at(&format!("{key}.npy"))).unwrap();
+        let options = npyz::WriteOptions::new().default_dtype().shape(&[shape[0] as u64]).writer(file);
+        let mut writer = options.begin_nd().unwrap();
+        writer.extend(bytemuck::pod_collect_to_vec::<u8, i32>(golden.tensor(key).unwrap().data())).unwrap();
+        writer.finish().unwrap();
+    }
     let mut predict = ddpm();
     predict
         .arg("predict")
@@ -228,8 +232,7 @@ fn a_run_is_not_overwritten() {
 fn a_network_that_cannot_fit_is_refused_with_the_numbers() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
-    let mut command = train(&run, 1);
-    let said = fails(command.args(["--batch", "200000", "--set", "widths=512,512", "--set", "accumulate=1"]), 1);
+    let said = fails(train(&run, 1).args(["--set", "widths=8192,65536", "--set", "accumulate=1"]), 1);
     assert!(said.contains("GiB") && said.contains("--batch") && said.contains("accumulate"), "{said}");
     assert!(!run.exists());
 }
