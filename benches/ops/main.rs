@@ -6,16 +6,18 @@
 mod add;
 mod attention;
 mod concat;
+mod conv2d;
 mod dropout;
 mod embedding;
 mod group_norm;
+mod linear;
 mod silu;
 mod time_embedding;
 mod upsample;
 
 use std::time::Duration;
 
-use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BatchSize, Bencher, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::error::Result;
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
@@ -92,13 +94,28 @@ fn ramp() -> impl Iterator<Item = f32> {
     (0u32..).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 23) as f32 - 1.0)
 }
 
+/// `(rows, depth) x (depth, columns)` by the `gemm` crate on all cores: the machine's matrix-product rate.
+fn matrix_product(b: &mut Bencher<'_>, rows: usize, depth: usize, columns: usize) {
+    let fill = |len: usize| ramp().take(len).collect::<Vec<f32>>();
+    let (x, w, mut y) = (fill(rows * depth), fill(depth * columns), vec![0.0f32; rows * columns]);
+    b.iter(|| {
+        let (d, c) = (depth as isize, columns as isize);
+        // SAFETY: row-major matrices, each as long as its rows times columns.
+        unsafe {
+            let (y, x, w) = (y.as_mut_ptr(), x.as_ptr(), w.as_ptr());
+            let cores = gemm::Parallelism::Rayon(0);
+            gemm::gemm(rows, columns, depth, y, 1, c, false, x, 1, d, w, 1, c, 0.0, 1.0, false, false, false, cores);
+        }
+    });
+}
+
 criterion_group! {
     name = ops;
     config = Criterion::default()
         .sample_size(20)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1));
-    targets = add::bench, attention::bench, concat::bench, dropout::bench, embedding::bench, group_norm::bench,
+    targets = add::bench, attention::bench, concat::bench, conv2d::bench, dropout::bench, embedding::bench, group_norm::bench, linear::bench,
         silu::bench, time_embedding::bench, upsample::bench
 }
 criterion_main!(ops);
