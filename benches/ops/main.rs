@@ -115,7 +115,7 @@ criterion_group! {
         .sample_size(20)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1));
-    targets = add::bench, attention::bench, concat::bench, conv2d::bench, dropout::bench, embedding::bench, group_norm::bench, linear::bench,
-        silu::bench, time_embedding::bench, upsample::bench
+    targets = add::bench, attention::bench, concat::bench, conv2d::bench, dropout::bench, embedding::bench,
+        group_norm::bench, linear::bench, silu::bench, time_embedding::bench, upsample::bench
 }
 criterion_main!(ops);
