@@ -51,7 +51,10 @@ fn text(bytes: &[u8]) -> String {
 
 fn train(run: &Path, steps: u32) -> Command {
     let mut command = ddpm();
-    command.args(["train", "--set", "batch=4", "--seed", "5", "--steps", &steps.to_string(), "--out"]).arg(run).args(TINY);
+    command
+        .args(["train", "--set", "batch=4", "--seed", "5", "--steps", &steps.to_string(), "--out"])
+        .arg(run)
+        .args(TINY);
     command
 }
 

@@ -1,27 +1,75 @@
-use criterion::Criterion;
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput};
+use ddpm_cuda::device::Device;
 use ddpm_cuda::ops::conv2d::{Geometry, Plus, conv2d};
-use ddpm_cuda::tape::Tape;
+use ddpm_cuda::params::{Init, Layout, ParamGrads, Params, Specs};
+use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::Shape;
 
-use crate::{Case, flops};
+use crate::{matrix_product, numbers, ramp};
 
-/// Sizes of the networks: stride 1, a skip's wider input, few channels in, stride 2, 1x1. A backward pass is two products of the forward pass's size.
+/// The convolutions of the small network (batch 16) and of `cifar10` (batch 4) that take the most time: `n, size, c_in, c_out, k, stride`.
+const CASES: [[usize; 6]; 14] = [
+    [16, 32, 1, 32, 3, 1],
+    [16, 32, 32, 32, 3, 1],
+    [16, 32, 32, 1, 3, 1],
+    [16, 32, 32, 32, 3, 2],
+    [16, 16, 128, 64, 3, 1],
+    [16, 8, 64, 64, 3, 1],
+    [4, 32, 3, 128, 3, 1],
+    [4, 32, 128, 128, 3, 1],
+    [4, 32, 384, 128, 3, 1],
+    [4, 32, 128, 3, 3, 1],
+    [4, 16, 256, 256, 3, 1],
+    [4, 16, 512, 256, 3, 1],
+    [4, 8, 256, 256, 3, 1],
+    [4, 4, 256, 256, 3, 1],
+];
+
+/// The forward pass, the gradient of the weights alone (as for an input that wants none), both gradients, and a
+/// matrix product of the same size by the `gemm` crate. FLOP count the products of the definition, which
+/// Winograd's algorithm does not compute: its rates may exceed the machine's.
 pub fn bench(c: &mut Criterion) {
-    let cases = [
-        (Shape::new(16, 32, 32, 32), 32, 3, Geometry::SAME_3X3),
-        (Shape::new(16, 16, 16, 64), 64, 3, Geometry::SAME_3X3),
-        (Shape::new(4, 32, 32, 128), 128, 3, Geometry::SAME_3X3),
-        (Shape::new(4, 16, 16, 512), 256, 3, Geometry::SAME_3X3),
-        (Shape::new(16, 32, 32, 1), 32, 3, Geometry::SAME_3X3),
-        (Shape::new(16, 32, 32, 32), 32, 3, Geometry::HALVE_3X3),
-        (Shape::new(16, 16, 16, 128), 64, 1, Geometry::POINTWISE),
-    ];
-    for (shape, c_out, k, geometry) in cases {
-        let params = [Shape::new(c_out, k, k, shape.c), Shape::vector(c_out)];
-        let op = |tape: &mut Tape<'_>, x: &[_], p: &[_]| conv2d(tape, &x[0], p[0], p[1], geometry, Plus::default());
-        let product = 2 * shape.rows() / (geometry.stride * geometry.stride) * params[0].len();
-        let case = format!("{shape}-{c_out}-{k}x{k}-stride{}", geometry.stride);
-        let work = flops(product, 2 * product);
-        Case { stem: "conv2d", case, inputs: &[shape], params: &params, work, op }.run(c);
+    let device = Device::cpu();
+    for [n, size, c_in, c_out, k, stride] in CASES {
+        let geometry = if stride == 2 { Geometry::HALVE_3X3 } else { Geometry::SAME_3X3 };
+        let (xs, ws) = (Shape::new(n, size, size, c_in), Shape::new(c_out, k, k, c_in));
+        let ys = geometry.output(xs, ws);
+        let mut specs = Specs::default();
+        let weight = specs.add(String::new(), ws, Layout::Conv, Init::Zeros);
+        let bias = specs.add(String::new(), Shape::vector(c_out), Layout::Vector, Init::Zeros);
+        let mut params = Params::zeros(&device, specs);
+        params.get_mut(weight).iter_mut().zip(ramp()).for_each(|(p, v)| *p = 0.05 * v);
+        let mut grads = ParamGrads::new(&device, params.specs());
+        let x = numbers(&device, xs);
+        let dy = numbers(&device, ys);
+
+        let case = format!("{xs}-{c_out}-{k}x{k}s{stride}");
+        let flop = 2 * ys.rows() * k * k * c_in * c_out;
+        let mut group = c.benchmark_group("conv2d");
+        group.throughput(Throughput::Elements(flop as u64));
+        group.bench_function(BenchmarkId::new("forward", &case), |b| {
+            b.iter(|| {
+                let mut tape = Tape::inference(&device, &params);
+                conv2d(&mut tape, &Var::constant(x.clone()), weight, bias, geometry, Plus::default())
+            });
+        });
+        for (name, factor, wanted) in [("wgrad", 1, false), ("dgrad+wgrad", 2, true)] {
+            group.throughput(Throughput::Elements((factor * flop) as u64));
+            group.bench_function(BenchmarkId::new(name, &case), |b| {
+                let record = || {
+                    let mut tape = Tape::recording(&device, &params);
+                    let x = if wanted { tape.leaf(x.clone()) } else { Var::constant(x.clone()) };
+                    let y = conv2d(&mut tape, &x, weight, bias, geometry, Plus::default()).expect("a valid case");
+                    (tape, y)
+                };
+                let run = |(tape, y): (Tape<'_>, Var)| tape.backward(&y, dy.clone(), &mut grads).map(drop);
+                b.iter_batched(record, run, BatchSize::PerIteration);
+            });
+        }
+        group.throughput(Throughput::Elements(flop as u64));
+        group.bench_function(BenchmarkId::new("matrix product", &case), |b| {
+            matrix_product(b, ys.rows(), k * k * c_in, c_out);
+        });
+        group.finish();
     }
 }

@@ -1,19 +1,31 @@
-use criterion::Criterion;
+use criterion::{BenchmarkId, Criterion, Throughput};
 use ddpm_cuda::ops::linear::linear;
 use ddpm_cuda::tape::Tape;
 use ddpm_cuda::tensor::Shape;
 
-use crate::{Case, flops};
+use crate::{Case, flops, matrix_product};
 
-/// A time embedding's projection, and the projections of attention. A backward pass is two products of the forward pass's size.
+/// Time embedding, attention projections of both networks, the 1x1 convolution of a skip; beside a matrix product of the same size by
+/// the `gemm` crate.
 pub fn bench(c: &mut Criterion) {
-    for (shape, c_out) in
-        [(Shape::new(16, 1, 1, 512), 512), (Shape::new(16, 16, 16, 64), 64), (Shape::new(4, 16, 16, 256), 256)]
-    {
+    let cases = [
+        (Shape::new(16, 1, 1, 128), 64),
+        (Shape::new(4, 1, 1, 512), 512),
+        (Shape::new(16, 16, 16, 64), 64),
+        (Shape::new(4, 16, 16, 256), 256),
+        (Shape::new(4, 32, 32, 384), 128),
+    ];
+    for (shape, c_out) in cases {
         let params = [Shape::new(c_out, 1, 1, shape.c), Shape::vector(c_out)];
         let op = |tape: &mut Tape<'_>, x: &[_], p: &[_]| linear(tape, &x[0], p[0], Some(p[1]), None);
-        let product = 2 * shape.rows() * params[0].len();
+        let product = 2 * shape.rows() * shape.c * c_out;
         let (case, work) = (format!("{shape}-{c_out}"), flops(product, 2 * product));
-        Case { stem: "linear", case, inputs: &[shape], params: &params, work, op }.run(c);
+        Case { stem: "linear", case: case.clone(), inputs: &[shape], params: &params, work, op }.run(c);
+        let mut group = c.benchmark_group("linear");
+        group.throughput(Throughput::Elements(product as u64));
+        group.bench_function(BenchmarkId::new("matrix product", case), |b| {
+            matrix_product(b, shape.rows(), shape.c, c_out);
+        });
+        group.finish();
     }
 }

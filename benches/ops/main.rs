@@ -22,7 +22,7 @@ mod upsample;
 
 use std::time::Duration;
 
-use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BatchSize, Bencher, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::error::Result;
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
@@ -97,6 +97,21 @@ fn numbers(device: &Device, shape: Shape) -> Tensor {
 
 fn ramp() -> impl Iterator<Item = f32> {
     (0u32..).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 23) as f32 - 1.0)
+}
+
+/// `(rows, depth) x (depth, columns)` by the `gemm` crate on all cores: the machine's matrix-product rate.
+fn matrix_product(b: &mut Bencher<'_>, rows: usize, depth: usize, columns: usize) {
+    let fill = |len: usize| ramp().take(len).collect::<Vec<f32>>();
+    let (x, w, mut y) = (fill(rows * depth), fill(depth * columns), vec![0.0f32; rows * columns]);
+    b.iter(|| {
+        let (d, c) = (depth as isize, columns as isize);
+        // SAFETY: row-major matrices, each as long as its rows times columns.
+        unsafe {
+            let (y, x, w) = (y.as_mut_ptr(), x.as_ptr(), w.as_ptr());
+            let cores = gemm::Parallelism::Rayon(0);
+            gemm::gemm(rows, columns, depth, y, 1, c, false, x, 1, d, w, 1, c, 0.0, 1.0, false, false, false, cores);
+        }
+    });
 }
 
 criterion_group! {

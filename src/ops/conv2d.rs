@@ -121,11 +121,22 @@ impl Method {
         Method { forward: algorithm, dgrad: algorithm, wgrad: algorithm, level }
     }
 
-    /// The fastest known for this shape; the number of images has no say.
+    /// The fastest known for this shape. The number of images has no say in `y` and `dx`, so that an image's bits do not depend on its batch.
+    ///
+    /// Winograd's algorithm needs enough channels to sum over that its transforms are a small part of the work. In `dw` its 36 products
+    /// per pair of channels are written and read once however few tiles there are, which pays from 16 tiles on.
     pub fn choose(x: Shape, w: Shape, geometry: Geometry) -> Self {
         let y = geometry.output(x, w);
-        let winograd = Algorithm::Winograd.can(w, geometry) && x.c >= 16 && y.c >= 16;
-        Method::all(if winograd { Algorithm::Winograd } else { Algorithm::Direct }, simd::level())
+        let tiles = y.n * y.h.div_ceil(4) * y.w.div_ceil(4);
+        let winograd_if = |worth: bool| {
+            if worth && Algorithm::Winograd.can(w, geometry) { Algorithm::Winograd } else { Algorithm::Direct }
+        };
+        Method {
+            forward: winograd_if(x.c >= 16),
+            dgrad: winograd_if(y.c >= 16),
+            wgrad: winograd_if(x.c >= 16 && y.c >= 16 && tiles >= 16),
+            level: simd::level(),
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 //! read as broadcasts of single numbers straight from where it lies, the other from panels: `k` rows of
 //! [`panel_width`] columns, padded with zeros.
 //!
-//! No blocking over `k`: a panel is streamed from the L2 cache at 128 bytes per 14 cycles, which it sustains, and blocking
+//! No blocking over `k` in here: a panel is streamed from the L2 cache at 128 bytes per 14 cycles, which it sustains, and blocking
 //! would cost a pass over the sums.
 
 // Loops count with the letters of the formulas, over several arrays at once.

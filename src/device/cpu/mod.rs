@@ -1,7 +1,8 @@
 //! The CPU: aligned pooled buffers.
 //!
-//! The pool keeps returned buffers by exact size. A training step asks for the same sizes every time, so exact matches
-//! are all there is to win; it never splits or joins buffers and never gives memory back before it is dropped.
+//! The pool keeps returned buffers by size, rounded up to eight classes an octave: a training step asks for the same sizes
+//! every time, and scratch space of many nearly equal sizes shares buffers, for 6 % of room on average. It never splits or
+//! joins buffers and never gives memory back before it is dropped.
 //!
 //! A guarded pool (tests) hands out buffers full of NaN between two lines of guard words, and looks at the guards when
 //! a buffer comes back.
@@ -45,7 +46,7 @@ impl Pool {
     }
 
     pub(super) fn alloc(pool: &Arc<Pool>, len: usize) -> Buffer {
-        let lines = len.div_ceil(16) + 2 * pool.guard;
+        let lines = size_class(len.div_ceil(16) + 2 * pool.guard);
         let recycled = {
             let mut shelves = pool.shelves();
             let recycled = shelves.free.get_mut(&lines).and_then(Vec::pop);
@@ -64,7 +65,7 @@ impl Pool {
         if pool.guard > 0 {
             data.fill(Line([f32::NAN; 16]));
             data[0] = GUARD;
-            data[lines - 1] = GUARD;
+            data[1 + len.div_ceil(16)] = GUARD;
         }
         Buffer { data, len, pool: pool.clone() }
     }
@@ -77,6 +78,12 @@ impl Pool {
     fn shelves(&self) -> MutexGuard<'_, Shelves> {
         self.shelves.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The next number of the form `(8..16) 2^k`, or `lines` itself below 16.
+fn size_class(lines: usize) -> usize {
+    let step = 1usize << lines.max(8).ilog2().saturating_sub(3);
+    lines.next_multiple_of(step)
 }
 
 /// `len` floats, 64-byte aligned; goes back to its pool when dropped.

@@ -5,13 +5,15 @@
 //! matrix products (tiles x c_in) (c_in x c_out). The gradients are the same formula transposed: that of the input is the
 //! convolution of `dy` with the kernel turned round, and `dw = G^T [sum over tiles of (A dY A^T) * (B^T D B)] G`.
 //!
-//! The matrices evaluate polynomials at 0, +-p, +-1/p and infinity. The usual p = 2 makes the result eight times less accurate
-//! than a plain f32 sum; p = sqrt(2) keeps all entries near 1 and the error within twice that of the plain sum,
-//! which is why F(4x4) is used alone and the more accurate F(2x2) (2.25 times fewer products) is not here.
+//! The matrices evaluate polynomials at 0, +-1/p, +-p and infinity. The usual p = 2 (with 1 for 1/p) makes `y` some six times less accurate
+//! than a plain f32 sum over 128 channels; p = sqrt(2) keeps all entries near 1 and the error within twice that
+//! of the plain sum, which is why F(4x4) is used alone and the more accurate F(2x2) (2.25 times fewer products) is not here.
+//! `tests/support/winograd.rs` derives the error to expect.
 //!
-//! Transformed numbers do not travel far. Where tiles are many and channels few, a task transforms a block of tiles into scratch that stays in the L2
-//! cache, multiplies and transforms back; where channels are many, the tiles are transformed once and each task owns a
-//! panel of output channels, whose weights it transforms into its scratch. Both sum over input channels in order, so they agree to the bit.
+//! Transformed numbers do not travel far. Where there are many tiles for each panel of output channels, a task takes 64 tiles through all
+//! steps with scratch that stays in the L2 cache; else the tiles are transformed once and each task owns a panel, whose
+//! weights it transforms into its scratch, 256 input channels at a time. Every sum runs over the input channels in order, so both agree to
+//! the bit.
 
 // Loops count with the letters of the formulas, over several arrays at once.
 #![allow(clippy::needless_range_loop)]
