@@ -1,11 +1,11 @@
 //! Counter-based random numbers: Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 //!
-//! Every random value is a pure function of `(seed, purpose, step, stream, element)`: the key is the seed, the counter the
-//! rest. So noise can be made again instead of stored, a sample does not depend on the batch it is computed in, and a
-//! resumed run draws what the uninterrupted one would have drawn. Element `i` of a stream comes from word `i % 4` of
-//! block `i / 4`; normals take the words of a block in pairs (Box and Muller 1958). The integers are the same bits on every
-//! device. The normals are the same bits on every CPU, with whatever vector instructions, because they are made of
-//! single sums, products and square roots and never of fused ones; a device that fuses them agrees to 1e-6.
+//! Every random value is a pure function of `(seed, purpose, step, stream, element)`: the key is the seed, the counter
+//! the rest. So noise can be made again instead of stored, a sample does not depend on the batch it is computed in, and
+//! a resumed run draws what the uninterrupted one would have drawn. Element `i` of a stream comes from word `i % 4` of
+//! block `i / 4`; normals take the words of a block in pairs (Box and Muller 1958). The integers are the same bits on
+//! every device. The normals are the same bits on every CPU, with whatever vector instructions, because they are made
+//! of single sums, products and square roots and never of fused ones; a device that fuses them agrees to 1e-6.
 //!
 //! [`Generator`] walks a stream word by word behind `rand`'s traits, for shuffles.
 
@@ -96,8 +96,8 @@ impl Stream {
         out.par_chunks_mut(CHUNK).enumerate().for_each(|(k, out)| normals_from(self, k * CHUNK, out));
     }
 
-    /// An integer uniform on `0..n`, without bias (Lemire 2019): words of the stream are taken until one is accepted, the
-    /// first with a probability of at least `1 - n/2^32`.
+    /// An integer uniform on `0..n`, without bias (Lemire 2019): words of the stream are taken until one is accepted,
+    /// the first with a probability of at least `1 - n/2^32`.
     pub fn below(&self, n: u32) -> u32 {
         assert!(n > 0, "an integer below 0 does not exist");
         // Of the 2^32 words, 2^32 mod n are refused, so that every result has the same number of words.
@@ -228,8 +228,8 @@ fn open_uniform(word: u32) -> f32 {
     word as f32 * (1.0 / 4_294_967_296.0) + 1.0 / 8_589_934_592.0
 }
 
-/// The angle's offset in its quadrant, in units of 2^-24 of an eighth of a turn, from -2^24 to 2^24 - 1: a whole number that f32
-/// holds exactly.
+/// The angle's offset in its quadrant, in units of 2^-24 of an eighth of a turn, from -2^24 to 2^24 - 1: a whole number
+/// that f32 holds exactly.
 #[inline(always)]
 fn offset(word: u32) -> i32 {
     ((word << 2) as i32) >> 7
@@ -237,9 +237,9 @@ fn offset(word: u32) -> i32 {
 
 /// Two independent standard normals `sqrt(-2 ln u) (cos a, sin a)` from two words.
 ///
-/// `u` is [`open_uniform`]; the angle `a` is the second word's upper two bits as quarters of a turn plus [`offset`]. The
-/// polynomials are fitted for the smallest largest relative error: logarithm 6e-9, sine 4e-9, cosine 2e-10, all well
-/// under the roundings.
+/// `u` is [`open_uniform`]; the angle `a` is the second word's upper two bits as quarters of a turn plus [`offset`].
+/// The polynomials are fitted for the smallest largest relative error: logarithm 6e-9, sine 4e-9, cosine 2e-10, all
+/// well under the roundings.
 #[inline(always)]
 fn box_muller(magnitude: u32, angle: u32) -> (f32, f32) {
     let r = (-2.0 * ln(open_uniform(magnitude))).sqrt();
@@ -257,8 +257,8 @@ fn box_muller(magnitude: u32, angle: u32) -> (f32, f32) {
 
 /// Natural logarithm of a positive normal number, to 2 ulp.
 ///
-/// `u = 2^e m` with `m` in `[sqrt(1/2), sqrt(2))`, so that `e = 0` around 1 and nothing cancels there; `ln m = f - f^2/2 + f^3 p(f)` with
-/// `f = m - 1`.
+/// `u = 2^e m` with `m` in `[sqrt(1/2), sqrt(2))`, so that `e = 0` around 1 and nothing cancels there; `ln m = f -
+/// f^2/2 + f^3 p(f)` with `f = m - 1`.
 #[inline(always)]
 fn ln(u: f32) -> f32 {
     let e = u.to_bits().wrapping_sub(std::f32::consts::FRAC_1_SQRT_2.to_bits()) as i32 >> 23;

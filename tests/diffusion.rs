@@ -1,8 +1,8 @@
 //! Schedules, forward process, ancestral sampling and DDIM against OpenAI's guided-diffusion: the arrays in
 //! `fixtures/diffusion.safetensors`, all float64 (diffusion.md beside it says what each holds).
 //!
-//! In f64 everything agrees to 1e-10: both sides are made of the same few thousand roundings of 1e-16, and what a reverse
-//! process amplifies, at most 1/sqrt(alpha_bar) = 158 a step, clipping to [-1, 1] undoes.
+//! In f64 everything agrees to 1e-10: both sides are made of the same few thousand roundings of 1e-16, and what a
+//! reverse process amplifies, at most 1/sqrt(alpha_bar) = 158 a step, clipping to [-1, 1] undoes.
 
 #[path = "support/mod.rs"]
 mod support;
@@ -150,7 +150,8 @@ fn every_length_of_chain_ends_in_noise() {
     for kind in Kind::ALL {
         for timesteps in [21, 50, 1000, 4000] {
             let s = Schedule::new(kind, timesteps).unwrap();
-            // The quadratic schedule keeps most: its mean beta is 0.0072 at 1000 steps, so alpha_bar ends at e^-7.2 = 7.5e-4.
+            // The quadratic schedule keeps most: its mean beta is 0.0072 at 1000 steps, so alpha_bar ends at e^-7.2 =
+            // 7.5e-4.
             let left = s.alpha_bar(timesteps - 1);
             assert!(left < 1e-3, "{kind} over {timesteps}: alpha_bar ends at {left}");
             assert!((1..timesteps).all(|t| s.alpha_bar(t) < s.alpha_bar(t - 1)), "{kind}: alpha_bar falls");
@@ -277,8 +278,8 @@ fn ddim_with_eta_1_is_ancestral() {
     }
 }
 
-/// DDIM with the exact denoiser of data that are N(mean, deviation^2): an affine map of x_T, so three points of it tell the mean and the
-/// deviation of the samples.
+/// DDIM with the exact denoiser of data that are N(mean, deviation^2): an affine map of x_T, so three points of it tell
+/// the mean and the deviation of the samples.
 fn sampled_gaussian(spacing: Spacing, steps: usize, mean: f64, deviation: f64) -> (f64, f64) {
     let s = Schedule::new(Kind::Linear, 1000).unwrap();
     let mut x = vec![-1.0, 0.0, 1.0];
@@ -301,8 +302,8 @@ fn even_spacing_keeps_detail_and_brightness() {
     assert_eq!((off(Spacing::Even), off(Spacing::Leading)), (1.0, 14.0));
 }
 
-/// A step cut in pieces draws what it draws uncut, timesteps are uniform, half the images are mirrored, and the validation
-/// draws the same every time.
+/// A step cut in pieces draws what it draws uncut, timesteps are uniform, half the images are mirrored, and the
+/// validation draws the same every time.
 #[test]
 fn a_batch_draws_by_position() {
     let n = 20_000;
@@ -319,7 +320,8 @@ fn a_batch_draws_by_position() {
     }
     assert!(!Batch::train(3, 9, 0, (0..n).collect(), false, 1000).flip.contains(&true));
 
-    // Five deviations: of the number mirrored sqrt(n)/2, of the mean timestep 1000/sqrt(12 n); chi-squared over ten bins 9 +- sqrt(18).
+    // Five deviations: of the number mirrored sqrt(n)/2, of the mean timestep 1000/sqrt(12 n); chi-squared over ten
+    // bins 9 +- sqrt(18).
     let mirrored = whole.flip.iter().filter(|f| **f).count() as f64;
     assert!((mirrored - n as f64 / 2.0).abs() <= 2.5 * (n as f64).sqrt(), "{mirrored} of {n} mirrored");
     let mean = whole.t.iter().map(|&t| f64::from(t)).sum::<f64>() / n as f64;
@@ -356,8 +358,8 @@ fn a_network_that_knows_the_image_ends_at_it() {
     }
 }
 
-/// The reverse loop in f32, on the device, against the reference in f64 with the same noise: the error may be twice that of the
-/// reference in f32.
+/// The reverse loop in f32, on the device, against the reference in f64 with the same noise: the error may be twice
+/// that of the reference in f32.
 #[test]
 fn the_loop_in_f32_follows_the_reference() {
     let device = Device::cpu_guarded();

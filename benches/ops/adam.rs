@@ -3,8 +3,8 @@ use ddpm_cuda::device::Device;
 use ddpm_cuda::ops::adam::{Buffers, Update, adam};
 use rayon::prelude::*;
 
-/// Parameters of `mnist`-sized and `cifar10`-sized networks. `x += a y` over as many bytes, in the same measurement, is what the memory
-/// gives.
+/// Parameters of `mnist`-sized and `cifar10`-sized networks. `x += a y` over as many bytes, in the same measurement, is
+/// what the memory gives.
 pub fn bench(c: &mut Criterion) {
     let update = Update {
         step: 10,

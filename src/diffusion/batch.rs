@@ -19,8 +19,8 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Draws for a piece of training step `step` that starts at position `first` of the step's batch: timesteps uniform on
-    /// `0..timesteps` (DDPM, algorithm 1), mirrored with probability one half if `flip`.
+    /// Draws for a piece of training step `step` that starts at position `first` of the step's batch: timesteps uniform
+    /// on `0..timesteps` (DDPM, algorithm 1), mirrored with probability one half if `flip`.
     pub fn train(seed: u64, step: u32, first: u32, indices: Vec<usize>, flip: bool, timesteps: u32) -> Self {
         let streams = |purpose| Streams { seed, purpose, step, first };
         let (flips, t) = (streams(Purpose::Flip), streams(Purpose::Timestep));
@@ -32,8 +32,8 @@ impl Batch {
         }
     }
 
-    /// Draws for a piece of the held-out split that starts at position `first` of it. The same at every call, so that the
-    /// validation loss moves only because the network does. Nothing is mirrored.
+    /// Draws for a piece of the held-out split that starts at position `first` of it. The same at every call, so that
+    /// the validation loss moves only because the network does. Nothing is mirrored.
     pub fn validation(seed: u64, first: u32, indices: Vec<usize>, timesteps: u32) -> Self {
         let streams = |purpose| Streams { seed, purpose, step: 0, first };
         let t = streams(Purpose::ValidationTimestep);

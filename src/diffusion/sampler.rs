@@ -1,9 +1,10 @@
-//! The reverse process: from noise x_T to an image x_0, ancestral (DDPM, algorithm 2) or by DDIM, over all timesteps or a
-//! few of them.
+//! The reverse process: from noise x_T to an image x_0, ancestral (DDPM, algorithm 2) or by DDIM, over all timesteps or
+//! a few of them.
 //!
-//! Every step of both is the same arithmetic with other numbers ([`Step`]): predict x_0 from x_t and the network's output,
-//! clip it to [-1, 1], then `x_{t-1} = c_0 x_0 + c_t x_t + sigma z`. DDIM's eps is derived again from the clipped x_0, which is what
-//! makes the two agree. So one operation, [`sample_step`](crate::ops::sample_step), is all a device needs.
+//! Every step of both is the same arithmetic with other numbers ([`Step`]): predict x_0 from x_t and the network's
+//! output, clip it to [-1, 1], then `x_{t-1} = c_0 x_0 + c_t x_t + sigma z`. DDIM's eps is derived again from the
+//! clipped x_0, which is what makes the two agree. So one operation, [`sample_step`](crate::ops::sample_step), is all a
+//! device needs.
 //!
 //! A sample depends on the seed and its own index alone: x_T and each z are streams of (seed, index, timestep).
 //!
@@ -34,11 +35,12 @@ pub enum Method {
 
 /// Which timesteps are kept when there are fewer steps than timesteps.
 ///
-/// [`Spacing::Even`] is the default because it is right at both ends. It starts at T - 1, the noise level x_T is drawn at; `Stride` and
-/// `Leading` start about T/N lower, where a little of an image's brightness should already show. It ends at t = 0; `Trailing` leaps to
-/// the image from t = T/N - 1 and loses detail finer than the noise there. With the exact denoiser of Gaussian data of
-/// deviation 0.05 and DDIM over the linear schedule, 10, 25 and 100 steps keep 32, 48 and 79 per cent of the detail, with `Trailing` 15, 33 and 71; the mean of
-/// images of brightness 0.5 is off by 0.0001 after four steps, with `Leading` by 0.0014.
+/// [`Spacing::Even`] is the default because it is right at both ends. It starts at T - 1, the noise level x_T is drawn
+/// at; `Stride` and `Leading` start about T/N lower, where a little of an image's brightness should already show. It
+/// ends at t = 0; `Trailing` leaps to the image from t = T/N - 1 and loses detail finer than the noise there. With the
+/// exact denoiser of Gaussian data of deviation 0.05 and DDIM over the linear schedule, 10, 25 and 100 steps keep 32,
+/// 48 and 79 per cent of the detail, with `Trailing` 15, 33 and 71; the mean of images of brightness 0.5 is off by
+/// 0.0001 after four steps, with `Leading` by 0.0014.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Spacing {
     /// From 0 to T - 1 in equal steps, rounded half to even; OpenAI's respacing `N`. A single step is T - 1.
@@ -141,8 +143,8 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// `steps` steps of `method` over the timesteps that `spacing` keeps, x_0 clipped. `steps = schedule.len()` with even spacing is the
-    /// full chain.
+    /// `steps` steps of `method` over the timesteps that `spacing` keeps, x_0 clipped. `steps = schedule.len()` with
+    /// even spacing is the full chain.
     pub fn new(schedule: &Schedule, method: Method, spacing: Spacing, steps: usize) -> Result<Self> {
         if let Method::Ddim { eta } = method
             && !(0.0..=1.0).contains(&eta)
@@ -220,8 +222,8 @@ pub struct Progress<'a> {
     pub x: &'a Tensor,
 }
 
-/// Draws `shape.n` images: x_T from noise, then every step of the sampler. `network(x_t, t)` returns the predicted noise,
-/// shaped like x_t; `each` sees x after every step, and an error from either ends the loop with it.
+/// Draws `shape.n` images: x_T from noise, then every step of the sampler. `network(x_t, t)` returns the predicted
+/// noise, shaped like x_t; `each` sees x after every step, and an error from either ends the loop with it.
 pub fn sample(
     device: &Device,
     sampler: &Sampler,

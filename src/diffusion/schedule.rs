@@ -21,7 +21,8 @@ pub enum Kind {
     Quadratic,
     /// Every beta_t the same, the end value.
     Constant,
-    /// beta_t on a sigmoid from -6 to 6 between the end values; the form of GeoDiff (Xu et al. 2022) that diffusers has.
+    /// beta_t on a sigmoid from -6 to 6 between the end values; the form of GeoDiff (Xu et al. 2022) that diffusers
+    /// has.
     Sigmoid,
 }
 
@@ -40,8 +41,8 @@ impl Kind {
         }
     }
 
-    /// What `beta_schedule` in diffusers' `scheduler_config.json` calls it; `None` for the constant schedule, which there is
-    /// written as `trained_betas`.
+    /// What `beta_schedule` in diffusers' `scheduler_config.json` calls it; `None` for the constant schedule, which
+    /// there is written as `trained_betas`.
     pub const fn diffusers_name(self) -> Option<&'static str> {
         match self {
             Kind::Linear => Some("linear"),
@@ -52,8 +53,9 @@ impl Kind {
         }
     }
 
-    /// First and last beta for a chain of `timesteps`: 1e-4 and 0.02 at the paper's 1000 steps, and in inverse proportion to the
-    /// number of steps otherwise, so that the chain always ends at about the same noise level (as IDDPM's code does).
+    /// First and last beta for a chain of `timesteps`: 1e-4 and 0.02 at the paper's 1000 steps, and in inverse
+    /// proportion to the number of steps otherwise, so that the chain always ends at about the same noise level (as
+    /// IDDPM's code does).
     pub fn default_betas(timesteps: usize) -> (f64, f64) {
         let scale = 1000.0 / timesteps as f64;
         (1e-4 * scale, 0.02 * scale)
@@ -136,8 +138,8 @@ impl Schedule {
         Schedule::with_betas(kind, timesteps, start, end)
     }
 
-    /// A named schedule between two values of beta, each in (0, 1); the cosine schedule does not look at them, the constant
-    /// one only at `end`.
+    /// A named schedule between two values of beta, each in (0, 1); the cosine schedule does not look at them, the
+    /// constant one only at `end`.
     pub fn with_betas(kind: Kind, timesteps: usize, start: f64, end: f64) -> Result<Self> {
         check_timesteps(timesteps)?;
         if kind != Kind::Cosine {
@@ -176,8 +178,8 @@ impl Schedule {
         Ok(Schedule { betas, alpha_bar })
     }
 
-    /// The chain that keeps only the given timesteps (ascending): its alpha_bar are those of the kept ones, its betas follow
-    /// (IDDPM, equation 19).
+    /// The chain that keeps only the given timesteps (ascending): its alpha_bar are those of the kept ones, its betas
+    /// follow (IDDPM, equation 19).
     pub fn keep(&self, timesteps: &[u32]) -> Self {
         assert!(!timesteps.is_empty(), "a chain keeps at least one timestep");
         assert!(timesteps.is_sorted_by(|a, b| a < b), "kept timesteps ascend: {timesteps:?}");
@@ -228,9 +230,9 @@ impl Schedule {
         self.betas[t] * (1.0 - self.alpha_bar_before(t)) / (1.0 - self.alpha_bar[t])
     }
 
-    /// Logarithm of the variance of p(x_{t-1} | x_t). Both choices have `ln beta_tilde_1` at `t = 0`, where beta_tilde is 0: no
-    /// noise is added there, but the likelihood of the data under it is finite and better than with beta_0. A chain of
-    /// one step has no entry 1 and keeps `ln beta_0`.
+    /// Logarithm of the variance of p(x_{t-1} | x_t). Both choices have `ln beta_tilde_1` at `t = 0`, where beta_tilde
+    /// is 0: no noise is added there, but the likelihood of the data under it is finite and better than with beta_0. A
+    /// chain of one step has no entry 1 and keeps `ln beta_0`.
     pub fn log_variance(&self, variance: Variance, t: usize) -> f64 {
         let single = self.len() == 1;
         let value = match variance {

@@ -11,9 +11,9 @@
 //! ema = ema + (1 - ema_decay) (w - ema)
 //! ```
 //!
-//! eps stands outside the bias correction, where PyTorch has it. Buffers are flat and of one length; where all of w, g, m,
-//! v and ema are zero (the gaps between parameters) they stay zero. Numerics: f32; the factors are computed in f64, so `1 - beta2` and
-//! `1 - ema_decay` keep their digits. Bound by memory: 20 bytes read and 16 written per parameter.
+//! eps stands outside the bias correction, where PyTorch has it. Buffers are flat and of one length; where all of w, g,
+//! m, v and ema are zero (the gaps between parameters) they stay zero. Numerics: f32; the factors are computed in f64,
+//! so `1 - beta2` and `1 - ema_decay` keep their digits. Bound by memory: 20 bytes read and 16 written per parameter.
 
 use crate::device::Device;
 
@@ -64,8 +64,9 @@ pub fn adam(device: &Device, buffers: Buffers<'_>, update: &Update) {
     }
 }
 
-/// The moving average's decay at update `step` (from 1): `min(decay, (1 + step)/(10 + step))`. A short run averages over its last tenth
-/// instead of remembering its random start; `decay` itself is reached at step `9/(1 - decay)`, 90,000 for 0.9999.
+/// The moving average's decay at update `step` (from 1): `min(decay, (1 + step)/(10 + step))`. A short run averages
+/// over its last tenth instead of remembering its random start; `decay` itself is reached at step `9/(1 - decay)`,
+/// 90,000 for 0.9999.
 pub fn ema_decay(decay: f64, step: u64) -> f64 {
     decay.min((1.0 + step as f64) / (10.0 + step as f64))
 }

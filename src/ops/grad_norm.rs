@@ -1,7 +1,8 @@
-//! The Euclidean norm of all gradients, `sqrt(sum g^2)`, and what follows from it: the clipping factor, and whether everything is finite.
+//! The Euclidean norm of all gradients, `sqrt(sum g^2)`, and what follows from it: the clipping factor, and whether
+//! everything is finite.
 //!
-//! Squares and sums in f64 over fixed chunks, joined in order: the same bits for any number of threads. The square of an f32
-//! never overflows an f64, so the norm is finite if and only if every gradient is: no second pass looks for NaN.
+//! Squares and sums in f64 over fixed chunks, joined in order: the same bits for any number of threads. The square of
+//! an f32 never overflows an f64, so the norm is finite if and only if every gradient is: no second pass looks for NaN.
 
 use crate::device::Device;
 
@@ -12,8 +13,8 @@ pub fn grad_norm(device: &Device, g: &[f32]) -> f64 {
     }
 }
 
-/// The factor that brings a gradient of norm `norm` down to at most `max_norm`: `min(1, max_norm / (norm + 1e-6))`, PyTorch's `clip_grad_norm_`.
-/// NaN for a norm that is not a number.
+/// The factor that brings a gradient of norm `norm` down to at most `max_norm`: `min(1, max_norm / (norm + 1e-6))`,
+/// PyTorch's `clip_grad_norm_`. NaN for a norm that is not a number.
 pub fn clip_factor(norm: f64, max_norm: f64) -> f64 {
     let factor = max_norm / (norm + 1e-6);
     if factor > 1.0 { 1.0 } else { factor }
@@ -44,8 +45,9 @@ mod cpu {
 
     simd::dispatch! {
         fn chunk<I>(g: &[f32]) -> f64 {
-            // Four places of the chunk at once: the processor fetches ahead in each, and one alone does not fill the memory's
-            // bandwidth. Each has running sums that hide the latency of the additions; joined in a fixed order.
+            // Four places of the chunk at once: the processor fetches ahead in each, and one alone does not fill the
+            // memory's bandwidth. Each has running sums that hide the latency of the additions; joined in a fixed
+            // order.
             let mut sums = [[0.0f64; 16]; 4];
             let (lanes, rest) = g.as_chunks::<16>();
             let quarter = lanes.len() / 4;

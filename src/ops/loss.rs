@@ -1,10 +1,11 @@
 //! L_simple: the mean squared error of the predicted noise (DDPM, equation 14), and its gradient, in one pass.
 //!
 //! `L = 1/N sum_i L_i`, `L_i = 1/d sum_k (y_ik - eps_ik)^2` over the N images of a step and the d numbers of an image;
-//! `dL/dy_ik = 2 (y_ik - eps_ik) / (N d)`. eps is drawn again from the batch's streams, so nothing is read but the prediction.
+//! `dL/dy_ik = 2 (y_ik - eps_ik) / (N d)`. eps is drawn again from the batch's streams, so nothing is read but the
+//! prediction.
 //!
-//! Shapes: prediction and gradient `(n, h, w, c)`; n may be a piece of the step's N images. Numerics: differences in f32,
-//! squares and sums in f64 over fixed chunks, so per-image losses are the same bits for any number of threads.
+//! Shapes: prediction and gradient `(n, h, w, c)`; n may be a piece of the step's N images. Numerics: differences in
+//! f32, squares and sums in f64 over fixed chunks, so per-image losses are the same bits for any number of threads.
 
 use crate::device::Device;
 use crate::diffusion::Batch;
@@ -26,8 +27,8 @@ impl Loss {
     }
 }
 
-/// L_i of each image, and dL/dy if `step_images` says over how many images, N, the step's loss is the mean (more than the
-/// batch has if gradients are accumulated over several). `None` for a validation loss: no gradient.
+/// L_i of each image, and dL/dy if `step_images` says over how many images, N, the step's loss is the mean (more than
+/// the batch has if gradients are accumulated over several). `None` for a validation loss: no gradient.
 pub fn loss(device: &Device, prediction: &Tensor, batch: &Batch, step_images: Option<usize>) -> Loss {
     let shape = prediction.shape();
     assert_eq!(shape.n, batch.len(), "loss: prediction {shape} for {} images", batch.len());
@@ -44,8 +45,8 @@ pub fn loss(device: &Device, prediction: &Tensor, batch: &Batch, step_images: Op
     Loss { per_image, gradient }
 }
 
-/// Sums the losses of images by the quarter of the timesteps they were noised to: the mean over all timesteps hides that late
-/// quarters are nearly solved while the first is not.
+/// Sums the losses of images by the quarter of the timesteps they were noised to: the mean over all timesteps hides
+/// that late quarters are nearly solved while the first is not.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Quarters {
     sums: [f64; 4],

@@ -1,11 +1,13 @@
-//! The forward process in one pass: `x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps` (DDPM, equation 4), from stored bytes.
+//! The forward process in one pass: `x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps` (DDPM, equation 4), from
+//! stored bytes.
 //!
-//! Gathers the batch's images by index, mirrors those to be mirrored, scales bytes to [-1, 1] (`u8/127.5 - 1`), draws eps and writes
-//! x_t. Neither x_0 nor eps is stored: the loss draws eps again. No gradient: nothing before x_t is trained.
+//! Gathers the batch's images by index, mirrors those to be mirrored, scales bytes to [-1, 1] (`u8/127.5 - 1`), draws
+//! eps and writes x_t. Neither x_0 nor eps is stored: the loss draws eps again. No gradient: nothing before x_t is
+//! trained.
 //!
 //! Shapes: images `(count, h, w, c)` in bytes, x_t `(n, h, w, c)`. Noise is element by element of the written, mirrored
-//! image, so mirroring changes x_0 and not eps. Numerics: `2u - 255` is a whole number, so x_0 carries one rounding and keeps its
-//! digits around 0, where `u/127.5 - 1` cancels.
+//! image, so mirroring changes x_0 and not eps. Numerics: `2u - 255` is a whole number, so x_0 carries one rounding and
+//! keeps its digits around 0, where `u/127.5 - 1` cancels.
 
 use crate::device::Device;
 use crate::diffusion::{Batch, Schedule};

@@ -1,8 +1,10 @@
-//! One step of the reverse process in one pass, ancestral or DDIM: `x_{t-1} = c_x0 clip(x0_xt x_t + x0_output y) + c_xt x_t + sigma z`.
+//! One step of the reverse process in one pass, ancestral or DDIM: `x_{t-1} = c_x0 clip(x0_xt x_t + x0_output y) + c_xt
+//! x_t + sigma z`.
 //!
-//! y is the network's output, the predicted noise; the factors are a [`Step`]. z is drawn in the pass from the sample's own
-//! stream for this timestep, and not drawn where sigma is 0. Shapes: all `(n, h, w, c)`. No gradient. Numerics: f32 with
-//! factors rounded from f64; the prediction of x_0 multiplies by up to `1/sqrt(alpha_bar_T)` (158 for the linear schedule), which clipping undoes.
+//! y is the network's output, the predicted noise; the factors are a [`Step`]. z is drawn in the pass from the sample's
+//! own stream for this timestep, and not drawn where sigma is 0. Shapes: all `(n, h, w, c)`. No gradient. Numerics: f32
+//! with factors rounded from f64; the prediction of x_0 multiplies by up to `1/sqrt(alpha_bar_T)` (158 for the linear
+//! schedule), which clipping undoes.
 
 use crate::device::Device;
 use crate::diffusion::sampler::{Samples, Step};

@@ -1,5 +1,5 @@
-//! Known answers, accuracy of the normals, and statistics with bounds of five standard deviations; the seeds are fixed, so
-//! what passes once passes always.
+//! Known answers, accuracy of the normals, and statistics with bounds of five standard deviations; the seeds are fixed,
+//! so what passes once passes always.
 
 use rand::seq::SliceRandom;
 use rand::{Rng, TryRng};
@@ -51,8 +51,9 @@ fn the_logarithm_keeps_its_digits() {
     assert!(worst <= 2.0, "ln errs by {worst} ulp");
 }
 
-/// Error of a normal of magnitude r: the logarithm's 2 ulp count half under the root, whose own rounding is half an ulp: 1.5 ulp of r.
-/// The angle's two roundings and those of the polynomial's last sum and of the product: at most 2 units of 2^-23.
+/// Error of a normal of magnitude r: the logarithm's 2 ulp count half under the root, whose own rounding is half an
+/// ulp: 1.5 ulp of r. The angle's two roundings and those of the polynomial's last sum and of the product: at most 2
+/// units of 2^-23.
 fn allowed(r: f64) -> f64 {
     3.5 * f64::from(f32::EPSILON) * r
 }
@@ -97,8 +98,8 @@ fn the_outermost_words_make_finite_normals() {
     }
 }
 
-/// The vectorised fill and the scalar function agree to the bit: no level of vector instructions fuses anything. From any
-/// block on and for any length.
+/// The vectorised fill and the scalar function agree to the bit: no level of vector instructions fuses anything. From
+/// any block on and for any length.
 #[test]
 fn fills_are_the_scalar_function() {
     let mut all = Vec::new();
@@ -133,8 +134,9 @@ fn fills_have_the_same_bits_at_any_number_of_threads() {
     }
 }
 
-/// Sums over the N = 2^22 normals of one stream. Under N(0, 1): the mean has deviation 1/sqrt(N), the variance sqrt(2/N), the
-/// third moment sqrt(15/N), the fourth sqrt(96/N), products of neighbours 1/sqrt(N), the number beyond k is binomial.
+/// Sums over the N = 2^22 normals of one stream. Under N(0, 1): the mean has deviation 1/sqrt(N), the variance
+/// sqrt(2/N), the third moment sqrt(15/N), the fourth sqrt(96/N), products of neighbours 1/sqrt(N), the number beyond k
+/// is binomial.
 #[test]
 fn normals_have_the_moments_tails_and_independence_of_normals() {
     const N: usize = 1 << 22;
@@ -194,8 +196,8 @@ fn uniforms_fill_the_unit_interval_evenly() {
 fn integers_below_n_have_no_bias() {
     let draw = |n: u32, i: u32| Stream { stream: i, ..STREAM }.below(n);
     const N: u32 = 1 << 18;
-    // A multiply-and-shift that refuses no word gives a third of the numbers below 3 * 2^30 twice the weight of the others: of the 2^32
-    // words, two go to each multiple of 3. With refusals the three residues are equally likely.
+    // A multiply-and-shift that refuses no word gives a third of the numbers below 3 * 2^30 twice the weight of the
+    // others: of the 2^32 words, two go to each multiple of 3. With refusals the three residues are equally likely.
     for (n, residues) in [(10, 10), (1000, 1000), (3 << 30, 3), (2, 2)] {
         let mut counts = vec![0.0f64; residues as usize];
         for i in 0..N {

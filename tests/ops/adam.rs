@@ -62,8 +62,8 @@ fn cpu_follows_the_reference() {
     }
 }
 
-/// Three steps of PyTorch's Adam and AdamW in f64 worked by their documented formulas: bias-corrected moments first, eps added to the
-/// corrected root. An independent form of the same numbers.
+/// Three steps of PyTorch's Adam and AdamW in f64 worked by their documented formulas: bias-corrected moments first,
+/// eps added to the corrected root. An independent form of the same numbers.
 #[test]
 fn the_reference_is_adam_as_pytorch_documents_it() {
     for weight_decay in [0.0, 0.1] {

@@ -6,8 +6,8 @@ use crate::support::{numbers, same_bits_at_any_number_of_threads, to_f32};
 /// 65,536 is one task of the parallel pass.
 const LENGTHS: [usize; 9] = [0, 1, 17, 31, 33, 1009, 65_536, 65_537, 300_007];
 
-/// The squares of f32 numbers are exact in f64; n additions in any order err by at most n 2^-53 of the sum, the root halves that
-/// and adds a rounding; both sides err.
+/// The squares of f32 numbers are exact in f64; n additions in any order err by at most n 2^-53 of the sum, the root
+/// halves that and adds a rounding; both sides err.
 #[test]
 fn the_norm_is_the_root_of_the_sum_of_squares() {
     let device = Device::cpu_guarded();

@@ -31,8 +31,9 @@ fn the_gradient_is_the_derivative() {
     finite_differences("loss", step_loss, &[y], &[dy]);
 }
 
-/// The allowance for losses in f64 out of differences in f32: the drawn eps errs by at most 1e-6, the difference by a rounding;
-/// a mean of squares d^2 then errs by at most 2 sqrt(L) e + e^2 (Cauchy and Schwarz) with e the largest error of a difference.
+/// The allowance for losses in f64 out of differences in f32: the drawn eps errs by at most 1e-6, the difference by a
+/// rounding; a mean of squares d^2 then errs by at most 2 sqrt(L) e + e^2 (Cauchy and Schwarz) with e the largest error
+/// of a difference.
 #[test]
 fn cpu_follows_the_reference() {
     let device = Device::cpu_guarded();

@@ -34,7 +34,8 @@ fn by_reference<T: Float + FloatConst>(x: &[f64], output: &[f64], shape: Shape, 
     reference::forward(&cast(x), &cast(output), &z, step)
 }
 
-/// All shapes count as one case for the yardstick: the largest error of the f32 reference over a single number says little.
+/// All shapes count as one case for the yardstick: the largest error of the f32 reference over a single number says
+/// little.
 #[test]
 fn cpu_follows_the_reference() {
     let device = Device::cpu_guarded();
