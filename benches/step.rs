@@ -31,7 +31,7 @@ fn networks() -> [(&'static str, Config); 2] {
 /// Bytes that look like nothing in particular; the speed does not depend on them.
 fn data(config: &Config) -> Data {
     let extent = Extent { size: config.model.image_size, channels: config.model.channels };
-    let images = (0..64 * extent.len()).map(|i| (i * 2_654_435_761 >> 13) as u8).collect();
+    let images = (0..64 * extent.len()).map(|i| ((i * 2_654_435_761) >> 13) as u8).collect();
     let none = Dataset::new(extent, Vec::new(), None);
     Data { train: Dataset::new(extent, images, None), held_out: none, notes: Vec::new() }
 }

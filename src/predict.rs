@@ -52,7 +52,14 @@ pub fn run(args: &Args) -> Result<()> {
     let x = npy::read(&args.x)?;
     let multiple = 1 << (m.levels() - 1);
     let shape = match x.shape[..] {
-        [n, c, h, w] if c == m.channels && n > 0 && h > 0 && w > 0 && h % multiple == 0 && w % multiple == 0 => {
+        [n, c, h, w]
+            if c == m.channels
+                && n > 0
+                && h > 0
+                && w > 0
+                && h.is_multiple_of(multiple)
+                && w.is_multiple_of(multiple) =>
+        {
             Shape::new(n, h, w, c)
         }
         _ => {

@@ -284,15 +284,16 @@ impl Trainer {
 }
 
 /// Bytes a training run asks for: weights, gradient, two moments and moving average; the activations of a piece of a batch;
-/// the gradients and intermediate results alive beside them, half as much again; and the scratch space of the convolutions, their
-/// weights in Winograd's domain (4 times as many numbers) and tiles for each thread.
+/// the gradients and intermediate results alive beside them, half as much again; and scratch space, which is the largest
+/// weight in Winograd's domain (4 times as many numbers) forward and backward, blocks of attention scores (two of 8 MiB) and the
+/// threads' tiles.
 pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs) -> u64 {
-    const TILES: u64 = 1 << 20;
+    const BLOCKS_AND_TILES: u64 = 24 << 20;
     let size = config.model.image_size;
     let saved: u64 = unet.costs(specs, size.h, size.w).iter().map(|cost| cost.saved).sum();
     let piece = (config.batch / config.accumulate) as u64;
     let largest_weight = specs.iter().map(|(_, spec)| spec.shape.len() as u64).max().unwrap_or(0);
-    let scratch = 2 * 4 * 4 * largest_weight + rayon::current_num_threads() as u64 * TILES;
+    let scratch = 2 * 4 * 4 * largest_weight + BLOCKS_AND_TILES;
     5 * 4 * specs.flat_len() as u64 + piece * saved * 3 / 2 + scratch
 }
 

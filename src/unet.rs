@@ -262,7 +262,10 @@ impl UNet {
         let m = &self.model;
         let s = x.shape();
         let multiple = 1 << (m.levels() - 1);
-        assert!(s.h % multiple == 0 && s.w % multiple == 0, "{s} must divide by {multiple} in h and w");
+        assert!(
+            s.h.is_multiple_of(multiple) && s.w.is_multiple_of(multiple),
+            "{s} must divide by {multiple} in h and w"
+        );
         assert_eq!(s.n, t.len(), "{} images but {} timesteps", s.n, t.len());
         assert_eq!(labels.is_some(), m.classes > 0, "labels go with a conditional network");
 

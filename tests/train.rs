@@ -140,9 +140,10 @@ fn the_memory_foretold_is_the_memory_taken() {
         let data = Data { train: images.clone(), held_out: images, notes: Vec::new() };
         Trainer::new(&c, data, &device).unwrap().step().unwrap();
         let taken = device.pool_stats().held as f64;
-        // Too little foretold is a run killed by the system; too much, a run refused that would have worked.
-        println!("{foretold:e} bytes foretold, {taken:e} taken: {}", taken / foretold);
-        assert!((0.0..100.0).contains(&(taken / foretold)), "{foretold:e} bytes foretold, {taken:e} taken");
+        // Too little foretold is a run killed by the system; too much, a run refused that would have worked. The scratch space of
+        // 24 MiB is an upper bound that small networks do not reach.
+        let bound = taken < 1.05 * foretold && foretold < 1.33 * taken + f64::from(24 << 20);
+        assert!(bound, "{foretold:e} bytes foretold, {taken:e} taken");
     }
 }
 

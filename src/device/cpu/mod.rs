@@ -80,8 +80,12 @@ impl Pool {
     }
 }
 
-/// The next number of the form `(8..16) 2^k`, or `lines` itself below 16.
+/// The next number of the form `(8..16) 2^k`; `lines` itself below 16, and from 64 MiB on, where there is one buffer of a size
+/// and the rounding would be felt.
 fn size_class(lines: usize) -> usize {
+    if lines >= 1 << 20 {
+        return lines;
+    }
     let step = 1usize << lines.max(8).ilog2().saturating_sub(3);
     lines.next_multiple_of(step)
 }
