@@ -498,8 +498,8 @@ fn with_last_checkpoint(error: Error, run: &Path) -> Error {
 /// Draws a grid with the moving average into samples/STEP.png; `None` if Ctrl-C came in between.
 fn draw_samples(trainer: &Trainer, run: &Path, stop: &AtomicBool) -> Result<Option<PathBuf>> {
     let c = &trainer.config;
-    let steps = sample::DEFAULT_DDIM_STEPS.min(c.diffusion.timesteps);
-    let sampler = Sampler::new(&trainer.schedule, Method::Ddim { eta: 0.0 }, Spacing::Even, steps)?;
+    let steps = sample::DEFAULT_STEPS.min(c.diffusion.timesteps);
+    let sampler = Sampler::new(&trainer.schedule, Method::Ancestral(c.diffusion.variance), Spacing::Even, steps)?;
     let drawing = sample::Drawing {
         device: &trainer.device,
         unet: &trainer.unet,

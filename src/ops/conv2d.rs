@@ -1,5 +1,5 @@
-//! `y[n,i,j,o] = b[o] + sum over u,v,k of x[n, i s + u - top, j s + v - left, k] w[o,u,v,k]`, and on the way out `+ shift[n,o]
-//! + residual[n,i,j,o]`.
+//! `y[n,i,j,o] = b[o] + sum over u,v,k of x[n, i s + u - top, j s + v - left, k] w[o,u,v,k]`, and on the way out
+//! `+ shift[n,o] + residual[n,i,j,o]`.
 //!
 //! Shapes: `x` (n, h, w, c_in), `w` (c_out, kh, kw, c_in), `b` (c_out), `y` (n, oh, ow, c_out) with
 //! `oh = (h + top + bottom - kh) / s + 1`, likewise `ow`; `x` is zero outside. The shift, (n, 1, 1, c_out), is the time projection of a residual

@@ -16,7 +16,7 @@
 //!
 //! Saved: `x`, and for each image and group `mean` (as the sum of two f32) and `rstd`.
 //!
-//! Numerics: two passes, because E[x^2] - E[x]^2 loses every digit when the mean is large beside the deviation. They run
+//! Numerics: two passes, because `E[x^2] - E[x]^2` loses every digit when the mean is large beside the deviation. They run
 //! over strips of 64 pixels or 16 KiB, so that the second finds the strip in the cache; the strips' means and squares are joined in f64 (Chan, Golub and LeVeque
 //! 1983). Strips depend on the image's extent alone and are joined in order: the same bits for any batch and any
 //! number of threads.

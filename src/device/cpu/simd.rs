@@ -1,6 +1,6 @@
 //! Vector instructions, chosen when the program runs: AVX-512, AVX2 with FMA, or whatever the target has anyway.
 //!
-//! A loop is written once, as the body of [`dispatch!`]; the macro compiles it three times with different target
+//! A loop is written once, as the body of `dispatch!`; the macro compiles it three times with different target
 //! features and picks one by [`level`]. The compiler vectorises the body, so it should be plain: slices of equal length,
 //! no early exit, no call that is not `#[inline(always)]`. [`Isa::mul_add`] is a fused multiply-add where there is one and a product and a
 //! sum elsewhere (never a library call), so results differ in the last bits between machines, not between runs.
