@@ -135,7 +135,7 @@ pub struct Config {
     pub log_every: u32,
     /// Steps between validation losses; 0: never.
     pub validate_every: u32,
-    /// Steps between sample grids; 0: only at the end.
+    /// Steps between sample grids, one at the end among them; 0: none.
     pub sample_every: u32,
     /// Steps between checkpoints; 0: only at the end.
     pub checkpoint_every: u32,
@@ -199,7 +199,7 @@ settings! {
     "flip" => flip, "mirror half of the training images";
     "log_every" => log_every, "steps between lines of metrics.jsonl";
     "validate_every" => validate_every, "steps between validation losses; 0: never";
-    "sample_every" => sample_every, "steps between sample grids; 0: only at the end";
+    "sample_every" => sample_every, "steps between sample grids, one at the end among them; 0: none";
     "checkpoint_every" => checkpoint_every, "steps between checkpoints; 0: only at the end";
     "keep_checkpoints" => keep_checkpoints, "newest checkpoints kept; 0: all";
 }
