@@ -1,0 +1,125 @@
+//! The meaning of every arithmetic instruction, for a whole warp at a time.
+//!
+//! [`form`] maps an opcode with its modifiers (`fma.rn.ftz.f32`) to a [`Form`]: which kinds of register it reads and writes, and
+//! a function per instruction set that executes it. The decoder in [`crate::ptx`] asks here for every opcode that is not control
+//! flow, memory access, or communication between lanes; what nobody knows is refused by name when the module is loaded.
+//!
+//! # Layout of a warp's registers
+//!
+//! One 64-byte aligned file of bytes per warp; an operand is a byte offset into it.
+//! - [`Kind::B32`] (also 8- and 16-bit registers, whose high bits are zero): `[u32; 32]`, lane l at index l.
+//! - [`Kind::B64`]: `[u64; 32]`.
+//! - [`Kind::B128`]: `[u128; 32]`.
+//! - [`Kind::Pred`]: one `u32`, bit l is lane l.
+//!
+//! Vector registers start at multiples of 64 bytes. Immediates are registers too: the decoder broadcasts them into a constant part of the file
+//! (for [`Kind::Pred`], all ones or zero), so that a form only ever sees registers.
+//!
+//! Lanes outside `mask` keep their old destination. Sources of such lanes hold arbitrary bits, and must not make anything panic.
+
+/// What a register holds; see the module's documentation for the layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// A predicate: one bit per lane in a single `u32`.
+    Pred,
+    /// 8, 16 or 32 bits per lane, zero-extended, as `[u32; 32]`.
+    B32,
+    /// 64 bits per lane, as `[u64; 32]`.
+    B64,
+    /// 128 bits per lane, as `[u128; 32]`.
+    B128,
+}
+
+/// How an immediate operand is read, and how wide a register operand must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Type {
+    /// Predicate.
+    Pred,
+    /// 8-bit integer or untyped bits, held in 32 bits.
+    B8,
+    /// 16-bit integer or untyped bits, held in 32 bits. Also f16 and bf16.
+    B16,
+    /// 32-bit integer or untyped bits. Also f16x2 and bf16x2.
+    B32,
+    /// 64-bit integer or untyped bits.
+    B64,
+    /// A float of 32 bits: immediates are `0fXXXXXXXX`, or decimal or 0d literals converted from double.
+    F32,
+    /// A float of 64 bits: immediates are `0dXXXXXXXXXXXXXXXX` or decimal.
+    F64,
+}
+
+impl Type {
+    /// The kind of register that holds a value of this type.
+    pub const fn kind(self) -> Kind {
+        match self {
+            Type::Pred => Kind::Pred,
+            Type::B8 | Type::B16 | Type::B32 | Type::F32 => Kind::B32,
+            Type::B64 | Type::F64 => Kind::B64,
+        }
+    }
+}
+
+/// Where a launch's counters put an instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Class {
+    /// mma and wmma.mma.
+    Mma,
+    /// Fused multiply-add of floats.
+    Fma,
+    /// Other arithmetic: integer, conversions, comparisons, moves.
+    Arithmetic,
+    /// Special functions: ex2, lg2, sin, cos, tanh, rcp, sqrt, rsqrt, div.
+    Special,
+}
+
+/// Type under which floating-point operations are counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum FlopType {
+    /// f16 and f16x2.
+    F16,
+    /// bf16 and bf16x2.
+    Bf16,
+    /// tf32 (mma only).
+    Tf32,
+    /// f32.
+    F32,
+    /// f64.
+    F64,
+}
+
+/// Executes `count` instructions of one form in order.
+///
+/// `operands` holds `count` times (destinations, then sources, then the carry flag as source and destination where the form has them), each a byte
+/// offset from `registers`. Runs of the same form are given in one call, so that dispatch costs little.
+///
+/// # Safety
+/// `registers` is 64-byte aligned and every offset lies inside the file with room for its kind; the processor has the
+/// instruction set that the function was compiled for. Source and destination registers may be the same, in any combination.
+pub type Run = unsafe fn(registers: *mut u8, operands: *const u32, count: usize, mask: u32);
+
+/// One instruction form.
+pub struct Form {
+    /// Types of the destinations, in the order of the PTX text. Empty second destinations (`setp p|q`) are separate forms of two.
+    pub dst: &'static [Type],
+    /// Types of the sources, in the order of the PTX text; vector operands (mma) flattened.
+    pub src: &'static [Type],
+    /// Whether the carry flag (a predicate register) is appended as a last source.
+    pub carry_in: bool,
+    /// Whether the carry flag is appended as a last destination (after `dst`, before the sources).
+    pub carry_out: bool,
+    /// For the counters.
+    pub class: Class,
+    /// Floating-point operations per active lane (for mma: per warp), by type.
+    pub flops: Option<(FlopType, u32)>,
+    /// The code: portable, AVX2 with FMA and F16C, AVX-512 (F, VL, BW, DQ).
+    pub run: [Run; 3],
+}
+
+/// The form of an arithmetic opcode with all its modifiers, written as in PTX (`setp.lt.and.f32`), or None when there is none.
+///
+/// `destinations` and `sources` are how many operands the instruction has with vectors flattened: `setp.eq.s32 %p|%q, ...` has 2 destinations.
+pub fn form(opcode: &str, destinations: usize, sources: usize) -> Option<&'static Form> {
+    let _ = (opcode, destinations, sources);
+    None
+}
