@@ -99,6 +99,7 @@ pub enum FlopType {
 pub type Run = unsafe fn(registers: *mut u8, operands: *const u32, count: usize, mask: u32);
 
 /// One instruction form.
+#[derive(Debug)]
 pub struct Form {
     /// Types of the destinations, in the order of the PTX text. Empty second destinations (`setp p|q`) are separate forms of two.
     pub dst: &'static [Type],
@@ -121,5 +122,27 @@ pub struct Form {
 /// `destinations` and `sources` are how many operands the instruction has with vectors flattened: `setp.eq.s32 %p|%q, ...` has 2 destinations.
 pub fn form(opcode: &str, destinations: usize, sources: usize) -> Option<&'static Form> {
     let _ = (opcode, destinations, sources);
+    None
+}
+
+/// Where the elements of a wmma fragment are held.
+///
+/// The layout is not specified by the manual; what matters is that loads, stores and `wmma.mma` agree.
+#[derive(Debug)]
+pub struct Fragment {
+    /// 32-bit registers per lane (64-bit ones for f64).
+    pub registers: u32,
+    /// Elements in one register: 4 of 8 bits, 2 of 16 bits, or 1.
+    pub per_register: u32,
+    /// Bytes of an element in memory: 1, 2, 4 or 8.
+    pub element_bytes: u32,
+    /// (row, column) of an element: lane, register, element of the register.
+    pub at: fn(u32, u32, u32) -> (u32, u32),
+}
+
+/// The fragment of `wmma.load.a.sync.aligned.row.m16n16k16.bf16`: matrix 'a', 'b', 'c' or 'd', shape `m16n16k16`, layout of the
+/// matrix in the mma (`row` or `col`; it may matter for which lane holds what), element type `bf16`. None when there is none.
+pub fn fragment(matrix: char, shape: &str, layout: &str, element: &str) -> Option<&'static Fragment> {
+    let _ = (matrix, shape, layout, element);
     None
 }
