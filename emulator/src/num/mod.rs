@@ -302,12 +302,8 @@ pub struct Fragment {
     pub at: fn(u32, u32, u32) -> (u32, u32),
 }
 
-/// The fragment of `wmma.load.a.sync.aligned.row.m16n16k16.bf16`: matrix 'a', 'b', 'c' or 'd', shape `m16n16k16`, element type `bf16`. None when there is none.
-pub fn fragment(
-    matrix: char,
-    shape: &str,
-    _layout: &str,
-    element: &str,
-) -> Option<&'static Fragment> {
+/// The fragment of `wmma.load.a.sync.aligned.row.m16n16k16.bf16`: matrix 'a', 'b', 'c' or 'd', shape `m16n16k16`, element type
+/// `bf16`. None when there is none. The same for row-major and column-major matrices.
+pub fn fragment(matrix: char, shape: &str, element: &str) -> Option<&'static Fragment> {
     matrix::fragment(matrix, shape, element)
 }
