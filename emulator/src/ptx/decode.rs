@@ -1852,7 +1852,7 @@ impl<'a> Builder<'a> {
         let Some(fragment) = matrix
             .chars()
             .next()
-            .and_then(|matrix| num::fragment(matrix, shape, layout, element))
+            .and_then(|matrix| num::fragment(matrix, shape, element))
         else {
             return at.unsupported();
         };
