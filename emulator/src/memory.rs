@@ -79,6 +79,11 @@ impl Memory {
         let _ = (to, pattern, count);
         unimplemented!()
     }
+    /// Makes an allocation as fresh: poisoned and uninitialised. For memory that a graph allocates anew in each launch.
+    pub fn forget(&self, at: u64) -> Result<(), MemoryError> {
+        let _ = at;
+        unimplemented!()
+    }
     /// Bytes in use.
     pub fn used(&self) -> u64 {
         unimplemented!()
