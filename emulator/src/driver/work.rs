@@ -178,7 +178,7 @@ fn home(context: &Context, address: DevicePointer) -> Answer<&'static Device> {
     let devices = &state::driver()?.devices;
     match devices
         .iter()
-        .find(|device| device.memory.find(address).is_some())
+        .find(|device| device.memory.owns(address))
     {
         Some(device) => Ok(device),
         None => context.device(),

@@ -1,9 +1,18 @@
 //! Runs kernels: blocks over all cores, warps of 32 lanes in one step.
 
+pub mod moves;
+
 use crate::memory::Memory;
 use crate::ptx::{Kernel, Module};
 use std::fmt;
 use std::sync::Arc;
+
+/// Generic addresses of shared memory begin here; the low 32 bits are the offset.
+pub const SHARED_WINDOW: u64 = 1 << 56;
+/// Generic addresses of local memory begin here.
+pub const LOCAL_WINDOW: u64 = 2 << 56;
+/// Generic addresses of kernel parameters begin here.
+pub const PARAM_WINDOW: u64 = 3 << 56;
 
 /// A module whose variables have addresses.
 #[derive(Debug)]

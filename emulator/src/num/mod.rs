@@ -142,7 +142,12 @@ pub struct Fragment {
 
 /// The fragment of `wmma.load.a.sync.aligned.row.m16n16k16.bf16`: matrix 'a', 'b', 'c' or 'd', shape `m16n16k16`, layout of the
 /// matrix in the mma (`row` or `col`; it may matter for which lane holds what), element type `bf16`. None when there is none.
-pub fn fragment(matrix: char, shape: &str, layout: &str, element: &str) -> Option<&'static Fragment> {
+pub fn fragment(
+    matrix: char,
+    shape: &str,
+    layout: &str,
+    element: &str,
+) -> Option<&'static Fragment> {
     let _ = (matrix, shape, layout, element);
     None
 }

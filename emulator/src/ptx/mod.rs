@@ -1,5 +1,12 @@
 //! PTX text to a decoded program.
 
+mod decode;
+mod flow;
+mod lex;
+mod parse;
+pub mod program;
+
+pub use program::Program;
 use std::sync::Arc;
 
 /// Why a module was refused.
@@ -136,6 +143,8 @@ pub struct Kernel {
     pub registers: u32,
     /// Bytes of `.const` variables in the module.
     pub const_bytes: u32,
+    /// The code.
+    pub program: Program,
 }
 
 /// Parses a module for the default [`Limits`].
@@ -145,6 +154,17 @@ pub fn parse(text: &str) -> Result<Module, ParseError> {
 
 /// Parses a module. Any text gives a module or an error with its line, never a panic.
 pub fn parse_for(text: &str, limits: Limits) -> Result<Module, ParseError> {
-    let _ = (text, limits);
-    unimplemented!()
+    let unit = parse::read(text, limits)?;
+    let text: Arc<str> = text.into();
+    let kernels: Result<Vec<_>, ParseError> = unit
+        .entries
+        .iter()
+        .map(|entry| flow::kernel(entry, &unit, &text).map(Arc::new))
+        .collect();
+    Ok(Module {
+        kernels: kernels?,
+        globals: unit.globals,
+        version: unit.version,
+        target: unit.target,
+    })
 }
