@@ -206,7 +206,13 @@ unsafe fn run<const ISA: usize>(
                     if active != 0 {
                         // SAFETY: operands and file are as `crate::ptx` laid them out for this form; the caller vouches for the instruction set.
                         unsafe {
-                            form.run[ISA](file, operands.as_ptr(), step.count as usize, active)
+                            form.run[ISA](
+                                form,
+                                file,
+                                operands.as_ptr(),
+                                step.count as usize,
+                                active,
+                            )
                         };
                         if step.guard != NO_GUARD {
                             machine.count_guarded(form, active);
@@ -221,7 +227,9 @@ unsafe fn run<const ISA: usize>(
                         return Err(machine.not_whole(warp, pc, active));
                     }
                     // SAFETY: as for Run.
-                    unsafe { form.run[ISA](file, operands.as_ptr(), step.count as usize, active) };
+                    unsafe {
+                        form.run[ISA](form, file, operands.as_ptr(), step.count as usize, active)
+                    };
                 }
                 Op::Load(access) => {
                     if active != 0 {
