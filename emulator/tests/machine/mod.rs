@@ -1,6 +1,6 @@
 //! A device without a driver: parse, load, launch, compare.
 
-use cuda_emu::exec::{Checks, Counters, Fault, Launch, LoadedModule, Settings, launch};
+use cuda_emu::exec::{Counters, Fault, Launch, LoadedModule, Settings, launch};
 use cuda_emu::memory::Memory;
 use cuda_emu::ptx;
 use std::sync::Arc;
@@ -17,7 +17,6 @@ pub struct Device {
 pub enum Arg {
     U32(u32),
     U64(u64),
-    F32(f32),
 }
 
 impl Device {
@@ -53,31 +52,28 @@ impl Device {
             let bytes = match *arg {
                 Arg::U32(value) => value.to_le_bytes().to_vec(),
                 Arg::U64(value) => value.to_le_bytes().to_vec(),
-                Arg::F32(value) => value.to_le_bytes().to_vec(),
             };
             assert_eq!(bytes.len(), param.bytes as usize, "size of {}", param.name);
             params[param.offset as usize..][..bytes.len()].copy_from_slice(&bytes);
         }
+        self.launch_raw(name, grid, block, dynamic_shared, &params)
+    }
+
+    /// A launch with the parameters as bytes.
+    pub fn launch_raw(&self, name: &str, grid: [u32; 3], block: [u32; 3], dynamic_shared: u32, params: &[u8]) -> Result<Counters, Fault> {
+        let kernel = self.module.module.kernels.iter().find(|kernel| kernel.name == name).expect("the kernel's name");
         let launched = Launch {
             kernel,
             module: &self.module,
             grid,
             block,
             dynamic_shared,
-            params: &params,
+            params,
             multiprocessors: 108,
             cooperative: false,
         };
         launch(&self.memory, &launched, &self.settings)
     }
-}
-
-/// Only one check.
-#[allow(unused)]
-pub fn without(checks: impl FnOnce(&mut Checks)) -> Checks {
-    let mut all = Checks::ALL;
-    checks(&mut all);
-    all
 }
 
 /// Numbers that look random and are the same everywhere.
