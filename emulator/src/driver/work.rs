@@ -176,10 +176,7 @@ pub fn from_memory(why: MemoryError) -> Refusal {
 /// The device whose memory holds `address`; the context's own where none does, so that its memory names the nearest allocation.
 fn home(context: &Context, address: DevicePointer) -> Answer<&'static Device> {
     let devices = &state::driver()?.devices;
-    match devices
-        .iter()
-        .find(|device| device.memory.owns(address))
-    {
+    match devices.iter().find(|device| device.memory.owns(address)) {
         Some(device) => Ok(device),
         None => context.device(),
     }

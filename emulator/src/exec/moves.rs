@@ -1,6 +1,6 @@
 //! Moves: copies, packing and unpacking, extensions. They are forms like arithmetic ones, for the decoder's own use.
 
-use crate::num::{Class, Form, Run, Type};
+use crate::num::{Class, Detail, Form, Run, Type};
 
 /// A register of 32 bits per lane.
 type W32 = [u32; 32];
@@ -24,21 +24,39 @@ unsafe fn each<M: Move>(registers: *mut u8, operands: *const u32, count: usize, 
     }
 }
 
-unsafe fn portable<M: Move>(registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
+unsafe fn portable<M: Move>(
+    _: &Form,
+    registers: *mut u8,
+    operands: *const u32,
+    count: usize,
+    mask: u32,
+) {
     // SAFETY: passed on.
     unsafe { each::<M>(registers, operands, count, mask) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-unsafe fn avx2<M: Move>(registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
+unsafe fn avx2<M: Move>(
+    _: &Form,
+    registers: *mut u8,
+    operands: *const u32,
+    count: usize,
+    mask: u32,
+) {
     // SAFETY: passed on.
     unsafe { each::<M>(registers, operands, count, mask) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq")]
-unsafe fn avx512<M: Move>(registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
+unsafe fn avx512<M: Move>(
+    _: &Form,
+    registers: *mut u8,
+    operands: *const u32,
+    count: usize,
+    mask: u32,
+) {
     // SAFETY: passed on.
     unsafe { each::<M>(registers, operands, count, mask) }
 }
@@ -61,6 +79,7 @@ const fn form<M: Move>(dst: &'static [Type], src: &'static [Type]) -> Form {
         carry_out: false,
         class: Class::Arithmetic,
         flops: None,
+        detail: Detail::NONE,
         run: runs::<M>(),
     }
 }
