@@ -761,7 +761,7 @@ fn memory_of_a_graph_lives_from_its_node_to_its_free() {
     });
     let graph = graph.unwrap().unwrap();
     assert_eq!(code(graph.launch()), CUresult::CUDA_ERROR_LAUNCH_FAILED);
-    assert_says(&["copy", "uninitialised"]);
+    assert_says(&["copy", "nothing has written"]);
     std::mem::forget(y);
 }
 

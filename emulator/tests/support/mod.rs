@@ -1,6 +1,6 @@
 //! Loads the emulator the way a program does, and reaches its own exports.
 
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, sys};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
 use cudarc::nvrtc::Ptx;
 use std::ffi::{CStr, CString, c_char, c_int};
 use std::path::PathBuf;
@@ -36,6 +36,7 @@ pub fn load(settings: &[(&str, &str)]) {
             Ok(env!("CARGO_PKG_VERSION")),
             "the driver is the emulator"
         );
+        result::init().expect("the driver starts");
     });
 }
 
