@@ -965,7 +965,11 @@ impl Machine<'_> {
                 reduce,
                 ref access,
             } => self.atom(warp, operands, rmw, reduce, access, pc, active)?,
-            Op::CpAsync { .. } => self.cp_async(warp, operands, op, pc, active)?,
+            Op::CpAsync { .. } => {
+                // The third operand is optional, so the slice must end where the step's operands end.
+                let operands = &operands[..usize::from(step.arity)];
+                self.cp_async(warp, operands, op, pc, active)?
+            }
             Op::CpCommit => lanes(active).for_each(|l| warp.committed[l as usize] += 1),
             Op::CpWait(keep) => self.cp_wait(warp, keep, pc, active)?,
             Op::WmmaLoad { .. } | Op::WmmaStore { .. } => {
