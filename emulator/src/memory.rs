@@ -369,6 +369,19 @@ impl Memory {
         Ok(())
     }
 
+    /// Makes an allocation as fresh, poisoned and uninitialised: for memory that a graph allocates anew in each launch.
+    pub fn forget(&self, at: u64) -> Result<(), MemoryError> {
+        let table = lock(&self.table);
+        let Some(&Allocation { bytes, .. }) = table.live.get(&at) else {
+            let message = format!("{at:#x} starts no allocation: {}", table.nearest(at));
+            return Err(MemoryError::new(message));
+        };
+        // SAFETY: the range is a live allocation, kept alive by the lock; only the emulated program uses it at the same time.
+        unsafe { std::ptr::write_bytes(at as *mut u8, POISON, bytes as usize) };
+        self.mark(at, bytes, false);
+        Ok(())
+    }
+
     /// Bytes in use.
     pub fn used(&self) -> u64 {
         lock(&self.table).used

@@ -1,11 +1,20 @@
 //! Runs kernels: blocks over all cores, warps of 32 lanes in one step.
 
+mod access;
+mod interp;
 pub mod moves;
+mod printf;
+mod races;
+mod schedule;
+mod state;
 
 use crate::memory::Memory;
+use crate::num::FlopType;
 use crate::ptx::{Kernel, Module};
 use std::fmt;
 use std::sync::Arc;
+
+pub use schedule::{best_isa, launch};
 
 /// Generic addresses of shared memory begin here; the low 32 bits are the offset.
 pub const SHARED_WINDOW: u64 = 1 << 56;
@@ -26,13 +35,40 @@ pub struct LoadedModule {
 impl LoadedModule {
     /// Allocates and initialises the module's variables; None when memory is too small.
     pub fn load(memory: &Memory, module: Arc<Module>) -> Option<Self> {
-        let _ = (memory, module);
-        unimplemented!()
+        let mut loaded = LoadedModule {
+            module,
+            addresses: vec![],
+        };
+        for global in &loaded.module.globals {
+            let Some(address) = memory.alloc(global.bytes.max(1)) else {
+                loaded.unload(memory);
+                return None;
+            };
+            loaded.addresses.push(address);
+        }
+        for (global, &address) in loaded.module.globals.iter().zip(&loaded.addresses) {
+            let mut bytes = vec![0; global.bytes as usize];
+            bytes[..global.init.len()].copy_from_slice(&global.init);
+            for &(offset, target, addend) in &global.relocations {
+                let value = loaded.addresses[target].wrapping_add(addend as u64);
+                bytes[offset as usize..][..8].copy_from_slice(&value.to_le_bytes());
+            }
+            let copied = memory.copy_in(address, &bytes);
+            assert!(
+                copied.is_ok(),
+                "variable {} of {} bytes at {address:#x} was just allocated",
+                global.name,
+                global.bytes
+            );
+        }
+        Some(loaded)
     }
     /// Frees the variables.
     pub fn unload(&self, memory: &Memory) {
-        let _ = memory;
-        unimplemented!()
+        for &address in &self.addresses {
+            // Fails only where the program has freed the module's memory itself, which leaves nothing to do.
+            let _ = memory.free(address);
+        }
     }
     /// Address and size of a variable.
     pub fn global(&self, name: &str) -> Option<(u64, u64)> {
@@ -101,6 +137,16 @@ impl Checks {
         inactive_shuffle: true,
         global_races: false,
     };
+}
+
+impl Checks {
+    fn any_shared(&self) -> bool {
+        self.uninitialised || self.shared_races
+    }
+
+    fn any_global(&self) -> bool {
+        self.uninitialised || self.global_races
+    }
 }
 
 /// An instruction set for the interpreter.
@@ -201,6 +247,82 @@ pub struct Counters {
     pub blocks: u64,
 }
 
+impl Counters {
+    fn add_flops(&mut self, ty: FlopType, flops: u64) {
+        *match ty {
+            FlopType::F16 => &mut self.flops_f16,
+            FlopType::Bf16 => &mut self.flops_bf16,
+            FlopType::Tf32 => &mut self.flops_tf32,
+            FlopType::F32 => &mut self.flops_f32,
+            FlopType::F64 => &mut self.flops_f64,
+        } += flops;
+    }
+
+    /// Adds another launch's counts (`distinct_bytes` too: bytes touched by both count twice).
+    pub fn add(&mut self, other: &Counters) {
+        for (mine, theirs) in self
+            .values_mut()
+            .into_iter()
+            .zip(other.clone().values_mut())
+        {
+            *mine += *theirs;
+        }
+    }
+
+    fn values_mut(&mut self) -> [&mut u64; 23] {
+        let Counters {
+            mma,
+            fma,
+            arithmetic,
+            special,
+            global,
+            shared,
+            local,
+            control,
+            flops_f16,
+            flops_bf16,
+            flops_tf32,
+            flops_f32,
+            flops_f64,
+            global_load_bytes,
+            global_store_bytes,
+            global_sectors,
+            distinct_bytes,
+            shared_wavefronts,
+            shared_ideal,
+            divergent_branches,
+            barriers,
+            atomics,
+            blocks,
+        } = self;
+        [
+            mma,
+            fma,
+            arithmetic,
+            special,
+            global,
+            shared,
+            local,
+            control,
+            flops_f16,
+            flops_bf16,
+            flops_tf32,
+            flops_f32,
+            flops_f64,
+            global_load_bytes,
+            global_store_bytes,
+            global_sectors,
+            distinct_bytes,
+            shared_wavefronts,
+            shared_ideal,
+            divergent_branches,
+            barriers,
+            atomics,
+            blocks,
+        ]
+    }
+}
+
 /// Why a launch was stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultKind {
@@ -273,9 +395,3 @@ impl fmt::Display for Fault {
 }
 
 impl std::error::Error for Fault {}
-
-/// Runs a kernel to its end.
-pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<Counters, Fault> {
-    let _ = (memory, launch, settings);
-    unimplemented!()
-}

@@ -203,16 +203,6 @@ pub fn special(name: &str) -> Option<Special> {
     })
 }
 
-impl Special {
-    /// Bits of the register.
-    pub fn bits(self) -> u8 {
-        match self {
-            Special::Clock64 | Special::GlobalTimer | Special::GridId => 64,
-            _ => 32,
-        }
-    }
-}
-
 /// Everything about the instruction at hand that its parts need.
 struct Context<'c, 'a> {
     opcode: &'a str,
@@ -616,15 +606,11 @@ impl<'a> Builder<'a> {
                 }
                 let bits = if wide { 64 } else { 32 };
                 let register = self.new_register(bits);
-                self.push(
-                    BodyOp::Op(Op::Special(*special)),
-                    None,
-                    &[register],
-                    1,
-                    at.source,
-                );
-                // %gridid, %clock64 and %globaltimer read into 32 bits give their low half; the others extend with zeros.
-                self.body.bits[register as usize] = bits;
+                let op = Op::Special {
+                    register: *special,
+                    bits: if ty == Type::B16 { 16 } else { bits },
+                };
+                self.push(BodyOp::Op(op), None, &[register], 1, at.source);
                 Ok(register)
             }
             Operand::Symbol(symbol) if matches!(ty, Type::B32 | Type::B64) => {
@@ -972,7 +958,12 @@ impl<'a> Builder<'a> {
         if form.carry_in {
             values.push(self.carry());
         }
-        self.emit(at, Op::Run(form), &values, outputs_in_all);
+        let op = if form.class == num::Class::Mma {
+            Op::Mma(form)
+        } else {
+            Op::Run(form)
+        };
+        self.emit(at, op, &values, outputs_in_all);
         if let (Operand::Register(register), "cvt") = (outputs[0], at.parts[0]) {
             self.cvt_widen(at, *register, values[0])?;
         }
@@ -1144,7 +1135,20 @@ impl<'a> Builder<'a> {
                 if matches!(ty, Type::Pred | Type::F32 | Type::F64) {
                     return at.fail("a special register is an integer");
                 }
-                self.emit(at, Op::Special(*special), &[d], 1);
+                let bits = match ty {
+                    Type::B16 => 16,
+                    Type::B32 => 32,
+                    _ => 64,
+                };
+                self.emit(
+                    at,
+                    Op::Special {
+                        register: *special,
+                        bits,
+                    },
+                    &[d],
+                    1,
+                );
             }
             (Operand::Register(_) | Operand::Sink, _) => {
                 let d = self.value(at, to, ty)?;
@@ -1274,6 +1278,7 @@ impl<'a> Builder<'a> {
         let outputs = values.len();
         values.push(base);
         self.emit(at, Op::Load(access), &values, outputs);
+        self.ordering(at, &["acquire"]);
         Ok(())
     }
 
@@ -1284,8 +1289,16 @@ impl<'a> Builder<'a> {
         }
         let mut values = vec![base];
         values.extend(self.elements(at, &operands[1], &mut access, true)?);
+        self.ordering(at, &["release"]);
         self.emit(at, Op::Store(access), &values, 0);
         Ok(())
+    }
+
+    /// A fence where the instruction's own semantics include one.
+    fn ordering(&mut self, at: &Context, semantics: &[&str]) {
+        if semantics.iter().any(|part| at.has(part)) {
+            self.emit(at, Op::Fence(!at.has("cta")), &[], 0);
+        }
     }
 
     fn atom(&mut self, at: &Context, operands: &[Operand<'a>]) -> Result<(), ParseError> {

@@ -827,6 +827,8 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
             }
             let source = program.sources.len() as u32;
             program.sources.push(ins.source);
+            program.fences |= matches!(op, Op::Fence(_));
+            program.atomics |= matches!(op, Op::Atom { .. });
             if guard == NO_GUARD
                 && program.steps.len() > first_step
                 && let Some(Step {
@@ -930,7 +932,7 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
 
 fn count_cost(cost: &mut BlockCost, op: &Op, guarded: bool) {
     let class = match op {
-        Op::Run(form) => {
+        Op::Run(form) | Op::Mma(form) => {
             if let Some((ty, flops)) = form.flops
                 && !guarded
             {
@@ -953,7 +955,7 @@ fn count_cost(cost: &mut BlockCost, op: &Op, guarded: bool) {
                 Class::Special => 3,
             }
         }
-        Op::Special(_) | Op::IsSpace(_) | Op::ActiveMask | Op::MovMatrix => 2,
+        Op::Special { .. } | Op::IsSpace(_) | Op::ActiveMask | Op::MovMatrix => 2,
         Op::Load(_)
         | Op::Store(_)
         | Op::Atom { .. }

@@ -141,8 +141,10 @@ pub enum Redux {
 /// What a step does. Its registers stand in [`Program::operands`]: destinations, then sources, in the order of the text.
 #[derive(Clone, Copy, Debug)]
 pub enum Op {
-    /// `count` arithmetic instructions of one form.
+    /// Arithmetic instructions of one form, as many as [`Step::count`].
     Run(&'static Form),
+    /// The same for forms of a whole warp: all lanes must take part.
+    Mma(&'static Form),
     /// destinations (one per element), base.
     Load(Access),
     /// base, values.
@@ -221,8 +223,13 @@ pub enum Op {
         /// Step of the next block.
         fall: u32,
     },
-    /// destination, source.
-    Special(Special),
+    /// destination.
+    Special {
+        /// Which.
+        register: Special,
+        /// Bits of the destination: 16, 32 or 64.
+        bits: u8,
+    },
     /// destination, optionally predicate destination; source, lane or delta, clamp, member mask.
     Shuffle {
         /// Mode.
@@ -363,6 +370,10 @@ pub struct Program {
     pub costs: Vec<BlockCost>,
     /// One per instruction.
     pub sources: Vec<Source>,
+    /// Whether blocks may order their accesses with fences.
+    pub fences: bool,
+    /// Whether there are atomic operations.
+    pub atomics: bool,
     /// The module's text.
     pub text: Arc<str>,
 }
