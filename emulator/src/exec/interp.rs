@@ -967,7 +967,8 @@ impl Machine<'_> {
             } => self.atom(warp, operands, rmw, reduce, access, pc, active)?,
             Op::CpAsync { .. } => {
                 // The third operand is optional, so the slice must end where the step's operands end.
-                let operands = &operands[..usize::from(step.arity)];
+                let arity = self.env.program.steps[pc as usize].arity;
+                let operands = &operands[..usize::from(arity)];
                 self.cp_async(warp, operands, op, pc, active)?
             }
             Op::CpCommit => lanes(active).for_each(|l| warp.committed[l as usize] += 1),
