@@ -379,7 +379,8 @@ unsafe fn run<const ISA: usize>(
                         return Err(machine.not_whole(warp, pc, active));
                     }
                     if active != 0 {
-                        machine.seldom(warp, other, operands, pc, active)?;
+                        // A step's last operand may be optional, so they must end where the step's end.
+                        machine.seldom(warp, other, &operands[..usize::from(step.arity)], pc, active)?;
                     }
                 }
             }
@@ -965,12 +966,7 @@ impl Machine<'_> {
                 reduce,
                 ref access,
             } => self.atom(warp, operands, rmw, reduce, access, pc, active)?,
-            Op::CpAsync { .. } => {
-                // The third operand is optional, so the slice must end where the step's operands end.
-                let arity = self.env.program.steps[pc as usize].arity;
-                let operands = &operands[..usize::from(arity)];
-                self.cp_async(warp, operands, op, pc, active)?
-            }
+            Op::CpAsync { .. } => self.cp_async(warp, operands, op, pc, active)?,
             Op::CpCommit => lanes(active).for_each(|l| warp.committed[l as usize] += 1),
             Op::CpWait(keep) => self.cp_wait(warp, keep, pc, active)?,
             Op::WmmaLoad { .. } | Op::WmmaStore { .. } => {

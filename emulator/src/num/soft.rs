@@ -219,8 +219,10 @@ pub fn limit_finite(format: Format, bits: u64) -> u64 {
 pub fn to_integer(value: Value, signed: bool, bits: u32, round: Round, from_f64: bool) -> u64 {
     let (min, max) = integer_range(signed, bits);
     let integer = match value {
-        // The manual: zero, unless a 64-bit type is on either side.
-        Value::Nan if bits == 64 || from_f64 => return 1 << (bits - 1),
+        // The manual: zero, unless a 64-bit type is on either side; then the pattern with the top bit set.
+        Value::Nan if bits == 64 || from_f64 => {
+            return if signed { min as u64 } else { 1 << (bits - 1) };
+        }
         Value::Nan => 0,
         Value::Infinite(sign) => {
             if sign {
