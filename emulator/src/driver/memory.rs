@@ -159,8 +159,10 @@ fn allocate_in_stream(
     pool: Option<Arc<Pool>>,
     made_by: &'static str,
 ) -> Answer<DevicePointer> {
-    refuse_nothing(bytes)?;
     let (context, stream) = stream::resolve(handle)?;
+    if bytes == 0 {
+        return Ok(0); // unlike cuMemAlloc, and free_in_stream takes it back
+    }
     if graph::is_capturing(&stream)? {
         let address = allocate(&context, bytes, Kind::Graph(Weak::new()), made_by)?;
         let memory = Arc::new(GraphMemory {
@@ -199,6 +201,9 @@ fn allocate_in_stream(
 
 fn free_in_stream(address: DevicePointer, handle: Handle) -> Answer {
     let (context, stream) = stream::resolve(handle)?;
+    if address == 0 {
+        return Ok(());
+    }
     if graph::is_capturing(&stream)? {
         return match graph::captured_memory(&stream, address)? {
             Some(memory) => graph::capture(&stream, Work::Free(memory)).map(|_| ()),
@@ -214,9 +219,6 @@ fn free_in_stream(address: DevicePointer, handle: Handle) -> Answer {
         };
     }
     graph::refuse_implicit_use(&stream)?;
-    if address == 0 {
-        return refuse(Code::INVALID_VALUE, "the address is null");
-    }
     let of_graph = match state::device_of(address) {
         Some((
             _,

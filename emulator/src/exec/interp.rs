@@ -379,7 +379,8 @@ unsafe fn run<const ISA: usize>(
                         return Err(machine.not_whole(warp, pc, active));
                     }
                     if active != 0 {
-                        machine.seldom(warp, other, operands, pc, active)?;
+                        // A step's last operand may be optional, so they must end where the step's end.
+                        machine.seldom(warp, other, &operands[..usize::from(step.arity)], pc, active)?;
                     }
                 }
             }

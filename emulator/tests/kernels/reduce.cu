@@ -20,7 +20,7 @@ __device__ void reduce(const float *x, float *sums, int n) {
         v += x[i];
     }
     if (bug == INACTIVE_LANE) {
-        if (threadIdx.x % 32 < 17) { // lanes 17 to 31 do not take part, but the mask says so
+        if (threadIdx.x % 32 < 17) { // lane 1 asks lane 17, which does not take part
             v += __shfl_xor_sync(0x1ffffu, v, 16);
         }
     }

@@ -13,7 +13,8 @@ __device__ void softmax(const float *x, float *y, int cols) {
     const int thread = threadIdx.x;
 
     float most = -INFINITY;
-    for (int col = thread; col < cols; col += THREADS) {
+    const int last = bug == OFF_BY_ONE ? cols + 1 : cols; // of the last row, one column too many is outside x
+    for (int col = thread; col < last; col += THREADS) {
         most = fmaxf(most, in[col]);
     }
     buffer[thread] = most;
@@ -35,8 +36,7 @@ __device__ void softmax(const float *x, float *y, int cols) {
     }
 
     float sum = 0.0f;
-    const int last = bug == OFF_BY_ONE ? cols + 1 : cols;
-    for (int col = thread; col < last; col += THREADS) {
+    for (int col = thread; col < cols; col += THREADS) {
         const float e = expf(in[col] - most);
         if (bug == UNINITIALISED) {
             out[col] += e;
