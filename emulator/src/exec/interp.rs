@@ -380,7 +380,13 @@ unsafe fn run<const ISA: usize>(
                     }
                     if active != 0 {
                         // A step's last operand may be optional, so they must end where the step's end.
-                        machine.seldom(warp, other, &operands[..usize::from(step.arity)], pc, active)?;
+                        machine.seldom(
+                            warp,
+                            other,
+                            &operands[..usize::from(step.arity)],
+                            pc,
+                            active,
+                        )?;
                     }
                 }
             }
