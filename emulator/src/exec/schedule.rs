@@ -20,9 +20,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Basic blocks that a warp may run before another has its turn.
-const TURN: u32 = 20_000;
-/// Turns that a block may use before another block is begun.
-const TURNS_OF_BLOCK: u32 = 200;
+const TURN: u32 = 4096;
+/// Turns that each warp of a block may use before another block is begun; as many again each time.
+const TURNS_OF_WARP: u32 = 32;
+/// Blocks that a worker holds begun at a time, except in cooperative launches, where all blocks may wait for all.
+const MAX_BEGUN: usize = 128;
 
 /// A well-mixed function of 64 bits (the finaliser of SplitMix64).
 pub fn mix(x: u64) -> u64 {
@@ -151,12 +153,13 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         global_races: settings.checks.global_races && count > 1 && count < u64::from(u32::MAX),
         ..settings.checks
     };
+    let allocations = memory.snapshot();
     let env = Env {
         launch,
         program,
         settings,
         memory,
-        allocations: memory.snapshot(),
+        allocations: allocations.clone(),
         range,
         checks,
         shared_bytes: kernel.static_shared + launch.dynamic_shared,
@@ -168,7 +171,19 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         } else {
             None
         },
-        touched: settings.counters.then(|| Touched::new(range.0, range.1)),
+        touched: settings.counters.then(|| {
+            let end = allocations
+                .last()
+                .map_or(range.0, |last| last.address + last.bytes);
+            Touched::new(
+                range.0,
+                if checks.bounds {
+                    end - range.0
+                } else {
+                    range.1
+                },
+            )
+        }),
     };
     let shared = Shared {
         env: &env,
@@ -237,9 +252,10 @@ impl Shared<'_> {
         let mut aside: VecDeque<Block> = VecDeque::new();
         let mut spare: Vec<Block> = vec![];
         loop {
-            let issue = self.next.fetch_add(1, Ordering::Relaxed);
-            let fresh =
-                issue < self.order.count && issue <= self.first_fault.load(Ordering::Relaxed);
+            let full = aside.len() >= MAX_BEGUN && !self.env.launch.cooperative;
+            let issue = if full { u64::MAX } else { self.next.fetch_add(1, Ordering::Relaxed) };
+            let fresh = issue < self.order.count
+                && issue <= self.first_fault.load(Ordering::Relaxed);
             if fresh {
                 machine.block = spare.pop().unwrap_or_default();
                 machine.start(issue, self.order.block(issue));
@@ -292,7 +308,7 @@ impl Machine<'_> {
     fn run_block(&mut self, run: Runner) -> Result<bool, Box<Fault>> {
         let seeded = self.env.settings.schedule_seed.is_some();
         let limit = self.env.settings.instruction_limit;
-        let mut turns = TURNS_OF_BLOCK;
+        let mut turns = TURNS_OF_WARP * self.block.warps.len() as u32;
         loop {
             let warps = self.block.warps.len();
             let mut index = self.block.turn;
@@ -345,7 +361,10 @@ impl Machine<'_> {
             self.block.turn = (index + 1) % warps;
             if used && !seeded {
                 turns -= 1;
-                if turns == 0 {
+            }
+            if used && (turns == 0 || seeded) {
+                // A seeded schedule has short turns, and draws when to put a block aside.
+                if !seeded || self.block.random >> 20 & 0xfff == 0 {
                     return Ok(false);
                 }
             }
