@@ -20,10 +20,7 @@ impl Measurement for CpuTime {
     type Value = Duration;
 
     fn start(&self) -> Duration {
-        let mut now = libc::timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
+        let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
         // SAFETY: `now` is valid for the call to write.
         let status = unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut now) };
         assert_eq!(status, 0, "the system has a clock of processor time");
@@ -65,24 +62,13 @@ impl Run {
         let module = ptx::parse(text).expect("nvcc's PTX parses");
         let memory = Memory::new(1 << 28);
         let loaded = LoadedModule::load(&memory, Arc::new(module)).expect("memory for the module");
-        Run {
-            memory,
-            loaded,
-            grid,
-            block,
-            params: Vec::new(),
-        }
+        Run { memory, loaded, grid, block, params: Vec::new() }
     }
 
     /// A buffer that holds `bytes`, as the next argument.
     fn buffer(&mut self, bytes: &[u8]) -> u64 {
-        let at = self
-            .memory
-            .alloc(bytes.len() as u64)
-            .expect("memory for a buffer");
-        self.memory
-            .copy_in(at, bytes)
-            .expect("a buffer just allocated");
+        let at = self.memory.alloc(bytes.len() as u64).expect("memory for a buffer");
+        self.memory.copy_in(at, bytes).expect("a buffer just allocated");
         self.params.extend(at.to_le_bytes());
         at
     }
@@ -93,11 +79,7 @@ impl Run {
 
     fn launch(&self, checks: Checks, isa: Option<Isa>) {
         let kernel = self.loaded.module.kernels[0].clone();
-        assert_eq!(
-            kernel.param_bytes as usize,
-            self.params.len(),
-            "parameters laid out as the kernel has them"
-        );
+        assert_eq!(kernel.param_bytes as usize, self.params.len(), "parameters laid out as the kernel has them");
         let launch = Launch {
             kernel: &kernel,
             module: &self.loaded,
@@ -108,25 +90,14 @@ impl Run {
             multiprocessors: 1,
             cooperative: false,
         };
-        let settings = Settings {
-            checks,
-            isa,
-            threads: 1,
-            counters: false,
-            ..Settings::default()
-        };
+        let settings = Settings { checks, isa, threads: 1, counters: false, ..Settings::default() };
         exec::launch(&self.memory, &launch, &settings).unwrap_or_else(|fault| panic!("{fault}"));
     }
 
     fn read(&self, at: u64, count: usize) -> Vec<f32> {
         let mut bytes = vec![0; 4 * count];
-        self.memory
-            .copy_out(at, &mut bytes)
-            .expect("a buffer of this size");
-        bytes
-            .chunks(4)
-            .map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes")))
-            .collect()
+        self.memory.copy_out(at, &mut bytes).expect("a buffer of this size");
+        bytes.chunks(4).map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes"))).collect()
     }
 }
 
@@ -142,38 +113,23 @@ fn bytes_f32(values: &[f32]) -> Vec<u8> {
 }
 
 fn bytes_bf16(values: &[f32]) -> Vec<u8> {
-    values
-        .iter()
-        .flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes())
-        .collect()
+    values.iter().flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes()).collect()
 }
 
 fn measure(criterion: &mut Criterion<CpuTime>, name: &str, work: u64, run: &Run) {
     let mut group = criterion.benchmark_group(name);
     group.throughput(Throughput::Elements(work)).sample_size(20);
-    group.bench_function("bounds", |bencher| {
-        bencher.iter(|| run.launch(Checks::FAST, None))
-    });
-    group.bench_function("all_checks", |bencher| {
-        bencher.iter(|| run.launch(Checks::ALL, None))
-    });
-    group.bench_function("bounds_avx2", |bencher| {
-        bencher.iter(|| run.launch(Checks::FAST, Some(Isa::Avx2)))
-    });
-    group.bench_function("bounds_portable", |bencher| {
-        bencher.iter(|| run.launch(Checks::FAST, Some(Isa::Portable)))
-    });
+    group.bench_function("bounds", |bencher| bencher.iter(|| run.launch(Checks::FAST, None)));
+    group.bench_function("all_checks", |bencher| bencher.iter(|| run.launch(Checks::ALL, None)));
+    group.bench_function("bounds_avx2", |bencher| bencher.iter(|| run.launch(Checks::FAST, Some(Isa::Avx2))));
+    group.bench_function("bounds_portable", |bencher| bencher.iter(|| run.launch(Checks::FAST, Some(Isa::Portable))));
     group.finish();
 }
 
 fn sgemm(criterion: &mut Criterion<CpuTime>) {
     const N: usize = 256;
     let (a, b) = (values(N * N, 1), values(N * N, 2));
-    let mut run = Run::new(
-        include_str!("kernels/sgemm.ptx"),
-        [N as u32 / 128, N as u32 / 128, 1],
-        256,
-    );
+    let mut run = Run::new(include_str!("kernels/sgemm.ptx"), [N as u32 / 128, N as u32 / 128, 1], 256);
     run.buffer(&bytes_f32(&a));
     run.buffer(&bytes_f32(&b));
     let c = run.buffer(&bytes_f32(&[f32::NAN; N * N]));
@@ -190,11 +146,7 @@ fn sgemm(criterion: &mut Criterion<CpuTime>) {
 fn mma(criterion: &mut Criterion<CpuTime>) {
     const N: usize = 256;
     let (a, b) = (values(N * N, 3), values(N * N, 4));
-    let mut run = Run::new(
-        include_str!("kernels/mma.ptx"),
-        [N as u32 / 64, N as u32 / 64, 1],
-        128,
-    );
+    let mut run = Run::new(include_str!("kernels/mma.ptx"), [N as u32 / 64, N as u32 / 64, 1], 128);
     run.buffer(&bytes_bf16(&a));
     run.buffer(&bytes_bf16(&b));
     let c = run.buffer(&bytes_f32(&[f32::NAN; N * N]));
@@ -211,11 +163,7 @@ fn mma(criterion: &mut Criterion<CpuTime>) {
 fn elementwise(criterion: &mut Criterion<CpuTime>) {
     const N: usize = 1 << 18;
     let x = values(N, 5);
-    let mut run = Run::new(
-        include_str!("kernels/elementwise.ptx"),
-        [N as u32 / 1024, 1, 1],
-        256,
-    );
+    let mut run = Run::new(include_str!("kernels/elementwise.ptx"), [N as u32 / 1024, 1, 1], 256);
     run.buffer(&bytes_f32(&x));
     let y = run.buffer(&bytes_f32(&vec![0.0; N]));
     run.word(0.5f32.to_bits());
@@ -225,11 +173,7 @@ fn elementwise(criterion: &mut Criterion<CpuTime>) {
     for i in [0, 1, 1023, N - 1] {
         let exact = x[i] as f64 / (1.0 + (-x[i] as f64).exp());
         // Two rounded operations and an exponential within 2^-22, of which half the effect remains.
-        assert!(
-            (y[i] as f64 - exact).abs() <= exact.abs() * 2f64.powi(-21),
-            "y[{i}] = {}, not {exact}",
-            y[i]
-        );
+        assert!((y[i] as f64 - exact).abs() <= exact.abs() * 2f64.powi(-21), "y[{i}] = {}, not {exact}", y[i]);
     }
     measure(criterion, "elementwise", N as u64, &run);
 }

@@ -70,32 +70,14 @@ impl Range {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: a new anonymous mapping; the hint replaces nothing without MAP_FIXED.
-        let at = unsafe {
-            libc::mmap(
-                hint as *mut libc::c_void,
-                bytes as usize,
-                protection,
-                flags,
-                -1,
-                0,
-            )
-        };
-        (at != libc::MAP_FAILED).then_some(Range {
-            base: at as u64,
-            bytes,
-        })
+        let at = unsafe { libc::mmap(hint as *mut libc::c_void, bytes as usize, protection, flags, -1, 0) };
+        (at != libc::MAP_FAILED).then_some(Range { base: at as u64, bytes })
     }
 
     /// Gives the pages back; they read as zero afterwards.
     fn clear(&self) {
         // SAFETY: the range is this mapping, whole.
-        unsafe {
-            libc::madvise(
-                self.base as *mut libc::c_void,
-                self.bytes as usize,
-                libc::MADV_DONTNEED,
-            )
-        };
+        unsafe { libc::madvise(self.base as *mut libc::c_void, self.bytes as usize, libc::MADV_DONTNEED) };
     }
 }
 
@@ -177,10 +159,7 @@ impl Memory {
             .unwrap_or_else(|| panic!("no address space for {wanted} bytes of device memory"));
         let written = Range::reserve(0, range.bytes / 8)
             .unwrap_or_else(|| panic!("no address space for {} bytes", range.bytes / 8));
-        let free = BTreeMap::from([(
-            range.base.next_multiple_of(ALIGN) + ALIGN,
-            range.bytes - 2 * ALIGN,
-        )]);
+        let free = BTreeMap::from([(range.base.next_multiple_of(ALIGN) + ALIGN, range.bytes - 2 * ALIGN)]);
         let table = Table {
             live: BTreeMap::new(),
             free,
@@ -212,19 +191,12 @@ impl Memory {
 
     fn allocate(&self, bytes: u64, host: bool) -> Option<u64> {
         let mut table = lock(&self.table);
-        if bytes == 0
-            || bytes > self.range.bytes
-            || (!host && bytes > self.limit.saturating_sub(table.used))
-        {
+        if bytes == 0 || bytes > self.range.bytes || (!host && bytes > self.limit.saturating_sub(table.used)) {
             return None;
         }
         let span = bytes.next_multiple_of(ALIGN) + GUARD;
         let address = loop {
-            let fit = table
-                .free
-                .iter()
-                .find(|&(_, &free)| free >= span)
-                .map(|(&at, &free)| (at, free));
+            let fit = table.free.iter().find(|&(_, &free)| free >= span).map(|(&at, &free)| (at, free));
             if let Some((at, free)) = fit {
                 table.free.remove(&at);
                 if free > span {
@@ -238,27 +210,13 @@ impl Memory {
         };
         table.serial += 1;
         let serial = table.serial;
-        table.live.insert(
-            address,
-            Allocation {
-                address,
-                bytes,
-                serial,
-                host,
-            },
-        );
+        table.live.insert(address, Allocation { address, bytes, serial, host });
         if !host {
             table.used += bytes;
         }
         table.snapshot = None;
         // SAFETY: [address, address + bytes) was free until now and lies inside the mapping; no launch has it in its table.
-        unsafe {
-            std::ptr::write_bytes(
-                address as *mut u8,
-                if host { 0 } else { POISON },
-                bytes as usize,
-            )
-        };
+        unsafe { std::ptr::write_bytes(address as *mut u8, if host { 0 } else { POISON }, bytes as usize) };
         self.mark(address, bytes, host);
         Some(address)
     }
@@ -267,10 +225,7 @@ impl Memory {
     pub fn free(&self, at: u64) -> Result<(), MemoryError> {
         let mut table = lock(&self.table);
         let Some(allocation) = table.live.remove(&at) else {
-            return Err(MemoryError::new(format!(
-                "address {at:#x} cannot be freed: {}",
-                table.nearest(at)
-            )));
+            return Err(MemoryError::new(format!("address {at:#x} cannot be freed: {}", table.nearest(at))));
         };
         if !allocation.host {
             table.used -= allocation.bytes;
@@ -289,21 +244,11 @@ impl Memory {
     }
 
     /// Fails unless the range lies in one allocation. The lock that comes back keeps it alive.
-    fn locate(
-        &self,
-        what: &str,
-        at: u64,
-        bytes: u64,
-    ) -> Result<MutexGuard<'_, Table>, MemoryError> {
+    fn locate(&self, what: &str, at: u64, bytes: u64) -> Result<MutexGuard<'_, Table>, MemoryError> {
         let table = lock(&self.table);
-        let found = table
-            .find(at)
-            .filter(|a| bytes <= a.bytes - (at - a.address));
+        let found = table.find(at).filter(|a| bytes <= a.bytes - (at - a.address));
         if found.is_none() && bytes > 0 {
-            let message = format!(
-                "{what} {bytes} bytes at {at:#x} lie in no allocation: {}",
-                table.nearest(at)
-            );
+            let message = format!("{what} {bytes} bytes at {at:#x} lie in no allocation: {}", table.nearest(at));
             return Err(MemoryError::new(message));
         }
         Ok(table)
@@ -361,9 +306,7 @@ impl Memory {
         let target = unsafe { std::slice::from_raw_parts_mut(to as *mut u8, bytes as usize) };
         match pattern {
             [byte] => target.fill(*byte),
-            _ => target
-                .chunks_exact_mut(pattern.len())
-                .for_each(|chunk| chunk.copy_from_slice(pattern)),
+            _ => target.chunks_exact_mut(pattern.len()).for_each(|chunk| chunk.copy_from_slice(pattern)),
         }
         self.mark(to, bytes, true);
         Ok(())
@@ -428,11 +371,7 @@ impl Memory {
         let mut shadow = lock(&self.shadow);
         if shadow.is_none() {
             let range = Range::reserve(0, self.range.bytes * 4)?;
-            *shadow = Some(Arc::new(Shadow {
-                range,
-                of: self.range.base,
-                generation: AtomicU64::new(1),
-            }));
+            *shadow = Some(Arc::new(Shadow { range, of: self.range.base, generation: AtomicU64::new(1) }));
         }
         shadow.clone()
     }
@@ -465,8 +404,7 @@ impl Memory {
             return self.bitmap(first_word).load(Ordering::Relaxed) & want == want;
         }
         self.bitmap(first_word).load(Ordering::Relaxed) & from == from
-            && (first_word + 1..last_word)
-                .all(|word| self.bitmap(word).load(Ordering::Relaxed) == !0)
+            && (first_word + 1..last_word).all(|word| self.bitmap(word).load(Ordering::Relaxed) == !0)
             && self.bitmap(last_word).load(Ordering::Relaxed) & upto == upto
     }
 
@@ -521,12 +459,7 @@ impl Table {
     }
 
     fn nearest(&self, address: u64) -> String {
-        if let Some((freed, _)) = self
-            .resting
-            .iter()
-            .rev()
-            .find(|(a, _)| address.wrapping_sub(a.address) < a.bytes)
-        {
+        if let Some((freed, _)) = self.resting.iter().rev().find(|(a, _)| address.wrapping_sub(a.address) < a.bytes) {
             return format!(
                 "it is inside allocation {} of {} bytes at {:#x}, which has been freed",
                 freed.serial, freed.bytes, freed.address
@@ -534,14 +467,12 @@ impl Table {
         }
         let before = self.live.range(..=address).next_back().map(|(_, a)| a);
         let after = self.live.range(address..).next().map(|(_, a)| a);
-        let distance_before =
-            before.map(|a| address - a.address.saturating_add(a.bytes).min(address));
+        let distance_before = before.map(|a| address - a.address.saturating_add(a.bytes).min(address));
         let distance_after = after.map(|a| a.address - address);
         match (before, after) {
             (None, None) => "nothing is allocated".into(),
             (Some(a), _)
-                if distance_after
-                    .is_none_or(|after| distance_before.is_some_and(|before| before <= after)) =>
+                if distance_after.is_none_or(|after| distance_before.is_some_and(|before| before <= after)) =>
             {
                 let past = address as i128 - (a.address + a.bytes) as i128;
                 let place = match past {

@@ -15,20 +15,14 @@ fn load() {
 }
 
 fn shape(x: u32, y: u32, threads: u32) -> LaunchConfig {
-    LaunchConfig {
-        grid_dim: (x, y, 1),
-        block_dim: (threads, 1, 1),
-        shared_mem_bytes: 0,
-    }
+    LaunchConfig { grid_dim: (x, y, 1), block_dim: (threads, 1, 1), shared_mem_bytes: 0 }
 }
 
 /// Numbers between -1 and 1 that a linear congruential generator gives.
 fn noise(count: usize, seed: u64) -> Vec<f32> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let step = move |_| {
-        state = state
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 40) as f32 / (1u64 << 23) as f32 - 1.0
     };
     (0..count).map(step).collect()
@@ -39,11 +33,7 @@ fn assert_close(got: &[f32], want: &[f64], bound: impl Fn(usize) -> f64) {
     assert_eq!(got.len(), want.len());
     for (at, (&got, &want)) in got.iter().zip(want).enumerate() {
         let error = (f64::from(got) - want).abs();
-        assert!(
-            error <= bound(at),
-            "element {at}: {got} is {error:e} from {want}, allowed is {:e}",
-            bound(at)
-        );
+        assert!(error <= bound(at), "element {at}: {got} is {error:e} from {want}, allowed is {:e}", bound(at));
     }
 }
 
@@ -86,15 +76,10 @@ fn assert_refused<T: std::fmt::Debug>(
 ) {
     for seed in SEEDS {
         configure("seed", seed);
-        let (refused, message) = launch()
-            .err()
-            .unwrap_or_else(|| panic!("not refused with seed {seed}: {words:?}"));
+        let (refused, message) = launch().err().unwrap_or_else(|| panic!("not refused with seed {seed}: {words:?}"));
         assert_eq!(refused, expected, "seed {seed}: {message}");
         for word in words {
-            assert!(
-                message.contains(word),
-                "seed {seed}: `{word}` is not in: {message}"
-            );
+            assert!(message.contains(word), "seed {seed}: `{word}` is not in: {message}");
         }
     }
 }
@@ -121,11 +106,7 @@ mod sgemm {
             CUresult::CUDA_SUCCESS => Ok(stream.clone_dtoh(&c).unwrap()),
             refused => {
                 let message = last_message();
-                (
-                    std::mem::forget(a),
-                    std::mem::forget(b),
-                    std::mem::forget(c),
-                );
+                (std::mem::forget(a), std::mem::forget(b), std::mem::forget(c));
                 Err((refused, message))
             }
         }
@@ -135,22 +116,13 @@ mod sgemm {
     fn agrees_with_the_cpu() {
         load();
         let (a, b) = (noise(M * K, 1), noise(K * N, 2));
-        let product =
-            |at: usize, k: usize| f64::from(a[at / N * K + k]) * f64::from(b[k * N + at % N]);
-        let want: Vec<f64> = (0..M * N)
-            .map(|at| (0..K).map(|k| product(at, k)).sum())
-            .collect();
+        let product = |at: usize, k: usize| f64::from(a[at / N * K + k]) * f64::from(b[k * N + at % N]);
+        let want: Vec<f64> = (0..M * N).map(|at| (0..K).map(|k| product(at, k)).sum()).collect();
         // A sum of K fused products: K roundings of at most half an ulp of the sum of magnitudes.
-        let bound = |at: usize| {
-            K as f64 * 2f64.powi(-24) * (0..K).map(|k| product(at, k).abs()).sum::<f64>()
-        };
+        let bound = |at: usize| K as f64 * 2f64.powi(-24) * (0..K).map(|k| product(at, k).abs()).sum::<f64>();
         for seed in SEEDS {
             configure("seed", seed);
-            assert_close(
-                &launch("sgemm").unwrap_or_else(|(_, why)| panic!("{why}")),
-                &want,
-                bound,
-            );
+            assert_close(&launch("sgemm").unwrap_or_else(|(_, why)| panic!("{why}")), &want, bound);
         }
     }
 
@@ -183,15 +155,7 @@ mod reduction {
     const COUNT: usize = 3000;
 
     fn launch(name: &str) -> Result<Vec<f32>, (CUresult, String)> {
-        run(
-            PTX,
-            name,
-            shape(BLOCKS, 1, 256),
-            &noise(COUNT, 3),
-            None,
-            BLOCKS as usize,
-            COUNT as i32,
-        )
+        run(PTX, name, shape(BLOCKS, 1, 256), &noise(COUNT, 3), None, BLOCKS as usize, COUNT as i32)
     }
 
     #[test]
@@ -199,20 +163,12 @@ mod reduction {
         load();
         let x = noise(COUNT, 3);
         let share = |block: usize| (0..COUNT).filter(move |i| i / 256 % BLOCKS as usize == block);
-        let want: Vec<f64> = (0..BLOCKS as usize)
-            .map(|block| share(block).map(|i| f64::from(x[i])).sum())
-            .collect();
+        let want: Vec<f64> = (0..BLOCKS as usize).map(|block| share(block).map(|i| f64::from(x[i])).sum()).collect();
         // At most 3 additions per thread, then two butterflies of 5: 13 roundings of the sum of magnitudes.
-        let bound = |block: usize| {
-            13.0 * 2f64.powi(-24) * share(block).map(|i| f64::from(x[i].abs())).sum::<f64>()
-        };
+        let bound = |block: usize| 13.0 * 2f64.powi(-24) * share(block).map(|i| f64::from(x[i].abs())).sum::<f64>();
         for seed in SEEDS {
             configure("seed", seed);
-            assert_close(
-                &launch("reduce_sum").unwrap_or_else(|(_, why)| panic!("{why}")),
-                &want,
-                bound,
-            );
+            assert_close(&launch("reduce_sum").unwrap_or_else(|(_, why)| panic!("{why}")), &want, bound);
         }
     }
 
@@ -230,25 +186,14 @@ mod reduction {
             failed,
             &["reduce_uninitialised", "nothing has written", "shared"],
         );
-        assert_refused(
-            || launch("reduce_inactive_lane"),
-            failed,
-            &["reduce_inactive_lane", "shfl"],
-        );
-        assert_refused(
-            || launch("reduce_global_race"),
-            failed,
-            &["reduce_global_race", "race"],
-        );
+        assert_refused(|| launch("reduce_inactive_lane"), failed, &["reduce_inactive_lane", "shfl"]);
+        assert_refused(|| launch("reduce_global_race"), failed, &["reduce_global_race", "race"]);
         // Without the barrier a warp reads partials that another has written, or has not yet: which of the two depends on the schedule.
         for seed in SEEDS {
             configure("seed", seed);
             let (refused, message) = launch("reduce_dropped_barrier").err().expect("refused");
             assert_eq!(refused, failed);
-            assert!(
-                message.contains("no barrier between") || message.contains("nothing has written"),
-                "{message}"
-            );
+            assert!(message.contains("no barrier between") || message.contains("nothing has written"), "{message}");
         }
     }
 }
@@ -261,15 +206,7 @@ mod softmax {
     const COLS: usize = 200;
 
     fn launch(name: &str) -> Result<Vec<f32>, (CUresult, String)> {
-        run(
-            PTX,
-            name,
-            shape(ROWS as u32, 1, 128),
-            &noise(ROWS * COLS, 4),
-            None,
-            ROWS * COLS,
-            COLS as i32,
-        )
+        run(PTX, name, shape(ROWS as u32, 1, 128), &noise(ROWS * COLS, 4), None, ROWS * COLS, COLS as i32)
     }
 
     #[test]
@@ -285,11 +222,7 @@ mod softmax {
         let bound = |at: usize| 16.0 * 2f64.powi(-24) * want[at];
         for seed in SEEDS {
             configure("seed", seed);
-            assert_close(
-                &launch("softmax_rows").unwrap_or_else(|(_, why)| panic!("{why}")),
-                &want,
-                bound,
-            );
+            assert_close(&launch("softmax_rows").unwrap_or_else(|(_, why)| panic!("{why}")), &want, bound);
         }
     }
 
@@ -308,16 +241,8 @@ mod softmax {
             CUresult::CUDA_ERROR_ILLEGAL_ADDRESS,
             &["softmax_off_by_one", "ld.global"],
         );
-        assert_refused(
-            || launch("softmax_uninitialised"),
-            failed,
-            &["softmax_uninitialised", "nothing has written"],
-        );
-        assert_refused(
-            || launch("softmax_divergent_barrier"),
-            failed,
-            &["softmax_divergent_barrier", "bar"],
-        );
+        assert_refused(|| launch("softmax_uninitialised"), failed, &["softmax_uninitialised", "nothing has written"]);
+        assert_refused(|| launch("softmax_divergent_barrier"), failed, &["softmax_divergent_barrier", "bar"]);
     }
 }
 
@@ -340,21 +265,12 @@ mod mma_gemm {
         let b = stream.clone_htod(&halves(N * K, 6)).unwrap();
         let mut c: CudaSlice<f32> = unsafe { stream.alloc(M * N) }.unwrap();
         let mut launch = stream.launch_builder(&function);
-        launch
-            .arg(&a)
-            .arg(&b)
-            .arg(&mut c)
-            .arg(&(N as i32))
-            .arg(&(K as i32));
+        launch.arg(&a).arg(&b).arg(&mut c).arg(&(N as i32)).arg(&(K as i32));
         match code(unsafe { launch.launch(shape(N as u32 / 64, M as u32 / 64, 128)) }) {
             CUresult::CUDA_SUCCESS => Ok(stream.clone_dtoh(&c).unwrap()),
             refused => {
                 let message = last_message();
-                (
-                    std::mem::forget(a),
-                    std::mem::forget(b),
-                    std::mem::forget(c),
-                );
+                (std::mem::forget(a), std::mem::forget(b), std::mem::forget(c));
                 Err((refused, message))
             }
         }
@@ -365,20 +281,12 @@ mod mma_gemm {
         load();
         let (a, b) = (halves(M * K, 5), halves(N * K, 6));
         let product = |at: usize, k: usize| a[at / N * K + k].to_f64() * b[at % N * K + k].to_f64();
-        let want: Vec<f64> = (0..M * N)
-            .map(|at| (0..K).map(|k| product(at, k)).sum())
-            .collect();
+        let want: Vec<f64> = (0..M * N).map(|at| (0..K).map(|k| product(at, k)).sum()).collect();
         // Products of bf16 are exact in f32; at most K additions, each to within one ulp (tensor cores may truncate).
-        let bound = |at: usize| {
-            K as f64 * 2f64.powi(-23) * (0..K).map(|k| product(at, k).abs()).sum::<f64>()
-        };
+        let bound = |at: usize| K as f64 * 2f64.powi(-23) * (0..K).map(|k| product(at, k).abs()).sum::<f64>();
         for seed in SEEDS {
             configure("seed", seed);
-            assert_close(
-                &launch("mma_gemm").unwrap_or_else(|(_, why)| panic!("{why}")),
-                &want,
-                bound,
-            );
+            assert_close(&launch("mma_gemm").unwrap_or_else(|(_, why)| panic!("{why}")), &want, bound);
         }
     }
 
@@ -397,11 +305,7 @@ mod mma_gemm {
             &["mma_gemm_off_by_one", "cp.async"],
         );
         // What cp.async copies is late when nothing waits for it: the first tiles have not arrived.
-        assert_refused(
-            || launch("mma_gemm_dropped_wait"),
-            failed,
-            &["mma_gemm_dropped_wait", "ldmatrix"],
-        );
+        assert_refused(|| launch("mma_gemm_dropped_wait"), failed, &["mma_gemm_dropped_wait", "ldmatrix"]);
     }
 }
 
@@ -412,22 +316,11 @@ mod histogram {
     const COUNT: usize = 5000;
 
     fn bytes() -> Vec<u8> {
-        noise(COUNT, 7)
-            .into_iter()
-            .map(|v| ((v + 1.0) * 128.0) as u8)
-            .collect()
+        noise(COUNT, 7).into_iter().map(|v| ((v + 1.0) * 128.0) as u8).collect()
     }
 
     fn launch(name: &str, bins: Option<&[u32]>) -> Result<Vec<u32>, (CUresult, String)> {
-        run(
-            PTX,
-            name,
-            shape(3, 1, 256),
-            &bytes(),
-            bins,
-            256,
-            COUNT as i32,
-        )
+        run(PTX, name, shape(3, 1, 256), &bytes(), bins, 256, COUNT as i32)
     }
 
     #[test]
@@ -437,8 +330,7 @@ mod histogram {
         bytes().into_iter().for_each(|v| want[usize::from(v)] += 1);
         for seed in SEEDS {
             configure("seed", seed);
-            let got =
-                launch("histogram", Some(&[10; 256])).unwrap_or_else(|(_, why)| panic!("{why}"));
+            let got = launch("histogram", Some(&[10; 256])).unwrap_or_else(|(_, why)| panic!("{why}"));
             assert_eq!(got, want);
         }
     }
@@ -464,21 +356,12 @@ mod histogram {
             &["histogram_off_by_one", "shared"],
         );
         // Bins that the host forgot to zero.
-        assert_refused(
-            || launch("histogram", None),
-            failed,
-            &["histogram", "nothing has written"],
-        );
+        assert_refused(|| launch("histogram", None), failed, &["histogram", "nothing has written"]);
         for seed in SEEDS {
             configure("seed", seed);
-            let (refused, message) = launch("histogram_dropped_barrier", zeros)
-                .err()
-                .expect("refused");
+            let (refused, message) = launch("histogram_dropped_barrier", zeros).err().expect("refused");
             assert_eq!(refused, failed);
-            assert!(
-                message.contains("no barrier between") || message.contains("nothing has written"),
-                "{message}"
-            );
+            assert!(message.contains("no barrier between") || message.contains("nothing has written"), "{message}");
         }
     }
 }
@@ -490,16 +373,8 @@ fn every_order_gives_the_same_bits() {
     let launch = |seed: &str| {
         configure("seed", seed);
         let x = noise(3000, 8);
-        run::<f32, f32>(
-            include_str!("kernels/reduce.ptx"),
-            "reduce_sum",
-            shape(5, 1, 256),
-            &x,
-            None,
-            5,
-            3000,
-        )
-        .expect("runs")
+        run::<f32, f32>(include_str!("kernels/reduce.ptx"), "reduce_sum", shape(5, 1, 256), &x, None, 5, 3000)
+            .expect("runs")
     };
     let first = launch("none");
     for seed in SEEDS {

@@ -17,28 +17,12 @@ fn refused(text: &str) -> (u32, String) {
 
 #[test]
 fn versions_and_targets_are_refused_as_the_driver_does() {
-    let limits = Limits {
-        version: (8, 0),
-        target: 80,
-    };
-    let kind = |text: &str| {
-        parse_for(text, limits)
-            .map(|_| ())
-            .map_err(|error| (error.kind, error.line))
-    };
-    assert_eq!(
-        kind(".version 8.0\n.target sm_80\n.address_size 64\n"),
-        Ok(())
-    );
+    let limits = Limits { version: (8, 0), target: 80 };
+    let kind = |text: &str| parse_for(text, limits).map(|_| ()).map_err(|error| (error.kind, error.line));
+    assert_eq!(kind(".version 8.0\n.target sm_80\n.address_size 64\n"), Ok(()));
     assert_eq!(kind(".version 7.8\n.target sm_52, debug\n"), Ok(()));
-    assert_eq!(
-        kind("// c\n.version 8.1\n.target sm_80\n"),
-        Err((ParseErrorKind::Version, 2))
-    );
-    assert_eq!(
-        kind(".version 8.0\n.target sm_90\n"),
-        Err((ParseErrorKind::Target, 2))
-    );
+    assert_eq!(kind("// c\n.version 8.1\n.target sm_80\n"), Err((ParseErrorKind::Version, 2)));
+    assert_eq!(kind(".version 8.0\n.target sm_90\n"), Err((ParseErrorKind::Target, 2)));
     assert_eq!(kind(".version 8.0\n.target sm_80a\n"), Ok(()));
     assert_eq!(kind(".target sm_80\n"), Err((ParseErrorKind::Invalid, 1)));
     assert_eq!(ParseErrorKind::Version.code(), 222);
@@ -47,10 +31,7 @@ fn versions_and_targets_are_refused_as_the_driver_does() {
 #[test]
 fn what_is_outside_is_refused_by_name_and_line() {
     for (body, name) in [
-        (
-            "tex.2d.v4.f32.f32 {%f1,%f2,%f3,%f4}, [t, {%f1,%f2}];",
-            "tex.2d",
-        ),
+        ("tex.2d.v4.f32.f32 {%f1,%f2,%f3,%f4}, [t, {%f1,%f2}];", "tex.2d"),
         ("wgmma.fence.sync.aligned;", "wgmma.fence"),
         ("mbarrier.init.shared.b64 [%r1], 1;", "mbarrier.init"),
         ("vadd.s32.s32.s32 %r1, %r2, %r3;", "vadd"),
@@ -60,10 +41,7 @@ fn what_is_outside_is_refused_by_name_and_line() {
         ("alloca.u64 %rd1, 8;", "alloca"),
     ] {
         let (line, message) = refused(&kernel(body));
-        assert!(
-            line == 11 && message.contains(name) && message.contains("not supported"),
-            "line {line}: {message}"
-        );
+        assert!(line == 11 && message.contains(name) && message.contains("not supported"), "line {line}: {message}");
     }
 }
 
@@ -85,10 +63,7 @@ fn mistakes_have_their_line() {
         ("cp.async.ca.shared.global [%r1], [%rd1], 12;", "12 bytes"),
     ] {
         let (line, message) = refused(&kernel(body));
-        assert!(
-            (11..=12).contains(&line) && message.contains(part),
-            "{body}: line {line}: {message}"
-        );
+        assert!((11..=12).contains(&line) && message.contains(part), "{body}: line {line}: {message}");
     }
 }
 
@@ -101,11 +76,7 @@ fn scopes_hide_registers_and_labels() {
         setp.lt.s32 %p1|%p2, %r1, -5; @!%p1 add.s32 %r1, %r1, WARP_SZ; mov.u32 %r2, %tid.x;";
     let module = parse(&kernel(body)).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(module.kernels[0].name, "k");
-    assert!(
-        module.kernels[0].registers < 16,
-        "registers are reused: {}",
-        module.kernels[0].registers
-    );
+    assert!(module.kernels[0].registers < 16, "registers are reused: {}", module.kernels[0].registers);
 }
 
 #[test]
@@ -125,14 +96,8 @@ fn declarations_are_laid_out() {
     let kernel = &module.kernels[0];
     let params: Vec<_> = kernel.params.iter().map(|p| (p.offset, p.bytes)).collect();
     assert_eq!(params, [(0, 1), (8, 12), (24, 8), (32, 2)]);
-    assert_eq!(
-        (kernel.param_bytes, kernel.static_shared, kernel.local_bytes),
-        (34, 32, 24)
-    );
-    assert_eq!(
-        (kernel.max_threads, kernel.min_blocks),
-        (Some([32, 4, 1]), Some(2))
-    );
+    assert_eq!((kernel.param_bytes, kernel.static_shared, kernel.local_bytes), (34, 32, 24));
+    assert_eq!((kernel.max_threads, kernel.min_blocks), (Some([32, 4, 1]), Some(2)));
     let c = &module.globals[0];
     assert_eq!((c.bytes, c.init.len()), (12, 12));
     assert_eq!(c.init[..8], [0, 0, 128, 63, 0, 0, 0, 64]);
@@ -154,10 +119,7 @@ struct Random(u64);
 
 impl Random {
     fn below(&mut self, n: usize) -> usize {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as usize % n.max(1)
     }
 }
@@ -165,11 +127,8 @@ impl Random {
 /// Real PTX with bytes, words and lines removed, doubled, swapped and replaced: an error or a module, and no panic.
 #[test]
 fn no_text_makes_the_parser_panic() {
-    let sources = [
-        include_str!("kernels/control.ptx"),
-        include_str!("kernels/mma_gemm.ptx"),
-        include_str!("kernels/basic.ptx"),
-    ];
+    let sources =
+        [include_str!("kernels/control.ptx"), include_str!("kernels/mma_gemm.ptx"), include_str!("kernels/basic.ptx")];
     let scraps = [
         "{",
         "}",
@@ -232,10 +191,7 @@ fn no_text_makes_the_parser_panic() {
             text.to_string()
         } else {
             let start = random.below(lines.len());
-            format!(
-                "{HEAD}{}",
-                lines[start..(start + 1 + random.below(200)).min(lines.len())].join("\n")
-            )
+            format!("{HEAD}{}", lines[start..(start + 1 + random.below(200)).min(lines.len())].join("\n"))
         };
         for _ in 0..1 + random.below(3) {
             let mut at = random.below(text.len());
@@ -260,18 +216,12 @@ fn no_text_makes_the_parser_panic() {
         match parse(&text) {
             Ok(_) => taken += 1,
             Err(error) => {
-                assert!(
-                    error.line as usize <= text.lines().count() + 1 && !error.message.is_empty(),
-                    "{error}"
-                );
+                assert!(error.line as usize <= text.lines().count() + 1 && !error.message.is_empty(), "{error}");
                 refused += 1;
             }
         }
     }
-    assert!(
-        taken > 3 && refused > 100,
-        "{taken} taken, {refused} refused: the mutations are too wild or too tame"
-    );
+    assert!(taken > 3 && refused > 100, "{taken} taken, {refused} refused: the mutations are too wild or too tame");
 }
 
 /// Deep nesting and long chains of calls end in an error, not in a full stack.
@@ -286,22 +236,14 @@ fn deep_texts_are_refused_in_time() {
     let mut chain = HEAD.to_string();
     chain.push_str(".func f0() { ret; }\n");
     for i in 1..2000 {
-        chain.push_str(&format!(
-            ".func f{i}() {{ call.uni f{}; call.uni f{}; ret; }}\n",
-            i - 1,
-            i - 1
-        ));
+        chain.push_str(&format!(".func f{i}() {{ call.uni f{}; call.uni f{}; ret; }}\n", i - 1, i - 1));
     }
     chain.push_str(".entry k() { call.uni f1999; ret; }");
     assert!(parse(&chain).is_err());
     let mut doubled = HEAD.to_string();
     doubled.push_str(".func f0() { .reg .b32 %r<2>; add.s32 %r0, %r1, %r1; ret; }\n");
     for i in 1..40 {
-        doubled.push_str(&format!(
-            ".func f{i}() {{ call.uni f{}; call.uni f{}; ret; }}\n",
-            i - 1,
-            i - 1
-        ));
+        doubled.push_str(&format!(".func f{i}() {{ call.uni f{}; call.uni f{}; ret; }}\n", i - 1, i - 1));
     }
     doubled.push_str(".entry k() { call.uni f39; ret; }");
     assert!(parse(&doubled).is_err());

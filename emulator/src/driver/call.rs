@@ -20,10 +20,7 @@ pub struct Refusal {
 pub type Answer<T = ()> = Result<T, Refusal>;
 
 pub fn refuse<T>(code: Code, message: impl Into<String>) -> Answer<T> {
-    Err(Refusal {
-        code,
-        message: message.into(),
-    })
+    Err(Refusal { code, message: message.into() })
 }
 
 /// One exported function, for `cuGetProcAddress`.
@@ -104,10 +101,7 @@ pub fn last_message() -> *const c_char {
 /// `place` is null or valid for a write.
 pub unsafe fn give<T>(place: *mut T, value: T, what: &str) -> Answer {
     if place.is_null() {
-        return refuse(
-            Code::INVALID_VALUE,
-            format!("the pointer for {what} is null"),
-        );
+        return refuse(Code::INVALID_VALUE, format!("the pointer for {what} is null"));
     }
     // SAFETY: not null, and the caller vouches for it.
     unsafe { place.write_unaligned(value) };
@@ -135,12 +129,7 @@ pub unsafe fn text<'a>(text: *const c_char, what: &str) -> Answer<&'a str> {
     }
     // SAFETY: not null, and the caller vouches for the terminator.
     let bytes = unsafe { CStr::from_ptr(text) };
-    bytes.to_str().or_else(|_| {
-        refuse(
-            Code::INVALID_VALUE,
-            format!("{what} is not UTF-8: {bytes:?}"),
-        )
-    })
+    bytes.to_str().or_else(|_| refuse(Code::INVALID_VALUE, format!("{what} is not UTF-8: {bytes:?}")))
 }
 
 /// Declares exported functions: `exports! { TABLE: fn cuName(arg: Type) { body -> Answer } ... }`.

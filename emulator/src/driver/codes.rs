@@ -156,10 +156,7 @@ const CODES: &[(c_int, &CStr, &CStr)] = &[
 
 impl Code {
     fn entry(self) -> Option<&'static (c_int, &'static CStr, &'static CStr)> {
-        CODES
-            .binary_search_by_key(&self.0, |entry| entry.0)
-            .ok()
-            .map(|at| &CODES[at])
+        CODES.binary_search_by_key(&self.0, |entry| entry.0).ok().map(|at| &CODES[at])
     }
 
     /// `CUDA_ERROR_...`, or `None` for a number that is no code.

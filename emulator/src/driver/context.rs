@@ -4,8 +4,7 @@ use super::call::{Answer, exports, give, give_if_asked, refuse};
 use super::codes::Code;
 use super::graph;
 use super::state::{
-    self, Context, Handle, context_or_current, current, current_even_if_faulty, current_handle,
-    driver, load,
+    self, Context, Handle, context_or_current, current, current_even_if_faulty, current_handle, driver, load,
 };
 use std::ffi::{c_int, c_uint, c_void};
 use std::sync::Arc;
@@ -16,10 +15,7 @@ const FLAGS_MASK: c_uint = 0xff;
 fn check_flags(flags: c_uint) -> Answer {
     match flags & !FLAGS_MASK {
         0 => Ok(()),
-        _ => refuse(
-            Code::INVALID_VALUE,
-            format!("context flags {flags:#x} are not known"),
-        ),
+        _ => refuse(Code::INVALID_VALUE, format!("context flags {flags:#x} are not known")),
     }
 }
 
@@ -31,10 +27,7 @@ fn create(flags: c_uint, device: c_int) -> Answer<Handle> {
 }
 
 fn destroy(handle: Handle) -> Answer {
-    let context = driver()?
-        .contexts
-        .get(handle)
-        .or_else(|why| refuse(Code::INVALID_CONTEXT, why.message))?;
+    let context = driver()?.contexts.get(handle).or_else(|why| refuse(Code::INVALID_CONTEXT, why.message))?;
     if context.primary {
         return refuse(
             Code::INVALID_CONTEXT,
@@ -59,20 +52,14 @@ fn synchronize(context: &Context) -> Answer {
 pub fn check_cache_config(config: c_int) -> Answer {
     match config {
         0..=3 => Ok(()),
-        _ => refuse(
-            Code::INVALID_VALUE,
-            format!("the cache configuration must be 0 to 3, not {config}"),
-        ),
+        _ => refuse(Code::INVALID_VALUE, format!("the cache configuration must be 0 to 3, not {config}")),
     }
 }
 
 pub fn check_shared_config(config: c_int) -> Answer {
     match config {
         0..=2 => Ok(()),
-        _ => refuse(
-            Code::INVALID_VALUE,
-            format!("the bank configuration must be 0 to 2, not {config}"),
-        ),
+        _ => refuse(Code::INVALID_VALUE, format!("the bank configuration must be 0 to 2, not {config}")),
     }
 }
 
@@ -82,10 +69,7 @@ const LIMITS: [usize; 7] = [1024, 1 << 20, 8 << 20, 2, 2048, 64, 0];
 fn known_limit(limit: c_int) -> Answer<usize> {
     match usize::try_from(limit).ok().and_then(|at| LIMITS.get(at)) {
         Some(&first) => Ok(first),
-        None => refuse(
-            Code::UNSUPPORTED_LIMIT,
-            format!("limit {limit} is not known"),
-        ),
+        None => refuse(Code::UNSUPPORTED_LIMIT, format!("limit {limit} is not known")),
     }
 }
 

@@ -130,10 +130,7 @@ fn attribute(device: &Device, attribute: c_int) -> Answer<c_int> {
         | 112..=114
         | 116..=161 => 0,
         _ => {
-            return refuse(
-                Code::INVALID_VALUE,
-                format!("device attribute {attribute} is not known"),
-            );
+            return refuse(Code::INVALID_VALUE, format!("device attribute {attribute} is not known"));
         }
     };
     Ok(value as c_int)

@@ -46,10 +46,7 @@ fn record(event: Handle, handle: Handle, flags: c_uint) -> Answer {
     let event = driver()?.events.get(event)?;
     let (context, stream) = stream::resolve(handle)?;
     if event.context != stream.context {
-        return refuse(
-            Code::INVALID_HANDLE,
-            "the event and the stream belong to different contexts",
-        );
+        return refuse(Code::INVALID_HANDLE, "the event and the stream belong to different contexts");
     }
     match flags {
         0 => {
@@ -59,31 +56,21 @@ fn record(event: Handle, handle: Handle, flags: c_uint) -> Answer {
             stream.run(&context, &Work::Record(event))
         }
         EXTERNAL => stream::submit(handle, Work::Record(event)),
-        _ => refuse(
-            Code::INVALID_VALUE,
-            format!("the flags must be 0 or 1 (external), not {flags:#x}"),
-        ),
+        _ => refuse(Code::INVALID_VALUE, format!("the flags must be 0 or 1 (external), not {flags:#x}")),
     }
 }
 
 /// The time of an event that has one.
 fn time(event: &Event, which: &str) -> Answer<Instant> {
     if !event.timing {
-        return refuse(
-            Code::INVALID_HANDLE,
-            format!("the {which} event was created without timing"),
-        );
+        return refuse(Code::INVALID_HANDLE, format!("the {which} event was created without timing"));
     }
     match &*event.state.lock().unwrap() {
         State::Recorded(at) => Ok(*at),
-        State::Fresh => refuse(
-            Code::INVALID_HANDLE,
-            format!("the {which} event was never recorded"),
-        ),
-        State::Captured { .. } => refuse(
-            Code::CAPTURED_EVENT,
-            format!("the {which} event was last recorded in a capturing stream"),
-        ),
+        State::Fresh => refuse(Code::INVALID_HANDLE, format!("the {which} event was never recorded")),
+        State::Captured { .. } => {
+            refuse(Code::CAPTURED_EVENT, format!("the {which} event was last recorded in a capturing stream"))
+        }
     }
 }
 
@@ -94,20 +81,14 @@ fn refuse_captured(event: &Event) -> Answer {
         _ => return Ok(()),
     };
     graph::invalidate(sequence, "a captured event was queried or waited for")?;
-    refuse(
-        Code::CAPTURED_EVENT,
-        "the event was last recorded in a capturing stream",
-    )
+    refuse(Code::CAPTURED_EVENT, "the event was last recorded in a capturing stream")
 }
 
 fn elapsed(milliseconds: *mut f32, start: Handle, end: Handle) -> Answer {
     let driver = driver()?;
     let (start, end) = (driver.events.get(start)?, driver.events.get(end)?);
     if start.context != end.context {
-        return refuse(
-            Code::INVALID_HANDLE,
-            "the two events belong to different contexts",
-        );
+        return refuse(Code::INVALID_HANDLE, "the two events belong to different contexts");
     }
     let (start, end) = (time(&start, "first")?, time(&end, "second")?);
     let seconds = match end.checked_duration_since(start) {

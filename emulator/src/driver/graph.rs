@@ -133,20 +133,14 @@ impl Capture {
         let node = self.nodes.len();
         let member = self.members.get_mut(&stream.handle);
         let heads = &mut member.expect("a stream that takes part").heads;
-        self.nodes.push(Step {
-            work: Arc::new(work),
-            after: heads.iter().copied().collect(),
-        });
+        self.nodes.push(Step { work: Arc::new(work), after: heads.iter().copied().collect() });
         *heads = BTreeSet::from([node]);
     }
 
     fn check(&self) -> Answer {
         match &self.invalid {
             None => Ok(()),
-            Some(why) => refuse(
-                Code::STREAM_CAPTURE_INVALIDATED,
-                format!("the capture was invalidated: {why}"),
-            ),
+            Some(why) => refuse(Code::STREAM_CAPTURE_INVALIDATED, format!("the capture was invalidated: {why}")),
         }
     }
 
@@ -167,10 +161,7 @@ impl Capture {
     }
 }
 
-fn of_stream<'a>(
-    captures: &'a mut BTreeMap<u64, Capture>,
-    stream: &Stream,
-) -> Option<(u64, &'a mut Capture)> {
+fn of_stream<'a>(captures: &'a mut BTreeMap<u64, Capture>, stream: &Stream) -> Option<(u64, &'a mut Capture)> {
     captures
         .iter_mut()
         .find(|(_, capture)| capture.members.contains_key(&stream.handle))
@@ -179,19 +170,13 @@ fn of_stream<'a>(
 
 pub fn begin(stream: &Stream, mode: Mode) -> Answer {
     if stream.role == Role::Legacy {
-        return refuse(
-            Code::STREAM_CAPTURE_UNSUPPORTED,
-            "the legacy stream cannot capture: use a stream of your own",
-        );
+        return refuse(Code::STREAM_CAPTURE_UNSUPPORTED, "the legacy stream cannot capture: use a stream of your own");
     }
     let mut captures = driver()?.captures.lock().unwrap();
     if of_stream(&mut captures, stream).is_some() {
         return refuse(Code::ILLEGAL_STATE, "the stream is capturing already");
     }
-    let origin = Member {
-        blocking: stream.is_blocking(),
-        heads: BTreeSet::new(),
-    };
+    let origin = Member { blocking: stream.is_blocking(), heads: BTreeSet::new() };
     captures.insert(
         NEXT_SEQUENCE.fetch_add(1, Ordering::Relaxed),
         Capture {
@@ -215,10 +200,7 @@ pub fn end(stream: &Stream) -> Answer<Handle> {
     };
     if capture.origin != stream.handle {
         capture.invalid = Some("its end was asked for on a stream that only joined it".into());
-        return refuse(
-            Code::STREAM_CAPTURE_UNMATCHED,
-            "the capture began on another stream, where it must end",
-        );
+        return refuse(Code::STREAM_CAPTURE_UNMATCHED, "the capture began on another stream, where it must end");
     }
     if capture.mode != Mode::Relaxed && capture.thread != std::thread::current().id() {
         return refuse(
@@ -234,12 +216,8 @@ pub fn end(stream: &Stream) -> Answer<Handle> {
             "work captured on another stream was not joined: record an event there and wait for it on the stream where the capture began",
         );
     }
-    let graph = Graph {
-        handle: handles::fresh(),
-        context: capture.context,
-        steps: capture.nodes,
-        handles: OnceLock::new(),
-    };
+    let graph =
+        Graph { handle: handles::fresh(), context: capture.context, steps: capture.nodes, handles: OnceLock::new() };
     Ok(driver.graphs.insert(graph.handle, Arc::new(graph)))
 }
 
@@ -398,10 +376,7 @@ pub fn record_event(stream: &Stream, event: &Event) -> Answer<bool> {
 /// `cuStreamWaitEvent`.
 pub fn wait_for_event(stream: &Stream, event: &Event, flags: c_uint) -> Answer {
     if flags > EXTERNAL {
-        return refuse(
-            Code::INVALID_VALUE,
-            format!("the flags must be 0 or 1 (external), not {flags:#x}"),
-        );
+        return refuse(Code::INVALID_VALUE, format!("the flags must be 0 or 1 (external), not {flags:#x}"));
     }
     refuse_implicit_use(stream)?;
     let mut captures = driver()?.captures.lock().unwrap();
@@ -416,10 +391,7 @@ pub fn wait_for_event(stream: &Stream, event: &Event, flags: c_uint) -> Answer {
                 capture.append(stream, Work::Nothing);
                 Ok(())
             }
-            None => refuse(
-                Code::ILLEGAL_STATE,
-                "an external wait only makes sense in a capture",
-            ),
+            None => refuse(Code::ILLEGAL_STATE, "an external wait only makes sense in a capture"),
         };
     }
     match (own, event::state_of(event)) {
@@ -427,23 +399,18 @@ pub fn wait_for_event(stream: &Stream, event: &Event, flags: c_uint) -> Answer {
         (_, State::Fresh) | (None, State::Recorded(_)) => Ok(()),
         (Some(own), State::Recorded(_)) => {
             let capture = captures.get_mut(&own).expect("found above");
-            let why =
-                "a capturing stream was made to wait for an event recorded outside the capture";
+            let why = "a capturing stream was made to wait for an event recorded outside the capture";
             capture.invalid.get_or_insert(why.into());
             refuse(Code::STREAM_CAPTURE_ISOLATION, why)
         }
         (own, State::Captured { sequence, after }) => {
             if !captures.contains_key(&sequence) {
                 if let Some(capture) = own.and_then(|own| captures.get_mut(&own)) {
-                    let why =
-                        "a capturing stream was made to wait for an event of an earlier capture";
+                    let why = "a capturing stream was made to wait for an event of an earlier capture";
                     capture.invalid.get_or_insert(why.into());
                     return refuse(Code::STREAM_CAPTURE_ISOLATION, why);
                 }
-                return refuse(
-                    Code::CAPTURED_EVENT,
-                    "the event was last recorded in a capture that has ended",
-                );
+                return refuse(Code::CAPTURED_EVENT, "the event was last recorded in a capture that has ended");
             }
             if let Some(own) = own.filter(|&own| own != sequence) {
                 let why = "a wait would have merged two captures";
@@ -460,10 +427,10 @@ pub fn wait_for_event(stream: &Stream, event: &Event, flags: c_uint) -> Answer {
                 capture.invalid.get_or_insert(why.into());
                 return refuse(Code::STREAM_CAPTURE_IMPLICIT, why);
             }
-            let member = capture.members.entry(stream.handle).or_insert(Member {
-                blocking: stream.is_blocking(),
-                heads: BTreeSet::new(),
-            });
+            let member = capture
+                .members
+                .entry(stream.handle)
+                .or_insert(Member { blocking: stream.is_blocking(), heads: BTreeSet::new() });
             member.heads.extend(after);
             Ok(())
         }
@@ -473,10 +440,7 @@ pub fn wait_for_event(stream: &Stream, event: &Event, flags: c_uint) -> Answer {
 impl GraphExec {
     /// Runs every node once, each after those before it.
     pub fn run(&self, context: &Context, run: &Run) -> Answer {
-        let _turn = self
-            .busy
-            .lock()
-            .unwrap_or_else(|broken| broken.into_inner());
+        let _turn = self.busy.lock().unwrap_or_else(|broken| broken.into_inner());
         if self.flags & AUTO_FREE_ON_LAUNCH != 0 {
             for step in &self.steps {
                 if let Work::Alloc(memory) = &*step.work {
@@ -499,9 +463,7 @@ fn order(steps: &[Step], seed: Option<u64>) -> Vec<usize> {
         return (0..steps.len()).collect();
     };
     let mut waiting: Vec<usize> = steps.iter().map(|step| step.after.len()).collect();
-    let mut ready: Vec<usize> = (0..steps.len())
-        .filter(|&node| waiting[node] == 0)
-        .collect();
+    let mut ready: Vec<usize> = (0..steps.len()).filter(|&node| waiting[node] == 0).collect();
     let mut order = Vec::with_capacity(steps.len());
     while !ready.is_empty() {
         // splitmix64; the bias of the remainder is of no consequence for a choice among a few nodes.
@@ -529,22 +491,13 @@ fn instantiate(graph: Handle, flags: u64) -> Answer<Handle> {
     let graph = driver.graphs.get(graph)?;
     let known = AUTO_FREE_ON_LAUNCH | UPLOAD | DEVICE_LAUNCH | USE_NODE_PRIORITY;
     if flags & !known != 0 {
-        return refuse(
-            Code::INVALID_VALUE,
-            format!("instantiation flags {flags:#x} are not known"),
-        );
+        return refuse(Code::INVALID_VALUE, format!("instantiation flags {flags:#x} are not known"));
     }
     if flags & DEVICE_LAUNCH != 0 && flags & AUTO_FREE_ON_LAUNCH != 0 {
-        return refuse(
-            Code::INVALID_VALUE,
-            "a graph for device launch cannot free its memory on launch",
-        );
+        return refuse(Code::INVALID_VALUE, "a graph for device launch cannot free its memory on launch");
     }
     if flags & DEVICE_LAUNCH != 0 {
-        return refuse(
-            Code::NOT_SUPPORTED,
-            "graphs launched from device code are not emulated",
-        );
+        return refuse(Code::NOT_SUPPORTED, "graphs launched from device code are not emulated");
     }
     let exec = GraphExec {
         context: graph.context,
@@ -718,10 +671,7 @@ exports! { GRAPH:
 }
 
 /// Used by captures of memory: the graph memory that a free in a capture means.
-pub fn captured_memory(
-    stream: &Stream,
-    address: DevicePointer,
-) -> Answer<Option<Arc<GraphMemory>>> {
+pub fn captured_memory(stream: &Stream, address: DevicePointer) -> Answer<Option<Arc<GraphMemory>>> {
     let mut captures = driver()?.captures.lock().unwrap();
     Ok(of_stream(&mut captures, stream).and_then(|(_, capture)| {
         capture.nodes.iter().find_map(|step| match &*step.work {
@@ -744,13 +694,7 @@ mod tests {
     use super::*;
 
     fn steps(edges: &[&[usize]]) -> Vec<Step> {
-        edges
-            .iter()
-            .map(|after| Step {
-                work: Arc::new(Work::Nothing),
-                after: after.to_vec(),
-            })
-            .collect()
+        edges.iter().map(|after| Step { work: Arc::new(Work::Nothing), after: after.to_vec() }).collect()
     }
 
     #[test]

@@ -27,10 +27,7 @@ pub struct Table<T> {
 
 impl<T> Table<T> {
     pub const fn new(what: &'static str) -> Self {
-        Table {
-            what,
-            items: RwLock::new(BTreeMap::new()),
-        }
+        Table { what, items: RwLock::new(BTreeMap::new()) }
     }
 
     pub fn insert(&self, handle: usize, item: Arc<T>) -> *mut c_void {
@@ -55,15 +52,8 @@ impl<T> Table<T> {
     /// Removes and returns all that `which` picks, in the order of creation.
     pub fn take(&self, which: impl Fn(&T) -> bool) -> Vec<Arc<T>> {
         let mut items = self.items.write().unwrap();
-        let picked: Vec<usize> = items
-            .iter()
-            .filter(|(_, item)| which(item))
-            .map(|(&handle, _)| handle)
-            .collect();
-        picked
-            .iter()
-            .filter_map(|handle| items.remove(handle))
-            .collect()
+        let picked: Vec<usize> = items.iter().filter(|(_, item)| which(item)).map(|(&handle, _)| handle).collect();
+        picked.iter().filter_map(|handle| items.remove(handle)).collect()
     }
 
     pub fn all(&self) -> Vec<Arc<T>> {
@@ -77,15 +67,10 @@ impl<T> Table<T> {
         } else if (FIRST..NEXT.load(Ordering::Relaxed)).contains(&number) {
             refuse(
                 Code::INVALID_HANDLE,
-                format!(
-                    "{number:#x} is no live {what}: it was destroyed, or is another kind of handle"
-                ),
+                format!("{number:#x} is no live {what}: it was destroyed, or is another kind of handle"),
             )
         } else {
-            refuse(
-                Code::INVALID_HANDLE,
-                format!("{number:#x} was never a {what} of this driver"),
-            )
+            refuse(Code::INVALID_HANDLE, format!("{number:#x} was never a {what} of this driver"))
         }
     }
 }

@@ -52,16 +52,8 @@ impl KernelLaunch {
             }
             Err(fault) => {
                 let message = fault.to_string();
-                driver()?
-                    .profile
-                    .lock()
-                    .unwrap()
-                    .faults
-                    .push(message.clone());
-                context.fail(Refusal {
-                    code: Code(fault.code() as c_int),
-                    message,
-                })
+                driver()?.profile.lock().unwrap().faults.push(message.clone());
+                context.fail(Refusal { code: Code(fault.code() as c_int), message })
             }
         }
     }
@@ -82,29 +74,20 @@ fn check_shape(function: &Function, figures: &Figures, shape: Shape) -> Answer {
         let (blocks, threads) = (grid[at], block[at]);
         if blocks == 0 || blocks > figures.max_grid[at] {
             let most = figures.max_grid[at];
-            return wrong(format!(
-                "the grid has {blocks} blocks in {axis}, it must be 1 to {most}"
-            ));
+            return wrong(format!("the grid has {blocks} blocks in {axis}, it must be 1 to {most}"));
         }
         if threads == 0 || threads > figures.max_block[at] {
             let most = figures.max_block[at];
-            return wrong(format!(
-                "the block has {threads} threads in {axis}, it must be 1 to {most}"
-            ));
+            return wrong(format!("the block has {threads} threads in {axis}, it must be 1 to {most}"));
         }
     }
     // Each factor is at most 1024 here.
     let threads: u32 = block.iter().product();
     if threads > device::MAX_THREADS {
-        return wrong(format!(
-            "the block has {threads} threads, a device allows {}",
-            device::MAX_THREADS
-        ));
+        return wrong(format!("the block has {threads} threads, a device allows {}", device::MAX_THREADS));
     }
     if let Some(shape) = kernel.required_threads.filter(|&shape| shape != block) {
-        return wrong(format!(
-            "the block is {block:?}, but the kernel was compiled for {shape:?} (.reqntid)"
-        ));
+        return wrong(format!("the block is {block:?}, but the kernel was compiled for {shape:?} (.reqntid)"));
     }
     if threads > function.max_threads() {
         return wrong(format!(
@@ -148,18 +131,11 @@ const PARAM_BUFFER_SIZE: usize = 2;
 ///
 /// # Safety
 /// `params` is null or has one pointer to each parameter's value; `extra` is null or a list as the manual describes it.
-unsafe fn pack(
-    function: &Function,
-    params: *const *const c_void,
-    extra: *const *const c_void,
-) -> Answer<Vec<u8>> {
+unsafe fn pack(function: &Function, params: *const *const c_void, extra: *const *const c_void) -> Answer<Vec<u8>> {
     let kernel = &function.kernel;
     let mut packed = vec![0u8; kernel.param_bytes as usize];
     if !params.is_null() && !extra.is_null() {
-        return refuse(
-            Code::INVALID_VALUE,
-            "parameters come either as an array of pointers or as a buffer, not both",
-        );
+        return refuse(Code::INVALID_VALUE, "parameters come either as an array of pointers or as a buffer, not both");
     }
     if !params.is_null() {
         for (index, param) in kernel.params.iter().enumerate() {
@@ -168,10 +144,7 @@ unsafe fn pack(
             if value.is_null() {
                 return refuse(
                     Code::INVALID_VALUE,
-                    format!(
-                        "kernel {}: the pointer to parameter {index} is null",
-                        kernel.name
-                    ),
+                    format!("kernel {}: the pointer to parameter {index} is null", kernel.name),
                 );
             }
             let target = &mut packed[param.offset as usize..][..param.bytes as usize];
@@ -185,13 +158,9 @@ unsafe fn pack(
     if extra.is_null() {
         return match kernel.params.len() {
             0 => Ok(packed),
-            count => refuse(
-                Code::INVALID_VALUE,
-                format!(
-                    "kernel {} has {count} parameters, none were passed",
-                    kernel.name
-                ),
-            ),
+            count => {
+                refuse(Code::INVALID_VALUE, format!("kernel {} has {count} parameters, none were passed", kernel.name))
+            }
         };
     }
     let (mut buffer, mut bytes) = (std::ptr::null::<u8>(), 0);
@@ -209,25 +178,16 @@ unsafe fn pack(
             // SAFETY: the value behind this key points to a size.
             PARAM_BUFFER_SIZE => bytes = unsafe { value.cast::<usize>().read_unaligned() },
             _ => {
-                return refuse(
-                    Code::INVALID_VALUE,
-                    format!("launch option {key:#x} is not known"),
-                );
+                return refuse(Code::INVALID_VALUE, format!("launch option {key:#x} is not known"));
             }
         }
         at += 2;
     }
-    let needed = kernel
-        .params
-        .last()
-        .map_or(0, |param| (param.offset + param.bytes) as usize);
+    let needed = kernel.params.last().map_or(0, |param| (param.offset + param.bytes) as usize);
     if bytes < needed || (buffer.is_null() && needed > 0) {
         return refuse(
             Code::INVALID_VALUE,
-            format!(
-                "kernel {} needs {needed} bytes of parameters, the buffer has {bytes}",
-                kernel.name
-            ),
+            format!("kernel {} needs {needed} bytes of parameters, the buffer has {bytes}", kernel.name),
         );
     }
     // SAFETY: the buffer has `bytes` bytes, at least `needed`; at most all of `packed` is filled.
@@ -253,10 +213,7 @@ unsafe fn launch(
     if function.image.context != context.handle {
         return refuse(
             Code::INVALID_HANDLE,
-            format!(
-                "kernel {} and the stream belong to different contexts",
-                function.kernel.name
-            ),
+            format!("kernel {} and the stream belong to different contexts", function.kernel.name),
         );
     }
     let figures = device::figures(context.device()?);
@@ -264,12 +221,8 @@ unsafe fn launch(
     check_shared(&function, shape.dynamic_shared)?;
     if shape.cooperative {
         let threads = shape.block.iter().product();
-        let resident = occupancy::blocks_per_multiprocessor(
-            &function,
-            &figures,
-            threads,
-            shape.dynamic_shared,
-        ) * figures.multiprocessors;
+        let resident = occupancy::blocks_per_multiprocessor(&function, &figures, threads, shape.dynamic_shared)
+            * figures.multiprocessors;
         let blocks: u64 = shape.grid.iter().map(|&count| u64::from(count)).product();
         if blocks > u64::from(resident) {
             return refuse(
@@ -283,14 +236,7 @@ unsafe fn launch(
     }
     // SAFETY: the caller's contract.
     let params = unsafe { pack(&function, params, extra)? };
-    stream::submit(
-        stream,
-        Work::Kernel(KernelLaunch {
-            function,
-            shape,
-            params,
-        }),
-    )
+    stream::submit(stream, Work::Kernel(KernelLaunch { function, shape, params }))
 }
 
 /// CUlaunchAttribute: an id and 64 bytes whose meaning depends on it.

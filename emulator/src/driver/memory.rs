@@ -33,12 +33,7 @@ fn refuse_nothing(bytes: usize) -> Answer {
 }
 
 /// Allocates device memory and books it.
-fn allocate(
-    context: &Context,
-    bytes: usize,
-    kind: Kind,
-    made_by: &'static str,
-) -> Answer<DevicePointer> {
+fn allocate(context: &Context, bytes: usize, kind: Kind, made_by: &'static str) -> Answer<DevicePointer> {
     refuse_nothing(bytes)?;
     let device = context.device()?;
     let bytes = bytes as u64;
@@ -56,15 +51,7 @@ fn allocate(
     let Some(address) = made else {
         return out_of_memory(device, bytes);
     };
-    device.allocations.lock().unwrap().insert(
-        address,
-        Owned {
-            bytes,
-            kind,
-            context: context.handle,
-            made_by,
-        },
-    );
+    device.allocations.lock().unwrap().insert(address, Owned { bytes, kind, context: context.handle, made_by });
     Ok(address)
 }
 
@@ -75,19 +62,13 @@ fn allocate_now(bytes: usize, kind: Kind, made_by: &'static str) -> Answer<Devic
 }
 
 /// Takes an allocation out of the books, by its first address, if `expected` finds its kind right.
-fn disown(
-    address: DevicePointer,
-    expected: impl Fn(&Kind) -> bool,
-) -> Answer<(&'static Device, Owned)> {
+fn disown(address: DevicePointer, expected: impl Fn(&Kind) -> bool) -> Answer<(&'static Device, Owned)> {
     match state::device_of(address) {
         Some((device, first, owned)) if first == address => {
             if !expected(&owned.kind) {
                 return refuse(
                     Code::INVALID_VALUE,
-                    format!(
-                        "{address:#x} was allocated by {} and must be freed by its counterpart",
-                        owned.made_by
-                    ),
+                    format!("{address:#x} was allocated by {} and must be freed by its counterpart", owned.made_by),
                 );
             }
             device.allocations.lock().unwrap().remove(&address);
@@ -104,18 +85,12 @@ fn disown(
         None => {
             let memory = &current()?.device()?.memory;
             if memory.find(address).is_some() {
-                return refuse(
-                    Code::INVALID_VALUE,
-                    format!("{address:#x} is a variable of a module"),
-                );
+                return refuse(Code::INVALID_VALUE, format!("{address:#x} is a variable of a module"));
             }
             // The memory knows what used to be there, and says so.
             match memory.free(address) {
                 Err(why) => Err(from_memory(why)),
-                Ok(()) => refuse(
-                    Code::INVALID_VALUE,
-                    format!("{address:#x} was not allocated"),
-                ),
+                Ok(()) => refuse(Code::INVALID_VALUE, format!("{address:#x} was not allocated")),
             }
         }
     }
@@ -129,9 +104,7 @@ fn free_device(address: DevicePointer) -> Answer {
     if graph_memory {
         return refuse(
             Code::INVALID_VALUE,
-            format!(
-                "{address:#x} is memory of a graph: free it in the graph, or with cuMemFreeAsync"
-            ),
+            format!("{address:#x} is memory of a graph: free it in the graph, or with cuMemFreeAsync"),
         );
     }
     let (device, owned) = disown(address, |kind| !matches!(kind, Kind::Host(_)))?;
@@ -187,10 +160,7 @@ fn allocate_in_stream(
     if pool.device != context.device {
         return refuse(
             Code::INVALID_VALUE,
-            format!(
-                "the pool belongs to device {}, the stream to device {}",
-                pool.device, context.device
-            ),
+            format!("the pool belongs to device {}, the stream to device {}", pool.device, context.device),
         );
     }
     pool.take(bytes as u64)?;
@@ -211,32 +181,20 @@ fn free_in_stream(address: DevicePointer, handle: Handle) -> Answer {
                 &stream,
                 super::call::Refusal {
                     code: Code::INVALID_VALUE,
-                    message: format!(
-                        "a capture can only free memory that it allocated, and {address:#x} is not"
-                    ),
+                    message: format!("a capture can only free memory that it allocated, and {address:#x} is not"),
                 },
             ),
         };
     }
     graph::refuse_implicit_use(&stream)?;
     let of_graph = match state::device_of(address) {
-        Some((
-            _,
-            first,
-            Owned {
-                kind: Kind::Graph(memory),
-                ..
-            },
-        )) if first == address => memory.upgrade(),
+        Some((_, first, Owned { kind: Kind::Graph(memory), .. })) if first == address => memory.upgrade(),
         _ => None,
     };
     if let Some(memory) = of_graph {
         return match memory.live.swap(false, Ordering::Relaxed) {
             true => Ok(()),
-            false => refuse(
-                Code::INVALID_VALUE,
-                format!("memory of a graph at {address:#x} is not allocated now"),
-            ),
+            false => refuse(Code::INVALID_VALUE, format!("memory of a graph at {address:#x} is not allocated now")),
         };
     }
     // The work before it in the stream is done; other threads' work on this stream comes first too.
@@ -275,22 +233,8 @@ fn fill(to: DevicePointer, pattern: u32, element: usize, count: usize) -> Work {
     fill_rows(to, count * element, pattern, element, count, 1)
 }
 
-fn fill_rows(
-    to: DevicePointer,
-    pitch: usize,
-    pattern: u32,
-    element: usize,
-    count: usize,
-    height: usize,
-) -> Work {
-    Work::Fill(Fill {
-        to,
-        pattern: pattern.to_le_bytes(),
-        element,
-        count,
-        height,
-        pitch,
-    })
+fn fill_rows(to: DevicePointer, pitch: usize, pattern: u32, element: usize, count: usize, height: usize) -> Work {
+    Work::Fill(Fill { to, pattern: pattern.to_le_bytes(), element, count, height, pitch })
 }
 
 /// Refuses an address that the elements' size does not divide.
@@ -298,10 +242,7 @@ fn aligned(to: DevicePointer, element: u64) -> Answer {
     if to.is_multiple_of(element) {
         return Ok(());
     }
-    refuse(
-        Code::INVALID_VALUE,
-        format!("{to:#x} is not a multiple of the element size {element}"),
-    )
+    refuse(Code::INVALID_VALUE, format!("{to:#x} is not a multiple of the element size {element}"))
 }
 
 /// CUDA_MEMCPY2D.
@@ -364,10 +305,7 @@ fn place(kind: c_uint, host: usize, device: DevicePointer, offset: usize) -> Ans
         TYPE_HOST => Ok(Place::Host(host + offset)),
         TYPE_DEVICE => Ok(Place::Device(device + offset as u64)),
         TYPE_UNIFIED => Ok(unified(device + offset as u64)),
-        _ => refuse(
-            Code::NOT_SUPPORTED,
-            format!("memory type {kind} is not emulated: host 1, device 2, unified 4"),
-        ),
+        _ => refuse(Code::NOT_SUPPORTED, format!("memory type {kind} is not emulated: host 1, device 2, unified 4")),
     }
 }
 
@@ -392,25 +330,12 @@ unsafe fn copy_2d(what: *const Copy2d) -> Answer<Work> {
     if c.height > 1 && (from_pitch < c.from_x + c.width || to_pitch < c.to_x + c.width) {
         return refuse(
             Code::INVALID_VALUE,
-            format!(
-                "rows of {} bytes do not fit pitches {from_pitch} and {to_pitch}",
-                c.width
-            ),
+            format!("rows of {} bytes do not fit pitches {from_pitch} and {to_pitch}", c.width),
         );
     }
     Ok(Work::Copy(Copy {
-        from: place(
-            c.from_type,
-            c.from_host as usize,
-            c.from_device,
-            c.from_y * from_pitch + c.from_x,
-        )?,
-        to: place(
-            c.to_type,
-            c.to_host as usize,
-            c.to_device,
-            c.to_y * to_pitch + c.to_x,
-        )?,
+        from: place(c.from_type, c.from_host as usize, c.from_device, c.from_y * from_pitch + c.from_x)?,
+        to: place(c.to_type, c.to_host as usize, c.to_device, c.to_y * to_pitch + c.to_x)?,
         width: c.width,
         height: c.height,
         depth: 1,
@@ -440,12 +365,7 @@ unsafe fn copy_3d(what: *const Copy3d) -> Answer<Work> {
             c.from_device,
             c.from_z * from_slice + c.from_y * from_pitch + c.from_x,
         )?,
-        to: place(
-            c.to_type,
-            c.to_host as usize,
-            c.to_device,
-            c.to_z * to_slice + c.to_y * to_pitch + c.to_x,
-        )?,
+        to: place(c.to_type, c.to_host as usize, c.to_device, c.to_z * to_slice + c.to_y * to_pitch + c.to_x)?,
         width: c.width,
         height: c.height,
         depth: c.depth,
@@ -468,15 +388,11 @@ fn check_peers(to_context: Handle, from_context: Handle) -> Answer {
 fn managed(address: DevicePointer, bytes: usize) -> Answer {
     match state::device_of(address) {
         Some((_, first, owned))
-            if matches!(owned.kind, Kind::Managed)
-                && address - first + bytes as u64 <= owned.bytes =>
+            if matches!(owned.kind, Kind::Managed) && address - first + bytes as u64 <= owned.bytes =>
         {
             Ok(())
         }
-        _ => refuse(
-            Code::INVALID_VALUE,
-            format!("{bytes} bytes at {address:#x} are not managed memory"),
-        ),
+        _ => refuse(Code::INVALID_VALUE, format!("{bytes} bytes at {address:#x} are not managed memory")),
     }
 }
 
@@ -497,10 +413,7 @@ const POINTER_MEMPOOL: c_int = 17;
 /// `data` has room for the attribute's value.
 unsafe fn pointer_attribute(data: *mut c_void, attribute: c_int, address: DevicePointer) -> Answer {
     let Some((device, first, owned)) = state::device_of(address) else {
-        return refuse(
-            Code::INVALID_VALUE,
-            format!("{address:#x} is no memory of this driver"),
-        );
+        return refuse(Code::INVALID_VALUE, format!("{address:#x} is no memory of this driver"));
     };
     let on_host = matches!(owned.kind, Kind::Host(_));
     let host_too = on_host || matches!(owned.kind, Kind::Managed);
@@ -514,9 +427,7 @@ unsafe fn pointer_attribute(data: *mut c_void, attribute: c_int, address: Device
             }
             POINTER_DEVICE_POINTER => give(data.cast::<u64>(), address, "the value"),
             POINTER_HOST_POINTER if host_too => give(data.cast::<u64>(), address, "the value"),
-            POINTER_HOST_POINTER => {
-                refuse(Code::INVALID_VALUE, "the host cannot touch this memory")
-            }
+            POINTER_HOST_POINTER => refuse(Code::INVALID_VALUE, "the host cannot touch this memory"),
             POINTER_SYNC_MEMOPS => give(data.cast::<c_int>(), 0, "the value"),
             POINTER_BUFFER_ID => {
                 let serial = device.memory.find(address).map_or(0, |found| found.serial);
@@ -537,10 +448,7 @@ unsafe fn pointer_attribute(data: *mut c_void, attribute: c_int, address: Device
                 };
                 give(data.cast::<Handle>(), pool as Handle, "the value")
             }
-            _ => refuse(
-                Code::NOT_SUPPORTED,
-                format!("pointer attribute {attribute} is not emulated"),
-            ),
+            _ => refuse(Code::NOT_SUPPORTED, format!("pointer attribute {attribute} is not emulated")),
         }
     }
 }
@@ -555,10 +463,7 @@ fn address_range(first: *mut DevicePointer, bytes: *mut usize, address: DevicePo
             }
             Ok(())
         }
-        None => refuse(
-            Code::NOT_FOUND,
-            format!("{address:#x} is no memory of this driver"),
-        ),
+        None => refuse(Code::NOT_FOUND, format!("{address:#x} is no memory of this driver")),
     }
 }
 

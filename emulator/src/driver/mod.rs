@@ -6,10 +6,7 @@
 //! run kernels.
 //!
 //! The functions are reached by their C names only; nothing here is Rust API.
-#![allow(
-    non_snake_case,
-    reason = "the exported functions have the names of the driver API"
-)]
+#![allow(non_snake_case, reason = "the exported functions have the names of the driver API")]
 
 mod call;
 mod codes;

@@ -50,10 +50,7 @@ impl Function {
     pub fn check(&self) -> Answer {
         match self.image.unloaded.load(Ordering::Relaxed) {
             false => Ok(()),
-            true => refuse(
-                Code::INVALID_HANDLE,
-                format!("the module of kernel {} was unloaded", self.kernel.name),
-            ),
+            true => refuse(Code::INVALID_HANDLE, format!("the module of kernel {} was unloaded", self.kernel.name)),
         }
     }
 
@@ -61,9 +58,7 @@ impl Function {
     pub fn max_threads(&self) -> u32 {
         let declared = self.kernel.required_threads.or(self.kernel.max_threads);
         declared.map_or(super::device::MAX_THREADS, |[x, y, z]| {
-            x.saturating_mul(y)
-                .saturating_mul(z)
-                .clamp(1, super::device::MAX_THREADS)
+            x.saturating_mul(y).saturating_mul(z).clamp(1, super::device::MAX_THREADS)
         })
     }
 }
@@ -88,19 +83,11 @@ unsafe fn image_text<'a>(image: *const c_void) -> Answer<&'a str> {
         );
     }
     if starts_with(&0xba55_ed50u32.to_le_bytes()) || starts_with(&0x4662_43b1u32.to_le_bytes()) {
-        return refuse(
-            Code::NO_BINARY_FOR_GPU,
-            "the image is a fatbin: load the PTX text itself (nvcc -ptx)",
-        );
+        return refuse(Code::NO_BINARY_FOR_GPU, "the image is a fatbin: load the PTX text itself (nvcc -ptx)");
     }
     // SAFETY: not null, and neither of the binary formats.
     let bytes = unsafe { CStr::from_ptr(image.cast()) };
-    bytes.to_str().or_else(|_| {
-        refuse(
-            Code::INVALID_IMAGE,
-            "the image is neither PTX text nor a known binary",
-        )
-    })
+    bytes.to_str().or_else(|_| refuse(Code::INVALID_IMAGE, "the image is neither PTX text nor a known binary"))
 }
 
 fn load_text(text: &str) -> Answer<Handle> {
@@ -108,15 +95,9 @@ fn load_text(text: &str) -> Answer<Handle> {
     graph::refuse_unsafe_call()?;
     let driver = driver()?;
     let (major, minor) = driver.settings.capability;
-    let limits = Limits {
-        target: major * 10 + minor,
-        ..Limits::default()
-    };
+    let limits = Limits { target: major * 10 + minor, ..Limits::default() };
     if !text.contains(".version") {
-        return refuse(
-            Code::INVALID_IMAGE,
-            "the image is no PTX text: it has no .version line",
-        );
+        return refuse(Code::INVALID_IMAGE, "the image is no PTX text: it has no .version line");
     }
     let module = match ptx::parse_for(text, limits) {
         Ok(module) => Arc::new(module),
@@ -124,10 +105,7 @@ fn load_text(text: &str) -> Answer<Handle> {
     };
     let memory = &context.device()?.memory;
     let Some(loaded) = LoadedModule::load(memory, module) else {
-        return refuse(
-            Code::OUT_OF_MEMORY,
-            "the module's variables do not fit the device's memory",
-        );
+        return refuse(Code::OUT_OF_MEMORY, "the module's variables do not fit the device's memory");
     };
     let image = LoadedImage {
         handle: handles::fresh(),
@@ -142,10 +120,9 @@ fn load_text(text: &str) -> Answer<Handle> {
 fn load_file(path: &str) -> Answer<Handle> {
     match std::fs::read_to_string(path) {
         Ok(text) => load_text(&text),
-        Err(why) if why.kind() == std::io::ErrorKind::InvalidData => refuse(
-            Code::NO_BINARY_FOR_GPU,
-            format!("{path} is not text: load PTX"),
-        ),
+        Err(why) if why.kind() == std::io::ErrorKind::InvalidData => {
+            refuse(Code::NO_BINARY_FOR_GPU, format!("{path} is not text: load PTX"))
+        }
         Err(why) => refuse(Code::FILE_NOT_FOUND, format!("{path}: {why}")),
     }
 }
@@ -167,10 +144,7 @@ unsafe fn load_with_options(
     // SAFETY: the caller's contract.
     let answer = unsafe { image_text(image) }.and_then(load_text);
     if count > 0 && (options.is_null() || values.is_null()) {
-        return refuse(
-            Code::INVALID_VALUE,
-            "the list of JIT options or of their values is null",
-        );
+        return refuse(Code::INVALID_VALUE, "the list of JIT options or of their values is null");
     }
     let (mut log, mut log_bytes_at) = (std::ptr::null_mut::<u8>(), None);
     for at in 0..count as usize {
@@ -212,21 +186,13 @@ fn function_of(image: &Arc<LoadedImage>, name: &str) -> Answer<Handle> {
     let kernels = &image.loaded.module.kernels;
     let Some(kernel) = kernels.iter().find(|kernel| kernel.name == name) else {
         let names: Vec<&str> = kernels.iter().map(|kernel| kernel.name.as_str()).collect();
-        return refuse(
-            Code::NOT_FOUND,
-            format!(
-                "the module has no kernel `{name}`; it has: {}",
-                names.join(", ")
-            ),
-        );
+        return refuse(Code::NOT_FOUND, format!("the module has no kernel `{name}`; it has: {}", names.join(", ")));
     };
     let function = Function {
         handle: handles::fresh(),
         image: image.clone(),
         kernel: kernel.clone(),
-        max_dynamic_shared: AtomicU32::new(
-            super::device::SHARED_WITHOUT_OPT_IN.saturating_sub(kernel.static_shared),
-        ),
+        max_dynamic_shared: AtomicU32::new(super::device::SHARED_WITHOUT_OPT_IN.saturating_sub(kernel.static_shared)),
         carveout: AtomicU32::new(u32::MAX),
         name: CString::new(name).unwrap_or_default(),
     };
@@ -236,12 +202,7 @@ fn function_of(image: &Arc<LoadedImage>, name: &str) -> Answer<Handle> {
 
 /// # Safety
 /// `address` and `bytes` are null or valid for writes.
-unsafe fn variable(
-    image: Handle,
-    name: &str,
-    address: *mut DevicePointer,
-    bytes: *mut usize,
-) -> Answer {
+unsafe fn variable(image: Handle, name: &str, address: *mut DevicePointer, bytes: *mut usize) -> Answer {
     let image = driver()?.modules.get(image)?;
     match image.loaded.global(name) {
         Some((at, size)) => {
@@ -252,10 +213,7 @@ unsafe fn variable(
             }
             Ok(())
         }
-        None => refuse(
-            Code::NOT_FOUND,
-            format!("the module has no variable `{name}`"),
-        ),
+        None => refuse(Code::NOT_FOUND, format!("the module has no variable `{name}`")),
     }
 }
 
@@ -265,9 +223,7 @@ fn unload(handle: Handle) -> Answer {
     let image = driver.modules.remove(handle)?;
     let context: Arc<Context> = driver.contexts.get(image.context as Handle)?;
     super::stream::settle_all(&context)?;
-    driver
-        .functions
-        .take(|function| function.image.handle == image.handle);
+    driver.functions.take(|function| function.image.handle == image.handle);
     image.unload(&context.device()?.memory);
     context.check()
 }
@@ -302,10 +258,7 @@ fn attribute_of(function: &Function, attribute: c_int) -> Answer<c_int> {
         CARVEOUT => function.carveout.load(Ordering::Relaxed) as c_int,
         attribute if NEWER.contains(&attribute) => 0,
         _ => {
-            return refuse(
-                Code::INVALID_VALUE,
-                format!("function attribute {attribute} is not known"),
-            );
+            return refuse(Code::INVALID_VALUE, format!("function attribute {attribute} is not known"));
         }
     })
 }
@@ -313,12 +266,7 @@ fn attribute_of(function: &Function, attribute: c_int) -> Answer<c_int> {
 fn set_attribute(function: &Function, attribute: c_int, value: c_int) -> Answer {
     match attribute {
         MAX_DYNAMIC_SHARED => {
-            let device = state::device(
-                driver()?
-                    .contexts
-                    .get(function.image.context as Handle)?
-                    .device,
-            )?;
+            let device = state::device(driver()?.contexts.get(function.image.context as Handle)?.device)?;
             let most = super::device::figures(device).shared_per_block_opt_in;
             let fixed = function.kernel.static_shared;
             match u32::try_from(value) {
@@ -339,14 +287,8 @@ fn set_attribute(function: &Function, attribute: c_int, value: c_int) -> Answer 
             function.carveout.store(value as u32, Ordering::Relaxed);
             Ok(())
         }
-        CARVEOUT => refuse(
-            Code::INVALID_VALUE,
-            format!("the carveout must be -1 or a percentage, not {value}"),
-        ),
-        _ => refuse(
-            Code::INVALID_VALUE,
-            format!("function attribute {attribute} cannot be set"),
-        ),
+        CARVEOUT => refuse(Code::INVALID_VALUE, format!("the carveout must be -1 or a percentage, not {value}")),
+        _ => refuse(Code::INVALID_VALUE, format!("function attribute {attribute} cannot be set")),
     }
 }
 

@@ -28,12 +28,7 @@ pub fn registers_of(kernel: &Kernel) -> u32 {
 }
 
 /// Blocks of `threads` threads that are resident on one multiprocessor.
-pub fn blocks_per_multiprocessor(
-    function: &Function,
-    figures: &Figures,
-    threads: u32,
-    dynamic_shared: u32,
-) -> u32 {
+pub fn blocks_per_multiprocessor(function: &Function, figures: &Figures, threads: u32, dynamic_shared: u32) -> u32 {
     if threads == 0 || threads > function.max_threads() {
         return 0;
     }
@@ -42,16 +37,13 @@ pub fn blocks_per_multiprocessor(
     let by_warps = figures.threads_per_multiprocessor / WARP / warps;
     let per_warp = (registers_of(kernel) * WARP).next_multiple_of(REGISTER_UNIT);
     let by_registers = figures.registers / per_warp / warps;
-    let shared = (kernel.static_shared + dynamic_shared + figures.shared_reserved)
-        .next_multiple_of(figures.shared_unit);
+    let shared =
+        (kernel.static_shared + dynamic_shared + figures.shared_reserved).next_multiple_of(figures.shared_unit);
     if kernel.static_shared + dynamic_shared > figures.shared_per_block_opt_in {
         return 0;
     }
     let by_shared = figures.shared_per_multiprocessor / shared.max(1);
-    by_warps
-        .min(by_registers)
-        .min(by_shared)
-        .min(figures.blocks_per_multiprocessor)
+    by_warps.min(by_registers).min(by_shared).min(figures.blocks_per_multiprocessor)
 }
 
 fn look_up(function: Handle) -> Answer<(Arc<Function>, Figures)> {
@@ -64,10 +56,7 @@ fn look_up(function: Handle) -> Answer<(Arc<Function>, Figures)> {
 fn max_active(function: Handle, threads: c_int, dynamic_shared: usize) -> Answer<c_int> {
     let (function, figures) = look_up(function)?;
     let Ok(threads) = u32::try_from(threads) else {
-        return refuse(
-            Code::INVALID_VALUE,
-            format!("a block of {threads} threads is impossible"),
-        );
+        return refuse(Code::INVALID_VALUE, format!("a block of {threads} threads is impossible"));
     };
     if threads == 0 {
         return refuse(Code::INVALID_VALUE, "a block of 0 threads is impossible");
@@ -92,10 +81,7 @@ fn best_block(
     };
     let (mut best, mut best_threads, mut best_blocks) = (0, 0, 0);
     // From the largest block down in steps of a warp; of equals the largest wins.
-    for threads in (1..=most)
-        .rev()
-        .filter(|&threads| threads == most || threads % WARP == 0)
-    {
+    for threads in (1..=most).rev().filter(|&threads| threads == most || threads % WARP == 0) {
         let shared = match shared_of {
             // SAFETY: the caller of the exported function vouches for its callback.
             Some(callback) => unsafe { callback(threads as c_int) },
@@ -110,25 +96,18 @@ fn best_block(
     if best == 0 {
         return refuse(
             Code::INVALID_VALUE,
-            format!(
-                "no block of kernel {} fits a multiprocessor",
-                function.kernel.name
-            ),
+            format!("no block of kernel {} fits a multiprocessor", function.kernel.name),
         );
     }
-    Ok((
-        (best_blocks * figures.multiprocessors) as c_int,
-        best_threads as c_int,
-    ))
+    Ok(((best_blocks * figures.multiprocessors) as c_int, best_threads as c_int))
 }
 
 fn check_flags(flags: c_uint) -> Answer {
     match flags {
         0 | 1 => Ok(()),
-        _ => refuse(
-            Code::INVALID_VALUE,
-            format!("the flags must be 0 or 1 (disable caching override), not {flags:#x}"),
-        ),
+        _ => {
+            refuse(Code::INVALID_VALUE, format!("the flags must be 0 or 1 (disable caching override), not {flags:#x}"))
+        }
     }
 }
 

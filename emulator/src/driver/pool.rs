@@ -43,10 +43,7 @@ impl Pool {
             device,
             is_default,
             most,
-            account: Mutex::new(Account {
-                reuse: [1; 3],
-                ..Account::default()
-            }),
+            account: Mutex::new(Account { reuse: [1; 3], ..Account::default() }),
         })
     }
 

@@ -75,11 +75,8 @@ fn entry(name: &str, launches: u64, counters: &Counters) -> Value {
 /// Everything so far.
 pub fn as_json(driver: &Driver) -> String {
     let profile = driver.profile.lock().unwrap();
-    let kernels: Vec<Value> = profile
-        .kernels
-        .iter()
-        .map(|(name, (launches, counters))| entry(name, *launches, counters))
-        .collect();
+    let kernels: Vec<Value> =
+        profile.kernels.iter().map(|(name, (launches, counters))| entry(name, *launches, counters)).collect();
     let (major, minor) = driver.settings.capability;
     let all = json!({
         "device": {
@@ -115,8 +112,7 @@ pub fn write(driver: &Driver) {
     };
     let mut beside = path.clone().into_os_string();
     beside.push(format!(".{}.part", std::process::id()));
-    let written =
-        std::fs::write(&beside, as_json(driver)).and_then(|()| std::fs::rename(&beside, path));
+    let written = std::fs::write(&beside, as_json(driver)).and_then(|()| std::fs::rename(&beside, path));
     if let Err(why) = written {
         eprintln!("cuda_emu: CUDA_EMU_PROFILE={}: {why}", path.display());
     }

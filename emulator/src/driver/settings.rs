@@ -72,10 +72,7 @@ impl Settings {
             memory: 16 << 30,
             multiprocessors: 108,
             profile: None,
-            run: Run {
-                exec: exec::Settings::default(),
-                leaks: true,
-            },
+            run: Run { exec: exec::Settings::default(), leaks: true },
         };
         if let Some(value) = variable("CUDA_EMU_DEVICES") {
             settings.devices = number("CUDA_EMU_DEVICES", &value, 0, 64)?;
@@ -93,10 +90,7 @@ impl Settings {
         for name in ["checks", "seed", "threads", "isa"] {
             let upper = format!("CUDA_EMU_{}", name.to_uppercase());
             if let Some(value) = variable(&upper) {
-                settings
-                    .run
-                    .set(name, &value)
-                    .map_err(|why| format!("{upper}={value}: {why}"))?;
+                settings.run.set(name, &value).map_err(|why| format!("{upper}={value}: {why}"))?;
             }
         }
         Ok(settings)
@@ -113,9 +107,7 @@ impl Run {
                 Ok(())
             }
             "seed" => {
-                let seed = value
-                    .parse()
-                    .map_err(|_| "the seed must be `none` or an unsigned 64-bit number")?;
+                let seed = value.parse().map_err(|_| "the seed must be `none` or an unsigned 64-bit number")?;
                 self.exec.schedule_seed = Some(seed);
                 Ok(())
             }
@@ -130,16 +122,12 @@ impl Run {
                     "avx2" => Some(exec::Isa::Avx2),
                     "avx512" => Some(exec::Isa::Avx512),
                     _ => {
-                        return Err(
-                            "the instruction set must be auto, portable, avx2 or avx512".into()
-                        );
+                        return Err("the instruction set must be auto, portable, avx2 or avx512".into());
                     }
                 };
                 Ok(())
             }
-            _ => Err(format!(
-                "there is no setting `{name}`: it must be checks, seed, threads or isa"
-            )),
+            _ => Err(format!("there is no setting `{name}`: it must be checks, seed, threads or isa")),
         }
     }
 
@@ -203,9 +191,7 @@ pub fn configure(defaults: &Run, name: &str, value: Option<&str>) -> Result<(), 
 fn number(name: &str, value: &str, least: u32, most: u32) -> Result<u32, String> {
     match value.trim().parse() {
         Ok(number) if (least..=most).contains(&number) => Ok(number),
-        _ => Err(format!(
-            "{name}={value}: it must be a number from {least} to {most}"
-        )),
+        _ => Err(format!("{name}={value}: it must be a number from {least} to {most}")),
     }
 }
 
@@ -217,18 +203,13 @@ fn capability(value: &str) -> Result<(u32, u32), String> {
     };
     match split {
         Some((major @ 5..=12, minor @ 0..=9)) => Ok((major, minor)),
-        _ => Err(format!(
-            "CUDA_EMU_CC={value}: it must be a compute capability as 8.0 or 80"
-        )),
+        _ => Err(format!("CUDA_EMU_CC={value}: it must be a compute capability as 8.0 or 80")),
     }
 }
 
 /// A number of bytes, with K, M, G or T for binary multiples.
 fn bytes(value: &str) -> Result<u64, String> {
-    let text = value
-        .trim()
-        .trim_end_matches(['B', 'b'])
-        .trim_end_matches('i');
+    let text = value.trim().trim_end_matches(['B', 'b']).trim_end_matches('i');
     let (digits, shift) = match text.char_indices().next_back() {
         Some((at, 'K' | 'k')) => (&text[..at], 10),
         Some((at, 'M' | 'm')) => (&text[..at], 20),
@@ -288,10 +269,7 @@ mod tests {
             ("CUDA_EMU_ISA", "sse"),
         ] {
             let message = with(&[(name, value)]).err().expect(value);
-            assert!(
-                message.starts_with(&format!("{name}={value}: ")),
-                "{message}"
-            );
+            assert!(message.starts_with(&format!("{name}={value}: ")), "{message}");
         }
     }
 }

@@ -141,22 +141,15 @@ impl Context {
     pub fn check(&self) -> Answer {
         match &*self.fault.lock().unwrap() {
             None => Ok(()),
-            Some(fault) => refuse(
-                fault.code,
-                format!(
-                    "the context is unusable since an earlier fault: {}",
-                    fault.message
-                ),
-            ),
+            Some(fault) => {
+                refuse(fault.code, format!("the context is unusable since an earlier fault: {}", fault.message))
+            }
         }
     }
 
     /// Remembers a fault, the first one for good, and hands it on.
     pub fn fail<T>(&self, fault: Refusal) -> Answer<T> {
-        self.fault
-            .lock()
-            .unwrap()
-            .get_or_insert_with(|| fault.clone());
+        self.fault.lock().unwrap().get_or_insert_with(|| fault.clone());
         Err(fault)
     }
 }
@@ -225,13 +218,9 @@ pub fn device(ordinal: c_int) -> Answer<&'static Device> {
     let devices = &driver()?.devices;
     match usize::try_from(ordinal).ok().and_then(|at| devices.get(at)) {
         Some(device) => Ok(device),
-        None => refuse(
-            Code::INVALID_DEVICE,
-            format!(
-                "there is no device {ordinal}: the machine has {}",
-                devices.len()
-            ),
-        ),
+        None => {
+            refuse(Code::INVALID_DEVICE, format!("there is no device {ordinal}: the machine has {}", devices.len()))
+        }
     }
 }
 
@@ -250,17 +239,12 @@ pub fn current_even_if_faulty() -> Answer<Arc<Context>> {
     let driver = driver()?;
     let handle = current_handle();
     if handle.is_null() {
-        return refuse(
-            Code::INVALID_CONTEXT,
-            "this thread has no current context: call cuCtxSetCurrent first",
-        );
+        return refuse(Code::INVALID_CONTEXT, "this thread has no current context: call cuCtxSetCurrent first");
     }
-    driver.contexts.get(handle).or_else(|_| {
-        refuse(
-            Code::CONTEXT_IS_DESTROYED,
-            "this thread's current context was destroyed",
-        )
-    })
+    driver
+        .contexts
+        .get(handle)
+        .or_else(|_| refuse(Code::CONTEXT_IS_DESTROYED, "this thread's current context was destroyed"))
 }
 
 /// The current context; refuses one with a fault.
@@ -387,30 +371,19 @@ pub fn destroy_context(context: &Arc<Context>) -> Answer {
     forgotten(events.len(), "event");
     let modules = driver.modules.take(|image| image.context == own);
     forgotten(modules.len(), "module");
-    driver
-        .functions
-        .take(|function| function.image.context == own);
+    driver.functions.take(|function| function.image.context == own);
     for image in modules {
         image.unload(&device.memory);
     }
     let left: Vec<(DevicePointer, Owned)> = {
         let mut allocations = device.allocations.lock().unwrap();
-        let addresses: Vec<DevicePointer> = allocations
-            .iter()
-            .filter(|(_, owned)| owned.context == own)
-            .map(|(&address, _)| address)
-            .collect();
-        addresses
-            .iter()
-            .filter_map(|address| Some((*address, allocations.remove(address)?)))
-            .collect()
+        let addresses: Vec<DevicePointer> =
+            allocations.iter().filter(|(_, owned)| owned.context == own).map(|(&address, _)| address).collect();
+        addresses.iter().filter_map(|address| Some((*address, allocations.remove(address)?))).collect()
     };
     for (address, owned) in &left {
         if !matches!(owned.kind, Kind::Graph(_)) {
-            let serial = device
-                .memory
-                .find(*address)
-                .map_or(0, |allocation| allocation.serial);
+            let serial = device.memory.find(*address).map_or(0, |allocation| allocation.serial);
             leaks.push(format!(
                 "{} bytes of {} at {address:#x} (allocation {serial}, by {})",
                 owned.bytes,

@@ -87,10 +87,7 @@ impl Stream {
         let (_alone, _among_others);
         match self.role {
             Role::Legacy => {
-                _alone = context
-                    .order
-                    .write()
-                    .unwrap_or_else(PoisonError::into_inner);
+                _alone = context.order.write().unwrap_or_else(PoisonError::into_inner);
                 for stream in driver()?.streams.all() {
                     if stream.context == context.handle && stream.is_blocking() {
                         stream.join_host_functions();
@@ -163,12 +160,7 @@ pub fn run_synchronously(work: Work) -> Answer {
 
 /// Waits for every stream of a context.
 pub fn settle_all(context: &Context) -> Answer {
-    drop(
-        context
-            .order
-            .write()
-            .unwrap_or_else(PoisonError::into_inner),
-    );
+    drop(context.order.write().unwrap_or_else(PoisonError::into_inner));
     context.legacy.settle();
     for stream in driver()?.streams.all() {
         if stream.context == context.handle {
@@ -186,9 +178,7 @@ fn mode_from(number: c_int) -> Answer<Mode> {
         2 => Ok(Mode::Relaxed),
         _ => refuse(
             Code::INVALID_VALUE,
-            format!(
-                "the capture mode must be 0 (global), 1 (thread-local) or 2 (relaxed), not {number}"
-            ),
+            format!("the capture mode must be 0 (global), 1 (thread-local) or 2 (relaxed), not {number}"),
         ),
     }
 }
@@ -199,10 +189,7 @@ fn create(flags: c_uint, priority: c_int) -> Answer<Handle> {
         0 => Role::Blocking,
         NON_BLOCKING => Role::NonBlocking,
         _ => {
-            return refuse(
-                Code::INVALID_VALUE,
-                format!("stream flags must be 0 or 1 (non-blocking), not {flags:#x}"),
-            );
+            return refuse(Code::INVALID_VALUE, format!("stream flags must be 0 or 1 (non-blocking), not {flags:#x}"));
         }
     };
     let mut stream = Stream::new(context.handle, role);
@@ -399,18 +386,11 @@ unsafe fn capture_info(stream: Handle, status: *mut c_int, id: *mut u64) -> Answ
 ///
 /// # Safety
 /// As the exported functions: pointers are null or valid for writes.
-unsafe fn no_open_graph(
-    graph: *mut Handle,
-    dependencies: *mut *const Handle,
-    count: *mut usize,
-) -> Answer {
+unsafe fn no_open_graph(graph: *mut Handle, dependencies: *mut *const Handle, count: *mut usize) -> Answer {
     if graph.is_null() && dependencies.is_null() && count.is_null() {
         return Ok(());
     }
-    refuse(
-        Code::NOT_SUPPORTED,
-        "the graph under capture and its nodes cannot be read before the capture ends",
-    )
+    refuse(Code::NOT_SUPPORTED, "the graph under capture and its nodes cannot be read before the capture ends")
 }
 
 impl Context {

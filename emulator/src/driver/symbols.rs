@@ -222,12 +222,7 @@ fn symbol_of(name: &str, version: c_int) -> String {
     let Ok(at) = CHANGES.binary_search_by_key(&name, |change| change.0) else {
         return name.into();
     };
-    match CHANGES[at]
-        .1
-        .iter()
-        .filter(|&&since| since <= version)
-        .count()
-    {
+    match CHANGES[at].1.iter().filter(|&&since| since <= version).count() {
         0 | 1 => name.into(),
         number => format!("{name}_v{number}"),
     }
@@ -249,11 +244,7 @@ fn find(symbol: &str) -> Option<*const ()> {
         SYMBOLS,
         NOT_EMULATED,
     ];
-    tables
-        .into_iter()
-        .flatten()
-        .find(|export| export.name == symbol)
-        .map(|export| export.address)
+    tables.into_iter().flatten().find(|export| export.name == symbol).map(|export| export.address)
 }
 
 const SYMBOL_FOUND: c_int = 0;

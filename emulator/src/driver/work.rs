@@ -31,15 +31,8 @@ pub enum Work {
 
 #[derive(Clone, Copy)]
 pub enum HostFunction {
-    Plain {
-        function: unsafe extern "C" fn(*mut c_void),
-        data: usize,
-    },
-    Callback {
-        callback: unsafe extern "C" fn(Handle, Code, *mut c_void),
-        stream: usize,
-        data: usize,
-    },
+    Plain { function: unsafe extern "C" fn(*mut c_void), data: usize },
+    Callback { callback: unsafe extern "C" fn(Handle, Code, *mut c_void), stream: usize, data: usize },
 }
 
 impl HostFunction {
@@ -47,11 +40,7 @@ impl HostFunction {
         call::as_host_function(|| match self {
             // SAFETY: whoever submitted the function vouches that it may be called once with its data.
             HostFunction::Plain { function, data } => unsafe { function(data as *mut c_void) },
-            HostFunction::Callback {
-                callback,
-                stream,
-                data,
-            } => {
+            HostFunction::Callback { callback, stream, data } => {
                 // SAFETY: as above.
                 unsafe { callback(stream as Handle, Code::SUCCESS, data as *mut c_void) }
             }
@@ -101,9 +90,7 @@ impl Copy {
         for slice in 0..self.depth {
             for row in 0..self.height {
                 let to = self.to.offset(slice * self.to_slice + row * self.to_pitch);
-                let from = self
-                    .from
-                    .offset(slice * self.from_slice + row * self.from_pitch);
+                let from = self.from.offset(slice * self.from_slice + row * self.from_pitch);
                 if self.width > 0 {
                     copy_bytes(context, to, from, self.width)?;
                 }
@@ -131,9 +118,7 @@ impl Fill {
             if self.count > 0 {
                 let memory = &home(context, to)?.memory;
                 let pattern = &self.pattern[..self.element];
-                memory
-                    .set(to, pattern, self.count as u64)
-                    .map_err(from_memory)?;
+                memory.set(to, pattern, self.count as u64).map_err(from_memory)?;
             }
         }
         Ok(())
@@ -158,19 +143,15 @@ impl Place {
             Some((_, _, owned)) if matches!(owned.kind, Kind::Host(_) | Kind::Managed) => {
                 Ok(Place::Device(address as u64))
             }
-            Some(_) => refuse(
-                Code::INVALID_VALUE,
-                format!("{address:#x} was passed as a host pointer, but is device memory"),
-            ),
+            Some(_) => {
+                refuse(Code::INVALID_VALUE, format!("{address:#x} was passed as a host pointer, but is device memory"))
+            }
         }
     }
 }
 
 pub fn from_memory(why: MemoryError) -> Refusal {
-    Refusal {
-        code: Code(why.code as i32),
-        message: why.message,
-    }
+    Refusal { code: Code(why.code as i32), message: why.message }
 }
 
 /// The device whose memory holds `address`; the context's own where none does, so that its memory names the nearest allocation.
@@ -204,16 +185,10 @@ fn copy_bytes(context: &Context, to: Place, from: Place, bytes: usize) -> Answer
         (Place::Device(to), Place::Device(from)) => {
             let (target, source) = (home(context, to)?, home(context, from)?);
             if target.ordinal == source.ordinal {
-                return target
-                    .memory
-                    .copy_within(to, from, bytes as u64)
-                    .map_err(from_memory);
+                return target.memory.copy_within(to, from, bytes as u64).map_err(from_memory);
             }
             let mut between = vec![0; bytes];
-            source
-                .memory
-                .copy_out(from, &mut between)
-                .map_err(from_memory)?;
+            source.memory.copy_out(from, &mut between).map_err(from_memory)?;
             target.memory.copy_in(to, &between).map_err(from_memory)
         }
     }
@@ -242,10 +217,7 @@ impl Work {
                 if memory.live.swap(false, Ordering::Relaxed) {
                     return Ok(());
                 }
-                refuse(
-                    Code::INVALID_VALUE,
-                    format!("memory of a graph at {:#x} was freed twice", memory.address),
-                )
+                refuse(Code::INVALID_VALUE, format!("memory of a graph at {:#x} was freed twice", memory.address))
             }
             Work::Graph(exec) => exec.run(context, run),
             Work::Nothing => Ok(()),

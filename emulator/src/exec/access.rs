@@ -102,13 +102,7 @@ pub fn progression(at: &Addresses, step: u64) -> bool {
 impl Machine<'_> {
     /// Checks the accesses of a warp and turns their addresses into host addresses.
     #[inline(always)]
-    pub fn locate(
-        &mut self,
-        warp: &mut Warp,
-        space: Space,
-        at: &mut Addresses,
-        site: Site,
-    ) -> Result<(), Box<Fault>> {
+    pub fn locate(&mut self, warp: &mut Warp, space: Space, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
         let (low, high, bits) = extent(at);
         let misaligned = bits & u64::from(site.bytes - 1) != 0;
         let plain = !misaligned && !self.env.settings.counters;
@@ -152,12 +146,7 @@ impl Machine<'_> {
     }
 
     /// Lanes may point into different spaces; each is done on its own.
-    fn locate_generic(
-        &mut self,
-        warp: &mut Warp,
-        at: &mut Addresses,
-        site: Site,
-    ) -> Result<(), Box<Fault>> {
+    fn locate_generic(&mut self, warp: &mut Warp, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
         let windows = [
             (SHARED_WINDOW, Space::Shared),
             (LOCAL_WINDOW, Space::Local),
@@ -175,12 +164,7 @@ impl Machine<'_> {
             rest &= !mask;
             if space == Space::Param && site.usage != Use::Load {
                 let lane = mask.trailing_zeros();
-                return Err(self.out_of_bounds(
-                    warp,
-                    site,
-                    lane,
-                    "kernel parameters cannot be written".into(),
-                ));
+                return Err(self.out_of_bounds(warp, site, lane, "kernel parameters cannot be written".into()));
             }
             let mut part = at.map(|a| a.wrapping_sub(window));
             settle(&mut part, mask);
@@ -206,13 +190,7 @@ impl Machine<'_> {
     }
 
     /// The first lane whose address is not a multiple of the size is a fault.
-    fn check_alignment(
-        &self,
-        warp: &Warp,
-        at: &Addresses,
-        site: Site,
-        what: &str,
-    ) -> Result<(), Box<Fault>> {
+    fn check_alignment(&self, warp: &Warp, at: &Addresses, site: Site, what: &str) -> Result<(), Box<Fault>> {
         if !self.env.checks.bounds && site.usage != Use::Atomic {
             return Ok(());
         }
@@ -231,19 +209,12 @@ impl Machine<'_> {
         }
     }
 
-    fn locate_shared(
-        &mut self,
-        warp: &mut Warp,
-        at: &mut Addresses,
-        site: Site,
-    ) -> Result<(), Box<Fault>> {
+    fn locate_shared(&mut self, warp: &mut Warp, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
         let env = self.env;
         let size = u64::from(env.shared_bytes);
         for l in lanes(site.mask) {
             let a = at[l as usize];
-            if a.checked_add(u64::from(site.bytes))
-                .is_none_or(|end| end > size)
-            {
+            if a.checked_add(u64::from(site.bytes)).is_none_or(|end| end > size) {
                 let detail = format!(
                     "{} of {} bytes at shared address {a:#x}, the block has {size} bytes of shared memory",
                     Self::verb(site),
@@ -261,14 +232,9 @@ impl Machine<'_> {
                 let range = at[l as usize] as usize..at[l as usize] as usize + site.bytes as usize;
                 if site.usage == Use::Store {
                     self.block.shared_written[range].fill(1);
-                } else if let Some(first) = self.block.shared_written[range]
-                    .iter()
-                    .position(|&w| w == 0)
-                {
-                    let detail = format!(
-                        "reads shared memory at {:#x} that nothing has written",
-                        at[l as usize] + first as u64
-                    );
+                } else if let Some(first) = self.block.shared_written[range].iter().position(|&w| w == 0) {
+                    let detail =
+                        format!("reads shared memory at {:#x} that nothing has written", at[l as usize] + first as u64);
                     return Err(self.fault(FaultKind::Uninitialised, warp, site.pc, l, detail));
                 }
             }
@@ -338,23 +304,15 @@ impl Machine<'_> {
             }
             let value = &values[l as usize];
             // SAFETY: `locate` has found the bytes inside the block's shared memory.
-            let now = unsafe {
-                std::slice::from_raw_parts(at[l as usize] as *const u8, site.bytes as usize)
-            };
-            if let Some(other) = races.write(warp.index as usize, l, a as u32, site.bytes, |i| {
-                now[i as usize] == value[i as usize]
-            }) {
+            let now = unsafe { std::slice::from_raw_parts(at[l as usize] as *const u8, site.bytes as usize) };
+            if let Some(other) =
+                races.write(warp.index as usize, l, a as u32, site.bytes, |i| now[i as usize] == value[i as usize])
+            {
                 return Err(self.shared_race(warp, site, l, other));
             }
             // Written as it is checked, so that two lanes of one instruction see each other.
             // SAFETY: as above; the store proper writes the same bytes again.
-            unsafe {
-                std::ptr::copy_nonoverlapping(
-                    value.as_ptr(),
-                    at[l as usize] as *mut u8,
-                    site.bytes as usize,
-                )
-            };
+            unsafe { std::ptr::copy_nonoverlapping(value.as_ptr(), at[l as usize] as *mut u8, site.bytes as usize) };
         }
         Ok(())
     }
@@ -373,12 +331,7 @@ impl Machine<'_> {
         self.fault(FaultKind::SharedRace, warp, site.pc, lane, detail)
     }
 
-    fn locate_global(
-        &mut self,
-        warp: &mut Warp,
-        at: &mut Addresses,
-        site: Site,
-    ) -> Result<(), Box<Fault>> {
+    fn locate_global(&mut self, warp: &mut Warp, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
         let env = self.env;
         let (low, high, _) = extent(at);
         let bytes = u64::from(site.bytes);
@@ -463,16 +416,11 @@ impl Machine<'_> {
             if memory.written(a, bytes) {
                 continue;
             }
-            let first = (a..a + bytes)
-                .find(|&byte| !memory.written(byte, 1))
-                .unwrap_or(a);
+            let first = (a..a + bytes).find(|&byte| !memory.written(byte, 1)).unwrap_or(a);
             let place = match self.env.allocation(a, 1) {
-                Some(found) => format!(
-                    "byte {} of allocation {} ({} bytes)",
-                    first - found.address,
-                    found.serial,
-                    found.bytes
-                ),
+                Some(found) => {
+                    format!("byte {} of allocation {} ({} bytes)", first - found.address, found.serial, found.bytes)
+                }
                 None => "outside every allocation".into(),
             };
             let detail = format!("reads address {first:#x}, {place}, that nothing has written");
@@ -512,31 +460,19 @@ impl Machine<'_> {
                     None => races.read(word, bytes, block, self.block.epoch),
                     Some(values) => {
                         // SAFETY: the bytes lie in an allocation.
-                        let now = unsafe {
-                            std::slice::from_raw_parts(from as *const u8, (upto - from) as usize)
-                        };
-                        let same =
-                            now == &values[l as usize][(from - a) as usize..(upto - a) as usize];
+                        let now = unsafe { std::slice::from_raw_parts(from as *const u8, (upto - from) as usize) };
+                        let same = now == &values[l as usize][(from - a) as usize..(upto - a) as usize];
                         races.write(word, bytes, block, self.block.epoch, same)
                     }
                 };
                 if let Some(conflict) = conflict {
                     let [gx, gy, _] = env.launch.grid;
                     let who = match conflict.block {
-                        Some(other) => format!(
-                            "block ({},{},{})",
-                            other % gx,
-                            other / gx % gy,
-                            other / gx / gy
-                        ),
+                        Some(other) => format!("block ({},{},{})", other % gx, other / gx % gy, other / gx / gy),
                         None => "several blocks".into(),
                     };
                     let place = env.allocation(a, 1).map_or(String::new(), |found| {
-                        format!(
-                            " (byte {} of allocation {})",
-                            from - found.address,
-                            found.serial
-                        )
+                        format!(" (byte {} of allocation {})", from - found.address, found.serial)
                     });
                     let detail = format!(
                         "{} of global memory at {from:#x}{place}, which {who} has {} in this launch with nothing to order them",
@@ -566,14 +502,8 @@ impl Machine<'_> {
         };
         for l in lanes(site.mask) {
             let a = at[l as usize];
-            if a.checked_add(u64::from(site.bytes))
-                .is_none_or(|end| end > size)
-            {
-                let detail = format!(
-                    "{} of {} bytes at {what} {a:#x}, of {size} bytes",
-                    Self::verb(site),
-                    site.bytes
-                );
+            if a.checked_add(u64::from(site.bytes)).is_none_or(|end| end > size) {
+                let detail = format!("{} of {} bytes at {what} {a:#x}, of {size} bytes", Self::verb(site), site.bytes);
                 return Err(self.out_of_bounds(warp, site, l, detail));
             }
         }
@@ -639,8 +569,7 @@ impl Machine<'_> {
         let lanes_per_pass = (128 / site.bytes.max(4)).min(32);
         let words = site.bytes.div_ceil(4) as u64;
         for pass in 0..32 / lanes_per_pass {
-            let part =
-                site.mask & (((1u64 << lanes_per_pass) - 1) << (pass * lanes_per_pass)) as u32;
+            let part = site.mask & (((1u64 << lanes_per_pass) - 1) << (pass * lanes_per_pass)) as u32;
             if part == 0 {
                 continue;
             }
@@ -682,17 +611,10 @@ impl Machine<'_> {
         let elements = access.elements as usize;
         let file = warp.file.as_mut_ptr();
         // SAFETY: the decoder gives a load its destinations and then its base; all are inside the file.
-        let mut at =
-            unsafe { addresses(file, operands[elements], access.wide_base, access.offset) };
+        let mut at = unsafe { addresses(file, operands[elements], access.wide_base, access.offset) };
         settle(&mut at, mask);
         let bytes = u32::from(access.bytes) * access.elements as u32;
-        let site = Site {
-            pc,
-            mask,
-            bytes,
-            usage: Use::Load,
-            strong: access.strong,
-        };
+        let site = Site { pc, mask, bytes, usage: Use::Load, strong: access.strong };
         self.locate(warp, access.space, &mut at, site)?;
         // SAFETY: `locate` has checked `bytes` readable bytes at every address (lanes outside the mask share one), and the registers are in the file.
         unsafe {
@@ -729,27 +651,13 @@ impl Machine<'_> {
         let mut at = unsafe { addresses(file, operands[0], access.wide_base, access.offset) };
         settle(&mut at, mask);
         let bytes = u32::from(access.bytes) * access.elements as u32;
-        let site = Site {
-            pc,
-            mask,
-            bytes,
-            usage: Use::Store,
-            strong: access.strong,
-        };
+        let site = Site { pc, mask, bytes, usage: Use::Store, strong: access.strong };
         self.locate(warp, access.space, &mut at, site)?;
         if self.block.races.is_some() || self.env.global_races.is_some() {
             let mut values = [[0; 16]; 32];
             for l in lanes(mask) {
                 // SAFETY: a lane's values are inside the file.
-                unsafe {
-                    gather_lane(
-                        file,
-                        &operands[1..],
-                        access,
-                        l as usize,
-                        &mut values[l as usize],
-                    )
-                };
+                unsafe { gather_lane(file, &operands[1..], access, l as usize, &mut values[l as usize]) };
             }
             self.global_races(warp, &at, site, Some(&values))?;
             self.shared_store_races(warp, &at, site, &values)?;
@@ -758,20 +666,12 @@ impl Machine<'_> {
         unsafe {
             match (access.bytes, access.elements, access.register_bits) {
                 (4, 1, 32) if mask == !0 && progression(&at, 4) => {
-                    std::ptr::copy_nonoverlapping(
-                        file.add(operands[1] as usize),
-                        at[0] as *mut u8,
-                        128,
-                    );
+                    std::ptr::copy_nonoverlapping(file.add(operands[1] as usize), at[0] as *mut u8, 128);
                 }
                 (4, _, 32) => {
                     for l in lanes(mask) {
                         for e in 0..elements {
-                            let value = file
-                                .add(operands[1 + e] as usize)
-                                .cast::<u32>()
-                                .add(l as usize)
-                                .read();
+                            let value = file.add(operands[1 + e] as usize).cast::<u32>().add(l as usize).read();
                             (at[l as usize] as *mut u32).add(e).write_unaligned(value);
                         }
                     }
@@ -780,11 +680,7 @@ impl Machine<'_> {
                     for l in lanes(mask) {
                         let mut value = [0; 16];
                         gather_lane(file, &operands[1..], access, l as usize, &mut value);
-                        std::ptr::copy_nonoverlapping(
-                            value.as_ptr(),
-                            at[l as usize] as *mut u8,
-                            bytes as usize,
-                        );
+                        std::ptr::copy_nonoverlapping(value.as_ptr(), at[l as usize] as *mut u8, bytes as usize);
                     }
                 }
             }
@@ -810,13 +706,7 @@ impl Machine<'_> {
         // SAFETY: the decoder gives (destination,) base and operands, all inside the file.
         let mut at = unsafe { addresses(file, operands[skip], access.wide_base, access.offset) };
         settle(&mut at, mask);
-        let site = Site {
-            pc,
-            mask,
-            bytes: u32::from(access.bytes),
-            usage: Use::Atomic,
-            strong: true,
-        };
+        let site = Site { pc, mask, bytes: u32::from(access.bytes), usage: Use::Atomic, strong: true };
         self.locate(warp, access.space, &mut at, site)?;
         let shared = self.block.shared.as_mut_ptr() as u64;
         let in_shared = |a: u64| a.wrapping_sub(shared) < u64::from(self.env.shared_bytes);
@@ -833,11 +723,7 @@ impl Machine<'_> {
                 }
             };
             let b = read(operands[skip + 1]);
-            let c = if rmw == Rmw::Cas {
-                read(operands[skip + 2])
-            } else {
-                0
-            };
+            let c = if rmw == Rmw::Cas { read(operands[skip + 2]) } else { 0 };
             let flush = !in_shared(at[l]);
             // SAFETY: `locate` has found the address in memory that only the emulated program uses, aligned to its size.
             let old = unsafe { modify(at[l], rmw, access.bytes, b, c, flush) };
@@ -866,16 +752,7 @@ impl Machine<'_> {
         pc: u32,
         mask: u32,
     ) -> Result<(), Box<Fault>> {
-        let Op::CpAsync {
-            bytes,
-            to,
-            from,
-            wide_to,
-            ignore,
-        } = *op
-        else {
-            unreachable!("called for cp.async only")
-        };
+        let Op::CpAsync { bytes, to, from, wide_to, ignore } = *op else { unreachable!("called for cp.async only") };
         let file = warp.file.as_mut_ptr();
         // SAFETY: the decoder gives destination, source and perhaps a third operand, all inside the file.
         let (mut target, source, sizes) = unsafe {
@@ -883,39 +760,20 @@ impl Machine<'_> {
                 None => [u32::from(bytes); 32],
                 Some(&p) if ignore => {
                     let ignored = file.add(p as usize).cast::<u32>().read();
-                    std::array::from_fn(|l| {
-                        if ignored >> l & 1 != 0 {
-                            0
-                        } else {
-                            u32::from(bytes)
-                        }
-                    })
+                    std::array::from_fn(|l| if ignored >> l & 1 != 0 { 0 } else { u32::from(bytes) })
                 }
                 Some(&size) => file.add(size as usize).cast::<[u32; 32]>().read(),
             };
-            (
-                addresses(file, operands[0], wide_to, to),
-                addresses(file, operands[1], true, from),
-                sizes,
-            )
+            (addresses(file, operands[0], wide_to, to), addresses(file, operands[1], true, from), sizes)
         };
         if let Some(lane) = lanes(mask).find(|&l| sizes[l as usize] > u32::from(bytes)) {
-            let detail = format!(
-                "a source of {} bytes for a copy of {bytes}",
-                sizes[lane as usize]
-            );
+            let detail = format!("a source of {} bytes for a copy of {bytes}", sizes[lane as usize]);
             return Err(self.fault(FaultKind::Illegal, warp, pc, lane, detail));
         }
         let offsets = target;
         settle(&mut target, mask);
         // Races and initialisation are looked at when the data arrives; bounds and alignment now.
-        let checks = Site {
-            pc,
-            mask,
-            bytes: u32::from(bytes),
-            usage: Use::Store,
-            strong: true,
-        };
+        let checks = Site { pc, mask, bytes: u32::from(bytes), usage: Use::Store, strong: true };
         for l in lanes(mask) {
             let a = offsets[l as usize];
             if a + u64::from(bytes) > u64::from(self.env.shared_bytes) {
@@ -931,22 +789,11 @@ impl Machine<'_> {
             self.count_shared(&target, checks);
         }
         for size in 1..=u32::from(bytes) {
-            let part = lanes(mask)
-                .filter(|&l| sizes[l as usize] == size)
-                .fold(0, |part, l| part | 1 << l);
+            let part = lanes(mask).filter(|&l| sizes[l as usize] == size).fold(0, |part, l| part | 1 << l);
             if part == 0 {
                 continue;
             }
-            self.check_alignment(
-                warp,
-                &source,
-                Site {
-                    mask: part,
-                    usage: Use::Load,
-                    ..checks
-                },
-                "address",
-            )?;
+            self.check_alignment(warp, &source, Site { mask: part, usage: Use::Load, ..checks }, "address")?;
             let mut at = source;
             settle(&mut at, part);
             if size.is_power_of_two() {
@@ -954,13 +801,7 @@ impl Machine<'_> {
                     warp,
                     Space::Global,
                     &mut at,
-                    Site {
-                        pc,
-                        mask: part,
-                        bytes: size,
-                        usage: Use::Load,
-                        strong: false,
-                    },
+                    Site { pc, mask: part, bytes: size, usage: Use::Load, strong: false },
                 )?;
             } else {
                 for byte in 0..u64::from(size) {
@@ -969,13 +810,7 @@ impl Machine<'_> {
                         warp,
                         Space::Global,
                         &mut at,
-                        Site {
-                            pc,
-                            mask: part,
-                            bytes: 1,
-                            usage: Use::Load,
-                            strong: false,
-                        },
+                        Site { pc, mask: part, bytes: 1, usage: Use::Load, strong: false },
                     )?;
                 }
             }
@@ -993,52 +828,36 @@ impl Machine<'_> {
             };
             let group = warp.committed[l as usize];
             if let Some(races) = &self.block.races {
-                let other = (at..at + u32::from(bytes))
-                    .find_map(|byte| races.check_write(warp.index as usize, l, byte));
+                let other =
+                    (at..at + u32::from(bytes)).find_map(|byte| races.check_write(warp.index as usize, l, byte));
                 if let Some(other) = other {
                     return Err(self.shared_race(warp, checks, l, other));
                 }
-                for pending in
-                    &mut self.block.shared_pending[at as usize..at as usize + usize::from(bytes)]
-                {
+                for pending in &mut self.block.shared_pending[at as usize..at as usize + usize::from(bytes)] {
                     *pending = pending.saturating_add(1);
                 }
             }
-            warp.pending.push(Pending {
-                lane: l as u8,
-                bytes,
-                group,
-                to: at,
-                data,
-            });
+            warp.pending.push(Pending { lane: l as u8, bytes, group, to: at, data });
         }
         Ok(())
     }
 
     /// Completes the copies of the lanes in `mask` except their last `keep` groups; u32::MAX completes what is not committed too.
     #[inline(never)]
-    pub fn cp_wait(
-        &mut self,
-        warp: &mut Warp,
-        keep: u32,
-        pc: u32,
-        mask: u32,
-    ) -> Result<(), Box<Fault>> {
+    pub fn cp_wait(&mut self, warp: &mut Warp, keep: u32, pc: u32, mask: u32) -> Result<(), Box<Fault>> {
         let pending = std::mem::take(&mut warp.pending);
         let shared = self.block.shared.as_mut_ptr();
         for copy in pending {
             let lane = u32::from(copy.lane);
             let done = mask >> lane & 1 != 0
-                && (keep == u32::MAX
-                    || copy.group < warp.committed[lane as usize].saturating_sub(keep));
+                && (keep == u32::MAX || copy.group < warp.committed[lane as usize].saturating_sub(keep));
             if !done {
                 warp.pending.push(copy);
                 continue;
             }
             let bytes = usize::from(copy.bytes);
             // SAFETY: the destination was checked when the copy began.
-            let target =
-                unsafe { std::slice::from_raw_parts_mut(shared.add(copy.to as usize), bytes) };
+            let target = unsafe { std::slice::from_raw_parts_mut(shared.add(copy.to as usize), bytes) };
             if let Some(races) = &mut self.block.races {
                 for pending in &mut self.block.shared_pending[copy.to as usize..][..bytes] {
                     *pending -= 1;
@@ -1047,13 +866,7 @@ impl Machine<'_> {
                     target[i as usize] == copy.data[i as usize]
                 });
                 if let Some(other) = other {
-                    let site = Site {
-                        pc,
-                        mask,
-                        bytes: bytes as u32,
-                        usage: Use::Store,
-                        strong: false,
-                    };
+                    let site = Site { pc, mask, bytes: bytes as u32, usage: Use::Store, strong: false };
                     return Err(self.shared_race(warp, site, lane, other));
                 }
             }
@@ -1078,22 +891,10 @@ impl Machine<'_> {
         let matrices = access.elements as usize;
         let file = warp.file.as_mut_ptr();
         // SAFETY: the decoder gives the destinations and then the base, all inside the file.
-        let mut at =
-            unsafe { addresses(file, operands[matrices], access.wide_base, access.offset) };
+        let mut at = unsafe { addresses(file, operands[matrices], access.wide_base, access.offset) };
         let mask = (!0u64 >> (64 - 8 * matrices)) as u32;
         settle(&mut at, mask);
-        self.locate(
-            warp,
-            access.space,
-            &mut at,
-            Site {
-                pc,
-                mask,
-                bytes: 16,
-                usage: Use::Load,
-                strong: false,
-            },
-        )?;
+        self.locate(warp, access.space, &mut at, Site { pc, mask, bytes: 16, usage: Use::Load, strong: false })?;
         for m in 0..matrices {
             // SAFETY: `locate` has found 16 readable bytes at every row, and the destination is inside the file.
             unsafe {
@@ -1103,13 +904,11 @@ impl Machine<'_> {
                         to[row] = (at[8 * m + row] as *const [u32; 4]).read_unaligned();
                     }
                 } else {
-                    let rows: [[u16; 8]; 8] = std::array::from_fn(|row| {
-                        (at[8 * m + row] as *const [u16; 8]).read_unaligned()
-                    });
+                    let rows: [[u16; 8]; 8] =
+                        std::array::from_fn(|row| (at[8 * m + row] as *const [u16; 8]).read_unaligned());
                     for row in 0..8 {
                         for pair in 0..4 {
-                            to[row][pair] = u32::from(rows[2 * pair][row])
-                                | u32::from(rows[2 * pair + 1][row]) << 16;
+                            to[row][pair] = u32::from(rows[2 * pair][row]) | u32::from(rows[2 * pair + 1][row]) << 16;
                         }
                     }
                 }
@@ -1120,43 +919,20 @@ impl Machine<'_> {
 
     /// `wmma.load` and `wmma.store`, element by element.
     #[inline(never)]
-    pub fn wmma_memory(
-        &mut self,
-        warp: &mut Warp,
-        operands: &[u32],
-        op: &Op,
-        pc: u32,
-    ) -> Result<(), Box<Fault>> {
+    pub fn wmma_memory(&mut self, warp: &mut Warp, operands: &[u32], op: &Op, pc: u32) -> Result<(), Box<Fault>> {
         let (fragment, column, access, store) = match *op {
-            Op::WmmaLoad {
-                fragment,
-                column,
-                access,
-            } => (fragment, column, access, false),
-            Op::WmmaStore {
-                fragment,
-                column,
-                access,
-            } => (fragment, column, access, true),
+            Op::WmmaLoad { fragment, column, access } => (fragment, column, access, false),
+            Op::WmmaStore { fragment, column, access } => (fragment, column, access, true),
             _ => unreachable!("called for wmma.load and wmma.store only"),
         };
         let registers = fragment.registers as usize;
         let file = warp.file.as_mut_ptr();
-        let (values, base) = if store {
-            (&operands[1..=registers], operands[0])
-        } else {
-            (&operands[..registers], operands[registers])
-        };
+        let (values, base) =
+            if store { (&operands[1..=registers], operands[0]) } else { (&operands[..registers], operands[registers]) };
         // SAFETY: the decoder gives base, registers and stride, all inside the file.
         let (base, stride) = unsafe {
-            let stride = file
-                .add(operands[registers + 1] as usize)
-                .cast::<[u32; 32]>()
-                .read();
-            (
-                addresses(file, base, access.wide_base, access.offset),
-                stride,
-            )
+            let stride = file.add(operands[registers + 1] as usize).cast::<[u32; 32]>().read();
+            (addresses(file, base, access.wide_base, access.offset), stride)
         };
         let bytes = fragment.element_bytes;
         let usage = if store { Use::Store } else { Use::Load };
@@ -1165,18 +941,10 @@ impl Machine<'_> {
                 let mut at: Addresses = std::array::from_fn(|l| {
                     let (row, col) = (fragment.at)(l as u32, register as u32, part);
                     let (major, minor) = if column { (col, row) } else { (row, col) };
-                    base[l].wrapping_add(
-                        (u64::from(major) * u64::from(stride[l]) + u64::from(minor))
-                            * u64::from(bytes),
-                    )
+                    base[l]
+                        .wrapping_add((u64::from(major) * u64::from(stride[l]) + u64::from(minor)) * u64::from(bytes))
                 });
-                let site = Site {
-                    pc,
-                    mask: !0,
-                    bytes,
-                    usage,
-                    strong: false,
-                };
+                let site = Site { pc, mask: !0, bytes, usage, strong: false };
                 self.locate(warp, access.space, &mut at, site)?;
                 let mut data = [[0u8; 16]; 32];
                 let width = bytes as usize;
@@ -1202,11 +970,7 @@ impl Machine<'_> {
                     unsafe {
                         let register = file.add(operand as usize + l * lane_bytes + shift);
                         if store {
-                            std::ptr::copy_nonoverlapping(
-                                data[l].as_ptr(),
-                                at[l] as *mut u8,
-                                width,
-                            );
+                            std::ptr::copy_nonoverlapping(data[l].as_ptr(), at[l] as *mut u8, width);
                         } else {
                             std::ptr::copy_nonoverlapping(at[l] as *const u8, register, width);
                         }
@@ -1235,13 +999,7 @@ impl Machine<'_> {
             warp,
             Space::Generic,
             &mut at,
-            Site {
-                pc,
-                mask: 1 << lane,
-                bytes,
-                usage: Use::Load,
-                strong: true,
-            },
+            Site { pc, mask: 1 << lane, bytes, usage: Use::Load, strong: true },
         )?;
         self.counters = counters;
         Ok(at[lane as usize] as *const u8)
@@ -1359,12 +1117,8 @@ unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &Add
         unsafe {
             match access.bytes {
                 1 => (0..32).for_each(|l| value[l] = u64::from((at[l] as *const u8).add(e).read())),
-                2 => (0..32).for_each(|l| {
-                    value[l] = u64::from((at[l] as *const u16).add(e).read_unaligned())
-                }),
-                4 => (0..32).for_each(|l| {
-                    value[l] = u64::from((at[l] as *const u32).add(e).read_unaligned())
-                }),
+                2 => (0..32).for_each(|l| value[l] = u64::from((at[l] as *const u16).add(e).read_unaligned())),
+                4 => (0..32).for_each(|l| value[l] = u64::from((at[l] as *const u32).add(e).read_unaligned())),
                 _ => (0..32).for_each(|l| value[l] = (at[l] as *const u64).add(e).read_unaligned()),
             }
         }
@@ -1379,11 +1133,7 @@ unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &Add
             if access.register_bits == 64 {
                 blend64(file, operands[e], &value, mask);
             } else {
-                let keep = if access.register_bits < 32 {
-                    (1 << access.register_bits) - 1
-                } else {
-                    !0
-                };
+                let keep = if access.register_bits < 32 { (1 << access.register_bits) - 1 } else { !0 };
                 blend32(file, operands[e], &value.map(|v| v as u32 & keep), mask);
             }
         }
@@ -1392,13 +1142,7 @@ unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &Add
 
 /// The bytes that a lane stores.
 #[inline(always)]
-unsafe fn gather_lane(
-    file: *const u8,
-    values: &[u32],
-    access: &Access,
-    lane: usize,
-    to: &mut [u8; 16],
-) {
+unsafe fn gather_lane(file: *const u8, values: &[u32], access: &Access, lane: usize, to: &mut [u8; 16]) {
     let bytes = access.bytes as usize;
     let lane_bytes = if access.register_bits == 64 { 8 } else { 4 };
     for e in 0..access.elements as usize {
@@ -1414,20 +1158,14 @@ unsafe fn gather_lane(
 }
 
 fn flush(bits: u32) -> u32 {
-    if bits & 0x7f80_0000 == 0 {
-        bits & 0x8000_0000
-    } else {
-        bits
-    }
+    if bits & 0x7f80_0000 == 0 { bits & 0x8000_0000 } else { bits }
 }
 
 /// The new value of a read-modify-write on 32 bits.
 fn combine32(rmw: Rmw, old: u32, b: u32, c: u32, ftz: bool) -> u32 {
     match rmw {
         Rmw::AddInt => old.wrapping_add(b),
-        Rmw::AddF32 if ftz => {
-            flush((f32::from_bits(flush(old)) + f32::from_bits(flush(b))).to_bits())
-        }
+        Rmw::AddF32 if ftz => flush((f32::from_bits(flush(old)) + f32::from_bits(flush(b))).to_bits()),
         Rmw::AddF32 => (f32::from_bits(old) + f32::from_bits(b)).to_bits(),
         Rmw::AddF16x2 => {
             let add = |x: u32, y: u32| {
@@ -1510,9 +1248,7 @@ unsafe fn modify(at: u64, rmw: Rmw, bytes: u8, b: u64, c: u64, ftz: bool) -> u64
     if bytes == 8 {
         // SAFETY: the caller's promise.
         let cell = unsafe { AtomicU64::from_ptr(at as *mut u64) };
-        return cell
-            .fetch_update(order, relaxed, |old| Some(combine64(rmw, old, b, c)))
-            .unwrap_or_else(|old| old);
+        return cell.fetch_update(order, relaxed, |old| Some(combine64(rmw, old, b, c))).unwrap_or_else(|old| old);
     }
     let (b, c) = (b as u32, c as u32);
     if bytes == 4 {
@@ -1520,9 +1256,9 @@ unsafe fn modify(at: u64, rmw: Rmw, bytes: u8, b: u64, c: u64, ftz: bool) -> u64
         let cell = unsafe { AtomicU32::from_ptr(at as *mut u32) };
         return match rmw {
             Rmw::AddInt => cell.fetch_add(b, order),
-            _ => cell
-                .fetch_update(order, relaxed, |old| Some(combine32(rmw, old, b, c, ftz)))
-                .unwrap_or_else(|old| old),
+            _ => {
+                cell.fetch_update(order, relaxed, |old| Some(combine32(rmw, old, b, c, ftz))).unwrap_or_else(|old| old)
+            }
         }
         .into();
     }

@@ -37,11 +37,7 @@ pub type Runner = unsafe fn(&mut Machine, &mut Warp, u32) -> Result<Turn, Box<Fa
 ///
 /// # Safety
 /// None of its own.
-pub unsafe fn run_portable(
-    machine: &mut Machine,
-    warp: &mut Warp,
-    turn: u32,
-) -> Result<Turn, Box<Fault>> {
+pub unsafe fn run_portable(machine: &mut Machine, warp: &mut Warp, turn: u32) -> Result<Turn, Box<Fault>> {
     // SAFETY: the portable forms run everywhere.
     unsafe { run::<PORTABLE>(machine, warp, turn) }
 }
@@ -52,11 +48,7 @@ pub unsafe fn run_portable(
 /// The processor has AVX2, FMA, F16C and BMI.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
-pub unsafe fn run_avx2(
-    machine: &mut Machine,
-    warp: &mut Warp,
-    turn: u32,
-) -> Result<Turn, Box<Fault>> {
+pub unsafe fn run_avx2(machine: &mut Machine, warp: &mut Warp, turn: u32) -> Result<Turn, Box<Fault>> {
     // SAFETY: the caller's promise.
     unsafe { run::<AVX2>(machine, warp, turn) }
 }
@@ -66,14 +58,8 @@ pub unsafe fn run_avx2(
 /// # Safety
 /// The processor has AVX-512 F, VL, BW, DQ and what [`run_avx2`] asks for.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(
-    enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt"
-)]
-pub unsafe fn run_avx512(
-    machine: &mut Machine,
-    warp: &mut Warp,
-    turn: u32,
-) -> Result<Turn, Box<Fault>> {
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+pub unsafe fn run_avx512(machine: &mut Machine, warp: &mut Warp, turn: u32) -> Result<Turn, Box<Fault>> {
     // SAFETY: the caller's promise.
     unsafe { run::<AVX512>(machine, warp, turn) }
 }
@@ -111,16 +97,10 @@ impl Warp {
             Wait::Lanes => false,
             Wait::Barrier(id, generation) => barriers[id as usize].generation != generation,
         };
-        if let Some(favoured) = self
-            .groups
-            .iter()
-            .position(|group| group.mask & self.favour != 0 && ready(group))
-        {
+        if let Some(favoured) = self.groups.iter().position(|group| group.mask & self.favour != 0 && ready(group)) {
             return Some(favoured);
         }
-        (0..self.groups.len())
-            .filter(|&i| ready(&self.groups[i]))
-            .min_by_key(|&i| self.groups[i].pc)
+        (0..self.groups.len()).filter(|&i| ready(&self.groups[i])).min_by_key(|&i| self.groups[i].pc)
     }
 
     /// Whether a group could run.
@@ -136,11 +116,7 @@ impl Warp {
 /// # Safety
 /// The processor has the instruction set of `ISA`.
 #[inline(always)]
-unsafe fn run<const ISA: usize>(
-    machine: &mut Machine,
-    warp: &mut Warp,
-    turn: u32,
-) -> Result<Turn, Box<Fault>> {
+unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u32) -> Result<Turn, Box<Fault>> {
     let env = machine.env;
     let program = env.program;
     let file = warp.file.as_mut_ptr();
@@ -196,11 +172,7 @@ unsafe fn run<const ISA: usize>(
             // Parks the group until other lanes come or end.
             macro_rules! wait_for_lanes {
                 () => {{
-                    warp.groups[index] = Group {
-                        pc,
-                        mask,
-                        wait: Wait::Lanes,
-                    };
+                    warp.groups[index] = Group { pc, mask, wait: Wait::Lanes };
                     continue 'select;
                 }};
             }
@@ -208,15 +180,7 @@ unsafe fn run<const ISA: usize>(
                 Op::Run(form) => {
                     if active != 0 {
                         // SAFETY: operands and file are as `crate::ptx` laid them out for this form; the caller vouches for the instruction set.
-                        unsafe {
-                            form.run[ISA](
-                                form,
-                                file,
-                                operands.as_ptr(),
-                                step.count as usize,
-                                active,
-                            )
-                        };
+                        unsafe { form.run[ISA](form, file, operands.as_ptr(), step.count as usize, active) };
                         if step.guard != NO_GUARD {
                             machine.count_guarded(form, active);
                         }
@@ -230,9 +194,7 @@ unsafe fn run<const ISA: usize>(
                         return Err(machine.not_whole(warp, pc, active));
                     }
                     // SAFETY: as for Run.
-                    unsafe {
-                        form.run[ISA](form, file, operands.as_ptr(), step.count as usize, active)
-                    };
+                    unsafe { form.run[ISA](form, file, operands.as_ptr(), step.count as usize, active) };
                 }
                 Op::Load(access) => {
                     if active != 0 {
@@ -266,16 +228,8 @@ unsafe fn run<const ISA: usize>(
                         go!(*fall);
                     }
                     machine.counters.divergent_branches += 1;
-                    warp.groups[index] = Group {
-                        pc: *target,
-                        mask: active,
-                        wait: Wait::Nothing,
-                    };
-                    warp.groups.push(Group {
-                        pc: *fall,
-                        mask: mask & !active,
-                        wait: Wait::Nothing,
-                    });
+                    warp.groups[index] = Group { pc: *target, mask: active, wait: Wait::Nothing };
+                    warp.groups.push(Group { pc: *fall, mask: mask & !active, wait: Wait::Nothing });
                     if left == 0 {
                         return Ok(machine.end_of_turn(warp, turn));
                     }
@@ -287,11 +241,7 @@ unsafe fn run<const ISA: usize>(
                         machine.exit_lanes(warp, active, pc)?;
                     }
                     mask &= !active;
-                    warp.groups[index] = Group {
-                        pc: *fall,
-                        mask,
-                        wait: Wait::Nothing,
-                    };
+                    warp.groups[index] = Group { pc: *fall, mask, wait: Wait::Nothing };
                     if left == 0 {
                         return Ok(machine.end_of_turn(warp, turn));
                     }
@@ -315,9 +265,7 @@ unsafe fn run<const ISA: usize>(
                         if active == mask {
                             wait_for_lanes!();
                         }
-                        let detail =
-                            "barrier that only some lanes of the warp execute, by its predicate"
-                                .to_string();
+                        let detail = "barrier that only some lanes of the warp execute, by its predicate".to_string();
                         return Err(machine.fault(
                             FaultKind::Barrier,
                             warp,
@@ -329,53 +277,25 @@ unsafe fn run<const ISA: usize>(
                     let generation = machine.arrive(warp, &step.op, operands, pc, active)?;
                     if *mode != Barrier::Arrive {
                         let id = generation.0;
-                        warp.groups[index] = Group {
-                            pc,
-                            mask: active,
-                            wait: Wait::Barrier(id, generation.1),
-                        };
+                        warp.groups[index] = Group { pc, mask: active, wait: Wait::Barrier(id, generation.1) };
                         if mask != active {
-                            warp.groups.push(Group {
-                                pc: pc + 1,
-                                mask: mask & !active,
-                                wait: Wait::Nothing,
-                            });
+                            warp.groups.push(Group { pc: pc + 1, mask: mask & !active, wait: Wait::Nothing });
                         }
                         continue 'select;
                     }
                 }
-                Op::WarpSync
-                | Op::Shuffle { .. }
-                | Op::Vote { .. }
-                | Op::Match { .. }
-                | Op::Redux(_) => {
-                    let done = if active == 0 {
-                        0
-                    } else {
-                        machine.collective(warp, step, operands, pc, active)?
-                    };
+                Op::WarpSync | Op::Shuffle { .. } | Op::Vote { .. } | Op::Match { .. } | Op::Redux(_) => {
+                    let done = if active == 0 { 0 } else { machine.collective(warp, step, operands, pc, active)? };
                     if done != active {
                         // Those that are done, and those that the guard excludes, go on.
                         let on = mask & !active | done;
-                        warp.groups.push(Group {
-                            pc: pc + 1,
-                            mask: on,
-                            wait: Wait::Nothing,
-                        });
-                        warp.groups[index] = Group {
-                            pc,
-                            mask: mask & !on,
-                            wait: Wait::Lanes,
-                        };
+                        warp.groups.push(Group { pc: pc + 1, mask: on, wait: Wait::Nothing });
+                        warp.groups[index] = Group { pc, mask: mask & !on, wait: Wait::Lanes };
                         continue 'select;
                     }
                 }
                 other => {
-                    if matches!(
-                        other,
-                        Op::WmmaLoad { .. } | Op::WmmaStore { .. } | Op::MovMatrix
-                    ) && active != !0
-                    {
+                    if matches!(other, Op::WmmaLoad { .. } | Op::WmmaStore { .. } | Op::MovMatrix) && active != !0 {
                         if active == mask && warp.alive == !0 {
                             wait_for_lanes!();
                         }
@@ -383,13 +303,7 @@ unsafe fn run<const ISA: usize>(
                     }
                     if active != 0 {
                         // A step's last operand may be optional, so they must end where the step's end.
-                        machine.seldom(
-                            warp,
-                            other,
-                            &operands[..usize::from(step.arity)],
-                            pc,
-                            active,
-                        )?;
+                        machine.seldom(warp, other, &operands[..usize::from(step.arity)], pc, active)?;
                     }
                 }
             }
@@ -402,24 +316,14 @@ unsafe fn run<const ISA: usize>(
 
 impl Machine<'_> {
     fn not_whole(&self, warp: &Warp, pc: u32, active: u32) -> Box<Fault> {
-        let detail = format!(
-            "all 32 lanes of a warp must execute this together; here only {} do",
-            active.count_ones()
-        );
-        self.fault(
-            FaultKind::InactiveShuffle,
-            warp,
-            pc,
-            active.trailing_zeros() & 31,
-            detail,
-        )
+        let detail = format!("all 32 lanes of a warp must execute this together; here only {} do", active.count_ones());
+        self.fault(FaultKind::InactiveShuffle, warp, pc, active.trailing_zeros() & 31, detail)
     }
 
     #[inline(never)]
     fn count_guarded(&mut self, form: &crate::num::Form, active: u32) {
         if let (true, Some((ty, flops))) = (self.env.settings.counters, form.flops) {
-            self.counters
-                .add_flops(ty, u64::from(flops) * u64::from(active.count_ones()));
+            self.counters.add_flops(ty, u64::from(flops) * u64::from(active.count_ones()));
         }
     }
 
@@ -432,21 +336,10 @@ impl Machine<'_> {
             return Turn::Used;
         }
         warp.unbroken = 0;
-        let ready: Vec<u32> = warp
-            .groups
-            .iter()
-            .filter(|g| g.wait == Wait::Nothing)
-            .map(|g| g.mask & g.mask.wrapping_neg())
-            .collect();
-        let next = ready
-            .iter()
-            .position(|&lane| lane == warp.favour)
-            .map_or(0, |at| at + 1);
-        warp.favour = if ready.len() > 1 {
-            ready.get(next).copied().unwrap_or(0)
-        } else {
-            0
-        };
+        let ready: Vec<u32> =
+            warp.groups.iter().filter(|g| g.wait == Wait::Nothing).map(|g| g.mask & g.mask.wrapping_neg()).collect();
+        let next = ready.iter().position(|&lane| lane == warp.favour).map_or(0, |at| at + 1);
+        warp.favour = if ready.len() > 1 { ready.get(next).copied().unwrap_or(0) } else { 0 };
         Turn::Used
     }
 
@@ -457,33 +350,18 @@ impl Machine<'_> {
         let program = self.env.program;
         let only_exit = program.costs[program.steps[pc as usize].block as usize].instructions <= 1;
         if self.env.checks.barrier_divergence && !only_exit {
-            let here = warp
-                .groups
-                .iter()
-                .filter(|group| group.wait == Wait::Lanes)
-                .map(|group| group.pc);
-            let elsewhere = self
-                .block
-                .barriers
-                .iter()
-                .filter(|barrier| barrier.expected == 0)
-                .filter_map(|barrier| barrier.first);
-            let waiting = here.chain(elsewhere.map(|(pc, _)| pc)).find(|&at| {
-                matches!(program.steps[at as usize].op, Op::Barrier { .. })
-                    && program.reaches(at, pc)
-            });
+            let here = warp.groups.iter().filter(|group| group.wait == Wait::Lanes).map(|group| group.pc);
+            let elsewhere =
+                self.block.barriers.iter().filter(|barrier| barrier.expected == 0).filter_map(|barrier| barrier.first);
+            let waiting = here
+                .chain(elsewhere.map(|(pc, _)| pc))
+                .find(|&at| matches!(program.steps[at as usize].op, Op::Barrier { .. }) && program.reaches(at, pc));
             if let Some(at) = waiting {
                 let line = program.sources[program.steps[at as usize].source as usize].line;
                 let detail = format!(
                     "barrier divergence: the thread ends without having reached the barrier on PTX line {line}, where others wait"
                 );
-                return Err(self.fault(
-                    FaultKind::Barrier,
-                    warp,
-                    pc,
-                    lanes.trailing_zeros() & 31,
-                    detail,
-                ));
+                return Err(self.fault(FaultKind::Barrier, warp, pc, lanes.trailing_zeros() & 31, detail));
             }
         }
         warp.alive &= !lanes;
@@ -513,41 +391,20 @@ impl Machine<'_> {
     ) -> Result<(), Box<Fault>> {
         let targets = &self.env.program.tables[table as usize];
         // SAFETY: the index is a 32-bit register inside the file.
-        let indices = unsafe {
-            warp.file
-                .as_mut_ptr()
-                .add(register as usize)
-                .cast::<[u32; 32]>()
-                .read()
-        };
+        let indices = unsafe { warp.file.as_mut_ptr().add(register as usize).cast::<[u32; 32]>().read() };
         let before = warp.groups.len();
         for l in lanes(active) {
             let Some(&target) = targets.get(indices[l as usize] as usize) else {
-                let detail = format!(
-                    "index {} into {} branch targets",
-                    indices[l as usize],
-                    targets.len()
-                );
+                let detail = format!("index {} into {} branch targets", indices[l as usize], targets.len());
                 return Err(self.fault(FaultKind::Illegal, warp, pc, l, detail));
             };
-            match warp.groups[before..]
-                .iter_mut()
-                .find(|group| group.pc == target)
-            {
+            match warp.groups[before..].iter_mut().find(|group| group.pc == target) {
                 Some(group) => group.mask |= 1 << l,
-                None => warp.groups.push(Group {
-                    pc: target,
-                    mask: 1 << l,
-                    wait: Wait::Nothing,
-                }),
+                None => warp.groups.push(Group { pc: target, mask: 1 << l, wait: Wait::Nothing }),
             }
         }
         if mask != active {
-            warp.groups.push(Group {
-                pc: fall,
-                mask: mask & !active,
-                wait: Wait::Nothing,
-            });
+            warp.groups.push(Group { pc: fall, mask: mask & !active, wait: Wait::Nothing });
         }
         if warp.groups.len() > before + 1 {
             self.counters.divergent_branches += 1;
@@ -565,46 +422,19 @@ impl Machine<'_> {
         pc: u32,
         active: u32,
     ) -> Result<(u8, u32), Box<Fault>> {
-        let Op::Barrier {
-            mode,
-            aligned,
-            counted,
-            negate,
-        } = *op
-        else {
-            unreachable!("called for barriers only")
-        };
+        let Op::Barrier { mode, aligned, counted, negate } = *op else { unreachable!("called for barriers only") };
         let file = warp.file.as_mut_ptr();
         let red = matches!(mode, Barrier::Popc | Barrier::And | Barrier::Or);
         let lane = active.trailing_zeros() & 31;
         // SAFETY: (destination,) barrier, count and perhaps a predicate are registers inside the file.
         let (id, count, votes) = unsafe {
-            let read = |i: usize| {
-                file.add(operands[i] as usize)
-                    .cast::<u32>()
-                    .add(lane as usize)
-                    .read()
-            };
+            let read = |i: usize| file.add(operands[i] as usize).cast::<u32>().add(lane as usize).read();
             let skip = usize::from(red);
-            let votes = if red {
-                file.add(operands[3] as usize).cast::<u32>().read()
-            } else {
-                0
-            };
-            (
-                read(skip),
-                read(skip + 1),
-                if negate { !votes } else { votes },
-            )
+            let votes = if red { file.add(operands[3] as usize).cast::<u32>().read() } else { 0 };
+            (read(skip), read(skip + 1), if negate { !votes } else { votes })
         };
         if id >= 16 {
-            return Err(self.fault(
-                FaultKind::Illegal,
-                warp,
-                pc,
-                lane,
-                format!("barrier {id}; there are 16"),
-            ));
+            return Err(self.fault(FaultKind::Illegal, warp, pc, lane, format!("barrier {id}; there are 16")));
         }
         if counted && (count == 0 || !count.is_multiple_of(32)) {
             return Err(self.fault(
@@ -624,30 +454,21 @@ impl Machine<'_> {
         if state.arrived == 0 {
             state.expected = expected;
         }
-        let different =
-            if aligned && !counted && self.env.checks.barrier_divergence && first.0 != pc {
-                Some("waits at another barrier instruction")
-            } else if state.expected != expected {
-                Some("waits at this barrier for another number of threads")
-            } else {
-                None
-            };
+        let different = if aligned && !counted && self.env.checks.barrier_divergence && first.0 != pc {
+            Some("waits at another barrier instruction")
+        } else if state.expected != expected {
+            Some("waits at this barrier for another number of threads")
+        } else {
+            None
+        };
         if let Some(different) = different {
-            let line = self.env.program.sources
-                [self.env.program.steps[first.0 as usize].source as usize]
-                .line;
+            let line = self.env.program.sources[self.env.program.steps[first.0 as usize].source as usize].line;
             let other = super::state::name_thread(self.env.thread(first.1 / 32, first.1 % 32));
-            let detail = format!(
-                "barrier divergence: thread {other} of the block {different}, on PTX line {line}"
-            );
+            let detail = format!("barrier divergence: thread {other} of the block {different}, on PTX line {line}");
             return Err(self.fault(FaultKind::Barrier, warp, pc, lane, detail));
         }
         // A counted barrier counts whole warps, also where the block's last warp is not full.
-        state.arrived += if counted && whole {
-            32
-        } else {
-            active.count_ones()
-        };
+        state.arrived += if counted && whole { 32 } else { active.count_ones() };
         if red {
             state.votes += (votes & active).count_ones();
             state.voters += active.count_ones();
@@ -669,11 +490,7 @@ impl Machine<'_> {
     /// Ends a barrier's generation when all have arrived.
     fn complete(&mut self, id: usize) {
         let state = &mut self.block.barriers[id];
-        let expected = if state.expected == 0 {
-            self.block.alive
-        } else {
-            state.expected
-        };
+        let expected = if state.expected == 0 { self.block.alive } else { state.expected };
         if state.arrived == 0 || state.arrived < expected {
             return;
         }
@@ -692,9 +509,7 @@ impl Machine<'_> {
         if let Some(races) = &mut self.block.races {
             races.join(warp.index as usize, &state.completed_clock);
         }
-        let Op::Barrier { mode, .. } = step.op else {
-            unreachable!("only barriers are waited for")
-        };
+        let Op::Barrier { mode, .. } = step.op else { unreachable!("only barriers are waited for") };
         let (votes, voters) = state.result;
         let to = self.env.program.operands[step.first as usize] as usize;
         // SAFETY: a reduction's destination is the first operand, inside the file.
@@ -738,11 +553,7 @@ impl Machine<'_> {
         }
         if named & warp.alive & !active != 0 {
             if matches!(step.op, Op::WarpSync) {
-                return Ok(if self.meet(warp, named, active) {
-                    active
-                } else {
-                    0
-                });
+                return Ok(if self.meet(warp, named, active) { active } else { 0 });
             }
             return Ok(0);
         }
@@ -751,10 +562,7 @@ impl Machine<'_> {
         }
         match step.op {
             Op::WarpSync => {}
-            Op::Shuffle {
-                mode,
-                with_predicate,
-            } => self.shuffle(warp, operands, mode, with_predicate, pc, active)?,
+            Op::Shuffle { mode, with_predicate } => self.shuffle(warp, operands, mode, with_predicate, pc, active)?,
             _ => self.vote(warp, step, operands, active),
         }
         Ok(active)
@@ -773,28 +581,17 @@ impl Machine<'_> {
             let lane = group.mask.trailing_zeros() & 31;
             // SAFETY: the member mask is a 32-bit register inside the file.
             let theirs = unsafe {
-                file.add(program.operands[step.first as usize] as usize)
-                    .cast::<u32>()
-                    .add(lane as usize)
-                    .read()
+                file.add(program.operands[step.first as usize] as usize).cast::<u32>().add(lane as usize).read()
             };
             theirs == named
         };
-        let come = warp
-            .groups
-            .iter()
-            .filter(|group| waits_too(group))
-            .fold(active, |come, group| come | group.mask);
+        let come = warp.groups.iter().filter(|group| waits_too(group)).fold(active, |come, group| come | group.mask);
         if named & warp.alive & !come != 0 {
             return false;
         }
         for group in &mut warp.groups {
             if waits_too(group) && group.mask & named != 0 {
-                *group = Group {
-                    pc: group.pc + 1,
-                    mask: group.mask,
-                    wait: Wait::Nothing,
-                };
+                *group = Group { pc: group.pc + 1, mask: group.mask, wait: Wait::Nothing };
             }
         }
         if let Some(races) = &mut self.block.races {
@@ -815,10 +612,7 @@ impl Machine<'_> {
     ) -> Result<u32, Box<Fault>> {
         for l in lanes(active) {
             if members[l as usize] >> l & 1 == 0 {
-                let detail = format!(
-                    "the lane is not in its own member mask {:#010x}",
-                    members[l as usize]
-                );
+                let detail = format!("the lane is not in its own member mask {:#010x}", members[l as usize]);
                 return Err(self.fault(FaultKind::InactiveShuffle, warp, pc, l, detail));
             }
         }
@@ -829,19 +623,14 @@ impl Machine<'_> {
         while rest != 0 {
             let lane = rest.trailing_zeros();
             let named = members[lane as usize];
-            let set = lanes(rest)
-                .filter(|&l| members[l as usize] == named)
-                .fold(0, |set, l| set | 1 << l);
+            let set = lanes(rest).filter(|&l| members[l as usize] == named).fold(0, |set, l| set | 1 << l);
             rest &= !set;
             if named & warp.alive & !set != 0 {
                 continue;
             }
             match step.op {
                 Op::WarpSync => {}
-                Op::Shuffle {
-                    mode,
-                    with_predicate,
-                } => self.shuffle(warp, operands, mode, with_predicate, pc, set)?,
+                Op::Shuffle { mode, with_predicate } => self.shuffle(warp, operands, mode, with_predicate, pc, set)?,
                 _ => self.vote(warp, step, operands, set),
             }
             done |= set;
@@ -891,15 +680,9 @@ impl Machine<'_> {
             result[l as usize] = value[source as usize];
         }
         if source_lanes & !active != 0 && self.env.checks.inactive_shuffle {
-            let reader = lanes(active)
-                .find(|&l| active >> from[l as usize] & 1 == 0)
-                .unwrap_or(0);
+            let reader = lanes(active).find(|&l| active >> from[l as usize] & 1 == 0).unwrap_or(0);
             let source = from[reader as usize];
-            let why = if warp.alive >> source & 1 == 0 {
-                "has exited or does not exist"
-            } else {
-                "does not take part"
-            };
+            let why = if warp.alive >> source & 1 == 0 { "has exited or does not exist" } else { "does not take part" };
             let detail = format!("reads lane {source}, which {why}");
             return Err(self.fault(FaultKind::InactiveShuffle, warp, pc, reader, detail));
         }
@@ -907,11 +690,7 @@ impl Machine<'_> {
         unsafe {
             let to = &mut *file.add(operands[0] as usize).cast::<[u32; 32]>();
             for l in 0..32 {
-                to[l] = if active >> l & 1 != 0 {
-                    result[l]
-                } else {
-                    to[l]
-                };
+                to[l] = if active >> l & 1 != 0 { result[l] } else { to[l] };
             }
             if with_predicate {
                 let to = file.add(operands[1] as usize).cast::<u32>();
@@ -928,9 +707,7 @@ impl Machine<'_> {
         // SAFETY: all operands are registers inside the file, of the kinds the decoder gave.
         unsafe {
             let word = |i: usize| file.add(operands[i] as usize).cast::<u32>();
-            let set = |to: *mut u32, value: bool| {
-                to.write(to.read() & !active | if value { active } else { 0 })
-            };
+            let set = |to: *mut u32, value: bool| to.write(to.read() & !active | if value { active } else { 0 });
             match step.op {
                 Op::Vote { vote, negate } => {
                     let p = word(1).read();
@@ -939,26 +716,15 @@ impl Machine<'_> {
                         Vote::All => set(word(0), votes == active),
                         Vote::Any => set(word(0), votes != 0),
                         Vote::Uni => set(word(0), votes == 0 || votes == active),
-                        Vote::Ballot => {
-                            lanes(active).for_each(|l| word(0).add(l as usize).write(votes))
-                        }
+                        Vote::Ballot => lanes(active).for_each(|l| word(0).add(l as usize).write(votes)),
                     }
                 }
-                Op::Match {
-                    all,
-                    wide,
-                    with_predicate,
-                } => {
+                Op::Match { all, wide, with_predicate } => {
                     let source = 1 + usize::from(with_predicate);
                     let values: [u64; 32] = if wide {
-                        file.add(operands[source] as usize)
-                            .cast::<[u64; 32]>()
-                            .read()
+                        file.add(operands[source] as usize).cast::<[u64; 32]>().read()
                     } else {
-                        file.add(operands[source] as usize)
-                            .cast::<[u32; 32]>()
-                            .read()
-                            .map(u64::from)
+                        file.add(operands[source] as usize).cast::<[u32; 32]>().read().map(u64::from)
                     };
                     let equal = |l: u32| {
                         lanes(active)
@@ -1002,39 +768,20 @@ impl Machine<'_> {
 
     /// Everything that is not worth a place in the loop.
     #[inline(never)]
-    fn seldom(
-        &mut self,
-        warp: &mut Warp,
-        op: &Op,
-        operands: &[u32],
-        pc: u32,
-        active: u32,
-    ) -> Result<(), Box<Fault>> {
+    fn seldom(&mut self, warp: &mut Warp, op: &Op, operands: &[u32], pc: u32, active: u32) -> Result<(), Box<Fault>> {
         let file = warp.file.as_mut_ptr();
         match *op {
-            Op::Atom {
-                rmw,
-                reduce,
-                ref access,
-            } => self.atom(warp, operands, rmw, reduce, access, pc, active)?,
+            Op::Atom { rmw, reduce, ref access } => self.atom(warp, operands, rmw, reduce, access, pc, active)?,
             Op::CpAsync { .. } => self.cp_async(warp, operands, op, pc, active)?,
             Op::CpCommit => lanes(active).for_each(|l| warp.committed[l as usize] += 1),
             Op::CpWait(keep) => self.cp_wait(warp, keep, pc, active)?,
-            Op::WmmaLoad { .. } | Op::WmmaStore { .. } => {
-                self.wmma_memory(warp, operands, op, pc)?
-            }
+            Op::WmmaLoad { .. } | Op::WmmaStore { .. } => self.wmma_memory(warp, operands, op, pc)?,
             Op::MovMatrix => {
                 // SAFETY: both are 32-bit registers inside the file; a matrix of 8 by 8 halves is 128 bytes.
                 unsafe {
-                    let from = file
-                        .add(operands[1] as usize)
-                        .cast::<[[u16; 8]; 8]>()
-                        .read();
-                    let to: [[u16; 8]; 8] =
-                        std::array::from_fn(|row| std::array::from_fn(|col| from[col][row]));
-                    file.add(operands[0] as usize)
-                        .cast::<[[u16; 8]; 8]>()
-                        .write(to);
+                    let from = file.add(operands[1] as usize).cast::<[[u16; 8]; 8]>().read();
+                    let to: [[u16; 8]; 8] = std::array::from_fn(|row| std::array::from_fn(|col| from[col][row]));
+                    file.add(operands[0] as usize).cast::<[[u16; 8]; 8]>().write(to);
                 }
             }
             Op::Special { register, bits } => {
@@ -1054,10 +801,7 @@ impl Machine<'_> {
             Op::ActiveMask => {
                 // SAFETY: the destination is a 32-bit register inside the file.
                 lanes(active).for_each(|l| unsafe {
-                    file.add(operands[0] as usize)
-                        .cast::<u32>()
-                        .add(l as usize)
-                        .write(active)
+                    file.add(operands[0] as usize).cast::<u32>().add(l as usize).write(active)
                 });
             }
             Op::IsSpace(space) => {
@@ -1100,11 +844,7 @@ impl Machine<'_> {
         let launch = self.env.launch;
         let axis = |values: [u32; 3], axis: u8| u64::from(values[axis as usize]);
         let multiprocessors = u64::from(launch.multiprocessors.max(1));
-        let time = || {
-            std::time::UNIX_EPOCH
-                .elapsed()
-                .map_or(0, |time| time.as_nanos() as u64)
-        };
+        let time = || std::time::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64);
         match special {
             Special::Tid(a) => axis(self.env.thread(warp.index, lane), a),
             Special::Ntid(a) => axis(launch.block, a),

@@ -35,10 +35,7 @@ pub struct LoadedModule {
 impl LoadedModule {
     /// Allocates and initialises the module's variables; None when memory is too small.
     pub fn load(memory: &Memory, module: Arc<Module>) -> Option<Self> {
-        let mut loaded = LoadedModule {
-            module,
-            addresses: vec![],
-        };
+        let mut loaded = LoadedModule { module, addresses: vec![] };
         for global in &loaded.module.globals {
             let Some(address) = memory.alloc(global.bytes.max(1)) else {
                 loaded.unload(memory);
@@ -72,11 +69,7 @@ impl LoadedModule {
     }
     /// Address and size of a variable.
     pub fn global(&self, name: &str) -> Option<(u64, u64)> {
-        let index = self
-            .module
-            .globals
-            .iter()
-            .position(|global| global.name == name)?;
+        let index = self.module.globals.iter().position(|global| global.name == name)?;
         Some((self.addresses[index], self.module.globals[index].bytes))
     }
 }
@@ -260,11 +253,7 @@ impl Counters {
 
     /// Adds another launch's counts (`distinct_bytes` too: bytes touched by both count twice).
     pub fn add(&mut self, other: &Counters) {
-        for (mine, theirs) in self
-            .values_mut()
-            .into_iter()
-            .zip(other.clone().values_mut())
-        {
+        for (mine, theirs) in self.values_mut().into_iter().zip(other.clone().values_mut()) {
             *mine += *theirs;
         }
     }

@@ -24,39 +24,21 @@ unsafe fn each<M: Move>(registers: *mut u8, operands: *const u32, count: usize, 
     }
 }
 
-unsafe fn portable<M: Move>(
-    _: &Form,
-    registers: *mut u8,
-    operands: *const u32,
-    count: usize,
-    mask: u32,
-) {
+unsafe fn portable<M: Move>(_: &Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
     // SAFETY: passed on.
     unsafe { each::<M>(registers, operands, count, mask) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-unsafe fn avx2<M: Move>(
-    _: &Form,
-    registers: *mut u8,
-    operands: *const u32,
-    count: usize,
-    mask: u32,
-) {
+unsafe fn avx2<M: Move>(_: &Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
     // SAFETY: passed on.
     unsafe { each::<M>(registers, operands, count, mask) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq")]
-unsafe fn avx512<M: Move>(
-    _: &Form,
-    registers: *mut u8,
-    operands: *const u32,
-    count: usize,
-    mask: u32,
-) {
+unsafe fn avx512<M: Move>(_: &Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
     // SAFETY: passed on.
     unsafe { each::<M>(registers, operands, count, mask) }
 }

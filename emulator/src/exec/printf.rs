@@ -11,29 +11,14 @@ impl Machine<'_> {
     fn parameter(&self, warp: &mut Warp, operand: u32, lane: u32) -> u64 {
         // SAFETY: the operand is a 64-bit constant with the variable's offset, which the decoder placed inside local memory.
         unsafe {
-            let offset = warp
-                .file
-                .as_mut_ptr()
-                .add(operand as usize)
-                .cast::<u64>()
-                .read();
+            let offset = warp.file.as_mut_ptr().add(operand as usize).cast::<u64>().read();
             let at = lane as usize * self.env.local_stride as usize + offset as usize;
-            warp.local
-                .as_mut_ptr()
-                .add(at)
-                .cast::<u64>()
-                .read_unaligned()
+            warp.local.as_mut_ptr().add(at).cast::<u64>().read_unaligned()
         }
     }
 
     /// The bytes of a text up to its zero.
-    fn text(
-        &mut self,
-        warp: &mut Warp,
-        address: u64,
-        lane: u32,
-        pc: u32,
-    ) -> Result<Vec<u8>, Box<Fault>> {
+    fn text(&mut self, warp: &mut Warp, address: u64, lane: u32, pc: u32) -> Result<Vec<u8>, Box<Fault>> {
         let mut text = vec![];
         while text.len() < MAX_TEXT {
             let at = self.readable(warp, address + text.len() as u64, lane, 1, pc)?;
@@ -47,13 +32,7 @@ impl Machine<'_> {
     }
 
     /// `vprintf(format, arguments)`
-    pub(super) fn printf(
-        &mut self,
-        warp: &mut Warp,
-        operands: &[u32],
-        pc: u32,
-        active: u32,
-    ) -> Result<(), Box<Fault>> {
+    pub(super) fn printf(&mut self, warp: &mut Warp, operands: &[u32], pc: u32, active: u32) -> Result<(), Box<Fault>> {
         for lane in lanes(active) {
             let format = self.parameter(warp, operands[1], lane);
             let arguments = self.parameter(warp, operands[2], lane);
@@ -62,18 +41,9 @@ impl Machine<'_> {
             self.block.output.extend(out);
             // SAFETY: the result's variable stands at a constant offset inside local memory.
             unsafe {
-                let offset = warp
-                    .file
-                    .as_mut_ptr()
-                    .add(operands[0] as usize)
-                    .cast::<u64>()
-                    .read();
+                let offset = warp.file.as_mut_ptr().add(operands[0] as usize).cast::<u64>().read();
                 let at = lane as usize * self.env.local_stride as usize + offset as usize;
-                warp.local
-                    .as_mut_ptr()
-                    .add(at)
-                    .cast::<u32>()
-                    .write_unaligned(count);
+                warp.local.as_mut_ptr().add(at).cast::<u32>().write_unaligned(count);
             }
         }
         Ok(())
@@ -124,8 +94,7 @@ impl Machine<'_> {
                     continue;
                 }
                 b'd' | b'i' | b'u' | b'x' | b'X' | b'o' | b'c' => {
-                    let value =
-                        self.argument(warp, &mut arguments, if long { 8 } else { 4 }, lane, pc)?;
+                    let value = self.argument(warp, &mut arguments, if long { 8 } else { 4 }, lane, pc)?;
                     if long {
                         spec.extend(b"ll");
                     }
@@ -143,9 +112,7 @@ impl Machine<'_> {
                     let value = f64::from_bits(self.argument(warp, &mut arguments, 8, lane, pc)?);
                     spec.extend([conversion, 0]);
                     // SAFETY: the format has one conversion, of a double.
-                    out.extend(print(|to, size| unsafe {
-                        libc::snprintf(to, size, spec.as_ptr().cast(), value)
-                    }));
+                    out.extend(print(|to, size| unsafe { libc::snprintf(to, size, spec.as_ptr().cast(), value) }));
                 }
                 b'p' => {
                     let value = self.argument(warp, &mut arguments, 8, lane, pc)?;
@@ -189,22 +156,12 @@ impl Machine<'_> {
         *arguments += u64::from(bytes);
         // SAFETY: `readable` has checked that many bytes.
         Ok(unsafe {
-            if bytes == 8 {
-                at.cast::<u64>().read_unaligned()
-            } else {
-                u64::from(at.cast::<u32>().read_unaligned())
-            }
+            if bytes == 8 { at.cast::<u64>().read_unaligned() } else { u64::from(at.cast::<u32>().read_unaligned()) }
         })
     }
 
     /// `__assertfail(message, file, line, function, size of a character)`
-    pub(super) fn assert_fail(
-        &mut self,
-        warp: &mut Warp,
-        operands: &[u32],
-        pc: u32,
-        active: u32,
-    ) -> Box<Fault> {
+    pub(super) fn assert_fail(&mut self, warp: &mut Warp, operands: &[u32], pc: u32, active: u32) -> Box<Fault> {
         let lane = active.trailing_zeros() & 31;
         let mut texts = [vec![], vec![], vec![]];
         for (text, operand) in texts.iter_mut().zip([0, 1, 3]) {
@@ -215,8 +172,7 @@ impl Machine<'_> {
             }
         }
         let line = self.parameter(warp, operands[2], lane) as u32;
-        let [message, file, function] =
-            texts.map(|text| String::from_utf8_lossy(&text).into_owned());
+        let [message, file, function] = texts.map(|text| String::from_utf8_lossy(&text).into_owned());
         self.fault(
             FaultKind::Assert,
             warp,

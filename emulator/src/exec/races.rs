@@ -66,11 +66,7 @@ impl SharedRaces {
             clocks: vec![0; warps * warps],
             writes: vec![0; bytes],
             reads: vec![0; warps * bytes],
-            atomics: if atomics {
-                vec![0; warps * bytes]
-            } else {
-                vec![]
-            },
+            atomics: if atomics { vec![0; warps * bytes] } else { vec![] },
             released: HashMap::new(),
         };
         races.restart();
@@ -79,10 +75,7 @@ impl SharedRaces {
 
     /// Begins another block.
     pub fn restart(&mut self) {
-        let last = (0..self.warps)
-            .map(|w| self.clocks[w * self.warps + w])
-            .max()
-            .unwrap_or(0);
+        let last = (0..self.warps).map(|w| self.clocks[w * self.warps + w]).max().unwrap_or(0);
         self.released.clear();
         self.begin(last + 1);
     }
@@ -118,10 +111,7 @@ impl SharedRaces {
 
     /// The warp learns of another clock.
     pub fn join(&mut self, warp: usize, other: &[u32]) {
-        for (mine, &theirs) in self.clocks[warp * self.warps..][..self.warps]
-            .iter_mut()
-            .zip(other)
-        {
+        for (mine, &theirs) in self.clocks[warp * self.warps..][..self.warps].iter_mut().zip(other) {
             *mine = (*mine).max(theirs);
         }
     }
@@ -141,23 +131,15 @@ impl SharedRaces {
             return None;
         }
         let (other, other_lane) = ((stamp >> 5 & 31) as usize, stamp & 31);
-        self.unordered(time, warp, other, lane == other_lane)
-            .then_some(Other {
-                what: "written",
-                warp: other as u32,
-                lane: Some(other_lane),
-                at,
-            })
+        self.unordered(time, warp, other, lane == other_lane).then_some(Other {
+            what: "written",
+            warp: other as u32,
+            lane: Some(other_lane),
+            at,
+        })
     }
 
-    fn against(
-        &self,
-        stamps: &[u32],
-        what: &'static str,
-        warp: usize,
-        lane: u32,
-        at: u32,
-    ) -> Option<Other> {
+    fn against(&self, stamps: &[u32], what: &'static str, warp: usize, lane: u32, at: u32) -> Option<Other> {
         for other in 0..self.warps {
             let stamp = stamps[other * self.bytes + at as usize];
             let time = stamp >> READ_SHIFT;
@@ -166,12 +148,7 @@ impl SharedRaces {
             }
             let other_lane = stamp & 63;
             if self.unordered(time, warp, other, lane == other_lane) {
-                return Some(Other {
-                    what,
-                    warp: other as u32,
-                    lane: (other_lane != MANY).then_some(other_lane),
-                    at,
-                });
+                return Some(Other { what, warp: other as u32, lane: (other_lane != MANY).then_some(other_lane), at });
             }
         }
         None
@@ -180,22 +157,14 @@ impl SharedRaces {
     fn stamp(stamps: &mut [u32], index: usize, time: u32, lane: u32) {
         let new = time << READ_SHIFT | lane;
         let old = stamps[index];
-        stamps[index] = if old >> READ_SHIFT == time && old != new {
-            time << READ_SHIFT | MANY
-        } else {
-            new
-        };
+        stamps[index] = if old >> READ_SHIFT == time && old != new { time << READ_SHIFT | MANY } else { new };
     }
 
     /// Whether the 4 bytes from here on were last written together by an access that is ordered before the warp's, and not touched atomically: the
     /// usual case, decided at once.
     #[inline(always)]
     fn word_is_ordered(&self, warp: usize, lane: u32, at: usize) -> bool {
-        let Some(&[a, b, c, d]) = self
-            .writes
-            .get(at..at + 4)
-            .and_then(|word| word.first_chunk())
-        else {
+        let Some(&[a, b, c, d]) = self.writes.get(at..at + 4).and_then(|word| word.first_chunk()) else {
             return false;
         };
         if a != b || a != c || a != d || !self.atomics.is_empty() {
@@ -215,24 +184,14 @@ impl SharedRaces {
                 let new = time << READ_SHIFT | lane;
                 let many = time << READ_SHIFT | MANY;
                 for stamp in &mut self.reads[first..first + 4] {
-                    *stamp = if *stamp >> READ_SHIFT == time && *stamp != new {
-                        many
-                    } else {
-                        new
-                    };
+                    *stamp = if *stamp >> READ_SHIFT == time && *stamp != new { many } else { new };
                 }
                 at += 4;
                 continue;
             }
             let mut other = self.against_write(warp, lane, at);
             if other.is_none() && !self.atomics.is_empty() {
-                other = self.against(
-                    &self.atomics,
-                    "changed by an atomic operation",
-                    warp,
-                    lane,
-                    at,
-                );
+                other = self.against(&self.atomics, "changed by an atomic operation", warp, lane, at);
             }
             if other.is_some() {
                 return other;
@@ -244,14 +203,7 @@ impl SharedRaces {
     }
 
     /// A lane writes bytes; `same` says of each whether it already has the value.
-    pub fn write(
-        &mut self,
-        warp: usize,
-        lane: u32,
-        at: u32,
-        bytes: u32,
-        same: impl Fn(u32) -> bool,
-    ) -> Option<Other> {
+    pub fn write(&mut self, warp: usize, lane: u32, at: u32, bytes: u32, same: impl Fn(u32) -> bool) -> Option<Other> {
         let time = self.clocks[warp * self.warps + warp];
         let stamp = time << WRITE_SHIFT | (warp as u32) << 5 | lane;
         let mut i = 0;
@@ -285,33 +237,19 @@ impl SharedRaces {
     fn nobody_read(&self, warp: usize, lane: u32, at: usize) -> bool {
         (0..self.warps).all(|other| {
             let known = self.clocks[warp * self.warps + other];
-            self.reads[other * self.bytes + at..][..4]
-                .iter()
-                .all(|&stamp| {
-                    let time = stamp >> READ_SHIFT;
-                    let ordered = if other == warp {
-                        time != known || stamp & 63 == lane
-                    } else {
-                        time <= known
-                    };
-                    time < self.base || ordered
-                })
+            self.reads[other * self.bytes + at..][..4].iter().all(|&stamp| {
+                let time = stamp >> READ_SHIFT;
+                let ordered = if other == warp { time != known || stamp & 63 == lane } else { time <= known };
+                time < self.base || ordered
+            })
         })
     }
 
     /// Whether a write to the byte would race.
     pub fn check_write(&self, warp: usize, lane: u32, at: u32) -> Option<Other> {
-        let other = self
-            .against_write(warp, lane, at)
-            .or_else(|| self.against(&self.reads, "read", warp, lane, at));
+        let other = self.against_write(warp, lane, at).or_else(|| self.against(&self.reads, "read", warp, lane, at));
         if other.is_none() && !self.atomics.is_empty() {
-            return self.against(
-                &self.atomics,
-                "changed by an atomic operation",
-                warp,
-                lane,
-                at,
-            );
+            return self.against(&self.atomics, "changed by an atomic operation", warp, lane, at);
         }
         other
     }
@@ -320,19 +258,13 @@ impl SharedRaces {
     pub fn atomic(&mut self, warp: usize, lane: u32, at: u32, bytes: u32) -> Option<Other> {
         let time = self.clocks[warp * self.warps + warp];
         for at in at..at + bytes {
-            let other = self
-                .against_write(warp, lane, at)
-                .or_else(|| self.against(&self.reads, "read", warp, lane, at));
+            let other =
+                self.against_write(warp, lane, at).or_else(|| self.against(&self.reads, "read", warp, lane, at));
             if other.is_some() {
                 return other;
             }
             if !self.atomics.is_empty() {
-                Self::stamp(
-                    &mut self.atomics,
-                    warp * self.bytes + at as usize,
-                    time,
-                    lane,
-                );
+                Self::stamp(&mut self.atomics, warp * self.bytes + at as usize, time, lane);
             }
         }
         None
@@ -391,11 +323,7 @@ impl GlobalRaces {
     /// For one launch.
     pub fn new(shadow: Arc<Shadow>) -> Self {
         let generation = shadow.next_generation();
-        GlobalRaces {
-            shadow,
-            generation,
-            orders: Mutex::default(),
-        }
+        GlobalRaces { shadow, generation, orders: Mutex::default() }
     }
 
     fn unpack(&self, word: u64) -> Option<Entry> {
@@ -444,82 +372,41 @@ impl GlobalRaces {
     pub fn read(&self, address: u64, bytes: u64, block: u32, epoch: u32) -> Option<GlobalConflict> {
         // SAFETY: callers have found the address in an allocation.
         let (writer, reader) = unsafe { self.shadow.word(address) };
-        let mine = Entry {
-            epoch: u64::from(epoch) & EPOCH_MASK,
-            block,
-            several: false,
-            bytes,
-        };
+        let mine = Entry { epoch: u64::from(epoch) & EPOCH_MASK, block, several: false, bytes };
         let new = match self.unpack(reader.load(Ordering::Relaxed)) {
             Some(old) if old.block == block && !old.several => {
-                let kept = if old.epoch == mine.epoch {
-                    old.bytes
-                } else {
-                    0
-                };
-                Entry {
-                    bytes: bytes | kept,
-                    ..mine
-                }
+                let kept = if old.epoch == mine.epoch { old.bytes } else { 0 };
+                Entry { bytes: bytes | kept, ..mine }
             }
-            Some(old) if old.bytes & bytes != 0 => Entry {
-                several: true,
-                bytes: old.bytes & bytes,
-                ..mine
-            },
+            Some(old) if old.bytes & bytes != 0 => Entry { several: true, bytes: old.bytes & bytes, ..mine },
             _ => mine,
         };
         // Sequentially consistent: of a read and a write at the same time, one sees the other.
         reader.swap(self.pack(new), Ordering::SeqCst);
         let other = self.unpack(writer.load(Ordering::SeqCst))?;
-        let conflict =
-            other.block != block && other.bytes & bytes != 0 && !self.ordered(block, other);
-        conflict.then_some(GlobalConflict {
-            what: "written",
-            block: Some(other.block),
-        })
+        let conflict = other.block != block && other.bytes & bytes != 0 && !self.ordered(block, other);
+        conflict.then_some(GlobalConflict { what: "written", block: Some(other.block) })
     }
 
     /// A block writes; `same` says whether the bytes already have the value.
-    pub fn write(
-        &self,
-        address: u64,
-        bytes: u64,
-        block: u32,
-        epoch: u32,
-        same: bool,
-    ) -> Option<GlobalConflict> {
+    pub fn write(&self, address: u64, bytes: u64, block: u32, epoch: u32, same: bool) -> Option<GlobalConflict> {
         if same {
             return None;
         }
         // SAFETY: callers have found the address in an allocation.
         let (writer, reader) = unsafe { self.shadow.word(address) };
-        let mine = Entry {
-            epoch: u64::from(epoch) & EPOCH_MASK,
-            block,
-            several: false,
-            bytes,
-        };
+        let mine = Entry { epoch: u64::from(epoch) & EPOCH_MASK, block, several: false, bytes };
         let old = self.unpack(writer.load(Ordering::Relaxed));
         let new = match old {
-            Some(old) if old.block == block && old.epoch == mine.epoch => Entry {
-                bytes: bytes | old.bytes,
-                ..mine
-            },
+            Some(old) if old.block == block && old.epoch == mine.epoch => Entry { bytes: bytes | old.bytes, ..mine },
             _ => mine,
         };
         let old = self.unpack(writer.swap(self.pack(new), Ordering::SeqCst));
-        for (what, other) in [
-            ("written", old),
-            ("read", self.unpack(reader.load(Ordering::SeqCst))),
-        ] {
+        for (what, other) in [("written", old), ("read", self.unpack(reader.load(Ordering::SeqCst)))] {
             let Some(other) = other else { continue };
             let another = other.several || other.block != block;
             if another && other.bytes & bytes != 0 && !self.ordered(block, other) {
-                return Some(GlobalConflict {
-                    what,
-                    block: (!other.several).then_some(other.block),
-                });
+                return Some(GlobalConflict { what, block: (!other.several).then_some(other.block) });
             }
         }
         None

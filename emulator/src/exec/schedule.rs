@@ -59,9 +59,7 @@ pub fn best_isa() -> Isa {
 fn runner(wanted: Option<Isa>) -> Runner {
     let best = best_isa();
     // An instruction set that the processor lacks cannot be forced.
-    let isa = wanted
-        .filter(|&isa| isa as u32 <= best as u32)
-        .unwrap_or(best);
+    let isa = wanted.filter(|&isa| isa as u32 <= best as u32).unwrap_or(best);
     match isa {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => interp::run_avx512,
@@ -81,11 +79,7 @@ struct Order {
 impl Order {
     fn new(count: u64, seed: Option<u64>) -> Self {
         let Some(seed) = seed else {
-            return Order {
-                count,
-                factor: 1,
-                offset: 0,
-            };
+            return Order { count, factor: 1, offset: 0 };
         };
         let gcd = |mut a: u64, mut b: u64| {
             while b != 0 {
@@ -100,16 +94,11 @@ impl Order {
                 break;
             }
         }
-        Order {
-            count,
-            factor,
-            offset: mix(mix(seed)) % count,
-        }
+        Order { count, factor, offset: mix(mix(seed)) % count }
     }
 
     fn block(&self, issue: u64) -> u64 {
-        ((u128::from(issue) * u128::from(self.factor) + u128::from(self.offset))
-            % u128::from(self.count)) as u64
+        ((u128::from(issue) * u128::from(self.factor) + u128::from(self.offset)) % u128::from(self.count)) as u64
     }
 }
 
@@ -137,10 +126,7 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         kernel.param_bytes
     );
     let threads = launch.block.iter().product::<u32>();
-    assert!(
-        (1..=1024).contains(&threads),
-        "a block of {threads} threads"
-    );
+    assert!((1..=1024).contains(&threads), "a block of {threads} threads");
     let count = launch.grid.iter().map(|&n| u64::from(n)).product::<u64>();
     assert!(count > 0, "an empty grid");
     if !settings.checks.uninitialised {
@@ -166,23 +152,10 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         threads,
         local_stride: kernel.local_bytes.next_multiple_of(16),
         constants: resolve(program, &launch.module.addresses),
-        global_races: if checks.global_races {
-            memory.shadow().map(GlobalRaces::new)
-        } else {
-            None
-        },
+        global_races: if checks.global_races { memory.shadow().map(GlobalRaces::new) } else { None },
         touched: settings.counters.then(|| {
-            let end = allocations
-                .last()
-                .map_or(range.0, |last| last.address + last.bytes);
-            Touched::new(
-                range.0,
-                if checks.bounds {
-                    end - range.0
-                } else {
-                    range.1
-                },
-            )
+            let end = allocations.last().map_or(range.0, |last| last.address + last.bytes);
+            Touched::new(range.0, if checks.bounds { end - range.0 } else { range.1 })
         }),
     };
     let shared = Shared {
@@ -195,11 +168,7 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         counters: Mutex::new(Counters::default()),
         run: runner(settings.isa),
     };
-    let cores = if settings.threads == 0 {
-        rayon::current_num_threads()
-    } else {
-        settings.threads
-    };
+    let cores = if settings.threads == 0 { rayon::current_num_threads() } else { settings.threads };
     let workers = (cores as u64).min(count);
     if workers == 1 {
         shared.work();
@@ -212,10 +181,7 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
             }
         });
     }
-    let mut output = shared
-        .output
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner);
+    let mut output = shared.output.into_inner().unwrap_or_else(PoisonError::into_inner);
     output.sort_by_key(|&(block, _)| block);
     for (_, text) in output {
         match &settings.output {
@@ -224,22 +190,12 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
             None => drop(std::io::stdout().write_all(&text)),
         }
     }
-    if let Some((_, fault)) = shared
-        .fault
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner)
-    {
+    if let Some((_, fault)) = shared.fault.into_inner().unwrap_or_else(PoisonError::into_inner) {
         return Err(*fault);
     }
-    let mut counters = shared
-        .counters
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner);
+    let mut counters = shared.counters.into_inner().unwrap_or_else(PoisonError::into_inner);
     if settings.counters {
-        counters.distinct_bytes = env
-            .touched
-            .as_ref()
-            .map_or(0, |touched| touched.sectors() * 32);
+        counters.distinct_bytes = env.touched.as_ref().map_or(0, |touched| touched.sectors() * 32);
         counters.blocks = count;
     }
     Ok(counters)
@@ -253,13 +209,8 @@ impl Shared<'_> {
         let mut spare: Vec<Block> = vec![];
         loop {
             let full = aside.len() >= MAX_BEGUN && !self.env.launch.cooperative;
-            let issue = if full {
-                u64::MAX
-            } else {
-                self.next.fetch_add(1, Ordering::Relaxed)
-            };
-            let fresh =
-                issue < self.order.count && issue <= self.first_fault.load(Ordering::Relaxed);
+            let issue = if full { u64::MAX } else { self.next.fetch_add(1, Ordering::Relaxed) };
+            let fresh = issue < self.order.count && issue <= self.first_fault.load(Ordering::Relaxed);
             if fresh {
                 machine.block = spare.pop().unwrap_or_default();
                 machine.start(issue, self.order.block(issue));
@@ -290,19 +241,13 @@ impl Shared<'_> {
             let mut block = std::mem::take(&mut machine.block);
             if !block.output.is_empty() {
                 let text = std::mem::take(&mut block.output);
-                self.output
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .push((block.linear, text));
+                self.output.lock().unwrap_or_else(PoisonError::into_inner).push((block.linear, text));
             }
             spare.push(block);
         }
         if self.env.settings.counters {
             machine.sum_runs();
-            self.counters
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .add(&machine.counters);
+            self.counters.lock().unwrap_or_else(PoisonError::into_inner).add(&machine.counters);
         }
     }
 }
@@ -322,15 +267,10 @@ impl Machine<'_> {
                 index = self.block.random as usize % warps;
                 turn = 1 + (self.block.random >> 32) as u32 % 32;
             }
-            let ready = (0..warps)
-                .map(|i| (index + i) % warps)
-                .find(|&i| self.block.warps[i].ready(&self.block.barriers));
+            let ready =
+                (0..warps).map(|i| (index + i) % warps).find(|&i| self.block.warps[i].ready(&self.block.barriers));
             let Some(index) = ready else {
-                return if self.block.alive == 0 {
-                    Ok(true)
-                } else {
-                    Err(self.deadlock())
-                };
+                return if self.block.alive == 0 { Ok(true) } else { Err(self.deadlock()) };
             };
             let mut warp = std::mem::take(&mut self.block.warps[index]);
             let before = self.block.ticks;
@@ -339,23 +279,11 @@ impl Machine<'_> {
             warp.instructions += self.block.ticks - before;
             let too_long = limit > 0 && warp.instructions > limit;
             let overrun = too_long.then(|| {
-                let group = warp
-                    .groups
-                    .iter()
-                    .find(|group| group.wait == Wait::Nothing)
-                    .or(warp.groups.first());
+                let group = warp.groups.iter().find(|group| group.wait == Wait::Nothing).or(warp.groups.first());
                 let (pc, mask) = group.map_or((0, 1), |group| (group.pc, group.mask));
-                let detail = format!(
-                    "a warp has executed {} instructions, more than the limit of {limit}",
-                    warp.instructions
-                );
-                self.fault(
-                    FaultKind::Timeout,
-                    &warp,
-                    pc,
-                    mask.trailing_zeros() & 31,
-                    detail,
-                )
+                let detail =
+                    format!("a warp has executed {} instructions, more than the limit of {limit}", warp.instructions);
+                self.fault(FaultKind::Timeout, &warp, pc, mask.trailing_zeros() & 31, detail)
             });
             self.block.warps[index] = warp;
             let used = result? == Turn::Used;
@@ -377,13 +305,7 @@ impl Machine<'_> {
 
     /// Nobody can go on: who waits for whom.
     fn deadlock(&self) -> Box<Fault> {
-        let waiting = |warp: &Warp| {
-            warp.groups
-                .iter()
-                .copied()
-                .filter(|group| group.mask != 0)
-                .collect::<Vec<_>>()
-        };
+        let waiting = |warp: &Warp| warp.groups.iter().copied().filter(|group| group.mask != 0).collect::<Vec<_>>();
         let mut all = vec![];
         for warp in &self.block.warps {
             all.extend(waiting(warp).into_iter().map(|group| (warp, group)));
@@ -395,19 +317,14 @@ impl Machine<'_> {
             format!("PTX line {}", source.line)
         };
         // Lanes that wait for others of their warp explain more than those that wait at a barrier as they should.
-        let (warp, group) = *all
-            .iter()
-            .find(|(_, group)| group.wait == Wait::Lanes)
-            .unwrap_or(&all[0]);
+        let (warp, group) = *all.iter().find(|(_, group)| group.wait == Wait::Lanes).unwrap_or(&all[0]);
         let lane = group.mask.trailing_zeros() & 31;
         let others: Vec<String> = all
             .iter()
             .filter(|(w, g)| w.index != warp.index || g.mask != group.mask)
             .take(4)
             .map(|(w, g)| {
-                let thread = super::state::name_thread(
-                    self.env.thread(w.index, g.mask.trailing_zeros() & 31),
-                );
+                let thread = super::state::name_thread(self.env.thread(w.index, g.mask.trailing_zeros() & 31));
                 format!(
                     "{} lanes of warp {} from thread {thread} on wait at {}",
                     g.mask.count_ones(),
@@ -416,43 +333,18 @@ impl Machine<'_> {
                 )
             })
             .collect();
-        let others = if others.is_empty() {
-            "all others have exited".into()
-        } else {
-            others.join("; ")
-        };
+        let others = if others.is_empty() { "all others have exited".into() } else { others.join("; ") };
         let (kind, what) = if is_barrier(group.pc) {
-            (
-                FaultKind::Barrier,
-                "barrier divergence: not all threads reach this barrier",
-            )
+            (FaultKind::Barrier, "barrier divergence: not all threads reach this barrier")
         } else {
-            (
-                FaultKind::InactiveShuffle,
-                "lanes named in the member mask never reach this instruction",
-            )
+            (FaultKind::InactiveShuffle, "lanes named in the member mask never reach this instruction")
         };
-        self.fault(
-            kind,
-            warp,
-            group.pc,
-            lane,
-            format!(
-                "{what}; {} lanes wait here, {others}",
-                group.mask.count_ones()
-            ),
-        )
+        self.fault(kind, warp, group.pc, lane, format!("{what}; {} lanes wait here, {others}", group.mask.count_ones()))
     }
 
     /// Turns how often each basic block ran into counts of instructions and operations.
     fn sum_runs(&mut self) {
-        let types = [
-            FlopType::F16,
-            FlopType::Bf16,
-            FlopType::Tf32,
-            FlopType::F32,
-            FlopType::F64,
-        ];
+        let types = [FlopType::F16, FlopType::Bf16, FlopType::Tf32, FlopType::F32, FlopType::F64];
         for (cost, &(warps, lanes)) in self.env.program.costs.iter().zip(&self.runs) {
             let counters = &mut self.counters;
             let classes = [
@@ -466,10 +358,7 @@ impl Machine<'_> {
                 *class += u64::from(count) * warps;
             }
             for (i, &ty) in types.iter().enumerate() {
-                counters.add_flops(
-                    ty,
-                    u64::from(cost.flops[i]) * lanes + u64::from(cost.warp_flops[i]) * warps,
-                );
+                counters.add_flops(ty, u64::from(cost.flops[i]) * lanes + u64::from(cost.warp_flops[i]) * warps);
             }
         }
     }

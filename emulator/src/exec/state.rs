@@ -196,14 +196,8 @@ impl Touched {
     /// Nothing touched.
     pub fn new(base: u64, bytes: u64) -> Self {
         let pages = bytes.div_ceil(32 * 64 * PAGE_WORDS as u64) as usize;
-        let pages = std::iter::repeat_with(std::sync::OnceLock::new)
-            .take(pages)
-            .collect();
-        Touched {
-            base,
-            pages,
-            count: AtomicU64::new(0),
-        }
+        let pages = std::iter::repeat_with(std::sync::OnceLock::new).take(pages).collect();
+        Touched { base, pages, count: AtomicU64::new(0) }
     }
 
     /// Notes sectors `first..=last` (addresses over 32).
@@ -215,9 +209,7 @@ impl Touched {
                 .get_or_init(|| Box::new([const { AtomicU64::new(0) }; PAGE_WORDS]));
             let cell = &page[word as usize % PAGE_WORDS];
             let bit = 1 << (index % 64);
-            if cell.load(Ordering::Relaxed) & bit == 0
-                && cell.fetch_or(bit, Ordering::Relaxed) & bit == 0
-            {
+            if cell.load(Ordering::Relaxed) & bit == 0 && cell.fetch_or(bit, Ordering::Relaxed) & bit == 0 {
                 self.count.fetch_add(1, Ordering::Relaxed);
             }
         }
@@ -253,10 +245,7 @@ impl Env<'_> {
 
     /// The allocation that holds a range.
     pub fn allocation(&self, address: u64, bytes: u64) -> Option<&Allocation> {
-        let index = self
-            .allocations
-            .partition_point(|a| a.address <= address)
-            .checked_sub(1)?;
+        let index = self.allocations.partition_point(|a| a.address <= address).checked_sub(1)?;
         let found = &self.allocations[index];
         let offset = address - found.address;
         (offset < found.bytes && bytes <= found.bytes - offset).then_some(found)
@@ -281,20 +270,10 @@ impl<'a> Machine<'a> {
     }
 
     /// A fault of a lane at a step.
-    pub fn fault(
-        &self,
-        kind: FaultKind,
-        warp: &Warp,
-        pc: u32,
-        lane: u32,
-        detail: String,
-    ) -> Box<Fault> {
+    pub fn fault(&self, kind: FaultKind, warp: &Warp, pc: u32, lane: u32, detail: String) -> Box<Fault> {
         let program = self.env.program;
         let source = program.sources[program.steps[pc as usize].source as usize];
-        let text = program
-            .text
-            .get(source.start as usize..(source.start + source.length) as usize)
-            .unwrap_or("");
+        let text = program.text.get(source.start as usize..(source.start + source.length) as usize).unwrap_or("");
         Box::new(Fault {
             kind,
             kernel: self.env.launch.kernel.name.clone(),
@@ -313,22 +292,14 @@ impl<'a> Machine<'a> {
         let block = &mut self.block;
         block.issue = issue;
         block.linear = linear;
-        block.id = [
-            (linear % gx) as u32,
-            (linear / gx % gy) as u32,
-            (linear / gx / gy) as u32,
-        ];
+        block.id = [(linear % gx) as u32, (linear / gx % gy) as u32, (linear / gx / gy) as u32];
         let warps = env.threads.div_ceil(32);
         if block.warps.is_empty() {
             block.warps = (0..warps).map(|index| env.new_warp(index)).collect();
             block.shared = Aligned::new(env.shared_bytes as usize + 64, 0xff);
             block.barriers = vec![BarrierState::default(); 16];
             if env.checks.shared_races && env.shared_bytes > 0 {
-                block.races = Some(SharedRaces::new(
-                    warps as usize,
-                    env.shared_bytes as usize,
-                    env.program.atomics,
-                ));
+                block.races = Some(SharedRaces::new(warps as usize, env.shared_bytes as usize, env.program.atomics));
                 block.shared_pending = vec![0; env.shared_bytes as usize];
             }
             if env.checks.uninitialised {
@@ -347,11 +318,7 @@ impl<'a> Machine<'a> {
             let threads = (env.threads - warp.index * 32).min(32);
             warp.alive = (!0u64 << threads) as u32 ^ !0;
             warp.groups.clear();
-            warp.groups.push(Group {
-                pc: 0,
-                mask: warp.alive,
-                wait: Wait::Nothing,
-            });
+            warp.groups.push(Group { pc: 0, mask: warp.alive, wait: Wait::Nothing });
             warp.favour = 0;
             warp.unbroken = 0;
             warp.instructions = 0;
@@ -363,9 +330,8 @@ impl<'a> Machine<'a> {
         }
         block.alive = env.threads;
         block.output.clear();
-        block.random = env.settings.schedule_seed.map_or(0, |seed| {
-            super::schedule::mix(seed ^ super::schedule::mix(linear))
-        });
+        block.random =
+            env.settings.schedule_seed.map_or(0, |seed| super::schedule::mix(seed ^ super::schedule::mix(linear)));
         block.ticks = 0;
         block.epoch = 1;
         block.turn = 0;
@@ -378,11 +344,7 @@ impl Env<'_> {
         let start = self.program.file_bytes as usize - self.constants.len();
         // SAFETY: the file has `file_bytes` bytes and the constants are its last ones.
         unsafe {
-            std::ptr::copy_nonoverlapping(
-                self.constants.as_ptr(),
-                file.as_mut_ptr().add(start),
-                self.constants.len(),
-            )
+            std::ptr::copy_nonoverlapping(self.constants.as_ptr(), file.as_mut_ptr().add(start), self.constants.len())
         };
         Warp {
             index,
@@ -396,32 +358,23 @@ impl Env<'_> {
 
 /// The constant part of a register file, from the offset of the first constant.
 pub fn resolve(program: &Program, addresses: &[u64]) -> Vec<u8> {
-    let start = program
-        .constants
-        .first()
-        .map_or(program.file_bytes, |&(offset, _)| offset);
+    let start = program.constants.first().map_or(program.file_bytes, |&(offset, _)| offset);
     let mut bytes = vec![0; (program.file_bytes - start) as usize];
     for &(offset, constant) in &program.constants {
         let to = &mut bytes[(offset - start) as usize..];
-        let narrow =
-            |to: &mut [u8], value: u32| to[..128].as_chunks_mut().0.fill(value.to_le_bytes());
-        let wide =
-            |to: &mut [u8], value: u64| to[..256].as_chunks_mut().0.fill(value.to_le_bytes());
+        let narrow = |to: &mut [u8], value: u32| to[..128].as_chunks_mut().0.fill(value.to_le_bytes());
+        let wide = |to: &mut [u8], value: u64| to[..256].as_chunks_mut().0.fill(value.to_le_bytes());
         match constant {
             Constant::Pred(value) => to[..4].fill(if value { 0xff } else { 0 }),
             Constant::B32(value) => narrow(to, value),
             Constant::B64(value) => wide(to, value),
-            Constant::Global(index, addend) => {
-                wide(to, addresses[index as usize].wrapping_add(addend as u64))
+            Constant::Global(index, addend) => wide(to, addresses[index as usize].wrapping_add(addend as u64)),
+            Constant::Shared(index, addend, true) => {
+                wide(to, u64::from(program.shared[index as usize]).wrapping_add(addend as u64))
             }
-            Constant::Shared(index, addend, true) => wide(
-                to,
-                u64::from(program.shared[index as usize]).wrapping_add(addend as u64),
-            ),
-            Constant::Shared(index, addend, false) => narrow(
-                to,
-                program.shared[index as usize].wrapping_add(addend as u32),
-            ),
+            Constant::Shared(index, addend, false) => {
+                narrow(to, program.shared[index as usize].wrapping_add(addend as u32))
+            }
             Constant::Local(at, true) | Constant::Param(at, true) => wide(to, at),
             Constant::Local(at, false) | Constant::Param(at, false) => narrow(to, at as u32),
         }

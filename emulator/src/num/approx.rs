@@ -34,9 +34,7 @@ pub fn ex2<const FTZ: bool>(x: u32) -> u32 {
     let q = c[0] + t * (c[1] + t * (c[2] + t * (c[3] + t * (c[4] + t * c[5]))));
     let p = 1.0 + t * q;
     // The scale goes on in two halves, so that a subnormal result is rounded once.
-    let n = (v + TO_INTEGER)
-        .to_bits()
-        .wrapping_sub(TO_INTEGER.to_bits()) as i32;
+    let n = (v + TO_INTEGER).to_bits().wrapping_sub(TO_INTEGER.to_bits()) as i32;
     let half = n >> 1;
     let scale = |k: i32| f32::from_bits((k.wrapping_add(127) << 23) as u32);
     flush_if(FTZ, bits(p * scale(half) * scale(n.wrapping_sub(half))))
@@ -78,11 +76,7 @@ pub fn div(full: bool, ftz: bool, a: u32, b: u32) -> u32 {
     let magnitude = b & 0x7fff_ffff;
     if !full && magnitude > 0x7e80_0000 && magnitude < 0x7f80_0000 {
         let a_magnitude = a & 0x7fff_ffff;
-        return if a_magnitude >= 0x7f80_0000 {
-            NAN_F32
-        } else {
-            (a ^ b) & 0x8000_0000
-        };
+        return if a_magnitude >= 0x7f80_0000 { NAN_F32 } else { (a ^ b) & 0x8000_0000 };
     }
     flush_if(ftz, bits(f(a) / f(b)))
 }
@@ -101,8 +95,7 @@ pub fn lg2(ftz: bool, x: u32) -> u32 {
     // log2(m) = 2/ln 2 * atanh(s), s = (m - 1) / (m + 1), |s| < 0.172: the next term is 2^-36 of the first.
     let s = (m - 1.0) / (m + 1.0);
     let z = s * s;
-    let series = 1.0
-        + z * (1.0 / 3.0 + z * (1.0 / 5.0 + z * (1.0 / 7.0 + z * (1.0 / 9.0 + z * (1.0 / 11.0)))));
+    let series = 1.0 + z * (1.0 / 3.0 + z * (1.0 / 5.0 + z * (1.0 / 7.0 + z * (1.0 / 9.0 + z * (1.0 / 11.0)))));
     let r = e as f64 + 2.0 * std::f64::consts::LOG2_E * s * series;
     let r = bits(r as f32);
     let r = if x == 0x7f80_0000 { x } else { r };
@@ -126,13 +119,8 @@ pub fn sin(ftz: bool, quarter: u64, x: u32) -> u32 {
     let r = (v - k * HIGH) - k * LOW;
     let z = r * r;
     let sine = r
-        * (1.0
-            + z * (-1.0 / 6.0
-                + z * (1.0 / 120.0
-                    + z * (-1.0 / 5040.0 + z * (1.0 / 362_880.0 - z / 39_916_800.0)))));
-    let cosine = 1.0
-        + z * (-0.5
-            + z * (1.0 / 24.0 + z * (-1.0 / 720.0 + z * (1.0 / 40320.0 - z / 3_628_800.0))));
+        * (1.0 + z * (-1.0 / 6.0 + z * (1.0 / 120.0 + z * (-1.0 / 5040.0 + z * (1.0 / 362_880.0 - z / 39_916_800.0)))));
+    let cosine = 1.0 + z * (-0.5 + z * (1.0 / 24.0 + z * (-1.0 / 720.0 + z * (1.0 / 40320.0 - z / 3_628_800.0))));
     let quadrant = shifted.to_bits().wrapping_add(quarter);
     let picked = if quadrant & 1 == 0 { sine } else { cosine };
     let signed = if quadrant & 2 == 0 { picked } else { -picked };
@@ -168,11 +156,7 @@ pub fn tanh(x: u32) -> u32 {
     let z = wide * wide;
     let near = wide * (1.0 + z * (-1.0 / 3.0 + z * (2.0 / 15.0 - z * (17.0 / 315.0))));
     let r = if wide.abs() < 0.125 { near } else { far };
-    if v.is_nan() {
-        NAN_F32
-    } else {
-        (r as f32).to_bits()
-    }
+    if v.is_nan() { NAN_F32 } else { (r as f32).to_bits() }
 }
 
 /// 1 / x from the upper half of an f64, the lower half of the result zero. Manual: 20 bits of the mantissa.
@@ -195,11 +179,7 @@ pub fn rsqrt_f64(x: u64) -> u64 {
 
 #[inline(always)]
 fn flush_f64(x: u64) -> u64 {
-    if x & 0x7ff0_0000_0000_0000 == 0 {
-        x & 0x8000_0000_0000_0000
-    } else {
-        x
-    }
+    if x & 0x7ff0_0000_0000_0000 == 0 { x & 0x8000_0000_0000_0000 } else { x }
 }
 
 #[inline(always)]

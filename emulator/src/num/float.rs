@@ -11,11 +11,7 @@ pub const NAN_F32: u32 = 0x7fff_ffff;
 /// A subnormal becomes a zero of its sign.
 #[inline(always)]
 pub fn flush(x: u32) -> u32 {
-    if x & 0x7f80_0000 == 0 {
-        x & 0x8000_0000
-    } else {
-        x
-    }
+    if x & 0x7f80_0000 == 0 { x & 0x8000_0000 } else { x }
 }
 
 /// `flush` where asked.
@@ -69,16 +65,8 @@ pub fn mul<const FTZ: bool>(a: u32, b: u32) -> u32 {
 /// a * b + c, nearest, rounded once. `host_fma`: the host has the instruction.
 #[inline(always)]
 pub fn fma<const FTZ: bool>(host_fma: bool, a: u32, b: u32, c: u32) -> u32 {
-    let (a, b, c) = (
-        f(flush_if(FTZ, a)),
-        f(flush_if(FTZ, b)),
-        f(flush_if(FTZ, c)),
-    );
-    let r = if host_fma {
-        a.mul_add(b, c)
-    } else {
-        fma_odd(a, b, c) as f32
-    };
+    let (a, b, c) = (f(flush_if(FTZ, a)), f(flush_if(FTZ, b)), f(flush_if(FTZ, c)));
+    let r = if host_fma { a.mul_add(b, c) } else { fma_odd(a, b, c) as f32 };
     flush_if(FTZ, bits(r))
 }
 
@@ -88,11 +76,7 @@ pub fn fma<const FTZ: bool>(host_fma: bool, a: u32, b: u32, c: u32) -> u32 {
 pub fn to_odd(s: f64, rest: f64) -> f64 {
     let b = s.to_bits();
     let up = (rest > 0.0) == (s > 0.0);
-    let moved = if up {
-        b.wrapping_add(1)
-    } else {
-        b.wrapping_sub(1)
-    };
+    let moved = if up { b.wrapping_add(1) } else { b.wrapping_sub(1) };
     // False for a NaN rest, which comes with an infinite or NaN sum.
     let inexact = rest > 0.0 || rest < 0.0;
     f64::from_bits(if inexact && b & 1 == 0 { moved } else { b })
@@ -135,11 +119,7 @@ pub fn narrow(x: f64, round: Round) -> u32 {
     } else {
         0
     };
-    if nearest.is_nan() {
-        NAN_F32
-    } else {
-        b.wrapping_add(step)
-    }
+    if nearest.is_nan() { NAN_F32 } else { b.wrapping_add(step) }
 }
 
 /// a * b + c in any rounding mode.
@@ -165,11 +145,7 @@ pub fn div_any(a: u32, b: u32, round: Round) -> u32 {
     let (x, y) = (f(a) as f64, f(b) as f64);
     let q = x / y;
     // The remainder of a nearest quotient is exact; it has no meaning where the quotient is not finite.
-    let rest = if q.is_finite() && y.is_finite() {
-        (-q).mul_add(y, x)
-    } else {
-        0.0
-    };
+    let rest = if q.is_finite() && y.is_finite() { (-q).mul_add(y, x) } else { 0.0 };
     let rest = if y < 0.0 { -rest } else { rest };
     narrow(if q == 0.0 { q } else { to_odd(q, rest) }, round)
 }
@@ -179,11 +155,7 @@ pub fn div_any(a: u32, b: u32, round: Round) -> u32 {
 pub fn sqrt_any(a: u32, round: Round) -> u32 {
     let x = f(a) as f64;
     let s = x.sqrt();
-    let rest = if s.is_finite() {
-        (-s).mul_add(s, x)
-    } else {
-        0.0
-    };
+    let rest = if s.is_finite() { (-s).mul_add(s, x) } else { 0.0 };
     narrow(if s == 0.0 { s } else { to_odd(s, rest) }, round)
 }
 
@@ -215,24 +187,12 @@ pub fn min_max<const MAX: bool>(a: u32, b: u32) -> u32 {
 pub fn min_max_any(a: u32, b: u32, max: bool, ftz: bool, nan: bool, xorsign: bool) -> u32 {
     let (a, b) = (flush_if(ftz, a), flush_if(ftz, b));
     let sign = (a ^ b) & 0x8000_0000;
-    let (a, b) = if xorsign {
-        (a & 0x7fff_ffff, b & 0x7fff_ffff)
-    } else {
-        (a, b)
-    };
+    let (a, b) = if xorsign { (a & 0x7fff_ffff, b & 0x7fff_ffff) } else { (a, b) };
     if nan && (f(a).is_nan() || f(b).is_nan()) {
         return NAN_F32;
     }
-    let r = if max {
-        min_max::<true>(a, b)
-    } else {
-        min_max::<false>(a, b)
-    };
-    if xorsign && !f(r).is_nan() {
-        r | sign
-    } else {
-        r
-    }
+    let r = if max { min_max::<true>(a, b) } else { min_max::<false>(a, b) };
+    if xorsign && !f(r).is_nan() { r | sign } else { r }
 }
 
 /// Minimum or maximum of f64, NaN loses, -0 is below +0.

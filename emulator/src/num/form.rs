@@ -80,10 +80,7 @@ impl Ty {
 
     /// Whether a literal of this type is a floating-point literal.
     pub fn is_float(self) -> bool {
-        matches!(
-            self,
-            Ty::F16 | Ty::F16x2 | Ty::Bf16 | Ty::Bf16x2 | Ty::Tf32 | Ty::F32 | Ty::F64
-        )
+        matches!(self, Ty::F16 | Ty::F16x2 | Ty::Bf16 | Ty::Bf16x2 | Ty::Tf32 | Ty::F32 | Ty::F64)
     }
 
     /// Signed integers.
@@ -93,10 +90,7 @@ impl Ty {
 
     /// Integers with an arithmetic meaning, of 16, 32 or 64 bits.
     fn is_int(self) -> bool {
-        matches!(
-            self,
-            Ty::U16 | Ty::U32 | Ty::U64 | Ty::S16 | Ty::S32 | Ty::S64
-        )
+        matches!(self, Ty::U16 | Ty::U32 | Ty::U64 | Ty::S16 | Ty::S32 | Ty::S64)
     }
 
     fn is_half(self) -> bool {
@@ -451,11 +445,7 @@ impl Decoded {
         from: Ty::B32,
         round: Round::Rn,
         flags: 0,
-        compare: Compare {
-            relation: Relation::Equal,
-            swap: false,
-            negate: false,
-        },
+        compare: Compare { relation: Relation::Equal, swap: false, negate: false },
         bool_op: BoolOp::None,
         mode: 0,
         destinations: 1,
@@ -561,11 +551,7 @@ impl<'a> Reader<'a> {
     fn new(text: &'a str) -> (&'a str, Reader<'a>) {
         let mut parts = text.split('.').filter(|p| !p.is_empty());
         let opcode = parts.next().unwrap_or("");
-        let mut reader = Reader {
-            text,
-            types: Vec::new(),
-            words: Vec::new(),
-        };
+        let mut reader = Reader { text, types: Vec::new(), words: Vec::new() };
         for part in parts {
             match Ty::parse(part) {
                 Some(ty) => reader.types.push(ty),
@@ -590,15 +576,10 @@ impl<'a> Reader<'a> {
     }
 
     fn take_round(&mut self) -> Option<Round> {
-        [
-            ("rn", Round::Rn),
-            ("rz", Round::Rz),
-            ("rm", Round::Rm),
-            ("rp", Round::Rp),
-        ]
-        .into_iter()
-        .find(|(word, _)| self.take(word))
-        .map(|(_, round)| round)
+        [("rn", Round::Rn), ("rz", Round::Rz), ("rm", Round::Rm), ("rp", Round::Rp)]
+            .into_iter()
+            .find(|(word, _)| self.take(word))
+            .map(|(_, round)| round)
     }
 
     fn one_type(&self) -> Result<Ty, Unsupported> {
@@ -623,22 +604,11 @@ impl<'a> Reader<'a> {
         self.refuse("is not supported for this type")
     }
 
-    fn finish(
-        self,
-        form: Decoded,
-        dst: &[Ty],
-        src: &[Ty],
-    ) -> Result<(Decoded, Signature), Unsupported> {
+    fn finish(self, form: Decoded, dst: &[Ty], src: &[Ty]) -> Result<(Decoded, Signature), Unsupported> {
         if let Some(word) = self.words.first() {
             return Err(self.refuse(format!("is not supported: unknown modifier .{word}")));
         }
-        Ok((
-            form,
-            Signature {
-                dst: dst.to_vec(),
-                src: src.to_vec(),
-            },
-        ))
+        Ok((form, Signature { dst: dst.to_vec(), src: src.to_vec() }))
     }
 }
 
@@ -646,11 +616,7 @@ impl<'a> Reader<'a> {
 /// unsigned integers (`lo`, `ls`, `hi`, `hs`).
 fn compare(word: &str, float: bool) -> Option<(Compare, bool)> {
     use Relation::*;
-    let make = |relation, swap, negate| Compare {
-        relation,
-        swap,
-        negate,
-    };
+    let make = |relation, swap, negate| Compare { relation, swap, negate };
     if float {
         let c = match word {
             "eq" => make(Equal, false, false),
@@ -718,11 +684,7 @@ pub fn parse(text: &str) -> Result<(Decoded, Signature), Unsupported> {
             } else if by != S32 {
                 return Err(r.no_such_type());
             }
-            form.op = if ty.bits() == 64 {
-                Op::Slct64
-            } else {
-                Op::Slct32
-            };
+            form.op = if ty.bits() == 64 { Op::Slct64 } else { Op::Slct32 };
             if ty == Pred || ty.bits() < 16 {
                 return Err(r.no_such_type());
             }
@@ -742,11 +704,7 @@ pub fn parse(text: &str) -> Result<(Decoded, Signature), Unsupported> {
                     return Err(r.refuse("needs .lo or .hi"));
                 }
             }
-            form.ty = if form.flags & (A_SIGNED | B_SIGNED) == 0 {
-                U32
-            } else {
-                S32
-            };
+            form.ty = if form.flags & (A_SIGNED | B_SIGNED) == 0 { U32 } else { S32 };
             return r.finish(form, &[form.ty], &[a, b, form.ty]);
         }
         _ => {}
@@ -761,11 +719,7 @@ pub fn parse(text: &str) -> Result<(Decoded, Signature), Unsupported> {
         if !matches!(ty, U32 | S32 | U64 | S64) {
             return Err(r.no_such_type());
         }
-        form.flags = if cc {
-            CC_OUT
-        } else {
-            CC_IN | r.take_flag("cc", CC_OUT)
-        };
+        form.flags = if cc { CC_OUT } else { CC_IN | r.take_flag("cc", CC_OUT) };
         let wide = ty.bits() == 64;
         let (op32, op64) = match opcode {
             "add" | "addc" => (Op::AddCarry32, Op::AddCarry64),
@@ -856,11 +810,7 @@ pub fn parse(text: &str) -> Result<(Decoded, Signature), Unsupported> {
                 _ => return Err(r.no_such_type()),
             };
             if ty == S32 && r.take("sat") {
-                form.op = if opcode == "add" {
-                    Op::AddSatS32
-                } else {
-                    Op::SubSatS32
-                };
+                form.op = if opcode == "add" { Op::AddSatS32 } else { Op::SubSatS32 };
             }
             2
         }
@@ -937,11 +887,7 @@ pub fn parse(text: &str) -> Result<(Decoded, Signature), Unsupported> {
             if !matches!(ty, U32 | S32) {
                 return Err(r.no_such_type());
             }
-            form.op = if opcode == "mul24" {
-                Op::Mul24
-            } else {
-                Op::Mad24
-            };
+            form.op = if opcode == "mul24" { Op::Mul24 } else { Op::Mad24 };
             form.flags = r.take_flag("hi", HI) | if ty == S32 { A_SIGNED } else { 0 };
             if !form.has(HI) && !r.take("lo") {
                 return Err(r.refuse("needs .lo or .hi"));
@@ -959,26 +905,14 @@ pub fn parse(text: &str) -> Result<(Decoded, Signature), Unsupported> {
                 form.mode = 1;
                 Op::DivF32Approx
             } else {
-                form.round = r
-                    .take_round()
-                    .ok_or_else(|| r.refuse("needs .approx, .full or a rounding modifier"))?;
-                if form.round == Round::Rn && form.flags == 0 {
-                    Op::DivF32
-                } else {
-                    Op::DivF32Any
-                }
+                form.round = r.take_round().ok_or_else(|| r.refuse("needs .approx, .full or a rounding modifier"))?;
+                if form.round == Round::Rn && form.flags == 0 { Op::DivF32 } else { Op::DivF32Any }
             };
             2
         }
         "div" if ty == F64 => {
-            form.round = r
-                .take_round()
-                .ok_or_else(|| r.refuse("needs a rounding modifier"))?;
-            form.op = if form.round == Round::Rn {
-                Op::DivF64
-            } else {
-                Op::DivF64Any
-            };
+            form.round = r.take_round().ok_or_else(|| r.refuse("needs a rounding modifier"))?;
+            form.op = if form.round == Round::Rn { Op::DivF64 } else { Op::DivF64Any };
             2
         }
         "div" | "rem" => {
@@ -1028,9 +962,7 @@ pub fn parse(text: &str) -> Result<(Decoded, Signature), Unsupported> {
             let ftz = r.take("ftz");
             form.flags = if ftz { FTZ } else { 0 };
             if !approx {
-                form.round = r
-                    .take_round()
-                    .ok_or_else(|| r.refuse("needs .approx or a rounding modifier"))?;
+                form.round = r.take_round().ok_or_else(|| r.refuse("needs .approx or a rounding modifier"))?;
             }
             let plain = form.round == Round::Rn && !ftz;
             form.op = match (opcode, ty, approx) {
@@ -1225,14 +1157,7 @@ pub fn parse(text: &str) -> Result<(Decoded, Signature), Unsupported> {
                 F64 => Op::TestpF64,
                 _ => return Err(r.no_such_type()),
             };
-            let tests = [
-                "finite",
-                "infinite",
-                "number",
-                "notanumber",
-                "normal",
-                "subnormal",
-            ];
+            let tests = ["finite", "infinite", "number", "notanumber", "normal", "subnormal"];
             let found = tests.iter().position(|t| r.take(t));
             form.mode = found.ok_or_else(|| r.refuse("needs the property to test"))? as u8;
             return r.finish(form, &[Pred], &[ty]);
@@ -1271,11 +1196,7 @@ pub fn parse(text: &str) -> Result<(Decoded, Signature), Unsupported> {
                 ("cnot", B64) => Op::CnotB64,
                 _ => return Err(r.no_such_type()),
             };
-            if matches!(opcode, "not" | "cnot") {
-                1
-            } else {
-                2
-            }
+            if matches!(opcode, "not" | "cnot") { 1 } else { 2 }
         }
         "shl" | "shr" => {
             form.op = match (opcode, ty) {
@@ -1318,10 +1239,7 @@ pub fn parse(text: &str) -> Result<(Decoded, Signature), Unsupported> {
         "prmt" if ty == B32 => {
             form.op = Op::Prmt;
             let modes = ["f4e", "b4e", "rc8", "ecl", "ecr", "rc16"];
-            form.mode = modes
-                .iter()
-                .position(|m| r.take(m))
-                .map_or(0, |i| i as u8 + 1);
+            form.mode = modes.iter().position(|m| r.take(m)).map_or(0, |i| i as u8 + 1);
             3
         }
         "bfe" => {
@@ -1361,8 +1279,7 @@ pub fn parse(text: &str) -> Result<(Decoded, Signature), Unsupported> {
             return r.finish(form, &[U32], &[ty]);
         }
         "bfind" => {
-            form.flags =
-                r.take_flag("shiftamt", SHIFTAMT) | if ty.is_signed() { A_SIGNED } else { 0 };
+            form.flags = r.take_flag("shiftamt", SHIFTAMT) | if ty.is_signed() { A_SIGNED } else { 0 };
             form.op = match ty {
                 U32 | S32 => Op::Bfind32,
                 U64 | S64 => Op::Bfind64,
@@ -1391,33 +1308,17 @@ pub fn parse(text: &str) -> Result<(Decoded, Signature), Unsupported> {
     r.finish(form, &[ty], &[ty, ty, ty][..sources])
 }
 
-fn parse_compare(
-    opcode: &str,
-    mut r: Reader<'_>,
-    mut form: Decoded,
-) -> Result<(Decoded, Signature), Unsupported> {
+fn parse_compare(opcode: &str, mut r: Reader<'_>, mut form: Decoded) -> Result<(Decoded, Signature), Unsupported> {
     use Ty::*;
-    let (to, ty) = if opcode == "setp" {
-        (Pred, r.one_type()?)
-    } else {
-        r.two_types()?
-    };
+    let (to, ty) = if opcode == "setp" { (Pred, r.one_type()?) } else { r.two_types()? };
     form.ty = to;
     form.from = ty;
-    let word = r
-        .words
-        .iter()
-        .position(|w| compare(w, ty.is_float()).is_some());
+    let word = r.words.iter().position(|w| compare(w, ty.is_float()).is_some());
     let word = word.ok_or_else(|| r.refuse("has no comparison operator for this type"))?;
     let word = r.words.remove(word);
-    let (comparison, unsigned) =
-        compare(word, ty.is_float()).unwrap_or_else(|| unreachable!("found just above"));
+    let (comparison, unsigned) = compare(word, ty.is_float()).unwrap_or_else(|| unreachable!("found just above"));
     form.compare = comparison;
-    for (word, op) in [
-        ("and", BoolOp::And),
-        ("or", BoolOp::Or),
-        ("xor", BoolOp::Xor),
-    ] {
+    for (word, op) in [("and", BoolOp::And), ("or", BoolOp::Or), ("xor", BoolOp::Xor)] {
         if r.take(word) {
             form.bool_op = op;
         }
@@ -1433,8 +1334,7 @@ fn parse_compare(
         return Err(r.refuse("compares signed integers by an operator for unsigned ones"));
     }
     match ty {
-        B16 | U16 | S16 | B32 | U32 | S32 | B64 | U64 | S64 | F16 | Bf16 | F16x2 | Bf16x2 | F32
-        | F64 => {}
+        B16 | U16 | S16 | B32 | U32 | S32 | B64 | U64 | S64 | F16 | Bf16 | F16x2 | Bf16x2 | F32 | F64 => {}
         _ => return Err(r.no_such_type()),
     }
     let pair = matches!(ty, F16x2 | Bf16x2);
@@ -1462,11 +1362,7 @@ fn parse_compare(
     };
     let src = [ty, ty, Pred];
     let src = &src[..if form.bool_op == BoolOp::None { 2 } else { 3 }];
-    if opcode == "setp" {
-        r.finish(form, &[Pred, Pred], src)
-    } else {
-        r.finish(form, &[to], src)
-    }
+    if opcode == "setp" { r.finish(form, &[Pred, Pred], src) } else { r.finish(form, &[to], src) }
 }
 
 fn parse_cvt(mut r: Reader<'_>, mut form: Decoded) -> Result<(Decoded, Signature), Unsupported> {
@@ -1479,12 +1375,7 @@ fn parse_cvt(mut r: Reader<'_>, mut form: Decoded) -> Result<(Decoded, Signature
     form.ty = to;
     form.from = from;
     let mut rounded = false;
-    for (word, round) in [
-        ("rni", Round::Rn),
-        ("rzi", Round::Rz),
-        ("rmi", Round::Rm),
-        ("rpi", Round::Rp),
-    ] {
+    for (word, round) in [("rni", Round::Rn), ("rzi", Round::Rz), ("rmi", Round::Rm), ("rpi", Round::Rp)] {
         if r.take(word) {
             form.round = round;
             form.flags |= INTEGRAL;
@@ -1603,10 +1494,7 @@ fn parse_cvt(mut r: Reader<'_>, mut form: Decoded) -> Result<(Decoded, Signature
 }
 
 /// `cvt.pack.sat.convertType.abType{.cType}`: two 32-bit integers saturated to 8 or 16 bits and packed.
-fn parse_cvt_pack(
-    mut r: Reader<'_>,
-    mut form: Decoded,
-) -> Result<(Decoded, Signature), Unsupported> {
+fn parse_cvt_pack(mut r: Reader<'_>, mut form: Decoded) -> Result<(Decoded, Signature), Unsupported> {
     use Ty::*;
     if !r.take("sat") {
         return Err(r.refuse("needs .sat"));

@@ -16,11 +16,7 @@ pub fn f16_to_f32(h: u32) -> f32 {
     // As an f32 pattern this is the value times 2^-112, subnormals included.
     let scaled = f32::from_bits(magnitude) * f32::from_bits((127 + 112) << 23);
     let special = h & 0x7c00 == 0x7c00;
-    let bits = if special {
-        magnitude | 0x7f80_0000
-    } else {
-        scaled.to_bits()
-    };
+    let bits = if special { magnitude | 0x7f80_0000 } else { scaled.to_bits() };
     f32::from_bits(bits | (h & 0x8000) << 16)
 }
 
@@ -38,27 +34,12 @@ pub fn f16_from_f32(x: f32) -> u32 {
     let magnitude = b & 0x7fff_ffff;
     // Normal results: re-bias, and round to nearest even on the 13 bits that go; a carry moves into the exponent as it should, up to infinity.
     let odd = magnitude >> 13 & 1;
-    let normal =
-        magnitude.wrapping_add((15u32.wrapping_sub(127) << 23).wrapping_add(0xfff + odd)) >> 13;
+    let normal = magnitude.wrapping_add((15u32.wrapping_sub(127) << 23).wrapping_add(0xfff + odd)) >> 13;
     // Subnormal results: adding 0.5 aligns the unit of f16's subnormals, 2^-24, with the last place of f32 in [0.5, 1), and rounds there.
-    let subnormal = (f32::from_bits(magnitude) + 0.5)
-        .to_bits()
-        .wrapping_sub(0x3f00_0000);
-    let finite = if magnitude < 113 << 23 {
-        subnormal
-    } else {
-        normal
-    };
-    let limited = if magnitude >= (127 + 16) << 23 {
-        0x7c00
-    } else {
-        finite
-    };
-    if magnitude > 0x7f80_0000 {
-        NAN_HALF
-    } else {
-        sign | limited
-    }
+    let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0x3f00_0000);
+    let finite = if magnitude < 113 << 23 { subnormal } else { normal };
+    let limited = if magnitude >= (127 + 16) << 23 { 0x7c00 } else { finite };
+    if magnitude > 0x7f80_0000 { NAN_HALF } else { sign | limited }
 }
 
 /// f32 to bf16, nearest, NaN canonical.
@@ -66,11 +47,7 @@ pub fn f16_from_f32(x: f32) -> u32 {
 pub fn bf16_from_f32(x: f32) -> u32 {
     let b = x.to_bits();
     let rounded = b.wrapping_add(0x7fff + (b >> 16 & 1)) >> 16;
-    if b & 0x7fff_ffff > 0x7f80_0000 {
-        NAN_HALF
-    } else {
-        rounded
-    }
+    if b & 0x7fff_ffff > 0x7f80_0000 { NAN_HALF } else { rounded }
 }
 
 /// Rounds an f64 that is rounded to odd on to an f32 rounded to odd.
@@ -80,11 +57,7 @@ fn odd_f32(x: f64) -> f32 {
     let b = nearest.to_bits();
     let wide = nearest as f64;
     // Toward zero first, then the mark; an overflow comes back to the largest finite value, which is odd.
-    let truncated = if wide.abs() > x.abs() {
-        b.wrapping_sub(1)
-    } else {
-        b
-    };
+    let truncated = if wide.abs() > x.abs() { b.wrapping_sub(1) } else { b };
     let inexact = wide > x || wide < x;
     f32::from_bits(if inexact { truncated | 1 } else { b })
 }
@@ -92,31 +65,19 @@ fn odd_f32(x: f64) -> f32 {
 /// Which of the two formats: `BF` is bf16.
 #[inline(always)]
 pub fn widen<const BF: bool>(h: u32) -> f32 {
-    if BF {
-        bf16_to_f32(h & 0xffff)
-    } else {
-        f16_to_f32(h & 0xffff)
-    }
+    if BF { bf16_to_f32(h & 0xffff) } else { f16_to_f32(h & 0xffff) }
 }
 
 /// Rounds to the format.
 #[inline(always)]
 pub fn round<const BF: bool>(x: f32) -> u32 {
-    if BF {
-        bf16_from_f32(x)
-    } else {
-        f16_from_f32(x)
-    }
+    if BF { bf16_from_f32(x) } else { f16_from_f32(x) }
 }
 
 /// A subnormal f16 becomes a zero of its sign.
 #[inline(always)]
 pub fn flush(h: u32) -> u32 {
-    if h & 0x7c00 == 0 {
-        h & 0x8000
-    } else {
-        h & 0xffff
-    }
+    if h & 0x7c00 == 0 { h & 0x8000 } else { h & 0xffff }
 }
 
 /// `flush` where asked (only f16 has `.ftz`).
@@ -128,11 +89,7 @@ pub fn flush_if(ftz: bool, h: u32) -> u32 {
 /// a * b + c, rounded once.
 #[inline(always)]
 pub fn fma<const BF: bool>(a: u32, b: u32, c: u32) -> u32 {
-    round::<BF>(odd_f32(float::fma_odd(
-        widen::<BF>(a),
-        widen::<BF>(b),
-        widen::<BF>(c),
-    )))
+    round::<BF>(odd_f32(float::fma_odd(widen::<BF>(a), widen::<BF>(b), widen::<BF>(c))))
 }
 
 /// a + b, rounded once.
@@ -181,21 +138,10 @@ pub fn relu<const BF: bool>(h: u32) -> u32 {
 
 /// Minimum or maximum with every modifier the formats have.
 #[inline(always)]
-pub fn min_max<const BF: bool>(
-    a: u32,
-    b: u32,
-    max: bool,
-    ftz: bool,
-    nan: bool,
-    xorsign: bool,
-) -> u32 {
+pub fn min_max<const BF: bool>(a: u32, b: u32, max: bool, ftz: bool, nan: bool, xorsign: bool) -> u32 {
     let (a, b) = (flush_if(ftz, a), flush_if(ftz, b));
     let sign = (a ^ b) & 0x8000;
-    let (a, b) = if xorsign {
-        (a & 0x7fff, b & 0x7fff)
-    } else {
-        (a, b)
-    };
+    let (a, b) = if xorsign { (a & 0x7fff, b & 0x7fff) } else { (a, b) };
     let (x, y) = (widen::<BF>(a), widen::<BF>(b));
     let r = if x.is_nan() || y.is_nan() {
         if nan || (x.is_nan() && y.is_nan()) {

@@ -39,11 +39,7 @@ pub fn mul_hi_s32(a: u32, b: u32) -> u32 {
 #[allow(missing_docs)]
 #[inline(always)]
 pub fn mul_hi_64(signed: bool, a: u64, b: u64) -> u64 {
-    if signed {
-        ((a as i64 as i128 * b as i64 as i128) >> 64) as u64
-    } else {
-        ((a as u128 * b as u128) >> 64) as u64
-    }
+    if signed { ((a as i64 as i128 * b as i64 as i128) >> 64) as u64 } else { ((a as u128 * b as u128) >> 64) as u64 }
 }
 
 #[allow(missing_docs)]
@@ -61,21 +57,13 @@ pub fn rem_u32(a: u32, b: u32) -> u32 {
 #[allow(missing_docs)]
 #[inline(always)]
 pub fn div_s32(a: u32, b: u32) -> u32 {
-    if b == 0 {
-        u32::MAX
-    } else {
-        (a as i32).wrapping_div(b as i32) as u32
-    }
+    if b == 0 { u32::MAX } else { (a as i32).wrapping_div(b as i32) as u32 }
 }
 
 #[allow(missing_docs)]
 #[inline(always)]
 pub fn rem_s32(a: u32, b: u32) -> u32 {
-    if b == 0 {
-        u32::MAX
-    } else {
-        (a as i32).wrapping_rem(b as i32) as u32
-    }
+    if b == 0 { u32::MAX } else { (a as i32).wrapping_rem(b as i32) as u32 }
 }
 
 #[allow(missing_docs)]
@@ -93,21 +81,13 @@ pub fn rem_u64(a: u64, b: u64) -> u64 {
 #[allow(missing_docs)]
 #[inline(always)]
 pub fn div_s64(a: u64, b: u64) -> u64 {
-    if b == 0 {
-        u64::MAX
-    } else {
-        (a as i64).wrapping_div(b as i64) as u64
-    }
+    if b == 0 { u64::MAX } else { (a as i64).wrapping_div(b as i64) as u64 }
 }
 
 #[allow(missing_docs)]
 #[inline(always)]
 pub fn rem_s64(a: u64, b: u64) -> u64 {
-    if b == 0 {
-        u64::MAX
-    } else {
-        (a as i64).wrapping_rem(b as i64) as u64
-    }
+    if b == 0 { u64::MAX } else { (a as i64).wrapping_rem(b as i64) as u64 }
 }
 
 /// Shifts give zero (or the sign) from the width on, whatever the amount.
@@ -196,16 +176,9 @@ pub fn prmt(mode: u8, a: u32, b: u32, c: u32) -> u32 {
     let byte = |s: u32| {
         let byte = (pair >> ((s & 7) * 8)) as u32 & 0xff;
         // Bit 3 asks for the byte's sign, eight times.
-        if s & 8 != 0 {
-            (byte >> 7).wrapping_neg() & 0xff
-        } else {
-            byte
-        }
+        if s & 8 != 0 { (byte >> 7).wrapping_neg() & 0xff } else { byte }
     };
-    byte(selectors[0])
-        | byte(selectors[1]) << 8
-        | byte(selectors[2]) << 16
-        | byte(selectors[3]) << 24
+    byte(selectors[0]) | byte(selectors[1]) << 8 | byte(selectors[2]) << 16 | byte(selectors[3]) << 24
 }
 
 /// Extracts a bit field of `c` bits from bit `b` on, as 64 bits; `width` is that of the type.
@@ -219,11 +192,7 @@ pub fn bfe(signed: bool, width: u32, a: u64, b: u32, c: u32) -> u64 {
     let fill = signed && a >> (width - 1) & 1 == 1;
     let above = if width == 64 { 0 } else { u64::MAX << width };
     let extended = if fill { a | above } else { a & !above };
-    let moved = if signed {
-        shr_s64(extended, position)
-    } else {
-        shr_64(extended, position)
-    };
+    let moved = if signed { shr_s64(extended, position) } else { shr_64(extended, position) };
     if length >= 64 {
         return moved;
     }
@@ -231,11 +200,7 @@ pub fn bfe(signed: bool, width: u32, a: u64, b: u32, c: u32) -> u64 {
     if signed {
         // The field's own top bit, or the type's where the field reaches beyond it.
         let top = (position + length - 1).min(width - 1);
-        if a >> top & 1 == 1 {
-            moved | !keep
-        } else {
-            moved & keep
-        }
+        if a >> top & 1 == 1 { moved | !keep } else { moved & keep }
     } else {
         moved & keep
     }
@@ -248,11 +213,7 @@ pub fn bfi(width: u32, a: u64, b: u64, c: u32, d: u32) -> u64 {
     if position >= width {
         return b;
     }
-    let keep = if length >= 64 {
-        u64::MAX
-    } else {
-        (1 << length) - 1
-    };
+    let keep = if length >= 64 { u64::MAX } else { (1 << length) - 1 };
     let mask = keep << position;
     (b & !mask) | (a << position & mask)
 }
@@ -260,32 +221,20 @@ pub fn bfi(width: u32, a: u64, b: u64, c: u32, d: u32) -> u64 {
 /// The position of the most significant bit that is not a sign bit; all ones if there is none.
 #[inline(always)]
 pub fn bfind(signed: bool, shift_amount: bool, width: u32, a: u64) -> u32 {
-    let a = if signed && a >> (width - 1) & 1 == 1 {
-        !a
-    } else {
-        a
-    };
+    let a = if signed && a >> (width - 1) & 1 == 1 { !a } else { a };
     let a = if width == 64 { a } else { a & 0xffff_ffff };
     if a == 0 {
         return u32::MAX;
     }
     let position = 63 - a.leading_zeros();
-    if shift_amount {
-        width - 1 - position
-    } else {
-        position
-    }
+    if shift_amount { width - 1 - position } else { position }
 }
 
 /// The n-th set bit of `mask` from bit `base` on.
 pub fn fns(mask: u32, base: u32, offset: i32) -> u32 {
     let base = base & 31;
     if offset == 0 {
-        return if mask >> base & 1 == 1 {
-            base
-        } else {
-            u32::MAX
-        };
+        return if mask >> base & 1 == 1 { base } else { u32::MAX };
     }
     let (mut at, mut left) = (base as i32, offset.unsigned_abs() - 1);
     while (0..32).contains(&at) {
@@ -308,21 +257,13 @@ pub fn szext(signed: bool, wrap: bool, a: u32, b: u32) -> u32 {
         return 0;
     }
     let unused = 32 - n;
-    if signed {
-        ((a << unused) as i32 >> unused) as u32
-    } else {
-        a << unused >> unused
-    }
+    if signed { ((a << unused) as i32 >> unused) as u32 } else { a << unused >> unused }
 }
 
 /// A mask of `b` ones from bit `a` on.
 #[inline(always)]
 pub fn bmsk(wrap: bool, a: u32, b: u32) -> u32 {
-    let (a, b) = if wrap {
-        (a & 31, b & 31)
-    } else {
-        (a.min(32), b.min(32))
-    };
+    let (a, b) = if wrap { (a & 31, b & 31) } else { (a.min(32), b.min(32)) };
     ((((1u64 << b) - 1) << a) & 0xffff_ffff) as u32
 }
 
@@ -331,11 +272,7 @@ pub fn bmsk(wrap: bool, a: u32, b: u32) -> u32 {
 pub fn dp4a(a_signed: bool, b_signed: bool, a: u32, b: u32, c: u32) -> u32 {
     let byte = |signed: bool, x: u32, i: u32| {
         let x = x >> (8 * i) & 0xff;
-        if signed {
-            x as u8 as i8 as i32 as u32
-        } else {
-            x
-        }
+        if signed { x as u8 as i8 as i32 as u32 } else { x }
     };
     let mut sum = c;
     for i in 0..4 {
@@ -352,11 +289,7 @@ pub fn dp2a(a_signed: bool, b_signed: bool, hi: bool, a: u32, b: u32, c: u32) ->
     for i in 0..2 {
         let x = ext16(a_signed, a >> (16 * i));
         let y = b >> (8 * i) & 0xff;
-        let y = if b_signed {
-            y as u8 as i8 as i32 as u32
-        } else {
-            y
-        };
+        let y = if b_signed { y as u8 as i8 as i32 as u32 } else { y };
         sum = sum.wrapping_add(x.wrapping_mul(y));
     }
     sum

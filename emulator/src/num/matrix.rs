@@ -117,20 +117,11 @@ unsafe fn multiply_avx2(c: &mut Accumulators, planes: &[Plane]) {
         for (columns, plane) in columns.iter_mut().zip(planes) {
             let row = |r: usize| _mm_loadu_ps(plane[2].as_ptr().add(4 * r));
             for parity in 0..2 {
-                let (r0, r1, r2, r3) = (
-                    row(parity),
-                    row(2 + parity),
-                    row(4 + parity),
-                    row(6 + parity),
-                );
+                let (r0, r1, r2, r3) = (row(parity), row(2 + parity), row(4 + parity), row(6 + parity));
                 let (t0, t1) = (_mm_unpacklo_ps(r0, r1), _mm_unpackhi_ps(r0, r1));
                 let (t2, t3) = (_mm_unpacklo_ps(r2, r3), _mm_unpackhi_ps(r2, r3));
-                let words = [
-                    _mm_movelh_ps(t0, t2),
-                    _mm_movehl_ps(t2, t0),
-                    _mm_movelh_ps(t1, t3),
-                    _mm_movehl_ps(t3, t1),
-                ];
+                let words =
+                    [_mm_movelh_ps(t0, t2), _mm_movehl_ps(t2, t0), _mm_movelh_ps(t1, t3), _mm_movehl_ps(t3, t1)];
                 for j in 0..4 {
                     _mm_storeu_ps(columns[j].as_mut_ptr().add(8 * parity), words[j]);
                     _mm_storeu_ps(columns[j].as_mut_ptr().add(8 * parity + 4), words[j]);
@@ -154,8 +145,7 @@ unsafe fn multiply_avx2(c: &mut Accumulators, planes: &[Plane]) {
                                 let rows = _mm256_loadu_ps(plane[half].as_ptr().add(q + 8 * v));
                                 let rows = _mm256_permute_ps::<{ $j * 0x55 }>(rows);
                                 sums[2 * half][v] = _mm256_fmadd_ps(rows, even, sums[2 * half][v]);
-                                sums[2 * half + 1][v] =
-                                    _mm256_fmadd_ps(rows, odd, sums[2 * half + 1][v]);
+                                sums[2 * half + 1][v] = _mm256_fmadd_ps(rows, odd, sums[2 * half + 1][v]);
                             }
                         }
                     };
@@ -192,29 +182,17 @@ unsafe fn multiply_avx512(c: &mut Accumulators, planes: &[Plane]) {
         }
         let first = _mm512_set4_epi32(24, 16, 8, 0);
         for plane in planes {
-            let (b0, b1) = (
-                _mm512_loadu_ps(plane[2].as_ptr()),
-                _mm512_loadu_ps(plane[2].as_ptr().add(16)),
-            );
+            let (b0, b1) = (_mm512_loadu_ps(plane[2].as_ptr()), _mm512_loadu_ps(plane[2].as_ptr().add(16)));
             macro_rules! word {
                 ($j:literal) => {
-                    let even = _mm512_permutex2var_ps(
-                        b0,
-                        _mm512_add_epi32(first, _mm512_set1_epi32($j)),
-                        b1,
-                    );
-                    let odd = _mm512_permutex2var_ps(
-                        b0,
-                        _mm512_add_epi32(first, _mm512_set1_epi32($j + 4)),
-                        b1,
-                    );
+                    let even = _mm512_permutex2var_ps(b0, _mm512_add_epi32(first, _mm512_set1_epi32($j)), b1);
+                    let odd = _mm512_permutex2var_ps(b0, _mm512_add_epi32(first, _mm512_set1_epi32($j + 4)), b1);
                     for v in 0..2 {
                         for half in 0..2 {
                             let rows = _mm512_loadu_ps(plane[half].as_ptr().add(16 * v));
                             let rows = _mm512_permute_ps::<{ $j * 0x55 }>(rows);
                             sums[2 * half][v] = _mm512_fmadd_ps(rows, even, sums[2 * half][v]);
-                            sums[2 * half + 1][v] =
-                                _mm512_fmadd_ps(rows, odd, sums[2 * half + 1][v]);
+                            sums[2 * half + 1][v] = _mm512_fmadd_ps(rows, odd, sums[2 * half + 1][v]);
                         }
                     }
                 };
@@ -253,11 +231,7 @@ fn halves<const BF: bool>(words: &Lanes) -> [[f32; 32]; 2] {
     let mut r = [[0.0; 32]; 2];
     for i in 0..32 {
         r[0][i] = half::widen::<BF>(words[i] & 0xffff);
-        r[1][i] = if BF {
-            f32::from_bits(words[i] & 0xffff_0000)
-        } else {
-            half::f16_to_f32(words[i] >> 16)
-        };
+        r[1][i] = if BF { f32::from_bits(words[i] & 0xffff_0000) } else { half::f16_to_f32(words[i] >> 16) };
     }
     r
 }
@@ -268,10 +242,8 @@ unsafe fn accumulators(m: &Matrix, o: &Operands, tile: &Tile) -> Accumulators {
     // SAFETY: the operands are the form's.
     unsafe {
         if m.c_f16 {
-            let (top, bottom) = (
-                halves::<false>(o.b32(tile.c[0] as usize)),
-                halves::<false>(o.b32(tile.c[1] as usize)),
-            );
+            let (top, bottom) =
+                (halves::<false>(o.b32(tile.c[0] as usize)), halves::<false>(o.b32(tile.c[1] as usize)));
             [top[0], top[1], bottom[0], bottom[1]]
         } else {
             tile.c.map(|i| {
@@ -294,8 +266,7 @@ unsafe fn put(m: &Matrix, o: &Operands, tile: &Tile, c: &Accumulators) {
         if m.d_f16 {
             for i in 0..2 {
                 for lane in 0..32 {
-                    r[lane] = half::f16_from_f32(c[2 * i][lane])
-                        | half::f16_from_f32(c[2 * i + 1][lane]) << 16;
+                    r[lane] = half::f16_from_f32(c[2 * i][lane]) | half::f16_from_f32(c[2 * i + 1][lane]) << 16;
                 }
                 o.put32(tile.d[i] as usize, &r);
             }
@@ -368,13 +339,7 @@ unsafe fn bytes_product(m: &Matrix, o: &Operands, a_signed: bool, b_signed: bool
                             let (quad, column) = (lane & !3, 8 * (lane & 3));
                             for odd in 0..2 {
                                 let sum = &mut sums[2 * half + odd][lane];
-                                *sum = int::dp4a(
-                                    a_signed,
-                                    b_signed,
-                                    a[quad + j],
-                                    b[column + 4 * odd + j],
-                                    *sum,
-                                );
+                                *sum = int::dp4a(a_signed, b_signed, a[quad + j], b[column + 4 * odd + j], *sum);
                             }
                         }
                     }
@@ -384,11 +349,7 @@ unsafe fn bytes_product(m: &Matrix, o: &Operands, a_signed: bool, b_signed: bool
                 let c = o.b32(tile.c[i] as usize);
                 for lane in 0..32 {
                     let (sum, c) = (sums[i][lane] as i32, c[lane] as i32);
-                    sums[i][lane] = if saturate {
-                        sum.saturating_add(c)
-                    } else {
-                        sum.wrapping_add(c)
-                    } as u32;
+                    sums[i][lane] = if saturate { sum.saturating_add(c) } else { sum.wrapping_add(c) } as u32;
                 }
             }
             for i in 0..2 * rows {
@@ -411,9 +372,7 @@ unsafe fn f64_product(m: &Matrix, o: &Operands) {
                     for odd in 0..2 {
                         let sum = &mut sums[odd][lane];
                         let factor = f64::from_bits(b[8 * (lane & 3) + 4 * odd + j]);
-                        *sum = f64::from_bits(a[(lane & !3) + j])
-                            .mul_add(factor, f64::from_bits(*sum))
-                            .to_bits();
+                        *sum = f64::from_bits(a[(lane & !3) + j]).mul_add(factor, f64::from_bits(*sum)).to_bits();
                     }
                 }
             }
@@ -457,11 +416,7 @@ runner!(portable, Portable);
 #[cfg(target_arch = "x86_64")]
 runner!(avx2, Avx2, "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt");
 #[cfg(target_arch = "x86_64")]
-runner!(
-    avx512,
-    Avx512,
-    "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt"
-);
+runner!(avx512, Avx512, "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt");
 
 /// The compiled functions: portable, AVX2, AVX-512.
 #[cfg(target_arch = "x86_64")]
@@ -479,26 +434,16 @@ pub fn parse(text: &str) -> Result<Parsed, Unsupported> {
     let mut words: Vec<&str> = text.split('.').collect();
     let wmma = words.first() == Some(&"wmma");
     words.drain(..if wmma { 2 } else { 1 });
-    let mut take = |word: &str| {
-        words
-            .iter()
-            .position(|w| *w == word)
-            .map(|i| words.remove(i))
-            .is_some()
-    };
+    let mut take = |word: &str| words.iter().position(|w| *w == word).map(|i| words.remove(i)).is_some();
     if !take("sync") || !take("aligned") {
         return Err(refuse("needs .sync.aligned"));
     }
     let saturate = take("satfinite");
     take("rn");
-    let (rows, columns) = (
-        words.iter().filter(|w| **w == "row").count(),
-        words.iter().filter(|w| **w == "col").count(),
-    );
+    let (rows, columns) =
+        (words.iter().filter(|w| **w == "row").count(), words.iter().filter(|w| **w == "col").count());
     if rows + columns != 2 || (!wmma && (rows, columns) != (1, 1)) {
-        return Err(refuse(
-            "needs the layouts of both matrices, for mma .row.col",
-        ));
+        return Err(refuse("needs the layouts of both matrices, for mma .row.col"));
     }
     words.retain(|w| *w != "row" && *w != "col");
     let [shape, ref types @ ..] = words[..] else {
@@ -518,11 +463,7 @@ pub fn parse(text: &str) -> Result<Parsed, Unsupported> {
         (Ty::Bf16, Ty::Bf16) => Element::Bf16,
         (Ty::Tf32, Ty::Tf32) => Element::Tf32,
         (Ty::F64, Ty::F64) => Element::F64,
-        (a, b) if byte(a) && byte(b) => Element::Byte {
-            a: a == Ty::S8,
-            b: b == Ty::S8,
-            saturate,
-        },
+        (a, b) if byte(a) && byte(b) => Element::Byte { a: a == Ty::S8, b: b == Ty::S8, saturate },
         _ => return Err(refuse("has element types that are not supported")),
     };
     if saturate && !matches!(element, Element::Byte { .. }) {
@@ -581,25 +522,12 @@ pub fn parse(text: &str) -> Result<Parsed, Unsupported> {
             let step = if tall { 2 } else { 1 };
             let k = [0, if depth == 2 { 1 } else { 0 }]
                 .map(|k| [tall_at + step * k, tall_at + step * k + second, flat_at + k]);
-            let four = |at: u8, per: u8| {
-                [0, 1, 2, 3].map(|i| at + tile * per + if i < per { i } else { 0 })
-            };
-            Tile {
-                d: four(0, per_tile(d_f16)),
-                c: four(c_at, per_tile(c_f16)),
-                k,
-            }
+            let four = |at: u8, per: u8| [0, 1, 2, 3].map(|i| at + tile * per + if i < per { i } else { 0 });
+            Tile { d: four(0, per_tile(d_f16)), c: four(c_at, per_tile(c_f16)), k }
         })
         .collect();
-    let numbers: Vec<u32> = shape
-        .split(['m', 'n', 'k'])
-        .filter_map(|n| n.parse().ok())
-        .collect();
-    let word = if element == Element::F64 {
-        Ty::F64
-    } else {
-        Ty::B32
-    };
+    let numbers: Vec<u32> = shape.split(['m', 'n', 'k']).filter_map(|n| n.parse().ok()).collect();
+    let word = if element == Element::F64 { Ty::F64 } else { Ty::B32 };
     let accumulator = |ty: Ty| match ty {
         Ty::F64 | Ty::F32 => ty,
         _ => Ty::B32,
@@ -608,22 +536,11 @@ pub fn parse(text: &str) -> Result<Parsed, Unsupported> {
     src.extend(vec![accumulator(c); c_registers as usize]);
     // The bytes' signs follow the factors when the product is transposed.
     let element = match element {
-        Element::Byte { a, b, saturate } if shape == "m8n32k16" => Element::Byte {
-            a: b,
-            b: a,
-            saturate,
-        },
+        Element::Byte { a, b, saturate } if shape == "m8n32k16" => Element::Byte { a: b, b: a, saturate },
         other => other,
     };
     Ok(Parsed {
-        matrix: Matrix {
-            element,
-            depth,
-            tall,
-            c_f16,
-            d_f16,
-            tiles,
-        },
+        matrix: Matrix { element, depth, tall, c_f16, d_f16, tiles },
         dst: vec![accumulator(d); d_registers as usize],
         src,
         flops: 2 * numbers.iter().product::<u32>(),
@@ -636,10 +553,7 @@ pub fn parse(text: &str) -> Result<Parsed, Unsupported> {
 /// A tall factor with 16-bit elements: rows x 16 along k, four registers per 16 rows, and again from register 4 on.
 fn tall_16(lane: u32, register: u32, element: u32) -> (u32, u32) {
     let (g, t) = (lane / 4, lane % 4);
-    (
-        g + 8 * (register & 1) + 16 * (register / 4),
-        2 * t + element + 8 * (register / 2 & 1),
-    )
+    (g + 8 * (register & 1) + 16 * (register / 4), 2 * t + element + 8 * (register / 2 & 1))
 }
 
 /// The same for 16 rows, where registers from 4 on repeat the first four.
@@ -685,26 +599,17 @@ fn flat_8(lane: u32, register: u32, element: u32) -> (u32, u32) {
 
 /// Accumulators, 32 bits: tiles beside each other.
 fn sum_wide(lane: u32, register: u32, _: u32) -> (u32, u32) {
-    (
-        lane / 4 + 8 * (register / 2 & 1),
-        2 * (lane % 4) + (register & 1) + 8 * (register / 4),
-    )
+    (lane / 4 + 8 * (register / 2 & 1), 2 * (lane % 4) + (register & 1) + 8 * (register / 4))
 }
 
 /// Accumulators, 32 bits: tiles below each other.
 fn sum_tall(lane: u32, register: u32, _: u32) -> (u32, u32) {
-    (
-        lane / 4 + 8 * (register / 2),
-        2 * (lane % 4) + (register & 1),
-    )
+    (lane / 4 + 8 * (register / 2), 2 * (lane % 4) + (register & 1))
 }
 
 /// Accumulators, f16 pairs: tiles beside each other.
 fn sum_16_wide(lane: u32, register: u32, element: u32) -> (u32, u32) {
-    (
-        lane / 4 + 8 * (register & 1),
-        2 * (lane % 4) + element + 8 * (register / 2),
-    )
+    (lane / 4 + 8 * (register & 1), 2 * (lane % 4) + element + 8 * (register / 2))
 }
 
 /// Accumulators, f16 pairs: tiles below each other.

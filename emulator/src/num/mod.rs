@@ -19,11 +19,7 @@
 
 // Loops over lanes index several arrays at once. `a < b || a > b` is not `a != b`: NaN is neither. Shifts and masks are written
 // as the hardware's manuals write them.
-#![allow(
-    clippy::needless_range_loop,
-    clippy::double_comparisons,
-    clippy::precedence
-)]
+#![allow(clippy::needless_range_loop, clippy::double_comparisons, clippy::precedence)]
 
 pub mod approx;
 pub mod float;
@@ -118,8 +114,7 @@ pub enum FlopType {
 /// # Safety
 /// `registers` is 64-byte aligned and every offset lies inside the file with room for its kind; the processor has the
 /// instruction set that the function was compiled for. Source and destination registers may be the same, in any combination.
-pub type Run =
-    unsafe fn(form: &Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32);
+pub type Run = unsafe fn(form: &Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32);
 
 /// What the code of a [`Form`] of this module reads.
 #[derive(Debug)]
@@ -134,11 +129,7 @@ pub struct Detail {
 
 impl Detail {
     /// For forms whose code reads none of it.
-    pub const NONE: Detail = Detail {
-        operands: 0,
-        decoded: Decoded::NONE,
-        matrix: None,
-    };
+    pub const NONE: Detail = Detail { operands: 0, decoded: Decoded::NONE, matrix: None };
 }
 
 /// One instruction form.
@@ -209,13 +200,8 @@ pub fn form(opcode: &str, destinations: usize, sources: usize) -> Option<&'stati
 }
 
 fn make(opcode: &str, destinations: usize) -> Result<Form, Unsupported> {
-    let types = |types: &[Ty]| -> &'static [Type] {
-        types
-            .iter()
-            .map(|ty| operand_type(*ty))
-            .collect::<Vec<_>>()
-            .leak()
-    };
+    let types =
+        |types: &[Ty]| -> &'static [Type] { types.iter().map(|ty| operand_type(*ty)).collect::<Vec<_>>().leak() };
     let base = opcode.split('.').next().unwrap_or("");
     if base == "mma" || opcode.starts_with("wmma.mma.") {
         let parsed = matrix::parse(opcode)?;
@@ -226,15 +212,8 @@ fn make(opcode: &str, destinations: usize) -> Result<Form, Unsupported> {
             carry_in: false,
             carry_out: false,
             class: Class::Mma,
-            flops: parsed
-                .element
-                .and_then(flop_type)
-                .map(|ty| (ty, parsed.flops)),
-            detail: Detail {
-                operands: dst.len() + src.len(),
-                decoded: Decoded::NONE,
-                matrix: Some(parsed.matrix),
-            },
+            flops: parsed.element.and_then(flop_type).map(|ty| (ty, parsed.flops)),
+            detail: Detail { operands: dst.len() + src.len(), decoded: Decoded::NONE, matrix: Some(parsed.matrix) },
             run: matrix::RUNS,
         });
     }
@@ -243,43 +222,28 @@ fn make(opcode: &str, destinations: usize) -> Result<Form, Unsupported> {
         signature.dst.pop();
     }
     decoded.destinations = signature.dst.len() as u8;
-    let (carry_in, carry_out) = (
-        decoded.has(form::flag::CC_IN),
-        decoded.has(form::flag::CC_OUT),
-    );
+    let (carry_in, carry_out) = (decoded.has(form::flag::CC_IN), decoded.has(form::flag::CC_OUT));
     let float = decoded.ty.is_float();
     let class = match base {
         "fma" | "mad" if float => Class::Fma,
-        "div" | "rcp" | "sqrt" | "rsqrt" | "ex2" | "lg2" | "sin" | "cos" | "tanh" if float => {
-            Class::Special
-        }
+        "div" | "rcp" | "sqrt" | "rsqrt" | "ex2" | "lg2" | "sin" | "cos" | "tanh" if float => Class::Special,
         _ => Class::Arithmetic,
     };
     let operations = match base {
         "fma" | "mad" => 2,
-        "add" | "sub" | "mul" | "div" | "rcp" | "sqrt" | "rsqrt" | "ex2" | "lg2" | "sin"
-        | "cos" | "tanh" => 1,
+        "add" | "sub" | "mul" | "div" | "rcp" | "sqrt" | "rsqrt" | "ex2" | "lg2" | "sin" | "cos" | "tanh" => 1,
         _ => 0,
     };
-    let pairs = if matches!(decoded.ty, Ty::F16x2 | Ty::Bf16x2) {
-        2
-    } else {
-        1
-    };
+    let pairs = if matches!(decoded.ty, Ty::F16x2 | Ty::Bf16x2) { 2 } else { 1 };
     Ok(Form {
         dst: types(&signature.dst),
         src: types(&signature.src),
         carry_in,
         carry_out,
         class,
-        flops: flop_type(decoded.ty)
-            .filter(|_| operations > 0)
-            .map(|ty| (ty, operations * pairs)),
+        flops: flop_type(decoded.ty).filter(|_| operations > 0).map(|ty| (ty, operations * pairs)),
         detail: Detail {
-            operands: signature.dst.len()
-                + signature.src.len()
-                + carry_in as usize
-                + carry_out as usize,
+            operands: signature.dst.len() + signature.src.len() + carry_in as usize + carry_out as usize,
             decoded,
             matrix: None,
         },

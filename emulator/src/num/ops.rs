@@ -104,11 +104,7 @@ impl Operands {
             *d = *r;
         } else {
             for lane in 0..32 {
-                d[lane] = if self.mask & 1 << lane != 0 {
-                    r[lane]
-                } else {
-                    d[lane]
-                };
+                d[lane] = if self.mask & 1 << lane != 0 { r[lane] } else { d[lane] };
             }
         }
     }
@@ -125,11 +121,7 @@ impl Operands {
             *d = *r;
         } else {
             for lane in 0..32 {
-                d[lane] = if self.mask & 1 << lane != 0 {
-                    r[lane]
-                } else {
-                    d[lane]
-                };
+                d[lane] = if self.mask & 1 << lane != 0 { r[lane] } else { d[lane] };
             }
         }
     }
@@ -334,26 +326,14 @@ impl Operands {
     #[inline(always)]
     unsafe fn any(&self, i: usize, ty: Ty) -> Lanes64 {
         // SAFETY: see `map1`.
-        unsafe {
-            if ty.bits() == 64 {
-                *self.b64(i)
-            } else {
-                self.b32(i).map(|x| x as u64)
-            }
-        }
+        unsafe { if ty.bits() == 64 { *self.b64(i) } else { self.b32(i).map(|x| x as u64) } }
     }
 
     /// Writes 64-bit lanes, or their low halves, by the destination's width.
     #[inline(always)]
     unsafe fn put_any(&self, i: usize, ty: Ty, r: &Lanes64) {
         // SAFETY: see `map1`.
-        unsafe {
-            if ty.bits() == 64 {
-                self.put64(i, r)
-            } else {
-                self.put32(i, &r.map(|x| held(ty, x as u32)))
-            }
-        }
+        unsafe { if ty.bits() == 64 { self.put64(i, r) } else { self.put32(i, &r.map(|x| held(ty, x as u32))) } }
     }
 }
 
@@ -374,18 +354,14 @@ fn pack<I: Isa>(on: &Lanes) -> u32 {
             let mut bits = 0;
             for i in 0..4 {
                 // SAFETY: the caller runs where AVX is; `on` has 128 bytes.
-                bits |= unsafe {
-                    _mm256_movemask_ps(_mm256_loadu_ps(on.as_ptr().add(8 * i).cast())) as u32
-                } << (8 * i);
+                bits |= unsafe { _mm256_movemask_ps(_mm256_loadu_ps(on.as_ptr().add(8 * i).cast())) as u32 } << (8 * i);
             }
             bits
         } else {
             let mut bits = 0;
             for i in 0..8 {
                 // SAFETY: SSE2 is part of x86-64; `on` has 128 bytes.
-                bits |=
-                    unsafe { _mm_movemask_ps(_mm_loadu_ps(on.as_ptr().add(4 * i).cast())) as u32 }
-                        << (4 * i);
+                bits |= unsafe { _mm_movemask_ps(_mm_loadu_ps(on.as_ptr().add(4 * i).cast())) as u32 } << (4 * i);
             }
             bits
         }
@@ -459,11 +435,7 @@ unsafe fn compare_any<I: Isa>(f: &Decoded, o: &Operands, at: usize) -> (u32, u32
             }
             Ty::S16 => {
                 let (a, b) = both(int::sext16);
-                twice(compare_int::<I, i32>(
-                    f,
-                    &a.map(|x| x as i32),
-                    &b.map(|x| x as i32),
-                ))
+                twice(compare_int::<I, i32>(f, &a.map(|x| x as i32), &b.map(|x| x as i32)))
             }
             Ty::U64 | Ty::B64 => twice(compare_int::<I, u64>(f, o.b64(at), o.b64(at + 1))),
             Ty::S64 => {
@@ -471,10 +443,7 @@ unsafe fn compare_any<I: Isa>(f: &Decoded, o: &Operands, at: usize) -> (u32, u32
                 twice(compare_int::<I, i64>(f, &a, &b))
             }
             Ty::F64 => {
-                let (a, b) = (
-                    o.b64(at).map(f64::from_bits),
-                    o.b64(at + 1).map(f64::from_bits),
-                );
+                let (a, b) = (o.b64(at).map(f64::from_bits), o.b64(at + 1).map(f64::from_bits));
                 twice(compare_float::<I, f64>(f, &a, &b))
             }
             Ty::F16 | Ty::F16x2 => {
@@ -485,10 +454,7 @@ unsafe fn compare_any<I: Isa>(f: &Decoded, o: &Operands, at: usize) -> (u32, u32
                 if f.from == Ty::F16 {
                     return twice(t);
                 }
-                (
-                    t,
-                    compare_float::<I, f32>(f, &a.each_ref().map(high), &b.each_ref().map(high)),
-                )
+                (t, compare_float::<I, f32>(f, &a.each_ref().map(high), &b.each_ref().map(high)))
             }
             Ty::Bf16 | Ty::Bf16x2 => {
                 let low = |x: &u32| half::bf16_to_f32(*x & 0xffff);
@@ -498,10 +464,7 @@ unsafe fn compare_any<I: Isa>(f: &Decoded, o: &Operands, at: usize) -> (u32, u32
                 if f.from == Ty::Bf16 {
                     return twice(t);
                 }
-                (
-                    t,
-                    compare_float::<I, f32>(f, &a.each_ref().map(high), &b.each_ref().map(high)),
-                )
+                (t, compare_float::<I, f32>(f, &a.each_ref().map(high), &b.each_ref().map(high)))
             }
             _ => {
                 let value = |x: u32| f32::from_bits(float::flush_if(ftz, x));
@@ -552,21 +515,13 @@ fn halves1(pair: bool, a: u32, f: impl Fn(u32) -> u32) -> u32 {
 #[inline(always)]
 fn halves2(pair: bool, a: u32, b: u32, f: impl Fn(u32, u32) -> u32) -> u32 {
     let low = f(a & 0xffff, b & 0xffff) & 0xffff;
-    if pair {
-        low | f(a >> 16, b >> 16) << 16
-    } else {
-        low
-    }
+    if pair { low | f(a >> 16, b >> 16) << 16 } else { low }
 }
 
 #[inline(always)]
 fn halves3(pair: bool, a: u32, b: u32, c: u32, f: impl Fn(u32, u32, u32) -> u32) -> u32 {
     let low = f(a & 0xffff, b & 0xffff, c & 0xffff) & 0xffff;
-    if pair {
-        low | f(a >> 16, b >> 16, c >> 16) << 16
-    } else {
-        low
-    }
+    if pair { low | f(a >> 16, b >> 16, c >> 16) << 16 } else { low }
 }
 
 fn is_pair(ty: Ty) -> bool {
@@ -611,11 +566,7 @@ fn held(ty: Ty, x: u32) -> u32 {
 /// Any conversion of one value, from and to registers' bits. Signed results fill 64 bits.
 fn convert(f: &Decoded, x: u64) -> u64 {
     use soft::{Format, Value};
-    let x = if f.has(flag::FTZ) && f.from == Ty::F32 {
-        float::flush(x as u32) as u64
-    } else {
-        x
-    };
+    let x = if f.has(flag::FTZ) && f.from == Ty::F32 { float::flush(x as u32) as u64 } else { x };
     let value = match Format::of(f.from) {
         Some(format) => soft::unpack(format, x),
         None => {
@@ -625,31 +576,17 @@ fn convert(f: &Decoded, x: u64) -> u64 {
             } else {
                 (x & (u64::MAX >> (64 - bits))) as i128
             };
-            Value::Finite {
-                sign: integer < 0,
-                significand: integer.unsigned_abs(),
-                exponent: 0,
-            }
+            Value::Finite { sign: integer < 0, significand: integer.unsigned_abs(), exponent: 0 }
         }
     };
     let Some(format) = Format::of(f.ty) else {
         if Format::of(f.from).is_some() {
-            return soft::to_integer(
-                value,
-                f.ty.is_signed(),
-                f.ty.bits(),
-                f.round,
-                f.from == Ty::F64,
-            );
+            return soft::to_integer(value, f.ty.is_signed(), f.ty.bits(), f.round, f.from == Ty::F64);
         }
         // Between integers: only `.sat` comes here.
         return soft::to_integer(value, f.ty.is_signed(), f.ty.bits(), Round::Rz, false);
     };
-    let value = if f.has(flag::INTEGRAL) {
-        soft::to_integral(value, f.round)
-    } else {
-        value
-    };
+    let value = if f.has(flag::INTEGRAL) { soft::to_integral(value, f.round) } else { value };
     let mut r = soft::pack(format, value, f.round);
     let top = 1u64 << (f.ty.bits().min(32) - 1);
     if f.has(flag::FTZ) && f.ty == Ty::F32 {
@@ -662,22 +599,10 @@ fn convert(f: &Decoded, x: u64) -> u64 {
         r = 0;
     }
     if f.has(flag::SAT) {
-        let one = soft::pack(
-            format,
-            Value::Finite {
-                sign: false,
-                significand: 1,
-                exponent: 0,
-            },
-            Round::Rn,
-        );
+        let one = soft::pack(format, Value::Finite { sign: false, significand: 1, exponent: 0 }, Round::Rn);
         let sign = 1u64 << (f.ty.bits() - 1);
         // Patterns of non-negative numbers are ordered as integers are.
-        r = if value == Value::Nan || r & sign != 0 {
-            0
-        } else {
-            r.min(one)
-        };
+        r = if value == Value::Nan || r & sign != 0 { 0 } else { r.min(one) };
     }
     r
 }
@@ -692,24 +617,11 @@ trait Body {
 }
 
 /// Runs `count` instructions on whatever the crate is compiled for.
-unsafe fn portable<B: Body>(
-    f: &super::Form,
-    registers: *mut u8,
-    operands: *const u32,
-    count: usize,
-    mask: u32,
-) {
+unsafe fn portable<B: Body>(f: &super::Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
     for i in 0..count {
         // SAFETY: the caller's operands are `count` times the form's.
         unsafe {
-            B::run::<Portable>(
-                &f.detail.decoded,
-                Operands {
-                    registers,
-                    at: operands.add(i * f.detail.operands),
-                    mask,
-                },
-            )
+            B::run::<Portable>(&f.detail.decoded, Operands { registers, at: operands.add(i * f.detail.operands), mask })
         }
     }
 }
@@ -717,51 +629,23 @@ unsafe fn portable<B: Body>(
 /// The same for AVX2.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
-unsafe fn avx2<B: Body>(
-    f: &super::Form,
-    registers: *mut u8,
-    operands: *const u32,
-    count: usize,
-    mask: u32,
-) {
+unsafe fn avx2<B: Body>(f: &super::Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
     for i in 0..count {
         // SAFETY: the caller's operands are `count` times the form's.
         unsafe {
-            B::run::<Avx2>(
-                &f.detail.decoded,
-                Operands {
-                    registers,
-                    at: operands.add(i * f.detail.operands),
-                    mask,
-                },
-            )
+            B::run::<Avx2>(&f.detail.decoded, Operands { registers, at: operands.add(i * f.detail.operands), mask })
         }
     }
 }
 
 /// The same for AVX-512.
 #[cfg(target_arch = "x86_64")]
-#[target_feature(
-    enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt"
-)]
-unsafe fn avx512<B: Body>(
-    f: &super::Form,
-    registers: *mut u8,
-    operands: *const u32,
-    count: usize,
-    mask: u32,
-) {
+#[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+unsafe fn avx512<B: Body>(f: &super::Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
     for i in 0..count {
         // SAFETY: the caller's operands are `count` times the form's.
         unsafe {
-            B::run::<Avx512>(
-                &f.detail.decoded,
-                Operands {
-                    registers,
-                    at: operands.add(i * f.detail.operands),
-                    mask,
-                },
-            )
+            B::run::<Avx512>(&f.detail.decoded, Operands { registers, at: operands.add(i * f.detail.operands), mask })
         }
     }
 }
@@ -1432,18 +1316,11 @@ unsafe fn half_sum(f: &Decoded, o: Operands, flip: u32) {
     // SAFETY: the forms have two 32-bit sources and one destination.
     unsafe {
         if is_bf16(f.ty) {
-            o.map2(|a, b| {
-                halves2(pair, a, b, |a, b| {
-                    half_result::<true>(f, half::add::<true>(a, b ^ flip))
-                })
-            })
+            o.map2(|a, b| halves2(pair, a, b, |a, b| half_result::<true>(f, half::add::<true>(a, b ^ flip))))
         } else {
             o.map2(|a, b| {
                 halves2(pair, a, b, |a, b| {
-                    half_result::<false>(
-                        f,
-                        half::add::<false>(half::flush_if(ftz, a), half::flush_if(ftz, b) ^ flip),
-                    )
+                    half_result::<false>(f, half::add::<false>(half::flush_if(ftz, a), half::flush_if(ftz, b) ^ flip))
                 })
             })
         }
@@ -1465,11 +1342,7 @@ unsafe fn bfe_64(o: Operands, signed: bool) {
 
 /// Whether `slct` takes its first operand: c >= 0, false for NaN.
 fn slct_first(f: &Decoded, c: u32) -> bool {
-    if f.from == Ty::S32 {
-        c as i32 >= 0
-    } else {
-        f32::from_bits(float::flush_if(f.has(FTZ), c)) >= 0.0
-    }
+    if f.from == Ty::S32 { c as i32 >= 0 } else { f32::from_bits(float::flush_if(f.has(FTZ), c)) >= 0.0 }
 }
 
 /// Arithmetic with the carry flag: `g` gives the result with its carry or borrow in bit 32 (all ones above it for a borrow).
@@ -1477,27 +1350,15 @@ unsafe fn carry32(f: &Decoded, o: Operands, g: impl Fn(u64, u64, u64) -> u64, so
     let out = f.has(CC_OUT) as usize;
     // SAFETY: destination, carry out, sources, carry in, as the form says.
     unsafe {
-        let carry = if f.has(CC_IN) {
-            o.pred(1 + out + sources)
-        } else {
-            0
-        };
+        let carry = if f.has(CC_IN) { o.pred(1 + out + sources) } else { 0 };
         let (a, b) = (o.b32(1 + out), o.b32(2 + out));
         let mut r = [0; 32];
         let mut carries = 0;
         for i in 0..32 {
-            let c = if sources == 3 {
-                o.b32(3 + out)[i] as u64
-            } else {
-                0
-            };
+            let c = if sources == 3 { o.b32(3 + out)[i] as u64 } else { 0 };
             let carry = (carry >> i & 1) as u64;
             let full = g(a[i] as u64, b[i] as u64, c);
-            let full = if f.op == Op::SubCarry32 {
-                full.wrapping_sub(carry)
-            } else {
-                full + carry
-            };
+            let full = if f.op == Op::SubCarry32 { full.wrapping_sub(carry) } else { full + carry };
             r[i] = full as u32;
             carries |= ((full >> 32 & 1) as u32) << i;
         }
@@ -1513,11 +1374,7 @@ unsafe fn carry64(f: &Decoded, o: Operands, g: impl Fn(u64, u64, u64) -> u128, s
     let out = f.has(CC_OUT) as usize;
     // SAFETY: destination, carry out, sources, carry in, as the form says.
     unsafe {
-        let carry = if f.has(CC_IN) {
-            o.pred(1 + out + sources)
-        } else {
-            0
-        };
+        let carry = if f.has(CC_IN) { o.pred(1 + out + sources) } else { 0 };
         let (a, b) = (o.b64(1 + out), o.b64(2 + out));
         let mut r = [0; 32];
         let mut carries = 0;
@@ -1525,11 +1382,7 @@ unsafe fn carry64(f: &Decoded, o: Operands, g: impl Fn(u64, u64, u64) -> u128, s
             let c = if sources == 3 { o.b64(3 + out)[i] } else { 0 };
             let carry = (carry >> i & 1) as u128;
             let full = g(a[i], b[i], c);
-            let full = if f.op == Op::SubCarry64 {
-                full.wrapping_sub(carry)
-            } else {
-                full + carry
-            };
+            let full = if f.op == Op::SubCarry64 { full.wrapping_sub(carry) } else { full + carry };
             r[i] = full as u64;
             carries |= ((full >> 64 & 1) as u32) << i;
         }

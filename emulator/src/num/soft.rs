@@ -23,50 +23,20 @@ pub struct Format {
 }
 
 /// The formats by the names of their types.
-pub const F16: Format = Format {
-    precision: 11,
-    min_exponent: -24,
-    max_exponent: 15,
-    padding: 0,
-    nan: 0x7fff,
-    bits: 16,
-};
+pub const F16: Format =
+    Format { precision: 11, min_exponent: -24, max_exponent: 15, padding: 0, nan: 0x7fff, bits: 16 };
 #[allow(missing_docs)]
-pub const BF16: Format = Format {
-    precision: 8,
-    min_exponent: -133,
-    max_exponent: 127,
-    padding: 0,
-    nan: 0x7fff,
-    bits: 16,
-};
+pub const BF16: Format =
+    Format { precision: 8, min_exponent: -133, max_exponent: 127, padding: 0, nan: 0x7fff, bits: 16 };
 #[allow(missing_docs)]
-pub const TF32: Format = Format {
-    precision: 11,
-    min_exponent: -136,
-    max_exponent: 127,
-    padding: 13,
-    nan: 0x7fff_ffff,
-    bits: 32,
-};
+pub const TF32: Format =
+    Format { precision: 11, min_exponent: -136, max_exponent: 127, padding: 13, nan: 0x7fff_ffff, bits: 32 };
 #[allow(missing_docs)]
-pub const F32: Format = Format {
-    precision: 24,
-    min_exponent: -149,
-    max_exponent: 127,
-    padding: 0,
-    nan: 0x7fff_ffff,
-    bits: 32,
-};
+pub const F32: Format =
+    Format { precision: 24, min_exponent: -149, max_exponent: 127, padding: 0, nan: 0x7fff_ffff, bits: 32 };
 #[allow(missing_docs)]
-pub const F64: Format = Format {
-    precision: 53,
-    min_exponent: -1074,
-    max_exponent: 1023,
-    padding: 0,
-    nan: 0x7fff_ffff_ffff_ffff,
-    bits: 64,
-};
+pub const F64: Format =
+    Format { precision: 53, min_exponent: -1074, max_exponent: 1023, padding: 0, nan: 0x7fff_ffff_ffff_ffff, bits: 64 };
 
 /// The NaN that conversions to f64 make.
 pub const NAN_F64: u64 = F64.nan;
@@ -117,25 +87,14 @@ pub fn unpack(format: Format, bits: u64) -> Value {
     let fraction = bits & ((1 << fraction_bits) - 1);
     let biased = (bits >> fraction_bits & ((1 << (width - 1 - fraction_bits)) - 1)) as i32;
     if biased == format.max_exponent * 2 + 1 {
-        return if fraction == 0 {
-            Value::Infinite(sign)
-        } else {
-            Value::Nan
-        };
+        return if fraction == 0 { Value::Infinite(sign) } else { Value::Nan };
     }
     let (significand, exponent) = if biased == 0 {
         (fraction, format.min_exponent)
     } else {
-        (
-            fraction | 1 << fraction_bits,
-            format.min_exponent + biased - 1,
-        )
+        (fraction | 1 << fraction_bits, format.min_exponent + biased - 1)
     };
-    Value::Finite {
-        sign,
-        significand: significand as u128,
-        exponent,
-    }
+    Value::Finite { sign, significand: significand as u128, exponent }
 }
 
 /// Divides by 2^`shift` and rounds to an integer.
@@ -144,11 +103,7 @@ fn round_shift(sign: bool, significand: u128, shift: i32, round: Round) -> u128 
         return significand << -shift;
     }
     let (kept, rest, half) = match shift {
-        1..=127 => (
-            significand >> shift,
-            significand & ((1 << shift) - 1),
-            1u128 << (shift - 1),
-        ),
+        1..=127 => (significand >> shift, significand & ((1 << shift) - 1), 1u128 << (shift - 1)),
         // All of it is below the unit, and below half of it, unless it is zero.
         _ => (0, (significand != 0) as u128, 2),
     };
@@ -168,11 +123,7 @@ pub fn pack(format: Format, value: Value, round: Round) -> u64 {
     let (sign, significand, exponent) = match value {
         Value::Nan => return format.nan,
         Value::Infinite(sign) => return sign_bit(sign) | format.infinity(),
-        Value::Finite {
-            sign,
-            significand,
-            exponent,
-        } => (sign, significand, exponent),
+        Value::Finite { sign, significand, exponent } => (sign, significand, exponent),
     };
     if significand == 0 {
         return sign_bit(sign);
@@ -193,11 +144,7 @@ pub fn pack(format: Format, value: Value, round: Round) -> u64 {
             Round::Rp => !sign,
         };
         // The largest finite value is the pattern just below infinity's.
-        let magnitude = if away {
-            format.infinity()
-        } else {
-            format.infinity() - (1 << format.padding)
-        };
+        let magnitude = if away { format.infinity() } else { format.infinity() - (1 << format.padding) };
         return sign_bit(sign) | magnitude;
     }
     // A hidden bit in `rounded` adds one to the exponent field by itself.
@@ -208,11 +155,7 @@ pub fn pack(format: Format, value: Value, round: Round) -> u64 {
 /// Replaces an infinity by the largest finite value of its sign.
 pub fn limit_finite(format: Format, bits: u64) -> u64 {
     let magnitude = bits & (u64::MAX >> (65 - format.bits));
-    if magnitude == format.infinity() {
-        bits - (1 << format.padding)
-    } else {
-        bits
-    }
+    if magnitude == format.infinity() { bits - (1 << format.padding) } else { bits }
 }
 
 /// Rounds to an integer, and limits it to `bits` bits, as conversions from floating point do.
@@ -231,17 +174,10 @@ pub fn to_integer(value: Value, signed: bool, bits: u32, round: Round, from_f64:
                 max
             }
         }
-        Value::Finite {
-            sign,
-            significand,
-            exponent,
-        } => {
+        Value::Finite { sign, significand, exponent } => {
             let length = 128 - significand.leading_zeros() as i32;
-            let magnitude = if exponent + length > 70 {
-                1 << 70
-            } else {
-                round_shift(sign, significand, -exponent, round) as i128
-            };
+            let magnitude =
+                if exponent + length > 70 { 1 << 70 } else { round_shift(sign, significand, -exponent, round) as i128 };
             if sign { -magnitude } else { magnitude }
         }
     };
@@ -251,26 +187,16 @@ pub fn to_integer(value: Value, signed: bool, bits: u32, round: Round, from_f64:
 /// Rounds to an integral value of the same format, the sign of zero kept.
 pub fn to_integral(value: Value, round: Round) -> Value {
     match value {
-        Value::Finite {
-            sign,
-            significand,
-            exponent,
-        } if exponent < 0 => Value::Finite {
-            sign,
-            significand: round_shift(sign, significand, -exponent, round),
-            exponent: 0,
-        },
+        Value::Finite { sign, significand, exponent } if exponent < 0 => {
+            Value::Finite { sign, significand: round_shift(sign, significand, -exponent, round), exponent: 0 }
+        }
         other => other,
     }
 }
 
 /// Smallest and largest integer of a width.
 pub fn integer_range(signed: bool, bits: u32) -> (i128, i128) {
-    if signed {
-        (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
-    } else {
-        (0, (1 << bits) - 1)
-    }
+    if signed { (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) } else { (0, (1 << bits) - 1) }
 }
 
 /// Shifts right, and leaves a mark in the lowest bit where bits were lost.
@@ -285,34 +211,14 @@ fn shift_sticky(significand: u128, shift: i32) -> u128 {
 /// a * b + c on f64 bits, rounded once.
 pub fn fma_f64(a: u64, b: u64, c: u64, round: Round) -> u64 {
     use Value::*;
-    let (
-        Finite {
-            sign: sa,
-            significand: ma,
-            exponent: ea,
-        },
-        Finite {
-            sign: sb,
-            significand: mb,
-            exponent: eb,
-        },
-        vc,
-    ) = (unpack(F64, a), unpack(F64, b), unpack(F64, c))
+    let (Finite { sign: sa, significand: ma, exponent: ea }, Finite { sign: sb, significand: mb, exponent: eb }, vc) =
+        (unpack(F64, a), unpack(F64, b), unpack(F64, c))
     else {
         // Infinities and NaN do not round: the host's result is the result.
-        return f64::from_bits(a)
-            .mul_add(f64::from_bits(b), f64::from_bits(c))
-            .to_bits();
+        return f64::from_bits(a).mul_add(f64::from_bits(b), f64::from_bits(c)).to_bits();
     };
-    let Finite {
-        sign: sc,
-        significand: mc,
-        exponent: ec,
-    } = vc
-    else {
-        return f64::from_bits(a)
-            .mul_add(f64::from_bits(b), f64::from_bits(c))
-            .to_bits();
+    let Finite { sign: sc, significand: mc, exponent: ec } = vc else {
+        return f64::from_bits(a).mul_add(f64::from_bits(b), f64::from_bits(c)).to_bits();
     };
     let (sp, mp, ep) = (sa ^ sb, ma * mb, ea + eb);
     let exact_zero = |s1: bool, s2: bool| {
@@ -326,15 +232,7 @@ pub fn fma_f64(a: u64, b: u64, c: u64, round: Round) -> u64 {
         return pack(F64, vc, round);
     }
     if mc == 0 {
-        return pack(
-            F64,
-            Finite {
-                sign: sp,
-                significand: mp,
-                exponent: ep,
-            },
-            round,
-        );
+        return pack(F64, Finite { sign: sp, significand: mp, exponent: ep }, round);
     }
     // Both get their leading bit at 125: a product has 106 bits, so a shift by up to 19 loses nothing, and a longer one leaves a sum
     // of at least 124 bits, far above the lost ones.
@@ -344,10 +242,7 @@ pub fn fma_f64(a: u64, b: u64, c: u64, round: Round) -> u64 {
     };
     let ((mp, ep), (mc, ec)) = (up(mp, ep), up(mc, ec));
     let exponent = ep.max(ec);
-    let (mp, mc) = (
-        shift_sticky(mp, exponent - ep),
-        shift_sticky(mc, exponent - ec),
-    );
+    let (mp, mc) = (shift_sticky(mp, exponent - ep), shift_sticky(mc, exponent - ec));
     let (sign, significand) = if sp == sc {
         (sp, mp + mc)
     } else if mp == mc {
@@ -357,40 +252,16 @@ pub fn fma_f64(a: u64, b: u64, c: u64, round: Round) -> u64 {
     } else {
         (sc, mc - mp)
     };
-    pack(
-        F64,
-        Finite {
-            sign,
-            significand,
-            exponent,
-        },
-        round,
-    )
+    pack(F64, Finite { sign, significand, exponent }, round)
 }
 
 /// a * b on f64 bits, rounded once.
 pub fn mul_f64(a: u64, b: u64, round: Round) -> u64 {
     match (unpack(F64, a), unpack(F64, b)) {
         (
-            Value::Finite {
-                sign: sa,
-                significand: ma,
-                exponent: ea,
-            },
-            Value::Finite {
-                sign: sb,
-                significand: mb,
-                exponent: eb,
-            },
-        ) => pack(
-            F64,
-            Value::Finite {
-                sign: sa ^ sb,
-                significand: ma * mb,
-                exponent: ea + eb,
-            },
-            round,
-        ),
+            Value::Finite { sign: sa, significand: ma, exponent: ea },
+            Value::Finite { sign: sb, significand: mb, exponent: eb },
+        ) => pack(F64, Value::Finite { sign: sa ^ sb, significand: ma * mb, exponent: ea + eb }, round),
         _ => (f64::from_bits(a) * f64::from_bits(b)).to_bits(),
     }
 }
@@ -399,22 +270,11 @@ pub fn mul_f64(a: u64, b: u64, round: Round) -> u64 {
 pub fn div_f64(a: u64, b: u64, round: Round) -> u64 {
     match (unpack(F64, a), unpack(F64, b)) {
         (
-            Value::Finite {
-                sign: sa,
-                significand: ma,
-                exponent: ea,
-            },
-            Value::Finite {
-                sign: sb,
-                significand: mb,
-                exponent: eb,
-            },
+            Value::Finite { sign: sa, significand: ma, exponent: ea },
+            Value::Finite { sign: sb, significand: mb, exponent: eb },
         ) if ma != 0 && mb != 0 => {
             // The quotient's leading bit is at 62 or above: nine bits and a mark below the last place.
-            let (na, nb) = (
-                ma.leading_zeros() as i32 - 1,
-                mb.leading_zeros() as i32 - 64,
-            );
+            let (na, nb) = (ma.leading_zeros() as i32 - 1, mb.leading_zeros() as i32 - 64);
             let (dividend, divisor) = (ma << na, mb << nb);
             let (quotient, rest) = (dividend / divisor, dividend % divisor);
             pack(
@@ -434,11 +294,7 @@ pub fn div_f64(a: u64, b: u64, round: Round) -> u64 {
 /// The square root of f64 bits, rounded once.
 pub fn sqrt_f64(a: u64, round: Round) -> u64 {
     match unpack(F64, a) {
-        Value::Finite {
-            sign: false,
-            significand,
-            exponent,
-        } if significand != 0 => {
+        Value::Finite { sign: false, significand, exponent } if significand != 0 => {
             let mut shift = significand.leading_zeros() as i32 - 1;
             shift -= (exponent - shift) & 1;
             let square = significand << shift;
@@ -446,11 +302,7 @@ pub fn sqrt_f64(a: u64, round: Round) -> u64 {
             let mark = (root * root != square) as u128;
             pack(
                 F64,
-                Value::Finite {
-                    sign: false,
-                    significand: root << 1 | mark,
-                    exponent: (exponent - shift) / 2 - 1,
-                },
+                Value::Finite { sign: false, significand: root << 1 | mark, exponent: (exponent - shift) / 2 - 1 },
                 round,
             )
         }

@@ -173,11 +173,7 @@ pub fn special(name: &str) -> Option<Special> {
         });
     }
     if let Some(number) = name.strip_prefix("envreg") {
-        return number
-            .parse::<u32>()
-            .ok()
-            .filter(|&n| n < 32)
-            .map(|_| Special::Environment);
+        return number.parse::<u32>().ok().filter(|&n| n < 32).map(|_| Special::Environment);
     }
     Some(match name {
         "laneid" => Special::LaneId,
@@ -215,17 +211,11 @@ struct Context<'c, 'a> {
 
 impl Context<'_, '_> {
     fn fail<T>(&self, message: impl std::fmt::Display) -> Result<T, ParseError> {
-        Err(ParseError::invalid(
-            self.source.line,
-            format!("{}: {message}", self.opcode),
-        ))
+        Err(ParseError::invalid(self.source.line, format!("{}: {message}", self.opcode)))
     }
 
     fn unsupported<T>(&self) -> Result<T, ParseError> {
-        Err(ParseError::invalid(
-            self.source.line,
-            format!("instruction {} is not supported", self.opcode),
-        ))
+        Err(ParseError::invalid(self.source.line, format!("instruction {} is not supported", self.opcode)))
     }
 
     fn has(&self, part: &str) -> bool {
@@ -271,10 +261,7 @@ impl<'a> Builder<'a> {
 
     /// Begins a scope.
     pub fn open(&mut self) {
-        self.scopes.push(Scope {
-            parent: self.scope,
-            ..Default::default()
-        });
+        self.scopes.push(Scope { parent: self.scope, ..Default::default() });
         self.scope = self.scopes.len() - 1;
     }
 
@@ -291,9 +278,7 @@ impl<'a> Builder<'a> {
     /// `.reg` of one register, or of a family `name<count>`.
     pub fn register(&mut self, name: &'a str, count: Option<u32>, bits: u8) {
         let first = self.body.bits.len() as u32;
-        self.body
-            .bits
-            .extend(std::iter::repeat_n(bits, count.unwrap_or(1) as usize));
+        self.body.bits.extend(std::iter::repeat_n(bits, count.unwrap_or(1) as usize));
         let scope = &mut self.scopes[self.scope];
         match count {
             Some(count) => scope.families.push((name, count, first)),
@@ -304,32 +289,19 @@ impl<'a> Builder<'a> {
     }
 
     /// `.local` or `.param` variable.
-    pub fn local(
-        &mut self,
-        name: &'a str,
-        bytes: u64,
-        align: u64,
-        line: u32,
-    ) -> Result<(), ParseError> {
+    pub fn local(&mut self, name: &'a str, bytes: u64, align: u64, line: u32) -> Result<(), ParseError> {
         let offset = self.body.frame.next_multiple_of(align);
         self.body.frame = offset + bytes;
         if self.body.frame > MAX_LOCAL_BYTES {
-            return Err(ParseError::invalid(
-                line,
-                format!("more than {MAX_LOCAL_BYTES} bytes of local memory"),
-            ));
+            return Err(ParseError::invalid(line, format!("more than {MAX_LOCAL_BYTES} bytes of local memory")));
         }
-        self.scopes[self.scope]
-            .names
-            .insert(name, Name::Local(offset));
+        self.scopes[self.scope].names.insert(name, Name::Local(offset));
         Ok(())
     }
 
     /// `.shared` variable of the function.
     pub fn shared(&mut self, name: &'a str, index: u32) {
-        self.scopes[self.scope]
-            .names
-            .insert(name, Name::Shared(index));
+        self.scopes[self.scope].names.insert(name, Name::Shared(index));
     }
 
     /// A label.
@@ -337,38 +309,18 @@ impl<'a> Builder<'a> {
         let label = self.body.labels;
         self.body.labels += 1;
         if self.scopes[self.scope].labels.insert(name, label).is_some() {
-            return Err(ParseError::invalid(
-                line,
-                format!("label {name} is defined twice"),
-            ));
+            return Err(ParseError::invalid(line, format!("label {name} is defined twice")));
         }
-        self.push(
-            BodyOp::Label(label),
-            None,
-            &[],
-            0,
-            Source {
-                line,
-                ..Default::default()
-            },
-        );
+        self.push(BodyOp::Label(label), None, &[], 0, Source { line, ..Default::default() });
         Ok(())
     }
 
     /// `name: .branchtargets a, b;`
-    pub fn table(
-        &mut self,
-        name: &'a str,
-        targets: Vec<&'a str>,
-        line: u32,
-    ) -> Result<(), ParseError> {
+    pub fn table(&mut self, name: &'a str, targets: Vec<&'a str>, line: u32) -> Result<(), ParseError> {
         let index = self.table_labels.len() as u32;
         self.table_labels.push((self.scope, targets, line));
         if self.scopes[self.scope].tables.insert(name, index).is_some() {
-            return Err(ParseError::invalid(
-                line,
-                format!("label {name} is defined twice"),
-            ));
+            return Err(ParseError::invalid(line, format!("label {name} is defined twice")));
         }
         Ok(())
     }
@@ -410,46 +362,22 @@ impl<'a> Builder<'a> {
             at = scope.parent;
         }
         let formal = self.formals.iter().position(|formal| formal.name == name)? as u32;
-        Some(if self.kernel {
-            Name::KernelParam(formal)
-        } else {
-            Name::Formal(formal)
-        })
+        Some(if self.kernel { Name::KernelParam(formal) } else { Name::Formal(formal) })
     }
 
     /// The predicate of a name.
     pub fn predicate(&self, name: &str, line: u32) -> Result<Value, ParseError> {
         match self.find_register(name) {
             Some(register) if self.body.bits[register as usize] == 1 => Ok(register),
-            Some(_) => Err(ParseError::invalid(
-                line,
-                format!("{name} is not a predicate"),
-            )),
-            None => Err(ParseError::invalid(
-                line,
-                format!("predicate {name} is not declared"),
-            )),
+            Some(_) => Err(ParseError::invalid(line, format!("{name} is not a predicate"))),
+            None => Err(ParseError::invalid(line, format!("predicate {name} is not declared"))),
         }
     }
 
-    fn push(
-        &mut self,
-        op: BodyOp,
-        guard: Option<(Value, bool)>,
-        operands: &[Value],
-        outputs: usize,
-        source: Source,
-    ) {
+    fn push(&mut self, op: BodyOp, guard: Option<(Value, bool)>, operands: &[Value], outputs: usize, source: Source) {
         let first = self.body.pool.len() as u32;
         self.body.pool.extend_from_slice(operands);
-        self.body.ins.push(Ins {
-            op,
-            guard,
-            first,
-            outputs: outputs as u8,
-            arity: operands.len() as u8,
-            source,
-        });
+        self.body.ins.push(Ins { op, guard, first, outputs: outputs as u8, arity: operands.len() as u8, source });
     }
 
     fn emit(&mut self, at: &Context, op: Op, operands: &[Value], outputs: usize) {
@@ -480,14 +408,12 @@ impl<'a> Builder<'a> {
             }
             at = scopes[at].parent;
         };
-        let missing = |name: &str, line: u32| {
-            ParseError::invalid(line, format!("label {name} is not defined"))
-        };
+        let missing = |name: &str, line: u32| ParseError::invalid(line, format!("label {name} is not defined"));
         for (ins, scope, target, line) in std::mem::take(&mut self.jumps) {
             self.body.ins[ins].op = match target {
-                Target::Goto(name) => BodyOp::Goto(
-                    find_label(&self.scopes, scope, name).ok_or_else(|| missing(name, line))?,
-                ),
+                Target::Goto(name) => {
+                    BodyOp::Goto(find_label(&self.scopes, scope, name).ok_or_else(|| missing(name, line))?)
+                }
                 Target::Table(name) => {
                     let mut at = scope;
                     let table = loop {
@@ -506,32 +432,16 @@ impl<'a> Builder<'a> {
         for (scope, targets, line) in &self.table_labels {
             let labels: Result<Vec<u32>, ParseError> = targets
                 .iter()
-                .map(|name| {
-                    find_label(&self.scopes, *scope, name).ok_or_else(|| missing(name, *line))
-                })
+                .map(|name| find_label(&self.scopes, *scope, name).ok_or_else(|| missing(name, *line)))
                 .collect();
             self.body.tables.push(labels?);
         }
-        self.push(
-            BodyOp::Return,
-            None,
-            &[],
-            0,
-            Source {
-                line,
-                ..Default::default()
-            },
-        );
+        self.push(BodyOp::Return, None, &[], 0, Source { line, ..Default::default() });
         Ok(self.body)
     }
 
     /// The value of an operand of a type.
-    fn value(
-        &mut self,
-        at: &Context,
-        operand: &Operand<'a>,
-        ty: Type,
-    ) -> Result<Value, ParseError> {
+    fn value(&mut self, at: &Context, operand: &Operand<'a>, ty: Type) -> Result<Value, ParseError> {
         let wide = matches!(ty, Type::B64 | Type::F64);
         match operand {
             Operand::Register(register) => {
@@ -544,21 +454,13 @@ impl<'a> Builder<'a> {
                     Type::B64 | Type::F64 => bits == 64,
                 };
                 if !fits {
-                    return at.fail(format!(
-                        "a register of {bits} bits where the instruction wants {ty:?}"
-                    ));
+                    return at.fail(format!("a register of {bits} bits where the instruction wants {ty:?}"));
                 }
                 Ok(*register)
             }
             Operand::Not(predicate) if ty == Type::Pred => {
                 let negated = self.new_register(1);
-                self.push(
-                    BodyOp::Op(Op::Run(&moves::NOT_PRED)),
-                    None,
-                    &[negated, *predicate],
-                    1,
-                    at.source,
-                );
+                self.push(BodyOp::Op(Op::Run(&moves::NOT_PRED)), None, &[negated, *predicate], 1, at.source);
                 Ok(negated)
             }
             Operand::Int(value) => {
@@ -569,9 +471,7 @@ impl<'a> Builder<'a> {
                     Type::B32 => Constant::B32(*value as u32),
                     Type::B64 => Constant::B64(*value),
                     Type::F32 | Type::F64 => {
-                        return at.fail(format!(
-                            "the integer {value} where the instruction wants a float"
-                        ));
+                        return at.fail(format!("the integer {value} where the instruction wants a float"));
                     }
                 };
                 Ok(self.constant(BodyConstant::Plain(constant)))
@@ -591,25 +491,18 @@ impl<'a> Builder<'a> {
                     Type::F64 | Type::B64 => Constant::B64(*bits),
                     Type::F32 => Constant::B32((f64::from_bits(*bits) as f32).to_bits()),
                     _ => {
-                        return at.fail(format!(
-                            "a 64-bit float literal where the instruction wants {ty:?}"
-                        ));
+                        return at.fail(format!("a 64-bit float literal where the instruction wants {ty:?}"));
                     }
                 };
                 Ok(self.constant(BodyConstant::Plain(constant)))
             }
             Operand::Special(special) => {
                 if !matches!(ty, Type::B32 | Type::B64 | Type::B16) {
-                    return at.fail(format!(
-                        "a special register where the instruction wants {ty:?}"
-                    ));
+                    return at.fail(format!("a special register where the instruction wants {ty:?}"));
                 }
                 let bits = if wide { 64 } else { 32 };
                 let register = self.new_register(bits);
-                let op = Op::Special {
-                    register: *special,
-                    bits: if ty == Type::B16 { 16 } else { bits },
-                };
+                let op = Op::Special { register: *special, bits: if ty == Type::B16 { 16 } else { bits } };
                 self.push(BodyOp::Op(op), None, &[register], 1, at.source);
                 Ok(register)
             }
@@ -627,43 +520,27 @@ impl<'a> Builder<'a> {
     }
 
     /// The address of a variable as a constant, and its space.
-    fn symbol(
-        &mut self,
-        at: &Context,
-        symbol: SymbolRef<'a>,
-        wide: bool,
-    ) -> Result<(Value, Space), ParseError> {
+    fn symbol(&mut self, at: &Context, symbol: SymbolRef<'a>, wide: bool) -> Result<(Value, Space), ParseError> {
         let SymbolRef { name, offset } = symbol;
         let (constant, space) = match self.lookup(name) {
-            Some(Name::Local(base)) => (
-                BodyConstant::Frame(base.wrapping_add(offset as u64), wide),
-                Space::Local,
-            ),
+            Some(Name::Local(base)) => (BodyConstant::Frame(base.wrapping_add(offset as u64), wide), Space::Local),
             Some(Name::Formal(index)) => (BodyConstant::Formal(index, offset, wide), Space::Local),
             Some(Name::KernelParam(index)) => {
                 let base = u64::from(self.formals[index as usize].offset);
-                (
-                    BodyConstant::Plain(Constant::Param(base.wrapping_add(offset as u64), wide)),
-                    Space::Param,
-                )
+                (BodyConstant::Plain(Constant::Param(base.wrapping_add(offset as u64), wide)), Space::Param)
             }
             Some(Name::Shared(index)) => (self.shared_constant(index, offset, wide), Space::Shared),
             Some(Name::Register(_)) => return at.fail(format!("{name} is a register")),
             None => match at.names.get(name) {
-                Some(&ModuleName::Global(index)) if wide => (
-                    BodyConstant::Plain(Constant::Global(index, offset)),
-                    Space::Global,
-                ),
+                Some(&ModuleName::Global(index)) if wide => {
+                    (BodyConstant::Plain(Constant::Global(index, offset)), Space::Global)
+                }
                 Some(&ModuleName::Global(_)) => {
                     return at.fail(format!("the address of {name} needs 64 bits"));
                 }
-                Some(&ModuleName::Shared(index)) => {
-                    (self.shared_constant(index, offset, wide), Space::Shared)
-                }
+                Some(&ModuleName::Shared(index)) => (self.shared_constant(index, offset, wide), Space::Shared),
                 Some(&ModuleName::Function(_)) => {
-                    return at.fail(format!(
-                        "the address of function {name}: indirect calls are not supported"
-                    ));
+                    return at.fail(format!("the address of function {name}: indirect calls are not supported"));
                 }
                 None => return at.fail(format!("{name} is not defined")),
             },
@@ -698,14 +575,8 @@ impl<'a> Builder<'a> {
                 Ok((base, true, *offset, None))
             }
             Operand::Symbol(symbol) => {
-                let (base, space) = self.symbol(
-                    at,
-                    SymbolRef {
-                        offset: symbol.offset.wrapping_add(*offset),
-                        ..*symbol
-                    },
-                    true,
-                )?;
+                let (base, space) =
+                    self.symbol(at, SymbolRef { offset: symbol.offset.wrapping_add(*offset), ..*symbol }, true)?;
                 Ok((base, true, 0, Some(space)))
             }
             _ => at.fail("an address is a register or a variable, plus a number"),
@@ -730,9 +601,9 @@ impl<'a> Builder<'a> {
         }
         match (space, named) {
             (Space::Generic, Some(named)) => Ok(named),
-            (space, Some(named)) if space != named => at.fail(format!(
-                "the variable is in {named:?} memory, the instruction says {space:?}"
-            )),
+            (space, Some(named)) if space != named => {
+                at.fail(format!("the variable is in {named:?} memory, the instruction says {space:?}"))
+            }
             _ => Ok(space),
         }
     }
@@ -747,14 +618,7 @@ impl<'a> Builder<'a> {
         names: &HashMap<String, ModuleName>,
         functions: &[Function],
     ) -> Result<(), ParseError> {
-        let at = Context {
-            opcode,
-            parts: opcode.split('.').collect(),
-            guard,
-            source,
-            names,
-            functions,
-        };
+        let at = Context { opcode, parts: opcode.split('.').collect(), guard, source, names, functions };
         let parts = &at.parts;
         let count = |n: usize| match operands.len() == n {
             true => Ok(()),
@@ -800,12 +664,7 @@ impl<'a> Builder<'a> {
                 let Operand::Symbol(SymbolRef { name, offset: 0 }) = operands[0] else {
                     return at.fail("the target is no label");
                 };
-                self.jumps.push((
-                    self.body.ins.len(),
-                    self.scope,
-                    Target::Goto(name),
-                    source.line,
-                ));
+                self.jumps.push((self.body.ins.len(), self.scope, Target::Goto(name), source.line));
                 self.push(BodyOp::Goto(0), guard, &[], 0, source);
                 Ok(())
             }
@@ -818,12 +677,7 @@ impl<'a> Builder<'a> {
                 let Operand::Symbol(SymbolRef { name, .. }) = operands[1] else {
                     return at.fail("the targets are no .branchtargets label");
                 };
-                self.jumps.push((
-                    self.body.ins.len(),
-                    self.scope,
-                    Target::Table(name),
-                    source.line,
-                ));
+                self.jumps.push((self.body.ins.len(), self.scope, Target::Table(name), source.line));
                 self.push(BodyOp::Table(0), guard, &[index], 0, source);
                 Ok(())
             }
@@ -854,9 +708,7 @@ impl<'a> Builder<'a> {
                 Ok(())
             }
             "fence" => {
-                let known = [
-                    "acq_rel", "sc", "acquire", "release", "cta", "gpu", "sys", "cluster",
-                ];
+                let known = ["acq_rel", "sc", "acquire", "release", "cta", "gpu", "sys", "cluster"];
                 if parts[1..].iter().any(|part| !known.contains(part)) {
                     return at.unsupported();
                 }
@@ -958,11 +810,7 @@ impl<'a> Builder<'a> {
         if form.carry_in {
             values.push(self.carry());
         }
-        let op = if form.class == num::Class::Mma {
-            Op::Mma(form)
-        } else {
-            Op::Run(form)
-        };
+        let op = if form.class == num::Class::Mma { Op::Mma(form) } else { Op::Run(form) };
         self.emit(at, op, &values, outputs_in_all);
         if let (Operand::Register(register), "cvt") = (outputs[0], at.parts[0]) {
             self.cvt_widen(at, *register, values[0])?;
@@ -978,46 +826,24 @@ impl<'a> Builder<'a> {
     }
 
     /// cvt may write a register wider than its type: then it writes one of its own, extended by [`Builder::cvt_widen`].
-    fn cvt_register(
-        &mut self,
-        at: &Context,
-        register: Value,
-        ty: Type,
-    ) -> Result<Value, ParseError> {
+    fn cvt_register(&mut self, at: &Context, register: Value, ty: Type) -> Result<Value, ParseError> {
         let bits = self.body.bits[register as usize];
         match (ty, bits) {
-            (Type::B8, 8 | 16)
-            | (Type::B16, 16)
-            | (Type::B32 | Type::F32, 32)
-            | (Type::B64 | Type::F64, 64) => Ok(register),
+            (Type::B8, 8 | 16) | (Type::B16, 16) | (Type::B32 | Type::F32, 32) | (Type::B64 | Type::F64, 64) => {
+                Ok(register)
+            }
             (Type::B8 | Type::B16, 32 | 64) => Ok(self.new_register(16)),
             (Type::B32, 64) => Ok(self.new_register(32)),
-            _ => at.fail(format!(
-                "a register of {bits} bits for a result of type {ty:?}"
-            )),
+            _ => at.fail(format!("a register of {bits} bits for a result of type {ty:?}")),
         }
     }
 
-    fn cvt_widen(
-        &mut self,
-        at: &Context,
-        register: Value,
-        result: Value,
-    ) -> Result<(), ParseError> {
+    fn cvt_widen(&mut self, at: &Context, register: Value, result: Value) -> Result<(), ParseError> {
         if register == result {
             return Ok(());
         }
-        let signed = at
-            .parts
-            .iter()
-            .rev()
-            .nth(1)
-            .is_some_and(|to| to.starts_with('s'));
-        let form = match (
-            self.body.bits[result as usize],
-            self.body.bits[register as usize],
-            signed,
-        ) {
+        let signed = at.parts.iter().rev().nth(1).is_some_and(|to| to.starts_with('s'));
+        let form = match (self.body.bits[result as usize], self.body.bits[register as usize], signed) {
             (16, 32, true) => &moves::EXTEND_16_32,
             (16, 64, true) => &moves::EXTEND_16_64,
             (32, 64, true) => &moves::EXTEND_32_64,
@@ -1039,58 +865,29 @@ impl<'a> Builder<'a> {
             Type::B64 | Type::F64 => 64,
         };
         if bits < wanted || (bits == 1) != (wanted == 1) {
-            return at.fail(format!(
-                "a register of {bits} bits for a source of type {ty:?}"
-            ));
+            return at.fail(format!("a register of {bits} bits for a source of type {ty:?}"));
         }
         let narrow = match (bits, wanted) {
             (64, 8 | 16 | 32) => &moves::LOW_32,
             _ => return self.narrow(at, register, bits, wanted),
         };
         let low = self.new_register(32);
-        self.push(
-            BodyOp::Op(Op::Run(narrow)),
-            None,
-            &[low, register],
-            1,
-            at.source,
-        );
+        self.push(BodyOp::Op(Op::Run(narrow)), None, &[low, register], 1, at.source);
         self.narrow(at, low, 32, wanted)
     }
 
     /// The low `wanted` bits of a register of at most 32, in a register whose high bits are zero.
-    fn narrow(
-        &mut self,
-        at: &Context,
-        register: Value,
-        bits: u8,
-        wanted: u8,
-    ) -> Result<Value, ParseError> {
+    fn narrow(&mut self, at: &Context, register: Value, bits: u8, wanted: u8) -> Result<Value, ParseError> {
         if bits == wanted || wanted >= 32 {
             return Ok(register);
         }
         let low = self.new_register(16);
-        let form = if wanted == 8 {
-            &moves::LOW_8
-        } else {
-            &moves::LOW_16
-        };
-        self.push(
-            BodyOp::Op(Op::Run(form)),
-            None,
-            &[low, register],
-            1,
-            at.source,
-        );
+        let form = if wanted == 8 { &moves::LOW_8 } else { &moves::LOW_16 };
+        self.push(BodyOp::Op(Op::Run(form)), None, &[low, register], 1, at.source);
         Ok(low)
     }
 
-    fn mov(
-        &mut self,
-        at: &Context,
-        to: &Operand<'a>,
-        from: &Operand<'a>,
-    ) -> Result<(), ParseError> {
+    fn mov(&mut self, at: &Context, to: &Operand<'a>, from: &Operand<'a>) -> Result<(), ParseError> {
         let &[_, ty] = at.parts.as_slice() else {
             return at.unsupported();
         };
@@ -1140,15 +937,7 @@ impl<'a> Builder<'a> {
                     Type::B32 => 32,
                     _ => 64,
                 };
-                self.emit(
-                    at,
-                    Op::Special {
-                        register: *special,
-                        bits,
-                    },
-                    &[d],
-                    1,
-                );
+                self.emit(at, Op::Special { register: *special, bits }, &[d], 1);
             }
             (Operand::Register(_) | Operand::Sink, _) => {
                 let d = self.value(at, to, ty)?;
@@ -1181,8 +970,7 @@ impl<'a> Builder<'a> {
                 "v4" => elements = 4,
                 "volatile" | "relaxed" | "acquire" | "release" | "mmio" => strong = true,
                 "weak" | "cta" | "gpu" | "sys" | "cluster" => {}
-                "global" | "const" | "shared" | "shared::cta" | "local" | "param"
-                | "param::entry" | "param::func" => {}
+                "global" | "const" | "shared" | "shared::cta" | "local" | "param" | "param::entry" | "param::func" => {}
                 "ca" | "cg" | "cs" | "lu" | "cv" | "wb" | "wt" | "nc" => {}
                 hint if hint.starts_with("L1::") || hint.starts_with("L2::") => {}
                 "noftz" => {}
@@ -1226,29 +1014,16 @@ impl<'a> Builder<'a> {
             _ => single,
         };
         if list.len() != access.elements as usize {
-            return at.fail(format!(
-                "expected {} elements, found {}",
-                access.elements,
-                list.len()
-            ));
+            return at.fail(format!("expected {} elements, found {}", access.elements, list.len()));
         }
-        let float = at
-            .parts
-            .last()
-            .is_some_and(|ty| matches!(*ty, "f32" | "f64"));
+        let float = at.parts.last().is_some_and(|ty| matches!(*ty, "f32" | "f64"));
         let width = access.bytes * 8;
         let mut bits = None;
         for operand in list {
             if let Operand::Register(register) = operand {
                 let found = self.body.bits[*register as usize];
-                if found < width
-                    || found == 1
-                    || found == 128
-                    || bits.is_some_and(|bits| bits != found)
-                {
-                    return at.fail(format!(
-                        "a register of {found} bits for an element of {width}"
-                    ));
+                if found < width || found == 1 || found == 128 || bits.is_some_and(|bits| bits != found) {
+                    return at.fail(format!("a register of {found} bits for an element of {width}"));
                 }
                 bits = Some(found);
             } else if !store && !matches!(operand, Operand::Sink) {
@@ -1312,8 +1087,7 @@ impl<'a> Builder<'a> {
             let integer = matches!(ty, "u32" | "s32" | "u64" | "s64");
             let untyped = matches!(ty, "b32" | "b64");
             rmw = Some(match *part {
-                "relaxed" | "acquire" | "release" | "acq_rel" | "cta" | "gpu" | "sys"
-                | "cluster" => continue,
+                "relaxed" | "acquire" | "release" | "acq_rel" | "cta" | "gpu" | "sys" | "cluster" => continue,
                 "global" | "shared" | "shared::cta" | "noftz" => continue,
                 hint if hint.starts_with("L2::") => continue,
                 "add" if ty == "f16" => Rmw::AddF16,
@@ -1376,16 +1150,7 @@ impl<'a> Builder<'a> {
         for operand in &operands[skip + 1..wanted] {
             values.push(self.value(at, operand, ty)?);
         }
-        self.emit(
-            at,
-            Op::Atom {
-                rmw,
-                reduce,
-                access,
-            },
-            &values,
-            skip,
-        );
+        self.emit(at, Op::Atom { rmw, reduce, access }, &values, skip);
         Ok(())
     }
 
@@ -1421,16 +1186,13 @@ impl<'a> Builder<'a> {
         if at.parts[1..].iter().any(|part| *part != "uni") {
             return at.unsupported();
         }
-        let (returned, callee, given): (&[Operand], &Operand, &[Operand]) =
-            match operands.as_slice() {
-                [Operand::Vector(returned), callee, Operand::Vector(given)] => {
-                    (returned, callee, given)
-                }
-                [Operand::Vector(returned), callee] => (returned, callee, &[]),
-                [callee, Operand::Vector(given)] => (&[], callee, given),
-                [callee] => (&[], callee, &[]),
-                _ => return at.fail("indirect calls are not supported"),
-            };
+        let (returned, callee, given): (&[Operand], &Operand, &[Operand]) = match operands.as_slice() {
+            [Operand::Vector(returned), callee, Operand::Vector(given)] => (returned, callee, given),
+            [Operand::Vector(returned), callee] => (returned, callee, &[]),
+            [callee, Operand::Vector(given)] => (&[], callee, given),
+            [callee] => (&[], callee, &[]),
+            _ => return at.fail("indirect calls are not supported"),
+        };
         let Operand::Symbol(SymbolRef { name, .. }) = callee else {
             return at.fail("indirect calls are not supported");
         };
@@ -1438,9 +1200,7 @@ impl<'a> Builder<'a> {
             return at.fail(format!("function {name} is not defined"));
         };
         let function = &at.functions[index];
-        if function.returns != returned.len()
-            || function.formals.len() != returned.len() + given.len()
-        {
+        if function.returns != returned.len() || function.formals.len() != returned.len() + given.len() {
             let message = format!(
                 "{name} has {} results and {} parameters, the call {} and {}",
                 function.returns,
@@ -1458,10 +1218,7 @@ impl<'a> Builder<'a> {
             match self.symbol(at, *symbol, true)? {
                 (value, Space::Local) => values.push(value),
                 _ => {
-                    return at.fail(format!(
-                        "{} is no .param variable of this function",
-                        symbol.name
-                    ));
+                    return at.fail(format!("{} is no .param variable of this function", symbol.name));
                 }
             }
         }
@@ -1473,11 +1230,7 @@ impl<'a> Builder<'a> {
     }
 
     fn barrier(&mut self, at: &Context, operands: &[Operand<'a>]) -> Result<(), ParseError> {
-        let mut parts: Vec<&str> = at.parts[1..]
-            .iter()
-            .copied()
-            .filter(|part| *part != "cta")
-            .collect();
+        let mut parts: Vec<&str> = at.parts[1..].iter().copied().filter(|part| *part != "cta").collect();
         if parts.first() == Some(&"warp") {
             if parts != ["warp", "sync"] || operands.len() != 1 {
                 return at.unsupported();
@@ -1532,17 +1285,7 @@ impl<'a> Builder<'a> {
             });
         }
         let counted = threads.is_some();
-        self.emit(
-            at,
-            Op::Barrier {
-                mode,
-                aligned,
-                counted,
-                negate,
-            },
-            &values,
-            usize::from(result.is_some()),
-        );
+        self.emit(at, Op::Barrier { mode, aligned, counted, negate }, &values, usize::from(result.is_some()));
         Ok(())
     }
 
@@ -1565,32 +1308,17 @@ impl<'a> Builder<'a> {
         for operand in sources {
             values.push(self.value(at, operand, Type::B32)?);
         }
-        self.emit(
-            at,
-            Op::Shuffle {
-                mode,
-                with_predicate: outputs == 2,
-            },
-            &values,
-            outputs,
-        );
+        self.emit(at, Op::Shuffle { mode, with_predicate: outputs == 2 }, &values, outputs);
         Ok(())
     }
 
     /// `d` or `d|p`.
-    fn pair(
-        &mut self,
-        at: &Context,
-        operand: &Operand<'a>,
-        ty: Type,
-    ) -> Result<Vec<Value>, ParseError> {
-        let destination =
-            |operand: &Operand| matches!(operand, Operand::Register(_) | Operand::Sink);
+    fn pair(&mut self, at: &Context, operand: &Operand<'a>, ty: Type) -> Result<Vec<Value>, ParseError> {
+        let destination = |operand: &Operand| matches!(operand, Operand::Register(_) | Operand::Sink);
         match operand {
-            Operand::Pair(first, second) if destination(first) && destination(second) => Ok(vec![
-                self.value(at, first, ty)?,
-                self.value(at, second, Type::Pred)?,
-            ]),
+            Operand::Pair(first, second) if destination(first) && destination(second) => {
+                Ok(vec![self.value(at, first, ty)?, self.value(at, second, Type::Pred)?])
+            }
             other if destination(other) => Ok(vec![self.value(at, other, ty)?]),
             _ => at.fail("the destination is no register"),
         }
@@ -1638,16 +1366,7 @@ impl<'a> Builder<'a> {
         }
         values.push(self.value(at, value, ty)?);
         values.push(self.value(at, mask, Type::B32)?);
-        self.emit(
-            at,
-            Op::Match {
-                all,
-                wide: ty == Type::B64,
-                with_predicate: outputs == 2,
-            },
-            &values,
-            outputs,
-        );
+        self.emit(at, Op::Match { all, wide: ty == Type::B64, with_predicate: outputs == 2 }, &values, outputs);
         Ok(())
     }
 
@@ -1690,33 +1409,19 @@ impl<'a> Builder<'a> {
                 let [Operand::Int(n)] = operands else {
                     return at.fail("expected a number of groups");
                 };
-                self.emit(
-                    at,
-                    Op::CpWait(u32::try_from(*n).unwrap_or(u32::MAX - 1).min(u32::MAX - 1)),
-                    &[],
-                    0,
-                );
+                self.emit(at, Op::CpWait(u32::try_from(*n).unwrap_or(u32::MAX - 1).min(u32::MAX - 1)), &[], 0);
                 return Ok(());
             }
             _ => {}
         }
         let (cache, hints) = match rest {
-            [
-                cache @ ("ca" | "cg"),
-                "shared" | "shared::cta",
-                "global",
-                hints @ ..,
-            ] => (*cache, hints),
+            [cache @ ("ca" | "cg"), "shared" | "shared::cta", "global", hints @ ..] => (*cache, hints),
             _ => return at.unsupported(),
         };
         if hints.iter().any(|hint| !hint.starts_with("L2::")) {
             return at.unsupported();
         }
-        let (extra, policy) = if hints.contains(&"L2::cache_hint") {
-            (1, true)
-        } else {
-            (0, false)
-        };
+        let (extra, policy) = if hints.contains(&"L2::cache_hint") { (1, true) } else { (0, false) };
         let [to, from, Operand::Int(bytes), more @ ..] = operands else {
             return at.fail("expected a destination, a source and a number of bytes");
         };
@@ -1748,13 +1453,7 @@ impl<'a> Builder<'a> {
         }
         self.emit(
             at,
-            Op::CpAsync {
-                bytes: *bytes as u8,
-                to: to_offset,
-                from: from_offset,
-                wide_to,
-                ignore,
-            },
+            Op::CpAsync { bytes: *bytes as u8, to: to_offset, from: from_offset, wide_to, ignore },
             &values,
             0,
         );
@@ -1783,10 +1482,7 @@ impl<'a> Builder<'a> {
         };
         let mut values = self.destinations(at, destination, Type::B32)?;
         if values.len() != matrices {
-            return at.fail(format!(
-                "expected {matrices} destinations, found {}",
-                values.len()
-            ));
+            return at.fail(format!("expected {matrices} destinations, found {}", values.len()));
         }
         let (base, wide_base, offset, named) = self.address(at, address)?;
         let space = self.space(at, named)?;
@@ -1808,12 +1504,7 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn destinations(
-        &mut self,
-        at: &Context,
-        operand: &Operand<'a>,
-        ty: Type,
-    ) -> Result<Vec<Value>, ParseError> {
+    fn destinations(&mut self, at: &Context, operand: &Operand<'a>, ty: Type) -> Result<Vec<Value>, ParseError> {
         let single = std::slice::from_ref(operand);
         let list = match operand {
             Operand::Vector(list) => list.as_slice(),
@@ -1849,11 +1540,7 @@ impl<'a> Builder<'a> {
             }
         }
         let element = rest.last().copied().unwrap_or("");
-        let Some(fragment) = matrix
-            .chars()
-            .next()
-            .and_then(|matrix| num::fragment(matrix, shape, element))
-        else {
+        let Some(fragment) = matrix.chars().next().and_then(|matrix| num::fragment(matrix, shape, element)) else {
             return at.unsupported();
         };
         let (base, wide_base, offset, named) = self.address(at, address)?;
@@ -1903,32 +1590,15 @@ impl<'a> Builder<'a> {
             return at.fail("expected 2 or 3 operands");
         };
         let (fragment, column, access, base) = self.wmma(at, address)?;
-        let ty = if access.register_bits == 64 {
-            Type::F64
-        } else {
-            Type::B32
-        };
+        let ty = if access.register_bits == 64 { Type::F64 } else { Type::B32 };
         let mut values = self.destinations(at, destination, ty)?;
         if values.len() != fragment.registers as usize {
-            return at.fail(format!(
-                "expected {} destinations, found {}",
-                fragment.registers,
-                values.len()
-            ));
+            return at.fail(format!("expected {} destinations, found {}", fragment.registers, values.len()));
         }
         let outputs = values.len();
         values.push(base);
         values.push(self.stride(at, operands.get(2), fragment, column)?);
-        self.emit(
-            at,
-            Op::WmmaLoad {
-                fragment,
-                column,
-                access,
-            },
-            &values,
-            outputs,
-        );
+        self.emit(at, Op::WmmaLoad { fragment, column, access }, &values, outputs);
         Ok(())
     }
 
@@ -1937,11 +1607,7 @@ impl<'a> Builder<'a> {
             return at.fail("expected 2 or 3 operands");
         };
         let (fragment, column, access, base) = self.wmma(at, address)?;
-        let ty = if access.register_bits == 64 {
-            Type::F64
-        } else {
-            Type::B32
-        };
+        let ty = if access.register_bits == 64 { Type::F64 } else { Type::B32 };
         let mut values = vec![base];
         let single = std::slice::from_ref(source);
         let list = match source {
@@ -1949,26 +1615,13 @@ impl<'a> Builder<'a> {
             _ => single,
         };
         if list.len() != fragment.registers as usize {
-            return at.fail(format!(
-                "expected {} values, found {}",
-                fragment.registers,
-                list.len()
-            ));
+            return at.fail(format!("expected {} values, found {}", fragment.registers, list.len()));
         }
         for operand in list {
             values.push(self.value(at, operand, ty)?);
         }
         values.push(self.stride(at, operands.get(2), fragment, column)?);
-        self.emit(
-            at,
-            Op::WmmaStore {
-                fragment,
-                column,
-                access,
-            },
-            &values,
-            0,
-        );
+        self.emit(at, Op::WmmaStore { fragment, column, access }, &values, 0);
         Ok(())
     }
 }
@@ -1979,8 +1632,5 @@ fn count_with_policy(at: &Context, operands: &[Operand], wanted: usize) -> Resul
     if operands.len() == wanted + policy {
         return Ok(());
     }
-    at.fail(format!(
-        "expected {wanted} operands, found {}",
-        operands.len()
-    ))
+    at.fail(format!("expected {wanted} operands, found {}", operands.len()))
 }

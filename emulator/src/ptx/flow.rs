@@ -83,47 +83,27 @@ pub fn kernel(entry: &Entry, unit: &Unit, text: &Arc<str>) -> Result<Kernel, Par
     let blocks = split(&code);
     let order = order(&blocks);
     let program = emit(&code, &blocks, &order, &mut kernel.registers);
-    kernel.program = Program {
-        shared: offsets,
-        text: text.clone(),
-        ..program
-    };
+    kernel.program = Program { shared: offsets, text: text.clone(), ..program };
     Ok(kernel)
 }
 
 /// Offsets of all of the module's shared variables (those not used stay 0) and the fixed size.
-fn place_shared(
-    used: &[u32],
-    variables: &[SharedVariable],
-    line: u32,
-) -> Result<(Vec<u32>, u32), ParseError> {
+fn place_shared(used: &[u32], variables: &[SharedVariable], line: u32) -> Result<(Vec<u32>, u32), ParseError> {
     let mut offsets = vec![0; variables.len()];
     let mut end = 0u64;
-    for &index in used
-        .iter()
-        .filter(|&&index| !variables[index as usize].dynamic)
-    {
+    for &index in used.iter().filter(|&&index| !variables[index as usize].dynamic) {
         let variable = &variables[index as usize];
         let at = end.next_multiple_of(variable.align);
         end = at + variable.bytes;
         if end > 1 << 24 {
-            return Err(ParseError::invalid(
-                line,
-                format!("{end} bytes of shared memory"),
-            ));
+            return Err(ParseError::invalid(line, format!("{end} bytes of shared memory")));
         }
         offsets[index as usize] = at as u32;
     }
-    for &index in used
-        .iter()
-        .filter(|&&index| variables[index as usize].dynamic)
-    {
+    for &index in used.iter().filter(|&&index| variables[index as usize].dynamic) {
         end = end.next_multiple_of(variables[index as usize].align);
     }
-    for &index in used
-        .iter()
-        .filter(|&&index| variables[index as usize].dynamic)
-    {
+    for &index in used.iter().filter(|&&index| variables[index as usize].dynamic) {
         offsets[index as usize] = end as u32;
     }
     Ok((offsets, end as u32))
@@ -141,14 +121,7 @@ impl Code {
 
     fn push(&mut self, op: FlatOp, guard: Option<(Value, bool)>, source: Source) {
         let first = self.pool.len() as u32;
-        self.ins.push(Flat {
-            op,
-            guard,
-            first,
-            outputs: 0,
-            arity: 0,
-            source,
-        });
+        self.ins.push(Flat { op, guard, first, outputs: 0, arity: 0, source });
     }
 
     /// Appends a body whose formal parameters stand at `actuals` in local memory and whose frame begins at `frame`. Returns go to `end`.
@@ -166,11 +139,7 @@ impl Code {
         let label_base = self.labels;
         self.labels += body.labels;
         let table_base = self.tables.len() as u32;
-        self.tables.extend(
-            body.tables
-                .iter()
-                .map(|table| table.iter().map(|label| label + label_base).collect()),
-        );
+        self.tables.extend(body.tables.iter().map(|table| table.iter().map(|label| label + label_base).collect()));
         for &index in &body.shared {
             if !self.shared.contains(&index) {
                 self.shared.push(index);
@@ -180,10 +149,7 @@ impl Code {
         self.local = self.local.max(frame + body.frame);
         let first_line = body.ins.first().map_or(0, |ins| ins.source.line);
         if self.local > MAX_LOCAL_BYTES {
-            return Err(ParseError::invalid(
-                first_line,
-                format!("more than {MAX_LOCAL_BYTES} bytes of local memory"),
-            ));
+            return Err(ParseError::invalid(first_line, format!("more than {MAX_LOCAL_BYTES} bytes of local memory")));
         }
         let constants: Vec<Value> = body
             .constants
@@ -191,9 +157,7 @@ impl Code {
             .map(|&constant| {
                 self.constant(match constant {
                     BodyConstant::Plain(constant) => constant,
-                    BodyConstant::Frame(offset, wide) => {
-                        Constant::Local(frame.wrapping_add(offset), wide)
-                    }
+                    BodyConstant::Frame(offset, wide) => Constant::Local(frame.wrapping_add(offset), wide),
                     BodyConstant::Formal(index, addend, wide) => {
                         Constant::Local(actuals[index as usize].wrapping_add(addend as u64), wide)
                     }
@@ -231,9 +195,7 @@ impl Code {
                         (None, "vprintf") if ins.arity == 3 => Some(Op::Printf),
                         (None, "__assertfail") if ins.arity == 5 => Some(Op::AssertFail),
                         (None, name) => {
-                            return fail(format!(
-                                "call of {name}, which this module only declares, is not supported"
-                            ));
+                            return fail(format!("call of {name}, which this module only declares, is not supported"));
                         }
                         (Some(_), _) => None,
                     };
@@ -249,10 +211,7 @@ impl Code {
                         continue;
                     }
                     if stack.contains(&index) {
-                        return fail(format!(
-                            "{} calls itself, which is not supported",
-                            function.name
-                        ));
+                        return fail(format!("{} calls itself, which is not supported", function.name));
                     }
                     if stack.len() == MAX_CALL_DEPTH {
                         return fail(format!("calls more than {MAX_CALL_DEPTH} deep"));
@@ -261,7 +220,9 @@ impl Code {
                         .iter()
                         .map(|&value| match self.constants[(value & !CONSTANT) as usize] {
                             Constant::Local(offset, _) => offset,
-                            other => unreachable!("parameter of a call at {other:?}, the decoder only makes local ones"),
+                            other => {
+                                unreachable!("parameter of a call at {other:?}, the decoder only makes local ones")
+                            }
                         })
                         .collect();
                     let after = self.labels;
@@ -271,28 +232,14 @@ impl Code {
                     }
                     stack.push(index);
                     if let Some(callee) = &function.body {
-                        self.inline(
-                            callee,
-                            &given,
-                            frame + body.frame,
-                            Some(after),
-                            functions,
-                            stack,
-                        )?;
+                        self.inline(callee, &given, frame + body.frame, Some(after), functions, stack)?;
                     }
                     stack.pop();
                     self.push(FlatOp::Label(after), None, ins.source);
                     continue;
                 }
             };
-            self.ins.push(Flat {
-                op,
-                guard,
-                first,
-                outputs: ins.outputs,
-                arity: ins.arity,
-                source: ins.source,
-            });
+            self.ins.push(Flat { op, guard, first, outputs: ins.outputs, arity: ins.arity, source: ins.source });
         }
         Ok(())
     }
@@ -326,12 +273,7 @@ enum End {
 fn waits(op: &Op) -> bool {
     matches!(
         op,
-        Op::Barrier { .. }
-            | Op::WarpSync
-            | Op::Shuffle { .. }
-            | Op::Vote { .. }
-            | Op::Match { .. }
-            | Op::Redux(_)
+        Op::Barrier { .. } | Op::WarpSync | Op::Shuffle { .. } | Op::Vote { .. } | Op::Match { .. } | Op::Redux(_)
     )
 }
 
@@ -380,13 +322,9 @@ fn split(code: &Code) -> Vec<Block> {
             End::Goto(index) => vec![target(index)],
             End::Branch(index) => vec![target(index), follow],
             End::Table(index) => {
-                let FlatOp::Table(table) = code.ins[index as usize].op else {
-                    unreachable!("the end says table")
-                };
-                let mut next: Vec<u32> = code.tables[table as usize]
-                    .iter()
-                    .map(|&label| label_block[label as usize])
-                    .collect();
+                let FlatOp::Table(table) = code.ins[index as usize].op else { unreachable!("the end says table") };
+                let mut next: Vec<u32> =
+                    code.tables[table as usize].iter().map(|&label| label_block[label as usize]).collect();
                 if code.ins[index as usize].guard.is_some() {
                     next.push(follow);
                 }
@@ -441,11 +379,7 @@ fn dominators(rpo: &[u32], predecessors: &[Vec<u32>]) -> Vec<u32> {
                 if idom[p as usize] == u32::MAX {
                     continue;
                 }
-                new = if new == u32::MAX {
-                    p
-                } else {
-                    meet(&idom, new, p)
-                };
+                new = if new == u32::MAX { p } else { meet(&idom, new, p) };
             }
             if idom[at] != new {
                 idom[at] = new;
@@ -509,11 +443,7 @@ fn order(blocks: &[Block]) -> Vec<u32> {
     let mut parent = vec![ROOT; n];
     let mut header = vec![false; n];
     for h in 0..n {
-        let mut work: Vec<usize> = predecessors[h]
-            .iter()
-            .map(|&u| u as usize)
-            .filter(|&u| dominates(h, u))
-            .collect();
+        let mut work: Vec<usize> = predecessors[h].iter().map(|&u| u as usize).filter(|&u| dominates(h, u)).collect();
         if work.is_empty() {
             continue;
         }
@@ -531,18 +461,11 @@ fn order(blocks: &[Block]) -> Vec<u32> {
     // Kahn's algorithm without edges that go back, staying inside a loop while it has ready blocks.
     let mut waiting = vec![0u32; n];
     for at in 0..n {
-        waiting[at] = predecessors[at]
-            .iter()
-            .filter(|&&p| (p as usize) < at)
-            .count() as u32;
+        waiting[at] = predecessors[at].iter().filter(|&&p| (p as usize) < at).count() as u32;
     }
     let mut ready: HashMap<usize, BinaryHeap<Reverse<(u32, usize)>>> = HashMap::new();
     let home = |at: usize| {
-        if header[at] {
-            parent[at]
-        } else {
-            innermost[at]
-        }
+        if header[at] { parent[at] } else { innermost[at] }
     };
     ready.entry(home(0)).or_default().push(Reverse((rpo[0], 0)));
     let mut done = vec![false; n];
@@ -566,10 +489,7 @@ fn order(blocks: &[Block]) -> Vec<u32> {
             if to > at {
                 waiting[to] -= 1;
                 if waiting[to] == 0 {
-                    ready
-                        .entry(home(to))
-                        .or_default()
-                        .push(Reverse((rpo[to], to)));
+                    ready.entry(home(to)).or_default().push(Reverse((rpo[to], to)));
                 }
             }
         }
@@ -587,9 +507,7 @@ fn reads(code: &Code, ins: &Flat, mut visit: impl FnMut(Value)) {
             visit(value);
         }
     }
-    for &value in &code.pool[ins.first as usize + ins.outputs as usize..]
-        [..(ins.arity - ins.outputs) as usize]
-    {
+    for &value in &code.pool[ins.first as usize + ins.outputs as usize..][..(ins.arity - ins.outputs) as usize] {
         if value & CONSTANT == 0 {
             visit(value);
         }
@@ -645,10 +563,7 @@ fn live_ranges(code: &Code, blocks: &[Block], order: &[u32]) -> Vec<(u32, u32)> 
     }
     let (mut used, mut killed) = (vec![0u64; n * words], vec![0u64; n * words]);
     for (at, &block) in order.iter().enumerate() {
-        let (used, killed) = (
-            &mut used[at * words..][..words],
-            &mut killed[at * words..][..words],
-        );
+        let (used, killed) = (&mut used[at * words..][..words], &mut killed[at * words..][..words]);
         for index in block_ins(&blocks[block as usize]) {
             let ins = &code.ins[index as usize];
             reads(code, ins, |register| {
@@ -711,10 +626,7 @@ fn live_ranges(code: &Code, blocks: &[Block], order: &[u32]) -> Vec<(u32, u32)> 
         // An empty block still has a position of its own, so that what lives through it has one too.
         position += 2;
         for w in 0..words {
-            for (bits, edge) in [
-                (live_in[at * words + w], start),
-                (live_out[at * words + w], position - 1),
-            ] {
+            for (bits, edge) in [(live_in[at * words + w], start), (live_out[at * words + w], position - 1)] {
                 let mut rest = bits;
                 while rest != 0 {
                     touch(of_bit[w * 64 + rest.trailing_zeros() as usize], edge);
@@ -739,9 +651,7 @@ fn allocate(code: &Code, ranges: &[(u32, u32)]) -> (Vec<u32>, u32, u32) {
         64 => Pool::Double,
         _ => Pool::Single,
     };
-    let mut by_start: Vec<u32> = (0..ranges.len() as u32)
-        .filter(|&r| ranges[r as usize].0 != u32::MAX)
-        .collect();
+    let mut by_start: Vec<u32> = (0..ranges.len() as u32).filter(|&r| ranges[r as usize].0 != u32::MAX).collect();
     by_start.sort_by_key(|&r| ranges[r as usize].0);
     let mut slot = vec![0u32; ranges.len()];
     let mut free: [BinaryHeap<Reverse<u32>>; 3] = Default::default();
@@ -812,12 +722,8 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
         let first_step = program.steps.len();
         for i in block.ins.iter().copied() {
             let ins = &code.ins[i as usize];
-            let FlatOp::Op(op) = ins.op else {
-                unreachable!("control flow ends a block")
-            };
-            let guard = ins
-                .guard
-                .map_or(NO_GUARD, |(register, _)| offset(register, &mut program));
+            let FlatOp::Op(op) = ins.op else { unreachable!("control flow ends a block") };
+            let guard = ins.guard.map_or(NO_GUARD, |(register, _)| offset(register, &mut program));
             let negate = ins.guard.is_some_and(|(_, negate)| negate);
             count_cost(&mut cost, &op, guard != NO_GUARD);
             let first = program.operands.len() as u32;
@@ -831,28 +737,14 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
             program.atomics |= matches!(op, Op::Atom { .. });
             if guard == NO_GUARD
                 && program.steps.len() > first_step
-                && let Some(Step {
-                    op: Op::Run(last),
-                    guard: NO_GUARD,
-                    count,
-                    ..
-                }) = program.steps.last_mut()
+                && let Some(Step { op: Op::Run(last), guard: NO_GUARD, count, .. }) = program.steps.last_mut()
                 && let Op::Run(form) = op
                 && std::ptr::eq(*last, form)
             {
                 *count += 1;
                 continue;
             }
-            program.steps.push(Step {
-                op,
-                guard,
-                negate,
-                arity: ins.arity,
-                first,
-                count: 1,
-                source,
-                block: at as u32,
-            });
+            program.steps.push(Step { op, guard, negate, arity: ins.arity, first, count: 1, source, block: at as u32 });
         }
         let mut step = Step {
             op: Op::Jump(0),
@@ -867,14 +759,10 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
         let follow = block.next.last().copied().unwrap_or(0);
         let end = match block.end {
             End::Fall => None,
-            End::Goto(i) | End::Branch(i) | End::Table(i) | End::Exit(i) => {
-                Some(&code.ins[i as usize])
-            }
+            End::Goto(i) | End::Branch(i) | End::Table(i) | End::Exit(i) => Some(&code.ins[i as usize]),
         };
         if let Some(ins) = end {
-            step.guard = ins
-                .guard
-                .map_or(NO_GUARD, |(register, _)| offset(register, &mut program));
+            step.guard = ins.guard.map_or(NO_GUARD, |(register, _)| offset(register, &mut program));
             step.negate = ins.guard.is_some_and(|(_, negate)| negate);
             step.arity = ins.arity;
             for k in 0..ins.arity as usize {
@@ -884,39 +772,26 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
             cost.class[4] += 1;
             cost.instructions += 1;
         }
-        program
-            .sources
-            .push(end.map_or(Source::default(), |ins| ins.source));
+        program.sources.push(end.map_or(Source::default(), |ins| ins.source));
         step.op = match block.end {
             End::Fall | End::Goto(_) => Op::Jump(0),
             End::Branch(_) => Op::Branch { target: 0, fall: 0 },
             End::Table(i) => {
-                let FlatOp::Table(table) = code.ins[i as usize].op else {
-                    unreachable!("the end says table")
-                };
+                let FlatOp::Table(table) = code.ins[i as usize].op else { unreachable!("the end says table") };
                 let entries = code.tables[table as usize].len();
                 program.tables.push(block.next[..entries].to_vec());
-                Op::BranchTable {
-                    table: program.tables.len() as u32 - 1,
-                    fall: 0,
-                }
+                Op::BranchTable { table: program.tables.len() as u32 - 1, fall: 0 }
             }
             End::Exit(_) => Op::Exit { fall: 0 },
         };
-        targets.push((
-            program.steps.len(),
-            block.next.first().copied().unwrap_or(0),
-            follow,
-        ));
+        targets.push((program.steps.len(), block.next.first().copied().unwrap_or(0), follow));
         program.steps.push(step);
         program.costs.push(cost);
     }
     for (step, to, follow) in targets {
         match &mut program.steps[step].op {
             Op::Jump(target) => *target = start[to as usize],
-            Op::Branch { target, fall } => {
-                (*target, *fall) = (start[to as usize], start[follow as usize])
-            }
+            Op::Branch { target, fall } => (*target, *fall) = (start[to as usize], start[follow as usize]),
             Op::BranchTable { fall, .. } | Op::Exit { fall } => *fall = start[follow as usize],
             _ => unreachable!("only control flow has targets"),
         }

@@ -55,11 +55,7 @@ fn in_word(byte: u8) -> bool {
 impl<'a> Lexer<'a> {
     /// At the start of a text.
     pub fn new(text: &'a str) -> Self {
-        Lexer {
-            text,
-            at: 0,
-            line: 1,
-        }
+        Lexer { text, at: 0, line: 1 }
     }
 
     /// The next token.
@@ -68,12 +64,7 @@ impl<'a> Lexer<'a> {
         let bytes = self.text.as_bytes();
         let (start, line) = (self.at, self.line);
         let Some(&first) = bytes.get(start) else {
-            return Ok(Token {
-                kind: Kind::End,
-                text: "",
-                start,
-                line,
-            });
+            return Ok(Token { kind: Kind::End, text: "", start, line });
         };
         let kind = match first {
             b'"' => {
@@ -100,18 +91,10 @@ impl<'a> Lexer<'a> {
             }
             _ => {
                 let bad = self.text[start..].chars().next().unwrap_or('?');
-                return Err(ParseError::invalid(
-                    line,
-                    format!("character {bad:?} has no meaning in PTX"),
-                ));
+                return Err(ParseError::invalid(line, format!("character {bad:?} has no meaning in PTX")));
             }
         };
-        Ok(Token {
-            kind,
-            text: &self.text[start..self.at],
-            start,
-            line,
-        })
+        Ok(Token { kind, text: &self.text[start..self.at], start, line })
     }
 
     fn number(&mut self, bytes: &[u8]) {
@@ -120,10 +103,7 @@ impl<'a> Lexer<'a> {
             let sign_of_exponent = !hex
                 && matches!(byte, b'+' | b'-')
                 && matches!(bytes[self.at - 1], b'e' | b'E')
-                && !matches!(
-                    bytes.get(self.at - 2),
-                    Some(b'x' | b'f' | b'd' | b'F' | b'D')
-                );
+                && !matches!(bytes.get(self.at - 2), Some(b'x' | b'f' | b'd' | b'F' | b'D'));
             if !(byte.is_ascii_alphanumeric() || byte == b'.' || byte == b'_' || sign_of_exponent) {
                 break;
             }
@@ -156,9 +136,7 @@ impl<'a> Lexer<'a> {
                 }
                 b' ' | b'\t' | b'\r' | 0x0b | 0x0c => self.at += 1,
                 b'/' if bytes.get(self.at + 1) == Some(&b'/') => {
-                    self.at += self.text[self.at..]
-                        .find('\n')
-                        .unwrap_or(self.text.len() - self.at);
+                    self.at += self.text[self.at..].find('\n').unwrap_or(self.text.len() - self.at);
                 }
                 b'/' if bytes.get(self.at + 1) == Some(&b'*') => {
                     let Some(length) = self.text[self.at + 2..].find("*/") else {

@@ -68,10 +68,7 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits {
-            version: (9, 9),
-            target: 80,
-        }
+        Limits { version: (9, 9), target: 80 }
     }
 }
 
@@ -163,15 +160,7 @@ pub fn parse(text: &str) -> Result<Module, ParseError> {
 pub fn parse_for(text: &str, limits: Limits) -> Result<Module, ParseError> {
     let unit = parse::read(text, limits)?;
     let text: Arc<str> = text.into();
-    let kernels: Result<Vec<_>, ParseError> = unit
-        .entries
-        .iter()
-        .map(|entry| flow::kernel(entry, &unit, &text).map(Arc::new))
-        .collect();
-    Ok(Module {
-        kernels: kernels?,
-        globals: unit.globals,
-        version: unit.version,
-        target: unit.target,
-    })
+    let kernels: Result<Vec<_>, ParseError> =
+        unit.entries.iter().map(|entry| flow::kernel(entry, &unit, &text).map(Arc::new)).collect();
+    Ok(Module { kernels: kernels?, globals: unit.globals, version: unit.version, target: unit.target })
 }

@@ -89,11 +89,7 @@ struct Reader<'a> {
 
 impl ParseError {
     pub(super) fn invalid(line: u32, message: impl Into<String>) -> Self {
-        ParseError {
-            line,
-            message: message.into(),
-            kind: ParseErrorKind::Invalid,
-        }
+        ParseError { line, message: message.into(), kind: ParseErrorKind::Invalid }
     }
 }
 
@@ -101,22 +97,8 @@ impl ParseError {
 pub fn read(text: &str, limits: Limits) -> Result<Unit, ParseError> {
     let mut lexer = Lexer::new(text);
     let token = lexer.next()?;
-    let unit = Unit {
-        version: (0, 0),
-        target: 0,
-        globals: vec![],
-        shared: vec![],
-        functions: vec![],
-        entries: vec![],
-    };
-    let mut reader = Reader {
-        lexer,
-        token,
-        limits,
-        names: HashMap::new(),
-        pending: vec![],
-        unit,
-    };
+    let unit = Unit { version: (0, 0), target: 0, globals: vec![], shared: vec![], functions: vec![], entries: vec![] };
+    let mut reader = Reader { lexer, token, limits, names: HashMap::new(), pending: vec![], unit };
     reader.module()?;
     reader.relocate()?;
     Ok(reader.unit)
@@ -136,15 +118,9 @@ fn type_bytes(name: &str) -> Option<u64> {
 /// An integer literal.
 pub fn integer(text: &str) -> Option<u64> {
     let digits = text.strip_suffix('U').unwrap_or(text);
-    if let Some(hex) = digits
-        .strip_prefix("0x")
-        .or_else(|| digits.strip_prefix("0X"))
-    {
+    if let Some(hex) = digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
         u64::from_str_radix(hex, 16).ok()
-    } else if let Some(binary) = digits
-        .strip_prefix("0b")
-        .or_else(|| digits.strip_prefix("0B"))
-    {
+    } else if let Some(binary) = digits.strip_prefix("0b").or_else(|| digits.strip_prefix("0B")) {
         u64::from_str_radix(binary, 2).ok()
     } else if digits.len() > 1 && digits.starts_with('0') {
         u64::from_str_radix(digits, 8).ok()
@@ -156,10 +132,7 @@ pub fn integer(text: &str) -> Option<u64> {
 /// A number as an operand.
 fn number(text: &str, negative: bool) -> Option<Operand<'static>> {
     let bits = |prefix: [&str; 2]| {
-        prefix
-            .iter()
-            .find_map(|p| text.strip_prefix(p))
-            .filter(|digits| digits.bytes().all(|b| b.is_ascii_hexdigit()))
+        prefix.iter().find_map(|p| text.strip_prefix(p)).filter(|digits| digits.bytes().all(|b| b.is_ascii_hexdigit()))
     };
     if let Some(hex) = bits(["0f", "0F"]).filter(|hex| hex.len() == 8) {
         let value = u32::from_str_radix(hex, 16).ok()?;
@@ -170,21 +143,13 @@ fn number(text: &str, negative: bool) -> Option<Operand<'static>> {
         return Some(Operand::F64(value ^ if negative { 1 << 63 } else { 0 }));
     }
     if let Some(value) = integer(text) {
-        return Some(Operand::Int(if negative {
-            value.wrapping_neg()
-        } else {
-            value
-        }));
+        return Some(Operand::Int(if negative { value.wrapping_neg() } else { value }));
     }
     if text.contains(['.', 'e', 'E'])
-        && text
-            .bytes()
-            .all(|b| b.is_ascii_digit() || matches!(b, b'.' | b'e' | b'E' | b'+' | b'-'))
+        && text.bytes().all(|b| b.is_ascii_digit() || matches!(b, b'.' | b'e' | b'E' | b'+' | b'-'))
     {
         let value: f64 = text.parse().ok()?;
-        return Some(Operand::F64(
-            if negative { -value } else { value }.to_bits(),
-        ));
+        return Some(Operand::F64(if negative { -value } else { value }.to_bits()));
     }
     None
 }
@@ -211,11 +176,7 @@ impl<'a> Reader<'a> {
         if self.accept(mark)? {
             return Ok(());
         }
-        self.fail(format!(
-            "expected '{}', found {}",
-            mark as char,
-            self.found()
-        ))
+        self.fail(format!("expected '{}', found {}", mark as char, self.found()))
     }
 
     fn found(&self) -> String {
@@ -257,10 +218,7 @@ impl<'a> Reader<'a> {
                 ".address_size" => {
                     let bits = self.unsigned()?;
                     if bits != 64 {
-                        return Err(ParseError::invalid(
-                            line,
-                            format!("addresses of {bits} bits; 64 are supported"),
-                        ));
+                        return Err(ParseError::invalid(line, format!("addresses of {bits} bits; 64 are supported")));
                     }
                 }
                 ".target" => self.target_list(line)?,
@@ -284,26 +242,18 @@ impl<'a> Reader<'a> {
         }
         self.advance()?;
         let text = self.token.text;
-        let parts = text.split_once('.').and_then(|(major, minor)| {
-            Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?))
-        });
+        let parts = text
+            .split_once('.')
+            .and_then(|(major, minor)| Some((major.parse::<u32>().ok()?, minor.parse::<u32>().ok()?)));
         let Some(version) = parts else {
-            return self.fail(format!(
-                "expected a version such as 8.0, found {}",
-                self.found()
-            ));
+            return self.fail(format!("expected a version such as 8.0, found {}", self.found()));
         };
         self.advance()?;
         if version > self.limits.version {
             let (major, minor) = self.limits.version;
-            let message = format!(
-                "PTX version {text} is newer than {major}.{minor}, the newest that this driver takes"
-            );
-            return Err(ParseError {
-                line,
-                message,
-                kind: ParseErrorKind::Version,
-            });
+            let message =
+                format!("PTX version {text} is newer than {major}.{minor}, the newest that this driver takes");
+            return Err(ParseError { line, message, kind: ParseErrorKind::Version });
         }
         self.unit.version = version;
         Ok(())
@@ -328,22 +278,12 @@ impl<'a> Reader<'a> {
                 };
                 let exact = number.len() < digits.len();
                 if target > self.limits.target || (exact && target != self.limits.target) {
-                    let message = format!(
-                        "the module is for {name}, the device is sm_{}",
-                        self.limits.target
-                    );
-                    return Err(ParseError {
-                        line,
-                        message,
-                        kind: ParseErrorKind::Target,
-                    });
+                    let message = format!("the module is for {name}, the device is sm_{}", self.limits.target);
+                    return Err(ParseError { line, message, kind: ParseErrorKind::Target });
                 }
                 self.unit.target = target;
             } else if name != "debug" {
-                return Err(ParseError::invalid(
-                    line,
-                    format!("target option {name} is not supported"),
-                ));
+                return Err(ParseError::invalid(line, format!("target option {name} is not supported")));
             }
             if !self.accept(b',')? {
                 return Ok(());
@@ -383,19 +323,13 @@ impl<'a> Reader<'a> {
             ".shared" => self.variables(None, external),
             ".entry" => self.entry(),
             ".func" => self.function(),
-            _ => Err(ParseError::invalid(
-                line,
-                format!("directive {word} is not supported"),
-            )),
+            _ => Err(ParseError::invalid(line, format!("directive {word} is not supported"))),
         }
     }
 
     fn define(&mut self, name: &str, what: ModuleName, line: u32) -> Result<(), ParseError> {
         if self.names.insert(name.to_string(), what).is_some() {
-            return Err(ParseError::invalid(
-                line,
-                format!("{name} is defined twice"),
-            ));
+            return Err(ParseError::invalid(line, format!("{name} is defined twice")));
         }
         Ok(())
     }
@@ -409,10 +343,7 @@ impl<'a> Reader<'a> {
                 ".align" => {
                     align = self.unsigned()?;
                     if !align.is_power_of_two() || align > 1 << 20 {
-                        return Err(ParseError::invalid(
-                            line,
-                            format!("alignment {align} is not a power of two"),
-                        ));
+                        return Err(ParseError::invalid(line, format!("alignment {align} is not a power of two")));
                     }
                 }
                 ".attribute" => {
@@ -424,10 +355,7 @@ impl<'a> Reader<'a> {
                 ".v4" => vector = 4,
                 word => {
                     let Some(bytes) = type_bytes(word) else {
-                        return Err(ParseError::invalid(
-                            line,
-                            format!("type {word} is not supported for a variable"),
-                        ));
+                        return Err(ParseError::invalid(line, format!("type {word} is not supported for a variable")));
                     };
                     return Ok((align.max(bytes * vector), bytes * vector));
                 }
@@ -463,38 +391,23 @@ impl<'a> Reader<'a> {
             match space {
                 None => {
                     if count.is_none() && !external {
-                        return Err(ParseError::invalid(
-                            line,
-                            format!("shared array {name} has no size"),
-                        ));
+                        return Err(ParseError::invalid(line, format!("shared array {name} has no size")));
                     }
                     let index = self.unit.shared.len() as u32;
                     let dynamic = external && count.is_none_or(|c| c == 0);
-                    self.unit.shared.push(SharedVariable {
-                        bytes: count.unwrap_or(0) * bytes,
-                        align,
-                        dynamic,
-                    });
+                    self.unit.shared.push(SharedVariable { bytes: count.unwrap_or(0) * bytes, align, dynamic });
                     self.define(name, ModuleName::Shared(index), line)?;
                 }
                 Some(space) => {
                     if external {
                         return Err(ParseError::invalid(
                             line,
-                            format!(
-                                "external variable {name}: linking of modules is not supported"
-                            ),
+                            format!("external variable {name}: linking of modules is not supported"),
                         ));
                     }
                     let index = self.unit.globals.len();
-                    let mut global = Global {
-                        name: name.to_string(),
-                        bytes: 0,
-                        align,
-                        init: vec![],
-                        relocations: vec![],
-                        space,
-                    };
+                    let mut global =
+                        Global { name: name.to_string(), bytes: 0, align, init: vec![], relocations: vec![], space };
                     if self.accept(b'=')? {
                         self.initialiser(&mut global.init, index, bytes, 0)?;
                     }
@@ -511,10 +424,7 @@ impl<'a> Reader<'a> {
                     if global.init.len() as u64 > global.bytes {
                         return Err(ParseError::invalid(
                             line,
-                            format!(
-                                "the initialiser of {name} is longer than its {} bytes",
-                                global.bytes
-                            ),
+                            format!("the initialiser of {name} is longer than its {} bytes", global.bytes),
                         ));
                     }
                     self.unit.globals.push(global);
@@ -527,13 +437,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn initialiser(
-        &mut self,
-        init: &mut Vec<u8>,
-        variable: usize,
-        bytes: u64,
-        depth: u32,
-    ) -> Result<(), ParseError> {
+    fn initialiser(&mut self, init: &mut Vec<u8>, variable: usize, bytes: u64, depth: u32) -> Result<(), ParseError> {
         if depth > 8 {
             return self.fail("an initialiser nested more than eight deep");
         }
@@ -557,14 +461,10 @@ impl<'a> Reader<'a> {
             if bytes != 8 {
                 return Err(ParseError::invalid(
                     line,
-                    format!(
-                        "the address of {name} needs 64 bits, the element has {}",
-                        bytes * 8
-                    ),
+                    format!("the address of {name} needs 64 bits, the element has {}", bytes * 8),
                 ));
             }
-            self.pending
-                .push((variable, init.len() as u64, name, addend, line));
+            self.pending.push((variable, init.len() as u64, name, addend, line));
             init.extend([0; 8]);
             return Ok(());
         }
@@ -593,11 +493,7 @@ impl<'a> Reader<'a> {
             return Ok(0);
         };
         let value = self.unsigned()? as i64;
-        Ok(if negative {
-            value.wrapping_neg()
-        } else {
-            value
-        })
+        Ok(if negative { value.wrapping_neg() } else { value })
     }
 
     fn relocate(&mut self) -> Result<(), ParseError> {
@@ -608,9 +504,7 @@ impl<'a> Reader<'a> {
                     format!("{name} in an initialiser is no variable of this module"),
                 ));
             };
-            self.unit.globals[variable]
-                .relocations
-                .push((offset, target as usize, addend));
+            self.unit.globals[variable].relocations.push((offset, target as usize, addend));
         }
         Ok(())
     }
@@ -640,9 +534,7 @@ impl<'a> Reader<'a> {
             let (offset, size) = (end.next_multiple_of(align), count * bytes);
             end = offset + size;
             if end > MAX_PARAM_BYTES {
-                return self.fail(format!(
-                    "the parameters have more than {MAX_PARAM_BYTES} bytes"
-                ));
+                return self.fail(format!("the parameters have more than {MAX_PARAM_BYTES} bytes"));
             }
             formals.push(Param {
                 name: name.to_string(),
@@ -658,11 +550,7 @@ impl<'a> Reader<'a> {
     }
 
     fn function(&mut self) -> Result<(), ParseError> {
-        let mut formals = if self.token.is(b'(') {
-            self.formals()?
-        } else {
-            vec![]
-        };
+        let mut formals = if self.token.is(b'(') { self.formals()? } else { vec![] };
         let returns = formals.len();
         let line = self.token.line;
         let name = self.word("the name of a function")?;
@@ -684,10 +572,7 @@ impl<'a> Reader<'a> {
         let index = match self.names.get(name) {
             Some(&ModuleName::Function(index)) => index,
             Some(_) => {
-                return Err(ParseError::invalid(
-                    line,
-                    format!("{name} is defined twice"),
-                ));
+                return Err(ParseError::invalid(line, format!("{name} is defined twice")));
             }
             None => {
                 self.unit.functions.push(Function {
@@ -705,10 +590,7 @@ impl<'a> Reader<'a> {
             return Ok(());
         }
         if self.unit.functions[index].body.is_some() {
-            return Err(ParseError::invalid(
-                line,
-                format!("{name} is defined twice"),
-            ));
+            return Err(ParseError::invalid(line, format!("{name} is defined twice")));
         }
         let body = self.body(&formals, false)?;
         let function = &mut self.unit.functions[index];
@@ -719,11 +601,7 @@ impl<'a> Reader<'a> {
     fn entry(&mut self) -> Result<(), ParseError> {
         let line = self.token.line;
         let name = self.word("the name of a kernel")?;
-        let params = if self.token.is(b'(') {
-            self.formals()?
-        } else {
-            vec![]
-        };
+        let params = if self.token.is(b'(') { self.formals()? } else { vec![] };
         let mut kernel = super::Kernel {
             name: name.to_string(),
             param_bytes: params.last().map_or(0, |p| p.offset + p.bytes),
@@ -747,16 +625,8 @@ impl<'a> Reader<'a> {
                 }
             }
         }
-        if self
-            .unit
-            .entries
-            .iter()
-            .any(|entry| entry.kernel.name == name)
-        {
-            return Err(ParseError::invalid(
-                line,
-                format!("{name} is defined twice"),
-            ));
+        if self.unit.entries.iter().any(|entry| entry.kernel.name == name) {
+            return Err(ParseError::invalid(line, format!("{name} is defined twice")));
         }
         if self.accept(b';')? {
             return Ok(());
@@ -845,12 +715,7 @@ impl<'a> Reader<'a> {
         Ok(names)
     }
 
-    fn local_directive(
-        &mut self,
-        directive: &str,
-        line: u32,
-        builder: &mut Builder<'a>,
-    ) -> Result<(), ParseError> {
+    fn local_directive(&mut self, directive: &str, line: u32, builder: &mut Builder<'a>) -> Result<(), ParseError> {
         match directive {
             ".reg" => {
                 let name = self.word("a register type")?;
@@ -874,9 +739,7 @@ impl<'a> Reader<'a> {
                         None
                     };
                     if builder.registers().saturating_add(count.unwrap_or(1)) > MAX_REGISTERS {
-                        return self.fail(format!(
-                            "more than {MAX_REGISTERS} registers in one function"
-                        ));
+                        return self.fail(format!("more than {MAX_REGISTERS} registers in one function"));
                     }
                     builder.register(name, count, bits as u8);
                     if !self.accept(b',')? {
@@ -893,11 +756,7 @@ impl<'a> Reader<'a> {
                     };
                     if directive == ".shared" {
                         builder.shared(name, self.unit.shared.len() as u32);
-                        self.unit.shared.push(SharedVariable {
-                            bytes: count * bytes,
-                            align,
-                            dynamic: false,
-                        });
+                        self.unit.shared.push(SharedVariable { bytes: count * bytes, align, dynamic: false });
                     } else {
                         builder.local(name, count * bytes, align, line)?;
                     }
@@ -911,13 +770,8 @@ impl<'a> Reader<'a> {
                 self.expect(b';')
             }
             ".loc" => self.skip_line(line),
-            ".global" | ".const" => self.fail(format!(
-                "{directive} variables inside a function are not supported"
-            )),
-            _ => Err(ParseError::invalid(
-                line,
-                format!("directive {directive} is not supported in a function"),
-            )),
+            ".global" | ".const" => self.fail(format!("{directive} variables inside a function are not supported")),
+            _ => Err(ParseError::invalid(line, format!("directive {directive} is not supported in a function"))),
         }
     }
 
@@ -933,10 +787,9 @@ impl<'a> Reader<'a> {
         let mut operands = Vec::with_capacity(4);
         if !self.token.is(b';') {
             loop {
-                let operand = self.operand(builder, 0).map_err(|error| ParseError {
-                    message: format!("{opcode}: {}", error.message),
-                    ..error
-                })?;
+                let operand = self
+                    .operand(builder, 0)
+                    .map_err(|error| ParseError { message: format!("{opcode}: {}", error.message), ..error })?;
                 operands.push(operand);
                 if !self.accept(b',')? {
                     break;
@@ -945,24 +798,10 @@ impl<'a> Reader<'a> {
         }
         let end = self.token.start + 1;
         if !self.token.is(b';') {
-            return self.fail(format!(
-                "expected ';' after {opcode}, found {}",
-                self.found()
-            ));
+            return self.fail(format!("expected ';' after {opcode}, found {}", self.found()));
         }
-        let source = Source {
-            line,
-            start: start as u32,
-            length: (end - start) as u32,
-        };
-        builder.instruction(
-            opcode,
-            guard,
-            operands,
-            source,
-            &self.names,
-            &self.unit.functions,
-        )?;
+        let source = Source { line, start: start as u32, length: (end - start) as u32 };
+        builder.instruction(opcode, guard, operands, source, &self.names, &self.unit.functions)?;
         self.advance()?;
         Ok(())
     }
@@ -980,11 +819,7 @@ impl<'a> Reader<'a> {
                 while !self.accept(close)? {
                     list.push(self.operand(builder, depth + 1)?);
                     if !self.accept(b',')? && !self.token.is(close) {
-                        return self.fail(format!(
-                            "expected ',' or '{}', found {}",
-                            close as char,
-                            self.found()
-                        ));
+                        return self.fail(format!("expected ',' or '{}', found {}", close as char, self.found()));
                     }
                 }
                 Ok(Operand::Vector(list))
@@ -1041,12 +876,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn named(
-        &self,
-        builder: &Builder<'a>,
-        name: &'a str,
-        line: u32,
-    ) -> Result<Operand<'a>, ParseError> {
+    fn named(&self, builder: &Builder<'a>, name: &'a str, line: u32) -> Result<Operand<'a>, ParseError> {
         if name == "_" {
             return Ok(Operand::Sink);
         }
@@ -1061,9 +891,7 @@ impl<'a> Reader<'a> {
                 Some(special) => Ok(Operand::Special(special)),
                 None => Err(ParseError::invalid(
                     line,
-                    format!(
-                        "register {name} is neither declared nor a special register that is supported"
-                    ),
+                    format!("register {name} is neither declared nor a special register that is supported"),
                 )),
             };
         }

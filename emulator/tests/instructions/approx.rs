@@ -70,13 +70,7 @@ fn sqrt(ftz: bool, x: u64, found: u64) -> bool {
 }
 
 fn rsqrt(ftz: bool, x: u64, found: u64) -> bool {
-    close(
-        found,
-        1.0 / flushed(ftz, x).sqrt(),
-        2f64.powf(-22.9),
-        0.0,
-        ftz,
-    )
+    close(found, 1.0 / flushed(ftz, x).sqrt(), 2f64.powf(-22.9), 0.0, ftz)
 }
 
 /// A function: opcode, whether it has `.ftz`, judgement of (ftz, input, result).
@@ -97,11 +91,7 @@ const FUNCTIONS: [Judged; 8] = [
 /// `EMULATOR_EXHAUSTIVE=1` tries all 2^32.
 #[test]
 fn functions_of_one_operand() {
-    let stride = if std::env::var_os("EMULATOR_EXHAUSTIVE").is_some() {
-        1
-    } else {
-        1021
-    };
+    let stride = if std::env::var_os("EMULATOR_EXHAUSTIVE").is_some() { 1 } else { 1021 };
     let mut failures = Vec::new();
     for (name, has_ftz, accept) in FUNCTIONS {
         for ftz in [false, true] {
@@ -125,22 +115,12 @@ fn functions_of_one_operand() {
                 let mut results = Vec::new();
                 for (set, _) in available() {
                     // SAFETY: two slots of 32-bit lanes, aligned, for a form of one source; the machine has the instruction set.
-                    unsafe {
-                        (form.run[set])(
-                            form,
-                            file.0.as_mut_ptr().cast(),
-                            [0, 128].as_ptr(),
-                            1,
-                            u32::MAX,
-                        )
-                    };
+                    unsafe { (form.run[set])(form, file.0.as_mut_ptr().cast(), [0, 128].as_ptr(), 1, u32::MAX) };
                     results.push(file.0[0]);
                 }
                 for lane in 0..32 {
                     let found = results[0][lane];
-                    if results.iter().any(|r| r[lane] != found)
-                        || !accept(ftz, inputs[lane] as u64, found as u64)
-                    {
+                    if results.iter().any(|r| r[lane] != found) || !accept(ftz, inputs[lane] as u64, found as u64) {
                         failures.push(format!(
                             "{full}: {:#x} gives {:x?}",
                             inputs[lane],
@@ -183,13 +163,8 @@ fn from_ptx() {
                 _ => |x, _, found| tanh(false, x[0], found),
             };
             cases.push(
-                Case::new(
-                    format!("{name}.approx{ftz}.f32"),
-                    &["f32"],
-                    &["f32"],
-                    |_| vec![0],
-                )
-                .check(Check::Accept(accept)),
+                Case::new(format!("{name}.approx{ftz}.f32"), &["f32"], &["f32"], |_| vec![0])
+                    .check(Check::Accept(accept)),
             );
         }
     }
@@ -202,31 +177,17 @@ fn division() {
         let (a, b) = (flushed(ftz, x[0]), flushed(ftz, x[1]));
         let far = b.abs() > 2f64.powi(126) && b.is_finite();
         if far && !full {
-            return if a.is_infinite() || a.is_nan() {
-                found == 0x7fff_ffff
-            } else {
-                value(found) == 0.0
-            };
+            return if a.is_infinite() || a.is_nan() { found == 0x7fff_ffff } else { value(found) == 0.0 };
         }
         // 2 ulp; a subnormal quotient by 2 units of subnormals.
         close(found, a / b, 2f64.powi(-22), 2f64.powi(-148), ftz)
     }
-    let case = |name, accept| {
-        Case::new(name, &["f32"], &["f32"; 2], |_| vec![0]).check(Check::Accept(accept))
-    };
+    let case = |name, accept| Case::new(name, &["f32"], &["f32"; 2], |_| vec![0]).check(Check::Accept(accept));
     run(vec![
-        case("div.approx.f32", |x, _, found| {
-            quotient(false, false, x, found)
-        }),
-        case("div.approx.ftz.f32", |x, _, found| {
-            quotient(true, false, x, found)
-        }),
-        case("div.full.f32", |x, _, found| {
-            quotient(false, true, x, found)
-        }),
-        case("div.full.ftz.f32", |x, _, found| {
-            quotient(true, true, x, found)
-        }),
+        case("div.approx.f32", |x, _, found| quotient(false, false, x, found)),
+        case("div.approx.ftz.f32", |x, _, found| quotient(true, false, x, found)),
+        case("div.full.f32", |x, _, found| quotient(false, true, x, found)),
+        case("div.full.ftz.f32", |x, _, found| quotient(true, true, x, found)),
     ]);
 }
 
@@ -243,28 +204,13 @@ fn functions_of_f64() {
         if exact.is_nan() || f.is_nan() {
             return exact.is_nan() && f.is_nan();
         }
-        f == exact
-            || (f - exact).abs() <= exact.abs() * relative
-            || (exact.abs() < f64::MIN_POSITIVE && f == 0.0)
+        f == exact || (f - exact).abs() <= exact.abs() * relative || (exact.abs() < f64::MIN_POSITIVE && f == 0.0)
     }
-    let case = |name, accept| {
-        Case::new(name, &["f64"], &["f64"], |_| vec![0]).check(Check::Accept(accept))
-    };
+    let case = |name, accept| Case::new(name, &["f64"], &["f64"], |_| vec![0]).check(Check::Accept(accept));
     run(vec![
         // 20 bits of the mantissa.
-        case("rcp.approx.ftz.f64", |x, _, found| {
-            judge(found, 1.0 / upper(x[0]), 2f64.powi(-20), false)
-        }),
-        case("rsqrt.approx.ftz.f64", |x, _, found| {
-            judge(found, 1.0 / upper(x[0]).sqrt(), 2f64.powi(-20), false)
-        }),
-        case("rsqrt.approx.f64", |x, _, found| {
-            judge(
-                found,
-                1.0 / f64::from_bits(x[0]).sqrt(),
-                2f64.powi(-51),
-                true,
-            )
-        }),
+        case("rcp.approx.ftz.f64", |x, _, found| judge(found, 1.0 / upper(x[0]), 2f64.powi(-20), false)),
+        case("rsqrt.approx.ftz.f64", |x, _, found| judge(found, 1.0 / upper(x[0]).sqrt(), 2f64.powi(-20), false)),
+        case("rsqrt.approx.f64", |x, _, found| judge(found, 1.0 / f64::from_bits(x[0]).sqrt(), 2f64.powi(-51), true)),
     ]);
 }

@@ -36,11 +36,7 @@ fn arithmetic_of_halves() {
                     let meaning = move |x: &[u64]| {
                         halves(ty, x, |x| {
                             let flush = |x: u64| {
-                                if modifier.contains("ftz") {
-                                    format.flush(x)
-                                } else {
-                                    x
-                                }
+                                if modifier.contains("ftz") { format.flush(x) } else { x }
                             };
                             let r = arithmetic(
                                 format,
@@ -60,67 +56,34 @@ fn arithmetic_of_halves() {
                             }
                         })
                     };
-                    let mut case = Case::new(
-                        format!("{operation}{mode}{modifier}.{ty}"),
-                        &[ty],
-                        &[ty; 3][..sources],
-                        meaning,
-                    );
+                    let mut case =
+                        Case::new(format!("{operation}{mode}{modifier}.{ty}"), &[ty], &[ty; 3][..sources], meaning);
                     case.inputs = if modifier.is_empty() { 40_000 } else { 5000 };
                     cases.push(case);
                 }
             }
         }
         for (operation, max) in [("min", false), ("max", true)] {
-            for modifiers in [
-                "",
-                ".ftz",
-                ".NaN",
-                ".ftz.NaN",
-                ".xorsign.abs",
-                ".NaN.xorsign.abs",
-                ".ftz.NaN.xorsign.abs",
-            ] {
+            for modifiers in
+                ["", ".ftz", ".NaN", ".ftz.NaN", ".xorsign.abs", ".NaN.xorsign.abs", ".ftz.NaN.xorsign.abs"]
+            {
                 if format == Format::Bf16 && modifiers.contains("ftz") {
                     continue;
                 }
-                let meaning =
-                    move |x: &[u64]| halves(ty, x, |x| min_max(format, max, modifiers, x[0], x[1]));
-                cases.push(Case::new(
-                    format!("{operation}{modifiers}.{ty}"),
-                    &[ty],
-                    &[ty; 2],
-                    meaning,
-                ));
+                let meaning = move |x: &[u64]| halves(ty, x, |x| min_max(format, max, modifiers, x[0], x[1]));
+                cases.push(Case::new(format!("{operation}{modifiers}.{ty}"), &[ty], &[ty; 2], meaning));
             }
         }
-        let modifiers: &[&str] = if format == Format::F16 {
-            &["", ".ftz"]
-        } else {
-            &[""]
-        };
+        let modifiers: &[&str] = if format == Format::F16 { &["", ".ftz"] } else { &[""] };
         for modifier in modifiers {
             for operation in ["neg", "abs"] {
                 let meaning = move |x: &[u64]| {
                     halves(ty, x, |x| {
-                        let x = if modifier.is_empty() {
-                            x[0]
-                        } else {
-                            format.flush(x[0])
-                        };
-                        if operation == "neg" {
-                            x ^ 0x8000
-                        } else {
-                            x & 0x7fff
-                        }
+                        let x = if modifier.is_empty() { x[0] } else { format.flush(x[0]) };
+                        if operation == "neg" { x ^ 0x8000 } else { x & 0x7fff }
                     })
                 };
-                cases.push(Case::new(
-                    format!("{operation}{modifier}.{ty}"),
-                    &[ty],
-                    &[ty],
-                    meaning,
-                ));
+                cases.push(Case::new(format!("{operation}{modifier}.{ty}"), &[ty], &[ty], meaning));
             }
         }
     }
@@ -139,60 +102,25 @@ fn approximations_of_halves() {
         let limit = exact.abs() * relative + absolute;
         found == exact
             || (found - exact).abs() <= limit
-            || (found.is_infinite()
-                && exact.abs()
-                    > if format == Format::F16 {
-                        65519.0
-                    } else {
-                        3.39e38
-                    })
+            || (found.is_infinite() && exact.abs() > if format == Format::F16 { 65519.0 } else { 3.39e38 })
     }
     fn ex2_f16(x: &[u64], _: u64, found: u64) -> bool {
         // 2^-9.9 and an ulp of the smallest subnormals.
-        close(
-            Format::F16,
-            found,
-            Format::F16.value(x[0]).exp2(),
-            2f64.powf(-9.9),
-            2f64.powi(-24),
-        )
+        close(Format::F16, found, Format::F16.value(x[0]).exp2(), 2f64.powf(-9.9), 2f64.powi(-24))
     }
     fn ex2_bf16(x: &[u64], _: u64, found: u64) -> bool {
         // Flushed: what is below the smallest normal number may be zero.
         let exact = Format::Bf16.value(Format::Bf16.flush(x[0])).exp2();
-        close(
-            Format::Bf16,
-            found,
-            exact,
-            2f64.powi(-7),
-            if exact < 2f64.powi(-126) {
-                2f64.powi(-126)
-            } else {
-                0.0
-            },
-        )
+        close(Format::Bf16, found, exact, 2f64.powi(-7), if exact < 2f64.powi(-126) { 2f64.powi(-126) } else { 0.0 })
     }
     fn tanh_f16(x: &[u64], _: u64, found: u64) -> bool {
-        close(
-            Format::F16,
-            found,
-            Format::F16.value(x[0]).tanh(),
-            0.0,
-            2f64.powf(-10.987),
-        )
+        close(Format::F16, found, Format::F16.value(x[0]).tanh(), 0.0, 2f64.powf(-10.987))
     }
     fn tanh_bf16(x: &[u64], _: u64, found: u64) -> bool {
-        close(
-            Format::Bf16,
-            found,
-            Format::Bf16.value(x[0]).tanh(),
-            2f64.powi(-8),
-            0.0,
-        )
+        close(Format::Bf16, found, Format::Bf16.value(x[0]).tanh(), 2f64.powi(-8), 0.0)
     }
-    let case = |name: &str, ty: &'static str, accept| {
-        Case::new(name, &[ty], &[ty], |_| vec![0]).check(Check::Accept(accept))
-    };
+    let case =
+        |name: &str, ty: &'static str, accept| Case::new(name, &[ty], &[ty], |_| vec![0]).check(Check::Accept(accept));
     run(vec![
         case("ex2.approx.f16", "f16", ex2_f16),
         case("ex2.approx.ftz.bf16", "bf16", ex2_bf16),
@@ -203,17 +131,9 @@ fn approximations_of_halves() {
         accept(&[x[0] & 0xffff], 0, found & 0xffff) && accept(&[x[0] >> 16], 0, found >> 16)
     }
     run(vec![
-        case("ex2.approx.f16x2", "f16x2", |x, _, found| {
-            pair(x, found, ex2_f16)
-        }),
-        case("ex2.approx.ftz.bf16x2", "bf16x2", |x, _, found| {
-            pair(x, found, ex2_bf16)
-        }),
-        case("tanh.approx.f16x2", "f16x2", |x, _, found| {
-            pair(x, found, tanh_f16)
-        }),
-        case("tanh.approx.bf16x2", "bf16x2", |x, _, found| {
-            pair(x, found, tanh_bf16)
-        }),
+        case("ex2.approx.f16x2", "f16x2", |x, _, found| pair(x, found, ex2_f16)),
+        case("ex2.approx.ftz.bf16x2", "bf16x2", |x, _, found| pair(x, found, ex2_bf16)),
+        case("tanh.approx.f16x2", "f16x2", |x, _, found| pair(x, found, tanh_f16)),
+        case("tanh.approx.bf16x2", "bf16x2", |x, _, found| pair(x, found, tanh_bf16)),
     ]);
 }

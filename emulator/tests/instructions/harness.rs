@@ -80,9 +80,7 @@ impl Case {
     fn accepts(&self, inputs: &[u64], expected: u64, found: u64) -> bool {
         match self.check {
             Check::Exact => expected == found,
-            Check::AnyNan(format) => {
-                expected == found || (format.is_nan(expected) && format.is_nan(found))
-            }
+            Check::AnyNan(format) => expected == found || (format.is_nan(expected) && format.is_nan(found)),
             Check::Accept(accept) => accept(inputs, expected, found),
         }
     }
@@ -93,28 +91,24 @@ pub fn width(ty: &str) -> u32 {
     match ty.split('=').next().unwrap_or(ty) {
         "pred" => 1,
         "f16x2" | "bf16x2" | "u16x2" | "s16x2" | "tf32" => 32,
-        ty => ty
-            .trim_start_matches(|c: char| c.is_alphabetic())
-            .parse()
-            .unwrap_or_else(|_| panic!("no width of {ty}")),
+        ty => ty.trim_start_matches(|c: char| c.is_alphabetic()).parse().unwrap_or_else(|_| panic!("no width of {ty}")),
     }
 }
 
 fn immediate(ty: &str) -> Option<u64> {
-    ty.split_once('=')
-        .map(|(_, value)| value.parse().expect("an immediate"))
+    ty.split_once('=').map(|(_, value)| value.parse().expect("an immediate"))
 }
 
 /// Values that instructions stumble over: integer and floating-point ones alike, since any register may hold any bits.
 fn special(ty: &str) -> Vec<u64> {
     let floats: &[u64] = match ty {
         "f16" | "f16x2" => &[
-            0, 0x8000, 1, 0x8001, 0x3ff, 0x400, 0x8400, 0x3c00, 0xbc00, 0x3c01, 0x3bff, 0x7bff,
-            0xfbff, 0x7c00, 0xfc00, 0x7c01, 0xfe00, 0x4248, 0x3800,
+            0, 0x8000, 1, 0x8001, 0x3ff, 0x400, 0x8400, 0x3c00, 0xbc00, 0x3c01, 0x3bff, 0x7bff, 0xfbff, 0x7c00, 0xfc00,
+            0x7c01, 0xfe00, 0x4248, 0x3800,
         ],
         "bf16" | "bf16x2" => &[
-            0, 0x8000, 1, 0x8001, 0x7f, 0x80, 0x8080, 0x3f80, 0xbf80, 0x3f81, 0x3f7f, 0x7f7f,
-            0xff7f, 0x7f80, 0xff80, 0x7f81, 0xffc0, 0x4049, 0x3f00, 0x1f80, 0x2000,
+            0, 0x8000, 1, 0x8001, 0x7f, 0x80, 0x8080, 0x3f80, 0xbf80, 0x3f81, 0x3f7f, 0x7f7f, 0xff7f, 0x7f80, 0xff80,
+            0x7f81, 0xffc0, 0x4049, 0x3f00, 0x1f80, 0x2000,
         ],
         "f32" | "tf32" => &[
             0,
@@ -209,10 +203,8 @@ fn special(ty: &str) -> Vec<u64> {
     let mut values = floats.to_vec();
     match width(ty) {
         1 => values.extend([0, 1]),
-        8 | 16 => values.extend([
-            0, 1, 2, 7, 8, 15, 16, 17, 0x7f, 0x80, 0x81, 0xff, 0x100, 0x7fff, 0x8000, 0x8001,
-            0xfffe, 0xffff,
-        ]),
+        8 | 16 => values
+            .extend([0, 1, 2, 7, 8, 15, 16, 17, 0x7f, 0x80, 0x81, 0xff, 0x100, 0x7fff, 0x8000, 0x8001, 0xfffe, 0xffff]),
         32 => {
             if floats.is_empty() || ty.ends_with("x2") {
                 values.extend([
@@ -314,29 +306,15 @@ fn random(ty: &str, random: &mut StdRng, special: &[u64]) -> u64 {
 }
 
 fn tuples(case: &Case) -> Vec<Vec<u64>> {
-    let mut random_bits = StdRng::seed_from_u64(
-        case.name
-            .bytes()
-            .fold(7, |seed, b| seed * 31 % 1_000_003 + b as u64),
-    );
+    let mut random_bits = StdRng::seed_from_u64(case.name.bytes().fold(7, |seed, b| seed * 31 % 1_000_003 + b as u64));
     let mut types: Vec<&str> = case.src.iter().map(|s| s.as_str()).collect();
     if case.carry.0 {
         types.push("pred");
     }
-    let registers: Vec<usize> = (0..types.len())
-        .filter(|i| immediate(types[*i]).is_none())
-        .collect();
+    let registers: Vec<usize> = (0..types.len()).filter(|i| immediate(types[*i]).is_none()).collect();
     let fixed: Vec<u64> = types.iter().map(|ty| immediate(ty).unwrap_or(0)).collect();
-    let specials: Vec<Vec<u64>> = types
-        .iter()
-        .map(|ty| {
-            if immediate(ty).is_some() {
-                vec![0]
-            } else {
-                special(ty)
-            }
-        })
-        .collect();
+    let specials: Vec<Vec<u64>> =
+        types.iter().map(|ty| if immediate(ty).is_some() { vec![0] } else { special(ty) }).collect();
     let mut tuples = case.extra.clone();
     if registers.len() == 1 && matches!(width(types[registers[0]]), 8 | 16) {
         // Exhaustive; a register of 16 bits holds 8-bit values, with anything above them.
@@ -347,11 +325,7 @@ fn tuples(case: &Case) -> Vec<Vec<u64>> {
         }
         return tuples;
     }
-    let wide: Vec<usize> = registers
-        .iter()
-        .copied()
-        .filter(|i| width(types[*i]) > 1)
-        .collect();
+    let wide: Vec<usize> = registers.iter().copied().filter(|i| width(types[*i]) > 1).collect();
     if let [first, second, ..] = wide[..] {
         // All pairs of special values.
         for (i, a) in specials[first].iter().enumerate() {
@@ -413,9 +387,7 @@ impl Slot {
 
     fn get(&self, kind: Kind, lane: usize) -> u64 {
         match kind {
-            Kind::Pred => {
-                (u32::from_le_bytes(self.0[..4].try_into().expect("4 bytes")) >> lane & 1) as u64
-            }
+            Kind::Pred => (u32::from_le_bytes(self.0[..4].try_into().expect("4 bytes")) >> lane & 1) as u64,
             Kind::B64 => u64::from_le_bytes(self.0[8 * lane..][..8].try_into().expect("8 bytes")),
             _ => u32::from_le_bytes(self.0[4 * lane..][..4].try_into().expect("4 bytes")) as u64,
         }
@@ -459,13 +431,9 @@ fn run_directly(case: &Case, tuples: &[Vec<u64>], expected: &[Vec<u64>]) -> Resu
     if case.carry.0 {
         src.push(Kind::Pred);
     }
-    let offsets: Vec<u32> = (0..(dst.len() + src.len()) as u32)
-        .map(|i| 256 * i)
-        .collect();
+    let offsets: Vec<u32> = (0..(dst.len() + src.len()) as u32).map(|i| 256 * i).collect();
     for (set, isa) in available() {
-        for (chunk_index, (chunk, expected)) in
-            tuples.chunks(32).zip(expected.chunks(32)).enumerate()
-        {
+        for (chunk_index, (chunk, expected)) in tuples.chunks(32).zip(expected.chunks(32)).enumerate() {
             let mut file = vec![Slot([0; 256]); offsets.len()];
             for lane in 0..32 {
                 for (slot, kind) in file.iter_mut().zip(&dst) {
@@ -476,11 +444,7 @@ fn run_directly(case: &Case, tuples: &[Vec<u64>], expected: &[Vec<u64>]) -> Resu
                     file[dst.len() + i].set(*kind, lane, tuple[i]);
                 }
             }
-            let mask = if chunk_index % 3 == 1 {
-                0x5a3c_f00f
-            } else {
-                u32::MAX
-            };
+            let mask = if chunk_index % 3 == 1 { 0x5a3c_f00f } else { u32::MAX };
             // SAFETY: 64-byte aligned slots, one per operand of the form, on a machine that has the instruction set.
             unsafe { (form.run[set])(form, file.as_mut_ptr().cast(), offsets.as_ptr(), 1, mask) };
             for lane in 0..32 {
@@ -491,9 +455,7 @@ fn run_directly(case: &Case, tuples: &[Vec<u64>], expected: &[Vec<u64>]) -> Resu
                         let mut old = Slot([0; 256]);
                         old.set(*kind, lane, OLD);
                         if found != old.get(*kind, lane) {
-                            return Err(format!(
-                                "{isa:?}: a lane outside the mask has changed to {found:#x}"
-                            ));
+                            return Err(format!("{isa:?}: a lane outside the mask has changed to {found:#x}"));
                         }
                     } else if !case.accepts(&chunk[which], expected[which][i], found) {
                         return Err(format!(
@@ -530,12 +492,8 @@ fn ptx(case: &Case, kernel: &str) -> String {
         }
         declarations += &register(ty, &format!("%s{i}"));
         if ty == "pred" {
-            writeln!(
-                body,
-                "    ld.global.u32 %word, [%in+{}];\n    setp.ne.u32 %s{i}, %word, 0;",
-                8 * i
-            )
-            .expect("text");
+            writeln!(body, "    ld.global.u32 %word, [%in+{}];\n    setp.ne.u32 %s{i}, %word, 0;", 8 * i)
+                .expect("text");
         } else {
             writeln!(body, "    ld.global.b{} %s{i}, [%in+{}];", bits(ty), 8 * i).expect("text");
         }
@@ -543,52 +501,27 @@ fn ptx(case: &Case, kernel: &str) -> String {
     }
     let subtracts = case.name.starts_with("sub");
     if case.carry.0 {
-        writeln!(
-            body,
-            "    ld.global.u32 %word, [%in+{}];",
-            8 * case.src.len()
-        )
-        .expect("text");
-        body += if subtracts {
-            "    sub.cc.u32 %word, 0, %word;\n"
-        } else {
-            "    add.cc.u32 %word, %word, -1;\n"
-        };
+        writeln!(body, "    ld.global.u32 %word, [%in+{}];", 8 * case.src.len()).expect("text");
+        body += if subtracts { "    sub.cc.u32 %word, 0, %word;\n" } else { "    add.cc.u32 %word, %word, -1;\n" };
     }
     let mut destinations = Vec::new();
     for (i, ty) in case.dst.iter().enumerate() {
         declarations += &register(ty, &format!("%d{i}"));
         destinations.push(format!("%d{i}"));
     }
-    writeln!(
-        body,
-        "    {} {}, {};",
-        case.name,
-        destinations.join("|"),
-        sources.join(", ")
-    )
-    .expect("text");
+    writeln!(body, "    {} {}, {};", case.name, destinations.join("|"), sources.join(", ")).expect("text");
     if case.carry.1 {
         body += if subtracts {
             "    subc.u32 %flag, 0, 0;\n    and.b32 %flag, %flag, 1;\n"
         } else {
             "    addc.u32 %flag, 0, 0;\n"
         };
-        writeln!(
-            body,
-            "    st.global.u32 [%out+{}], %flag;",
-            8 * case.dst.len()
-        )
-        .expect("text");
+        writeln!(body, "    st.global.u32 [%out+{}], %flag;", 8 * case.dst.len()).expect("text");
     }
     for (i, ty) in case.dst.iter().enumerate() {
         if *ty == "pred" {
-            writeln!(
-                body,
-                "    selp.u32 %word, 1, 0, %d{i};\n    st.global.u32 [%out+{}], %word;",
-                8 * i
-            )
-            .expect("text");
+            writeln!(body, "    selp.u32 %word, 1, 0, %d{i};\n    st.global.u32 [%out+{}], %word;", 8 * i)
+                .expect("text");
         } else {
             writeln!(body, "    st.global.b{} [%out+{}], %d{i};", bits(ty), 8 * i).expect("text");
         }
@@ -626,28 +559,17 @@ const LAUNCHED: usize = 500;
 fn run_launched(case: &Case, tuples: &[Vec<u64>], expected: &[Vec<u64>]) -> Result<(), String> {
     let step = tuples.len().div_ceil(LAUNCHED);
     let picked: Vec<usize> = (0..tuples.len()).step_by(step).collect();
-    let text = format!(
-        ".version 7.0\n.target sm_80\n.address_size 64\n{}",
-        ptx(case, "k")
-    );
+    let text = format!(".version 7.0\n.target sm_80\n.address_size 64\n{}", ptx(case, "k"));
     let module = cuda_emu::ptx::parse(&text).map_err(|e| format!("PTX: {e}"))?;
     let memory = Memory::new(1 << 24);
     let loaded = LoadedModule::load(&memory, Arc::new(module)).ok_or("the module does not fit")?;
     let results = case.dst.len() + case.carry.1 as usize;
-    let inputs: Vec<u8> = picked
-        .iter()
-        .flat_map(|i| &tuples[*i])
-        .flat_map(|x| x.to_le_bytes())
-        .collect();
+    let inputs: Vec<u8> = picked.iter().flat_map(|i| &tuples[*i]).flat_map(|x| x.to_le_bytes()).collect();
     let bytes = picked.len() * results * 8;
     let input = memory.alloc(inputs.len() as u64).ok_or("no memory")?;
     let output = memory.alloc(bytes as u64).ok_or("no memory")?;
-    memory
-        .copy_in(input, &inputs)
-        .map_err(|e| format!("{e:?}"))?;
-    memory
-        .copy_in(output, &vec![0; bytes])
-        .map_err(|e| format!("{e:?}"))?;
+    memory.copy_in(input, &inputs).map_err(|e| format!("{e:?}"))?;
+    memory.copy_in(output, &vec![0; bytes]).map_err(|e| format!("{e:?}"))?;
     let mut params = [input.to_le_bytes(), output.to_le_bytes()].concat();
     params.extend((picked.len() as u32).to_le_bytes());
     let kernel = loaded.module.kernels[0].clone();
@@ -662,24 +584,15 @@ fn run_launched(case: &Case, tuples: &[Vec<u64>], expected: &[Vec<u64>]) -> Resu
         multiprocessors: 1,
         cooperative: false,
     };
-    let settings = Settings {
-        threads: 1,
-        ..Settings::default()
-    };
-    cuda_emu::exec::launch(&memory, &launch, &settings)
-        .map_err(|fault| format!("launch: {fault}"))?;
+    let settings = Settings { threads: 1, ..Settings::default() };
+    cuda_emu::exec::launch(&memory, &launch, &settings).map_err(|fault| format!("launch: {fault}"))?;
     let mut found = vec![0; bytes];
-    memory
-        .copy_out(output, &mut found)
-        .map_err(|e| format!("{e:?}"))?;
+    memory.copy_out(output, &mut found).map_err(|e| format!("{e:?}"))?;
     for (row, i) in found.chunks(8 * results).zip(&picked) {
         for (j, found) in row.chunks(8).enumerate() {
             let found = u64::from_le_bytes(found.try_into().expect("8 bytes"));
             if !case.accepts(&tuples[*i], expected[*i][j], found) {
-                return Err(format!(
-                    "from PTX: {:x?} gives {found:#x}, not {:#x}",
-                    tuples[*i], expected[*i][j]
-                ));
+                return Err(format!("from PTX: {:x?} gives {found:#x}, not {:#x}", tuples[*i], expected[*i][j]));
             }
         }
     }
@@ -694,8 +607,7 @@ pub fn run(cases: Vec<Case>) {
         let mut tuples = tuples(case);
         tuples.retain(|t| (case.defined)(t));
         let expected: Vec<Vec<u64>> = tuples.iter().map(|t| (case.meaning)(t)).collect();
-        let result = run_directly(case, &tuples, &expected)
-            .and_then(|()| run_launched(case, &tuples, &expected));
+        let result = run_directly(case, &tuples, &expected).and_then(|()| run_launched(case, &tuples, &expected));
         if let Err(why) = result {
             failed += 1;
             if failed <= 40 {
@@ -703,9 +615,5 @@ pub fn run(cases: Vec<Case>) {
             }
         }
     }
-    assert!(
-        failed == 0,
-        "{failed} of {} forms are wrong:\n{failures}",
-        cases.len()
-    );
+    assert!(failed == 0, "{failed} of {} forms are wrong:\n{failures}", cases.len());
 }

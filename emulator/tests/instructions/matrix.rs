@@ -30,35 +30,20 @@ impl Matrix {
     }
 
     /// Random elements; `exact` ones are small integers.
-    fn random(
-        ty: &'static str,
-        rows: usize,
-        columns: usize,
-        exact: bool,
-        random: &mut StdRng,
-    ) -> Matrix {
+    fn random(ty: &'static str, rows: usize, columns: usize, exact: bool, random: &mut StdRng) -> Matrix {
         let mut element = || {
             if matches!(ty, "u8" | "s8" | "s32") {
-                return random.random::<u32>() as u64
-                    & if ty == "s32" { 0xffff_ffff } else { 0xff };
+                return random.random::<u32>() as u64 & if ty == "s32" { 0xffff_ffff } else { 0xff };
             }
             let x: f64 = if exact {
                 random.random_range(-8..=8) as f64
             } else {
                 random.random_range(-2.0..2.0) * 2f64.powi(random.random_range(-6..3))
             };
-            let to = if ty == "tf32" {
-                Format::F32
-            } else {
-                Format::of(ty)
-            };
+            let to = if ty == "tf32" { Format::F32 } else { Format::of(ty) };
             convert(Format::F64, to, x.to_bits(), "rn")
         };
-        Matrix {
-            ty,
-            columns,
-            bits: (0..rows * columns).map(|_| element()).collect(),
-        }
+        Matrix { ty, columns, bits: (0..rows * columns).map(|_| element()).collect() }
     }
 }
 
@@ -95,17 +80,10 @@ fn launch(text: &str, buffers: &[Vec<u8>], isa: Isa) -> Result<Vec<u8>, String> 
         multiprocessors: 1,
         cooperative: false,
     };
-    let settings = Settings {
-        threads: 1,
-        isa: Some(isa),
-        ..Settings::default()
-    };
-    cuda_emu::exec::launch(&memory, &launch, &settings)
-        .map_err(|fault| format!("launch: {fault}"))?;
+    let settings = Settings { threads: 1, isa: Some(isa), ..Settings::default() };
+    cuda_emu::exec::launch(&memory, &launch, &settings).map_err(|fault| format!("launch: {fault}"))?;
     let mut result = buffers.last().map_or(Vec::new(), |b| vec![0; b.len()]);
-    memory
-        .copy_out(last, &mut result)
-        .map_err(|e| format!("{e:?}"))?;
+    memory.copy_out(last, &mut result).map_err(|e| format!("{e:?}"))?;
     Ok(result)
 }
 
@@ -137,13 +115,8 @@ fn judge(
                 }
                 "f64" => f64::from_bits(bits) == exact,
                 ty => {
-                    let rounding = if ty == "f16" {
-                        exact.abs() * 2f64.powi(-11) + 2f64.powi(-25)
-                    } else {
-                        0.0
-                    };
-                    (Format::of(ty).value(bits) - exact).abs()
-                        <= (k + 1) as f64 * 2f64.powi(-24) * size + rounding
+                    let rounding = if ty == "f16" { exact.abs() * 2f64.powi(-11) + 2f64.powi(-25) } else { 0.0 };
+                    (Format::of(ty).value(bits) - exact).abs() <= (k + 1) as f64 * 2f64.powi(-24) * size + rounding
                 }
             };
             if !right {
@@ -168,9 +141,7 @@ struct Form {
 }
 
 fn mma_forms() -> Vec<Form> {
-    let accumulator: (usize, Layout) = (4, |l, i| {
-        (l / 4 + if i < 2 { 0 } else { 8 }, l % 4 * 2 + (i & 1))
-    });
+    let accumulator: (usize, Layout) = (4, |l, i| (l / 4 + if i < 2 { 0 } else { 8 }, l % 4 * 2 + (i & 1)));
     let narrow_accumulator: (usize, Layout) = (2, |l, i| (l / 4, l % 4 * 2 + i));
     let mut forms = Vec::new();
     for (element, accumulators) in [("f16", vec!["f32", "f16"]), ("bf16", vec!["f32"])] {
@@ -186,18 +157,14 @@ fn mma_forms() -> Vec<Form> {
                             l % 4 * 2 + (i & 1) + if i < 4 { 0 } else { 8 },
                         )
                     }),
-                    b: (4, |l, i| {
-                        (l % 4 * 2 + (i & 1) + if i < 2 { 0 } else { 8 }, l / 4)
-                    }),
+                    b: (4, |l, i| (l % 4 * 2 + (i & 1) + if i < 2 { 0 } else { 8 }, l / 4)),
                     c: accumulator,
                 });
                 forms.push(Form {
                     shape: [16, 8, 8],
                     types: [d, element, element, c],
                     satfinite: false,
-                    a: (4, |l, i| {
-                        (l / 4 + if i < 2 { 0 } else { 8 }, l % 4 * 2 + (i & 1))
-                    }),
+                    a: (4, |l, i| (l / 4 + if i < 2 { 0 } else { 8 }, l % 4 * 2 + (i & 1))),
                     b: (2, |l, i| (l % 4 * 2 + i, l / 4)),
                     c: accumulator,
                 });
@@ -208,12 +175,7 @@ fn mma_forms() -> Vec<Form> {
         shape: [16, 8, 8],
         types: ["f32", "tf32", "tf32", "f32"],
         satfinite: false,
-        a: (4, |l, i| {
-            (
-                l / 4 + if i == 0 || i == 2 { 0 } else { 8 },
-                l % 4 + if i < 2 { 0 } else { 4 },
-            )
-        }),
+        a: (4, |l, i| (l / 4 + if i == 0 || i == 2 { 0 } else { 8 }, l % 4 + if i < 2 { 0 } else { 4 })),
         b: (2, |l, i| (l % 4 + if i == 0 { 0 } else { 4 }, l / 4)),
         c: accumulator,
     });
@@ -249,9 +211,7 @@ fn mma_forms() -> Vec<Form> {
                     shape: [16, 8, 16],
                     types,
                     satfinite,
-                    a: (8, |l, i| {
-                        (l / 4 + if i < 4 { 0 } else { 8 }, l % 4 * 4 + (i & 3))
-                    }),
+                    a: (8, |l, i| (l / 4 + if i < 4 { 0 } else { 8 }, l % 4 * 4 + (i & 3))),
                     b: (4, |l, i| (l % 4 * 4 + i, l / 4)),
                     c: accumulator,
                 });
@@ -265,9 +225,7 @@ fn mma_forms() -> Vec<Form> {
                             l % 4 * 4 + (i & 3) + if i < 8 { 0 } else { 16 },
                         )
                     }),
-                    b: (8, |l, i| {
-                        (l % 4 * 4 + (i & 3) + if i < 4 { 0 } else { 16 }, l / 4)
-                    }),
+                    b: (8, |l, i| (l % 4 * 4 + (i & 3) + if i < 4 { 0 } else { 16 }, l / 4)),
                     c: accumulator,
                 });
             }
@@ -287,9 +245,7 @@ fn fragment(matrix: &Matrix, (count, layout): (usize, Layout)) -> Vec<u8> {
     for lane in 0..32 {
         for i in 0..count {
             let (row, column) = layout(lane, i);
-            bytes.extend(
-                &matrix.bits[row * matrix.columns + column].to_le_bytes()[..bytes_of(matrix.ty)],
-            );
+            bytes.extend(&matrix.bits[row * matrix.columns + column].to_le_bytes()[..bytes_of(matrix.ty)]);
         }
     }
     bytes
@@ -311,29 +267,15 @@ fn mma_kernel(form: &Form) -> (String, String) {
         ".visible .entry k(.param .u64 pa, .param .u64 pb, .param .u64 pc, .param .u64 pd)\n{\n.reg .b32 %t;\n.reg .b64 %p;\nmov.u32 %t, %tid.x;\n",
     );
     let mut lists = Vec::new();
-    for (letter, ty, count) in [
-        ("a", a, form.a.0),
-        ("b", b, form.b.0),
-        ("c", c, form.c.0),
-        ("d", d, form.c.0),
-    ] {
+    for (letter, ty, count) in [("a", a, form.a.0), ("b", b, form.b.0), ("c", c, form.c.0), ("d", d, form.c.0)] {
         let count = registers(ty, count);
         let step = if ty == "f64" { 8 } else { 4 };
         text += &format!(".reg .{} %{letter}<{count}>;\n", class(ty));
         let names: Vec<String> = (0..count).map(|i| format!("%{letter}{i}")).collect();
         if letter == "d" {
-            text += &format!(
-                "{name} {{{}}}, {{{}}}, {{{}}}, {{{}}};\n",
-                names.join(","),
-                lists[0],
-                lists[1],
-                lists[2]
-            );
+            text += &format!("{name} {{{}}}, {{{}}}, {{{}}}, {{{}}};\n", names.join(","), lists[0], lists[1], lists[2]);
         }
-        text += &format!(
-            "ld.param.u64 %p, [p{letter}];\nmad.wide.u32 %p, %t, {}, %p;\n",
-            count * step
-        );
+        text += &format!("ld.param.u64 %p, [p{letter}];\nmad.wide.u32 %p, %t, {}, %p;\n", count * step);
         for (i, register) in names.iter().enumerate() {
             text += &if letter == "d" {
                 format!("st.global.{} [%p+{}], {register};\n", class(ty), i * step)
@@ -361,12 +303,7 @@ fn mma() {
                 let b = Matrix::random(b, k, n, exact, &mut random);
                 let c = Matrix::random(c, m, n, exact, &mut random);
                 let d_bytes = 32 * form.c.0 * bytes_of(d);
-                let buffers = [
-                    fragment(&a, form.a),
-                    fragment(&b, form.b),
-                    fragment(&c, form.c),
-                    vec![0xff; d_bytes],
-                ];
+                let buffers = [fragment(&a, form.a), fragment(&b, form.b), fragment(&c, form.c), vec![0xff; d_bytes]];
                 let result = launch(&text, &buffers, isa).and_then(|bytes| {
                     let mut found = vec![0u64; m * n];
                     for (index, element) in bytes.chunks(bytes_of(d)).enumerate() {
@@ -375,9 +312,7 @@ fn mma() {
                         wide[..element.len()].copy_from_slice(element);
                         found[row * n + column] = u64::from_le_bytes(wide);
                     }
-                    judge(&a, &b, &c, form.satfinite, d, form.shape, |row, column| {
-                        found[row * n + column]
-                    })
+                    judge(&a, &b, &c, form.satfinite, d, form.shape, |row, column| found[row * n + column])
                 });
                 if let Err(why) = result {
                     failures.push(format!("{name} on {isa:?}: {why}"));
@@ -392,35 +327,15 @@ fn mma() {
 /// An infinity times zero, and an overflow, in one product: the canonical NaN, and infinity.
 #[test]
 fn mma_of_infinities() {
-    for form in mma_forms()
-        .iter()
-        .filter(|f| f.types[0] == "f32" && f.types[3] == "f32")
-    {
+    for form in mma_forms().iter().filter(|f| f.types[0] == "f32" && f.types[3] == "f32") {
         let [m, n, k] = form.shape;
         let (name, text) = mma_kernel(form);
-        let element = if form.types[1] == "tf32" {
-            Format::F32
-        } else {
-            Format::of(form.types[1])
-        };
-        let filled = |ty, rows: usize, columns: usize| Matrix {
-            ty,
-            columns,
-            bits: vec![0; rows * columns],
-        };
-        let (mut a, mut b, c) = (
-            filled(form.types[1], m, k),
-            filled(form.types[2], k, n),
-            filled("f32", m, n),
-        );
+        let element = if form.types[1] == "tf32" { Format::F32 } else { Format::of(form.types[1]) };
+        let filled = |ty, rows: usize, columns: usize| Matrix { ty, columns, bits: vec![0; rows * columns] };
+        let (mut a, mut b, c) = (filled(form.types[1], m, k), filled(form.types[2], k, n), filled("f32", m, n));
         a.bits[0] = element.exponent_mask();
         b.bits[1] = element.one();
-        let buffers = [
-            fragment(&a, form.a),
-            fragment(&b, form.b),
-            fragment(&c, form.c),
-            vec![0; 32 * form.c.0 * 4],
-        ];
+        let buffers = [fragment(&a, form.a), fragment(&b, form.b), fragment(&c, form.c), vec![0; 32 * form.c.0 * 4]];
         for (_, isa) in available() {
             let bytes = launch(&text, &buffers, isa).unwrap_or_else(|why| panic!("{name}: {why}"));
             for (index, word) in bytes.chunks(4).enumerate() {
@@ -479,11 +394,9 @@ fn wmma() {
             let layout = |i: usize| if layouts >> i & 1 == 0 { "row" } else { "col" };
             let name_of_shape = format!("m{m}n{n}k{k}");
             let name = match (a_type, a_type == "f64") {
-                ("f16", _) => format!(
-                    "wmma.mma.sync.aligned.{}.{}.{name_of_shape}.{d_type}.{c_type}",
-                    layout(0),
-                    layout(1)
-                ),
+                ("f16", _) => {
+                    format!("wmma.mma.sync.aligned.{}.{}.{name_of_shape}.{d_type}.{c_type}", layout(0), layout(1))
+                }
                 (_, f64) => format!(
                     "wmma.mma.sync.aligned.{}.{}.{name_of_shape}{}.{d_type}.{a_type}.{b_type}.{c_type}",
                     layout(0),
@@ -503,49 +416,33 @@ fn wmma() {
             let mut buffers = Vec::new();
             let mut matrices = Vec::new();
             let mut strides = Vec::new();
-            for (i, (letter, ty, [rows, columns])) in [
-                ("a", a_type, [m, k]),
-                ("b", b_type, [k, n]),
-                ("c", c_type, [m, n]),
-                ("d", d_type, [m, n]),
-            ]
-            .into_iter()
-            .enumerate()
+            for (i, (letter, ty, [rows, columns])) in
+                [("a", a_type, [m, k]), ("b", b_type, [k, n]), ("c", c_type, [m, n]), ("d", d_type, [m, n])]
+                    .into_iter()
+                    .enumerate()
             {
                 // Rows of 16-byte multiples, one such beyond the matrix.
                 let line = if layout(i) == "row" { columns } else { rows };
                 let stride = line + 16 / bytes_of(ty);
                 strides.push(stride);
                 text += &format!(".reg .{} %{letter}<{}>;\n", class(ty), counts[i]);
-                let list = (0..counts[i])
-                    .map(|r| format!("%{letter}{r}"))
-                    .collect::<Vec<_>>()
-                    .join(",");
+                let list = (0..counts[i]).map(|r| format!("%{letter}{r}")).collect::<Vec<_>>().join(",");
                 let lines = if layout(i) == "row" { rows } else { columns };
                 let mut bytes = vec![0; lines * stride * bytes_of(ty)];
                 if letter == "d" {
-                    text += &format!(
-                        "{name} {{{list}}}, {{{}}}, {{{}}}, {{{}}};\n",
-                        lists[0], lists[1], lists[2]
-                    );
+                    text += &format!("{name} {{{list}}}, {{{}}}, {{{}}}, {{{}}};\n", lists[0], lists[1], lists[2]);
                     text += &format!(
                         "ld.param.u64 %p, [pd];\nwmma.store.d.sync.aligned.{}.{name_of_shape}.global.{ty} [%p], {{{list}}}, {stride};\n",
                         layout(i)
                     );
                 } else {
-                    let matrix =
-                        Matrix::random(ty, rows, columns, layouts == 0 || ty == "f64", &mut random);
+                    let matrix = Matrix::random(ty, rows, columns, layouts == 0 || ty == "f64", &mut random);
                     for row in 0..rows {
                         for column in 0..columns {
-                            let at = if layout(i) == "row" {
-                                row * stride + column
-                            } else {
-                                column * stride + row
-                            };
+                            let at = if layout(i) == "row" { row * stride + column } else { column * stride + row };
                             let size = bytes_of(ty);
-                            bytes[at * size..][..size].copy_from_slice(
-                                &matrix.bits[row * columns + column].to_le_bytes()[..size],
-                            );
+                            bytes[at * size..][..size]
+                                .copy_from_slice(&matrix.bits[row * columns + column].to_le_bytes()[..size]);
                         }
                     }
                     matrices.push(matrix);
@@ -560,40 +457,19 @@ fn wmma() {
             text += "ret;\n}\n";
             for (_, isa) in available() {
                 let result = launch(&text, &buffers, isa).and_then(|bytes| {
-                    judge(
-                        &matrices[0],
-                        &matrices[1],
-                        &matrices[2],
-                        false,
-                        d_type,
-                        shape,
-                        |row, column| {
-                            let at = if layout(3) == "row" {
-                                row * strides[3] + column
-                            } else {
-                                column * strides[3] + row
-                            };
-                            let size = bytes_of(d_type);
-                            let mut wide = [0; 8];
-                            wide[..size].copy_from_slice(&bytes[at * size..][..size]);
-                            u64::from_le_bytes(wide)
-                        },
-                    )
+                    judge(&matrices[0], &matrices[1], &matrices[2], false, d_type, shape, |row, column| {
+                        let at = if layout(3) == "row" { row * strides[3] + column } else { column * strides[3] + row };
+                        let size = bytes_of(d_type);
+                        let mut wide = [0; 8];
+                        wide[..size].copy_from_slice(&bytes[at * size..][..size]);
+                        u64::from_le_bytes(wide)
+                    })
                 });
                 if let Err(why) = result {
-                    failures.push(format!(
-                        "{name}, c {}, d {} on {isa:?}: {why}",
-                        layout(2),
-                        layout(3)
-                    ));
+                    failures.push(format!("{name}, c {}, d {} on {isa:?}: {why}", layout(2), layout(3)));
                 }
             }
         }
     }
-    assert!(
-        failures.is_empty(),
-        "{} wrong: {:#?}",
-        failures.len(),
-        &failures[..failures.len().min(20)]
-    );
+    assert!(failures.is_empty(), "{} wrong: {:#?}", failures.len(), &failures[..failures.len().min(20)]);
 }

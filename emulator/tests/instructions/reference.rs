@@ -79,11 +79,7 @@ impl Format {
     }
 
     pub fn flush(self, bits: u64) -> u64 {
-        if self.is_subnormal(bits) {
-            bits & self.sign()
-        } else {
-            bits
-        }
+        if self.is_subnormal(bits) { bits & self.sign() } else { bits }
     }
 
     /// Exact for all four formats.
@@ -93,11 +89,7 @@ impl Format {
 
     /// Clamped to [0, 1], NaN to zero.
     pub fn saturate(self, bits: u64) -> u64 {
-        if self.is_nan(bits) || bits & self.sign() != 0 {
-            0
-        } else {
-            bits.min(self.one())
-        }
+        if self.is_nan(bits) || bits & self.sign() != 0 { 0 } else { bits.min(self.one()) }
     }
 
     pub fn relu(self, bits: u64) -> u64 {
@@ -149,33 +141,17 @@ pub fn arithmetic(format: Format, operation: &str, a: u64, b: u64, c: u64, by: &
 
 fn convert_from<F>(to: Format, bits: u64, by: Round) -> u64
 where
-    F: Float
-        + FloatConvert<Half>
-        + FloatConvert<BFloat>
-        + FloatConvert<Single>
-        + FloatConvert<Double>,
+    F: Float + FloatConvert<Half> + FloatConvert<BFloat> + FloatConvert<Single> + FloatConvert<Double>,
 {
     let x = F::from_bits(bits as u128);
     let mut lost = false;
     let r = match to {
-        Format::F16 => FloatConvert::<Half>::convert_r(x, by, &mut lost)
-            .value
-            .to_bits(),
-        Format::Bf16 => FloatConvert::<BFloat>::convert_r(x, by, &mut lost)
-            .value
-            .to_bits(),
-        Format::F32 => FloatConvert::<Single>::convert_r(x, by, &mut lost)
-            .value
-            .to_bits(),
-        Format::F64 => FloatConvert::<Double>::convert_r(x, by, &mut lost)
-            .value
-            .to_bits(),
+        Format::F16 => FloatConvert::<Half>::convert_r(x, by, &mut lost).value.to_bits(),
+        Format::Bf16 => FloatConvert::<BFloat>::convert_r(x, by, &mut lost).value.to_bits(),
+        Format::F32 => FloatConvert::<Single>::convert_r(x, by, &mut lost).value.to_bits(),
+        Format::F64 => FloatConvert::<Double>::convert_r(x, by, &mut lost).value.to_bits(),
     };
-    if to.is_nan(r as u64) {
-        to.nan()
-    } else {
-        r as u64
-    }
+    if to.is_nan(r as u64) { to.nan() } else { r as u64 }
 }
 
 /// Between formats, rounded once, NaN canonical.
@@ -220,10 +196,7 @@ pub fn sqrt(format: Format, bits: u64, by: &str) -> u64 {
     let (mut m, mut e) = if field == 0 {
         (bits as u128, 1 - bias)
     } else {
-        (
-            (bits & ((1 << fraction) - 1) | 1 << fraction) as u128,
-            field - bias,
-        )
+        ((bits & ((1 << fraction) - 1) | 1 << fraction) as u128, field - bias)
     };
     // Scale so that the root has fraction + 3 bits: two below the last place.
     while m < 1 << (2 * fraction + 4) || e & 1 != 0 {
@@ -245,19 +218,12 @@ pub fn sqrt(format: Format, bits: u64, by: &str) -> u64 {
     let scale = e / 2 - 1;
     (match format {
         Format::F32 => {
-            let wide = Double::from_i128_r(significand, Round::NearestTiesToEven)
-                .value
-                .scalbn_r(scale, by);
-            FloatConvert::<Single>::convert_r(wide, by, &mut false)
-                .value
-                .to_bits()
+            let wide = Double::from_i128_r(significand, Round::NearestTiesToEven).value.scalbn_r(scale, by);
+            FloatConvert::<Single>::convert_r(wide, by, &mut false).value.to_bits()
         }
         Format::F64 => {
             // More than 53 bits: rounded in the conversion, scaled exactly, as roots are never subnormal.
-            Double::from_i128_r(significand, by)
-                .value
-                .scalbn_r(scale, by)
-                .to_bits()
+            Double::from_i128_r(significand, by).value.scalbn_r(scale, by).to_bits()
         }
         _ => panic!("PTX has no square root of {format:?}"),
     }) as u64
@@ -267,19 +233,11 @@ pub fn sqrt(format: Format, bits: u64, by: &str) -> u64 {
 pub fn integer(ty: &str, bits: u64) -> i128 {
     let width: u32 = ty[1..].parse().expect("a width");
     let low = bits & (u64::MAX >> (64 - width));
-    if ty.starts_with('s') && low >> (width - 1) == 1 {
-        low as i128 - (1 << width)
-    } else {
-        low as i128
-    }
+    if ty.starts_with('s') && low >> (width - 1) == 1 { low as i128 - (1 << width) } else { low as i128 }
 }
 
 /// Smallest and largest value of an integer type.
 pub fn range(ty: &str) -> (i128, i128) {
     let width: u32 = ty[1..].parse().expect("a width");
-    if ty.starts_with('s') {
-        (-(1 << (width - 1)), (1 << (width - 1)) - 1)
-    } else {
-        (0, (1 << width) - 1)
-    }
+    if ty.starts_with('s') { (-(1 << (width - 1)), (1 << (width - 1)) - 1) } else { (0, (1 << width) - 1) }
 }

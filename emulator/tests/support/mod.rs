@@ -26,16 +26,10 @@ pub fn load(settings: &[(&str, &str)]) {
             unsafe { std::env::set_var(name, value) };
         }
         // SAFETY: the library's initialisers are those of the Rust runtime.
-        let library =
-            unsafe { libloading::Library::new(library_path()) }.expect("the emulator loads");
+        let library = unsafe { libloading::Library::new(library_path()) }.expect("the emulator loads");
         std::mem::forget(library);
-        let version =
-            unsafe { CStr::from_ptr(export::<extern "C" fn() -> *const c_char>("emu_version")()) };
-        assert_eq!(
-            version.to_str(),
-            Ok(env!("CARGO_PKG_VERSION")),
-            "the driver is the emulator"
-        );
+        let version = unsafe { CStr::from_ptr(export::<extern "C" fn() -> *const c_char>("emu_version")()) };
+        assert_eq!(version.to_str(), Ok(env!("CARGO_PKG_VERSION")), "the driver is the emulator");
         result::init().expect("the driver starts");
     });
 }
@@ -48,18 +42,14 @@ fn export<T: Copy>(name: &str) -> T {
 }
 
 /// Sets how launches of this thread run; see include/cuda_emu.h.
-#[allow(
-    dead_code,
-    reason = "not every test binary that shares this file uses all of it"
-)]
+#[allow(dead_code, reason = "not every test binary that shares this file uses all of it")]
 pub fn configure(name: &str, value: &str) {
     assert_eq!(try_configure(name, value), 0, "{}", last_message());
 }
 
 #[allow(dead_code, reason = "see configure")]
 pub fn try_configure(name: &str, value: &str) -> c_int {
-    let function: unsafe extern "C" fn(*const c_char, *const c_char) -> c_int =
-        export("emu_configure");
+    let function: unsafe extern "C" fn(*const c_char, *const c_char) -> c_int = export("emu_configure");
     let (name, value) = (CString::new(name).unwrap(), CString::new(value).unwrap());
     // SAFETY: both are terminated strings.
     unsafe { function(name.as_ptr(), value.as_ptr()) }
@@ -70,9 +60,7 @@ pub fn try_configure(name: &str, value: &str) -> c_int {
 pub fn last_message() -> String {
     let text = export::<extern "C" fn() -> *const c_char>("emu_last_message")();
     // SAFETY: the text is terminated and lives until this thread's next failure.
-    unsafe { CStr::from_ptr(text) }
-        .to_string_lossy()
-        .into_owned()
+    unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }
 
 #[allow(dead_code, reason = "see configure")]
@@ -94,14 +82,8 @@ fn json_of(name: &str) -> serde_json::Value {
     let mut text = vec![0u8; length + 65_536];
     length = text.len();
     // SAFETY: the text has `length` bytes.
-    assert_eq!(
-        unsafe { function(text.as_mut_ptr().cast(), &mut length) },
-        0
-    );
-    let text = CStr::from_bytes_until_nul(&text)
-        .expect("terminated")
-        .to_str()
-        .unwrap();
+    assert_eq!(unsafe { function(text.as_mut_ptr().cast(), &mut length) }, 0);
+    let text = CStr::from_bytes_until_nul(&text).expect("terminated").to_str().unwrap();
     serde_json::from_str(text).unwrap_or_else(|why| panic!("{why}: {text}"))
 }
 
@@ -117,16 +99,12 @@ pub fn device(ordinal: usize) -> (Arc<CudaContext>, Arc<CudaStream>) {
 
 #[allow(dead_code, reason = "see configure")]
 pub fn module(context: &Arc<CudaContext>, ptx: &str) -> Arc<CudaModule> {
-    context
-        .load_module(Ptx::from_src(ptx))
-        .unwrap_or_else(|why| panic!("{why:?}: {}", last_message()))
+    context.load_module(Ptx::from_src(ptx)).unwrap_or_else(|why| panic!("{why:?}: {}", last_message()))
 }
 
 #[allow(dead_code, reason = "see configure")]
 pub fn kernel(context: &Arc<CudaContext>, ptx: &str, name: &str) -> CudaFunction {
-    module(context, ptx)
-        .load_function(name)
-        .unwrap_or_else(|why| panic!("{name}: {why:?}: {}", last_message()))
+    module(context, ptx).load_function(name).unwrap_or_else(|why| panic!("{name}: {why:?}: {}", last_message()))
 }
 
 /// The code inside an error of cudarc.
