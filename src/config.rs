@@ -429,6 +429,10 @@ impl Diffusion {
     }
 }
 
+/// Digits that anyone would name, after seven minutes on two cores. What that takes, found by trying: a narrow network, since more
+/// images seen win over more channels; the cosine schedule, since at this size the linear one spends half of its timesteps where
+/// next to nothing of the image is left; steps of few images at five times the paper's rate; an average over a
+/// thousand of them.
 fn mnist() -> Config {
     Config {
         preset: Preset::Mnist,
@@ -437,23 +441,24 @@ fn mnist() -> Config {
         model: Model {
             image_size: Size::square(28),
             channels: 1,
-            widths: vec![32, 64, 64],
+            widths: vec![32, 32, 64],
             blocks_per_level: 1,
-            attention_resolutions: vec![14],
+            attention_resolutions: vec![7],
             groups: 8,
             dropout: 0.0,
             ..cifar10().model
         },
-        steps: 3000,
-        batch: 64,
+        diffusion: Diffusion { schedule: Kind::Cosine, ..cifar10().diffusion },
+        steps: 2400,
+        batch: 32,
         learning_rate: 1e-3,
         warmup_steps: 100,
-        ema_decay: 0.995,
+        ema_decay: 0.999,
         flip: false,
         log_every: 20,
-        validate_every: 500,
-        sample_every: 500,
-        checkpoint_every: 500,
+        validate_every: 400,
+        sample_every: 400,
+        checkpoint_every: 400,
         ..cifar10()
     }
 }
