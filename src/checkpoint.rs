@@ -86,7 +86,7 @@ pub struct Loaded {
 pub fn save(run: &Path, config: &Config, state: State<'_>) -> Result<PathBuf> {
     let folder = run.join("checkpoints");
     fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, format!("cannot be created: {e}")))?;
-    remove_unfinished(&folder)?;
+    output::remove_unfinished(&folder)?;
     let path = folder.join(state.step.to_string());
     if !is_complete(&path) {
         if path.exists() {
@@ -205,8 +205,18 @@ impl Place {
     }
 }
 
+/// Checkpoints of a run by their names that are not complete, oldest first: damaged, since saving leaves none.
+pub fn damaged(run: &Path) -> Result<Vec<PathBuf>> {
+    Ok(by_step(run)?.into_values().filter(|path| !is_complete(path)).collect())
+}
+
 /// Complete checkpoints of a run by step.
 fn complete(run: &Path) -> Result<BTreeMap<u32, PathBuf>> {
+    Ok(by_step(run)?.into_iter().filter(|(_, path)| is_complete(path)).collect())
+}
+
+/// Everything in a run's `checkpoints` that is named like one, by step.
+fn by_step(run: &Path) -> Result<BTreeMap<u32, PathBuf>> {
     let folder = run.join("checkpoints");
     let entries = match fs::read_dir(&folder) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(BTreeMap::new()),
@@ -216,7 +226,7 @@ fn complete(run: &Path) -> Result<BTreeMap<u32, PathBuf>> {
     for entry in entries {
         let path = entry.map_err(|e| Error::file(&folder, format!("cannot be read: {e}")))?.path();
         let step = path.file_name().and_then(|n| n.to_str()?.parse::<u32>().ok());
-        if let Some(step) = step.filter(|_| is_complete(&path)) {
+        if let Some(step) = step {
             found.insert(step, path);
         }
     }
@@ -245,18 +255,6 @@ fn is_whole(path: &Path) -> io::Result<bool> {
     file.read_exact(&mut header)?;
     let metadata: Metadata = serde_json::from_slice(&header)?;
     Ok(8 + size + metadata.data_len() as u64 == len)
-}
-
-/// Deletes what a run that was killed while saving or deleting has left.
-fn remove_unfinished(folder: &Path) -> Result<()> {
-    let failed = |e: io::Error| Error::file(folder, format!("cannot be cleaned of unfinished checkpoints: {e}"));
-    for entry in fs::read_dir(folder).map_err(failed)? {
-        let path = entry.map_err(failed)?.path();
-        if path.file_name().is_some_and(|n| n.as_encoded_bytes().ends_with(UNFINISHED.as_bytes())) {
-            fs::remove_dir_all(&path).map_err(failed)?;
-        }
-    }
-    Ok(())
 }
 
 /// Deletes a checkpoint; it loses its name first, so that half of one is never seen under it.

@@ -204,6 +204,15 @@ settings! {
     "keep_checkpoints" => keep_checkpoints, "newest checkpoints kept; 0: all";
 }
 
+/// Every setting with its value in the default preset, for `--help`.
+pub fn help() -> String {
+    let mut text = String::from("Settings of --set and config.toml, with the values of --preset mnist:\n");
+    for ((key, value), setting) in Config::preset(Preset::Mnist).entries().zip(SETTINGS) {
+        text += &format!("  {:<32} {}\n", format!("{key} = {value}"), setting.help);
+    }
+    text
+}
+
 impl Config {
     /// The settings of a preset, before anything else is said.
     pub fn preset(preset: Preset) -> Self {
@@ -345,6 +354,11 @@ impl Model {
         }
         positive("blocks_per_level", self.blocks_per_level)?;
         positive("groups", self.groups)?;
+        // Beyond any network that was ever trained, and small enough that sizes in bytes do not overflow.
+        at_most("blocks_per_level", self.blocks_per_level, 128)?;
+        for &width in &self.widths {
+            at_most("widths", width, 65_536)?;
+        }
         for &width in &self.widths {
             positive("widths", width)?;
             if !width.is_multiple_of(self.groups) {
@@ -524,6 +538,13 @@ fn celebahq256() -> Config {
 fn positive(key: &str, value: usize) -> Result<()> {
     if value == 0 {
         usage!("{key} = 0 must be at least 1");
+    }
+    Ok(())
+}
+
+fn at_most(key: &str, value: usize, most: usize) -> Result<()> {
+    if value > most {
+        usage!("{key} holds {value}; the largest possible is {most}");
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! One error type. Its text is one sentence for the person at the terminal: what was wrong, with the value, and what
+//! What the program says. One error type: its text is one sentence for the person at the terminal: what was wrong, with the value, and what
 //! would be right. Broken invariants are not errors but `assert!`s with numbers.
 
 use std::path::{Path, PathBuf};
@@ -47,4 +47,13 @@ pub type Result<T> = std::result::Result<T, Error>;
 #[macro_export]
 macro_rules! usage {
     ($($arg:tt)*) => { return Err($crate::error::Error::Usage(format!($($arg)*))) };
+}
+
+/// `println!` that does not mind a reader who has gone, as in `ddpm-cuda train | head -1`: the work goes on.
+#[macro_export]
+macro_rules! say {
+    ($($arg:tt)*) => {{
+        use std::io::Write;
+        let _ = writeln!(std::io::stdout(), $($arg)*);
+    }};
 }

@@ -6,13 +6,14 @@ use crate::checkpoint;
 use crate::config::{Config, Preset};
 use crate::device::Device;
 use crate::error::Result;
+use crate::say;
 use crate::train::memory_needed;
 use crate::unet::{Cost, UNet};
 
 /// Arguments of `ddpm-cuda info`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// A preset [default: mnist]
+    /// mnist, cifar10 or celebahq256 [default: mnist]
     #[arg(long, value_parser = clap::value_parser!(Preset), conflicts_with = "model")]
     pub preset: Option<Preset>,
     /// Run folder (its newest checkpoint), checkpoint, or model folder of diffusers
@@ -32,9 +33,9 @@ pub fn run(args: &Args) -> Result<()> {
     let m = &config.model;
     let (unet, specs) = UNet::new(m)?;
     let costs = unet.costs(&specs, m.image_size.h, m.image_size.w);
-    println!("{:<32} {:>12} {:>14} {:>16}", "block", "parameters", "MFLOP forward", "KiB kept/image");
+    say!("{:<32} {:>12} {:>14} {:>16}", "block", "parameters", "MFLOP forward", "KiB kept/image");
     for Cost { place, params, flops, saved } in &costs {
-        println!(
+        say!(
             "{place:<32} {:>12} {:>14.2} {:>16.1}",
             grouped(*params as u64),
             *flops as f64 / 1e6,
@@ -43,22 +44,22 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let total = |f: fn(&Cost) -> u64| costs.iter().map(f).sum::<u64>();
     let (flops, saved) = (total(|c| c.flops), total(|c| c.saved));
-    println!(
+    say!(
         "{:<32} {:>12} {:>14.2} {:>16.1}",
         "in all",
         grouped(specs.count() as u64),
         flops as f64 / 1e6,
         saved as f64 / 1024.0
     );
-    println!();
-    println!("{} parameters; images {}x{}", grouped(specs.count() as u64), m.image_size, m.channels);
-    println!(
+    say!("");
+    say!("{} parameters; images {}x{}", grouped(specs.count() as u64), m.image_size, m.channels);
+    say!(
         "training with batch {}: {:.1} GFLOP a step, about {:.2} GiB of memory",
         config.batch,
         3.0 * flops as f64 * config.batch as f64 / 1e9,
         memory_needed(&config, &unet, &specs) as f64 / f64::from(1 << 30)
     );
-    println!("devices: {}", Device::cpu());
+    say!("devices: {}", Device::cpu());
     Ok(())
 }
 

@@ -1,10 +1,11 @@
 //! The command line: `ddpm-cuda train | sample | predict | info`. No logic, only what to call and how to end.
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use ddpm_cuda::error::Error;
-use ddpm_cuda::{info, predict, sample, train};
+use ddpm_cuda::{config, info, predict, sample, train};
 
 /// Denoising diffusion probabilistic models: train on a folder of images, draw new ones.
 #[derive(Parser)]
@@ -17,6 +18,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Train a model; without arguments, on built-in handwritten digits.
+    #[command(after_help = config::help())]
     Train(train::Args),
     /// Draw images with a trained model.
     Sample(sample::Args),
@@ -36,7 +38,8 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("ddpm-cuda: {error}");
+            // Nobody may be there to read it; the exit code says it too.
+            let _ = writeln!(std::io::stderr(), "ddpm-cuda: {error}");
             ExitCode::from(Error::exit_code(&error))
         }
     }

@@ -15,7 +15,7 @@ use crate::params::Params;
 use crate::tape::{Tape, Var};
 use crate::tensor::Shape;
 use crate::unet::UNet;
-use crate::usage;
+use crate::{say, train, usage};
 
 /// Sampling steps unless `--steps` says otherwise. Ancestral sampling is the default because it mends its own errors as it goes:
 /// after a short training it draws clean images where DDIM leaves specks; more than 100 steps change little that one sees.
@@ -48,9 +48,9 @@ pub struct Args {
     /// Steps from noise to image, up to the model's number of timesteps [default: 100]
     #[arg(long, value_name = "N")]
     pub steps: Option<usize>,
-    /// DDIM's share of the ancestral noise, 0 to 1
-    #[arg(long, default_value_t = 0.0, value_name = "ETA")]
-    pub eta: f64,
+    /// DDIM's share of the ancestral noise, 0 to 1 [default: 0]
+    #[arg(long, value_name = "ETA")]
+    pub eta: Option<f64>,
     /// Variance of ancestral sampling, fixed_small or fixed_large [default: the model's]
     #[arg(long, value_name = "VARIANCE")]
     pub variance: Option<Variance>,
@@ -80,25 +80,34 @@ pub struct Args {
 /// Arguments that do not fit the model, files that cannot be read or written.
 pub fn run(args: &Args) -> Result<()> {
     let device = Device::open(args.device, args.precision)?;
+    if args.count == 0 {
+        usage!("--count 0: draw at least 1 image");
+    }
     let target = output::Target::parse(&args.out)?;
     let model = checkpoint::load(&device, &args.model)?;
     let c = &model.config;
     let (unet, _) = UNet::new(&c.model)?;
     let schedule = Schedule::new(c.diffusion.schedule, c.diffusion.timesteps)?;
-    let method = match args.sampler {
-        SamplerName::Ddpm => Method::Ancestral(args.variance.unwrap_or(c.diffusion.variance)),
-        SamplerName::Ddim => Method::Ddim { eta: args.eta },
+    let method = match (args.sampler, args.eta, args.variance) {
+        (SamplerName::Ddpm, Some(eta), _) => usage!("--eta {eta}: only DDIM has it, so add --sampler ddim"),
+        (SamplerName::Ddim, _, Some(v)) => usage!("--variance {v}: DDIM's noise is --eta, so leave --variance out"),
+        (SamplerName::Ddpm, None, variance) => Method::Ancestral(variance.unwrap_or(c.diffusion.variance)),
+        (SamplerName::Ddim, eta, None) => Method::Ddim { eta: eta.unwrap_or(0.0) },
     };
     let steps = args.steps.unwrap_or(DEFAULT_STEPS.min(schedule.len()));
     let sampler = Sampler::new(&schedule, method, args.spacing, steps)?;
+    let drawing = Drawing { device: &device, unet: &unet, params: &model.params, sampler: &sampler, seed: args.seed };
+    let frame_every = steps.div_ceil(GIF_FRAMES);
+    let shape = drawing.shape(args.count);
+    target.check(&args.out, shape)?;
+    let held = if target == output::Target::Gif { steps.div_ceil(frame_every) } else { 1 };
+    refuse_too_many(args.count, shape.len().saturating_mul(held))?;
     let labels = labels(c.model.classes, args.class, args.count)?;
 
     let started = Instant::now();
     let style =
         ProgressStyle::with_template("{wide_bar} {pos}/{len} network passes, {eta} left").expect("a valid template");
-    let drawing = Drawing { device: &device, unet: &unet, params: &model.params, sampler: &sampler, seed: args.seed };
     let bar = ProgressBar::new((args.count.div_ceil(drawing.batch()) * steps) as u64).with_style(style);
-    let frame_every = steps.div_ceil(GIF_FRAMES);
     let mut frames: Vec<Vec<u8>> = Vec::new();
     let images = drawing.images(args.count, labels.as_deref(), |p| {
         bar.inc(1);
@@ -111,14 +120,27 @@ pub fn run(args: &Args) -> Result<()> {
     })?;
     bar.finish_and_clear();
 
-    let shape = drawing.shape(args.count);
     match target {
         output::Target::Gif => output::write_gif(&args.out, shape, &frames)?,
         output::Target::Png => output::write_grid(&args.out, shape, &images)?,
         output::Target::Npz => output::write_npz(&args.out, shape, &images, labels.as_deref())?,
         output::Target::Folder => output::write_folder(&args.out, shape, &images)?,
     }
-    println!("{} images in {:.1} s: {}", args.count, started.elapsed().as_secs_f64(), args.out.display());
+    say!("{} images in {:.1} s: {}", args.count, started.elapsed().as_secs_f64(), args.out.display());
+    Ok(())
+}
+
+/// Refuses more images than memory holds: their `bytes`, and as much again while they are written.
+fn refuse_too_many(count: usize, bytes: usize) -> Result<()> {
+    const GIB: f64 = (1u64 << 30) as f64;
+    let (needed, available) = ((bytes as u64).saturating_mul(2), train::available_memory()?);
+    if count > u32::MAX as usize || needed > available {
+        return Err(Error::Failed(format!(
+            "--count {count}: these images need {:.2} GiB of memory and {:.2} GiB are available; draw fewer at a time, each time with another --seed",
+            needed as f64 / GIB,
+            available as f64 / GIB
+        )));
+    }
     Ok(())
 }
 
@@ -185,6 +207,11 @@ impl Drawing<'_> {
             };
             let samples = Samples { seed: self.seed, first };
             let x_0 = sample(self.device, self.sampler, self.shape(range.len()), samples, network, |p| each(&p))?; // (n, h, w, c)
+            if let Some(bad) = x_0.data().iter().find(|v| !v.is_finite()) {
+                return Err(Error::Failed(format!(
+                    "a pixel came out as {bad}: the network's weights are damaged, or were trained with too large a learning_rate"
+                )));
+            }
             images.extend(output::to_bytes(x_0.data()));
         }
         Ok(images)

@@ -5,7 +5,7 @@
 //! function of seed and step ([`Batch`]), so the state of a run is its step number and four flat buffers: weights,
 //! moving average, two moments. That is what a checkpoint holds and why a resumed run continues with the same bits.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -31,6 +31,7 @@ use crate::sample;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Shape, Tensor};
 use crate::unet::{DropoutSeed, UNet};
+use crate::{say, usage};
 
 /// Adam's constants, the paper's and everyone's.
 const BETA1: f64 = 0.9;
@@ -40,7 +41,7 @@ const ADAM_EPS: f64 = 1e-8;
 /// Arguments of `ddpm-cuda train`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Network and recipe to start from
+    /// Network and recipe to start from: mnist, cifar10 or celebahq256 [default: mnist]
     #[arg(long)]
     pub preset: Option<Preset>,
     /// Images: mnist (built in), .npy, .npz, IDX file or folder, CIFAR-10 binary folder, folder of PNG/JPEG
@@ -52,16 +53,16 @@ pub struct Args {
     /// Settings to start from, such as the config.toml of another run
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// One setting, such as widths=32,64,64; repeatable
+    /// One of the settings below, such as widths=32,64,64; repeatable
     #[arg(long, value_name = "KEY=VALUE")]
     pub set: Vec<String>,
-    /// Training steps
+    /// Training steps [default: the preset's]
     #[arg(long, value_name = "N")]
     pub steps: Option<u32>,
-    /// Images per step
+    /// Images per step [default: the preset's]
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
-    /// Seed of all randomness
+    /// Seed of all randomness [default: 0]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
     /// auto, cpu, cuda or cuda:N
@@ -196,7 +197,8 @@ impl Trainer {
                 c.flip,
                 c.diffusion.timesteps as u32,
             );
-            let masks = DropoutSeed { seed: c.seed, step: self.step * c.accumulate as u32 + k as u32 };
+            let masks =
+                DropoutSeed { seed: c.seed, step: self.step.wrapping_mul(c.accumulate as u32).wrapping_add(k as u32) };
 
             let x_t = Var::constant(q_sample(&self.device, data.images(), &batch, &self.schedule)); // (n, h, w, c)
             let mut tape = Tape::recording(&self.device, &self.params);
@@ -207,7 +209,7 @@ impl Trainer {
                 let again = self.unet.forward(&mut tape, &x_t, &batch.t_f32(), labels.as_deref(), Some(masks));
                 let culprit =
                     again.err().map_or("every tensor of the forward pass is finite".into(), |e| e.to_string());
-                return Err(self.not_finite("loss", l.mean(), &culprit));
+                return Err(self.not_finite(self.step + 1, "loss", l.mean(), &culprit));
             }
             total += l.per_image.iter().sum::<f64>();
             quarters.add(&batch, &l.per_image, c.diffusion.timesteps);
@@ -222,6 +224,7 @@ impl Trainer {
             let first = specs.iter().find(|(p, _)| g[specs.range(*p)].iter().any(|v| !v.is_finite()));
             let name = first.map_or("", |(_, spec)| &spec.name);
             return Err(self.not_finite(
+                self.step + 1,
                 "gradient norm",
                 norm,
                 &format!("the first gradient that is not finite is that of {name}"),
@@ -257,14 +260,17 @@ impl Trainer {
     /// quarter of the timesteps; without images if none are held out.
     ///
     /// # Errors
-    /// None of its own.
-    pub fn validate(&self) -> Result<Quarters> {
+    /// `Error::Interrupted` once `stop` is set.
+    pub fn validate(&self, stop: &AtomicBool) -> Result<Quarters> {
         let c = &self.config;
         let data = &self.data.held_out;
         let piece = c.batch / c.accumulate;
         let mut quarters = Quarters::default();
         let held_out: Vec<usize> = (0..data.len()).collect();
         for (k, indices) in held_out.chunks(piece).enumerate() {
+            if stop.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
             let labels = data.labels_of(indices).filter(|_| c.model.classes > 0);
             let batch = Batch::validation(c.seed, (k * piece) as u32, data.rows(indices), c.diffusion.timesteps as u32);
             let x_t = Var::constant(q_sample(&self.device, data.images(), &batch, &self.schedule)); // (n, h, w, c)
@@ -275,10 +281,26 @@ impl Trainer {
         Ok(quarters)
     }
 
-    fn not_finite(&self, what: &str, value: f64, culprit: &str) -> Error {
+    /// Refuses weights that no step could start from; they would make a checkpoint that is not worth its name.
+    ///
+    /// # Errors
+    /// `Error::Failed` as in [`step`](Self::step).
+    pub fn check_weights(&self) -> Result<()> {
+        for (p, spec) in self.params.specs().iter() {
+            let range = self.params.specs().range(p);
+            if let Some(value) = self.params.flat()[range].iter().find(|v| !v.is_finite()) {
+                let culprit = format!("the first weight that is not finite is in {}", spec.name);
+                return Err(self.not_finite(self.step, "largest weight", f64::from(*value), &culprit));
+            }
+        }
+        Ok(())
+    }
+
+    /// `step` counts from 1, as the log does.
+    fn not_finite(&self, step: u32, what: &str, value: f64, culprit: &str) -> Error {
         Error::Failed(format!(
-            "step {}: the {what} is {value}; {culprit}; try a learning_rate below {}, more warmup_steps than {} or a smaller grad_clip",
-            self.step, self.config.learning_rate, self.config.warmup_steps
+            "step {step}: the {what} is {value}; {culprit}; try a learning_rate below {:?}, more warmup_steps than {} or a smaller grad_clip",
+            self.config.learning_rate, self.config.warmup_steps
         ))
     }
 }
@@ -294,7 +316,8 @@ pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs) -> u64 {
     let piece = (config.batch / config.accumulate) as u64;
     let largest_weight = specs.iter().map(|(_, spec)| spec.shape.len() as u64).max().unwrap_or(0);
     let scratch = 2 * 4 * 4 * largest_weight + BLOCKS_AND_TILES;
-    5 * 4 * specs.flat_len() as u64 + piece * saved * 3 / 2 + scratch
+    let activations = piece.saturating_mul(saved / 2 * 3);
+    activations.saturating_add(5 * 4 * specs.flat_len() as u64 + scratch)
 }
 
 /// Runs the command.
@@ -303,38 +326,40 @@ pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs) -> u64 {
 /// Settings, data or checkpoints that cannot be used; a loss or gradient that is not finite; files that cannot be written.
 pub fn run(args: &Args) -> Result<()> {
     let device = Device::open(args.device, args.precision)?;
-    let mut config = match &args.resume {
-        Some(run) => resumed_config(run, args.steps)?,
+    let resumed = args.resume.as_deref().map(RunFolder::open).transpose()?;
+    let mut config = match &resumed {
+        Some(run) => Config { steps: args.steps.unwrap_or(run.config.steps), ..run.config.clone() },
         None => new_config(args)?,
     };
     let data = data::load(&mut config)?;
     config.validate()?;
     for note in &data.notes {
-        println!("{note}");
+        say!("{note}");
     }
     let (unet, specs) = UNet::new(&config.model)?;
     announce(&config, &unet, &specs, &data, &device)?;
 
     let mut trainer = Trainer::new(&config, data, &device)?;
-    let run = match &args.resume {
+    let run = match resumed {
         Some(run) => {
-            if let Some(newest) = checkpoint::newest(run)? {
-                checkpoint::restore(&newest, trainer.state_mut())?;
-            }
-            println!("{} continues after step {}", run.display(), trainer.steps_done());
-            run.clone()
+            run.restore(&mut trainer)?;
+            run
         }
-        None => create_run(args.out.as_deref(), &config)?,
+        None => RunFolder::create(args.out.as_deref(), &config)?,
     };
+    let run = &run.path;
+    if trainer.steps_done() == config.steps {
+        return Ok(());
+    }
     let stop = stop_flag()?;
     let started = Instant::now();
-    let mut log = Log::open(&run, trainer.steps_done())?;
+    let mut log = Log::open(run, trainer.steps_done())?;
     let mut report = Report::default();
     let bar = progress_bar(config.steps, trainer.steps_done());
 
     while trainer.steps_done() < config.steps && !stop.load(Ordering::Relaxed) {
         let step_started = Instant::now();
-        let step = trainer.step().map_err(|e| with_last_checkpoint(e, &run))?;
+        let step = trainer.step().map_err(|e| with_last_checkpoint(e, run))?;
         report.add(&step, config.batch, step_started.elapsed().as_secs_f64());
         let done = trainer.steps_done();
         let due = |every: u32| every > 0 && done.is_multiple_of(every);
@@ -345,35 +370,36 @@ pub fn run(args: &Args) -> Result<()> {
         if due(config.log_every) || due(config.validate_every) || finished {
             let mut line = report.line(done, &step);
             if due(config.validate_every) || (finished && config.validate_every > 0) {
-                let quarters = trainer.validate()?;
-                if let Some(mean) = quarters.mean() {
+                let quarters = unless_interrupted(trainer.validate(&stop))?;
+                if let Some((quarters, mean)) = quarters.and_then(|q| q.mean().map(|mean| (q, mean))) {
                     line["validation_loss"] = json!(mean);
                     line["validation_loss_by_quarter"] = json!(quarters.means());
-                    say(&bar, &format!("step {done}: loss {:.4}, validation loss {mean:.4}", report.loss()));
+                    above(&bar, &format!("step {done}: loss {:.4}, validation loss {mean:.4}", report.loss()));
                 }
             }
             log.write(line)?;
             report = Report::default();
         }
         if (due(config.sample_every) || (finished && config.sample_every > 0))
-            && let Some(path) = draw_samples(&trainer, &run, &stop)?
+            && let Some(path) =
+                unless_interrupted(draw_samples(&trainer, run, &stop).map_err(|e| with_last_checkpoint(e, run)))?
             && finished
         {
-            say(&bar, &format!("samples: {}", path.display()));
+            above(&bar, &format!("samples: {}", path.display()));
         }
         if due(config.checkpoint_every) && !finished {
-            save(&trainer, &run)?;
+            save(&trainer, run)?;
         }
     }
     bar.finish_and_clear();
-    let path = save(&trainer, &run)?;
+    let path = save(&trainer, run)?;
     let seconds = started.elapsed().as_secs_f64();
     if trainer.steps_done() < config.steps {
-        println!("stopped after step {} of {}: {}", trainer.steps_done(), config.steps, path.display());
-        println!("to go on: ddpm-cuda train --resume {}", run.display());
+        say!("stopped after step {} of {}: {}", trainer.steps_done(), config.steps, path.display());
+        say!("to go on: ddpm-cuda train --resume {}", run.display());
     } else {
-        println!("{} steps, {seconds:.0} s: {}", trainer.steps_done(), path.display());
-        println!("to draw images: ddpm-cuda sample --model {} --out samples.png", run.display());
+        say!("{} steps, {seconds:.0} s: {}", trainer.steps_done(), path.display());
+        say!("to draw images: ddpm-cuda sample --model {} --out samples.png", run.display());
     }
     Ok(())
 }
@@ -387,21 +413,12 @@ fn new_config(args: &Args) -> Result<Config> {
     config.steps = args.steps.unwrap_or(config.steps);
     config.batch = args.batch.unwrap_or(config.batch);
     config.seed = args.seed.unwrap_or(config.seed);
+    if !config.data.is_empty() && config.data != "mnist" {
+        // So that the run can be continued from another folder.
+        let absolute = std::path::absolute(&config.data).ok();
+        config.data = absolute.and_then(|p| p.into_os_string().into_string().ok()).unwrap_or(config.data);
+    }
     config.validate()?;
-    Ok(config)
-}
-
-/// The settings of the run to be continued; `steps` may move its end.
-fn resumed_config(run: &Path, steps: Option<u32>) -> Result<Config> {
-    let path = run.join("config.toml");
-    if !path.is_file() {
-        return Err(Error::file(run, "is not a run folder: it holds no config.toml"));
-    }
-    let mut config = Config::read(&path)?;
-    if let Some(steps) = steps {
-        config.steps = steps;
-        output::write_atomically(&path, config.to_toml().as_bytes())?;
-    }
     Ok(config)
 }
 
@@ -412,7 +429,7 @@ fn announce(config: &Config, unet: &UNet, specs: &Specs, data: &Data, device: &D
     let flops: u64 = unet.costs(specs, size.h, size.w).iter().map(|cost| cost.flops).sum();
     let needed = memory_needed(config, unet, specs);
     let available = available_memory()?;
-    println!(
+    say!(
         "{} parameters, {:.2} GFLOP per image and step, {:.2} GiB of memory needed ({:.2} GiB available); {} training and {} held-out images of {size}x{}; {device}",
         crate::info::grouped(specs.count() as u64),
         3.0 * flops as f64 / 1e9,
@@ -423,19 +440,29 @@ fn announce(config: &Config, unet: &UNet, specs: &Specs, data: &Data, device: &D
         config.model.channels,
     );
     if needed > available {
+        let single = Config { batch: 1, accumulate: 1, ..config.clone() };
+        let advice = if memory_needed(&single, unet, specs) > available {
+            "one image at a time is too much already, so use smaller widths, fewer classes or smaller images".into()
+        } else {
+            let (batch, accumulate) = (config.batch, 2 * config.accumulate);
+            format!(
+                "use a smaller --batch than {batch}, or --set accumulate={accumulate} for the same result in pieces"
+            )
+        };
         return Err(Error::Failed(format!(
-            "this run needs {:.2} GiB of memory and {:.2} GiB are available: use a smaller --batch than {}, or --set accumulate={} for the same result in pieces",
+            "this run needs {:.2} GiB of memory and {:.2} GiB are available: {advice}",
             needed as f64 / GIB,
             available as f64 / GIB,
-            config.batch,
-            2 * config.accumulate,
         )));
     }
     Ok(())
 }
 
 /// Bytes of memory that this process may still take, of the machine's or its control group's.
-fn available_memory() -> Result<u64> {
+///
+/// # Errors
+/// A machine that does not say.
+pub fn available_memory() -> Result<u64> {
     let memory = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
     let system = sysinfo::System::new_with_specifics(memory);
     let system = system.map_err(|e| Error::Failed(format!("the machine does not say how much memory is free: {e}")))?;
@@ -443,30 +470,108 @@ fn available_memory() -> Result<u64> {
     Ok(system.available_memory().min(limit))
 }
 
-/// Makes the run folder with its config.toml: the one asked for, which must not hold a run, or the first free of
-/// runs/PRESET, runs/PRESET-2, ...
-fn create_run(out: Option<&Path>, config: &Config) -> Result<PathBuf> {
-    let run = match out {
-        Some(run) => run.to_path_buf(),
-        None => {
-            let base = Path::new("runs");
-            let named =
-                |k: u32| base.join(if k == 1 { config.preset.to_string() } else { format!("{}-{k}", config.preset) });
-            (1..).map(named).find(|p| !p.exists()).expect("some number is free")
+/// A run folder in which no other process trains until this is dropped: two would delete each other's files.
+struct RunFolder {
+    path: PathBuf,
+    /// What its config.toml says.
+    config: Config,
+    _lock: Option<File>,
+}
+
+impl RunFolder {
+    /// Makes a folder with its config.toml: the one asked for, which must not hold a run, or the first free of runs/PRESET,
+    /// runs/PRESET-2, ...
+    fn create(out: Option<&Path>, config: &Config) -> Result<Self> {
+        let failed = |path: &Path, e| Error::file(path, format!("cannot be created: {e}"));
+        let path = match out {
+            Some(out) => {
+                fs::create_dir_all(out).map_err(|e| failed(out, e))?;
+                out.to_path_buf()
+            }
+            None => first_free(config.preset).map_err(|e| failed(Path::new("runs"), e))?,
+        };
+        let lock = lock(&path)?;
+        if path.join("config.toml").exists() {
+            let what =
+                format!("already holds a run: continue it with --resume {}, or choose another --out", path.display());
+            return Err(Error::file(&path, what));
         }
-    };
-    if run.join("config.toml").exists() {
-        return Err(Error::file(
-            &run,
-            format!("already holds a run: continue it with --resume {}, or choose another --out", run.display()),
-        ));
+        for sub in [path.join("samples"), path.join("checkpoints")] {
+            fs::create_dir_all(&sub).map_err(|e| failed(&sub, e))?;
+        }
+        output::write_atomically(&path.join("config.toml"), config.to_toml().as_bytes())?;
+        say!("run folder: {}", path.display());
+        Ok(RunFolder { path, config: config.clone(), _lock: lock })
     }
-    for folder in [run.clone(), run.join("samples"), run.join("checkpoints")] {
-        fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, format!("cannot be created: {e}")))?;
+
+    /// Opens one to be continued.
+    fn open(path: &Path) -> Result<Self> {
+        let settings = path.join("config.toml");
+        if !settings.is_file() {
+            return Err(Error::file(path, "is not a run folder: it holds no config.toml"));
+        }
+        let lock = lock(path)?;
+        Ok(RunFolder { path: path.to_path_buf(), config: Config::read(&settings)?, _lock: lock })
     }
-    output::write_atomically(&run.join("config.toml"), config.to_toml().as_bytes())?;
-    println!("run folder: {}", run.display());
-    Ok(run)
+
+    /// Brings `trainer` to the newest checkpoint, and the folder to the trainer's settings; only the number of steps can differ.
+    fn restore(&self, trainer: &mut Trainer) -> Result<()> {
+        let damaged = checkpoint::damaged(&self.path)?;
+        match (checkpoint::newest(&self.path)?, damaged.last()) {
+            (Some(newest), _) => checkpoint::restore(&newest, trainer.state_mut())?,
+            (None, Some(damaged)) => {
+                let what = "is damaged, and there is no other checkpoint; delete it to begin again from step 0";
+                return Err(Error::file(damaged, what));
+            }
+            (None, None) => {}
+        }
+        for damaged in damaged {
+            say!("{} is damaged and left out", damaged.display());
+        }
+        let (steps, done) = (trainer.config.steps, trainer.steps_done());
+        if steps < done {
+            usage!("steps = {steps}: {} has done {done} already; give more with --steps", self.path.display());
+        }
+        if steps != self.config.steps {
+            output::write_atomically(&self.path.join("config.toml"), trainer.config.to_toml().as_bytes())?;
+        }
+        for folder in [self.path.clone(), self.path.join("samples")].iter().filter(|folder| folder.is_dir()) {
+            output::remove_unfinished(folder)?;
+        }
+        if steps == done {
+            say!("{} has done its {done} steps; to extend it give more with --steps", self.path.display());
+        } else {
+            say!("{} continues after step {done}", self.path.display());
+        }
+        Ok(())
+    }
+}
+
+/// Makes the first of runs/PRESET, runs/PRESET-2, ... that does not exist.
+fn first_free(preset: Preset) -> std::io::Result<PathBuf> {
+    fs::create_dir_all("runs")?;
+    for k in 1u32.. {
+        let path = Path::new("runs").join(if k == 1 { preset.to_string() } else { format!("{preset}-{k}") });
+        match fs::create_dir(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+            made => return made.map(|()| path),
+        }
+    }
+    unreachable!("four billion runs")
+}
+
+/// Locks a run folder; it is free again when the file is closed, however the process ends. `None` where a system has no locks on
+/// folders.
+fn lock(run: &Path) -> Result<Option<File>> {
+    let Ok(folder) = File::open(run) else { return Ok(None) };
+    match folder.try_lock() {
+        Ok(()) => Ok(Some(folder)),
+        Err(fs::TryLockError::WouldBlock) => Err(Error::file(
+            run,
+            "is in use: another process trains in it; wait for it to end, or choose another --out",
+        )),
+        Err(fs::TryLockError::Error(_)) => Ok(None),
+    }
 }
 
 /// Set by the first Ctrl-C (or SIGTERM); the second ends the program at once.
@@ -477,17 +582,29 @@ fn stop_flag() -> Result<Arc<AtomicBool>> {
         if flag.swap(true, Ordering::Relaxed) {
             std::process::exit(130);
         }
-        eprintln!("stopping after this step; once more to stop at once");
+        let _ = writeln!(std::io::stderr(), "stopping after this step; once more to stop at once");
     };
     ctrlc::set_handler(handler).map_err(|e| Error::Failed(format!("Ctrl-C cannot be caught: {e}")))?;
     Ok(stop)
 }
 
 fn save(trainer: &Trainer, run: &Path) -> Result<PathBuf> {
+    trainer.check_weights().map_err(|e| with_last_checkpoint(e, run))?;
     checkpoint::save(run, &trainer.config, trainer.state())
 }
 
+/// What was interrupted is left out.
+fn unless_interrupted<T>(result: Result<T>) -> Result<Option<T>> {
+    match result {
+        Err(Error::Interrupted) => Ok(None),
+        other => other.map(Some),
+    }
+}
+
 fn with_last_checkpoint(error: Error, run: &Path) -> Error {
+    if matches!(error, Error::Interrupted) {
+        return error;
+    }
     let last = match checkpoint::newest(run) {
         Ok(Some(path)) => format!("the last good checkpoint is {}", path.display()),
         _ => "there is no checkpoint yet".into(),
@@ -495,8 +612,8 @@ fn with_last_checkpoint(error: Error, run: &Path) -> Error {
     Error::Failed(format!("{error}; {last}"))
 }
 
-/// Draws a grid with the moving average into samples/STEP.png; `None` if Ctrl-C came in between.
-fn draw_samples(trainer: &Trainer, run: &Path, stop: &AtomicBool) -> Result<Option<PathBuf>> {
+/// Draws a grid with the moving average into samples/STEP.png, or samples/STEP.npz if the images are no pictures.
+fn draw_samples(trainer: &Trainer, run: &Path, stop: &AtomicBool) -> Result<PathBuf> {
     let c = &trainer.config;
     let steps = sample::DEFAULT_STEPS.min(c.diffusion.timesteps);
     let sampler = Sampler::new(&trainer.schedule, Method::Ancestral(c.diffusion.variance), Spacing::Even, steps)?;
@@ -513,17 +630,20 @@ fn draw_samples(trainer: &Trainer, run: &Path, stop: &AtomicBool) -> Result<Opti
     let count = (2_000_000_000_000 / (flops * steps as u64)).clamp(4, 64) as usize;
     let labels: Option<Vec<u32>> =
         (c.model.classes > 0).then(|| (0..count).map(|i| (i % c.model.classes) as u32).collect());
-    let result = drawing.images(count, labels.as_deref(), |_| match stop.load(Ordering::Relaxed) {
+    let images = drawing.images(count, labels.as_deref(), |_| match stop.load(Ordering::Relaxed) {
         true => Err(Error::Interrupted),
         false => Ok(()),
-    });
-    let images = match result {
-        Err(Error::Interrupted) => return Ok(None),
-        other => other?,
-    };
-    let path = run.join("samples").join(format!("{}.png", trainer.step));
-    output::write_grid(&path, drawing.shape(count), &images)?;
-    Ok(Some(path))
+    })?;
+    let shape = drawing.shape(count);
+    let path = run.join("samples").join(trainer.step.to_string());
+    let png = path.with_extension("png");
+    if output::Target::Png.check(&png, shape).is_ok() {
+        output::write_grid(&png, shape, &images)?;
+        return Ok(png);
+    }
+    let npz = path.with_extension("npz");
+    output::write_npz(&npz, shape, &images, labels.as_deref())?;
+    Ok(npz)
 }
 
 /// A bar on a terminal; nothing elsewhere.
@@ -535,8 +655,8 @@ fn progress_bar(steps: u32, done: u32) -> ProgressBar {
 }
 
 /// A line above the bar, or on standard output where there is none.
-fn say(bar: &ProgressBar, line: &str) {
-    bar.suspend(|| println!("{line}"));
+fn above(bar: &ProgressBar, line: &str) {
+    bar.suspend(|| say!("{line}"));
 }
 
 /// What has come together since the last line of the log.

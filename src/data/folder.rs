@@ -76,7 +76,14 @@ fn list(folder: &Path) -> Result<(Vec<PathBuf>, usize)> {
     let hidden = |e: &walkdir::DirEntry| e.depth() > 0 && e.file_name().as_encoded_bytes().starts_with(b".");
     let walk = walkdir::WalkDir::new(folder).follow_links(true).sort_by_file_name();
     for entry in walk.into_iter().filter_entry(|e| !hidden(e)) {
-        let entry = entry.map_err(|e| Error::file(e.path().unwrap_or(folder), format!("cannot be read: {e}")))?;
+        let entry = entry.map_err(|e| {
+            let what = match (e.loop_ancestor(), e.io_error()) {
+                (Some(ancestor), _) => format!("is a link to {}, which it is in", ancestor.display()),
+                (None, Some(io)) => format!("cannot be read: {io}"),
+                (None, None) => format!("cannot be read: {e}"),
+            };
+            Error::file(e.path().unwrap_or(folder), what)
+        })?;
         if !entry.file_type().is_file() {
             continue;
         }

@@ -305,6 +305,9 @@ fn read(source: &str, target: Target) -> Result<Found> {
         return read_npz(path, include_bytes!("mnist-10k.npz"), target.channels);
     }
     let kind = std::fs::metadata(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+    if !kind.is_dir() && !kind.is_file() {
+        return Err(Error::file(path, "is neither a file nor a folder"));
+    }
     if kind.is_dir() { read_folder(path, target) } else { read_one(path, target) }
 }
 

@@ -42,6 +42,20 @@ pub fn write_folder_atomically(path: &Path, fill: impl FnOnce(&Path) -> Result<(
     sync_folder(parent(path)).map_err(failed)
 }
 
+/// Deletes what a program that was killed while it wrote into `folder` has left there.
+pub fn remove_unfinished(folder: &Path) -> Result<()> {
+    let failed = |e: io::Error| Error::file(folder, format!("cannot be cleaned of unfinished files: {e}"));
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        if entry.file_name().as_encoded_bytes().ends_with(UNFINISHED.as_bytes()) {
+            let is_folder = entry.file_type().map_err(failed)?.is_dir();
+            let remove = if is_folder { fs::remove_dir_all } else { fs::remove_file };
+            remove(entry.path()).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
 /// The folder that `path` stands in.
 pub fn parent(path: &Path) -> &Path {
     match path.parent() {

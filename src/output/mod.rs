@@ -12,7 +12,7 @@ use image::codecs::gif::{GifEncoder, Repeat};
 use image::{Delay, ExtendedColorType, Frame, ImageEncoder, RgbaImage};
 use rayon::prelude::*;
 
-pub use atomic::{UNFINISHED, write_atomically, write_folder_atomically};
+pub use atomic::{UNFINISHED, remove_unfinished, write_atomically, write_folder_atomically};
 pub use npz::{write_npy, write_npz};
 
 use crate::error::{Error, Result};
@@ -63,7 +63,26 @@ impl Target {
         if target == Target::Folder && out.exists() {
             refuse_full_folder(out)?;
         }
+        tempfile::tempfile_in(parent).map_err(|e| Error::file(out, format!("cannot be written: {e}")))?;
         Ok(target)
+    }
+
+    /// Refuses what cannot be written in this format: images of `shape` that are no pictures, a GIF that is too large.
+    pub fn check(self, out: &Path, shape: Shape) -> Result<()> {
+        if self == Target::Npz {
+            return Ok(());
+        }
+        check_channels(out, shape.c)?;
+        let (rows, columns) = grid_extent(shape);
+        let (height, width) = (rows * (shape.h + GAP) + GAP, columns * (shape.w + GAP) + GAP);
+        let most = if self == Target::Gif { usize::from(u16::MAX) } else { i32::MAX as usize };
+        if self != Target::Folder && height.max(width) > most {
+            let what = format!(
+                "would be {height}x{width} pixels, but its format ends at {most}; draw fewer images, or into FILE.npz or DIR/"
+            );
+            return Err(Error::file(out, what));
+        }
+        Ok(())
     }
 }
 
@@ -119,10 +138,8 @@ pub fn write_gif(path: &Path, shape: Shape, frames: &[Vec<u8>]) -> Result<()> {
 
 /// Images side by side with gaps around each; (rows, columns, pixels).
 fn grid(shape: Shape, images: &[u8]) -> (usize, usize, Vec<u8>) {
-    let Shape { n, h, w, c } = shape;
-    // As many columns as make the grid about square in pixels.
-    let columns = (((n * h) as f64 / w as f64).sqrt().ceil() as usize).clamp(1, n);
-    let rows = n.div_ceil(columns);
+    let Shape { h, w, c, .. } = shape;
+    let (rows, columns) = grid_extent(shape);
     let (height, width) = (rows * (h + GAP) + GAP, columns * (w + GAP) + GAP);
     let mut pixels = vec![GAP_VALUE; height * width * c];
     for (index, image) in images.chunks_exact(h * w * c).enumerate() {
@@ -132,6 +149,13 @@ fn grid(shape: Shape, images: &[u8]) -> (usize, usize, Vec<u8>) {
         }
     }
     (height, width, pixels)
+}
+
+/// Rows and columns of images: as many columns as make the grid about square in pixels.
+fn grid_extent(shape: Shape) -> (usize, usize) {
+    let Shape { n, h, w, .. } = shape;
+    let columns = (((n * h) as f64 / w as f64).sqrt().ceil() as usize).clamp(1, n);
+    (n.div_ceil(columns), columns)
 }
 
 fn png(path: &Path, h: usize, w: usize, c: usize, pixels: &[u8]) -> Result<Vec<u8>> {
@@ -145,8 +169,12 @@ fn png(path: &Path, h: usize, w: usize, c: usize, pixels: &[u8]) -> Result<Vec<u
 
 fn check(path: &Path, shape: Shape, bytes: usize) -> Result<()> {
     assert!(!shape.is_empty() && bytes == shape.len(), "{bytes} bytes for images of {shape}");
-    if shape.c != 1 && shape.c != 3 {
-        let what = format!("images of {} channels are no pictures; only 1 and 3 are, use FILE.npz", shape.c);
+    check_channels(path, shape.c)
+}
+
+fn check_channels(path: &Path, channels: usize) -> Result<()> {
+    if channels != 1 && channels != 3 {
+        let what = format!("images of {channels} channels are no pictures; only 1 and 3 are, use FILE.npz");
         return Err(Error::file(path, what));
     }
     Ok(())
