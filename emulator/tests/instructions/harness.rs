@@ -615,5 +615,6 @@ pub fn run(cases: Vec<Case>) {
             }
         }
     }
+    println!("{} forms", cases.len());
     assert!(failed == 0, "{failed} of {} forms are wrong:\n{failures}", cases.len());
 }
