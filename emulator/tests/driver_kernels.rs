@@ -1,5 +1,8 @@
 //! Five kernels in CUDA C++, compiled by nvcc: each agrees with a CPU computation under all checks and several schedules, and
 //! each is refused, with the reason, once a bug is planted in it.
+// SAFETY of every call below: the driver gets pointers to live values of the types that its documentation names, and kernels the
+// arguments that their .cu file declares; where a test breaks that on purpose, it does so to see the emulator refuse it.
+#![allow(clippy::undocumented_unsafe_blocks)]
 
 mod support;
 
@@ -62,7 +65,8 @@ fn run<I: DeviceRepr, O: DeviceRepr>(
         refused => {
             let message = last_message();
             // After a fault nothing of the context can be freed.
-            (std::mem::forget(x), std::mem::forget(y));
+            std::mem::forget(x);
+            std::mem::forget(y);
             Err((refused, message))
         }
     }
@@ -106,7 +110,9 @@ mod sgemm {
             CUresult::CUDA_SUCCESS => Ok(stream.clone_dtoh(&c).unwrap()),
             refused => {
                 let message = last_message();
-                (std::mem::forget(a), std::mem::forget(b), std::mem::forget(c));
+                std::mem::forget(a);
+                std::mem::forget(b);
+                std::mem::forget(c);
                 Err((refused, message))
             }
         }
@@ -191,7 +197,7 @@ mod reduction {
         // Without the barrier a warp reads partials that another has written, or has not yet: which of the two depends on the schedule.
         for seed in SEEDS {
             configure("seed", seed);
-            let (refused, message) = launch("reduce_dropped_barrier").err().expect("refused");
+            let (refused, message) = launch("reduce_dropped_barrier").expect_err("refused");
             assert_eq!(refused, failed);
             assert!(message.contains("no barrier between") || message.contains("nothing has written"), "{message}");
         }
@@ -270,7 +276,9 @@ mod mma_gemm {
             CUresult::CUDA_SUCCESS => Ok(stream.clone_dtoh(&c).unwrap()),
             refused => {
                 let message = last_message();
-                (std::mem::forget(a), std::mem::forget(b), std::mem::forget(c));
+                std::mem::forget(a);
+                std::mem::forget(b);
+                std::mem::forget(c);
                 Err((refused, message))
             }
         }
@@ -359,7 +367,7 @@ mod histogram {
         assert_refused(|| launch("histogram", None), failed, &["histogram", "nothing has written"]);
         for seed in SEEDS {
             configure("seed", seed);
-            let (refused, message) = launch("histogram_dropped_barrier", zeros).err().expect("refused");
+            let (refused, message) = launch("histogram_dropped_barrier", zeros).expect_err("refused");
             assert_eq!(refused, failed);
             assert!(message.contains("no barrier between") || message.contains("nothing has written"), "{message}");
         }

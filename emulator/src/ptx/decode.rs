@@ -173,7 +173,7 @@ pub fn special(name: &str) -> Option<Special> {
         });
     }
     if let Some(number) = name.strip_prefix("envreg") {
-        return number.parse::<u32>().ok().filter(|&n| n < 32).map(|_| Special::Environment);
+        return number.parse().ok().filter(|&n| n < 32).map(Special::Environment);
     }
     Some(match name {
         "laneid" => Special::LaneId,

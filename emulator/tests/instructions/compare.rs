@@ -35,7 +35,7 @@ fn ordering(ty: &str, ftz: bool, a: u64, b: u64) -> Option<Ordering> {
         };
         format.value(flush(a)).partial_cmp(&format.value(flush(b)))
     } else {
-        let as_int = if ty.starts_with('b') { format!("u{}", &ty[1..]) } else { ty.to_string() };
+        let as_int = ty.strip_prefix('b').map_or_else(|| ty.to_string(), |bits| format!("u{bits}"));
         Some(integer(&as_int, a).cmp(&integer(&as_int, b)))
     }
 }

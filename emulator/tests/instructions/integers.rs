@@ -127,7 +127,8 @@ fn carries() {
         let modulus = 1i128 << w;
         // Patterns as unsigned numbers: carries do not know signs.
         let low = move |x: u64| truncate(w, x as i128) as i128;
-        let mut push = |name: String, sources: usize, carry: (bool, bool), full: Box<dyn Fn(&[u64], i128) -> i128>| {
+        type Full = Box<dyn Fn(&[u64], i128) -> i128>;
+        let mut push = |name: String, sources: usize, carry: (bool, bool), full: Full| {
             let meaning = move |x: &[u64]| {
                 let flag = if carry.0 { x[sources] as i128 } else { 0 };
                 let r = full(x, flag);
@@ -303,7 +304,7 @@ fn bit_fields() {
         })
         .extra(
             (0..200u64)
-                .map(|i| vec![0x9e37_79b9 * (i + 1) & 0xffff_ffff, i % 32, (i % 9).wrapping_sub(4) & 0xffff_ffff])
+                .map(|i| vec![(0x9e37_79b9 * (i + 1)) & 0xffff_ffff, i % 32, (i % 9).wrapping_sub(4) & 0xffff_ffff])
                 .collect(),
         )
         .defined(|x| x[1] < 32),
