@@ -3,6 +3,8 @@
 
 mod support;
 
+use std::sync::atomic::AtomicBool;
+
 use ddpm_cuda::checkpoint;
 use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::data::{Data, Dataset, Extent, Order};
@@ -288,6 +290,6 @@ fn the_validation_loss_is_the_moving_averages_on_held_out_images() {
     };
     let mut want = Quarters::default();
     want.add(&batch, &losses(trainer.ema()), 100);
-    assert_eq!(trainer.validate().unwrap(), want);
+    assert_eq!(trainer.validate(&AtomicBool::new(false)).unwrap(), want);
     assert_ne!(losses(trainer.params()), losses(trainer.ema()), "weights and average are too alike for this test");
 }
