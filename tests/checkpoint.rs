@@ -228,6 +228,18 @@ fn a_training_state_comes_back_to_the_bit() {
     let path = state.save(run.path(), 0);
     Small::restore(&path).unwrap().assert_same(&state);
     assert_eq!(checkpoint::newest(run.path()).unwrap(), Some(path.clone()));
+    // Under names that say what is what: the bias is its own layout.
+    let bytes = fs::read(path.join("training_state.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let specs = small_specs();
+    let (bias, _) = specs.iter().find(|(_, spec)| spec.name == "conv_in.bias").unwrap();
+    for (prefix, flat) in [("weights", state.params.flat()), ("adam_m", &state.m), ("adam_v", &state.v)] {
+        let want: Vec<u8> = flat[specs.range(bias)].iter().flat_map(|v| v.to_le_bytes()).collect();
+        assert_eq!(file.tensor(&format!("{prefix}.conv_in.bias")).unwrap().data(), want, "{prefix}");
+    }
+    let bytes = fs::read(path.join("unet/diffusion_pytorch_model.safetensors")).unwrap();
+    let want: Vec<u8> = state.ema.flat()[specs.range(bias)].iter().flat_map(|v| v.to_le_bytes()).collect();
+    assert_eq!(SafeTensors::deserialize(&bytes).unwrap().tensor("conv_in.bias").unwrap().data(), want, "the model");
     // The same state, the same bytes.
     let other = tempfile::tempdir().unwrap();
     let twin = state.save(other.path(), 0);

@@ -5,6 +5,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
+use ddpm_cuda::checkpoint;
+use ddpm_cuda::device::Device;
+use ddpm_cuda::diffusion::{Kind, Method, Sampler, Schedule, Spacing, Variance};
+use ddpm_cuda::sample::Drawing;
+use ddpm_cuda::unet::UNet;
 use npyz::WriterBuilder;
 
 /// Settings of a network that trains in milliseconds.
@@ -297,6 +302,91 @@ fn killed_and_resumed_it_ends_with_the_same_bits() {
     }
     ok(ddpm().args(["train", "--resume"]).arg(&run));
     assert!(final_weights(&run) == final_weights(&whole), "the killed run has other weights");
+}
+
+/// A log goes on where the checkpoint stands: later lines go, steps are not repeated, times go on, and `--steps` moves the end.
+#[test]
+fn a_resumed_run_continues_its_log() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, run) = (folder.path().join("whole"), folder.path().join("run"));
+    let every = |n: &str| ["--set".into(), "checkpoint_every=2".into(), "--set".into(), format!("log_every={n}")];
+    let quiet = ["--set", "sample_every=0", "--set", "validate_every=0"];
+    ok(train(&whole, 6).args(every("3")).args(quiet));
+    ok(train(&run, 4).args(every("1")).args(quiet));
+    fs::remove_dir_all(run.join("checkpoints/4")).unwrap();
+    let told = ok(ddpm().args(["train", "--steps", "6", "--resume"]).arg(&run));
+    assert!(told.contains("continues after step 2"), "{told}");
+    assert_eq!(lines(&run), [1, 2, 3, 4, 5, 6]);
+    let state = |run: &Path| fs::read(run.join("checkpoints/6/training_state.safetensors")).unwrap();
+    assert!(state(&run) == state(&whole), "the resumed run has other weights");
+    let of = |run: &Path, key: &str| -> Vec<f64> {
+        let log = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+        let value = |line: &str| serde_json::from_str::<serde_json::Value>(line).unwrap()[key].as_f64().unwrap();
+        log.lines().map(value).collect()
+    };
+    let elapsed = of(&run, "elapsed_s");
+    assert!(elapsed.is_sorted_by(|a, b| a < b), "the run's time does not go on: {elapsed:?}");
+    // A line is the mean over the steps since the last one.
+    for (mean, losses) in of(&whole, "loss").iter().zip(of(&run, "loss").chunks(3)) {
+        let want = losses.iter().sum::<f64>() / 3.0;
+        assert!((mean - want).abs() <= 4.0 * f64::EPSILON * want, "a line says {mean}, its steps {losses:?}");
+    }
+}
+
+/// What training draws on the way is what `sample` draws from the same checkpoint: with the moving average.
+#[test]
+fn training_draws_what_its_checkpoint_draws() {
+    let folder = tempfile::tempdir().unwrap();
+    let (run, out) = (folder.path().join("run"), folder.path().join("out.png"));
+    ok(train(&run, 12).args(["--set", "learning_rate=0.02", "--set", "warmup_steps=0", "--set", "validate_every=0"]));
+    ok(ddpm().args(["sample", "--seed", "5", "--model"]).arg(&run).arg("--out").arg(&out));
+    let pixels = |path: &Path| image::open(path).unwrap().into_luma8().into_raw();
+    assert!(pixels(&out) == pixels(&run.join("samples/12.png")), "training and its checkpoint draw other images");
+}
+
+/// Each argument reaches the sampler: the program's images are those drawn by hand.
+#[test]
+fn the_arguments_of_sample_reach_the_sampler() {
+    let folder = tempfile::tempdir().unwrap();
+    let device = Device::cpu();
+    // The fixture's network under a process that is nobody's default.
+    let mut model = checkpoint::load(&device, &fixture("unet_rgb16")).unwrap();
+    let process = &mut model.config.diffusion;
+    (process.schedule, process.timesteps, process.variance) = (Kind::Cosine, 80, Variance::FixedSmall);
+    let zeros = vec![0.0; model.params.flat().len()];
+    let state = checkpoint::State { step: 1, params: &model.params, ema: &model.params, m: &zeros, v: &zeros };
+    let saved = checkpoint::save(folder.path(), &model.config, state).unwrap();
+    let (unet, _) = UNet::new(&model.config.model).unwrap();
+    let schedule = Schedule::new(Kind::Cosine, 80).unwrap();
+    let ddim = Method::Ddim { eta: 0.5 };
+    let mut seen: Vec<Vec<u8>> = Vec::new();
+    for (arguments, method, spacing, seed, labels) in [
+        ("--steps 5", Method::Ancestral(Variance::FixedSmall), Spacing::Even, 0, [0, 1]),
+        ("--steps 5 --seed 9", Method::Ancestral(Variance::FixedSmall), Spacing::Even, 9, [0, 1]),
+        ("--steps 5 --variance fixed_large", Method::Ancestral(Variance::FixedLarge), Spacing::Even, 0, [0, 1]),
+        ("--steps 5 --sampler ddim --eta 0.5", ddim, Spacing::Even, 0, [0, 1]),
+        ("--steps 5 --sampler ddim", Method::Ddim { eta: 0.0 }, Spacing::Even, 0, [0, 1]),
+        ("--steps 5 --sampler ddim --eta 0.5 --spacing leading", ddim, Spacing::Leading, 0, [0, 1]),
+        ("--steps 5 --class 7", Method::Ancestral(Variance::FixedSmall), Spacing::Even, 0, [7, 7]),
+    ] {
+        let out = folder.path().join("out.npz");
+        let mut command = ddpm();
+        command.args(["sample", "--count", "2"]).args(arguments.split(' ')).arg("--model").arg(&saved);
+        ok(command.arg("--out").arg(&out));
+        let mut arrays = ddpm_cuda::data::npy::parse_npz(&fs::read(&out).unwrap()).unwrap();
+        assert_eq!(arrays.pop().unwrap().1.to_i64().unwrap(), labels.map(i64::from), "{arguments}: labels");
+        let got = arrays.pop().unwrap().1.into_u8().unwrap();
+        let sampler = Sampler::new(&schedule, method, spacing, 5).unwrap();
+        let drawing = Drawing { device: &device, unet: &unet, params: &model.params, sampler: &sampler, seed };
+        assert!(got == drawing.images(2, Some(&labels), |_| Ok(())).unwrap(), "{arguments}: other images");
+        assert!(!seen.contains(&got), "{arguments}: makes no difference to this test");
+        seen.push(got);
+    }
+    // 61 steps are too many for a frame each: every second, and the last.
+    let out = folder.path().join("out.gif");
+    ok(ddpm().args(["sample", "--count", "1", "--steps", "61", "--model"]).arg(&saved).arg("--out").arg(&out));
+    let decoder = image::codecs::gif::GifDecoder::new(std::io::Cursor::new(fs::read(&out).unwrap())).unwrap();
+    assert_eq!(image::AnimationDecoder::into_frames(decoder).count(), 31);
 }
 
 /// The steps of the log's lines.

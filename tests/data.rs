@@ -342,6 +342,7 @@ fn idx_files_and_folders() {
         &folder.put("short", &images[..images.len() - 1]),
         "should hold 24 bytes for its extents 4x2x3, but 23 are there",
     );
+    refuses(&folder.put("long", &[&images[..], &[0]].concat()), "for its extents 4x2x3, but 25 are there");
     refuses(&folder.put("head", &images[..9]), "ends within its header, after 9 bytes");
     refuses(&folder.put("empty", &idx(&[0, 2, 3], &[])), "holds no images");
     refuses(&folder.put("floats", &[&[0, 0, 13, 3], &images[4..]].concat()), "holds IDX elements of type 0x0d");
@@ -553,4 +554,62 @@ fn a_note_says_no_more_than_was_done() {
         let want: Vec<String> = want.iter().map(|how| format!("2 images of 10x20x1 are {how}")).collect();
         assert_eq!(data::load(&mut config).unwrap().notes, want);
     }
+}
+
+#[test]
+fn labels_and_rows_go_with_their_images_on_both_sides_of_the_split() {
+    let folder = Folder::new();
+    // Image i is the bytes of i, its label i mod 7.
+    let body: Vec<u8> = (0..60u32).flat_map(|i| i.to_le_bytes()).collect();
+    let labels: Vec<u8> = (0..60).map(|i| i % 7).collect();
+    let arrays = [("images", npy("|u1", &[60, 2, 2], &body)), ("labels", npy("|u1", &[60], &labels))];
+    let mut config = open(&folder.put("a.npz", &npz(&arrays, zip::CompressionMethod::Stored)));
+    config.held_out = 0.3;
+    let data = data::load(&mut config).unwrap();
+    for set in [&data.train, &data.held_out] {
+        let place = |i: usize| u32::from_le_bytes(set.image(i).try_into().unwrap()) as usize;
+        let indices: Vec<usize> = (0..set.len()).rev().step_by(3).collect();
+        let (places, classes): (Vec<_>, Vec<_>) = indices.iter().map(|&i| (place(i), place(i) as u32 % 7)).unzip();
+        assert_eq!(set.rows(&indices), places);
+        assert_eq!(set.labels_of(&indices), Some(classes));
+        assert_eq!(set.labels().unwrap(), (0..set.len()).map(|i| place(i) as u32 % 7).collect::<Vec<_>>());
+        assert_eq!(set.images().pixels, body, "both sides read from all images");
+    }
+    assert_ne!(data.held_out.rows(&[0, 1, 2]), [0, 1, 2], "rows and indices are the same in this test");
+}
+
+/// A JPEG of `w` x `h` whose left half is white and right half black, with a segment 0xFFE1 of this content behind its start.
+fn jpeg_with(h: u32, w: u32, segment: &[u8]) -> Vec<u8> {
+    let pixels: Vec<u8> = (0..h * w).map(|i| if i % w < w / 2 { 255 } else { 0 }).collect();
+    let mut plain = Vec::new();
+    let encoder = image::codecs::jpeg::JpegEncoder::new_with_quality(&mut plain, 100);
+    image::ImageEncoder::write_image(encoder, &pixels, w, h, image::ExtendedColorType::L8).unwrap();
+    let length = (2 + segment.len() as u16).to_be_bytes();
+    [&plain[..2], &[0xFF, 0xE1], &length, segment, &plain[2..]].concat()
+}
+
+/// The end marker of a thumbnail within a segment is not the image's.
+#[test]
+fn a_jpeg_cut_short_behind_its_thumbnail_is_refused() {
+    let folder = Folder::new();
+    let whole = jpeg_with(16, 24, &[0xFF, 0xD8, 1, 2, 3, 0xFF, 0xD9]);
+    let path = folder.put("a.jpg", &whole);
+    assert_eq!(load(folder.path()).train.extent().to_string(), "16x24x1");
+    folder.put("a.jpg", &whole[..whole.len() - 2]);
+    let sentence = refusal(&mut open(folder.path()), &path);
+    assert!(sentence.contains("is not a whole PNG or JPEG image: it is cut short"), "{sentence}");
+}
+
+#[test]
+fn a_cameras_orientation_is_obeyed() {
+    let folder = Folder::new();
+    // Exif with one entry: tag 0x0112, a short, 6: turn a quarter clockwise to look at it.
+    let entry = [0x01, 0x12, 0, 3, 0, 0, 0, 1, 0, 6, 0, 0];
+    let exif = [&b"Exif\0\0MM\0*\0\0\0\x08\0\x01"[..], &entry, &[0; 4]].concat();
+    folder.put("a.jpg", &jpeg_with(16, 24, &exif));
+    let data = load(folder.path());
+    assert_eq!(data.train.extent().to_string(), "24x16x1");
+    // What was left is above.
+    let image = data.train.image(0);
+    assert!(image[..8 * 16].iter().all(|&v| v > 200) && image[16 * 16..].iter().all(|&v| v < 50), "{image:?}");
 }

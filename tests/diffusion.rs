@@ -244,6 +244,8 @@ fn spacings_keep_what_they_say() {
     let kept = |spacing: Spacing, timesteps, steps| spacing.timesteps(timesteps, steps).unwrap();
     assert_eq!(kept(Spacing::Even, 1000, 1), [999]);
     assert_eq!(kept(Spacing::Even, 1000, 2), [0, 999]);
+    // Steps of 166.5: halves go to the even neighbour.
+    assert_eq!(kept(Spacing::Even, 1000, 7), [0, 166, 333, 500, 666, 832, 999]);
     assert_eq!(kept(Spacing::Stride, 1000, 7), [0, 143, 286, 429, 572, 715, 858]);
     assert_eq!(kept(Spacing::Leading, 1000, 7), [0, 142, 284, 426, 568, 710, 852]);
     assert_eq!(kept(Spacing::Trailing, 1000, 4), [249, 499, 749, 999]);

@@ -30,6 +30,7 @@ fn an_image_depends_on_its_seed_index_and_class_alone() {
     }
     let fives = draw(1, &[5; 66]);
     for i in 0..66 {
+        assert!(fives[..i].iter().all(|other| *other != fives[i]), "image {i} of class 5 is one of those before it");
         assert_eq!(fives[i] == images[i], in_turn[i] == 5, "image {i}, of class 5 and of class {}", in_turn[i]);
     }
     assert_eq!(draw(1, &in_turn[..3]), images[..3], "the number of images changes them");

@@ -6,12 +6,13 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use ddpm_cuda::checkpoint;
+use ddpm_cuda::config::{Config, Model, Preset, Size};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::layout;
-use ddpm_cuda::params::{Layout, ParamGrads};
+use ddpm_cuda::params::{Init, Layout, ParamGrads, Params};
 use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::{Shape, Tensor};
-use ddpm_cuda::unet::UNet;
+use ddpm_cuda::unet::{DropoutSeed, UNet};
 use safetensors::SafeTensors;
 
 use support::{close_to_largest, same_bits, worst};
@@ -173,4 +174,112 @@ fn an_image_has_the_same_bits_in_any_batch() {
             same_bits(&format!("{batch:?}"), &together[place * image..][..image], &alone);
         }
     }
+}
+
+/// A network of one level and width 8 on 4x4 pixels without attention on the way, every parameter zero but those that [`masks_of`] sets.
+fn plain() -> Model {
+    let mut model = Config::preset(Preset::Mnist).model;
+    (model.image_size, model.widths, model.attention_resolutions) = (Size::square(4), vec![8], Vec::new());
+    (model.blocks_per_level, model.groups, model.dropout) = (1, 4, 0.5);
+    model
+}
+
+/// The network's output where residual block `plus` adds its dropout mask to what passes through and block `minus` subtracts its own,
+/// all other blocks passing it on: constant if there are no masks, or if both are the same.
+fn masks_of(plus: usize, minus: usize, masks: Option<DropoutSeed>) -> Vec<f32> {
+    let device = Device::cpu();
+    let (unet, specs) = UNet::new(&plain()).unwrap();
+    let mut params = Params::zeros(&device, specs.clone());
+    let mut set = |name: &str, value: &dyn Fn(usize) -> f32| {
+        let (p, _) = specs.iter().find(|(_, spec)| spec.name == name).unwrap_or_else(|| panic!("no {name}"));
+        params.get_mut(p).iter_mut().enumerate().for_each(|(i, v)| *v = value(i));
+    };
+    let blocks = [
+        "down_blocks.0.resnets.0",
+        "mid_block.resnets.0",
+        "mid_block.resnets.1",
+        "up_blocks.0.resnets.0",
+        "up_blocks.0.resnets.1",
+    ];
+    // The middle of a 3x3 kernel over 8 channels, from a channel to itself.
+    let identity = |i: usize| if i / 8 % 9 == 4 && i / 72 == i % 8 { 1.0 } else { 0.0 };
+    for (block, sign) in [(blocks[plus], 1.0), (blocks[minus], -1.0)] {
+        // silu(1) everywhere, dropped or not, through the convolution.
+        set(&format!("{block}.norm2.bias"), &|_| 1.0);
+        set(&format!("{block}.conv2.weight"), &|i| sign * identity(i));
+    }
+    // The way up takes [h, skip]: hand on h.
+    for block in &blocks[3..] {
+        set(&format!("{block}.conv_shortcut.weight"), &|i| if i / 16 == i % 16 { 1.0 } else { 0.0 });
+    }
+    set("conv_norm_out.weight", &|_| 1.0);
+    set("conv_out.weight", &|i| if i / 8 == 4 { 1.0 + i as f32 } else { 0.0 });
+    let x = Var::constant(Tensor::zeros(&device, Shape::new(1, 4, 4, 1)));
+    let mut tape = Tape::recording(&device, &params);
+    unet.forward(&mut tape, &x, &[7.0], None, masks).unwrap().data().to_vec()
+}
+
+#[test]
+fn every_block_and_step_drops_on_its_own_and_none_without_being_asked() {
+    let masks = Some(DropoutSeed { seed: 5, step: 3 });
+    for plus in 0..5 {
+        for minus in plus + 1..5 {
+            let y = masks_of(plus, minus, masks);
+            assert!(y.iter().any(|v| *v != y[0]), "blocks {plus} and {minus} have the same masks, or none");
+            for other in [DropoutSeed { seed: 6, step: 3 }, DropoutSeed { seed: 5, step: 4 }] {
+                assert_ne!(masks_of(plus, minus, Some(other)), y, "{other:?} has the masks of {masks:?}");
+            }
+            assert!(masks_of(plus, minus, None).iter().all(|v| *v == 0.0), "dropout without being asked");
+        }
+    }
+}
+
+/// Counted by hand for [`plain`] with attention at its only level (the middle always has it), width 8, 16 pixels, 32 time features.
+#[test]
+fn costs_are_those_counted_by_hand() {
+    let model = Model { attention_resolutions: vec![4], ..plain() };
+    let (unet, specs) = UNet::new(&model).unwrap();
+    let costs = unet.costs(&specs, 4, 4);
+    let cost = |place: &str| costs.iter().find(|c| c.place == place).unwrap_or_else(|| panic!("no cost of {place}"));
+    let of = |place: &str| (cost(place).params, cost(place).flops, cost(place).saved);
+    // Weights, two operations for each and each pixel; numbers kept, four bytes each.
+    let conv = |c_in: usize, c_out: usize, k: usize| k * k * c_in * c_out;
+    let flops = |weights: usize, pixels: usize| 2 * (weights * pixels) as u64;
+    assert_eq!(of("conv_in"), (conv(1, 8, 3) + 8, flops(72, 16), 4 * 16));
+    let linear = 8 * 32 + 32 * 32;
+    assert_eq!(of("time_embedding"), (linear + 32 + 32, flops(linear, 1), 4 * (8 + 4 * 32)));
+    // norm1, conv1, time projection, norm2, conv2; input, activation, and both again behind conv1.
+    let block = |c_in: usize| {
+        (
+            2 * c_in + conv(c_in, 8, 3) + 8 + 32 * 8 + 8 + 16 + conv(8, 8, 3) + 8,
+            flops(conv(c_in, 8, 3) + conv(8, 8, 3), 16) + flops(256, 1),
+        )
+    };
+    assert_eq!(of("down_blocks.0.resnets.0"), (block(8).0, block(8).1, 4 * 16 * 32));
+    // The concatenation of 16 channels needs a shortcut.
+    let (params, operations) = (block(16).0 + conv(16, 8, 1) + 8, block(16).1 + flops(128, 16));
+    assert_eq!(of("up_blocks.0.resnets.1"), (params, operations, 4 * 16 * 48));
+    // Norm, q, k, v, projection; two products of 16 x 16 scores with 8 channels; input, norm, q, k, v, y.
+    let attention = (16 + 4 * 72, flops(4 * 64, 16) + 2 * flops(16 * 16 * 8, 1), 4 * 16 * 48);
+    assert_eq!(of("mid_block.attentions.0"), attention);
+    assert_eq!(of("down_blocks.0.attentions.0"), attention);
+    assert_eq!(of("conv_out"), (16 + 72 + 1, flops(72, 16), 4 * 16 * 16));
+    assert_eq!(costs.iter().map(|c| c.params).sum::<usize>(), specs.count(), "parameters in no part's cost");
+}
+
+/// What the paper starts at almost nothing: the last layer of each branch and of the network.
+#[test]
+fn the_last_layers_start_at_almost_zero_and_no_others() {
+    let (_, specs) = UNet::new(&Config::preset(Preset::Cifar10).model).unwrap();
+    let mut seen = [0, 0];
+    for (_, spec) in specs.iter() {
+        if let Init::FanAvg { scale } = spec.init {
+            let last = [".conv2.weight", ".to_out.0.weight", "conv_out.weight"].iter().any(|n| spec.name.ends_with(n));
+            assert_eq!(scale, if last { 1e-10 } else { 1.0 }, "{}", spec.name);
+            seen[usize::from(last)] += 1;
+        }
+    }
+    // 22 residual blocks, 6 of attention, the output.
+    assert_eq!(seen[1], 22 + 6 + 1);
+    assert!(seen[0] > 22);
 }

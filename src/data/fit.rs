@@ -105,6 +105,17 @@ mod tests {
         assert!(inner.iter().all(|&v| (120..=135).contains(&v)), "{inner:?}");
     }
 
+    /// The filter's negative lobes make an edge overshoot; linear filters and those of one lobe stay between its sides.
+    #[test]
+    fn an_edge_overshoots_as_with_lanczos() {
+        let image: Vec<u8> = (0..32 * 32).map(|i| if i % 32 < 15 { 50 } else { 200 }).collect();
+        for side in [16, 48] {
+            let out = fit(&image, extent(32, 32, 1), extent(side, side, 1));
+            let (least, most) = (out.iter().min().unwrap(), out.iter().max().unwrap());
+            assert!(*least < 47 && *most > 203, "from {least} to {most} at side {side}");
+        }
+    }
+
     #[test]
     fn grey_and_colour() {
         assert_eq!(fit(&[7, 9], extent(1, 2, 1), extent(1, 2, 3)), [7, 7, 7, 9, 9, 9]);

@@ -126,6 +126,9 @@ fn by_tape(case: Case, data: &Data<f32>, method: Method, passes: usize) -> Resul
     let ys = case.geometry.output(case.x, case.w);
     let tensor = |shape, x: &[f32]| Tensor::from_slice(&device, shape, x);
     let mut param_grads = ParamGrads::new(&device, params.specs());
+    // What earlier steps left behind is stale: it must be overwritten, not added to.
+    param_grads.finish(params.specs()).fill(f32::NAN);
+    param_grads.reset();
     let mut results = None;
     for _ in 0..passes {
         let mut tape = Tape::recording(&device, &params);

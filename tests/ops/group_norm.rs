@@ -107,6 +107,25 @@ fn large_mean_small_variance_keeps_digits() {
     }
 }
 
+/// There the f32 reference loses the digits itself, so its errors are no yardstick. Derived: `x - mean` and the differences
+/// within a strip are exact (numbers within a factor of two), so a strip's sums of up to `strip` differences err by `strip` roundings
+/// of the largest, at most twice the deviation; this moves the mean and the deviation by as much. Eight roundings for the rest.
+#[test]
+fn a_large_mean_costs_no_more_than_the_sums_of_a_strip() {
+    for case in CASES {
+        let case = Case::new(case, Identity, 100.0, 0.01);
+        let strip = (4096 / case.shape.c).max(64).min(case.shape.pixels());
+        let (want, got) = (case.oracle().0, case.pass(1));
+        for (i, (&want, &got)) in want[0].iter().zip(&got.y).enumerate() {
+            let (gamma, beta) = (case.gamma[i % case.shape.c], case.beta[i % case.shape.c]);
+            let scaled = gamma.abs() + (want - beta).abs();
+            let budget = (2 * strip + 8) as f64 * F32_ROUNDING * (2.0 * scaled + beta.abs());
+            let error = (f64::from(got) - want).abs();
+            assert!(error <= budget, "{}: element {i} is {got}, expected {want} +- {budget:e}", case.shape);
+        }
+    }
+}
+
 #[test]
 fn the_reference_agrees_with_finite_differences() {
     for ((shape, groups), activation) in [

@@ -37,6 +37,9 @@ fn by_tape((shape, c_out): (Shape, usize), plain: bool, level: Level, passes: us
     params.get_mut(weight).copy_from_slice(&w);
     params.get_mut(bias).copy_from_slice(&b);
     let mut param_grads = ParamGrads::new(&device, params.specs());
+    // What earlier steps left behind is stale: it must be overwritten, not added to.
+    param_grads.finish(params.specs()).fill(f32::NAN);
+    param_grads.reset();
     let mut results = None;
     for _ in 0..passes {
         let mut tape = Tape::recording(&device, &params);

@@ -75,6 +75,7 @@ fn noise_is_the_samples_own() {
         let y_i = Tensor::from_slice(&device, one, &y.data()[own.clone()]);
         same_bits("x_{t-1}", sample_step(&device, &x_i, &y_i, &step, alone).data(), &all.data()[own]);
     }
+    assert!((0..1000).all(|t| SAMPLES.noise(t).image(0) != SAMPLES.start().image(0)), "x_T is drawn apart");
     let other = sample_step(&device, &x, &y, &Step { t: step.t + 1, ..step }, SAMPLES);
     assert!(other.data().iter().zip(all.data()).all(|(a, b)| a != b), "every timestep has its own noise");
 }
