@@ -283,3 +283,34 @@ fn the_last_layers_start_at_almost_zero_and_no_others() {
     assert_eq!(seen[1], 22 + 6 + 1);
     assert!(seen[0] > 22);
 }
+
+/// With an epsilon that dwarfs every variance, normalised values all but vanish, and with them what gammas have to say.
+#[test]
+fn every_norm_has_the_models_epsilon() {
+    let device = Device::cpu_guarded();
+    let golden = Golden::read("unet_rgb16");
+    let loaded = checkpoint::load(&device, &fixture("unet_rgb16")).unwrap();
+    let (unet, specs) = UNet::new(&Model { norm_eps: 1e12, ..loaded.config.model }).unwrap();
+    let (shape, x) = golden.images("x");
+    let t = vec![7.0; shape.n];
+    let mut tape = Tape::recording(&device, &loaded.params);
+    let x = tape.leaf(Tensor::from_slice(&device, shape, &x));
+    let y = unet.forward(&mut tape, &x, &t, golden.labels().as_deref(), None).unwrap();
+    let mut grads = ParamGrads::new(&device, &specs);
+    tape.backward(&y, Tensor::from_slice(&device, shape, &vec![1.0; shape.len()]), &mut grads).unwrap();
+    let flat = grads.finish(&specs);
+    let largest = |name: &str| {
+        let (p, _) = specs.iter().find(|(_, spec)| spec.name == name).unwrap();
+        flat[specs.range(p)].iter().fold(0.0, |m: f32, v| m.max(v.abs()))
+    };
+    let is_norm = |name: &str| name.split('.').any(|part| part.contains("norm"));
+    let names = specs.iter().filter_map(|(_, spec)| spec.name.strip_suffix(".weight").filter(|n| is_norm(n)));
+    let mut norms = 0;
+    for name in names {
+        let (gamma, beta) = (largest(&format!("{name}.weight")), largest(&format!("{name}.bias")));
+        // Values about a thousand at most, a millionth of that after normalisation, and as much again for sums that cancel in beta's.
+        assert!(beta > 0.0 && gamma < 1e-2 * beta, "{name}: gamma's gradient {gamma:e} beside beta's {beta:e}");
+        norms += 1;
+    }
+    assert!(norms > 20, "only {norms} norms found");
+}
