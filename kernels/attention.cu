@@ -5,8 +5,8 @@
 //                 dq_i = sum_j dS_ij k_j,  dk_j = sum_i dS_ij q_i,  dv_j = sum_i P_ij dy_i.
 // Passes          fwd;  bwd_q (leaves delta), then bwd_kv. The backward passes compute S again: 7 products of tokens x tokens x d where a matrix in
 //                 memory would need 5, and no atomics.
-// Layout          q, k, v, y and their gradients (n, tokens, c), head e at channels e d .. e d + d. rows (n, heads, 2, tokens) f32: m log2 e, then r.
-//                 delta (n, heads, tokens) f32.
+// Layout          q, k, v, y and their gradients (n, tokens, c), head e at channels e d .. e d + d; lost like y, in bf16 only: what rounding took from y.
+//                 rows (n, heads, 2, tokens) f32: m log2 e, then r. delta (n, heads, tokens) f32.
 // Mapping         Block = one (image, head) and 64 tokens as rows (32 where d > 256), 8 warps; warp = 8 rows (4). It walks over the other tokens, the columns, 64 at
 //                 a time. Products of tokens: a lane has 4 rows and every 16th (32nd) column, 4 (2) of them. Sums over columns: the same 4 rows and
 //                 d/16 (d/32) channels in vectors of 4. So a row's statistics stay with its 16 (32) lanes, and no result passes from warp to warp.
@@ -18,6 +18,8 @@
 //                 d and tensors are aligned to 4 elements; rows and delta come from the forward pass and from bwd_q on the same tensors.
 // Numerics        f32 sums over the channels, and over the columns in order. The row's largest score so far is taken off before each exponential, and what was
 //                 summed before is scaled down when it grows (Milakov and Gimelshein 2018; Dao et al. 2022). The exponential is the hardware's 2^x, 2 ulp.
+//                 delta from y alone would carry y's bf16 rounding, the same for all columns of a row, into sums whose terms nearly cancel (100 times one output
+//                 rounding seen in dq): hence `lost`, with which it errs by 2^-17.
 //                 m and r are two numbers: the log-sum-exp m - log r would lose digits of r when m is large. The same bits at every repetition, batch and schedule.
 #include "dtype.cuh"
 #include "reduce.cuh"
@@ -62,25 +64,27 @@ __device__ __forceinline__ Pair pair_of(unsigned pair, unsigned tokens, unsigned
     return Pair{size_t(image) * tokens * c + size_t(head) * d, size_t(pair) * tokens, tokens, d, c, vec};
 }
 
-// Tokens first .. first + COUNT, channels from .. from + WIDE of x to rows of `pitch` in shared memory, zero where there are none.
-template <unsigned COUNT, unsigned WIDE, class T>
-__device__ __forceinline__ void stage(float* to, unsigned pitch, const T* x, const Pair& pair, unsigned first, unsigned from) {
+// Tokens first .. first + COUNT, channels from .. from + WIDE of x to rows of PITCH_OUT floats in shared memory, zero where there are none.
+template <unsigned COUNT, unsigned WIDE, unsigned PITCH_OUT, class T>
+__device__ __forceinline__ void stage(float* to, const T* x, const Pair& pair, unsigned first, unsigned from) {
     x += pair.at + size_t(first) * pair.stride + from;
     // How many of them there are.
     const unsigned rows = first < pair.tokens ? min(pair.tokens - first, COUNT) : 0, channels = min(pair.d - from, WIDE);
     if (pair.vec) {
-#pragma unroll 4
-        for (unsigned i = threadIdx.x; i < COUNT * WIDE / 4; i += THREADS) {
-            const unsigned row = i / (WIDE / 4), channel = i % (WIDE / 4) * 4;
-            const bool live = row < rows && channel < channels;
-            store4(to + row * pitch + channel, live ? load4(x + size_t(row) * pair.stride + channel) : make_float4(0, 0, 0, 0));
-        }
+        // A thread has the same 4 channels in every row of its own.
+        constexpr unsigned STEP = THREADS / (WIDE / 4);
+        const unsigned row = threadIdx.x / (WIDE / 4), channel = threadIdx.x % (WIDE / 4) * 4, mine = channel < channels ? rows : 0;
+        x += size_t(row) * pair.stride + channel;
+        to += row * PITCH_OUT + channel;
+#pragma unroll
+        for (unsigned i = 0; i < COUNT / STEP; ++i)
+            store4(to + i * STEP * PITCH_OUT, row + i * STEP < mine ? load4(x + i * STEP * size_t(pair.stride)) : make_float4(0, 0, 0, 0));
     } else {
 #pragma unroll 1
         for (unsigned i = threadIdx.x; i < COUNT * WIDE; i += THREADS) {
             const unsigned row = i / WIDE, channel = i % WIDE;
             const bool live = row < rows && channel < channels;
-            to[row * pitch + channel] = live ? load(x + size_t(row) * pair.stride + channel) : 0;
+            to[row * PITCH_OUT + channel] = live ? load(x + size_t(row) * pair.stride + channel) : 0;
         }
     }
 }
@@ -99,8 +103,8 @@ __device__ __forceinline__ void product(float (&s)[4][Cut<D>::EACH], Shared<D>& 
 #pragma unroll
         for (unsigned j = 0; j < C::EACH; ++j) s[r][j] = 0;
     for (unsigned from = 0; from < pair.d; from += DEPTH) {
-        stage<C::ROWS, DEPTH>(shared.factors, PITCH, a, pair, first_row, from);
-        stage<COLUMNS, DEPTH>(columns, PITCH, b, pair, first_column, from);
+        stage<C::ROWS, DEPTH, PITCH>(shared.factors, a, pair, first_row, from);
+        stage<COLUMNS, DEPTH, PITCH>(columns, b, pair, first_column, from);
         __syncthreads(); // the channels staged above are read below
         if (active) {
             // Channels beyond d are zero, up to a multiple of 4.
@@ -140,7 +144,7 @@ __device__ __forceinline__ void accumulate(float (&acc)[4][Cut<D>::WIDTH], Share
         store4(mine + (j * C::LANES + lane % C::LANES) * C::WARP_ROWS, make_float4(w[0][j], w[1][j], w[2][j], w[3][j]));
     const unsigned count = min(pair.tokens - first_column, COLUMNS);
     for (unsigned from = 0; from < count; from += C::TOGETHER) {
-        stage<C::TOGETHER, D>(shared.factors, D, x, pair, first_column + from, 0);
+        stage<C::TOGETHER, D, D>(shared.factors, x, pair, first_column + from, 0);
         __syncthreads(); // the columns staged above, and the weights, are read below
         if (active) {
             const float* row = shared.factors + C::VEC * (lane % C::LANES);
@@ -206,6 +210,9 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
+// exp(S - m) of a score before its scale. Fused: the product is as exact as m, whose rounding cancels between P and r.
+__device__ __forceinline__ float exponential(float s, float scale_log2, float m_log2) { return exp2_fast(fmaf(s, scale_log2, -m_log2)); }
+
 // Sum over the lanes that have the same rows; each of them gets it.
 template <unsigned LANES>
 __device__ __forceinline__ float sum_row(float v) {
@@ -221,8 +228,17 @@ __device__ __forceinline__ float max_row(float v) {
     return v;
 }
 
+// v as T holds it.
+template <class T>
+__device__ __forceinline__ float rounded(float v) {
+    T there;
+    store(&there, v);
+    return load(&there);
+}
+
+// `lost` takes what rounding to bf16 takes from y; null where nobody wants it, and in f32.
 template <unsigned D, class T>
-__device__ __forceinline__ void fwd(T* y, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads,
+__device__ __forceinline__ void fwd(T* y, T* lost, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads,
                                     float scale_log2, unsigned vec) {
     using C = Cut<D>;
     __shared__ alignas(16) Shared<D> shared;
@@ -243,15 +259,17 @@ __device__ __forceinline__ void fwd(T* y, float* rows, const T* q, const T* k, c
         float p[4][C::EACH];
         product<D>(p, shared, q, k, pair, first, column, active);
         if (active) {
+            if (column + COLUMNS > tokens) {
+                // A column beyond the last has probability 0.
+#pragma unroll
+                for (unsigned j = 0; j < C::EACH; ++j)
+                    if (column + j * C::LANES + lane % C::LANES >= tokens) p[0][j] = p[1][j] = p[2][j] = p[3][j] = -INFINITY;
+            }
 #pragma unroll
             for (unsigned r = 0; r < 4; ++r) {
-                float largest = -INFINITY;
+                float largest = p[r][0];
 #pragma unroll
-                for (unsigned j = 0; j < C::EACH; ++j) {
-                    // A column beyond the last has probability 0.
-                    if (column + j * C::LANES + lane % C::LANES >= tokens) p[r][j] = -INFINITY;
-                    largest = fmaxf(largest, p[r][j]);
-                }
+                for (unsigned j = 1; j < C::EACH; ++j) largest = fmaxf(largest, p[r][j]);
                 // The scale is positive, so the largest stays the largest.
                 const float before = m[r];
                 m[r] = fmaxf(before, max_row<C::LANES>(largest) * scale_log2);
@@ -261,7 +279,7 @@ __device__ __forceinline__ void fwd(T* y, float* rows, const T* q, const T* k, c
                 for (unsigned u = 0; u < C::WIDTH; ++u) acc[r][u] *= shrink;
 #pragma unroll
                 for (unsigned j = 0; j < C::EACH; ++j) {
-                    p[r][j] = exp2_fast(fmaf(p[r][j], scale_log2, -m[r]));
+                    p[r][j] = exponential(p[r][j], scale_log2, m[r]);
                     l[r] += p[r][j];
                 }
             }
@@ -278,12 +296,20 @@ __device__ __forceinline__ void fwd(T* y, float* rows, const T* q, const T* k, c
         }
     }
     store_rows<D>(y, acc, l, pair, row);
+    if (sizeof(T) < sizeof(float) && lost) {
+        const float one[4] = {1, 1, 1, 1};
+#pragma unroll
+        for (unsigned r = 0; r < 4; ++r)
+#pragma unroll
+            for (unsigned u = 0; u < C::WIDTH; ++u) acc[r][u] = acc[r][u] * l[r] - rounded<T>(acc[r][u] * l[r]);
+        store_rows<D>(lost, acc, one, pair, row);
+    }
 }
 
 // Rows are queries. Leaves delta too.
 template <unsigned D, class T>
-__device__ __forceinline__ void bwd_q(T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* dy, const float* rows,
-                                      unsigned tokens, unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {
+__device__ __forceinline__ void bwd_q(T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy,
+                                      const float* rows, unsigned tokens, unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {
     using C = Cut<D>;
     __shared__ alignas(16) Shared<D> shared;
     const unsigned blocks = (tokens - 1) / C::ROWS + 1;
@@ -300,7 +326,8 @@ __device__ __forceinline__ void bwd_q(T* dq, float* delta, const T* q, const T* 
             m[r] = rows[2 * pair.of_row + row + r];
             r_scaled[r] = rows[2 * pair.of_row + tokens + row + r] * scale;
             const size_t at = pair.at + size_t(row + r) * c;
-            for (unsigned u = lane % C::LANES; u < pair.d; u += C::LANES) mean[r] = fmaf(load(dy + at + u), load(y + at + u), mean[r]);
+            for (unsigned u = lane % C::LANES; u < pair.d; u += C::LANES)
+                mean[r] = fmaf(load(dy + at + u), load(y + at + u) + (lost ? load(lost + at + u) : 0), mean[r]);
         }
 #pragma unroll
         for (unsigned u = 0; u < C::WIDTH; ++u) acc[r][u] = 0;
@@ -321,7 +348,7 @@ __device__ __forceinline__ void bwd_q(T* dq, float* delta, const T* q, const T* 
         for (unsigned r = 0; r < 4; ++r)
 #pragma unroll
             for (unsigned j = 0; j < C::EACH; ++j)
-                ds[r][j] = exp2_fast(fmaf(p[r][j], scale_log2, -m[r])) * r_scaled[r] * (ds[r][j] - mean[r]);
+                ds[r][j] = exponential(p[r][j], scale_log2, m[r]) * r_scaled[r] * (ds[r][j] - mean[r]);
         accumulate<D>(acc, shared, ds, k, pair, column, active);
     }
     if (!active) return;
@@ -360,7 +387,7 @@ __device__ __forceinline__ void bwd_kv(T* dk, T* dv, const T* q, const T* k, con
             const float mean = live ? delta[pair.of_row + query] : 0;
 #pragma unroll
             for (unsigned r = 0; r < 4; ++r) {
-                p[r][j] = exp2_fast(fmaf(p[r][j], scale_log2, -m)) * r_query;
+                p[r][j] = exponential(p[r][j], scale_log2, m) * r_query;
                 ds[r][j] = p[r][j] * (ds[r][j] - mean);
             }
         }
@@ -375,13 +402,14 @@ __device__ __forceinline__ void bwd_kv(T* dk, T* dv, const T* q, const T* k, con
 
 #define ENTRY(D, suffix, T)                                                                                                                      \
     extern "C" __global__ void __launch_bounds__(256) attention_fwd_d##D##_##suffix(                                                             \
-        T* y, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads, float scale_log2, unsigned vec) {    \
-        fwd<D>(y, rows, q, k, v, tokens, c, heads, scale_log2, vec);                                                                             \
+        T* y, T* lost, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads, float scale_log2,           \
+        unsigned vec) {    \
+        fwd<D>(y, lost, rows, q, k, v, tokens, c, heads, scale_log2, vec);                                                                             \
     }                                                                                                                                            \
     extern "C" __global__ void __launch_bounds__(256) attention_bwd_q_d##D##_##suffix(                                                           \
-        T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* dy, const float* rows, unsigned tokens, unsigned c,        \
-        unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                           \
-        bwd_q<D>(dq, delta, q, k, v, y, dy, rows, tokens, c, heads, scale, scale_log2, vec);                                                     \
+        T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy, const float* rows, unsigned tokens, \
+        unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                           \
+        bwd_q<D>(dq, delta, q, k, v, y, lost, dy, rows, tokens, c, heads, scale, scale_log2, vec);                                                     \
     }                                                                                                                                            \
     extern "C" __global__ void __launch_bounds__(256) attention_bwd_kv_d##D##_##suffix(                                                          \
         T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* rows, const float* delta, unsigned tokens, unsigned c,       \
