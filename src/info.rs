@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use crate::checkpoint;
 use crate::config::{Config, Preset};
-use crate::device::Device;
+use crate::device::{Device, cuda};
 use crate::error::Result;
+use crate::kernels;
 use crate::say;
 use crate::train::memory_needed;
 use crate::unet::{Cost, UNet};
@@ -57,9 +58,23 @@ pub fn run(args: &Args) -> Result<()> {
         "training with batch {}: {:.1} GFLOP a step, about {:.2} GiB of memory",
         config.batch,
         3.0 * flops as f64 * config.batch as f64 / 1e9,
-        memory_needed(&config, &unet, &specs) as f64 / f64::from(1 << 30)
+        memory_needed(&config, &unet, &specs, &Device::cpu()) as f64 / f64::from(1 << 30)
     );
     say!("devices: {}", Device::cpu());
+    for gpu in cuda::devices()? {
+        let (major, minor) = gpu.capability;
+        say!(
+            "         cuda:{} {}, compute capability {major}.{minor}, {:.1} GiB",
+            gpu.number,
+            gpu.name,
+            gpu.memory as f64 / f64::from(1 << 30)
+        );
+    }
+    say!("driver: {}", cuda::driver_version()?.map_or("none".into(), |version| format!("CUDA {version}")));
+    match kernels::COMPILER {
+        Some(version) => say!("kernels: {}, compiled by CUDA {version}", kernels::ALL.len()),
+        None => say!("kernels: none, built without a CUDA compiler"),
+    }
     Ok(())
 }
 
