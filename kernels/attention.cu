@@ -1,26 +1,26 @@
-// Attention of every token over all tokens of its image, one head or several, without a token x token matrix in memory: y and dq, dk, dv.
+// attention: every token over all tokens of its image, one head or several, without a token x token matrix in memory, and its gradients.
 //
-// Computes        S_ij = q_i . k_j / sqrt(d),  P_ij = exp(S_ij - m_i) r_i  with m_i = max_j S_ij, r_i = 1 / sum_j exp(S_ij - m_i);  y_i = sum_j P_ij v_j.
-//                 dP_ij = dy_i . v_j,  delta_i = sum_j P_ij dP_ij = dy_i . y_i,  dS_ij = P_ij (dP_ij - delta_i) / sqrt(d);
-//                 dq_i = sum_j dS_ij k_j,  dk_j = sum_i dS_ij q_i,  dv_j = sum_i P_ij dy_i.
-// Passes          fwd;  bwd_q (leaves delta), then bwd_kv. The backward passes compute S again: 7 products of tokens x tokens x d where a matrix in
-//                 memory would need 5, and no atomics.
-// Layout          q, k, v, y and their gradients (n, tokens, c), head e at channels e d .. e d + d; lost like y, in bf16 only: what rounding took from y.
-//                 rows (n, heads, 2, tokens) f32: m log2 e, then r. delta (n, heads, tokens) f32.
-// Mapping         Block = one (image, head) and 64 tokens as rows (32 where d > 256), 8 warps; warp = 8 rows (4). It walks over the other tokens, the columns, 64 at
-//                 a time. Products of tokens: a lane has 4 rows and every 16th (32nd) column, 4 (2) of them. Sums over columns: the same 4 rows and
-//                 d/16 (d/32) channels in vectors of 4. So a row's statistics stay with its 16 (32) lanes, and no result passes from warp to warp.
-//                 Compiled for d up to 32, 64, 128, 256, 512.
-// Shared          at most 34 KiB. `factors` (18 KiB): 32 channels of the rows and of the columns, rows of 36 floats so that 8 lanes reading 16 bytes each
-//                 of neighbouring rows meet no bank twice; or up to 64 columns in full. `weights` (16 KiB): P or dS of each warp, by column.
-// Bound by        f32 FMA: 64 (32) of them per 8 (6) 16-byte shared reads in the products, 64 per 5 in the sums at d = 256.
-// Host guarantees tokens, c < 2^31; heads * d = c; grid n heads ceil(tokens / rows); scale_log2 = log2 e / sqrt(d), scale = 1 / sqrt(d); vec only where 4 divides
-//                 d and tensors are aligned to 4 elements; rows and delta come from the forward pass and from bwd_q on the same tensors.
-// Numerics        f32 sums over the channels, and over the columns in order. The row's largest score so far is taken off before each exponential, and what was
-//                 summed before is scaled down when it grows (Milakov and Gimelshein 2018; Dao et al. 2022). The exponential is the hardware's 2^x, 2 ulp.
-//                 delta from y alone would carry y's bf16 rounding, the same for all columns of a row, into sums whose terms nearly cancel (100 times one output
-//                 rounding seen in dq): hence `lost`, with which it errs by 2^-17.
-//                 m and r are two numbers: the log-sum-exp m - log r would lose digits of r when m is large. The same bits at every repetition, batch and schedule.
+// computes   S_ij = q_i . k_j / sqrt(d), m_i = max_j S_ij, r_i = 1 / sum_j exp(S_ij - m_i), P_ij = exp(S_ij - m_i) r_i, y_i = sum_j P_ij v_j;
+//            dP_ij = dy_i . v_j, delta_i = sum_j P_ij dP_ij = dy_i . y_i, dS_ij = P_ij (dP_ij - delta_i) / sqrt(d);
+//            dq_i = sum_j dS_ij k_j, dk_j = sum_i dS_ij q_i, dv_j = sum_i P_ij dy_i
+//            in passes: fwd; bwd_q, which leaves delta, then bwd_kv. Both compute S and dP: 7 products of tokens x tokens x d where 5 would do with
+//            a matrix in memory or atomics
+// layout     q, k, v, y and gradients (n, tokens, c), head e at channels e d .. e d + d: f32 or bf16. lost, like y, in bf16 only: what rounding took from
+//            y. rows (n, heads, 2, tokens) f32: m log2 e, then r. delta (n, heads, tokens) f32
+// mapping    block = one (image, head) and 64 tokens as rows (32 if d > 256), 8 warps; warp = 8 rows (4). It walks over all tokens as columns, 64 at a time.
+//            Products: a lane has 4 rows and every 16th (32nd) column, 4 (2) in all. Sums over columns: the same 4 rows and d/16 (d/32) channels in
+//            vectors of 4. So a row's statistics stay with its 16 (32) lanes, and no result passes from warp to warp
+//            compiled for d up to 32, 64, 128, 256, 512
+// shared     at most 34 KiB. factors (18 KiB): 32 channels of the rows and of the columns, in rows of 36 floats, so that 8 lanes reading 16 bytes each of
+//            neighbouring rows meet no bank twice; or some columns in full. weights (16 KiB): P or dS of each warp, by column
+// bound by   f32 arithmetic: in the products 64 (32) FMAs for 8 (6) 16-byte reads of shared memory, in the sums 64 for 5 where d = 256
+// host       heads d = c; grid n heads ceil(tokens / rows); scale = 1 / sqrt(d), scale_log2 = log2 e / sqrt(d); vec only if 4 divides d; tensors start on
+//            256-byte boundaries; rows, delta and lost come from the earlier passes over the same tensors
+// numerics   f32 sums over the channels, and over the columns in order. The row's largest score so far is taken off before each exponential, and what
+//            has been summed is scaled down when it grows (Milakov and Gimelshein 2018; Dao et al. 2022). 2^x is the hardware's, good to 2 ulp.
+//            m and r are two numbers: the log-sum-exp m - log r would lose digits of r when m is large. delta from y alone would carry y's bf16
+//            rounding, one for all columns of a row, into sums whose terms nearly cancel (100 output roundings seen in dq): hence lost, with which delta errs by
+//            2^-18. The same bits at every repetition, for any batch
 #include "dtype.cuh"
 #include "reduce.cuh"
 
@@ -400,25 +400,77 @@ __device__ __forceinline__ void bwd_kv(T* dk, T* dv, const T* q, const T* k, con
     store_rows<D>(dk, acc_k, scales, pair, row);
 }
 
-#define ENTRY(D, suffix, T)                                                                                                                      \
-    extern "C" __global__ void __launch_bounds__(256) attention_fwd_d##D##_##suffix(                                                             \
-        T* y, T* lost, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads, float scale_log2,           \
-        unsigned vec) {    \
-        fwd<D>(y, lost, rows, q, k, v, tokens, c, heads, scale_log2, vec);                                                                             \
-    }                                                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(256) attention_bwd_q_d##D##_##suffix(                                                           \
-        T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy, const float* rows, unsigned tokens, \
-        unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                           \
-        bwd_q<D>(dq, delta, q, k, v, y, lost, dy, rows, tokens, c, heads, scale, scale_log2, vec);                                                     \
-    }                                                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(256) attention_bwd_kv_d##D##_##suffix(                                                          \
-        T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* rows, const float* delta, unsigned tokens, unsigned c,       \
-        unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                           \
-        bwd_kv<D>(dk, dv, q, k, v, dy, rows, delta, tokens, c, heads, scale, scale_log2, vec);                                                   \
+// Spelled out, since the table of entries is read from this text.
+#define ENTRY(suffix, T)                                                                                                                                 \
+    extern "C" __global__ void __launch_bounds__(256) attention_fwd_d32_##suffix(                                                                        \
+        T* y, T* lost, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads, float scale_log2, unsigned vec) {   \
+        fwd<32>(y, lost, rows, q, k, v, tokens, c, heads, scale_log2, vec);                                                                              \
+    }                                                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) attention_bwd_q_d32_##suffix(                                                                      \
+        T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy, const float* rows, unsigned tokens,             \
+        unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                       \
+        bwd_q<32>(dq, delta, q, k, v, y, lost, dy, rows, tokens, c, heads, scale, scale_log2, vec);                                                      \
+    }                                                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) attention_bwd_kv_d32_##suffix(                                                                     \
+        T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* rows, const float* delta, unsigned tokens, unsigned c,               \
+        unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                                   \
+        bwd_kv<32>(dk, dv, q, k, v, dy, rows, delta, tokens, c, heads, scale, scale_log2, vec);                                                          \
+    }                                                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) attention_fwd_d64_##suffix(                                                                        \
+        T* y, T* lost, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads, float scale_log2, unsigned vec) {   \
+        fwd<64>(y, lost, rows, q, k, v, tokens, c, heads, scale_log2, vec);                                                                              \
+    }                                                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) attention_bwd_q_d64_##suffix(                                                                      \
+        T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy, const float* rows, unsigned tokens,             \
+        unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                       \
+        bwd_q<64>(dq, delta, q, k, v, y, lost, dy, rows, tokens, c, heads, scale, scale_log2, vec);                                                      \
+    }                                                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) attention_bwd_kv_d64_##suffix(                                                                     \
+        T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* rows, const float* delta, unsigned tokens, unsigned c,               \
+        unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                                   \
+        bwd_kv<64>(dk, dv, q, k, v, dy, rows, delta, tokens, c, heads, scale, scale_log2, vec);                                                          \
+    }                                                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) attention_fwd_d128_##suffix(                                                                       \
+        T* y, T* lost, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads, float scale_log2, unsigned vec) {   \
+        fwd<128>(y, lost, rows, q, k, v, tokens, c, heads, scale_log2, vec);                                                                             \
+    }                                                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) attention_bwd_q_d128_##suffix(                                                                     \
+        T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy, const float* rows, unsigned tokens,             \
+        unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                       \
+        bwd_q<128>(dq, delta, q, k, v, y, lost, dy, rows, tokens, c, heads, scale, scale_log2, vec);                                                     \
+    }                                                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) attention_bwd_kv_d128_##suffix(                                                                    \
+        T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* rows, const float* delta, unsigned tokens, unsigned c,               \
+        unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                                   \
+        bwd_kv<128>(dk, dv, q, k, v, dy, rows, delta, tokens, c, heads, scale, scale_log2, vec);                                                         \
+    }                                                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) attention_fwd_d256_##suffix(                                                                       \
+        T* y, T* lost, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads, float scale_log2, unsigned vec) {   \
+        fwd<256>(y, lost, rows, q, k, v, tokens, c, heads, scale_log2, vec);                                                                             \
+    }                                                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) attention_bwd_q_d256_##suffix(                                                                     \
+        T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy, const float* rows, unsigned tokens,             \
+        unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                       \
+        bwd_q<256>(dq, delta, q, k, v, y, lost, dy, rows, tokens, c, heads, scale, scale_log2, vec);                                                     \
+    }                                                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) attention_bwd_kv_d256_##suffix(                                                                    \
+        T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* rows, const float* delta, unsigned tokens, unsigned c,               \
+        unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                                   \
+        bwd_kv<256>(dk, dv, q, k, v, dy, rows, delta, tokens, c, heads, scale, scale_log2, vec);                                                         \
+    }                                                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) attention_fwd_d512_##suffix(                                                                       \
+        T* y, T* lost, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads, float scale_log2, unsigned vec) {   \
+        fwd<512>(y, lost, rows, q, k, v, tokens, c, heads, scale_log2, vec);                                                                             \
+    }                                                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) attention_bwd_q_d512_##suffix(                                                                     \
+        T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy, const float* rows, unsigned tokens,             \
+        unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                       \
+        bwd_q<512>(dq, delta, q, k, v, y, lost, dy, rows, tokens, c, heads, scale, scale_log2, vec);                                                     \
+    }                                                                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(256) attention_bwd_kv_d512_##suffix(                                                                    \
+        T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* rows, const float* delta, unsigned tokens, unsigned c,               \
+        unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                                   \
+        bwd_kv<512>(dk, dv, q, k, v, dy, rows, delta, tokens, c, heads, scale, scale_log2, vec);                                                         \
     }
-#define BOTH(D) ENTRY(D, f32, float) ENTRY(D, bf16, bf16)
-BOTH(32)
-BOTH(64)
-BOTH(128)
-BOTH(256)
-BOTH(512)
+F32_AND_BF16(ENTRY)
+#undef ENTRY

@@ -1,26 +1,26 @@
-// Group normalisation with an optional SiLU behind it: y, and the gradients dx, dgamma, dbeta.
+// group_norm: normalisation over the pixels and channels of an image's group, with an optional SiLU behind it, and its gradients.
 //
-// Computes        mean = sum x / N,  var = sum (x - mean)^2 / N,  rstd = 1 / sqrt(var + eps)  over the N = h w c/g numbers of an image's group;
-//                 xhat = (x - mean) rstd,  z = gamma xhat + beta,  y = z or silu(z);  dz = dy or dy silu'(z);
-//                 dgamma = sum dz xhat,  dbeta = sum dz,  dx = rstd (gamma dz - s1 - xhat s2),  s1 = sum gamma dz / N,  s2 = sum gamma dz xhat / N.
-// Passes          fwd_moments -> fwd_join -> fwd_apply;  bwd_sums -> bwd_join -> bwd_params and bwd_dx.
-// Layout          x, y, dx (n, pixels, c), the gradient in place of dy. gamma, beta, dgamma, dbeta (c). stats (n, groups, 3): mean, what rounding took
-//                 from it, rstd. Partials of strips of pixels: (n, strips, 3, c) forward, (n, strips, 2, c) backward. All but x, y, dx is f32.
-// Mapping         The four passes over the image: block = one strip of pixels and one tile of channels; thread = 4 neighbouring channels of 8 pixels.
-//                 A warp is 2^lane_bits lanes across the channels by 32 >> lane_bits pixels; a block is 2^warp_bits warps across the channels by
-//                 8 >> warp_bits warps along the pixels: so 4x4 pixels of 512 channels fill a block as well as 784 pixels of 32. Sums are by channel, not by
-//                 group: neighbours in memory are neighbours in a warp whatever c/g is, and dgamma and dbeta need them so.
-//                 The joins: block = one (image, group), 1 to 8 warps; lanes across the group's channels, what is left of them along the strips.
-// Shared          12 KiB (fwd_moments), 8 KiB (bwd_sums): the sums of 8 warps. Joins: at most 4 KiB.
-// Bound by        DRAM. Forward x twice and y once, backward x and dy twice and dx once; the second time from the second-level cache where an
-//                 image batch fits it. Storing dz would save an exponential and cost a write.
-// Host guarantees pixels, c < 2^31; grid (n strips, channel tiles) with tiles of 4 << (lane_bits + warp_bits) channels and strips of
-//                 64 >> (lane_bits + warp_bits - 5) pixels; vec only where 4 divides c and tensors are aligned to 4 elements; groups divides c.
-// Numerics        The variance takes two passes over registers (about the mean of a warp's pixels), never E[x^2] - E[x]^2. A mean in f32 is off by up to
-//                 half an ulp, which is many deviations when the mean is large: so every mean m travels with sum (x - m), and the joins (Chan, Golub and
-//                 LeVeque 1983) are f64. x - m is exact for x within a factor of two of m. The sigmoid uses the hardware's exponential and quotient: absolute error below
-//                 2^-23, since e^-z errs by (|z| + 4) 2^-24 of itself and sigmoid' |z| < 1/4.
-//                 Every sum has an order that depends on the image's extent alone: the same bits for any batch, schedule and repetition.
+// computes   N = pixels c/groups numbers: mean = sum x / N, var = sum (x - mean)^2 / N, rstd = 1 / sqrt(var + eps);
+//            xhat = (x - mean) rstd, z = gamma xhat + beta, y = z or silu(z); dz = dy or dy silu'(z); dgamma = sum dz xhat, dbeta = sum dz;
+//            dx = rstd (gamma dz - s1 - xhat s2), s1 = sum gamma dz / N, s2 = sum gamma dz xhat / N
+//            in passes: fwd_moments, fwd_join, fwd_apply; bwd_sums, bwd_join, then bwd_params for each of gamma and beta, and bwd_dx
+// layout     x, y (n, pixels, c) and dx, which comes in as dy: f32 or bf16. The rest is f32: gamma, beta, dgamma, dbeta (c); stats (n, groups, 3): mean,
+//            what rounding took from it, rstd; partials of strips of pixels: (n, strips, 3, c) forward, (n, strips, 2, c) backward
+// mapping    passes over the image: block = a strip of pixels and a tile of channels, thread = 4 neighbouring channels of 8 pixels. A warp is
+//            2^lane_bits lanes across the channels by 32 >> lane_bits along the pixels, a block 2^warp_bits warps across by 8 >> warp_bits
+//            along: 4x4 pixels of 512 channels fill a block as well as 784 pixels of 32. Sums are by channel, not by group: neighbours in memory are
+//            neighbours in a warp whatever c/groups is, and dgamma and dbeta need them so
+//            joins: block = one (image, group), 1 to 8 warps; 2^lane_bits lanes across the group's channels, the others along the strips
+// shared     12 KiB (fwd_moments), 8 KiB (bwd_sums): sums of the 8 warps; joins 4 KiB at most
+// bound by   memory: forward reads x twice and writes y, backward reads x and dy twice and writes dx; the second time from the second-level cache
+//            if a batch fits. Keeping dz would save an exponential and cost a write
+// host       grid (n strips, tiles) with tiles of 4 << (lane_bits + warp_bits) channels and strips of 2048 >> (lane_bits + warp_bits) pixels; vec
+//            only if 4 divides c; groups divides c; tensors start on 256-byte boundaries
+// numerics   the variance takes two passes, over registers, about the mean of a warp's pixels: E[x^2] - E[x]^2 loses every digit when the mean is large
+//            beside the deviation. A mean in f32 is off by up to half an ulp, then many deviations: so each mean m travels with sum (x - m), and
+//            the joins are f64 (Chan, Golub and LeVeque 1983). x - m is exact for x within a factor of two of m. Every sum has an order that
+//            depends on the image's extent alone: the same bits for any batch, at every repetition
+#include "activation.cuh"
 #include "dtype.cuh"
 #include "reduce.cuh"
 
@@ -88,8 +88,6 @@ __device__ __forceinline__ void sum_pixels(float (&v)[4], unsigned lane_bits) {
 #pragma unroll
         for (unsigned i = 0; i < 4; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], offset);
 }
-
-__device__ __forceinline__ float sigmoid(float z) { return __fdividef(1.0f, 1.0f + __expf(-z)); }
 
 // z = (x - mean) a + b for the thread's channels.
 struct Affine {
@@ -259,7 +257,7 @@ __device__ __forceinline__ void apply_pixels(T* y, const T* x, const Place& at, 
 #pragma unroll
             for (unsigned i = 0; i < 4; ++i) {
                 const float z = fmaf(get(v[k], i) - affine.mean[i], affine.a[i], affine.b[i]);
-                get(v[k], i) = SILU ? z * sigmoid(z) : z;
+                get(v[k], i) = SILU ? silu(z) : z;
             }
             store_live<VEC>(y + at.at + k * at.stride, v[k], at.live);
         }
@@ -290,12 +288,10 @@ F32_AND_BF16(ENTRY)
 
 // ---- backward ----
 
-// dz of the value x whose gradient is dy.
+// dz where the output's gradient is dy and x is the mean + d.
 template <bool SILU>
 __device__ __forceinline__ float dz_of(float dy, float d, float a, float b) {
-    if (!SILU) return dy;
-    const float z = fmaf(d, a, b), s = sigmoid(z);
-    return dy * s * fmaf(z, 1 - s, 1);
+    return SILU ? dy * silu_slope(fmaf(d, a, b)) : dy;
 }
 
 constexpr unsigned HALF = PIXELS / 2; // the backward passes hold two tensors: 4 pixels at a time, so that registers allow 16 warps or more
@@ -432,22 +428,20 @@ extern "C" __global__ void __launch_bounds__(256) group_norm_bwd_join(float* sum
     }
 }
 
-// dgamma (blockIdx.y = 0) and dbeta (1): sums of (n, 2, c) over the images. Block = 32 channels; warp w adds up images w, w + 8, ...
-extern "C" __global__ void __launch_bounds__(256) group_norm_bwd_params(float* dgamma, float* dbeta, const float* sums, unsigned n, unsigned c,
-                                                                        unsigned accumulate_gamma, unsigned accumulate_beta) {
+// dgamma (part 0) or dbeta (1): the sum of part `part` of (n, 2, c) over the images. Block = 32 channels; warp w adds up images w, w + 8, ...
+extern "C" __global__ void __launch_bounds__(256) group_norm_bwd_params(float* grad, const float* sums, unsigned part, unsigned n, unsigned c,
+                                                                        unsigned accumulate) {
     __shared__ double by_warp[WARPS][32]; // 2 KiB, written by all warps, read by the first
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, i = blockIdx.x * 32 + lane;
     double sum = 0;
     if (i < c)
 #pragma unroll 4
-        for (unsigned image = warp; image < n; image += WARPS) sum += double(sums[(size_t(image) * 2 + blockIdx.y) * c + i]);
+        for (unsigned image = warp; image < n; image += WARPS) sum += double(sums[(size_t(image) * 2 + part) * c + i]);
     by_warp[warp][lane] = sum;
     __syncthreads(); // the warps' sums written above are read below
     if (warp == 0 && i < c) {
         for (unsigned w = 1; w < WARPS; ++w) sum += by_warp[w][lane];
-        float* grad = (blockIdx.y ? dbeta : dgamma) + i;
-        const bool accumulate = blockIdx.y ? accumulate_beta : accumulate_gamma;
-        *grad = accumulate ? *grad + float(sum) : float(sum);
+        grad[i] = accumulate ? grad[i] + float(sum) : float(sum);
     }
 }
 
