@@ -72,6 +72,11 @@ pub fn run(args: &Args) -> Result<()> {
     };
     let x = x.to_f32().map_err(|e| Error::file(&args.x, e))?;
     let t = one_per_image(&args.t, shape.n)?.to_f32().map_err(|e| Error::file(&args.t, e))?;
+    for (path, numbers) in [(&args.x, &x), (&args.t, &t)] {
+        if let Some(bad) = numbers.iter().find(|v| !v.is_finite()) {
+            return Err(Error::file(path, format!("holds {bad}; only finite numbers can be evaluated")));
+        }
+    }
     let labels = match (&args.labels, m.classes) {
         (None, 0) => None,
         (None, classes) => {

@@ -589,8 +589,8 @@ fn stop_flag() -> Result<Arc<AtomicBool>> {
 }
 
 fn save(trainer: &Trainer, run: &Path) -> Result<PathBuf> {
-    trainer.check_weights().map_err(|e| with_last_checkpoint(e, run))?;
-    checkpoint::save(run, &trainer.config, trainer.state())
+    let saved = trainer.check_weights().and_then(|()| checkpoint::save(run, &trainer.config, trainer.state()));
+    saved.map_err(|e| with_last_checkpoint(e, run))
 }
 
 /// What was interrupted is left out.
