@@ -2,8 +2,7 @@
 //! the rate of a large matrix product on the same machine to hold them against.
 //!
 //! `small` is 1.62 M parameters at 32x32x1, batch 16: widths 32,64,64, two blocks a level, attention at 16. `cifar10` is the
-//! preset at batch 4. The convolutions and products of a training step are three times those of a forward pass, which
-//! `info` lists; images/s times three times that figure is the step's GFLOP/s.
+//! preset at batch 4. For GFLOP/s, multiply images (elem) a second by the GFLOP an image that are printed first.
 
 use std::time::Duration;
 
@@ -40,12 +39,15 @@ fn steps(criterion: &mut Criterion) {
     for (name, config) in networks() {
         let device = Device::cpu();
         let mut trainer = Trainer::new(&config, data(&config), &device).expect("the settings are valid");
+        let m = &config.model;
+        let costs = trainer.unet().costs(trainer.params().specs(), m.image_size.h, m.image_size.w);
+        let gflop = costs.iter().map(|cost| cost.flops).sum::<u64>() as f64 / 1e9;
+        println!("{name}: an image is {:.3} GFLOP in training and {gflop:.3} in sampling, times elem/s", 3.0 * gflop);
         let mut group = criterion.benchmark_group(name);
         group.sample_size(10).warm_up_time(Duration::from_secs(2)).measurement_time(Duration::from_secs(10));
         group.throughput(Throughput::Elements(config.batch as u64));
         group.bench_function("train", |b| b.iter(|| trainer.step().expect("the loss is finite")));
 
-        let m = &config.model;
         let shape = Shape::new(config.batch, m.image_size.h, m.image_size.w, m.channels);
         let x = Var::constant(Tensor::zeros(&device, shape));
         let t = vec![500.0; config.batch];

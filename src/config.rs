@@ -135,7 +135,7 @@ pub struct Config {
     pub log_every: u32,
     /// Steps between validation losses; 0: never.
     pub validate_every: u32,
-    /// Steps between sample grids; 0: only at the end.
+    /// Steps between sample grids, one at the end among them; 0: none.
     pub sample_every: u32,
     /// Steps between checkpoints; 0: only at the end.
     pub checkpoint_every: u32,
@@ -199,7 +199,7 @@ settings! {
     "flip" => flip, "mirror half of the training images";
     "log_every" => log_every, "steps between lines of metrics.jsonl";
     "validate_every" => validate_every, "steps between validation losses; 0: never";
-    "sample_every" => sample_every, "steps between sample grids; 0: only at the end";
+    "sample_every" => sample_every, "steps between sample grids, one at the end among them; 0: none";
     "checkpoint_every" => checkpoint_every, "steps between checkpoints; 0: only at the end";
     "keep_checkpoints" => keep_checkpoints, "newest checkpoints kept; 0: all";
 }
@@ -443,6 +443,10 @@ impl Diffusion {
     }
 }
 
+/// Digits that anyone would name, after seven minutes on two cores. What that takes, found by trying: a narrow network, since more
+/// images seen win over more channels; the cosine schedule, since at this size the linear one spends half of its timesteps where
+/// next to nothing of the image is left; steps of few images at five times the paper's rate; an average over a
+/// thousand of them.
 fn mnist() -> Config {
     Config {
         preset: Preset::Mnist,
@@ -451,23 +455,24 @@ fn mnist() -> Config {
         model: Model {
             image_size: Size::square(28),
             channels: 1,
-            widths: vec![32, 64, 64],
+            widths: vec![32, 32, 64],
             blocks_per_level: 1,
-            attention_resolutions: vec![14],
+            attention_resolutions: vec![7],
             groups: 8,
             dropout: 0.0,
             ..cifar10().model
         },
-        steps: 3000,
-        batch: 64,
+        diffusion: Diffusion { schedule: Kind::Cosine, ..cifar10().diffusion },
+        steps: 2400,
+        batch: 32,
         learning_rate: 1e-3,
         warmup_steps: 100,
-        ema_decay: 0.995,
+        ema_decay: 0.999,
         flip: false,
         log_every: 20,
-        validate_every: 500,
-        sample_every: 500,
-        checkpoint_every: 500,
+        validate_every: 400,
+        sample_every: 400,
+        checkpoint_every: 400,
         ..cifar10()
     }
 }

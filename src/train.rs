@@ -380,7 +380,7 @@ pub fn run(args: &Args) -> Result<()> {
             log.write(line)?;
             report = Report::default();
         }
-        if (due(config.sample_every) || finished)
+        if (due(config.sample_every) || (finished && config.sample_every > 0))
             && let Some(path) =
                 unless_interrupted(draw_samples(&trainer, run, &stop).map_err(|e| with_last_checkpoint(e, run)))?
             && finished
@@ -624,8 +624,10 @@ fn draw_samples(trainer: &Trainer, run: &Path, stop: &AtomicBool) -> Result<Path
         sampler: &sampler,
         seed: c.seed,
     };
-    // 64 small images, or as many as are as many pixels, but at least four.
-    let count = (64 * 32 * 32 / c.model.image_size.pixels()).clamp(4, 64);
+    // A grid of 64, or as many images as take some ten seconds on two cores, but at least four.
+    let size = c.model.image_size;
+    let flops: u64 = trainer.unet.costs(trainer.params.specs(), size.h, size.w).iter().map(|cost| cost.flops).sum();
+    let count = (2_000_000_000_000 / (flops * steps as u64)).clamp(4, 64) as usize;
     let labels: Option<Vec<u32>> =
         (c.model.classes > 0).then(|| (0..count).map(|i| (i % c.model.classes) as u32).collect());
     let images = drawing.images(count, labels.as_deref(), |_| match stop.load(Ordering::Relaxed) {

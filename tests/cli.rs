@@ -333,8 +333,10 @@ fn a_network_that_cannot_fit_is_refused_with_the_numbers() {
     let run = folder.path().join("run");
     let said = fails(train(&run, 1).args(["--set", "classes=4000000000"]), 1);
     assert!(said.contains("GiB") && said.contains("classes"), "{said}");
-    let said = fails(train(&run, 1).args(["--batch", "4000000000", "--set", "accumulate=1"]), 1);
-    assert!(said.contains("GiB") && said.contains("--batch") && said.contains("accumulate"), "{said}");
+    let said = fails(train(&run, 1).args(["--set", "batch=10000000"]), 1);
+    assert!(said.contains("GiB") && said.contains("batch") && said.contains("accumulate"), "{said}");
+    let said = fails(train(&run, 1).args(["--set", "widths=8192,65536"]), 1);
+    assert!(said.contains("GiB") && said.contains("widths"), "{said}");
     assert!(!run.exists());
 }
 

@@ -79,7 +79,7 @@ fn every_setting_survives_the_file() {
         "downsample_padding=1",
         "freq_shift=0",
         "flip_sin_to_cos=true",
-        "schedule=cosine",
+        "schedule=quadratic",
         "timesteps=4000",
         "variance=fixed_small",
         "seed=18446744073709551615",
@@ -103,7 +103,7 @@ fn every_setting_survives_the_file() {
     for ((key, new), (_, old)) in changed.entries().zip(preset.entries()) {
         assert_ne!(new, old, "{key} is changed by this test");
     }
-    assert_eq!(changed.diffusion.schedule, Kind::Cosine);
+    assert_eq!(changed.diffusion.schedule, Kind::Quadratic);
     assert_eq!((changed.seed, changed.steps), (u64::MAX, 100_000));
     let (_folder, path) = file(&changed.to_toml());
     assert_eq!(Config::read(&path).unwrap(), changed);
@@ -171,15 +171,15 @@ fn networks_that_cannot_be_built() {
     let cases: [(&[&str], &str); 19] = [
         (
             &["image_size=30"],
-            "image_size = 30x30 cannot be halved 2 times, which the 3 levels of widths = 32,64,64 ask for; 32x32 would do",
+            "image_size = 30x30 cannot be halved 2 times, which the 3 levels of widths = 32,32,64 ask for; 32x32 would do",
         ),
         (&["image_size=28x21"], "28x24 would do"),
-        (&["groups=5"], "groups = 5 does not divide the width 32; groups = 4 divides all of 32,64,64"),
+        (&["groups=5"], "groups = 5 does not divide the width 32; groups = 4 divides all of 32,32,64"),
         (&["groups=0"], "groups = 0 must be at least 1"),
         (&["widths="], "widths is empty"),
         (&["widths=32,0,64"], "widths = 0 must be at least 1"),
         (&["widths=3,6,6", "groups=3"], "it must be even and at least 4"),
-        (&["head_dim=24"], "head_dim = 24 does not divide the width 64 of the attention at 14x14; 16 would"),
+        (&["head_dim=24"], "head_dim = 24 does not divide the width 64 of the attention at 7x7; 16 would"),
         (
             &["attention_resolutions=16"],
             "attention_resolutions holds 16, but the longer sides of the levels of image_size = 28x28 are 28,14,7",

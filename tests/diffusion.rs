@@ -337,6 +337,10 @@ fn a_batch_draws_by_position() {
     assert_ne!(validation.t, piece.t, "validation has its own timesteps");
     assert_ne!(validation.noise.image(0), piece.noise.image(0), "and its own noise");
     assert!(!validation.flip.contains(&true));
+    let whole = Batch::validation(3, 0, (0..n).collect(), 1000);
+    assert_eq!((&validation.t[..], validation.noise.image(5)), (&whole.t[700..800], whole.noise.image(705)));
+    let streams = [whole.noise.image(0), Batch::train(3, 0, 0, vec![0], true, 1000).noise.image(0)];
+    assert_ne!(streams[0], streams[1], "at step 0, too, validation and training draw apart");
 }
 
 /// If the network knows x_0, every sampler arrives there, whatever the steps.

@@ -114,9 +114,10 @@ fn nothing_is_saved_without_recording() {
     let idle = device.pool_stats().in_use;
     let outputs = chain(&mut tape, &w, &x);
     assert!(tape.saved().is_empty() && outputs.iter().all(|y| y.id().is_none()));
-    // Buffers are whole lines of 64 bytes between two guard lines.
-    let held: usize = outputs.iter().map(|y| y.value().bytes().next_multiple_of(64) + 128).sum();
-    assert_eq!(device.pool_stats().in_use - idle, held as u64, "more is held than the outputs");
+    // Buffers are whole lines of 64 bytes between two guard lines, rounded up by at most an eighth.
+    let held: u64 = outputs.iter().map(|y| y.value().bytes().next_multiple_of(64) as u64 + 128).sum();
+    let in_use = device.pool_stats().in_use - idle;
+    assert!((held..=held + held / 8).contains(&in_use), "{in_use} bytes are held, the outputs are {held}");
 }
 
 #[test]

@@ -3,12 +3,18 @@
 
 mod support;
 
+use std::sync::atomic::AtomicBool;
+
 use ddpm_cuda::checkpoint;
 use ddpm_cuda::config::{Config, Preset, Size};
-use ddpm_cuda::data::{Data, Dataset, Extent};
+use ddpm_cuda::data::{Data, Dataset, Extent, Order};
 use ddpm_cuda::device::Device;
+use ddpm_cuda::diffusion::Batch;
+use ddpm_cuda::ops::loss::{Quarters, loss};
+use ddpm_cuda::ops::q_sample::q_sample;
+use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::train::{Trainer, memory_needed};
-use ddpm_cuda::unet::UNet;
+use ddpm_cuda::unet::{DropoutSeed, UNet};
 
 use support::same_bits;
 
@@ -157,4 +163,133 @@ fn a_loss_that_is_not_finite_stops_with_the_tensor_named() {
     for part in ["step ", "not finite", "learning_rate"] {
         assert!(error.contains(part), "{error:?} does not say {part:?}");
     }
+}
+
+/// [`bars`] with classes, some of the images held out.
+fn labelled(c: &Config) -> Data {
+    let bars = |count| bars(c, count).train;
+    let with_labels = |set: &Dataset| {
+        let pixels = (0..set.len()).flat_map(|i| set.image(i).to_vec()).collect();
+        Dataset::new(set.extent(), pixels, Some((0..set.len() as u32).map(|i| i * i % 3).collect()))
+    };
+    let (train, held_out) = (with_labels(&bars(20)), with_labels(&bars(7)));
+    Data { train, held_out, notes: Vec::new() }
+}
+
+/// Everything a step draws is a function of seed, step and place in the batch: worked out again here, in pieces of two.
+#[test]
+fn a_steps_loss_is_the_papers_over_all_its_pieces() {
+    let mut c = tiny();
+    c.model.classes = 3;
+    c.model.dropout = 0.5;
+    c.accumulate = 3;
+    let device = Device::cpu();
+    let mut trainer = Trainer::new(&c, labelled(&c), &device).unwrap();
+    let data = labelled(&c).train;
+    for step in 0..3u32 {
+        let mut per_image = Vec::new();
+        for (k, indices) in Order::new(c.seed, 20).indices(step, 6).chunks(2).enumerate() {
+            let batch = Batch::train(c.seed, step, 2 * k as u32, indices.to_vec(), true, 100);
+            let x_t = Var::constant(q_sample(&device, data.images(), &batch, trainer.schedule()));
+            let labels: Vec<u32> = indices.iter().map(|&i| (i * i % 3) as u32).collect();
+            let masks = DropoutSeed { seed: c.seed, step: 3 * step + k as u32 };
+            let mut tape = Tape::recording(&device, trainer.params());
+            let y = trainer.unet().forward(&mut tape, &x_t, &batch.t_f32(), Some(&labels), Some(masks)).unwrap();
+            per_image.extend(loss(&device, y.value(), &batch, None).per_image);
+        }
+        let want = per_image.iter().sum::<f64>() / 6.0;
+        let got = trainer.step().unwrap().loss;
+        // Six numbers in another order of summation.
+        assert!((got - want).abs() <= 8.0 * f64::EPSILON * want, "step {step}: loss {got}, expected {want}");
+    }
+}
+
+/// A batch in one piece and in three: the same images, timesteps and noise, so the same loss and gradient but for rounding.
+#[test]
+fn a_batch_in_pieces_has_the_loss_and_the_gradient_of_the_whole() {
+    let mut c = tiny();
+    c.model.dropout = 0.0;
+    let first_step = |accumulate: usize| {
+        let mut trainer = trainer(&Config { accumulate, ..c.clone() });
+        let report = trainer.step().unwrap();
+        (report.loss, report.grad_norm, trainer.state().m.to_vec())
+    };
+    let (loss, norm, m) = first_step(1);
+    let (loss_3, norm_3, m_3) = first_step(3);
+    assert!((loss_3 - loss).abs() <= 8.0 * f64::EPSILON * loss, "loss {loss_3} in pieces, {loss} whole");
+    // f32 sums in another order: 2e-5 of the largest, as for the fixtures in tests/unet.rs.
+    assert!((norm_3 - norm).abs() <= 2e-5 * norm, "gradient norm {norm_3} in pieces, {norm} whole");
+    support::close_to_largest("first moments", &m_3, &m, 2e-5);
+}
+
+/// The first update from outside: what the moments, the weights and the average say about gradient, clipping, weight
+/// decay and warm-up.
+#[test]
+fn the_settings_of_the_optimiser_reach_it() {
+    let mut c = tiny();
+    c.grad_clip = 0.01;
+    c.learning_rate = 1e-2;
+    let step = |c: &Config| {
+        let mut trainer = trainer(c);
+        let before = trainer.params().flat().to_vec();
+        let report = trainer.step().unwrap();
+        let m = trainer.state().m.iter().map(|m| f64::from(*m).powi(2)).sum::<f64>().sqrt();
+        (report, m, before, trainer)
+    };
+    // m = (1 - 0.9) clip g, and the clipped gradient has the norm grad_clip (f32 roundings of m: far below 1e-5).
+    let (report, m, before, clipped) = step(&c);
+    assert!(report.grad_norm > 0.1, "the gradient has a norm of {}, nothing is clipped", report.grad_norm);
+    assert!((m - 0.1 * c.grad_clip).abs() <= 1e-5 * m, "the first moments have the norm {m}");
+    let (report, m, ..) = step(&Config { grad_clip: 0.0, ..c.clone() });
+    assert!((m - 0.1 * report.grad_norm).abs() <= 1e-5 * m, "without clipping: {m} for {}", report.grad_norm);
+
+    // Decay takes lr decay w off each weight beside Adam's own update, at a third of the learning rate: one step of three.
+    let (.., decayed) = step(&Config { weight_decay: 0.5, ..c.clone() });
+    for ((w, plain), before) in decayed.params().flat().iter().zip(clipped.params().flat()).zip(&before) {
+        let want = plain - before * (1e-2 / 3.0 * 0.5) as f32;
+        assert!((w - want).abs() <= 4.0 * f32::EPSILON * before.abs().max(want.abs()), "{w}, expected {want}");
+    }
+
+    // The average starts at the initial weights and goes 1 - 2/11 of the way at the first step, all of it without decay.
+    for (decay, share) in [(0.9999, 9.0 / 11.0), (0.0, 1.0)] {
+        let (.., trainer) = step(&Config { ema_decay: decay, ..c.clone() });
+        for ((ema, w), before) in trainer.ema().flat().iter().zip(trainer.params().flat()).zip(&before) {
+            let want = before + share * (w - before);
+            assert!((ema - want).abs() <= 4.0 * f32::EPSILON * want.abs().max(w.abs()), "{ema}, expected {want}");
+        }
+    }
+}
+
+#[test]
+fn the_learning_rate_warms_up_from_the_first_step_on() {
+    let c = Config { warmup_steps: 3, learning_rate: 0.75, grad_clip: 1e-9, ..tiny() };
+    let mut first = trainer(&c);
+    assert_eq!([(); 4].map(|()| first.step().unwrap().learning_rate), [0.25, 0.5, 0.75, 0.75]);
+    let mut cold = trainer(&Config { warmup_steps: 0, ..c });
+    assert_eq!(cold.step().unwrap().learning_rate, 0.75);
+}
+
+/// Seven held-out images in pieces of three, worked out again in one batch: with the moving average, not the weights.
+#[test]
+fn the_validation_loss_is_the_moving_averages_on_held_out_images() {
+    let mut c = tiny();
+    c.model.classes = 3;
+    c.learning_rate = 0.05;
+    let device = Device::cpu();
+    let mut trainer = Trainer::new(&c, labelled(&c), &device).unwrap();
+    for _ in 0..5 {
+        trainer.step().unwrap();
+    }
+    let held_out = labelled(&c).held_out;
+    let batch = Batch::validation(c.seed, 0, (0..7).collect(), 100);
+    let x_t = Var::constant(q_sample(&device, held_out.images(), &batch, trainer.schedule()));
+    let losses = |params| {
+        let mut tape = Tape::inference(&device, params);
+        let y = trainer.unet().forward(&mut tape, &x_t, &batch.t_f32(), held_out.labels(), None).unwrap();
+        loss(&device, y.value(), &batch, None).per_image
+    };
+    let mut want = Quarters::default();
+    want.add(&batch, &losses(trainer.ema()), 100);
+    assert_eq!(trainer.validate(&AtomicBool::new(false)).unwrap(), want);
+    assert_ne!(losses(trainer.params()), losses(trainer.ema()), "weights and average are too alike for this test");
 }

@@ -116,6 +116,39 @@ fn class_conditional_network_with_heads_agrees_with_pytorch() {
     agrees_with_pytorch("unet_rgb16");
 }
 
+/// A checkpoint that `ddpm-cuda train` wrote (non-square images, classes, heads) and what diffusers' `DDPMPipeline` computes with
+/// it. That today's program would write the same files, and so that diffusers would open them, is the second half.
+#[test]
+fn diffusers_opens_our_checkpoints_and_computes_the_same() {
+    let device = Device::cpu_guarded();
+    let folder = fixture("written_here");
+    let golden = Golden::read("written_here");
+    let model = checkpoint::load(&device, &folder).unwrap();
+    let (unet, specs) = UNet::new(&model.config.model).unwrap();
+    let (shape, x) = golden.images("x");
+    let t: Vec<f32> = golden.i32("t").iter().map(|&t| t as f32).collect();
+    let mut tape = Tape::inference(&device, &model.params);
+    let x = Var::constant(Tensor::from_slice(&device, shape, &x));
+    let y = unet.forward(&mut tape, &x, &t, golden.labels().as_deref(), None).unwrap();
+    close_to_largest("out", y.data(), &golden.images("out").1, FIXTURE_TOLERANCE);
+
+    let run = tempfile::tempdir().unwrap();
+    let zeros = vec![0.0; specs.flat_len()];
+    let state = checkpoint::State { step: 3, params: &model.params, ema: &model.params, m: &zeros, v: &zeros };
+    let written = checkpoint::save(run.path(), &model.config, state).unwrap();
+    for file in [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ] {
+        assert!(
+            std::fs::read(written.join(file)).unwrap() == std::fs::read(folder.join(file)).unwrap(),
+            "{file} has changed"
+        );
+    }
+}
+
 /// A sample must not depend on the batch it is computed in, so the network's output for an image may not either.
 #[test]
 fn an_image_has_the_same_bits_in_any_batch() {

@@ -1,0 +1,10 @@
+//! Gives the shared library the name under which programs look for a CUDA driver.
+//!
+//! With the SONAME `libcuda.so`, once the library has been opened by its path, `dlopen("libcuda.so")` finds it before
+//! any other file of that name. `nodelete` keeps its threads and statics valid after `dlclose`.
+
+fn main() {
+    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rustc-cdylib-link-arg=-Wl,-soname,libcuda.so");
+    println!("cargo:rustc-cdylib-link-arg=-Wl,-z,nodelete");
+}

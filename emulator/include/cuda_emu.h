@@ -1,0 +1,48 @@
+/* What the emulator exports beside the CUDA driver API.
+ *
+ * A program that may run on either asks the loader for `emu_version`: it is there on the emulator only. All functions
+ * that return an int return a CUresult. Texts are handed over in two steps: with `*bytes` as the room in `text` (which may be
+ * NULL), the call writes as much as fits, terminated, and sets `*bytes` to the length of the whole text with its terminator.
+ */
+#ifndef CUDA_EMU_H
+#define CUDA_EMU_H
+
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* The emulator's version, as "0.1.0". Works before cuInit. */
+const char *emu_version(void);
+
+/* Why the last driver call of this host thread that failed did, as one sentence: for a kernel's fault it names kernel, block,
+ * thread, instruction, PTX line, address and nearest allocation. Never NULL; valid until the thread's next failure. */
+const char *emu_last_message(void);
+
+/* Changes how launches of this host thread are run. `name` and `value` are as the variable CUDA_EMU_NAME has them:
+ *   "checks"   all, fast, none, or a list: bounds, uninitialised, shared_races, barrier_divergence, inactive_shuffle,
+ *              global_races, leaks
+ *   "seed"     none, or a number: blocks, warps and graph nodes run in a random order drawn from it
+ *   "threads"  host threads that run blocks; 0 is one per core
+ *   "isa"      auto, portable, avx2, avx512
+ * A NULL value takes every change of this thread back. */
+int emu_configure(const char *name, const char *value);
+
+/* Counters of every launch so far, summed per kernel, with the faults and leaks reported so far, as JSON. */
+int emu_profile_json(char *text, size_t *bytes);
+
+/* Kernel and counters of this host thread's last launch as JSON; "null" before the first. */
+int emu_last_launch_json(char *text, size_t *bytes);
+
+/* Starts counting anew. */
+int emu_profile_reset(void);
+
+/* Writes the file that CUDA_EMU_PROFILE names now, and not only when a context is destroyed or the process ends. */
+int emu_profile_write(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,272 @@
+//! What streams and graphs carry: kernels, copies, fills, host functions, events, memory of graphs.
+//!
+//! A work item holds everything it needs by value (parameters are packed when the call is made), so that a graph can
+//! run it many times. Only host pointers of copies stay pointers: a graph reads and writes the host memory of the capture again
+//! in every launch, as on a real driver.
+
+use super::call::{self, Answer, Refusal, refuse};
+use super::codes::Code;
+use super::event::Event;
+use super::graph::{GraphExec, GraphMemory};
+use super::launch::KernelLaunch;
+use super::settings::Run;
+use super::state::{self, Context, Device, DevicePointer, Handle, Kind};
+use crate::memory::MemoryError;
+use std::ffi::c_void;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+pub enum Work {
+    Kernel(KernelLaunch),
+    Copy(Copy),
+    Fill(Fill),
+    Host(HostFunction),
+    Record(Arc<Event>),
+    Alloc(Arc<GraphMemory>),
+    Free(Arc<GraphMemory>),
+    Graph(Arc<GraphExec>),
+    /// A node that only orders others.
+    Nothing,
+}
+
+#[derive(Clone, Copy)]
+pub enum HostFunction {
+    Plain { function: unsafe extern "C" fn(*mut c_void), data: usize },
+    Callback { callback: unsafe extern "C" fn(Handle, Code, *mut c_void), stream: usize, data: usize },
+}
+
+impl HostFunction {
+    pub fn call(self) {
+        call::as_host_function(|| match self {
+            // SAFETY: whoever submitted the function vouches that it may be called once with its data.
+            HostFunction::Plain { function, data } => unsafe { function(data as *mut c_void) },
+            HostFunction::Callback { callback, stream, data } => {
+                // SAFETY: as above.
+                unsafe { callback(stream as Handle, Code::SUCCESS, data as *mut c_void) }
+            }
+        });
+    }
+}
+
+/// One end of a copy.
+#[derive(Clone, Copy)]
+pub enum Place {
+    Host(usize),
+    Device(DevicePointer),
+}
+
+/// A box of `width` bytes by `height` rows by `depth` slices.
+#[derive(Clone, Copy)]
+pub struct Copy {
+    pub to: Place,
+    pub from: Place,
+    pub width: usize,
+    pub height: usize,
+    pub depth: usize,
+    /// Bytes from row to row and from slice to slice.
+    pub to_pitch: usize,
+    pub to_slice: usize,
+    pub from_pitch: usize,
+    pub from_slice: usize,
+}
+
+impl Copy {
+    /// `bytes` in one piece.
+    pub fn line(to: Place, from: Place, bytes: usize) -> Copy {
+        Copy {
+            to,
+            from,
+            width: bytes,
+            height: 1,
+            depth: 1,
+            to_pitch: bytes,
+            to_slice: bytes,
+            from_pitch: bytes,
+            from_slice: bytes,
+        }
+    }
+
+    fn run(&self, context: &Context) -> Answer {
+        for slice in 0..self.depth {
+            for row in 0..self.height {
+                let to = self.to.offset(slice * self.to_slice + row * self.to_pitch);
+                let from = self.from.offset(slice * self.from_slice + row * self.from_pitch);
+                if self.width > 0 {
+                    copy_bytes(context, to, from, self.width)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `height` rows of `count` elements; the pattern is one element of 1, 2 or 4 bytes.
+#[derive(Clone, Copy)]
+pub struct Fill {
+    pub to: DevicePointer,
+    pub pattern: [u8; 4],
+    pub element: usize,
+    pub count: usize,
+    pub height: usize,
+    pub pitch: usize,
+}
+
+impl Fill {
+    fn run(&self, context: &Context) -> Answer {
+        for row in 0..self.height {
+            let to = self.to + (row * self.pitch) as u64;
+            if self.count > 0 {
+                let memory = &home(context, to)?.memory;
+                let pattern = &self.pattern[..self.element];
+                memory.set(to, pattern, self.count as u64).map_err(from_memory)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Place {
+    fn offset(self, bytes: usize) -> Place {
+        match self {
+            Place::Host(address) => Place::Host(address + bytes),
+            Place::Device(address) => Place::Device(address + bytes as u64),
+        }
+    }
+
+    /// A device place stays one; a host place that is memory of a driver's device becomes one, if the host may touch it.
+    fn settled(self) -> Answer<Place> {
+        let Place::Host(address) = self else {
+            return Ok(self);
+        };
+        match state::device_of(address as u64) {
+            None => Ok(self),
+            Some((_, _, owned)) if matches!(owned.kind, Kind::Host(_) | Kind::Managed) => {
+                Ok(Place::Device(address as u64))
+            }
+            Some(_) => {
+                refuse(Code::INVALID_VALUE, format!("{address:#x} was passed as a host pointer, but is device memory"))
+            }
+        }
+    }
+}
+
+pub fn from_memory(why: MemoryError) -> Refusal {
+    Refusal { code: Code(why.code as i32), message: why.message }
+}
+
+/// The device whose memory holds `address`; the context's own where none does, so that its memory names the nearest allocation.
+fn home(context: &Context, address: DevicePointer) -> Answer<&'static Device> {
+    let devices = &state::driver()?.devices;
+    match devices.iter().find(|device| device.memory.owns(address)) {
+        Some(device) => Ok(device),
+        None => context.device(),
+    }
+}
+
+fn copy_bytes(context: &Context, to: Place, from: Place, bytes: usize) -> Answer {
+    match (to.settled()?, from.settled()?) {
+        (Place::Host(to), Place::Host(from)) => {
+            // SAFETY: the caller of the copy vouches for both host ranges; they may overlap.
+            unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+            Ok(())
+        }
+        (Place::Device(to), Place::Host(from)) => {
+            // SAFETY: the caller of the copy vouches that the host range is readable.
+            let source = unsafe { std::slice::from_raw_parts(from as *const u8, bytes) };
+            let memory = &home(context, to)?.memory;
+            memory.copy_in(to, source).map_err(from_memory)
+        }
+        (Place::Host(to), Place::Device(from)) => {
+            // SAFETY: the caller of the copy vouches that the host range is writable.
+            let target = unsafe { std::slice::from_raw_parts_mut(to as *mut u8, bytes) };
+            let memory = &home(context, from)?.memory;
+            memory.copy_out(from, target).map_err(from_memory)
+        }
+        (Place::Device(to), Place::Device(from)) => {
+            let (target, source) = (home(context, to)?, home(context, from)?);
+            if target.ordinal == source.ordinal {
+                return target.memory.copy_within(to, from, bytes as u64).map_err(from_memory);
+            }
+            let mut between = vec![0; bytes];
+            source.memory.copy_out(from, &mut between).map_err(from_memory)?;
+            target.memory.copy_in(to, &between).map_err(from_memory)
+        }
+    }
+}
+
+impl Work {
+    /// Does the work now, on this thread. Host functions of streams do not come here: only those of graphs do.
+    pub fn run(&self, context: &Context, run: &Run) -> Answer {
+        match self {
+            Work::Kernel(launch) => launch.run(context, run),
+            Work::Copy(copy) => copy.run(context),
+            Work::Fill(fill) => fill.run(context),
+            Work::Host(function) => {
+                let function = *function;
+                let thread = std::thread::spawn(move || function.call());
+                // A panic of the function has already been printed.
+                let _ = thread.join();
+                Ok(())
+            }
+            Work::Record(event) => {
+                event.stamp();
+                Ok(())
+            }
+            Work::Alloc(memory) => memory.come_alive(),
+            Work::Free(memory) => {
+                if memory.live.swap(false, Ordering::Relaxed) {
+                    return Ok(());
+                }
+                refuse(Code::INVALID_VALUE, format!("memory of a graph at {:#x} was freed twice", memory.address))
+            }
+            Work::Graph(exec) => exec.run(context, run),
+            Work::Nothing => Ok(()),
+        }
+    }
+
+    /// CUgraphNodeType.
+    pub fn node_type(&self) -> i32 {
+        match self {
+            Work::Kernel(_) => 0,
+            Work::Copy(_) => 1,
+            Work::Fill(_) => 2,
+            Work::Host(_) => 3,
+            Work::Graph(_) => 4,
+            Work::Nothing => 5,
+            Work::Record(_) => 7,
+            Work::Alloc(_) => 10,
+            Work::Free(_) => 11,
+        }
+    }
+
+    pub fn describe(&self) -> String {
+        match self {
+            Work::Kernel(launch) => launch.describe(),
+            Work::Copy(copy) => format!("copy {}x{}x{}", copy.width, copy.height, copy.depth),
+            Work::Fill(fill) => format!("fill {}x{}", fill.count * fill.element, fill.height),
+            Work::Host(_) => "host function".into(),
+            Work::Graph(_) => "graph".into(),
+            Work::Nothing => "empty".into(),
+            Work::Record(_) => "record event".into(),
+            Work::Alloc(memory) => format!("allocate {}", memory.bytes),
+            Work::Free(memory) => format!("free {}", memory.bytes),
+        }
+    }
+}
+
+impl GraphMemory {
+    /// The allocation node runs: the memory is there, with nothing in it.
+    fn come_alive(&self) -> Answer {
+        if self.live.swap(true, Ordering::Relaxed) {
+            return refuse(
+                Code::INVALID_VALUE,
+                format!(
+                    "memory of a graph at {:#x} is still allocated from an earlier launch: free it, or instantiate with AUTO_FREE_ON_LAUNCH",
+                    self.address
+                ),
+            );
+        }
+        let device = state::device(self.device)?;
+        device.memory.forget(self.address).map_err(from_memory)
+    }
+}

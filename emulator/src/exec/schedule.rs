@@ -1,0 +1,381 @@
+//! Blocks over workers, warps inside a block.
+//!
+//! Workers take blocks one after the other and run each until it ends. A block that uses up its share of turns (it may be waiting for
+//! another block) is put aside for a new one and taken up again later, so that blocks which wait for each other all get to run.
+//!
+//! **Order.** Without a seed, blocks and warps run in order and a warp keeps its turn until it waits. With a seed, blocks
+//! are issued in a random order, the next warp is drawn, and turns are short and random. A fault is that of the first block in the order of
+//! issue that has one, at any number of workers.
+
+use super::interp::{self, Runner, Turn};
+use super::races::GlobalRaces;
+use super::state::{Block, Env, Machine, Touched, Wait, Warp, resolve};
+use super::{Checks, Counters, Fault, FaultKind, Isa, Launch, Settings};
+use crate::memory::Memory;
+use crate::num::FlopType;
+use crate::ptx::program::Op;
+use std::collections::VecDeque;
+use std::io::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+/// Basic blocks that a warp may run before another has its turn.
+pub const TURN: u32 = 4096;
+/// Turns that each warp of a block may use before another block is begun; as many again each time.
+const TURNS_OF_WARP: u32 = 32;
+/// Blocks that a worker holds begun at a time, except in cooperative launches, where all blocks may wait for all.
+const MAX_BEGUN: usize = 128;
+
+/// Bytes of the workspace that a cooperative launch gives its grid.
+const GRID_WORKSPACE: u64 = 64;
+
+/// A well-mixed function of 64 bits (the finaliser of SplitMix64).
+pub fn mix(x: u64) -> u64 {
+    let mut z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ z >> 31
+}
+
+/// The best instruction set of this processor.
+pub fn best_isa() -> Isa {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::is_x86_feature_detected as has;
+        let avx2 = has!("avx2")
+            && has!("fma")
+            && has!("f16c")
+            && has!("bmi1")
+            && has!("bmi2")
+            && has!("lzcnt")
+            && has!("popcnt");
+        if avx2 && has!("avx512f") && has!("avx512vl") && has!("avx512bw") && has!("avx512dq") {
+            return Isa::Avx512;
+        }
+        if avx2 {
+            return Isa::Avx2;
+        }
+    }
+    Isa::Portable
+}
+
+fn runner(wanted: Option<Isa>) -> Runner {
+    let best = best_isa();
+    // An instruction set that the processor lacks cannot be forced.
+    let isa = wanted.filter(|&isa| isa as u32 <= best as u32).unwrap_or(best);
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => interp::run_avx512,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => interp::run_avx2,
+        _ => interp::run_portable,
+    }
+}
+
+/// The order of blocks: a permutation of `0..count` that needs no table.
+struct Order {
+    count: u64,
+    factor: u64,
+    offset: u64,
+}
+
+impl Order {
+    fn new(count: u64, seed: Option<u64>) -> Self {
+        let Some(seed) = seed else {
+            return Order { count, factor: 1, offset: 0 };
+        };
+        let gcd = |mut a: u64, mut b: u64| {
+            while b != 0 {
+                (a, b) = (b, a % b);
+            }
+            a
+        };
+        let mut factor = mix(seed) % count;
+        while gcd(factor, count) != 1 {
+            factor = (factor + 1) % count;
+            if count == 1 {
+                break;
+            }
+        }
+        Order { count, factor, offset: mix(mix(seed)) % count }
+    }
+
+    fn block(&self, issue: u64) -> u64 {
+        ((u128::from(issue) * u128::from(self.factor) + u128::from(self.offset)) % u128::from(self.count)) as u64
+    }
+}
+
+/// What the workers of a launch have in common.
+struct Shared<'a> {
+    env: &'a Env<'a>,
+    order: Order,
+    next: AtomicU64,
+    /// Place in the order of the first block with a fault.
+    first_fault: AtomicU64,
+    fault: Mutex<Option<(u64, Box<Fault>)>>,
+    output: Mutex<Vec<(u64, Vec<u8>)>>,
+    counters: Mutex<Counters>,
+    run: Runner,
+}
+
+/// Runs a kernel to its end.
+pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<Counters, Fault> {
+    let kernel = launch.kernel;
+    let program = &kernel.program;
+    assert!(
+        launch.params.len() >= kernel.param_bytes as usize,
+        "{} parameter bytes for {}",
+        launch.params.len(),
+        kernel.param_bytes
+    );
+    let threads = launch.block.iter().product::<u32>();
+    assert!((1..=1024).contains(&threads), "a block of {threads} threads");
+    let count = launch.grid.iter().map(|&n| u64::from(n)).product::<u64>();
+    assert!(count > 0, "an empty grid");
+    if !settings.checks.uninitialised {
+        memory.stop_tracking();
+    }
+    let range = memory.range();
+    let checks = Checks {
+        uninitialised: settings.checks.uninitialised && memory.tracking(),
+        shared_races: settings.checks.shared_races && threads > 1,
+        global_races: settings.checks.global_races && count > 1 && count < u64::from(u32::MAX),
+        ..settings.checks
+    };
+    let workspace = match launch.cooperative {
+        true => memory.alloc_host(GRID_WORKSPACE),
+        false => None,
+    };
+    let allocations = memory.snapshot();
+    let env = Env {
+        launch,
+        program,
+        settings,
+        memory,
+        allocations: allocations.clone(),
+        range,
+        checks,
+        shared_bytes: kernel.static_shared + launch.dynamic_shared,
+        threads,
+        local_stride: kernel.local_bytes.next_multiple_of(16),
+        constants: resolve(program, &launch.module.addresses),
+        global_races: if checks.global_races { memory.shadow().map(GlobalRaces::new) } else { None },
+        touched: settings.counters.then(|| {
+            let end = allocations.last().map_or(range.0, |last| last.address + last.bytes);
+            Touched::new(range.0, if checks.bounds { end - range.0 } else { range.1 })
+        }),
+        grid_workspace: workspace.unwrap_or(0),
+    };
+    let shared = Shared {
+        env: &env,
+        order: Order::new(count, settings.schedule_seed),
+        next: AtomicU64::new(0),
+        first_fault: AtomicU64::new(u64::MAX),
+        fault: Mutex::new(None),
+        output: Mutex::new(vec![]),
+        counters: Mutex::new(Counters::default()),
+        run: runner(settings.isa),
+    };
+    let cores = if settings.threads == 0 { rayon::current_num_threads() } else { settings.threads };
+    let workers = (cores as u64).min(count);
+    if workers == 1 {
+        shared.work();
+    } else if settings.threads == 0 {
+        rayon::scope(|scope| (0..workers).for_each(|_| scope.spawn(|_| shared.work())));
+    } else {
+        std::thread::scope(|scope| {
+            for _ in 0..workers {
+                scope.spawn(|| shared.work());
+            }
+        });
+    }
+    if let Some(address) = workspace {
+        // Cannot fail: the allocation was made above, and only here is it known.
+        let _ = memory.free(address);
+    }
+    let mut output = shared.output.into_inner().unwrap_or_else(PoisonError::into_inner);
+    output.sort_by_key(|&(block, _)| block);
+    for (_, text) in output {
+        match &settings.output {
+            Some(output) => output(&text),
+            // A closed standard output is no fault of the kernel.
+            None => drop(std::io::stdout().write_all(&text)),
+        }
+    }
+    if let Some((_, fault)) = shared.fault.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        return Err(*fault);
+    }
+    let mut counters = shared.counters.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if settings.counters {
+        counters.distinct_bytes = env.touched.as_ref().map_or(0, |touched| touched.sectors() * 32);
+        counters.blocks = count;
+    }
+    Ok(counters)
+}
+
+impl Shared<'_> {
+    /// One worker, until no block is left.
+    fn work(&self) {
+        let mut machine = Machine::new(self.env);
+        let mut aside: VecDeque<Block> = VecDeque::new();
+        let mut spare: Vec<Block> = vec![];
+        loop {
+            let full = aside.len() >= MAX_BEGUN && !self.env.launch.cooperative;
+            let issue = if full { u64::MAX } else { self.next.fetch_add(1, Ordering::Relaxed) };
+            let fresh = issue < self.order.count && issue <= self.first_fault.load(Ordering::Relaxed);
+            if fresh {
+                machine.block = spare.pop().unwrap_or_default();
+                machine.start(issue, self.order.block(issue));
+            } else {
+                let Some(block) = aside.pop_front() else {
+                    break;
+                };
+                machine.block = block;
+            }
+            if machine.block.issue > self.first_fault.load(Ordering::Relaxed) {
+                continue;
+            }
+            match machine.run_block(self.run) {
+                Ok(true) => {}
+                Ok(false) => {
+                    aside.push_back(std::mem::take(&mut machine.block));
+                    continue;
+                }
+                Err(fault) => {
+                    let issue = machine.block.issue;
+                    self.first_fault.fetch_min(issue, Ordering::Relaxed);
+                    let mut first = self.fault.lock().unwrap_or_else(PoisonError::into_inner);
+                    if first.as_ref().is_none_or(|&(other, _)| issue < other) {
+                        *first = Some((issue, fault));
+                    }
+                }
+            }
+            let mut block = std::mem::take(&mut machine.block);
+            if !block.output.is_empty() {
+                let text = std::mem::take(&mut block.output);
+                self.output.lock().unwrap_or_else(PoisonError::into_inner).push((block.linear, text));
+            }
+            spare.push(block);
+        }
+        if self.env.settings.counters {
+            machine.sum_runs();
+            self.counters.lock().unwrap_or_else(PoisonError::into_inner).add(&machine.counters);
+        }
+    }
+}
+
+impl Machine<'_> {
+    /// Runs the block until it ends (true) or has used its turns (false).
+    fn run_block(&mut self, run: Runner) -> Result<bool, Box<Fault>> {
+        let seeded = self.env.settings.schedule_seed.is_some();
+        let limit = self.env.settings.instruction_limit;
+        // The blocks of a cooperative grid wait for each other, so each is left at its first long wait.
+        let mut turns = match self.env.launch.cooperative {
+            true => 1,
+            false => TURNS_OF_WARP * self.block.warps.len() as u32,
+        };
+        loop {
+            let warps = self.block.warps.len();
+            let mut index = self.block.turn;
+            let mut turn = TURN;
+            if seeded {
+                self.block.random = mix(self.block.random);
+                index = self.block.random as usize % warps;
+                turn = 1 + (self.block.random >> 32) as u32 % 32;
+            }
+            let ready =
+                (0..warps).map(|i| (index + i) % warps).find(|&i| self.block.warps[i].ready(&self.block.barriers));
+            let Some(index) = ready else {
+                return if self.block.alive == 0 { Ok(true) } else { Err(self.deadlock()) };
+            };
+            let mut warp = std::mem::take(&mut self.block.warps[index]);
+            let before = self.block.ticks;
+            // SAFETY: `runner` has chosen code that this processor can run.
+            let result = unsafe { run(self, &mut warp, turn) };
+            warp.instructions += self.block.ticks - before;
+            let too_long = limit > 0 && warp.instructions > limit;
+            let overrun = too_long.then(|| {
+                let group = warp.groups.iter().find(|group| group.wait == Wait::Nothing).or(warp.groups.first());
+                let (pc, mask) = group.map_or((0, 1), |group| (group.pc, group.mask));
+                let detail =
+                    format!("a warp has executed {} instructions, more than the limit of {limit}", warp.instructions);
+                self.fault(FaultKind::Timeout, &warp, pc, mask.trailing_zeros() & 31, detail)
+            });
+            self.block.warps[index] = warp;
+            let used = result? == Turn::Used;
+            if let Some(fault) = overrun {
+                return Err(fault);
+            }
+            self.block.turn = (index + 1) % warps;
+            if used && !seeded {
+                turns -= 1;
+            }
+            if used && (turns == 0 || seeded) {
+                // A seeded schedule has short turns, and draws when to put a block aside.
+                if !seeded || self.block.random >> 20 & 0xfff == 0 {
+                    return Ok(false);
+                }
+            }
+        }
+    }
+
+    /// Nobody can go on: who waits for whom.
+    fn deadlock(&self) -> Box<Fault> {
+        let waiting = |warp: &Warp| warp.groups.iter().copied().filter(|group| group.mask != 0).collect::<Vec<_>>();
+        let mut all = vec![];
+        for warp in &self.block.warps {
+            all.extend(waiting(warp).into_iter().map(|group| (warp, group)));
+        }
+        let program = self.env.program;
+        let is_barrier = |pc: u32| matches!(program.steps[pc as usize].op, Op::Barrier { .. });
+        let place = |pc: u32| {
+            let source = program.sources[program.steps[pc as usize].source as usize];
+            format!("PTX line {}", source.line)
+        };
+        // Lanes that wait for others of their warp explain more than those that wait at a barrier as they should.
+        let (warp, group) = *all.iter().find(|(_, group)| group.wait == Wait::Lanes).unwrap_or(&all[0]);
+        let lane = group.mask.trailing_zeros() & 31;
+        let others: Vec<String> = all
+            .iter()
+            .filter(|(w, g)| w.index != warp.index || g.mask != group.mask)
+            .take(4)
+            .map(|(w, g)| {
+                let thread = super::state::name_thread(self.env.thread(w.index, g.mask.trailing_zeros() & 31));
+                format!(
+                    "{} lanes of warp {} from thread {thread} on wait at {}",
+                    g.mask.count_ones(),
+                    w.index,
+                    place(g.pc)
+                )
+            })
+            .collect();
+        let others = if others.is_empty() { "all others have exited".into() } else { others.join("; ") };
+        let (kind, what) = if is_barrier(group.pc) {
+            (FaultKind::Barrier, "barrier divergence: not all threads reach this barrier")
+        } else {
+            (FaultKind::InactiveShuffle, "lanes named in the member mask never reach this instruction")
+        };
+        self.fault(kind, warp, group.pc, lane, format!("{what}; {} lanes wait here, {others}", group.mask.count_ones()))
+    }
+
+    /// Turns how often each basic block ran into counts of instructions and operations.
+    fn sum_runs(&mut self) {
+        let types = [FlopType::F16, FlopType::Bf16, FlopType::Tf32, FlopType::F32, FlopType::F64];
+        for (cost, &(warps, lanes)) in self.env.program.costs.iter().zip(&self.runs) {
+            let counters = &mut self.counters;
+            let classes = [
+                &mut counters.mma,
+                &mut counters.fma,
+                &mut counters.arithmetic,
+                &mut counters.special,
+                &mut counters.control,
+            ];
+            for (class, &count) in classes.into_iter().zip(&cost.class) {
+                *class += u64::from(count) * warps;
+            }
+            for (i, &ty) in types.iter().enumerate() {
+                counters.add_flops(ty, u64::from(cost.flops[i]) * lanes + u64::from(cost.warp_flops[i]) * warps);
+            }
+        }
+    }
+}

@@ -1,0 +1,397 @@
+//! What a running launch, block and warp consist of.
+
+use super::races::{GlobalRaces, SharedRaces};
+use super::{Checks, Counters, Fault, FaultKind, Launch, Settings};
+use crate::memory::{Allocation, Memory};
+use crate::ptx::program::{Constant, Program};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// 64 bytes, aligned so.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub struct Line(pub [u8; 64]);
+
+/// Bytes aligned to 64.
+#[derive(Default)]
+pub struct Aligned(Vec<Line>);
+
+impl Aligned {
+    /// So many bytes, all equal.
+    pub fn new(bytes: usize, value: u8) -> Self {
+        Aligned(vec![Line([value; 64]); bytes.div_ceil(64)])
+    }
+
+    /// The first byte.
+    pub fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.0.as_mut_ptr().cast()
+    }
+
+    /// All bytes the same.
+    pub fn fill(&mut self, value: u8) {
+        self.0.fill(Line([value; 64]));
+    }
+}
+
+/// What a group of lanes waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Nothing.
+    Nothing,
+    /// Other lanes of the warp, at this step.
+    Lanes,
+    /// A barrier to leave this generation.
+    Barrier(u8, u32),
+}
+
+/// Lanes of a warp that are at the same step.
+#[derive(Clone, Copy, Debug)]
+pub struct Group {
+    /// The step.
+    pub pc: u32,
+    /// The lanes.
+    pub mask: u32,
+    /// Whether they can go on.
+    pub wait: Wait,
+}
+
+/// A copy by cp.async that has not arrived.
+pub struct Pending {
+    /// Lane.
+    pub lane: u8,
+    /// Bytes.
+    pub bytes: u8,
+    /// Group of the lane it belongs to.
+    pub group: u32,
+    /// Offset in shared memory.
+    pub to: u32,
+    /// What arrives.
+    pub data: [u8; 16],
+}
+
+/// A warp.
+#[derive(Default)]
+pub struct Warp {
+    /// Number in the block.
+    pub index: u32,
+    /// Registers.
+    pub file: Aligned,
+    /// Local memory, lane after lane.
+    pub local: Aligned,
+    /// Groups; one unless lanes have diverged.
+    pub groups: Vec<Group>,
+    /// Lanes that have not exited.
+    pub alive: u32,
+    /// A lane whose group goes first for fairness, as a bit; 0 is none.
+    pub favour: u32,
+    /// Basic blocks run since its lanes last waited or took turns.
+    pub unbroken: u32,
+    /// Instructions so far.
+    pub instructions: u64,
+    /// Copies under way.
+    pub pending: Vec<Pending>,
+    /// Groups of copies that each lane has committed.
+    pub committed: [u32; 32],
+}
+
+/// One of a block's sixteen barriers.
+#[derive(Clone, Default)]
+pub struct BarrierState {
+    /// How often it has been completed.
+    pub generation: u32,
+    /// Threads that have arrived.
+    pub arrived: u32,
+    /// Threads expected; 0 is all.
+    pub expected: u32,
+    /// Step of the first arrival and thread.
+    pub first: Option<(u32, u32)>,
+    /// Threads with a true predicate, and with any.
+    pub votes: u32,
+    /// Threads that voted.
+    pub voters: u32,
+    /// Votes of the last completed generation: true ones, all.
+    pub result: (u32, u32),
+    /// Join of the clocks of those that arrived.
+    pub clock: Vec<u32>,
+    /// The same of the last completed generation.
+    pub completed_clock: Vec<u32>,
+}
+
+/// A block.
+#[derive(Default)]
+pub struct Block {
+    /// Number in the grid.
+    pub linear: u64,
+    /// Place in the order of issue.
+    pub issue: u64,
+    /// Index in x, y, z.
+    pub id: [u32; 3],
+    /// Warps.
+    pub warps: Vec<Warp>,
+    /// Shared memory.
+    pub shared: Aligned,
+    /// Which bytes of it have been written; empty when nobody asks.
+    pub shared_written: Vec<u8>,
+    /// Which bytes of it a cp.async is about to write; empty when nobody asks.
+    pub shared_pending: Vec<u8>,
+    /// Race detector.
+    pub races: Option<SharedRaces>,
+    /// Barriers.
+    pub barriers: Vec<BarrierState>,
+    /// Threads that have not exited.
+    pub alive: u32,
+    /// printf output.
+    pub output: Vec<u8>,
+    /// State of the random schedule.
+    pub random: u64,
+    /// Steps executed: the clock.
+    pub ticks: u64,
+    /// How often the block has fenced, for races between blocks.
+    pub epoch: u32,
+    /// Warp whose turn it is.
+    pub turn: usize,
+}
+
+/// What all workers of a launch share.
+pub struct Env<'a> {
+    /// The launch.
+    pub launch: &'a Launch<'a>,
+    /// Its program.
+    pub program: &'a Program,
+    /// Settings.
+    pub settings: &'a Settings,
+    /// Device memory.
+    pub memory: &'a Memory,
+    /// Allocations when the launch began.
+    pub allocations: Arc<Vec<Allocation>>,
+    /// First address and size of the device's range.
+    pub range: (u64, u64),
+    /// Checks that have a meaning in this launch.
+    pub checks: Checks,
+    /// Bytes of shared memory per block.
+    pub shared_bytes: u32,
+    /// Threads per block.
+    pub threads: u32,
+    /// Bytes of local memory per lane, padded.
+    pub local_stride: u32,
+    /// The last part of every register file.
+    pub constants: Vec<u8>,
+    /// Races between blocks.
+    pub global_races: Option<GlobalRaces>,
+    /// Sectors touched.
+    pub touched: Option<Touched>,
+    /// Zeroed memory for the barrier of a cooperative grid; 0 for other launches.
+    pub grid_workspace: u64,
+}
+
+/// One bit per 32-byte sector of the device's range.
+pub struct Touched {
+    base: u64,
+    pages: Vec<std::sync::OnceLock<Box<[AtomicU64; PAGE_WORDS]>>>,
+    count: AtomicU64,
+}
+
+/// Words of one page: 64 Ki sectors, 2 MiB of memory.
+const PAGE_WORDS: usize = 1024;
+
+impl Touched {
+    /// Nothing touched.
+    pub fn new(base: u64, bytes: u64) -> Self {
+        let pages = bytes.div_ceil(32 * 64 * PAGE_WORDS as u64) as usize;
+        let pages = std::iter::repeat_with(std::sync::OnceLock::new).take(pages).collect();
+        Touched { base, pages, count: AtomicU64::new(0) }
+    }
+
+    /// Notes sectors `first..=last` (addresses over 32).
+    pub fn touch(&self, first: u64, last: u64) {
+        for sector in first..=last {
+            let index = sector - self.base / 32;
+            let word = index / 64;
+            let page = self.pages[word as usize / PAGE_WORDS]
+                .get_or_init(|| Box::new([const { AtomicU64::new(0) }; PAGE_WORDS]));
+            let cell = &page[word as usize % PAGE_WORDS];
+            let bit = 1 << (index % 64);
+            if cell.load(Ordering::Relaxed) & bit == 0 && cell.fetch_or(bit, Ordering::Relaxed) & bit == 0 {
+                self.count.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// How many sectors have been touched.
+    pub fn sectors(&self) -> u64 {
+        self.count.load(Ordering::Relaxed)
+    }
+}
+
+/// One worker.
+pub struct Machine<'a> {
+    /// The launch.
+    pub env: &'a Env<'a>,
+    /// The block being run.
+    pub block: Block,
+    /// What the worker has counted.
+    pub counters: Counters,
+    /// Times each basic block was run by a warp, and lanes.
+    pub runs: Vec<(u64, u64)>,
+    /// Ranges of allocations that recent instructions used.
+    pub cache: [(u64, u64); 16],
+}
+
+impl Env<'_> {
+    /// The thread of a lane.
+    pub fn thread(&self, warp: u32, lane: u32) -> [u32; 3] {
+        let [x, y, _] = self.launch.block;
+        let linear = warp * 32 + lane;
+        [linear % x, linear / x % y, linear / x / y]
+    }
+
+    /// The allocation that holds a range.
+    pub fn allocation(&self, address: u64, bytes: u64) -> Option<&Allocation> {
+        let index = self.allocations.partition_point(|a| a.address <= address).checked_sub(1)?;
+        let found = &self.allocations[index];
+        let offset = address - found.address;
+        (offset < found.bytes && bytes <= found.bytes - offset).then_some(found)
+    }
+}
+
+/// A thread as messages name it.
+pub fn name_thread([x, y, z]: [u32; 3]) -> String {
+    format!("({x},{y},{z})")
+}
+
+impl<'a> Machine<'a> {
+    /// A worker with no block yet.
+    pub fn new(env: &'a Env<'a>) -> Self {
+        Machine {
+            env,
+            block: Block::default(),
+            counters: Counters::default(),
+            runs: vec![(0, 0); env.program.costs.len()],
+            cache: [(0, 0); 16],
+        }
+    }
+
+    /// A fault of a lane at a step.
+    pub fn fault(&self, kind: FaultKind, warp: &Warp, pc: u32, lane: u32, detail: String) -> Box<Fault> {
+        let program = self.env.program;
+        let source = program.sources[program.steps[pc as usize].source as usize];
+        let text = program.text.get(source.start as usize..(source.start + source.length) as usize).unwrap_or("");
+        Box::new(Fault {
+            kind,
+            kernel: self.env.launch.kernel.name.clone(),
+            block: self.block.id,
+            thread: self.env.thread(warp.index, lane),
+            instruction: text.split_whitespace().collect::<Vec<_>>().join(" "),
+            line: source.line,
+            detail,
+        })
+    }
+
+    /// Makes the worker's block the one with this index, as at its start. Memory is reused.
+    pub fn start(&mut self, issue: u64, linear: u64) {
+        let env = self.env;
+        let [gx, gy, _] = env.launch.grid.map(u64::from);
+        let block = &mut self.block;
+        block.issue = issue;
+        block.linear = linear;
+        block.id = [(linear % gx) as u32, (linear / gx % gy) as u32, (linear / gx / gy) as u32];
+        let warps = env.threads.div_ceil(32);
+        if block.warps.is_empty() {
+            block.warps = (0..warps).map(|index| env.new_warp(index)).collect();
+            block.shared = Aligned::new(env.shared_bytes as usize + 64, 0xff);
+            block.barriers = vec![BarrierState::default(); 16];
+            if env.checks.shared_races && env.shared_bytes > 0 {
+                block.races = Some(SharedRaces::new(warps as usize, env.shared_bytes as usize, env.program.atomics));
+                block.shared_pending = vec![0; env.shared_bytes as usize];
+            }
+            if env.checks.uninitialised {
+                block.shared_written = vec![0; env.shared_bytes as usize];
+            }
+        } else {
+            block.shared.fill(0xff);
+            block.shared_written.fill(0);
+            block.shared_pending.fill(0);
+            block.barriers.fill(BarrierState::default());
+            if let Some(races) = &mut block.races {
+                races.restart();
+            }
+        }
+        for warp in &mut block.warps {
+            let threads = (env.threads - warp.index * 32).min(32);
+            warp.alive = (!0u64 << threads) as u32 ^ !0;
+            warp.groups.clear();
+            warp.groups.push(Group { pc: 0, mask: warp.alive, wait: Wait::Nothing });
+            warp.favour = 0;
+            warp.unbroken = 0;
+            warp.instructions = 0;
+            warp.pending.clear();
+            warp.committed = [0; 32];
+            if env.local_stride > 0 {
+                warp.local.fill(0xff);
+            }
+        }
+        block.alive = env.threads;
+        block.output.clear();
+        block.random =
+            env.settings.schedule_seed.map_or(0, |seed| super::schedule::mix(seed ^ super::schedule::mix(linear)));
+        block.ticks = 0;
+        block.epoch = 1;
+        block.turn = 0;
+    }
+}
+
+impl Env<'_> {
+    fn new_warp(&self, index: u32) -> Warp {
+        let mut file = Aligned::new(self.program.file_bytes as usize, 0);
+        let start = self.program.file_bytes as usize - self.constants.len();
+        // SAFETY: the file has `file_bytes` bytes and the constants are its last ones.
+        unsafe {
+            std::ptr::copy_nonoverlapping(self.constants.as_ptr(), file.as_mut_ptr().add(start), self.constants.len())
+        };
+        Warp {
+            index,
+            file,
+            // 8 bytes more: the parameters of printf and assert are read as 8 bytes, whatever their size.
+            local: Aligned::new(self.local_stride as usize * 32 + 8, 0xff),
+            ..Default::default()
+        }
+    }
+}
+
+/// The constant part of a register file, from the offset of the first constant.
+pub fn resolve(program: &Program, addresses: &[u64]) -> Vec<u8> {
+    let start = program.constants.first().map_or(program.file_bytes, |&(offset, _)| offset);
+    let mut bytes = vec![0; (program.file_bytes - start) as usize];
+    for &(offset, constant) in &program.constants {
+        let to = &mut bytes[(offset - start) as usize..];
+        let narrow = |to: &mut [u8], value: u32| to[..128].as_chunks_mut().0.fill(value.to_le_bytes());
+        let wide = |to: &mut [u8], value: u64| to[..256].as_chunks_mut().0.fill(value.to_le_bytes());
+        match constant {
+            Constant::Pred(value) => to[..4].fill(if value { 0xff } else { 0 }),
+            Constant::B32(value) => narrow(to, value),
+            Constant::B64(value) => wide(to, value),
+            Constant::Global(index, addend) => wide(to, addresses[index as usize].wrapping_add(addend as u64)),
+            Constant::Shared(index, addend, true) => {
+                wide(to, u64::from(program.shared[index as usize]).wrapping_add(addend as u64))
+            }
+            Constant::Shared(index, addend, false) => {
+                narrow(to, program.shared[index as usize].wrapping_add(addend as u32))
+            }
+            Constant::Local(at, true) | Constant::Param(at, true) => wide(to, at),
+            Constant::Local(at, false) | Constant::Param(at, false) => narrow(to, at as u32),
+        }
+    }
+    bytes
+}
+
+/// Lanes of a mask, lowest first.
+pub fn lanes(mask: u32) -> impl Iterator<Item = u32> {
+    let mut rest = mask;
+    std::iter::from_fn(move || {
+        let lane = rest.trailing_zeros();
+        (rest != 0).then(|| {
+            rest &= rest - 1;
+            lane
+        })
+    })
+}

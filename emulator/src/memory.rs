@@ -1,0 +1,498 @@
+//! The global memory of one device.
+//!
+//! An address is the host address of the byte, inside a range reserved once (and only filled page by page when touched), so that
+//! host-pinned and managed memory have the same address on both sides. Allocations stand at least [`GUARD`] bytes apart, fresh
+//! memory is poisoned with 0xFF (a NaN in every float format), and freed ranges rest in a queue before they are given out again,
+//! so that late accesses find no allocation.
+//!
+//! A bitmap holds which bytes have ever been written. Deliberately absent: streams and their order, which are the driver's.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Bytes between allocations.
+pub const GUARD: u64 = 512;
+/// Alignment of allocations.
+pub const ALIGN: u64 = 512;
+/// Freed bytes that rest before the oldest are given out again.
+const QUARANTINE: u64 = 256 << 20;
+/// What fresh memory holds.
+const POISON: u8 = 0xff;
+/// Where the range of the first device is asked to be, so that addresses repeat from run to run.
+const FIRST_BASE: u64 = 0x6f00_0000_0000;
+
+/// A live allocation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allocation {
+    /// First byte.
+    pub address: u64,
+    /// Size as asked for.
+    pub bytes: u64,
+    /// Number of the allocation, from 1, in the order they were made.
+    pub serial: u64,
+    /// Host-pinned or managed: readable by the host, always initialised, not counted as used.
+    pub host: bool,
+}
+
+/// Why an access from the host was refused. Display is a whole sentence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryError {
+    /// The CUresult: 1 (invalid value).
+    pub code: u32,
+    /// The sentence.
+    pub message: String,
+}
+
+impl MemoryError {
+    fn new(message: String) -> Self {
+        MemoryError { code: 1, message }
+    }
+}
+
+impl fmt::Display for MemoryError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for MemoryError {}
+
+/// A range of address space from the operating system.
+struct Range {
+    base: u64,
+    bytes: u64,
+}
+
+impl Range {
+    fn reserve(hint: u64, bytes: u64) -> Option<Range> {
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a new anonymous mapping; the hint replaces nothing without MAP_FIXED.
+        let at = unsafe { libc::mmap(hint as *mut libc::c_void, bytes as usize, protection, flags, -1, 0) };
+        (at != libc::MAP_FAILED).then_some(Range { base: at as u64, bytes })
+    }
+
+    /// Gives the pages back; they read as zero afterwards.
+    fn clear(&self) {
+        // SAFETY: the range is this mapping, whole.
+        unsafe { libc::madvise(self.base as *mut libc::c_void, self.bytes as usize, libc::MADV_DONTNEED) };
+    }
+}
+
+impl Drop for Range {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `reserve` and nothing keeps pointers into it beyond the owner's life.
+        unsafe { libc::munmap(self.base as *mut libc::c_void, self.bytes as usize) };
+    }
+}
+
+struct Table {
+    live: BTreeMap<u64, Allocation>,
+    /// Free ranges by address: bytes.
+    free: BTreeMap<u64, u64>,
+    /// Freed ranges with their guard, oldest first.
+    resting: VecDeque<(Allocation, u64)>,
+    resting_bytes: u64,
+    used: u64,
+    serial: u64,
+    snapshot: Option<Arc<Vec<Allocation>>>,
+}
+
+/// One device's global memory. All methods are safe to call from several threads.
+pub struct Memory {
+    range: Range,
+    /// One bit per byte of `range`: whether it has been written.
+    written: Range,
+    /// 16 bytes per 4 bytes of `range`, made when the first launch looks for races between blocks.
+    shadow: Mutex<Option<Arc<Shadow>>>,
+    limit: u64,
+    table: Mutex<Table>,
+    untracked: AtomicBool,
+}
+
+/// Last accesses to every word, for races between blocks; see [`crate::exec`].
+pub struct Shadow {
+    range: Range,
+    of: u64,
+    generation: AtomicU64,
+}
+
+impl Shadow {
+    /// The (writer, reader) pair of the 4-byte word that holds an address.
+    ///
+    /// # Safety
+    /// The address lies in the device's range.
+    pub unsafe fn word(&self, address: u64) -> (&AtomicU64, &AtomicU64) {
+        let at = (self.range.base + (address - self.of) / 4 * 16) as *const AtomicU64;
+        // SAFETY: the caller's promise keeps `at` inside the mapping, which is zeroed, aligned, and lives as long as self.
+        unsafe { (&*at, &*at.add(1)) }
+    }
+
+    /// A number from 1 to 4095 that no word holds yet.
+    pub fn next_generation(&self) -> u64 {
+        let generation = self.generation.fetch_add(1, Ordering::Relaxed) % 4096;
+        if generation == 0 {
+            self.range.clear();
+            return self.next_generation();
+        }
+        generation
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Memory {
+    /// Memory of at most `limit` bytes in use at a time.
+    ///
+    /// # Panics
+    /// When the operating system has no address space.
+    pub fn new(limit: u64) -> Self {
+        let wanted = (2 * limit + (2 << 30)).next_multiple_of(1 << 21);
+        // Smaller when address space is limited: fragmentation then shows earlier, nothing else changes.
+        let range = [wanted, wanted / 2, wanted / 4, 1 << 30]
+            .into_iter()
+            .find_map(|bytes| Range::reserve(FIRST_BASE, bytes))
+            .unwrap_or_else(|| panic!("no address space for {wanted} bytes of device memory"));
+        let written = Range::reserve(0, range.bytes / 8)
+            .unwrap_or_else(|| panic!("no address space for {} bytes", range.bytes / 8));
+        let free = BTreeMap::from([(range.base.next_multiple_of(ALIGN) + ALIGN, range.bytes - 2 * ALIGN)]);
+        let table = Table {
+            live: BTreeMap::new(),
+            free,
+            resting: VecDeque::new(),
+            resting_bytes: 0,
+            used: 0,
+            serial: 0,
+            snapshot: None,
+        };
+        Memory {
+            range,
+            written,
+            shadow: Mutex::new(None),
+            limit,
+            table: Mutex::new(table),
+            untracked: AtomicBool::new(false),
+        }
+    }
+
+    /// Allocates device memory, poisoned and marked uninitialised; None when the limit is exceeded or `bytes` is 0. Aligned to 512.
+    pub fn alloc(&self, bytes: u64) -> Option<u64> {
+        self.allocate(bytes, false)
+    }
+
+    /// Allocates memory that the host may touch by its address (pinned, managed): zeroed, initialised, outside the limit.
+    pub fn alloc_host(&self, bytes: u64) -> Option<u64> {
+        self.allocate(bytes, true)
+    }
+
+    fn allocate(&self, bytes: u64, host: bool) -> Option<u64> {
+        let mut table = lock(&self.table);
+        if bytes == 0 || bytes > self.range.bytes || (!host && bytes > self.limit.saturating_sub(table.used)) {
+            return None;
+        }
+        let span = bytes.next_multiple_of(ALIGN) + GUARD;
+        let address = loop {
+            let fit = table.free.iter().find(|&(_, &free)| free >= span).map(|(&at, &free)| (at, free));
+            if let Some((at, free)) = fit {
+                table.free.remove(&at);
+                if free > span {
+                    table.free.insert(at + span, free - span);
+                }
+                break at;
+            }
+            let (oldest, rested) = table.resting.pop_front()?;
+            table.resting_bytes -= rested;
+            table.release(oldest.address, rested);
+        };
+        table.serial += 1;
+        let serial = table.serial;
+        table.live.insert(address, Allocation { address, bytes, serial, host });
+        if !host {
+            table.used += bytes;
+        }
+        table.snapshot = None;
+        // SAFETY: [address, address + bytes) was free until now and lies inside the mapping; no launch has it in its table.
+        unsafe { std::ptr::write_bytes(address as *mut u8, if host { 0 } else { POISON }, bytes as usize) };
+        self.mark(address, bytes, host);
+        Some(address)
+    }
+
+    /// Frees an allocation by its first address.
+    pub fn free(&self, at: u64) -> Result<(), MemoryError> {
+        let mut table = lock(&self.table);
+        let Some(allocation) = table.live.remove(&at) else {
+            return Err(MemoryError::new(format!("address {at:#x} cannot be freed: {}", table.nearest(at))));
+        };
+        if !allocation.host {
+            table.used -= allocation.bytes;
+        }
+        table.snapshot = None;
+        let span = allocation.bytes.next_multiple_of(ALIGN) + GUARD;
+        table.resting.push_back((allocation, span));
+        table.resting_bytes += span;
+        while table.resting_bytes > QUARANTINE
+            && let Some((oldest, span)) = table.resting.pop_front()
+        {
+            table.resting_bytes -= span;
+            table.release(oldest.address, span);
+        }
+        Ok(())
+    }
+
+    /// Fails unless the range lies in one allocation. The lock that comes back keeps it alive.
+    fn locate(&self, what: &str, at: u64, bytes: u64) -> Result<MutexGuard<'_, Table>, MemoryError> {
+        let table = lock(&self.table);
+        let found = table.find(at).filter(|a| bytes <= a.bytes - (at - a.address));
+        if found.is_none() && bytes > 0 {
+            let message = format!("{what} {bytes} bytes at {at:#x} lie in no allocation: {}", table.nearest(at));
+            return Err(MemoryError::new(message));
+        }
+        Ok(table)
+    }
+
+    /// Copies from the host; the range must lie in one allocation.
+    pub fn copy_in(&self, to: u64, from: &[u8]) -> Result<(), MemoryError> {
+        let _table = self.locate("the destination's", to, from.len() as u64)?;
+        if !from.is_empty() {
+            // SAFETY: the destination lies in a live allocation. `from` may be host memory of this device (pinned): `copy` allows overlap.
+            unsafe { std::ptr::copy(from.as_ptr(), to as *mut u8, from.len()) };
+            self.mark(to, from.len() as u64, true);
+        }
+        Ok(())
+    }
+
+    /// Copies to the host; bytes never written come as poison.
+    pub fn copy_out(&self, from: u64, to: &mut [u8]) -> Result<(), MemoryError> {
+        let _table = self.locate("the source's", from, to.len() as u64)?;
+        if !to.is_empty() {
+            // SAFETY: the source lies in a live allocation; see `copy_in` for overlap.
+            unsafe { std::ptr::copy(from as *const u8, to.as_mut_ptr(), to.len()) };
+        }
+        Ok(())
+    }
+
+    /// Copies inside the device, also the knowledge of which bytes are initialised.
+    pub fn copy_within(&self, to: u64, from: u64, bytes: u64) -> Result<(), MemoryError> {
+        drop(self.locate("the source's", from, bytes)?);
+        let _table = self.locate("the destination's", to, bytes)?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: both ranges were found in live allocations; they may overlap.
+        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes as usize) };
+        if self.written(from, bytes) {
+            self.mark(to, bytes, true);
+        } else {
+            let known: Vec<bool> = (0..bytes).map(|i| self.written(from + i, 1)).collect();
+            for (i, known) in known.into_iter().enumerate() {
+                self.mark(to + i as u64, 1, known);
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills `count` elements of `pattern.len()` bytes (1, 2 or 4).
+    pub fn set(&self, to: u64, pattern: &[u8], count: u64) -> Result<(), MemoryError> {
+        let bytes = count.saturating_mul(pattern.len() as u64);
+        let _table = self.locate("the destination's", to, bytes)?;
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the range lies in a live allocation of this device, which only the emulated program reads at the same time.
+        let target = unsafe { std::slice::from_raw_parts_mut(to as *mut u8, bytes as usize) };
+        match pattern {
+            [byte] => target.fill(*byte),
+            _ => target.chunks_exact_mut(pattern.len()).for_each(|chunk| chunk.copy_from_slice(pattern)),
+        }
+        self.mark(to, bytes, true);
+        Ok(())
+    }
+
+    /// Makes an allocation as fresh, poisoned and uninitialised: for memory that a graph allocates anew in each launch.
+    pub fn forget(&self, at: u64) -> Result<(), MemoryError> {
+        let table = lock(&self.table);
+        let Some(&Allocation { bytes, .. }) = table.live.get(&at) else {
+            let message = format!("{at:#x} starts no allocation: {}", table.nearest(at));
+            return Err(MemoryError::new(message));
+        };
+        // SAFETY: the range is a live allocation, kept alive by the lock; only the emulated program uses it at the same time.
+        unsafe { std::ptr::write_bytes(at as *mut u8, POISON, bytes as usize) };
+        self.mark(at, bytes, false);
+        Ok(())
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> u64 {
+        lock(&self.table).used
+    }
+
+    /// The limit.
+    pub fn limit(&self) -> u64 {
+        self.limit
+    }
+
+    /// Live allocations by address.
+    pub fn live(&self) -> Vec<Allocation> {
+        lock(&self.table).live.values().copied().collect()
+    }
+
+    /// The live allocation that holds an address.
+    pub fn find(&self, address: u64) -> Option<Allocation> {
+        lock(&self.table).find(address)
+    }
+
+    /// Whether an address belongs to this device's range, allocated or not.
+    pub fn owns(&self, address: u64) -> bool {
+        address.wrapping_sub(self.range.base) < self.range.bytes
+    }
+
+    /// Live allocations by address, shared; a launch works with those of its beginning.
+    pub(crate) fn snapshot(&self) -> Arc<Vec<Allocation>> {
+        let mut table = lock(&self.table);
+        if let Some(snapshot) = &table.snapshot {
+            return snapshot.clone();
+        }
+        let snapshot = Arc::new(table.live.values().copied().collect::<Vec<_>>());
+        table.snapshot = Some(snapshot.clone());
+        snapshot
+    }
+
+    /// First address and size of the whole range.
+    pub(crate) fn range(&self) -> (u64, u64) {
+        (self.range.base, self.range.bytes)
+    }
+
+    /// The shadow for races between blocks, or None without address space for it.
+    pub(crate) fn shadow(&self) -> Option<Arc<Shadow>> {
+        let mut shadow = lock(&self.shadow);
+        if shadow.is_none() {
+            let range = Range::reserve(0, self.range.bytes * 4)?;
+            *shadow = Some(Arc::new(Shadow { range, of: self.range.base, generation: AtomicU64::new(1) }));
+        }
+        shadow.clone()
+    }
+
+    /// A launch that does not track writes makes all later tracking useless.
+    pub(crate) fn stop_tracking(&self) {
+        self.untracked.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether reads of uninitialised memory can be told.
+    pub(crate) fn tracking(&self) -> bool {
+        !self.untracked.load(Ordering::Relaxed)
+    }
+
+    fn bitmap(&self, word: u64) -> &AtomicU64 {
+        // SAFETY: callers pass words of addresses inside the range; the bitmap has a bit for each of its bytes and lives as long as self.
+        unsafe { &*((self.written.base + word * 8) as *const AtomicU64) }
+    }
+
+    /// Whether all bytes of a range inside the device's range have been written.
+    #[inline]
+    pub(crate) fn written(&self, at: u64, bytes: u64) -> bool {
+        let first = at - self.range.base;
+        let last = first + bytes - 1;
+        let (first_word, last_word) = (first / 64, last / 64);
+        let from = !0u64 << (first % 64);
+        let upto = !0u64 >> (63 - last % 64);
+        if first_word == last_word {
+            let want = from & upto;
+            return self.bitmap(first_word).load(Ordering::Relaxed) & want == want;
+        }
+        self.bitmap(first_word).load(Ordering::Relaxed) & from == from
+            && (first_word + 1..last_word).all(|word| self.bitmap(word).load(Ordering::Relaxed) == !0)
+            && self.bitmap(last_word).load(Ordering::Relaxed) & upto == upto
+    }
+
+    /// Notes that the bytes of a range inside the device's range have been written, or not.
+    #[inline]
+    pub(crate) fn mark(&self, at: u64, bytes: u64, written: bool) {
+        let first = at - self.range.base;
+        let last = first + bytes - 1;
+        let (first_word, last_word) = (first / 64, last / 64);
+        for word in first_word..=last_word {
+            let mut bits = !0u64;
+            if word == first_word {
+                bits &= !0u64 << (first % 64);
+            }
+            if word == last_word {
+                bits &= !0u64 >> (63 - last % 64);
+            }
+            let cell = self.bitmap(word);
+            let old = cell.load(Ordering::Relaxed);
+            if written && old & bits != bits {
+                cell.fetch_or(bits, Ordering::Relaxed);
+            } else if !written && old & bits != 0 {
+                cell.fetch_and(!bits, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// What stands nearest to an address, for messages.
+    pub fn nearest(&self, address: u64) -> String {
+        lock(&self.table).nearest(address)
+    }
+}
+
+impl Table {
+    /// Puts a range back among the free ones, joined with its neighbours.
+    fn release(&mut self, mut at: u64, mut bytes: u64) {
+        if let Some((&before, &size)) = self.free.range(..at).next_back()
+            && before + size == at
+        {
+            self.free.remove(&before);
+            (at, bytes) = (before, bytes + size);
+        }
+        if let Some(size) = self.free.remove(&(at + bytes)) {
+            bytes += size;
+        }
+        self.free.insert(at, bytes);
+    }
+
+    fn find(&self, address: u64) -> Option<Allocation> {
+        let (_, allocation) = self.live.range(..=address).next_back()?;
+        (address - allocation.address < allocation.bytes).then_some(*allocation)
+    }
+
+    fn nearest(&self, address: u64) -> String {
+        if let Some((freed, _)) = self.resting.iter().rev().find(|(a, _)| address.wrapping_sub(a.address) < a.bytes) {
+            return format!(
+                "it is inside allocation {} of {} bytes at {:#x}, which has been freed",
+                freed.serial, freed.bytes, freed.address
+            );
+        }
+        let before = self.live.range(..=address).next_back().map(|(_, a)| a);
+        let after = self.live.range(address..).next().map(|(_, a)| a);
+        let distance_before = before.map(|a| address - a.address.saturating_add(a.bytes).min(address));
+        let distance_after = after.map(|a| a.address - address);
+        match (before, after) {
+            (None, None) => "nothing is allocated".into(),
+            (Some(a), _)
+                if distance_after.is_none_or(|after| distance_before.is_some_and(|before| before <= after)) =>
+            {
+                let past = address as i128 - (a.address + a.bytes) as i128;
+                let place = match past {
+                    ..0 => "inside".to_string(),
+                    0 => "right behind".to_string(),
+                    _ => format!("{past} bytes behind"),
+                };
+                format!(
+                    "the nearest allocation is number {} of {} bytes at {:#x}; the address is {place} it",
+                    a.serial, a.bytes, a.address
+                )
+            }
+            (_, Some(a)) => format!(
+                "the nearest allocation is number {} of {} bytes at {:#x}; the address is {} bytes before it",
+                a.serial,
+                a.bytes,
+                a.address,
+                a.address - address
+            ),
+            (Some(_), None) => unreachable!("covered by the second arm: nothing after"),
+        }
+    }
+}

@@ -1,0 +1,364 @@
+//! Kernels compiled by nvcc, run by the interpreter without a driver.
+
+mod machine;
+
+use cuda_emu::exec::FaultKind;
+use machine::{Arg, Device, noise};
+
+fn sgemm(name: &str, m: usize, n: usize, k: usize) -> Result<(), cuda_emu::exec::Fault> {
+    let device = Device::new(include_str!("kernels/sgemm.ptx"));
+    let (a, b) = (noise(m * k, 1), noise(k * n, 2));
+    let (a_at, b_at) = (device.upload(&a), device.upload(&b));
+    let c_at = device.memory.alloc((m * n * 4) as u64).unwrap();
+    let grid = [n.div_ceil(64) as u32, m.div_ceil(64) as u32, 1];
+    let args =
+        [Arg::U64(a_at), Arg::U64(b_at), Arg::U64(c_at), Arg::U32(m as u32), Arg::U32(n as u32), Arg::U32(k as u32)];
+    device.run(name, grid, [256, 1, 1], 0, &args)?;
+    let c: Vec<f32> = device.download(c_at, m * n);
+    for i in 0..m {
+        for j in 0..n {
+            // nvcc contracts to fma in order of k, so the same chain gives the same bits.
+            let want = (0..k).fold(0.0f32, |sum, l| a[i * k + l].mul_add(b[l * n + j], sum));
+            assert_eq!(c[i * n + j].to_bits(), want.to_bits(), "c[{i}][{j}] of {m}x{n}x{k}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn sgemm_agrees_bit_for_bit() {
+    for (m, n, k) in [(1, 1, 1), (64, 64, 8), (65, 67, 13), (130, 70, 40)] {
+        sgemm("sgemm", m, n, k).unwrap_or_else(|fault| panic!("{fault}"));
+    }
+}
+
+#[test]
+fn sgemm_bugs_are_refused() {
+    let refused = |name: &str, kind: FaultKind| {
+        let fault = sgemm(name, 70, 70, 33).expect_err("the bug is there");
+        assert_eq!(fault.kind, kind, "{fault}");
+    };
+    refused("sgemm_dropped_barrier", FaultKind::SharedRace);
+    refused("sgemm_uninitialised", FaultKind::Uninitialised);
+    refused("sgemm_off_by_one", FaultKind::OutOfBounds);
+}
+
+const CONTROL: &str = include_str!("kernels/control.ptx");
+
+#[test]
+fn calls_pass_structures_by_value_and_reference() {
+    let device = Device::new(CONTROL);
+    let n = 70;
+    let x = noise(n, 3);
+    let at = device.upload(&x);
+    let kernel = device.module.module.kernels.iter().find(|kernel| kernel.name == "calls").unwrap();
+    let mut params = vec![0u8; kernel.param_bytes as usize];
+    let big: Vec<u8> = [10i32, 20, 30, 40, 50, 0]
+        .iter()
+        .flat_map(|v| v.to_le_bytes())
+        .chain(2.5f64.to_le_bytes())
+        .chain([7; 8])
+        .collect();
+    params[..8].copy_from_slice(&at.to_le_bytes());
+    params[kernel.params[1].offset as usize..][..40].copy_from_slice(&big);
+    params[kernel.params[2].offset as usize..][..4].copy_from_slice(&(n as i32).to_le_bytes());
+    device.launch_raw("calls", [3, 1, 1], [32, 1, 1], 0, &params).unwrap_or_else(|fault| panic!("{fault}"));
+    let out: Vec<f32> = device.download(at, n);
+    for i in 0..n {
+        let helped = (f64::from(x[i] * 30.0) + i as f64) as f32;
+        let want = helped + [1.0, 2.0, 4.0, 8.0][i & 3] + (i * (i % 5)) as f32 + [10.0, 20.0, 30.0, 40.0, 50.0][i % 5];
+        assert_eq!(out[i], want, "element {i}");
+    }
+}
+
+#[test]
+fn divergent_loops_agree() {
+    let reference = |i: i32| {
+        let mut sum: i32 = 0;
+        for k in 0..i {
+            if k % 7 == 3 {
+                continue;
+            }
+            if sum > 300 {
+                break;
+            }
+            match (i + k) % 9 {
+                0 => sum += 3,
+                1 => sum = sum * 5 % 101,
+                2 => sum ^= 3,
+                3 => sum += k,
+                4 => sum -= i,
+                5 => sum += k / (i + 1),
+                6 => sum |= 4,
+                _ => sum += 1,
+            }
+        }
+        sum
+    };
+    let device = Device::new(CONTROL);
+    let at = device.upload(&[0i32; 64]);
+    let n = 61;
+    let counters = device
+        .run("diverge", [1, 1, 1], [64, 1, 1], 0, &[Arg::U64(at), Arg::U32(n)])
+        .unwrap_or_else(|fault| panic!("{fault}"));
+    let out: Vec<i32> = device.download(at, 64);
+    for warp in 0..2 {
+        let lanes = warp * 32..(warp * 32 + 32).min(n as i32);
+        let total: i32 = lanes.clone().map(reference).sum();
+        for i in lanes {
+            assert_eq!(
+                out[i as usize],
+                reference(i) * 1000 + total % 1000,
+                "thread {i}: lanes that left the loop wait for the others"
+            );
+        }
+    }
+    assert_eq!(out[61..], [0; 3]);
+    assert!(counters.divergent_branches > 0);
+}
+
+#[test]
+fn printf_comes_in_the_order_of_blocks() {
+    let mut device = Device::new(CONTROL);
+    let text = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
+    let sink = text.clone();
+    device.settings.output =
+        Some(std::sync::Arc::new(move |bytes| sink.lock().unwrap().push_str(std::str::from_utf8(bytes).unwrap())));
+    device.run("say", [1, 1, 1], [32, 1, 1], 0, &[Arg::U32(2)]).unwrap_or_else(|fault| panic!("{fault}"));
+    let want = "thread 0 is even, half is 0.00,     0|0   |123456789ab\nthread 1 is odd, half is 0.50,     1|-1  |123456789ac\n";
+    assert_eq!(*text.lock().unwrap(), want);
+}
+
+#[test]
+fn a_failed_assert_says_where() {
+    let device = Device::new(CONTROL);
+    let at = device.upload(&[1i32, 2, 0, 4]);
+    let fault = device.run("asserting", [1, 1, 1], [4, 1, 1], 0, &[Arg::U64(at)]).unwrap_err();
+    assert_eq!((fault.kind, fault.thread, fault.code()), (FaultKind::Assert, [2, 0, 0], 710), "{fault}");
+    assert!(fault.detail.contains("control.cu") && fault.detail.contains("x[threadIdx.x] > 0"), "{fault}");
+}
+
+#[test]
+fn warp_functions_agree() {
+    let device = Device::new(CONTROL);
+    let at = device.upload(&[0u32; 32 * 16]);
+    device.run("warp_functions", [1, 1, 1], [32, 1, 1], 0, &[Arg::U64(at)]).unwrap_or_else(|fault| panic!("{fault}"));
+    let out: Vec<u32> = device.download(at, 32 * 16);
+    for i in 0..32u32 {
+        let o = &out[i as usize * 16..][..16];
+        let matching = (0..32).filter(|k| k / 5 == i / 5).fold(0u32, |set, k| set | 1 << k);
+        let low_half = i < 16;
+        let tile_any = u32::from(i / 8 == 1);
+        let tile_shifted = if i % 8 + 2 < 8 { i + 2 } else { i };
+        let want = [
+            0xaaaa_aaaa,
+            3,
+            matching,
+            !0,
+            1,
+            496 + 31 + 64,
+            (i + 1) % 32 * 3,
+            if i >= 2 { (i - 2) * 3 } else { i * 3 },
+            if i % 8 + 3 < 8 { (i + 3) * 3 } else { i * 3 },
+            (i ^ 5) * 3,
+            11,
+            1,
+            if low_half { 0xcccc } else { 0xf0f0_0000 },
+            tile_shifted + tile_any,
+            3200 + i,
+            32,
+        ];
+        assert_eq!(o, want, "lane {i}");
+    }
+}
+
+#[test]
+fn warps_pass_data_through_named_barriers() {
+    for seed in [None, Some(1), Some(2)] {
+        let mut device = Device::new(CONTROL);
+        device.settings.schedule_seed = seed;
+        let at = device.upload(&[0i32; 96]);
+        device
+            .run("producer_consumer", [1, 1, 1], [64, 1, 1], 0, &[Arg::U64(at)])
+            .unwrap_or_else(|fault| panic!("{fault}"));
+        let out: Vec<i32> = device.download(at, 96);
+        let want: Vec<i32> = (0..96).map(|i| (31 - i % 32) * 10 + i / 32).collect();
+        assert_eq!(out, want);
+    }
+}
+
+#[test]
+fn lanes_that_spin_on_a_lock_make_progress() {
+    let mut device = Device::new(CONTROL);
+    device.settings.instruction_limit = 100_000_000;
+    let (lock, value) = (device.upload(&[0i32]), device.upload(&[0i32]));
+    device
+        .run("spin_lock", [2, 1, 1], [64, 1, 1], 0, &[Arg::U64(lock), Arg::U64(value)])
+        .unwrap_or_else(|fault| panic!("{fault}"));
+    assert_eq!(device.download::<i32>(value, 1), [128]);
+}
+
+#[test]
+fn blocks_that_wait_for_each_other_all_run() {
+    for threads in [1, 2] {
+        let mut device = Device::new(CONTROL);
+        device.settings.threads = threads;
+        device.settings.instruction_limit = 1_000_000_000;
+        let blocks = 6;
+        let arrived = device.upload(&[0u32; 2]);
+        let out = device.upload(&vec![0i32; blocks * 3]);
+        device
+            .run("grid_barrier", [blocks as u32, 1, 1], [64, 1, 1], 0, &[Arg::U64(arrived), Arg::U64(out)])
+            .unwrap_or_else(|fault| panic!("{fault}"));
+        let out: Vec<i32> = device.download(out, blocks * 3);
+        for b in 0..blocks {
+            let next = ((b + 1) % blocks) as i32 * 64;
+            let (first, second) = (out[blocks + b * 2], out[blocks + b * 2 + 1]);
+            assert!(out[b] % b.max(1) as i32 == 0 && first <= next && second <= 2 * next, "block {b}: {out:?}");
+        }
+    }
+}
+
+#[test]
+fn the_last_block_may_read_what_others_fenced() {
+    let n = 4 * 64;
+    let x = noise(n, 4);
+    let run = |name: &str, seed: Option<u64>| {
+        let mut device = Device::new(CONTROL);
+        device.settings.schedule_seed = seed;
+        let partial = device.memory.alloc(n as u64 * 4).unwrap();
+        let (arrived, out, x) = (device.upload(&[0u32]), device.upload(&[0f32]), device.upload(&x));
+        device.run(
+            name,
+            [4, 1, 1],
+            [64, 1, 1],
+            0,
+            &[Arg::U64(partial), Arg::U64(arrived), Arg::U64(out), Arg::U64(x)],
+        )?;
+        Ok::<f32, cuda_emu::exec::Fault>(device.download::<f32>(out, 1)[0])
+    };
+    let want: f64 = x.iter().map(|&x| 2.0 * f64::from(x)).sum();
+    for seed in [None, Some(7), Some(8)] {
+        let got = run("last_block_sums", seed).unwrap_or_else(|fault| panic!("{fault}"));
+        // Four partial sums per thread and 64 atomic additions of values below 8: 68 roundings of at most 2^-22 each.
+        assert!((f64::from(got) - want).abs() < 68.0 * 2f64.powi(-18), "{got} for {want}");
+    }
+    let fault = run("last_block_without_fence", None).expect_err("nothing orders the partial sums");
+    assert_eq!(fault.kind, FaultKind::GlobalRace, "{fault}");
+}
+
+#[test]
+fn copies_arrive_when_they_are_waited_for() {
+    let device = Device::new(CONTROL);
+    let input: Vec<i32> = (0..256).collect();
+    let at = device.upload(&input);
+    let out = device.memory.alloc(1024).unwrap();
+    device
+        .run("async_copies", [1, 1, 1], [32, 1, 1], 0, &[Arg::U64(out), Arg::U64(at)])
+        .unwrap_or_else(|fault| panic!("{fault}"));
+    let got: Vec<i32> = device.download(out, 256);
+    for (i, &value) in got.iter().enumerate() {
+        let (half, quad, part) = (i / 128, i % 128 / 4, i % 4);
+        assert_eq!(value, (half * 128 + (31 - quad) * 4 + part) as i32);
+    }
+    for pick in 0..3 {
+        let mut device = Device::new(CONTROL);
+        device.settings.checks.shared_races = pick == 0;
+        device.settings.checks.uninitialised = pick == 1;
+        let at = device.upload(&input);
+        let out = device.memory.alloc(1024).unwrap();
+        let result = device.run("async_too_early", [1, 1, 1], [32, 1, 1], 0, &[Arg::U64(out), Arg::U64(at)]);
+        match pick {
+            0 => assert_eq!(result.unwrap_err().kind, FaultKind::SharedRace),
+            1 => assert_eq!(result.unwrap_err().kind, FaultKind::Uninitialised),
+            _ => {
+                result.unwrap();
+                assert_ne!(device.download::<i32>(out, 256), got, "data that is not waited for must not be there");
+            }
+        }
+    }
+}
+
+#[test]
+fn bugs_are_refused_by_kind() {
+    let run = |name: &str, grid: u32, block: u32| {
+        let mut device = Device::new(CONTROL);
+        device.settings.instruction_limit = 1_000_000;
+        let at = device.upload(&vec![0i32; 4096]);
+        device.run(name, [grid, 1, 1], [block, 1, 1], 0, &[Arg::U64(at)])
+    };
+    for (name, grid, block, kind) in [
+        ("divergent_barrier", 1, 64, FaultKind::Barrier),
+        ("two_barriers", 1, 64, FaultKind::Barrier),
+        ("inactive_shuffle", 1, 32, FaultKind::InactiveShuffle),
+        ("missing_lane", 1, 32, FaultKind::InactiveShuffle),
+        ("block_race", 2, 32, FaultKind::GlobalRace),
+        ("neighbour_race", 2, 32, FaultKind::GlobalRace),
+        ("warp_race", 1, 32, FaultKind::SharedRace),
+        ("endless", 1, 32, FaultKind::Timeout),
+    ] {
+        let fault = run(name, grid, block).expect_err(name);
+        assert_eq!(fault.kind, kind, "{name}: {fault}");
+        assert!(fault.line > 0 && !fault.instruction.is_empty() && fault.kernel == name, "{name}: {fault}");
+    }
+    for (name, grid, block) in
+        [("warp_synchronised", 1, 32), ("half_words", 3, 33), ("one_atomic", 5, 96), ("block_race", 1, 32)]
+    {
+        run(name, grid, block).unwrap_or_else(|fault| panic!("{fault}"));
+    }
+}
+
+#[test]
+fn the_first_fault_in_order_is_reported_at_any_number_of_threads() {
+    let fault = |threads: usize| {
+        let mut device = Device::new(CONTROL);
+        device.settings.threads = threads;
+        let at = device.upload(&[0i32; 64]);
+        device.run("neighbour_race", [1, 1, 1], [32, 1, 1], 0, &[Arg::U64(at)]).unwrap();
+        device.settings.checks.global_races = false;
+        device.run("neighbour_race", [20, 1, 1], [32, 1, 1], 0, &[Arg::U64(at)]).unwrap_err()
+    };
+    let first = fault(1);
+    assert_eq!((first.kind, first.block), (FaultKind::OutOfBounds, [1, 0, 0]), "{first}");
+    for _ in 0..10 {
+        let other = fault(4);
+        assert_eq!((other.block, other.thread, other.line), (first.block, first.thread, first.line));
+    }
+}
+
+#[test]
+fn counters_do_not_depend_on_threads_or_order() {
+    let count = |threads: usize, seed: Option<u64>| {
+        let mut device = Device::new(include_str!("kernels/sgemm.ptx"));
+        (device.settings.threads, device.settings.schedule_seed) = (threads, seed);
+        let (a, b) = (device.upload(&noise(100 * 40, 1)), device.upload(&noise(40 * 130, 2)));
+        let c = device.memory.alloc(100 * 130 * 4).unwrap();
+        let args = [Arg::U64(a), Arg::U64(b), Arg::U64(c), Arg::U32(100), Arg::U32(130), Arg::U32(40)];
+        device.run("sgemm", [3, 2, 1], [256, 1, 1], 0, &args).unwrap_or_else(|fault| panic!("{fault}"))
+    };
+    let first = count(1, None);
+    assert_eq!(first, count(4, None));
+    assert_eq!(first, count(3, Some(5)));
+    // 6 blocks of 8 warps, 5 steps of 8 along k, 16 fma each.
+    assert_eq!((first.fma, first.flops_f32), (6 * 8 * 40 * 16, 6 * 256 * 40 * 16 * 2));
+    assert_eq!(first.global_store_bytes, 100 * 130 * 4);
+    assert_eq!(first.blocks, 6);
+    // What is read and written once, in whole sectors.
+    let distinct = (100u64 * 40 * 4).div_ceil(32) + (40u64 * 130 * 4).div_ceil(32) + (100u64 * 130 * 4).div_ceil(32);
+    assert_eq!(first.distinct_bytes, distinct * 32);
+    assert!(first.shared_wavefronts >= first.shared_ideal && first.shared_ideal > 0);
+}
+
+#[test]
+fn every_instruction_set_gives_the_same_bits() {
+    use cuda_emu::exec::Isa;
+    let run = |isa: Isa| {
+        let mut device = Device::new(CONTROL);
+        device.settings.isa = Some(isa);
+        let at = device.upload(&[0u32; 32 * 16]);
+        device.run("warp_functions", [1, 1, 1], [32, 1, 1], 0, &[Arg::U64(at)]).unwrap();
+        device.download::<u32>(at, 32 * 16)
+    };
+    assert_eq!(run(Isa::Portable), run(Isa::Avx2));
+    assert_eq!(run(Isa::Portable), run(Isa::Avx512));
+}
