@@ -366,7 +366,10 @@ fn ctrl_c_saves_and_exits_0() {
     ok(train(&whole, STEPS).args(settings));
     let child = train(&run, STEPS).args(settings).stdout(std::process::Stdio::piped()).spawn().unwrap();
     wait_for_checkpoint(&run, 5);
-    ok(Command::new("kill").args(["-INT", &child.id().to_string()]));
+    // Twice at once is one signal, sent by `timeout` to the process and to its group.
+    for _ in 0..2 {
+        ok(Command::new("kill").args(["-INT", &child.id().to_string()]));
+    }
     let out = child.wait_with_output().unwrap();
     assert!(out.status.success(), "{}", out.status);
     assert!(text(&out.stdout).contains("--resume"), "{}", text(&out.stdout));
