@@ -724,14 +724,21 @@ fn lock(run: &Path) -> Result<Option<File>> {
     }
 }
 
-/// Set by the first Ctrl-C (or SIGTERM); the second ends the program at once.
+/// Set by the first Ctrl-C (or SIGTERM); another ends the program at once, unless it comes within a second: `timeout` and job
+/// schedulers signal a process and then its whole group, and mean one signal.
 fn stop_flag() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
+    let mut first: Option<Instant> = None;
     let handler = move || {
-        if flag.swap(true, Ordering::Relaxed) {
+        if let Some(first) = first {
+            if first.elapsed().as_secs_f64() < 1.0 {
+                return;
+            }
             std::process::exit(130);
         }
+        first = Some(Instant::now());
+        flag.store(true, Ordering::Relaxed);
         let _ = writeln!(std::io::stderr(), "stopping after this step; once more to stop at once");
     };
     ctrlc::set_handler(handler).map_err(|e| Error::Failed(format!("Ctrl-C cannot be caught: {e}")))?;
