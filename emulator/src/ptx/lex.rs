@@ -1,7 +1,7 @@
 //! Words of PTX text.
 //!
-//! A word keeps its dots: `ld.global.L1::no_allocate.f32`, `%tid.x` and `.reg` are one token each. That is all the
-//! context the grammar needs.
+//! A word keeps its dots: `ld.global.L1::no_allocate.f32`, `%tid.x` and `.reg` are one token each. Directives written without
+//! a blank between them, as `.reg.b16` in the inline assembly of cuda_fp16, are two. That is all the context the grammar needs.
 
 use super::ParseError;
 
@@ -133,8 +133,11 @@ impl<'a> Lexer<'a> {
     }
 
     fn word(&mut self, bytes: &[u8]) {
+        let (start, directive) = (self.at, bytes[self.at] == b'.');
         while let Some(&byte) = bytes.get(self.at) {
-            if in_word(byte) {
+            if directive && byte == b'.' && self.at > start {
+                break;
+            } else if in_word(byte) {
                 self.at += 1;
             } else if byte == b':'
                 && bytes.get(self.at + 1) == Some(&b':')
