@@ -24,6 +24,9 @@ const TURN: u32 = 20_000;
 /// Turns that a block may use before another block is begun.
 const TURNS_OF_BLOCK: u32 = 200;
 
+/// Bytes of the workspace that a cooperative launch gives its grid.
+const GRID_WORKSPACE: u64 = 64;
+
 /// A well-mixed function of 64 bits (the finaliser of SplitMix64).
 pub fn mix(x: u64) -> u64 {
     let mut z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -151,6 +154,10 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         global_races: settings.checks.global_races && count > 1 && count < u64::from(u32::MAX),
         ..settings.checks
     };
+    let workspace = match launch.cooperative {
+        true => memory.alloc_host(GRID_WORKSPACE),
+        false => None,
+    };
     let env = Env {
         launch,
         program,
@@ -169,6 +176,7 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
             None
         },
         touched: settings.counters.then(|| Touched::new(range.0, range.1)),
+        grid_workspace: workspace.unwrap_or(0),
     };
     let shared = Shared {
         env: &env,
@@ -196,6 +204,10 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
                 scope.spawn(|| shared.work());
             }
         });
+    }
+    if let Some(address) = workspace {
+        // Cannot fail: the allocation was made above, and only here is it known.
+        let _ = memory.free(address);
     }
     let mut output = shared
         .output
@@ -292,7 +304,12 @@ impl Machine<'_> {
     fn run_block(&mut self, run: Runner) -> Result<bool, Box<Fault>> {
         let seeded = self.env.settings.schedule_seed.is_some();
         let limit = self.env.settings.instruction_limit;
-        let mut turns = TURNS_OF_BLOCK;
+        // The blocks of a cooperative grid wait for each other, so each is left at its first long wait.
+        let mut turns = if self.env.launch.cooperative {
+            1
+        } else {
+            TURNS_OF_BLOCK
+        };
         loop {
             let warps = self.block.warps.len();
             let mut index = self.block.turn;
