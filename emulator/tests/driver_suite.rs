@@ -414,10 +414,10 @@ mod layers {
         load();
         let (context, stream) = device(0);
         let function = kernel(&context, PTX, "scale_4");
-        let x: Vec<f32> = (0..4 * 75).map(|v| v as f32).collect();
+        let x: Vec<f32> = (0..4 * 76).map(|v| v as f32).collect();
         let dx = stream.clone_htod(&x).unwrap();
         let mut y = unsafe { stream.alloc::<f32>(x.len()) }.unwrap();
-        run!(stream, function, line(1, 32), &dx, &mut y, &3.0f32, &75i32);
+        run!(stream, function, line(1, 32), &dx, &mut y, &3.0f32, &76i32);
         assert_eq!(
             stream.clone_dtoh(&y).unwrap(),
             x.iter().map(|v| v * 3.0).collect::<Vec<_>>()
