@@ -25,7 +25,11 @@ fn sgemm(name: &str, m: usize, n: usize, k: usize) -> Result<(), cuda_emu::exec:
         for j in 0..n {
             // nvcc contracts to fma in order of k, so the same chain gives the same bits.
             let want = (0..k).fold(0.0f32, |sum, l| a[i * k + l].mul_add(b[l * n + j], sum));
-            assert_eq!(c[i * n + j].to_bits(), want.to_bits(), "c[{i}][{j}] of {m}x{n}x{k}");
+            assert_eq!(
+                c[i * n + j].to_bits(),
+                want.to_bits(),
+                "c[{i}][{j}] of {m}x{n}x{k}"
+            );
         }
     }
     Ok(())
@@ -57,17 +61,33 @@ fn calls_pass_structures_by_value_and_reference() {
     let n = 70;
     let x = noise(n, 3);
     let at = device.upload(&x);
-    let kernel = device.module.module.kernels.iter().find(|kernel| kernel.name == "calls").unwrap();
+    let kernel = device
+        .module
+        .module
+        .kernels
+        .iter()
+        .find(|kernel| kernel.name == "calls")
+        .unwrap();
     let mut params = vec![0u8; kernel.param_bytes as usize];
-    let big: Vec<u8> = [10i32, 20, 30, 40, 50, 0].iter().flat_map(|v| v.to_le_bytes()).chain(2.5f64.to_le_bytes()).chain([7; 8]).collect();
+    let big: Vec<u8> = [10i32, 20, 30, 40, 50, 0]
+        .iter()
+        .flat_map(|v| v.to_le_bytes())
+        .chain(2.5f64.to_le_bytes())
+        .chain([7; 8])
+        .collect();
     params[..8].copy_from_slice(&at.to_le_bytes());
     params[kernel.params[1].offset as usize..][..40].copy_from_slice(&big);
     params[kernel.params[2].offset as usize..][..4].copy_from_slice(&(n as i32).to_le_bytes());
-    device.launch_raw("calls", [3, 1, 1], [32, 1, 1], 0, &params).unwrap_or_else(|fault| panic!("{fault}"));
+    device
+        .launch_raw("calls", [3, 1, 1], [32, 1, 1], 0, &params)
+        .unwrap_or_else(|fault| panic!("{fault}"));
     let out: Vec<f32> = device.download(at, n);
     for i in 0..n {
         let helped = (f64::from(x[i] * 30.0) + i as f64) as f32;
-        let want = helped + [1.0, 2.0, 4.0, 8.0][i & 3] + (i * (i % 5)) as f32 + [10.0, 20.0, 30.0, 40.0, 50.0][i % 5];
+        let want = helped
+            + [1.0, 2.0, 4.0, 8.0][i & 3]
+            + (i * (i % 5)) as f32
+            + [10.0, 20.0, 30.0, 40.0, 50.0][i % 5];
         assert_eq!(out[i], want, "element {i}");
     }
 }
@@ -99,13 +119,25 @@ fn divergent_loops_agree() {
     let device = Device::new(CONTROL);
     let at = device.upload(&[0i32; 64]);
     let n = 61;
-    let counters = device.run("diverge", [1, 1, 1], [64, 1, 1], 0, &[Arg::U64(at), Arg::U32(n)]).unwrap_or_else(|fault| panic!("{fault}"));
+    let counters = device
+        .run(
+            "diverge",
+            [1, 1, 1],
+            [64, 1, 1],
+            0,
+            &[Arg::U64(at), Arg::U32(n)],
+        )
+        .unwrap_or_else(|fault| panic!("{fault}"));
     let out: Vec<i32> = device.download(at, 64);
     for warp in 0..2 {
         let lanes = warp * 32..(warp * 32 + 32).min(n as i32);
         let total: i32 = lanes.clone().map(reference).sum();
         for i in lanes {
-            assert_eq!(out[i as usize], reference(i) * 1000 + total % 1000, "thread {i}: lanes that left the loop wait for the others");
+            assert_eq!(
+                out[i as usize],
+                reference(i) * 1000 + total % 1000,
+                "thread {i}: lanes that left the loop wait for the others"
+            );
         }
     }
     assert_eq!(out[61..], [0; 3]);
@@ -117,8 +149,14 @@ fn printf_comes_in_the_order_of_blocks() {
     let mut device = Device::new(CONTROL);
     let text = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
     let sink = text.clone();
-    device.settings.output = Some(std::sync::Arc::new(move |bytes| sink.lock().unwrap().push_str(std::str::from_utf8(bytes).unwrap())));
-    device.run("say", [1, 1, 1], [32, 1, 1], 0, &[Arg::U32(2)]).unwrap_or_else(|fault| panic!("{fault}"));
+    device.settings.output = Some(std::sync::Arc::new(move |bytes| {
+        sink.lock()
+            .unwrap()
+            .push_str(std::str::from_utf8(bytes).unwrap())
+    }));
+    device
+        .run("say", [1, 1, 1], [32, 1, 1], 0, &[Arg::U32(2)])
+        .unwrap_or_else(|fault| panic!("{fault}"));
     let want = "thread 0 is even, half is 0.00,     0|0   |123456789ab\nthread 1 is odd, half is 0.50,     1|-1  |123456789ac\n";
     assert_eq!(*text.lock().unwrap(), want);
 }
@@ -127,20 +165,33 @@ fn printf_comes_in_the_order_of_blocks() {
 fn a_failed_assert_says_where() {
     let device = Device::new(CONTROL);
     let at = device.upload(&[1i32, 2, 0, 4]);
-    let fault = device.run("asserting", [1, 1, 1], [4, 1, 1], 0, &[Arg::U64(at)]).unwrap_err();
-    assert_eq!((fault.kind, fault.thread, fault.code()), (FaultKind::Assert, [2, 0, 0], 710), "{fault}");
-    assert!(fault.detail.contains("control.cu") && fault.detail.contains("x[threadIdx.x] > 0"), "{fault}");
+    let fault = device
+        .run("asserting", [1, 1, 1], [4, 1, 1], 0, &[Arg::U64(at)])
+        .unwrap_err();
+    assert_eq!(
+        (fault.kind, fault.thread, fault.code()),
+        (FaultKind::Assert, [2, 0, 0], 710),
+        "{fault}"
+    );
+    assert!(
+        fault.detail.contains("control.cu") && fault.detail.contains("x[threadIdx.x] > 0"),
+        "{fault}"
+    );
 }
 
 #[test]
 fn warp_functions_agree() {
     let device = Device::new(CONTROL);
     let at = device.upload(&[0u32; 32 * 16]);
-    device.run("warp_functions", [1, 1, 1], [32, 1, 1], 0, &[Arg::U64(at)]).unwrap_or_else(|fault| panic!("{fault}"));
+    device
+        .run("warp_functions", [1, 1, 1], [32, 1, 1], 0, &[Arg::U64(at)])
+        .unwrap_or_else(|fault| panic!("{fault}"));
     let out: Vec<u32> = device.download(at, 32 * 16);
     for i in 0..32u32 {
         let o = &out[i as usize * 16..][..16];
-        let matching = (0..32).filter(|k| k / 5 == i / 5).fold(0u32, |set, k| set | 1 << k);
+        let matching = (0..32)
+            .filter(|k| k / 5 == i / 5)
+            .fold(0u32, |set, k| set | 1 << k);
         let low_half = i < 16;
         let tile_any = u32::from(i / 8 == 1);
         let tile_shifted = if i % 8 + 2 < 8 { i + 2 } else { i };
@@ -172,7 +223,15 @@ fn warps_pass_data_through_named_barriers() {
         let mut device = Device::new(CONTROL);
         device.settings.schedule_seed = seed;
         let at = device.upload(&[0i32; 96]);
-        device.run("producer_consumer", [1, 1, 1], [64, 1, 1], 0, &[Arg::U64(at)]).unwrap_or_else(|fault| panic!("{fault}"));
+        device
+            .run(
+                "producer_consumer",
+                [1, 1, 1],
+                [64, 1, 1],
+                0,
+                &[Arg::U64(at)],
+            )
+            .unwrap_or_else(|fault| panic!("{fault}"));
         let out: Vec<i32> = device.download(at, 96);
         let want: Vec<i32> = (0..96).map(|i| (31 - i % 32) * 10 + i / 32).collect();
         assert_eq!(out, want);
@@ -184,7 +243,15 @@ fn lanes_that_spin_on_a_lock_make_progress() {
     let mut device = Device::new(CONTROL);
     device.settings.instruction_limit = 100_000_000;
     let (lock, value) = (device.upload(&[0i32]), device.upload(&[0i32]));
-    device.run("spin_lock", [2, 1, 1], [64, 1, 1], 0, &[Arg::U64(lock), Arg::U64(value)]).unwrap_or_else(|fault| panic!("{fault}"));
+    device
+        .run(
+            "spin_lock",
+            [2, 1, 1],
+            [64, 1, 1],
+            0,
+            &[Arg::U64(lock), Arg::U64(value)],
+        )
+        .unwrap_or_else(|fault| panic!("{fault}"));
     assert_eq!(device.download::<i32>(value, 1), [128]);
 }
 
@@ -197,12 +264,23 @@ fn blocks_that_wait_for_each_other_all_run() {
         let blocks = 6;
         let arrived = device.upload(&[0u32; 2]);
         let out = device.upload(&vec![0i32; blocks * 3]);
-        device.run("grid_barrier", [blocks as u32, 1, 1], [64, 1, 1], 0, &[Arg::U64(arrived), Arg::U64(out)]).unwrap_or_else(|fault| panic!("{fault}"));
+        device
+            .run(
+                "grid_barrier",
+                [blocks as u32, 1, 1],
+                [64, 1, 1],
+                0,
+                &[Arg::U64(arrived), Arg::U64(out)],
+            )
+            .unwrap_or_else(|fault| panic!("{fault}"));
         let out: Vec<i32> = device.download(out, blocks * 3);
         for b in 0..blocks {
             let next = ((b + 1) % blocks) as i32 * 64;
             let (first, second) = (out[blocks + b * 2], out[blocks + b * 2 + 1]);
-            assert!(out[b] % b.max(1) as i32 == 0 && first <= next && second <= 2 * next, "block {b}: {out:?}");
+            assert!(
+                out[b] % b.max(1) as i32 == 0 && first <= next && second <= 2 * next,
+                "block {b}: {out:?}"
+            );
         }
     }
 }
@@ -215,15 +293,33 @@ fn the_last_block_may_read_what_others_fenced() {
         let mut device = Device::new(CONTROL);
         device.settings.schedule_seed = seed;
         let partial = device.memory.alloc(n as u64 * 4).unwrap();
-        let (arrived, out, x) = (device.upload(&[0u32]), device.upload(&[0f32]), device.upload(&x));
-        device.run(name, [4, 1, 1], [64, 1, 1], 0, &[Arg::U64(partial), Arg::U64(arrived), Arg::U64(out), Arg::U64(x)])?;
+        let (arrived, out, x) = (
+            device.upload(&[0u32]),
+            device.upload(&[0f32]),
+            device.upload(&x),
+        );
+        device.run(
+            name,
+            [4, 1, 1],
+            [64, 1, 1],
+            0,
+            &[
+                Arg::U64(partial),
+                Arg::U64(arrived),
+                Arg::U64(out),
+                Arg::U64(x),
+            ],
+        )?;
         Ok::<f32, cuda_emu::exec::Fault>(device.download::<f32>(out, 1)[0])
     };
     let want: f64 = x.iter().map(|&x| 2.0 * f64::from(x)).sum();
     for seed in [None, Some(7), Some(8)] {
         let got = run("last_block_sums", seed).unwrap_or_else(|fault| panic!("{fault}"));
         // Four partial sums per thread and 64 atomic additions of values below 8: 68 roundings of at most 2^-22 each.
-        assert!((f64::from(got) - want).abs() < 68.0 * 2f64.powi(-18), "{got} for {want}");
+        assert!(
+            (f64::from(got) - want).abs() < 68.0 * 2f64.powi(-18),
+            "{got} for {want}"
+        );
     }
     let fault = run("last_block_without_fence", None).expect_err("nothing orders the partial sums");
     assert_eq!(fault.kind, FaultKind::GlobalRace, "{fault}");
@@ -235,7 +331,15 @@ fn copies_arrive_when_they_are_waited_for() {
     let input: Vec<i32> = (0..256).collect();
     let at = device.upload(&input);
     let out = device.memory.alloc(1024).unwrap();
-    device.run("async_copies", [1, 1, 1], [32, 1, 1], 0, &[Arg::U64(out), Arg::U64(at)]).unwrap_or_else(|fault| panic!("{fault}"));
+    device
+        .run(
+            "async_copies",
+            [1, 1, 1],
+            [32, 1, 1],
+            0,
+            &[Arg::U64(out), Arg::U64(at)],
+        )
+        .unwrap_or_else(|fault| panic!("{fault}"));
     let got: Vec<i32> = device.download(out, 256);
     for i in 0..256 {
         let (half, quad, part) = (i / 128, i % 128 / 4, i % 4);
@@ -247,13 +351,23 @@ fn copies_arrive_when_they_are_waited_for() {
         device.settings.checks.uninitialised = pick == 1;
         let at = device.upload(&input);
         let out = device.memory.alloc(1024).unwrap();
-        let result = device.run("async_too_early", [1, 1, 1], [32, 1, 1], 0, &[Arg::U64(out), Arg::U64(at)]);
+        let result = device.run(
+            "async_too_early",
+            [1, 1, 1],
+            [32, 1, 1],
+            0,
+            &[Arg::U64(out), Arg::U64(at)],
+        );
         match pick {
             0 => assert_eq!(result.unwrap_err().kind, FaultKind::SharedRace),
             1 => assert_eq!(result.unwrap_err().kind, FaultKind::Uninitialised),
             _ => {
                 result.unwrap();
-                assert_ne!(device.download::<i32>(out, 256), got, "data that is not waited for must not be there");
+                assert_ne!(
+                    device.download::<i32>(out, 256),
+                    got,
+                    "data that is not waited for must not be there"
+                );
             }
         }
     }
@@ -279,9 +393,17 @@ fn bugs_are_refused_by_kind() {
     ] {
         let fault = run(name, grid, block).expect_err(name);
         assert_eq!(fault.kind, kind, "{name}: {fault}");
-        assert!(fault.line > 0 && !fault.instruction.is_empty() && fault.kernel == name, "{name}: {fault}");
+        assert!(
+            fault.line > 0 && !fault.instruction.is_empty() && fault.kernel == name,
+            "{name}: {fault}"
+        );
     }
-    for (name, grid, block) in [("warp_synchronised", 1, 32), ("half_words", 3, 33), ("one_atomic", 5, 96), ("block_race", 1, 32)] {
+    for (name, grid, block) in [
+        ("warp_synchronised", 1, 32),
+        ("half_words", 3, 33),
+        ("one_atomic", 5, 96),
+        ("block_race", 1, 32),
+    ] {
         run(name, grid, block).unwrap_or_else(|fault| panic!("{fault}"));
     }
 }
@@ -292,15 +414,26 @@ fn the_first_fault_in_order_is_reported_at_any_number_of_threads() {
         let mut device = Device::new(CONTROL);
         device.settings.threads = threads;
         let at = device.upload(&[0i32; 64]);
-        device.run("neighbour_race", [1, 1, 1], [32, 1, 1], 0, &[Arg::U64(at)]).unwrap();
+        device
+            .run("neighbour_race", [1, 1, 1], [32, 1, 1], 0, &[Arg::U64(at)])
+            .unwrap();
         device.settings.checks.global_races = false;
-        device.run("neighbour_race", [20, 1, 1], [32, 1, 1], 0, &[Arg::U64(at)]).unwrap_err()
+        device
+            .run("neighbour_race", [20, 1, 1], [32, 1, 1], 0, &[Arg::U64(at)])
+            .unwrap_err()
     };
     let first = fault(1);
-    assert_eq!((first.kind, first.block), (FaultKind::OutOfBounds, [1, 0, 0]), "{first}");
+    assert_eq!(
+        (first.kind, first.block),
+        (FaultKind::OutOfBounds, [1, 0, 0]),
+        "{first}"
+    );
     for _ in 0..10 {
         let other = fault(4);
-        assert_eq!((other.block, other.thread, other.line), (first.block, first.thread, first.line));
+        assert_eq!(
+            (other.block, other.thread, other.line),
+            (first.block, first.thread, first.line)
+        );
     }
 }
 
@@ -309,20 +442,37 @@ fn counters_do_not_depend_on_threads_or_order() {
     let count = |threads: usize, seed: Option<u64>| {
         let mut device = Device::new(include_str!("kernels/sgemm.ptx"));
         (device.settings.threads, device.settings.schedule_seed) = (threads, seed);
-        let (a, b) = (device.upload(&noise(100 * 40, 1)), device.upload(&noise(40 * 130, 2)));
+        let (a, b) = (
+            device.upload(&noise(100 * 40, 1)),
+            device.upload(&noise(40 * 130, 2)),
+        );
         let c = device.memory.alloc(100 * 130 * 4).unwrap();
-        let args = [Arg::U64(a), Arg::U64(b), Arg::U64(c), Arg::U32(100), Arg::U32(130), Arg::U32(40)];
-        device.run("sgemm", [3, 2, 1], [256, 1, 1], 0, &args).unwrap_or_else(|fault| panic!("{fault}"))
+        let args = [
+            Arg::U64(a),
+            Arg::U64(b),
+            Arg::U64(c),
+            Arg::U32(100),
+            Arg::U32(130),
+            Arg::U32(40),
+        ];
+        device
+            .run("sgemm", [3, 2, 1], [256, 1, 1], 0, &args)
+            .unwrap_or_else(|fault| panic!("{fault}"))
     };
     let first = count(1, None);
     assert_eq!(first, count(4, None));
     assert_eq!(first, count(3, Some(5)));
     // 6 blocks of 8 warps, 5 steps of 8 along k, 16 fma each.
-    assert_eq!((first.fma, first.flops_f32), (6 * 8 * 40 * 16, 6 * 256 * 40 * 16 * 2));
+    assert_eq!(
+        (first.fma, first.flops_f32),
+        (6 * 8 * 40 * 16, 6 * 256 * 40 * 16 * 2)
+    );
     assert_eq!(first.global_store_bytes, 100 * 130 * 4);
     assert_eq!(first.blocks, 6);
     // What is read and written once, in whole sectors.
-    let distinct = (100u64 * 40 * 4).div_ceil(32) + (40u64 * 130 * 4).div_ceil(32) + (100u64 * 130 * 4).div_ceil(32);
+    let distinct = (100u64 * 40 * 4).div_ceil(32)
+        + (40u64 * 130 * 4).div_ceil(32)
+        + (100u64 * 130 * 4).div_ceil(32);
     assert_eq!(first.distinct_bytes, distinct * 32);
     assert!(first.shared_wavefronts >= first.shared_ideal && first.shared_ideal > 0);
 }
@@ -334,7 +484,9 @@ fn every_instruction_set_gives_the_same_bits() {
         let mut device = Device::new(CONTROL);
         device.settings.isa = Some(isa);
         let at = device.upload(&[0u32; 32 * 16]);
-        device.run("warp_functions", [1, 1, 1], [32, 1, 1], 0, &[Arg::U64(at)]).unwrap();
+        device
+            .run("warp_functions", [1, 1, 1], [32, 1, 1], 0, &[Arg::U64(at)])
+            .unwrap();
         device.download::<u32>(at, 32 * 16)
     };
     assert_eq!(run(Isa::Portable), run(Isa::Avx2));

@@ -5,7 +5,9 @@ use cuda_emu::ptx::{Limits, ParseErrorKind, parse, parse_for};
 const HEAD: &str = ".version 8.0\n.target sm_80\n.address_size 64\n";
 
 fn kernel(body: &str) -> String {
-    format!("{HEAD}.visible .entry k(.param .u64 p)\n{{\n.reg .pred %p<4>;\n.reg .b16 %rs<4>;\n.reg .b32 %r<9>;\n.reg .b64 %rd<9>;\n.reg .f32 %f<9>;\n{body}\nret;\n}}\n")
+    format!(
+        "{HEAD}.visible .entry k(.param .u64 p)\n{{\n.reg .pred %p<4>;\n.reg .b16 %rs<4>;\n.reg .b32 %r<9>;\n.reg .b64 %rd<9>;\n.reg .f32 %f<9>;\n{body}\nret;\n}}\n"
+    )
 }
 
 fn refused(text: &str) -> (u32, String) {
@@ -15,12 +17,28 @@ fn refused(text: &str) -> (u32, String) {
 
 #[test]
 fn versions_and_targets_are_refused_as_the_driver_does() {
-    let limits = Limits { version: (8, 0), target: 80 };
-    let kind = |text: &str| parse_for(text, limits).map(|_| ()).map_err(|error| (error.kind, error.line));
-    assert_eq!(kind(".version 8.0\n.target sm_80\n.address_size 64\n"), Ok(()));
+    let limits = Limits {
+        version: (8, 0),
+        target: 80,
+    };
+    let kind = |text: &str| {
+        parse_for(text, limits)
+            .map(|_| ())
+            .map_err(|error| (error.kind, error.line))
+    };
+    assert_eq!(
+        kind(".version 8.0\n.target sm_80\n.address_size 64\n"),
+        Ok(())
+    );
     assert_eq!(kind(".version 7.8\n.target sm_52, debug\n"), Ok(()));
-    assert_eq!(kind("// c\n.version 8.1\n.target sm_80\n"), Err((ParseErrorKind::Version, 2)));
-    assert_eq!(kind(".version 8.0\n.target sm_90\n"), Err((ParseErrorKind::Target, 2)));
+    assert_eq!(
+        kind("// c\n.version 8.1\n.target sm_80\n"),
+        Err((ParseErrorKind::Version, 2))
+    );
+    assert_eq!(
+        kind(".version 8.0\n.target sm_90\n"),
+        Err((ParseErrorKind::Target, 2))
+    );
     assert_eq!(kind(".version 8.0\n.target sm_80a\n"), Ok(()));
     assert_eq!(kind(".target sm_80\n"), Err((ParseErrorKind::Invalid, 1)));
     assert_eq!(ParseErrorKind::Version.code(), 222);
@@ -29,7 +47,10 @@ fn versions_and_targets_are_refused_as_the_driver_does() {
 #[test]
 fn what_is_outside_is_refused_by_name_and_line() {
     for (body, name) in [
-        ("tex.2d.v4.f32.f32 {%f1,%f2,%f3,%f4}, [t, {%f1,%f2}];", "tex.2d"),
+        (
+            "tex.2d.v4.f32.f32 {%f1,%f2,%f3,%f4}, [t, {%f1,%f2}];",
+            "tex.2d",
+        ),
         ("wgmma.fence.sync.aligned;", "wgmma.fence"),
         ("mbarrier.init.shared.b64 [%r1], 1;", "mbarrier.init"),
         ("vadd.s32.s32.s32 %r1, %r2, %r3;", "vadd"),
@@ -39,7 +60,10 @@ fn what_is_outside_is_refused_by_name_and_line() {
         ("alloca.u64 %rd1, 8;", "alloca"),
     ] {
         let (line, message) = refused(&kernel(body));
-        assert!(line == 11 && message.contains(name) && message.contains("not supported"), "line {line}: {message}");
+        assert!(
+            line == 11 && message.contains(name) && message.contains("not supported"),
+            "line {line}: {message}"
+        );
     }
 }
 
@@ -61,7 +85,10 @@ fn mistakes_have_their_line() {
         ("cp.async.ca.shared.global [%r1], [%rd1], 12;", "12 bytes"),
     ] {
         let (line, message) = refused(&kernel(body));
-        assert!((11..=12).contains(&line) && message.contains(part), "{body}: line {line}: {message}");
+        assert!(
+            (11..=12).contains(&line) && message.contains(part),
+            "{body}: line {line}: {message}"
+        );
     }
 }
 
@@ -74,7 +101,11 @@ fn scopes_hide_registers_and_labels() {
         setp.lt.s32 %p1|%p2, %r1, -5; @!%p1 add.s32 %r1, %r1, WARP_SZ; mov.u32 %r2, %tid.x;";
     let module = parse(&kernel(body)).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(module.kernels[0].name, "k");
-    assert!(module.kernels[0].registers < 16, "registers are reused: {}", module.kernels[0].registers);
+    assert!(
+        module.kernels[0].registers < 16,
+        "registers are reused: {}",
+        module.kernels[0].registers
+    );
 }
 
 #[test]
@@ -94,8 +125,14 @@ fn declarations_are_laid_out() {
     let kernel = &module.kernels[0];
     let params: Vec<_> = kernel.params.iter().map(|p| (p.offset, p.bytes)).collect();
     assert_eq!(params, [(0, 1), (8, 12), (24, 8), (32, 2)]);
-    assert_eq!((kernel.param_bytes, kernel.static_shared, kernel.local_bytes), (34, 32, 24));
-    assert_eq!((kernel.max_threads, kernel.min_blocks), (Some([32, 4, 1]), Some(2)));
+    assert_eq!(
+        (kernel.param_bytes, kernel.static_shared, kernel.local_bytes),
+        (34, 32, 24)
+    );
+    assert_eq!(
+        (kernel.max_threads, kernel.min_blocks),
+        (Some([32, 4, 1]), Some(2))
+    );
     let c = &module.globals[0];
     assert_eq!((c.bytes, c.init.len()), (12, 12));
     assert_eq!(c.init[..8], [0, 0, 128, 63, 0, 0, 0, 64]);
@@ -107,7 +144,9 @@ fn declarations_are_laid_out() {
 fn recursion_and_undefined_calls_are_refused() {
     let text = format!("{HEAD}.func f() {{ call.uni f; ret; }} .entry k() {{ call.uni f; ret; }}");
     assert!(refused(&text).1.contains("calls itself"));
-    let text = format!("{HEAD}.extern .func malloc(.param .b64 n); .entry k() {{ .param .b64 n; call.uni malloc, (n); ret; }}");
+    let text = format!(
+        "{HEAD}.extern .func malloc(.param .b64 n); .entry k() {{ .param .b64 n; call.uni malloc, (n); ret; }}"
+    );
     assert!(refused(&text).1.contains("malloc"));
 }
 
@@ -115,7 +154,10 @@ struct Random(u64);
 
 impl Random {
     fn below(&mut self, n: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         (self.0 >> 33) as usize % n.max(1)
     }
 }
@@ -129,9 +171,56 @@ fn no_text_makes_the_parser_panic() {
         include_str!("kernels/basic.ptx"),
     ];
     let scraps = [
-        "{", "}", "(", ")", "[", "]", ";", ",", "@", "!", "|", ".", "%", "\"", "/*", "//", "-", "+", "<", ">", "0x", "99999999999999999999", "0f", "0d1", "1e",
-        "_", "%p", "%r1", ".reg", ".param", ".local .b8 x[999999999999];", ".reg .b32 %z<4294967295>;", "é", "\0", ".v4", "ld.global.v4.f64", "bra", "call", "\u{2028}",
-        ".align 3", "18446744073709551615", "-9223372036854775808", "ret;", "exit;", "mov.b64", ".func", ".entry k() {", "wmma.load.a.sync.aligned.row.m16n16k16.f16", "cvt", "setp.",
+        "{",
+        "}",
+        "(",
+        ")",
+        "[",
+        "]",
+        ";",
+        ",",
+        "@",
+        "!",
+        "|",
+        ".",
+        "%",
+        "\"",
+        "/*",
+        "//",
+        "-",
+        "+",
+        "<",
+        ">",
+        "0x",
+        "99999999999999999999",
+        "0f",
+        "0d1",
+        "1e",
+        "_",
+        "%p",
+        "%r1",
+        ".reg",
+        ".param",
+        ".local .b8 x[999999999999];",
+        ".reg .b32 %z<4294967295>;",
+        "é",
+        "\0",
+        ".v4",
+        "ld.global.v4.f64",
+        "bra",
+        "call",
+        "\u{2028}",
+        ".align 3",
+        "18446744073709551615",
+        "-9223372036854775808",
+        "ret;",
+        "exit;",
+        "mov.b64",
+        ".func",
+        ".entry k() {",
+        "wmma.load.a.sync.aligned.row.m16n16k16.f16",
+        "cvt",
+        "setp.",
     ];
     let mut random = Random(1);
     let (mut taken, mut refused) = (0, 0);
@@ -143,7 +232,10 @@ fn no_text_makes_the_parser_panic() {
             text.to_string()
         } else {
             let start = random.below(lines.len());
-            format!("{HEAD}{}", lines[start..(start + 1 + random.below(200)).min(lines.len())].join("\n"))
+            format!(
+                "{HEAD}{}",
+                lines[start..(start + 1 + random.below(200)).min(lines.len())].join("\n")
+            )
         };
         for _ in 0..1 + random.below(6) {
             let mut at = random.below(text.len());
@@ -168,12 +260,18 @@ fn no_text_makes_the_parser_panic() {
         match parse(&text) {
             Ok(_) => taken += 1,
             Err(error) => {
-                assert!(error.line as usize <= text.lines().count() + 1 && !error.message.is_empty(), "{error}");
+                assert!(
+                    error.line as usize <= text.lines().count() + 1 && !error.message.is_empty(),
+                    "{error}"
+                );
                 refused += 1;
             }
         }
     }
-    assert!(taken > 10 && refused > 100, "{taken} taken, {refused} refused: the mutations are too wild or too tame");
+    assert!(
+        taken > 10 && refused > 100,
+        "{taken} taken, {refused} refused: the mutations are too wild or too tame"
+    );
 }
 
 /// Deep nesting and long chains of calls end in an error, not in a full stack.
@@ -188,14 +286,22 @@ fn deep_texts_are_refused_in_time() {
     let mut chain = HEAD.to_string();
     chain.push_str(".func f0() { ret; }\n");
     for i in 1..2000 {
-        chain.push_str(&format!(".func f{i}() {{ call.uni f{}; call.uni f{}; ret; }}\n", i - 1, i - 1));
+        chain.push_str(&format!(
+            ".func f{i}() {{ call.uni f{}; call.uni f{}; ret; }}\n",
+            i - 1,
+            i - 1
+        ));
     }
     chain.push_str(".entry k() { call.uni f1999; ret; }");
     assert!(parse(&chain).is_err());
     let mut doubled = HEAD.to_string();
     doubled.push_str(".func f0() { .reg .b32 %r<2>; add.s32 %r0, %r1, %r1; ret; }\n");
     for i in 1..40 {
-        doubled.push_str(&format!(".func f{i}() {{ call.uni f{}; call.uni f{}; ret; }}\n", i - 1, i - 1));
+        doubled.push_str(&format!(
+            ".func f{i}() {{ call.uni f{}; call.uni f{}; ret; }}\n",
+            i - 1,
+            i - 1
+        ));
     }
     doubled.push_str(".entry k() { call.uni f39; ret; }");
     assert!(parse(&doubled).is_err());

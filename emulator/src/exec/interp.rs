@@ -4,6 +4,9 @@
 //! runs, and groups that meet are joined (see [`crate::ptx`] on the order of steps). Groups meet only where basic blocks begin, so
 //! the loop looks for that only when a block ends.
 
+// Loops over lanes index several registers at once, and vectorise that way.
+#![allow(clippy::needless_range_loop)]
+
 use super::state::{Group, Machine, Wait, Warp, lanes};
 use super::{Fault, FaultKind};
 use crate::ptx::program::*;
@@ -561,7 +564,7 @@ impl Machine<'_> {
                 format!("barrier {id}; there are 16"),
             ));
         }
-        if counted && (count == 0 || count % 32 != 0) {
+        if counted && (count == 0 || !count.is_multiple_of(32)) {
             return Err(self.fault(
                 FaultKind::Illegal,
                 warp,

@@ -187,10 +187,43 @@ impl SharedRaces {
         };
     }
 
+    /// Whether the 4 bytes from here on were last written together by an access that is ordered before the warp's, and not touched atomically: the
+    /// usual case, decided at once.
+    #[inline(always)]
+    fn word_is_ordered(&self, warp: usize, lane: u32, at: usize) -> bool {
+        let Some(&[a, b, c, d]) = self
+            .writes
+            .get(at..at + 4)
+            .and_then(|word| word.first_chunk())
+        else {
+            return false;
+        };
+        if a != b || a != c || a != d || !self.atomics.is_empty() {
+            return false;
+        }
+        let time = a >> WRITE_SHIFT;
+        time < self.base || !self.unordered(time, warp, (a >> 5 & 31) as usize, lane == a & 31)
+    }
+
     /// A lane reads bytes.
     pub fn read(&mut self, warp: usize, lane: u32, at: u32, bytes: u32) -> Option<Other> {
         let time = self.clocks[warp * self.warps + warp];
-        for at in at..at + bytes {
+        let (mut at, end) = (at, at + bytes);
+        while at < end {
+            if end - at >= 4 && self.word_is_ordered(warp, lane, at as usize) {
+                let first = warp * self.bytes + at as usize;
+                let new = time << READ_SHIFT | lane;
+                let many = time << READ_SHIFT | MANY;
+                for stamp in &mut self.reads[first..first + 4] {
+                    *stamp = if *stamp >> READ_SHIFT == time && *stamp != new {
+                        many
+                    } else {
+                        new
+                    };
+                }
+                at += 4;
+                continue;
+            }
             let mut other = self.against_write(warp, lane, at);
             if other.is_none() && !self.atomics.is_empty() {
                 other = self.against(
@@ -205,6 +238,7 @@ impl SharedRaces {
                 return other;
             }
             Self::stamp(&mut self.reads, warp * self.bytes + at as usize, time, lane);
+            at += 1;
         }
         None
     }
@@ -219,17 +253,50 @@ impl SharedRaces {
         same: impl Fn(u32) -> bool,
     ) -> Option<Other> {
         let time = self.clocks[warp * self.warps + warp];
-        for i in 0..bytes {
-            if same(i) {
+        let stamp = time << WRITE_SHIFT | (warp as u32) << 5 | lane;
+        let mut i = 0;
+        while i < bytes {
+            if bytes - i >= 4
+                && self.word_is_ordered(warp, lane, (at + i) as usize)
+                && self.nobody_read(warp, lane, (at + i) as usize)
+            {
+                if !(same(i) && same(i + 1) && same(i + 2) && same(i + 3)) {
+                    self.writes[(at + i) as usize..][..4].fill(stamp);
+                }
+                i += 4;
                 continue;
             }
+            i += 1;
+            if same(i - 1) {
+                continue;
+            }
+            let i = i - 1;
             let other = self.check_write(warp, lane, at + i);
             if other.is_some() {
                 return other;
             }
-            self.writes[(at + i) as usize] = time << WRITE_SHIFT | (warp as u32) << 5 | lane;
+            self.writes[(at + i) as usize] = stamp;
         }
         None
+    }
+
+    /// Whether all reads of the 4 bytes are ordered before what the lane does now.
+    #[inline(always)]
+    fn nobody_read(&self, warp: usize, lane: u32, at: usize) -> bool {
+        (0..self.warps).all(|other| {
+            let known = self.clocks[warp * self.warps + other];
+            self.reads[other * self.bytes + at..][..4]
+                .iter()
+                .all(|&stamp| {
+                    let time = stamp >> READ_SHIFT;
+                    let ordered = if other == warp {
+                        time != known || stamp & 63 == lane
+                    } else {
+                        time <= known
+                    };
+                    time < self.base || ordered
+                })
+        })
     }
 
     /// Whether a write to the byte would race.
@@ -458,15 +525,16 @@ impl GlobalRaces {
         None
     }
 
-    /// A block uses an address to synchronise: it acquires what others released there, and releases what it fenced.
-    pub fn synchronise(&self, address: u64, block: u32, epoch: u32) {
+    /// A block uses an address to synchronise: by a load it acquires what others released there, by a store it releases what it fenced, by an
+    /// atomic operation both.
+    pub fn synchronise(&self, address: u64, block: u32, epoch: u32, acquire: bool, release: bool) {
         let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         let log = orders.logs.entry(address).or_default();
         let length = log.len();
-        if epoch > 1 && log.last() != Some(&(block, epoch)) {
+        if release && epoch > 1 && log.last() != Some(&(block, epoch)) {
             log.push((block, epoch));
         }
-        if length > 0 {
+        if acquire && length > 0 {
             let acquired = orders.acquired.entry(block).or_default();
             match acquired.iter_mut().find(|(object, _)| *object == address) {
                 Some(known) => known.1 = length,

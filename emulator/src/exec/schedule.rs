@@ -20,9 +20,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Basic blocks that a warp may run before another has its turn.
-const TURN: u32 = 20_000;
-/// Turns that a block may use before another block is begun.
-const TURNS_OF_BLOCK: u32 = 200;
+const TURN: u32 = 4096;
+/// Turns that each warp of a block may use before another block is begun; as many again each time.
+const TURNS_OF_WARP: u32 = 32;
+/// Blocks that a worker holds begun at a time, except in cooperative launches, where all blocks may wait for all.
+const MAX_BEGUN: usize = 128;
 
 /// Bytes of the workspace that a cooperative launch gives its grid.
 const GRID_WORKSPACE: u64 = 64;
@@ -158,12 +160,13 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         true => memory.alloc_host(GRID_WORKSPACE),
         false => None,
     };
+    let allocations = memory.snapshot();
     let env = Env {
         launch,
         program,
         settings,
         memory,
-        allocations: memory.snapshot(),
+        allocations: allocations.clone(),
         range,
         checks,
         shared_bytes: kernel.static_shared + launch.dynamic_shared,
@@ -175,7 +178,19 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         } else {
             None
         },
-        touched: settings.counters.then(|| Touched::new(range.0, range.1)),
+        touched: settings.counters.then(|| {
+            let end = allocations
+                .last()
+                .map_or(range.0, |last| last.address + last.bytes);
+            Touched::new(
+                range.0,
+                if checks.bounds {
+                    end - range.0
+                } else {
+                    range.1
+                },
+            )
+        }),
         grid_workspace: workspace.unwrap_or(0),
     };
     let shared = Shared {
@@ -249,7 +264,12 @@ impl Shared<'_> {
         let mut aside: VecDeque<Block> = VecDeque::new();
         let mut spare: Vec<Block> = vec![];
         loop {
-            let issue = self.next.fetch_add(1, Ordering::Relaxed);
+            let full = aside.len() >= MAX_BEGUN && !self.env.launch.cooperative;
+            let issue = if full {
+                u64::MAX
+            } else {
+                self.next.fetch_add(1, Ordering::Relaxed)
+            };
             let fresh =
                 issue < self.order.count && issue <= self.first_fault.load(Ordering::Relaxed);
             if fresh {
@@ -305,10 +325,9 @@ impl Machine<'_> {
         let seeded = self.env.settings.schedule_seed.is_some();
         let limit = self.env.settings.instruction_limit;
         // The blocks of a cooperative grid wait for each other, so each is left at its first long wait.
-        let mut turns = if self.env.launch.cooperative {
-            1
-        } else {
-            TURNS_OF_BLOCK
+        let mut turns = match self.env.launch.cooperative {
+            true => 1,
+            false => TURNS_OF_WARP * self.block.warps.len() as u32,
         };
         loop {
             let warps = self.block.warps.len();
@@ -362,7 +381,10 @@ impl Machine<'_> {
             self.block.turn = (index + 1) % warps;
             if used && !seeded {
                 turns -= 1;
-                if turns == 0 {
+            }
+            if used && (turns == 0 || seeded) {
+                // A seeded schedule has short turns, and draws when to put a block aside.
+                if !seeded || self.block.random >> 20 & 0xfff == 0 {
                     return Ok(false);
                 }
             }

@@ -386,7 +386,8 @@ impl Env<'_> {
         Warp {
             index,
             file,
-            local: Aligned::new(self.local_stride as usize * 32, 0xff),
+            // 8 bytes more: the parameters of printf and assert are read as 8 bytes, whatever their size.
+            local: Aligned::new(self.local_stride as usize * 32 + 8, 0xff),
             ..Default::default()
         }
     }

@@ -228,8 +228,8 @@ impl Code {
                     let function = &functions[index as usize];
                     let fail = |message: String| Err(ParseError::invalid(ins.source.line, message));
                     let op = match (&function.body, function.name.as_str()) {
-                        (None, "vprintf") => Some(Op::Printf),
-                        (None, "__assertfail") => Some(Op::AssertFail),
+                        (None, "vprintf") if ins.arity == 3 => Some(Op::Printf),
+                        (None, "__assertfail") if ins.arity == 5 => Some(Op::AssertFail),
                         (None, name) => {
                             return fail(format!(
                                 "call of {name}, which this module only declares, is not supported"

@@ -23,28 +23,55 @@ impl Device {
     pub fn new(text: &str) -> Device {
         let module = ptx::parse(text).unwrap_or_else(|error| panic!("{error}"));
         let memory = Memory::new(256 << 20);
-        let module = LoadedModule::load(&memory, Arc::new(module)).expect("the module's variables fit");
-        let settings = Settings { threads: 2, ..Settings::default() };
-        Device { memory, module, settings }
+        let module =
+            LoadedModule::load(&memory, Arc::new(module)).expect("the module's variables fit");
+        let settings = Settings {
+            threads: 2,
+            ..Settings::default()
+        };
+        Device {
+            memory,
+            module,
+            settings,
+        }
     }
 
     pub fn upload<T: Copy>(&self, values: &[T]) -> u64 {
-        let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), std::mem::size_of_val(values)) };
+        let bytes = unsafe {
+            std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), std::mem::size_of_val(values))
+        };
         let at = self.memory.alloc(bytes.len() as u64).expect("memory");
-        self.memory.copy_in(at, bytes).expect("an allocation of that size");
+        self.memory
+            .copy_in(at, bytes)
+            .expect("an allocation of that size");
         at
     }
 
     pub fn download<T: Copy + Default>(&self, at: u64, count: usize) -> Vec<T> {
         let mut values = vec![T::default(); count];
         let size = std::mem::size_of_val(values.as_slice());
-        let bytes = unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), size) };
-        self.memory.copy_out(at, bytes).expect("an allocation of that size");
+        let bytes =
+            unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), size) };
+        self.memory
+            .copy_out(at, bytes)
+            .expect("an allocation of that size");
         values
     }
 
-    pub fn run(&self, name: &str, grid: [u32; 3], block: [u32; 3], dynamic_shared: u32, args: &[Arg]) -> Result<Counters, Fault> {
-        let kernel = self.module.module.kernels.iter().find(|kernel| kernel.name == name);
+    pub fn run(
+        &self,
+        name: &str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        dynamic_shared: u32,
+        args: &[Arg],
+    ) -> Result<Counters, Fault> {
+        let kernel = self
+            .module
+            .module
+            .kernels
+            .iter()
+            .find(|kernel| kernel.name == name);
         let kernel = kernel.unwrap_or_else(|| panic!("no kernel {name}"));
         assert_eq!(kernel.params.len(), args.len(), "arguments of {name}");
         let mut params = vec![0; kernel.param_bytes as usize];
@@ -60,8 +87,21 @@ impl Device {
     }
 
     /// A launch with the parameters as bytes.
-    pub fn launch_raw(&self, name: &str, grid: [u32; 3], block: [u32; 3], dynamic_shared: u32, params: &[u8]) -> Result<Counters, Fault> {
-        let kernel = self.module.module.kernels.iter().find(|kernel| kernel.name == name).expect("the kernel's name");
+    pub fn launch_raw(
+        &self,
+        name: &str,
+        grid: [u32; 3],
+        block: [u32; 3],
+        dynamic_shared: u32,
+        params: &[u8],
+    ) -> Result<Counters, Fault> {
+        let kernel = self
+            .module
+            .module
+            .kernels
+            .iter()
+            .find(|kernel| kernel.name == name)
+            .expect("the kernel's name");
         let launched = Launch {
             kernel,
             module: &self.module,

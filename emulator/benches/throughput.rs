@@ -1,0 +1,242 @@
+//! Throughput of the interpreter on one core: a register-tiled f32 SGEMM, a bf16 product by ldmatrix and mma.sync, an element-wise
+//! kernel; with bounds checks only, and with every check.
+//!
+//! Time is the processor time of this process: what else the machine does counts little. Criterion's "elements" are floating-point operations for the products and array elements for the element-wise kernel. Each launch's result is
+//! compared once with a product computed here, so that no figure is of a wrong result.
+
+use criterion::measurement::{Measurement, ValueFormatter, WallTime};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use cuda_emu::exec::{self, Checks, Isa, Launch, LoadedModule, Settings};
+use cuda_emu::memory::Memory;
+use cuda_emu::ptx;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Processor time of the process, user and system.
+struct CpuTime;
+
+impl Measurement for CpuTime {
+    type Intermediate = Duration;
+    type Value = Duration;
+
+    fn start(&self) -> Duration {
+        let mut now = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: `now` is valid for the call to write.
+        let status = unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut now) };
+        assert_eq!(status, 0, "the system has a clock of processor time");
+        Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+    }
+
+    fn end(&self, start: Duration) -> Duration {
+        self.start() - start
+    }
+
+    fn add(&self, a: &Duration, b: &Duration) -> Duration {
+        *a + *b
+    }
+
+    fn zero(&self) -> Duration {
+        Duration::ZERO
+    }
+
+    fn to_f64(&self, value: &Duration) -> f64 {
+        WallTime.to_f64(value)
+    }
+
+    fn formatter(&self) -> &dyn ValueFormatter {
+        WallTime.formatter()
+    }
+}
+
+/// A kernel with its device memory and arguments.
+struct Run {
+    memory: Memory,
+    loaded: LoadedModule,
+    grid: [u32; 3],
+    block: u32,
+    params: Vec<u8>,
+}
+
+impl Run {
+    fn new(text: &str, grid: [u32; 3], block: u32) -> Run {
+        let module = ptx::parse(text).expect("nvcc's PTX parses");
+        let memory = Memory::new(1 << 28);
+        let loaded = LoadedModule::load(&memory, Arc::new(module)).expect("memory for the module");
+        Run {
+            memory,
+            loaded,
+            grid,
+            block,
+            params: Vec::new(),
+        }
+    }
+
+    /// A buffer that holds `bytes`, as the next argument.
+    fn buffer(&mut self, bytes: &[u8]) -> u64 {
+        let at = self
+            .memory
+            .alloc(bytes.len() as u64)
+            .expect("memory for a buffer");
+        self.memory
+            .copy_in(at, bytes)
+            .expect("a buffer just allocated");
+        self.params.extend(at.to_le_bytes());
+        at
+    }
+
+    fn word(&mut self, bits: u32) {
+        self.params.extend(bits.to_le_bytes());
+    }
+
+    fn launch(&self, checks: Checks, isa: Option<Isa>) {
+        let kernel = self.loaded.module.kernels[0].clone();
+        assert_eq!(
+            kernel.param_bytes as usize,
+            self.params.len(),
+            "parameters laid out as the kernel has them"
+        );
+        let launch = Launch {
+            kernel: &kernel,
+            module: &self.loaded,
+            grid: self.grid,
+            block: [self.block, 1, 1],
+            dynamic_shared: 0,
+            params: &self.params,
+            multiprocessors: 1,
+            cooperative: false,
+        };
+        let settings = Settings {
+            checks,
+            isa,
+            threads: 1,
+            counters: false,
+            ..Settings::default()
+        };
+        exec::launch(&self.memory, &launch, &settings).unwrap_or_else(|fault| panic!("{fault}"));
+    }
+
+    fn read(&self, at: u64, count: usize) -> Vec<f32> {
+        let mut bytes = vec![0; 4 * count];
+        self.memory
+            .copy_out(at, &mut bytes)
+            .expect("a buffer of this size");
+        bytes
+            .chunks(4)
+            .map(|b| f32::from_le_bytes(b.try_into().expect("4 bytes")))
+            .collect()
+    }
+}
+
+/// Small integers over 8: products and sums of a few hundred are exact in bf16 and f32.
+fn values(count: usize, seed: u32) -> Vec<f32> {
+    (0..count as u32)
+        .map(|i| ((i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 16) % 17) as f32 / 8.0 - 1.0)
+        .collect()
+}
+
+fn bytes_f32(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+fn bytes_bf16(values: &[f32]) -> Vec<u8> {
+    values
+        .iter()
+        .flat_map(|x| ((x.to_bits() >> 16) as u16).to_le_bytes())
+        .collect()
+}
+
+fn measure(criterion: &mut Criterion<CpuTime>, name: &str, work: u64, run: &Run) {
+    let mut group = criterion.benchmark_group(name);
+    group.throughput(Throughput::Elements(work)).sample_size(20);
+    group.bench_function("bounds", |bencher| {
+        bencher.iter(|| run.launch(Checks::FAST, None))
+    });
+    group.bench_function("all_checks", |bencher| {
+        bencher.iter(|| run.launch(Checks::ALL, None))
+    });
+    group.bench_function("bounds_avx2", |bencher| {
+        bencher.iter(|| run.launch(Checks::FAST, Some(Isa::Avx2)))
+    });
+    group.bench_function("bounds_portable", |bencher| {
+        bencher.iter(|| run.launch(Checks::FAST, Some(Isa::Portable)))
+    });
+    group.finish();
+}
+
+fn sgemm(criterion: &mut Criterion<CpuTime>) {
+    const N: usize = 256;
+    let (a, b) = (values(N * N, 1), values(N * N, 2));
+    let mut run = Run::new(
+        include_str!("kernels/sgemm.ptx"),
+        [N as u32 / 128, N as u32 / 128, 1],
+        256,
+    );
+    run.buffer(&bytes_f32(&a));
+    run.buffer(&bytes_f32(&b));
+    let c = run.buffer(&bytes_f32(&[f32::NAN; N * N]));
+    (0..3).for_each(|_| run.word(N as u32));
+    run.launch(Checks::ALL, None);
+    let c = run.read(c, N * N);
+    for (row, column) in [(0, 0), (17, 200), (255, 255), (128, 127)] {
+        let exact: f32 = (0..N).map(|k| a[row * N + k] * b[k * N + column]).sum();
+        assert_eq!(c[row * N + column], exact, "c[{row}][{column}]");
+    }
+    measure(criterion, "sgemm", 2 * (N * N * N) as u64, &run);
+}
+
+fn mma(criterion: &mut Criterion<CpuTime>) {
+    const N: usize = 256;
+    let (a, b) = (values(N * N, 3), values(N * N, 4));
+    let mut run = Run::new(
+        include_str!("kernels/mma.ptx"),
+        [N as u32 / 64, N as u32 / 64, 1],
+        128,
+    );
+    run.buffer(&bytes_bf16(&a));
+    run.buffer(&bytes_bf16(&b));
+    let c = run.buffer(&bytes_f32(&[f32::NAN; N * N]));
+    (0..3).for_each(|_| run.word(N as u32));
+    run.launch(Checks::ALL, None);
+    let c = run.read(c, N * N);
+    for (row, column) in [(0, 0), (17, 200), (255, 255), (128, 127)] {
+        let exact: f32 = (0..N).map(|k| a[row * N + k] * b[column * N + k]).sum();
+        assert_eq!(c[row * N + column], exact, "c[{row}][{column}]");
+    }
+    measure(criterion, "mma", 2 * (N * N * N) as u64, &run);
+}
+
+fn elementwise(criterion: &mut Criterion<CpuTime>) {
+    const N: usize = 1 << 18;
+    let x = values(N, 5);
+    let mut run = Run::new(
+        include_str!("kernels/elementwise.ptx"),
+        [N as u32 / 1024, 1, 1],
+        256,
+    );
+    run.buffer(&bytes_f32(&x));
+    let y = run.buffer(&bytes_f32(&vec![0.0; N]));
+    run.word(0.5f32.to_bits());
+    run.word(N as u32);
+    run.launch(Checks::ALL, None);
+    let y = run.read(y, N);
+    for i in [0, 1, 1023, N - 1] {
+        let exact = x[i] as f64 / (1.0 + (-x[i] as f64).exp());
+        // Two rounded operations and an exponential within 2^-22, of which half the effect remains.
+        assert!(
+            (y[i] as f64 - exact).abs() <= exact.abs() * 2f64.powi(-21),
+            "y[{i}] = {}, not {exact}",
+            y[i]
+        );
+    }
+    measure(criterion, "elementwise", N as u64, &run);
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().with_measurement(CpuTime);
+    targets = sgemm, mma, elementwise
+}
+criterion_main!(benches);
