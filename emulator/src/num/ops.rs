@@ -266,6 +266,56 @@ impl Operands {
         }
     }
 
+    // The same for rare operations, or such as the host has no vectors for: the loop is compiled once, and calls.
+
+    #[inline(never)]
+    unsafe fn each1(&self, f: &dyn Fn(u32) -> u32) {
+        // SAFETY: see `map1`.
+        unsafe { self.map1(f) }
+    }
+
+    #[inline(never)]
+    unsafe fn each2(&self, f: &dyn Fn(u32, u32) -> u32) {
+        // SAFETY: see `map1`.
+        unsafe { self.map2(f) }
+    }
+
+    #[inline(never)]
+    unsafe fn each3(&self, f: &dyn Fn(u32, u32, u32) -> u32) {
+        // SAFETY: see `map1`.
+        unsafe { self.map3(f) }
+    }
+
+    #[inline(never)]
+    unsafe fn each4(&self, f: &dyn Fn(u32, u32, u32, u32) -> u32) {
+        // SAFETY: see `map1`.
+        unsafe { self.map4(f) }
+    }
+
+    #[inline(never)]
+    unsafe fn each_wide1(&self, f: &dyn Fn(u64) -> u64) {
+        // SAFETY: see `map1`.
+        unsafe { self.wide1(f) }
+    }
+
+    #[inline(never)]
+    unsafe fn each_wide2(&self, f: &dyn Fn(u64, u64) -> u64) {
+        // SAFETY: see `map1`.
+        unsafe { self.wide2(f) }
+    }
+
+    #[inline(never)]
+    unsafe fn each_wide3(&self, f: &dyn Fn(u64, u64, u64) -> u64) {
+        // SAFETY: see `map1`.
+        unsafe { self.wide3(f) }
+    }
+
+    #[inline(never)]
+    unsafe fn each_narrow1(&self, f: &dyn Fn(u64) -> u32) {
+        // SAFETY: see `map1`.
+        unsafe { self.narrow1(f) }
+    }
+
     /// 32-bit source, 64-bit destination.
     #[inline(always)]
     unsafe fn widen1(&self, f: impl Fn(u32) -> u64) {
@@ -776,7 +826,7 @@ operations! {
 
     slow FmaF32Any |f, o, I| {
         let (ftz, sat) = (f.has(FTZ), f.has(SAT));
-        o.map3(|a, b, c| {
+        o.each3(&|a, b, c| {
             let (a, b, c) = (float::flush_if(ftz, a), float::flush_if(ftz, b), float::flush_if(ftz, c));
             let r = float::flush_if(ftz, float::fma_any(a, b, c, f.round));
             if sat { float::saturate(r) } else { r }
@@ -784,7 +834,7 @@ operations! {
     };
     slow AddF32Any |f, o, I| {
         let (ftz, sat) = (f.has(FTZ), f.has(SAT));
-        o.map2(|a, b| {
+        o.each2(&|a, b| {
             let (a, b) = (float::flush_if(ftz, a), float::flush_if(ftz, b));
             let r = float::flush_if(ftz, float::fma_any(a, 1f32.to_bits(), b, f.round));
             if sat { float::saturate(r) } else { r }
@@ -792,7 +842,7 @@ operations! {
     };
     slow SubF32Any |f, o, I| {
         let (ftz, sat) = (f.has(FTZ), f.has(SAT));
-        o.map2(|a, b| {
+        o.each2(&|a, b| {
             let (a, b) = (float::flush_if(ftz, a), float::flush_if(ftz, b));
             let r = float::flush_if(ftz, float::fma_any(a, 1f32.to_bits(), b ^ 0x8000_0000, f.round));
             if sat { float::saturate(r) } else { r }
@@ -800,7 +850,7 @@ operations! {
     };
     slow MulF32Any |f, o, I| {
         let (ftz, sat) = (f.has(FTZ), f.has(SAT));
-        o.map2(|a, b| {
+        o.each2(&|a, b| {
             let (a, b) = (float::flush_if(ftz, a), float::flush_if(ftz, b));
             let r = float::flush_if(ftz, float::mul_any(a, b, f.round));
             if sat { float::saturate(r) } else { r }
@@ -808,15 +858,15 @@ operations! {
     };
     slow DivF32Any |f, o, I| {
         let ftz = f.has(FTZ);
-        o.map2(|a, b| float::flush_if(ftz, float::div_any(float::flush_if(ftz, a), float::flush_if(ftz, b), f.round)))
+        o.each2(&|a, b| float::flush_if(ftz, float::div_any(float::flush_if(ftz, a), float::flush_if(ftz, b), f.round)))
     };
     slow RcpF32Any |f, o, I| {
         let ftz = f.has(FTZ);
-        o.map1(|a| float::flush_if(ftz, float::div_any(1f32.to_bits(), float::flush_if(ftz, a), f.round)))
+        o.each1(&|a| float::flush_if(ftz, float::div_any(1f32.to_bits(), float::flush_if(ftz, a), f.round)))
     };
     slow SqrtF32Any |f, o, I| {
         let ftz = f.has(FTZ);
-        o.map1(|a| float::flush_if(ftz, float::sqrt_any(float::flush_if(ftz, a), f.round)))
+        o.each1(&|a| float::flush_if(ftz, float::sqrt_any(float::flush_if(ftz, a), f.round)))
     };
     fast MinMaxF32Any |f, o, I| {
         let (max, ftz, nan, xorsign) = (f.has(MAX), f.has(FTZ), f.has(NAN), f.has(XORSIGN));
@@ -855,7 +905,7 @@ operations! {
     fast TanhF32 |_f, o, I| o.map1(approx::tanh);
     fast Ex2F32Any |_f, o, I| o.map1(approx::ex2::<true>);
     fast CopysignF32 |_f, o, I| o.map2(|a, b| (a & 0x8000_0000) | (b & 0x7fff_ffff));
-    fast TestpF32 |f, o, I| {
+    slow TestpF32 |f, o, I| {
         let a = o.b32(1);
         let t = which::<I, u32>(a, a, |a, _| float::test(f.mode, a as u64, 23, 0xff));
         o.put_pred(0, t)
@@ -866,29 +916,29 @@ operations! {
     fast SubF64 |_f, o, I| o.wide2(|a, b| (f64::from_bits(a) - f64::from_bits(b)).to_bits());
     fast MulF64 |_f, o, I| o.wide2(|a, b| (f64::from_bits(a) * f64::from_bits(b)).to_bits());
     fast DivF64 |_f, o, I| o.wide2(|a, b| (f64::from_bits(a) / f64::from_bits(b)).to_bits());
-    slow FmaF64Any |f, o, I| o.wide3(|a, b, c| soft::fma_f64(a, b, c, f.round));
-    slow AddF64Any |f, o, I| o.wide2(|a, b| soft::fma_f64(a, 1f64.to_bits(), b, f.round));
-    slow SubF64Any |f, o, I| o.wide2(|a, b| soft::fma_f64(a, 1f64.to_bits(), b ^ 1 << 63, f.round));
-    slow MulF64Any |f, o, I| o.wide2(|a, b| soft::mul_f64(a, b, f.round));
-    slow DivF64Any |f, o, I| o.wide2(|a, b| soft::div_f64(a, b, f.round));
-    slow RcpF64 |f, o, I| o.wide1(|a| if f.round == Round::Rn {
+    slow FmaF64Any |f, o, I| o.each_wide3(&|a, b, c| soft::fma_f64(a, b, c, f.round));
+    slow AddF64Any |f, o, I| o.each_wide2(&|a, b| soft::fma_f64(a, 1f64.to_bits(), b, f.round));
+    slow SubF64Any |f, o, I| o.each_wide2(&|a, b| soft::fma_f64(a, 1f64.to_bits(), b ^ 1 << 63, f.round));
+    slow MulF64Any |f, o, I| o.each_wide2(&|a, b| soft::mul_f64(a, b, f.round));
+    slow DivF64Any |f, o, I| o.each_wide2(&|a, b| soft::div_f64(a, b, f.round));
+    slow RcpF64 |f, o, I| o.each_wide1(&|a| if f.round == Round::Rn {
         (1.0 / f64::from_bits(a)).to_bits()
     } else {
         soft::div_f64(1f64.to_bits(), a, f.round)
     });
-    slow SqrtF64 |f, o, I| o.wide1(|a| if f.round == Round::Rn {
+    slow SqrtF64 |f, o, I| o.each_wide1(&|a| if f.round == Round::Rn {
         f64::from_bits(a).sqrt().to_bits()
     } else {
         soft::sqrt_f64(a, f.round)
     });
-    slow RcpF64Approx |_f, o, I| o.wide1(approx::rcp_f64);
-    slow RsqrtF64 |f, o, I| o.wide1(|a| if f.has(FTZ) { approx::rsqrt_f64_upper(a) } else { approx::rsqrt_f64(a) });
-    fast MinF64 |_f, o, I| o.wide2(float::min_max_f64::<false>);
-    fast MaxF64 |_f, o, I| o.wide2(float::min_max_f64::<true>);
+    slow RcpF64Approx |_f, o, I| o.each_wide1(&approx::rcp_f64);
+    slow RsqrtF64 |f, o, I| o.each_wide1(&|a| if f.has(FTZ) { approx::rsqrt_f64_upper(a) } else { approx::rsqrt_f64(a) });
+    slow MinF64 |_f, o, I| o.each_wide2(&float::min_max_f64::<false>);
+    slow MaxF64 |_f, o, I| o.each_wide2(&float::min_max_f64::<true>);
     fast NegF64 |_f, o, I| o.wide1(|a| a ^ 1 << 63);
     fast AbsF64 |_f, o, I| o.wide1(|a| a & !(1 << 63));
-    fast CopysignF64 |_f, o, I| o.wide2(|a, b| (a & 1 << 63) | (b & !(1 << 63)));
-    fast TestpF64 |f, o, I| {
+    slow CopysignF64 |_f, o, I| o.each_wide2(&|a, b| (a & 1 << 63) | (b & !(1 << 63)));
+    slow TestpF64 |f, o, I| {
         let a = o.b64(1);
         let t = which::<I, u64>(a, a, |a, _| float::test(f.mode, a, 52, 0x7ff));
         o.put_pred(0, t)
@@ -919,26 +969,26 @@ operations! {
             }))
         }
     };
-    fast MinMaxHalf |f, o, I| {
+    slow MinMaxHalf |f, o, I| {
         let pair = is_pair(f.ty);
         let (max, ftz, nan, xorsign) = (f.has(MAX), f.has(FTZ), f.has(NAN), f.has(XORSIGN));
         if is_bf16(f.ty) {
-            o.map2(|a, b| halves2(pair, a, b, |a, b| half::min_max::<true>(a, b, max, ftz, nan, xorsign)))
+            o.each2(&|a, b| halves2(pair, a, b, |a, b| half::min_max::<true>(a, b, max, ftz, nan, xorsign)))
         } else {
-            o.map2(|a, b| halves2(pair, a, b, |a, b| half::min_max::<false>(a, b, max, ftz, nan, xorsign)))
+            o.each2(&|a, b| halves2(pair, a, b, |a, b| half::min_max::<false>(a, b, max, ftz, nan, xorsign)))
         }
     };
-    fast NegHalf |f, o, I| {
+    slow NegHalf |f, o, I| {
         let (pair, ftz) = (is_pair(f.ty), f.has(FTZ));
-        o.map1(|a| halves1(pair, a, |a| half::flush_if(ftz, a) ^ 0x8000))
+        o.each1(&|a| halves1(pair, a, |a| half::flush_if(ftz, a) ^ 0x8000))
     };
-    fast AbsHalf |f, o, I| {
+    slow AbsHalf |f, o, I| {
         let (pair, ftz) = (is_pair(f.ty), f.has(FTZ));
-        o.map1(|a| halves1(pair, a, |a| half::flush_if(ftz, a) & 0x7fff))
+        o.each1(&|a| halves1(pair, a, |a| half::flush_if(ftz, a) & 0x7fff))
     };
     slow Ex2Half |f, o, I| {
         let (pair, bf, ftz) = (is_pair(f.ty), is_bf16(f.ty), f.has(FTZ));
-        o.map1(|a| halves1(pair, a, |a| if bf {
+        o.each1(&|a| halves1(pair, a, |a| if bf {
             let r = half::bf16_from_f32(f32::from_bits(approx::ex2::<false>(if ftz { float::flush(a << 16) } else { a << 16 })));
             if ftz { float::flush(r << 16) >> 16 } else { r }
         } else {
@@ -948,7 +998,7 @@ operations! {
     };
     slow TanhHalf |f, o, I| {
         let (pair, bf) = (is_pair(f.ty), is_bf16(f.ty));
-        o.map1(|a| halves1(pair, a, |a| if bf {
+        o.each1(&|a| halves1(pair, a, |a| if bf {
             half::bf16_from_f32(f32::from_bits(approx::tanh(a << 16)))
         } else {
             half::f16_from_f32(f32::from_bits(approx::tanh(half::f16_to_f32(a).to_bits())))
@@ -959,13 +1009,13 @@ operations! {
     fast SubB32 |_f, o, I| o.map2(u32::wrapping_sub);
     fast MulB32 |_f, o, I| o.map2(u32::wrapping_mul);
     fast MadB32 |_f, o, I| o.map3(|a, b, c| a.wrapping_mul(b).wrapping_add(c));
-    fast AddSatS32 |_f, o, I| o.map2(|a, b| (a as i32).saturating_add(b as i32) as u32);
-    fast SubSatS32 |_f, o, I| o.map2(|a, b| (a as i32).saturating_sub(b as i32) as u32);
+    slow AddSatS32 |_f, o, I| o.each2(&|a, b| (a as i32).saturating_add(b as i32) as u32);
+    slow SubSatS32 |_f, o, I| o.each2(&|a, b| (a as i32).saturating_sub(b as i32) as u32);
     fast MulHiU32 |_f, o, I| o.map2(int::mul_hi_u32);
     fast MulHiS32 |_f, o, I| o.map2(int::mul_hi_s32);
-    fast MadHiU32 |_f, o, I| o.map3(|a, b, c| int::mul_hi_u32(a, b).wrapping_add(c));
-    fast MadHiS32 |_f, o, I| o.map3(|a, b, c| int::mul_hi_s32(a, b).wrapping_add(c));
-    slow MadHiSatS32 |_f, o, I| o.map3(|a, b, c| (int::mul_hi_s32(a, b) as i32).saturating_add(c as i32) as u32);
+    slow MadHiU32 |_f, o, I| o.each3(&|a, b, c| int::mul_hi_u32(a, b).wrapping_add(c));
+    slow MadHiS32 |_f, o, I| o.each3(&|a, b, c| int::mul_hi_s32(a, b).wrapping_add(c));
+    slow MadHiSatS32 |_f, o, I| o.each3(&|a, b, c| (int::mul_hi_s32(a, b) as i32).saturating_add(c as i32) as u32);
     fast MulWideU32 |_f, o, I| {
         let (a, b) = (o.b32(1), o.b32(2));
         let mut r = [0; 32];
@@ -1000,19 +1050,19 @@ operations! {
     };
     slow Mul24 |f, o, I| {
         let (signed, shift) = (f.has(A_SIGNED), if f.has(HI) { 16 } else { 0 });
-        o.map2(|a, b| (int::mul24(signed, a, b) >> shift) as u32)
+        o.each2(&|a, b| (int::mul24(signed, a, b) >> shift) as u32)
     };
     slow Mad24 |f, o, I| {
         let (signed, shift) = (f.has(A_SIGNED), if f.has(HI) { 16 } else { 0 });
-        o.map3(|a, b, c| {
+        o.each3(&|a, b, c| {
             let product = (int::mul24(signed, a, b) >> shift) as u32;
             if f.has(SAT) { (product as i32).saturating_add(c as i32) as u32 } else { product.wrapping_add(c) }
         })
     };
-    slow DivU32 |_f, o, I| o.map2(int::div_u32);
-    slow DivS32 |_f, o, I| o.map2(int::div_s32);
-    slow RemU32 |_f, o, I| o.map2(int::rem_u32);
-    slow RemS32 |_f, o, I| o.map2(int::rem_s32);
+    slow DivU32 |_f, o, I| o.each2(&int::div_u32);
+    slow DivS32 |_f, o, I| o.each2(&int::div_s32);
+    slow RemU32 |_f, o, I| o.each2(&int::rem_u32);
+    slow RemS32 |_f, o, I| o.each2(&int::rem_s32);
     fast MinU32 |_f, o, I| o.map2(u32::min);
     fast MaxU32 |_f, o, I| o.map2(u32::max);
     fast MinS32 |f, o, I| {
@@ -1025,13 +1075,13 @@ operations! {
     };
     fast AbsS32 |_f, o, I| o.map1(|a| (a as i32).wrapping_abs() as u32);
     fast NegB32 |_f, o, I| o.map1(u32::wrapping_neg);
-    fast SadU32 |_f, o, I| o.map3(|a, b, c| c.wrapping_add(a.abs_diff(b)));
-    fast SadS32 |_f, o, I| o.map3(|a, b, c| c.wrapping_add((a as i32).abs_diff(b as i32)));
+    slow SadU32 |_f, o, I| o.each3(&|a, b, c| c.wrapping_add(a.abs_diff(b)));
+    slow SadS32 |_f, o, I| o.each3(&|a, b, c| c.wrapping_add((a as i32).abs_diff(b as i32)));
     fast AndB32 |_f, o, I| o.map2(|a, b| a & b);
     fast OrB32 |_f, o, I| o.map2(|a, b| a | b);
     fast XorB32 |_f, o, I| o.map2(|a, b| a ^ b);
     fast NotB32 |_f, o, I| o.map1(|a| !a);
-    fast CnotB32 |_f, o, I| o.map1(|a| (a == 0) as u32);
+    slow CnotB32 |_f, o, I| o.each1(&|a| (a == 0) as u32);
     fast ShlB32 |_f, o, I| o.map2(int::shl_32);
     fast ShrB32 |_f, o, I| o.map2(int::shr_32);
     fast ShrS32 |_f, o, I| o.map2(int::shr_s32);
@@ -1059,22 +1109,22 @@ operations! {
         o.put_pred(1, p)
     };
     fast Prmt |f, o, I| o.map3(|a, b, c| int::prmt(f.mode, a, b, c));
-    slow BfeU32 |_f, o, I| o.map3(|a, b, c| int::bfe(false, 32, a as u64, b, c) as u32);
-    slow BfeS32 |_f, o, I| o.map3(|a, b, c| int::bfe(true, 32, a as u64, b, c) as u32);
-    slow BfiB32 |_f, o, I| o.map4(|a, b, c, d| int::bfi(32, a as u64, b as u64, c, d) as u32);
-    fast BrevB32 |_f, o, I| o.map1(u32::reverse_bits);
+    slow BfeU32 |_f, o, I| o.each3(&|a, b, c| int::bfe(false, 32, a as u64, b, c) as u32);
+    slow BfeS32 |_f, o, I| o.each3(&|a, b, c| int::bfe(true, 32, a as u64, b, c) as u32);
+    slow BfiB32 |_f, o, I| o.each4(&|a, b, c, d| int::bfi(32, a as u64, b as u64, c, d) as u32);
+    slow BrevB32 |_f, o, I| o.each1(&u32::reverse_bits);
     fast PopcB32 |_f, o, I| o.map1(u32::count_ones);
     fast ClzB32 |_f, o, I| o.map1(u32::leading_zeros);
-    slow Bfind32 |f, o, I| o.map1(|a| int::bfind(f.has(A_SIGNED), f.has(SHIFTAMT), 32, a as u64));
-    slow Fns |_f, o, I| o.map3(|a, b, c| int::fns(a, b, c as i32));
-    slow Szext |f, o, I| o.map2(|a, b| int::szext(f.ty == Ty::S32, f.has(WRAP), a, b));
-    slow Bmsk |f, o, I| o.map2(|a, b| int::bmsk(f.has(WRAP), a, b));
+    slow Bfind32 |f, o, I| o.each1(&|a| int::bfind(f.has(A_SIGNED), f.has(SHIFTAMT), 32, a as u64));
+    slow Fns |_f, o, I| o.each3(&|a, b, c| int::fns(a, b, c as i32));
+    slow Szext |f, o, I| o.each2(&|a, b| int::szext(f.ty == Ty::S32, f.has(WRAP), a, b));
+    slow Bmsk |f, o, I| o.each2(&|a, b| int::bmsk(f.has(WRAP), a, b));
     fast Dp4a |f, o, I| match (f.has(A_SIGNED), f.has(B_SIGNED)) {
         (true, true) => o.map3(|a, b, c| int::dp4a(true, true, a, b, c)),
         (false, false) => o.map3(|a, b, c| int::dp4a(false, false, a, b, c)),
         (a_signed, b_signed) => o.map3(|a, b, c| int::dp4a(a_signed, b_signed, a, b, c)),
     };
-    slow Dp2a |f, o, I| o.map3(|a, b, c| int::dp2a(f.has(A_SIGNED), f.has(B_SIGNED), f.has(HI), a, b, c));
+    slow Dp2a |f, o, I| o.each3(&|a, b, c| int::dp2a(f.has(A_SIGNED), f.has(B_SIGNED), f.has(HI), a, b, c));
     slow AddCarry32 |f, o, I| carry32(f, o, |a, b, _| a + b, 2);
     slow SubCarry32 |f, o, I| carry32(f, o, |a, b, _| a.wrapping_sub(b), 2);
     slow MadCarry32 |f, o, I| {
@@ -1090,26 +1140,26 @@ operations! {
     fast AddB64 |_f, o, I| o.wide2(u64::wrapping_add);
     fast SubB64 |_f, o, I| o.wide2(u64::wrapping_sub);
     fast MulB64 |_f, o, I| o.wide2(u64::wrapping_mul);
-    fast MadB64 |_f, o, I| o.wide3(|a, b, c| a.wrapping_mul(b).wrapping_add(c));
-    slow MulHi64 |f, o, I| o.wide2(|a, b| int::mul_hi_64(f.ty == Ty::S64, a, b));
-    slow MadHi64 |f, o, I| o.wide3(|a, b, c| int::mul_hi_64(f.ty == Ty::S64, a, b).wrapping_add(c));
-    slow DivU64 |_f, o, I| o.wide2(int::div_u64);
-    slow DivS64 |_f, o, I| o.wide2(int::div_s64);
-    slow RemU64 |_f, o, I| o.wide2(int::rem_u64);
-    slow RemS64 |_f, o, I| o.wide2(int::rem_s64);
-    fast MinU64 |_f, o, I| o.wide2(u64::min);
-    fast MaxU64 |_f, o, I| o.wide2(u64::max);
-    fast MinS64 |_f, o, I| o.wide2(|a, b| (a as i64).min(b as i64) as u64);
-    fast MaxS64 |_f, o, I| o.wide2(|a, b| (a as i64).max(b as i64) as u64);
-    fast AbsS64 |_f, o, I| o.wide1(|a| (a as i64).wrapping_abs() as u64);
+    slow MadB64 |_f, o, I| o.each_wide3(&|a, b, c| a.wrapping_mul(b).wrapping_add(c));
+    slow MulHi64 |f, o, I| o.each_wide2(&|a, b| int::mul_hi_64(f.ty == Ty::S64, a, b));
+    slow MadHi64 |f, o, I| o.each_wide3(&|a, b, c| int::mul_hi_64(f.ty == Ty::S64, a, b).wrapping_add(c));
+    slow DivU64 |_f, o, I| o.each_wide2(&int::div_u64);
+    slow DivS64 |_f, o, I| o.each_wide2(&int::div_s64);
+    slow RemU64 |_f, o, I| o.each_wide2(&int::rem_u64);
+    slow RemS64 |_f, o, I| o.each_wide2(&int::rem_s64);
+    slow MinU64 |_f, o, I| o.each_wide2(&u64::min);
+    slow MaxU64 |_f, o, I| o.each_wide2(&u64::max);
+    slow MinS64 |_f, o, I| o.each_wide2(&|a, b| (a as i64).min(b as i64) as u64);
+    slow MaxS64 |_f, o, I| o.each_wide2(&|a, b| (a as i64).max(b as i64) as u64);
+    slow AbsS64 |_f, o, I| o.each_wide1(&|a| (a as i64).wrapping_abs() as u64);
     fast NegB64 |_f, o, I| o.wide1(u64::wrapping_neg);
-    slow SadU64 |_f, o, I| o.wide3(|a, b, c| c.wrapping_add(a.abs_diff(b)));
-    slow SadS64 |_f, o, I| o.wide3(|a, b, c| c.wrapping_add((a as i64).abs_diff(b as i64)));
+    slow SadU64 |_f, o, I| o.each_wide3(&|a, b, c| c.wrapping_add(a.abs_diff(b)));
+    slow SadS64 |_f, o, I| o.each_wide3(&|a, b, c| c.wrapping_add((a as i64).abs_diff(b as i64)));
     fast AndB64 |_f, o, I| o.wide2(|a, b| a & b);
     fast OrB64 |_f, o, I| o.wide2(|a, b| a | b);
     fast XorB64 |_f, o, I| o.wide2(|a, b| a ^ b);
     fast NotB64 |_f, o, I| o.wide1(|a| !a);
-    fast CnotB64 |_f, o, I| o.wide1(|a| (a == 0) as u64);
+    slow CnotB64 |_f, o, I| o.each_wide1(&|a| (a == 0) as u64);
     fast ShlB64 |_f, o, I| o.wide_by(int::shl_64);
     fast ShrB64 |_f, o, I| o.wide_by(int::shr_64);
     fast ShrS64 |_f, o, I| o.wide_by(int::shr_s64);
@@ -1123,10 +1173,10 @@ operations! {
         }
         o.put64(0, &r)
     };
-    fast BrevB64 |_f, o, I| o.wide1(u64::reverse_bits);
-    fast PopcB64 |_f, o, I| o.narrow1(u64::count_ones);
-    fast ClzB64 |_f, o, I| o.narrow1(u64::leading_zeros);
-    slow Bfind64 |f, o, I| o.narrow1(|a| int::bfind(f.has(A_SIGNED), f.has(SHIFTAMT), 64, a));
+    slow BrevB64 |_f, o, I| o.each_wide1(&u64::reverse_bits);
+    slow PopcB64 |_f, o, I| o.each_narrow1(&u64::count_ones);
+    slow ClzB64 |_f, o, I| o.each_narrow1(&u64::leading_zeros);
+    slow Bfind64 |f, o, I| o.each_narrow1(&|a| int::bfind(f.has(A_SIGNED), f.has(SHIFTAMT), 64, a));
     slow AddCarry64 |f, o, I| carry64(f, o, |a, b, _| a as u128 + b as u128, 2);
     slow SubCarry64 |f, o, I| carry64(f, o, |a, b, _| (a as u128).wrapping_sub(b as u128), 2);
     slow MadCarry64 |f, o, I| {
@@ -1139,68 +1189,68 @@ operations! {
     };
 
     fast AddB16 |_f, o, I| o.map2(|a, b| a.wrapping_add(b) & 0xffff);
-    fast SubB16 |_f, o, I| o.map2(|a, b| a.wrapping_sub(b) & 0xffff);
-    fast MulB16 |_f, o, I| o.map2(|a, b| a.wrapping_mul(b) & 0xffff);
-    fast MadB16 |_f, o, I| o.map3(|a, b, c| a.wrapping_mul(b).wrapping_add(c) & 0xffff);
+    slow SubB16 |_f, o, I| o.each2(&|a, b| a.wrapping_sub(b) & 0xffff);
+    slow MulB16 |_f, o, I| o.each2(&|a, b| a.wrapping_mul(b) & 0xffff);
+    slow MadB16 |_f, o, I| o.each3(&|a, b, c| a.wrapping_mul(b).wrapping_add(c) & 0xffff);
     slow MulHi16 |f, o, I| {
         let signed = f.ty.is_signed();
-        o.map2(|a, b| int::ext16(signed, a).wrapping_mul(int::ext16(signed, b)) >> 16)
+        o.each2(&|a, b| int::ext16(signed, a).wrapping_mul(int::ext16(signed, b)) >> 16)
     };
     slow MadHi16 |f, o, I| {
         let signed = f.ty.is_signed();
-        o.map3(|a, b, c| (int::ext16(signed, a).wrapping_mul(int::ext16(signed, b)) >> 16).wrapping_add(c) & 0xffff)
+        o.each3(&|a, b, c| (int::ext16(signed, a).wrapping_mul(int::ext16(signed, b)) >> 16).wrapping_add(c) & 0xffff)
     };
-    fast MulWide16 |f, o, I| {
+    slow MulWide16 |f, o, I| {
         let signed = f.ty.is_signed();
-        o.map2(|a, b| int::ext16(signed, a).wrapping_mul(int::ext16(signed, b)))
+        o.each2(&|a, b| int::ext16(signed, a).wrapping_mul(int::ext16(signed, b)))
     };
     slow MadWide16 |f, o, I| {
         let signed = f.ty.is_signed();
-        o.map3(|a, b, c| int::ext16(signed, a).wrapping_mul(int::ext16(signed, b)).wrapping_add(c))
+        o.each3(&|a, b, c| int::ext16(signed, a).wrapping_mul(int::ext16(signed, b)).wrapping_add(c))
     };
     slow Div16 |f, o, I| {
         let signed = f.ty.is_signed();
-        o.map2(|a, b| {
+        o.each2(&|a, b| {
             let (a, b) = (int::ext16(signed, a), int::ext16(signed, b));
             (if signed { int::div_s32(a, b) } else { int::div_u32(a, b) }) & 0xffff
         })
     };
     slow Rem16 |f, o, I| {
         let signed = f.ty.is_signed();
-        o.map2(|a, b| {
+        o.each2(&|a, b| {
             let (a, b) = (int::ext16(signed, a), int::ext16(signed, b));
             (if signed { int::rem_s32(a, b) } else { int::rem_u32(a, b) }) & 0xffff
         })
     };
-    fast Min16 |f, o, I| {
+    slow Min16 |f, o, I| {
         let signed = f.ty.is_signed();
-        o.map2(|a, b| ((int::ext16(signed, a) as i32).min(int::ext16(signed, b) as i32) & 0xffff) as u32)
+        o.each2(&|a, b| ((int::ext16(signed, a) as i32).min(int::ext16(signed, b) as i32) & 0xffff) as u32)
     };
-    fast Max16 |f, o, I| {
+    slow Max16 |f, o, I| {
         let signed = f.ty.is_signed();
-        o.map2(|a, b| ((int::ext16(signed, a) as i32).max(int::ext16(signed, b) as i32) & 0xffff) as u32)
+        o.each2(&|a, b| ((int::ext16(signed, a) as i32).max(int::ext16(signed, b) as i32) & 0xffff) as u32)
     };
-    fast AbsS16 |_f, o, I| o.map1(|a| (int::sext16(a) as i32).wrapping_abs() as u32 & 0xffff);
-    fast NegB16 |_f, o, I| o.map1(|a| a.wrapping_neg() & 0xffff);
+    slow AbsS16 |_f, o, I| o.each1(&|a| (int::sext16(a) as i32).wrapping_abs() as u32 & 0xffff);
+    slow NegB16 |_f, o, I| o.each1(&|a| a.wrapping_neg() & 0xffff);
     slow Sad16 |f, o, I| {
         let signed = f.ty.is_signed();
-        o.map3(|a, b, c| {
+        o.each3(&|a, b, c| {
             let difference = (int::ext16(signed, a) as i32).abs_diff(int::ext16(signed, b) as i32);
             c.wrapping_add(difference) & 0xffff
         })
     };
     fast AndB16 |_f, o, I| o.map2(|a, b| a & b & 0xffff);
     fast OrB16 |_f, o, I| o.map2(|a, b| (a | b) & 0xffff);
-    fast XorB16 |_f, o, I| o.map2(|a, b| (a ^ b) & 0xffff);
-    fast NotB16 |_f, o, I| o.map1(|a| !a & 0xffff);
-    fast CnotB16 |_f, o, I| o.map1(|a| (a & 0xffff == 0) as u32);
-    fast ShlB16 |_f, o, I| o.map2(|a, n| int::shl_32(a, n) & 0xffff);
-    fast ShrB16 |_f, o, I| o.map2(|a, n| int::shr_32(a & 0xffff, n));
-    fast ShrS16 |_f, o, I| o.map2(|a, n| int::shr_s32(int::sext16(a), n) & 0xffff);
-    fast Add16x2 |_f, o, I| o.map2(|a, b| halves2(true, a, b, u32::wrapping_add));
+    slow XorB16 |_f, o, I| o.each2(&|a, b| (a ^ b) & 0xffff);
+    slow NotB16 |_f, o, I| o.each1(&|a| !a & 0xffff);
+    slow CnotB16 |_f, o, I| o.each1(&|a| (a & 0xffff == 0) as u32);
+    slow ShlB16 |_f, o, I| o.each2(&|a, n| int::shl_32(a, n) & 0xffff);
+    slow ShrB16 |_f, o, I| o.each2(&|a, n| int::shr_32(a & 0xffff, n));
+    slow ShrS16 |_f, o, I| o.each2(&|a, n| int::shr_s32(int::sext16(a), n) & 0xffff);
+    slow Add16x2 |_f, o, I| o.each2(&|a, b| halves2(true, a, b, u32::wrapping_add));
     slow MinMax16x2 |f, o, I| {
         let (signed, max, relu) = (f.ty.is_signed(), f.has(MAX), f.has(RELU));
-        o.map2(|a, b| halves2(true, a, b, |a, b| {
+        o.each2(&|a, b| halves2(true, a, b, |a, b| {
             let (a, b) = (int::ext16(signed, a) as i32, int::ext16(signed, b) as i32);
             let r = if max { a.max(b) } else { a.min(b) };
             (if relu { r.max(0) } else { r }) as u32 & 0xffff
@@ -1231,7 +1281,7 @@ operations! {
         put_setp(f, &o, (t, t))
     };
     fast SetpOther |f, o, I| put_setp(f, &o, compare_any::<I>(f, &o, f.destinations as usize));
-    fast SetOther |f, o, I| {
+    slow SetOther |f, o, I| {
         let (low, high) = compare_any::<I>(f, &o, 1);
         let (low, high) = (combine(f, low, || o.pred(3)), combine(f, high, || o.pred(3)));
         let pair = is_pair(f.from);
@@ -1270,7 +1320,7 @@ operations! {
     };
     slow Slct32 |f, o, I| {
         let keep = if f.ty.bits() == 16 { 0xffff } else { u32::MAX };
-        o.map3(|a, b, c| (if slct_first(f, c) { a } else { b }) & keep)
+        o.each3(&|a, b, c| (if slct_first(f, c) { a } else { b }) & keep)
     };
     slow Slct64 |f, o, I| {
         let (a, b, c) = (o.b64(1), o.b64(2), o.b32(3));
@@ -1335,7 +1385,7 @@ operations! {
     };
     slow CvtPair |f, o, I| {
         let one = Decoded { ty: if is_bf16(f.ty) { Ty::Bf16 } else { Ty::F16 }, ..*f };
-        o.map2(|a, b| (convert(&one, a as u64) as u32) << 16 | convert(&one, b as u64) as u32)
+        o.each2(&|a, b| (convert(&one, a as u64) as u32) << 16 | convert(&one, b as u64) as u32)
     };
     slow CvtPack |f, o, I| {
         let (min, max) = soft::integer_range(f.ty.is_signed(), f.ty.bits());
@@ -1343,9 +1393,9 @@ operations! {
         let keep = (1u32 << bits) - 1;
         let limit = |x: u32| (x as i32 as i128).clamp(min, max) as u32 & keep;
         if bits == 16 {
-            o.map2(|a, b| limit(a) << 16 | limit(b))
+            o.each2(&|a, b| limit(a) << 16 | limit(b))
         } else {
-            o.map3(|a, b, c| c << 16 | limit(a) << 8 | limit(b))
+            o.each3(&|a, b, c| c << 16 | limit(a) << 8 | limit(b))
         }
     };
 }
