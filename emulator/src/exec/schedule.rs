@@ -253,9 +253,13 @@ impl Shared<'_> {
         let mut spare: Vec<Block> = vec![];
         loop {
             let full = aside.len() >= MAX_BEGUN && !self.env.launch.cooperative;
-            let issue = if full { u64::MAX } else { self.next.fetch_add(1, Ordering::Relaxed) };
-            let fresh = issue < self.order.count
-                && issue <= self.first_fault.load(Ordering::Relaxed);
+            let issue = if full {
+                u64::MAX
+            } else {
+                self.next.fetch_add(1, Ordering::Relaxed)
+            };
+            let fresh =
+                issue < self.order.count && issue <= self.first_fault.load(Ordering::Relaxed);
             if fresh {
                 machine.block = spare.pop().unwrap_or_default();
                 machine.start(issue, self.order.block(issue));
