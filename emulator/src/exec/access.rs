@@ -3,6 +3,9 @@
 //! Every access first turns its lanes' addresses into host addresses ([`Machine::locate`]), which is where all checks are; lanes outside the mask
 //! are given the address of the first lane inside, so that loads can read all 32 without asking.
 
+// Loops over lanes and elements index several registers at once, and vectorise that way.
+#![allow(clippy::needless_range_loop)]
+
 use super::races::Other;
 use super::state::{Machine, Pending, Warp, lanes, name_thread};
 use super::{Fault, FaultKind, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
@@ -213,7 +216,7 @@ impl Machine<'_> {
         if !self.env.checks.bounds && site.usage != Use::Atomic {
             return Ok(());
         }
-        match lanes(site.mask).find(|&l| at[l as usize] % u64::from(site.bytes) != 0) {
+        match lanes(site.mask).find(|&l| !at[l as usize].is_multiple_of(u64::from(site.bytes))) {
             None => Ok(()),
             Some(lane) => {
                 let detail = format!(
@@ -791,6 +794,7 @@ impl Machine<'_> {
 
     /// `atom` and `red`
     #[inline(never)]
+    #[allow(clippy::too_many_arguments)]
     pub fn atom(
         &mut self,
         warp: &mut Warp,

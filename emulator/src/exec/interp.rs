@@ -4,6 +4,9 @@
 //! runs, and groups that meet are joined (see [`crate::ptx`] on the order of steps). Groups meet only where basic blocks begin, so
 //! the loop looks for that only when a block ends.
 
+// Loops over lanes index several registers at once, and vectorise that way.
+#![allow(clippy::needless_range_loop)]
+
 use super::state::{Group, Machine, Wait, Warp, lanes};
 use super::{Fault, FaultKind};
 use crate::ptx::program::*;
@@ -185,7 +188,7 @@ unsafe fn run<const ISA: usize>(
                     }
                     warp.groups[index].pc = pc;
                     if left == 0 {
-                        return Ok(machine.end_of_turn(warp));
+                        return Ok(machine.end_of_turn(warp, turn));
                     }
                     continue 'select;
                 }};
@@ -274,14 +277,14 @@ unsafe fn run<const ISA: usize>(
                         wait: Wait::Nothing,
                     });
                     if left == 0 {
-                        return Ok(machine.end_of_turn(warp));
+                        return Ok(machine.end_of_turn(warp, turn));
                     }
                     continue 'select;
                 }
                 Op::Exit { fall } => {
                     end_of_block!();
                     if active != 0 {
-                        machine.exit_lanes(warp, active);
+                        machine.exit_lanes(warp, active, pc)?;
                     }
                     mask &= !active;
                     warp.groups[index] = Group {
@@ -290,7 +293,7 @@ unsafe fn run<const ISA: usize>(
                         wait: Wait::Nothing,
                     };
                     if left == 0 {
-                        return Ok(machine.end_of_turn(warp));
+                        return Ok(machine.end_of_turn(warp, turn));
                     }
                     continue 'select;
                 }
@@ -299,7 +302,7 @@ unsafe fn run<const ISA: usize>(
                     warp.groups[index].mask = 0;
                     machine.branch_table(warp, operands[0], pc, *table, *fall, mask, active)?;
                     if left == 0 {
-                        return Ok(machine.end_of_turn(warp));
+                        return Ok(machine.end_of_turn(warp, turn));
                     }
                     continue 'select;
                 }
@@ -393,6 +396,7 @@ unsafe fn run<const ISA: usize>(
             pc += 1;
         }
     }
+    warp.unbroken = 0;
     Ok(Turn::Blocked)
 }
 
@@ -419,9 +423,15 @@ impl Machine<'_> {
         }
     }
 
-    /// The warp's turn is over: another group of its lanes goes first next time, so that lanes which spin on others cannot starve them.
+    /// The warp's turn is over. When its lanes have not waited for long, another group of them goes first next time, so that lanes which spin on
+    /// others cannot starve them.
     #[inline(never)]
-    fn end_of_turn(&mut self, warp: &mut Warp) -> Turn {
+    fn end_of_turn(&mut self, warp: &mut Warp, turn: u32) -> Turn {
+        warp.unbroken += turn;
+        if warp.unbroken < super::schedule::TURN {
+            return Turn::Used;
+        }
+        warp.unbroken = 0;
         let ready: Vec<u32> = warp
             .groups
             .iter()
@@ -440,8 +450,42 @@ impl Machine<'_> {
         Turn::Used
     }
 
+    /// Lanes end. Barriers do not wait for threads that have exited, so a thread may return early; but one that ends in code which comes after
+    /// a barrier where others still wait has gone around it.
     #[inline(never)]
-    fn exit_lanes(&mut self, warp: &mut Warp, lanes: u32) {
+    fn exit_lanes(&mut self, warp: &mut Warp, lanes: u32, pc: u32) -> Result<(), Box<Fault>> {
+        let program = self.env.program;
+        let only_exit = program.costs[program.steps[pc as usize].block as usize].instructions <= 1;
+        if self.env.checks.barrier_divergence && !only_exit {
+            let here = warp
+                .groups
+                .iter()
+                .filter(|group| group.wait == Wait::Lanes)
+                .map(|group| group.pc);
+            let elsewhere = self
+                .block
+                .barriers
+                .iter()
+                .filter(|barrier| barrier.expected == 0)
+                .filter_map(|barrier| barrier.first);
+            let waiting = here.chain(elsewhere.map(|(pc, _)| pc)).find(|&at| {
+                matches!(program.steps[at as usize].op, Op::Barrier { .. })
+                    && program.reaches(at, pc)
+            });
+            if let Some(at) = waiting {
+                let line = program.sources[program.steps[at as usize].source as usize].line;
+                let detail = format!(
+                    "barrier divergence: the thread ends without having reached the barrier on PTX line {line}, where others wait"
+                );
+                return Err(self.fault(
+                    FaultKind::Barrier,
+                    warp,
+                    pc,
+                    lanes.trailing_zeros() & 31,
+                    detail,
+                ));
+            }
+        }
         warp.alive &= !lanes;
         self.block.alive -= lanes.count_ones();
         for group in &mut warp.groups {
@@ -452,6 +496,7 @@ impl Machine<'_> {
         for id in 0..self.block.barriers.len() {
             self.complete(id);
         }
+        Ok(())
     }
 
     #[inline(never)]
@@ -561,7 +606,7 @@ impl Machine<'_> {
                 format!("barrier {id}; there are 16"),
             ));
         }
-        if counted && (count == 0 || count % 32 != 0) {
+        if counted && (count == 0 || !count.is_multiple_of(32)) {
             return Err(self.fault(
                 FaultKind::Illegal,
                 warp,

@@ -20,7 +20,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// Basic blocks that a warp may run before another has its turn.
-const TURN: u32 = 4096;
+pub const TURN: u32 = 4096;
 /// Turns that each warp of a block may use before another block is begun; as many again each time.
 const TURNS_OF_WARP: u32 = 32;
 /// Blocks that a worker holds begun at a time, except in cooperative launches, where all blocks may wait for all.

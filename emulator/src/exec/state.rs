@@ -84,6 +84,8 @@ pub struct Warp {
     pub alive: u32,
     /// A lane whose group goes first for fairness, as a bit; 0 is none.
     pub favour: u32,
+    /// Basic blocks run since its lanes last waited or took turns.
+    pub unbroken: u32,
     /// Instructions so far.
     pub instructions: u64,
     /// Copies under way.
@@ -351,6 +353,7 @@ impl<'a> Machine<'a> {
                 wait: Wait::Nothing,
             });
             warp.favour = 0;
+            warp.unbroken = 0;
             warp.instructions = 0;
             warp.pending.clear();
             warp.committed = [0; 32];

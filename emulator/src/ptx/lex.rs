@@ -124,8 +124,7 @@ impl<'a> Lexer<'a> {
                     bytes.get(self.at - 2),
                     Some(b'x' | b'f' | b'd' | b'F' | b'D')
                 );
-            if !(byte.is_ascii_alphanumeric() || byte == b'.' || byte == b'_') && !sign_of_exponent
-            {
+            if !(byte.is_ascii_alphanumeric() || byte == b'.' || byte == b'_' || sign_of_exponent) {
                 break;
             }
             self.at += 1;

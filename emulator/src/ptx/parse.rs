@@ -933,7 +933,11 @@ impl<'a> Reader<'a> {
         let mut operands = Vec::with_capacity(4);
         if !self.token.is(b';') {
             loop {
-                operands.push(self.operand(builder, 0)?);
+                let operand = self.operand(builder, 0).map_err(|error| ParseError {
+                    message: format!("{opcode}: {}", error.message),
+                    ..error
+                })?;
+                operands.push(operand);
                 if !self.accept(b',')? {
                     break;
                 }

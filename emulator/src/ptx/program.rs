@@ -377,3 +377,32 @@ pub struct Program {
     /// The module's text.
     pub text: Arc<str>,
 }
+
+impl Program {
+    /// Whether control can come from one step to another.
+    pub fn reaches(&self, from: u32, to: u32) -> bool {
+        let mut seen = vec![false; self.steps.len()];
+        let mut work = vec![from];
+        while let Some(at) = work.pop() {
+            if at == to {
+                return true;
+            }
+            if std::mem::replace(&mut seen[at as usize], true) {
+                continue;
+            }
+            let step = &self.steps[at as usize];
+            match step.op {
+                Op::Jump(target) => work.push(target),
+                Op::Branch { target, fall } => work.extend([target, fall]),
+                Op::BranchTable { table, fall } => {
+                    work.extend(&self.tables[table as usize]);
+                    work.push(fall);
+                }
+                Op::Exit { fall } if step.guard != NO_GUARD => work.push(fall),
+                Op::Exit { .. } => {}
+                _ => work.push(at + 1),
+            }
+        }
+        false
+    }
+}
