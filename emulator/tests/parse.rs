@@ -96,6 +96,7 @@ fn mistakes_have_their_line() {
 fn scopes_hide_registers_and_labels() {
     let body = "
         { .reg .b32 %r1; mov.u32 %r1, 7; L: add.s32 %r1, %r1, 1; bra M; M: }
+        {.reg.b16 glued, p; mov.b16 glued,0X1F79U; mov.b16 p, glued;}
         { .reg .b64 low,high; mov.b64 low, 1; mov.b64 high, low; bra L; L: }
         mov.b64 {%r1, _}, %rd1; mov.b64 %rd1, {%r1, %r2}; mov.f32 %f1, 0f3F800000; mov.f32 %f2, 1.5; mov.f32 %f2, -1e-3;
         setp.lt.s32 %p1|%p2, %r1, -5; @!%p1 add.s32 %r1, %r1, WARP_SZ; mov.u32 %r2, %tid.x;";

@@ -456,35 +456,8 @@ impl Machine<'_> {
     fn exit_lanes(&mut self, warp: &mut Warp, lanes: u32, pc: u32) -> Result<(), Box<Fault>> {
         let program = self.env.program;
         let only_exit = program.costs[program.steps[pc as usize].block as usize].instructions <= 1;
-        if self.env.checks.barrier_divergence && !only_exit {
-            let here = warp
-                .groups
-                .iter()
-                .filter(|group| group.wait == Wait::Lanes)
-                .map(|group| group.pc);
-            let elsewhere = self
-                .block
-                .barriers
-                .iter()
-                .filter(|barrier| barrier.expected == 0)
-                .filter_map(|barrier| barrier.first);
-            let waiting = here.chain(elsewhere.map(|(pc, _)| pc)).find(|&at| {
-                matches!(program.steps[at as usize].op, Op::Barrier { .. })
-                    && program.reaches(at, pc)
-            });
-            if let Some(at) = waiting {
-                let line = program.sources[program.steps[at as usize].source as usize].line;
-                let detail = format!(
-                    "barrier divergence: the thread ends without having reached the barrier on PTX line {line}, where others wait"
-                );
-                return Err(self.fault(
-                    FaultKind::Barrier,
-                    warp,
-                    pc,
-                    lanes.trailing_zeros() & 31,
-                    detail,
-                ));
-            }
+        if !only_exit {
+            self.check_left_behind(warp, lanes, pc)?;
         }
         warp.alive &= !lanes;
         self.block.alive -= lanes.count_ones();
@@ -495,6 +468,73 @@ impl Machine<'_> {
         }
         for id in 0..self.block.barriers.len() {
             self.complete(id);
+        }
+        Ok(())
+    }
+
+    /// Whether lanes that end have gone around a barrier or an exchange between lanes at which others wait for them.
+    fn check_left_behind(&self, warp: &mut Warp, lanes: u32, pc: u32) -> Result<(), Box<Fault>> {
+        let program = self.env.program;
+        let file = warp.file.as_mut_ptr();
+        let waits_for_them = |group: &&Group| {
+            let step = &program.steps[group.pc as usize];
+            if group.wait != Wait::Lanes || matches!(step.op, Op::Barrier { .. }) {
+                return group.wait == Wait::Lanes;
+            }
+            if !matches!(
+                step.op,
+                Op::WarpSync
+                    | Op::Shuffle { .. }
+                    | Op::Vote { .. }
+                    | Op::Match { .. }
+                    | Op::Redux(_)
+            ) {
+                return false;
+            }
+            let member = program.operands[step.first as usize + step.arity as usize - 1] as usize;
+            // SAFETY: the member mask is the last operand, a 32-bit register inside the file.
+            let named = unsafe {
+                file.add(member)
+                    .cast::<u32>()
+                    .add(group.mask.trailing_zeros() as usize & 31)
+                    .read()
+            };
+            named & lanes != 0
+        };
+        let here = warp
+            .groups
+            .iter()
+            .filter(waits_for_them)
+            .map(|group| group.pc);
+        let elsewhere = self
+            .block
+            .barriers
+            .iter()
+            .filter(|barrier| barrier.expected == 0)
+            .filter_map(|barrier| barrier.first.map(|(pc, _)| pc));
+        for at in here.chain(elsewhere) {
+            let barrier = matches!(program.steps[at as usize].op, Op::Barrier { .. });
+            let checked = if barrier {
+                self.env.checks.barrier_divergence
+            } else {
+                self.env.checks.inactive_shuffle
+            };
+            if !checked || !program.reaches(at, pc) {
+                continue;
+            }
+            let line = program.sources[program.steps[at as usize].source as usize].line;
+            let (kind, what) = match barrier {
+                true => (
+                    FaultKind::Barrier,
+                    "barrier divergence: the thread ends without having reached the barrier",
+                ),
+                false => (
+                    FaultKind::InactiveShuffle,
+                    "the thread ends without having taken part in the exchange between lanes",
+                ),
+            };
+            let detail = format!("{what} on PTX line {line}, where others wait");
+            return Err(self.fault(kind, warp, pc, lanes.trailing_zeros() & 31, detail));
         }
         Ok(())
     }

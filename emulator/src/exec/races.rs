@@ -4,7 +4,7 @@
 //! and Freund 2009, per warp instead of per thread). A barrier joins the clocks of those that meet. Inside a warp, an instruction by
 //! which lanes wait for each other (`bar.warp.sync`, shuffles, votes, wmma loads and stores) orders what came before it. Atomics and volatile accesses
 //! do not race with each other; where the program has fences, an atomic also acquires and releases what its address was last used to
-//! release. A write of the value that is already there is no race: flags are set that way.
+//! release. A write of the value that is already there does not race with what came before: flags are set that way.
 //!
 //! **Global memory** (between blocks). A word remembers its last writer and reader, and how often that block had fenced. An atomic or volatile
 //! access releases all that its block did before its last fence; one that sees the same address later acquires it.
@@ -243,7 +243,7 @@ impl SharedRaces {
         None
     }
 
-    /// A lane writes bytes; `same` says of each whether it already has the value.
+    /// A lane writes bytes; `same` says of each whether it already has the value, which makes no race with what came before.
     pub fn write(
         &mut self,
         warp: usize,
@@ -256,26 +256,22 @@ impl SharedRaces {
         let stamp = time << WRITE_SHIFT | (warp as u32) << 5 | lane;
         let mut i = 0;
         while i < bytes {
+            let byte = at + i;
             if bytes - i >= 4
-                && self.word_is_ordered(warp, lane, (at + i) as usize)
-                && self.nobody_read(warp, lane, (at + i) as usize)
+                && self.word_is_ordered(warp, lane, byte as usize)
+                && self.nobody_read(warp, lane, byte as usize)
             {
-                if !(same(i) && same(i + 1) && same(i + 2) && same(i + 3)) {
-                    self.writes[(at + i) as usize..][..4].fill(stamp);
-                }
+                self.writes[byte as usize..][..4].fill(stamp);
                 i += 4;
                 continue;
             }
+            if !same(i)
+                && let Some(other) = self.check_write(warp, lane, byte)
+            {
+                return Some(other);
+            }
+            self.writes[byte as usize] = stamp;
             i += 1;
-            if same(i - 1) {
-                continue;
-            }
-            let i = i - 1;
-            let other = self.check_write(warp, lane, at + i);
-            if other.is_some() {
-                return other;
-            }
-            self.writes[(at + i) as usize] = stamp;
         }
         None
     }
@@ -489,9 +485,6 @@ impl GlobalRaces {
         epoch: u32,
         same: bool,
     ) -> Option<GlobalConflict> {
-        if same {
-            return None;
-        }
         // SAFETY: callers have found the address in an allocation.
         let (writer, reader) = unsafe { self.shadow.word(address) };
         let mine = Entry {
@@ -509,6 +502,9 @@ impl GlobalRaces {
             _ => mine,
         };
         let old = self.unpack(writer.swap(self.pack(new), Ordering::SeqCst));
+        if same {
+            return None;
+        }
         for (what, other) in [
             ("written", old),
             ("read", self.unpack(reader.load(Ordering::SeqCst))),

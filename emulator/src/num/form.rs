@@ -490,66 +490,6 @@ impl fmt::Display for Unsupported {
 
 impl std::error::Error for Unsupported {}
 
-/// Whether `opcode` (`add` of `add.rn.f32`) is one that this module may know a form of.
-pub fn is_arithmetic(opcode: &str) -> bool {
-    matches!(
-        opcode,
-        "abs"
-            | "add"
-            | "addc"
-            | "and"
-            | "bfe"
-            | "bfi"
-            | "bfind"
-            | "bmsk"
-            | "brev"
-            | "clz"
-            | "cnot"
-            | "copysign"
-            | "cos"
-            | "cvt"
-            | "div"
-            | "dp2a"
-            | "dp4a"
-            | "ex2"
-            | "fma"
-            | "fns"
-            | "lg2"
-            | "lop3"
-            | "mad"
-            | "mad24"
-            | "madc"
-            | "max"
-            | "min"
-            | "mul"
-            | "mul24"
-            | "neg"
-            | "not"
-            | "or"
-            | "popc"
-            | "prmt"
-            | "rcp"
-            | "rem"
-            | "rsqrt"
-            | "sad"
-            | "selp"
-            | "set"
-            | "setp"
-            | "shf"
-            | "shl"
-            | "shr"
-            | "sin"
-            | "slct"
-            | "sqrt"
-            | "sub"
-            | "subc"
-            | "szext"
-            | "tanh"
-            | "testp"
-            | "xor"
-    )
-}
-
 /// Modifiers met while reading a form, taken out one by one as the opcode accepts them.
 struct Reader<'a> {
     text: &'a str,

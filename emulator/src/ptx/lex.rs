@@ -1,7 +1,7 @@
 //! Words of PTX text.
 //!
-//! A word keeps its dots: `ld.global.L1::no_allocate.f32`, `%tid.x` and `.reg` are one token each. Directives written without
-//! a blank between them, as `.reg.b16` in the inline assembly of cuda_fp16, are two. That is all the context the grammar needs.
+//! A word keeps the dots inside: `ld.global.L1::no_allocate.f32` and `%tid.x` are one token each, `.reg.b16` is two. That is all the
+//! context the grammar needs.
 
 use super::ParseError;
 
@@ -132,11 +132,11 @@ impl<'a> Lexer<'a> {
     }
 
     fn word(&mut self, bytes: &[u8]) {
-        let (start, directive) = (self.at, bytes[self.at] == b'.');
+        // Directives may stand without blanks between them: `.reg.b16 x;` is `.reg .b16 x;`.
+        let directive = bytes[self.at] == b'.';
+        self.at += usize::from(directive);
         while let Some(&byte) = bytes.get(self.at) {
-            if directive && byte == b'.' && self.at > start {
-                break;
-            } else if in_word(byte) {
+            if in_word(byte) && !(directive && byte == b'.') {
                 self.at += 1;
             } else if byte == b':'
                 && bytes.get(self.at + 1) == Some(&b':')

@@ -703,6 +703,7 @@ pub fn run(cases: Vec<Case>) {
             }
         }
     }
+    println!("{} forms", cases.len());
     assert!(
         failed == 0,
         "{failed} of {} forms are wrong:\n{failures}",
