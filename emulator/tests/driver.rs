@@ -1,5 +1,10 @@
 //! The driver API end to end through cudarc: devices, memory, streams, events, capture, graphs, pools, occupancy, refusals.
 
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "each passes a kernel or a call the arguments that it declares, or wrong ones on purpose"
+)]
+
 mod support;
 
 use cudarc::driver::sys::{self, CUresult};

@@ -1,5 +1,10 @@
 //! Settings that belong to a whole process, each in a process of its own: this executable, told by a variable which program to be.
 
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "each passes a kernel or a call the arguments that it declares, or wrong ones on purpose"
+)]
+
 mod support;
 
 use cudarc::driver::sys::CUresult;

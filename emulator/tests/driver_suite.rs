@@ -1,6 +1,11 @@
 //! Ordinary kernels in the style of public CUDA code, compiled by nvcc, against computations on the host: mathematical functions with
 //! and without --use_fast_math, layers, halves, warp intrinsics and cooperative groups, atomics, language features, wmma.
 
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "each passes a kernel or a call the arguments that it declares, or wrong ones on purpose"
+)]
+
 mod support;
 
 use cudarc::driver::sys::CUresult;
@@ -246,7 +251,8 @@ mod math {
         let input: Vec<f64> = noise(COUNT, 3).iter().map(|v| v * 20.0).collect();
         let (context, stream) = device(0);
         let functions = module(&context, PRECISE);
-        let rows: [(&str, fn(f64) -> f64, f64); 6] = [
+        type Row = (&'static str, fn(f64) -> f64, f64);
+        let rows: [Row; 6] = [
             ("f64_exp", |x| x.exp(), 1.0),
             ("f64_log", |x| x.abs().ln(), 1.0),
             ("f64_sin", |x| x.sin(), 2.0),
@@ -838,7 +844,8 @@ mod language {
         ] {
             assert!(message.contains(word), "`{word}` is not in: {message}");
         }
-        (std::mem::forget(good), std::mem::forget(bad));
+        std::mem::forget(good);
+        std::mem::forget(bad);
     }
 
     #[test]
