@@ -102,7 +102,7 @@ mod math {
     }
 
     fn gelu(x: f64) -> f64 {
-        0.5 * x * (1.0 + (0.7978845608f32 as f64 * (x + 0.044715f32 as f64 * x * x * x)).tanh())
+        0.5 * x * (1.0 + (0.797_884_6_f32 as f64 * (x + 0.044715f32 as f64 * x * x * x)).tanh())
     }
 
     type Row = (
@@ -699,7 +699,7 @@ mod atomics {
                     0xffff,
                     (0..256).fold(0, |x, t| x ^ t),
                     6,
-                    (7 - 256 % 7) % 7
+                    7 - 256 % 7
                 ]
             );
             assert_eq!(stream.clone_dtoh(&l).unwrap(), [256u64 << 33, 255 << 20]);
