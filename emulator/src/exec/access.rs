@@ -7,6 +7,7 @@
 // Loops over lanes and elements index several registers at once, and vectorise that way.
 #![allow(clippy::needless_range_loop)]
 
+use super::interp::PORTABLE;
 use super::lanes as ask;
 use super::races::Other;
 use super::state::{Machine, Pending, Warp, lanes, name_thread};
@@ -584,7 +585,9 @@ impl Machine<'_> {
         }
         // An access is aligned to its size of at most 16 bytes, so it touches one sector.
         let mut sectors = at.map(|a| a / 32);
-        sectors.sort_unstable();
+        if !sectors.is_sorted() {
+            sectors.sort_unstable();
+        }
         let mut last = None;
         for sector in sectors {
             if last != Some(sector) {
@@ -604,37 +607,41 @@ impl Machine<'_> {
         if site.usage == Use::Atomic {
             counters.atomics += u64::from(site.mask.count_ones());
         }
-        let lanes_per_pass = (128 / site.bytes.max(4)).min(32);
-        let words = site.bytes.div_ceil(4) as u64;
+        // An aligned access of 4, 8 or 16 bytes is one unit, and a pass has as many lanes as there are units in all banks.
+        let unit = site.bytes.max(4);
+        let lanes_per_pass = 128 / unit;
         for pass in 0..32 / lanes_per_pass {
             let part =
                 site.mask & (((1u64 << lanes_per_pass) - 1) << (pass * lanes_per_pass)) as u32;
             if part == 0 {
                 continue;
             }
-            // The first word seen in each bank; other words of the same bank are further wavefronts.
+            // The first unit seen in each place of the banks; others in the same place are further wavefronts.
             let mut first = [u64::MAX; 32];
-            let (mut more, mut count) = ([0u64; 128], 0);
+            let (mut more, mut count) = ([0u64; 32], 0);
             for l in lanes(part) {
-                for word in 0..words {
-                    let word = at[l as usize] / 4 + word;
-                    let slot = &mut first[word as usize % 32];
-                    if *slot == u64::MAX {
-                        *slot = word;
-                    } else if *slot != word {
-                        more[count] = word;
-                        count += 1;
-                    }
+                let unit = at[l as usize] / u64::from(unit);
+                let slot = &mut first[unit as usize % lanes_per_pass as usize];
+                if *slot == u64::MAX {
+                    *slot = unit;
+                } else if *slot != unit {
+                    more[count] = unit;
+                    count += 1;
                 }
             }
-            let mut banks = [1u8; 32];
-            more[..count].sort_unstable();
-            let mut last = u64::MAX;
-            for &word in &more[..count] {
-                banks[word as usize % 32] += u8::from(word != last);
-                last = word;
+            let mut wavefronts = 1;
+            if count > 0 {
+                let mut places = [1u8; 32];
+                more[..count].sort_unstable();
+                let mut last = u64::MAX;
+                for &unit in &more[..count] {
+                    let place = &mut places[unit as usize % lanes_per_pass as usize];
+                    *place += u8::from(unit != last);
+                    wavefronts = wavefronts.max(*place);
+                    last = unit;
+                }
             }
-            counters.shared_wavefronts += u64::from(banks.into_iter().max().unwrap_or(1));
+            counters.shared_wavefronts += u64::from(wavefronts);
             counters.shared_ideal += 1;
         }
     }
@@ -642,7 +649,13 @@ impl Machine<'_> {
     /// What a plain access needs where all lanes' addresses lie inside shared memory, or inside the allocation that the instruction used last, and no
     /// check is wanted that looks at single lanes: where lane 0's base stands and what is added to the bases to give host addresses.
     #[inline(always)]
-    fn direct<const ISA: usize>(&mut self, file: *mut u8, register: u32, access: &Access, site: Site) -> Option<(*const u8, u64)> {
+    fn direct<const ISA: usize>(
+        &mut self,
+        file: *mut u8,
+        register: u32,
+        access: &Access,
+        site: Site,
+    ) -> Option<(*const u8, u64)> {
         let env = self.env;
         // SAFETY: the base is a register inside the file, of 64 or 32 bits as the access says; the loop runs on a processor with ISA.
         let (base, inside, added) = unsafe {
@@ -652,7 +665,13 @@ impl Machine<'_> {
                 Space::Shared if !env.checks.any_shared() && env.shared_bytes >= site.bytes => {
                     let span = env.shared_bytes - site.bytes;
                     let inside = if access.wide_base {
-                        ask::inside64::<ISA>(base.cast(), access.offset as u64, 0, span.into(), low.into())
+                        ask::inside64::<ISA>(
+                            base.cast(),
+                            access.offset as u64,
+                            0,
+                            span.into(),
+                            low.into(),
+                        )
                     } else {
                         // A negative sum wraps to a large one, so what is inside needs no carry in 64 bits either.
                         ask::inside32::<ISA>(base.cast(), access.offset as u32, span, low)
@@ -663,7 +682,14 @@ impl Machine<'_> {
                     let (start, end) = self.cache[site.pc as usize & 15];
                     let fits = end - start >= u64::from(site.bytes);
                     let span = end.wrapping_sub(start).wrapping_sub(site.bytes.into());
-                    let inside = fits && ask::inside64::<ISA>(base.cast(), access.offset as u64, start, span, low.into());
+                    let inside = fits
+                        && ask::inside64::<ISA>(
+                            base.cast(),
+                            access.offset as u64,
+                            start,
+                            span,
+                            low.into(),
+                        );
                     (base, inside, 0)
                 }
                 _ => return None,
@@ -697,8 +723,15 @@ impl Machine<'_> {
         let elements = access.elements as usize;
         let file = warp.file.as_mut_ptr();
         let bytes = u32::from(access.bytes) * access.elements as u32;
-        let site = Site { pc, mask, bytes, usage: Use::Load, strong: access.strong };
+        let site = Site {
+            pc,
+            mask,
+            bytes,
+            usage: Use::Load,
+            strong: access.strong,
+        };
         let register = operands[elements];
+        let single = mask == !0 && bytes == 4;
         // SAFETY: `direct` and `locate` have checked `bytes` readable bytes at every lane's address (in `locate`, lanes outside the mask share one), and the
         // registers are in the file.
         unsafe {
@@ -706,14 +739,23 @@ impl Machine<'_> {
                 if access.wide_base {
                     let base = base.cast::<u64>();
                     let added = added.wrapping_add(access.offset as u64);
-                    let dense = || ask::steps64::<ISA>(base, bytes.into());
-                    load_from(file, operands, access, mask, dense, |l| base.add(l).read().wrapping_add(added) as *const u8);
+                    let dense = single && ask::steps64::<ISA>(base, bytes.into());
+                    let equal = [false; 2];
+                    load_from::<ISA>(file, operands, access, mask, dense, equal, |l| {
+                        base.add(l).read().wrapping_add(added) as *const u8
+                    });
                 } else {
                     let base = base.cast::<u32>();
                     let offset = access.offset as u32;
-                    let dense = || ask::steps32::<ISA>(base, bytes);
-                    let at = |l: usize| (added + u64::from(base.add(l).read().wrapping_add(offset))) as *const u8;
-                    load_from(file, operands, access, mask, dense, at);
+                    let dense = single && ask::steps32::<ISA>(base, bytes);
+                    let at = |l: usize| {
+                        (added + u64::from(base.add(l).read().wrapping_add(offset))) as *const u8
+                    };
+                    let equal = match elements {
+                        4 => [ask::equal32::<ISA>(base), ask::equal32::<ISA>(base.add(16))],
+                        _ => [false; 2],
+                    };
+                    load_from::<ISA>(file, operands, access, mask, dense, equal, at);
                 }
                 return Ok(());
             }
@@ -722,7 +764,13 @@ impl Machine<'_> {
     }
 
     #[inline(never)]
-    fn load_slowly(&mut self, warp: &mut Warp, operands: &[u32], access: &Access, site: Site) -> Result<(), Box<Fault>> {
+    fn load_slowly(
+        &mut self,
+        warp: &mut Warp,
+        operands: &[u32],
+        access: &Access,
+        site: Site,
+    ) -> Result<(), Box<Fault>> {
         let file = warp.file.as_mut_ptr();
         let register = operands[access.elements as usize];
         // SAFETY: the decoder gives a load its destinations and then its base; all are inside the file.
@@ -730,7 +778,12 @@ impl Machine<'_> {
         settle(&mut at, site.mask);
         self.locate(warp, access.space, &mut at, site)?;
         // SAFETY: `locate` has checked the bytes at every address, and the registers are in the file.
-        unsafe { load_from(file, operands, access, site.mask, || progression(&at, site.bytes.into()), |l| at[l] as *const u8) };
+        unsafe {
+            let dense = progression(&at, site.bytes.into());
+            load_from::<PORTABLE>(file, operands, access, site.mask, dense, [false; 2], |l| {
+                at[l] as *const u8
+            });
+        }
         Ok(())
     }
 
@@ -746,20 +799,31 @@ impl Machine<'_> {
     ) -> Result<(), Box<Fault>> {
         let file = warp.file.as_mut_ptr();
         let bytes = u32::from(access.bytes) * access.elements as u32;
-        let site = Site { pc, mask, bytes, usage: Use::Store, strong: access.strong };
+        let site = Site {
+            pc,
+            mask,
+            bytes,
+            usage: Use::Store,
+            strong: access.strong,
+        };
+        let single = mask == !0 && bytes == 4;
         // SAFETY: `direct` has checked `bytes` writable bytes at every lane's address, and the registers are in the file.
         unsafe {
             if let Some((base, added)) = self.direct::<ISA>(file, operands[0], access, site) {
                 if access.wide_base {
                     let base = base.cast::<u64>();
                     let added = added.wrapping_add(access.offset as u64);
-                    let dense = || ask::steps64::<ISA>(base, bytes.into());
-                    store_to(file, operands, access, mask, dense, |l| base.add(l).read().wrapping_add(added) as *mut u8);
+                    let dense = single && ask::steps64::<ISA>(base, bytes.into());
+                    store_to(file, operands, access, mask, dense, |l| {
+                        base.add(l).read().wrapping_add(added) as *mut u8
+                    });
                 } else {
                     let base = base.cast::<u32>();
                     let offset = access.offset as u32;
-                    let dense = || ask::steps32::<ISA>(base, bytes);
-                    let at = |l: usize| (added + u64::from(base.add(l).read().wrapping_add(offset))) as *mut u8;
+                    let dense = single && ask::steps32::<ISA>(base, bytes);
+                    let at = |l: usize| {
+                        (added + u64::from(base.add(l).read().wrapping_add(offset))) as *mut u8
+                    };
                     store_to(file, operands, access, mask, dense, at);
                 }
                 return Ok(());
@@ -769,7 +833,13 @@ impl Machine<'_> {
     }
 
     #[inline(never)]
-    fn store_slowly(&mut self, warp: &mut Warp, operands: &[u32], access: &Access, site: Site) -> Result<(), Box<Fault>> {
+    fn store_slowly(
+        &mut self,
+        warp: &mut Warp,
+        operands: &[u32],
+        access: &Access,
+        site: Site,
+    ) -> Result<(), Box<Fault>> {
         let file = warp.file.as_mut_ptr();
         // SAFETY: the decoder gives a store its base and then its values; all are inside the file.
         let mut at = unsafe { addresses(file, operands[0], access.wide_base, access.offset) };
@@ -779,13 +849,30 @@ impl Machine<'_> {
             let mut values = [[0; 16]; 32];
             for l in lanes(site.mask) {
                 // SAFETY: a lane's values are inside the file.
-                unsafe { gather_lane(file, &operands[1..], access, l as usize, &mut values[l as usize]) };
+                unsafe {
+                    gather_lane(
+                        file,
+                        &operands[1..],
+                        access,
+                        l as usize,
+                        &mut values[l as usize],
+                    )
+                };
             }
             self.global_races(warp, &at, site, Some(&values))?;
             self.shared_store_races(warp, &at, site, &values)?;
         }
         // SAFETY: `locate` has checked the bytes at every lane's address.
-        unsafe { store_to(file, operands, access, site.mask, || progression(&at, site.bytes.into()), |l| at[l] as *mut u8) };
+        unsafe {
+            store_to(
+                file,
+                operands,
+                access,
+                site.mask,
+                progression(&at, site.bytes.into()),
+                |l| at[l] as *mut u8,
+            )
+        };
         Ok(())
     }
 
@@ -1075,17 +1162,26 @@ impl Machine<'_> {
         let matrices = access.elements as usize;
         let file = warp.file.as_mut_ptr();
         let mask = (!0u64 >> (64 - 8 * matrices)) as u32;
-        let site = Site { pc, mask, bytes: 16, usage: Use::Load, strong: false };
+        let site = Site {
+            pc,
+            mask,
+            bytes: 16,
+            usage: Use::Load,
+            strong: false,
+        };
         // SAFETY: `direct` has checked 16 readable bytes at every lane's address, and the registers are in the file.
         unsafe {
             if !access.wide_base
-                && let Some((base, added)) = self.direct::<ISA>(file, operands[matrices], access, site)
+                && let Some((base, added)) =
+                    self.direct::<ISA>(file, operands[matrices], access, site)
             {
                 // Copied first: a destination may be the base.
                 let base = base.cast::<[u32; 32]>().read();
                 let offset = access.offset as u32;
                 for m in 0..matrices {
-                    let row = |row: usize| (added + u64::from(base[8 * m + row].wrapping_add(offset))) as *const u8;
+                    let row = |row: usize| {
+                        (added + u64::from(base[8 * m + row].wrapping_add(offset))) as *const u8
+                    };
                     load_matrix(file.add(operands[m] as usize), trans, row);
                 }
                 return Ok(());
@@ -1095,16 +1191,28 @@ impl Machine<'_> {
     }
 
     #[inline(never)]
-    fn ldmatrix_slowly(&mut self, warp: &mut Warp, operands: &[u32], trans: bool, access: &Access, site: Site) -> Result<(), Box<Fault>> {
+    fn ldmatrix_slowly(
+        &mut self,
+        warp: &mut Warp,
+        operands: &[u32],
+        trans: bool,
+        access: &Access,
+        site: Site,
+    ) -> Result<(), Box<Fault>> {
         let matrices = access.elements as usize;
         let file = warp.file.as_mut_ptr();
         // SAFETY: the decoder gives the destinations and then the base, all inside the file.
-        let mut at = unsafe { addresses(file, operands[matrices], access.wide_base, access.offset) };
+        let mut at =
+            unsafe { addresses(file, operands[matrices], access.wide_base, access.offset) };
         settle(&mut at, site.mask);
         self.locate(warp, access.space, &mut at, site)?;
         for m in 0..matrices {
             // SAFETY: `locate` has found 16 readable bytes at every row, and the destination is inside the file.
-            unsafe { load_matrix(file.add(operands[m] as usize), trans, |row| at[8 * m + row] as *const u8) };
+            unsafe {
+                load_matrix(file.add(operands[m] as usize), trans, |row| {
+                    at[8 * m + row] as *const u8
+                })
+            };
         }
         Ok(())
     }
@@ -1277,7 +1385,8 @@ unsafe fn load_matrix(to: *mut u8, trans: bool, row: impl Fn(usize) -> *const u8
             }
             return;
         }
-        let rows: [[u16; 8]; 8] = std::array::from_fn(|r| row(r).cast::<[u16; 8]>().read_unaligned());
+        let rows: [[u16; 8]; 8] =
+            std::array::from_fn(|r| row(r).cast::<[u16; 8]>().read_unaligned());
         let to = to.cast::<[u16; 8]>();
         for r in 0..8 {
             to.add(r).write(std::array::from_fn(|c| rows[c][r]));
@@ -1285,17 +1394,28 @@ unsafe fn load_matrix(to: *mut u8, trans: bool, row: impl Fn(usize) -> *const u8
     }
 }
 
-/// Moves a load's bytes into its registers. `at` gives a lane's address; `dense` says whether lane after lane follows in memory.
+/// Moves a load's bytes into its registers. `at` gives a lane's address; `dense`: lane after lane follows in memory. `equal`: the first 16 lanes, the last
+/// 16 lanes have the same address.
 #[inline(always)]
-unsafe fn load_from(file: *mut u8, operands: &[u32], access: &Access, mask: u32, dense: impl Fn() -> bool, at: impl Fn(usize) -> *const u8) {
+unsafe fn load_from<const ISA: usize>(
+    file: *mut u8,
+    operands: &[u32],
+    access: &Access,
+    mask: u32,
+    dense: bool,
+    equal: [bool; 2],
+    at: impl Fn(usize) -> *const u8,
+) {
     // SAFETY: the caller has checked the addresses and registers.
     unsafe {
         match (access.bytes, access.elements, access.register_bits) {
             (4, 1, 32) => {
-                if mask == !0 && dense() {
+                if mask == !0 && dense {
                     // Through a copy: the destination may be the base.
                     let value = at(0).cast::<[u32; 32]>().read_unaligned();
-                    file.add(operands[0] as usize).cast::<[u32; 32]>().write(value);
+                    file.add(operands[0] as usize)
+                        .cast::<[u32; 32]>()
+                        .write(value);
                     return;
                 }
                 let mut value = [0u32; 32];
@@ -1315,21 +1435,21 @@ unsafe fn load_from(file: *mut u8, operands: &[u32], access: &Access, mask: u32,
                 blend32(file, operands[1], &value[1], mask);
             }
             (4, 4, 32) => {
-                if mask == !0 {
-                    // With several destinations none is the base.
-                    let to: [*mut u32; 4] = std::array::from_fn(|e| file.add(operands[e] as usize).cast());
-                    for l in (0..32).step_by(4) {
-                        transpose([at(l), at(l + 1), at(l + 2), at(l + 3)], to.map(|to| to.add(l)));
-                    }
-                    return;
-                }
                 let mut value = [[0u32; 32]; 4];
-                let to = value.each_mut().map(|to| to.as_mut_ptr());
-                for l in (0..32).step_by(4) {
-                    transpose([at(l), at(l + 1), at(l + 2), at(l + 3)], to.map(|to| to.add(l)));
-                }
-                for e in 0..4 {
-                    blend32(file, operands[e], &value[e], mask);
+                let [a, b, c, d] = value.each_mut().map(|to| to.as_mut_ptr());
+                let to = if mask == !0 {
+                    // With several destinations none is the base, so they can be written at once.
+                    let register = |e: usize| file.add(operands[e] as usize).cast::<u32>();
+                    [register(0), register(1), register(2), register(3)]
+                } else {
+                    [a, b, c, d]
+                };
+                ask::load_quads::<ISA>(&at, to, equal[0]);
+                ask::load_quads::<ISA>(|l| at(l + 16), to.map(|to| to.add(16)), equal[1]);
+                if mask != !0 {
+                    for e in 0..4 {
+                        blend32(file, operands[e], &value[e], mask);
+                    }
                 }
             }
             (8, _, 64) => {
@@ -1351,46 +1471,25 @@ unsafe fn load_from(file: *mut u8, operands: &[u32], access: &Access, mask: u32,
     }
 }
 
-/// Reads 4 words at each of 4 addresses: word e of address i is written to `to[e][i]`.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn transpose(at: [*const u8; 4], to: [*mut u32; 4]) {
-    use std::arch::x86_64::*;
-    // SAFETY: SSE2 is part of x86-64; the caller has checked 16 bytes at each address and room for 4 words at each destination.
-    unsafe {
-        let [a, b, c, d] = at.map(|at| _mm_loadu_si128(at.cast()));
-        let (ab_low, ab_high) = (_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
-        let (cd_low, cd_high) = (_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d));
-        _mm_storeu_si128(to[0].cast(), _mm_unpacklo_epi64(ab_low, cd_low));
-        _mm_storeu_si128(to[1].cast(), _mm_unpackhi_epi64(ab_low, cd_low));
-        _mm_storeu_si128(to[2].cast(), _mm_unpacklo_epi64(ab_high, cd_high));
-        _mm_storeu_si128(to[3].cast(), _mm_unpackhi_epi64(ab_high, cd_high));
-    }
-}
-
-/// Reads 4 words at each of 4 addresses: word e of address i is written to `to[e][i]`.
-#[cfg(not(target_arch = "x86_64"))]
-#[inline(always)]
-unsafe fn transpose(at: [*const u8; 4], to: [*mut u32; 4]) {
-    for (i, at) in at.into_iter().enumerate() {
-        for (e, to) in to.into_iter().enumerate() {
-            // SAFETY: the caller has checked 16 bytes at each address and room for 4 words at each destination.
-            unsafe { to.add(i).write(at.cast::<u32>().add(e).read_unaligned()) };
-        }
-    }
-}
-
 /// Loads of elements narrower than their registers, or of 8 and 16 bits.
 #[inline(never)]
-unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &[*const u8; 32], mask: u32) {
+unsafe fn load_narrow(
+    file: *mut u8,
+    operands: &[u32],
+    access: &Access,
+    at: &[*const u8; 32],
+    mask: u32,
+) {
     for e in 0..access.elements as usize {
         let mut value = [0u64; 32];
         // SAFETY: the caller has checked the addresses.
         unsafe {
             match access.bytes {
                 1 => (0..32).for_each(|l| value[l] = at[l].add(e).read().into()),
-                2 => (0..32).for_each(|l| value[l] = at[l].cast::<u16>().add(e).read_unaligned().into()),
-                4 => (0..32).for_each(|l| value[l] = at[l].cast::<u32>().add(e).read_unaligned().into()),
+                2 => (0..32)
+                    .for_each(|l| value[l] = at[l].cast::<u16>().add(e).read_unaligned().into()),
+                4 => (0..32)
+                    .for_each(|l| value[l] = at[l].cast::<u32>().add(e).read_unaligned().into()),
                 _ => (0..32).for_each(|l| value[l] = at[l].cast::<u64>().add(e).read_unaligned()),
             }
         }
@@ -1405,7 +1504,11 @@ unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &[*c
             if access.register_bits == 64 {
                 blend64(file, operands[e], &value, mask);
             } else {
-                let keep = if access.register_bits < 32 { (1 << access.register_bits) - 1 } else { !0 };
+                let keep = if access.register_bits < 32 {
+                    (1 << access.register_bits) - 1
+                } else {
+                    !0
+                };
                 blend32(file, operands[e], &value.map(|v| v as u32 & keep), mask);
             }
         }
@@ -1414,24 +1517,54 @@ unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &[*c
 
 /// Moves a store's registers into memory; see [`load_from`].
 #[inline(always)]
-unsafe fn store_to(file: *const u8, operands: &[u32], access: &Access, mask: u32, dense: impl Fn() -> bool, at: impl Fn(usize) -> *mut u8) {
+unsafe fn store_to(
+    file: *const u8,
+    operands: &[u32],
+    access: &Access,
+    mask: u32,
+    dense: bool,
+    at: impl Fn(usize) -> *mut u8,
+) {
     // SAFETY: the caller has checked the addresses of the lanes in the mask, and the registers.
     unsafe {
         match (access.bytes, access.elements, access.register_bits) {
-            (4, 1, 32) if mask == !0 && dense() => {
-                at(0).cast::<[u32; 32]>().write_unaligned(file.add(operands[1] as usize).cast::<[u32; 32]>().read());
+            (4, 1, 32) if mask == !0 && dense => {
+                at(0)
+                    .cast::<[u32; 32]>()
+                    .write_unaligned(file.add(operands[1] as usize).cast::<[u32; 32]>().read());
             }
             (4, 1, 32) => {
                 let value = &*file.add(operands[1] as usize).cast::<[u32; 32]>();
                 for l in lanes(mask) {
-                    at(l as usize).cast::<u32>().write_unaligned(value[l as usize]);
+                    at(l as usize)
+                        .cast::<u32>()
+                        .write_unaligned(value[l as usize]);
                 }
             }
-            (4, 4, 32) => {
-                let value: [&[u32; 32]; 4] = std::array::from_fn(|e| &*file.add(operands[1 + e] as usize).cast());
+            (4, 4, 32) if mask == !0 => {
+                let value = |e: usize| file.add(operands[1 + e] as usize).cast::<u32>();
+                let values = [value(0), value(1), value(2), value(3)];
+                for l in (0..32).step_by(4) {
+                    ask::store_quads(|i| at(l + i), values.map(|value| value.add(l)));
+                }
+            }
+            (4, _, 32) => {
+                for e in 0..access.elements as usize {
+                    let value = &*file.add(operands[1 + e] as usize).cast::<[u32; 32]>();
+                    for l in lanes(mask) {
+                        at(l as usize)
+                            .cast::<u32>()
+                            .add(e)
+                            .write_unaligned(value[l as usize]);
+                    }
+                }
+            }
+            (2, 1, _) if access.register_bits < 64 => {
+                let value = &*file.add(operands[1] as usize).cast::<[u32; 32]>();
                 for l in lanes(mask) {
-                    let l = l as usize;
-                    at(l).cast::<[u32; 4]>().write_unaligned([value[0][l], value[1][l], value[2][l], value[3][l]]);
+                    at(l as usize)
+                        .cast::<u16>()
+                        .write_unaligned(value[l as usize] as u16);
                 }
             }
             _ => {
