@@ -8,6 +8,7 @@
 
 use super::races::Other;
 use super::state::{Machine, Pending, Warp, lanes, name_thread};
+use super::words;
 use super::{Fault, FaultKind, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 use crate::ptx::program::{Access, Op, Rmw, Space};
 use half::{bf16, f16};
@@ -671,7 +672,7 @@ impl Machine<'_> {
 
     /// `ld`
     #[inline(always)]
-    pub fn load(
+    pub fn load<const ISA: usize>(
         &mut self,
         warp: &mut Warp,
         operands: &[u32],
@@ -681,6 +682,23 @@ impl Machine<'_> {
     ) -> Result<(), Box<Fault>> {
         let elements = access.elements as usize;
         let file = warp.file.as_mut_ptr();
+        if access.space == Space::Shared
+            && (access.bytes, access.register_bits) == (4, 32)
+            && !access.wide_base
+            && mask == !0
+            && !self.env.settings.counters
+            && !self.env.checks.any_shared()
+        {
+            let shared = self.block.shared.as_mut_ptr();
+            let size = self.env.shared_bytes;
+            let operands = &operands[..=elements];
+            // SAFETY: the block's shared memory has this size; the decoder's registers are in the file; ISA is the one this code runs on.
+            if unsafe {
+                words::load_shared::<ISA>(shared, size, file, operands, access.offset as u32)
+            } {
+                return Ok(());
+            }
+        }
         // SAFETY: the decoder gives a load its destinations and then its base; all are inside the file.
         let mut at =
             unsafe { addresses(file, operands[elements], access.wide_base, access.offset) };
@@ -764,6 +782,7 @@ impl Machine<'_> {
                         128,
                     );
                 }
+                (4, 4, 32) if mask == !0 => words::store_rows(file, &operands[1..], &at),
                 (4, _, 32) => {
                     for l in lanes(mask) {
                         for e in 0..elements {

@@ -236,7 +236,7 @@ unsafe fn run<const ISA: usize>(
                 }
                 Op::Load(access) => {
                     if active != 0 {
-                        machine.load(warp, operands, access, pc, active)?;
+                        machine.load::<ISA>(warp, operands, access, pc, active)?;
                     }
                 }
                 Op::Store(access) => {

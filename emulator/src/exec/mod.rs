@@ -7,6 +7,7 @@ mod printf;
 mod races;
 mod schedule;
 mod state;
+mod words;
 
 use crate::memory::Memory;
 use crate::num::FlopType;
