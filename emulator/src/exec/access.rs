@@ -1086,7 +1086,7 @@ impl Machine<'_> {
 
     /// `ldmatrix`: lanes 8m to 8m + 7 give the rows of matrix m.
     #[inline(always)]
-    pub fn ldmatrix(
+    pub fn ldmatrix<const ISA: usize>(
         &mut self,
         warp: &mut Warp,
         operands: &[u32],
@@ -1096,6 +1096,22 @@ impl Machine<'_> {
     ) -> Result<(), Box<Fault>> {
         let matrices = access.elements as usize;
         let file = warp.file.as_mut_ptr();
+        if access.space == Space::Shared
+            && !trans
+            && !access.wide_base
+            && !self.env.settings.counters
+            && !self.env.checks.any_shared()
+        {
+            let shared = self.block.shared.as_mut_ptr();
+            let size = self.env.shared_bytes;
+            let operands = &operands[..=matrices];
+            // SAFETY: the block's shared memory has this size; the decoder's registers are in the file.
+            if unsafe {
+                words::load_rows::<ISA>(shared, size, file, operands, access.offset as u32)
+            } {
+                return Ok(());
+            }
+        }
         // SAFETY: the decoder gives the destinations and then the base, all inside the file.
         let mut at =
             unsafe { addresses(file, operands[matrices], access.wide_base, access.offset) };

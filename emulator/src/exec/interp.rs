@@ -251,7 +251,7 @@ unsafe fn run<const ISA: usize>(
                         }
                         return Err(machine.not_whole(warp, pc, active));
                     }
-                    machine.ldmatrix(warp, operands, *trans, access, pc)?;
+                    machine.ldmatrix::<ISA>(warp, operands, *trans, access, pc)?;
                 }
                 Op::Jump(target) => {
                     end_of_block!();

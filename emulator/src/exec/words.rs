@@ -32,6 +32,47 @@ pub unsafe fn load_shared<const ISA: usize>(
     false
 }
 
+/// `ldmatrix` without `.trans` from shared memory of `size` bytes (`operands`: destinations, then a 32-bit base): row r of matrix m is the
+/// 16 bytes at the address in lane 8m + r. False, with nothing written, where there is no such code, or an address is outside or misaligned.
+///
+/// # Safety
+/// As for [`load_shared`].
+#[inline(always)]
+pub unsafe fn load_rows<const ISA: usize>(
+    shared: *const u8,
+    size: u32,
+    file: *mut u8,
+    operands: &[u32],
+    offset: u32,
+) -> bool {
+    if ISA != AVX512 && ISA != AVX2 {
+        return false;
+    }
+    let matrices = operands.len() - 1;
+    let mut at = [0u32; 32];
+    let (mut highest, mut bits) = (0, 0);
+    // SAFETY: the caller's registers are in the file; every row is checked before it is read.
+    unsafe {
+        let base = &*file.add(operands[matrices] as usize).cast::<[u32; 32]>();
+        for l in 0..8 * matrices {
+            at[l] = base[l].wrapping_add(offset);
+            highest = at[l].max(highest);
+            bits |= at[l];
+        }
+        if size < 16 || highest > size - 16 || bits & 15 != 0 {
+            return false;
+        }
+        for m in 0..matrices {
+            let to = file.add(operands[m] as usize).cast::<[u32; 4]>();
+            for row in 0..8 {
+                let from = shared.add(at[8 * m + row] as usize).cast::<[u32; 4]>();
+                to.add(row).write(from.read_unaligned());
+            }
+        }
+    }
+    true
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
