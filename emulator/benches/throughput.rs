@@ -1,7 +1,7 @@
 //! Throughput of the interpreter on one core: a register-tiled f32 SGEMM, a bf16 product by ldmatrix and mma.sync, an element-wise
 //! kernel; with bounds checks only, and with every check.
 //!
-//! Time is the processor time of this process: what else the machine does counts little. Criterion's "elements" are floating-point operations for the products and array elements for the element-wise kernel. Each launch's result is
+//! Time is the processor time of this process: what else the machine does counts little. Criterion's "elements" are floating-point operations for the products and array elements for the element-wise kernel. Each way's result is
 //! compared once with a product computed here, so that no figure is of a wrong result.
 
 use criterion::measurement::{Measurement, ValueFormatter, WallTime};
@@ -118,6 +118,23 @@ impl Run {
         exec::launch(&self.memory, &launch, &settings).unwrap_or_else(|fault| panic!("{fault}"));
     }
 
+    /// Launches in every way that is measured, and has the output of each, which starts as NaN, checked.
+    fn launch_all_ways(&self, output: u64, count: usize, check: impl Fn(&[f32])) {
+        for (checks, isa) in [
+            (Checks::ALL, None),
+            (Checks::FAST, None),
+            (Checks::FAST, Some(Isa::Avx2)),
+            (Checks::FAST, Some(Isa::Portable)),
+        ] {
+            let nothing = bytes_f32(&vec![f32::NAN; count]);
+            self.memory
+                .copy_in(output, &nothing)
+                .expect("the output's buffer");
+            self.launch(checks, isa);
+            check(&self.read(output, count));
+        }
+    }
+
     fn read(&self, at: u64, count: usize) -> Vec<f32> {
         let mut bytes = vec![0; 4 * count];
         self.memory
@@ -178,12 +195,12 @@ fn sgemm(criterion: &mut Criterion<CpuTime>) {
     run.buffer(&bytes_f32(&b));
     let c = run.buffer(&bytes_f32(&[f32::NAN; N * N]));
     (0..3).for_each(|_| run.word(N as u32));
-    run.launch(Checks::ALL, None);
-    let c = run.read(c, N * N);
-    for (row, column) in [(0, 0), (17, 200), (255, 255), (128, 127)] {
-        let exact: f32 = (0..N).map(|k| a[row * N + k] * b[k * N + column]).sum();
-        assert_eq!(c[row * N + column], exact, "c[{row}][{column}]");
-    }
+    run.launch_all_ways(c, N * N, |c| {
+        for (row, column) in [(0, 0), (17, 200), (255, 255), (128, 127)] {
+            let exact: f32 = (0..N).map(|k| a[row * N + k] * b[k * N + column]).sum();
+            assert_eq!(c[row * N + column], exact, "c[{row}][{column}]");
+        }
+    });
     measure(criterion, "sgemm", 2 * (N * N * N) as u64, &run);
 }
 
@@ -199,12 +216,12 @@ fn mma(criterion: &mut Criterion<CpuTime>) {
     run.buffer(&bytes_bf16(&b));
     let c = run.buffer(&bytes_f32(&[f32::NAN; N * N]));
     (0..3).for_each(|_| run.word(N as u32));
-    run.launch(Checks::ALL, None);
-    let c = run.read(c, N * N);
-    for (row, column) in [(0, 0), (17, 200), (255, 255), (128, 127)] {
-        let exact: f32 = (0..N).map(|k| a[row * N + k] * b[column * N + k]).sum();
-        assert_eq!(c[row * N + column], exact, "c[{row}][{column}]");
-    }
+    run.launch_all_ways(c, N * N, |c| {
+        for (row, column) in [(0, 0), (17, 200), (255, 255), (128, 127)] {
+            let exact: f32 = (0..N).map(|k| a[row * N + k] * b[column * N + k]).sum();
+            assert_eq!(c[row * N + column], exact, "c[{row}][{column}]");
+        }
+    });
     measure(criterion, "mma", 2 * (N * N * N) as u64, &run);
 }
 
