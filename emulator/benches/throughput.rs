@@ -147,7 +147,7 @@ impl Run {
     }
 }
 
-/// Small integers over 8: products and sums of a few hundred are exact in bf16 and f32.
+/// Small integers over 8: exact in bf16, and products and sums of thousands of them in f32.
 fn values(count: usize, seed: u32) -> Vec<f32> {
     (0..count as u32)
         .map(|i| ((i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 16) % 17) as f32 / 8.0 - 1.0)
@@ -184,8 +184,10 @@ fn measure(criterion: &mut Criterion<CpuTime>, name: &str, work: u64, run: &Run)
 }
 
 fn sgemm(criterion: &mut Criterion<CpuTime>) {
-    const N: usize = 256;
-    let (a, b) = (values(N * N, 1), values(N * N, 2));
+    // Long in k: the loop counts, not its begin and end.
+    const N: usize = 128;
+    const K: usize = 1024;
+    let (a, b) = (values(N * K, 1), values(N * K, 2));
     let mut run = Run::new(
         include_str!("kernels/sgemm.ptx"),
         [N as u32 / 128, N as u32 / 128, 1],
@@ -194,19 +196,21 @@ fn sgemm(criterion: &mut Criterion<CpuTime>) {
     run.buffer(&bytes_f32(&a));
     run.buffer(&bytes_f32(&b));
     let c = run.buffer(&bytes_f32(&[f32::NAN; N * N]));
-    (0..3).for_each(|_| run.word(N as u32));
+    [N, N, K].iter().for_each(|size| run.word(*size as u32));
     run.launch_all_ways(c, N * N, |c| {
-        for (row, column) in [(0, 0), (17, 200), (255, 255), (128, 127)] {
-            let exact: f32 = (0..N).map(|k| a[row * N + k] * b[k * N + column]).sum();
+        for (row, column) in [(0, 0), (17, 100), (127, 127), (64, 63)] {
+            let exact: f32 = (0..K).map(|k| a[row * K + k] * b[k * N + column]).sum();
             assert_eq!(c[row * N + column], exact, "c[{row}][{column}]");
         }
     });
-    measure(criterion, "sgemm", 2 * (N * N * N) as u64, &run);
+    measure(criterion, "sgemm", 2 * (N * N * K) as u64, &run);
 }
 
 fn mma(criterion: &mut Criterion<CpuTime>) {
-    const N: usize = 256;
-    let (a, b) = (values(N * N, 3), values(N * N, 4));
+    // Long in k: the loop counts, not its begin and end.
+    const N: usize = 128;
+    const K: usize = 1024;
+    let (a, b) = (values(N * K, 3), values(N * K, 4));
     let mut run = Run::new(
         include_str!("kernels/mma.ptx"),
         [N as u32 / 64, N as u32 / 64, 1],
@@ -215,14 +219,14 @@ fn mma(criterion: &mut Criterion<CpuTime>) {
     run.buffer(&bytes_bf16(&a));
     run.buffer(&bytes_bf16(&b));
     let c = run.buffer(&bytes_f32(&[f32::NAN; N * N]));
-    (0..3).for_each(|_| run.word(N as u32));
+    [N, N, K].iter().for_each(|size| run.word(*size as u32));
     run.launch_all_ways(c, N * N, |c| {
-        for (row, column) in [(0, 0), (17, 200), (255, 255), (128, 127)] {
-            let exact: f32 = (0..N).map(|k| a[row * N + k] * b[column * N + k]).sum();
+        for (row, column) in [(0, 0), (17, 100), (127, 127), (64, 63)] {
+            let exact: f32 = (0..K).map(|k| a[row * K + k] * b[column * K + k]).sum();
             assert_eq!(c[row * N + column], exact, "c[{row}][{column}]");
         }
     });
-    measure(criterion, "mma", 2 * (N * N * N) as u64, &run);
+    measure(criterion, "mma", 2 * (N * N * K) as u64, &run);
 }
 
 fn elementwise(criterion: &mut Criterion<CpuTime>) {

@@ -10,6 +10,7 @@ use super::races::Other;
 use super::state::{Machine, Pending, Warp, lanes, name_thread};
 use super::words;
 use super::{Fault, FaultKind, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
+use crate::num::ops;
 use crate::ptx::program::{Access, Op, Rmw, Space};
 use half::{bf16, f16};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -1287,26 +1288,14 @@ impl Machine<'_> {
 unsafe fn blend32(file: *mut u8, register: u32, value: &[u32; 32], mask: u32) {
     // SAFETY: the caller's register is inside the file.
     let to = unsafe { &mut *file.add(register as usize).cast::<[u32; 32]>() };
-    if mask == !0 {
-        *to = *value;
-    } else {
-        for l in 0..32 {
-            to[l] = if mask >> l & 1 != 0 { value[l] } else { to[l] };
-        }
-    }
+    ops::blend32(to, value, mask);
 }
 
 #[inline(always)]
 unsafe fn blend64(file: *mut u8, register: u32, value: &[u64; 32], mask: u32) {
     // SAFETY: the caller's register is inside the file.
     let to = unsafe { &mut *file.add(register as usize).cast::<[u64; 32]>() };
-    if mask == !0 {
-        *to = *value;
-    } else {
-        for l in 0..32 {
-            to[l] = if mask >> l & 1 != 0 { value[l] } else { to[l] };
-        }
-    }
+    ops::blend64(to, value, mask);
 }
 
 /// Loads of 1, 2 or 4 words of 32 bits.

@@ -319,6 +319,23 @@ fn halves<const BF: bool>(words: &Lanes) -> [[f32; 32]; 2] {
     r
 }
 
+/// The two planes of a register along k: even k, odd k.
+///
+/// # Safety
+/// The operands are the form's.
+#[inline(always)]
+unsafe fn planes<const BF: bool>(o: &Operands, registers: [u8; 3]) -> [Plane; 2] {
+    let mut planes = [[[0.0; 32]; 3]; 2];
+    for (x, register) in registers.into_iter().enumerate() {
+        // SAFETY: the caller's promise.
+        let words = unsafe { o.b32(register as usize) };
+        let [even, odd] = halves::<BF>(words);
+        planes[0][x] = even;
+        planes[1][x] = odd;
+    }
+    planes
+}
+
 /// Reads a tile's accumulators as f32.
 #[inline(always)]
 unsafe fn accumulators(m: &Matrix, o: &Operands, tile: &Tile) -> Accumulators {
@@ -383,13 +400,8 @@ unsafe fn halves_product<I: Isa, const BF: bool, const DEPTH: usize>(m: &Matrix,
                 continue;
             }
             let mut c = accumulators(m, o, tile);
-            let mut planes = [[[0.0; 32]; 3]; 4];
-            for k in 0..DEPTH {
-                let [low, high, b] = tile.k[k].map(|i| halves::<BF>(o.b32(i as usize)));
-                planes[2 * k] = [low[0], high[0], b[0]];
-                planes[2 * k + 1] = [low[1], high[1], b[1]];
-            }
-            multiply::<I>(&mut c, &planes[..2 * DEPTH]);
+            let planes = std::array::from_fn::<_, DEPTH, _>(|k| planes::<BF>(o, tile.k[k]));
+            multiply::<I>(&mut c, planes.as_flattened());
             put(m, o, tile, &c);
         }
     }
