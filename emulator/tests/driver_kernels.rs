@@ -1,6 +1,11 @@
 //! Five kernels in CUDA C++, compiled by nvcc: each agrees with a CPU computation under all checks and several schedules, and
 //! each is refused, with the reason, once a bug is planted in it.
 
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "each passes a kernel or a call the arguments that it declares, or wrong ones on purpose"
+)]
+
 mod support;
 
 use cudarc::driver::sys::CUresult;
@@ -72,7 +77,8 @@ fn run<I: DeviceRepr, O: DeviceRepr>(
         refused => {
             let message = last_message();
             // After a fault nothing of the context can be freed.
-            (std::mem::forget(x), std::mem::forget(y));
+            std::mem::forget(x);
+            std::mem::forget(y);
             Err((refused, message))
         }
     }
@@ -121,11 +127,9 @@ mod sgemm {
             CUresult::CUDA_SUCCESS => Ok(stream.clone_dtoh(&c).unwrap()),
             refused => {
                 let message = last_message();
-                (
-                    std::mem::forget(a),
-                    std::mem::forget(b),
-                    std::mem::forget(c),
-                );
+                std::mem::forget(a);
+                std::mem::forget(b);
+                std::mem::forget(c);
                 Err((refused, message))
             }
         }
@@ -243,7 +247,7 @@ mod reduction {
         // Without the barrier a warp reads partials that another has written, or has not yet: which of the two depends on the schedule.
         for seed in SEEDS {
             configure("seed", seed);
-            let (refused, message) = launch("reduce_dropped_barrier").err().expect("refused");
+            let (refused, message) = launch("reduce_dropped_barrier").expect_err("refused");
             assert_eq!(refused, failed);
             assert!(
                 message.contains("no barrier between") || message.contains("nothing has written"),
@@ -350,11 +354,9 @@ mod mma_gemm {
             CUresult::CUDA_SUCCESS => Ok(stream.clone_dtoh(&c).unwrap()),
             refused => {
                 let message = last_message();
-                (
-                    std::mem::forget(a),
-                    std::mem::forget(b),
-                    std::mem::forget(c),
-                );
+                std::mem::forget(a);
+                std::mem::forget(b);
+                std::mem::forget(c);
                 Err((refused, message))
             }
         }
@@ -471,9 +473,8 @@ mod histogram {
         );
         for seed in SEEDS {
             configure("seed", seed);
-            let (refused, message) = launch("histogram_dropped_barrier", zeros)
-                .err()
-                .expect("refused");
+            let (refused, message) =
+                launch("histogram_dropped_barrier", zeros).expect_err("refused");
             assert_eq!(refused, failed);
             assert!(
                 message.contains("no barrier between") || message.contains("nothing has written"),

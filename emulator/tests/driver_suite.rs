@@ -1,6 +1,11 @@
 //! Ordinary kernels in the style of public CUDA code, compiled by nvcc, against computations on the host: mathematical functions with
 //! and without --use_fast_math, layers, halves, warp intrinsics and cooperative groups, atomics, language features, wmma.
 
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "each passes a kernel or a call the arguments that it declares, or wrong ones on purpose"
+)]
+
 mod support;
 
 use cudarc::driver::sys::CUresult;
@@ -97,7 +102,7 @@ mod math {
     }
 
     fn gelu(x: f64) -> f64 {
-        0.5 * x * (1.0 + (0.7978845608f32 as f64 * (x + 0.044715f32 as f64 * x * x * x)).tanh())
+        0.5 * x * (1.0 + (0.797_884_6_f32 as f64 * (x + 0.044715f32 as f64 * x * x * x)).tanh())
     }
 
     type Row = (
@@ -246,7 +251,8 @@ mod math {
         let input: Vec<f64> = noise(COUNT, 3).iter().map(|v| v * 20.0).collect();
         let (context, stream) = device(0);
         let functions = module(&context, PRECISE);
-        let rows: [(&str, fn(f64) -> f64, f64); 6] = [
+        type Row = (&'static str, fn(f64) -> f64, f64);
+        let rows: [Row; 6] = [
             ("f64_exp", |x| x.exp(), 1.0),
             ("f64_log", |x| x.abs().ln(), 1.0),
             ("f64_sin", |x| x.sin(), 2.0),
@@ -414,10 +420,10 @@ mod layers {
         load();
         let (context, stream) = device(0);
         let function = kernel(&context, PTX, "scale_4");
-        let x: Vec<f32> = (0..4 * 75).map(|v| v as f32).collect();
+        let x: Vec<f32> = (0..4 * 76).map(|v| v as f32).collect();
         let dx = stream.clone_htod(&x).unwrap();
         let mut y = unsafe { stream.alloc::<f32>(x.len()) }.unwrap();
-        run!(stream, function, line(1, 32), &dx, &mut y, &3.0f32, &75i32);
+        run!(stream, function, line(1, 32), &dx, &mut y, &3.0f32, &76i32);
         assert_eq!(
             stream.clone_dtoh(&y).unwrap(),
             x.iter().map(|v| v * 3.0).collect::<Vec<_>>()
@@ -693,7 +699,7 @@ mod atomics {
                     0xffff,
                     (0..256).fold(0, |x, t| x ^ t),
                     6,
-                    (7 - 256 % 7) % 7
+                    7 - 256 % 7
                 ]
             );
             assert_eq!(stream.clone_dtoh(&l).unwrap(), [256u64 << 33, 255 << 20]);
@@ -838,7 +844,8 @@ mod language {
         ] {
             assert!(message.contains(word), "`{word}` is not in: {message}");
         }
-        (std::mem::forget(good), std::mem::forget(bad));
+        std::mem::forget(good);
+        std::mem::forget(bad);
     }
 
     #[test]

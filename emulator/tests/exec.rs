@@ -341,9 +341,9 @@ fn copies_arrive_when_they_are_waited_for() {
         )
         .unwrap_or_else(|fault| panic!("{fault}"));
     let got: Vec<i32> = device.download(out, 256);
-    for i in 0..256 {
+    for (i, &word) in got.iter().enumerate() {
         let (half, quad, part) = (i / 128, i % 128 / 4, i % 4);
-        assert_eq!(got[i], (half * 128 + (31 - quad) * 4 + part) as i32);
+        assert_eq!(word, (half * 128 + (31 - quad) * 4 + part) as i32);
     }
     for pick in 0..3 {
         let mut device = Device::new(CONTROL);

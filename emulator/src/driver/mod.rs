@@ -1,6 +1,6 @@
 //! The exported CUDA driver API.
 //!
-//! Shape: every exported function lives in the module of its subject, inside [`call::exports!`], and answers with a sentence
+//! Shape: every exported function lives in the module of its subject, inside `call::exports!`, and answers with a sentence
 //! where it refuses. `state` holds what handles stand for. What streams and graphs carry is a `work::Work`; `stream::submit` is
 //! the one place where it is either captured or run, and `work` and `launch` are the only ones that touch device memory or
 //! run kernels.

@@ -241,7 +241,7 @@ unsafe fn run<const ISA: usize>(
                 }
                 Op::Store(access) => {
                     if active != 0 {
-                        machine.store(warp, operands, access, pc, active)?;
+                        machine.store::<ISA>(warp, operands, access, pc, active)?;
                     }
                 }
                 Op::LdMatrix { trans, access } => {
@@ -1155,7 +1155,11 @@ impl Machine<'_> {
             Special::NWarpId => 64,
             Special::SmId => self.block.linear % multiprocessors,
             Special::NSmId => multiprocessors,
-            Special::GridId | Special::Environment => 0,
+            Special::GridId => 0,
+            // Where cooperative groups look for the workspace of a grid's barrier: the halves of its address.
+            Special::Environment(1) => self.env.grid_workspace >> 32,
+            Special::Environment(2) => self.env.grid_workspace & 0xffff_ffff,
+            Special::Environment(_) => 0,
             Special::LaneMaskEq => 1 << lane,
             Special::LaneMaskLt => (1 << lane) - 1,
             Special::LaneMaskLe => (2 << lane) - 1,

@@ -2,12 +2,12 @@
 
 mod access;
 mod interp;
+mod lanes;
 pub mod moves;
 mod printf;
 mod races;
 mod schedule;
 mod state;
-mod words;
 
 use crate::memory::Memory;
 use crate::num::FlopType;

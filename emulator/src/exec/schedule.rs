@@ -26,6 +26,9 @@ const TURNS_OF_WARP: u32 = 32;
 /// Blocks that a worker holds begun at a time, except in cooperative launches, where all blocks may wait for all.
 const MAX_BEGUN: usize = 128;
 
+/// Bytes of the workspace that a cooperative launch gives its grid.
+const GRID_WORKSPACE: u64 = 64;
+
 /// A well-mixed function of 64 bits (the finaliser of SplitMix64).
 pub fn mix(x: u64) -> u64 {
     let mut z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -153,6 +156,10 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         global_races: settings.checks.global_races && count > 1 && count < u64::from(u32::MAX),
         ..settings.checks
     };
+    let workspace = match launch.cooperative {
+        true => memory.alloc_host(GRID_WORKSPACE),
+        false => None,
+    };
     let allocations = memory.snapshot();
     let env = Env {
         launch,
@@ -184,6 +191,7 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
                 },
             )
         }),
+        grid_workspace: workspace.unwrap_or(0),
     };
     let shared = Shared {
         env: &env,
@@ -211,6 +219,10 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
                 scope.spawn(|| shared.work());
             }
         });
+    }
+    if let Some(address) = workspace {
+        // Cannot fail: the allocation was made above, and only here is it known.
+        let _ = memory.free(address);
     }
     let mut output = shared
         .output
@@ -312,7 +324,11 @@ impl Machine<'_> {
     fn run_block(&mut self, run: Runner) -> Result<bool, Box<Fault>> {
         let seeded = self.env.settings.schedule_seed.is_some();
         let limit = self.env.settings.instruction_limit;
-        let mut turns = TURNS_OF_WARP * self.block.warps.len() as u32;
+        // The blocks of a cooperative grid wait for each other, so each is left at its first long wait.
+        let mut turns = match self.env.launch.cooperative {
+            true => 1,
+            false => TURNS_OF_WARP * self.block.warps.len() as u32,
+        };
         loop {
             let warps = self.block.warps.len();
             let mut index = self.block.turn;

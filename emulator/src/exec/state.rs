@@ -180,6 +180,8 @@ pub struct Env<'a> {
     pub global_races: Option<GlobalRaces>,
     /// Sectors touched.
     pub touched: Option<Touched>,
+    /// Zeroed memory for the barrier of a cooperative grid; 0 for other launches.
+    pub grid_workspace: u64,
 }
 
 /// One bit per 32-byte sector of the device's range.

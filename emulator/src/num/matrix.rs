@@ -68,7 +68,7 @@ pub struct Matrix {
     tiles: Vec<Tile>,
 }
 
-/// Types of the operands and floating-point operations, for [`super::form`].
+/// Types of the operands and floating-point operations, for [`super::form()`].
 pub struct Parsed {
     /// The decoded product.
     pub matrix: Matrix,

@@ -174,10 +174,10 @@ pub fn special(name: &str) -> Option<Special> {
     }
     if let Some(number) = name.strip_prefix("envreg") {
         return number
-            .parse::<u32>()
+            .parse()
             .ok()
             .filter(|&n| n < 32)
-            .map(|_| Special::Environment);
+            .map(Special::Environment);
     }
     Some(match name {
         "laneid" => Special::LaneId,

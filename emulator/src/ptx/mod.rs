@@ -1,7 +1,7 @@
 //! PTX text to a decoded program.
 //!
 //! `lex` makes words, `parse` reads declarations and statements, `decode` turns each instruction into a step on virtual registers (asking
-//! [`crate::num::form`] for arithmetic), `flow` puts calls in line, orders basic blocks so that the smallest step is always the right one to run
+//! [`crate::num::form()`] for arithmetic), `flow` puts calls in line, orders basic blocks so that the smallest step is always the right one to run
 //! when lanes have diverged, and allocates registers. The result is a [`Program`].
 //!
 //! Deliberately not here: linking of several modules, indirect calls and recursion, textures and surfaces, debug information, and whatever PTX has

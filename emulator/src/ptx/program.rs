@@ -90,7 +90,7 @@ pub enum Special {
     GlobalTimerHi,
     DynamicShared,
     TotalShared,
-    Environment,
+    Environment(u8),
 }
 
 /// How a shuffle picks its source lane.

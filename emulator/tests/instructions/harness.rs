@@ -305,7 +305,7 @@ fn random(ty: &str, random: &mut StdRng, special: &[u64]) -> u64 {
         (0, _) => special[random.random_range(0..special.len())],
         (1, "f32" | "tf32") => (any & 0x83ff_ffff) | 0x3c00_0000,
         (1, "f64") => (any & 0x803f_ffff_ffff_ffff) | 0x3fc0_0000_0000_0000,
-        (1, "f16") => (any & 0x83ff) | 0x3800 + (any >> 32 & 0xc00),
+        (1, "f16") => (any & 0x83ff) | (0x3800 + (any >> 32 & 0xc00)),
         (1, "f16x2") => (any & 0x8bff_8bff) | 0x3400_3400,
         (1, "bf16" | "bf16x2") => (any & 0x83ff_83ff) | 0x3c00_3c00,
         (1, "u32" | "s32" | "u64" | "s64" | "b32" | "b64") => any >> (any & 63),

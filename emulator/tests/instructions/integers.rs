@@ -3,6 +3,9 @@
 use super::harness::{Case, run, width};
 use super::reference::{integer, range};
 
+/// What an instruction computes from its sources and the carry flag, with more bits than any of them.
+type Meaning = Box<dyn Fn(&[u64], i128) -> i128>;
+
 fn truncate(bits: u32, x: i128) -> u64 {
     x as u64 & (u64::MAX >> (64 - bits))
 }
@@ -195,10 +198,7 @@ fn carries() {
         let modulus = 1i128 << w;
         // Patterns as unsigned numbers: carries do not know signs.
         let low = move |x: u64| truncate(w, x as i128) as i128;
-        let mut push = |name: String,
-                        sources: usize,
-                        carry: (bool, bool),
-                        full: Box<dyn Fn(&[u64], i128) -> i128>| {
+        let mut push = |name: String, sources: usize, carry: (bool, bool), full: Meaning| {
             let meaning = move |x: &[u64]| {
                 let flag = if carry.0 { x[sources] as i128 } else { 0 };
                 let r = full(x, flag);
@@ -533,7 +533,7 @@ fn bit_fields() {
             (0..200u64)
                 .map(|i| {
                     vec![
-                        0x9e37_79b9 * (i + 1) & 0xffff_ffff,
+                        (0x9e37_79b9 * (i + 1)) & 0xffff_ffff,
                         i % 32,
                         (i % 9).wrapping_sub(4) & 0xffff_ffff,
                     ]

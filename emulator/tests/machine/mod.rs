@@ -37,6 +37,7 @@ impl Device {
     }
 
     pub fn upload<T: Copy>(&self, values: &[T]) -> u64 {
+        // SAFETY: the bytes of a slice of plain numbers, for as long as the slice.
         let bytes = unsafe {
             std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), std::mem::size_of_val(values))
         };
@@ -50,6 +51,7 @@ impl Device {
     pub fn download<T: Copy + Default>(&self, at: u64, count: usize) -> Vec<T> {
         let mut values = vec![T::default(); count];
         let size = std::mem::size_of_val(values.as_slice());
+        // SAFETY: the bytes of the vector, which any bytes are numbers of, while nothing else uses it.
         let bytes =
             unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), size) };
         self.memory

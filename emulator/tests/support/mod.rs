@@ -16,6 +16,22 @@ pub fn library_path() -> PathBuf {
 }
 
 /// Opens the emulator by its absolute path, before any other call of cudarc, and asserts that it is what cudarc then finds.
+#[allow(dead_code, reason = "see configure")]
+pub fn open() {
+    // SAFETY: the library's initialisers are those of the Rust runtime.
+    let library = unsafe { libloading::Library::new(library_path()) }.expect("the emulator loads");
+    std::mem::forget(library);
+    let version = export::<extern "C" fn() -> *const c_char>("emu_version")();
+    // SAFETY: the version is a constant of the library, terminated.
+    let version = unsafe { CStr::from_ptr(version) };
+    assert_eq!(
+        version.to_str(),
+        Ok(env!("CARGO_PKG_VERSION")),
+        "the driver is the emulator"
+    );
+}
+
+/// Opens and starts the emulator, once.
 ///
 /// `settings` are variables that the whole process runs under; the first caller's are the ones that count.
 pub fn load(settings: &[(&str, &str)]) {
@@ -25,17 +41,7 @@ pub fn load(settings: &[(&str, &str)]) {
             // SAFETY: tests come here before anything else, and nothing else in this process reads or writes variables.
             unsafe { std::env::set_var(name, value) };
         }
-        // SAFETY: the library's initialisers are those of the Rust runtime.
-        let library =
-            unsafe { libloading::Library::new(library_path()) }.expect("the emulator loads");
-        std::mem::forget(library);
-        let version =
-            unsafe { CStr::from_ptr(export::<extern "C" fn() -> *const c_char>("emu_version")()) };
-        assert_eq!(
-            version.to_str(),
-            Ok(env!("CARGO_PKG_VERSION")),
-            "the driver is the emulator"
-        );
+        open();
         result::init().expect("the driver starts");
     });
 }
