@@ -1,14 +1,18 @@
 //! Memory instructions: addresses, checks, and moving the bytes.
 //!
-//! Every access first turns its lanes' addresses into host addresses ([`Machine::locate`]), which is where all checks are; lanes outside the mask
-//! are given the address of the first lane inside, so that loads can read all 32 without asking.
+//! An access first turns its lanes' addresses into host addresses ([`Machine::locate`]), which is where all checks are; lanes outside the mask
+//! are given the address of the first lane inside, so that loads can read all 32 without asking. Where only bounds and alignment are checked
+//! and all 32 addresses are good, [`Machine::direct`] finds that out faster.
 
 // Loops over lanes and elements index several registers at once, and vectorise that way.
 #![allow(clippy::needless_range_loop)]
 
+use super::interp::PORTABLE;
+use super::lanes as ask;
 use super::races::Other;
 use super::state::{Machine, Pending, Warp, lanes, name_thread};
 use super::{Fault, FaultKind, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
+use crate::num::ops;
 use crate::ptx::program::{Access, Op, Rmw, Space};
 use half::{bf16, f16};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -101,42 +105,8 @@ pub fn progression(at: &Addresses, step: u64) -> bool {
 
 impl Machine<'_> {
     /// Checks the accesses of a warp and turns their addresses into host addresses.
-    #[inline(always)]
-    pub fn locate(&mut self, warp: &mut Warp, space: Space, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
-        let (low, high, bits) = extent(at);
-        let misaligned = bits & u64::from(site.bytes - 1) != 0;
-        let plain = !misaligned && !self.env.settings.counters;
-        match space {
-            Space::Shared
-                if plain
-                    && high < u64::from(self.env.shared_bytes.saturating_sub(site.bytes - 1))
-                    && !self.env.checks.any_shared() =>
-            {
-                let base = self.block.shared.as_mut_ptr() as u64;
-                for a in at {
-                    *a += base;
-                }
-                Ok(())
-            }
-            Space::Global if plain && !self.env.checks.any_global() => {
-                let (start, end) = self.cache[site.pc as usize & 15];
-                if low >= start && high < end && end - high >= u64::from(site.bytes) {
-                    return Ok(());
-                }
-                self.locate_slowly(warp, space, at, site)
-            }
-            _ => self.locate_slowly(warp, space, at, site),
-        }
-    }
-
     #[inline(never)]
-    fn locate_slowly(
-        &mut self,
-        warp: &mut Warp,
-        space: Space,
-        at: &mut Addresses,
-        site: Site,
-    ) -> Result<(), Box<Fault>> {
+    pub fn locate(&mut self, warp: &mut Warp, space: Space, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
         match space {
             Space::Generic => self.locate_generic(warp, at, site),
             Space::Shared => self.locate_shared(warp, at, site),
@@ -168,7 +138,7 @@ impl Machine<'_> {
             }
             let mut part = at.map(|a| a.wrapping_sub(window));
             settle(&mut part, mask);
-            self.locate_slowly(warp, space, &mut part, Site { mask, ..site })?;
+            self.locate(warp, space, &mut part, Site { mask, ..site })?;
             for l in lanes(mask) {
                 at[l as usize] = part[l as usize];
             }
@@ -546,7 +516,9 @@ impl Machine<'_> {
         }
         // An access is aligned to its size of at most 16 bytes, so it touches one sector.
         let mut sectors = at.map(|a| a / 32);
-        sectors.sort_unstable();
+        if !sectors.is_sorted() {
+            sectors.sort_unstable();
+        }
         let mut last = None;
         for sector in sectors {
             if last != Some(sector) {
@@ -566,41 +538,99 @@ impl Machine<'_> {
         if site.usage == Use::Atomic {
             counters.atomics += u64::from(site.mask.count_ones());
         }
-        let lanes_per_pass = (128 / site.bytes.max(4)).min(32);
-        let words = site.bytes.div_ceil(4) as u64;
+        // An aligned access of 4, 8 or 16 bytes is one unit, and a pass has as many lanes as there are units in all banks.
+        let unit = site.bytes.max(4);
+        let lanes_per_pass = 128 / unit;
         for pass in 0..32 / lanes_per_pass {
             let part = site.mask & (((1u64 << lanes_per_pass) - 1) << (pass * lanes_per_pass)) as u32;
             if part == 0 {
                 continue;
             }
-            // The first word seen in each bank; other words of the same bank are further wavefronts.
+            // The first unit seen in each place of the banks; others in the same place are further wavefronts.
             let mut first = [u64::MAX; 32];
-            let mut more: Vec<u64> = vec![];
+            let (mut more, mut count) = ([0u64; 32], 0);
             for l in lanes(part) {
-                for word in 0..words {
-                    let word = at[l as usize] / 4 + word;
-                    let slot = &mut first[word as usize % 32];
-                    if *slot == u64::MAX {
-                        *slot = word;
-                    } else if *slot != word {
-                        more.push(word);
-                    }
+                let unit = at[l as usize] / u64::from(unit);
+                let slot = &mut first[unit as usize % lanes_per_pass as usize];
+                if *slot == u64::MAX {
+                    *slot = unit;
+                } else if *slot != unit {
+                    more[count] = unit;
+                    count += 1;
                 }
             }
-            let mut banks = [1u8; 32];
-            more.sort_unstable();
-            more.dedup();
-            for word in more {
-                banks[word as usize % 32] += 1;
+            let mut wavefronts = 1;
+            if count > 0 {
+                let mut places = [1u8; 32];
+                more[..count].sort_unstable();
+                let mut last = u64::MAX;
+                for &unit in &more[..count] {
+                    let place = &mut places[unit as usize % lanes_per_pass as usize];
+                    *place += u8::from(unit != last);
+                    wavefronts = wavefronts.max(*place);
+                    last = unit;
+                }
             }
-            counters.shared_wavefronts += u64::from(banks.into_iter().max().unwrap_or(1));
+            counters.shared_wavefronts += u64::from(wavefronts);
             counters.shared_ideal += 1;
         }
     }
 
+    /// What a plain access needs where all lanes' addresses lie inside shared memory, or inside the allocation that the instruction used last, and no
+    /// check is wanted that looks at single lanes: where lane 0's base stands and what is added to the bases to give host addresses.
+    #[inline(always)]
+    fn direct<const ISA: usize>(
+        &mut self,
+        file: *mut u8,
+        register: u32,
+        access: &Access,
+        site: Site,
+    ) -> Option<(*const u8, u64)> {
+        let env = self.env;
+        // SAFETY: the base is a register inside the file, of 64 or 32 bits as the access says; the loop runs on a processor with ISA.
+        let (base, inside, added) = unsafe {
+            let base = file.add(register as usize).cast_const();
+            let low = site.bytes - 1;
+            match access.space {
+                Space::Shared if !env.checks.any_shared() && env.shared_bytes >= site.bytes => {
+                    let span = env.shared_bytes - site.bytes;
+                    let inside = if access.wide_base {
+                        ask::inside64::<ISA>(base.cast(), access.offset as u64, 0, span.into(), low.into())
+                    } else {
+                        // A negative sum wraps to a large one, so what is inside needs no carry in 64 bits either.
+                        ask::inside32::<ISA>(base.cast(), access.offset as u32, span, low)
+                    };
+                    (base, inside, self.block.shared.as_mut_ptr() as u64)
+                }
+                Space::Global | Space::Generic if access.wide_base && !env.checks.any_global() => {
+                    let (start, end) = self.cache[site.pc as usize & 15];
+                    let fits = end - start >= u64::from(site.bytes);
+                    let span = end.wrapping_sub(start).wrapping_sub(site.bytes.into());
+                    let inside =
+                        fits && ask::inside64::<ISA>(base.cast(), access.offset as u64, start, span, low.into());
+                    (base, inside, 0)
+                }
+                _ => return None,
+            }
+        };
+        if !inside {
+            return None;
+        }
+        if env.settings.counters {
+            // SAFETY: as above.
+            let mut at = unsafe { addresses(file, register, access.wide_base, access.offset) };
+            settle(&mut at, site.mask);
+            match access.space {
+                Space::Shared => self.count_shared(&at, site),
+                _ => self.count_global(&at, site),
+            }
+        }
+        Some((base, added))
+    }
+
     /// `ld`
     #[inline(always)]
-    pub fn load(
+    pub fn load<const ISA: usize>(
         &mut self,
         warp: &mut Warp,
         operands: &[u32],
@@ -610,34 +640,64 @@ impl Machine<'_> {
     ) -> Result<(), Box<Fault>> {
         let elements = access.elements as usize;
         let file = warp.file.as_mut_ptr();
-        // SAFETY: the decoder gives a load its destinations and then its base; all are inside the file.
-        let mut at = unsafe { addresses(file, operands[elements], access.wide_base, access.offset) };
-        settle(&mut at, mask);
         let bytes = u32::from(access.bytes) * access.elements as u32;
         let site = Site { pc, mask, bytes, usage: Use::Load, strong: access.strong };
-        self.locate(warp, access.space, &mut at, site)?;
-        // SAFETY: `locate` has checked `bytes` readable bytes at every address (lanes outside the mask share one), and the registers are in the file.
+        let register = operands[elements];
+        let single = mask == !0 && bytes == 4;
+        // SAFETY: `direct` and `locate` have checked `bytes` readable bytes at every lane's address (in `locate`, lanes outside the mask share one), and the
+        // registers are in the file.
         unsafe {
-            match (access.bytes, access.register_bits) {
-                (4, 32) => load_words(file, operands, elements, &at, mask),
-                (8, 64) => {
-                    for e in 0..elements {
-                        let mut value = [0u64; 32];
-                        for l in 0..32 {
-                            value[l] = (at[l] as *const u64).add(e).read_unaligned();
-                        }
-                        blend64(file, operands[e], &value, mask);
-                    }
+            if let Some((base, added)) = self.direct::<ISA>(file, register, access, site) {
+                if access.wide_base {
+                    let base = base.cast::<u64>();
+                    let added = added.wrapping_add(access.offset as u64);
+                    let dense = single && ask::steps64::<ISA>(base, bytes.into());
+                    let equal = [false; 2];
+                    load_from::<ISA>(file, operands, access, mask, dense, equal, |l| {
+                        base.add(l).read().wrapping_add(added) as *const u8
+                    });
+                } else {
+                    let base = base.cast::<u32>();
+                    let offset = access.offset as u32;
+                    let dense = single && ask::steps32::<ISA>(base, bytes);
+                    let at = |l: usize| (added + u64::from(base.add(l).read().wrapping_add(offset))) as *const u8;
+                    let equal = match elements {
+                        4 => [ask::equal32::<ISA>(base), ask::equal32::<ISA>(base.add(16))],
+                        _ => [false; 2],
+                    };
+                    load_from::<ISA>(file, operands, access, mask, dense, equal, at);
                 }
-                _ => load_narrow(file, operands, access, &at, mask),
+                return Ok(());
             }
+        }
+        self.load_slowly(warp, operands, access, site)
+    }
+
+    #[inline(never)]
+    fn load_slowly(
+        &mut self,
+        warp: &mut Warp,
+        operands: &[u32],
+        access: &Access,
+        site: Site,
+    ) -> Result<(), Box<Fault>> {
+        let file = warp.file.as_mut_ptr();
+        let register = operands[access.elements as usize];
+        // SAFETY: the decoder gives a load its destinations and then its base; all are inside the file.
+        let mut at = unsafe { addresses(file, register, access.wide_base, access.offset) };
+        settle(&mut at, site.mask);
+        self.locate(warp, access.space, &mut at, site)?;
+        // SAFETY: `locate` has checked the bytes at every address, and the registers are in the file.
+        unsafe {
+            let dense = progression(&at, site.bytes.into());
+            load_from::<PORTABLE>(file, operands, access, site.mask, dense, [false; 2], |l| at[l] as *const u8);
         }
         Ok(())
     }
 
     /// `st`
     #[inline(always)]
-    pub fn store(
+    pub fn store<const ISA: usize>(
         &mut self,
         warp: &mut Warp,
         operands: &[u32],
@@ -645,46 +705,59 @@ impl Machine<'_> {
         pc: u32,
         mask: u32,
     ) -> Result<(), Box<Fault>> {
-        let elements = access.elements as usize;
+        let file = warp.file.as_mut_ptr();
+        let bytes = u32::from(access.bytes) * access.elements as u32;
+        let site = Site { pc, mask, bytes, usage: Use::Store, strong: access.strong };
+        let single = mask == !0 && bytes == 4;
+        // SAFETY: `direct` has checked `bytes` writable bytes at every lane's address, and the registers are in the file.
+        unsafe {
+            if let Some((base, added)) = self.direct::<ISA>(file, operands[0], access, site) {
+                if access.wide_base {
+                    let base = base.cast::<u64>();
+                    let added = added.wrapping_add(access.offset as u64);
+                    let dense = single && ask::steps64::<ISA>(base, bytes.into());
+                    store_to(file, operands, access, mask, dense, |l| {
+                        base.add(l).read().wrapping_add(added) as *mut u8
+                    });
+                } else {
+                    let base = base.cast::<u32>();
+                    let offset = access.offset as u32;
+                    let dense = single && ask::steps32::<ISA>(base, bytes);
+                    let at = |l: usize| (added + u64::from(base.add(l).read().wrapping_add(offset))) as *mut u8;
+                    store_to(file, operands, access, mask, dense, at);
+                }
+                return Ok(());
+            }
+        }
+        self.store_slowly(warp, operands, access, site)
+    }
+
+    #[inline(never)]
+    fn store_slowly(
+        &mut self,
+        warp: &mut Warp,
+        operands: &[u32],
+        access: &Access,
+        site: Site,
+    ) -> Result<(), Box<Fault>> {
         let file = warp.file.as_mut_ptr();
         // SAFETY: the decoder gives a store its base and then its values; all are inside the file.
         let mut at = unsafe { addresses(file, operands[0], access.wide_base, access.offset) };
-        settle(&mut at, mask);
-        let bytes = u32::from(access.bytes) * access.elements as u32;
-        let site = Site { pc, mask, bytes, usage: Use::Store, strong: access.strong };
+        settle(&mut at, site.mask);
         self.locate(warp, access.space, &mut at, site)?;
         if self.block.races.is_some() || self.env.global_races.is_some() {
             let mut values = [[0; 16]; 32];
-            for l in lanes(mask) {
+            for l in lanes(site.mask) {
                 // SAFETY: a lane's values are inside the file.
                 unsafe { gather_lane(file, &operands[1..], access, l as usize, &mut values[l as usize]) };
             }
             self.global_races(warp, &at, site, Some(&values))?;
             self.shared_store_races(warp, &at, site, &values)?;
         }
-        // SAFETY: `locate` has checked `bytes` writable bytes at every lane's address.
+        // SAFETY: `locate` has checked the bytes at every lane's address.
         unsafe {
-            match (access.bytes, access.elements, access.register_bits) {
-                (4, 1, 32) if mask == !0 && progression(&at, 4) => {
-                    std::ptr::copy_nonoverlapping(file.add(operands[1] as usize), at[0] as *mut u8, 128);
-                }
-                (4, _, 32) => {
-                    for l in lanes(mask) {
-                        for e in 0..elements {
-                            let value = file.add(operands[1 + e] as usize).cast::<u32>().add(l as usize).read();
-                            (at[l as usize] as *mut u32).add(e).write_unaligned(value);
-                        }
-                    }
-                }
-                _ => {
-                    for l in lanes(mask) {
-                        let mut value = [0; 16];
-                        gather_lane(file, &operands[1..], access, l as usize, &mut value);
-                        std::ptr::copy_nonoverlapping(value.as_ptr(), at[l as usize] as *mut u8, bytes as usize);
-                    }
-                }
-            }
-        }
+            store_to(file, operands, access, site.mask, progression(&at, site.bytes.into()), |l| at[l] as *mut u8)
+        };
         Ok(())
     }
 
@@ -880,7 +953,7 @@ impl Machine<'_> {
 
     /// `ldmatrix`: lanes 8m to 8m + 7 give the rows of matrix m.
     #[inline(always)]
-    pub fn ldmatrix(
+    pub fn ldmatrix<const ISA: usize>(
         &mut self,
         warp: &mut Warp,
         operands: &[u32],
@@ -890,29 +963,44 @@ impl Machine<'_> {
     ) -> Result<(), Box<Fault>> {
         let matrices = access.elements as usize;
         let file = warp.file.as_mut_ptr();
+        let mask = (!0u64 >> (64 - 8 * matrices)) as u32;
+        let site = Site { pc, mask, bytes: 16, usage: Use::Load, strong: false };
+        // SAFETY: `direct` has checked 16 readable bytes at every lane's address, and the registers are in the file.
+        unsafe {
+            if !access.wide_base
+                && let Some((base, added)) = self.direct::<ISA>(file, operands[matrices], access, site)
+            {
+                // Copied first: a destination may be the base.
+                let base = base.cast::<[u32; 32]>().read();
+                let offset = access.offset as u32;
+                for m in 0..matrices {
+                    let row = |row: usize| (added + u64::from(base[8 * m + row].wrapping_add(offset))) as *const u8;
+                    load_matrix(file.add(operands[m] as usize), trans, row);
+                }
+                return Ok(());
+            }
+        }
+        self.ldmatrix_slowly(warp, operands, trans, access, site)
+    }
+
+    #[inline(never)]
+    fn ldmatrix_slowly(
+        &mut self,
+        warp: &mut Warp,
+        operands: &[u32],
+        trans: bool,
+        access: &Access,
+        site: Site,
+    ) -> Result<(), Box<Fault>> {
+        let matrices = access.elements as usize;
+        let file = warp.file.as_mut_ptr();
         // SAFETY: the decoder gives the destinations and then the base, all inside the file.
         let mut at = unsafe { addresses(file, operands[matrices], access.wide_base, access.offset) };
-        let mask = (!0u64 >> (64 - 8 * matrices)) as u32;
-        settle(&mut at, mask);
-        self.locate(warp, access.space, &mut at, Site { pc, mask, bytes: 16, usage: Use::Load, strong: false })?;
+        settle(&mut at, site.mask);
+        self.locate(warp, access.space, &mut at, site)?;
         for m in 0..matrices {
             // SAFETY: `locate` has found 16 readable bytes at every row, and the destination is inside the file.
-            unsafe {
-                let to = &mut *file.add(operands[m] as usize).cast::<[[u32; 4]; 8]>();
-                if !trans {
-                    for row in 0..8 {
-                        to[row] = (at[8 * m + row] as *const [u32; 4]).read_unaligned();
-                    }
-                } else {
-                    let rows: [[u16; 8]; 8] =
-                        std::array::from_fn(|row| (at[8 * m + row] as *const [u16; 8]).read_unaligned());
-                    for row in 0..8 {
-                        for pair in 0..4 {
-                            to[row][pair] = u32::from(rows[2 * pair][row]) | u32::from(rows[2 * pair + 1][row]) << 16;
-                        }
-                    }
-                }
-            }
+            unsafe { load_matrix(file.add(operands[m] as usize), trans, |row| at[8 * m + row] as *const u8) };
         }
         Ok(())
     }
@@ -1010,116 +1098,123 @@ impl Machine<'_> {
 unsafe fn blend32(file: *mut u8, register: u32, value: &[u32; 32], mask: u32) {
     // SAFETY: the caller's register is inside the file.
     let to = unsafe { &mut *file.add(register as usize).cast::<[u32; 32]>() };
-    if mask == !0 {
-        *to = *value;
-    } else {
-        for l in 0..32 {
-            to[l] = if mask >> l & 1 != 0 { value[l] } else { to[l] };
-        }
-    }
+    ops::blend32(to, value, mask);
 }
 
 #[inline(always)]
 unsafe fn blend64(file: *mut u8, register: u32, value: &[u64; 32], mask: u32) {
     // SAFETY: the caller's register is inside the file.
     let to = unsafe { &mut *file.add(register as usize).cast::<[u64; 32]>() };
-    if mask == !0 {
-        *to = *value;
-    } else {
-        for l in 0..32 {
-            to[l] = if mask >> l & 1 != 0 { value[l] } else { to[l] };
+    ops::blend64(to, value, mask);
+}
+
+/// One matrix of `ldmatrix`: 8 rows of 16 bytes into one register.
+#[inline(always)]
+unsafe fn load_matrix(to: *mut u8, trans: bool, row: impl Fn(usize) -> *const u8) {
+    // SAFETY: the caller has checked the rows and the destination.
+    unsafe {
+        if !trans {
+            let to = to.cast::<[u32; 4]>();
+            for r in 0..8 {
+                to.add(r).write(row(r).cast::<[u32; 4]>().read_unaligned());
+            }
+            return;
+        }
+        let rows: [[u16; 8]; 8] = std::array::from_fn(|r| row(r).cast::<[u16; 8]>().read_unaligned());
+        let to = to.cast::<[u16; 8]>();
+        for r in 0..8 {
+            to.add(r).write(std::array::from_fn(|c| rows[c][r]));
         }
     }
 }
 
-/// Loads of 1, 2 or 4 words of 32 bits.
+/// Moves a load's bytes into its registers. `at` gives a lane's address; `dense`: lane after lane follows in memory. `equal`: the first 16 lanes, the last
+/// 16 lanes have the same address.
 #[inline(always)]
-unsafe fn load_words(file: *mut u8, operands: &[u32], elements: usize, at: &Addresses, mask: u32) {
+unsafe fn load_from<const ISA: usize>(
+    file: *mut u8,
+    operands: &[u32],
+    access: &Access,
+    mask: u32,
+    dense: bool,
+    equal: [bool; 2],
+    at: impl Fn(usize) -> *const u8,
+) {
     // SAFETY: the caller has checked the addresses and registers.
     unsafe {
-        match elements {
-            1 => {
+        match (access.bytes, access.elements, access.register_bits) {
+            (4, 1, 32) => {
+                if mask == !0 && dense {
+                    // Through a copy: the destination may be the base.
+                    let value = at(0).cast::<[u32; 32]>().read_unaligned();
+                    file.add(operands[0] as usize).cast::<[u32; 32]>().write(value);
+                    return;
+                }
                 let mut value = [0u32; 32];
-                if progression(at, 4) {
-                    value = (at[0] as *const [u32; 32]).read_unaligned();
-                } else {
-                    for l in 0..32 {
-                        value[l] = (at[l] as *const u32).read_unaligned();
-                    }
+                for l in 0..32 {
+                    value[l] = at(l).cast::<u32>().read_unaligned();
                 }
                 blend32(file, operands[0], &value, mask);
             }
-            2 => {
+            (4, 2, 32) => {
                 let mut value = [[0u32; 32]; 2];
                 for l in 0..32 {
-                    let words = (at[l] as *const [u32; 2]).read_unaligned();
+                    let words = at(l).cast::<[u32; 2]>().read_unaligned();
                     value[0][l] = words[0];
                     value[1][l] = words[1];
                 }
                 blend32(file, operands[0], &value[0], mask);
                 blend32(file, operands[1], &value[1], mask);
             }
-            _ => {
+            (4, 4, 32) => {
                 let mut value = [[0u32; 32]; 4];
-                for l in (0..32).step_by(4) {
-                    transpose(&at[l..l + 4], &mut value, l);
+                let [a, b, c, d] = value.each_mut().map(|to| to.as_mut_ptr());
+                let to = if mask == !0 {
+                    // With several destinations none is the base, so they can be written at once.
+                    let register = |e: usize| file.add(operands[e] as usize).cast::<u32>();
+                    [register(0), register(1), register(2), register(3)]
+                } else {
+                    [a, b, c, d]
+                };
+                ask::load_quads::<ISA>(&at, to, equal[0]);
+                ask::load_quads::<ISA>(|l| at(l + 16), to.map(|to| to.add(16)), equal[1]);
+                if mask != !0 {
+                    for e in 0..4 {
+                        blend32(file, operands[e], &value[e], mask);
+                    }
                 }
-                for e in 0..4 {
-                    blend32(file, operands[e], &value[e], mask);
+            }
+            (8, _, 64) => {
+                let mut value = [[0u64; 32]; 2];
+                for l in 0..32 {
+                    for e in 0..access.elements as usize {
+                        value[e][l] = at(l).cast::<u64>().add(e).read_unaligned();
+                    }
                 }
+                for e in 0..access.elements as usize {
+                    blend64(file, operands[e], &value[e], mask);
+                }
+            }
+            _ => {
+                let at: [*const u8; 32] = std::array::from_fn(at);
+                load_narrow(file, operands, access, &at, mask);
             }
         }
     }
 }
 
-/// Reads 4 words at each of 4 addresses: word e of address i becomes `value[e][l + i]`.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn transpose(at: &[u64], value: &mut [[u32; 32]; 4], l: usize) {
-    use std::arch::x86_64::*;
-    // SAFETY: SSE2 is part of x86-64; the caller has checked 16 readable bytes at each address, and l + 4 <= 32.
-    unsafe {
-        let row = |i: usize| _mm_loadu_si128(at[i] as *const __m128i);
-        let (a, b, c, d) = (row(0), row(1), row(2), row(3));
-        let (ab_low, ab_high) = (_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
-        let (cd_low, cd_high) = (_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d));
-        let columns = [
-            _mm_unpacklo_epi64(ab_low, cd_low),
-            _mm_unpackhi_epi64(ab_low, cd_low),
-            _mm_unpacklo_epi64(ab_high, cd_high),
-            _mm_unpackhi_epi64(ab_high, cd_high),
-        ];
-        for (column, to) in columns.into_iter().zip(value) {
-            _mm_storeu_si128(to.as_mut_ptr().add(l).cast(), column);
-        }
-    }
-}
-
-/// Reads 4 words at each of 4 addresses: word e of address i becomes `value[e][l + i]`.
-#[cfg(not(target_arch = "x86_64"))]
-#[inline(always)]
-unsafe fn transpose(at: &[u64], value: &mut [[u32; 32]; 4], l: usize) {
-    for (i, &a) in at.iter().enumerate() {
-        // SAFETY: the caller has checked 16 readable bytes.
-        let row = unsafe { (a as *const [u32; 4]).read_unaligned() };
-        for e in 0..4 {
-            value[e][l + i] = row[e];
-        }
-    }
-}
-
 /// Loads of elements narrower than their registers, or of 8 and 16 bits.
-#[inline(always)]
-unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &Addresses, mask: u32) {
+#[inline(never)]
+unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &[*const u8; 32], mask: u32) {
     for e in 0..access.elements as usize {
         let mut value = [0u64; 32];
         // SAFETY: the caller has checked the addresses.
         unsafe {
             match access.bytes {
-                1 => (0..32).for_each(|l| value[l] = u64::from((at[l] as *const u8).add(e).read())),
-                2 => (0..32).for_each(|l| value[l] = u64::from((at[l] as *const u16).add(e).read_unaligned())),
-                4 => (0..32).for_each(|l| value[l] = u64::from((at[l] as *const u32).add(e).read_unaligned())),
-                _ => (0..32).for_each(|l| value[l] = (at[l] as *const u64).add(e).read_unaligned()),
+                1 => (0..32).for_each(|l| value[l] = at[l].add(e).read().into()),
+                2 => (0..32).for_each(|l| value[l] = at[l].cast::<u16>().add(e).read_unaligned().into()),
+                4 => (0..32).for_each(|l| value[l] = at[l].cast::<u32>().add(e).read_unaligned().into()),
+                _ => (0..32).for_each(|l| value[l] = at[l].cast::<u64>().add(e).read_unaligned()),
             }
         }
         if access.signed {
@@ -1135,6 +1230,61 @@ unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &Add
             } else {
                 let keep = if access.register_bits < 32 { (1 << access.register_bits) - 1 } else { !0 };
                 blend32(file, operands[e], &value.map(|v| v as u32 & keep), mask);
+            }
+        }
+    }
+}
+
+/// Moves a store's registers into memory; see [`load_from`].
+#[inline(always)]
+unsafe fn store_to(
+    file: *const u8,
+    operands: &[u32],
+    access: &Access,
+    mask: u32,
+    dense: bool,
+    at: impl Fn(usize) -> *mut u8,
+) {
+    // SAFETY: the caller has checked the addresses of the lanes in the mask, and the registers.
+    unsafe {
+        match (access.bytes, access.elements, access.register_bits) {
+            (4, 1, 32) if mask == !0 && dense => {
+                at(0).cast::<[u32; 32]>().write_unaligned(file.add(operands[1] as usize).cast::<[u32; 32]>().read());
+            }
+            (4, 1, 32) => {
+                let value = &*file.add(operands[1] as usize).cast::<[u32; 32]>();
+                for l in lanes(mask) {
+                    at(l as usize).cast::<u32>().write_unaligned(value[l as usize]);
+                }
+            }
+            (4, 4, 32) if mask == !0 => {
+                let value = |e: usize| file.add(operands[1 + e] as usize).cast::<u32>();
+                let values = [value(0), value(1), value(2), value(3)];
+                for l in (0..32).step_by(4) {
+                    ask::store_quads(|i| at(l + i), values.map(|value| value.add(l)));
+                }
+            }
+            (4, _, 32) => {
+                for e in 0..access.elements as usize {
+                    let value = &*file.add(operands[1 + e] as usize).cast::<[u32; 32]>();
+                    for l in lanes(mask) {
+                        at(l as usize).cast::<u32>().add(e).write_unaligned(value[l as usize]);
+                    }
+                }
+            }
+            (2, 1, _) if access.register_bits < 64 => {
+                let value = &*file.add(operands[1] as usize).cast::<[u32; 32]>();
+                for l in lanes(mask) {
+                    at(l as usize).cast::<u16>().write_unaligned(value[l as usize] as u16);
+                }
+            }
+            _ => {
+                let bytes = usize::from(access.bytes * access.elements);
+                for l in lanes(mask) {
+                    let mut value = [0; 16];
+                    gather_lane(file, &operands[1..], access, l as usize, &mut value);
+                    std::ptr::copy_nonoverlapping(value.as_ptr(), at(l as usize), bytes);
+                }
             }
         }
     }

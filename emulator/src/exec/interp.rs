@@ -198,12 +198,12 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                 }
                 Op::Load(access) => {
                     if active != 0 {
-                        machine.load(warp, operands, access, pc, active)?;
+                        machine.load::<ISA>(warp, operands, access, pc, active)?;
                     }
                 }
                 Op::Store(access) => {
                     if active != 0 {
-                        machine.store(warp, operands, access, pc, active)?;
+                        machine.store::<ISA>(warp, operands, access, pc, active)?;
                     }
                 }
                 Op::LdMatrix { trans, access } => {
@@ -213,7 +213,7 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                         }
                         return Err(machine.not_whole(warp, pc, active));
                     }
-                    machine.ldmatrix(warp, operands, *trans, access, pc)?;
+                    machine.ldmatrix::<ISA>(warp, operands, *trans, access, pc)?;
                 }
                 Op::Jump(target) => {
                     end_of_block!();

@@ -2,6 +2,7 @@
 
 mod access;
 mod interp;
+mod lanes;
 pub mod moves;
 mod printf;
 mod races;
