@@ -90,7 +90,7 @@ impl Run {
             multiprocessors: 1,
             cooperative: false,
         };
-        let settings = Settings { checks, isa, threads: 1, counters: false, ..Settings::default() };
+        let settings = Settings { checks, isa, threads: 1, counters: checks == Checks::ALL, ..Settings::default() };
         exec::launch(&self.memory, &launch, &settings).unwrap_or_else(|fault| panic!("{fault}"));
     }
 

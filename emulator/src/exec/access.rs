@@ -1,24 +1,40 @@
 //! Memory instructions: addresses, checks, and moving the bytes.
 //!
-//! An access first turns its lanes' addresses into host addresses ([`Machine::locate`]), which is where all checks are; lanes outside the mask
+//! An access first turns its lanes' addresses into host addresses ([`super::checks`]), which is where all checks are; lanes outside the mask
 //! are given the address of the first lane inside, so that loads can read all 32 without asking. Where only bounds and alignment are checked
 //! and all 32 addresses are good, [`Machine::direct`] finds that out faster.
 
 // Loops over lanes and elements index several registers at once, and vectorise that way.
 #![allow(clippy::needless_range_loop)]
 
-use super::interp::PORTABLE;
+use super::checks::{approve, approve_arrival, approve_copy, per_isa};
 use super::lanes as ask;
-use super::races::Other;
-use super::state::{Machine, Pending, Warp, lanes, name_thread};
-use super::{Fault, FaultKind, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
+use super::state::{Machine, Pending, Warp, lanes};
+use super::{Fault, FaultKind};
 use crate::num::ops;
 use crate::ptx::program::{Access, Op, Rmw, Space};
 use half::{bf16, f16};
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// One address per lane.
-pub type Addresses = [u64; 32];
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub struct Addresses(pub [u64; 32]);
+
+impl Deref for Addresses {
+    type Target = [u64; 32];
+
+    fn deref(&self) -> &[u64; 32] {
+        &self.0
+    }
+}
+
+impl DerefMut for Addresses {
+    fn deref_mut(&mut self) -> &mut [u64; 32] {
+        &mut self.0
+    }
+}
 
 /// What an access does to memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -52,7 +68,7 @@ pub struct Site {
 /// The register lies in the file.
 #[inline(always)]
 pub unsafe fn addresses(file: *const u8, register: u32, wide: bool, offset: i64) -> Addresses {
-    let mut at = [0; 32];
+    let mut at = Addresses([0; 32]);
     // SAFETY: the caller's promise; registers are aligned to 64.
     unsafe {
         if wide {
@@ -83,9 +99,9 @@ pub fn settle(at: &mut Addresses, mask: u32) {
 
 /// Smallest, largest and the disjunction of all addresses.
 #[inline(always)]
-fn extent(at: &Addresses) -> (u64, u64, u64) {
+pub fn extent(at: &Addresses) -> (u64, u64, u64) {
     let (mut low, mut high, mut bits) = (!0, 0, 0);
-    for &a in at {
+    for &a in &at.0 {
         low = a.min(low);
         high = a.max(high);
         bits |= a;
@@ -104,478 +120,6 @@ pub fn progression(at: &Addresses, step: u64) -> bool {
 }
 
 impl Machine<'_> {
-    /// Checks the accesses of a warp and turns their addresses into host addresses.
-    #[inline(never)]
-    pub fn locate(&mut self, warp: &mut Warp, space: Space, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
-        match space {
-            Space::Generic => self.locate_generic(warp, at, site),
-            Space::Shared => self.locate_shared(warp, at, site),
-            Space::Global => self.locate_global(warp, at, site),
-            Space::Local | Space::Param => self.locate_private(warp, space, at, site),
-        }
-    }
-
-    /// Lanes may point into different spaces; each is done on its own.
-    fn locate_generic(&mut self, warp: &mut Warp, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
-        let windows = [
-            (SHARED_WINDOW, Space::Shared),
-            (LOCAL_WINDOW, Space::Local),
-            (PARAM_WINDOW, Space::Param),
-            (0, Space::Global),
-        ];
-        let mut rest = site.mask;
-        for (window, space) in windows {
-            let mask = lanes(rest)
-                .filter(|&l| window == 0 || at[l as usize] >> 56 == window >> 56)
-                .fold(0, |mask, l| mask | 1 << l);
-            if mask == 0 {
-                continue;
-            }
-            rest &= !mask;
-            if space == Space::Param && site.usage != Use::Load {
-                let lane = mask.trailing_zeros();
-                return Err(self.out_of_bounds(warp, site, lane, "kernel parameters cannot be written".into()));
-            }
-            let mut part = at.map(|a| a.wrapping_sub(window));
-            settle(&mut part, mask);
-            self.locate(warp, space, &mut part, Site { mask, ..site })?;
-            for l in lanes(mask) {
-                at[l as usize] = part[l as usize];
-            }
-        }
-        settle(at, site.mask);
-        Ok(())
-    }
-
-    fn verb(site: Site) -> &'static str {
-        match site.usage {
-            Use::Load => "read",
-            Use::Store => "write",
-            Use::Atomic => "atomic operation",
-        }
-    }
-
-    fn out_of_bounds(&self, warp: &Warp, site: Site, lane: u32, detail: String) -> Box<Fault> {
-        self.fault(FaultKind::OutOfBounds, warp, site.pc, lane, detail)
-    }
-
-    /// The first lane whose address is not a multiple of the size is a fault.
-    fn check_alignment(&self, warp: &Warp, at: &Addresses, site: Site, what: &str) -> Result<(), Box<Fault>> {
-        if !self.env.checks.bounds && site.usage != Use::Atomic {
-            return Ok(());
-        }
-        match lanes(site.mask).find(|&l| !at[l as usize].is_multiple_of(u64::from(site.bytes))) {
-            None => Ok(()),
-            Some(lane) => {
-                let detail = format!(
-                    "{} of {} bytes at {what} {:#x}, which is not a multiple of {}",
-                    Self::verb(site),
-                    site.bytes,
-                    at[lane as usize],
-                    site.bytes
-                );
-                Err(self.fault(FaultKind::Misaligned, warp, site.pc, lane, detail))
-            }
-        }
-    }
-
-    fn locate_shared(&mut self, warp: &mut Warp, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
-        let env = self.env;
-        let size = u64::from(env.shared_bytes);
-        for l in lanes(site.mask) {
-            let a = at[l as usize];
-            if a.checked_add(u64::from(site.bytes)).is_none_or(|end| end > size) {
-                let detail = format!(
-                    "{} of {} bytes at shared address {a:#x}, the block has {size} bytes of shared memory",
-                    Self::verb(site),
-                    site.bytes
-                );
-                return Err(self.out_of_bounds(warp, site, l, detail));
-            }
-        }
-        self.check_alignment(warp, at, site, "shared address")?;
-        if env.settings.counters {
-            self.count_shared(at, site);
-        }
-        if env.checks.uninitialised {
-            for l in lanes(site.mask) {
-                let range = at[l as usize] as usize..at[l as usize] as usize + site.bytes as usize;
-                if site.usage == Use::Store {
-                    self.block.shared_written[range].fill(1);
-                } else if let Some(first) = self.block.shared_written[range].iter().position(|&w| w == 0) {
-                    let detail =
-                        format!("reads shared memory at {:#x} that nothing has written", at[l as usize] + first as u64);
-                    return Err(self.fault(FaultKind::Uninitialised, warp, site.pc, l, detail));
-                }
-            }
-        }
-        if let Some(races) = &mut self.block.races {
-            let w = warp.index as usize;
-            let mut found = None;
-            if !site.strong || site.usage == Use::Atomic {
-                for l in lanes(site.mask) {
-                    let a = at[l as usize] as u32;
-                    let other = match site.usage {
-                        Use::Load => races.read(w, l, a, site.bytes),
-                        Use::Atomic => races.atomic(w, l, a, site.bytes),
-                        Use::Store => None,
-                    };
-                    if let Some(other) = other {
-                        found = Some((l, other));
-                        break;
-                    }
-                    let pending = &self.block.shared_pending[a as usize..(a + site.bytes) as usize];
-                    if let Some(first) = pending.iter().position(|&p| p != 0) {
-                        let detail = format!(
-                            "{} of shared memory at {:#x} before the cp.async that fills it has been waited for",
-                            Self::verb(site),
-                            a + first as u32
-                        );
-                        return Err(self.fault(FaultKind::SharedRace, warp, site.pc, l, detail));
-                    }
-                }
-            }
-            if site.strong && env.program.fences {
-                for l in lanes(site.mask) {
-                    races.synchronise(w, at[l as usize] as u32);
-                }
-            }
-            if let Some((lane, other)) = found {
-                return Err(self.shared_race(warp, site, lane, other));
-            }
-        }
-        let base = self.block.shared.as_mut_ptr() as u64;
-        for a in at.iter_mut() {
-            *a += base;
-        }
-        Ok(())
-    }
-
-    /// The races of a store, which needs its values: `values[l]` are the bytes of lane l.
-    fn shared_store_races(
-        &mut self,
-        warp: &Warp,
-        at: &Addresses,
-        site: Site,
-        values: &[[u8; 16]; 32],
-    ) -> Result<(), Box<Fault>> {
-        if site.strong {
-            return Ok(());
-        }
-        let base = self.block.shared.as_mut_ptr() as u64;
-        let bytes = u64::from(self.env.shared_bytes);
-        let Some(races) = &mut self.block.races else {
-            return Ok(());
-        };
-        for l in lanes(site.mask) {
-            let a = at[l as usize].wrapping_sub(base);
-            if a >= bytes {
-                continue;
-            }
-            let value = &values[l as usize];
-            // SAFETY: `locate` has found the bytes inside the block's shared memory.
-            let now = unsafe { std::slice::from_raw_parts(at[l as usize] as *const u8, site.bytes as usize) };
-            if let Some(other) =
-                races.write(warp.index as usize, l, a as u32, site.bytes, |i| now[i as usize] == value[i as usize])
-            {
-                return Err(self.shared_race(warp, site, l, other));
-            }
-            // Written as it is checked, so that two lanes of one instruction see each other.
-            // SAFETY: as above; the store proper writes the same bytes again.
-            unsafe { std::ptr::copy_nonoverlapping(value.as_ptr(), at[l as usize] as *mut u8, site.bytes as usize) };
-        }
-        Ok(())
-    }
-
-    fn shared_race(&self, warp: &Warp, site: Site, lane: u32, other: Other) -> Box<Fault> {
-        let who = match other.lane {
-            Some(lane) => format!("thread {}", name_thread(self.env.thread(other.warp, lane))),
-            None => format!("several threads of warp {}", other.warp),
-        };
-        let detail = format!(
-            "{} of shared memory at {:#x}, which {who} has {} with no barrier between",
-            Self::verb(site),
-            other.at,
-            other.what
-        );
-        self.fault(FaultKind::SharedRace, warp, site.pc, lane, detail)
-    }
-
-    fn locate_global(&mut self, warp: &mut Warp, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
-        let env = self.env;
-        let (low, high, _) = extent(at);
-        let bytes = u64::from(site.bytes);
-        let slot = site.pc as usize & 15;
-        let (start, end) = self.cache[slot];
-        if !(low >= start && high < end && end - high >= bytes) {
-            match env.allocation(low, (high - low).saturating_add(bytes)) {
-                Some(found) => self.cache[slot] = (found.address, found.address + found.bytes),
-                None => self.check_lanes(warp, at, site)?,
-            }
-        }
-        self.check_alignment(warp, at, site, "address")?;
-        if env.settings.counters {
-            self.count_global(at, site);
-        }
-        if env.checks.uninitialised {
-            match site.usage {
-                Use::Store => {
-                    let dense = site.mask == !0 && progression(at, bytes);
-                    if dense {
-                        env.memory.mark(at[0], bytes * 32, true);
-                    } else {
-                        lanes(site.mask).for_each(|l| env.memory.mark(at[l as usize], bytes, true));
-                    }
-                }
-                _ => self.check_written(warp, at, site)?,
-            }
-        }
-        if let Some(races) = &env.global_races {
-            let block = self.block.linear as u32;
-            if site.strong {
-                if env.program.fences {
-                    for l in lanes(site.mask) {
-                        races.synchronise(
-                            at[l as usize],
-                            block,
-                            self.block.epoch,
-                            site.usage != Use::Store,
-                            site.usage != Use::Load,
-                        );
-                    }
-                }
-            } else if site.usage == Use::Load {
-                self.global_races(warp, at, site, None)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Lanes that are not all in one allocation: each must be in some.
-    fn check_lanes(&self, warp: &Warp, at: &Addresses, site: Site) -> Result<(), Box<Fault>> {
-        let env = self.env;
-        let bytes = u64::from(site.bytes);
-        for l in lanes(site.mask) {
-            let a = at[l as usize];
-            let inside = if env.checks.bounds {
-                env.allocation(a, bytes).is_some()
-            } else {
-                a >= env.range.0 && a.saturating_add(bytes) <= env.range.0 + env.range.1
-            };
-            if !inside {
-                let detail = format!(
-                    "{} of {bytes} bytes at address {a:#x}, which is in no allocation: {}",
-                    Self::verb(site),
-                    env.memory.nearest(a)
-                );
-                return Err(self.out_of_bounds(warp, site, l, detail));
-            }
-        }
-        Ok(())
-    }
-
-    fn check_written(&self, warp: &Warp, at: &Addresses, site: Site) -> Result<(), Box<Fault>> {
-        let (low, high, _) = extent(at);
-        let memory = self.env.memory;
-        let bytes = u64::from(site.bytes);
-        if high - low <= 4096 && memory.written(low, high - low + bytes) {
-            return Ok(());
-        }
-        for l in lanes(site.mask) {
-            let a = at[l as usize];
-            if memory.written(a, bytes) {
-                continue;
-            }
-            let first = (a..a + bytes).find(|&byte| !memory.written(byte, 1)).unwrap_or(a);
-            let place = match self.env.allocation(a, 1) {
-                Some(found) => {
-                    format!("byte {} of allocation {} ({} bytes)", first - found.address, found.serial, found.bytes)
-                }
-                None => "outside every allocation".into(),
-            };
-            let detail = format!("reads address {first:#x}, {place}, that nothing has written");
-            return Err(self.fault(FaultKind::Uninitialised, warp, site.pc, l, detail));
-        }
-        Ok(())
-    }
-
-    /// Races between blocks of a plain access; stores give their values.
-    fn global_races(
-        &self,
-        warp: &Warp,
-        at: &Addresses,
-        site: Site,
-        values: Option<&[[u8; 16]; 32]>,
-    ) -> Result<(), Box<Fault>> {
-        let env = self.env;
-        let Some(races) = &env.global_races else {
-            return Ok(());
-        };
-        if site.strong {
-            return Ok(());
-        }
-        let block = self.block.linear as u32;
-        let (base, size) = env.range;
-        for l in lanes(site.mask) {
-            let a = at[l as usize];
-            if a.wrapping_sub(base) >= size {
-                continue;
-            }
-            let end = a + u64::from(site.bytes);
-            let mut word = a & !3;
-            while word < end {
-                let (from, upto) = (a.max(word), end.min(word + 4));
-                let bytes = ((1 << (upto - word)) - 1) & !((1u64 << (from - word)) - 1);
-                let conflict = match values {
-                    None => races.read(word, bytes, block, self.block.epoch),
-                    Some(values) => {
-                        // SAFETY: the bytes lie in an allocation.
-                        let now = unsafe { std::slice::from_raw_parts(from as *const u8, (upto - from) as usize) };
-                        let same = now == &values[l as usize][(from - a) as usize..(upto - a) as usize];
-                        races.write(word, bytes, block, self.block.epoch, same)
-                    }
-                };
-                if let Some(conflict) = conflict {
-                    let [gx, gy, _] = env.launch.grid;
-                    let who = match conflict.block {
-                        Some(other) => format!("block ({},{},{})", other % gx, other / gx % gy, other / gx / gy),
-                        None => "several blocks".into(),
-                    };
-                    let place = env.allocation(a, 1).map_or(String::new(), |found| {
-                        format!(" (byte {} of allocation {})", from - found.address, found.serial)
-                    });
-                    let detail = format!(
-                        "{} of global memory at {from:#x}{place}, which {who} has {} in this launch with nothing to order them",
-                        Self::verb(site),
-                        conflict.what
-                    );
-                    return Err(self.fault(FaultKind::GlobalRace, warp, site.pc, l, detail));
-                }
-                word += 4;
-            }
-        }
-        Ok(())
-    }
-
-    /// Local memory and parameters.
-    fn locate_private(
-        &mut self,
-        warp: &mut Warp,
-        space: Space,
-        at: &mut Addresses,
-        site: Site,
-    ) -> Result<(), Box<Fault>> {
-        let env = self.env;
-        let (size, what) = match space {
-            Space::Local => (u64::from(env.launch.kernel.local_bytes), "local address"),
-            _ => (env.launch.params.len() as u64, "parameter address"),
-        };
-        for l in lanes(site.mask) {
-            let a = at[l as usize];
-            if a.checked_add(u64::from(site.bytes)).is_none_or(|end| end > size) {
-                let detail = format!("{} of {} bytes at {what} {a:#x}, of {size} bytes", Self::verb(site), site.bytes);
-                return Err(self.out_of_bounds(warp, site, l, detail));
-            }
-        }
-        self.check_alignment(warp, at, site, what)?;
-        let stride = u64::from(env.local_stride);
-        if space == Space::Local {
-            if env.settings.counters {
-                self.counters.local += 1;
-            }
-            let base = warp.local.as_mut_ptr() as u64;
-            for (l, a) in at.iter_mut().enumerate() {
-                *a += base + l as u64 * stride;
-            }
-        } else {
-            let base = env.launch.params.as_ptr() as u64;
-            for a in at.iter_mut() {
-                *a += base;
-            }
-        }
-        Ok(())
-    }
-
-    fn count_global(&mut self, at: &Addresses, site: Site) {
-        let counters = &mut self.counters;
-        counters.global += 1;
-        let asked = u64::from(site.bytes * site.mask.count_ones());
-        match site.usage {
-            Use::Load => counters.global_load_bytes += asked,
-            Use::Store => counters.global_store_bytes += asked,
-            Use::Atomic => counters.atomics += u64::from(site.mask.count_ones()),
-        }
-        let touched = self.env.touched.as_ref();
-        if progression(at, u64::from(site.bytes)) {
-            let (first, last) = (at[0] / 32, (at[31] + u64::from(site.bytes) - 1) / 32);
-            counters.global_sectors += last - first + 1;
-            if let Some(touched) = touched {
-                touched.touch(first, last);
-            }
-            return;
-        }
-        // An access is aligned to its size of at most 16 bytes, so it touches one sector.
-        let mut sectors = at.map(|a| a / 32);
-        if !sectors.is_sorted() {
-            sectors.sort_unstable();
-        }
-        let mut last = None;
-        for sector in sectors {
-            if last != Some(sector) {
-                counters.global_sectors += 1;
-                if let Some(touched) = touched {
-                    touched.touch(sector, sector);
-                }
-                last = Some(sector);
-            }
-        }
-    }
-
-    /// Wavefronts: 32 banks of 4 bytes; accesses of 8 and 16 bytes go by half and quarter warps, as the hardware does.
-    fn count_shared(&mut self, at: &Addresses, site: Site) {
-        let counters = &mut self.counters;
-        counters.shared += 1;
-        if site.usage == Use::Atomic {
-            counters.atomics += u64::from(site.mask.count_ones());
-        }
-        // An aligned access of 4, 8 or 16 bytes is one unit, and a pass has as many lanes as there are units in all banks.
-        let unit = site.bytes.max(4);
-        let lanes_per_pass = 128 / unit;
-        for pass in 0..32 / lanes_per_pass {
-            let part = site.mask & (((1u64 << lanes_per_pass) - 1) << (pass * lanes_per_pass)) as u32;
-            if part == 0 {
-                continue;
-            }
-            // The first unit seen in each place of the banks; others in the same place are further wavefronts.
-            let mut first = [u64::MAX; 32];
-            let (mut more, mut count) = ([0u64; 32], 0);
-            for l in lanes(part) {
-                let unit = at[l as usize] / u64::from(unit);
-                let slot = &mut first[unit as usize % lanes_per_pass as usize];
-                if *slot == u64::MAX {
-                    *slot = unit;
-                } else if *slot != unit {
-                    more[count] = unit;
-                    count += 1;
-                }
-            }
-            let mut wavefronts = 1;
-            if count > 0 {
-                let mut places = [1u8; 32];
-                more[..count].sort_unstable();
-                let mut last = u64::MAX;
-                for &unit in &more[..count] {
-                    let place = &mut places[unit as usize % lanes_per_pass as usize];
-                    *place += u8::from(unit != last);
-                    wavefronts = wavefronts.max(*place);
-                    last = unit;
-                }
-            }
-            counters.shared_wavefronts += u64::from(wavefronts);
-            counters.shared_ideal += 1;
-        }
-    }
-
     /// What a plain access needs where all lanes' addresses lie inside shared memory, or inside the allocation that the instruction used last, and no
     /// check is wanted that looks at single lanes: where lane 0's base stands and what is added to the bases to give host addresses.
     #[inline(always)]
@@ -587,6 +131,9 @@ impl Machine<'_> {
         site: Site,
     ) -> Option<(*const u8, u64)> {
         let env = self.env;
+        if env.settings.counters {
+            return None;
+        }
         // SAFETY: the base is a register inside the file, of 64 or 32 bits as the access says; the loop runs on a processor with ISA.
         let (base, inside, added) = unsafe {
             let base = file.add(register as usize).cast_const();
@@ -616,15 +163,6 @@ impl Machine<'_> {
         if !inside {
             return None;
         }
-        if env.settings.counters {
-            // SAFETY: as above.
-            let mut at = unsafe { addresses(file, register, access.wide_base, access.offset) };
-            settle(&mut at, site.mask);
-            match access.space {
-                Space::Shared => self.count_shared(&at, site),
-                _ => self.count_global(&at, site),
-            }
-        }
         Some((base, added))
     }
 
@@ -644,6 +182,9 @@ impl Machine<'_> {
         let site = Site { pc, mask, bytes, usage: Use::Load, strong: access.strong };
         let register = operands[elements];
         let single = mask == !0 && bytes == 4;
+        if access.space == Space::Param {
+            return self.load_parameter(warp, operands, access, site);
+        }
         // SAFETY: `direct` and `locate` have checked `bytes` readable bytes at every lane's address (in `locate`, lanes outside the mask share one), and the
         // registers are in the file.
         unsafe {
@@ -670,11 +211,13 @@ impl Machine<'_> {
                 return Ok(());
             }
         }
-        self.load_slowly(warp, operands, access, site)
+        // SAFETY: the loop runs on a processor with ISA; the registers are in the file.
+        unsafe { load_checked::<ISA>(self, warp, operands, access, site) }
     }
 
+    /// `ld.param`: in ordinary programs at a constant address.
     #[inline(never)]
-    fn load_slowly(
+    fn load_parameter(
         &mut self,
         warp: &mut Warp,
         operands: &[u32],
@@ -683,14 +226,30 @@ impl Machine<'_> {
     ) -> Result<(), Box<Fault>> {
         let file = warp.file.as_mut_ptr();
         let register = operands[access.elements as usize];
+        let params = self.env.launch.params;
         // SAFETY: the decoder gives a load its destinations and then its base; all are inside the file.
-        let mut at = unsafe { addresses(file, register, access.wide_base, access.offset) };
-        settle(&mut at, site.mask);
-        self.locate(warp, access.space, &mut at, site)?;
-        // SAFETY: `locate` has checked the bytes at every address, and the registers are in the file.
         unsafe {
-            let dense = progression(&at, site.bytes.into());
-            load_from::<PORTABLE>(file, operands, access, site.mask, dense, [false; 2], |l| at[l] as *const u8);
+            let mut at = addresses(file, register, access.wide_base, access.offset);
+            settle(&mut at, site.mask);
+            let first = at[0];
+            let inside = first % u64::from(site.bytes) == 0
+                && first.checked_add(site.bytes.into()).is_some_and(|end| end <= params.len() as u64)
+                && progression(&at, 0);
+            if !inside || access.bytes < 4 || u32::from(access.register_bits) != 8 * u32::from(access.bytes) {
+                self.locate(warp, Space::Param, &mut at, site)?;
+                load_from::<{ super::interp::PORTABLE }>(file, operands, access, site.mask, false, [false; 2], |l| {
+                    at[l] as *const u8
+                });
+                return Ok(());
+            }
+            for e in 0..access.elements as usize {
+                let value = params.as_ptr().add(first as usize + e * usize::from(access.bytes));
+                if access.bytes == 8 {
+                    blend64(file, operands[e], &[value.cast::<u64>().read_unaligned(); 32], site.mask);
+                } else {
+                    blend32(file, operands[e], &[value.cast::<u32>().read_unaligned(); 32], site.mask);
+                }
+            }
         }
         Ok(())
     }
@@ -729,42 +288,14 @@ impl Machine<'_> {
                 return Ok(());
             }
         }
-        self.store_slowly(warp, operands, access, site)
-    }
-
-    #[inline(never)]
-    fn store_slowly(
-        &mut self,
-        warp: &mut Warp,
-        operands: &[u32],
-        access: &Access,
-        site: Site,
-    ) -> Result<(), Box<Fault>> {
-        let file = warp.file.as_mut_ptr();
-        // SAFETY: the decoder gives a store its base and then its values; all are inside the file.
-        let mut at = unsafe { addresses(file, operands[0], access.wide_base, access.offset) };
-        settle(&mut at, site.mask);
-        self.locate(warp, access.space, &mut at, site)?;
-        if self.block.races.is_some() || self.env.global_races.is_some() {
-            let mut values = [[0; 16]; 32];
-            for l in lanes(site.mask) {
-                // SAFETY: a lane's values are inside the file.
-                unsafe { gather_lane(file, &operands[1..], access, l as usize, &mut values[l as usize]) };
-            }
-            self.global_races(warp, &at, site, Some(&values))?;
-            self.shared_store_races(warp, &at, site, &values)?;
-        }
-        // SAFETY: `locate` has checked the bytes at every lane's address.
-        unsafe {
-            store_to(file, operands, access, site.mask, progression(&at, site.bytes.into()), |l| at[l] as *mut u8)
-        };
-        Ok(())
+        // SAFETY: the loop runs on a processor with ISA; the registers are in the file.
+        unsafe { store_checked::<ISA>(self, warp, operands, access, site) }
     }
 
     /// `atom` and `red`
     #[inline(never)]
     #[allow(clippy::too_many_arguments)]
-    pub fn atom(
+    pub fn atom<const ISA: usize>(
         &mut self,
         warp: &mut Warp,
         operands: &[u32],
@@ -780,7 +311,10 @@ impl Machine<'_> {
         let mut at = unsafe { addresses(file, operands[skip], access.wide_base, access.offset) };
         settle(&mut at, mask);
         let site = Site { pc, mask, bytes: u32::from(access.bytes), usage: Use::Atomic, strong: true };
-        self.locate(warp, access.space, &mut at, site)?;
+        // SAFETY: the loop runs on a processor with ISA.
+        if unsafe { !approve::<ISA>(self, warp, access.space, &mut at, site) } {
+            self.locate(warp, access.space, &mut at, site)?;
+        }
         let shared = self.block.shared.as_mut_ptr() as u64;
         let in_shared = |a: u64| a.wrapping_sub(shared) < u64::from(self.env.shared_bytes);
         let wide = access.bytes == 8;
@@ -817,7 +351,7 @@ impl Machine<'_> {
 
     /// `cp.async`: the data is read now and arrives when it is waited for.
     #[inline(never)]
-    pub fn cp_async(
+    pub fn cp_async<const ISA: usize>(
         &mut self,
         warp: &mut Warp,
         operands: &[u32],
@@ -839,113 +373,155 @@ impl Machine<'_> {
             };
             (addresses(file, operands[0], wide_to, to), addresses(file, operands[1], true, from), sizes)
         };
-        if let Some(lane) = lanes(mask).find(|&l| sizes[l as usize] > u32::from(bytes)) {
-            let detail = format!("a source of {} bytes for a copy of {bytes}", sizes[lane as usize]);
-            return Err(self.fault(FaultKind::Illegal, warp, pc, lane, detail));
-        }
-        let offsets = target;
         settle(&mut target, mask);
-        // Races and initialisation are looked at when the data arrives; bounds and alignment now.
-        let checks = Site { pc, mask, bytes: u32::from(bytes), usage: Use::Store, strong: true };
-        for l in lanes(mask) {
-            let a = offsets[l as usize];
-            if a + u64::from(bytes) > u64::from(self.env.shared_bytes) {
-                let detail = format!(
-                    "write of {bytes} bytes at shared address {a:#x}, the block has {} bytes of shared memory",
-                    self.env.shared_bytes
-                );
-                return Err(self.out_of_bounds(warp, checks, l, detail));
-            }
-        }
-        self.check_alignment(warp, &target, checks, "shared address")?;
-        if self.env.settings.counters {
-            self.count_shared(&target, checks);
+        let site = Site { pc, mask, bytes: u32::from(bytes), usage: Use::Store, strong: false };
+        // SAFETY: the loop runs on a processor with ISA.
+        if unsafe { !approve_copy::<ISA>(self, warp.index, &target, site) } {
+            self.begin_copy(warp, &target, site)?;
         }
         for size in 1..=u32::from(bytes) {
             let part = lanes(mask).filter(|&l| sizes[l as usize] == size).fold(0, |part, l| part | 1 << l);
             if part == 0 {
                 continue;
             }
-            self.check_alignment(warp, &source, Site { mask: part, usage: Use::Load, ..checks }, "address")?;
+            let site = Site { mask: part, usage: Use::Load, ..site };
             let mut at = source;
             settle(&mut at, part);
+            // SAFETY: as above.
+            if size == u32::from(bytes) && unsafe { approve::<ISA>(self, warp, Space::Global, &mut at, site) } {
+                continue;
+            }
+            self.check_alignment(warp, &source, site, "address")?;
             if size.is_power_of_two() {
-                self.locate(
-                    warp,
-                    Space::Global,
-                    &mut at,
-                    Site { pc, mask: part, bytes: size, usage: Use::Load, strong: false },
-                )?;
+                self.locate(warp, Space::Global, &mut at, Site { bytes: size, ..site })?;
             } else {
                 for byte in 0..u64::from(size) {
-                    let mut at = at.map(|a| a + byte);
-                    self.locate(
-                        warp,
-                        Space::Global,
-                        &mut at,
-                        Site { pc, mask: part, bytes: 1, usage: Use::Load, strong: false },
-                    )?;
+                    let mut at = Addresses(at.map(|a| a + byte));
+                    self.locate(warp, Space::Global, &mut at, Site { bytes: 1, ..site })?;
                 }
             }
         }
+        if let Some(lane) = lanes(mask).find(|&l| sizes[l as usize] > u32::from(bytes)) {
+            let detail = format!("a source of {} bytes for a copy of {bytes}", sizes[lane as usize]);
+            return Err(self.fault(FaultKind::Illegal, warp, pc, lane, detail));
+        }
+        let mut data = [[0; 16]; 32];
         for l in lanes(mask) {
-            let at = offsets[l as usize] as u32;
-            let mut data = [0; 16];
-            // SAFETY: `locate` has found `sizes[l]` readable bytes, at most 16.
+            let l = l as usize;
+            // SAFETY: the source has been checked for `sizes[l]` readable bytes, at most 16.
             unsafe {
-                std::ptr::copy_nonoverlapping(
-                    source[l as usize] as *const u8,
-                    data.as_mut_ptr(),
-                    sizes[l as usize] as usize,
-                )
+                let from = source[l] as *const u8;
+                std::ptr::copy_nonoverlapping(from, data[l].as_mut_ptr(), sizes[l] as usize)
             };
-            let group = warp.committed[l as usize];
-            if let Some(races) = &self.block.races {
-                let other =
-                    (at..at + u32::from(bytes)).find_map(|byte| races.check_write(warp.index as usize, l, byte));
-                if let Some(other) = other {
-                    return Err(self.shared_race(warp, checks, l, other));
-                }
-                for pending in &mut self.block.shared_pending[at as usize..at as usize + usize::from(bytes)] {
-                    *pending = pending.saturating_add(1);
+        }
+        // Lanes of one group together; they differ only where lanes have diverged between commits.
+        let mut rest = mask;
+        while rest != 0 {
+            let group = warp.committed[rest.trailing_zeros() as usize];
+            let same = lanes(rest).filter(|&l| warp.committed[l as usize] == group).fold(0, |same, l| same | 1 << l);
+            rest &= !same;
+            warp.pending.push(Pending { site: Site { mask: same, ..site }, group, to: target, data });
+        }
+        Ok(())
+    }
+
+    /// Whether a copy's destination may be written, lane by lane. Initialisation is looked at when the data arrives.
+    fn begin_copy(&mut self, warp: &Warp, target: &Addresses, site: Site) -> Result<(), Box<Fault>> {
+        for l in lanes(site.mask) {
+            let a = target[l as usize];
+            if a + u64::from(site.bytes) > u64::from(self.env.shared_bytes) {
+                let detail = format!(
+                    "write of {} bytes at shared address {a:#x}, the block has {} bytes of shared memory",
+                    site.bytes, self.env.shared_bytes
+                );
+                return Err(self.out_of_bounds(warp, site, l, detail));
+            }
+        }
+        self.check_alignment(warp, target, site, "shared address")?;
+        if self.env.settings.counters {
+            self.count_shared(target, site);
+        }
+        if let Some(races) = &self.block.races {
+            for l in lanes(site.mask) {
+                let mut range = self.env.granules(target[l as usize], site.bytes);
+                if let Some(other) = range.find_map(|at| races.check_write(warp.index as usize, l, at)) {
+                    return Err(self.shared_race(warp, site, l, other));
                 }
             }
-            warp.pending.push(Pending { lane: l as u8, bytes, group, to: at, data });
+            for l in lanes(site.mask) {
+                let range = self.env.granules(target[l as usize], site.bytes);
+                self.block.shared_pending[range].iter_mut().for_each(|pending| *pending = pending.saturating_add(1));
+            }
         }
         Ok(())
     }
 
     /// Completes the copies of the lanes in `mask` except their last `keep` groups; u32::MAX completes what is not committed too.
     #[inline(never)]
-    pub fn cp_wait(&mut self, warp: &mut Warp, keep: u32, pc: u32, mask: u32) -> Result<(), Box<Fault>> {
-        let pending = std::mem::take(&mut warp.pending);
-        let shared = self.block.shared.as_mut_ptr();
-        for copy in pending {
-            let lane = u32::from(copy.lane);
-            let done = mask >> lane & 1 != 0
-                && (keep == u32::MAX || copy.group < warp.committed[lane as usize].saturating_sub(keep));
-            if !done {
-                warp.pending.push(copy);
-                continue;
+    pub fn cp_wait<const ISA: usize>(
+        &mut self,
+        warp: &mut Warp,
+        keep: u32,
+        pc: u32,
+        mask: u32,
+    ) -> Result<(), Box<Fault>> {
+        let mut pending = std::mem::take(&mut warp.pending);
+        let mut kept = 0;
+        for i in 0..pending.len() {
+            let copy = &pending[i];
+            let done = lanes(copy.site.mask & mask)
+                .filter(|&l| keep == u32::MAX || copy.group < warp.committed[l as usize].saturating_sub(keep))
+                .fold(0, |done, l| done | 1 << l);
+            if done != 0 {
+                // SAFETY: the loop runs on a processor with ISA.
+                let good =
+                    done == copy.site.mask && unsafe { approve_arrival::<ISA>(self, warp.index, &copy.to, copy.site) };
+                if !good {
+                    self.arrive_slowly(warp, copy, done, pc)?;
+                }
+                let bytes = copy.site.bytes as usize;
+                let shared = self.block.shared.as_mut_ptr();
+                for l in lanes(done) {
+                    // SAFETY: the destination was checked when the copy began.
+                    unsafe {
+                        let to = shared.add(copy.to[l as usize] as usize);
+                        std::ptr::copy_nonoverlapping(copy.data[l as usize].as_ptr(), to, bytes);
+                    }
+                }
             }
-            let bytes = usize::from(copy.bytes);
-            // SAFETY: the destination was checked when the copy began.
-            let target = unsafe { std::slice::from_raw_parts_mut(shared.add(copy.to as usize), bytes) };
+            if done != copy.site.mask {
+                pending[i].site.mask &= !done;
+                pending.swap(kept, i);
+                kept += 1;
+            }
+        }
+        pending.truncate(kept);
+        warp.pending = pending;
+        Ok(())
+    }
+
+    /// What the arrival of a copy is asked, lane by lane.
+    fn arrive_slowly(&mut self, warp: &Warp, copy: &Pending, done: u32, pc: u32) -> Result<(), Box<Fault>> {
+        let bytes = copy.site.bytes as usize;
+        for l in lanes(done) {
+            let range = self.env.granules(copy.to[l as usize], copy.site.bytes);
             if let Some(races) = &mut self.block.races {
-                for pending in &mut self.block.shared_pending[copy.to as usize..][..bytes] {
-                    *pending -= 1;
+                for pending in &mut self.block.shared_pending[range.clone()] {
+                    *pending = pending.saturating_sub(1);
                 }
-                let other = races.write(warp.index as usize, lane, copy.to, bytes as u32, |i| {
-                    target[i as usize] == copy.data[i as usize]
-                });
-                if let Some(other) = other {
-                    let site = Site { pc, mask, bytes: bytes as u32, usage: Use::Store, strong: false };
-                    return Err(self.shared_race(warp, site, lane, other));
+                // SAFETY: the destination was checked when the copy began.
+                let now = unsafe {
+                    let at = self.block.shared.as_mut_ptr().add(copy.to[l as usize] as usize);
+                    std::slice::from_raw_parts(at, bytes)
+                };
+                let size = 1 << self.env.granule;
+                let same = |i: usize| now[i * size..][..size] == copy.data[l as usize][i * size..][..size];
+                if let Some(other) = races.write(warp.index as usize, l, range.clone(), same) {
+                    return Err(self.shared_race(warp, Site { pc, ..copy.site }, l, other));
                 }
             }
-            target.copy_from_slice(&copy.data[..bytes]);
             if self.env.checks.uninitialised {
-                self.block.shared_written[copy.to as usize..][..bytes].fill(1);
+                self.block.shared_written[range].fill(1);
             }
         }
         Ok(())
@@ -980,34 +556,19 @@ impl Machine<'_> {
                 return Ok(());
             }
         }
-        self.ldmatrix_slowly(warp, operands, trans, access, site)
-    }
-
-    #[inline(never)]
-    fn ldmatrix_slowly(
-        &mut self,
-        warp: &mut Warp,
-        operands: &[u32],
-        trans: bool,
-        access: &Access,
-        site: Site,
-    ) -> Result<(), Box<Fault>> {
-        let matrices = access.elements as usize;
-        let file = warp.file.as_mut_ptr();
-        // SAFETY: the decoder gives the destinations and then the base, all inside the file.
-        let mut at = unsafe { addresses(file, operands[matrices], access.wide_base, access.offset) };
-        settle(&mut at, site.mask);
-        self.locate(warp, access.space, &mut at, site)?;
-        for m in 0..matrices {
-            // SAFETY: `locate` has found 16 readable bytes at every row, and the destination is inside the file.
-            unsafe { load_matrix(file.add(operands[m] as usize), trans, |row| at[8 * m + row] as *const u8) };
-        }
-        Ok(())
+        // SAFETY: the loop runs on a processor with ISA; the registers are in the file.
+        unsafe { ldmatrix_checked::<ISA>(self, warp, operands, trans, access, site) }
     }
 
     /// `wmma.load` and `wmma.store`, element by element.
     #[inline(never)]
-    pub fn wmma_memory(&mut self, warp: &mut Warp, operands: &[u32], op: &Op, pc: u32) -> Result<(), Box<Fault>> {
+    pub fn wmma_memory<const ISA: usize>(
+        &mut self,
+        warp: &mut Warp,
+        operands: &[u32],
+        op: &Op,
+        pc: u32,
+    ) -> Result<(), Box<Fault>> {
         let (fragment, column, access, store) = match *op {
             Op::WmmaLoad { fragment, column, access } => (fragment, column, access, false),
             Op::WmmaStore { fragment, column, access } => (fragment, column, access, true),
@@ -1024,16 +585,21 @@ impl Machine<'_> {
         };
         let bytes = fragment.element_bytes;
         let usage = if store { Use::Store } else { Use::Load };
+        let before = (self.counters.global, self.counters.shared);
         for (register, &operand) in values.iter().enumerate() {
             for part in 0..fragment.per_register {
-                let mut at: Addresses = std::array::from_fn(|l| {
+                let mut at = Addresses(std::array::from_fn(|l| {
                     let (row, col) = (fragment.at)(l as u32, register as u32, part);
                     let (major, minor) = if column { (col, row) } else { (row, col) };
                     base[l]
                         .wrapping_add((u64::from(major) * u64::from(stride[l]) + u64::from(minor)) * u64::from(bytes))
-                });
+                }));
                 let site = Site { pc, mask: !0, bytes, usage, strong: false };
-                self.locate(warp, access.space, &mut at, site)?;
+                // SAFETY: the loop runs on a processor with ISA.
+                let approved = unsafe { approve::<ISA>(self, warp, access.space, &mut at, site) };
+                if !approved {
+                    self.locate(warp, access.space, &mut at, site)?;
+                }
                 let mut data = [[0u8; 16]; 32];
                 let width = bytes as usize;
                 let shift = (part * bytes) as usize;
@@ -1049,8 +615,10 @@ impl Machine<'_> {
                             )
                         };
                     }
-                    self.global_races(warp, &at, site, Some(&data))?;
-                    self.shared_store_races(warp, &at, site, &data)?;
+                    if !approved {
+                        self.global_races(warp, &at, site, Some(&data))?;
+                        self.shared_store_races(warp, &at, site, &data)?;
+                    }
                 }
                 for l in 0..32 {
                     let lane_bytes = if bytes == 8 { 8 } else { 4 };
@@ -1066,6 +634,9 @@ impl Machine<'_> {
                 }
             }
         }
+        // One instruction, however many elements.
+        let counters = &mut self.counters;
+        (counters.global, counters.shared) = (counters.global.min(before.0 + 1), counters.shared.min(before.1 + 1));
         if let Some(races) = &mut self.block.races {
             races.tick(warp.index as usize);
         }
@@ -1081,7 +652,7 @@ impl Machine<'_> {
         bytes: u32,
         pc: u32,
     ) -> Result<*const u8, Box<Fault>> {
-        let mut at = [address; 32];
+        let mut at = Addresses([address; 32]);
         let counters = self.counters.clone();
         self.locate(
             warp,
@@ -1092,6 +663,129 @@ impl Machine<'_> {
         self.counters = counters;
         Ok(at[lane as usize] as *const u8)
     }
+}
+
+per_isa! {
+    /// `ld` with all checks that are wanted.
+    ///
+    /// # Safety
+    /// The processor has the instruction set of `ISA`; the operands are the step's.
+    fn load_checked(
+        machine: &mut Machine,
+        warp: &mut Warp,
+        operands: &[u32],
+        access: &Access,
+        site: Site,
+    ) -> Result<(), Box<Fault>> = load_body
+}
+
+#[inline(always)]
+unsafe fn load_body<const ISA: usize>(
+    machine: &mut Machine,
+    warp: &mut Warp,
+    operands: &[u32],
+    access: &Access,
+    site: Site,
+) -> Result<(), Box<Fault>> {
+    let file = warp.file.as_mut_ptr();
+    let register = operands[access.elements as usize];
+    // SAFETY: the decoder gives a load its destinations and then its base; all are inside the file. The bytes at every address are checked before
+    // they are read.
+    unsafe {
+        let mut at = addresses(file, register, access.wide_base, access.offset);
+        settle(&mut at, site.mask);
+        if !approve::<ISA>(machine, warp, access.space, &mut at, site) {
+            machine.locate(warp, access.space, &mut at, site)?;
+        }
+        let dense = ask::steps64::<ISA>(at.as_ptr(), site.bytes.into());
+        load_from::<ISA>(file, operands, access, site.mask, dense, [false; 2], |l| at[l] as *const u8);
+    }
+    Ok(())
+}
+
+per_isa! {
+    /// `st` with all checks that are wanted.
+    ///
+    /// # Safety
+    /// As for [`load_checked`].
+    fn store_checked(
+        machine: &mut Machine,
+        warp: &mut Warp,
+        operands: &[u32],
+        access: &Access,
+        site: Site,
+    ) -> Result<(), Box<Fault>> = store_body
+}
+
+#[inline(always)]
+unsafe fn store_body<const ISA: usize>(
+    machine: &mut Machine,
+    warp: &mut Warp,
+    operands: &[u32],
+    access: &Access,
+    site: Site,
+) -> Result<(), Box<Fault>> {
+    let file = warp.file.as_mut_ptr();
+    // SAFETY: the decoder gives a store its base and then its values; all are inside the file. The bytes at the address of every lane in the mask are
+    // checked before they are written.
+    unsafe {
+        let mut at = addresses(file, operands[0], access.wide_base, access.offset);
+        settle(&mut at, site.mask);
+        if !approve::<ISA>(machine, warp, access.space, &mut at, site) {
+            machine.locate(warp, access.space, &mut at, site)?;
+            if machine.block.races.is_some() || machine.env.global_races.is_some() {
+                let mut values = [[0; 16]; 32];
+                for l in lanes(site.mask) {
+                    gather_lane(file, &operands[1..], access, l as usize, &mut values[l as usize]);
+                }
+                machine.global_races(warp, &at, site, Some(&values))?;
+                machine.shared_store_races(warp, &at, site, &values)?;
+            }
+        }
+        let dense = ask::steps64::<ISA>(at.as_ptr(), site.bytes.into());
+        store_to(file, operands, access, site.mask, dense, |l| at[l] as *mut u8)
+    };
+    Ok(())
+}
+
+per_isa! {
+    /// `ldmatrix` with all checks that are wanted.
+    ///
+    /// # Safety
+    /// As for [`load_checked`].
+    fn ldmatrix_checked(
+        machine: &mut Machine,
+        warp: &mut Warp,
+        operands: &[u32],
+        trans: bool,
+        access: &Access,
+        site: Site,
+    ) -> Result<(), Box<Fault>> = ldmatrix_body
+}
+
+#[inline(always)]
+unsafe fn ldmatrix_body<const ISA: usize>(
+    machine: &mut Machine,
+    warp: &mut Warp,
+    operands: &[u32],
+    trans: bool,
+    access: &Access,
+    site: Site,
+) -> Result<(), Box<Fault>> {
+    let matrices = access.elements as usize;
+    let file = warp.file.as_mut_ptr();
+    // SAFETY: the decoder gives the destinations and then the base, all inside the file. 16 bytes at every row are checked before they are read.
+    unsafe {
+        let mut at = addresses(file, operands[matrices], access.wide_base, access.offset);
+        settle(&mut at, site.mask);
+        if !approve::<ISA>(machine, warp, access.space, &mut at, site) {
+            machine.locate(warp, access.space, &mut at, site)?;
+        }
+        for m in 0..matrices {
+            load_matrix(file.add(operands[m] as usize), trans, |row| at[8 * m + row] as *const u8);
+        }
+    }
+    Ok(())
 }
 
 #[inline(always)]
