@@ -73,7 +73,8 @@ fn the_true_noise_has_no_loss() {
     assert_eq!(got.per_image, [0.0; 3]);
     assert!(got.gradient.unwrap().data().iter().all(|dy| *dy == 0.0));
     // Predicting nothing costs the noise's variance: 1 +- 5 sqrt(2/n).
-    let nothing = loss(&Device::cpu(), &Tensor::zeros(&Device::cpu(), Shape::new(3, 100, 100, 1)).unwrap(), &batch, None);
+    let nothing =
+        loss(&Device::cpu(), &Tensor::zeros(&Device::cpu(), Shape::new(3, 100, 100, 1)).unwrap(), &batch, None);
     assert!((nothing.mean() - 1.0).abs() < 5.0 * (2.0f64 / 3e4).sqrt(), "{}", nothing.mean());
 }
 
