@@ -6,7 +6,7 @@
 //            wgrad  dw[o,u,v,k] = sum over n,i,j of dy[n,i,j,o] x[n, i s + u - top, j s + v - left, k]
 //            bwd_shift  dshift[n,o] = sum over i,j of dy[n,i,j,o]; sum_parts adds up db = sum over n, and the parts of dw
 // layout     x (n, h, w, c_in), w (c_out, kh, kw, c_in), y, residual (n, oh, ow, c_out), shift (n, c_out), bias (c_out): contiguous. Gradients alike.
-// mapping    block = 128 threads = one tile of the product (tile_gemm.cuh)
+// mapping    block = 64 threads = one tile of the product (tile_gemm.cuh)
 //            fwd    rows = pixels of y, all images in one row; cols = c_out; k = (u, v, c_in)
 //            dgrad  blockIdx.y = one of s s classes of pixels of dx, those with p = a and q = b (mod s): they all meet the same taps, u = a + top
 //                   and v = b + left (mod s), so that none is tried in vain. rows = the class's pixels; cols = c_in; k = (u, v, c_out). A pixel
@@ -73,16 +73,16 @@ struct Pixel {
 // Patches of an image batch `from` (.., h, w, channels) as rows of a matrix, k = (tap row, tap column, channel).
 template <class T, int SIDE>
 struct Patches {
-    const T* from[SIDE / 32];
-    int i[SIDE / 32], j[SIDE / 32];
+    const T* from[QUADS<SIDE>];
+    int i[QUADS<SIDE>], j[QUADS<SIDE>];
     unsigned h, w, channels, taps_h, taps_w;
     Walk at;
-    Quad<T> quads[SIDE / 32];
+    Quad<T> quads[QUADS<SIDE>];
 
     __device__ Patches(const T* from_, const Pixel (&pixels)[SIDE], unsigned h_, unsigned w_, unsigned channels_, const Axis& rows, const Axis& cols)
         : h(h_), w(w_), channels(channels_), taps_h(rows.taps), taps_w(cols.taps), at(AlongK::k(), cols.taps, channels_) {
 #pragma unroll
-        for (int r = 0; r < SIDE / 32; ++r) {
+        for (int r = 0; r < QUADS<SIDE>; ++r) {
             const Pixel& pixel = pixels[AlongK::row(r)];
             from[r] = from_ + pixel.patch;
             i[r] = pixel.i;
@@ -96,11 +96,11 @@ struct Patches {
 
     __device__ __forceinline__ void fetch() {
 #pragma unroll
-        for (int r = 0; r < SIDE / 32; ++r) quads[r].clear();
+        for (int r = 0; r < QUADS<SIDE>; ++r) quads[r].clear();
         if (channels % 4 == 0) {
             const size_t place = (size_t)(at.t * w + at.v) * channels + at.c;
 #pragma unroll
-            for (int r = 0; r < SIDE / 32; ++r) {
+            for (int r = 0; r < QUADS<SIDE>; ++r) {
                 if (inside(r, at)) quads[r].load(from[r] + place);
             }
         } else {
@@ -109,7 +109,7 @@ struct Patches {
             for (int e = 0; e < 4; ++e) {
                 const size_t place = (size_t)(one.t * w + one.v) * channels + one.c;
 #pragma unroll
-                for (int r = 0; r < SIDE / 32; ++r) {
+                for (int r = 0; r < QUADS<SIDE>; ++r) {
                     if (inside(r, one)) quads[r].load(e, from[r] + place);
                 }
                 one.advance(1, taps_w, channels);
@@ -127,18 +127,18 @@ struct Weights {
     const T* from;
     unsigned col, c_in, c_out, kh, kw;
     Axis rows, cols;
-    Walk at[SIDE / 32];
-    Quad<T> quads[SIDE / 32];
+    Walk at[QUADS<SIDE>];
+    Quad<T> quads[QUADS<SIDE>];
 
     __device__ Weights(const T* from_, unsigned first_col, const Geometry& g, const Axis& rows_, const Axis& cols_)
         : from(from_), col(first_col + AcrossK<SIDE>::col()), c_in(g.c_in), c_out(g.c_out), kh(g.kh), kw(g.kw), rows(rows_), cols(cols_) {
 #pragma unroll
-        for (int i = 0; i < SIDE / 32; ++i) at[i] = Walk(AcrossK<SIDE>::k() + AcrossK<SIDE>::step(i), cols.taps, c_out);
+        for (int i = 0; i < QUADS<SIDE>; ++i) at[i] = Walk(AcrossK<SIDE>::k() + AcrossK<SIDE>::step(i), cols.taps, c_out);
     }
 
     __device__ __forceinline__ void fetch() {
 #pragma unroll
-        for (int i = 0; i < SIDE / 32; ++i) {
+        for (int i = 0; i < QUADS<SIDE>; ++i) {
             quads[i].clear();
             if (at[i].t < rows.taps) {
                 const unsigned u = rows.u + (int)at[i].t * rows.du, v = cols.u + (int)at[i].v * cols.du;
@@ -165,7 +165,7 @@ struct PatchColumns {
     unsigned turn, pixel, end;
     const Geometry& g;
     Walk at;
-    Quad<T> quads[SIDE / 32];
+    Quad<T> quads[QUADS<SIDE>];
 
     // For pixels from `begin` to `end`. A barrier must follow.
     __device__ PatchColumns(const T* from_, Origin (&origins_)[2][DEPTH], const Geometry& g_, unsigned first_col, unsigned begin, unsigned end_)
@@ -189,7 +189,7 @@ struct PatchColumns {
 
     __device__ __forceinline__ void fetch() {
 #pragma unroll
-        for (int i = 0; i < SIDE / 32; ++i) {
+        for (int i = 0; i < QUADS<SIDE>; ++i) {
             const Origin origin = origins[turn][AcrossK<SIDE>::k() + AcrossK<SIDE>::step(i)];
             quads[i].clear();
             Walk one = at;
@@ -228,20 +228,21 @@ struct Plus {
 template <class TILE, class T>
 __device__ __forceinline__ void store_pixels(T* to, const Pixel (&pixels)[TILE::ROWS], unsigned first, unsigned count, unsigned col, unsigned cols,
                                              const Plus<T>& plus, const Results<TILE>& results) {
-    col += Results<TILE>::col();
-    const Four four(col, cols);
-    if (four.count == 0) return;
-    float4 bias = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (plus.bias) bias = four.read(plus.bias + col);
 #pragma unroll
-    for (int i = 0; i < THREAD_ROWS; ++i) {
-        const int row = Results<TILE>::row() + i;
-        if (first + row >= count) return;
-        const Pixel& pixel = pixels[row];
-        float4 v = results.quad(i) + bias;
-        if (plus.shift) v = v + four.read(plus.shift + (size_t)pixel.image * cols + col);
-        if (plus.residual) v = v + four.read(plus.residual + pixel.result + col);
-        four.write(to + pixel.result + col, v);
+    for (int half = 0; half < 2; ++half) {
+        const Four four(col + results.col(half), cols);
+        if (four.count == 0) return;
+        float4 bias = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (plus.bias) bias = four.read(plus.bias + four.col);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (first + results.row(i) >= count) break;
+            const Pixel& pixel = pixels[results.row(i)];
+            float4 v = results.quad(i, half) + bias;
+            if (plus.shift) v = v + four.read(plus.shift + (size_t)pixel.image * cols + four.col);
+            if (plus.residual) v = v + four.read(plus.residual + pixel.result + four.col);
+            four.write(to + pixel.result + four.col, v);
+        }
     }
 }
 
@@ -253,11 +254,11 @@ __device__ __forceinline__ void forward(T* y, const T* x, const T* weight, const
     const unsigned across = (g.c_out + TILE::COLS - 1) / TILE::COLS;
     const unsigned first = blockIdx.x / across * TILE::ROWS, first_col = blockIdx.x % across * TILE::COLS;
     const Axis rows = Axis::forward(g.kh, g.stride, g.top), cols = Axis::forward(g.kw, g.stride, g.left);
-    if (threadIdx.x < TILE::ROWS) {
-        const unsigned p = min(first + threadIdx.x, count - 1);
+    for (unsigned r = threadIdx.x; r < TILE::ROWS; r += THREADS) {
+        const unsigned p = min(first + r, count - 1);
         const unsigned image = p / (g.oh * g.ow), rest = p % (g.oh * g.ow);
         const int i = (int)(rest / g.ow * rows.stride) + rows.first, j = (int)(rest % g.ow * cols.stride) + cols.first;
-        pixels[threadIdx.x] = {(((long long)image * g.h + i) * g.w + j) * g.c_in, (long long)p * g.c_out, i, j, image};
+        pixels[r] = {(((long long)image * g.h + i) * g.w + j) * g.c_in, (long long)p * g.c_out, i, j, image};
     }
     __syncthreads();  // pixels written above are read by the operands and when results are stored
 
@@ -279,12 +280,16 @@ __device__ __forceinline__ void dgrad(T* dx, const T* dy, const T* weight, const
     const unsigned first = blockIdx.x / across * TILE::ROWS, first_col = blockIdx.x % across * TILE::COLS;
     if (first >= count) return;
     const Axis rows = Axis::backward(above, g.kh, s, g.top), cols = Axis::backward(before, g.kw, s, g.left);
-    if (threadIdx.x < TILE::ROWS) {
-        const unsigned p = min(first + threadIdx.x, count - 1);
+    for (unsigned r = threadIdx.x; r < TILE::ROWS; r += THREADS) {
+        const unsigned p = min(first + r, count - 1);
         const unsigned image = p / (h * w), rest = p % (h * w), row = rest / w, col = rest % w;
         const int i = (int)row + rows.first, j = (int)col + cols.first;
-        const long long result = (((long long)image * g.h + row * s + above) * g.w + col * s + before) * g.c_in;
-        pixels[threadIdx.x] = {(((long long)image * g.oh + i) * g.ow + j) * g.c_out, result, i, j, image};
+        Pixel& pixel = pixels[r];
+        pixel.patch = (((long long)image * g.oh + i) * g.ow + j) * g.c_out;
+        pixel.result = (((long long)image * g.h + row * s + above) * g.w + col * s + before) * g.c_in;
+        pixel.i = i;
+        pixel.j = j;
+        pixel.image = image;
     }
     __syncthreads();  // pixels written above are read by the operands and when results are stored
 
@@ -318,22 +323,22 @@ __device__ __forceinline__ void wgrad(float* dw, const T* x, const T* dy, unsign
 
 // clang-format off
 #define ENTRY(suffix, T) \
-    extern "C" __global__ void __launch_bounds__(128) conv2d_fwd_64x64_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* shift, const T* residual, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) conv2d_fwd_64x64_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* shift, const T* residual, SIZES) { \
         forward<Tile<64, 64>, T>(y, x, weight, {bias, shift, residual}, GEOMETRY); \
     } \
-    extern "C" __global__ void __launch_bounds__(128) conv2d_fwd_128x32_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* shift, const T* residual, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) conv2d_fwd_128x32_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* shift, const T* residual, SIZES) { \
         forward<Tile<128, 32>, T>(y, x, weight, {bias, shift, residual}, GEOMETRY); \
     } \
-    extern "C" __global__ void __launch_bounds__(128) conv2d_dgrad_64x64_##suffix(T* dx, const T* dy, const T* weight, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) conv2d_dgrad_64x64_##suffix(T* dx, const T* dy, const T* weight, SIZES) { \
         dgrad<Tile<64, 64>>(dx, dy, weight, GEOMETRY); \
     } \
-    extern "C" __global__ void __launch_bounds__(128) conv2d_dgrad_128x32_##suffix(T* dx, const T* dy, const T* weight, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) conv2d_dgrad_128x32_##suffix(T* dx, const T* dy, const T* weight, SIZES) { \
         dgrad<Tile<128, 32>>(dx, dy, weight, GEOMETRY); \
     } \
-    extern "C" __global__ void __launch_bounds__(128) conv2d_wgrad_64x64_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) conv2d_wgrad_64x64_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, SIZES) { \
         wgrad<Tile<64, 64>>(dw, x, dy, share, accumulate, GEOMETRY); \
     } \
-    extern "C" __global__ void __launch_bounds__(128) conv2d_wgrad_32x128_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) conv2d_wgrad_32x128_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, SIZES) { \
         wgrad<Tile<32, 128>>(dw, x, dy, share, accumulate, GEOMETRY); \
     } \
     extern "C" __global__ void __launch_bounds__(256) conv2d_bwd_shift_##suffix(float* sums, T* dshift, const T* dy, unsigned pixels, unsigned long long all_pixels, unsigned c, unsigned lanes) { \

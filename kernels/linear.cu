@@ -5,7 +5,7 @@
 //            wgrad  dw[o,k] = sum over p of dy[p,o] x[p,k]
 //            bwd_bias  sums of chunks of dy's rows, which sum_parts adds up to db[o] = sum over p of dy[p,o]; sum_parts also adds up the parts of dw
 // layout     x (rows, c_in), w (c_out, c_in), y, residual, dy (rows, c_out), bias (c_out): contiguous
-// mapping    block = 128 threads = one tile of the product; blockIdx.x counts tiles, side by side first. wgrad: blockIdx.y takes `share` rows
+// mapping    block = 64 threads = one tile of the product; blockIdx.x counts tiles, side by side first. wgrad: blockIdx.y takes `share` rows
 // shared     two buffers of both operands, 17 KB (64x64) or 21 KB
 // bound by   FMA; by idle rows of the tile where there are few (the time embedding has one for each image); bwd_bias by reading dy
 // host       rows, c_in, c_out < 2^31; tensors aligned to 16 bytes (vector accesses where c_in, c_out divide by four)
@@ -17,19 +17,20 @@
 template <class TILE, class T>
 __device__ __forceinline__ void store_rows(T* y, unsigned row, unsigned rows, unsigned col, unsigned cols, const float* b, const T* residual,
                                            const Results<TILE>& results) {
-    row += Results<TILE>::row();
-    col += Results<TILE>::col();
-    const Four four(col, cols);
-    if (four.count == 0) return;
-    float4 bias = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (b) bias = four.read(b + col);
 #pragma unroll
-    for (int i = 0; i < THREAD_ROWS; ++i) {
-        if (row + i >= rows) return;
-        const size_t at = (size_t)(row + i) * cols + col;
-        float4 v = results.quad(i) + bias;
-        if (residual) v = v + four.read(residual + at);
-        four.write(y + at, v);
+    for (int half = 0; half < 2; ++half) {
+        const Four four(col + results.col(half), cols);
+        if (four.count == 0) return;
+        float4 bias = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (b) bias = four.read(b + four.col);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (row + results.row(i) >= rows) break;
+            const size_t at = (size_t)(row + results.row(i)) * cols + four.col;
+            float4 v = results.quad(i, half) + bias;
+            if (residual) v = v + four.read(residual + at);
+            four.write(y + at, v);
+        }
     }
 }
 
@@ -75,22 +76,22 @@ __device__ __forceinline__ void wgrad(float* dw, const T* x, const T* dy, unsign
 // clang-format off
 #define SIZES unsigned rows, unsigned c_in, unsigned c_out
 #define ENTRY(suffix, T) \
-    extern "C" __global__ void __launch_bounds__(128) linear_fwd_64x64_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* residual, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) linear_fwd_64x64_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* residual, SIZES) { \
         forward<Tile<64, 64>>(y, x, weight, bias, residual, rows, c_in, c_out); \
     } \
-    extern "C" __global__ void __launch_bounds__(128) linear_fwd_128x32_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* residual, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) linear_fwd_128x32_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* residual, SIZES) { \
         forward<Tile<128, 32>>(y, x, weight, bias, residual, rows, c_in, c_out); \
     } \
-    extern "C" __global__ void __launch_bounds__(128) linear_dgrad_64x64_##suffix(T* dx, const T* dy, const T* weight, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) linear_dgrad_64x64_##suffix(T* dx, const T* dy, const T* weight, SIZES) { \
         dgrad<Tile<64, 64>>(dx, dy, weight, rows, c_in, c_out); \
     } \
-    extern "C" __global__ void __launch_bounds__(128) linear_dgrad_128x32_##suffix(T* dx, const T* dy, const T* weight, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) linear_dgrad_128x32_##suffix(T* dx, const T* dy, const T* weight, SIZES) { \
         dgrad<Tile<128, 32>>(dx, dy, weight, rows, c_in, c_out); \
     } \
-    extern "C" __global__ void __launch_bounds__(128) linear_wgrad_64x64_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) linear_wgrad_64x64_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, SIZES) { \
         wgrad<Tile<64, 64>>(dw, x, dy, share, accumulate, rows, c_in, c_out); \
     } \
-    extern "C" __global__ void __launch_bounds__(128) linear_wgrad_32x128_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) linear_wgrad_32x128_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, SIZES) { \
         wgrad<Tile<32, 128>>(dw, x, dy, share, accumulate, rows, c_in, c_out); \
     } \
     extern "C" __global__ void __launch_bounds__(256) linear_bwd_bias_##suffix(float* sums, const T* dy, unsigned chunk, unsigned long long rows, unsigned c, unsigned lanes) { \

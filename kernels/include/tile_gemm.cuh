@@ -2,9 +2,9 @@
 //
 // computes   acc = sum over k of a[row, k] b[k, col], one tile of ROWS x COLS results a block; where a and b come from is the business of two
 //            operands, which bring DEPTH steps of k at a time into shared memory.
-// mapping    128 threads; thread = 8 rows x 4 columns of the tile, COLS/4 threads side by side. 8x4 and not 8x8: four warps share a 64x64
-//            tile, one for each scheduler, so that a layer with few pixels keeps a multiprocessor busy with few blocks, and 32 accumulators leave
-//            room for what is being fetched. A warp reads each b once and each a by broadcast: 4 wavefronts for 32 FMAs a lane.
+// mapping    64 threads; thread = 8 x 8 results: rows r to r + 3 and the same half a tile below, columns likewise, COLS/8 threads side by side. So a
+//            warp reads shared memory without conflicts, four wavefronts for 64 FMAs a lane. Two warps and not eight: a small tile wastes little of
+//            a small layer (7x7 pixels, 32 channels) and gives it enough blocks, and 8x8 a thread still reads half as much as 4x4.
 // shared     two buffers of (DEPTH x ROWS, DEPTH x COLS), k-major: 17 KB for 64x64, 21 KB for 128x32 and 32x128. While one is multiplied,
 //            the next is on its way through registers into the other: one barrier every DEPTH steps of k.
 // numerics   every result is summed over k in order, one FMA each, so that no tile shape and no neighbour changes its bits.
@@ -14,43 +14,43 @@
 #pragma once
 #include "dtype.cuh"
 
-constexpr int THREADS = 128;
+constexpr int THREADS = 64;
 constexpr int DEPTH = 16;
-constexpr int THREAD_ROWS = 8;
-constexpr int THREAD_COLS = 4;
 
-// Rows of shared memory are padded by four: see put() of Rows.
+// Rows of shared memory are padded by four: see AlongK.
 template <int SIDE>
 using Side = float[DEPTH][SIDE + 4];
+
+// How many quads of an operand each thread fetches.
+template <int SIDE>
+constexpr int QUADS = SIDE * DEPTH / 4 / THREADS;
 
 template <int ROWS_, int COLS_>
 struct Tile {
     static constexpr int ROWS = ROWS_, COLS = COLS_;
-    static_assert(ROWS * COLS == THREADS * THREAD_ROWS * THREAD_COLS, "every thread has its 8x4");
-    static_assert(ROWS % 32 == 0 && COLS % 32 == 0, "every thread fetches as many quads");
+    static_assert(ROWS * COLS == THREADS * 64, "every thread has its 8x8");
     Side<ROWS> a[2];
     Side<COLS> b[2];
 };
 
-// A thread's results; `row` and `col` are where they begin in the tile.
+// A thread's results. Its i-th row (of eight) is row(i) of the tile; its columns begin at col(0) and col(1), four each.
 template <class TILE>
 struct Results {
-    float at[THREAD_ROWS][THREAD_COLS] = {};
-    __device__ static int row() { return threadIdx.x / (TILE::COLS / THREAD_COLS) * THREAD_ROWS; }
-    __device__ static int col() { return threadIdx.x % (TILE::COLS / THREAD_COLS) * THREAD_COLS; }
-    __device__ float4 quad(int i) const { return make_float4(at[i][0], at[i][1], at[i][2], at[i][3]); }
+    float at[8][8] = {};
+    __device__ static int row(int i) { return threadIdx.x / (TILE::COLS / 8) * 4 + i % 4 + i / 4 * (TILE::ROWS / 2); }
+    __device__ static int col(int half) { return threadIdx.x % (TILE::COLS / 8) * 4 + half * (TILE::COLS / 2); }
+    __device__ float4 quad(int i, int half) const { return make_float4(at[i][4 * half], at[i][4 * half + 1], at[i][4 * half + 2], at[i][4 * half + 3]); }
 
     __device__ __forceinline__ void add_product(const Side<TILE::ROWS>& a, const Side<TILE::COLS>& b) {
-        const int row = Results::row(), col = Results::col();
 #pragma unroll
         for (int k = 0; k < DEPTH; ++k) {
-            const float4 u = load4(&a[k][row]), v = load4(&a[k][row + 4]), w = load4(&b[k][col]);
-            const float left[THREAD_ROWS] = {u.x, u.y, u.z, u.w, v.x, v.y, v.z, v.w};
-            const float right[THREAD_COLS] = {w.x, w.y, w.z, w.w};
+            const float4 u = load4(&a[k][row(0)]), v = load4(&a[k][row(4)]), w = load4(&b[k][col(0)]), z = load4(&b[k][col(1)]);
+            const float left[8] = {u.x, u.y, u.z, u.w, v.x, v.y, v.z, v.w};
+            const float right[8] = {w.x, w.y, w.z, w.w, z.x, z.y, z.z, z.w};
 #pragma unroll
-            for (int i = 0; i < THREAD_ROWS; ++i)
+            for (int i = 0; i < 8; ++i)
 #pragma unroll
-                for (int j = 0; j < THREAD_COLS; ++j) at[i][j] = fmaf(left[i], right[j], at[i][j]);
+                for (int j = 0; j < 8; ++j) at[i][j] = fmaf(left[i], right[j], at[i][j]);
         }
     }
 };
@@ -58,23 +58,15 @@ struct Results {
 // `steps` times DEPTH of k.
 template <class TILE, class A, class B>
 __device__ __forceinline__ void multiply(TILE& tile, A& a, B& b, unsigned steps, Results<TILE>& results) {
-    if (steps == 0) return;
-    a.fetch();
-    b.fetch();
-    a.put(tile.a[0]);
-    b.put(tile.b[0]);
-    __syncthreads();  // the first buffer written above is read below
-    for (unsigned step = 0;;) {
-        const unsigned now = step % 2, next = 1 - now;
-        const bool more = ++step < steps;
-        if (more) {
+    for (unsigned step = 0;; ++step) {
+        if (step < steps) {
             a.fetch();
             b.fetch();
         }
-        results.add_product(tile.a[now], tile.b[now]);
-        if (!more) return;
-        a.put(tile.a[next]);
-        b.put(tile.b[next]);
+        if (step > 0) results.add_product(tile.a[(step - 1) % 2], tile.b[(step - 1) % 2]);
+        if (step == steps) return;
+        a.put(tile.a[step % 2]);
+        b.put(tile.b[step % 2]);
         __syncthreads();  // what was written above is read in the next round, and what was read is overwritten in it
     }
 }
@@ -112,14 +104,14 @@ struct Quad<bf16> {
 // neighbouring quads: whole 32-byte sectors of global memory (f32), and in shared memory, whose rows of SIDE + 4 put the second quad 16 banks
 // away from the first, every store of a warp meets 32 different banks.
 struct AlongK {
-    __device__ static int k() { return threadIdx.x % 2 * 4 + threadIdx.x / 32 % 2 * 8; }
+    __device__ static int k() { return threadIdx.x % 2 * 4 + threadIdx.x / 32 * 8; }
     // The thread's i-th row of the tile.
-    __device__ static int row(int i) { return threadIdx.x % 32 / 2 + threadIdx.x / 64 * 16 + i * 32; }
+    __device__ static int row(int i) { return threadIdx.x % 32 / 2 + i * 16; }
 
     template <class T, int SIDE>
-    __device__ __forceinline__ static void put(Side<SIDE>& tile, const Quad<T> (&quads)[SIDE / 32]) {
+    __device__ __forceinline__ static void put(Side<SIDE>& tile, const Quad<T> (&quads)[QUADS<SIDE>]) {
 #pragma unroll
-        for (int i = 0; i < SIDE / 32; ++i) {
+        for (int i = 0; i < QUADS<SIDE>; ++i) {
             const float4 v = quads[i].floats();
             tile[k() + 0][row(i)] = v.x;
             tile[k() + 1][row(i)] = v.y;
@@ -138,9 +130,9 @@ struct AcrossK {
     __device__ static constexpr int step(int i) { return i * (THREADS * 4 / SIDE); }
 
     template <class T>
-    __device__ __forceinline__ static void put(Side<SIDE>& tile, const Quad<T> (&quads)[SIDE / 32]) {
+    __device__ __forceinline__ static void put(Side<SIDE>& tile, const Quad<T> (&quads)[QUADS<SIDE>]) {
 #pragma unroll
-        for (int i = 0; i < SIDE / 32; ++i) store4(&tile[k() + step(i)][col()], quads[i].floats());
+        for (int i = 0; i < QUADS<SIDE>; ++i) store4(&tile[k() + step(i)][col()], quads[i].floats());
     }
 };
 
@@ -158,31 +150,31 @@ __device__ __forceinline__ void load_columns(Quad<T>& quad, const T* row, unsign
 // A matrix whose rows, `depth` long, run along k.
 template <class T, int SIDE>
 struct Rows {
-    const T* row[SIDE / 32];
+    const T* row[QUADS<SIDE>];
     unsigned k, depth;
     bool vector;  // depth divides by four
-    Quad<T> quads[SIDE / 32];
+    Quad<T> quads[QUADS<SIDE>];
 
     // From row `first` of `rows`.
     __device__ Rows(const T* from, size_t first, size_t rows, unsigned depth_) : k(AlongK::k()), depth(depth_), vector(depth_ % 4 == 0) {
 #pragma unroll
-        for (int i = 0; i < SIDE / 32; ++i) row[i] = from + min(first + AlongK::row(i), rows - 1) * depth;
+        for (int i = 0; i < QUADS<SIDE>; ++i) row[i] = from + min(first + AlongK::row(i), rows - 1) * depth;
     }
 
     __device__ __forceinline__ void fetch() {
 #pragma unroll
-        for (int i = 0; i < SIDE / 32; ++i) quads[i].clear();
+        for (int i = 0; i < QUADS<SIDE>; ++i) quads[i].clear();
         if (vector) {
             if (k < depth) {
 #pragma unroll
-                for (int i = 0; i < SIDE / 32; ++i) quads[i].load(row[i] + k);
+                for (int i = 0; i < QUADS<SIDE>; ++i) quads[i].load(row[i] + k);
             }
         } else {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 if (k + j < depth) {
 #pragma unroll
-                    for (int i = 0; i < SIDE / 32; ++i) quads[i].load(j, row[i] + k + j);
+                    for (int i = 0; i < QUADS<SIDE>; ++i) quads[i].load(j, row[i] + k + j);
                 }
             }
         }
@@ -198,7 +190,7 @@ struct Columns {
     const T* from;
     unsigned k, end, col, cols;
     bool vector;  // cols divides by four
-    Quad<T> quads[SIDE / 32];
+    Quad<T> quads[QUADS<SIDE>];
 
     // From column `first`, for k from `begin` to `end`.
     __device__ Columns(const T* from_, unsigned first, unsigned cols_, unsigned begin, unsigned end_)
@@ -206,7 +198,7 @@ struct Columns {
 
     __device__ __forceinline__ void fetch() {
 #pragma unroll
-        for (int i = 0; i < SIDE / 32; ++i) {
+        for (int i = 0; i < QUADS<SIDE>; ++i) {
             quads[i].clear();
             const unsigned at = k + AcrossK<SIDE>::step(i);
             if (at < end) load_columns(quads[i], from + (size_t)at * cols, col, cols, vector);
@@ -217,11 +209,11 @@ struct Columns {
     __device__ __forceinline__ void put(Side<SIDE>& tile) const { AcrossK<SIDE>::put(tile, quads); }
 };
 
-// A thread's results in one row of a matrix with `cols` columns: all four in one access where cols divides by four, else those that exist.
+// Four of a thread's results in one row of a matrix with `cols` columns: all four in one access where cols divides by four, else those that exist.
 struct Four {
-    unsigned count;
+    unsigned col, count;
     bool vector;
-    __device__ Four(unsigned col, unsigned cols) : count(col < cols ? min(cols - col, 4u) : 0), vector(cols % 4 == 0) {}
+    __device__ Four(unsigned col_, unsigned cols) : col(col_), count(col < cols ? min(cols - col, 4u) : 0), vector(cols % 4 == 0) {}
 
     template <class T>
     __device__ __forceinline__ float4 read(const T* p) const {
@@ -247,16 +239,17 @@ __device__ __forceinline__ float4 operator+(float4 a, float4 b) { return make_fl
 
 // Leaves the tile that begins at (row, col) in `to` (rows, cols), or adds it to what is there.
 template <class TILE>
-__device__ __forceinline__ void store_tile(float* to, size_t row, size_t rows, unsigned col, unsigned cols, bool add, const Results<TILE>& results) {
-    row += Results<TILE>::row();
-    col += Results<TILE>::col();
-    const Four four(col, cols);
-    if (four.count == 0) return;
+__device__ __forceinline__ void store_tile(float* to, unsigned row, unsigned rows, unsigned col, unsigned cols, bool add, const Results<TILE>& results) {
 #pragma unroll
-    for (int i = 0; i < THREAD_ROWS; ++i) {
-        if (row + i >= rows) return;
-        float* p = to + (row + i) * cols + col;
-        const float4 v = results.quad(i);
-        four.write(p, add ? four.read(p) + v : v);
+    for (int half = 0; half < 2; ++half) {
+        const Four four(col + results.col(half), cols);
+        if (four.count == 0) return;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (row + results.row(i) >= rows) break;
+            float* p = to + (size_t)(row + results.row(i)) * cols + four.col;
+            const float4 v = results.quad(i, half);
+            four.write(p, add ? four.read(p) + v : v);
+        }
     }
 }
