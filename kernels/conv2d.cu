@@ -13,7 +13,7 @@
 //                   gathers what it gets: no two blocks write one place
 //            wgrad  rows = c_out; cols = (u, v, c_in); k = pixels of y, of which blockIdx.y takes `share`
 //            blockIdx.x counts tiles, side by side first: neighbours in time read the same pixels.
-// shared     two buffers of both operands, 17 KB (64x64) or 21 KB; a row of places in the image for each pixel of the tile, 2 to 4 KB
+// shared     two buffers of both operands, 9 KB (64x64) or 11 KB; a row of places in the image for each pixel of the tile, 2 to 4 KB
 // bound by   FMA where both channel counts are 32 or more; by the tile's idle columns where c_out is 1 or 3; bwd_shift by reading dy
 // host       n oh ow, n h w, kh kw c_in, kh kw c_out < 2^31; grids as said above; tensors aligned to 16 bytes (vector accesses where channels divide by four)
 // numerics   sums in f32: fwd over (u, v, k), dgrad over (u, v, o) with the largest u and v first, wgrad over pixels by shares, the shares in
@@ -161,7 +161,7 @@ struct Origin {
 template <class T, int SIDE>
 struct PatchColumns {
     const T* from;
-    Origin (*origins)[DEPTH];  // those of this step and of the next, in turn: found one step ahead by 16 threads, read by all
+    Origin (*origins)[DEPTH];  // those of this step and of the next, in turn: found one step ahead by as many threads, read by all
     unsigned turn, pixel, end;
     const Geometry& g;
     Walk at;

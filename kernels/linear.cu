@@ -6,7 +6,7 @@
 //            bwd_bias  sums of chunks of dy's rows, which sum_parts adds up to db[o] = sum over p of dy[p,o]; sum_parts also adds up the parts of dw
 // layout     x (rows, c_in), w (c_out, c_in), y, residual, dy (rows, c_out), bias (c_out): contiguous
 // mapping    block = 64 threads = one tile of the product; blockIdx.x counts tiles, side by side first. wgrad: blockIdx.y takes `share` rows
-// shared     two buffers of both operands, 17 KB (64x64) or 21 KB
+// shared     two buffers of both operands, 9 KB (64x64) or 11 KB
 // bound by   FMA; by idle rows of the tile where there are few (the time embedding has one for each image); bwd_bias by reading dy
 // host       rows, c_in, c_out < 2^31; tensors aligned to 16 bytes (vector accesses where c_in, c_out divide by four)
 // numerics   sums in f32, fwd over k, dgrad over o, wgrad over p by shares, the shares in order. A row's y and dx do not depend on the others.

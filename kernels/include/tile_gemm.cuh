@@ -5,8 +5,9 @@
 // mapping    64 threads; thread = 8 x 8 results: rows r to r + 3 and the same half a tile below, columns likewise, COLS/8 threads side by side. So a
 //            warp reads shared memory without conflicts, four wavefronts for 64 FMAs a lane. Two warps and not eight: a small tile wastes little of
 //            a small layer (7x7 pixels, 32 channels) and gives it enough blocks, and 8x8 a thread still reads half as much as 4x4.
-// shared     two buffers of (DEPTH x ROWS, DEPTH x COLS), k-major: 17 KB for 64x64, 21 KB for 128x32 and 32x128. While one is multiplied,
-//            the next is on its way through registers into the other: one barrier every DEPTH steps of k.
+// shared     two buffers of (DEPTH x ROWS, DEPTH x COLS), k-major: 9 KB for 64x64, 11 KB for 128x32 and 32x128. While one is multiplied,
+//            the next is on its way through registers into the other: one barrier every DEPTH steps of k. DEPTH = 8: 16
+//            is no faster and takes 30 registers more for what is on its way.
 // numerics   every result is summed over k in order, one FMA each, so that no tile shape and no neighbour changes its bits.
 //
 // Operands have fetch() (global memory to registers, the next DEPTH of k) and put(tile) (registers to shared memory). Rows and columns beyond the
@@ -15,7 +16,7 @@
 #include "dtype.cuh"
 
 constexpr int THREADS = 64;
-constexpr int DEPTH = 16;
+constexpr int DEPTH = 8;
 
 // Rows of shared memory are padded by four: see AlongK.
 template <int SIDE>
@@ -104,9 +105,9 @@ struct Quad<bf16> {
 // neighbouring quads: whole 32-byte sectors of global memory (f32), and in shared memory, whose rows of SIDE + 4 put the second quad 16 banks
 // away from the first, every store of a warp meets 32 different banks.
 struct AlongK {
-    __device__ static int k() { return threadIdx.x % 2 * 4 + threadIdx.x / 32 * 8; }
+    __device__ static int k() { return threadIdx.x % 2 * 4; }
     // The thread's i-th row of the tile.
-    __device__ static int row(int i) { return threadIdx.x % 32 / 2 + i * 16; }
+    __device__ static int row(int i) { return threadIdx.x / 2 + i * (THREADS / 2); }
 
     template <class T, int SIDE>
     __device__ __forceinline__ static void put(Side<SIDE>& tile, const Quad<T> (&quads)[QUADS<SIDE>]) {
