@@ -151,15 +151,15 @@ __device__ __forceinline__ void load_columns(Quad<T>& quad, const T* row, unsign
 // A matrix whose rows, `depth` long, run along k.
 template <class T, int SIDE>
 struct Rows {
-    const T* row[QUADS<SIDE>];
+    const T* at[QUADS<SIDE>];  // walk along k: from a first row and an offset nvcc would find the places anew in every step
     unsigned k, depth;
     bool vector;  // depth divides by four
     Quad<T> quads[QUADS<SIDE>];
 
     // From row `first` of `rows`.
-    __device__ Rows(const T* from, size_t first, size_t rows, unsigned depth_) : k(AlongK::k()), depth(depth_), vector(depth_ % 4 == 0) {
+    __device__ Rows(const T* from, unsigned first, unsigned rows, unsigned depth_) : k(AlongK::k()), depth(depth_), vector(depth_ % 4 == 0) {
 #pragma unroll
-        for (int i = 0; i < QUADS<SIDE>; ++i) row[i] = from + min(first + AlongK::row(i), rows - 1) * depth;
+        for (int i = 0; i < QUADS<SIDE>; ++i) at[i] = from + (size_t)min(first + AlongK::row(i), rows - 1) * depth + k;
     }
 
     __device__ __forceinline__ void fetch() {
@@ -168,18 +168,20 @@ struct Rows {
         if (vector) {
             if (k < depth) {
 #pragma unroll
-                for (int i = 0; i < QUADS<SIDE>; ++i) quads[i].load(row[i] + k);
+                for (int i = 0; i < QUADS<SIDE>; ++i) quads[i].load(at[i]);
             }
         } else {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 if (k + j < depth) {
 #pragma unroll
-                    for (int i = 0; i < QUADS<SIDE>; ++i) quads[i].load(j, row[i] + k + j);
+                    for (int i = 0; i < QUADS<SIDE>; ++i) quads[i].load(j, at[i] + j);
                 }
             }
         }
         k += DEPTH;
+#pragma unroll
+        for (int i = 0; i < QUADS<SIDE>; ++i) at[i] += DEPTH;
     }
 
     __device__ __forceinline__ void put(Side<SIDE>& tile) const { AlongK::put<T, SIDE>(tile, quads); }
