@@ -32,6 +32,7 @@ use crate::error::{Error, Result};
 use crate::layout;
 use crate::output::{self, UNFINISHED};
 use crate::params::{Layout, Params, Spec, Specs};
+use crate::tensor::Tensor;
 use crate::unet::UNet;
 
 const MODEL_INDEX: &str = "model_index.json";
@@ -51,9 +52,9 @@ pub struct State<'a> {
     /// Their moving average.
     pub ema: &'a Params,
     /// Adam's first moments, flat like the parameters.
-    pub m: &'a [f32],
+    pub m: &'a Tensor,
     /// Adam's second moments.
-    pub v: &'a [f32],
+    pub v: &'a Tensor,
 }
 
 /// The same, to be filled from a checkpoint.
@@ -65,9 +66,9 @@ pub struct StateMut<'a> {
     /// Their moving average.
     pub ema: &'a mut Params,
     /// Adam's first moments, flat like the parameters.
-    pub m: &'a mut [f32],
+    pub m: &'a mut Tensor,
     /// Adam's second moments.
-    pub v: &'a mut [f32],
+    pub v: &'a mut Tensor,
 }
 
 /// A model to sample from or to evaluate.
@@ -113,8 +114,12 @@ pub fn restore(checkpoint: &Path, state: StateMut<'_>) -> Result<()> {
     let bytes = read(&path)?;
     let specs = state.params.specs().clone();
     let file = TensorFile::parse(&path, &bytes, &[])?;
-    for (prefix, flat) in [("weights.", state.params.flat_mut()), ("adam_m.", state.m), ("adam_v.", state.v)] {
-        file.read_into(prefix, &specs, flat)?;
+    let mut flat = vec![0.0; specs.flat_len()];
+    file.read_into("weights.", &specs, &mut flat)?;
+    state.params.write(&flat)?;
+    for (prefix, moments) in [("adam_m.", state.m), ("adam_v.", state.v)] {
+        file.read_into(prefix, &specs, &mut flat)?;
+        moments.write(&flat)?;
     }
     file.refuse_unread(&specs, &["weights.", "adam_m.", "adam_v."])?;
     let step =
@@ -128,7 +133,7 @@ pub fn load(device: &Device, path: &Path) -> Result<Loaded> {
     let place = Place::find(path)?;
     let config = place.config()?;
     let (_, specs) = UNet::new(&config.model)?;
-    let mut params = Params::zeros(device, specs);
+    let mut params = Params::zeros(device, specs)?;
     read_weights(&place.weights()?, &mut params)?;
     Ok(Loaded { config, params })
 }
@@ -285,9 +290,10 @@ fn write(folder: &Path, config: &Config, state: &State<'_>) -> Result<()> {
 
     let specs = state.params.specs();
     // transformers and diffusers look for this mark.
-    write_tensors(&folder.join(UNET_WEIGHTS), ("format", "pt"), specs, &[("", state.ema.flat())])?;
+    write_tensors(&folder.join(UNET_WEIGHTS), ("format", "pt"), specs, &[("", &state.ema.host()?)])?;
     let step = state.step.to_string();
-    let parts = [("adam_m.", state.m), ("adam_v.", state.v), ("weights.", state.params.flat())];
+    let (m, v, weights) = (state.m.host()?, state.v.host()?, state.params.host()?);
+    let parts: [(&str, &[f32]); 3] = [("adam_m.", &m), ("adam_v.", &v), ("weights.", &weights)];
     write_tensors(&folder.join(TRAINING_STATE), ("step", &step), specs, &parts)
 }
 
@@ -356,7 +362,9 @@ pub fn read_weights(path: &Path, params: &mut Params) -> Result<()> {
     let specs = params.specs().clone();
     let file = TensorFile::parse(path, &bytes, &OLD_NAMES)?;
     file.refuse_unread(&specs, &[""])?;
-    file.read_into("", &specs, params.flat_mut())
+    let mut flat = vec![0.0; specs.flat_len()];
+    file.read_into("", &specs, &mut flat)?;
+    params.write(&flat)
 }
 
 /// Parts of the names of attention's layers in old files, and what they are called today.

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use crate::checkpoint;
 use crate::config::{Config, Preset};
-use crate::device::Device;
+use crate::device::{Device, cuda};
 use crate::error::Result;
+use crate::kernels;
 use crate::say;
 use crate::train::memory_needed;
 use crate::unet::{Cost, UNet};
@@ -60,6 +61,20 @@ pub fn run(args: &Args) -> Result<()> {
         memory_needed(&config, &unet, &specs) as f64 / f64::from(1 << 30)
     );
     say!("devices: {}", Device::cpu());
+    for gpu in cuda::devices()? {
+        let (major, minor) = gpu.capability;
+        say!(
+            "         cuda:{} {}, compute capability {major}.{minor}, {:.1} GiB",
+            gpu.number,
+            gpu.name,
+            gpu.memory as f64 / f64::from(1 << 30)
+        );
+    }
+    say!("driver: {}", cuda::driver_version()?.map_or("none".into(), |version| format!("CUDA {version}")));
+    match kernels::COMPILER {
+        Some(version) => say!("kernels: {}, compiled by CUDA {version}", kernels::ALL.len()),
+        None => say!("kernels: none, built without a CUDA compiler"),
+    }
     Ok(())
 }
 

@@ -4,9 +4,13 @@
 //! on a GPU, single kernels). Operations hold a [`Param`], a handle of a few bytes; the tape borrows the store, so the
 //! weights cannot change between a forward pass and its backward pass.
 
+use std::borrow::Cow;
+
 use crate::device::Device;
+use crate::device::cuda::View;
+use crate::error::Result;
 use crate::rng::{Purpose, Stream};
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// Handle of one parameter in its [`Params`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -102,24 +106,47 @@ impl Specs {
 /// Parameters with their values.
 pub struct Params {
     specs: Specs,
+    /// f32 on every device.
     flat: Tensor,
+    /// Rounded to bf16, for a GPU whose activations are: what convolutions and linear layers multiply by.
+    rounded: Option<Tensor>,
 }
 
 impl Params {
     /// Every parameter zero.
-    pub fn zeros(device: &Device, specs: Specs) -> Self {
-        let flat = Tensor::zeros(device, Shape::vector(specs.flat_len()));
-        Params { specs, flat }
+    ///
+    /// # Errors
+    /// A GPU without enough memory; so for every function here that makes parameters.
+    pub fn zeros(device: &Device, specs: Specs) -> Result<Self> {
+        let zeros = vec![0.0; specs.flat_len()];
+        Params::from_host(device, specs, &zeros)
+    }
+
+    /// Parameters with the values of `flat`, gaps included.
+    ///
+    /// # Errors
+    /// See [`Params::zeros`].
+    pub fn from_host(device: &Device, specs: Specs, flat: &[f32]) -> Result<Self> {
+        let shape = Shape::vector(specs.flat_len());
+        let rounded = match device.activations() {
+            DType::F32 => None,
+            DType::Bf16 => Some(Tensor::uninit(device, DType::Bf16, shape)?),
+        };
+        let mut params = Params { flat: Tensor::uninit(device, DType::F32, shape)?, specs, rounded };
+        params.write(flat)?;
+        Ok(params)
     }
 
     /// Every parameter drawn as its [`Init`] says, from its own stream of `seed`: adding a parameter at the end changes no
     /// other.
-    pub fn init(device: &Device, specs: Specs, seed: u64) -> Self {
-        let mut params = Params::zeros(device, specs);
-        let flat = params.flat.data_mut();
-        for (p, spec) in params.specs.iter() {
+    ///
+    /// # Errors
+    /// See [`Params::zeros`].
+    pub fn init(device: &Device, specs: Specs, seed: u64) -> Result<Self> {
+        let mut flat = vec![0.0; specs.flat_len()];
+        for (p, spec) in specs.iter() {
             let stream = Stream { seed, purpose: Purpose::Init, step: 0, stream: p.index as u32 };
-            let out = &mut flat[params.specs.range(p)];
+            let out = &mut flat[specs.range(p)];
             let Shape { n, h, w, c } = spec.shape;
             match spec.init {
                 Init::FanAvg { scale } => {
@@ -133,7 +160,7 @@ impl Params {
                 Init::Ones => out.fill(1.0),
             }
         }
-        params
+        Params::from_host(device, specs, &flat)
     }
 
     /// The list of names and shapes.
@@ -146,25 +173,46 @@ impl Params {
         self.specs.spec(p).shape
     }
 
-    /// Values of one, channels last.
+    /// Values of one, channels last. CPU only.
     pub fn get(&self, p: Param) -> &[f32] {
         &self.flat.data()[self.specs.range(p)]
     }
 
-    /// Values of one, to be written.
+    /// Values of one, to be written. CPU only.
     pub fn get_mut(&mut self, p: Param) -> &mut [f32] {
         let range = self.specs.range(p);
         &mut self.flat.data_mut()[range]
     }
 
-    /// All values, gaps included.
-    pub fn flat(&self) -> &[f32] {
-        self.flat.data()
+    /// Values of one on a GPU: the f32 master, or its copy rounded to bf16.
+    pub(crate) fn view(&self, p: Param, dtype: DType) -> View<'_> {
+        let flat = match dtype {
+            DType::F32 => &self.flat,
+            DType::Bf16 => self.rounded.as_ref().expect("a GPU with bf16 activations has weights rounded to bf16"),
+        };
+        flat.view(self.specs.range(p))
     }
 
-    /// All values, gaps included, to be written; the gaps must stay zero.
-    pub fn flat_mut(&mut self) -> &mut [f32] {
-        self.flat.data_mut()
+    /// All values, gaps included; waits for a GPU.
+    ///
+    /// # Errors
+    /// A GPU that fails.
+    pub fn host(&self) -> Result<Cow<'_, [f32]>> {
+        self.flat.host()
+    }
+
+    /// Overwrites all values, gaps included, which must be zero.
+    ///
+    /// # Errors
+    /// A GPU that fails.
+    pub fn write(&mut self, flat: &[f32]) -> Result<()> {
+        self.flat.write(flat)?;
+        self.rounded.as_mut().map_or(Ok(()), |rounded| rounded.write(flat))
+    }
+
+    /// All values, gaps included, and their rounded copy, for the optimiser; the gaps must stay zero.
+    pub(crate) fn tensors_mut(&mut self) -> (&mut Tensor, Option<&mut Tensor>) {
+        (&mut self.flat, self.rounded.as_mut())
     }
 }
 
@@ -182,13 +230,24 @@ pub struct ParamGrad<'a> {
     pub accumulate: bool,
 }
 
+/// The same on a GPU.
+pub struct ParamView<'a> {
+    /// The gradient's range, f32, shaped like the parameter.
+    pub view: View<'a>,
+    /// True: add to what is there. False: what is there is stale, overwrite all of it.
+    pub accumulate: bool,
+}
+
 impl ParamGrads {
     /// Nothing accumulated yet.
-    pub fn new(device: &Device, specs: &Specs) -> Self {
-        ParamGrads {
-            flat: Tensor::zeros(device, Shape::vector(specs.flat_len())),
+    ///
+    /// # Errors
+    /// A GPU without enough memory.
+    pub fn new(device: &Device, specs: &Specs) -> Result<Self> {
+        Ok(ParamGrads {
+            flat: Tensor::zeros(device, Shape::vector(specs.flat_len()))?,
             written: vec![false; specs.specs.len()],
-        }
+        })
     }
 
     /// Forgets all gradients: the next contribution to each overwrites.
@@ -202,13 +261,22 @@ impl ParamGrads {
         ParamGrad { data: &mut self.flat.data_mut()[specs.range(p)], accumulate }
     }
 
+    /// The same on a GPU.
+    pub(crate) fn view(&mut self, specs: &Specs, p: Param) -> ParamView<'_> {
+        let accumulate = std::mem::replace(&mut self.written[p.index], true);
+        ParamView { view: self.flat.view(specs.range(p)), accumulate }
+    }
+
     /// All gradients; those that no operation has written since [`reset`](Self::reset) become zero first.
-    pub fn finish(&mut self, specs: &Specs) -> &mut [f32] {
+    ///
+    /// # Errors
+    /// A GPU that fails.
+    pub fn finish(&mut self, specs: &Specs) -> Result<&mut Tensor> {
         for (p, _) in specs.iter() {
             if !std::mem::replace(&mut self.written[p.index], true) {
-                self.flat.data_mut()[specs.range(p)].fill(0.0);
+                self.flat.zero(specs.range(p))?;
             }
         }
-        self.flat.data_mut()
+        Ok(&mut self.flat)
     }
 }

@@ -95,8 +95,8 @@ pub fn run(args: &Args) -> Result<()> {
                 .to_i64()
                 .map_err(|e| Error::file(path, e))?
                 .iter()
-                .map(|&l| u32::try_from(l).ok().filter(|&l| (l as usize) < classes).ok_or(l))
-                .collect::<std::result::Result<Vec<u32>, i64>>()
+                .map(|&l| usize::try_from(l).ok().filter(|&l| l < classes).map(|l| l as f32).ok_or(l))
+                .collect::<std::result::Result<Vec<f32>, i64>>()
                 .map_err(|l| {
                     Error::file(
                         path,
@@ -108,9 +108,12 @@ pub fn run(args: &Args) -> Result<()> {
 
     let x = layout::to_channels_last(&x, shape.c, shape.pixels());
     let mut tape = Tape::inference(&device, &model.params);
-    let x = Var::constant(Tensor::from_slice(&device, shape, &x)); // (n, h, w, c)
-    let y = unet.forward(&mut tape, &x, &t, labels.as_deref(), None)?; // (n, h, w, c)
-    let y = layout::to_channels_first(y.data(), shape.c, shape.pixels());
+    let x = Var::constant(Tensor::from_slice_as(&device, device.activations(), shape, &x)?); // (n, h, w, c)
+    let per_image = Shape::new(shape.n, 1, 1, 1);
+    let t = Tensor::from_slice(&device, per_image, &t)?;
+    let labels = labels.map(|l| Tensor::from_slice(&device, per_image, &l)).transpose()?;
+    let y = unet.forward(&mut tape, &x, &t, labels.as_ref(), None)?.into_value(); // (n, h, w, c)
+    let y = layout::to_channels_first(&y.to_vec()?, shape.c, shape.pixels());
     output::write_npy(&args.out, &[shape.n, shape.c, shape.h, shape.w], &y)
 }
 

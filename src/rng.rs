@@ -29,7 +29,7 @@ pub enum Purpose {
     Flip = 3,
     /// Noise eps of the forward process in training; stream = position in the step's batch.
     TrainNoise = 4,
-    /// Dropout masks; stream = layer.
+    /// Dropout masks; stream = layer 2^20 + position in the step's batch.
     Dropout = 5,
     /// Noise of the validation loss; stream = position in the held-out split.
     Validation = 6,

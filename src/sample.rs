@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::output;
 use crate::params::Params;
 use crate::tape::{Tape, Var};
-use crate::tensor::Shape;
+use crate::tensor::{Shape, Tensor};
 use crate::unet::UNet;
 use crate::{say, train, usage};
 
@@ -114,7 +114,7 @@ pub fn run(args: &Args) -> Result<()> {
         if target == output::Target::Gif && (p.done % frame_every == 0 || p.done == p.total) {
             let index = (p.done - 1) / frame_every;
             frames.resize_with(frames.len().max(index + 1), Vec::new);
-            frames[index].extend(output::to_bytes(p.x.data()));
+            frames[index].extend(output::to_bytes(&p.x.to_vec()?));
         }
         Ok(())
     })?;
@@ -198,21 +198,24 @@ impl Drawing<'_> {
         let mut images = Vec::with_capacity(self.shape(count).len());
         for first in (0..count_u32).step_by(self.batch()) {
             let range = first as usize..count.min(first as usize + self.batch());
-            let labels = labels.map(|l| &l[range.clone()]);
-            let network = |x: &crate::tensor::Tensor, t: u32| {
+            let per_image = Shape::new(range.len(), 1, 1, 1);
+            let numbers = labels.map(|l| l[range.clone()].iter().map(|&l| l as f32).collect::<Vec<_>>());
+            let labels = numbers.map(|l| Tensor::from_slice(self.device, per_image, &l)).transpose()?;
+            let network = |x: &Tensor, t: u32| {
                 let mut tape = Tape::inference(self.device, self.params);
-                let t = vec![t as f32; range.len()];
-                let eps = self.unet.forward(&mut tape, &Var::constant(x.clone()), &t, labels, None)?; // (n, h, w, c)
+                let t = Tensor::full(self.device, per_image, t as f32)?;
+                let eps = self.unet.forward(&mut tape, &Var::constant(x.clone()), &t, labels.as_ref(), None)?; // (n, h, w, c)
                 Ok(eps.into_value())
             };
             let samples = Samples { seed: self.seed, first };
             let x_0 = sample(self.device, self.sampler, self.shape(range.len()), samples, network, |p| each(&p))?; // (n, h, w, c)
-            if let Some(bad) = x_0.data().iter().find(|v| !v.is_finite()) {
+            let x_0 = x_0.to_vec()?;
+            if let Some(bad) = x_0.iter().find(|v| !v.is_finite()) {
                 return Err(Error::Failed(format!(
                     "a pixel came out as {bad}: the network's weights are damaged, or were trained with too large a learning_rate"
                 )));
             }
-            images.extend(output::to_bytes(x_0.data()));
+            images.extend(output::to_bytes(&x_0));
         }
         Ok(images)
     }

@@ -8,10 +8,11 @@
 //! Deliberately absent: globals, closures, a central `match` over operations, higher derivatives, recomputation.
 
 use crate::device::Device;
+use crate::device::cuda::View;
 use crate::error::Result;
 use crate::ops;
-use crate::params::{Param, ParamGrad, ParamGrads, Params};
-use crate::tensor::{Shape, Tensor};
+use crate::params::{Param, ParamGrad, ParamGrads, ParamView, Params};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// Names a value on the tape whose gradient is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,13 +200,14 @@ impl<'p> Tape<'p> {
     }
 
     fn refuse_non_finite(&self, name: &str, y: &Tensor) -> Result<()> {
-        match y.data().iter().position(|v| !v.is_finite()) {
+        let values = y.host()?;
+        match values.iter().position(|v| !v.is_finite()) {
             None => Ok(()),
             Some(i) => Err(crate::error::Error::Failed(format!(
                 "the first tensor with a value that is not finite is the output of {name} at {} (shape {}, element {i} is {})",
                 if self.place.is_empty() { "the network's start" } else { &self.place },
                 y.shape(),
-                y.data()[i],
+                values[i],
             ))),
         }
     }
@@ -235,18 +237,32 @@ impl<'a> Grads<'a> {
         self.params.shape(p)
     }
 
+    /// Values of a parameter on a GPU: the f32 master, or its copy rounded to bf16.
+    pub(crate) fn weight_view(&self, p: Param, dtype: DType) -> View<'a> {
+        self.params.view(p, dtype)
+    }
+
+    /// Where to leave a parameter's gradient on a GPU.
+    pub(crate) fn param_view(&mut self, p: Param) -> ParamView<'_> {
+        self.param_grads.view(self.params.specs(), p)
+    }
+
     /// Where to leave a parameter's gradient.
     pub fn param(&mut self, p: Param) -> ParamGrad<'_> {
         self.param_grads.slot(self.params.specs(), p)
     }
 
     /// Adds `dx` to the gradient of a value: the first contribution moves in, later ones are added to it.
-    pub fn add(&mut self, id: VarId, dx: Tensor) {
+    ///
+    /// # Errors
+    /// A GPU that fails.
+    pub fn add(&mut self, id: VarId, dx: Tensor) -> Result<()> {
         let slot = &mut self.vars[id.0];
         *slot = Some(match slot.take() {
             None => dx,
-            Some(sum) => ops::add::accumulate(self.device, sum, dx),
+            Some(sum) => ops::add::accumulate(self.device, sum, dx)?,
         });
+        Ok(())
     }
 }
 

@@ -1,4 +1,7 @@
-//! Tensors: contiguous, channels-last, f32, a shape with named fields and a handle to a pooled buffer.
+//! Tensors: contiguous, channels-last, a shape with named fields, an element type and a handle to a pooled buffer.
+//!
+//! On the CPU every tensor is f32. On a GPU activations and their gradients may be bf16; the numbers are there, and come to the host
+//! by [`Tensor::host`] alone.
 //!
 //! Every tensor is `(n, h, w, c)`. Tokens of attention are `(n, h, w, c)` read as `(n, h*w, c)`; a vector per image is
 //! `(n, 1, 1, c)`; a convolution's weight is `(c_out, kh, kw, c_in)` and a linear layer's `(c_out, 1, 1, c_in)`.
@@ -6,10 +9,15 @@
 //! Deliberately absent: strides, views other than reshape, broadcasting. NCHW and OIHW exist only where files of other
 //! tools are read and written.
 
+use std::borrow::Cow;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
-use crate::device::{Buffer, Device};
+use half::bf16;
+
+use crate::device::{Buffer, Device, cuda};
+use crate::error::Result;
 
 /// Extent of a tensor; `c` is contiguous in memory, then `w`, `h`, `n`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -73,32 +81,80 @@ impl fmt::Debug for Shape {
     }
 }
 
-/// A handle to a buffer and its shape. Cloning clones the handle, not the numbers.
+/// Type of a tensor's elements.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum DType {
+    /// 32-bit float.
+    #[default]
+    F32,
+    /// bfloat16: the upper half of an f32. GPU only.
+    Bf16,
+}
+
+impl DType {
+    /// Bytes of an element.
+    pub const fn size(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::Bf16 => 2,
+        }
+    }
+}
+
+/// A handle to a buffer, its shape and its element type. Cloning clones the handle, not the numbers.
 #[derive(Clone)]
 pub struct Tensor {
     shape: Shape,
+    dtype: DType,
     buffer: Arc<Buffer>,
 }
 
 impl Tensor {
     /// A tensor to be written: its contents are whatever the pool's memory held.
-    pub fn uninit(device: &Device, shape: Shape) -> Self {
-        Tensor { shape, buffer: Arc::new(device.alloc(shape.len())) }
+    ///
+    /// # Errors
+    /// A GPU without enough memory; so for every function here that makes a tensor.
+    pub fn uninit(device: &Device, dtype: DType, shape: Shape) -> Result<Self> {
+        Ok(Tensor { shape, dtype, buffer: Arc::new(device.alloc(dtype, shape.len())?) })
     }
 
-    /// All zero.
-    pub fn zeros(device: &Device, shape: Shape) -> Self {
-        let mut x = Tensor::uninit(device, shape);
-        x.data_mut().fill(0.0);
-        x
+    /// All zero, f32.
+    ///
+    /// # Errors
+    /// See [`Tensor::uninit`].
+    pub fn zeros(device: &Device, shape: Shape) -> Result<Self> {
+        Tensor::full(device, shape, 0.0)
     }
 
-    /// A copy of `data`, which must hold `shape.len()` numbers.
-    pub fn from_slice(device: &Device, shape: Shape, data: &[f32]) -> Self {
-        assert_eq!(data.len(), shape.len(), "tensor {shape} from {} numbers", data.len());
-        let mut x = Tensor::uninit(device, shape);
-        x.data_mut().copy_from_slice(data);
-        x
+    /// `value` everywhere, f32.
+    ///
+    /// # Errors
+    /// See [`Tensor::uninit`].
+    pub fn full(device: &Device, shape: Shape, value: f32) -> Result<Self> {
+        let mut x = Tensor::uninit(device, DType::F32, shape)?;
+        match x.buffer_mut() {
+            Buffer::Cpu(buffer) => buffer.as_mut_slice().fill(value),
+            Buffer::Cuda(buffer) => buffer.gpu().clone().fill(buffer, 0, shape.len(), value.to_bits())?,
+        }
+        Ok(x)
+    }
+
+    /// A copy of `data`, which must hold `shape.len()` numbers, f32.
+    ///
+    /// # Errors
+    /// See [`Tensor::uninit`].
+    pub fn from_slice(device: &Device, shape: Shape, data: &[f32]) -> Result<Self> {
+        Tensor::from_slice_as(device, DType::F32, shape, data)
+    }
+
+    /// A copy of `data`, which must hold `shape.len()` numbers, rounded to `dtype`.
+    ///
+    /// # Errors
+    /// See [`Tensor::uninit`].
+    pub fn from_slice_as(device: &Device, dtype: DType, shape: Shape, data: &[f32]) -> Result<Self> {
+        let mut x = Tensor::uninit(device, dtype, shape)?;
+        x.write(data)?;
+        Ok(x)
     }
 
     /// The shape.
@@ -106,19 +162,88 @@ impl Tensor {
         self.shape
     }
 
+    /// Type of the elements.
+    pub fn dtype(&self) -> DType {
+        self.dtype
+    }
+
     /// Bytes of the elements.
     pub fn bytes(&self) -> usize {
-        self.shape.len() * size_of::<f32>()
+        self.shape.len() * self.dtype.size()
     }
 
-    /// The elements, in `(n, h, w, c)` order.
+    /// The elements, in `(n, h, w, c)` order. CPU only.
     pub fn data(&self) -> &[f32] {
-        self.buffer.as_slice()
+        match &*self.buffer {
+            Buffer::Cpu(buffer) => buffer.as_slice(),
+            Buffer::Cuda(_) => panic!("the elements of {self:?} are on a GPU"),
+        }
     }
 
-    /// The elements, to be written; panics if another handle shares the buffer.
+    /// The elements, to be written; panics if another handle shares the buffer. CPU only.
     pub fn data_mut(&mut self) -> &mut [f32] {
-        Arc::get_mut(&mut self.buffer).expect("only a tensor with one handle is written").as_mut_slice()
+        match self.buffer_mut() {
+            Buffer::Cpu(buffer) => buffer.as_mut_slice(),
+            Buffer::Cuda(_) => panic!("the elements are on a GPU"),
+        }
+    }
+
+    /// The elements as f32 on the host, in `(n, h, w, c)` order: themselves on the CPU, a copy from a GPU, for which it waits.
+    ///
+    /// # Errors
+    /// A GPU that fails, or what a kernel launched before did wrong.
+    pub fn host(&self) -> Result<Cow<'_, [f32]>> {
+        match (&*self.buffer, self.dtype) {
+            (Buffer::Cpu(buffer), _) => Ok(Cow::Borrowed(buffer.as_slice())),
+            (Buffer::Cuda(buffer), DType::F32) => {
+                let mut data = vec![0.0; self.shape.len()];
+                buffer.gpu().download(&mut data, buffer)?;
+                Ok(Cow::Owned(data))
+            }
+            (Buffer::Cuda(buffer), DType::Bf16) => {
+                let mut data = vec![bf16::ZERO; self.shape.len()];
+                buffer.gpu().download(&mut data, buffer)?;
+                Ok(Cow::Owned(data.into_iter().map(f32::from).collect()))
+            }
+        }
+    }
+
+    /// A copy of [`host`](Self::host).
+    ///
+    /// # Errors
+    /// The same.
+    pub fn to_vec(&self) -> Result<Vec<f32>> {
+        self.host().map(Cow::into_owned)
+    }
+
+    /// Overwrites all elements with `data`, rounded to the tensor's type.
+    ///
+    /// # Errors
+    /// A GPU that fails.
+    pub fn write(&mut self, data: &[f32]) -> Result<()> {
+        assert_eq!(data.len(), self.shape.len(), "tensor {} from {} numbers", self.shape, data.len());
+        let dtype = self.dtype;
+        match (self.buffer_mut(), dtype) {
+            (Buffer::Cpu(buffer), _) => buffer.as_mut_slice().copy_from_slice(data),
+            (Buffer::Cuda(buffer), DType::F32) => buffer.gpu().clone().upload(buffer, data)?,
+            (Buffer::Cuda(buffer), DType::Bf16) => {
+                let rounded: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
+                buffer.gpu().clone().upload(buffer, &rounded)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes f32 elements `range` zero.
+    ///
+    /// # Errors
+    /// A GPU that fails.
+    pub(crate) fn zero(&mut self, range: Range<usize>) -> Result<()> {
+        match self.buffer_mut() {
+            Buffer::Cpu(buffer) => buffer.as_mut_slice()[range].fill(0.0),
+            Buffer::Cuda(buffer) => buffer.gpu().clone().fill(buffer, 4 * range.start, range.len(), 0)?,
+        }
+        Ok(())
     }
 
     /// True if no other handle shares the buffer, so that it may be written in place.
@@ -127,19 +252,57 @@ impl Tensor {
     }
 
     /// This tensor if no other handle shares its buffer, otherwise a copy: something to be written in place.
-    pub fn into_unique(mut self, device: &Device) -> Self {
-        if self.is_unique() { self } else { Tensor::from_slice(device, self.shape, self.data()) }
+    ///
+    /// # Errors
+    /// See [`Tensor::uninit`].
+    pub fn into_unique(mut self, device: &Device) -> Result<Self> {
+        if self.is_unique() {
+            return Ok(self);
+        }
+        let mut copy = Tensor::uninit(device, self.dtype, self.shape)?;
+        match (copy.buffer_mut(), &*self.buffer) {
+            (Buffer::Cpu(to), Buffer::Cpu(from)) => to.as_mut_slice().copy_from_slice(from.as_slice()),
+            (Buffer::Cuda(to), Buffer::Cuda(from)) => from.gpu().copy(to, from)?,
+            _ => panic!("{self:?} is not on {device}"),
+        }
+        Ok(copy)
     }
 
     /// The same elements under another shape of the same length.
     pub fn reshape(self, shape: Shape) -> Self {
         assert_eq!(self.shape.len(), shape.len(), "reshape {} to {shape}", self.shape);
-        Tensor { shape, buffer: self.buffer }
+        Tensor { shape, ..self }
+    }
+
+    /// The device memory behind a GPU tensor.
+    pub(crate) fn gpu_buffer(&self) -> &cuda::Buffer {
+        match &*self.buffer {
+            Buffer::Cuda(buffer) => buffer,
+            Buffer::Cpu(_) => panic!("{self:?} is not on a GPU"),
+        }
+    }
+
+    /// The same, to be written; panics if another handle shares the buffer.
+    pub(crate) fn gpu_buffer_mut(&mut self) -> &mut cuda::Buffer {
+        match self.buffer_mut() {
+            Buffer::Cuda(buffer) => buffer,
+            Buffer::Cpu(_) => panic!("a tensor that is not on a GPU"),
+        }
+    }
+
+    /// Elements `range` of a GPU tensor.
+    pub(crate) fn view(&self, range: Range<usize>) -> cuda::View<'_> {
+        let size = self.dtype.size();
+        cuda::View::new(self.gpu_buffer(), range.start * size, range.len() * size)
+    }
+
+    fn buffer_mut(&mut self) -> &mut Buffer {
+        Arc::get_mut(&mut self.buffer).expect("only a tensor with one handle is written")
     }
 }
 
 impl fmt::Debug for Tensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Tensor({})", self.shape)
+        write!(f, "Tensor({}, {:?})", self.shape, self.dtype)
     }
 }

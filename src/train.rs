@@ -7,6 +7,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,14 +18,16 @@ use serde_json::json;
 
 use crate::checkpoint;
 use crate::config::{Config, Preset};
-use crate::data::{self, Data, Order};
+use crate::data::feed::{Feed, Resident, Rows};
+use crate::data::{self, Data, Dataset, Order};
 use crate::device::{Choice, Device, Precision};
 use crate::diffusion::{Batch, Method, Sampler, Schedule, Spacing};
 use crate::error::{Error, Result};
-use crate::ops::adam::{Buffers, Update, adam, ema_decay};
-use crate::ops::grad_norm::{clip_factor, grad_norm};
+use crate::meter::Meter;
+use crate::ops::adam::{State, Update, adam, ema_decay};
+use crate::ops::grad_norm::grad_norm;
 use crate::ops::loss::{Quarters, loss};
-use crate::ops::q_sample::q_sample;
+use crate::ops::q_sample::{Coefficients, Noised, q_sample};
 use crate::output;
 use crate::params::{ParamGrads, Params, Specs};
 use crate::sample;
@@ -89,13 +92,22 @@ pub struct Trainer {
     grads: ParamGrads,
     m: Tensor,
     v: Tensor,
-    /// Steps done.
+    /// Steps done; on a GPU, steps launched.
     step: u32,
+    coefficients: Coefficients,
+    feed: Feed,
+    /// The data set on a GPU that has room for it.
+    resident: Option<Resident>,
+    meter: Meter,
+    /// Steps that have been launched and not yet been read from the meter.
+    unread: u32,
 }
 
 /// What one step reports.
 #[derive(Debug)]
 pub struct StepReport {
+    /// Number of the step, from 1.
+    pub step: u32,
     /// L_simple over the step's images.
     pub loss: f64,
     /// The same by quarter of the timesteps.
@@ -113,29 +125,35 @@ impl Trainer {
     /// Settings that cannot work, in one sentence.
     pub fn new(config: &Config, data: Data, device: &Device) -> Result<Self> {
         let (unet, specs) = UNet::new(&config.model)?;
-        let params = Params::init(device, specs.clone(), config.seed);
-        let mut ema = Params::zeros(device, specs.clone());
-        ema.flat_mut().copy_from_slice(params.flat());
+        let params = Params::init(device, specs.clone(), config.seed)?;
+        let ema = Params::from_host(device, specs.clone(), &params.host()?)?;
         let flat = Shape::vector(specs.flat_len());
+        let schedule = Schedule::new(config.diffusion.schedule, config.diffusion.timesteps)?;
+        let resident = resident(config, &unet, &specs, &data, device)?;
         Ok(Trainer {
             device: device.clone(),
             config: config.clone(),
             order: Order::new(config.seed, data.train.len()),
             data,
-            schedule: Schedule::new(config.diffusion.schedule, config.diffusion.timesteps)?,
+            coefficients: Coefficients::new(device, &schedule)?,
+            schedule,
             unet,
-            grads: ParamGrads::new(device, &specs),
-            m: Tensor::zeros(device, flat),
-            v: Tensor::zeros(device, flat),
+            grads: ParamGrads::new(device, &specs)?,
+            m: Tensor::zeros(device, flat)?,
+            v: Tensor::zeros(device, flat)?,
             params,
             ema,
             step: 0,
+            feed: Feed::new(device, resident.as_ref()),
+            resident,
+            meter: Meter::new(device)?,
+            unread: 0,
         })
     }
 
     /// The state that checkpoints hold.
     pub fn state(&self) -> checkpoint::State<'_> {
-        checkpoint::State { step: self.step, params: &self.params, ema: &self.ema, m: self.m.data(), v: self.v.data() }
+        checkpoint::State { step: self.step, params: &self.params, ema: &self.ema, m: &self.m, v: &self.v }
     }
 
     /// The same, to be read from a checkpoint.
@@ -144,8 +162,8 @@ impl Trainer {
             step: &mut self.step,
             params: &mut self.params,
             ema: &mut self.ema,
-            m: self.m.data_mut(),
-            v: self.v.data_mut(),
+            m: &mut self.m,
+            v: &mut self.v,
         }
     }
 
@@ -174,86 +192,128 @@ impl Trainer {
         &self.schedule
     }
 
-    /// One step on the next images.
+    /// One step on the next images. On a GPU it only launches; what it measured comes from [`reports`](Self::reports).
     ///
     /// # Errors
-    /// `Error::Failed` if the loss or the gradient is not finite: with the step, the first tensor that is not, and what to
-    /// try. The weights are then still those of the last step.
-    pub fn step(&mut self) -> Result<StepReport> {
-        let c = &self.config;
-        let data = &self.data.train;
-        let piece = c.batch / c.accumulate;
-        let order = self.order.indices(self.step, c.batch);
-        let mut quarters = Quarters::default();
-        let mut total = 0.0;
+    /// On the CPU, `Error::Failed` if the loss or the gradient is not finite: with the step, the first tensor that is not, and what to
+    /// try. The weights are then still those of the last step. On a GPU that is found by [`reports`](Self::reports).
+    pub fn step(&mut self) -> Result<()> {
+        self.meter.begin();
         self.grads.reset();
-        for (k, indices) in order.chunks(piece).enumerate() {
-            let labels = data.labels_of(indices).filter(|_| c.model.classes > 0);
-            let batch = Batch::train(
-                c.seed,
-                self.step,
-                (k * piece) as u32,
-                data.rows(indices),
-                c.flip,
-                c.diffusion.timesteps as u32,
-            );
-            let masks =
-                DropoutSeed { seed: c.seed, step: self.step.wrapping_mul(c.accumulate as u32).wrapping_add(k as u32) };
-
-            let x_t = Var::constant(q_sample(&self.device, data.images(), &batch, &self.schedule)); // (n, h, w, c)
+        let c = &self.config;
+        let images = self.data.train.images();
+        let order = self.order.indices(self.step, c.batch);
+        for k in 0..c.accumulate {
+            let batch = piece(c, &self.data.train, &order, self.step, k);
+            let source = self.feed.source(images, places(c, self.step, k), |places| {
+                rows(&self.data.train, self.order.range(places), c.model.classes > 0)
+            })?;
+            let masks = DropoutSeed { seed: c.seed, step: self.step, first: batch.noise.first };
+            let Noised { x_t, t, labels } = q_sample(&self.device, source, &batch, &self.coefficients)?;
+            let x_t = Var::constant(x_t); // (n, h, w, c)
             let mut tape = Tape::recording(&self.device, &self.params);
-            let eps = self.unet.forward(&mut tape, &x_t, &batch.t_f32(), labels.as_deref(), Some(masks))?; // (n, h, w, c)
-            let l = loss(&self.device, eps.value(), &batch, Some(c.batch));
-            if !l.mean().is_finite() {
-                let mut tape = Tape::inspecting(&self.device, &self.params);
-                let again = self.unet.forward(&mut tape, &x_t, &batch.t_f32(), labels.as_deref(), Some(masks));
-                let culprit =
-                    again.err().map_or("every tensor of the forward pass is finite".into(), |e| e.to_string());
-                return Err(self.not_finite(self.step + 1, "loss", l.mean(), &culprit));
+            let eps = self.unet.forward(&mut tape, &x_t, &t, labels.as_ref(), Some(masks))?; // (n, h, w, c)
+            let l = loss(&self.device, eps.value(), &batch, &t, Some(c.batch), &mut self.meter)?;
+            if let Some(mean) = l.mean().filter(|mean| !mean.is_finite()) {
+                self.meter.read()?;
+                return Err(self.not_finite(self.step + 1, "loss", mean, &self.inspect(x_t, t, labels, masks)));
             }
-            total += l.per_image.iter().sum::<f64>();
-            quarters.add(&batch, &l.per_image, c.diffusion.timesteps);
             let dy = l.gradient.expect("a training loss has a gradient"); // (n, h, w, c)
             tape.backward(&eps, dy, &mut self.grads)?;
         }
 
-        let specs = self.params.specs();
-        let norm = grad_norm(&self.device, self.grads.finish(specs));
-        if !norm.is_finite() {
-            let g = self.grads.finish(specs);
-            let first = specs.iter().find(|(p, _)| g[specs.range(*p)].iter().any(|v| !v.is_finite()));
-            let name = first.map_or("", |(_, spec)| &spec.name);
-            return Err(self.not_finite(
-                self.step + 1,
-                "gradient norm",
-                norm,
-                &format!("the first gradient that is not finite is that of {name}"),
-            ));
+        let g = self.grads.finish(self.params.specs())?;
+        grad_norm(&self.device, g, c.grad_clip, &mut self.meter)?;
+        if let Meter::Cpu(_) = self.meter {
+            let norm = self.meter.host_row().grad_norm;
+            if !norm.is_finite() {
+                self.meter.read()?;
+                let culprit = first_not_finite("gradient", self.params.specs(), g.data());
+                return Err(self.not_finite(self.step + 1, "gradient norm", norm, &culprit));
+            }
         }
-        let number = u64::from(self.step) + 1;
-        // The paper's code multiplies by step/warmup, so that its first step does nothing; counting from one does not.
-        let learning_rate = c.learning_rate * (number as f64 / f64::from(c.warmup_steps.max(1))).min(1.0);
-        let update = Update {
-            step: number,
-            learning_rate,
-            beta1: BETA1,
-            beta2: BETA2,
-            eps: ADAM_EPS,
-            weight_decay: c.weight_decay,
-            clip: if c.grad_clip > 0.0 { clip_factor(norm, c.grad_clip) } else { 1.0 },
-            ema_decay: ema_decay(c.ema_decay, number),
-        };
-        let g = self.grads.finish(specs);
-        let buffers = Buffers {
-            w: self.params.flat_mut(),
-            ema: self.ema.flat_mut(),
-            m: self.m.data_mut(),
-            v: self.v.data_mut(),
-            g,
-        };
-        adam(&self.device, buffers, &update);
+        let state = State { w: &mut self.params, ema: &mut self.ema, m: &mut self.m, v: &mut self.v, g };
+        adam(&self.device, state, &update(c, self.step + 1), &mut self.meter)?;
         self.step += 1;
-        Ok(StepReport { loss: total / c.batch as f64, quarters, grad_norm: norm, learning_rate })
+        self.unread += 1;
+        Ok(())
+    }
+
+    /// What the steps since the last call measured, one report each; waits for a GPU.
+    ///
+    /// # Errors
+    /// On a GPU, what [`step`](Self::step) says on the CPU; the trainer is then at the last good step.
+    pub fn reports(&mut self) -> Result<Vec<StepReport>> {
+        let first = self.step - std::mem::take(&mut self.unread);
+        let mut reports = Vec::new();
+        for (measured, done) in self.meter.read()?.into_iter().zip(first..) {
+            let loss = measured.quarters.mean().expect("a step has images");
+            if !loss.is_finite() || !measured.grad_norm.is_finite() {
+                self.step = done;
+                return Err(self.explain_not_finite(loss, measured.grad_norm));
+            }
+            let step = done + 1;
+            reports.push(StepReport {
+                step,
+                loss,
+                quarters: measured.quarters,
+                grad_norm: measured.grad_norm,
+                learning_rate: learning_rate(&self.config, step),
+            });
+        }
+        Ok(reports)
+    }
+
+    /// True if [`reports`](Self::reports) has to be asked before the next step, or costs nothing: always on the CPU.
+    pub fn reports_are_due(&self) -> bool {
+        matches!(self.meter, Meter::Cpu(_)) || self.meter.is_full()
+    }
+
+    /// Does a GPU's step that was not finite again, looking at every tensor on the way.
+    fn explain_not_finite(&mut self, loss: f64, grad_norm: f64) -> Error {
+        let (step, what, value) = match loss.is_finite() {
+            false => (self.step + 1, "loss", loss),
+            true => (self.step + 1, "gradient norm", grad_norm),
+        };
+        let culprit = match self.find_not_finite() {
+            Ok(culprit) => culprit,
+            Err(e) => format!("looking for the first tensor that is not finite failed: {e}"),
+        };
+        self.not_finite(step, what, value, &culprit)
+    }
+
+    fn find_not_finite(&mut self) -> Result<String> {
+        self.meter.begin();
+        self.grads.reset();
+        let c = &self.config;
+        let images = self.data.train.images();
+        let order = self.order.indices(self.step, c.batch);
+        for k in 0..c.accumulate {
+            let batch = piece(c, &self.data.train, &order, self.step, k);
+            let source = self.feed.source(images, places(c, self.step, k), |places| {
+                rows(&self.data.train, self.order.range(places), c.model.classes > 0)
+            })?;
+            let masks = DropoutSeed { seed: c.seed, step: self.step, first: batch.noise.first };
+            let Noised { x_t, t, labels } = q_sample(&self.device, source, &batch, &self.coefficients)?;
+            let mut tape = Tape::inspecting(&self.device, &self.params);
+            let x_t = Var::constant(x_t);
+            let eps = match self.unet.forward(&mut tape, &x_t, &t, labels.as_ref(), Some(masks)) {
+                Ok(eps) => eps,
+                Err(found) => return Ok(found.to_string()),
+            };
+            let l = loss(&self.device, eps.value(), &batch, &t, Some(c.batch), &mut self.meter)?;
+            tape.backward(&eps, l.gradient.expect("a training loss has a gradient"), &mut self.grads)?;
+        }
+        self.meter.read()?;
+        let specs = self.params.specs();
+        Ok(first_not_finite("gradient", specs, &self.grads.finish(specs)?.host()?))
+    }
+
+    /// The first tensor of a forward pass that is not finite, in words.
+    fn inspect(&self, x_t: Var, t: Tensor, labels: Option<Tensor>, masks: DropoutSeed) -> String {
+        let mut tape = Tape::inspecting(&self.device, &self.params);
+        let again = self.unet.forward(&mut tape, &x_t, &t, labels.as_ref(), Some(masks));
+        again.err().map_or("every tensor of the forward pass is finite".into(), |e| e.to_string())
     }
 
     /// L_simple of the moving average on the held-out images, each at one timestep that never changes: overall and by
@@ -264,21 +324,29 @@ impl Trainer {
     pub fn validate(&self, stop: &AtomicBool) -> Result<Quarters> {
         let c = &self.config;
         let data = &self.data.held_out;
-        let piece = c.batch / c.accumulate;
-        let mut quarters = Quarters::default();
+        let size = c.batch / c.accumulate;
+        let mut meter = Meter::new(&self.device)?;
+        let mut feed = Feed::new(&self.device, self.resident.as_ref());
+        meter.begin();
         let held_out: Vec<usize> = (0..data.len()).collect();
-        for (k, indices) in held_out.chunks(piece).enumerate() {
+        for (k, indices) in held_out.chunks(size).enumerate() {
             if stop.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
             let labels = data.labels_of(indices).filter(|_| c.model.classes > 0);
-            let batch = Batch::validation(c.seed, (k * piece) as u32, data.rows(indices), c.diffusion.timesteps as u32);
-            let x_t = Var::constant(q_sample(&self.device, data.images(), &batch, &self.schedule)); // (n, h, w, c)
+            let first = k * size;
+            let batch = Batch::validation(c.seed, first as u32, data.rows(indices), c.diffusion.timesteps as u32);
+            let batch = batch.with_labels(labels);
+            let source = feed.source(data.images(), first as u64..(first + indices.len()) as u64, |places| {
+                let end = places.end.min(data.len() as u64);
+                rows(data, (places.start as usize..end as usize).collect(), c.model.classes > 0)
+            })?;
+            let Noised { x_t, t, labels } = q_sample(&self.device, source, &batch, &self.coefficients)?; // (n, h, w, c)
             let mut tape = Tape::inference(&self.device, &self.ema);
-            let eps = self.unet.forward(&mut tape, &x_t, &batch.t_f32(), labels.as_deref(), None)?; // (n, h, w, c)
-            quarters.add(&batch, &loss(&self.device, eps.value(), &batch, None).per_image, c.diffusion.timesteps);
+            let eps = self.unet.forward(&mut tape, &Var::constant(x_t), &t, labels.as_ref(), None)?; // (n, h, w, c)
+            loss(&self.device, eps.value(), &batch, &t, None, &mut meter)?;
         }
-        Ok(quarters)
+        Ok(meter.read()?.pop().expect("one row").quarters)
     }
 
     /// Refuses weights that no step could start from; they would make a checkpoint that is not worth its name.
@@ -286,14 +354,14 @@ impl Trainer {
     /// # Errors
     /// `Error::Failed` as in [`step`](Self::step).
     pub fn check_weights(&self) -> Result<()> {
-        for (p, spec) in self.params.specs().iter() {
-            let range = self.params.specs().range(p);
-            if let Some(value) = self.params.flat()[range].iter().find(|v| !v.is_finite()) {
-                let culprit = format!("the first weight that is not finite is in {}", spec.name);
-                return Err(self.not_finite(self.step, "largest weight", f64::from(*value), &culprit));
+        let weights = self.params.host()?;
+        match weights.iter().find(|v| !v.is_finite()) {
+            None => Ok(()),
+            Some(&value) => {
+                let culprit = first_not_finite("weight", self.params.specs(), &weights);
+                Err(self.not_finite(self.step, "largest weight", f64::from(value), &culprit))
             }
         }
-        Ok(())
     }
 
     /// `step` counts from 1, as the log does.
@@ -303,6 +371,68 @@ impl Trainer {
             self.config.learning_rate, self.config.warmup_steps
         ))
     }
+}
+
+/// Piece `k` of the batch of step `step` (from 0) of which `order` has the images.
+fn piece(c: &Config, data: &Dataset, order: &[usize], step: u32, k: usize) -> Batch {
+    let size = c.batch / c.accumulate;
+    let indices = &order[k * size..(k + 1) * size];
+    let labels = data.labels_of(indices).filter(|_| c.model.classes > 0);
+    let (first, timesteps) = ((k * size) as u32, c.diffusion.timesteps as u32);
+    Batch::train(c.seed, step, first, data.rows(indices), c.flip, timesteps).with_labels(labels)
+}
+
+/// Where piece `k` of a step's batch stands in the endless sequence of training images.
+fn places(c: &Config, step: u32, k: usize) -> Range<u64> {
+    let size = c.batch / c.accumulate;
+    let first = u64::from(step) * c.batch as u64 + (k * size) as u64;
+    first..first + size as u64
+}
+
+/// The images `indices` of a set as a feed wants them.
+fn rows(data: &Dataset, indices: Vec<usize>, conditional: bool) -> Rows {
+    let rows = data.rows(&indices).into_iter().map(|row| row as u32).collect();
+    Rows { rows, classes: data.labels_of(&indices).filter(|_| conditional) }
+}
+
+/// The numbers of the update of step `step` (from 1).
+fn update(c: &Config, step: u32) -> Update {
+    let number = u64::from(step);
+    Update {
+        step: number,
+        learning_rate: learning_rate(c, step),
+        beta1: BETA1,
+        beta2: BETA2,
+        eps: ADAM_EPS,
+        weight_decay: c.weight_decay,
+        ema_decay: ema_decay(c.ema_decay, number),
+    }
+}
+
+/// The learning rate of step `step` (from 1), warm-up included. The paper's code multiplies by step/warmup, so that its first step
+/// does nothing; counting from one does not.
+fn learning_rate(c: &Config, step: u32) -> f64 {
+    c.learning_rate * (f64::from(step) / f64::from(c.warmup_steps.max(1))).min(1.0)
+}
+
+/// Names the first parameter whose `what` is not finite.
+fn first_not_finite(what: &str, specs: &Specs, flat: &[f32]) -> String {
+    let first = specs.iter().find(|(p, _)| flat[specs.range(*p)].iter().any(|v| !v.is_finite()));
+    match first {
+        Some((_, spec)) => format!("the first {what} that is not finite is that of {}", spec.name),
+        None => format!("every {what} is finite when looked at again"),
+    }
+}
+
+/// The data set on the GPU, if it fits beside what training needs.
+fn resident(config: &Config, unet: &UNet, specs: &Specs, data: &Data, device: &Device) -> Result<Option<Resident>> {
+    let Device::Cuda(gpu) = device else { return Ok(None) };
+    let images = data.train.images();
+    let needed = memory_needed(config, unet, specs).saturating_add(images.pixels.len() as u64);
+    if needed > gpu.available_memory()? {
+        return Ok(None);
+    }
+    Resident::new(gpu, images).map(Some)
 }
 
 /// Bytes a training run asks for: weights, gradient, two moments and moving average; the activations of a piece of a batch;
@@ -359,16 +489,24 @@ pub fn run(args: &Args) -> Result<()> {
 
     while trainer.steps_done() < config.steps && !stop.load(Ordering::Relaxed) {
         let step_started = Instant::now();
-        let step = trainer.step().map_err(|e| with_last_checkpoint(e, run))?;
-        report.add(&step, config.batch, step_started.elapsed().as_secs_f64());
+        trainer.step().map_err(|e| with_last_checkpoint(e, run))?;
         let done = trainer.steps_done();
+        let finished = done == config.steps;
         let due = |every: u32| every > 0 && done.is_multiple_of(every);
-        bar.set_message(report.message());
+        let logs = due(config.log_every) || due(config.validate_every) || finished;
+        // Whatever follows wants to know that all is well; otherwise a GPU is left to run ahead.
+        let stops = logs || due(config.sample_every) || due(config.checkpoint_every) || stop.load(Ordering::Relaxed);
+        if stops || trainer.reports_are_due() {
+            for step in trainer.reports().map_err(|e| with_last_checkpoint(e, run))? {
+                report.add(step, config.batch);
+            }
+            bar.set_message(report.message());
+        }
+        report.seconds += step_started.elapsed().as_secs_f64();
         bar.inc(1);
 
-        let finished = done == config.steps;
-        if due(config.log_every) || due(config.validate_every) || finished {
-            let mut line = report.line(done, &step);
+        if logs {
+            let mut line = report.line(done);
             if due(config.validate_every) || (finished && config.validate_every > 0) {
                 let quarters = unless_interrupted(trainer.validate(&stop))?;
                 if let Some((quarters, mean)) = quarters.and_then(|q| q.mean().map(|mean| (q, mean))) {
@@ -662,6 +800,8 @@ fn above(bar: &ProgressBar, line: &str) {
 /// What has come together since the last line of the log.
 #[derive(Default)]
 struct Report {
+    /// The last of the steps.
+    last: Option<StepReport>,
     steps: u32,
     loss: f64,
     quarters: Quarters,
@@ -670,12 +810,12 @@ struct Report {
 }
 
 impl Report {
-    fn add(&mut self, step: &StepReport, images: usize, seconds: f64) {
+    fn add(&mut self, step: StepReport, images: usize) {
         self.steps += 1;
         self.loss += step.loss;
         self.quarters.merge(&step.quarters);
         self.images += images;
-        self.seconds += seconds;
+        self.last = Some(step);
     }
 
     /// Mean loss of the steps.
@@ -691,13 +831,13 @@ impl Report {
         format!("loss {:.4}, {:.0} images/s", self.loss(), self.images_per_s())
     }
 
-    fn line(&self, done: u32, step: &StepReport) -> serde_json::Value {
+    fn line(&self, done: u32) -> serde_json::Value {
         json!({
             "step": done,
             "loss": self.loss(),
             "loss_by_quarter": self.quarters.means(),
-            "grad_norm": step.grad_norm,
-            "lr": step.learning_rate,
+            "grad_norm": self.last.as_ref().map(|step| step.grad_norm),
+            "lr": self.last.as_ref().map(|step| step.learning_rate),
             "images_per_s": self.images_per_s(),
         })
     }

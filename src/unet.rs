@@ -27,21 +27,26 @@ use crate::ops::silu::silu;
 use crate::ops::time_embedding::{Sinusoid, time_embedding};
 use crate::ops::upsample::upsample;
 use crate::params::{Init, Layout, Param, Specs};
-use crate::rng::{Purpose, Stream};
+use crate::rng::{Purpose, Streams};
 use crate::tape::{Tape, Var};
-use crate::tensor::Shape;
+use crate::tensor::{Shape, Tensor};
 pub use cost::Cost;
 
 /// The paper starts the last layer of every residual branch at almost nothing: `init_scale=0` is 1e-10 in its code.
 const ALMOST_ZERO: f64 = 1e-10;
+
+/// A layer's dropout masks have 2^20 streams, one for each image of a step.
+const DROPOUT_IMAGES: u32 = 20;
 
 /// Where a training step's dropout masks come from.
 #[derive(Clone, Copy, Debug)]
 pub struct DropoutSeed {
     /// The run's seed.
     pub seed: u64,
-    /// The forward pass within the run: each has its own masks.
+    /// The step within the run: each has its own masks.
     pub step: u32,
+    /// Position of the pass's first image in the step's batch: a batch in pieces has the masks of the whole.
+    pub first: u32,
 }
 
 struct Norm {
@@ -244,19 +249,20 @@ impl UNet {
         &self.model
     }
 
-    /// eps_theta: the network's output for images `x` (n, h, w, channels) at timesteps `t` (one an image, 0..T).
+    /// eps_theta: the network's output for images `x` (n, h, w, channels) at timesteps `t` (n, 1, 1, 1), f32, 0..T. Output and everything on
+    /// the way have the type of `x`, which is that of the device's activations.
     ///
-    /// h and w must divide by 2^(levels - 1). `labels` (one an image, below `classes`) exactly if the network is conditional.
+    /// h and w must divide by 2^(levels - 1). `labels` (n, 1, 1, 1), f32, below `classes`, exactly if the network is conditional.
     /// With `dropout` the masks of a training step are applied; without, none.
     ///
     /// # Errors
-    /// Only those of a tape that checks for non-finite values.
+    /// Those of a tape that checks for non-finite values, and a GPU that fails.
     pub fn forward(
         &self,
         tape: &mut Tape<'_>,
         x: &Var,
-        t: &[f32],
-        labels: Option<&[u32]>,
+        t: &Tensor,
+        labels: Option<&Tensor>,
         dropout: Option<DropoutSeed>,
     ) -> Result<Var> {
         let m = &self.model;
@@ -266,12 +272,12 @@ impl UNet {
             s.h.is_multiple_of(multiple) && s.w.is_multiple_of(multiple),
             "{s} must divide by {multiple} in h and w"
         );
-        assert_eq!(s.n, t.len(), "{} images but {} timesteps", s.n, t.len());
+        assert_eq!(s.n, t.shape().n, "{} images but {} timesteps", s.n, t.shape().n);
         assert_eq!(labels.is_some(), m.classes > 0, "labels go with a conditional network");
 
         tape.at("time_embedding");
         let form = Sinusoid { freq_shift: m.freq_shift, flip_sin_to_cos: m.flip_sin_to_cos };
-        let temb = Var::constant(time_embedding(tape.device(), t, m.widths[0], form)); // (n, 1, 1, widths[0])
+        let temb = Var::constant(time_embedding(tape.device(), t, m.widths[0], form)?); // (n, 1, 1, widths[0])
         let temb = linear(tape, &temb, self.time_linear_1.weight, Some(self.time_linear_1.bias), None)?; // (n, 1, 1, e)
         let temb = silu(tape, &temb)?; // (n, 1, 1, e)
         let mut temb = linear(tape, &temb, self.time_linear_2.weight, Some(self.time_linear_2.bias), None)?; // (n, 1, 1, e)
@@ -337,13 +343,9 @@ impl Resnet {
         let h = conv2d(tape, &h, self.conv1.weight, self.conv1.bias, Geometry::SAME_3X3, plus)?; // (n, h, w, c)
         let mut h =
             group_norm(tape, &h, self.norm2.gamma, self.norm2.beta, m.groups, m.norm_eps as f32, Activation::Silu)?; // (n, h, w, c)
-        if let Some(DropoutSeed { seed, step }) = masks {
-            h = dropout(
-                tape,
-                &h,
-                m.dropout as f32,
-                Stream { seed, purpose: Purpose::Dropout, step, stream: self.index },
-            )?; // (n, h, w, c)
+        if let Some(DropoutSeed { seed, step, first }) = masks {
+            let first = (self.index << DROPOUT_IMAGES) + first;
+            h = dropout(tape, &h, m.dropout as f32, Streams { seed, purpose: Purpose::Dropout, step, first })?; // (n, h, w, c)
         }
         let shortcut = match &self.conv_shortcut {
             Some(s) => &conv2d(tape, x, s.weight, s.bias, Geometry::POINTWISE, Plus::default())?, // (n, h, w, c)

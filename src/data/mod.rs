@@ -8,6 +8,7 @@
 //! Deliberately absent: streaming from disk, augmentation beyond flips.
 
 mod cifar;
+pub mod feed;
 mod fit;
 mod folder;
 mod idx;
@@ -16,6 +17,7 @@ pub mod npy;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::io::Read;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -469,7 +471,12 @@ impl Order {
     /// The images of step `step` (counted from 0). A batch may run over the end of an epoch, or of several.
     pub fn indices(&mut self, step: u32, batch: usize) -> Vec<usize> {
         let first = u64::from(step) * batch as u64;
-        (first..first + batch as u64).map(|place| self.at(place)).collect()
+        self.range(first..first + batch as u64)
+    }
+
+    /// The images at `places` of the endless sequence that steps take theirs from.
+    pub fn range(&mut self, places: Range<u64>) -> Vec<usize> {
+        places.map(|place| self.at(place)).collect()
     }
 
     fn at(&mut self, place: u64) -> usize {

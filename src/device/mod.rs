@@ -4,6 +4,7 @@
 //! to it when their last handle is dropped, so that a training step, once warm, allocates nothing.
 
 pub mod cpu;
+pub mod cuda;
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,7 +12,16 @@ use std::sync::Arc;
 
 use crate::error::{Error, Result};
 
-pub use cpu::Buffer;
+use crate::kernels;
+use crate::tensor::DType;
+
+/// Memory of a tensor, on its device.
+pub enum Buffer {
+    /// The host's.
+    Cpu(cpu::Buffer),
+    /// A GPU's.
+    Cuda(cuda::Buffer),
+}
 
 /// What `--device` asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -56,25 +66,34 @@ pub enum Precision {
 pub enum Device {
     /// The host's cores, through rayon's global pool.
     Cpu(Arc<cpu::Pool>),
+    /// An NVIDIA GPU.
+    Cuda(cuda::Gpu),
 }
 
 impl Device {
-    /// The device that the command line asks for.
+    /// The device that the command line asks for. `auto` is the first GPU if this build has kernels, there is a driver and a GPU that
+    /// they run on; otherwise the CPU.
     ///
     /// # Errors
-    /// `Error::Failed` for a GPU or a precision this build cannot compute with.
+    /// `Error::Failed` for a GPU or a precision that cannot be had.
     pub fn open(choice: Choice, precision: Precision) -> Result<Self> {
-        if let Choice::Cuda(number) = choice {
-            return Err(Error::Failed(format!(
-                "cuda:{number} was asked for, but this version computes on the CPU only: use --device cpu or auto"
-            )));
-        }
-        if precision == Precision::Bf16 {
-            return Err(Error::Failed(
+        let activations = match precision {
+            Precision::F32 => DType::F32,
+            Precision::Bf16 => DType::Bf16,
+        };
+        let number = match choice {
+            Choice::Cuda(number) => Some(number),
+            Choice::Cpu => None,
+            Choice::Auto if kernels::COMPILER.is_none() => None,
+            Choice::Auto => cuda::devices()?.iter().find(|gpu| gpu.can_run_kernels()).map(|gpu| gpu.number),
+        };
+        match number {
+            Some(number) => Ok(Device::Cuda(cuda::Gpu::open(number, activations, false)?)),
+            None if precision == Precision::Bf16 => Err(Error::Failed(
                 "bf16 was asked for, but the CPU computes in f32 only: use --precision f32".into(),
-            ));
+            )),
+            None => Ok(Device::cpu()),
         }
-        Ok(Device::cpu())
     }
 
     /// The CPU with an empty pool.
@@ -88,10 +107,33 @@ impl Device {
         Device::Cpu(cpu::Pool::new(true))
     }
 
-    /// A buffer for `len` numbers, contents arbitrary.
-    pub fn alloc(&self, len: usize) -> Buffer {
+    /// Type of activations and their gradients.
+    pub fn activations(&self) -> DType {
+        match self {
+            Device::Cpu(_) => DType::F32,
+            Device::Cuda(gpu) => gpu.activations(),
+        }
+    }
+
+    /// A buffer for `len` elements, contents arbitrary.
+    ///
+    /// # Errors
+    /// A GPU without enough memory.
+    pub fn alloc(&self, dtype: DType, len: usize) -> Result<Buffer> {
+        match self {
+            Device::Cpu(pool) => {
+                assert_eq!(dtype, DType::F32, "the CPU computes in f32");
+                Ok(Buffer::Cpu(cpu::Pool::alloc(pool, len)))
+            }
+            Device::Cuda(gpu) => Ok(Buffer::Cuda(gpu.alloc(len * dtype.size())?)),
+        }
+    }
+
+    /// Scratch space of an operation's CPU path.
+    pub(crate) fn scratch(&self, len: usize) -> cpu::Buffer {
         match self {
             Device::Cpu(pool) => cpu::Pool::alloc(pool, len),
+            Device::Cuda(gpu) => panic!("{gpu} has no scratch space of the CPU"),
         }
     }
 
@@ -99,6 +141,18 @@ impl Device {
     pub fn pool_stats(&self) -> PoolStats {
         match self {
             Device::Cpu(pool) => pool.stats(),
+            Device::Cuda(gpu) => gpu.pool_stats(),
+        }
+    }
+
+    /// Waits until everything asked of the device is done.
+    ///
+    /// # Errors
+    /// What went wrong on a GPU meanwhile.
+    pub fn synchronize(&self) -> Result<()> {
+        match self {
+            Device::Cpu(_) => Ok(()),
+            Device::Cuda(gpu) => gpu.synchronize(),
         }
     }
 }
@@ -107,6 +161,7 @@ impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Device::Cpu(_) => write!(f, "CPU, {} threads", rayon::current_num_threads()),
+            Device::Cuda(gpu) => gpu.fmt(f),
         }
     }
 }

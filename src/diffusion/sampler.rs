@@ -222,8 +222,8 @@ pub struct Progress<'a> {
     pub x: &'a Tensor,
 }
 
-/// Draws `shape.n` images: x_T from noise, then every step of the sampler. `network(x_t, t)` returns the predicted
-/// noise, shaped like x_t; `each` sees x after every step, and an error from either ends the loop with it.
+/// Draws `shape.n` images: x_T from noise, then every step of the sampler. `network(x_t, t)` takes and returns the type of the device's activations: the
+/// predicted noise, shaped like x_t; `each` sees x after every step, and an error from either ends the loop with it.
 pub fn sample(
     device: &Device,
     sampler: &Sampler,
@@ -232,11 +232,11 @@ pub fn sample(
     mut network: impl FnMut(&Tensor, u32) -> Result<Tensor>,
     mut each: impl FnMut(Progress<'_>) -> Result<()>,
 ) -> Result<Tensor> {
-    let mut x = crate::ops::sample_step::start(device, shape, samples);
+    let mut state = crate::ops::sample_step::start(device, shape, samples)?;
     for (i, step) in sampler.steps.iter().enumerate() {
-        let output = network(&x, step.t)?;
-        x = sample_step(device, &x, &output, step, samples);
-        each(Progress { done: i + 1, total: sampler.steps.len(), t: step.t, x: &x })?;
+        let output = network(&state.input, step.t)?;
+        state = sample_step(device, &state.x, &output, step, samples)?;
+        each(Progress { done: i + 1, total: sampler.steps.len(), t: step.t, x: &state.x })?;
     }
-    Ok(x)
+    Ok(state.x)
 }

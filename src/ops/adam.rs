@@ -16,6 +16,10 @@
 //! so `1 - beta2` and `1 - ema_decay` keep their digits. Bound by memory: 20 bytes read and 16 written per parameter.
 
 use crate::device::Device;
+use crate::error::Result;
+use crate::meter::Meter;
+use crate::params::Params;
+use crate::tensor::Tensor;
 
 /// Numbers of one update.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -32,35 +36,46 @@ pub struct Update {
     pub eps: f64,
     /// AdamW's decoupled weight decay, 0 for Adam.
     pub weight_decay: f64,
-    /// Factor of the gradient, from [`clip_factor`](crate::ops::grad_norm::clip_factor).
-    pub clip: f64,
     /// Decay of the moving average of the weights, from [`ema_decay`].
     pub ema_decay: f64,
 }
 
-/// The buffers of one update, all of the length of the flat parameters.
-#[derive(Debug)]
-pub struct Buffers<'a> {
+/// The state of one update, all flat buffers of the parameters' length.
+pub struct State<'a> {
     /// Weights.
-    pub w: &'a mut [f32],
+    pub w: &'a mut Params,
     /// Their moving average.
-    pub ema: &'a mut [f32],
+    pub ema: &'a mut Params,
     /// Mean of gradients.
-    pub m: &'a mut [f32],
+    pub m: &'a mut Tensor,
     /// Mean of squared gradients.
-    pub v: &'a mut [f32],
+    pub v: &'a mut Tensor,
     /// Gradient.
-    pub g: &'a [f32],
+    pub g: &'a Tensor,
 }
 
-/// Updates weights, moments and moving average in place.
-pub fn adam(device: &Device, buffers: Buffers<'_>, update: &Update) {
-    let len = buffers.w.len();
-    let lengths = [buffers.ema.len(), buffers.m.len(), buffers.v.len(), buffers.g.len()];
+/// Updates weights, moments and moving average in place, the gradient multiplied by the clipping factor of the meter's row, where
+/// [`grad_norm`](crate::ops::grad_norm::grad_norm) left it. On a GPU that was halted nothing changes.
+///
+/// # Errors
+/// A GPU that fails.
+pub fn adam(device: &Device, state: State<'_>, update: &Update, meter: &mut Meter) -> Result<()> {
+    let State { w, ema, m, v, g } = state;
+    let ((w, rounded), (ema, ema_rounded)) = (w.tensors_mut(), ema.tensors_mut());
+    let len = w.shape().len();
+    let lengths = [ema.shape().len(), m.shape().len(), v.shape().len(), g.shape().len()];
     assert!(lengths == [len; 4], "adam: {len} weights, but ema, m, v, g have {lengths:?}");
     assert!(update.step >= 1, "adam: updates are numbered from 1");
-    match device {
-        Device::Cpu(_) => cpu::update(buffers, update),
+    match (device, meter) {
+        (Device::Cpu(_), meter) => {
+            let buffers = [w.data_mut(), ema.data_mut(), m.data_mut(), v.data_mut()];
+            cpu::update(buffers, g.data(), update, meter.host_row().clip);
+            Ok(())
+        }
+        (Device::Cuda(gpu), Meter::Cuda(meter)) => {
+            cuda::update(gpu, [w, ema, m, v], [rounded, ema_rounded], g, update, meter)
+        }
+        (Device::Cuda(gpu), Meter::Cpu(_)) => panic!("adam: the meter is not on {gpu}"),
     }
 }
 
@@ -87,12 +102,12 @@ struct Factors<T> {
 }
 
 impl<T: num_traits::Float> Factors<T> {
-    fn new(u: &Update) -> Self {
+    fn new(u: &Update, clip: f64) -> Self {
         let number = |v: f64| T::from(v).expect("every f64 has a nearest number");
         // beta^k underflows to 0 for large k, as it should; powf because k is a u64.
         let correction = |beta: f64| 1.0 - beta.powf(u.step as f64);
         Factors {
-            clip: number(u.clip),
+            clip: number(clip),
             keep: number(1.0 - u.learning_rate * u.weight_decay),
             one_beta1: number(1.0 - u.beta1),
             beta2: number(u.beta2),
@@ -111,9 +126,9 @@ pub mod reference {
 
     use super::{Factors, Update};
 
-    /// One update of `[w, ema, m, v]` with gradient `g`.
-    pub fn update<T: Float>([w, ema, m, v]: [&mut [T]; 4], g: &[T], update: &Update) {
-        let f = Factors::<T>::new(update);
+    /// One update of `[w, ema, m, v]` with gradient `clip g`.
+    pub fn update<T: Float>([w, ema, m, v]: [&mut [T]; 4], g: &[T], update: &Update, clip: f64) {
+        let f = Factors::<T>::new(update, clip);
         for i in 0..w.len() {
             let g = f.clip * g[i];
             m[i] = m[i] + f.one_beta1 * (g - m[i]);
@@ -133,9 +148,8 @@ mod cpu {
     /// Elements per task: five pieces of 64 KiB, large against the cost of handing out a task.
     const CHUNK: usize = 1 << 14;
 
-    pub fn update(buffers: Buffers<'_>, update: &Update) {
-        let factors = Factors::<f32>::new(update);
-        let Buffers { w, ema, m, v, g } = buffers;
+    pub fn update([w, ema, m, v]: [&mut [f32]; 4], g: &[f32], update: &Update, clip: f64) {
+        let factors = Factors::<f32>::new(update, clip);
         let weights = w.par_chunks_mut(CHUNK).zip(ema.par_chunks_mut(CHUNK));
         let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
         let chunks = weights.zip(moments).zip(g.par_chunks(CHUNK));
@@ -155,5 +169,30 @@ mod cpu {
                 ema[i] = I::mul_add(f.one_ema, w[i] - ema[i], ema[i]);
             }
         }
+    }
+}
+
+mod cuda {
+    use super::*;
+    use crate::device::cuda::{Gpu, each_four};
+    use crate::kernels::adam::UPDATE;
+    use crate::meter::CudaMeter;
+
+    pub fn update(
+        gpu: &Gpu,
+        [w, ema, m, v]: [&mut Tensor; 4],
+        [rounded, ema_rounded]: [Option<&mut Tensor>; 2],
+        g: &Tensor,
+        update: &Update,
+        meter: &CudaMeter,
+    ) -> Result<()> {
+        let len = g.shape().len();
+        assert!(len.is_multiple_of(4), "adam: {len} parameters, the flat buffer has a multiple of 4");
+        // The clipping factor is on the device.
+        let f = Factors::<f32>::new(update, 1.0);
+        let launch = gpu.launch(&UPDATE, each_four(len), 256).write(w).write(ema).write(m).write(v);
+        let launch = launch.write_opt(rounded).write_opt(ema_rounded).read(g).view(meter.row()).view(meter.halt());
+        let launch = launch.u64(len).f32(f.keep).f32(f.one_beta1).f32(f.beta2).f32(f.one_beta2);
+        launch.f32(f.rate).f32(f.unbias).f32(f.eps).f32(f.one_ema).run()
     }
 }

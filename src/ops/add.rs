@@ -14,7 +14,7 @@ use crate::tensor::Tensor;
 pub fn add(tape: &mut Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
     assert_eq!(a.shape(), b.shape(), "add: a is {}, b is {}", a.shape(), b.shape());
     let y = match tape.device() {
-        Device::Cpu(_) => sum(tape.device(), a.value(), b.value()),
+        Device::Cpu(_) | Device::Cuda(_) => sum(tape.device(), a.value(), b.value())?,
     };
     tape.push("add", y, || AddBackward { a: a.id(), b: b.id() })
 }
@@ -35,35 +35,38 @@ impl Backward for AddBackward {
 
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         if let Some(a) = self.a {
-            grads.add(a, dy.clone());
+            grads.add(a, dy.clone())?;
         }
         if let Some(b) = self.b {
-            grads.add(b, dy);
+            grads.add(b, dy)?;
         }
         Ok(())
     }
 }
 
 /// `sum + term`, in the buffer of whichever nobody else holds.
-pub(crate) fn accumulate(device: &Device, mut sum: Tensor, mut term: Tensor) -> Tensor {
+pub(crate) fn accumulate(device: &Device, mut sum: Tensor, mut term: Tensor) -> Result<Tensor> {
     assert_eq!(sum.shape(), term.shape(), "gradients of one value: {} and {}", sum.shape(), term.shape());
-    match device {
-        Device::Cpu(_) if sum.is_unique() => {
-            cpu::add_assign(sum.data_mut(), term.data());
-            sum
-        }
-        Device::Cpu(_) if term.is_unique() => {
-            cpu::add_assign(term.data_mut(), sum.data());
-            term
-        }
-        Device::Cpu(_) => self::sum(device, &sum, &term),
+    if !sum.is_unique() {
+        std::mem::swap(&mut sum, &mut term);
     }
+    if !sum.is_unique() {
+        return self::sum(device, &sum, &term);
+    }
+    match device {
+        Device::Cpu(_) => cpu::add_assign(sum.data_mut(), term.data()),
+        Device::Cuda(gpu) => cuda::add_assign(gpu, &mut sum, &term)?,
+    }
+    Ok(sum)
 }
 
-fn sum(device: &Device, a: &Tensor, b: &Tensor) -> Tensor {
-    let mut y = Tensor::uninit(device, a.shape());
-    cpu::add(y.data_mut(), a.data(), b.data());
-    y
+fn sum(device: &Device, a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let mut y = Tensor::uninit(device, a.dtype(), a.shape())?;
+    match device {
+        Device::Cpu(_) => cpu::add(y.data_mut(), a.data(), b.data()),
+        Device::Cuda(gpu) => cuda::add(gpu, &mut y, a, b)?,
+    }
+    Ok(y)
 }
 
 /// The definition.
@@ -90,5 +93,21 @@ mod cpu {
     pub fn add_assign(y: &mut [f32], x: &[f32]) {
         let chunks = y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK));
         chunks.for_each(|(y, x)| y.iter_mut().zip(x).for_each(|(y, x)| *y += x));
+    }
+}
+
+mod cuda {
+    use super::*;
+    use crate::device::cuda::{Gpu, each_four};
+    use crate::kernels::add::FWD;
+
+    pub fn add(gpu: &Gpu, y: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
+        let (kernel, len) = (FWD.of(a.dtype()), a.shape().len());
+        gpu.launch(kernel, each_four(len), 256).write(y).read(a).read(b).u64(len).run()
+    }
+
+    pub fn add_assign(gpu: &Gpu, y: &mut Tensor, x: &Tensor) -> Result<()> {
+        let (kernel, len) = (FWD.of(x.dtype()), x.shape().len());
+        gpu.launch(kernel, each_four(len), 256).write(y).first_again().read(x).u64(len).run()
     }
 }

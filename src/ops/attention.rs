@@ -26,7 +26,7 @@
 use crate::device::Device;
 use crate::error::Result;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// Attention of every token of `q` over all tokens of its image; three tensors of one shape, whose channels `heads` divides.
 pub fn attention(tape: &mut Tape<'_>, q: &Var, k: &Var, v: &Var, heads: usize) -> Result<Var> {
@@ -39,13 +39,14 @@ pub fn attention(tape: &mut Tape<'_>, q: &Var, k: &Var, v: &Var, heads: usize) -
     );
     assert!(heads > 0 && shape.c.is_multiple_of(heads), "attention: {heads} heads of {} channels", shape.c);
 
-    let mut y = Tensor::uninit(tape.device(), shape);
-    let mut rows = Tensor::uninit(tape.device(), Shape::new(shape.n, heads, 2, shape.pixels()));
+    let mut y = Tensor::uninit(tape.device(), q.value().dtype(), shape)?;
+    let mut rows = Tensor::uninit(tape.device(), DType::F32, Shape::new(shape.n, heads, 2, shape.pixels()))?;
     match tape.device() {
         Device::Cpu(_) => {
             let job = cpu::Job { device: tape.device(), shape, heads };
             cpu::forward(&job, y.data_mut(), rows.data_mut(), [q, k, v].map(Var::data));
         }
+        Device::Cuda(_) => todo!(),
     }
     tape.push("attention", y, || AttentionBackward {
         ids: [q, k, v].map(Var::id),
@@ -74,17 +75,19 @@ impl Backward for AttentionBackward {
 
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let shape = dy.shape();
-        let mut dqkv: [Tensor; 3] = std::array::from_fn(|_| Tensor::uninit(grads.device(), shape));
+        let uninit = || Tensor::uninit(grads.device(), dy.dtype(), shape);
+        let mut dqkv = [uninit()?, uninit()?, uninit()?];
         match grads.device() {
             Device::Cpu(_) => {
                 let job = cpu::Job { device: grads.device(), shape, heads: self.heads };
                 let dqkv = dqkv.each_mut().map(Tensor::data_mut);
                 cpu::backward(&job, dqkv, self.qkv.each_ref().map(Tensor::data), self.rows.data(), dy.data());
             }
+            Device::Cuda(_) => todo!(),
         }
         for (id, dx) in self.ids.into_iter().zip(dqkv) {
             if let Some(id) = id {
-                grads.add(id, dx);
+                grads.add(id, dx)?;
             }
         }
         Ok(())
@@ -158,7 +161,7 @@ mod cpu {
     use std::ops::Range;
 
     use super::*;
-    use crate::device::Buffer;
+    use crate::device::cpu::Buffer;
     use crate::device::cpu::gemm::{self, Accumulate, Overwrite, Shared, Slots, panel_width, piece, rows_by_panel};
     use crate::device::cpu::simd::{self, Isa};
     use crate::device::cpu::vector::{Vector, with_vector};
@@ -219,7 +222,7 @@ mod cpu {
             let (depth, columns) = if transposed { (job.d(), job.tokens()) } else { (job.tokens(), job.d()) };
             let panels = columns.div_ceil(panel_width::<V>());
             let each = depth * panel_width::<V>();
-            let mut buffer = job.device.alloc(pairs.len() * panels * each);
+            let mut buffer = job.device.scratch(pairs.len() * panels * each);
             let out = Shared::new(buffer.as_mut_slice());
             gemm::for_each_task(pairs.len() * panels, |i| {
                 let (pair, first) = (pairs.start + i / panels, i % panels * panel_width::<V>());
@@ -347,8 +350,8 @@ mod cpu {
                 [q, k, dy].map(|x| Packed::new::<V>(job, pairs.clone(), x, false)); // (T, d)
             // As many rows of each pair at a time as the scores' memory holds: all of them, unless there is only one pair.
             let together = tokens.min((SCORES / tokens).max(BLOCK));
-            let mut p = job.device.alloc(pairs.len() * together * tokens); // (pairs, together, T)
-            let mut ds = job.device.alloc(pairs.len() * together * tokens); // (pairs, together, T)
+            let mut p = job.device.scratch(pairs.len() * together * tokens); // (pairs, together, T)
+            let mut ds = job.device.scratch(pairs.len() * together * tokens); // (pairs, together, T)
             for first in (0..tokens).step_by(together) {
                 let count = together.min(tokens - first);
                 let row_blocks = count.div_ceil(BLOCK);

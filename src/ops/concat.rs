@@ -14,9 +14,10 @@ use crate::tensor::{Shape, Tensor};
 pub fn concat(tape: &mut Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
     let (a_shape, b_shape) = (a.shape(), b.shape());
     assert_eq!(a_shape.with_c(0), b_shape.with_c(0), "concat: a is {a_shape}, b is {b_shape}");
-    let mut y = Tensor::uninit(tape.device(), a_shape.with_c(a_shape.c + b_shape.c));
+    let mut y = Tensor::uninit(tape.device(), a.value().dtype(), a_shape.with_c(a_shape.c + b_shape.c))?;
     match tape.device() {
         Device::Cpu(_) => cpu::forward(y.data_mut(), a.data(), b.data(), a_shape.c, b_shape.c),
+        Device::Cuda(gpu) => cuda::forward(gpu, &mut y, a.value(), b.value())?,
     }
     tape.push("concat", y, || ConcatBackward { a: a.id(), b: b.id(), a_shape, b_shape })
 }
@@ -41,11 +42,12 @@ impl Backward for ConcatBackward {
         let c = dy.shape().c;
         for (id, shape, at) in [(self.a, self.a_shape, 0), (self.b, self.b_shape, self.a_shape.c)] {
             let Some(id) = id else { continue };
-            let mut dx = Tensor::uninit(grads.device(), shape);
+            let mut dx = Tensor::uninit(grads.device(), dy.dtype(), shape)?;
             match grads.device() {
                 Device::Cpu(_) => cpu::part(dx.data_mut(), dy.data(), c, at..at + shape.c),
+                Device::Cuda(gpu) => cuda::part(gpu, &mut dx, &dy, at)?,
             }
-            grads.add(id, dx);
+            grads.add(id, dx)?;
         }
         Ok(())
     }
@@ -93,5 +95,24 @@ mod cpu {
                 dx.copy_from_slice(&dy[part.clone()]);
             }
         });
+    }
+}
+
+mod cuda {
+    use super::*;
+    use crate::device::cuda::{Gpu, each_one};
+    use crate::kernels::concat::{JOIN, PART};
+
+    pub fn forward(gpu: &Gpu, y: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
+        let (grid, rows) = (each_one(y.shape().len()), y.shape().rows());
+        let launch = gpu.launch(JOIN.of(a.dtype()), grid, 256).write(y).read(a).read(b);
+        launch.u64(rows).u32(a.shape().c).u32(b.shape().c).run()
+    }
+
+    /// The channels of `dy` from `first` on.
+    pub fn part(gpu: &Gpu, dx: &mut Tensor, dy: &Tensor, first: usize) -> Result<()> {
+        let shape = dx.shape();
+        let launch = gpu.launch(PART.of(dy.dtype()), each_one(shape.len()), 256).write(dx).read(dy);
+        launch.u64(shape.rows()).u32(shape.c).u32(dy.shape().c).u32(first).run()
     }
 }

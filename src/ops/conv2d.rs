@@ -21,7 +21,7 @@ use crate::device::cpu::simd::{self, Level};
 use crate::error::Result;
 use crate::params::Param;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// Rows and columns of zeros around the image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -177,7 +177,7 @@ pub fn conv2d_by(
     if let Some(residual) = plus.residual {
         assert_eq!(residual.shape(), ys, "conv2d: residual is {}, the output {ys}", residual.shape());
     }
-    let mut y = Tensor::uninit(tape.device(), ys);
+    let mut y = Tensor::uninit(tape.device(), DType::F32, ys)?;
     match tape.device() {
         Device::Cpu(_) => {
             let (weight, bias) = (tape.params().get(weight), tape.params().get(bias));
@@ -188,6 +188,7 @@ pub fn conv2d_by(
             };
             cpu::forward(tape.device(), method, x.data(), xs, weight, ws, geometry, plus, y.data_mut());
         }
+        Device::Cuda(_) => todo!(),
     }
     tape.push("conv2d", y, || Conv2dBackward {
         x: x.value().clone(),
@@ -228,22 +229,23 @@ impl Backward for Conv2dBackward {
             Device::Cpu(_) => {
                 let dw = grads.param(self.weight);
                 cpu::wgrad(device, self.method, self.x.data(), xs, dy.data(), ws, self.geometry, dw);
-                let mut dshift = Tensor::uninit(device, Shape::new(ys.n, 1, 1, ys.c)); // (n, 1, 1, c_out)
+                let mut dshift = Tensor::uninit(device, DType::F32, Shape::new(ys.n, 1, 1, ys.c))?; // (n, 1, 1, c_out)
                 cpu::sum_pixels(device, self.method, dy.data(), &mut dshift);
                 cpu::sum_images(dshift.data(), grads.param(self.bias));
                 if let Some(shift) = self.shift {
-                    grads.add(shift, dshift);
+                    grads.add(shift, dshift)?;
                 }
                 if let Some(id) = self.x_id {
-                    let mut dx = Tensor::uninit(device, xs);
+                    let mut dx = Tensor::uninit(device, DType::F32, xs)?;
                     let weight = grads.weight(self.weight);
                     cpu::dgrad(device, self.method, dy.data(), ys, weight, ws, self.geometry, xs, dx.data_mut());
-                    grads.add(id, dx);
+                    grads.add(id, dx)?;
                 }
             }
+            Device::Cuda(_) => todo!(),
         }
         if let Some(residual) = self.residual {
-            grads.add(residual, dy);
+            grads.add(residual, dy)?;
         }
         Ok(())
     }

@@ -1,33 +1,39 @@
 //! `y[i] = add_to[i] + table[labels[i]]`: one row of a table for each image, added to what is there (the time embedding).
-//! `table (classes,1,1,c)`, `labels (n)`, `add_to` and `y (n,1,1,c)`.
+//! `table (classes,1,1,c)`, `labels (n,1,1,1)`, `add_to` and `y (n,1,1,c)`. Labels are class numbers, held as f32, which is exact up to 2^24.
 //!
 //! Gradient: `d add_to = dy`, handed on; `d table[k] = sum of dy[i] over the i with labels[i] = k`, in order of `i`; rows of classes that
-//! no image has are zero. No tensor is saved (the labels are, 4 bytes an image). One rounding per element forward. A few rows,
+//! no image has are zero. Saved: the labels. One rounding per element forward. A few rows,
 //! so everything runs on one core.
 
 use crate::device::Device;
 use crate::error::Result;
 use crate::params::Param;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// `add_to` with each image's row of `table` added. A label beyond the table is a bug of the caller.
-pub fn embedding(tape: &mut Tape<'_>, table: Param, labels: &[u32], add_to: &Var) -> Result<Var> {
-    let (shape, rows) = (add_to.shape(), tape.params().shape(table));
-    assert_eq!(shape, Shape::new(labels.len(), 1, 1, rows.c), "embedding: {} labels, table {rows}", labels.len());
-    if let Some(label) = labels.iter().find(|&&label| label as usize >= rows.n) {
-        panic!("embedding: label {label} with a table of {} classes", rows.n);
-    }
-    let mut y = Tensor::uninit(tape.device(), shape);
+pub fn embedding(tape: &mut Tape<'_>, table: Param, labels: &Tensor, add_to: &Var) -> Result<Var> {
+    let (shape, rows, n) = (add_to.shape(), tape.params().shape(table), labels.shape().n);
+    assert_eq!(shape, Shape::new(n, 1, 1, rows.c), "embedding: {n} labels, table {rows}");
+    let mut y = Tensor::uninit(tape.device(), add_to.value().dtype(), shape)?;
     match tape.device() {
-        Device::Cpu(_) => cpu::forward(y.data_mut(), tape.params().get(table), labels, add_to.data()),
+        Device::Cpu(_) => {
+            if let Some(label) = labels.data().iter().find(|&&label| label as usize >= rows.n) {
+                panic!("embedding: label {label} with a table of {} classes", rows.n);
+            }
+            cpu::forward(y.data_mut(), tape.params().get(table), labels.data(), add_to.data());
+        }
+        Device::Cuda(gpu) => {
+            let table = tape.params().view(table, DType::F32);
+            cuda::forward(gpu, &mut y, table, labels, add_to.value())?;
+        }
     }
-    tape.push("embedding", y, || EmbeddingBackward { table, labels: labels.to_vec(), add_to: add_to.id() })
+    tape.push("embedding", y, || EmbeddingBackward { table, labels: labels.clone(), add_to: add_to.id() })
 }
 
 struct EmbeddingBackward {
     table: Param,
-    labels: Vec<u32>,
+    labels: Tensor,
     add_to: Option<VarId>,
 }
 
@@ -37,18 +43,22 @@ impl Backward for EmbeddingBackward {
     }
 
     fn saved(&self) -> Vec<&Tensor> {
-        Vec::new()
+        vec![&self.labels]
     }
 
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         match grads.device() {
             Device::Cpu(_) => {
                 let table = grads.param(self.table);
-                cpu::backward(table.data, table.accumulate, &self.labels, dy.data());
+                cpu::backward(table.data, table.accumulate, self.labels.data(), dy.data());
+            }
+            Device::Cuda(gpu) => {
+                let rows = grads.weight_shape(self.table);
+                cuda::backward(gpu, grads.param_view(self.table), rows, &self.labels, &dy)?;
             }
         }
         if let Some(add_to) = self.add_to {
-            grads.add(add_to, dy);
+            grads.add(add_to, dy)?;
         }
         Ok(())
     }
@@ -76,7 +86,7 @@ pub mod reference {
 }
 
 mod cpu {
-    pub fn forward(y: &mut [f32], table: &[f32], labels: &[u32], add_to: &[f32]) {
+    pub fn forward(y: &mut [f32], table: &[f32], labels: &[f32], add_to: &[f32]) {
         let c = y.len() / labels.len();
         for ((y, x), &label) in y.chunks_exact_mut(c).zip(add_to.chunks_exact(c)).zip(labels) {
             let row = &table[label as usize * c..][..c];
@@ -86,7 +96,7 @@ mod cpu {
         }
     }
 
-    pub fn backward(dtable: &mut [f32], accumulate: bool, labels: &[u32], dy: &[f32]) {
+    pub fn backward(dtable: &mut [f32], accumulate: bool, labels: &[f32], dy: &[f32]) {
         if !accumulate {
             dtable.fill(0.0);
         }
@@ -97,5 +107,23 @@ mod cpu {
                 *row += dy;
             }
         }
+    }
+}
+
+mod cuda {
+    use super::*;
+    use crate::device::cuda::{Gpu, View, each_one};
+    use crate::kernels::embedding::{BWD, FWD};
+    use crate::params::ParamView;
+
+    pub fn forward(gpu: &Gpu, y: &mut Tensor, table: View<'_>, labels: &Tensor, add_to: &Tensor) -> Result<()> {
+        let shape = y.shape();
+        let launch = gpu.launch(FWD.of(add_to.dtype()), each_one(shape.len()), 256).write(y).read(add_to);
+        launch.view(table).read(labels).u64(shape.len()).u32(shape.c).run()
+    }
+
+    pub fn backward(gpu: &Gpu, table: ParamView<'_>, rows: Shape, labels: &Tensor, dy: &Tensor) -> Result<()> {
+        let launch = gpu.launch(BWD.of(dy.dtype()), each_one(rows.len()), 256).view(table.view).read(dy).read(labels);
+        launch.u64(rows.len()).u32(dy.shape().n).u32(rows.c).u32(table.accumulate.into()).run()
     }
 }

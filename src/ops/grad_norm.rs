@@ -5,11 +5,26 @@
 //! an f32 never overflows an f64, so the norm is finite if and only if every gradient is: no second pass looks for NaN.
 
 use crate::device::Device;
+use crate::error::Result;
+use crate::meter::Meter;
+use crate::tensor::Tensor;
 
-/// Norm of a flat buffer of gradients; not finite if and only if one of them is not.
-pub fn grad_norm(device: &Device, g: &[f32]) -> f64 {
-    match device {
-        Device::Cpu(_) => cpu::sum_of_squares(g).sqrt(),
+/// Writes the norm of a flat buffer of gradients, and the factor that clips it to `max_norm` (0: no clipping), into the meter's row; the norm is
+/// not finite if and only if one of the gradients is not. On a GPU that, or a loss in the row that is not finite, halts all later updates.
+///
+/// # Errors
+/// A GPU that fails.
+pub fn grad_norm(device: &Device, g: &Tensor, max_norm: f64, meter: &mut Meter) -> Result<()> {
+    match (device, meter) {
+        (Device::Cpu(_), meter) => {
+            let norm = cpu::sum_of_squares(g.data()).sqrt();
+            let row = meter.host_row();
+            row.grad_norm = norm;
+            row.clip = if max_norm > 0.0 { clip_factor(norm, max_norm) } else { 1.0 };
+            Ok(())
+        }
+        (Device::Cuda(gpu), Meter::Cuda(meter)) => cuda::forward(gpu, g, max_norm, meter),
+        (Device::Cuda(gpu), Meter::Cpu(_)) => panic!("grad_norm: the meter is not on {gpu}"),
     }
 }
 
@@ -64,5 +79,24 @@ mod cpu {
             }
             sums.iter().flatten().sum()
         }
+    }
+}
+
+mod cuda {
+    use super::*;
+    use crate::device::cuda::Gpu;
+    use crate::kernels::grad_norm::FWD;
+    use crate::meter::CudaMeter;
+
+    /// Elements a block sums: sixteen rounds of 256 threads with four each.
+    const CHUNK: usize = 16384;
+
+    pub fn forward(gpu: &Gpu, g: &Tensor, max_norm: f64, meter: &mut CudaMeter) -> Result<()> {
+        let len = g.shape().len();
+        assert!(len.is_multiple_of(4), "grad_norm: {len} gradients, the flat buffer has a multiple of 4");
+        let blocks = len.div_ceil(CHUNK).max(1);
+        let partial = gpu.alloc(8 * blocks)?;
+        let launch = gpu.launch(&FWD, [blocks, 1, 1], 256).view(meter.row()).view(meter.halt()).buffer(&partial);
+        launch.view(meter.done()).read(g).u64(len).f64(max_norm).run()
     }
 }

@@ -30,7 +30,7 @@ use crate::device::Device;
 use crate::error::Result;
 use crate::params::Param;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// What follows the normalisation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -59,15 +59,16 @@ pub fn group_norm(
     assert!(groups > 0 && shape.c.is_multiple_of(groups), "group_norm: {groups} groups of {} channels", shape.c);
     assert!(eps > 0.0, "group_norm: eps is {eps}");
 
-    let mut y = Tensor::uninit(tape.device(), shape);
-    let mut stats = Tensor::uninit(tape.device(), Shape::new(shape.n, 1, groups, 3));
+    let mut y = Tensor::uninit(tape.device(), DType::F32, shape)?;
+    let mut stats = Tensor::uninit(tape.device(), DType::F32, Shape::new(shape.n, 1, groups, 3))?;
     match tape.device() {
         Device::Cpu(_) => {
             let (gamma, beta) = (tape.params().get(gamma), tape.params().get(beta));
-            let mut partials = Tensor::uninit(tape.device(), Shape::new(shape.n, cpu::strips(shape), 3, shape.c));
+            let mut partials = Tensor::uninit(tape.device(), DType::F32, Shape::new(shape.n, cpu::strips(shape), 3, shape.c))?;
             let job = cpu::Job { shape, groups, eps, activation, gamma, beta };
             cpu::forward(&job, y.data_mut(), stats.data_mut(), partials.data_mut(), x.data());
         }
+        Device::Cuda(_) => todo!(),
     }
     tape.push("group_norm", y, || GroupNormBackward {
         id: x.id(),
@@ -105,13 +106,13 @@ impl Backward for GroupNormBackward {
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let GroupNormBackward { groups, eps, activation, .. } = *self;
         let shape = self.x.shape();
-        let mut dx = dy.into_unique(grads.device());
+        let mut dx = dy.into_unique(grads.device())?;
         match grads.device() {
             Device::Cpu(_) => {
                 let (gamma, beta) = (grads.weight(self.gamma), grads.weight(self.beta));
                 // The last row of each image holds its sums over all strips.
                 let rows = cpu::strips(shape) + 1;
-                let mut partials = Tensor::uninit(grads.device(), Shape::new(shape.n, rows, 2, shape.c));
+                let mut partials = Tensor::uninit(grads.device(), DType::F32, Shape::new(shape.n, rows, 2, shape.c))?;
                 let job = cpu::Job { shape, groups, eps, activation, gamma, beta };
                 cpu::backward(&job, dx.data_mut(), partials.data_mut(), self.x.data(), self.stats.data());
                 for (p, part) in [(self.gamma, 0), (self.beta, 1)] {
@@ -119,9 +120,10 @@ impl Backward for GroupNormBackward {
                     cpu::sum_images(grad.data, grad.accumulate, partials.data(), rows, part);
                 }
             }
+            Device::Cuda(_) => todo!(),
         }
         if let Some(id) = self.id {
-            grads.add(id, dx);
+            grads.add(id, dx)?;
         }
         Ok(())
     }

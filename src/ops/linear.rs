@@ -17,7 +17,7 @@ use crate::device::cpu::simd::{self, Level};
 use crate::error::Result;
 use crate::params::Param;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// A linear layer over the channels; `weight` (c_out, 1, 1, c_in), `bias` (1, 1, 1, c_out).
 pub fn linear(tape: &mut Tape<'_>, x: &Var, weight: Param, bias: Option<Param>, residual: Option<&Var>) -> Result<Var> {
@@ -43,13 +43,14 @@ pub fn linear_by(
     if let Some(residual) = residual {
         assert_eq!(residual.shape(), ys, "linear: residual is {}, the output {ys}", residual.shape());
     }
-    let mut y = Tensor::uninit(tape.device(), ys);
+    let mut y = Tensor::uninit(tape.device(), x.value().dtype(), ys)?;
     match tape.device() {
         Device::Cpu(_) => {
             let params = tape.params();
             let plus = cpu::Plus { bias: bias.map(|b| params.get(b)), shift: None, residual: residual.map(Var::data) };
             cpu::forward(tape.device(), level, x.data(), params.get(weight), ws, plus, y.data_mut());
         }
+        Device::Cuda(_) => todo!(),
     }
     tape.push("linear", y, || LinearBackward {
         x: x.value().clone(),
@@ -89,14 +90,15 @@ impl Backward for LinearBackward {
                     cpu::bias_grad(device, self.level, dy.data(), grads.param(bias));
                 }
                 if let Some(id) = self.x_id {
-                    let mut dx = Tensor::uninit(device, xs);
+                    let mut dx = Tensor::uninit(device, DType::F32, xs)?;
                     cpu::dgrad(device, self.level, dy.data(), grads.weight(self.weight), ws, dx.data_mut());
-                    grads.add(id, dx);
+                    grads.add(id, dx)?;
                 }
             }
+            Device::Cuda(_) => todo!(),
         }
         if let Some(residual) = self.residual {
-            grads.add(residual, dy);
+            grads.add(residual, dy)?;
         }
         Ok(())
     }
@@ -187,7 +189,7 @@ mod cpu {
 
     pub fn bias_grad(device: &Device, level: Level, dy: &[f32], db: ParamGrad<'_>) {
         let c = db.data.len();
-        let mut sums = device.alloc(c);
+        let mut sums = device.scratch(c);
         with_vector!(level, V => gemm::column_sums::<V>(device, dy, 1, c, sums.as_mut_slice()));
         let sums = sums.as_slice();
         if db.accumulate {

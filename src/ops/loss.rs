@@ -9,40 +9,61 @@
 
 use crate::device::Device;
 use crate::diffusion::Batch;
+use crate::error::Result;
+use crate::meter::Meter;
 use crate::tensor::Tensor;
 
 /// The loss of a batch.
 #[derive(Debug)]
 pub struct Loss {
-    /// L_i of each image.
-    pub per_image: Vec<f64>,
+    /// L_i of each image; `None` on a GPU, where they are summed by quarter into the meter and nothing else.
+    pub per_image: Option<Vec<f64>>,
     /// dL/dy, shaped like the prediction, if it was asked for.
     pub gradient: Option<Tensor>,
 }
 
 impl Loss {
-    /// Mean over the batch's images; not finite if anything in the prediction is not.
-    pub fn mean(&self) -> f64 {
-        self.per_image.iter().sum::<f64>() / self.per_image.len() as f64
+    /// Mean over the batch's images, where they are known; not finite if anything in the prediction is not.
+    pub fn mean(&self) -> Option<f64> {
+        self.per_image.as_ref().map(|l| l.iter().sum::<f64>() / l.len() as f64)
     }
 }
 
-/// L_i of each image, and dL/dy if `step_images` says over how many images, N, the step's loss is the mean (more than
-/// the batch has if gradients are accumulated over several). `None` for a validation loss: no gradient.
-pub fn loss(device: &Device, prediction: &Tensor, batch: &Batch, step_images: Option<usize>) -> Loss {
+/// Adds L_i of each image to the meter's row, at its timestep; and makes dL/dy if `step_images` says over how many images, N, the step's
+/// loss is the mean (more than the batch has if gradients are accumulated over several). `None` for a validation loss: no gradient.
+/// `t` (n, 1, 1, 1) are the batch's timesteps on the device, as [`q_sample`](crate::ops::q_sample::q_sample) made them.
+///
+/// # Errors
+/// A GPU that fails.
+pub fn loss(
+    device: &Device,
+    prediction: &Tensor,
+    batch: &Batch,
+    t: &Tensor,
+    step_images: Option<usize>,
+    meter: &mut Meter,
+) -> Result<Loss> {
     let shape = prediction.shape();
     assert_eq!(shape.n, batch.len(), "loss: prediction {shape} for {} images", batch.len());
     assert!(!shape.is_empty(), "loss: prediction {shape}");
     let image = shape.len() / shape.n;
-    let mut gradient = step_images.map(|_| Tensor::uninit(device, shape));
-    let factor = 2.0 / (step_images.unwrap_or(shape.n) as f64 * image as f64);
-    let per_image = match device {
-        Device::Cpu(_) => {
+    let dtype = prediction.dtype();
+    let mut gradient = step_images.map(|_| Tensor::uninit(device, dtype, shape)).transpose()?;
+    let factor = (2.0 / (step_images.unwrap_or(shape.n) as f64 * image as f64)) as f32;
+    let per_image = match (device, meter) {
+        (Device::Cpu(_), meter) => {
             let dy = gradient.as_mut().map(|dy| dy.data_mut());
-            cpu::forward(prediction.data(), batch, image, factor as f32, dy)
+            let per_image = cpu::forward(prediction.data(), batch, image, factor, dy);
+            meter.host_row().quarters.add(batch, &per_image);
+            Some(per_image)
         }
+        (Device::Cuda(gpu), Meter::Cuda(meter)) => {
+            cuda::forward(gpu, prediction, batch, t, factor, gradient.as_mut(), meter)?;
+            None
+        }
+        (Device::Cuda(gpu), Meter::Cpu(_)) => panic!("loss: the meter is not on {gpu}"),
     };
-    Loss { per_image, gradient }
+    Ok(Loss { per_image, gradient })
 }
 
 /// Sums the losses of images by the quarter of the timesteps they were noised to: the mean over all timesteps hides
@@ -54,11 +75,16 @@ pub struct Quarters {
 }
 
 impl Quarters {
-    /// Adds a batch of a chain with `timesteps` timesteps.
-    pub fn add(&mut self, batch: &Batch, per_image: &[f64], timesteps: usize) {
+    /// From the sums and numbers of losses of each quarter.
+    pub fn from_parts(sums: [f64; 4], counts: [u64; 4]) -> Self {
+        Quarters { sums, counts }
+    }
+
+    /// Adds a batch.
+    pub fn add(&mut self, batch: &Batch, per_image: &[f64]) {
         assert_eq!(batch.t.len(), per_image.len(), "one loss for each of the batch's images");
         for (&t, loss) in batch.t.iter().zip(per_image) {
-            let quarter = 4 * t as usize / timesteps;
+            let quarter = (4 * u64::from(t) / u64::from(batch.timesteps)) as usize;
             self.sums[quarter] += loss;
             self.counts[quarter] += 1;
         }
@@ -165,5 +191,35 @@ mod cpu {
             }
             sums.iter().sum()
         }
+    }
+}
+
+mod cuda {
+    use super::*;
+    use crate::device::cuda::Gpu;
+    use crate::kernels::loss::FWD;
+    use crate::meter::CudaMeter;
+
+    /// Elements a block sums, of one image: four rounds of 256 threads with four each, so that its sum costs little beside them.
+    const CHUNK: usize = 4096;
+
+    pub fn forward(
+        gpu: &Gpu,
+        y: &Tensor,
+        batch: &Batch,
+        t: &Tensor,
+        factor: f32,
+        dy: Option<&mut Tensor>,
+        meter: &mut CudaMeter,
+    ) -> Result<()> {
+        let shape = y.shape();
+        assert!(shape.n <= 65535, "loss: {} images at once", shape.n);
+        let image = shape.len() / shape.n;
+        let chunks = image.div_ceil(CHUNK);
+        let partial = gpu.alloc(8 * shape.n * chunks)?;
+        let (row, accumulate, done) = meter.for_loss();
+        let launch = gpu.launch(FWD.of(y.dtype()), [chunks, shape.n, 1], 256).write_opt(dy).view(row).buffer(&partial);
+        let launch = launch.view(done).read(y).read(t).u64(image).u32(batch.timesteps as usize).f32(factor);
+        launch.streams(batch.noise).u32(accumulate.into()).run()
     }
 }

@@ -10,8 +10,10 @@
 //! keeps its digits around 0, where `u/127.5 - 1` cancels.
 
 use crate::device::Device;
+use crate::device::cuda::{Buffer, View};
 use crate::diffusion::{Batch, Schedule};
-use crate::tensor::{Shape, Tensor};
+use crate::error::Result;
+use crate::tensor::{DType, Shape, Tensor};
 
 /// Images as a data set holds them: `(count, h, w, c)` bytes.
 #[derive(Clone, Copy, Debug)]
@@ -22,22 +24,92 @@ pub struct Images<'a> {
     pub shape: Shape,
 }
 
-/// x_t of the batch's images, `(batch.len(), h, w, c)`, at their timesteps.
-pub fn q_sample(device: &Device, images: Images<'_>, batch: &Batch, schedule: &Schedule) -> Tensor {
-    let Images { pixels, shape } = images;
-    assert_eq!(pixels.len(), shape.len(), "q_sample: {} bytes for images {shape}", pixels.len());
-    assert_eq!(batch.len(), batch.t.len(), "q_sample: {} images, {} timesteps", batch.len(), batch.t.len());
-    assert_eq!(batch.len(), batch.flip.len(), "q_sample: {} images, {} flips", batch.len(), batch.flip.len());
-    for (&index, &t) in batch.indices.iter().zip(&batch.t) {
-        assert!(index < shape.n, "q_sample: image {index} of {}", shape.n);
-        assert!((t as usize) < schedule.len(), "q_sample: timestep {t} of {}", schedule.len());
-    }
-    match device {
-        Device::Cpu(_) => {
-            let mut x_t = Tensor::uninit(device, Shape { n: batch.len(), ..shape });
-            cpu::forward(x_t.data_mut(), images, batch, schedule);
-            x_t
+/// Where the images are that a batch is taken from.
+#[derive(Clone, Copy)]
+pub enum Source<'a> {
+    /// On the host; [`Batch::indices`] and [`Batch::labels`] say which and of what class.
+    Host(Images<'a>),
+    /// On a GPU.
+    Cuda {
+        /// Bytes of all images.
+        pixels: &'a Buffer,
+        /// Their extent.
+        shape: Shape,
+        /// The batch's images, one u32 each: their places in `pixels`.
+        rows: View<'a>,
+        /// Their classes, one u32 each.
+        classes: Option<View<'a>>,
+    },
+}
+
+impl Source<'_> {
+    fn shape(&self) -> Shape {
+        match self {
+            Source::Host(images) => images.shape,
+            Source::Cuda { shape, .. } => *shape,
         }
+    }
+}
+
+/// `(timesteps, 1, 1, 2)`, f32: the factors of `2u - 255` and of eps at each timestep.
+pub struct Coefficients(Tensor);
+
+impl Coefficients {
+    /// Those of a schedule, computed in f64.
+    ///
+    /// # Errors
+    /// A GPU that fails.
+    pub fn new(device: &Device, schedule: &Schedule) -> Result<Self> {
+        let pair = |t| {
+            let (signal, noise) = schedule.q_sample_coefficients(t);
+            [(signal / 255.0) as f32, noise as f32]
+        };
+        let table: Vec<f32> = (0..schedule.len()).flat_map(pair).collect();
+        Ok(Coefficients(Tensor::from_slice(device, Shape::new(schedule.len(), 1, 1, 2), &table)?))
+    }
+}
+
+/// Noised images.
+pub struct Noised {
+    /// x_t, `(n, h, w, c)`, of the type of the device's activations.
+    pub x_t: Tensor,
+    /// The timesteps as the network takes them, `(n, 1, 1, 1)`, f32.
+    pub t: Tensor,
+    /// The classes as the network takes them, `(n, 1, 1, 1)`, f32.
+    pub labels: Option<Tensor>,
+}
+
+/// x_t of the batch's images at their timesteps.
+///
+/// # Errors
+/// A GPU that fails.
+pub fn q_sample(device: &Device, source: Source<'_>, batch: &Batch, coefficients: &Coefficients) -> Result<Noised> {
+    let (shape, n) = (source.shape(), batch.len());
+    let chain = coefficients.0.shape().n;
+    assert_eq!(batch.timesteps as usize, chain, "q_sample: timesteps of the batch and of the coefficients");
+    for &index in &batch.indices {
+        assert!(index < shape.n, "q_sample: image {index} of {}", shape.n);
+    }
+    let per_image = Shape::new(n, 1, 1, 1);
+    match (device, source) {
+        (Device::Cpu(_), Source::Host(images)) => {
+            assert_eq!(images.pixels.len(), shape.len(), "q_sample: {} bytes for images {shape}", images.pixels.len());
+            let mut x_t = Tensor::uninit(device, DType::F32, Shape { n, ..shape })?;
+            cpu::forward(x_t.data_mut(), images, batch, coefficients.0.data());
+            let numbers = |v: &[u32]| v.iter().map(|&v| v as f32).collect::<Vec<f32>>();
+            let t = Tensor::from_slice(device, per_image, &numbers(&batch.t))?;
+            let labels = batch.labels.as_ref().map(|l| Tensor::from_slice(device, per_image, &numbers(l))).transpose()?;
+            Ok(Noised { x_t, t, labels })
+        }
+        (Device::Cuda(gpu), Source::Cuda { pixels, shape, rows, classes }) => {
+            let mut x_t = Tensor::uninit(device, device.activations(), Shape { n, ..shape })?;
+            let mut t = Tensor::uninit(device, DType::F32, per_image)?;
+            let mut labels = classes.map(|_| Tensor::uninit(device, DType::F32, per_image)).transpose()?;
+            let to = (&mut x_t, &mut t, labels.as_mut());
+            cuda::forward(gpu, to, pixels, [Some(rows), classes], batch, &coefficients.0)?;
+            Ok(Noised { x_t, t, labels })
+        }
+        (device, _) => panic!("q_sample: the images are not on {device}"),
     }
 }
 
@@ -92,12 +164,13 @@ mod cpu {
     /// Elements per task, of one image: noise and result (16 KiB) stay in the first-level cache between the two loops.
     const CHUNK: usize = 1 << 12;
 
-    pub fn forward(x_t: &mut [f32], images: Images<'_>, batch: &Batch, schedule: &Schedule) {
+    /// `table` holds the two factors of each timestep.
+    pub fn forward(x_t: &mut [f32], images: Images<'_>, batch: &Batch, table: &[f32]) {
         let Shape { h, w, c, .. } = images.shape;
         let len = h * w * c;
         x_t.par_chunks_mut(len.max(1)).enumerate().for_each(|(i, x_t)| {
-            let (signal, noise) = schedule.q_sample_coefficients(batch.t[i] as usize);
-            let factors = Factors { byte: (signal / 255.0) as f32, eps: noise as f32 };
+            let t = batch.t[i] as usize;
+            let factors = Factors { byte: table[2 * t], eps: table[2 * t + 1] };
             let image = &images.pixels[batch.indices[i] * len..][..len];
             let stream = batch.noise.image(i);
             x_t.par_chunks_mut(CHUNK).enumerate().for_each(|(k, x_t)| {
@@ -160,5 +233,32 @@ mod cpu {
                 *x_t = I::mul_add(factors.byte, centred, factors.eps * *x_t);
             }
         }
+    }
+}
+
+mod cuda {
+    use super::*;
+    use crate::device::cuda::Gpu;
+    use crate::kernels::q_sample::FWD;
+    use crate::rng::Purpose;
+
+    pub fn forward(
+        gpu: &Gpu,
+        (x_t, t, labels): (&mut Tensor, &mut Tensor, Option<&mut Tensor>),
+        pixels: &Buffer,
+        [rows, classes]: [Option<View<'_>>; 2],
+        batch: &Batch,
+        table: &Tensor,
+    ) -> Result<()> {
+        let Shape { n, h, w, c } = x_t.shape();
+        let image = h * w * c;
+        let grid = [image.div_ceil(4 * 256), n.min(65535), 1];
+        let launch = gpu.launch(FWD.of(x_t.dtype()), grid, 256).write(x_t).write(t).write_opt(labels).buffer(pixels);
+        let launch = launch.view_opt(rows).view_opt(classes).read(table).u32(n).u64(image).u32(w).u32(c);
+        // All three streams of an image have the seed, step and number of its noise's.
+        let s = batch.noise;
+        assert_eq!((batch.timestep.seed, batch.timestep.step, batch.timestep.first), (s.seed, s.step, s.first));
+        let launch = launch.u32(batch.timesteps as usize).streams(s).u32(batch.timestep.purpose as usize);
+        launch.u32(Purpose::Flip as usize).u32(batch.flips.is_some().into()).run()
     }
 }

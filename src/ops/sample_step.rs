@@ -5,29 +5,73 @@
 //! own stream for this timestep, and not drawn where sigma is 0. Shapes: all `(n, h, w, c)`. No gradient. Numerics: f32
 //! with factors rounded from f64; the prediction of x_0 multiplies by up to `1/sqrt(alpha_bar_T)` (158 for the linear
 //! schedule), which clipping undoes.
+//!
+//! The chain is f32 on every device. A network with bf16 activations gets x rounded, written by the same kernel.
 
 use crate::device::Device;
+use crate::error::Result;
 use crate::diffusion::sampler::{Samples, Step};
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
+
+/// x_t on its way to x_0.
+#[derive(Clone, Debug)]
+pub struct State {
+    /// f32.
+    pub x: Tensor,
+    /// x in the type of the device's activations, for the network: another handle of `x` where that is f32.
+    pub input: Tensor,
+}
+
+impl State {
+    /// Makes room, lets `write` write x and, where it is a tensor of its own, the network's input.
+    fn make(
+        device: &Device,
+        shape: Shape,
+        write: impl FnOnce(&mut Tensor, Option<&mut Tensor>) -> Result<()>,
+    ) -> Result<Self> {
+        let mut x = Tensor::uninit(device, DType::F32, shape)?;
+        match device.activations() {
+            DType::F32 => {
+                write(&mut x, None)?;
+                Ok(State { input: x.clone(), x })
+            }
+            dtype => {
+                let mut input = Tensor::uninit(device, dtype, shape)?;
+                write(&mut x, Some(&mut input))?;
+                Ok(State { x, input })
+            }
+        }
+    }
+}
 
 /// x_T: standard normals, `(n, h, w, c)`, each sample from its own stream.
-pub fn start(device: &Device, shape: Shape, samples: Samples) -> Tensor {
-    let mut x = Tensor::uninit(device, shape);
-    match device {
-        Device::Cpu(_) => cpu::start(x.data_mut(), shape, samples),
-    }
-    x
+///
+/// # Errors
+/// A GPU that fails.
+pub fn start(device: &Device, shape: Shape, samples: Samples) -> Result<State> {
+    State::make(device, shape, |x, input| match device {
+        Device::Cpu(_) => {
+            cpu::start(x.data_mut(), shape, samples);
+            Ok(())
+        }
+        Device::Cuda(gpu) => cuda::start(gpu, x, input, samples),
+    })
 }
 
 /// x_{t-1} from x_t and the network's output.
-pub fn sample_step(device: &Device, x: &Tensor, output: &Tensor, step: &Step, samples: Samples) -> Tensor {
+///
+/// # Errors
+/// A GPU that fails.
+pub fn sample_step(device: &Device, x: &Tensor, output: &Tensor, step: &Step, samples: Samples) -> Result<State> {
     let shape = x.shape();
     assert_eq!(shape, output.shape(), "sample_step: x is {shape}, the network's output {}", output.shape());
-    let mut y = Tensor::uninit(device, shape);
-    match device {
-        Device::Cpu(_) => cpu::step(y.data_mut(), x.data(), output.data(), shape, step, samples),
-    }
-    y
+    State::make(device, shape, |next, input| match device {
+        Device::Cpu(_) => {
+            cpu::step(next.data_mut(), x.data(), output.data(), shape, step, samples);
+            Ok(())
+        }
+        Device::Cuda(gpu) => cuda::step(gpu, next, input, x, output, step, samples),
+    })
 }
 
 /// The definition.
@@ -97,5 +141,40 @@ mod cpu {
                 }
             }
         }
+    }
+}
+
+mod cuda {
+    use super::*;
+    use crate::device::cuda::Gpu;
+    use crate::kernels::sample_step::{START, STEP};
+
+    /// Four elements a thread along x, images along y; and numbers in an image.
+    fn grid(shape: Shape) -> ([usize; 3], usize) {
+        let image = shape.len() / shape.n.max(1);
+        ([image.div_ceil(4 * 256), shape.n.min(65535), 1], image)
+    }
+
+    pub fn start(gpu: &Gpu, x: &mut Tensor, input: Option<&mut Tensor>, samples: Samples) -> Result<()> {
+        let (shape, (grid, image)) = (x.shape(), grid(x.shape()));
+        let launch = gpu.launch(START.of(gpu.activations()), grid, 256).write(x).write_opt(input);
+        launch.u64(shape.n).u64(image).streams(samples.start()).run()
+    }
+
+    pub fn step(
+        gpu: &Gpu,
+        next: &mut Tensor,
+        input: Option<&mut Tensor>,
+        x: &Tensor,
+        output: &Tensor,
+        step: &Step,
+        samples: Samples,
+    ) -> Result<()> {
+        let (shape, (grid, image)) = (x.shape(), grid(x.shape()));
+        let bound = if step.clip { 1.0 } else { f32::INFINITY };
+        let launch = gpu.launch(STEP.of(output.dtype()), grid, 256).write(next).write_opt(input).read(x).read(output);
+        let launch = launch.u64(shape.n).u64(image).f32(step.x0_xt as f32).f32(step.x0_output as f32);
+        let launch = launch.f32(step.c_x0 as f32).f32(step.c_xt as f32).f32(step.sigma as f32).f32(bound);
+        launch.streams(samples.noise(step.t)).run()
     }
 }

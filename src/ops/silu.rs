@@ -14,9 +14,10 @@ use crate::tensor::Tensor;
 
 /// SiLU of every element.
 pub fn silu(tape: &mut Tape<'_>, x: &Var) -> Result<Var> {
-    let mut y = Tensor::uninit(tape.device(), x.shape());
+    let mut y = Tensor::uninit(tape.device(), x.value().dtype(), x.shape())?;
     match tape.device() {
         Device::Cpu(_) => cpu::forward(y.data_mut(), x.data()),
+        Device::Cuda(gpu) => cuda::forward(gpu, &mut y, x.value())?,
     }
     tape.push("silu", y, || SiluBackward { id: x.id(), x: x.value().clone() })
 }
@@ -37,12 +38,12 @@ impl Backward for SiluBackward {
 
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let Some(id) = self.id else { return Ok(()) };
-        let mut dx = dy.into_unique(grads.device());
+        let mut dx = dy.into_unique(grads.device())?;
         match grads.device() {
             Device::Cpu(_) => cpu::backward(dx.data_mut(), self.x.data()),
+            Device::Cuda(gpu) => cuda::backward(gpu, &mut dx, &self.x)?,
         }
-        grads.add(id, dx);
-        Ok(())
+        grads.add(id, dx)
     }
 }
 
@@ -97,5 +98,22 @@ mod cpu {
                 *dx *= simd::silu_grad::<I>(*x);
             }
         }
+    }
+}
+
+mod cuda {
+    use super::*;
+    use crate::device::cuda::{Gpu, each_four};
+    use crate::kernels::silu::{BWD, FWD};
+
+    pub fn forward(gpu: &Gpu, y: &mut Tensor, x: &Tensor) -> Result<()> {
+        let len = x.shape().len();
+        gpu.launch(FWD.of(x.dtype()), each_four(len), 256).write(y).read(x).u64(len).run()
+    }
+
+    /// `dx` comes in as `dy`.
+    pub fn backward(gpu: &Gpu, dx: &mut Tensor, x: &Tensor) -> Result<()> {
+        let len = x.shape().len();
+        gpu.launch(BWD.of(x.dtype()), each_four(len), 256).write(dx).first_again().read(x).u64(len).run()
     }
 }

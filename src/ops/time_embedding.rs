@@ -7,6 +7,7 @@
 //! already moves the sine by 3e-5; `n dim` sines are nothing beside the network.
 
 use crate::device::Device;
+use crate::error::Result;
 use crate::tensor::{Shape, Tensor};
 
 /// The form of the embedding, in diffusers' terms; the default is the paper's.
@@ -18,6 +19,21 @@ pub struct Sinusoid {
     pub flip_sin_to_cos: bool,
 }
 
+/// The longest wave is this many times as long as the shortest.
+const PERIOD: usize = 10_000;
+
+impl Sinusoid {
+    /// m - s; a single frequency is f_0 = 1.
+    fn spread(self, m: usize) -> usize {
+        (m - self.freq_shift).max(1)
+    }
+
+    /// Where in a row the sines and the cosines start.
+    fn places(self, m: usize) -> (usize, usize) {
+        if self.flip_sin_to_cos { (m, 0) } else { (0, m) }
+    }
+}
+
 impl Default for Sinusoid {
     fn default() -> Self {
         Sinusoid { freq_shift: 1, flip_sin_to_cos: false }
@@ -25,31 +41,37 @@ impl Default for Sinusoid {
 }
 
 /// One row of `dim` numbers (at least 2) for each timestep.
-pub fn time_embedding(device: &Device, t: &[f32], dim: usize, form: Sinusoid) -> Tensor {
+///
+/// `t` (n, 1, 1, 1) is f32; the result has the type of the device's activations.
+///
+/// # Errors
+/// A GPU that fails.
+pub fn time_embedding(device: &Device, t: &Tensor, dim: usize, form: Sinusoid) -> Result<Tensor> {
     assert!(dim >= 2, "time_embedding: dim is {dim}, a sine and a cosine need 2");
-    let mut y = Tensor::uninit(device, Shape::new(t.len(), 1, 1, dim));
+    assert_eq!(t.shape(), Shape::new(t.shape().n, 1, 1, 1), "time_embedding: t is {}", t.shape());
+    let mut y = Tensor::uninit(device, device.activations(), Shape { c: dim, ..t.shape() })?;
     match device {
-        Device::Cpu(_) => cpu::forward(y.data_mut(), t, dim, form),
+        Device::Cpu(_) => cpu::forward(y.data_mut(), t.data(), dim, form),
+        Device::Cuda(gpu) => cuda::forward(gpu, &mut y, t, form)?,
     }
-    y
+    Ok(y)
 }
 
 /// The definition.
 pub mod reference {
     use num_traits::Float;
 
-    use super::Sinusoid;
+    use super::{PERIOD, Sinusoid};
 
     /// Rows of `dim` numbers, one for each `t`.
     pub fn forward<T: Float>(t: &[T], dim: usize, form: Sinusoid) -> Vec<T> {
         let number = |v: usize| T::from(v).expect("a small integer");
         let m = dim / 2;
-        let (sines, cosines) = if form.flip_sin_to_cos { (m, 0) } else { (0, m) };
+        let (sines, cosines) = form.places(m);
         let mut y = vec![T::zero(); t.len() * dim];
         for (y, &t) in y.chunks_exact_mut(dim).zip(t) {
             for k in 0..m {
-                // A single frequency is f_0 = 1.
-                let f = (-number(10_000).ln() * number(k) / number((m - form.freq_shift).max(1))).exp();
+                let f = (-number(PERIOD).ln() * number(k) / number(form.spread(m))).exp();
                 y[sines + k] = (t * f).sin();
                 y[cosines + k] = (t * f).cos();
             }
@@ -66,5 +88,20 @@ mod cpu {
         for (y, exact) in y.iter_mut().zip(reference::forward(&t, dim, form)) {
             *y = exact as f32;
         }
+    }
+}
+
+mod cuda {
+    use super::*;
+    use crate::device::cuda::Gpu;
+    use crate::kernels::time_embedding::FWD;
+
+    pub fn forward(gpu: &Gpu, y: &mut Tensor, t: &Tensor, form: Sinusoid) -> Result<()> {
+        let Shape { n, c: dim, .. } = y.shape();
+        let (sines, cosines) = form.places(dim / 2);
+        // 128 threads: a batch's embedding is a few blocks, and smaller ones spread over more multiprocessors.
+        let launch = gpu.launch(FWD.of(y.dtype()), [(n * (dim / 2)).div_ceil(128), 1, 1], 128).write(y).read(t).u64(n);
+        let launch = launch.u32(dim).f64((PERIOD as f64).ln()).f64(form.spread(dim / 2) as f64);
+        launch.u32(sines).u32(cosines).run()
     }
 }

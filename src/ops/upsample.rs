@@ -15,9 +15,10 @@ use crate::tensor::{Shape, Tensor};
 /// Each pixel four times: twice as high, twice as wide.
 pub fn upsample(tape: &mut Tape<'_>, x: &Var) -> Result<Var> {
     let shape = x.shape();
-    let mut y = Tensor::uninit(tape.device(), Shape { h: 2 * shape.h, w: 2 * shape.w, ..shape });
+    let mut y = Tensor::uninit(tape.device(), x.value().dtype(), Shape { h: 2 * shape.h, w: 2 * shape.w, ..shape })?;
     match tape.device() {
         Device::Cpu(_) => cpu::forward(y.data_mut(), x.data(), shape),
+        Device::Cuda(gpu) => cuda::forward(gpu, &mut y, x.value())?,
     }
     tape.push("upsample", y, || UpsampleBackward { x: x.id(), shape })
 }
@@ -38,12 +39,12 @@ impl Backward for UpsampleBackward {
 
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let Some(x) = self.x else { return Ok(()) };
-        let mut dx = Tensor::uninit(grads.device(), self.shape);
+        let mut dx = Tensor::uninit(grads.device(), dy.dtype(), self.shape)?;
         match grads.device() {
             Device::Cpu(_) => cpu::backward(dx.data_mut(), dy.data(), self.shape),
+            Device::Cuda(gpu) => cuda::backward(gpu, &mut dx, &dy)?,
         }
-        grads.add(x, dx);
-        Ok(())
+        grads.add(x, dx)
     }
 }
 
@@ -121,5 +122,23 @@ mod cpu {
                 }
             }
         });
+    }
+}
+
+mod cuda {
+    use super::*;
+    use crate::device::cuda::{Gpu, each_one};
+    use crate::kernels::upsample::{BWD, FWD};
+
+    pub fn forward(gpu: &Gpu, y: &mut Tensor, x: &Tensor) -> Result<()> {
+        let Shape { w, c, .. } = x.shape();
+        let len = x.shape().len();
+        gpu.launch(FWD.of(x.dtype()), each_one(len), 256).write(y).read(x).u64(len).u32(w).u32(c).run()
+    }
+
+    pub fn backward(gpu: &Gpu, dx: &mut Tensor, dy: &Tensor) -> Result<()> {
+        let Shape { w, c, .. } = dx.shape();
+        let len = dx.shape().len();
+        gpu.launch(BWD.of(dy.dtype()), each_one(len), 256).write(dx).read(dy).u64(len).u32(w).u32(c).run()
     }
 }

@@ -12,7 +12,8 @@
 
 use super::gemm::{self, Epilogue, Shared, Slots, panel_width, piece, rows_by_panel};
 use super::vector::{Vector, kernel};
-use crate::device::{Buffer, Device};
+use crate::device::Device;
+use crate::device::cpu::Buffer;
 
 /// How one direction (rows or columns) of an output grid maps to its input: output `i`, tap `t` reads
 /// `i * stride + first + t`, which counts as zero outside `0..len`.
@@ -234,7 +235,7 @@ fn pack<V: Vector>(
     assert_eq!(weight.data.len(), weight.c_out * weight.row_stride());
     let tap_count = patches.rows.taps * patches.cols.taps;
     let panel_count = c_out.div_ceil(width);
-    let mut buffer = device.alloc(panel_count * tap_count * c * width);
+    let mut buffer = device.scratch(panel_count * tap_count * c * width);
     let out = Shared::new(buffer.as_mut_slice());
     gemm::for_each_task(panel_count * tap_count, |task| {
         let (p, tap) = (task / tap_count, task % tap_count);
@@ -387,7 +388,7 @@ pub(crate) fn weight_gradient<V: Vector>(
     // shape alone decides into how many.
     let parts = 16usize.div_ceil(panels).min(count.div_ceil(4 * CHUNK)).max(1);
     let each = c_out * width;
-    let mut sums = device.alloc(parts * panels * each);
+    let mut sums = device.scratch(parts * panels * each);
     let out = Shared::new(sums.as_mut_slice());
     let mut slots = Slots::new(device, CHUNK * width);
     slots.run(parts * panels, |task, scratch| {

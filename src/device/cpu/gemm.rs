@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 
 use super::vector::{Vector, kernel};
-use crate::device::Buffer;
+use crate::device::cpu::Buffer;
 use crate::device::Device;
 
 /// Columns of a panel: two registers.
@@ -65,7 +65,7 @@ impl Slots {
     pub fn new(device: &Device, floats_each: usize) -> Self {
         // Whole cache lines, so that threads do not share one.
         let each = floats_each.next_multiple_of(16).max(16);
-        Slots { buffer: device.alloc(each * rayon::current_num_threads()), each }
+        Slots { buffer: device.scratch(each * rayon::current_num_threads()), each }
     }
 
     /// Runs `task(i, scratch)` for every `i < count`; threads take the next number when they are free. A task must not depend on what
@@ -345,7 +345,7 @@ pub(crate) fn column_sums<V: Vector>(device: &Device, x: &[f32], groups: usize, 
     let rows = x.len() / (groups * c);
     assert_eq!(sums.len(), groups * c, "column sums of {groups} groups of {c}");
     let runs = rows.div_ceil(RUN);
-    let mut partial = device.alloc(groups * runs * c);
+    let mut partial = device.scratch(groups * runs * c);
     let out = Shared::new(partial.as_mut_slice());
     for_each_task(groups * runs, |i| {
         let (group, run) = (i / runs, i % runs);

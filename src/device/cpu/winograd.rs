@@ -441,7 +441,7 @@ pub(crate) fn outputs<V: Vector>(
     let blocks = count.div_ceil(BLOCK);
     if blocks >= 2 * panels {
         let u_plane = plane(c * width);
-        let mut u = device.alloc(panels * XI * u_plane);
+        let mut u = device.scratch(panels * XI * u_plane);
         let out = Shared::new(u.as_mut_slice());
         let pieces = c.div_ceil(64);
         for_each_task(panels * pieces, |task| {
@@ -481,7 +481,7 @@ pub(crate) fn outputs<V: Vector>(
     } else {
         let stride = stride_for(c);
         let v_plane = plane(count * stride);
-        let mut v = device.alloc(XI * v_plane);
+        let mut v = device.scratch(XI * v_plane);
         let out = Shared::new(v.as_mut_slice());
         let pieces = count.div_ceil(8);
         for_each_task(pieces, |i| {
@@ -688,7 +688,7 @@ pub(crate) fn weight_gradient<V: Vector>(
     let v_plane = channels.min(c).div_ceil(width) * v_panel;
     let y_plane = plane(chunk * y_stride);
     let sums_plane = plane(c.div_ceil(width) * c_out * width);
-    let mut sums = device.alloc(XI * sums_plane);
+    let mut sums = device.scratch(XI * sums_plane);
     let out = Shared::new(sums.as_mut_slice());
     Slots::new(device, IN * (v_plane + y_plane)).run(IN * blocks, |task, scratch| {
         let (block, p) = (task / IN, task % IN);

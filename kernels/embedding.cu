@@ -1,0 +1,43 @@
+// embedding: a row of a table for each image, added to what is there.
+//
+// computes   fwd: y[i, k] = add_to[i, k] + table[labels[i], k];  bwd: dtable[r, k] = sum of dy[i, k] over the i with labels[i] = r
+// layout     y, add_to, dy (n, c) of f32 or bf16; table, dtable (classes, c) f32; labels (n) f32, whole numbers
+// mapping    fwd: thread = one element of y. bwd: thread = one element of dtable, over the images in order
+// shared     none
+// bound by   latency: some kilobytes
+// host       labels are below the number of classes
+// numerics   f32, one rounding to T; bwd adds in the order of the images
+#include "dtype.cuh"
+
+template <class T>
+__device__ __forceinline__ void fwd(T* y, const T* add_to, const float* table, const float* labels, size_t len, unsigned c) {
+    const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= len) return;
+    const size_t image = i / c;
+    store(y + i, load(add_to + i) + table[size_t(labels[image]) * c + (i - image * c)]);
+}
+
+template <class T>
+__device__ __forceinline__ void bwd(float* dtable, const T* dy, const float* labels, size_t len, unsigned n, unsigned c,
+                                    unsigned accumulate) {
+    const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i >= len) return;
+    const size_t row = i / c, k = i - row * c;
+    float sum = accumulate ? dtable[i] : 0.0f;
+    for (unsigned image = 0; image < n; ++image) {
+        if (size_t(labels[image]) == row) sum += load(dy + size_t(image) * c + k);
+    }
+    dtable[i] = sum;
+}
+
+#define ENTRY(suffix, T)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(256) embedding_fwd_##suffix(                                      \
+        T* y, const T* add_to, const float* table, const float* labels, size_t len, unsigned c) {                  \
+        fwd(y, add_to, table, labels, len, c);                                                                    \
+    }                                                                                                             \
+    extern "C" __global__ void __launch_bounds__(256) embedding_bwd_##suffix(                                      \
+        float* dtable, const T* dy, const float* labels, size_t len, unsigned n, unsigned c, unsigned accumulate) { \
+        bwd(dtable, dy, labels, len, n, c, accumulate);                                                           \
+    }
+F32_AND_BF16(ENTRY)
+#undef ENTRY

@@ -1,0 +1,68 @@
+// q_sample: the forward process in one kernel, from the data set's bytes to x_t (DDPM, equation 4). Neither x_0 nor eps is stored.
+//
+// computes   for image i of the batch: t_i uniform on 0..timesteps, mirrored or not, z normal, all from their counters;
+//            u = pixels[rows[i]], mirrored along w;  x_t[i, k] = byte_t (2u - 255) + eps_t z_k;  writes t and the label too
+// layout     pixels (images, h, w, c) u8; rows (n) u32, class_of (n) u32 or null, both of this batch; x_t (n, h, w, c) f32 or bf16; t, labels (n) f32;
+//            table (timesteps, 2) f32: byte_t = sqrt(alpha_bar_t) / 255, eps_t = sqrt(1 - alpha_bar_t)
+// mapping    thread = 4 neighbours of one image = one Philox block; grid (ceil(h w c / 1024), images up to 65535, looped)
+// shared     16 B: timestep and flip of the image, drawn by thread 0, read by all
+// bound by   arithmetic: ten rounds of Philox and two Box-Muller pairs for 4 bytes read and 8 or 16 written
+// host       rows are below the number of images, h w c < 2^34
+// numerics   t, flip and z have the bits of the CPU's; one product, one fused multiply-add and one rounding to T
+#include "dtype.cuh"
+#include "philox.cuh"
+
+template <class T>
+__device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsigned char* pixels, const unsigned* rows,
+                                    const unsigned* class_of, const float* table, unsigned n, size_t image, unsigned w,
+                                    unsigned c, unsigned timesteps, uint32_t seed_lo, uint32_t seed_hi, uint32_t step,
+                                    uint32_t purpose_noise, uint32_t stream, uint32_t purpose_t, uint32_t purpose_flip,
+                                    unsigned flip) {
+    __shared__ uint32_t drawn[2];
+    const size_t block = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    for (unsigned i = blockIdx.y; i < n; i += gridDim.y) {
+        if (threadIdx.x == 0) {
+            drawn[0] = below(Stream{seed_lo, seed_hi, step, purpose_t, stream + i}, timesteps);
+            drawn[1] = flip ? below(Stream{seed_lo, seed_hi, step, purpose_flip, stream + i}, 2) : 0;
+        }
+        __syncthreads();  // the draws above are read below
+        const uint32_t t_i = drawn[0];
+        const bool mirrored = drawn[1] == 1;
+        __syncthreads();  // all have read before the next image's draws
+        if (block == 0) {
+            t[i] = float(t_i);
+            if (class_of != nullptr) labels[i] = float(class_of[i]);
+        }
+        if (4 * block >= image) continue;
+        const float byte_t = table[2 * t_i], eps_t = table[2 * t_i + 1];
+        const float4 z = normals(Stream{seed_lo, seed_hi, step, purpose_noise, stream + i}, uint32_t(block));
+        const float noise[4] = {z.x, z.y, z.z, z.w};
+        const unsigned char* u = pixels + size_t(rows[i]) * image;
+        const int count = int(min(size_t(4), image - 4 * block));
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            if (j < count) {
+                const size_t k = 4 * block + j;
+                size_t source = k;
+                if (mirrored) {
+                    const size_t pixel = k / c, x = pixel % w;
+                    source = k + (size_t(w) - 1 - 2 * x) * c;  // wraps where it goes back, as it should
+                }
+                const float centred = float(2 * int(u[source]) - 255);
+                store(x_t + size_t(i) * image + k, fmaf(byte_t, centred, __fmul_rn(eps_t, noise[j])));
+            }
+        }
+    }
+}
+
+#define ENTRY(suffix, T)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(256) q_sample_fwd_##suffix(                                           \
+        T* x_t, float* t, float* labels, const unsigned char* pixels, const unsigned* rows, const unsigned* class_of,  \
+        const float* table, unsigned n, size_t image, unsigned w, unsigned c, unsigned timesteps, unsigned seed_lo,    \
+        unsigned seed_hi, unsigned step, unsigned purpose_noise, unsigned stream, unsigned purpose_t,                  \
+        unsigned purpose_flip, unsigned flip) {                                                                        \
+        fwd(x_t, t, labels, pixels, rows, class_of, table, n, image, w, c, timesteps, seed_lo, seed_hi, step,          \
+            purpose_noise, stream, purpose_t, purpose_flip, flip);                                                     \
+    }
+F32_AND_BF16(ENTRY)
+#undef ENTRY

@@ -1,0 +1,256 @@
+//! Launching a kernel: arguments are collected in the order of its parameters, checked against them, and handed to the driver.
+
+use std::marker::PhantomData;
+
+use cudarc::driver::{LaunchConfig, PushKernelArg, sys};
+
+use super::{Buffer, Gpu, driver_error};
+use crate::error::Result;
+use crate::kernels::{Kernel, Kind};
+use crate::rng::Streams;
+use crate::tensor::Tensor;
+
+/// Dynamic shared memory that a kernel may use without being asked.
+const SHARED_DEFAULT: u32 = 48 << 10;
+
+/// A range of device memory, borrowed: a parameter's weights or gradient.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    address: sys::CUdeviceptr,
+    bytes: usize,
+    borrowed: PhantomData<&'a Buffer>,
+}
+
+impl<'a> View<'a> {
+    /// Bytes `offset..offset + bytes` of `buffer`.
+    pub fn new(buffer: &'a Buffer, offset: usize, bytes: usize) -> Self {
+        assert!(offset + bytes <= buffer.bytes(), "bytes {offset}..{} of {}", offset + bytes, buffer.bytes());
+        View { address: buffer.address() + offset as u64, bytes, borrowed: PhantomData }
+    }
+
+    /// Its size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Argument {
+    kind: Kind,
+    /// The value's bits, low end first.
+    bits: u64,
+}
+
+/// A launch being put together.
+#[must_use = "a launch happens in run()"]
+pub struct Launch<'a> {
+    gpu: &'a Gpu,
+    kernel: &'static Kernel,
+    grid: [usize; 3],
+    block: [u32; 3],
+    shared: u32,
+    arguments: Vec<Argument>,
+    /// Shapes and values, for messages.
+    described: Vec<String>,
+}
+
+/// `threads` along x, or along x, y and z.
+pub trait Block {
+    /// Along x, y and z.
+    fn extent(self) -> [u32; 3];
+}
+
+impl Block for u32 {
+    fn extent(self) -> [u32; 3] {
+        [self, 1, 1]
+    }
+}
+
+impl Block for [u32; 3] {
+    fn extent(self) -> [u32; 3] {
+        self
+    }
+}
+
+/// Grid of a kernel whose threads have four neighbouring elements each, in blocks of 256: large enough to hide latency, small enough
+/// that a multiprocessor holds eight.
+pub fn each_four(len: usize) -> [usize; 3] {
+    [len.div_ceil(4 * 256), 1, 1]
+}
+
+/// Grid of a kernel whose threads have one element each, in blocks of 256.
+pub fn each_one(len: usize) -> [usize; 3] {
+    [len.div_ceil(256), 1, 1]
+}
+
+impl Gpu {
+    /// A launch of `kernel` over `grid` blocks. A grid with nothing in it launches nothing.
+    pub fn launch(&self, kernel: &'static Kernel, grid: [usize; 3], block: impl Block) -> Launch<'_> {
+        let block = block.extent();
+        let threads: u32 = block.iter().product();
+        assert!(
+            threads > 0 && threads <= kernel.max_threads,
+            "{}: blocks of {threads} threads, its bound is {}",
+            kernel.name,
+            kernel.max_threads
+        );
+        Launch { gpu: self, kernel, grid, block, shared: 0, arguments: Vec::with_capacity(16), described: Vec::new() }
+    }
+}
+
+impl<'a> Launch<'a> {
+    /// Dynamic shared memory in bytes.
+    pub fn shared(mut self, bytes: usize) -> Self {
+        self.shared = u32::try_from(bytes).expect("shared memory is some kilobytes");
+        self
+    }
+
+    /// A tensor that the kernel reads.
+    pub fn read(self, x: &'a Tensor) -> Self {
+        let description = format!("{}{:?}", x.shape(), x.dtype());
+        self.pointer(x.gpu_buffer().address(), description)
+    }
+
+    /// A tensor that the kernel reads, or a null pointer.
+    pub fn read_opt(self, x: Option<&'a Tensor>) -> Self {
+        match x {
+            Some(x) => self.read(x),
+            None => self.pointer(0, "null".into()),
+        }
+    }
+
+    /// A tensor that the kernel writes; no other handle may share its buffer.
+    pub fn write(self, x: &'a mut Tensor) -> Self {
+        let description = format!("{}{:?}", x.shape(), x.dtype());
+        self.pointer(x.gpu_buffer_mut().address(), description)
+    }
+
+    /// A tensor that the kernel writes, or a null pointer.
+    pub fn write_opt(self, x: Option<&'a mut Tensor>) -> Self {
+        match x {
+            Some(x) => self.write(x),
+            None => self.pointer(0, "null".into()),
+        }
+    }
+
+    /// The first pointer once more: a kernel that writes over what it reads.
+    pub fn first_again(self) -> Self {
+        let (first, description) = (self.arguments[0], self.described[0].clone());
+        self.argument(first.kind, first.bits, description)
+    }
+
+    /// A parameter's weights or gradient.
+    pub fn view(self, view: View<'a>) -> Self {
+        self.pointer(view.address, format!("{} bytes", view.bytes))
+    }
+
+    /// The same, or a null pointer.
+    pub fn view_opt(self, view: Option<View<'a>>) -> Self {
+        match view {
+            Some(view) => self.view(view),
+            None => self.pointer(0, "null".into()),
+        }
+    }
+
+    /// Bytes that are no tensor.
+    pub fn buffer(self, buffer: &'a Buffer) -> Self {
+        self.pointer(buffer.address(), format!("{} bytes", buffer.bytes()))
+    }
+
+    /// A 32-bit integer.
+    pub fn u32(self, v: usize) -> Self {
+        let value = u32::try_from(v).unwrap_or_else(|_| panic!("{}: {v} for a 32-bit parameter", self.kernel.name));
+        self.argument(Kind::U32, u64::from(value), v.to_string())
+    }
+
+    /// A 32-bit integer with a sign.
+    pub fn i32(self, v: isize) -> Self {
+        let value = i32::try_from(v).unwrap_or_else(|_| panic!("{}: {v} for a 32-bit parameter", self.kernel.name));
+        self.argument(Kind::U32, u64::from(value as u32), v.to_string())
+    }
+
+    /// A 64-bit integer.
+    pub fn u64(self, v: usize) -> Self {
+        self.argument(Kind::U64, v as u64, v.to_string())
+    }
+
+    /// A float.
+    pub fn f32(self, v: f32) -> Self {
+        self.argument(Kind::F32, u64::from(v.to_bits()), v.to_string())
+    }
+
+    /// A double.
+    pub fn f64(self, v: f64) -> Self {
+        self.argument(Kind::F64, v.to_bits(), v.to_string())
+    }
+
+    /// Low and high half of the seed, step, purpose and first stream: the five words from which `include/philox.cuh` counts.
+    pub fn streams(self, s: Streams) -> Self {
+        let launch = self.u32(s.seed as u32 as usize).u32((s.seed >> 32) as usize).u32(s.step as usize);
+        launch.u32(s.purpose as usize).u32(s.first as usize)
+    }
+
+    fn pointer(self, address: sys::CUdeviceptr, described: String) -> Self {
+        self.argument(Kind::Pointer, address, described)
+    }
+
+    fn argument(mut self, kind: Kind, bits: u64, described: String) -> Self {
+        self.arguments.push(Argument { kind, bits });
+        self.described.push(described);
+        self
+    }
+
+    /// Launches; does not wait.
+    ///
+    /// # Errors
+    /// What the driver says, with kernel, grid and arguments. What the kernel itself does wrong is said by whichever call comes after.
+    pub fn run(self) -> Result<()> {
+        assert!(
+            self.arguments.iter().map(|a| a.kind).eq(self.kernel.params.iter().map(|&(kind, _)| kind)),
+            "{} takes {:?}, but was launched with {:?}",
+            self.kernel.name,
+            self.kernel.params,
+            self.arguments.iter().map(|a| a.kind).zip(&self.described).collect::<Vec<_>>()
+        );
+        if self.grid.contains(&0) {
+            return Ok(());
+        }
+        let [x, y, z] = self.grid;
+        assert!(
+            x <= i32::MAX as usize && y <= 65535 && z <= 65535,
+            "{}: a grid of {x} x {y} x {z} blocks",
+            self.kernel.name
+        );
+        if self.gpu.0.trace {
+            eprintln!("{}", self.describe());
+        }
+        let function = self.gpu.function(self.kernel)?;
+        let failed = |e| driver_error(&format!("launching {}", self.describe()), e);
+        if self.shared > SHARED_DEFAULT {
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function.set_attribute(attribute, self.shared as i32).map_err(failed)?;
+        }
+        let mut launch = self.gpu.0.stream.launch_builder(&function);
+        for argument in &self.arguments {
+            // A 32-bit parameter is read from the first four bytes.
+            launch.arg(&argument.bits);
+        }
+        let config =
+            LaunchConfig { grid_dim: (x as u32, y as u32, z as u32), block_dim: self.block.into(), shared_mem_bytes: self.shared };
+        // SAFETY: number, kind and size of the arguments are those of the kernel's parameters (checked above; PTX is
+        // little-endian like every host CUDA runs on). Tensors and buffers are alive and stay so until the stream has passed
+        // this launch, since the pool hands memory out again in the stream's order; what is written is borrowed mutably. That a kernel
+        // stays inside its arguments is its own contract, stated in its header and tested under the emulator's checks.
+        unsafe { launch.launch(config) }.map(|_| ()).map_err(failed)
+    }
+
+    fn describe(&self) -> String {
+        let ([x, y, z], [bx, by, bz]) = (self.grid, self.block);
+        format!(
+            "{} on {x}x{y}x{z} blocks of {bx}x{by}x{bz} threads, {} bytes of shared memory, ({})",
+            self.kernel.name,
+            self.shared,
+            self.described.join(", ")
+        )
+    }
+}

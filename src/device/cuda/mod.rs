@@ -1,0 +1,347 @@
+//! An NVIDIA GPU: the only place that names cudarc.
+//!
+//! One context, one stream. Everything is ordered by that stream, so a buffer that goes back to the pool may be handed out again
+//! at once: what is launched later runs later. Nothing here waits for the GPU but [`Gpu::download`] and [`Gpu::synchronize`].
+//!
+//! Deliberately absent: several streams, events, unified memory.
+
+mod launch;
+mod pool;
+mod staging;
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
+use cudarc::nvrtc::Ptx;
+
+use super::PoolStats;
+use crate::error::{Error, Result};
+use crate::kernels::{self, Kernel};
+use crate::tensor::DType;
+
+pub use launch::{Launch, View, each_four, each_one};
+pub use pool::Buffer;
+pub use staging::Staging;
+
+/// Oldest compute capability the kernels run on.
+const OLDEST: (i32, i32) = (8, 0);
+
+/// A GPU and its pool; cloning clones the handle.
+#[derive(Clone)]
+pub struct Gpu(Arc<Inner>);
+
+struct Inner {
+    stream: Arc<CudaStream>,
+    number: usize,
+    name: String,
+    capability: (i32, i32),
+    /// Type of activations and gradients.
+    activations: DType,
+    pool: Mutex<pool::Pool>,
+    loaded: Mutex<Loaded>,
+    /// Print every launch.
+    trace: bool,
+    emulated: bool,
+}
+
+/// Modules by stem and functions by name, loaded at their first launch.
+#[derive(Default)]
+struct Loaded {
+    modules: HashMap<&'static str, Arc<CudaModule>>,
+    functions: HashMap<&'static str, Arc<CudaFunction>>,
+    /// Texts that take the place of a stem's PTX (tests that plant a bug).
+    replaced: HashMap<&'static str, String>,
+}
+
+/// A GPU as `info` lists it.
+#[derive(Clone, Debug)]
+pub struct Description {
+    /// N in cuda:N.
+    pub number: usize,
+    /// Its marketing name.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// Bytes of memory.
+    pub memory: u64,
+}
+
+impl Description {
+    /// True if it is new enough for the kernels.
+    pub fn can_run_kernels(&self) -> bool {
+        self.capability >= OLDEST
+    }
+}
+
+/// Opens the driver at `DDPM_CUDA_DRIVER`, if that is set, so that cudarc finds it under its own name, libcuda.so.
+fn open_named_driver() -> Result<()> {
+    let Some(path) = std::env::var_os("DDPM_CUDA_DRIVER").filter(|path| !path.is_empty()) else { return Ok(()) };
+    open_driver(Path::new(&path))
+}
+
+/// Opens the driver library at `path` for the rest of the process; to be called before the first device is opened.
+///
+/// # Errors
+/// `Error::File` if it cannot be opened.
+pub fn open_driver(path: &Path) -> Result<()> {
+    static OPENED: Mutex<Vec<libloading::Library>> = Mutex::new(Vec::new());
+    let path = std::path::absolute(path).map_err(|e| Error::file(path, e))?;
+    // SAFETY: loading runs the library's initialisers; the user names a CUDA driver, and those of NVIDIA's and of the
+    // emulator are sound. The handle is kept for ever, so nothing that is called later can be unloaded.
+    let library = unsafe { libloading::Library::new(&path) }
+        .map_err(|e| Error::file(&path, format!("is no CUDA driver that can be opened: {e}")))?;
+    OPENED.lock().unwrap_or_else(PoisonError::into_inner).push(library);
+    Ok(())
+}
+
+/// True if there is a driver library. cudarc panics at its first call where there is none.
+fn driver_present() -> Result<bool> {
+    open_named_driver()?;
+    // SAFETY: opens and closes the driver's library, whose initialisers are sound.
+    Ok(unsafe { sys::is_culib_present() })
+}
+
+/// Every GPU of this machine; empty without a driver.
+///
+/// # Errors
+/// A driver that is there and fails.
+pub fn devices() -> Result<Vec<Description>> {
+    if !driver_present()? {
+        return Ok(Vec::new());
+    }
+    let failed = |what: &str| { let what = what.to_string(); move |e: DriverError| driver_error(&what, e) };
+    match result::init() {
+        Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Ok(Vec::new()),
+        other => other.map_err(failed("starting the driver"))?,
+    }
+    let count = result::device::get_count().map_err(failed("counting the GPUs"))?;
+    (0..count)
+        .map(|number| {
+            let failed = || failed(&format!("asking cuda:{number} what it is"));
+            let device = result::device::get(number).map_err(failed())?;
+            let attribute = |attribute| {
+                // SAFETY: `device` was just returned by the driver.
+                unsafe { result::device::get_attribute(device, attribute) }.map_err(failed())
+            };
+            Ok(Description {
+                number: number as usize,
+                name: result::device::get_name(device).map_err(failed())?,
+                capability: (
+                    attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?,
+                    attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,
+                ),
+                // SAFETY: as above.
+                memory: unsafe { result::device::total_mem(device) }.map_err(failed())? as u64,
+            })
+        })
+        .collect()
+}
+
+/// The driver's CUDA version as `12.4`; `None` without a driver.
+///
+/// # Errors
+/// A driver that is there and fails.
+pub fn driver_version() -> Result<Option<String>> {
+    if !driver_present()? {
+        return Ok(None);
+    }
+    let mut version = 0;
+    // SAFETY: writes one integer.
+    let result = unsafe { sys::cuDriverGetVersion(&mut version) };
+    result.result().map_err(|e| driver_error("asking the driver for its version", e))?;
+    Ok(Some(format!("{}.{}", version / 1000, version % 1000 / 10)))
+}
+
+fn driver_error(what: &str, e: DriverError) -> Error {
+    let text = match (e.error_name(), e.error_string()) {
+        (Ok(name), Ok(text)) => format!("{}: {}", name.to_string_lossy(), text.to_string_lossy()),
+        _ => format!("{:?}", e.0),
+    };
+    Error::Failed(format!("{what} failed with {text}"))
+}
+
+impl Gpu {
+    /// GPU `number`, for activations of type `activations`. A guarded one (tests) has no pool: each buffer is an allocation of its
+    /// own and of just its size, between guard words where no emulator watches.
+    ///
+    /// # Errors
+    /// `Error::Failed`: no kernels in this build, no driver, no such GPU, one that is too old.
+    pub fn open(number: usize, activations: DType, guarded: bool) -> Result<Self> {
+        if kernels::COMPILER.is_none() {
+            return Err(Error::Failed(format!(
+                "cuda:{number} was asked for, but this program was built without a CUDA compiler: build it with DDPM_CUDA_TOOLCHAIN=fetch (or with nvcc in PATH), or use --device cpu"
+            )));
+        }
+        let all = devices()?;
+        let Some(description) = all.get(number) else {
+            return Err(Error::Failed(match all.len() {
+                0 => format!("cuda:{number} was asked for, but there is no NVIDIA driver or no GPU: use --device cpu"),
+                n => format!("cuda:{number} was asked for, but there are only cuda:0 to cuda:{}", n - 1),
+            }));
+        };
+        if !description.can_run_kernels() {
+            let ((major, minor), name) = (description.capability, &description.name);
+            return Err(Error::Failed(format!(
+                "cuda:{number} ({name}) has compute capability {major}.{minor}, but the kernels need {}.{} or newer: use --device cpu",
+                OLDEST.0, OLDEST.1
+            )));
+        }
+        let failed = |e| driver_error(&format!("opening cuda:{number}"), e);
+        let context = CudaContext::new(number).map_err(failed)?;
+        // SAFETY: there is one stream, so no event has to order anything; and events recorded outside a captured graph would
+        // forbid the capture.
+        unsafe { context.disable_event_tracking() };
+        let stream = context.new_stream().map_err(failed)?;
+        // SAFETY: looks for a symbol, calls nothing.
+        let emulated = unsafe { sys::culib().get::<*const ()>(b"emu_version\0") }.is_ok();
+        Ok(Gpu(Arc::new(Inner {
+            pool: Mutex::new(pool::Pool::new(guarded, emulated)),
+            stream,
+            number,
+            name: description.name.clone(),
+            capability: description.capability,
+            activations,
+            loaded: Mutex::default(),
+            trace: std::env::var_os("DDPM_TRACE").is_some_and(|v| v == "1"),
+            emulated,
+        })))
+    }
+
+    /// Type of activations and gradients.
+    pub fn activations(&self) -> DType {
+        self.0.activations
+    }
+
+    /// True on the emulator.
+    pub fn is_emulated(&self) -> bool {
+        self.0.emulated
+    }
+
+    /// What the pool has done so far.
+    pub fn pool_stats(&self) -> PoolStats {
+        self.pool().stats
+    }
+
+    /// Bytes of device memory that are free, those idle in the pool included.
+    ///
+    /// # Errors
+    /// A driver that fails.
+    pub fn available_memory(&self) -> Result<u64> {
+        let (free, _) = self.0.stream.context().mem_get_info().map_err(|e| driver_error("asking for free memory", e))?;
+        let stats = self.pool_stats();
+        Ok(free as u64 + stats.held - stats.in_use)
+    }
+
+    /// Waits until everything launched so far is done.
+    ///
+    /// # Errors
+    /// What a kernel did wrong meanwhile.
+    pub fn synchronize(&self) -> Result<()> {
+        self.0.stream.synchronize().map_err(|e| driver_error(&format!("waiting for {self}"), e))
+    }
+
+    /// Copies `data` to the start of `to`; `data` may be reused when this returns.
+    ///
+    /// # Errors
+    /// A driver that fails.
+    pub fn upload<T: bytemuck::Pod>(&self, to: &mut Buffer, data: &[T]) -> Result<()> {
+        let bytes: &[u8] = bytemuck::cast_slice(data);
+        assert!(bytes.len() <= to.bytes(), "{} bytes into a buffer of {}", bytes.len(), to.bytes());
+        self.bind()?;
+        // SAFETY: `to` holds that many bytes (checked) and lives until the stream has passed the copy, since buffers are
+        // handed out again or freed in the order of the stream; memory that is not page-locked is staged before the call returns.
+        let copied = unsafe { result::memcpy_htod_async(to.address(), bytes, self.0.stream.cu_stream()) };
+        copied.map_err(|e| driver_error(&format!("copying {} bytes to {self}", bytes.len()), e))
+    }
+
+    /// Copies the start of `from` into `data` and waits for it.
+    ///
+    /// # Errors
+    /// A driver that fails, or what a kernel launched before did wrong.
+    pub fn download<T: bytemuck::Pod>(&self, data: &mut [T], from: &Buffer) -> Result<()> {
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(data);
+        assert!(bytes.len() <= from.bytes(), "{} bytes out of a buffer of {}", bytes.len(), from.bytes());
+        let what = format!("copying {} bytes from {self}", bytes.len());
+        self.bind()?;
+        // SAFETY: `from` holds that many bytes (checked); `bytes` is borrowed until the stream is done, below.
+        let copied = unsafe { result::memcpy_dtoh_async(bytes, from.address(), self.0.stream.cu_stream()) };
+        copied.and_then(|()| self.0.stream.synchronize()).map_err(|e| driver_error(&what, e))
+    }
+
+    /// Copies `from` to `to`, of the same size, on the device.
+    ///
+    /// # Errors
+    /// A driver that fails.
+    pub fn copy(&self, to: &mut Buffer, from: &Buffer) -> Result<()> {
+        assert_eq!(to.bytes(), from.bytes(), "bytes of the two buffers");
+        self.bind()?;
+        // SAFETY: both hold that many bytes; `to` is borrowed mutably, so they are not the same.
+        let copied =
+            unsafe { result::memcpy_dtod_async(to.address(), from.address(), from.bytes(), self.0.stream.cu_stream()) };
+        copied.map_err(|e| driver_error(&format!("copying {} bytes on {self}", from.bytes()), e))
+    }
+
+    /// Fills the first `words` 32-bit words from byte `offset` of `to` with `word`.
+    ///
+    /// # Errors
+    /// A driver that fails.
+    pub fn fill(&self, to: &mut Buffer, offset: usize, words: usize, word: u32) -> Result<()> {
+        assert!(offset + 4 * words <= to.bytes(), "{words} words at {offset} of a buffer of {}", to.bytes());
+        self.bind()?;
+        // SAFETY: inside the buffer (checked), which is borrowed mutably.
+        let filled = unsafe {
+            sys::cuMemsetD32Async(to.address() + offset as u64, word, words, self.0.stream.cu_stream()).result()
+        };
+        filled.map_err(|e| driver_error(&format!("filling {words} words on {self}"), e))
+    }
+
+    /// Lets `ptx` take the place of a stem's kernels: how tests plant bugs. To be called before its first launch.
+    pub fn replace_kernels(&self, stem: &'static str, ptx: String) {
+        let mut loaded = self.loaded();
+        assert!(!loaded.modules.contains_key(stem), "{stem} has been launched already");
+        loaded.replaced.insert(stem, ptx);
+    }
+
+    fn function(&self, kernel: &'static Kernel) -> Result<Arc<CudaFunction>> {
+        let mut loaded = self.loaded();
+        if let Some(function) = loaded.functions.get(kernel.name) {
+            return Ok(function.clone());
+        }
+        let stem = kernel.module.stem;
+        let failed = |e| driver_error(&format!("loading {} on {self}", kernel.name), e);
+        let module = match loaded.modules.get(stem) {
+            Some(module) => module.clone(),
+            None => {
+                let text = loaded.replaced.get(stem).map_or(kernel.module.ptx, |text| text);
+                let module = self.0.stream.context().load_module(Ptx::from_src(text)).map_err(failed)?;
+                loaded.modules.insert(stem, module.clone());
+                module
+            }
+        };
+        let function = Arc::new(module.load_function(kernel.name).map_err(failed)?);
+        loaded.functions.insert(kernel.name, function.clone());
+        Ok(function)
+    }
+
+    /// Makes the context current on the calling thread, as the driver's own calls want it.
+    fn bind(&self) -> Result<()> {
+        self.0.stream.context().bind_to_thread().map_err(|e| driver_error(&format!("using {self}"), e))
+    }
+
+    fn pool(&self) -> MutexGuard<'_, pool::Pool> {
+        self.0.pool.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn loaded(&self) -> MutexGuard<'_, Loaded> {
+        self.0.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Display for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "cuda:{} ({}, compute capability {}.{})", self.0.number, self.0.name, self.0.capability.0, self.0.capability.1)
+    }
+}
