@@ -318,36 +318,41 @@ __device__ __forceinline__ void wgrad(float* dw, const T* x, const T* dy, unsign
     store_tile(dw + (size_t)blockIdx.y * g.c_out * width, first, g.c_out, first_col, width, add, results);
 }
 
-#define SIZES unsigned n, unsigned h, unsigned w, unsigned c_in, unsigned oh, unsigned ow, unsigned c_out, unsigned kh, unsigned kw, unsigned stride, unsigned top, unsigned left
 #define GEOMETRY Geometry{n, h, w, c_in, oh, ow, c_out, kh, kw, stride, top, left}
 
 // clang-format off
 #define ENTRY(suffix, T) \
-    extern "C" __global__ void __launch_bounds__(64) conv2d_fwd_64x64_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* shift, const T* residual, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) conv2d_fwd_64x64_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* shift, const T* residual, \
+        unsigned n, unsigned h, unsigned w, unsigned c_in, unsigned oh, unsigned ow, unsigned c_out, unsigned kh, unsigned kw, unsigned stride, unsigned top, unsigned left) { \
         forward<Tile<64, 64>, T>(y, x, weight, {bias, shift, residual}, GEOMETRY); \
     } \
-    extern "C" __global__ void __launch_bounds__(64) conv2d_fwd_128x32_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* shift, const T* residual, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) conv2d_fwd_128x32_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* shift, const T* residual, \
+        unsigned n, unsigned h, unsigned w, unsigned c_in, unsigned oh, unsigned ow, unsigned c_out, unsigned kh, unsigned kw, unsigned stride, unsigned top, unsigned left) { \
         forward<Tile<128, 32>, T>(y, x, weight, {bias, shift, residual}, GEOMETRY); \
     } \
-    extern "C" __global__ void __launch_bounds__(64) conv2d_dgrad_64x64_##suffix(T* dx, const T* dy, const T* weight, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) conv2d_dgrad_64x64_##suffix(T* dx, const T* dy, const T* weight, \
+        unsigned n, unsigned h, unsigned w, unsigned c_in, unsigned oh, unsigned ow, unsigned c_out, unsigned kh, unsigned kw, unsigned stride, unsigned top, unsigned left) { \
         dgrad<Tile<64, 64>>(dx, dy, weight, GEOMETRY); \
     } \
-    extern "C" __global__ void __launch_bounds__(64) conv2d_dgrad_128x32_##suffix(T* dx, const T* dy, const T* weight, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) conv2d_dgrad_128x32_##suffix(T* dx, const T* dy, const T* weight, \
+        unsigned n, unsigned h, unsigned w, unsigned c_in, unsigned oh, unsigned ow, unsigned c_out, unsigned kh, unsigned kw, unsigned stride, unsigned top, unsigned left) { \
         dgrad<Tile<128, 32>>(dx, dy, weight, GEOMETRY); \
     } \
-    extern "C" __global__ void __launch_bounds__(64) conv2d_wgrad_64x64_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) conv2d_wgrad_64x64_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, \
+        unsigned n, unsigned h, unsigned w, unsigned c_in, unsigned oh, unsigned ow, unsigned c_out, unsigned kh, unsigned kw, unsigned stride, unsigned top, unsigned left) { \
         wgrad<Tile<64, 64>>(dw, x, dy, share, accumulate, GEOMETRY); \
     } \
-    extern "C" __global__ void __launch_bounds__(64) conv2d_wgrad_32x128_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) conv2d_wgrad_32x128_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, \
+        unsigned n, unsigned h, unsigned w, unsigned c_in, unsigned oh, unsigned ow, unsigned c_out, unsigned kh, unsigned kw, unsigned stride, unsigned top, unsigned left) { \
         wgrad<Tile<32, 128>>(dw, x, dy, share, accumulate, GEOMETRY); \
     } \
-    extern "C" __global__ void __launch_bounds__(256) conv2d_bwd_shift_##suffix(float* sums, T* dshift, const T* dy, unsigned pixels, unsigned long long all_pixels, unsigned c, unsigned lanes) { \
+    extern "C" __global__ void __launch_bounds__(256) conv2d_bwd_shift_##suffix(float* sums, T* dshift, const T* dy, unsigned pixels, size_t all_pixels, unsigned c, unsigned lanes) { \
         sum_rows(sums, dshift, dy, pixels, all_pixels, c, lanes); \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY
 // clang-format on
 
-extern "C" __global__ void __launch_bounds__(256) conv2d_sum_parts(float* to, const float* parts, unsigned count, unsigned long long len, unsigned accumulate) {
+extern "C" __global__ void __launch_bounds__(256) conv2d_sum_parts(float* to, const float* parts, unsigned count, size_t len, unsigned accumulate) {
     sum_parts(to, parts, count, len, accumulate);
 }

@@ -74,33 +74,32 @@ __device__ __forceinline__ void wgrad(float* dw, const T* x, const T* dy, unsign
 }
 
 // clang-format off
-#define SIZES unsigned rows, unsigned c_in, unsigned c_out
 #define ENTRY(suffix, T) \
-    extern "C" __global__ void __launch_bounds__(64) linear_fwd_64x64_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* residual, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) linear_fwd_64x64_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* residual, unsigned rows, unsigned c_in, unsigned c_out) { \
         forward<Tile<64, 64>>(y, x, weight, bias, residual, rows, c_in, c_out); \
     } \
-    extern "C" __global__ void __launch_bounds__(64) linear_fwd_128x32_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* residual, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) linear_fwd_128x32_##suffix(T* y, const T* x, const T* weight, const float* bias, const T* residual, unsigned rows, unsigned c_in, unsigned c_out) { \
         forward<Tile<128, 32>>(y, x, weight, bias, residual, rows, c_in, c_out); \
     } \
-    extern "C" __global__ void __launch_bounds__(64) linear_dgrad_64x64_##suffix(T* dx, const T* dy, const T* weight, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) linear_dgrad_64x64_##suffix(T* dx, const T* dy, const T* weight, unsigned rows, unsigned c_in, unsigned c_out) { \
         dgrad<Tile<64, 64>>(dx, dy, weight, rows, c_in, c_out); \
     } \
-    extern "C" __global__ void __launch_bounds__(64) linear_dgrad_128x32_##suffix(T* dx, const T* dy, const T* weight, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) linear_dgrad_128x32_##suffix(T* dx, const T* dy, const T* weight, unsigned rows, unsigned c_in, unsigned c_out) { \
         dgrad<Tile<128, 32>>(dx, dy, weight, rows, c_in, c_out); \
     } \
-    extern "C" __global__ void __launch_bounds__(64) linear_wgrad_64x64_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) linear_wgrad_64x64_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, unsigned rows, unsigned c_in, unsigned c_out) { \
         wgrad<Tile<64, 64>>(dw, x, dy, share, accumulate, rows, c_in, c_out); \
     } \
-    extern "C" __global__ void __launch_bounds__(64) linear_wgrad_32x128_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, SIZES) { \
+    extern "C" __global__ void __launch_bounds__(64) linear_wgrad_32x128_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, unsigned rows, unsigned c_in, unsigned c_out) { \
         wgrad<Tile<32, 128>>(dw, x, dy, share, accumulate, rows, c_in, c_out); \
     } \
-    extern "C" __global__ void __launch_bounds__(256) linear_bwd_bias_##suffix(float* sums, const T* dy, unsigned chunk, unsigned long long rows, unsigned c, unsigned lanes) { \
+    extern "C" __global__ void __launch_bounds__(256) linear_bwd_bias_##suffix(float* sums, const T* dy, unsigned chunk, size_t rows, unsigned c, unsigned lanes) { \
         sum_rows(sums, (T*)nullptr, dy, chunk, rows, c, lanes); \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY
 // clang-format on
 
-extern "C" __global__ void __launch_bounds__(256) linear_sum_parts(float* to, const float* parts, unsigned count, unsigned long long len, unsigned accumulate) {
+extern "C" __global__ void __launch_bounds__(256) linear_sum_parts(float* to, const float* parts, unsigned count, size_t len, unsigned accumulate) {
     sum_parts(to, parts, count, len, accumulate);
 }
