@@ -527,7 +527,9 @@ mod cuda {
         let ys = g.output(xs, ws);
         let taps = ws.h * ws.w;
         // The kernels number pixels and places in a patch by 32 bits, and walk by as much as a tile beyond the last.
-        for (what, count) in [("x", xs.rows()), ("y", ys.rows()), ("c_in taps", xs.c * taps), ("c_out taps", ys.c * taps)] {
+        for (what, count) in
+            [("x", xs.rows()), ("y", ys.rows()), ("c_in taps", xs.c * taps), ("c_out taps", ys.c * taps)]
+        {
             assert!(count < 1 << 30, "conv2d: {what} is {count} for x {xs}, weight {ws}; the kernels count to 2^30");
         }
         let launch = launch.u32(xs.n).u32(xs.h).u32(xs.w).u32(xs.c).u32(ys.h).u32(ys.w).u32(ys.c);
@@ -590,7 +592,8 @@ mod cuda {
     /// `db`, and `dshift` (n, 1, 1, c_out) on `shift_on`: a block sums an image's pixels, 32 channels side by side.
     pub fn sums(gpu: &Gpu, db: ParamView<'_>, dy: &Tensor, shift_on: Option<&Device>) -> Result<Option<Tensor>> {
         let Shape { n, h, w, c } = dy.shape();
-        let mut dshift = shift_on.map(|device| Tensor::uninit(device, dy.dtype(), Shape::new(n, 1, 1, c))).transpose()?;
+        let mut dshift =
+            shift_on.map(|device| Tensor::uninit(device, dy.dtype(), Shape::new(n, 1, 1, c))).transpose()?;
         // Unrounded, since db sums over them.
         let sums = gpu.alloc(4 * n * c)?; // (n, c)
         let lanes = lanes(c);
