@@ -49,7 +49,7 @@ fn steps(criterion: &mut Criterion) {
         group.bench_function("train", |b| b.iter(|| trainer.step().expect("the loss is finite")));
 
         let shape = Shape::new(config.batch, m.image_size.h, m.image_size.w, m.channels);
-        let x = Var::constant(Tensor::zeros(&device, shape));
+        let x = Var::constant(Tensor::zeros(&device, shape).unwrap());
         let t = vec![500.0; config.batch];
         group.bench_function("sample", |b| {
             b.iter(|| {

@@ -32,7 +32,7 @@ use crate::output;
 use crate::params::{ParamGrads, Params, Specs};
 use crate::sample;
 use crate::tape::{Tape, Var};
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 use crate::unet::{DropoutSeed, UNet};
 use crate::{say, usage};
 
@@ -125,6 +125,9 @@ impl Trainer {
     /// Settings that cannot work, in one sentence.
     pub fn new(config: &Config, data: Data, device: &Device) -> Result<Self> {
         let (unet, specs) = UNet::new(&config.model)?;
+        if let Device::Cuda(gpu) = device {
+            gpu.memory_is_for(format_args!("the training state"));
+        }
         let params = Params::init(device, specs.clone(), config.seed)?;
         let ema = Params::from_host(device, specs.clone(), &params.host()?)?;
         let flat = Shape::vector(specs.flat_len());
@@ -428,26 +431,28 @@ fn first_not_finite(what: &str, specs: &Specs, flat: &[f32]) -> String {
 fn resident(config: &Config, unet: &UNet, specs: &Specs, data: &Data, device: &Device) -> Result<Option<Resident>> {
     let Device::Cuda(gpu) = device else { return Ok(None) };
     let images = data.train.images();
-    let needed = memory_needed(config, unet, specs).saturating_add(images.pixels.len() as u64);
+    let needed = memory_needed(config, unet, specs, device).saturating_add(images.pixels.len() as u64);
     if needed > gpu.available_memory()? {
         return Ok(None);
     }
     Resident::new(gpu, images).map(Some)
 }
 
-/// Bytes a training run asks for: weights, gradient, two moments and moving average; the activations of a piece of a batch;
-/// the gradients and intermediate results alive beside them, half as much again; and scratch space, which is the largest
-/// weight in Winograd's domain (4 times as many numbers) forward and backward, blocks of attention scores (two of 8 MiB) and the
-/// threads' tiles.
-pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs) -> u64 {
+/// Bytes a training run asks of `device`: weights, gradient, two moments and moving average (and the bf16 copies of weights and average); the
+/// activations of a piece of a batch, in their type; the gradients and intermediate results alive beside them, half as much again; and
+/// scratch space, which on the CPU is the largest weight in Winograd's domain (4 times as many numbers) forward and backward, blocks of attention
+/// scores (two of 8 MiB) and the threads' tiles. A GPU's partial sums stay below that.
+pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs, device: &Device) -> u64 {
     const BLOCKS_AND_TILES: u64 = 24 << 20;
     let size = config.model.image_size;
-    let saved: u64 = unet.costs(specs, size.h, size.w).iter().map(|cost| cost.saved).sum();
+    let activation = device.activations().size() as u64;
+    let saved: u64 = unet.costs(specs, size.h, size.w).iter().map(|cost| cost.saved / 4 * activation).sum();
     let piece = (config.batch / config.accumulate) as u64;
     let largest_weight = specs.iter().map(|(_, spec)| spec.shape.len() as u64).max().unwrap_or(0);
     let scratch = 2 * 4 * 4 * largest_weight + BLOCKS_AND_TILES;
     let activations = piece.saturating_mul(saved / 2 * 3);
-    activations.saturating_add(5 * 4 * specs.flat_len() as u64 + scratch)
+    let per_weight = 5 * 4 + if device.activations() == DType::Bf16 { 2 * 2 } else { 0 };
+    activations.saturating_add(per_weight * specs.flat_len() as u64 + scratch)
 }
 
 /// Runs the command.
@@ -565,8 +570,11 @@ fn announce(config: &Config, unet: &UNet, specs: &Specs, data: &Data, device: &D
     const GIB: f64 = (1u64 << 30) as f64;
     let size = config.model.image_size;
     let flops: u64 = unet.costs(specs, size.h, size.w).iter().map(|cost| cost.flops).sum();
-    let needed = memory_needed(config, unet, specs);
-    let available = available_memory()?;
+    let needed = memory_needed(config, unet, specs, device);
+    let available = match device {
+        Device::Cpu(_) => available_memory()?,
+        Device::Cuda(gpu) => gpu.available_memory()?,
+    };
     say!(
         "{} parameters, {:.2} GFLOP per image and step, {:.2} GiB of memory needed ({:.2} GiB available); {} training and {} held-out images of {size}x{}; {device}",
         crate::info::grouped(specs.count() as u64),
@@ -578,14 +586,18 @@ fn announce(config: &Config, unet: &UNet, specs: &Specs, data: &Data, device: &D
         config.model.channels,
     );
     if needed > available {
-        let single = Config { batch: 1, accumulate: 1, ..config.clone() };
-        let advice = if memory_needed(&single, unet, specs) > available {
-            "one image at a time is too much already, so use smaller widths, fewer classes or smaller images".into()
-        } else {
-            let (batch, accumulate) = (config.batch, 2 * config.accumulate);
-            format!(
-                "use a smaller --batch than {batch}, or --set accumulate={accumulate} for the same result in pieces"
-            )
+        let fits = |accumulate: &usize| {
+            config.batch.is_multiple_of(*accumulate)
+                && memory_needed(&Config { accumulate: *accumulate, ..config.clone() }, unet, specs, device) <= available
+        };
+        let advice = match (config.accumulate + 1..=config.batch).find(fits) {
+            None => {
+                "one image at a time is too much already, so use smaller widths, fewer classes or smaller images".into()
+            }
+            Some(accumulate) => {
+                let batch = config.batch / accumulate;
+                format!("use --batch {batch}, or --set accumulate={accumulate} for the same result in pieces")
+            }
         };
         return Err(Error::Failed(format!(
             "this run needs {:.2} GiB of memory and {:.2} GiB are available: {advice}",
@@ -712,14 +724,21 @@ fn lock(run: &Path) -> Result<Option<File>> {
     }
 }
 
-/// Set by the first Ctrl-C (or SIGTERM); the second ends the program at once.
+/// Set by the first Ctrl-C (or SIGTERM); another ends the program at once, unless it comes within a second: `timeout` and job
+/// schedulers signal a process and then its whole group, and mean one signal.
 fn stop_flag() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
+    let mut first: Option<Instant> = None;
     let handler = move || {
-        if flag.swap(true, Ordering::Relaxed) {
+        if let Some(first) = first {
+            if first.elapsed().as_secs_f64() < 1.0 {
+                return;
+            }
             std::process::exit(130);
         }
+        first = Some(Instant::now());
+        flag.store(true, Ordering::Relaxed);
         let _ = writeln!(std::io::stderr(), "stopping after this step; once more to stop at once");
     };
     ctrlc::set_handler(handler).map_err(|e| Error::Failed(format!("Ctrl-C cannot be caught: {e}")))?;

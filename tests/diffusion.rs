@@ -375,7 +375,7 @@ fn the_loop_in_f32_follows_the_reference() {
     for method in [Method::Ancestral(Variance::FixedSmall), Method::Ddim { eta: 0.5 }] {
         let sampler = Sampler::new(&s, method, Spacing::Even, 10).unwrap();
         let mut states: Vec<f32> = Vec::new();
-        let net = |x: &Tensor, t: u32| Ok(Tensor::from_slice(&device, x.shape(), &network(x.data(), t, 1000)));
+        let net = |x: &Tensor, t: u32| Ok(Tensor::from_slice(&device, x.shape(), &network(x.data(), t, 1000)).unwrap());
         let last = sample(&device, &sampler, shape, samples, net, |p| {
             states.extend_from_slice(p.x.data());
             Ok(())
@@ -402,7 +402,7 @@ fn a_sample_does_not_depend_on_its_batch_and_progress_is_told() {
     let device = Device::cpu_guarded();
     let s = Schedule::new(Kind::Linear, 100).unwrap();
     let sampler = Sampler::new(&s, Method::Ancestral(Variance::FixedLarge), Spacing::Even, 12).unwrap();
-    let net = |x: &Tensor, t: u32| Ok(Tensor::from_slice(&device, x.shape(), &network(x.data(), t, 100)));
+    let net = |x: &Tensor, t: u32| Ok(Tensor::from_slice(&device, x.shape(), &network(x.data(), t, 100)).unwrap());
     let draw = |n: usize, first: u32| {
         let mut told = Vec::new();
         let x = sample(&device, &sampler, Shape::new(n, 4, 7, 3), Samples { seed: 1, first }, net, |p| {

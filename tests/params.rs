@@ -26,7 +26,7 @@ fn values<'a>(params: &'a Params, name: &str) -> &'a [f32] {
 /// Uniform on [-b, b] with b = sqrt(6 scale / (fan_in + fan_out)), whose variance is b^2 / 3.
 #[test]
 fn weights_start_with_the_variance_of_both_fans() {
-    let params = Params::init(&Device::cpu_guarded(), specs(), 3);
+    let params = Params::init(&Device::cpu_guarded(), specs(), 3).unwrap();
     for (name, scale) in [("conv", 1.0), ("twin", 1.0), ("last", 1e-10)] {
         let (w, bound) = (values(&params, name), (6.0 * scale / (9.0 * 48.0f64)).sqrt());
         let largest = w.iter().fold(0.0, |m: f64, v| m.max(f64::from(v.abs())));
@@ -50,18 +50,18 @@ fn weights_start_with_the_variance_of_both_fans() {
 #[test]
 fn every_parameter_has_its_own_stream() {
     let device = Device::cpu();
-    let params = Params::init(&device, specs(), 3);
+    let params = Params::init(&device, specs(), 3).unwrap();
     assert!(values(&params, "conv") != values(&params, "twin"), "two parameters of one shape start the same");
-    assert!(values(&params, "conv") != values(&Params::init(&device, specs(), 4), "conv"), "another seed");
+    assert!(values(&params, "conv") != values(&Params::init(&device, specs(), 4).unwrap(), "conv"), "another seed");
     let mut more = specs();
     more.add("more".into(), CONV, Layout::Conv, Init::FanAvg { scale: 1.0 });
-    let more = Params::init(&device, more, 3);
+    let more = Params::init(&device, more, 3).unwrap();
     assert!(params.flat() == &more.flat()[..params.flat().len()], "a parameter at the end changes those before it");
 }
 
 #[test]
 fn parameters_start_on_cache_lines_and_gaps_stay_zero() {
-    let params = Params::init(&Device::cpu_guarded(), specs(), 3);
+    let params = Params::init(&Device::cpu_guarded(), specs(), 3).unwrap();
     let mut used = vec![false; params.flat().len()];
     for (p, spec) in params.specs().iter() {
         let range = params.specs().range(p);
@@ -77,7 +77,7 @@ fn parameters_start_on_cache_lines_and_gaps_stay_zero() {
 #[test]
 fn gradients_are_overwritten_then_added_to_and_zero_where_nobody_wrote() {
     let specs = specs();
-    let mut grads = ParamGrads::new(&Device::cpu_guarded(), &specs);
+    let mut grads = ParamGrads::new(&Device::cpu_guarded(), &specs).unwrap();
     let handles: Vec<_> = specs.iter().map(|(p, _)| p).collect();
     for step in 0..3 {
         grads.reset();

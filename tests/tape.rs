@@ -46,7 +46,7 @@ fn weights(device: &Device) -> (Weights, Params) {
         table: add(Shape::new(CLASSES, 1, 1, SHAPE.c)),
         linear: add(Shape::new(SHAPE.c, 1, 1, 2 * SHAPE.c)),
     };
-    let mut params = Params::zeros(device, specs);
+    let mut params = Params::zeros(device, specs).unwrap();
     for p in [weights.gamma, weights.beta, weights.table, weights.linear] {
         let values = to_f32(&numbers(7, params.shape(p).len()));
         params.get_mut(p).copy_from_slice(&values);
@@ -74,9 +74,9 @@ fn chain(tape: &mut Tape<'_>, w: &Weights, x: &Var) -> [Var; 2] {
 /// One training step: forward, backward from the image. Returns the gradient of `x`.
 fn step(device: &Device, w: &Weights, params: &Params, grads: &mut ParamGrads) -> Vec<f32> {
     let mut tape = Tape::recording(device, params);
-    let x = tape.leaf(Tensor::from_slice(device, SHAPE, &to_f32(&numbers(1, SHAPE.len()))));
+    let x = tape.leaf(Tensor::from_slice(device, SHAPE, &to_f32(&numbers(1, SHAPE.len()))).unwrap());
     let [y, _] = chain(&mut tape, w, &x);
-    let dy = Tensor::from_slice(device, y.shape(), &to_f32(&numbers(2, y.shape().len())));
+    let dy = Tensor::from_slice(device, y.shape(), &to_f32(&numbers(2, y.shape().len()))).unwrap();
     tape.backward(&y, dy, grads).unwrap().take(&x).expect("the gradient of x").data().to_vec()
 }
 
@@ -85,7 +85,7 @@ fn saved_bytes_are_listed_by_operation_and_place() {
     let device = Device::cpu_guarded();
     let (w, params) = weights(&device);
     let mut tape = Tape::recording(&device, &params);
-    let x = tape.leaf(Tensor::zeros(&device, SHAPE));
+    let x = tape.leaf(Tensor::zeros(&device, SHAPE).unwrap());
     chain(&mut tape, &w, &x);
     let listed: Vec<_> = tape.saved().into_iter().map(|s| (s.place, s.name, s.bytes)).collect();
     let (tensor, n, heads) = (4 * SHAPE.len(), SHAPE.n, 2);
@@ -110,7 +110,7 @@ fn nothing_is_saved_without_recording() {
     let device = Device::cpu_guarded();
     let (w, params) = weights(&device);
     let mut tape = Tape::inference(&device, &params);
-    let x = tape.leaf(Tensor::zeros(&device, SHAPE));
+    let x = tape.leaf(Tensor::zeros(&device, SHAPE).unwrap());
     let idle = device.pool_stats().in_use;
     let outputs = chain(&mut tape, &w, &x);
     assert!(tape.saved().is_empty() && outputs.iter().all(|y| y.id().is_none()));
@@ -124,7 +124,7 @@ fn nothing_is_saved_without_recording() {
 fn nothing_saved_remains_after_backward() {
     let device = Device::cpu_guarded();
     let (w, params) = weights(&device);
-    let mut grads = ParamGrads::new(&device, params.specs());
+    let mut grads = ParamGrads::new(&device, params.specs()).unwrap();
     let idle = device.pool_stats().in_use;
     step(&device, &w, &params, &mut grads);
     assert_eq!(device.pool_stats().in_use, idle);
@@ -137,7 +137,7 @@ fn nothing_saved_remains_after_a_step_given_up() {
     let (w, params) = weights(&device);
     let idle = device.pool_stats().in_use;
     let mut tape = Tape::recording(&device, &params);
-    let x = tape.leaf(Tensor::zeros(&device, SHAPE));
+    let x = tape.leaf(Tensor::zeros(&device, SHAPE).unwrap());
     drop((chain(&mut tape, &w, &x), x, tape));
     assert_eq!(device.pool_stats().in_use, idle);
 }
@@ -169,11 +169,11 @@ impl Backward for Probe {
 #[test]
 fn activations_are_given_back_as_soon_as_their_gradient_is_done() {
     let device = Device::cpu();
-    let params = Params::zeros(&device, Specs::default());
-    let mut grads = ParamGrads::new(&device, params.specs());
+    let params = Params::zeros(&device, Specs::default()).unwrap();
+    let mut grads = ParamGrads::new(&device, params.specs()).unwrap();
     let in_use = Arc::new(AtomicU64::new(0));
     let mut tape = Tape::recording(&device, &params);
-    let x = tape.leaf(Tensor::zeros(&device, SHAPE));
+    let x = tape.leaf(Tensor::zeros(&device, SHAPE).unwrap());
     let save = || Probe { x: x.id().unwrap(), device: device.clone(), in_use: in_use.clone() };
     let mut y = tape.push("probe", x.value().clone(), save).unwrap();
     for _ in 0..40 {
@@ -181,7 +181,7 @@ fn activations_are_given_back_as_soon_as_their_gradient_is_done() {
     }
     let tensor = 4 * SHAPE.len() as u64;
     assert!(device.pool_stats().in_use >= 41 * tensor, "the chain saves less than this test thinks");
-    let dy = Tensor::zeros(&device, SHAPE);
+    let dy = Tensor::zeros(&device, SHAPE).unwrap();
     drop(tape.backward(&y, dy, &mut grads).unwrap());
     // x, y and the gradient on its way, each in whole lines of 64 bytes.
     assert_eq!(in_use.load(Ordering::Relaxed), 3 * tensor.next_multiple_of(64));
@@ -191,7 +191,7 @@ fn activations_are_given_back_as_soon_as_their_gradient_is_done() {
 fn the_pool_allocates_nothing_from_the_second_step_on() {
     let device = Device::cpu_guarded();
     let (w, params) = weights(&device);
-    let mut grads = ParamGrads::new(&device, params.specs());
+    let mut grads = ParamGrads::new(&device, params.specs()).unwrap();
     let first = step(&device, &w, &params, &mut grads);
     let misses = device.pool_stats().misses;
     for _ in 0..3 {
@@ -205,16 +205,16 @@ fn the_pool_allocates_nothing_from_the_second_step_on() {
 #[test]
 fn gradients_of_a_value_used_twice_are_added() {
     let device = Device::cpu_guarded();
-    let params = Params::zeros(&device, Specs::default());
+    let params = Params::zeros(&device, Specs::default()).unwrap();
     let mut tape = Tape::recording(&device, &params);
     let exact = numbers(1, SHAPE.len());
-    let x = tape.leaf(Tensor::from_slice(&device, SHAPE, &to_f32(&exact)));
+    let x = tape.leaf(Tensor::from_slice(&device, SHAPE, &to_f32(&exact)).unwrap());
     let s = silu(&mut tape, &x).unwrap();
     let z = add(&mut tape, &s, &x).unwrap();
     let y = add(&mut tape, &z, &z).unwrap();
     let dy = numbers(2, SHAPE.len());
-    let given = Tensor::from_slice(&device, SHAPE, &to_f32(&dy));
-    let mut leaves = tape.backward(&y, given.clone(), &mut ParamGrads::new(&device, params.specs())).unwrap();
+    let given = Tensor::from_slice(&device, SHAPE, &to_f32(&dy)).unwrap();
+    let mut leaves = tape.backward(&y, given.clone(), &mut ParamGrads::new(&device, params.specs()).unwrap()).unwrap();
     let oracle: Vec<f64> =
         silu::reference::backward(&exact, &dy).iter().zip(&dy).map(|(a, b)| 2.0 * a + 2.0 * b).collect();
     // |silu'| < 1.1 errs by at most 11 roundings of its terms here (|x| <= 1), the sums by one each.
@@ -225,22 +225,22 @@ fn gradients_of_a_value_used_twice_are_added() {
 #[test]
 fn a_leaf_that_nothing_reaches_has_no_gradient() {
     let device = Device::cpu_guarded();
-    let params = Params::zeros(&device, Specs::default());
+    let params = Params::zeros(&device, Specs::default()).unwrap();
     let mut tape = Tape::recording(&device, &params);
-    let [used, unused] = [0, 1].map(|_| tape.leaf(Tensor::zeros(&device, SHAPE)));
+    let [used, unused] = [0, 1].map(|_| tape.leaf(Tensor::zeros(&device, SHAPE).unwrap()));
     let y = silu(&mut tape, &used).unwrap();
     silu(&mut tape, &unused).unwrap();
-    let dy = Tensor::zeros(&device, SHAPE);
-    let mut leaves = tape.backward(&y, dy, &mut ParamGrads::new(&device, params.specs())).unwrap();
+    let dy = Tensor::zeros(&device, SHAPE).unwrap();
+    let mut leaves = tape.backward(&y, dy, &mut ParamGrads::new(&device, params.specs()).unwrap()).unwrap();
     assert!(leaves.take(&used).is_some() && leaves.take(&unused).is_none());
 }
 
 #[test]
 fn the_first_output_that_is_not_finite_is_named() {
     let device = Device::cpu_guarded();
-    let params = Params::zeros(&device, Specs::default());
+    let params = Params::zeros(&device, Specs::default()).unwrap();
     let mut tape = Tape::inspecting(&device, &params);
-    let mut x = Tensor::zeros(&device, Shape::vector(5));
+    let mut x = Tensor::zeros(&device, Shape::vector(5)).unwrap();
     x.data_mut()[3] = f32::INFINITY;
     let x = tape.leaf(x);
     tape.at("down_blocks.0");

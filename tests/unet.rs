@@ -68,14 +68,14 @@ fn agrees_with_pytorch(name: &str) {
     let t: Vec<f32> = golden.i32("t").iter().map(|&t| t as f32).collect();
 
     let mut tape = Tape::recording(&device, &model.params);
-    let x = tape.leaf(Tensor::from_slice(&device, shape, &x));
+    let x = tape.leaf(Tensor::from_slice(&device, shape, &x).unwrap());
     let y = unet.forward(&mut tape, &x, &t, golden.labels().as_deref(), None).unwrap();
     let mut shares =
         vec![("out".to_string(), close_to_largest("out", y.data(), &golden.images("out").1, FIXTURE_TOLERANCE))];
 
     let dy: Vec<f32> = y.data().iter().zip(&target).map(|(y, t)| 2.0 * (y - t) / shape.len() as f32).collect();
-    let mut grads = ParamGrads::new(&device, specs);
-    let mut leaves = tape.backward(&y, Tensor::from_slice(&device, shape, &dy), &mut grads).unwrap();
+    let mut grads = ParamGrads::new(&device, specs).unwrap();
+    let mut leaves = tape.backward(&y, Tensor::from_slice(&device, shape, &dy).unwrap(), &mut grads).unwrap();
     let dx = leaves.take(&x).unwrap();
     shares.push(("dx".into(), close_to_largest("dx", dx.data(), &golden.images("grad_x").1, FIXTURE_TOLERANCE)));
     let flat = grads.finish(specs);
@@ -129,7 +129,7 @@ fn diffusers_opens_our_checkpoints_and_computes_the_same() {
     let (shape, x) = golden.images("x");
     let t: Vec<f32> = golden.i32("t").iter().map(|&t| t as f32).collect();
     let mut tape = Tape::inference(&device, &model.params);
-    let x = Var::constant(Tensor::from_slice(&device, shape, &x));
+    let x = Var::constant(Tensor::from_slice(&device, shape, &x).unwrap());
     let y = unet.forward(&mut tape, &x, &t, golden.labels().as_deref(), None).unwrap();
     close_to_largest("out", y.data(), &golden.images("out").1, FIXTURE_TOLERANCE);
 
@@ -163,7 +163,7 @@ fn an_image_has_the_same_bits_in_any_batch() {
         let x: Vec<f32> = images.iter().flat_map(|&i| x[i * image..][..image].to_vec()).collect();
         let t: Vec<f32> = images.iter().map(|&i| 100.0 * i as f32 + 3.0).collect();
         let labels: Vec<u32> = images.iter().map(|&i| labels[i]).collect();
-        let x = Var::constant(Tensor::from_slice(&device, Shape { n: images.len(), ..shape }, &x));
+        let x = Var::constant(Tensor::from_slice(&device, Shape { n: images.len(), ..shape }, &x).unwrap());
         let mut tape = Tape::inference(&device, &model.params);
         unet.forward(&mut tape, &x, &t, Some(&labels), None).unwrap().data().to_vec()
     };
@@ -189,7 +189,7 @@ fn plain() -> Model {
 fn masks_of(plus: usize, minus: usize, masks: Option<DropoutSeed>) -> Vec<f32> {
     let device = Device::cpu();
     let (unet, specs) = UNet::new(&plain()).unwrap();
-    let mut params = Params::zeros(&device, specs.clone());
+    let mut params = Params::zeros(&device, specs.clone()).unwrap();
     let mut set = |name: &str, value: &dyn Fn(usize) -> f32| {
         let (p, _) = specs.iter().find(|(_, spec)| spec.name == name).unwrap_or_else(|| panic!("no {name}"));
         params.get_mut(p).iter_mut().enumerate().for_each(|(i, v)| *v = value(i));
@@ -214,7 +214,7 @@ fn masks_of(plus: usize, minus: usize, masks: Option<DropoutSeed>) -> Vec<f32> {
     }
     set("conv_norm_out.weight", &|_| 1.0);
     set("conv_out.weight", &|i| if i / 8 == 4 { 1.0 + i as f32 } else { 0.0 });
-    let x = Var::constant(Tensor::zeros(&device, Shape::new(1, 4, 4, 1)));
+    let x = Var::constant(Tensor::zeros(&device, Shape::new(1, 4, 4, 1)).unwrap());
     let mut tape = Tape::recording(&device, &params);
     unet.forward(&mut tape, &x, &[7.0], None, masks).unwrap().data().to_vec()
 }
@@ -294,10 +294,10 @@ fn every_norm_has_the_models_epsilon() {
     let (shape, x) = golden.images("x");
     let t = vec![7.0; shape.n];
     let mut tape = Tape::recording(&device, &loaded.params);
-    let x = tape.leaf(Tensor::from_slice(&device, shape, &x));
+    let x = tape.leaf(Tensor::from_slice(&device, shape, &x).unwrap());
     let y = unet.forward(&mut tape, &x, &t, golden.labels().as_deref(), None).unwrap();
-    let mut grads = ParamGrads::new(&device, &specs);
-    tape.backward(&y, Tensor::from_slice(&device, shape, &vec![1.0; shape.len()]), &mut grads).unwrap();
+    let mut grads = ParamGrads::new(&device, &specs).unwrap();
+    tape.backward(&y, Tensor::from_slice(&device, shape, &vec![1.0; shape.len()]).unwrap(), &mut grads).unwrap();
     let flat = grads.finish(&specs);
     let largest = |name: &str| {
         let (p, _) = specs.iter().find(|(_, spec)| spec.name == name).unwrap();

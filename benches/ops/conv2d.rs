@@ -37,9 +37,9 @@ pub fn bench(c: &mut Criterion) {
         let mut specs = Specs::default();
         let weight = specs.add(String::new(), ws, Layout::Conv, Init::Zeros);
         let bias = specs.add(String::new(), Shape::vector(c_out), Layout::Vector, Init::Zeros);
-        let mut params = Params::zeros(&device, specs);
+        let mut params = Params::zeros(&device, specs).unwrap();
         params.get_mut(weight).iter_mut().zip(ramp()).for_each(|(p, v)| *p = 0.05 * v);
-        let mut grads = ParamGrads::new(&device, params.specs());
+        let mut grads = ParamGrads::new(&device, params.specs()).unwrap();
         let x = numbers(&device, xs);
         let dy = numbers(&device, ys);
 

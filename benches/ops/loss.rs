@@ -9,7 +9,7 @@ pub fn bench(c: &mut Criterion) {
     let mut group = c.benchmark_group("loss");
     for shape in [Shape::new(128, 28, 28, 1), Shape::new(128, 32, 32, 3), Shape::new(4, 256, 256, 3)] {
         let device = Device::cpu();
-        let prediction = Tensor::zeros(&device, shape);
+        let prediction = Tensor::zeros(&device, shape).unwrap();
         let batch = Batch::train(1, 1, 0, vec![0; shape.n], false, 1000);
         group.throughput(Throughput::Elements(shape.len() as u64));
         group.bench_function(shape.to_string(), |b| b.iter(|| loss(&device, &prediction, &batch, Some(shape.n))));

@@ -49,9 +49,9 @@ impl<F: Fn(&mut Tape<'_>, &[Var], &[Param]) -> Result<Var>> Case<'_, F> {
         let mut specs = Specs::default();
         let handles: Vec<Param> =
             self.params.iter().map(|&shape| specs.add(String::new(), shape, Layout::Vector, Init::Ones)).collect();
-        let mut params = Params::zeros(&device, specs);
+        let mut params = Params::zeros(&device, specs).unwrap();
         params.flat_mut().iter_mut().zip(ramp()).for_each(|(p, v)| *p = v);
-        let mut grads = ParamGrads::new(&device, params.specs());
+        let mut grads = ParamGrads::new(&device, params.specs()).unwrap();
         let inputs: Vec<Tensor> = self.inputs.iter().map(|&shape| numbers(&device, shape)).collect();
 
         let mut group = c.benchmark_group(self.stem);
@@ -90,7 +90,7 @@ fn flops(forward: usize, backward: usize) -> [Throughput; 2] {
 
 /// A tensor of numbers on [-1, 1).
 fn numbers(device: &Device, shape: Shape) -> Tensor {
-    let mut x = Tensor::uninit(device, shape);
+    let mut x = Tensor::uninit(device, shape).unwrap();
     x.data_mut().iter_mut().zip(ramp()).for_each(|(x, v)| *x = v);
     x
 }

@@ -13,7 +13,7 @@ pub fn bench(c: &mut Criterion) {
     for shape in [Shape::new(64, 28, 28, 1), Shape::new(64, 32, 32, 3), Shape::new(4, 256, 256, 3)] {
         let device = Device::cpu();
         let x = start(&device, shape, samples);
-        let output = Tensor::zeros(&device, shape);
+        let output = Tensor::zeros(&device, shape).unwrap();
         group.throughput(Throughput::Elements(shape.len() as u64));
         for (name, method) in
             [("ancestral", Method::Ancestral(Variance::FixedLarge)), ("ddim", Method::Ddim { eta: 0.0 })]

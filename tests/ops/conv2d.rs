@@ -112,7 +112,7 @@ fn parameters(device: &Device, case: Case, data: &Data<f32>) -> (Params, Param, 
     let mut specs = Specs::default();
     let w = specs.add("w".into(), case.w, Layout::Conv, Init::Zeros);
     let b = specs.add("b".into(), Shape::vector(case.w.n), Layout::Vector, Init::Zeros);
-    let mut params = Params::zeros(device, specs);
+    let mut params = Params::zeros(device, specs).unwrap();
     params.get_mut(w).copy_from_slice(&data.w);
     params.get_mut(b).copy_from_slice(&data.b);
     (params, w, b)
@@ -124,8 +124,8 @@ fn by_tape(case: Case, data: &Data<f32>, method: Method, passes: usize) -> Resul
     let device = Device::cpu_guarded();
     let (params, w, b) = parameters(&device, case, data);
     let ys = case.geometry.output(case.x, case.w);
-    let tensor = |shape, x: &[f32]| Tensor::from_slice(&device, shape, x);
-    let mut param_grads = ParamGrads::new(&device, params.specs());
+    let tensor = |shape, x: &[f32]| Tensor::from_slice(&device, shape, x).unwrap();
+    let mut param_grads = ParamGrads::new(&device, params.specs()).unwrap();
     // What earlier steps left behind is stale: it must be overwritten, not added to.
     param_grads.finish(params.specs()).fill(f32::NAN);
     param_grads.reset();
@@ -280,16 +280,16 @@ fn nothing_is_added_and_no_gradient_made_unless_asked() {
     let device = Device::cpu_guarded();
     let (params, w, b) = parameters(&device, case, &data);
     let mut tape = Tape::recording(&device, &params);
-    let x = Var::constant(Tensor::from_slice(&device, case.x, &data.x));
+    let x = Var::constant(Tensor::from_slice(&device, case.x, &data.x).unwrap());
     let y = conv2d(&mut tape, &x, w, b, case.geometry, Plus::default()).unwrap();
     let oracle = Data::new(case);
     let plain = |a: Inputs<'_, f64>| reference::forward(&Inputs { shift: None, residual: None, ..a });
     let yardstick = reference::forward(&Inputs { shift: None, residual: None, ..data.inputs(case) });
     close("y", y.data(), &plain(oracle.inputs(case)), &yardstick);
     assert_eq!(tape.saved()[0].bytes, case.x.len() * 4, "only x is saved");
-    let dy = Tensor::from_slice(&device, y.shape(), &data.dy);
+    let dy = Tensor::from_slice(&device, y.shape(), &data.dy).unwrap();
     let before = device.pool_stats();
-    tape.backward(&y, dy, &mut ParamGrads::new(&device, params.specs())).unwrap();
+    tape.backward(&y, dy, &mut ParamGrads::new(&device, params.specs()).unwrap()).unwrap();
     let largest_free = device.pool_stats().in_use;
     assert!(largest_free <= before.in_use, "backward left {largest_free} bytes in use, {} before", before.in_use);
 }
@@ -300,13 +300,13 @@ fn warm_steps_allocate_nothing() {
     let data = Data::new(case).to_f32();
     let device = Device::cpu();
     let (params, w, b) = parameters(&device, case, &data);
-    let mut param_grads = ParamGrads::new(&device, params.specs());
+    let mut param_grads = ParamGrads::new(&device, params.specs()).unwrap();
     let mut misses = Vec::new();
     for _ in 0..4 {
         let mut tape = Tape::recording(&device, &params);
-        let x = tape.leaf(Tensor::from_slice(&device, case.x, &data.x));
+        let x = tape.leaf(Tensor::from_slice(&device, case.x, &data.x).unwrap());
         let y = conv2d(&mut tape, &x, w, b, case.geometry, Plus::default()).unwrap();
-        let dy = Tensor::from_slice(&device, y.shape(), &data.dy);
+        let dy = Tensor::from_slice(&device, y.shape(), &data.dy).unwrap();
         tape.backward(&y, dy, &mut param_grads).unwrap();
         misses.push(device.pool_stats().misses);
     }

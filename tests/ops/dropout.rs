@@ -57,8 +57,8 @@ fn the_reference_agrees_with_finite_differences() {
 #[test]
 fn does_nothing_at_rate_zero_or_without_recording() {
     let device = Device::cpu_guarded();
-    let params = Params::zeros(&device, Specs::default());
-    let x = Tensor::from_slice(&device, Shape::vector(9), &to_f32(&numbers(1, 9)));
+    let params = Params::zeros(&device, Specs::default()).unwrap();
+    let x = Tensor::from_slice(&device, Shape::vector(9), &to_f32(&numbers(1, 9))).unwrap();
     for (mut tape, rate) in [(Tape::recording(&device, &params), 0.0), (Tape::inference(&device, &params), 0.5)] {
         let x = tape.leaf(x.clone());
         let y = dropout(&mut tape, &x, rate, STREAM).unwrap();

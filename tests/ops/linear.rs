@@ -33,21 +33,21 @@ fn by_tape((shape, c_out): (Shape, usize), plain: bool, level: Level, passes: us
     let mut specs = Specs::default();
     let weight = specs.add("w".into(), Shape::new(c_out, 1, 1, shape.c), Layout::Matrix, Init::Zeros);
     let bias = specs.add("b".into(), Shape::vector(c_out), Layout::Vector, Init::Zeros);
-    let mut params = Params::zeros(&device, specs);
+    let mut params = Params::zeros(&device, specs).unwrap();
     params.get_mut(weight).copy_from_slice(&w);
     params.get_mut(bias).copy_from_slice(&b);
-    let mut param_grads = ParamGrads::new(&device, params.specs());
+    let mut param_grads = ParamGrads::new(&device, params.specs()).unwrap();
     // What earlier steps left behind is stale: it must be overwritten, not added to.
     param_grads.finish(params.specs()).fill(f32::NAN);
     param_grads.reset();
     let mut results = None;
     for _ in 0..passes {
         let mut tape = Tape::recording(&device, &params);
-        let x = tape.leaf(Tensor::from_slice(&device, shape, &x));
-        let residual = tape.leaf(Tensor::from_slice(&device, shape.with_c(c_out), &residual));
+        let x = tape.leaf(Tensor::from_slice(&device, shape, &x).unwrap());
+        let residual = tape.leaf(Tensor::from_slice(&device, shape.with_c(c_out), &residual).unwrap());
         let (b, r) = if plain { (None, None) } else { (Some(bias), Some(&residual)) };
         let y = linear_by(&mut tape, &x, weight, b, r, level).unwrap();
-        let dy = Tensor::from_slice(&device, y.shape(), &dy);
+        let dy = Tensor::from_slice(&device, y.shape(), &dy).unwrap();
         let mut leaves = tape.backward(&y, dy, &mut param_grads).unwrap();
         let dresidual = leaves.take(&residual).map_or(vec![], |t| t.data().to_vec());
         results = Some((y.data().to_vec(), leaves.take(&x).unwrap().data().to_vec(), dresidual));

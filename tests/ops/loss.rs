@@ -40,7 +40,7 @@ fn cpu_follows_the_reference() {
     for shape in SHAPES {
         let batch = batch(shape.n);
         let y = numbers(2, shape.len());
-        let prediction = Tensor::from_slice(&device, shape, &to_f32(&y));
+        let prediction = Tensor::from_slice(&device, shape, &to_f32(&y)).unwrap();
         let got = loss(&device, &prediction, &batch, Some(shape.n + 3));
         let want = reference::forward(&y, &batch);
         assert_eq!(got.per_image.len(), shape.n);
@@ -67,20 +67,20 @@ fn cpu_follows_the_reference() {
 fn the_true_noise_has_no_loss() {
     let shape = Shape::new(3, 9, 9, 1);
     let batch = batch(3);
-    let mut y = Tensor::zeros(&Device::cpu(), shape);
+    let mut y = Tensor::zeros(&Device::cpu(), shape).unwrap();
     y.data_mut().chunks_mut(81).enumerate().for_each(|(i, y)| batch.noise.image(i).normals(y));
     let got = loss(&Device::cpu(), &y, &batch, Some(3));
     assert_eq!(got.per_image, [0.0; 3]);
     assert!(got.gradient.unwrap().data().iter().all(|dy| *dy == 0.0));
     // Predicting nothing costs the noise's variance: 1 +- 5 sqrt(2/n).
-    let nothing = loss(&Device::cpu(), &Tensor::zeros(&Device::cpu(), Shape::new(3, 100, 100, 1)), &batch, None);
+    let nothing = loss(&Device::cpu(), &Tensor::zeros(&Device::cpu(), Shape::new(3, 100, 100, 1)).unwrap(), &batch, None);
     assert!((nothing.mean() - 1.0).abs() < 5.0 * (2.0f64 / 3e4).sqrt(), "{}", nothing.mean());
 }
 
 #[test]
 fn one_bad_number_shows_in_the_loss() {
     for bad in [f32::NAN, f32::INFINITY] {
-        let mut y = Tensor::zeros(&Device::cpu(), Shape::new(2, 1, 1, 5000));
+        let mut y = Tensor::zeros(&Device::cpu(), Shape::new(2, 1, 1, 5000)).unwrap();
         y.data_mut()[9_999] = bad;
         let got = loss(&Device::cpu(), &y, &batch(2), Some(2));
         assert!(!got.mean().is_finite() && got.per_image[0].is_finite() && !got.per_image[1].is_finite());
@@ -90,11 +90,11 @@ fn one_bad_number_shows_in_the_loss() {
 #[test]
 fn a_step_in_pieces_has_the_same_gradient() {
     let (shape, y) = (Shape::new(5, 4, 4, 3), to_f32(&numbers(3, 5 * 48)));
-    let whole = Tensor::from_slice(&Device::cpu(), shape, &y);
+    let whole = Tensor::from_slice(&Device::cpu(), shape, &y).unwrap();
     let whole = loss(&Device::cpu(), &whole, &Batch::train(1, 2, 0, vec![0; 5], true, 10), Some(5));
     let (mut dy, mut per_image) = (Vec::new(), Vec::new());
     for (first, n) in [(0, 2), (2, 3)] {
-        let piece = Tensor::from_slice(&Device::cpu(), Shape { n, ..shape }, &y[first * 48..(first + n) * 48]);
+        let piece = Tensor::from_slice(&Device::cpu(), Shape { n, ..shape }, &y[first * 48..(first + n) * 48]).unwrap();
         let piece = loss(&Device::cpu(), &piece, &Batch::train(1, 2, first as u32, vec![0; n], true, 10), Some(5));
         dy.extend_from_slice(piece.gradient.unwrap().data());
         per_image.extend(piece.per_image);
@@ -122,7 +122,7 @@ fn quarters_sort_losses_by_timestep() {
 #[test]
 fn same_bits_with_any_number_of_threads() {
     let shape = Shape::new(3, 37, 41, 3);
-    let y = Tensor::from_slice(&Device::cpu(), shape, &to_f32(&numbers(4, shape.len())));
+    let y = Tensor::from_slice(&Device::cpu(), shape, &to_f32(&numbers(4, shape.len()))).unwrap();
     same_bits_at_any_number_of_threads("loss", || {
         let got = loss(&Device::cpu(), &y, &batch(3), Some(3));
         let halves = got.per_image.iter().flat_map(|l| [l.to_bits() as u32, (l.to_bits() >> 32) as u32]);

@@ -8,6 +8,7 @@
 // Each test target uses its own part of this module.
 #![allow(dead_code)]
 
+pub mod gpu;
 mod tests;
 pub mod winograd;
 
@@ -15,7 +16,7 @@ use ddpm_cuda::device::Device;
 use ddpm_cuda::error::Result;
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
 use ddpm_cuda::tape::{Tape, Var};
-use ddpm_cuda::tensor::{Shape, Tensor};
+use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
 /// Half a unit in the last place of an f32, relative: one rounding.
 pub const F32_ROUNDING: f64 = 1.0 / (1u64 << 24) as f64;
@@ -58,6 +59,16 @@ pub fn close_but_for(name: &str, got: &[f32], oracle: &[f64], yardstick: &[f32],
     let own = yardstick.iter().zip(oracle).map(|(&y, &o)| (f64::from(y) - o).abs()).fold(0.0, f64::max);
     assert!(own.is_finite(), "{name}: the f32 reference is not finite");
     worst(name, got, oracle, |w| 2.0 * own + F32_ROUNDING * w.abs() + allowance)
+}
+
+/// [`close`] for a result of type `dtype`, whose last rounding the budget has. The inputs of oracle and yardstick must be rounded to `dtype`.
+#[track_caller]
+pub fn close_as(dtype: DType, name: &str, got: &[f32], oracle: &[f64], yardstick: &[f32]) -> f64 {
+    assert_eq!(yardstick.len(), oracle.len(), "{name}: yardstick and oracle differ in length");
+    let own = yardstick.iter().zip(oracle).map(|(&y, &o)| (f64::from(y) - o).abs()).fold(0.0, f64::max);
+    assert!(own.is_finite(), "{name}: the f32 reference is not finite");
+    let rounding = gpu::rounding(dtype);
+    worst(name, got, oracle, |w| 2.0 * own + rounding * (w.abs() + 2.0 * own))
 }
 
 /// `got` against numbers that an f32 implementation reproduces to `relative` of the tensor's largest element (fixtures
@@ -154,9 +165,7 @@ impl Pass {
     }
 }
 
-/// Forward and backward of one operation through its public function and the tape, on a guarded device: `inputs` become
-/// leaves, `params` parameters, `dy` the gradient of the output. `passes` backward passes accumulate into one set of parameter
-/// gradients. At the end everything has to be back in the pool but what is still held here.
+/// [`through_tape_on`] a guarded CPU.
 #[track_caller]
 pub fn through_tape(
     inputs: &[Numbers],
@@ -165,36 +174,54 @@ pub fn through_tape(
     passes: usize,
     op: impl Fn(&mut Tape<'_>, &[Var], &[Param]) -> Result<Var>,
 ) -> Pass {
-    let device = Device::cpu_guarded();
+    through_tape_on(&Device::cpu_guarded(), inputs, params, dy, passes, op)
+}
+
+/// Forward and backward of one operation through its public function and the tape, on a guarded device: `inputs`, rounded to the
+/// type of its activations, become leaves, `params` parameters, `dy` the gradient of the output. `passes` backward passes accumulate into one set of parameter
+/// gradients. At the end everything has to be back in the pool but what is still held here.
+#[track_caller]
+pub fn through_tape_on(
+    device: &Device,
+    inputs: &[Numbers],
+    params: &[Numbers],
+    dy: &[f32],
+    passes: usize,
+    op: impl Fn(&mut Tape<'_>, &[Var], &[Param]) -> Result<Var>,
+) -> Pass {
     let mut specs = Specs::default();
     let init = Init::Zeros;
     let handles: Vec<Param> = (params.iter().enumerate())
         .map(|(i, (shape, _))| specs.add(format!("p{i}"), *shape, Layout::Vector, init))
         .collect();
-    let mut weights = Params::zeros(&device, specs);
+    let mut flat = vec![0.0; specs.flat_len()];
     for (&p, (_, values)) in handles.iter().zip(params) {
-        weights.get_mut(p).copy_from_slice(values);
+        flat[specs.range(p)].copy_from_slice(values);
     }
-    let mut dw = ParamGrads::new(&device, weights.specs());
+    let weights = Params::from_host(device, specs, &flat).expect("room for the parameters");
+    let mut dw = ParamGrads::new(device, weights.specs()).expect("room for their gradients");
     // What earlier steps left behind is stale: it must be overwritten, not added to.
-    dw.finish(weights.specs()).fill(f32::NAN);
+    let stale = vec![f32::NAN; weights.specs().flat_len()];
+    dw.finish(weights.specs()).and_then(|g| g.write(&stale)).expect("gradients can be written");
     dw.reset();
 
     let idle = device.pool_stats().in_use;
     let mut last = None;
     for _ in 0..passes {
-        let mut tape = Tape::recording(&device, &weights);
-        let x: Vec<Var> =
-            inputs.iter().map(|(shape, values)| tape.leaf(Tensor::from_slice(&device, *shape, values))).collect();
+        let tensor = |shape, values| {
+            Tensor::from_slice_as(device, device.activations(), shape, values).expect("room for a tensor")
+        };
+        let mut tape = Tape::recording(device, &weights);
+        let x: Vec<Var> = inputs.iter().map(|(shape, values)| tape.leaf(tensor(*shape, values))).collect();
         let y = op(&mut tape, &x, &handles).expect("the operation itself");
-        let dy = Tensor::from_slice(&device, y.shape(), dy);
-        let mut leaves = tape.backward(&y, dy, &mut dw).expect("its backward pass");
-        let dx = x.iter().map(|x| leaves.take(x).expect("a gradient for every input").data().to_vec()).collect();
-        last = Some((y.data().to_vec(), dx));
+        let mut leaves = tape.backward(&y, tensor(y.shape(), dy), &mut dw).expect("its backward pass");
+        let numbers = |x: &Tensor| x.to_vec().expect("every kernel did what it should");
+        let dx = x.iter().map(|x| numbers(&leaves.take(x).expect("a gradient for every input"))).collect();
+        last = Some((numbers(y.value()), dx));
     }
     assert_eq!(device.pool_stats().in_use, idle, "bytes still held after the backward pass");
     let (y, dx) = last.expect("at least one pass");
-    let flat = dw.finish(weights.specs());
+    let flat = dw.finish(weights.specs()).and_then(|g| g.to_vec()).expect("every kernel did what it should");
     let dw = handles.iter().map(|&p| flat[weights.specs().range(p)].to_vec()).collect();
     Pass { y, dx, dw }
 }

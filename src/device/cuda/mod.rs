@@ -11,7 +11,7 @@ mod staging;
 pub mod tile;
 
 use std::collections::HashMap;
-use std::fmt;
+use std::fmt::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -43,6 +43,8 @@ struct Inner {
     activations: DType,
     pool: Mutex<pool::Pool>,
     loaded: Mutex<Loaded>,
+    /// What memory is being asked for, in words.
+    purpose: Mutex<String>,
     /// Print every launch.
     trace: bool,
     emulated: bool,
@@ -206,6 +208,7 @@ impl Gpu {
             capability: description.capability,
             activations,
             loaded: Mutex::default(),
+            purpose: Mutex::default(),
             trace: std::env::var_os("DDPM_TRACE").is_some_and(|v| v == "1"),
             emulated,
         })))
@@ -234,6 +237,14 @@ impl Gpu {
         let (free, _) = self.0.stream.context().mem_get_info().map_err(|e| driver_error("asking for free memory", e))?;
         let stats = self.pool_stats();
         Ok(free as u64 + stats.held - stats.in_use)
+    }
+
+    /// Says what the memory asked for from here on is for: a GPU that runs out of it names this.
+    pub fn memory_is_for(&self, purpose: fmt::Arguments<'_>) {
+        let mut text = self.0.purpose.lock().unwrap_or_else(PoisonError::into_inner);
+        text.clear();
+        // A String takes everything.
+        let _ = text.write_fmt(purpose);
     }
 
     /// Waits until everything launched so far is done.

@@ -1,0 +1,100 @@
+//! GPUs for tests: by default the emulator, which cargo builds beside the tests, with all its checks; with `DDPM_TEST_DEVICE=cuda` the real one.
+
+use std::ffi::{CString, c_char, c_int};
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use ddpm_cuda::device::Device;
+use ddpm_cuda::device::cuda::{self, Gpu};
+use ddpm_cuda::kernels;
+use ddpm_cuda::tensor::DType;
+
+use super::same_bits;
+
+/// Unit of relative rounding of a bf16, which has 8 significant bits: half a unit in the last place.
+pub const BF16_ROUNDING: f64 = 1.0 / 256.0;
+
+/// Orders in which the emulator runs blocks and warps: as they come, and three drawn at random.
+pub const SCHEDULES: [&str; 4] = ["none", "1", "2", "3"];
+
+/// The emulator's shared library: cargo puts it beside the tests' own executables.
+pub fn emulator() -> PathBuf {
+    let executable = std::env::current_exe().expect("a test knows its own path");
+    let path = executable.parent().expect("an executable is in a folder").join("libcuda_emu.so");
+    assert!(path.is_file(), "{} is not built", path.display());
+    path
+}
+
+/// True if kernels can be tested; says so loudly if they cannot.
+pub fn available() -> bool {
+    static AVAILABLE: OnceLock<bool> = OnceLock::new();
+    *AVAILABLE.get_or_init(|| {
+        if kernels::COMPILER.is_none() {
+            eprintln!(
+                "\n*** SKIPPED: no kernel is tested, since none was compiled; build with DDPM_CUDA_TOOLCHAIN=fetch ***\n"
+            );
+            return false;
+        }
+        match std::env::var("DDPM_TEST_DEVICE").as_deref() {
+            Ok("cuda") => {}
+            Ok("emulated") | Err(_) => cuda::open_driver(&emulator()).expect("the emulator opens"),
+            Ok(other) => panic!("DDPM_TEST_DEVICE is {other}: use emulated or cuda"),
+        }
+        true
+    })
+}
+
+/// A guarded GPU with activations of type `dtype`; `None` if kernels cannot be tested.
+pub fn gpu(dtype: DType) -> Option<Gpu> {
+    available().then(|| Gpu::open(0, dtype, true).expect("the GPU opens"))
+}
+
+/// Sets how the emulator runs this thread's launches; nothing on a real GPU.
+pub fn configure(name: &str, value: &str) {
+    // SAFETY: opens what is open already, by the name that cudarc finds it under, and calls what include/cuda_emu.h declares.
+    unsafe {
+        let Ok(driver) = libloading::Library::new("libcuda.so") else { return };
+        let Ok(function) = driver.get::<unsafe extern "C" fn(*const c_char, *const c_char) -> c_int>(b"emu_configure\0")
+        else {
+            return;
+        };
+        let [name, value] = [name, value].map(|s| CString::new(s).expect("no zero bytes"));
+        assert_eq!(function(name.as_ptr(), value.as_ptr()), 0, "emu_configure({name:?}, {value:?})");
+    }
+}
+
+/// Runs `f` on a guarded GPU with f32 and one with bf16 activations, in every schedule; whatever it returns must have the same bits in each.
+#[track_caller]
+pub fn each(name: &str, f: impl Fn(&Device) -> Vec<f32>) {
+    for dtype in [DType::F32, DType::Bf16] {
+        let Some(gpu) = gpu(dtype) else { return };
+        let device = Device::Cuda(gpu);
+        let mut first: Option<Vec<f32>> = None;
+        for schedule in SCHEDULES {
+            configure("seed", schedule);
+            let got = f(&device);
+            match &first {
+                None => first = Some(got),
+                Some(first) => same_bits(&format!("{name}, {dtype:?}, schedule {schedule}"), &got, first),
+            }
+        }
+        configure("seed", "none");
+        assert_eq!(device.pool_stats().in_use, 0, "{name}: bytes still in use");
+    }
+}
+
+/// One rounding of a result of type `dtype`, relative.
+pub fn rounding(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => super::F32_ROUNDING,
+        DType::Bf16 => BF16_ROUNDING,
+    }
+}
+
+/// `x` rounded to what a tensor of type `dtype` can hold.
+pub fn rounded(dtype: DType, x: &[f64]) -> Vec<f64> {
+    match dtype {
+        DType::F32 => x.to_vec(),
+        DType::Bf16 => x.iter().map(|&x| half::bf16::from_f32(x as f32).to_f64()).collect(),
+    }
+}
