@@ -8,6 +8,7 @@
 mod launch;
 mod pool;
 mod staging;
+pub mod tile;
 
 use std::collections::HashMap;
 use std::fmt::{self, Write};
