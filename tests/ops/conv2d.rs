@@ -127,7 +127,8 @@ fn by_tape(case: Case, data: &Data<f32>, method: Method, passes: usize) -> Resul
     let tensor = |shape, x: &[f32]| Tensor::from_slice(&device, shape, x).unwrap();
     let mut param_grads = ParamGrads::new(&device, params.specs()).unwrap();
     // What earlier steps left behind is stale: it must be overwritten, not added to.
-    param_grads.finish(params.specs()).fill(f32::NAN);
+    let stale = vec![f32::NAN; params.specs().flat_len()];
+    param_grads.finish(params.specs()).and_then(|g| g.write(&stale)).unwrap();
     param_grads.reset();
     let mut results = None;
     for _ in 0..passes {

@@ -38,7 +38,8 @@ fn by_tape((shape, c_out): (Shape, usize), plain: bool, level: Level, passes: us
     params.get_mut(bias).copy_from_slice(&b);
     let mut param_grads = ParamGrads::new(&device, params.specs()).unwrap();
     // What earlier steps left behind is stale: it must be overwritten, not added to.
-    param_grads.finish(params.specs()).fill(f32::NAN);
+    let stale = vec![f32::NAN; params.specs().flat_len()];
+    param_grads.finish(params.specs()).and_then(|g| g.write(&stale)).unwrap();
     param_grads.reset();
     let mut results = None;
     for _ in 0..passes {
