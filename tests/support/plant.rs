@@ -40,10 +40,10 @@ impl Bug {
         let (before, entry) = ptx.split_once(&format!(".entry {}(", self.kernel)).expect("an entry of that name");
         let entry = match self.change {
             Change::NoBarrier(n) => {
-                let mut seen = 0..;
-                let is_it = |line: &&str| line.trim_start().starts_with("bar.sync") && seen.next() == Some(n);
-                let at = entry.lines().position(|line| is_it(&line)).expect("as many barriers as that");
-                let lines: Vec<&str> = entry.lines().enumerate().filter(|(i, _)| *i != at).map(|(_, line)| line).collect();
+                let mut lines: Vec<&str> = entry.lines().collect();
+                let mut barriers = (0..lines.len()).filter(|&i| lines[i].trim_start().starts_with("bar.sync"));
+                let at = barriers.nth(n).expect("as many barriers as that");
+                lines.remove(at);
                 lines.join("\n")
             }
             Change::NoLastBlock => entry.replacen(
