@@ -144,6 +144,12 @@ pub fn to_f32(x: &[f64]) -> Vec<f32> {
     x.iter().map(|&v| v as f32).collect()
 }
 
+/// One number for each image, `(n, 1, 1, 1)` in f32: timesteps or classes as the network takes them.
+pub fn per_image(device: &Device, numbers: impl IntoIterator<Item = f32>) -> Tensor {
+    let numbers: Vec<f32> = numbers.into_iter().collect();
+    Tensor::from_slice(device, Shape::new(numbers.len(), 1, 1, 1), &numbers).expect("room for a few numbers")
+}
+
 /// A shape and numbers in it.
 pub type Numbers = (Shape, Vec<f32>);
 
