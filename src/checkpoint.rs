@@ -432,9 +432,9 @@ impl<'a> TensorFile<'a> {
     }
 }
 
-/// A list for a sentence; of a long one the first twenty, and how many more.
+/// A list for a sentence; of a long one the first four, and how many more.
 fn named(items: &[&str]) -> String {
-    let (shown, more) = items.split_at(items.len().min(20));
+    let (shown, more) = items.split_at(items.len().min(4));
     let more = if more.is_empty() { String::new() } else { format!(" and {} more", more.len()) };
     format!("{}{more}", shown.join(", "))
 }

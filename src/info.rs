@@ -58,7 +58,7 @@ pub fn run(args: &Args) -> Result<()> {
         "training with batch {}: {:.1} GFLOP a step, about {:.2} GiB of memory",
         config.batch,
         3.0 * flops as f64 * config.batch as f64 / 1e9,
-        memory_needed(&config, &unet, &specs) as f64 / f64::from(1 << 30)
+        memory_needed(&config, &unet, &specs, &Device::cpu()) as f64 / f64::from(1 << 30)
     );
     say!("devices: {}", Device::cpu());
     for gpu in cuda::devices()? {

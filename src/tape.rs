@@ -142,6 +142,9 @@ impl<'p> Tape<'p> {
     pub fn at(&mut self, place: &str) {
         self.place.clear();
         self.place.push_str(place);
+        if let Device::Cuda(gpu) = &self.device {
+            gpu.memory_is_for(format_args!("the forward pass of {place}"));
+        }
     }
 
     /// A leaf whose gradient [`Tape::backward`] returns.
@@ -188,6 +191,9 @@ impl<'p> Tape<'p> {
         grads.vars[start.0] = Some(dy);
         for node in self.nodes.into_iter().rev() {
             if let Some(dy) = grads.vars[node.output.0].take() {
+                if let Device::Cuda(gpu) = &self.device {
+                    gpu.memory_is_for(format_args!("the backward pass of {} at {}", node.op.name(), node.place));
+                }
                 node.op.run(dy, &mut grads)?;
             }
         }

@@ -7,7 +7,6 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -32,7 +31,7 @@ use crate::output;
 use crate::params::{ParamGrads, Params, Specs};
 use crate::sample;
 use crate::tape::{Tape, Var};
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 use crate::unet::{DropoutSeed, UNet};
 use crate::{say, usage};
 
@@ -125,6 +124,9 @@ impl Trainer {
     /// Settings that cannot work, in one sentence.
     pub fn new(config: &Config, data: Data, device: &Device) -> Result<Self> {
         let (unet, specs) = UNet::new(&config.model)?;
+        if let Device::Cuda(gpu) = device {
+            gpu.memory_is_for(format_args!("the training state"));
+        }
         let params = Params::init(device, specs.clone(), config.seed)?;
         let ema = Params::from_host(device, specs.clone(), &params.host()?)?;
         let flat = Shape::vector(specs.flat_len());
@@ -172,6 +174,11 @@ impl Trainer {
         self.step
     }
 
+    /// Where it trains.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// The weights.
     pub fn params(&self) -> &Params {
         &self.params
@@ -200,20 +207,12 @@ impl Trainer {
     pub fn step(&mut self) -> Result<()> {
         self.meter.begin();
         self.grads.reset();
-        let c = &self.config;
-        let images = self.data.train.images();
-        let order = self.order.indices(self.step, c.batch);
-        for k in 0..c.accumulate {
-            let batch = piece(c, &self.data.train, &order, self.step, k);
-            let source = self.feed.source(images, places(c, self.step, k), |places| {
-                rows(&self.data.train, self.order.range(places), c.model.classes > 0)
-            })?;
-            let masks = DropoutSeed { seed: c.seed, step: self.step, first: batch.noise.first };
-            let Noised { x_t, t, labels } = q_sample(&self.device, source, &batch, &self.coefficients)?;
+        for k in 0..self.config.accumulate {
+            let (batch, Noised { x_t, t, labels }, masks) = self.draw(k)?;
             let x_t = Var::constant(x_t); // (n, h, w, c)
             let mut tape = Tape::recording(&self.device, &self.params);
             let eps = self.unet.forward(&mut tape, &x_t, &t, labels.as_ref(), Some(masks))?; // (n, h, w, c)
-            let l = loss(&self.device, eps.value(), &batch, &t, Some(c.batch), &mut self.meter)?;
+            let l = loss(&self.device, eps.value(), &batch, &t, Some(self.config.batch), &mut self.meter)?;
             if let Some(mean) = l.mean().filter(|mean| !mean.is_finite()) {
                 self.meter.read()?;
                 return Err(self.not_finite(self.step + 1, "loss", mean, &self.inspect(x_t, t, labels, masks)));
@@ -223,7 +222,7 @@ impl Trainer {
         }
 
         let g = self.grads.finish(self.params.specs())?;
-        grad_norm(&self.device, g, c.grad_clip, &mut self.meter)?;
+        grad_norm(&self.device, g, self.config.grad_clip, &mut self.meter)?;
         if let Meter::Cpu(_) = self.meter {
             let norm = self.meter.host_row().grad_norm;
             if !norm.is_finite() {
@@ -233,7 +232,7 @@ impl Trainer {
             }
         }
         let state = State { w: &mut self.params, ema: &mut self.ema, m: &mut self.m, v: &mut self.v, g };
-        adam(&self.device, state, &update(c, self.step + 1), &mut self.meter)?;
+        adam(&self.device, state, &update(&self.config, self.step + 1), &mut self.meter)?;
         self.step += 1;
         self.unread += 1;
         Ok(())
@@ -285,28 +284,36 @@ impl Trainer {
     fn find_not_finite(&mut self) -> Result<String> {
         self.meter.begin();
         self.grads.reset();
-        let c = &self.config;
-        let images = self.data.train.images();
-        let order = self.order.indices(self.step, c.batch);
-        for k in 0..c.accumulate {
-            let batch = piece(c, &self.data.train, &order, self.step, k);
-            let source = self.feed.source(images, places(c, self.step, k), |places| {
-                rows(&self.data.train, self.order.range(places), c.model.classes > 0)
-            })?;
-            let masks = DropoutSeed { seed: c.seed, step: self.step, first: batch.noise.first };
-            let Noised { x_t, t, labels } = q_sample(&self.device, source, &batch, &self.coefficients)?;
+        for k in 0..self.config.accumulate {
+            let (batch, Noised { x_t, t, labels }, masks) = self.draw(k)?;
             let mut tape = Tape::inspecting(&self.device, &self.params);
-            let x_t = Var::constant(x_t);
-            let eps = match self.unet.forward(&mut tape, &x_t, &t, labels.as_ref(), Some(masks)) {
+            let eps = match self.unet.forward(&mut tape, &Var::constant(x_t), &t, labels.as_ref(), Some(masks)) {
                 Ok(eps) => eps,
                 Err(found) => return Ok(found.to_string()),
             };
-            let l = loss(&self.device, eps.value(), &batch, &t, Some(c.batch), &mut self.meter)?;
+            let l = loss(&self.device, eps.value(), &batch, &t, Some(self.config.batch), &mut self.meter)?;
             tape.backward(&eps, l.gradient.expect("a training loss has a gradient"), &mut self.grads)?;
         }
-        self.meter.read()?;
         let specs = self.params.specs();
         Ok(first_not_finite("gradient", specs, &self.grads.finish(specs)?.host()?))
+    }
+
+    /// Piece `k` of the next step's batch, noised, and where its dropout masks come from.
+    fn draw(&mut self, k: usize) -> Result<(Batch, Noised, DropoutSeed)> {
+        let Trainer { config: c, data: Data { train: data, .. }, order, feed, .. } = self;
+        let (size, conditional) = (c.batch / c.accumulate, c.model.classes > 0);
+        let first = (k * size) as u32;
+        // The images' places in the endless sequence that steps take theirs from.
+        let place = u64::from(self.step) * c.batch as u64 + u64::from(first);
+        let places = place..place + size as u64;
+        let indices = order.range(places.clone());
+        let labels = data.labels_of(&indices).filter(|_| conditional);
+        let rows_in_set = data.rows(&indices);
+        let batch = Batch::train(c.seed, self.step, first, rows_in_set, c.flip, c.diffusion.timesteps as u32);
+        let batch = batch.with_labels(labels);
+        let source = feed.source(data.images(), places, |places| rows(data, order.range(places), conditional))?;
+        let noised = q_sample(&self.device, source, &batch, &self.coefficients)?;
+        Ok((batch, noised, DropoutSeed { seed: c.seed, step: self.step, first }))
     }
 
     /// The first tensor of a forward pass that is not finite, in words.
@@ -373,22 +380,6 @@ impl Trainer {
     }
 }
 
-/// Piece `k` of the batch of step `step` (from 0) of which `order` has the images.
-fn piece(c: &Config, data: &Dataset, order: &[usize], step: u32, k: usize) -> Batch {
-    let size = c.batch / c.accumulate;
-    let indices = &order[k * size..(k + 1) * size];
-    let labels = data.labels_of(indices).filter(|_| c.model.classes > 0);
-    let (first, timesteps) = ((k * size) as u32, c.diffusion.timesteps as u32);
-    Batch::train(c.seed, step, first, data.rows(indices), c.flip, timesteps).with_labels(labels)
-}
-
-/// Where piece `k` of a step's batch stands in the endless sequence of training images.
-fn places(c: &Config, step: u32, k: usize) -> Range<u64> {
-    let size = c.batch / c.accumulate;
-    let first = u64::from(step) * c.batch as u64 + (k * size) as u64;
-    first..first + size as u64
-}
-
 /// The images `indices` of a set as a feed wants them.
 fn rows(data: &Dataset, indices: Vec<usize>, conditional: bool) -> Rows {
     let rows = data.rows(&indices).into_iter().map(|row| row as u32).collect();
@@ -428,26 +419,28 @@ fn first_not_finite(what: &str, specs: &Specs, flat: &[f32]) -> String {
 fn resident(config: &Config, unet: &UNet, specs: &Specs, data: &Data, device: &Device) -> Result<Option<Resident>> {
     let Device::Cuda(gpu) = device else { return Ok(None) };
     let images = data.train.images();
-    let needed = memory_needed(config, unet, specs).saturating_add(images.pixels.len() as u64);
+    let needed = memory_needed(config, unet, specs, device).saturating_add(images.pixels.len() as u64);
     if needed > gpu.available_memory()? {
         return Ok(None);
     }
     Resident::new(gpu, images).map(Some)
 }
 
-/// Bytes a training run asks for: weights, gradient, two moments and moving average; the activations of a piece of a batch;
-/// the gradients and intermediate results alive beside them, half as much again; and scratch space, which is the largest
-/// weight in Winograd's domain (4 times as many numbers) forward and backward, blocks of attention scores (two of 8 MiB) and the
-/// threads' tiles.
-pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs) -> u64 {
+/// Bytes a training run asks of `device`: weights, gradient, two moments and moving average (and the bf16 copies of weights and average); the
+/// activations of a piece of a batch, in their type; the gradients and intermediate results alive beside them, half as much again; and
+/// scratch space, which on the CPU is the largest weight in Winograd's domain (4 times as many numbers) forward and backward, blocks of attention
+/// scores (two of 8 MiB) and the threads' tiles. A GPU's partial sums stay below that.
+pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs, device: &Device) -> u64 {
     const BLOCKS_AND_TILES: u64 = 24 << 20;
     let size = config.model.image_size;
-    let saved: u64 = unet.costs(specs, size.h, size.w).iter().map(|cost| cost.saved).sum();
+    let activation = device.activations().size() as u64;
+    let saved: u64 = unet.costs(specs, size.h, size.w).iter().map(|cost| cost.saved / 4 * activation).sum();
     let piece = (config.batch / config.accumulate) as u64;
     let largest_weight = specs.iter().map(|(_, spec)| spec.shape.len() as u64).max().unwrap_or(0);
     let scratch = 2 * 4 * 4 * largest_weight + BLOCKS_AND_TILES;
     let activations = piece.saturating_mul(saved / 2 * 3);
-    activations.saturating_add(5 * 4 * specs.flat_len() as u64 + scratch)
+    let per_weight = 5 * 4 + if device.activations() == DType::Bf16 { 2 * 2 } else { 0 };
+    activations.saturating_add(per_weight * specs.flat_len() as u64 + scratch)
 }
 
 /// Runs the command.
@@ -565,8 +558,11 @@ fn announce(config: &Config, unet: &UNet, specs: &Specs, data: &Data, device: &D
     const GIB: f64 = (1u64 << 30) as f64;
     let size = config.model.image_size;
     let flops: u64 = unet.costs(specs, size.h, size.w).iter().map(|cost| cost.flops).sum();
-    let needed = memory_needed(config, unet, specs);
-    let available = available_memory()?;
+    let needed = memory_needed(config, unet, specs, device);
+    let available = match device {
+        Device::Cpu(_) => available_memory()?,
+        Device::Cuda(gpu) => gpu.available_memory()?,
+    };
     say!(
         "{} parameters, {:.2} GFLOP per image and step, {:.2} GiB of memory needed ({:.2} GiB available); {} training and {} held-out images of {size}x{}; {device}",
         crate::info::grouped(specs.count() as u64),
@@ -578,14 +574,19 @@ fn announce(config: &Config, unet: &UNet, specs: &Specs, data: &Data, device: &D
         config.model.channels,
     );
     if needed > available {
-        let single = Config { batch: 1, accumulate: 1, ..config.clone() };
-        let advice = if memory_needed(&single, unet, specs) > available {
-            "one image at a time is too much already, so use smaller widths, fewer classes or smaller images".into()
-        } else {
-            let (batch, accumulate) = (config.batch, 2 * config.accumulate);
-            format!(
-                "use a smaller --batch than {batch}, or --set accumulate={accumulate} for the same result in pieces"
-            )
+        let fits = |accumulate: &usize| {
+            config.batch.is_multiple_of(*accumulate)
+                && memory_needed(&Config { accumulate: *accumulate, ..config.clone() }, unet, specs, device)
+                    <= available
+        };
+        let advice = match (config.accumulate + 1..=config.batch).find(fits) {
+            None => {
+                "one image at a time is too much already, so use smaller widths, fewer classes or smaller images".into()
+            }
+            Some(accumulate) => {
+                let batch = config.batch / accumulate;
+                format!("use --batch {batch}, or --set accumulate={accumulate} for the same result in pieces")
+            }
         };
         return Err(Error::Failed(format!(
             "this run needs {:.2} GiB of memory and {:.2} GiB are available: {advice}",
@@ -712,14 +713,21 @@ fn lock(run: &Path) -> Result<Option<File>> {
     }
 }
 
-/// Set by the first Ctrl-C (or SIGTERM); the second ends the program at once.
+/// Set by the first Ctrl-C (or SIGTERM); another ends the program at once, unless it comes within a second: `timeout` and job
+/// schedulers signal a process and then its whole group, and mean one signal.
 fn stop_flag() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();
+    let mut first: Option<Instant> = None;
     let handler = move || {
-        if flag.swap(true, Ordering::Relaxed) {
+        if let Some(first) = first {
+            if first.elapsed().as_secs_f64() < 1.0 {
+                return;
+            }
             std::process::exit(130);
         }
+        first = Some(Instant::now());
+        flag.store(true, Ordering::Relaxed);
         let _ = writeln!(std::io::stderr(), "stopping after this step; once more to stop at once");
     };
     ctrlc::set_handler(handler).map_err(|e| Error::Failed(format!("Ctrl-C cannot be caught: {e}")))?;

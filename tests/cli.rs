@@ -158,6 +158,8 @@ fn predicts_what_pytorch_predicts() {
     ok(predict.arg("--labels").arg(at("labels.npy")));
     let out = ddpm_cuda::data::npy::read(&at("out.npy")).unwrap();
     assert_eq!(out.shape, shape);
+    ddpm_cuda::output::write_npy(&at("t.npy"), &shape[..1], &vec![f32::NAN; shape[0]]).unwrap();
+    assert!(fails(&mut predict, 1).contains("t.npy: holds NaN"));
     let (out, want) = (out.to_f32().unwrap(), f32s("out"));
     let largest = want.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     // The tolerance of the fixtures, tests/unet.rs.
@@ -186,6 +188,8 @@ fn wrong_usage_is_one_sentence_and_exit_2() {
         (vec!["--preset", "minst"], "mnist"),
         (vec!["--device", "gpu"], "cuda:N"),
         (vec!["--batch", "0"], "batch"),
+        (vec!["--set", "blocks_per_level=4000000000"], "128"),
+        (vec!["--set", "widths=4000000000"], "65536"),
         (vec!["--stpes", "3"], "--steps"),
     ] {
         let said = fails(train(&run, 1).args(&arguments), 2);
@@ -197,7 +201,10 @@ fn wrong_usage_is_one_sentence_and_exit_2() {
         (vec!["--out", "x.bmp"], ".png"),
         (vec!["--out", "x.png", "--class", "3"], "unconditional"),
         (vec!["--out", "x.png", "--steps", "1001"], "1000"),
-        (vec!["--out", "x.png", "--eta", "2"], "eta"),
+        (vec!["--out", "x.png", "--sampler", "ddim", "--eta", "2"], "eta"),
+        (vec!["--out", "x.png", "--eta", "0.5"], "--sampler ddim"),
+        (vec!["--out", "x.png", "--sampler", "ddim", "--variance", "fixed_small"], "--eta"),
+        (vec!["--out", "x.png", "--count", "0"], "at least 1"),
     ] {
         let said = fails(ddpm().arg("sample").arg("--model").arg(&model).args(&arguments).current_dir(&folder), 2);
         assert!(said.contains(says), "{arguments:?}: {said:?} does not say {says:?}");
@@ -238,9 +245,102 @@ fn a_run_is_not_overwritten() {
 }
 
 #[test]
+fn help_lists_every_setting_and_a_reader_who_leaves_stops_nothing() {
+    let said = ok(ddpm().args(["train", "--help"]));
+    for setting in ddpm_cuda::config::SETTINGS {
+        assert!(said.contains(&format!("  {} = ", setting.key)), "train --help does not list {}", setting.key);
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let mut child = train(&run, 2).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    assert!(child.wait().unwrap().success());
+    assert!(run.join("checkpoints/2").is_dir());
+}
+
+/// Writes 20 images of 16x16 with `channels` channels as .npy.
+fn noise_images(path: &Path, channels: u64) {
+    let options = npyz::WriteOptions::new().default_dtype().shape(&[20, 16, 16, channels]);
+    let mut writer = options.writer(fs::File::create(path).unwrap()).begin_nd().unwrap();
+    writer.extend((0..20 * 16 * 16 * channels).map(|i| (i * 97 % 251) as u8)).unwrap();
+    writer.finish().unwrap();
+}
+
+#[test]
+fn images_that_are_no_pictures_become_npz() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, run) = (folder.path().join("two.npy"), folder.path().join("run"));
+    noise_images(&data, 2);
+    let sizes = ["--set", "image_size=0", "--set", "channels=0", "--set", "attention_resolutions=8"];
+    ok(train(&run, 1).arg("--data").arg(&data).args(sizes));
+    assert!(run.join("samples/1.npz").is_file() && run.join("checkpoints/1").is_dir());
+    let mut sample = ddpm();
+    sample.arg("sample").arg("--model").arg(&run).arg("--out").arg(folder.path().join("x.png"));
+    assert!(fails(&mut sample, 1).contains(".npz"));
+}
+
+#[test]
+fn more_images_than_memory_holds_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut sample = ddpm();
+    sample.arg("sample").arg("--model").arg(fixture("unet_gray16")).args(["--count", "4000000000", "--out"]);
+    assert!(fails(sample.arg(folder.path().join("x.npz")), 1).contains("GiB"));
+}
+
+#[test]
+fn two_processes_do_not_train_in_one_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let mut first = train(&run, 1_000_000).args(["--set", "checkpoint_every=2"]).spawn().unwrap();
+    wait_for_checkpoint(&run, 2);
+    assert!(fails(ddpm().args(["train", "--resume"]).arg(&run), 1).contains("in use"));
+    assert!(fails(&mut train(&run, 1), 1).contains("in use"));
+    first.kill().unwrap();
+    first.wait().unwrap();
+    assert!(fails(&mut train(&run, 1), 1).contains("--resume"), "the lock ends with its process");
+}
+
+#[test]
+fn a_resumed_run_is_not_shortened_nor_begun_anew_in_silence() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    ok(train(&run, 4).args(["--set", "checkpoint_every=2"]));
+    let resume = |steps: &str| {
+        let mut command = ddpm();
+        command.args(["train", "--resume"]).arg(&run).args(["--steps", steps]);
+        command
+    };
+    let settings = fs::read(run.join("config.toml")).unwrap();
+    assert!(fails(&mut resume("3"), 2).contains("has done 4"));
+    assert_eq!(fs::read(run.join("config.toml")).unwrap(), settings, "a refused resume changes the settings");
+    assert!(ok(&mut resume("4")).contains("--steps"));
+    let cut =
+        |step: u32| fs::write(run.join(format!("checkpoints/{step}/training_state.safetensors")), b"cut").unwrap();
+    cut(4);
+    assert!(ok(&mut resume("5")).contains("checkpoints/4 is damaged"));
+    // On the way to step 5 the checkpoint of step 4 was written again.
+    for step in [2, 4, 5] {
+        cut(step);
+    }
+    assert!(fails(&mut resume("6"), 1).contains("damaged"));
+    assert!(run.join("checkpoints/5").is_dir(), "nothing is deleted");
+}
+
+#[test]
+fn weights_that_are_not_finite_are_not_saved() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let said = fails(train(&run, 3).args(["--set", "learning_rate=1e300", "--set", "checkpoint_every=1"]), 1);
+    assert!(said.contains("learning_rate") && said.contains("no checkpoint yet"), "{said}");
+    assert_eq!(fs::read_dir(run.join("checkpoints")).unwrap().count(), 0);
+}
+
+#[test]
 fn a_network_that_cannot_fit_is_refused_with_the_numbers() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
+    let said = fails(train(&run, 1).args(["--set", "classes=4000000000"]), 1);
+    assert!(said.contains("GiB") && said.contains("classes"), "{said}");
     let said = fails(train(&run, 1).args(["--set", "batch=10000000"]), 1);
     assert!(said.contains("GiB") && said.contains("batch") && said.contains("accumulate"), "{said}");
     let said = fails(train(&run, 1).args(["--set", "widths=8192,65536"]), 1);
@@ -272,7 +372,10 @@ fn ctrl_c_saves_and_exits_0() {
     ok(train(&whole, STEPS).args(settings));
     let child = train(&run, STEPS).args(settings).stdout(std::process::Stdio::piped()).spawn().unwrap();
     wait_for_checkpoint(&run, 5);
-    ok(Command::new("kill").args(["-INT", &child.id().to_string()]));
+    // Twice at once is one signal, sent by `timeout` to the process and to its group.
+    for _ in 0..2 {
+        ok(Command::new("kill").args(["-INT", &child.id().to_string()]));
+    }
     let out = child.wait_with_output().unwrap();
     assert!(out.status.success(), "{}", out.status);
     assert!(text(&out.stdout).contains("--resume"), "{}", text(&out.stdout));

@@ -118,6 +118,8 @@ fn an_animation_shows_every_frame() {
     }
     let ms: Vec<u32> = seen.iter().map(|f| f.delay().numer_denom_ms().0).collect();
     assert_eq!(ms, [50, 50, 2000]);
+    // One table of 256 colours for all frames.
+    assert_eq!(fs::read(&path).unwrap()[10] & 0x87, 0x87);
     // Colour, more than 256 of them: still a picture of the right size.
     let shape = Shape::new(4, 16, 16, 3);
     output::write_gif(&path, shape, &[bytes(shape.len())]).unwrap();

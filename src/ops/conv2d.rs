@@ -177,7 +177,7 @@ pub fn conv2d_by(
     if let Some(residual) = plus.residual {
         assert_eq!(residual.shape(), ys, "conv2d: residual is {}, the output {ys}", residual.shape());
     }
-    let mut y = Tensor::uninit(tape.device(), DType::F32, ys)?;
+    let mut y = Tensor::uninit(tape.device(), x.value().dtype(), ys)?;
     match tape.device() {
         Device::Cpu(_) => {
             let (weight, bias) = (tape.params().get(weight), tape.params().get(bias));
@@ -188,7 +188,7 @@ pub fn conv2d_by(
             };
             cpu::forward(tape.device(), method, x.data(), xs, weight, ws, geometry, plus, y.data_mut());
         }
-        Device::Cuda(_) => todo!(),
+        Device::Cuda(gpu) => cuda::forward(gpu, &mut y, x.value(), tape.params(), weight, bias, geometry, plus)?,
     }
     tape.push("conv2d", y, || Conv2dBackward {
         x: x.value().clone(),
@@ -242,7 +242,18 @@ impl Backward for Conv2dBackward {
                     grads.add(id, dx)?;
                 }
             }
-            Device::Cuda(_) => todo!(),
+            Device::Cuda(gpu) => {
+                cuda::wgrad(gpu, grads.param_view(self.weight), &self.x, &dy, ws, self.geometry)?;
+                let dshift = cuda::sums(gpu, grads.param_view(self.bias), &dy, self.shift.map(|_| device))?;
+                if let (Some(shift), Some(dshift)) = (self.shift, dshift) {
+                    grads.add(shift, dshift)?;
+                }
+                if let Some(id) = self.x_id {
+                    let mut dx = Tensor::uninit(device, dy.dtype(), xs)?;
+                    cuda::dgrad(gpu, &mut dx, &dy, grads.weight_view(self.weight, dy.dtype()), ws, self.geometry)?;
+                    grads.add(id, dx)?;
+                }
+            }
         }
         if let Some(residual) = self.residual {
             grads.add(residual, dy)?;
@@ -499,5 +510,98 @@ mod cpu {
             let sum = dshift[o..].iter().step_by(c).fold(0.0, |sum, s| sum + s);
             *db_o = if db.accumulate { *db_o + sum } else { sum };
         }
+    }
+}
+
+mod cuda {
+    use super::*;
+    use crate::device::cuda::tile::{SUM_THREADS, TILE_THREADS, Tile, choose, lanes, shares};
+    use crate::device::cuda::{Gpu, Launch, View, each_one};
+    use crate::kernels::conv2d::{
+        BWD_SHIFT, DGRAD_64X64, DGRAD_128X32, FWD_64X64, FWD_128X32, SUM_PARTS, WGRAD_32X128, WGRAD_64X64,
+    };
+    use crate::params::{ParamView, Params};
+
+    /// The sizes, which end every product's arguments.
+    fn sizes(launch: Launch<'_>, xs: Shape, ws: Shape, g: Geometry) -> Launch<'_> {
+        let ys = g.output(xs, ws);
+        let taps = ws.h * ws.w;
+        // The kernels number pixels and places in a patch by 32 bits, and walk by as much as a tile beyond the last.
+        for (what, count) in
+            [("x", xs.rows()), ("y", ys.rows()), ("c_in taps", xs.c * taps), ("c_out taps", ys.c * taps)]
+        {
+            assert!(count < 1 << 30, "conv2d: {what} is {count} for x {xs}, weight {ws}; the kernels count to 2^30");
+        }
+        let launch = launch.u32(xs.n).u32(xs.h).u32(xs.w).u32(xs.c).u32(ys.h).u32(ys.w).u32(ys.c);
+        launch.u32(ws.h).u32(ws.w).u32(g.stride).u32(g.pad.top).u32(g.pad.left)
+    }
+
+    /// Rows are pixels of `y`, columns `c_out`.
+    #[allow(clippy::too_many_arguments)]
+    pub fn forward(
+        gpu: &Gpu,
+        y: &mut Tensor,
+        x: &Tensor,
+        params: &Params,
+        weight: Param,
+        bias: Param,
+        g: Geometry,
+        plus: Plus<'_>,
+    ) -> Result<()> {
+        let [shift, residual] = [plus.shift, plus.residual].map(|v| v.map(Var::value));
+        for v in [shift, residual].into_iter().flatten() {
+            assert_eq!(v.dtype(), x.dtype(), "conv2d: {v:?} is added to the convolution of {x:?}");
+        }
+        let (xs, ws, ys) = (x.shape(), params.shape(weight), y.shape());
+        let variants = [(Tile(64, 64), &FWD_64X64), (Tile(128, 32), &FWD_128X32)];
+        let (kernel, tiles) = choose(variants, ys.rows(), ys.c);
+        let launch = gpu.launch(kernel.of(x.dtype()), [tiles, 1, 1], TILE_THREADS).write(y).read(x);
+        let launch = launch.view(params.view(weight, x.dtype())).view(params.view(bias, DType::F32));
+        sizes(launch.read_opt(shift).read_opt(residual), xs, ws, g).run()
+    }
+
+    /// Rows are pixels of `dx` of one class of remainders by the stride, of which class 0 has the most; columns `c_in`.
+    pub fn dgrad(gpu: &Gpu, dx: &mut Tensor, dy: &Tensor, weight: View<'_>, ws: Shape, g: Geometry) -> Result<()> {
+        let xs = dx.shape();
+        let rows = xs.n * xs.h.div_ceil(g.stride) * xs.w.div_ceil(g.stride);
+        let variants = [(Tile(64, 64), &DGRAD_64X64), (Tile(128, 32), &DGRAD_128X32)];
+        let (kernel, tiles) = choose(variants, rows, xs.c);
+        let grid = [tiles, g.stride * g.stride, 1];
+        sizes(gpu.launch(kernel.of(dy.dtype()), grid, TILE_THREADS).write(dx).read(dy).view(weight), xs, ws, g).run()
+    }
+
+    /// Rows are `c_out`, columns `(u, v, c_in)`, and the sum runs over the pixels of `y`, by shares where there are few tiles.
+    pub fn wgrad(gpu: &Gpu, dw: ParamView<'_>, x: &Tensor, dy: &Tensor, ws: Shape, g: Geometry) -> Result<()> {
+        let (pixels, width) = (dy.shape().rows(), ws.h * ws.w * ws.c);
+        let variants = [(Tile(64, 64), &WGRAD_64X64), (Tile(32, 128), &WGRAD_32X128)];
+        let (kernel, tiles) = choose(variants, ws.n, width);
+        let (share, count) = shares(tiles, pixels);
+        let launch = gpu.launch(kernel.of(x.dtype()), [tiles, count, 1], TILE_THREADS);
+        let rest = |launch: Launch<'_>, add: bool| {
+            sizes(launch.read(x).read(dy).u32(share).u32(add.into()), x.shape(), ws, g).run()
+        };
+        if count == 1 {
+            return rest(launch.view(dw.view), dw.accumulate);
+        }
+        let parts = gpu.alloc(4 * count * ws.len())?;
+        rest(launch.buffer(&parts), false)?;
+        let launch = gpu.launch(&SUM_PARTS, each_one(ws.len()), SUM_THREADS).view(dw.view).buffer(&parts);
+        launch.u32(count).u64(ws.len()).u32(dw.accumulate.into()).run()
+    }
+
+    /// `db`, and `dshift` (n, 1, 1, c_out) on `shift_on`: a block sums an image's pixels, 32 channels side by side.
+    pub fn sums(gpu: &Gpu, db: ParamView<'_>, dy: &Tensor, shift_on: Option<&Device>) -> Result<Option<Tensor>> {
+        let Shape { n, h, w, c } = dy.shape();
+        let mut dshift =
+            shift_on.map(|device| Tensor::uninit(device, dy.dtype(), Shape::new(n, 1, 1, c))).transpose()?;
+        // Unrounded, since db sums over them.
+        let sums = gpu.alloc(4 * n * c)?; // (n, c)
+        let lanes = lanes(c);
+        let launch = gpu.launch(BWD_SHIFT.of(dy.dtype()), [n, c.div_ceil(lanes), 1], SUM_THREADS);
+        let launch = launch.buffer(&sums).write_opt(dshift.as_mut()).read(dy);
+        launch.u32(h * w).u64(n * h * w).u32(c).u32(lanes).run()?;
+        let launch = gpu.launch(&SUM_PARTS, each_one(c), SUM_THREADS).view(db.view).buffer(&sums);
+        launch.u32(n).u64(c).u32(db.accumulate.into()).run()?;
+        Ok(dshift)
     }
 }

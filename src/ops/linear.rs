@@ -50,7 +50,11 @@ pub fn linear_by(
             let plus = cpu::Plus { bias: bias.map(|b| params.get(b)), shift: None, residual: residual.map(Var::data) };
             cpu::forward(tape.device(), level, x.data(), params.get(weight), ws, plus, y.data_mut());
         }
-        Device::Cuda(_) => todo!(),
+        Device::Cuda(gpu) => {
+            let (params, dtype) = (tape.params(), x.value().dtype());
+            let (weight, bias) = (params.view(weight, dtype), bias.map(|b| params.view(b, DType::F32)));
+            cuda::forward(gpu, &mut y, x.value(), weight, bias, residual.map(Var::value))?;
+        }
     }
     tape.push("linear", y, || LinearBackward {
         x: x.value().clone(),
@@ -95,7 +99,17 @@ impl Backward for LinearBackward {
                     grads.add(id, dx)?;
                 }
             }
-            Device::Cuda(_) => todo!(),
+            Device::Cuda(gpu) => {
+                cuda::wgrad(gpu, grads.param_view(self.weight), &self.x, &dy)?;
+                if let Some(bias) = self.bias {
+                    cuda::bias_grad(gpu, grads.param_view(bias), &dy)?;
+                }
+                if let Some(id) = self.x_id {
+                    let mut dx = Tensor::uninit(device, dy.dtype(), xs)?;
+                    cuda::dgrad(gpu, &mut dx, &dy, grads.weight_view(self.weight, dy.dtype()))?;
+                    grads.add(id, dx)?;
+                }
+            }
         }
         if let Some(residual) = self.residual {
             grads.add(residual, dy)?;
@@ -197,5 +211,85 @@ mod cpu {
         } else {
             db.data.copy_from_slice(sums);
         }
+    }
+}
+
+mod cuda {
+    use super::*;
+    use crate::device::cuda::tile::{SUM_THREADS, TILE_THREADS, Tile, choose, lanes, shares};
+    use crate::device::cuda::{Buffer, Gpu, Launch, View, each_one};
+    use crate::kernels::linear::{
+        BWD_BIAS, DGRAD_64X64, DGRAD_128X32, FWD_64X64, FWD_128X32, SUM_PARTS, WGRAD_32X128, WGRAD_64X64,
+    };
+    use crate::params::ParamView;
+
+    /// Rows that a block of the bias's gradient sums: 64 for each of its threads.
+    const CHUNK: usize = 512;
+
+    /// The sizes, which end every product's arguments.
+    fn sizes(launch: Launch<'_>, rows: usize, c_in: usize, c_out: usize) -> Launch<'_> {
+        for (what, count) in [("rows", rows), ("c_in", c_in), ("c_out", c_out)] {
+            assert!(count < 1 << 30, "linear: {what} is {count}; the kernels count to 2^30");
+        }
+        launch.u32(rows).u32(c_in).u32(c_out)
+    }
+
+    pub fn forward(
+        gpu: &Gpu,
+        y: &mut Tensor,
+        x: &Tensor,
+        weight: View<'_>,
+        bias: Option<View<'_>>,
+        residual: Option<&Tensor>,
+    ) -> Result<()> {
+        if let Some(residual) = residual {
+            assert_eq!(residual.dtype(), x.dtype(), "linear: {residual:?} is added to a layer of {x:?}");
+        }
+        let (rows, c_in, c_out) = (x.shape().rows(), x.shape().c, y.shape().c);
+        let variants = [(Tile(64, 64), &FWD_64X64), (Tile(128, 32), &FWD_128X32)];
+        let (kernel, tiles) = choose(variants, rows, c_out);
+        let launch = gpu.launch(kernel.of(x.dtype()), [tiles, 1, 1], TILE_THREADS).write(y).read(x);
+        sizes(launch.view(weight).view_opt(bias).read_opt(residual), rows, c_in, c_out).run()
+    }
+
+    pub fn dgrad(gpu: &Gpu, dx: &mut Tensor, dy: &Tensor, weight: View<'_>) -> Result<()> {
+        let (rows, c_in, c_out) = (dy.shape().rows(), dx.shape().c, dy.shape().c);
+        let variants = [(Tile(64, 64), &DGRAD_64X64), (Tile(128, 32), &DGRAD_128X32)];
+        let (kernel, tiles) = choose(variants, rows, c_in);
+        let launch = gpu.launch(kernel.of(dy.dtype()), [tiles, 1, 1], TILE_THREADS).write(dx).read(dy);
+        sizes(launch.view(weight), rows, c_in, c_out).run()
+    }
+
+    /// The sum runs over the rows of `x`, by shares where there are few tiles.
+    pub fn wgrad(gpu: &Gpu, dw: ParamView<'_>, x: &Tensor, dy: &Tensor) -> Result<()> {
+        let (rows, c_in, c_out) = (dy.shape().rows(), x.shape().c, dy.shape().c);
+        let variants = [(Tile(64, 64), &WGRAD_64X64), (Tile(32, 128), &WGRAD_32X128)];
+        let (kernel, tiles) = choose(variants, c_out, c_in);
+        let (share, count) = shares(tiles, rows);
+        let launch = gpu.launch(kernel.of(x.dtype()), [tiles, count, 1], TILE_THREADS);
+        let rest = |launch: Launch<'_>, add: bool| {
+            sizes(launch.read(x).read(dy).u32(share).u32(add.into()), rows, c_in, c_out).run()
+        };
+        if count == 1 {
+            return rest(launch.view(dw.view), dw.accumulate);
+        }
+        let parts = gpu.alloc(4 * count * c_out * c_in)?;
+        rest(launch.buffer(&parts), false)?;
+        sum_parts(gpu, dw, &parts, count, c_out * c_in)
+    }
+
+    /// By chunks of rows, 32 channels side by side.
+    pub fn bias_grad(gpu: &Gpu, db: ParamView<'_>, dy: &Tensor) -> Result<()> {
+        let (rows, c) = (dy.shape().rows(), dy.shape().c);
+        let (chunks, lanes) = (rows.div_ceil(CHUNK), lanes(c));
+        let sums = gpu.alloc(4 * chunks * c)?; // (chunks, c)
+        let launch = gpu.launch(BWD_BIAS.of(dy.dtype()), [chunks, c.div_ceil(lanes), 1], SUM_THREADS);
+        launch.buffer(&sums).read(dy).u32(CHUNK).u64(rows).u32(c).u32(lanes).run()?;
+        sum_parts(gpu, db, &sums, chunks, c)
+    }
+
+    fn sum_parts(gpu: &Gpu, to: ParamView<'_>, parts: &Buffer, count: usize, len: usize) -> Result<()> {
+        let launch = gpu.launch(&SUM_PARTS, each_one(len), SUM_THREADS).view(to.view).buffer(parts);
+        launch.u32(count).u64(len).u32(to.accumulate.into()).run()
     }
 }

@@ -8,8 +8,7 @@ mod npz;
 
 use std::path::Path;
 
-use image::codecs::gif::{GifEncoder, Repeat};
-use image::{Delay, ExtendedColorType, Frame, ImageEncoder, RgbaImage};
+use image::{ExtendedColorType, ImageEncoder};
 use rayon::prelude::*;
 
 pub use atomic::{UNFINISHED, remove_unfinished, write_atomically, write_folder_atomically};
@@ -23,10 +22,10 @@ use crate::usage;
 const GAP: usize = 2;
 /// Their colour.
 const GAP_VALUE: u8 = 255;
-/// How long an animation shows a frame, in milliseconds.
-const FRAME_MS: u32 = 50;
+/// How long an animation shows a frame, in hundredths of a second.
+const FRAME_CS: u16 = 5;
 /// How long it shows the last one.
-const LAST_FRAME_MS: u32 = 2000;
+const LAST_FRAME_CS: u16 = 200;
 /// NeuQuant's effort, 1 (most) to 30, where a frame has more than 256 colours; fewer are kept exactly.
 const GIF_SPEED: i32 = 10;
 
@@ -73,8 +72,7 @@ impl Target {
             return Ok(());
         }
         check_channels(out, shape.c)?;
-        let (rows, columns) = grid_extent(shape);
-        let (height, width) = (rows * (shape.h + GAP) + GAP, columns * (shape.w + GAP) + GAP);
+        let (height, width) = grid_pixels(shape);
         let most = if self == Target::Gif { usize::from(u16::MAX) } else { i32::MAX as usize };
         if self != Target::Folder && height.max(width) > most {
             let what = format!(
@@ -95,8 +93,8 @@ pub fn to_bytes(x: &[f32]) -> Vec<u8> {
 /// One PNG of all images in a grid that is about as wide as high.
 pub fn write_grid(path: &Path, shape: Shape, images: &[u8]) -> Result<()> {
     check(path, shape, images.len())?;
-    let (h, w, pixels) = grid(shape, images);
-    write_atomically(path, &png(path, h, w, shape.c, &pixels)?)
+    let (h, w) = grid_pixels(shape);
+    write_atomically(path, &png(path, h, w, shape.c, &grid(shape, images))?)
 }
 
 /// A new folder of PNGs, `00000.png` and so on.
@@ -115,32 +113,36 @@ pub fn write_folder(path: &Path, shape: Shape, images: &[u8]) -> Result<()> {
     })
 }
 
-/// An endless animation; each frame holds all images, and is shown as a grid.
+/// An endless animation; each frame holds all images, and is shown as a grid. Grey ones share one table of 256 greys; frames with
+/// tables of their own and none in common are valid, but Pillow shows grey ones black.
 pub fn write_gif(path: &Path, shape: Shape, frames: &[Vec<u8>]) -> Result<()> {
-    let failed = |e: image::ImageError| Error::file(path, format!("cannot be written as GIF: {e}"));
+    let failed = |e: &dyn std::fmt::Display| Error::file(path, format!("cannot be written as GIF: {e}"));
+    let greys: Vec<u8> = if shape.c == 1 { (0..=255).flat_map(|v| [v; 3]).collect() } else { Vec::new() };
+    let (height, width) = grid_pixels(shape);
+    let h = u16::try_from(height).map_err(|e| failed(&e))?;
+    let w = u16::try_from(width).map_err(|e| failed(&e))?;
     let mut bytes = Vec::new();
-    {
-        let mut encoder = GifEncoder::new_with_speed(&mut bytes, GIF_SPEED);
-        encoder.set_repeat(Repeat::Infinite).map_err(failed)?;
-        for (index, frame) in frames.iter().enumerate() {
-            check(path, shape, frame.len())?;
-            let (h, w, pixels) = grid(shape, frame);
-            let opaque = |p: &[u8]| [p[0], p[p.len() / 2], p[p.len() - 1], 255];
-            let rgba: Vec<u8> = pixels.chunks_exact(shape.c).flat_map(opaque).collect();
-            let image = RgbaImage::from_raw(w as u32, h as u32, rgba).expect("four bytes a pixel");
-            let ms = if index + 1 == frames.len() { LAST_FRAME_MS } else { FRAME_MS };
-            let frame = Frame::from_parts(image, 0, 0, Delay::from_numer_denom_ms(ms, 1));
-            encoder.encode_frame(frame).map_err(failed)?;
-        }
+    let mut encoder = gif::Encoder::new(&mut bytes, w, h, &greys).map_err(|e| failed(&e))?;
+    encoder.set_repeat(gif::Repeat::Infinite).map_err(|e| failed(&e))?;
+    for (index, frame) in frames.iter().enumerate() {
+        check(path, shape, frame.len())?;
+        let pixels = grid(shape, frame);
+        let mut image = match shape.c {
+            1 => gif::Frame::from_indexed_pixels(w, h, pixels, None),
+            _ => gif::Frame::from_rgb_speed(w, h, &pixels, GIF_SPEED),
+        };
+        image.delay = if index + 1 == frames.len() { LAST_FRAME_CS } else { FRAME_CS };
+        encoder.write_frame(&image).map_err(|e| failed(&e))?;
     }
+    drop(encoder); // writes the end
     write_atomically(path, &bytes)
 }
 
-/// Images side by side with gaps around each; (rows, columns, pixels).
-fn grid(shape: Shape, images: &[u8]) -> (usize, usize, Vec<u8>) {
+/// Images side by side with gaps around each.
+fn grid(shape: Shape, images: &[u8]) -> Vec<u8> {
     let Shape { h, w, c, .. } = shape;
-    let (rows, columns) = grid_extent(shape);
-    let (height, width) = (rows * (h + GAP) + GAP, columns * (w + GAP) + GAP);
+    let (_, columns) = grid_extent(shape);
+    let (height, width) = grid_pixels(shape);
     let mut pixels = vec![GAP_VALUE; height * width * c];
     for (index, image) in images.chunks_exact(h * w * c).enumerate() {
         let (top, left) = (GAP + index / columns * (h + GAP), GAP + index % columns * (w + GAP));
@@ -148,7 +150,7 @@ fn grid(shape: Shape, images: &[u8]) -> (usize, usize, Vec<u8>) {
             pixels[((top + y) * width + left) * c..][..w * c].copy_from_slice(row);
         }
     }
-    (height, width, pixels)
+    pixels
 }
 
 /// Rows and columns of images: as many columns as make the grid about square in pixels.
@@ -156,6 +158,12 @@ fn grid_extent(shape: Shape) -> (usize, usize) {
     let Shape { n, h, w, .. } = shape;
     let columns = (((n * h) as f64 / w as f64).sqrt().ceil() as usize).clamp(1, n);
     (n.div_ceil(columns), columns)
+}
+
+/// Rows and columns of the grid in pixels.
+fn grid_pixels(shape: Shape) -> (usize, usize) {
+    let (rows, columns) = grid_extent(shape);
+    (rows * (shape.h + GAP) + GAP, columns * (shape.w + GAP) + GAP)
 }
 
 fn png(path: &Path, h: usize, w: usize, c: usize, pixels: &[u8]) -> Result<Vec<u8>> {

@@ -46,7 +46,44 @@ pub fn available() -> bool {
 
 /// A guarded GPU with activations of type `dtype`; `None` if kernels cannot be tested.
 pub fn gpu(dtype: DType) -> Option<Gpu> {
-    available().then(|| Gpu::open(0, dtype, true).expect("the GPU opens"))
+    available().then(|| {
+        let gpu = Gpu::open(0, dtype, true).expect("the GPU opens");
+        if let Ok(bug) = std::env::var(BUG) {
+            let [entry, from, to]: [&str; 3] = bug.split('|').collect::<Vec<_>>().try_into().expect("ENTRY|FROM|TO");
+            let kernel = kernels::ALL.iter().find(|k| k.name == entry).unwrap_or_else(|| panic!("no kernel {entry}"));
+            gpu.replace_kernels(kernel.module.stem, mutated(kernel.module.ptx, entry, from, to));
+        }
+        gpu
+    })
+}
+
+/// Variable that plants a bug in every GPU of the process: `ENTRY|FROM|TO`.
+const BUG: &str = "DDPM_TEST_BUG";
+
+/// `ptx` with the last `from` of an entry's text replaced by `to`.
+fn mutated(ptx: &str, entry: &str, from: &str, to: &str) -> String {
+    let start = ptx.find(&format!(".entry {entry}(")).unwrap_or_else(|| panic!("no entry {entry}"));
+    let end = ptx[start + 1..].find(".entry ").map_or(ptx.len(), |next| start + 1 + next);
+    let at = ptx[start..end].rfind(from).unwrap_or_else(|| panic!("{entry} has no `{from}`"));
+    format!("{}{to}{}", &ptx[..start + at], &ptx[start + at + from.len()..])
+}
+
+/// Asserts that `test` of this executable fails once the last `from` of a kernel's PTX reads `to`. It runs in a process of its own, since a kernel's fault
+/// breaks the context for all; on a real GPU not at all, since there a lost barrier may go unnoticed.
+#[track_caller]
+pub fn notices(test: &str, entry: &str, from: &str, to: &str) {
+    if !available() || std::env::var("DDPM_TEST_DEVICE").is_ok_and(|device| device == "cuda") {
+        return;
+    }
+    let run = |bug: &str| {
+        let mut command = std::process::Command::new(std::env::current_exe().expect("a test knows its own path"));
+        command.args(["--exact", test]).env(BUG, bug).output().expect("a test runs")
+    };
+    let output = run(&format!("{entry}|{from}|{to}"));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("running 1 test"), "there is no test {test}: {text}");
+    assert!(!text.contains("has no `"), "{text}");
+    assert!(!output.status.success(), "{test} passes with `{from}` of {entry} replaced by `{to}`: {text}");
 }
 
 /// Sets how the emulator runs this thread's launches; nothing on a real GPU.

@@ -8,9 +8,10 @@
 mod launch;
 mod pool;
 mod staging;
+pub mod tile;
 
 use std::collections::HashMap;
-use std::fmt;
+use std::fmt::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -42,6 +43,8 @@ struct Inner {
     activations: DType,
     pool: Mutex<pool::Pool>,
     loaded: Mutex<Loaded>,
+    /// What memory is being asked for, in words.
+    purpose: Mutex<String>,
     /// Print every launch.
     trace: bool,
     emulated: bool,
@@ -112,7 +115,10 @@ pub fn devices() -> Result<Vec<Description>> {
     if !driver_present()? {
         return Ok(Vec::new());
     }
-    let failed = |what: &str| { let what = what.to_string(); move |e: DriverError| driver_error(&what, e) };
+    let failed = |what: &str| {
+        let what = what.to_string();
+        move |e: DriverError| driver_error(&what, e)
+    };
     match result::init() {
         Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Ok(Vec::new()),
         other => other.map_err(failed("starting the driver"))?,
@@ -205,6 +211,7 @@ impl Gpu {
             capability: description.capability,
             activations,
             loaded: Mutex::default(),
+            purpose: Mutex::default(),
             trace: std::env::var_os("DDPM_TRACE").is_some_and(|v| v == "1"),
             emulated,
         })))
@@ -230,9 +237,18 @@ impl Gpu {
     /// # Errors
     /// A driver that fails.
     pub fn available_memory(&self) -> Result<u64> {
-        let (free, _) = self.0.stream.context().mem_get_info().map_err(|e| driver_error("asking for free memory", e))?;
+        let (free, _) =
+            self.0.stream.context().mem_get_info().map_err(|e| driver_error("asking for free memory", e))?;
         let stats = self.pool_stats();
         Ok(free as u64 + stats.held - stats.in_use)
+    }
+
+    /// Says what the memory asked for from here on is for: a GPU that runs out of it names this.
+    pub fn memory_is_for(&self, purpose: fmt::Arguments<'_>) {
+        let mut text = self.0.purpose.lock().unwrap_or_else(PoisonError::into_inner);
+        text.clear();
+        // A String takes everything.
+        let _ = text.write_fmt(purpose);
     }
 
     /// Waits until everything launched so far is done.
@@ -342,6 +358,10 @@ impl Gpu {
 
 impl fmt::Display for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "cuda:{} ({}, compute capability {}.{})", self.0.number, self.0.name, self.0.capability.0, self.0.capability.1)
+        write!(
+            f,
+            "cuda:{} ({}, compute capability {}.{})",
+            self.0.number, self.0.name, self.0.capability.0, self.0.capability.1
+        )
     }
 }

@@ -2,6 +2,7 @@
 //! driver only when an allocation fails for want of it.
 
 use std::collections::HashMap;
+use std::sync::PoisonError;
 
 use cudarc::driver::{CudaSlice, DevicePtr, DriverError, sys};
 
@@ -118,9 +119,11 @@ impl Gpu {
         if e.0 != sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY {
             return driver_error(&format!("allocating {size} bytes on {self}"), e);
         }
+        let purpose = self.0.purpose.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let purpose = if purpose.is_empty() { "this".into() } else { purpose };
         let free = self.0.stream.context().mem_get_info().map_or(0, |(free, _)| free);
         Error::Failed(format!(
-            "{self} is out of memory: {:.1} MiB more were needed beside {:.1} MiB in use, and {:.1} MiB are free; use a smaller --batch, --set accumulate=2 or --precision bf16",
+            "{self} is out of memory: {purpose} needs {:.1} MiB beside {:.1} MiB in use, and {:.1} MiB are free; use a smaller --batch, a larger accumulate or --precision bf16",
             size as f64 / MIB,
             in_use as f64 / MIB,
             free as f64 / MIB,
@@ -130,8 +133,14 @@ impl Gpu {
     /// Looks at the words around a guarded buffer.
     fn check_guards(&self, memory: &CudaSlice<u8>, bytes: usize, guard: usize) {
         let all = self.0.stream.clone_dtoh(memory).expect("the guards of a tested buffer can be read");
-        assert!(all[..guard].iter().all(|&b| b == GUARD), "a kernel wrote before the start of a buffer of {bytes} bytes");
-        assert!(all[guard + bytes..].iter().all(|&b| b == GUARD), "a kernel wrote past the end of a buffer of {bytes} bytes");
+        assert!(
+            all[..guard].iter().all(|&b| b == GUARD),
+            "a kernel wrote before the start of a buffer of {bytes} bytes"
+        );
+        assert!(
+            all[guard + bytes..].iter().all(|&b| b == GUARD),
+            "a kernel wrote past the end of a buffer of {bytes} bytes"
+        );
     }
 }
 

@@ -1,0 +1,258 @@
+// Matrix products by tiles: the core that the convolutions and the linear layer share. f32 FMA, f32 accumulators.
+//
+// computes   acc = sum over k of a[row, k] b[k, col], one tile of ROWS x COLS results a block; where a and b come from is the business of two
+//            operands, which bring DEPTH steps of k at a time into shared memory.
+// mapping    64 threads; thread = 8 x 8 results: rows r to r + 3 and the same half a tile below, columns likewise, COLS/8 threads side by side. So a
+//            warp reads shared memory without conflicts, four wavefronts for 64 FMAs a lane. Two warps and not eight: a small tile wastes little of
+//            a small layer (7x7 pixels, 32 channels) and gives it enough blocks, and 8x8 a thread still reads half as much as 4x4.
+// shared     two buffers of (DEPTH x ROWS, DEPTH x COLS), k-major: 9 KB for 64x64, 11 KB for 128x32 and 32x128. While one is multiplied,
+//            the next is on its way through registers into the other: one barrier every DEPTH steps of k. DEPTH = 8: 16
+//            is no faster and takes 30 registers more for what is on its way.
+// numerics   every result is summed over k in order, one FMA each, so that no tile shape and no neighbour changes its bits.
+//
+// Operands have fetch() (global memory to registers, the next DEPTH of k) and put(tile) (registers to shared memory). Rows and columns beyond the
+// matrix repeat its last one: they are read, multiplied and not stored, which costs no test. What is beyond the end of k is zero in both.
+#pragma once
+#include "dtype.cuh"
+
+constexpr int THREADS = 64;
+constexpr int DEPTH = 8;
+
+// Rows of shared memory are padded by four: see AlongK.
+template <int SIDE>
+using Side = float[DEPTH][SIDE + 4];
+
+// How many quads of an operand each thread fetches.
+template <int SIDE>
+constexpr int QUADS = SIDE * DEPTH / 4 / THREADS;
+
+template <int ROWS_, int COLS_>
+struct Tile {
+    static constexpr int ROWS = ROWS_, COLS = COLS_;
+    static_assert(ROWS * COLS == THREADS * 64, "every thread has its 8x8");
+    Side<ROWS> a[2];
+    Side<COLS> b[2];
+};
+
+// A thread's results. Its i-th row (of eight) is row(i) of the tile; its columns begin at col(0) and col(1), four each.
+template <class TILE>
+struct Results {
+    float at[8][8] = {};
+    __device__ static int row(int i) { return threadIdx.x / (TILE::COLS / 8) * 4 + i % 4 + i / 4 * (TILE::ROWS / 2); }
+    __device__ static int col(int half) { return threadIdx.x % (TILE::COLS / 8) * 4 + half * (TILE::COLS / 2); }
+    __device__ float4 quad(int i, int half) const { return make_float4(at[i][4 * half], at[i][4 * half + 1], at[i][4 * half + 2], at[i][4 * half + 3]); }
+
+    __device__ __forceinline__ void add_product(const Side<TILE::ROWS>& a, const Side<TILE::COLS>& b) {
+#pragma unroll
+        for (int k = 0; k < DEPTH; ++k) {
+            const float4 u = load4(&a[k][row(0)]), v = load4(&a[k][row(4)]), w = load4(&b[k][col(0)]), z = load4(&b[k][col(1)]);
+            const float left[8] = {u.x, u.y, u.z, u.w, v.x, v.y, v.z, v.w};
+            const float right[8] = {w.x, w.y, w.z, w.w, z.x, z.y, z.z, z.w};
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+#pragma unroll
+                for (int j = 0; j < 8; ++j) at[i][j] = fmaf(left[i], right[j], at[i][j]);
+        }
+    }
+};
+
+// `steps` times DEPTH of k.
+template <class TILE, class A, class B>
+__device__ __forceinline__ void multiply(TILE& tile, A& a, B& b, unsigned steps, Results<TILE>& results) {
+    for (unsigned step = 0;; ++step) {
+        if (step < steps) {
+            a.fetch();
+            b.fetch();
+        }
+        if (step > 0) results.add_product(tile.a[(step - 1) % 2], tile.b[(step - 1) % 2]);
+        if (step == steps) return;
+        a.put(tile.a[step % 2]);
+        b.put(tile.b[step % 2]);
+        __syncthreads();  // what was written above is read in the next round, and what was read is overwritten in it
+    }
+}
+
+// Four neighbours on their way from global to shared memory, in their own type: to convert them is to wait for them.
+template <class T>
+struct Quad;
+
+template <>
+struct Quad<float> {
+    float4 v;
+    __device__ void clear() { v = make_float4(0.0f, 0.0f, 0.0f, 0.0f); }
+    __device__ void load(const float* p) { v = load4(p); }
+    // Element i alone, after clear(); i is a constant.
+    __device__ void load(int i, const float* p) { (i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w) = *p; }
+    __device__ float4 floats() const { return v; }
+};
+
+template <>
+struct Quad<bf16> {
+    uint2 v;
+    __device__ void clear() { v = make_uint2(0, 0); }
+    __device__ void load(const bf16* p) { v = *reinterpret_cast<const uint2*>(p); }
+    __device__ void load(int i, const bf16* p) {
+        const unsigned bits = *reinterpret_cast<const unsigned short*>(p);
+        (i < 2 ? v.x : v.y) |= i % 2 == 0 ? bits : bits << 16;
+    }
+    __device__ float4 floats() const {
+        return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u),  //
+                           __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xffff0000u));
+    }
+};
+
+// How threads share out an operand whose memory runs along k: quads of four k, transposed on their way. A warp takes 16 rows and two
+// neighbouring quads: whole 32-byte sectors of global memory (f32), and in shared memory, whose rows of SIDE + 4 put the second quad 16 banks
+// away from the first, every store of a warp meets 32 different banks.
+struct AlongK {
+    __device__ static int k() { return threadIdx.x % 2 * 4; }
+    // The thread's i-th row of the tile.
+    __device__ static int row(int i) { return threadIdx.x / 2 + i * (THREADS / 2); }
+
+    template <class T, int SIDE>
+    __device__ __forceinline__ static void put(Side<SIDE>& tile, const Quad<T> (&quads)[QUADS<SIDE>]) {
+#pragma unroll
+        for (int i = 0; i < QUADS<SIDE>; ++i) {
+            const float4 v = quads[i].floats();
+            tile[k() + 0][row(i)] = v.x;
+            tile[k() + 1][row(i)] = v.y;
+            tile[k() + 2][row(i)] = v.z;
+            tile[k() + 3][row(i)] = v.w;
+        }
+    }
+};
+
+// How threads share out an operand whose memory runs along the tile's side: quads of four columns, a row of k by SIDE/4 neighbours.
+template <int SIDE>
+struct AcrossK {
+    __device__ static int col() { return threadIdx.x % (SIDE / 4) * 4; }
+    // The thread's i-th k is k() + step(i).
+    __device__ static int k() { return threadIdx.x / (SIDE / 4); }
+    __device__ static constexpr int step(int i) { return i * (THREADS * 4 / SIDE); }
+
+    template <class T>
+    __device__ __forceinline__ static void put(Side<SIDE>& tile, const Quad<T> (&quads)[QUADS<SIDE>]) {
+#pragma unroll
+        for (int i = 0; i < QUADS<SIDE>; ++i) store4(&tile[k() + step(i)][col()], quads[i].floats());
+    }
+};
+
+// Columns col to col + 3 of a row of `cols`, the last one again and again beyond the end.
+template <class T>
+__device__ __forceinline__ void load_columns(Quad<T>& quad, const T* row, unsigned col, unsigned cols, bool vector) {
+    if (vector) {
+        quad.load(row + min(col, cols - 4));
+    } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) quad.load(j, row + min(col + j, cols - 1));
+    }
+}
+
+// A matrix whose rows, `depth` long, run along k.
+template <class T, int SIDE>
+struct Rows {
+    const T* at[QUADS<SIDE>];  // walk along k: from a first row and an offset nvcc would find the places anew in every step
+    unsigned k, depth;
+    bool vector;  // depth divides by four
+    Quad<T> quads[QUADS<SIDE>];
+
+    // From row `first` of `rows`.
+    __device__ Rows(const T* from, unsigned first, unsigned rows, unsigned depth_) : k(AlongK::k()), depth(depth_), vector(depth_ % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < QUADS<SIDE>; ++i) at[i] = from + (size_t)min(first + AlongK::row(i), rows - 1) * depth + k;
+    }
+
+    __device__ __forceinline__ void fetch() {
+#pragma unroll
+        for (int i = 0; i < QUADS<SIDE>; ++i) quads[i].clear();
+        if (vector) {
+            if (k < depth) {
+#pragma unroll
+                for (int i = 0; i < QUADS<SIDE>; ++i) quads[i].load(at[i]);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                if (k + j < depth) {
+#pragma unroll
+                    for (int i = 0; i < QUADS<SIDE>; ++i) quads[i].load(j, at[i] + j);
+                }
+            }
+        }
+        k += DEPTH;
+#pragma unroll
+        for (int i = 0; i < QUADS<SIDE>; ++i) at[i] += DEPTH;
+    }
+
+    __device__ __forceinline__ void put(Side<SIDE>& tile) const { AlongK::put<T, SIDE>(tile, quads); }
+};
+
+// A matrix with a row of `cols` elements for each k.
+template <class T, int SIDE>
+struct Columns {
+    const T* from;
+    unsigned k, end, col, cols;
+    bool vector;  // cols divides by four
+    Quad<T> quads[QUADS<SIDE>];
+
+    // From column `first`, for k from `begin` to `end`.
+    __device__ Columns(const T* from_, unsigned first, unsigned cols_, unsigned begin, unsigned end_)
+        : from(from_), k(begin + AcrossK<SIDE>::k()), end(end_), col(first + AcrossK<SIDE>::col()), cols(cols_), vector(cols_ % 4 == 0) {}
+
+    __device__ __forceinline__ void fetch() {
+#pragma unroll
+        for (int i = 0; i < QUADS<SIDE>; ++i) {
+            quads[i].clear();
+            const unsigned at = k + AcrossK<SIDE>::step(i);
+            if (at < end) load_columns(quads[i], from + (size_t)at * cols, col, cols, vector);
+        }
+        k += DEPTH;
+    }
+
+    __device__ __forceinline__ void put(Side<SIDE>& tile) const { AcrossK<SIDE>::put(tile, quads); }
+};
+
+// Four of a thread's results in one row of a matrix with `cols` columns: all four in one access where cols divides by four, else those that exist.
+struct Four {
+    unsigned col, count;
+    bool vector;
+    __device__ Four(unsigned col_, unsigned cols) : col(col_), count(col < cols ? min(cols - col, 4u) : 0), vector(cols % 4 == 0) {}
+
+    template <class T>
+    __device__ __forceinline__ float4 read(const T* p) const {
+        if (vector) return load4(p);
+        float4 v = make_float4(load(p), 0.0f, 0.0f, 0.0f);
+        if (count > 1) v.y = load(p + 1);
+        if (count > 2) v.z = load(p + 2);
+        if (count > 3) v.w = load(p + 3);
+        return v;
+    }
+
+    template <class T>
+    __device__ __forceinline__ void write(T* p, float4 v) const {
+        if (vector) return store4(p, v);
+        store(p, v.x);
+        if (count > 1) store(p + 1, v.y);
+        if (count > 2) store(p + 2, v.z);
+        if (count > 3) store(p + 3, v.w);
+    }
+};
+
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+
+// Leaves the tile that begins at (row, col) in `to` (rows, cols), or adds it to what is there.
+template <class TILE>
+__device__ __forceinline__ void store_tile(float* to, unsigned row, unsigned rows, unsigned col, unsigned cols, bool add, const Results<TILE>& results) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const Four four(col + results.col(half), cols);
+        if (four.count == 0) return;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (row + results.row(i) >= rows) break;
+            float* p = to + (size_t)(row + results.row(i)) * cols + four.col;
+            const float4 v = results.quad(i, half);
+            four.write(p, add ? four.read(p) + v : v);
+        }
+    }
+}
