@@ -41,9 +41,10 @@ impl Bug {
         let entry = match self.change {
             Change::NoBarrier(n) => {
                 let mut seen = 0..;
-                let is_it = |line: &&str| line.trim_start().starts_with("bar.sync") && seen.next() == Some(n);
+                let mut is_it = |line: &&str| line.trim_start().starts_with("bar.sync") && seen.next() == Some(n);
                 let at = entry.lines().position(|line| is_it(&line)).expect("as many barriers as that");
-                let lines: Vec<&str> = entry.lines().enumerate().filter(|(i, _)| *i != at).map(|(_, line)| line).collect();
+                let lines: Vec<&str> =
+                    entry.lines().enumerate().filter(|(i, _)| *i != at).map(|(_, line)| line).collect();
                 lines.join("\n")
             }
             Change::NoLastBlock => entry.replacen(
