@@ -4,10 +4,22 @@ use ddpm_cuda::params::{ParamGrads, Params, Specs};
 use ddpm_cuda::tape::Tape;
 use ddpm_cuda::tensor::{Shape, Tensor};
 
-use crate::support::{numbers, same_bits, to_f32};
+use ddpm_cuda::device::cuda::each_four;
+use ddpm_cuda::kernels;
+use ddpm_cuda::ops::concat::concat;
+use ddpm_cuda::tensor::DType;
 
-const SHAPES: [Shape; 4] =
-    [Shape::new(1, 1, 1, 1), Shape::new(2, 3, 5, 7), Shape::new(1, 1, 1, 17), Shape::new(3, 32, 32, 11)];
+use crate::support::{gpu, numbers, same_as_the_cpu, same_bits, to_f32};
+
+/// One number, primes, one beyond a block of 1,024 numbers and just one, several tasks.
+const SHAPES: [Shape; 6] = [
+    Shape::new(1, 1, 1, 1),
+    Shape::new(2, 3, 5, 7),
+    Shape::new(1, 1, 1, 17),
+    Shape::new(1, 1, 1, 1025),
+    Shape::new(1, 4, 4, 64),
+    Shape::new(3, 32, 32, 11),
+];
 
 #[test]
 fn sums_and_hands_the_gradient_to_both() {
@@ -27,4 +39,45 @@ fn sums_and_hands_the_gradient_to_both() {
         same_bits("da", leaves.take(&a).unwrap().data(), &twice);
         same_bits("db", leaves.take(&b).unwrap().data(), &twice);
     }
+}
+
+#[test]
+fn gpu_has_the_bits_of_the_cpu() {
+    for shape in SHAPES {
+        let [a, b, dy] = [1, 2, 3].map(|seed| to_f32(&numbers(seed, shape.len())));
+        let inputs = [(shape, a), (shape, b)];
+        same_as_the_cpu(&format!("add, {shape}"), &inputs, &[], &dy, 1, |tape, x, _| add(tape, &x[0], &x[1]));
+    }
+}
+
+/// The tape adds the second gradient of a value to the first, in its buffer: here the two halves of `dy`.
+#[test]
+fn gpu_adds_gradients_in_place() {
+    for shape in SHAPES {
+        let [a, dy] = [(1, shape.len()), (3, 2 * shape.len())].map(|(seed, len)| to_f32(&numbers(seed, len)));
+        let name = format!("gradients in place, {shape}");
+        same_as_the_cpu(&name, &[(shape, a)], &[], &dy, 1, |tape, x, _| concat(tape, &x[0], &x[0]));
+    }
+}
+
+#[test]
+fn planted_bugs_are_noticed() {
+    gpu::notices("add::gpu_has_the_bits_of_the_cpu", "add_fwd_f32", "add.f32", "sub.f32");
+    gpu::notices("add::gpu_adds_gradients_in_place", "add_fwd_bf16", "add.f32", "mul.f32");
+    let launch = |gpu: &gpu::Gpu, blocks: usize, len: usize| {
+        let device = Device::Cuda(gpu.clone());
+        let shape = Shape::vector(1025);
+        let [a, b] = [1, 2].map(|seed| to_f32(&numbers(seed, shape.len())));
+        let [a_gpu, b_gpu] = [&a, &b].map(|x| Tensor::from_slice(&device, shape, x).unwrap());
+        let mut y = Tensor::full(&device, shape, f32::NAN).unwrap();
+        let launch = gpu.launch(kernels::add::FWD.of(DType::F32), [blocks, 1, 1], 256);
+        launch.write(&mut y).read(&a_gpu).read(&b_gpu).u64(len).run().unwrap();
+        same_bits("y", &y.to_vec().unwrap(), &reference::forward(&a, &b));
+    };
+    if let Some(gpu) = gpu::gpu(DType::F32) {
+        launch(&gpu, each_four(1025)[0], 1025);
+    }
+    let test = "add::planted_bugs_are_noticed";
+    gpu::notices_launch(test, "a block too few", "y: element 1024 is NaN", |gpu| launch(gpu, 1, 1025));
+    gpu::notices_launch(test, "one too many", "ILLEGAL_ADDRESS", |gpu| launch(gpu, 2, 1026));
 }

@@ -1,10 +1,16 @@
 //! GPUs for tests: by default the emulator, which cargo builds beside the tests, with all its checks; with `DDPM_TEST_DEVICE=cuda` the real one.
+//!
+//! [`each`] runs a test in both types of activations and in several orders of blocks and warps. That the tests would see a bug is itself
+//! tested: [`notices`] plants one in a kernel, [`notices_launch`] in a launch.
 
 use std::ffi::{CString, c_char, c_int};
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::OnceLock;
 
 use ddpm_cuda::device::Device;
+use ddpm_cuda::device::cpu::simd::{self, Level};
 use ddpm_cuda::device::cuda::{self, Gpu};
 use ddpm_cuda::kernels;
 use ddpm_cuda::tensor::DType;
@@ -76,13 +82,17 @@ pub fn notices(test: &str, entry: &str, from: &str, to: &str) {
         return;
     }
     let run = |bug: &str| {
-        let mut command = std::process::Command::new(std::env::current_exe().expect("a test knows its own path"));
+        let mut command = Command::new(std::env::current_exe().expect("a test knows its own path"));
         command.args(["--exact", test]).env(BUG, bug).output().expect("a test runs")
     };
     let output = run(&format!("{entry}|{from}|{to}"));
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.contains("running 1 test"), "there is no test {test}: {text}");
     assert!(!text.contains("has no `"), "{text}");
+    assert!(
+        !text.contains(&format!("loading {entry}")),
+        "{entry} is no kernel any more with `{to}` for `{from}`: {text}"
+    );
     assert!(!output.status.success(), "{test} passes with `{from}` of {entry} replaced by `{to}`: {text}");
 }
 
@@ -101,6 +111,9 @@ pub fn configure(name: &str, value: &str) {
     }
 }
 
+/// Set where it is only asked which kernels a test launches: [`each`] then takes the first schedule alone.
+pub const ONE_SCHEDULE: &str = "DDPM_TEST_ONE_SCHEDULE";
+
 /// Runs `f` on a guarded GPU with f32 and one with bf16 activations, in every schedule; whatever it returns must have the same bits in each.
 #[track_caller]
 pub fn each(name: &str, f: impl Fn(&Device) -> Vec<f32>) {
@@ -108,7 +121,8 @@ pub fn each(name: &str, f: impl Fn(&Device) -> Vec<f32>) {
         let Some(gpu) = gpu(dtype) else { return };
         let device = Device::Cuda(gpu);
         let mut first: Option<Vec<f32>> = None;
-        for schedule in SCHEDULES {
+        let schedules = if std::env::var_os(ONE_SCHEDULE).is_some() { 1 } else { SCHEDULES.len() };
+        for schedule in &SCHEDULES[..schedules] {
             configure("seed", schedule);
             let got = f(&device);
             match &first {
@@ -136,3 +150,43 @@ pub fn rounded(dtype: DType, x: &[f64]) -> Vec<f64> {
         DType::Bf16 => x.iter().map(|&x| half::bf16::from_f32(x as f32).to_f64()).collect(),
     }
 }
+
+/// The same for f32.
+pub fn rounded_f32(dtype: DType, x: &[f32]) -> Vec<f32> {
+    match dtype {
+        DType::F32 => x.to_vec(),
+        DType::Bf16 => x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect(),
+    }
+}
+
+/// True if the CPU path has fused multiply-adds, as every GPU has; without them it rounds once more.
+pub fn cpu_fuses() -> bool {
+    simd::level() != Level::Portable || cfg!(target_arch = "aarch64")
+}
+
+/// Asserts that `f`, which launches kernels as the product never does (too few blocks, a length that is not the buffer's) and looks at what comes of it, fails
+/// with a message that holds `says`. `test` is the caller's name: it is run again in a process of its own, where `f` is called. Not on a real GPU, for the
+/// reasons of [`notices`].
+#[track_caller]
+pub fn notices_launch(test: &str, bug: &str, says: &str, f: impl FnOnce(&Gpu)) {
+    const NOTICED: &str = "the bug was noticed";
+    match std::env::var(LAUNCH) {
+        Ok(wanted) if wanted == bug => {
+            let gpu = gpu(DType::F32).expect("whoever started this process has seen that there is one");
+            let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| f(&gpu)));
+            assert!(outcome.is_err(), "{bug}: nothing was noticed");
+            println!("{NOTICED}");
+        }
+        Ok(_) => {}
+        Err(_) if !available() || std::env::var("DDPM_TEST_DEVICE").is_ok_and(|device| device == "cuda") => {}
+        Err(_) => {
+            let mut child = Command::new(std::env::current_exe().expect("a test knows its own path"));
+            let output = child.args(["--exact", test, "--nocapture"]).env(LAUNCH, bug).output().expect("a test runs");
+            let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
+            assert!(said.contains(NOTICED) && said.contains(says), "{bug}: nobody says {says:?}, but\n{said}");
+        }
+    }
+}
+
+/// Names the launch that a process was started for.
+const LAUNCH: &str = "DDPM_TEST_LAUNCH";
