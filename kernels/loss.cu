@@ -43,10 +43,10 @@ __device__ __forceinline__ void fwd(T* dy, double* row, double* partial, unsigne
         partial[size_t(i) * chunks + blockIdx.x] = sum;
         __threadfence();  // the partial sum is there before the count says so
         last = atomicAdd(done, 1u) == n * chunks - 1;
+        __threadfence();  // if every block has counted, every partial sum is there for what follows
     }
     __syncthreads();  // `last` written above is read below
     if (!last || threadIdx.x != 0) return;
-    __threadfence();  // every block has counted, so every partial sum is there to be read
     double bins[2 * BINS];
 #pragma unroll
     for (int b = 0; b < 2 * BINS; ++b) bins[b] = accumulate ? row[b] : 0.0;

@@ -11,7 +11,7 @@ use ddpm_cuda::device::Device;
 use ddpm_cuda::layout;
 use ddpm_cuda::params::{Init, Layout, ParamGrads, Params};
 use ddpm_cuda::tape::{Tape, Var};
-use ddpm_cuda::tensor::{Shape, Tensor};
+use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::unet::{DropoutSeed, UNet};
 use safetensors::SafeTensors;
 
@@ -62,28 +62,40 @@ impl Golden {
     }
 }
 
-fn agrees_with_pytorch(name: &str) {
-    let device = Device::cpu_guarded();
+/// What a network in `dtype` can be held to when `operations` follow each other. In bf16 every one rounds each number by up to 2^-9 of itself, independently,
+/// forward and backward, so that the errors of a path add up like a random walk: 2^-9 sqrt(2 operations) of what flows there; and twice that for the
+/// largest of a tensor's thousands of errors. The sums themselves are f32.
+fn tolerance(dtype: DType, operations: usize) -> f64 {
+    match dtype {
+        DType::F32 => FIXTURE_TOLERANCE,
+        DType::Bf16 => 2.0 / 512.0 * ((2 * operations) as f64).sqrt(),
+    }
+}
+
+fn agrees_with_pytorch(name: &str, device: &Device) {
     let golden = Golden::read(name);
-    let model = checkpoint::load(&device, &fixture(name)).unwrap();
+    let model = checkpoint::load(device, &fixture(name)).unwrap();
     let (unet, _) = UNet::new(&model.config.model).unwrap();
     let specs = model.params.specs();
     let (shape, x) = golden.images("x");
     let (_, target) = golden.images("target");
-    let t = golden.per_image(&device, "t");
+    let t = golden.per_image(device, "t");
 
-    let mut tape = Tape::recording(&device, &model.params);
-    let x = tape.leaf(Tensor::from_slice(&device, shape, &x).unwrap());
-    let y = unet.forward(&mut tape, &x, &t, golden.labels(&device).as_ref(), None).unwrap();
-    let mut shares =
-        vec![("out".to_string(), close_to_largest("out", y.data(), &golden.images("out").1, FIXTURE_TOLERANCE))];
+    let mut tape = Tape::recording(device, &model.params);
+    let dtype = device.activations();
+    let x = tape.leaf(Tensor::from_slice_as(device, dtype, shape, &x).unwrap());
+    let y = unet.forward(&mut tape, &x, &t, golden.labels(device).as_ref(), None).unwrap();
+    let tolerance = tolerance(dtype, tape.saved().len());
+    let out = y.value().host().unwrap();
+    let mut shares = vec![("out".to_string(), close_to_largest("out", &out, &golden.images("out").1, tolerance))];
 
-    let dy: Vec<f32> = y.data().iter().zip(&target).map(|(y, t)| 2.0 * (y - t) / shape.len() as f32).collect();
-    let mut grads = ParamGrads::new(&device, specs).unwrap();
-    let mut leaves = tape.backward(&y, Tensor::from_slice(&device, shape, &dy).unwrap(), &mut grads).unwrap();
+    let dy: Vec<f32> = out.iter().zip(&target).map(|(y, t)| 2.0 * (y - t) / shape.len() as f32).collect();
+    let mut grads = ParamGrads::new(device, specs).unwrap();
+    let dy = Tensor::from_slice_as(device, dtype, shape, &dy).unwrap();
+    let mut leaves = tape.backward(&y, dy, &mut grads).unwrap();
     let dx = leaves.take(&x).unwrap();
-    shares.push(("dx".into(), close_to_largest("dx", dx.data(), &golden.images("grad_x").1, FIXTURE_TOLERANCE)));
-    let flat = grads.finish(specs).unwrap().data();
+    shares.push(("dx".into(), close_to_largest("dx", &dx.host().unwrap(), &golden.images("grad_x").1, tolerance)));
+    let flat = grads.finish(specs).unwrap().host().unwrap();
     let largest = |x: &[f32]| x.iter().fold(0.0, |m: f64, v| m.max(f64::from(v.abs())));
     let block = |name: &str| name.split('.').take(4).collect::<Vec<_>>().join(".");
     let mut of_block = std::collections::HashMap::new();
@@ -102,9 +114,9 @@ fn agrees_with_pytorch(name: &str) {
         // is that of the other gradients of the block.
         let scale = of_block[&block(&spec.name)];
         let share = if largest(&want) > 1e-9 * scale {
-            close_to_largest(&spec.name, got, &want, FIXTURE_TOLERANCE)
+            close_to_largest(&spec.name, got, &want, tolerance)
         } else {
-            worst(&spec.name, got, &vec![0.0; got.len()], |_| FIXTURE_TOLERANCE * scale)
+            worst(&spec.name, got, &vec![0.0; got.len()], |_| tolerance * scale)
         };
         shares.push((spec.name.clone(), share));
     }
@@ -114,12 +126,30 @@ fn agrees_with_pytorch(name: &str) {
 
 #[test]
 fn grey_network_agrees_with_pytorch() {
-    agrees_with_pytorch("unet_gray16");
+    agrees_with_pytorch("unet_gray16", &Device::cpu_guarded());
 }
 
 #[test]
 fn class_conditional_network_with_heads_agrees_with_pytorch() {
-    agrees_with_pytorch("unet_rgb16");
+    agrees_with_pytorch("unet_rgb16", &Device::cpu_guarded());
+}
+
+/// Both networks through the kernels.
+fn agrees_with_pytorch_on_a_gpu(dtype: DType) {
+    let Some(gpu) = support::gpu::gpu(dtype) else { return };
+    let device = Device::Cuda(gpu);
+    agrees_with_pytorch("unet_gray16", &device);
+    agrees_with_pytorch("unet_rgb16", &device);
+}
+
+#[test]
+fn the_kernels_agree_with_pytorch() {
+    agrees_with_pytorch_on_a_gpu(DType::F32);
+}
+
+#[test]
+fn the_kernels_agree_with_pytorch_in_bf16() {
+    agrees_with_pytorch_on_a_gpu(DType::Bf16);
 }
 
 /// A checkpoint that `ddpm-cuda train` wrote (non-square images, classes, heads) and what diffusers' `DDPMPipeline` computes with

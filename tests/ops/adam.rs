@@ -327,6 +327,7 @@ fn planted_bugs_are_noticed() {
     gpu::notices(test, "adam_update", "sqrt.rn.f32", "sqrt.rz.f32");
     // The average is copied to where the weights' copy belongs; nothing halts.
     gpu::notices(test, "adam_update", "adam_update_param_5", "adam_update_param_4");
+    gpu::notices_lost_block(test, "adam_update");
     let test = "adam::gpu_halts_at_what_is_not_finite_until_it_is_read";
     gpu::notices(test, "grad_norm_fwd", "grad_norm_fwd_param_1", "grad_norm_fwd_param_3");
 }

@@ -4,10 +4,7 @@ use ddpm_cuda::params::{ParamGrads, Params, Specs};
 use ddpm_cuda::tape::Tape;
 use ddpm_cuda::tensor::{Shape, Tensor};
 
-use ddpm_cuda::device::cuda::each_four;
-use ddpm_cuda::kernels;
 use ddpm_cuda::ops::concat::concat;
-use ddpm_cuda::tensor::DType;
 
 use crate::support::{gpu, numbers, same_as_the_cpu, same_bits, to_f32};
 
@@ -64,20 +61,6 @@ fn gpu_adds_gradients_in_place() {
 fn planted_bugs_are_noticed() {
     gpu::notices("add::gpu_has_the_bits_of_the_cpu", "add_fwd_f32", "add.f32", "sub.f32");
     gpu::notices("add::gpu_adds_gradients_in_place", "add_fwd_bf16", "add.f32", "mul.f32");
-    let launch = |gpu: &gpu::Gpu, blocks: usize, len: usize| {
-        let device = Device::Cuda(gpu.clone());
-        let shape = Shape::vector(1025);
-        let [a, b] = [1, 2].map(|seed| to_f32(&numbers(seed, shape.len())));
-        let [a_gpu, b_gpu] = [&a, &b].map(|x| Tensor::from_slice(&device, shape, x).unwrap());
-        let mut y = Tensor::full(&device, shape, f32::NAN).unwrap();
-        let launch = gpu.launch(kernels::add::FWD.of(DType::F32), [blocks, 1, 1], 256);
-        launch.write(&mut y).read(&a_gpu).read(&b_gpu).u64(len).run().unwrap();
-        same_bits("y", &y.to_vec().unwrap(), &reference::forward(&a, &b));
-    };
-    if let Some(gpu) = gpu::gpu(DType::F32) {
-        launch(&gpu, each_four(1025)[0], 1025);
-    }
-    let test = "add::planted_bugs_are_noticed";
-    gpu::notices_launch(test, "a block too few", "y: element 1024 is NaN", |gpu| launch(gpu, 1, 1025));
-    gpu::notices_launch(test, "one too many", "ILLEGAL_ADDRESS", |gpu| launch(gpu, 2, 1026));
+    gpu::notices_lost_block("add::gpu_has_the_bits_of_the_cpu", "add_fwd_f32");
+    gpu::notices_lost_block("add::gpu_adds_gradients_in_place", "add_fwd_bf16");
 }

@@ -65,4 +65,6 @@ fn planted_bugs_are_noticed() {
     gpu::notices(test, "concat_join_f32", "setp.lt.u32", "setp.le.u32");
     gpu::notices(test, "concat_part_f32", "concat_part_f32_param_5", "concat_part_f32_param_3");
     gpu::notices(test, "concat_part_bf16", "concat_part_bf16_param_4", "concat_part_bf16_param_3");
+    gpu::notices_lost_block(test, "concat_join_f32");
+    gpu::notices_lost_block(test, "concat_part_bf16");
 }

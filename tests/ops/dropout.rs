@@ -132,4 +132,5 @@ fn planted_bugs_are_noticed() {
     gpu::notices(test, "dropout_mask_f32", "-845247145", "-845247144");
     gpu::notices(test, "dropout_mask_bf16", "setp.lt.u32", "setp.ge.u32");
     gpu::notices(test, "dropout_mask_f32", ", 4;", ", 3;");
+    gpu::notices_lost_block(test, "dropout_mask_bf16");
 }

@@ -102,4 +102,6 @@ fn planted_bugs_are_noticed() {
     // Adds to what is stale: the number of channels stands for the flag.
     gpu::notices(test, "embedding_bwd_f32", "embedding_bwd_f32_param_6", "embedding_bwd_f32_param_5");
     gpu::notices(test, "embedding_bwd_bf16", "add.f32", "sub.f32");
+    gpu::notices_lost_block(test, "embedding_fwd_bf16");
+    gpu::notices_lost_block(test, "embedding_bwd_f32");
 }

@@ -151,4 +151,5 @@ fn planted_bugs_are_noticed() {
     // The barrier before the last block's sum, and the root.
     gpu::notices(test, "grad_norm_fwd", "bar.sync \t0;", "");
     gpu::notices(test, "grad_norm_fwd", "sqrt.rn.f64", "mov.f64");
+    gpu::notices_lost_block(test, "grad_norm_fwd");
 }

@@ -255,4 +255,5 @@ fn planted_bugs_are_noticed() {
         "q_sample_fwd_f32_param_5",
         "q_sample_fwd_f32_param_4",
     );
+    gpu::notices_lost_block(test, "q_sample_fwd_f32");
 }

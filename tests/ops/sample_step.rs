@@ -211,4 +211,6 @@ fn planted_bugs_are_noticed() {
     gpu::notices(test, "sample_step_step_f32", "setp.gt.f32", "setp.lt.f32");
     gpu::notices(test, "sample_step_step_f32", "fma.rn.f32", "fma.rz.f32");
     gpu::notices(test, "sample_step_step_bf16", "sample_step_step_bf16_param_10", "sample_step_step_bf16_param_9");
+    gpu::notices_lost_block(test, "sample_step_step_f32");
+    gpu::notices_lost_block(test, "sample_step_step_bf16");
 }

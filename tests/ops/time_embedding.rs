@@ -77,4 +77,5 @@ fn planted_bugs_are_noticed() {
     gpu::notices(test, "time_embedding_fwd_f32", "0d3FD45F306DC9C883", "0d3FD45F316DC9C883");
     gpu::notices(test, "time_embedding_fwd_f32", "time_embedding_fwd_f32_param_7", "time_embedding_fwd_f32_param_6");
     gpu::notices(test, "time_embedding_fwd_bf16", "time_embedding_fwd_bf16_param_7", "time_embedding_fwd_bf16_param_6");
+    gpu::notices_lost_block(test, "time_embedding_fwd_f32");
 }

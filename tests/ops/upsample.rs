@@ -61,4 +61,6 @@ fn planted_bugs_are_noticed() {
     gpu::notices(test, "upsample_fwd_f32", "st.global.f32", "//");
     gpu::notices(test, "upsample_bwd_f32", "add.f32", "sub.f32");
     gpu::notices(test, "upsample_bwd_bf16", "add.f32", "sub.f32");
+    gpu::notices_lost_block(test, "upsample_fwd_f32");
+    gpu::notices_lost_block(test, "upsample_bwd_bf16");
 }

@@ -1,10 +1,10 @@
 //! GPUs for tests: by default the emulator, which cargo builds beside the tests, with all its checks; with `DDPM_TEST_DEVICE=cuda` the real one.
 //!
 //! [`each`] runs a test in both types of activations and in several orders of blocks and warps. That the tests would see a bug is itself
-//! tested: [`notices`] plants one in a kernel, [`notices_launch`] in a launch.
+//! tested: [`notices`] and [`notices_lost_block`] plant one in a kernel, `plant` several.
 
 use std::ffi::{CString, c_char, c_int};
-use std::panic::AssertUnwindSafe;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
@@ -15,7 +15,7 @@ use ddpm_cuda::device::cuda::{self, Gpu};
 use ddpm_cuda::kernels;
 use ddpm_cuda::tensor::DType;
 
-use super::same_bits;
+use super::{plant, same_bits};
 
 /// Unit of relative rounding of a bf16, which has 8 significant bits: half a unit in the last place.
 pub const BF16_ROUNDING: f64 = 1.0 / 256.0;
@@ -36,9 +36,9 @@ pub fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
         if kernels::COMPILER.is_none() {
-            eprintln!(
-                "\n*** SKIPPED: no kernel is tested, since none was compiled; build with DDPM_CUDA_TOOLCHAIN=fetch ***\n"
-            );
+            // Not by `eprintln!`, which the test harness keeps to itself.
+            let said = "\n*** SKIPPED: no kernel is tested, since none was compiled; build with DDPM_CUDA_TOOLCHAIN=fetch ***\n";
+            let _ = std::io::stderr().write_all(said.as_bytes());
             return false;
         }
         match std::env::var("DDPM_TEST_DEVICE").as_deref() {
@@ -57,7 +57,11 @@ pub fn gpu(dtype: DType) -> Option<Gpu> {
         if let Ok(bug) = std::env::var(BUG) {
             let [entry, from, to]: [&str; 3] = bug.split('|').collect::<Vec<_>>().try_into().expect("ENTRY|FROM|TO");
             let kernel = kernels::ALL.iter().find(|k| k.name == entry).unwrap_or_else(|| panic!("no kernel {entry}"));
-            gpu.replace_kernels(kernel.module.stem, mutated(kernel.module.ptx, entry, from, to));
+            let (stem, ptx) = match from {
+                LAST_BLOCK => plant::without_last_block(entry).plant(),
+                _ => (kernel.module.stem, mutated(kernel.module.ptx, entry, from, to)),
+            };
+            gpu.replace_kernels(stem, ptx);
         }
         gpu
     })
@@ -65,6 +69,15 @@ pub fn gpu(dtype: DType) -> Option<Gpu> {
 
 /// Variable that plants a bug in every GPU of the process: `ENTRY|FROM|TO`.
 const BUG: &str = "DDPM_TEST_BUG";
+
+/// Stands for the text to be replaced where the last block is to do nothing.
+const LAST_BLOCK: &str = "the last block";
+
+/// [`notices`] for a kernel whose last block (along x) does nothing, as if the grid were too small.
+#[track_caller]
+pub fn notices_lost_block(test: &str, entry: &str) {
+    notices(test, entry, LAST_BLOCK, "");
+}
 
 /// `ptx` with the last `from` of an entry's text replaced by `to`.
 fn mutated(ptx: &str, entry: &str, from: &str, to: &str) -> String {
@@ -163,30 +176,3 @@ pub fn rounded_f32(dtype: DType, x: &[f32]) -> Vec<f32> {
 pub fn cpu_fuses() -> bool {
     simd::level() != Level::Portable || cfg!(target_arch = "aarch64")
 }
-
-/// Asserts that `f`, which launches kernels as the product never does (too few blocks, a length that is not the buffer's) and looks at what comes of it, fails
-/// with a message that holds `says`. `test` is the caller's name: it is run again in a process of its own, where `f` is called. Not on a real GPU, for the
-/// reasons of [`notices`].
-#[track_caller]
-pub fn notices_launch(test: &str, bug: &str, says: &str, f: impl FnOnce(&Gpu)) {
-    const NOTICED: &str = "the bug was noticed";
-    match std::env::var(LAUNCH) {
-        Ok(wanted) if wanted == bug => {
-            let gpu = gpu(DType::F32).expect("whoever started this process has seen that there is one");
-            let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| f(&gpu)));
-            assert!(outcome.is_err(), "{bug}: nothing was noticed");
-            println!("{NOTICED}");
-        }
-        Ok(_) => {}
-        Err(_) if !available() || std::env::var("DDPM_TEST_DEVICE").is_ok_and(|device| device == "cuda") => {}
-        Err(_) => {
-            let mut child = Command::new(std::env::current_exe().expect("a test knows its own path"));
-            let output = child.args(["--exact", test, "--nocapture"]).env(LAUNCH, bug).output().expect("a test runs");
-            let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
-            assert!(said.contains(NOTICED) && said.contains(says), "{bug}: nobody says {says:?}, but\n{said}");
-        }
-    }
-}
-
-/// Names the launch that a process was started for.
-const LAUNCH: &str = "DDPM_TEST_LAUNCH";
