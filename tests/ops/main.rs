@@ -27,7 +27,7 @@ use ddpm_cuda::kernels;
 
 use support::gpu;
 
-/// Every kernel is launched by the tests of its operation whose names begin with `gpu`: they are run once more in a process for each, which writes its
+/// Every kernel is launched by the tests of its operation whose names begin with the GPU: they are run once more in a process for each, which writes its
 /// launches to stderr.
 #[test]
 fn every_kernel_is_launched_by_its_operations_tests() {
@@ -38,7 +38,8 @@ fn every_kernel_is_launched_by_its_operations_tests() {
     let mut launched = BTreeSet::new();
     for stem in stems {
         let mut tests = Command::new(std::env::current_exe().expect("a test knows its own path"));
-        tests.args([&format!("{stem}::gpu"), "--nocapture"]).env("DDPM_TRACE", "1").env(gpu::ONE_SCHEDULE, "1");
+        tests.args(["gpu", "the_gpu", "on_the_gpu"].map(|start| format!("{stem}::{start}"))).arg("--nocapture");
+        tests.env("DDPM_TRACE", "1").env(gpu::ONE_SCHEDULE, "1");
         let output = tests.output().expect("the tests run");
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "tests of {stem} fail:\n{said}");
