@@ -171,8 +171,8 @@ fn the_memory_foretold_is_the_memory_taken() {
     cifar10.batch = 2;
     for c in [mnist, cifar10, Config { accumulate: 1, ..tiny() }] {
         let (unet, specs) = UNet::new(&c.model).unwrap();
-        let foretold = memory_needed(&c, &unet, &specs) as f64;
         let device = Device::cpu();
+        let foretold = memory_needed(&c, &unet, &specs, &device) as f64;
         let extent = Extent { size: c.model.image_size, channels: c.model.channels };
         let images = Dataset::new(extent, vec![100; 10 * extent.len()], None);
         let data = Data { train: images.clone(), held_out: images, notes: Vec::new() };

@@ -34,7 +34,7 @@ pub fn without_last_block(kernel: &str) -> Bug {
 
 impl Bug {
     /// The stem and its PTX with the bug in it.
-    fn plant(&self) -> (&'static str, String) {
+    pub fn plant(&self) -> (&'static str, String) {
         let kernel = kernels::ALL.iter().find(|k| k.name == self.kernel).expect("a kernel of that name");
         let (stem, ptx) = (kernel.module.stem, kernel.module.ptx);
         let (before, entry) = ptx.split_once(&format!(".entry {}(", self.kernel)).expect("an entry of that name");
