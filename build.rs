@@ -88,7 +88,8 @@ struct Entry {
 fn sources() -> Result<Vec<Source>> {
     let mut sources = Vec::new();
     for path in files(Path::new("kernels"), "cu")? {
-        let stem = path.file_stem().and_then(|s| s.to_str()).ok_or("a file of kernels/ is not named in UTF-8")?.to_string();
+        let stem =
+            path.file_stem().and_then(|s| s.to_str()).ok_or("a file of kernels/ is not named in UTF-8")?.to_string();
         let failed = |what| format!("{}: {what}", path.display());
         let entries = entries_of_source(&read(&path)?).map_err(failed)?;
         for name in entries.keys() {
@@ -112,7 +113,9 @@ fn entries_of_source(text: &str) -> Result<BTreeMap<String, Entry>> {
             .ok_or("an entry is not declared as __global__ void __launch_bounds__(N) NAME(...)")?;
         let (params, _) = rest.split_once(')').ok_or_else(|| format!("the parameters of {name} do not end"))?;
         let params = params.split(',').map(str::trim).filter(|param| !param.is_empty());
-        let params = params.map(|param| parameter(param).ok_or_else(|| format!("{name}: the launcher knows no parameter like {param}")));
+        let params = params.map(|param| {
+            parameter(param).ok_or_else(|| format!("{name}: the launcher knows no parameter like {param}"))
+        });
         let entry = Entry { params: params.collect::<Result<_>>()?, max_threads: 0 };
         match name.trim().strip_suffix("##suffix") {
             Some(name) => entries.extend(["f32", "bf16"].map(|suffix| (format!("{name}{suffix}"), entry.clone()))),
@@ -124,7 +127,8 @@ fn entries_of_source(text: &str) -> Result<BTreeMap<String, Entry>> {
 
 /// Kind and name of `TYPE NAME`.
 fn parameter(declaration: &str) -> Option<(&'static str, String)> {
-    let words: Vec<&str> = declaration.split_whitespace().filter(|word| !["const", "__restrict__"].contains(word)).collect();
+    let words: Vec<&str> =
+        declaration.split_whitespace().filter(|word| !["const", "__restrict__"].contains(word)).collect();
     let (name, words) = words.split_last()?;
     let kind = match words.join(" ").as_str() {
         pointer if pointer.ends_with('*') || name.starts_with('*') => "Pointer",
@@ -171,7 +175,9 @@ fn check(source: &Source, compiled: &BTreeMap<String, (Vec<u32>, u32)>) -> Resul
         let size = |kind: &str| if ["U32", "F32"].contains(&kind) { 4 } else { 8 };
         let declared: Vec<u32> = entry.params.iter().map(|(kind, _)| size(kind)).collect();
         if declared != *sizes {
-            return Err(format!("{file}: {name} is declared with parameters of {declared:?} bytes, its PTX has {sizes:?}"));
+            return Err(format!(
+                "{file}: {name} is declared with parameters of {declared:?} bytes, its PTX has {sizes:?}"
+            ));
         }
         entry.max_threads = *max_threads;
     }
@@ -212,8 +218,11 @@ fn find_compiler(out: &Path) -> Result<Option<Compiler>> {
         return Compiler::at(nvcc).map(Some).ok_or(format!("NVCC is {named}, which does not run as a CUDA compiler"));
     }
     let homes = ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(env::var_os).filter(|home| !home.is_empty());
-    let candidates = (homes.map(|home| Path::new(&home).join("bin/nvcc")))
-        .chain(["nvcc".into(), "/usr/local/cuda/bin/nvcc".into(), fetched.clone()]);
+    let candidates = (homes.map(|home| Path::new(&home).join("bin/nvcc"))).chain([
+        "nvcc".into(),
+        "/usr/local/cuda/bin/nvcc".into(),
+        fetched.clone(),
+    ]);
     for candidate in candidates {
         if let Some(compiler) = Compiler::at(candidate.clone()) {
             // Older ones know no PTX 8.0 or lack what the headers need.
@@ -230,7 +239,8 @@ fn find_compiler(out: &Path) -> Result<Option<Compiler>> {
         );
         return Ok(None);
     }
-    match fetch(&folder).and_then(|()| Compiler::at(fetched).ok_or_else(|| "the fetched compiler does not run".into())) {
+    match fetch(&folder).and_then(|()| Compiler::at(fetched).ok_or_else(|| "the fetched compiler does not run".into()))
+    {
         Ok(compiler) => Ok(Some(compiler)),
         Err(what) if wanted == "fetch" => Err(what),
         Err(what) => {
@@ -253,7 +263,9 @@ fn fetch(folder: &Path) -> Result<()> {
     let partial = folder.with_extension("partial");
     let _ = fs::remove_dir_all(&partial);
     let mut pip = Command::new("python3");
-    pip.args(["-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", "--target"]).arg(&partial).args(WHEELS);
+    pip.args(["-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", "--target"])
+        .arg(&partial)
+        .args(WHEELS);
     let output = pip.output().map_err(|e| format!("python3, which installs NVIDIA's compiler, does not run: {e}"))?;
     if !output.status.success() {
         let why = String::from_utf8_lossy(&output.stderr);
@@ -330,7 +342,9 @@ struct Stem {
 
 /// The Rust text: a module for each stem, with a static for each entry or pair of entries.
 fn table(compiler: Option<&str>, stems: &[Stem]) -> Result<String> {
-    let mut text = format!("/// CUDA version of the compiler that made the PTX.\npub const COMPILER: Option<&str> = {compiler:?};\n");
+    let mut text = format!(
+        "/// CUDA version of the compiler that made the PTX.\npub const COMPILER: Option<&str> = {compiler:?};\n"
+    );
     let mut all = Vec::new();
     for stem in stems {
         let name = &stem.name;
@@ -353,26 +367,38 @@ fn table(compiler: Option<&str>, stems: &[Stem]) -> Result<String> {
                 if !stem.entries.contains_key(&f32_entry) {
                     return Err(format!("{entry} has no counterpart {f32_entry}"));
                 }
-                writeln!(text, "    /// `{single}*`\n    pub static {pair}: ByType = ByType {{ f32: {}, bf16: {} }};", kernel(&f32_entry), kernel(entry)).map_err(|e| e.to_string())?;
+                writeln!(
+                    text,
+                    "    /// `{single}*`\n    pub static {pair}: ByType = ByType {{ f32: {}, bf16: {} }};",
+                    kernel(&f32_entry),
+                    kernel(entry)
+                )
+                .map_err(|e| e.to_string())?;
                 all.extend([format!("&{name}::{pair}.f32"), format!("&{name}::{pair}.bf16")]);
-            } else if constant.ends_with("_F32") && stem.entries.contains_key(&format!("{}bf16", &entry[..entry.len() - 3])) {
+            } else if constant.ends_with("_F32")
+                && stem.entries.contains_key(&format!("{}bf16", &entry[..entry.len() - 3]))
+            {
                 // Written with its bf16 counterpart.
             } else {
-                writeln!(text, "    /// `{entry}`\n    pub static {constant}: Kernel = {};", kernel(entry)).map_err(|e| e.to_string())?;
+                writeln!(text, "    /// `{entry}`\n    pub static {constant}: Kernel = {};", kernel(entry))
+                    .map_err(|e| e.to_string())?;
                 all.push(format!("&{name}::{constant}"));
             }
         }
         text.push_str("}\n");
     }
-    writeln!(text, "/// Every entry.\npub static ALL: &[&Kernel] = &[{}];", all.join(", ")).map_err(|e| e.to_string())?;
+    writeln!(text, "/// Every entry.\npub static ALL: &[&Kernel] = &[{}];", all.join(", "))
+        .map_err(|e| e.to_string())?;
     Ok(text)
 }
 
 /// Files of a folder with an extension, sorted.
 fn files(folder: &Path, extension: &str) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(folder).map_err(|e| format!("{}: cannot be read: {e}", folder.display()))?;
-    let mut paths: Vec<PathBuf> =
-        entries.filter_map(|entry| Some(entry.ok()?.path())).filter(|p| p.extension().is_some_and(|e| e == extension)).collect();
+    let mut paths: Vec<PathBuf> = entries
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|p| p.extension().is_some_and(|e| e == extension))
+        .collect();
     paths.sort();
     Ok(paths)
 }

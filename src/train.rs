@@ -7,7 +7,6 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -203,20 +202,12 @@ impl Trainer {
     pub fn step(&mut self) -> Result<()> {
         self.meter.begin();
         self.grads.reset();
-        let c = &self.config;
-        let images = self.data.train.images();
-        let order = self.order.indices(self.step, c.batch);
-        for k in 0..c.accumulate {
-            let batch = piece(c, &self.data.train, &order, self.step, k);
-            let source = self.feed.source(images, places(c, self.step, k), |places| {
-                rows(&self.data.train, self.order.range(places), c.model.classes > 0)
-            })?;
-            let masks = DropoutSeed { seed: c.seed, step: self.step, first: batch.noise.first };
-            let Noised { x_t, t, labels } = q_sample(&self.device, source, &batch, &self.coefficients)?;
+        for k in 0..self.config.accumulate {
+            let (batch, Noised { x_t, t, labels }, masks) = self.draw(k)?;
             let x_t = Var::constant(x_t); // (n, h, w, c)
             let mut tape = Tape::recording(&self.device, &self.params);
             let eps = self.unet.forward(&mut tape, &x_t, &t, labels.as_ref(), Some(masks))?; // (n, h, w, c)
-            let l = loss(&self.device, eps.value(), &batch, &t, Some(c.batch), &mut self.meter)?;
+            let l = loss(&self.device, eps.value(), &batch, &t, Some(self.config.batch), &mut self.meter)?;
             if let Some(mean) = l.mean().filter(|mean| !mean.is_finite()) {
                 self.meter.read()?;
                 return Err(self.not_finite(self.step + 1, "loss", mean, &self.inspect(x_t, t, labels, masks)));
@@ -226,7 +217,7 @@ impl Trainer {
         }
 
         let g = self.grads.finish(self.params.specs())?;
-        grad_norm(&self.device, g, c.grad_clip, &mut self.meter)?;
+        grad_norm(&self.device, g, self.config.grad_clip, &mut self.meter)?;
         if let Meter::Cpu(_) = self.meter {
             let norm = self.meter.host_row().grad_norm;
             if !norm.is_finite() {
@@ -236,7 +227,7 @@ impl Trainer {
             }
         }
         let state = State { w: &mut self.params, ema: &mut self.ema, m: &mut self.m, v: &mut self.v, g };
-        adam(&self.device, state, &update(c, self.step + 1), &mut self.meter)?;
+        adam(&self.device, state, &update(&self.config, self.step + 1), &mut self.meter)?;
         self.step += 1;
         self.unread += 1;
         Ok(())
@@ -288,28 +279,36 @@ impl Trainer {
     fn find_not_finite(&mut self) -> Result<String> {
         self.meter.begin();
         self.grads.reset();
-        let c = &self.config;
-        let images = self.data.train.images();
-        let order = self.order.indices(self.step, c.batch);
-        for k in 0..c.accumulate {
-            let batch = piece(c, &self.data.train, &order, self.step, k);
-            let source = self.feed.source(images, places(c, self.step, k), |places| {
-                rows(&self.data.train, self.order.range(places), c.model.classes > 0)
-            })?;
-            let masks = DropoutSeed { seed: c.seed, step: self.step, first: batch.noise.first };
-            let Noised { x_t, t, labels } = q_sample(&self.device, source, &batch, &self.coefficients)?;
+        for k in 0..self.config.accumulate {
+            let (batch, Noised { x_t, t, labels }, masks) = self.draw(k)?;
             let mut tape = Tape::inspecting(&self.device, &self.params);
-            let x_t = Var::constant(x_t);
-            let eps = match self.unet.forward(&mut tape, &x_t, &t, labels.as_ref(), Some(masks)) {
+            let eps = match self.unet.forward(&mut tape, &Var::constant(x_t), &t, labels.as_ref(), Some(masks)) {
                 Ok(eps) => eps,
                 Err(found) => return Ok(found.to_string()),
             };
-            let l = loss(&self.device, eps.value(), &batch, &t, Some(c.batch), &mut self.meter)?;
+            let l = loss(&self.device, eps.value(), &batch, &t, Some(self.config.batch), &mut self.meter)?;
             tape.backward(&eps, l.gradient.expect("a training loss has a gradient"), &mut self.grads)?;
         }
-        self.meter.read()?;
         let specs = self.params.specs();
         Ok(first_not_finite("gradient", specs, &self.grads.finish(specs)?.host()?))
+    }
+
+    /// Piece `k` of the next step's batch, noised, and where its dropout masks come from.
+    fn draw(&mut self, k: usize) -> Result<(Batch, Noised, DropoutSeed)> {
+        let Trainer { config: c, data: Data { train: data, .. }, order, feed, .. } = self;
+        let (size, conditional) = (c.batch / c.accumulate, c.model.classes > 0);
+        let first = (k * size) as u32;
+        // The images' places in the endless sequence that steps take theirs from.
+        let place = u64::from(self.step) * c.batch as u64 + u64::from(first);
+        let places = place..place + size as u64;
+        let indices = order.range(places.clone());
+        let labels = data.labels_of(&indices).filter(|_| conditional);
+        let rows_in_set = data.rows(&indices);
+        let batch = Batch::train(c.seed, self.step, first, rows_in_set, c.flip, c.diffusion.timesteps as u32);
+        let batch = batch.with_labels(labels);
+        let source = feed.source(data.images(), places, |places| rows(data, order.range(places), conditional))?;
+        let noised = q_sample(&self.device, source, &batch, &self.coefficients)?;
+        Ok((batch, noised, DropoutSeed { seed: c.seed, step: self.step, first }))
     }
 
     /// The first tensor of a forward pass that is not finite, in words.
@@ -374,22 +373,6 @@ impl Trainer {
             self.config.learning_rate, self.config.warmup_steps
         ))
     }
-}
-
-/// Piece `k` of the batch of step `step` (from 0) of which `order` has the images.
-fn piece(c: &Config, data: &Dataset, order: &[usize], step: u32, k: usize) -> Batch {
-    let size = c.batch / c.accumulate;
-    let indices = &order[k * size..(k + 1) * size];
-    let labels = data.labels_of(indices).filter(|_| c.model.classes > 0);
-    let (first, timesteps) = ((k * size) as u32, c.diffusion.timesteps as u32);
-    Batch::train(c.seed, step, first, data.rows(indices), c.flip, timesteps).with_labels(labels)
-}
-
-/// Where piece `k` of a step's batch stands in the endless sequence of training images.
-fn places(c: &Config, step: u32, k: usize) -> Range<u64> {
-    let size = c.batch / c.accumulate;
-    let first = u64::from(step) * c.batch as u64 + (k * size) as u64;
-    first..first + size as u64
 }
 
 /// The images `indices` of a set as a feed wants them.
@@ -588,7 +571,8 @@ fn announce(config: &Config, unet: &UNet, specs: &Specs, data: &Data, device: &D
     if needed > available {
         let fits = |accumulate: &usize| {
             config.batch.is_multiple_of(*accumulate)
-                && memory_needed(&Config { accumulate: *accumulate, ..config.clone() }, unet, specs, device) <= available
+                && memory_needed(&Config { accumulate: *accumulate, ..config.clone() }, unet, specs, device)
+                    <= available
         };
         let advice = match (config.accumulate + 1..=config.batch).find(fits) {
             None => {

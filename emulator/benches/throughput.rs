@@ -1,7 +1,7 @@
 //! Throughput of the interpreter on one core: a register-tiled f32 SGEMM, a bf16 product by ldmatrix and mma.sync, an element-wise
 //! kernel; with bounds checks only, and with every check.
 //!
-//! Time is the processor time of this process: what else the machine does counts little. Criterion's "elements" are floating-point operations for the products and array elements for the element-wise kernel. Each launch's result is
+//! Time is the processor time of this process: what else the machine does counts little. Criterion's "elements" are floating-point operations for the products and array elements for the element-wise kernel. Each way's result is
 //! compared once with a product computed here, so that no figure is of a wrong result.
 
 use criterion::measurement::{Measurement, ValueFormatter, WallTime};
@@ -90,8 +90,23 @@ impl Run {
             multiprocessors: 1,
             cooperative: false,
         };
-        let settings = Settings { checks, isa, threads: 1, counters: false, ..Settings::default() };
+        let settings = Settings { checks, isa, threads: 1, counters: checks == Checks::ALL, ..Settings::default() };
         exec::launch(&self.memory, &launch, &settings).unwrap_or_else(|fault| panic!("{fault}"));
+    }
+
+    /// Launches in every way that is measured, and has the output of each, which starts as NaN, checked.
+    fn launch_all_ways(&self, output: u64, count: usize, check: impl Fn(&[f32])) {
+        for (checks, isa) in [
+            (Checks::ALL, None),
+            (Checks::FAST, None),
+            (Checks::FAST, Some(Isa::Avx2)),
+            (Checks::FAST, Some(Isa::Portable)),
+        ] {
+            let nothing = bytes_f32(&vec![f32::NAN; count]);
+            self.memory.copy_in(output, &nothing).expect("the output's buffer");
+            self.launch(checks, isa);
+            check(&self.read(output, count));
+        }
     }
 
     fn read(&self, at: u64, count: usize) -> Vec<f32> {
@@ -101,7 +116,7 @@ impl Run {
     }
 }
 
-/// Small integers over 8: products and sums of a few hundred are exact in bf16 and f32.
+/// Small integers over 8: exact in bf16, and products and sums of thousands of them in f32.
 fn values(count: usize, seed: u32) -> Vec<f32> {
     (0..count as u32)
         .map(|i| ((i.wrapping_mul(2_654_435_761).wrapping_add(seed) >> 16) % 17) as f32 / 8.0 - 1.0)
@@ -127,37 +142,41 @@ fn measure(criterion: &mut Criterion<CpuTime>, name: &str, work: u64, run: &Run)
 }
 
 fn sgemm(criterion: &mut Criterion<CpuTime>) {
-    const N: usize = 256;
-    let (a, b) = (values(N * N, 1), values(N * N, 2));
+    // Long in k: the loop counts, not its begin and end.
+    const N: usize = 128;
+    const K: usize = 1024;
+    let (a, b) = (values(N * K, 1), values(N * K, 2));
     let mut run = Run::new(include_str!("kernels/sgemm.ptx"), [N as u32 / 128, N as u32 / 128, 1], 256);
     run.buffer(&bytes_f32(&a));
     run.buffer(&bytes_f32(&b));
     let c = run.buffer(&bytes_f32(&[f32::NAN; N * N]));
-    (0..3).for_each(|_| run.word(N as u32));
-    run.launch(Checks::ALL, None);
-    let c = run.read(c, N * N);
-    for (row, column) in [(0, 0), (17, 200), (255, 255), (128, 127)] {
-        let exact: f32 = (0..N).map(|k| a[row * N + k] * b[k * N + column]).sum();
-        assert_eq!(c[row * N + column], exact, "c[{row}][{column}]");
-    }
-    measure(criterion, "sgemm", 2 * (N * N * N) as u64, &run);
+    [N, N, K].iter().for_each(|size| run.word(*size as u32));
+    run.launch_all_ways(c, N * N, |c| {
+        for (row, column) in [(0, 0), (17, 100), (127, 127), (64, 63)] {
+            let exact: f32 = (0..K).map(|k| a[row * K + k] * b[k * N + column]).sum();
+            assert_eq!(c[row * N + column], exact, "c[{row}][{column}]");
+        }
+    });
+    measure(criterion, "sgemm", 2 * (N * N * K) as u64, &run);
 }
 
 fn mma(criterion: &mut Criterion<CpuTime>) {
-    const N: usize = 256;
-    let (a, b) = (values(N * N, 3), values(N * N, 4));
+    // Long in k: the loop counts, not its begin and end.
+    const N: usize = 128;
+    const K: usize = 1024;
+    let (a, b) = (values(N * K, 3), values(N * K, 4));
     let mut run = Run::new(include_str!("kernels/mma.ptx"), [N as u32 / 64, N as u32 / 64, 1], 128);
     run.buffer(&bytes_bf16(&a));
     run.buffer(&bytes_bf16(&b));
     let c = run.buffer(&bytes_f32(&[f32::NAN; N * N]));
-    (0..3).for_each(|_| run.word(N as u32));
-    run.launch(Checks::ALL, None);
-    let c = run.read(c, N * N);
-    for (row, column) in [(0, 0), (17, 200), (255, 255), (128, 127)] {
-        let exact: f32 = (0..N).map(|k| a[row * N + k] * b[column * N + k]).sum();
-        assert_eq!(c[row * N + column], exact, "c[{row}][{column}]");
-    }
-    measure(criterion, "mma", 2 * (N * N * N) as u64, &run);
+    [N, N, K].iter().for_each(|size| run.word(*size as u32));
+    run.launch_all_ways(c, N * N, |c| {
+        for (row, column) in [(0, 0), (17, 100), (127, 127), (64, 63)] {
+            let exact: f32 = (0..K).map(|k| a[row * K + k] * b[column * K + k]).sum();
+            assert_eq!(c[row * N + column], exact, "c[{row}][{column}]");
+        }
+    });
+    measure(criterion, "mma", 2 * (N * N * K) as u64, &run);
 }
 
 fn elementwise(criterion: &mut Criterion<CpuTime>) {

@@ -26,7 +26,8 @@ const char *emu_last_message(void);
  *   "seed"     none, or a number: blocks, warps and graph nodes run in a random order drawn from it
  *   "threads"  host threads that run blocks; 0 is one per core
  *   "isa"      auto, portable, avx2, avx512
- * A NULL value takes every change of this thread back. */
+ * A launch without "uninitialised" does not note what it writes, and so ends that check on its device for good: give it to every
+ * launch of a process or to none. A NULL value takes every change of this thread back. */
 int emu_configure(const char *name, const char *value);
 
 /* Counters of every launch so far, summed per kernel, with the faults and leaks reported so far, as JSON. */

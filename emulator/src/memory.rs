@@ -105,29 +105,65 @@ pub struct Memory {
     range: Range,
     /// One bit per byte of `range`: whether it has been written.
     written: Range,
-    /// 16 bytes per 4 bytes of `range`, made when the first launch looks for races between blocks.
+    /// Two words per 4 bytes of `range`, made when the first launch looks for races between blocks.
     shadow: Mutex<Option<Arc<Shadow>>>,
     limit: u64,
     table: Mutex<Table>,
     untracked: AtomicBool,
 }
 
-/// Last accesses to every word, for races between blocks; see [`crate::exec`].
+/// Last accesses to every word, for races between blocks; see [`crate::exec`]. Whoever looks at words holds the lock of their part of memory.
 pub struct Shadow {
+    /// A word of 64 bits per 4 bytes of the device's range for the writer, then as many for the reader.
     range: Range,
     of: u64,
     generation: AtomicU64,
+    locks: Box<[Lock; LOCKS]>,
+}
+
+/// Bytes of device memory that one lock of a [`Shadow`] covers at a stretch.
+pub const HELD: u64 = 512;
+/// Locks, for every `LOCKS`th stretch of [`HELD`] bytes.
+const LOCKS: usize = 512;
+
+/// A lock in a cache line of its own.
+#[repr(align(64))]
+struct Lock(AtomicBool);
+
+/// A lock of a [`Shadow`] held until this is dropped.
+pub struct Held<'a>(&'a AtomicBool);
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
 }
 
 impl Shadow {
-    /// The (writer, reader) pair of the 4-byte word that holds an address.
+    /// Takes the lock of the stretch of [`HELD`] bytes that holds an address. Never two at a time. It is held for some dozens of instructions, which a
+    /// mutex of the standard library would double.
+    #[inline(always)]
+    pub fn hold(&self, address: u64) -> Held<'_> {
+        let lock = &self.locks[(address / HELD) as usize % LOCKS].0;
+        let mut tries = 0u32;
+        while lock.swap(true, Ordering::Acquire) {
+            tries += 1;
+            match tries % 64 {
+                0 => std::thread::yield_now(),
+                _ => std::hint::spin_loop(),
+            }
+        }
+        Held(lock)
+    }
+
+    /// Where the (writer, reader) of the 4-byte word that holds an address stand; those of following words follow.
     ///
     /// # Safety
     /// The address lies in the device's range.
-    pub unsafe fn word(&self, address: u64) -> (&AtomicU64, &AtomicU64) {
-        let at = (self.range.base + (address - self.of) / 4 * 16) as *const AtomicU64;
-        // SAFETY: the caller's promise keeps `at` inside the mapping, which is zeroed, aligned, and lives as long as self.
-        unsafe { (&*at, &*at.add(1)) }
+    pub unsafe fn word(&self, address: u64) -> (*mut u64, *mut u64) {
+        let at = (self.range.base + (address - self.of) / 4 * 8) as *mut u64;
+        // SAFETY: the caller's promise keeps both inside the mapping, which is zeroed, aligned, and lives as long as self.
+        (at, unsafe { at.byte_add(self.range.bytes as usize / 2) })
     }
 
     /// A number from 1 to 4095 that no word holds yet.
@@ -371,7 +407,8 @@ impl Memory {
         let mut shadow = lock(&self.shadow);
         if shadow.is_none() {
             let range = Range::reserve(0, self.range.bytes * 4)?;
-            *shadow = Some(Arc::new(Shadow { range, of: self.range.base, generation: AtomicU64::new(1) }));
+            let locks = Box::new([const { Lock(AtomicBool::new(false)) }; LOCKS]);
+            *shadow = Some(Arc::new(Shadow { range, of: self.range.base, generation: AtomicU64::new(1), locks }));
         }
         shadow.clone()
     }

@@ -1,7 +1,9 @@
 //! The driver API end to end through cudarc: devices, memory, streams, events, capture, graphs, pools, occupancy, refusals.
-// SAFETY of every call below: the driver gets pointers to live values of the types that its documentation names, and kernels the
-// arguments that their .cu file declares; where a test breaks that on purpose, it does so to see the emulator refuse it.
-#![allow(clippy::undocumented_unsafe_blocks)]
+
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "each passes a kernel or a call the arguments that it declares, or wrong ones on purpose"
+)]
 
 mod support;
 

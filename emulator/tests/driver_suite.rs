@@ -1,8 +1,10 @@
 //! Ordinary kernels in the style of public CUDA code, compiled by nvcc, against computations on the host: mathematical functions with
 //! and without --use_fast_math, layers, halves, warp intrinsics and cooperative groups, atomics, language features, wmma.
-// SAFETY of every call below: the driver gets pointers to live values of the types that its documentation names, and kernels the
-// arguments that their .cu file declares; where a test breaks that on purpose, it does so to see the emulator refuse it.
-#![allow(clippy::undocumented_unsafe_blocks)]
+
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "each passes a kernel or a call the arguments that it declares, or wrong ones on purpose"
+)]
 
 mod support;
 
@@ -499,7 +501,7 @@ mod atomics {
             // Up to 9 and back to 0: 256 steps modulo 10. Down from 0 to 6 and on: 256 steps modulo 7 from 0 backwards.
             assert_eq!(
                 stream.clone_dtoh(&u).unwrap(),
-                [!0xffu32, 0xffff, (0..256).fold(0, |x, t| x ^ t), 6, (7 - 256 % 7)]
+                [!0xffu32, 0xffff, (0..256).fold(0, |x, t| x ^ t), 6, 7 - 256 % 7]
             );
             assert_eq!(stream.clone_dtoh(&l).unwrap(), [256u64 << 33, 255 << 20]);
             assert_eq!(stream.clone_dtoh(&f).unwrap(), [128.0, 96.0]);

@@ -257,9 +257,9 @@ fn copies_arrive_when_they_are_waited_for() {
         .run("async_copies", [1, 1, 1], [32, 1, 1], 0, &[Arg::U64(out), Arg::U64(at)])
         .unwrap_or_else(|fault| panic!("{fault}"));
     let got: Vec<i32> = device.download(out, 256);
-    for (i, &value) in got.iter().enumerate() {
+    for (i, &word) in got.iter().enumerate() {
         let (half, quad, part) = (i / 128, i % 128 / 4, i % 4);
-        assert_eq!(value, (half * 128 + (31 - quad) * 4 + part) as i32);
+        assert_eq!(word, (half * 128 + (31 - quad) * 4 + part) as i32);
     }
     for pick in 0..3 {
         let mut device = Device::new(CONTROL);

@@ -108,11 +108,16 @@ impl Feed {
                     let ahead = places.start..places.start + WINDOW.max(places.end - places.start);
                     let Rows { rows, classes } = rows_of(ahead);
                     feed.window = places.start..places.start + rows.len() as u64;
-                    assert!(places.end <= feed.window.end, "images {places:?} of a sequence that ends at {:?}", feed.window);
+                    assert!(
+                        places.end <= feed.window.end,
+                        "images {places:?} of a sequence that ends at {:?}",
+                        feed.window
+                    );
                     feed.rows = Some(up(&feed.gpu, feed.rows.take(), &rows)?);
                     feed.classes = classes.map(|c| up(&feed.gpu, feed.classes.take(), &c)).transpose()?;
                 }
-                let (offset, bytes) = (4 * (places.start - feed.window.start) as usize, 4 * (places.end - places.start) as usize);
+                let (offset, bytes) =
+                    (4 * (places.start - feed.window.start) as usize, 4 * (places.end - places.start) as usize);
                 let view = |buffer: &'a Buffer| View::new(buffer, offset, bytes);
                 Ok(Source::Cuda {
                     pixels: &feed.resident.pixels,

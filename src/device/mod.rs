@@ -89,9 +89,9 @@ impl Device {
         };
         match number {
             Some(number) => Ok(Device::Cuda(cuda::Gpu::open(number, activations, false)?)),
-            None if precision == Precision::Bf16 => Err(Error::Failed(
-                "bf16 was asked for, but the CPU computes in f32 only: use --precision f32".into(),
-            )),
+            None if precision == Precision::Bf16 => {
+                Err(Error::Failed("bf16 was asked for, but the CPU computes in f32 only: use --precision f32".into()))
+            }
             None => Ok(Device::cpu()),
         }
     }

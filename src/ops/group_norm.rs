@@ -64,7 +64,8 @@ pub fn group_norm(
     match tape.device() {
         Device::Cpu(_) => {
             let (gamma, beta) = (tape.params().get(gamma), tape.params().get(beta));
-            let mut partials = Tensor::uninit(tape.device(), DType::F32, Shape::new(shape.n, cpu::strips(shape), 3, shape.c))?;
+            let mut partials =
+                Tensor::uninit(tape.device(), DType::F32, Shape::new(shape.n, cpu::strips(shape), 3, shape.c))?;
             let job = cpu::Job { shape, groups, eps, activation, gamma, beta };
             cpu::forward(&job, y.data_mut(), stats.data_mut(), partials.data_mut(), x.data());
         }

@@ -98,7 +98,8 @@ pub fn q_sample(device: &Device, source: Source<'_>, batch: &Batch, coefficients
             cpu::forward(x_t.data_mut(), images, batch, coefficients.0.data());
             let numbers = |v: &[u32]| v.iter().map(|&v| v as f32).collect::<Vec<f32>>();
             let t = Tensor::from_slice(device, per_image, &numbers(&batch.t))?;
-            let labels = batch.labels.as_ref().map(|l| Tensor::from_slice(device, per_image, &numbers(l))).transpose()?;
+            let labels =
+                batch.labels.as_ref().map(|l| Tensor::from_slice(device, per_image, &numbers(l))).transpose()?;
             Ok(Noised { x_t, t, labels })
         }
         (Device::Cuda(gpu), Source::Cuda { pixels, shape, rows, classes }) => {

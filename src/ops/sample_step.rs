@@ -9,8 +9,8 @@
 //! The chain is f32 on every device. A network with bf16 activations gets x rounded, written by the same kernel.
 
 use crate::device::Device;
-use crate::error::Result;
 use crate::diffusion::sampler::{Samples, Step};
+use crate::error::Result;
 use crate::tensor::{DType, Shape, Tensor};
 
 /// x_t on its way to x_0.

@@ -1,5 +1,9 @@
 use ddpm_cuda::device::Device;
-use ddpm_cuda::ops::adam::{Buffers, Update, adam, ema_decay, reference};
+use ddpm_cuda::meter::Meter;
+use ddpm_cuda::ops::adam::{State, Update, adam, ema_decay, reference};
+use ddpm_cuda::ops::grad_norm::{self, grad_norm};
+use ddpm_cuda::params::{Init, Layout, Params, Specs};
+use ddpm_cuda::tensor::{Shape, Tensor};
 
 use crate::support::{close, numbers, same_bits, same_bits_at_any_number_of_threads, to_f32};
 
@@ -14,16 +18,65 @@ fn update(step: u64) -> Update {
         beta2: 0.999,
         eps: 1e-8,
         weight_decay: 0.01,
-        clip: 0.37,
         ema_decay: ema_decay(0.9999, step),
     }
 }
 
-/// `[w, ema, m, v]` after `steps` updates from `w`, by `one(state, g, k)`.
-fn run<T: Clone>(w: &[T], zero: T, steps: u64, mut one: impl FnMut(&mut [Vec<T>; 4], u64)) -> [Vec<T>; 4] {
-    let mut state = [w.to_vec(), w.to_vec(), vec![zero.clone(); w.len()], vec![zero; w.len()]];
-    (1..=steps).for_each(|k| one(&mut state, k));
-    state
+/// A run's state on a device: one parameter of `len` numbers, and the gap behind it.
+struct Run {
+    device: Device,
+    len: usize,
+    w: Params,
+    ema: Params,
+    m: Tensor,
+    v: Tensor,
+    meter: Meter,
+}
+
+impl Run {
+    fn new(device: &Device, w: &[f32], ema: &[f32]) -> Self {
+        let mut specs = Specs::default();
+        specs.add("w".into(), Shape::vector(w.len()), Layout::Vector, Init::Zeros);
+        let flat = Shape::vector(specs.flat_len());
+        let params = |x: &[f32]| Params::from_host(device, specs.clone(), &padded(x, flat.c)).unwrap();
+        Run {
+            device: device.clone(),
+            len: w.len(),
+            w: params(w),
+            ema: params(ema),
+            m: Tensor::zeros(device, flat).unwrap(),
+            v: Tensor::zeros(device, flat).unwrap(),
+            meter: Meter::new(device).unwrap(),
+        }
+    }
+
+    /// One update with gradient `g` clipped to the norm `max_norm`; returns the factor.
+    fn update(&mut self, g: &[f32], max_norm: f64, update: &Update) -> f64 {
+        let flat = self.m.shape();
+        let g = Tensor::from_slice(&self.device, flat, &padded(g, flat.c)).unwrap();
+        self.meter.begin();
+        grad_norm(&self.device, &g, max_norm, &mut self.meter).unwrap();
+        let state = State { w: &mut self.w, ema: &mut self.ema, m: &mut self.m, v: &mut self.v, g: &g };
+        adam(&self.device, state, update, &mut self.meter).unwrap();
+        self.meter.read().unwrap()[0].clip
+    }
+
+    /// `[w, ema, m, v]`; the gap behind each must be zero.
+    fn numbers(&self) -> [Vec<f32>; 4] {
+        let host = [self.w.host(), self.ema.host(), self.m.host(), self.v.host()];
+        host.map(|x| {
+            let mut x = x.unwrap().into_owned();
+            let gap = x.split_off(self.len);
+            assert!(gap.iter().all(|x| x.to_bits() == 0), "the gap between parameters is {gap:?}");
+            x
+        })
+    }
+}
+
+fn padded(x: &[f32], len: usize) -> Vec<f32> {
+    let mut x = x.to_vec();
+    x.resize(len, 0.0);
+    x
 }
 
 fn gradient(k: u64, len: usize) -> Vec<f64> {
@@ -32,19 +85,31 @@ fn gradient(k: u64, len: usize) -> Vec<f64> {
     numbers(100 + k, len).into_iter().enumerate().map(|(i, g)| f64::from(g as f32 * scale(i))).collect()
 }
 
-fn on_cpu(w: &[f32], steps: u64) -> [Vec<f32>; 4] {
-    run(w, 0.0f32, steps, |[w, ema, m, v], k| {
-        let g = to_f32(&gradient(k, w.len()));
-        adam(&Device::cpu(), Buffers { w, ema, m, v, g: &g }, &update(k));
-    })
+/// A norm that clips the gradient by about 0.37.
+fn max_norm(g: &[f64]) -> f64 {
+    0.37 * grad_norm::reference::forward(g)
 }
 
-fn by_reference<T: num_traits::Float>(w: &[f64], steps: u64) -> [Vec<T>; 4] {
+/// `[w, ema, m, v]` after `steps` updates from `w`, and the clipping factors.
+fn on(device: &Device, w: &[f32], steps: u64) -> ([Vec<f32>; 4], Vec<f64>) {
+    let mut run = Run::new(device, w, w);
+    let one = |k| {
+        let g = gradient(k, w.len());
+        run.update(&to_f32(&g), max_norm(&g), &update(k))
+    };
+    let clips = (1..=steps).map(one).collect();
+    (run.numbers(), clips)
+}
+
+fn by_reference<T: num_traits::Float>(w: &[f64], clips: &[f64]) -> [Vec<T>; 4] {
     let cast = |x: &[f64]| x.iter().map(|&x| T::from(x).unwrap()).collect::<Vec<T>>();
-    run(&cast(w), T::zero(), steps, |[w, ema, m, v], k| {
+    let zeros = vec![T::zero(); w.len()];
+    let [mut w, mut ema, mut m, mut v] = [cast(w), cast(w), zeros.clone(), zeros];
+    for (&clip, k) in clips.iter().zip(1..) {
         let g = cast(&gradient(k, w.len()));
-        reference::update([w, ema, m, v], &g, &update(k));
-    })
+        reference::update([&mut w, &mut ema, &mut m, &mut v], &g, &update(k), clip);
+    }
+    [w, ema, m, v]
 }
 
 #[test]
@@ -52,8 +117,9 @@ fn cpu_follows_the_reference() {
     for len in LENGTHS {
         for steps in [1, 7] {
             let w = numbers(1, len);
-            let got = on_cpu(&to_f32(&w), steps);
-            let (oracle, yardstick) = (by_reference::<f64>(&w, steps), by_reference::<f32>(&w, steps));
+            let (got, clips) = on(&Device::cpu_guarded(), &to_f32(&w), steps);
+            assert!(clips.iter().all(|clip| (clip - 0.37).abs() < 1e-3), "{clips:?}");
+            let (oracle, yardstick) = (by_reference::<f64>(&w, &clips), by_reference::<f32>(&w, &clips));
             for (k, name) in ["w", "ema", "m", "v"].into_iter().enumerate() {
                 let share = close(name, &got[k], &oracle[k], &yardstick[k]);
                 println!("{name}, {len} numbers, {steps} steps: {share:.2} of the budget");
@@ -78,17 +144,8 @@ fn the_reference_is_adam_as_pytorch_documents_it() {
             let (m_hat, v_hat) = (m / (1.0 - beta1.powi(k)), v / (1.0 - beta2.powi(k)));
             w -= lr * m_hat / (v_hat.sqrt() + eps);
             let [w_, ema, m_, v_] = &mut state;
-            let update = Update {
-                step: k as u64,
-                learning_rate: lr,
-                beta1,
-                beta2,
-                eps,
-                weight_decay,
-                clip: 1.0,
-                ema_decay: 0.0,
-            };
-            reference::update([w_, ema, m_, v_], &[g], &update);
+            let update = Update { step: k as u64, learning_rate: lr, beta1, beta2, eps, weight_decay, ema_decay: 0.0 };
+            reference::update([w_, ema, m_, v_], &[g], &update, 1.0);
             assert!((state[0][0] - w).abs() <= 8.0 * f64::EPSILON, "step {k}: w is {}, expected {w}", state[0][0]);
             assert_eq!(state[1], state[0], "with decay 0 the average is the weight");
         }
@@ -98,10 +155,10 @@ fn the_reference_is_adam_as_pytorch_documents_it() {
 /// The first step of Adam moves every weight by the learning rate against the sign of its gradient, whatever its size.
 #[test]
 fn the_first_step_is_the_learning_rate() {
-    let (mut w, mut ema, mut m, mut v) = ([1.0, 1.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]);
-    let first = Update { weight_decay: 0.0, learning_rate: 0.25, clip: 1.0, ema_decay: 0.75, ..update(1) };
-    let buffers = Buffers { w: &mut w, ema: &mut ema, m: &mut m, v: &mut v, g: &[3.0, -0.01] };
-    adam(&Device::cpu(), buffers, &first);
+    let mut run = Run::new(&Device::cpu_guarded(), &[1.0, 1.0], &[0.0, 0.0]);
+    let first = Update { weight_decay: 0.0, learning_rate: 0.25, ema_decay: 0.75, ..update(1) };
+    run.update(&[3.0, -0.01], 0.0, &first);
+    let [w, ema, ..] = run.numbers();
     // eps / |g| is 1e-6 for the second; a few roundings for the first.
     assert!((w[0] - 0.75).abs() <= 1e-7 && (w[1] - 1.25).abs() <= 1e-6, "{w:?}");
     // A quarter of the way from 0.
@@ -109,16 +166,11 @@ fn the_first_step_is_the_learning_rate() {
 }
 
 #[test]
-fn gaps_stay_zero() {
-    let zero = on_cpu_with_zero_gradient(&[0.0; 40]);
+fn zeros_stay_zero() {
+    let mut run = Run::new(&Device::cpu_guarded(), &[0.0; 40], &[0.0; 40]);
+    (1..=3).for_each(|k| _ = run.update(&[0.0; 40], 1.0, &update(k)));
+    let zero = run.numbers();
     assert!(zero.iter().flatten().all(|x| x.to_bits() == 0), "{zero:?}");
-}
-
-fn on_cpu_with_zero_gradient(w: &[f32]) -> [Vec<f32>; 4] {
-    run(w, 0.0f32, 3, |[w, ema, m, v], k| {
-        let g = vec![0.0; w.len()];
-        adam(&Device::cpu(), Buffers { w, ema, m, v, g: &g }, &update(k));
-    })
 }
 
 #[test]
@@ -133,18 +185,17 @@ fn the_moving_average_warms_up() {
 #[test]
 fn same_bits_with_any_number_of_threads() {
     let w = to_f32(&numbers(1, 50_021));
-    same_bits_at_any_number_of_threads("adam", || on_cpu(&w, 2).concat());
+    same_bits_at_any_number_of_threads("adam", || on(&Device::cpu_guarded(), &w, 2).0.concat());
 }
 
 /// Past the point where beta^k underflows nothing special happens.
 #[test]
 fn late_steps_need_no_correction() {
-    let w = numbers(1, 10);
+    let w = to_f32(&numbers(1, 10));
     let late = |step| {
-        run(&to_f32(&w), 0.0f32, 1, |[w, ema, m, v], _| {
-            let g = to_f32(&gradient(1, w.len()));
-            adam(&Device::cpu(), Buffers { w, ema, m, v, g: &g }, &Update { ema_decay: 0.5, ..update(step) });
-        })
+        let mut run = Run::new(&Device::cpu_guarded(), &w, &w);
+        run.update(&to_f32(&gradient(1, w.len())), 0.0, &Update { ema_decay: 0.5, ..update(step) });
+        run.numbers()
     };
     for (one, other) in late(10_000_000).iter().zip(late(u64::MAX)) {
         same_bits("late", one, &other);

@@ -1,7 +1,7 @@
 use ddpm_cuda::device::Device;
 use ddpm_cuda::ops::dropout::{dropout, reference};
 use ddpm_cuda::params::{Params, Specs};
-use ddpm_cuda::rng::{Purpose, Stream};
+use ddpm_cuda::rng::{Purpose, Streams};
 use ddpm_cuda::tape::Tape;
 use ddpm_cuda::tensor::{Shape, Tensor};
 
@@ -10,7 +10,7 @@ use crate::support::{
     to_f32, worst,
 };
 
-const STREAM: Stream = Stream { seed: 0x0123_4567_89AB_CDEF, purpose: Purpose::Dropout, step: 7, stream: 3 };
+const STREAMS: Streams = Streams { seed: 0x0123_4567_89AB_CDEF, purpose: Purpose::Dropout, step: 7, first: 3 };
 
 /// One number, primes (the last block of four is not full), one beyond a task of 2^12 numbers, several tasks.
 const CASES: [Shape; 4] =
@@ -18,7 +18,7 @@ const CASES: [Shape; 4] =
 
 fn pass(shape: Shape, rate: f32) -> (Pass, Vec<f64>, Vec<f64>) {
     let (x, dy) = (numbers(1, shape.len()), numbers(2, shape.len()));
-    let op = |tape: &mut Tape<'_>, x: &[_], _: &[_]| dropout(tape, &x[0], rate, STREAM);
+    let op = |tape: &mut Tape<'_>, x: &[_], _: &[_]| dropout(tape, &x[0], rate, STREAMS);
     (through_tape(&[(shape, to_f32(&x))], &[], &to_f32(&dy), 1, op), x, dy)
 }
 
@@ -29,8 +29,8 @@ fn the_cpu_path_agrees_with_the_reference() {
         for rate in [0.1, 0.5, 0.999] {
             let (got, x, dy) = pass(shape, rate);
             let budget = |y: f64| 3.001 * F32_ROUNDING * y.abs();
-            worst("y", &got.y, &reference::forward(&x, f64::from(rate), STREAM), budget);
-            worst("dx", &got.dx[0], &reference::backward(&dy, f64::from(rate), STREAM), budget);
+            worst("y", &got.y, &reference::forward(&x, shape.n, f64::from(rate), STREAMS), budget);
+            worst("dx", &got.dx[0], &reference::backward(&dy, shape.n, f64::from(rate), STREAMS), budget);
         }
     }
 }
@@ -49,9 +49,9 @@ fn drops_the_share_it_is_asked_to() {
 
 #[test]
 fn the_reference_agrees_with_finite_differences() {
-    let dy = numbers(2, 13);
-    let f = |x: &[Vec<f64>]| reference::forward(&x[0], 0.5, STREAM).iter().zip(&dy).map(|(y, dy)| y * dy).sum();
-    finite_differences("dropout", f, &[numbers(1, 13)], &[reference::backward(&dy, 0.5, STREAM)]);
+    let dy = numbers(2, 26);
+    let f = |x: &[Vec<f64>]| reference::forward(&x[0], 2, 0.5, STREAMS).iter().zip(&dy).map(|(y, dy)| y * dy).sum();
+    finite_differences("dropout", f, &[numbers(1, 26)], &[reference::backward(&dy, 2, 0.5, STREAMS)]);
 }
 
 #[test]
@@ -61,7 +61,7 @@ fn does_nothing_at_rate_zero_or_without_recording() {
     let x = Tensor::from_slice(&device, Shape::vector(9), &to_f32(&numbers(1, 9))).unwrap();
     for (mut tape, rate) in [(Tape::recording(&device, &params), 0.0), (Tape::inference(&device, &params), 0.5)] {
         let x = tape.leaf(x.clone());
-        let y = dropout(&mut tape, &x, rate, STREAM).unwrap();
+        let y = dropout(&mut tape, &x, rate, STREAMS).unwrap();
         same_bits("y", y.data(), x.data());
         assert!(tape.saved().is_empty(), "an identity was recorded");
     }
@@ -70,8 +70,27 @@ fn does_nothing_at_rate_zero_or_without_recording() {
 #[test]
 fn streams_differ() {
     let x = vec![1.0; 64];
-    let other = Stream { stream: 4, ..STREAM };
-    assert_ne!(reference::forward(&x, 0.5f64, STREAM), reference::forward(&x, 0.5f64, other));
+    let other = Streams { first: 4, ..STREAMS };
+    assert_ne!(reference::forward(&x, 1, 0.5f64, STREAMS), reference::forward(&x, 1, 0.5f64, other));
+    let (one, two) = (reference::forward(&x, 1, 0.5f64, STREAMS), reference::forward(&x, 2, 0.5f64, STREAMS));
+    assert_ne!(one[32..], two[32..], "the second image has the mask of the first one's rest");
+}
+
+/// A batch in pieces has the masks of the whole.
+#[test]
+fn an_image_does_not_depend_on_its_batch() {
+    let shape = CASES[3];
+    let (together, x, dy) = pass(shape, 0.3);
+    let image = shape.len() / shape.n;
+    for i in 0..shape.n {
+        let own = i * image..(i + 1) * image;
+        let streams = Streams { first: STREAMS.first + i as u32, ..STREAMS };
+        let inputs = [(Shape { n: 1, ..shape }, to_f32(&x[own.clone()]))];
+        let alone =
+            through_tape(&inputs, &[], &to_f32(&dy[own.clone()]), 1, |tape, x, _| dropout(tape, &x[0], 0.3, streams));
+        same_bits("y", &alone.y, &together.y[own.clone()]);
+        same_bits("dx", &alone.dx[0], &together.dx[0][own]);
+    }
 }
 
 #[test]

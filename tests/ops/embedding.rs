@@ -1,6 +1,6 @@
 use ddpm_cuda::ops::embedding::{embedding, reference};
 use ddpm_cuda::tape::Tape;
-use ddpm_cuda::tensor::Shape;
+use ddpm_cuda::tensor::{Shape, Tensor};
 
 use crate::support::{
     Pass, close, finite_differences, numbers, same_bits, same_bits_at_any_number_of_threads, through_tape, to_f32,
@@ -13,7 +13,11 @@ fn pass((classes, c, labels): (usize, usize, &[u32]), passes: usize) -> (Pass, [
     let (table, x, dy) = (numbers(1, classes * c), numbers(2, labels.len() * c), numbers(3, labels.len() * c));
     let inputs = [(Shape::new(labels.len(), 1, 1, c), to_f32(&x))];
     let params = [(Shape::new(classes, 1, 1, c), to_f32(&table))];
-    let op = |tape: &mut Tape<'_>, x: &[_], p: &[_]| embedding(tape, p[0], labels, &x[0]);
+    let classes_of: Vec<f32> = labels.iter().map(|&label| label as f32).collect();
+    let op = |tape: &mut Tape<'_>, x: &[_], p: &[_]| {
+        let labels = Tensor::from_slice(tape.device(), Shape::new(labels.len(), 1, 1, 1), &classes_of)?;
+        embedding(tape, p[0], &labels, &x[0])
+    };
     (through_tape(&inputs, &params, &to_f32(&dy), passes, op), [table, x, dy])
 }
 

@@ -1,21 +1,34 @@
 use ddpm_cuda::device::Device;
+use ddpm_cuda::meter::{Measured, Meter};
 use ddpm_cuda::ops::grad_norm::{clip_factor, grad_norm, reference};
+use ddpm_cuda::tensor::{Shape, Tensor};
 
 use crate::support::{numbers, same_bits_at_any_number_of_threads, to_f32};
 
 /// 65,536 is one task of the parallel pass.
 const LENGTHS: [usize; 9] = [0, 1, 17, 31, 33, 1009, 65_536, 65_537, 300_007];
 
+fn measure(device: &Device, g: &[f32], max_norm: f64) -> Measured {
+    let g = Tensor::from_slice(device, Shape::vector(g.len()), g).unwrap();
+    let mut meter = Meter::new(device).unwrap();
+    meter.begin();
+    grad_norm(device, &g, max_norm, &mut meter).unwrap();
+    meter.read().unwrap()[0]
+}
+
+fn norm(g: &[f32]) -> f64 {
+    measure(&Device::cpu_guarded(), g, 0.0).grad_norm
+}
+
 /// The squares of f32 numbers are exact in f64; n additions in any order err by at most n 2^-53 of the sum, the root
 /// halves that and adds a rounding; both sides err.
 #[test]
 fn the_norm_is_the_root_of_the_sum_of_squares() {
-    let device = Device::cpu_guarded();
     for len in LENGTHS {
         // A few large values among small ones: in f32 the small ones would be lost.
         let mut g = numbers(4, len);
         g.iter_mut().step_by(1000).for_each(|g| *g *= 4096.0);
-        let (got, want) = (grad_norm(&device, &to_f32(&g)), reference::forward(&g));
+        let (got, want) = (norm(&to_f32(&g)), reference::forward(&g));
         let budget = (len + 2) as f64 * f64::EPSILON / 2.0 * want;
         assert!((got - want).abs() <= budget, "norm of {len} is {got}, expected {want} +- {budget:e}");
     }
@@ -23,14 +36,13 @@ fn the_norm_is_the_root_of_the_sum_of_squares() {
 
 #[test]
 fn the_norm_is_finite_if_and_only_if_every_gradient_is() {
-    let device = Device::cpu();
     let mut g = to_f32(&numbers(5, 100_003));
     g.iter_mut().for_each(|g| *g *= f32::MAX);
-    assert!(grad_norm(&device, &g).is_finite(), "the largest numbers overflow");
+    assert!(norm(&g).is_finite(), "the largest numbers overflow");
     for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         for place in [0, 65_535, 65_536, 100_002] {
             let kept = std::mem::replace(&mut g[place], bad);
-            assert!(!grad_norm(&device, &g).is_finite(), "{bad} at {place} went unseen");
+            assert!(!norm(&g).is_finite(), "{bad} at {place} went unseen");
             g[place] = kept;
         }
     }
@@ -46,10 +58,20 @@ fn the_clip_factor_is_pytorchs() {
 }
 
 #[test]
+fn the_meter_gets_norm_and_clip_factor() {
+    let device = Device::cpu_guarded();
+    let g = [3.0, 0.0, 4.0];
+    for (max_norm, clip) in [(0.0, 1.0), (2.5, clip_factor(5.0, 2.5)), (7.0, 1.0)] {
+        let measured = measure(&device, &g, max_norm);
+        assert_eq!((measured.grad_norm, measured.clip), (5.0, clip), "clipped to {max_norm}");
+    }
+}
+
+#[test]
 fn same_bits_with_any_number_of_threads() {
     let g = to_f32(&numbers(6, 300_007));
     same_bits_at_any_number_of_threads("norm", || {
-        let bits = grad_norm(&Device::cpu(), &g).to_bits();
+        let bits = norm(&g).to_bits();
         vec![f32::from_bits(bits as u32), f32::from_bits((bits >> 32) as u32)]
     });
 }

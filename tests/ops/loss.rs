@@ -1,6 +1,7 @@
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::Batch;
-use ddpm_cuda::ops::loss::{Quarters, loss, reference};
+use ddpm_cuda::meter::Meter;
+use ddpm_cuda::ops::loss::{Loss, Quarters, loss, reference};
 use ddpm_cuda::tensor::{Shape, Tensor};
 
 use crate::support::{
@@ -21,6 +22,21 @@ fn batch(n: usize) -> Batch {
     Batch::train(31, 8, 5, vec![0; n], false, 1000)
 }
 
+/// The loss of `y`, and by quarters what the meter's row got.
+fn measure(device: &Device, y: &Tensor, batch: &Batch, step_images: Option<usize>) -> (Loss, Quarters) {
+    let t: Vec<f32> = batch.t.iter().map(|&t| t as f32).collect();
+    let t = Tensor::from_slice(device, Shape::new(t.len(), 1, 1, 1), &t).unwrap();
+    let mut meter = Meter::new(device).unwrap();
+    meter.begin();
+    let loss = loss(device, y, batch, &t, step_images, &mut meter).unwrap();
+    (loss, meter.read().unwrap()[0].quarters)
+}
+
+fn on_cpu(y: &Tensor, batch: &Batch, step_images: Option<usize>) -> (Vec<f64>, Loss) {
+    let (mut loss, _) = measure(&Device::cpu_guarded(), y, batch, step_images);
+    (loss.per_image.take().expect("the CPU knows the loss of each image"), loss)
+}
+
 #[test]
 fn the_gradient_is_the_derivative() {
     let batch = batch(2);
@@ -34,6 +50,12 @@ fn the_gradient_is_the_derivative() {
 /// The allowance for losses in f64 out of differences in f32: the drawn eps errs by at most 1e-6, the difference by a
 /// rounding; a mean of squares d^2 then errs by at most 2 sqrt(L) e + e^2 (Cauchy and Schwarz) with e the largest error
 /// of a difference.
+fn allowance(loss: f64) -> f64 {
+    // |y| <= 1 and |eps| <= 6.77.
+    let e = 1e-6 + 8.0 * F32_ROUNDING;
+    2.0 * loss.sqrt() * e + e * e
+}
+
 #[test]
 fn cpu_follows_the_reference() {
     let device = Device::cpu_guarded();
@@ -41,23 +63,26 @@ fn cpu_follows_the_reference() {
         let batch = batch(shape.n);
         let y = numbers(2, shape.len());
         let prediction = Tensor::from_slice(&device, shape, &to_f32(&y)).unwrap();
-        let got = loss(&device, &prediction, &batch, Some(shape.n + 3));
+        let (got, quarters) = measure(&device, &prediction, &batch, Some(shape.n + 3));
+        let per_image = got.per_image.as_ref().expect("the CPU knows the loss of each image");
         let want = reference::forward(&y, &batch);
-        assert_eq!(got.per_image.len(), shape.n);
-        for (got, want) in got.per_image.iter().zip(&want) {
-            // |y| <= 1 and |eps| <= 6.77.
-            let e = 1e-6 + 8.0 * F32_ROUNDING;
-            let budget = 2.0 * want.sqrt() * e + e * e;
+        assert_eq!(per_image.len(), shape.n);
+        for (got, want) in per_image.iter().zip(&want) {
+            let budget = allowance(*want);
             assert!((got - want).abs() <= budget, "{shape}: loss {got}, expected {want} +- {budget:e}");
         }
-        assert!((got.mean() - got.per_image.iter().sum::<f64>() / shape.n as f64).abs() <= f64::EPSILON * got.mean());
+        let mean = got.mean().expect("the same");
+        assert!((mean - per_image.iter().sum::<f64>() / shape.n as f64).abs() <= f64::EPSILON * mean);
+        let mut by_hand = Quarters::default();
+        by_hand.add(&batch, per_image);
+        assert_eq!(quarters, by_hand, "what the meter got");
         let oracle = reference::backward(&y, &batch, shape.n + 3);
         let yardstick = reference::backward(&to_f32(&y), &batch, shape.n + 3);
         let dy = got.gradient.expect("a gradient was asked for");
         assert_eq!(dy.shape(), shape);
         println!("{shape}: {:.2} of the budget", close("dy", dy.data(), &oracle, &yardstick));
 
-        let validation = loss(&device, &prediction, &batch, None);
+        let (validation, _) = measure(&device, &prediction, &batch, None);
         assert!(validation.gradient.is_none());
         assert_eq!(validation.per_image, got.per_image, "with and without a gradient");
     }
@@ -69,12 +94,13 @@ fn the_true_noise_has_no_loss() {
     let batch = batch(3);
     let mut y = Tensor::zeros(&Device::cpu(), shape).unwrap();
     y.data_mut().chunks_mut(81).enumerate().for_each(|(i, y)| batch.noise.image(i).normals(y));
-    let got = loss(&Device::cpu(), &y, &batch, Some(3));
-    assert_eq!(got.per_image, [0.0; 3]);
+    let (per_image, got) = on_cpu(&y, &batch, Some(3));
+    assert_eq!(per_image, [0.0; 3]);
     assert!(got.gradient.unwrap().data().iter().all(|dy| *dy == 0.0));
     // Predicting nothing costs the noise's variance: 1 +- 5 sqrt(2/n).
-    let nothing = loss(&Device::cpu(), &Tensor::zeros(&Device::cpu(), Shape::new(3, 100, 100, 1)).unwrap(), &batch, None);
-    assert!((nothing.mean() - 1.0).abs() < 5.0 * (2.0f64 / 3e4).sqrt(), "{}", nothing.mean());
+    let zeros = Tensor::zeros(&Device::cpu(), Shape::new(3, 100, 100, 1)).unwrap();
+    let nothing = on_cpu(&zeros, &batch, None).0.iter().sum::<f64>() / 3.0;
+    assert!((nothing - 1.0).abs() < 5.0 * (2.0f64 / 3e4).sqrt(), "{nothing}");
 }
 
 #[test]
@@ -82,8 +108,10 @@ fn one_bad_number_shows_in_the_loss() {
     for bad in [f32::NAN, f32::INFINITY] {
         let mut y = Tensor::zeros(&Device::cpu(), Shape::new(2, 1, 1, 5000)).unwrap();
         y.data_mut()[9_999] = bad;
-        let got = loss(&Device::cpu(), &y, &batch(2), Some(2));
-        assert!(!got.mean().is_finite() && got.per_image[0].is_finite() && !got.per_image[1].is_finite());
+        let (loss, quarters) = measure(&Device::cpu(), &y, &batch(2), Some(2));
+        assert!(!loss.mean().expect("on the CPU it is known").is_finite() && !quarters.mean().unwrap().is_finite());
+        let per_image = loss.per_image.unwrap();
+        assert!(per_image[0].is_finite() && !per_image[1].is_finite(), "{per_image:?}");
     }
 }
 
@@ -91,16 +119,16 @@ fn one_bad_number_shows_in_the_loss() {
 fn a_step_in_pieces_has_the_same_gradient() {
     let (shape, y) = (Shape::new(5, 4, 4, 3), to_f32(&numbers(3, 5 * 48)));
     let whole = Tensor::from_slice(&Device::cpu(), shape, &y).unwrap();
-    let whole = loss(&Device::cpu(), &whole, &Batch::train(1, 2, 0, vec![0; 5], true, 10), Some(5));
+    let (losses, whole) = on_cpu(&whole, &Batch::train(1, 2, 0, vec![0; 5], true, 10), Some(5));
     let (mut dy, mut per_image) = (Vec::new(), Vec::new());
     for (first, n) in [(0, 2), (2, 3)] {
         let piece = Tensor::from_slice(&Device::cpu(), Shape { n, ..shape }, &y[first * 48..(first + n) * 48]).unwrap();
-        let piece = loss(&Device::cpu(), &piece, &Batch::train(1, 2, first as u32, vec![0; n], true, 10), Some(5));
+        let (losses, piece) = on_cpu(&piece, &Batch::train(1, 2, first as u32, vec![0; n], true, 10), Some(5));
         dy.extend_from_slice(piece.gradient.unwrap().data());
-        per_image.extend(piece.per_image);
+        per_image.extend(losses);
     }
     same_bits("dy", &dy, whole.gradient.unwrap().data());
-    assert_eq!(per_image, whole.per_image);
+    assert_eq!(per_image, losses);
 }
 
 #[test]
@@ -109,13 +137,13 @@ fn quarters_sort_losses_by_timestep() {
     assert_eq!((quarters.means(), quarters.mean()), ([None; 4], None));
     let mut batch = batch(4);
     batch.t = vec![0, 249, 250, 999];
-    quarters.add(&batch, &[1.0, 2.0, 4.0, 8.0], 1000);
+    quarters.add(&batch, &[1.0, 2.0, 4.0, 8.0]);
     assert_eq!(quarters.means(), [Some(1.5), Some(4.0), None, Some(8.0)]);
     assert_eq!(quarters.mean(), Some(3.75));
     // A chain whose length four does not divide: quarters of 0..=1, 2, 3..=4, 5.
     let mut odd = Quarters::default();
-    batch.t = vec![1, 2, 3, 5];
-    odd.add(&batch, &[1.0, 2.0, 4.0, 8.0], 6);
+    (batch.t, batch.timesteps) = (vec![1, 2, 3, 5], 6);
+    odd.add(&batch, &[1.0, 2.0, 4.0, 8.0]);
     assert_eq!(odd.means(), [Some(1.0), Some(2.0), Some(4.0), Some(8.0)]);
 }
 
@@ -124,8 +152,8 @@ fn same_bits_with_any_number_of_threads() {
     let shape = Shape::new(3, 37, 41, 3);
     let y = Tensor::from_slice(&Device::cpu(), shape, &to_f32(&numbers(4, shape.len()))).unwrap();
     same_bits_at_any_number_of_threads("loss", || {
-        let got = loss(&Device::cpu(), &y, &batch(3), Some(3));
-        let halves = got.per_image.iter().flat_map(|l| [l.to_bits() as u32, (l.to_bits() >> 32) as u32]);
+        let (per_image, got) = on_cpu(&y, &batch(3), Some(3));
+        let halves = per_image.iter().flat_map(|l| [l.to_bits() as u32, (l.to_bits() >> 32) as u32]);
         halves.map(f32::from_bits).chain(got.gradient.unwrap().data().iter().copied()).collect()
     });
 }

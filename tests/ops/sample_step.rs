@@ -48,7 +48,7 @@ fn cpu_follows_the_reference() {
                 let x: Vec<f64> = numbers(1, shape.len()).iter().map(|x| 2.0 * x).collect();
                 let output = numbers(2, shape.len());
                 let [x_t, y] = [&x, &output].map(|x| Tensor::from_slice(&device, shape, &to_f32(x)).unwrap());
-                got.extend_from_slice(sample_step(&device, &x_t, &y, &step, SAMPLES).data());
+                got.extend_from_slice(sample_step(&device, &x_t, &y, &step, SAMPLES).unwrap().x.data());
                 oracle.extend(by_reference::<f64>(&x, &output, shape, &step));
                 yardstick.extend(by_reference::<f32>(&x, &output, shape, &step));
             }
@@ -62,21 +62,23 @@ fn cpu_follows_the_reference() {
 fn noise_is_the_samples_own() {
     let device = Device::cpu();
     let shape = Shape::new(4, 6, 5, 3);
-    let x = start(&device, shape, SAMPLES);
+    let x = start(&device, shape, SAMPLES).unwrap().x;
     let y = Tensor::from_slice(&device, shape, &to_f32(&numbers(5, shape.len()))).unwrap();
     let step = steps()[1];
-    let all = sample_step(&device, &x, &y, &step, SAMPLES);
+    let all = sample_step(&device, &x, &y, &step, SAMPLES).unwrap().x;
     for i in 0..4 {
         let own = i * 90..(i + 1) * 90;
         let alone = Samples { first: 40 + i as u32, ..SAMPLES };
         let one = Shape { n: 1, ..shape };
-        let x_i = start(&device, one, alone);
+        let x_i = start(&device, one, alone).unwrap().x;
         same_bits("x_T", x_i.data(), &x.data()[own.clone()]);
         let y_i = Tensor::from_slice(&device, one, &y.data()[own.clone()]).unwrap();
-        same_bits("x_{t-1}", sample_step(&device, &x_i, &y_i, &step, alone).data(), &all.data()[own]);
+        let next = sample_step(&device, &x_i, &y_i, &step, alone).unwrap();
+        same_bits("x_{t-1}", next.x.data(), &all.data()[own.clone()]);
+        same_bits("the network's input", next.input.data(), &all.data()[own]);
     }
     assert!((0..1000).all(|t| SAMPLES.noise(t).image(0) != SAMPLES.start().image(0)), "x_T is drawn apart");
-    let other = sample_step(&device, &x, &y, &Step { t: step.t + 1, ..step }, SAMPLES);
+    let other = sample_step(&device, &x, &y, &Step { t: step.t + 1, ..step }, SAMPLES).unwrap().x;
     assert!(other.data().iter().zip(all.data()).all(|(a, b)| a != b), "every timestep has its own noise");
 }
 
@@ -86,7 +88,7 @@ fn nan_stays_nan() {
     let shape = Shape::new(1, 1, 1, 3);
     let x = Tensor::zeros(&Device::cpu(), shape).unwrap();
     let output = Tensor::from_slice(&Device::cpu(), shape, &[0.0, f32::NAN, 1e30]).unwrap();
-    let y = sample_step(&Device::cpu(), &x, &output, steps().last().unwrap(), SAMPLES);
+    let y = sample_step(&Device::cpu(), &x, &output, steps().last().unwrap(), SAMPLES).unwrap().x;
     assert!(y.data()[1].is_nan() && y.data()[0] == 0.0 && y.data()[2] == -1.0, "{:?}", y.data());
 }
 
@@ -95,7 +97,7 @@ fn same_bits_with_any_number_of_threads() {
     let shape = Shape::new(3, 37, 41, 3);
     let output = Tensor::from_slice(&Device::cpu(), shape, &to_f32(&numbers(6, shape.len()))).unwrap();
     same_bits_at_any_number_of_threads("x_{t-1}", || {
-        let x = start(&Device::cpu(), shape, SAMPLES);
-        sample_step(&Device::cpu(), &x, &output, &steps()[2], SAMPLES).data().to_vec()
+        let x = start(&Device::cpu(), shape, SAMPLES).unwrap().x;
+        sample_step(&Device::cpu(), &x, &output, &steps()[2], SAMPLES).unwrap().x.data().to_vec()
     });
 }

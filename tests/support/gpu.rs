@@ -91,7 +91,8 @@ pub fn configure(name: &str, value: &str) {
     // SAFETY: opens what is open already, by the name that cudarc finds it under, and calls what include/cuda_emu.h declares.
     unsafe {
         let Ok(driver) = libloading::Library::new("libcuda.so") else { return };
-        let Ok(function) = driver.get::<unsafe extern "C" fn(*const c_char, *const c_char) -> c_int>(b"emu_configure\0")
+        let Ok(function) =
+            driver.get::<unsafe extern "C" fn(*const c_char, *const c_char) -> c_int>(b"emu_configure\0")
         else {
             return;
         };

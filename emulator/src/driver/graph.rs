@@ -64,7 +64,7 @@ pub struct Step {
 
 pub struct Graph {
     handle: usize,
-    context: usize,
+    pub context: usize,
     steps: Vec<Step>,
     /// Handles of the nodes, made when a program asks for them.
     handles: OnceLock<Vec<usize>>,
@@ -79,7 +79,7 @@ pub struct Node {
 
 /// An instantiated graph.
 pub struct GraphExec {
-    context: usize,
+    pub context: usize,
     steps: Vec<Step>,
     flags: u64,
     /// Launches so far: with a seed, each gets an order of its own.
@@ -357,6 +357,13 @@ pub fn forget_stream(stream: &Stream) {
         let why = "a stream that takes part was destroyed";
         capture.invalid.get_or_insert(why.into());
     }
+}
+
+/// A context is destroyed, and with it whatever its streams were capturing.
+pub fn forget_context(context: usize) -> Answer {
+    let mut captures = driver()?.captures.lock().unwrap();
+    captures.retain(|_, capture| capture.context != context);
+    Ok(())
 }
 
 /// Records an event on a capturing stream; false where the stream does not capture.

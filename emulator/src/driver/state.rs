@@ -18,7 +18,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::thread::ThreadId;
 
 /// An opaque handle of the API.
@@ -355,7 +355,9 @@ pub fn destroy_context(context: &Arc<Context>) -> Answer {
     let device = context.device()?;
     let own = context.handle;
     driver.contexts.remove(own as Handle)?;
-    drop(context.order.write().unwrap()); // every launch under way is done
+    // Every launch under way is done once the lock is had; it guards no data that a panic could have broken.
+    drop(context.order.write().unwrap_or_else(PoisonError::into_inner));
+    super::graph::forget_context(own)?;
     context.legacy.settle();
 
     let mut leaks = Vec::new();
@@ -369,6 +371,10 @@ pub fn destroy_context(context: &Arc<Context>) -> Answer {
     forgotten(streams.len(), "stream");
     let events = driver.events.take(|event| event.context == own);
     forgotten(events.len(), "event");
+    let execs = driver.execs.take(|exec| exec.context == own);
+    forgotten(execs.len(), "executable graph");
+    let graphs = driver.graphs.take(|graph| graph.context == own);
+    forgotten(graphs.len(), "graph");
     let modules = driver.modules.take(|image| image.context == own);
     forgotten(modules.len(), "module");
     driver.functions.take(|function| function.image.context == own);

@@ -1,20 +1,40 @@
 //! Memory instructions: addresses, checks, and moving the bytes.
 //!
-//! Every access first turns its lanes' addresses into host addresses ([`Machine::locate`]), which is where all checks are; lanes outside the mask
-//! are given the address of the first lane inside, so that loads can read all 32 without asking.
+//! An access first turns its lanes' addresses into host addresses ([`super::checks`]), which is where all checks are; lanes outside the mask
+//! are given the address of the first lane inside, so that loads can read all 32 without asking. Where only bounds and alignment are checked
+//! and all 32 addresses are good, [`Machine::direct`] finds that out faster.
 
 // Loops over lanes and elements index several registers at once, and vectorise that way.
 #![allow(clippy::needless_range_loop)]
 
-use super::races::Other;
-use super::state::{Machine, Pending, Warp, lanes, name_thread};
-use super::{Fault, FaultKind, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
+use super::checks::{approve, approve_arrival, approve_copy, per_isa};
+use super::lanes as ask;
+use super::state::{Machine, Pending, Warp, lanes};
+use super::{Fault, FaultKind};
+use crate::num::ops;
 use crate::ptx::program::{Access, Op, Rmw, Space};
 use half::{bf16, f16};
+use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// One address per lane.
-pub type Addresses = [u64; 32];
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub struct Addresses(pub [u64; 32]);
+
+impl Deref for Addresses {
+    type Target = [u64; 32];
+
+    fn deref(&self) -> &[u64; 32] {
+        &self.0
+    }
+}
+
+impl DerefMut for Addresses {
+    fn deref_mut(&mut self) -> &mut [u64; 32] {
+        &mut self.0
+    }
+}
 
 /// What an access does to memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -48,7 +68,7 @@ pub struct Site {
 /// The register lies in the file.
 #[inline(always)]
 pub unsafe fn addresses(file: *const u8, register: u32, wide: bool, offset: i64) -> Addresses {
-    let mut at = [0; 32];
+    let mut at = Addresses([0; 32]);
     // SAFETY: the caller's promise; registers are aligned to 64.
     unsafe {
         if wide {
@@ -79,9 +99,9 @@ pub fn settle(at: &mut Addresses, mask: u32) {
 
 /// Smallest, largest and the disjunction of all addresses.
 #[inline(always)]
-fn extent(at: &Addresses) -> (u64, u64, u64) {
+pub fn extent(at: &Addresses) -> (u64, u64, u64) {
     let (mut low, mut high, mut bits) = (!0, 0, 0);
-    for &a in at {
+    for &a in &at.0 {
         low = a.min(low);
         high = a.max(high);
         bits |= a;
@@ -100,507 +120,55 @@ pub fn progression(at: &Addresses, step: u64) -> bool {
 }
 
 impl Machine<'_> {
-    /// Checks the accesses of a warp and turns their addresses into host addresses.
+    /// What a plain access needs where all lanes' addresses lie inside shared memory, or inside the allocation that the instruction used last, and no
+    /// check is wanted that looks at single lanes: where lane 0's base stands and what is added to the bases to give host addresses.
     #[inline(always)]
-    pub fn locate(&mut self, warp: &mut Warp, space: Space, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
-        let (low, high, bits) = extent(at);
-        let misaligned = bits & u64::from(site.bytes - 1) != 0;
-        let plain = !misaligned && !self.env.settings.counters;
-        match space {
-            Space::Shared
-                if plain
-                    && high < u64::from(self.env.shared_bytes.saturating_sub(site.bytes - 1))
-                    && !self.env.checks.any_shared() =>
-            {
-                let base = self.block.shared.as_mut_ptr() as u64;
-                for a in at {
-                    *a += base;
-                }
-                Ok(())
-            }
-            Space::Global if plain && !self.env.checks.any_global() => {
-                let (start, end) = self.cache[site.pc as usize & 15];
-                if low >= start && high < end && end - high >= u64::from(site.bytes) {
-                    return Ok(());
-                }
-                self.locate_slowly(warp, space, at, site)
-            }
-            _ => self.locate_slowly(warp, space, at, site),
-        }
-    }
-
-    #[inline(never)]
-    fn locate_slowly(
+    fn direct<const ISA: usize>(
         &mut self,
-        warp: &mut Warp,
-        space: Space,
-        at: &mut Addresses,
+        file: *mut u8,
+        register: u32,
+        access: &Access,
         site: Site,
-    ) -> Result<(), Box<Fault>> {
-        match space {
-            Space::Generic => self.locate_generic(warp, at, site),
-            Space::Shared => self.locate_shared(warp, at, site),
-            Space::Global => self.locate_global(warp, at, site),
-            Space::Local | Space::Param => self.locate_private(warp, space, at, site),
-        }
-    }
-
-    /// Lanes may point into different spaces; each is done on its own.
-    fn locate_generic(&mut self, warp: &mut Warp, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
-        let windows = [
-            (SHARED_WINDOW, Space::Shared),
-            (LOCAL_WINDOW, Space::Local),
-            (PARAM_WINDOW, Space::Param),
-            (0, Space::Global),
-        ];
-        let mut rest = site.mask;
-        for (window, space) in windows {
-            let mask = lanes(rest)
-                .filter(|&l| window == 0 || at[l as usize] >> 56 == window >> 56)
-                .fold(0, |mask, l| mask | 1 << l);
-            if mask == 0 {
-                continue;
-            }
-            rest &= !mask;
-            if space == Space::Param && site.usage != Use::Load {
-                let lane = mask.trailing_zeros();
-                return Err(self.out_of_bounds(warp, site, lane, "kernel parameters cannot be written".into()));
-            }
-            let mut part = at.map(|a| a.wrapping_sub(window));
-            settle(&mut part, mask);
-            self.locate_slowly(warp, space, &mut part, Site { mask, ..site })?;
-            for l in lanes(mask) {
-                at[l as usize] = part[l as usize];
-            }
-        }
-        settle(at, site.mask);
-        Ok(())
-    }
-
-    fn verb(site: Site) -> &'static str {
-        match site.usage {
-            Use::Load => "read",
-            Use::Store => "write",
-            Use::Atomic => "atomic operation",
-        }
-    }
-
-    fn out_of_bounds(&self, warp: &Warp, site: Site, lane: u32, detail: String) -> Box<Fault> {
-        self.fault(FaultKind::OutOfBounds, warp, site.pc, lane, detail)
-    }
-
-    /// The first lane whose address is not a multiple of the size is a fault.
-    fn check_alignment(&self, warp: &Warp, at: &Addresses, site: Site, what: &str) -> Result<(), Box<Fault>> {
-        if !self.env.checks.bounds && site.usage != Use::Atomic {
-            return Ok(());
-        }
-        match lanes(site.mask).find(|&l| !at[l as usize].is_multiple_of(u64::from(site.bytes))) {
-            None => Ok(()),
-            Some(lane) => {
-                let detail = format!(
-                    "{} of {} bytes at {what} {:#x}, which is not a multiple of {}",
-                    Self::verb(site),
-                    site.bytes,
-                    at[lane as usize],
-                    site.bytes
-                );
-                Err(self.fault(FaultKind::Misaligned, warp, site.pc, lane, detail))
-            }
-        }
-    }
-
-    fn locate_shared(&mut self, warp: &mut Warp, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
+    ) -> Option<(*const u8, u64)> {
         let env = self.env;
-        let size = u64::from(env.shared_bytes);
-        for l in lanes(site.mask) {
-            let a = at[l as usize];
-            if a.checked_add(u64::from(site.bytes)).is_none_or(|end| end > size) {
-                let detail = format!(
-                    "{} of {} bytes at shared address {a:#x}, the block has {size} bytes of shared memory",
-                    Self::verb(site),
-                    site.bytes
-                );
-                return Err(self.out_of_bounds(warp, site, l, detail));
-            }
-        }
-        self.check_alignment(warp, at, site, "shared address")?;
         if env.settings.counters {
-            self.count_shared(at, site);
+            return None;
         }
-        if env.checks.uninitialised {
-            for l in lanes(site.mask) {
-                let range = at[l as usize] as usize..at[l as usize] as usize + site.bytes as usize;
-                if site.usage == Use::Store {
-                    self.block.shared_written[range].fill(1);
-                } else if let Some(first) = self.block.shared_written[range].iter().position(|&w| w == 0) {
-                    let detail =
-                        format!("reads shared memory at {:#x} that nothing has written", at[l as usize] + first as u64);
-                    return Err(self.fault(FaultKind::Uninitialised, warp, site.pc, l, detail));
-                }
-            }
-        }
-        if let Some(races) = &mut self.block.races {
-            let w = warp.index as usize;
-            let mut found = None;
-            if !site.strong || site.usage == Use::Atomic {
-                for l in lanes(site.mask) {
-                    let a = at[l as usize] as u32;
-                    let other = match site.usage {
-                        Use::Load => races.read(w, l, a, site.bytes),
-                        Use::Atomic => races.atomic(w, l, a, site.bytes),
-                        Use::Store => None,
-                    };
-                    if let Some(other) = other {
-                        found = Some((l, other));
-                        break;
-                    }
-                    let pending = &self.block.shared_pending[a as usize..(a + site.bytes) as usize];
-                    if let Some(first) = pending.iter().position(|&p| p != 0) {
-                        let detail = format!(
-                            "{} of shared memory at {:#x} before the cp.async that fills it has been waited for",
-                            Self::verb(site),
-                            a + first as u32
-                        );
-                        return Err(self.fault(FaultKind::SharedRace, warp, site.pc, l, detail));
-                    }
-                }
-            }
-            if site.strong && env.program.fences {
-                for l in lanes(site.mask) {
-                    races.synchronise(w, at[l as usize] as u32);
-                }
-            }
-            if let Some((lane, other)) = found {
-                return Err(self.shared_race(warp, site, lane, other));
-            }
-        }
-        let base = self.block.shared.as_mut_ptr() as u64;
-        for a in at.iter_mut() {
-            *a += base;
-        }
-        Ok(())
-    }
-
-    /// The races of a store, which needs its values: `values[l]` are the bytes of lane l.
-    fn shared_store_races(
-        &mut self,
-        warp: &Warp,
-        at: &Addresses,
-        site: Site,
-        values: &[[u8; 16]; 32],
-    ) -> Result<(), Box<Fault>> {
-        if site.strong {
-            return Ok(());
-        }
-        let base = self.block.shared.as_mut_ptr() as u64;
-        let bytes = u64::from(self.env.shared_bytes);
-        let Some(races) = &mut self.block.races else {
-            return Ok(());
-        };
-        for l in lanes(site.mask) {
-            let a = at[l as usize].wrapping_sub(base);
-            if a >= bytes {
-                continue;
-            }
-            let value = &values[l as usize];
-            // SAFETY: `locate` has found the bytes inside the block's shared memory.
-            let now = unsafe { std::slice::from_raw_parts(at[l as usize] as *const u8, site.bytes as usize) };
-            if let Some(other) =
-                races.write(warp.index as usize, l, a as u32, site.bytes, |i| now[i as usize] == value[i as usize])
-            {
-                return Err(self.shared_race(warp, site, l, other));
-            }
-            // Written as it is checked, so that two lanes of one instruction see each other.
-            // SAFETY: as above; the store proper writes the same bytes again.
-            unsafe { std::ptr::copy_nonoverlapping(value.as_ptr(), at[l as usize] as *mut u8, site.bytes as usize) };
-        }
-        Ok(())
-    }
-
-    fn shared_race(&self, warp: &Warp, site: Site, lane: u32, other: Other) -> Box<Fault> {
-        let who = match other.lane {
-            Some(lane) => format!("thread {}", name_thread(self.env.thread(other.warp, lane))),
-            None => format!("several threads of warp {}", other.warp),
-        };
-        let detail = format!(
-            "{} of shared memory at {:#x}, which {who} has {} with no barrier between",
-            Self::verb(site),
-            other.at,
-            other.what
-        );
-        self.fault(FaultKind::SharedRace, warp, site.pc, lane, detail)
-    }
-
-    fn locate_global(&mut self, warp: &mut Warp, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
-        let env = self.env;
-        let (low, high, _) = extent(at);
-        let bytes = u64::from(site.bytes);
-        let slot = site.pc as usize & 15;
-        let (start, end) = self.cache[slot];
-        if !(low >= start && high < end && end - high >= bytes) {
-            match env.allocation(low, (high - low).saturating_add(bytes)) {
-                Some(found) => self.cache[slot] = (found.address, found.address + found.bytes),
-                None => self.check_lanes(warp, at, site)?,
-            }
-        }
-        self.check_alignment(warp, at, site, "address")?;
-        if env.settings.counters {
-            self.count_global(at, site);
-        }
-        if env.checks.uninitialised {
-            match site.usage {
-                Use::Store => {
-                    let dense = site.mask == !0 && progression(at, bytes);
-                    if dense {
-                        env.memory.mark(at[0], bytes * 32, true);
+        // SAFETY: the base is a register inside the file, of 64 or 32 bits as the access says; the loop runs on a processor with ISA.
+        let (base, inside, added) = unsafe {
+            let base = file.add(register as usize).cast_const();
+            let low = site.bytes - 1;
+            match access.space {
+                Space::Shared if !env.checks.any_shared() && env.shared_bytes >= site.bytes => {
+                    let span = env.shared_bytes - site.bytes;
+                    let inside = if access.wide_base {
+                        ask::inside64::<ISA>(base.cast(), access.offset as u64, 0, span.into(), low.into())
                     } else {
-                        lanes(site.mask).for_each(|l| env.memory.mark(at[l as usize], bytes, true));
-                    }
-                }
-                _ => self.check_written(warp, at, site)?,
-            }
-        }
-        if let Some(races) = &env.global_races {
-            let block = self.block.linear as u32;
-            if site.strong {
-                if env.program.fences {
-                    for l in lanes(site.mask) {
-                        races.synchronise(
-                            at[l as usize],
-                            block,
-                            self.block.epoch,
-                            site.usage != Use::Store,
-                            site.usage != Use::Load,
-                        );
-                    }
-                }
-            } else if site.usage == Use::Load {
-                self.global_races(warp, at, site, None)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Lanes that are not all in one allocation: each must be in some.
-    fn check_lanes(&self, warp: &Warp, at: &Addresses, site: Site) -> Result<(), Box<Fault>> {
-        let env = self.env;
-        let bytes = u64::from(site.bytes);
-        for l in lanes(site.mask) {
-            let a = at[l as usize];
-            let inside = if env.checks.bounds {
-                env.allocation(a, bytes).is_some()
-            } else {
-                a >= env.range.0 && a.saturating_add(bytes) <= env.range.0 + env.range.1
-            };
-            if !inside {
-                let detail = format!(
-                    "{} of {bytes} bytes at address {a:#x}, which is in no allocation: {}",
-                    Self::verb(site),
-                    env.memory.nearest(a)
-                );
-                return Err(self.out_of_bounds(warp, site, l, detail));
-            }
-        }
-        Ok(())
-    }
-
-    fn check_written(&self, warp: &Warp, at: &Addresses, site: Site) -> Result<(), Box<Fault>> {
-        let (low, high, _) = extent(at);
-        let memory = self.env.memory;
-        let bytes = u64::from(site.bytes);
-        if high - low <= 4096 && memory.written(low, high - low + bytes) {
-            return Ok(());
-        }
-        for l in lanes(site.mask) {
-            let a = at[l as usize];
-            if memory.written(a, bytes) {
-                continue;
-            }
-            let first = (a..a + bytes).find(|&byte| !memory.written(byte, 1)).unwrap_or(a);
-            let place = match self.env.allocation(a, 1) {
-                Some(found) => {
-                    format!("byte {} of allocation {} ({} bytes)", first - found.address, found.serial, found.bytes)
-                }
-                None => "outside every allocation".into(),
-            };
-            let detail = format!("reads address {first:#x}, {place}, that nothing has written");
-            return Err(self.fault(FaultKind::Uninitialised, warp, site.pc, l, detail));
-        }
-        Ok(())
-    }
-
-    /// Races between blocks of a plain access; stores give their values.
-    fn global_races(
-        &self,
-        warp: &Warp,
-        at: &Addresses,
-        site: Site,
-        values: Option<&[[u8; 16]; 32]>,
-    ) -> Result<(), Box<Fault>> {
-        let env = self.env;
-        let Some(races) = &env.global_races else {
-            return Ok(());
-        };
-        if site.strong {
-            return Ok(());
-        }
-        let block = self.block.linear as u32;
-        let (base, size) = env.range;
-        for l in lanes(site.mask) {
-            let a = at[l as usize];
-            if a.wrapping_sub(base) >= size {
-                continue;
-            }
-            let end = a + u64::from(site.bytes);
-            let mut word = a & !3;
-            while word < end {
-                let (from, upto) = (a.max(word), end.min(word + 4));
-                let bytes = ((1 << (upto - word)) - 1) & !((1u64 << (from - word)) - 1);
-                let conflict = match values {
-                    None => races.read(word, bytes, block, self.block.epoch),
-                    Some(values) => {
-                        // SAFETY: the bytes lie in an allocation.
-                        let now = unsafe { std::slice::from_raw_parts(from as *const u8, (upto - from) as usize) };
-                        let same = now == &values[l as usize][(from - a) as usize..(upto - a) as usize];
-                        races.write(word, bytes, block, self.block.epoch, same)
-                    }
-                };
-                if let Some(conflict) = conflict {
-                    let [gx, gy, _] = env.launch.grid;
-                    let who = match conflict.block {
-                        Some(other) => format!("block ({},{},{})", other % gx, other / gx % gy, other / gx / gy),
-                        None => "several blocks".into(),
+                        // A negative sum wraps to a large one, so what is inside needs no carry in 64 bits either.
+                        ask::inside32::<ISA>(base.cast(), access.offset as u32, span, low)
                     };
-                    let place = env.allocation(a, 1).map_or(String::new(), |found| {
-                        format!(" (byte {} of allocation {})", from - found.address, found.serial)
-                    });
-                    let detail = format!(
-                        "{} of global memory at {from:#x}{place}, which {who} has {} in this launch with nothing to order them",
-                        Self::verb(site),
-                        conflict.what
-                    );
-                    return Err(self.fault(FaultKind::GlobalRace, warp, site.pc, l, detail));
+                    (base, inside, self.block.shared.as_mut_ptr() as u64)
                 }
-                word += 4;
+                Space::Global | Space::Generic if access.wide_base && !env.checks.any_global() => {
+                    let (start, end) = self.cache[site.pc as usize & 15];
+                    let fits = end - start >= u64::from(site.bytes);
+                    let span = end.wrapping_sub(start).wrapping_sub(site.bytes.into());
+                    let inside =
+                        fits && ask::inside64::<ISA>(base.cast(), access.offset as u64, start, span, low.into());
+                    (base, inside, 0)
+                }
+                _ => return None,
             }
-        }
-        Ok(())
-    }
-
-    /// Local memory and parameters.
-    fn locate_private(
-        &mut self,
-        warp: &mut Warp,
-        space: Space,
-        at: &mut Addresses,
-        site: Site,
-    ) -> Result<(), Box<Fault>> {
-        let env = self.env;
-        let (size, what) = match space {
-            Space::Local => (u64::from(env.launch.kernel.local_bytes), "local address"),
-            _ => (env.launch.params.len() as u64, "parameter address"),
         };
-        for l in lanes(site.mask) {
-            let a = at[l as usize];
-            if a.checked_add(u64::from(site.bytes)).is_none_or(|end| end > size) {
-                let detail = format!("{} of {} bytes at {what} {a:#x}, of {size} bytes", Self::verb(site), site.bytes);
-                return Err(self.out_of_bounds(warp, site, l, detail));
-            }
+        if !inside {
+            return None;
         }
-        self.check_alignment(warp, at, site, what)?;
-        let stride = u64::from(env.local_stride);
-        if space == Space::Local {
-            if env.settings.counters {
-                self.counters.local += 1;
-            }
-            let base = warp.local.as_mut_ptr() as u64;
-            for (l, a) in at.iter_mut().enumerate() {
-                *a += base + l as u64 * stride;
-            }
-        } else {
-            let base = env.launch.params.as_ptr() as u64;
-            for a in at.iter_mut() {
-                *a += base;
-            }
-        }
-        Ok(())
-    }
-
-    fn count_global(&mut self, at: &Addresses, site: Site) {
-        let counters = &mut self.counters;
-        counters.global += 1;
-        let asked = u64::from(site.bytes * site.mask.count_ones());
-        match site.usage {
-            Use::Load => counters.global_load_bytes += asked,
-            Use::Store => counters.global_store_bytes += asked,
-            Use::Atomic => counters.atomics += u64::from(site.mask.count_ones()),
-        }
-        let touched = self.env.touched.as_ref();
-        if progression(at, u64::from(site.bytes)) {
-            let (first, last) = (at[0] / 32, (at[31] + u64::from(site.bytes) - 1) / 32);
-            counters.global_sectors += last - first + 1;
-            if let Some(touched) = touched {
-                touched.touch(first, last);
-            }
-            return;
-        }
-        // An access is aligned to its size of at most 16 bytes, so it touches one sector.
-        let mut sectors = at.map(|a| a / 32);
-        sectors.sort_unstable();
-        let mut last = None;
-        for sector in sectors {
-            if last != Some(sector) {
-                counters.global_sectors += 1;
-                if let Some(touched) = touched {
-                    touched.touch(sector, sector);
-                }
-                last = Some(sector);
-            }
-        }
-    }
-
-    /// Wavefronts: 32 banks of 4 bytes; accesses of 8 and 16 bytes go by half and quarter warps, as the hardware does.
-    fn count_shared(&mut self, at: &Addresses, site: Site) {
-        let counters = &mut self.counters;
-        counters.shared += 1;
-        if site.usage == Use::Atomic {
-            counters.atomics += u64::from(site.mask.count_ones());
-        }
-        let lanes_per_pass = (128 / site.bytes.max(4)).min(32);
-        let words = site.bytes.div_ceil(4) as u64;
-        for pass in 0..32 / lanes_per_pass {
-            let part = site.mask & (((1u64 << lanes_per_pass) - 1) << (pass * lanes_per_pass)) as u32;
-            if part == 0 {
-                continue;
-            }
-            // The first word seen in each bank; other words of the same bank are further wavefronts.
-            let mut first = [u64::MAX; 32];
-            let mut more: Vec<u64> = vec![];
-            for l in lanes(part) {
-                for word in 0..words {
-                    let word = at[l as usize] / 4 + word;
-                    let slot = &mut first[word as usize % 32];
-                    if *slot == u64::MAX {
-                        *slot = word;
-                    } else if *slot != word {
-                        more.push(word);
-                    }
-                }
-            }
-            let mut banks = [1u8; 32];
-            more.sort_unstable();
-            more.dedup();
-            for word in more {
-                banks[word as usize % 32] += 1;
-            }
-            counters.shared_wavefronts += u64::from(banks.into_iter().max().unwrap_or(1));
-            counters.shared_ideal += 1;
-        }
+        Some((base, added))
     }
 
     /// `ld`
     #[inline(always)]
-    pub fn load(
+    pub fn load<const ISA: usize>(
         &mut self,
         warp: &mut Warp,
         operands: &[u32],
@@ -610,26 +178,77 @@ impl Machine<'_> {
     ) -> Result<(), Box<Fault>> {
         let elements = access.elements as usize;
         let file = warp.file.as_mut_ptr();
-        // SAFETY: the decoder gives a load its destinations and then its base; all are inside the file.
-        let mut at = unsafe { addresses(file, operands[elements], access.wide_base, access.offset) };
-        settle(&mut at, mask);
         let bytes = u32::from(access.bytes) * access.elements as u32;
         let site = Site { pc, mask, bytes, usage: Use::Load, strong: access.strong };
-        self.locate(warp, access.space, &mut at, site)?;
-        // SAFETY: `locate` has checked `bytes` readable bytes at every address (lanes outside the mask share one), and the registers are in the file.
+        let register = operands[elements];
+        let single = mask == !0 && bytes == 4;
+        if access.space == Space::Param {
+            return self.load_parameter(warp, operands, access, site);
+        }
+        // SAFETY: `direct` and `locate` have checked `bytes` readable bytes at every lane's address (in `locate`, lanes outside the mask share one), and the
+        // registers are in the file.
         unsafe {
-            match (access.bytes, access.register_bits) {
-                (4, 32) => load_words(file, operands, elements, &at, mask),
-                (8, 64) => {
-                    for e in 0..elements {
-                        let mut value = [0u64; 32];
-                        for l in 0..32 {
-                            value[l] = (at[l] as *const u64).add(e).read_unaligned();
-                        }
-                        blend64(file, operands[e], &value, mask);
-                    }
+            if let Some((base, added)) = self.direct::<ISA>(file, register, access, site) {
+                if access.wide_base {
+                    let base = base.cast::<u64>();
+                    let added = added.wrapping_add(access.offset as u64);
+                    let dense = single && ask::steps64::<ISA>(base, bytes.into());
+                    let equal = [false; 2];
+                    load_from::<ISA>(file, operands, access, mask, dense, equal, |l| {
+                        base.add(l).read().wrapping_add(added) as *const u8
+                    });
+                } else {
+                    let base = base.cast::<u32>();
+                    let offset = access.offset as u32;
+                    let dense = single && ask::steps32::<ISA>(base, bytes);
+                    let at = |l: usize| (added + u64::from(base.add(l).read().wrapping_add(offset))) as *const u8;
+                    let equal = match elements {
+                        4 => [ask::equal32::<ISA>(base), ask::equal32::<ISA>(base.add(16))],
+                        _ => [false; 2],
+                    };
+                    load_from::<ISA>(file, operands, access, mask, dense, equal, at);
                 }
-                _ => load_narrow(file, operands, access, &at, mask),
+                return Ok(());
+            }
+        }
+        // SAFETY: the loop runs on a processor with ISA; the registers are in the file.
+        unsafe { load_checked::<ISA>(self, warp, operands, access, site) }
+    }
+
+    /// `ld.param`: in ordinary programs at a constant address.
+    #[inline(never)]
+    fn load_parameter(
+        &mut self,
+        warp: &mut Warp,
+        operands: &[u32],
+        access: &Access,
+        site: Site,
+    ) -> Result<(), Box<Fault>> {
+        let file = warp.file.as_mut_ptr();
+        let register = operands[access.elements as usize];
+        let params = self.env.launch.params;
+        // SAFETY: the decoder gives a load its destinations and then its base; all are inside the file.
+        unsafe {
+            let mut at = addresses(file, register, access.wide_base, access.offset);
+            settle(&mut at, site.mask);
+            let first = at[0];
+            let inside = first % u64::from(site.bytes) == 0
+                && first.checked_add(site.bytes.into()).is_some_and(|end| end <= params.len() as u64)
+                && progression(&at, 0);
+            if !inside || access.bytes < 4 || u32::from(access.register_bits) != 8 * u32::from(access.bytes) {
+                self.locate(warp, Space::Param, &mut at, site)?;
+                load_from::<{ super::interp::PORTABLE }>(file, operands, access, site.mask, false, [false; 2], |l| {
+                    at[l] as *const u8
+                });
+                return Ok(());
+            }
+            for e in 0..access.elements as usize {
+                let value = params.as_ptr().add(first as usize + e * usize::from(access.bytes));
+                if access.bytes == 8 {
+                    blend64(file, operands[e], &[value.cast::<u64>().read_unaligned(); 32], site.mask);
+                } else {
+                    blend32(file, operands[e], &[value.cast::<u32>().read_unaligned(); 32], site.mask);
+                }
             }
         }
         Ok(())
@@ -637,7 +256,7 @@ impl Machine<'_> {
 
     /// `st`
     #[inline(always)]
-    pub fn store(
+    pub fn store<const ISA: usize>(
         &mut self,
         warp: &mut Warp,
         operands: &[u32],
@@ -645,53 +264,38 @@ impl Machine<'_> {
         pc: u32,
         mask: u32,
     ) -> Result<(), Box<Fault>> {
-        let elements = access.elements as usize;
         let file = warp.file.as_mut_ptr();
-        // SAFETY: the decoder gives a store its base and then its values; all are inside the file.
-        let mut at = unsafe { addresses(file, operands[0], access.wide_base, access.offset) };
-        settle(&mut at, mask);
         let bytes = u32::from(access.bytes) * access.elements as u32;
         let site = Site { pc, mask, bytes, usage: Use::Store, strong: access.strong };
-        self.locate(warp, access.space, &mut at, site)?;
-        if self.block.races.is_some() || self.env.global_races.is_some() {
-            let mut values = [[0; 16]; 32];
-            for l in lanes(mask) {
-                // SAFETY: a lane's values are inside the file.
-                unsafe { gather_lane(file, &operands[1..], access, l as usize, &mut values[l as usize]) };
-            }
-            self.global_races(warp, &at, site, Some(&values))?;
-            self.shared_store_races(warp, &at, site, &values)?;
-        }
-        // SAFETY: `locate` has checked `bytes` writable bytes at every lane's address.
+        let single = mask == !0 && bytes == 4;
+        // SAFETY: `direct` has checked `bytes` writable bytes at every lane's address, and the registers are in the file.
         unsafe {
-            match (access.bytes, access.elements, access.register_bits) {
-                (4, 1, 32) if mask == !0 && progression(&at, 4) => {
-                    std::ptr::copy_nonoverlapping(file.add(operands[1] as usize), at[0] as *mut u8, 128);
+            if let Some((base, added)) = self.direct::<ISA>(file, operands[0], access, site) {
+                if access.wide_base {
+                    let base = base.cast::<u64>();
+                    let added = added.wrapping_add(access.offset as u64);
+                    let dense = single && ask::steps64::<ISA>(base, bytes.into());
+                    store_to(file, operands, access, mask, dense, |l| {
+                        base.add(l).read().wrapping_add(added) as *mut u8
+                    });
+                } else {
+                    let base = base.cast::<u32>();
+                    let offset = access.offset as u32;
+                    let dense = single && ask::steps32::<ISA>(base, bytes);
+                    let at = |l: usize| (added + u64::from(base.add(l).read().wrapping_add(offset))) as *mut u8;
+                    store_to(file, operands, access, mask, dense, at);
                 }
-                (4, _, 32) => {
-                    for l in lanes(mask) {
-                        for e in 0..elements {
-                            let value = file.add(operands[1 + e] as usize).cast::<u32>().add(l as usize).read();
-                            (at[l as usize] as *mut u32).add(e).write_unaligned(value);
-                        }
-                    }
-                }
-                _ => {
-                    for l in lanes(mask) {
-                        let mut value = [0; 16];
-                        gather_lane(file, &operands[1..], access, l as usize, &mut value);
-                        std::ptr::copy_nonoverlapping(value.as_ptr(), at[l as usize] as *mut u8, bytes as usize);
-                    }
-                }
+                return Ok(());
             }
         }
-        Ok(())
+        // SAFETY: the loop runs on a processor with ISA; the registers are in the file.
+        unsafe { store_checked::<ISA>(self, warp, operands, access, site) }
     }
 
     /// `atom` and `red`
     #[inline(never)]
     #[allow(clippy::too_many_arguments)]
-    pub fn atom(
+    pub fn atom<const ISA: usize>(
         &mut self,
         warp: &mut Warp,
         operands: &[u32],
@@ -707,7 +311,10 @@ impl Machine<'_> {
         let mut at = unsafe { addresses(file, operands[skip], access.wide_base, access.offset) };
         settle(&mut at, mask);
         let site = Site { pc, mask, bytes: u32::from(access.bytes), usage: Use::Atomic, strong: true };
-        self.locate(warp, access.space, &mut at, site)?;
+        // SAFETY: the loop runs on a processor with ISA.
+        if unsafe { !approve::<ISA>(self, warp, access.space, &mut at, site) } {
+            self.locate(warp, access.space, &mut at, site)?;
+        }
         let shared = self.block.shared.as_mut_ptr() as u64;
         let in_shared = |a: u64| a.wrapping_sub(shared) < u64::from(self.env.shared_bytes);
         let wide = access.bytes == 8;
@@ -744,7 +351,7 @@ impl Machine<'_> {
 
     /// `cp.async`: the data is read now and arrives when it is waited for.
     #[inline(never)]
-    pub fn cp_async(
+    pub fn cp_async<const ISA: usize>(
         &mut self,
         warp: &mut Warp,
         operands: &[u32],
@@ -766,113 +373,155 @@ impl Machine<'_> {
             };
             (addresses(file, operands[0], wide_to, to), addresses(file, operands[1], true, from), sizes)
         };
-        if let Some(lane) = lanes(mask).find(|&l| sizes[l as usize] > u32::from(bytes)) {
-            let detail = format!("a source of {} bytes for a copy of {bytes}", sizes[lane as usize]);
-            return Err(self.fault(FaultKind::Illegal, warp, pc, lane, detail));
-        }
-        let offsets = target;
         settle(&mut target, mask);
-        // Races and initialisation are looked at when the data arrives; bounds and alignment now.
-        let checks = Site { pc, mask, bytes: u32::from(bytes), usage: Use::Store, strong: true };
-        for l in lanes(mask) {
-            let a = offsets[l as usize];
-            if a + u64::from(bytes) > u64::from(self.env.shared_bytes) {
-                let detail = format!(
-                    "write of {bytes} bytes at shared address {a:#x}, the block has {} bytes of shared memory",
-                    self.env.shared_bytes
-                );
-                return Err(self.out_of_bounds(warp, checks, l, detail));
-            }
-        }
-        self.check_alignment(warp, &target, checks, "shared address")?;
-        if self.env.settings.counters {
-            self.count_shared(&target, checks);
+        let site = Site { pc, mask, bytes: u32::from(bytes), usage: Use::Store, strong: false };
+        // SAFETY: the loop runs on a processor with ISA.
+        if unsafe { !approve_copy::<ISA>(self, warp.index, &target, site) } {
+            self.begin_copy(warp, &target, site)?;
         }
         for size in 1..=u32::from(bytes) {
             let part = lanes(mask).filter(|&l| sizes[l as usize] == size).fold(0, |part, l| part | 1 << l);
             if part == 0 {
                 continue;
             }
-            self.check_alignment(warp, &source, Site { mask: part, usage: Use::Load, ..checks }, "address")?;
+            let site = Site { mask: part, usage: Use::Load, ..site };
             let mut at = source;
             settle(&mut at, part);
+            // SAFETY: as above.
+            if size == u32::from(bytes) && unsafe { approve::<ISA>(self, warp, Space::Global, &mut at, site) } {
+                continue;
+            }
+            self.check_alignment(warp, &source, site, "address")?;
             if size.is_power_of_two() {
-                self.locate(
-                    warp,
-                    Space::Global,
-                    &mut at,
-                    Site { pc, mask: part, bytes: size, usage: Use::Load, strong: false },
-                )?;
+                self.locate(warp, Space::Global, &mut at, Site { bytes: size, ..site })?;
             } else {
                 for byte in 0..u64::from(size) {
-                    let mut at = at.map(|a| a + byte);
-                    self.locate(
-                        warp,
-                        Space::Global,
-                        &mut at,
-                        Site { pc, mask: part, bytes: 1, usage: Use::Load, strong: false },
-                    )?;
+                    let mut at = Addresses(at.map(|a| a + byte));
+                    self.locate(warp, Space::Global, &mut at, Site { bytes: 1, ..site })?;
                 }
             }
         }
+        if let Some(lane) = lanes(mask).find(|&l| sizes[l as usize] > u32::from(bytes)) {
+            let detail = format!("a source of {} bytes for a copy of {bytes}", sizes[lane as usize]);
+            return Err(self.fault(FaultKind::Illegal, warp, pc, lane, detail));
+        }
+        let mut data = [[0; 16]; 32];
         for l in lanes(mask) {
-            let at = offsets[l as usize] as u32;
-            let mut data = [0; 16];
-            // SAFETY: `locate` has found `sizes[l]` readable bytes, at most 16.
+            let l = l as usize;
+            // SAFETY: the source has been checked for `sizes[l]` readable bytes, at most 16.
             unsafe {
-                std::ptr::copy_nonoverlapping(
-                    source[l as usize] as *const u8,
-                    data.as_mut_ptr(),
-                    sizes[l as usize] as usize,
-                )
+                let from = source[l] as *const u8;
+                std::ptr::copy_nonoverlapping(from, data[l].as_mut_ptr(), sizes[l] as usize)
             };
-            let group = warp.committed[l as usize];
-            if let Some(races) = &self.block.races {
-                let other =
-                    (at..at + u32::from(bytes)).find_map(|byte| races.check_write(warp.index as usize, l, byte));
-                if let Some(other) = other {
-                    return Err(self.shared_race(warp, checks, l, other));
-                }
-                for pending in &mut self.block.shared_pending[at as usize..at as usize + usize::from(bytes)] {
-                    *pending = pending.saturating_add(1);
+        }
+        // Lanes of one group together; they differ only where lanes have diverged between commits.
+        let mut rest = mask;
+        while rest != 0 {
+            let group = warp.committed[rest.trailing_zeros() as usize];
+            let same = lanes(rest).filter(|&l| warp.committed[l as usize] == group).fold(0, |same, l| same | 1 << l);
+            rest &= !same;
+            warp.pending.push(Pending { site: Site { mask: same, ..site }, group, to: target, data });
+        }
+        Ok(())
+    }
+
+    /// Whether a copy's destination may be written, lane by lane. Initialisation is looked at when the data arrives.
+    fn begin_copy(&mut self, warp: &Warp, target: &Addresses, site: Site) -> Result<(), Box<Fault>> {
+        for l in lanes(site.mask) {
+            let a = target[l as usize];
+            if a + u64::from(site.bytes) > u64::from(self.env.shared_bytes) {
+                let detail = format!(
+                    "write of {} bytes at shared address {a:#x}, the block has {} bytes of shared memory",
+                    site.bytes, self.env.shared_bytes
+                );
+                return Err(self.out_of_bounds(warp, site, l, detail));
+            }
+        }
+        self.check_alignment(warp, target, site, "shared address")?;
+        if self.env.settings.counters {
+            self.count_shared(target, site);
+        }
+        if let Some(races) = &self.block.races {
+            for l in lanes(site.mask) {
+                let mut range = self.env.granules(target[l as usize], site.bytes);
+                if let Some(other) = range.find_map(|at| races.check_write(warp.index as usize, l, at)) {
+                    return Err(self.shared_race(warp, site, l, other));
                 }
             }
-            warp.pending.push(Pending { lane: l as u8, bytes, group, to: at, data });
+            for l in lanes(site.mask) {
+                let range = self.env.granules(target[l as usize], site.bytes);
+                self.block.shared_pending[range].iter_mut().for_each(|pending| *pending = pending.saturating_add(1));
+            }
         }
         Ok(())
     }
 
     /// Completes the copies of the lanes in `mask` except their last `keep` groups; u32::MAX completes what is not committed too.
     #[inline(never)]
-    pub fn cp_wait(&mut self, warp: &mut Warp, keep: u32, pc: u32, mask: u32) -> Result<(), Box<Fault>> {
-        let pending = std::mem::take(&mut warp.pending);
-        let shared = self.block.shared.as_mut_ptr();
-        for copy in pending {
-            let lane = u32::from(copy.lane);
-            let done = mask >> lane & 1 != 0
-                && (keep == u32::MAX || copy.group < warp.committed[lane as usize].saturating_sub(keep));
-            if !done {
-                warp.pending.push(copy);
-                continue;
+    pub fn cp_wait<const ISA: usize>(
+        &mut self,
+        warp: &mut Warp,
+        keep: u32,
+        pc: u32,
+        mask: u32,
+    ) -> Result<(), Box<Fault>> {
+        let mut pending = std::mem::take(&mut warp.pending);
+        let mut kept = 0;
+        for i in 0..pending.len() {
+            let copy = &pending[i];
+            let done = lanes(copy.site.mask & mask)
+                .filter(|&l| keep == u32::MAX || copy.group < warp.committed[l as usize].saturating_sub(keep))
+                .fold(0, |done, l| done | 1 << l);
+            if done != 0 {
+                // SAFETY: the loop runs on a processor with ISA.
+                let good =
+                    done == copy.site.mask && unsafe { approve_arrival::<ISA>(self, warp.index, &copy.to, copy.site) };
+                if !good {
+                    self.arrive_slowly(warp, copy, done, pc)?;
+                }
+                let bytes = copy.site.bytes as usize;
+                let shared = self.block.shared.as_mut_ptr();
+                for l in lanes(done) {
+                    // SAFETY: the destination was checked when the copy began.
+                    unsafe {
+                        let to = shared.add(copy.to[l as usize] as usize);
+                        std::ptr::copy_nonoverlapping(copy.data[l as usize].as_ptr(), to, bytes);
+                    }
+                }
             }
-            let bytes = usize::from(copy.bytes);
-            // SAFETY: the destination was checked when the copy began.
-            let target = unsafe { std::slice::from_raw_parts_mut(shared.add(copy.to as usize), bytes) };
+            if done != copy.site.mask {
+                pending[i].site.mask &= !done;
+                pending.swap(kept, i);
+                kept += 1;
+            }
+        }
+        pending.truncate(kept);
+        warp.pending = pending;
+        Ok(())
+    }
+
+    /// What the arrival of a copy is asked, lane by lane.
+    fn arrive_slowly(&mut self, warp: &Warp, copy: &Pending, done: u32, pc: u32) -> Result<(), Box<Fault>> {
+        let bytes = copy.site.bytes as usize;
+        for l in lanes(done) {
+            let range = self.env.granules(copy.to[l as usize], copy.site.bytes);
             if let Some(races) = &mut self.block.races {
-                for pending in &mut self.block.shared_pending[copy.to as usize..][..bytes] {
-                    *pending -= 1;
+                for pending in &mut self.block.shared_pending[range.clone()] {
+                    *pending = pending.saturating_sub(1);
                 }
-                let other = races.write(warp.index as usize, lane, copy.to, bytes as u32, |i| {
-                    target[i as usize] == copy.data[i as usize]
-                });
-                if let Some(other) = other {
-                    let site = Site { pc, mask, bytes: bytes as u32, usage: Use::Store, strong: false };
-                    return Err(self.shared_race(warp, site, lane, other));
+                // SAFETY: the destination was checked when the copy began.
+                let now = unsafe {
+                    let at = self.block.shared.as_mut_ptr().add(copy.to[l as usize] as usize);
+                    std::slice::from_raw_parts(at, bytes)
+                };
+                let size = 1 << self.env.granule;
+                let same = |i: usize| now[i * size..][..size] == copy.data[l as usize][i * size..][..size];
+                if let Some(other) = races.write(warp.index as usize, l, range.clone(), same) {
+                    return Err(self.shared_race(warp, Site { pc, ..copy.site }, l, other));
                 }
             }
-            target.copy_from_slice(&copy.data[..bytes]);
             if self.env.checks.uninitialised {
-                self.block.shared_written[copy.to as usize..][..bytes].fill(1);
+                self.block.shared_written[range].fill(1);
             }
         }
         Ok(())
@@ -880,7 +529,7 @@ impl Machine<'_> {
 
     /// `ldmatrix`: lanes 8m to 8m + 7 give the rows of matrix m.
     #[inline(always)]
-    pub fn ldmatrix(
+    pub fn ldmatrix<const ISA: usize>(
         &mut self,
         warp: &mut Warp,
         operands: &[u32],
@@ -890,36 +539,36 @@ impl Machine<'_> {
     ) -> Result<(), Box<Fault>> {
         let matrices = access.elements as usize;
         let file = warp.file.as_mut_ptr();
-        // SAFETY: the decoder gives the destinations and then the base, all inside the file.
-        let mut at = unsafe { addresses(file, operands[matrices], access.wide_base, access.offset) };
         let mask = (!0u64 >> (64 - 8 * matrices)) as u32;
-        settle(&mut at, mask);
-        self.locate(warp, access.space, &mut at, Site { pc, mask, bytes: 16, usage: Use::Load, strong: false })?;
-        for m in 0..matrices {
-            // SAFETY: `locate` has found 16 readable bytes at every row, and the destination is inside the file.
-            unsafe {
-                let to = &mut *file.add(operands[m] as usize).cast::<[[u32; 4]; 8]>();
-                if !trans {
-                    for row in 0..8 {
-                        to[row] = (at[8 * m + row] as *const [u32; 4]).read_unaligned();
-                    }
-                } else {
-                    let rows: [[u16; 8]; 8] =
-                        std::array::from_fn(|row| (at[8 * m + row] as *const [u16; 8]).read_unaligned());
-                    for row in 0..8 {
-                        for pair in 0..4 {
-                            to[row][pair] = u32::from(rows[2 * pair][row]) | u32::from(rows[2 * pair + 1][row]) << 16;
-                        }
-                    }
+        let site = Site { pc, mask, bytes: 16, usage: Use::Load, strong: false };
+        // SAFETY: `direct` has checked 16 readable bytes at every lane's address, and the registers are in the file.
+        unsafe {
+            if !access.wide_base
+                && let Some((base, added)) = self.direct::<ISA>(file, operands[matrices], access, site)
+            {
+                // Copied first: a destination may be the base.
+                let base = base.cast::<[u32; 32]>().read();
+                let offset = access.offset as u32;
+                for m in 0..matrices {
+                    let row = |row: usize| (added + u64::from(base[8 * m + row].wrapping_add(offset))) as *const u8;
+                    load_matrix(file.add(operands[m] as usize), trans, row);
                 }
+                return Ok(());
             }
         }
-        Ok(())
+        // SAFETY: the loop runs on a processor with ISA; the registers are in the file.
+        unsafe { ldmatrix_checked::<ISA>(self, warp, operands, trans, access, site) }
     }
 
     /// `wmma.load` and `wmma.store`, element by element.
     #[inline(never)]
-    pub fn wmma_memory(&mut self, warp: &mut Warp, operands: &[u32], op: &Op, pc: u32) -> Result<(), Box<Fault>> {
+    pub fn wmma_memory<const ISA: usize>(
+        &mut self,
+        warp: &mut Warp,
+        operands: &[u32],
+        op: &Op,
+        pc: u32,
+    ) -> Result<(), Box<Fault>> {
         let (fragment, column, access, store) = match *op {
             Op::WmmaLoad { fragment, column, access } => (fragment, column, access, false),
             Op::WmmaStore { fragment, column, access } => (fragment, column, access, true),
@@ -936,16 +585,21 @@ impl Machine<'_> {
         };
         let bytes = fragment.element_bytes;
         let usage = if store { Use::Store } else { Use::Load };
+        let before = (self.counters.global, self.counters.shared);
         for (register, &operand) in values.iter().enumerate() {
             for part in 0..fragment.per_register {
-                let mut at: Addresses = std::array::from_fn(|l| {
+                let mut at = Addresses(std::array::from_fn(|l| {
                     let (row, col) = (fragment.at)(l as u32, register as u32, part);
                     let (major, minor) = if column { (col, row) } else { (row, col) };
                     base[l]
                         .wrapping_add((u64::from(major) * u64::from(stride[l]) + u64::from(minor)) * u64::from(bytes))
-                });
+                }));
                 let site = Site { pc, mask: !0, bytes, usage, strong: false };
-                self.locate(warp, access.space, &mut at, site)?;
+                // SAFETY: the loop runs on a processor with ISA.
+                let approved = unsafe { approve::<ISA>(self, warp, access.space, &mut at, site) };
+                if !approved {
+                    self.locate(warp, access.space, &mut at, site)?;
+                }
                 let mut data = [[0u8; 16]; 32];
                 let width = bytes as usize;
                 let shift = (part * bytes) as usize;
@@ -961,8 +615,10 @@ impl Machine<'_> {
                             )
                         };
                     }
-                    self.global_races(warp, &at, site, Some(&data))?;
-                    self.shared_store_races(warp, &at, site, &data)?;
+                    if !approved {
+                        self.global_races(warp, &at, site, Some(&data))?;
+                        self.shared_store_races(warp, &at, site, &data)?;
+                    }
                 }
                 for l in 0..32 {
                     let lane_bytes = if bytes == 8 { 8 } else { 4 };
@@ -978,6 +634,9 @@ impl Machine<'_> {
                 }
             }
         }
+        // One instruction, however many elements.
+        let counters = &mut self.counters;
+        (counters.global, counters.shared) = (counters.global.min(before.0 + 1), counters.shared.min(before.1 + 1));
         if let Some(races) = &mut self.block.races {
             races.tick(warp.index as usize);
         }
@@ -993,7 +652,7 @@ impl Machine<'_> {
         bytes: u32,
         pc: u32,
     ) -> Result<*const u8, Box<Fault>> {
-        let mut at = [address; 32];
+        let mut at = Addresses([address; 32]);
         let counters = self.counters.clone();
         self.locate(
             warp,
@@ -1006,120 +665,250 @@ impl Machine<'_> {
     }
 }
 
+per_isa! {
+    /// `ld` with all checks that are wanted.
+    ///
+    /// # Safety
+    /// The processor has the instruction set of `ISA`; the operands are the step's.
+    fn load_checked(
+        machine: &mut Machine,
+        warp: &mut Warp,
+        operands: &[u32],
+        access: &Access,
+        site: Site,
+    ) -> Result<(), Box<Fault>> = load_body
+}
+
+#[inline(always)]
+unsafe fn load_body<const ISA: usize>(
+    machine: &mut Machine,
+    warp: &mut Warp,
+    operands: &[u32],
+    access: &Access,
+    site: Site,
+) -> Result<(), Box<Fault>> {
+    let file = warp.file.as_mut_ptr();
+    let register = operands[access.elements as usize];
+    // SAFETY: the decoder gives a load its destinations and then its base; all are inside the file. The bytes at every address are checked before
+    // they are read.
+    unsafe {
+        let mut at = addresses(file, register, access.wide_base, access.offset);
+        settle(&mut at, site.mask);
+        if !approve::<ISA>(machine, warp, access.space, &mut at, site) {
+            machine.locate(warp, access.space, &mut at, site)?;
+        }
+        let dense = ask::steps64::<ISA>(at.as_ptr(), site.bytes.into());
+        load_from::<ISA>(file, operands, access, site.mask, dense, [false; 2], |l| at[l] as *const u8);
+    }
+    Ok(())
+}
+
+per_isa! {
+    /// `st` with all checks that are wanted.
+    ///
+    /// # Safety
+    /// As for [`load_checked`].
+    fn store_checked(
+        machine: &mut Machine,
+        warp: &mut Warp,
+        operands: &[u32],
+        access: &Access,
+        site: Site,
+    ) -> Result<(), Box<Fault>> = store_body
+}
+
+#[inline(always)]
+unsafe fn store_body<const ISA: usize>(
+    machine: &mut Machine,
+    warp: &mut Warp,
+    operands: &[u32],
+    access: &Access,
+    site: Site,
+) -> Result<(), Box<Fault>> {
+    let file = warp.file.as_mut_ptr();
+    // SAFETY: the decoder gives a store its base and then its values; all are inside the file. The bytes at the address of every lane in the mask are
+    // checked before they are written.
+    unsafe {
+        let mut at = addresses(file, operands[0], access.wide_base, access.offset);
+        settle(&mut at, site.mask);
+        if !approve::<ISA>(machine, warp, access.space, &mut at, site) {
+            machine.locate(warp, access.space, &mut at, site)?;
+            if machine.block.races.is_some() || machine.env.global_races.is_some() {
+                let mut values = [[0; 16]; 32];
+                for l in lanes(site.mask) {
+                    gather_lane(file, &operands[1..], access, l as usize, &mut values[l as usize]);
+                }
+                machine.global_races(warp, &at, site, Some(&values))?;
+                machine.shared_store_races(warp, &at, site, &values)?;
+            }
+        }
+        let dense = ask::steps64::<ISA>(at.as_ptr(), site.bytes.into());
+        store_to(file, operands, access, site.mask, dense, |l| at[l] as *mut u8)
+    };
+    Ok(())
+}
+
+per_isa! {
+    /// `ldmatrix` with all checks that are wanted.
+    ///
+    /// # Safety
+    /// As for [`load_checked`].
+    fn ldmatrix_checked(
+        machine: &mut Machine,
+        warp: &mut Warp,
+        operands: &[u32],
+        trans: bool,
+        access: &Access,
+        site: Site,
+    ) -> Result<(), Box<Fault>> = ldmatrix_body
+}
+
+#[inline(always)]
+unsafe fn ldmatrix_body<const ISA: usize>(
+    machine: &mut Machine,
+    warp: &mut Warp,
+    operands: &[u32],
+    trans: bool,
+    access: &Access,
+    site: Site,
+) -> Result<(), Box<Fault>> {
+    let matrices = access.elements as usize;
+    let file = warp.file.as_mut_ptr();
+    // SAFETY: the decoder gives the destinations and then the base, all inside the file. 16 bytes at every row are checked before they are read.
+    unsafe {
+        let mut at = addresses(file, operands[matrices], access.wide_base, access.offset);
+        settle(&mut at, site.mask);
+        if !approve::<ISA>(machine, warp, access.space, &mut at, site) {
+            machine.locate(warp, access.space, &mut at, site)?;
+        }
+        for m in 0..matrices {
+            load_matrix(file.add(operands[m] as usize), trans, |row| at[8 * m + row] as *const u8);
+        }
+    }
+    Ok(())
+}
+
 #[inline(always)]
 unsafe fn blend32(file: *mut u8, register: u32, value: &[u32; 32], mask: u32) {
     // SAFETY: the caller's register is inside the file.
     let to = unsafe { &mut *file.add(register as usize).cast::<[u32; 32]>() };
-    if mask == !0 {
-        *to = *value;
-    } else {
-        for l in 0..32 {
-            to[l] = if mask >> l & 1 != 0 { value[l] } else { to[l] };
-        }
-    }
+    ops::blend32(to, value, mask);
 }
 
 #[inline(always)]
 unsafe fn blend64(file: *mut u8, register: u32, value: &[u64; 32], mask: u32) {
     // SAFETY: the caller's register is inside the file.
     let to = unsafe { &mut *file.add(register as usize).cast::<[u64; 32]>() };
-    if mask == !0 {
-        *to = *value;
-    } else {
-        for l in 0..32 {
-            to[l] = if mask >> l & 1 != 0 { value[l] } else { to[l] };
+    ops::blend64(to, value, mask);
+}
+
+/// One matrix of `ldmatrix`: 8 rows of 16 bytes into one register.
+#[inline(always)]
+unsafe fn load_matrix(to: *mut u8, trans: bool, row: impl Fn(usize) -> *const u8) {
+    // SAFETY: the caller has checked the rows and the destination.
+    unsafe {
+        if !trans {
+            let to = to.cast::<[u32; 4]>();
+            for r in 0..8 {
+                to.add(r).write(row(r).cast::<[u32; 4]>().read_unaligned());
+            }
+            return;
+        }
+        let rows: [[u16; 8]; 8] = std::array::from_fn(|r| row(r).cast::<[u16; 8]>().read_unaligned());
+        let to = to.cast::<[u16; 8]>();
+        for r in 0..8 {
+            to.add(r).write(std::array::from_fn(|c| rows[c][r]));
         }
     }
 }
 
-/// Loads of 1, 2 or 4 words of 32 bits.
+/// Moves a load's bytes into its registers. `at` gives a lane's address; `dense`: lane after lane follows in memory. `equal`: the first 16 lanes, the last
+/// 16 lanes have the same address.
 #[inline(always)]
-unsafe fn load_words(file: *mut u8, operands: &[u32], elements: usize, at: &Addresses, mask: u32) {
+unsafe fn load_from<const ISA: usize>(
+    file: *mut u8,
+    operands: &[u32],
+    access: &Access,
+    mask: u32,
+    dense: bool,
+    equal: [bool; 2],
+    at: impl Fn(usize) -> *const u8,
+) {
     // SAFETY: the caller has checked the addresses and registers.
     unsafe {
-        match elements {
-            1 => {
+        match (access.bytes, access.elements, access.register_bits) {
+            (4, 1, 32) => {
+                if mask == !0 && dense {
+                    // Through a copy: the destination may be the base.
+                    let value = at(0).cast::<[u32; 32]>().read_unaligned();
+                    file.add(operands[0] as usize).cast::<[u32; 32]>().write(value);
+                    return;
+                }
                 let mut value = [0u32; 32];
-                if progression(at, 4) {
-                    value = (at[0] as *const [u32; 32]).read_unaligned();
-                } else {
-                    for l in 0..32 {
-                        value[l] = (at[l] as *const u32).read_unaligned();
-                    }
+                for l in 0..32 {
+                    value[l] = at(l).cast::<u32>().read_unaligned();
                 }
                 blend32(file, operands[0], &value, mask);
             }
-            2 => {
+            (4, 2, 32) => {
                 let mut value = [[0u32; 32]; 2];
                 for l in 0..32 {
-                    let words = (at[l] as *const [u32; 2]).read_unaligned();
+                    let words = at(l).cast::<[u32; 2]>().read_unaligned();
                     value[0][l] = words[0];
                     value[1][l] = words[1];
                 }
                 blend32(file, operands[0], &value[0], mask);
                 blend32(file, operands[1], &value[1], mask);
             }
-            _ => {
+            (4, 4, 32) => {
                 let mut value = [[0u32; 32]; 4];
-                for l in (0..32).step_by(4) {
-                    transpose(&at[l..l + 4], &mut value, l);
+                let [a, b, c, d] = value.each_mut().map(|to| to.as_mut_ptr());
+                let to = if mask == !0 {
+                    // With several destinations none is the base, so they can be written at once.
+                    let register = |e: usize| file.add(operands[e] as usize).cast::<u32>();
+                    [register(0), register(1), register(2), register(3)]
+                } else {
+                    [a, b, c, d]
+                };
+                ask::load_quads::<ISA>(&at, to, equal[0]);
+                ask::load_quads::<ISA>(|l| at(l + 16), to.map(|to| to.add(16)), equal[1]);
+                if mask != !0 {
+                    for e in 0..4 {
+                        blend32(file, operands[e], &value[e], mask);
+                    }
                 }
-                for e in 0..4 {
-                    blend32(file, operands[e], &value[e], mask);
+            }
+            (8, _, 64) => {
+                let mut value = [[0u64; 32]; 2];
+                for l in 0..32 {
+                    for e in 0..access.elements as usize {
+                        value[e][l] = at(l).cast::<u64>().add(e).read_unaligned();
+                    }
                 }
+                for e in 0..access.elements as usize {
+                    blend64(file, operands[e], &value[e], mask);
+                }
+            }
+            _ => {
+                let at: [*const u8; 32] = std::array::from_fn(at);
+                load_narrow(file, operands, access, &at, mask);
             }
         }
     }
 }
 
-/// Reads 4 words at each of 4 addresses: word e of address i becomes `value[e][l + i]`.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn transpose(at: &[u64], value: &mut [[u32; 32]; 4], l: usize) {
-    use std::arch::x86_64::*;
-    // SAFETY: SSE2 is part of x86-64; the caller has checked 16 readable bytes at each address, and l + 4 <= 32.
-    unsafe {
-        let row = |i: usize| _mm_loadu_si128(at[i] as *const __m128i);
-        let (a, b, c, d) = (row(0), row(1), row(2), row(3));
-        let (ab_low, ab_high) = (_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
-        let (cd_low, cd_high) = (_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d));
-        let columns = [
-            _mm_unpacklo_epi64(ab_low, cd_low),
-            _mm_unpackhi_epi64(ab_low, cd_low),
-            _mm_unpacklo_epi64(ab_high, cd_high),
-            _mm_unpackhi_epi64(ab_high, cd_high),
-        ];
-        for (column, to) in columns.into_iter().zip(value) {
-            _mm_storeu_si128(to.as_mut_ptr().add(l).cast(), column);
-        }
-    }
-}
-
-/// Reads 4 words at each of 4 addresses: word e of address i becomes `value[e][l + i]`.
-#[cfg(not(target_arch = "x86_64"))]
-#[inline(always)]
-unsafe fn transpose(at: &[u64], value: &mut [[u32; 32]; 4], l: usize) {
-    for (i, &a) in at.iter().enumerate() {
-        // SAFETY: the caller has checked 16 readable bytes.
-        let row = unsafe { (a as *const [u32; 4]).read_unaligned() };
-        for e in 0..4 {
-            value[e][l + i] = row[e];
-        }
-    }
-}
-
 /// Loads of elements narrower than their registers, or of 8 and 16 bits.
-#[inline(always)]
-unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &Addresses, mask: u32) {
+#[inline(never)]
+unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &[*const u8; 32], mask: u32) {
     for e in 0..access.elements as usize {
         let mut value = [0u64; 32];
         // SAFETY: the caller has checked the addresses.
         unsafe {
             match access.bytes {
-                1 => (0..32).for_each(|l| value[l] = u64::from((at[l] as *const u8).add(e).read())),
-                2 => (0..32).for_each(|l| value[l] = u64::from((at[l] as *const u16).add(e).read_unaligned())),
-                4 => (0..32).for_each(|l| value[l] = u64::from((at[l] as *const u32).add(e).read_unaligned())),
-                _ => (0..32).for_each(|l| value[l] = (at[l] as *const u64).add(e).read_unaligned()),
+                1 => (0..32).for_each(|l| value[l] = at[l].add(e).read().into()),
+                2 => (0..32).for_each(|l| value[l] = at[l].cast::<u16>().add(e).read_unaligned().into()),
+                4 => (0..32).for_each(|l| value[l] = at[l].cast::<u32>().add(e).read_unaligned().into()),
+                _ => (0..32).for_each(|l| value[l] = at[l].cast::<u64>().add(e).read_unaligned()),
             }
         }
         if access.signed {
@@ -1135,6 +924,61 @@ unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &Add
             } else {
                 let keep = if access.register_bits < 32 { (1 << access.register_bits) - 1 } else { !0 };
                 blend32(file, operands[e], &value.map(|v| v as u32 & keep), mask);
+            }
+        }
+    }
+}
+
+/// Moves a store's registers into memory; see [`load_from`].
+#[inline(always)]
+unsafe fn store_to(
+    file: *const u8,
+    operands: &[u32],
+    access: &Access,
+    mask: u32,
+    dense: bool,
+    at: impl Fn(usize) -> *mut u8,
+) {
+    // SAFETY: the caller has checked the addresses of the lanes in the mask, and the registers.
+    unsafe {
+        match (access.bytes, access.elements, access.register_bits) {
+            (4, 1, 32) if mask == !0 && dense => {
+                at(0).cast::<[u32; 32]>().write_unaligned(file.add(operands[1] as usize).cast::<[u32; 32]>().read());
+            }
+            (4, 1, 32) => {
+                let value = &*file.add(operands[1] as usize).cast::<[u32; 32]>();
+                for l in lanes(mask) {
+                    at(l as usize).cast::<u32>().write_unaligned(value[l as usize]);
+                }
+            }
+            (4, 4, 32) if mask == !0 => {
+                let value = |e: usize| file.add(operands[1 + e] as usize).cast::<u32>();
+                let values = [value(0), value(1), value(2), value(3)];
+                for l in (0..32).step_by(4) {
+                    ask::store_quads(|i| at(l + i), values.map(|value| value.add(l)));
+                }
+            }
+            (4, _, 32) => {
+                for e in 0..access.elements as usize {
+                    let value = &*file.add(operands[1 + e] as usize).cast::<[u32; 32]>();
+                    for l in lanes(mask) {
+                        at(l as usize).cast::<u32>().add(e).write_unaligned(value[l as usize]);
+                    }
+                }
+            }
+            (2, 1, _) if access.register_bits < 64 => {
+                let value = &*file.add(operands[1] as usize).cast::<[u32; 32]>();
+                for l in lanes(mask) {
+                    at(l as usize).cast::<u16>().write_unaligned(value[l as usize] as u16);
+                }
+            }
+            _ => {
+                let bytes = usize::from(access.bytes * access.elements);
+                for l in lanes(mask) {
+                    let mut value = [0; 16];
+                    gather_lane(file, &operands[1..], access, l as usize, &mut value);
+                    std::ptr::copy_nonoverlapping(value.as_ptr(), at(l as usize), bytes);
+                }
             }
         }
     }

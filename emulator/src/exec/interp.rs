@@ -9,6 +9,7 @@
 
 use super::state::{Group, Machine, Wait, Warp, lanes};
 use super::{Fault, FaultKind};
+use crate::num::ops::{blend32, blend64};
 use crate::ptx::program::*;
 
 /// Index into [`crate::num::Form::run`].
@@ -198,12 +199,12 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                 }
                 Op::Load(access) => {
                     if active != 0 {
-                        machine.load(warp, operands, access, pc, active)?;
+                        machine.load::<ISA>(warp, operands, access, pc, active)?;
                     }
                 }
                 Op::Store(access) => {
                     if active != 0 {
-                        machine.store(warp, operands, access, pc, active)?;
+                        machine.store::<ISA>(warp, operands, access, pc, active)?;
                     }
                 }
                 Op::LdMatrix { trans, access } => {
@@ -213,7 +214,7 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                         }
                         return Err(machine.not_whole(warp, pc, active));
                     }
-                    machine.ldmatrix(warp, operands, *trans, access, pc)?;
+                    machine.ldmatrix::<ISA>(warp, operands, *trans, access, pc)?;
                 }
                 Op::Jump(target) => {
                     end_of_block!();
@@ -303,7 +304,7 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                     }
                     if active != 0 {
                         // A step's last operand may be optional, so they must end where the step's end.
-                        machine.seldom(warp, other, &operands[..usize::from(step.arity)], pc, active)?;
+                        machine.seldom::<ISA>(warp, other, &operands[..usize::from(step.arity)], pc, active)?;
                     }
                 }
             }
@@ -483,6 +484,7 @@ impl Machine<'_> {
         let expected = if counted { count } else { 0 };
         let whole = active == warp.alive;
         let state = &mut self.block.barriers[id as usize];
+        state.loose |= mode == Barrier::Arrive || !whole;
         let first = *state.first.get_or_insert((pc, thread));
         if state.arrived == 0 {
             state.expected = expected;
@@ -531,6 +533,14 @@ impl Machine<'_> {
         (state.arrived, state.votes, state.voters, state.first) = (0, 0, 0, None);
         state.completed_clock.clone_from(&state.clock);
         state.clock.clear();
+        // Where the whole block meets and nobody goes on alone, all warps can agree on a time: everything before is older, for everyone.
+        let loose = std::mem::take(&mut state.loose);
+        let together = state.expected == 0 && !loose;
+        state.resume = 0;
+        if together && let Some(&latest) = state.completed_clock.iter().max() {
+            state.resume = latest + 1;
+            state.completed_clock.fill(latest);
+        }
         state.generation += 1;
     }
 
@@ -541,6 +551,7 @@ impl Machine<'_> {
         let state = &self.block.barriers[id];
         if let Some(races) = &mut self.block.races {
             races.join(warp.index as usize, &state.completed_clock);
+            races.advance(warp.index as usize, state.resume);
         }
         let Op::Barrier { mode, .. } = step.op else { unreachable!("only barriers are waited for") };
         let (votes, voters) = state.result;
@@ -801,14 +812,23 @@ impl Machine<'_> {
 
     /// Everything that is not worth a place in the loop.
     #[inline(never)]
-    fn seldom(&mut self, warp: &mut Warp, op: &Op, operands: &[u32], pc: u32, active: u32) -> Result<(), Box<Fault>> {
+    fn seldom<const ISA: usize>(
+        &mut self,
+        warp: &mut Warp,
+        op: &Op,
+        operands: &[u32],
+        pc: u32,
+        active: u32,
+    ) -> Result<(), Box<Fault>> {
         let file = warp.file.as_mut_ptr();
         match *op {
-            Op::Atom { rmw, reduce, ref access } => self.atom(warp, operands, rmw, reduce, access, pc, active)?,
-            Op::CpAsync { .. } => self.cp_async(warp, operands, op, pc, active)?,
+            Op::Atom { rmw, reduce, ref access } => {
+                self.atom::<ISA>(warp, operands, rmw, reduce, access, pc, active)?
+            }
+            Op::CpAsync { .. } => self.cp_async::<ISA>(warp, operands, op, pc, active)?,
             Op::CpCommit => lanes(active).for_each(|l| warp.committed[l as usize] += 1),
-            Op::CpWait(keep) => self.cp_wait(warp, keep, pc, active)?,
-            Op::WmmaLoad { .. } | Op::WmmaStore { .. } => self.wmma_memory(warp, operands, op, pc)?,
+            Op::CpWait(keep) => self.cp_wait::<ISA>(warp, keep, pc, active)?,
+            Op::WmmaLoad { .. } | Op::WmmaStore { .. } => self.wmma_memory::<ISA>(warp, operands, op, pc)?,
             Op::MovMatrix => {
                 // SAFETY: both are 32-bit registers inside the file; a matrix of 8 by 8 halves is 128 bytes.
                 unsafe {
@@ -818,16 +838,24 @@ impl Machine<'_> {
                 }
             }
             Op::Special { register, bits } => {
-                for l in lanes(active) {
-                    let value = self.special(warp, register, l) & (!0 >> (64 - bits));
-                    // SAFETY: the destination is a register of that width inside the file.
-                    unsafe {
-                        let to = file.add(operands[0] as usize);
-                        if bits == 64 {
-                            to.cast::<u64>().add(l as usize).write(value)
-                        } else {
-                            to.cast::<u32>().add(l as usize).write(value as u32)
+                let keep = !0 >> (64 - bits);
+                let mut values = [0; 32];
+                match register {
+                    Special::Tid(axis) => values = warp.threads[axis as usize & 3].map(u64::from),
+                    _ if register.differs() => {
+                        for (l, value) in values.iter_mut().enumerate() {
+                            *value = self.special(warp, register, l as u32) & keep;
                         }
+                    }
+                    _ => values = [self.special(warp, register, active.trailing_zeros() & 31) & keep; 32],
+                }
+                // SAFETY: the destination is a register of that width inside the file.
+                unsafe {
+                    let to = file.add(operands[0] as usize);
+                    if bits == 64 {
+                        blend64(&mut *to.cast(), &values, active);
+                    } else {
+                        blend32(&mut *to.cast(), &values.map(|value| value as u32), active);
                     }
                 }
             }
@@ -879,7 +907,7 @@ impl Machine<'_> {
         let multiprocessors = u64::from(launch.multiprocessors.max(1));
         let time = || std::time::UNIX_EPOCH.elapsed().map_or(0, |time| time.as_nanos() as u64);
         match special {
-            Special::Tid(a) => axis(self.env.thread(warp.index, lane), a),
+            Special::Tid(a) => warp.threads[a as usize & 3][lane as usize].into(),
             Special::Ntid(a) => axis(launch.block, a),
             Special::Ctaid(a) => axis(self.block.id, a),
             Special::Nctaid(a) => axis(launch.grid, a),

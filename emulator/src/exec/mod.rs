@@ -1,11 +1,14 @@
 //! Runs kernels: blocks over all cores, warps of 32 lanes in one step.
 
 mod access;
+mod checks;
 mod interp;
+mod lanes;
 pub mod moves;
 mod printf;
 mod races;
 mod schedule;
+mod shapes;
 mod state;
 
 use crate::memory::Memory;

@@ -1,5 +1,6 @@
 //! Moves: copies, packing and unpacking, extensions. They are forms like arithmetic ones, for the decoder's own use.
 
+use crate::num::ops::{blend32, blend64};
 use crate::num::{Class, Detail, Form, Run, Type};
 
 /// A register of 32 bits per lane.
@@ -70,28 +71,6 @@ const fn form<M: Move>(dst: &'static [Type], src: &'static [Type]) -> Form {
 unsafe fn at<T: Copy>(registers: *mut u8, operands: *const u32, i: usize) -> *mut T {
     // SAFETY: the operand is an offset inside the file with room for T.
     unsafe { registers.add(*operands.add(i) as usize).cast() }
-}
-
-#[inline(always)]
-fn blend32(to: &mut W32, from: &W32, mask: u32) {
-    if mask == !0 {
-        *to = *from;
-        return;
-    }
-    for l in 0..32 {
-        to[l] = if mask >> l & 1 != 0 { from[l] } else { to[l] };
-    }
-}
-
-#[inline(always)]
-fn blend64(to: &mut W64, from: &W64, mask: u32) {
-    if mask == !0 {
-        *to = *from;
-        return;
-    }
-    for l in 0..32 {
-        to[l] = if mask >> l & 1 != 0 { from[l] } else { to[l] };
-    }
 }
 
 macro_rules! moves {

@@ -11,9 +11,9 @@
 //! Atomic and volatile accesses are not themselves recorded. A word whose bytes belong to different blocks remembers the last one
 //! only: some races may be missed there, none is made up.
 
-use crate::memory::Shadow;
+use crate::memory::{HELD, Shadow};
 use std::collections::HashMap;
-use std::sync::atomic::Ordering;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bits of a stamp below its time in `writes`: warp and lane.
@@ -21,7 +21,7 @@ const WRITE_SHIFT: u32 = 10;
 /// Bits below the time in `reads`: lane, or [`MANY`].
 const READ_SHIFT: u32 = 6;
 /// Several lanes of the warp.
-const MANY: u32 = 32;
+pub const MANY: u32 = 32;
 /// Times end here; then everything is forgotten.
 const LAST_TIME: u32 = (1 << 22) - 1;
 
@@ -34,39 +34,58 @@ pub struct Other {
     pub warp: u32,
     /// Its lane; None when several lanes of the warp did it.
     pub lane: Option<u32>,
-    /// The byte.
+    /// The granule.
     pub at: u32,
 }
 
-/// Detector for one block's shared memory.
+/// Up to 16 granules of an access that follow each other, some left out: which, and the lane that touches each.
+pub struct Chunk {
+    /// The first granule, from that of the first lane.
+    pub at: i64,
+    /// All ones for those touched.
+    pub mask: [u32; 16],
+    /// The lane, or [`MANY`].
+    pub lanes: [u32; 16],
+}
+
+/// Detector for one block's shared memory. It knows no bytes but granules: as many bytes as the program's smallest access has, all
+/// of which are aligned.
 pub struct SharedRaces {
     warps: usize,
-    bytes: usize,
+    /// Granules of a row of `reads` and `atomics`: all, and room for a chunk that begins at the last.
+    stride: usize,
     /// Time at which the block began; older stamps are of earlier blocks.
     base: u32,
     /// `clocks[w * warps + v]`: what warp w knows of warp v.
     clocks: Vec<u32>,
-    /// Per byte: time, warp, lane of the last write.
+    /// Per warp: the least it knows of another.
+    least: Vec<u32>,
+    /// Per granule: time, warp, lane of the last write.
     writes: Vec<u32>,
-    /// Per warp and byte: time and lane of the last read.
+    /// Per warp and granule: time and lane of the last read.
     reads: Vec<u32>,
-    /// Per warp and byte: time and lane of the last atomic operation; empty in programs without.
+    /// Per granule: latest time of a read or an atomic operation by any warp.
+    latest: Vec<u32>,
+    /// Per warp and granule: time and lane of the last atomic operation; empty in programs without.
     atomics: Vec<u32>,
     /// Clocks released by atomics, by address.
     released: HashMap<u32, Vec<u32>>,
 }
 
 impl SharedRaces {
-    /// For blocks of `warps` warps and `bytes` bytes.
-    pub fn new(warps: usize, bytes: usize, atomics: bool) -> Self {
+    /// For blocks of `warps` warps and so many granules.
+    pub fn new(warps: usize, granules: usize, atomics: bool) -> Self {
+        let stride = granules + 16;
         let mut races = SharedRaces {
             warps,
-            bytes,
+            stride,
             base: 0,
             clocks: vec![0; warps * warps],
-            writes: vec![0; bytes],
-            reads: vec![0; warps * bytes],
-            atomics: if atomics { vec![0; warps * bytes] } else { vec![] },
+            least: vec![0; warps],
+            writes: vec![0; stride],
+            reads: vec![0; warps * stride],
+            latest: vec![0; stride],
+            atomics: if atomics { vec![0; warps * stride] } else { vec![] },
             released: HashMap::new(),
         };
         races.restart();
@@ -86,6 +105,7 @@ impl SharedRaces {
             self.base = 1;
             self.writes.fill(0);
             self.reads.fill(0);
+            self.latest.fill(0);
             self.atomics.fill(0);
         }
         for w in 0..self.warps {
@@ -93,6 +113,7 @@ impl SharedRaces {
                 self.clocks[w * self.warps + v] = self.base - u32::from(w != v);
             }
         }
+        self.least.fill(self.base - 1);
     }
 
     /// The clock of a warp.
@@ -102,18 +123,33 @@ impl SharedRaces {
 
     /// What the warp did is now ordered before what its lanes do next.
     pub fn tick(&mut self, warp: usize) {
+        self.advance(warp, self.clocks[warp * self.warps + warp] + 1);
+    }
+
+    /// The same, at a time not before the warp's own.
+    pub fn advance(&mut self, warp: usize, time: u32) {
         let clock = &mut self.clocks[warp * self.warps + warp];
-        *clock += 1;
-        if *clock == LAST_TIME {
+        *clock = time.max(*clock);
+        if *clock >= LAST_TIME {
             self.begin(LAST_TIME);
         }
     }
 
     /// The warp learns of another clock.
     pub fn join(&mut self, warp: usize, other: &[u32]) {
-        for (mine, &theirs) in self.clocks[warp * self.warps..][..self.warps].iter_mut().zip(other) {
+        let clock = &mut self.clocks[warp * self.warps..][..self.warps];
+        let mut least = u32::MAX;
+        for (v, (mine, &theirs)) in clock.iter_mut().zip(other).enumerate() {
             *mine = (*mine).max(theirs);
+            least = if v == warp { least } else { least.min(*mine) };
         }
+        self.least[warp] = least;
+    }
+
+    /// All that happened up to this time, whoever did it, is ordered before what the warp does now.
+    #[inline(always)]
+    fn settled(&self, warp: usize) -> u32 {
+        self.least[warp].min(self.clocks[warp * self.warps + warp] - 1)
     }
 
     fn unordered(&self, time: u32, warp: usize, other: usize, same_lane: bool) -> bool {
@@ -124,8 +160,8 @@ impl SharedRaces {
         }
     }
 
-    fn against_write(&self, warp: usize, lane: u32, at: u32) -> Option<Other> {
-        let stamp = self.writes[at as usize];
+    fn against_write(&self, warp: usize, lane: u32, at: usize) -> Option<Other> {
+        let stamp = self.writes[at];
         let time = stamp >> WRITE_SHIFT;
         if time < self.base {
             return None;
@@ -135,135 +171,212 @@ impl SharedRaces {
             what: "written",
             warp: other as u32,
             lane: Some(other_lane),
-            at,
+            at: at as u32,
         })
     }
 
-    fn against(&self, stamps: &[u32], what: &'static str, warp: usize, lane: u32, at: u32) -> Option<Other> {
+    fn against(&self, stamps: &[u32], what: &'static str, warp: usize, lane: u32, at: usize) -> Option<Other> {
         for other in 0..self.warps {
-            let stamp = stamps[other * self.bytes + at as usize];
+            let stamp = stamps[other * self.stride + at];
             let time = stamp >> READ_SHIFT;
             if time < self.base {
                 continue;
             }
             let other_lane = stamp & 63;
             if self.unordered(time, warp, other, lane == other_lane) {
-                return Some(Other { what, warp: other as u32, lane: (other_lane != MANY).then_some(other_lane), at });
+                return Some(Other {
+                    what,
+                    warp: other as u32,
+                    lane: (other_lane != MANY).then_some(other_lane),
+                    at: at as u32,
+                });
             }
         }
         None
     }
 
-    fn stamp(stamps: &mut [u32], index: usize, time: u32, lane: u32) {
-        let new = time << READ_SHIFT | lane;
-        let old = stamps[index];
-        stamps[index] = if old >> READ_SHIFT == time && old != new { time << READ_SHIFT | MANY } else { new };
-    }
-
-    /// Whether the 4 bytes from here on were last written together by an access that is ordered before the warp's, and not touched atomically: the
-    /// usual case, decided at once.
-    #[inline(always)]
-    fn word_is_ordered(&self, warp: usize, lane: u32, at: usize) -> bool {
-        let Some(&[a, b, c, d]) = self.writes.get(at..at + 4).and_then(|word| word.first_chunk()) else {
-            return false;
-        };
-        if a != b || a != c || a != d || !self.atomics.is_empty() {
-            return false;
+    fn against_atomics(&self, warp: usize, lane: u32, at: usize) -> Option<Other> {
+        if self.atomics.is_empty() {
+            return None;
         }
-        let time = a >> WRITE_SHIFT;
-        time < self.base || !self.unordered(time, warp, (a >> 5 & 31) as usize, lane == a & 31)
+        self.against(&self.atomics, "changed by an atomic operation", warp, lane, at)
     }
 
-    /// A lane reads bytes.
-    pub fn read(&mut self, warp: usize, lane: u32, at: u32, bytes: u32) -> Option<Other> {
+    fn stamp(old: u32, time: u32, lane: u32) -> u32 {
+        let new = time << READ_SHIFT | lane;
+        if old >> READ_SHIFT == time && old != new { time << READ_SHIFT | MANY } else { new }
+    }
+
+    /// A lane reads granules.
+    pub fn read(&mut self, warp: usize, lane: u32, granules: Range<usize>) -> Option<Other> {
         let time = self.clocks[warp * self.warps + warp];
-        let (mut at, end) = (at, at + bytes);
-        while at < end {
-            if end - at >= 4 && self.word_is_ordered(warp, lane, at as usize) {
-                let first = warp * self.bytes + at as usize;
-                let new = time << READ_SHIFT | lane;
-                let many = time << READ_SHIFT | MANY;
-                for stamp in &mut self.reads[first..first + 4] {
-                    *stamp = if *stamp >> READ_SHIFT == time && *stamp != new { many } else { new };
-                }
-                at += 4;
-                continue;
-            }
-            let mut other = self.against_write(warp, lane, at);
-            if other.is_none() && !self.atomics.is_empty() {
-                other = self.against(&self.atomics, "changed by an atomic operation", warp, lane, at);
-            }
+        for at in granules {
+            let other = self.against_write(warp, lane, at).or_else(|| self.against_atomics(warp, lane, at));
             if other.is_some() {
                 return other;
             }
-            Self::stamp(&mut self.reads, warp * self.bytes + at as usize, time, lane);
-            at += 1;
+            let stamp = &mut self.reads[warp * self.stride + at];
+            *stamp = Self::stamp(*stamp, time, lane);
+            self.latest[at] = self.latest[at].max(time);
         }
         None
     }
 
-    /// A lane writes bytes; `same` says of each whether it already has the value, which makes no race with what came before.
-    pub fn write(&mut self, warp: usize, lane: u32, at: u32, bytes: u32, same: impl Fn(u32) -> bool) -> Option<Other> {
+    /// A lane writes granules; `same` says of each (from 0) whether it already has the value, which makes no race with what came before.
+    pub fn write(
+        &mut self,
+        warp: usize,
+        lane: u32,
+        granules: Range<usize>,
+        same: impl Fn(usize) -> bool,
+    ) -> Option<Other> {
         let time = self.clocks[warp * self.warps + warp];
-        let stamp = time << WRITE_SHIFT | (warp as u32) << 5 | lane;
-        let mut i = 0;
-        while i < bytes {
-            let byte = at + i;
-            if bytes - i >= 4
-                && self.word_is_ordered(warp, lane, byte as usize)
-                && self.nobody_read(warp, lane, byte as usize)
-            {
-                self.writes[byte as usize..][..4].fill(stamp);
-                i += 4;
-                continue;
-            }
+        for (i, at) in granules.enumerate() {
             if !same(i)
-                && let Some(other) = self.check_write(warp, lane, byte)
+                && let Some(other) = self.check_write(warp, lane, at)
             {
                 return Some(other);
             }
-            self.writes[byte as usize] = stamp;
-            i += 1;
+            self.writes[at] = time << WRITE_SHIFT | (warp as u32) << 5 | lane;
         }
         None
     }
 
-    /// Whether all reads of the 4 bytes are ordered before what the lane does now.
-    #[inline(always)]
-    fn nobody_read(&self, warp: usize, lane: u32, at: usize) -> bool {
-        (0..self.warps).all(|other| {
-            let known = self.clocks[warp * self.warps + other];
-            self.reads[other * self.bytes + at..][..4].iter().all(|&stamp| {
-                let time = stamp >> READ_SHIFT;
-                let ordered = if other == warp { time != known || stamp & 63 == lane } else { time <= known };
-                time < self.base || ordered
-            })
-        })
-    }
-
-    /// Whether a write to the byte would race.
-    pub fn check_write(&self, warp: usize, lane: u32, at: u32) -> Option<Other> {
-        let other = self.against_write(warp, lane, at).or_else(|| self.against(&self.reads, "read", warp, lane, at));
-        if other.is_none() && !self.atomics.is_empty() {
-            return self.against(&self.atomics, "changed by an atomic operation", warp, lane, at);
-        }
-        other
+    /// Whether a write to the granule would race.
+    pub fn check_write(&self, warp: usize, lane: u32, at: usize) -> Option<Other> {
+        self.against_write(warp, lane, at)
+            .or_else(|| self.against(&self.reads, "read", warp, lane, at))
+            .or_else(|| self.against_atomics(warp, lane, at))
     }
 
     /// A lane's atomic operation.
-    pub fn atomic(&mut self, warp: usize, lane: u32, at: u32, bytes: u32) -> Option<Other> {
+    pub fn atomic(&mut self, warp: usize, lane: u32, granules: Range<usize>) -> Option<Other> {
         let time = self.clocks[warp * self.warps + warp];
-        for at in at..at + bytes {
+        for at in granules {
             let other =
                 self.against_write(warp, lane, at).or_else(|| self.against(&self.reads, "read", warp, lane, at));
             if other.is_some() {
                 return other;
             }
             if !self.atomics.is_empty() {
-                Self::stamp(&mut self.atomics, warp * self.bytes + at as usize, time, lane);
+                let stamp = &mut self.atomics[warp * self.stride + at];
+                *stamp = Self::stamp(*stamp, time, lane);
+                self.latest[at] = self.latest[at].max(time);
             }
         }
         None
+    }
+
+    /// Whether the last writes of a chunk are ordered before what the warp does now, or were the same lanes'. Some that are may be denied.
+    #[inline(always)]
+    fn after_writes(&self, warp: usize, chunk: &Chunk, writes: &[u32; 16]) -> bool {
+        let time = self.clocks[warp * self.warps + warp];
+        let least = self.least[warp];
+        let mut bad = 0;
+        for i in 0..16 {
+            let at = writes[i] >> WRITE_SHIFT;
+            let own = (writes[i] >> 5 & 31 == warp as u32) & ((at < time) | (writes[i] & 31 == chunk.lanes[i]));
+            bad |= chunk.mask[i] & u32::from(!own & (at > least)).wrapping_neg();
+        }
+        bad == 0
+    }
+
+    /// Whether all stamps of a chunk (reads, or atomic operations) are ordered before what the warp does now, or are the same lanes'.
+    #[inline(always)]
+    fn after_all(&self, stamps: &[u32], warp: usize, chunk: &Chunk, at: usize) -> bool {
+        let mut bad = 0;
+        for other in 0..self.warps {
+            let known = self.clocks[warp * self.warps + other];
+            let Some(row) = stamps.get(other * self.stride + at..).and_then(|row| row.first_chunk::<16>()) else {
+                return false;
+            };
+            if other == warp {
+                for i in 0..16 {
+                    let unordered = (row[i] >> READ_SHIFT == known) & (row[i] & 63 != chunk.lanes[i]);
+                    bad |= chunk.mask[i] & u32::from(unordered).wrapping_neg();
+                }
+            } else {
+                for i in 0..16 {
+                    bad |= chunk.mask[i] & u32::from(row[i] >> READ_SHIFT > known).wrapping_neg();
+                }
+            }
+        }
+        bad == 0
+    }
+
+    /// Reads of a whole warp, chunk by chunk: false where one needs a closer look, lane by lane, which may repeat what was noted here.
+    #[inline(always)]
+    pub fn read_chunk(&mut self, warp: usize, chunk: &Chunk, at: usize) -> bool {
+        let time = self.clocks[warp * self.warps + warp];
+        let Some(writes) = self.writes.get(at..).and_then(|writes| writes.first_chunk::<16>()) else {
+            return false;
+        };
+        let limit = self.settled(warp) << WRITE_SHIFT | ((1 << WRITE_SHIFT) - 1);
+        let mut late = 0;
+        for i in 0..16 {
+            late |= chunk.mask[i] & u32::from(writes[i] > limit).wrapping_neg();
+        }
+        if late != 0 && !self.after_writes(warp, chunk, writes) {
+            return false;
+        }
+        if !self.atomics.is_empty() && !self.after_all(&self.atomics, warp, chunk, at) {
+            return false;
+        }
+        let Some(latest) = window(&mut self.latest, at) else {
+            return false;
+        };
+        for i in 0..16 {
+            latest[i] = latest[i].max(chunk.mask[i] & time);
+        }
+        let Some(reads) = window(&mut self.reads, warp * self.stride + at) else {
+            return false;
+        };
+        let many = time << READ_SHIFT | MANY;
+        for i in 0..16 {
+            let new = time << READ_SHIFT | chunk.lanes[i];
+            let old = reads[i];
+            let stamp = if (old >> READ_SHIFT == time) & (old != new) { many } else { new };
+            reads[i] = (old & !chunk.mask[i]) | (stamp & chunk.mask[i]);
+        }
+        true
+    }
+
+    /// Writes of a whole warp, each granule by one lane; as [`read_chunk`](Self::read_chunk). Without `NOTE` the write is only asked for.
+    #[inline(always)]
+    pub fn write_chunk<const NOTE: bool>(&mut self, warp: usize, chunk: &Chunk, at: usize) -> bool {
+        let time = self.clocks[warp * self.warps + warp];
+        let settled = self.settled(warp);
+        let limit = settled << WRITE_SHIFT | ((1 << WRITE_SHIFT) - 1);
+        let writes = self.writes.get(at..).and_then(|writes| writes.first_chunk::<16>());
+        let latest = self.latest.get(at..).and_then(|latest| latest.first_chunk::<16>());
+        let (Some(writes), Some(latest)) = (writes, latest) else {
+            return false;
+        };
+        let (mut late, mut used) = (0, 0);
+        for i in 0..16 {
+            late |= chunk.mask[i] & u32::from(writes[i] > limit).wrapping_neg();
+            used |= chunk.mask[i] & u32::from(latest[i] > settled).wrapping_neg();
+        }
+        if late != 0 && !self.after_writes(warp, chunk, writes) {
+            return false;
+        }
+        if used != 0 {
+            let after = self.after_all(&self.reads, warp, chunk, at)
+                && (self.atomics.is_empty() || self.after_all(&self.atomics, warp, chunk, at));
+            if !after {
+                return false;
+            }
+        }
+        if NOTE {
+            let Some(writes) = window(&mut self.writes, at) else {
+                return false;
+            };
+            for i in 0..16 {
+                let new = time << WRITE_SHIFT | (warp as u32) << 5 | chunk.lanes[i];
+                writes[i] = (writes[i] & !chunk.mask[i]) | (new & chunk.mask[i]);
+            }
+        }
+        true
     }
 
     /// Orders the warp with all that used this address to release, in programs with fences.
@@ -276,6 +389,12 @@ impl SharedRaces {
         self.released.insert(at, clock);
         self.tick(warp);
     }
+}
+
+/// 16 elements from one on.
+#[inline(always)]
+pub fn window<T>(all: &mut [T], at: usize) -> Option<&mut [T; 16]> {
+    all.get_mut(at..at.wrapping_add(16))?.first_chunk_mut()
 }
 
 /// How a block came to know of others: an object and how much of its log there was.
@@ -305,6 +424,35 @@ pub struct GlobalConflict {
 }
 
 const EPOCH_MASK: u64 = 0xfff;
+/// In a word of the shadow: the bytes; that there were several blocks; the block and whether there were several; the generation.
+const BYTES: u64 = 15;
+const SEVERAL: u64 = 1 << 7;
+const WHO: u64 = 0x1_ffff_ffff << 7;
+const GENERATION: u64 = 0xfff << 52;
+
+/// What stands in a word for its reader once `mine` has read it too.
+#[inline(always)]
+fn next_reader(old: u64, mine: u64) -> u64 {
+    let live = (old ^ mine) & GENERATION == 0;
+    let own = (old ^ mine) & WHO == 0;
+    let kept = if (old ^ mine) & !BYTES == 0 { old & BYTES } else { 0 };
+    let common = old & mine & BYTES;
+    // Another block, or several: what both have read was read by several.
+    let joined = if common != 0 { (mine & !BYTES) | SEVERAL | common } else { mine };
+    match (live, own) {
+        (false, _) => mine,
+        (true, true) => mine | kept,
+        (true, false) => joined,
+    }
+}
+
+/// Not 0 where a writer or reader in this launch was another block than `mine`, or several, and meant some of the same bytes.
+#[inline(always)]
+fn against(other: u64, mine: u64) -> u64 {
+    let live = (other ^ mine) & GENERATION == 0;
+    let another = (other ^ mine) & WHO != 0;
+    if live & another { other & mine & BYTES } else { 0 }
+}
 
 /// A word of the shadow: generation (12 bits), epoch (12), block (32), several blocks (1), free (3), bytes (4).
 #[derive(Clone, Copy)]
@@ -364,48 +512,146 @@ impl GlobalRaces {
         false
     }
 
+    /// What a block is as a reader or writer of `bytes`.
+    fn mine(&self, bytes: u64, block: u32, epoch: u32) -> Entry {
+        Entry { epoch: u64::from(epoch) & EPOCH_MASK, block, several: false, bytes }
+    }
+
     /// A block reads `bytes` (a mask of 4) of the word at an address of the device's range.
     pub fn read(&self, address: u64, bytes: u64, block: u32, epoch: u32) -> Option<GlobalConflict> {
-        // SAFETY: callers have found the address in an allocation.
-        let (writer, reader) = unsafe { self.shadow.word(address) };
-        let mine = Entry { epoch: u64::from(epoch) & EPOCH_MASK, block, several: false, bytes };
-        let new = match self.unpack(reader.load(Ordering::Relaxed)) {
-            Some(old) if old.block == block && !old.several => {
-                let kept = if old.epoch == mine.epoch { old.bytes } else { 0 };
-                Entry { bytes: bytes | kept, ..mine }
+        let mine = self.pack(self.mine(bytes, block, epoch));
+        let writer = {
+            let _held = self.shadow.hold(address);
+            // SAFETY: callers have found the address in an allocation; its part of the shadow is held.
+            unsafe {
+                let (writer, reader) = self.shadow.word(address);
+                reader.write(next_reader(reader.read(), mine));
+                writer.read()
             }
-            Some(old) if old.bytes & bytes != 0 => Entry { several: true, bytes: old.bytes & bytes, ..mine },
-            _ => mine,
         };
-        // Sequentially consistent: of a read and a write at the same time, one sees the other.
-        reader.swap(self.pack(new), Ordering::SeqCst);
-        let other = self.unpack(writer.load(Ordering::SeqCst))?;
+        let other = self.unpack(writer)?;
         let conflict = other.block != block && other.bytes & bytes != 0 && !self.ordered(block, other);
         conflict.then_some(GlobalConflict { what: "written", block: Some(other.block) })
     }
 
     /// A block writes; `same` says whether the bytes already have the value.
     pub fn write(&self, address: u64, bytes: u64, block: u32, epoch: u32, same: bool) -> Option<GlobalConflict> {
-        // SAFETY: callers have found the address in an allocation.
-        let (writer, reader) = unsafe { self.shadow.word(address) };
-        let mine = Entry { epoch: u64::from(epoch) & EPOCH_MASK, block, several: false, bytes };
-        let old = self.unpack(writer.load(Ordering::Relaxed));
-        let new = match old {
-            Some(old) if old.block == block && old.epoch == mine.epoch => Entry { bytes: bytes | old.bytes, ..mine },
-            _ => mine,
+        let mine = self.pack(self.mine(bytes, block, epoch));
+        let (writer, reader) = {
+            let _held = self.shadow.hold(address);
+            // SAFETY: as for `read`.
+            unsafe {
+                let (writer, reader) = self.shadow.word(address);
+                let before = writer.read();
+                // The same block in the same epoch: what it wrote before stays written.
+                let more = if (before ^ mine) & !BYTES == 0 { before & BYTES } else { 0 };
+                writer.write(mine | more);
+                (before, reader.read())
+            }
         };
-        let old = self.unpack(writer.swap(self.pack(new), Ordering::SeqCst));
         if same {
             return None;
         }
-        for (what, other) in [("written", old), ("read", self.unpack(reader.load(Ordering::SeqCst)))] {
-            let Some(other) = other else { continue };
+        for (what, other) in [("written", writer), ("read", reader)] {
+            let Some(other) = self.unpack(other) else { continue };
             let another = other.several || other.block != block;
             if another && other.bytes & bytes != 0 && !self.ordered(block, other) {
                 return Some(GlobalConflict { what, block: (!other.several).then_some(other.block) });
             }
         }
         None
+    }
+
+    /// Reads of a block: false where one needs a closer look, word by word, which may repeat what was noted here.
+    ///
+    /// # Safety
+    /// The range lies in the device's.
+    #[inline(always)]
+    pub unsafe fn read_range(&self, first: u64, length: u64, block: u32, epoch: u32) -> bool {
+        let mine = self.pack(self.mine(0, block, epoch));
+        // SAFETY: the caller's promise, and what `each_part` gives is inside the range and held.
+        unsafe {
+            self.each_part(first, length, |writers, readers, count, bytes| {
+                let mine = mine | bytes;
+                let mut bad = 0;
+                for i in 0..count {
+                    let reader = readers.add(i);
+                    reader.write(next_reader(reader.read(), mine));
+                    bad |= against(writers.add(i).read(), mine);
+                }
+                bad == 0
+            })
+        }
+    }
+
+    /// Writes of a block, as [`read_range`](Self::read_range).
+    ///
+    /// # Safety
+    /// The range lies in the device's.
+    #[inline(always)]
+    pub unsafe fn write_range(&self, first: u64, length: u64, block: u32, epoch: u32) -> bool {
+        let mine = self.pack(self.mine(0, block, epoch));
+        // SAFETY: as for `read_range`.
+        unsafe {
+            self.each_part(first, length, |writers, readers, count, bytes| {
+                let mine = mine | bytes;
+                let mut bad = 0;
+                for i in 0..count {
+                    bad |= against(writers.add(i).read(), mine);
+                    bad |= against(readers.add(i).read(), mine);
+                }
+                if bad != 0 {
+                    return false;
+                }
+                for i in 0..count {
+                    let before = writers.add(i).read();
+                    let more = if (before ^ mine) & !BYTES == 0 { before & BYTES } else { 0 };
+                    writers.add(i).write(mine | more);
+                }
+                true
+            })
+        }
+    }
+
+    /// Calls for each run of words in a range that one lock covers, with which of their bytes are meant; stops at the first false.
+    #[inline(always)]
+    unsafe fn each_part(
+        &self,
+        first: u64,
+        length: u64,
+        mut part: impl FnMut(*mut u64, *mut u64, usize, u64) -> bool,
+    ) -> bool {
+        let end = first + length;
+        let mut at = first;
+        while at < end {
+            let stop = end.min((at | (HELD - 1)) + 1);
+            let _held = self.shadow.hold(at);
+            // SAFETY: the caller's promise.
+            let (writers, readers) = unsafe { self.shadow.word(at) };
+            let (mut from, mut index) = (at, 0);
+            if from % 4 != 0 || stop - from < 4 {
+                let upto = stop.min((from | 3) + 1);
+                let bytes = ((1u64 << (upto - from)) - 1) << (from % 4);
+                if !part(writers, readers, 1, bytes) {
+                    return false;
+                }
+                (from, index) = (upto, 1);
+            }
+            let whole = ((stop - from) / 4) as usize;
+            // SAFETY: the words lie in the range.
+            unsafe {
+                if whole > 0 && !part(writers.add(index), readers.add(index), whole, BYTES) {
+                    return false;
+                }
+                index += whole;
+                let rest = (stop - from) % 4;
+                if rest > 0 && !part(writers.add(index), readers.add(index), 1, (1 << rest) - 1) {
+                    return false;
+                }
+            }
+            at = stop;
+        }
+        true
     }
 
     /// A block uses an address to synchronise: by a load it acquires what others released there, by a store it releases what it fenced, by an

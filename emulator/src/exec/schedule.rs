@@ -156,6 +156,8 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         range,
         checks,
         shared_bytes: kernel.static_shared + launch.dynamic_shared,
+        // Without the check for bounds accesses need not be aligned.
+        granule: if checks.bounds { program.smallest_shared.trailing_zeros() } else { 0 },
         threads,
         local_stride: kernel.local_bytes.next_multiple_of(16),
         constants: resolve(program, &launch.module.addresses),

@@ -1,9 +1,12 @@
 //! What a running launch, block and warp consist of.
 
+use super::access::{Addresses, Site};
 use super::races::{GlobalRaces, SharedRaces};
+use super::shapes::Shapes;
 use super::{Checks, Counters, Fault, FaultKind, Launch, Settings};
 use crate::memory::{Allocation, Memory};
 use crate::ptx::program::{Constant, Program};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -55,18 +58,16 @@ pub struct Group {
     pub wait: Wait,
 }
 
-/// A copy by cp.async that has not arrived.
+/// Copies by one cp.async that have not arrived.
 pub struct Pending {
-    /// Lane.
-    pub lane: u8,
-    /// Bytes.
-    pub bytes: u8,
-    /// Group of the lane it belongs to.
+    /// The instruction, with the lanes whose copies these are.
+    pub site: Site,
+    /// Group of the lanes they belong to.
     pub group: u32,
-    /// Offset in shared memory.
-    pub to: u32,
+    /// Offsets in shared memory.
+    pub to: Addresses,
     /// What arrives.
-    pub data: [u8; 16],
+    pub data: [[u8; 16]; 32],
 }
 
 /// A warp.
@@ -74,6 +75,8 @@ pub struct Pending {
 pub struct Warp {
     /// Number in the block.
     pub index: u32,
+    /// Thread of each lane in x, y, z (and a fourth axis that is 0).
+    pub threads: [[u32; 32]; 4],
     /// Registers.
     pub file: Aligned,
     /// Local memory, lane after lane.
@@ -115,6 +118,10 @@ pub struct BarrierState {
     pub clock: Vec<u32>,
     /// The same of the last completed generation.
     pub completed_clock: Vec<u32>,
+    /// Whether some threads did not wait, or came without the rest of their warp.
+    pub loose: bool,
+    /// The time from which all warps go on behind the last completed generation; 0 where each has its own.
+    pub resume: u32,
 }
 
 /// A block.
@@ -130,9 +137,9 @@ pub struct Block {
     pub warps: Vec<Warp>,
     /// Shared memory.
     pub shared: Aligned,
-    /// Which bytes of it have been written; empty when nobody asks.
+    /// Which granules of it have been written; empty when nobody asks.
     pub shared_written: Vec<u8>,
-    /// Which bytes of it a cp.async is about to write; empty when nobody asks.
+    /// How many cp.async are about to write each granule of it; empty when nobody asks.
     pub shared_pending: Vec<u8>,
     /// Race detector.
     pub races: Option<SharedRaces>,
@@ -170,6 +177,8 @@ pub struct Env<'a> {
     pub checks: Checks,
     /// Bytes of shared memory per block.
     pub shared_bytes: u32,
+    /// Base-2 logarithm of the bytes of a granule, in which what is known about shared memory is kept: every access is one or more, aligned.
+    pub granule: u32,
     /// Threads per block.
     pub threads: u32,
     /// Bytes of local memory per lane, padded.
@@ -204,16 +213,19 @@ impl Touched {
 
     /// Notes sectors `first..=last` (addresses over 32).
     pub fn touch(&self, first: u64, last: u64) {
-        for sector in first..=last {
-            let index = sector - self.base / 32;
+        let (mut index, end) = (first - self.base / 32, last - self.base / 32 + 1);
+        while index < end {
             let word = index / 64;
+            let stop = end.min((word + 1) * 64);
+            let bits = (!0 >> (64 - (stop - index))) << (index % 64);
             let page = self.pages[word as usize / PAGE_WORDS]
                 .get_or_init(|| Box::new([const { AtomicU64::new(0) }; PAGE_WORDS]));
             let cell = &page[word as usize % PAGE_WORDS];
-            let bit = 1 << (index % 64);
-            if cell.load(Ordering::Relaxed) & bit == 0 && cell.fetch_or(bit, Ordering::Relaxed) & bit == 0 {
-                self.count.fetch_add(1, Ordering::Relaxed);
+            if cell.load(Ordering::Relaxed) & bits != bits {
+                let new = bits & !cell.fetch_or(bits, Ordering::Relaxed);
+                self.count.fetch_add(u64::from(new.count_ones()), Ordering::Relaxed);
             }
+            index = stop;
         }
     }
 
@@ -235,6 +247,8 @@ pub struct Machine<'a> {
     pub runs: Vec<(u64, u64)>,
     /// Ranges of allocations that recent instructions used.
     pub cache: [(u64, u64); 16],
+    /// Shapes of accesses to shared memory.
+    pub shapes: Shapes,
 }
 
 impl Env<'_> {
@@ -243,6 +257,16 @@ impl Env<'_> {
         let [x, y, _] = self.launch.block;
         let linear = warp * 32 + lane;
         [linear % x, linear / x % y, linear / x / y]
+    }
+
+    /// The granules of an access to shared memory.
+    #[inline(always)]
+    pub fn granules(&self, at: u64, bytes: u32) -> Range<usize> {
+        (at >> self.granule) as usize..((at + u64::from(bytes) - 1) >> self.granule) as usize + 1
+    }
+
+    fn shared_granules(&self) -> usize {
+        (self.shared_bytes as usize).div_ceil(1 << self.granule)
     }
 
     /// The allocation that holds a range.
@@ -268,6 +292,7 @@ impl<'a> Machine<'a> {
             counters: Counters::default(),
             runs: vec![(0, 0); env.program.costs.len()],
             cache: [(0, 0); 16],
+            shapes: Shapes::new(env.program.steps.len()),
         }
     }
 
@@ -301,11 +326,11 @@ impl<'a> Machine<'a> {
             block.shared = Aligned::new(env.shared_bytes as usize + 64, 0xff);
             block.barriers = vec![BarrierState::default(); 16];
             if env.checks.shared_races && env.shared_bytes > 0 {
-                block.races = Some(SharedRaces::new(warps as usize, env.shared_bytes as usize, env.program.atomics));
-                block.shared_pending = vec![0; env.shared_bytes as usize];
+                block.races = Some(SharedRaces::new(warps as usize, env.shared_granules(), env.program.atomics));
+                block.shared_pending = vec![0; env.shared_granules() + 16];
             }
             if env.checks.uninitialised {
-                block.shared_written = vec![0; env.shared_bytes as usize];
+                block.shared_written = vec![0; env.shared_granules() + 16];
             }
         } else {
             block.shared.fill(0xff);
@@ -348,8 +373,15 @@ impl Env<'_> {
         unsafe {
             std::ptr::copy_nonoverlapping(self.constants.as_ptr(), file.as_mut_ptr().add(start), self.constants.len())
         };
+        let mut threads = [[0; 32]; 4];
+        for lane in 0..32 {
+            for (axis, at) in self.thread(index, lane as u32).into_iter().enumerate() {
+                threads[axis][lane] = at;
+            }
+        }
         Warp {
             index,
+            threads,
             file,
             // 8 bytes more: the parameters of printf and assert are read as 8 bytes, whatever their size.
             local: Aligned::new(self.local_stride as usize * 32 + 8, 0xff),

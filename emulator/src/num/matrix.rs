@@ -164,59 +164,110 @@ unsafe fn multiply_avx2(c: &mut Accumulators, planes: &[Plane]) {
     }
 }
 
-/// The same with AVX-512.
+/// f16 in the const parameters of the AVX-512 code; 1 is bf16, 2 is tf32.
+#[cfg(target_arch = "x86_64")]
+const F16: u8 = 0;
+#[cfg(target_arch = "x86_64")]
+const BF16: u8 = 1;
+#[cfg(target_arch = "x86_64")]
+const TF32: u8 = 2;
+
+/// 16 words' lower or upper halves as f32, or 16 tf32.
 ///
 /// # Safety
 /// The processor has AVX-512 F.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-unsafe fn multiply_avx512(c: &mut Accumulators, planes: &[Plane]) {
+unsafe fn expand<const ELEMENT: u8>(words: std::arch::x86_64::__m512i, upper: bool) -> std::arch::x86_64::__m512 {
     use std::arch::x86_64::*;
-    // SAFETY: every pointer below is inside an array of 32 lanes: two vectors of 16.
+    // SAFETY: the caller's promise.
+    unsafe {
+        match (ELEMENT, upper) {
+            (BF16, false) => _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)),
+            (BF16, true) => _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-0x1_0000))),
+            (F16, false) => _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)),
+            (F16, true) => _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(words))),
+            _ => _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-0x2000))),
+        }
+    }
+}
+
+/// A whole tile with AVX-512, in the same order of additions, without leaving registers between C and D.
+///
+/// # Safety
+/// The operands are the form's; the processor has AVX-512 F.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn tile_avx512<const ELEMENT: u8, const DEPTH: usize>(m: &Matrix, o: &Operands, tile: &Tile) {
+    use std::arch::x86_64::*;
+    // SAFETY: registers and accumulators are 32 lanes: two vectors of 16.
     unsafe {
         let mut sums = [[_mm512_setzero_ps(); 2]; 4];
-        for i in 0..4 {
-            for v in 0..2 {
-                sums[i][v] = _mm512_loadu_ps(c[i].as_ptr().add(16 * v));
+        if m.c_f16 {
+            let c = accumulators(m, o, tile);
+            for i in 0..4 {
+                for v in 0..2 {
+                    sums[i][v] = _mm512_loadu_ps(c[i].as_ptr().add(16 * v));
+                }
+            }
+        } else {
+            for i in 0..4 {
+                for v in 0..2 {
+                    let c = o.b32(tile.c[i] as usize).as_ptr().add(16 * v);
+                    sums[i][v] = _mm512_loadu_ps(c.cast());
+                }
             }
         }
         let first = _mm512_set4_epi32(24, 16, 8, 0);
-        for plane in planes {
-            let (b0, b1) = (_mm512_loadu_ps(plane[2].as_ptr()), _mm512_loadu_ps(plane[2].as_ptr().add(16)));
-            macro_rules! word {
-                ($j:literal) => {
-                    let even = _mm512_permutex2var_ps(b0, _mm512_add_epi32(first, _mm512_set1_epi32($j)), b1);
-                    let odd = _mm512_permutex2var_ps(b0, _mm512_add_epi32(first, _mm512_set1_epi32($j + 4)), b1);
-                    for v in 0..2 {
-                        for half in 0..2 {
-                            let rows = _mm512_loadu_ps(plane[half].as_ptr().add(16 * v));
-                            let rows = _mm512_permute_ps::<{ $j * 0x55 }>(rows);
-                            sums[2 * half][v] = _mm512_fmadd_ps(rows, even, sums[2 * half][v]);
-                            sums[2 * half + 1][v] = _mm512_fmadd_ps(rows, odd, sums[2 * half + 1][v]);
+        for registers in &tile.k[..DEPTH] {
+            let words = registers.map(|i| {
+                let words = o.b32(i as usize).as_ptr();
+                [_mm512_loadu_si512(words.cast()), _mm512_loadu_si512(words.add(16).cast())]
+            });
+            for part in 0..if ELEMENT == TF32 { 1 } else { 2 } {
+                let upper = part == 1;
+                let rows = [
+                    [expand::<ELEMENT>(words[0][0], upper), expand::<ELEMENT>(words[0][1], upper)],
+                    [expand::<ELEMENT>(words[1][0], upper), expand::<ELEMENT>(words[1][1], upper)],
+                ];
+                let b0 = expand::<ELEMENT>(words[2][0], upper);
+                let b1 = expand::<ELEMENT>(words[2][1], upper);
+                macro_rules! word {
+                    ($j:literal) => {
+                        let at = _mm512_add_epi32(first, _mm512_set1_epi32($j));
+                        let even = _mm512_permutex2var_ps(b0, at, b1);
+                        let at = _mm512_add_epi32(first, _mm512_set1_epi32($j + 4));
+                        let odd = _mm512_permutex2var_ps(b0, at, b1);
+                        for v in 0..2 {
+                            for half in 0..2 {
+                                let rows = _mm512_permute_ps::<{ $j * 0x55 }>(rows[half][v]);
+                                let [left, right] = [2 * half, 2 * half + 1];
+                                sums[left][v] = _mm512_fmadd_ps(rows, even, sums[left][v]);
+                                sums[right][v] = _mm512_fmadd_ps(rows, odd, sums[right][v]);
+                            }
                         }
-                    }
-                };
+                    };
+                }
+                word!(0);
+                word!(1);
+                word!(2);
+                word!(3);
             }
-            word!(0);
-            word!(1);
-            word!(2);
-            word!(3);
         }
+        let mut d = [[0.0; 32]; 4];
         for i in 0..4 {
             for v in 0..2 {
-                _mm512_storeu_ps(c[i].as_mut_ptr().add(16 * v), sums[i][v]);
+                _mm512_storeu_ps(d[i].as_mut_ptr().add(16 * v), sums[i][v]);
             }
         }
+        put(m, o, tile, &d);
     }
 }
 
 #[inline(always)]
 fn multiply<I: Isa>(c: &mut Accumulators, planes: &[Plane]) {
     #[cfg(target_arch = "x86_64")]
-    if I::AVX512 {
-        // SAFETY: code for AVX-512 runs where it is.
-        return unsafe { multiply_avx512(c, planes) };
-    } else if I::FMA {
+    if I::FMA {
         // SAFETY: code for AVX2 runs where it is.
         return unsafe { multiply_avx2(c, planes) };
     }
@@ -234,6 +285,23 @@ fn halves<const BF: bool>(words: &Lanes) -> [[f32; 32]; 2] {
         r[1][i] = if BF { f32::from_bits(words[i] & 0xffff_0000) } else { half::f16_to_f32(words[i] >> 16) };
     }
     r
+}
+
+/// The two planes of a register along k: even k, odd k.
+///
+/// # Safety
+/// The operands are the form's.
+#[inline(always)]
+unsafe fn planes<const BF: bool>(o: &Operands, registers: [u8; 3]) -> [Plane; 2] {
+    let mut planes = [[[0.0; 32]; 3]; 2];
+    for (x, register) in registers.into_iter().enumerate() {
+        // SAFETY: the caller's promise.
+        let words = unsafe { o.b32(register as usize) };
+        let [even, odd] = halves::<BF>(words);
+        planes[0][x] = even;
+        planes[1][x] = odd;
+    }
+    planes
 }
 
 /// Reads a tile's accumulators as f32.
@@ -287,14 +355,18 @@ unsafe fn halves_product<I: Isa, const BF: bool, const DEPTH: usize>(m: &Matrix,
     for tile in &m.tiles {
         // SAFETY: the operands are the form's.
         unsafe {
-            let mut c = accumulators(m, o, tile);
-            let mut planes = [[[0.0; 32]; 3]; 4];
-            for k in 0..DEPTH {
-                let [low, high, b] = tile.k[k].map(|i| halves::<BF>(o.b32(i as usize)));
-                planes[2 * k] = [low[0], high[0], b[0]];
-                planes[2 * k + 1] = [low[1], high[1], b[1]];
+            #[cfg(target_arch = "x86_64")]
+            if I::AVX512 {
+                if BF {
+                    tile_avx512::<BF16, DEPTH>(m, o, tile);
+                } else {
+                    tile_avx512::<F16, DEPTH>(m, o, tile);
+                }
+                continue;
             }
-            multiply::<I>(&mut c, &planes[..2 * DEPTH]);
+            let mut c = accumulators(m, o, tile);
+            let planes = std::array::from_fn::<_, DEPTH, _>(|k| planes::<BF>(o, tile.k[k]));
+            multiply::<I>(&mut c, planes.as_flattened());
             put(m, o, tile, &c);
         }
     }
@@ -306,6 +378,11 @@ unsafe fn tf32_product<I: Isa, const DEPTH: usize>(m: &Matrix, o: &Operands) {
     for tile in &m.tiles {
         // SAFETY: the operands are the form's.
         unsafe {
+            #[cfg(target_arch = "x86_64")]
+            if I::AVX512 {
+                tile_avx512::<TF32, DEPTH>(m, o, tile);
+                continue;
+            }
             let mut c = accumulators(m, o, tile);
             let mut planes = [[[0.0; 32]; 3]; 2];
             for k in 0..DEPTH {

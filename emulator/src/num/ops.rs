@@ -42,6 +42,33 @@ impl Isa for Avx512 {
     const AVX512: bool = true;
 }
 
+/// Writes the lanes in the mask. By bits and not by a choice between two values, of which the compiler makes a choice between two
+/// addresses, lane after lane.
+#[inline(always)]
+pub fn blend32(to: &mut Lanes, from: &Lanes, mask: u32) {
+    if mask == u32::MAX {
+        *to = *from;
+        return;
+    }
+    for lane in 0..32 {
+        let keep = (mask >> lane & 1).wrapping_neg();
+        to[lane] = (to[lane] & !keep) | (from[lane] & keep);
+    }
+}
+
+/// The same for 64 bits.
+#[inline(always)]
+pub fn blend64(to: &mut Lanes64, from: &Lanes64, mask: u32) {
+    if mask == u32::MAX {
+        *to = *from;
+        return;
+    }
+    for lane in 0..32 {
+        let keep = ((mask >> lane & 1) as u64).wrapping_neg();
+        to[lane] = (to[lane] & !keep) | (from[lane] & keep);
+    }
+}
+
 /// The registers of one instruction: destinations, sources.
 #[derive(Clone, Copy)]
 pub struct Operands {
@@ -100,13 +127,7 @@ impl Operands {
     pub unsafe fn put32(&self, i: usize, r: &Lanes) {
         // SAFETY: as the function's own contract; `r` is a local of the caller.
         let d: &mut Lanes = unsafe { &mut *self.pointer(i) };
-        if self.mask == u32::MAX {
-            *d = *r;
-        } else {
-            for lane in 0..32 {
-                d[lane] = if self.mask & 1 << lane != 0 { r[lane] } else { d[lane] };
-            }
-        }
+        blend32(d, r, self.mask);
     }
 
     /// Writes 64-bit lanes where the mask is set.
@@ -117,13 +138,7 @@ impl Operands {
     pub unsafe fn put64(&self, i: usize, r: &Lanes64) {
         // SAFETY: as the function's own contract; `r` is a local of the caller.
         let d: &mut Lanes64 = unsafe { &mut *self.pointer(i) };
-        if self.mask == u32::MAX {
-            *d = *r;
-        } else {
-            for lane in 0..32 {
-                d[lane] = if self.mask & 1 << lane != 0 { r[lane] } else { d[lane] };
-            }
-        }
+        blend64(d, r, self.mask);
     }
 
     /// Writes a predicate where the mask is set.
@@ -1186,20 +1201,19 @@ operations! {
         o.put32(0, &r)
     };
     fast Selp32 |f, o, I| {
-        let (a, b, c) = (o.b32(1), o.b32(2), o.pred(3));
+        let (a, c) = (o.b32(1), o.pred(3));
         let keep = if f.ty.bits() == 16 { 0xffff } else { u32::MAX };
-        let mut r = [0; 32];
+        let mut r = *o.b32(2);
+        blend32(&mut r, a, c);
         for i in 0..32 {
-            r[i] = (if c & 1 << i != 0 { a[i] } else { b[i] }) & keep;
+            r[i] &= keep;
         }
         o.put32(0, &r)
     };
     fast Selp64 |_f, o, I| {
-        let (a, b, c) = (o.b64(1), o.b64(2), o.pred(3));
-        let mut r = [0; 32];
-        for i in 0..32 {
-            r[i] = if c & 1 << i != 0 { a[i] } else { b[i] };
-        }
+        let (a, c) = (o.b64(1), o.pred(3));
+        let mut r = *o.b64(2);
+        blend64(&mut r, a, c);
         o.put64(0, &r)
     };
     slow Slct32 |f, o, I| {

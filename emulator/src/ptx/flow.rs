@@ -691,7 +691,7 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
     let ranges = live_ranges(code, blocks, order);
     let (offsets, mut bytes, used) = allocate(code, &ranges);
     *registers = used;
-    let mut program = Program::default();
+    let mut program = Program { smallest_shared: 16, ..Program::default() };
     let mut constant_offset = vec![u32::MAX; code.constants.len()];
     let mut offset = |value: Value, program: &mut Program| {
         if value & CONSTANT == 0 {
@@ -734,7 +734,9 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
             let source = program.sources.len() as u32;
             program.sources.push(ins.source);
             program.fences |= matches!(op, Op::Fence(_));
-            program.atomics |= matches!(op, Op::Atom { .. });
+            program.atomics |= matches!(op, Op::Atom { access, .. } if reaches_shared(&access));
+            program.copies |= matches!(op, Op::CpAsync { .. });
+            program.smallest_shared = program.smallest_shared.min(shared_bytes(&op).unwrap_or(16));
             if guard == NO_GUARD
                 && program.steps.len() > first_step
                 && let Some(Step { op: Op::Run(last), guard: NO_GUARD, count, .. }) = program.steps.last_mut()
@@ -803,6 +805,24 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
     }
     program.file_bytes = bytes.next_multiple_of(64);
     program
+}
+
+fn reaches_shared(access: &Access) -> bool {
+    matches!(access.space, Space::Shared | Space::Generic)
+}
+
+/// Bytes that a lane touches at least with an operation that may reach shared memory.
+fn shared_bytes(op: &Op) -> Option<u32> {
+    match op {
+        Op::Load(access) | Op::Store(access) | Op::Atom { access, .. } if reaches_shared(access) => {
+            Some(u32::from(access.bytes) * u32::from(access.elements))
+        }
+        Op::WmmaLoad { fragment, access, .. } | Op::WmmaStore { fragment, access, .. } if reaches_shared(access) => {
+            Some(fragment.element_bytes)
+        }
+        Op::CpAsync { bytes, .. } => Some(u32::from(*bytes)),
+        _ => None,
+    }
 }
 
 fn count_cost(cost: &mut BlockCost, op: &Op, guarded: bool) {

@@ -93,6 +93,14 @@ pub enum Special {
     Environment(u8),
 }
 
+impl Special {
+    /// Whether lanes see different values.
+    pub fn differs(self) -> bool {
+        use Special::*;
+        matches!(self, Tid(_) | LaneId | LaneMaskEq | LaneMaskLe | LaneMaskLt | LaneMaskGe | LaneMaskGt)
+    }
+}
+
 /// How a shuffle picks its source lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
@@ -372,8 +380,12 @@ pub struct Program {
     pub sources: Vec<Source>,
     /// Whether blocks may order their accesses with fences.
     pub fences: bool,
-    /// Whether there are atomic operations.
+    /// Whether there are atomic operations on shared memory.
     pub atomics: bool,
+    /// Whether there are asynchronous copies.
+    pub copies: bool,
+    /// Bytes of the smallest access to shared memory: a power of two, at most 16.
+    pub smallest_shared: u32,
     /// The module's text.
     pub text: Arc<str>,
 }

@@ -35,7 +35,10 @@ fn ordering(ty: &str, ftz: bool, a: u64, b: u64) -> Option<Ordering> {
         };
         format.value(flush(a)).partial_cmp(&format.value(flush(b)))
     } else {
-        let as_int = ty.strip_prefix('b').map_or_else(|| ty.to_string(), |bits| format!("u{bits}"));
+        let as_int = match ty.strip_prefix('b') {
+            Some(bits) => format!("u{bits}"),
+            None => ty.to_string(),
+        };
         Some(integer(&as_int, a).cmp(&integer(&as_int, b)))
     }
 }

@@ -138,7 +138,7 @@ fn ties(target: Format, source: Format) -> Vec<Vec<u64>> {
         if a.is_finite() && b.is_finite() {
             let middle = convert(Format::F64, source, ((a + b) / 2.0).to_bits(), "rn");
             for step in [0, 1, u64::MAX] {
-                values.push(vec![middle.wrapping_add(step) & source.mask() | ((i & 1) * source.sign())]);
+                values.push(vec![(middle.wrapping_add(step) & source.mask()) | ((i & 1) * source.sign())]);
             }
         }
     }

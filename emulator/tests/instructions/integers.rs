@@ -3,6 +3,9 @@
 use super::harness::{Case, run, width};
 use super::reference::{integer, range};
 
+/// What an instruction computes from its sources and the carry flag, with more bits than any of them.
+type Meaning = Box<dyn Fn(&[u64], i128) -> i128>;
+
 fn truncate(bits: u32, x: i128) -> u64 {
     x as u64 & (u64::MAX >> (64 - bits))
 }
@@ -127,8 +130,7 @@ fn carries() {
         let modulus = 1i128 << w;
         // Patterns as unsigned numbers: carries do not know signs.
         let low = move |x: u64| truncate(w, x as i128) as i128;
-        type Full = Box<dyn Fn(&[u64], i128) -> i128>;
-        let mut push = |name: String, sources: usize, carry: (bool, bool), full: Full| {
+        let mut push = |name: String, sources: usize, carry: (bool, bool), full: Meaning| {
             let meaning = move |x: &[u64]| {
                 let flag = if carry.0 { x[sources] as i128 } else { 0 };
                 let r = full(x, flag);

@@ -13,3 +13,4 @@ mod harness;
 mod integers;
 mod matrix;
 mod reference;
+mod words;

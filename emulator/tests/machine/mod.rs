@@ -29,7 +29,7 @@ impl Device {
     }
 
     pub fn upload<T: Copy>(&self, values: &[T]) -> u64 {
-        // SAFETY: the tests copy integers and floats, which have no padding, so all of the slice's bytes are initialised.
+        // SAFETY: the bytes of a slice of plain numbers, for as long as the slice.
         let bytes = unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), std::mem::size_of_val(values)) };
         let at = self.memory.alloc(bytes.len() as u64).expect("memory");
         self.memory.copy_in(at, bytes).expect("an allocation of that size");
@@ -39,7 +39,7 @@ impl Device {
     pub fn download<T: Copy + Default>(&self, at: u64, count: usize) -> Vec<T> {
         let mut values = vec![T::default(); count];
         let size = std::mem::size_of_val(values.as_slice());
-        // SAFETY: the tests copy integers and floats, which any bytes are values of.
+        // SAFETY: the bytes of the vector, which any bytes are numbers of, while nothing else uses it.
         let bytes = unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), size) };
         self.memory.copy_out(at, bytes).expect("an allocation of that size");
         values

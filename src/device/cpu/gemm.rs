@@ -17,8 +17,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 
 use super::vector::{Vector, kernel};
-use crate::device::cpu::Buffer;
 use crate::device::Device;
+use crate::device::cpu::Buffer;
 
 /// Columns of a panel: two registers.
 pub(crate) const fn panel_width<V: Vector>() -> usize {

@@ -235,8 +235,11 @@ impl<'a> Launch<'a> {
             // A 32-bit parameter is read from the first four bytes.
             launch.arg(&argument.bits);
         }
-        let config =
-            LaunchConfig { grid_dim: (x as u32, y as u32, z as u32), block_dim: self.block.into(), shared_mem_bytes: self.shared };
+        let config = LaunchConfig {
+            grid_dim: (x as u32, y as u32, z as u32),
+            block_dim: self.block.into(),
+            shared_mem_bytes: self.shared,
+        };
         // SAFETY: number, kind and size of the arguments are those of the kernel's parameters (checked above; PTX is
         // little-endian like every host CUDA runs on). Tensors and buffers are alive and stay so until the stream has passed
         // this launch, since the pool hands memory out again in the stream's order; what is written is borrowed mutably. That a kernel

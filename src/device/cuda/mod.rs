@@ -115,7 +115,10 @@ pub fn devices() -> Result<Vec<Description>> {
     if !driver_present()? {
         return Ok(Vec::new());
     }
-    let failed = |what: &str| { let what = what.to_string(); move |e: DriverError| driver_error(&what, e) };
+    let failed = |what: &str| {
+        let what = what.to_string();
+        move |e: DriverError| driver_error(&what, e)
+    };
     match result::init() {
         Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Ok(Vec::new()),
         other => other.map_err(failed("starting the driver"))?,
@@ -234,7 +237,8 @@ impl Gpu {
     /// # Errors
     /// A driver that fails.
     pub fn available_memory(&self) -> Result<u64> {
-        let (free, _) = self.0.stream.context().mem_get_info().map_err(|e| driver_error("asking for free memory", e))?;
+        let (free, _) =
+            self.0.stream.context().mem_get_info().map_err(|e| driver_error("asking for free memory", e))?;
         let stats = self.pool_stats();
         Ok(free as u64 + stats.held - stats.in_use)
     }
@@ -354,6 +358,10 @@ impl Gpu {
 
 impl fmt::Display for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "cuda:{} ({}, compute capability {}.{})", self.0.number, self.0.name, self.0.capability.0, self.0.capability.1)
+        write!(
+            f,
+            "cuda:{} ({}, compute capability {}.{})",
+            self.0.number, self.0.name, self.0.capability.0, self.0.capability.1
+        )
     }
 }

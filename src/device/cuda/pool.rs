@@ -133,8 +133,14 @@ impl Gpu {
     /// Looks at the words around a guarded buffer.
     fn check_guards(&self, memory: &CudaSlice<u8>, bytes: usize, guard: usize) {
         let all = self.0.stream.clone_dtoh(memory).expect("the guards of a tested buffer can be read");
-        assert!(all[..guard].iter().all(|&b| b == GUARD), "a kernel wrote before the start of a buffer of {bytes} bytes");
-        assert!(all[guard + bytes..].iter().all(|&b| b == GUARD), "a kernel wrote past the end of a buffer of {bytes} bytes");
+        assert!(
+            all[..guard].iter().all(|&b| b == GUARD),
+            "a kernel wrote before the start of a buffer of {bytes} bytes"
+        );
+        assert!(
+            all[guard + bytes..].iter().all(|&b| b == GUARD),
+            "a kernel wrote past the end of a buffer of {bytes} bytes"
+        );
     }
 }
 

@@ -1,0 +1,809 @@
+//! What an access is asked before it touches memory.
+//!
+//! [`Machine::locate`] is the whole answer, lane by lane, with its sentence. In front of it stands [`Machine::approve`], which says yes to most accesses for all
+//! lanes at once: it may only say yes where `locate` would, and leaves behind the same marks; what it cannot decide is asked again.
+
+// Loops over lanes and elements index several registers at once, and vectorise that way.
+#![allow(clippy::needless_range_loop)]
+
+use super::access::{Addresses, Site, Use, extent, progression, settle};
+use super::lanes as ask;
+use super::races::{Other, window};
+use super::shapes::{Shape, wavefronts};
+use super::state::{Machine, Warp, lanes, name_thread};
+use super::{Counters, Fault, FaultKind, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
+use crate::ptx::program::Space;
+
+/// Compiles a function's generic body once per instruction set; the result is a function of the same signature, generic over the set, that calls the one
+/// for it.
+macro_rules! per_isa {
+    ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty = $body:ident) => {
+        $(#[$doc])*
+        #[allow(clippy::too_many_arguments)]
+        #[inline(always)]
+        $vis unsafe fn $name<const ISA: usize>($($arg: $ty),*) -> $ret {
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+            unsafe fn avx512($($arg: $ty),*) -> $ret {
+                // SAFETY: the caller's promise.
+                unsafe { $body::<{ super::interp::AVX512 }>($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+            unsafe fn avx2($($arg: $ty),*) -> $ret {
+                // SAFETY: the caller's promise.
+                unsafe { $body::<{ super::interp::AVX2 }>($($arg),*) }
+            }
+            #[inline(never)]
+            unsafe fn portable($($arg: $ty),*) -> $ret {
+                // SAFETY: the caller's promise.
+                unsafe { $body::<{ super::interp::PORTABLE }>($($arg),*) }
+            }
+            // SAFETY: the caller's promise, also of the instruction set.
+            unsafe {
+                match ISA {
+                    #[cfg(target_arch = "x86_64")]
+                    super::interp::AVX512 => avx512($($arg),*),
+                    #[cfg(target_arch = "x86_64")]
+                    super::interp::AVX2 => avx2($($arg),*),
+                    _ => portable($($arg),*),
+                }
+            }
+        }
+    };
+}
+pub(super) use per_isa;
+
+per_isa! {
+    /// Whether the accesses of a warp are in order, found out for all lanes at once; if so, the addresses are host addresses now, and a store's
+    /// races have been looked at too. False says nothing.
+    ///
+    /// # Safety
+    /// The processor has the instruction set of `ISA`; lanes outside the mask have the address of the first lane inside.
+    pub fn approve(machine: &mut Machine, warp: &mut Warp, space: Space, at: &mut Addresses, site: Site) -> bool = approve_body
+}
+
+#[inline(always)]
+unsafe fn approve_body<const ISA: usize>(
+    machine: &mut Machine,
+    warp: &mut Warp,
+    space: Space,
+    at: &mut Addresses,
+    site: Site,
+) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match space {
+            Space::Shared => approve_shared::<ISA>(machine, warp.index, at, site),
+            Space::Local => approve_local::<ISA>(machine, warp, at, site),
+            Space::Global => approve_global::<ISA>(machine, at, site),
+            Space::Generic => match at.0[site.mask.trailing_zeros() as usize & 31] & WINDOW_BITS {
+                0 => approve_global::<ISA>(machine, at, site),
+                SHARED_WINDOW => {
+                    let mut inside = *at;
+                    inside.0.iter_mut().for_each(|a| *a = a.wrapping_sub(SHARED_WINDOW));
+                    let good = approve_shared::<ISA>(machine, warp.index, &mut inside, site);
+                    if good {
+                        *at = inside;
+                    }
+                    good
+                }
+                _ => false,
+            },
+            Space::Param => false,
+        }
+    }
+}
+
+/// The bits of a generic address that say which space it is in.
+const WINDOW_BITS: u64 = !0 << 56;
+
+/// # Safety
+/// As for [`approve`].
+#[inline(always)]
+unsafe fn approve_shared<const ISA: usize>(machine: &mut Machine, warp: u32, at: &mut Addresses, site: Site) -> bool {
+    let env = machine.env;
+    if site.strong || site.usage == Use::Atomic {
+        return false;
+    }
+    // SAFETY: the caller's promise.
+    let Some(shape) = (unsafe { machine.shapes.recall::<ISA>(at, site, env.granule) }) else {
+        return false;
+    };
+    let first = at.0[site.mask.trailing_zeros() as usize & 31];
+    let store = site.usage == Use::Store;
+    if !shape.fits(first, site.bytes, env.shared_bytes) || (store && shape.overlap) {
+        return false;
+    }
+    let origin = (first >> env.granule) as i64;
+    let block = &mut machine.block;
+    for chunk in &shape.chunks {
+        let here = (origin + chunk.at) as usize;
+        if env.checks.uninitialised {
+            let Some(written) = window(&mut block.shared_written, here) else {
+                return false;
+            };
+            if store {
+                for i in 0..16 {
+                    written[i] |= chunk.mask[i] as u8 & 1;
+                }
+            } else {
+                let mut unwritten = 0;
+                for i in 0..16 {
+                    unwritten |= chunk.mask[i] as u8 & !written[i] & 1;
+                }
+                if unwritten != 0 {
+                    return false;
+                }
+            }
+        }
+        if let Some(races) = &mut block.races {
+            if !store
+                && env.program.copies
+                && let Some(pending) = window(&mut block.shared_pending, here)
+            {
+                let mut early = 0;
+                for i in 0..16 {
+                    early |= chunk.mask[i] as u8 & pending[i];
+                }
+                if early != 0 {
+                    return false;
+                }
+            }
+            let good = match store {
+                true => races.write_chunk::<true>(warp as usize, chunk, here),
+                false => races.read_chunk(warp as usize, chunk, here),
+            };
+            if !good {
+                return false;
+            }
+        }
+    }
+    if env.settings.counters {
+        machine.counters.count_shape(shape);
+    }
+    let base = machine.block.shared.as_mut_ptr() as u64;
+    at.0.iter_mut().for_each(|a| *a = a.wrapping_add(base));
+    true
+}
+
+per_isa! {
+    /// [`approve`] for what a `cp.async` will write, whose arrival is noted as pending.
+    ///
+    /// # Safety
+    /// As for [`approve`].
+    pub fn approve_copy(machine: &mut Machine, warp: u32, to: &Addresses, site: Site) -> bool = approve_copy_body
+}
+
+#[inline(always)]
+unsafe fn approve_copy_body<const ISA: usize>(machine: &mut Machine, warp: u32, to: &Addresses, site: Site) -> bool {
+    let env = machine.env;
+    // SAFETY: the caller's promise.
+    let Some(shape) = (unsafe { machine.shapes.recall::<ISA>(to, site, env.granule) }) else {
+        return false;
+    };
+    let first = to.0[site.mask.trailing_zeros() as usize & 31];
+    if !shape.fits(first, site.bytes, env.shared_bytes) || shape.overlap {
+        return false;
+    }
+    let origin = (first >> env.granule) as i64;
+    let block = &mut machine.block;
+    if let Some(races) = &mut block.races {
+        for chunk in &shape.chunks {
+            if !races.write_chunk::<false>(warp as usize, chunk, (origin + chunk.at) as usize) {
+                return false;
+            }
+        }
+        for chunk in &shape.chunks {
+            let Some(pending) = window(&mut block.shared_pending, (origin + chunk.at) as usize) else {
+                return false;
+            };
+            for i in 0..16 {
+                pending[i] = pending[i].saturating_add(chunk.mask[i] as u8 & 1);
+            }
+        }
+    }
+    if env.settings.counters {
+        machine.counters.count_shape(shape);
+    }
+    true
+}
+
+per_isa! {
+    /// The same when it arrives.
+    ///
+    /// # Safety
+    /// As for [`approve`].
+    pub fn approve_arrival(machine: &mut Machine, warp: u32, to: &Addresses, site: Site) -> bool = approve_arrival_body
+}
+
+#[inline(always)]
+unsafe fn approve_arrival_body<const ISA: usize>(machine: &mut Machine, warp: u32, to: &Addresses, site: Site) -> bool {
+    let env = machine.env;
+    // SAFETY: the caller's promise.
+    let Some(shape) = (unsafe { machine.shapes.recall::<ISA>(to, site, env.granule) }) else {
+        return false;
+    };
+    if shape.overlap || !shape.aligned {
+        return false;
+    }
+    let origin = (to.0[site.mask.trailing_zeros() as usize & 31] >> env.granule) as i64;
+    let block = &mut machine.block;
+    if let Some(races) = &mut block.races {
+        for chunk in &shape.chunks {
+            if !races.write_chunk::<true>(warp as usize, chunk, (origin + chunk.at) as usize) {
+                return false;
+            }
+        }
+        for chunk in &shape.chunks {
+            if let Some(pending) = window(&mut block.shared_pending, (origin + chunk.at) as usize) {
+                for i in 0..16 {
+                    pending[i] = pending[i].saturating_sub(chunk.mask[i] as u8 & 1);
+                }
+            }
+        }
+    }
+    if env.checks.uninitialised {
+        for chunk in &shape.chunks {
+            if let Some(written) = window(&mut block.shared_written, (origin + chunk.at) as usize) {
+                for i in 0..16 {
+                    written[i] |= chunk.mask[i] as u8 & 1;
+                }
+            }
+        }
+    }
+    true
+}
+
+/// # Safety
+/// As for [`approve`].
+#[inline(always)]
+unsafe fn approve_local<const ISA: usize>(
+    machine: &mut Machine,
+    warp: &mut Warp,
+    at: &mut Addresses,
+    site: Site,
+) -> bool {
+    let env = machine.env;
+    let size = u64::from(env.launch.kernel.local_bytes);
+    let (bytes, stride) = (u64::from(site.bytes), u64::from(env.local_stride));
+    // SAFETY: the caller's promise; addresses are aligned to 64.
+    if size < bytes || unsafe { !ask::inside64::<ISA>(at.0.as_ptr(), 0, 0, size - bytes, bytes - 1) } {
+        return false;
+    }
+    machine.counters.local += u64::from(env.settings.counters);
+    let base = warp.local.as_mut_ptr() as u64;
+    for l in 0..32 {
+        at.0[l] += base + l as u64 * stride;
+    }
+    true
+}
+
+/// # Safety
+/// As for [`approve`].
+#[inline(always)]
+unsafe fn approve_global<const ISA: usize>(machine: &mut Machine, at: &mut Addresses, site: Site) -> bool {
+    let env = machine.env;
+    if site.strong && env.program.fences {
+        return false;
+    }
+    let bytes = u64::from(site.bytes);
+    let (start, end) = machine.cache[site.pc as usize & 15];
+    // SAFETY: the caller's promise; addresses are aligned to 64.
+    let (inside, dense) = unsafe {
+        let inside = end - start >= bytes
+            && ask::inside64::<ISA>(at.0.as_ptr(), 0, start, end.wrapping_sub(start).wrapping_sub(bytes), bytes - 1);
+        (inside, site.mask == !0 && ask::steps64::<ISA>(at.0.as_ptr(), bytes))
+    };
+    if !inside {
+        return false;
+    }
+    // SAFETY: as above.
+    let alike = !dense && unsafe { ask::steps64::<ISA>(at.0.as_ptr(), 0) };
+    let whole = match (dense, alike) {
+        (true, _) => Some((at.0[0], 32 * bytes)),
+        (_, true) => Some((at.0[0], bytes)),
+        _ => None,
+    };
+    let store = site.usage == Use::Store;
+    if env.checks.uninitialised {
+        if store {
+            match whole {
+                Some((first, length)) => env.memory.mark(first, length, true),
+                None => lanes(site.mask).for_each(|l| env.memory.mark(at.0[l as usize], bytes, true)),
+            }
+        } else {
+            let written = match whole {
+                Some((first, length)) => env.memory.written(first, length),
+                None => {
+                    let (low, high, _) = extent(at);
+                    (high - low <= 1024 && env.memory.written(low, high - low + bytes))
+                        || at.0.iter().all(|&a| env.memory.written(a, bytes))
+                }
+            };
+            if !written {
+                return false;
+            }
+        }
+    }
+    if let (Some(races), false) = (&env.global_races, site.strong) {
+        let (block, epoch) = (machine.block.linear as u32, machine.block.epoch);
+        let (base, size) = env.range;
+        let ask = |first: u64, length: u64| {
+            // SAFETY: the bytes lie in an allocation.
+            first.wrapping_sub(base) >= size
+                || unsafe {
+                    match store {
+                        true => races.write_range(first, length, block, epoch),
+                        false => races.read_range(first, length, block, epoch),
+                    }
+                }
+        };
+        let ordered = match whole {
+            Some((first, length)) => ask(first, length),
+            None => lanes(site.mask).all(|l| ask(at.0[l as usize], bytes)),
+        };
+        if !ordered {
+            return false;
+        }
+    }
+    if env.settings.counters {
+        machine.count_global(at, site);
+    }
+    true
+}
+
+impl Counters {
+    #[inline(always)]
+    fn count_shape(&mut self, shape: &Shape) {
+        self.shared += 1;
+        self.shared_wavefronts += shape.wavefronts.0;
+        self.shared_ideal += shape.wavefronts.1;
+    }
+}
+
+impl Machine<'_> {
+    /// Checks the accesses of a warp and turns their addresses into host addresses.
+    #[inline(never)]
+    pub fn locate(&mut self, warp: &mut Warp, space: Space, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
+        match space {
+            Space::Generic => self.locate_generic(warp, at, site),
+            Space::Shared => self.locate_shared(warp, at, site),
+            Space::Global => self.locate_global(warp, at, site),
+            Space::Local | Space::Param => self.locate_private(warp, space, at, site),
+        }
+    }
+
+    /// Lanes may point into different spaces; each is done on its own.
+    fn locate_generic(&mut self, warp: &mut Warp, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
+        let windows = [
+            (SHARED_WINDOW, Space::Shared),
+            (LOCAL_WINDOW, Space::Local),
+            (PARAM_WINDOW, Space::Param),
+            (0, Space::Global),
+        ];
+        let mut rest = site.mask;
+        for (window, space) in windows {
+            let mask = lanes(rest)
+                .filter(|&l| window == 0 || at[l as usize] >> 56 == window >> 56)
+                .fold(0, |mask, l| mask | 1 << l);
+            if mask == 0 {
+                continue;
+            }
+            rest &= !mask;
+            if space == Space::Param && site.usage != Use::Load {
+                let lane = mask.trailing_zeros();
+                return Err(self.out_of_bounds(warp, site, lane, "kernel parameters cannot be written".into()));
+            }
+            let mut part = Addresses(at.map(|a| a.wrapping_sub(window)));
+            settle(&mut part, mask);
+            self.locate(warp, space, &mut part, Site { mask, ..site })?;
+            for l in lanes(mask) {
+                at[l as usize] = part[l as usize];
+            }
+        }
+        settle(at, site.mask);
+        Ok(())
+    }
+
+    pub(super) fn verb(site: Site) -> &'static str {
+        match site.usage {
+            Use::Load => "read",
+            Use::Store => "write",
+            Use::Atomic => "atomic operation",
+        }
+    }
+
+    pub(super) fn out_of_bounds(&self, warp: &Warp, site: Site, lane: u32, detail: String) -> Box<Fault> {
+        self.fault(FaultKind::OutOfBounds, warp, site.pc, lane, detail)
+    }
+
+    /// The first lane whose address is not a multiple of the size is a fault.
+    pub(super) fn check_alignment(
+        &self,
+        warp: &Warp,
+        at: &Addresses,
+        site: Site,
+        what: &str,
+    ) -> Result<(), Box<Fault>> {
+        if !self.env.checks.bounds && site.usage != Use::Atomic {
+            return Ok(());
+        }
+        match lanes(site.mask).find(|&l| !at[l as usize].is_multiple_of(u64::from(site.bytes))) {
+            None => Ok(()),
+            Some(lane) => {
+                let detail = format!(
+                    "{} of {} bytes at {what} {:#x}, which is not a multiple of {}",
+                    Self::verb(site),
+                    site.bytes,
+                    at[lane as usize],
+                    site.bytes
+                );
+                Err(self.fault(FaultKind::Misaligned, warp, site.pc, lane, detail))
+            }
+        }
+    }
+
+    fn locate_shared(&mut self, warp: &mut Warp, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
+        let env = self.env;
+        let size = u64::from(env.shared_bytes);
+        for l in lanes(site.mask) {
+            let a = at[l as usize];
+            if a.checked_add(u64::from(site.bytes)).is_none_or(|end| end > size) {
+                let detail = format!(
+                    "{} of {} bytes at shared address {a:#x}, the block has {size} bytes of shared memory",
+                    Self::verb(site),
+                    site.bytes
+                );
+                return Err(self.out_of_bounds(warp, site, l, detail));
+            }
+        }
+        self.check_alignment(warp, at, site, "shared address")?;
+        if env.settings.counters {
+            self.count_shared(at, site);
+        }
+        if env.checks.uninitialised {
+            for l in lanes(site.mask) {
+                let range = env.granules(at[l as usize], site.bytes);
+                if site.usage == Use::Store {
+                    self.block.shared_written[range].fill(1);
+                } else if let Some(first) = range.into_iter().find(|&at| self.block.shared_written[at] == 0) {
+                    let first = ((first as u64) << env.granule).max(at[l as usize]);
+                    let detail = format!("reads shared memory at {first:#x} that nothing has written");
+                    return Err(self.fault(FaultKind::Uninitialised, warp, site.pc, l, detail));
+                }
+            }
+        }
+        if let Some(races) = &mut self.block.races {
+            let w = warp.index as usize;
+            let mut found = None;
+            if !site.strong || site.usage == Use::Atomic {
+                for l in lanes(site.mask) {
+                    let range = env.granules(at[l as usize], site.bytes);
+                    let other = match site.usage {
+                        Use::Load => races.read(w, l, range.clone()),
+                        Use::Atomic => races.atomic(w, l, range.clone()),
+                        Use::Store => None,
+                    };
+                    if let Some(other) = other {
+                        found = Some((l, other));
+                        break;
+                    }
+                    if let Some(first) = range.into_iter().find(|&at| self.block.shared_pending[at] != 0) {
+                        let detail = format!(
+                            "{} of shared memory at {:#x} before the cp.async that fills it has been waited for",
+                            Self::verb(site),
+                            first << env.granule
+                        );
+                        return Err(self.fault(FaultKind::SharedRace, warp, site.pc, l, detail));
+                    }
+                }
+            }
+            if site.strong && env.program.fences {
+                for l in lanes(site.mask) {
+                    races.synchronise(w, at[l as usize] as u32);
+                }
+            }
+            if let Some((lane, other)) = found {
+                return Err(self.shared_race(warp, site, lane, other));
+            }
+        }
+        let base = self.block.shared.as_mut_ptr() as u64;
+        for a in at.iter_mut() {
+            *a += base;
+        }
+        Ok(())
+    }
+
+    /// The races of a store, which needs its values: `values[l]` are the bytes of lane l.
+    pub(super) fn shared_store_races(
+        &mut self,
+        warp: &Warp,
+        at: &Addresses,
+        site: Site,
+        values: &[[u8; 16]; 32],
+    ) -> Result<(), Box<Fault>> {
+        if site.strong {
+            return Ok(());
+        }
+        let base = self.block.shared.as_mut_ptr() as u64;
+        let bytes = u64::from(self.env.shared_bytes);
+        let Some(races) = &mut self.block.races else {
+            return Ok(());
+        };
+        for l in lanes(site.mask) {
+            let a = at[l as usize].wrapping_sub(base);
+            if a >= bytes {
+                continue;
+            }
+            let value = &values[l as usize];
+            // SAFETY: `locate` has found the bytes inside the block's shared memory.
+            let now = unsafe { std::slice::from_raw_parts(at[l as usize] as *const u8, site.bytes as usize) };
+            let range = self.env.granules(a, site.bytes);
+            let bytes = 1 << self.env.granule;
+            let same = |i: usize| now[i * bytes..][..bytes] == value[i * bytes..][..bytes];
+            if let Some(other) = races.write(warp.index as usize, l, range, same) {
+                return Err(self.shared_race(warp, site, l, other));
+            }
+            // Written as it is checked, so that two lanes of one instruction see each other.
+            // SAFETY: as above; the store proper writes the same bytes again.
+            unsafe { std::ptr::copy_nonoverlapping(value.as_ptr(), at[l as usize] as *mut u8, site.bytes as usize) };
+        }
+        Ok(())
+    }
+
+    pub(super) fn shared_race(&self, warp: &Warp, site: Site, lane: u32, other: Other) -> Box<Fault> {
+        let who = match other.lane {
+            Some(lane) => format!("thread {} has", name_thread(self.env.thread(other.warp, lane))),
+            None => format!("several threads of warp {} have", other.warp),
+        };
+        let detail = format!(
+            "{} of shared memory at {:#x}, which {who} {} with no barrier between",
+            Self::verb(site),
+            (other.at as usize) << self.env.granule,
+            other.what
+        );
+        self.fault(FaultKind::SharedRace, warp, site.pc, lane, detail)
+    }
+
+    fn locate_global(&mut self, warp: &mut Warp, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
+        let env = self.env;
+        let (low, high, _) = extent(at);
+        let bytes = u64::from(site.bytes);
+        let slot = site.pc as usize & 15;
+        let (start, end) = self.cache[slot];
+        if !(low >= start && high < end && end - high >= bytes) {
+            match env.allocation(low, (high - low).saturating_add(bytes)) {
+                Some(found) => self.cache[slot] = (found.address, found.address + found.bytes),
+                None => self.check_lanes(warp, at, site)?,
+            }
+        }
+        self.check_alignment(warp, at, site, "address")?;
+        if env.settings.counters {
+            self.count_global(at, site);
+        }
+        if env.checks.uninitialised {
+            match site.usage {
+                Use::Store => {
+                    let dense = site.mask == !0 && progression(at, bytes);
+                    if dense {
+                        env.memory.mark(at[0], bytes * 32, true);
+                    } else {
+                        lanes(site.mask).for_each(|l| env.memory.mark(at[l as usize], bytes, true));
+                    }
+                }
+                _ => self.check_written(warp, at, site)?,
+            }
+        }
+        if let Some(races) = &env.global_races {
+            let block = self.block.linear as u32;
+            if site.strong {
+                if env.program.fences {
+                    for l in lanes(site.mask) {
+                        races.synchronise(
+                            at[l as usize],
+                            block,
+                            self.block.epoch,
+                            site.usage != Use::Store,
+                            site.usage != Use::Load,
+                        );
+                    }
+                }
+            } else if site.usage == Use::Load {
+                self.global_races(warp, at, site, None)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lanes that are not all in one allocation: each must be in some.
+    fn check_lanes(&self, warp: &Warp, at: &Addresses, site: Site) -> Result<(), Box<Fault>> {
+        let env = self.env;
+        let bytes = u64::from(site.bytes);
+        for l in lanes(site.mask) {
+            let a = at[l as usize];
+            let inside = if env.checks.bounds {
+                env.allocation(a, bytes).is_some()
+            } else {
+                a >= env.range.0 && a.saturating_add(bytes) <= env.range.0 + env.range.1
+            };
+            if !inside {
+                let detail = format!(
+                    "{} of {bytes} bytes at address {a:#x}, which is in no allocation: {}",
+                    Self::verb(site),
+                    env.memory.nearest(a)
+                );
+                return Err(self.out_of_bounds(warp, site, l, detail));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_written(&self, warp: &Warp, at: &Addresses, site: Site) -> Result<(), Box<Fault>> {
+        let (low, high, _) = extent(at);
+        let memory = self.env.memory;
+        let bytes = u64::from(site.bytes);
+        if high - low <= 4096 && memory.written(low, high - low + bytes) {
+            return Ok(());
+        }
+        for l in lanes(site.mask) {
+            let a = at[l as usize];
+            if memory.written(a, bytes) {
+                continue;
+            }
+            let first = (a..a + bytes).find(|&byte| !memory.written(byte, 1)).unwrap_or(a);
+            let place = match self.env.allocation(a, 1) {
+                Some(found) => {
+                    format!("byte {} of allocation {} ({} bytes)", first - found.address, found.serial, found.bytes)
+                }
+                None => "outside every allocation".into(),
+            };
+            let detail = format!("reads address {first:#x}, {place}, that nothing has written");
+            return Err(self.fault(FaultKind::Uninitialised, warp, site.pc, l, detail));
+        }
+        Ok(())
+    }
+
+    /// Races between blocks of a plain access; stores give their values.
+    pub(super) fn global_races(
+        &self,
+        warp: &Warp,
+        at: &Addresses,
+        site: Site,
+        values: Option<&[[u8; 16]; 32]>,
+    ) -> Result<(), Box<Fault>> {
+        let env = self.env;
+        let Some(races) = &env.global_races else {
+            return Ok(());
+        };
+        if site.strong {
+            return Ok(());
+        }
+        let block = self.block.linear as u32;
+        let (base, size) = env.range;
+        for l in lanes(site.mask) {
+            let a = at[l as usize];
+            if a.wrapping_sub(base) >= size {
+                continue;
+            }
+            let end = a + u64::from(site.bytes);
+            let mut word = a & !3;
+            while word < end {
+                let (from, upto) = (a.max(word), end.min(word + 4));
+                let bytes = ((1 << (upto - word)) - 1) & !((1u64 << (from - word)) - 1);
+                let conflict = match values {
+                    None => races.read(word, bytes, block, self.block.epoch),
+                    Some(values) => {
+                        // SAFETY: the bytes lie in an allocation.
+                        let now = unsafe { std::slice::from_raw_parts(from as *const u8, (upto - from) as usize) };
+                        let same = now == &values[l as usize][(from - a) as usize..(upto - a) as usize];
+                        races.write(word, bytes, block, self.block.epoch, same)
+                    }
+                };
+                if let Some(conflict) = conflict {
+                    let [gx, gy, _] = env.launch.grid;
+                    let who = match conflict.block {
+                        Some(other) => format!("block ({},{},{}) has", other % gx, other / gx % gy, other / gx / gy),
+                        None => "several blocks have".into(),
+                    };
+                    let place = env.allocation(a, 1).map_or(String::new(), |found| {
+                        format!(" (byte {} of allocation {})", from - found.address, found.serial)
+                    });
+                    let detail = format!(
+                        "{} of global memory at {from:#x}{place}, which {who} {} in this launch with nothing to order them",
+                        Self::verb(site),
+                        conflict.what
+                    );
+                    return Err(self.fault(FaultKind::GlobalRace, warp, site.pc, l, detail));
+                }
+                word += 4;
+            }
+        }
+        Ok(())
+    }
+
+    /// Local memory and parameters.
+    fn locate_private(
+        &mut self,
+        warp: &mut Warp,
+        space: Space,
+        at: &mut Addresses,
+        site: Site,
+    ) -> Result<(), Box<Fault>> {
+        let env = self.env;
+        let (size, what) = match space {
+            Space::Local => (u64::from(env.launch.kernel.local_bytes), "local address"),
+            _ => (env.launch.params.len() as u64, "parameter address"),
+        };
+        for l in lanes(site.mask) {
+            let a = at[l as usize];
+            if a.checked_add(u64::from(site.bytes)).is_none_or(|end| end > size) {
+                let detail = format!("{} of {} bytes at {what} {a:#x}, of {size} bytes", Self::verb(site), site.bytes);
+                return Err(self.out_of_bounds(warp, site, l, detail));
+            }
+        }
+        self.check_alignment(warp, at, site, what)?;
+        let stride = u64::from(env.local_stride);
+        if space == Space::Local {
+            if env.settings.counters {
+                self.counters.local += 1;
+            }
+            let base = warp.local.as_mut_ptr() as u64;
+            for (l, a) in at.iter_mut().enumerate() {
+                *a += base + l as u64 * stride;
+            }
+        } else {
+            let base = env.launch.params.as_ptr() as u64;
+            for a in at.iter_mut() {
+                *a += base;
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn count_global(&mut self, at: &Addresses, site: Site) {
+        let counters = &mut self.counters;
+        counters.global += 1;
+        let asked = u64::from(site.bytes * site.mask.count_ones());
+        match site.usage {
+            Use::Load => counters.global_load_bytes += asked,
+            Use::Store => counters.global_store_bytes += asked,
+            Use::Atomic => counters.atomics += u64::from(site.mask.count_ones()),
+        }
+        let touched = self.env.touched.as_ref();
+        if progression(at, u64::from(site.bytes)) {
+            let (first, last) = (at[0] / 32, (at[31] + u64::from(site.bytes) - 1) / 32);
+            counters.global_sectors += last - first + 1;
+            if let Some(touched) = touched {
+                touched.touch(first, last);
+            }
+            return;
+        }
+        // An access is aligned to its size of at most 16 bytes, so it touches one sector.
+        let mut sectors = at.map(|a| a / 32);
+        if !sectors.is_sorted() {
+            sectors.sort_unstable();
+        }
+        let mut last = None;
+        for sector in sectors {
+            if last != Some(sector) {
+                counters.global_sectors += 1;
+                if let Some(touched) = touched {
+                    touched.touch(sector, sector);
+                }
+                last = Some(sector);
+            }
+        }
+    }
+
+    pub(super) fn count_shared(&mut self, at: &Addresses, site: Site) {
+        let counters = &mut self.counters;
+        counters.shared += 1;
+        if site.usage == Use::Atomic {
+            counters.atomics += u64::from(site.mask.count_ones());
+        }
+        let (passes, ideal) = wavefronts(at, 0, site);
+        counters.shared_wavefronts += passes;
+        counters.shared_ideal += ideal;
+    }
+}

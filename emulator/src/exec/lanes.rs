@@ -1,0 +1,258 @@
+//! Questions about the addresses of all 32 lanes, and moves of four words per lane, written for each instruction set: as plain loops they
+//! compile to scalar code. Repeated pieces are macros: a closure would not have the instruction set of the loop it ends up in.
+
+use super::interp::{AVX2, AVX512};
+
+/// Whether `a[l] + offset`, wrapping, lies in `start..=start + span` and has none of the bits `low`, for every lane.
+///
+/// # Safety
+/// `a` points to 32 values aligned to 64 bytes; the processor has the instruction set of `ISA`.
+#[inline(always)]
+pub unsafe fn inside32<const ISA: usize>(a: *const u32, offset: u32, span: u32, low: u32) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the caller's promise.
+    unsafe {
+        use std::arch::x86_64::*;
+        if ISA == AVX512 {
+            let (offset, span, low) =
+                (_mm512_set1_epi32(offset as i32), _mm512_set1_epi32(span as i32), _mm512_set1_epi32(low as i32));
+            macro_rules! wrong {
+                ($i:expr) => {{
+                    let at = _mm512_add_epi32(_mm512_load_si512(a.add($i).cast()), offset);
+                    _mm512_cmpgt_epu32_mask(at, span) | _mm512_test_epi32_mask(at, low)
+                }};
+            }
+            return wrong!(0) | wrong!(16) == 0;
+        }
+        if ISA == AVX2 {
+            let (offset, span, low) =
+                (_mm256_set1_epi32(offset as i32), _mm256_set1_epi32(span as i32), _mm256_set1_epi32(low as i32));
+            macro_rules! right {
+                ($i:expr) => {{
+                    let at = _mm256_add_epi32(_mm256_load_si256(a.add($i).cast()), offset);
+                    let inside = _mm256_cmpeq_epi32(_mm256_max_epu32(at, span), span);
+                    _mm256_and_si256(inside, _mm256_cmpeq_epi32(_mm256_and_si256(at, low), _mm256_setzero_si256()))
+                }};
+            }
+            let all =
+                _mm256_and_si256(_mm256_and_si256(right!(0), right!(8)), _mm256_and_si256(right!(16), right!(24)));
+            return _mm256_movemask_epi8(all) == -1;
+        }
+    }
+    // SAFETY: the caller's promise.
+    unsafe { &*a.cast::<[u32; 32]>() }.iter().all(|a| {
+        let at = a.wrapping_add(offset);
+        at <= span && at & low == 0
+    })
+}
+
+/// The same for 64 bits: `a[l] + offset - start <= span`.
+///
+/// # Safety
+/// As for [`inside32`].
+#[inline(always)]
+pub unsafe fn inside64<const ISA: usize>(a: *const u64, offset: u64, start: u64, span: u64, low: u64) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the caller's promise.
+    unsafe {
+        use std::arch::x86_64::*;
+        if ISA == AVX512 {
+            let (offset, start) = (_mm512_set1_epi64(offset as i64), _mm512_set1_epi64(start as i64));
+            let (span, low) = (_mm512_set1_epi64(span as i64), _mm512_set1_epi64(low as i64));
+            macro_rules! wrong {
+                ($i:expr) => {{
+                    let at = _mm512_add_epi64(_mm512_load_si512(a.add($i).cast()), offset);
+                    _mm512_cmpgt_epu64_mask(_mm512_sub_epi64(at, start), span) | _mm512_test_epi64_mask(at, low)
+                }};
+            }
+            return wrong!(0) | wrong!(8) | wrong!(16) | wrong!(24) == 0;
+        }
+        if ISA == AVX2 {
+            // Unsigned comparison is signed comparison with the sign bit turned.
+            let turn = _mm256_set1_epi64x(i64::MIN);
+            let (offset, start) = (_mm256_set1_epi64x(offset as i64), _mm256_set1_epi64x(start as i64));
+            let (span, low) = (_mm256_xor_si256(_mm256_set1_epi64x(span as i64), turn), _mm256_set1_epi64x(low as i64));
+            macro_rules! wrong {
+                ($i:expr) => {{
+                    let at = _mm256_add_epi64(_mm256_load_si256(a.add($i).cast()), offset);
+                    let outside = _mm256_cmpgt_epi64(_mm256_xor_si256(_mm256_sub_epi64(at, start), turn), span);
+                    _mm256_or_si256(outside, _mm256_and_si256(at, low))
+                }};
+            }
+            let mut any = wrong!(0);
+            for i in 1..8 {
+                any = _mm256_or_si256(any, wrong!(4 * i));
+            }
+            return _mm256_testz_si256(any, any) == 1;
+        }
+    }
+    // SAFETY: the caller's promise.
+    unsafe { &*a.cast::<[u64; 32]>() }.iter().all(|a| {
+        let at = a.wrapping_add(offset);
+        at.wrapping_sub(start) <= span && at & low == 0
+    })
+}
+
+/// Whether every value is the one before plus `step`.
+///
+/// # Safety
+/// As for [`inside32`].
+#[inline(always)]
+pub unsafe fn steps32<const ISA: usize>(a: *const u32, step: u32) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the caller's promise.
+    unsafe {
+        use std::arch::x86_64::*;
+        if ISA == AVX512 {
+            let ramp = _mm512_mullo_epi32(
+                _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                _mm512_set1_epi32(step as i32),
+            );
+            let low = _mm512_add_epi32(_mm512_set1_epi32(a.read() as i32), ramp);
+            let high = _mm512_add_epi32(low, _mm512_set1_epi32(16u32.wrapping_mul(step) as i32));
+            return _mm512_cmpneq_epi32_mask(_mm512_load_si512(a.cast()), low)
+                | _mm512_cmpneq_epi32_mask(_mm512_load_si512(a.add(16).cast()), high)
+                == 0;
+        }
+    }
+    // SAFETY: the caller's promise.
+    let a = unsafe { &*a.cast::<[u32; 32]>() };
+    // Most that are no progression show it at once.
+    a[1] == a[0].wrapping_add(step) && a.iter().enumerate().all(|(l, &v)| v == a[0].wrapping_add(l as u32 * step))
+}
+
+/// The same for 64 bits.
+///
+/// # Safety
+/// As for [`inside32`].
+#[inline(always)]
+pub unsafe fn steps64<const ISA: usize>(a: *const u64, step: u64) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the caller's promise.
+    unsafe {
+        use std::arch::x86_64::*;
+        if ISA == AVX512 {
+            let ramp = _mm512_mullo_epi64(_mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0), _mm512_set1_epi64(step as i64));
+            let first = _mm512_add_epi64(_mm512_set1_epi64(a.read() as i64), ramp);
+            macro_rules! wrong {
+                ($i:expr) => {{
+                    let want = _mm512_add_epi64(first, _mm512_set1_epi64(($i as u64).wrapping_mul(step) as i64));
+                    _mm512_cmpneq_epi64_mask(_mm512_load_si512(a.add($i).cast()), want)
+                }};
+            }
+            return wrong!(0) | wrong!(8) | wrong!(16) | wrong!(24) == 0;
+        }
+    }
+    // SAFETY: the caller's promise.
+    let a = unsafe { &*a.cast::<[u64; 32]>() };
+    a[1] == a[0].wrapping_add(step) && a.iter().enumerate().all(|(l, &v)| v == a[0].wrapping_add(l as u64 * step))
+}
+
+/// Whether the 16 values are equal.
+///
+/// # Safety
+/// As for [`inside32`], with 16 values.
+#[inline(always)]
+pub unsafe fn equal32<const ISA: usize>(a: *const u32) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if ISA == AVX512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        return unsafe {
+            _mm512_cmpneq_epi32_mask(_mm512_load_si512(a.cast()), _mm512_set1_epi32(a.read() as i32)) == 0
+        };
+    }
+    // SAFETY: the caller's promise.
+    let a = unsafe { &*a.cast::<[u32; 16]>() };
+    a[15] == a[0] && a.iter().all(|&v| v == a[0])
+}
+
+/// Reads 4 words at each of 16 addresses: word e of address i is written to `to[e][i]`. `equal` says that the addresses are all the same.
+///
+/// # Safety
+/// 16 readable bytes at each address and room for 16 words at each destination; the processor has the instruction set of `ISA`.
+#[inline(always)]
+pub unsafe fn load_quads<const ISA: usize>(at: impl Fn(usize) -> *const u8, to: [*mut u32; 4], equal: bool) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the caller's promise; SSE2 is part of x86-64.
+    unsafe {
+        use std::arch::x86_64::*;
+        if ISA == AVX512 {
+            if equal {
+                let quad = _mm_loadu_si128(at(0).cast());
+                _mm512_storeu_si512(to[0].cast(), _mm512_broadcastd_epi32(quad));
+                _mm512_storeu_si512(to[1].cast(), _mm512_broadcastd_epi32(_mm_shuffle_epi32::<0x55>(quad)));
+                _mm512_storeu_si512(to[2].cast(), _mm512_broadcastd_epi32(_mm_shuffle_epi32::<0xaa>(quad)));
+                _mm512_storeu_si512(to[3].cast(), _mm512_broadcastd_epi32(_mm_shuffle_epi32::<0xff>(quad)));
+                return;
+            }
+            macro_rules! four {
+                ($i:expr) => {{
+                    let z = _mm512_castsi128_si512(_mm_loadu_si128(at($i).cast()));
+                    let z = _mm512_inserti32x4::<1>(z, _mm_loadu_si128(at($i + 1).cast()));
+                    let z = _mm512_inserti32x4::<2>(z, _mm_loadu_si128(at($i + 2).cast()));
+                    _mm512_inserti32x4::<3>(z, _mm_loadu_si128(at($i + 3).cast()))
+                }};
+            }
+            let (a, b, c, d) = (four!(0), four!(4), four!(8), four!(12));
+            // Words 0 of eight addresses in the low half, words 1 in the high one; and the same of words 2 and 3.
+            let first = _mm512_set_epi32(29, 25, 21, 17, 13, 9, 5, 1, 28, 24, 20, 16, 12, 8, 4, 0);
+            let second = _mm512_set_epi32(31, 27, 23, 19, 15, 11, 7, 3, 30, 26, 22, 18, 14, 10, 6, 2);
+            for (pick, to) in [(first, [to[0], to[1]]), (second, [to[2], to[3]])] {
+                let (low, high) = (_mm512_permutex2var_epi32(a, pick, b), _mm512_permutex2var_epi32(c, pick, d));
+                _mm512_storeu_si512(to[0].cast(), _mm512_shuffle_i64x2::<0x44>(low, high));
+                _mm512_storeu_si512(to[1].cast(), _mm512_shuffle_i64x2::<0xee>(low, high));
+            }
+            return;
+        }
+        for l in (0..16).step_by(4) {
+            macro_rules! quad {
+                ($i:expr) => {{ _mm_loadu_si128(at(l + $i).cast()) }};
+            }
+            let (a, b, c, d) = (quad!(0), quad!(1), quad!(2), quad!(3));
+            let (ab_low, ab_high) = (_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
+            let (cd_low, cd_high) = (_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d));
+            _mm_storeu_si128(to[0].add(l).cast(), _mm_unpacklo_epi64(ab_low, cd_low));
+            _mm_storeu_si128(to[1].add(l).cast(), _mm_unpackhi_epi64(ab_low, cd_low));
+            _mm_storeu_si128(to[2].add(l).cast(), _mm_unpacklo_epi64(ab_high, cd_high));
+            _mm_storeu_si128(to[3].add(l).cast(), _mm_unpackhi_epi64(ab_high, cd_high));
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    for i in 0..16 {
+        for (e, to) in to.into_iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { to.add(i).write(at(i).cast::<u32>().add(e).read_unaligned()) };
+        }
+    }
+}
+
+/// Writes 4 words at each of 4 addresses: word e of address i is `from[e][i]`.
+///
+/// # Safety
+/// 16 writable bytes at each address and 4 words at each source.
+#[inline(always)]
+pub unsafe fn store_quads(at: impl Fn(usize) -> *mut u8, from: [*const u32; 4]) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: the caller's promise; SSE2 is part of x86-64.
+    unsafe {
+        use std::arch::x86_64::*;
+        macro_rules! column {
+            ($e:expr) => {{ _mm_loadu_si128(from[$e].cast()) }};
+        }
+        let (a, b, c, d) = (column!(0), column!(1), column!(2), column!(3));
+        let (ab_low, ab_high) = (_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
+        let (cd_low, cd_high) = (_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d));
+        _mm_storeu_si128(at(0).cast(), _mm_unpacklo_epi64(ab_low, cd_low));
+        _mm_storeu_si128(at(1).cast(), _mm_unpackhi_epi64(ab_low, cd_low));
+        _mm_storeu_si128(at(2).cast(), _mm_unpacklo_epi64(ab_high, cd_high));
+        _mm_storeu_si128(at(3).cast(), _mm_unpackhi_epi64(ab_high, cd_high));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    for i in 0..4 {
+        for (e, from) in from.into_iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { at(i).cast::<u32>().add(e).write_unaligned(from.add(i).read()) };
+        }
+    }
+}
