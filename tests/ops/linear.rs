@@ -47,7 +47,7 @@ fn by_tape_on(
         linear_by(tape, &v[0], p[0], p.get(1).copied(), v.get(1), level)
     });
     let [mut dx, mut dw] = [dx, dw].map(Vec::into_iter);
-    let mut next = |of: &mut std::vec::IntoIter<Vec<f32>>| of.next().unwrap_or_default();
+    let next = |of: &mut std::vec::IntoIter<Vec<f32>>| of.next().unwrap_or_default();
     [y, next(&mut dx), next(&mut dw), next(&mut dw), next(&mut dx)]
 }
 
@@ -145,7 +145,7 @@ fn planted_bugs_are_noticed() {
     let notices = |part: &str, from, to| {
         gpu::notices("linear::gpu_agrees_with_the_reference", &format!("linear_{part}"), from, to);
     };
-    for part in ["fwd_64x64_f32", "dgrad_128x32_bf16", "wgrad_64x64_f32", "bwd_bias_bf16"] {
+    for part in ["fwd_64x64_f32", "dgrad_128x32_bf16", "wgrad_64x64_f32", "bwd_sums_bf16"] {
         notices(part, "bar.sync \t0;", "");
     }
     for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_32x128_f32"] {
