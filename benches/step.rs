@@ -46,11 +46,16 @@ fn steps(criterion: &mut Criterion) {
         let mut group = criterion.benchmark_group(name);
         group.sample_size(10).warm_up_time(Duration::from_secs(2)).measurement_time(Duration::from_secs(10));
         group.throughput(Throughput::Elements(config.batch as u64));
-        group.bench_function("train", |b| b.iter(|| trainer.step().expect("the loss is finite")));
+        group.bench_function("train", |b| {
+            b.iter(|| {
+                trainer.step().expect("the loss is finite");
+                trainer.reports().expect("so is the norm")
+            })
+        });
 
         let shape = Shape::new(config.batch, m.image_size.h, m.image_size.w, m.channels);
         let x = Var::constant(Tensor::zeros(&device, shape).unwrap());
-        let t = vec![500.0; config.batch];
+        let t = Tensor::full(&device, Shape::new(config.batch, 1, 1, 1), 500.0).unwrap();
         group.bench_function("sample", |b| {
             b.iter(|| {
                 let mut tape = Tape::inference(&device, trainer.ema());

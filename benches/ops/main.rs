@@ -27,7 +27,7 @@ use ddpm_cuda::device::Device;
 use ddpm_cuda::error::Result;
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
 use ddpm_cuda::tape::{Tape, Var};
-use ddpm_cuda::tensor::{Shape, Tensor};
+use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
 /// An operation with the shapes of what goes in.
 struct Case<'a, F> {
@@ -49,8 +49,8 @@ impl<F: Fn(&mut Tape<'_>, &[Var], &[Param]) -> Result<Var>> Case<'_, F> {
         let mut specs = Specs::default();
         let handles: Vec<Param> =
             self.params.iter().map(|&shape| specs.add(String::new(), shape, Layout::Vector, Init::Ones)).collect();
-        let mut params = Params::zeros(&device, specs).unwrap();
-        params.flat_mut().iter_mut().zip(ramp()).for_each(|(p, v)| *p = v);
+        let flat: Vec<f32> = ramp().take(specs.flat_len()).collect();
+        let params = Params::from_host(&device, specs, &flat).unwrap();
         let mut grads = ParamGrads::new(&device, params.specs()).unwrap();
         let inputs: Vec<Tensor> = self.inputs.iter().map(|&shape| numbers(&device, shape)).collect();
 
@@ -90,7 +90,7 @@ fn flops(forward: usize, backward: usize) -> [Throughput; 2] {
 
 /// A tensor of numbers on [-1, 1).
 fn numbers(device: &Device, shape: Shape) -> Tensor {
-    let mut x = Tensor::uninit(device, shape).unwrap();
+    let mut x = Tensor::uninit(device, DType::F32, shape).unwrap();
     x.data_mut().iter_mut().zip(ramp()).for_each(|(x, v)| *x = v);
     x
 }

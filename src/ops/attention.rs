@@ -15,12 +15,15 @@
 //! ```
 //!
 //! Saved: `q`, `k`, `v` and, for each row, `m` and `r` (2 numbers for `T` probabilities; together they are the log-sum-exp `m - log r`, which
-//! as one f32 would lose digits of `r` when `m` is large). The backward pass computes `P` again.
+//! as one f32 would lose digits of `r` when `m` is large). The backward pass computes `P` again. On a GPU also `y`, since there `sum_j P_ij dP_ij` is
+//! computed as `dy_i . y_i`, and in bf16 what rounding took from `y`.
 //!
-//! Numerics: no exponential exceeds 1, since the row's largest score is taken off first. All sums are f32 and run over `k`'s (or
+//! Numerics: no exponential exceeds 1, since the row's largest score is taken off first (on a GPU the largest so far, and what has been summed is
+//! scaled down when it grows). All sums are f32 and run over `k`'s (or
 //! `q`'s) tokens in order, so the bits of an image depend neither on its batch nor on the number of threads.
 //!
-//! Work: `4 n T^2 c` FLOP forward, `10 n T^2 c` backward (five products; the scores once more is one of them). Memory: forward, a block of rows of `S` for each thread;
+//! Work: `4 n T^2 c` FLOP forward, `10 n T^2 c` backward (five products; the scores once more is one of them; on a GPU seven, for `dq` and for `dk`, `dv`
+//! apart, so that each sum has one owner and an order). Memory on a GPU: rows of numbers, no scores. On the CPU: forward, a block of rows of `S` for each thread;
 //! backward, `P` and `dS` of some heads at a time, 8 MiB each, or some rows of one head where its scores alone exceed that.
 
 use crate::device::Device;
@@ -41,17 +44,26 @@ pub fn attention(tape: &mut Tape<'_>, q: &Var, k: &Var, v: &Var, heads: usize) -
 
     let mut y = Tensor::uninit(tape.device(), q.value().dtype(), shape)?;
     let mut rows = Tensor::uninit(tape.device(), DType::F32, Shape::new(shape.n, heads, 2, shape.pixels()))?;
+    let (mut output, mut lost) = (None, None);
     match tape.device() {
         Device::Cpu(_) => {
             let job = cpu::Job { device: tape.device(), shape, heads };
             cpu::forward(&job, y.data_mut(), rows.data_mut(), [q, k, v].map(Var::data));
         }
-        Device::Cuda(_) => todo!(),
+        Device::Cuda(gpu) => {
+            if tape.is_recording() && y.dtype() == DType::Bf16 {
+                lost = Some(Tensor::uninit(tape.device(), DType::Bf16, shape)?);
+            }
+            cuda::forward(gpu, heads, &mut y, lost.as_mut(), &mut rows, [q, k, v].map(Var::value))?;
+            output = Some(y.clone());
+        }
     }
     tape.push("attention", y, || AttentionBackward {
         ids: [q, k, v].map(Var::id),
         qkv: [q, k, v].map(|x| x.value().clone()),
         rows,
+        y: output,
+        lost,
         heads,
     })
 }
@@ -59,8 +71,12 @@ pub fn attention(tape: &mut Tape<'_>, q: &Var, k: &Var, v: &Var, heads: usize) -
 struct AttentionBackward {
     ids: [Option<VarId>; 3],
     qkv: [Tensor; 3],
-    /// (n, heads, 2, T): `m`, then `r`.
+    /// (n, heads, 2, T): `m`, then `r`; on a GPU `m log2 e`.
     rows: Tensor,
+    /// On a GPU.
+    y: Option<Tensor>,
+    /// What rounding to bf16 took from `y`, in bf16.
+    lost: Option<Tensor>,
     heads: usize,
 }
 
@@ -70,7 +86,7 @@ impl Backward for AttentionBackward {
     }
 
     fn saved(&self) -> Vec<&Tensor> {
-        self.qkv.iter().chain([&self.rows]).collect()
+        self.qkv.iter().chain([&self.rows]).chain(&self.y).chain(&self.lost).collect()
     }
 
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
@@ -83,7 +99,7 @@ impl Backward for AttentionBackward {
                 let dqkv = dqkv.each_mut().map(Tensor::data_mut);
                 cpu::backward(&job, dqkv, self.qkv.each_ref().map(Tensor::data), self.rows.data(), dy.data());
             }
-            Device::Cuda(_) => todo!(),
+            Device::Cuda(gpu) => cuda::backward(gpu, &self, dqkv.each_mut(), &dy)?,
         }
         for (id, dx) in self.ids.into_iter().zip(dqkv) {
             if let Some(id) = id {
@@ -476,5 +492,101 @@ mod cpu {
             sum = I::mul_add(*p, *dp, sum);
         }
         sum
+    }
+}
+
+mod cuda {
+    use std::f64::consts::LOG2_E;
+
+    use super::*;
+    use crate::device::cuda::{Gpu, Launch};
+    use crate::error::Error;
+    use crate::kernels::{ByType, attention as kernels};
+
+    /// 8 warps: two blocks, 16 warps, of up to 128 registers a thread on a multiprocessor for heads up to 64 channels (forward 128), one beyond.
+    const THREADS: u32 = 256;
+
+    /// Forward, backward for q, backward for k and v: compiled for heads of up to so many channels, with blocks of so many rows.
+    struct Size {
+        d: usize,
+        rows: usize,
+        fwd: &'static ByType,
+        bwd_q: &'static ByType,
+        bwd_kv: &'static ByType,
+    }
+
+    const SIZES: [Size; 5] = [
+        Size { d: 32, rows: 64, fwd: &kernels::FWD_D32, bwd_q: &kernels::BWD_Q_D32, bwd_kv: &kernels::BWD_KV_D32 },
+        Size { d: 64, rows: 64, fwd: &kernels::FWD_D64, bwd_q: &kernels::BWD_Q_D64, bwd_kv: &kernels::BWD_KV_D64 },
+        Size { d: 128, rows: 64, fwd: &kernels::FWD_D128, bwd_q: &kernels::BWD_Q_D128, bwd_kv: &kernels::BWD_KV_D128 },
+        Size { d: 256, rows: 64, fwd: &kernels::FWD_D256, bwd_q: &kernels::BWD_Q_D256, bwd_kv: &kernels::BWD_KV_D256 },
+        Size { d: 512, rows: 32, fwd: &kernels::FWD_D512, bwd_q: &kernels::BWD_Q_D512, bwd_kv: &kernels::BWD_KV_D512 },
+    ];
+
+    /// What all passes over tensors of one shape have in common.
+    struct Job<'a> {
+        gpu: &'a Gpu,
+        shape: Shape,
+        heads: usize,
+        dtype: DType,
+        size: &'static Size,
+    }
+
+    impl<'a> Job<'a> {
+        fn new(gpu: &'a Gpu, x: &Tensor, heads: usize) -> Result<Self> {
+            let (shape, d) = (x.shape(), x.shape().c / heads);
+            let largest = SIZES[SIZES.len() - 1].d;
+            let size = SIZES.iter().find(|size| d <= size.d).ok_or_else(|| {
+                Error::Failed(format!(
+                    "attention: heads of {d} channels, but on a GPU they have {largest} at most: use a smaller head_dim, or --device cpu"
+                ))
+            })?;
+            Ok(Job { gpu, shape, heads, dtype: x.dtype(), size })
+        }
+
+        fn launch(&self, kernel: &'static ByType) -> Launch<'a> {
+            let blocks = self.shape.n * self.heads * self.shape.pixels().div_ceil(self.size.rows);
+            self.gpu.launch(kernel.of(self.dtype), [blocks, 1, 1], THREADS)
+        }
+
+        /// 1 / sqrt(d).
+        fn scale(&self) -> f64 {
+            ((self.shape.c / self.heads) as f64).sqrt().recip()
+        }
+
+        /// The last parameters: extents, scales, and whether rows of 4 channels are aligned: if and only if 4 divides d, and with it c.
+        fn extents(&self, launch: Launch<'a>, scales: &[f64]) -> Launch<'a> {
+            let launch = launch.u32(self.shape.pixels()).u32(self.shape.c).u32(self.heads);
+            let launch = scales.iter().fold(launch, |launch, &scale| launch.f32(scale as f32));
+            launch.u32((self.shape.c / self.heads).is_multiple_of(4).into())
+        }
+    }
+
+    pub fn forward(
+        gpu: &Gpu,
+        heads: usize,
+        y: &mut Tensor,
+        lost: Option<&mut Tensor>,
+        rows: &mut Tensor,
+        [q, k, v]: [&Tensor; 3],
+    ) -> Result<()> {
+        let job = Job::new(gpu, q, heads)?;
+        let launch = job.launch(job.size.fwd).write(y).write_opt(lost).write(rows).read(q).read(k).read(v);
+        job.extents(launch, &[job.scale() * LOG2_E]).run()
+    }
+
+    pub fn backward(gpu: &Gpu, saved: &AttentionBackward, [dq, dk, dv]: [&mut Tensor; 3], dy: &Tensor) -> Result<()> {
+        let AttentionBackward { qkv: [q, k, v], rows, y: Some(y), lost, heads, .. } = saved else {
+            unreachable!("the forward pass on a GPU keeps its output")
+        };
+        let job = Job::new(gpu, q, *heads)?;
+        let scales = [job.scale(), job.scale() * LOG2_E];
+        let of_rows = Shape::new(job.shape.n, *heads, 1, job.shape.pixels());
+        let mut delta = Tensor::uninit(&Device::Cuda(gpu.clone()), DType::F32, of_rows)?;
+        let launch = job.launch(job.size.bwd_q).write(dq).write(&mut delta).read(q).read(k).read(v);
+        job.extents(launch.read(y).read_opt(lost.as_ref()).read(dy).read(rows), &scales).run()?;
+
+        let launch = job.launch(job.size.bwd_kv).write(dk).write(dv).read(q).read(k).read(v);
+        job.extents(launch.read(dy).read(rows).read(&delta), &scales).run()
     }
 }

@@ -8,7 +8,8 @@ use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use num_traits::Float;
 
 use crate::support::{
-    F32_ROUNDING, close, close_as, finite_differences, gpu, numbers, same_bits, through_tape_on, to_f32, winograd, worst,
+    F32_ROUNDING, close, close_as, finite_differences, gpu, numbers, same_bits, through_tape_on, to_f32, winograd,
+    worst,
 };
 
 /// One convolution: `x` (n, h, w, c_in), `w` (c_out, kh, kw, c_in).
@@ -135,7 +136,8 @@ fn by_tape_on(device: &Device, case: Case, data: &Data<f32>, method: Method, pas
     let ys = case.geometry.output(case.x, case.w);
     let inputs = [(case.x, &data.x), (Shape::new(ys.n, 1, 1, ys.c), &data.shift), (ys, &data.residual)];
     let params = [(case.w, &data.w), (Shape::vector(ys.c), &data.b)];
-    let [inputs, params] = [&inputs[..], &params].map(|all| all.iter().map(|&(s, v)| (s, v.clone())).collect::<Vec<_>>());
+    let [inputs, params] =
+        [&inputs[..], &params].map(|all| all.iter().map(|&(s, v)| (s, v.clone())).collect::<Vec<_>>());
     let pass = through_tape_on(device, &inputs, &params, &data.dy, passes, |tape, v, p| {
         let plus = Plus { shift: Some(&v[1]), residual: Some(&v[2]) };
         conv2d_by(tape, &v[0], p[0], p[1], case.geometry, plus, method)

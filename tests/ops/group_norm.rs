@@ -1,10 +1,11 @@
+use ddpm_cuda::device::Device;
 use ddpm_cuda::ops::group_norm::Activation::{self, Identity, Silu};
 use ddpm_cuda::ops::group_norm::{group_norm, reference};
-use ddpm_cuda::tensor::Shape;
+use ddpm_cuda::tensor::{DType, Shape};
 
 use crate::support::{
-    F32_ROUNDING, Pass, close_but_for, finite_differences, numbers, same_bits, same_bits_at_any_number_of_threads,
-    through_tape, to_f32,
+    F32_ROUNDING, Pass, close_as_but_for, finite_differences, gpu, numbers, plant, same_bits,
+    same_bits_at_any_number_of_threads, through_tape_on, to_f32,
 };
 
 /// Shape, groups. One number (its variance is 0, so y = beta); a group for each channel; one group; primes; channels that fill vectors of 64,
@@ -43,10 +44,20 @@ impl Case {
         Case { shape, groups, activation, x, gamma, beta: numbers(3, shape.c), dy: numbers(4, shape.len()) }
     }
 
+    /// With `x` and `dy` rounded to what a tensor of type `dtype` can hold.
+    fn rounded(self, dtype: DType) -> Self {
+        Case { x: gpu::rounded(dtype, &self.x), dy: gpu::rounded(dtype, &self.dy), ..self }
+    }
+
     fn pass(&self, passes: usize) -> Pass {
+        self.pass_on(&Device::cpu_guarded(), passes)
+    }
+
+    fn pass_on(&self, device: &Device, passes: usize) -> Pass {
         let vector = |v: &[f64]| (Shape::vector(self.shape.c), to_f32(v));
+        let params = [vector(&self.gamma), vector(&self.beta)];
         let inputs = [(self.shape, to_f32(&self.x))];
-        through_tape(&inputs, &[vector(&self.gamma), vector(&self.beta)], &to_f32(&self.dy), passes, |tape, x, p| {
+        through_tape_on(device, &inputs, &params, &to_f32(&self.dy), passes, |tape, x, p| {
             group_norm(tape, &x[0], p[0], p[1], self.groups, EPS, self.activation)
         })
     }
@@ -71,19 +82,26 @@ impl Case {
         (exact, [reference::forward(&inputs), dx, dgamma, dbeta])
     }
 
-    /// The sigmoid of the CPU path errs by up to 9 roundings where the C library's errs by one. In the few numbers of dgamma and dbeta, sums of
+    /// The sigmoids of the CPU path and of the kernels err by up to 9 roundings where the C library's errs by one. In the few numbers of dgamma and dbeta, sums of
     /// `n h w` terms of order one, such errors add up like a random walk; in `y` and `dx` the reference's largest error covers them.
-    fn check(&self) {
+    fn check(&self, got: &Pass, dtype: DType) {
         let walk = match self.activation {
             Identity => 0.0,
             Silu => 9.0 * F32_ROUNDING * ((self.shape.n * self.shape.pixels()) as f64).sqrt(),
         };
         let (oracle, yardstick) = self.oracle();
-        let got = self.pass(1);
-        let got = [&got.y, &got.dx[0], &got.dw[0], &got.dw[1]];
-        for (i, name) in ["y", "dx", "dgamma", "dbeta"].iter().enumerate() {
+        let (y, dx, dgamma, dbeta) = (&got.y, &got.dx[0], &got.dw[0], &got.dw[1]);
+        for (i, (name, got, dtype, walk)) in [
+            ("y", y, dtype, 0.0),
+            ("dx", dx, dtype, 0.0),
+            ("dgamma", dgamma, DType::F32, walk),
+            ("dbeta", dbeta, DType::F32, walk),
+        ]
+        .into_iter()
+        .enumerate()
+        {
             let name = format!("{name} of {} in {} groups, {:?}", self.shape, self.groups, self.activation);
-            close_but_for(&name, got[i], &oracle[i], &yardstick[i], if i < 2 { 0.0 } else { walk });
+            close_as_but_for(dtype, &name, got, &oracle[i], &yardstick[i], walk);
         }
     }
 }
@@ -92,7 +110,8 @@ impl Case {
 fn the_cpu_path_agrees_with_the_reference() {
     for case in CASES {
         for activation in [Identity, Silu] {
-            Case::new(case, activation, 0.3, 2.0).check();
+            let case = Case::new(case, activation, 0.3, 2.0);
+            case.check(&case.pass(1), DType::F32);
         }
     }
 }
@@ -102,27 +121,32 @@ fn the_cpu_path_agrees_with_the_reference() {
 fn large_mean_small_variance_keeps_digits() {
     for case in CASES {
         for activation in [Identity, Silu] {
-            Case::new(case, activation, 100.0, 0.01).check();
+            let case = Case::new(case, activation, 100.0, 0.01);
+            case.check(&case.pass(1), DType::F32);
         }
     }
 }
 
 /// There the f32 reference loses the digits itself, so its errors are no yardstick. Derived: `x - mean` and the differences
-/// within a strip are exact (numbers within a factor of two), so a strip's sums of up to `strip` differences err by `strip` roundings
+/// within a strip are exact (numbers within a factor of two), so sums of up to `chain` differences, one after the other, err by `chain` roundings
 /// of the largest, at most twice the deviation; this moves the mean and the deviation by as much. Eight roundings for the rest.
+fn check_digits(case: &Case, y: &[f32], chain: usize) {
+    let want = &case.oracle().0[0];
+    for (i, (&want, &got)) in want.iter().zip(y).enumerate() {
+        let (gamma, beta) = (case.gamma[i % case.shape.c], case.beta[i % case.shape.c]);
+        let scaled = gamma.abs() + (want - beta).abs();
+        let budget = (2 * chain + 8) as f64 * F32_ROUNDING * (2.0 * scaled + beta.abs());
+        let error = (f64::from(got) - want).abs();
+        assert!(error <= budget, "{}: element {i} is {got}, expected {want} +- {budget:e}", case.shape);
+    }
+}
+
 #[test]
 fn a_large_mean_costs_no_more_than_the_sums_of_a_strip() {
     for case in CASES {
         let case = Case::new(case, Identity, 100.0, 0.01);
         let strip = (4096 / case.shape.c).max(64).min(case.shape.pixels());
-        let (want, got) = (case.oracle().0, case.pass(1));
-        for (i, (&want, &got)) in want[0].iter().zip(&got.y).enumerate() {
-            let (gamma, beta) = (case.gamma[i % case.shape.c], case.beta[i % case.shape.c]);
-            let scaled = gamma.abs() + (want - beta).abs();
-            let budget = (2 * strip + 8) as f64 * F32_ROUNDING * (2.0 * scaled + beta.abs());
-            let error = (f64::from(got) - want).abs();
-            assert!(error <= budget, "{}: element {i} is {got}, expected {want} +- {budget:e}", case.shape);
-        }
+        check_digits(&case, &case.pass(1).y, strip);
     }
 }
 
@@ -189,4 +213,91 @@ fn the_same_bits_at_any_number_of_threads() {
         let case = Case::new(case, Silu, 0.3, 2.0);
         same_bits_at_any_number_of_threads("group_norm", || case.pass(2).flat());
     }
+}
+
+#[test]
+fn the_gpu_agrees_with_the_reference() {
+    for case in CASES {
+        for activation in [Identity, Silu] {
+            gpu::each("group_norm", |device| {
+                let dtype = device.activations();
+                let case = Case::new(case, activation, 0.3, 2.0).rounded(dtype);
+                let got = case.pass_on(device, 1);
+                case.check(&got, dtype);
+                got.flat()
+            });
+        }
+    }
+}
+
+/// On the GPU sums are shorter: 8 pixels of a thread, 5 halvings of a warp, 8 warps.
+#[test]
+fn on_the_gpu_a_large_mean_costs_no_more_than_the_sums_of_a_thread_and_a_block() {
+    for dtype in [DType::F32, DType::Bf16] {
+        let Some(gpu) = gpu::gpu(dtype) else { return };
+        for case in CASES {
+            let case = Case::new(case, Identity, 100.0, 0.01).rounded(dtype);
+            let got = case.pass_on(&Device::Cuda(gpu.clone()), 1);
+            case.check(&got, dtype);
+            if dtype == DType::F32 {
+                check_digits(&case, &got.y, 8 + 5 + 8);
+            }
+        }
+    }
+}
+
+#[test]
+fn on_the_gpu_parameter_gradients_accumulate() {
+    let Some(gpu) = gpu::gpu(DType::F32) else { return };
+    let (device, case) = (Device::Cuda(gpu), Case::new(CASES[5], Silu, 0.3, 2.0));
+    let (once, twice) = (case.pass_on(&device, 1), case.pass_on(&device, 2));
+    for (once, twice) in once.dw.iter().zip(&twice.dw) {
+        let sum: Vec<f32> = once.iter().map(|v| v + v).collect();
+        same_bits("after two passes", twice, &sum);
+    }
+}
+
+#[test]
+fn on_the_gpu_an_image_does_not_depend_on_its_batch() {
+    let Some(gpu) = gpu::gpu(DType::Bf16) else { return };
+    let device = Device::Cuda(gpu);
+    for (shape, groups) in [CASES[5], CASES[7], CASES[8]] {
+        let batch = Case::new((shape, groups), Silu, 0.3, 2.0);
+        let together = batch.pass_on(&device, 1);
+        let image = shape.len() / shape.n;
+        for i in 0..shape.n {
+            let mut alone = Case::new((Shape { n: 1, ..shape }, groups), Silu, 0.3, 2.0);
+            alone.x = batch.x[i * image..][..image].to_vec();
+            alone.dy = batch.dy[i * image..][..image].to_vec();
+            let alone = alone.pass_on(&device, 1);
+            same_bits("y", &alone.y, &together.y[i * image..][..image]);
+            same_bits("dx", &alone.dx[0], &together.dx[0][i * image..][..image]);
+        }
+    }
+}
+
+#[test]
+fn planted_bugs_are_noticed() {
+    let mut bugs = vec![
+        plant::without_barrier("group_norm_fwd_moments_f32", 0),
+        // Its last is there for a third sum.
+        plant::without_barrier("group_norm_fwd_join", 0),
+        plant::without_barrier("group_norm_fwd_join", 1),
+        plant::without_barrier("group_norm_fwd_join", 2),
+        plant::without_barrier("group_norm_bwd_sums_f32", 0),
+        plant::without_barrier("group_norm_bwd_join", 0),
+        plant::without_barrier("group_norm_bwd_params", 0),
+    ];
+    bugs.extend(
+        ["fwd_moments_f32", "fwd_join", "fwd_apply_f32"].map(|k| plant::without_last_block(&format!("group_norm_{k}"))),
+    );
+    bugs.extend(
+        ["bwd_sums_f32", "bwd_join", "bwd_params", "bwd_dx_f32"]
+            .map(|k| plant::without_last_block(&format!("group_norm_{k}"))),
+    );
+    plant::noticed(module_path!(), "planted_bugs_are_noticed", &bugs, |device| {
+        // Several warps along the pixels, several strips with a short last one, several warps in the joins.
+        let case = Case::new((Shape::new(2, 47, 47, 16), 2), Silu, 0.3, 2.0);
+        case.check(&case.pass_on(device, 1), DType::F32);
+    });
 }

@@ -9,6 +9,7 @@
 #![allow(dead_code)]
 
 pub mod gpu;
+pub mod plant;
 mod tests;
 pub mod winograd;
 
@@ -64,11 +65,24 @@ pub fn close_but_for(name: &str, got: &[f32], oracle: &[f64], yardstick: &[f32],
 /// [`close`] for a result of type `dtype`, whose last rounding the budget has. The inputs of oracle and yardstick must be rounded to `dtype`.
 #[track_caller]
 pub fn close_as(dtype: DType, name: &str, got: &[f32], oracle: &[f64], yardstick: &[f32]) -> f64 {
+    close_as_but_for(dtype, name, got, oracle, yardstick, 0.0)
+}
+
+/// [`close_as`] with `allowance` on top of the budget, as in [`close_but_for`].
+#[track_caller]
+pub fn close_as_but_for(
+    dtype: DType,
+    name: &str,
+    got: &[f32],
+    oracle: &[f64],
+    yardstick: &[f32],
+    allowance: f64,
+) -> f64 {
     assert_eq!(yardstick.len(), oracle.len(), "{name}: yardstick and oracle differ in length");
     let own = yardstick.iter().zip(oracle).map(|(&y, &o)| (f64::from(y) - o).abs()).fold(0.0, f64::max);
     assert!(own.is_finite(), "{name}: the f32 reference is not finite");
-    let rounding = gpu::rounding(dtype);
-    worst(name, got, oracle, |w| 2.0 * own + rounding * (w.abs() + 2.0 * own))
+    let (rounding, own) = (gpu::rounding(dtype), 2.0 * own + allowance);
+    worst(name, got, oracle, |w| own + rounding * (w.abs() + own))
 }
 
 /// `got` against numbers that an f32 implementation reproduces to `relative` of the tensor's largest element (fixtures
@@ -142,6 +156,12 @@ pub fn numbers(seed: u64, len: usize) -> Vec<f64> {
 /// The same numbers in f32; exact for what [`numbers`] returns.
 pub fn to_f32(x: &[f64]) -> Vec<f32> {
     x.iter().map(|&v| v as f32).collect()
+}
+
+/// One number for each image, `(n, 1, 1, 1)` in f32: timesteps or classes as the network takes them.
+pub fn per_image(device: &Device, numbers: impl IntoIterator<Item = f32>) -> Tensor {
+    let numbers: Vec<f32> = numbers.into_iter().collect();
+    Tensor::from_slice(device, Shape::new(numbers.len(), 1, 1, 1), &numbers).expect("room for a few numbers")
 }
 
 /// A shape and numbers in it.
