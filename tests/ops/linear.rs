@@ -4,9 +4,7 @@ use ddpm_cuda::ops::linear::{linear_by, reference};
 use ddpm_cuda::tensor::{DType, Shape};
 use num_traits::Float;
 
-use crate::support::{
-    Pass, close, close_as, finite_differences, gpu, numbers, same_bits, through_tape_on, to_f32,
-};
+use crate::support::{Pass, close, close_as, finite_differences, gpu, numbers, same_bits, through_tape_on, to_f32};
 
 /// `x` and `c_out`: sizes of one, primes, one over the register tile (32 columns, 14 rows) and over a block of rows (56).
 const CASES: [(Shape, usize); 8] = [
