@@ -73,8 +73,7 @@ fn weights(trainer: &Trainer) -> Vec<f32> {
 }
 
 /// Both draw the same images, timesteps, noise and masks and round differently. A step's loss differs by some roundings of its own, and by what the weights
-/// differ by, to which every step adds a rounding of the update: after k steps some k roundings. The gradient's norm carries ten times that, since
-/// parts of it are differences.
+/// differ by, to which every step adds a rounding of the update: after k steps some k roundings, twice that allowed.
 #[test]
 fn the_loss_curve_follows_the_cpus() {
     let c = tiny();
@@ -84,15 +83,15 @@ fn the_loss_curve_follows_the_cpus() {
     let mut worst = [0.0f64; 2];
     for (got, want) in got.iter().zip(&want) {
         assert_eq!((got.step, got.learning_rate), (want.step, want.learning_rate));
-        let allowed = 4.0 * f64::from(want.step) * F32_ROUNDING;
+        let allowed = 2.0 * f64::from(want.step) * F32_ROUNDING;
         let errors =
             [(got.loss - want.loss).abs() / want.loss, (got.grad_norm - want.grad_norm).abs() / want.grad_norm];
         for (worst, error) in worst.iter_mut().zip(errors) {
             *worst = worst.max(error / allowed);
         }
-        assert!(errors[0] <= allowed && errors[1] <= 10.0 * allowed, "{got:?}, the CPU has {want:?}");
+        assert!(errors[0] <= allowed && errors[1] <= allowed, "{got:?}, the CPU has {want:?}");
     }
-    println!("of four roundings a step the loss used {:.3} and the norm {:.3}", worst[0], worst[1]);
+    println!("of its budget the loss used {:.3} and the norm {:.3}", worst[0], worst[1]);
     let means = [&want[..10], &want[40..]].map(|w| w.iter().map(|r| r.loss).sum::<f64>() / 10.0);
     assert!(means[1] < 0.9 * means[0], "nothing is learnt: {means:?}");
 }
