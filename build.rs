@@ -65,7 +65,7 @@ fn build() -> Result<()> {
             }
         }
     }
-    let table = table(compiler.as_ref().map(|c| c.version.as_str()), &stems)?;
+    let table = table(compiler.as_ref(), &stems)?;
     write(&out.join("kernels.rs"), &table)
 }
 
@@ -341,9 +341,10 @@ struct Stem {
 }
 
 /// The Rust text: a module for each stem, with a static for each entry or pair of entries.
-fn table(compiler: Option<&str>, stems: &[Stem]) -> Result<String> {
+fn table(compiler: Option<&Compiler>, stems: &[Stem]) -> Result<String> {
+    let (version, ptxas) = (compiler.map(|c| &c.version), compiler.map(|c| &c.ptxas));
     let mut text = format!(
-        "/// CUDA version of the compiler that made the PTX.\npub const COMPILER: Option<&str> = {compiler:?};\n"
+        "/// CUDA version of the compiler that made the PTX.\npub const COMPILER: Option<&str> = {version:?};\n/// Its assembler.\npub const PTXAS: Option<&str> = {ptxas:?};\n"
     );
     let mut all = Vec::new();
     for stem in stems {

@@ -2,14 +2,16 @@
 //! the rate of a large matrix product on the same machine to hold them against.
 //!
 //! `small` is 1.62 M parameters at 32x32x1, batch 16: widths 32,64,64, two blocks a level, attention at 16. `cifar10` is the
-//! preset at batch 4. For GFLOP/s, multiply images (elem) a second by the GFLOP an image that are printed first.
+//! preset at batch 4. For GFLOP/s, multiply images (elem) a second by the GFLOP an image that are printed first. `DDPM_BENCH_DEVICE=cuda` measures
+//! a GPU, which a training step is not made to wait for but every fifty steps.
+
+mod support;
 
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::data::{Data, Dataset, Extent};
-use ddpm_cuda::device::Device;
 use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::{Shape, Tensor};
 use ddpm_cuda::train::Trainer;
@@ -37,7 +39,7 @@ fn data(config: &Config) -> Data {
 
 fn steps(criterion: &mut Criterion) {
     for (name, config) in networks() {
-        let device = Device::cpu();
+        let device = support::device();
         let mut trainer = Trainer::new(&config, data(&config), &device).expect("the settings are valid");
         let m = &config.model;
         let costs = trainer.unet().costs(trainer.params().specs(), m.image_size.h, m.image_size.w);
@@ -46,15 +48,24 @@ fn steps(criterion: &mut Criterion) {
         let mut group = criterion.benchmark_group(name);
         group.sample_size(10).warm_up_time(Duration::from_secs(2)).measurement_time(Duration::from_secs(10));
         group.throughput(Throughput::Elements(config.batch as u64));
-        group.bench_function("train", |b| b.iter(|| trainer.step().expect("the loss is finite")));
+        group.bench_function("train", |b| {
+            b.iter(|| {
+                trainer.step().expect("the loss is finite");
+                if trainer.reports_are_due() || trainer.steps_done().is_multiple_of(50) {
+                    trainer.reports().expect("so is the norm");
+                }
+            })
+        });
 
         let shape = Shape::new(config.batch, m.image_size.h, m.image_size.w, m.channels);
         let x = Var::constant(Tensor::zeros(&device, shape).unwrap());
-        let t = vec![500.0; config.batch];
+        let t = Tensor::full(&device, Shape::new(config.batch, 1, 1, 1), 500.0).unwrap();
         group.bench_function("sample", |b| {
             b.iter(|| {
                 let mut tape = Tape::inference(&device, trainer.ema());
-                trainer.unet().forward(&mut tape, &x, &t, None, None).expect("nothing is checked")
+                let eps = trainer.unet().forward(&mut tape, &x, &t, None, None).expect("nothing is checked");
+                device.synchronize().expect("the kernels do what they should");
+                eps
             })
         });
         group.finish();

@@ -16,17 +16,15 @@ __device__ __forceinline__ void mask(T* y, const T* x, size_t images, size_t ima
                                      uint32_t step, uint32_t purpose, uint32_t stream, uint32_t threshold, float scale) {
     const size_t block = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (4 * block >= image) return;
-    const int count = int(min(size_t(4), image - 4 * block));
+    const unsigned count = unsigned(min(size_t(4), image - 4 * block));
     for (size_t i = blockIdx.y; i < images; i += gridDim.y) {
         const uint4 w = philox(Stream{seed_lo, seed_hi, step, purpose, stream + uint32_t(i)}, uint32_t(block));
-        const float factor[4] = {w.x >= threshold ? scale : 0.0f, w.y >= threshold ? scale : 0.0f,
-                                 w.z >= threshold ? scale : 0.0f, w.w >= threshold ? scale : 0.0f};
-        const size_t at = i * image + 4 * block;
-        // An image need not be a multiple of four elements, so its groups need not be aligned.
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            if (k < count) store(y + at + k, load(x + at + k) * factor[k]);
-        }
+        float4 v = load_group(x, i * image + 4 * block, count, image % 4 == 0);
+        v.x *= w.x >= threshold ? scale : 0.0f;
+        v.y *= w.y >= threshold ? scale : 0.0f;
+        v.z *= w.z >= threshold ? scale : 0.0f;
+        v.w *= w.w >= threshold ? scale : 0.0f;
+        store_group(y, i * image + 4 * block, v, count, image % 4 == 0);
     }
 }
 

@@ -29,10 +29,10 @@ extern "C" __global__ void __launch_bounds__(256) grad_norm_fwd(double* row, uns
         partial[blockIdx.x] = sum;
         __threadfence();  // the partial sum is there before the count says so
         last = atomicAdd(done, 1u) == gridDim.x - 1;
+        __threadfence();  // if every block has counted, every partial sum is there for what follows
     }
-    __syncthreads();  // `last` written above is read below
+    __syncthreads();  // `last` and what the other blocks wrote are read below
     if (!last) return;
-    __threadfence();  // every block has counted, so every partial sum is there to be read
     double total = 0.0;
     for (unsigned i = threadIdx.x; i < gridDim.x; i += THREADS) total += partial[i];
     total = block_sum<THREADS>(total, scratch);

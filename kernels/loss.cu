@@ -27,26 +27,26 @@ __device__ __forceinline__ void fwd(T* dy, double* row, double* partial, unsigne
     double sum = 0.0;
     for (size_t first = blockIdx.x * CHUNK + 4 * threadIdx.x; first < min((blockIdx.x + 1) * CHUNK, image); first += 4 * THREADS) {
         const float4 z = normals(Stream{seed_lo, seed_hi, step, purpose, stream + i}, uint32_t(first / 4));
-        const float noise[4] = {z.x, z.y, z.z, z.w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            if (first + j < image) {
-                const size_t k = size_t(i) * image + first + j;
-                const float d = load(y + k) - noise[j];
-                sum += double(d) * double(d);
-                if (dy != nullptr) store(dy + k, factor * d);
-            }
-        }
+        const size_t at = size_t(i) * image + first;
+        const unsigned count = unsigned(min(size_t(4), image - first));
+        float4 d = load_group(y, at, count, image % 4 == 0);
+        d = make_float4(d.x - z.x, d.y - z.y, d.z - z.z, d.w - z.w);
+        sum += double(d.x) * double(d.x);
+        if (count > 1) sum += double(d.y) * double(d.y);
+        if (count > 2) sum += double(d.z) * double(d.z);
+        if (count > 3) sum += double(d.w) * double(d.w);
+        d = make_float4(factor * d.x, factor * d.y, factor * d.z, factor * d.w);
+        if (dy != nullptr) store_group(dy, at, d, count, image % 4 == 0);
     }
     sum = block_sum<THREADS>(sum, scratch);
     if (threadIdx.x == 0) {
         partial[size_t(i) * chunks + blockIdx.x] = sum;
         __threadfence();  // the partial sum is there before the count says so
         last = atomicAdd(done, 1u) == n * chunks - 1;
+        __threadfence();  // if every block has counted, every partial sum is there for what follows
     }
     __syncthreads();  // `last` written above is read below
     if (!last || threadIdx.x != 0) return;
-    __threadfence();  // every block has counted, so every partial sum is there to be read
     double bins[2 * BINS];
 #pragma unroll
     for (int b = 0; b < 2 * BINS; ++b) bins[b] = accumulate ? row[b] : 0.0;

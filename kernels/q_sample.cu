@@ -36,11 +36,12 @@ __device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsig
         if (4 * block >= image) continue;
         const float byte_t = table[2 * t_i], eps_t = table[2 * t_i + 1];
         const float4 z = normals(Stream{seed_lo, seed_hi, step, purpose_noise, stream + i}, uint32_t(block));
-        const float noise[4] = {z.x, z.y, z.z, z.w};
         const unsigned char* u = pixels + size_t(rows[i]) * image;
-        const int count = int(min(size_t(4), image - 4 * block));
+        const unsigned count = unsigned(min(size_t(4), image - 4 * block));
+        const float noise[4] = {z.x, z.y, z.z, z.w};
+        float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
+        for (unsigned j = 0; j < 4; ++j) {
             if (j < count) {
                 const size_t k = 4 * block + j;
                 size_t source = k;
@@ -49,9 +50,10 @@ __device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsig
                     source = k + (size_t(w) - 1 - 2 * x) * c;  // wraps where it goes back, as it should
                 }
                 const float centred = float(2 * int(u[source]) - 255);
-                store(x_t + size_t(i) * image + k, fmaf(byte_t, centred, __fmul_rn(eps_t, noise[j])));
+                v[j] = fmaf(byte_t, centred, __fmul_rn(eps_t, noise[j]));
             }
         }
+        store_group(x_t, size_t(i) * image + 4 * block, make_float4(v[0], v[1], v[2], v[3]), count, image % 4 == 0);
     }
 }
 

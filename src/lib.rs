@@ -9,7 +9,7 @@
 //! - sampling (algorithm 2): from x_T ~ N(0, 1), step x_t -> x_{t-1} until x_0
 //!
 //! From the command line to a loop over numbers it is four files:
-//! `main.rs -> train.rs -> unet.rs -> ops/conv2d.rs`.
+//! `main.rs -> train.rs -> unet.rs -> ops/conv2d.rs`, and on a GPU one more, `kernels/conv2d.cu`.
 //!
 //! # Code map
 //!
@@ -19,15 +19,20 @@
 //! | [`config`] | presets and settings; everything that has to be known to repeat a run |
 //! | [`unet`] | the network: calls [`ops`] directly, shapes trail each line |
 //! | [`diffusion`] | schedules, variances, samplers, with the paper's equation numbers |
-//! | [`ops`] | one file per operation: formula, public function, backward pass, reference, CPU path |
+//! | [`ops`] | one file per operation: formula, public function, backward pass, reference, CPU path, launches |
 //! | [`tape`], [`params`], [`tensor`] | reverse-mode differentiation, parameters in one flat buffer, NHWC arrays |
-//! | [`device`] | buffer pool and vector instructions |
+//! | [`device`] | the CPU (buffer pool, vector instructions) and GPUs (pool, launches; the only place that names cudarc) |
+//! | [`kernels`] | the table of compiled CUDA kernels, `kernels/*.cu` |
+//! | [`meter`] | what a step measures, kept where it is computed |
 //! | [`rng`] | counter-based random numbers |
 //! | [`data`], [`output`], [`checkpoint`] | everything that touches files |
 //!
 //! # Invariants
 //!
-//! - Everything about an operation has one stem: `src/ops/S.rs`, `tests/ops/S.rs`, `benches/ops/S.rs`; a test enforces it.
+//! - Everything about an operation has one stem: `src/ops/S.rs`, `kernels/S.cu`, `tests/ops/S.rs`, `benches/ops/S.rs`, kernel symbols `S_*`; a test
+//!   enforces it.
+//! - Outside [`device::cuda`] nothing knows an address: kernels get tensors and views. A training step on a GPU waits for nothing and
+//!   copies nothing; what it measured is read when the log asks.
 //! - Tensors are contiguous and channels-last. Other layouts exist only in [`checkpoint`], [`predict`] and [`data`], where files of
 //!   other tools are read and written.
 //! - A result has the same bits at any number of threads: work is split by its size, never by the number of threads, and

@@ -201,6 +201,11 @@ impl Params {
         self.flat.host()
     }
 
+    /// All values rounded to bf16, gaps included, where the activations are of that type.
+    pub fn rounded(&self) -> Option<&Tensor> {
+        self.rounded.as_ref()
+    }
+
     /// Overwrites all values, gaps included, which must be zero.
     ///
     /// # Errors

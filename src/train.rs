@@ -174,6 +174,11 @@ impl Trainer {
         self.step
     }
 
+    /// Where it trains.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// The weights.
     pub fn params(&self) -> &Params {
         &self.params

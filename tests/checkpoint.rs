@@ -12,7 +12,7 @@ use ddpm_cuda::config::{Config, Model, Preset, Size};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::{Kind, Variance};
 use ddpm_cuda::params::{Init, Layout, Params, Specs};
-use ddpm_cuda::tensor::Shape;
+use ddpm_cuda::tensor::{Shape, Tensor};
 use ddpm_cuda::unet::UNet;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -50,29 +50,31 @@ struct Small {
     step: u32,
     params: Params,
     ema: Params,
-    m: Vec<f32>,
-    v: Vec<f32>,
+    m: Tensor,
+    v: Tensor,
 }
 
 impl Small {
     fn empty() -> Self {
         let params = || Params::zeros(&Device::cpu(), small_specs()).unwrap();
-        let len = small_specs().flat_len();
-        Small { step: 0, params: params(), ema: params(), m: vec![0.0; len], v: vec![0.0; len] }
+        let moments = || Tensor::zeros(&Device::cpu(), Shape::vector(small_specs().flat_len())).unwrap();
+        Small { step: 0, params: params(), ema: params(), m: moments(), v: moments() }
     }
 
     fn at(step: u32) -> Self {
         let mut state = Small::empty();
         state.step = step;
         let specs = small_specs();
-        let Small { params, ema, m, v, .. } = &mut state;
-        for (k, flat) in [params.flat_mut(), ema.flat_mut(), m, v].into_iter().enumerate() {
-            for (p, _) in specs.iter() {
-                for i in specs.range(p) {
-                    flat[i] = ((1 + step as usize) * 1000 + k * 250 + i) as f32 / 3.0;
-                }
+        let numbers = |k: usize| {
+            let mut flat = vec![0.0; specs.flat_len()];
+            for i in specs.iter().flat_map(|(p, _)| specs.range(p)) {
+                flat[i] = ((1 + step as usize) * 1000 + k * 250 + i) as f32 / 3.0;
             }
-        }
+            flat
+        };
+        let Small { params, ema, m, v, .. } = &mut state;
+        [params, ema].into_iter().zip(0..).for_each(|(params, k)| params.write(&numbers(k)).unwrap());
+        [m, v].into_iter().zip(2..).for_each(|(moments, k)| moments.write(&numbers(k)).unwrap());
         state
     }
 
@@ -94,9 +96,10 @@ impl Small {
     fn assert_same(&self, other: &Small) {
         let bits = |flat: &[f32]| flat.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
         assert_eq!(self.step, other.step);
-        assert_eq!(bits(self.params.flat()), bits(other.params.flat()), "weights");
-        assert_eq!(bits(self.ema.flat()), bits(other.ema.flat()), "moving average");
-        assert_eq!((bits(&self.m), bits(&self.v)), (bits(&other.m), bits(&other.v)), "moments");
+        assert_eq!(bits(&self.params.host().unwrap()), bits(&other.params.host().unwrap()), "weights");
+        assert_eq!(bits(&self.ema.host().unwrap()), bits(&other.ema.host().unwrap()), "moving average");
+        assert_eq!(bits(self.m.data()), bits(other.m.data()), "first moments");
+        assert_eq!(bits(self.v.data()), bits(other.v.data()), "second moments");
     }
 }
 
@@ -162,7 +165,7 @@ fn what_is_written_is_what_diffusers_writes() {
         let model = checkpoint::load(&Device::cpu(), &fixture(name)).unwrap();
         let mut config = model.config.clone();
         config.diffusion.variance = Variance::FixedLarge;
-        let zeros = vec![0.0; model.params.flat().len()];
+        let zeros = Tensor::zeros(&Device::cpu(), Shape::vector(model.params.specs().flat_len())).unwrap();
         let state = State { step: 7, params: &model.params, ema: &model.params, m: &zeros, v: &zeros };
         let path = checkpoint::save(folder.path(), &config, state).unwrap();
         assert_eq!(path, folder.path().join("checkpoints/7"));
@@ -185,7 +188,7 @@ fn what_is_written_is_what_diffusers_writes() {
         for place in [path.clone(), path.join("unet")] {
             let again = checkpoint::load(&Device::cpu(), &place).unwrap();
             assert_eq!((again.config.model, again.config.diffusion), (config.model.clone(), config.diffusion.clone()));
-            assert!(again.params.flat() == model.params.flat());
+            assert!(again.params.host().unwrap() == model.params.host().unwrap());
         }
     }
     let written = json_file(&fixture("pipeline_layout/unet/config.json"));
@@ -202,12 +205,13 @@ fn every_network_and_process_survives_its_json() {
     (model.norm_eps, model.downsample_padding, model.freq_shift, model.flip_sin_to_cos) = (1e-5, 1, 0, true);
     let (_, specs) = UNet::new(&config.model).unwrap();
     let params = Params::init(&Device::cpu(), specs, 1).unwrap();
-    let flat = params.flat();
+    let flat = Shape::vector(params.specs().flat_len());
+    let flat = Tensor::from_slice(&Device::cpu(), flat, &params.host().unwrap()).unwrap();
     for (step, schedule) in Kind::ALL.into_iter().enumerate() {
         config.diffusion.schedule = schedule;
         config.diffusion.timesteps = [1000, 250, 4000][step % 3];
         config.diffusion.variance = [Variance::FixedSmall, Variance::FixedLarge][step % 2];
-        let state = State { step: step as u32, params: &params, ema: &params, m: flat, v: flat };
+        let state = State { step: step as u32, params: &params, ema: &params, m: &flat, v: &flat };
         let path = checkpoint::save(folder.path(), &config, state).unwrap();
         let again = checkpoint::load(&Device::cpu(), &path).unwrap().config;
         assert_eq!((again.model, again.diffusion), (config.model.clone(), config.diffusion.clone()));
@@ -233,12 +237,14 @@ fn a_training_state_comes_back_to_the_bit() {
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let specs = small_specs();
     let (bias, _) = specs.iter().find(|(_, spec)| spec.name == "conv_in.bias").unwrap();
-    for (prefix, flat) in [("weights", state.params.flat()), ("adam_m", &state.m), ("adam_v", &state.v)] {
+    let flat = [("weights", state.params.host()), ("adam_m", state.m.host()), ("adam_v", state.v.host())];
+    for (prefix, flat) in flat {
+        let flat = flat.unwrap();
         let want: Vec<u8> = flat[specs.range(bias)].iter().flat_map(|v| v.to_le_bytes()).collect();
         assert_eq!(file.tensor(&format!("{prefix}.conv_in.bias")).unwrap().data(), want, "{prefix}");
     }
     let bytes = fs::read(path.join("unet/diffusion_pytorch_model.safetensors")).unwrap();
-    let want: Vec<u8> = state.ema.flat()[specs.range(bias)].iter().flat_map(|v| v.to_le_bytes()).collect();
+    let want: Vec<u8> = state.ema.host().unwrap()[specs.range(bias)].iter().flat_map(|v| v.to_le_bytes()).collect();
     assert_eq!(SafeTensors::deserialize(&bytes).unwrap().tensor("conv_in.bias").unwrap().data(), want, "the model");
     // The same state, the same bytes.
     let other = tempfile::tempdir().unwrap();

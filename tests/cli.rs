@@ -9,6 +9,7 @@ use ddpm_cuda::checkpoint;
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::{Kind, Method, Sampler, Schedule, Spacing, Variance};
 use ddpm_cuda::sample::Drawing;
+use ddpm_cuda::tensor::{Shape, Tensor};
 use ddpm_cuda::unet::UNet;
 use npyz::WriterBuilder;
 
@@ -456,7 +457,7 @@ fn the_arguments_of_sample_reach_the_sampler() {
     let mut model = checkpoint::load(&device, &fixture("unet_rgb16")).unwrap();
     let process = &mut model.config.diffusion;
     (process.schedule, process.timesteps, process.variance) = (Kind::Cosine, 80, Variance::FixedSmall);
-    let zeros = vec![0.0; model.params.flat().len()];
+    let zeros = Tensor::zeros(&device, Shape::vector(model.params.specs().flat_len())).unwrap();
     let state = checkpoint::State { step: 1, params: &model.params, ema: &model.params, m: &zeros, v: &zeros };
     let saved = checkpoint::save(folder.path(), &model.config, state).unwrap();
     let (unet, _) = UNet::new(&model.config.model).unwrap();

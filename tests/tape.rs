@@ -18,11 +18,11 @@ use ddpm_cuda::ops::silu::{self, silu};
 use ddpm_cuda::ops::time_embedding::{Sinusoid, time_embedding};
 use ddpm_cuda::ops::upsample::upsample;
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
-use ddpm_cuda::rng::{Purpose, Stream};
+use ddpm_cuda::rng::{Purpose, Streams};
 use ddpm_cuda::tape::{Backward, Grads, Tape, Var, VarId};
 use ddpm_cuda::tensor::{Shape, Tensor};
 
-use support::{numbers, same_bits, to_f32};
+use support::{numbers, per_image, same_bits, to_f32};
 
 const SHAPE: Shape = Shape::new(2, 6, 5, 8);
 const CLASSES: usize = 3;
@@ -58,16 +58,17 @@ fn weights(device: &Device) -> (Weights, Params) {
 fn chain(tape: &mut Tape<'_>, w: &Weights, x: &Var) -> [Var; 2] {
     tape.at("first");
     let h = group_norm(tape, x, w.gamma, w.beta, GROUPS, 1e-6, Activation::Silu).unwrap();
-    let stream = Stream { seed: 1, purpose: Purpose::Dropout, step: 0, stream: 0 };
-    let h = dropout(tape, &h, 0.1, stream).unwrap();
+    let streams = Streams { seed: 1, purpose: Purpose::Dropout, step: 0, first: 0 };
+    let h = dropout(tape, &h, 0.1, streams).unwrap();
     let h = attention(tape, &h, &h, &h, 2).unwrap();
     tape.at("second");
     let h = concat(tape, &h, x).unwrap();
     let h = linear(tape, &h, w.linear, None, Some(x)).unwrap();
     let h = add(tape, &h, x).unwrap();
     let y = upsample(tape, &h).unwrap();
-    let t = Var::constant(time_embedding(tape.device(), &[3.0, 500.0], SHAPE.c, Sinusoid::default()));
-    let t = embedding(tape, w.table, &[2, 0], &t).unwrap();
+    let [t, labels] = [[3.0, 500.0], [2.0, 0.0]].map(|numbers| per_image(tape.device(), numbers));
+    let t = Var::constant(time_embedding(tape.device(), &t, SHAPE.c, Sinusoid::default()).unwrap());
+    let t = embedding(tape, w.table, &labels, &t).unwrap();
     [y, silu(tape, &t).unwrap()]
 }
 
@@ -99,7 +100,8 @@ fn saved_bytes_are_listed_by_operation_and_place() {
         ("second", "linear", 2 * tensor),
         ("second", "add", 0),
         ("second", "upsample", 0),
-        ("second", "embedding", 0),
+        // Labels.
+        ("second", "embedding", 4 * n),
         ("second", "silu", 4 * n * SHAPE.c),
     ];
     assert_eq!(listed, expected.map(|(place, name, bytes)| (place.to_string(), name, bytes)));
@@ -160,8 +162,7 @@ impl Backward for Probe {
 
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         self.in_use.store(self.device.pool_stats().in_use, Ordering::Relaxed);
-        grads.add(self.x, dy);
-        Ok(())
+        grads.add(self.x, dy)
     }
 }
 

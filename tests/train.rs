@@ -10,13 +10,15 @@ use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::data::{Data, Dataset, Extent, Order};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::Batch;
+use ddpm_cuda::meter::Meter;
 use ddpm_cuda::ops::loss::{Quarters, loss};
-use ddpm_cuda::ops::q_sample::q_sample;
+use ddpm_cuda::ops::q_sample::{Coefficients, Noised, Source, q_sample};
+use ddpm_cuda::params::Params;
 use ddpm_cuda::tape::{Tape, Var};
-use ddpm_cuda::train::{Trainer, memory_needed};
+use ddpm_cuda::train::{StepReport, Trainer, memory_needed};
 use ddpm_cuda::unet::{DropoutSeed, UNet};
 
-use support::same_bits;
+use support::{numbers, same_bits};
 
 /// Two levels, attention, dropout, flips, two micro-batches: everything that draws random numbers, as small as it gets.
 fn tiny() -> Config {
@@ -53,6 +55,36 @@ fn trainer(c: &Config) -> Trainer {
     Trainer::new(c, bars(c, 20), &Device::cpu()).unwrap()
 }
 
+/// One step and what it reports.
+fn step(trainer: &mut Trainer) -> StepReport {
+    trainer.step().unwrap();
+    let mut reports = trainer.reports().unwrap();
+    assert_eq!(reports.len(), 1, "reports after one step");
+    reports.remove(0)
+}
+
+/// L_i of each image of `batch` as a network with these weights predicts its noise.
+fn losses(
+    device: &Device,
+    trainer: &Trainer,
+    params: &Params,
+    images: &Dataset,
+    batch: &Batch,
+    masks: Option<DropoutSeed>,
+) -> Vec<f64> {
+    let coefficients = Coefficients::new(device, trainer.schedule()).unwrap();
+    let noised = q_sample(device, Source::Host(images.images()), batch, &coefficients).unwrap();
+    let Noised { x_t, t, labels } = noised;
+    let mut tape = match masks {
+        Some(_) => Tape::recording(device, params),
+        None => Tape::inference(device, params),
+    };
+    let y = trainer.unet().forward(&mut tape, &Var::constant(x_t), &t, labels.as_ref(), masks).unwrap();
+    let mut meter = Meter::new(device).unwrap();
+    meter.begin();
+    loss(device, y.value(), batch, &t, None, &mut meter).unwrap().per_image.expect("the CPU knows each image's loss")
+}
+
 #[test]
 fn learns_a_batch_by_heart() {
     let mut c = tiny();
@@ -61,7 +93,7 @@ fn learns_a_batch_by_heart() {
     c.accumulate = 1;
     c.learning_rate = 2e-3;
     let mut trainer = Trainer::new(&c, bars(&c, c.batch), &Device::cpu()).unwrap();
-    let mut mean = |steps: u32| (0..steps).map(|_| trainer.step().unwrap().loss).sum::<f64>() / f64::from(steps);
+    let mut mean = |steps: u32| (0..steps).map(|_| step(&mut trainer).loss).sum::<f64>() / f64::from(steps);
     let start = mean(5);
     mean(590);
     let end = mean(100);
@@ -91,10 +123,10 @@ fn a_resumed_run_continues_with_the_same_bits() {
         second.step().unwrap();
     }
     let (a, b) = (whole.state(), second.state());
-    same_bits("weights", b.params.flat(), a.params.flat());
-    same_bits("moving average", b.ema.flat(), a.ema.flat());
-    same_bits("first moments", b.m, a.m);
-    same_bits("second moments", b.v, a.v);
+    same_bits("weights", &b.params.host().unwrap(), &a.params.host().unwrap());
+    same_bits("moving average", &b.ema.host().unwrap(), &a.ema.host().unwrap());
+    same_bits("first moments", b.m.data(), a.m.data());
+    same_bits("second moments", b.v.data(), a.v.data());
 }
 
 #[test]
@@ -103,8 +135,8 @@ fn the_number_of_threads_changes_no_bit() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             let mut trainer = trainer(&tiny());
-            let losses: Vec<f64> = (0..3).map(|_| trainer.step().unwrap().loss).collect();
-            (losses, trainer.params().flat().to_vec())
+            let losses: Vec<f64> = (0..3).map(|_| step(&mut trainer).loss).collect();
+            (losses, trainer.params().host().unwrap().into_owned())
         })
     };
     let (losses, weights) = run(1);
@@ -139,8 +171,8 @@ fn the_memory_foretold_is_the_memory_taken() {
     cifar10.batch = 2;
     for c in [mnist, cifar10, Config { accumulate: 1, ..tiny() }] {
         let (unet, specs) = UNet::new(&c.model).unwrap();
-        let foretold = memory_needed(&c, &unet, &specs) as f64;
         let device = Device::cpu();
+        let foretold = memory_needed(&c, &unet, &specs, &device) as f64;
         let extent = Extent { size: c.model.image_size, channels: c.model.channels };
         let images = Dataset::new(extent, vec![100; 10 * extent.len()], None);
         let data = Data { train: images.clone(), held_out: images, notes: Vec::new() };
@@ -186,40 +218,53 @@ fn a_steps_loss_is_the_papers_over_all_its_pieces() {
     let device = Device::cpu();
     let mut trainer = Trainer::new(&c, labelled(&c), &device).unwrap();
     let data = labelled(&c).train;
-    for step in 0..3u32 {
+    for k in 0..3u32 {
         let mut per_image = Vec::new();
-        for (k, indices) in Order::new(c.seed, 20).indices(step, 6).chunks(2).enumerate() {
-            let batch = Batch::train(c.seed, step, 2 * k as u32, indices.to_vec(), true, 100);
-            let x_t = Var::constant(q_sample(&device, data.images(), &batch, trainer.schedule()));
-            let labels: Vec<u32> = indices.iter().map(|&i| (i * i % 3) as u32).collect();
-            let masks = DropoutSeed { seed: c.seed, step: 3 * step + k as u32 };
-            let mut tape = Tape::recording(&device, trainer.params());
-            let y = trainer.unet().forward(&mut tape, &x_t, &batch.t_f32(), Some(&labels), Some(masks)).unwrap();
-            per_image.extend(loss(&device, y.value(), &batch, None).per_image);
+        for (first, indices) in (0..).step_by(2).zip(Order::new(c.seed, 20).indices(k, 6).chunks(2)) {
+            let labels = indices.iter().map(|&i| (i * i % 3) as u32).collect();
+            let batch = Batch::train(c.seed, k, first, indices.to_vec(), true, 100).with_labels(Some(labels));
+            let masks = DropoutSeed { seed: c.seed, step: k, first };
+            per_image.extend(losses(&device, &trainer, trainer.params(), &data, &batch, Some(masks)));
         }
         let want = per_image.iter().sum::<f64>() / 6.0;
-        let got = trainer.step().unwrap().loss;
+        let got = step(&mut trainer).loss;
         // Six numbers in another order of summation.
-        assert!((got - want).abs() <= 8.0 * f64::EPSILON * want, "step {step}: loss {got}, expected {want}");
+        assert!((got - want).abs() <= 8.0 * f64::EPSILON * want, "step {k}: loss {got}, expected {want}");
     }
 }
 
-/// A batch in one piece and in three: the same images, timesteps and noise, so the same loss and gradient but for rounding.
+/// A batch in one piece and in three: the same images, timesteps, noise and dropout masks, so the same loss and gradient but for rounding. With
+/// weights of some size everywhere: a network that has just begun hands hardly any gradient to what lies before its last layer.
 #[test]
 fn a_batch_in_pieces_has_the_loss_and_the_gradient_of_the_whole() {
-    let mut c = tiny();
-    c.model.dropout = 0.0;
-    let first_step = |accumulate: usize| {
-        let mut trainer = trainer(&Config { accumulate, ..c.clone() });
-        let report = trainer.step().unwrap();
-        (report.loss, report.grad_norm, trainer.state().m.to_vec())
+    let first_step = |accumulate: usize, dropout: f64| {
+        let mut c = Config { accumulate, ..tiny() };
+        c.model.dropout = dropout;
+        let mut trainer = trainer(&c);
+        let mut weights = trainer.params().host().unwrap().into_owned();
+        for (k, (p, spec)) in trainer.params().specs().iter().enumerate() {
+            let fan_in = (spec.shape.len() / spec.shape.n) as f64;
+            let drawn = numbers(k as u64, spec.shape.len());
+            weights[trainer.params().specs().range(p)]
+                .iter_mut()
+                .zip(drawn)
+                .for_each(|(w, v)| *w += (v / fan_in.sqrt()) as f32);
+        }
+        trainer.state_mut().params.write(&weights).unwrap();
+        let report = step(&mut trainer);
+        (report.loss, report.grad_norm, trainer.state().m.to_vec().unwrap())
     };
-    let (loss, norm, m) = first_step(1);
-    let (loss_3, norm_3, m_3) = first_step(3);
+    let (loss, norm, m) = first_step(1, 0.3);
+    let (loss_3, norm_3, m_3) = first_step(3, 0.3);
+    // Losses are sums in f64 of what a network computes image by image.
     assert!((loss_3 - loss).abs() <= 8.0 * f64::EPSILON * loss, "loss {loss_3} in pieces, {loss} whole");
     // f32 sums in another order: 2e-5 of the largest, as for the fixtures in tests/unet.rs.
     assert!((norm_3 - norm).abs() <= 2e-5 * norm, "gradient norm {norm_3} in pieces, {norm} whole");
     support::close_to_largest("first moments", &m_3, &m, 2e-5);
+    // The masks are felt: without them loss and gradient are others.
+    let (loss_0, norm_0, _) = first_step(1, 0.0);
+    let felt = (loss_0 - loss).abs() > 1e-2 * loss && (norm_0 - norm).abs() > 1e-2 * norm;
+    assert!(felt, "loss and gradient norm {loss} and {norm} with dropout, {loss_0} and {norm_0} without");
 }
 
 /// The first update from outside: what the moments, the weights and the average say about gradient, clipping, weight
@@ -229,31 +274,35 @@ fn the_settings_of_the_optimiser_reach_it() {
     let mut c = tiny();
     c.grad_clip = 0.01;
     c.learning_rate = 1e-2;
-    let step = |c: &Config| {
+    let first_step = |c: &Config| {
         let mut trainer = trainer(c);
-        let before = trainer.params().flat().to_vec();
-        let report = trainer.step().unwrap();
-        let m = trainer.state().m.iter().map(|m| f64::from(*m).powi(2)).sum::<f64>().sqrt();
+        let before = trainer.params().host().unwrap().into_owned();
+        let report = step(&mut trainer);
+        let m = trainer.state().m.data().iter().map(|m| f64::from(*m).powi(2)).sum::<f64>().sqrt();
         (report, m, before, trainer)
     };
     // m = (1 - 0.9) clip g, and the clipped gradient has the norm grad_clip (f32 roundings of m: far below 1e-5).
-    let (report, m, before, clipped) = step(&c);
+    let (report, m, before, clipped) = first_step(&c);
     assert!(report.grad_norm > 0.1, "the gradient has a norm of {}, nothing is clipped", report.grad_norm);
     assert!((m - 0.1 * c.grad_clip).abs() <= 1e-5 * m, "the first moments have the norm {m}");
-    let (report, m, ..) = step(&Config { grad_clip: 0.0, ..c.clone() });
+    let (report, m, ..) = first_step(&Config { grad_clip: 0.0, ..c.clone() });
     assert!((m - 0.1 * report.grad_norm).abs() <= 1e-5 * m, "without clipping: {m} for {}", report.grad_norm);
 
     // Decay takes lr decay w off each weight beside Adam's own update, at a third of the learning rate: one step of three.
-    let (.., decayed) = step(&Config { weight_decay: 0.5, ..c.clone() });
-    for ((w, plain), before) in decayed.params().flat().iter().zip(clipped.params().flat()).zip(&before) {
+    let (.., decayed) = first_step(&Config { weight_decay: 0.5, ..c.clone() });
+    for ((w, plain), before) in
+        decayed.params().host().unwrap().iter().zip(&*clipped.params().host().unwrap()).zip(&before)
+    {
         let want = plain - before * (1e-2 / 3.0 * 0.5) as f32;
         assert!((w - want).abs() <= 4.0 * f32::EPSILON * before.abs().max(want.abs()), "{w}, expected {want}");
     }
 
     // The average starts at the initial weights and goes 1 - 2/11 of the way at the first step, all of it without decay.
     for (decay, share) in [(0.9999, 9.0 / 11.0), (0.0, 1.0)] {
-        let (.., trainer) = step(&Config { ema_decay: decay, ..c.clone() });
-        for ((ema, w), before) in trainer.ema().flat().iter().zip(trainer.params().flat()).zip(&before) {
+        let (.., trainer) = first_step(&Config { ema_decay: decay, ..c.clone() });
+        for ((ema, w), before) in
+            trainer.ema().host().unwrap().iter().zip(&*trainer.params().host().unwrap()).zip(&before)
+        {
             let want = before + share * (w - before);
             assert!((ema - want).abs() <= 4.0 * f32::EPSILON * want.abs().max(w.abs()), "{ema}, expected {want}");
         }
@@ -264,9 +313,9 @@ fn the_settings_of_the_optimiser_reach_it() {
 fn the_learning_rate_warms_up_from_the_first_step_on() {
     let c = Config { warmup_steps: 3, learning_rate: 0.75, grad_clip: 1e-9, ..tiny() };
     let mut first = trainer(&c);
-    assert_eq!([(); 4].map(|()| first.step().unwrap().learning_rate), [0.25, 0.5, 0.75, 0.75]);
+    assert_eq!([(); 4].map(|()| step(&mut first).learning_rate), [0.25, 0.5, 0.75, 0.75]);
     let mut cold = trainer(&Config { warmup_steps: 0, ..c });
-    assert_eq!(cold.step().unwrap().learning_rate, 0.75);
+    assert_eq!(step(&mut cold).learning_rate, 0.75);
 }
 
 /// Seven held-out images in pieces of three, worked out again in one batch: with the moving average, not the weights.
@@ -281,15 +330,11 @@ fn the_validation_loss_is_the_moving_averages_on_held_out_images() {
         trainer.step().unwrap();
     }
     let held_out = labelled(&c).held_out;
-    let batch = Batch::validation(c.seed, 0, (0..7).collect(), 100);
-    let x_t = Var::constant(q_sample(&device, held_out.images(), &batch, trainer.schedule()));
-    let losses = |params| {
-        let mut tape = Tape::inference(&device, params);
-        let y = trainer.unet().forward(&mut tape, &x_t, &batch.t_f32(), held_out.labels(), None).unwrap();
-        loss(&device, y.value(), &batch, None).per_image
-    };
+    let labels = held_out.labels().map(<[u32]>::to_vec);
+    let batch = Batch::validation(c.seed, 0, (0..7).collect(), 100).with_labels(labels);
+    let losses = |params| losses(&device, &trainer, params, &held_out, &batch, None);
     let mut want = Quarters::default();
-    want.add(&batch, &losses(trainer.ema()), 100);
+    want.add(&batch, &losses(trainer.ema()));
     assert_eq!(trainer.validate(&AtomicBool::new(false)).unwrap(), want);
     assert_ne!(losses(trainer.params()), losses(trainer.ema()), "weights and average are too alike for this test");
 }

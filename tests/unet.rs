@@ -11,11 +11,11 @@ use ddpm_cuda::device::Device;
 use ddpm_cuda::layout;
 use ddpm_cuda::params::{Init, Layout, ParamGrads, Params};
 use ddpm_cuda::tape::{Tape, Var};
-use ddpm_cuda::tensor::{Shape, Tensor};
+use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::unet::{DropoutSeed, UNet};
 use safetensors::SafeTensors;
 
-use support::{close_to_largest, same_bits, worst};
+use support::{close_to_largest, per_image, same_bits, worst};
 
 /// What an implementation in f32 can be held to: the fixtures' own sines are f32, and sums of some thousand products
 /// in f32 differ by about 1e-6 of the largest element, which a network of thirty layers carries on.
@@ -52,33 +52,50 @@ impl Golden {
         (Shape::new(n, h, w, c), layout::to_channels_last(&self.f32(key), c, h * w))
     }
 
-    fn labels(&self) -> Option<Vec<u32>> {
-        self.has("labels").then(|| self.i32("labels").iter().map(|&l| l as u32).collect())
+    /// One whole number an image.
+    fn per_image(&self, device: &Device, key: &str) -> Tensor {
+        per_image(device, self.i32(key).into_iter().map(|v| v as f32))
+    }
+
+    fn labels(&self, device: &Device) -> Option<Tensor> {
+        self.has("labels").then(|| self.per_image(device, "labels"))
     }
 }
 
-fn agrees_with_pytorch(name: &str) {
-    let device = Device::cpu_guarded();
+/// What a network in `dtype` can be held to when `operations` follow each other. In bf16 every one rounds each number by up to 2^-9 of itself, independently,
+/// forward and backward, so that the errors of a path add up like a random walk: 2^-9 sqrt(2 operations) of what flows there; and twice that for the
+/// largest of a tensor's thousands of errors. The sums themselves are f32.
+fn tolerance(dtype: DType, operations: usize) -> f64 {
+    match dtype {
+        DType::F32 => FIXTURE_TOLERANCE,
+        DType::Bf16 => 2.0 / 512.0 * ((2 * operations) as f64).sqrt(),
+    }
+}
+
+fn agrees_with_pytorch(name: &str, device: &Device) {
     let golden = Golden::read(name);
-    let model = checkpoint::load(&device, &fixture(name)).unwrap();
+    let model = checkpoint::load(device, &fixture(name)).unwrap();
     let (unet, _) = UNet::new(&model.config.model).unwrap();
     let specs = model.params.specs();
     let (shape, x) = golden.images("x");
     let (_, target) = golden.images("target");
-    let t: Vec<f32> = golden.i32("t").iter().map(|&t| t as f32).collect();
+    let t = golden.per_image(device, "t");
 
-    let mut tape = Tape::recording(&device, &model.params);
-    let x = tape.leaf(Tensor::from_slice(&device, shape, &x).unwrap());
-    let y = unet.forward(&mut tape, &x, &t, golden.labels().as_deref(), None).unwrap();
-    let mut shares =
-        vec![("out".to_string(), close_to_largest("out", y.data(), &golden.images("out").1, FIXTURE_TOLERANCE))];
+    let mut tape = Tape::recording(device, &model.params);
+    let dtype = device.activations();
+    let x = tape.leaf(Tensor::from_slice_as(device, dtype, shape, &x).unwrap());
+    let y = unet.forward(&mut tape, &x, &t, golden.labels(device).as_ref(), None).unwrap();
+    let tolerance = tolerance(dtype, tape.saved().len());
+    let out = y.value().host().unwrap();
+    let mut shares = vec![("out".to_string(), close_to_largest("out", &out, &golden.images("out").1, tolerance))];
 
-    let dy: Vec<f32> = y.data().iter().zip(&target).map(|(y, t)| 2.0 * (y - t) / shape.len() as f32).collect();
-    let mut grads = ParamGrads::new(&device, specs).unwrap();
-    let mut leaves = tape.backward(&y, Tensor::from_slice(&device, shape, &dy).unwrap(), &mut grads).unwrap();
+    let dy: Vec<f32> = out.iter().zip(&target).map(|(y, t)| 2.0 * (y - t) / shape.len() as f32).collect();
+    let mut grads = ParamGrads::new(device, specs).unwrap();
+    let dy = Tensor::from_slice_as(device, dtype, shape, &dy).unwrap();
+    let mut leaves = tape.backward(&y, dy, &mut grads).unwrap();
     let dx = leaves.take(&x).unwrap();
-    shares.push(("dx".into(), close_to_largest("dx", dx.data(), &golden.images("grad_x").1, FIXTURE_TOLERANCE)));
-    let flat = grads.finish(specs);
+    shares.push(("dx".into(), close_to_largest("dx", &dx.host().unwrap(), &golden.images("grad_x").1, tolerance)));
+    let flat = grads.finish(specs).unwrap().host().unwrap();
     let largest = |x: &[f32]| x.iter().fold(0.0, |m: f64, v| m.max(f64::from(v.abs())));
     let block = |name: &str| name.split('.').take(4).collect::<Vec<_>>().join(".");
     let mut of_block = std::collections::HashMap::new();
@@ -97,9 +114,9 @@ fn agrees_with_pytorch(name: &str) {
         // is that of the other gradients of the block.
         let scale = of_block[&block(&spec.name)];
         let share = if largest(&want) > 1e-9 * scale {
-            close_to_largest(&spec.name, got, &want, FIXTURE_TOLERANCE)
+            close_to_largest(&spec.name, got, &want, tolerance)
         } else {
-            worst(&spec.name, got, &vec![0.0; got.len()], |_| FIXTURE_TOLERANCE * scale)
+            worst(&spec.name, got, &vec![0.0; got.len()], |_| tolerance * scale)
         };
         shares.push((spec.name.clone(), share));
     }
@@ -109,12 +126,30 @@ fn agrees_with_pytorch(name: &str) {
 
 #[test]
 fn grey_network_agrees_with_pytorch() {
-    agrees_with_pytorch("unet_gray16");
+    agrees_with_pytorch("unet_gray16", &Device::cpu_guarded());
 }
 
 #[test]
 fn class_conditional_network_with_heads_agrees_with_pytorch() {
-    agrees_with_pytorch("unet_rgb16");
+    agrees_with_pytorch("unet_rgb16", &Device::cpu_guarded());
+}
+
+/// Both networks through the kernels.
+fn agrees_with_pytorch_on_a_gpu(dtype: DType) {
+    let Some(gpu) = support::gpu::gpu(dtype) else { return };
+    let device = Device::Cuda(gpu);
+    agrees_with_pytorch("unet_gray16", &device);
+    agrees_with_pytorch("unet_rgb16", &device);
+}
+
+#[test]
+fn the_kernels_agree_with_pytorch() {
+    agrees_with_pytorch_on_a_gpu(DType::F32);
+}
+
+#[test]
+fn the_kernels_agree_with_pytorch_in_bf16() {
+    agrees_with_pytorch_on_a_gpu(DType::Bf16);
 }
 
 /// A checkpoint that `ddpm-cuda train` wrote (non-square images, classes, heads) and what diffusers' `DDPMPipeline` computes with
@@ -127,14 +162,14 @@ fn diffusers_opens_our_checkpoints_and_computes_the_same() {
     let model = checkpoint::load(&device, &folder).unwrap();
     let (unet, specs) = UNet::new(&model.config.model).unwrap();
     let (shape, x) = golden.images("x");
-    let t: Vec<f32> = golden.i32("t").iter().map(|&t| t as f32).collect();
+    let t = golden.per_image(&device, "t");
     let mut tape = Tape::inference(&device, &model.params);
     let x = Var::constant(Tensor::from_slice(&device, shape, &x).unwrap());
-    let y = unet.forward(&mut tape, &x, &t, golden.labels().as_deref(), None).unwrap();
+    let y = unet.forward(&mut tape, &x, &t, golden.labels(&device).as_ref(), None).unwrap();
     close_to_largest("out", y.data(), &golden.images("out").1, FIXTURE_TOLERANCE);
 
     let run = tempfile::tempdir().unwrap();
-    let zeros = vec![0.0; specs.flat_len()];
+    let zeros = Tensor::zeros(&device, Shape::vector(specs.flat_len())).unwrap();
     let state = checkpoint::State { step: 3, params: &model.params, ema: &model.params, m: &zeros, v: &zeros };
     let written = checkpoint::save(run.path(), &model.config, state).unwrap();
     for file in [
@@ -158,11 +193,11 @@ fn an_image_has_the_same_bits_in_any_batch() {
     let model = checkpoint::load(&device, &fixture("unet_rgb16")).unwrap();
     let (unet, _) = UNet::new(&model.config.model).unwrap();
     let (shape, x) = golden.images("x");
-    let (image, labels) = (shape.len() / shape.n, golden.labels().unwrap());
+    let (image, labels) = (shape.len() / shape.n, golden.i32("labels"));
     let forward = |images: &[usize]| {
         let x: Vec<f32> = images.iter().flat_map(|&i| x[i * image..][..image].to_vec()).collect();
-        let t: Vec<f32> = images.iter().map(|&i| 100.0 * i as f32 + 3.0).collect();
-        let labels: Vec<u32> = images.iter().map(|&i| labels[i]).collect();
+        let t = per_image(&device, images.iter().map(|&i| 100.0 * i as f32 + 3.0));
+        let labels = per_image(&device, images.iter().map(|&i| labels[i] as f32));
         let x = Var::constant(Tensor::from_slice(&device, Shape { n: images.len(), ..shape }, &x).unwrap());
         let mut tape = Tape::inference(&device, &model.params);
         unet.forward(&mut tape, &x, &t, Some(&labels), None).unwrap().data().to_vec()
@@ -216,17 +251,21 @@ fn masks_of(plus: usize, minus: usize, masks: Option<DropoutSeed>) -> Vec<f32> {
     set("conv_out.weight", &|i| if i / 8 == 4 { 1.0 + i as f32 } else { 0.0 });
     let x = Var::constant(Tensor::zeros(&device, Shape::new(1, 4, 4, 1)).unwrap());
     let mut tape = Tape::recording(&device, &params);
-    unet.forward(&mut tape, &x, &[7.0], None, masks).unwrap().data().to_vec()
+    unet.forward(&mut tape, &x, &per_image(&device, [7.0]), None, masks).unwrap().data().to_vec()
 }
 
 #[test]
 fn every_block_and_step_drops_on_its_own_and_none_without_being_asked() {
-    let masks = Some(DropoutSeed { seed: 5, step: 3 });
+    let masks = Some(DropoutSeed { seed: 5, step: 3, first: 2 });
     for plus in 0..5 {
         for minus in plus + 1..5 {
             let y = masks_of(plus, minus, masks);
             assert!(y.iter().any(|v| *v != y[0]), "blocks {plus} and {minus} have the same masks, or none");
-            for other in [DropoutSeed { seed: 6, step: 3 }, DropoutSeed { seed: 5, step: 4 }] {
+            for other in [
+                DropoutSeed { seed: 6, step: 3, first: 2 },
+                DropoutSeed { seed: 5, step: 4, first: 2 },
+                DropoutSeed { seed: 5, step: 3, first: 1 },
+            ] {
                 assert_ne!(masks_of(plus, minus, Some(other)), y, "{other:?} has the masks of {masks:?}");
             }
             assert!(masks_of(plus, minus, None).iter().all(|v| *v == 0.0), "dropout without being asked");
@@ -292,13 +331,13 @@ fn every_norm_has_the_models_epsilon() {
     let loaded = checkpoint::load(&device, &fixture("unet_rgb16")).unwrap();
     let (unet, specs) = UNet::new(&Model { norm_eps: 1e12, ..loaded.config.model }).unwrap();
     let (shape, x) = golden.images("x");
-    let t = vec![7.0; shape.n];
+    let t = per_image(&device, vec![7.0; shape.n]);
     let mut tape = Tape::recording(&device, &loaded.params);
     let x = tape.leaf(Tensor::from_slice(&device, shape, &x).unwrap());
-    let y = unet.forward(&mut tape, &x, &t, golden.labels().as_deref(), None).unwrap();
+    let y = unet.forward(&mut tape, &x, &t, golden.labels(&device).as_ref(), None).unwrap();
     let mut grads = ParamGrads::new(&device, &specs).unwrap();
     tape.backward(&y, Tensor::from_slice(&device, shape, &vec![1.0; shape.len()]).unwrap(), &mut grads).unwrap();
-    let flat = grads.finish(&specs);
+    let flat = grads.finish(&specs).unwrap().data();
     let largest = |name: &str| {
         let (p, _) = specs.iter().find(|(_, spec)| spec.name == name).unwrap();
         flat[specs.range(p)].iter().fold(0.0, |m: f32, v| m.max(v.abs()))

@@ -1,6 +1,9 @@
 use criterion::{Criterion, Throughput};
 use ddpm_cuda::device::Device;
-use ddpm_cuda::ops::adam::{Buffers, Update, adam};
+use ddpm_cuda::meter::Meter;
+use ddpm_cuda::ops::adam::{State, Update, adam};
+use ddpm_cuda::params::{Init, Layout, Params, Specs};
+use ddpm_cuda::tensor::{Shape, Tensor};
 use rayon::prelude::*;
 
 /// Parameters of `mnist`-sized and `cifar10`-sized networks. `x += a y` over as many bytes, in the same measurement, is
@@ -13,24 +16,31 @@ pub fn bench(c: &mut Criterion) {
         beta2: 0.999,
         eps: 1e-8,
         weight_decay: 0.0,
-        clip: 0.5,
         ema_decay: 0.999,
     };
     for len in [1_620_000, 35_746_307] {
         let mut group = c.benchmark_group(format!("adam/{len}"));
         group.throughput(Throughput::Bytes(36 * len as u64));
-        let [mut w, mut ema, mut m, mut v] = [0.1, 0.1, 0.01, 0.001].map(|x: f32| vec![x; len]);
-        let g = vec![0.01f32; len];
         let device = Device::cpu();
+        let mut specs = Specs::default();
+        specs.add("w".into(), Shape::vector(len), Layout::Vector, Init::Zeros);
+        let flat = Shape::vector(specs.flat_len());
+        let start = vec![0.1; flat.len()];
+        let [mut w, mut ema] = [0, 1].map(|_| Params::from_host(&device, specs.clone(), &start).unwrap());
+        let [mut m, mut v, g] = [0.01, 0.001, 0.01].map(|x| Tensor::full(&device, flat, x).unwrap());
+        let mut meter = Meter::new(&device).unwrap();
+        meter.begin();
+        meter.host_row().clip = 0.5;
         group.bench_function("update", |b| {
             b.iter(|| {
-                let buffers = Buffers { w: &mut w, ema: &mut ema, m: &mut m, v: &mut v, g: &g };
-                adam(&device, buffers, &update);
+                let state = State { w: &mut w, ema: &mut ema, m: &mut m, v: &mut v, g: &g };
+                adam(&device, state, &update, &mut meter)
             });
         });
         // 12 bytes an element, so three passes move as much as one update.
         group.bench_function("memory", |b| {
-            b.iter(|| [&mut w, &mut ema, &mut m].into_iter().for_each(|x| axpy(x, &g)));
+            let [mut x, mut y] = [start.clone(), start.clone()];
+            b.iter(|| [&mut x[..], &mut y, m.data_mut()].into_iter().for_each(|x| axpy(x, g.data())));
         });
         group.finish();
     }

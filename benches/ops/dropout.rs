@@ -1,6 +1,6 @@
 use criterion::Criterion;
 use ddpm_cuda::ops::dropout::dropout;
-use ddpm_cuda::rng::{Purpose, Stream};
+use ddpm_cuda::rng::{Purpose, Streams};
 use ddpm_cuda::tape::Tape;
 use ddpm_cuda::tensor::Shape;
 
@@ -9,8 +9,8 @@ use crate::{Case, bytes};
 /// The forward pass is measured without recording and so is the identity here; the backward pass does the same work as a recorded forward pass, in place.
 pub fn bench(c: &mut Criterion) {
     for shape in [Shape::new(16, 32, 32, 32), Shape::new(4, 32, 32, 128)] {
-        let stream = Stream { seed: 1, purpose: Purpose::Dropout, step: 2, stream: 3 };
-        let op = |tape: &mut Tape<'_>, x: &[_], _: &[_]| dropout(tape, &x[0], 0.1, stream);
+        let streams = Streams { seed: 1, purpose: Purpose::Dropout, step: 2, first: 3 };
+        let op = |tape: &mut Tape<'_>, x: &[_], _: &[_]| dropout(tape, &x[0], 0.1, streams);
         let work = bytes(0, 8 * shape.len());
         Case { stem: "dropout", case: shape.to_string(), inputs: &[shape], params: &[], work, op }.run(c);
     }

@@ -1,14 +1,19 @@
 use criterion::{Criterion, Throughput};
 use ddpm_cuda::device::Device;
+use ddpm_cuda::meter::Meter;
 use ddpm_cuda::ops::grad_norm::grad_norm;
+use ddpm_cuda::tensor::{Shape, Tensor};
 
 /// Parameters of `mnist`-sized and `cifar10`-sized networks; bytes read.
 pub fn bench(c: &mut Criterion) {
     let mut group = c.benchmark_group("grad_norm");
     for len in [1_620_000, 35_746_307] {
-        let g = vec![0.01f32; len];
+        let device = Device::cpu();
+        let g = Tensor::full(&device, Shape::vector(len), 0.01).unwrap();
+        let mut meter = Meter::new(&device).unwrap();
+        meter.begin();
         group.throughput(Throughput::Bytes(4 * len as u64));
-        group.bench_function(len.to_string(), |b| b.iter(|| grad_norm(&Device::cpu(), &g)));
+        group.bench_function(len.to_string(), |b| b.iter(|| grad_norm(&device, &g, 1.0, &mut meter)));
     }
     group.finish();
 }

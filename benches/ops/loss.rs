@@ -1,6 +1,7 @@
 use criterion::{Criterion, Throughput};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::Batch;
+use ddpm_cuda::meter::Meter;
 use ddpm_cuda::ops::loss::loss;
 use ddpm_cuda::tensor::{Shape, Tensor};
 
@@ -11,8 +12,13 @@ pub fn bench(c: &mut Criterion) {
         let device = Device::cpu();
         let prediction = Tensor::zeros(&device, shape).unwrap();
         let batch = Batch::train(1, 1, 0, vec![0; shape.n], false, 1000);
+        let t = Tensor::full(&device, Shape::new(shape.n, 1, 1, 1), 500.0).unwrap();
+        let mut meter = Meter::new(&device).unwrap();
+        meter.begin();
         group.throughput(Throughput::Elements(shape.len() as u64));
-        group.bench_function(shape.to_string(), |b| b.iter(|| loss(&device, &prediction, &batch, Some(shape.n))));
+        group.bench_function(shape.to_string(), |b| {
+            b.iter(|| loss(&device, &prediction, &batch, &t, Some(shape.n), &mut meter));
+        });
     }
     group.finish();
 }

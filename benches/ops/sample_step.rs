@@ -12,7 +12,7 @@ pub fn bench(c: &mut Criterion) {
     let mut group = c.benchmark_group("sample_step");
     for shape in [Shape::new(64, 28, 28, 1), Shape::new(64, 32, 32, 3), Shape::new(4, 256, 256, 3)] {
         let device = Device::cpu();
-        let x = start(&device, shape, samples);
+        let x = start(&device, shape, samples).unwrap().x;
         let output = Tensor::zeros(&device, shape).unwrap();
         group.throughput(Throughput::Elements(shape.len() as u64));
         for (name, method) in

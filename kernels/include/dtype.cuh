@@ -26,5 +26,25 @@ __device__ __forceinline__ void store4(bf16* p, float4 v) {
         make_uint2(*reinterpret_cast<const unsigned*>(&lo), *reinterpret_cast<const unsigned*>(&hi));
 }
 
+// Elements at .. at + 4 of an image of `image` elements that begin there, `count` of which exist: as one access where every image is a multiple of
+// four, so that groups are aligned.
+template <class T>
+__device__ __forceinline__ float4 load_group(const T* p, size_t at, unsigned count, bool vector) {
+    if (vector) return load4(p + at);
+    float4 v = make_float4(load(p + at), 0.0f, 0.0f, 0.0f);
+    if (count > 1) v.y = load(p + at + 1);
+    if (count > 2) v.z = load(p + at + 2);
+    if (count > 3) v.w = load(p + at + 3);
+    return v;
+}
+template <class T>
+__device__ __forceinline__ void store_group(T* p, size_t at, float4 v, unsigned count, bool vector) {
+    if (vector) return store4(p + at, v);
+    store(p + at, v.x);
+    if (count > 1) store(p + at + 1, v.y);
+    if (count > 2) store(p + at + 2, v.z);
+    if (count > 3) store(p + at + 3, v.w);
+}
+
 // Instantiates ENTRY(suffix, T) for both types; ENTRY defines `extern "C" __global__ void stem_part_##suffix(...)`.
 #define F32_AND_BF16(ENTRY) ENTRY(f32, float) ENTRY(bf16, bf16)

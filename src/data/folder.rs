@@ -23,15 +23,15 @@ pub fn read(folder: &Path, target: Target) -> Result<Found> {
             ),
         ));
     }
-    let images: Vec<(Extent, Vec<u8>)> = files
-        .par_iter()
-        .map(|file| {
-            let (extent, pixels) = decode(file)?;
-            let to = target.over(extent);
-            fit::check_channels(extent.channels, to.channels).map_err(|e| Error::file(file, e))?;
-            Ok((extent, if to == extent { pixels } else { fit::fit(&pixels, extent, to) }))
-        })
-        .collect::<Result<_>>()?;
+    let read = |file: &PathBuf| {
+        let (extent, pixels) = decode(file)?;
+        let to = target.over(extent);
+        fit::check_channels(extent.channels, to.channels).map_err(|e| Error::file(file, e))?;
+        Ok((extent, if to == extent { pixels } else { fit::fit(&pixels, extent, to) }))
+    };
+    let images: Result<Vec<(Extent, Vec<u8>)>> = files.par_iter().map(read).collect();
+    // Of several files that cannot be used, the first in the order of their names is named, whichever was seen first.
+    let images = images.map_err(|e| files.par_iter().find_map_first(|file| read(file).err()).unwrap_or(e))?;
 
     let found: BTreeSet<(usize, usize, usize)> = images.iter().map(|(e, _)| (e.size.h, e.size.w, e.channels)).collect();
     // Where no number of channels is asked for, one colour image makes all of them colour.

@@ -645,7 +645,8 @@ mod cuda {
             // Warps across: as long as there are channels for them, and the warps along still reach over the image.
             let of_warp = 256 >> lane_bits;
             let mut warp_bits = 0;
-            while warp_bits < 3 && fours > 1 << (lane_bits + warp_bits) && (4 >> warp_bits) * of_warp >= shape.pixels() {
+            while warp_bits < 3 && fours > 1 << (lane_bits + warp_bits) && (4 >> warp_bits) * of_warp >= shape.pixels()
+            {
                 warp_bits += 1;
             }
             let strip = (8 >> warp_bits) * of_warp;

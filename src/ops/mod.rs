@@ -2,8 +2,8 @@
 //!
 //! Every file has the same order: the formula and its derived gradient; the public function (checks, `match` on the
 //! device, a record on the tape); the struct with the backward pass; `mod reference`, the definition as plain loops
-//! over any float type and the oracle of every test; `mod cpu`, the practical path where the plain loops are too slow.
-//! The same stem names the tests (`tests/ops`) and the benches (`benches/ops`).
+//! over any float type and the oracle of every test; `mod cpu`, the practical path where the plain loops are too slow; `mod cuda`, the
+//! launches. The same stem names the kernels (`kernels`), the tests (`tests/ops`) and the benches (`benches/ops`).
 
 pub mod adam;
 pub mod add;

@@ -1,14 +1,16 @@
 use ddpm_cuda::device::Device;
+use ddpm_cuda::diffusion::Batch;
 use ddpm_cuda::meter::Meter;
 use ddpm_cuda::ops::adam::{State, Update, adam, ema_decay, reference};
 use ddpm_cuda::ops::grad_norm::{self, grad_norm};
+use ddpm_cuda::ops::loss::loss;
 use ddpm_cuda::params::{Init, Layout, Params, Specs};
-use ddpm_cuda::tensor::{Shape, Tensor};
+use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
-use crate::support::{close, numbers, same_bits, same_bits_at_any_number_of_threads, to_f32};
+use crate::support::{close, gpu, numbers, per_image, same_bits, same_bits_at_any_number_of_threads, to_f32};
 
-/// 16,384 is one task of the parallel pass.
-const LENGTHS: [usize; 6] = [1, 17, 31, 1009, 16_385, 50_021];
+/// 16,384 is one task of the parallel pass, 1,024 a GPU's block.
+const LENGTHS: [usize; 7] = [1, 17, 31, 1009, 1025, 16_385, 50_021];
 
 fn update(step: u64) -> Update {
     Update {
@@ -52,13 +54,23 @@ impl Run {
 
     /// One update with gradient `g` clipped to the norm `max_norm`; returns the factor.
     fn update(&mut self, g: &[f32], max_norm: f64, update: &Update) -> f64 {
+        self.meter.begin();
+        self.in_row(g, max_norm, update);
+        self.meter.read().unwrap()[0].clip
+    }
+
+    /// The same in the meter's last row, which is not read.
+    fn in_row(&mut self, g: &[f32], max_norm: f64, update: &Update) {
         let flat = self.m.shape();
         let g = Tensor::from_slice(&self.device, flat, &padded(g, flat.c)).unwrap();
-        self.meter.begin();
         grad_norm(&self.device, &g, max_norm, &mut self.meter).unwrap();
-        let state = State { w: &mut self.w, ema: &mut self.ema, m: &mut self.m, v: &mut self.v, g: &g };
+        self.apply(&g, update);
+    }
+
+    /// One update with gradient `g` clipped by the factor in the meter's last row.
+    fn apply(&mut self, g: &Tensor, update: &Update) {
+        let state = State { w: &mut self.w, ema: &mut self.ema, m: &mut self.m, v: &mut self.v, g };
         adam(&self.device, state, update, &mut self.meter).unwrap();
-        self.meter.read().unwrap()[0].clip
     }
 
     /// `[w, ema, m, v]`; the gap behind each must be zero.
@@ -70,6 +82,16 @@ impl Run {
             assert!(gap.iter().all(|x| x.to_bits() == 0), "the gap between parameters is {gap:?}");
             x
         })
+    }
+
+    /// The copies of w and ema must be w and ema, rounded.
+    fn check_copies(&self) {
+        for (name, params) in [("w", &self.w), ("ema", &self.ema)] {
+            assert_eq!(params.rounded().is_some(), self.device.activations() == DType::Bf16, "a copy of {name}");
+            let Some(copy) = params.rounded() else { continue };
+            let want = gpu::rounded_f32(DType::Bf16, &params.host().unwrap());
+            same_bits(&format!("the rounded copy of {name}"), &copy.to_vec().unwrap(), &want);
+        }
     }
 }
 
@@ -98,6 +120,7 @@ fn on(device: &Device, w: &[f32], steps: u64) -> ([Vec<f32>; 4], Vec<f64>) {
         run.update(&to_f32(&g), max_norm(&g), &update(k))
     };
     let clips = (1..=steps).map(one).collect();
+    run.check_copies();
     (run.numbers(), clips)
 }
 
@@ -200,4 +223,111 @@ fn late_steps_need_no_correction() {
     for (one, other) in late(10_000_000).iter().zip(late(u64::MAX)) {
         same_bits("late", one, &other);
     }
+}
+
+/// `[w, ema, m, v]` on the CPU after updates with these clipping factors.
+fn on_cpu_clipped(w: &[f32], clips: &[f64]) -> [Vec<f32>; 4] {
+    let device = Device::cpu();
+    let mut run = Run::new(&device, w, w);
+    for (&clip, k) in clips.iter().zip(1..) {
+        let flat = run.m.shape();
+        let g = Tensor::from_slice(&device, flat, &padded(&to_f32(&gradient(k, w.len())), flat.c)).unwrap();
+        run.meter.begin();
+        run.meter.host_row().clip = clip;
+        run.apply(&g, &update(k));
+    }
+    run.numbers()
+}
+
+#[test]
+fn gpu_has_the_bits_of_the_cpu() {
+    for len in LENGTHS {
+        for steps in [1, 7] {
+            let w = numbers(1, len);
+            gpu::each(&format!("{len} numbers, {steps} steps"), |device| {
+                let (got, clips) = on(device, &to_f32(&w), steps);
+                assert!(clips.iter().all(|clip| (clip - 0.37).abs() < 1e-3), "{clips:?}");
+                let (oracle, yardstick) = (by_reference::<f64>(&w, &clips), by_reference::<f32>(&w, &clips));
+                let want = on_cpu_clipped(&to_f32(&w), &clips);
+                for (k, name) in ["w", "ema", "m", "v"].into_iter().enumerate() {
+                    close(name, &got[k], &oracle[k], &yardstick[k]);
+                    if gpu::cpu_fuses() {
+                        same_bits(name, &got[k], &want[k]);
+                    }
+                }
+                got.concat()
+            });
+        }
+    }
+}
+
+/// A gradient or a loss that is not finite stops the update of its step and of all that were launched after it, until the host has read what was
+/// measured: the weights are then those of the last good step.
+#[test]
+fn gpu_halts_at_what_is_not_finite_until_it_is_read() {
+    let len = 1500;
+    let w = to_f32(&numbers(1, len));
+    let good = |k| to_f32(&gradient(k, len));
+    for (cause, bad) in ["gradient", "loss"].into_iter().flat_map(|c| [(c, f32::NAN), (c, f32::NEG_INFINITY)]) {
+        gpu::each(&format!("a {cause} of {bad}"), |device| {
+            let mut run = Run::new(device, &w, &w);
+            run.meter.begin();
+            run.in_row(&good(1), 1.0, &update(1));
+            let before = run.numbers();
+            assert_ne!(before[0], w, "the first update is applied");
+
+            run.meter.begin();
+            let mut g = good(2);
+            let shape = Shape::new(1, 1, 1, 5);
+            let prediction = match cause {
+                "loss" => [0.0, bad, 0.0, 0.0, 0.0],
+                _ => {
+                    g[len - 1] = bad;
+                    [0.0; 5]
+                }
+            };
+            let prediction = Tensor::from_slice_as(device, device.activations(), shape, &prediction).unwrap();
+            let batch = Batch::train(0, 0, 0, vec![0], false, 10);
+            let t = per_image(device, [batch.t[0] as f32]);
+            loss(device, &prediction, &batch, &t, Some(1), &mut run.meter).unwrap();
+            run.in_row(&g, 1.0, &update(2));
+            for k in [3, 4] {
+                run.meter.begin();
+                run.in_row(&good(k), 1.0, &update(k));
+            }
+            run.check_copies();
+            let halted = run.numbers();
+            before.iter().zip(&halted).for_each(|(before, now)| same_bits("halted", now, before));
+
+            let rows = run.meter.read().unwrap();
+            let loss = rows[1].quarters.mean().unwrap();
+            assert_eq!(
+                (rows.len(), loss.is_finite(), rows[1].grad_norm.is_finite()),
+                (4, cause != "loss", cause != "gradient")
+            );
+            assert!([0, 2, 3].iter().all(|&k: &usize| rows[k].grad_norm.is_finite()), "{rows:?}");
+
+            // From here on as if nothing had been.
+            let clips = [rows[0].clip, run.update(&good(2), 1.0, &update(2))];
+            run.check_copies();
+            let after = run.numbers();
+            if gpu::cpu_fuses() {
+                after.iter().zip(on_cpu_clipped(&w, &clips)).for_each(|(now, want)| same_bits("resumed", now, &want));
+            }
+            assert_ne!(after[0], before[0], "the update after the halt is applied");
+            after.concat()
+        });
+    }
+}
+
+#[test]
+fn planted_bugs_are_noticed() {
+    let test = "adam::gpu_has_the_bits_of_the_cpu";
+    gpu::notices(test, "adam_update", "fma.rn.f32", "fma.rz.f32");
+    gpu::notices(test, "adam_update", "sqrt.rn.f32", "sqrt.rz.f32");
+    // The average is copied to where the weights' copy belongs; nothing halts.
+    gpu::notices(test, "adam_update", "adam_update_param_5", "adam_update_param_4");
+    gpu::notices_lost_block(test, "adam_update");
+    let test = "adam::gpu_halts_at_what_is_not_finite_until_it_is_read";
+    gpu::notices(test, "grad_norm_fwd", "grad_norm_fwd_param_1", "grad_norm_fwd_param_3");
 }

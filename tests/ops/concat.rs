@@ -2,16 +2,18 @@ use ddpm_cuda::ops::concat::{concat, reference};
 use ddpm_cuda::tensor::Shape;
 
 use crate::support::{
-    Pass, finite_differences, numbers, same_bits, same_bits_at_any_number_of_threads, through_tape, to_f32,
+    Pass, finite_differences, gpu, numbers, same_as_the_cpu, same_bits, same_bits_at_any_number_of_threads,
+    through_tape, to_f32,
 };
 
-/// Shape of `a` and channels of `b`: one number each, primes, one beyond a task of 2^14 numbers, not square.
-const CASES: [(Shape, usize); 5] = [
+/// Shape of `a` and channels of `b`: one number each, primes, one beyond a task of 2^14 numbers, not square, one beyond a block of 256.
+const CASES: [(Shape, usize); 6] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 3, 5, 7), 11),
     (Shape::new(1, 1, 3, 5461), 1),
     (Shape::new(3, 32, 16, 11), 64),
     (Shape::new(1, 2, 2, 20_000), 3),
+    (Shape::new(1, 1, 1, 200), 57),
 ];
 
 fn pass(shape: Shape, c_b: usize) -> (Pass, [Vec<f32>; 3]) {
@@ -44,4 +46,25 @@ fn the_reference_agrees_with_finite_differences() {
 #[test]
 fn the_same_bits_at_any_number_of_threads() {
     same_bits_at_any_number_of_threads("concat", || pass(CASES[3].0, CASES[3].1).0.flat());
+}
+
+#[test]
+fn gpu_has_the_bits_of_the_cpu() {
+    for (shape, c_b) in CASES {
+        let b = shape.with_c(c_b);
+        let [x, y, dy] =
+            [(1, shape.len()), (2, b.len()), (3, shape.len() + b.len())].map(|(seed, len)| numbers(seed, len));
+        let (inputs, name) = ([(shape, to_f32(&x)), (b, to_f32(&y))], format!("concat, {shape} and {c_b}"));
+        same_as_the_cpu(&name, &inputs, &[], &to_f32(&dy), 1, |tape, x, _| concat(tape, &x[0], &x[1]));
+    }
+}
+
+#[test]
+fn planted_bugs_are_noticed() {
+    let test = "concat::gpu_has_the_bits_of_the_cpu";
+    gpu::notices(test, "concat_join_f32", "setp.lt.u32", "setp.le.u32");
+    gpu::notices(test, "concat_part_f32", "concat_part_f32_param_5", "concat_part_f32_param_3");
+    gpu::notices(test, "concat_part_bf16", "concat_part_bf16_param_4", "concat_part_bf16_param_3");
+    gpu::notices_lost_block(test, "concat_join_f32");
+    gpu::notices_lost_block(test, "concat_part_bf16");
 }

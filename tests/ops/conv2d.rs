@@ -4,10 +4,13 @@ use ddpm_cuda::ops::conv2d::reference::{self, Inputs};
 use ddpm_cuda::ops::conv2d::{Algorithm, Geometry, Method, Pad, Plus, conv2d, conv2d_by};
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
 use ddpm_cuda::tape::{Tape, Var};
-use ddpm_cuda::tensor::{Shape, Tensor};
+use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use num_traits::Float;
 
-use crate::support::{F32_ROUNDING, close, finite_differences, numbers, same_bits, to_f32, winograd, worst};
+use crate::support::{
+    F32_ROUNDING, close, close_as, finite_differences, gpu, numbers, same_bits, through_tape_on, to_f32, winograd,
+    worst,
+};
 
 /// One convolution: `x` (n, h, w, c_in), `w` (c_out, kh, kw, c_in).
 #[derive(Clone, Copy, Debug)]
@@ -82,6 +85,15 @@ impl Data<f64> {
     }
 }
 
+impl Data<f64> {
+    /// As a GPU with such activations sees them: only the bias stays f32.
+    fn rounded(self, dtype: DType) -> Self {
+        let Data { x, w, b, shift, residual, dy } = self;
+        let [x, w, shift, residual, dy] = [x, w, shift, residual, dy].map(|v| gpu::rounded(dtype, &v));
+        Data { x, w, b, shift, residual, dy }
+    }
+}
+
 impl<T: Float> Data<T> {
     fn inputs(&self, case: Case) -> Inputs<'_, T> {
         Inputs {
@@ -120,32 +132,23 @@ fn parameters(device: &Device, case: Case, data: &Data<f32>) -> (Params, Param, 
 
 /// Through the public function and the tape, in guarded memory full of NaN; `passes` backward passes accumulate into the
 /// parameters' gradients.
-fn by_tape(case: Case, data: &Data<f32>, method: Method, passes: usize) -> Results<f32> {
-    let device = Device::cpu_guarded();
-    let (params, w, b) = parameters(&device, case, data);
+fn by_tape_on(device: &Device, case: Case, data: &Data<f32>, method: Method, passes: usize) -> Results<f32> {
     let ys = case.geometry.output(case.x, case.w);
-    let tensor = |shape, x: &[f32]| Tensor::from_slice(&device, shape, x).unwrap();
-    let mut param_grads = ParamGrads::new(&device, params.specs()).unwrap();
-    // What earlier steps left behind is stale: it must be overwritten, not added to.
-    let stale = vec![f32::NAN; params.specs().flat_len()];
-    param_grads.finish(params.specs()).and_then(|g| g.write(&stale)).unwrap();
-    param_grads.reset();
-    let mut results = None;
-    for _ in 0..passes {
-        let mut tape = Tape::recording(&device, &params);
-        let x = tape.leaf(tensor(case.x, &data.x));
-        let shift = tape.leaf(tensor(Shape::new(ys.n, 1, 1, ys.c), &data.shift));
-        let residual = tape.leaf(tensor(ys, &data.residual));
-        let plus = Plus { shift: Some(&shift), residual: Some(&residual) };
-        let y = conv2d_by(&mut tape, &x, w, b, case.geometry, plus, method).unwrap();
-        let mut leaves = tape.backward(&y, tensor(ys, &data.dy), &mut param_grads).unwrap();
-        let mut gradient = |leaf| leaves.take(leaf).unwrap().data().to_vec();
-        results = Some((y.data().to_vec(), gradient(&x), gradient(&shift), gradient(&residual)));
-    }
-    let (y, dx, dshift, dresidual) = results.expect("at least one pass");
-    let mut of = |p| param_grads.slot(params.specs(), p).data.to_vec();
-    let (dw, db) = (of(w), of(b));
-    [y, dx, dw, db, dshift, dresidual]
+    let inputs = [(case.x, &data.x), (Shape::new(ys.n, 1, 1, ys.c), &data.shift), (ys, &data.residual)];
+    let params = [(case.w, &data.w), (Shape::vector(ys.c), &data.b)];
+    let [inputs, params] =
+        [&inputs[..], &params].map(|all| all.iter().map(|&(s, v)| (s, v.clone())).collect::<Vec<_>>());
+    let pass = through_tape_on(device, &inputs, &params, &data.dy, passes, |tape, v, p| {
+        let plus = Plus { shift: Some(&v[1]), residual: Some(&v[2]) };
+        conv2d_by(tape, &v[0], p[0], p[1], case.geometry, plus, method)
+    });
+    let [dx, dshift, dresidual] = pass.dx.try_into().expect("three inputs");
+    let [dw, db] = pass.dw.try_into().expect("two parameters");
+    [pass.y, dx, dw, db, dshift, dresidual]
+}
+
+fn by_tape(case: Case, data: &Data<f32>, method: Method, passes: usize) -> Results<f32> {
+    by_tape_on(&Device::cpu_guarded(), case, data, method, passes)
 }
 
 /// Every case by every algorithm that can compute it.
@@ -192,6 +195,46 @@ fn direct_agrees_with_the_reference() {
 }
 
 #[test]
+fn gpu_agrees_with_the_reference() {
+    if !gpu::available() {
+        return;
+    }
+    for case in CASES {
+        let expected = [DType::F32, DType::Bf16].map(|dtype| {
+            let data = Data::new(case).rounded(dtype);
+            (by_reference(case, &data), by_reference(case, &data.to_f32()), data.to_f32())
+        });
+        gpu::each(&format!("{case:?}"), |device| {
+            let dtype = device.activations();
+            let (oracle, yardstick, data) = &expected[(dtype == DType::Bf16) as usize];
+            let got = by_tape_on(device, case, data, direct(simd::level()), 1);
+            for i in 0..6 {
+                // Gradients of parameters are f32 in either case.
+                let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { dtype };
+                let name = format!("{} on {device}, {dtype:?}, of {case:?}", NAMES[i]);
+                close_as(dtype, &name, &got[i], &oracle[i], &yardstick[i]);
+            }
+            got.concat()
+        });
+    }
+}
+
+/// Barriers that are lost, a loop that ends a step too late, a tap and a pixel too many.
+#[test]
+fn planted_bugs_are_noticed() {
+    let notices = |part: &str, from, to| {
+        gpu::notices("conv2d::gpu_agrees_with_the_reference", &format!("conv2d_{part}"), from, to);
+    };
+    for part in ["fwd_64x64_f32", "dgrad_128x32_f32", "wgrad_64x64_bf16", "wgrad_32x128_f32", "bwd_shift_f32"] {
+        notices(part, "bar.sync \t0;", "");
+    }
+    for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_64x64_f32"] {
+        notices(part, "fma.rn.f32", "fma.rz.f32");
+        notices(part, "setp.ge.u32", "setp.gt.u32");
+    }
+}
+
+#[test]
 fn winograd_agrees_with_the_reference() {
     let rms = |x: &[f64]| (x.iter().map(|v| v * v).sum::<f64>() / x.len() as f64).sqrt();
     for case in CASES.into_iter().filter(|c| Algorithm::Winograd.can(c.w, c.geometry)) {
@@ -228,6 +271,23 @@ fn parameter_gradients_accumulate() {
             let sum: Vec<f32> = once[i].iter().map(|v| v + v).collect();
             same_bits(&format!("{} twice, {case:?}", NAMES[i]), &twice[i], &sum);
         }
+    }
+}
+
+#[test]
+fn gpu_parameter_gradients_accumulate() {
+    // One with a single share of the pixels and one with several.
+    for case in [CASES[3], CASES[18]] {
+        let data = Data::new(case).to_f32();
+        gpu::each(&format!("{case:?}"), |device| {
+            let by_tape = |passes| by_tape_on(device, case, &data, direct(simd::level()), passes);
+            let (once, twice) = (by_tape(1), by_tape(2));
+            for i in 2..4 {
+                let sum: Vec<f32> = once[i].iter().map(|v| v + v).collect();
+                same_bits(&format!("{} twice, {case:?}", NAMES[i]), &twice[i], &sum);
+            }
+            twice.concat()
+        });
     }
 }
 

@@ -3,18 +3,23 @@ use ddpm_cuda::ops::dropout::{dropout, reference};
 use ddpm_cuda::params::{Params, Specs};
 use ddpm_cuda::rng::{Purpose, Streams};
 use ddpm_cuda::tape::Tape;
-use ddpm_cuda::tensor::{Shape, Tensor};
+use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
 use crate::support::{
-    F32_ROUNDING, Pass, finite_differences, numbers, same_bits, same_bits_at_any_number_of_threads, through_tape,
-    to_f32, worst,
+    F32_ROUNDING, Pass, finite_differences, gpu, numbers, same_as_the_cpu, same_bits,
+    same_bits_at_any_number_of_threads, through_tape, through_tape_on, to_f32, worst,
 };
 
 const STREAMS: Streams = Streams { seed: 0x0123_4567_89AB_CDEF, purpose: Purpose::Dropout, step: 7, first: 3 };
 
-/// One number, primes (the last block of four is not full), one beyond a task of 2^12 numbers, several tasks.
-const CASES: [Shape; 4] =
-    [Shape::new(1, 1, 1, 1), Shape::new(2, 3, 5, 7), Shape::new(1, 1, 1, 4097), Shape::new(3, 32, 32, 11)];
+/// One number, primes (the last block of four is not full), one beyond a task of 2^12 numbers, several tasks, one beyond a GPU's block of 1,024.
+const CASES: [Shape; 5] = [
+    Shape::new(1, 1, 1, 1),
+    Shape::new(2, 3, 5, 7),
+    Shape::new(1, 1, 1, 4097),
+    Shape::new(3, 32, 32, 11),
+    Shape::new(2, 1, 5, 205),
+];
 
 fn pass(shape: Shape, rate: f32) -> (Pass, Vec<f64>, Vec<f64>) {
     let (x, dy) = (numbers(1, shape.len()), numbers(2, shape.len()));
@@ -96,4 +101,36 @@ fn an_image_does_not_depend_on_its_batch() {
 #[test]
 fn the_same_bits_at_any_number_of_threads() {
     same_bits_at_any_number_of_threads("dropout", || pass(CASES[3], 0.1).0.flat());
+}
+
+#[test]
+fn gpu_has_the_bits_of_the_cpu() {
+    for shape in CASES {
+        for rate in [0.1, 0.5, 0.999] {
+            let [x, dy] = [1, 2].map(|seed| to_f32(&numbers(seed, shape.len())));
+            let name = format!("dropout, {shape}, rate {rate}");
+            same_as_the_cpu(&name, &[(shape, x)], &[], &dy, 1, |tape, x, _| dropout(tape, &x[0], rate, STREAMS));
+        }
+    }
+}
+
+/// More images than a grid is high.
+#[test]
+fn gpu_loops_over_images() {
+    let Some(gpu) = gpu::gpu(DType::F32) else { return };
+    let shape = Shape::new(65_537, 1, 1, 5);
+    let (x, op) = (vec![1.0; shape.len()], |tape: &mut Tape<'_>, x: &[_], _: &[_]| dropout(tape, &x[0], 0.5, STREAMS));
+    let inputs = [(shape, x.clone())];
+    let got = through_tape_on(&Device::Cuda(gpu), &inputs, &[], &x, 1, op);
+    same_bits("y and dx", &got.flat(), &through_tape(&inputs, &[], &x, 1, op).flat());
+}
+
+#[test]
+fn planted_bugs_are_noticed() {
+    let test = "dropout::gpu_has_the_bits_of_the_cpu";
+    // A constant of Philox, the wrong words kept, an element behind the image.
+    gpu::notices(test, "dropout_mask_f32", "-845247145", "-845247144");
+    gpu::notices(test, "dropout_mask_bf16", "setp.lt.u32", "setp.ge.u32");
+    gpu::notices(test, "dropout_mask_f32", ", 4;", ", 3;");
+    gpu::notices_lost_block(test, "dropout_mask_bf16");
 }

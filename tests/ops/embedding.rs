@@ -1,24 +1,39 @@
+use ddpm_cuda::error::Result;
 use ddpm_cuda::ops::embedding::{embedding, reference};
-use ddpm_cuda::tape::Tape;
-use ddpm_cuda::tensor::{Shape, Tensor};
+use ddpm_cuda::params::Param;
+use ddpm_cuda::tape::{Tape, Var};
+use ddpm_cuda::tensor::Shape;
 
 use crate::support::{
-    Pass, close, finite_differences, numbers, same_bits, same_bits_at_any_number_of_threads, through_tape, to_f32,
+    Pass, close, finite_differences, gpu, numbers, per_image, same_as_the_cpu, same_bits,
+    same_bits_at_any_number_of_threads, through_tape, to_f32,
 };
 
-/// Classes, channels, labels: one of each; classes that nobody has, one that three have.
-const CASES: [(usize, usize, &[u32]); 3] = [(1, 1, &[0]), (5, 7, &[3, 0, 3, 4, 3]), (10, 130, &[9, 1, 9])];
+/// Classes, channels, labels: one of each; classes that nobody has, one that three have; one number beyond
+/// a block of 256, several blocks.
+const CASES: [(usize, usize, &[u32]); 5] = [
+    (1, 1, &[0]),
+    (5, 7, &[3, 0, 3, 4, 3]),
+    (10, 130, &[9, 1, 9]),
+    (1, 257, &[0, 0]),
+    (3, 512, &[2, 0, 1, 1, 2, 2, 2]),
+];
 
-fn pass((classes, c, labels): (usize, usize, &[u32]), passes: usize) -> (Pass, [Vec<f64>; 3]) {
-    let (table, x, dy) = (numbers(1, classes * c), numbers(2, labels.len() * c), numbers(3, labels.len() * c));
-    let inputs = [(Shape::new(labels.len(), 1, 1, c), to_f32(&x))];
-    let params = [(Shape::new(classes, 1, 1, c), to_f32(&table))];
-    let classes_of: Vec<f32> = labels.iter().map(|&label| label as f32).collect();
-    let op = |tape: &mut Tape<'_>, x: &[_], p: &[_]| {
-        let labels = Tensor::from_slice(tape.device(), Shape::new(labels.len(), 1, 1, 1), &classes_of)?;
-        embedding(tape, p[0], &labels, &x[0])
-    };
-    (through_tape(&inputs, &params, &to_f32(&dy), passes, op), [table, x, dy])
+/// `x + table[labels]`.
+fn op(labels: &[u32]) -> impl Fn(&mut Tape<'_>, &[Var], &[Param]) -> Result<Var> {
+    |tape, x, p| embedding(tape, p[0], &per_image(tape.device(), labels.iter().map(|&label| label as f32)), &x[0])
+}
+
+/// Table, `add_to` and `dy` of a case.
+fn data((classes, c, labels): (usize, usize, &[u32])) -> [(Shape, Vec<f64>); 3] {
+    let (table, x) = (Shape::new(classes, 1, 1, c), Shape::new(labels.len(), 1, 1, c));
+    [(table, 1), (x, 2), (x, 3)].map(|(shape, seed)| (shape, numbers(seed, shape.len())))
+}
+
+fn pass(case: (usize, usize, &[u32]), passes: usize) -> (Pass, [Vec<f64>; 3]) {
+    let data = data(case);
+    let [table, x, dy] = data.each_ref().map(|(shape, x)| (*shape, to_f32(x)));
+    (through_tape(&[x], &[table], &dy.1, passes, op(case.2)), data.map(|(_, x)| x))
 }
 
 #[test]
@@ -67,4 +82,26 @@ fn a_label_beyond_the_table_is_refused() {
 #[test]
 fn the_same_bits_at_any_number_of_threads() {
     same_bits_at_any_number_of_threads("embedding", || pass(CASES[1], 2).0.flat());
+}
+
+#[test]
+fn gpu_has_the_bits_of_the_cpu() {
+    for case in CASES {
+        let [table, x, dy] = data(case).map(|(shape, x)| (shape, to_f32(&x)));
+        for passes in [1, 2] {
+            let name = format!("embedding, {case:?}, {passes} passes");
+            same_as_the_cpu(&name, std::slice::from_ref(&x), std::slice::from_ref(&table), &dy.1, passes, op(case.2));
+        }
+    }
+}
+
+#[test]
+fn planted_bugs_are_noticed() {
+    let test = "embedding::gpu_has_the_bits_of_the_cpu";
+    gpu::notices(test, "embedding_fwd_f32", "add.f32", "sub.f32");
+    // Adds to what is stale: the number of channels stands for the flag.
+    gpu::notices(test, "embedding_bwd_f32", "embedding_bwd_f32_param_6", "embedding_bwd_f32_param_5");
+    gpu::notices(test, "embedding_bwd_bf16", "add.f32", "sub.f32");
+    gpu::notices_lost_block(test, "embedding_fwd_bf16");
+    gpu::notices_lost_block(test, "embedding_bwd_f32");
 }

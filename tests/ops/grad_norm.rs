@@ -3,7 +3,7 @@ use ddpm_cuda::meter::{Measured, Meter};
 use ddpm_cuda::ops::grad_norm::{clip_factor, grad_norm, reference};
 use ddpm_cuda::tensor::{Shape, Tensor};
 
-use crate::support::{numbers, same_bits_at_any_number_of_threads, to_f32};
+use crate::support::{gpu, halves, numbers, same_bits_at_any_number_of_threads, to_f32};
 
 /// 65,536 is one task of the parallel pass.
 const LENGTHS: [usize; 9] = [0, 1, 17, 31, 33, 1009, 65_536, 65_537, 300_007];
@@ -70,8 +70,86 @@ fn the_meter_gets_norm_and_clip_factor() {
 #[test]
 fn same_bits_with_any_number_of_threads() {
     let g = to_f32(&numbers(6, 300_007));
-    same_bits_at_any_number_of_threads("norm", || {
-        let bits = norm(&g).to_bits();
-        vec![f32::from_bits(bits as u32), f32::from_bits((bits >> 32) as u32)]
+    same_bits_at_any_number_of_threads("norm", || halves(norm(&g)).to_vec());
+}
+
+/// None, one thread's four, primes made up to fours, a block of 16,384, one thread more, several blocks.
+const GPU_LENGTHS: [usize; 7] = [0, 4, 20, 1012, 16_384, 16_388, 300_008];
+
+#[test]
+fn gpu_agrees_with_the_reference() {
+    for len in GPU_LENGTHS {
+        let mut g = numbers(4, len);
+        g.iter_mut().step_by(1000).for_each(|g| *g *= 4096.0);
+        let want = reference::forward(&g);
+        let budget = (len + 2) as f64 * f64::EPSILON / 2.0 * want;
+        gpu::each(&format!("norm of {len}"), |device| {
+            let mut all = Vec::new();
+            for max_norm in [0.0, want / 2.0, 2.0 * want + 1.0] {
+                let Measured { grad_norm: norm, clip, .. } = measure(device, &to_f32(&g), max_norm);
+                assert!((norm - want).abs() <= budget, "norm of {len} is {norm}, expected {want} +- {budget:e}");
+                let factor = if max_norm == 0.0 { 1.0 } else { clip_factor(norm, max_norm) };
+                assert_eq!(clip, factor, "norm {norm} clipped to {max_norm}");
+                all.extend([norm, clip].into_iter().flat_map(halves));
+            }
+            all
+        });
+    }
+}
+
+#[test]
+fn gpu_norm_is_finite_if_and_only_if_every_gradient_is() {
+    let mut g = to_f32(&numbers(5, 50_004));
+    g.iter_mut().for_each(|g| *g *= f32::MAX);
+    let Some(gpu) = gpu::gpu(ddpm_cuda::tensor::DType::F32) else { return };
+    let device = Device::Cuda(gpu);
+    assert!(measure(&device, &g, 1.0).grad_norm.is_finite(), "the largest numbers overflow");
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for place in [0, 16_383, 16_384, 50_003] {
+            let kept = std::mem::replace(&mut g[place], bad);
+            assert!(!measure(&device, &g, 1.0).grad_norm.is_finite(), "{bad} at {place} went unseen");
+            g[place] = kept;
+        }
+    }
+}
+
+/// As many steps as a GPU's meter holds, read at once, twice.
+#[test]
+fn gpu_meter_keeps_a_row_a_step() {
+    gpu::each("rows", |device| {
+        let mut meter = Meter::new(device).unwrap();
+        assert_eq!(meter.read().unwrap(), [], "no step, no row");
+        let mut all = Vec::new();
+        for round in [0.0, 1000.0] {
+            for k in 0..256 {
+                assert!(!meter.is_full(), "after {k} rows");
+                meter.begin();
+                let g = Tensor::from_slice(
+                    device,
+                    Shape::vector(4),
+                    &[3.0 * (round + k as f32), 0.0, 0.0, 4.0 * (round + k as f32)],
+                );
+                grad_norm(device, &g.unwrap(), 10.0, &mut meter).unwrap();
+            }
+            assert!(meter.is_full());
+            let rows = meter.read().unwrap();
+            assert_eq!(rows.len(), 256);
+            for (k, row) in rows.into_iter().enumerate() {
+                let norm = 5.0 * (f64::from(round) + k as f64);
+                assert_eq!((row.grad_norm, row.clip), (norm, clip_factor(norm, 10.0)), "row {k}");
+                assert_eq!(row.quarters.mean(), None, "no loss was measured");
+                all.extend(halves(row.clip));
+            }
+        }
+        all
     });
+}
+
+#[test]
+fn planted_bugs_are_noticed() {
+    let test = "grad_norm::gpu_agrees_with_the_reference";
+    // The barrier before the last block's sum, and the root.
+    gpu::notices(test, "grad_norm_fwd", "bar.sync \t0;", "");
+    gpu::notices(test, "grad_norm_fwd", "sqrt.rn.f64", "mov.f64");
+    gpu::notices_lost_block(test, "grad_norm_fwd");
 }

@@ -91,10 +91,14 @@ impl Case {
         };
         let (oracle, yardstick) = self.oracle();
         let (y, dx, dgamma, dbeta) = (&got.y, &got.dx[0], &got.dw[0], &got.dw[1]);
-        for (i, (name, got, dtype, walk)) in
-            [("y", y, dtype, 0.0), ("dx", dx, dtype, 0.0), ("dgamma", dgamma, DType::F32, walk), ("dbeta", dbeta, DType::F32, walk)]
-                .into_iter()
-                .enumerate()
+        for (i, (name, got, dtype, walk)) in [
+            ("y", y, dtype, 0.0),
+            ("dx", dx, dtype, 0.0),
+            ("dgamma", dgamma, DType::F32, walk),
+            ("dbeta", dbeta, DType::F32, walk),
+        ]
+        .into_iter()
+        .enumerate()
         {
             let name = format!("{name} of {} in {} groups, {:?}", self.shape, self.groups, self.activation);
             close_as_but_for(dtype, &name, got, &oracle[i], &yardstick[i], walk);
@@ -285,8 +289,13 @@ fn planted_bugs_are_noticed() {
         plant::without_barrier("group_norm_bwd_join", 1),
         plant::without_barrier("group_norm_bwd_params", 0),
     ];
-    bugs.extend(["fwd_moments_f32", "fwd_join", "fwd_apply_f32"].map(|k| plant::without_last_block(&format!("group_norm_{k}"))));
-    bugs.extend(["bwd_sums_f32", "bwd_join", "bwd_params", "bwd_dx_f32"].map(|k| plant::without_last_block(&format!("group_norm_{k}"))));
+    bugs.extend(
+        ["fwd_moments_f32", "fwd_join", "fwd_apply_f32"].map(|k| plant::without_last_block(&format!("group_norm_{k}"))),
+    );
+    bugs.extend(
+        ["bwd_sums_f32", "bwd_join", "bwd_params", "bwd_dx_f32"]
+            .map(|k| plant::without_last_block(&format!("group_norm_{k}"))),
+    );
     plant::noticed(module_path!(), "planted_bugs_are_noticed", &bugs, |device| {
         // Several warps along the pixels, several strips with a short last one; in the joins several warps, and twice as many channels as lanes.
         let case = Case::new((Shape::new(2, 47, 47, 64), 1), Silu, 0.3, 2.0);

@@ -2,10 +2,11 @@ use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::Batch;
 use ddpm_cuda::meter::Meter;
 use ddpm_cuda::ops::loss::{Loss, Quarters, loss, reference};
-use ddpm_cuda::tensor::{Shape, Tensor};
+use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
 use crate::support::{
-    F32_ROUNDING, close, finite_differences, numbers, same_bits, same_bits_at_any_number_of_threads, to_f32,
+    F32_ROUNDING, close, close_as, finite_differences, gpu, halves, numbers, per_image, same_bits,
+    same_bits_at_any_number_of_threads, to_f32,
 };
 
 /// 256 numbers are drawn at a time, 4,096 are one task.
@@ -24,12 +25,15 @@ fn batch(n: usize) -> Batch {
 
 /// The loss of `y`, and by quarters what the meter's row got.
 fn measure(device: &Device, y: &Tensor, batch: &Batch, step_images: Option<usize>) -> (Loss, Quarters) {
-    let t: Vec<f32> = batch.t.iter().map(|&t| t as f32).collect();
-    let t = Tensor::from_slice(device, Shape::new(t.len(), 1, 1, 1), &t).unwrap();
     let mut meter = Meter::new(device).unwrap();
     meter.begin();
-    let loss = loss(device, y, batch, &t, step_images, &mut meter).unwrap();
+    let loss = add_to(&mut meter, device, y, batch, step_images);
     (loss, meter.read().unwrap()[0].quarters)
+}
+
+fn add_to(meter: &mut Meter, device: &Device, y: &Tensor, batch: &Batch, step_images: Option<usize>) -> Loss {
+    let t = per_image(device, batch.t.iter().map(|&t| t as f32));
+    loss(device, y, batch, &t, step_images, meter).unwrap()
 }
 
 fn on_cpu(y: &Tensor, batch: &Batch, step_images: Option<usize>) -> (Vec<f64>, Loss) {
@@ -153,7 +157,134 @@ fn same_bits_with_any_number_of_threads() {
     let y = Tensor::from_slice(&Device::cpu(), shape, &to_f32(&numbers(4, shape.len()))).unwrap();
     same_bits_at_any_number_of_threads("loss", || {
         let (per_image, got) = on_cpu(&y, &batch(3), Some(3));
-        let halves = per_image.iter().flat_map(|l| [l.to_bits() as u32, (l.to_bits() >> 32) as u32]);
-        halves.map(f32::from_bits).chain(got.gradient.unwrap().data().iter().copied()).collect()
+        per_image.into_iter().flat_map(halves).chain(got.gradient.unwrap().data().iter().copied()).collect()
     });
+}
+
+/// The CPU sums the same f64 squares, exact out of equal f32 differences, in another order: sums of `terms` positive numbers differ by at most
+/// twice that many roundings, some more for division and mean.
+fn same_quarters(name: &str, got: &Quarters, want: &Quarters, terms: usize) -> Vec<f32> {
+    let numbers = |q: &Quarters| q.means().into_iter().chain([q.mean()]).collect::<Vec<Option<f64>>>();
+    for (k, (got, want)) in numbers(got).into_iter().zip(numbers(want)).enumerate() {
+        assert_eq!(got.is_some(), want.is_some(), "{name}: quarter {k} has {got:?}, expected {want:?}");
+        let (Some(got), Some(want)) = (got, want) else { continue };
+        let budget = (terms + 8) as f64 * f64::EPSILON * want;
+        assert!((got - want).abs() <= budget, "{name}: quarter {k} has {got}, expected {want} +- {budget:e}");
+    }
+    numbers(got).into_iter().flatten().flat_map(halves).collect()
+}
+
+/// A prediction as a device holds it.
+fn prediction(device: &Device, shape: Shape, y: &[f64]) -> Tensor {
+    Tensor::from_slice_as(device, device.activations(), shape, &to_f32(y)).unwrap()
+}
+
+#[test]
+fn gpu_has_the_gradient_and_the_sums_of_the_cpu() {
+    for shape in SHAPES {
+        let batch = batch(shape.n);
+        gpu::each(&format!("loss of {shape}"), |device| {
+            let dtype = device.activations();
+            let y = gpu::rounded(dtype, &numbers(2, shape.len()));
+            let on_gpu = prediction(device, shape, &y);
+            let (got, quarters) = measure(device, &on_gpu, &batch, Some(shape.n + 3));
+            assert!(got.per_image.is_none() && got.mean().is_none(), "what waits for the GPU");
+            let dy = got.gradient.expect("a gradient was asked for");
+            assert_eq!((dy.shape(), dy.dtype()), (shape, dtype));
+            let dy = dy.to_vec().unwrap();
+            let oracle = reference::backward(&y, &batch, shape.n + 3);
+            close_as(dtype, "dy", &dy, &oracle, &reference::backward(&to_f32(&y), &batch, shape.n + 3));
+
+            let cpu = Device::cpu();
+            let on_cpu = Tensor::from_slice(&cpu, shape, &to_f32(&y)).unwrap();
+            let (want, of_cpu) = measure(&cpu, &on_cpu, &batch, Some(shape.n + 3));
+            same_bits("dy", &dy, &gpu::rounded_f32(dtype, want.gradient.unwrap().data()));
+            let name = format!("loss of {shape}");
+            let sums = same_quarters(&name, &quarters, &of_cpu, shape.len());
+
+            let (validation, quarters) = measure(device, &on_gpu, &batch, None);
+            assert!(validation.gradient.is_none());
+            same_bits("without a gradient", &same_quarters(&name, &quarters, &of_cpu, shape.len()), &sums);
+            [dy, sums].concat()
+        });
+    }
+}
+
+/// eps has the same bits on both, so the CPU's noise has no loss on a GPU.
+#[test]
+fn gpu_draws_the_noise_of_the_cpu() {
+    let shape = Shape::new(3, 41, 37, 3);
+    let batch = batch(3);
+    let mut y = vec![0.0; shape.len()];
+    y.chunks_mut(shape.len() / 3).enumerate().for_each(|(i, y)| batch.noise.image(i).normals(y));
+    let Some(gpu) = gpu::gpu(DType::F32) else { return };
+    let device = Device::Cuda(gpu);
+    let (got, quarters) = measure(&device, &Tensor::from_slice(&device, shape, &y).unwrap(), &batch, Some(3));
+    assert_eq!(quarters.mean(), Some(0.0));
+    assert!(got.gradient.unwrap().to_vec().unwrap().iter().all(|dy| *dy == 0.0));
+}
+
+/// Chains that four does not divide, and one shorter than four.
+#[test]
+fn gpu_sorts_losses_by_timestep() {
+    for timesteps in [1, 2, 3, 6, 250, 1001] {
+        let shape = Shape::new(40, 1, 1, 3);
+        let batch = Batch::train(31, 8, 5, vec![0; 40], false, timesteps);
+        gpu::each(&format!("{timesteps} timesteps"), |device| {
+            let y = gpu::rounded(device.activations(), &numbers(2, shape.len()));
+            let (_, got) = measure(device, &prediction(device, shape, &y), &batch, None);
+            let cpu = Device::cpu();
+            let (_, want) = measure(&cpu, &prediction(&cpu, shape, &y), &batch, None);
+            same_quarters(&format!("{timesteps} timesteps"), &got, &want, shape.len())
+        });
+    }
+}
+
+/// A row collects the pieces of its step and nothing of what stood there before, not even NaN.
+#[test]
+fn gpu_adds_the_pieces_of_a_step_up() {
+    let (shape, y) = (Shape::new(5, 4, 5, 3), numbers(3, 5 * 60));
+    let whole = Batch::train(1, 2, 0, vec![0; 5], true, 10);
+    gpu::each("pieces", |device| {
+        let y = gpu::rounded(device.activations(), &y);
+        let mut meter = Meter::new(device).unwrap();
+        meter.begin();
+        let mut all = Vec::new();
+        for bad in [f64::NAN, f64::INFINITY] {
+            let bad = prediction(device, shape, &[&[bad], &y[1..]].concat());
+            add_to(&mut meter, device, &bad, &whole, Some(5));
+            assert!(!meter.read().unwrap()[0].quarters.mean().unwrap().is_finite(), "a bad number went unseen");
+
+            meter.begin();
+            let mut dy = Vec::new();
+            for (first, n) in [(0, 2), (2, 3)] {
+                let batch = Batch::train(1, 2, first as u32, vec![0; n], true, 10);
+                let piece = prediction(device, Shape { n, ..shape }, &y[first * 60..(first + n) * 60]);
+                dy.extend(add_to(&mut meter, device, &piece, &batch, Some(5)).gradient.unwrap().to_vec().unwrap());
+            }
+            let pieces = meter.read().unwrap()[0].quarters;
+            let (of_whole, quarters) = measure(device, &prediction(device, shape, &y), &whole, Some(5));
+            same_bits("dy", &dy, &of_whole.gradient.unwrap().to_vec().unwrap());
+            all.extend(same_quarters("pieces", &pieces, &quarters, shape.len()));
+            meter.begin();
+        }
+        all
+    });
+}
+
+#[test]
+fn planted_bugs_are_noticed() {
+    let test = "loss::gpu_has_the_gradient_and_the_sums_of_the_cpu";
+    // The barrier before the last block is known, the noise of another stream, a lost count, losses added to what is stale.
+    gpu::notices(test, "loss_fwd_f32", "bar.sync \t0;", "");
+    gpu::notices(test, "loss_fwd_bf16", "bar.sync \t0;", "");
+    gpu::notices(test, "loss_fwd_f32", "loss_fwd_f32_param_13", "loss_fwd_f32_param_12");
+    gpu::notices(test, "loss_fwd_bf16", "0d3FF0000000000000", "0d4000000000000000");
+    gpu::notices(
+        "loss::gpu_adds_the_pieces_of_a_step_up",
+        "loss_fwd_f32",
+        "loss_fwd_f32_param_14",
+        "loss_fwd_f32_param_7",
+    );
+    gpu::notices_lost_block(test, "loss_fwd_f32");
 }

@@ -1,18 +1,20 @@
+use ddpm_cuda::data::feed::{Feed, Resident, Rows};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::{Batch, Kind, Schedule};
 use ddpm_cuda::ops::q_sample::{Coefficients, Images, Noised, Source, q_sample, reference};
-use ddpm_cuda::tensor::Shape;
+use ddpm_cuda::tensor::{DType, Shape};
 
-use crate::support::{close, numbers, same_bits, same_bits_at_any_number_of_threads};
+use crate::support::{close, close_as, gpu, numbers, same_bits, same_bits_at_any_number_of_threads};
 
-/// Sets of images: 4,096 numbers are one task of the parallel pass.
-const SETS: [Shape; 6] = [
+/// Sets of images: 4,096 numbers are one task of the parallel pass, 1,024 a GPU's block.
+const SETS: [Shape; 7] = [
     Shape::new(1, 1, 1, 1),
     Shape::new(5, 3, 7, 2),
     Shape::new(3, 28, 28, 1),
     Shape::new(4, 37, 41, 3),
     Shape::new(2, 64, 64, 1),
     Shape::new(2, 1, 4097, 1),
+    Shape::new(3, 5, 205, 1),
 ];
 
 fn pixels(len: usize) -> Vec<u8> {
@@ -113,4 +115,145 @@ fn an_empty_batch_is_empty() {
     let images = Images { pixels: &[1, 2], shape: Shape::new(2, 1, 1, 1) };
     let none = Batch::train(0, 0, 0, Vec::new(), true, 1000);
     assert!(on_cpu(images, &none, &schedule).x_t.data().is_empty());
+}
+
+/// x_t, t and labels of both in one row. t and labels must be the CPU's to the bit, and x_t in f32 too where the CPU has fused multiply-adds; in bf16 it
+/// is that rounded.
+fn same_as_the_cpu(name: &str, device: &Device, got: &Noised, want: &Noised) -> Vec<f32> {
+    let numbers = |noised: &Noised| {
+        let [x_t, t] = [&noised.x_t, &noised.t].map(|x| x.to_vec().unwrap());
+        (x_t, t, noised.labels.as_ref().map_or(Vec::new(), |labels| labels.to_vec().unwrap()))
+    };
+    let dtype = device.activations();
+    assert_eq!((got.x_t.shape(), got.x_t.dtype(), got.t.dtype()), (want.x_t.shape(), dtype, DType::F32), "{name}");
+    let ((x_t, t, labels), want) = (numbers(got), numbers(want));
+    same_bits(&format!("{name}, t"), &t, &want.1);
+    same_bits(&format!("{name}, labels"), &labels, &want.2);
+    if gpu::cpu_fuses() {
+        same_bits(&format!("{name}, x_t"), &x_t, &gpu::rounded_f32(dtype, &want.0));
+    }
+    [x_t, t, labels].concat()
+}
+
+/// The batch's images from a data set that is on the GPU.
+fn on_gpu(device: &Device, images: Images<'_>, batch: &Batch, schedule: &Schedule) -> Noised {
+    let Device::Cuda(gpu) = device else { panic!("{device} is no GPU") };
+    let mut feed = Feed::new(device, Some(&Resident::new(gpu, images).unwrap()));
+    let rows = batch.indices.iter().map(|&i| i as u32).collect();
+    let rows = Rows { rows, classes: batch.labels.clone() };
+    let source = feed.source(images, 0..batch.len() as u64, |_| rows.clone()).unwrap();
+    q_sample(device, source, batch, &Coefficients::new(device, schedule).unwrap()).unwrap()
+}
+
+#[test]
+fn gpu_has_the_bits_of_the_cpu() {
+    let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
+    for shape in SETS {
+        let pixels = pixels(shape.len());
+        let images = Images { pixels: &pixels, shape };
+        let labelled = batch(shape, 7).with_labels(Some(vec![3, 0, 9, 1, 1, 16_777_216, 2]));
+        let unmirrored = Batch::validation(99, 3, (0..7).map(|i| i % shape.n).collect(), 1000);
+        // A seed and a step whose every bit counts.
+        let far = Batch::train(0xFEDC_BA98_7654_3210, 0x8000_0001, 1 << 20, vec![0; 2], true, 1000);
+        for batch in [labelled, unmirrored, far] {
+            let want = on_cpu(images, &batch, &schedule);
+            let oracle = reference::batch::<f64>(images, &batch, &schedule);
+            let yardstick = reference::batch::<f32>(images, &batch, &schedule);
+            gpu::each(&format!("q_sample of {shape}"), |device| {
+                let got = on_gpu(device, images, &batch, &schedule);
+                close_as(device.activations(), "x_t", &got.x_t.to_vec().unwrap(), &oracle, &yardstick);
+                same_as_the_cpu(&format!("q_sample of {shape}"), device, &got, &want)
+            });
+        }
+    }
+}
+
+/// Chains of other lengths, of one step even.
+#[test]
+fn gpu_draws_timesteps_as_the_cpu_does() {
+    let shape = Shape::new(1, 1, 1, 1);
+    let images = Images { pixels: &[200], shape };
+    for timesteps in [1, 2, 3, 250, 4000] {
+        let schedule = Schedule::new(Kind::Cosine, timesteps).unwrap();
+        let batch = Batch::train(5, 6, 7, vec![0; 300], true, timesteps as u32);
+        gpu::each("timesteps", |device| {
+            let (got, want) = (on_gpu(device, images, &batch, &schedule), on_cpu(images, &batch, &schedule));
+            same_as_the_cpu(&format!("{timesteps} timesteps"), device, &got, &want)
+        });
+    }
+}
+
+/// More images than a grid is high.
+#[test]
+fn gpu_loops_over_images() {
+    let Some(gpu) = gpu::gpu(DType::F32) else { return };
+    let (device, shape) = (Device::Cuda(gpu), Shape::new(11, 1, 2, 3));
+    let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
+    let pixels = pixels(shape.len());
+    let (images, batch) = (Images { pixels: &pixels, shape }, batch(shape, 65_537));
+    let (got, want) = (on_gpu(&device, images, &batch, &schedule), on_cpu(images, &batch, &schedule));
+    same_as_the_cpu("65,537 images", &device, &got, &want);
+}
+
+/// Batches of one sequence in their order, from a data set on the GPU whose image numbers go up 2^16 at a time (here the third batch begins in one
+/// window and ends in the next), and from one on the host of which each batch goes up: what the CPU reads itself.
+#[test]
+fn gpu_is_fed_the_batches_of_the_cpu() {
+    let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
+    let shape = Shape::new(13, 3, 5, 2);
+    let pixels = pixels(shape.len());
+    let images = Images { pixels: &pixels, shape };
+    let row = |place: u64| (place * 7 + place / 13) % 13;
+    let class = |place: u64| (place % 5) as u32;
+    let batch = |places: std::ops::Range<u64>| {
+        let (indices, labels) =
+            (places.clone().map(|p| row(p) as usize).collect(), places.clone().map(class).collect());
+        Batch::train(1, (places.start / 6) as u32, 0, indices, true, 1000).with_labels(Some(labels))
+    };
+    let rows = |places: std::ops::Range<u64>| Rows {
+        rows: places.clone().map(|p| row(p) as u32).collect(),
+        classes: Some(places.map(class).collect()),
+    };
+    // 65,536 = 10,922 * 6 + 4.
+    let starts = [0, 6, 65_532, 65_538, 65_544, 12, 200_000];
+    gpu::each("feed", |device| {
+        let Device::Cuda(gpu) = device else { panic!("{device} is no GPU") };
+        let coefficients = Coefficients::new(device, &schedule).unwrap();
+        let resident = Resident::new(gpu, images).unwrap();
+        let mut all = Vec::new();
+        for (name, resident) in [("resident", Some(&resident)), ("staged", None)] {
+            let mut feed = Feed::new(device, resident);
+            let mut asked = 0;
+            for first in starts {
+                let places = first..first + 6;
+                let source = feed.source(images, places.clone(), |places| {
+                    asked += 1;
+                    rows(places)
+                });
+                let got = q_sample(device, source.unwrap(), &batch(places.clone()), &coefficients).unwrap();
+                let want = on_cpu(images, &batch(places.clone()), &schedule);
+                all.push(same_as_the_cpu(&format!("{name}, images {places:?}"), device, &got, &want));
+            }
+            // A window holds 2^16 places from where it was asked for: 0, 65,532, back to 12, and 200,000.
+            assert_eq!(asked, if resident.is_some() { 4 } else { starts.len() }, "{name}: rows were asked for");
+        }
+        all.concat()
+    });
+}
+
+#[test]
+fn planted_bugs_are_noticed() {
+    let test = "q_sample::gpu_has_the_bits_of_the_cpu";
+    // A race on the image's draws; flips from the timesteps' streams; the wrong width; another rounding; labels from the image numbers.
+    gpu::notices(test, "q_sample_fwd_f32", "bar.sync \t0;", "");
+    gpu::notices(test, "q_sample_fwd_bf16", "q_sample_fwd_bf16_param_18", "q_sample_fwd_bf16_param_17");
+    gpu::notices(test, "q_sample_fwd_f32", "q_sample_fwd_f32_param_10", "q_sample_fwd_f32_param_9");
+    gpu::notices(test, "q_sample_fwd_bf16", "fma.rn.f32", "fma.rz.f32");
+    gpu::notices(
+        "q_sample::gpu_is_fed_the_batches_of_the_cpu",
+        "q_sample_fwd_f32",
+        "q_sample_fwd_f32_param_5",
+        "q_sample_fwd_f32_param_4",
+    );
+    gpu::notices_lost_block(test, "q_sample_fwd_f32");
 }

@@ -1,20 +1,21 @@
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::sampler::{Samples, Step};
 use ddpm_cuda::diffusion::{Kind, Method, Sampler, Schedule, Spacing, Variance};
-use ddpm_cuda::ops::sample_step::{reference, sample_step, start};
+use ddpm_cuda::ops::sample_step::{State, reference, sample_step, start};
 use ddpm_cuda::rng::reference::normals;
-use ddpm_cuda::tensor::{Shape, Tensor};
+use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use num_traits::{Float, FloatConst};
 
-use crate::support::{close, numbers, same_bits, same_bits_at_any_number_of_threads, to_f32};
+use crate::support::{close, gpu, numbers, same_bits, same_bits_at_any_number_of_threads, to_f32};
 
-/// 256 numbers are drawn at a time, 4,096 are one task.
-const SHAPES: [Shape; 5] = [
+/// 256 numbers are drawn at a time, 4,096 are one task, 1,024 a GPU's block.
+const SHAPES: [Shape; 6] = [
     Shape::new(1, 1, 1, 1),
     Shape::new(3, 5, 3, 2),
     Shape::new(2, 1, 1, 257),
     Shape::new(2, 28, 28, 1),
     Shape::new(2, 37, 41, 3),
+    Shape::new(2, 1, 5, 205),
 ];
 
 const SAMPLES: Samples = Samples { seed: 3, first: 40 };
@@ -100,4 +101,116 @@ fn same_bits_with_any_number_of_threads() {
         let x = start(&Device::cpu(), shape, SAMPLES).unwrap().x;
         sample_step(&Device::cpu(), &x, &output, &steps()[2], SAMPLES).unwrap().x.data().to_vec()
     });
+}
+
+/// x and the network's input, which must be x rounded to the type of the activations.
+fn state(device: &Device, name: &str, state: &State) -> Vec<f32> {
+    assert_eq!((state.x.dtype(), state.input.dtype()), (DType::F32, device.activations()), "{name}");
+    let x = state.x.to_vec().unwrap();
+    same_bits(&format!("{name}, input"), &state.input.to_vec().unwrap(), &gpu::rounded_f32(device.activations(), &x));
+    x
+}
+
+#[test]
+fn gpu_starts_with_the_bits_of_the_cpu() {
+    for shape in SHAPES {
+        let want = start(&Device::cpu(), shape, SAMPLES).unwrap().x;
+        gpu::each(&format!("x_T of {shape}"), |device| {
+            let name = format!("x_T of {shape}");
+            let x = state(device, &name, &start(device, shape, SAMPLES).unwrap());
+            same_bits(&name, &x, want.data());
+            x
+        });
+    }
+}
+
+/// The same order of operations as on a CPU with fused multiply-adds, so the same bits.
+#[test]
+fn gpu_steps_with_the_bits_of_the_cpu() {
+    // With and without noise, of every method.
+    let steps = steps().into_iter().flat_map(|step| [true, false].map(|clip| Step { clip, ..step }));
+    for (step, shape) in steps.zip(SHAPES.into_iter().cycle()).chain(SHAPES.map(|shape| (steps_of_ddim(), shape))) {
+        let x: Vec<f64> = numbers(1, shape.len()).iter().map(|x| 2.0 * x).collect();
+        let name = format!("x_t of {shape}, t = {}, clip {}, sigma {:.3}", step.t, step.clip, step.sigma);
+        gpu::each(&name, |device| {
+            let dtype = device.activations();
+            let output = gpu::rounded(dtype, &numbers(2, shape.len()));
+            let [x_t, y] = [(DType::F32, &x), (dtype, &output)]
+                .map(|(dtype, v)| Tensor::from_slice_as(device, dtype, shape, &to_f32(v)).unwrap());
+            let got = state(device, &name, &sample_step(device, &x_t, &y, &step, SAMPLES).unwrap());
+            if shape.len() > 100 {
+                // Of a single number the reference's own error says little.
+                let oracle = by_reference::<f64>(&x, &output, shape, &step);
+                close(&name, &got, &oracle, &by_reference::<f32>(&x, &output, shape, &step));
+            }
+            let cpu = Device::cpu();
+            let [x_t, y] = [&x, &output].map(|v| Tensor::from_slice(&cpu, shape, &to_f32(v)).unwrap());
+            if gpu::cpu_fuses() {
+                same_bits(&name, &got, sample_step(&cpu, &x_t, &y, &step, SAMPLES).unwrap().x.data());
+            }
+            got
+        });
+    }
+}
+
+fn steps_of_ddim() -> Step {
+    let schedule = Schedule::new(Kind::Cosine, 1000).unwrap();
+    Sampler::new(&schedule, Method::Ddim { eta: 0.0 }, Spacing::Even, 5).unwrap().steps()[2]
+}
+
+/// A NaN from the network must not be clipped away on a GPU either.
+#[test]
+fn gpu_keeps_nan() {
+    gpu::each("NaN", |device| {
+        let shape = Shape::new(1, 1, 1, 3);
+        let x = Tensor::zeros(device, shape).unwrap();
+        let output = Tensor::from_slice_as(device, device.activations(), shape, &[0.0, f32::NAN, 1e30]).unwrap();
+        let y = sample_step(device, &x, &output, steps().last().unwrap(), SAMPLES).unwrap();
+        let [x, input] = [y.x, y.input].map(|y| y.to_vec().unwrap());
+        for y in [&x, &input] {
+            assert!(y[1].is_nan() && y[0] == 0.0 && y[2] == -1.0, "{y:?}");
+        }
+        vec![x[0], x[2], input[0], input[2]]
+    });
+}
+
+/// More images than a grid is high.
+#[test]
+fn gpu_loops_over_images() {
+    let Some(gpu) = gpu::gpu(DType::Bf16) else { return };
+    let (device, shape, step) = (Device::Cuda(gpu), Shape::new(65_537, 1, 1, 3), steps()[1]);
+    let got = start(&device, shape, SAMPLES).unwrap();
+    let want = start(&Device::cpu(), shape, SAMPLES).unwrap();
+    same_bits("x_T", &state(&device, "x_T", &got), want.x.data());
+    let zeros = Tensor::from_slice_as(&device, DType::Bf16, shape, &vec![0.0; shape.len()]).unwrap();
+    let got = sample_step(&device, &got.x, &zeros, &step, SAMPLES).unwrap();
+    let zeros = Tensor::zeros(&Device::cpu(), shape).unwrap();
+    let want = sample_step(&Device::cpu(), &want.x, &zeros, &step, SAMPLES).unwrap();
+    let got = state(&device, "x_t", &got);
+    if gpu::cpu_fuses() {
+        same_bits("x_t", &got, want.x.data());
+    }
+}
+
+#[test]
+fn planted_bugs_are_noticed() {
+    // An element behind the image, a constant of Philox, a comparison of the clipping, a rounding.
+    gpu::notices(
+        "sample_step::gpu_starts_with_the_bits_of_the_cpu",
+        "sample_step_start_f32",
+        "-845247145",
+        "-845247144",
+    );
+    gpu::notices(
+        "sample_step::gpu_starts_with_the_bits_of_the_cpu",
+        "sample_step_start_bf16",
+        "setp.ge.u64",
+        "setp.gt.u64",
+    );
+    let test = "sample_step::gpu_steps_with_the_bits_of_the_cpu";
+    gpu::notices(test, "sample_step_step_f32", "setp.gt.f32", "setp.lt.f32");
+    gpu::notices(test, "sample_step_step_f32", "fma.rn.f32", "fma.rz.f32");
+    gpu::notices(test, "sample_step_step_bf16", "sample_step_step_bf16_param_10", "sample_step_step_bf16_param_9");
+    gpu::notices_lost_block(test, "sample_step_step_f32");
+    gpu::notices_lost_block(test, "sample_step_step_bf16");
 }

@@ -1,21 +1,24 @@
 use ddpm_cuda::device::Device;
 use ddpm_cuda::ops::time_embedding::{Sinusoid, reference, time_embedding};
-use ddpm_cuda::tensor::{Shape, Tensor};
+use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
-use crate::support::{F32_ROUNDING, same_bits, worst};
+use crate::support::{F32_ROUNDING, gpu, per_image, same_bits, worst};
 
 /// Both ends of a thousand steps, and a time between two steps.
 const T: [f32; 5] = [0.0, 1.0, 3.5, 500.0, 999.0];
 
 fn embed(device: &Device, t: &[f32], dim: usize, form: Sinusoid) -> Tensor {
-    let t = Tensor::from_slice(device, Shape::new(t.len(), 1, 1, 1), t).unwrap();
-    time_embedding(device, &t, dim, form).unwrap()
+    time_embedding(device, &per_image(device, t.iter().copied()), dim, form).unwrap()
 }
+
+/// Widths of an embedding: the least, odd ones, one frequency beyond a block of 128 (with 5 times: 5 x 26), several blocks.
+const DIMS: [usize; 7] = [2, 3, 4, 7, 32, 52, 128];
+
+const OPENAI: Sinusoid = Sinusoid { freq_shift: 0, flip_sin_to_cos: true };
 
 #[test]
 fn is_the_reference_in_f64_rounded_once() {
-    let openai = Sinusoid { freq_shift: 0, flip_sin_to_cos: true };
-    for (dim, form) in [2, 3, 4, 7, 32, 128].into_iter().flat_map(|d| [(d, Sinusoid::default()), (d, openai)]) {
+    for (dim, form) in DIMS.into_iter().flat_map(|d| [(d, Sinusoid::default()), (d, OPENAI)]) {
         let y = embed(&Device::cpu_guarded(), &T, dim, form);
         assert_eq!(y.shape(), Shape::new(T.len(), 1, 1, dim));
         let oracle = reference::forward(&T.map(f64::from), dim, form);
@@ -35,8 +38,7 @@ fn first_all_sines_then_all_cosines() {
 /// OpenAI's form of the same: the frequencies 1 and 1e-2, first the cosines.
 #[test]
 fn openai_has_the_cosines_first() {
-    let form = Sinusoid { freq_shift: 0, flip_sin_to_cos: true };
-    let y = embed(&Device::cpu_guarded(), &[999.0], 4, form);
+    let y = embed(&Device::cpu_guarded(), &[999.0], 4, OPENAI);
     let expected = [999f64.cos(), 9.99f64.cos(), 999f64.sin(), 9.99f64.sin()];
     worst("y", y.data(), &expected, |y| F32_ROUNDING * y.abs() + 1e-12);
 }
@@ -48,4 +50,32 @@ fn an_image_does_not_depend_on_its_batch() {
     for (i, &t) in T.iter().enumerate() {
         same_bits("row", embed(&device, &[t], 6, Sinusoid::default()).data(), &together.data()[i * 6..][..6]);
     }
+}
+
+/// In f64 the angle errs by less than 1e-12 on either side: of t f <= 999 by three roundings of `ln(1e4) k / (m - s)` (where it is 1, f = 1/e: 1.2e-13) and
+/// two of the product with 1/pi (2.2e-13). Then one rounding to f32, and for bf16 one more.
+#[test]
+fn gpu_agrees_with_the_reference() {
+    for (dim, form) in DIMS.into_iter().flat_map(|d| [(d, Sinusoid::default()), (d, OPENAI)]) {
+        gpu::each(&format!("time_embedding of {dim}, {form:?}"), |device| {
+            let y = embed(device, &T, dim, form);
+            assert_eq!((y.shape(), y.dtype()), (Shape::new(T.len(), 1, 1, dim), device.activations()));
+            let y = y.to_vec().unwrap();
+            let last = if device.activations() == DType::F32 { 0.0 } else { gpu::BF16_ROUNDING };
+            worst("y", &y, &reference::forward(&T.map(f64::from), dim, form), |y| {
+                (F32_ROUNDING + last) * y.abs() + 1e-12
+            });
+            y
+        });
+    }
+}
+
+#[test]
+fn planted_bugs_are_noticed() {
+    let test = "time_embedding::gpu_agrees_with_the_reference";
+    // 1/pi from its eighth digit on; cosines where sines belong.
+    gpu::notices(test, "time_embedding_fwd_f32", "0d3FD45F306DC9C883", "0d3FD45F316DC9C883");
+    gpu::notices(test, "time_embedding_fwd_f32", "time_embedding_fwd_f32_param_7", "time_embedding_fwd_f32_param_6");
+    gpu::notices(test, "time_embedding_fwd_bf16", "time_embedding_fwd_bf16_param_7", "time_embedding_fwd_bf16_param_6");
+    gpu::notices_lost_block(test, "time_embedding_fwd_f32");
 }

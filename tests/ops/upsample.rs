@@ -2,16 +2,18 @@ use ddpm_cuda::ops::upsample::{reference, upsample};
 use ddpm_cuda::tensor::Shape;
 
 use crate::support::{
-    Pass, close, finite_differences, numbers, same_bits, same_bits_at_any_number_of_threads, through_tape, to_f32,
+    Pass, close, finite_differences, gpu, numbers, same_as_the_cpu, same_bits, same_bits_at_any_number_of_threads,
+    through_tape, to_f32,
 };
 
-/// One number, primes, several tasks of 2^15 numbers with a last one that is short, one row beyond a task.
-const CASES: [Shape; 5] = [
+/// One number, primes, several tasks of 2^15 numbers with a last one that is short, one row beyond a task, one number beyond a block of 256.
+const CASES: [Shape; 6] = [
     Shape::new(1, 1, 1, 1),
     Shape::new(2, 3, 5, 7),
     Shape::new(3, 17, 16, 64),
     Shape::new(2, 1, 1, 17),
     Shape::new(1, 3, 1, 9001),
+    Shape::new(1, 1, 257, 1),
 ];
 
 fn pass(shape: Shape) -> (Pass, Vec<f64>, Vec<f64>) {
@@ -41,4 +43,24 @@ fn the_reference_agrees_with_finite_differences() {
 #[test]
 fn the_same_bits_at_any_number_of_threads() {
     same_bits_at_any_number_of_threads("upsample", || pass(CASES[2]).0.flat());
+}
+
+#[test]
+fn gpu_has_the_bits_of_the_cpu() {
+    for shape in CASES {
+        let (x, dy) = (to_f32(&numbers(1, shape.len())), to_f32(&numbers(2, 4 * shape.len())));
+        let name = format!("upsample, {shape}");
+        same_as_the_cpu(&name, &[(shape, x)], &[], &dy, 1, |tape, x, _| upsample(tape, &x[0]));
+    }
+}
+
+#[test]
+fn planted_bugs_are_noticed() {
+    let test = "upsample::gpu_has_the_bits_of_the_cpu";
+    // The last of four copies is lost; a sum becomes a difference.
+    gpu::notices(test, "upsample_fwd_f32", "st.global.f32", "//");
+    gpu::notices(test, "upsample_bwd_f32", "add.f32", "sub.f32");
+    gpu::notices(test, "upsample_bwd_bf16", "add.f32", "sub.f32");
+    gpu::notices_lost_block(test, "upsample_fwd_f32");
+    gpu::notices_lost_block(test, "upsample_bwd_bf16");
 }

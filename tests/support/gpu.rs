@@ -1,15 +1,21 @@
 //! GPUs for tests: by default the emulator, which cargo builds beside the tests, with all its checks; with `DDPM_TEST_DEVICE=cuda` the real one.
+//!
+//! [`each`] runs a test in both types of activations and in several orders of blocks and warps. That the tests would see a bug is itself
+//! tested: [`notices`] and [`notices_lost_block`] plant one in a kernel, `plant` several.
 
 use std::ffi::{CString, c_char, c_int};
+use std::io::Write;
 use std::path::PathBuf;
+use std::process::Command;
 use std::sync::OnceLock;
 
 use ddpm_cuda::device::Device;
+use ddpm_cuda::device::cpu::simd::{self, Level};
 use ddpm_cuda::device::cuda::{self, Gpu};
 use ddpm_cuda::kernels;
 use ddpm_cuda::tensor::DType;
 
-use super::same_bits;
+use super::{plant, same_bits};
 
 /// Unit of relative rounding of a bf16, which has 8 significant bits: half a unit in the last place.
 pub const BF16_ROUNDING: f64 = 1.0 / 256.0;
@@ -30,9 +36,9 @@ pub fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
         if kernels::COMPILER.is_none() {
-            eprintln!(
-                "\n*** SKIPPED: no kernel is tested, since none was compiled; build with DDPM_CUDA_TOOLCHAIN=fetch ***\n"
-            );
+            // Not by `eprintln!`, which the test harness keeps to itself.
+            let said = "\n*** SKIPPED: no kernel is tested, since none was compiled; build with DDPM_CUDA_TOOLCHAIN=fetch ***\n";
+            let _ = std::io::stderr().write_all(said.as_bytes());
             return false;
         }
         match std::env::var("DDPM_TEST_DEVICE").as_deref() {
@@ -46,7 +52,61 @@ pub fn available() -> bool {
 
 /// A guarded GPU with activations of type `dtype`; `None` if kernels cannot be tested.
 pub fn gpu(dtype: DType) -> Option<Gpu> {
-    available().then(|| Gpu::open(0, dtype, true).expect("the GPU opens"))
+    available().then(|| {
+        let gpu = Gpu::open(0, dtype, true).expect("the GPU opens");
+        if let Ok(bug) = std::env::var(BUG) {
+            let [entry, from, to]: [&str; 3] = bug.split('|').collect::<Vec<_>>().try_into().expect("ENTRY|FROM|TO");
+            let kernel = kernels::ALL.iter().find(|k| k.name == entry).unwrap_or_else(|| panic!("no kernel {entry}"));
+            let (stem, ptx) = match from {
+                LAST_BLOCK => plant::without_last_block(entry).plant(),
+                _ => (kernel.module.stem, mutated(kernel.module.ptx, entry, from, to)),
+            };
+            gpu.replace_kernels(stem, ptx);
+        }
+        gpu
+    })
+}
+
+/// Variable that plants a bug in every GPU of the process: `ENTRY|FROM|TO`.
+const BUG: &str = "DDPM_TEST_BUG";
+
+/// Stands for the text to be replaced where the last block is to do nothing.
+const LAST_BLOCK: &str = "the last block";
+
+/// [`notices`] for a kernel whose last block (along x) does nothing, as if the grid were too small.
+#[track_caller]
+pub fn notices_lost_block(test: &str, entry: &str) {
+    notices(test, entry, LAST_BLOCK, "");
+}
+
+/// `ptx` with the last `from` of an entry's text replaced by `to`.
+fn mutated(ptx: &str, entry: &str, from: &str, to: &str) -> String {
+    let start = ptx.find(&format!(".entry {entry}(")).unwrap_or_else(|| panic!("no entry {entry}"));
+    let end = ptx[start + 1..].find(".entry ").map_or(ptx.len(), |next| start + 1 + next);
+    let at = ptx[start..end].rfind(from).unwrap_or_else(|| panic!("{entry} has no `{from}`"));
+    format!("{}{to}{}", &ptx[..start + at], &ptx[start + at + from.len()..])
+}
+
+/// Asserts that `test` of this executable fails once the last `from` of a kernel's PTX reads `to`. It runs in a process of its own, since a kernel's fault
+/// breaks the context for all; on a real GPU not at all, since there a lost barrier may go unnoticed.
+#[track_caller]
+pub fn notices(test: &str, entry: &str, from: &str, to: &str) {
+    if !available() || std::env::var("DDPM_TEST_DEVICE").is_ok_and(|device| device == "cuda") {
+        return;
+    }
+    let run = |bug: &str| {
+        let mut command = Command::new(std::env::current_exe().expect("a test knows its own path"));
+        command.args(["--exact", test]).env(BUG, bug).output().expect("a test runs")
+    };
+    let output = run(&format!("{entry}|{from}|{to}"));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("running 1 test"), "there is no test {test}: {text}");
+    assert!(!text.contains("has no `"), "{text}");
+    assert!(
+        !text.contains(&format!("loading {entry}")),
+        "{entry} is no kernel any more with `{to}` for `{from}`: {text}"
+    );
+    assert!(!output.status.success(), "{test} passes with `{from}` of {entry} replaced by `{to}`: {text}");
 }
 
 /// Sets how the emulator runs this thread's launches; nothing on a real GPU.
@@ -64,6 +124,9 @@ pub fn configure(name: &str, value: &str) {
     }
 }
 
+/// Set where it is only asked which kernels a test launches: [`each`] then takes the first schedule alone.
+pub const ONE_SCHEDULE: &str = "DDPM_TEST_ONE_SCHEDULE";
+
 /// Runs `f` on a guarded GPU with f32 and one with bf16 activations, in every schedule; whatever it returns must have the same bits in each.
 #[track_caller]
 pub fn each(name: &str, f: impl Fn(&Device) -> Vec<f32>) {
@@ -71,7 +134,8 @@ pub fn each(name: &str, f: impl Fn(&Device) -> Vec<f32>) {
         let Some(gpu) = gpu(dtype) else { return };
         let device = Device::Cuda(gpu);
         let mut first: Option<Vec<f32>> = None;
-        for schedule in SCHEDULES {
+        let schedules = if std::env::var_os(ONE_SCHEDULE).is_some() { 1 } else { SCHEDULES.len() };
+        for schedule in &SCHEDULES[..schedules] {
             configure("seed", schedule);
             let got = f(&device);
             match &first {
@@ -98,4 +162,17 @@ pub fn rounded(dtype: DType, x: &[f64]) -> Vec<f64> {
         DType::F32 => x.to_vec(),
         DType::Bf16 => x.iter().map(|&x| half::bf16::from_f32(x as f32).to_f64()).collect(),
     }
+}
+
+/// The same for f32.
+pub fn rounded_f32(dtype: DType, x: &[f32]) -> Vec<f32> {
+    match dtype {
+        DType::F32 => x.to_vec(),
+        DType::Bf16 => x.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect(),
+    }
+}
+
+/// True if the CPU path has fused multiply-adds, as every GPU has; without them it rounds once more.
+pub fn cpu_fuses() -> bool {
+    simd::level() != Level::Portable || cfg!(target_arch = "aarch64")
 }

@@ -158,6 +158,18 @@ pub fn to_f32(x: &[f64]) -> Vec<f32> {
     x.iter().map(|&v| v as f32).collect()
 }
 
+/// One number for each image, `(n, 1, 1, 1)` in f32: timesteps or classes as the network takes them.
+pub fn per_image(device: &Device, numbers: impl IntoIterator<Item = f32>) -> Tensor {
+    let numbers: Vec<f32> = numbers.into_iter().collect();
+    Tensor::from_slice(device, Shape::new(numbers.len(), 1, 1, 1), &numbers).expect("room for a few numbers")
+}
+
+/// The bits of an f64 as two f32, for comparisons bit by bit.
+pub fn halves(v: f64) -> [f32; 2] {
+    let bits = v.to_bits();
+    [f32::from_bits(bits as u32), f32::from_bits((bits >> 32) as u32)]
+}
+
 /// A shape and numbers in it.
 pub type Numbers = (Shape, Vec<f32>);
 
@@ -238,6 +250,35 @@ pub fn through_tape_on(
     let flat = dw.finish(weights.specs()).and_then(|g| g.to_vec()).expect("every kernel did what it should");
     let dw = handles.iter().map(|&p| flat[weights.specs().range(p)].to_vec()).collect();
     Pass { y, dx, dw }
+}
+
+/// Asserts that an operation whose results are copies, or single roundings of what the CPU computes in f32, has the CPU's bits on a GPU: those of
+/// the CPU path on inputs rounded to the type of the activations, rounded to it in turn; parameters' gradients are f32 in either type.
+#[track_caller]
+pub fn same_as_the_cpu(
+    name: &str,
+    inputs: &[Numbers],
+    params: &[Numbers],
+    dy: &[f32],
+    passes: usize,
+    op: impl Fn(&mut Tape<'_>, &[Var], &[Param]) -> Result<Var>,
+) {
+    let on_the_cpu = [DType::F32, DType::Bf16].map(|dtype| {
+        let rounded = |x: &[f32]| gpu::rounded_f32(dtype, x);
+        let inputs: Vec<Numbers> = inputs.iter().map(|(shape, x)| (*shape, rounded(x))).collect();
+        let Pass { y, dx, dw } = through_tape(&inputs, params, &rounded(dy), passes, &op);
+        Pass { y: rounded(&y), dx: dx.iter().map(|dx| rounded(dx)).collect(), dw }
+    });
+    gpu::each(name, |device| {
+        let want = &on_the_cpu[usize::from(device.activations() == DType::Bf16)];
+        let got = through_tape_on(device, inputs, params, dy, passes, &op);
+        same_bits(&format!("y of {name}"), &got.y, &want.y);
+        for (what, got, want) in [("dx", &got.dx, &want.dx), ("dw", &got.dw, &want.dw)] {
+            assert_eq!(got.len(), want.len(), "{what} of {name}");
+            got.iter().zip(want).for_each(|(got, want)| same_bits(&format!("{what} of {name}"), got, want));
+        }
+        got.flat()
+    });
 }
 
 /// Runs `f` with 1, 2, 3 and 5 threads and fails unless it returns the same bits each time.

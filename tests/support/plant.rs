@@ -34,16 +34,17 @@ pub fn without_last_block(kernel: &str) -> Bug {
 
 impl Bug {
     /// The stem and its PTX with the bug in it.
-    fn plant(&self) -> (&'static str, String) {
+    pub fn plant(&self) -> (&'static str, String) {
         let kernel = kernels::ALL.iter().find(|k| k.name == self.kernel).expect("a kernel of that name");
         let (stem, ptx) = (kernel.module.stem, kernel.module.ptx);
         let (before, entry) = ptx.split_once(&format!(".entry {}(", self.kernel)).expect("an entry of that name");
         let entry = match self.change {
             Change::NoBarrier(n) => {
-                let mut lines: Vec<&str> = entry.lines().collect();
-                let mut barriers = (0..lines.len()).filter(|&i| lines[i].trim_start().starts_with("bar.sync"));
-                let at = barriers.nth(n).expect("as many barriers as that");
-                lines.remove(at);
+                let mut seen = 0..;
+                let mut is_it = |line: &&str| line.trim_start().starts_with("bar.sync") && seen.next() == Some(n);
+                let at = entry.lines().position(|line| is_it(&line)).expect("as many barriers as that");
+                let lines: Vec<&str> =
+                    entry.lines().enumerate().filter(|(i, _)| *i != at).map(|(_, line)| line).collect();
                 lines.join("\n")
             }
             Change::NoLastBlock => entry.replacen(
