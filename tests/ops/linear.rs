@@ -137,17 +137,22 @@ fn gpu_parameter_gradients_accumulate() {
     }
 }
 
-/// Lost barriers, wrong roundings, a row or a step of k too many.
+/// Lost barriers, lost blocks, one parameter taken for another.
 #[test]
 fn planted_bugs_are_noticed() {
-    let notices = |part: &str, from, to| {
-        gpu::notices("linear::gpu_agrees_with_the_reference", &format!("linear_{part}"), from, to);
-    };
+    const TEST: &str = "linear::gpu_agrees_with_the_reference";
     for part in ["fwd_64x64_f32", "dgrad_128x32_bf16", "wgrad_64x64_f32", "bwd_sums_bf16"] {
-        notices(part, "bar.sync \t0;", "");
+        gpu::notices(TEST, &format!("linear_{part}"), "bar.sync \t0;", "");
     }
-    for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_32x128_f32"] {
-        notices(part, "setp.ge.u32", "setp.gt.u32");
+    for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_32x128_bf16", "bwd_sums_f32", "bwd_bias", "sum_parts"] {
+        gpu::notices_lost_block(TEST, &format!("linear_{part}"));
+    }
+    // c_out for c_in, c_in for c_out, all rows for a share of them; a sum that is always added to what is there.
+    for (part, is, reads) in
+        [("fwd_64x64_bf16", 6, 7), ("dgrad_128x32_f32", 5, 4), ("wgrad_64x64_f32", 3, 5), ("bwd_bias", 4, 2)]
+    {
+        let entry = format!("linear_{part}");
+        gpu::notices(TEST, &entry, &format!("{entry}_param_{is}]"), &format!("{entry}_param_{reads}]"));
     }
 }
 
