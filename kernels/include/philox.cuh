@@ -45,7 +45,7 @@ __device__ __forceinline__ float2 box_muller(uint32_t magnitude, uint32_t angle)
     const int offset = int(angle << 2) >> 7;
     const float x = __fmul_rn(float(offset), 0.78539816339744831f / 16777216.0f);
     const float z = __fmul_rn(x, x);
-    const float sin_poly = __fadd_rn(8.3321611e-3f, __fmul_rn(z, -1.9515282e-4f));
+    const float sin_poly = __fadd_rn(8.33216e-3f, __fmul_rn(z, -1.9515282e-4f));
     const float sine = __fadd_rn(x, __fmul_rn(__fmul_rn(x, z), __fadd_rn(-0.16666655f, __fmul_rn(z, sin_poly))));
     const float cos_poly = __fadd_rn(-1.3887316e-3f, __fmul_rn(z, 2.4433157e-5f));
     const float cosine = __fadd_rn(__fsub_rn(1.0f, __fmul_rn(0.5f, z)),

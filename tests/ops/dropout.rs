@@ -128,9 +128,9 @@ fn gpu_loops_over_images() {
 #[test]
 fn planted_bugs_are_noticed() {
     let test = "dropout::gpu_has_the_bits_of_the_cpu";
-    // A constant of Philox, the wrong words kept, an element behind the image.
+    // A constant of Philox, the wrong words kept, the number of images for the size of one.
     gpu::notices(test, "dropout_mask_f32", "-845247145", "-845247144");
     gpu::notices(test, "dropout_mask_bf16", "setp.lt.u32", "setp.ge.u32");
-    gpu::notices(test, "dropout_mask_f32", ", 4;", ", 3;");
+    gpu::notices(test, "dropout_mask_f32", "dropout_mask_f32_param_3", "dropout_mask_f32_param_2");
     gpu::notices_lost_block(test, "dropout_mask_bf16");
 }

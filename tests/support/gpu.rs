@@ -59,6 +59,7 @@ pub fn gpu(dtype: DType) -> Option<Gpu> {
             let kernel = kernels::ALL.iter().find(|k| k.name == entry).unwrap_or_else(|| panic!("no kernel {entry}"));
             let (stem, ptx) = match from {
                 LAST_BLOCK => plant::without_last_block(entry).plant(),
+                BARRIER => plant::without_barrier(entry, to.parse().expect("a number")).plant(),
                 _ => (kernel.module.stem, mutated(kernel.module.ptx, entry, from, to)),
             };
             gpu.replace_kernels(stem, ptx);
@@ -69,6 +70,15 @@ pub fn gpu(dtype: DType) -> Option<Gpu> {
 
 /// Variable that plants a bug in every GPU of the process: `ENTRY|FROM|TO`.
 const BUG: &str = "DDPM_TEST_BUG";
+
+/// Stands for the text to be replaced where it is a barrier, counted from 0.
+const BARRIER: &str = "the barrier";
+
+/// [`notices`] for a kernel without its `n`-th barrier, counted from 0 in its PTX.
+#[track_caller]
+pub fn notices_lost_barrier(test: &str, entry: &str, n: usize) {
+    notices(test, entry, BARRIER, &n.to_string());
+}
 
 /// Stands for the text to be replaced where the last block is to do nothing.
 const LAST_BLOCK: &str = "the last block";
