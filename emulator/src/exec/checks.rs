@@ -8,7 +8,7 @@
 
 use super::access::{Addresses, Site, Use, extent, progression, settle};
 use super::lanes as ask;
-use super::races::{Other, window};
+use super::races::{GlobalRaces, Other};
 use super::shapes::{Shape, wavefronts};
 use super::state::{Machine, Warp, lanes, name_thread};
 use super::{Counters, Fault, FaultKind, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
@@ -119,43 +119,31 @@ unsafe fn approve_shared<const ISA: usize>(machine: &mut Machine, warp: u32, at:
     let block = &mut machine.block;
     for chunk in &shape.chunks {
         let here = (origin + chunk.at) as usize;
-        if env.checks.uninitialised {
-            let Some(written) = window(&mut block.shared_written, here) else {
-                return false;
-            };
-            if store {
-                for i in 0..16 {
-                    written[i] |= chunk.mask[i] as u8 & 1;
-                }
-            } else {
-                let mut unwritten = 0;
-                for i in 0..16 {
-                    unwritten |= chunk.mask[i] as u8 & !written[i] & 1;
-                }
-                if unwritten != 0 {
+        // SAFETY: where there are marks, there is room for a chunk that begins at any granule of shared memory, and the shape fits into it.
+        unsafe {
+            if env.checks.uninitialised {
+                let written = block.shared_written.as_mut_ptr().add(here);
+                if store {
+                    ask::set_bytes::<ISA>(written, &chunk.some);
+                } else if ask::any_byte::<ISA, false>(written, &chunk.some) {
                     return false;
                 }
             }
-        }
-        if let Some(races) = &mut block.races {
-            if !store
-                && env.program.copies
-                && let Some(pending) = window(&mut block.shared_pending, here)
-            {
-                let mut early = 0;
-                for i in 0..16 {
-                    early |= chunk.mask[i] as u8 & pending[i];
-                }
-                if early != 0 {
+            if let Some(races) = &mut block.races {
+                debug_assert!(races.holds(here));
+                if !store
+                    && env.program.copies
+                    && ask::any_byte::<ISA, true>(block.shared_pending.as_ptr().add(here), &chunk.some)
+                {
                     return false;
                 }
-            }
-            let good = match store {
-                true => races.write_chunk::<true>(warp as usize, chunk, here),
-                false => races.read_chunk(warp as usize, chunk, here),
-            };
-            if !good {
-                return false;
+                let good = match store {
+                    true => races.write_chunk::<ISA, true>(warp as usize, chunk, here),
+                    false => races.read_chunk::<ISA>(warp as usize, chunk, here),
+                };
+                if !good {
+                    return false;
+                }
             }
         }
     }
@@ -190,16 +178,15 @@ unsafe fn approve_copy_body<const ISA: usize>(machine: &mut Machine, warp: u32, 
     let block = &mut machine.block;
     if let Some(races) = &mut block.races {
         for chunk in &shape.chunks {
-            if !races.write_chunk::<false>(warp as usize, chunk, (origin + chunk.at) as usize) {
+            // SAFETY: the shape fits into shared memory, and the rows are longer by a chunk.
+            if unsafe { !races.write_chunk::<ISA, false>(warp as usize, chunk, (origin + chunk.at) as usize) } {
                 return false;
             }
         }
         for chunk in &shape.chunks {
-            let Some(pending) = window(&mut block.shared_pending, (origin + chunk.at) as usize) else {
-                return false;
-            };
+            let pending = &mut block.shared_pending[(origin + chunk.at) as usize..][..16];
             for i in 0..16 {
-                pending[i] = pending[i].saturating_add(chunk.mask[i] as u8 & 1);
+                pending[i] = pending[i].saturating_add(chunk.some.words[i] as u8 & 1);
             }
         }
     }
@@ -231,24 +218,23 @@ unsafe fn approve_arrival_body<const ISA: usize>(machine: &mut Machine, warp: u3
     let block = &mut machine.block;
     if let Some(races) = &mut block.races {
         for chunk in &shape.chunks {
-            if !races.write_chunk::<true>(warp as usize, chunk, (origin + chunk.at) as usize) {
+            // SAFETY: the destination was checked when the copy began, and the rows are longer by a chunk.
+            if unsafe { !races.write_chunk::<ISA, true>(warp as usize, chunk, (origin + chunk.at) as usize) } {
                 return false;
             }
         }
         for chunk in &shape.chunks {
-            if let Some(pending) = window(&mut block.shared_pending, (origin + chunk.at) as usize) {
-                for i in 0..16 {
-                    pending[i] = pending[i].saturating_sub(chunk.mask[i] as u8 & 1);
-                }
+            let pending = &mut block.shared_pending[(origin + chunk.at) as usize..][..16];
+            for i in 0..16 {
+                pending[i] = pending[i].saturating_sub(chunk.some.words[i] as u8 & 1);
             }
         }
     }
     if env.checks.uninitialised {
         for chunk in &shape.chunks {
-            if let Some(written) = window(&mut block.shared_written, (origin + chunk.at) as usize) {
-                for i in 0..16 {
-                    written[i] |= chunk.mask[i] as u8 & 1;
-                }
+            let written = &mut block.shared_written[(origin + chunk.at) as usize..][..16];
+            for i in 0..16 {
+                written[i] |= chunk.some.words[i] as u8 & 1;
             }
         }
     }
@@ -328,29 +314,54 @@ unsafe fn approve_global<const ISA: usize>(machine: &mut Machine, at: &mut Addre
     }
     if let (Some(races), false) = (&env.global_races, site.strong) {
         let (block, epoch) = (machine.block.linear as u32, machine.block.epoch);
-        let (base, size) = env.range;
-        let ask = |first: u64, length: u64| {
-            // SAFETY: the bytes lie in an allocation.
-            first.wrapping_sub(base) >= size
-                || unsafe {
-                    match store {
-                        true => races.write_range(first, length, block, epoch),
-                        false => races.read_range(first, length, block, epoch),
-                    }
-                }
-        };
-        let ordered = match whole {
-            Some((first, length)) => ask(first, length),
-            None => lanes(site.mask).all(|l| ask(at.0[l as usize], bytes)),
+        // SAFETY: the accesses lie in an allocation; the caller's promise.
+        let ordered = unsafe {
+            match store {
+                true => approve_between::<ISA, true>(races, env.range, whole, at, site, (block, epoch)),
+                false => approve_between::<ISA, false>(races, env.range, whole, at, site, (block, epoch)),
+            }
         };
         if !ordered {
             return false;
         }
     }
     if env.settings.counters {
-        machine.count_global(at, site);
+        match whole {
+            Some((first, length)) => machine.count_range(first, length, site),
+            None => machine.count_global(at, site),
+        }
     }
     true
+}
+
+/// Races between blocks of accesses that lie in one range, or else lane by lane.
+///
+/// # Safety
+/// As for [`approve`], with all accesses in an allocation.
+#[inline(always)]
+unsafe fn approve_between<const ISA: usize, const WRITE: bool>(
+    races: &GlobalRaces,
+    (base, size): (u64, u64),
+    whole: Option<(u64, u64)>,
+    at: &Addresses,
+    site: Site,
+    (block, epoch): (u32, u32),
+) -> bool {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if let Some((first, length)) = whole {
+            return first.wrapping_sub(base) >= size || races.approve::<ISA, WRITE>(first, length, block, epoch);
+        }
+        let mut rest = site.mask;
+        while rest != 0 {
+            let first = at.0[rest.trailing_zeros() as usize];
+            if first.wrapping_sub(base) < size && !races.approve::<ISA, WRITE>(first, site.bytes.into(), block, epoch) {
+                return false;
+            }
+            rest &= rest - 1;
+        }
+        true
+    }
 }
 
 impl Counters {
@@ -761,7 +772,8 @@ impl Machine<'_> {
         Ok(())
     }
 
-    pub(super) fn count_global(&mut self, at: &Addresses, site: Site) {
+    #[inline(always)]
+    fn count_asked(&mut self, site: Site) {
         let counters = &mut self.counters;
         counters.global += 1;
         let asked = u64::from(site.bytes * site.mask.count_ones());
@@ -770,15 +782,26 @@ impl Machine<'_> {
             Use::Store => counters.global_store_bytes += asked,
             Use::Atomic => counters.atomics += u64::from(site.mask.count_ones()),
         }
-        let touched = self.env.touched.as_ref();
-        if progression(at, u64::from(site.bytes)) {
-            let (first, last) = (at[0] / 32, (at[31] + u64::from(site.bytes) - 1) / 32);
-            counters.global_sectors += last - first + 1;
-            if let Some(touched) = touched {
-                touched.touch(first, last);
-            }
-            return;
+    }
+
+    /// Counts accesses that cover a range.
+    #[inline(always)]
+    fn count_range(&mut self, first: u64, length: u64, site: Site) {
+        self.count_asked(site);
+        let (first, last) = (first / 32, (first + length - 1) / 32);
+        self.counters.global_sectors += last - first + 1;
+        if let Some(touched) = &self.env.touched {
+            touched.touch(first, last);
         }
+    }
+
+    pub(super) fn count_global(&mut self, at: &Addresses, site: Site) {
+        if progression(at, u64::from(site.bytes)) {
+            return self.count_range(at[0], 32 * u64::from(site.bytes), site);
+        }
+        self.count_asked(site);
+        let counters = &mut self.counters;
+        let touched = self.env.touched.as_ref();
         // An access is aligned to its size of at most 16 bytes, so it touches one sector.
         let mut sectors = at.map(|a| a / 32);
         if !sectors.is_sorted() {

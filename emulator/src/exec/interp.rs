@@ -841,7 +841,12 @@ impl Machine<'_> {
                 let keep = !0 >> (64 - bits);
                 let mut values = [0; 32];
                 match register {
-                    Special::Tid(axis) => values = warp.threads[axis as usize & 3].map(u64::from),
+                    Special::Tid(axis) => {
+                        let threads = &warp.threads[axis as usize & 3];
+                        for l in 0..32 {
+                            values[l] = threads[l].into();
+                        }
+                    }
                     _ if register.differs() => {
                         for (l, value) in values.iter_mut().enumerate() {
                             *value = self.special(warp, register, l as u32) & keep;
@@ -855,7 +860,11 @@ impl Machine<'_> {
                     if bits == 64 {
                         blend64(&mut *to.cast(), &values, active);
                     } else {
-                        blend32(&mut *to.cast(), &values.map(|value| value as u32), active);
+                        let mut words = [0; 32];
+                        for l in 0..32 {
+                            words[l] = values[l] as u32;
+                        }
+                        blend32(&mut *to.cast(), &words, active);
                     }
                 }
             }

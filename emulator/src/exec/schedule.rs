@@ -161,6 +161,7 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         threads,
         local_stride: kernel.local_bytes.next_multiple_of(16),
         constants: resolve(program, &launch.module.addresses),
+        first_constant: program.constants.first().map_or(program.file_bytes, |&(offset, _)| offset),
         global_races: if checks.global_races { memory.shadow().map(GlobalRaces::new) } else { None },
         touched: settings.counters.then(|| {
             let end = allocations.last().map_or(range.0, |last| last.address + last.bytes);

@@ -254,6 +254,17 @@ unsafe fn tile_avx512<const ELEMENT: u8, const DEPTH: usize>(m: &Matrix, o: &Ope
                 word!(3);
             }
         }
+        if !m.d_f16 && o.mask == u32::MAX {
+            let canonical = _mm512_castsi512_ps(_mm512_set1_epi32(float::NAN_F32 as i32));
+            for i in 0..4 {
+                for v in 0..2 {
+                    let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(sums[i][v], sums[i][v]);
+                    let d = _mm512_mask_mov_ps(sums[i][v], nan, canonical);
+                    _mm512_storeu_ps(o.words(tile.d[i] as usize).add(16 * v).cast(), d);
+                }
+            }
+            return;
+        }
         let mut d = [[0.0; 32]; 4];
         for i in 0..4 {
             for v in 0..2 {
