@@ -826,6 +826,7 @@ impl Machine<'_> {
                 self.atom::<ISA>(warp, operands, rmw, reduce, access, pc, active)?
             }
             Op::CpAsync { .. } => self.cp_async::<ISA>(warp, operands, op, pc, active)?,
+            Op::Mbarrier { mode, ref access } => self.mbarrier::<ISA>(warp, operands, mode, access, pc, active)?,
             Op::CpCommit => lanes(active).for_each(|l| warp.committed[l as usize] += 1),
             Op::CpWait(keep) => self.cp_wait::<ISA>(warp, keep, pc, active)?,
             Op::WmmaLoad { .. } | Op::WmmaStore { .. } => self.wmma_memory::<ISA>(warp, operands, op, pc)?,
@@ -940,7 +941,10 @@ impl Machine<'_> {
             Special::GlobalTimer | Special::GlobalTimerLo => time(),
             Special::GlobalTimerHi => time() >> 32,
             Special::DynamicShared => launch.dynamic_shared.into(),
-            Special::TotalShared => self.env.shared_bytes.into(),
+            Special::TotalShared => (self.env.launch.kernel.static_shared + launch.dynamic_shared).into(),
+            Special::ReservedShared(0) => (self.env.shared_bytes - self.env.program.reserved_shared).into(),
+            Special::ReservedShared(1) => self.env.shared_bytes.into(),
+            Special::ReservedShared(_) => RESERVED_SHARED.into(),
         }
     }
 }

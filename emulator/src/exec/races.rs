@@ -15,6 +15,7 @@ use super::interp::AVX512;
 use super::lanes::{self as ask, Some16};
 use crate::memory::{HELD, Shadow};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -371,6 +372,30 @@ impl SharedRaces {
         true
     }
 
+    /// What the warp did is known to whoever acquires from this address.
+    pub fn release(&mut self, warp: usize, at: u32) {
+        let mine = &self.clocks[warp * self.warps..][..self.warps];
+        match self.released.entry(at) {
+            Entry::Vacant(place) => {
+                place.insert(mine.to_vec());
+            }
+            Entry::Occupied(mut place) => {
+                for (joined, &mine) in place.get_mut().iter_mut().zip(mine) {
+                    *joined = (*joined).max(mine);
+                }
+            }
+        }
+        self.tick(warp);
+    }
+
+    /// The warp learns what was released at this address.
+    pub fn acquire(&mut self, warp: usize, at: u32) {
+        if let Some(clock) = self.released.get(&at) {
+            let clock = clock.clone();
+            self.join(warp, &clock);
+        }
+    }
+
     /// Orders the warp with all that used this address to release, in programs with fences.
     pub fn synchronise(&mut self, warp: usize, at: u32) {
         if let Some(clock) = self.released.get(&at) {
@@ -554,7 +579,7 @@ unsafe fn against_avx512(other: std::arch::x86_64::__m512i, mine: u64) -> u8 {
 
 /// A word of the shadow: generation (12 bits), epoch (12), block (32), several blocks (1), free (3), bytes (4).
 #[derive(Clone, Copy)]
-struct Entry {
+struct Access {
     epoch: u64,
     block: u32,
     several: bool,
@@ -568,8 +593,8 @@ impl GlobalRaces {
         GlobalRaces { shadow, generation, orders: Mutex::default() }
     }
 
-    fn unpack(&self, word: u64) -> Option<Entry> {
-        (word >> 52 == self.generation).then_some(Entry {
+    fn unpack(&self, word: u64) -> Option<Access> {
+        (word >> 52 == self.generation).then_some(Access {
             epoch: word >> 40 & EPOCH_MASK,
             block: (word >> 8) as u32,
             several: word >> 7 & 1 != 0,
@@ -577,7 +602,7 @@ impl GlobalRaces {
         })
     }
 
-    fn pack(&self, entry: Entry) -> u64 {
+    fn pack(&self, entry: Access) -> u64 {
         self.generation << 52
             | (entry.epoch & EPOCH_MASK) << 40
             | u64::from(entry.block) << 8
@@ -585,7 +610,7 @@ impl GlobalRaces {
             | entry.bytes
     }
 
-    fn ordered(&self, block: u32, other: Entry) -> bool {
+    fn ordered(&self, block: u32, other: Access) -> bool {
         let orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         if other.several {
             // Who read is not known any more: a block that has synchronised at all is believed.
@@ -611,8 +636,8 @@ impl GlobalRaces {
     }
 
     /// What a block is as a reader or writer of `bytes`.
-    fn mine(&self, bytes: u64, block: u32, epoch: u32) -> Entry {
-        Entry { epoch: u64::from(epoch) & EPOCH_MASK, block, several: false, bytes }
+    fn mine(&self, bytes: u64, block: u32, epoch: u32) -> Access {
+        Access { epoch: u64::from(epoch) & EPOCH_MASK, block, several: false, bytes }
     }
 
     /// A block reads `bytes` (a mask of 4) of the word at an address of the device's range.

@@ -155,7 +155,10 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         allocations: allocations.clone(),
         range,
         checks,
-        shared_bytes: kernel.static_shared + launch.dynamic_shared,
+        shared_bytes: match program.reserved_shared {
+            0 => kernel.static_shared + launch.dynamic_shared,
+            reserved => (kernel.static_shared + launch.dynamic_shared).next_multiple_of(16) + reserved,
+        },
         // Without the check for bounds accesses need not be aligned.
         granule: if checks.bounds { program.smallest_shared.trailing_zeros() } else { 0 },
         threads,
