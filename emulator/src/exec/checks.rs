@@ -8,7 +8,7 @@
 
 use super::access::{Addresses, Site, Use, extent, progression, settle};
 use super::lanes as ask;
-use super::races::{GlobalRaces, Other};
+use super::races::Other;
 use super::shapes::{Shape, wavefronts};
 use super::state::{Machine, Warp, lanes, name_thread};
 use super::{Counters, Fault, FaultKind, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
@@ -276,92 +276,57 @@ unsafe fn approve_global<const ISA: usize>(machine: &mut Machine, at: &mut Addre
     let bytes = u64::from(site.bytes);
     let (start, end) = machine.cache[site.pc as usize & 15];
     // SAFETY: the caller's promise; addresses are aligned to 64.
-    let (inside, dense) = unsafe {
+    let (inside, alike, joined) = unsafe {
         let inside = end - start >= bytes
             && ask::inside64::<ISA>(at.0.as_ptr(), 0, start, end.wrapping_sub(start).wrapping_sub(bytes), bytes - 1);
-        (inside, site.mask == !0 && ask::steps64::<ISA>(at.0.as_ptr(), bytes))
+        let joined = ask::joined64::<ISA>(at.0.as_ptr(), bytes);
+        (inside, joined == 0 && ask::steps64::<ISA>(at.0.as_ptr(), 0), joined)
     };
     if !inside {
         return false;
     }
-    // SAFETY: as above.
-    let alike = !dense && unsafe { ask::steps64::<ISA>(at.0.as_ptr(), 0) };
-    let whole = match (dense, alike) {
-        (true, _) => Some((at.0[0], 32 * bytes)),
-        (_, true) => Some((at.0[0], bytes)),
-        _ => None,
-    };
-    let store = site.usage == Use::Store;
-    if env.checks.uninitialised {
-        if store {
-            match whole {
-                Some((first, length)) => env.memory.mark(first, length, true),
-                None => lanes(site.mask).for_each(|l| env.memory.mark(at.0[l as usize], bytes, true)),
-            }
-        } else {
-            let written = match whole {
-                Some((first, length)) => env.memory.written(first, length),
-                None => {
-                    let (low, high, _) = extent(at);
-                    (high - low <= 1024 && env.memory.written(low, high - low + bytes))
-                        || at.0.iter().all(|&a| env.memory.written(a, bytes))
-                }
-            };
-            if !written {
+    // Lanes whose accesses follow each other are one range.
+    let joined = joined & site.mask & site.mask << 1;
+    let starts = if alike { site.mask & site.mask.wrapping_neg() } else { site.mask & !joined };
+    let range = |l: u32| (at.0[l as usize], bytes * u64::from(1 + (joined >> 1 >> l).trailing_ones()));
+    if !env.checks.any_global() {
+        if env.settings.counters {
+            machine.count_ranges(at, starts, range, site);
+        }
+        return true;
+    }
+    let races = env.global_races.as_ref().filter(|_| !site.strong);
+    let (block, epoch) = (machine.block.linear as u32, machine.block.epoch);
+    let mut rest = starts;
+    while rest != 0 {
+        let (first, length) = range(rest.trailing_zeros());
+        rest &= rest - 1;
+        if env.checks.uninitialised {
+            if site.usage == Use::Store {
+                env.memory.mark(first, length, true);
+            } else if !env.memory.written(first, length) {
                 return false;
             }
         }
-    }
-    if let (Some(races), false) = (&env.global_races, site.strong) {
-        let (block, epoch) = (machine.block.linear as u32, machine.block.epoch);
-        // SAFETY: the accesses lie in an allocation; the caller's promise.
-        let ordered = unsafe {
-            match store {
-                true => approve_between::<ISA, true>(races, env.range, whole, at, site, (block, epoch)),
-                false => approve_between::<ISA, false>(races, env.range, whole, at, site, (block, epoch)),
+        if let Some(races) = races
+            && first.wrapping_sub(env.range.0) < env.range.1
+        {
+            // SAFETY: the accesses lie in an allocation; the caller's promise.
+            let good = unsafe {
+                match site.usage {
+                    Use::Store => races.approve::<ISA, true>(first, length, block, epoch),
+                    _ => races.approve::<ISA, false>(first, length, block, epoch),
+                }
+            };
+            if !good {
+                return false;
             }
-        };
-        if !ordered {
-            return false;
         }
     }
     if env.settings.counters {
-        match whole {
-            Some((first, length)) => machine.count_range(first, length, site),
-            None => machine.count_global(at, site),
-        }
+        machine.count_ranges(at, starts, range, site);
     }
     true
-}
-
-/// Races between blocks of accesses that lie in one range, or else lane by lane.
-///
-/// # Safety
-/// As for [`approve`], with all accesses in an allocation.
-#[inline(always)]
-unsafe fn approve_between<const ISA: usize, const WRITE: bool>(
-    races: &GlobalRaces,
-    (base, size): (u64, u64),
-    whole: Option<(u64, u64)>,
-    at: &Addresses,
-    site: Site,
-    (block, epoch): (u32, u32),
-) -> bool {
-    // SAFETY: the caller's promise.
-    unsafe {
-        if let Some((first, length)) = whole {
-            return first.wrapping_sub(base) >= size || races.approve::<ISA, WRITE>(first, length, block, epoch);
-        }
-        let mut rest = site.mask;
-        while rest != 0 {
-            let first = at.0[rest.trailing_zeros() as usize];
-            if first.wrapping_sub(base) < size && !races.approve::<ISA, WRITE>(first, site.bytes.into(), block, epoch) {
-                return false;
-            }
-            rest &= rest - 1;
-        }
-        true
-    }
 }
 
 impl Counters {
@@ -784,21 +749,31 @@ impl Machine<'_> {
         }
     }
 
-    /// Counts accesses that cover a range.
+    /// Counts accesses that cover ranges, which begin at the lanes in `starts`.
     #[inline(always)]
-    fn count_range(&mut self, first: u64, length: u64, site: Site) {
-        self.count_asked(site);
-        let (first, last) = (first / 32, (first + length - 1) / 32);
-        self.counters.global_sectors += last - first + 1;
-        if let Some(touched) = &self.env.touched {
-            touched.touch(first, last);
+    fn count_ranges(&mut self, at: &Addresses, starts: u32, range: impl Fn(u32) -> (u64, u64), site: Site) {
+        let mut sectors = 0;
+        let mut before = None;
+        let mut rest = starts;
+        while rest != 0 {
+            let (first, length) = range(rest.trailing_zeros());
+            let (first, last) = (first / 32, (first + length - 1) / 32);
+            rest &= rest - 1;
+            match before {
+                Some(before) if first == before => sectors += last - first,
+                Some(before) if first < before => return self.count_global(at, site),
+                _ => sectors += last - first + 1,
+            }
+            before = Some(last);
+            if let Some(touched) = &self.env.touched {
+                touched.touch(first, last);
+            }
         }
+        self.count_asked(site);
+        self.counters.global_sectors += sectors;
     }
 
-    pub(super) fn count_global(&mut self, at: &Addresses, site: Site) {
-        if progression(at, u64::from(site.bytes)) {
-            return self.count_range(at[0], 32 * u64::from(site.bytes), site);
-        }
+    fn count_global(&mut self, at: &Addresses, site: Site) {
         self.count_asked(site);
         let counters = &mut self.counters;
         let touched = self.env.touched.as_ref();

@@ -148,6 +148,37 @@ pub unsafe fn steps64<const ISA: usize>(a: *const u64, step: u64) -> bool {
     a[1] == a[0].wrapping_add(step) && a.iter().enumerate().all(|(l, &v)| v == a[0].wrapping_add(l as u64 * step))
 }
 
+/// Bit l is whether value l is the one before plus `step`; bit 0 is not set.
+///
+/// # Safety
+/// As for [`inside32`].
+#[inline(always)]
+pub unsafe fn joined64<const ISA: usize>(a: *const u64, step: u64) -> u32 {
+    #[cfg(target_arch = "x86_64")]
+    if ISA == AVX512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise; the mask keeps the last load inside the values.
+        return unsafe {
+            let step = _mm512_set1_epi64(step as i64);
+            macro_rules! joined {
+                ($i:expr, $part:expr) => {{
+                    let next = _mm512_add_epi64(_mm512_load_si512(a.add($i).cast()), step);
+                    let at = _mm512_maskz_loadu_epi64($part, a.add($i + 1).cast());
+                    u32::from(_mm512_mask_cmpeq_epi64_mask($part, at, next)) << $i
+                }};
+            }
+            (joined!(0, 0xff) | joined!(8, 0xff) | joined!(16, 0xff) | joined!(24, 0x7f)) << 1
+        };
+    }
+    // SAFETY: the caller's promise.
+    let a = unsafe { &*a.cast::<[u64; 32]>() };
+    let mut joined = 0;
+    for l in 1..32 {
+        joined |= u32::from(a[l] == a[l - 1].wrapping_add(step)) << l;
+    }
+    joined
+}
+
 /// Whether the 16 values are equal.
 ///
 /// # Safety

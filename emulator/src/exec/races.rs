@@ -745,3 +745,189 @@ impl GlobalRaces {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::access::{Addresses, Site, Use};
+    use super::super::interp::{AVX2, AVX512, PORTABLE};
+    use super::super::shapes::Shapes;
+    use super::super::state::lanes;
+    use super::super::{Isa, best_isa};
+    use super::*;
+    use crate::memory::Memory;
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
+
+    const WARPS: usize = 3;
+    const GRANULES: usize = 96;
+
+    /// One lane after the other, as the checks do it where chunks are no answer.
+    fn by_lanes(races: &mut SharedRaces, warp: usize, at: &Addresses, site: Site) -> bool {
+        lanes(site.mask).any(|l| {
+            let first = at[l as usize] as usize / 4;
+            let granules = first..first + site.bytes as usize / 4;
+            match site.usage {
+                Use::Load => races.read(warp, l, granules),
+                Use::Store => races.write(warp, l, granules, |_| false),
+                Use::Atomic => races.atomic(warp, l, granules),
+            }
+            .is_some()
+        })
+    }
+
+    /// # Safety
+    /// The processor has the instruction set of `ISA`.
+    unsafe fn chunks_agree_with_lanes<const ISA: usize>(seed: u64) -> (u32, u32) {
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut quick = SharedRaces::new(WARPS, GRANULES, true);
+        let mut slow = SharedRaces::new(WARPS, GRANULES, true);
+        let mut shapes = Shapes::new(4);
+        let (mut approved, mut raced) = (0, 0);
+        for _ in 0..4000 {
+            let warp = random.random_range(0..WARPS);
+            match random.random_range(0..12) {
+                0 => {
+                    quick.tick(warp);
+                    slow.tick(warp);
+                }
+                1 => {
+                    // All meet, as at a barrier of the block.
+                    for races in [&mut quick, &mut slow] {
+                        let latest = (0..WARPS).map(|w| races.clock(w)[w]).max().unwrap();
+                        for w in 0..WARPS {
+                            races.join(w, &[latest; WARPS]);
+                            races.advance(w, latest + 1);
+                        }
+                    }
+                }
+                2 => {
+                    for races in [&mut quick, &mut slow] {
+                        races.release(warp, 0);
+                        races.acquire((warp + 1) % WARPS, 0);
+                    }
+                }
+                3 if random.random_range(0..20) == 0 => {
+                    quick.restart();
+                    slow.restart();
+                }
+                _ => {
+                    let usage = [Use::Load, Use::Load, Use::Store, Use::Atomic][random.random_range(0..4)];
+                    let bytes = [4, 8, 16][random.random_range(0..3)];
+                    let mask = [!0u32, 0xffff, 0x8421][random.random_range(0..3)];
+                    // In a row, all at one place, two places, or far apart.
+                    let step = [bytes, 0, 4 * bytes % 48][random.random_range(0..3)] as usize;
+                    let origin = random.random_range(0..8) * 16;
+                    let mut at = Addresses(std::array::from_fn(|l| {
+                        ((origin + l * step) % (GRANULES * 4 - 16)) as u64 / u64::from(bytes) * u64::from(bytes)
+                    }));
+                    super::super::access::settle(&mut at, mask);
+                    let site = Site { pc: random.random_range(0..4), mask, bytes, usage, strong: false };
+                    let expected = by_lanes(&mut slow, warp, &at, site);
+                    // SAFETY: the caller's promise; the accesses lie inside the granules.
+                    let good = unsafe {
+                        usage != Use::Atomic
+                            && shapes.recall::<ISA>(&at, site, 2).is_some_and(|shape| {
+                                let origin = (at[mask.trailing_zeros() as usize] / 4) as i64;
+                                (usage == Use::Load || !shape.overlap)
+                                    && shape.chunks.iter().all(|chunk| {
+                                        let at = (origin + chunk.at) as usize;
+                                        assert!(quick.holds(at));
+                                        match usage {
+                                            Use::Load => quick.read_chunk::<ISA>(warp, chunk, at),
+                                            _ => quick.write_chunk::<ISA, true>(warp, chunk, at),
+                                        }
+                                    })
+                            })
+                    };
+                    let found = !good && by_lanes(&mut quick, warp, &at, site);
+                    assert_eq!(found, expected, "seed {seed}");
+                    approved += u32::from(good);
+                    if expected {
+                        // A race ends a launch.
+                        raced += 1;
+                        quick = SharedRaces::new(WARPS, GRANULES, true);
+                        slow = SharedRaces::new(WARPS, GRANULES, true);
+                    }
+                }
+            }
+        }
+        (approved, raced)
+    }
+
+    #[test]
+    fn chunks_find_the_races_that_lanes_find() {
+        for seed in 0..20 {
+            // SAFETY: only what the processor has.
+            let counts = unsafe {
+                match (best_isa(), seed % 3) {
+                    (Isa::Avx512, 0) => chunks_agree_with_lanes::<AVX512>(seed),
+                    (Isa::Avx512 | Isa::Avx2, 1) => chunks_agree_with_lanes::<AVX2>(seed),
+                    _ => chunks_agree_with_lanes::<PORTABLE>(seed),
+                }
+            };
+            assert!(counts.0 > 100 && counts.1 > 100, "{counts:?} approved and raced: too few to tell");
+        }
+    }
+
+    /// # Safety
+    /// The processor has the instruction set of `ISA`.
+    unsafe fn ranges_agree_with_words<const ISA: usize>(seed: u64) -> (u32, u32) {
+        let mut random = StdRng::seed_from_u64(seed);
+        let memories = [Memory::new(1 << 20), Memory::new(1 << 20)];
+        let bases = [0, 1].map(|i| memories[i].alloc(4096).expect("memory"));
+        let shadows = [0, 1].map(|i| memories[i].shadow().expect("address space"));
+        let begin = || [0, 1].map(|i: usize| GlobalRaces::new(shadows[i].clone()));
+        let mut races = begin();
+        let (mut approved, mut raced) = (0, 0);
+        for _ in 0..3000 {
+            let (block, epoch) = (random.random_range(0..3), random.random_range(1..3));
+            let first = random.random_range(0..600u64);
+            let length = [1, 2, 4, 16, 64, 700][random.random_range(0..6)];
+            let write = random.random_range(0..4) == 0;
+            let by_words = |races: &GlobalRaces, base: u64| {
+                let (mut at, end) = (base + first, base + first + length);
+                let mut found = false;
+                while at < end && !found {
+                    let upto = end.min((at & !3) + 4);
+                    let bytes = ((1 << (upto - at)) - 1) << (at % 4);
+                    found = match write {
+                        true => races.write(at & !3, bytes, block, epoch, false).is_some(),
+                        false => races.read(at & !3, bytes, block, epoch).is_some(),
+                    };
+                    at = upto;
+                }
+                found
+            };
+            let expected = by_words(&races[1], bases[1]);
+            // SAFETY: the caller's promise; the range lies in the allocation.
+            let good = unsafe {
+                match write {
+                    true => races[0].approve::<ISA, true>(bases[0] + first, length, block, epoch),
+                    false => races[0].approve::<ISA, false>(bases[0] + first, length, block, epoch),
+                }
+            };
+            let found = !good && by_words(&races[0], bases[0]);
+            assert_eq!(found, expected, "seed {seed}");
+            approved += u32::from(good);
+            if expected || random.random_range(0..50) == 0 {
+                raced += u32::from(expected);
+                races = begin();
+            }
+        }
+        (approved, raced)
+    }
+
+    #[test]
+    fn ranges_find_the_races_that_words_find() {
+        for seed in 0..9 {
+            // SAFETY: only what the processor has.
+            let counts = unsafe {
+                match best_isa() {
+                    Isa::Avx512 if seed % 2 == 0 => ranges_agree_with_words::<AVX512>(seed),
+                    _ => ranges_agree_with_words::<PORTABLE>(seed),
+                }
+            };
+            assert!(counts.0 > 100 && counts.1 > 100, "{counts:?} approved and raced: too few to tell");
+        }
+    }
+}
