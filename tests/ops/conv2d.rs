@@ -312,28 +312,45 @@ fn any_number_of_threads_gives_the_same_bits() {
     }
 }
 
+/// Asserts that each image of a case has the same `y` and `dx` without the others.
+fn images_stand_alone(device: &Device, case: Case, method: Method) {
+    let data = Data::new(case).to_f32();
+    let [y, dx, ..] = by_tape_on(device, case, &data, method, 1);
+    let single = Case { x: Shape { n: 1, ..case.x }, ..case };
+    for image in 0..case.x.n {
+        let part = |v: &[f32]| v[image * v.len() / case.x.n..][..v.len() / case.x.n].to_vec();
+        let data = Data {
+            x: part(&data.x),
+            w: data.w.clone(),
+            b: data.b.clone(),
+            shift: part(&data.shift),
+            residual: part(&data.residual),
+            dy: part(&data.dy),
+        };
+        let alone = by_tape_on(device, single, &data, method, 1);
+        same_bits(&format!("y of image {image} alone, {case:?}"), &alone[0], &part(&y));
+        same_bits(&format!("dx of image {image} alone, {case:?}"), &alone[1], &part(&dx));
+    }
+}
+
 #[test]
 fn an_image_does_not_depend_on_its_batch() {
     for (case, method) in cases_by_method().into_iter().filter(|(c, _)| c.x.n > 1) {
-        let data = Data::new(case).to_f32();
-        let [y, dx, ..] = by_tape(case, &data, method, 1);
-        let single = Case { x: Shape { n: 1, ..case.x }, ..case };
-        let chosen = |c: Case| Method::choose(c.x, c.w, c.geometry);
-        let (one, all) = (chosen(single), chosen(case));
+        let chosen = |n| Method::choose(Shape { n, ..case.x }, case.w, case.geometry);
+        let (one, all) = (chosen(1), chosen(case.x.n));
         assert_eq!((one.forward, one.dgrad), (all.forward, all.dgrad), "the batch decides the method of {case:?}");
-        for image in 0..case.x.n {
-            let part = |v: &[f32]| v[image * v.len() / case.x.n..][..v.len() / case.x.n].to_vec();
-            let data = Data {
-                x: part(&data.x),
-                w: data.w.clone(),
-                b: data.b.clone(),
-                shift: part(&data.shift),
-                residual: part(&data.residual),
-                dy: part(&data.dy),
-            };
-            let alone = by_tape(single, &data, method, 1);
-            same_bits(&format!("y of image {image} alone, {case:?}"), &alone[0], &part(&y));
-            same_bits(&format!("dx of image {image} alone, {case:?}"), &alone[1], &part(&dx));
+        images_stand_alone(&Device::cpu_guarded(), case, method);
+    }
+}
+
+#[test]
+fn gpu_image_does_not_depend_on_its_batch() {
+    for dtype in [DType::F32, DType::Bf16] {
+        let Some(gpu) = gpu::gpu(dtype) else { return };
+        let device = Device::Cuda(gpu);
+        // Those whose single image is cut into other tiles than the batch among them.
+        for case in CASES.into_iter().filter(|c| c.x.n > 1 && c.x.len() * c.w.n < 1 << 20) {
+            images_stand_alone(&device, case, direct(simd::level()));
         }
     }
 }

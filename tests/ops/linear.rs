@@ -6,8 +6,9 @@ use num_traits::Float;
 
 use crate::support::{Pass, close, close_as, finite_differences, gpu, numbers, same_bits, through_tape_on, to_f32};
 
-/// `x` and `c_out`: sizes of one, primes, one over the register tile (32 columns, 14 rows) and over a block of rows (56).
-const CASES: [(Shape, usize); 8] = [
+/// `x` and `c_out`: sizes of one, primes, one over the register tile (32 columns, 14 rows) and over a block of rows (56); on a GPU every
+/// shape of tile.
+const CASES: [(Shape, usize); 9] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 1, 1, 7), 5),
     (Shape::new(16, 1, 1, 32), 128),
@@ -16,6 +17,7 @@ const CASES: [(Shape, usize); 8] = [
     (Shape::new(1, 57, 1, 3), 31),
     (Shape::new(2, 16, 16, 65), 64),
     (Shape::new(1, 1, 4099, 2), 2),
+    (Shape::new(3, 7, 1, 130), 31),
 ];
 
 /// `x`, `w`, `b`, residual, `dy`.
