@@ -3,8 +3,8 @@
 //
 // computes   fwd    y[n,i,j,o]  = b[o] + sum over u,v,k of x[n, i s + u - top, j s + v - left, k] w[o,u,v,k] (+ shift[n,o] + residual[n,i,j,o])
 //            dgrad  dx[n,p,q,k] = sum over o,u,v with p = i s + u - top, q = j s + v - left of dy[n,i,j,o] w[o,u,v,k]
-//            wgrad  dw[o,u,v,k] = sum over n,i,j of dy[n,i,j,o] x[n, i s + u - top, j s + v - left, k]
-//            bwd_shift  dshift[n,o] = sum over i,j of dy[n,i,j,o]; sum_parts adds up db = sum over n, and the parts of dw
+//            wgrad  dw[o,u,v,k] = sum over n,i,j of dy[n,i,j,o] x[n, i s + u - top, j s + v - left, k]; sum_parts adds up its shares
+//            bwd_shift  dshift[n,o] = sum over i,j of dy[n,i,j,o];  bwd_bias  db[o] = sum over n of it, unrounded
 // layout     x (n, h, w, c_in), w (c_out, kh, kw, c_in), y, residual (n, oh, ow, c_out), shift (n, c_out), bias (c_out): contiguous. Gradients alike.
 // mapping    block = 64 threads = one tile of the product (tile_gemm.cuh)
 //            fwd    rows = pixels of y, all images in one row; cols = c_out; k = (u, v, c_in)
@@ -17,7 +17,7 @@
 // bound by   FMA where both channel counts are 32 or more; by the tile's idle columns where c_out is 1 or 3; bwd_shift by reading dy
 // host       n oh ow, n h w, kh kw c_in, kh kw c_out < 2^31; grids as said above; tensors aligned to 16 bytes (vector accesses where channels divide by four)
 // numerics   sums in f32: fwd over (u, v, k), dgrad over (u, v, o) with the largest u and v first, wgrad over pixels by shares, the shares in
-//            order. An image's y and dx do not depend on what else is in its batch.
+//            order; shift and bias in f64. An image's y and dx do not depend on what else is in its batch.
 #include "column_sums.cuh"
 #include "tile_gemm.cuh"
 
@@ -346,12 +346,16 @@ __device__ __forceinline__ void wgrad(float* dw, const T* x, const T* dy, unsign
         unsigned n, unsigned h, unsigned w, unsigned c_in, unsigned oh, unsigned ow, unsigned c_out, unsigned kh, unsigned kw, unsigned stride, unsigned top, unsigned left) { \
         wgrad<Tile<32, 128>>(dw, x, dy, share, accumulate, GEOMETRY); \
     } \
-    extern "C" __global__ void __launch_bounds__(256) conv2d_bwd_shift_##suffix(float* sums, T* dshift, const T* dy, unsigned pixels, size_t all_pixels, unsigned c, unsigned lanes) { \
+    extern "C" __global__ void __launch_bounds__(256) conv2d_bwd_shift_##suffix(double* sums, T* dshift, const T* dy, unsigned pixels, size_t all_pixels, unsigned c, unsigned lanes) { \
         sum_rows(sums, dshift, dy, pixels, all_pixels, c, lanes); \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY
 // clang-format on
+
+extern "C" __global__ void __launch_bounds__(256) conv2d_bwd_bias(float* db, const double* sums, unsigned n, size_t c, unsigned accumulate) {
+    sum_parts(db, sums, n, c, accumulate);
+}
 
 extern "C" __global__ void __launch_bounds__(256) conv2d_sum_parts(float* to, const float* parts, unsigned count, size_t len, unsigned accumulate) {
     sum_parts(to, parts, count, len, accumulate);

@@ -2,14 +2,14 @@
 //
 // computes   fwd    y[p,o]  = sum over k of x[p,k] w[o,k] (+ b[o] + residual[p,o])
 //            dgrad  dx[p,k] = sum over o of dy[p,o] w[o,k]
-//            wgrad  dw[o,k] = sum over p of dy[p,o] x[p,k]
-//            bwd_bias  sums of chunks of dy's rows, which sum_parts adds up to db[o] = sum over p of dy[p,o]; sum_parts also adds up the parts of dw
+//            wgrad  dw[o,k] = sum over p of dy[p,o] x[p,k]; sum_parts adds up its shares
+//            bwd_sums  sums of chunks of dy's rows;  bwd_bias  db[o] = sum over p of dy[p,o], from those
 // layout     x (rows, c_in), w (c_out, c_in), y, residual, dy (rows, c_out), bias (c_out): contiguous
 // mapping    block = 64 threads = one tile of the product; blockIdx.x counts tiles, side by side first. wgrad: blockIdx.y takes `share` rows
 // shared     two buffers of both operands, 9 KB (64x64) or 11 KB
-// bound by   FMA; by idle rows of the tile where there are few (the time embedding has one for each image); bwd_bias by reading dy
+// bound by   FMA; by idle rows of the tile where there are few (the time embedding has one for each image); bwd_sums by reading dy
 // host       rows, c_in, c_out < 2^31; tensors aligned to 16 bytes (vector accesses where c_in, c_out divide by four)
-// numerics   sums in f32, fwd over k, dgrad over o, wgrad over p by shares, the shares in order. A row's y and dx do not depend on the others.
+// numerics   sums in f32, fwd over k, dgrad over o, wgrad over p by shares, the shares in order; the bias in f64. A row's y and dx do not depend on the others.
 #include "column_sums.cuh"
 #include "tile_gemm.cuh"
 
@@ -93,12 +93,16 @@ __device__ __forceinline__ void wgrad(float* dw, const T* x, const T* dy, unsign
     extern "C" __global__ void __launch_bounds__(64) linear_wgrad_32x128_##suffix(float* dw, const T* x, const T* dy, unsigned share, unsigned accumulate, unsigned rows, unsigned c_in, unsigned c_out) { \
         wgrad<Tile<32, 128>>(dw, x, dy, share, accumulate, rows, c_in, c_out); \
     } \
-    extern "C" __global__ void __launch_bounds__(256) linear_bwd_bias_##suffix(float* sums, const T* dy, unsigned chunk, size_t rows, unsigned c, unsigned lanes) { \
+    extern "C" __global__ void __launch_bounds__(256) linear_bwd_sums_##suffix(double* sums, const T* dy, unsigned chunk, size_t rows, unsigned c, unsigned lanes) { \
         sum_rows(sums, (T*)nullptr, dy, chunk, rows, c, lanes); \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY
 // clang-format on
+
+extern "C" __global__ void __launch_bounds__(256) linear_bwd_bias(float* db, const double* sums, unsigned chunks, size_t c, unsigned accumulate) {
+    sum_parts(db, sums, chunks, c, accumulate);
+}
 
 extern "C" __global__ void __launch_bounds__(256) linear_sum_parts(float* to, const float* parts, unsigned count, size_t len, unsigned accumulate) {
     sum_parts(to, parts, count, len, accumulate);

@@ -18,7 +18,7 @@ use ddpm_cuda::tensor::DType;
 use ddpm_cuda::train::{StepReport, Trainer};
 
 use support::gpu::{self, configure};
-use support::same_bits;
+use support::{F32_ROUNDING, same_bits};
 
 /// Two levels, attention with two heads, classes, dropout, flips, two micro-batches, sides that differ: everything there is, as small as it gets.
 fn tiny() -> Config {
@@ -72,28 +72,28 @@ fn weights(trainer: &Trainer) -> Vec<f32> {
     trainer.params().host().unwrap().into_owned()
 }
 
-/// Both draw the same images, timesteps, noise and masks and round differently. A step multiplies what two runs differ by at most about
-/// twofold here (measured: the difference after 50 steps is a few 1e-6), and the first differ by some roundings of a loss of order one.
+/// Both draw the same images, timesteps, noise and masks and round differently. A step's loss differs by some roundings of its own, and by what the weights
+/// differ by, to which every step adds a rounding of the update: after k steps some k roundings, twice that allowed.
 #[test]
 fn the_loss_curve_follows_the_cpus() {
     let c = tiny();
     let Some(mut gpu) = on_gpu(&c, DType::F32) else { return };
-    let (got, want) = (steps(&mut gpu, 50), steps(&mut on_cpu(&c), 50));
-    let mut worst = 0.0f64;
+    let mut cpu = on_cpu(&c);
+    let (got, want) = (steps(&mut gpu, 50), steps(&mut cpu, 50));
+    let mut worst = [0.0f64; 2];
     for (got, want) in got.iter().zip(&want) {
         assert_eq!((got.step, got.learning_rate), (want.step, want.learning_rate));
-        worst = worst.max((got.loss - want.loss).abs() / want.loss);
-        assert!(
-            (got.loss - want.loss).abs() <= 1e-4 * want.loss
-                && (got.grad_norm - want.grad_norm).abs() <= 1e-3 * want.grad_norm,
-            "step {}: {got:?}, the CPU has {want:?}",
-            got.step
-        );
+        let allowed = 2.0 * f64::from(want.step) * F32_ROUNDING;
+        let errors =
+            [(got.loss - want.loss).abs() / want.loss, (got.grad_norm - want.grad_norm).abs() / want.grad_norm];
+        for (worst, error) in worst.iter_mut().zip(errors) {
+            *worst = worst.max(error / allowed);
+        }
+        assert!(errors[0] <= allowed && errors[1] <= allowed, "{got:?}, the CPU has {want:?}");
     }
-    println!("largest relative difference of the loss over 50 steps: {worst:.1e}");
-    let stop = AtomicBool::new(false);
-    let [got, want] = [&gpu, &on_cpu(&c)].map(|trainer| trainer.validate(&stop).unwrap().mean().unwrap());
-    assert!(got.is_finite() && want.is_finite());
+    println!("of its budget the loss used {:.3} and the norm {:.3}", worst[0], worst[1]);
+    let means = [&want[..10], &want[40..]].map(|w| w.iter().map(|r| r.loss).sum::<f64>() / 10.0);
+    assert!(means[1] < 0.9 * means[0], "nothing is learnt: {means:?}");
 }
 
 /// The held-out loss before the first step: the same network on both, so only roundings differ.
@@ -260,6 +260,20 @@ fn the_command_line_trains_samples_and_predicts_on_a_gpu() {
         sample.args(["sample", "--model", "run", "--device", "cuda", "--count", "2", "--steps", "2", "--out", "x.png"]);
     let out = out.output().unwrap();
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let at = |name: &str| folder.path().join(name);
+    let x: Vec<f32> = (0..2 * 784).map(|i| (i % 13) as f32 / 6.5 - 1.0).collect();
+    ddpm_cuda::output::write_npy(&at("x.npy"), &[2, 1, 28, 28], &x).unwrap();
+    ddpm_cuda::output::write_npy(&at("t.npy"), &[2], &[3.0, 40.0]).unwrap();
+    let predict = |device: &str, out: &str| {
+        let mut predict = program(folder.path()).unwrap();
+        predict.args(["predict", "--model", "run", "--x", "x.npy", "--t", "t.npy", "--device", device, "--out", out]);
+        let said = predict.output().unwrap();
+        assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+        ddpm_cuda::data::npy::read(&at(out)).unwrap().to_f32().unwrap()
+    };
+    let (got, want) = (predict("cuda", "gpu.npy"), predict("cpu", "cpu.npy"));
+    // As tests/unet.rs has it for networks of other implementations.
+    support::close_to_largest("eps", &got, &want, 2e-5);
     let mut info = program(folder.path()).unwrap();
     let said = String::from_utf8(info.arg("info").output().unwrap().stdout).unwrap();
     assert!(said.contains("cuda:0") && said.contains("compiled by CUDA"), "{said}");
@@ -288,4 +302,32 @@ fn a_gpu_that_is_too_small_old_or_absent_is_refused_in_one_sentence() {
         assert_eq!(out.status.code(), Some(1), "{name}={value}: {said}");
         assert!(said.contains(says) && said.trim_end().lines().count() == 1, "{name}={value}: {said}");
     }
+}
+
+/// On a GPU of 64 MiB, which is a process of its own: what the pool keeps goes back to the driver when memory runs out, and when that is
+/// not enough the error says how much was needed and for what.
+#[test]
+fn idle_memory_is_given_back_and_what_is_missing_is_named() {
+    const CHILD: &str = "DDPM_TEST_SMALL_GPU";
+    if !gpu::available() || std::env::var("DDPM_TEST_DEVICE").as_deref() == Ok("cuda") {
+        return;
+    }
+    if std::env::var_os(CHILD).is_none() {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args(["--exact", "idle_memory_is_given_back_and_what_is_missing_is_named", "--nocapture"]);
+        let out = command.env(CHILD, "1").env("CUDA_EMU_MEMORY", "64M").output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stdout));
+        return;
+    }
+    let gpu = Gpu::open(0, DType::F32, false).unwrap();
+    let idle = gpu.alloc(40 << 20).unwrap();
+    drop(idle);
+    assert_eq!((gpu.pool_stats().in_use, gpu.pool_stats().held), (0, 40 << 20));
+    let held = gpu.alloc(48 << 20).unwrap();
+    assert_eq!((gpu.pool_stats().hits, gpu.pool_stats().misses, gpu.pool_stats().held), (0, 2, 48 << 20));
+    gpu.memory_is_for(format_args!("a test"));
+    let error = gpu.alloc(20 << 20).err().expect("there is no room").to_string();
+    assert!(error.contains("a test needs 20.0 MiB beside 48.0 MiB in use"), "{error}");
+    drop(held);
+    gpu.alloc(20 << 20).unwrap();
 }

@@ -1,7 +1,8 @@
 //! One module per operation, under the operation's stem: `cargo bench --bench ops -- group_norm`.
 //!
 //! Memory-bound operations report bytes per second, counting the least traffic that their file's header states; the others FLOP per
-//! second. Forward and backward run through the public function and the tape, on a warm pool.
+//! second. Forward and backward run through the public function and the tape, on a warm pool. With `DDPM_BENCH_DEVICE=cuda` what goes through
+//! the tape is measured on a GPU, until it is done; on the emulator times mean nothing.
 
 mod adam;
 mod add;
@@ -17,6 +18,8 @@ mod loss;
 mod q_sample;
 mod sample_step;
 mod silu;
+#[path = "../support/mod.rs"]
+mod support;
 mod time_embedding;
 mod upsample;
 
@@ -27,7 +30,7 @@ use ddpm_cuda::device::Device;
 use ddpm_cuda::error::Result;
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
 use ddpm_cuda::tape::{Tape, Var};
-use ddpm_cuda::tensor::{DType, Shape, Tensor};
+use ddpm_cuda::tensor::{Shape, Tensor};
 
 /// An operation with the shapes of what goes in.
 struct Case<'a, F> {
@@ -45,7 +48,7 @@ struct Case<'a, F> {
 impl<F: Fn(&mut Tape<'_>, &[Var], &[Param]) -> Result<Var>> Case<'_, F> {
     /// Measures the forward pass (without recording) and the backward pass.
     fn run(&self, c: &mut Criterion) {
-        let device = Device::cpu();
+        let device = support::device();
         let mut specs = Specs::default();
         let handles: Vec<Param> =
             self.params.iter().map(|&shape| specs.add(String::new(), shape, Layout::Vector, Init::Ones)).collect();
@@ -60,7 +63,9 @@ impl<F: Fn(&mut Tape<'_>, &[Var], &[Param]) -> Result<Var>> Case<'_, F> {
             b.iter(|| {
                 let mut tape = Tape::inference(&device, &params);
                 let x: Vec<Var> = inputs.iter().map(|x| tape.leaf(x.clone())).collect();
-                (self.op)(&mut tape, &x, &handles).expect("a valid case")
+                let y = (self.op)(&mut tape, &x, &handles).expect("a valid case");
+                device.synchronize().expect("the kernels do what they should");
+                y
             });
         });
         group.throughput(backward).bench_function(BenchmarkId::new("backward", &self.case), |b| {
@@ -69,9 +74,12 @@ impl<F: Fn(&mut Tape<'_>, &[Var], &[Param]) -> Result<Var>> Case<'_, F> {
                 let x: Vec<Var> = inputs.iter().map(|x| tape.leaf(x.clone())).collect();
                 let y = (self.op)(&mut tape, &x, &handles).expect("a valid case");
                 let dy = numbers(&device, y.shape());
+                device.synchronize().expect("the kernels do what they should");
                 (tape, y, dy)
             };
-            let run = |(tape, y, dy): (Tape<'_>, Var, Tensor)| tape.backward(&y, dy, &mut grads).map(drop);
+            let run = |(tape, y, dy): (Tape<'_>, Var, Tensor)| {
+                tape.backward(&y, dy, &mut grads).map(drop).and_then(|()| device.synchronize())
+            };
             b.iter_batched(record, run, BatchSize::PerIteration);
         });
         group.finish();
@@ -90,9 +98,7 @@ fn flops(forward: usize, backward: usize) -> [Throughput; 2] {
 
 /// A tensor of numbers on [-1, 1).
 fn numbers(device: &Device, shape: Shape) -> Tensor {
-    let mut x = Tensor::uninit(device, DType::F32, shape).unwrap();
-    x.data_mut().iter_mut().zip(ramp()).for_each(|(x, v)| *x = v);
-    x
+    Tensor::from_slice(device, shape, &ramp().take(shape.len()).collect::<Vec<f32>>()).unwrap()
 }
 
 fn ramp() -> impl Iterator<Item = f32> {

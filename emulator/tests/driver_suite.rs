@@ -1,5 +1,6 @@
 //! Ordinary kernels in the style of public CUDA code, compiled by nvcc, against computations on the host: mathematical functions with
-//! and without --use_fast_math, layers, halves, warp intrinsics and cooperative groups, atomics, language features, wmma.
+//! and without --use_fast_math, layers, halves, warp intrinsics and cooperative groups, atomics, language features, wmma, CUB, instruction forms
+//! written by hand, barriers in shared memory.
 
 #![allow(
     clippy::undocumented_unsafe_blocks,
@@ -663,6 +664,268 @@ mod language {
             let rotated = (a << (b & 31)) | (a >> ((32 - (b & 31)) % 32));
             let want = [dot as u32, sums, sad, a / (b % 1000 + 1), a % 12_345, a.min(b), half, product as u32, rotated];
             assert_eq!(out[i], want.iter().fold(0u32, |sum, v| sum.wrapping_add(*v)), "{a:#x}, {b:#x}");
+        }
+    }
+}
+
+mod library {
+    use super::*;
+
+    const PTX: &str = include_str!("kernels/library.ptx");
+
+    fn numbers(count: usize, seed: u64, below: i32) -> Vec<i32> {
+        noise(count, seed).iter().map(|v| (v.abs() * f64::from(below)) as i32).collect()
+    }
+
+    /// Under every schedule: what a kernel of one block of 128 threads makes of its input.
+    fn for_all_schedules<I: DeviceRepr, O: DeviceRepr + Default + Clone>(
+        name: &str,
+        input: &[I],
+        outputs: usize,
+        check: impl Fn(Vec<O>),
+    ) {
+        load();
+        for seed in ["none", "1", "2"] {
+            configure("seed", seed);
+            let (context, stream) = device(0);
+            let function = kernel(&context, PTX, name);
+            let x = stream.clone_htod(input).unwrap();
+            let mut y = unsafe { stream.alloc::<O>(outputs) }.unwrap();
+            run!(stream, function, line(1, 128), &x, &mut y);
+            check(stream.clone_dtoh(&y).unwrap());
+        }
+    }
+
+    #[test]
+    fn blocks_scan_reduce_sort_and_count() {
+        let x = numbers(512, 40, 64);
+        let before: Vec<i32> = (0..512).map(|i| x[..i].iter().sum()).collect();
+        for_all_schedules("exclusive_scan", &x, 512, |got: Vec<i32>| assert_eq!(got, before));
+        let f: Vec<f32> = x[..128].iter().map(|&v| v as f32).collect();
+        let most = f.iter().copied().fold(0.0, f32::max);
+        for_all_schedules("sum_and_maximum", &f, 2, |got: Vec<f32>| assert_eq!(got, [f.iter().sum(), most]));
+        let keys: Vec<u32> = x.iter().map(|&v| (v as u32).wrapping_mul(2_654_435_769)).collect();
+        let mut sorted = keys.clone();
+        sorted.sort_unstable();
+        for_all_schedules("sort", &keys, 512, |got: Vec<u32>| assert_eq!(got, sorted));
+        let bytes: Vec<u8> = x.iter().map(|&v| v as u8).collect();
+        let counts: Vec<u32> = (0..64).map(|bin| x.iter().filter(|&&v| v == bin).count() as u32).collect();
+        for_all_schedules("counts", &bytes, 64, |got: Vec<u32>| assert_eq!(got, counts));
+    }
+
+    #[test]
+    fn warps_scan_and_split() {
+        let x = numbers(128, 41, 100);
+        let mut want = vec![];
+        for warp in x.chunks(32) {
+            for (lane, &v) in warp.iter().enumerate() {
+                let upto: i32 = warp[..=lane].iter().sum();
+                let alike: i32 = warp.iter().filter(|&&other| other % 2 == v % 2).sum();
+                let labelled = warp.iter().filter(|&&other| other % 5 == v % 5).count() as i32;
+                want.extend([if lane == 0 { warp.iter().sum() } else { 0 }, upto, upto, upto - v, alike, labelled]);
+            }
+        }
+        for_all_schedules("warps", &x, 768, |got: Vec<i32>| assert_eq!(got, want));
+    }
+
+    #[test]
+    fn lanes_that_stay_work_together() {
+        load();
+        let (context, stream) = device(0);
+        let function = kernel(&context, PTX, "filter");
+        let x = numbers(512, 42, 100);
+        let dx = stream.clone_htod(&x).unwrap();
+        let (mut count, mut out) = (stream.alloc_zeros::<i32>(1).unwrap(), stream.alloc_zeros::<i32>(512).unwrap());
+        run!(stream, function, line(4, 128), &dx, &mut count, &mut out);
+        let mut want: Vec<i32> = x.iter().copied().filter(|v| v % 3 == 0).collect();
+        assert_eq!(stream.clone_dtoh(&count).unwrap(), [want.len() as i32]);
+        let mut got = stream.clone_dtoh(&out).unwrap();
+        got.truncate(want.len());
+        want.sort_unstable();
+        got.sort_unstable();
+        assert_eq!(got, want);
+    }
+}
+
+mod forms {
+    use super::*;
+
+    const PTX: &str = include_str!("kernels/forms.ptx");
+
+    #[test]
+    fn products_of_packed_integers() {
+        load();
+        let (context, stream) = device(0);
+        let function = kernel(&context, PTX, "packed");
+        let x: Vec<i32> = (0..33i32).map(|v| v.wrapping_mul(-1_640_531_527) ^ 0x1234_5678).collect();
+        let (da, db) = (stream.clone_htod(&x[..32]).unwrap(), stream.clone_htod(&x[1..]).unwrap());
+        let mut out = unsafe { stream.alloc::<i32>(160) }.unwrap();
+        run!(stream, function, line(1, 32), &da, &db, &mut out);
+        for (i, got) in stream.clone_dtoh(&out).unwrap().chunks(5).enumerate() {
+            let (a, b) = (x[i].to_le_bytes(), x[i + 1].to_le_bytes());
+            let signed = |byte: u8| i64::from(byte as i8);
+            let unsigned = |byte: u8| i64::from(byte);
+            let four = |f: &dyn Fn(u8) -> i64, g: &dyn Fn(u8) -> i64| (0..4).map(|k| f(a[k]) * g(b[k])).sum::<i64>();
+            let half = |k: usize| i64::from(u16::from_le_bytes([a[2 * k], a[2 * k + 1]]));
+            let signed_half = |k: usize| i64::from(half(k) as u16 as i16);
+            let want = [
+                four(&signed, &signed) + 7,
+                four(&unsigned, &unsigned) + 7,
+                signed_half(0) * signed(b[0]) + signed_half(1) * signed(b[1]) + 3,
+                half(0) * unsigned(b[2]) + half(1) * unsigned(b[3]) + 3,
+                four(&signed, &unsigned) + 1,
+            ];
+            assert_eq!(got, want.map(|v| v as i32), "{:#x}, {:#x}", x[i], x[i + 1]);
+        }
+    }
+
+    #[test]
+    fn asynchronous_copies_of_every_size() {
+        load();
+        let (context, stream) = device(0);
+        let function = kernel(&context, PTX, "small_copies");
+        let x: Vec<i32> = (1..=128).map(|v| v * 0x0101_0101).collect();
+        let dx = stream.clone_htod(&x).unwrap();
+        let mut out = unsafe { stream.alloc::<i32>(256) }.unwrap();
+        run!(stream, function, line(1, 64), &dx, &mut out);
+        let got = stream.clone_dtoh(&out).unwrap();
+        let reversed: Vec<i32> = [&x[..64], &x[64..]].iter().flat_map(|half| half.iter().rev().copied()).collect();
+        assert_eq!(got[..128], reversed);
+        for (t, (got, from)) in got[128..].chunks(4).zip(x.chunks(4)).enumerate() {
+            let bytes = |words: &[i32]| words.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+            let mut want = bytes(from);
+            want[t % 17..].fill(0);
+            assert_eq!(bytes(got), want, "{} bytes", t % 17);
+        }
+    }
+
+    #[test]
+    fn cache_hints_change_nothing() {
+        load();
+        let (context, stream) = device(0);
+        let function = kernel(&context, PTX, "hints");
+        let x: Vec<i32> = (0..128).collect();
+        let dx = stream.clone_htod(&x).unwrap();
+        let mut out = unsafe { stream.alloc::<i32>(384) }.unwrap();
+        run!(stream, function, line(1, 32), &dx, &mut out);
+        let got = stream.clone_dtoh(&out).unwrap();
+        let first: Vec<i32> = x.iter().map(|&v| if v % 4 == 0 { 2 * v } else { v }).collect();
+        assert_eq!(got, [first, x.clone(), x].concat());
+    }
+
+    #[test]
+    fn reductions_without_results() {
+        load();
+        let (context, stream) = device(0);
+        let function = kernel(&context, PTX, "reductions");
+        let mut i = stream.alloc_zeros::<i32>(7).unwrap();
+        let mut f = stream.alloc_zeros::<f32>(1).unwrap();
+        let mut d = stream.alloc_zeros::<f64>(1).unwrap();
+        let mut u = stream.clone_htod(&[0u64, 0, 0, 0, 0, 0, 0, u64::MAX]).unwrap();
+        run!(stream, function, line(1, 64), &mut i, &mut f, &mut d, &mut u);
+        assert_eq!(stream.clone_dtoh(&i).unwrap(), [2016, 63, -1, 64, 64, 1, 1]);
+        assert_eq!(stream.clone_dtoh(&f).unwrap(), [1008.0]);
+        assert_eq!(stream.clone_dtoh(&d).unwrap(), [1008.0]);
+        // 64 in f16 and in bf16, twice each.
+        let want = [2016, 77, 9, 0x5400_5400, 0x4280_4280, (-63i64) as u64, 63, 0];
+        assert_eq!(stream.clone_dtoh(&u).unwrap(), want);
+    }
+
+    #[test]
+    fn barriers_of_every_kind() {
+        load();
+        for seed in ["none", "1"] {
+            configure("seed", seed);
+            let (context, stream) = device(0);
+            let function = kernel(&context, PTX, "barriers");
+            let mut out = unsafe { stream.alloc::<i32>(64) }.unwrap();
+            run!(stream, function, line(1, 64), &mut out);
+            let count = (0..64).filter(|t| t % 3 != 0).count() as i32;
+            assert_eq!(stream.clone_dtoh(&out).unwrap(), [count + 1000; 64]);
+        }
+    }
+
+    #[test]
+    fn jump_tables() {
+        load();
+        let (context, stream) = device(0);
+        let function = kernel(&context, PTX, "cases");
+        let x: Vec<i32> = noise(100, 50).iter().map(|v| (v * 1000.0) as i32).collect();
+        let dx = stream.clone_htod(&x).unwrap();
+        let mut out = unsafe { stream.alloc::<i32>(100) }.unwrap();
+        run!(stream, function, line(1, 128), &dx, &mut out, &100i32);
+        for (&v, got) in x.iter().zip(stream.clone_dtoh(&out).unwrap()) {
+            let want = match v & 15 {
+                0 => v * 3,
+                1 => v ^ 7,
+                2 => v << 2,
+                3 => v / 3,
+                4 => v % 5,
+                5 => -v,
+                6 => v * v,
+                7 => v + 100,
+                8 => !v,
+                9 => v >> 1,
+                10 => v * 11,
+                11 => v - 9,
+                12 => v.count_ones() as i32,
+                13 => v.leading_zeros() as i32,
+                14 => v.reverse_bits(),
+                _ => 1,
+            };
+            assert_eq!(got, want, "{v}");
+        }
+    }
+}
+
+mod mbarriers {
+    use super::*;
+
+    const PTX: &str = include_str!("kernels/mbarriers.ptx");
+    const SEEDS: [&str; 3] = ["none", "1", "2"];
+
+    fn launch(name: &str, tiles: Option<i32>, outputs: usize) -> Result<Vec<i32>, String> {
+        load();
+        let (context, stream) = device(0);
+        let function = kernel(&context, PTX, name);
+        let x: Vec<i32> = (0..128 * tiles.unwrap_or(1)).map(|v| v * 37 % 1001).collect();
+        let dx = stream.clone_htod(&x).unwrap();
+        let mut out = unsafe { stream.alloc::<i32>(outputs) }.unwrap();
+        let mut launch = stream.launch_builder(&function);
+        launch.arg(&dx).arg(&mut out);
+        if let Some(tiles) = &tiles {
+            launch.arg(tiles);
+        }
+        if unsafe { launch.launch(line(1, 128)) }.is_err() {
+            let message = last_message();
+            std::mem::forget(dx);
+            std::mem::forget(out);
+            return Err(message);
+        }
+        Ok(stream.clone_dtoh(&out).unwrap())
+    }
+
+    #[test]
+    fn threads_meet_and_copies_arrive() {
+        let x = |i: i32| i * 37 % 1001;
+        for seed in SEEDS {
+            configure("seed", seed);
+            let want: Vec<i32> = (0..384).map(|i| x(127 - i % 128) + i / 128).collect();
+            assert_eq!(launch("met", None, 384).unwrap(), want);
+            for name in ["copied", "copied_by_group"] {
+                assert_eq!(launch(name, None, 128).unwrap(), want[..128]);
+            }
+            let sum = |t: i32| (0..5).map(|tile| x(tile * 128 + 127 - t) * (tile + 1)).sum::<i32>();
+            assert_eq!(launch("pipeline", Some(5), 128).unwrap(), (0..128).map(sum).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn who_does_not_wait_races() {
+        for seed in SEEDS {
+            configure("seed", seed);
+            let message = launch("not_waited", None, 384).unwrap_err();
+            assert!(message.contains("no barrier between") || message.contains("nothing has written"), "{message}");
         }
     }
 }

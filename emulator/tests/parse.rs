@@ -33,7 +33,7 @@ fn what_is_outside_is_refused_by_name_and_line() {
     for (body, name) in [
         ("tex.2d.v4.f32.f32 {%f1,%f2,%f3,%f4}, [t, {%f1,%f2}];", "tex.2d"),
         ("wgmma.fence.sync.aligned;", "wgmma.fence"),
-        ("mbarrier.init.shared.b64 [%r1], 1;", "mbarrier.init"),
+        ("mbarrier.try_wait.shared.b64 %p1, [%r1], %rd1;", "mbarrier.try_wait"),
         ("vadd.s32.s32.s32 %r1, %r2, %r3;", "vadd"),
         ("elect.sync %r1|%p1, %r2;", "elect.sync"),
         ("shfl.down.b32 %r1, %r2, 1, 31;", "shfl.down"),

@@ -1,4 +1,5 @@
-// Sums of the columns of a matrix (rows, c): first of chunks of rows, then of the chunks, both in a fixed order.
+// Sums of the columns of a matrix (rows, c): first of chunks of rows, then of the chunks, both in a fixed order. In f64, which costs nothing beside the
+// memory: gradients of biases and shifts are sums of many numbers of either sign, whose digits would be lost in f32.
 #pragma once
 #include "dtype.cuh"
 
@@ -7,12 +8,12 @@
 // Block = 256 threads, `lanes` of them (a power of two up to 32) side by side along the columns, the others down the rows: few
 // columns still keep every thread busy. blockIdx.y counts groups of `lanes` columns.
 template <class T>
-__device__ __forceinline__ void sum_rows(float* sums, T* rounded, const T* x, unsigned rows, size_t all_rows, unsigned c, unsigned lanes) {
-    // One partial sum a thread, 1 KB; halved until one row is left.
-    __shared__ float part[256];
+__device__ __forceinline__ void sum_rows(double* sums, T* rounded, const T* x, unsigned rows, size_t all_rows, unsigned c, unsigned lanes) {
+    // One partial sum a thread, 2 KB; halved until one row is left.
+    __shared__ double part[256];
     const unsigned t = threadIdx.x, col = blockIdx.y * lanes + t % lanes;
     const size_t first = (size_t)blockIdx.x * rows, last = min(first + rows, all_rows);
-    float sum = 0.0f;
+    double sum = 0.0;
     if (col < c) {
         for (size_t row = first + t / lanes; row < last; row += 256 / lanes) sum += load(x + row * c + col);
     }
@@ -24,15 +25,16 @@ __device__ __forceinline__ void sum_rows(float* sums, T* rounded, const T* x, un
     if (t < lanes && col < c) {
         const size_t at = (size_t)blockIdx.x * c + col;
         sums[at] = part[t];
-        if (rounded) store(rounded + at, part[t]);
+        if (rounded) store(rounded + at, (float)part[t]);
     }
 }
 
 // to[i] = sum over p of parts[p * len + i], or that much more than it was. Thread = one i, 256 a block.
-__device__ __forceinline__ void sum_parts(float* to, const float* parts, unsigned count, size_t len, bool add) {
+template <class PART>
+__device__ __forceinline__ void sum_parts(float* to, const PART* parts, unsigned count, size_t len, bool add) {
     const size_t i = (size_t)blockIdx.x * 256 + threadIdx.x;
     if (i >= len) return;
-    float sum = 0.0f;
+    double sum = 0.0;
     for (unsigned p = 0; p < count; ++p) sum += parts[p * len + i];
-    to[i] = add ? to[i] + sum : sum;
+    to[i] = add ? to[i] + (float)sum : (float)sum;
 }

@@ -518,7 +518,7 @@ mod cuda {
     use crate::device::cuda::tile::{SUM_THREADS, TILE_THREADS, Tile, choose, lanes, shares};
     use crate::device::cuda::{Gpu, Launch, View, each_one};
     use crate::kernels::conv2d::{
-        BWD_SHIFT, DGRAD_64X64, DGRAD_128X32, FWD_64X64, FWD_128X32, SUM_PARTS, WGRAD_32X128, WGRAD_64X64,
+        BWD_BIAS, BWD_SHIFT, DGRAD_64X64, DGRAD_128X32, FWD_64X64, FWD_128X32, SUM_PARTS, WGRAD_32X128, WGRAD_64X64,
     };
     use crate::params::{ParamView, Params};
 
@@ -594,13 +594,12 @@ mod cuda {
         let Shape { n, h, w, c } = dy.shape();
         let mut dshift =
             shift_on.map(|device| Tensor::uninit(device, dy.dtype(), Shape::new(n, 1, 1, c))).transpose()?;
-        // Unrounded, since db sums over them.
-        let sums = gpu.alloc(4 * n * c)?; // (n, c)
+        let sums = gpu.alloc(8 * n * c)?; // (n, c), f64
         let lanes = lanes(c);
         let launch = gpu.launch(BWD_SHIFT.of(dy.dtype()), [n, c.div_ceil(lanes), 1], SUM_THREADS);
         let launch = launch.buffer(&sums).write_opt(dshift.as_mut()).read(dy);
         launch.u32(h * w).u64(n * h * w).u32(c).u32(lanes).run()?;
-        let launch = gpu.launch(&SUM_PARTS, each_one(c), SUM_THREADS).view(db.view).buffer(&sums);
+        let launch = gpu.launch(&BWD_BIAS, each_one(c), SUM_THREADS).view(db.view).buffer(&sums);
         launch.u32(n).u64(c).u32(db.accumulate.into()).run()?;
         Ok(dshift)
     }

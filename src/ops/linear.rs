@@ -217,9 +217,9 @@ mod cpu {
 mod cuda {
     use super::*;
     use crate::device::cuda::tile::{SUM_THREADS, TILE_THREADS, Tile, choose, lanes, shares};
-    use crate::device::cuda::{Buffer, Gpu, Launch, View, each_one};
+    use crate::device::cuda::{Gpu, Launch, View, each_one};
     use crate::kernels::linear::{
-        BWD_BIAS, DGRAD_64X64, DGRAD_128X32, FWD_64X64, FWD_128X32, SUM_PARTS, WGRAD_32X128, WGRAD_64X64,
+        BWD_BIAS, BWD_SUMS, DGRAD_64X64, DGRAD_128X32, FWD_64X64, FWD_128X32, SUM_PARTS, WGRAD_32X128, WGRAD_64X64,
     };
     use crate::params::ParamView;
 
@@ -275,21 +275,18 @@ mod cuda {
         }
         let parts = gpu.alloc(4 * count * c_out * c_in)?;
         rest(launch.buffer(&parts), false)?;
-        sum_parts(gpu, dw, &parts, count, c_out * c_in)
+        let launch = gpu.launch(&SUM_PARTS, each_one(c_out * c_in), SUM_THREADS).view(dw.view).buffer(&parts);
+        launch.u32(count).u64(c_out * c_in).u32(dw.accumulate.into()).run()
     }
 
     /// By chunks of rows, 32 channels side by side.
     pub fn bias_grad(gpu: &Gpu, db: ParamView<'_>, dy: &Tensor) -> Result<()> {
         let (rows, c) = (dy.shape().rows(), dy.shape().c);
         let (chunks, lanes) = (rows.div_ceil(CHUNK), lanes(c));
-        let sums = gpu.alloc(4 * chunks * c)?; // (chunks, c)
-        let launch = gpu.launch(BWD_BIAS.of(dy.dtype()), [chunks, c.div_ceil(lanes), 1], SUM_THREADS);
+        let sums = gpu.alloc(8 * chunks * c)?; // (chunks, c), f64
+        let launch = gpu.launch(BWD_SUMS.of(dy.dtype()), [chunks, c.div_ceil(lanes), 1], SUM_THREADS);
         launch.buffer(&sums).read(dy).u32(CHUNK).u64(rows).u32(c).u32(lanes).run()?;
-        sum_parts(gpu, db, &sums, chunks, c)
-    }
-
-    fn sum_parts(gpu: &Gpu, to: ParamView<'_>, parts: &Buffer, count: usize, len: usize) -> Result<()> {
-        let launch = gpu.launch(&SUM_PARTS, each_one(len), SUM_THREADS).view(to.view).buffer(parts);
-        launch.u32(count).u64(len).u32(to.accumulate.into()).run()
+        let launch = gpu.launch(&BWD_BIAS, each_one(c), SUM_THREADS).view(db.view).buffer(&sums);
+        launch.u32(chunks).u64(c).u32(db.accumulate.into()).run()
     }
 }

@@ -219,18 +219,22 @@ fn gpu_agrees_with_the_reference() {
     }
 }
 
-/// Barriers that are lost, a loop that ends a step too late, a tap and a pixel too many.
+/// Lost barriers, lost blocks, one parameter taken for another.
 #[test]
 fn planted_bugs_are_noticed() {
-    let notices = |part: &str, from, to| {
-        gpu::notices("conv2d::gpu_agrees_with_the_reference", &format!("conv2d_{part}"), from, to);
-    };
+    const TEST: &str = "conv2d::gpu_agrees_with_the_reference";
     for part in ["fwd_64x64_f32", "dgrad_128x32_f32", "wgrad_64x64_bf16", "wgrad_32x128_f32", "bwd_shift_f32"] {
-        notices(part, "bar.sync \t0;", "");
+        gpu::notices(TEST, &format!("conv2d_{part}"), "bar.sync \t0;", "");
     }
-    for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_64x64_f32"] {
-        notices(part, "fma.rn.f32", "fma.rz.f32");
-        notices(part, "setp.ge.u32", "setp.gt.u32");
+    for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_64x64_f32", "bwd_shift_bf16", "bwd_bias", "sum_parts"] {
+        gpu::notices_lost_block(TEST, &format!("conv2d_{part}"));
+    }
+    // The left padding for the top one, oh for ow, the height of the kernel for its width; a sum that is always added to what is there.
+    for (part, is, reads) in
+        [("fwd_64x64_bf16", 17, 16), ("dgrad_128x32_bf16", 8, 7), ("wgrad_64x64_f32", 13, 12), ("sum_parts", 4, 2)]
+    {
+        let entry = format!("conv2d_{part}");
+        gpu::notices(TEST, &entry, &format!("{entry}_param_{is}]"), &format!("{entry}_param_{reads}]"));
     }
 }
 

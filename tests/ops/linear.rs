@@ -1,11 +1,10 @@
 use ddpm_cuda::device::Device;
 use ddpm_cuda::device::cpu::simd::{self, Level};
 use ddpm_cuda::ops::linear::{linear_by, reference};
-use ddpm_cuda::params::{Init, Layout, ParamGrads, Params, Specs};
-use ddpm_cuda::tape::Tape;
-use ddpm_cuda::tensor::{Shape, Tensor};
+use ddpm_cuda::tensor::{DType, Shape};
+use num_traits::Float;
 
-use crate::support::{close, finite_differences, numbers, same_bits, to_f32};
+use crate::support::{Pass, close, close_as, finite_differences, gpu, numbers, same_bits, through_tape_on, to_f32};
 
 /// `x` and `c_out`: sizes of one, primes, one over the register tile (32 columns, 14 rows) and over a block of rows (56).
 const CASES: [(Shape, usize); 8] = [
@@ -27,36 +26,40 @@ fn data((x, c_out): (Shape, usize)) -> [Vec<f64>; 5] {
 
 const NAMES: [&str; 5] = ["y", "dx", "dw", "db", "dresidual"];
 
-fn by_tape((shape, c_out): (Shape, usize), plain: bool, level: Level, passes: usize) -> [Vec<f32>; 5] {
+/// A layer with bias and residual, or a `plain` one without; `passes` backward passes accumulate into the parameters' gradients.
+fn by_tape_on(
+    device: &Device,
+    (shape, c_out): (Shape, usize),
+    plain: bool,
+    level: Level,
+    passes: usize,
+) -> [Vec<f32>; 5] {
     let [x, w, b, residual, dy] = data((shape, c_out)).map(|v| to_f32(&v));
-    let device = Device::cpu_guarded();
-    let mut specs = Specs::default();
-    let weight = specs.add("w".into(), Shape::new(c_out, 1, 1, shape.c), Layout::Matrix, Init::Zeros);
-    let bias = specs.add("b".into(), Shape::vector(c_out), Layout::Vector, Init::Zeros);
-    let mut params = Params::zeros(&device, specs).unwrap();
-    params.get_mut(weight).copy_from_slice(&w);
-    params.get_mut(bias).copy_from_slice(&b);
-    let mut param_grads = ParamGrads::new(&device, params.specs()).unwrap();
-    // What earlier steps left behind is stale: it must be overwritten, not added to.
-    let stale = vec![f32::NAN; params.specs().flat_len()];
-    param_grads.finish(params.specs()).and_then(|g| g.write(&stale)).unwrap();
-    param_grads.reset();
-    let mut results = None;
-    for _ in 0..passes {
-        let mut tape = Tape::recording(&device, &params);
-        let x = tape.leaf(Tensor::from_slice(&device, shape, &x).unwrap());
-        let residual = tape.leaf(Tensor::from_slice(&device, shape.with_c(c_out), &residual).unwrap());
-        let (b, r) = if plain { (None, None) } else { (Some(bias), Some(&residual)) };
-        let y = linear_by(&mut tape, &x, weight, b, r, level).unwrap();
-        let dy = Tensor::from_slice(&device, y.shape(), &dy).unwrap();
-        let mut leaves = tape.backward(&y, dy, &mut param_grads).unwrap();
-        let dresidual = leaves.take(&residual).map_or(vec![], |t| t.data().to_vec());
-        results = Some((y.data().to_vec(), leaves.take(&x).unwrap().data().to_vec(), dresidual));
+    let mut inputs = vec![(shape, x), (shape.with_c(c_out), residual)];
+    let mut params = vec![(Shape::new(c_out, 1, 1, shape.c), w), (Shape::vector(c_out), b)];
+    if plain {
+        inputs.truncate(1);
+        params.truncate(1);
     }
-    let (y, dx, dresidual) = results.expect("at least one pass");
-    let dw = param_grads.slot(params.specs(), weight).data.to_vec();
-    let db = if plain { vec![] } else { param_grads.slot(params.specs(), bias).data.to_vec() };
-    [y, dx, dw, db, dresidual]
+    let Pass { y, dx, dw } = through_tape_on(device, &inputs, &params, &dy, passes, |tape, v, p| {
+        linear_by(tape, &v[0], p[0], p.get(1).copied(), v.get(1), level)
+    });
+    let [mut dx, mut dw] = [dx, dw].map(Vec::into_iter);
+    let next = |of: &mut std::vec::IntoIter<Vec<f32>>| of.next().unwrap_or_default();
+    [y, next(&mut dx), next(&mut dw), next(&mut dw), next(&mut dx)]
+}
+
+fn by_tape(case: (Shape, usize), plain: bool, level: Level, passes: usize) -> [Vec<f32>; 5] {
+    by_tape_on(&Device::cpu_guarded(), case, plain, level, passes)
+}
+
+/// `y`, `dx`, `dw`, `db`, `dresidual` by the definition.
+fn by_reference<T: Float>(c_in: usize, data: &[Vec<T>; 5], plain: bool) -> [Vec<T>; 5] {
+    let [x, w, b, residual, dy] = data;
+    let (b, residual) = if plain { (None, None) } else { (Some(&b[..]), Some(&residual[..])) };
+    let y = reference::forward(x, w, c_in, b, residual);
+    let [dx, dw, db] = reference::backward(x, w, c_in, dy);
+    [y, dx, dw, db, dy.clone()]
 }
 
 #[test]
@@ -76,19 +79,9 @@ fn the_derived_gradient_agrees_with_differences() {
 fn agrees_with_the_reference() {
     for case in CASES {
         for plain in [false, true] {
-            let d = data(case);
-            let [x, w, b, residual, dy] = &d;
-            let (b, residual) = if plain { (None, None) } else { (Some(&b[..]), Some(&residual[..])) };
-            let y = reference::forward(x, w, case.0.c, b, residual);
-            let [dx, dw, db] = reference::backward(x, w, case.0.c, dy);
-            let oracle = [y, dx, dw, db, dy.clone()];
-
-            let [x, w, b, residual, dy] = d.each_ref().map(|v| to_f32(v));
-            let (b, residual) = if plain { (None, None) } else { (Some(&b[..]), Some(&residual[..])) };
-            let y = reference::forward(&x, &w, case.0.c, b, residual);
-            let [dx, dw, db] = reference::backward(&x, &w, case.0.c, &dy);
-            let yardstick = [y, dx, dw, db, dy];
-
+            let data = data(case);
+            let oracle = by_reference(case.0.c, &data, plain);
+            let yardstick = by_reference(case.0.c, &data.map(|v| to_f32(&v)), plain);
             for level in simd::levels() {
                 let got = by_tape(case, plain, level, 1);
                 for i in 0..if plain { 3 } else { 5 } {
@@ -96,6 +89,70 @@ fn agrees_with_the_reference() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn gpu_agrees_with_the_reference() {
+    if !gpu::available() {
+        return;
+    }
+    for (case, plain) in CASES.into_iter().flat_map(|case| [(case, false), (case, true)]) {
+        let expected = [DType::F32, DType::Bf16].map(|dtype| {
+            // The bias stays f32.
+            let mut rounded = data(case).map(|v| gpu::rounded(dtype, &v));
+            let [_, _, b, ..] = data(case);
+            rounded[2] = b;
+            let c_in = case.0.c;
+            let oracle = by_reference(c_in, &rounded, plain);
+            (oracle, by_reference(c_in, &rounded.map(|v| to_f32(&v)), plain))
+        });
+        gpu::each(&format!("{case:?}"), |device| {
+            let dtype = device.activations();
+            let (oracle, yardstick) = &expected[(dtype == DType::Bf16) as usize];
+            let got = by_tape_on(device, case, plain, simd::level(), 1);
+            for i in 0..if plain { 3 } else { 5 } {
+                // Gradients of parameters are f32 in either case.
+                let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { dtype };
+                let name = format!("{} on {device}, {dtype:?}, of {case:?}", NAMES[i]);
+                close_as(dtype, &name, &got[i], &oracle[i], &yardstick[i]);
+            }
+            got.concat()
+        });
+    }
+}
+
+#[test]
+fn gpu_parameter_gradients_accumulate() {
+    // One with a single share of the rows and one with several.
+    for case in [CASES[3], CASES[7]] {
+        gpu::each(&format!("{case:?}"), |device| {
+            let [once, twice] = [1, 2].map(|passes| by_tape_on(device, case, false, simd::level(), passes));
+            for i in 2..4 {
+                let sum: Vec<f32> = once[i].iter().map(|v| v + v).collect();
+                same_bits(&format!("{} twice, {case:?}", NAMES[i]), &twice[i], &sum);
+            }
+            twice.concat()
+        });
+    }
+}
+
+/// Lost barriers, lost blocks, one parameter taken for another.
+#[test]
+fn planted_bugs_are_noticed() {
+    const TEST: &str = "linear::gpu_agrees_with_the_reference";
+    for part in ["fwd_64x64_f32", "dgrad_128x32_bf16", "wgrad_64x64_f32", "bwd_sums_bf16"] {
+        gpu::notices(TEST, &format!("linear_{part}"), "bar.sync \t0;", "");
+    }
+    for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_32x128_bf16", "bwd_sums_f32", "bwd_bias", "sum_parts"] {
+        gpu::notices_lost_block(TEST, &format!("linear_{part}"));
+    }
+    // c_out for c_in, c_in for c_out, all rows for a share of them; a sum that is always added to what is there.
+    for (part, is, reads) in
+        [("fwd_64x64_bf16", 6, 7), ("dgrad_128x32_f32", 5, 4), ("wgrad_64x64_f32", 3, 5), ("bwd_bias", 4, 2)]
+    {
+        let entry = format!("linear_{part}");
+        gpu::notices(TEST, &entry, &format!("{entry}_param_{is}]"), &format!("{entry}_param_{reads}]"));
     }
 }
 

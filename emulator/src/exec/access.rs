@@ -8,6 +8,7 @@
 #![allow(clippy::needless_range_loop)]
 
 use super::checks::{approve, approve_arrival, approve_copy, per_isa};
+use super::interp::PORTABLE;
 use super::lanes as ask;
 use super::state::{Machine, Pending, Warp, lanes};
 use super::{Fault, FaultKind};
@@ -229,17 +230,18 @@ impl Machine<'_> {
         let params = self.env.launch.params;
         // SAFETY: the decoder gives a load its destinations and then its base; all are inside the file.
         unsafe {
-            let mut at = addresses(file, register, access.wide_base, access.offset);
-            settle(&mut at, site.mask);
-            let first = at[0];
-            let inside = first % u64::from(site.bytes) == 0
-                && first.checked_add(site.bytes.into()).is_some_and(|end| end <= params.len() as u64)
-                && progression(&at, 0);
+            let base = file.add(register as usize);
+            let first = if access.wide_base { base.cast::<u64>().read() } else { base.cast::<u32>().read().into() };
+            let first = first.wrapping_add(access.offset as u64);
+            // A constant is the same for all lanes.
+            let inside = register >= self.env.first_constant
+                && first & u64::from(site.bytes - 1) == 0
+                && first.checked_add(site.bytes.into()).is_some_and(|end| end <= params.len() as u64);
             if !inside || access.bytes < 4 || u32::from(access.register_bits) != 8 * u32::from(access.bytes) {
+                let mut at = addresses(file, register, access.wide_base, access.offset);
+                settle(&mut at, site.mask);
                 self.locate(warp, Space::Param, &mut at, site)?;
-                load_from::<{ super::interp::PORTABLE }>(file, operands, access, site.mask, false, [false; 2], |l| {
-                    at[l] as *const u8
-                });
+                load_from::<PORTABLE>(file, operands, access, site.mask, false, [false; 2], |l| at[l] as *const u8);
                 return Ok(());
             }
             for e in 0..access.elements as usize {
@@ -698,7 +700,11 @@ unsafe fn load_body<const ISA: usize>(
             machine.locate(warp, access.space, &mut at, site)?;
         }
         let dense = ask::steps64::<ISA>(at.as_ptr(), site.bytes.into());
-        load_from::<ISA>(file, operands, access, site.mask, dense, [false; 2], |l| at[l] as *const u8);
+        let equal = match access.elements {
+            4 => [ask::equal64::<ISA>(at.as_ptr()), ask::equal64::<ISA>(at.as_ptr().add(16))],
+            _ => [false; 2],
+        };
+        load_from::<ISA>(file, operands, access, site.mask, dense, equal, |l| at[l] as *const u8);
     }
     Ok(())
 }

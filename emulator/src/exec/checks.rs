@@ -8,7 +8,7 @@
 
 use super::access::{Addresses, Site, Use, extent, progression, settle};
 use super::lanes as ask;
-use super::races::{Other, window};
+use super::races::Other;
 use super::shapes::{Shape, wavefronts};
 use super::state::{Machine, Warp, lanes, name_thread};
 use super::{Counters, Fault, FaultKind, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
@@ -119,43 +119,31 @@ unsafe fn approve_shared<const ISA: usize>(machine: &mut Machine, warp: u32, at:
     let block = &mut machine.block;
     for chunk in &shape.chunks {
         let here = (origin + chunk.at) as usize;
-        if env.checks.uninitialised {
-            let Some(written) = window(&mut block.shared_written, here) else {
-                return false;
-            };
-            if store {
-                for i in 0..16 {
-                    written[i] |= chunk.mask[i] as u8 & 1;
-                }
-            } else {
-                let mut unwritten = 0;
-                for i in 0..16 {
-                    unwritten |= chunk.mask[i] as u8 & !written[i] & 1;
-                }
-                if unwritten != 0 {
+        // SAFETY: where there are marks, there is room for a chunk that begins at any granule of shared memory, and the shape fits into it.
+        unsafe {
+            if env.checks.uninitialised {
+                let written = block.shared_written.as_mut_ptr().add(here);
+                if store {
+                    ask::set_bytes::<ISA>(written, &chunk.some);
+                } else if ask::any_byte::<ISA, false>(written, &chunk.some) {
                     return false;
                 }
             }
-        }
-        if let Some(races) = &mut block.races {
-            if !store
-                && env.program.copies
-                && let Some(pending) = window(&mut block.shared_pending, here)
-            {
-                let mut early = 0;
-                for i in 0..16 {
-                    early |= chunk.mask[i] as u8 & pending[i];
-                }
-                if early != 0 {
+            if let Some(races) = &mut block.races {
+                debug_assert!(races.holds(here));
+                if !store
+                    && env.program.copies
+                    && ask::any_byte::<ISA, true>(block.shared_pending.as_ptr().add(here), &chunk.some)
+                {
                     return false;
                 }
-            }
-            let good = match store {
-                true => races.write_chunk::<true>(warp as usize, chunk, here),
-                false => races.read_chunk(warp as usize, chunk, here),
-            };
-            if !good {
-                return false;
+                let good = match store {
+                    true => races.write_chunk::<ISA, true>(warp as usize, chunk, here),
+                    false => races.read_chunk::<ISA>(warp as usize, chunk, here),
+                };
+                if !good {
+                    return false;
+                }
             }
         }
     }
@@ -190,16 +178,15 @@ unsafe fn approve_copy_body<const ISA: usize>(machine: &mut Machine, warp: u32, 
     let block = &mut machine.block;
     if let Some(races) = &mut block.races {
         for chunk in &shape.chunks {
-            if !races.write_chunk::<false>(warp as usize, chunk, (origin + chunk.at) as usize) {
+            // SAFETY: the shape fits into shared memory, and the rows are longer by a chunk.
+            if unsafe { !races.write_chunk::<ISA, false>(warp as usize, chunk, (origin + chunk.at) as usize) } {
                 return false;
             }
         }
         for chunk in &shape.chunks {
-            let Some(pending) = window(&mut block.shared_pending, (origin + chunk.at) as usize) else {
-                return false;
-            };
+            let pending = &mut block.shared_pending[(origin + chunk.at) as usize..][..16];
             for i in 0..16 {
-                pending[i] = pending[i].saturating_add(chunk.mask[i] as u8 & 1);
+                pending[i] = pending[i].saturating_add(chunk.some.words[i] as u8 & 1);
             }
         }
     }
@@ -231,24 +218,23 @@ unsafe fn approve_arrival_body<const ISA: usize>(machine: &mut Machine, warp: u3
     let block = &mut machine.block;
     if let Some(races) = &mut block.races {
         for chunk in &shape.chunks {
-            if !races.write_chunk::<true>(warp as usize, chunk, (origin + chunk.at) as usize) {
+            // SAFETY: the destination was checked when the copy began, and the rows are longer by a chunk.
+            if unsafe { !races.write_chunk::<ISA, true>(warp as usize, chunk, (origin + chunk.at) as usize) } {
                 return false;
             }
         }
         for chunk in &shape.chunks {
-            if let Some(pending) = window(&mut block.shared_pending, (origin + chunk.at) as usize) {
-                for i in 0..16 {
-                    pending[i] = pending[i].saturating_sub(chunk.mask[i] as u8 & 1);
-                }
+            let pending = &mut block.shared_pending[(origin + chunk.at) as usize..][..16];
+            for i in 0..16 {
+                pending[i] = pending[i].saturating_sub(chunk.some.words[i] as u8 & 1);
             }
         }
     }
     if env.checks.uninitialised {
         for chunk in &shape.chunks {
-            if let Some(written) = window(&mut block.shared_written, (origin + chunk.at) as usize) {
-                for i in 0..16 {
-                    written[i] |= chunk.mask[i] as u8 & 1;
-                }
+            let written = &mut block.shared_written[(origin + chunk.at) as usize..][..16];
+            for i in 0..16 {
+                written[i] |= chunk.some.words[i] as u8 & 1;
             }
         }
     }
@@ -290,65 +276,55 @@ unsafe fn approve_global<const ISA: usize>(machine: &mut Machine, at: &mut Addre
     let bytes = u64::from(site.bytes);
     let (start, end) = machine.cache[site.pc as usize & 15];
     // SAFETY: the caller's promise; addresses are aligned to 64.
-    let (inside, dense) = unsafe {
+    let (inside, alike, joined) = unsafe {
         let inside = end - start >= bytes
             && ask::inside64::<ISA>(at.0.as_ptr(), 0, start, end.wrapping_sub(start).wrapping_sub(bytes), bytes - 1);
-        (inside, site.mask == !0 && ask::steps64::<ISA>(at.0.as_ptr(), bytes))
+        let joined = ask::joined64::<ISA>(at.0.as_ptr(), bytes);
+        (inside, joined == 0 && ask::steps64::<ISA>(at.0.as_ptr(), 0), joined)
     };
     if !inside {
         return false;
     }
-    // SAFETY: as above.
-    let alike = !dense && unsafe { ask::steps64::<ISA>(at.0.as_ptr(), 0) };
-    let whole = match (dense, alike) {
-        (true, _) => Some((at.0[0], 32 * bytes)),
-        (_, true) => Some((at.0[0], bytes)),
-        _ => None,
-    };
-    let store = site.usage == Use::Store;
-    if env.checks.uninitialised {
-        if store {
-            match whole {
-                Some((first, length)) => env.memory.mark(first, length, true),
-                None => lanes(site.mask).for_each(|l| env.memory.mark(at.0[l as usize], bytes, true)),
+    // Lanes whose accesses follow each other are one range.
+    let joined = joined & site.mask & site.mask << 1;
+    let starts = if alike { site.mask & site.mask.wrapping_neg() } else { site.mask & !joined };
+    let range = |l: u32| (at.0[l as usize], bytes * u64::from(1 + (joined >> 1 >> l).trailing_ones()));
+    if !env.checks.any_global() {
+        if env.settings.counters {
+            machine.count_ranges(at, starts, range, site);
+        }
+        return true;
+    }
+    let races = env.global_races.as_ref().filter(|_| !site.strong);
+    let (block, epoch) = (machine.block.linear as u32, machine.block.epoch);
+    let mut rest = starts;
+    while rest != 0 {
+        let (first, length) = range(rest.trailing_zeros());
+        rest &= rest - 1;
+        if env.checks.uninitialised {
+            if site.usage == Use::Store {
+                env.memory.mark(first, length, true);
+            } else if !env.memory.written(first, length) {
+                return false;
             }
-        } else {
-            let written = match whole {
-                Some((first, length)) => env.memory.written(first, length),
-                None => {
-                    let (low, high, _) = extent(at);
-                    (high - low <= 1024 && env.memory.written(low, high - low + bytes))
-                        || at.0.iter().all(|&a| env.memory.written(a, bytes))
+        }
+        if let Some(races) = races
+            && first.wrapping_sub(env.range.0) < env.range.1
+        {
+            // SAFETY: the accesses lie in an allocation; the caller's promise.
+            let good = unsafe {
+                match site.usage {
+                    Use::Store => races.approve::<ISA, true>(first, length, block, epoch),
+                    _ => races.approve::<ISA, false>(first, length, block, epoch),
                 }
             };
-            if !written {
+            if !good {
                 return false;
             }
         }
     }
-    if let (Some(races), false) = (&env.global_races, site.strong) {
-        let (block, epoch) = (machine.block.linear as u32, machine.block.epoch);
-        let (base, size) = env.range;
-        let ask = |first: u64, length: u64| {
-            // SAFETY: the bytes lie in an allocation.
-            first.wrapping_sub(base) >= size
-                || unsafe {
-                    match store {
-                        true => races.write_range(first, length, block, epoch),
-                        false => races.read_range(first, length, block, epoch),
-                    }
-                }
-        };
-        let ordered = match whole {
-            Some((first, length)) => ask(first, length),
-            None => lanes(site.mask).all(|l| ask(at.0[l as usize], bytes)),
-        };
-        if !ordered {
-            return false;
-        }
-    }
     if env.settings.counters {
-        machine.count_global(at, site);
+        machine.count_ranges(at, starts, range, site);
     }
     true
 }
@@ -761,7 +737,8 @@ impl Machine<'_> {
         Ok(())
     }
 
-    pub(super) fn count_global(&mut self, at: &Addresses, site: Site) {
+    #[inline(always)]
+    fn count_asked(&mut self, site: Site) {
         let counters = &mut self.counters;
         counters.global += 1;
         let asked = u64::from(site.bytes * site.mask.count_ones());
@@ -770,15 +747,36 @@ impl Machine<'_> {
             Use::Store => counters.global_store_bytes += asked,
             Use::Atomic => counters.atomics += u64::from(site.mask.count_ones()),
         }
-        let touched = self.env.touched.as_ref();
-        if progression(at, u64::from(site.bytes)) {
-            let (first, last) = (at[0] / 32, (at[31] + u64::from(site.bytes) - 1) / 32);
-            counters.global_sectors += last - first + 1;
-            if let Some(touched) = touched {
+    }
+
+    /// Counts accesses that cover ranges, which begin at the lanes in `starts`.
+    #[inline(always)]
+    fn count_ranges(&mut self, at: &Addresses, starts: u32, range: impl Fn(u32) -> (u64, u64), site: Site) {
+        let mut sectors = 0;
+        let mut before = None;
+        let mut rest = starts;
+        while rest != 0 {
+            let (first, length) = range(rest.trailing_zeros());
+            let (first, last) = (first / 32, (first + length - 1) / 32);
+            rest &= rest - 1;
+            match before {
+                Some(before) if first == before => sectors += last - first,
+                Some(before) if first < before => return self.count_global(at, site),
+                _ => sectors += last - first + 1,
+            }
+            before = Some(last);
+            if let Some(touched) = &self.env.touched {
                 touched.touch(first, last);
             }
-            return;
         }
+        self.count_asked(site);
+        self.counters.global_sectors += sectors;
+    }
+
+    fn count_global(&mut self, at: &Addresses, site: Site) {
+        self.count_asked(site);
+        let counters = &mut self.counters;
+        let touched = self.env.touched.as_ref();
         // An access is aligned to its size of at most 16 bytes, so it touches one sector.
         let mut sectors = at.map(|a| a / 32);
         if !sectors.is_sorted() {

@@ -826,6 +826,7 @@ impl Machine<'_> {
                 self.atom::<ISA>(warp, operands, rmw, reduce, access, pc, active)?
             }
             Op::CpAsync { .. } => self.cp_async::<ISA>(warp, operands, op, pc, active)?,
+            Op::Mbarrier { mode, ref access } => self.mbarrier::<ISA>(warp, operands, mode, access, pc, active)?,
             Op::CpCommit => lanes(active).for_each(|l| warp.committed[l as usize] += 1),
             Op::CpWait(keep) => self.cp_wait::<ISA>(warp, keep, pc, active)?,
             Op::WmmaLoad { .. } | Op::WmmaStore { .. } => self.wmma_memory::<ISA>(warp, operands, op, pc)?,
@@ -841,7 +842,12 @@ impl Machine<'_> {
                 let keep = !0 >> (64 - bits);
                 let mut values = [0; 32];
                 match register {
-                    Special::Tid(axis) => values = warp.threads[axis as usize & 3].map(u64::from),
+                    Special::Tid(axis) => {
+                        let threads = &warp.threads[axis as usize & 3];
+                        for l in 0..32 {
+                            values[l] = threads[l].into();
+                        }
+                    }
                     _ if register.differs() => {
                         for (l, value) in values.iter_mut().enumerate() {
                             *value = self.special(warp, register, l as u32) & keep;
@@ -855,7 +861,11 @@ impl Machine<'_> {
                     if bits == 64 {
                         blend64(&mut *to.cast(), &values, active);
                     } else {
-                        blend32(&mut *to.cast(), &values.map(|value| value as u32), active);
+                        let mut words = [0; 32];
+                        for l in 0..32 {
+                            words[l] = values[l] as u32;
+                        }
+                        blend32(&mut *to.cast(), &words, active);
                     }
                 }
             }
@@ -931,7 +941,10 @@ impl Machine<'_> {
             Special::GlobalTimer | Special::GlobalTimerLo => time(),
             Special::GlobalTimerHi => time() >> 32,
             Special::DynamicShared => launch.dynamic_shared.into(),
-            Special::TotalShared => self.env.shared_bytes.into(),
+            Special::TotalShared => (self.env.launch.kernel.static_shared + launch.dynamic_shared).into(),
+            Special::ReservedShared(0) => (self.env.shared_bytes - self.env.program.reserved_shared).into(),
+            Special::ReservedShared(1) => self.env.shared_bytes.into(),
+            Special::ReservedShared(_) => RESERVED_SHARED.into(),
         }
     }
 }

@@ -148,6 +148,37 @@ pub unsafe fn steps64<const ISA: usize>(a: *const u64, step: u64) -> bool {
     a[1] == a[0].wrapping_add(step) && a.iter().enumerate().all(|(l, &v)| v == a[0].wrapping_add(l as u64 * step))
 }
 
+/// Bit l is whether value l is the one before plus `step`; bit 0 is not set.
+///
+/// # Safety
+/// As for [`inside32`].
+#[inline(always)]
+pub unsafe fn joined64<const ISA: usize>(a: *const u64, step: u64) -> u32 {
+    #[cfg(target_arch = "x86_64")]
+    if ISA == AVX512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise; the mask keeps the last load inside the values.
+        return unsafe {
+            let step = _mm512_set1_epi64(step as i64);
+            macro_rules! joined {
+                ($i:expr, $part:expr) => {{
+                    let next = _mm512_add_epi64(_mm512_load_si512(a.add($i).cast()), step);
+                    let at = _mm512_maskz_loadu_epi64($part, a.add($i + 1).cast());
+                    u32::from(_mm512_mask_cmpeq_epi64_mask($part, at, next)) << $i
+                }};
+            }
+            (joined!(0, 0xff) | joined!(8, 0xff) | joined!(16, 0xff) | joined!(24, 0x7f)) << 1
+        };
+    }
+    // SAFETY: the caller's promise.
+    let a = unsafe { &*a.cast::<[u64; 32]>() };
+    let mut joined = 0;
+    for l in 1..32 {
+        joined |= u32::from(a[l] == a[l - 1].wrapping_add(step)) << l;
+    }
+    joined
+}
+
 /// Whether the 16 values are equal.
 ///
 /// # Safety
@@ -165,6 +196,186 @@ pub unsafe fn equal32<const ISA: usize>(a: *const u32) -> bool {
     // SAFETY: the caller's promise.
     let a = unsafe { &*a.cast::<[u32; 16]>() };
     a[15] == a[0] && a.iter().all(|&v| v == a[0])
+}
+
+/// Whether the 16 values are equal.
+///
+/// # Safety
+/// As for [`inside32`], with 16 values of 64 bits.
+#[inline(always)]
+pub unsafe fn equal64<const ISA: usize>(a: *const u64) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if ISA == AVX512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        return unsafe {
+            let first = _mm512_set1_epi64(a.read() as i64);
+            _mm512_cmpneq_epi64_mask(_mm512_load_si512(a.cast()), first)
+                | _mm512_cmpneq_epi64_mask(_mm512_load_si512(a.add(8).cast()), first)
+                == 0
+        };
+    }
+    // SAFETY: the caller's promise.
+    let a = unsafe { &*a.cast::<[u64; 16]>() };
+    a[15] == a[0] && a.iter().all(|&v| v == a[0])
+}
+
+/// 16 neighbours, some left out: as bits, and as words of all ones or zero.
+pub struct Some16 {
+    /// Bit i is whether i is meant.
+    pub bits: u16,
+    /// The same as words.
+    pub words: [u32; 16],
+}
+
+/// Whether one of those meant is above a limit.
+///
+/// # Safety
+/// 16 readable words; the processor has the instruction set of `ISA`.
+#[inline(always)]
+pub unsafe fn above<const ISA: usize>(a: *const u32, limit: u32, some: &Some16) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if ISA == AVX512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        return unsafe {
+            let limit = _mm512_set1_epi32(limit as i32);
+            _mm512_mask_cmpgt_epu32_mask(some.bits, _mm512_loadu_si512(a.cast()), limit) != 0
+        };
+    }
+    // SAFETY: the caller's promise.
+    let a = unsafe { &*a.cast::<[u32; 16]>() };
+    let mut above = 0;
+    for i in 0..16 {
+        above |= some.words[i] & u32::from(a[i] > limit).wrapping_neg();
+    }
+    above != 0
+}
+
+/// Raises those meant to at least `least`.
+///
+/// # Safety
+/// 16 writable words; the processor has the instruction set of `ISA`.
+#[inline(always)]
+pub unsafe fn raise<const ISA: usize>(a: *mut u32, least: u32, some: &Some16) {
+    #[cfg(target_arch = "x86_64")]
+    if ISA == AVX512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let raised = _mm512_max_epu32(_mm512_loadu_si512(a.cast()), _mm512_set1_epi32(least as i32));
+            _mm512_mask_storeu_epi32(a.cast(), some.bits, raised);
+        }
+        return;
+    }
+    // SAFETY: the caller's promise.
+    let a = unsafe { &mut *a.cast::<[u32; 16]>() };
+    for i in 0..16 {
+        a[i] = a[i].max(least & some.words[i]);
+    }
+}
+
+/// Writes `base | low[i]` to those meant.
+///
+/// # Safety
+/// As for [`raise`].
+#[inline(always)]
+pub unsafe fn put<const ISA: usize>(a: *mut u32, base: u32, low: &[u32; 16], some: &Some16) {
+    #[cfg(target_arch = "x86_64")]
+    if ISA == AVX512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let new = _mm512_or_si512(_mm512_loadu_si512(low.as_ptr().cast()), _mm512_set1_epi32(base as i32));
+            _mm512_mask_storeu_epi32(a.cast(), some.bits, new);
+        }
+        return;
+    }
+    // SAFETY: the caller's promise.
+    let a = unsafe { &mut *a.cast::<[u32; 16]>() };
+    for i in 0..16 {
+        a[i] = (a[i] & !some.words[i]) | ((base | low[i]) & some.words[i]);
+    }
+}
+
+/// The same, but `base | other` where the old value differs from the new one only below the lowest bit of `base`'s field, which begins at bit `shift`.
+///
+/// # Safety
+/// As for [`raise`].
+#[inline(always)]
+pub unsafe fn put_or<const ISA: usize>(a: *mut u32, base: u32, shift: u32, low: &[u32; 16], other: u32, some: &Some16) {
+    #[cfg(target_arch = "x86_64")]
+    if ISA == AVX512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let old = _mm512_loadu_si512(a.cast());
+            let new = _mm512_or_si512(_mm512_loadu_si512(low.as_ptr().cast()), _mm512_set1_epi32(base as i32));
+            let field = _mm512_set1_epi32((u32::MAX << shift) as i32);
+            let change = _mm512_xor_si512(old, new);
+            let both = _mm512_testn_epi32_mask(change, field) & _mm512_test_epi32_mask(change, change);
+            let new = _mm512_mask_mov_epi32(new, both, _mm512_set1_epi32((base | other) as i32));
+            _mm512_mask_storeu_epi32(a.cast(), some.bits, new);
+        }
+        return;
+    }
+    // SAFETY: the caller's promise.
+    let a = unsafe { &mut *a.cast::<[u32; 16]>() };
+    for i in 0..16 {
+        let new = base | low[i];
+        let change = a[i] ^ new;
+        let new = if (change >> shift == 0) & (change != 0) { base | other } else { new };
+        a[i] = (a[i] & !some.words[i]) | (new & some.words[i]);
+    }
+}
+
+/// Whether one of the bytes meant is zero, or with `SET` is not.
+///
+/// # Safety
+/// 16 readable bytes; the processor has the instruction set of `ISA`.
+#[inline(always)]
+pub unsafe fn any_byte<const ISA: usize, const SET: bool>(a: *const u8, some: &Some16) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if ISA == AVX512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        return unsafe {
+            let a = _mm_loadu_si128(a.cast());
+            let zero = _mm_setzero_si128();
+            let found = match SET {
+                true => _mm_mask_cmpneq_epi8_mask(some.bits, a, zero),
+                false => _mm_mask_cmpeq_epi8_mask(some.bits, a, zero),
+            };
+            found != 0
+        };
+    }
+    // SAFETY: the caller's promise.
+    let a = unsafe { &*a.cast::<[u8; 16]>() };
+    let mut found = 0;
+    for i in 0..16 {
+        found |= some.words[i] as u8 & u8::from((a[i] != 0) == SET);
+    }
+    found != 0
+}
+
+/// Sets the bytes meant to 1.
+///
+/// # Safety
+/// 16 writable bytes; the processor has the instruction set of `ISA`.
+#[inline(always)]
+pub unsafe fn set_bytes<const ISA: usize>(a: *mut u8, some: &Some16) {
+    #[cfg(target_arch = "x86_64")]
+    if ISA == AVX512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise.
+        unsafe { _mm_mask_storeu_epi8(a.cast(), some.bits, _mm_set1_epi8(1)) };
+        return;
+    }
+    // SAFETY: the caller's promise.
+    let a = unsafe { &mut *a.cast::<[u8; 16]>() };
+    for i in 0..16 {
+        a[i] |= some.words[i] as u8 & 1;
+    }
 }
 
 /// Reads 4 words at each of 16 addresses: word e of address i is written to `to[e][i]`. `equal` says that the addresses are all the same.

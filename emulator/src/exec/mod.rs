@@ -4,6 +4,7 @@ mod access;
 mod checks;
 mod interp;
 mod lanes;
+mod mbarrier;
 pub mod moves;
 mod printf;
 mod races;

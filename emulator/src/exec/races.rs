@@ -11,8 +11,11 @@
 //! Atomic and volatile accesses are not themselves recorded. A word whose bytes belong to different blocks remembers the last one
 //! only: some races may be missed there, none is made up.
 
+use super::interp::AVX512;
+use super::lanes::{self as ask, Some16};
 use crate::memory::{HELD, Shadow};
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -42,8 +45,8 @@ pub struct Other {
 pub struct Chunk {
     /// The first granule, from that of the first lane.
     pub at: i64,
-    /// All ones for those touched.
-    pub mask: [u32; 16],
+    /// Those touched.
+    pub some: Some16,
     /// The lane, or [`MANY`].
     pub lanes: [u32; 16],
 }
@@ -276,7 +279,7 @@ impl SharedRaces {
         for i in 0..16 {
             let at = writes[i] >> WRITE_SHIFT;
             let own = (writes[i] >> 5 & 31 == warp as u32) & ((at < time) | (writes[i] & 31 == chunk.lanes[i]));
-            bad |= chunk.mask[i] & u32::from(!own & (at > least)).wrapping_neg();
+            bad |= chunk.some.words[i] & u32::from(!own & (at > least)).wrapping_neg();
         }
         bad == 0
     }
@@ -293,90 +296,104 @@ impl SharedRaces {
             if other == warp {
                 for i in 0..16 {
                     let unordered = (row[i] >> READ_SHIFT == known) & (row[i] & 63 != chunk.lanes[i]);
-                    bad |= chunk.mask[i] & u32::from(unordered).wrapping_neg();
+                    bad |= chunk.some.words[i] & u32::from(unordered).wrapping_neg();
                 }
             } else {
                 for i in 0..16 {
-                    bad |= chunk.mask[i] & u32::from(row[i] >> READ_SHIFT > known).wrapping_neg();
+                    bad |= chunk.some.words[i] & u32::from(row[i] >> READ_SHIFT > known).wrapping_neg();
                 }
             }
         }
         bad == 0
     }
 
-    /// Reads of a whole warp, chunk by chunk: false where one needs a closer look, lane by lane, which may repeat what was noted here.
+    /// Whether the rows have room for a chunk there, which the unsafe code below relies on.
     #[inline(always)]
-    pub fn read_chunk(&mut self, warp: usize, chunk: &Chunk, at: usize) -> bool {
+    pub fn holds(&self, at: usize) -> bool {
+        at.checked_add(16).is_some_and(|end| end <= self.stride)
+    }
+
+    /// Reads of a whole warp, chunk by chunk: false where one needs a closer look, lane by lane, which may repeat what was noted here.
+    ///
+    /// # Safety
+    /// The processor has the instruction set of `ISA`; [`holds`](Self::holds) says yes.
+    #[inline(always)]
+    pub unsafe fn read_chunk<const ISA: usize>(&mut self, warp: usize, chunk: &Chunk, at: usize) -> bool {
         let time = self.clocks[warp * self.warps + warp];
-        let Some(writes) = self.writes.get(at..).and_then(|writes| writes.first_chunk::<16>()) else {
-            return false;
-        };
         let limit = self.settled(warp) << WRITE_SHIFT | ((1 << WRITE_SHIFT) - 1);
-        let mut late = 0;
-        for i in 0..16 {
-            late |= chunk.mask[i] & u32::from(writes[i] > limit).wrapping_neg();
-        }
-        if late != 0 && !self.after_writes(warp, chunk, writes) {
-            return false;
-        }
-        if !self.atomics.is_empty() && !self.after_all(&self.atomics, warp, chunk, at) {
-            return false;
-        }
-        let Some(latest) = window(&mut self.latest, at) else {
-            return false;
-        };
-        for i in 0..16 {
-            latest[i] = latest[i].max(chunk.mask[i] & time);
-        }
-        let Some(reads) = window(&mut self.reads, warp * self.stride + at) else {
-            return false;
-        };
-        let many = time << READ_SHIFT | MANY;
-        for i in 0..16 {
-            let new = time << READ_SHIFT | chunk.lanes[i];
-            let old = reads[i];
-            let stamp = if (old >> READ_SHIFT == time) & (old != new) { many } else { new };
-            reads[i] = (old & !chunk.mask[i]) | (stamp & chunk.mask[i]);
+        // SAFETY: every row has room for 16 values from `at` on, and there are as many rows of `reads` as warps.
+        unsafe {
+            let writes = self.writes.as_ptr().add(at);
+            if ask::above::<ISA>(writes, limit, &chunk.some) && !self.after_writes(warp, chunk, &*writes.cast()) {
+                return false;
+            }
+            if !self.atomics.is_empty() && !self.after_all(&self.atomics, warp, chunk, at) {
+                return false;
+            }
+            ask::raise::<ISA>(self.latest.as_mut_ptr().add(at), time, &chunk.some);
+            let reads = self.reads.as_mut_ptr().add(warp * self.stride + at);
+            ask::put_or::<ISA>(reads, time << READ_SHIFT, READ_SHIFT, &chunk.lanes, MANY, &chunk.some);
         }
         true
     }
 
     /// Writes of a whole warp, each granule by one lane; as [`read_chunk`](Self::read_chunk). Without `NOTE` the write is only asked for.
+    ///
+    /// # Safety
+    /// As for [`read_chunk`](Self::read_chunk).
     #[inline(always)]
-    pub fn write_chunk<const NOTE: bool>(&mut self, warp: usize, chunk: &Chunk, at: usize) -> bool {
+    pub unsafe fn write_chunk<const ISA: usize, const NOTE: bool>(
+        &mut self,
+        warp: usize,
+        chunk: &Chunk,
+        at: usize,
+    ) -> bool {
         let time = self.clocks[warp * self.warps + warp];
         let settled = self.settled(warp);
         let limit = settled << WRITE_SHIFT | ((1 << WRITE_SHIFT) - 1);
-        let writes = self.writes.get(at..).and_then(|writes| writes.first_chunk::<16>());
-        let latest = self.latest.get(at..).and_then(|latest| latest.first_chunk::<16>());
-        let (Some(writes), Some(latest)) = (writes, latest) else {
-            return false;
-        };
-        let (mut late, mut used) = (0, 0);
-        for i in 0..16 {
-            late |= chunk.mask[i] & u32::from(writes[i] > limit).wrapping_neg();
-            used |= chunk.mask[i] & u32::from(latest[i] > settled).wrapping_neg();
-        }
-        if late != 0 && !self.after_writes(warp, chunk, writes) {
-            return false;
-        }
-        if used != 0 {
-            let after = self.after_all(&self.reads, warp, chunk, at)
-                && (self.atomics.is_empty() || self.after_all(&self.atomics, warp, chunk, at));
-            if !after {
+        // SAFETY: as for `read_chunk`.
+        unsafe {
+            let writes = self.writes.as_mut_ptr().add(at);
+            if ask::above::<ISA>(writes, limit, &chunk.some) && !self.after_writes(warp, chunk, &*writes.cast()) {
                 return false;
             }
-        }
-        if NOTE {
-            let Some(writes) = window(&mut self.writes, at) else {
-                return false;
-            };
-            for i in 0..16 {
-                let new = time << WRITE_SHIFT | (warp as u32) << 5 | chunk.lanes[i];
-                writes[i] = (writes[i] & !chunk.mask[i]) | (new & chunk.mask[i]);
+            if ask::above::<ISA>(self.latest.as_ptr().add(at), settled, &chunk.some) {
+                let after = self.after_all(&self.reads, warp, chunk, at)
+                    && (self.atomics.is_empty() || self.after_all(&self.atomics, warp, chunk, at));
+                if !after {
+                    return false;
+                }
+            }
+            if NOTE {
+                let stamp = time << WRITE_SHIFT | (warp as u32) << 5;
+                ask::put::<ISA>(self.writes.as_mut_ptr().add(at), stamp, &chunk.lanes, &chunk.some);
             }
         }
         true
+    }
+
+    /// What the warp did is known to whoever acquires from this address.
+    pub fn release(&mut self, warp: usize, at: u32) {
+        let mine = &self.clocks[warp * self.warps..][..self.warps];
+        match self.released.entry(at) {
+            Entry::Vacant(place) => {
+                place.insert(mine.to_vec());
+            }
+            Entry::Occupied(mut place) => {
+                for (joined, &mine) in place.get_mut().iter_mut().zip(mine) {
+                    *joined = (*joined).max(mine);
+                }
+            }
+        }
+        self.tick(warp);
+    }
+
+    /// The warp learns what was released at this address.
+    pub fn acquire(&mut self, warp: usize, at: u32) {
+        if let Some(clock) = self.released.get(&at) {
+            let clock = clock.clone();
+            self.join(warp, &clock);
+        }
     }
 
     /// Orders the warp with all that used this address to release, in programs with fences.
@@ -389,12 +406,6 @@ impl SharedRaces {
         self.released.insert(at, clock);
         self.tick(warp);
     }
-}
-
-/// 16 elements from one on.
-#[inline(always)]
-pub fn window<T>(all: &mut [T], at: usize) -> Option<&mut [T; 16]> {
-    all.get_mut(at..at.wrapping_add(16))?.first_chunk_mut()
 }
 
 /// How a block came to know of others: an object and how much of its log there was.
@@ -454,9 +465,121 @@ fn against(other: u64, mine: u64) -> u64 {
     if live & another { other & mine & BYTES } else { 0 }
 }
 
+/// Notes reads by `mine` in all words; whether no writer is against them.
+///
+/// # Safety
+/// So many words, held; the processor has the instruction set of `ISA`.
+#[inline(always)]
+unsafe fn read_words<const ISA: usize>(writers: *mut u64, readers: *mut u64, count: usize, mine: u64) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if ISA == AVX512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise; masks keep loads and stores to `count` words.
+        return unsafe {
+            let set = |x: u64| _mm512_set1_epi64(x as i64);
+            let (all, bytes, rest) = (set(mine), set(BYTES), set(!BYTES));
+            let (who, generation) = (set(WHO), set(GENERATION));
+            let several = set((mine & !BYTES) | SEVERAL);
+            let mut bad = 0;
+            for i in (0..count).step_by(8) {
+                let part = (0xffu32 >> (8 - (count - i).min(8))) as u8;
+                let old = _mm512_maskz_loadu_epi64(part, readers.add(i).cast());
+                let change = _mm512_xor_si512(old, all);
+                let live = _mm512_testn_epi64_mask(change, generation);
+                let own = _mm512_testn_epi64_mask(change, who);
+                let same = _mm512_testn_epi64_mask(change, rest);
+                let common = _mm512_and_si512(_mm512_and_si512(old, all), bytes);
+                let joins = live & !own & _mm512_test_epi64_mask(common, common);
+                let mut new = _mm512_mask_or_epi64(all, live & same, all, _mm512_and_si512(old, bytes));
+                new = _mm512_mask_or_epi64(new, joins, several, common);
+                _mm512_mask_storeu_epi64(readers.add(i).cast(), part, new);
+                let writer = _mm512_maskz_loadu_epi64(part, writers.add(i).cast());
+                bad |= against_avx512(writer, mine);
+            }
+            bad == 0
+        };
+    }
+    let mut bad = 0;
+    for i in 0..count {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let reader = readers.add(i);
+            reader.write(next_reader(reader.read(), mine));
+            bad |= against(writers.add(i).read(), mine);
+        }
+    }
+    bad == 0
+}
+
+/// Notes writes by `mine` in all words, if nobody is against one of them.
+///
+/// # Safety
+/// As for [`read_words`].
+#[inline(always)]
+unsafe fn write_words<const ISA: usize>(writers: *mut u64, readers: *mut u64, count: usize, mine: u64) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if ISA == AVX512 {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's promise; masks keep loads and stores to `count` words.
+        return unsafe {
+            let part = |i: usize| (0xffu32 >> (8 - (count - i).min(8))) as u8;
+            let mut bad = 0;
+            for i in (0..count).step_by(8) {
+                bad |= against_avx512(_mm512_maskz_loadu_epi64(part(i), writers.add(i).cast()), mine);
+                bad |= against_avx512(_mm512_maskz_loadu_epi64(part(i), readers.add(i).cast()), mine);
+            }
+            if bad != 0 {
+                return false;
+            }
+            let set = |x: u64| _mm512_set1_epi64(x as i64);
+            for i in (0..count).step_by(8) {
+                let old = _mm512_maskz_loadu_epi64(part(i), writers.add(i).cast());
+                let same = _mm512_testn_epi64_mask(_mm512_xor_si512(old, set(mine)), set(!BYTES));
+                let new = _mm512_mask_or_epi64(set(mine), same, set(mine), _mm512_and_si512(old, set(BYTES)));
+                _mm512_mask_storeu_epi64(writers.add(i).cast(), part(i), new);
+            }
+            true
+        };
+    }
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut bad = 0;
+        for i in 0..count {
+            bad |= against(writers.add(i).read(), mine) | against(readers.add(i).read(), mine);
+        }
+        if bad != 0 {
+            return false;
+        }
+        for i in 0..count {
+            let before = writers.add(i).read();
+            let more = if (before ^ mine) & !BYTES == 0 { before & BYTES } else { 0 };
+            writers.add(i).write(mine | more);
+        }
+    }
+    true
+}
+
+/// [`against`] for eight words.
+///
+/// # Safety
+/// The processor has AVX-512 F.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn against_avx512(other: std::arch::x86_64::__m512i, mine: u64) -> u8 {
+    use std::arch::x86_64::*;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let set = |x: u64| _mm512_set1_epi64(x as i64);
+        let change = _mm512_xor_si512(other, set(mine));
+        _mm512_testn_epi64_mask(change, set(GENERATION))
+            & _mm512_test_epi64_mask(change, set(WHO))
+            & _mm512_test_epi64_mask(other, set(mine & BYTES))
+    }
+}
+
 /// A word of the shadow: generation (12 bits), epoch (12), block (32), several blocks (1), free (3), bytes (4).
 #[derive(Clone, Copy)]
-struct Entry {
+struct Access {
     epoch: u64,
     block: u32,
     several: bool,
@@ -470,8 +593,8 @@ impl GlobalRaces {
         GlobalRaces { shadow, generation, orders: Mutex::default() }
     }
 
-    fn unpack(&self, word: u64) -> Option<Entry> {
-        (word >> 52 == self.generation).then_some(Entry {
+    fn unpack(&self, word: u64) -> Option<Access> {
+        (word >> 52 == self.generation).then_some(Access {
             epoch: word >> 40 & EPOCH_MASK,
             block: (word >> 8) as u32,
             several: word >> 7 & 1 != 0,
@@ -479,7 +602,7 @@ impl GlobalRaces {
         })
     }
 
-    fn pack(&self, entry: Entry) -> u64 {
+    fn pack(&self, entry: Access) -> u64 {
         self.generation << 52
             | (entry.epoch & EPOCH_MASK) << 40
             | u64::from(entry.block) << 8
@@ -487,7 +610,7 @@ impl GlobalRaces {
             | entry.bytes
     }
 
-    fn ordered(&self, block: u32, other: Entry) -> bool {
+    fn ordered(&self, block: u32, other: Access) -> bool {
         let orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         if other.several {
             // Who read is not known any more: a block that has synchronised at all is believed.
@@ -513,8 +636,8 @@ impl GlobalRaces {
     }
 
     /// What a block is as a reader or writer of `bytes`.
-    fn mine(&self, bytes: u64, block: u32, epoch: u32) -> Entry {
-        Entry { epoch: u64::from(epoch) & EPOCH_MASK, block, several: false, bytes }
+    fn mine(&self, bytes: u64, block: u32, epoch: u32) -> Access {
+        Access { epoch: u64::from(epoch) & EPOCH_MASK, block, several: false, bytes }
     }
 
     /// A block reads `bytes` (a mask of 4) of the word at an address of the device's range.
@@ -562,94 +685,44 @@ impl GlobalRaces {
         None
     }
 
-    /// Reads of a block: false where one needs a closer look, word by word, which may repeat what was noted here.
+    /// Accesses of a block: false where one needs a closer look, word by word, which may repeat what was noted here.
     ///
     /// # Safety
-    /// The range lies in the device's.
+    /// The range lies in the device's; the processor has the instruction set of `ISA`.
     #[inline(always)]
-    pub unsafe fn read_range(&self, first: u64, length: u64, block: u32, epoch: u32) -> bool {
-        let mine = self.pack(self.mine(0, block, epoch));
-        // SAFETY: the caller's promise, and what `each_part` gives is inside the range and held.
-        unsafe {
-            self.each_part(first, length, |writers, readers, count, bytes| {
-                let mine = mine | bytes;
-                let mut bad = 0;
-                for i in 0..count {
-                    let reader = readers.add(i);
-                    reader.write(next_reader(reader.read(), mine));
-                    bad |= against(writers.add(i).read(), mine);
-                }
-                bad == 0
-            })
-        }
-    }
-
-    /// Writes of a block, as [`read_range`](Self::read_range).
-    ///
-    /// # Safety
-    /// The range lies in the device's.
-    #[inline(always)]
-    pub unsafe fn write_range(&self, first: u64, length: u64, block: u32, epoch: u32) -> bool {
-        let mine = self.pack(self.mine(0, block, epoch));
-        // SAFETY: as for `read_range`.
-        unsafe {
-            self.each_part(first, length, |writers, readers, count, bytes| {
-                let mine = mine | bytes;
-                let mut bad = 0;
-                for i in 0..count {
-                    bad |= against(writers.add(i).read(), mine);
-                    bad |= against(readers.add(i).read(), mine);
-                }
-                if bad != 0 {
-                    return false;
-                }
-                for i in 0..count {
-                    let before = writers.add(i).read();
-                    let more = if (before ^ mine) & !BYTES == 0 { before & BYTES } else { 0 };
-                    writers.add(i).write(mine | more);
-                }
-                true
-            })
-        }
-    }
-
-    /// Calls for each run of words in a range that one lock covers, with which of their bytes are meant; stops at the first false.
-    #[inline(always)]
-    unsafe fn each_part(
+    pub unsafe fn approve<const ISA: usize, const WRITE: bool>(
         &self,
         first: u64,
         length: u64,
-        mut part: impl FnMut(*mut u64, *mut u64, usize, u64) -> bool,
+        block: u32,
+        epoch: u32,
     ) -> bool {
+        let mine = self.pack(self.mine(0, block, epoch));
         let end = first + length;
         let mut at = first;
         while at < end {
             let stop = end.min((at | (HELD - 1)) + 1);
             let _held = self.shadow.hold(at);
-            // SAFETY: the caller's promise.
-            let (writers, readers) = unsafe { self.shadow.word(at) };
-            let (mut from, mut index) = (at, 0);
-            if from % 4 != 0 || stop - from < 4 {
-                let upto = stop.min((from | 3) + 1);
-                let bytes = ((1u64 << (upto - from)) - 1) << (from % 4);
-                if !part(writers, readers, 1, bytes) {
-                    return false;
-                }
-                (from, index) = (upto, 1);
-            }
-            let whole = ((stop - from) / 4) as usize;
-            // SAFETY: the words lie in the range.
+            // SAFETY: the caller's promise; the words are held.
             unsafe {
-                if whole > 0 && !part(writers.add(index), readers.add(index), whole, BYTES) {
-                    return false;
-                }
-                index += whole;
-                let rest = (stop - from) % 4;
-                if rest > 0 && !part(writers.add(index), readers.add(index), 1, (1 << rest) - 1) {
-                    return false;
+                let (mut writers, mut readers) = self.shadow.word(at);
+                // A word in part, whole words, a word in part.
+                while at < stop {
+                    let (count, bytes) = match stop - at {
+                        rest if at % 4 == 0 && rest >= 4 => ((rest / 4) as usize, BYTES),
+                        rest => (1, (((1 << rest.min(4 - at % 4)) - 1) << (at % 4)) & BYTES),
+                    };
+                    let good = match WRITE {
+                        true => write_words::<ISA>(writers, readers, count, mine | bytes),
+                        false => read_words::<ISA>(writers, readers, count, mine | bytes),
+                    };
+                    if !good {
+                        return false;
+                    }
+                    (writers, readers) = (writers.add(count), readers.add(count));
+                    at = stop.min((at & !3) + 4 * count as u64);
                 }
             }
-            at = stop;
         }
         true
     }
@@ -669,6 +742,192 @@ impl GlobalRaces {
                 Some(known) => known.1 = length,
                 None => acquired.push((address, length)),
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::access::{Addresses, Site, Use};
+    use super::super::interp::{AVX2, AVX512, PORTABLE};
+    use super::super::shapes::Shapes;
+    use super::super::state::lanes;
+    use super::super::{Isa, best_isa};
+    use super::*;
+    use crate::memory::Memory;
+    use rand::rngs::StdRng;
+    use rand::{RngExt, SeedableRng};
+
+    const WARPS: usize = 3;
+    const GRANULES: usize = 96;
+
+    /// One lane after the other, as the checks do it where chunks are no answer.
+    fn by_lanes(races: &mut SharedRaces, warp: usize, at: &Addresses, site: Site) -> bool {
+        lanes(site.mask).any(|l| {
+            let first = at[l as usize] as usize / 4;
+            let granules = first..first + site.bytes as usize / 4;
+            match site.usage {
+                Use::Load => races.read(warp, l, granules),
+                Use::Store => races.write(warp, l, granules, |_| false),
+                Use::Atomic => races.atomic(warp, l, granules),
+            }
+            .is_some()
+        })
+    }
+
+    /// # Safety
+    /// The processor has the instruction set of `ISA`.
+    unsafe fn chunks_agree_with_lanes<const ISA: usize>(seed: u64) -> (u32, u32) {
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut quick = SharedRaces::new(WARPS, GRANULES, true);
+        let mut slow = SharedRaces::new(WARPS, GRANULES, true);
+        let mut shapes = Shapes::new(4);
+        let (mut approved, mut raced) = (0, 0);
+        for _ in 0..4000 {
+            let warp = random.random_range(0..WARPS);
+            match random.random_range(0..12) {
+                0 => {
+                    quick.tick(warp);
+                    slow.tick(warp);
+                }
+                1 => {
+                    // All meet, as at a barrier of the block.
+                    for races in [&mut quick, &mut slow] {
+                        let latest = (0..WARPS).map(|w| races.clock(w)[w]).max().unwrap();
+                        for w in 0..WARPS {
+                            races.join(w, &[latest; WARPS]);
+                            races.advance(w, latest + 1);
+                        }
+                    }
+                }
+                2 => {
+                    for races in [&mut quick, &mut slow] {
+                        races.release(warp, 0);
+                        races.acquire((warp + 1) % WARPS, 0);
+                    }
+                }
+                3 if random.random_range(0..20) == 0 => {
+                    quick.restart();
+                    slow.restart();
+                }
+                _ => {
+                    let usage = [Use::Load, Use::Load, Use::Store, Use::Atomic][random.random_range(0..4)];
+                    let bytes = [4, 8, 16][random.random_range(0..3)];
+                    let mask = [!0u32, 0xffff, 0x8421][random.random_range(0..3)];
+                    // In a row, all at one place, two places, or far apart.
+                    let step = [bytes, 0, 4 * bytes % 48][random.random_range(0..3)] as usize;
+                    let origin = random.random_range(0..8) * 16;
+                    let mut at = Addresses(std::array::from_fn(|l| {
+                        ((origin + l * step) % (GRANULES * 4 - 16)) as u64 / u64::from(bytes) * u64::from(bytes)
+                    }));
+                    super::super::access::settle(&mut at, mask);
+                    let site = Site { pc: random.random_range(0..4), mask, bytes, usage, strong: false };
+                    let expected = by_lanes(&mut slow, warp, &at, site);
+                    // SAFETY: the caller's promise; the accesses lie inside the granules.
+                    let good = unsafe {
+                        usage != Use::Atomic
+                            && shapes.recall::<ISA>(&at, site, 2).is_some_and(|shape| {
+                                let origin = (at[mask.trailing_zeros() as usize] / 4) as i64;
+                                (usage == Use::Load || !shape.overlap)
+                                    && shape.chunks.iter().all(|chunk| {
+                                        let at = (origin + chunk.at) as usize;
+                                        assert!(quick.holds(at));
+                                        match usage {
+                                            Use::Load => quick.read_chunk::<ISA>(warp, chunk, at),
+                                            _ => quick.write_chunk::<ISA, true>(warp, chunk, at),
+                                        }
+                                    })
+                            })
+                    };
+                    let found = !good && by_lanes(&mut quick, warp, &at, site);
+                    assert_eq!(found, expected, "seed {seed}");
+                    approved += u32::from(good);
+                    if expected {
+                        // A race ends a launch.
+                        raced += 1;
+                        quick = SharedRaces::new(WARPS, GRANULES, true);
+                        slow = SharedRaces::new(WARPS, GRANULES, true);
+                    }
+                }
+            }
+        }
+        (approved, raced)
+    }
+
+    #[test]
+    fn chunks_find_the_races_that_lanes_find() {
+        for seed in 0..20 {
+            // SAFETY: only what the processor has.
+            let counts = unsafe {
+                match (best_isa(), seed % 3) {
+                    (Isa::Avx512, 0) => chunks_agree_with_lanes::<AVX512>(seed),
+                    (Isa::Avx512 | Isa::Avx2, 1) => chunks_agree_with_lanes::<AVX2>(seed),
+                    _ => chunks_agree_with_lanes::<PORTABLE>(seed),
+                }
+            };
+            assert!(counts.0 > 100 && counts.1 > 100, "{counts:?} approved and raced: too few to tell");
+        }
+    }
+
+    /// # Safety
+    /// The processor has the instruction set of `ISA`.
+    unsafe fn ranges_agree_with_words<const ISA: usize>(seed: u64) -> (u32, u32) {
+        let mut random = StdRng::seed_from_u64(seed);
+        let memories = [Memory::new(1 << 20), Memory::new(1 << 20)];
+        let bases = [0, 1].map(|i| memories[i].alloc(4096).expect("memory"));
+        let shadows = [0, 1].map(|i| memories[i].shadow().expect("address space"));
+        let begin = || [0, 1].map(|i: usize| GlobalRaces::new(shadows[i].clone()));
+        let mut races = begin();
+        let (mut approved, mut raced) = (0, 0);
+        for _ in 0..3000 {
+            let (block, epoch) = (random.random_range(0..3), random.random_range(1..3));
+            let first = random.random_range(0..600u64);
+            let length = [1, 2, 4, 16, 64, 700][random.random_range(0..6)];
+            let write = random.random_range(0..4) == 0;
+            let by_words = |races: &GlobalRaces, base: u64| {
+                let (mut at, end) = (base + first, base + first + length);
+                let mut found = false;
+                while at < end && !found {
+                    let upto = end.min((at & !3) + 4);
+                    let bytes = ((1 << (upto - at)) - 1) << (at % 4);
+                    found = match write {
+                        true => races.write(at & !3, bytes, block, epoch, false).is_some(),
+                        false => races.read(at & !3, bytes, block, epoch).is_some(),
+                    };
+                    at = upto;
+                }
+                found
+            };
+            let expected = by_words(&races[1], bases[1]);
+            // SAFETY: the caller's promise; the range lies in the allocation.
+            let good = unsafe {
+                match write {
+                    true => races[0].approve::<ISA, true>(bases[0] + first, length, block, epoch),
+                    false => races[0].approve::<ISA, false>(bases[0] + first, length, block, epoch),
+                }
+            };
+            let found = !good && by_words(&races[0], bases[0]);
+            assert_eq!(found, expected, "seed {seed}");
+            approved += u32::from(good);
+            if expected || random.random_range(0..50) == 0 {
+                raced += u32::from(expected);
+                races = begin();
+            }
+        }
+        (approved, raced)
+    }
+
+    #[test]
+    fn ranges_find_the_races_that_words_find() {
+        for seed in 0..9 {
+            // SAFETY: only what the processor has.
+            let counts = unsafe {
+                match best_isa() {
+                    Isa::Avx512 if seed % 2 == 0 => ranges_agree_with_words::<AVX512>(seed),
+                    _ => ranges_agree_with_words::<PORTABLE>(seed),
+                }
+            };
+            assert!(counts.0 > 100 && counts.1 > 100, "{counts:?} approved and raced: too few to tell");
         }
     }
 }

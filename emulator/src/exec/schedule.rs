@@ -155,12 +155,16 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         allocations: allocations.clone(),
         range,
         checks,
-        shared_bytes: kernel.static_shared + launch.dynamic_shared,
+        shared_bytes: match program.reserved_shared {
+            0 => kernel.static_shared + launch.dynamic_shared,
+            reserved => (kernel.static_shared + launch.dynamic_shared).next_multiple_of(16) + reserved,
+        },
         // Without the check for bounds accesses need not be aligned.
         granule: if checks.bounds { program.smallest_shared.trailing_zeros() } else { 0 },
         threads,
         local_stride: kernel.local_bytes.next_multiple_of(16),
         constants: resolve(program, &launch.module.addresses),
+        first_constant: program.constants.first().map_or(program.file_bytes, |&(offset, _)| offset),
         global_races: if checks.global_races { memory.shadow().map(GlobalRaces::new) } else { None },
         touched: settings.counters.then(|| {
             let end = allocations.last().map_or(range.0, |last| last.address + last.bytes);

@@ -6,6 +6,7 @@
 
 use super::access::{Addresses, Site};
 use super::interp::AVX512;
+use super::lanes::Some16;
 use super::races::{Chunk, MANY};
 use super::state::lanes;
 
@@ -157,11 +158,14 @@ impl Shape {
             }
             before = Some(at);
             if self.chunks.last().is_none_or(|chunk| at - chunk.at >= 16) {
-                self.chunks.push(Chunk { at, mask: [0; 16], lanes: [0; 16] });
+                let some = Some16 { bits: 0, words: [0; 16] };
+                self.chunks.push(Chunk { at, some, lanes: [0; 16] });
             }
             let chunk = self.chunks.last_mut().expect("one was just made");
-            chunk.mask[(at - chunk.at) as usize] = !0;
-            chunk.lanes[(at - chunk.at) as usize] = lane;
+            let i = (at - chunk.at) as usize;
+            chunk.some.bits |= 1 << i;
+            chunk.some.words[i] = !0;
+            chunk.lanes[i] = lane;
         }
     }
 }

@@ -185,6 +185,8 @@ pub struct Env<'a> {
     pub local_stride: u32,
     /// The last part of every register file.
     pub constants: Vec<u8>,
+    /// Where in a register file that part begins.
+    pub first_constant: u32,
     /// Races between blocks.
     pub global_races: Option<GlobalRaces>,
     /// Sectors touched.

@@ -192,16 +192,83 @@ unsafe fn expand<const ELEMENT: u8>(words: std::arch::x86_64::__m512i, upper: bo
     }
 }
 
-/// A whole tile with AVX-512, in the same order of additions, without leaving registers between C and D.
+/// The last A that the AVX-512 code spread out: neighbouring instructions often share it.
+struct Spread {
+    /// Offsets of A's registers; `u32::MAX` for nothing.
+    registers: [[u32; 2]; 2],
+    /// Per plane, word, half of the rows and half of the lanes: each row's word in all lanes of its quad.
+    rows: std::mem::MaybeUninit<[[[[Vector; 2]; 2]; 4]; 4]>,
+}
+
+/// 16 floats.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+struct Vector([f32; 16]);
+
+impl Spread {
+    /// Nothing yet.
+    fn new() -> Self {
+        Spread { registers: [[u32::MAX; 2]; 2], rows: std::mem::MaybeUninit::uninit() }
+    }
+}
+
+/// A whole tile with AVX-512, in the same order of additions, without leaving registers between C and D. Shuffles are what it has most of, so
+/// A's are kept for the next instruction, and B's small vectors are broadcast by loads.
 ///
 /// # Safety
 /// The operands are the form's; the processor has AVX-512 F.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
-unsafe fn tile_avx512<const ELEMENT: u8, const DEPTH: usize>(m: &Matrix, o: &Operands, tile: &Tile) {
+unsafe fn tile_avx512<const ELEMENT: u8, const DEPTH: usize>(
+    m: &Matrix,
+    o: &Operands,
+    tile: &Tile,
+    spread: &mut Spread,
+) {
     use std::arch::x86_64::*;
-    // SAFETY: registers and accumulators are 32 lanes: two vectors of 16.
+    let parts = if ELEMENT == TF32 { 1 } else { 2 };
+    // SAFETY: registers and accumulators are 32 lanes: two vectors of 16. Planes are at most 4.
     unsafe {
+        let load = |i: u8| {
+            let words = o.b32(i as usize).as_ptr();
+            [_mm512_loadu_si512(words.cast()), _mm512_loadu_si512(words.add(16).cast())]
+        };
+        let rows: *mut [[[Vector; 2]; 2]; 4] = spread.rows.as_mut_ptr().cast();
+        let mut registers = [[u32::MAX; 2]; 2];
+        for k in 0..DEPTH {
+            registers[k] = [0, 1].map(|x| o.at.add(tile.k[k][x] as usize).read());
+        }
+        if spread.registers != registers {
+            spread.registers = registers;
+            for k in 0..DEPTH {
+                for half in 0..2 {
+                    let words = load(tile.k[k][half]);
+                    for part in 0..parts {
+                        for v in 0..2 {
+                            let row = expand::<ELEMENT>(words[v], part == 1);
+                            let to = rows.add(k * parts + part).cast::<Vector>().add(2 * half + v);
+                            _mm512_store_ps(to.cast(), _mm512_permute_ps::<0x00>(row));
+                            _mm512_store_ps(to.add(4).cast(), _mm512_permute_ps::<0x55>(row));
+                            _mm512_store_ps(to.add(8).cast(), _mm512_permute_ps::<0xaa>(row));
+                            _mm512_store_ps(to.add(12).cast(), _mm512_permute_ps::<0xff>(row));
+                        }
+                    }
+                }
+            }
+        }
+        // Per plane: for each word the columns 2t, four floats, and then the columns 2t + 1.
+        let mut columns = [[Vector([0.0; 16]); 2]; 4];
+        let even = _mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
+        let odd = _mm512_add_epi32(even, _mm512_set1_epi32(4));
+        for k in 0..DEPTH {
+            let words = load(tile.k[k][2]);
+            for part in 0..parts {
+                let [low, high] = words.map(|words| expand::<ELEMENT>(words, part == 1));
+                let to = &mut columns[k * parts + part];
+                _mm512_store_ps(to[0].0.as_mut_ptr(), _mm512_permutex2var_ps(low, even, high));
+                _mm512_store_ps(to[1].0.as_mut_ptr(), _mm512_permutex2var_ps(low, odd, high));
+            }
+        }
         let mut sums = [[_mm512_setzero_ps(); 2]; 4];
         if m.c_f16 {
             let c = accumulators(m, o, tile);
@@ -218,41 +285,37 @@ unsafe fn tile_avx512<const ELEMENT: u8, const DEPTH: usize>(m: &Matrix, o: &Ope
                 }
             }
         }
-        let first = _mm512_set4_epi32(24, 16, 8, 0);
-        for registers in &tile.k[..DEPTH] {
-            let words = registers.map(|i| {
-                let words = o.b32(i as usize).as_ptr();
-                [_mm512_loadu_si512(words.cast()), _mm512_loadu_si512(words.add(16).cast())]
-            });
-            for part in 0..if ELEMENT == TF32 { 1 } else { 2 } {
-                let upper = part == 1;
-                let rows = [
-                    [expand::<ELEMENT>(words[0][0], upper), expand::<ELEMENT>(words[0][1], upper)],
-                    [expand::<ELEMENT>(words[1][0], upper), expand::<ELEMENT>(words[1][1], upper)],
-                ];
-                let b0 = expand::<ELEMENT>(words[2][0], upper);
-                let b1 = expand::<ELEMENT>(words[2][1], upper);
-                macro_rules! word {
-                    ($j:literal) => {
-                        let at = _mm512_add_epi32(first, _mm512_set1_epi32($j));
-                        let even = _mm512_permutex2var_ps(b0, at, b1);
-                        let at = _mm512_add_epi32(first, _mm512_set1_epi32($j + 4));
-                        let odd = _mm512_permutex2var_ps(b0, at, b1);
-                        for v in 0..2 {
-                            for half in 0..2 {
-                                let rows = _mm512_permute_ps::<{ $j * 0x55 }>(rows[half][v]);
-                                let [left, right] = [2 * half, 2 * half + 1];
-                                sums[left][v] = _mm512_fmadd_ps(rows, even, sums[left][v]);
-                                sums[right][v] = _mm512_fmadd_ps(rows, odd, sums[right][v]);
-                            }
-                        }
-                    };
+        for plane in 0..DEPTH * parts {
+            for j in 0..4 {
+                let column = |x: usize| _mm512_broadcast_f32x4(_mm_load_ps(columns[plane][x].0.as_ptr().add(4 * j)));
+                let (even, odd) = (column(0), column(1));
+                let row = rows.add(plane).cast::<Vector>().add(4 * j);
+                for half in 0..2 {
+                    for v in 0..2 {
+                        let row = _mm512_load_ps(row.add(2 * half + v).cast());
+                        sums[2 * half][v] = _mm512_fmadd_ps(row, even, sums[2 * half][v]);
+                        sums[2 * half + 1][v] = _mm512_fmadd_ps(row, odd, sums[2 * half + 1][v]);
+                    }
                 }
-                word!(0);
-                word!(1);
-                word!(2);
-                word!(3);
             }
+        }
+        // D may take the place of what was spread.
+        for i in 0..4 {
+            let d = o.at.add(tile.d[i] as usize).read();
+            if registers.as_flattened().contains(&d) {
+                spread.registers = [[u32::MAX; 2]; 2];
+            }
+        }
+        if !m.d_f16 && o.mask == u32::MAX {
+            let canonical = _mm512_castsi512_ps(_mm512_set1_epi32(float::NAN_F32 as i32));
+            for i in 0..4 {
+                for v in 0..2 {
+                    let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(sums[i][v], sums[i][v]);
+                    let d = _mm512_mask_mov_ps(sums[i][v], nan, canonical);
+                    _mm512_storeu_ps(o.words(tile.d[i] as usize).add(16 * v).cast(), d);
+                }
+            }
+            return;
         }
         let mut d = [[0.0; 32]; 4];
         for i in 0..4 {
@@ -351,16 +414,16 @@ unsafe fn put(m: &Matrix, o: &Operands, tile: &Tile, c: &Accumulators) {
 
 /// A product of 16-bit floats, `DEPTH` registers deep. All of C is read before any of D is written: they may share registers.
 #[inline(always)]
-unsafe fn halves_product<I: Isa, const BF: bool, const DEPTH: usize>(m: &Matrix, o: &Operands) {
+unsafe fn halves_product<I: Isa, const BF: bool, const DEPTH: usize>(m: &Matrix, o: &Operands, spread: &mut Spread) {
     for tile in &m.tiles {
         // SAFETY: the operands are the form's.
         unsafe {
             #[cfg(target_arch = "x86_64")]
             if I::AVX512 {
                 if BF {
-                    tile_avx512::<BF16, DEPTH>(m, o, tile);
+                    tile_avx512::<BF16, DEPTH>(m, o, tile, spread);
                 } else {
-                    tile_avx512::<F16, DEPTH>(m, o, tile);
+                    tile_avx512::<F16, DEPTH>(m, o, tile, spread);
                 }
                 continue;
             }
@@ -374,13 +437,13 @@ unsafe fn halves_product<I: Isa, const BF: bool, const DEPTH: usize>(m: &Matrix,
 
 /// A product of tf32.
 #[inline(always)]
-unsafe fn tf32_product<I: Isa, const DEPTH: usize>(m: &Matrix, o: &Operands) {
+unsafe fn tf32_product<I: Isa, const DEPTH: usize>(m: &Matrix, o: &Operands, spread: &mut Spread) {
     for tile in &m.tiles {
         // SAFETY: the operands are the form's.
         unsafe {
             #[cfg(target_arch = "x86_64")]
             if I::AVX512 {
-                tile_avx512::<TF32, DEPTH>(m, o, tile);
+                tile_avx512::<TF32, DEPTH>(m, o, tile, spread);
                 continue;
             }
             let mut c = accumulators(m, o, tile);
@@ -460,16 +523,16 @@ unsafe fn f64_product(m: &Matrix, o: &Operands) {
 }
 
 #[inline(always)]
-unsafe fn product<I: Isa>(m: &Matrix, o: &Operands) {
+unsafe fn product<I: Isa>(m: &Matrix, o: &Operands, spread: &mut Spread) {
     // SAFETY: the operands are the form's.
     unsafe {
         match (m.element, m.depth) {
-            (Element::Bf16, 2) => halves_product::<I, true, 2>(m, o),
-            (Element::Bf16, _) => halves_product::<I, true, 1>(m, o),
-            (Element::F16, 2) => halves_product::<I, false, 2>(m, o),
-            (Element::F16, _) => halves_product::<I, false, 1>(m, o),
-            (Element::Tf32, 2) => tf32_product::<I, 2>(m, o),
-            (Element::Tf32, _) => tf32_product::<I, 1>(m, o),
+            (Element::Bf16, 2) => halves_product::<I, true, 2>(m, o, spread),
+            (Element::Bf16, _) => halves_product::<I, true, 1>(m, o, spread),
+            (Element::F16, 2) => halves_product::<I, false, 2>(m, o, spread),
+            (Element::F16, _) => halves_product::<I, false, 1>(m, o, spread),
+            (Element::Tf32, 2) => tf32_product::<I, 2>(m, o, spread),
+            (Element::Tf32, _) => tf32_product::<I, 1>(m, o, spread),
             (Element::Byte { a, b, saturate }, _) => bytes_product(m, o, a, b, saturate),
             (Element::F64, _) => f64_product(m, o),
         }
@@ -481,9 +544,13 @@ macro_rules! runner {
         $(#[target_feature(enable = $feature)])?
         unsafe fn $name(f: &super::Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
             let Some(m) = &f.detail.matrix else { unreachable!("a form of this module") };
+            let mut spread = Spread::new();
             for i in 0..count {
                 // SAFETY: the caller's operands are `count` times the form's.
-                unsafe { product::<super::ops::$isa>(m, &Operands { registers, at: operands.add(i * f.detail.operands), mask }) }
+                unsafe {
+                    let at = operands.add(i * f.detail.operands);
+                    product::<super::ops::$isa>(m, &Operands { registers, at, mask }, &mut spread)
+                }
             }
         }
     };

@@ -109,6 +109,16 @@ impl Operands {
         unsafe { &*self.pointer(i) }
     }
 
+    /// Where the 32-bit lanes of operand `i` stand.
+    ///
+    /// # Safety
+    /// It is one of kind B32.
+    #[inline(always)]
+    pub unsafe fn words(&self, i: usize) -> *mut u32 {
+        // SAFETY: as the function's own contract.
+        unsafe { self.pointer(i) }
+    }
+
     /// Operand `i` as a predicate.
     ///
     /// # Safety

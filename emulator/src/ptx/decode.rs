@@ -195,6 +195,11 @@ pub fn special(name: &str) -> Option<Special> {
         "globaltimer_hi" => Special::GlobalTimerHi,
         "dynamic_smem_size" => Special::DynamicShared,
         "total_smem_size" => Special::TotalShared,
+        "reserved_smem_offset_begin" | "reserved_smem_offset_0" | "reserved_smem_offset_1" => {
+            Special::ReservedShared(0)
+        }
+        "reserved_smem_offset_end" => Special::ReservedShared(1),
+        "reserved_smem_offset_cap" => Special::ReservedShared(2),
         _ => return None,
     })
 }
@@ -726,7 +731,9 @@ impl<'a> Builder<'a> {
                 self.emit(&at, Op::ActiveMask, &[d], 1);
                 Ok(())
             }
+            "cp" if parts.get(2) == Some(&"mbarrier") => self.mbarrier(&at, &operands),
             "cp" => self.cp_async(&at, &operands),
+            "mbarrier" => self.mbarrier(&at, &operands),
             "ldmatrix" => self.ldmatrix(&at, &operands),
             "movmatrix" => {
                 if opcode != "movmatrix.sync.aligned.m8n8.trans.b16" {
@@ -1457,6 +1464,114 @@ impl<'a> Builder<'a> {
             &values,
             0,
         );
+        Ok(())
+    }
+
+    /// `mbarrier` and `cp.async.mbarrier.arrive` as sm_80 has them.
+    fn mbarrier(&mut self, at: &Context, operands: &[Operand<'a>]) -> Result<(), ParseError> {
+        let words = match at.parts.as_slice() {
+            ["cp", "async", "mbarrier", "arrive", words @ ..] => {
+                let counted = words.first() == Some(&"noinc");
+                return self.mbarrier_at(
+                    at,
+                    Mbarrier::CopyArrive { counted },
+                    &words[usize::from(counted)..],
+                    operands,
+                );
+            }
+            ["mbarrier", words @ ..] => words,
+            _ => return at.unsupported(),
+        };
+        let Some((&what, mut words)) = words.split_first() else {
+            return at.unsupported();
+        };
+        let mut next = |names: &[&str]| match words.split_first() {
+            Some((word, rest)) if names.contains(word) => {
+                words = rest;
+                true
+            }
+            _ => false,
+        };
+        let mode = match what {
+            "init" => Mbarrier::Init,
+            "inval" => Mbarrier::Inval,
+            "arrive" | "arrive_drop" => {
+                next(&["release"]);
+                next(&["cta"]);
+                Mbarrier::Arrive { drop: what == "arrive_drop", stay: next(&["noComplete"]) }
+            }
+            "test_wait" => {
+                let parity = next(&["parity"]);
+                next(&["acquire"]);
+                next(&["cta"]);
+                Mbarrier::TestWait { parity }
+            }
+            "pending_count" => Mbarrier::PendingCount,
+            _ => return at.unsupported(),
+        };
+        self.mbarrier_at(at, mode, words, operands)
+    }
+
+    fn mbarrier_at(
+        &mut self,
+        at: &Context,
+        mode: Mbarrier,
+        words: &[&str],
+        operands: &[Operand<'a>],
+    ) -> Result<(), ParseError> {
+        let named = match words {
+            ["shared" | "shared::cta", "b64"] => Some(Space::Shared),
+            ["b64"] => None,
+            _ => return at.unsupported(),
+        };
+        let wrong = || at.fail("wrong operands");
+        let mut values = vec![];
+        let (address, outputs) = match (mode, operands) {
+            (Mbarrier::Init, [address, count]) => {
+                values.push(self.value(at, count, Type::B32)?);
+                (Some(address), 0)
+            }
+            (Mbarrier::Inval | Mbarrier::CopyArrive { .. }, [address]) => (Some(address), 0),
+            (Mbarrier::Arrive { .. }, [state, address, count @ ..]) if count.len() < 2 => {
+                values.push(self.destinations(at, state, Type::B64)?[0]);
+                values.push(match count {
+                    [count] => self.value(at, count, Type::B32)?,
+                    _ => self.value(at, &Operand::Int(1), Type::B32)?,
+                });
+                (Some(address), 1)
+            }
+            (Mbarrier::TestWait { parity }, [done, address, state]) => {
+                values.push(self.destinations(at, done, Type::Pred)?[0]);
+                values.push(self.value(at, state, if parity { Type::B32 } else { Type::B64 })?);
+                (Some(address), 1)
+            }
+            (Mbarrier::PendingCount, [count, state]) => {
+                values.push(self.destinations(at, count, Type::B32)?[0]);
+                values.push(self.value(at, state, Type::B64)?);
+                (None, 1)
+            }
+            _ => return wrong(),
+        };
+        let mut access = Access {
+            space: Space::Shared,
+            bytes: 8,
+            elements: 1,
+            wide_base: false,
+            signed: false,
+            register_bits: 64,
+            strong: true,
+            offset: 0,
+        };
+        if let Some(address) = address {
+            let (base, wide_base, offset, found) = self.address(at, address)?;
+            let space = named.or(found).unwrap_or(Space::Generic);
+            if !matches!(space, Space::Shared | Space::Generic) || found.is_some_and(|found| found != Space::Shared) {
+                return at.fail("an mbarrier is in shared memory");
+            }
+            access = Access { space, wide_base, offset, ..access };
+            values.insert(outputs, base);
+        }
+        self.emit(at, Op::Mbarrier { mode, access }, &values, outputs);
         Ok(())
     }
 

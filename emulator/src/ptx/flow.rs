@@ -735,6 +735,9 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
             program.sources.push(ins.source);
             program.fences |= matches!(op, Op::Fence(_));
             program.atomics |= matches!(op, Op::Atom { access, .. } if reaches_shared(&access));
+            if matches!(op, Op::Special { register: Special::ReservedShared(_), .. }) {
+                program.reserved_shared = RESERVED_SHARED;
+            }
             program.copies |= matches!(op, Op::CpAsync { .. });
             program.smallest_shared = program.smallest_shared.min(shared_bytes(&op).unwrap_or(16));
             if guard == NO_GUARD
@@ -821,6 +824,7 @@ fn shared_bytes(op: &Op) -> Option<u32> {
             Some(fragment.element_bytes)
         }
         Op::CpAsync { bytes, .. } => Some(u32::from(*bytes)),
+        Op::Mbarrier { .. } => Some(8),
         _ => None,
     }
 }

@@ -90,6 +90,8 @@ pub enum Special {
     GlobalTimerHi,
     DynamicShared,
     TotalShared,
+    /// The part of shared memory that belongs to the system: its beginning, its end, its size.
+    ReservedShared(u8),
     Environment(u8),
 }
 
@@ -130,6 +132,35 @@ pub enum Barrier {
     Popc,
     And,
     Or,
+}
+
+/// What is done with an `mbarrier` object. A base is the object's address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mbarrier {
+    /// base, arrivals expected in a phase.
+    Init,
+    /// base.
+    Inval,
+    /// destination for the state before, base, arrivals; with `drop` they are not expected in later phases, with `stay` they may not
+    /// end the phase.
+    Arrive {
+        /// `arrive_drop`
+        drop: bool,
+        /// `.noComplete`
+        stay: bool,
+    },
+    /// destination predicate, base, state (or, with `parity`, the parity of a phase): whether that phase has ended.
+    TestWait {
+        /// `.parity`
+        parity: bool,
+    },
+    /// destination, state; no base.
+    PendingCount,
+    /// base: arrives when the thread's copies have; with `counted`, the arrival is one of those expected.
+    CopyArrive {
+        /// `.noinc`
+        counted: bool,
+    },
 }
 
 /// A reduction over lanes.
@@ -178,6 +209,13 @@ pub enum Op {
         wide_to: bool,
         /// Whether the third operand is a predicate that says to ignore the source.
         ignore: bool,
+    },
+    /// An object in shared memory at which threads arrive and for whose phases they look: see [`Mbarrier`] for the operands.
+    Mbarrier {
+        /// What is done with it.
+        mode: Mbarrier,
+        /// Where; 8 bytes.
+        access: Access,
     },
     /// No operands.
     CpCommit,
@@ -359,6 +397,9 @@ pub struct BlockCost {
     pub instructions: u32,
 }
 
+/// See [`Program::reserved_shared`]: what a device of capability 8.0 has. Cooperative groups compiled without optimisation ask for it.
+pub const RESERVED_SHARED: u32 = 1024;
+
 /// A kernel's code.
 #[derive(Debug, Default)]
 pub struct Program {
@@ -384,6 +425,8 @@ pub struct Program {
     pub atomics: bool,
     /// Whether there are asynchronous copies.
     pub copies: bool,
+    /// Bytes of shared memory that belong to the system, behind the block's; 0 in programs that do not ask where they are.
+    pub reserved_shared: u32,
     /// Bytes of the smallest access to shared memory: a power of two, at most 16.
     pub smallest_shared: u32,
     /// The module's text.

@@ -1,0 +1,136 @@
+//! `mbarrier`: objects in shared memory at which threads arrive, in phases, and for whose phases they look.
+//!
+//! What the object's 8 bytes hold is for the implementation to choose: from the lowest bit on, 20 bits of arrivals that the phase still waits
+//! for, 20 bits of arrivals that each phase expects, and the number of the phase. A state, as `arrive` returns it, is the object before.
+//!
+//! An arrival releases what its warp did before, a look that finds the phase ended acquires it. `cp.async.mbarrier.arrive` lets the
+//! thread's copies arrive at once: later would be as correct, but nothing after it says when the latest is.
+
+use super::access::{Site, Use, addresses, settle};
+use super::state::{Machine, Warp, lanes};
+use super::{Fault, FaultKind};
+use crate::ptx::program::{Access, Mbarrier};
+
+const COUNT: u64 = (1 << 20) - 1;
+const EXPECTED: u32 = 20;
+const PHASE: u32 = 40;
+
+impl Machine<'_> {
+    /// One of the instructions, lane after lane.
+    #[inline(never)]
+    pub fn mbarrier<const ISA: usize>(
+        &mut self,
+        warp: &mut Warp,
+        operands: &[u32],
+        mode: Mbarrier,
+        access: &Access,
+        pc: u32,
+        mask: u32,
+    ) -> Result<(), Box<Fault>> {
+        let file = warp.file.as_mut_ptr();
+        // SAFETY: the decoder gives each mode its operands, all inside the file and of the width that is read here.
+        let (wide, narrow) = unsafe {
+            let wide = |i: usize| file.add(operands[i] as usize).cast::<u64>();
+            let narrow = |i: usize| file.add(operands[i] as usize).cast::<u32>();
+            (wide, narrow)
+        };
+        if mode == Mbarrier::PendingCount {
+            for l in lanes(mask) {
+                // SAFETY: as above.
+                unsafe { narrow(0).add(l as usize).write((wide(1).add(l as usize).read() & COUNT) as u32) };
+            }
+            return Ok(());
+        }
+        if let Mbarrier::CopyArrive { .. } = mode {
+            self.cp_wait::<ISA>(warp, u32::MAX, pc, mask)?;
+        }
+        let base = match mode {
+            Mbarrier::Arrive { .. } | Mbarrier::TestWait { .. } => 1,
+            _ => 0,
+        };
+        // SAFETY: as above.
+        let mut at = unsafe { addresses(file, operands[base], access.wide_base, access.offset) };
+        settle(&mut at, mask);
+        let usage = if mode == Mbarrier::Init { Use::Store } else { Use::Load };
+        self.locate(warp, access.space, &mut at, Site { pc, mask, bytes: 8, usage, strong: true })?;
+        let shared = self.block.shared.as_mut_ptr() as u64;
+        for l in lanes(mask) {
+            let offset = at[l as usize].wrapping_sub(shared);
+            let illegal = |machine: &Self, warp: &Warp, detail: String| {
+                Err(machine.fault(FaultKind::Illegal, warp, pc, l, detail))
+            };
+            if offset >= u64::from(self.env.shared_bytes) {
+                return illegal(self, warp, "an mbarrier is in shared memory".into());
+            }
+            let object = at[l as usize] as *mut u64;
+            let lane = l as usize;
+            // SAFETY: `locate` has found 8 bytes there; one worker runs the block.
+            let old = unsafe { object.read_unaligned() };
+            let (pending, expected, phase) = (old & COUNT, old >> EXPECTED & COUNT, old >> PHASE);
+            if !matches!(mode, Mbarrier::Init | Mbarrier::Inval) && expected == 0 && pending == 0 {
+                return illegal(self, warp, format!("the mbarrier at shared address {offset:#x} is not initialised"));
+            }
+            let mut new = old;
+            let mut arrivals = 0;
+            match mode {
+                Mbarrier::Init => {
+                    // SAFETY: as above.
+                    let count = u64::from(unsafe { narrow(1).add(lane).read() });
+                    if count == 0 || count > COUNT {
+                        return illegal(self, warp, format!("an mbarrier of {count} arrivals, they are 1 to {COUNT}"));
+                    }
+                    new = count << EXPECTED | count;
+                }
+                Mbarrier::Inval => new = 0,
+                Mbarrier::Arrive { drop, stay } => {
+                    // SAFETY: as above.
+                    unsafe {
+                        arrivals = u64::from(narrow(2).add(lane).read());
+                        wide(0).add(lane).write(old);
+                    }
+                    if drop && arrivals <= expected {
+                        new -= arrivals << EXPECTED;
+                    }
+                    if arrivals == 0 || arrivals > pending || (stay && arrivals == pending) {
+                        let detail = format!("{arrivals} arrivals where the phase waits for {pending}");
+                        return illegal(self, warp, detail);
+                    }
+                }
+                Mbarrier::CopyArrive { counted } => arrivals = u64::from(counted),
+                Mbarrier::TestWait { parity } => {
+                    // SAFETY: as above.
+                    unsafe {
+                        let ended = match parity {
+                            true => phase & 1 != u64::from(narrow(2).add(lane).read()) & 1,
+                            false => wide(2).add(lane).read() >> PHASE != phase,
+                        };
+                        let to = narrow(0);
+                        to.write(to.read() & !(1 << l) | u32::from(ended) << l);
+                        if ended && let Some(races) = &mut self.block.races {
+                            races.acquire(warp.index as usize, offset as u32);
+                        }
+                    }
+                    continue;
+                }
+                Mbarrier::PendingCount => unreachable!("done above"),
+            }
+            if arrivals > pending {
+                return illegal(self, warp, format!("{arrivals} arrivals where the phase waits for {pending}"));
+            }
+            if let (Mbarrier::Arrive { .. } | Mbarrier::CopyArrive { .. }, Some(races)) = (mode, &mut self.block.races)
+            {
+                races.release(warp.index as usize, offset as u32);
+            }
+            if arrivals > 0 {
+                new -= arrivals;
+                if new & COUNT == 0 {
+                    let expected = new >> EXPECTED & COUNT;
+                    new = (phase + 1) << PHASE | expected << EXPECTED | expected;
+                }
+            }
+            // SAFETY: as above.
+            unsafe { object.write_unaligned(new) };
+        }
+        Ok(())
+    }
+}
