@@ -107,6 +107,9 @@ impl Feed {
                 if places.start < feed.window.start || places.end > feed.window.end {
                     let ahead = places.start..places.start + WINDOW.max(places.end - places.start);
                     let Rows { rows, classes } = rows_of(ahead);
+                    // The kernels trust them.
+                    let beyond = rows.iter().find(|&&row| row as usize >= images.shape.n);
+                    assert!(beyond.is_none(), "image {beyond:?} of {}", images.shape.n);
                     feed.window = places.start..places.start + rows.len() as u64;
                     assert!(
                         places.end <= feed.window.end,

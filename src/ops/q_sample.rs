@@ -35,7 +35,7 @@ pub enum Source<'a> {
         pixels: &'a Buffer,
         /// Their extent.
         shape: Shape,
-        /// The batch's images, one u32 each: their places in `pixels`.
+        /// The batch's images, one u32 each: their places in `pixels`, all below the number of images there.
         rows: View<'a>,
         /// Their classes, one u32 each.
         classes: Option<View<'a>>,
@@ -87,13 +87,13 @@ pub fn q_sample(device: &Device, source: Source<'_>, batch: &Batch, coefficients
     let (shape, n) = (source.shape(), batch.len());
     let chain = coefficients.0.shape().n;
     assert_eq!(batch.timesteps as usize, chain, "q_sample: timesteps of the batch and of the coefficients");
-    for &index in &batch.indices {
-        assert!(index < shape.n, "q_sample: image {index} of {}", shape.n);
-    }
     let per_image = Shape::new(n, 1, 1, 1);
     match (device, source) {
         (Device::Cpu(_), Source::Host(images)) => {
             assert_eq!(images.pixels.len(), shape.len(), "q_sample: {} bytes for images {shape}", images.pixels.len());
+            for &index in &batch.indices {
+                assert!(index < shape.n, "q_sample: image {index} of {}", shape.n);
+            }
             let mut x_t = Tensor::uninit(device, DType::F32, Shape { n, ..shape })?;
             cpu::forward(x_t.data_mut(), images, batch, coefficients.0.data());
             let numbers = |v: &[u32]| v.iter().map(|&v| v as f32).collect::<Vec<f32>>();

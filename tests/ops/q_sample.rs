@@ -249,7 +249,7 @@ fn planted_bugs_are_noticed() {
     gpu::notices_lost_barrier("q_sample::gpu_loops_over_images", "q_sample_fwd_f32", 1);
     gpu::notices(test, "q_sample_fwd_bf16", "q_sample_fwd_bf16_param_18", "q_sample_fwd_bf16_param_17");
     gpu::notices(test, "q_sample_fwd_f32", "q_sample_fwd_f32_param_10", "q_sample_fwd_f32_param_9");
-    gpu::notices(test, "q_sample_fwd_bf16", "fma.rn.f32", "fma.rz.f32");
+    gpu::notices(test, "q_sample_fwd_f32", "fma.rn.f32", "fma.rz.f32");
     gpu::notices(
         "q_sample::gpu_is_fed_the_batches_of_the_cpu",
         "q_sample_fwd_f32",

@@ -194,7 +194,7 @@ fn gpu_loops_over_images() {
 
 #[test]
 fn planted_bugs_are_noticed() {
-    // An element behind the image, a constant of Philox, a comparison of the clipping, a rounding.
+    // A constant of Philox; the number of images for the size of one; a comparison of the clipping; a rounding; one factor for another.
     gpu::notices(
         "sample_step::gpu_starts_with_the_bits_of_the_cpu",
         "sample_step_start_f32",
@@ -204,8 +204,8 @@ fn planted_bugs_are_noticed() {
     gpu::notices(
         "sample_step::gpu_starts_with_the_bits_of_the_cpu",
         "sample_step_start_bf16",
-        "setp.ge.u64",
-        "setp.gt.u64",
+        "sample_step_start_bf16_param_3",
+        "sample_step_start_bf16_param_2",
     );
     let test = "sample_step::gpu_steps_with_the_bits_of_the_cpu";
     gpu::notices(test, "sample_step_step_f32", "setp.gt.f32", "setp.lt.f32");

@@ -1,8 +1,9 @@
+use ddpm_cuda::ops::add::{add, reference as reference_add};
 use ddpm_cuda::ops::silu::{reference, silu};
 use ddpm_cuda::tensor::Shape;
 
 use crate::support::{
-    F32_ROUNDING, Pass, finite_differences, gpu, numbers, same_bits_at_any_number_of_threads, through_tape,
+    F32_ROUNDING, Pass, finite_differences, gpu, numbers, same_bits, same_bits_at_any_number_of_threads, through_tape,
     through_tape_on, to_f32, worst,
 };
 
@@ -83,6 +84,29 @@ fn gpu_agrees_with_the_reference() {
                 got.flat()
             });
         }
+    }
+}
+
+/// The gradient of a sum reaches both terms in one buffer: what is written over it must be a copy.
+#[test]
+fn gpu_leaves_a_shared_gradient_alone() {
+    for shape in CASES {
+        let [x, dy] = [1, 2].map(|seed| to_f32(&numbers(seed, shape.len())));
+        gpu::each(&format!("silu(x) + x, {shape}"), |device| {
+            let inputs = [(shape, x.clone())];
+            let alone = through_tape_on(device, &inputs, &[], &dy, 1, |tape, x, _| silu(tape, &x[0]));
+            let both = through_tape_on(device, &inputs, &[], &dy, 1, |tape, x, _| {
+                let y = silu(tape, &x[0])?;
+                add(tape, &y, &x[0])
+            });
+            let sum = |a: &[f32], b: &[f32]| {
+                let b = gpu::rounded_f32(device.activations(), b);
+                gpu::rounded_f32(device.activations(), &reference_add::forward(a, &b))
+            };
+            same_bits("y", &both.y, &sum(&alone.y, &x));
+            same_bits("dx", &both.dx[0], &sum(&alone.dx[0], &dy));
+            both.flat()
+        });
     }
 }
 
