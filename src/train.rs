@@ -274,10 +274,9 @@ impl Trainer {
             false => (self.step + 1, "loss", loss),
             true => (self.step + 1, "gradient norm", grad_norm),
         };
-        let culprit = match self.find_not_finite() {
-            Ok(culprit) => culprit,
-            Err(e) => format!("looking for the first tensor that is not finite failed: {e}"),
-        };
+        // The meter's row of the second look goes with it.
+        let found = self.find_not_finite().and_then(|culprit| self.meter.read().map(|_| culprit));
+        let culprit = found.unwrap_or_else(|e| format!("looking for the first tensor that is not finite failed: {e}"));
         self.not_finite(step, what, value, &culprit)
     }
 
@@ -523,6 +522,8 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     bar.finish_and_clear();
+    // A GPU that was told to stop between two readings may have gone past its last good step.
+    trainer.reports().map_err(|e| with_last_checkpoint(e, run))?;
     let path = save(&trainer, run)?;
     let seconds = started.elapsed().as_secs_f64();
     if trainer.steps_done() < config.steps {
