@@ -275,18 +275,22 @@ unsafe fn approve_global<const ISA: usize>(machine: &mut Machine, at: &mut Addre
     }
     let bytes = u64::from(site.bytes);
     let slot = site.pc as usize % machine.cache.len();
-    let inside = |(start, end): (u64, u64)| {
-        end - start >= bytes
-            // SAFETY: the caller's promise; addresses are aligned to 64.
-            && unsafe { ask::inside64::<ISA>(at.0.as_ptr(), 0, start, end - start - bytes, bytes - 1) }
-    };
-    if !inside(machine.cache[slot]) {
+    // A macro: a closure would be compiled without the instruction set.
+    macro_rules! inside {
+        () => {{
+            let (start, end) = machine.cache[slot];
+            end - start >= bytes
+                // SAFETY: the caller's promise; addresses are aligned to 64.
+                && unsafe { ask::inside64::<ISA>(at.0.as_ptr(), 0, start, end - start - bytes, bytes - 1) }
+        }};
+    }
+    if !inside!() {
         let first = at.0[site.mask.trailing_zeros() as usize & 31];
         let Some(found) = env.allocation(first, bytes) else {
             return false;
         };
         machine.cache[slot] = (found.address, found.address + found.bytes);
-        if !inside(machine.cache[slot]) {
+        if !inside!() {
             return false;
         }
     }

@@ -465,6 +465,14 @@ fn against(other: u64, mine: u64) -> u64 {
     if live & another { other & mine & BYTES } else { 0 }
 }
 
+/// Eight times the same word. A macro: a closure would be compiled without the instruction set.
+#[cfg(target_arch = "x86_64")]
+macro_rules! set {
+    ($x:expr) => {
+        std::arch::x86_64::_mm512_set1_epi64($x as i64)
+    };
+}
+
 /// Notes reads by `mine` in all words; whether no writer is against them.
 ///
 /// # Safety
@@ -476,10 +484,9 @@ unsafe fn read_words<const ISA: usize>(writers: *mut u64, readers: *mut u64, cou
         use std::arch::x86_64::*;
         // SAFETY: the caller's promise; masks keep loads and stores to `count` words.
         return unsafe {
-            let set = |x: u64| _mm512_set1_epi64(x as i64);
-            let (all, bytes, rest) = (set(mine), set(BYTES), set(!BYTES));
-            let (who, generation) = (set(WHO), set(GENERATION));
-            let several = set((mine & !BYTES) | SEVERAL);
+            let (all, bytes, rest) = (set!(mine), set!(BYTES), set!(!BYTES));
+            let (who, generation) = (set!(WHO), set!(GENERATION));
+            let several = set!((mine & !BYTES) | SEVERAL);
             let mut bad = 0;
             for i in (0..count).step_by(8) {
                 let part = (0xffu32 >> (8 - (count - i).min(8))) as u8;
@@ -531,11 +538,10 @@ unsafe fn write_words<const ISA: usize>(writers: *mut u64, readers: *mut u64, co
             if bad != 0 {
                 return false;
             }
-            let set = |x: u64| _mm512_set1_epi64(x as i64);
             for i in (0..count).step_by(8) {
                 let old = _mm512_maskz_loadu_epi64(part(i), writers.add(i).cast());
-                let same = _mm512_testn_epi64_mask(_mm512_xor_si512(old, set(mine)), set(!BYTES));
-                let new = _mm512_mask_or_epi64(set(mine), same, set(mine), _mm512_and_si512(old, set(BYTES)));
+                let same = _mm512_testn_epi64_mask(_mm512_xor_si512(old, set!(mine)), set!(!BYTES));
+                let new = _mm512_mask_or_epi64(set!(mine), same, set!(mine), _mm512_and_si512(old, set!(BYTES)));
                 _mm512_mask_storeu_epi64(writers.add(i).cast(), part(i), new);
             }
             true
@@ -569,11 +575,10 @@ unsafe fn against_avx512(other: std::arch::x86_64::__m512i, mine: u64) -> u8 {
     use std::arch::x86_64::*;
     // SAFETY: the caller's promise.
     unsafe {
-        let set = |x: u64| _mm512_set1_epi64(x as i64);
-        let change = _mm512_xor_si512(other, set(mine));
-        _mm512_testn_epi64_mask(change, set(GENERATION))
-            & _mm512_test_epi64_mask(change, set(WHO))
-            & _mm512_test_epi64_mask(other, set(mine & BYTES))
+        let change = _mm512_xor_si512(other, set!(mine));
+        _mm512_testn_epi64_mask(change, set!(GENERATION))
+            & _mm512_test_epi64_mask(change, set!(WHO))
+            & _mm512_test_epi64_mask(other, set!(mine & BYTES))
     }
 }
 
