@@ -278,8 +278,13 @@ impl SharedRaces {
         let mut bad = 0;
         for i in 0..16 {
             let at = writes[i] >> WRITE_SHIFT;
-            let own = (writes[i] >> 5 & 31 == warp as u32) & ((at < time) | (writes[i] & 31 == chunk.lanes[i]));
-            bad |= chunk.some.words[i] & u32::from(!own & (at > least)).wrapping_neg();
+            let own = writes[i] >> 5 & 31 == warp as u32;
+            // What is known of the other warps says nothing about the warp's own time.
+            let unordered = match own {
+                true => (at == time) & (writes[i] & 31 != chunk.lanes[i]),
+                false => at > least,
+            };
+            bad |= chunk.some.words[i] & u32::from(unordered).wrapping_neg();
         }
         bad == 0
     }
@@ -817,7 +822,7 @@ mod tests {
                 }
                 _ => {
                     let usage = [Use::Load, Use::Load, Use::Store, Use::Atomic][random.random_range(0..4)];
-                    let bytes = [4, 8, 16][random.random_range(0..3)];
+                    let bytes = [4u32, 8, 16][random.random_range(0..3)];
                     let mask = [!0u32, 0xffff, 0x8421][random.random_range(0..3)];
                     // In a row, all at one place, two places, or far apart.
                     let step = [bytes, 0, 4 * bytes % 48][random.random_range(0..3)] as usize;
