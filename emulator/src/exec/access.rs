@@ -151,7 +151,7 @@ impl Machine<'_> {
                     (base, inside, self.block.shared.as_mut_ptr() as u64)
                 }
                 Space::Global | Space::Generic if access.wide_base && !env.checks.any_global() => {
-                    let (start, end) = self.cache[site.pc as usize & 15];
+                    let (start, end) = self.cache[site.pc as usize % self.cache.len()];
                     let fits = end - start >= u64::from(site.bytes);
                     let span = end.wrapping_sub(start).wrapping_sub(site.bytes.into());
                     let inside =

@@ -274,17 +274,31 @@ unsafe fn approve_global<const ISA: usize>(machine: &mut Machine, at: &mut Addre
         return false;
     }
     let bytes = u64::from(site.bytes);
-    let (start, end) = machine.cache[site.pc as usize & 15];
-    // SAFETY: the caller's promise; addresses are aligned to 64.
-    let (inside, alike, joined) = unsafe {
-        let inside = end - start >= bytes
-            && ask::inside64::<ISA>(at.0.as_ptr(), 0, start, end.wrapping_sub(start).wrapping_sub(bytes), bytes - 1);
-        let joined = ask::joined64::<ISA>(at.0.as_ptr(), bytes);
-        (inside, joined == 0 && ask::steps64::<ISA>(at.0.as_ptr(), 0), joined)
-    };
-    if !inside {
-        return false;
+    let slot = site.pc as usize % machine.cache.len();
+    // A macro: a closure would be compiled without the instruction set.
+    macro_rules! inside {
+        () => {{
+            let (start, end) = machine.cache[slot];
+            end - start >= bytes
+                // SAFETY: the caller's promise; addresses are aligned to 64.
+                && unsafe { ask::inside64::<ISA>(at.0.as_ptr(), 0, start, end - start - bytes, bytes - 1) }
+        }};
     }
+    if !inside!() {
+        let first = at.0[site.mask.trailing_zeros() as usize & 31];
+        let Some(found) = env.allocation(first, bytes) else {
+            return false;
+        };
+        machine.cache[slot] = (found.address, found.address + found.bytes);
+        if !inside!() {
+            return false;
+        }
+    }
+    // SAFETY: as above.
+    let (alike, joined) = unsafe {
+        let joined = ask::joined64::<ISA>(at.0.as_ptr(), bytes);
+        (joined == 0 && ask::steps64::<ISA>(at.0.as_ptr(), 0), joined)
+    };
     // Lanes whose accesses follow each other are one range.
     let joined = joined & site.mask & site.mask << 1;
     let starts = if alike { site.mask & site.mask.wrapping_neg() } else { site.mask & !joined };
@@ -546,7 +560,7 @@ impl Machine<'_> {
         let env = self.env;
         let (low, high, _) = extent(at);
         let bytes = u64::from(site.bytes);
-        let slot = site.pc as usize & 15;
+        let slot = site.pc as usize % self.cache.len();
         let (start, end) = self.cache[slot];
         if !(low >= start && high < end && end - high >= bytes) {
             match env.allocation(low, (high - low).saturating_add(bytes)) {

@@ -54,7 +54,7 @@ impl Shapes {
         Shapes(std::iter::repeat_with(|| None).take(steps).collect())
     }
 
-    /// The shape of an access, if it has been seen before. Lanes outside the mask have the first lane's address. `granule` is the base-2 logarithm of a
+    /// The shape of an access, if it has been seen before; those of one step are all of one size. Lanes outside the mask have the first lane's address. `granule` is the base-2 logarithm of a
     /// granule's bytes.
     ///
     /// # Safety
@@ -87,14 +87,14 @@ impl Shapes {
 impl Known {
     #[inline(never)]
     fn learn(&mut self, at: &Addresses, first: u64, low: u64, mask: u32) {
-        self.unknown += 1;
+        self.unknown = self.unknown.saturating_add(1);
         if self.unknown > PATIENCE {
-            self.shapes.clear();
-            self.last = 0;
             // Tried again now and then: one shape is kept of so many accesses.
             if !self.unknown.is_multiple_of(PATIENCE) {
                 return;
             }
+            self.shapes.clear();
+            self.last = 0;
         }
         let shape = Shape {
             distance: Addresses(at.0.map(|a| a.wrapping_sub(first))),

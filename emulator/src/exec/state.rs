@@ -248,7 +248,7 @@ pub struct Machine<'a> {
     /// Times each basic block was run by a warp, and lanes.
     pub runs: Vec<(u64, u64)>,
     /// Ranges of allocations that recent instructions used.
-    pub cache: [(u64, u64); 16],
+    pub cache: [(u64, u64); 64],
     /// Shapes of accesses to shared memory.
     pub shapes: Shapes,
 }
@@ -293,7 +293,7 @@ impl<'a> Machine<'a> {
             block: Block::default(),
             counters: Counters::default(),
             runs: vec![(0, 0); env.program.costs.len()],
-            cache: [(0, 0); 16],
+            cache: [(0, 0); 64],
             shapes: Shapes::new(env.program.steps.len()),
         }
     }

@@ -173,6 +173,7 @@ pub enum Op {
     Ex2F32,
     // f32 with any modifiers
     FmaF32Any,
+    FmaF32Rm,
     AddF32Any,
     SubF32Any,
     MulF32Any,
@@ -378,6 +379,7 @@ pub enum Op {
     CvtF64F32,
     CvtF32F64,
     CvtRoundF32,
+    CvtSatF32,
     Cvt,
     CvtPair,
     CvtPack,
@@ -703,6 +705,7 @@ pub fn parse(text: &str) -> Result<(Decoded, Signature), Unsupported> {
                 ("mul", true, false, _) => Op::MulF32Any,
                 (_, true, true, false) => Op::FmaF32,
                 (_, true, true, true) => Op::FmaF32Ftz,
+                (_, true, false, false) if form.round == Round::Rm && !form.has(SAT) => Op::FmaF32Rm,
                 (_, true, false, _) => Op::FmaF32Any,
                 ("add", false, true, _) => Op::AddF64,
                 ("add", false, false, _) => Op::AddF64Any,
@@ -1427,6 +1430,7 @@ fn parse_cvt(mut r: Reader<'_>, mut form: Decoded) -> Result<(Decoded, Signature
             (F64, F32, _) if plain => Op::CvtF64F32,
             (F32, F64, Round::Rn) if plain => Op::CvtF32F64,
             (F32, F32, _) if integral && plain => Op::CvtRoundF32,
+            (F32, F32, _) if form.flags == SAT => Op::CvtSatF32,
             _ => Op::Cvt,
         }
     };

@@ -229,23 +229,26 @@ unsafe fn tile_avx512<const ELEMENT: u8, const DEPTH: usize>(
     let parts = if ELEMENT == TF32 { 1 } else { 2 };
     // SAFETY: registers and accumulators are 32 lanes: two vectors of 16. Planes are at most 4.
     unsafe {
-        let load = |i: u8| {
-            let words = o.b32(i as usize).as_ptr();
-            [_mm512_loadu_si512(words.cast()), _mm512_loadu_si512(words.add(16).cast())]
-        };
+        // Macros and loops, no closures: those would be compiled without the instruction set.
+        macro_rules! words {
+            ($register:expr, $v:expr) => {
+                _mm512_loadu_si512(o.b32($register as usize).as_ptr().add(16 * $v).cast())
+            };
+        }
         let rows: *mut [[[Vector; 2]; 2]; 4] = spread.rows.as_mut_ptr().cast();
         let mut registers = [[u32::MAX; 2]; 2];
         for k in 0..DEPTH {
-            registers[k] = [0, 1].map(|x| o.at.add(tile.k[k][x] as usize).read());
+            for x in 0..2 {
+                registers[k][x] = o.at.add(tile.k[k][x] as usize).read();
+            }
         }
         if spread.registers != registers {
             spread.registers = registers;
             for k in 0..DEPTH {
                 for half in 0..2 {
-                    let words = load(tile.k[k][half]);
                     for part in 0..parts {
                         for v in 0..2 {
-                            let row = expand::<ELEMENT>(words[v], part == 1);
+                            let row = expand::<ELEMENT>(words!(tile.k[k][half], v), part == 1);
                             let to = rows.add(k * parts + part).cast::<Vector>().add(2 * half + v);
                             _mm512_store_ps(to.cast(), _mm512_permute_ps::<0x00>(row));
                             _mm512_store_ps(to.add(4).cast(), _mm512_permute_ps::<0x55>(row));
@@ -261,9 +264,9 @@ unsafe fn tile_avx512<const ELEMENT: u8, const DEPTH: usize>(
         let even = _mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
         let odd = _mm512_add_epi32(even, _mm512_set1_epi32(4));
         for k in 0..DEPTH {
-            let words = load(tile.k[k][2]);
             for part in 0..parts {
-                let [low, high] = words.map(|words| expand::<ELEMENT>(words, part == 1));
+                let low = expand::<ELEMENT>(words!(tile.k[k][2], 0), part == 1);
+                let high = expand::<ELEMENT>(words!(tile.k[k][2], 1), part == 1);
                 let to = &mut columns[k * parts + part];
                 _mm512_store_ps(to[0].0.as_mut_ptr(), _mm512_permutex2var_ps(low, even, high));
                 _mm512_store_ps(to[1].0.as_mut_ptr(), _mm512_permutex2var_ps(low, odd, high));
@@ -287,8 +290,8 @@ unsafe fn tile_avx512<const ELEMENT: u8, const DEPTH: usize>(
         }
         for plane in 0..DEPTH * parts {
             for j in 0..4 {
-                let column = |x: usize| _mm512_broadcast_f32x4(_mm_load_ps(columns[plane][x].0.as_ptr().add(4 * j)));
-                let (even, odd) = (column(0), column(1));
+                let even = _mm512_broadcast_f32x4(_mm_load_ps(columns[plane][0].0.as_ptr().add(4 * j)));
+                let odd = _mm512_broadcast_f32x4(_mm_load_ps(columns[plane][1].0.as_ptr().add(4 * j)));
                 let row = rows.add(plane).cast::<Vector>().add(4 * j);
                 for half in 0..2 {
                     for v in 0..2 {

@@ -733,6 +733,8 @@ operations! {
     fast RcpF32 |_f, o, I| o.map1(|a| float::bits(1.0 / f32::from_bits(a)));
     fast Ex2F32 |_f, o, I| o.map1(approx::ex2::<false>);
 
+    // A part of expf, as `cvt.sat.f32.f32` is.
+    fast FmaF32Rm |_f, o, I| o.map3(|a, b, c| float::fma_any(a, b, c, Round::Rm));
     slow FmaF32Any |f, o, I| {
         let (ftz, sat) = (f.has(FTZ), f.has(SAT));
         o.each3(&|a, b, c| {
@@ -1287,6 +1289,7 @@ operations! {
         Round::Rm => o.map1(|a| float::bits(f32::from_bits(a).floor())),
         Round::Rp => o.map1(|a| float::bits(f32::from_bits(a).ceil())),
     };
+    fast CvtSatF32 |_f, o, I| o.map1(float::saturate);
     slow Cvt |f, o, I| {
         let r = o.any(1, f.from).map(|x| convert(f, x));
         o.put_any(0, f.ty, &r)
