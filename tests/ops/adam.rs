@@ -7,7 +7,7 @@ use ddpm_cuda::ops::loss::loss;
 use ddpm_cuda::params::{Init, Layout, Params, Specs};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
-use crate::support::{close, gpu, numbers, per_image, same_bits, same_bits_at_any_number_of_threads, to_f32};
+use crate::support::{close, gpu, numbers, per_image, plant, same_bits, same_bits_at_any_number_of_threads, to_f32};
 
 /// 16,384 is one task of the parallel pass, 1,024 a GPU's block.
 const LENGTHS: [usize; 7] = [1, 17, 31, 1009, 1025, 16_385, 50_021];
@@ -323,11 +323,11 @@ fn gpu_halts_at_what_is_not_finite_until_it_is_read() {
 #[test]
 fn planted_bugs_are_noticed() {
     let test = "adam::gpu_has_the_bits_of_the_cpu";
-    gpu::notices(test, "adam_update", "fma.rn.f32", "fma.rz.f32");
-    gpu::notices(test, "adam_update", "sqrt.rn.f32", "sqrt.rz.f32");
+    plant::notices(test, "adam_update", "fma.rn.f32", "fma.rz.f32");
+    plant::notices(test, "adam_update", "sqrt.rn.f32", "sqrt.rz.f32");
     // The average is copied to where the weights' copy belongs; nothing halts.
-    gpu::notices(test, "adam_update", "adam_update_param_5", "adam_update_param_4");
-    gpu::notices_lost_block(test, "adam_update");
+    plant::notices(test, "adam_update", "adam_update_param_5", "adam_update_param_4");
+    plant::notices_lost_block(test, "adam_update");
     let test = "adam::gpu_halts_at_what_is_not_finite_until_it_is_read";
-    gpu::notices(test, "grad_norm_fwd", "grad_norm_fwd_param_1", "grad_norm_fwd_param_3");
+    plant::notices(test, "grad_norm_fwd", "grad_norm_fwd_param_1", "grad_norm_fwd_param_3");
 }

@@ -6,7 +6,7 @@ use ddpm_cuda::tensor::{Shape, Tensor};
 
 use ddpm_cuda::ops::concat::concat;
 
-use crate::support::{gpu, numbers, same_as_the_cpu, same_bits, to_f32};
+use crate::support::{numbers, plant, same_as_the_cpu, same_bits, to_f32};
 
 /// One number, primes, one beyond a block of 1,024 numbers and just one, several tasks.
 const SHAPES: [Shape; 6] = [
@@ -59,8 +59,8 @@ fn gpu_adds_gradients_in_place() {
 
 #[test]
 fn planted_bugs_are_noticed() {
-    gpu::notices("add::gpu_has_the_bits_of_the_cpu", "add_fwd_f32", "add.f32", "sub.f32");
-    gpu::notices("add::gpu_adds_gradients_in_place", "add_fwd_bf16", "add.f32", "mul.f32");
-    gpu::notices_lost_block("add::gpu_has_the_bits_of_the_cpu", "add_fwd_f32");
-    gpu::notices_lost_block("add::gpu_adds_gradients_in_place", "add_fwd_bf16");
+    plant::notices("add::gpu_has_the_bits_of_the_cpu", "add_fwd_f32", "add.f32", "sub.f32");
+    plant::notices("add::gpu_adds_gradients_in_place", "add_fwd_bf16", "add.f32", "mul.f32");
+    plant::notices_lost_block("add::gpu_has_the_bits_of_the_cpu", "add_fwd_f32");
+    plant::notices_lost_block("add::gpu_adds_gradients_in_place", "add_fwd_bf16");
 }

@@ -2,7 +2,7 @@ use ddpm_cuda::ops::concat::{concat, reference};
 use ddpm_cuda::tensor::Shape;
 
 use crate::support::{
-    Pass, finite_differences, gpu, numbers, same_as_the_cpu, same_bits, same_bits_at_any_number_of_threads,
+    Pass, finite_differences, numbers, plant, same_as_the_cpu, same_bits, same_bits_at_any_number_of_threads,
     through_tape, to_f32,
 };
 
@@ -62,9 +62,9 @@ fn gpu_has_the_bits_of_the_cpu() {
 #[test]
 fn planted_bugs_are_noticed() {
     let test = "concat::gpu_has_the_bits_of_the_cpu";
-    gpu::notices(test, "concat_join_f32", "setp.lt.u32", "setp.le.u32");
-    gpu::notices(test, "concat_part_f32", "concat_part_f32_param_5", "concat_part_f32_param_3");
-    gpu::notices(test, "concat_part_bf16", "concat_part_bf16_param_4", "concat_part_bf16_param_3");
-    gpu::notices_lost_block(test, "concat_join_f32");
-    gpu::notices_lost_block(test, "concat_part_bf16");
+    plant::notices(test, "concat_join_f32", "setp.lt.u32", "setp.le.u32");
+    plant::notices(test, "concat_part_f32", "concat_part_f32_param_5", "concat_part_f32_param_3");
+    plant::notices(test, "concat_part_bf16", "concat_part_bf16_param_4", "concat_part_bf16_param_3");
+    plant::notices_lost_block(test, "concat_join_f32");
+    plant::notices_lost_block(test, "concat_part_bf16");
 }

@@ -8,8 +8,8 @@ use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use num_traits::Float;
 
 use crate::support::{
-    F32_ROUNDING, close, close_as, finite_differences, gpu, numbers, same_bits, through_tape_on, to_f32, winograd,
-    worst,
+    F32_ROUNDING, close, close_as, finite_differences, gpu, numbers, plant, same_bits, through_tape_on, to_f32,
+    winograd, worst,
 };
 
 /// One convolution: `x` (n, h, w, c_in), `w` (c_out, kh, kw, c_in).
@@ -224,17 +224,17 @@ fn gpu_agrees_with_the_reference() {
 fn planted_bugs_are_noticed() {
     const TEST: &str = "conv2d::gpu_agrees_with_the_reference";
     for part in ["fwd_64x64_f32", "dgrad_128x32_f32", "wgrad_64x64_bf16", "wgrad_32x128_f32", "bwd_shift_f32"] {
-        gpu::notices(TEST, &format!("conv2d_{part}"), "bar.sync \t0;", "");
+        plant::notices(TEST, &format!("conv2d_{part}"), "bar.sync \t0;", "");
     }
     for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_64x64_f32", "bwd_shift_bf16", "bwd_bias", "sum_parts"] {
-        gpu::notices_lost_block(TEST, &format!("conv2d_{part}"));
+        plant::notices_lost_block(TEST, &format!("conv2d_{part}"));
     }
     // The left padding for the top one, oh for ow, the height of the kernel for its width; a sum that is always added to what is there.
     for (part, is, reads) in
         [("fwd_64x64_bf16", 17, 16), ("dgrad_128x32_bf16", 8, 7), ("wgrad_64x64_f32", 13, 12), ("sum_parts", 4, 2)]
     {
         let entry = format!("conv2d_{part}");
-        gpu::notices(TEST, &entry, &format!("{entry}_param_{is}]"), &format!("{entry}_param_{reads}]"));
+        plant::notices(TEST, &entry, &format!("{entry}_param_{is}]"), &format!("{entry}_param_{reads}]"));
     }
 }
 

@@ -6,7 +6,7 @@ use ddpm_cuda::tape::Tape;
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
 use crate::support::{
-    F32_ROUNDING, Pass, finite_differences, gpu, numbers, same_as_the_cpu, same_bits,
+    F32_ROUNDING, Pass, finite_differences, gpu, numbers, plant, same_as_the_cpu, same_bits,
     same_bits_at_any_number_of_threads, through_tape, through_tape_on, to_f32, worst,
 };
 
@@ -129,8 +129,8 @@ fn gpu_loops_over_images() {
 fn planted_bugs_are_noticed() {
     let test = "dropout::gpu_has_the_bits_of_the_cpu";
     // A constant of Philox, the wrong words kept, the number of images for the size of one.
-    gpu::notices(test, "dropout_mask_f32", "-845247145", "-845247144");
-    gpu::notices(test, "dropout_mask_bf16", "setp.lt.u32", "setp.ge.u32");
-    gpu::notices(test, "dropout_mask_f32", "dropout_mask_f32_param_3", "dropout_mask_f32_param_2");
-    gpu::notices_lost_block(test, "dropout_mask_bf16");
+    plant::notices(test, "dropout_mask_f32", "-845247145", "-845247144");
+    plant::notices(test, "dropout_mask_bf16", "setp.lt.u32", "setp.ge.u32");
+    plant::notices(test, "dropout_mask_f32", "dropout_mask_f32_param_3", "dropout_mask_f32_param_2");
+    plant::notices_lost_block(test, "dropout_mask_bf16");
 }

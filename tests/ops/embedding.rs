@@ -5,7 +5,7 @@ use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::Shape;
 
 use crate::support::{
-    Pass, close, finite_differences, gpu, numbers, per_image, same_as_the_cpu, same_bits,
+    Pass, close, finite_differences, numbers, per_image, plant, same_as_the_cpu, same_bits,
     same_bits_at_any_number_of_threads, through_tape, to_f32,
 };
 
@@ -98,10 +98,10 @@ fn gpu_has_the_bits_of_the_cpu() {
 #[test]
 fn planted_bugs_are_noticed() {
     let test = "embedding::gpu_has_the_bits_of_the_cpu";
-    gpu::notices(test, "embedding_fwd_f32", "add.f32", "sub.f32");
+    plant::notices(test, "embedding_fwd_f32", "add.f32", "sub.f32");
     // Adds to what is stale: the number of channels stands for the flag.
-    gpu::notices(test, "embedding_bwd_f32", "embedding_bwd_f32_param_6", "embedding_bwd_f32_param_5");
-    gpu::notices(test, "embedding_bwd_bf16", "add.f32", "sub.f32");
-    gpu::notices_lost_block(test, "embedding_fwd_bf16");
-    gpu::notices_lost_block(test, "embedding_bwd_f32");
+    plant::notices(test, "embedding_bwd_f32", "embedding_bwd_f32_param_6", "embedding_bwd_f32_param_5");
+    plant::notices(test, "embedding_bwd_bf16", "add.f32", "sub.f32");
+    plant::notices_lost_block(test, "embedding_fwd_bf16");
+    plant::notices_lost_block(test, "embedding_bwd_f32");
 }

@@ -3,7 +3,7 @@ use ddpm_cuda::meter::{Measured, Meter};
 use ddpm_cuda::ops::grad_norm::{clip_factor, grad_norm, reference};
 use ddpm_cuda::tensor::{Shape, Tensor};
 
-use crate::support::{gpu, halves, numbers, same_bits_at_any_number_of_threads, to_f32};
+use crate::support::{gpu, halves, numbers, plant, same_bits_at_any_number_of_threads, to_f32};
 
 /// 65,536 is one task of the parallel pass.
 const LENGTHS: [usize; 9] = [0, 1, 17, 31, 33, 1009, 65_536, 65_537, 300_007];
@@ -149,7 +149,7 @@ fn gpu_meter_keeps_a_row_a_step() {
 fn planted_bugs_are_noticed() {
     let test = "grad_norm::gpu_agrees_with_the_reference";
     // Every barrier but those behind a sum, whose scratch memory another follows before the next sum; the root.
-    [0, 2, 3].into_iter().for_each(|n| gpu::notices_lost_barrier(test, "grad_norm_fwd", n));
-    gpu::notices(test, "grad_norm_fwd", "sqrt.rn.f64", "mov.f64");
-    gpu::notices_lost_block(test, "grad_norm_fwd");
+    [0, 2, 3].into_iter().for_each(|n| plant::notices_lost_barrier(test, "grad_norm_fwd", n));
+    plant::notices(test, "grad_norm_fwd", "sqrt.rn.f64", "mov.f64");
+    plant::notices_lost_block(test, "grad_norm_fwd");
 }

@@ -4,7 +4,9 @@ use ddpm_cuda::ops::linear::{linear_by, reference};
 use ddpm_cuda::tensor::{DType, Shape};
 use num_traits::Float;
 
-use crate::support::{Pass, close, close_as, finite_differences, gpu, numbers, same_bits, through_tape_on, to_f32};
+use crate::support::{
+    Pass, close, close_as, finite_differences, gpu, numbers, plant, same_bits, through_tape_on, to_f32,
+};
 
 /// `x` and `c_out`: sizes of one, primes, one over the register tile (32 columns, 14 rows) and over a block of rows (56); on a GPU every
 /// shape of tile.
@@ -144,17 +146,17 @@ fn gpu_parameter_gradients_accumulate() {
 fn planted_bugs_are_noticed() {
     const TEST: &str = "linear::gpu_agrees_with_the_reference";
     for part in ["fwd_64x64_f32", "dgrad_128x32_bf16", "wgrad_64x64_f32", "bwd_sums_bf16"] {
-        gpu::notices(TEST, &format!("linear_{part}"), "bar.sync \t0;", "");
+        plant::notices(TEST, &format!("linear_{part}"), "bar.sync \t0;", "");
     }
     for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_32x128_bf16", "bwd_sums_f32", "bwd_bias", "sum_parts"] {
-        gpu::notices_lost_block(TEST, &format!("linear_{part}"));
+        plant::notices_lost_block(TEST, &format!("linear_{part}"));
     }
     // The two channel counts; a sum that is always added to what is there.
     for (part, is, reads) in
         [("fwd_64x64_bf16", 6, 7), ("dgrad_128x32_f32", 5, 4), ("wgrad_64x64_f32", 7, 6), ("bwd_bias", 4, 2)]
     {
         let entry = format!("linear_{part}");
-        gpu::notices(TEST, &entry, &format!("{entry}_param_{is}]"), &format!("{entry}_param_{reads}]"));
+        plant::notices(TEST, &entry, &format!("{entry}_param_{is}]"), &format!("{entry}_param_{reads}]"));
     }
 }
 

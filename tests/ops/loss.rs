@@ -5,7 +5,7 @@ use ddpm_cuda::ops::loss::{Loss, Quarters, loss, reference};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
 use crate::support::{
-    F32_ROUNDING, close, close_as, finite_differences, gpu, halves, numbers, per_image, same_bits,
+    F32_ROUNDING, close, close_as, finite_differences, gpu, halves, numbers, per_image, plant, same_bits,
     same_bits_at_any_number_of_threads, to_f32,
 };
 
@@ -276,15 +276,15 @@ fn gpu_adds_the_pieces_of_a_step_up() {
 fn planted_bugs_are_noticed() {
     let test = "loss::gpu_has_the_gradient_and_the_sums_of_the_cpu";
     // The barriers before the warps' sums are added and before the last block is known, the noise of another stream, no bins, losses added to what is stale.
-    gpu::notices_lost_barrier(test, "loss_fwd_f32", 0);
-    gpu::notices_lost_barrier(test, "loss_fwd_bf16", 2);
-    gpu::notices(test, "loss_fwd_f32", "loss_fwd_f32_param_13", "loss_fwd_f32_param_12");
-    gpu::notices(test, "loss_fwd_bf16", "loss_fwd_bf16_param_7", "loss_fwd_bf16_param_14");
-    gpu::notices(
+    plant::notices_lost_barrier(test, "loss_fwd_f32", 0);
+    plant::notices_lost_barrier(test, "loss_fwd_bf16", 2);
+    plant::notices(test, "loss_fwd_f32", "loss_fwd_f32_param_13", "loss_fwd_f32_param_12");
+    plant::notices(test, "loss_fwd_bf16", "loss_fwd_bf16_param_7", "loss_fwd_bf16_param_14");
+    plant::notices(
         "loss::gpu_adds_the_pieces_of_a_step_up",
         "loss_fwd_f32",
         "loss_fwd_f32_param_14",
         "loss_fwd_f32_param_7",
     );
-    gpu::notices_lost_block(test, "loss_fwd_f32");
+    plant::notices_lost_block(test, "loss_fwd_f32");
 }

@@ -4,7 +4,7 @@ use ddpm_cuda::diffusion::{Batch, Kind, Schedule};
 use ddpm_cuda::ops::q_sample::{Coefficients, Images, Noised, Source, q_sample, reference};
 use ddpm_cuda::tensor::{DType, Shape};
 
-use crate::support::{close, close_as, gpu, numbers, same_bits, same_bits_at_any_number_of_threads};
+use crate::support::{close, close_as, gpu, numbers, plant, same_bits, same_bits_at_any_number_of_threads};
 
 /// Sets of images: 4,096 numbers are one task of the parallel pass, 1,024 a GPU's block.
 const SETS: [Shape; 7] = [
@@ -245,16 +245,16 @@ fn gpu_is_fed_the_batches_of_the_cpu() {
 fn planted_bugs_are_noticed() {
     let test = "q_sample::gpu_has_the_bits_of_the_cpu";
     // Races on an image's draws; flips from the timesteps' streams; the wrong width; another rounding; labels from the image numbers.
-    gpu::notices_lost_barrier(test, "q_sample_fwd_f32", 0);
-    gpu::notices_lost_barrier("q_sample::gpu_loops_over_images", "q_sample_fwd_f32", 1);
-    gpu::notices(test, "q_sample_fwd_bf16", "q_sample_fwd_bf16_param_18", "q_sample_fwd_bf16_param_17");
-    gpu::notices(test, "q_sample_fwd_f32", "q_sample_fwd_f32_param_10", "q_sample_fwd_f32_param_9");
-    gpu::notices(test, "q_sample_fwd_f32", "fma.rn.f32", "fma.rz.f32");
-    gpu::notices(
+    plant::notices_lost_barrier(test, "q_sample_fwd_f32", 0);
+    plant::notices_lost_barrier("q_sample::gpu_loops_over_images", "q_sample_fwd_f32", 1);
+    plant::notices(test, "q_sample_fwd_bf16", "q_sample_fwd_bf16_param_18", "q_sample_fwd_bf16_param_17");
+    plant::notices(test, "q_sample_fwd_f32", "q_sample_fwd_f32_param_10", "q_sample_fwd_f32_param_9");
+    plant::notices(test, "q_sample_fwd_f32", "fma.rn.f32", "fma.rz.f32");
+    plant::notices(
         "q_sample::gpu_is_fed_the_batches_of_the_cpu",
         "q_sample_fwd_f32",
         "q_sample_fwd_f32_param_5",
         "q_sample_fwd_f32_param_4",
     );
-    gpu::notices_lost_block(test, "q_sample_fwd_f32");
+    plant::notices_lost_block(test, "q_sample_fwd_f32");
 }

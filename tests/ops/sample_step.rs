@@ -6,7 +6,7 @@ use ddpm_cuda::rng::reference::normals;
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use num_traits::{Float, FloatConst};
 
-use crate::support::{close, gpu, numbers, same_bits, same_bits_at_any_number_of_threads, to_f32};
+use crate::support::{close, gpu, numbers, plant, same_bits, same_bits_at_any_number_of_threads, to_f32};
 
 /// 256 numbers are drawn at a time, 4,096 are one task, 1,024 a GPU's block.
 const SHAPES: [Shape; 6] = [
@@ -195,22 +195,22 @@ fn gpu_loops_over_images() {
 #[test]
 fn planted_bugs_are_noticed() {
     // A constant of Philox; the number of images for the size of one; a comparison of the clipping; a rounding; one factor for another.
-    gpu::notices(
+    plant::notices(
         "sample_step::gpu_starts_with_the_bits_of_the_cpu",
         "sample_step_start_f32",
         "-845247145",
         "-845247144",
     );
-    gpu::notices(
+    plant::notices(
         "sample_step::gpu_starts_with_the_bits_of_the_cpu",
         "sample_step_start_bf16",
         "sample_step_start_bf16_param_3",
         "sample_step_start_bf16_param_2",
     );
     let test = "sample_step::gpu_steps_with_the_bits_of_the_cpu";
-    gpu::notices(test, "sample_step_step_f32", "setp.gt.f32", "setp.lt.f32");
-    gpu::notices(test, "sample_step_step_f32", "fma.rn.f32", "fma.rz.f32");
-    gpu::notices(test, "sample_step_step_bf16", "sample_step_step_bf16_param_10", "sample_step_step_bf16_param_9");
-    gpu::notices_lost_block(test, "sample_step_step_f32");
-    gpu::notices_lost_block(test, "sample_step_step_bf16");
+    plant::notices(test, "sample_step_step_f32", "setp.gt.f32", "setp.lt.f32");
+    plant::notices(test, "sample_step_step_f32", "fma.rn.f32", "fma.rz.f32");
+    plant::notices(test, "sample_step_step_bf16", "sample_step_step_bf16_param_10", "sample_step_step_bf16_param_9");
+    plant::notices_lost_block(test, "sample_step_step_f32");
+    plant::notices_lost_block(test, "sample_step_step_bf16");
 }

@@ -3,8 +3,8 @@ use ddpm_cuda::ops::silu::{reference, silu};
 use ddpm_cuda::tensor::Shape;
 
 use crate::support::{
-    F32_ROUNDING, Pass, finite_differences, gpu, numbers, same_bits, same_bits_at_any_number_of_threads, through_tape,
-    through_tape_on, to_f32, worst,
+    F32_ROUNDING, Pass, finite_differences, gpu, numbers, plant, same_bits, same_bits_at_any_number_of_threads,
+    through_tape, through_tape_on, to_f32, worst,
 };
 
 /// One number, primes, one beyond a block of 1,024 numbers and a task of 2^13, several tasks.
@@ -113,10 +113,10 @@ fn gpu_leaves_a_shared_gradient_alone() {
 #[test]
 fn planted_bugs_are_noticed() {
     let test = "silu::gpu_agrees_with_the_reference";
-    gpu::notices(test, "silu_fwd_f32", "neg.f32", "mov.f32");
-    gpu::notices(test, "silu_fwd_bf16", "div.approx.f32", "mul.f32");
-    gpu::notices(test, "silu_bwd_f32", "mul.f32", "add.f32");
-    gpu::notices(test, "silu_bwd_bf16", "0f3F800000", "0f40000000");
-    gpu::notices_lost_block(test, "silu_fwd_f32");
-    gpu::notices_lost_block(test, "silu_bwd_bf16");
+    plant::notices(test, "silu_fwd_f32", "neg.f32", "mov.f32");
+    plant::notices(test, "silu_fwd_bf16", "div.approx.f32", "mul.f32");
+    plant::notices(test, "silu_bwd_f32", "mul.f32", "add.f32");
+    plant::notices(test, "silu_bwd_bf16", "0f3F800000", "0f40000000");
+    plant::notices_lost_block(test, "silu_fwd_f32");
+    plant::notices_lost_block(test, "silu_bwd_bf16");
 }

@@ -2,7 +2,7 @@ use ddpm_cuda::device::Device;
 use ddpm_cuda::ops::time_embedding::{Sinusoid, reference, time_embedding};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
-use crate::support::{F32_ROUNDING, gpu, per_image, same_bits, worst};
+use crate::support::{F32_ROUNDING, gpu, per_image, plant, same_bits, worst};
 
 /// Both ends of a thousand steps, and a time between two steps.
 const T: [f32; 5] = [0.0, 1.0, 3.5, 500.0, 999.0];
@@ -74,8 +74,13 @@ fn gpu_agrees_with_the_reference() {
 fn planted_bugs_are_noticed() {
     let test = "time_embedding::gpu_agrees_with_the_reference";
     // 1/pi from its eighth digit on; cosines where sines belong.
-    gpu::notices(test, "time_embedding_fwd_f32", "0d3FD45F306DC9C883", "0d3FD45F316DC9C883");
-    gpu::notices(test, "time_embedding_fwd_f32", "time_embedding_fwd_f32_param_7", "time_embedding_fwd_f32_param_6");
-    gpu::notices(test, "time_embedding_fwd_bf16", "time_embedding_fwd_bf16_param_7", "time_embedding_fwd_bf16_param_6");
-    gpu::notices_lost_block(test, "time_embedding_fwd_f32");
+    plant::notices(test, "time_embedding_fwd_f32", "0d3FD45F306DC9C883", "0d3FD45F316DC9C883");
+    plant::notices(test, "time_embedding_fwd_f32", "time_embedding_fwd_f32_param_7", "time_embedding_fwd_f32_param_6");
+    plant::notices(
+        test,
+        "time_embedding_fwd_bf16",
+        "time_embedding_fwd_bf16_param_7",
+        "time_embedding_fwd_bf16_param_6",
+    );
+    plant::notices_lost_block(test, "time_embedding_fwd_f32");
 }

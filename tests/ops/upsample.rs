@@ -2,7 +2,7 @@ use ddpm_cuda::ops::upsample::{reference, upsample};
 use ddpm_cuda::tensor::Shape;
 
 use crate::support::{
-    Pass, close, finite_differences, gpu, numbers, same_as_the_cpu, same_bits, same_bits_at_any_number_of_threads,
+    Pass, close, finite_differences, numbers, plant, same_as_the_cpu, same_bits, same_bits_at_any_number_of_threads,
     through_tape, to_f32,
 };
 
@@ -58,9 +58,9 @@ fn gpu_has_the_bits_of_the_cpu() {
 fn planted_bugs_are_noticed() {
     let test = "upsample::gpu_has_the_bits_of_the_cpu";
     // The last of four copies is lost; a sum becomes a difference.
-    gpu::notices(test, "upsample_fwd_f32", "st.global.f32", "//");
-    gpu::notices(test, "upsample_bwd_f32", "add.f32", "sub.f32");
-    gpu::notices(test, "upsample_bwd_bf16", "add.f32", "sub.f32");
-    gpu::notices_lost_block(test, "upsample_fwd_f32");
-    gpu::notices_lost_block(test, "upsample_bwd_bf16");
+    plant::notices(test, "upsample_fwd_f32", "st.global.f32", "//");
+    plant::notices(test, "upsample_bwd_f32", "add.f32", "sub.f32");
+    plant::notices(test, "upsample_bwd_bf16", "add.f32", "sub.f32");
+    plant::notices_lost_block(test, "upsample_fwd_f32");
+    plant::notices_lost_block(test, "upsample_bwd_bf16");
 }

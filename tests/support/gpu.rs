@@ -1,12 +1,11 @@
 //! GPUs for tests: by default the emulator, which cargo builds beside the tests, with all its checks; with `DDPM_TEST_DEVICE=cuda` the real one.
 //!
 //! [`each`] runs a test in both types of activations and in several orders of blocks and warps. That the tests would see a bug is itself
-//! tested: [`notices`] and [`notices_lost_block`] plant one in a kernel, `plant` several.
+//! tested: see `plant`.
 
 use std::ffi::{CString, c_char, c_int};
 use std::io::Write;
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::OnceLock;
 
 use ddpm_cuda::device::Device;
@@ -54,69 +53,11 @@ pub fn available() -> bool {
 pub fn gpu(dtype: DType) -> Option<Gpu> {
     available().then(|| {
         let gpu = Gpu::open(0, dtype, true).expect("the GPU opens");
-        if let Ok(bug) = std::env::var(BUG) {
-            let [entry, from, to]: [&str; 3] = bug.split('|').collect::<Vec<_>>().try_into().expect("ENTRY|FROM|TO");
-            let kernel = kernels::ALL.iter().find(|k| k.name == entry).unwrap_or_else(|| panic!("no kernel {entry}"));
-            let (stem, ptx) = match from {
-                LAST_BLOCK => plant::without_last_block(entry).plant(),
-                BARRIER => plant::without_barrier(entry, to.parse().expect("a number")).plant(),
-                _ => (kernel.module.stem, mutated(kernel.module.ptx, entry, from, to)),
-            };
+        if let Some((stem, ptx)) = plant::planted() {
             gpu.replace_kernels(stem, ptx);
         }
         gpu
     })
-}
-
-/// Variable that plants a bug in every GPU of the process: `ENTRY|FROM|TO`.
-const BUG: &str = "DDPM_TEST_BUG";
-
-/// Stands for the text to be replaced where it is a barrier, counted from 0.
-const BARRIER: &str = "the barrier";
-
-/// [`notices`] for a kernel without its `n`-th barrier, counted from 0 in its PTX.
-#[track_caller]
-pub fn notices_lost_barrier(test: &str, entry: &str, n: usize) {
-    notices(test, entry, BARRIER, &n.to_string());
-}
-
-/// Stands for the text to be replaced where the last block is to do nothing.
-const LAST_BLOCK: &str = "the last block";
-
-/// [`notices`] for a kernel whose last block (along x) does nothing, as if the grid were too small.
-#[track_caller]
-pub fn notices_lost_block(test: &str, entry: &str) {
-    notices(test, entry, LAST_BLOCK, "");
-}
-
-/// `ptx` with the last `from` of an entry's text replaced by `to`.
-fn mutated(ptx: &str, entry: &str, from: &str, to: &str) -> String {
-    let start = ptx.find(&format!(".entry {entry}(")).unwrap_or_else(|| panic!("no entry {entry}"));
-    let end = ptx[start + 1..].find(".entry ").map_or(ptx.len(), |next| start + 1 + next);
-    let at = ptx[start..end].rfind(from).unwrap_or_else(|| panic!("{entry} has no `{from}`"));
-    format!("{}{to}{}", &ptx[..start + at], &ptx[start + at + from.len()..])
-}
-
-/// Asserts that `test` of this executable fails once the last `from` of a kernel's PTX reads `to`. It runs in a process of its own, since a kernel's fault
-/// breaks the context for all; on a real GPU not at all, since there a lost barrier may go unnoticed.
-#[track_caller]
-pub fn notices(test: &str, entry: &str, from: &str, to: &str) {
-    if !available() || std::env::var("DDPM_TEST_DEVICE").is_ok_and(|device| device == "cuda") {
-        return;
-    }
-    let run = |bug: &str| {
-        let mut command = Command::new(std::env::current_exe().expect("a test knows its own path"));
-        command.args(["--exact", test]).env(BUG, bug).output().expect("a test runs")
-    };
-    let output = run(&format!("{entry}|{from}|{to}"));
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(text.contains("running 1 test"), "there is no test {test}: {text}");
-    assert!(!text.contains("has no `"), "{text}");
-    assert!(
-        !text.contains(&format!("loading {entry}")),
-        "{entry} is no kernel any more with `{to}` for `{from}`: {text}"
-    );
-    assert!(!output.status.success(), "{test} passes with `{from}` of {entry} replaced by `{to}`: {text}");
 }
 
 /// Sets how the emulator runs this thread's launches; nothing on a real GPU.

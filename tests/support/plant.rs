@@ -1,97 +1,83 @@
-//! Bugs planted in the PTX of a kernel, to see that the tests would notice them.
+//! Bugs planted in the PTX of a kernel, to see that a test notices them.
+//!
+//! Each runs in a process of its own, since a kernel's fault breaks the context for all: the test is started again by its name, with the bug in a variable,
+//! and must fail. On a real GPU nothing is planted: a lost barrier may go unnoticed there.
 
 use std::process::Command;
 
-use ddpm_cuda::device::Device;
 use ddpm_cuda::kernels;
-use ddpm_cuda::tensor::DType;
 
-use super::gpu;
+use super::gpu::available;
 
-/// One change to one kernel.
-pub struct Bug {
-    kernel: String,
-    change: Change,
-}
+/// Variable that plants a bug in every GPU of the process: `ENTRY|FROM|TO`.
+const BUG: &str = "DDPM_TEST_BUG";
 
-#[derive(Clone, Copy, Debug)]
-enum Change {
-    /// Its n-th barrier is gone. Noticed by the emulator's checks; on a GPU the schedule may hide it.
-    NoBarrier(usize),
-    /// Its last block (along x) does nothing, as if the grid were too small.
-    NoLastBlock,
-}
+/// Stands for the text to be replaced where it is a barrier, counted from 0.
+const BARRIER: &str = "the barrier";
 
-/// `kernel` without its `barrier`-th barrier, counted from 0 in its PTX.
-pub fn without_barrier(kernel: &str, barrier: usize) -> Bug {
-    Bug { kernel: kernel.into(), change: Change::NoBarrier(barrier) }
-}
+/// Stands for the text to be replaced where the last block is to do nothing.
+const LAST_BLOCK: &str = "the last block";
 
-/// `kernel` on a grid that is one block short.
-pub fn without_last_block(kernel: &str) -> Bug {
-    Bug { kernel: kernel.into(), change: Change::NoLastBlock }
-}
-
-impl Bug {
-    /// The stem and its PTX with the bug in it.
-    pub fn plant(&self) -> (&'static str, String) {
-        let kernel = kernels::ALL.iter().find(|k| k.name == self.kernel).expect("a kernel of that name");
-        let (stem, ptx) = (kernel.module.stem, kernel.module.ptx);
-        let (before, entry) = ptx.split_once(&format!(".entry {}(", self.kernel)).expect("an entry of that name");
-        let entry = match self.change {
-            Change::NoBarrier(n) => {
-                let mut seen = 0..;
-                let mut is_it = |line: &&str| line.trim_start().starts_with("bar.sync") && seen.next() == Some(n);
-                let at = entry.lines().position(|line| is_it(&line)).expect("as many barriers as that");
-                let lines: Vec<&str> =
-                    entry.lines().enumerate().filter(|(i, _)| *i != at).map(|(_, line)| line).collect();
-                lines.join("\n")
-            }
-            Change::NoLastBlock => entry.replacen(
-                '{',
-                "{ .reg .pred %planted; .reg .b32 %block; .reg .b32 %last;\n\
-                 mov.u32 %block, %ctaid.x; mov.u32 %last, %nctaid.x; sub.u32 %last, %last, 1;\n\
-                 setp.eq.u32 %planted, %block, %last; @%planted ret;\n",
-                1,
-            ),
-        };
-        (stem, format!("{before}.entry {}({entry}", self.kernel))
-    }
-}
-
-/// Runs `check` with each of the bugs on a GPU with f32 activations and fails unless it fails; without a bug it must pass.
-///
-/// Every run is a process of its own, since a kernel that faults takes its context with it: this very test, named by its module's path and its name, with
-/// the bug's number in a variable.
+/// Asserts that `test` of this executable fails once the last `from` of a kernel's PTX reads `to`.
 #[track_caller]
-pub fn noticed(module: &str, test: &str, bugs: &[Bug], check: impl Fn(&Device)) {
-    const PLANTED: &str = "DDPM_TEST_PLANTED";
-    if !gpu::available() {
+pub fn notices(test: &str, entry: &str, from: &str, to: &str) {
+    if !available() || std::env::var("DDPM_TEST_DEVICE").is_ok_and(|device| device == "cuda") {
         return;
     }
-    if let Ok(number) = std::env::var(PLANTED) {
-        let gpu = gpu::gpu(DType::F32).expect("kernels can be tested");
-        if let Ok(number) = number.parse::<usize>() {
-            let (stem, ptx) = bugs[number].plant();
-            gpu.replace_kernels(stem, ptx);
-        }
-        return check(&Device::Cuda(gpu));
-    }
-    // The first part of a module's path is the crate.
-    let module = module.split_once("::").expect("a module of a test crate").1;
-    let run = |planted: String| {
-        let mut command = Command::new(std::env::current_exe().expect("a test knows its own path"));
-        command.args(["--exact", &format!("{module}::{test}"), "--nocapture"]).env(PLANTED, planted);
-        command.output().expect("the test starts again")
+    let mut command = Command::new(std::env::current_exe().expect("a test knows its own path"));
+    let output = command.args(["--exact", test]).env(BUG, format!("{entry}|{from}|{to}")).output();
+    let output = output.expect("a test runs");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("running 1 test"), "there is no test {test}: {text}");
+    assert!(!text.contains("has no `"), "{text}");
+    assert!(
+        !text.contains(&format!("loading {entry}")),
+        "{entry} is no kernel any more with `{to}` for `{from}`: {text}"
+    );
+    assert!(!output.status.success(), "{test} passes with `{from}` of {entry} replaced by `{to}`: {text}");
+}
+
+/// [`notices`] for a kernel without its `n`-th barrier, counted from 0 in its PTX.
+#[track_caller]
+pub fn notices_lost_barrier(test: &str, entry: &str, n: usize) {
+    notices(test, entry, BARRIER, &n.to_string());
+}
+
+/// [`notices`] for a kernel whose last block (along x) does nothing, as if the grid were too small.
+#[track_caller]
+pub fn notices_lost_block(test: &str, entry: &str) {
+    notices(test, entry, LAST_BLOCK, "");
+}
+
+/// The stem and the PTX with the bug that this process is to have, if any.
+pub fn planted() -> Option<(&'static str, String)> {
+    let bug = std::env::var(BUG).ok()?;
+    let [entry, from, to] = bug.split('|').collect::<Vec<_>>().try_into().expect("a bug in three parts");
+    let kernel = kernels::ALL.iter().find(|k| k.name == entry).unwrap_or_else(|| panic!("no kernel {entry}"));
+    let (stem, ptx) = (kernel.module.stem, kernel.module.ptx);
+    let start = ptx.find(&format!(".entry {entry}(")).expect("the PTX of a kernel has its entry");
+    let end = ptx[start + 1..].find(".entry ").map_or(ptx.len(), |next| start + 1 + next);
+    let text = &ptx[start..end];
+    let mutated = match from {
+        BARRIER => without_barrier(text, to.parse().expect("a number")),
+        LAST_BLOCK => without_last_block(text),
+        _ => text.rfind(from).map(|at| format!("{}{to}{}", &text[..at], &text[at + from.len()..])),
     };
-    let control = run("none".into());
-    let text = String::from_utf8_lossy(&control.stdout);
-    assert!(control.status.success() && text.contains("1 passed"), "without a bug: {control:?}");
-    let emulated = gpu::gpu(DType::F32).is_some_and(|gpu| gpu.is_emulated());
-    for (number, bug) in bugs.iter().enumerate() {
-        if emulated || matches!(bug.change, Change::NoLastBlock) {
-            let outcome = run(number.to_string());
-            assert!(!outcome.status.success(), "nobody notices {:?} in {}", bug.change, bug.kernel);
-        }
-    }
+    let mutated = mutated.unwrap_or_else(|| panic!("{entry} has no `{from}` {to}"));
+    Some((stem, format!("{}{mutated}{}", &ptx[..start], &ptx[end..])))
+}
+
+fn without_barrier(entry: &str, n: usize) -> Option<String> {
+    let barriers = entry.match_indices("bar.sync").map(|(at, _)| at);
+    let at = barriers.clone().nth(n)?;
+    let end = at + entry[at..].find(';')? + 1;
+    Some(format!("{}{}", &entry[..at], &entry[end..]))
+}
+
+fn without_last_block(entry: &str) -> Option<String> {
+    let body = entry.find('{')? + 1;
+    let leave = "\n.reg .pred %planted; .reg .b32 %block; .reg .b32 %last;\n\
+        mov.u32 %block, %ctaid.x; mov.u32 %last, %nctaid.x; sub.u32 %last, %last, 1;\n\
+        setp.eq.u32 %planted, %block, %last; @%planted ret;\n";
+    Some(format!("{}{leave}{}", &entry[..body], &entry[body..]))
 }
