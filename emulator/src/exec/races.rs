@@ -300,7 +300,9 @@ impl SharedRaces {
             };
             if other == warp {
                 for i in 0..16 {
-                    let unordered = (row[i] >> READ_SHIFT == known) & (row[i] & 63 != chunk.lanes[i]);
+                    // Several lanes are not the same lane as several.
+                    let same = (row[i] & 63 == chunk.lanes[i]) & (chunk.lanes[i] != MANY);
+                    let unordered = (row[i] >> READ_SHIFT == known) & !same;
                     bad |= chunk.some.words[i] & u32::from(unordered).wrapping_neg();
                 }
             } else {
