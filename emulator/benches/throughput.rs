@@ -1,5 +1,5 @@
 //! Throughput of the interpreter on one core: a register-tiled f32 SGEMM, a bf16 product by ldmatrix and mma.sync, an element-wise
-//! kernel; with bounds checks only, and with every check.
+//! kernel; with bounds checks only, and with every check and every counter.
 //!
 //! Time is the processor time of this process: what else the machine does counts little. Criterion's "elements" are floating-point operations for the products and array elements for the element-wise kernel. Each way's result is
 //! compared once with a product computed here, so that no figure is of a wrong result.

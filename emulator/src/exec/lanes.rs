@@ -1,6 +1,9 @@
 //! Questions about the addresses of all 32 lanes, and moves of four words per lane, written for each instruction set: as plain loops they
 //! compile to scalar code. Repeated pieces are macros: a closure would not have the instruction set of the loop it ends up in.
 
+// Loops over lanes and granules index several arrays at once, and vectorise that way.
+#![allow(clippy::needless_range_loop)]
+
 use super::interp::{AVX2, AVX512};
 
 /// Whether `a[l] + offset`, wrapping, lies in `start..=start + span` and has none of the bits `low`, for every lane.

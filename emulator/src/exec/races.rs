@@ -11,6 +11,9 @@
 //! Atomic and volatile accesses are not themselves recorded. A word whose bytes belong to different blocks remembers the last one
 //! only: some races may be missed there, none is made up.
 
+// Loops over lanes and granules index several arrays at once, and vectorise that way.
+#![allow(clippy::needless_range_loop)]
+
 use super::interp::AVX512;
 use super::lanes::{self as ask, Some16};
 use crate::memory::{HELD, Shadow};
@@ -300,7 +303,9 @@ impl SharedRaces {
             };
             if other == warp {
                 for i in 0..16 {
-                    let unordered = (row[i] >> READ_SHIFT == known) & (row[i] & 63 != chunk.lanes[i]);
+                    // Several lanes are not the same lane as several.
+                    let same = (row[i] & 63 == chunk.lanes[i]) & (chunk.lanes[i] != MANY);
+                    let unordered = (row[i] >> READ_SHIFT == known) & !same;
                     bad |= chunk.some.words[i] & u32::from(unordered).wrapping_neg();
                 }
             } else {
@@ -719,7 +724,7 @@ impl GlobalRaces {
                 // A word in part, whole words, a word in part.
                 while at < stop {
                     let (count, bytes) = match stop - at {
-                        rest if at % 4 == 0 && rest >= 4 => ((rest / 4) as usize, BYTES),
+                        rest if at.is_multiple_of(4) && rest >= 4 => ((rest / 4) as usize, BYTES),
                         rest => (1, (((1 << rest.min(4 - at % 4)) - 1) << (at % 4)) & BYTES),
                     };
                     let good = match WRITE {

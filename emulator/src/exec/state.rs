@@ -376,9 +376,10 @@ impl Env<'_> {
             std::ptr::copy_nonoverlapping(self.constants.as_ptr(), file.as_mut_ptr().add(start), self.constants.len())
         };
         let mut threads = [[0; 32]; 4];
-        for lane in 0..32 {
-            for (axis, at) in self.thread(index, lane as u32).into_iter().enumerate() {
-                threads[axis][lane] = at;
+        for lane in 0..32u32 {
+            let [x, y, z] = self.thread(index, lane);
+            for (axis, at) in [x, y, z].into_iter().enumerate() {
+                threads[axis][lane as usize] = at;
             }
         }
         Warp {
