@@ -95,8 +95,8 @@ pub struct Trainer {
     step: u32,
     coefficients: Coefficients,
     feed: Feed,
-    /// The data set on a GPU that has room for it.
-    resident: Option<Resident>,
+    /// The held-out images on a GPU that has room for the data set.
+    held_out: Option<Resident>,
     meter: Meter,
     /// Steps that have been launched and not yet been read from the meter.
     unread: u32,
@@ -131,7 +131,7 @@ impl Trainer {
         let ema = Params::from_host(device, specs.clone(), &params.host()?)?;
         let flat = Shape::vector(specs.flat_len());
         let schedule = Schedule::new(config.diffusion.schedule, config.diffusion.timesteps)?;
-        let resident = resident(config, &unet, &specs, &data, device)?;
+        let [train, held_out] = resident(config, &unet, &specs, &data, device)?;
         Ok(Trainer {
             device: device.clone(),
             config: config.clone(),
@@ -146,8 +146,8 @@ impl Trainer {
             params,
             ema,
             step: 0,
-            feed: Feed::new(device, resident.as_ref()),
-            resident,
+            feed: Feed::new(device, train.as_ref()),
+            held_out,
             meter: Meter::new(device)?,
             unread: 0,
         })
@@ -332,7 +332,7 @@ impl Trainer {
         let data = &self.data.held_out;
         let size = c.batch / c.accumulate;
         let mut meter = Meter::new(&self.device)?;
-        let mut feed = Feed::new(&self.device, self.resident.as_ref());
+        let mut feed = Feed::new(&self.device, self.held_out.as_ref());
         meter.begin();
         let held_out: Vec<usize> = (0..data.len()).collect();
         for (k, indices) in held_out.chunks(size).enumerate() {
@@ -414,15 +414,24 @@ fn first_not_finite(what: &str, specs: &Specs, flat: &[f32]) -> String {
     }
 }
 
-/// The data set on the GPU, if it fits beside what training needs.
-fn resident(config: &Config, unet: &UNet, specs: &Specs, data: &Data, device: &Device) -> Result<Option<Resident>> {
-    let Device::Cuda(gpu) = device else { return Ok(None) };
-    let images = data.train.images();
-    let needed = memory_needed(config, unet, specs, device).saturating_add(images.pixels.len() as u64);
-    if needed > gpu.available_memory()? {
-        return Ok(None);
+/// Training and held-out images on the GPU, if they fit beside what training needs. They are one buffer where they are one source's.
+fn resident(
+    config: &Config,
+    unet: &UNet,
+    specs: &Specs,
+    data: &Data,
+    device: &Device,
+) -> Result<[Option<Resident>; 2]> {
+    let Device::Cuda(gpu) = device else { return Ok([None, None]) };
+    let [train, held_out] = [data.train.images(), data.held_out.images()];
+    let shared = held_out.pixels.is_empty() || std::ptr::eq(train.pixels, held_out.pixels);
+    let bytes = train.pixels.len() + if shared { 0 } else { held_out.pixels.len() };
+    if memory_needed(config, unet, specs, device).saturating_add(bytes as u64) > gpu.available_memory()? {
+        return Ok([None, None]);
     }
-    Resident::new(gpu, images).map(Some)
+    let train = Resident::new(gpu, train)?;
+    let held_out = if shared { train.clone() } else { Resident::new(gpu, held_out)? };
+    Ok([Some(train), Some(held_out)])
 }
 
 /// Bytes a training run asks of `device`: weights, gradient, two moments and moving average (and the bf16 copies of weights and average); the

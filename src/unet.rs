@@ -344,6 +344,8 @@ impl Resnet {
         let mut h =
             group_norm(tape, &h, self.norm2.gamma, self.norm2.beta, m.groups, m.norm_eps as f32, Activation::Silu)?; // (n, h, w, c)
         if let Some(DropoutSeed { seed, step, first }) = masks {
+            let end = first as usize + x.shape().n;
+            assert!(end <= 1 << DROPOUT_IMAGES, "dropout for {end} images in a step: a layer has 2^20 streams");
             let first = (self.index << DROPOUT_IMAGES) + first;
             h = dropout(tape, &h, m.dropout as f32, Streams { seed, purpose: Purpose::Dropout, step, first })?; // (n, h, w, c)
         }
