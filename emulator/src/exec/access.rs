@@ -312,6 +312,7 @@ impl Machine<'_> {
         // SAFETY: the decoder gives (destination,) base and operands, all inside the file.
         let mut at = unsafe { addresses(file, operands[skip], access.wide_base, access.offset) };
         settle(&mut at, mask);
+        let asked = at.0;
         let site = Site { pc, mask, bytes: u32::from(access.bytes), usage: Use::Atomic, strong: true };
         // SAFETY: the loop runs on a processor with ISA.
         if unsafe { !approve::<ISA>(self, warp, access.space, &mut at, site) } {
@@ -348,6 +349,7 @@ impl Machine<'_> {
                 }
             }
         }
+        self.acquire_seen(&asked, mask);
         Ok(())
     }
 
@@ -696,6 +698,7 @@ unsafe fn load_body<const ISA: usize>(
     unsafe {
         let mut at = addresses(file, register, access.wide_base, access.offset);
         settle(&mut at, site.mask);
+        let asked = site.strong.then_some(at.0);
         if !approve::<ISA>(machine, warp, access.space, &mut at, site) {
             machine.locate(warp, access.space, &mut at, site)?;
         }
@@ -705,6 +708,9 @@ unsafe fn load_body<const ISA: usize>(
             _ => [false; 2],
         };
         load_from::<ISA>(file, operands, access, site.mask, dense, equal, |l| at[l] as *const u8);
+        if let Some(asked) = asked {
+            machine.acquire_seen(&asked, site.mask);
+        }
     }
     Ok(())
 }

@@ -556,6 +556,16 @@ impl Machine<'_> {
         self.fault(FaultKind::SharedRace, warp, site.pc, lane, detail)
     }
 
+    /// Acquires once more, after the values of a strong load or an atomic operation have been read: another worker may have released and written between the
+    /// checks of the access and the access, and what was seen must count as acquired.
+    pub(super) fn acquire_seen(&self, at: &[u64; 32], mask: u32) {
+        let env = self.env;
+        let Some(races) = env.global_races.as_ref().filter(|_| env.program.fences) else { return };
+        for address in lanes(mask).map(|l| at[l as usize]).filter(|at| at.wrapping_sub(env.range.0) < env.range.1) {
+            races.synchronise(address, self.block.linear as u32, self.block.epoch, true, false);
+        }
+    }
+
     fn locate_global(&mut self, warp: &mut Warp, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
         let env = self.env;
         let (low, high, _) = extent(at);
