@@ -103,9 +103,11 @@ fn sources() -> Result<Vec<Source>> {
 }
 
 /// Entries that a source declares, by its text: `__global__ void __launch_bounds__(N) NAME(TYPE NAME, ...)`; `NAME_##suffix` stands for one
-/// each of f32 and bf16.
+/// each of f32 and bf16, `##D##` in a name for each number N of the text's `OF_SIZE(N, suffix, T)`.
 fn entries_of_source(text: &str) -> Result<BTreeMap<String, Entry>> {
     let text = text.replace("\\\n", " ");
+    let sizes = text.split("OF_SIZE(").skip(1).filter_map(|rest| rest.split_once(", suffix, T)"));
+    let sizes: Vec<&str> = sizes.map(|(size, _)| size).filter(|size| size.parse::<u32>().is_ok()).collect();
     let mut entries = BTreeMap::new();
     for declaration in text.split("__global__ void __launch_bounds__(").skip(1) {
         let (name, rest) = (declaration.split_once(") "))
@@ -117,9 +119,15 @@ fn entries_of_source(text: &str) -> Result<BTreeMap<String, Entry>> {
             parameter(param).ok_or_else(|| format!("{name}: the launcher knows no parameter like {param}"))
         });
         let entry = Entry { params: params.collect::<Result<_>>()?, max_threads: 0 };
-        match name.trim().strip_suffix("##suffix") {
-            Some(name) => entries.extend(["f32", "bf16"].map(|suffix| (format!("{name}{suffix}"), entry.clone()))),
-            None => entries.extend([(name.trim().to_string(), entry)]),
+        let sized = match name.trim().split_once("##D##") {
+            Some((head, tail)) => sizes.iter().map(|size| format!("{head}{size}{tail}")).collect(),
+            None => vec![name.trim().to_string()],
+        };
+        for name in sized {
+            match name.strip_suffix("##suffix") {
+                Some(name) => entries.extend(["f32", "bf16"].map(|suffix| (format!("{name}{suffix}"), entry.clone()))),
+                None => entries.extend([(name, entry.clone())]),
+            }
         }
     }
     Ok(entries)

@@ -400,77 +400,23 @@ __device__ __forceinline__ void bwd_kv(T* dk, T* dv, const T* q, const T* k, con
     store_rows<D>(dk, acc_k, scales, pair, row);
 }
 
-// Spelled out, since the table of entries is read from this text.
-#define ENTRY(suffix, T)                                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256) attention_fwd_d32_##suffix(                                                                        \
+// The entries for heads of up to D channels.
+#define OF_SIZE(D, suffix, T)                                                                                                                            \
+    extern "C" __global__ void __launch_bounds__(256) attention_fwd_d##D##_##suffix(                                                                     \
         T* y, T* lost, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads, float scale_log2, unsigned vec) {   \
-        fwd<32>(y, lost, rows, q, k, v, tokens, c, heads, scale_log2, vec);                                                                              \
+        fwd<D>(y, lost, rows, q, k, v, tokens, c, heads, scale_log2, vec);                                                                               \
     }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_bwd_q_d32_##suffix(                                                                      \
+    extern "C" __global__ void __launch_bounds__(256) attention_bwd_q_d##D##_##suffix(                                                                   \
         T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy, const float* rows, unsigned tokens,             \
         unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                       \
-        bwd_q<32>(dq, delta, q, k, v, y, lost, dy, rows, tokens, c, heads, scale, scale_log2, vec);                                                      \
+        bwd_q<D>(dq, delta, q, k, v, y, lost, dy, rows, tokens, c, heads, scale, scale_log2, vec);                                                       \
     }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_bwd_kv_d32_##suffix(                                                                     \
+    extern "C" __global__ void __launch_bounds__(256) attention_bwd_kv_d##D##_##suffix(                                                                  \
         T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* rows, const float* delta, unsigned tokens, unsigned c,               \
         unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                                   \
-        bwd_kv<32>(dk, dv, q, k, v, dy, rows, delta, tokens, c, heads, scale, scale_log2, vec);                                                          \
-    }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_fwd_d64_##suffix(                                                                        \
-        T* y, T* lost, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads, float scale_log2, unsigned vec) {   \
-        fwd<64>(y, lost, rows, q, k, v, tokens, c, heads, scale_log2, vec);                                                                              \
-    }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_bwd_q_d64_##suffix(                                                                      \
-        T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy, const float* rows, unsigned tokens,             \
-        unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                       \
-        bwd_q<64>(dq, delta, q, k, v, y, lost, dy, rows, tokens, c, heads, scale, scale_log2, vec);                                                      \
-    }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_bwd_kv_d64_##suffix(                                                                     \
-        T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* rows, const float* delta, unsigned tokens, unsigned c,               \
-        unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                                   \
-        bwd_kv<64>(dk, dv, q, k, v, dy, rows, delta, tokens, c, heads, scale, scale_log2, vec);                                                          \
-    }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_fwd_d128_##suffix(                                                                       \
-        T* y, T* lost, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads, float scale_log2, unsigned vec) {   \
-        fwd<128>(y, lost, rows, q, k, v, tokens, c, heads, scale_log2, vec);                                                                             \
-    }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_bwd_q_d128_##suffix(                                                                     \
-        T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy, const float* rows, unsigned tokens,             \
-        unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                       \
-        bwd_q<128>(dq, delta, q, k, v, y, lost, dy, rows, tokens, c, heads, scale, scale_log2, vec);                                                     \
-    }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_bwd_kv_d128_##suffix(                                                                    \
-        T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* rows, const float* delta, unsigned tokens, unsigned c,               \
-        unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                                   \
-        bwd_kv<128>(dk, dv, q, k, v, dy, rows, delta, tokens, c, heads, scale, scale_log2, vec);                                                         \
-    }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_fwd_d256_##suffix(                                                                       \
-        T* y, T* lost, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads, float scale_log2, unsigned vec) {   \
-        fwd<256>(y, lost, rows, q, k, v, tokens, c, heads, scale_log2, vec);                                                                             \
-    }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_bwd_q_d256_##suffix(                                                                     \
-        T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy, const float* rows, unsigned tokens,             \
-        unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                       \
-        bwd_q<256>(dq, delta, q, k, v, y, lost, dy, rows, tokens, c, heads, scale, scale_log2, vec);                                                     \
-    }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_bwd_kv_d256_##suffix(                                                                    \
-        T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* rows, const float* delta, unsigned tokens, unsigned c,               \
-        unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                                   \
-        bwd_kv<256>(dk, dv, q, k, v, dy, rows, delta, tokens, c, heads, scale, scale_log2, vec);                                                         \
-    }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_fwd_d512_##suffix(                                                                       \
-        T* y, T* lost, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads, float scale_log2, unsigned vec) {   \
-        fwd<512>(y, lost, rows, q, k, v, tokens, c, heads, scale_log2, vec);                                                                             \
-    }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_bwd_q_d512_##suffix(                                                                     \
-        T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy, const float* rows, unsigned tokens,             \
-        unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                       \
-        bwd_q<512>(dq, delta, q, k, v, y, lost, dy, rows, tokens, c, heads, scale, scale_log2, vec);                                                     \
-    }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_bwd_kv_d512_##suffix(                                                                    \
-        T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* rows, const float* delta, unsigned tokens, unsigned c,               \
-        unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                                   \
-        bwd_kv<512>(dk, dv, q, k, v, dy, rows, delta, tokens, c, heads, scale, scale_log2, vec);                                                         \
+        bwd_kv<D>(dk, dv, q, k, v, dy, rows, delta, tokens, c, heads, scale, scale_log2, vec);                                                           \
     }
+#define ENTRY(suffix, T) OF_SIZE(32, suffix, T) OF_SIZE(64, suffix, T) OF_SIZE(128, suffix, T) OF_SIZE(256, suffix, T) OF_SIZE(512, suffix, T)
 F32_AND_BF16(ENTRY)
 #undef ENTRY
+#undef OF_SIZE

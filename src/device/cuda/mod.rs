@@ -94,8 +94,12 @@ pub fn open_driver(path: &Path) -> Result<()> {
     let path = std::path::absolute(path).map_err(|e| Error::file(path, e))?;
     // SAFETY: loading runs the library's initialisers; the user names a CUDA driver, and those of NVIDIA's and of the
     // emulator are sound. The handle is kept for ever, so nothing that is called later can be unloaded.
-    let library = unsafe { libloading::Library::new(&path) }
-        .map_err(|e| Error::file(&path, format!("is no CUDA driver that can be opened: {e}")))?;
+    let library = unsafe { libloading::Library::new(&path) }.map_err(|e| {
+        // The error itself says which call failed; why is in its source, with the path once more.
+        let why = std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string);
+        let why = why.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&why);
+        Error::file(&path, format!("is no CUDA driver that can be opened: {why}"))
+    })?;
     OPENED.lock().unwrap_or_else(PoisonError::into_inner).push(library);
     Ok(())
 }
