@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::checkpoint;
 use crate::data::npy;
-use crate::device::{Choice, Device, Precision};
+use crate::device;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::output;
@@ -31,12 +31,9 @@ pub struct Args {
     /// The network's output: f32, images x channels x rows x columns
     #[arg(long, value_name = "OUT.npy")]
     pub out: PathBuf,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto", value_name = "DEVICE")]
-    pub device: Choice,
-    /// Type of activations
-    #[arg(long, value_enum, default_value = "f32")]
-    pub precision: Precision,
+    /// `--device` and `--precision`
+    #[command(flatten)]
+    pub on: device::Args,
 }
 
 /// Runs the command.
@@ -44,7 +41,7 @@ pub struct Args {
 /// # Errors
 /// Arrays that do not fit the model, files that cannot be read or written.
 pub fn run(args: &Args) -> Result<()> {
-    let device = Device::open(args.device, args.precision)?;
+    let device = args.on.open()?;
     let model = checkpoint::load(&device, &args.model)?;
     let m = &model.config.model;
     let (unet, _) = UNet::new(m)?;

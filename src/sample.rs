@@ -6,7 +6,7 @@ use std::time::Instant;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::checkpoint;
-use crate::device::{Choice, Device, Precision};
+use crate::device::{self, Device};
 use crate::diffusion::sampler::{Progress, Samples, sample};
 use crate::diffusion::{Method, Sampler, Schedule, Spacing, Variance};
 use crate::error::{Error, Result};
@@ -66,12 +66,9 @@ pub struct Args {
     /// FILE.png (one grid), FILE.npz (arr_0, u8 NHWC), FILE.gif (the reverse process) or DIR/ (a PNG each)
     #[arg(long, value_name = "FILE.png|FILE.npz|FILE.gif|DIR/")]
     pub out: PathBuf,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto", value_name = "DEVICE")]
-    pub device: Choice,
-    /// Type of activations
-    #[arg(long, value_enum, default_value = "f32")]
-    pub precision: Precision,
+    /// `--device` and `--precision`
+    #[command(flatten)]
+    pub on: device::Args,
 }
 
 /// Runs the command.
@@ -79,7 +76,7 @@ pub struct Args {
 /// # Errors
 /// Arguments that do not fit the model, files that cannot be read or written.
 pub fn run(args: &Args) -> Result<()> {
-    let device = Device::open(args.device, args.precision)?;
+    let device = args.on.open()?;
     if args.count == 0 {
         usage!("--count 0: draw at least 1 image");
     }

@@ -19,7 +19,7 @@ use crate::checkpoint;
 use crate::config::{Config, Preset};
 use crate::data::feed::{Feed, Resident, Rows};
 use crate::data::{self, Data, Dataset, Order};
-use crate::device::{Choice, Device, Precision};
+use crate::device::{self, Device};
 use crate::diffusion::{Batch, Method, Sampler, Schedule, Spacing};
 use crate::error::{Error, Result};
 use crate::meter::Meter;
@@ -67,12 +67,9 @@ pub struct Args {
     /// Seed of all randomness [default: 0]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto", value_name = "DEVICE")]
-    pub device: Choice,
-    /// Type of activations and gradients
-    #[arg(long, value_enum, default_value = "f32")]
-    pub precision: Precision,
+    /// `--device` and `--precision`
+    #[command(flatten)]
+    pub on: device::Args,
     /// Continue this run from its newest checkpoint; --steps may extend it
     #[arg(long, value_name = "RUN", conflicts_with_all = ["preset", "data", "out", "config", "set", "batch", "seed"])]
     pub resume: Option<PathBuf>,
@@ -456,7 +453,7 @@ pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs, device: &Devic
 /// # Errors
 /// Settings, data or checkpoints that cannot be used; a loss or gradient that is not finite; files that cannot be written.
 pub fn run(args: &Args) -> Result<()> {
-    let device = Device::open(args.device, args.precision)?;
+    let device = args.on.open()?;
     let resumed = args.resume.as_deref().map(RunFolder::open).transpose()?;
     let mut config = match &resumed {
         Some(run) => Config { steps: args.steps.unwrap_or(run.config.steps), ..run.config.clone() },

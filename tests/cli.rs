@@ -1,5 +1,7 @@
 //! The program from outside: what it prints, writes and exits with.
 
+mod support;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -13,19 +15,7 @@ use ddpm_cuda::tensor::{Shape, Tensor};
 use ddpm_cuda::unet::UNet;
 use npyz::WriterBuilder;
 
-/// Settings of a network that trains in milliseconds.
-const TINY: [&str; 10] = [
-    "--set",
-    "widths=8,16",
-    "--set",
-    "groups=4",
-    "--set",
-    "attention_resolutions=14",
-    "--set",
-    "timesteps=50",
-    "--set",
-    "keep_checkpoints=0",
-];
+use support::TINY;
 
 fn ddpm() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ddpm-cuda"));
@@ -58,7 +48,8 @@ fn text(bytes: &[u8]) -> String {
 fn train(run: &Path, steps: u32) -> Command {
     let mut command = ddpm();
     command
-        .args(["train", "--set", "batch=4", "--seed", "5", "--steps", &steps.to_string(), "--out"])
+        .args(["train", "--set", "batch=4", "--set", "keep_checkpoints=0", "--seed", "5"])
+        .args(["--steps", &steps.to_string(), "--out"])
         .arg(run)
         .args(TINY);
     command

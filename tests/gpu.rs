@@ -8,7 +8,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::AtomicBool;
 
 use ddpm_cuda::checkpoint;
-use ddpm_cuda::config::{Config, Preset, Size};
+use ddpm_cuda::config::{Config, Size};
 use ddpm_cuda::data::{Data, Dataset, Extent};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::device::cuda::Gpu;
@@ -18,25 +18,13 @@ use ddpm_cuda::tensor::DType;
 use ddpm_cuda::train::{StepReport, Trainer};
 
 use support::gpu::{self, configure};
-use support::{F32_ROUNDING, same_bits};
+use support::{F32_ROUNDING, TINY, same_bits};
 
-/// Two levels, attention with two heads, classes, dropout, flips, two micro-batches, sides that differ: everything there is, as small as it gets.
+/// [`support::tiny`] with two heads and classes, of sides that differ.
 fn tiny() -> Config {
-    let mut c = Config::preset(Preset::Mnist);
-    c.model.image_size = Size { h: 6, w: 10 };
-    c.model.channels = 3;
-    c.model.widths = vec![8, 16];
-    c.model.attention_resolutions = vec![5];
+    let mut c = support::tiny(6, 10, 3);
     c.model.head_dim = 8;
-    c.model.groups = 4;
-    c.model.dropout = 0.1;
     c.model.classes = 3;
-    c.diffusion.timesteps = 100;
-    c.batch = 4;
-    c.accumulate = 2;
-    c.flip = true;
-    c.warmup_steps = 3;
-    c.seed = 11;
     c
 }
 
@@ -249,27 +237,13 @@ fn program(folder: &Path) -> Option<Command> {
     Some(command)
 }
 
-const TINY: [&str; 12] = [
-    "--set",
-    "widths=8,16",
-    "--set",
-    "groups=4",
-    "--set",
-    "attention_resolutions=14",
-    "--set",
-    "timesteps=50",
-    "--batch",
-    "2",
-    "--steps",
-    "2",
-];
-
 #[test]
 fn the_command_line_trains_samples_and_predicts_on_a_gpu() {
     let folder = tempfile::tempdir().unwrap();
     let Some(mut train) = program(folder.path()) else { return };
     let out = train.args(["train", "--device", "cuda", "--precision", "bf16", "--out", "run"]).args(TINY);
-    let out = out.args(["--set", "sample_every=0", "--set", "validate_every=0"]).output().unwrap();
+    let out = out.args(["--batch", "2", "--steps", "2", "--set", "sample_every=0", "--set", "validate_every=0"]);
+    let out = out.output().unwrap();
     let said = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
     assert!(out.status.success() && said.contains("cuda:0"), "{said}");
     let mut sample = program(folder.path()).unwrap();

@@ -6,7 +6,7 @@ mod support;
 use std::sync::atomic::AtomicBool;
 
 use ddpm_cuda::checkpoint;
-use ddpm_cuda::config::{Config, Preset, Size};
+use ddpm_cuda::config::{Config, Preset};
 use ddpm_cuda::data::{Data, Dataset, Extent, Order};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::Batch;
@@ -20,21 +20,10 @@ use ddpm_cuda::unet::{DropoutSeed, UNet};
 
 use support::{numbers, same_bits};
 
-/// Two levels, attention, dropout, flips, two micro-batches: everything that draws random numbers, as small as it gets.
+/// [`support::tiny`] with a batch that two and three pieces divide.
 fn tiny() -> Config {
-    let mut c = Config::preset(Preset::Mnist);
-    c.model.image_size = Size { h: 8, w: 12 };
-    c.model.channels = 2;
-    c.model.widths = vec![8, 16];
-    c.model.attention_resolutions = vec![6];
-    c.model.groups = 4;
-    c.model.dropout = 0.1;
-    c.diffusion.timesteps = 100;
+    let mut c = support::tiny(8, 12, 2);
     c.batch = 6;
-    c.accumulate = 2;
-    c.flip = true;
-    c.warmup_steps = 3;
-    c.seed = 11;
     c
 }
 

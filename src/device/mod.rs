@@ -61,6 +61,27 @@ pub enum Precision {
     Bf16,
 }
 
+/// `--device` and `--precision`, which every command that computes takes.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct Args {
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: Choice,
+    /// Type of activations and gradients
+    #[arg(long, value_enum, default_value = "f32")]
+    pub precision: Precision,
+}
+
+impl Args {
+    /// [`Device::open`].
+    ///
+    /// # Errors
+    /// `Error::Failed` for a GPU or a precision that cannot be had.
+    pub fn open(&self) -> Result<Device> {
+        Device::open(self.device, self.precision)
+    }
+}
+
 /// A device and its buffer pool; cloning clones the handle.
 #[derive(Clone)]
 pub enum Device {

@@ -13,11 +13,34 @@ pub mod plant;
 mod tests;
 pub mod winograd;
 
+use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::error::Result;
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
 use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
+
+/// Settings, for the command line, of a network that trains in milliseconds.
+pub const TINY: [&str; 8] =
+    ["--set", "widths=8,16", "--set", "groups=4", "--set", "attention_resolutions=14", "--set", "timesteps=50"];
+
+/// Two levels, attention at the lower one, dropout, flips, two micro-batches: everything that draws random numbers, as small as it gets.
+pub fn tiny(h: usize, w: usize, channels: usize) -> Config {
+    let mut c = Config::preset(Preset::Mnist);
+    c.model.image_size = Size { h, w };
+    c.model.channels = channels;
+    c.model.widths = vec![8, 16];
+    c.model.attention_resolutions = vec![h.max(w) / 2];
+    c.model.groups = 4;
+    c.model.dropout = 0.1;
+    c.diffusion.timesteps = 100;
+    c.batch = 4;
+    c.accumulate = 2;
+    c.flip = true;
+    c.warmup_steps = 3;
+    c.seed = 11;
+    c
+}
 
 /// Half a unit in the last place of an f32, relative: one rounding.
 pub const F32_ROUNDING: f64 = 1.0 / (1u64 << 24) as f64;
