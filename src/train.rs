@@ -611,7 +611,9 @@ fn announce(config: &Config, unet: &UNet, specs: &Specs, data: &Data, device: &D
 pub fn available_memory() -> Result<u64> {
     let memory = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
     let system = sysinfo::System::new_with_specifics(memory);
-    let system = system.map_err(|e| Error::Failed(format!("the machine does not say how much memory is free: {e}")))?;
+    if system.total_memory() == 0 {
+        return Err(Error::Failed("the machine does not say how much memory it has".into()));
+    }
     let limit = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);
     Ok(system.available_memory().min(limit))
 }
