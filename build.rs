@@ -316,7 +316,7 @@ fn compile(compiler: &Compiler, sources: &[Source], out: &Path) -> Result<Vec<Pa
 }
 
 fn compile_one(compiler: &Compiler, source: &Path, ptx: &Path) -> Result<()> {
-    let raw = ptx.with_extension("raw.ptx");
+    let (raw, assembled) = (ptx.with_extension("raw.ptx"), ptx.with_extension("cubin"));
     run(Command::new(&compiler.nvcc).args(FLAGS).arg(source).arg("-o").arg(&raw))?;
     // nvcc writes the newest version it knows, which older drivers refuse; the text itself needs far less.
     let text = read(&raw)?;
@@ -325,7 +325,7 @@ fn compile_one(compiler: &Compiler, source: &Path, ptx: &Path) -> Result<()> {
     let mut refusal = String::new();
     for version in PTX_VERSIONS {
         write(ptx, &format!("{head}.version {version}\n{rest}"))?;
-        match run(Command::new(&compiler.ptxas).args(["-arch=sm_80", "-o", "/dev/null"]).arg(ptx)) {
+        match run(Command::new(&compiler.ptxas).args(["-arch=sm_80", "-o"]).arg(&assembled).arg(ptx)) {
             Ok(()) => return Ok(()),
             Err(why) => refusal = why,
         }

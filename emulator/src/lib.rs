@@ -8,6 +8,10 @@
 //! - [`exec`]: blocks, warps, divergence, barriers, memory accesses, checks and counters.
 //! - [`memory`]: the global memory of one device.
 //! - [`driver`]: the exported functions.
+//!
+//! Made for Linux, whose loader finds it in place of a driver; elsewhere than on Unix the crate is empty.
+
+#![cfg(unix)]
 
 pub mod driver;
 pub mod exec;

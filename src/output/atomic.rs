@@ -87,7 +87,8 @@ fn file_builder() -> tempfile::Builder<'static, 'static> {
 fn sync_tree(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        if path.is_dir() { sync_tree(&path)? } else { File::open(&path)?.sync_all()? }
+        // To be written, since Windows syncs nothing else.
+        if path.is_dir() { sync_tree(&path)? } else { File::options().write(true).open(&path)?.sync_all()? }
     }
     sync_folder(folder)
 }

@@ -34,14 +34,20 @@ pub fn emulator() -> PathBuf {
 pub fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
-        if kernels::COMPILER.is_none() {
+        let skipped = |why: &str| {
             // Not by `eprintln!`, which the test harness keeps to itself.
-            let said = "\n*** SKIPPED: no kernel is tested, since none was compiled; build with DDPM_CUDA_TOOLCHAIN=fetch ***\n";
-            let _ = std::io::stderr().write_all(said.as_bytes());
-            return false;
+            let _ = std::io::stderr()
+                .write_all(format!("\n*** SKIPPED: no kernel is tested, since {why} ***\n").as_bytes());
+            false
+        };
+        if kernels::COMPILER.is_none() {
+            return skipped("none was compiled; build with DDPM_CUDA_TOOLCHAIN=fetch");
         }
         match std::env::var("DDPM_TEST_DEVICE").as_deref() {
             Ok("cuda") => {}
+            Ok("emulated") | Err(_) if cfg!(not(target_os = "linux")) => {
+                return skipped("the emulator runs on Linux; test a GPU with DDPM_TEST_DEVICE=cuda");
+            }
             Ok("emulated") | Err(_) => cuda::open_driver(&emulator()).expect("the emulator opens"),
             Ok(other) => panic!("DDPM_TEST_DEVICE is {other}: use emulated or cuda"),
         }
