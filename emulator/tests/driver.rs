@@ -786,6 +786,44 @@ fn several_host_threads_share_a_context() {
     assert_eq!(stream.clone_dtoh(&y).unwrap(), [100.0; 1000]);
 }
 
+/// Programs release what they hold in destructors of thread-locals. Those made before the first driver call run after everything that the
+/// driver could clean up.
+#[test]
+fn the_driver_can_be_called_when_a_thread_ends() {
+    static AT_THE_END: AtomicU32 = AtomicU32::new(u32::MAX);
+    struct Last;
+    impl Drop for Last {
+        fn drop(&mut self) {
+            let (mut context, mut pointer) = (std::ptr::null_mut(), 0);
+            let calls = unsafe {
+                [
+                    sys::cuDevicePrimaryCtxRetain(&mut context, 2),
+                    sys::cuCtxSetCurrent(context),
+                    sys::cuMemAlloc_v2(&mut pointer, 64),
+                    sys::cuMemFree_v2(pointer),
+                    sys::cuDevicePrimaryCtxRelease_v2(2),
+                    sys::cuDevicePrimaryCtxRelease_v2(2),
+                ]
+            };
+            AT_THE_END.store(calls.iter().map(|&code| code as u32).sum(), Ordering::SeqCst);
+        }
+    }
+    thread_local!(static LAST: Last = const { Last });
+    load();
+    let thread = std::thread::spawn(|| {
+        LAST.with(|_| ());
+        let mut context = std::ptr::null_mut();
+        unsafe {
+            assert_eq!(sys::cuDevicePrimaryCtxRetain(&mut context, 2), CUresult::CUDA_SUCCESS);
+            assert_eq!(sys::cuCtxSetCurrent(context), CUresult::CUDA_SUCCESS);
+            assert_ne!(sys::cuMemFree_v2(3), CUresult::CUDA_SUCCESS, "a message to keep");
+        }
+        support::configure("seed", "1");
+    });
+    thread.join().unwrap();
+    assert_eq!(AT_THE_END.load(Ordering::SeqCst), CUresult::CUDA_SUCCESS as u32);
+}
+
 #[test]
 fn two_devices_have_their_own_memory_and_copy_between_each_other() {
     load();

@@ -7,6 +7,7 @@ use super::codes::Code;
 use super::settings::{self, Log};
 use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, CString, c_char};
+use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Why a call fails: the code it returns and one sentence for the person who reads stderr.
@@ -32,9 +33,11 @@ pub struct Export {
 // SAFETY: the address of a function is a constant; nothing is ever read through it here.
 unsafe impl Sync for Export {}
 
+// No thread-local of this crate has a destructor: programs call the driver from destructors of their own thread-locals, when one with a
+// destructor might be gone already. A thread leaves some bytes behind instead.
 thread_local! {
     /// The sentence of this thread's last failed call.
-    static LAST_MESSAGE: RefCell<CString> = RefCell::new(CString::default());
+    static LAST_MESSAGE: RefCell<ManuallyDrop<CString>> = RefCell::default();
     /// This thread is inside a host function that a stream calls, where driver calls are not permitted.
     static IN_HOST_FUNCTION: Cell<bool> = const { Cell::new(false) };
 }
@@ -73,13 +76,15 @@ pub fn guard(name: &'static str, body: impl FnOnce() -> Answer) -> Code {
     }
 }
 
-/// Keeps the sentence for `emu_last_message` and prints it. NOT_READY is an answer, not a failure, and stays silent.
+/// Keeps the sentence for `emu_last_message` and prints it. NOT_READY is an answer, not a failure, and stays silent, and so does
+/// what programs find out by `cuGetProcAddress`.
 fn report(name: &str, refusal: Refusal) -> Code {
-    if refusal.code != Code::NOT_READY && settings::log() != Log::None {
+    let answer = refusal.code == Code::NOT_READY || name.starts_with("cuGetProcAddress");
+    if !answer && settings::log() != Log::None {
         eprintln!("cuda_emu: {name}: {}: {}", refusal.code, refusal.message);
     }
     let text = format!("{name}: {}", refusal.message).replace('\0', " ");
-    LAST_MESSAGE.set(CString::new(text).unwrap_or_default());
+    LAST_MESSAGE.with_borrow_mut(|last| **last = CString::new(text).unwrap_or_default());
     refusal.code
 }
 

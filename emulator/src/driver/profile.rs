@@ -9,6 +9,7 @@ use crate::exec::Counters;
 use serde_json::{Map, Value, json};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
+use std::mem::ManuallyDrop;
 
 #[derive(Default)]
 pub struct Profile {
@@ -21,7 +22,7 @@ pub struct Profile {
 
 thread_local! {
     /// Kernel and counters of this thread's last launch.
-    static LAST: RefCell<Option<(String, Counters)>> = const { RefCell::new(None) };
+    static LAST: RefCell<ManuallyDrop<Option<(String, Counters)>>> = const { RefCell::new(ManuallyDrop::new(None)) };
 }
 
 macro_rules! counters {
@@ -54,7 +55,7 @@ pub fn count(kernel: &str, counters: Counters) -> Answer {
     let sum = profile.kernels.entry(kernel.to_string()).or_default();
     sum.0 += 1;
     add(&mut sum.1, &counters);
-    LAST.set(Some((kernel.to_string(), counters)));
+    LAST.with_borrow_mut(|last| **last = Some((kernel.to_string(), counters)));
     Ok(())
 }
 
@@ -93,7 +94,7 @@ pub fn as_json(driver: &Driver) -> String {
 
 /// The last launch of this thread; `null` before the first.
 pub fn last_launch_as_json() -> String {
-    LAST.with_borrow(|last| match last {
+    LAST.with_borrow(|last| match &**last {
         Some((name, counters)) => format!("{:#}\n", entry(name, 1, counters)),
         None => "null\n".into(),
     })
@@ -102,7 +103,7 @@ pub fn last_launch_as_json() -> String {
 /// Starts counting anew.
 pub fn reset(driver: &Driver) {
     *driver.profile.lock().unwrap() = Profile::default();
-    LAST.set(None);
+    LAST.with_borrow_mut(|last| **last = None);
 }
 
 /// Writes the file that CUDA_EMU_PROFILE names, if it names one.

@@ -6,6 +6,7 @@
 
 use crate::exec;
 use std::cell::RefCell;
+use std::mem::ManuallyDrop;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
@@ -56,7 +57,7 @@ pub struct Run {
 }
 
 thread_local! {
-    static OVERRIDE: RefCell<Option<Run>> = const { RefCell::new(None) };
+    static OVERRIDE: RefCell<ManuallyDrop<Option<Run>>> = const { RefCell::new(ManuallyDrop::new(None)) };
 }
 
 impl Settings {
@@ -173,18 +174,18 @@ impl Run {
 
 /// How launches of this thread are run: its own settings where it has some, else `defaults`.
 pub fn of_this_thread(defaults: &Run) -> Run {
-    OVERRIDE.with_borrow(|own| own.clone().unwrap_or_else(|| defaults.clone()))
+    OVERRIDE.with_borrow(|own| own.as_ref().unwrap_or(defaults).clone())
 }
 
 /// Changes one setting for this thread; `None` as a value takes all of its own settings back.
 pub fn configure(defaults: &Run, name: &str, value: Option<&str>) -> Result<(), String> {
     let Some(value) = value else {
-        OVERRIDE.set(None);
+        OVERRIDE.with_borrow_mut(|own| **own = None);
         return Ok(());
     };
     let mut run = of_this_thread(defaults);
     run.set(name, value)?;
-    OVERRIDE.set(Some(run));
+    OVERRIDE.with_borrow_mut(|own| **own = Some(run));
     Ok(())
 }
 

@@ -17,6 +17,7 @@ use crate::memory::Memory;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{c_int, c_uint, c_void};
+use std::mem::ManuallyDrop;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::thread::ThreadId;
@@ -226,7 +227,7 @@ pub fn device(ordinal: c_int) -> Answer<&'static Device> {
 
 thread_local! {
     /// This host thread's stack of contexts; the last one is current. 0 stands for none.
-    static CURRENT: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
+    static CURRENT: RefCell<ManuallyDrop<Vec<usize>>> = const { RefCell::new(ManuallyDrop::new(Vec::new())) };
 }
 
 /// Handle of this thread's current context, null without one.
