@@ -369,9 +369,11 @@ impl Trainer {
 
     /// `step` counts from 1, as the log does.
     fn not_finite(&self, step: u32, what: &str, value: f64, culprit: &str) -> Error {
+        let c = &self.config;
+        let clip = if c.grad_clip == 0.0 { "grad_clip=1" } else { "a smaller grad_clip" };
         Error::Failed(format!(
-            "step {step}: the {what} is {value}; {culprit}; try a learning_rate below {:?}, more warmup_steps than {} or a smaller grad_clip",
-            self.config.learning_rate, self.config.warmup_steps
+            "step {step}: the {what} is {value}; {culprit}; try a learning_rate below {:?}, more warmup_steps than {} or {clip}",
+            c.learning_rate, c.warmup_steps
         ))
     }
 }
