@@ -1,5 +1,6 @@
 //! Launching a kernel: arguments are collected in the order of its parameters, checked against them, and handed to the driver.
 
+use std::fmt;
 use std::marker::PhantomData;
 
 use cudarc::driver::{LaunchConfig, PushKernelArg, sys};
@@ -8,7 +9,7 @@ use super::{Buffer, Gpu, driver_error};
 use crate::error::Result;
 use crate::kernels::{Kernel, Kind};
 use crate::rng::Streams;
-use crate::tensor::Tensor;
+use crate::tensor::{DType, Shape, Tensor};
 
 /// Dynamic shared memory that a kernel may use without being asked.
 const SHARED_DEFAULT: u32 = 48 << 10;
@@ -36,9 +37,48 @@ impl<'a> View<'a> {
 
 #[derive(Clone, Copy)]
 struct Argument {
-    kind: Kind,
     /// The value's bits, low end first.
     bits: u64,
+    what: What,
+}
+
+/// What an argument is in messages, which are made only when they are needed: a step has a thousand launches.
+#[derive(Clone, Copy)]
+enum What {
+    Tensor(Shape, DType),
+    Bytes(usize),
+    Null,
+    U32,
+    I32,
+    U64,
+    F32,
+    F64,
+}
+
+impl Argument {
+    fn kind(&self) -> Kind {
+        match self.what {
+            What::Tensor(..) | What::Bytes(_) | What::Null => Kind::Pointer,
+            What::U32 | What::I32 => Kind::U32,
+            What::U64 => Kind::U64,
+            What::F32 => Kind::F32,
+            What::F64 => Kind::F64,
+        }
+    }
+}
+
+impl fmt::Display for Argument {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.what {
+            What::Tensor(shape, dtype) => write!(f, "{shape} {dtype:?}"),
+            What::Bytes(bytes) => write!(f, "{bytes} bytes"),
+            What::Null => f.write_str("null"),
+            What::U32 | What::U64 => write!(f, "{}", self.bits),
+            What::I32 => write!(f, "{}", self.bits as u32 as i32),
+            What::F32 => write!(f, "{}", f32::from_bits(self.bits as u32)),
+            What::F64 => write!(f, "{}", f64::from_bits(self.bits)),
+        }
+    }
 }
 
 /// A launch being put together.
@@ -50,8 +90,6 @@ pub struct Launch<'a> {
     block: [u32; 3],
     shared: u32,
     arguments: Vec<Argument>,
-    /// Shapes and values, for messages.
-    described: Vec<String>,
 }
 
 /// `threads` along x, or along x, y and z.
@@ -94,7 +132,7 @@ impl Gpu {
             kernel.name,
             kernel.max_threads
         );
-        Launch { gpu: self, kernel, grid, block, shared: 0, arguments: Vec::with_capacity(16), described: Vec::new() }
+        Launch { gpu: self, kernel, grid, block, shared: 0, arguments: Vec::with_capacity(kernel.params.len()) }
     }
 }
 
@@ -107,81 +145,80 @@ impl<'a> Launch<'a> {
 
     /// A tensor that the kernel reads.
     pub fn read(self, x: &'a Tensor) -> Self {
-        let description = format!("{}{:?}", x.shape(), x.dtype());
-        self.pointer(x.gpu_buffer().address(), description)
+        self.argument(x.gpu_buffer().address(), What::Tensor(x.shape(), x.dtype()))
     }
 
     /// A tensor that the kernel reads, or a null pointer.
     pub fn read_opt(self, x: Option<&'a Tensor>) -> Self {
         match x {
             Some(x) => self.read(x),
-            None => self.pointer(0, "null".into()),
+            None => self.argument(0, What::Null),
         }
     }
 
     /// A tensor that the kernel writes; no other handle may share its buffer.
     pub fn write(self, x: &'a mut Tensor) -> Self {
-        let description = format!("{}{:?}", x.shape(), x.dtype());
-        self.pointer(x.gpu_buffer_mut().address(), description)
+        let what = What::Tensor(x.shape(), x.dtype());
+        self.argument(x.gpu_buffer_mut().address(), what)
     }
 
     /// A tensor that the kernel writes, or a null pointer.
     pub fn write_opt(self, x: Option<&'a mut Tensor>) -> Self {
         match x {
             Some(x) => self.write(x),
-            None => self.pointer(0, "null".into()),
+            None => self.argument(0, What::Null),
         }
     }
 
     /// The first pointer once more: a kernel that writes over what it reads.
     pub fn first_again(self) -> Self {
-        let (first, description) = (self.arguments[0], self.described[0].clone());
-        self.argument(first.kind, first.bits, description)
+        let Argument { bits, what } = self.arguments[0];
+        self.argument(bits, what)
     }
 
     /// A parameter's weights or gradient.
     pub fn view(self, view: View<'a>) -> Self {
-        self.pointer(view.address, format!("{} bytes", view.bytes))
+        self.argument(view.address, What::Bytes(view.bytes))
     }
 
     /// The same, or a null pointer.
     pub fn view_opt(self, view: Option<View<'a>>) -> Self {
         match view {
             Some(view) => self.view(view),
-            None => self.pointer(0, "null".into()),
+            None => self.argument(0, What::Null),
         }
     }
 
     /// Bytes that are no tensor.
     pub fn buffer(self, buffer: &'a Buffer) -> Self {
-        self.pointer(buffer.address(), format!("{} bytes", buffer.bytes()))
+        self.argument(buffer.address(), What::Bytes(buffer.bytes()))
     }
 
     /// A 32-bit integer.
     pub fn u32(self, v: usize) -> Self {
         let value = u32::try_from(v).unwrap_or_else(|_| panic!("{}: {v} for a 32-bit parameter", self.kernel.name));
-        self.argument(Kind::U32, u64::from(value), v.to_string())
+        self.argument(u64::from(value), What::U32)
     }
 
     /// A 32-bit integer with a sign.
     pub fn i32(self, v: isize) -> Self {
         let value = i32::try_from(v).unwrap_or_else(|_| panic!("{}: {v} for a 32-bit parameter", self.kernel.name));
-        self.argument(Kind::U32, u64::from(value as u32), v.to_string())
+        self.argument(u64::from(value as u32), What::I32)
     }
 
     /// A 64-bit integer.
     pub fn u64(self, v: usize) -> Self {
-        self.argument(Kind::U64, v as u64, v.to_string())
+        self.argument(v as u64, What::U64)
     }
 
     /// A float.
     pub fn f32(self, v: f32) -> Self {
-        self.argument(Kind::F32, u64::from(v.to_bits()), v.to_string())
+        self.argument(u64::from(v.to_bits()), What::F32)
     }
 
     /// A double.
     pub fn f64(self, v: f64) -> Self {
-        self.argument(Kind::F64, v.to_bits(), v.to_string())
+        self.argument(v.to_bits(), What::F64)
     }
 
     /// Low and high half of the seed, step, purpose and first stream: the five words from which `include/philox.cuh` counts.
@@ -190,13 +227,8 @@ impl<'a> Launch<'a> {
         launch.u32(s.purpose as usize).u32(s.first as usize)
     }
 
-    fn pointer(self, address: sys::CUdeviceptr, described: String) -> Self {
-        self.argument(Kind::Pointer, address, described)
-    }
-
-    fn argument(mut self, kind: Kind, bits: u64, described: String) -> Self {
-        self.arguments.push(Argument { kind, bits });
-        self.described.push(described);
+    fn argument(mut self, bits: u64, what: What) -> Self {
+        self.arguments.push(Argument { bits, what });
         self
     }
 
@@ -206,11 +238,11 @@ impl<'a> Launch<'a> {
     /// What the driver says, with kernel, grid and arguments. What the kernel itself does wrong is said by whichever call comes after.
     pub fn run(self) -> Result<()> {
         assert!(
-            self.arguments.iter().map(|a| a.kind).eq(self.kernel.params.iter().map(|&(kind, _)| kind)),
+            self.arguments.iter().map(Argument::kind).eq(self.kernel.params.iter().map(|&(kind, _)| kind)),
             "{} takes {:?}, but was launched with {:?}",
             self.kernel.name,
             self.kernel.params,
-            self.arguments.iter().map(|a| a.kind).zip(&self.described).collect::<Vec<_>>()
+            self.arguments.iter().map(|a| (a.kind(), a.to_string())).collect::<Vec<_>>()
         );
         if self.grid.contains(&0) {
             return Ok(());
@@ -253,7 +285,7 @@ impl<'a> Launch<'a> {
             "{} on {x}x{y}x{z} blocks of {bx}x{by}x{bz} threads, {} bytes of shared memory, ({})",
             self.kernel.name,
             self.shared,
-            self.described.join(", ")
+            self.arguments.iter().map(Argument::to_string).collect::<Vec<_>>().join(", ")
         )
     }
 }
