@@ -555,7 +555,7 @@ impl Machine<'_> {
                 let offset = access.offset as u32;
                 for m in 0..matrices {
                     let row = |row: usize| (added + u64::from(base[8 * m + row].wrapping_add(offset))) as *const u8;
-                    load_matrix(file.add(operands[m] as usize), trans, row);
+                    load_matrix::<ISA>(file.add(operands[m] as usize), trans, row);
                 }
                 return Ok(());
             }
@@ -794,7 +794,7 @@ unsafe fn ldmatrix_body<const ISA: usize>(
             machine.locate(warp, access.space, &mut at, site)?;
         }
         for m in 0..matrices {
-            load_matrix(file.add(operands[m] as usize), trans, |row| at[8 * m + row] as *const u8);
+            load_matrix::<ISA>(file.add(operands[m] as usize), trans, |row| at[8 * m + row] as *const u8);
         }
     }
     Ok(())
@@ -816,20 +816,13 @@ unsafe fn blend64(file: *mut u8, register: u32, value: &[u64; 32], mask: u32) {
 
 /// One matrix of `ldmatrix`: 8 rows of 16 bytes into one register.
 #[inline(always)]
-unsafe fn load_matrix(to: *mut u8, trans: bool, row: impl Fn(usize) -> *const u8) {
+unsafe fn load_matrix<const ISA: usize>(to: *mut u8, trans: bool, row: impl Fn(usize) -> *const u8) {
     // SAFETY: the caller has checked the rows and the destination.
     unsafe {
-        if !trans {
-            let to = to.cast::<[u32; 4]>();
-            for r in 0..8 {
-                to.add(r).write(row(r).cast::<[u32; 4]>().read_unaligned());
-            }
-            return;
-        }
-        let rows: [[u16; 8]; 8] = std::array::from_fn(|r| row(r).cast::<[u16; 8]>().read_unaligned());
-        let to = to.cast::<[u16; 8]>();
-        for r in 0..8 {
-            to.add(r).write(std::array::from_fn(|c| rows[c][r]));
+        if trans {
+            ask::transpose_rows::<ISA>(row, to);
+        } else {
+            ask::load_rows::<ISA>(row, to);
         }
     }
 }
