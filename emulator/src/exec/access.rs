@@ -551,10 +551,12 @@ impl Machine<'_> {
                 && let Some((base, added)) = self.direct::<ISA>(file, operands[matrices], access, site)
             {
                 // Copied first: a destination may be the base.
-                let base = base.cast::<[u32; 32]>().read();
-                let offset = access.offset as u32;
+                let mut offsets = base.cast::<[u32; 32]>().read();
+                for l in 0..32 {
+                    offsets[l] = offsets[l].wrapping_add(access.offset as u32);
+                }
                 for m in 0..matrices {
-                    let row = |row: usize| (added + u64::from(base[8 * m + row].wrapping_add(offset))) as *const u8;
+                    let row = |row: usize| (added + u64::from(offsets[8 * m + row])) as *const u8;
                     load_matrix::<ISA>(file.add(operands[m] as usize), trans, row);
                 }
                 return Ok(());

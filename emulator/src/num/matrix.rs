@@ -209,14 +209,14 @@ struct Planes {
 /// into registers that it has not, places on the stack that are not aligned, and shuffles.
 struct Spread {
     /// Offsets of the registers that A was spread from, for the next instruction, which often has the same A; `u32::MAX` for nothing.
-    registers: [[u32; 2]; 2],
+    registers: [u32; 4],
     planes: std::mem::MaybeUninit<Planes>,
 }
 
 impl Spread {
     /// Nothing yet.
     fn new() -> Self {
-        Spread { registers: [[u32::MAX; 2]; 2], planes: std::mem::MaybeUninit::uninit() }
+        Spread { registers: [u32::MAX; 4], planes: std::mem::MaybeUninit::uninit() }
     }
 }
 
@@ -280,11 +280,11 @@ avx512! {
         let odd = _mm512_add_epi32(even, _mm512_set1_epi32(4));
         for k in 0..DEPTH {
             let (low, high) = (words!(o, tile.k[k][2], 0), words!(o, tile.k[k][2], 1));
+            let (even, odd) = (_mm512_permutex2var_epi32(low, even, high), _mm512_permutex2var_epi32(low, odd, high));
             for part in 0..parts(ELEMENT) {
-                let (low, high) = (expand::<ELEMENT>(low, part == 1), expand::<ELEMENT>(high, part == 1));
                 let to = &raw mut (*planes).columns[k * parts(ELEMENT) + part];
-                _mm512_store_ps((&raw mut (*to)[0]).cast(), _mm512_permutex2var_ps(low, even, high));
-                _mm512_store_ps((&raw mut (*to)[1]).cast(), _mm512_permutex2var_ps(low, odd, high));
+                _mm512_store_ps((&raw mut (*to)[0]).cast(), expand::<ELEMENT>(even, part == 1));
+                _mm512_store_ps((&raw mut (*to)[1]).cast(), expand::<ELEMENT>(odd, part == 1));
             }
         }
     }
@@ -324,12 +324,19 @@ avx512! {
             }
         }
         if !m.d_f16 && o.mask == u32::MAX {
-            let canonical = _mm512_castsi512_ps(_mm512_set1_epi32(float::NAN_F32 as i32));
+            let mut nan = 0;
+            for i in 0..4 {
+                nan |= _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(sums[i][0], sums[i][1]);
+            }
+            if nan != 0 {
+                let canonical = _mm512_castsi512_ps(_mm512_set1_epi32(float::NAN_F32 as i32));
+                for sum in sums.as_flattened_mut() {
+                    *sum = _mm512_mask_mov_ps(*sum, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(*sum, *sum), canonical);
+                }
+            }
             for i in 0..4 {
                 for v in 0..2 {
-                    let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(sums[i][v], sums[i][v]);
-                    let d = _mm512_mask_mov_ps(sums[i][v], nan, canonical);
-                    _mm512_store_ps(o.words(tile.d[i] as usize).add(16 * v).cast(), d);
+                    _mm512_store_ps(o.words(tile.d[i] as usize).add(16 * v).cast(), sums[i][v]);
                 }
             }
             return;
@@ -356,13 +363,15 @@ unsafe fn tile_avx512<const ELEMENT: u8, const DEPTH: usize>(
     tile: &Tile,
     spread: &mut Spread,
 ) {
-    // SAFETY: the caller's promise.
+    use std::arch::x86_64::*;
+    // SAFETY: the caller's promise; A's operands follow each other.
     unsafe {
-        let offset = |i: u8| o.at.add(i as usize).read();
-        let mut registers = [[u32::MAX; 2]; 2];
-        for k in 0..DEPTH {
-            registers[k] = [offset(tile.k[k][0]), offset(tile.k[k][1])];
-        }
+        let offset = |i: u8| o.at.add(i as usize);
+        let first = offset(tile.k[0][0]);
+        let registers: [u32; 4] = match DEPTH {
+            2 => first.cast::<[u32; 4]>().read(),
+            _ => [first.read(), first.add(1).read(), u32::MAX, u32::MAX],
+        };
         if spread.registers != registers {
             spread.registers = registers;
             spread_rows::<ELEMENT, DEPTH>(o, tile, spread.planes.as_mut_ptr());
@@ -370,8 +379,14 @@ unsafe fn tile_avx512<const ELEMENT: u8, const DEPTH: usize>(
         spread_columns::<ELEMENT, DEPTH>(o, tile, spread.planes.as_mut_ptr());
         multiply_spread::<ELEMENT, DEPTH>(m, o, tile, spread.planes.as_ptr());
         // D may take the place of what was spread.
-        if tile.d.iter().any(|&d| registers.as_flattened().contains(&offset(d))) {
-            spread.registers = [[u32::MAX; 2]; 2];
+        let registers = _mm_loadu_si128(registers.as_ptr().cast());
+        let mut replaced = _mm_setzero_si128();
+        for d in tile.d {
+            let d = _mm_set1_epi32(offset(d).read() as i32);
+            replaced = _mm_or_si128(replaced, _mm_cmpeq_epi32(registers, d));
+        }
+        if _mm_movemask_epi8(replaced) != 0 {
+            spread.registers = [u32::MAX; 4];
         }
     }
 }
