@@ -186,6 +186,7 @@ impl Machine<'_> {
         if access.space == Space::Param {
             return self.load_parameter(warp, operands, access, site);
         }
+        warp.polls += u64::from(access.strong && access.space != Space::Shared);
         // SAFETY: `direct` and `locate` have checked `bytes` readable bytes at every lane's address (in `locate`, lanes outside the mask share one), and the
         // registers are in the file.
         unsafe {
@@ -308,6 +309,7 @@ impl Machine<'_> {
         mask: u32,
     ) -> Result<(), Box<Fault>> {
         let skip = usize::from(!reduce);
+        warp.polls += u64::from(!reduce && access.space != Space::Shared);
         let file = warp.file.as_mut_ptr();
         // SAFETY: the decoder gives (destination,) base and operands, all inside the file.
         let mut at = unsafe { addresses(file, operands[skip], access.wide_base, access.offset) };
