@@ -329,6 +329,47 @@ fn the_first_fault_in_order_is_reported_at_any_number_of_threads() {
     }
 }
 
+const FAULTS: &str = include_str!("kernels/faults.ptx");
+
+#[test]
+fn a_fault_ends_blocks_that_wait_for_the_one_that_had_it() {
+    let fault = |name: &'static str, threads: usize, seed: Option<u64>, cooperative: bool| {
+        let (to, from) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let mut device = Device::new(FAULTS);
+            (device.settings.threads, device.settings.schedule_seed) = (threads, seed);
+            device.cooperative = cooperative;
+            // Nothing but the fault ends this launch.
+            device.settings.instruction_limit = 0;
+            let at = device.upload(&[0i32]);
+            to.send(device.run(name, [9, 1, 1], [64, 1, 1], 0, &[Arg::U64(at)]))
+        });
+        // It takes a fraction of a second; machines may be busy.
+        let told = from.recv_timeout(std::time::Duration::from_secs(60));
+        told.unwrap_or_else(|_| panic!("{name} with {threads} threads still runs")).expect_err(name)
+    };
+    for name in ["waits_by_reading", "waits_by_atomics", "waits_at_barrier"] {
+        for (threads, seed, cooperative) in
+            [(1, None, false), (2, None, false), (3, Some(5), false), (1, None, true), (2, None, true)]
+        {
+            let fault = fault(name, threads, seed, cooperative);
+            assert_eq!((fault.kind, fault.block), (FaultKind::OutOfBounds, [8, 0, 0]), "{name}: {fault}");
+        }
+    }
+}
+
+#[test]
+fn an_earlier_block_that_does_not_wait_has_time_for_its_own_fault() {
+    for _ in 0..3 {
+        let device = Device::new(FAULTS);
+        let at = device.upload(&[0i32]);
+        // Some hundred turns after block 1 has faulted on the other thread.
+        let args = [Arg::U64(at), Arg::U32(2_000_000)];
+        let fault = device.run("first_block_is_late", [40, 1, 1], [32, 1, 1], 0, &args).expect_err("all blocks fault");
+        assert_eq!((fault.kind, fault.block), (FaultKind::OutOfBounds, [0, 0, 0]), "{fault}");
+    }
+}
+
 #[test]
 fn counters_do_not_depend_on_threads_or_order() {
     let count = |threads: usize, seed: Option<u64>| {

@@ -186,6 +186,7 @@ impl Machine<'_> {
         if access.space == Space::Param {
             return self.load_parameter(warp, operands, access, site);
         }
+        warp.polls += u64::from(access.strong && access.space != Space::Shared);
         // SAFETY: `direct` and `locate` have checked `bytes` readable bytes at every lane's address (in `locate`, lanes outside the mask share one), and the
         // registers are in the file.
         unsafe {
@@ -308,6 +309,7 @@ impl Machine<'_> {
         mask: u32,
     ) -> Result<(), Box<Fault>> {
         let skip = usize::from(!reduce);
+        warp.polls += u64::from(!reduce && access.space != Space::Shared);
         let file = warp.file.as_mut_ptr();
         // SAFETY: the decoder gives (destination,) base and operands, all inside the file.
         let mut at = unsafe { addresses(file, operands[skip], access.wide_base, access.offset) };
@@ -551,11 +553,13 @@ impl Machine<'_> {
                 && let Some((base, added)) = self.direct::<ISA>(file, operands[matrices], access, site)
             {
                 // Copied first: a destination may be the base.
-                let base = base.cast::<[u32; 32]>().read();
-                let offset = access.offset as u32;
+                let mut offsets = base.cast::<[u32; 32]>().read();
+                for l in 0..32 {
+                    offsets[l] = offsets[l].wrapping_add(access.offset as u32);
+                }
                 for m in 0..matrices {
-                    let row = |row: usize| (added + u64::from(base[8 * m + row].wrapping_add(offset))) as *const u8;
-                    load_matrix(file.add(operands[m] as usize), trans, row);
+                    let row = |row: usize| (added + u64::from(offsets[8 * m + row])) as *const u8;
+                    load_matrix::<ISA>(file.add(operands[m] as usize), trans, row);
                 }
                 return Ok(());
             }
@@ -794,7 +798,7 @@ unsafe fn ldmatrix_body<const ISA: usize>(
             machine.locate(warp, access.space, &mut at, site)?;
         }
         for m in 0..matrices {
-            load_matrix(file.add(operands[m] as usize), trans, |row| at[8 * m + row] as *const u8);
+            load_matrix::<ISA>(file.add(operands[m] as usize), trans, |row| at[8 * m + row] as *const u8);
         }
     }
     Ok(())
@@ -816,20 +820,13 @@ unsafe fn blend64(file: *mut u8, register: u32, value: &[u64; 32], mask: u32) {
 
 /// One matrix of `ldmatrix`: 8 rows of 16 bytes into one register.
 #[inline(always)]
-unsafe fn load_matrix(to: *mut u8, trans: bool, row: impl Fn(usize) -> *const u8) {
+unsafe fn load_matrix<const ISA: usize>(to: *mut u8, trans: bool, row: impl Fn(usize) -> *const u8) {
     // SAFETY: the caller has checked the rows and the destination.
     unsafe {
-        if !trans {
-            let to = to.cast::<[u32; 4]>();
-            for r in 0..8 {
-                to.add(r).write(row(r).cast::<[u32; 4]>().read_unaligned());
-            }
-            return;
-        }
-        let rows: [[u16; 8]; 8] = std::array::from_fn(|r| row(r).cast::<[u16; 8]>().read_unaligned());
-        let to = to.cast::<[u16; 8]>();
-        for r in 0..8 {
-            to.add(r).write(std::array::from_fn(|c| rows[c][r]));
+        if trans {
+            ask::transpose_rows::<ISA>(row, to);
+        } else {
+            ask::load_rows::<ISA>(row, to);
         }
     }
 }

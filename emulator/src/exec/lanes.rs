@@ -441,6 +441,109 @@ pub unsafe fn load_quads<const ISA: usize>(at: impl Fn(usize) -> *const u8, to: 
     }
 }
 
+/// Writes eight rows of 16 bytes, one after the other, in pieces as wide as those that they will be read in: a read of what several narrower
+/// writes have just left waits until they have reached the cache.
+///
+/// # Safety
+/// Room for 128 bytes aligned to 64; the processor has the instruction set of `ISA`.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn write_rows<const ISA: usize>(rows: [std::arch::x86_64::__m128i; 8], to: *mut u8) {
+    use std::arch::x86_64::*;
+    // SAFETY: the caller's promise.
+    unsafe {
+        for i in 0..4 {
+            let (row, to) = (&rows[2 * i..], to.add(32 * i));
+            if ISA == AVX512 && i % 2 == 0 {
+                let low = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(row[0]), row[1]);
+                let whole = _mm512_inserti32x4::<3>(_mm512_inserti32x4::<2>(low, row[2]), row[3]);
+                _mm512_store_si512(to.cast(), whole);
+            } else if ISA == AVX2 {
+                _mm256_store_si256(to.cast(), _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(row[0]), row[1]));
+            } else if ISA != AVX512 {
+                _mm_store_si128(to.cast(), row[0]);
+                _mm_store_si128(to.add(16).cast(), row[1]);
+            }
+        }
+    }
+}
+
+/// Reads 16 bytes at each of 8 addresses and writes them one after the other.
+///
+/// # Safety
+/// 16 readable bytes at each address and room for 128 aligned to 64; the processor has the instruction set of `ISA`.
+#[inline(always)]
+pub unsafe fn load_rows<const ISA: usize>(at: impl Fn(usize) -> *const u8, to: *mut u8) {
+    // SAFETY: the caller's promise; SSE2 is part of x86-64.
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::*;
+            macro_rules! row {
+                ($i:expr) => {{ _mm_loadu_si128(at($i).cast()) }};
+            }
+            let rows = [row!(0), row!(1), row!(2), row!(3), row!(4), row!(5), row!(6), row!(7)];
+            write_rows::<ISA>(rows, to);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        for i in 0..8 {
+            to.cast::<[u8; 16]>().add(i).write(at(i).cast::<[u8; 16]>().read_unaligned());
+        }
+    }
+}
+
+/// The same transposed: 8 by 8 elements of 16 bits.
+///
+/// # Safety
+/// As for [`load_rows`].
+#[inline(always)]
+pub unsafe fn transpose_rows<const ISA: usize>(at: impl Fn(usize) -> *const u8, to: *mut u8) {
+    // SAFETY: the caller's promise; SSE2 is part of x86-64.
+    unsafe {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::*;
+            macro_rules! row {
+                ($i:expr) => {{ _mm_loadu_si128(at($i).cast()) }};
+            }
+            // Pairs, then quads, then all eight elements of a column come together.
+            macro_rules! pairs {
+                ($a:expr, $b:expr) => {{
+                    let (a, b) = ($a, $b);
+                    (_mm_unpacklo_epi16(a, b), _mm_unpackhi_epi16(a, b))
+                }};
+            }
+            macro_rules! quads {
+                ($a:expr, $b:expr) => {{ (_mm_unpacklo_epi32($a, $b), _mm_unpackhi_epi32($a, $b)) }};
+            }
+            let (a_low, a_high) = pairs!(row!(0), row!(1));
+            let (b_low, b_high) = pairs!(row!(2), row!(3));
+            let (c_low, c_high) = pairs!(row!(4), row!(5));
+            let (d_low, d_high) = pairs!(row!(6), row!(7));
+            let ((ab_0, ab_2), (ab_4, ab_6)) = (quads!(a_low, b_low), quads!(a_high, b_high));
+            let ((cd_0, cd_2), (cd_4, cd_6)) = (quads!(c_low, d_low), quads!(c_high, d_high));
+            let columns = [
+                _mm_unpacklo_epi64(ab_0, cd_0),
+                _mm_unpackhi_epi64(ab_0, cd_0),
+                _mm_unpacklo_epi64(ab_2, cd_2),
+                _mm_unpackhi_epi64(ab_2, cd_2),
+                _mm_unpacklo_epi64(ab_4, cd_4),
+                _mm_unpackhi_epi64(ab_4, cd_4),
+                _mm_unpacklo_epi64(ab_6, cd_6),
+                _mm_unpackhi_epi64(ab_6, cd_6),
+            ];
+            write_rows::<ISA>(columns, to);
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        {
+            let rows: [[u16; 8]; 8] = std::array::from_fn(|r| at(r).cast::<[u16; 8]>().read_unaligned());
+            for r in 0..8 {
+                to.cast::<[u16; 8]>().add(r).write(std::array::from_fn(|c| rows[c][r]));
+            }
+        }
+    }
+}
+
 /// Writes 4 words at each of 4 addresses: word e of address i is `from[e][i]`.
 ///
 /// # Safety

@@ -4,8 +4,13 @@
 //! another block) is put aside for a new one and taken up again later, so that blocks which wait for each other all get to run.
 //!
 //! **Order.** Without a seed, blocks and warps run in order and a warp keeps its turn until it waits. With a seed, blocks
-//! are issued in a random order, the next warp is drawn, and turns are short and random. A fault is that of the first block in the order of
-//! issue that has one, at any number of workers.
+//! are issued in a random order, the next warp is drawn, and turns are short and random.
+//!
+//! **Faults.** A launch's fault is that of the first block in the order of issue that has one, at any number of workers: blocks behind it are left at the
+//! end of a turn, blocks before it run on, since theirs would be the fault to tell. But not for ever: one of them may be waiting for the block that
+//! faulted. So a block before it is left too once one of its warps has polled more than [`POLLS`] times since the block began. Polls are what a
+//! program can wait for other blocks by: volatile and other strong loads, and atomics with a result, on global memory. Thus the choice depends on time only
+//! in blocks that poll more than that and then have a fault of their own. Blocks that never poll always run to their end.
 
 use super::interp::{self, Runner, Turn};
 use super::races::GlobalRaces;
@@ -25,6 +30,9 @@ pub const TURN: u32 = 4096;
 const TURNS_OF_WARP: u32 = 32;
 /// Blocks that a worker holds begun at a time, except in cooperative launches, where all blocks may wait for all.
 const MAX_BEGUN: usize = 128;
+
+/// Polls of a warp after which its block counts as waiting for another. Loops that poll a few times each round and are not waits stay below it.
+const POLLS: u64 = 1 << 12;
 
 /// Bytes of the workspace that a cooperative launch gives its grid.
 const GRID_WORKSPACE: u64 = 64;
@@ -241,12 +249,13 @@ impl Shared<'_> {
             if machine.block.issue > self.first_fault.load(Ordering::Relaxed) {
                 continue;
             }
-            match machine.run_block(self.run) {
-                Ok(true) => {}
-                Ok(false) => {
+            match machine.run_block(self.run, &self.first_fault) {
+                Ok(Stop::Ended) => {}
+                Ok(Stop::TurnsUsed) => {
                     aside.push_back(std::mem::take(&mut machine.block));
                     continue;
                 }
+                Ok(Stop::Left) => continue,
                 Err(fault) => {
                     let issue = machine.block.issue;
                     self.first_fault.fetch_min(issue, Ordering::Relaxed);
@@ -270,9 +279,19 @@ impl Shared<'_> {
     }
 }
 
+/// Why a block is not run on.
+enum Stop {
+    /// All its threads have exited.
+    Ended,
+    /// It has used its turns.
+    TurnsUsed,
+    /// Another block's fault ends the launch.
+    Left,
+}
+
 impl Machine<'_> {
-    /// Runs the block until it ends (true) or has used its turns (false).
-    fn run_block(&mut self, run: Runner) -> Result<bool, Box<Fault>> {
+    /// Runs the block for its turns at most. `first_fault` is the place in the order of issue of the first block with a fault.
+    fn run_block(&mut self, run: Runner, first_fault: &AtomicU64) -> Result<Stop, Box<Fault>> {
         let seeded = self.env.settings.schedule_seed.is_some();
         let limit = self.env.settings.instruction_limit;
         // The blocks of a cooperative grid wait for each other, so each is left at its first long wait.
@@ -292,7 +311,7 @@ impl Machine<'_> {
             let ready =
                 (0..warps).map(|i| (index + i) % warps).find(|&i| self.block.warps[i].ready(&self.block.barriers));
             let Some(index) = ready else {
-                return if self.block.alive == 0 { Ok(true) } else { Err(self.deadlock()) };
+                return if self.block.alive == 0 { Ok(Stop::Ended) } else { Err(self.deadlock()) };
             };
             let mut warp = std::mem::take(&mut self.block.warps[index]);
             let before = self.block.ticks;
@@ -307,10 +326,15 @@ impl Machine<'_> {
                     format!("a warp has executed {} instructions, more than the limit of {limit}", warp.instructions);
                 self.fault(FaultKind::Timeout, &warp, pc, mask.trailing_zeros() & 31, detail)
             });
+            let waits = warp.polls > POLLS;
             self.block.warps[index] = warp;
             let used = result? == Turn::Used;
             if let Some(fault) = overrun {
                 return Err(fault);
+            }
+            let first_fault = first_fault.load(Ordering::Relaxed);
+            if first_fault < self.block.issue || first_fault != u64::MAX && waits {
+                return Ok(Stop::Left);
             }
             self.block.turn = (index + 1) % warps;
             if used && !seeded {
@@ -319,7 +343,7 @@ impl Machine<'_> {
             if used && (turns == 0 || seeded) {
                 // A seeded schedule has short turns, and draws when to put a block aside.
                 if !seeded || self.block.random >> 20 & 0xfff == 0 {
-                    return Ok(false);
+                    return Ok(Stop::TurnsUsed);
                 }
             }
         }

@@ -91,6 +91,8 @@ pub struct Warp {
     pub unbroken: u32,
     /// Instructions so far.
     pub instructions: u64,
+    /// Reads of global memory so far by which it may have waited for another block.
+    pub polls: u64,
     /// Copies under way.
     pub pending: Vec<Pending>,
     /// Groups of copies that each lane has committed.
@@ -351,6 +353,7 @@ impl<'a> Machine<'a> {
             warp.favour = 0;
             warp.unbroken = 0;
             warp.instructions = 0;
+            warp.polls = 0;
             warp.pending.clear();
             warp.committed = [0; 32];
             if env.local_stride > 0 {

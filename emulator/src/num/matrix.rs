@@ -192,86 +192,108 @@ unsafe fn expand<const ELEMENT: u8>(words: std::arch::x86_64::__m512i, upper: bo
     }
 }
 
-/// The last A that the AVX-512 code spread out: neighbouring instructions often share it.
-struct Spread {
-    /// Offsets of A's registers; `u32::MAX` for nothing.
-    registers: [[u32; 2]; 2],
-    /// Per plane, word, half of the rows and half of the lanes: each row's word in all lanes of its quad.
-    rows: std::mem::MaybeUninit<[[[[Vector; 2]; 2]; 4]; 4]>,
-}
-
 /// 16 floats.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 struct Vector([f32; 16]);
 
+/// Factors spread out for the AVX-512 code, at most 4 planes of them.
+struct Planes {
+    /// Per plane, word, half of the rows and half of the lanes: each row's word in all lanes of its quad.
+    rows: [[[[Vector; 2]; 2]; 4]; 4],
+    /// Per plane: for each word the columns 2t, four floats; for each word the columns 2t + 1.
+    columns: [[Vector; 2]; 4],
+}
+
+/// Room for them. They are written and read through a pointer that another function made: as a local variable the compiler takes them apart,
+/// into registers that it has not, places on the stack that are not aligned, and shuffles.
+struct Spread {
+    /// Offsets of the registers that A was spread from, for the next instruction, which often has the same A; `u32::MAX` for nothing.
+    registers: [u32; 4],
+    planes: std::mem::MaybeUninit<Planes>,
+}
+
 impl Spread {
     /// Nothing yet.
     fn new() -> Self {
-        Spread { registers: [[u32::MAX; 2]; 2], rows: std::mem::MaybeUninit::uninit() }
+        Spread { registers: [u32::MAX; 4], planes: std::mem::MaybeUninit::uninit() }
     }
 }
 
-/// A whole tile with AVX-512, in the same order of additions, without leaving registers between C and D. Shuffles are what it has most of, so
-/// A's are kept for the next instruction, and B's small vectors are broadcast by loads.
-///
-/// # Safety
-/// The operands are the form's; the processor has AVX-512 F.
+/// The functions below are compiled for this: macros and loops stand in them instead of closures, which would be compiled without.
+macro_rules! avx512 {
+    ($(#[$doc:meta])* fn $name:ident<const $e:ident: u8, const $d:ident: usize>($($arg:ident: $ty:ty),*) $body:block) => {
+        $(#[$doc])*
+        ///
+        /// # Safety
+        /// The operands are the form's; the processor has AVX-512.
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+        #[inline(never)]
+        unsafe fn $name<const $e: u8, const $d: usize>($($arg: $ty),*) {
+            // SAFETY: the caller's promise: registers are 32 words, two vectors of 16; there is room for planes, and those that are read have been spread.
+            unsafe { $body }
+        }
+    };
+}
+
+/// Vector `v` of an operand's words.
 #[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn tile_avx512<const ELEMENT: u8, const DEPTH: usize>(
-    m: &Matrix,
-    o: &Operands,
-    tile: &Tile,
-    spread: &mut Spread,
-) {
-    use std::arch::x86_64::*;
-    let parts = if ELEMENT == TF32 { 1 } else { 2 };
-    // SAFETY: registers and accumulators are 32 lanes: two vectors of 16. Planes are at most 4.
-    unsafe {
-        // Macros and loops, no closures: those would be compiled without the instruction set.
-        macro_rules! words {
-            ($register:expr, $v:expr) => {
-                _mm512_loadu_si512(o.b32($register as usize).as_ptr().add(16 * $v).cast())
-            };
-        }
-        let rows: *mut [[[Vector; 2]; 2]; 4] = spread.rows.as_mut_ptr().cast();
-        let mut registers = [[u32::MAX; 2]; 2];
+macro_rules! words {
+    ($o:expr, $register:expr, $v:expr) => {
+        std::arch::x86_64::_mm512_load_si512($o.words($register as usize).add(16 * $v).cast())
+    };
+}
+
+/// Planes per register along k.
+const fn parts(element: u8) -> usize {
+    if element == TF32 { 1 } else { 2 }
+}
+
+avx512! {
+    /// Spreads A.
+    fn spread_rows<const ELEMENT: u8, const DEPTH: usize>(o: &Operands, tile: &Tile, planes: *mut Planes) {
+        use std::arch::x86_64::*;
         for k in 0..DEPTH {
-            for x in 0..2 {
-                registers[k][x] = o.at.add(tile.k[k][x] as usize).read();
-            }
-        }
-        if spread.registers != registers {
-            spread.registers = registers;
-            for k in 0..DEPTH {
-                for half in 0..2 {
-                    for part in 0..parts {
-                        for v in 0..2 {
-                            let row = expand::<ELEMENT>(words!(tile.k[k][half], v), part == 1);
-                            let to = rows.add(k * parts + part).cast::<Vector>().add(2 * half + v);
-                            _mm512_store_ps(to.cast(), _mm512_permute_ps::<0x00>(row));
-                            _mm512_store_ps(to.add(4).cast(), _mm512_permute_ps::<0x55>(row));
-                            _mm512_store_ps(to.add(8).cast(), _mm512_permute_ps::<0xaa>(row));
-                            _mm512_store_ps(to.add(12).cast(), _mm512_permute_ps::<0xff>(row));
-                        }
+            for half in 0..2 {
+                for v in 0..2 {
+                    let words = words!(o, tile.k[k][half], v);
+                    for part in 0..parts(ELEMENT) {
+                        let row = expand::<ELEMENT>(words, part == 1);
+                        let to = &raw mut (*planes).rows[k * parts(ELEMENT) + part];
+                        _mm512_store_ps((&raw mut (*to)[0][half][v]).cast(), _mm512_permute_ps::<0x00>(row));
+                        _mm512_store_ps((&raw mut (*to)[1][half][v]).cast(), _mm512_permute_ps::<0x55>(row));
+                        _mm512_store_ps((&raw mut (*to)[2][half][v]).cast(), _mm512_permute_ps::<0xaa>(row));
+                        _mm512_store_ps((&raw mut (*to)[3][half][v]).cast(), _mm512_permute_ps::<0xff>(row));
                     }
                 }
             }
         }
-        // Per plane: for each word the columns 2t, four floats, and then the columns 2t + 1.
-        let mut columns = [[Vector([0.0; 16]); 2]; 4];
+    }
+}
+
+avx512! {
+    /// Spreads B.
+    fn spread_columns<const ELEMENT: u8, const DEPTH: usize>(o: &Operands, tile: &Tile, planes: *mut Planes) {
+        use std::arch::x86_64::*;
         let even = _mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
         let odd = _mm512_add_epi32(even, _mm512_set1_epi32(4));
         for k in 0..DEPTH {
-            for part in 0..parts {
-                let low = expand::<ELEMENT>(words!(tile.k[k][2], 0), part == 1);
-                let high = expand::<ELEMENT>(words!(tile.k[k][2], 1), part == 1);
-                let to = &mut columns[k * parts + part];
-                _mm512_store_ps(to[0].0.as_mut_ptr(), _mm512_permutex2var_ps(low, even, high));
-                _mm512_store_ps(to[1].0.as_mut_ptr(), _mm512_permutex2var_ps(low, odd, high));
+            let (low, high) = (words!(o, tile.k[k][2], 0), words!(o, tile.k[k][2], 1));
+            let (even, odd) = (_mm512_permutex2var_epi32(low, even, high), _mm512_permutex2var_epi32(low, odd, high));
+            for part in 0..parts(ELEMENT) {
+                let to = &raw mut (*planes).columns[k * parts(ELEMENT) + part];
+                _mm512_store_ps((&raw mut (*to)[0]).cast(), expand::<ELEMENT>(even, part == 1));
+                _mm512_store_ps((&raw mut (*to)[1]).cast(), expand::<ELEMENT>(odd, part == 1));
             }
         }
+    }
+}
+
+avx512! {
+    /// Adds the product of what was spread to C, in the order of additions that every host has.
+    fn multiply_spread<const ELEMENT: u8, const DEPTH: usize>(m: &Matrix, o: &Operands, tile: &Tile, planes: *const Planes) {
+        use std::arch::x86_64::*;
         let mut sums = [[_mm512_setzero_ps(); 2]; 4];
         if m.c_f16 {
             let c = accumulators(m, o, tile);
@@ -283,39 +305,38 @@ unsafe fn tile_avx512<const ELEMENT: u8, const DEPTH: usize>(
         } else {
             for i in 0..4 {
                 for v in 0..2 {
-                    let c = o.b32(tile.c[i] as usize).as_ptr().add(16 * v);
-                    sums[i][v] = _mm512_loadu_ps(c.cast());
+                    sums[i][v] = _mm512_castsi512_ps(words!(o, tile.c[i], v));
                 }
             }
         }
-        for plane in 0..DEPTH * parts {
+        for plane in 0..DEPTH * parts(ELEMENT) {
+            let (rows, columns) = (&(*planes).rows[plane], &(*planes).columns[plane]);
             for j in 0..4 {
-                let even = _mm512_broadcast_f32x4(_mm_load_ps(columns[plane][0].0.as_ptr().add(4 * j)));
-                let odd = _mm512_broadcast_f32x4(_mm_load_ps(columns[plane][1].0.as_ptr().add(4 * j)));
-                let row = rows.add(plane).cast::<Vector>().add(4 * j);
+                let even = _mm512_broadcast_f32x4(_mm_load_ps(columns[0].0.as_ptr().add(4 * j)));
+                let odd = _mm512_broadcast_f32x4(_mm_load_ps(columns[1].0.as_ptr().add(4 * j)));
                 for half in 0..2 {
                     for v in 0..2 {
-                        let row = _mm512_load_ps(row.add(2 * half + v).cast());
+                        let row = _mm512_load_ps(rows[j][half][v].0.as_ptr());
                         sums[2 * half][v] = _mm512_fmadd_ps(row, even, sums[2 * half][v]);
                         sums[2 * half + 1][v] = _mm512_fmadd_ps(row, odd, sums[2 * half + 1][v]);
                     }
                 }
             }
         }
-        // D may take the place of what was spread.
-        for i in 0..4 {
-            let d = o.at.add(tile.d[i] as usize).read();
-            if registers.as_flattened().contains(&d) {
-                spread.registers = [[u32::MAX; 2]; 2];
-            }
-        }
         if !m.d_f16 && o.mask == u32::MAX {
-            let canonical = _mm512_castsi512_ps(_mm512_set1_epi32(float::NAN_F32 as i32));
+            let mut nan = 0;
+            for i in 0..4 {
+                nan |= _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(sums[i][0], sums[i][1]);
+            }
+            if nan != 0 {
+                let canonical = _mm512_castsi512_ps(_mm512_set1_epi32(float::NAN_F32 as i32));
+                for sum in sums.as_flattened_mut() {
+                    *sum = _mm512_mask_mov_ps(*sum, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(*sum, *sum), canonical);
+                }
+            }
             for i in 0..4 {
                 for v in 0..2 {
-                    let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(sums[i][v], sums[i][v]);
-                    let d = _mm512_mask_mov_ps(sums[i][v], nan, canonical);
-                    _mm512_storeu_ps(o.words(tile.d[i] as usize).add(16 * v).cast(), d);
+                    _mm512_store_ps(o.words(tile.d[i] as usize).add(16 * v).cast(), sums[i][v]);
                 }
             }
             return;
@@ -327,6 +348,46 @@ unsafe fn tile_avx512<const ELEMENT: u8, const DEPTH: usize>(
             }
         }
         put(m, o, tile, &d);
+    }
+}
+
+/// A whole tile with AVX-512.
+///
+/// # Safety
+/// The operands are the form's; the processor has AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn tile_avx512<const ELEMENT: u8, const DEPTH: usize>(
+    m: &Matrix,
+    o: &Operands,
+    tile: &Tile,
+    spread: &mut Spread,
+) {
+    use std::arch::x86_64::*;
+    // SAFETY: the caller's promise; A's operands follow each other.
+    unsafe {
+        let offset = |i: u8| o.at.add(i as usize);
+        let first = offset(tile.k[0][0]);
+        let registers: [u32; 4] = match DEPTH {
+            2 => first.cast::<[u32; 4]>().read(),
+            _ => [first.read(), first.add(1).read(), u32::MAX, u32::MAX],
+        };
+        if spread.registers != registers {
+            spread.registers = registers;
+            spread_rows::<ELEMENT, DEPTH>(o, tile, spread.planes.as_mut_ptr());
+        }
+        spread_columns::<ELEMENT, DEPTH>(o, tile, spread.planes.as_mut_ptr());
+        multiply_spread::<ELEMENT, DEPTH>(m, o, tile, spread.planes.as_ptr());
+        // D may take the place of what was spread.
+        let registers = _mm_loadu_si128(registers.as_ptr().cast());
+        let mut replaced = _mm_setzero_si128();
+        for d in tile.d {
+            let d = _mm_set1_epi32(offset(d).read() as i32);
+            replaced = _mm_or_si128(replaced, _mm_cmpeq_epi32(registers, d));
+        }
+        if _mm_movemask_epi8(replaced) != 0 {
+            spread.registers = [u32::MAX; 4];
+        }
     }
 }
 

@@ -742,8 +742,9 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
             program.smallest_shared = program.smallest_shared.min(shared_bytes(&op).unwrap_or(16));
             if guard == NO_GUARD
                 && program.steps.len() > first_step
-                && let Some(Step { op: Op::Run(last), guard: NO_GUARD, count, .. }) = program.steps.last_mut()
-                && let Op::Run(form) = op
+                && let Some(Step { op: Op::Run(last) | Op::Mma(last), guard: NO_GUARD, count, .. }) =
+                    program.steps.last_mut()
+                && let Op::Run(form) | Op::Mma(form) = op
                 && std::ptr::eq(*last, form)
             {
                 *count += 1;

@@ -10,6 +10,7 @@ pub struct Device {
     pub memory: Memory,
     pub module: LoadedModule,
     pub settings: Settings,
+    pub cooperative: bool,
 }
 
 /// A launch's arguments, laid out as the kernel's parameters say.
@@ -25,7 +26,7 @@ impl Device {
         let memory = Memory::new(256 << 20);
         let module = LoadedModule::load(&memory, Arc::new(module)).expect("the module's variables fit");
         let settings = Settings { threads: 2, ..Settings::default() };
-        Device { memory, module, settings }
+        Device { memory, module, settings, cooperative: false }
     }
 
     pub fn upload<T: Copy>(&self, values: &[T]) -> u64 {
@@ -86,7 +87,7 @@ impl Device {
             dynamic_shared,
             params,
             multiprocessors: 108,
-            cooperative: false,
+            cooperative: self.cooperative,
         };
         launch(&self.memory, &launched, &self.settings)
     }
