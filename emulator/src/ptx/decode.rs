@@ -748,7 +748,9 @@ impl<'a> Builder<'a> {
             "mbarrier" => self.mbarrier(&at, &operands),
             "ldmatrix" => self.ldmatrix(&at, &operands),
             "movmatrix" => {
-                if qualifiers(&parts[1..], &["sync", "aligned", "m8n8", "trans", "b16"]).is_none_or(|rest| !rest.is_empty()) {
+                if qualifiers(&parts[1..], &["sync", "aligned", "m8n8", "trans", "b16"])
+                    .is_none_or(|rest| !rest.is_empty())
+                {
                     return at.unsupported();
                 }
                 count(2)?;
@@ -1012,6 +1014,7 @@ impl<'a> Builder<'a> {
             elements: elements as u8,
             wide_base,
             signed,
+            float: matches!(at.parts.last(), Some(&("f32" | "f64"))),
             register_bits: 0,
             strong,
             offset,
@@ -1147,6 +1150,7 @@ impl<'a> Builder<'a> {
             elements: 1,
             wide_base,
             signed: false,
+            float: false,
             register_bits: bits,
             strong: true,
             offset,
@@ -1567,6 +1571,7 @@ impl<'a> Builder<'a> {
             elements: 1,
             wide_base: false,
             signed: false,
+            float: false,
             register_bits: 64,
             strong: true,
             offset: 0,
@@ -1619,6 +1624,7 @@ impl<'a> Builder<'a> {
             elements: matrices as u8,
             wide_base,
             signed: false,
+            float: false,
             register_bits: 32,
             strong: false,
             offset,
@@ -1678,6 +1684,7 @@ impl<'a> Builder<'a> {
             elements: fragment.registers as u8,
             wide_base,
             signed: false,
+            float: false,
             register_bits: bits,
             strong: false,
             offset,
