@@ -406,3 +406,111 @@ fn every_instruction_set_gives_the_same_bits() {
     assert_eq!(run(Isa::Portable), run(Isa::Avx2));
     assert_eq!(run(Isa::Portable), run(Isa::Avx512));
 }
+
+/// A module of one kernel `k` with a pointer as parameter, in `%p`, and the thread's number in `%t`.
+fn module(body: &str) -> String {
+    format!(
+        ".version 8.0\n.target sm_80\n.address_size 64\n.visible .entry k(.param .u64 a)\n{{\n.reg .b32 %r<20>;\n.reg .b32 %t;\n\
+         .reg .b16 %h<8>;\n.reg .b64 %p;\n.reg .b64 %q<8>;\n.reg .f32 %f<8>;\n.reg .f64 %d<4>;\n.reg .pred %c<8>;\n\
+         .shared .align 16 .b8 s[1024];\nld.param.u64 %p, [a];\nmov.u32 %t, %tid.x;\n{body}\nret;\n}}\n"
+    )
+}
+
+#[test]
+fn qualifiers_may_stand_in_any_order() {
+    let both = [
+        ("vote.sync.ballot.b32 %r0, %c0, -1;", "vote.ballot.sync.b32 %r0, %c0, -1;"),
+        (
+            "vote.sync.any.pred %c1, %c0, -1; selp.b32 %r0, 5, 6, %c1;",
+            "vote.any.sync.pred %c1, %c0, -1; selp.b32 %r0, 5, 6, %c1;",
+        ),
+        ("shfl.sync.up.b32 %r0, %t, 3, 0, -1;", "shfl.up.sync.b32 %r0, %t, 3, 0, -1;"),
+        ("match.any.sync.b32 %r0, %r9, -1;", "match.sync.any.b32 %r0, %r9, -1;"),
+        ("redux.sync.max.u32 %r0, %t, -1;", "redux.max.sync.u32 %r0, %t, -1;"),
+        (
+            "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%r0, %r1}, [%r8];",
+            "ldmatrix.sync.aligned.x2.trans.m8n8.shared.b16 {%r0, %r1}, [%r8];",
+        ),
+        ("movmatrix.sync.aligned.m8n8.trans.b16 %r0, %t;", "movmatrix.sync.aligned.trans.m8n8.b16 %r0, %t;"),
+    ];
+    for (usual, other) in both {
+        let results = [usual, other].map(|instruction| {
+            let device = Device::new(&module(&format!(
+                "and.b32 %r9, %t, 5;\nsetp.eq.u32 %c0, %r9, 4;\nmov.u32 %r8, s;\nmad.lo.u32 %r8, %t, 16, %r8;\n\
+                 st.shared.v4.u32 [%r8], {{%t, %r9, %r8, %t}};\nbar.sync 0;\n{instruction}\n\
+                 mad.wide.u32 %p, %t, 4, %p;\nst.global.u32 [%p], %r0;"
+            )));
+            let out = device.upload(&[0u32; 32]);
+            device.run("k", [1; 3], [32, 1, 1], 0, &[Arg::U64(out)]).unwrap_or_else(|fault| panic!("{fault}"));
+            device.download::<u32>(out, 32)
+        });
+        assert_eq!(results[0], results[1], "{other}");
+        assert!(results[0].iter().any(|&value| value != 0), "{other}");
+    }
+}
+
+#[test]
+fn a_lock_is_handed_on_soon_in_any_order() {
+    let text = module(
+        "again:\natom.global.cas.b32 %r0, [%p], 0, 1;\nsetp.ne.u32 %c0, %r0, 0;\n@%c0 bra again;\nmembar.gl;\n\
+         ld.global.u32 %r1, [%p+4];\nadd.u32 %r1, %r1, 1;\nst.global.u32 [%p+4], %r1;\nmembar.gl;\n\
+         atom.global.exch.b32 %r2, [%p], 0;",
+    );
+    for seed in [None, Some(1), Some(2), Some(3)] {
+        let mut device = Device::new(&text);
+        device.settings.schedule_seed = seed;
+        device.settings.threads = 1;
+        // 256 threads hold the lock one after the other; each of them may cost a waiting warp some turns of a few hundred instructions.
+        device.settings.instruction_limit = 256 * 16 * 512;
+        let at = device.upload(&[0u32; 2]);
+        device.run("k", [4, 1, 1], [64, 1, 1], 0, &[Arg::U64(at)]).unwrap_or_else(|fault| panic!("{seed:?}: {fault}"));
+        assert_eq!(device.download::<u32>(at, 2), [0, 256], "{seed:?}");
+    }
+}
+
+#[test]
+fn structures_are_copied_with_their_padding() {
+    // 16 bytes a thread: a double, a byte, and 7 bytes that nobody writes; in global and in shared memory.
+    let fill = "mad.wide.u32 %q0, %t, 16, %p;\nmov.f64 %d0, 0d3FF8000000000000;\nmov.u32 %r8, s;\nmad.lo.u32 %r8, %t, 16, %r8;\n\
+                st.global.f64 [%q0], %d0;\nst.global.u8 [%q0+8], %t;\nst.shared.f64 [%r8], %d0;\nst.shared.u8 [%r8+8], %t;\nbar.sync 0;\n";
+    let run = |load: &str| {
+        let device = Device::new(&module(&format!("{fill}{load}")));
+        let at = device.memory.alloc(16 * 32).expect("memory");
+        device.run("k", [1; 3], [32, 1, 1], 0, &[Arg::U64(at)]).map(|_| ()).map_err(|fault| fault.kind)
+    };
+    for copied in
+        ["v2.u64 {%q1, %q2}, [%q0]", "u32 %r0, [%q0+8]", "v4.u8 {%h0, %h1, %h2, %h3}, [%q0+12]", "u8 %h0, [%q0+9]"]
+    {
+        assert_eq!(run(&format!("ld.global.{copied};")), Ok(()), "{copied}");
+        let shared = copied.replace("%q0", "%r8");
+        assert_eq!(run(&format!("ld.shared.{shared};")), Ok(()), "{shared}");
+    }
+    for wrong in ["f64 %d1, [%q0+8]", "f32 %f0, [%q0+8]", "u32 %r0, [%q0+12]", "v4.u32 {%r0, %r1, %r2, %r3}, [%q0]"] {
+        assert_eq!(run(&format!("ld.global.{wrong};")), Err(FaultKind::Uninitialised), "{wrong}");
+        let shared = wrong.replace("%q0", "%r8");
+        assert_eq!(run(&format!("ld.shared.{shared};")), Err(FaultKind::Uninitialised), "{shared}");
+    }
+}
+
+#[test]
+fn a_block_that_says_what_it_has_read_may_be_written_over() {
+    // Block 0 reads word 1 and sets word 0; block 1 waits for word 0, or does not, and then writes word 1.
+    let body = |wait: &str, access: &str| {
+        module(&format!(
+            "mov.u32 %r0, %ctaid.x;\nsetp.ne.u32 %c0, %r0, 0;\n@%c0 bra second;\n{access} \
+             membar.cta;\nst.relaxed.gpu.global.u32 [%p], 1;\nret;\nsecond:\n{wait}\nst.global.u32 [%p+4], 9;"
+        ))
+    };
+    let run = |text: String| {
+        let mut device = Device::new(&text);
+        device.settings.threads = 1;
+        let at = device.upload(&[0u32, 5]);
+        device.run("k", [2, 1, 1], [1; 3], 0, &[Arg::U64(at)]).map(|_| ()).map_err(|fault| fault.kind)
+    };
+    let wait = "ld.relaxed.gpu.global.u32 %r1, [%p];\nsetp.eq.u32 %c1, %r1, 0;\n@%c1 bra second;";
+    let (read, write) = ("ld.global.u32 %r2, [%p+4];", "st.global.u32 [%p+4], 7;");
+    assert_eq!(run(body(wait, read)), Ok(()));
+    assert_eq!(run(body("", read)), Err(FaultKind::GlobalRace));
+    // What it has written needs a fence of the device's scope.
+    assert_eq!(run(body(wait, write)), Err(FaultKind::GlobalRace));
+}

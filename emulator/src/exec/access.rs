@@ -59,6 +59,8 @@ pub struct Site {
     pub bytes: u32,
     /// What it does.
     pub usage: Use,
+    /// Loads: bytes of an element, of which some may be the padding of a structure; 0 where all must have been written.
+    pub element: u8,
     /// Threads may communicate by it.
     pub strong: bool,
 }
@@ -180,7 +182,8 @@ impl Machine<'_> {
         let elements = access.elements as usize;
         let file = warp.file.as_mut_ptr();
         let bytes = u32::from(access.bytes) * access.elements as u32;
-        let site = Site { pc, mask, bytes, usage: Use::Load, strong: access.strong };
+        let element = if access.float { 0 } else { access.bytes };
+        let site = Site { pc, mask, bytes, usage: Use::Load, element, strong: access.strong };
         let register = operands[elements];
         let single = mask == !0 && bytes == 4;
         if access.space == Space::Param {
@@ -269,7 +272,7 @@ impl Machine<'_> {
     ) -> Result<(), Box<Fault>> {
         let file = warp.file.as_mut_ptr();
         let bytes = u32::from(access.bytes) * access.elements as u32;
-        let site = Site { pc, mask, bytes, usage: Use::Store, strong: access.strong };
+        let site = Site { pc, mask, bytes, usage: Use::Store, element: 0, strong: access.strong };
         let single = mask == !0 && bytes == 4;
         // SAFETY: `direct` has checked `bytes` writable bytes at every lane's address, and the registers are in the file.
         unsafe {
@@ -315,7 +318,7 @@ impl Machine<'_> {
         let mut at = unsafe { addresses(file, operands[skip], access.wide_base, access.offset) };
         settle(&mut at, mask);
         let asked = at.0;
-        let site = Site { pc, mask, bytes: u32::from(access.bytes), usage: Use::Atomic, strong: true };
+        let site = Site { pc, mask, bytes: u32::from(access.bytes), usage: Use::Atomic, element: 0, strong: true };
         // SAFETY: the loop runs on a processor with ISA.
         if unsafe { !approve::<ISA>(self, warp, access.space, &mut at, site) } {
             self.locate(warp, access.space, &mut at, site)?;
@@ -380,7 +383,7 @@ impl Machine<'_> {
             (addresses(file, operands[0], wide_to, to), addresses(file, operands[1], true, from), sizes)
         };
         settle(&mut target, mask);
-        let site = Site { pc, mask, bytes: u32::from(bytes), usage: Use::Store, strong: false };
+        let site = Site { pc, mask, bytes: u32::from(bytes), usage: Use::Store, element: 0, strong: false };
         // SAFETY: the loop runs on a processor with ISA.
         if unsafe { !approve_copy::<ISA>(self, warp.index, &target, site) } {
             self.begin_copy(warp, &target, site)?;
@@ -546,7 +549,7 @@ impl Machine<'_> {
         let matrices = access.elements as usize;
         let file = warp.file.as_mut_ptr();
         let mask = (!0u64 >> (64 - 8 * matrices)) as u32;
-        let site = Site { pc, mask, bytes: 16, usage: Use::Load, strong: false };
+        let site = Site { pc, mask, bytes: 16, usage: Use::Load, element: 0, strong: false };
         // SAFETY: `direct` has checked 16 readable bytes at every lane's address, and the registers are in the file.
         unsafe {
             if !access.wide_base
@@ -602,7 +605,7 @@ impl Machine<'_> {
                     base[l]
                         .wrapping_add((u64::from(major) * u64::from(stride[l]) + u64::from(minor)) * u64::from(bytes))
                 }));
-                let site = Site { pc, mask: !0, bytes, usage, strong: false };
+                let site = Site { pc, mask: !0, bytes, usage, element: 0, strong: false };
                 // SAFETY: the loop runs on a processor with ISA.
                 let approved = unsafe { approve::<ISA>(self, warp, access.space, &mut at, site) };
                 if !approved {
@@ -666,7 +669,7 @@ impl Machine<'_> {
             warp,
             Space::Generic,
             &mut at,
-            Site { pc, mask: 1 << lane, bytes, usage: Use::Load, strong: true },
+            Site { pc, mask: 1 << lane, bytes, usage: Use::Load, element: 0, strong: true },
         )?;
         self.counters = counters;
         Ok(at[lane as usize] as *const u8)

@@ -352,6 +352,23 @@ impl Counters {
     }
 }
 
+/// The first byte of a load that should have been written and was not. Structures are copied with their padding, which nobody writes:
+/// by words that are padding in part, and by single bytes. So of an integer any byte will do, and for single bytes any of the eight around
+/// them.
+fn unwritten(at: u64, site: Site, written: impl Fn(u64) -> bool) -> Option<u64> {
+    let end = at + u64::from(site.bytes);
+    let missing = |from: u64, to: u64| (from..to).find(|&byte| !written(byte));
+    let size = match site.element {
+        0 => return missing(at, end),
+        size => u64::from(size),
+    };
+    (at..end).step_by(size as usize).find_map(|part| {
+        let first = missing(part, part + size)?;
+        let around = if size == 1 { part & !7..(part & !7) + 8 } else { part..part + size };
+        (!{ around }.any(&written)).then_some(first)
+    })
+}
+
 impl Machine<'_> {
     /// Checks the accesses of a warp and turns their addresses into host addresses.
     #[inline(never)]
@@ -454,11 +471,13 @@ impl Machine<'_> {
         }
         if env.checks.uninitialised {
             for l in lanes(site.mask) {
-                let range = env.granules(at[l as usize], site.bytes);
                 if site.usage == Use::Store {
-                    self.block.shared_written[range].fill(1);
-                } else if let Some(first) = range.into_iter().find(|&at| self.block.shared_written[at] == 0) {
-                    let first = ((first as u64) << env.granule).max(at[l as usize]);
+                    self.block.shared_written[env.granules(at[l as usize], site.bytes)].fill(1);
+                    continue;
+                }
+                let marks = &self.block.shared_written;
+                let written = |at: u64| marks.get((at >> env.granule) as usize).is_some_and(|&mark| mark != 0);
+                if let Some(first) = unwritten(at[l as usize], site, written) {
                     let detail = format!("reads shared memory at {first:#x} that nothing has written");
                     return Err(self.fault(FaultKind::Uninitialised, warp, site.pc, l, detail));
                 }
@@ -651,7 +670,9 @@ impl Machine<'_> {
             if memory.written(a, bytes) {
                 continue;
             }
-            let first = (a..a + bytes).find(|&byte| !memory.written(byte, 1)).unwrap_or(a);
+            let Some(first) = unwritten(a, site, |byte| memory.written(byte, 1)) else {
+                continue;
+            };
             let place = match self.env.allocation(a, 1) {
                 Some(found) => {
                     format!("byte {} of allocation {} ({} bytes)", first - found.address, found.serial, found.bytes)

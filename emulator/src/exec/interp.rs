@@ -19,6 +19,10 @@ pub const AVX2: usize = 1;
 /// See [`PORTABLE`].
 pub const AVX512: usize = 2;
 
+/// Polls after which other lanes, warps and blocks have their turns: a lock is then handed over after a hundred basic blocks or so, where
+/// whole turns would make each of many waiters wait for milliseconds.
+const POLLS_OF_TURN: u32 = 64;
+
 /// Why the loop returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
@@ -26,6 +30,8 @@ pub enum Turn {
     Blocked,
     /// The turn was used up.
     Used,
+    /// The turn ended early, since the warp may be waiting for what other threads write.
+    Polled,
 }
 
 /// Runs a warp for at most `turn` basic blocks, compiled for an instruction set.
@@ -170,6 +176,15 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                     continue 'select;
                 }};
             }
+            // Ends the turn with the basic block once there were many.
+            macro_rules! poll {
+                () => {
+                    warp.polls_of_turn += 1;
+                    if warp.polls_of_turn >= POLLS_OF_TURN {
+                        left = left.min(1);
+                    }
+                };
+            }
             // Parks the group until other lanes come or end.
             macro_rules! wait_for_lanes {
                 () => {{
@@ -200,6 +215,9 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                 Op::Load(access) => {
                     if active != 0 {
                         machine.load::<ISA>(warp, operands, access, pc, active)?;
+                        if access.strong {
+                            poll!();
+                        }
                     }
                 }
                 Op::Store(access) => {
@@ -305,6 +323,9 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                     if active != 0 {
                         // A step's last operand may be optional, so they must end where the step's end.
                         machine.seldom::<ISA>(warp, other, &operands[..usize::from(step.arity)], pc, active)?;
+                        if matches!(other, Op::Atom { reduce: false, .. }) {
+                            poll!();
+                        }
                     }
                 }
             }
@@ -333,15 +354,17 @@ impl Machine<'_> {
     #[inline(never)]
     fn end_of_turn(&mut self, warp: &mut Warp, turn: u32) -> Turn {
         warp.unbroken += turn;
-        if warp.unbroken < super::schedule::TURN {
+        let polled = warp.polls_of_turn >= POLLS_OF_TURN;
+        if !polled && warp.unbroken < super::schedule::TURN {
             return Turn::Used;
         }
         warp.unbroken = 0;
+        warp.polls_of_turn = 0;
         let ready: Vec<u32> =
             warp.groups.iter().filter(|g| g.wait == Wait::Nothing).map(|g| g.mask & g.mask.wrapping_neg()).collect();
         let next = ready.iter().position(|&lane| lane == warp.favour).map_or(0, |at| at + 1);
         warp.favour = if ready.len() > 1 { ready.get(next).copied().unwrap_or(0) } else { 0 };
-        Turn::Used
+        if polled { Turn::Polled } else { Turn::Used }
     }
 
     /// Lanes end. Barriers do not wait for threads that have exited, so a thread may return early; but one that ends in code which comes after

@@ -52,7 +52,7 @@ impl Machine<'_> {
         let mut at = unsafe { addresses(file, operands[base], access.wide_base, access.offset) };
         settle(&mut at, mask);
         let usage = if mode == Mbarrier::Init { Use::Store } else { Use::Load };
-        self.locate(warp, access.space, &mut at, Site { pc, mask, bytes: 8, usage, strong: true })?;
+        self.locate(warp, access.space, &mut at, Site { pc, mask, bytes: 8, usage, element: 0, strong: true })?;
         let shared = self.block.shared.as_mut_ptr() as u64;
         for l in lanes(mask) {
             let offset = at[l as usize].wrapping_sub(shared);

@@ -7,7 +7,8 @@
 //! release. A write of the value that is already there does not race with what came before: flags are set that way.
 //!
 //! **Global memory** (between blocks). A word remembers its last writer and reader, and how often that block had fenced. An atomic or volatile
-//! access releases all that its block did before its last fence; one that sees the same address later acquires it.
+//! access releases all that its block did before its last fence, and what it has read even without one; one that sees the same address later
+//! acquires it. (PTX asks for a fence there too, but published code does without: a block that says how much it has read has read it.)
 //! Atomic and volatile accesses are not themselves recorded. A word whose bytes belong to different blocks remembers the last one
 //! only: some races may be missed there, none is made up.
 
@@ -625,7 +626,7 @@ impl GlobalRaces {
             | entry.bytes
     }
 
-    fn ordered(&self, block: u32, other: Access) -> bool {
+    fn ordered(&self, block: u32, other: Access, read: bool) -> bool {
         let orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         if other.several {
             // Who read is not known any more: a block that has synchronised at all is believed.
@@ -638,10 +639,10 @@ impl GlobalRaces {
             at += 1;
             for (object, length) in orders.acquired.get(&reader).into_iter().flatten() {
                 for &(released, epoch) in &orders.logs[object][..*length] {
-                    if released == other.block && other.epoch < u64::from(epoch) {
+                    if released == other.block && other.epoch < u64::from(epoch) + u64::from(read) {
                         return true;
                     }
-                    if !known.contains(&released) {
+                    if (read || epoch > 1) && !known.contains(&released) {
                         known.push(released);
                     }
                 }
@@ -668,7 +669,7 @@ impl GlobalRaces {
             }
         };
         let other = self.unpack(writer)?;
-        let conflict = other.block != block && other.bytes & bytes != 0 && !self.ordered(block, other);
+        let conflict = other.block != block && other.bytes & bytes != 0 && !self.ordered(block, other, false);
         conflict.then_some(GlobalConflict { what: "written", block: Some(other.block) })
     }
 
@@ -690,10 +691,10 @@ impl GlobalRaces {
         if same {
             return None;
         }
-        for (what, other) in [("written", writer), ("read", reader)] {
+        for (what, other, read) in [("written", writer, false), ("read", reader, true)] {
             let Some(other) = self.unpack(other) else { continue };
             let another = other.several || other.block != block;
-            if another && other.bytes & bytes != 0 && !self.ordered(block, other) {
+            if another && other.bytes & bytes != 0 && !self.ordered(block, other, read) {
                 return Some(GlobalConflict { what, block: (!other.several).then_some(other.block) });
             }
         }
@@ -748,7 +749,7 @@ impl GlobalRaces {
         let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         let log = orders.logs.entry(address).or_default();
         let length = log.len();
-        if release && epoch > 1 && log.last() != Some(&(block, epoch)) {
+        if release && log.last() != Some(&(block, epoch)) {
             log.push((block, epoch));
         }
         if acquire && length > 0 {
@@ -837,7 +838,7 @@ mod tests {
                     }));
                     super::super::access::settle(&mut at, mask);
                     // An instruction has one size.
-                    let site = Site { pc: bytes.trailing_zeros() - 2, mask, bytes, usage, strong: false };
+                    let site = Site { pc: bytes.trailing_zeros() - 2, mask, bytes, usage, element: 0, strong: false };
                     let expected = by_lanes(&mut slow, warp, &at, site);
                     // SAFETY: the caller's promise; the accesses lie inside the granules.
                     let good = unsafe {

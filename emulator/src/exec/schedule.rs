@@ -328,7 +328,8 @@ impl Machine<'_> {
             });
             let waits = warp.polls > POLLS;
             self.block.warps[index] = warp;
-            let used = result? == Turn::Used;
+            let ended = result?;
+            let used = ended != Turn::Blocked;
             if let Some(fault) = overrun {
                 return Err(fault);
             }
@@ -342,7 +343,8 @@ impl Machine<'_> {
             }
             if used && (turns == 0 || seeded) {
                 // A seeded schedule has short turns, and draws when to put a block aside.
-                if !seeded || self.block.random >> 20 & 0xfff == 0 {
+                let odds = if ended == Turn::Polled { 0x3f } else { 0xfff };
+                if !seeded || self.block.random >> 20 & odds == 0 {
                     return Ok(Stop::TurnsUsed);
                 }
             }

@@ -89,6 +89,8 @@ pub struct Warp {
     pub favour: u32,
     /// Basic blocks run since its lanes last waited or took turns.
     pub unbroken: u32,
+    /// Strong loads and atomics with a result since then: what code that waits for other threads does over and over.
+    pub polls_of_turn: u32,
     /// Instructions so far.
     pub instructions: u64,
     /// Reads of global memory so far by which it may have waited for another block.
@@ -352,6 +354,7 @@ impl<'a> Machine<'a> {
             warp.groups.push(Group { pc: 0, mask: warp.alive, wait: Wait::Nothing });
             warp.favour = 0;
             warp.unbroken = 0;
+            warp.polls_of_turn = 0;
             warp.instructions = 0;
             warp.polls = 0;
             warp.pending.clear();

@@ -2,7 +2,8 @@
 //! [`super::ops`] finds their meaning.
 //!
 //! Refused by name: everything that PTX has only for targets newer than the formats kept here (fp8, fp6, fp4, `.f32x2`, three-input
-//! minimum), and the video instructions.
+//! minimum), and the video instructions but for `vadd`, `vsub`, `vavrg`, `vabsdiff`, `vmin` and `vmax` of whole pairs and quads:
+//! nvcc's SIMD intrinsics become some of those.
 
 use std::fmt;
 
@@ -280,6 +281,7 @@ pub enum Op {
     Bmsk,
     Dp4a,
     Dp2a,
+    Video,
     AddCarry32,
     SubCarry32,
     MadCarry32,
@@ -385,6 +387,9 @@ pub enum Op {
     CvtPack,
 }
 
+/// Operations of video instructions on pairs and quads.
+pub const VIDEO: [&str; 6] = ["vadd", "vsub", "vavrg", "vabsdiff", "vmin", "vmax"];
+
 /// Modifier bits of a [`Decoded`].
 #[allow(missing_docs)]
 pub mod flag {
@@ -398,7 +403,7 @@ pub mod flag {
     pub const SATFINITE: u16 = 1 << 5;
     /// Maximum rather than minimum.
     pub const MAX: u16 = 1 << 6;
-    /// `.hi` rather than `.lo`.
+    /// `.hi` rather than `.lo`; for video instructions: halves rather than bytes.
     pub const HI: u16 = 1 << 7;
     /// Writes the carry flag.
     pub const CC_OUT: u16 = 1 << 8;
@@ -410,10 +415,12 @@ pub mod flag {
     pub const SHIFTAMT: u16 = 1 << 11;
     /// Round to an integral value (`cvt.rni` and so on, also between floating-point types).
     pub const INTEGRAL: u16 = 1 << 12;
-    /// `dp4a` and `dp2a`: the first operand is signed; for `mul24` and the like: signed.
+    /// `dp4a`, `dp2a` and video instructions: the first operand is signed; for `mul24` and the like: signed.
     pub const A_SIGNED: u16 = 1 << 13;
-    /// `dp4a` and `dp2a`: the second operand is signed.
+    /// `dp4a`, `dp2a` and video instructions: the second operand is signed.
     pub const B_SIGNED: u16 = 1 << 14;
+    /// `.add` of a video instruction: the parts are added to the third operand.
+    pub const ACCUMULATE: u16 = 1 << 15;
 }
 
 /// One arithmetic instruction form, decoded: what the code that runs it reads.
@@ -433,7 +440,8 @@ pub struct Decoded {
     pub compare: Compare,
     /// Its combination with a predicate, also for `lop3`.
     pub bool_op: BoolOp,
-    /// Which of several: the mode of `prmt` (0 to 6), the test of `testp` (0 to 5), 1 for `div.full`.
+    /// Which of several: the mode of `prmt` (0 to 6), the test of `testp` (0 to 5), 1 for `div.full`, the operation of a video
+    /// instruction in the order of [`VIDEO`].
     pub mode: u8,
     /// Destinations that the instruction at hand has: `setp` may have one or two.
     pub destinations: u8,
@@ -650,6 +658,22 @@ pub fn parse(text: &str) -> Result<(Decoded, Signature), Unsupported> {
             return r.finish(form, &[form.ty], &[a, b, form.ty]);
         }
         _ => {}
+    }
+    let video = |count| opcode.strip_suffix(count).and_then(|name| VIDEO.iter().position(|known| *known == name));
+    if let Some(operation) = video("2").or_else(|| video("4")) {
+        let [to @ (U32 | S32), a @ (U32 | S32), b @ (U32 | S32)] = r.types[..] else {
+            return Err(r.no_such_type());
+        };
+        form.op = Op::Video;
+        form.ty = to;
+        form.mode = operation as u8;
+        form.flags = r.take_flag("sat", SAT) | r.take_flag("add", ACCUMULATE);
+        if form.flags == SAT | ACCUMULATE {
+            return Err(r.refuse("takes .sat or .add, not both"));
+        }
+        form.flags |= if a == S32 { A_SIGNED } else { 0 } | if b == S32 { B_SIGNED } else { 0 };
+        form.flags |= if opcode.ends_with('2') { HI } else { 0 };
+        return r.finish(form, &[to], &[a, b, to]);
     }
 
     let ty = r.one_type()?;

@@ -1,6 +1,9 @@
 //! Integer instructions on bits, one lane at a time. Division by zero gives all ones, quotient and remainder, as the code that ptxas
 //! makes for the GPU does; the smallest integer divided by -1 wraps.
 
+use super::form::flag::{A_SIGNED, ACCUMULATE, B_SIGNED, HI, SAT};
+use super::form::{Decoded, Ty, VIDEO};
+
 /// Sign extension of the low 16 bits.
 #[inline(always)]
 pub fn sext16(x: u32) -> u32 {
@@ -293,4 +296,37 @@ pub fn dp2a(a_signed: bool, b_signed: bool, hi: bool, a: u32, b: u32, c: u32) ->
         sum = sum.wrapping_add(x.wrapping_mul(y));
     }
     sum
+}
+
+/// A video instruction on pairs or quads, see [`VIDEO`]: each part of `a` and `b` extended by its type, the result wrapped or limited to the
+/// part's width and put together, or all added to `c`.
+pub fn video(f: &Decoded, a: u32, b: u32, c: u32) -> u32 {
+    let bits = if f.has(HI) { 16 } else { 8 };
+    let part = |signed: bool, x: u32, at: u32| {
+        let high = x << (32 - bits - at);
+        if signed { high as i32 >> (32 - bits) } else { (high >> (32 - bits)) as i32 }
+    };
+    let signed = f.ty == Ty::S32;
+    let (least, most) = if signed { (-1 << (bits - 1), (1 << (bits - 1)) - 1) } else { (0, (1 << bits) - 1) };
+    let mut result = if f.has(ACCUMULATE) { c } else { 0 };
+    for at in (0..32).step_by(bits as usize) {
+        let (x, y) = (part(f.has(A_SIGNED), a, at), part(f.has(B_SIGNED), b, at));
+        let mut d = match VIDEO[f.mode as usize] {
+            "vadd" => x + y,
+            "vsub" => x - y,
+            "vavrg" => (x + y + i32::from(x + y >= 0)) >> 1,
+            "vabsdiff" => (x - y).abs(),
+            "vmin" => x.min(y),
+            _ => x.max(y),
+        };
+        if f.has(SAT) {
+            d = d.clamp(least, most);
+        }
+        if f.has(ACCUMULATE) {
+            result = result.wrapping_add(d as u32);
+        } else {
+            result |= (d as u32 & (u32::MAX >> (32 - bits))) << at;
+        }
+    }
+    result
 }

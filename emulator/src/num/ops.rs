@@ -1036,6 +1036,7 @@ operations! {
         (a_signed, b_signed) => o.map3(|a, b, c| int::dp4a(a_signed, b_signed, a, b, c)),
     };
     slow Dp2a |f, o, I| o.each3(&|a, b, c| int::dp2a(f.has(A_SIGNED), f.has(B_SIGNED), f.has(HI), a, b, c));
+    slow Video |f, o, I| o.each3(&|a, b, c| int::video(f, a, b, c));
     slow AddCarry32 |f, o, I| carry32(f, o, |a, b, _| a + b, 2);
     slow SubCarry32 |f, o, I| carry32(f, o, |a, b, _| a.wrapping_sub(b), 2);
     slow MadCarry32 |f, o, I| {

@@ -228,6 +228,18 @@ impl Context<'_, '_> {
     }
 }
 
+/// The qualifiers without the required ones, in alphabetical order: assemblers take qualifiers in any order, and published code uses that
+/// (`vote.ballot.sync.b32`, `ldmatrix.sync.aligned.x4.m8n8.shared.b16`). None where a required one is missing.
+fn qualifiers<'a>(parts: &[&'a str], required: &[&str]) -> Option<Vec<&'a str>> {
+    let mut rest = parts.to_vec();
+    for wanted in required {
+        let at = rest.iter().position(|part| part == wanted)?;
+        rest.remove(at);
+    }
+    rest.sort_unstable();
+    Some(rest)
+}
+
 /// Bits and signedness of a type name.
 fn element(name: &str) -> Option<(u8, bool)> {
     Some(match name {
@@ -736,7 +748,9 @@ impl<'a> Builder<'a> {
             "mbarrier" => self.mbarrier(&at, &operands),
             "ldmatrix" => self.ldmatrix(&at, &operands),
             "movmatrix" => {
-                if opcode != "movmatrix.sync.aligned.m8n8.trans.b16" {
+                if qualifiers(&parts[1..], &["sync", "aligned", "m8n8", "trans", "b16"])
+                    .is_none_or(|rest| !rest.is_empty())
+                {
                     return at.unsupported();
                 }
                 count(2)?;
@@ -1000,6 +1014,7 @@ impl<'a> Builder<'a> {
             elements: elements as u8,
             wide_base,
             signed,
+            float: matches!(at.parts.last(), Some(&("f32" | "f64"))),
             register_bits: 0,
             strong,
             offset,
@@ -1135,6 +1150,7 @@ impl<'a> Builder<'a> {
             elements: 1,
             wide_base,
             signed: false,
+            float: false,
             register_bits: bits,
             strong: true,
             offset,
@@ -1297,11 +1313,11 @@ impl<'a> Builder<'a> {
     }
 
     fn shuffle(&mut self, at: &Context, operands: &[Operand<'a>]) -> Result<(), ParseError> {
-        let mode = match at.parts[1..] {
-            ["sync", "up", "b32"] => Shuffle::Up,
-            ["sync", "down", "b32"] => Shuffle::Down,
-            ["sync", "bfly", "b32"] => Shuffle::Bfly,
-            ["sync", "idx", "b32"] => Shuffle::Idx,
+        let mode = match qualifiers(&at.parts[1..], &["sync", "b32"]).as_deref() {
+            Some(["up"]) => Shuffle::Up,
+            Some(["down"]) => Shuffle::Down,
+            Some(["bfly"]) => Shuffle::Bfly,
+            Some(["idx"]) => Shuffle::Idx,
             _ => return at.unsupported(),
         };
         let [destination, sources @ ..] = operands else {
@@ -1332,11 +1348,11 @@ impl<'a> Builder<'a> {
     }
 
     fn vote(&mut self, at: &Context, operands: &[Operand<'a>]) -> Result<(), ParseError> {
-        let (vote, ty) = match at.parts[1..] {
-            ["sync", "all", "pred"] => (Vote::All, Type::Pred),
-            ["sync", "any", "pred"] => (Vote::Any, Type::Pred),
-            ["sync", "uni", "pred"] => (Vote::Uni, Type::Pred),
-            ["sync", "ballot", "b32"] => (Vote::Ballot, Type::B32),
+        let (vote, ty) = match qualifiers(&at.parts[1..], &["sync"]).as_deref() {
+            Some(["all", "pred"]) => (Vote::All, Type::Pred),
+            Some(["any", "pred"]) => (Vote::Any, Type::Pred),
+            Some(["pred", "uni"]) => (Vote::Uni, Type::Pred),
+            Some(["b32", "ballot"]) => (Vote::Ballot, Type::B32),
             _ => return at.unsupported(),
         };
         let [destination, predicate, mask] = operands else {
@@ -1353,14 +1369,11 @@ impl<'a> Builder<'a> {
     }
 
     fn match_lanes(&mut self, at: &Context, operands: &[Operand<'a>]) -> Result<(), ParseError> {
-        let (all, ty) = match at.parts[1..] {
-            ["any", "sync", ty] => (false, ty),
-            ["all", "sync", ty] => (true, ty),
-            _ => return at.unsupported(),
-        };
-        let ty = match ty {
-            "b32" => Type::B32,
-            "b64" => Type::B64,
+        let (all, ty) = match qualifiers(&at.parts[1..], &["sync"]).as_deref() {
+            Some(["any", "b32"]) => (false, Type::B32),
+            Some(["any", "b64"]) => (false, Type::B64),
+            Some(["all", "b32"]) => (true, Type::B32),
+            Some(["all", "b64"]) => (true, Type::B64),
             _ => return at.unsupported(),
         };
         let [destination, value, mask] = operands else {
@@ -1378,15 +1391,15 @@ impl<'a> Builder<'a> {
     }
 
     fn redux(&mut self, at: &Context, operands: &[Operand<'a>]) -> Result<(), ParseError> {
-        let redux = match at.parts[1..] {
-            ["sync", "add", "u32" | "s32"] => Redux::Add,
-            ["sync", "min", "u32"] => Redux::MinU,
-            ["sync", "min", "s32"] => Redux::MinS,
-            ["sync", "max", "u32"] => Redux::MaxU,
-            ["sync", "max", "s32"] => Redux::MaxS,
-            ["sync", "and", "b32"] => Redux::And,
-            ["sync", "or", "b32"] => Redux::Or,
-            ["sync", "xor", "b32"] => Redux::Xor,
+        let redux = match qualifiers(&at.parts[1..], &["sync"]).as_deref() {
+            Some(["add", "u32" | "s32"]) => Redux::Add,
+            Some(["min", "u32"]) => Redux::MinU,
+            Some(["min", "s32"]) => Redux::MinS,
+            Some(["max", "u32"]) => Redux::MaxU,
+            Some(["max", "s32"]) => Redux::MaxS,
+            Some(["and", "b32"]) => Redux::And,
+            Some(["b32", "or"]) => Redux::Or,
+            Some(["b32", "xor"]) => Redux::Xor,
             _ => return at.unsupported(),
         };
         let [destination, value, mask] = operands else {
@@ -1558,6 +1571,7 @@ impl<'a> Builder<'a> {
             elements: 1,
             wide_base: false,
             signed: false,
+            float: false,
             register_bits: 64,
             strong: true,
             offset: 0,
@@ -1576,17 +1590,16 @@ impl<'a> Builder<'a> {
     }
 
     fn ldmatrix(&mut self, at: &Context, operands: &[Operand<'a>]) -> Result<(), ParseError> {
-        let ["sync", "aligned", "m8n8", number, rest @ ..] = &at.parts[1..] else {
+        let Some(mut rest) = qualifiers(&at.parts[1..], &["sync", "aligned", "m8n8", "b16"]) else {
             return at.unsupported();
         };
-        let (trans, rest) = match rest {
-            ["trans", rest @ ..] => (true, rest),
-            rest => (false, rest),
+        rest.retain(|part| !matches!(*part, "shared" | "shared::cta"));
+        let (number, trans) = match rest.as_slice() {
+            [number] => (*number, false),
+            ["trans", number] => (*number, true),
+            _ => return at.unsupported(),
         };
-        if !matches!(rest, ["shared" | "shared::cta", "b16"] | ["b16"]) {
-            return at.unsupported();
-        }
-        let matrices = match *number {
+        let matrices = match number {
             "x1" => 1,
             "x2" => 2,
             "x4" => 4,
@@ -1611,6 +1624,7 @@ impl<'a> Builder<'a> {
             elements: matrices as u8,
             wide_base,
             signed: false,
+            float: false,
             register_bits: 32,
             strong: false,
             offset,
@@ -1670,6 +1684,7 @@ impl<'a> Builder<'a> {
             elements: fragment.registers as u8,
             wide_base,
             signed: false,
+            float: false,
             register_bits: bits,
             strong: false,
             offset,

@@ -31,6 +31,8 @@ pub struct Access {
     pub wide_base: bool,
     /// Loads: whether elements are sign-extended to `register_bits`.
     pub signed: bool,
+    /// Whether elements are floats by their type.
+    pub float: bool,
     /// Bits of the destination or source registers: 16, 32 or 64.
     pub register_bits: u8,
     /// Whether threads may use it to communicate: volatile, relaxed, acquire, release.

@@ -361,6 +361,34 @@ fn bytes() {
             }
         }
     }
+    for (count, bits) in [("2", 16), ("4", 8)] {
+        for [to, a, b] in [["u32"; 3], ["s32"; 3], ["u32", "s32", "u32"], ["s32", "u32", "s32"]] {
+            let part = move |ty: &str, x: u64, i: u32| integer(&format!("{}{bits}", &ty[..1]), x >> (bits * i));
+            for name in ["vadd", "vsub", "vavrg", "vabsdiff", "vmin", "vmax"] {
+                let each = move |x: &[u64], i: u32| match (name, part(a, x[0], i), part(b, x[1], i)) {
+                    ("vadd", x, y) => x + y,
+                    ("vsub", x, y) => x - y,
+                    ("vavrg", x, y) => (if x + y >= 0 { x + y + 1 } else { x + y }).div_euclid(2),
+                    ("vabsdiff", x, y) => (x - y).abs(),
+                    ("vmin", x, y) => x.min(y),
+                    (_, x, y) => x.max(y),
+                };
+                let parts = 32 / bits;
+                let name = format!("{name}{count}.{to}.{a}.{b}");
+                cases.push(Case::new(&name, &[to], &[a, b, to], move |x| {
+                    vec![(0..parts).fold(0, |d, i| d | truncate(bits, each(x, i)) << (bits * i))]
+                }));
+                cases.push(Case::new(format!("{name}.sat"), &[to], &[a, b, to], move |x| {
+                    let (min, max) = range(&format!("{}{bits}", &to[..1]));
+                    let limited = |i| truncate(bits, each(x, i).clamp(min, max));
+                    vec![(0..parts).fold(0, |d, i| d | limited(i) << (bits * i))]
+                }));
+                cases.push(Case::new(format!("{name}.add"), &[to], &[a, b, to], move |x| {
+                    vec![truncate(32, x[2] as i128 + (0..parts).map(|i| each(x, i)).sum::<i128>())]
+                }));
+            }
+        }
+    }
     for (to, bits) in [("u16", 16), ("s16", 16), ("u8", 8), ("s8", 8)] {
         let limit = move |x: u64| {
             let (min, max) = range(to);
