@@ -342,7 +342,7 @@ fn a_fault_ends_blocks_that_wait_for_the_one_that_had_it() {
             // Nothing but the fault ends this launch.
             device.settings.instruction_limit = 0;
             let at = device.upload(&[0i32]);
-            // Nobody listens any more if it took too long.
+            // Nobody listens any more when it took too long.
             let _ = to.send(device.run(name, [9, 1, 1], [64, 1, 1], 0, &[Arg::U64(at)]));
         });
         // It takes a fraction of a second; machines may be busy.

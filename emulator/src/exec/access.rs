@@ -299,7 +299,7 @@ impl Machine<'_> {
     }
 
     /// `atom` and `red`
-    #[inline(never)]
+    #[inline(always)]
     #[allow(clippy::too_many_arguments)]
     pub fn atom<const ISA: usize>(
         &mut self,
@@ -311,51 +311,9 @@ impl Machine<'_> {
         pc: u32,
         mask: u32,
     ) -> Result<(), Box<Fault>> {
-        let skip = usize::from(!reduce);
-        warp.polls += u64::from(!reduce && access.space != Space::Shared);
-        let file = warp.file.as_mut_ptr();
-        // SAFETY: the decoder gives (destination,) base and operands, all inside the file.
-        let mut at = unsafe { addresses(file, operands[skip], access.wide_base, access.offset) };
-        settle(&mut at, mask);
-        let asked = at.0;
         let site = Site { pc, mask, bytes: u32::from(access.bytes), usage: Use::Atomic, element: 0, strong: true };
-        // SAFETY: the loop runs on a processor with ISA.
-        if unsafe { !approve::<ISA>(self, warp, access.space, &mut at, site) } {
-            self.locate(warp, access.space, &mut at, site)?;
-        }
-        let shared = self.block.shared.as_mut_ptr() as u64;
-        let in_shared = |a: u64| a.wrapping_sub(shared) < u64::from(self.env.shared_bytes);
-        let wide = access.bytes == 8;
-        for l in lanes(mask) {
-            let l = l as usize;
-            // SAFETY: registers are inside the file, 32 or 64 bits wide as the access says.
-            let read = |operand: u32| unsafe {
-                let register = file.add(operand as usize);
-                if wide {
-                    register.cast::<u64>().add(l).read()
-                } else {
-                    u64::from(register.cast::<u32>().add(l).read())
-                }
-            };
-            let b = read(operands[skip + 1]);
-            let c = if rmw == Rmw::Cas { read(operands[skip + 2]) } else { 0 };
-            let flush = !in_shared(at[l]);
-            // SAFETY: `locate` has found the address in memory that only the emulated program uses, aligned to its size.
-            let old = unsafe { modify(at[l], rmw, access.bytes, b, c, flush) };
-            if !reduce {
-                // SAFETY: as for `read`.
-                unsafe {
-                    let register = file.add(operands[0] as usize);
-                    if wide {
-                        register.cast::<u64>().add(l).write(old)
-                    } else {
-                        register.cast::<u32>().add(l).write(old as u32)
-                    }
-                }
-            }
-        }
-        self.acquire_seen(&asked, mask);
-        Ok(())
+        // SAFETY: the loop runs on a processor with ISA; the decoder gives (destination,) base and operands, all inside the file.
+        unsafe { atom_checked::<ISA>(self, warp, operands, rmw, reduce, access, site) }
     }
 
     /// `cp.async`: the data is read now and arrives when it is waited for.
@@ -768,6 +726,79 @@ unsafe fn store_body<const ISA: usize>(
 }
 
 per_isa! {
+    /// `atom` and `red` with all checks that are wanted.
+    ///
+    /// # Safety
+    /// As for [`load_checked`].
+    fn atom_checked(
+        machine: &mut Machine,
+        warp: &mut Warp,
+        operands: &[u32],
+        rmw: Rmw,
+        reduce: bool,
+        access: &Access,
+        site: Site,
+    ) -> Result<(), Box<Fault>> = atom_body
+}
+
+#[inline(always)]
+unsafe fn atom_body<const ISA: usize>(
+    machine: &mut Machine,
+    warp: &mut Warp,
+    operands: &[u32],
+    rmw: Rmw,
+    reduce: bool,
+    access: &Access,
+    site: Site,
+) -> Result<(), Box<Fault>> {
+    let mask = site.mask;
+    let skip = usize::from(!reduce);
+    warp.polls += u64::from(!reduce && access.space != Space::Shared);
+    let file = warp.file.as_mut_ptr();
+    // SAFETY: the decoder gives (destination,) base and operands, all inside the file.
+    let mut at = unsafe { addresses(file, operands[skip], access.wide_base, access.offset) };
+    settle(&mut at, mask);
+    let asked = at.0;
+    if let Some((_, added)) = machine.direct::<ISA>(file, operands[skip], access, site) {
+        at.0.iter_mut().for_each(|a| *a = a.wrapping_add(added));
+    } else {
+        // SAFETY: the loop runs on a processor with ISA.
+        let approved = unsafe { approve::<ISA>(machine, warp, access.space, &mut at, site) };
+        if !approved {
+            machine.locate(warp, access.space, &mut at, site)?;
+        }
+    }
+    let shared = machine.block.shared.as_mut_ptr() as u64;
+    let in_shared = |a: u64| a.wrapping_sub(shared) < u64::from(machine.env.shared_bytes);
+    let wide = access.bytes == 8;
+    for l in lanes(mask) {
+        let l = l as usize;
+        // SAFETY: registers are inside the file, 32 or 64 bits wide as the access says.
+        let read = |operand: u32| unsafe {
+            let register = file.add(operand as usize);
+            if wide { register.cast::<u64>().add(l).read() } else { u64::from(register.cast::<u32>().add(l).read()) }
+        };
+        let b = read(operands[skip + 1]);
+        let c = if rmw == Rmw::Cas { read(operands[skip + 2]) } else { 0 };
+        // SAFETY: the address has been found in memory that only the emulated program uses, aligned to its size; shared memory is this worker's alone.
+        let old = unsafe { modify(at[l], rmw, access.bytes, b, c, in_shared(at[l])) };
+        if !reduce {
+            // SAFETY: as for `read`.
+            unsafe {
+                let register = file.add(operands[0] as usize);
+                if wide {
+                    register.cast::<u64>().add(l).write(old)
+                } else {
+                    register.cast::<u32>().add(l).write(old as u32)
+                }
+            }
+        }
+    }
+    machine.acquire_seen(&asked, mask);
+    Ok(())
+}
+
+per_isa! {
     /// `ldmatrix` with all checks that are wanted.
     ///
     /// # Safety
@@ -1095,12 +1126,23 @@ fn combine64(rmw: Rmw, old: u64, b: u64, c: u64) -> u64 {
     }
 }
 
-/// Does a read-modify-write and returns the old value.
+/// Does a read-modify-write and returns the old value. Shared memory needs no atomic instruction for it, since its block's warps run one at a time,
+/// and does not flush subnormal sums.
 ///
 /// # Safety
-/// `at` is valid for `bytes` bytes of memory that lives through the launch, aligned to them.
-unsafe fn modify(at: u64, rmw: Rmw, bytes: u8, b: u64, c: u64, ftz: bool) -> u64 {
-    let (relaxed, order) = (Ordering::Relaxed, Ordering::AcqRel);
+/// `at` is valid for `bytes` bytes of memory that lives through the launch, aligned to them; no other thread uses it if `shared`.
+#[inline(always)]
+unsafe fn modify(at: u64, rmw: Rmw, bytes: u8, b: u64, c: u64, shared: bool) -> u64 {
+    if shared && bytes == 4 {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let cell = at as *mut u32;
+            let old = cell.read();
+            cell.write(combine32(rmw, old, b as u32, c as u32, false));
+            return old.into();
+        }
+    }
+    let (relaxed, order, ftz) = (Ordering::Relaxed, Ordering::AcqRel, !shared);
     if bytes == 8 {
         // SAFETY: the caller's promise.
         let cell = unsafe { AtomicU64::from_ptr(at as *mut u64) };

@@ -1,16 +1,16 @@
 //! Blocks over workers, warps inside a block.
 //!
 //! Workers take blocks one after the other and run each until it ends. A block that uses up its share of turns (it may be waiting for
-//! another block) is put aside for a new one and taken up again later, so that blocks which wait for each other all get to run.
+//! another block), or a turn with polling, is put aside for a new one and taken up again later, so that blocks which wait for each other all get to
+//! run. A poll is what a program can wait for other blocks by: a volatile or other strong load, or an atomic with a result, on global memory.
 //!
 //! **Order.** Without a seed, blocks and warps run in order and a warp keeps its turn until it waits. With a seed, blocks
 //! are issued in a random order, the next warp is drawn, and turns are short and random.
 //!
 //! **Faults.** A launch's fault is that of the first block in the order of issue that has one, at any number of workers: blocks behind it are left at the
 //! end of a turn, blocks before it run on, since theirs would be the fault to tell. But not for ever: one of them may be waiting for the block that
-//! faulted. So a block before it is left too once one of its warps has polled more than [`POLLS`] times since the block began. Polls are what a
-//! program can wait for other blocks by: volatile and other strong loads, and atomics with a result, on global memory. Thus the choice depends on time only
-//! in blocks that poll more than that and then have a fault of their own. Blocks that never poll always run to their end.
+//! faulted. So a block before it is left too once one of its warps has polled more than [`POLLS`] times since the block began. Thus the choice
+//! depends on time only in blocks that poll more than that and then have a fault of their own. Blocks that never poll always run to their end.
 
 use super::interp::{self, Runner, Turn};
 use super::races::GlobalRaces;
@@ -314,7 +314,7 @@ impl Machine<'_> {
                 return if self.block.alive == 0 { Ok(Stop::Ended) } else { Err(self.deadlock()) };
             };
             let mut warp = std::mem::take(&mut self.block.warps[index]);
-            let before = self.block.ticks;
+            let (before, polls) = (self.block.ticks, warp.polls);
             // SAFETY: `runner` has chosen code that this processor can run.
             let result = unsafe { run(self, &mut warp, turn) };
             warp.instructions += self.block.ticks - before;
@@ -327,6 +327,7 @@ impl Machine<'_> {
                 self.fault(FaultKind::Timeout, &warp, pc, mask.trailing_zeros() & 31, detail)
             });
             let waits = warp.polls > POLLS;
+            let asked = warp.polls > polls;
             self.block.warps[index] = warp;
             let ended = result?;
             let used = ended != Turn::Blocked;
@@ -339,7 +340,8 @@ impl Machine<'_> {
             }
             self.block.turn = (index + 1) % warps;
             if used && !seeded {
-                turns -= 1;
+                // Other blocks may have to write first.
+                turns = if ended == Turn::Polled && asked { 0 } else { turns - 1 };
             }
             if used && (turns == 0 || seeded) {
                 // A seeded schedule has short turns, and draws when to put a block aside.

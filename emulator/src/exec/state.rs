@@ -203,7 +203,6 @@ pub struct Env<'a> {
 pub struct Touched {
     base: u64,
     pages: Vec<std::sync::OnceLock<Box<[AtomicU64; PAGE_WORDS]>>>,
-    count: AtomicU64,
 }
 
 /// Words of one page: 64 Ki sectors, 2 MiB of memory.
@@ -214,7 +213,7 @@ impl Touched {
     pub fn new(base: u64, bytes: u64) -> Self {
         let pages = bytes.div_ceil(32 * 64 * PAGE_WORDS as u64) as usize;
         let pages = std::iter::repeat_with(std::sync::OnceLock::new).take(pages).collect();
-        Touched { base, pages, count: AtomicU64::new(0) }
+        Touched { base, pages }
     }
 
     /// Notes sectors `first..=last` (addresses over 32).
@@ -228,8 +227,7 @@ impl Touched {
                 .get_or_init(|| Box::new([const { AtomicU64::new(0) }; PAGE_WORDS]));
             let cell = &page[word as usize % PAGE_WORDS];
             if cell.load(Ordering::Relaxed) & bits != bits {
-                let new = bits & !cell.fetch_or(bits, Ordering::Relaxed);
-                self.count.fetch_add(u64::from(new.count_ones()), Ordering::Relaxed);
+                cell.fetch_or(bits, Ordering::Relaxed);
             }
             index = stop;
         }
@@ -237,7 +235,8 @@ impl Touched {
 
     /// How many sectors have been touched.
     pub fn sectors(&self) -> u64 {
-        self.count.load(Ordering::Relaxed)
+        let words = self.pages.iter().filter_map(|page| page.get()).flat_map(|page| page.iter());
+        words.map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum()
     }
 }
 

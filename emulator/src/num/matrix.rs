@@ -82,14 +82,14 @@ pub struct Parsed {
     pub element: Option<Ty>,
 }
 
-/// A lane's accumulators of a tile.
+/// The lanes' accumulators of a tile.
 type Accumulators = [[f32; 32]; 4];
 /// One plane: A's rows 0 to 7, A's rows 8 to 15, B's columns.
 type Plane = [[f32; 32]; 3];
 
 /// Adds the product of one plane to the accumulators, as the module's documentation describes.
 #[inline(always)]
-fn multiply_plain(c: &mut Accumulators, [low, high, b]: &Plane) {
+fn multiply(c: &mut Accumulators, [low, high, b]: &Plane) {
     for j in 0..4 {
         for lane in 0..32 {
             let quad = lane & !3;
@@ -102,304 +102,395 @@ fn multiply_plain(c: &mut Accumulators, [low, high, b]: &Plane) {
     }
 }
 
-/// The same with AVX2: B's small vectors first, then eight accumulators at a time over all planes.
-///
-/// # Safety
-/// The processor has AVX2 and FMA.
+/// Products by vectors, for processors that have none.
+#[cfg(not(target_arch = "x86_64"))]
+mod wide {
+    pub struct Spread;
+
+    impl Spread {
+        pub fn new() -> Self {
+            Spread
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn multiply_avx2(c: &mut Accumulators, planes: &[Plane]) {
+mod wide {
+    //! Products with AVX2 and AVX-512, in the order of additions that every host has: written once, over vectors of 8 or 16 words.
+
+    use super::super::float;
+    use super::super::ops::Operands;
+    use super::{Accumulators, Matrix, Tile, accumulators, put};
     use std::arch::x86_64::*;
-    // Per plane and word: columns 2t in 8 lanes (twice 4), columns 2t + 1 in 8 lanes. At most 4 planes.
-    let mut columns = [[[0f32; 16]; 4]; 4];
-    // SAFETY: every pointer below is inside an array indexed here: 32 lanes are eight rows of four, or four vectors of eight.
-    unsafe {
-        for (columns, plane) in columns.iter_mut().zip(planes) {
-            let row = |r: usize| _mm_loadu_ps(plane[2].as_ptr().add(4 * r));
-            for parity in 0..2 {
-                let (r0, r1, r2, r3) = (row(parity), row(2 + parity), row(4 + parity), row(6 + parity));
-                let (t0, t1) = (_mm_unpacklo_ps(r0, r1), _mm_unpackhi_ps(r0, r1));
-                let (t2, t3) = (_mm_unpacklo_ps(r2, r3), _mm_unpackhi_ps(r2, r3));
-                let words =
-                    [_mm_movelh_ps(t0, t2), _mm_movehl_ps(t2, t0), _mm_movelh_ps(t1, t3), _mm_movehl_ps(t3, t1)];
-                for j in 0..4 {
-                    _mm_storeu_ps(columns[j].as_mut_ptr().add(8 * parity), words[j]);
-                    _mm_storeu_ps(columns[j].as_mut_ptr().add(8 * parity + 4), words[j]);
+
+    /// f16 in const parameters of the code for vectors; 1 is bf16, 2 is tf32.
+    pub const F16: u8 = 0;
+    pub const BF16: u8 = 1;
+    pub const TF32: u8 = 2;
+
+    /// Planes per register along k.
+    const fn parts(element: u8) -> usize {
+        if element == TF32 { 1 } else { 2 }
+    }
+
+    /// Factors spread out for the code for vectors, at most 4 planes of them. They are written and read through a pointer that another function made: as
+    /// a local variable the compiler takes them apart, into registers that it has not, places on the stack that are not aligned, and shuffles.
+    #[repr(C, align(64))]
+    pub struct Planes {
+        /// Per plane, word and half of the rows: each row's word in all lanes of its quad.
+        rows: [[[[f32; 32]; 2]; 4]; 4],
+        /// Per plane: for each word the columns 2t; for each word the columns 2t + 1.
+        columns: [[[[f32; 4]; 4]; 2]; 4],
+    }
+
+    /// Accumulators, aligned for vectors.
+    #[repr(align(64))]
+    struct Lines(Accumulators);
+
+    /// Room for planes, and whose they are.
+    pub struct Spread {
+        /// Offsets of the registers that A was spread from, for the next instruction, which often has the same A; `u32::MAX` for nothing.
+        registers: [u32; 4],
+        planes: std::mem::MaybeUninit<Planes>,
+    }
+
+    impl Spread {
+        /// Nothing yet.
+        pub fn new() -> Self {
+            Spread { registers: [u32::MAX; 4], planes: std::mem::MaybeUninit::uninit() }
+        }
+    }
+
+    /// Vectors of an instruction set.
+    ///
+    /// # Safety
+    /// Of every function: the processor has the instruction set; pointers are to whole vectors, aligned to them.
+    pub trait Wide {
+        /// Words in a vector.
+        const LANES: usize;
+        /// Words.
+        type Words: Copy;
+        /// f32.
+        type Floats: Copy;
+        unsafe fn load(at: *const u32) -> Self::Words;
+        unsafe fn floats(words: Self::Words) -> Self::Floats;
+        unsafe fn load_floats(at: *const f32) -> Self::Floats;
+        unsafe fn store(at: *mut f32, floats: Self::Floats);
+        /// Word `J` of every four in all four.
+        unsafe fn quads<const J: i32>(floats: Self::Floats) -> Self::Floats;
+        /// Four floats, again and again.
+        unsafe fn repeat(four: *const f32) -> Self::Floats;
+        unsafe fn multiply_add(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
+        /// Lower or upper halves of words as f32, or tf32.
+        unsafe fn expand<const ELEMENT: u8>(words: Self::Words, upper: bool) -> Self::Floats;
+        /// Vector `i` of B's words 8t + j (+ 4 where odd) of a register, with t counting faster than j.
+        unsafe fn columns(register: *const u32, odd: usize, i: usize) -> Self::Words;
+        unsafe fn any_nan(a: Self::Floats, b: Self::Floats) -> bool;
+        unsafe fn canonical(floats: Self::Floats) -> Self::Floats;
+    }
+
+    /// Functions of [`Wide`] for an instruction set, each an `unsafe` block.
+    macro_rules! vectors {
+        ($set:ident, $lanes:literal, $words:ty, $floats:ty;
+         $(fn $name:ident$(<const $g:ident: $gt:ty>)?($($arg:ident: $ty:ty),*) -> $ret:ty $body:block)*) => {
+            pub struct $set;
+
+            impl Wide for $set {
+                const LANES: usize = $lanes;
+                type Words = $words;
+                type Floats = $floats;
+                $(
+                    #[inline(always)]
+                    unsafe fn $name$(<const $g: $gt>)?($($arg: $ty),*) -> $ret {
+                        // SAFETY: the caller's promises, which the trait asks for.
+                        unsafe { $body }
+                    }
+                )*
+            }
+        };
+    }
+
+    vectors! {
+        Avx512, 16, __m512i, __m512;
+        fn load(at: *const u32) -> __m512i { _mm512_load_si512(at.cast()) }
+        fn floats(words: __m512i) -> __m512 { _mm512_castsi512_ps(words) }
+        fn load_floats(at: *const f32) -> __m512 { _mm512_load_ps(at) }
+        fn store(at: *mut f32, floats: __m512) -> () { _mm512_store_ps(at, floats) }
+        fn quads<const J: i32>(floats: __m512) -> __m512 {
+            match J {
+                0 => _mm512_permute_ps::<0x00>(floats),
+                1 => _mm512_permute_ps::<0x55>(floats),
+                2 => _mm512_permute_ps::<0xaa>(floats),
+                _ => _mm512_permute_ps::<0xff>(floats),
+            }
+        }
+        fn repeat(four: *const f32) -> __m512 { _mm512_broadcast_f32x4(_mm_load_ps(four)) }
+        fn multiply_add(a: __m512, b: __m512, c: __m512) -> __m512 { _mm512_fmadd_ps(a, b, c) }
+        fn expand<const ELEMENT: u8>(words: __m512i, upper: bool) -> __m512 {
+            match (ELEMENT, upper) {
+                (BF16, false) => _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)),
+                (BF16, true) => _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-0x1_0000))),
+                (F16, false) => _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)),
+                (F16, true) => _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(words))),
+                _ => _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-0x2000))),
+            }
+        }
+        fn columns(register: *const u32, odd: usize, _i: usize) -> __m512i {
+            let even = _mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
+            let pick = _mm512_add_epi32(even, _mm512_set1_epi32(4 * odd as i32));
+            _mm512_permutex2var_epi32(Self::load(register), pick, Self::load(register.add(16)))
+        }
+        fn any_nan(a: __m512, b: __m512) -> bool { _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(a, b) != 0 }
+        fn canonical(floats: __m512) -> __m512 {
+            let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(floats, floats);
+            _mm512_mask_mov_ps(floats, nan, _mm512_castsi512_ps(_mm512_set1_epi32(float::NAN_F32 as i32)))
+        }
+    }
+
+    vectors! {
+        Avx2, 8, __m256i, __m256;
+        fn load(at: *const u32) -> __m256i { _mm256_load_si256(at.cast()) }
+        fn floats(words: __m256i) -> __m256 { _mm256_castsi256_ps(words) }
+        fn load_floats(at: *const f32) -> __m256 { _mm256_load_ps(at) }
+        fn store(at: *mut f32, floats: __m256) -> () { _mm256_store_ps(at, floats) }
+        fn quads<const J: i32>(floats: __m256) -> __m256 {
+            match J {
+                0 => _mm256_permute_ps::<0x00>(floats),
+                1 => _mm256_permute_ps::<0x55>(floats),
+                2 => _mm256_permute_ps::<0xaa>(floats),
+                _ => _mm256_permute_ps::<0xff>(floats),
+            }
+        }
+        fn repeat(four: *const f32) -> __m256 { _mm256_broadcast_ps(&*four.cast()) }
+        fn multiply_add(a: __m256, b: __m256, c: __m256) -> __m256 { _mm256_fmadd_ps(a, b, c) }
+        fn expand<const ELEMENT: u8>(words: __m256i, upper: bool) -> __m256 {
+            let halves = match (ELEMENT, upper) {
+                (BF16, false) => return _mm256_castsi256_ps(_mm256_slli_epi32::<16>(words)),
+                (BF16, true) => return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(-0x1_0000))),
+                (F16, false) => _mm256_and_si256(words, _mm256_set1_epi32(0xffff)),
+                (F16, true) => _mm256_srli_epi32::<16>(words),
+                _ => return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(-0x2000))),
+            };
+            let (low, high) = (_mm256_castsi256_si128(halves), _mm256_extracti128_si256::<1>(halves));
+            _mm256_cvtph_ps(_mm_packus_epi32(low, high))
+        }
+        fn columns(register: *const u32, odd: usize, i: usize) -> __m256i {
+            let at = register.add(4 * odd).cast::<__m128i>();
+            let (a, b) = (_mm_load_si128(at), _mm_load_si128(at.add(2)));
+            let (c, d) = (_mm_load_si128(at.add(4)), _mm_load_si128(at.add(6)));
+            let (ab, cd) = match i {
+                0 => (_mm_unpacklo_epi32(a, b), _mm_unpacklo_epi32(c, d)),
+                _ => (_mm_unpackhi_epi32(a, b), _mm_unpackhi_epi32(c, d)),
+            };
+            _mm256_set_m128i(_mm_unpackhi_epi64(ab, cd), _mm_unpacklo_epi64(ab, cd))
+        }
+        fn any_nan(a: __m256, b: __m256) -> bool { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_UNORD_Q>(a, b)) != 0 }
+        fn canonical(floats: __m256) -> __m256 {
+            let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(floats, floats);
+            _mm256_blendv_ps(floats, _mm256_castsi256_ps(_mm256_set1_epi32(float::NAN_F32 as i32)), nan)
+        }
+    }
+
+    /// Compiles a body for each instruction set, as a function of its own.
+    macro_rules! compiled {
+        ($(#[$doc:meta])* fn $name:ident = $body:ident) => {
+            $(#[$doc])*
+            ///
+            /// # Safety
+            /// The operands are the form's; there is room for planes, and those that are read have been spread; the processor has W's instruction set.
+            #[inline(always)]
+            unsafe fn $name<W: Wide, const E: u8, const DEPTH: usize>(m: &Matrix, o: &Operands, tile: &Tile, to: *mut Planes) {
+                #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+                #[inline(never)]
+                unsafe fn avx512<const E: u8, const DEPTH: usize>(m: &Matrix, o: &Operands, tile: &Tile, to: *mut Planes) {
+                    // SAFETY: the caller's promise.
+                    unsafe { $body::<Avx512, E, DEPTH>(m, o, tile, to) }
+                }
+                #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+                #[inline(never)]
+                unsafe fn avx2<const E: u8, const DEPTH: usize>(m: &Matrix, o: &Operands, tile: &Tile, to: *mut Planes) {
+                    // SAFETY: the caller's promise.
+                    unsafe { $body::<Avx2, E, DEPTH>(m, o, tile, to) }
+                }
+                // SAFETY: the caller's promise.
+                unsafe {
+                    match W::LANES {
+                        16 => avx512::<E, DEPTH>(m, o, tile, to),
+                        _ => avx2::<E, DEPTH>(m, o, tile, to),
+                    }
+                }
+            }
+        };
+    }
+
+    compiled! {
+        /// Spreads A.
+        fn spread_rows = rows_body
+    }
+
+    #[inline(always)]
+    unsafe fn rows_body<W: Wide, const ELEMENT: u8, const DEPTH: usize>(
+        _: &Matrix,
+        o: &Operands,
+        tile: &Tile,
+        to: *mut Planes,
+    ) {
+        for (k, registers) in tile.k.iter().take(DEPTH).enumerate() {
+            for half in 0..2 {
+                for at in (0..32).step_by(W::LANES) {
+                    // SAFETY: registers are 32 words, as many as the rows of a plane.
+                    unsafe {
+                        let words = W::load(o.words(registers[half] as usize).add(at));
+                        for part in 0..parts(ELEMENT) {
+                            let row = W::expand::<ELEMENT>(words, part == 1);
+                            let word = &raw mut (*to).rows[k * parts(ELEMENT) + part];
+                            W::store((&raw mut (*word)[0][half][at]).cast(), W::quads::<0>(row));
+                            W::store((&raw mut (*word)[1][half][at]).cast(), W::quads::<1>(row));
+                            W::store((&raw mut (*word)[2][half][at]).cast(), W::quads::<2>(row));
+                            W::store((&raw mut (*word)[3][half][at]).cast(), W::quads::<3>(row));
+                        }
+                    }
                 }
             }
         }
-        for q in [0, 16] {
-            let mut sums = [[_mm256_setzero_ps(); 2]; 4];
-            for i in 0..4 {
-                for v in 0..2 {
-                    sums[i][v] = _mm256_loadu_ps(c[i].as_ptr().add(q + 8 * v));
+    }
+
+    compiled! {
+        /// Spreads B.
+        fn spread_columns = columns_body
+    }
+
+    #[inline(always)]
+    unsafe fn columns_body<W: Wide, const ELEMENT: u8, const DEPTH: usize>(
+        _: &Matrix,
+        o: &Operands,
+        tile: &Tile,
+        to: *mut Planes,
+    ) {
+        for (k, registers) in tile.k.iter().take(DEPTH).enumerate() {
+            for odd in 0..2 {
+                for i in 0..16 / W::LANES {
+                    // SAFETY: registers are 32 words; half of them are one parity's columns.
+                    unsafe {
+                        let words = W::columns(o.words(registers[2] as usize), odd, i);
+                        for part in 0..parts(ELEMENT) {
+                            let column: *mut f32 = (&raw mut (*to).columns[k * parts(ELEMENT) + part][odd]).cast();
+                            W::store(column.add(W::LANES * i), W::expand::<ELEMENT>(words, part == 1));
+                        }
+                    }
                 }
             }
-            for (columns, plane) in columns.iter().zip(planes) {
-                macro_rules! word {
-                    ($j:literal) => {
-                        let even = _mm256_loadu_ps(columns[$j].as_ptr());
-                        let odd = _mm256_loadu_ps(columns[$j].as_ptr().add(8));
-                        for v in 0..2 {
-                            for half in 0..2 {
-                                let rows = _mm256_loadu_ps(plane[half].as_ptr().add(q + 8 * v));
-                                let rows = _mm256_permute_ps::<{ $j * 0x55 }>(rows);
-                                sums[2 * half][v] = _mm256_fmadd_ps(rows, even, sums[2 * half][v]);
-                                sums[2 * half + 1][v] = _mm256_fmadd_ps(rows, odd, sums[2 * half + 1][v]);
+        }
+    }
+
+    compiled! {
+        /// Adds the product of what was spread to C.
+        fn multiply_spread = multiply_body
+    }
+
+    /// Two vectors of lanes at a time: their eight sums stay in registers, and are enough to keep the processor's multipliers busy.
+    #[inline(always)]
+    unsafe fn multiply_body<W: Wide, const ELEMENT: u8, const DEPTH: usize>(
+        m: &Matrix,
+        o: &Operands,
+        tile: &Tile,
+        from: *mut Planes,
+    ) {
+        // Neither f16 nor lanes left out: registers are read and written in place.
+        let plain = ELEMENT != F16 || !(m.c_f16 || m.d_f16);
+        let plain = plain && o.mask == u32::MAX;
+        // SAFETY: the caller's promise. C is read before D is written, lane by lane.
+        unsafe {
+            let mut c = Lines([[0.0; 32]; 4]);
+            if !plain {
+                c.0 = accumulators(m, o, tile);
+            }
+            for first in (0..32).step_by(2 * W::LANES) {
+                let mut sums = [[W::floats(W::load(o.words(tile.c[0] as usize))); 2]; 4];
+                for i in 0..4 {
+                    for v in 0..2 {
+                        let at = first + W::LANES * v;
+                        sums[i][v] = match plain {
+                            true => W::floats(W::load(o.words(tile.c[i] as usize).add(at))),
+                            false => W::load_floats(c.0[i].as_ptr().add(at)),
+                        };
+                    }
+                }
+                for plane in 0..DEPTH * parts(ELEMENT) {
+                    let (rows, columns) = (&raw const (*from).rows[plane], &raw const (*from).columns[plane]);
+                    for j in 0..4 {
+                        let even = W::repeat((&raw const (*columns)[0][j]).cast());
+                        let odd = W::repeat((&raw const (*columns)[1][j]).cast());
+                        for half in 0..2 {
+                            for v in 0..2 {
+                                let row = W::load_floats((&raw const (*rows)[j][half][first + W::LANES * v]).cast());
+                                sums[2 * half][v] = W::multiply_add(row, even, sums[2 * half][v]);
+                                sums[2 * half + 1][v] = W::multiply_add(row, odd, sums[2 * half + 1][v]);
                             }
                         }
-                    };
-                }
-                word!(0);
-                word!(1);
-                word!(2);
-                word!(3);
-            }
-            for i in 0..4 {
-                for v in 0..2 {
-                    _mm256_storeu_ps(c[i].as_mut_ptr().add(q + 8 * v), sums[i][v]);
-                }
-            }
-        }
-    }
-}
-
-/// f16 in the const parameters of the AVX-512 code; 1 is bf16, 2 is tf32.
-#[cfg(target_arch = "x86_64")]
-const F16: u8 = 0;
-#[cfg(target_arch = "x86_64")]
-const BF16: u8 = 1;
-#[cfg(target_arch = "x86_64")]
-const TF32: u8 = 2;
-
-/// 16 words' lower or upper halves as f32, or 16 tf32.
-///
-/// # Safety
-/// The processor has AVX-512 F.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn expand<const ELEMENT: u8>(words: std::arch::x86_64::__m512i, upper: bool) -> std::arch::x86_64::__m512 {
-    use std::arch::x86_64::*;
-    // SAFETY: the caller's promise.
-    unsafe {
-        match (ELEMENT, upper) {
-            (BF16, false) => _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)),
-            (BF16, true) => _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-0x1_0000))),
-            (F16, false) => _mm512_cvtph_ps(_mm512_cvtepi32_epi16(words)),
-            (F16, true) => _mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(words))),
-            _ => _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-0x2000))),
-        }
-    }
-}
-
-/// 16 floats.
-#[repr(C, align(64))]
-#[derive(Clone, Copy)]
-struct Vector([f32; 16]);
-
-/// Factors spread out for the AVX-512 code, at most 4 planes of them.
-struct Planes {
-    /// Per plane, word, half of the rows and half of the lanes: each row's word in all lanes of its quad.
-    rows: [[[[Vector; 2]; 2]; 4]; 4],
-    /// Per plane: for each word the columns 2t, four floats; for each word the columns 2t + 1.
-    columns: [[Vector; 2]; 4],
-}
-
-/// Room for them. They are written and read through a pointer that another function made: as a local variable the compiler takes them apart,
-/// into registers that it has not, places on the stack that are not aligned, and shuffles.
-struct Spread {
-    /// Offsets of the registers that A was spread from, for the next instruction, which often has the same A; `u32::MAX` for nothing.
-    registers: [u32; 4],
-    planes: std::mem::MaybeUninit<Planes>,
-}
-
-impl Spread {
-    /// Nothing yet.
-    fn new() -> Self {
-        Spread { registers: [u32::MAX; 4], planes: std::mem::MaybeUninit::uninit() }
-    }
-}
-
-/// The functions below are compiled for this: macros and loops stand in them instead of closures, which would be compiled without.
-macro_rules! avx512 {
-    ($(#[$doc:meta])* fn $name:ident<const $e:ident: u8, const $d:ident: usize>($($arg:ident: $ty:ty),*) $body:block) => {
-        $(#[$doc])*
-        ///
-        /// # Safety
-        /// The operands are the form's; the processor has AVX-512.
-        #[cfg(target_arch = "x86_64")]
-        #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
-        #[inline(never)]
-        unsafe fn $name<const $e: u8, const $d: usize>($($arg: $ty),*) {
-            // SAFETY: the caller's promise: registers are 32 words, two vectors of 16; there is room for planes, and those that are read have been spread.
-            unsafe { $body }
-        }
-    };
-}
-
-/// Vector `v` of an operand's words.
-#[cfg(target_arch = "x86_64")]
-macro_rules! words {
-    ($o:expr, $register:expr, $v:expr) => {
-        std::arch::x86_64::_mm512_load_si512($o.words($register as usize).add(16 * $v).cast())
-    };
-}
-
-/// Planes per register along k.
-const fn parts(element: u8) -> usize {
-    if element == TF32 { 1 } else { 2 }
-}
-
-avx512! {
-    /// Spreads A.
-    fn spread_rows<const ELEMENT: u8, const DEPTH: usize>(o: &Operands, tile: &Tile, planes: *mut Planes) {
-        use std::arch::x86_64::*;
-        for k in 0..DEPTH {
-            for half in 0..2 {
-                for v in 0..2 {
-                    let words = words!(o, tile.k[k][half], v);
-                    for part in 0..parts(ELEMENT) {
-                        let row = expand::<ELEMENT>(words, part == 1);
-                        let to = &raw mut (*planes).rows[k * parts(ELEMENT) + part];
-                        _mm512_store_ps((&raw mut (*to)[0][half][v]).cast(), _mm512_permute_ps::<0x00>(row));
-                        _mm512_store_ps((&raw mut (*to)[1][half][v]).cast(), _mm512_permute_ps::<0x55>(row));
-                        _mm512_store_ps((&raw mut (*to)[2][half][v]).cast(), _mm512_permute_ps::<0xaa>(row));
-                        _mm512_store_ps((&raw mut (*to)[3][half][v]).cast(), _mm512_permute_ps::<0xff>(row));
                     }
                 }
-            }
-        }
-    }
-}
-
-avx512! {
-    /// Spreads B.
-    fn spread_columns<const ELEMENT: u8, const DEPTH: usize>(o: &Operands, tile: &Tile, planes: *mut Planes) {
-        use std::arch::x86_64::*;
-        let even = _mm512_set_epi32(27, 19, 11, 3, 26, 18, 10, 2, 25, 17, 9, 1, 24, 16, 8, 0);
-        let odd = _mm512_add_epi32(even, _mm512_set1_epi32(4));
-        for k in 0..DEPTH {
-            let (low, high) = (words!(o, tile.k[k][2], 0), words!(o, tile.k[k][2], 1));
-            let (even, odd) = (_mm512_permutex2var_epi32(low, even, high), _mm512_permutex2var_epi32(low, odd, high));
-            for part in 0..parts(ELEMENT) {
-                let to = &raw mut (*planes).columns[k * parts(ELEMENT) + part];
-                _mm512_store_ps((&raw mut (*to)[0]).cast(), expand::<ELEMENT>(even, part == 1));
-                _mm512_store_ps((&raw mut (*to)[1]).cast(), expand::<ELEMENT>(odd, part == 1));
-            }
-        }
-    }
-}
-
-avx512! {
-    /// Adds the product of what was spread to C, in the order of additions that every host has.
-    fn multiply_spread<const ELEMENT: u8, const DEPTH: usize>(m: &Matrix, o: &Operands, tile: &Tile, planes: *const Planes) {
-        use std::arch::x86_64::*;
-        let mut sums = [[_mm512_setzero_ps(); 2]; 4];
-        if m.c_f16 {
-            let c = accumulators(m, o, tile);
-            for i in 0..4 {
-                for v in 0..2 {
-                    sums[i][v] = _mm512_loadu_ps(c[i].as_ptr().add(16 * v));
+                if plain {
+                    let nan = sums.iter().fold(false, |nan, sum| nan | W::any_nan(sum[0], sum[1]));
+                    if nan {
+                        for sum in sums.as_flattened_mut() {
+                            *sum = W::canonical(*sum);
+                        }
+                    }
                 }
-            }
-        } else {
-            for i in 0..4 {
-                for v in 0..2 {
-                    sums[i][v] = _mm512_castsi512_ps(words!(o, tile.c[i], v));
-                }
-            }
-        }
-        for plane in 0..DEPTH * parts(ELEMENT) {
-            let (rows, columns) = (&(*planes).rows[plane], &(*planes).columns[plane]);
-            for j in 0..4 {
-                let even = _mm512_broadcast_f32x4(_mm_load_ps(columns[0].0.as_ptr().add(4 * j)));
-                let odd = _mm512_broadcast_f32x4(_mm_load_ps(columns[1].0.as_ptr().add(4 * j)));
-                for half in 0..2 {
+                for i in 0..4 {
                     for v in 0..2 {
-                        let row = _mm512_load_ps(rows[j][half][v].0.as_ptr());
-                        sums[2 * half][v] = _mm512_fmadd_ps(row, even, sums[2 * half][v]);
-                        sums[2 * half + 1][v] = _mm512_fmadd_ps(row, odd, sums[2 * half + 1][v]);
+                        let at = first + W::LANES * v;
+                        match plain {
+                            true => W::store(o.words(tile.d[i] as usize).add(at).cast(), sums[i][v]),
+                            false => W::store(c.0[i].as_mut_ptr().add(at), sums[i][v]),
+                        }
                     }
                 }
             }
-        }
-        if !m.d_f16 && o.mask == u32::MAX {
-            let mut nan = 0;
-            for i in 0..4 {
-                nan |= _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(sums[i][0], sums[i][1]);
-            }
-            if nan != 0 {
-                let canonical = _mm512_castsi512_ps(_mm512_set1_epi32(float::NAN_F32 as i32));
-                for sum in sums.as_flattened_mut() {
-                    *sum = _mm512_mask_mov_ps(*sum, _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(*sum, *sum), canonical);
-                }
-            }
-            for i in 0..4 {
-                for v in 0..2 {
-                    _mm512_store_ps(o.words(tile.d[i] as usize).add(16 * v).cast(), sums[i][v]);
-                }
-            }
-            return;
-        }
-        let mut d = [[0.0; 32]; 4];
-        for i in 0..4 {
-            for v in 0..2 {
-                _mm512_storeu_ps(d[i].as_mut_ptr().add(16 * v), sums[i][v]);
+            if !plain {
+                put(m, o, tile, &c.0);
             }
         }
-        put(m, o, tile, &d);
     }
-}
 
-/// A whole tile with AVX-512.
-///
-/// # Safety
-/// The operands are the form's; the processor has AVX-512.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn tile_avx512<const ELEMENT: u8, const DEPTH: usize>(
-    m: &Matrix,
-    o: &Operands,
-    tile: &Tile,
-    spread: &mut Spread,
-) {
-    use std::arch::x86_64::*;
-    // SAFETY: the caller's promise; A's operands follow each other.
-    unsafe {
-        let offset = |i: u8| o.at.add(i as usize);
-        let first = offset(tile.k[0][0]);
-        let registers: [u32; 4] = match DEPTH {
-            2 => first.cast::<[u32; 4]>().read(),
-            _ => [first.read(), first.add(1).read(), u32::MAX, u32::MAX],
-        };
-        if spread.registers != registers {
-            spread.registers = registers;
-            spread_rows::<ELEMENT, DEPTH>(o, tile, spread.planes.as_mut_ptr());
+    /// A whole tile.
+    ///
+    /// # Safety
+    /// The operands are the form's; the processor has W's instruction set.
+    #[inline(always)]
+    pub unsafe fn tile<W: Wide, const ELEMENT: u8, const DEPTH: usize>(
+        m: &Matrix,
+        o: &Operands,
+        tile: &Tile,
+        spread: &mut Spread,
+    ) {
+        // SAFETY: the caller's promise; A's operands follow each other; SSE2 is part of x86-64.
+        unsafe {
+            let offset = |i: u8| o.at.add(i as usize);
+            let first = offset(tile.k[0][0]);
+            let registers: [u32; 4] = match DEPTH {
+                2 => first.cast::<[u32; 4]>().read(),
+                _ => [first.read(), first.add(1).read(), u32::MAX, u32::MAX],
+            };
+            let planes = spread.planes.as_mut_ptr();
+            if spread.registers != registers {
+                spread.registers = registers;
+                spread_rows::<W, ELEMENT, DEPTH>(m, o, tile, planes);
+            }
+            spread_columns::<W, ELEMENT, DEPTH>(m, o, tile, planes);
+            multiply_spread::<W, ELEMENT, DEPTH>(m, o, tile, planes);
+            // D may take the place of what was spread.
+            let registers = _mm_loadu_si128(registers.as_ptr().cast());
+            let mut replaced = _mm_setzero_si128();
+            for d in tile.d {
+                let d = _mm_set1_epi32(offset(d).read() as i32);
+                replaced = _mm_or_si128(replaced, _mm_cmpeq_epi32(registers, d));
+            }
+            if _mm_movemask_epi8(replaced) != 0 {
+                spread.registers = [u32::MAX; 4];
+            }
         }
-        spread_columns::<ELEMENT, DEPTH>(o, tile, spread.planes.as_mut_ptr());
-        multiply_spread::<ELEMENT, DEPTH>(m, o, tile, spread.planes.as_ptr());
-        // D may take the place of what was spread.
-        let registers = _mm_loadu_si128(registers.as_ptr().cast());
-        let mut replaced = _mm_setzero_si128();
-        for d in tile.d {
-            let d = _mm_set1_epi32(offset(d).read() as i32);
-            replaced = _mm_or_si128(replaced, _mm_cmpeq_epi32(registers, d));
-        }
-        if _mm_movemask_epi8(replaced) != 0 {
-            spread.registers = [u32::MAX; 4];
-        }
-    }
-}
-
-#[inline(always)]
-fn multiply<I: Isa>(c: &mut Accumulators, planes: &[Plane]) {
-    #[cfg(target_arch = "x86_64")]
-    if I::FMA {
-        // SAFETY: code for AVX2 runs where it is.
-        return unsafe { multiply_avx2(c, planes) };
-    }
-    for plane in planes {
-        multiply_plain(c, plane);
     }
 }
 
@@ -478,22 +569,27 @@ unsafe fn put(m: &Matrix, o: &Operands, tile: &Tile, c: &Accumulators) {
 
 /// A product of 16-bit floats, `DEPTH` registers deep. All of C is read before any of D is written: they may share registers.
 #[inline(always)]
-unsafe fn halves_product<I: Isa, const BF: bool, const DEPTH: usize>(m: &Matrix, o: &Operands, spread: &mut Spread) {
+unsafe fn halves_product<I: Isa, const BF: bool, const DEPTH: usize>(
+    m: &Matrix,
+    o: &Operands,
+    spread: &mut wide::Spread,
+) {
     for tile in &m.tiles {
         // SAFETY: the operands are the form's.
         unsafe {
             #[cfg(target_arch = "x86_64")]
-            if I::AVX512 {
-                if BF {
-                    tile_avx512::<BF16, DEPTH>(m, o, tile, spread);
-                } else {
-                    tile_avx512::<F16, DEPTH>(m, o, tile, spread);
+            if I::FMA {
+                match (I::AVX512, BF) {
+                    (true, true) => wide::tile::<wide::Avx512, { wide::BF16 }, DEPTH>(m, o, tile, spread),
+                    (true, false) => wide::tile::<wide::Avx512, { wide::F16 }, DEPTH>(m, o, tile, spread),
+                    (false, true) => wide::tile::<wide::Avx2, { wide::BF16 }, DEPTH>(m, o, tile, spread),
+                    (false, false) => wide::tile::<wide::Avx2, { wide::F16 }, DEPTH>(m, o, tile, spread),
                 }
                 continue;
             }
             let mut c = accumulators(m, o, tile);
             let planes = std::array::from_fn::<_, DEPTH, _>(|k| planes::<BF>(o, tile.k[k]));
-            multiply::<I>(&mut c, planes.as_flattened());
+            planes.as_flattened().iter().for_each(|plane| multiply(&mut c, plane));
             put(m, o, tile, &c);
         }
     }
@@ -501,13 +597,16 @@ unsafe fn halves_product<I: Isa, const BF: bool, const DEPTH: usize>(m: &Matrix,
 
 /// A product of tf32.
 #[inline(always)]
-unsafe fn tf32_product<I: Isa, const DEPTH: usize>(m: &Matrix, o: &Operands, spread: &mut Spread) {
+unsafe fn tf32_product<I: Isa, const DEPTH: usize>(m: &Matrix, o: &Operands, spread: &mut wide::Spread) {
     for tile in &m.tiles {
         // SAFETY: the operands are the form's.
         unsafe {
             #[cfg(target_arch = "x86_64")]
-            if I::AVX512 {
-                tile_avx512::<TF32, DEPTH>(m, o, tile, spread);
+            if I::FMA {
+                match I::AVX512 {
+                    true => wide::tile::<wide::Avx512, { wide::TF32 }, DEPTH>(m, o, tile, spread),
+                    false => wide::tile::<wide::Avx2, { wide::TF32 }, DEPTH>(m, o, tile, spread),
+                }
                 continue;
             }
             let mut c = accumulators(m, o, tile);
@@ -520,7 +619,7 @@ unsafe fn tf32_product<I: Isa, const DEPTH: usize>(m: &Matrix, o: &Operands, spr
                     }
                 }
             }
-            multiply::<I>(&mut c, &planes[..DEPTH]);
+            planes[..DEPTH].iter().for_each(|plane| multiply(&mut c, plane));
             put(m, o, tile, &c);
         }
     }
@@ -587,7 +686,7 @@ unsafe fn f64_product(m: &Matrix, o: &Operands) {
 }
 
 #[inline(always)]
-unsafe fn product<I: Isa>(m: &Matrix, o: &Operands, spread: &mut Spread) {
+unsafe fn product<I: Isa>(m: &Matrix, o: &Operands, spread: &mut wide::Spread) {
     // SAFETY: the operands are the form's.
     unsafe {
         match (m.element, m.depth) {
@@ -608,7 +707,7 @@ macro_rules! runner {
         $(#[target_feature(enable = $feature)])?
         unsafe fn $name(f: &super::Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
             let Some(m) = &f.detail.matrix else { unreachable!("a form of this module") };
-            let mut spread = Spread::new();
+            let mut spread = wide::Spread::new();
             for i in 0..count {
                 // SAFETY: the caller's operands are `count` times the form's.
                 unsafe {

@@ -473,3 +473,39 @@ fn wmma() {
     }
     assert!(failures.is_empty(), "{} wrong: {:#?}", failures.len(), &failures[..failures.len().min(20)]);
 }
+
+/// Neighbouring products with one A, and one whose D takes A's place: what was prepared for the last A must not be used for the next. Small
+/// integers, whose sums are exact in bf16 too, so that sums can be factors.
+#[test]
+fn neighbours_share_a_until_it_is_replaced() {
+    let mma = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32";
+    let a = "{%r0,%r1,%r2,%r3}";
+    let (b, turned) = ("{%r4,%r5}", "{%r5,%r4}");
+    let (c, d, e) = ("{%r6,%r7,%r8,%r9}", "{%r10,%r11,%r12,%r13}", "{%r14,%r15,%r16,%r17}");
+    let products = [(d, b, c), (e, turned, d), (a, b, e), (d, turned, e)];
+    let products: Vec<String> = products.iter().map(|(d, b, c)| format!("{mma} {d}, {a}, {b}, {c};\n")).collect();
+    let each = |words: std::ops::Range<usize>, text: &dyn Fn(usize) -> String| words.map(text).collect::<String>();
+    let loads = each(0..10, &|i| format!("ld.global.u32 %r{i}, [%rd3+{}];\n", 4 * i));
+    let stores = each(0..4, &|i| format!("st.global.u32 [%rd4+{}], %r{};\n", 4 * i, 10 + i));
+    let kernel = |products: &str| {
+        format!(
+            ".visible .entry k(.param .u64 in, .param .u64 out) {{\n.reg .b32 %r<20>;\n.reg .b64 %rd<6>;\n
+             ld.param.u64 %rd1, [in];\nld.param.u64 %rd2, [out];\nmov.u32 %r18, %tid.x;\n
+             mul.wide.u32 %rd5, %r18, 40;\nadd.s64 %rd3, %rd1, %rd5;\n
+             mul.wide.u32 %rd5, %r18, 16;\nadd.s64 %rd4, %rd2, %rd5;\n{loads}{products}{stores}ret;\n}}\n"
+        )
+    };
+    let mut random = StdRng::seed_from_u64(11);
+    let mut digit = || f32::to_bits(random.random_range(-1..=1) as f32);
+    let input: Vec<u8> = (0..32)
+        .flat_map(|_| (0..10).map(|i| if i < 6 { digit() | digit() >> 16 } else { digit() }).collect::<Vec<_>>())
+        .flat_map(u32::to_le_bytes)
+        .collect();
+    let buffers = [input, vec![0; 32 * 16]];
+    // Apart, each is a step of its own.
+    let apart = launch(&kernel(&products.join("bar.warp.sync -1;\n")), &buffers, Isa::Portable).unwrap();
+    assert!(apart.chunks(4).any(|word| word != [0; 4]), "the sums are not all zero");
+    for (_, isa) in available() {
+        assert_eq!(launch(&kernel(&products.concat()), &buffers, isa).unwrap(), apart, "{isa:?}");
+    }
+}
