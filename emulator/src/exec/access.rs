@@ -186,7 +186,9 @@ impl Machine<'_> {
         if access.space == Space::Param {
             return self.load_parameter(warp, operands, access, site);
         }
-        warp.polls += u64::from(access.strong && access.space != Space::Shared);
+        if access.strong && access.space != Space::Shared {
+            warp.polls += 1;
+        }
         // SAFETY: `direct` and `locate` have checked `bytes` readable bytes at every lane's address (in `locate`, lanes outside the mask share one), and the
         // registers are in the file.
         unsafe {
