@@ -503,27 +503,8 @@ impl Machine<'_> {
         access: &Access,
         pc: u32,
     ) -> Result<(), Box<Fault>> {
-        let matrices = access.elements as usize;
-        let file = warp.file.as_mut_ptr();
-        let mask = (!0u64 >> (64 - 8 * matrices)) as u32;
+        let mask = (!0u64 >> (64 - 8 * u32::from(access.elements))) as u32;
         let site = Site { pc, mask, bytes: 16, usage: Use::Load, strong: false };
-        // SAFETY: `direct` has checked 16 readable bytes at every lane's address, and the registers are in the file.
-        unsafe {
-            if !access.wide_base
-                && let Some((base, added)) = self.direct::<ISA>(file, operands[matrices], access, site)
-            {
-                // Copied first: a destination may be the base.
-                let mut offsets = base.cast::<[u32; 32]>().read();
-                for l in 0..32 {
-                    offsets[l] = offsets[l].wrapping_add(access.offset as u32);
-                }
-                for m in 0..matrices {
-                    let row = |row: usize| (added + u64::from(offsets[8 * m + row])) as *const u8;
-                    load_matrix::<ISA>(file.add(operands[m] as usize), trans, row);
-                }
-                return Ok(());
-            }
-        }
         // SAFETY: the loop runs on a processor with ISA; the registers are in the file.
         unsafe { ldmatrix_checked::<ISA>(self, warp, operands, trans, access, site) }
     }
@@ -798,7 +779,7 @@ unsafe fn atom_body<const ISA: usize>(
 }
 
 per_isa! {
-    /// `ldmatrix` with all checks that are wanted.
+    /// `ldmatrix` with all checks that are wanted. Not a part of the loop, which its transposition would make slower for all others.
     ///
     /// # Safety
     /// As for [`load_checked`].
@@ -825,6 +806,20 @@ unsafe fn ldmatrix_body<const ISA: usize>(
     let file = warp.file.as_mut_ptr();
     // SAFETY: the decoder gives the destinations and then the base, all inside the file. 16 bytes at every row are checked before they are read.
     unsafe {
+        if !access.wide_base
+            && let Some((base, added)) = machine.direct::<ISA>(file, operands[matrices], access, site)
+        {
+            // Copied first: a destination may be the base.
+            let mut offsets = base.cast::<[u32; 32]>().read();
+            for l in 0..32 {
+                offsets[l] = offsets[l].wrapping_add(access.offset as u32);
+            }
+            for m in 0..matrices {
+                let row = |row: usize| (added + u64::from(offsets[8 * m + row])) as *const u8;
+                load_matrix::<ISA>(file.add(operands[m] as usize), trans, row);
+            }
+            return Ok(());
+        }
         let mut at = addresses(file, operands[matrices], access.wide_base, access.offset);
         settle(&mut at, site.mask);
         if !approve::<ISA>(machine, warp, access.space, &mut at, site) {
