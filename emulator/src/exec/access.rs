@@ -189,7 +189,9 @@ impl Machine<'_> {
         if access.space == Space::Param {
             return self.load_parameter(warp, operands, access, site);
         }
-        warp.polls += u64::from(access.strong && access.space != Space::Shared);
+        if access.strong && access.space != Space::Shared {
+            warp.polls += 1;
+        }
         // SAFETY: `direct` and `locate` have checked `bytes` readable bytes at every lane's address (in `locate`, lanes outside the mask share one), and the
         // registers are in the file.
         unsafe {
@@ -504,27 +506,8 @@ impl Machine<'_> {
         access: &Access,
         pc: u32,
     ) -> Result<(), Box<Fault>> {
-        let matrices = access.elements as usize;
-        let file = warp.file.as_mut_ptr();
-        let mask = (!0u64 >> (64 - 8 * matrices)) as u32;
+        let mask = (!0u64 >> (64 - 8 * u32::from(access.elements))) as u32;
         let site = Site { pc, mask, bytes: 16, usage: Use::Load, element: 0, strong: false };
-        // SAFETY: `direct` has checked 16 readable bytes at every lane's address, and the registers are in the file.
-        unsafe {
-            if !access.wide_base
-                && let Some((base, added)) = self.direct::<ISA>(file, operands[matrices], access, site)
-            {
-                // Copied first: a destination may be the base.
-                let mut offsets = base.cast::<[u32; 32]>().read();
-                for l in 0..32 {
-                    offsets[l] = offsets[l].wrapping_add(access.offset as u32);
-                }
-                for m in 0..matrices {
-                    let row = |row: usize| (added + u64::from(offsets[8 * m + row])) as *const u8;
-                    load_matrix::<ISA>(file.add(operands[m] as usize), trans, row);
-                }
-                return Ok(());
-            }
-        }
         // SAFETY: the loop runs on a processor with ISA; the registers are in the file.
         unsafe { ldmatrix_checked::<ISA>(self, warp, operands, trans, access, site) }
     }
@@ -799,7 +782,7 @@ unsafe fn atom_body<const ISA: usize>(
 }
 
 per_isa! {
-    /// `ldmatrix` with all checks that are wanted.
+    /// `ldmatrix` with all checks that are wanted. Not a part of the loop, which its transposition would make slower for all others.
     ///
     /// # Safety
     /// As for [`load_checked`].
@@ -826,6 +809,20 @@ unsafe fn ldmatrix_body<const ISA: usize>(
     let file = warp.file.as_mut_ptr();
     // SAFETY: the decoder gives the destinations and then the base, all inside the file. 16 bytes at every row are checked before they are read.
     unsafe {
+        if !access.wide_base
+            && let Some((base, added)) = machine.direct::<ISA>(file, operands[matrices], access, site)
+        {
+            // Copied first: a destination may be the base.
+            let mut offsets = base.cast::<[u32; 32]>().read();
+            for l in 0..32 {
+                offsets[l] = offsets[l].wrapping_add(access.offset as u32);
+            }
+            for m in 0..matrices {
+                let row = |row: usize| (added + u64::from(offsets[8 * m + row])) as *const u8;
+                load_matrix::<ISA>(file.add(operands[m] as usize), trans, row);
+            }
+            return Ok(());
+        }
         let mut at = addresses(file, operands[matrices], access.wide_base, access.offset);
         settle(&mut at, site.mask);
         if !approve::<ISA>(machine, warp, access.space, &mut at, site) {
