@@ -473,3 +473,26 @@ fn a_block_that_says_what_it_has_read_may_be_written_over() {
     // What it has written needs a fence of the device's scope.
     assert_eq!(run(body(wait, write)), Err(FaultKind::GlobalRace));
 }
+
+#[test]
+fn atomics_release_and_acquire_by_themselves() {
+    // Block 0 writes word 1 and adds to word 0; block 1 waits for word 0 and reads word 1.
+    let run = |add: &str, wait: &str| {
+        let mut device = Device::new(&module(&format!(
+            "mov.u32 %r0, %ctaid.x;\nsetp.ne.u32 %c0, %r0, 0;\n@%c0 bra second;\nst.global.u32 [%p+4], 7;\n{add}\nret;\n\
+             second:\n{wait}\nsetp.eq.u32 %c1, %r1, 0;\n@%c1 bra second;\nld.global.u32 %r2, [%p+4];\nst.global.u32 [%p+8], %r2;"
+        )));
+        device.settings.threads = 1;
+        let at = device.upload(&[0u32, 5, 0]);
+        device.run("k", [2, 1, 1], [1; 3], 0, &[Arg::U64(at)]).map_err(|fault| fault.kind)?;
+        Ok(device.download::<u32>(at, 3)[2])
+    };
+    for wait in ["ld.acquire.gpu.global.u32 %r1, [%p];", "atom.acquire.gpu.global.or.b32 %r1, [%p], 0;"] {
+        for add in ["atom.add.release.gpu.u32 %r3, [%p], 1;", "red.release.gpu.global.add.u32 [%p], 1;"] {
+            assert_eq!(run(add, wait), Ok(7), "{add} {wait}");
+        }
+        assert_eq!(run("atom.acq_rel.gpu.global.exch.b32 %r3, [%p], 1;", wait), Ok(7), "{wait}");
+        assert_eq!(run("atom.relaxed.gpu.global.add.u32 %r3, [%p], 1;", wait), Err(FaultKind::GlobalRace), "{wait}");
+        assert_eq!(run("atom.add.release.cta.u32 %r3, [%p], 1;", wait), Err(FaultKind::GlobalRace), "{wait}");
+    }
+}
