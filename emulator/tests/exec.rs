@@ -489,7 +489,8 @@ fn structures_are_copied_with_their_padding() {
     for wrong in ["f64 %d1, [%q0+8]", "f32 %f0, [%q0+8]", "u32 %r0, [%q0+12]", "v4.u32 {%r0, %r1, %r2, %r3}, [%q0]"] {
         assert_eq!(run(&format!("ld.global.{wrong};")), Err(FaultKind::Uninitialised), "{wrong}");
         let shared = wrong.replace("%q0", "%r8");
-        assert_eq!(run(&format!("ld.shared.{shared};")), Err(FaultKind::Uninitialised), "{shared}");
+        let used = format!("ld.shared.{shared};\nst.global.u32 [%q0], %r0;");
+        assert_eq!(run(&used), Err(FaultKind::Uninitialised), "{shared}");
     }
 }
 
@@ -514,4 +515,80 @@ fn a_block_that_says_what_it_has_read_may_be_written_over() {
     assert_eq!(run(body("", read)), Err(FaultKind::GlobalRace));
     // What it has written needs a fence of the device's scope.
     assert_eq!(run(body(wait, write)), Err(FaultKind::GlobalRace));
+}
+
+#[test]
+fn atomics_release_and_acquire_by_themselves() {
+    // Block 0 writes word 1 and adds to word 0; block 1 waits for word 0 and reads word 1.
+    let run = |add: &str, wait: &str| {
+        let mut device = Device::new(&module(&format!(
+            "mov.u32 %r0, %ctaid.x;\nsetp.ne.u32 %c0, %r0, 0;\n@%c0 bra second;\nst.global.u32 [%p+4], 7;\n{add}\nret;\n\
+             second:\n{wait}\nsetp.eq.u32 %c1, %r1, 0;\n@%c1 bra second;\nld.global.u32 %r2, [%p+4];\nst.global.u32 [%p+8], %r2;"
+        )));
+        device.settings.threads = 1;
+        let at = device.upload(&[0u32, 5, 0]);
+        device.run("k", [2, 1, 1], [1; 3], 0, &[Arg::U64(at)]).map_err(|fault| fault.kind)?;
+        Ok(device.download::<u32>(at, 3)[2])
+    };
+    for wait in ["ld.acquire.gpu.global.u32 %r1, [%p];", "atom.acquire.gpu.global.or.b32 %r1, [%p], 0;"] {
+        for add in ["atom.add.release.gpu.u32 %r3, [%p], 1;", "red.release.gpu.global.add.u32 [%p], 1;"] {
+            assert_eq!(run(add, wait), Ok(7), "{add} {wait}");
+        }
+        assert_eq!(run("atom.acq_rel.gpu.global.exch.b32 %r3, [%p], 1;", wait), Ok(7), "{wait}");
+        assert_eq!(run("atom.relaxed.gpu.global.add.u32 %r3, [%p], 1;", wait), Err(FaultKind::GlobalRace), "{wait}");
+        assert_eq!(run("atom.add.release.cta.u32 %r3, [%p], 1;", wait), Err(FaultKind::GlobalRace), "{wait}");
+    }
+}
+
+#[test]
+fn what_is_read_ahead_and_thrown_away_is_no_fault() {
+    // Threads write 16 words each of the first half; those from 16 on read what nothing has written, into %r0 and, by ldmatrix, lanes of %r1.
+    let run = |use_of_it: &str| {
+        let device = Device::new(&module(&format!(
+            "setp.lt.u32 %c0, %t, 16;\nmov.u32 %r8, s;\nmad.lo.u32 %r8, %t, 16, %r8;\n\
+             @%c0 st.shared.v4.u32 [%r8], {{%t, %t, %t, %t}};\nbar.sync 0;\n\
+             ld.shared.u32 %r0, [%r8];\nldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r4, %r5, %r6, %r7}}, [%r8];\n\
+             mad.wide.u32 %q0, %t, 4, %p;\nmov.u32 %r9, 1;\nmov.f32 %f0, 0f00000000;\n\
+             mov.f32 %f1, %f0;\nmov.f32 %f2, %f0;\nmov.f32 %f3, %f0;\n{use_of_it}"
+        )));
+        let at = device.upload(&[0u32; 64]);
+        device.run("k", [1; 3], [32, 1, 1], 0, &[Arg::U64(at)]).map(|_| ()).map_err(|fault| fault.kind)
+    };
+    let refused = Err(FaultKind::Uninitialised);
+    // Of the four matrices the first two have been written. An m16n8k8 product's A is two of them, rows 0 to 7 and rows 8 to 15.
+    let product = |a: &str, b: &str, stored: &str| {
+        format!(
+            "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {{%f0, %f1, %f2, %f3}}, {{{a}}}, {{{b}}}, {{%f0, %f1, %f2, %f3}};\n\
+             st.global.f32 [%q0], {stored};"
+        )
+    };
+    for good in [
+        "add.u32 %r1, %r0, 5;".to_string(),
+        "@%c0 st.global.u32 [%q0], %r0;".into(),
+        "selp.u32 %r1, %r0, %t, %c0; st.global.u32 [%q0], %r1;".into(),
+        "setp.eq.u32 %c1, %r0, 3; and.pred %c1, %c1, %c0; @%c1 bra on; on:".into(),
+        "setp.eq.and.u32 %c1, %r0, 3, %c0; @%c1 bra on; on:".into(),
+        "st.shared.u32 [%r8], %r0;".into(),
+        "ld.shared.u32 %r0, [s]; st.global.u32 [%q0], %r0;".into(),
+        product("%r4, %r6", "%r5", "%f0"),
+        product("%r4, %r6", "%r5", "%f1"),
+    ] {
+        assert_eq!(run(&good), Ok(()), "{good}");
+    }
+    for wrong in [
+        "st.global.u32 [%q0], %r0;".to_string(),
+        "add.u32 %r1, %r0, 5; cvt.u64.u32 %q1, %r1; add.u64 %q1, %q1, %q0; st.global.u64 [%p], %q1;".into(),
+        "selp.u32 %r1, %t, %r0, %c0; st.global.u32 [%q0], %r1;".into(),
+        "setp.eq.u32 %c1, %r0, 3; or.pred %c1, %c1, %c0; @%c1 bra on; on:".into(),
+        "ld.shared.u32 %r1, [%r0];".into(),
+        "ld.shared.f32 %f4, [%r8];".into(),
+        "shfl.sync.idx.b32 %r1, %r0, 0, 31, -1;".into(),
+        "st.shared.u32 [%r8], %r0; ld.shared.u32 %r1, [%r8]; st.global.u32 [%q0], %r1;".into(),
+        product("%r4, %r6", "%r5", "%f2"),
+        product("%r4, %r4", "%r6", "%f0"),
+        product("%r4, %r4", "%r6", "%f1"),
+        product("%r6, %r4", "%r5", "%f0"),
+    ] {
+        assert_eq!(run(&wrong), refused, "{wrong}");
+    }
 }

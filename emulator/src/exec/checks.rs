@@ -479,7 +479,7 @@ impl Machine<'_> {
                 let written = |at: u64| marks.get((at >> env.granule) as usize).is_some_and(|&mark| mark != 0);
                 if let Some(first) = unwritten(at[l as usize], site, written) {
                     let detail = format!("reads shared memory at {first:#x} that nothing has written");
-                    return Err(self.fault(FaultKind::Uninitialised, warp, site.pc, l, detail));
+                    self.read_unwritten(warp, site.pc, l, detail)?;
                 }
             }
         }

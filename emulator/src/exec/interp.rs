@@ -149,6 +149,11 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                 let guard = unsafe { file.add(step.guard as usize).cast::<u32>().read() };
                 active &= if step.negate { !guard } else { guard };
             }
+            let mut unwrite = 0;
+            let followed = !warp.unwritten.is_empty();
+            if followed {
+                unwrite = machine.follow(warp, step, operands, pc, mask, active)?;
+            }
             // What a basic block costs, counted when it ends.
             macro_rules! end_of_block {
                 () => {
@@ -193,6 +198,19 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                 }};
             }
             match &step.op {
+                Op::Run(form) | Op::Mma(form)
+                    if followed && active != 0 && (active == !0 || matches!(step.op, Op::Run(_))) =>
+                {
+                    let arity = step.arity as usize;
+                    for instruction in operands[..arity * step.count as usize].chunks_exact(arity) {
+                        machine.follow_arithmetic(warp, form, instruction, active);
+                        // SAFETY: as for Run.
+                        unsafe { form.run[ISA](form, file, instruction.as_ptr(), 1, active) };
+                    }
+                    if step.guard != NO_GUARD {
+                        machine.count_guarded(form, active);
+                    }
+                }
                 Op::Run(form) => {
                     if active != 0 {
                         // SAFETY: operands and file are as `crate::ptx` laid them out for this form; the caller vouches for the instruction set.
@@ -215,6 +233,9 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                 Op::Load(access) => {
                     if active != 0 {
                         machine.load::<ISA>(warp, operands, access, pc, active)?;
+                        if machine.unwritten != 0 {
+                            machine.note_unwritten(warp, step, operands);
+                        }
                         if access.strong {
                             poll!();
                         }
@@ -223,6 +244,9 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                 Op::Store(access) => {
                     if active != 0 {
                         machine.store::<ISA>(warp, operands, access, pc, active)?;
+                        if unwrite != 0 {
+                            machine.unwrite(warp, operands, access, unwrite);
+                        }
                     }
                 }
                 Op::LdMatrix { trans, access } => {
@@ -233,6 +257,9 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                         return Err(machine.not_whole(warp, pc, active));
                     }
                     machine.ldmatrix::<ISA>(warp, operands, *trans, access, pc)?;
+                    if machine.unwritten != 0 {
+                        machine.note_unwritten(warp, step, operands);
+                    }
                 }
                 Op::Jump(target) => {
                     end_of_block!();

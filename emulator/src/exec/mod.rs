@@ -11,6 +11,7 @@ mod races;
 mod schedule;
 mod shapes;
 mod state;
+mod unwritten;
 
 use crate::memory::Memory;
 use crate::num::FlopType;

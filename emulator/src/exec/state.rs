@@ -91,6 +91,8 @@ pub struct Warp {
     pub unbroken: u32,
     /// Strong loads and atomics with a result since then: what code that waits for other threads does over and over.
     pub polls_of_turn: u32,
+    /// Values read from shared memory that nothing has written.
+    pub unwritten: super::unwritten::Unwritten,
     /// Instructions so far.
     pub instructions: u64,
     /// Reads of global memory so far by which it may have waited for another block.
@@ -254,6 +256,8 @@ pub struct Machine<'a> {
     pub cache: [(u64, u64); 64],
     /// Shapes of accesses to shared memory.
     pub shapes: Shapes,
+    /// Lanes for which the load at hand has found shared memory unwritten.
+    pub unwritten: u32,
 }
 
 impl Env<'_> {
@@ -298,6 +302,7 @@ impl<'a> Machine<'a> {
             runs: vec![(0, 0); env.program.costs.len()],
             cache: [(0, 0); 64],
             shapes: Shapes::new(env.program.steps.len()),
+            unwritten: 0,
         }
     }
 
@@ -354,6 +359,7 @@ impl<'a> Machine<'a> {
             warp.favour = 0;
             warp.unbroken = 0;
             warp.polls_of_turn = 0;
+            warp.unwritten.clear();
             warp.instructions = 0;
             warp.polls = 0;
             warp.pending.clear();

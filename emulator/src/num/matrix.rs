@@ -68,6 +68,38 @@ pub struct Matrix {
     tiles: Vec<Tile>,
 }
 
+impl Matrix {
+    /// See [`super::Form::spread`]: a row of A reaches its row of D, a column of B its column, an element of C itself.
+    pub fn spread(&self, marked: impl Fn(usize) -> u32) -> Vec<(usize, u32)> {
+        let mut result = vec![];
+        for tile in &self.tiles {
+            let depth = &tile.k[..self.depth];
+            let quads = |which: usize| {
+                let lanes = depth.iter().fold(0, |all, k| all | marked(k[which] as usize));
+                (0..8).filter(|g| lanes >> (4 * g) & 15 != 0).fold(0u32, |all, g| all | 1 << g)
+            };
+            let spread = |quads: u32| (0..8).filter(|g| quads >> g & 1 != 0).fold(0u32, |all, g| all | 15 << (4 * g));
+            let (low, high, columns) = (spread(quads(0)), if self.tall { spread(quads(1)) } else { 0 }, quads(2));
+            let of_columns = |parity: u32| {
+                (0..32).filter(|l| columns >> (2 * (l % 4) + parity) & 1 != 0).fold(0u32, |all, l| all | 1 << l)
+            };
+            // An f16 register holds both columns of a row, others one.
+            let (d_rows, c_rows) = (if self.d_f16 { 1 } else { 2 }, if self.c_f16 { 1 } else { 2 });
+            for rows in 0..if self.tall { 2 } else { 1 } {
+                for column in 0..d_rows {
+                    let mut lanes = if rows == 0 { low } else { high };
+                    for parity in (0..2).filter(|parity| d_rows == 1 || *parity == column) {
+                        lanes |= of_columns(parity as u32);
+                        lanes |= marked(tile.c[rows * c_rows + parity.min(c_rows - 1)] as usize);
+                    }
+                    result.push((tile.d[rows * d_rows + column] as usize, lanes));
+                }
+            }
+        }
+        result
+    }
+}
+
 /// Types of the operands and floating-point operations, for [`super::form()`].
 pub struct Parsed {
     /// The decoded product.

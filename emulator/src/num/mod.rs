@@ -153,6 +153,51 @@ pub struct Form {
     pub run: [Run; 3],
 }
 
+/// On which of its sources' lanes a lane of a result depends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dependence {
+    /// The same lane of every source.
+    All,
+    /// The same lane of the predicate and of the source that it selects.
+    Select,
+    /// The same lane of both predicates, unless one is false.
+    And,
+    /// The same lane of both predicates, unless one is true.
+    Or,
+    /// The same lane of all, unless the last, a predicate, is false.
+    AndLast,
+    /// The same lane of all, unless the last, a predicate, is true.
+    OrLast,
+    /// See [`Form::spread`].
+    Matrix,
+}
+
+impl Form {
+    /// See [`Dependence`].
+    pub fn dependence(&self) -> Dependence {
+        match self.detail.decoded.op {
+            _ if self.detail.matrix.is_some() => Dependence::Matrix,
+            form::Op::Selp32 | form::Op::Selp64 => Dependence::Select,
+            form::Op::AndPred => Dependence::And,
+            form::Op::OrPred => Dependence::Or,
+            form::Op::SetpI32 | form::Op::SetpU32 | form::Op::SetpF32 | form::Op::SetpOther => {
+                match self.detail.decoded.bool_op {
+                    form::BoolOp::And => Dependence::AndLast,
+                    form::BoolOp::Or => Dependence::OrLast,
+                    _ => Dependence::All,
+                }
+            }
+            _ => Dependence::All,
+        }
+    }
+
+    /// Of a matrix product: which lanes of each destination (by its place among the operands) depend on the lanes that `marked` gives for
+    /// each source.
+    pub fn spread(&self, marked: impl Fn(usize) -> u32) -> Vec<(usize, u32)> {
+        self.detail.matrix.as_ref().map_or(vec![], |matrix| matrix.spread(marked))
+    }
+}
+
 /// How the decoder reads an operand of a type.
 fn operand_type(ty: Ty) -> Type {
     match ty {

@@ -1173,7 +1173,9 @@ impl<'a> Builder<'a> {
         for operand in &operands[skip + 1..wanted] {
             values.push(self.value(at, operand, ty)?);
         }
+        self.ordering(at, &["release", "acq_rel"]);
         self.emit(at, Op::Atom { rmw, reduce, access }, &values, skip);
+        self.ordering(at, &["acquire", "acq_rel"]);
         Ok(())
     }
 
