@@ -5,8 +5,7 @@
 //! plain f32 loops make on the same case, plus one rounding of the output (2^-24 of the value). Self-calibrating over
 //! reduction length, magnitude and cancellation; the factor of two is for another order of summation.
 
-// Each test target uses its own part of this module.
-#![allow(dead_code)]
+#![allow(dead_code, reason = "each test target uses its own part of this module")]
 
 pub mod gpu;
 pub mod plant;

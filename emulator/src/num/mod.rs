@@ -61,9 +61,9 @@ pub enum Type {
     B32,
     /// 64-bit integer or untyped bits.
     B64,
-    /// A float of 32 bits: immediates are `0fXXXXXXXX`, or decimal or 0d literals converted from double.
+    /// A float of 32 bits: immediates are `0f` with 8 hexadecimal digits, or decimal or 0d literals converted from double.
     F32,
-    /// A float of 64 bits: immediates are `0dXXXXXXXXXXXXXXXX` or decimal.
+    /// A float of 64 bits: immediates are `0d` with 16 hexadecimal digits, or decimal.
     F64,
 }
 

@@ -1,5 +1,7 @@
 //! Loads the emulator the way a program does, and reaches its own exports.
 
+#![allow(dead_code, reason = "not every test binary that shares this file uses all of it")]
+
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
 use cudarc::nvrtc::Ptx;
 use std::ffi::{CStr, CString, c_char, c_int};
@@ -16,7 +18,6 @@ pub fn library_path() -> PathBuf {
 }
 
 /// Opens the emulator by its absolute path, before any other call of cudarc, and asserts that it is what cudarc then finds.
-#[allow(dead_code, reason = "not every test binary that shares this file uses all of it")]
 pub fn open() {
     // SAFETY: the library's initialisers are those of the Rust runtime.
     let library = unsafe { libloading::Library::new(library_path()) }.expect("the emulator loads");
@@ -52,12 +53,10 @@ fn export<T: Copy>(name: &str) -> T {
 }
 
 /// Sets how launches of this thread run; see include/cuda_emu.h.
-#[allow(dead_code, reason = "not every test binary that shares this file uses all of it")]
 pub fn configure(name: &str, value: &str) {
     assert_eq!(try_configure(name, value), 0, "{}", last_message());
 }
 
-#[allow(dead_code, reason = "not every test binary that shares this file uses all of it")]
 pub fn try_configure(name: &str, value: &str) -> c_int {
     let function: unsafe extern "C" fn(*const c_char, *const c_char) -> c_int = export("emu_configure");
     let (name, value) = (CString::new(name).unwrap(), CString::new(value).unwrap());
@@ -66,19 +65,16 @@ pub fn try_configure(name: &str, value: &str) -> c_int {
 }
 
 /// Why this thread's last failing call failed.
-#[allow(dead_code, reason = "not every test binary that shares this file uses all of it")]
 pub fn last_message() -> String {
     let text = export::<extern "C" fn() -> *const c_char>("emu_last_message")();
     // SAFETY: the text is terminated and lives until this thread's next failure.
     unsafe { CStr::from_ptr(text) }.to_string_lossy().into_owned()
 }
 
-#[allow(dead_code, reason = "not every test binary that shares this file uses all of it")]
 pub fn profile() -> serde_json::Value {
     json_of("emu_profile_json")
 }
 
-#[allow(dead_code, reason = "not every test binary that shares this file uses all of it")]
 pub fn last_launch() -> serde_json::Value {
     json_of("emu_last_launch_json")
 }
@@ -98,7 +94,6 @@ fn json_of(name: &str) -> serde_json::Value {
 }
 
 /// A context of its own, so that a fault or a leak of one test is not another's, and a stream.
-#[allow(dead_code, reason = "not every test binary that shares this file uses all of it")]
 pub fn device(ordinal: usize) -> (Arc<CudaContext>, Arc<CudaStream>) {
     let context = CudaContext::new_non_primary(ordinal, 0).expect("a context");
     // SAFETY: each test uses one stream at a time, or orders its streams itself.
@@ -107,18 +102,15 @@ pub fn device(ordinal: usize) -> (Arc<CudaContext>, Arc<CudaStream>) {
     (context, stream)
 }
 
-#[allow(dead_code, reason = "not every test binary that shares this file uses all of it")]
 pub fn module(context: &Arc<CudaContext>, ptx: &str) -> Arc<CudaModule> {
     context.load_module(Ptx::from_src(ptx)).unwrap_or_else(|why| panic!("{why:?}: {}", last_message()))
 }
 
-#[allow(dead_code, reason = "not every test binary that shares this file uses all of it")]
 pub fn kernel(context: &Arc<CudaContext>, ptx: &str, name: &str) -> CudaFunction {
     module(context, ptx).load_function(name).unwrap_or_else(|why| panic!("{name}: {why:?}: {}", last_message()))
 }
 
 /// The code inside an error of cudarc.
-#[allow(dead_code, reason = "not every test binary that shares this file uses all of it")]
 pub fn code<T>(result: Result<T, DriverError>) -> sys::CUresult {
     match result {
         Ok(_) => sys::CUresult::CUDA_SUCCESS,
