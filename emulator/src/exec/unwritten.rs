@@ -124,7 +124,7 @@ impl Machine<'_> {
             self.refuse_use(warp, step.guard, mask, pc)?;
         }
         let (outputs, stored) = match step.op {
-            Op::Run(_) | Op::Mma(_) => return Ok(0),
+            Op::Run(_) | Op::Mma(..) => return Ok(0),
             Op::Load(access) | Op::LdMatrix { access, .. } => (access.elements as usize, 0),
             Op::Store(access) if access.space == Space::Shared => (0, access.elements as usize),
             _ => (outputs(&step.op), 0),
