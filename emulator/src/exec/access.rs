@@ -100,6 +100,17 @@ pub fn settle(at: &mut Addresses, mask: u32) {
     }
 }
 
+/// A lane's address on its own. As an ordinary read the compiler makes one of all lanes', and then takes 32 addresses out of vectors, which costs more
+/// than everything else that a load does.
+///
+/// # Safety
+/// Lane `l` can be read.
+#[inline(always)]
+unsafe fn one<T>(base: *const T, l: usize) -> T {
+    // SAFETY: the caller's promise.
+    unsafe { base.add(l).read_volatile() }
+}
+
 /// Smallest, largest and the disjunction of all addresses.
 #[inline(always)]
 pub fn extent(at: &Addresses) -> (u64, u64, u64) {
@@ -202,13 +213,13 @@ impl Machine<'_> {
                     let dense = single && ask::steps64::<ISA>(base, bytes.into());
                     let equal = [false; 2];
                     load_from::<ISA>(file, operands, access, mask, dense, equal, |l| {
-                        base.add(l).read().wrapping_add(added) as *const u8
+                        one(base, l).wrapping_add(added) as *const u8
                     });
                 } else {
                     let base = base.cast::<u32>();
                     let offset = access.offset as u32;
                     let dense = single && ask::steps32::<ISA>(base, bytes);
-                    let at = |l: usize| (added + u64::from(base.add(l).read().wrapping_add(offset))) as *const u8;
+                    let at = |l: usize| (added + u64::from(one(base, l).wrapping_add(offset))) as *const u8;
                     let equal = match elements {
                         4 => [ask::equal32::<ISA>(base), ask::equal32::<ISA>(base.add(16))],
                         _ => [false; 2],
@@ -283,14 +294,12 @@ impl Machine<'_> {
                     let base = base.cast::<u64>();
                     let added = added.wrapping_add(access.offset as u64);
                     let dense = single && ask::steps64::<ISA>(base, bytes.into());
-                    store_to(file, operands, access, mask, dense, |l| {
-                        base.add(l).read().wrapping_add(added) as *mut u8
-                    });
+                    store_to(file, operands, access, mask, dense, |l| one(base, l).wrapping_add(added) as *mut u8);
                 } else {
                     let base = base.cast::<u32>();
                     let offset = access.offset as u32;
                     let dense = single && ask::steps32::<ISA>(base, bytes);
-                    let at = |l: usize| (added + u64::from(base.add(l).read().wrapping_add(offset))) as *mut u8;
+                    let at = |l: usize| (added + u64::from(one(base, l).wrapping_add(offset))) as *mut u8;
                     store_to(file, operands, access, mask, dense, at);
                 }
                 return Ok(());
@@ -655,7 +664,7 @@ unsafe fn load_body<const ISA: usize>(
             4 => [ask::equal64::<ISA>(at.as_ptr()), ask::equal64::<ISA>(at.as_ptr().add(16))],
             _ => [false; 2],
         };
-        load_from::<ISA>(file, operands, access, site.mask, dense, equal, |l| at[l] as *const u8);
+        load_from::<ISA>(file, operands, access, site.mask, dense, equal, |l| one(at.as_ptr(), l) as *const u8);
         if let Some(asked) = asked {
             machine.acquire_seen(&asked, site.mask);
         }
@@ -703,7 +712,7 @@ unsafe fn store_body<const ISA: usize>(
             }
         }
         let dense = ask::steps64::<ISA>(at.as_ptr(), site.bytes.into());
-        store_to(file, operands, access, site.mask, dense, |l| at[l] as *mut u8)
+        store_to(file, operands, access, site.mask, dense, |l| one(at.as_ptr(), l) as *mut u8)
     };
     Ok(())
 }
@@ -813,12 +822,12 @@ unsafe fn ldmatrix_body<const ISA: usize>(
             && let Some((base, added)) = machine.direct::<ISA>(file, operands[matrices], access, site)
         {
             // Copied first: a destination may be the base.
-            let mut offsets = base.cast::<[u32; 32]>().read();
-            for l in 0..32 {
-                offsets[l] = offsets[l].wrapping_add(access.offset as u32);
-            }
+            let offsets = base.cast::<[u32; 32]>().read();
             for m in 0..matrices {
-                let row = |row: usize| (added + u64::from(offsets[8 * m + row])) as *const u8;
+                let row = |row: usize| {
+                    (added + u64::from(one(offsets.as_ptr(), 8 * m + row).wrapping_add(access.offset as u32)))
+                        as *const u8
+                };
                 load_matrix::<ISA>(file.add(operands[m] as usize), trans, row);
             }
             return Ok(());
@@ -829,7 +838,8 @@ unsafe fn ldmatrix_body<const ISA: usize>(
             machine.locate(warp, access.space, &mut at, site)?;
         }
         for m in 0..matrices {
-            load_matrix::<ISA>(file.add(operands[m] as usize), trans, |row| at[8 * m + row] as *const u8);
+            let row = |row: usize| one(at.as_ptr(), 8 * m + row) as *const u8;
+            load_matrix::<ISA>(file.add(operands[m] as usize), trans, row);
         }
     }
     Ok(())
