@@ -9,7 +9,7 @@
 
 use super::checks::{approve, approve_arrival, approve_copy, per_isa};
 use super::interp::PORTABLE;
-use super::lanes as ask;
+use super::lanes::{self as ask, Lie};
 use super::state::{Machine, Pending, Warp, lanes};
 use super::{Fault, FaultKind};
 use crate::num::ops;
@@ -211,8 +211,11 @@ impl Machine<'_> {
                     let base = base.cast::<u64>();
                     let added = added.wrapping_add(access.offset as u64);
                     let dense = single && ask::steps64::<ISA>(base, bytes.into());
-                    let equal = [false; 2];
-                    load_from::<ISA>(file, operands, access, mask, dense, equal, |l| {
+                    let lie = match elements {
+                        4 => [ask::lie64::<ISA>(base), ask::lie64::<ISA>(base.add(16))],
+                        _ => [Lie::Any; 2],
+                    };
+                    load_from::<ISA>(file, operands, access, mask, dense, lie, |l| {
                         one(base, l).wrapping_add(added) as *const u8
                     });
                 } else {
@@ -220,11 +223,11 @@ impl Machine<'_> {
                     let offset = access.offset as u32;
                     let dense = single && ask::steps32::<ISA>(base, bytes);
                     let at = |l: usize| (added + u64::from(one(base, l).wrapping_add(offset))) as *const u8;
-                    let equal = match elements {
-                        4 => [ask::equal32::<ISA>(base), ask::equal32::<ISA>(base.add(16))],
-                        _ => [false; 2],
+                    let lie = match elements {
+                        4 => [ask::lie32::<ISA>(base), ask::lie32::<ISA>(base.add(16))],
+                        _ => [Lie::Any; 2],
                     };
-                    load_from::<ISA>(file, operands, access, mask, dense, equal, at);
+                    load_from::<ISA>(file, operands, access, mask, dense, lie, at);
                 }
                 return Ok(());
             }
@@ -258,7 +261,7 @@ impl Machine<'_> {
                 let mut at = addresses(file, register, access.wide_base, access.offset);
                 settle(&mut at, site.mask);
                 self.locate(warp, Space::Param, &mut at, site)?;
-                load_from::<PORTABLE>(file, operands, access, site.mask, false, [false; 2], |l| at[l] as *const u8);
+                load_from::<PORTABLE>(file, operands, access, site.mask, false, [Lie::Any; 2], |l| at[l] as *const u8);
                 return Ok(());
             }
             for e in 0..access.elements as usize {
@@ -294,13 +297,15 @@ impl Machine<'_> {
                     let base = base.cast::<u64>();
                     let added = added.wrapping_add(access.offset as u64);
                     let dense = single && ask::steps64::<ISA>(base, bytes.into());
-                    store_to(file, operands, access, mask, dense, |l| one(base, l).wrapping_add(added) as *mut u8);
+                    store_to::<ISA>(file, operands, access, mask, dense, |l| {
+                        one(base, l).wrapping_add(added) as *mut u8
+                    });
                 } else {
                     let base = base.cast::<u32>();
                     let offset = access.offset as u32;
                     let dense = single && ask::steps32::<ISA>(base, bytes);
                     let at = |l: usize| (added + u64::from(one(base, l).wrapping_add(offset))) as *mut u8;
-                    store_to(file, operands, access, mask, dense, at);
+                    store_to::<ISA>(file, operands, access, mask, dense, at);
                 }
                 return Ok(());
             }
@@ -660,11 +665,11 @@ unsafe fn load_body<const ISA: usize>(
             machine.locate(warp, access.space, &mut at, site)?;
         }
         let dense = ask::steps64::<ISA>(at.as_ptr(), site.bytes.into());
-        let equal = match access.elements {
-            4 => [ask::equal64::<ISA>(at.as_ptr()), ask::equal64::<ISA>(at.as_ptr().add(16))],
-            _ => [false; 2],
+        let lie = match access.elements {
+            4 => [ask::lie64::<ISA>(at.as_ptr()), ask::lie64::<ISA>(at.as_ptr().add(16))],
+            _ => [Lie::Any; 2],
         };
-        load_from::<ISA>(file, operands, access, site.mask, dense, equal, |l| one(at.as_ptr(), l) as *const u8);
+        load_from::<ISA>(file, operands, access, site.mask, dense, lie, |l| one(at.as_ptr(), l) as *const u8);
         if let Some(asked) = asked {
             machine.acquire_seen(&asked, site.mask);
         }
@@ -712,7 +717,7 @@ unsafe fn store_body<const ISA: usize>(
             }
         }
         let dense = ask::steps64::<ISA>(at.as_ptr(), site.bytes.into());
-        store_to(file, operands, access, site.mask, dense, |l| one(at.as_ptr(), l) as *mut u8)
+        store_to::<ISA>(file, operands, access, site.mask, dense, |l| one(at.as_ptr(), l) as *mut u8)
     };
     Ok(())
 }
@@ -872,8 +877,8 @@ unsafe fn load_matrix<const ISA: usize>(to: *mut u8, trans: bool, row: impl Fn(u
     }
 }
 
-/// Moves a load's bytes into its registers. `at` gives a lane's address; `dense`: lane after lane follows in memory. `equal`: the first 16 lanes, the last
-/// 16 lanes have the same address.
+/// Moves a load's bytes into its registers. `at` gives a lane's address; `dense`: lane after lane follows in memory. `lie`: how the addresses of the
+/// first and the last 16 lanes lie, for accesses of 16 bytes.
 #[inline(always)]
 unsafe fn load_from<const ISA: usize>(
     file: *mut u8,
@@ -881,7 +886,7 @@ unsafe fn load_from<const ISA: usize>(
     access: &Access,
     mask: u32,
     dense: bool,
-    equal: [bool; 2],
+    lie: [Lie; 2],
     at: impl Fn(usize) -> *const u8,
 ) {
     // SAFETY: the caller has checked the addresses and registers.
@@ -920,8 +925,8 @@ unsafe fn load_from<const ISA: usize>(
                 } else {
                     [a, b, c, d]
                 };
-                ask::load_quads::<ISA>(&at, to, equal[0]);
-                ask::load_quads::<ISA>(|l| at(l + 16), to.map(|to| to.add(16)), equal[1]);
+                ask::load_quads::<ISA>(&at, to, lie[0]);
+                ask::load_quads::<ISA>(|l| at(l + 16), to.map(|to| to.add(16)), lie[1]);
                 if mask != !0 {
                     for e in 0..4 {
                         blend32(file, operands[e], &value[e], mask);
@@ -981,7 +986,7 @@ unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &[*c
 
 /// Moves a store's registers into memory; see [`load_from`].
 #[inline(always)]
-unsafe fn store_to(
+unsafe fn store_to<const ISA: usize>(
     file: *const u8,
     operands: &[u32],
     access: &Access,
@@ -1004,9 +1009,8 @@ unsafe fn store_to(
             (4, 4, 32) if mask == !0 => {
                 let value = |e: usize| file.add(operands[1 + e] as usize).cast::<u32>();
                 let values = [value(0), value(1), value(2), value(3)];
-                for l in (0..32).step_by(4) {
-                    ask::store_quads(|i| at(l + i), values.map(|value| value.add(l)));
-                }
+                ask::store_quads::<ISA>(&at, values);
+                ask::store_quads::<ISA>(|l| at(l + 16), values.map(|value| value.add(16)));
             }
             (4, _, 32) => {
                 for e in 0..access.elements as usize {
