@@ -1000,6 +1000,12 @@ unsafe fn store_to<const ISA: usize>(
             (4, 1, 32) if mask == !0 && dense => {
                 at(0).cast::<[u32; 32]>().write_unaligned(file.add(operands[1] as usize).cast::<[u32; 32]>().read());
             }
+            (4, 1, 32) if mask == !0 => {
+                let value = &*file.add(operands[1] as usize).cast::<[u32; 32]>();
+                for l in 0..32 {
+                    at(l).cast::<u32>().write_unaligned(value[l]);
+                }
+            }
             (4, 1, 32) => {
                 let value = &*file.add(operands[1] as usize).cast::<[u32; 32]>();
                 for l in lanes(mask) {
