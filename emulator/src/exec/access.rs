@@ -553,6 +553,7 @@ impl Machine<'_> {
         let usage = if store { Use::Store } else { Use::Load };
         let before = (self.counters.global, self.counters.shared);
         for (register, &operand) in values.iter().enumerate() {
+            let mut unwritten = 0;
             for part in 0..fragment.per_register {
                 let mut at = Addresses(std::array::from_fn(|l| {
                     let (row, col) = (fragment.at)(l as u32, register as u32, part);
@@ -566,6 +567,7 @@ impl Machine<'_> {
                 if !approved {
                     self.locate(warp, access.space, &mut at, site)?;
                 }
+                unwritten |= std::mem::take(&mut self.unwritten);
                 let mut data = [[0u8; 16]; 32];
                 let width = bytes as usize;
                 let shift = (part * bytes) as usize;
@@ -598,6 +600,9 @@ impl Machine<'_> {
                         }
                     }
                 }
+            }
+            if unwritten != 0 {
+                self.note_unwritten_fragment(warp, operand, unwritten);
             }
         }
         // One instruction, however many elements.
