@@ -667,12 +667,11 @@ impl Matrix {
                 next
             });
             let spread_a = a != Some(registers.a);
-            let second = tiles.len() >= 2 && tiles[tiles.len() - 2].pair;
             if let Some(last) = tiles.last_mut() {
                 let d = last.registers.d;
                 let needs = |of: &[u32]| of.iter().any(|register| d.contains(register));
                 let free = !needs(&registers.a) && !needs(&registers.b) && !needs(&registers.c);
-                last.pair = !second && !spread_a && free;
+                last.pair = !spread_a && free;
             }
             tiles.push(Planned { registers, spread_a, spread_b: known.is_none(), place, pair: false });
             a = Some(registers.a);
