@@ -562,6 +562,16 @@ fn what_is_read_ahead_and_thrown_away_is_no_fault() {
              st.global.f32 [%q0], {stored};"
         )
     };
+    // Rows of A and columns of B from 8 on have not been written.
+    let fragments = |stored: &str| {
+        format!(
+            "mov.u32 %r10, 16;\nwmma.load.a.sync.aligned.row.m16n16k16.shared.bf16 {{%r0, %r1, %r2, %r3}}, [s], %r10;\n\
+             wmma.load.b.sync.aligned.col.m16n16k16.shared.bf16 {{%r4, %r5, %r6, %r7}}, [s], %r10;\n\
+             wmma.mma.sync.aligned.row.col.m16n16k16.f32.bf16.bf16.f32 {{%f0, %f1, %f2, %f3, %f4, %f5, %f6, %f7}}, \
+             {{%r0, %r1, %r2, %r3}}, {{%r4, %r5, %r6, %r7}}, {{%f0, %f1, %f2, %f3, %f0, %f1, %f2, %f3}};\n\
+             st.global.f32 [%q0], {stored};"
+        )
+    };
     for good in [
         "add.u32 %r1, %r0, 5;".to_string(),
         "@%c0 st.global.u32 [%q0], %r0;".into(),
@@ -572,6 +582,7 @@ fn what_is_read_ahead_and_thrown_away_is_no_fault() {
         "ld.shared.u32 %r0, [s]; st.global.u32 [%q0], %r0;".into(),
         product("%r4, %r6", "%r5", "%f0"),
         product("%r4, %r6", "%r5", "%f1"),
+        fragments("%f1"),
     ] {
         assert_eq!(run(&good), Ok(()), "{good}");
     }
@@ -588,6 +599,8 @@ fn what_is_read_ahead_and_thrown_away_is_no_fault() {
         product("%r4, %r4", "%r6", "%f0"),
         product("%r4, %r4", "%r6", "%f1"),
         product("%r6, %r4", "%r5", "%f0"),
+        fragments("%f2"),
+        fragments("%f4"),
     ] {
         assert_eq!(run(&wrong), refused, "{wrong}");
     }

@@ -9,7 +9,7 @@
 
 use super::checks::{approve, approve_arrival, approve_copy, per_isa};
 use super::interp::PORTABLE;
-use super::lanes as ask;
+use super::lanes::{self as ask, Lie};
 use super::state::{Machine, Pending, Warp, lanes};
 use super::{Fault, FaultKind};
 use crate::num::ops;
@@ -98,6 +98,17 @@ pub fn settle(at: &mut Addresses, mask: u32) {
             at[l] = if mask >> l & 1 != 0 { at[l] } else { first };
         }
     }
+}
+
+/// A lane's address on its own. As an ordinary read the compiler makes one of all lanes', and then takes 32 addresses out of vectors, which costs more
+/// than everything else that a load does.
+///
+/// # Safety
+/// Lane `l` can be read.
+#[inline(always)]
+unsafe fn one<T>(base: *const T, l: usize) -> T {
+    // SAFETY: the caller's promise.
+    unsafe { base.add(l).read_volatile() }
 }
 
 /// Smallest, largest and the disjunction of all addresses.
@@ -200,20 +211,23 @@ impl Machine<'_> {
                     let base = base.cast::<u64>();
                     let added = added.wrapping_add(access.offset as u64);
                     let dense = single && ask::steps64::<ISA>(base, bytes.into());
-                    let equal = [false; 2];
-                    load_from::<ISA>(file, operands, access, mask, dense, equal, |l| {
-                        base.add(l).read().wrapping_add(added) as *const u8
+                    let lie = match elements {
+                        4 => [ask::lie64::<ISA>(base), ask::lie64::<ISA>(base.add(16))],
+                        _ => [Lie::Any; 2],
+                    };
+                    load_from::<ISA>(file, operands, access, mask, dense, lie, |l| {
+                        one(base, l).wrapping_add(added) as *const u8
                     });
                 } else {
                     let base = base.cast::<u32>();
                     let offset = access.offset as u32;
                     let dense = single && ask::steps32::<ISA>(base, bytes);
-                    let at = |l: usize| (added + u64::from(base.add(l).read().wrapping_add(offset))) as *const u8;
-                    let equal = match elements {
-                        4 => [ask::equal32::<ISA>(base), ask::equal32::<ISA>(base.add(16))],
-                        _ => [false; 2],
+                    let at = |l: usize| (added + u64::from(one(base, l).wrapping_add(offset))) as *const u8;
+                    let lie = match elements {
+                        4 => [ask::lie32::<ISA>(base), ask::lie32::<ISA>(base.add(16))],
+                        _ => [Lie::Any; 2],
                     };
-                    load_from::<ISA>(file, operands, access, mask, dense, equal, at);
+                    load_from::<ISA>(file, operands, access, mask, dense, lie, at);
                 }
                 return Ok(());
             }
@@ -247,7 +261,7 @@ impl Machine<'_> {
                 let mut at = addresses(file, register, access.wide_base, access.offset);
                 settle(&mut at, site.mask);
                 self.locate(warp, Space::Param, &mut at, site)?;
-                load_from::<PORTABLE>(file, operands, access, site.mask, false, [false; 2], |l| at[l] as *const u8);
+                load_from::<PORTABLE>(file, operands, access, site.mask, false, [Lie::Any; 2], |l| at[l] as *const u8);
                 return Ok(());
             }
             for e in 0..access.elements as usize {
@@ -283,15 +297,15 @@ impl Machine<'_> {
                     let base = base.cast::<u64>();
                     let added = added.wrapping_add(access.offset as u64);
                     let dense = single && ask::steps64::<ISA>(base, bytes.into());
-                    store_to(file, operands, access, mask, dense, |l| {
-                        base.add(l).read().wrapping_add(added) as *mut u8
+                    store_to::<ISA>(file, operands, access, mask, dense, |l| {
+                        one(base, l).wrapping_add(added) as *mut u8
                     });
                 } else {
                     let base = base.cast::<u32>();
                     let offset = access.offset as u32;
                     let dense = single && ask::steps32::<ISA>(base, bytes);
-                    let at = |l: usize| (added + u64::from(base.add(l).read().wrapping_add(offset))) as *mut u8;
-                    store_to(file, operands, access, mask, dense, at);
+                    let at = |l: usize| (added + u64::from(one(base, l).wrapping_add(offset))) as *mut u8;
+                    store_to::<ISA>(file, operands, access, mask, dense, at);
                 }
                 return Ok(());
             }
@@ -539,6 +553,7 @@ impl Machine<'_> {
         let usage = if store { Use::Store } else { Use::Load };
         let before = (self.counters.global, self.counters.shared);
         for (register, &operand) in values.iter().enumerate() {
+            let mut unwritten = 0;
             for part in 0..fragment.per_register {
                 let mut at = Addresses(std::array::from_fn(|l| {
                     let (row, col) = (fragment.at)(l as u32, register as u32, part);
@@ -552,6 +567,7 @@ impl Machine<'_> {
                 if !approved {
                     self.locate(warp, access.space, &mut at, site)?;
                 }
+                unwritten |= std::mem::take(&mut self.unwritten);
                 let mut data = [[0u8; 16]; 32];
                 let width = bytes as usize;
                 let shift = (part * bytes) as usize;
@@ -584,6 +600,9 @@ impl Machine<'_> {
                         }
                     }
                 }
+            }
+            if unwritten != 0 {
+                self.note_unwritten_fragment(warp, operand, unwritten);
             }
         }
         // One instruction, however many elements.
@@ -651,11 +670,11 @@ unsafe fn load_body<const ISA: usize>(
             machine.locate(warp, access.space, &mut at, site)?;
         }
         let dense = ask::steps64::<ISA>(at.as_ptr(), site.bytes.into());
-        let equal = match access.elements {
-            4 => [ask::equal64::<ISA>(at.as_ptr()), ask::equal64::<ISA>(at.as_ptr().add(16))],
-            _ => [false; 2],
+        let lie = match access.elements {
+            4 => [ask::lie64::<ISA>(at.as_ptr()), ask::lie64::<ISA>(at.as_ptr().add(16))],
+            _ => [Lie::Any; 2],
         };
-        load_from::<ISA>(file, operands, access, site.mask, dense, equal, |l| at[l] as *const u8);
+        load_from::<ISA>(file, operands, access, site.mask, dense, lie, |l| one(at.as_ptr(), l) as *const u8);
         if let Some(asked) = asked {
             machine.acquire_seen(&asked, site.mask);
         }
@@ -703,7 +722,7 @@ unsafe fn store_body<const ISA: usize>(
             }
         }
         let dense = ask::steps64::<ISA>(at.as_ptr(), site.bytes.into());
-        store_to(file, operands, access, site.mask, dense, |l| at[l] as *mut u8)
+        store_to::<ISA>(file, operands, access, site.mask, dense, |l| one(at.as_ptr(), l) as *mut u8)
     };
     Ok(())
 }
@@ -813,12 +832,12 @@ unsafe fn ldmatrix_body<const ISA: usize>(
             && let Some((base, added)) = machine.direct::<ISA>(file, operands[matrices], access, site)
         {
             // Copied first: a destination may be the base.
-            let mut offsets = base.cast::<[u32; 32]>().read();
-            for l in 0..32 {
-                offsets[l] = offsets[l].wrapping_add(access.offset as u32);
-            }
+            let offsets = base.cast::<[u32; 32]>().read();
             for m in 0..matrices {
-                let row = |row: usize| (added + u64::from(offsets[8 * m + row])) as *const u8;
+                let row = |row: usize| {
+                    (added + u64::from(one(offsets.as_ptr(), 8 * m + row).wrapping_add(access.offset as u32)))
+                        as *const u8
+                };
                 load_matrix::<ISA>(file.add(operands[m] as usize), trans, row);
             }
             return Ok(());
@@ -829,7 +848,8 @@ unsafe fn ldmatrix_body<const ISA: usize>(
             machine.locate(warp, access.space, &mut at, site)?;
         }
         for m in 0..matrices {
-            load_matrix::<ISA>(file.add(operands[m] as usize), trans, |row| at[8 * m + row] as *const u8);
+            let row = |row: usize| one(at.as_ptr(), 8 * m + row) as *const u8;
+            load_matrix::<ISA>(file.add(operands[m] as usize), trans, row);
         }
     }
     Ok(())
@@ -862,8 +882,8 @@ unsafe fn load_matrix<const ISA: usize>(to: *mut u8, trans: bool, row: impl Fn(u
     }
 }
 
-/// Moves a load's bytes into its registers. `at` gives a lane's address; `dense`: lane after lane follows in memory. `equal`: the first 16 lanes, the last
-/// 16 lanes have the same address.
+/// Moves a load's bytes into its registers. `at` gives a lane's address; `dense`: lane after lane follows in memory. `lie`: how the addresses of the
+/// first and the last 16 lanes lie, for accesses of 16 bytes.
 #[inline(always)]
 unsafe fn load_from<const ISA: usize>(
     file: *mut u8,
@@ -871,7 +891,7 @@ unsafe fn load_from<const ISA: usize>(
     access: &Access,
     mask: u32,
     dense: bool,
-    equal: [bool; 2],
+    lie: [Lie; 2],
     at: impl Fn(usize) -> *const u8,
 ) {
     // SAFETY: the caller has checked the addresses and registers.
@@ -910,8 +930,8 @@ unsafe fn load_from<const ISA: usize>(
                 } else {
                     [a, b, c, d]
                 };
-                ask::load_quads::<ISA>(&at, to, equal[0]);
-                ask::load_quads::<ISA>(|l| at(l + 16), to.map(|to| to.add(16)), equal[1]);
+                ask::load_quads::<ISA>(&at, to, lie[0]);
+                ask::load_quads::<ISA>(|l| at(l + 16), to.map(|to| to.add(16)), lie[1]);
                 if mask != !0 {
                     for e in 0..4 {
                         blend32(file, operands[e], &value[e], mask);
@@ -971,7 +991,7 @@ unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &[*c
 
 /// Moves a store's registers into memory; see [`load_from`].
 #[inline(always)]
-unsafe fn store_to(
+unsafe fn store_to<const ISA: usize>(
     file: *const u8,
     operands: &[u32],
     access: &Access,
@@ -985,6 +1005,12 @@ unsafe fn store_to(
             (4, 1, 32) if mask == !0 && dense => {
                 at(0).cast::<[u32; 32]>().write_unaligned(file.add(operands[1] as usize).cast::<[u32; 32]>().read());
             }
+            (4, 1, 32) if mask == !0 => {
+                let value = &*file.add(operands[1] as usize).cast::<[u32; 32]>();
+                for l in 0..32 {
+                    at(l).cast::<u32>().write_unaligned(value[l]);
+                }
+            }
             (4, 1, 32) => {
                 let value = &*file.add(operands[1] as usize).cast::<[u32; 32]>();
                 for l in lanes(mask) {
@@ -994,9 +1020,8 @@ unsafe fn store_to(
             (4, 4, 32) if mask == !0 => {
                 let value = |e: usize| file.add(operands[1 + e] as usize).cast::<u32>();
                 let values = [value(0), value(1), value(2), value(3)];
-                for l in (0..32).step_by(4) {
-                    ask::store_quads(|i| at(l + i), values.map(|value| value.add(l)));
-                }
+                ask::store_quads::<ISA>(&at, values);
+                ask::store_quads::<ISA>(|l| at(l + 16), values.map(|value| value.add(16)));
             }
             (4, _, 32) => {
                 for e in 0..access.elements as usize {

@@ -198,7 +198,7 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                 }};
             }
             match &step.op {
-                Op::Run(form) | Op::Mma(form)
+                Op::Run(form) | Op::Mma(form, _)
                     if followed && active != 0 && (active == !0 || matches!(step.op, Op::Run(_))) =>
                 {
                     let arity = step.arity as usize;
@@ -220,15 +220,21 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                         }
                     }
                 }
-                Op::Mma(form) => {
+                Op::Mma(form, plan) => {
                     if active != !0 {
                         if active == mask && warp.alive == !0 && mask != !0 {
                             wait_for_lanes!();
                         }
                         return Err(machine.not_whole(warp, pc, active));
                     }
+                    let plan = &program.plans[*plan as usize];
                     // SAFETY: as for Run.
-                    unsafe { form.run[ISA](form, file, operands.as_ptr(), step.count as usize, active) };
+                    unsafe {
+                        match plan.run[ISA] {
+                            Some(run) => run(plan, file),
+                            None => form.run[ISA](form, file, operands.as_ptr(), step.count as usize, active),
+                        }
+                    }
                 }
                 Op::Load(access) => {
                     if active != 0 {

@@ -182,45 +182,70 @@ pub unsafe fn joined64<const ISA: usize>(a: *const u64, step: u64) -> u32 {
     joined
 }
 
-/// Whether the 16 values are equal.
+/// How 16 addresses of 16 bytes each lie.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Lie {
+    /// All in one place.
+    Same,
+    /// Each four one behind the other. Found where vectors hold four.
+    Fours,
+    /// In no way that helps.
+    Any,
+}
+
+/// How addresses lie.
 ///
 /// # Safety
-/// As for [`inside32`], with 16 values.
+/// `a` points to 16 values aligned to 64 bytes; the processor has the instruction set of `ISA`.
 #[inline(always)]
-pub unsafe fn equal32<const ISA: usize>(a: *const u32) -> bool {
+pub unsafe fn lie32<const ISA: usize>(a: *const u32) -> Lie {
     #[cfg(target_arch = "x86_64")]
     if ISA == AVX512 {
         use std::arch::x86_64::*;
         // SAFETY: the caller's promise.
         return unsafe {
-            _mm512_cmpneq_epi32_mask(_mm512_load_si512(a.cast()), _mm512_set1_epi32(a.read() as i32)) == 0
+            let at = _mm512_load_si512(a.cast());
+            if _mm512_cmpneq_epi32_mask(at, _mm512_set1_epi32(a.read() as i32)) == 0 {
+                return Lie::Same;
+            }
+            let ramp = _mm512_set4_epi32(48, 32, 16, 0);
+            let fours = _mm512_add_epi32(_mm512_shuffle_epi32::<0>(at), ramp);
+            if _mm512_cmpneq_epi32_mask(at, fours) == 0 { Lie::Fours } else { Lie::Any }
         };
     }
     // SAFETY: the caller's promise.
     let a = unsafe { &*a.cast::<[u32; 16]>() };
-    a[15] == a[0] && a.iter().all(|&v| v == a[0])
+    if a[15] == a[0] && a.iter().all(|&v| v == a[0]) { Lie::Same } else { Lie::Any }
 }
 
-/// Whether the 16 values are equal.
+/// How addresses of 64 bits lie.
 ///
 /// # Safety
-/// As for [`inside32`], with 16 values of 64 bits.
+/// As for [`lie32`].
 #[inline(always)]
-pub unsafe fn equal64<const ISA: usize>(a: *const u64) -> bool {
+pub unsafe fn lie64<const ISA: usize>(a: *const u64) -> Lie {
     #[cfg(target_arch = "x86_64")]
     if ISA == AVX512 {
         use std::arch::x86_64::*;
         // SAFETY: the caller's promise.
         return unsafe {
+            let (low, high) = (_mm512_load_si512(a.cast()), _mm512_load_si512(a.add(8).cast()));
             let first = _mm512_set1_epi64(a.read() as i64);
-            _mm512_cmpneq_epi64_mask(_mm512_load_si512(a.cast()), first)
-                | _mm512_cmpneq_epi64_mask(_mm512_load_si512(a.add(8).cast()), first)
-                == 0
+            if _mm512_cmpneq_epi64_mask(low, first) | _mm512_cmpneq_epi64_mask(high, first) == 0 {
+                return Lie::Same;
+            }
+            let ramp = _mm512_set4_epi64(48, 32, 16, 0);
+            let (low_fours, high_fours) = (
+                _mm512_add_epi64(_mm512_permutex_epi64::<0>(low), ramp),
+                _mm512_add_epi64(_mm512_permutex_epi64::<0>(high), ramp),
+            );
+            let wrong = _mm512_cmpneq_epi64_mask(low, low_fours) | _mm512_cmpneq_epi64_mask(high, high_fours);
+            if wrong == 0 { Lie::Fours } else { Lie::Any }
         };
     }
     // SAFETY: the caller's promise.
     let a = unsafe { &*a.cast::<[u64; 16]>() };
-    a[15] == a[0] && a.iter().all(|&v| v == a[0])
+    if a[15] == a[0] && a.iter().all(|&v| v == a[0]) { Lie::Same } else { Lie::Any }
 }
 
 /// 16 neighbours, some left out: as bits, and as words of all ones or zero.
@@ -381,18 +406,18 @@ pub unsafe fn set_bytes<const ISA: usize>(a: *mut u8, some: &Some16) {
     }
 }
 
-/// Reads 4 words at each of 16 addresses: word e of address i is written to `to[e][i]`. `equal` says that the addresses are all the same.
+/// Reads 4 words at each of 16 addresses: word e of address i is written to `to[e][i]`. `lie` says how the addresses lie.
 ///
 /// # Safety
 /// 16 readable bytes at each address and room for 16 words at each destination; the processor has the instruction set of `ISA`.
 #[inline(always)]
-pub unsafe fn load_quads<const ISA: usize>(at: impl Fn(usize) -> *const u8, to: [*mut u32; 4], equal: bool) {
+pub unsafe fn load_quads<const ISA: usize>(at: impl Fn(usize) -> *const u8, to: [*mut u32; 4], lie: Lie) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the caller's promise; SSE2 is part of x86-64.
     unsafe {
         use std::arch::x86_64::*;
         if ISA == AVX512 {
-            if equal {
+            if lie == Lie::Same {
                 let quad = _mm_loadu_si128(at(0).cast());
                 _mm512_storeu_si512(to[0].cast(), _mm512_broadcastd_epi32(quad));
                 _mm512_storeu_si512(to[1].cast(), _mm512_broadcastd_epi32(_mm_shuffle_epi32::<0x55>(quad)));
@@ -408,7 +433,13 @@ pub unsafe fn load_quads<const ISA: usize>(at: impl Fn(usize) -> *const u8, to: 
                     _mm512_inserti32x4::<3>(z, _mm_loadu_si128(at($i + 3).cast()))
                 }};
             }
-            let (a, b, c, d) = (four!(0), four!(4), four!(8), four!(12));
+            macro_rules! whole {
+                ($i:expr) => {{ _mm512_loadu_si512(at($i).cast()) }};
+            }
+            let (a, b, c, d) = match lie {
+                Lie::Fours => (whole!(0), whole!(4), whole!(8), whole!(12)),
+                _ => (four!(0), four!(4), four!(8), four!(12)),
+            };
             // Words 0 of eight addresses in the low half, words 1 in the high one; and the same of words 2 and 3.
             let first = _mm512_set_epi32(29, 25, 21, 17, 13, 9, 5, 1, 28, 24, 20, 16, 12, 8, 4, 0);
             let second = _mm512_set_epi32(31, 27, 23, 19, 15, 11, 7, 3, 30, 26, 22, 18, 14, 10, 6, 2);
@@ -544,29 +575,55 @@ pub unsafe fn transpose_rows<const ISA: usize>(at: impl Fn(usize) -> *const u8, 
     }
 }
 
-/// Writes 4 words at each of 4 addresses: word e of address i is `from[e][i]`.
+/// Writes 4 words at each of 16 addresses, one after the other: word e of address i is `from[e][i]`.
 ///
 /// # Safety
-/// 16 writable bytes at each address and 4 words at each source.
+/// 16 writable bytes at each address and 16 words at each source; the processor has the instruction set of `ISA`.
 #[inline(always)]
-pub unsafe fn store_quads(at: impl Fn(usize) -> *mut u8, from: [*const u32; 4]) {
+pub unsafe fn store_quads<const ISA: usize>(at: impl Fn(usize) -> *mut u8, from: [*const u32; 4]) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: the caller's promise; SSE2 is part of x86-64.
     unsafe {
         use std::arch::x86_64::*;
-        macro_rules! column {
-            ($e:expr) => {{ _mm_loadu_si128(from[$e].cast()) }};
+        if ISA == AVX512 {
+            macro_rules! column {
+                ($e:expr) => {{ _mm512_loadu_si512(from[$e].cast()) }};
+            }
+            let (a, b, c, d) = (column!(0), column!(1), column!(2), column!(3));
+            let (ab_low, ab_high) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+            let (cd_low, cd_high) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+            // The first of each four addresses, the second, the third, the last.
+            let (w, x) = (_mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low));
+            let (y, z) = (_mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high));
+            macro_rules! four {
+                ($i:literal) => {{
+                    _mm_storeu_si128(at(4 * $i).cast(), _mm512_extracti32x4_epi32::<$i>(w));
+                    _mm_storeu_si128(at(4 * $i + 1).cast(), _mm512_extracti32x4_epi32::<$i>(x));
+                    _mm_storeu_si128(at(4 * $i + 2).cast(), _mm512_extracti32x4_epi32::<$i>(y));
+                    _mm_storeu_si128(at(4 * $i + 3).cast(), _mm512_extracti32x4_epi32::<$i>(z));
+                }};
+            }
+            four!(0);
+            four!(1);
+            four!(2);
+            four!(3);
+            return;
         }
-        let (a, b, c, d) = (column!(0), column!(1), column!(2), column!(3));
-        let (ab_low, ab_high) = (_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
-        let (cd_low, cd_high) = (_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d));
-        _mm_storeu_si128(at(0).cast(), _mm_unpacklo_epi64(ab_low, cd_low));
-        _mm_storeu_si128(at(1).cast(), _mm_unpackhi_epi64(ab_low, cd_low));
-        _mm_storeu_si128(at(2).cast(), _mm_unpacklo_epi64(ab_high, cd_high));
-        _mm_storeu_si128(at(3).cast(), _mm_unpackhi_epi64(ab_high, cd_high));
+        for l in (0..16).step_by(4) {
+            macro_rules! column {
+                ($e:expr) => {{ _mm_loadu_si128(from[$e].add(l).cast()) }};
+            }
+            let (a, b, c, d) = (column!(0), column!(1), column!(2), column!(3));
+            let (ab_low, ab_high) = (_mm_unpacklo_epi32(a, b), _mm_unpackhi_epi32(a, b));
+            let (cd_low, cd_high) = (_mm_unpacklo_epi32(c, d), _mm_unpackhi_epi32(c, d));
+            _mm_storeu_si128(at(l).cast(), _mm_unpacklo_epi64(ab_low, cd_low));
+            _mm_storeu_si128(at(l + 1).cast(), _mm_unpackhi_epi64(ab_low, cd_low));
+            _mm_storeu_si128(at(l + 2).cast(), _mm_unpacklo_epi64(ab_high, cd_high));
+            _mm_storeu_si128(at(l + 3).cast(), _mm_unpackhi_epi64(ab_high, cd_high));
+        }
     }
     #[cfg(not(target_arch = "x86_64"))]
-    for i in 0..4 {
+    for i in 0..16 {
         for (e, from) in from.into_iter().enumerate() {
             // SAFETY: the caller's promise.
             unsafe { at(i).cast::<u32>().add(e).write_unaligned(from.add(i).read()) };

@@ -5,8 +5,8 @@
 //! and so is what is computed from them; a store to shared memory makes the place unwritten again. The read is refused once a lane uses
 //! such a value: as an address or a predicate, stored to other memory, or passed to other lanes.
 //!
-//! Only loads of integers and bits and `ldmatrix` from shared memory are followed in this way. Floats are read to be computed with, so there an
-//! edge that nobody has filled is refused at once, as with atomics, `wmma.load` and global memory.
+//! Only loads of integers and bits, `ldmatrix` and `wmma.load` from shared memory are followed in this way. Floats are read to be computed with, so there an
+//! edge that nobody has filled is refused at once, as with atomics and global memory.
 
 use super::access::addresses;
 use super::state::{Machine, Warp, lanes};
@@ -75,7 +75,7 @@ impl Machine<'_> {
     ) -> Result<(), Box<Fault>> {
         let fault = self.fault(FaultKind::Uninitialised, warp, pc, lane, detail);
         match self.env.program.steps[pc as usize].op {
-            Op::LdMatrix { .. } => {}
+            Op::LdMatrix { .. } | Op::WmmaLoad { .. } => {}
             Op::Load(access) if !access.float => {}
             _ => return Err(fault),
         }
@@ -108,6 +108,11 @@ impl Machine<'_> {
         }
     }
 
+    /// The same for one register of `wmma.load`: all lanes read it, those in `lanes` what nothing has written.
+    pub(super) fn note_unwritten_fragment(&mut self, warp: &mut Warp, register: u32, lanes: u32) {
+        warp.unwritten.set(register, u32::MAX, lanes);
+    }
+
     /// Before a step of a warp that holds such values: refuses their use, and follows them into the step's destinations. Arithmetic is followed
     /// by [`Machine::follow_arithmetic`]. Gives the lanes that store one to shared memory.
     #[inline(never)]
@@ -124,7 +129,7 @@ impl Machine<'_> {
             self.refuse_use(warp, step.guard, mask, pc)?;
         }
         let (outputs, stored) = match step.op {
-            Op::Run(_) | Op::Mma(_) => return Ok(0),
+            Op::Run(_) | Op::Mma(..) => return Ok(0),
             Op::Load(access) | Op::LdMatrix { access, .. } => (access.elements as usize, 0),
             Op::Store(access) if access.space == Space::Shared => (0, access.elements as usize),
             _ => (outputs(&step.op), 0),

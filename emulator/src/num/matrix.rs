@@ -134,26 +134,15 @@ fn multiply(c: &mut Accumulators, [low, high, b]: &Plane) {
     }
 }
 
-/// Products by vectors, for processors that have none.
-#[cfg(not(target_arch = "x86_64"))]
-mod wide {
-    pub struct Spread;
-
-    impl Spread {
-        pub fn new() -> Self {
-            Spread
-        }
-    }
-}
-
 #[cfg(target_arch = "x86_64")]
 mod wide {
     //! Products with AVX2 and AVX-512, in the order of additions that every host has: written once, over vectors of 8 or 16 words.
 
     use super::super::float;
     use super::super::ops::Operands;
-    use super::{Accumulators, Matrix, Tile, accumulators, put};
+    use super::{Accumulators, Element, Matrix, PLACES, Plan, Registers, RunPlan, Tile, accumulators, put};
     use std::arch::x86_64::*;
+    use std::mem::MaybeUninit;
 
     /// f16 in const parameters of the code for vectors; 1 is bf16, 2 is tf32.
     pub const F16: u8 = 0;
@@ -165,31 +154,55 @@ mod wide {
         if element == TF32 { 1 } else { 2 }
     }
 
-    /// Factors spread out for the code for vectors, at most 4 planes of them. They are written and read through a pointer that another function made: as
-    /// a local variable the compiler takes them apart, into registers that it has not, places on the stack that are not aligned, and shuffles.
+    /// A spread out, at most 4 planes: per plane, word and half of the rows, each row's word in all lanes of its quad. This and [`Columns`] are
+    /// written and read through pointers that another function made: as local variables the compiler takes them apart, into registers that it has not, places on the stack that are not
+    /// aligned, and shuffles.
     #[repr(C, align(64))]
-    pub struct Planes {
-        /// Per plane, word and half of the rows: each row's word in all lanes of its quad.
-        rows: [[[[f32; 32]; 2]; 4]; 4],
-        /// Per plane: for each word the columns 2t; for each word the columns 2t + 1.
-        columns: [[[[f32; 4]; 4]; 2]; 4],
-    }
+    struct Rows([[[[f32; 32]; 2]; 4]; 4]);
+
+    /// B spread out: per plane, for each word the columns 2t; for each word the columns 2t + 1.
+    #[repr(C, align(64))]
+    struct Columns([[[[f32; 4]; 4]; 2]; 4]);
 
     /// Accumulators, aligned for vectors.
     #[repr(align(64))]
     struct Lines(Accumulators);
 
-    /// Room for planes, and whose they are.
-    pub struct Spread {
-        /// Offsets of the registers that A was spread from, for the next instruction, which often has the same A; `u32::MAX` for nothing.
-        registers: [u32; 4],
-        planes: std::mem::MaybeUninit<Planes>,
+    /// Room for what is spread.
+    struct Room {
+        rows: MaybeUninit<Rows>,
+        columns: [MaybeUninit<Columns>; PLACES],
     }
 
-    impl Spread {
-        /// Nothing yet.
-        pub fn new() -> Self {
-            Spread { registers: [u32::MAX; 4], planes: std::mem::MaybeUninit::uninit() }
+    impl Room {
+        #[inline(always)]
+        fn new() -> Self {
+            Room { rows: MaybeUninit::uninit(), columns: [const { MaybeUninit::uninit() }; PLACES] }
+        }
+    }
+
+    /// What is multiplied with the rows: columns, the accumulators before, and after.
+    #[derive(Clone, Copy)]
+    struct Factor {
+        columns: *const Columns,
+        c: [*const u32; 4],
+        d: [*mut f32; 4],
+    }
+
+    impl Factor {
+        /// # Safety
+        /// The registers are inside the file.
+        #[inline(always)]
+        unsafe fn new(file: *mut u8, own: &Registers, columns: *const Columns) -> Self {
+            let mut r = Factor { columns, c: [std::ptr::null(); 4], d: [std::ptr::null_mut(); 4] };
+            for i in 0..4 {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    r.c[i] = file.add(own.c[i] as usize).cast();
+                    r.d[i] = file.add(own.d[i] as usize).cast();
+                }
+            }
+            r
         }
     }
 
@@ -205,6 +218,7 @@ mod wide {
         /// f32.
         type Floats: Copy;
         unsafe fn load(at: *const u32) -> Self::Words;
+        unsafe fn zero() -> Self::Floats;
         unsafe fn floats(words: Self::Words) -> Self::Floats;
         unsafe fn load_floats(at: *const f32) -> Self::Floats;
         unsafe fn store(at: *mut f32, floats: Self::Floats);
@@ -245,6 +259,7 @@ mod wide {
     vectors! {
         Avx512, 16, __m512i, __m512;
         fn load(at: *const u32) -> __m512i { _mm512_load_si512(at.cast()) }
+        fn zero() -> __m512 { _mm512_setzero_ps() }
         fn floats(words: __m512i) -> __m512 { _mm512_castsi512_ps(words) }
         fn load_floats(at: *const f32) -> __m512 { _mm512_load_ps(at) }
         fn store(at: *mut f32, floats: __m512) -> () { _mm512_store_ps(at, floats) }
@@ -282,6 +297,7 @@ mod wide {
     vectors! {
         Avx2, 8, __m256i, __m256;
         fn load(at: *const u32) -> __m256i { _mm256_load_si256(at.cast()) }
+        fn zero() -> __m256 { _mm256_setzero_ps() }
         fn floats(words: __m256i) -> __m256 { _mm256_castsi256_ps(words) }
         fn load_floats(at: *const f32) -> __m256 { _mm256_load_ps(at) }
         fn store(at: *mut f32, floats: __m256) -> () { _mm256_store_ps(at, floats) }
@@ -325,30 +341,30 @@ mod wide {
 
     /// Compiles a body for each instruction set, as a function of its own.
     macro_rules! compiled {
-        ($(#[$doc:meta])* fn $name:ident = $body:ident) => {
+        ($(#[$doc:meta])* fn $name:ident<$(const $g:ident: $gt:ty),*>($($arg:ident: $ty:ty),*) = $body:ident) => {
             $(#[$doc])*
             ///
             /// # Safety
-            /// The operands are the form's; there is room for planes, and those that are read have been spread; the processor has W's instruction set.
+            /// Registers are inside the file, pointers valid, and those that are read point to what has been spread; the processor has W's instruction set.
             #[inline(always)]
-            unsafe fn $name<W: Wide, const E: u8, const DEPTH: usize>(m: &Matrix, o: &Operands, tile: &Tile, to: *mut Planes) {
+            unsafe fn $name<W: Wide, $(const $g: $gt),*>($($arg: $ty),*) {
                 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
                 #[inline(never)]
-                unsafe fn avx512<const E: u8, const DEPTH: usize>(m: &Matrix, o: &Operands, tile: &Tile, to: *mut Planes) {
+                unsafe fn avx512<$(const $g: $gt),*>($($arg: $ty),*) {
                     // SAFETY: the caller's promise.
-                    unsafe { $body::<Avx512, E, DEPTH>(m, o, tile, to) }
+                    unsafe { $body::<Avx512, $($g),*>($($arg),*) }
                 }
                 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
                 #[inline(never)]
-                unsafe fn avx2<const E: u8, const DEPTH: usize>(m: &Matrix, o: &Operands, tile: &Tile, to: *mut Planes) {
+                unsafe fn avx2<$(const $g: $gt),*>($($arg: $ty),*) {
                     // SAFETY: the caller's promise.
-                    unsafe { $body::<Avx2, E, DEPTH>(m, o, tile, to) }
+                    unsafe { $body::<Avx2, $($g),*>($($arg),*) }
                 }
                 // SAFETY: the caller's promise.
                 unsafe {
                     match W::LANES {
-                        16 => avx512::<E, DEPTH>(m, o, tile, to),
-                        _ => avx2::<E, DEPTH>(m, o, tile, to),
+                        16 => avx512::<$($g),*>($($arg),*),
+                        _ => avx2::<$($g),*>($($arg),*),
                     }
                 }
             }
@@ -357,25 +373,20 @@ mod wide {
 
     compiled! {
         /// Spreads A.
-        fn spread_rows = rows_body
+        fn spread_rows<const ELEMENT: u8, const DEPTH: usize>(file: *mut u8, a: [u32; 4], to: *mut Rows) = rows_body
     }
 
     #[inline(always)]
-    unsafe fn rows_body<W: Wide, const ELEMENT: u8, const DEPTH: usize>(
-        _: &Matrix,
-        o: &Operands,
-        tile: &Tile,
-        to: *mut Planes,
-    ) {
-        for (k, registers) in tile.k.iter().take(DEPTH).enumerate() {
+    unsafe fn rows_body<W: Wide, const ELEMENT: u8, const DEPTH: usize>(file: *mut u8, a: [u32; 4], to: *mut Rows) {
+        for k in 0..DEPTH {
             for half in 0..2 {
                 for at in (0..32).step_by(W::LANES) {
                     // SAFETY: registers are 32 words, as many as the rows of a plane.
                     unsafe {
-                        let words = W::load(o.words(registers[half] as usize).add(at));
+                        let words = W::load(file.add(a[2 * k + half] as usize).cast::<u32>().add(at));
                         for part in 0..parts(ELEMENT) {
                             let row = W::expand::<ELEMENT>(words, part == 1);
-                            let word = &raw mut (*to).rows[k * parts(ELEMENT) + part];
+                            let word = &raw mut (*to).0[k * parts(ELEMENT) + part];
                             W::store((&raw mut (*word)[0][half][at]).cast(), W::quads::<0>(row));
                             W::store((&raw mut (*word)[1][half][at]).cast(), W::quads::<1>(row));
                             W::store((&raw mut (*word)[2][half][at]).cast(), W::quads::<2>(row));
@@ -389,24 +400,23 @@ mod wide {
 
     compiled! {
         /// Spreads B.
-        fn spread_columns = columns_body
+        fn spread_columns<const ELEMENT: u8, const DEPTH: usize>(file: *mut u8, b: [u32; 2], to: *mut Columns) = columns_body
     }
 
     #[inline(always)]
     unsafe fn columns_body<W: Wide, const ELEMENT: u8, const DEPTH: usize>(
-        _: &Matrix,
-        o: &Operands,
-        tile: &Tile,
-        to: *mut Planes,
+        file: *mut u8,
+        b: [u32; 2],
+        to: *mut Columns,
     ) {
-        for (k, registers) in tile.k.iter().take(DEPTH).enumerate() {
+        for k in 0..DEPTH {
             for odd in 0..2 {
                 for i in 0..16 / W::LANES {
                     // SAFETY: registers are 32 words; half of them are one parity's columns.
                     unsafe {
-                        let words = W::columns(o.words(registers[2] as usize), odd, i);
+                        let words = W::columns(file.add(b[k] as usize).cast(), odd, i);
                         for part in 0..parts(ELEMENT) {
-                            let column: *mut f32 = (&raw mut (*to).columns[k * parts(ELEMENT) + part][odd]).cast();
+                            let column: *mut f32 = (&raw mut (*to).0[k * parts(ELEMENT) + part][odd]).cast();
                             W::store(column.add(W::LANES * i), W::expand::<ELEMENT>(words, part == 1));
                         }
                     }
@@ -416,113 +426,262 @@ mod wide {
     }
 
     compiled! {
-        /// Adds the product of what was spread to C.
-        fn multiply_spread = multiply_body
+        /// Adds the products of the rows with N factors to their C's. Every C is read before any D is written.
+        fn multiply<const ELEMENT: u8, const DEPTH: usize, const N: usize>(rows: *const Rows, factors: [Factor; N]) = multiply_body
     }
 
-    /// Two vectors of lanes at a time: their eight sums stay in registers, and are enough to keep the processor's multipliers busy.
+    /// Two vectors of lanes at a time: the eight sums of a factor stay in registers, and are enough to keep the processor's multipliers busy. With two
+    /// factors each row is read once for four products; the registers of AVX-512 suffice for that.
     #[inline(always)]
-    unsafe fn multiply_body<W: Wide, const ELEMENT: u8, const DEPTH: usize>(
-        m: &Matrix,
-        o: &Operands,
-        tile: &Tile,
-        from: *mut Planes,
+    unsafe fn multiply_body<W: Wide, const ELEMENT: u8, const DEPTH: usize, const N: usize>(
+        rows: *const Rows,
+        factors: [Factor; N],
     ) {
-        // Neither f16 nor lanes left out: registers are read and written in place.
-        let plain = ELEMENT != F16 || !(m.c_f16 || m.d_f16);
-        let plain = plain && o.mask == u32::MAX;
-        // SAFETY: the caller's promise. C is read before D is written, lane by lane.
-        unsafe {
-            let mut c = Lines([[0.0; 32]; 4]);
-            if !plain {
-                c.0 = accumulators(m, o, tile);
-            }
-            for first in (0..32).step_by(2 * W::LANES) {
-                let mut sums = [[W::floats(W::load(o.words(tile.c[0] as usize))); 2]; 4];
-                for i in 0..4 {
-                    for v in 0..2 {
-                        let at = first + W::LANES * v;
-                        sums[i][v] = match plain {
-                            true => W::floats(W::load(o.words(tile.c[i] as usize).add(at))),
-                            false => W::load_floats(c.0[i].as_ptr().add(at)),
-                        };
+        for first in (0..32).step_by(2 * W::LANES) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let mut sums = [[[W::zero(); 2]; 4]; N];
+                for n in 0..N {
+                    for i in 0..4 {
+                        for v in 0..2 {
+                            sums[n][i][v] = W::floats(W::load(factors[n].c[i].add(first + W::LANES * v)));
+                        }
                     }
                 }
                 for plane in 0..DEPTH * parts(ELEMENT) {
-                    let (rows, columns) = (&raw const (*from).rows[plane], &raw const (*from).columns[plane]);
                     for j in 0..4 {
-                        let even = W::repeat((&raw const (*columns)[0][j]).cast());
-                        let odd = W::repeat((&raw const (*columns)[1][j]).cast());
+                        let words = &raw const (*rows).0[plane][j];
+                        let mut row = [[W::zero(); 2]; 2];
                         for half in 0..2 {
                             for v in 0..2 {
-                                let row = W::load_floats((&raw const (*rows)[j][half][first + W::LANES * v]).cast());
-                                sums[2 * half][v] = W::multiply_add(row, even, sums[2 * half][v]);
-                                sums[2 * half + 1][v] = W::multiply_add(row, odd, sums[2 * half + 1][v]);
+                                row[half][v] = W::load_floats((&raw const (*words)[half][first + W::LANES * v]).cast());
+                            }
+                        }
+                        for n in 0..N {
+                            let columns = &raw const (*factors[n].columns).0[plane];
+                            for odd in 0..2 {
+                                let column = W::repeat((&raw const (*columns)[odd][j]).cast());
+                                for half in 0..2 {
+                                    for v in 0..2 {
+                                        let sum = &mut sums[n][2 * half + odd][v];
+                                        *sum = W::multiply_add(row[half][v], column, *sum);
+                                    }
+                                }
                             }
                         }
                     }
                 }
-                if plain {
-                    let nan = sums.iter().fold(false, |nan, sum| nan | W::any_nan(sum[0], sum[1]));
+                for n in 0..N {
+                    let mut nan = false;
+                    for i in 0..4 {
+                        nan |= W::any_nan(sums[n][i][0], sums[n][i][1]);
+                    }
                     if nan {
-                        for sum in sums.as_flattened_mut() {
-                            *sum = W::canonical(*sum);
+                        for i in 0..4 {
+                            sums[n][i] = [W::canonical(sums[n][i][0]), W::canonical(sums[n][i][1])];
                         }
                     }
                 }
-                for i in 0..4 {
-                    for v in 0..2 {
-                        let at = first + W::LANES * v;
-                        match plain {
-                            true => W::store(o.words(tile.d[i] as usize).add(at).cast(), sums[i][v]),
-                            false => W::store(c.0[i].as_mut_ptr().add(at), sums[i][v]),
-                        }
+                for n in 0..N {
+                    for i in 0..4 {
+                        W::store(factors[n].d[i].add(first), sums[n][i][0]);
+                        W::store(factors[n].d[i].add(first + W::LANES), sums[n][i][1]);
                     }
                 }
-            }
-            if !plain {
-                put(m, o, tile, &c.0);
             }
         }
     }
 
-    /// A whole tile.
+    /// One tile on its own.
     ///
     /// # Safety
     /// The operands are the form's; the processor has W's instruction set.
     #[inline(always)]
-    pub unsafe fn tile<W: Wide, const ELEMENT: u8, const DEPTH: usize>(
-        m: &Matrix,
-        o: &Operands,
-        tile: &Tile,
-        spread: &mut Spread,
-    ) {
-        // SAFETY: the caller's promise; A's operands follow each other; SSE2 is part of x86-64.
+    pub unsafe fn tile<W: Wide, const ELEMENT: u8, const DEPTH: usize>(m: &Matrix, o: &Operands, tile: &Tile) {
+        let mut room = Room::new();
+        // SAFETY: the caller's promise.
         unsafe {
-            let offset = |i: u8| o.at.add(i as usize);
-            let first = offset(tile.k[0][0]);
-            let registers: [u32; 4] = match DEPTH {
-                2 => first.cast::<[u32; 4]>().read(),
-                _ => [first.read(), first.add(1).read(), u32::MAX, u32::MAX],
-            };
-            let planes = spread.planes.as_mut_ptr();
-            if spread.registers != registers {
-                spread.registers = registers;
-                spread_rows::<W, ELEMENT, DEPTH>(m, o, tile, planes);
+            let own = Registers::new(tile, |i| o.at.add(i).read());
+            spread_rows::<W, ELEMENT, DEPTH>(o.registers, own.a, room.rows.as_mut_ptr());
+            spread_columns::<W, ELEMENT, DEPTH>(o.registers, own.b, room.columns[0].as_mut_ptr());
+            let mut lines = Lines(accumulators(m, o, tile));
+            let sums = &raw mut lines.0;
+            let mut factor =
+                Factor { columns: room.columns[0].as_ptr(), c: [std::ptr::null(); 4], d: [std::ptr::null_mut(); 4] };
+            for i in 0..4 {
+                factor.d[i] = (&raw mut (*sums)[i]).cast();
+                factor.c[i] = factor.d[i].cast_const().cast();
             }
-            spread_columns::<W, ELEMENT, DEPTH>(m, o, tile, planes);
-            multiply_spread::<W, ELEMENT, DEPTH>(m, o, tile, planes);
-            // D may take the place of what was spread.
-            let registers = _mm_loadu_si128(registers.as_ptr().cast());
-            let mut replaced = _mm_setzero_si128();
-            for d in tile.d {
-                let d = _mm_set1_epi32(offset(d).read() as i32);
-                replaced = _mm_or_si128(replaced, _mm_cmpeq_epi32(registers, d));
-            }
-            if _mm_movemask_epi8(replaced) != 0 {
-                spread.registers = [u32::MAX; 4];
+            multiply::<W, ELEMENT, DEPTH, 1>(room.rows.as_ptr(), [factor]);
+            put(m, o, tile, &lines.0);
+        }
+    }
+
+    /// Tiles as planned, all lanes of them: registers are read and written in place.
+    ///
+    /// # Safety
+    /// The registers are inside the file; the processor has W's instruction set.
+    #[inline(always)]
+    unsafe fn planned<W: Wide, const ELEMENT: u8, const DEPTH: usize>(plan: &Plan, file: *mut u8) {
+        let tiles = &plan.tiles[..];
+        let mut room = Room::new();
+        let rows = room.rows.as_ptr();
+        let mut i = 0;
+        // SAFETY: the caller's promise; what is read has been spread, as the plan says.
+        unsafe {
+            while i < tiles.len() {
+                let own = &tiles[i];
+                if own.spread_a {
+                    spread_rows::<W, ELEMENT, DEPTH>(file, own.registers.a, room.rows.as_mut_ptr());
+                }
+                let columns = room.columns.as_mut_ptr().add(own.place).cast::<Columns>();
+                if own.spread_b {
+                    spread_columns::<W, ELEMENT, DEPTH>(file, own.registers.b, columns);
+                }
+                let factor = Factor::new(file, &own.registers, columns);
+                i += 1;
+                if W::LANES == 16 && own.pair {
+                    let next = &tiles[i];
+                    let columns = room.columns.as_mut_ptr().add(next.place).cast::<Columns>();
+                    if next.spread_b {
+                        spread_columns::<W, ELEMENT, DEPTH>(file, next.registers.b, columns);
+                    }
+                    multiply::<W, ELEMENT, DEPTH, 2>(rows, [factor, Factor::new(file, &next.registers, columns)]);
+                    i += 1;
+                } else {
+                    multiply::<W, ELEMENT, DEPTH, 1>(rows, [factor]);
+                }
             }
         }
+    }
+
+    #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+    unsafe fn planned_avx512<const ELEMENT: u8, const DEPTH: usize>(plan: &Plan, file: *mut u8) {
+        // SAFETY: the caller's promise.
+        unsafe { planned::<Avx512, ELEMENT, DEPTH>(plan, file) }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
+    unsafe fn planned_avx2<const ELEMENT: u8, const DEPTH: usize>(plan: &Plan, file: *mut u8) {
+        // SAFETY: the caller's promise.
+        unsafe { planned::<Avx2, ELEMENT, DEPTH>(plan, file) }
+    }
+
+    /// The functions that run the plans of a form; none by the portable path.
+    pub fn runs(m: &Matrix) -> [Option<RunPlan>; 3] {
+        macro_rules! runs {
+            ($element:ident) => {
+                match m.depth {
+                    2 => [None, Some(planned_avx2::<$element, 2>), Some(planned_avx512::<$element, 2>)],
+                    _ => [None, Some(planned_avx2::<$element, 1>), Some(planned_avx512::<$element, 1>)],
+                }
+            };
+        }
+        match m.element {
+            Element::Bf16 => runs!(BF16),
+            Element::F16 if !m.c_f16 && !m.d_f16 => runs!(F16),
+            Element::Tf32 => runs!(TF32),
+            _ => [None; 3],
+        }
+    }
+}
+
+/// How many B's a plan remembers: those of 64 columns.
+const PLACES: usize = 8;
+
+/// The registers of a tile, as offsets; of half the depth A's and B's twice.
+#[derive(Clone, Copy, Debug)]
+struct Registers {
+    d: [u32; 4],
+    a: [u32; 4],
+    b: [u32; 2],
+    c: [u32; 4],
+}
+
+impl Registers {
+    /// From a tile and the instruction's operands.
+    #[inline(always)]
+    fn new(tile: &Tile, operand: impl Fn(usize) -> u32) -> Self {
+        let mut r = Registers { d: [0; 4], a: [0; 4], b: [0; 2], c: [0; 4] };
+        for i in 0..4 {
+            r.d[i] = operand(tile.d[i].into());
+            r.c[i] = operand(tile.c[i].into());
+            r.a[i] = operand(tile.k[i / 2][i % 2].into());
+        }
+        for k in 0..2 {
+            r.b[k] = operand(tile.k[k][2].into());
+        }
+        r
+    }
+}
+
+/// A tile in a [`Plan`].
+#[derive(Clone, Copy, Debug)]
+pub struct Planned {
+    registers: Registers,
+    /// A has not been spread yet, or its registers have been written since.
+    spread_a: bool,
+    /// Nor has B.
+    spread_b: bool,
+    /// Where B's columns are put, or have been.
+    place: usize,
+    /// The next tile has the same A and does not need this one's D: they can be multiplied together.
+    pair: bool,
+}
+
+/// Runs a plan on a warp's register file.
+///
+/// # Safety
+/// The operands that the plan was made from lie inside the file; the processor has the instruction set.
+pub type RunPlan = unsafe fn(plan: &Plan, file: *mut u8);
+
+/// What is known of products in a row before they run: the tiles of a warp's product share their A's and B's with neighbours, which are then spread
+/// over vectors once, and those with the same A are multiplied together.
+#[derive(Debug)]
+pub struct Plan {
+    tiles: Vec<Planned>,
+    /// Portable, AVX2, AVX-512: `None` where the instructions have to be run one by one.
+    pub run: [Option<RunPlan>; 3],
+}
+
+impl Matrix {
+    /// See [`super::Form::plan`].
+    pub fn plan(&self, operands: &[u32], stride: usize) -> Plan {
+        #[cfg(not(target_arch = "x86_64"))]
+        let run = [None; 3];
+        #[cfg(target_arch = "x86_64")]
+        let run = wide::runs(self);
+        let mut tiles = Vec::<Planned>::new();
+        // What has been spread, and the place that is overwritten next.
+        let (mut a, mut b, mut next) = (None, [None; PLACES], 0);
+        for (operands, tile) in operands.chunks_exact(stride).flat_map(|o| self.tiles.iter().map(move |tile| (o, tile)))
+        {
+            let registers = Registers::new(tile, |i| operands[i]);
+            let known = b.iter().position(|b| *b == Some(registers.b));
+            let place = known.unwrap_or_else(|| {
+                // Not that of the tile before, which may be multiplied together with this one.
+                next = (next + 1) % PLACES;
+                if tiles.last().is_some_and(|last| last.place == next) {
+                    next = (next + 1) % PLACES;
+                }
+                next
+            });
+            let spread_a = a != Some(registers.a);
+            if let Some(last) = tiles.last_mut() {
+                let d = last.registers.d;
+                let needs = |of: &[u32]| of.iter().any(|register| d.contains(register));
+                let free = !needs(&registers.a) && !needs(&registers.b) && !needs(&registers.c);
+                last.pair = !spread_a && free;
+            }
+            tiles.push(Planned { registers, spread_a, spread_b: known.is_none(), place, pair: false });
+            a = Some(registers.a);
+            b[place] = Some(registers.b);
+            // D may take the place of what was spread.
+            let lost = |of: &[u32]| of.iter().any(|register| registers.d.contains(register));
+            a = a.filter(|a| !lost(a));
+            b = b.map(|b| b.filter(|b| !lost(b)));
+        }
+        Plan { tiles, run }
     }
 }
 
@@ -599,26 +758,12 @@ unsafe fn put(m: &Matrix, o: &Operands, tile: &Tile, c: &Accumulators) {
     }
 }
 
-/// A product of 16-bit floats, `DEPTH` registers deep. All of C is read before any of D is written: they may share registers.
+/// A product of 16-bit floats, `DEPTH` registers deep. All of a tile's C is read before any of its D is written: they may share registers.
 #[inline(always)]
-unsafe fn halves_product<I: Isa, const BF: bool, const DEPTH: usize>(
-    m: &Matrix,
-    o: &Operands,
-    spread: &mut wide::Spread,
-) {
+unsafe fn halves_product<const BF: bool, const DEPTH: usize>(m: &Matrix, o: &Operands) {
     for tile in &m.tiles {
         // SAFETY: the operands are the form's.
         unsafe {
-            #[cfg(target_arch = "x86_64")]
-            if I::FMA {
-                match (I::AVX512, BF) {
-                    (true, true) => wide::tile::<wide::Avx512, { wide::BF16 }, DEPTH>(m, o, tile, spread),
-                    (true, false) => wide::tile::<wide::Avx512, { wide::F16 }, DEPTH>(m, o, tile, spread),
-                    (false, true) => wide::tile::<wide::Avx2, { wide::BF16 }, DEPTH>(m, o, tile, spread),
-                    (false, false) => wide::tile::<wide::Avx2, { wide::F16 }, DEPTH>(m, o, tile, spread),
-                }
-                continue;
-            }
             let mut c = accumulators(m, o, tile);
             let planes = std::array::from_fn::<_, DEPTH, _>(|k| planes::<BF>(o, tile.k[k]));
             planes.as_flattened().iter().for_each(|plane| multiply(&mut c, plane));
@@ -629,18 +774,10 @@ unsafe fn halves_product<I: Isa, const BF: bool, const DEPTH: usize>(
 
 /// A product of tf32.
 #[inline(always)]
-unsafe fn tf32_product<I: Isa, const DEPTH: usize>(m: &Matrix, o: &Operands, spread: &mut wide::Spread) {
+unsafe fn tf32_product<const DEPTH: usize>(m: &Matrix, o: &Operands) {
     for tile in &m.tiles {
         // SAFETY: the operands are the form's.
         unsafe {
-            #[cfg(target_arch = "x86_64")]
-            if I::FMA {
-                match I::AVX512 {
-                    true => wide::tile::<wide::Avx512, { wide::TF32 }, DEPTH>(m, o, tile, spread),
-                    false => wide::tile::<wide::Avx2, { wide::TF32 }, DEPTH>(m, o, tile, spread),
-                }
-                continue;
-            }
             let mut c = accumulators(m, o, tile);
             let mut planes = [[[0.0; 32]; 3]; 2];
             for k in 0..DEPTH {
@@ -717,17 +854,51 @@ unsafe fn f64_product(m: &Matrix, o: &Operands) {
     }
 }
 
+/// A product of floats of at most 32 bits by vectors, if the processor has them.
 #[inline(always)]
-unsafe fn product<I: Isa>(m: &Matrix, o: &Operands, spread: &mut wide::Spread) {
+unsafe fn by_vectors<I: Isa>(m: &Matrix, o: &Operands) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if I::FMA {
+        use wide::{Avx2, Avx512, BF16, F16, TF32};
+        for tile in &m.tiles {
+            // SAFETY: the operands are the form's.
+            unsafe {
+                match (m.element, m.depth, I::AVX512) {
+                    (Element::Bf16, 2, true) => wide::tile::<Avx512, BF16, 2>(m, o, tile),
+                    (Element::Bf16, 2, false) => wide::tile::<Avx2, BF16, 2>(m, o, tile),
+                    (Element::Bf16, _, true) => wide::tile::<Avx512, BF16, 1>(m, o, tile),
+                    (Element::Bf16, _, false) => wide::tile::<Avx2, BF16, 1>(m, o, tile),
+                    (Element::F16, 2, true) => wide::tile::<Avx512, F16, 2>(m, o, tile),
+                    (Element::F16, 2, false) => wide::tile::<Avx2, F16, 2>(m, o, tile),
+                    (Element::F16, _, true) => wide::tile::<Avx512, F16, 1>(m, o, tile),
+                    (Element::F16, _, false) => wide::tile::<Avx2, F16, 1>(m, o, tile),
+                    (Element::Tf32, 2, true) => wide::tile::<Avx512, TF32, 2>(m, o, tile),
+                    (Element::Tf32, 2, false) => wide::tile::<Avx2, TF32, 2>(m, o, tile),
+                    (Element::Tf32, _, true) => wide::tile::<Avx512, TF32, 1>(m, o, tile),
+                    (Element::Tf32, _, false) => wide::tile::<Avx2, TF32, 1>(m, o, tile),
+                    _ => return false,
+                }
+            }
+        }
+        return true;
+    }
+    false
+}
+
+#[inline(always)]
+unsafe fn product<I: Isa>(m: &Matrix, o: &Operands) {
     // SAFETY: the operands are the form's.
     unsafe {
+        if by_vectors::<I>(m, o) {
+            return;
+        }
         match (m.element, m.depth) {
-            (Element::Bf16, 2) => halves_product::<I, true, 2>(m, o, spread),
-            (Element::Bf16, _) => halves_product::<I, true, 1>(m, o, spread),
-            (Element::F16, 2) => halves_product::<I, false, 2>(m, o, spread),
-            (Element::F16, _) => halves_product::<I, false, 1>(m, o, spread),
-            (Element::Tf32, 2) => tf32_product::<I, 2>(m, o, spread),
-            (Element::Tf32, _) => tf32_product::<I, 1>(m, o, spread),
+            (Element::Bf16, 2) => halves_product::<true, 2>(m, o),
+            (Element::Bf16, _) => halves_product::<true, 1>(m, o),
+            (Element::F16, 2) => halves_product::<false, 2>(m, o),
+            (Element::F16, _) => halves_product::<false, 1>(m, o),
+            (Element::Tf32, 2) => tf32_product::<2>(m, o),
+            (Element::Tf32, _) => tf32_product::<1>(m, o),
             (Element::Byte { a, b, saturate }, _) => bytes_product(m, o, a, b, saturate),
             (Element::F64, _) => f64_product(m, o),
         }
@@ -739,12 +910,11 @@ macro_rules! runner {
         $(#[target_feature(enable = $feature)])?
         unsafe fn $name(f: &super::Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
             let Some(m) = &f.detail.matrix else { unreachable!("a form of this module") };
-            let mut spread = wide::Spread::new();
             for i in 0..count {
                 // SAFETY: the caller's operands are `count` times the form's.
                 unsafe {
                     let at = operands.add(i * f.detail.operands);
-                    product::<super::ops::$isa>(m, &Operands { registers, at, mask }, &mut spread)
+                    product::<super::ops::$isa>(m, &Operands { registers, at, mask })
                 }
             }
         }

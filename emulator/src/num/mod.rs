@@ -196,6 +196,11 @@ impl Form {
     pub fn spread(&self, marked: impl Fn(usize) -> u32) -> Vec<(usize, u32)> {
         self.detail.matrix.as_ref().map_or(vec![], |matrix| matrix.spread(marked))
     }
+
+    /// A plan for matrix products in a row that all lanes take part in, with the operands that [`Self::run`] would be given.
+    pub fn plan(&self, operands: &[u32]) -> Option<matrix::Plan> {
+        self.detail.matrix.as_ref().map(|matrix| matrix.plan(operands, self.detail.operands))
+    }
 }
 
 /// How the decoder reads an operand of a type.

@@ -831,7 +831,7 @@ impl<'a> Builder<'a> {
         if form.carry_in {
             values.push(self.carry());
         }
-        let op = if form.class == num::Class::Mma { Op::Mma(form) } else { Op::Run(form) };
+        let op = if form.class == num::Class::Mma { Op::Mma(form, 0) } else { Op::Run(form) };
         self.emit(at, op, &values, outputs_in_all);
         if let (Operand::Register(register), "cvt") = (outputs[0], at.parts[0]) {
             self.cvt_widen(at, *register, values[0])?;

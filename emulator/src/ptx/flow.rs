@@ -742,9 +742,9 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
             program.smallest_shared = program.smallest_shared.min(shared_bytes(&op).unwrap_or(16));
             if guard == NO_GUARD
                 && program.steps.len() > first_step
-                && let Some(Step { op: Op::Run(last) | Op::Mma(last), guard: NO_GUARD, count, .. }) =
+                && let Some(Step { op: Op::Run(last) | Op::Mma(last, _), guard: NO_GUARD, count, .. }) =
                     program.steps.last_mut()
-                && let Op::Run(form) | Op::Mma(form) = op
+                && let Op::Run(form) | Op::Mma(form, _) = op
                 && std::ptr::eq(*last, form)
             {
                 *count += 1;
@@ -807,6 +807,15 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
             *target = start[*target as usize];
         }
     }
+    for step in &mut program.steps {
+        if let Op::Mma(form, plan) = &mut step.op
+            && let Some(made) =
+                form.plan(&program.operands[step.first as usize..][..step.arity as usize * step.count as usize])
+        {
+            *plan = program.plans.len() as u32;
+            program.plans.push(made);
+        }
+    }
     program.file_bytes = bytes.next_multiple_of(64);
     program
 }
@@ -832,7 +841,7 @@ fn shared_bytes(op: &Op) -> Option<u32> {
 
 fn count_cost(cost: &mut BlockCost, op: &Op, guarded: bool) {
     let class = match op {
-        Op::Run(form) | Op::Mma(form) => {
+        Op::Run(form) | Op::Mma(form, _) => {
             if let Some((ty, flops)) = form.flops
                 && !guarded
             {

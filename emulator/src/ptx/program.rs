@@ -1,6 +1,7 @@
 //! The decoded program of a kernel: what the interpreter executes.
 
 use crate::num::Form;
+use crate::num::matrix::Plan;
 use std::sync::Arc;
 
 /// An address space of a memory instruction.
@@ -184,8 +185,8 @@ pub enum Redux {
 pub enum Op {
     /// Arithmetic instructions of one form, as many as [`Step::count`].
     Run(&'static Form),
-    /// The same for forms of a whole warp: all lanes must take part.
-    Mma(&'static Form),
+    /// The same for forms of a whole warp: all lanes must take part. The number is the plan's in [`Program::plans`].
+    Mma(&'static Form, u32),
     /// destinations (one per element), base.
     Load(Access),
     /// base, values.
@@ -409,6 +410,8 @@ pub struct Program {
     pub steps: Vec<Step>,
     /// Register offsets.
     pub operands: Vec<u32>,
+    /// How runs of matrix products are computed.
+    pub plans: Vec<Plan>,
     /// Branch targets of `brx.idx`, as steps.
     pub tables: Vec<Vec<u32>>,
     /// Constants and where they stand.
