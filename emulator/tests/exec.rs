@@ -223,6 +223,27 @@ fn grid_barriers(threads: usize) {
 }
 
 #[test]
+fn what_is_waited_for_past_the_l1_cache_has_been_handed_over() {
+    for (threads, seed) in [(1, None), (2, None), (2, Some(3))] {
+        let mut device = Device::new(CONTROL);
+        (device.settings.threads, device.settings.schedule_seed) = (threads, seed);
+        let blocks = 40;
+        let (done, value) = (device.upload(&[0u32]), device.memory.alloc(64 * 4).unwrap());
+        let out = device.memory.alloc(blocks as u64 * 64 * 4).unwrap();
+        let args = [Arg::U64(done), Arg::U64(value), Arg::U64(out)];
+        let counters = device
+            .run("handed_over_past_l1", [blocks + 1, 1, 1], [64, 1, 1], 0, &args)
+            .unwrap_or_else(|fault| panic!("{fault}"));
+        let out: Vec<i32> = device.download(out, blocks as usize * 64);
+        assert!((0..out.len()).all(|i| out[i] == 3 * (i % 64) as i32), "{out:?}");
+        // In order, each block is put aside after some dozens of polls; blocks that are not cost a hundred thousand rounds each.
+        if (threads, seed) == (1, None) {
+            assert!(counters.control < 40_000, "{counters:?}");
+        }
+    }
+}
+
+#[test]
 fn the_last_block_may_read_what_others_fenced() {
     let n = 4 * 64;
     let x = noise(n, 4);
@@ -349,7 +370,7 @@ fn a_fault_ends_blocks_that_wait_for_the_one_that_had_it() {
         let told = from.recv_timeout(std::time::Duration::from_secs(60));
         told.unwrap_or_else(|_| panic!("{name} with {threads} threads still runs")).expect_err(name)
     };
-    for name in ["waits_by_reading", "waits_by_atomics", "waits_at_barrier"] {
+    for name in ["waits_by_reading", "waits_past_l1", "waits_by_atomics", "waits_at_barrier"] {
         for (threads, seed, cooperative) in
             [(1, None, false), (2, None, false), (3, Some(5), false), (1, None, true), (2, None, true)]
         {

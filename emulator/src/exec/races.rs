@@ -8,7 +8,8 @@
 //!
 //! **Global memory** (between blocks). A word remembers its last writer and reader, and how often that block had fenced. An atomic or volatile
 //! access releases all that its block did before its last fence, and what it has read even without one; one that sees the same address later
-//! acquires it. (PTX asks for a fence there too, but published code does without: a block that says how much it has read has read it.)
+//! acquires it. (PTX asks for a fence there too, but published code does without: a block that says how much it has read has read it.) So does one
+//! thread's load past the L1 cache, by which published code waits as if it were volatile.
 //! Atomic and volatile accesses are not themselves recorded. A word whose bytes belong to different blocks remembers the last one
 //! only: some races may be missed there, none is made up.
 

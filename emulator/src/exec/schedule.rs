@@ -2,7 +2,8 @@
 //!
 //! Workers take blocks one after the other and run each until it ends. A block that uses up its share of turns (it may be waiting for
 //! another block), or a turn with polling, is put aside for a new one and taken up again later, so that blocks which wait for each other all get to
-//! run. A poll is what a program can wait for other blocks by: a volatile or other strong load, or an atomic with a result, on global memory.
+//! run. A poll is what a program can wait for other blocks by: a volatile or other strong load, an atomic with a result, or one thread's load past the
+//! L1 cache, on global memory.
 //!
 //! **Order.** Without a seed, blocks and warps run in order and a warp keeps its turn until it waits. With a seed, blocks
 //! are issued in a random order, the next warp is drawn, and turns are short and random.
