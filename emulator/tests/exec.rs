@@ -200,15 +200,19 @@ fn lanes_that_spin_on_a_lock_make_progress() {
 
 #[test]
 fn blocks_that_wait_for_each_other_all_run() {
-    grid_barriers(1);
-    grid_barriers(2);
+    grid_barriers(1, 6);
+    grid_barriers(2, 6);
 }
 
-fn grid_barriers(threads: usize) {
+#[test]
+fn so_do_many_on_one_worker() {
+    grid_barriers(1, 3 * 108);
+}
+
+fn grid_barriers(threads: usize, blocks: usize) {
     let mut device = Device::new(CONTROL);
     device.settings.threads = threads;
-    device.settings.instruction_limit = 1_000_000_000;
-    let blocks = 6;
+    device.settings.instruction_limit = 20_000_000;
     let arrived = device.upload(&[0u32; 2]);
     let out = device.upload(&vec![0i32; blocks * 3]);
     device

@@ -19,8 +19,8 @@
 use super::interp::AVX512;
 use super::lanes::{self as ask, Some16};
 use crate::memory::{HELD, Shadow};
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -633,20 +633,25 @@ impl GlobalRaces {
             // Who read is not known any more: a block that has synchronised at all is believed.
             return orders.acquired.contains_key(&block);
         }
-        // Everything a block ever acquired counts, also what it acquired after releasing: that misses races, and makes none up.
+        // Everything a block ever acquired counts, also what it acquired after releasing: that misses races, and makes none up. Logs only grow, so each is
+        // gone through once, however many blocks have acquired it.
         let mut known = vec![block];
+        let mut met = HashSet::from([block]);
+        let mut gone_through: HashMap<u64, usize> = HashMap::new();
         let mut at = 0;
         while let Some(&reader) = known.get(at) {
             at += 1;
-            for (object, length) in orders.acquired.get(&reader).into_iter().flatten() {
-                for &(released, epoch) in &orders.logs[object][..*length] {
+            for &(object, length) in orders.acquired.get(&reader).into_iter().flatten() {
+                let from = gone_through.entry(object).or_default();
+                for &(released, epoch) in orders.logs[&object].get(*from..length).unwrap_or_default() {
                     if released == other.block && other.epoch < u64::from(epoch) + u64::from(read) {
                         return true;
                     }
-                    if (read || epoch > 1) && !known.contains(&released) {
+                    if (read || epoch > 1) && met.insert(released) {
                         known.push(released);
                     }
                 }
+                *from = length.max(*from);
             }
         }
         false
