@@ -629,7 +629,12 @@ mod language {
             let (context, stream) = device(0);
             let function = kernel(&context, PTX, "print");
             run!(stream, function, line(1, 32), &5i32);
-            return;
+            let function = kernel(&context, PTX, "print_and_trap");
+            let mut launch = stream.launch_builder(&function);
+            launch.arg(&17i32);
+            assert_eq!(code(unsafe { launch.launch(line(1, 1)) }), CUresult::CUDA_ERROR_LAUNCH_FAILED);
+            // Nothing that Rust would do at the end, as in programs of other languages.
+            unsafe { libc::_exit(0) };
         }
         let child = std::process::Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "language::printf_prints", "--nocapture"])
@@ -641,6 +646,7 @@ mod language {
             let want = format!("thread {thread} of block 0: 2.500 text 21474836480 x\n");
             assert!(text.contains(&want), "{want} is not in: {text}");
         }
+        assert!(text.ends_with("no more than 17"), "{text}");
     }
 
     #[test]

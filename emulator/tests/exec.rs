@@ -200,15 +200,19 @@ fn lanes_that_spin_on_a_lock_make_progress() {
 
 #[test]
 fn blocks_that_wait_for_each_other_all_run() {
-    grid_barriers(1);
-    grid_barriers(2);
+    grid_barriers(1, 6);
+    grid_barriers(2, 6);
 }
 
-fn grid_barriers(threads: usize) {
+#[test]
+fn so_do_many_on_one_worker() {
+    grid_barriers(1, 3 * 108);
+}
+
+fn grid_barriers(threads: usize, blocks: usize) {
     let mut device = Device::new(CONTROL);
     device.settings.threads = threads;
-    device.settings.instruction_limit = 1_000_000_000;
-    let blocks = 6;
+    device.settings.instruction_limit = 20_000_000;
     let arrived = device.upload(&[0u32; 2]);
     let out = device.upload(&vec![0i32; blocks * 3]);
     device
@@ -219,6 +223,27 @@ fn grid_barriers(threads: usize) {
         let next = ((b + 1) % blocks) as i32 * 64;
         let (first, second) = (out[blocks + b * 2], out[blocks + b * 2 + 1]);
         assert!(out[b] % b.max(1) as i32 == 0 && first <= next && second <= 2 * next, "block {b}: {out:?}");
+    }
+}
+
+#[test]
+fn what_is_waited_for_past_the_l1_cache_has_been_handed_over() {
+    for (threads, seed) in [(1, None), (2, None), (2, Some(3))] {
+        let mut device = Device::new(CONTROL);
+        (device.settings.threads, device.settings.schedule_seed) = (threads, seed);
+        let blocks = 40;
+        let (done, value) = (device.upload(&[0u32]), device.memory.alloc(64 * 4).unwrap());
+        let out = device.memory.alloc(blocks as u64 * 64 * 4).unwrap();
+        let args = [Arg::U64(done), Arg::U64(value), Arg::U64(out)];
+        let counters = device
+            .run("handed_over_past_l1", [blocks + 1, 1, 1], [64, 1, 1], 0, &args)
+            .unwrap_or_else(|fault| panic!("{fault}"));
+        let out: Vec<i32> = device.download(out, blocks as usize * 64);
+        assert!((0..out.len()).all(|i| out[i] == 3 * (i % 64) as i32), "{out:?}");
+        // In order, each block is put aside after some dozens of polls; blocks that are not cost a hundred thousand rounds each.
+        if (threads, seed) == (1, None) {
+            assert!(counters.control < 40_000, "{counters:?}");
+        }
     }
 }
 
@@ -349,7 +374,7 @@ fn a_fault_ends_blocks_that_wait_for_the_one_that_had_it() {
         let told = from.recv_timeout(std::time::Duration::from_secs(60));
         told.unwrap_or_else(|_| panic!("{name} with {threads} threads still runs")).expect_err(name)
     };
-    for name in ["waits_by_reading", "waits_by_atomics", "waits_at_barrier"] {
+    for name in ["waits_by_reading", "waits_past_l1", "waits_by_atomics", "waits_at_barrier"] {
         for (threads, seed, cooperative) in
             [(1, None, false), (2, None, false), (3, Some(5), false), (1, None, true), (2, None, true)]
         {

@@ -200,7 +200,7 @@ impl Machine<'_> {
         if access.space == Space::Param {
             return self.load_parameter(warp, operands, access, site);
         }
-        if access.strong && access.space != Space::Shared {
+        if access.polls(mask) && access.space != Space::Shared {
             warp.polls += 1;
         }
         // SAFETY: `direct` and `locate` have checked `bytes` readable bytes at every lane's address (in `locate`, lanes outside the mask share one), and the
@@ -665,7 +665,7 @@ unsafe fn load_body<const ISA: usize>(
     unsafe {
         let mut at = addresses(file, register, access.wide_base, access.offset);
         settle(&mut at, site.mask);
-        let asked = site.strong.then_some(at.0);
+        let asked = access.polls(site.mask).then_some(at.0);
         if !approve::<ISA>(machine, warp, access.space, &mut at, site) {
             machine.locate(warp, access.space, &mut at, site)?;
         }

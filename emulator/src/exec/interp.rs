@@ -242,7 +242,7 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                         if machine.unwritten != 0 {
                             machine.note_unwritten(warp, step, operands);
                         }
-                        if access.strong {
+                        if access.polls(active) {
                             poll!();
                         }
                     }

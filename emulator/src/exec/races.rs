@@ -8,7 +8,8 @@
 //!
 //! **Global memory** (between blocks). A word remembers its last writer and reader, and how often that block had fenced. An atomic or volatile
 //! access releases all that its block did before its last fence, and what it has read even without one; one that sees the same address later
-//! acquires it. (PTX asks for a fence there too, but published code does without: a block that says how much it has read has read it.)
+//! acquires it. (PTX asks for a fence there too, but published code does without: a block that says how much it has read has read it.) So does one
+//! thread's load past the L1 cache, by which published code waits as if it were volatile.
 //! Atomic and volatile accesses are not themselves recorded. A word whose bytes belong to different blocks remembers the last one
 //! only: some races may be missed there, none is made up.
 
@@ -18,8 +19,8 @@
 use super::interp::AVX512;
 use super::lanes::{self as ask, Some16};
 use crate::memory::{HELD, Shadow};
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -632,20 +633,25 @@ impl GlobalRaces {
             // Who read is not known any more: a block that has synchronised at all is believed.
             return orders.acquired.contains_key(&block);
         }
-        // Everything a block ever acquired counts, also what it acquired after releasing: that misses races, and makes none up.
+        // Everything a block ever acquired counts, also what it acquired after releasing: that misses races, and makes none up. Logs only grow, so each is
+        // gone through once, however many blocks have acquired it.
         let mut known = vec![block];
+        let mut met = HashSet::from([block]);
+        let mut gone_through: HashMap<u64, usize> = HashMap::new();
         let mut at = 0;
         while let Some(&reader) = known.get(at) {
             at += 1;
-            for (object, length) in orders.acquired.get(&reader).into_iter().flatten() {
-                for &(released, epoch) in &orders.logs[object][..*length] {
+            for &(object, length) in orders.acquired.get(&reader).into_iter().flatten() {
+                let from = gone_through.entry(object).or_default();
+                for &(released, epoch) in orders.logs[&object].get(*from..length).unwrap_or_default() {
                     if released == other.block && other.epoch < u64::from(epoch) + u64::from(read) {
                         return true;
                     }
-                    if (read || epoch > 1) && !known.contains(&released) {
+                    if (read || epoch > 1) && met.insert(released) {
                         known.push(released);
                     }
                 }
+                *from = length.max(*from);
             }
         }
         false

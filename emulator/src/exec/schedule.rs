@@ -2,7 +2,8 @@
 //!
 //! Workers take blocks one after the other and run each until it ends. A block that uses up its share of turns (it may be waiting for
 //! another block), or a turn with polling, is put aside for a new one and taken up again later, so that blocks which wait for each other all get to
-//! run. A poll is what a program can wait for other blocks by: a volatile or other strong load, or an atomic with a result, on global memory.
+//! run: as many as the multiprocessors of the device hold, in a cooperative launch all. A poll is what a program can wait for other blocks by: a
+//! volatile or other strong load, an atomic with a result, or one thread's load past the L1 cache, on global memory.
 //!
 //! **Order.** Without a seed, blocks and warps run in order and a warp keeps its turn until it waits. With a seed, blocks
 //! are issued in a random order, the next warp is drawn, and turns are short and random.
@@ -28,8 +29,11 @@ use std::sync::{Mutex, PoisonError};
 pub const TURN: u32 = 4096;
 /// Turns that each warp of a block may use before another block is begun; as many again each time.
 const TURNS_OF_WARP: u32 = 32;
-/// Blocks that a worker holds begun at a time, except in cooperative launches, where all blocks may wait for all.
+/// Blocks that a worker holds begun at a time, not counting those that wait for others.
 const MAX_BEGUN: usize = 128;
+/// Threads and blocks that one multiprocessor holds at a time, on the largest device. Grids that fill the device exactly are written to wait for all of
+/// their blocks, whether or not the launch is cooperative.
+const RESIDENT: (u32, u32) = (2048, 32);
 
 /// Polls of a warp after which its block counts as waiting for another. Loops that poll a few times each round and are not waits stay below it.
 const POLLS: u64 = 1 << 12;
@@ -212,8 +216,7 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
     for (_, text) in output {
         match &settings.output {
             Some(output) => output(&text),
-            // A closed standard output is no fault of the kernel.
-            None => drop(std::io::stdout().write_all(&text)),
+            None => print(&text),
         }
     }
     if let Some((_, fault)) = shared.fault.into_inner().unwrap_or_else(PoisonError::into_inner) {
@@ -227,23 +230,38 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
     Ok(counters)
 }
 
+/// To standard output, at once and behind what the program has printed so far: its end does not flush the buffer of Rust's library here, and C's
+/// output waits in a buffer of its own.
+fn print(text: &[u8]) {
+    // SAFETY: null stands for all output streams.
+    unsafe { libc::fflush(std::ptr::null_mut()) };
+    let mut output = std::io::stdout().lock();
+    // A closed standard output is no fault of the kernel.
+    drop(output.write_all(text).and_then(|()| output.flush()));
+}
+
 impl Shared<'_> {
     /// One worker, until no block is left.
     fn work(&self) {
         let mut machine = Machine::new(self.env);
-        let mut aside: VecDeque<Block> = VecDeque::new();
+        // Blocks put aside, and whether they wait; how many do not.
+        let mut aside: VecDeque<(Block, bool)> = VecDeque::new();
+        let mut busy = 0;
         let mut spare: Vec<Block> = vec![];
+        let launch = self.env.launch;
+        let resident = (launch.multiprocessors * (RESIDENT.0 / self.env.threads).min(RESIDENT.1)) as usize;
         loop {
-            let full = aside.len() >= MAX_BEGUN && !self.env.launch.cooperative;
+            let full = (busy >= MAX_BEGUN || aside.len() >= resident.max(MAX_BEGUN)) && !launch.cooperative;
             let issue = if full { u64::MAX } else { self.next.fetch_add(1, Ordering::Relaxed) };
             let fresh = issue < self.order.count && issue <= self.first_fault.load(Ordering::Relaxed);
             if fresh {
                 machine.block = spare.pop().unwrap_or_default();
                 machine.start(issue, self.order.block(issue));
             } else {
-                let Some(block) = aside.pop_front() else {
+                let Some((block, waits)) = aside.pop_front() else {
                     break;
                 };
+                busy -= usize::from(!waits);
                 machine.block = block;
             }
             if machine.block.issue > self.first_fault.load(Ordering::Relaxed) {
@@ -251,8 +269,9 @@ impl Shared<'_> {
             }
             match machine.run_block(self.run, &self.first_fault) {
                 Ok(Stop::Ended) => {}
-                Ok(Stop::TurnsUsed) => {
-                    aside.push_back(std::mem::take(&mut machine.block));
+                Ok(Stop::TurnsUsed { waits }) => {
+                    busy += usize::from(!waits);
+                    aside.push_back((std::mem::take(&mut machine.block), waits));
                     continue;
                 }
                 Ok(Stop::Left) => continue,
@@ -283,8 +302,8 @@ impl Shared<'_> {
 enum Stop {
     /// All its threads have exited.
     Ended,
-    /// It has used its turns.
-    TurnsUsed,
+    /// It has used its turns, or polled so often in one that it waits for another block.
+    TurnsUsed { waits: bool },
     /// Another block's fault ends the launch.
     Left,
 }
@@ -331,6 +350,7 @@ impl Machine<'_> {
             self.block.warps[index] = warp;
             let ended = result?;
             let used = ended != Turn::Blocked;
+            let waits_now = ended == Turn::Polled && asked;
             if let Some(fault) = overrun {
                 return Err(fault);
             }
@@ -341,13 +361,13 @@ impl Machine<'_> {
             self.block.turn = (index + 1) % warps;
             if used && !seeded {
                 // Other blocks may have to write first.
-                turns = if ended == Turn::Polled && asked { 0 } else { turns - 1 };
+                turns = if waits_now { 0 } else { turns - 1 };
             }
             if used && (turns == 0 || seeded) {
                 // A seeded schedule has short turns, and draws when to put a block aside.
                 let odds = if ended == Turn::Polled { 0x3f } else { 0xfff };
                 if !seeded || self.block.random >> 20 & odds == 0 {
-                    return Ok(Stop::TurnsUsed);
+                    return Ok(Stop::TurnsUsed { waits: waits_now });
                 }
             }
         }

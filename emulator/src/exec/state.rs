@@ -89,7 +89,7 @@ pub struct Warp {
     pub favour: u32,
     /// Basic blocks run since its lanes last waited or took turns.
     pub unbroken: u32,
-    /// Strong loads and atomics with a result since then: what code that waits for other threads does over and over.
+    /// Polls since then (see the schedule), shared memory's too: what code that waits for other threads does over and over.
     pub polls_of_turn: u32,
     /// Values read from shared memory that nothing has written.
     pub unwritten: super::unwritten::Unwritten,

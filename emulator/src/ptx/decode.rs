@@ -983,7 +983,7 @@ impl<'a> Builder<'a> {
             return at.unsupported();
         };
         let mut elements = 1;
-        let mut strong = false;
+        let (mut strong, mut past_l1) = (false, false);
         let last = at.parts.len() - 1;
         for (i, part) in at.parts[1..last].iter().enumerate() {
             match *part {
@@ -992,7 +992,8 @@ impl<'a> Builder<'a> {
                 "volatile" | "relaxed" | "acquire" | "release" | "mmio" => strong = true,
                 "weak" | "cta" | "gpu" | "sys" | "cluster" => {}
                 "global" | "const" | "shared" | "shared::cta" | "local" | "param" | "param::entry" | "param::func" => {}
-                "ca" | "cg" | "cs" | "lu" | "cv" | "wb" | "wt" | "nc" => {}
+                "cg" | "cv" => past_l1 = true,
+                "ca" | "cs" | "lu" | "wb" | "wt" | "nc" => {}
                 hint if hint.starts_with("L1::") || hint.starts_with("L2::") => {}
                 "noftz" => {}
                 _ if i + 2 == last => return at.unsupported(),
@@ -1017,6 +1018,7 @@ impl<'a> Builder<'a> {
             float: matches!(at.parts.last(), Some(&("f32" | "f64"))),
             register_bits: 0,
             strong,
+            past_l1,
             offset,
         };
         Ok((access, base))
@@ -1153,6 +1155,7 @@ impl<'a> Builder<'a> {
             float: false,
             register_bits: bits,
             strong: true,
+            past_l1: false,
             offset,
         };
         let ty = match ty {
@@ -1576,6 +1579,7 @@ impl<'a> Builder<'a> {
             float: false,
             register_bits: 64,
             strong: true,
+            past_l1: false,
             offset: 0,
         };
         if let Some(address) = address {
@@ -1629,6 +1633,7 @@ impl<'a> Builder<'a> {
             float: false,
             register_bits: 32,
             strong: false,
+            past_l1: false,
             offset,
         };
         self.emit(at, Op::LdMatrix { trans, access }, &values, matrices);
@@ -1689,6 +1694,7 @@ impl<'a> Builder<'a> {
             float: false,
             register_bits: bits,
             strong: false,
+            past_l1: false,
             offset,
         };
         Ok((fragment, layout == "col", access, base))

@@ -38,8 +38,19 @@ pub struct Access {
     pub register_bits: u8,
     /// Whether threads may use it to communicate: volatile, relaxed, acquire, release.
     pub strong: bool,
+    /// Loads: whether it passes the cache of its multiprocessor by (`.cg`, `.cv`). PTX calls that a hint, but programs wait for other blocks so.
+    pub past_l1: bool,
     /// Added to the base.
     pub offset: i64,
+}
+
+impl Access {
+    /// Whether a load by these lanes may be one by which a program waits for other threads. What goes past the cache may as well be plain data;
+    /// those who wait by it are single threads.
+    #[inline(always)]
+    pub fn polls(&self, lanes: u32) -> bool {
+        self.strong || self.past_l1 && lanes.is_power_of_two()
+    }
 }
 
 /// A read-modify-write operation.

@@ -183,6 +183,27 @@ extern "C" __global__ void grid_barrier(unsigned *arrived, int *out) {
     }
 }
 
+// All blocks but the last wait for its values with loads past the L1 cache, then say that they have them.
+extern "C" __global__ void handed_over_past_l1(unsigned *done, int *value, int *out) {
+    if (blockIdx.x == gridDim.x - 1) {
+        value[threadIdx.x] = 3 * threadIdx.x;
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            atomicExch(done, 1);
+        }
+        return;
+    }
+    if (threadIdx.x == 0) {
+        unsigned seen = 0;
+        while (seen == 0) {
+            asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(seen) : "l"(done) : "memory");
+        }
+    }
+    __syncthreads();
+    out[blockIdx.x * blockDim.x + threadIdx.x] = value[threadIdx.x];
+}
+
 // Bugs.
 extern "C" __global__ void divergent_barrier(int *out) {
     if (threadIdx.x < 40) {

@@ -11,6 +11,15 @@ extern "C" __global__ void waits_by_reading(int *x) {
     while (*(volatile int *)x == 0) {
     }
 }
+extern "C" __global__ void waits_past_l1(int *x) {
+    if (blockIdx.x == gridDim.x - 1) {
+        fault(x);
+    }
+    int seen = threadIdx.x;
+    while (seen == 0) {
+        asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(seen) : "l"(x) : "memory");
+    }
+}
 extern "C" __global__ void waits_by_atomics(int *x) {
     if (blockIdx.x == gridDim.x - 1) {
         fault(x);

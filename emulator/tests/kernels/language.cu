@@ -80,6 +80,12 @@ extern "C" __global__ void print(int v) {
     }
 }
 
+// Without a line's end, then a fault.
+extern "C" __global__ void print_and_trap(int v) {
+    printf("no more than %d", v);
+    __trap();
+}
+
 extern "C" __global__ void check(const int *in) { assert(in[threadIdx.x] != 7); }
 
 extern "C" __global__ void integers(const unsigned *in, unsigned *out, int n) {
