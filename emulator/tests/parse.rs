@@ -249,3 +249,24 @@ fn deep_texts_are_refused_in_time() {
     doubled.push_str(".entry k() { call.uni f39; ret; }");
     assert!(parse(&doubled).is_err());
 }
+
+#[test]
+fn a_definition_has_the_parameters_that_were_declared() {
+    let module = |defined: &str| {
+        format!(
+            "{HEAD}.func (.param .b32 o) f(.param .b32 a);\n.visible .entry k()\n{{\n.param .b32 a;\n.param .b32 b;\nst.param.b32 [a], 1;\n\
+             call (b), f, (a);\nret;\n}}\n.func {defined}\n"
+        )
+    };
+    assert!(parse(&module("(.param .b32 o) f(.param .b32 x)\n{ st.param.b32 [o], 1; ret; }")).is_ok());
+    for wrong in [
+        "(.param .b32 o) f(.param .b32 x, .param .b32 y)\n{ .reg .b32 %r; ld.param.b32 %r, [y]; ret; }",
+        "(.param .b32 o) f(.param .b64 x)\n{ ret; }",
+        "f(.param .b32 o, .param .b32 x)\n{ ret; }",
+        "(.param .b32 o) f(.param .b64 x);",
+    ] {
+        let (line, message) = refused(&module(wrong));
+        assert_eq!(line, 13);
+        assert!(message.contains("f was declared with other parameters"), "{message}");
+    }
+}

@@ -570,7 +570,15 @@ impl<'a> Reader<'a> {
             }
         }
         let index = match self.names.get(name) {
-            Some(&ModuleName::Function(index)) => index,
+            Some(&ModuleName::Function(index)) => {
+                let declared = &self.unit.functions[index];
+                let sizes = |formals: &[Param]| formals.iter().map(|formal| formal.bytes).collect::<Vec<_>>();
+                if declared.returns != returns || sizes(&declared.formals) != sizes(&formals) {
+                    let message = format!("{name} was declared with other parameters");
+                    return Err(ParseError::invalid(line, message));
+                }
+                index
+            }
             Some(_) => {
                 return Err(ParseError::invalid(line, format!("{name} is defined twice")));
             }
