@@ -44,6 +44,12 @@ pub struct Capture {
     mode: Mode,
     thread: ThreadId,
     nodes: Vec<Step>,
+    /// Handle of the graph that the sequence becomes.
+    graph: usize,
+    /// Handles of the nodes.
+    node_handles: Vec<usize>,
+    /// What a program was last told that a stream's next work comes after; it may read that until its next call for the stream.
+    told: Vec<usize>,
     /// For each stream that takes part: whether it is blocking, and the nodes that its next work comes after.
     members: BTreeMap<usize, Member>,
     /// Why the sequence cannot become a graph any more.
@@ -134,6 +140,7 @@ impl Capture {
         let member = self.members.get_mut(&stream.handle);
         let heads = &mut member.expect("a stream that takes part").heads;
         self.nodes.push(Step { work: Arc::new(work), after: heads.iter().copied().collect() });
+        self.node_handles.push(handles::fresh());
         *heads = BTreeSet::from([node]);
     }
 
@@ -185,6 +192,9 @@ pub fn begin(stream: &Stream, mode: Mode) -> Answer {
             mode,
             thread: std::thread::current().id(),
             nodes: Vec::new(),
+            graph: handles::fresh(),
+            node_handles: Vec::new(),
+            told: Vec::new(),
             members: BTreeMap::from([(stream.handle, origin)]),
             invalid: None,
         },
@@ -216,9 +226,27 @@ pub fn end(stream: &Stream) -> Answer<Handle> {
             "work captured on another stream was not joined: record an event there and wait for it on the stream where the capture began",
         );
     }
-    let graph =
-        Graph { handle: handles::fresh(), context: capture.context, steps: capture.nodes, handles: OnceLock::new() };
+    let graph = Graph {
+        handle: capture.graph,
+        context: capture.context,
+        steps: capture.nodes,
+        handles: OnceLock::from(capture.node_handles),
+    };
+    graph.show_nodes()?;
     Ok(driver.graphs.insert(graph.handle, Arc::new(graph)))
+}
+
+/// The graph that the stream's capture makes and the nodes that its next work comes after; none outside a capture.
+///
+/// The graph can be used once the capture has ended; until then its handle only tells it from others.
+pub fn under_capture(stream: &Stream) -> Answer<(Handle, *const Handle, usize)> {
+    let mut captures = driver()?.captures.lock().unwrap();
+    let Some((_, capture)) = of_stream(&mut captures, stream) else {
+        return Ok((std::ptr::null_mut(), std::ptr::null(), 0));
+    };
+    let heads = &capture.members[&stream.handle].heads;
+    capture.told = heads.iter().map(|&node| capture.node_handles[node]).collect();
+    Ok((capture.graph as Handle, capture.told.as_ptr().cast(), capture.told.len()))
 }
 
 /// (status, sequence id) for the queries.
@@ -516,20 +544,25 @@ fn instantiate(graph: Handle, flags: u64) -> Answer<Handle> {
     Ok(driver.execs.insert(handles::fresh(), Arc::new(exec)))
 }
 
-fn node_handles(graph: &Arc<Graph>) -> Answer<&Vec<usize>> {
-    let driver = driver()?;
-    Ok(graph.handles.get_or_init(|| {
-        let made: Vec<usize> = graph.steps.iter().map(|_| handles::fresh()).collect();
-        for (step, &handle) in graph.steps.iter().zip(&made) {
-            let node = Node {
-                graph: graph.handle,
-                kind: step.work.node_type(),
-                after: step.after.iter().map(|&node| made[node]).collect(),
-            };
+impl Graph {
+    /// Makes the handles of its nodes known.
+    fn show_nodes(&self) -> Answer {
+        let driver = driver()?;
+        let handles = self.handles.get_or_init(|| self.steps.iter().map(|_| handles::fresh()).collect());
+        for (step, &handle) in self.steps.iter().zip(handles) {
+            let after = step.after.iter().map(|&node| handles[node]).collect();
+            let node = Node { graph: self.handle, kind: step.work.node_type(), after };
             driver.nodes.insert(handle, Arc::new(node));
         }
-        made
-    }))
+        Ok(())
+    }
+}
+
+fn node_handles(graph: &Graph) -> Answer<&Vec<usize>> {
+    if graph.handles.get().is_none() {
+        graph.show_nodes()?;
+    }
+    Ok(graph.handles.get().expect("show_nodes has made them"))
 }
 
 /// The two-step protocol of the list queries: the count alone, or as many as fit.

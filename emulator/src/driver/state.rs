@@ -8,9 +8,11 @@ use super::codes::Code;
 use super::event::Event;
 use super::graph::{Capture, Graph, GraphExec, GraphMemory, Node};
 use super::handles::{self, Table};
+use super::linker::Link;
 use super::module::{Function, LoadedImage};
 use super::pool::Pool;
 use super::profile::Profile;
+use super::registered::Registered;
 use super::settings::{self, Log, Settings};
 use super::stream::Stream;
 use crate::memory::Memory;
@@ -34,12 +36,15 @@ pub struct Driver {
     pub contexts: Table<Context>,
     pub streams: Table<Stream>,
     pub events: Table<Event>,
+    pub links: Table<Link>,
     pub modules: Table<LoadedImage>,
     pub functions: Table<Function>,
     pub graphs: Table<Graph>,
     pub nodes: Table<Node>,
     pub execs: Table<GraphExec>,
     pub pools: Table<Pool>,
+    /// Host memory that programs registered, by its first byte.
+    pub registered: Mutex<BTreeMap<u64, Registered>>,
     /// Live capture sequences by their id.
     pub captures: Mutex<BTreeMap<u64, Capture>>,
     pub profile: Mutex<Profile>,
@@ -82,6 +87,8 @@ pub enum Kind {
     Pooled(Arc<Pool>),
     /// cuMemHostAlloc, with its flags.
     Host(c_uint),
+    /// Where a device sees registered host memory, which begins here.
+    Mirror(u64),
     /// cuMemAllocManaged.
     Managed,
     /// An allocation node of a captured graph.
@@ -94,6 +101,7 @@ impl Kind {
             Kind::Device => "device memory",
             Kind::Pooled(_) => "stream-ordered device memory",
             Kind::Host(_) => "pinned host memory",
+            Kind::Mirror(_) => "registered host memory",
             Kind::Managed => "managed memory",
             Kind::Graph(_) => "memory of a graph",
         }
@@ -105,6 +113,8 @@ pub struct Context {
     pub device: c_int,
     pub primary: bool,
     pub flags: AtomicU32,
+    /// What cuCtxCreate and cuCtxAttach gave out, less what cuCtxDetach took back.
+    pub attached: AtomicU32,
     /// The NULL stream.
     pub legacy: Arc<Stream>,
     /// Every host thread's default stream, made when it is first used.
@@ -125,6 +135,7 @@ impl Context {
             device,
             primary,
             flags: AtomicU32::new(flags),
+            attached: AtomicU32::new(1),
             legacy: Arc::new(Stream::new(handle, super::stream::Role::Legacy)),
             per_thread: Mutex::default(),
             order: RwLock::new(()),
@@ -189,12 +200,14 @@ pub fn init() -> Answer<&'static Driver> {
         contexts: Table::new("context"),
         streams: Table::new("stream"),
         events: Table::new("event"),
+        links: Table::new("link"),
         modules: Table::new("module"),
         functions: Table::new("function"),
         graphs: Table::new("graph"),
         nodes: Table::new("graph node"),
         execs: Table::new("executable graph"),
         pools,
+        registered: Mutex::default(),
         captures: Mutex::default(),
         profile: Mutex::default(),
     });
@@ -378,10 +391,12 @@ pub fn destroy_context(context: &Arc<Context>) -> Answer {
     forgotten(graphs.len(), "graph");
     let modules = driver.modules.take(|image| image.context == own);
     forgotten(modules.len(), "module");
+    forgotten(driver.links.take(|link| link.context == own).len(), "link");
     driver.functions.take(|function| function.image.context == own);
     for image in modules {
         image.unload(&device.memory);
     }
+    forgotten(super::registered::forget_context(own)?, "registered range of host memory");
     let left: Vec<(DevicePointer, Owned)> = {
         let mut allocations = device.allocations.lock().unwrap();
         let addresses: Vec<DevicePointer> =
