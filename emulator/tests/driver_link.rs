@@ -8,6 +8,7 @@
 mod support;
 
 use cudarc::driver::sys::{self, CUjit_option, CUjitInputType, CUresult};
+use cudarc::driver::{LaunchConfig, PushKernelArg};
 use std::ffi::{CString, c_char, c_void};
 use support::{device, last_message, load};
 
@@ -171,6 +172,78 @@ fn names_are_resolved_over_the_images_in_any_order() {
     }
 }
 
+/// Takes `keep` for a function that returns something, and `give` for one that does not. The parameter of 12 bytes is passed on whole.
+const OTHER_LANGUAGE: &str = "
+.extern .func (.param .b64 out) keep(.param .b64 to, .param .align 4 .b8 three[12]);
+.extern .func give(.param .b64 to);
+.visible .entry both(.param .u64 to)
+{
+    .reg .b64 %d<3>;
+    ld.param.u64 %d0, [to];
+    {
+        .param .b64 a;
+        .param .align 4 .b8 b[12];
+        .param .b64 r;
+        st.param.b64 [a], %d0;
+        st.param.b32 [b], 5;
+        st.param.b32 [b+4], 6;
+        st.param.b32 [b+8], 7;
+        call (r), keep, (a, b);
+        ld.param.b64 %d1, [r];
+    }
+    add.u64 %d0, %d0, 12;
+    {
+        .param .b64 a;
+        st.param.b64 [a], %d0;
+        call give, (a);
+    }
+    ret;
+}
+";
+
+const OTHER_LANGUAGE_CALLEE: &str = "
+.visible .func keep(.param .b64 to, .param .align 4 .b8 three[12])
+{
+    .reg .b32 %r<3>;
+    .reg .b64 %d;
+    ld.param.b64 %d, [to];
+    ld.param.b32 %r0, [three];
+    ld.param.b32 %r1, [three+4];
+    ld.param.b32 %r2, [three+8];
+    st.global.b32 [%d], %r0;
+    st.global.b32 [%d+4], %r1;
+    st.global.b32 [%d+8], %r2;
+    ret;
+}
+.visible .func (.param .b32 out) give(.param .b64 to)
+{
+    .reg .b64 %d;
+    ld.param.b64 %d, [to];
+    st.global.b32 [%d], 8;
+    st.param.b32 [out], 9;
+    ret;
+}
+";
+
+#[test]
+fn a_function_may_return_something_for_one_image_and_nothing_for_another() {
+    load(&[]);
+    let (context, stream) = device(0);
+    context.bind_to_thread().unwrap();
+    let link = Link::new();
+    link.add("caller", OTHER_LANGUAGE);
+    link.add("callee", OTHER_LANGUAGE_CALLEE);
+    let linked = link.complete().unwrap_or_else(|why| panic!("{why:?}: {}", link.errors()));
+    let text = CString::from_vec_with_nul(linked).unwrap().into_string().unwrap();
+    let both = support::kernel(&context, &text, "both");
+    let mut to = stream.alloc_zeros::<u32>(4).unwrap();
+    let mut launch = stream.launch_builder(&both);
+    launch.arg(&mut to);
+    let one = LaunchConfig { grid_dim: (1, 1, 1), block_dim: (1, 1, 1), shared_mem_bytes: 0 };
+    unsafe { launch.launch(one) }.unwrap_or_else(|why| panic!("{why:?}: {}", last_message()));
+    assert_eq!(stream.clone_dtoh(&to).unwrap(), [5, 6, 7, 8]);
+}
+
 #[test]
 fn one_image_stays_as_it_is() {
     load(&[]);
@@ -209,7 +282,7 @@ fn what_does_not_link_is_refused_by_name() {
         .visible .global .u32 table[4];
         .visible .func (.param .b32 out) twice(.param .b32 in, .param .b32 more)
         { .reg .b32 %r<2>; ld.param.b32 %r0, [more]; st.param.b32 [out], %r0; ret; }";
-    says(&[("a", CALLER), ("b", other)], &["twice", "declared"]);
+    says(&[("a", CALLER), ("b", other)], &["image a", "twice is declared with other parameters", "image b"]);
     says(&[("a", "\n.visible .func f() {"), ("b", "")], &["image a", "never closed"]);
     says(&[("a", "\n.tex .u64 t;"), ("b", "")], &["image a", ".tex"]);
     let (code, log) = refused(&[]);

@@ -4,7 +4,8 @@
 //! `.extern` variables are the ones of that name that another image defines; of `.weak` definitions the first stays, unless there is one that
 //! is not weak; what an image keeps to itself (neither visible nor weak) is renamed where another image uses the name, and so are
 //! `extern .shared` arrays, which all begin at the same place anyway. Functions that no image defines stay declared, and a call of one is refused
-//! when the result is loaded.
+//! when the result is loaded. An image may take a function for one that returns something where it returns nothing, or the other
+//! way round, as code of two languages does: such an image calls a function of its own that passes the parameters on.
 //!
 //! Deliberately absent: archives, aliases, and optimisation over the images.
 
@@ -293,6 +294,119 @@ fn scan(image: Image<'_>) -> Result<Scanned<'_>, ParseError> {
     Ok(Scanned { image, tokens: scanner.tokens, statements, version, target, debug })
 }
 
+/// A parameter as it was declared: alignment, type and what follows the name.
+#[derive(Clone, Copy, Debug)]
+struct Formal<'a> {
+    align: &'a str,
+    kind: &'a str,
+    dimension: &'a str,
+}
+
+impl Formal<'_> {
+    fn same(&self, other: &Formal) -> bool {
+        (self.size(), self.dimension.is_empty()) == (other.size(), other.dimension.is_empty())
+    }
+
+    /// Bytes of an element and elements; 0 where the parser will find a mistake.
+    fn size(&self) -> (u64, u64) {
+        let element = super::parse::type_bytes(self.kind).unwrap_or(0);
+        (element, super::parse::integer(self.dimension).unwrap_or(u64::from(self.dimension.is_empty())))
+    }
+
+    fn declare(&self, name: &str) -> String {
+        let align = if self.align.is_empty() { String::new() } else { format!(".align {} ", self.align) };
+        let dimension = if self.dimension.is_empty() { String::new() } else { format!("[{}]", self.dimension) };
+        format!(".param {align}{} {name}{dimension}", self.kind)
+    }
+
+    /// Copies the parameter `from` to `to` by way of a register.
+    fn copy(&self, from: &str, to: &str, text: &mut String) {
+        let (element, elements) = self.size();
+        for at in 0..elements {
+            let (offset, bits) = (at * element, element * 8);
+            let _ = writeln!(text, "ld.param.b{bits} %b{bits}, [{from}+{offset}];");
+            let _ = writeln!(text, "st.param.b{bits} [{to}+{offset}], %b{bits};");
+        }
+    }
+}
+
+/// What a function returns and takes.
+struct Signature<'a> {
+    returns: Vec<Formal<'a>>,
+    takes: Vec<Formal<'a>>,
+}
+
+/// Reads the heading of a function.
+fn signature<'a>(tokens: &[Token<'a>], name: &str) -> Signature<'a> {
+    let mut found = Signature { returns: vec![], takes: vec![] };
+    let (mut depth, mut named) = (0, false);
+    let mut formal: Option<Formal> = None;
+    for at in 0..tokens.len() {
+        let token = tokens[at];
+        match token.kind {
+            Kind::Mark(b'(') => depth += 1,
+            Kind::Mark(b')' | b',') if depth > 0 => {
+                let list = if named { &mut found.takes } else { &mut found.returns };
+                list.extend(formal.take());
+                depth -= i32::from(token.is(b')'));
+            }
+            Kind::Word if depth == 0 => named |= token.text == name,
+            Kind::Word if token.text == ".param" => {
+                formal = Some(Formal { align: "", kind: "", dimension: "" });
+            }
+            Kind::Word | Kind::Number => {
+                if let Some(formal) = &mut formal {
+                    match tokens[at - 1].text {
+                        ".align" => formal.align = token.text,
+                        "[" => formal.dimension = token.text,
+                        _ if token.text.starts_with('.') && token.text != ".align" => formal.kind = token.text,
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
+/// A function `alias` that returns what `declared` says and calls `name`, which returns what `defined` says.
+fn pass_on(alias: &str, name: &str, declared: &Signature, defined: &Signature) -> String {
+    let list = |formals: &[Formal], prefix: &str| {
+        let declared: Vec<String> =
+            formals.iter().enumerate().map(|(at, formal)| formal.declare(&format!("{prefix}{at}"))).collect();
+        declared.join(", ")
+    };
+    let names = |formals: &[Formal], prefix: &str| {
+        (0..formals.len()).map(|at| format!("{prefix}{at}")).collect::<Vec<_>>().join(", ")
+    };
+    let returns = |signature: &Signature, prefix: &str| match signature.returns.len() {
+        0 => String::new(),
+        _ => format!("({})", list(&signature.returns, prefix)),
+    };
+    let mut text = format!(
+        ".func {} {name}({});\n.func {} {alias}({})\n{{\n.reg .b16 %b8, %b16;\n.reg .b32 %b32;\n.reg .b64 %b64;\n",
+        returns(defined, "r"),
+        list(&defined.takes, "p"),
+        returns(declared, "r"),
+        list(&declared.takes, "p"),
+    );
+    for (prefix, formals) in [("a", &defined.takes), ("s", &defined.returns)] {
+        for (at, formal) in formals.iter().enumerate() {
+            let _ = writeln!(text, "{};", formal.declare(&format!("{prefix}{at}")));
+        }
+    }
+    for (at, formal) in defined.takes.iter().enumerate() {
+        formal.copy(&format!("p{at}"), &format!("a{at}"), &mut text);
+    }
+    let result = match defined.returns.len() {
+        0 => String::new(),
+        _ => format!("({}), ", names(&defined.returns, "s")),
+    };
+    let _ = writeln!(text, "call {result}{name}, ({});\nret;\n}}", names(&defined.takes, "a"));
+    text
+}
+
 /// Why images do not link: one sentence with the name of the image.
 fn refuse<T>(image: &Image, why: ParseError) -> Result<T, ParseError> {
     Err(ParseError { message: format!("in image {}: {}", image.name, why.message), ..why })
@@ -334,13 +448,17 @@ pub fn link(images: &[Image]) -> Result<String, ParseError> {
         }
     }
     let words: HashSet<&str> = scanned.iter().flat_map(|unit| unit.tokens.iter().map(|token| token.text)).collect();
+    // A name that stands nowhere in the images.
+    let fresh = |name: &str, image: usize| {
+        let mut names = (0..).map(|number| format!("{name}$image{image}_{number}"));
+        names.find(|name| !words.contains(&**name)).expect("there are more numbers than words")
+    };
     let (mut variables, mut functions) = (String::new(), String::new());
     for (at, unit) in scanned.iter().enumerate() {
         let mut renamed: HashMap<&str, String> = HashMap::new();
         for statement in unit.statements.iter().filter(|statement| !statement.shared_name()) {
             for &name in statement.names.iter().filter(|name| users[*name].len() > 1) {
-                let fresh = (0..).map(|try_| format!("{name}$image{at}_{try_}")).find(|name| !words.contains(&**name));
-                renamed.insert(name, fresh.unwrap_or_default());
+                renamed.insert(name, fresh(name, at));
             }
         }
         let _ = writeln!(functions, "\n// image {}", unit.image.name.replace(['\n', '\r'], " "));
@@ -350,6 +468,30 @@ pub fn link(images: &[Image]) -> Result<String, ParseError> {
                 What::Variable | What::Shared => &mut variables,
                 _ => &mut functions,
             };
+            if let (What::Function, None, [name]) = (statement.what, statement.body, &statement.names[..])
+                && let Some(&(image, number)) = definitions.get(name)
+                && statement.linkage == Linkage::Extern
+            {
+                if renamed.contains_key(name) {
+                    continue;
+                }
+                let definition = &scanned[image].statements[number];
+                let heading = definition.tokens.start..definition.body.unwrap_or(definition.tokens.end);
+                let declared = signature(&unit.tokens[tokens.clone()], name);
+                let defined = signature(&scanned[image].tokens[heading], name);
+                let same = |a: &[Formal], b: &[Formal]| a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.same(b));
+                if !same(&declared.takes, &defined.takes) {
+                    let message =
+                        format!("{name} is declared with other parameters than image {} defines", images[image].name);
+                    return refuse(&unit.image, ParseError::invalid(statement.line, message));
+                }
+                if !same(&declared.returns, &defined.returns) {
+                    let alias = fresh(name, at);
+                    functions.push_str(&pass_on(&alias, name, &declared, &defined));
+                    renamed.insert(name, alias);
+                    continue;
+                }
+            }
             let elsewhere = |name: &&str| definitions.get(name).is_some_and(|&place| place != (at, number));
             let mut end = "";
             if statement.what == What::Variable && statement.linkage == Linkage::Extern {

@@ -104,7 +104,8 @@ pub fn read(text: &str, limits: Limits) -> Result<Unit, ParseError> {
     Ok(reader.unit)
 }
 
-fn type_bytes(name: &str) -> Option<u64> {
+/// Bytes of a type.
+pub fn type_bytes(name: &str) -> Option<u64> {
     Some(match name {
         ".b8" | ".u8" | ".s8" => 1,
         ".b16" | ".u16" | ".s16" | ".f16" | ".bf16" => 2,
