@@ -1133,3 +1133,81 @@ fn a_capture_tells_its_graph_and_what_comes_next() {
         result::graph::destroy(graph).unwrap();
     }
 }
+
+#[test]
+fn a_user_object_is_destroyed_with_its_last_graph() {
+    load();
+    static DESTROYED: AtomicU32 = AtomicU32::new(0);
+    unsafe extern "C" fn note(data: *mut std::ffi::c_void) {
+        DESTROYED.fetch_add(data as u32, Ordering::SeqCst);
+        // It must not call the driver.
+        DESTROYED.fetch_add(1000 * unsafe { sys::cuCtxSynchronize() } as u32, Ordering::SeqCst);
+    }
+    let destroyed = || DESTROYED.load(Ordering::SeqCst);
+    let (_context, stream) = device(0);
+    let object = |data: usize| unsafe {
+        let mut object = std::ptr::null_mut();
+        let made = sys::cuUserObjectCreate(&mut object, data as *mut _, Some(note), 1, 1);
+        assert_eq!(made, CUresult::CUDA_SUCCESS);
+        object
+    };
+    let (one, mode) = (object(1), sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED);
+    unsafe {
+        // The object goes to the graph while it is captured, from there to the executable graph and to a clone.
+        result::stream::begin_capture(stream.cu_stream(), mode).unwrap();
+        let (mut status, mut graph) = (sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE, std::ptr::null_mut());
+        let nothing = std::ptr::null_mut::<u64>();
+        sys::cuStreamGetCaptureInfo_v2(
+            stream.cu_stream(),
+            &mut status,
+            nothing.cast(),
+            &mut graph,
+            nothing.cast(),
+            nothing.cast(),
+        );
+        assert_eq!(sys::cuGraphRetainUserObject(graph, one, 1, 1), CUresult::CUDA_SUCCESS);
+        assert_eq!(result::stream::end_capture(stream.cu_stream()).unwrap(), graph);
+        let (mut exec, mut clone) = (std::ptr::null_mut(), std::ptr::null_mut());
+        assert_eq!(sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuGraphClone(&mut clone, graph), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuGraphDestroy(graph), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuGraphDestroy(clone), CUresult::CUDA_SUCCESS);
+        assert_eq!(destroyed(), 0);
+        assert_eq!(sys::cuGraphExecDestroy(exec), CUresult::CUDA_SUCCESS);
+        let refused = 1000 * CUresult::CUDA_ERROR_NOT_PERMITTED as u32;
+        assert_eq!(destroyed(), 1 + refused);
+        assert_eq!(sys::cuUserObjectRelease(one, 1), CUresult::CUDA_ERROR_INVALID_HANDLE);
+        // References of the program's own, and a graph's that are given back before its end.
+        let (two, mut graph) = (object(2), std::ptr::null_mut());
+        assert_eq!(sys::cuGraphCreate(&mut graph, 0), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuGraphRetainUserObject(graph, two, 2, 0), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuGraphReleaseUserObject(graph, two, 3), CUresult::CUDA_ERROR_INVALID_VALUE);
+        assert_eq!(sys::cuUserObjectRetain(two, 1), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuUserObjectRelease(two, 2), CUresult::CUDA_SUCCESS);
+        assert_eq!(destroyed(), 1 + refused);
+        assert_eq!(sys::cuGraphReleaseUserObject(graph, two, 2), CUresult::CUDA_SUCCESS);
+        assert_eq!(destroyed(), 3 + 2 * refused);
+        assert_eq!(sys::cuGraphDestroy(graph), CUresult::CUDA_SUCCESS);
+        let mut none = std::ptr::null_mut();
+        assert_eq!(sys::cuUserObjectCreate(&mut none, none.cast(), None, 1, 1), CUresult::CUDA_ERROR_INVALID_VALUE);
+    }
+}
+
+/// The threads that run kernels are not in the child, where a launch would wait for them for ever.
+#[test]
+fn a_forked_process_is_refused_the_driver() {
+    load();
+    let (_context, _stream) = device(0);
+    // SAFETY: the child calls the driver, which refuses before it takes a lock or allocates more than a sentence, and ends without destructors.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let codes = unsafe { [sys::cuInit(0), sys::cuCtxSynchronize()] };
+        let refused = codes.iter().all(|&code| code == CUresult::CUDA_ERROR_NOT_INITIALIZED);
+        unsafe { libc::_exit(if refused { 7 } else { 1 }) };
+    }
+    let mut status = 0;
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 7, "status {status:#x}");
+    // The parent goes on.
+    assert_eq!(unsafe { sys::cuCtxSynchronize() }, CUresult::CUDA_SUCCESS);
+}

@@ -289,6 +289,92 @@ fn what_does_not_link_is_refused_by_name() {
     assert_eq!((code, log.contains("no image")), (CUresult::CUDA_ERROR_INVALID_VALUE, true), "{log}");
 }
 
+/// Every block writes, all wait, every block reads what the next one wrote.
+const GRID: &str = "
+.extern .func (.param .b64 handle) cudaCGGetIntrinsicHandle(.param .b32 scope);
+.extern .func (.param .b32 error) cudaCGSynchronize(.param .b64 handle, .param .b32 flags);
+.visible .entry shift(.param .u64 to, .param .u32 rounds)
+{
+    .reg .pred %p;
+    .reg .b32 %r<9>;
+    .reg .b64 %d<9>;
+    .param .b32 scope;
+    .param .b32 flags;
+    .param .b32 error;
+    .param .b64 handle;
+    ld.param.u64 %d0, [to];
+    ld.param.u32 %r7, [rounds];
+    mov.u32 %r0, %ctaid.x;
+    mov.u32 %r1, %ntid.x;
+    mov.u32 %r2, %tid.x;
+    mad.lo.u32 %r2, %r0, %r1, %r2;
+    mul.wide.u32 %d1, %r2, 4;
+    add.u64 %d1, %d0, %d1;
+    mov.u32 %r3, %nctaid.x;
+    mul.lo.u32 %r3, %r3, %r1;
+    add.u32 %r4, %r2, %r1;
+    rem.u32 %r4, %r4, %r3;
+    mul.wide.u32 %d2, %r4, 4;
+    add.u64 %d2, %d0, %d2;
+    st.param.b32 [scope], 1;
+    call (handle), cudaCGGetIntrinsicHandle, (scope);
+    ld.param.b64 %d3, [handle];
+    st.param.b32 [flags], 0;
+again:
+    st.param.b64 [handle], %d3;
+    call (error), cudaCGSynchronize, (handle, flags);
+    ld.volatile.global.u32 %r5, [%d2];
+    st.param.b64 [handle], %d3;
+    call (error), cudaCGSynchronize, (handle, flags);
+    ld.param.b32 %r6, [error];
+    add.u32 %r5, %r5, %r6;
+    st.volatile.global.u32 [%d1], %r5;
+    sub.u32 %r7, %r7, 1;
+    setp.ne.s32 %p, %r7, 0;
+    @%p bra again;
+    ret;
+}
+";
+
+#[test]
+fn the_device_runtime_has_the_barrier_of_a_grid() {
+    load(&[]);
+    let (context, stream) = device(0);
+    context.bind_to_thread().unwrap();
+    let link = Link::new();
+    link.add("grid", GRID);
+    for name in ["libcudadevrt.a", "/usr/lib/libcudadevrt.a"] {
+        let added = link.add_as(CUjitInputType::CU_JIT_INPUT_LIBRARY, name, "!<arch>");
+        assert_eq!(added, CUresult::CUDA_SUCCESS);
+    }
+    let linked = link.complete().unwrap_or_else(|why| panic!("{why:?}: {}", link.errors()));
+    let text = CString::from_vec_with_nul(linked).unwrap().into_string().unwrap();
+    let shift = support::kernel(&context, &text, "shift");
+    for seed in ["none", "1", "2", "3"] {
+        support::configure("seed", seed);
+        let mut to = stream.clone_htod(&(0..256u32).collect::<Vec<_>>()).unwrap();
+        let mut launch = stream.launch_builder(&shift);
+        launch.arg(&mut to).arg(&3u32);
+        let four = LaunchConfig { grid_dim: (4, 1, 1), block_dim: (64, 1, 1), shared_mem_bytes: 0 };
+        unsafe { launch.launch_cooperative(four) }.unwrap_or_else(|why| panic!("{why:?}: {}", last_message()));
+        let expected: Vec<u32> = (0..256).map(|i| (i + 3 * 64) % 256).collect();
+        assert_eq!(stream.clone_dtoh(&to).unwrap(), expected, "seed {seed}");
+    }
+    // Without a cooperative launch there is no such barrier, as its answer says.
+    let mut to = stream.clone_htod(&[0u32; 64]).unwrap();
+    let mut launch = stream.launch_builder(&shift);
+    launch.arg(&mut to).arg(&1u32);
+    let one = LaunchConfig { grid_dim: (1, 1, 1), block_dim: (64, 1, 1), shared_mem_bytes: 0 };
+    unsafe { launch.launch(one) }.unwrap();
+    assert_eq!(stream.clone_dtoh(&to).unwrap(), [1; 64]);
+    // A program that names the library without need has its image as it was.
+    let link = Link::new();
+    let added = link.add_as(CUjitInputType::CU_JIT_INPUT_LIBRARY, "cudadevrt", "!<arch>");
+    assert_eq!(added, CUresult::CUDA_SUCCESS);
+    link.add("callee", CALLEE);
+    assert_eq!(link.complete(), Ok(format!("{HEAD}{CALLEE}\0").into_bytes()));
+}
+
 #[test]
 fn machine_code_cannot_be_linked() {
     load(&[]);

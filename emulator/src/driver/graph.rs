@@ -20,6 +20,7 @@ use super::handles;
 use super::settings::Run;
 use super::state::{Context, DevicePointer, Handle, current, driver};
 use super::stream::{self, Role, Stream};
+use super::user_object::Objects;
 use super::work::Work;
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -44,8 +45,9 @@ pub struct Capture {
     mode: Mode,
     thread: ThreadId,
     nodes: Vec<Step>,
-    /// Handle of the graph that the sequence becomes.
+    /// Handle of the graph that the sequence becomes, and what it holds.
     graph: usize,
+    objects: Objects,
     /// Handles of the nodes.
     node_handles: Vec<usize>,
     /// What a program was last told that a stream's next work comes after; it may read that until its next call for the stream.
@@ -74,6 +76,7 @@ pub struct Graph {
     steps: Vec<Step>,
     /// Handles of the nodes, made when a program asks for them.
     handles: OnceLock<Vec<usize>>,
+    objects: Objects,
 }
 
 /// A node of a graph as a program sees it.
@@ -92,6 +95,8 @@ pub struct GraphExec {
     launches: AtomicU64,
     /// One launch of an executable graph at a time, as the manual says.
     busy: Mutex<()>,
+    /// Held as long as this lives.
+    _objects: Objects,
 }
 
 /// Memory allocated by a node of a graph. The address is the same in every launch; it is reserved as long as a graph needs it.
@@ -193,6 +198,7 @@ pub fn begin(stream: &Stream, mode: Mode) -> Answer {
             thread: std::thread::current().id(),
             nodes: Vec::new(),
             graph: handles::fresh(),
+            objects: Objects::default(),
             node_handles: Vec::new(),
             told: Vec::new(),
             members: BTreeMap::from([(stream.handle, origin)]),
@@ -231,6 +237,7 @@ pub fn end(stream: &Stream) -> Answer<Handle> {
         context: capture.context,
         steps: capture.nodes,
         handles: OnceLock::from(capture.node_handles),
+        objects: capture.objects,
     };
     graph.show_nodes()?;
     Ok(driver.graphs.insert(graph.handle, Arc::new(graph)))
@@ -247,6 +254,16 @@ pub fn under_capture(stream: &Stream) -> Answer<(Handle, *const Handle, usize)> 
     let heads = &capture.members[&stream.handle].heads;
     capture.told = heads.iter().map(|&node| capture.node_handles[node]).collect();
     Ok((capture.graph as Handle, capture.told.as_ptr().cast(), capture.told.len()))
+}
+
+/// Does something with what a graph holds, also one still under capture.
+pub fn with_objects(graph: Handle, what: impl FnOnce(&Objects) -> Answer) -> Answer {
+    let driver = driver()?;
+    let captures = driver.captures.lock().unwrap();
+    match captures.values().find(|capture| capture.graph == graph as usize) {
+        Some(capture) => what(&capture.objects),
+        None => what(&driver.graphs.get(graph)?.objects),
+    }
 }
 
 /// (status, sequence id) for the queries.
@@ -540,6 +557,7 @@ fn instantiate(graph: Handle, flags: u64) -> Answer<Handle> {
         flags,
         launches: AtomicU64::new(0),
         busy: Mutex::new(()),
+        _objects: graph.objects.clone(),
     };
     Ok(driver.execs.insert(handles::fresh(), Arc::new(exec)))
 }
@@ -637,6 +655,7 @@ exports! { GRAPH:
             context: current()?.handle,
             steps: Vec::new(),
             handles: OnceLock::new(),
+            objects: Objects::default(),
         };
         give(graph, driver()?.graphs.insert(made.handle, Arc::new(made)), "the graph")
     }
@@ -648,6 +667,7 @@ exports! { GRAPH:
             context: original.context,
             steps: original.steps.clone(),
             handles: OnceLock::new(),
+            objects: original.objects.clone(),
         };
         give(clone, driver()?.graphs.insert(made.handle, Arc::new(made)), "the graph")
     }

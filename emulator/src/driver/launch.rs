@@ -47,10 +47,7 @@ impl KernelLaunch {
             multiprocessors: driver()?.settings.multiprocessors,
             cooperative: self.shape.cooperative,
         };
-        let mirrors = registered::fill_mirrors(device)?;
-        let launched = exec::launch(&device.memory, &launch, &run.exec);
-        registered::write_back(device, &mirrors)?;
-        match launched {
+        match registered::with_mirrors(device, || exec::launch(&device.memory, &launch, &run.exec))? {
             Ok(counters) => {
                 super::profile::count(&self.function.kernel.name, counters)?;
                 Ok(())

@@ -28,6 +28,10 @@ struct State {
 
 const INPUT_CUBIN: c_int = 0;
 const INPUT_PTX: c_int = 1;
+const INPUT_LIBRARY: c_int = 4;
+/// The one library that is known, by its name: what there is of it here stands in for the file.
+const DEVICE_RUNTIME: &str = "cudadevrt";
+const DEVICE_RUNTIME_PTX: &str = include_str!("device_runtime.ptx");
 const INPUTS: [&str; 6] = ["cubin", "PTX", "fatbin", "object", "library", "NVVM"];
 
 impl Link {
@@ -51,11 +55,22 @@ impl Link {
         Ok(())
     }
 
+    fn add_device_runtime(&self) -> Answer {
+        let known = self.state.lock().unwrap().images.iter().any(|(name, _)| name == DEVICE_RUNTIME);
+        match known {
+            true => Ok(()),
+            false => self.add(DEVICE_RUNTIME, DEVICE_RUNTIME_PTX),
+        }
+    }
+
     /// Address and size of what all images make.
     fn complete(&self) -> Answer<(*const c_char, usize)> {
         let mut state = self.state.lock().unwrap();
         if state.linked.is_none() {
-            let images: Vec<Image> = state.images.iter().map(|(name, text)| Image { name, text }).collect();
+            // A program that names the device runtime without need has what it had.
+            let runtime = state.images.iter().any(|(name, text)| name != DEVICE_RUNTIME && text.contains("cudaCG"));
+            let wanted = state.images.iter().filter(|(name, _)| runtime || name != DEVICE_RUNTIME);
+            let images: Vec<Image> = wanted.map(|(name, text)| Image { name, text }).collect();
             if images.is_empty() {
                 return refuse(Code::INVALID_VALUE, "no image was added to the link");
             }
@@ -78,6 +93,9 @@ impl Link {
 fn check_input(kind: c_int) -> Answer {
     match kind {
         INPUT_PTX | INPUT_CUBIN => Ok(()),
+        INPUT_LIBRARY => {
+            refuse(Code::NOT_SUPPORTED, format!("linking of libraries other than {DEVICE_RUNTIME} is not emulated"))
+        }
         _ => match usize::try_from(kind).ok().and_then(|at| INPUTS.get(at)) {
             Some(name) => {
                 refuse(Code::NOT_SUPPORTED, format!("linking of {name} images is not emulated: add PTX text"))
@@ -107,15 +125,17 @@ unsafe fn create(count: c_uint, options: *const c_int, values: *mut *mut c_void,
 unsafe fn add_data(link: Handle, kind: c_int, data: *const c_void, size: usize, name: *const c_char) -> Answer {
     let link = driver()?.links.get(link)?;
     link.logged((|| {
+        // SAFETY: the caller's contract.
+        let name = if name.is_null() { "<unnamed>" } else { unsafe { text(name, "the name")? } };
+        if kind == INPUT_LIBRARY && name.contains(DEVICE_RUNTIME) {
+            return link.add_device_runtime();
+        }
         check_input(kind)?;
         if data.is_null() || size == 0 {
             return refuse(Code::INVALID_VALUE, "the image is null or has no bytes");
         }
         // SAFETY: the caller's contract.
-        let (bytes, name) = unsafe {
-            let name = if name.is_null() { "<unnamed>" } else { text(name, "the name")? };
-            (std::slice::from_raw_parts(data.cast::<u8>(), size), name)
-        };
+        let bytes = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), size) };
         let length = bytes.iter().position(|&byte| byte == 0).unwrap_or(size);
         let copy = CString::new(&bytes[..length]).unwrap_or_default();
         // SAFETY: a terminated copy.
@@ -129,9 +149,12 @@ unsafe fn add_data(link: Handle, kind: c_int, data: *const c_void, size: usize, 
 unsafe fn add_file(link: Handle, kind: c_int, path: *const c_char) -> Answer {
     let link = driver()?.links.get(link)?;
     link.logged((|| {
-        check_input(kind)?;
         // SAFETY: the caller's contract.
         let path = unsafe { text(path, "the path")? };
+        if kind == INPUT_LIBRARY && path.contains(DEVICE_RUNTIME) {
+            return link.add_device_runtime();
+        }
+        check_input(kind)?;
         link.add(path, &read_image(path)?)
     })())
 }

@@ -29,4 +29,5 @@ mod staged;
 mod state;
 mod stream;
 mod symbols;
+mod user_object;
 mod work;

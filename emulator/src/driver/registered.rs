@@ -12,6 +12,7 @@ use super::state::{self, Device, DevicePointer, Kind, Owned, current, driver};
 use super::work::from_memory;
 use std::collections::BTreeMap;
 use std::ffi::{c_int, c_uint, c_void};
+use std::sync::{Mutex, PoisonError};
 
 /// A range of host memory.
 pub struct Registered {
@@ -21,6 +22,9 @@ pub struct Registered {
     /// Where each device sees it, by the device's ordinal.
     mirrors: BTreeMap<c_int, DevicePointer>,
 }
+
+/// Held by a launch that sees mirrors, and by whoever takes mirrors away.
+static TURN: Mutex<()> = Mutex::new(());
 
 const PORTABLE: c_uint = 1;
 const DEVICE_MAP: c_uint = 2;
@@ -57,6 +61,7 @@ fn unregister(pointer: *mut c_void) -> Answer {
     let context = current()?;
     super::graph::refuse_unsafe_call()?;
     super::stream::settle_all(&context)?;
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let removed = driver()?.registered.lock().unwrap().remove(&(pointer as u64));
     match removed {
         Some(removed) => free_mirrors(&removed),
@@ -77,6 +82,7 @@ fn free_mirrors(removed: &Registered) -> Answer {
 
 /// What a context that ends has registered, forgotten here: how many ranges.
 pub fn forget_context(context: usize) -> Answer<usize> {
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let mut registered = driver()?.registered.lock().unwrap();
     let own: Vec<u64> = registered.iter().filter(|(_, range)| range.context == context).map(|(&at, _)| at).collect();
     for at in &own {
@@ -130,39 +136,39 @@ pub fn behind(address: DevicePointer, bytes: usize) -> Option<usize> {
     }
 }
 
-/// The mirrors on a device: (host memory, mirror, bytes).
-pub type Mirrors = Vec<(u64, DevicePointer, u64)>;
+/// What a launch has to write back: (host memory, mirror, what the mirror held before).
+type Filled = Vec<(u64, DevicePointer, Vec<u8>)>;
 
-/// Fills the mirrors on a device from the host, before a kernel.
-pub fn fill_mirrors(device: &Device) -> Answer<Mirrors> {
-    let mirrors: Mirrors = driver()?
-        .registered
-        .lock()
-        .unwrap()
-        .iter()
-        .filter_map(|(&host, range)| Some((host, *range.mirrors.get(&device.ordinal)?, range.bytes)))
-        .collect();
-    for &(host, mirror, bytes) in &mirrors {
-        // SAFETY: who registers memory keeps it until it is no longer registered.
-        let host = unsafe { std::slice::from_raw_parts(host as *const u8, bytes as usize) };
-        device.memory.copy_in(mirror, host).map_err(from_memory)?;
+/// Runs a launch with the mirrors on its device filled from the host, and writes back what it has changed there: only that, since the host may have
+/// written to the rest meanwhile. Launches that see mirrors come one after the other.
+pub fn with_mirrors<T>(device: &Device, launch: impl FnOnce() -> T) -> Answer<T> {
+    let mirrors = || -> Answer<Vec<(u64, DevicePointer, u64)>> {
+        let registered = driver()?.registered.lock().unwrap();
+        let mirror = |range: &Registered| range.mirrors.get(&device.ordinal).copied();
+        Ok(registered.iter().filter_map(|(&host, range)| Some((host, mirror(range)?, range.bytes))).collect())
+    };
+    if mirrors()?.is_empty() {
+        return Ok(launch());
     }
-    Ok(mirrors)
-}
-
-/// Writes back what a kernel has left in the mirrors.
-pub fn write_back(device: &Device, mirrors: &Mirrors) -> Answer {
-    for &(host, mirror, bytes) in mirrors {
-        // SAFETY: as in `fill_mirrors`; what is read only was not written by the kernel, and is not written here.
-        let now = unsafe { std::slice::from_raw_parts(host as *const u8, bytes as usize) };
-        let mut left = vec![0; bytes as usize];
-        device.memory.copy_out(mirror, &mut left).map_err(from_memory)?;
-        if now != left {
-            // SAFETY: as above.
-            unsafe { std::ptr::copy_nonoverlapping(left.as_ptr(), host as *mut u8, left.len()) };
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mirrors = mirrors()?;
+    let mut filled = Filled::new();
+    for (host, mirror, bytes) in mirrors {
+        // SAFETY: who registers memory keeps it until it is no longer registered.
+        let before = unsafe { std::slice::from_raw_parts(host as *const u8, bytes as usize) }.to_vec();
+        device.memory.copy_in(mirror, &before).map_err(from_memory)?;
+        filled.push((host, mirror, before));
+    }
+    let launched = launch();
+    for (host, mirror, before) in filled {
+        let mut after = vec![0; before.len()];
+        device.memory.copy_out(mirror, &mut after).map_err(from_memory)?;
+        for at in (0..after.len()).filter(|&at| after[at] != before[at]) {
+            // SAFETY: as above. What is read only was not written by a kernel either.
+            unsafe { ((host as usize + at) as *mut u8).write(after[at]) };
         }
     }
-    Ok(())
+    Ok(launched)
 }
 
 exports! { REGISTERED:

@@ -15,12 +15,13 @@ use super::profile::Profile;
 use super::registered::Registered;
 use super::settings::{self, Log, Settings};
 use super::stream::Stream;
+use super::user_object::UserObject;
 use crate::memory::Memory;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{c_int, c_uint, c_void};
 use std::mem::ManuallyDrop;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::thread::ThreadId;
 
@@ -43,6 +44,7 @@ pub struct Driver {
     pub nodes: Table<Node>,
     pub execs: Table<GraphExec>,
     pub pools: Table<Pool>,
+    pub user_objects: Table<UserObject>,
     /// Host memory that programs registered, by its first byte.
     pub registered: Mutex<BTreeMap<u64, Registered>>,
     /// Live capture sequences by their id.
@@ -169,12 +171,28 @@ impl Context {
 static DRIVER: OnceLock<Driver> = OnceLock::new();
 static INIT: Mutex<()> = Mutex::new(());
 
+/// This process was forked from one that had started the driver: the threads that run kernels stayed there.
+static FORKED: AtomicBool = AtomicBool::new(false);
+
+fn in_child<T>() -> Answer<T> {
+    refuse(Code::NOT_INITIALIZED, "the driver was started before this process was forked: start it in the child only")
+}
+
+extern "C" fn mark_child() {
+    FORKED.store(true, Ordering::Relaxed);
+}
+
 /// What `cuInit` does.
 pub fn init() -> Answer<&'static Driver> {
+    if FORKED.load(Ordering::Relaxed) {
+        return in_child();
+    }
     let _one_at_a_time = INIT.lock().unwrap();
     if let Some(driver) = DRIVER.get() {
         return Ok(driver);
     }
+    // SAFETY: the function only stores a flag. Where it cannot be registered, a child that calls the driver waits for ever.
+    unsafe { libc::pthread_atfork(None, None, Some(mark_child)) };
     let settings = match Settings::from_environment() {
         Ok(settings) => settings,
         Err(why) => return refuse(Code::INVALID_VALUE, why),
@@ -207,6 +225,7 @@ pub fn init() -> Answer<&'static Driver> {
         nodes: Table::new("graph node"),
         execs: Table::new("executable graph"),
         pools,
+        user_objects: Table::new("user object"),
         registered: Mutex::default(),
         captures: Mutex::default(),
         profile: Mutex::default(),
@@ -218,6 +237,7 @@ pub fn init() -> Answer<&'static Driver> {
 /// The driver, once `cuInit` was called.
 pub fn driver() -> Answer<&'static Driver> {
     match DRIVER.get() {
+        Some(_) if FORKED.load(Ordering::Relaxed) => in_child(),
         Some(driver) => Ok(driver),
         None => refuse(Code::NOT_INITIALIZED, "cuInit has not been called"),
     }
