@@ -1168,7 +1168,13 @@ fn a_user_object_is_destroyed_with_its_last_graph() {
         assert_eq!(sys::cuGraphRetainUserObject(graph, one, 1, 1), CUresult::CUDA_SUCCESS);
         assert_eq!(result::stream::end_capture(stream.cu_stream()).unwrap(), graph);
         let (mut exec, mut clone) = (std::ptr::null_mut(), std::ptr::null_mut());
-        assert_eq!(sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0), CUresult::CUDA_SUCCESS);
+        let mut params: sys::CUDA_GRAPH_INSTANTIATE_PARAMS = std::mem::zeroed();
+        params.flags = 1 | 4;
+        let contradictory = sys::cuGraphInstantiateWithParams(&mut exec, graph, &mut params);
+        assert_eq!((contradictory, params.result_out as u32), (CUresult::CUDA_ERROR_INVALID_VALUE, 1));
+        params.flags = 1;
+        let made = sys::cuGraphInstantiateWithParams(&mut exec, graph, &mut params);
+        assert_eq!((made, params.result_out as u32), (CUresult::CUDA_SUCCESS, 0));
         assert_eq!(sys::cuGraphClone(&mut clone, graph), CUresult::CUDA_SUCCESS);
         assert_eq!(sys::cuGraphDestroy(graph), CUresult::CUDA_SUCCESS);
         assert_eq!(sys::cuGraphDestroy(clone), CUresult::CUDA_SUCCESS);

@@ -562,6 +562,15 @@ fn instantiate(graph: Handle, flags: u64) -> Answer<Handle> {
     Ok(driver.execs.insert(handles::fresh(), Arc::new(exec)))
 }
 
+/// CUDA_GRAPH_INSTANTIATE_PARAMS. The result is 0, or 1 for an error.
+#[repr(C)]
+pub struct InstantiateParams {
+    flags: u64,
+    upload_stream: Handle,
+    error_node: Handle,
+    result: c_int,
+}
+
 impl Graph {
     /// Makes the handles of its nodes known.
     fn show_nodes(&self) -> Answer {
@@ -621,6 +630,16 @@ exports! { GRAPH:
 
     fn cuGraphInstantiateWithFlags(exec: *mut Handle, graph: Handle, flags: u64) {
         give(exec, instantiate(graph, flags)?, "the executable graph")
+    }
+
+    fn cuGraphInstantiateWithParams(exec: *mut Handle, graph: Handle, params: *mut InstantiateParams) {
+        if params.is_null() {
+            return refuse(Code::INVALID_VALUE, "the parameters are null");
+        }
+        let made = instantiate(graph, (*params).flags);
+        (*params).error_node = std::ptr::null_mut();
+        (*params).result = c_int::from(made.is_err());
+        give(exec, made?, "the executable graph")
     }
 
     fn cuGraphLaunch(exec: Handle, stream: Handle) {
