@@ -11,6 +11,7 @@
 
 use super::ParseError;
 use super::lex::{Kind, Lexer, Token};
+use super::parse::MAX_PARAM_BYTES;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Write;
 use std::ops::Range;
@@ -483,6 +484,11 @@ pub fn link(images: &[Image]) -> Result<String, ParseError> {
                 if !same(&declared.takes, &defined.takes) {
                     let message =
                         format!("{name} is declared with other parameters than image {} defines", images[image].name);
+                    return refuse(&unit.image, ParseError::invalid(statement.line, message));
+                }
+                let bytes = |formal: &Formal| formal.size().0.saturating_mul(formal.size().1);
+                if defined.takes.iter().any(|formal| bytes(formal) > MAX_PARAM_BYTES) {
+                    let message = format!("a parameter of {name} has more than {MAX_PARAM_BYTES} bytes");
                     return refuse(&unit.image, ParseError::invalid(statement.line, message));
                 }
                 if !same(&declared.returns, &defined.returns) {

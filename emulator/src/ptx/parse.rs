@@ -10,7 +10,7 @@ use super::{Global, GlobalSpace, Limits, Param, ParseError, ParseErrorKind};
 use std::collections::HashMap;
 
 /// Largest parameter buffer of a kernel on any device, in bytes.
-const MAX_PARAM_BYTES: u64 = 32764;
+pub const MAX_PARAM_BYTES: u64 = 32764;
 /// Largest local memory of a thread, in bytes.
 pub const MAX_LOCAL_BYTES: u64 = 512 << 10;
 /// More registers than this in one function is refused; real kernels have at most tens of thousands.
