@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Bytes between allocations.
 pub const GUARD: u64 = 512;
@@ -20,6 +20,12 @@ pub const ALIGN: u64 = 512;
 const QUARANTINE: u64 = 256 << 20;
 /// What fresh memory holds.
 const POISON: u8 = 0xff;
+/// Allocations from this size on are poisoned by mapping, page by page as they are touched, not by writing all of them.
+const LARGE: u64 = 32 << 20;
+/// Bytes of the file of poison that such allocations are mapped from.
+const POISON_FILE: u64 = 8 << 20;
+/// A page of any machine is at most this.
+const PAGE: u64 = 64 << 10;
 /// Where the range of the first device is asked to be, so that addresses repeat from run to run.
 const FIRST_BASE: u64 = 0x6f00_0000_0000;
 
@@ -78,6 +84,48 @@ impl Range {
     fn clear(&self) {
         // SAFETY: the range is this mapping, whole.
         unsafe { libc::madvise(self.base as *mut libc::c_void, self.bytes as usize, libc::MADV_DONTNEED) };
+    }
+}
+
+/// A file of [`POISON_FILE`] bytes of poison, or None where the operating system has none to give.
+fn poison_file() -> Option<libc::c_int> {
+    static FILE: OnceLock<Option<libc::c_int>> = OnceLock::new();
+    *FILE.get_or_init(|| {
+        // SAFETY: a new file without a name, which this process keeps to its end; the write is from a live vector.
+        unsafe {
+            let file = libc::memfd_create(c"cuda_emu poison".as_ptr(), libc::MFD_CLOEXEC);
+            let poison = vec![POISON; POISON_FILE as usize];
+            let whole = file >= 0 && libc::write(file, poison.as_ptr().cast(), poison.len()) == poison.len() as isize;
+            whole.then_some(file)
+        }
+    })
+}
+
+/// Poisons a range of fresh memory: a large one by mapping, of which only what is touched costs memory and time.
+///
+/// # Safety
+/// The range lies in a private mapping of this crate, and nobody else uses it now.
+unsafe fn poison(at: u64, bytes: u64) {
+    let (mut from, upto) = (at.next_multiple_of(PAGE), (at + bytes) / PAGE * PAGE);
+    let file = if bytes < LARGE { None } else { poison_file() };
+    let Some(file) = file else {
+        // SAFETY: the caller's contract.
+        return unsafe { std::ptr::write_bytes(at as *mut u8, POISON, bytes as usize) };
+    };
+    // SAFETY: whole pages inside the range are replaced by pages of the file, as private as those before; the ends are written.
+    unsafe {
+        std::ptr::write_bytes(at as *mut u8, POISON, (from - at) as usize);
+        std::ptr::write_bytes(upto as *mut u8, POISON, (at + bytes - upto) as usize);
+        while from < upto {
+            let length = POISON_FILE.min(upto - from);
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+            let mapped = libc::mmap(from as *mut libc::c_void, length as usize, protection, flags, file, 0);
+            if mapped == libc::MAP_FAILED {
+                std::ptr::write_bytes(from as *mut u8, POISON, length as usize);
+            }
+            from += length;
+        }
     }
 }
 
@@ -252,8 +300,16 @@ impl Memory {
         }
         table.snapshot = None;
         // SAFETY: [address, address + bytes) was free until now and lies inside the mapping; no launch has it in its table.
-        unsafe { std::ptr::write_bytes(address as *mut u8, if host { 0 } else { POISON }, bytes as usize) };
-        self.mark(address, bytes, host);
+        unsafe {
+            match host {
+                true => std::ptr::write_bytes(address as *mut u8, 0, bytes as usize),
+                false => poison(address, bytes),
+            }
+        }
+        match host {
+            true => self.mark(address, bytes, true),
+            false => self.unmark(address, bytes),
+        }
         Some(address)
     }
 
@@ -267,6 +323,10 @@ impl Memory {
             table.used -= allocation.bytes;
         }
         table.snapshot = None;
+        if allocation.bytes >= LARGE {
+            // SAFETY: nothing may use what was just taken from the table. What it holds is given back at once, not when it is given out again.
+            unsafe { poison(at, allocation.bytes) };
+        }
         let span = allocation.bytes.next_multiple_of(ALIGN) + GUARD;
         table.resting.push_back((allocation, span));
         table.resting_bytes += span;
@@ -356,8 +416,8 @@ impl Memory {
             return Err(MemoryError::new(message));
         };
         // SAFETY: the range is a live allocation, kept alive by the lock; only the emulated program uses it at the same time.
-        unsafe { std::ptr::write_bytes(at as *mut u8, POISON, bytes as usize) };
-        self.mark(at, bytes, false);
+        unsafe { poison(at, bytes) };
+        self.unmark(at, bytes);
         Ok(())
     }
 
@@ -469,6 +529,25 @@ impl Memory {
         }
     }
 
+    /// Notes that nothing of a range inside the device's range has been written. Whole pages of the bitmap are given back, which makes them zero.
+    fn unmark(&self, at: u64, bytes: u64) {
+        let bits = 8 * PAGE;
+        let first = at - self.range.base;
+        let (from, upto) = (first.next_multiple_of(bits), (first + bytes) / bits * bits);
+        if from >= upto {
+            return self.mark(at, bytes, false);
+        }
+        if from > first {
+            self.mark(at, from - first, false);
+        }
+        if first + bytes > upto {
+            self.mark(self.range.base + upto, first + bytes - upto, false);
+        }
+        let page = (self.written.base + from / 8) as *mut libc::c_void;
+        // SAFETY: whole pages inside the bitmap, a private anonymous mapping whose base is that of a page.
+        unsafe { libc::madvise(page, ((upto - from) / 8) as usize, libc::MADV_DONTNEED) };
+    }
+
     /// What stands nearest to an address, for messages.
     pub fn nearest(&self, address: u64) -> String {
         lock(&self.table).nearest(address)
@@ -531,5 +610,49 @@ impl Table {
             ),
             (Some(_), None) => unreachable!("covered by the second arm: nothing after"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes of this process that are in memory.
+    fn resident() -> u64 {
+        let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let pages: u64 = pages.split(' ').nth(1).unwrap().parse().unwrap();
+        // SAFETY: asks for a number.
+        pages * unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64
+    }
+
+    fn bytes_at(at: u64, bytes: usize) -> Vec<u8> {
+        // SAFETY: callers pass live allocations.
+        unsafe { std::slice::from_raw_parts(at as *const u8, bytes) }.to_vec()
+    }
+
+    /// What a program allocates and hardly touches costs neither time nor memory, and is as fresh as any other: at its ends, at the seams of
+    /// the poison's pieces, and when it is given out again.
+    #[test]
+    fn large_allocations_cost_what_is_touched() {
+        let memory = Memory::new(4 << 30);
+        let odd = memory.alloc(1000).unwrap();
+        let before = resident();
+        let bytes = (3 << 30) + 12_345;
+        for round in 0..3 {
+            let at = memory.alloc(bytes).unwrap();
+            let places = [0, 100, PAGE, POISON_FILE, POISON_FILE + PAGE, 1 << 30, bytes - PAGE, bytes - 64];
+            for place in places {
+                assert_eq!(bytes_at(at + place, 64), [POISON; 64], "round {round}, {place}");
+                assert!(!memory.written(at + place, 1), "round {round}, {place}");
+                memory.copy_in(at + place, &[7; 64]).unwrap();
+                assert!(memory.written(at + place, 64));
+            }
+            // Neighbours do not notice.
+            assert_eq!(bytes_at(odd, 1000), if round == 0 { [POISON; 1000] } else { [5; 1000] });
+            memory.copy_in(odd, &[5; 1000]).unwrap();
+            memory.free(at).unwrap();
+        }
+        let grown = resident().saturating_sub(before);
+        assert!(grown < 128 << 20, "{grown} bytes more in memory after allocating {bytes} three times");
     }
 }

@@ -971,3 +971,249 @@ fn settings_of_a_thread_are_its_own() {
     support::configure("checks", "bounds,leaks");
     support::configure("seed", "12");
 }
+
+#[test]
+fn contexts_are_attached_and_detached() {
+    load();
+    let mut own = std::ptr::null_mut();
+    let mut attached = std::ptr::null_mut();
+    unsafe {
+        assert_eq!(sys::cuCtxCreate_v2(&mut own, 0, 0), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuCtxAttach(&mut attached, 1), CUresult::CUDA_ERROR_INVALID_VALUE);
+        assert_eq!(sys::cuCtxAttach(&mut attached, 0), CUresult::CUDA_SUCCESS);
+        assert_eq!(attached, own);
+        assert_eq!(sys::cuCtxDetach(own), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuCtxSynchronize(), CUresult::CUDA_SUCCESS, "one hold is left");
+        let elsewhere = own as usize;
+        let refused = std::thread::spawn(move || sys::cuCtxDetach(elsewhere as sys::CUcontext)).join().unwrap();
+        assert_eq!(refused, CUresult::CUDA_ERROR_INVALID_CONTEXT);
+        assert_eq!(sys::cuCtxDetach(own), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuCtxDetach(own), CUresult::CUDA_ERROR_INVALID_CONTEXT);
+    }
+}
+
+#[test]
+fn launches_by_state_take_what_was_set_before() {
+    load();
+    let (context, stream) = device(0);
+    let module = module(&context, BASIC);
+    let mut fill = std::ptr::null_mut();
+    let mut to = stream.alloc_zeros::<f32>(100).unwrap();
+    {
+        let (address, _guard) = cudarc::driver::DevicePtrMut::device_ptr_mut(&mut to, &stream);
+        let mut address = address;
+        unsafe {
+            let mut raw = std::ptr::null_mut();
+            let text = std::ffi::CString::new(BASIC).unwrap();
+            assert_eq!(sys::cuModuleLoadData(&mut raw, text.as_ptr().cast()), CUresult::CUDA_SUCCESS);
+            assert_eq!(sys::cuModuleGetFunction(&mut fill, raw, c"fill".as_ptr()), CUresult::CUDA_SUCCESS);
+            // Nothing is set yet: no block, no parameters.
+            assert_eq!(sys::cuLaunchGrid(fill, 2, 1), CUresult::CUDA_ERROR_INVALID_VALUE);
+            assert_eq!(sys::cuFuncSetBlockShape(fill, 0, 1, 1), CUresult::CUDA_ERROR_INVALID_VALUE);
+            assert_eq!(sys::cuFuncSetBlockShape(fill, 32, 2, 1), CUresult::CUDA_SUCCESS);
+            assert_eq!(sys::cuLaunchGrid(fill, 2, 1), CUresult::CUDA_ERROR_INVALID_VALUE);
+            assert_says(&["fill", "the buffer has 0"]);
+            assert_eq!(sys::cuParamSetv(fill, 0, (&raw mut address).cast(), 8), CUresult::CUDA_SUCCESS);
+            assert_eq!(sys::cuParamSetf(fill, 8, 2.5), CUresult::CUDA_SUCCESS);
+            assert_eq!(sys::cuParamSeti(fill, 12, 100), CUresult::CUDA_SUCCESS);
+            assert_eq!(sys::cuParamSeti(fill, 4094, 1), CUresult::CUDA_ERROR_INVALID_VALUE);
+            assert_eq!(sys::cuParamSetSize(fill, 16), CUresult::CUDA_SUCCESS);
+            assert_eq!(sys::cuFuncSetSharedSize(fill, 1 << 20), CUresult::CUDA_SUCCESS);
+            assert_eq!(sys::cuLaunchGrid(fill, 2, 1), CUresult::CUDA_ERROR_INVALID_VALUE);
+            assert_says(&["dynamic shared memory"]);
+            assert_eq!(sys::cuFuncSetSharedSize(fill, 64), CUresult::CUDA_SUCCESS);
+            assert_eq!(sys::cuLaunchGrid(fill, -1, 1), CUresult::CUDA_ERROR_INVALID_VALUE);
+            assert_eq!(sys::cuFuncSetBlockShape(fill, 64, 1, 1), CUresult::CUDA_SUCCESS);
+            assert_eq!(sys::cuLaunchGridAsync(fill, 2, 1, stream.cu_stream()), CUresult::CUDA_SUCCESS);
+        }
+    }
+    assert_eq!(stream.clone_dtoh(&to).unwrap(), [2.5; 100]);
+    drop(module);
+}
+
+#[test]
+fn registered_host_memory_is_seen_by_kernels_at_another_address() {
+    load();
+    let (context, stream) = device(0);
+    let axpy = kernel(&context, BASIC, "axpy");
+    let mut host: Vec<f32> = (0..1000).map(|i| i as f32).collect();
+    let pointer = host.as_mut_ptr();
+    let bytes = 4000;
+    let register = |pointer: *mut f32, bytes, flags| unsafe { sys::cuMemHostRegister_v2(pointer.cast(), bytes, flags) };
+    let mut address = 0;
+    unsafe {
+        let unknown = sys::cuMemHostGetDevicePointer_v2(&mut address, pointer.cast(), 0);
+        assert_eq!(unknown, CUresult::CUDA_ERROR_INVALID_VALUE);
+        assert_eq!(register(pointer, 0, 0), CUresult::CUDA_ERROR_INVALID_VALUE);
+        assert_eq!(register(pointer, bytes, 4), CUresult::CUDA_ERROR_NOT_SUPPORTED);
+        assert_eq!(register(pointer, bytes, 2), CUresult::CUDA_SUCCESS);
+        let again = register(pointer.add(10), 40, 2);
+        assert_eq!(again, CUresult::CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED);
+        assert_eq!(sys::cuMemHostGetDevicePointer_v2(&mut address, pointer.add(10).cast(), 0), CUresult::CUDA_SUCCESS);
+        let mut flags = 0;
+        assert_eq!(sys::cuMemHostGetFlags(&mut flags, pointer.add(10).cast()), CUresult::CUDA_SUCCESS);
+        assert_eq!(flags, 2);
+        assert_ne!(address, pointer.add(10) as u64);
+        // The pointer of one side is known on the other.
+        let mut seen = 0u64;
+        for (attribute, of, expected) in [
+            (sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_HOST_POINTER, address, pointer.add(10) as u64),
+            (sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_POINTER, pointer.add(10) as u64, address),
+        ] {
+            let asked = sys::cuPointerGetAttribute((&raw mut seen).cast(), attribute, of);
+            assert_eq!((asked, seen), (CUresult::CUDA_SUCCESS, expected));
+        }
+    }
+    // y += 2 x on the mirror of the host's elements from the tenth on.
+    let x = stream.clone_htod(&[1.0f32; 500]).unwrap();
+    let mut launch = stream.launch_builder(&axpy);
+    launch.arg(&2.0f32).arg(&x).arg(&address).arg(&500i32);
+    unsafe { launch.launch(shape(2, 256)) }.unwrap();
+    let expected = |i: usize| i as f32 + if (10..510).contains(&i) { 2.0 } else { 0.0 };
+    assert!((0..1000).all(|i| unsafe { pointer.add(i).read() } == expected(i)));
+    // Copies and fills with the mirror's address reach the host memory, and what the host writes is seen by the next kernel.
+    unsafe {
+        result::memset_d8_sync(address, 0, 4).unwrap();
+        assert_eq!(pointer.add(10).read(), 0.0);
+        pointer.add(10).write(5.0);
+        let mut launch = stream.launch_builder(&axpy);
+        launch.arg(&1.0f32).arg(&x).arg(&address).arg(&1i32);
+        launch.launch(shape(1, 1)).unwrap();
+        let mut back = [0f32];
+        result::memcpy_dtoh_sync(&mut back, address).unwrap();
+        assert_eq!((back[0], pointer.add(10).read()), (6.0, 6.0));
+    }
+    // One element too many is still out of bounds.
+    let mut far = [0f32; 2];
+    let refused = unsafe { result::memcpy_dtoh_sync(&mut far, address + 4 * 989) };
+    assert_eq!(code(refused), CUresult::CUDA_ERROR_INVALID_VALUE);
+    assert_eq!(code(unsafe { result::free_sync(address) }), CUresult::CUDA_ERROR_INVALID_VALUE);
+    unsafe {
+        assert_eq!(sys::cuMemHostUnregister(pointer.cast()), CUresult::CUDA_SUCCESS);
+        let again = sys::cuMemHostUnregister(pointer.cast());
+        assert_eq!(again, CUresult::CUDA_ERROR_HOST_MEMORY_NOT_REGISTERED);
+    }
+    let mut launch = stream.launch_builder(&axpy);
+    launch.arg(&1.0f32).arg(&x).arg(&address).arg(&1i32);
+    assert_eq!(code(unsafe { launch.launch(shape(1, 1)) }), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
+    std::mem::forget(x);
+}
+
+#[test]
+fn a_capture_tells_its_graph_and_what_comes_next() {
+    load();
+    let (_context, stream) = device(0);
+    let mut x = stream.alloc_zeros::<u32>(8).unwrap();
+    let info = || {
+        let (mut graph, mut nodes, mut count) = (std::ptr::null_mut(), std::ptr::null(), 99);
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        let (handle, id) = (stream.cu_stream(), std::ptr::null_mut());
+        let asked =
+            unsafe { sys::cuStreamGetCaptureInfo_v2(handle, &mut status, id, &mut graph, &mut nodes, &mut count) };
+        assert_eq!(asked, CUresult::CUDA_SUCCESS);
+        let nodes = (0..count).map(|at| unsafe { nodes.add(at).read() }).collect::<Vec<_>>();
+        (graph, nodes)
+    };
+    assert_eq!(info(), (std::ptr::null_mut(), vec![]));
+    stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).unwrap();
+    let (open, none) = info();
+    assert!(!open.is_null() && none.is_empty());
+    stream.memset_zeros(&mut x).unwrap();
+    let (_, first) = info();
+    stream.memset_zeros(&mut x).unwrap();
+    let (same, second) = info();
+    assert_eq!((same, first.len(), second.len()), (open, 1, 1));
+    assert_ne!(first, second);
+    unsafe {
+        let graph = result::stream::end_capture(stream.cu_stream()).unwrap();
+        assert_eq!(graph, open);
+        let (mut nodes, mut count) = ([std::ptr::null_mut(); 4], 4);
+        assert_eq!(sys::cuGraphGetNodes(graph, nodes.as_mut_ptr(), &mut count), CUresult::CUDA_SUCCESS);
+        assert_eq!(nodes[..count], [first[0], second[0]]);
+        result::graph::destroy(graph).unwrap();
+    }
+}
+
+#[test]
+fn a_user_object_is_destroyed_with_its_last_graph() {
+    load();
+    static DESTROYED: AtomicU32 = AtomicU32::new(0);
+    unsafe extern "C" fn note(data: *mut std::ffi::c_void) {
+        DESTROYED.fetch_add(data as u32, Ordering::SeqCst);
+        // It must not call the driver.
+        DESTROYED.fetch_add(1000 * unsafe { sys::cuCtxSynchronize() } as u32, Ordering::SeqCst);
+    }
+    let destroyed = || DESTROYED.load(Ordering::SeqCst);
+    let (_context, stream) = device(0);
+    let object = |data: usize| unsafe {
+        let mut object = std::ptr::null_mut();
+        let made = sys::cuUserObjectCreate(&mut object, data as *mut _, Some(note), 1, 1);
+        assert_eq!(made, CUresult::CUDA_SUCCESS);
+        object
+    };
+    let (one, mode) = (object(1), sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED);
+    unsafe {
+        // The object goes to the graph while it is captured, from there to the executable graph and to a clone.
+        result::stream::begin_capture(stream.cu_stream(), mode).unwrap();
+        let (mut status, mut graph) = (sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE, std::ptr::null_mut());
+        let nothing = std::ptr::null_mut::<u64>();
+        sys::cuStreamGetCaptureInfo_v2(
+            stream.cu_stream(),
+            &mut status,
+            nothing.cast(),
+            &mut graph,
+            nothing.cast(),
+            nothing.cast(),
+        );
+        assert_eq!(sys::cuGraphRetainUserObject(graph, one, 1, 1), CUresult::CUDA_SUCCESS);
+        assert_eq!(result::stream::end_capture(stream.cu_stream()).unwrap(), graph);
+        let (mut exec, mut clone) = (std::ptr::null_mut(), std::ptr::null_mut());
+        let mut params: sys::CUDA_GRAPH_INSTANTIATE_PARAMS = std::mem::zeroed();
+        params.flags = 1 | 4;
+        let contradictory = sys::cuGraphInstantiateWithParams(&mut exec, graph, &mut params);
+        assert_eq!((contradictory, params.result_out as u32), (CUresult::CUDA_ERROR_INVALID_VALUE, 1));
+        params.flags = 1;
+        let made = sys::cuGraphInstantiateWithParams(&mut exec, graph, &mut params);
+        assert_eq!((made, params.result_out as u32), (CUresult::CUDA_SUCCESS, 0));
+        assert_eq!(sys::cuGraphClone(&mut clone, graph), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuGraphDestroy(graph), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuGraphDestroy(clone), CUresult::CUDA_SUCCESS);
+        assert_eq!(destroyed(), 0);
+        assert_eq!(sys::cuGraphExecDestroy(exec), CUresult::CUDA_SUCCESS);
+        let refused = 1000 * CUresult::CUDA_ERROR_NOT_PERMITTED as u32;
+        assert_eq!(destroyed(), 1 + refused);
+        assert_eq!(sys::cuUserObjectRelease(one, 1), CUresult::CUDA_ERROR_INVALID_HANDLE);
+        // References of the program's own, and a graph's that are given back before its end.
+        let (two, mut graph) = (object(2), std::ptr::null_mut());
+        assert_eq!(sys::cuGraphCreate(&mut graph, 0), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuGraphRetainUserObject(graph, two, 2, 0), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuGraphReleaseUserObject(graph, two, 3), CUresult::CUDA_ERROR_INVALID_VALUE);
+        assert_eq!(sys::cuUserObjectRetain(two, 1), CUresult::CUDA_SUCCESS);
+        assert_eq!(sys::cuUserObjectRelease(two, 2), CUresult::CUDA_SUCCESS);
+        assert_eq!(destroyed(), 1 + refused);
+        assert_eq!(sys::cuGraphReleaseUserObject(graph, two, 2), CUresult::CUDA_SUCCESS);
+        assert_eq!(destroyed(), 3 + 2 * refused);
+        assert_eq!(sys::cuGraphDestroy(graph), CUresult::CUDA_SUCCESS);
+        let mut none = std::ptr::null_mut();
+        assert_eq!(sys::cuUserObjectCreate(&mut none, none.cast(), None, 1, 1), CUresult::CUDA_ERROR_INVALID_VALUE);
+    }
+}
+
+/// The threads that run kernels are not in the child, where a launch would wait for them for ever.
+#[test]
+fn a_forked_process_is_refused_the_driver() {
+    load();
+    let (_context, _stream) = device(0);
+    // SAFETY: the child calls the driver, which refuses before it takes a lock or allocates more than a sentence, and ends without destructors.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        let codes = unsafe { [sys::cuInit(0), sys::cuCtxSynchronize()] };
+        let refused = codes.iter().all(|&code| code == CUresult::CUDA_ERROR_NOT_INITIALIZED);
+        unsafe { libc::_exit(if refused { 7 } else { 1 }) };
+    }
+    let mut status = 0;
+    assert_eq!(unsafe { libc::waitpid(child, &mut status, 0) }, child);
+    assert!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 7, "status {status:#x}");
+    // The parent goes on.
+    assert_eq!(unsafe { sys::cuCtxSynchronize() }, CUresult::CUDA_SUCCESS);
+}

@@ -1,6 +1,6 @@
 //! The parser on text of every kind: what it takes, what it refuses and how, and that it never panics.
 
-use cuda_emu::ptx::{Limits, ParseErrorKind, parse, parse_for};
+use cuda_emu::ptx::{Image, Limits, ParseErrorKind, link, parse, parse_for};
 
 const HEAD: &str = ".version 8.0\n.target sm_80\n.address_size 64\n";
 
@@ -248,4 +248,101 @@ fn deep_texts_are_refused_in_time() {
     }
     doubled.push_str(".entry k() { call.uni f39; ret; }");
     assert!(parse(&doubled).is_err());
+}
+
+#[test]
+fn a_definition_has_the_parameters_that_were_declared() {
+    let module = |defined: &str| {
+        format!(
+            "{HEAD}.func (.param .b32 o) f(.param .b32 a);\n.visible .entry k()\n{{\n.param .b32 a;\n.param .b32 b;\nst.param.b32 [a], 1;\n\
+             call (b), f, (a);\nret;\n}}\n.func {defined}\n"
+        )
+    };
+    assert!(parse(&module("(.param .b32 o) f(.param .b32 x)\n{ st.param.b32 [o], 1; ret; }")).is_ok());
+    for wrong in [
+        "(.param .b32 o) f(.param .b32 x, .param .b32 y)\n{ .reg .b32 %r; ld.param.b32 %r, [y]; ret; }",
+        "(.param .b32 o) f(.param .b64 x)\n{ ret; }",
+        "f(.param .b32 o, .param .b32 x)\n{ ret; }",
+        "(.param .b32 o) f(.param .b64 x);",
+    ] {
+        let (line, message) = refused(&module(wrong));
+        assert_eq!(line, 13);
+        assert!(message.contains("f was declared with other parameters"), "{message}");
+    }
+}
+
+/// Whatever stands in the images, linking ends with a text or an error, and so does parsing that text.
+#[test]
+fn no_images_make_the_linker_panic() {
+    let caller = format!(
+        "{HEAD}.extern .global .align 4 .b32 t[4];\n.global .u32 own, other = 1;\n.extern .func (.param .b32 o) f(.param .b32 a, .param .align 8 \
+         .b8 x[16]);\n.weak .func w() {{ ret; }}\n.visible .entry k()\n{{\n.param .b32 a;\n.param .b32 b;\n.param .align 8 .b8 x[16];\n\
+         call (b), f, (a, x);\ncall w;\nret;\n}}\n"
+    );
+    let callee = format!(
+        "{HEAD}.visible .global .align 4 .u32 t[4] = {{1, 2, 3, 4}};\n.global .u32 own;\n.extern .shared .b8 s[];\n.visible .func w() {{ ret; }}\n\
+         .visible .func f(.param .b32 a, .param .align 8 .b8 x[16])\n{{\n.reg .b32 %r;\nld.param.b32 %r, [a];\nret;\n}}\n"
+    );
+    let images = |caller: &str, callee: &str| {
+        let linked = link(&[Image { name: "a", text: caller }, Image { name: "b", text: callee }]);
+        linked.and_then(|text| parse(&text)).is_ok()
+    };
+    assert!(images(&caller, &callee) && images(&callee, &caller));
+    let huge = |text: &str| text.replace("x[16]", "x[4294967295]");
+    assert!(!images(&huge(&caller), &huge(&callee)));
+    let scraps = [
+        "{",
+        "}",
+        "(",
+        ")",
+        "[",
+        "]",
+        ";",
+        ",",
+        "=",
+        ".param",
+        ".align",
+        ".extern",
+        ".weak",
+        ".visible",
+        ".func",
+        ".entry",
+        ".global",
+        ".shared",
+        ".section",
+        ".file",
+        ".pragma",
+        ".target",
+        ".version",
+        "/*",
+        "//",
+        "\"",
+        "t",
+        "f",
+        "w",
+        "own",
+        "99999999999999999999",
+        "é",
+        "\0",
+    ];
+    let mut random = Random(7);
+    let mut taken = 0;
+    for _ in 0..4000 {
+        let mut texts = [caller.clone(), callee.clone()];
+        for _ in 0..1 + random.below(2) {
+            let text = &mut texts[random.below(2)];
+            let mut at = random.below(text.len());
+            while !text.is_char_boundary(at) {
+                at -= 1;
+            }
+            let mut end = (at + random.below(12)).min(text.len());
+            while !text.is_char_boundary(end) {
+                end += 1;
+            }
+            let scrap = scraps[random.below(scraps.len())];
+            text.replace_range(at..end, if random.below(2) == 0 { "" } else { scrap });
+        }
+        taken += u32::from(images(&texts[0], &texts[1]));
+    }
+    assert!((10..3990).contains(&taken), "{taken} of 4000 taken: the mutations are too wild or too tame");
 }

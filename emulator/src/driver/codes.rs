@@ -29,6 +29,8 @@ impl Code {
     pub const NOT_READY: Code = Code(600);
     pub const PEER_ACCESS_NOT_ENABLED: Code = Code(705);
     pub const CONTEXT_IS_DESTROYED: Code = Code(709);
+    pub const HOST_MEMORY_ALREADY_REGISTERED: Code = Code(712);
+    pub const HOST_MEMORY_NOT_REGISTERED: Code = Code(713);
     pub const COOPERATIVE_LAUNCH_TOO_LARGE: Code = Code(720);
     pub const NOT_PERMITTED: Code = Code(800);
     pub const NOT_SUPPORTED: Code = Code(801);

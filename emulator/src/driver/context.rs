@@ -40,6 +40,24 @@ fn destroy(handle: Handle) -> Answer {
     state::destroy_context(&context)
 }
 
+/// Takes one hold on a context back; the last one destroys it.
+fn detach(handle: Handle) -> Answer {
+    let context = driver()?.contexts.get(handle).or_else(|why| refuse(Code::INVALID_CONTEXT, why.message))?;
+    if current_handle() != handle {
+        return refuse(Code::INVALID_CONTEXT, "a context is detached by a thread to which it is current");
+    }
+    if context.primary {
+        return refuse(
+            Code::INVALID_CONTEXT,
+            "a primary context is released with cuDevicePrimaryCtxRelease, not detached",
+        );
+    }
+    match context.attached.fetch_sub(1, Ordering::Relaxed) {
+        1 => destroy(handle),
+        _ => Ok(()),
+    }
+}
+
 fn synchronize(context: &Context) -> Answer {
     graph::refuse_context_wait(context)?;
     graph::refuse_unsafe_call()?;
@@ -146,6 +164,20 @@ exports! { CONTEXT:
 
     fn cuCtxDestroy_v2(context: Handle) {
         destroy(context)
+    }
+
+    fn cuCtxAttach(context: *mut Handle, flags: c_uint) {
+        if flags != 0 {
+            return refuse(Code::INVALID_VALUE, format!("the flags must be 0, not {flags:#x}"));
+        }
+        let attached = current_even_if_faulty()?;
+        give(context, attached.handle as Handle, "the context")?;
+        attached.attached.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn cuCtxDetach(context: Handle) {
+        detach(context)
     }
 
     fn cuCtxGetCurrent(context: *mut Handle) {

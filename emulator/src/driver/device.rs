@@ -104,7 +104,8 @@ fn attribute(device: &Device, attribute: c_int) -> Answer<c_int> {
         87 => 64, // SINGLE_TO_DOUBLE_PRECISION_PERF_RATIO
         89 => 1,  // CONCURRENT_MANAGED_ACCESS
         90 => 1,  // COMPUTE_PREEMPTION
-        91 => 1,  // CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
+        91 => 0,  // CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
+        99 => 1,  // HOST_REGISTER_SUPPORTED
         95 => 1,  // COOPERATIVE_LAUNCH
         97 => figures.shared_per_block_opt_in,
         106 => figures.blocks_per_multiprocessor,
@@ -125,7 +126,8 @@ fn attribute(device: &Device, attribute: c_int) -> Answer<c_int> {
         | 88
         | 92..=94
         | 96
-        | 98..=105
+        | 98
+        | 100..=105
         | 107..=110
         | 112..=114
         | 116..=161 => 0,

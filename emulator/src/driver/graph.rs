@@ -20,6 +20,7 @@ use super::handles;
 use super::settings::Run;
 use super::state::{Context, DevicePointer, Handle, current, driver};
 use super::stream::{self, Role, Stream};
+use super::user_object::Objects;
 use super::work::Work;
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -44,6 +45,13 @@ pub struct Capture {
     mode: Mode,
     thread: ThreadId,
     nodes: Vec<Step>,
+    /// Handle of the graph that the sequence becomes, and what it holds.
+    graph: usize,
+    objects: Objects,
+    /// Handles of the nodes.
+    node_handles: Vec<usize>,
+    /// What a program was last told that a stream's next work comes after; it may read that until its next call for the stream.
+    told: Vec<usize>,
     /// For each stream that takes part: whether it is blocking, and the nodes that its next work comes after.
     members: BTreeMap<usize, Member>,
     /// Why the sequence cannot become a graph any more.
@@ -68,6 +76,7 @@ pub struct Graph {
     steps: Vec<Step>,
     /// Handles of the nodes, made when a program asks for them.
     handles: OnceLock<Vec<usize>>,
+    objects: Objects,
 }
 
 /// A node of a graph as a program sees it.
@@ -86,6 +95,8 @@ pub struct GraphExec {
     launches: AtomicU64,
     /// One launch of an executable graph at a time, as the manual says.
     busy: Mutex<()>,
+    /// Held as long as this lives.
+    _objects: Objects,
 }
 
 /// Memory allocated by a node of a graph. The address is the same in every launch; it is reserved as long as a graph needs it.
@@ -134,6 +145,7 @@ impl Capture {
         let member = self.members.get_mut(&stream.handle);
         let heads = &mut member.expect("a stream that takes part").heads;
         self.nodes.push(Step { work: Arc::new(work), after: heads.iter().copied().collect() });
+        self.node_handles.push(handles::fresh());
         *heads = BTreeSet::from([node]);
     }
 
@@ -185,6 +197,10 @@ pub fn begin(stream: &Stream, mode: Mode) -> Answer {
             mode,
             thread: std::thread::current().id(),
             nodes: Vec::new(),
+            graph: handles::fresh(),
+            objects: Objects::default(),
+            node_handles: Vec::new(),
+            told: Vec::new(),
             members: BTreeMap::from([(stream.handle, origin)]),
             invalid: None,
         },
@@ -216,9 +232,38 @@ pub fn end(stream: &Stream) -> Answer<Handle> {
             "work captured on another stream was not joined: record an event there and wait for it on the stream where the capture began",
         );
     }
-    let graph =
-        Graph { handle: handles::fresh(), context: capture.context, steps: capture.nodes, handles: OnceLock::new() };
+    let graph = Graph {
+        handle: capture.graph,
+        context: capture.context,
+        steps: capture.nodes,
+        handles: OnceLock::from(capture.node_handles),
+        objects: capture.objects,
+    };
+    graph.show_nodes()?;
     Ok(driver.graphs.insert(graph.handle, Arc::new(graph)))
+}
+
+/// The graph that the stream's capture makes and the nodes that its next work comes after; none outside a capture.
+///
+/// The graph can be used once the capture has ended; until then its handle only tells it from others.
+pub fn under_capture(stream: &Stream) -> Answer<(Handle, *const Handle, usize)> {
+    let mut captures = driver()?.captures.lock().unwrap();
+    let Some((_, capture)) = of_stream(&mut captures, stream) else {
+        return Ok((std::ptr::null_mut(), std::ptr::null(), 0));
+    };
+    let heads = &capture.members[&stream.handle].heads;
+    capture.told = heads.iter().map(|&node| capture.node_handles[node]).collect();
+    Ok((capture.graph as Handle, capture.told.as_ptr().cast(), capture.told.len()))
+}
+
+/// Does something with what a graph holds, also one still under capture.
+pub fn with_objects(graph: Handle, what: impl FnOnce(&Objects) -> Answer) -> Answer {
+    let driver = driver()?;
+    let captures = driver.captures.lock().unwrap();
+    match captures.values().find(|capture| capture.graph == graph as usize) {
+        Some(capture) => what(&capture.objects),
+        None => what(&driver.graphs.get(graph)?.objects),
+    }
 }
 
 /// (status, sequence id) for the queries.
@@ -512,24 +557,39 @@ fn instantiate(graph: Handle, flags: u64) -> Answer<Handle> {
         flags,
         launches: AtomicU64::new(0),
         busy: Mutex::new(()),
+        _objects: graph.objects.clone(),
     };
     Ok(driver.execs.insert(handles::fresh(), Arc::new(exec)))
 }
 
-fn node_handles(graph: &Arc<Graph>) -> Answer<&Vec<usize>> {
-    let driver = driver()?;
-    Ok(graph.handles.get_or_init(|| {
-        let made: Vec<usize> = graph.steps.iter().map(|_| handles::fresh()).collect();
-        for (step, &handle) in graph.steps.iter().zip(&made) {
-            let node = Node {
-                graph: graph.handle,
-                kind: step.work.node_type(),
-                after: step.after.iter().map(|&node| made[node]).collect(),
-            };
+/// CUDA_GRAPH_INSTANTIATE_PARAMS. The result is 0, or 1 for an error.
+#[repr(C)]
+pub struct InstantiateParams {
+    flags: u64,
+    upload_stream: Handle,
+    error_node: Handle,
+    result: c_int,
+}
+
+impl Graph {
+    /// Makes the handles of its nodes known.
+    fn show_nodes(&self) -> Answer {
+        let driver = driver()?;
+        let handles = self.handles.get_or_init(|| self.steps.iter().map(|_| handles::fresh()).collect());
+        for (step, &handle) in self.steps.iter().zip(handles) {
+            let after = step.after.iter().map(|&node| handles[node]).collect();
+            let node = Node { graph: self.handle, kind: step.work.node_type(), after };
             driver.nodes.insert(handle, Arc::new(node));
         }
-        made
-    }))
+        Ok(())
+    }
+}
+
+fn node_handles(graph: &Graph) -> Answer<&Vec<usize>> {
+    if graph.handles.get().is_none() {
+        graph.show_nodes()?;
+    }
+    Ok(graph.handles.get().expect("show_nodes has made them"))
 }
 
 /// The two-step protocol of the list queries: the count alone, or as many as fit.
@@ -572,6 +632,16 @@ exports! { GRAPH:
         give(exec, instantiate(graph, flags)?, "the executable graph")
     }
 
+    fn cuGraphInstantiateWithParams(exec: *mut Handle, graph: Handle, params: *mut InstantiateParams) {
+        if params.is_null() {
+            return refuse(Code::INVALID_VALUE, "the parameters are null");
+        }
+        let made = instantiate(graph, (*params).flags);
+        (*params).error_node = std::ptr::null_mut();
+        (*params).result = c_int::from(made.is_err());
+        give(exec, made?, "the executable graph")
+    }
+
     fn cuGraphLaunch(exec: Handle, stream: Handle) {
         let exec = driver()?.execs.get(exec)?;
         let (context, _) = stream::resolve(stream)?;
@@ -604,6 +674,7 @@ exports! { GRAPH:
             context: current()?.handle,
             steps: Vec::new(),
             handles: OnceLock::new(),
+            objects: Objects::default(),
         };
         give(graph, driver()?.graphs.insert(made.handle, Arc::new(made)), "the graph")
     }
@@ -615,6 +686,7 @@ exports! { GRAPH:
             context: original.context,
             steps: original.steps.clone(),
             handles: OnceLock::new(),
+            objects: original.objects.clone(),
         };
         give(clone, driver()?.graphs.insert(made.handle, Arc::new(made)), "the graph")
     }

@@ -5,23 +5,25 @@ use super::codes::Code;
 use super::device::{self, Figures};
 use super::module::Function;
 use super::occupancy;
+use super::registered;
 use super::settings::Run;
 use super::state::{Context, Handle, current, driver};
 use super::stream;
 use super::work::Work;
 use crate::exec::{self, Launch};
+use crate::ptx::Kernel;
 use std::ffi::{c_int, c_uint, c_void};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// Blocks in the grid, threads in a block, bytes of dynamic shared memory.
 #[derive(Clone, Copy)]
-struct Shape {
-    grid: [u32; 3],
-    block: [u32; 3],
-    dynamic_shared: u32,
+pub struct Shape {
+    pub grid: [u32; 3],
+    pub block: [u32; 3],
+    pub dynamic_shared: u32,
     /// Every block must be able to wait for every other.
-    cooperative: bool,
+    pub cooperative: bool,
 }
 
 /// A launch with everything it needs.
@@ -45,7 +47,7 @@ impl KernelLaunch {
             multiprocessors: driver()?.settings.multiprocessors,
             cooperative: self.shape.cooperative,
         };
-        match exec::launch(&device.memory, &launch, &run.exec) {
+        match registered::with_mirrors(device, || exec::launch(&device.memory, &launch, &run.exec))? {
             Ok(counters) => {
                 super::profile::count(&self.function.kernel.name, counters)?;
                 Ok(())
@@ -183,29 +185,36 @@ unsafe fn pack(function: &Function, params: *const *const c_void, extra: *const 
         }
         at += 2;
     }
+    let buffer = match buffer.is_null() {
+        true => &[],
+        // SAFETY: the caller vouches for as many bytes as it says the buffer has.
+        false => unsafe { std::slice::from_raw_parts(buffer, bytes) },
+    };
+    pack_buffer(kernel, buffer)
+}
+
+/// Parameters that lie in a buffer as the kernel declares them; what is behind the last is left alone.
+pub fn pack_buffer(kernel: &Kernel, buffer: &[u8]) -> Answer<Vec<u8>> {
     let needed = kernel.params.last().map_or(0, |param| (param.offset + param.bytes) as usize);
-    if bytes < needed || (buffer.is_null() && needed > 0) {
+    if buffer.len() < needed {
+        let bytes = buffer.len();
         return refuse(
             Code::INVALID_VALUE,
             format!("kernel {} needs {needed} bytes of parameters, the buffer has {bytes}", kernel.name),
         );
     }
-    // SAFETY: the buffer has `bytes` bytes, at least `needed`; at most all of `packed` is filled.
-    unsafe {
-        let length = bytes.min(packed.len());
-        std::ptr::copy_nonoverlapping(buffer, packed.as_mut_ptr(), length);
-    }
+    let mut packed = vec![0u8; kernel.param_bytes as usize];
+    let length = buffer.len().min(packed.len());
+    packed[..length].copy_from_slice(&buffer[..length]);
     Ok(packed)
 }
 
-/// # Safety
-/// As [`pack`].
-unsafe fn launch(
+/// Checks a launch as a driver does and submits it. `pack` lays out the parameters.
+pub fn launch(
     function: Handle,
     shape: Shape,
     stream: Handle,
-    params: *const *const c_void,
-    extra: *const *const c_void,
+    pack: impl FnOnce(&Function) -> Answer<Vec<u8>>,
 ) -> Answer {
     current()?;
     let function = driver()?.functions.get(function)?;
@@ -234,8 +243,7 @@ unsafe fn launch(
             );
         }
     }
-    // SAFETY: the caller's contract.
-    let params = unsafe { pack(&function, params, extra)? };
+    let params = pack(&function)?;
     stream::submit(stream, Work::Kernel(KernelLaunch { function, shape, params }))
 }
 
@@ -269,7 +277,8 @@ exports! { LAUNCH:
         dynamic_shared: c_uint, stream: Handle, params: *const *const c_void, extra: *const *const c_void,
     ) {
         let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
-        launch(function, Shape { grid, block, dynamic_shared, cooperative: false }, stream, params, extra)
+        let shape = Shape { grid, block, dynamic_shared, cooperative: false };
+        launch(function, shape, stream, |function| pack(function, params, extra))
     }
 
     fn cuLaunchCooperativeKernel(
@@ -277,7 +286,8 @@ exports! { LAUNCH:
         dynamic_shared: c_uint, stream: Handle, params: *const *const c_void,
     ) {
         let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
-        launch(function, Shape { grid, block, dynamic_shared, cooperative: true }, stream, params, std::ptr::null())
+        let shape = Shape { grid, block, dynamic_shared, cooperative: true };
+        launch(function, shape, stream, |function| pack(function, params, std::ptr::null()))
     }
 
     fn cuLaunchKernelEx(config: *const Config, function: Handle, params: *const *const c_void, extra: *const *const c_void) {
@@ -302,6 +312,6 @@ exports! { LAUNCH:
             dynamic_shared: config.dynamic_shared,
             cooperative,
         };
-        launch(function, shape, config.stream, params, extra)
+        launch(function, shape, config.stream, |function| pack(function, params, extra))
     }
 }

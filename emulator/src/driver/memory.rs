@@ -6,6 +6,7 @@ use super::call::{Answer, exports, give, give_if_asked, refuse};
 use super::codes::Code;
 use super::graph::{self, GraphMemory};
 use super::pool::{self, LOCATION_DEVICE, Location, Pool};
+use super::registered;
 use super::state::{self, Context, Device, DevicePointer, Handle, Kind, Owned, current, driver};
 use super::stream;
 use super::work::{Copy, Fill, Place, Work, from_memory};
@@ -107,7 +108,7 @@ fn free_device(address: DevicePointer) -> Answer {
             format!("{address:#x} is memory of a graph: free it in the graph, or with cuMemFreeAsync"),
         );
     }
-    let (device, owned) = disown(address, |kind| !matches!(kind, Kind::Host(_)))?;
+    let (device, owned) = disown(address, |kind| !matches!(kind, Kind::Host(_) | Kind::Mirror(_)))?;
     if let Kind::Pooled(pool) = &owned.kind {
         pool.give_back(owned.bytes);
     }
@@ -412,11 +413,21 @@ const POINTER_MEMPOOL: c_int = 17;
 /// # Safety
 /// `data` has room for the attribute's value.
 unsafe fn pointer_attribute(data: *mut c_void, attribute: c_int, address: DevicePointer) -> Answer {
+    // Memory that was registered is told of as its mirror is.
+    let mirror = match state::device_of(address) {
+        Some(_) => None,
+        None => registered::mirror(address)?,
+    };
+    let address = mirror.unwrap_or(address);
     let Some((device, first, owned)) = state::device_of(address) else {
         return refuse(Code::INVALID_VALUE, format!("{address:#x} is no memory of this driver"));
     };
-    let on_host = matches!(owned.kind, Kind::Host(_));
-    let host_too = on_host || matches!(owned.kind, Kind::Managed);
+    let on_host = matches!(owned.kind, Kind::Host(_) | Kind::Mirror(_));
+    let host = match owned.kind {
+        Kind::Host(_) | Kind::Managed => Some(address),
+        Kind::Mirror(host) => Some(host + (address - first)),
+        _ => None,
+    };
     // SAFETY: the caller's contract, for every write below.
     unsafe {
         match attribute {
@@ -426,8 +437,10 @@ unsafe fn pointer_attribute(data: *mut c_void, attribute: c_int, address: Device
                 give(data.cast::<c_uint>(), kind, "the value")
             }
             POINTER_DEVICE_POINTER => give(data.cast::<u64>(), address, "the value"),
-            POINTER_HOST_POINTER if host_too => give(data.cast::<u64>(), address, "the value"),
-            POINTER_HOST_POINTER => refuse(Code::INVALID_VALUE, "the host cannot touch this memory"),
+            POINTER_HOST_POINTER => match host {
+                Some(host) => give(data.cast::<u64>(), host, "the value"),
+                None => refuse(Code::INVALID_VALUE, "the host cannot touch this memory"),
+            },
             POINTER_SYNC_MEMOPS => give(data.cast::<c_int>(), 0, "the value"),
             POINTER_BUFFER_ID => {
                 let serial = device.memory.find(address).map_or(0, |found| found.serial);
@@ -529,23 +542,6 @@ exports! { MEMORY:
 
     fn cuMemFreeHost(pointer: *mut c_void) {
         free_host(pointer)
-    }
-
-    fn cuMemHostGetDevicePointer_v2(address: *mut DevicePointer, pointer: *mut c_void, flags: c_uint) {
-        if flags != 0 {
-            return refuse(Code::INVALID_VALUE, format!("the flags must be 0, not {flags:#x}"));
-        }
-        match state::device_of(pointer as u64) {
-            Some((_, _, owned)) if matches!(owned.kind, Kind::Host(_)) => give(address, pointer as u64, "the address"),
-            _ => refuse(Code::INVALID_VALUE, format!("{pointer:p} is not pinned host memory")),
-        }
-    }
-
-    fn cuMemHostGetFlags(flags: *mut c_uint, pointer: *mut c_void) {
-        match state::device_of(pointer as u64) {
-            Some((_, _, Owned { kind: Kind::Host(own), .. })) => give(flags, own, "the flags"),
-            _ => refuse(Code::INVALID_VALUE, format!("{pointer:p} is not pinned host memory")),
-        }
     }
 
     fn cuMemGetAddressRange_v2(first: *mut DevicePointer, bytes: *mut usize, address: DevicePointer) {

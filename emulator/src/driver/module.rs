@@ -1,12 +1,13 @@
 //! Modules, functions, variables; also the newer names for the same things, libraries and kernels.
 //!
-//! An image is PTX text. Deliberately absent: cubin and fatbin images (machine code cannot be run here), linking of several images,
-//! textures and surfaces.
+//! An image is PTX text. Deliberately absent: cubin and fatbin images (machine code cannot be run here), textures and
+//! surfaces. Several images become one in [`super::linker`].
 
 use super::call::{Answer, exports, give, give_if_asked, refuse, text};
 use super::codes::Code;
 use super::graph;
 use super::handles;
+use super::staged::Staged;
 use super::state::{self, Context, DevicePointer, Handle, current, driver};
 use crate::exec::LoadedModule;
 use crate::memory::Memory;
@@ -34,6 +35,8 @@ pub struct Function {
     /// CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES.
     pub max_dynamic_shared: AtomicU32,
     carveout: AtomicU32,
+    /// What launches by state have set.
+    pub staged: Mutex<Staged>,
     name: CString,
 }
 
@@ -67,7 +70,7 @@ impl Function {
 ///
 /// # Safety
 /// `image` is null, or points to NUL-terminated text or to an ELF or fatbin image.
-unsafe fn image_text<'a>(image: *const c_void) -> Answer<&'a str> {
+pub unsafe fn image_text<'a>(image: *const c_void) -> Answer<&'a str> {
     if image.is_null() {
         return refuse(Code::INVALID_VALUE, "the image is null");
     }
@@ -90,16 +93,20 @@ unsafe fn image_text<'a>(image: *const c_void) -> Answer<&'a str> {
     bytes.to_str().or_else(|_| refuse(Code::INVALID_IMAGE, "the image is neither PTX text nor a known binary"))
 }
 
+/// What the emulated devices accept.
+pub fn limits() -> Answer<Limits> {
+    let (major, minor) = driver()?.settings.capability;
+    Ok(Limits { target: major * 10 + minor, ..Limits::default() })
+}
+
 fn load_text(text: &str) -> Answer<Handle> {
     let context = current()?;
     graph::refuse_unsafe_call()?;
     let driver = driver()?;
-    let (major, minor) = driver.settings.capability;
-    let limits = Limits { target: major * 10 + minor, ..Limits::default() };
     if !text.contains(".version") {
         return refuse(Code::INVALID_IMAGE, "the image is no PTX text: it has no .version line");
     }
-    let module = match ptx::parse_for(text, limits) {
+    let module = match ptx::parse_for(text, limits()?) {
         Ok(module) => Arc::new(module),
         Err(why) => return refuse(Code(why.kind.code() as c_int), why.to_string()),
     };
@@ -117,9 +124,10 @@ fn load_text(text: &str) -> Answer<Handle> {
     Ok(driver.modules.insert(image.handle, Arc::new(image)))
 }
 
-fn load_file(path: &str) -> Answer<Handle> {
+/// The text of an image in a file.
+pub fn read_image(path: &str) -> Answer<String> {
     match std::fs::read_to_string(path) {
-        Ok(text) => load_text(&text),
+        Ok(text) => Ok(text),
         Err(why) if why.kind() == std::io::ErrorKind::InvalidData => {
             refuse(Code::NO_BINARY_FOR_GPU, format!("{path} is not text: load PTX"))
         }
@@ -130,6 +138,60 @@ fn load_file(path: &str) -> Answer<Handle> {
 const ERROR_LOG: c_int = 5;
 const ERROR_LOG_BYTES: c_int = 6;
 const INFO_LOG_BYTES: c_int = 4;
+
+/// The error log among JIT options: the only one that is heeded. Addresses, 0 for none.
+#[derive(Default)]
+pub struct JitLog {
+    log: usize,
+    room: usize,
+    /// Where the room was passed as the value itself, and the length comes back.
+    length_at: usize,
+}
+
+impl JitLog {
+    /// # Safety
+    /// `options` and `values` have `count` elements; the values are what the options call for.
+    pub unsafe fn find(count: c_uint, options: *const c_int, values: *mut *mut c_void) -> Answer<JitLog> {
+        if count > 0 && (options.is_null() || values.is_null()) {
+            return refuse(Code::INVALID_VALUE, "the list of JIT options or of their values is null");
+        }
+        let mut found = JitLog::default();
+        for at in 0..count as usize {
+            // SAFETY: `at` is below the count; nothing is written to the information log.
+            unsafe {
+                let value = values.add(at);
+                match options.add(at).read() {
+                    ERROR_LOG => found.log = value.read() as usize,
+                    ERROR_LOG_BYTES => (found.room, found.length_at) = (value.read() as usize, value as usize),
+                    INFO_LOG_BYTES => value.write(std::ptr::null_mut()),
+                    _ => (),
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Writes what fits, with a terminator, and how long it is.
+    ///
+    /// # Safety
+    /// The log and the values that [`JitLog::find`] saw are still there.
+    pub unsafe fn write(&self, message: &str) {
+        let mut written = 0;
+        if self.log != 0 && self.room > 0 {
+            written = message.len().min(self.room - 1);
+            let log = self.log as *mut u8;
+            // SAFETY: the log has `room` bytes.
+            unsafe {
+                std::ptr::copy_nonoverlapping(message.as_ptr(), log, written);
+                log.add(written).write(0);
+            }
+        }
+        if self.length_at != 0 {
+            // SAFETY: the caller's contract.
+            unsafe { (self.length_at as *mut *mut c_void).write(written as *mut c_void) };
+        }
+    }
+}
 
 /// Loads with JIT options, of which the error log is heeded: a refusal is written there.
 ///
@@ -142,39 +204,12 @@ unsafe fn load_with_options(
     values: *mut *mut c_void,
 ) -> Answer<Handle> {
     // SAFETY: the caller's contract.
-    let answer = unsafe { image_text(image) }.and_then(load_text);
-    if count > 0 && (options.is_null() || values.is_null()) {
-        return refuse(Code::INVALID_VALUE, "the list of JIT options or of their values is null");
+    unsafe {
+        let log = JitLog::find(count, options, values)?;
+        let answer = image_text(image).and_then(load_text);
+        log.write(answer.as_ref().err().map_or("", |why| why.message.as_str()));
+        answer
     }
-    let (mut log, mut log_bytes_at) = (std::ptr::null_mut::<u8>(), None);
-    for at in 0..count as usize {
-        // SAFETY: `at` is below the count.
-        let (option, value) = unsafe { (options.add(at).read(), values.add(at).read()) };
-        match option {
-            ERROR_LOG => log = value.cast(),
-            ERROR_LOG_BYTES => log_bytes_at = Some(at),
-            // SAFETY: as above; nothing is written to the information log.
-            INFO_LOG_BYTES => unsafe { values.add(at).write(std::ptr::null_mut()) },
-            _ => (),
-        }
-    }
-    if let Some(at) = log_bytes_at {
-        // SAFETY: as above. The room is passed as the value itself, and the length comes back in its place.
-        let room = unsafe { values.add(at).read() } as usize;
-        let message = answer.as_ref().err().map_or("", |why| why.message.as_str());
-        let mut written = 0;
-        if !log.is_null() && room > 0 {
-            written = message.len().min(room - 1);
-            // SAFETY: the log has `room` bytes.
-            unsafe {
-                std::ptr::copy_nonoverlapping(message.as_ptr(), log, written);
-                log.add(written).write(0);
-            }
-        }
-        // SAFETY: as above.
-        unsafe { values.add(at).write(written as *mut c_void) };
-    }
-    answer
 }
 
 fn function_of(image: &Arc<LoadedImage>, name: &str) -> Answer<Handle> {
@@ -194,6 +229,7 @@ fn function_of(image: &Arc<LoadedImage>, name: &str) -> Answer<Handle> {
         kernel: kernel.clone(),
         max_dynamic_shared: AtomicU32::new(super::device::SHARED_WITHOUT_OPT_IN.saturating_sub(kernel.static_shared)),
         carveout: AtomicU32::new(u32::MAX),
+        staged: Mutex::default(),
         name: CString::new(name).unwrap_or_default(),
     };
     known.insert(name.to_string(), function.handle);
@@ -294,7 +330,7 @@ fn set_attribute(function: &Function, attribute: c_int, value: c_int) -> Answer 
 
 exports! { MODULE:
     fn cuModuleLoad(module: *mut Handle, path: *const c_char) {
-        give(module, load_file(text(path, "the path")?)?, "the module")
+        give(module, load_text(&read_image(text(path, "the path")?)?)?, "the module")
     }
 
     fn cuModuleLoadData(module: *mut Handle, image: *const c_void) {
@@ -407,7 +443,7 @@ exports! { MODULE:
         library_options: *const c_int, library_values: *mut *mut c_void, library_count: c_uint,
     ) {
         let _ = (options, values, count, library_options, library_values, library_count);
-        give(library, load_file(text(path, "the path")?)?, "the library")
+        give(library, load_text(&read_image(text(path, "the path")?)?)?, "the library")
     }
 
     fn cuLibraryUnload(library: Handle) {
@@ -422,6 +458,14 @@ exports! { MODULE:
     fn cuLibraryGetKernelCount(count: *mut c_uint, library: Handle) {
         let image = driver()?.modules.get(library)?;
         give(count, image.loaded.module.kernels.len() as c_uint, "the count")
+    }
+
+    fn cuLibraryEnumerateKernels(kernels: *mut Handle, count: c_uint, library: Handle) {
+        let image = driver()?.modules.get(library)?;
+        for (at, kernel) in image.loaded.module.kernels.iter().take(count as usize).enumerate() {
+            give(kernels.add(at), function_of(&image, &kernel.name)?, "the kernels")?;
+        }
+        Ok(())
     }
 
     fn cuLibraryGetModule(module: *mut Handle, library: Handle) {
@@ -455,6 +499,12 @@ exports! { MODULE:
     fn cuKernelSetAttribute(attribute: c_int, value: c_int, kernel: Handle, device: c_int) {
         state::device(device)?;
         set_attribute(&*driver()?.functions.get(kernel)?, attribute, value)
+    }
+
+    fn cuKernelSetCacheConfig(kernel: Handle, config: c_int, device: c_int) {
+        state::device(device)?;
+        driver()?.functions.get(kernel)?;
+        super::context::check_cache_config(config)
     }
 
     fn cuKernelGetParamCount(kernel: Handle, count: *mut usize) {

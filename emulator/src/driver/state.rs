@@ -8,17 +8,20 @@ use super::codes::Code;
 use super::event::Event;
 use super::graph::{Capture, Graph, GraphExec, GraphMemory, Node};
 use super::handles::{self, Table};
+use super::linker::Link;
 use super::module::{Function, LoadedImage};
 use super::pool::Pool;
 use super::profile::Profile;
+use super::registered::Registered;
 use super::settings::{self, Log, Settings};
 use super::stream::Stream;
+use super::user_object::UserObject;
 use crate::memory::Memory;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{c_int, c_uint, c_void};
 use std::mem::ManuallyDrop;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock, Weak};
 use std::thread::ThreadId;
 
@@ -34,12 +37,16 @@ pub struct Driver {
     pub contexts: Table<Context>,
     pub streams: Table<Stream>,
     pub events: Table<Event>,
+    pub links: Table<Link>,
     pub modules: Table<LoadedImage>,
     pub functions: Table<Function>,
     pub graphs: Table<Graph>,
     pub nodes: Table<Node>,
     pub execs: Table<GraphExec>,
     pub pools: Table<Pool>,
+    pub user_objects: Table<UserObject>,
+    /// Host memory that programs registered, by its first byte.
+    pub registered: Mutex<BTreeMap<u64, Registered>>,
     /// Live capture sequences by their id.
     pub captures: Mutex<BTreeMap<u64, Capture>>,
     pub profile: Mutex<Profile>,
@@ -82,6 +89,8 @@ pub enum Kind {
     Pooled(Arc<Pool>),
     /// cuMemHostAlloc, with its flags.
     Host(c_uint),
+    /// Where a device sees registered host memory, which begins here.
+    Mirror(u64),
     /// cuMemAllocManaged.
     Managed,
     /// An allocation node of a captured graph.
@@ -94,6 +103,7 @@ impl Kind {
             Kind::Device => "device memory",
             Kind::Pooled(_) => "stream-ordered device memory",
             Kind::Host(_) => "pinned host memory",
+            Kind::Mirror(_) => "registered host memory",
             Kind::Managed => "managed memory",
             Kind::Graph(_) => "memory of a graph",
         }
@@ -105,6 +115,8 @@ pub struct Context {
     pub device: c_int,
     pub primary: bool,
     pub flags: AtomicU32,
+    /// What cuCtxCreate and cuCtxAttach gave out, less what cuCtxDetach took back.
+    pub attached: AtomicU32,
     /// The NULL stream.
     pub legacy: Arc<Stream>,
     /// Every host thread's default stream, made when it is first used.
@@ -125,6 +137,7 @@ impl Context {
             device,
             primary,
             flags: AtomicU32::new(flags),
+            attached: AtomicU32::new(1),
             legacy: Arc::new(Stream::new(handle, super::stream::Role::Legacy)),
             per_thread: Mutex::default(),
             order: RwLock::new(()),
@@ -158,12 +171,28 @@ impl Context {
 static DRIVER: OnceLock<Driver> = OnceLock::new();
 static INIT: Mutex<()> = Mutex::new(());
 
+/// This process was forked from one that had started the driver: the threads that run kernels stayed there.
+static FORKED: AtomicBool = AtomicBool::new(false);
+
+fn in_child<T>() -> Answer<T> {
+    refuse(Code::NOT_INITIALIZED, "the driver was started before this process was forked: start it in the child only")
+}
+
+extern "C" fn mark_child() {
+    FORKED.store(true, Ordering::Relaxed);
+}
+
 /// What `cuInit` does.
 pub fn init() -> Answer<&'static Driver> {
+    if FORKED.load(Ordering::Relaxed) {
+        return in_child();
+    }
     let _one_at_a_time = INIT.lock().unwrap();
     if let Some(driver) = DRIVER.get() {
         return Ok(driver);
     }
+    // SAFETY: the function only stores a flag. Where it cannot be registered, a child that calls the driver waits for ever.
+    unsafe { libc::pthread_atfork(None, None, Some(mark_child)) };
     let settings = match Settings::from_environment() {
         Ok(settings) => settings,
         Err(why) => return refuse(Code::INVALID_VALUE, why),
@@ -189,12 +218,15 @@ pub fn init() -> Answer<&'static Driver> {
         contexts: Table::new("context"),
         streams: Table::new("stream"),
         events: Table::new("event"),
+        links: Table::new("link"),
         modules: Table::new("module"),
         functions: Table::new("function"),
         graphs: Table::new("graph"),
         nodes: Table::new("graph node"),
         execs: Table::new("executable graph"),
         pools,
+        user_objects: Table::new("user object"),
+        registered: Mutex::default(),
         captures: Mutex::default(),
         profile: Mutex::default(),
     });
@@ -205,6 +237,7 @@ pub fn init() -> Answer<&'static Driver> {
 /// The driver, once `cuInit` was called.
 pub fn driver() -> Answer<&'static Driver> {
     match DRIVER.get() {
+        Some(_) if FORKED.load(Ordering::Relaxed) => in_child(),
         Some(driver) => Ok(driver),
         None => refuse(Code::NOT_INITIALIZED, "cuInit has not been called"),
     }
@@ -378,10 +411,12 @@ pub fn destroy_context(context: &Arc<Context>) -> Answer {
     forgotten(graphs.len(), "graph");
     let modules = driver.modules.take(|image| image.context == own);
     forgotten(modules.len(), "module");
+    forgotten(driver.links.take(|link| link.context == own).len(), "link");
     driver.functions.take(|function| function.image.context == own);
     for image in modules {
         image.unload(&device.memory);
     }
+    forgotten(super::registered::forget_context(own)?, "registered range of host memory");
     let left: Vec<(DevicePointer, Owned)> = {
         let mut allocations = device.allocations.lock().unwrap();
         let addresses: Vec<DevicePointer> =

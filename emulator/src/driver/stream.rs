@@ -336,8 +336,8 @@ exports! { STREAM:
     fn cuStreamGetCaptureInfo_v2(
         stream: Handle, status: *mut c_int, id: *mut u64, graph: *mut Handle, dependencies: *mut *const Handle, count: *mut usize,
     ) {
-        no_open_graph(graph, dependencies, count)?;
-        capture_info(stream, status, id)
+        capture_info(stream, status, id)?;
+        open_graph(stream, graph, dependencies, count)
     }
 
     fn cuStreamGetCaptureInfo_v3(
@@ -345,8 +345,8 @@ exports! { STREAM:
         edges: *mut *const c_void, count: *mut usize,
     ) {
         give_if_asked(edges, std::ptr::null());
-        no_open_graph(graph, dependencies, count)?;
-        capture_info(stream, status, id)
+        capture_info(stream, status, id)?;
+        open_graph(stream, graph, dependencies, count)
     }
 
     fn cuThreadExchangeStreamCaptureMode(mode: *mut c_int) {
@@ -382,15 +382,23 @@ unsafe fn capture_info(stream: Handle, status: *mut c_int, id: *mut u64) -> Answ
     }
 }
 
-/// The graph under construction is not shown.
-///
 /// # Safety
 /// As the exported functions: pointers are null or valid for writes.
-unsafe fn no_open_graph(graph: *mut Handle, dependencies: *mut *const Handle, count: *mut usize) -> Answer {
-    if graph.is_null() && dependencies.is_null() && count.is_null() {
-        return Ok(());
+unsafe fn open_graph(
+    stream: Handle,
+    graph: *mut Handle,
+    dependencies: *mut *const Handle,
+    count: *mut usize,
+) -> Answer {
+    let (_, stream) = resolve(stream)?;
+    let (open, nodes, number) = graph::under_capture(&stream)?;
+    // SAFETY: the caller's contract.
+    unsafe {
+        give_if_asked(graph, open);
+        give_if_asked(dependencies, nodes);
+        give_if_asked(count, number);
     }
-    refuse(Code::NOT_SUPPORTED, "the graph under capture and its nodes cannot be read before the capture ends")
+    Ok(())
 }
 
 impl Context {

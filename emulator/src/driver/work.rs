@@ -9,6 +9,7 @@ use super::codes::Code;
 use super::event::Event;
 use super::graph::{GraphExec, GraphMemory};
 use super::launch::KernelLaunch;
+use super::registered;
 use super::settings::Run;
 use super::state::{self, Context, Device, DevicePointer, Handle, Kind};
 use crate::memory::MemoryError;
@@ -115,7 +116,11 @@ impl Fill {
     fn run(&self, context: &Context) -> Answer {
         for row in 0..self.height {
             let to = self.to + (row * self.pitch) as u64;
-            if self.count > 0 {
+            if let Some(host) = registered::behind(to, self.count * self.element) {
+                // SAFETY: who registers memory keeps it until it is no longer registered, and these bytes are all inside.
+                let target = unsafe { std::slice::from_raw_parts_mut(host as *mut u8, self.count * self.element) };
+                target.chunks_exact_mut(self.element).for_each(|to| to.copy_from_slice(&self.pattern[..self.element]));
+            } else if self.count > 0 {
                 let memory = &home(context, to)?.memory;
                 let pattern = &self.pattern[..self.element];
                 memory.set(to, pattern, self.count as u64).map_err(from_memory)?;
@@ -133,10 +138,14 @@ impl Place {
         }
     }
 
-    /// A device place stays one; a host place that is memory of a driver's device becomes one, if the host may touch it.
-    fn settled(self) -> Answer<Place> {
-        let Place::Host(address) = self else {
-            return Ok(self);
+    /// A device place stays one, unless host memory is behind its `bytes`; a host place that is memory of a driver's device becomes
+    /// one, if the host may touch it.
+    fn settled(self, bytes: usize) -> Answer<Place> {
+        let address = match self {
+            Place::Host(address) => address,
+            Place::Device(address) => {
+                return Ok(registered::behind(address, bytes).map_or(self, Place::Host));
+            }
         };
         match state::device_of(address as u64) {
             None => Ok(self),
@@ -164,7 +173,7 @@ fn home(context: &Context, address: DevicePointer) -> Answer<&'static Device> {
 }
 
 fn copy_bytes(context: &Context, to: Place, from: Place, bytes: usize) -> Answer {
-    match (to.settled()?, from.settled()?) {
+    match (to.settled(bytes)?, from.settled(bytes)?) {
         (Place::Host(to), Place::Host(from)) => {
             // SAFETY: the caller of the copy vouches for both host ranges; they may overlap.
             unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };

@@ -4,15 +4,19 @@
 //! [`crate::num::form()`] for arithmetic), `flow` puts calls in line, orders basic blocks so that the smallest step is always the right one to run
 //! when lanes have diverged, and allocates registers. The result is a [`Program`].
 //!
-//! Deliberately not here: linking of several modules, indirect calls and recursion, textures and surfaces, debug information, and whatever PTX has
+//! [`link()`] makes one module of several.
+//!
+//! Deliberately not here: indirect calls and recursion, textures and surfaces, debug information, and whatever PTX has
 //! only for targets after sm_80. All of it is refused by name, with its line.
 
 mod decode;
 mod flow;
 mod lex;
+mod link;
 mod parse;
 pub mod program;
 
+pub use link::{Image, link};
 pub use program::Program;
 use std::sync::Arc;
 

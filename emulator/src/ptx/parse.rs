@@ -10,7 +10,7 @@ use super::{Global, GlobalSpace, Limits, Param, ParseError, ParseErrorKind};
 use std::collections::HashMap;
 
 /// Largest parameter buffer of a kernel on any device, in bytes.
-const MAX_PARAM_BYTES: u64 = 32764;
+pub const MAX_PARAM_BYTES: u64 = 32764;
 /// Largest local memory of a thread, in bytes.
 pub const MAX_LOCAL_BYTES: u64 = 512 << 10;
 /// More registers than this in one function is refused; real kernels have at most tens of thousands.
@@ -104,7 +104,8 @@ pub fn read(text: &str, limits: Limits) -> Result<Unit, ParseError> {
     Ok(reader.unit)
 }
 
-fn type_bytes(name: &str) -> Option<u64> {
+/// Bytes of a type.
+pub fn type_bytes(name: &str) -> Option<u64> {
     Some(match name {
         ".b8" | ".u8" | ".s8" => 1,
         ".b16" | ".u16" | ".s16" | ".f16" | ".bf16" => 2,
@@ -570,7 +571,15 @@ impl<'a> Reader<'a> {
             }
         }
         let index = match self.names.get(name) {
-            Some(&ModuleName::Function(index)) => index,
+            Some(&ModuleName::Function(index)) => {
+                let declared = &self.unit.functions[index];
+                let sizes = |formals: &[Param]| formals.iter().map(|formal| formal.bytes).collect::<Vec<_>>();
+                if declared.returns != returns || sizes(&declared.formals) != sizes(&formals) {
+                    let message = format!("{name} was declared with other parameters");
+                    return Err(ParseError::invalid(line, message));
+                }
+                index
+            }
             Some(_) => {
                 return Err(ParseError::invalid(line, format!("{name} is defined twice")));
             }
