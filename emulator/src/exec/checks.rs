@@ -471,7 +471,10 @@ impl Machine<'_> {
         }
         if env.checks.uninitialised {
             for l in lanes(site.mask) {
-                if site.usage == Use::Store {
+                // What the system's part holds at first is unknown. The barriers of groups of several warps are set up there bit by bit, by
+                // atomic operations, so these may begin with it.
+                let reserved = at[l as usize] >= u64::from(env.shared_bytes - env.program.reserved_shared);
+                if site.usage == Use::Store || site.usage == Use::Atomic && reserved {
                     self.block.shared_written[env.granules(at[l as usize], site.bytes)].fill(1);
                     continue;
                 }
