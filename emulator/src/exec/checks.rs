@@ -309,7 +309,8 @@ unsafe fn approve_global<const ISA: usize>(machine: &mut Machine, at: &mut Addre
         }
         return true;
     }
-    let races = env.global_races.as_ref().filter(|_| !site.strong);
+    let races = env.global_races.as_ref().filter(|_| !site.strong || site.usage == Use::Atomic);
+    machine.block.unfenced = true;
     let (block, epoch) = (machine.block.linear as u32, machine.block.epoch);
     let mut rest = starts;
     while rest != 0 {
@@ -631,7 +632,9 @@ impl Machine<'_> {
                         );
                     }
                 }
-            } else if site.usage == Use::Load {
+            }
+            self.block.unfenced |= !site.strong || site.usage != Use::Load;
+            if site.usage == Use::Atomic || !site.strong && site.usage == Use::Load {
                 self.global_races(warp, at, site, None)?;
             }
         }
@@ -688,7 +691,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// Races between blocks of a plain access; stores give their values.
+    /// Races between blocks of a plain access or an atomic operation; stores give their values.
     pub(super) fn global_races(
         &self,
         warp: &Warp,
@@ -700,7 +703,7 @@ impl Machine<'_> {
         let Some(races) = &env.global_races else {
             return Ok(());
         };
-        if site.strong {
+        if site.strong && site.usage != Use::Atomic {
             return Ok(());
         }
         let block = self.block.linear as u32;

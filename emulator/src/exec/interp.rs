@@ -938,7 +938,8 @@ impl Machine<'_> {
             }
             Op::Fence(device) => {
                 if device {
-                    self.block.epoch += 1;
+                    // Loops that wait fence in every round: only what there is to order makes an epoch.
+                    self.block.epoch += u32::from(std::mem::take(&mut self.block.unfenced));
                 }
                 if let Some(races) = &mut self.block.races {
                     races.tick(warp.index as usize);
