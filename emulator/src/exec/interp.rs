@@ -21,7 +21,7 @@ pub const AVX512: usize = 2;
 
 /// Polls after which other lanes, warps and blocks have their turns: a lock is then handed over after a hundred basic blocks or so, where
 /// whole turns would make each of many waiters wait for milliseconds.
-const POLLS_OF_TURN: u32 = 64;
+pub const POLLS_OF_TURN: u32 = 64;
 
 /// Why the loop returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -350,7 +350,7 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                     if active != 0 {
                         // A step's last operand may be optional, so they must end where the step's end.
                         machine.seldom::<ISA>(warp, other, &operands[..usize::from(step.arity)], pc, active)?;
-                        if matches!(other, Op::Atom { reduce: false, .. }) {
+                        if matches!(other, Op::Atom { reduce: false, .. } | Op::Mbarrier { .. }) {
                             poll!();
                         }
                     }
@@ -779,6 +779,9 @@ impl Machine<'_> {
             let why = if warp.alive >> source & 1 == 0 { "has exited or does not exist" } else { "does not take part" };
             let detail = format!("reads lane {source}, which {why}");
             return Err(self.fault(FaultKind::InactiveShuffle, warp, pc, reader, detail));
+        }
+        if !warp.unwritten.is_empty() {
+            warp.unwritten.pass(operands[0], operands[skip], &from, active);
         }
         // SAFETY: as above.
         unsafe {

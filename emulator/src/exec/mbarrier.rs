@@ -7,6 +7,7 @@
 //! thread's copies arrive at once: later would be as correct, but nothing after it says when the latest is.
 
 use super::access::{Site, Use, addresses, settle};
+use super::interp::POLLS_OF_TURN;
 use super::state::{Machine, Warp, lanes};
 use super::{Fault, FaultKind};
 use crate::ptx::program::{Access, Mbarrier};
@@ -121,7 +122,10 @@ impl Machine<'_> {
                         };
                         let to = narrow(0);
                         to.write(to.read() & !(1 << l) | u32::from(ended) << l);
-                        if ended && let Some(races) = &mut self.block.races {
+                        if !ended {
+                            // Only others can end the phase, so they have their turns at once.
+                            warp.polls_of_turn = POLLS_OF_TURN;
+                        } else if let Some(races) = &mut self.block.races {
                             races.acquire(warp.index as usize, offset as u32);
                         }
                     }
