@@ -910,7 +910,7 @@ mod tests {
         let memories = [Memory::new(1 << 20), Memory::new(1 << 20)];
         let bases = [0, 1].map(|i| memories[i].alloc(4096).expect("memory"));
         let shadows = [0, 1].map(|i| memories[i].shadow().expect("address space"));
-        let begin = || [0, 1].map(|i: usize| GlobalRaces::new(shadows[i].clone()));
+        let begin = || [0, 1].map(|i: usize| GlobalRaces::new(shadows[i].clone(), None));
         let mut races = begin();
         let (mut approved, mut raced) = (0, 0);
         for _ in 0..3000 {
