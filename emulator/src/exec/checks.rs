@@ -620,17 +620,10 @@ impl Machine<'_> {
         }
         if let Some(races) = &env.global_races {
             let block = self.block.linear as u32;
-            if site.strong {
-                if env.program.fences {
-                    for l in lanes(site.mask) {
-                        races.synchronise(
-                            at[l as usize],
-                            block,
-                            self.block.epoch,
-                            site.usage != Use::Store,
-                            site.usage != Use::Load,
-                        );
-                    }
+            if site.strong && env.program.fences {
+                for l in lanes(site.mask) {
+                    let (acquire, release) = (site.usage != Use::Store, site.usage != Use::Load);
+                    races.synchronise(at[l as usize], block, self.block.epoch, acquire, release);
                 }
             }
             self.block.unfenced |= !site.strong || site.usage != Use::Load;
