@@ -604,6 +604,10 @@ fn what_is_read_ahead_and_thrown_away_is_no_fault() {
         "setp.eq.u32 %c1, %r0, 3; and.pred %c1, %c1, %c0; @%c1 bra on; on:".into(),
         "setp.eq.and.u32 %c1, %r0, 3, %c0; @%c1 bra on; on:".into(),
         "st.shared.u32 [%r8], %r0;".into(),
+        "shfl.sync.idx.b32 %r1, %r0, 16, 31, -1;".into(),
+        "shfl.sync.idx.b32 %r1, %r0, 15, 31, -1; st.global.u32 [%q0], %r1;".into(),
+        "shfl.sync.up.b32 %r1|%c1, %r0, 1, 0, -1; @%c0 st.global.u32 [%q0], %r1; @%c1 bra on; on:".into(),
+        "shfl.sync.idx.b32 %r0, %t, 0, 31, -1; st.global.u32 [%q0], %r0;".into(),
         "ld.shared.u32 %r0, [s]; st.global.u32 [%q0], %r0;".into(),
         product("%r4, %r6", "%r5", "%f0"),
         product("%r4, %r6", "%r5", "%f1"),
@@ -618,7 +622,9 @@ fn what_is_read_ahead_and_thrown_away_is_no_fault() {
         "setp.eq.u32 %c1, %r0, 3; or.pred %c1, %c1, %c0; @%c1 bra on; on:".into(),
         "ld.shared.u32 %r1, [%r0];".into(),
         "ld.shared.f32 %f4, [%r8];".into(),
-        "shfl.sync.idx.b32 %r1, %r0, 0, 31, -1;".into(),
+        "shfl.sync.idx.b32 %r1, %r0, 16, 31, -1; st.global.u32 [%q0], %r1;".into(),
+        "shfl.sync.up.b32 %r1|%c1, %r0, 1, 0, -1; @%c0 add.u32 %r0, %r1, 1; st.global.u32 [%q0], %r0;".into(),
+        "shfl.sync.idx.b32 %r1, %t, %r0, 31, -1;".into(),
         "st.shared.u32 [%r8], %r0; ld.shared.u32 %r1, [%r8]; st.global.u32 [%q0], %r1;".into(),
         product("%r4, %r6", "%r5", "%f2"),
         product("%r4, %r4", "%r6", "%f0"),
@@ -629,4 +635,67 @@ fn what_is_read_ahead_and_thrown_away_is_no_fault() {
     ] {
         assert_eq!(run(&wrong), refused, "{wrong}");
     }
+}
+
+const GROUPS: &str = include_str!("kernels/groups.ptx");
+
+#[test]
+fn groups_of_several_warps_meet() {
+    let input: Vec<i32> = (0..256).map(|i| i * 37 % 101).collect();
+    for seed in [None, Some(1), Some(2)] {
+        let mut device = Device::new(GROUPS);
+        device.settings.schedule_seed = seed;
+        let (from, to) = (device.upload(&input), device.upload(&[0i32; 256]));
+        let args = [Arg::U64(from), Arg::U64(to)];
+        device.run("wide_tiles", [1, 1, 1], [256, 1, 1], 0, &args).unwrap_or_else(|fault| panic!("{fault}"));
+        let want: Vec<i32> = (0..256).map(|i| input[i / 64 * 64..][..64].iter().sum()).collect();
+        assert_eq!(device.download::<i32>(to, 256), want);
+    }
+}
+
+#[test]
+fn blocks_that_do_not_meet_race() {
+    const BLOCKS: usize = 6;
+    let run = |name: &str, threads: usize, seed: Option<u64>| {
+        let mut device = Device::new(GROUPS);
+        (device.settings.threads, device.settings.schedule_seed) = (threads, seed);
+        device.cooperative = true;
+        let (x, sums) = (device.upload(&[0i32; BLOCKS]), device.upload(&[0i32; BLOCKS * 64]));
+        let args = [Arg::U64(x), Arg::U64(sums)];
+        device.run(name, [BLOCKS as u32, 1, 1], [64, 1, 1], 0, &args)?;
+        Ok::<_, cuda_emu::exec::Fault>(device.download::<i32>(sums, BLOCKS * 64))
+    };
+    for threads in [1, 2] {
+        for seed in [None, Some(1), Some(2)] {
+            let sums = run("rounds_meet", threads, seed).unwrap_or_else(|fault| panic!("{fault}"));
+            let want = |t: usize| 1000 + 5 * ((t / 64 + 1) % BLOCKS) as i32;
+            assert!((0..BLOCKS * 64).all(|t| sums[t] == want(t)), "{sums:?}");
+            let sums = run("counted_after", threads, seed).unwrap_or_else(|fault| panic!("{fault}"));
+            assert!(sums.iter().all(|&sum| sum == 7 + BLOCKS as i32), "{sums:?}");
+            run("changed_after", threads, seed).unwrap_or_else(|fault| panic!("{fault}"));
+            for name in ["rounds_early", "rounds_late", "counted_before"] {
+                let fault = run(name, threads, seed).expect_err(name);
+                assert_eq!(fault.kind, FaultKind::GlobalRace, "{name}, {threads} threads, seed {seed:?}: {fault}");
+            }
+        }
+    }
+    // Of several readers only the last is known: here the first block, which writes, reads nothing.
+    let fault = run("changed_before", 1, None).expect_err("changed_before");
+    assert_eq!(fault.kind, FaultKind::GlobalRace, "{fault}");
+    assert!(fault.to_string().contains("several blocks have read"), "{fault}");
+}
+
+#[test]
+fn what_shuffles_pass_to_lanes_that_nobody_asks_is_no_fault() {
+    let values: Vec<i32> = (0..96).map(|i| i * 37 % 101).collect();
+    let run = |name: &str| {
+        let device = Device::new(GROUPS);
+        let (from, to) = (device.upload(&values), device.upload(&[0i32; 96]));
+        device.run(name, [1, 1, 1], [96, 1, 1], 0, &[Arg::U64(from), Arg::U64(to)])?;
+        Ok::<_, cuda_emu::exec::Fault>(device.download::<i32>(to, 96))
+    };
+    let want: Vec<i32> = (1..=96).map(|n| values[..n].iter().sum()).collect();
+    assert_eq!(run("scan_up").unwrap_or_else(|fault| panic!("{fault}")), want);
+    let fault = run("scan_down").expect_err("scan_down");
+    assert_eq!(fault.kind, FaultKind::Uninitialised, "{fault}");
 }

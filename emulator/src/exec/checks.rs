@@ -309,7 +309,8 @@ unsafe fn approve_global<const ISA: usize>(machine: &mut Machine, at: &mut Addre
         }
         return true;
     }
-    let races = env.global_races.as_ref().filter(|_| !site.strong);
+    let races = env.global_races.as_ref().filter(|_| !site.strong || site.usage == Use::Atomic);
+    machine.block.unfenced = true;
     let (block, epoch) = (machine.block.linear as u32, machine.block.epoch);
     let mut rest = starts;
     while rest != 0 {
@@ -471,7 +472,10 @@ impl Machine<'_> {
         }
         if env.checks.uninitialised {
             for l in lanes(site.mask) {
-                if site.usage == Use::Store {
+                // What the system's part holds at first is unknown. The barriers of groups of several warps are set up there bit by bit, by
+                // atomic operations, so these may begin with it.
+                let reserved = at[l as usize] >= u64::from(env.shared_bytes - env.program.reserved_shared);
+                if site.usage == Use::Store || site.usage == Use::Atomic && reserved {
                     self.block.shared_written[env.granules(at[l as usize], site.bytes)].fill(1);
                     continue;
                 }
@@ -616,19 +620,14 @@ impl Machine<'_> {
         }
         if let Some(races) = &env.global_races {
             let block = self.block.linear as u32;
-            if site.strong {
-                if env.program.fences {
-                    for l in lanes(site.mask) {
-                        races.synchronise(
-                            at[l as usize],
-                            block,
-                            self.block.epoch,
-                            site.usage != Use::Store,
-                            site.usage != Use::Load,
-                        );
-                    }
+            if site.strong && env.program.fences {
+                for l in lanes(site.mask) {
+                    let (acquire, release) = (site.usage != Use::Store, site.usage != Use::Load);
+                    races.synchronise(at[l as usize], block, self.block.epoch, acquire, release);
                 }
-            } else if site.usage == Use::Load {
+            }
+            self.block.unfenced |= !site.strong || site.usage != Use::Load;
+            if site.usage == Use::Atomic || !site.strong && site.usage == Use::Load {
                 self.global_races(warp, at, site, None)?;
             }
         }
@@ -685,7 +684,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// Races between blocks of a plain access; stores give their values.
+    /// Races between blocks of a plain access or an atomic operation; stores give their values.
     pub(super) fn global_races(
         &self,
         warp: &Warp,
@@ -697,7 +696,7 @@ impl Machine<'_> {
         let Some(races) = &env.global_races else {
             return Ok(());
         };
-        if site.strong {
+        if site.strong && site.usage != Use::Atomic {
             return Ok(());
         }
         let block = self.block.linear as u32;

@@ -21,7 +21,7 @@ pub const AVX512: usize = 2;
 
 /// Polls after which other lanes, warps and blocks have their turns: a lock is then handed over after a hundred basic blocks or so, where
 /// whole turns would make each of many waiters wait for milliseconds.
-const POLLS_OF_TURN: u32 = 64;
+pub const POLLS_OF_TURN: u32 = 64;
 
 /// Why the loop returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -356,7 +356,7 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                     if active != 0 {
                         // A step's last operand may be optional, so they must end where the step's end.
                         machine.seldom::<ISA>(warp, other, &operands[..usize::from(step.arity)], pc, active)?;
-                        if matches!(other, Op::Atom { reduce: false, .. }) {
+                        if matches!(other, Op::Atom { reduce: false, .. } | Op::Mbarrier { .. }) {
                             poll!();
                         }
                     }
@@ -786,6 +786,9 @@ impl Machine<'_> {
             let detail = format!("reads lane {source}, which {why}");
             return Err(self.fault(FaultKind::InactiveShuffle, warp, pc, reader, detail));
         }
+        if !warp.unwritten.is_empty() {
+            warp.unwritten.pass(operands[0], operands[skip], &from, active);
+        }
         // SAFETY: as above.
         unsafe {
             let to = &mut *file.add(operands[0] as usize).cast::<[u32; 32]>();
@@ -944,7 +947,8 @@ impl Machine<'_> {
             }
             Op::Fence(device) => {
                 if device {
-                    self.block.epoch += 1;
+                    // Loops that wait fence in every round: only what there is to order makes an epoch.
+                    self.block.epoch += u32::from(std::mem::take(&mut self.block.unfenced));
                 }
                 if let Some(races) = &mut self.block.races {
                     races.tick(warp.index as usize);

@@ -7,6 +7,7 @@
 //! thread's copies arrive at once: later would be as correct, but nothing after it says when the latest is.
 
 use super::access::{Site, Use, addresses, settle};
+use super::interp::POLLS_OF_TURN;
 use super::state::{Machine, Warp, lanes};
 use super::{Fault, FaultKind};
 use crate::ptx::program::{Access, Mbarrier};
@@ -51,15 +52,30 @@ impl Machine<'_> {
         // SAFETY: as above.
         let mut at = unsafe { addresses(file, operands[base], access.wide_base, access.offset) };
         settle(&mut at, mask);
-        let usage = if mode == Mbarrier::Init { Use::Store } else { Use::Load };
-        self.locate(warp, access.space, &mut at, Site { pc, mask, bytes: 8, usage, element: 0, strong: true })?;
+        // Arrivals and looks do not race with each other, and so count as reads: of what initialises the object, which a barrier has to
+        // separate from them.
+        let sets = matches!(mode, Mbarrier::Init | Mbarrier::Inval);
+        let usage = if sets { Use::Store } else { Use::Load };
+        let site = Site { pc, mask, bytes: 8, usage, element: 0, strong: false };
+        self.locate(warp, access.space, &mut at, site)?;
         let shared = self.block.shared.as_mut_ptr() as u64;
+        let size = u64::from(self.env.shared_bytes);
+        if let Some(races) = self.block.races.as_mut().filter(|_| sets) {
+            let inside = lanes(mask).filter(|&l| at[l as usize].wrapping_sub(shared) < size);
+            let found = inside.filter_map(|l| {
+                let granules = self.env.granules(at[l as usize] - shared, 8);
+                Some((l, races.write(warp.index as usize, l, granules, |_| false)?))
+            });
+            if let Some((lane, other)) = { found }.next() {
+                return Err(self.shared_race(warp, site, lane, other));
+            }
+        }
         for l in lanes(mask) {
             let offset = at[l as usize].wrapping_sub(shared);
             let illegal = |machine: &Self, warp: &Warp, detail: String| {
                 Err(machine.fault(FaultKind::Illegal, warp, pc, l, detail))
             };
-            if offset >= u64::from(self.env.shared_bytes) {
+            if offset >= size {
                 return illegal(self, warp, "an mbarrier is in shared memory".into());
             }
             let object = at[l as usize] as *mut u64;
@@ -106,7 +122,10 @@ impl Machine<'_> {
                         };
                         let to = narrow(0);
                         to.write(to.read() & !(1 << l) | u32::from(ended) << l);
-                        if ended && let Some(races) = &mut self.block.races {
+                        if !ended {
+                            // Only others can end the phase, so they have their turns at once.
+                            warp.polls_of_turn = POLLS_OF_TURN;
+                        } else if let Some(races) = &mut self.block.races {
                             races.acquire(warp.index as usize, offset as u32);
                         }
                     }

@@ -9,9 +9,9 @@
 //! **Global memory** (between blocks). A word remembers its last writer and reader, and how often that block had fenced. An atomic or volatile
 //! access releases all that its block did before its last fence, and what it has read even without one; one that sees the same address later
 //! acquires it. (PTX asks for a fence there too, but published code does without: a block that says how much it has read has read it.) So does one
-//! thread's load past the L1 cache, by which published code waits as if it were volatile.
-//! Atomic and volatile accesses are not themselves recorded. A word whose bytes belong to different blocks remembers the last one
-//! only: some races may be missed there, none is made up.
+//! thread's load past the L1 cache, by which published code waits as if it were volatile. Atomic operations count as reads here: they race with plain
+//! writes only. Volatile accesses are not themselves recorded. A word whose bytes belong to different blocks remembers the last one only, and of
+//! several blocks that have read the same bytes only the last is known: some races may be missed there, none is made up.
 
 // Loops over lanes and granules index several arrays at once, and vectorise that way.
 #![allow(clippy::needless_range_loop)]
@@ -436,11 +436,22 @@ pub struct GlobalRaces {
     shadow: Arc<Shadow>,
     generation: u64,
     orders: Mutex<Orders>,
+    /// The barrier of a cooperative grid.
+    barrier: Option<GridBarrier>,
+}
+
+/// Where all blocks of a cooperative grid meet. Who looks late may see that others have arrived for the next time already, but that
+/// is not what the barrier promises: only what was released for the times before counts.
+pub struct GridBarrier {
+    /// The addresses its arrivals are counted at.
+    pub addresses: Range<u64>,
+    /// Blocks of the grid.
+    pub blocks: usize,
 }
 
 /// What was found.
 pub struct GlobalConflict {
-    /// "written" or "read".
+    /// "written" or "read or changed by an atomic operation".
     pub what: &'static str,
     /// The other block, or None when there were several.
     pub block: Option<u32>,
@@ -605,9 +616,9 @@ struct Access {
 
 impl GlobalRaces {
     /// For one launch.
-    pub fn new(shadow: Arc<Shadow>) -> Self {
+    pub fn new(shadow: Arc<Shadow>, barrier: Option<GridBarrier>) -> Self {
         let generation = shadow.next_generation();
-        GlobalRaces { shadow, generation, orders: Mutex::default() }
+        GlobalRaces { shadow, generation, orders: Mutex::default(), barrier }
     }
 
     fn unpack(&self, word: u64) -> Option<Access> {
@@ -629,8 +640,8 @@ impl GlobalRaces {
 
     fn ordered(&self, block: u32, other: Access, read: bool) -> bool {
         let orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
-        if other.several {
-            // Who read is not known any more: a block that has synchronised at all is believed.
+        if other.several && other.block == block {
+            // Who read before this block is not known any more: a block that has synchronised at all is believed.
             return orders.acquired.contains_key(&block);
         }
         // Everything a block ever acquired counts, also what it acquired after releasing: that misses races, and makes none up. Logs only grow, so each is
@@ -662,7 +673,7 @@ impl GlobalRaces {
         Access { epoch: u64::from(epoch) & EPOCH_MASK, block, several: false, bytes }
     }
 
-    /// A block reads `bytes` (a mask of 4) of the word at an address of the device's range.
+    /// A block reads `bytes` (a mask of 4) of the word at an address of the device's range, or changes them by an atomic operation.
     pub fn read(&self, address: u64, bytes: u64, block: u32, epoch: u32) -> Option<GlobalConflict> {
         let mine = self.pack(self.mine(bytes, block, epoch));
         let writer = {
@@ -697,7 +708,9 @@ impl GlobalRaces {
         if same {
             return None;
         }
-        for (what, other, read) in [("written", writer, false), ("read", reader, true)] {
+        for (what, other, read) in
+            [("written", writer, false), ("read or changed by an atomic operation", reader, true)]
+        {
             let Some(other) = self.unpack(other) else { continue };
             let another = other.several || other.block != block;
             if another && other.bytes & bytes != 0 && !self.ordered(block, other, read) {
@@ -754,7 +767,10 @@ impl GlobalRaces {
     pub fn synchronise(&self, address: u64, block: u32, epoch: u32, acquire: bool, release: bool) {
         let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         let log = orders.logs.entry(address).or_default();
-        let length = log.len();
+        let length = match &self.barrier {
+            Some(barrier) if barrier.addresses.contains(&address) => log.len() / barrier.blocks * barrier.blocks,
+            _ => log.len(),
+        };
         if release && log.last() != Some(&(block, epoch)) {
             log.push((block, epoch));
         }
@@ -899,7 +915,7 @@ mod tests {
         let memories = [Memory::new(1 << 20), Memory::new(1 << 20)];
         let bases = [0, 1].map(|i| memories[i].alloc(4096).expect("memory"));
         let shadows = [0, 1].map(|i| memories[i].shadow().expect("address space"));
-        let begin = || [0, 1].map(|i: usize| GlobalRaces::new(shadows[i].clone()));
+        let begin = || [0, 1].map(|i: usize| GlobalRaces::new(shadows[i].clone(), None));
         let mut races = begin();
         let (mut approved, mut raced) = (0, 0);
         for _ in 0..3000 {

@@ -14,7 +14,7 @@
 //! depends on time only in blocks that poll more than that and then have a fault of their own. Blocks that never poll always run to their end.
 
 use super::interp::{self, Runner, Turn};
-use super::races::GlobalRaces;
+use super::races::{GlobalRaces, GridBarrier};
 use super::state::{Block, Env, Machine, Touched, Wait, Warp, resolve};
 use super::{Checks, Counters, Fault, FaultKind, Isa, Launch, Settings};
 use crate::memory::Memory;
@@ -158,6 +158,8 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         true => memory.alloc_host(GRID_WORKSPACE),
         false => None,
     };
+    let barrier =
+        workspace.map(|address| GridBarrier { addresses: address..address + GRID_WORKSPACE, blocks: count as usize });
     let allocations = memory.snapshot();
     let env = Env {
         launch,
@@ -177,7 +179,10 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         local_stride: kernel.local_bytes.next_multiple_of(16),
         constants: resolve(program, &launch.module.addresses),
         first_constant: program.constants.first().map_or(program.file_bytes, |&(offset, _)| offset),
-        global_races: if checks.global_races { memory.shadow().map(GlobalRaces::new) } else { None },
+        global_races: match checks.global_races {
+            true => memory.shadow().map(|shadow| GlobalRaces::new(shadow, barrier)),
+            false => None,
+        },
         touched: settings.counters.then(|| {
             let end = allocations.last().map_or(range.0, |last| last.address + last.bytes);
             Touched::new(range.0, if checks.bounds { end - range.0 } else { range.1 })

@@ -159,8 +159,10 @@ pub struct Block {
     pub random: u64,
     /// Steps executed: the clock.
     pub ticks: u64,
-    /// How often the block has fenced, for races between blocks.
+    /// How often the block has fenced, for races between blocks; fences with nothing before them do not count.
     pub epoch: u32,
+    /// Whether it has used global memory since it last fenced.
+    pub unfenced: bool,
     /// Warp whose turn it is.
     pub turn: usize,
 }
@@ -374,6 +376,7 @@ impl<'a> Machine<'a> {
             env.settings.schedule_seed.map_or(0, |seed| super::schedule::mix(seed ^ super::schedule::mix(linear)));
         block.ticks = 0;
         block.epoch = 1;
+        block.unfenced = false;
         block.turn = 0;
     }
 }

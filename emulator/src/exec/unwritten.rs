@@ -3,10 +3,11 @@
 //! Pipelines read the stage after the last one, merges the key behind the last one, and tiles at a matrix's edge have rows that nobody
 //! fills: what comes of such reads is thrown away. So the read alone is no fault. The registers that it fills are remembered lane by lane,
 //! and so is what is computed from them; a store to shared memory makes the place unwritten again. The read is refused once a lane uses
-//! such a value: as an address or a predicate, stored to other memory, or passed to other lanes.
+//! such a value: as an address or a predicate, stored to other memory, or voted on.
 //!
-//! Only loads of integers and bits, `ldmatrix` and `wmma.load` from shared memory are followed in this way. Floats are read to be computed with, so there an
-//! edge that nobody has filled is refused at once, as with atomics and global memory.
+//! They are followed through arithmetic, through shuffles from lane to lane, and into shared memory. But only loads of integers and bits, `ldmatrix`
+//! and `wmma.load` from shared memory begin it. Floats are read to be computed with, and an edge of a tile that nobody has filled is mostly a mistake
+//! that shows elsewhere as wrong results: they are refused at once, as are atomics and whatever reads global memory.
 
 use super::access::addresses;
 use super::state::{Machine, Warp, lanes};
@@ -29,6 +30,13 @@ impl Unwritten {
     #[inline(always)]
     pub fn is_empty(&self) -> bool {
         self.registers.is_empty()
+    }
+
+    /// A shuffle gives each lane of `active` the value of another.
+    pub fn pass(&mut self, to: u32, value: u32, from: &[u32; 32], active: u32) {
+        let of = self.of(value);
+        let passed = lanes(active).filter(|&l| of >> from[l as usize] & 1 != 0).fold(0, |all, l| all | 1 << l);
+        self.set(to, active, passed);
     }
 
     /// Forgets all, for the next block.
@@ -135,6 +143,16 @@ impl Machine<'_> {
             _ => (outputs(&step.op), 0),
         };
         let operands = &operands[..step.arity as usize];
+        if matches!(step.op, Op::Shuffle { .. }) {
+            // What it passes on is followed where it is passed on; whether it does depends on nothing unwritten.
+            if outputs > 1 {
+                warp.unwritten.set(operands[1], active, 0);
+            }
+            for &register in &operands[outputs + 1..] {
+                self.refuse_use(warp, register, active, pc)?;
+            }
+            return Ok(0);
+        }
         for &register in &operands[outputs.min(operands.len())..operands.len() - stored] {
             self.refuse_use(warp, register, active, pc)?;
         }

@@ -11,14 +11,16 @@ namespace cg = cooperative_groups;
 using Barrier = cuda::barrier<cuda::thread_scope_block>;
 
 // 128 threads each.
-template <bool wait> __device__ void meet(const int *in, int *out) {
+template <bool settle, bool wait> __device__ void meet(const int *in, int *out) {
     __shared__ Barrier barrier;
     __shared__ int s[128];
     const int t = threadIdx.x;
     if (t == 0) {
         init(&barrier, 128);
     }
-    __syncthreads(); // the barrier is initialised
+    if (settle) {
+        __syncthreads(); // the barrier is initialised
+    }
     for (int round = 0; round < 3; round++) {
         s[t] = in[t] + round;
         Barrier::arrival_token arrived = barrier.arrive();
@@ -29,8 +31,9 @@ template <bool wait> __device__ void meet(const int *in, int *out) {
         barrier.arrive_and_wait();
     }
 }
-extern "C" __global__ void met(const int *in, int *out) { meet<true>(in, out); }
-extern "C" __global__ void not_waited(const int *in, int *out) { meet<false>(in, out); }
+extern "C" __global__ void met(const int *in, int *out) { meet<true, true>(in, out); }
+extern "C" __global__ void not_waited(const int *in, int *out) { meet<true, false>(in, out); }
+extern "C" __global__ void not_settled(const int *in, int *out) { meet<false, true>(in, out); }
 
 extern "C" __global__ void copied(const int *in, int *out) {
     __shared__ Barrier barrier;
