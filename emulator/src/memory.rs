@@ -9,8 +9,10 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
+#[cfg(target_os = "linux")]
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bytes between allocations.
 pub const GUARD: u64 = 512;
@@ -87,7 +89,14 @@ impl Range {
     }
 }
 
+/// Files without a name are Linux's.
+#[cfg(not(target_os = "linux"))]
+fn poison_file() -> Option<libc::c_int> {
+    None
+}
+
 /// A file of [`POISON_FILE`] bytes of poison, or None where the operating system has none to give.
+#[cfg(target_os = "linux")]
 fn poison_file() -> Option<libc::c_int> {
     static FILE: OnceLock<Option<libc::c_int>> = OnceLock::new();
     *FILE.get_or_init(|| {
@@ -534,7 +543,8 @@ impl Memory {
         let bits = 8 * PAGE;
         let first = at - self.range.base;
         let (from, upto) = (first.next_multiple_of(bits), (first + bytes) / bits * bits);
-        if from >= upto {
+        // Elsewhere than on Linux pages that are given back may keep what they hold.
+        if from >= upto || cfg!(not(target_os = "linux")) {
             return self.mark(at, bytes, false);
         }
         if from > first {
@@ -613,7 +623,7 @@ impl Table {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
 
