@@ -61,12 +61,12 @@ impl Machine<'_> {
         let shared = self.block.shared.as_mut_ptr() as u64;
         let size = u64::from(self.env.shared_bytes);
         if let Some(races) = self.block.races.as_mut().filter(|_| sets) {
-            let inside = lanes(mask).filter(|&l| at[l as usize].wrapping_sub(shared) < size);
-            let found = inside.filter_map(|l| {
+            let mut inside = lanes(mask).filter(|&l| at[l as usize].wrapping_sub(shared) < size);
+            let found = inside.find_map(|l| {
                 let granules = self.env.granules(at[l as usize] - shared, 8);
                 Some((l, races.write(warp.index as usize, l, granules, |_| false)?))
             });
-            if let Some((lane, other)) = { found }.next() {
+            if let Some((lane, other)) = found {
                 return Err(self.shared_race(warp, site, lane, other));
             }
         }
