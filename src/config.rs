@@ -14,6 +14,7 @@ use std::path::Path;
 
 use crate::diffusion::{Kind, Variance};
 use crate::error::{Error, Result};
+use crate::names::{self, Named, names};
 use crate::usage;
 
 /// A network and training recipe to start from.
@@ -27,6 +28,8 @@ pub enum Preset {
     CelebaHq256,
 }
 
+names!(Preset { Mnist = "mnist", Cifar10 = "cifar10", CelebaHq256 = "celebahq256" });
+
 /// Rows and columns of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Size {
@@ -37,7 +40,7 @@ pub struct Size {
 }
 
 impl Size {
-    /// The size is whatever the data has; [`crate::data::load`] fills it in.
+    /// The size is whatever the data has; loading the data fills it in.
     pub const DATA: Size = Size { h: 0, w: 0 };
 
     /// A square.
@@ -291,7 +294,7 @@ impl Config {
     }
 
     /// Refuses settings that cannot work, with the value and one that would. What depends on the image size is looked
-    /// at once it is known, so call again after [`crate::data::load`].
+    /// at once it is known, so call again after the data is loaded.
     pub fn validate(&self) -> Result<()> {
         self.model.validate()?;
         self.diffusion.validate()?;
@@ -327,6 +330,11 @@ impl Config {
 }
 
 impl Model {
+    /// Channels of the network's output: the predicted noise has those of the images.
+    pub fn out_channels(&self) -> usize {
+        self.channels
+    }
+
     /// Number of levels.
     pub fn levels(&self) -> usize {
         self.widths.len()
@@ -690,55 +698,12 @@ impl fmt::Display for Size {
     }
 }
 
-/// Enumerations: the spelling of each value, for settings and for clap.
-macro_rules! choices {
-    ($type:ty, $($name:literal => $value:path),+) => {
-        impl Value for $type {
-            fn read(text: &str) -> std::result::Result<Self, String> {
-                match text {
-                    $($name => Ok($value),)+
-                    _ => Err(format!("one of {} is expected", [$($name),+].join(", "))),
-                }
-            }
+impl<T: Named + fmt::Display> Value for T {
+    fn read(text: &str) -> std::result::Result<Self, String> {
+        T::named(text).ok_or_else(names::expected::<T>)
+    }
 
-            fn write(&self) -> toml::Value {
-                toml::Value::String(self.to_string())
-            }
-        }
-
-        impl fmt::Display for $type {
-            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(match self {
-                    $($value => $name,)+
-                })
-            }
-        }
-
-        impl std::str::FromStr for $type {
-            type Err = String;
-
-            fn from_str(text: &str) -> std::result::Result<Self, String> {
-                Value::read(text)
-            }
-        }
-    };
+    fn write(&self) -> toml::Value {
+        toml::Value::String(self.to_string())
+    }
 }
-
-choices!(Preset, "mnist" => Preset::Mnist, "cifar10" => Preset::Cifar10, "celebahq256" => Preset::CelebaHq256);
-/// The same for types that read and spell themselves.
-macro_rules! spelled {
-    ($type:ty, $names:literal) => {
-        impl Value for $type {
-            fn read(text: &str) -> std::result::Result<Self, String> {
-                text.parse().map_err(|_| concat!("one of ", $names, " is expected").into())
-            }
-
-            fn write(&self) -> toml::Value {
-                toml::Value::String(self.to_string())
-            }
-        }
-    };
-}
-
-spelled!(Kind, "linear, cosine, quadratic, constant, sigmoid");
-spelled!(Variance, "fixed_small, fixed_large");

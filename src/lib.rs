@@ -50,22 +50,26 @@
 //! [arXiv 2006.11239]: https://arxiv.org/abs/2006.11239
 
 pub mod checkpoint;
+pub mod commands;
+pub mod conditioning;
 pub mod config;
 pub mod data;
 pub mod device;
 pub mod diffusion;
 pub mod error;
-pub mod info;
+pub mod images;
 pub mod kernels;
 pub mod layout;
+pub mod memory;
 pub mod meter;
+mod names;
 pub mod ops;
 pub mod output;
 pub mod params;
-pub mod predict;
 pub mod rng;
 pub mod sample;
 pub mod tape;
 pub mod tensor;
+mod text;
 pub mod train;
 pub mod unet;

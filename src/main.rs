@@ -4,8 +4,9 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use ddpm_cuda::commands::{info, predict, sample, train};
+use ddpm_cuda::config;
 use ddpm_cuda::error::Error;
-use ddpm_cuda::{config, info, predict, sample, train};
 
 /// Denoising diffusion probabilistic models: train on a folder of images, draw new ones.
 #[derive(Parser)]

@@ -14,6 +14,7 @@
 
 mod cost;
 
+use crate::conditioning::Conditioning;
 use crate::config::Model;
 use crate::error::Result;
 use crate::ops::attention::attention;
@@ -228,7 +229,7 @@ impl UNet {
         }
 
         let conv_norm_out = b.norm("conv_norm_out", c);
-        let conv_out = b.conv("conv_out", c, model.channels, 3, ALMOST_ZERO);
+        let conv_out = b.conv("conv_out", c, model.out_channels(), 3, ALMOST_ZERO);
         let unet = UNet {
             model: model.clone(),
             conv_in,
@@ -249,11 +250,12 @@ impl UNet {
         &self.model
     }
 
-    /// eps_theta: the network's output for images `x` (n, h, w, channels) at timesteps `t` (n, 1, 1, 1), f32, 0..T. Output and everything on
-    /// the way have the type of `x`, which is that of the device's activations.
+    /// eps_theta: the network's output, (n, h, w, out_channels), for images `x` (n, h, w, channels) at timesteps `t`
+    /// (n, 1, 1, 1), f32, 0..T. Output and everything on the way have the type of `x`, which is that of the device's
+    /// activations.
     ///
-    /// h and w must divide by 2^(levels - 1). `labels` (n, 1, 1, 1), f32, below `classes`, exactly if the network is conditional.
-    /// With `dropout` the masks of a training step are applied; without, none.
+    /// h and w must divide by 2^(levels - 1). `conditioning` has labels below `classes` exactly if the network is
+    /// conditional. With `dropout` the masks of a training step are applied; without, none.
     ///
     /// # Errors
     /// Those of a tape that checks for non-finite values, and a GPU that fails.
@@ -262,7 +264,7 @@ impl UNet {
         tape: &mut Tape<'_>,
         x: &Var,
         t: &Tensor,
-        labels: Option<&Tensor>,
+        conditioning: &Conditioning,
         dropout: Option<DropoutSeed>,
     ) -> Result<Var> {
         let m = &self.model;
@@ -273,7 +275,7 @@ impl UNet {
             "{s} must divide by {multiple} in h and w"
         );
         assert_eq!(s.n, t.shape().n, "{} images but {} timesteps", s.n, t.shape().n);
-        assert_eq!(labels.is_some(), m.classes > 0, "labels go with a conditional network");
+        assert_eq!(conditioning.labels().is_some(), m.classes > 0, "labels go with a conditional network");
 
         tape.at("time_embedding");
         let form = Sinusoid { freq_shift: m.freq_shift, flip_sin_to_cos: m.flip_sin_to_cos };
@@ -281,7 +283,7 @@ impl UNet {
         let temb = linear(tape, &temb, self.time_linear_1.weight, Some(self.time_linear_1.bias), None)?; // (n, 1, 1, e)
         let temb = silu(tape, &temb)?; // (n, 1, 1, e)
         let mut temb = linear(tape, &temb, self.time_linear_2.weight, Some(self.time_linear_2.bias), None)?; // (n, 1, 1, e)
-        if let (Some(table), Some(labels)) = (self.class_embedding, labels) {
+        if let (Some(table), Some(labels)) = (self.class_embedding, conditioning.labels()) {
             temb = embedding(tape, table, labels, &temb)?; // (n, 1, 1, e)
         }
         let temb = silu(tape, &temb)?; // (n, 1, 1, e), what every block projects
@@ -330,7 +332,7 @@ impl UNet {
         tape.at("conv_out");
         let Norm { gamma, beta } = self.conv_norm_out;
         h = group_norm(tape, &h, gamma, beta, m.groups, m.norm_eps as f32, Activation::Silu)?; // (n, h, w, widths[0])
-        conv3x3(tape, &h, &self.conv_out) // (n, h, w, channels)
+        conv3x3(tape, &h, &self.conv_out) // (n, h, w, out_channels)
     }
 }
 

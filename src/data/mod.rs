@@ -8,7 +8,6 @@
 //! Deliberately absent: streaming from disk, augmentation beyond flips.
 
 mod cifar;
-pub mod feed;
 mod fit;
 mod folder;
 mod idx;
@@ -26,7 +25,7 @@ use rayon::prelude::*;
 
 use crate::config::{Config, Size};
 use crate::error::{Error, Result};
-use crate::ops::q_sample::Images;
+use crate::images::Images;
 use crate::rng::{Purpose, Stream, philox};
 use crate::tensor::Shape;
 use crate::usage;

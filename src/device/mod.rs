@@ -11,8 +11,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-
 use crate::kernels;
+use crate::names::names;
 use crate::tensor::DType;
 
 /// Memory of a tensor, on its device.
@@ -52,7 +52,7 @@ impl FromStr for Choice {
 }
 
 /// What `--precision` asks for: the type of activations and gradients. Weights are always f32.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
     /// 32-bit floats.
     #[default]
@@ -61,26 +61,7 @@ pub enum Precision {
     Bf16,
 }
 
-/// `--device` and `--precision`, which every command that computes takes.
-#[derive(Clone, Copy, Debug, clap::Args)]
-pub struct Args {
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto", value_name = "DEVICE")]
-    pub device: Choice,
-    /// Type of activations and gradients
-    #[arg(long, value_enum, default_value = "f32")]
-    pub precision: Precision,
-}
-
-impl Args {
-    /// [`Device::open`].
-    ///
-    /// # Errors
-    /// `Error::Failed` for a GPU or a precision that cannot be had.
-    pub fn open(&self) -> Result<Device> {
-        Device::open(self.device, self.precision)
-    }
-}
+names!(Precision { F32 = "f32", Bf16 = "bf16" });
 
 /// A device and its buffer pool; cloning clones the handle.
 #[derive(Clone)]

@@ -2,23 +2,18 @@
 //! a few of them.
 //!
 //! Every step of both is the same arithmetic with other numbers ([`Step`]): predict x_0 from x_t and the network's
-//! output, clip it to [-1, 1], then `x_{t-1} = c_0 x_0 + c_t x_t + sigma z`. DDIM's eps is derived again from the
-//! clipped x_0, which is what makes the two agree. So one operation, [`sample_step`](crate::ops::sample_step), is all a
-//! device needs.
+//! output, clip it to [-1, 1], then `x_{t-1} = c_x0 x_0 + c_xt x_t + sigma z`. DDIM's eps is derived again from the
+//! clipped x_0, which is what makes the two agree. So one operation, `ops::sample_step`, is all a device needs; the
+//! loop over the steps is `sample`'s. Here are numbers only, in f64.
 //!
 //! A sample depends on the seed and its own index alone: x_T and each z are streams of (seed, index, timestep).
 //!
 //! Deliberately absent: samplers with a memory of earlier steps, guidance; both come in where x_0 is predicted.
 
-use std::fmt;
-use std::str::FromStr;
-
 use super::schedule::{Schedule, Variance};
-use crate::device::Device;
-use crate::error::{Error, Result};
-use crate::ops::sample_step::sample_step;
+use crate::error::Result;
+use crate::names::names;
 use crate::rng::{Purpose, Streams};
-use crate::tensor::{Shape, Tensor};
 use crate::usage;
 
 /// How x_{t-1} is drawn.
@@ -54,20 +49,9 @@ pub enum Spacing {
     Trailing,
 }
 
+names!(Spacing { Even = "even", Stride = "stride", Leading = "leading", Trailing = "trailing" });
+
 impl Spacing {
-    /// All of them.
-    pub const ALL: [Spacing; 4] = [Spacing::Even, Spacing::Stride, Spacing::Leading, Spacing::Trailing];
-
-    /// What settings call it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Spacing::Even => "even",
-            Spacing::Stride => "stride",
-            Spacing::Leading => "leading",
-            Spacing::Trailing => "trailing",
-        }
-    }
-
     /// The kept ones of `timesteps` timesteps, `steps` of them, ascending.
     pub fn timesteps(self, timesteps: usize, steps: usize) -> Result<Vec<u32>> {
         if steps == 0 || steps > timesteps {
@@ -96,23 +80,6 @@ impl Spacing {
             }
         };
         Ok(kept)
-    }
-}
-
-impl fmt::Display for Spacing {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Spacing {
-    type Err = Error;
-
-    fn from_str(s: &str) -> Result<Self> {
-        match Spacing::ALL.into_iter().find(|k| k.name() == s) {
-            Some(spacing) => Ok(spacing),
-            None => usage!("spacing is `{s}`: must be even, stride, leading or trailing"),
-        }
     }
 }
 
@@ -207,36 +174,4 @@ impl Samples {
     pub fn noise(&self, t: u32) -> Streams {
         Streams { seed: self.seed, purpose: Purpose::SampleNoise, step: t, first: self.first }
     }
-}
-
-/// How far the reverse process is; passed to the caller after every step.
-#[derive(Debug)]
-pub struct Progress<'a> {
-    /// Steps taken.
-    pub done: usize,
-    /// Steps in all.
-    pub total: usize,
-    /// The timestep just undone.
-    pub t: u32,
-    /// What x is now: x_0 when `done == total`. Keeping a clone of the handle is allowed.
-    pub x: &'a Tensor,
-}
-
-/// Draws `shape.n` images: x_T from noise, then every step of the sampler. `network(x_t, t)` takes and returns the type of the device's activations: the
-/// predicted noise, shaped like x_t; `each` sees x after every step, and an error from either ends the loop with it.
-pub fn sample(
-    device: &Device,
-    sampler: &Sampler,
-    shape: Shape,
-    samples: Samples,
-    mut network: impl FnMut(&Tensor, u32) -> Result<Tensor>,
-    mut each: impl FnMut(Progress<'_>) -> Result<()>,
-) -> Result<Tensor> {
-    let mut state = crate::ops::sample_step::start(device, shape, samples)?;
-    for (i, step) in sampler.steps.iter().enumerate() {
-        let output = network(&state.input, step.t)?;
-        state = sample_step(device, &state.x, &output, step, samples)?;
-        each(Progress { done: i + 1, total: sampler.steps.len(), t: step.t, x: &state.x })?;
-    }
-    Ok(state.x)
 }

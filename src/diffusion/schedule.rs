@@ -4,10 +4,9 @@
 //! `q(x_{t-1} | x_t, x_0) = N(c_0 x_0 + c_t x_t, beta_tilde_t)` (equations 6 and 7).
 
 use std::f64::consts::FRAC_PI_2;
-use std::fmt;
-use std::str::FromStr;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::names::names;
 use crate::usage;
 
 /// A schedule by name.
@@ -26,21 +25,16 @@ pub enum Kind {
     Sigmoid,
 }
 
+// Those of diffusers are read too.
+names!(Kind {
+    Linear = "linear",
+    Cosine = "cosine" | "squaredcos_cap_v2",
+    Quadratic = "quadratic" | "scaled_linear",
+    Constant = "constant",
+    Sigmoid = "sigmoid",
+});
+
 impl Kind {
-    /// All of them.
-    pub const ALL: [Kind; 5] = [Kind::Linear, Kind::Cosine, Kind::Quadratic, Kind::Constant, Kind::Sigmoid];
-
-    /// What settings call it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Kind::Linear => "linear",
-            Kind::Cosine => "cosine",
-            Kind::Quadratic => "quadratic",
-            Kind::Constant => "constant",
-            Kind::Sigmoid => "sigmoid",
-        }
-    }
-
     /// What `beta_schedule` in diffusers' `scheduler_config.json` calls it; `None` for the constant schedule, which
     /// there is written as `trained_betas`.
     pub const fn diffusers_name(self) -> Option<&'static str> {
@@ -62,24 +56,6 @@ impl Kind {
     }
 }
 
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Kind {
-    type Err = Error;
-
-    /// By our name or by diffusers'.
-    fn from_str(s: &str) -> Result<Self> {
-        match Kind::ALL.into_iter().find(|k| k.name() == s || k.diffusers_name() == Some(s)) {
-            Some(kind) => Ok(kind),
-            None => usage!("schedule is `{s}`: must be linear, cosine, quadratic, constant or sigmoid"),
-        }
-    }
-}
-
 /// The variance of p(x_{t-1} | x_t), both ends of what is optimal (DDPM, section 3.2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Variance {
@@ -89,32 +65,8 @@ pub enum Variance {
     FixedLarge,
 }
 
-impl Variance {
-    /// What settings and diffusers' `variance_type` call it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Variance::FixedSmall => "fixed_small",
-            Variance::FixedLarge => "fixed_large",
-        }
-    }
-}
-
-impl fmt::Display for Variance {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Variance {
-    type Err = Error;
-
-    fn from_str(s: &str) -> Result<Self> {
-        match [Variance::FixedSmall, Variance::FixedLarge].into_iter().find(|v| v.name() == s) {
-            Some(variance) => Ok(variance),
-            None => usage!("variance is `{s}`: must be fixed_small or fixed_large"),
-        }
-    }
-}
+// As diffusers' `variance_type` has them.
+names!(Variance { FixedSmall = "fixed_small", FixedLarge = "fixed_large" });
 
 /// beta_t and alpha_bar_t for `t` in `0..len`.
 #[derive(Clone, Debug, PartialEq)]

@@ -9,47 +9,13 @@
 //! image, so mirroring changes x_0 and not eps. Numerics: `2u - 255` is a whole number, so x_0 carries one rounding and
 //! keeps its digits around 0, where `u/127.5 - 1` cancels.
 
+use crate::conditioning::Conditioning;
 use crate::device::Device;
 use crate::device::cuda::{Buffer, View};
 use crate::diffusion::{Batch, Schedule};
 use crate::error::Result;
+use crate::images::{Images, Source};
 use crate::tensor::{DType, Shape, Tensor};
-
-/// Images as a data set holds them: `(count, h, w, c)` bytes.
-#[derive(Clone, Copy, Debug)]
-pub struct Images<'a> {
-    /// `shape.len()` bytes.
-    pub pixels: &'a [u8],
-    /// Extent; `n` is the number of images.
-    pub shape: Shape,
-}
-
-/// Where the images are that a batch is taken from.
-#[derive(Clone, Copy)]
-pub enum Source<'a> {
-    /// On the host; [`Batch::indices`] and [`Batch::labels`] say which and of what class.
-    Host(Images<'a>),
-    /// On a GPU.
-    Cuda {
-        /// Bytes of all images.
-        pixels: &'a Buffer,
-        /// Their extent.
-        shape: Shape,
-        /// The batch's images, one u32 each: their places in `pixels`, all below the number of images there.
-        rows: View<'a>,
-        /// Their classes, one u32 each.
-        classes: Option<View<'a>>,
-    },
-}
-
-impl Source<'_> {
-    fn shape(&self) -> Shape {
-        match self {
-            Source::Host(images) => images.shape,
-            Source::Cuda { shape, .. } => *shape,
-        }
-    }
-}
 
 /// `(timesteps, 1, 1, 2)`, f32: the factors of `2u - 255` and of eps at each timestep.
 pub struct Coefficients(Tensor);
@@ -75,8 +41,8 @@ pub struct Noised {
     pub x_t: Tensor,
     /// The timesteps as the network takes them, `(n, 1, 1, 1)`, f32.
     pub t: Tensor,
-    /// The classes as the network takes them, `(n, 1, 1, 1)`, f32.
-    pub labels: Option<Tensor>,
+    /// The classes as the network takes them.
+    pub conditioning: Conditioning,
 }
 
 /// x_t of the batch's images at their timesteps.
@@ -96,11 +62,9 @@ pub fn q_sample(device: &Device, source: Source<'_>, batch: &Batch, coefficients
             }
             let mut x_t = Tensor::uninit(device, DType::F32, Shape { n, ..shape })?;
             cpu::forward(x_t.data_mut(), images, batch, coefficients.0.data());
-            let numbers = |v: &[u32]| v.iter().map(|&v| v as f32).collect::<Vec<f32>>();
-            let t = Tensor::from_slice(device, per_image, &numbers(&batch.t))?;
-            let labels =
-                batch.labels.as_ref().map(|l| Tensor::from_slice(device, per_image, &numbers(l))).transpose()?;
-            Ok(Noised { x_t, t, labels })
+            let t: Vec<f32> = batch.t.iter().map(|&t| t as f32).collect();
+            let t = Tensor::from_slice(device, per_image, &t)?;
+            Ok(Noised { x_t, t, conditioning: Conditioning::from_labels(device, batch.labels.as_deref())? })
         }
         (Device::Cuda(gpu), Source::Cuda { pixels, shape, rows, classes }) => {
             let mut x_t = Tensor::uninit(device, device.activations(), Shape { n, ..shape })?;
@@ -108,7 +72,8 @@ pub fn q_sample(device: &Device, source: Source<'_>, batch: &Batch, coefficients
             let mut labels = classes.map(|_| Tensor::uninit(device, DType::F32, per_image)).transpose()?;
             let to = (&mut x_t, &mut t, labels.as_mut());
             cuda::forward(gpu, to, pixels, [Some(rows), classes], batch, &coefficients.0)?;
-            Ok(Noised { x_t, t, labels })
+            let conditioning = labels.map_or(Conditioning::NONE, Conditioning::on_labels);
+            Ok(Noised { x_t, t, conditioning })
         }
         (device, _) => panic!("q_sample: the images are not on {device}"),
     }
@@ -118,8 +83,8 @@ pub fn q_sample(device: &Device, source: Source<'_>, batch: &Batch, coefficients
 pub mod reference {
     use num_traits::{Float, FloatConst};
 
-    use super::Images;
     use crate::diffusion::{Batch, Schedule};
+    use crate::images::Images;
     use crate::rng::reference::normals;
 
     /// `u/127.5 - 1`.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::device::Device;
 use crate::device::cuda::{Buffer, Gpu, Staging, View};
 use crate::error::Result;
-use crate::ops::q_sample::{Images, Source};
+use crate::images::{Images, Source};
 use crate::tensor::Shape;
 
 /// Image numbers that go up at a time: some hundreds of steps of small images, 256 KiB.

@@ -3,9 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
+use super::On;
 use crate::checkpoint;
+use crate::conditioning::Conditioning;
 use crate::data::npy;
-use crate::device;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::output;
@@ -33,7 +34,7 @@ pub struct Args {
     pub out: PathBuf,
     /// `--device` and `--precision`
     #[command(flatten)]
-    pub on: device::Args,
+    pub on: On,
 }
 
 /// Runs the command.
@@ -109,7 +110,8 @@ pub fn run(args: &Args) -> Result<()> {
     let per_image = Shape::new(shape.n, 1, 1, 1);
     let t = Tensor::from_slice(&device, per_image, &t)?;
     let labels = labels.map(|l| Tensor::from_slice(&device, per_image, &l)).transpose()?;
-    let y = unet.forward(&mut tape, &x, &t, labels.as_ref(), None)?.into_value(); // (n, h, w, c)
+    let conditioning = labels.map_or(Conditioning::NONE, Conditioning::on_labels);
+    let y = unet.forward(&mut tape, &x, &t, &conditioning, None)?.into_value(); // (n, h, w, c)
     let y = layout::to_channels_first(&y.to_vec()?, shape.c, shape.pixels());
     output::write_npy(&args.out, &[shape.n, shape.c, shape.h, shape.w], &y)
 }

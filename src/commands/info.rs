@@ -2,20 +2,22 @@
 
 use std::path::PathBuf;
 
+use super::choice;
 use crate::checkpoint;
 use crate::config::{Config, Preset};
 use crate::device::{Device, cuda};
 use crate::error::Result;
 use crate::kernels;
+use crate::memory::memory_needed;
 use crate::say;
-use crate::train::memory_needed;
+use crate::text::{GIB, grouped};
 use crate::unet::{Cost, UNet};
 
 /// Arguments of `ddpm-cuda info`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// mnist, cifar10 or celebahq256 [default: mnist]
-    #[arg(long, value_parser = clap::value_parser!(Preset), conflicts_with = "model")]
+    #[arg(long, value_parser = choice::<Preset>(), conflicts_with = "model")]
     pub preset: Option<Preset>,
     /// Run folder (its newest checkpoint), checkpoint, or model folder of diffusers
     #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER")]
@@ -58,7 +60,7 @@ pub fn run(args: &Args) -> Result<()> {
         "training with batch {}: {:.1} GFLOP a step, about {:.2} GiB of memory",
         config.batch,
         3.0 * flops as f64 * config.batch as f64 / 1e9,
-        memory_needed(&config, &unet, &specs, &Device::cpu()) as f64 / f64::from(1 << 30)
+        memory_needed(&config, &unet, &specs, &Device::cpu()) as f64 / GIB
     );
     say!("devices: {}", Device::cpu());
     for gpu in cuda::devices()? {
@@ -67,7 +69,7 @@ pub fn run(args: &Args) -> Result<()> {
             "         cuda:{} {}, compute capability {major}.{minor}, {:.1} GiB",
             gpu.number,
             gpu.name,
-            gpu.memory as f64 / f64::from(1 << 30)
+            gpu.memory as f64 / GIB
         );
     }
     say!("driver: {}", cuda::driver_version()?.map_or("none".into(), |version| format!("CUDA {version}")));
@@ -76,17 +78,4 @@ pub fn run(args: &Args) -> Result<()> {
         None => say!("kernels: none, built without a CUDA compiler"),
     }
     Ok(())
-}
-
-/// `1234567` as `1,234,567`.
-pub fn grouped(number: u64) -> String {
-    let digits = number.to_string();
-    let mut text = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            text.push(',');
-        }
-        text.push(digit);
-    }
-    text
 }

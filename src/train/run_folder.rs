@@ -1,0 +1,134 @@
+//! The folder of a run: its config.toml, its lock, its checkpoints.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use super::{Trainer, Watch};
+use crate::checkpoint;
+use crate::config::{Config, Preset};
+use crate::error::{Error, Result};
+use crate::output;
+use crate::usage;
+
+/// A run folder in which no other process trains until this is dropped: two would delete each other's files.
+pub(super) struct RunFolder {
+    pub path: PathBuf,
+    /// What its config.toml says.
+    pub config: Config,
+    _lock: Option<File>,
+}
+
+impl RunFolder {
+    /// Makes a folder with its config.toml: the one asked for, which must not hold a run, or the first free of runs/PRESET,
+    /// runs/PRESET-2, ...
+    pub fn create(out: Option<&Path>, config: &Config, watch: &mut dyn Watch) -> Result<Self> {
+        let failed = |path: &Path, e| Error::file(path, format!("cannot be created: {e}"));
+        let path = match out {
+            Some(out) => {
+                fs::create_dir_all(out).map_err(|e| failed(out, e))?;
+                out.to_path_buf()
+            }
+            None => first_free(config.preset).map_err(|e| failed(Path::new("runs"), e))?,
+        };
+        let lock = lock(&path)?;
+        if path.join("config.toml").exists() {
+            let what =
+                format!("already holds a run: continue it with --resume {}, or choose another --out", path.display());
+            return Err(Error::file(&path, what));
+        }
+        for sub in [path.join("samples"), path.join("checkpoints")] {
+            fs::create_dir_all(&sub).map_err(|e| failed(&sub, e))?;
+        }
+        output::write_atomically(&path.join("config.toml"), config.to_toml().as_bytes())?;
+        watch.say(&format!("run folder: {}", path.display()));
+        Ok(RunFolder { path, config: config.clone(), _lock: lock })
+    }
+
+    /// Opens one to be continued.
+    pub fn open(path: &Path) -> Result<Self> {
+        let settings = path.join("config.toml");
+        if !settings.is_file() {
+            return Err(Error::file(path, "is not a run folder: it holds no config.toml"));
+        }
+        let lock = lock(path)?;
+        Ok(RunFolder { path: path.to_path_buf(), config: Config::read(&settings)?, _lock: lock })
+    }
+
+    /// Brings `trainer` to the newest checkpoint, and the folder to the trainer's settings; only the number of steps can differ.
+    pub fn restore(&self, trainer: &mut Trainer, watch: &mut dyn Watch) -> Result<()> {
+        let damaged = checkpoint::damaged(&self.path)?;
+        match (checkpoint::newest(&self.path)?, damaged.last()) {
+            (Some(newest), _) => checkpoint::restore(&newest, trainer.state_mut())?,
+            (None, Some(damaged)) => {
+                let what = "is damaged, and there is no other checkpoint; delete it to begin again from step 0";
+                return Err(Error::file(damaged, what));
+            }
+            (None, None) => {}
+        }
+        for damaged in damaged {
+            watch.say(&format!("{} is damaged and left out", damaged.display()));
+        }
+        let (steps, done) = (trainer.config().steps, trainer.steps_done());
+        if steps < done {
+            usage!("steps = {steps}: {} has done {done} already; give more with --steps", self.path.display());
+        }
+        if steps != self.config.steps {
+            output::write_atomically(&self.path.join("config.toml"), trainer.config().to_toml().as_bytes())?;
+        }
+        for folder in [self.path.clone(), self.path.join("samples")].iter().filter(|folder| folder.is_dir()) {
+            output::remove_unfinished(folder)?;
+        }
+        let path = self.path.display();
+        watch.say(&match steps == done {
+            true => format!("{path} has done its {done} steps; to extend it give more with --steps"),
+            false => format!("{path} continues after step {done}"),
+        });
+        Ok(())
+    }
+
+    /// Saves a checkpoint of a trainer whose weights are finite; returns its folder.
+    pub fn save(&self, trainer: &Trainer) -> Result<PathBuf> {
+        let saved =
+            trainer.check_weights().and_then(|()| checkpoint::save(&self.path, trainer.config(), trainer.state()));
+        saved.map_err(|e| self.with_last_checkpoint(e))
+    }
+
+    /// The error with the place of the last good checkpoint.
+    pub fn with_last_checkpoint(&self, error: Error) -> Error {
+        if matches!(error, Error::Interrupted) {
+            return error;
+        }
+        let last = match checkpoint::newest(&self.path) {
+            Ok(Some(path)) => format!("the last good checkpoint is {}", path.display()),
+            _ => "there is no checkpoint yet".into(),
+        };
+        Error::Failed(format!("{error}; {last}"))
+    }
+}
+
+/// Makes the first of runs/PRESET, runs/PRESET-2, ... that does not exist.
+fn first_free(preset: Preset) -> std::io::Result<PathBuf> {
+    fs::create_dir_all("runs")?;
+    for k in 1u32.. {
+        let path = Path::new("runs").join(if k == 1 { preset.to_string() } else { format!("{preset}-{k}") });
+        match fs::create_dir(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+            made => return made.map(|()| path),
+        }
+    }
+    unreachable!("four billion runs")
+}
+
+/// Locks a run folder; it is free again when the file is closed, however the process ends. `None` where a system has no locks on
+/// folders.
+fn lock(run: &Path) -> Result<Option<File>> {
+    let Ok(folder) = File::open(run) else { return Ok(None) };
+    match folder.try_lock() {
+        Ok(()) => Ok(Some(folder)),
+        Err(fs::TryLockError::WouldBlock) => Err(Error::file(
+            run,
+            "is in use: another process trains in it; wait for it to end, or choose another --out",
+        )),
+        Err(fs::TryLockError::Error(_)) => Ok(None),
+    }
+}

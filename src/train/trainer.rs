@@ -1,0 +1,402 @@
+//! A network in training: the state of a run and one step of it, algorithm 1 of the paper.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::feed::{Feed, Resident, Rows};
+use crate::checkpoint;
+use crate::config::Config;
+use crate::data::{Data, Dataset, Order};
+use crate::device::Device;
+use crate::diffusion::{Batch, Schedule};
+use crate::error::{Error, Result};
+use crate::memory::memory_needed;
+use crate::meter::Meter;
+use crate::ops::adam::{State, Update, adam, ema_decay};
+use crate::ops::grad_norm::grad_norm;
+use crate::ops::loss::{Loss, Quarters, loss};
+use crate::ops::q_sample::{Coefficients, Noised, q_sample};
+use crate::params::{ParamGrads, Params, Specs};
+use crate::tape::{Tape, Var};
+use crate::tensor::{Shape, Tensor};
+use crate::unet::{DropoutSeed, UNet};
+
+/// Adam's constants, the paper's and everyone's.
+const BETA1: f64 = 0.9;
+const BETA2: f64 = 0.999;
+const ADAM_EPS: f64 = 1e-8;
+
+/// A network in training: everything that changes from step to step.
+pub struct Trainer {
+    device: Device,
+    config: Config,
+    data: Data,
+    order: Order,
+    unet: UNet,
+    schedule: Schedule,
+    params: Params,
+    ema: Params,
+    grads: ParamGrads,
+    m: Tensor,
+    v: Tensor,
+    /// Steps done; on a GPU, steps launched.
+    step: u32,
+    coefficients: Coefficients,
+    feed: Feed,
+    /// The held-out images on a GPU that has room for the data set.
+    held_out: Option<Resident>,
+    meter: Meter,
+    /// Steps that have been launched and not yet been read from the meter.
+    unread: u32,
+}
+
+/// What one step reports.
+#[derive(Debug)]
+pub struct StepReport {
+    /// Number of the step, from 1.
+    pub step: u32,
+    /// L_simple over the step's images.
+    pub loss: f64,
+    /// The same by quarter of the timesteps.
+    pub quarters: Quarters,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of the update.
+    pub learning_rate: f64,
+}
+
+impl Trainer {
+    /// A network with its initial weights, at step 0. `config` must know the data's image size and channels.
+    ///
+    /// # Errors
+    /// Settings that cannot work, in one sentence.
+    pub fn new(config: &Config, data: Data, device: &Device) -> Result<Self> {
+        let (unet, specs) = UNet::new(&config.model)?;
+        if let Device::Cuda(gpu) = device {
+            gpu.memory_is_for(format_args!("the training state"));
+        }
+        let params = Params::init(device, specs.clone(), config.seed)?;
+        let ema = Params::from_host(device, specs.clone(), &params.host()?)?;
+        let flat = Shape::vector(specs.flat_len());
+        let schedule = Schedule::new(config.diffusion.schedule, config.diffusion.timesteps)?;
+        let [train, held_out] = resident(config, &unet, &specs, &data, device)?;
+        Ok(Trainer {
+            device: device.clone(),
+            config: config.clone(),
+            order: Order::new(config.seed, data.train.len()),
+            data,
+            coefficients: Coefficients::new(device, &schedule)?,
+            schedule,
+            unet,
+            grads: ParamGrads::new(device, &specs)?,
+            m: Tensor::zeros(device, flat)?,
+            v: Tensor::zeros(device, flat)?,
+            params,
+            ema,
+            step: 0,
+            feed: Feed::new(device, train.as_ref()),
+            held_out,
+            meter: Meter::new(device)?,
+            unread: 0,
+        })
+    }
+
+    /// The state that checkpoints hold.
+    pub fn state(&self) -> checkpoint::State<'_> {
+        checkpoint::State { step: self.step, params: &self.params, ema: &self.ema, m: &self.m, v: &self.v }
+    }
+
+    /// The same, to be read from a checkpoint.
+    pub fn state_mut(&mut self) -> checkpoint::StateMut<'_> {
+        checkpoint::StateMut {
+            step: &mut self.step,
+            params: &mut self.params,
+            ema: &mut self.ema,
+            m: &mut self.m,
+            v: &mut self.v,
+        }
+    }
+
+    /// Steps done.
+    pub fn steps_done(&self) -> u32 {
+        self.step
+    }
+
+    /// Its settings.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where it trains.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The weights.
+    pub fn params(&self) -> &Params {
+        &self.params
+    }
+
+    /// The moving average of the weights, which samples are drawn with.
+    pub fn ema(&self) -> &Params {
+        &self.ema
+    }
+
+    /// The network.
+    pub fn unet(&self) -> &UNet {
+        &self.unet
+    }
+
+    /// The noise schedule.
+    pub fn schedule(&self) -> &Schedule {
+        &self.schedule
+    }
+
+    /// One step on the next images: algorithm 1 of the paper, for a batch. On a GPU it only launches; what it measured comes
+    /// from [`reports`](Self::reports).
+    ///
+    /// # Errors
+    /// On the CPU, `Error::Failed` if the loss or the gradient is not finite: with the step, the first tensor that is not,
+    /// and what to try. The weights are then still those of the last step. On a GPU that is found by
+    /// [`reports`](Self::reports).
+    pub fn step(&mut self) -> Result<()> {
+        self.meter.begin();
+        self.grads.reset();
+        for k in 0..self.config.accumulate {
+            let batch = self.draw(k)?;
+            let mut tape = Tape::recording(&self.device, &self.params);
+            let (eps, loss) = forward_loss(&self.unet, &mut tape, batch, &mut self.meter)?; // (n, h, w, c)
+            if let Some(mean) = loss.mean().filter(|mean| !mean.is_finite()) {
+                return Err(self.explain_not_finite("loss", mean));
+            }
+            tape.backward(&eps, loss.gradient.expect("a training loss has a gradient"), &mut self.grads)?;
+        }
+
+        let g = self.grads.finish(self.params.specs())?;
+        grad_norm(&self.device, g, self.config.grad_clip, &mut self.meter)?;
+        if let Meter::Cpu(_) = self.meter {
+            let norm = self.meter.host_row().grad_norm;
+            if !norm.is_finite() {
+                return Err(self.explain_not_finite("gradient norm", norm));
+            }
+        }
+        let state = State { w: &mut self.params, ema: &mut self.ema, m: &mut self.m, v: &mut self.v, g };
+        adam(&self.device, state, &update(&self.config, self.step + 1), &mut self.meter)?;
+        self.step += 1;
+        self.unread += 1;
+        Ok(())
+    }
+
+    /// What the steps since the last call measured, one report each; waits for a GPU.
+    ///
+    /// # Errors
+    /// On a GPU, what [`step`](Self::step) says on the CPU; the trainer is then at the last good step.
+    pub fn reports(&mut self) -> Result<Vec<StepReport>> {
+        let first = self.step - std::mem::take(&mut self.unread);
+        let mut reports = Vec::new();
+        for (measured, done) in self.meter.read()?.into_iter().zip(first..) {
+            let loss = measured.quarters.mean().expect("a step has images");
+            if !loss.is_finite() || !measured.grad_norm.is_finite() {
+                self.step = done;
+                return Err(match loss.is_finite() {
+                    false => self.explain_not_finite("loss", loss),
+                    true => self.explain_not_finite("gradient norm", measured.grad_norm),
+                });
+            }
+            let step = done + 1;
+            reports.push(StepReport {
+                step,
+                loss,
+                quarters: measured.quarters,
+                grad_norm: measured.grad_norm,
+                learning_rate: learning_rate(&self.config, step),
+            });
+        }
+        Ok(reports)
+    }
+
+    /// True if [`reports`](Self::reports) has to be asked before the next step, or costs nothing: always on the CPU.
+    pub fn reports_are_due(&self) -> bool {
+        matches!(self.meter, Meter::Cpu(_)) || self.meter.is_full()
+    }
+
+    /// Does the next step again, looking at every tensor on the way: its `what` is `value`, which is not finite.
+    fn explain_not_finite(&mut self, what: &str, value: f64) -> Error {
+        let found = self.find_not_finite();
+        let culprit = found.unwrap_or_else(|e| format!("looking for the first tensor that is not finite failed: {e}"));
+        self.not_finite(self.step + 1, what, value, &culprit)
+    }
+
+    /// The first tensor of the next step that is not finite, in words. The meter is empty afterwards.
+    fn find_not_finite(&mut self) -> Result<String> {
+        self.meter.read()?;
+        self.meter.begin();
+        self.grads.reset();
+        for k in 0..self.config.accumulate {
+            let batch = self.draw(k)?;
+            let mut tape = Tape::inspecting(&self.device, &self.params);
+            match forward_loss(&self.unet, &mut tape, batch, &mut self.meter) {
+                Ok((eps, loss)) => {
+                    let dy = loss.gradient.expect("a training loss has a gradient");
+                    tape.backward(&eps, dy, &mut self.grads)?;
+                }
+                Err(found) => {
+                    self.meter.read()?;
+                    return Ok(found.to_string());
+                }
+            }
+        }
+        self.meter.read()?;
+        let specs = self.params.specs();
+        Ok(first_not_finite("gradient", specs, &self.grads.finish(specs)?.host()?))
+    }
+
+    /// Micro-batch `k` of the next step's batch, noised.
+    fn draw(&mut self, k: usize) -> Result<MicroBatch> {
+        let Trainer { config: c, data: Data { train: data, .. }, order, feed, .. } = self;
+        let (size, conditional) = (c.batch / c.accumulate, c.model.classes > 0);
+        let first = (k * size) as u32;
+        // The images' places in the endless sequence that steps take theirs from.
+        let place = u64::from(self.step) * c.batch as u64 + u64::from(first);
+        let places = place..place + size as u64;
+        let indices = order.range(places.clone());
+        let labels = data.labels_of(&indices).filter(|_| conditional);
+        let rows_in_set = data.rows(&indices);
+        let batch = Batch::train(c.seed, self.step, first, rows_in_set, c.flip, c.diffusion.timesteps as u32);
+        let batch = batch.with_labels(labels);
+        let source = feed.source(data.images(), places, |places| rows(data, order.range(places), conditional))?;
+        let noised = q_sample(&self.device, source, &batch, &self.coefficients)?;
+        let masks = Some(DropoutSeed { seed: c.seed, step: self.step, first });
+        Ok(MicroBatch { batch, noised, masks, step_images: Some(c.batch) })
+    }
+
+    /// L_simple of the moving average on the held-out images, each at one timestep that never changes: overall and by
+    /// quarter of the timesteps; without images if none are held out.
+    ///
+    /// # Errors
+    /// `Error::Interrupted` once `stop` is set.
+    pub fn validate(&self, stop: &AtomicBool) -> Result<Quarters> {
+        let c = &self.config;
+        let data = &self.data.held_out;
+        let size = c.batch / c.accumulate;
+        let mut meter = Meter::new(&self.device)?;
+        let mut feed = Feed::new(&self.device, self.held_out.as_ref());
+        meter.begin();
+        let held_out: Vec<usize> = (0..data.len()).collect();
+        for (k, indices) in held_out.chunks(size).enumerate() {
+            if stop.load(Ordering::Relaxed) {
+                return Err(Error::Interrupted);
+            }
+            let labels = data.labels_of(indices).filter(|_| c.model.classes > 0);
+            let first = k * size;
+            let batch = Batch::validation(c.seed, first as u32, data.rows(indices), c.diffusion.timesteps as u32);
+            let batch = batch.with_labels(labels);
+            let source = feed.source(data.images(), first as u64..(first + indices.len()) as u64, |places| {
+                let end = places.end.min(data.len() as u64);
+                rows(data, (places.start as usize..end as usize).collect(), c.model.classes > 0)
+            })?;
+            let noised = q_sample(&self.device, source, &batch, &self.coefficients)?;
+            let batch = MicroBatch { batch, noised, masks: None, step_images: None };
+            forward_loss(&self.unet, &mut Tape::inference(&self.device, &self.ema), batch, &mut meter)?;
+        }
+        Ok(meter.read()?.pop().expect("one row").quarters)
+    }
+
+    /// Refuses weights that no step could start from; they would make a checkpoint that is not worth its name.
+    ///
+    /// # Errors
+    /// `Error::Failed` as in [`step`](Self::step).
+    pub fn check_weights(&self) -> Result<()> {
+        let weights = self.params.host()?;
+        match weights.iter().find(|v| !v.is_finite()) {
+            None => Ok(()),
+            Some(&value) => {
+                let culprit = first_not_finite("weight", self.params.specs(), &weights);
+                Err(self.not_finite(self.step, "largest weight", f64::from(value), &culprit))
+            }
+        }
+    }
+
+    /// `step` counts from 1, as the log does.
+    fn not_finite(&self, step: u32, what: &str, value: f64, culprit: &str) -> Error {
+        let c = &self.config;
+        let clip = if c.grad_clip == 0.0 { "grad_clip=1" } else { "a smaller grad_clip" };
+        Error::Failed(format!(
+            "step {step}: the {what} is {value}; {culprit}; try a learning_rate below {:?}, more warmup_steps than {} or {clip}",
+            c.learning_rate, c.warmup_steps
+        ))
+    }
+}
+
+/// Images on their way through a step: all of a batch, or as many of them as go through the network at once.
+struct MicroBatch {
+    batch: Batch,
+    noised: Noised,
+    /// The dropout masks of a training step.
+    masks: Option<DropoutSeed>,
+    /// Over how many images the step's loss is the mean; `None` where no gradient is wanted.
+    step_images: Option<usize>,
+}
+
+/// The network's output for noised images, (n, h, w, c), and its loss, which goes into the meter's row.
+fn forward_loss(unet: &UNet, tape: &mut Tape<'_>, batch: MicroBatch, meter: &mut Meter) -> Result<(Var, Loss)> {
+    let MicroBatch { batch, noised: Noised { x_t, t, conditioning }, masks, step_images } = batch;
+    let device = tape.device().clone();
+    let eps = unet.forward(tape, &Var::constant(x_t), &t, &conditioning, masks)?; // (n, h, w, c)
+    let loss = loss(&device, eps.value(), &batch, &t, step_images, meter)?;
+    Ok((eps, loss))
+}
+
+/// The images `indices` of a set as a feed wants them.
+fn rows(data: &Dataset, indices: Vec<usize>, conditional: bool) -> Rows {
+    let rows = data.rows(&indices).into_iter().map(|row| row as u32).collect();
+    Rows { rows, classes: data.labels_of(&indices).filter(|_| conditional) }
+}
+
+/// The numbers of the update of step `step` (from 1).
+fn update(c: &Config, step: u32) -> Update {
+    let number = u64::from(step);
+    Update {
+        step: number,
+        learning_rate: learning_rate(c, step),
+        beta1: BETA1,
+        beta2: BETA2,
+        eps: ADAM_EPS,
+        weight_decay: c.weight_decay,
+        ema_decay: ema_decay(c.ema_decay, number),
+    }
+}
+
+/// The learning rate of step `step` (from 1), warm-up included. The paper's code multiplies by step/warmup, so that its first step
+/// does nothing; counting from one does not.
+fn learning_rate(c: &Config, step: u32) -> f64 {
+    c.learning_rate * (f64::from(step) / f64::from(c.warmup_steps.max(1))).min(1.0)
+}
+
+/// Names the first parameter whose `what` is not finite.
+fn first_not_finite(what: &str, specs: &Specs, flat: &[f32]) -> String {
+    let first = specs.iter().find(|(p, _)| flat[specs.range(*p)].iter().any(|v| !v.is_finite()));
+    match first {
+        Some((_, spec)) => format!("the first {what} that is not finite is that of {}", spec.name),
+        None => format!("every {what} is finite when looked at again"),
+    }
+}
+
+/// Training and held-out images on the GPU, if they fit beside what training needs. They are one buffer where they are one source's.
+fn resident(
+    config: &Config,
+    unet: &UNet,
+    specs: &Specs,
+    data: &Data,
+    device: &Device,
+) -> Result<[Option<Resident>; 2]> {
+    let Device::Cuda(gpu) = device else { return Ok([None, None]) };
+    let [train, held_out] = [data.train.images(), data.held_out.images()];
+    let shared = held_out.pixels.is_empty() || std::ptr::eq(train.pixels, held_out.pixels);
+    let bytes = train.pixels.len() + if shared { 0 } else { held_out.pixels.len() };
+    if memory_needed(config, unet, specs, device).saturating_add(bytes as u64) > gpu.available_memory()? {
+        return Ok([None, None]);
+    }
+    let train = Resident::new(gpu, train)?;
+    let held_out = if shared { train.clone() } else { Resident::new(gpu, held_out)? };
+    Ok([Some(train), Some(held_out)])
+}
