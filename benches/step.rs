@@ -10,6 +10,7 @@ mod support;
 use std::time::Duration;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use ddpm_cuda::conditioning::Conditioning;
 use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::data::{Data, Dataset, Extent};
 use ddpm_cuda::tape::{Tape, Var};
@@ -63,7 +64,8 @@ fn steps(criterion: &mut Criterion) {
         group.bench_function("sample", |b| {
             b.iter(|| {
                 let mut tape = Tape::inference(&device, trainer.ema());
-                let eps = trainer.unet().forward(&mut tape, &x, &t, None, None).expect("nothing is checked");
+                let eps =
+                    trainer.unet().forward(&mut tape, &x, &t, &Conditioning::NONE, None).expect("nothing is checked");
                 device.synchronize().expect("the kernels do what they should");
                 eps
             })

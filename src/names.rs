@@ -49,10 +49,12 @@ macro_rules! names {
         }
 
         impl std::str::FromStr for $type {
-            type Err = String;
+            type Err = $crate::error::Error;
 
-            fn from_str(name: &str) -> std::result::Result<Self, String> {
-                <Self as $crate::names::Named>::named(name).ok_or_else($crate::names::expected::<Self>)
+            fn from_str(name: &str) -> $crate::error::Result<Self> {
+                <Self as $crate::names::Named>::named(name).ok_or_else(|| {
+                    $crate::error::Error::Usage(format!("`{name}`: {}", $crate::names::expected::<Self>()))
+                })
             }
         }
     };
@@ -71,8 +73,9 @@ mod tests {
 
     #[test]
     fn names_are_written_and_read() {
-        assert_eq!(Fruit::ALL.map(|f| f.to_string().parse()), Fruit::ALL.map(Ok));
-        assert_eq!("malus".parse(), Ok(Fruit::Apple));
-        assert_eq!("plum".parse::<Fruit>(), Err("one of apple, pear is expected".into()));
+        assert_eq!(Fruit::ALL.map(|fruit| fruit.to_string().parse::<Fruit>().unwrap()), Fruit::ALL);
+        assert_eq!("malus".parse::<Fruit>().unwrap(), Fruit::Apple);
+        let refusal = "plum".parse::<Fruit>().unwrap_err().to_string();
+        assert_eq!(refusal, "`plum`: one of apple, pear is expected");
     }
 }

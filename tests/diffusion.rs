@@ -8,10 +8,11 @@
 mod support;
 
 use ddpm_cuda::device::Device;
-use ddpm_cuda::diffusion::sampler::{Samples, Step, sample};
+use ddpm_cuda::diffusion::sampler::{Samples, Step};
 use ddpm_cuda::diffusion::{Batch, Kind, Method, Sampler, Schedule, Spacing, Variance};
 use ddpm_cuda::ops::{q_sample, sample_step};
 use ddpm_cuda::rng;
+use ddpm_cuda::sample::sample;
 use ddpm_cuda::tensor::{Shape, Tensor};
 use num_traits::Float;
 use safetensors::SafeTensors;
@@ -176,9 +177,9 @@ fn names_parse_and_print_and_wrong_settings_are_refused() {
     let s = Schedule::new(Kind::Linear, 1000).unwrap();
     let ddim = |eta| Sampler::new(&s, Method::Ddim { eta }, Spacing::Even, 10).map(|_| ());
     let refused = [
-        ("`lineal`: must be linear, cosine", "lineal".parse::<Kind>().map(|_| ())),
-        ("`learned`: must be fixed_small", "learned".parse::<Variance>().map(|_| ())),
-        ("`odd`: must be even", "odd".parse::<Spacing>().map(|_| ())),
+        ("`lineal`: one of linear, cosine", "lineal".parse::<Kind>().map(|_| ())),
+        ("`learned`: one of fixed_small", "learned".parse::<Variance>().map(|_| ())),
+        ("`odd`: one of even", "odd".parse::<Spacing>().map(|_| ())),
         ("timesteps is 1: must be from 2", Schedule::new(Kind::Cosine, 1).map(|_| ())),
         ("timesteps is 20: the linear schedule needs at least 21", Schedule::new(Kind::Linear, 20).map(|_| ())),
         ("beta_start is 0: must lie", Schedule::with_betas(Kind::Linear, 10, 0.0, 0.02).map(|_| ())),

@@ -10,12 +10,14 @@ use ddpm_cuda::config::{Config, Preset};
 use ddpm_cuda::data::{Data, Dataset, Extent, Order};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::Batch;
+use ddpm_cuda::images::Source;
+use ddpm_cuda::memory::memory_needed;
 use ddpm_cuda::meter::Meter;
 use ddpm_cuda::ops::loss::{Quarters, loss};
-use ddpm_cuda::ops::q_sample::{Coefficients, Noised, Source, q_sample};
+use ddpm_cuda::ops::q_sample::{Coefficients, Noised, q_sample};
 use ddpm_cuda::params::Params;
 use ddpm_cuda::tape::{Tape, Var};
-use ddpm_cuda::train::{StepReport, Trainer, memory_needed};
+use ddpm_cuda::train::{StepReport, Trainer};
 use ddpm_cuda::unet::{DropoutSeed, UNet};
 
 use support::{numbers, same_bits};
@@ -63,12 +65,12 @@ fn losses(
 ) -> Vec<f64> {
     let coefficients = Coefficients::new(device, trainer.schedule()).unwrap();
     let noised = q_sample(device, Source::Host(images.images()), batch, &coefficients).unwrap();
-    let Noised { x_t, t, labels } = noised;
+    let Noised { x_t, t, conditioning } = noised;
     let mut tape = match masks {
         Some(_) => Tape::recording(device, params),
         None => Tape::inference(device, params),
     };
-    let y = trainer.unet().forward(&mut tape, &Var::constant(x_t), &t, labels.as_ref(), masks).unwrap();
+    let y = trainer.unet().forward(&mut tape, &Var::constant(x_t), &t, &conditioning, masks).unwrap();
     let mut meter = Meter::new(device).unwrap();
     meter.begin();
     loss(device, y.value(), batch, &t, None, &mut meter).unwrap().per_image.expect("the CPU knows each image's loss")

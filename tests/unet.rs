@@ -6,6 +6,7 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use ddpm_cuda::checkpoint;
+use ddpm_cuda::conditioning::Conditioning;
 use ddpm_cuda::config::{Config, Model, Preset, Size};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::layout;
@@ -57,8 +58,11 @@ impl Golden {
         per_image(device, self.i32(key).into_iter().map(|v| v as f32))
     }
 
-    fn labels(&self, device: &Device) -> Option<Tensor> {
-        self.has("labels").then(|| self.per_image(device, "labels"))
+    fn conditioning(&self, device: &Device) -> Conditioning {
+        if !self.has("labels") {
+            return Conditioning::NONE;
+        }
+        Conditioning::on_labels(self.per_image(device, "labels"))
     }
 }
 
@@ -84,7 +88,7 @@ fn agrees_with_pytorch(name: &str, device: &Device) {
     let mut tape = Tape::recording(device, &model.params);
     let dtype = device.activations();
     let x = tape.leaf(Tensor::from_slice_as(device, dtype, shape, &x).unwrap());
-    let y = unet.forward(&mut tape, &x, &t, golden.labels(device).as_ref(), None).unwrap();
+    let y = unet.forward(&mut tape, &x, &t, &golden.conditioning(device), None).unwrap();
     let tolerance = tolerance(dtype, tape.saved().len());
     let out = y.value().host().unwrap();
     let mut shares = vec![("out".to_string(), close_to_largest("out", &out, &golden.images("out").1, tolerance))];
@@ -165,7 +169,7 @@ fn diffusers_opens_our_checkpoints_and_computes_the_same() {
     let t = golden.per_image(&device, "t");
     let mut tape = Tape::inference(&device, &model.params);
     let x = Var::constant(Tensor::from_slice(&device, shape, &x).unwrap());
-    let y = unet.forward(&mut tape, &x, &t, golden.labels(&device).as_ref(), None).unwrap();
+    let y = unet.forward(&mut tape, &x, &t, &golden.conditioning(&device), None).unwrap();
     close_to_largest("out", y.data(), &golden.images("out").1, FIXTURE_TOLERANCE);
 
     let run = tempfile::tempdir().unwrap();
@@ -200,7 +204,7 @@ fn an_image_has_the_same_bits_in_any_batch() {
         let labels = per_image(&device, images.iter().map(|&i| labels[i] as f32));
         let x = Var::constant(Tensor::from_slice(&device, Shape { n: images.len(), ..shape }, &x).unwrap());
         let mut tape = Tape::inference(&device, &model.params);
-        unet.forward(&mut tape, &x, &t, Some(&labels), None).unwrap().data().to_vec()
+        unet.forward(&mut tape, &x, &t, &Conditioning::on_labels(labels), None).unwrap().data().to_vec()
     };
     let alone = forward(&[1]);
     for batch in [vec![1, 0], vec![0, 1], vec![0, 1, 0, 0, 1, 0, 0]] {
@@ -251,7 +255,7 @@ fn masks_of(plus: usize, minus: usize, masks: Option<DropoutSeed>) -> Vec<f32> {
     set("conv_out.weight", &|i| if i / 8 == 4 { 1.0 + i as f32 } else { 0.0 });
     let x = Var::constant(Tensor::zeros(&device, Shape::new(1, 4, 4, 1)).unwrap());
     let mut tape = Tape::recording(&device, &params);
-    unet.forward(&mut tape, &x, &per_image(&device, [7.0]), None, masks).unwrap().data().to_vec()
+    unet.forward(&mut tape, &x, &per_image(&device, [7.0]), &Conditioning::NONE, masks).unwrap().data().to_vec()
 }
 
 #[test]
@@ -334,7 +338,7 @@ fn every_norm_has_the_models_epsilon() {
     let t = per_image(&device, vec![7.0; shape.n]);
     let mut tape = Tape::recording(&device, &loaded.params);
     let x = tape.leaf(Tensor::from_slice(&device, shape, &x).unwrap());
-    let y = unet.forward(&mut tape, &x, &t, golden.labels(&device).as_ref(), None).unwrap();
+    let y = unet.forward(&mut tape, &x, &t, &golden.conditioning(&device), None).unwrap();
     let mut grads = ParamGrads::new(&device, &specs).unwrap();
     tape.backward(&y, Tensor::from_slice(&device, shape, &vec![1.0; shape.len()]).unwrap(), &mut grads).unwrap();
     let flat = grads.finish(&specs).unwrap().data();

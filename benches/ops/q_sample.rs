@@ -1,7 +1,8 @@
 use criterion::{Criterion, Throughput};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::{Batch, Kind, Schedule};
-use ddpm_cuda::ops::q_sample::{Coefficients, Images, Source, q_sample};
+use ddpm_cuda::images::{Images, Source};
+use ddpm_cuda::ops::q_sample::{Coefficients, q_sample};
 use ddpm_cuda::tensor::Shape;
 
 /// Bound by making the noise, so in numbers a second; with and without mirrored images.

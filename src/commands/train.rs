@@ -55,12 +55,14 @@ pub struct Args {
 /// Settings, data or checkpoints that cannot be used; a loss or gradient that is not finite; files that cannot be written.
 pub fn run(args: &Args) -> Result<()> {
     let device = args.on.open()?;
-    let start = match &args.resume {
-        Some(run) => Start::Resume { run, steps: args.steps },
-        None => Start::New { config: config(args)?, out: args.out.as_deref() },
-    };
     let mut terminal = Terminal { bar: ProgressBar::hidden() };
-    let mut run = Run::open(start, &device, &mut terminal)?;
+    let mut run = match &args.resume {
+        Some(run) => Run::open(Start::Resume { run, steps: args.steps }, &device, &mut terminal)?,
+        None => {
+            let start = Start::New { config: &config(args)?, out: args.out.as_deref() };
+            Run::open(start, &device, &mut terminal)?
+        }
+    };
     if run.is_done() {
         return Ok(());
     }

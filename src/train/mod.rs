@@ -58,7 +58,7 @@ pub enum Start<'a> {
     /// With initial weights, in the folder `out`; without one in the first free of runs/PRESET, runs/PRESET-2, ...
     New {
         /// Its settings.
-        config: Config,
+        config: &'a Config,
         /// Its folder, which must not hold a run.
         out: Option<&'a Path>,
     },
@@ -84,7 +84,7 @@ impl Run {
     /// Settings, data or checkpoints that cannot be used; a run that does not fit into memory.
     pub fn open(start: Start<'_>, device: &Device, watch: &mut dyn Watch) -> Result<Self> {
         let (mut config, out, resumed) = match start {
-            Start::New { config, out } => (config, out, None),
+            Start::New { config, out } => (config.clone(), out, None),
             Start::Resume { run, steps } => {
                 let run = RunFolder::open(run)?;
                 (Config { steps: steps.unwrap_or(run.config.steps), ..run.config.clone() }, None, Some(run))

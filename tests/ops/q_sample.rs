@@ -1,8 +1,9 @@
-use ddpm_cuda::data::feed::{Feed, Resident, Rows};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::{Batch, Kind, Schedule};
-use ddpm_cuda::ops::q_sample::{Coefficients, Images, Noised, Source, q_sample, reference};
+use ddpm_cuda::images::{Images, Source};
+use ddpm_cuda::ops::q_sample::{Coefficients, Noised, q_sample, reference};
 use ddpm_cuda::tensor::{DType, Shape};
+use ddpm_cuda::train::{Feed, Resident, Rows};
 
 use crate::support::{close, close_as, gpu, numbers, plant, same_bits, same_bits_at_any_number_of_threads};
 
@@ -40,10 +41,10 @@ fn cpu_follows_the_reference() {
         let images = Images { pixels: &pixels, shape };
         let batch = batch(shape, 7).with_labels(Some(vec![3, 0, 9, 1, 1, 16_777_216, 2]));
         assert!(batch.flip.contains(&true) && batch.flip.contains(&false), "both kinds: {:?}", batch.flip);
-        let Noised { x_t, t, labels } = on_cpu(images, &batch, &schedule);
+        let Noised { x_t, t, conditioning } = on_cpu(images, &batch, &schedule);
         assert_eq!(x_t.shape(), Shape { n: 7, ..shape });
-        let labels = labels.expect("a conditional batch");
-        for (name, got, want) in [("t", &t, &batch.t), ("labels", &labels, batch.labels.as_ref().unwrap())] {
+        let labels = conditioning.labels().expect("a conditional batch");
+        for (name, got, want) in [("t", &t, &batch.t), ("labels", labels, batch.labels.as_ref().unwrap())] {
             assert_eq!(got.shape(), Shape::new(7, 1, 1, 1), "{name}");
             assert!(
                 got.data().iter().zip(want).all(|(got, want)| f64::from(*got) == f64::from(*want)),
@@ -65,8 +66,8 @@ fn the_least_noise_leaves_the_image_and_mirrors_it() {
     let images = Images { pixels: &pixels, shape };
     let mut batch = batch(shape, 2);
     (batch.t, batch.flip, batch.indices) = (vec![0, 0], vec![false, true], vec![1, 0]);
-    let Noised { x_t, labels, .. } = on_cpu(images, &batch, &schedule);
-    assert!(labels.is_none(), "nobody gave any");
+    let Noised { x_t, conditioning, .. } = on_cpu(images, &batch, &schedule);
+    assert!(conditioning.labels().is_none(), "nobody gave any");
     let at = |n: usize, y: usize, x: usize, c: usize| ((n * 3 + y) * 4 + x) * 2 + c;
     for y in 0..3 {
         for x in 0..4 {
@@ -122,7 +123,7 @@ fn an_empty_batch_is_empty() {
 fn same_as_the_cpu(name: &str, device: &Device, got: &Noised, want: &Noised) -> Vec<f32> {
     let numbers = |noised: &Noised| {
         let [x_t, t] = [&noised.x_t, &noised.t].map(|x| x.to_vec().unwrap());
-        (x_t, t, noised.labels.as_ref().map_or(Vec::new(), |labels| labels.to_vec().unwrap()))
+        (x_t, t, noised.conditioning.labels().map_or(Vec::new(), |labels| labels.to_vec().unwrap()))
     };
     let dtype = device.activations();
     assert_eq!((got.x_t.shape(), got.x_t.dtype(), got.t.dtype()), (want.x_t.shape(), dtype, DType::F32), "{name}");
