@@ -8,33 +8,42 @@
 //! - training (eq. 14): minimise |eps - eps_theta(x_t, t)|^2 over images, t and eps
 //! - sampling (algorithm 2): from x_T ~ N(0, 1), step x_t -> x_{t-1} until x_0
 //!
-//! From the command line to a loop over numbers it is four files:
-//! `main.rs -> train.rs -> unet.rs -> ops/conv2d.rs`, and on a GPU one more, `kernels/conv2d.cu`.
+//! # Modules
 //!
-//! # Code map
+//! From the top down; a module imports from the lines below its own alone, which `tests/layers.rs` checks.
 //!
-//! | where | what |
-//! |---|---|
-//! | [`train`], [`sample`], [`predict`], [`info`] | one file per command, read from top to bottom |
-//! | [`config`] | presets and settings; everything that has to be known to repeat a run |
-//! | [`unet`] | the network: calls [`ops`] directly, shapes trail each line |
-//! | [`diffusion`] | schedules, variances, samplers, with the paper's equation numbers |
-//! | [`ops`] | one file per operation: formula, public function, backward pass, reference, CPU path, launches |
-//! | [`tape`], [`params`], [`tensor`] | reverse-mode differentiation, parameters in one flat buffer, NHWC arrays |
-//! | [`device`] | the CPU (buffer pool, vector instructions) and GPUs (pool, launches; the only place that names cudarc) |
-//! | [`kernels`] | the table of compiled CUDA kernels, `kernels/*.cu` |
-//! | [`meter`] | what a step measures, kept where it is computed |
-//! | [`rng`] | counter-based random numbers |
-//! | [`data`], [`output`], [`checkpoint`] | everything that touches files |
+//! ```text modules
+//! main - the program
+//! commands - one file a command: arguments, checks, what is said
+//! train - the loop; one step, algorithm 1 of the paper; the run's folder and log
+//! sample - the reverse process, algorithm 2, and batches of images drawn by it
+//! checkpoint memory - what is saved, in diffusers' formats; what a run needs of memory
+//! unet data output - the network, shapes trailing each line; data sets in; pictures and arrays out
+//! config - presets and settings: everything that has to be known to repeat a run
+//! ops - one file an operation: formula, public function, backward pass, reference, CPU path, launches
+//! tape - reverse-mode differentiation
+//! params meter - parameters in one flat buffer; what a step measures, kept where it is computed
+//! images conditioning - bytes that become x_0; what the network is told besides x_t and t
+//! tensor - NHWC arrays
+//! diffusion - schedules and the steps of samplers, with the papers' equation numbers: numbers in f64
+//! rng - counter-based random numbers
+//! device - the CPU, GPUs (the only place that names cudarc), and shapes alone
+//! kernels - the table of compiled CUDA kernels, `kernels/*.cu`
+//! shape layout names text - extents and element types; channels first and last; names of choices; numbers for people
+//! error - what can go wrong, in one sentence
+//! ```
+//!
+//! From the command line to a loop over numbers it is five files: `commands/train.rs -> train/mod.rs -> train/trainer.rs ->
+//! unet.rs -> ops/conv2d.rs`, and on a GPU one more, `kernels/conv2d.cu`.
 //!
 //! # Invariants
 //!
-//! - Everything about an operation has one stem: `src/ops/S.rs`, `kernels/S.cu`, `tests/ops/S.rs`, `benches/ops/S.rs`, kernel symbols `S_*`; a test
-//!   enforces it.
+//! - Everything about an operation has one stem: `src/ops/S.rs`, `kernels/S.cu`, `tests/ops/S.rs`, `benches/ops/S.rs`,
+//!   kernel symbols `S_*`; a test enforces it.
 //! - Outside [`device::cuda`] nothing knows an address: kernels get tensors and views. A training step on a GPU waits for nothing and
 //!   copies nothing; what it measured is read when the log asks.
-//! - Tensors are contiguous and channels-last. Other layouts exist only in [`checkpoint`], [`predict`] and [`data`], where files of
-//!   other tools are read and written.
+//! - Tensors are contiguous and channels-last. Other layouts exist only in [`checkpoint`], [`commands::predict`] and [`data`],
+//!   where files of other tools are read and written.
 //! - A result has the same bits at any number of threads: work is split by its size, never by the number of threads, and
 //!   sums are taken in a fixed order.
 //! - A random number is a pure function of seed, purpose, step, image and element ([`rng`]). So a sample depends on its

@@ -1,28 +1,49 @@
 //! How much memory a training run needs, how much there is, and what to change where it does not fit.
 
+use crate::conditioning::Conditioning;
 use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::params::Specs;
-use crate::tensor::DType;
+use crate::params::{ParamGrads, Params, Specs};
+use crate::tape::{Tape, Var};
+use crate::tensor::{DType, Shape, Tensor};
 use crate::text::GIB;
-use crate::unet::UNet;
+use crate::unet::{DropoutSeed, UNet};
 
-/// Bytes a training run asks of `device`: weights, gradient, two moments and moving average (and the bf16 copies of weights and average); the
-/// activations of a piece of a batch, in their type; the gradients and intermediate results alive beside them, half as much again; and
-/// scratch space, which on the CPU is the largest weight in Winograd's domain (4 times as many numbers) forward and backward, blocks of attention
-/// scores (two of 8 MiB) and the threads' tiles. A GPU's partial sums stay below that.
+/// Bytes that a training run takes of `device`: what the run holds and what a step over one micro-batch has alive at its
+/// fullest, both asked of a step on shapes alone; and scratch space, which on the CPU is the largest weight in Winograd's
+/// domain (4 times as many numbers) forward and backward, blocks of attention scores (two of 8 MiB) and the threads' tiles.
+/// A GPU's partial sums stay below that.
 pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs, device: &Device) -> u64 {
     const BLOCKS_AND_TILES: u64 = 24 << 20;
-    let size = config.model.image_size;
-    let activation = device.activations().size() as u64;
-    let saved: u64 = unet.costs(specs, size.h, size.w).iter().map(|cost| cost.saved / 4 * activation).sum();
-    let piece = (config.batch / config.accumulate) as u64;
     let largest_weight = specs.iter().map(|(_, spec)| spec.shape.len() as u64).max().unwrap_or(0);
     let scratch = 2 * 4 * 4 * largest_weight + BLOCKS_AND_TILES;
-    let activations = piece.saturating_mul(saved / 2 * 3);
-    let per_weight = 5 * 4 + if device.activations() == DType::Bf16 { 2 * 2 } else { 0 };
-    activations.saturating_add(per_weight * specs.flat_len() as u64 + scratch)
+    // Sizes that no memory holds are multiples of one that can still be counted.
+    let image = unet.model().image_size.pixels() * unet.model().widths.iter().max().copied().unwrap_or(1);
+    let micro_batch = config.batch / config.accumulate;
+    let counted = micro_batch.min(((1 << 40) / image).clamp(1, 1 << 20));
+    let held = step_on_shapes(config, counted, unet, specs, &device.meta()).expect("shapes need no memory");
+    held.saturating_mul(micro_batch.div_ceil(counted) as u64).saturating_add(scratch)
+}
+
+/// Bytes that the pool of `meta` has handed out after a training step of `config` over a micro-batch of `n` images.
+fn step_on_shapes(config: &Config, n: usize, unet: &UNet, specs: &Specs, meta: &Device) -> Result<u64> {
+    let m = &config.model;
+    let flat = || Tensor::zeros(meta, Shape::vector(specs.flat_len()));
+    let (params, _ema) = (Params::zeros(meta, specs.clone())?, Params::zeros(meta, specs.clone())?);
+    let (mut grads, _m, _v) = (ParamGrads::new(meta, specs)?, flat()?, flat()?);
+
+    let shape = Shape::new(n, m.image_size.h, m.image_size.w, m.channels);
+    let x_t = Tensor::uninit(meta, meta.activations(), shape)?;
+    let per_image = || Tensor::uninit(meta, DType::F32, Shape::new(n, 1, 1, 1));
+    let (t, labels) = (per_image()?, per_image()?);
+    let conditioning = if m.classes > 0 { Conditioning::on_labels(labels) } else { Conditioning::NONE };
+    let masks = Some(DropoutSeed { seed: config.seed, step: 0, first: 0 });
+    let mut tape = Tape::recording(meta, &params);
+    let eps = unet.forward(&mut tape, &Var::constant(x_t), &t, &conditioning, masks)?; // (n, h, w, c)
+    let dy = Tensor::uninit(meta, meta.activations(), eps.shape())?; // (n, h, w, c)
+    tape.backward(&eps, dy, &mut grads)?;
+    Ok(meta.pool_stats().held)
 }
 
 /// Bytes that `device` has for this process, those idle in its pool included.
@@ -31,7 +52,7 @@ pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs, device: &Devic
 /// A machine or a driver that does not say.
 pub fn available_on(device: &Device) -> Result<u64> {
     match device {
-        Device::Cpu(_) => available_memory(),
+        Device::Cpu(_) | Device::Meta(_) => available_memory(),
         Device::Cuda(gpu) => gpu.available_memory(),
     }
 }

@@ -118,8 +118,12 @@ impl Params {
     /// # Errors
     /// A GPU without enough memory; so for every function here that makes parameters.
     pub fn zeros(device: &Device, specs: Specs) -> Result<Self> {
-        let zeros = vec![0.0; specs.flat_len()];
-        Params::from_host(device, specs, &zeros)
+        let shape = Shape::vector(specs.flat_len());
+        let rounded = match device.activations() {
+            DType::F32 => None,
+            DType::Bf16 => Some(Tensor::zeros_as(device, DType::Bf16, shape)?),
+        };
+        Ok(Params { flat: Tensor::zeros(device, shape)?, specs, rounded })
     }
 
     /// Parameters with the values of `flat`, gaps included.

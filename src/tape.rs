@@ -7,6 +7,8 @@
 //!
 //! Deliberately absent: globals, closures, a central `match` over operations, higher derivatives, recomputation.
 
+use std::collections::HashSet;
+
 use crate::device::Device;
 use crate::device::cuda::View;
 use crate::error::Result;
@@ -82,7 +84,7 @@ pub struct Saved {
     pub place: String,
     /// The operation's stem.
     pub name: &'static str,
-    /// Bytes of the tensors it holds; a tensor held by two operations is listed by both.
+    /// Bytes of the tensors that it holds and no operation before it.
     pub bytes: usize,
 }
 
@@ -174,12 +176,13 @@ impl<'p> Tape<'p> {
 
     /// What each recorded operation holds, in the order of the forward pass.
     pub fn saved(&self) -> Vec<Saved> {
-        let line = |n: &Node| Saved {
+        let mut held = HashSet::new();
+        let mut line = |n: &Node| Saved {
             place: n.place.clone(),
             name: n.op.name(),
-            bytes: n.op.saved().iter().map(|t| t.bytes()).sum(),
+            bytes: n.op.saved().into_iter().filter(|t| held.insert(t.buffer_id())).map(Tensor::bytes).sum(),
         };
-        self.nodes.iter().map(line).collect()
+        self.nodes.iter().map(&mut line).collect()
     }
 
     /// Runs the tape backwards from `y` with gradient `dy`, adding to `params`' gradients. Returns the gradients of

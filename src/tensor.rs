@@ -1,7 +1,7 @@
 //! Tensors: contiguous, channels-last, a shape with named fields, an element type and a handle to a pooled buffer.
 //!
-//! On the CPU every tensor is f32. On a GPU activations and their gradients may be bf16; the numbers are there, and come to the host
-//! by [`Tensor::host`] alone.
+//! On the CPU every tensor is f32. On a GPU activations and their gradients may be bf16; the numbers are there, and come to
+//! the host by [`Tensor::host`] alone. On the meta device there are none.
 //!
 //! Every tensor is `(n, h, w, c)`. Tokens of attention are `(n, h, w, c)` read as `(n, h*w, c)`; a vector per image is
 //! `(n, 1, 1, c)`; a convolution's weight is `(c_out, kh, kw, c_in)` and a linear layer's `(c_out, 1, 1, c_in)`.
@@ -118,6 +118,18 @@ impl Tensor {
         Ok(Tensor { shape, dtype, buffer: Arc::new(device.alloc(dtype, shape.len())?) })
     }
 
+    /// All zero; a whole number of 32-bit words.
+    ///
+    /// # Errors
+    /// See [`Tensor::uninit`].
+    pub fn zeros_as(device: &Device, dtype: DType, shape: Shape) -> Result<Self> {
+        let mut x = Tensor::uninit(device, dtype, shape)?;
+        let bytes = x.bytes();
+        assert!(bytes.is_multiple_of(4), "zeros of {bytes} bytes");
+        x.zero(0..bytes / 4)?;
+        Ok(x)
+    }
+
     /// All zero, f32.
     ///
     /// # Errors
@@ -135,6 +147,7 @@ impl Tensor {
         match x.buffer_mut() {
             Buffer::Cpu(buffer) => buffer.as_mut_slice().fill(value),
             Buffer::Cuda(buffer) => buffer.gpu().clone().fill(buffer, 0, shape.len(), value.to_bits())?,
+            Buffer::Meta(_) => {}
         }
         Ok(x)
     }
@@ -167,6 +180,11 @@ impl Tensor {
         self.dtype
     }
 
+    /// The same number for all handles of one buffer, and for no other buffer while one of them lives.
+    pub fn buffer_id(&self) -> usize {
+        Arc::as_ptr(&self.buffer).addr()
+    }
+
     /// Bytes of the elements.
     pub fn bytes(&self) -> usize {
         self.shape.len() * self.dtype.size()
@@ -177,6 +195,7 @@ impl Tensor {
         match &*self.buffer {
             Buffer::Cpu(buffer) => buffer.as_slice(),
             Buffer::Cuda(_) => panic!("the elements of {self:?} are on a GPU"),
+            Buffer::Meta(_) => panic!("{self:?} is a shape alone"),
         }
     }
 
@@ -185,6 +204,7 @@ impl Tensor {
         match self.buffer_mut() {
             Buffer::Cpu(buffer) => buffer.as_mut_slice(),
             Buffer::Cuda(_) => panic!("the elements are on a GPU"),
+            Buffer::Meta(_) => panic!("a tensor that is a shape alone"),
         }
     }
 
@@ -205,6 +225,7 @@ impl Tensor {
                 buffer.gpu().download(&mut data, buffer)?;
                 Ok(Cow::Owned(data.into_iter().map(f32::from).collect()))
             }
+            (Buffer::Meta(_), _) => panic!("{self:?} is a shape alone"),
         }
     }
 
@@ -230,11 +251,12 @@ impl Tensor {
                 let rounded: Vec<bf16> = data.iter().map(|&v| bf16::from_f32(v)).collect();
                 buffer.gpu().clone().upload(buffer, &rounded)?;
             }
+            (Buffer::Meta(_), _) => {}
         }
         Ok(())
     }
 
-    /// Makes f32 elements `range` zero.
+    /// Makes f32 elements `range` zero; of another type, 32-bit words.
     ///
     /// # Errors
     /// A GPU that fails.
@@ -242,6 +264,7 @@ impl Tensor {
         match self.buffer_mut() {
             Buffer::Cpu(buffer) => buffer.as_mut_slice()[range].fill(0.0),
             Buffer::Cuda(buffer) => buffer.gpu().clone().fill(buffer, 4 * range.start, range.len(), 0)?,
+            Buffer::Meta(_) => {}
         }
         Ok(())
     }
@@ -263,6 +286,7 @@ impl Tensor {
         match (copy.buffer_mut(), &*self.buffer) {
             (Buffer::Cpu(to), Buffer::Cpu(from)) => to.as_mut_slice().copy_from_slice(from.as_slice()),
             (Buffer::Cuda(to), Buffer::Cuda(from)) => from.gpu().copy(to, from)?,
+            (Buffer::Meta(_), Buffer::Meta(_)) => {}
             _ => panic!("{self:?} is not on {device}"),
         }
         Ok(copy)
@@ -278,7 +302,7 @@ impl Tensor {
     pub(crate) fn gpu_buffer(&self) -> &cuda::Buffer {
         match &*self.buffer {
             Buffer::Cuda(buffer) => buffer,
-            Buffer::Cpu(_) => panic!("{self:?} is not on a GPU"),
+            Buffer::Cpu(_) | Buffer::Meta(_) => panic!("{self:?} is not on a GPU"),
         }
     }
 
@@ -286,7 +310,7 @@ impl Tensor {
     pub(crate) fn gpu_buffer_mut(&mut self) -> &mut cuda::Buffer {
         match self.buffer_mut() {
             Buffer::Cuda(buffer) => buffer,
-            Buffer::Cpu(_) => panic!("a tensor that is not on a GPU"),
+            Buffer::Cpu(_) | Buffer::Meta(_) => panic!("a tensor that is not on a GPU"),
         }
     }
 

@@ -86,7 +86,13 @@ struct Attention {
 struct Level {
     place: String,
     blocks: Vec<(Resnet, Option<Attention>)>,
-    resample: Option<Affine>,
+    resample: Option<Resample>,
+}
+
+/// The convolution between two levels.
+struct Resample {
+    place: String,
+    conv: Affine,
 }
 
 /// The network: handles of its parameters and how they are connected. The values live in [`Params`](crate::params::Params).
@@ -130,6 +136,10 @@ impl Builder<'_> {
 
     fn bias(&mut self, name: &str, c: usize) -> Param {
         self.specs.add(format!("{name}.bias"), Shape::vector(c), Layout::Vector, Init::Zeros)
+    }
+
+    fn resample(&mut self, place: String, c: usize) -> Resample {
+        Resample { conv: self.conv(&format!("{place}.conv"), c, c, 3, 1.0), place }
     }
 
     fn resnet(&mut self, place: String, c_in: usize, c_out: usize) -> Resnet {
@@ -201,7 +211,7 @@ impl UNet {
                 c = width;
                 skips.push(c);
             }
-            let resample = (i + 1 < levels).then(|| b.conv(&format!("{place}.downsamplers.0.conv"), c, c, 3, 1.0));
+            let resample = (i + 1 < levels).then(|| b.resample(format!("{place}.downsamplers.0"), c));
             if resample.is_some() {
                 skips.push(c);
             }
@@ -224,7 +234,7 @@ impl UNet {
                 blocks.push(b.block(&place, j, c + skip, width, model.attention_at(level)));
                 c = width;
             }
-            let resample = (level > 0).then(|| b.conv(&format!("{place}.upsamplers.0.conv"), c, c, 3, 1.0));
+            let resample = (level > 0).then(|| b.resample(format!("{place}.upsamplers.0"), c));
             up.push(Level { place, blocks, resample });
         }
 
@@ -300,10 +310,11 @@ impl UNet {
                 skips.push(h.clone());
             }
             if let Some(down) = &level.resample {
-                tape.at(&level.place);
+                tape.at(&down.place);
                 let before = m.downsample_padding;
                 let pad = Pad { top: before, left: before, bottom: 1, right: 1 };
-                h = conv2d(tape, &h, down.weight, down.bias, Geometry { stride: 2, pad }, Plus::default())?; // (n, h/2, w/2, width)
+                let halve = Geometry { stride: 2, pad };
+                h = conv2d(tape, &h, down.conv.weight, down.conv.bias, halve, Plus::default())?; // (n, h/2, w/2, width)
                 skips.push(h.clone());
             }
         }
@@ -323,9 +334,9 @@ impl UNet {
                 }
             }
             if let Some(up) = &level.resample {
-                tape.at(&level.place);
+                tape.at(&up.place);
                 h = upsample(tape, &h)?; // (n, 2h, 2w, width)
-                h = conv3x3(tape, &h, up)?; // (n, 2h, 2w, width)
+                h = conv3x3(tape, &h, &up.conv)?; // (n, 2h, 2w, width)
             }
         }
 

@@ -94,8 +94,8 @@ fn saved_bytes_are_listed_by_operation_and_place() {
         // x; for each image and group the mean in two parts and rstd.
         ("first", "group_norm", tensor + 4 * n * GROUPS * 3),
         ("first", "dropout", 0),
-        // q, k, v; for each row of scores its largest and the sum of exponentials.
-        ("first", "attention", 3 * tensor + 4 * n * heads * 2 * SHAPE.pixels()),
+        // q, k and v, which are one tensor here; for each row of scores its largest and the sum of exponentials.
+        ("first", "attention", tensor + 4 * n * heads * 2 * SHAPE.pixels()),
         ("second", "concat", 0),
         ("second", "linear", 2 * tensor),
         ("second", "add", 0),

@@ -5,6 +5,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod meta;
 
 use std::fmt;
 use std::str::FromStr;
@@ -21,6 +22,8 @@ pub enum Buffer {
     Cpu(cpu::Buffer),
     /// A GPU's.
     Cuda(cuda::Buffer),
+    /// None.
+    Meta(meta::Buffer),
 }
 
 /// What `--device` asks for.
@@ -70,6 +73,8 @@ pub enum Device {
     Cpu(Arc<cpu::Pool>),
     /// An NVIDIA GPU.
     Cuda(cuda::Gpu),
+    /// None: shapes alone.
+    Meta(meta::Meta),
 }
 
 impl Device {
@@ -109,11 +114,27 @@ impl Device {
         Device::Cpu(cpu::Pool::new(true))
     }
 
+    /// A device of shapes alone that counts memory as this one would take it.
+    pub fn meta(&self) -> Self {
+        let unit = if self.is_gpu() { cuda::UNIT } else { cpu::UNIT };
+        Device::Meta(meta::Meta::new(self.activations(), self.is_gpu(), unit))
+    }
+
+    /// True for a GPU and for what stands for one.
+    pub fn is_gpu(&self) -> bool {
+        match self {
+            Device::Cpu(_) => false,
+            Device::Cuda(_) => true,
+            Device::Meta(meta) => meta.is_gpu(),
+        }
+    }
+
     /// Type of activations and their gradients.
     pub fn activations(&self) -> DType {
         match self {
             Device::Cpu(_) => DType::F32,
             Device::Cuda(gpu) => gpu.activations(),
+            Device::Meta(meta) => meta.activations(),
         }
     }
 
@@ -128,6 +149,7 @@ impl Device {
                 Ok(Buffer::Cpu(cpu::Pool::alloc(pool, len)))
             }
             Device::Cuda(gpu) => Ok(Buffer::Cuda(gpu.alloc(len * dtype.size())?)),
+            Device::Meta(meta) => Ok(Buffer::Meta(meta.alloc(len * dtype.size()))),
         }
     }
 
@@ -135,7 +157,7 @@ impl Device {
     pub(crate) fn scratch(&self, len: usize) -> cpu::Buffer {
         match self {
             Device::Cpu(pool) => cpu::Pool::alloc(pool, len),
-            Device::Cuda(gpu) => panic!("{gpu} has no scratch space of the CPU"),
+            other => panic!("{other} has no scratch space of the CPU"),
         }
     }
 
@@ -144,6 +166,7 @@ impl Device {
         match self {
             Device::Cpu(pool) => pool.stats(),
             Device::Cuda(gpu) => gpu.pool_stats(),
+            Device::Meta(meta) => meta.pool_stats(),
         }
     }
 
@@ -153,7 +176,7 @@ impl Device {
     /// What went wrong on a GPU meanwhile.
     pub fn synchronize(&self) -> Result<()> {
         match self {
-            Device::Cpu(_) => Ok(()),
+            Device::Cpu(_) | Device::Meta(_) => Ok(()),
             Device::Cuda(gpu) => gpu.synchronize(),
         }
     }
@@ -164,8 +187,20 @@ impl fmt::Display for Device {
         match self {
             Device::Cpu(_) => write!(f, "CPU, {} threads", rayon::current_num_threads()),
             Device::Cuda(gpu) => gpu.fmt(f),
+            Device::Meta(_) => f.write_str("shapes alone"),
         }
     }
+}
+
+/// Bytes that pools take for a buffer of `bytes`: the next number of units of the form `(8..16) 2^k`. From 64 MiB on, where
+/// there is one buffer of a size and the rounding would be felt, the number of units itself.
+fn size_class(bytes: usize, unit: usize) -> usize {
+    let units = bytes.div_ceil(unit);
+    if bytes >= 64 << 20 {
+        return units * unit;
+    }
+    let step = 1usize << units.max(8).ilog2().saturating_sub(3);
+    units.next_multiple_of(step) * unit
 }
 
 /// Counters of a buffer pool.

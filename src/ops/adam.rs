@@ -75,6 +75,7 @@ pub fn adam(device: &Device, state: State<'_>, update: &Update, meter: &mut Mete
         (Device::Cuda(gpu), Meter::Cuda(meter)) => {
             cuda::update(gpu, [w, ema, m, v], [rounded, ema_rounded], g, update, meter)
         }
+        (Device::Meta(_), _) => Ok(()),
         (Device::Cuda(gpu), Meter::Cpu(_)) => panic!("adam: the meter is not on {gpu}"),
     }
 }

@@ -44,20 +44,22 @@ pub fn attention(tape: &mut Tape<'_>, q: &Var, k: &Var, v: &Var, heads: usize) -
 
     let mut y = Tensor::uninit(tape.device(), q.value().dtype(), shape)?;
     let mut rows = Tensor::uninit(tape.device(), DType::F32, Shape::new(shape.n, heads, 2, shape.pixels()))?;
-    let (mut output, mut lost) = (None, None);
+    // A GPU takes delta from the output, and in bf16 from what rounding took of it, too; the CPU computes it anew.
+    let on_gpu = tape.device().is_gpu();
+    let mut lost = (on_gpu && tape.is_recording() && y.dtype() == DType::Bf16)
+        .then(|| Tensor::uninit(tape.device(), DType::Bf16, shape))
+        .transpose()?;
     match tape.device() {
         Device::Cpu(_) => {
             let job = cpu::Job { device: tape.device(), shape, heads };
             cpu::forward(&job, y.data_mut(), rows.data_mut(), [q, k, v].map(Var::data));
         }
         Device::Cuda(gpu) => {
-            if tape.is_recording() && y.dtype() == DType::Bf16 {
-                lost = Some(Tensor::uninit(tape.device(), DType::Bf16, shape)?);
-            }
             cuda::forward(gpu, heads, &mut y, lost.as_mut(), &mut rows, [q, k, v].map(Var::value))?;
-            output = Some(y.clone());
         }
+        Device::Meta(_) => {}
     }
+    let output = on_gpu.then(|| y.clone());
     tape.push("attention", y, || AttentionBackward {
         ids: [q, k, v].map(Var::id),
         qkv: [q, k, v].map(|x| x.value().clone()),
@@ -100,6 +102,7 @@ impl Backward for AttentionBackward {
                 cpu::backward(&job, dqkv, self.qkv.each_ref().map(Tensor::data), self.rows.data(), dy.data());
             }
             Device::Cuda(gpu) => cuda::backward(gpu, &self, dqkv.each_mut(), &dy)?,
+            Device::Meta(_) => {}
         }
         for (id, dx) in self.ids.into_iter().zip(dqkv) {
             if let Some(id) = id {

@@ -18,6 +18,7 @@ pub fn concat(tape: &mut Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
     match tape.device() {
         Device::Cpu(_) => cpu::forward(y.data_mut(), a.data(), b.data(), a_shape.c, b_shape.c),
         Device::Cuda(gpu) => cuda::forward(gpu, &mut y, a.value(), b.value())?,
+        Device::Meta(_) => {}
     }
     tape.push("concat", y, || ConcatBackward { a: a.id(), b: b.id(), a_shape, b_shape })
 }
@@ -46,6 +47,7 @@ impl Backward for ConcatBackward {
             match grads.device() {
                 Device::Cpu(_) => cpu::part(dx.data_mut(), dy.data(), c, at..at + shape.c),
                 Device::Cuda(gpu) => cuda::part(gpu, &mut dx, &dy, at)?,
+                Device::Meta(_) => {}
             }
             grads.add(id, dx)?;
         }

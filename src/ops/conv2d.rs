@@ -189,6 +189,7 @@ pub fn conv2d_by(
             cpu::forward(tape.device(), method, x.data(), xs, weight, ws, geometry, plus, y.data_mut());
         }
         Device::Cuda(gpu) => cuda::forward(gpu, &mut y, x.value(), tape.params(), weight, bias, geometry, plus)?,
+        Device::Meta(_) => {}
     }
     tape.push("conv2d", y, || Conv2dBackward {
         x: x.value().clone(),
@@ -254,6 +255,7 @@ impl Backward for Conv2dBackward {
                     grads.add(id, dx)?;
                 }
             }
+            Device::Meta(_) => {}
         }
         if let Some(residual) = self.residual {
             grads.add(residual, dy)?;

@@ -27,6 +27,7 @@ pub fn dropout(tape: &mut Tape<'_>, x: &Var, rate: f32, streams: Streams) -> Res
     match tape.device() {
         Device::Cpu(_) => cpu::forward(y.data_mut(), x.data(), mask, x.shape().n),
         Device::Cuda(gpu) => cuda::forward(gpu, &mut y, x.value(), mask)?,
+        Device::Meta(_) => {}
     }
     tape.push("dropout", y, || DropoutBackward { x: x.id(), mask })
 }
@@ -71,6 +72,7 @@ impl Backward for DropoutBackward {
                 cpu::backward(dx.data_mut(), self.mask, n);
             }
             Device::Cuda(gpu) => cuda::backward(gpu, &mut dx, self.mask)?,
+            Device::Meta(_) => {}
         }
         grads.add(x, dx)
     }

@@ -27,6 +27,7 @@ pub fn embedding(tape: &mut Tape<'_>, table: Param, labels: &Tensor, add_to: &Va
             let table = tape.params().view(table, DType::F32);
             cuda::forward(gpu, &mut y, table, labels, add_to.value())?;
         }
+        Device::Meta(_) => {}
     }
     tape.push("embedding", y, || EmbeddingBackward { table, labels: labels.clone(), add_to: add_to.id() })
 }
@@ -56,6 +57,7 @@ impl Backward for EmbeddingBackward {
                 let rows = grads.weight_shape(self.table);
                 cuda::backward(gpu, grads.param_view(self.table), rows, &self.labels, &dy)?;
             }
+            Device::Meta(_) => {}
         }
         if let Some(add_to) = self.add_to {
             grads.add(add_to, dy)?;

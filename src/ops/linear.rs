@@ -55,6 +55,7 @@ pub fn linear_by(
             let (weight, bias) = (params.view(weight, dtype), bias.map(|b| params.view(b, DType::F32)));
             cuda::forward(gpu, &mut y, x.value(), weight, bias, residual.map(Var::value))?;
         }
+        Device::Meta(_) => {}
     }
     tape.push("linear", y, || LinearBackward {
         x: x.value().clone(),
@@ -110,6 +111,7 @@ impl Backward for LinearBackward {
                     grads.add(id, dx)?;
                 }
             }
+            Device::Meta(_) => {}
         }
         if let Some(residual) = self.residual {
             grads.add(residual, dy)?;

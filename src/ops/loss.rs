@@ -16,7 +16,7 @@ use crate::tensor::Tensor;
 /// The loss of a batch.
 #[derive(Debug)]
 pub struct Loss {
-    /// L_i of each image; `None` on a GPU, where they are summed by quarter into the meter and nothing else.
+    /// L_i of each image; on the CPU alone: a GPU sums them by quarter into the meter and nothing else.
     pub per_image: Option<Vec<f64>>,
     /// dL/dy, shaped like the prediction, if it was asked for.
     pub gradient: Option<Tensor>,
@@ -61,6 +61,7 @@ pub fn loss(
             cuda::forward(gpu, prediction, batch, t, factor, gradient.as_mut(), meter)?;
             None
         }
+        (Device::Meta(_), _) => None,
         (Device::Cuda(gpu), Meter::Cpu(_)) => panic!("loss: the meter is not on {gpu}"),
     };
     Ok(Loss { per_image, gradient })

@@ -75,6 +75,11 @@ pub fn q_sample(device: &Device, source: Source<'_>, batch: &Batch, coefficients
             let conditioning = labels.map_or(Conditioning::NONE, Conditioning::on_labels);
             Ok(Noised { x_t, t, conditioning })
         }
+        (Device::Meta(_), source) => {
+            let x_t = Tensor::uninit(device, device.activations(), Shape { n, ..source.shape() })?;
+            let t = Tensor::uninit(device, DType::F32, per_image)?;
+            Ok(Noised { x_t, t, conditioning: Conditioning::from_labels(device, batch.labels.as_deref())? })
+        }
         (device, _) => panic!("q_sample: the images are not on {device}"),
     }
 }

@@ -18,6 +18,7 @@ pub fn silu(tape: &mut Tape<'_>, x: &Var) -> Result<Var> {
     match tape.device() {
         Device::Cpu(_) => cpu::forward(y.data_mut(), x.data()),
         Device::Cuda(gpu) => cuda::forward(gpu, &mut y, x.value())?,
+        Device::Meta(_) => {}
     }
     tape.push("silu", y, || SiluBackward { id: x.id(), x: x.value().clone() })
 }
@@ -42,6 +43,7 @@ impl Backward for SiluBackward {
         match grads.device() {
             Device::Cpu(_) => cpu::backward(dx.data_mut(), self.x.data()),
             Device::Cuda(gpu) => cuda::backward(gpu, &mut dx, &self.x)?,
+            Device::Meta(_) => {}
         }
         grads.add(id, dx)
     }

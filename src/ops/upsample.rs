@@ -19,6 +19,7 @@ pub fn upsample(tape: &mut Tape<'_>, x: &Var) -> Result<Var> {
     match tape.device() {
         Device::Cpu(_) => cpu::forward(y.data_mut(), x.data(), shape),
         Device::Cuda(gpu) => cuda::forward(gpu, &mut y, x.value())?,
+        Device::Meta(_) => {}
     }
     tape.push("upsample", y, || UpsampleBackward { x: x.id(), shape })
 }
@@ -43,6 +44,7 @@ impl Backward for UpsampleBackward {
         match grads.device() {
             Device::Cpu(_) => cpu::backward(dx.data_mut(), dy.data(), self.shape),
             Device::Cuda(gpu) => cuda::backward(gpu, &mut dx, &dy)?,
+            Device::Meta(_) => {}
         }
         grads.add(x, dx)
     }

@@ -76,7 +76,7 @@ impl Feed {
     /// For a device; `resident` is the data set on it, where it fits.
     pub fn new(device: &Device, resident: Option<&Resident>) -> Self {
         match (device, resident) {
-            (Device::Cpu(_), _) => Feed::Host,
+            (Device::Cpu(_) | Device::Meta(_), _) => Feed::Host,
             (Device::Cuda(gpu), Some(resident)) => Feed::Resident(ResidentFeed {
                 gpu: gpu.clone(),
                 resident: resident.clone(),

@@ -1,9 +1,15 @@
-//! What a network costs: parameters, floating-point operations and the bytes of activations a training step keeps, by
-//! block. Operations are two per multiply-add of convolutions, linear layers and attention products in one forward
-//! pass (a training step does three times as many); norms, activations and resampling are not counted.
+//! What a network costs, part by part. Parameters and floating-point operations are counted from its layers: operations are
+//! two per multiply-add of convolutions, linear layers and attention products in one forward pass (a training step does
+//! three times as many); norms, activations and resampling are not counted. What a training step keeps is asked of the
+//! tape, by a forward pass over shapes alone.
 
-use super::{Affine, Attention, Level, Norm, Resnet, UNet, time_features};
-use crate::params::{Param, Specs};
+use super::{Affine, Attention, Level, Norm, Resample, Resnet, UNet};
+use crate::conditioning::Conditioning;
+use crate::device::Device;
+use crate::error::Result;
+use crate::params::{Param, Params, Specs};
+use crate::tape::{Tape, Var};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// The cost of one part of the network, for one image.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -14,7 +20,7 @@ pub struct Cost {
     pub params: usize,
     /// Operations of one forward pass over one image.
     pub flops: u64,
-    /// Bytes of activations kept from the forward pass of one image for its backward pass.
+    /// Bytes kept from the forward pass of one image for its backward pass, in f32, by the first part that keeps them.
     pub saved: u64,
 }
 
@@ -32,11 +38,6 @@ impl Cost {
         self.params += len(specs, affine.weight) + len(specs, affine.bias);
         self.flops += 2 * (outputs * len(specs, affine.weight)) as u64;
     }
-
-    /// Keeps a tensor of so many numbers.
-    fn save(&mut self, numbers: usize) {
-        self.saved += (numbers * size_of::<f32>()) as u64;
-    }
 }
 
 fn len(specs: &Specs, p: Param) -> usize {
@@ -44,7 +45,6 @@ fn len(specs: &Specs, p: Param) -> usize {
 }
 
 impl Resnet {
-    /// Keeps its input, both activations and what stands between them; a mask is made again, never kept.
     fn cost(&self, specs: &Specs, pixels: usize) -> Cost {
         let mut cost = Cost::new(&self.place);
         cost.norm(specs, &self.norm1);
@@ -55,14 +55,11 @@ impl Resnet {
         if let Some(shortcut) = &self.conv_shortcut {
             cost.affine(specs, shortcut, pixels);
         }
-        let (c_in, c) = (len(specs, self.norm1.gamma), len(specs, self.norm2.gamma));
-        cost.save(pixels * (2 * c_in + 2 * c));
         cost
     }
 }
 
 impl Attention {
-    /// Keeps its input, the norm's output, q, k, v and the attention's output.
     fn cost(&self, specs: &Specs, pixels: usize) -> Cost {
         let mut cost = Cost::new(&self.place);
         cost.norm(specs, &self.group_norm);
@@ -71,23 +68,21 @@ impl Attention {
         }
         let c = len(specs, self.group_norm.gamma);
         cost.flops += 2 * 2 * (pixels * pixels * c) as u64;
-        cost.save(pixels * 6 * c);
         cost
     }
 }
 
 impl Level {
-    /// Its blocks at `pixels`, then the convolution that leaves it, at `outputs` pixels with `inputs` saved.
-    fn costs(&self, specs: &Specs, pixels: usize, resampled: usize, resample_input: usize) -> Vec<Cost> {
+    /// Its blocks at `pixels`, then the convolution that leaves it, with `resampled` pixels.
+    fn costs(&self, specs: &Specs, pixels: usize, resampled: usize) -> Vec<Cost> {
         let mut costs = Vec::new();
         for (resnet, attention) in &self.blocks {
             costs.push(resnet.cost(specs, pixels));
             costs.extend(attention.as_ref().map(|a| a.cost(specs, pixels)));
         }
-        if let Some(resample) = &self.resample {
-            let mut cost = Cost::new(&format!("{}.resample", self.place));
-            cost.affine(specs, resample, resampled);
-            cost.save(resample_input * specs.spec(resample.weight).shape.c);
+        if let Some(Resample { place, conv }) = &self.resample {
+            let mut cost = Cost::new(place);
+            cost.affine(specs, conv, resampled);
             costs.push(cost);
         }
         costs
@@ -101,18 +96,16 @@ impl UNet {
         let mut time = Cost::new("time_embedding");
         time.affine(specs, &self.time_linear_1, 1);
         time.affine(specs, &self.time_linear_2, 1);
-        time.save(self.model.widths[0] + 4 * time_features(&self.model));
         let mut costs = vec![time];
         if let Some(table) = self.class_embedding {
             costs.push(Cost { params: len(specs, table), ..Cost::new("class_embedding") });
         }
         let mut conv_in = Cost::new("conv_in");
         conv_in.affine(specs, &self.conv_in, pixels(0));
-        conv_in.save(pixels(0) * self.model.channels);
         costs.push(conv_in);
 
         for (i, level) in self.down.iter().enumerate() {
-            costs.extend(level.costs(specs, pixels(i), pixels(i + 1), pixels(i)));
+            costs.extend(level.costs(specs, pixels(i), pixels(i + 1)));
         }
         let lowest = pixels(self.down.len() - 1);
         costs.push(self.middle.0.cost(specs, lowest));
@@ -120,15 +113,29 @@ impl UNet {
         costs.push(self.middle.2.cost(specs, lowest));
         for (i, level) in self.up.iter().enumerate() {
             let here = self.up.len() - 1 - i;
-            let above = pixels(here.saturating_sub(1));
-            costs.extend(level.costs(specs, pixels(here), above, above));
+            costs.extend(level.costs(specs, pixels(here), pixels(here.saturating_sub(1))));
         }
 
         let mut out = Cost::new("conv_out");
         out.norm(specs, &self.conv_norm_out);
         out.affine(specs, &self.conv_out, pixels(0));
-        out.save(pixels(0) * 2 * self.model.widths[0]);
         costs.push(out);
+        for (place, bytes) in self.saved(specs, height, width).expect("shapes need no memory") {
+            let part = costs.iter_mut().find(|cost| cost.place == place);
+            part.unwrap_or_else(|| panic!("{place} keeps {bytes} bytes and has no cost")).saved += bytes as u64;
+        }
         costs
+    }
+
+    /// What each operation of a forward pass over one image keeps, with its place.
+    fn saved(&self, specs: &Specs, height: usize, width: usize) -> Result<Vec<(String, usize)>> {
+        let device = Device::cpu().meta();
+        let params = Params::zeros(&device, specs.clone())?;
+        let mut tape = Tape::recording(&device, &params);
+        let x = Tensor::uninit(&device, DType::F32, Shape::new(1, height, width, self.model.channels))?;
+        let conditioning = Conditioning::from_labels(&device, (self.model.classes > 0).then_some(&[0][..]))?;
+        let t = Tensor::uninit(&device, DType::F32, Shape::vector(1))?;
+        self.forward(&mut tape, &Var::constant(x), &t, &conditioning, None)?;
+        Ok(tape.saved().into_iter().map(|saved| (saved.place, saved.bytes)).filter(|(_, bytes)| *bytes > 0).collect())
     }
 }

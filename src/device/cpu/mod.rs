@@ -16,12 +16,15 @@ pub(crate) mod winograd;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::PoolStats;
+use super::{PoolStats, size_class};
 
 /// One cache line and one AVX-512 register: the unit and alignment of every buffer.
 #[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]
 #[repr(C, align(64))]
 struct Line([f32; 16]);
+
+/// Bytes of a line.
+pub(super) const UNIT: usize = size_of::<Line>();
 
 /// Returned buffers by their number of lines, and the counters.
 #[derive(Default)]
@@ -46,7 +49,7 @@ impl Pool {
     }
 
     pub(super) fn alloc(pool: &Arc<Pool>, len: usize) -> Buffer {
-        let lines = size_class(len.div_ceil(16) + 2 * pool.guard);
+        let lines = size_class((len.div_ceil(16) + 2 * pool.guard) * UNIT, UNIT) / UNIT;
         let recycled = {
             let mut shelves = pool.shelves();
             let recycled = shelves.free.get_mut(&lines).and_then(Vec::pop);
@@ -78,16 +81,6 @@ impl Pool {
     fn shelves(&self) -> MutexGuard<'_, Shelves> {
         self.shelves.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// The next number of the form `(8..16) 2^k`; `lines` itself below 16, and from 64 MiB on, where there is one buffer of a size
-/// and the rounding would be felt.
-fn size_class(lines: usize) -> usize {
-    if lines >= 1 << 20 {
-        return lines;
-    }
-    let step = 1usize << lines.max(8).ilog2().saturating_sub(3);
-    lines.next_multiple_of(step)
 }
 
 /// `len` floats, 64-byte aligned; goes back to its pool when dropped.

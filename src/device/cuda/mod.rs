@@ -25,6 +25,7 @@ use crate::tensor::DType;
 
 pub use launch::{Launch, View, each_four, each_one};
 pub use pool::Buffer;
+pub(super) use pool::UNIT;
 pub use staging::Staging;
 
 /// Oldest compute capability the kernels run on.

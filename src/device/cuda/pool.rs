@@ -7,11 +7,11 @@ use std::sync::PoisonError;
 use cudarc::driver::{CudaSlice, DevicePtr, DriverError, sys};
 
 use super::{Gpu, driver_error};
-use crate::device::PoolStats;
+use crate::device::{PoolStats, size_class};
 use crate::error::{Error, Result};
 
 /// Smallest unit of memory, and the alignment that kernels may count on.
-const UNIT: usize = 256;
+pub const UNIT: usize = 256;
 
 /// What guard words hold.
 const GUARD: u8 = 0xA5;
@@ -67,7 +67,7 @@ impl Gpu {
     pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
         let mut pool = self.pool();
         let guard = pool.guard;
-        let size = if pool.guarded { bytes.max(1) + 2 * guard } else { size_class(bytes) };
+        let size = if pool.guarded { bytes.max(1) + 2 * guard } else { size_class(bytes.max(1), UNIT) };
         let recycled = pool.free.get_mut(&size).and_then(Vec::pop);
         let memory = match recycled {
             Some(memory) => {
@@ -159,15 +159,4 @@ impl Drop for Buffer {
             pool.free.entry(memory.len()).or_default().push(memory);
         }
     }
-}
-
-/// The next number of the form `(8..16) 2^k` units; from 64 MiB on the number of units itself, where there is one buffer of a size and the
-/// rounding would be felt.
-fn size_class(bytes: usize) -> usize {
-    let units = bytes.div_ceil(UNIT).max(1);
-    if bytes >= 64 << 20 {
-        return units * UNIT;
-    }
-    let step = 1usize << units.max(8).ilog2().saturating_sub(3);
-    units.next_multiple_of(step) * UNIT
 }

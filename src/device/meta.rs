@@ -1,0 +1,91 @@
+//! A device of shapes alone: tensors have extent and no elements, operations allocate and compute nothing. A training step
+//! on it takes a millisecond and tells how much memory the step takes elsewhere: its pool hands out what the real pools
+//! would, in their size classes, and counts. (PyTorch calls its device of this kind `meta`, too.)
+//!
+//! Deliberately absent: the scratch space of the CPU's and the GPU's paths, which do not run here.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::{PoolStats, size_class};
+use crate::tensor::DType;
+
+/// Stands for a device in questions of memory; cloning clones the handle.
+#[derive(Clone)]
+pub struct Meta(Arc<Inner>);
+
+struct Inner {
+    activations: DType,
+    gpu: bool,
+    /// Bytes of the unit in which the pool it stands for hands out memory.
+    unit: usize,
+    shelves: Mutex<Shelves>,
+}
+
+/// Returned buffers: how many there are of each size.
+#[derive(Default)]
+struct Shelves {
+    free: HashMap<usize, usize>,
+    stats: PoolStats,
+}
+
+impl Meta {
+    pub(super) fn new(activations: DType, gpu: bool, unit: usize) -> Self {
+        Meta(Arc::new(Inner { activations, gpu, unit, shelves: Mutex::default() }))
+    }
+
+    /// Type of activations and gradients.
+    pub fn activations(&self) -> DType {
+        self.0.activations
+    }
+
+    /// True if it stands for a GPU.
+    pub fn is_gpu(&self) -> bool {
+        self.0.gpu
+    }
+
+    /// What the pool has counted so far.
+    pub fn pool_stats(&self) -> PoolStats {
+        self.shelves().stats
+    }
+
+    pub(super) fn alloc(&self, bytes: usize) -> Buffer {
+        // A GPU's pool has no empty buffers.
+        let size = size_class(bytes.max(usize::from(self.0.gpu)), self.0.unit);
+        let mut shelves = self.shelves();
+        let Shelves { free, stats } = &mut *shelves;
+        match free.get_mut(&size).filter(|count| **count > 0) {
+            Some(count) => {
+                *count -= 1;
+                stats.hits += 1;
+            }
+            None => {
+                stats.misses += 1;
+                stats.held += size as u64;
+            }
+        }
+        stats.in_use += size as u64;
+        stats.peak = stats.peak.max(stats.in_use);
+        drop(shelves);
+        Buffer { size, meta: self.clone() }
+    }
+
+    /// The counters stay consistent between statements, so a panic elsewhere does not spoil them.
+    fn shelves(&self) -> MutexGuard<'_, Shelves> {
+        self.0.shelves.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Memory that is counted and not there; goes back to its pool when dropped.
+pub struct Buffer {
+    size: usize,
+    meta: Meta,
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        let mut shelves = self.meta.shelves();
+        shelves.stats.in_use -= self.size as u64;
+        *shelves.free.entry(self.size).or_default() += 1;
+    }
+}
