@@ -20,7 +20,7 @@
 //! | [`unet`] | the network: calls [`ops`] directly, shapes trail each line |
 //! | [`diffusion`] | schedules, variances, samplers, with the paper's equation numbers |
 //! | [`ops`] | one file per operation: formula, public function, backward pass, reference, CPU path, launches |
-//! | [`tape`], [`params`], [`tensor`] | reverse-mode differentiation, parameters in one flat buffer, NHWC arrays |
+//! | [`tape`], [`params`], [`tensor`], [`shape`] | reverse-mode differentiation, parameters in one flat buffer, NHWC arrays |
 //! | [`device`] | the CPU (buffer pool, vector instructions) and GPUs (pool, launches; the only place that names cudarc) |
 //! | [`kernels`] | the table of compiled CUDA kernels, `kernels/*.cu` |
 //! | [`meter`] | what a step measures, kept where it is computed |
@@ -65,6 +65,7 @@ pub mod params;
 pub mod predict;
 pub mod rng;
 pub mod sample;
+pub mod shape;
 pub mod tape;
 pub mod tensor;
 pub mod train;
