@@ -5,7 +5,7 @@
 
 use std::fmt;
 
-use crate::tensor::DType;
+use crate::shape::DType;
 
 /// One .cu file's PTX.
 pub struct Module {

@@ -77,6 +77,7 @@ pub mod output;
 pub mod params;
 pub mod rng;
 pub mod sample;
+pub mod shape;
 pub mod tape;
 pub mod tensor;
 mod text;

@@ -14,6 +14,7 @@ use std::convert::Infallible;
 use rayon::prelude::*;
 
 use crate::device::cpu::simd;
+use crate::device::cuda::Launch;
 
 /// What a stream of random numbers is for; part of the counter, so that streams never meet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,6 +74,16 @@ impl Streams {
         let stream = u32::try_from(i).ok().and_then(|i| self.first.checked_add(i));
         let stream = stream.unwrap_or_else(|| panic!("image {i} from stream {} on: streams end at 2^32", self.first));
         Stream { seed: self.seed, purpose: self.purpose, step: self.step, stream }
+    }
+}
+
+/// Streams as arguments of a kernel.
+impl Launch<'_> {
+    /// Low and high half of the seed, step, purpose and first stream: the five words from which `include/philox.cuh`
+    /// counts.
+    pub fn streams(self, s: Streams) -> Self {
+        let launch = self.u32(s.seed as u32 as usize).u32((s.seed >> 32) as usize).u32(s.step as usize);
+        launch.u32(s.purpose as usize).u32(s.first as usize)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Reverse-mode differentiation on a tape.
 //!
-//! Operations append one named struct each, holding handles to what their backward pass needs. [`Tape::backward`] walks
+//! Operations append one named struct each, holding handles to what their backward pass needs. `Tape::backward` walks
 //! the list from the end and consumes it, so an activation's buffer goes back to the pool as soon as its gradient is
 //! done. The first gradient that reaches a value moves in, the second is added. Gradients of parameters accumulate in
 //! [`ParamGrads`], so a batch in several pieces costs nothing extra.
@@ -12,7 +12,6 @@ use std::collections::HashSet;
 use crate::device::Device;
 use crate::device::cuda::View;
 use crate::error::Result;
-use crate::ops;
 use crate::params::{Param, ParamGrad, ParamGrads, ParamView, Params};
 use crate::tensor::{DType, Shape, Tensor};
 
@@ -149,7 +148,7 @@ impl<'p> Tape<'p> {
         }
     }
 
-    /// A leaf whose gradient [`Tape::backward`] returns.
+    /// A leaf whose gradient `Tape::backward` returns.
     pub fn leaf(&mut self, value: Tensor) -> Var {
         let id = self.recording.then(|| self.new_id());
         Var { value, id }
@@ -185,12 +184,19 @@ impl<'p> Tape<'p> {
         self.nodes.iter().map(&mut line).collect()
     }
 
-    /// Runs the tape backwards from `y` with gradient `dy`, adding to `params`' gradients. Returns the gradients of
-    /// leaves, to be asked for by [`LeafGrads::take`].
-    pub fn backward(self, y: &Var, dy: Tensor, param_grads: &mut ParamGrads) -> Result<LeafGrads> {
+    /// The backward pass, with the operation that adds two gradients of one value: `Tape::backward`, which operations
+    /// define, since none is known here.
+    pub(crate) fn backward_by(
+        self,
+        y: &Var,
+        dy: Tensor,
+        param_grads: &mut ParamGrads,
+        accumulate: Accumulate,
+    ) -> Result<LeafGrads> {
         assert_eq!(y.shape(), dy.shape(), "gradient of shape {} for a value of shape {}", dy.shape(), y.shape());
         let start = y.id.expect("backward starts from a value that this tape has recorded");
-        let mut grads = Grads { device: &self.device, params: self.params, param_grads, vars: vec![None; self.ids] };
+        let vars = vec![None; self.ids];
+        let mut grads = Grads { device: &self.device, params: self.params, param_grads, vars, accumulate };
         grads.vars[start.0] = Some(dy);
         for node in self.nodes.into_iter().rev() {
             if let Some(dy) = grads.vars[node.output.0].take() {
@@ -228,7 +234,11 @@ pub struct Grads<'a> {
     params: &'a Params,
     param_grads: &'a mut ParamGrads,
     vars: Vec<Option<Tensor>>,
+    accumulate: Accumulate,
 }
+
+/// `sum + term`.
+pub(crate) type Accumulate = fn(&Device, sum: Tensor, term: Tensor) -> Result<Tensor>;
 
 impl<'a> Grads<'a> {
     /// The device.
@@ -269,7 +279,7 @@ impl<'a> Grads<'a> {
         let slot = &mut self.vars[id.0];
         *slot = Some(match slot.take() {
             None => dx,
-            Some(sum) => ops::add::accumulate(self.device, sum, dx)?,
+            Some(sum) => (self.accumulate)(self.device, sum, dx)?,
         });
         Ok(())
     }

@@ -16,90 +16,10 @@ use std::sync::Arc;
 
 use half::bf16;
 
+use crate::device::cuda::Launch;
 use crate::device::{Buffer, Device, cuda};
 use crate::error::Result;
-
-/// Extent of a tensor; `c` is contiguous in memory, then `w`, `h`, `n`.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Shape {
-    /// Images (or output channels of a weight).
-    pub n: usize,
-    /// Rows (or kernel rows of a weight).
-    pub h: usize,
-    /// Columns (or kernel columns of a weight).
-    pub w: usize,
-    /// Channels (or input channels of a weight).
-    pub c: usize,
-}
-
-impl Shape {
-    /// `(n, h, w, c)`.
-    pub const fn new(n: usize, h: usize, w: usize, c: usize) -> Self {
-        Shape { n, h, w, c }
-    }
-
-    /// `(1, 1, 1, c)`: a bias, a gain, a table of numbers.
-    pub const fn vector(c: usize) -> Self {
-        Shape::new(1, 1, 1, c)
-    }
-
-    /// Number of elements.
-    pub const fn len(&self) -> usize {
-        self.n * self.h * self.w * self.c
-    }
-
-    /// True if there is no element.
-    pub const fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
-    /// Pixels of one image, `h*w`.
-    pub const fn pixels(&self) -> usize {
-        self.h * self.w
-    }
-
-    /// Rows of length `c`, `n*h*w`.
-    pub const fn rows(&self) -> usize {
-        self.n * self.h * self.w
-    }
-
-    /// The same image extent with another number of channels.
-    pub const fn with_c(self, c: usize) -> Self {
-        Shape { c, ..self }
-    }
-}
-
-impl fmt::Display for Shape {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}x{}x{}x{}", self.n, self.h, self.w, self.c)
-    }
-}
-
-impl fmt::Debug for Shape {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-/// Type of a tensor's elements.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub enum DType {
-    /// 32-bit float.
-    #[default]
-    F32,
-    /// bfloat16: the upper half of an f32. GPU only.
-    Bf16,
-}
-
-impl DType {
-    /// Bytes of an element.
-    pub const fn size(self) -> usize {
-        match self {
-            DType::F32 => 4,
-            DType::Bf16 => 2,
-        }
-    }
-}
+pub use crate::shape::{DType, Shape};
 
 /// A handle to a buffer, its shape and its element type. Cloning clones the handle, not the numbers.
 #[derive(Clone)]
@@ -322,6 +242,36 @@ impl Tensor {
 
     fn buffer_mut(&mut self) -> &mut Buffer {
         Arc::get_mut(&mut self.buffer).expect("only a tensor with one handle is written")
+    }
+}
+
+/// Tensors as arguments of a kernel.
+impl<'a> Launch<'a> {
+    /// A tensor that the kernel reads.
+    pub fn read(self, x: &'a Tensor) -> Self {
+        self.array(x.gpu_buffer(), x.shape, x.dtype)
+    }
+
+    /// A tensor that the kernel reads, or a null pointer.
+    pub fn read_opt(self, x: Option<&'a Tensor>) -> Self {
+        match x {
+            Some(x) => self.read(x),
+            None => self.null(),
+        }
+    }
+
+    /// A tensor that the kernel writes; no other handle may share its buffer.
+    pub fn write(self, x: &'a mut Tensor) -> Self {
+        let (shape, dtype) = (x.shape, x.dtype);
+        self.array_mut(x.gpu_buffer_mut(), shape, dtype)
+    }
+
+    /// A tensor that the kernel writes, or a null pointer.
+    pub fn write_opt(self, x: Option<&'a mut Tensor>) -> Self {
+        match x {
+            Some(x) => self.write(x),
+            None => self.null(),
+        }
     }
 }
 

@@ -41,16 +41,29 @@ fn imports(text: &str) -> BTreeSet<String> {
     let code = code.join("\n");
     for prefix in ["crate::", "ddpm_cuda::"] {
         for (at, _) in code.match_indices(prefix) {
-            let rest = &code[at + prefix.len()..];
-            let names = match rest.strip_prefix('{') {
-                Some(list) => list.split('}').next().unwrap_or_default(),
-                None => rest,
-            };
-            // The first name of each part of a list; of a single path the first name.
-            let parts = if rest.starts_with('{') { names.split(',').collect() } else { vec![names] };
-            for part in parts {
-                let end = part.trim().find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(part.trim().len());
-                found.insert(part.trim()[..end].to_string());
+            // The first name of a path, or of each path of a list in braces, in which there may be others.
+            let (mut depth, mut expected) = (0, true);
+            let mut rest = &code[at + prefix.len()..];
+            while let Some(c) = rest.chars().next() {
+                let end = rest.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(rest.len());
+                if end > 0 {
+                    if expected {
+                        found.insert(rest[..end].to_string());
+                    }
+                    expected = false;
+                    rest = &rest[end..];
+                } else {
+                    match c {
+                        '{' => depth += 1,
+                        '}' => depth -= 1,
+                        ',' => expected = depth == 1,
+                        _ => {}
+                    }
+                    rest = &rest[c.len_utf8()..];
+                }
+                if depth == 0 && !expected {
+                    break;
+                }
             }
         }
     }

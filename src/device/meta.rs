@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{PoolStats, size_class};
-use crate::tensor::DType;
+use crate::shape::DType;
 
 /// Stands for a device in questions of memory; cloning clones the handle.
 #[derive(Clone)]

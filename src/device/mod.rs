@@ -14,7 +14,7 @@ use std::sync::Arc;
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::names::names;
-use crate::tensor::DType;
+use crate::shape::DType;
 
 /// Memory of a tensor, on its device.
 pub enum Buffer {

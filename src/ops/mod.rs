@@ -21,3 +21,19 @@ pub mod sample_step;
 pub mod silu;
 pub mod time_embedding;
 pub mod upsample;
+
+use crate::error::Result;
+use crate::params::ParamGrads;
+use crate::tape::{LeafGrads, Tape, Var};
+use crate::tensor::Tensor;
+
+impl Tape<'_> {
+    /// Runs the tape backwards from `y` with gradient `dy`, adding to the parameters' gradients. Returns the gradients of
+    /// leaves, to be asked for by [`LeafGrads::take`].
+    ///
+    /// # Errors
+    /// A GPU that fails.
+    pub fn backward(self, y: &Var, dy: Tensor, param_grads: &mut ParamGrads) -> Result<LeafGrads> {
+        self.backward_by(y, dy, param_grads, add::accumulate)
+    }
+}

@@ -8,8 +8,7 @@ use cudarc::driver::{LaunchConfig, PushKernelArg, sys};
 use super::{Buffer, Gpu, driver_error};
 use crate::error::Result;
 use crate::kernels::{Kernel, Kind};
-use crate::rng::Streams;
-use crate::tensor::{DType, Shape, Tensor};
+use crate::shape::{DType, Shape};
 
 /// Dynamic shared memory that a kernel may use without being asked.
 const SHARED_DEFAULT: u32 = 48 << 10;
@@ -143,31 +142,19 @@ impl<'a> Launch<'a> {
         self
     }
 
-    /// A tensor that the kernel reads.
-    pub fn read(self, x: &'a Tensor) -> Self {
-        self.argument(x.gpu_buffer().address(), What::Tensor(x.shape(), x.dtype()))
+    /// An array that the kernel reads: `shape` elements of type `dtype` at the start of `buffer`.
+    pub fn array(self, buffer: &'a Buffer, shape: Shape, dtype: DType) -> Self {
+        self.argument(buffer.address(), What::Tensor(shape, dtype))
     }
 
-    /// A tensor that the kernel reads, or a null pointer.
-    pub fn read_opt(self, x: Option<&'a Tensor>) -> Self {
-        match x {
-            Some(x) => self.read(x),
-            None => self.argument(0, What::Null),
-        }
+    /// An array that the kernel writes.
+    pub fn array_mut(self, buffer: &'a mut Buffer, shape: Shape, dtype: DType) -> Self {
+        self.argument(buffer.address(), What::Tensor(shape, dtype))
     }
 
-    /// A tensor that the kernel writes; no other handle may share its buffer.
-    pub fn write(self, x: &'a mut Tensor) -> Self {
-        let what = What::Tensor(x.shape(), x.dtype());
-        self.argument(x.gpu_buffer_mut().address(), what)
-    }
-
-    /// A tensor that the kernel writes, or a null pointer.
-    pub fn write_opt(self, x: Option<&'a mut Tensor>) -> Self {
-        match x {
-            Some(x) => self.write(x),
-            None => self.argument(0, What::Null),
-        }
+    /// A null pointer.
+    pub fn null(self) -> Self {
+        self.argument(0, What::Null)
     }
 
     /// The first pointer once more: a kernel that writes over what it reads.
@@ -185,7 +172,7 @@ impl<'a> Launch<'a> {
     pub fn view_opt(self, view: Option<View<'a>>) -> Self {
         match view {
             Some(view) => self.view(view),
-            None => self.argument(0, What::Null),
+            None => self.null(),
         }
     }
 
@@ -219,12 +206,6 @@ impl<'a> Launch<'a> {
     /// A double.
     pub fn f64(self, v: f64) -> Self {
         self.argument(v.to_bits(), What::F64)
-    }
-
-    /// Low and high half of the seed, step, purpose and first stream: the five words from which `include/philox.cuh` counts.
-    pub fn streams(self, s: Streams) -> Self {
-        let launch = self.u32(s.seed as u32 as usize).u32((s.seed >> 32) as usize).u32(s.step as usize);
-        launch.u32(s.purpose as usize).u32(s.first as usize)
     }
 
     fn argument(mut self, bits: u64, what: What) -> Self {

@@ -21,7 +21,7 @@ use cudarc::nvrtc::Ptx;
 use super::PoolStats;
 use crate::error::{Error, Result};
 use crate::kernels::{self, Kernel};
-use crate::tensor::DType;
+use crate::shape::DType;
 
 pub use launch::{Launch, View, each_four, each_one};
 pub use pool::Buffer;
