@@ -573,12 +573,16 @@ fn labels_and_rows_go_with_their_images_on_both_sides_of_the_split() {
         let place = |i: usize| u32::from_le_bytes(set.image(i).try_into().unwrap()) as usize;
         let indices: Vec<usize> = (0..set.len()).rev().step_by(3).collect();
         let (places, classes): (Vec<_>, Vec<_>) = indices.iter().map(|&i| (place(i), place(i) as u32 % 7)).unzip();
-        assert_eq!(set.rows(&indices), places);
-        assert_eq!(set.labels_of(&indices), Some(classes));
+        let rows = set.rows(&indices, true);
+        assert_eq!((rows.indices(), rows.classes), (places, Some(classes)));
+        assert_eq!(set.rows(&indices, false).classes, None, "classes that nobody asked for");
+        let mut gathered = vec![0; 4 * rows.rows.len()];
+        set.gather(&rows.rows, &mut gathered);
+        assert_eq!(gathered, rows.rows.iter().flat_map(|row| row.to_le_bytes()).collect::<Vec<_>>());
         assert_eq!(set.labels().unwrap(), (0..set.len()).map(|i| place(i) as u32 % 7).collect::<Vec<_>>());
         assert_eq!(set.images().pixels, body, "both sides read from all images");
     }
-    assert_ne!(data.held_out.rows(&[0, 1, 2]), [0, 1, 2], "rows and indices are the same in this test");
+    assert_ne!(data.held_out.rows(&[0, 1, 2], false).rows, [0, 1, 2], "rows and indices are the same in this test");
 }
 
 /// A JPEG of `w` x `h` whose left half is white and right half black, with a segment 0xFFE1 of this content behind its start.

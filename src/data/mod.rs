@@ -118,14 +118,39 @@ impl Dataset {
         Images { pixels: &self.images, shape: Shape::new(self.images.len() / self.extent.len(), h, w, channels) }
     }
 
-    /// Where in [`images`](Self::images) this set's images `indices` stand.
-    pub fn rows(&self, indices: &[usize]) -> Vec<usize> {
-        indices.iter().map(|&i| self.rows[i] as usize).collect()
+    /// Where in [`images`](Self::images) this set's images `indices` stand, and their classes if they are wanted and the
+    /// source has them.
+    pub fn rows(&self, indices: &[usize], classes: bool) -> Rows {
+        let labels = self.labels.as_ref().filter(|_| classes);
+        Rows {
+            rows: indices.iter().map(|&i| self.rows[i]).collect(),
+            classes: labels.map(|labels| indices.iter().map(|&i| labels[i]).collect()),
+        }
     }
 
-    /// Classes of the images `indices`, where the source has them.
-    pub fn labels_of(&self, indices: &[usize]) -> Option<Vec<u32>> {
-        self.labels.as_ref().map(|labels| indices.iter().map(|&i| labels[i]).collect())
+    /// Copies the images at `rows` of [`images`](Self::images) to `to`, one behind the other.
+    pub fn gather(&self, rows: &[u32], to: &mut [u8]) {
+        let image = self.extent.len();
+        assert_eq!(to.len(), rows.len() * image, "bytes for {} images of {}", rows.len(), self.extent);
+        for (to, &row) in to.chunks_exact_mut(image).zip(rows) {
+            to.copy_from_slice(&self.images[row as usize * image..][..image]);
+        }
+    }
+}
+
+/// Images of a batch, in the order of the batch.
+#[derive(Clone, Debug, Default)]
+pub struct Rows {
+    /// Their places in the source's [`Images`].
+    pub rows: Vec<u32>,
+    /// Their classes, where the network is conditional.
+    pub classes: Option<Vec<u32>>,
+}
+
+impl Rows {
+    /// The places as indices.
+    pub fn indices(&self) -> Vec<usize> {
+        self.rows.iter().map(|&row| row as usize).collect()
     }
 }
 

@@ -7,6 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::data::{Dataset, Rows};
 use crate::device::Device;
 use crate::device::cuda::{Buffer, Gpu, Staging, View};
 use crate::error::Result;
@@ -15,15 +16,6 @@ use crate::tensor::Shape;
 
 /// Image numbers that go up at a time: some hundreds of steps of small images, 256 KiB.
 const WINDOW: u64 = 1 << 16;
-
-/// A batch's images in the order of the data set that it is taken from: places in it, and classes.
-#[derive(Clone, Debug, Default)]
-pub struct Rows {
-    /// Places in the data set's [`Images`].
-    pub rows: Vec<u32>,
-    /// Their classes, where the network is conditional.
-    pub classes: Option<Vec<u32>>,
-}
 
 /// All bytes of a data set on a GPU.
 #[derive(Clone)]
@@ -90,26 +82,26 @@ impl Feed {
         }
     }
 
-    /// Where a kernel finds the images at `places` of the sequence. `rows_of` says what stands at a range of places, as far as the
-    /// sequence goes.
+    /// Where a kernel finds the images of `data` at `places` of the sequence. `rows_of` says what stands at a range of
+    /// places, as far as the sequence goes.
     ///
     /// # Errors
     /// A GPU that fails.
     pub fn source<'a>(
         &'a mut self,
-        images: Images<'a>,
+        data: &'a Dataset,
         places: Range<u64>,
         mut rows_of: impl FnMut(Range<u64>) -> Rows,
     ) -> Result<Source<'a>> {
         match self {
-            Feed::Host => Ok(Source::Host(images)),
+            Feed::Host => Ok(Source::Host(data.images())),
             Feed::Resident(feed) => {
                 if places.start < feed.window.start || places.end > feed.window.end {
                     let ahead = places.start..places.start + WINDOW.max(places.end - places.start);
                     let Rows { rows, classes } = rows_of(ahead);
                     // The kernels trust them.
-                    let beyond = rows.iter().find(|&&row| row as usize >= images.shape.n);
-                    assert!(beyond.is_none(), "image {beyond:?} of {}", images.shape.n);
+                    let beyond = rows.iter().find(|&&row| row as usize >= feed.resident.shape.n);
+                    assert!(beyond.is_none(), "image {beyond:?} of {}", feed.resident.shape.n);
                     feed.window = places.start..places.start + rows.len() as u64;
                     assert!(
                         places.end <= feed.window.end,
@@ -132,19 +124,15 @@ impl Feed {
             Feed::Staged(feed) => {
                 let Rows { rows, classes } = rows_of(places);
                 let gpu = feed.staging.gpu().clone();
-                let image = images.shape.len() / images.shape.n;
-                let pixels = feed.staging.upload(feed.pixels.take(), rows.len() * image, |bytes| {
-                    for (to, &row) in bytes.chunks_exact_mut(image).zip(&rows) {
-                        to.copy_from_slice(&images.pixels[row as usize * image..][..image]);
-                    }
-                })?;
+                let bytes = rows.len() * data.extent().len();
+                let pixels = feed.staging.upload(feed.pixels.take(), bytes, |to| data.gather(&rows, to))?;
                 let in_order: Vec<u32> = (0..rows.len() as u32).collect();
                 feed.rows = Some(up(&gpu, feed.rows.take(), &in_order)?);
                 feed.classes = classes.map(|c| up(&gpu, feed.classes.take(), &c)).transpose()?;
                 let whole = |buffer: &'a Buffer| View::new(buffer, 0, buffer.bytes());
                 Ok(Source::Cuda {
                     pixels: feed.pixels.insert(pixels),
-                    shape: Shape { n: rows.len(), ..images.shape },
+                    shape: Shape { n: rows.len(), ..data.images().shape },
                     rows: whole(feed.rows.as_ref().expect("just made")),
                     classes: feed.classes.as_ref().map(whole),
                 })

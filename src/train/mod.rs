@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use serde_json::json;
 
-pub use feed::{Feed, Resident, Rows};
+pub use feed::{Feed, Resident};
 pub use trainer::{StepReport, Trainer};
 
 use crate::config::Config;

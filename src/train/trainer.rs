@@ -2,10 +2,10 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::feed::{Feed, Resident, Rows};
+use super::feed::{Feed, Resident};
 use crate::checkpoint;
 use crate::config::Config;
-use crate::data::{Data, Dataset, Order};
+use crate::data::{Data, Order};
 use crate::device::Device;
 use crate::diffusion::{Batch, Schedule};
 use crate::error::{Error, Result};
@@ -258,12 +258,11 @@ impl Trainer {
         // The images' places in the endless sequence that steps take theirs from.
         let place = u64::from(self.step) * c.batch as u64 + u64::from(first);
         let places = place..place + size as u64;
-        let indices = order.range(places.clone());
-        let labels = data.labels_of(&indices).filter(|_| conditional);
-        let rows_in_set = data.rows(&indices);
-        let batch = Batch::train(c.seed, self.step, first, rows_in_set, c.flip, c.diffusion.timesteps as u32);
-        let batch = batch.with_labels(labels);
-        let source = feed.source(data.images(), places, |places| rows(data, order.range(places), conditional))?;
+        let rows = |indices: Vec<usize>| data.rows(&indices, conditional);
+        let drawn = rows(order.range(places.clone()));
+        let batch = Batch::train(c.seed, self.step, first, drawn.indices(), c.flip, c.diffusion.timesteps as u32);
+        let batch = batch.with_labels(drawn.classes);
+        let source = feed.source(data, places, |places| rows(order.range(places)))?;
         let noised = q_sample(&self.device, source, &batch, &self.coefficients)?;
         let masks = Some(DropoutSeed { seed: c.seed, step: self.step, first });
         Ok(MicroBatch { batch, noised, masks, step_images: Some(c.batch) })
@@ -277,7 +276,7 @@ impl Trainer {
     pub fn validate(&self, stop: &AtomicBool) -> Result<Quarters> {
         let c = &self.config;
         let data = &self.data.held_out;
-        let size = c.batch / c.accumulate;
+        let (size, conditional) = (c.batch / c.accumulate, c.model.classes > 0);
         let mut meter = Meter::new(&self.device)?;
         let mut feed = Feed::new(&self.device, self.held_out.as_ref());
         meter.begin();
@@ -286,13 +285,13 @@ impl Trainer {
             if stop.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
-            let labels = data.labels_of(indices).filter(|_| c.model.classes > 0);
-            let first = k * size;
-            let batch = Batch::validation(c.seed, first as u32, data.rows(indices), c.diffusion.timesteps as u32);
-            let batch = batch.with_labels(labels);
-            let source = feed.source(data.images(), first as u64..(first + indices.len()) as u64, |places| {
+            let first = (k * size) as u64;
+            let drawn = data.rows(indices, conditional);
+            let batch = Batch::validation(c.seed, first as u32, drawn.indices(), c.diffusion.timesteps as u32);
+            let batch = batch.with_labels(drawn.classes);
+            let source = feed.source(data, first..first + indices.len() as u64, |places| {
                 let end = places.end.min(data.len() as u64);
-                rows(data, (places.start as usize..end as usize).collect(), c.model.classes > 0)
+                data.rows(&held_out[places.start as usize..end as usize], conditional)
             })?;
             let noised = q_sample(&self.device, source, &batch, &self.coefficients)?;
             let batch = MicroBatch { batch, noised, masks: None, step_images: None };
@@ -344,12 +343,6 @@ fn forward_loss(unet: &UNet, tape: &mut Tape<'_>, batch: MicroBatch, meter: &mut
     let eps = unet.forward(tape, &Var::constant(x_t), &t, &conditioning, masks)?; // (n, h, w, c)
     let loss = loss(&device, eps.value(), &batch, &t, step_images, meter)?;
     Ok((eps, loss))
-}
-
-/// The images `indices` of a set as a feed wants them.
-fn rows(data: &Dataset, indices: Vec<usize>, conditional: bool) -> Rows {
-    let rows = data.rows(&indices).into_iter().map(|row| row as u32).collect();
-    Rows { rows, classes: data.labels_of(&indices).filter(|_| conditional) }
 }
 
 /// The numbers of the update of step `step` (from 1).

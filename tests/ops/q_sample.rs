@@ -1,9 +1,11 @@
+use ddpm_cuda::config::Size;
+use ddpm_cuda::data::{Dataset, Extent, Rows};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::{Batch, Kind, Schedule};
 use ddpm_cuda::images::{Images, Source};
 use ddpm_cuda::ops::q_sample::{Coefficients, Noised, q_sample, reference};
 use ddpm_cuda::tensor::{DType, Shape};
-use ddpm_cuda::train::{Feed, Resident, Rows};
+use ddpm_cuda::train::{Feed, Resident};
 
 use crate::support::{close, close_as, gpu, numbers, plant, same_bits, same_bits_at_any_number_of_threads};
 
@@ -136,13 +138,20 @@ fn same_as_the_cpu(name: &str, device: &Device, got: &Noised, want: &Noised) -> 
     [x_t, t, labels].concat()
 }
 
+/// A data set of the images.
+fn data_set(images: Images<'_>) -> Dataset {
+    let Shape { h, w, c, .. } = images.shape;
+    Dataset::new(Extent { size: Size { h, w }, channels: c }, images.pixels.to_vec(), None)
+}
+
 /// The batch's images from a data set that is on the GPU.
 fn on_gpu(device: &Device, images: Images<'_>, batch: &Batch, schedule: &Schedule) -> Noised {
     let Device::Cuda(gpu) = device else { panic!("{device} is no GPU") };
     let mut feed = Feed::new(device, Some(&Resident::new(gpu, images).unwrap()));
     let rows = batch.indices.iter().map(|&i| i as u32).collect();
     let rows = Rows { rows, classes: batch.labels.clone() };
-    let source = feed.source(images, 0..batch.len() as u64, |_| rows.clone()).unwrap();
+    let data = data_set(images);
+    let source = feed.source(&data, 0..batch.len() as u64, |_| rows.clone()).unwrap();
     q_sample(device, source, batch, &Coefficients::new(device, schedule).unwrap()).unwrap()
 }
 
@@ -220,14 +229,14 @@ fn gpu_is_fed_the_batches_of_the_cpu() {
     gpu::each("feed", |device| {
         let Device::Cuda(gpu) = device else { panic!("{device} is no GPU") };
         let coefficients = Coefficients::new(device, &schedule).unwrap();
-        let resident = Resident::new(gpu, images).unwrap();
+        let (resident, data) = (Resident::new(gpu, images).unwrap(), data_set(images));
         let mut all = Vec::new();
         for (name, resident) in [("resident", Some(&resident)), ("staged", None)] {
             let mut feed = Feed::new(device, resident);
             let mut asked = 0;
             for first in starts {
                 let places = first..first + 6;
-                let source = feed.source(images, places.clone(), |places| {
+                let source = feed.source(&data, places.clone(), |places| {
                     asked += 1;
                     rows(places)
                 });
