@@ -59,6 +59,7 @@
 //! [arXiv 2006.11239]: https://arxiv.org/abs/2006.11239
 
 pub mod checkpoint;
+#[cfg(feature = "cli")]
 pub mod commands;
 pub mod conditioning;
 pub mod config;

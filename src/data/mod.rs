@@ -328,7 +328,10 @@ fn read(source: &str, target: Target) -> Result<Found> {
     }
     let path = Path::new(source);
     if source == "mnist" {
+        #[cfg(feature = "mnist")]
         return read_npz(path, include_bytes!("mnist-10k.npz"), target.channels);
+        #[cfg(not(feature = "mnist"))]
+        usage!("the digits of data = mnist are not in this build: build it with the feature mnist, or use --data PATH");
     }
     let kind = std::fs::metadata(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
     if !kind.is_dir() && !kind.is_file() {
