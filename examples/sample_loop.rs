@@ -1,8 +1,8 @@
-//! Draws one image with a trained model, the reverse process step by step: what `ddpm-cuda sample` does, with room to look
-//! at x_t, or to change it, between any two steps.
+//! Draws one image with a trained model, the reverse process step by step: what `ddpm-cuda sample` does, with room to
+//! look at x_t, or to change it, between any two steps.
 //!
-//! `cargo run --release --example sample_loop -- runs/mnist` takes a run, a checkpoint or a model folder of diffusers, and
-//! writes `sample.png`.
+//! `cargo run --release --example sample_loop -- runs/mnist` takes a run, a checkpoint or a model folder of diffusers,
+//! and writes `sample.png`.
 
 use std::path::{Path, PathBuf};
 

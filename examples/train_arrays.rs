@@ -1,7 +1,7 @@
 //! Trains on images that exist nowhere but in memory, with a loop of one's own, and draws new ones.
 //!
-//! `cargo run --release --example train_arrays` writes `discs.png`: discs of any place and brightness on black. It takes half
-//! a minute on two cores.
+//! `cargo run --release --example train_arrays` writes `discs.png`: discs of any place and brightness on black. It
+//! takes half a minute on two cores.
 
 use std::path::Path;
 

@@ -451,10 +451,10 @@ impl Diffusion {
     }
 }
 
-/// Digits that anyone would name, after seven minutes on two cores. What that takes, found by trying: a narrow network, since more
-/// images seen win over more channels; the cosine schedule, since at this size the linear one spends half of its timesteps where
-/// next to nothing of the image is left; steps of few images at five times the paper's rate; an average over a
-/// thousand of them.
+/// Digits that anyone would name, after seven minutes on two cores. What that takes, found by trying: a narrow network,
+/// since more images seen win over more channels; the cosine schedule, since at this size the linear one spends half of
+/// its timesteps where next to nothing of the image is left; steps of few images at five times the paper's rate; an
+/// average over a thousand of them.
 fn mnist() -> Config {
     Config {
         preset: Preset::Mnist,

@@ -1,5 +1,5 @@
-//! What the program says. One error type: its text is one sentence for the person at the terminal: what was wrong, with the value, and what
-//! would be right. Broken invariants are not errors but `assert!`s with numbers.
+//! What the program says. One error type: its text is one sentence for the person at the terminal: what was wrong, with
+//! the value, and what would be right. Broken invariants are not errors but `assert!`s with numbers.
 
 use std::path::{Path, PathBuf};
 

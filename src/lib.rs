@@ -33,19 +33,19 @@
 //! error - what can go wrong, in one sentence
 //! ```
 //!
-//! From the command line to a loop over numbers it is five files: `commands/train.rs -> train/mod.rs -> train/trainer.rs ->
-//! unet.rs -> ops/conv2d.rs`, and on a GPU one more, `kernels/conv2d.cu`.
+//! From the command line to a loop over numbers it is five files: `commands/train.rs -> train/mod.rs ->
+//! train/trainer.rs -> unet.rs -> ops/conv2d.rs`, and on a GPU one more, `kernels/conv2d.cu`.
 //!
 //! # Invariants
 //!
 //! - Everything about an operation has one stem: `src/ops/S.rs`, `kernels/S.cu`, `tests/ops/S.rs`, `benches/ops/S.rs`,
 //!   kernel symbols `S_*`; a test enforces it.
-//! - Outside [`device::cuda`] nothing knows an address: kernels get tensors and views. A training step on a GPU waits for nothing and
-//!   copies nothing; what it measured is read when the log asks.
-//! - Tensors are contiguous and channels-last. Other layouts exist only in [`checkpoint`], [`commands::predict`] and [`data`],
-//!   where files of other tools are read and written.
-//! - A result has the same bits at any number of threads: work is split by its size, never by the number of threads, and
-//!   sums are taken in a fixed order.
+//! - Outside [`device::cuda`] nothing knows an address: kernels get tensors and views. A training step on a GPU waits
+//!   for nothing and copies nothing; what it measured is read when the log asks.
+//! - Tensors are contiguous and channels-last. Other layouts exist only in [`checkpoint`], [`commands::predict`] and
+//!   [`data`], where files of other tools are read and written.
+//! - A result has the same bits at any number of threads: work is split by its size, never by the number of threads,
+//!   and sums are taken in a fixed order.
 //! - A random number is a pure function of seed, purpose, step, image and element ([`rng`]). So a sample depends on its
 //!   seed and index alone, and a resumed run continues with the same bits.
 //! - A file that matters is written beside its final name, synced and renamed.
@@ -53,8 +53,9 @@
 //!
 //! # Letters
 //!
-//! n images, h x w pixels, c channels; x_0 image in [-1, 1], x_t noisy image, t timestep in 0..T (0 is one diffusion step), eps
-//! noise, beta, alpha, alpha_bar, sigma as in the paper; y = op(x), dy and dx the loss's gradients for y and x.
+//! n images, h x w pixels, c channels; x_0 image in [-1, 1], x_t noisy image, t timestep in 0..T (0 is one diffusion
+//! step), eps noise, beta, alpha, alpha_bar, sigma as in the paper; y = op(x), dy and dx the loss's gradients for y and
+//! x.
 //!
 //! [arXiv 2006.11239]: https://arxiv.org/abs/2006.11239
 

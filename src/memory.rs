@@ -10,10 +10,10 @@ use crate::tensor::{DType, Shape, Tensor};
 use crate::text::GIB;
 use crate::unet::{DropoutSeed, UNet};
 
-/// Bytes that a training run takes of `device`: what the run holds and what a step over one micro-batch has alive at its
-/// fullest, both asked of a step on shapes alone; and scratch space, which on the CPU is the largest weight in Winograd's
-/// domain (4 times as many numbers) forward and backward, blocks of attention scores (two of 8 MiB) and the threads' tiles.
-/// A GPU's partial sums stay below that.
+/// Bytes that a training run takes of `device`: what the run holds and what a step over one micro-batch has alive at
+/// its fullest, both asked of a step on shapes alone; and scratch space, which on the CPU is the largest weight in
+/// Winograd's domain (4 times as many numbers) forward and backward, blocks of attention scores (two of 8 MiB) and the
+/// threads' tiles. A GPU's partial sums stay below that.
 pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs, device: &Device) -> u64 {
     const BLOCKS_AND_TILES: u64 = 24 << 20;
     let largest_weight = specs.iter().map(|(_, spec)| spec.shape.len() as u64).max().unwrap_or(0);

@@ -15,8 +15,9 @@ pub fn expected<T: Named>() -> String {
     format!("one of {} is expected", T::NAMES.join(", "))
 }
 
-/// Gives an enumeration without fields its names: `names!(Kind { Linear = "linear", Cosine = "cosine" | "squaredcos_cap_v2" })`.
-/// What follows a bar is read too, never written. Makes `ALL`, `name()`, [`Named`], `Display` and `FromStr`.
+/// Gives an enumeration without fields its names: `names!(Kind { Linear = "linear", Cosine = "cosine" |
+/// "squaredcos_cap_v2" })`. What follows a bar is read too, never written. Makes `ALL`, `name()`, [`Named`], `Display`
+/// and `FromStr`.
 macro_rules! names {
     ($type:ident { $($value:ident = $name:literal $(| $alias:literal)*),+ $(,)? }) => {
         impl $type {

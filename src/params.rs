@@ -32,8 +32,8 @@ pub enum Layout {
 /// How a parameter starts out.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Init {
-    /// Uniform on `[-b, b]`, `b = sqrt(6 scale / (fan_in + fan_out))`: `variance_scaling(fan_avg, uniform)` of the paper's
-    /// code, which uses scale 1, and 1e-10 for the last layer of each residual branch.
+    /// Uniform on `[-b, b]`, `b = sqrt(6 scale / (fan_in + fan_out))`: `variance_scaling(fan_avg, uniform)` of the
+    /// paper's code, which uses scale 1, and 1e-10 for the last layer of each residual branch.
     FanAvg {
         /// The variance's factor.
         scale: f64,
@@ -141,8 +141,8 @@ impl Params {
         Ok(params)
     }
 
-    /// Every parameter drawn as its [`Init`] says, from its own stream of `seed`: adding a parameter at the end changes no
-    /// other.
+    /// Every parameter drawn as its [`Init`] says, from its own stream of `seed`: adding a parameter at the end changes
+    /// no other.
     ///
     /// # Errors
     /// See [`Params::zeros`].

@@ -16,7 +16,8 @@ use crate::unet::UNet;
 use crate::usage;
 
 /// Sampling steps unless told otherwise. Ancestral sampling is the default because it mends its own errors as it goes:
-/// after a short training it draws clean images where DDIM leaves specks; more than 100 steps change little that one sees.
+/// after a short training it draws clean images where DDIM leaves specks; more than 100 steps change little that one
+/// sees.
 pub const DEFAULT_STEPS: usize = 100;
 
 /// How far the reverse process is; passed to the caller after every step.
@@ -34,8 +35,8 @@ pub struct Progress<'a> {
 
 /// The reverse process (algorithm 2): `shape.n` images from x_T, noise, through every step of the sampler.
 ///
-/// `network(x_t, t)` returns the predicted noise, shaped like x_t; both are of the type of the device's activations. `each`
-/// sees x after every step.
+/// `network(x_t, t)` returns the predicted noise, shaped like x_t; both are of the type of the device's activations.
+/// `each` sees x after every step.
 ///
 /// # Errors
 /// Those of `network` and `each`, which end the loop, and a GPU that fails.
@@ -77,7 +78,8 @@ impl Drawing<'_> {
         Shape::new(count, m.image_size.h, m.image_size.w, m.channels)
     }
 
-    /// Images drawn together: as many as keep the finest level's activations near the caches, 8 MiB. No image depends on it.
+    /// Images drawn together: as many as keep the finest level's activations near the caches, 8 MiB. No image depends
+    /// on it.
     pub fn batch(&self) -> usize {
         let m = self.unet.model();
         (2 * 1024 * 1024 / (m.image_size.h * m.image_size.w * m.widths[0])).clamp(1, 64)

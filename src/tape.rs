@@ -118,8 +118,8 @@ impl<'p> Tape<'p> {
         Tape { recording: false, ..Tape::recording(device, params) }
     }
 
-    /// A tape that makes every operation fail if its output holds a NaN or an infinity, for a second look at a batch whose
-    /// loss was not finite. It records, so that it computes just what a recording tape does.
+    /// A tape that makes every operation fail if its output holds a NaN or an infinity, for a second look at a batch
+    /// whose loss was not finite. It records, so that it computes just what a recording tape does.
     pub fn inspecting(device: &Device, params: &'p Params) -> Self {
         Tape { check_finite: true, ..Tape::recording(device, params) }
     }

@@ -1,8 +1,8 @@
 //! The U-Net of the DDPM paper (Ho et al. 2020, appendix B; hojonathanho's `unet.py`), eps_theta(x_t, t).
 //!
-//! Shape letters: n images, h x w pixels at the level in question, c channels, e = 4 widths\[0\] time features. Parameter
-//! names are those of diffusers' `UNet2DModel`, whose structure with `downsample_padding: 0`, `freq_shift: 1` and
-//! `flip_sin_to_cos: false` is the paper's.
+//! Shape letters: n images, h x w pixels at the level in question, c channels, e = 4 widths\[0\] time features.
+//! Parameter names are those of diffusers' `UNet2DModel`, whose structure with `downsample_padding: 0`, `freq_shift: 1`
+//! and `flip_sin_to_cos: false` is the paper's.
 //!
 //! - time: sinusoid(t) -> linear -> SiLU -> linear (+ class embedding); SiLU again before each block's projection
 //! - residual block: GN SiLU conv3x3, + projected time, GN SiLU dropout conv3x3, + input (1x1 convolution if c changes)
@@ -95,7 +95,8 @@ struct Resample {
     conv: Affine,
 }
 
-/// The network: handles of its parameters and how they are connected. The values live in [`Params`](crate::params::Params).
+/// The network: handles of its parameters and how they are connected. The values live in
+/// [`Params`](crate::params::Params).
 pub struct UNet {
     model: Model,
     conv_in: Affine,
@@ -290,9 +291,9 @@ impl UNet {
         tape.at("time_embedding");
         let form = Sinusoid { freq_shift: m.freq_shift, flip_sin_to_cos: m.flip_sin_to_cos };
         let temb = Var::constant(time_embedding(tape.device(), t, m.widths[0], form)?); // (n, 1, 1, widths[0])
-        let temb = linear(tape, &temb, self.time_linear_1.weight, Some(self.time_linear_1.bias), None)?; // (n, 1, 1, e)
+        let temb = dense(tape, &temb, &self.time_linear_1)?; // (n, 1, 1, e)
         let temb = silu(tape, &temb)?; // (n, 1, 1, e)
-        let mut temb = linear(tape, &temb, self.time_linear_2.weight, Some(self.time_linear_2.bias), None)?; // (n, 1, 1, e)
+        let mut temb = dense(tape, &temb, &self.time_linear_2)?; // (n, 1, 1, e)
         if let (Some(table), Some(labels)) = (self.class_embedding, conditioning.labels()) {
             temb = embedding(tape, table, labels, &temb)?; // (n, 1, 1, e)
         }
@@ -341,8 +342,7 @@ impl UNet {
         }
 
         tape.at("conv_out");
-        let Norm { gamma, beta } = self.conv_norm_out;
-        h = group_norm(tape, &h, gamma, beta, m.groups, m.norm_eps as f32, Activation::Silu)?; // (n, h, w, widths[0])
+        h = norm(tape, m, &h, &self.conv_norm_out, Activation::Silu)?; // (n, h, w, widths[0])
         conv3x3(tape, &h, &self.conv_out) // (n, h, w, out_channels)
     }
 }
@@ -350,17 +350,17 @@ impl UNet {
 impl Resnet {
     fn forward(&self, tape: &mut Tape<'_>, m: &Model, x: &Var, temb: &Var, masks: Option<DropoutSeed>) -> Result<Var> {
         tape.at(&self.place);
-        let shift = linear(tape, temb, self.time_emb_proj.weight, Some(self.time_emb_proj.bias), None)?; // (n, 1, 1, c)
-        let h = group_norm(tape, x, self.norm1.gamma, self.norm1.beta, m.groups, m.norm_eps as f32, Activation::Silu)?; // (n, h, w, c_in)
+        let shift = dense(tape, temb, &self.time_emb_proj)?; // (n, 1, 1, c)
+        let h = norm(tape, m, x, &self.norm1, Activation::Silu)?; // (n, h, w, c_in)
         let plus = Plus { shift: Some(&shift), residual: None };
         let h = conv2d(tape, &h, self.conv1.weight, self.conv1.bias, Geometry::SAME_3X3, plus)?; // (n, h, w, c)
-        let mut h =
-            group_norm(tape, &h, self.norm2.gamma, self.norm2.beta, m.groups, m.norm_eps as f32, Activation::Silu)?; // (n, h, w, c)
+        let mut h = norm(tape, m, &h, &self.norm2, Activation::Silu)?; // (n, h, w, c)
         if let Some(DropoutSeed { seed, step, first }) = masks {
             let end = first as usize + x.shape().n;
             assert!(end <= 1 << DROPOUT_IMAGES, "dropout for {end} images in a step: a layer has 2^20 streams");
             let first = (self.index << DROPOUT_IMAGES) + first;
-            h = dropout(tape, &h, m.dropout as f32, Streams { seed, purpose: Purpose::Dropout, step, first })?; // (n, h, w, c)
+            let streams = Streams { seed, purpose: Purpose::Dropout, step, first };
+            h = dropout(tape, &h, m.dropout as f32, streams)?; // (n, h, w, c)
         }
         let shortcut = match &self.conv_shortcut {
             Some(s) => &conv2d(tape, x, s.weight, s.bias, Geometry::POINTWISE, Plus::default())?, // (n, h, w, c)
@@ -374,11 +374,10 @@ impl Resnet {
 impl Attention {
     fn forward(&self, tape: &mut Tape<'_>, m: &Model, x: &Var) -> Result<Var> {
         tape.at(&self.place);
-        let Norm { gamma, beta } = self.group_norm;
-        let h = group_norm(tape, x, gamma, beta, m.groups, m.norm_eps as f32, Activation::Identity)?; // (n, h, w, c)
-        let q = linear(tape, &h, self.to_q.weight, Some(self.to_q.bias), None)?; // (n, h, w, c)
-        let k = linear(tape, &h, self.to_k.weight, Some(self.to_k.bias), None)?; // (n, h, w, c)
-        let v = linear(tape, &h, self.to_v.weight, Some(self.to_v.bias), None)?; // (n, h, w, c)
+        let h = norm(tape, m, x, &self.group_norm, Activation::Identity)?; // (n, h, w, c)
+        let q = dense(tape, &h, &self.to_q)?; // (n, h, w, c)
+        let k = dense(tape, &h, &self.to_k)?; // (n, h, w, c)
+        let v = dense(tape, &h, &self.to_v)?; // (n, h, w, c)
         let h = attention(tape, &q, &k, &v, self.heads)?; // (n, h, w, c)
         linear(tape, &h, self.to_out.weight, Some(self.to_out.bias), Some(x)) // (n, h, w, c)
     }
@@ -391,4 +390,12 @@ fn time_features(model: &Model) -> usize {
 
 fn conv3x3(tape: &mut Tape<'_>, x: &Var, conv: &Affine) -> Result<Var> {
     conv2d(tape, x, conv.weight, conv.bias, Geometry::SAME_3X3, Plus::default())
+}
+
+fn dense(tape: &mut Tape<'_>, x: &Var, layer: &Affine) -> Result<Var> {
+    linear(tape, x, layer.weight, Some(layer.bias), None)
+}
+
+fn norm(tape: &mut Tape<'_>, m: &Model, x: &Var, norm: &Norm, activation: Activation) -> Result<Var> {
+    group_norm(tape, x, norm.gamma, norm.beta, m.groups, m.norm_eps as f32, activation)
 }

@@ -1,5 +1,5 @@
-//! The configuration files of diffusers: one struct for each class there, with its arguments in the order of the file and
-//! its defaults, and what they mean here.
+//! The configuration files of diffusers: one struct for each class there, with its arguments in the order of the file
+//! and its defaults, and what they mean here.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -286,8 +286,9 @@ impl DDPMScheduler {
     }
 }
 
-/// The process that a `scheduler_config.json` of any of diffusers' discrete schedulers describes: its betas, its variance,
-/// that it predicts noise and clips x_0. How such a scheduler would step is not taken over; `--sampler` says that.
+/// The process that a `scheduler_config.json` of any of diffusers' discrete schedulers describes: its betas, its
+/// variance, that it predicts noise and clips x_0. How such a scheduler would step is not taken over; `--sampler` says
+/// that.
 ///
 /// # Errors
 /// The key and value of what this process does not have.

@@ -10,12 +10,13 @@
 //!     training_state.safetensors                    weights.NAME, adam_m.NAME, adam_v.NAME; metadata: step
 //! ```
 //!
-//! A checkpoint is written under another name beside the others, synced and renamed, and only then are old ones deleted: whenever
-//! the power fails, the last good checkpoint is there under its name. [`newest`] passes over folders that are not complete.
+//! A checkpoint is written under another name beside the others, synced and renamed, and only then are old ones
+//! deleted: whenever the power fails, the last good checkpoint is there under its name. [`newest`] passes over folders
+//! that are not complete.
 //!
-//! Here is when what is written, found and deleted; `tensors` has the safetensors files, `diffusers` the configurations.
-//! A model of diffusers whose configuration asks for something this network does not have is refused with the key; nothing
-//! is ignored in silence. Deliberately absent: pickled weights (`.bin`, `.pt`), sharded files.
+//! Here is when what is written, found and deleted; `tensors` has the safetensors files, `diffusers` the
+//! configurations. A model of diffusers whose configuration asks for something this network does not have is refused
+//! with the key; nothing is ignored in silence. Deliberately absent: pickled weights (`.bin`, `.pt`), sharded files.
 
 mod diffusers;
 mod tensors;
@@ -76,8 +77,8 @@ pub struct StateMut<'a> {
 
 /// A model to sample from or to evaluate.
 pub struct Loaded {
-    /// Network and diffusion process as the model's files say; the rest from the run's `config.toml` where the model belongs to a
-    /// run, otherwise that of a preset.
+    /// Network and diffusion process as the model's files say; the rest from the run's `config.toml` where the model
+    /// belongs to a run, otherwise that of a preset.
     pub config: Config,
     /// The moving average of the weights.
     pub params: Params,
@@ -85,8 +86,8 @@ pub struct Loaded {
 
 /// Writes `run/checkpoints/STEP` and deletes all but the newest `config.keep_checkpoints`. Returns the folder.
 ///
-/// If there is a complete checkpoint of that step already, it stays as it is: a run is a function of its settings, so it
-/// holds the same numbers.
+/// If there is a complete checkpoint of that step already, it stays as it is: a run is a function of its settings, so
+/// it holds the same numbers.
 pub fn save(run: &Path, config: &Config, state: State<'_>) -> Result<PathBuf> {
     let folder = run.join("checkpoints");
     fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, format!("cannot be created: {e}")))?;

@@ -1,5 +1,5 @@
-//! The safetensors files of a checkpoint: parameters by name, f32 and channels-first as other tools have them, F32, F16 or
-//! BF16 when read.
+//! The safetensors files of a checkpoint: parameters by name, f32 and channels-first as other tools have them, F32, F16
+//! or BF16 when read.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
@@ -36,8 +36,8 @@ pub(super) fn metadata(bytes: &[u8], key: &str) -> Option<String> {
     metadata.metadata().as_ref()?.get(key).cloned()
 }
 
-/// Writes each part's tensors, f32 in the layout of other tools, as `PREFIX` + name. One entry of metadata, since their order in
-/// a file would be random: the same state gives the same bytes.
+/// Writes each part's tensors, f32 in the layout of other tools, as `PREFIX` + name. One entry of metadata, since their
+/// order in a file would be random: the same state gives the same bytes.
 ///
 /// By hand and not through the library's writer, which would make files that none but their owner can read.
 pub(super) fn write_tensors(
@@ -130,8 +130,8 @@ impl<'a> TensorFile<'a> {
         Ok(TensorFile { path, tensors: file.tensors().into_iter().map(|(name, view)| (today(name), view)).collect() })
     }
 
-    /// Refuses a file that has other tensors than `specs` under `prefixes`, naming those that are missing and those that are
-    /// too many.
+    /// Refuses a file that has other tensors than `specs` under `prefixes`, naming those that are missing and those
+    /// that are too many.
     pub fn refuse_unread(&self, specs: &Specs, prefixes: &[&str]) -> Result<()> {
         let wanted: BTreeSet<String> =
             prefixes.iter().flat_map(|p| specs.iter().map(move |(_, s)| format!("{p}{}", s.name))).collect();

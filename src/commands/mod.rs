@@ -1,5 +1,5 @@
-//! The commands of the program, one file each, read from top to bottom: arguments, checks, what is called, what is said.
-//! What they do is in the library below them; whoever calls that needs none of this.
+//! The commands of the program, one file each, read from top to bottom: arguments, checks, what is called, what is
+//! said. What they do is in the library below them; whoever calls that needs none of this.
 
 pub mod info;
 pub mod predict;

@@ -52,7 +52,8 @@ pub struct Args {
 /// Runs the command.
 ///
 /// # Errors
-/// Settings, data or checkpoints that cannot be used; a loss or gradient that is not finite; files that cannot be written.
+/// Settings, data or checkpoints that cannot be used; a loss or gradient that is not finite; files that cannot be
+/// written.
 pub fn run(args: &Args) -> Result<()> {
     let device = args.on.open()?;
     let mut terminal = Terminal { bar: ProgressBar::hidden() };
@@ -127,8 +128,8 @@ impl Watch for Terminal {
     }
 }
 
-/// Set by the first Ctrl-C (or SIGTERM); another ends the program at once, unless it comes within a second: `timeout` and job
-/// schedulers signal a process and then its whole group, and mean one signal.
+/// Set by the first Ctrl-C (or SIGTERM); another ends the program at once, unless it comes within a second: `timeout`
+/// and job schedulers signal a process and then its whole group, and mean one signal.
 fn stop_flag() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();

@@ -121,8 +121,8 @@ fn decode(file: &Path) -> Result<(Extent, Vec<u8>)> {
 
 const JPEG_START: [u8; 2] = [0xFF, 0xD8];
 
-/// True if a JPEG's end marker is there. The decoder fills what is missing of a file that was cut short with grey, which
-/// would go into the training set unseen.
+/// True if a JPEG's end marker is there. The decoder fills what is missing of a file that was cut short with grey,
+/// which would go into the training set unseen.
 fn jpeg_has_end(bytes: &[u8]) -> bool {
     let mut at = JPEG_START.len();
     loop {
@@ -131,7 +131,8 @@ fn jpeg_has_end(bytes: &[u8]) -> bool {
             // Within compressed data: a stuffed 0xFF, a restart marker, a fill byte.
             (Some(0xFF), Some(0x00 | 0xD0..=0xD7)) => at += 2,
             (Some(0xFF), Some(0xFF)) => at += 1,
-            // Any other marker starts a segment with its length, which may hold a thumbnail with an end marker of its own.
+            // Any other marker starts a segment with its length, which may hold a thumbnail with an end marker of its
+            // own.
             (Some(0xFF), Some(_)) => match bytes.get(at + 2..at + 4) {
                 Some(length) => at += 2 + usize::from(u16::from_be_bytes([length[0], length[1]])),
                 None => return false,

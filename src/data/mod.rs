@@ -1,9 +1,9 @@
 //! Images to train on: where they come from, which are held out, and in which order training sees them.
 //!
-//! [`load`] reads any source into memory as unsigned bytes, channels last: `mnist` (built in), .npy and .npz, IDX files,
-//! CIFAR-10's binary version, folders of PNG and JPEG. What a source is, is judged by its content, not its name. Which
-//! images are held out depends on their number alone, and the order of training is a pure function of
-//! (seed, step), so that a resumed run and a repeated one see the same images.
+//! [`load`] reads any source into memory as unsigned bytes, channels last: `mnist` (built in), .npy and .npz, IDX
+//! files, CIFAR-10's binary version, folders of PNG and JPEG. What a source is, is judged by its content, not its name.
+//! Which images are held out depends on their number alone, and the order of training is a pure function of (seed,
+//! step), so that a resumed run and a repeated one see the same images.
 //!
 //! Deliberately absent: streaming from disk, augmentation beyond flips.
 
@@ -118,8 +118,8 @@ impl Dataset {
         Images { pixels: &self.images, shape: Shape::new(self.images.len() / self.extent.len(), h, w, channels) }
     }
 
-    /// Where in [`images`](Self::images) this set's images `indices` stand, and their classes if they are wanted and the
-    /// source has them.
+    /// Where in [`images`](Self::images) this set's images `indices` stand, and their classes if they are wanted and
+    /// the source has them.
     pub fn rows(&self, indices: &[usize], classes: bool) -> Rows {
         let labels = self.labels.as_ref().filter(|_| classes);
         Rows {

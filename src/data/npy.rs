@@ -1,4 +1,5 @@
-//! Reading NumPy's .npy and .npz (plain or compressed). Arrays of other orders than C and of Python objects are refused.
+//! Reading NumPy's .npy and .npz (plain or compressed). Arrays of other orders than C and of Python objects are
+//! refused.
 
 use std::io::{Cursor, Read};
 use std::path::Path;

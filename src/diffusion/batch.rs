@@ -1,8 +1,8 @@
 //! What a step draws for its images: which, mirrored or not, at which timestep, with which noise.
 //!
 //! Everything is drawn per image from the image's position in the whole step (or in the held-out split), so a step cut
-//! into micro-batches draws the same as one uncut, and a resumed run the same as one never stopped. A GPU draws for itself, in the
-//! kernel, from the same streams.
+//! into micro-batches draws the same as one uncut, and a resumed run the same as one never stopped. A GPU draws for
+//! itself, in the kernel, from the same streams.
 
 use crate::rng::{Purpose, Streams};
 
@@ -15,7 +15,8 @@ pub struct Batch {
     pub labels: Option<Vec<u32>>,
     /// Whether each is mirrored left to right.
     pub flip: Vec<bool>,
-    /// Where that comes from, if any is mirrored: image `i` of the batch has stream `i` of these; so for `timestep` and `noise`.
+    /// Where that comes from, if any is mirrored: image `i` of the batch has stream `i` of these; so for `timestep` and
+    /// `noise`.
     pub flips: Option<Streams>,
     /// Each one's timestep, in `0..timesteps`.
     pub t: Vec<u32>,

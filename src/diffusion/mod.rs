@@ -4,9 +4,9 @@
 //! and Ermon 2021 ("DDIM"). Index `t = 0` is one step of diffusion (the papers' t = 1), `x_0` the image itself, and
 //! `alpha_bar` before index 0 is 1. All tables are f64; what a step needs is rounded to f32 at the end.
 //!
-//! [`schedule`] has the noise levels, [`batch`] what a training step draws, [`sampler`] the steps of the reverse process.
-//! Numbers only: the passes over pixels are the operations q_sample, loss and sample_step, which are built on this
-//! module. The network predicts the noise eps. Not here: the variational bound, other parameterisations, learned
+//! [`schedule`] has the noise levels, [`batch`] what a training step draws, [`sampler`] the steps of the reverse
+//! process. Numbers only: the passes over pixels are the operations q_sample, loss and sample_step, which are built on
+//! this module. The network predicts the noise eps. Not here: the variational bound, other parameterisations, learned
 //! variances, guidance.
 
 pub mod batch;

@@ -29,8 +29,8 @@ pub fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&mut File>) -> i
     write().map_err(|e| Error::file(path, format!("cannot be written: {e}")))
 }
 
-/// Makes the folder `path`, which must not exist or be empty: `fill` writes into a temporary one beside it, and everything
-/// in that is synced before it gets its name. If `fill` fails nothing is left.
+/// Makes the folder `path`, which must not exist or be empty: `fill` writes into a temporary one beside it, and
+/// everything in that is synced before it gets its name. If `fill` fails nothing is left.
 pub fn write_folder_atomically(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let failed = |e: io::Error| Error::file(path, format!("cannot be written: {e}"));
     let temporary = unfinished().tempdir_in(parent(path)).map_err(failed)?;

@@ -1,7 +1,7 @@
 //! What the program leaves on disk: PNG grids and folders, animated GIFs, .npz for OpenAI's evaluator, .npy.
 //!
-//! Images arrive as bytes, `(n, h, w, c)`; [`to_bytes`] makes them from samples in [-1, 1]. Everything is written beside its
-//! final name, synced and renamed, so under that name there is either the old file or the whole new one.
+//! Images arrive as bytes, `(n, h, w, c)`; [`to_bytes`] makes them from samples in [-1, 1]. Everything is written
+//! beside its final name, synced and renamed, so under that name there is either the old file or the whole new one.
 
 mod atomic;
 mod npz;
@@ -84,8 +84,9 @@ impl Target {
     }
 }
 
-/// Bytes of numbers in [-1, 1]: `(x + 1) * 127.5`, rounded to the nearest and clamped to 0..=255. Rounded, so that a byte that
-/// became `byte / 127.5 - 1` comes back as itself; OpenAI's code truncates, which darkens by half a step on average.
+/// Bytes of numbers in [-1, 1]: `(x + 1) * 127.5`, rounded to the nearest and clamped to 0..=255. Rounded, so that a
+/// byte that became `byte / 127.5 - 1` comes back as itself; OpenAI's code truncates, which darkens by half a step on
+/// average.
 pub fn to_bytes(x: &[f32]) -> Vec<u8> {
     x.iter().map(|&x| ((x + 1.0) * 127.5).round().clamp(0.0, 255.0) as u8).collect()
 }
@@ -113,8 +114,8 @@ pub fn write_folder(path: &Path, shape: Shape, images: &[u8]) -> Result<()> {
     })
 }
 
-/// An endless animation; each frame holds all images, and is shown as a grid. Grey ones share one table of 256 greys; frames with
-/// tables of their own and none in common are valid, but Pillow shows grey ones black.
+/// An endless animation; each frame holds all images, and is shown as a grid. Grey ones share one table of 256 greys;
+/// frames with tables of their own and none in common are valid, but Pillow shows grey ones black.
 pub fn write_gif(path: &Path, shape: Shape, frames: &[Vec<u8>]) -> Result<()> {
     let failed = |e: &dyn std::fmt::Display| Error::file(path, format!("cannot be written as GIF: {e}"));
     let greys: Vec<u8> = if shape.c == 1 { (0..=255).flat_map(|v| [v; 3]).collect() } else { Vec::new() };

@@ -17,8 +17,8 @@ pub fn write_npy(path: &Path, shape: &[usize], data: &[f32]) -> Result<()> {
     atomic::write_with(path, |file| write_array(file, shape, data.iter().copied()))
 }
 
-/// `.npz` as OpenAI's evaluator reads it: `arr_0`, bytes of shape `(n, h, w, c)`, and with labels `arr_1`, i64 of shape `(n)`.
-/// Not compressed, like `numpy.savez`.
+/// `.npz` as OpenAI's evaluator reads it: `arr_0`, bytes of shape `(n, h, w, c)`, and with labels `arr_1`, i64 of shape
+/// `(n)`. Not compressed, like `numpy.savez`.
 pub fn write_npz(path: &Path, shape: Shape, images: &[u8], labels: Option<&[u32]>) -> Result<()> {
     assert_eq!(shape.len(), images.len(), "bytes for images of {shape}");
     atomic::write_with(path, |file| {

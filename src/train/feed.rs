@@ -1,8 +1,9 @@
 //! The way of a data set's images to where steps are computed.
 //!
-//! On the CPU there is none: a step reads the data set. A GPU holds the whole data set where it fits, and the numbers of the images
-//! of many steps ahead, copied in one go, so that a step copies nothing. Where the data set does not fit, each batch's bytes go up through
-//! page-locked memory, two batches in turn, so that the host fills one while the other is copied.
+//! On the CPU there is none: a step reads the data set. A GPU holds the whole data set where it fits, and the numbers
+//! of the images of many steps ahead, copied in one go, so that a step copies nothing. Where the data set does not fit,
+//! each batch's bytes go up through page-locked memory, two batches in turn, so that the host fills one while the other
+//! is copied.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -1,12 +1,13 @@
 //! Training: the loop, top to bottom.
 //!
-//! A step (algorithm 1 of the paper, for a batch) is [`Trainer::step`]: draw images, timesteps and noise; form x_t; predict
-//! the noise; take the loss and its gradient; walk the tape back; clip; update weights, moments and moving average. What a
-//! step draws is a pure function of seed and step, so the state of a run is its step number and four flat buffers: weights,
-//! moving average, two moments. That is what a checkpoint holds and why a resumed run continues with the same bits.
+//! A step (algorithm 1 of the paper, for a batch) is [`Trainer::step`]: draw images, timesteps and noise; form x_t;
+//! predict the noise; take the loss and its gradient; walk the tape back; clip; update weights, moments and moving
+//! average. What a step draws is a pure function of seed and step, so the state of a run is its step number and four
+//! flat buffers: weights, moving average, two moments. That is what a checkpoint holds and why a resumed run continues
+//! with the same bits.
 //!
-//! [`Run`] is a [`Trainer`] in a folder: it logs, validates, draws samples and saves. Whoever has a loop of their own takes
-//! the [`Trainer`] alone.
+//! [`Run`] is a [`Trainer`] in a folder: it logs, validates, draws samples and saves. Whoever has a loop of their own
+//! takes the [`Trainer`] alone.
 
 mod feed;
 mod log;

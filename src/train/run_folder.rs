@@ -19,8 +19,8 @@ pub(super) struct RunFolder {
 }
 
 impl RunFolder {
-    /// Makes a folder with its config.toml: the one asked for, which must not hold a run, or the first free of runs/PRESET,
-    /// runs/PRESET-2, ...
+    /// Makes a folder with its config.toml: the one asked for, which must not hold a run, or the first free of
+    /// runs/PRESET, runs/PRESET-2, ...
     pub fn create(out: Option<&Path>, config: &Config, watch: &mut dyn Watch) -> Result<Self> {
         let failed = |path: &Path, e| Error::file(path, format!("cannot be created: {e}"));
         let path = match out {
@@ -54,7 +54,8 @@ impl RunFolder {
         Ok(RunFolder { path: path.to_path_buf(), config: Config::read(&settings)?, _lock: lock })
     }
 
-    /// Brings `trainer` to the newest checkpoint, and the folder to the trainer's settings; only the number of steps can differ.
+    /// Brings `trainer` to the newest checkpoint, and the folder to the trainer's settings; only the number of steps
+    /// can differ.
     pub fn restore(&self, trainer: &mut Trainer, watch: &mut dyn Watch) -> Result<()> {
         let damaged = checkpoint::damaged(&self.path)?;
         match (checkpoint::newest(&self.path)?, damaged.last()) {
@@ -119,8 +120,8 @@ fn first_free(preset: Preset) -> std::io::Result<PathBuf> {
     unreachable!("four billion runs")
 }
 
-/// Locks a run folder; it is free again when the file is closed, however the process ends. `None` where a system has no locks on
-/// folders.
+/// Locks a run folder; it is free again when the file is closed, however the process ends. `None` where a system has no
+/// locks on folders.
 fn lock(run: &Path) -> Result<Option<File>> {
     let Ok(folder) = File::open(run) else { return Ok(None) };
     match folder.try_lock() {

@@ -151,12 +151,12 @@ impl Trainer {
         &self.schedule
     }
 
-    /// One step on the next images: algorithm 1 of the paper, for a batch. On a GPU it only launches; what it measured comes
-    /// from [`reports`](Self::reports).
+    /// One step on the next images: algorithm 1 of the paper, for a batch. On a GPU it only launches; what it measured
+    /// comes from [`reports`](Self::reports).
     ///
     /// # Errors
-    /// On the CPU, `Error::Failed` if the loss or the gradient is not finite: with the step, the first tensor that is not,
-    /// and what to try. The weights are then still those of the last step. On a GPU that is found by
+    /// On the CPU, `Error::Failed` if the loss or the gradient is not finite: with the step, the first tensor that is
+    /// not, and what to try. The weights are then still those of the last step. On a GPU that is found by
     /// [`reports`](Self::reports).
     pub fn step(&mut self) -> Result<()> {
         self.meter.begin();
@@ -359,8 +359,8 @@ fn update(c: &Config, step: u32) -> Update {
     }
 }
 
-/// The learning rate of step `step` (from 1), warm-up included. The paper's code multiplies by step/warmup, so that its first step
-/// does nothing; counting from one does not.
+/// The learning rate of step `step` (from 1), warm-up included. The paper's code multiplies by step/warmup, so that its
+/// first step does nothing; counting from one does not.
 fn learning_rate(c: &Config, step: u32) -> f64 {
     c.learning_rate * (f64::from(step) / f64::from(c.warmup_steps.max(1))).min(1.0)
 }
@@ -374,7 +374,8 @@ fn first_not_finite(what: &str, specs: &Specs, flat: &[f32]) -> String {
     }
 }
 
-/// Training and held-out images on the GPU, if they fit beside what training needs. They are one buffer where they are one source's.
+/// Training and held-out images on the GPU, if they fit beside what training needs. They are one buffer where they are
+/// one source's.
 fn resident(
     config: &Config,
     unet: &UNet,

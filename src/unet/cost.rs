@@ -1,7 +1,7 @@
-//! What a network costs, part by part. Parameters and floating-point operations are counted from its layers: operations are
-//! two per multiply-add of convolutions, linear layers and attention products in one forward pass (a training step does
-//! three times as many); norms, activations and resampling are not counted. What a training step keeps is asked of the
-//! tape, by a forward pass over shapes alone.
+//! What a network costs, part by part. Parameters and floating-point operations are counted from its layers: operations
+//! are two per multiply-add of convolutions, linear layers and attention products in one forward pass (a training step
+//! does three times as many); norms, activations and resampling are not counted. What a training step keeps is asked of
+//! the tape, by a forward pass over shapes alone.
 
 use super::{Affine, Attention, Level, Norm, Resample, Resnet, UNet};
 use crate::conditioning::Conditioning;
