@@ -81,7 +81,7 @@ pub fn check_shared_config(config: c_int) -> Answer {
     }
 }
 
-/// The limits with their first values: stack, printf buffer, heap, two of device-side launches, L2 fetch, persisting L2.
+/// The limits and their defaults: stack, printf buffer, heap, two of device-side launches, L2 fetch, persisting L2.
 const LIMITS: [usize; 7] = [1024, 1 << 20, 8 << 20, 2, 2048, 64, 0];
 
 fn known_limit(limit: c_int) -> Answer<usize> {

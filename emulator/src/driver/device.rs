@@ -164,7 +164,7 @@ unsafe fn give_string(place: *mut c_char, room: c_int, string: &str) -> Answer {
         return refuse(Code::INVALID_VALUE, "there is no room for the text");
     }
     let length = string.len().min(room as usize - 1);
-    // SAFETY: the caller's contract; `length` is below the room.
+    // SAFETY: guaranteed by the caller; `length` is below the room.
     unsafe {
         std::ptr::copy_nonoverlapping(string.as_ptr().cast(), place, length);
         place.add(length).write(0);
@@ -276,7 +276,8 @@ exports! { DEVICE:
         state::device(from)?;
         state::device(to)?;
         if !(1..=5).contains(&number) || from == to {
-            return refuse(Code::INVALID_VALUE, format!("there is no attribute {number} between devices {from} and {to}"));
+            let why = format!("there is no attribute {number} between devices {from} and {to}");
+            return refuse(Code::INVALID_VALUE, why);
         }
         give(value, 0, "the value")
     }

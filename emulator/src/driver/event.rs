@@ -95,7 +95,7 @@ fn elapsed(milliseconds: *mut f32, start: Handle, end: Handle) -> Answer {
         Some(duration) => duration.as_secs_f64(),
         None => -start.duration_since(end).as_secs_f64(),
     };
-    // SAFETY: the caller of the exported functions vouches for the pointer.
+    // SAFETY: the caller of the exported functions guarantees the pointer.
     unsafe { give(milliseconds, (seconds * 1e3) as f32, "the time") }
 }
 

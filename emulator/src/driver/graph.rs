@@ -1,17 +1,18 @@
 //! Stream capture and graphs.
 //!
-//! A capture sequence keeps its nodes in the order of submission and, for every stream that takes part, the nodes that the
-//! stream's next work comes after. The rules are those of the programming guide:
+//! A capture sequence keeps its nodes in the order of submission and, for every participating stream, the nodes that
+//! the stream's next work depends on. The rules are those of the programming guide:
 //!
-//! - an event recorded in the sequence carries its nodes to the stream that waits for it, which so joins the sequence;
+//! - an event recorded in the sequence carries its nodes to a stream that waits for it, which thereby joins the
+//!   sequence;
 //! - a dependency on work outside is refused (905), as is merging two sequences (902);
 //! - while a blocking stream captures, the legacy stream cannot be used (906);
-//! - waiting for, or asking about, a capturing stream or a captured event is refused (900, 907);
+//! - synchronising with, or querying, a capturing stream or a captured event is refused (900, 907);
 //! - calls that may synchronise or allocate are refused (900) in the threads that the capture mode protects;
-//! - whoever breaks a rule also invalidates the sequence, and the end of the capture says so (901).
+//! - breaking a rule also invalidates the sequence, which the end of the capture reports (901).
 //!
-//! A graph's nodes run in an order that the edges allow: the order of capture, or with a schedule seed a random one, so that a
-//! missing edge shows. Graphs made node by node (`cuGraphAdd...`) are not emulated.
+//! A graph's nodes run in an order that its edges allow: the order of capture or, with a schedule seed, a random one,
+//! so that a missing edge shows. Graphs built node by node (`cuGraphAdd...`) are not emulated.
 
 use super::call::{Answer, Refusal, exports, give, give_if_asked, refuse};
 use super::codes::Code;
@@ -50,7 +51,7 @@ pub struct Capture {
     objects: Objects,
     /// Handles of the nodes.
     node_handles: Vec<usize>,
-    /// What a program was last told that a stream's next work comes after; it may read that until its next call for the stream.
+    /// The dependencies last reported to the program, which may read them until its next call for the stream.
     told: Vec<usize>,
     /// For each stream that takes part: whether it is blocking, and the nodes that its next work comes after.
     members: BTreeMap<usize, Member>,
@@ -99,7 +100,8 @@ pub struct GraphExec {
     _objects: Objects,
 }
 
-/// Memory allocated by a node of a graph. The address is the same in every launch; it is reserved as long as a graph needs it.
+/// Memory allocated by a node of a graph. The address is the same in every launch, and reserved as long as a graph
+/// needs it.
 pub struct GraphMemory {
     pub device: c_int,
     pub address: DevicePointer,
@@ -229,7 +231,8 @@ pub fn end(stream: &Stream) -> Answer<Handle> {
     if !capture.is_joined() {
         return refuse(
             Code::STREAM_CAPTURE_UNJOINED,
-            "work captured on another stream was not joined: record an event there and wait for it on the stream where the capture began",
+            "work captured on another stream was not joined: record an event there and wait for it on the stream where \
+             the capture began",
         );
     }
     let graph = Graph {
@@ -335,7 +338,8 @@ fn implicit_use(stream: &Stream, invalidates: bool) -> Answer {
     }
     refuse(
         Code::STREAM_CAPTURE_IMPLICIT,
-        "the legacy stream would wait for a blocking stream that is capturing: use another stream, or capture on a non-blocking one",
+        "the legacy stream would wait for a blocking stream that is capturing: use another stream, or capture on a \
+         non-blocking one",
     )
 }
 
@@ -600,7 +604,7 @@ unsafe fn give_list(list: &[usize], place: *mut Handle, count: *mut usize) -> An
     if count.is_null() {
         return refuse(Code::INVALID_VALUE, "the pointer for the count is null");
     }
-    // SAFETY: the caller's contract.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         if !place.is_null() {
             for at in 0..*count {
@@ -616,13 +620,17 @@ unsafe fn give_list(list: &[usize], place: *mut Handle, count: *mut usize) -> An
 }
 
 exports! { GRAPH:
-    fn cuGraphInstantiate(exec: *mut Handle, graph: Handle, error_node: *mut Handle, log: *mut c_char, log_bytes: usize) {
+    fn cuGraphInstantiate(
+        exec: *mut Handle, graph: Handle, error_node: *mut Handle, log: *mut c_char, log_bytes: usize,
+    ) {
         let _ = (log, log_bytes);
         give_if_asked(error_node, std::ptr::null_mut());
         give(exec, instantiate(graph, 0)?, "the executable graph")
     }
 
-    fn cuGraphInstantiate_v2(exec: *mut Handle, graph: Handle, error_node: *mut Handle, log: *mut c_char, log_bytes: usize) {
+    fn cuGraphInstantiate_v2(
+        exec: *mut Handle, graph: Handle, error_node: *mut Handle, log: *mut c_char, log_bytes: usize,
+    ) {
         let _ = (log, log_bytes);
         give_if_asked(error_node, std::ptr::null_mut());
         give(exec, instantiate(graph, 0)?, "the executable graph")
@@ -706,7 +714,8 @@ exports! { GRAPH:
     fn cuGraphGetRootNodes(graph: Handle, nodes: *mut Handle, count: *mut usize) {
         let graph = driver()?.graphs.get(graph)?;
         let all = node_handles(&graph)?;
-        let roots: Vec<usize> = graph.steps.iter().zip(all).filter(|(step, _)| step.after.is_empty()).map(|(_, &handle)| handle).collect();
+        let roots = graph.steps.iter().zip(all).filter(|(step, _)| step.after.is_empty());
+        let roots: Vec<usize> = roots.map(|(_, &handle)| handle).collect();
         give_list(&roots, nodes, count)
     }
 

@@ -1,6 +1,6 @@
 //! Allocation, copies and fills.
 //!
-//! Deliberately absent: arrays and textures, virtual memory management (cuMemCreate, cuMemMap), memory shared between processes.
+//! Not here: arrays and textures, virtual memory management (cuMemCreate, cuMemMap), memory shared between processes.
 
 use super::call::{Answer, exports, give, give_if_asked, refuse};
 use super::codes::Code;
@@ -324,7 +324,7 @@ unsafe fn copy_2d(what: *const Copy2d) -> Answer<Work> {
     if what.is_null() {
         return refuse(Code::INVALID_VALUE, "the description of the copy is null");
     }
-    // SAFETY: not null, and the caller vouches for it.
+    // SAFETY: not null, so valid as the caller guarantees.
     let c = unsafe { &*what };
     let or_width = |pitch: usize| if pitch == 0 { c.width } else { pitch };
     let (from_pitch, to_pitch) = (or_width(c.from_pitch), or_width(c.to_pitch));
@@ -353,7 +353,7 @@ unsafe fn copy_3d(what: *const Copy3d) -> Answer<Work> {
     if what.is_null() {
         return refuse(Code::INVALID_VALUE, "the description of the copy is null");
     }
-    // SAFETY: not null, and the caller vouches for it.
+    // SAFETY: not null, so valid as the caller guarantees.
     let c = unsafe { &*what };
     let or = |given: usize, otherwise: usize| if given == 0 { otherwise } else { given };
     let (from_pitch, to_pitch) = (or(c.from_pitch, c.width), or(c.to_pitch, c.width));
@@ -428,7 +428,7 @@ unsafe fn pointer_attribute(data: *mut c_void, attribute: c_int, address: Device
         Kind::Mirror(host) => Some(host + (address - first)),
         _ => None,
     };
-    // SAFETY: the caller's contract, for every write below.
+    // SAFETY: guaranteed by the caller, for every write below.
     unsafe {
         match attribute {
             POINTER_CONTEXT => give(data.cast::<Handle>(), owned.context as Handle, "the value"),
@@ -469,7 +469,7 @@ unsafe fn pointer_attribute(data: *mut c_void, attribute: c_int, address: Device
 fn address_range(first: *mut DevicePointer, bytes: *mut usize, address: DevicePointer) -> Answer {
     match state::device_of(address) {
         Some((_, start, owned)) => {
-            // SAFETY: the caller of the exported functions vouches for both pointers.
+            // SAFETY: the caller of the exported functions guarantees both pointers.
             unsafe {
                 give_if_asked(first, start);
                 give_if_asked(bytes, owned.bytes as usize);
@@ -496,7 +496,9 @@ exports! { MEMORY:
         give(address, allocate_now(bytes, Kind::Device, "cuMemAlloc")?, "the address")
     }
 
-    fn cuMemAllocPitch_v2(address: *mut DevicePointer, pitch: *mut usize, width: usize, height: usize, element: c_uint) {
+    fn cuMemAllocPitch_v2(
+        address: *mut DevicePointer, pitch: *mut usize, width: usize, height: usize, element: c_uint,
+    ) {
         if !matches!(element, 4 | 8 | 16) {
             return refuse(Code::INVALID_VALUE, format!("the element size must be 4, 8 or 16, not {element}"));
         }
@@ -552,7 +554,9 @@ exports! { MEMORY:
         pointer_attribute(data, attribute, address)
     }
 
-    fn cuPointerGetAttributes(count: c_uint, attributes: *const c_int, data: *const *mut c_void, address: DevicePointer) {
+    fn cuPointerGetAttributes(
+        count: c_uint, attributes: *const c_int, data: *const *mut c_void, address: DevicePointer,
+    ) {
         if attributes.is_null() || data.is_null() {
             return refuse(Code::INVALID_VALUE, "the list of attributes or of places is null");
         }

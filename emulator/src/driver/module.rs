@@ -1,6 +1,6 @@
 //! Modules, functions, variables; also the newer names for the same things, libraries and kernels.
 //!
-//! An image is PTX text. Deliberately absent: cubin and fatbin images (machine code cannot be run here), textures and
+//! An image is PTX text. Not here: cubin and fatbin images (machine code cannot be run here), textures and
 //! surfaces. Several images become one in [`super::linker`].
 
 use super::call::{Answer, exports, give, give_if_asked, refuse, text};
@@ -187,7 +187,7 @@ impl JitLog {
             }
         }
         if self.length_at != 0 {
-            // SAFETY: the caller's contract.
+            // SAFETY: guaranteed by the caller.
             unsafe { (self.length_at as *mut *mut c_void).write(written as *mut c_void) };
         }
     }
@@ -203,7 +203,7 @@ unsafe fn load_with_options(
     options: *const c_int,
     values: *mut *mut c_void,
 ) -> Answer<Handle> {
-    // SAFETY: the caller's contract.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let log = JitLog::find(count, options, values)?;
         let answer = image_text(image).and_then(load_text);
@@ -242,7 +242,7 @@ unsafe fn variable(image: Handle, name: &str, address: *mut DevicePointer, bytes
     let image = driver()?.modules.get(image)?;
     match image.loaded.global(name) {
         Some((at, size)) => {
-            // SAFETY: the caller's contract.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 give_if_asked(address, at);
                 give_if_asked(bytes, size as usize);
@@ -313,7 +313,8 @@ fn set_attribute(function: &Function, attribute: c_int, value: c_int) -> Answer 
                 _ => refuse(
                     Code::INVALID_VALUE,
                     format!(
-                        "kernel {} cannot have {value} bytes of dynamic shared memory: with its {fixed} static bytes the device allows {most}",
+                        "kernel {} cannot have {value} bytes of dynamic shared memory: with its {fixed} static bytes \
+                         the device allows {most}",
                         function.kernel.name
                     ),
                 ),
@@ -410,7 +411,8 @@ exports! { MODULE:
         let function = driver()?.functions.get(function)?;
         let Some(param) = function.kernel.params.get(index) else {
             let count = function.kernel.params.len();
-            return refuse(Code::INVALID_VALUE, format!("kernel {} has {count} parameters, none with index {index}", function.kernel.name));
+            let why = format!("kernel {} has {count} parameters, none with index {index}", function.kernel.name);
+            return refuse(Code::INVALID_VALUE, why);
         };
         give(offset, param.offset as usize, "the offset")?;
         give_if_asked(bytes, param.bytes as usize);

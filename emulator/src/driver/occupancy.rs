@@ -1,7 +1,7 @@
 //! Occupancy: how many blocks of a kernel one multiprocessor holds at a time.
 //!
-//! The arithmetic is that of NVIDIA's occupancy calculator. The number of registers is the emulator's own, since only ptxas
-//! knows what it would use; treat the results as close, not as the GPU's.
+//! The arithmetic is that of NVIDIA's occupancy calculator. The register count is the emulator's own, since only ptxas
+//! knows the real one: results are close to the GPU's, not equal.
 
 use super::call::{Answer, exports, give, refuse};
 use super::codes::Code;
@@ -13,7 +13,7 @@ use crate::ptx::Kernel;
 use std::ffi::{c_int, c_uint};
 use std::sync::Arc;
 
-/// Registers are handed to warps in units of this many.
+/// Registers are allocated to warps in units of this size.
 const REGISTER_UNIT: u32 = 256;
 const WARP: u32 = 32;
 
@@ -83,7 +83,7 @@ fn best_block(
     // From the largest block down in steps of a warp; of equals the largest wins.
     for threads in (1..=most).rev().filter(|&threads| threads == most || threads % WARP == 0) {
         let shared = match shared_of {
-            // SAFETY: the caller of the exported function vouches for its callback.
+            // SAFETY: the caller of the exported function guarantees that its callback may be called.
             Some(callback) => unsafe { callback(threads as c_int) },
             None => dynamic_shared,
         };
@@ -112,7 +112,9 @@ fn check_flags(flags: c_uint) -> Answer {
 }
 
 exports! { OCCUPANCY:
-    fn cuOccupancyMaxActiveBlocksPerMultiprocessor(blocks: *mut c_int, function: Handle, threads: c_int, dynamic_shared: usize) {
+    fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
+        blocks: *mut c_int, function: Handle, threads: c_int, dynamic_shared: usize,
+    ) {
         give(blocks, max_active(function, threads, dynamic_shared)?, "the number of blocks")
     }
 
@@ -124,7 +126,8 @@ exports! { OCCUPANCY:
     }
 
     fn cuOccupancyMaxPotentialBlockSize(
-        grid: *mut c_int, block: *mut c_int, function: Handle, shared_of: Option<SharedOfBlock>, dynamic_shared: usize, limit: c_int,
+        grid: *mut c_int, block: *mut c_int, function: Handle, shared_of: Option<SharedOfBlock>,
+        dynamic_shared: usize, limit: c_int,
     ) {
         let (smallest_grid, threads) = best_block(function, shared_of, dynamic_shared, limit)?;
         give(grid, smallest_grid, "the grid size")?;
@@ -132,8 +135,8 @@ exports! { OCCUPANCY:
     }
 
     fn cuOccupancyMaxPotentialBlockSizeWithFlags(
-        grid: *mut c_int, block: *mut c_int, function: Handle, shared_of: Option<SharedOfBlock>, dynamic_shared: usize, limit: c_int,
-        flags: c_uint,
+        grid: *mut c_int, block: *mut c_int, function: Handle, shared_of: Option<SharedOfBlock>,
+        dynamic_shared: usize, limit: c_int, flags: c_uint,
     ) {
         check_flags(flags)?;
         let (smallest_grid, threads) = best_block(function, shared_of, dynamic_shared, limit)?;

@@ -3,7 +3,7 @@
 //! A pool here is an account. Memory is allocated and freed at once; what a real pool would keep for later counts as
 //! reserved until a synchronisation finds more of it than the release threshold, or until it is trimmed.
 //!
-//! Deliberately absent: sharing between processes and access from other devices.
+//! Not here: sharing between processes and access from other devices.
 
 use super::call::{Answer, exports, give, refuse};
 use super::codes::Code;
@@ -167,7 +167,8 @@ exports! { POOL:
         let device = state::device(device)?;
         let pool = driver()?.pools.get(pool)?;
         if pool.device != device.ordinal {
-            return refuse(Code::INVALID_VALUE, format!("the pool belongs to device {}, not {}", pool.device, device.ordinal));
+            let why = format!("the pool belongs to device {}, not {}", pool.device, device.ordinal);
+            return refuse(Code::INVALID_VALUE, why);
         }
         *device.pool.lock().unwrap() = pool;
         Ok(())
@@ -179,13 +180,16 @@ exports! { POOL:
         }
         let properties = &*properties;
         if properties.allocation_type != PINNED {
-            return refuse(Code::INVALID_VALUE, format!("the allocation type must be 1 (pinned), not {}", properties.allocation_type));
+            let why = format!("the allocation type must be 1 (pinned), not {}", properties.allocation_type);
+            return refuse(Code::INVALID_VALUE, why);
         }
         if properties.handle_types != 0 {
             return refuse(Code::NOT_SUPPORTED, "pools shared between processes are not emulated");
         }
         if properties.location_type != LOCATION_DEVICE {
-            return refuse(Code::NOT_SUPPORTED, format!("pools are emulated on devices only (location type 1), not type {}", properties.location_type));
+            let kind = properties.location_type;
+            let why = format!("pools are emulated on devices only (location type 1), not type {kind}");
+            return refuse(Code::NOT_SUPPORTED, why);
         }
         state::device(properties.location_id)?;
         let made = Pool::limited(properties.location_id, false, properties.max_size as u64);
@@ -235,7 +239,9 @@ exports! { POOL:
         }
         let mut account = pool.account.lock().unwrap();
         match attribute {
-            REUSE_FIRST..=REUSE_LAST => account.reuse[(attribute - 1) as usize] = value.cast::<c_int>().read_unaligned(),
+            REUSE_FIRST..=REUSE_LAST => {
+                account.reuse[(attribute - 1) as usize] = value.cast::<c_int>().read_unaligned();
+            }
             RELEASE_THRESHOLD => account.threshold = value.cast::<u64>().read_unaligned(),
             RESERVED_HIGH | USED_HIGH => {
                 if value.cast::<u64>().read_unaligned() != 0 {

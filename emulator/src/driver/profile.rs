@@ -1,7 +1,7 @@
-//! Counters: summed per kernel, and written as JSON.
+//! Counters, summed per kernel and written as JSON.
 //!
-//! The file has no times in it, so that two runs of a deterministic program give the same bytes. It is written when a context is
-//! destroyed, at cuProfilerStop and when the process ends, beside its place and then renamed.
+//! The file contains no times, so that two runs of a deterministic program write the same bytes. It is written when a
+//! context is destroyed, at cuProfilerStop and when the process ends, under a temporary name that is then renamed.
 
 use super::call::Answer;
 use super::state::{Driver, driver, driver_if_any};

@@ -1,10 +1,11 @@
 //! Host memory that a program allocated itself and registers (`cuMemHostRegister`).
 //!
-//! Kernels cannot be let into it as they are into other memory, so a kernel sees a mirror of it, at another address: the
-//! devices say so by CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM. A mirror is made when a program asks for its address, filled before every
-//! launch on its device and written back after it; copies and fills go to the host memory itself.
+//! Kernels cannot access it directly as they can other memory. A kernel sees a mirror at another address, which devices
+//! announce by CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM. A mirror is created when a program asks for
+//! its address, filled before every launch on its device, and written back afterwards. Copies and fills access the host
+//! memory itself.
 //!
-//! Deliberately absent: memory of other devices (IOMEMORY).
+//! Not here: memory of other devices (IOMEMORY).
 
 use super::call::{Answer, exports, give, refuse};
 use super::codes::Code;
@@ -139,8 +140,9 @@ pub fn behind(address: DevicePointer, bytes: usize) -> Option<usize> {
 /// What a launch has to write back: (host memory, mirror, what the mirror held before).
 type Filled = Vec<(u64, DevicePointer, Vec<u8>)>;
 
-/// Runs a launch with the mirrors on its device filled from the host, and writes back what it has changed there: only that, since the host may have
-/// written to the rest meanwhile. Launches that see mirrors come one after the other.
+/// Runs a launch with the mirrors on its device filled from the host, and writes back the bytes that the launch
+/// changed. Only those, since the host may have written others meanwhile. Launches with mirrors run one after the
+/// other.
 pub fn with_mirrors<T>(device: &Device, launch: impl FnOnce() -> T) -> Answer<T> {
     let mirrors = || -> Answer<Vec<(u64, DevicePointer, u64)>> {
         let registered = driver()?.registered.lock().unwrap();
@@ -154,7 +156,7 @@ pub fn with_mirrors<T>(device: &Device, launch: impl FnOnce() -> T) -> Answer<T>
     let mirrors = mirrors()?;
     let mut filled = Filled::new();
     for (host, mirror, bytes) in mirrors {
-        // SAFETY: who registers memory keeps it until it is no longer registered.
+        // SAFETY: a program keeps memory allocated while it is registered, as the manual demands.
         let before = unsafe { std::slice::from_raw_parts(host as *const u8, bytes as usize) }.to_vec();
         device.memory.copy_in(mirror, &before).map_err(from_memory)?;
         filled.push((host, mirror, before));
@@ -164,7 +166,7 @@ pub fn with_mirrors<T>(device: &Device, launch: impl FnOnce() -> T) -> Answer<T>
         let mut after = vec![0; before.len()];
         device.memory.copy_out(mirror, &mut after).map_err(from_memory)?;
         for at in (0..after.len()).filter(|&at| after[at] != before[at]) {
-            // SAFETY: as above. What is read only was not written by a kernel either.
+            // SAFETY: as above. A byte that changed was written by a kernel, so the program treats it as writable.
             unsafe { ((host as usize + at) as *mut u8).write(after[at]) };
         }
     }

@@ -1,7 +1,7 @@
-//! What the driver knows: devices, contexts, and the tables of everything that has a handle.
+//! The driver's state: devices, contexts, and a table for every kind of handle.
 //!
-//! One `Driver` per process, made by `cuInit` and never dropped. Locks are held only while a table or an object is read or
-//! changed; the one exception is [`Context::order`] and a stream's own lock, which are held while its work runs.
+//! One `Driver` per process, created by `cuInit` and never dropped. Locks are held only while a table or an object is
+//! accessed. The exceptions are [`Context::order`] and a stream's own lock, which are held while its work runs.
 
 use super::call::{Answer, Refusal, refuse};
 use super::codes::Code;
@@ -191,7 +191,7 @@ pub fn init() -> Answer<&'static Driver> {
     if let Some(driver) = DRIVER.get() {
         return Ok(driver);
     }
-    // SAFETY: the function only stores a flag. Where it cannot be registered, a child that calls the driver waits for ever.
+    // SAFETY: the handler only stores a flag. If it cannot be registered, a child that calls the driver waits for ever.
     unsafe { libc::pthread_atfork(None, None, Some(mark_child)) };
     let settings = match Settings::from_environment() {
         Ok(settings) => settings,

@@ -1,11 +1,11 @@
 //! Streams.
 //!
-//! Work runs inside the call that submits it, so a stream is never behind: what a stream adds is order against other host
+//! Work runs inside the call that submits it, so a stream is never behind. What a stream adds is ordering between host
 //! threads (its own lock, and the legacy stream's rule), capture, and the refusals of a real driver. Host functions are
 //! the exception: they run on a thread of their own, and the stream's next work waits for them.
 //!
-//! Deliberately absent: copies and kernels that overlap. A program that forgets to synchronise before it reads pinned memory is
-//! not caught here.
+//! Not here: copies and kernels that overlap. A program that forgets to synchronise before it reads pinned memory is
+//! not caught.
 
 use super::call::{Answer, exports, give, give_if_asked, refuse};
 use super::codes::Code;
@@ -275,7 +275,8 @@ exports! { STREAM:
         graph::refuse_while_capturing(&stream, "cuStreamAttachMemAsync")?;
         let _ = length;
         if !matches!(flags, 1 | 2 | 4) {
-            return refuse(Code::INVALID_VALUE, format!("the attachment must be 1 (global), 2 (host) or 4 (single), not {flags}"));
+            let why = format!("the attachment must be 1 (global), 2 (host) or 4 (single), not {flags}");
+            return refuse(Code::INVALID_VALUE, why);
         }
         match state::device_of(address) {
             Some((_, first, owned)) if first == address && matches!(owned.kind, state::Kind::Managed) => Ok(()),
@@ -334,7 +335,8 @@ exports! { STREAM:
     }
 
     fn cuStreamGetCaptureInfo_v2(
-        stream: Handle, status: *mut c_int, id: *mut u64, graph: *mut Handle, dependencies: *mut *const Handle, count: *mut usize,
+        stream: Handle, status: *mut c_int, id: *mut u64, graph: *mut Handle, dependencies: *mut *const Handle,
+        count: *mut usize,
     ) {
         capture_info(stream, status, id)?;
         open_graph(stream, graph, dependencies, count)
@@ -375,7 +377,7 @@ unsafe fn capture_info(stream: Handle, status: *mut c_int, id: *mut u64) -> Answ
     let (_, stream) = resolve(stream)?;
     graph::refuse_to_tell_of_implicit_use(&stream)?;
     let (now, sequence) = graph::status(&stream)?;
-    // SAFETY: the caller's contract.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         give_if_asked(id, sequence);
         give(status, now, "the status")
@@ -392,7 +394,7 @@ unsafe fn open_graph(
 ) -> Answer {
     let (_, stream) = resolve(stream)?;
     let (open, nodes, number) = graph::under_capture(&stream)?;
-    // SAFETY: the caller's contract.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         give_if_asked(graph, open);
         give_if_asked(dependencies, nodes);

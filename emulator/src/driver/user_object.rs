@@ -1,7 +1,7 @@
-//! User objects: what a program wants to be told of when the last graph that needs it is gone.
+//! User objects: a destructor that runs when the last graph that needs the object is gone.
 //!
-//! References are counted over the program, graphs, executable graphs and captures under way; the destructor runs once, when the last is given back, where
-//! that happens. As the manual says, it must not call the driver.
+//! References are held by the program, graphs, executable graphs and captures under way. The thread that returns the
+//! last one runs the destructor, which, as the manual says, must not call the driver.
 
 use super::call::{self, Answer, exports, give, refuse};
 use super::codes::Code;
@@ -39,7 +39,8 @@ impl UserObject {
             }
         }
         driver()?.user_objects.remove(self.handle as Handle)?;
-        // SAFETY: the program vouches that its destructor may be called once with its data.
+        // SAFETY: the program guarantees that its destructor may be called once with its data; the last reference is
+        // gone.
         call::as_host_function(|| unsafe { (self.destroy)(self.data as *mut c_void) });
         Ok(())
     }
@@ -101,7 +102,8 @@ const MOVE: c_uint = 1;
 
 exports! { USER_OBJECT:
     fn cuUserObjectCreate(
-        object: *mut Handle, data: *mut c_void, destroy: Option<unsafe extern "C" fn(*mut c_void)>, references: c_uint, flags: c_uint,
+        object: *mut Handle, data: *mut c_void, destroy: Option<unsafe extern "C" fn(*mut c_void)>,
+        references: c_uint, flags: c_uint,
     ) {
         refuse_none(references)?;
         let Some(destroy) = destroy else {

@@ -1,13 +1,38 @@
-//! One instruction of text to one step (or a few) on virtual registers.
+//! Decodes one instruction of text into one step (or a few) on virtual registers.
 //!
-//! Arithmetic is looked up in [`crate::num::form`]; everything else is decoded here. What is neither is refused by name.
+//! Arithmetic is looked up in [`crate::num::form`], everything else is decoded here, and the rest is refused by name.
 
-use super::parse::{Function, MAX_LOCAL_BYTES, ModuleName};
 use super::program::*;
 use super::{Param, ParseError};
-use crate::exec::moves;
-use crate::num::{self, Kind, Type};
+use crate::num::{self, Kind, Type, moves};
 use std::collections::HashMap;
+
+/// Largest local memory of a thread, in bytes.
+pub const MAX_LOCAL_BYTES: u64 = 512 << 10;
+
+/// What a name at module level stands for.
+#[derive(Clone, Copy, Debug)]
+pub enum ModuleName {
+    /// Index into the globals.
+    Global(u32),
+    /// Index into the shared variables.
+    Shared(u32),
+    /// A function; index into `functions`.
+    Function(usize),
+}
+
+/// A declared function that is no kernel.
+#[derive(Debug)]
+pub struct Function {
+    /// Name.
+    pub name: String,
+    /// Return parameters, then parameters: sizes.
+    pub formals: Vec<Param>,
+    /// How many of `formals` are returned.
+    pub returns: usize,
+    /// The body, unless it was only declared.
+    pub body: Option<Body>,
+}
 
 /// A virtual register, or a constant of the body when [`CONSTANT`] is set.
 pub type Value = u32;
@@ -228,8 +253,9 @@ impl Context<'_, '_> {
     }
 }
 
-/// The qualifiers without the required ones, in alphabetical order: assemblers take qualifiers in any order, and published code uses that
-/// (`vote.ballot.sync.b32`, `ldmatrix.sync.aligned.x4.m8n8.shared.b16`). None where a required one is missing.
+/// The qualifiers without the required ones, sorted: assemblers accept qualifiers in any order, and published code
+/// relies on it (`vote.ballot.sync.b32`, `ldmatrix.sync.aligned.x4.m8n8.shared.b16`). None if a required one is
+/// missing.
 fn qualifiers<'a>(parts: &[&'a str], required: &[&str]) -> Option<Vec<&'a str>> {
     let mut rest = parts.to_vec();
     for wanted in required {
@@ -1190,9 +1216,9 @@ impl<'a> Builder<'a> {
         };
         let window = match space {
             "global" | "const" => 0,
-            "shared" | "shared::cta" => crate::exec::SHARED_WINDOW,
-            "local" => crate::exec::LOCAL_WINDOW,
-            "param" | "param::entry" => crate::exec::PARAM_WINDOW,
+            "shared" | "shared::cta" => SHARED_WINDOW,
+            "local" => LOCAL_WINDOW,
+            "param" | "param::entry" => PARAM_WINDOW,
             _ => return at.unsupported(),
         };
         if ty != "u64" {

@@ -1,17 +1,17 @@
-//! From bodies on virtual registers to a kernel's program: calls are put in line, basic blocks ordered, registers allocated.
+//! From bodies on virtual registers to a kernel's program: inlines calls, orders basic blocks, allocates registers.
 //!
-//! **Reconvergence.** The interpreter always runs the group of lanes with the smallest step, and groups that meet become one. That
-//! reconverges at the immediate post-dominator of every branch when blocks stand in an order in which a
-//! block follows all it can be reached from, back edges aside, and the blocks of a loop stand together: then lanes that left a loop wait behind it
-//! until the last one has left. [`order`] makes that order; the text's own order is kept where it leaves a choice.
+//! **Reconvergence.** The interpreter always runs the group of lanes with the smallest step, and merges groups that
+//! meet. This reconverges at the immediate post-dominator of every branch if, back edges aside, each block comes after
+//! all blocks that reach it, and the blocks of a loop are contiguous: lanes that have left a loop then wait behind it
+//! for the last one. [`order`] computes such an order, and keeps the order of the text where it has a choice.
 //!
-//! **Registers.** Lanes write only their own lane of a register, so a register may be given to another variable as soon as it
-//! is dead in the control flow of one thread, however lanes diverge.
+//! **Registers.** Lanes write only their own lane of a register, so a register may be reused as soon as it is dead in
+//! the control flow of one thread, however lanes diverge.
 //!
-//! Recursion is refused: calls in line need no stack.
+//! Recursion is refused: inlined calls need no stack.
 
-use super::decode::{Body, BodyConstant, BodyOp, CONSTANT, Value};
-use super::parse::{Entry, Function, MAX_LOCAL_BYTES, SharedVariable, Unit};
+use super::decode::{Body, BodyConstant, BodyOp, CONSTANT, Function, MAX_LOCAL_BYTES, Value};
+use super::parse::{Entry, SharedVariable, Unit};
 use super::program::*;
 use super::{Kernel, ParseError};
 use crate::num::{Class, FlopType};
@@ -19,9 +19,9 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::sync::Arc;
 
-/// Functions put in line may call functions so deep.
+/// Maximum depth of inlined calls.
 const MAX_CALL_DEPTH: usize = 64;
-/// A kernel may have so many instructions with all calls in line.
+/// Maximum number of instructions of a kernel with all calls inlined.
 const MAX_INSTRUCTIONS: usize = 1 << 22;
 
 /// An instruction after inlining: registers are the kernel's, labels too.
@@ -124,7 +124,8 @@ impl Code {
         self.ins.push(Flat { op, guard, first, outputs: 0, arity: 0, source });
     }
 
-    /// Appends a body whose formal parameters stand at `actuals` in local memory and whose frame begins at `frame`. Returns go to `end`.
+    /// Appends a body whose formal parameters are at `actuals` in local memory and whose frame begins at `frame`.
+    /// Returns jump to `end`.
     fn inline(
         &mut self,
         body: &Body,
@@ -523,7 +524,8 @@ fn block_ins(block: &Block) -> impl Iterator<Item = u32> + '_ {
     block.ins.iter().copied().chain(last)
 }
 
-/// Live range of each register as positions: reads of instruction i at 2i, writes at 2i + 1. `u32::MAX, 0` where never touched.
+/// Live range of each register as positions: instruction i reads at 2i and writes at 2i + 1. `u32::MAX, 0` if never
+/// touched.
 fn live_ranges(code: &Code, blocks: &[Block], order: &[u32]) -> Vec<(u32, u32)> {
     let registers = code.bits.len();
     let mut ranges = vec![(u32::MAX, 0u32); registers];

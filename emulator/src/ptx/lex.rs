@@ -1,7 +1,7 @@
-//! Words of PTX text.
+//! Tokens of PTX text.
 //!
-//! A word keeps the dots inside: `ld.global.L1::no_allocate.f32` and `%tid.x` are one token each, `.reg.b16` is two. That is all the
-//! context the grammar needs.
+//! A token keeps its dots: `ld.global.L1::no_allocate.f32` and `%tid.x` are one token each, `.reg.b16` is two. That is
+//! all the context the grammar needs.
 
 use super::ParseError;
 

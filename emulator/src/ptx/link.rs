@@ -1,13 +1,14 @@
-//! Several modules to one, as text.
+//! Links several modules into one, as text.
 //!
-//! The result holds what stood in the images: variables first, so that every use follows a definition, then functions image by image.
-//! `.extern` variables are the ones of that name that another image defines; of `.weak` definitions the first stays, unless there is one that
-//! is not weak; what an image keeps to itself (neither visible nor weak) is renamed where another image uses the name, and so are
-//! `extern .shared` arrays, which all begin at the same place anyway. Functions that no image defines stay declared, and a call of one is refused
-//! when the result is loaded. An image may take a function for one that returns something where it returns nothing, or the other
-//! way round, as code of two languages does: such an image calls a function of its own that passes the parameters on.
+//! The result holds the contents of the images: variables first, so that every use follows its definition, then
+//! functions, image by image. An `.extern` variable is the one of that name that another image defines. Of several
+//! `.weak` definitions the first is used, unless there is a strong one. A symbol local to its image (neither visible
+//! nor weak) is renamed if another image uses the name, and so are `extern .shared` arrays, which all begin at the same
+//! offset anyway. Functions that no image defines stay declared; a call of one is refused when the result is loaded. An
+//! image may declare a function with a return value where the definition has none, or the reverse, as code of two
+//! languages does: it then calls a wrapper that passes the parameters on.
 //!
-//! Deliberately absent: archives, aliases, and optimisation over the images.
+//! Not here: archives, aliases, and optimisation across images.
 
 use super::ParseError;
 use super::lex::{Kind, Lexer, Token};
@@ -413,7 +414,8 @@ fn refuse<T>(image: &Image, why: ParseError) -> Result<T, ParseError> {
     Err(ParseError { message: format!("in image {}: {}", image.name, why.message), ..why })
 }
 
-/// One module of all images. One image is taken as it is. A text that no assembler would take may pass: parsing the result tells.
+/// Links all images into one module. A single image is taken as it is. Text that no assembler would accept may pass:
+/// parsing the result tells.
 pub fn link(images: &[Image]) -> Result<String, ParseError> {
     if let [only] = images {
         return Ok(only.text.into());

@@ -1,9 +1,9 @@
 //! The grammar: directives, declarations, functions, statements.
 //!
-//! A function's body is decoded while it is read ([`super::decode`]); what remains is the body with virtual registers, which
+//! A function's body is decoded as it is read ([`super::decode`]). The result is a body on virtual registers, which
 //! [`super::flow`] turns into a program once all functions are known.
 
-use super::decode::{Body, Builder, Operand, SymbolRef};
+use super::decode::{Body, Builder, Function, ModuleName, Operand, SymbolRef};
 use super::lex::{Kind, Lexer, Token};
 use super::program::Source;
 use super::{Global, GlobalSpace, Limits, Param, ParseError, ParseErrorKind};
@@ -11,8 +11,6 @@ use std::collections::HashMap;
 
 /// Largest parameter buffer of a kernel on any device, in bytes.
 pub const MAX_PARAM_BYTES: u64 = 32764;
-/// Largest local memory of a thread, in bytes.
-pub const MAX_LOCAL_BYTES: u64 = 512 << 10;
 /// More registers than this in one function is refused; real kernels have at most tens of thousands.
 const MAX_REGISTERS: u32 = 1 << 22;
 
@@ -25,30 +23,6 @@ pub struct SharedVariable {
     pub align: u64,
     /// `extern .shared`: begins behind all others.
     pub dynamic: bool,
-}
-
-/// What a name at module level stands for.
-#[derive(Clone, Copy, Debug)]
-pub enum ModuleName {
-    /// Index into the globals.
-    Global(u32),
-    /// Index into the shared variables.
-    Shared(u32),
-    /// A function; index into `functions`.
-    Function(usize),
-}
-
-/// A declared function that is no kernel.
-#[derive(Debug)]
-pub struct Function {
-    /// Name.
-    pub name: String,
-    /// Return parameters, then parameters: sizes.
-    pub formals: Vec<Param>,
-    /// How many of `formals` are returned.
-    pub returns: usize,
-    /// The body, unless it was only declared.
-    pub body: Option<Body>,
 }
 
 /// A kernel as read.
