@@ -670,6 +670,7 @@ mod tests {
     /// A large allocation that is hardly touched costs neither time nor memory, and is as fresh as any other: at both
     /// ends, at the seams of the mapped file, and when it is reused.
     #[test]
+    #[cfg_attr(miri, ignore = "device memory is mapped at fixed addresses, by memfd_create")]
     fn large_allocations_cost_what_is_touched() {
         let memory = Memory::new(4 << 30);
         let odd = memory.alloc(1000).unwrap();

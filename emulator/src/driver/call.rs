@@ -1,4 +1,4 @@
-//! What every exported function shares: the guard around its body, refusals, the table of exports.
+//! Shared by all exported functions: the guard around their bodies, refusals, the table of exports.
 //!
 //! Invariant: no panic leaves an exported function. A panic inside is a bug of the emulator; the caller sees
 //! CUDA_ERROR_UNKNOWN and the panic's text.
@@ -10,14 +10,14 @@ use std::ffi::{CStr, CString, c_char};
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// Why a call fails: the code it returns and one sentence for the person who reads stderr.
+/// Why a call fails: the code to return, and one sentence for stderr.
 #[derive(Clone, Debug)]
 pub struct Refusal {
     pub code: Code,
     pub message: String,
 }
 
-/// What the body of an exported function answers.
+/// The result of an exported function's body.
 pub type Answer<T = ()> = Result<T, Refusal>;
 
 pub fn refuse<T>(code: Code, message: impl Into<String>) -> Answer<T> {
@@ -38,11 +38,11 @@ unsafe impl Sync for Export {}
 thread_local! {
     /// The sentence of this thread's last failed call.
     static LAST_MESSAGE: RefCell<ManuallyDrop<CString>> = RefCell::default();
-    /// This thread is inside a host function that a stream calls, where driver calls are not permitted.
+    /// This thread is inside a host function of a stream, where driver calls are not permitted.
     static IN_HOST_FUNCTION: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs the body of the exported function `name` and turns its answer into a code.
+/// Runs the body of the exported function `name` and converts its result into a code.
 pub fn guard(name: &'static str, body: impl FnOnce() -> Answer) -> Code {
     if IN_HOST_FUNCTION.get() && !name.starts_with("emu_") {
         return report(
@@ -100,7 +100,7 @@ pub fn last_message() -> *const c_char {
     LAST_MESSAGE.with_borrow(|text| text.as_ptr())
 }
 
-/// Writes `value` where the caller asked for it.
+/// Writes a result to the caller's pointer; null is refused.
 ///
 /// # Safety
 /// `place` is null or valid for a write.
@@ -113,7 +113,7 @@ pub unsafe fn give<T>(place: *mut T, value: T, what: &str) -> Answer {
     Ok(())
 }
 
-/// As [`give`], for results that the caller may decline with a null pointer.
+/// As [`give`], for optional results: null is allowed.
 ///
 /// # Safety
 /// `place` is null or valid for a write.

@@ -30,7 +30,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::ThreadId;
 
-/// What a capture, or a thread, does about calls that are unsafe during capture.
+/// How a capture, or a thread, treats calls that are unsafe during capture.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mode {
     Global = 0,
@@ -46,16 +46,16 @@ pub struct Capture {
     mode: Mode,
     thread: ThreadId,
     nodes: Vec<Step>,
-    /// Handle of the graph that the sequence becomes, and what it holds.
+    /// Handle of the graph that the sequence becomes, and the user objects it holds.
     graph: usize,
     objects: Objects,
     /// Handles of the nodes.
     node_handles: Vec<usize>,
     /// The dependencies last reported to the program, which may read them until its next call for the stream.
     told: Vec<usize>,
-    /// For each stream that takes part: whether it is blocking, and the nodes that its next work comes after.
+    /// For each participating stream: whether it is blocking, and the nodes that its next work depends on.
     members: BTreeMap<usize, Member>,
-    /// Why the sequence cannot become a graph any more.
+    /// Why the sequence can no longer become a graph.
     invalid: Option<String>,
 }
 
@@ -64,7 +64,7 @@ struct Member {
     heads: BTreeSet<usize>,
 }
 
-/// One node: its work and the nodes before it.
+/// One node: its work and its dependencies.
 #[derive(Clone)]
 pub struct Step {
     work: Arc<Work>,
@@ -75,7 +75,7 @@ pub struct Graph {
     handle: usize,
     pub context: usize,
     steps: Vec<Step>,
-    /// Handles of the nodes, made when a program asks for them.
+    /// Handles of the nodes, created when a program asks for them.
     handles: OnceLock<Vec<usize>>,
     objects: Objects,
 }
@@ -92,11 +92,11 @@ pub struct GraphExec {
     pub context: usize,
     steps: Vec<Step>,
     flags: u64,
-    /// Launches so far: with a seed, each gets an order of its own.
+    /// Launches so far: with a seed, each gets its own order.
     launches: AtomicU64,
     /// One launch of an executable graph at a time, as the manual says.
     busy: Mutex<()>,
-    /// Held as long as this lives.
+    /// User objects, held as long as this lives.
     _objects: Objects,
 }
 
@@ -106,7 +106,7 @@ pub struct GraphMemory {
     pub device: c_int,
     pub address: DevicePointer,
     pub bytes: u64,
-    /// Between the allocation and the free.
+    /// Allocated and not yet freed.
     pub live: AtomicBool,
 }
 
@@ -246,9 +246,9 @@ pub fn end(stream: &Stream) -> Answer<Handle> {
     Ok(driver.graphs.insert(graph.handle, Arc::new(graph)))
 }
 
-/// The graph that the stream's capture makes and the nodes that its next work comes after; none outside a capture.
+/// The graph that the stream's capture builds and the nodes that its next work depends on; None outside a capture.
 ///
-/// The graph can be used once the capture has ended; until then its handle only tells it from others.
+/// The graph is usable once the capture has ended; until then its handle is only an identity.
 pub fn under_capture(stream: &Stream) -> Answer<(Handle, *const Handle, usize)> {
     let mut captures = driver()?.captures.lock().unwrap();
     let Some((_, capture)) = of_stream(&mut captures, stream) else {
@@ -259,7 +259,7 @@ pub fn under_capture(stream: &Stream) -> Answer<(Handle, *const Handle, usize)> 
     Ok((capture.graph as Handle, capture.told.as_ptr().cast(), capture.told.len()))
 }
 
-/// Does something with what a graph holds, also one still under capture.
+/// Accesses the user objects of a graph, even one still under capture.
 pub fn with_objects(graph: Handle, what: impl FnOnce(&Objects) -> Answer) -> Answer {
     let driver = driver()?;
     let captures = driver.captures.lock().unwrap();
@@ -279,7 +279,7 @@ pub fn status(stream: &Stream) -> Answer<(c_int, u64)> {
     })
 }
 
-/// Takes `work` into the stream's capture, or gives it back to be run.
+/// Captures `work` if the stream is capturing, else returns it to be run.
 pub fn capture(stream: &Stream, work: Work) -> Answer<Option<Work>> {
     let mut captures = driver()?.captures.lock().unwrap();
     if let Some((_, capture)) = of_stream(&mut captures, stream) {
@@ -292,7 +292,7 @@ pub fn capture(stream: &Stream, work: Work) -> Answer<Option<Work>> {
     Ok(Some(work))
 }
 
-/// Whether the stream takes part in a capture.
+/// Whether the stream participates in a capture.
 pub fn is_capturing(stream: &Stream) -> Answer<bool> {
     Ok(status(stream)?.0 != STATUS_NONE)
 }
@@ -389,7 +389,7 @@ pub fn refuse_context_wait(context: &Context) -> Answer {
     )
 }
 
-/// Marks a sequence as broken, if it is still under way.
+/// Invalidates a sequence, if it is still under way.
 pub fn invalidate(sequence: u64, why: &str) -> Answer {
     if let Some(capture) = driver()?.captures.lock().unwrap().get_mut(&sequence) {
         capture.invalid.get_or_insert(why.into());
@@ -397,7 +397,7 @@ pub fn invalidate(sequence: u64, why: &str) -> Answer {
     Ok(())
 }
 
-/// A stream is destroyed: a capture that began there has no end any more, one that it joined is broken.
+/// A stream is destroyed: a capture that began there can no longer end, one that it joined is invalidated.
 pub fn forget_stream(stream: &Stream) {
     let Ok(driver) = driver() else { return };
     let mut captures = driver.captures.lock().unwrap();
@@ -408,14 +408,14 @@ pub fn forget_stream(stream: &Stream) {
     }
 }
 
-/// A context is destroyed, and with it whatever its streams were capturing.
+/// A context is destroyed, and with it the captures of its streams.
 pub fn forget_context(context: usize) -> Answer {
     let mut captures = driver()?.captures.lock().unwrap();
     captures.retain(|_, capture| capture.context != context);
     Ok(())
 }
 
-/// Records an event on a capturing stream; false where the stream does not capture.
+/// Records an event on a capturing stream; false if the stream is not capturing.
 pub fn record_event(stream: &Stream, event: &Event) -> Answer<bool> {
     let mut captures = driver()?.captures.lock().unwrap();
     let Some((sequence, capture)) = of_stream(&mut captures, stream) else {
@@ -494,7 +494,7 @@ pub fn wait_for_event(stream: &Stream, event: &Event, flags: c_uint) -> Answer {
 }
 
 impl GraphExec {
-    /// Runs every node once, each after those before it.
+    /// Runs every node once, each after its dependencies.
     pub fn run(&self, context: &Context, run: &Run) -> Answer {
         let _turn = self.busy.lock().unwrap_or_else(|broken| broken.into_inner());
         if self.flags & AUTO_FREE_ON_LAUNCH != 0 {
@@ -513,7 +513,7 @@ impl GraphExec {
     }
 }
 
-/// An order of the nodes that the edges allow: the one of capture, or a random one drawn from the seed.
+/// An order of the nodes that the edges allow: the order of capture, or a random one from the seed.
 fn order(steps: &[Step], seed: Option<u64>) -> Vec<usize> {
     let Some(mut state) = seed else {
         return (0..steps.len()).collect();
@@ -576,7 +576,7 @@ pub struct InstantiateParams {
 }
 
 impl Graph {
-    /// Makes the handles of its nodes known.
+    /// Registers the handles of its nodes.
     fn show_nodes(&self) -> Answer {
         let driver = driver()?;
         let handles = self.handles.get_or_init(|| self.steps.iter().map(|_| handles::fresh()).collect());
@@ -758,7 +758,7 @@ exports! { GRAPH:
     }
 }
 
-/// Used by captures of memory: the graph memory that a free in a capture means.
+/// For captures of memory: the graph memory that a captured free refers to.
 pub fn captured_memory(stream: &Stream, address: DevicePointer) -> Answer<Option<Arc<GraphMemory>>> {
     let mut captures = driver()?.captures.lock().unwrap();
     Ok(of_stream(&mut captures, stream).and_then(|(_, capture)| {

@@ -1,4 +1,4 @@
-//! Kernel launches: the checks a driver makes, packing of parameters, the run, and what follows a fault.
+//! Kernel launches: the driver's checks, packing of parameters, execution, and the aftermath of a fault.
 
 use super::call::{Answer, Refusal, exports, refuse};
 use super::codes::Code;
@@ -26,7 +26,7 @@ pub struct Shape {
     pub cooperative: bool,
 }
 
-/// A launch with everything it needs.
+/// A launch, self-contained.
 pub struct KernelLaunch {
     function: Arc<Function>,
     shape: Shape,
@@ -194,7 +194,7 @@ unsafe fn pack(function: &Function, params: *const *const c_void, extra: *const 
     pack_buffer(kernel, buffer)
 }
 
-/// Parameters that lie in a buffer as the kernel declares them; what is behind the last is left alone.
+/// Parameters from a buffer laid out as the kernel declares them. Bytes after the last are ignored.
 pub fn pack_buffer(kernel: &Kernel, buffer: &[u8]) -> Answer<Vec<u8>> {
     let needed = kernel.params.last().map_or(0, |param| (param.offset + param.bytes) as usize);
     if buffer.len() < needed {

@@ -12,7 +12,7 @@ use crate::ptx::{self, Image};
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::sync::{Arc, Mutex};
 
-/// A link under way.
+/// A link in progress.
 pub struct Link {
     pub context: usize,
     log: JitLog,
@@ -29,13 +29,13 @@ struct State {
 const INPUT_CUBIN: c_int = 0;
 const INPUT_PTX: c_int = 1;
 const INPUT_LIBRARY: c_int = 4;
-/// The one library that is known, by its name: what there is of it here stands in for the file.
+/// The one library that is known, by name; the text here replaces the file.
 const DEVICE_RUNTIME: &str = "cudadevrt";
 const DEVICE_RUNTIME_PTX: &str = include_str!("device_runtime.ptx");
 const INPUTS: [&str; 6] = ["cubin", "PTX", "fatbin", "object", "library", "NVVM"];
 
 impl Link {
-    /// Writes a refusal to the link's error log and hands it on.
+    /// Writes a refusal to the link's error log and returns it.
     fn logged<T>(&self, answer: Answer<T>) -> Answer<T> {
         let message = answer.as_ref().err().map_or("", |why| why.message.as_str());
         // SAFETY: the manual makes the program that created the link keep its log as long as the link.
@@ -63,11 +63,11 @@ impl Link {
         }
     }
 
-    /// Address and size of what all images make.
+    /// Links all images. Returns address and size of the result.
     fn complete(&self) -> Answer<(*const c_char, usize)> {
         let mut state = self.state.lock().unwrap();
         if state.linked.is_none() {
-            // A program that names the device runtime without need has what it had.
+            // Naming the device runtime without using it changes nothing.
             let runtime = state.images.iter().any(|(name, text)| name != DEVICE_RUNTIME && text.contains("cudaCG"));
             let wanted = state.images.iter().filter(|(name, _)| runtime || name != DEVICE_RUNTIME);
             let images: Vec<Image> = wanted.map(|(name, text)| Image { name, text }).collect();
@@ -90,7 +90,7 @@ impl Link {
     }
 }
 
-/// Only text can be linked, also what an earlier link made of texts, which programs take for a cubin.
+/// Only text can be linked, including the result of an earlier link, which programs take for a cubin.
 fn check_input(kind: c_int) -> Answer {
     match kind {
         INPUT_PTX | INPUT_CUBIN => Ok(()),

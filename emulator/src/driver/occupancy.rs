@@ -17,7 +17,7 @@ use std::sync::Arc;
 const REGISTER_UNIT: u32 = 256;
 const WARP: u32 = 32;
 
-/// Registers per thread as an assembler would bound them: at most 255, and no more than the declared block size allows.
+/// Registers per thread as ptxas would limit them: at most 255, and no more than the declared block size allows.
 pub fn registers_of(kernel: &Kernel) -> u32 {
     let declared = kernel.required_threads.or(kernel.max_threads);
     let threads = declared.map_or(1, |shape| shape.iter().product::<u32>().max(1));
@@ -67,7 +67,7 @@ fn max_active(function: Handle, threads: c_int, dynamic_shared: usize) -> Answer
 
 type SharedOfBlock = unsafe extern "C" fn(c_int) -> usize;
 
-/// (smallest grid that fills the device, block size) for the largest occupancy.
+/// (smallest grid that fills the device, block size) at maximum occupancy.
 fn best_block(
     function: Handle,
     shared_of: Option<SharedOfBlock>,
@@ -80,7 +80,7 @@ fn best_block(
         _ => function.max_threads(),
     };
     let (mut best, mut best_threads, mut best_blocks) = (0, 0, 0);
-    // From the largest block down in steps of a warp; of equals the largest wins.
+    // From the largest block down by a warp at a time; ties go to the larger block.
     for threads in (1..=most).rev().filter(|&threads| threads == most || threads % WARP == 0) {
         let shared = match shared_of {
             // SAFETY: the caller of the exported function guarantees that its callback may be called.

@@ -1,7 +1,7 @@
-//! Memory pools: what cuMemAllocAsync allocates from.
+//! Memory pools, from which cuMemAllocAsync allocates.
 //!
-//! A pool here is an account. Memory is allocated and freed at once; what a real pool would keep for later counts as
-//! reserved until a synchronisation finds more of it than the release threshold, or until it is trimmed.
+//! A pool here is only an account. Memory is allocated and freed at once; what a real pool would retain counts as
+//! reserved until a synchronisation finds it above the release threshold, or until the pool is trimmed.
 //!
 //! Not here: sharing between processes and access from other devices.
 
@@ -17,7 +17,7 @@ pub struct Pool {
     pub device: c_int,
     /// The device's own pool, which a program cannot destroy.
     is_default: bool,
-    /// Most bytes in use, 0 for no limit of its own.
+    /// Maximum bytes in use; 0 for no limit of its own.
     most: u64,
     account: Mutex<Account>,
 }
@@ -47,7 +47,7 @@ impl Pool {
         })
     }
 
-    /// Books an allocation; refuses one beyond the pool's own limit.
+    /// Accounts for an allocation; refuses one beyond the pool's own limit.
     pub fn take(&self, bytes: u64) -> Answer {
         let mut account = self.account.lock().unwrap();
         if self.most != 0 && account.used + bytes > self.most {
@@ -66,12 +66,12 @@ impl Pool {
         Ok(())
     }
 
-    /// Books a free: the memory stays reserved.
+    /// Accounts for a free: the memory stays reserved.
     pub fn give_back(&self, bytes: u64) {
         self.account.lock().unwrap().used -= bytes;
     }
 
-    /// Bytes kept beyond those in use.
+    /// Bytes reserved but not in use.
     fn kept(&self) -> u64 {
         let account = self.account.lock().unwrap();
         account.reserved - account.used
@@ -83,7 +83,7 @@ impl Pool {
     }
 }
 
-/// Bytes that a device's pools keep although nothing uses them.
+/// Bytes that a device's pools retain unused.
 pub fn kept_by_pools(device: &Device) -> u64 {
     let Ok(driver) = driver() else { return 0 };
     let pools = driver.pools.all();
@@ -91,7 +91,7 @@ pub fn kept_by_pools(device: &Device) -> u64 {
     own.map(|pool| pool.kept()).sum()
 }
 
-/// What every synchronisation does: pools give back what they keep beyond their threshold.
+/// Called by every synchronisation: pools release what they retain beyond their threshold.
 pub fn trim_at_synchronisation(device: &Device) {
     let Ok(driver) = driver() else { return };
     for pool in driver.pools.all() {
@@ -102,7 +102,7 @@ pub fn trim_at_synchronisation(device: &Device) {
     }
 }
 
-/// Lets every pool of the device go of all it keeps, as a driver does before it reports that memory is out.
+/// Makes every pool of the device release all it retains, as a driver does before it reports out of memory.
 pub fn trim_all(device: &Device) {
     let Ok(driver) = driver() else { return };
     for pool in driver.pools.all() {

@@ -20,11 +20,11 @@ pub struct Registered {
     pub bytes: u64,
     pub flags: c_uint,
     pub context: usize,
-    /// Where each device sees it, by the device's ordinal.
+    /// Address of the mirror on each device, by ordinal.
     mirrors: BTreeMap<c_int, DevicePointer>,
 }
 
-/// Held by a launch that sees mirrors, and by whoever takes mirrors away.
+/// Held by a launch that uses mirrors, and while mirrors are removed.
 static TURN: Mutex<()> = Mutex::new(());
 
 const PORTABLE: c_uint = 1;
@@ -81,7 +81,7 @@ fn free_mirrors(removed: &Registered) -> Answer {
     Ok(())
 }
 
-/// What a context that ends has registered, forgotten here: how many ranges.
+/// Forgets the ranges registered by a context that ends. Returns how many.
 pub fn forget_context(context: usize) -> Answer<usize> {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let mut registered = driver()?.registered.lock().unwrap();
@@ -94,7 +94,7 @@ pub fn forget_context(context: usize) -> Answer<usize> {
     Ok(own.len())
 }
 
-/// What is asked of registered memory at `address`: (its first byte, its size, its flags, its context).
+/// Registered memory that contains `address`: (first byte, size, flags, context).
 pub fn find(address: u64) -> Answer<Option<(u64, u64, c_uint, usize)>> {
     let registered = driver()?.registered.lock().unwrap();
     let before = registered.range(..=address).next_back();
@@ -103,7 +103,7 @@ pub fn find(address: u64) -> Answer<Option<(u64, u64, c_uint, usize)>> {
         .map(|(&first, range)| (first, range.bytes, range.flags, range.context)))
 }
 
-/// Where kernels of the current context's device see registered host memory; None where it is not registered.
+/// Address at which kernels on the current device see registered host memory; None if it is not registered.
 pub fn mirror(address: u64) -> Answer<Option<DevicePointer>> {
     let context = current()?;
     let device = context.device()?;
@@ -137,7 +137,7 @@ pub fn behind(address: DevicePointer, bytes: usize) -> Option<usize> {
     }
 }
 
-/// What a launch has to write back: (host memory, mirror, what the mirror held before).
+/// To write back after a launch: (host memory, mirror, contents of the mirror before).
 type Filled = Vec<(u64, DevicePointer, Vec<u8>)>;
 
 /// Runs a launch with the mirrors on its device filled from the host, and writes back the bytes that the launch

@@ -20,7 +20,7 @@ use std::thread::JoinHandle;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Role {
-    /// The NULL stream: its work and that of every blocking stream come one after the other.
+    /// The NULL stream: its work and that of every blocking stream are serialised.
     Legacy,
     /// A host thread's own default stream.
     PerThread,
@@ -35,7 +35,7 @@ pub struct Stream {
     pub priority: c_int,
     /// Held while the stream works.
     busy: Mutex<()>,
-    /// Host functions under way.
+    /// Host functions in progress.
     host_functions: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -55,12 +55,12 @@ impl Stream {
         }
     }
 
-    /// Whether the legacy stream waits for this one.
+    /// Whether the legacy stream synchronises with this one.
     pub fn is_blocking(&self) -> bool {
         self.role != Role::NonBlocking
     }
 
-    /// Waits until the stream has done all that was submitted.
+    /// Waits for everything submitted to the stream.
     pub fn settle(&self) {
         let _turn = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
         self.join_host_functions();
@@ -69,7 +69,7 @@ impl Stream {
     fn join_host_functions(&self) {
         let threads = std::mem::take(&mut *self.host_functions.lock().unwrap());
         for thread in threads {
-            // A host function that panics has already printed why; the stream goes on, as after any C callback.
+            // A host function that panicked has printed why; the stream goes on, as after any C callback.
             let _ = thread.join();
         }
     }
@@ -150,7 +150,7 @@ pub fn submit(handle: Handle, work: Work) -> Answer {
     }
 }
 
-/// Runs work that the caller waits for, on the legacy stream, as the synchronous copies and fills do.
+/// Runs work synchronously on the legacy stream, as synchronous copies and fills do.
 pub fn run_synchronously(work: Work) -> Answer {
     let context = current()?;
     graph::refuse_implicit_use(&context.legacy)?;
@@ -170,7 +170,7 @@ pub fn settle_all(context: &Context) -> Answer {
     Ok(())
 }
 
-/// A change of the capture mode that host threads may make for themselves.
+/// The capture mode that a number stands for, as host threads set it for themselves.
 fn mode_from(number: c_int) -> Answer<Mode> {
     match number {
         0 => Ok(Mode::Global),

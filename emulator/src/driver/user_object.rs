@@ -23,7 +23,7 @@ impl UserObject {
         *self.references.lock().unwrap() += count;
     }
 
-    /// Gives references back; the last one calls the destructor.
+    /// Drops references; the last one runs the destructor.
     fn release(&self, count: u64) -> Answer {
         {
             let mut references = self.references.lock().unwrap();
@@ -46,7 +46,7 @@ impl UserObject {
     }
 }
 
-/// What a graph holds.
+/// The user objects of a graph.
 #[derive(Default)]
 pub struct Objects(Mutex<Vec<(Arc<UserObject>, u64)>>);
 
@@ -84,7 +84,7 @@ impl Clone for Objects {
 impl Drop for Objects {
     fn drop(&mut self) {
         for (object, count) in self.0.get_mut().map(std::mem::take).unwrap_or_default() {
-            // Refused only where references were given back too often, which was refused then.
+            // Fails only if too many references were dropped, which was refused then.
             let _ = object.release(count);
         }
     }

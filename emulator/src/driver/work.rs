@@ -26,7 +26,7 @@ pub enum Work {
     Alloc(Arc<GraphMemory>),
     Free(Arc<GraphMemory>),
     Graph(Arc<GraphExec>),
-    /// A node that only orders others.
+    /// An empty node, for ordering only.
     Nothing,
 }
 
@@ -72,7 +72,7 @@ pub struct Copy {
 }
 
 impl Copy {
-    /// `bytes` in one piece.
+    /// `bytes` contiguous bytes.
     pub fn line(to: Place, from: Place, bytes: usize) -> Copy {
         Copy {
             to,
@@ -205,7 +205,7 @@ fn copy_bytes(context: &Context, to: Place, from: Place, bytes: usize) -> Answer
 }
 
 impl Work {
-    /// Does the work now, on this thread. Host functions of streams do not come here: only those of graphs do.
+    /// Executes the work now, on this thread. Host functions come here from graphs only, not from streams.
     pub fn run(&self, context: &Context, run: &Run) -> Answer {
         match self {
             Work::Kernel(launch) => launch.run(context, run),
@@ -214,7 +214,7 @@ impl Work {
             Work::Host(function) => {
                 let function = *function;
                 let thread = std::thread::spawn(move || function.call());
-                // A panic of the function has already been printed.
+                // The function's panic has already been printed.
                 let _ = thread.join();
                 Ok(())
             }
@@ -265,7 +265,7 @@ impl Work {
 }
 
 impl GraphMemory {
-    /// The allocation node runs: the memory is there, with nothing in it.
+    /// Executes the allocation node: the memory exists, unwritten.
     fn come_alive(&self) -> Answer {
         if self.live.swap(true, Ordering::Relaxed) {
             return refuse(

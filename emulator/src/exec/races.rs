@@ -898,6 +898,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "80,000 accesses take too long")]
     fn chunks_find_the_races_that_lanes_find() {
         for seed in 0..20 {
             // SAFETY: `best_isa` says what this processor supports, and smaller sets are included.
@@ -961,6 +962,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "device memory is mapped at fixed addresses")]
     fn ranges_find_the_races_that_words_find() {
         for seed in 0..9 {
             // SAFETY: `best_isa` says what this processor supports; PORTABLE runs everywhere.

@@ -1,9 +1,9 @@
 //! The meaning of every arithmetic instruction, for a whole warp at a time.
 //!
-//! [`form()`] maps an opcode with its modifiers (`fma.rn.ftz.f32`) to a [`Form`]: the registers it reads and writes, and
-//! one function per instruction set of the host that executes it. The decoder in `ptx` asks here for every opcode that is
-//! not control flow, memory access, or communication between lanes. Unknown opcodes are refused by name when the module is
-//! loaded.
+//! [`form()`] maps an opcode with its modifiers (`fma.rn.ftz.f32`) to a [`Form`]: the registers it reads and writes,
+//! and one function per instruction set of the host that executes it. The decoder in `ptx` asks here for every opcode
+//! that is not control flow, memory access, or communication between lanes. Unknown opcodes are refused by name when
+//! the module is loaded.
 //!
 //! The modules, each using only those below it:
 //!
@@ -346,4 +346,57 @@ pub struct Fragment {
 /// element type `bf16`; the same for row-major and column-major matrices. None if there is no such fragment.
 pub fn fragment(matrix: char, shape: &str, element: &str) -> Option<&'static Fragment> {
     matrix::fragment(matrix, shape, element)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A register of up to 64 bits per lane.
+    #[repr(align(64))]
+    #[derive(Clone, Copy, PartialEq, Debug)]
+    struct Slot([u32; 64]);
+
+    /// The destinations after one instruction, whose operand i is slot `operands[i]`.
+    fn run(form: &Form, operands: &[u32], mut file: Vec<Slot>, mask: u32) -> Vec<Slot> {
+        let offsets: Vec<u32> = operands.iter().map(|slot| 256 * slot).collect();
+        assert!(operands.iter().all(|&slot| (slot as usize) < file.len()));
+        // SAFETY: every operand is an aligned slot of the file, with room for 64 bits per lane.
+        unsafe { (form.run[PORTABLE])(form, file.as_mut_ptr().cast(), offsets.as_ptr(), 1, mask) };
+        operands[..form.dst.len()].iter().map(|&slot| file[slot as usize]).collect()
+    }
+
+    #[test]
+    fn destinations_may_be_sources() {
+        // Destinations and sources; the first source that destinations take the place of.
+        let product = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32";
+        let forms = [("add.s32", 1, 2, 0), ("fma.rn.f32", 1, 3, 2), ("min.f16x2", 1, 2, 1), ("mul.lo.u64", 1, 2, 0)];
+        for (opcode, destinations, sources, first) in
+            forms.into_iter().chain([(product, 4, 10, 6), (product, 4, 10, 0)])
+        {
+            let form = form(opcode, destinations, sources).unwrap_or_else(|| panic!("no form {opcode}"));
+            let count = (destinations + sources) as u32;
+            let number = |slot: u32, i: u32| (slot * 64 + i).wrapping_mul(0x9e37_79b9) & 0xbfff_bfff;
+            let file: Vec<Slot> = (0..count).map(|s| Slot(std::array::from_fn(|i| number(s, i as u32)))).collect();
+            let apart: Vec<u32> = (0..count).collect();
+            let mut in_place = apart.clone();
+            (0..destinations).for_each(|d| in_place[d] = (destinations + first + d) as u32);
+            let want = run(form, &apart, file.clone(), u32::MAX);
+            assert_ne!(want, file[..destinations], "{opcode} computes something");
+            assert_eq!(used(form, run(form, &in_place, file.clone(), u32::MAX)), used(form, want), "{opcode}");
+            if !opcode.starts_with("mma") {
+                assert_eq!(run(form, &apart, file.clone(), 0), file[..destinations], "{opcode} with no lane");
+            }
+        }
+    }
+
+    /// Only the bits that destinations have.
+    fn used(form: &Form, mut slots: Vec<Slot>) -> Vec<Slot> {
+        for (slot, ty) in slots.iter_mut().zip(form.dst) {
+            if ty.kind() == Kind::B32 {
+                slot.0[32..].fill(0);
+            }
+        }
+        slots
+    }
 }

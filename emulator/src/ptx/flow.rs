@@ -56,7 +56,7 @@ struct Code {
     shared: Vec<u32>,
 }
 
-/// Makes the kernel.
+/// Builds the kernel.
 pub fn kernel(entry: &Entry, unit: &Unit, text: &Arc<str>) -> Result<Kernel, ParseError> {
     let mut code = Code::default();
     code.inline(&entry.body, &[], 0, None, &unit.functions, &mut vec![])?;
@@ -87,7 +87,7 @@ pub fn kernel(entry: &Entry, unit: &Unit, text: &Arc<str>) -> Result<Kernel, Par
     Ok(kernel)
 }
 
-/// Offsets of all of the module's shared variables (those not used stay 0) and the fixed size.
+/// Offsets of all of the module's shared variables (0 for unused ones), and the static size.
 fn place_shared(used: &[u32], variables: &[SharedVariable], line: u32) -> Result<(Vec<u32>, u32), ParseError> {
     let mut offsets = vec![0; variables.len()];
     let mut end = 0u64;
@@ -254,23 +254,23 @@ struct Block {
     next: Vec<u32>,
 }
 
-/// How a block ends. Successor 0 is the target, the last is the block that follows.
+/// How a block ends. Successor 0 is the target, the last one is the fall-through.
 #[derive(Clone, Copy, Default, PartialEq)]
 enum End {
-    /// Runs on into `next[0]`.
+    /// Falls through to `next[0]`.
     #[default]
     Fall,
     /// Jumps to `next[0]`.
     Goto(u32),
-    /// By the guard of the instruction.
+    /// Conditional, by the guard of the instruction.
     Branch(u32),
-    /// All of the table, then perhaps the fall-through.
+    /// Indexed: the whole table, then perhaps the fall-through.
     Table(u32),
-    /// The instruction ends lanes; a guarded one falls through.
+    /// Exit; with a guard it may fall through.
     Exit(u32),
 }
 
-/// Operations at which lanes wait for each other begin a block, so that a group that waits has counted what it ran.
+/// Operations at which lanes wait for each other begin a block, so that a waiting group has booked what it ran.
 fn waits(op: &Op) -> bool {
     matches!(
         op,
@@ -495,7 +495,7 @@ fn order(blocks: &[Block]) -> Vec<u32> {
             }
         }
     }
-    // Only irreducible control flow leaves any.
+    // Only irreducible control flow leaves blocks over.
     result.extend((0..n).filter(|&at| !done[at]).map(|at| rpo[at]));
     result
 }
@@ -503,7 +503,7 @@ fn order(blocks: &[Block]) -> Vec<u32> {
 fn reads(code: &Code, ins: &Flat, mut visit: impl FnMut(Value)) {
     if let Some((register, _)) = ins.guard {
         visit(register);
-        // What a guarded instruction does not write stays alive.
+        // A guarded instruction may not write, so its destination stays live.
         for &value in &code.pool[ins.first as usize..][..ins.outputs as usize] {
             visit(value);
         }
@@ -529,7 +529,7 @@ fn block_ins(block: &Block) -> impl Iterator<Item = u32> + '_ {
 fn live_ranges(code: &Code, blocks: &[Block], order: &[u32]) -> Vec<(u32, u32)> {
     let registers = code.bits.len();
     let mut ranges = vec![(u32::MAX, 0u32); registers];
-    // Registers of one block that are written before they are read there need no data flow.
+    // Registers used in one block only, written before they are read, need no data flow analysis.
     let mut home = vec![u32::MAX; registers];
     let mut global = vec![u32::MAX; registers];
     let mut globals = 0u32;
@@ -625,7 +625,7 @@ fn live_ranges(code: &Code, blocks: &[Block], order: &[u32]) -> Vec<(u32, u32)> 
             }
             position += 2;
         }
-        // An empty block still has a position of its own, so that what lives through it has one too.
+        // An empty block gets a position of its own, so that what is live through it has one too.
         position += 2;
         for w in 0..words {
             for (bits, edge) in [(live_in[at * words + w], start), (live_out[at * words + w], position - 1)] {
@@ -640,7 +640,7 @@ fn live_ranges(code: &Code, blocks: &[Block], order: &[u32]) -> Vec<(u32, u32)> 
     ranges
 }
 
-/// Byte offset of every register, the bytes used, and 32-bit registers at the busiest point.
+/// Byte offset of every register, bytes used, and the peak number of 32-bit registers.
 fn allocate(code: &Code, ranges: &[(u32, u32)]) -> (Vec<u32>, u32, u32) {
     #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
     enum Pool {
@@ -826,7 +826,7 @@ fn reaches_shared(access: &Access) -> bool {
     matches!(access.space, Space::Shared | Space::Generic)
 }
 
-/// Bytes that a lane touches at least with an operation that may reach shared memory.
+/// Smallest access of an operation that may reach shared memory, in bytes.
 fn shared_bytes(op: &Op) -> Option<u32> {
     match op {
         Op::Load(access) | Op::Store(access) | Op::Atom { access, .. } if reaches_shared(access) => {

@@ -17,15 +17,15 @@ const MAX_REGISTERS: u32 = 1 << 22;
 /// A `.shared` variable.
 #[derive(Clone, Debug)]
 pub struct SharedVariable {
-    /// Size; 0 for `extern` arrays, whose size the launch gives.
+    /// Size; 0 for `extern` arrays, whose size is set at launch.
     pub bytes: u64,
     /// Alignment.
     pub align: u64,
-    /// `extern .shared`: begins behind all others.
+    /// `extern .shared`: begins after all others.
     pub dynamic: bool,
 }
 
-/// A kernel as read.
+/// A kernel as parsed.
 pub struct Entry {
     /// The kernel's properties, without its program.
     pub kernel: super::Kernel,
@@ -35,7 +35,7 @@ pub struct Entry {
     pub line: u32,
 }
 
-/// Everything in a module, before kernels become programs.
+/// A parsed module, before kernels become programs.
 pub struct Unit {
     /// `.version`
     pub version: (u32, u32),
