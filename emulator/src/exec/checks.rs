@@ -723,9 +723,11 @@ impl Machine<'_> {
                 let conflict = match values {
                     None => races.read(word, bytes, block, self.block.epoch),
                     Some(values) => {
-                        // SAFETY: `locate` has found the bytes inside an allocation of the device.
-                        let now = unsafe { std::slice::from_raw_parts(from as *const u8, (upto - from) as usize) };
-                        let same = now == &values[l as usize][(from - a) as usize..(upto - a) as usize];
+                        let (mut now, length) = ([0; 4], (upto - from) as usize);
+                        // SAFETY: `locate` has found the bytes inside an allocation of the device. Copied, since other
+                        // workers may write them meanwhile; at most 4.
+                        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, now.as_mut_ptr(), length) };
+                        let same = now[..length] == values[l as usize][(from - a) as usize..(upto - a) as usize];
                         races.write(word, bytes, block, self.block.epoch, same)
                     }
                 };
