@@ -1,8 +1,9 @@
-//! Throughput of the interpreter on one core: a register-tiled f32 SGEMM, a bf16 product by ldmatrix and mma.sync, an element-wise
-//! kernel; with bounds checks only, and with every check and every counter.
+//! Throughput of the interpreter on one core: a register-tiled f32 SGEMM, a bf16 product by ldmatrix and mma.sync, an
+//! element-wise kernel; with bounds checks only, and with every check and counter.
 //!
-//! Time is the processor time of this process: what else the machine does counts little. Criterion's "elements" are floating-point operations for the products and array elements for the element-wise kernel. Each way's result is
-//! compared once with a product computed here, so that no figure is of a wrong result.
+//! Time is the process's CPU time, so other load on the machine counts little. Criterion's "elements" are
+//! floating-point operations for the products and array elements for the element-wise kernel. Each variant's result is
+//! compared once with a product computed here, so that no figure belongs to a wrong result.
 
 use criterion::measurement::{Measurement, ValueFormatter, WallTime};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};

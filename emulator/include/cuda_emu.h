@@ -1,8 +1,9 @@
 /* What the emulator exports beside the CUDA driver API.
  *
- * A program that may run on either asks the loader for `emu_version`: it is there on the emulator only. All functions
- * that return an int return a CUresult. Texts are handed over in two steps: with `*bytes` as the room in `text` (which may be
- * NULL), the call writes as much as fits, terminated, and sets `*bytes` to the length of the whole text with its terminator.
+ * A program that may run on either driver asks the loader for `emu_version`, which only the emulator exports. Functions
+ * that return an int return a CUresult. Texts take two steps: with `*bytes` as the room in `text` (which may be NULL),
+ * the call writes as much as fits, terminated, and sets `*bytes` to the length of the whole text including the
+ * terminator.
  */
 #ifndef CUDA_EMU_H
 #define CUDA_EMU_H
@@ -16,18 +17,18 @@ extern "C" {
 /* The emulator's version, as "0.1.0". Works before cuInit. */
 const char *emu_version(void);
 
-/* Why the last driver call of this host thread that failed did, as one sentence: for a kernel's fault it names kernel, block,
+/* Why this host thread's last failed driver call failed, in one sentence: for a kernel's fault it names kernel, block,
  * thread, instruction, PTX line, address and nearest allocation. Never NULL; valid until the thread's next failure. */
 const char *emu_last_message(void);
 
-/* Changes how launches of this host thread are run. `name` and `value` are as the variable CUDA_EMU_NAME has them:
+/* Changes how launches of this host thread are run. `name` and `value` are as in the variable CUDA_EMU_NAME:
  *   "checks"   all, fast, none, or a list: bounds, uninitialised, shared_races, barrier_divergence, inactive_shuffle,
  *              global_races, leaks
  *   "seed"     none, or a number: blocks, warps and graph nodes run in a random order drawn from it
  *   "threads"  host threads that run blocks; 0 is one per core
  *   "isa"      auto, portable, avx2, avx512
- * A launch without "uninitialised" does not note what it writes, and so ends that check on its device for good: give it to every
- * launch of a process or to none. A NULL value takes every change of this thread back. */
+ * A launch without "uninitialised" does not record what it writes, which ends that check on its device for good: use it
+ * in every launch of a process or in none. A NULL value undoes all changes of this thread. */
 int emu_configure(const char *name, const char *value);
 
 /* Counters of every launch so far, summed per kernel, with the faults and leaks reported so far, as JSON. */

@@ -1,11 +1,15 @@
 //! The global memory of one device.
 //!
-//! An address is the host address of the byte, inside a range reserved once (and only filled page by page when touched), so that
-//! host-pinned and managed memory have the same address on both sides. Allocations stand at least [`GUARD`] bytes apart, fresh
-//! memory is poisoned with 0xFF (a NaN in every float format), and freed ranges rest in a queue before they are given out again,
-//! so that late accesses find no allocation.
+//! A device address is the host address of the same byte, in an address range reserved once and backed page by page as
+//! it is touched. Pinned and managed memory therefore have one address on both sides. Allocations are at least
+//! [`GUARD`] bytes apart, fresh memory is filled with 0xFF (NaN in every float format), and freed ranges are
+//! quarantined before reuse, so that a late access hits no live allocation.
 //!
-//! A bitmap holds which bytes have ever been written. Deliberately absent: streams and their order, which are the driver's.
+//! A bitmap records which bytes have been written. Not here: streams and their ordering, which belong to the driver.
+//!
+//! # Concurrency
+//! As on a GPU, the bytes belong to the emulated program. No Rust reference to them outlives a call, so a copy that
+//! races with a kernel can garble the program's data, never the emulator's.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -16,19 +20,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bytes between allocations.
 pub const GUARD: u64 = 512;
-/// Alignment of allocations.
+/// Alignment of allocations, in bytes.
 pub const ALIGN: u64 = 512;
-/// Freed bytes that rest before the oldest are given out again.
+/// Freed bytes held back before the oldest are reused.
 const QUARANTINE: u64 = 256 << 20;
-/// What fresh memory holds.
+/// Fill byte of fresh memory.
 const POISON: u8 = 0xff;
-/// Allocations from this size on are poisoned by mapping, page by page as they are touched, not by writing all of them.
+/// Allocations of at least this size are poisoned by mapping a file over them, which costs only what is touched.
 const LARGE: u64 = 32 << 20;
-/// Bytes of the file of poison that such allocations are mapped from.
+/// Size of that file.
 const POISON_FILE: u64 = 8 << 20;
-/// A page of any machine is at most this.
+/// Upper bound on the page size of any supported machine.
 const PAGE: u64 = 64 << 10;
-/// Where the range of the first device is asked to be, so that addresses repeat from run to run.
+/// Address hint for the first device's range, so that addresses repeat from run to run.
 const FIRST_BASE: u64 = 0x6f00_0000_0000;
 
 /// A live allocation.
@@ -36,15 +40,15 @@ const FIRST_BASE: u64 = 0x6f00_0000_0000;
 pub struct Allocation {
     /// First byte.
     pub address: u64,
-    /// Size as asked for.
+    /// Size requested.
     pub bytes: u64,
-    /// Number of the allocation, from 1, in the order they were made.
+    /// Number of the allocation, counted from 1.
     pub serial: u64,
-    /// Host-pinned or managed: readable by the host, always initialised, not counted as used.
+    /// Pinned or managed: readable by the host, always initialised, not counted as used.
     pub host: bool,
 }
 
-/// Why an access from the host was refused. Display is a whole sentence.
+/// Why an access from the host was refused. Displays as a sentence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MemoryError {
     /// The CUresult: 1 (invalid value).
@@ -77,30 +81,31 @@ impl Range {
     fn reserve(hint: u64, bytes: u64) -> Option<Range> {
         let protection = libc::PROT_READ | libc::PROT_WRITE;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: a new anonymous mapping; the hint replaces nothing without MAP_FIXED.
+        // SAFETY: a new anonymous mapping. Without MAP_FIXED the hint cannot replace an existing one.
         let at = unsafe { libc::mmap(hint as *mut libc::c_void, bytes as usize, protection, flags, -1, 0) };
         (at != libc::MAP_FAILED).then_some(Range { base: at as u64, bytes })
     }
 
-    /// Gives the pages back; they read as zero afterwards.
+    /// Returns the pages to the operating system. On Linux they read as zero afterwards.
     fn clear(&self) {
-        // SAFETY: the range is this mapping, whole.
+        // SAFETY: the range is exactly this mapping, which is anonymous and private; no reference to its contents
+        // exists.
         unsafe { libc::madvise(self.base as *mut libc::c_void, self.bytes as usize, libc::MADV_DONTNEED) };
     }
 }
 
-/// Files without a name are Linux's.
+/// Anonymous files (memfd) exist on Linux only.
 #[cfg(not(target_os = "linux"))]
 fn poison_file() -> Option<libc::c_int> {
     None
 }
 
-/// A file of [`POISON_FILE`] bytes of poison, or None where the operating system has none to give.
+/// A file of [`POISON_FILE`] poison bytes, or None if the operating system refuses one.
 #[cfg(target_os = "linux")]
 fn poison_file() -> Option<libc::c_int> {
     static FILE: OnceLock<Option<libc::c_int>> = OnceLock::new();
     *FILE.get_or_init(|| {
-        // SAFETY: a new file without a name, which this process keeps to its end; the write is from a live vector.
+        // SAFETY: creates an anonymous file that stays open until the process ends; the write reads a live vector.
         unsafe {
             let file = libc::memfd_create(c"cuda_emu poison".as_ptr(), libc::MFD_CLOEXEC);
             let poison = vec![POISON; POISON_FILE as usize];
@@ -110,18 +115,19 @@ fn poison_file() -> Option<libc::c_int> {
     })
 }
 
-/// Poisons a range of fresh memory: a large one by mapping, of which only what is touched costs memory and time.
+/// Poisons fresh memory. Large ranges are remapped, so that untouched pages cost neither memory nor time.
 ///
 /// # Safety
-/// The range lies in a private mapping of this crate, and nobody else uses it now.
+/// The range lies inside a private mapping of this crate, and no reference to its contents exists.
 unsafe fn poison(at: u64, bytes: u64) {
     let (mut from, upto) = (at.next_multiple_of(PAGE), (at + bytes) / PAGE * PAGE);
     let file = if bytes < LARGE { None } else { poison_file() };
     let Some(file) = file else {
-        // SAFETY: the caller's contract.
+        // SAFETY: the caller guarantees that the range is ours to write.
         return unsafe { std::ptr::write_bytes(at as *mut u8, POISON, bytes as usize) };
     };
-    // SAFETY: whole pages inside the range are replaced by pages of the file, as private as those before; the ends are written.
+    // SAFETY: MAP_FIXED replaces only whole pages inside the caller's range, by private pages of the file; the partial
+    // pages at both ends are written.
     unsafe {
         std::ptr::write_bytes(at as *mut u8, POISON, (from - at) as usize);
         std::ptr::write_bytes(upto as *mut u8, POISON, (at + bytes - upto) as usize);
@@ -140,16 +146,16 @@ unsafe fn poison(at: u64, bytes: u64) {
 
 impl Drop for Range {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `reserve` and nothing keeps pointers into it beyond the owner's life.
+        // SAFETY: `reserve` made this mapping. Nothing keeps a pointer into it longer than the `Range`'s owner lives.
         unsafe { libc::munmap(self.base as *mut libc::c_void, self.bytes as usize) };
     }
 }
 
 struct Table {
     live: BTreeMap<u64, Allocation>,
-    /// Free ranges by address: bytes.
+    /// Free ranges: address to size.
     free: BTreeMap<u64, u64>,
-    /// Freed ranges with their guard, oldest first.
+    /// Freed allocations in quarantine with their size including the guard, oldest first.
     resting: VecDeque<(Allocation, u64)>,
     resting_bytes: u64,
     used: u64,
@@ -157,37 +163,38 @@ struct Table {
     snapshot: Option<Arc<Vec<Allocation>>>,
 }
 
-/// One device's global memory. All methods are safe to call from several threads.
+/// One device's global memory. Every method may be called from several threads at once.
 pub struct Memory {
     range: Range,
-    /// One bit per byte of `range`: whether it has been written.
+    /// One bit per byte of `range`: has it been written?
     written: Range,
-    /// Two words per 4 bytes of `range`, made when the first launch looks for races between blocks.
+    /// Last accesses to each 4-byte word, allocated by the first launch that checks for races between blocks.
     shadow: Mutex<Option<Arc<Shadow>>>,
     limit: u64,
     table: Mutex<Table>,
     untracked: AtomicBool,
 }
 
-/// Last accesses to every word, for races between blocks; see [`crate::exec`]. Whoever looks at words holds the lock of their part of memory.
+/// The last writer and reader of every 4-byte word, for the detection of races between blocks (see [`crate::exec`]).
+/// Words may be read or written only while [`hold`](Shadow::hold) is held for their address.
 pub struct Shadow {
-    /// A word of 64 bits per 4 bytes of the device's range for the writer, then as many for the reader.
+    /// One u64 per 4 bytes of device memory for the writer, followed by as many for the reader.
     range: Range,
     of: u64,
     generation: AtomicU64,
     locks: Box<[Lock; LOCKS]>,
 }
 
-/// Bytes of device memory that one lock of a [`Shadow`] covers at a stretch.
+/// Consecutive bytes of device memory covered by one lock of a [`Shadow`].
 pub const HELD: u64 = 512;
-/// Locks, for every `LOCKS`th stretch of [`HELD`] bytes.
+/// Number of locks; lock i covers every `LOCKS`th stretch of [`HELD`] bytes.
 const LOCKS: usize = 512;
 
-/// A lock in a cache line of its own.
+/// A lock on its own cache line.
 #[repr(align(64))]
 struct Lock(AtomicBool);
 
-/// A lock of a [`Shadow`] held until this is dropped.
+/// Guard of a [`Shadow`] lock.
 pub struct Held<'a>(&'a AtomicBool);
 
 impl Drop for Held<'_> {
@@ -197,8 +204,8 @@ impl Drop for Held<'_> {
 }
 
 impl Shadow {
-    /// Takes the lock of the stretch of [`HELD`] bytes that holds an address. Never two at a time. It is held for some dozens of instructions, which a
-    /// mutex of the standard library would double.
+    /// Locks the stretch of [`HELD`] bytes that contains an address. Never hold two. A spin lock: it is held for a few
+    /// dozen instructions, which `std::sync::Mutex` would double.
     #[inline(always)]
     pub fn hold(&self, address: u64) -> Held<'_> {
         let lock = &self.locks[(address / HELD) as usize % LOCKS].0;
@@ -213,17 +220,19 @@ impl Shadow {
         Held(lock)
     }
 
-    /// Where the (writer, reader) of the 4-byte word that holds an address stand; those of following words follow.
+    /// Pointers to the (writer, reader) entries of the 4-byte word that contains an address. Entries of the following
+    /// words follow.
     ///
     /// # Safety
-    /// The address lies in the device's range.
+    /// The address lies in the device's range. The entries are accessed only under [`hold`](Shadow::hold).
     pub unsafe fn word(&self, address: u64) -> (*mut u64, *mut u64) {
         let at = (self.range.base + (address - self.of) / 4 * 8) as *mut u64;
-        // SAFETY: the caller's promise keeps both inside the mapping, which is zeroed, aligned, and lives as long as self.
+        // SAFETY: with the address in range both pointers stay inside the mapping, which is page-aligned, zeroed by the
+        // operating system, and lives as long as self.
         (at, unsafe { at.byte_add(self.range.bytes as usize / 2) })
     }
 
-    /// A number from 1 to 4095 that no word holds yet.
+    /// A generation from 1 to 4095 that no entry holds yet.
     pub fn next_generation(&self) -> u64 {
         let generation = self.generation.fetch_add(1, Ordering::Relaxed) % 4096;
         if generation == 0 {
@@ -239,13 +248,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Memory {
-    /// Memory of at most `limit` bytes in use at a time.
+    /// Creates a device memory of which at most `limit` bytes can be allocated at a time.
     ///
     /// # Panics
-    /// When the operating system has no address space.
+    /// If the operating system has no address space left.
     pub fn new(limit: u64) -> Self {
         let wanted = (2 * limit + (2 << 30)).next_multiple_of(1 << 21);
-        // Smaller when address space is limited: fragmentation then shows earlier, nothing else changes.
+        // Smaller where address space is limited: fragmentation then shows earlier, nothing else changes.
         let range = [wanted, wanted / 2, wanted / 4, 1 << 30]
             .into_iter()
             .find_map(|bytes| Range::reserve(FIRST_BASE, bytes))
@@ -272,12 +281,14 @@ impl Memory {
         }
     }
 
-    /// Allocates device memory, poisoned and marked uninitialised; None when the limit is exceeded or `bytes` is 0. Aligned to 512.
+    /// Allocates device memory, poisoned and marked as unwritten, aligned to [`ALIGN`]. None if the limit would be
+    /// exceeded or `bytes` is 0.
     pub fn alloc(&self, bytes: u64) -> Option<u64> {
         self.allocate(bytes, false)
     }
 
-    /// Allocates memory that the host may touch by its address (pinned, managed): zeroed, initialised, outside the limit.
+    /// Allocates memory that the host may also access (pinned, managed): zeroed, marked as written, not counted against
+    /// the limit.
     pub fn alloc_host(&self, bytes: u64) -> Option<u64> {
         self.allocate(bytes, true)
     }
@@ -308,7 +319,8 @@ impl Memory {
             table.used += bytes;
         }
         table.snapshot = None;
-        // SAFETY: [address, address + bytes) was free until now and lies inside the mapping; no launch has it in its table.
+        // SAFETY: [address, address + bytes) was on the free list until now and lies inside the mapping; no launch
+        // under way knows it as an allocation.
         unsafe {
             match host {
                 true => std::ptr::write_bytes(address as *mut u8, 0, bytes as usize),
@@ -322,7 +334,7 @@ impl Memory {
         Some(address)
     }
 
-    /// Frees an allocation by its first address.
+    /// Frees an allocation, given its first address.
     pub fn free(&self, at: u64) -> Result<(), MemoryError> {
         let mut table = lock(&self.table);
         let Some(allocation) = table.live.remove(&at) else {
@@ -333,7 +345,8 @@ impl Memory {
         }
         table.snapshot = None;
         if allocation.bytes >= LARGE {
-            // SAFETY: nothing may use what was just taken from the table. What it holds is given back at once, not when it is given out again.
+            // SAFETY: the range was just removed from the table of live allocations and stays mapped. Poisoning it now,
+            // not at reuse, returns its pages to the operating system.
             unsafe { poison(at, allocation.bytes) };
         }
         let span = allocation.bytes.next_multiple_of(ALIGN) + GUARD;
@@ -348,14 +361,10 @@ impl Memory {
         Ok(())
     }
 
-    /// Fails unless the range lies in one allocation. The lock that comes back keeps it alive.
+    /// Fails unless the range is inside one live allocation, which the returned lock keeps alive.
     fn locate(&self, what: &str, at: u64, bytes: u64) -> Result<MutexGuard<'_, Table>, MemoryError> {
         let table = lock(&self.table);
-        let found = table.find(at).filter(|a| bytes <= a.bytes - (at - a.address));
-        if found.is_none() && bytes > 0 {
-            let message = format!("{what} {bytes} bytes at {at:#x} lie in no allocation: {}", table.nearest(at));
-            return Err(MemoryError::new(message));
-        }
+        table.require(what, at, bytes)?;
         Ok(table)
     }
 
@@ -363,31 +372,32 @@ impl Memory {
     pub fn copy_in(&self, to: u64, from: &[u8]) -> Result<(), MemoryError> {
         let _table = self.locate("the destination's", to, from.len() as u64)?;
         if !from.is_empty() {
-            // SAFETY: the destination lies in a live allocation. `from` may be host memory of this device (pinned): `copy` allows overlap.
+            // SAFETY: the destination is inside a live allocation, which the lock keeps alive. `from` may be pinned
+            // memory of this very device: `copy` allows overlap.
             unsafe { std::ptr::copy(from.as_ptr(), to as *mut u8, from.len()) };
             self.mark(to, from.len() as u64, true);
         }
         Ok(())
     }
 
-    /// Copies to the host; bytes never written come as poison.
+    /// Copies to the host. Bytes that were never written read as poison.
     pub fn copy_out(&self, from: u64, to: &mut [u8]) -> Result<(), MemoryError> {
         let _table = self.locate("the source's", from, to.len() as u64)?;
         if !to.is_empty() {
-            // SAFETY: the source lies in a live allocation; see `copy_in` for overlap.
+            // SAFETY: the source is inside a live allocation, which the lock keeps alive; `copy` allows overlap.
             unsafe { std::ptr::copy(from as *const u8, to.as_mut_ptr(), to.len()) };
         }
         Ok(())
     }
 
-    /// Copies inside the device, also the knowledge of which bytes are initialised.
+    /// Copies within the device, including which bytes have been written.
     pub fn copy_within(&self, to: u64, from: u64, bytes: u64) -> Result<(), MemoryError> {
-        drop(self.locate("the source's", from, bytes)?);
-        let _table = self.locate("the destination's", to, bytes)?;
+        let table = self.locate("the source's", from, bytes)?;
+        table.require("the destination's", to, bytes)?;
         if bytes == 0 {
             return Ok(());
         }
-        // SAFETY: both ranges were found in live allocations; they may overlap.
+        // SAFETY: both ranges are inside live allocations, which the lock keeps alive; `copy` allows overlap.
         unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes as usize) };
         if self.written(from, bytes) {
             self.mark(to, bytes, true);
@@ -400,37 +410,42 @@ impl Memory {
         Ok(())
     }
 
-    /// Fills `count` elements of `pattern.len()` bytes (1, 2 or 4).
+    /// Fills `count` elements with `pattern`, whose length is 1, 2 or 4.
     pub fn set(&self, to: u64, pattern: &[u8], count: u64) -> Result<(), MemoryError> {
         let bytes = count.saturating_mul(pattern.len() as u64);
         let _table = self.locate("the destination's", to, bytes)?;
         if bytes == 0 {
             return Ok(());
         }
-        // SAFETY: the range lies in a live allocation of this device, which only the emulated program reads at the same time.
-        let target = unsafe { std::slice::from_raw_parts_mut(to as *mut u8, bytes as usize) };
-        match pattern {
-            [byte] => target.fill(*byte),
-            _ => target.chunks_exact_mut(pattern.len()).for_each(|chunk| chunk.copy_from_slice(pattern)),
+        let target = to as *mut u8;
+        // SAFETY: `bytes` bytes from `target` on are inside a live allocation, which the lock keeps alive. Raw writes,
+        // not a slice: the emulated program may hold the address and read at the same time.
+        unsafe {
+            match *pattern {
+                [byte] => target.write_bytes(byte, bytes as usize),
+                [a, b] => (0..count as usize).for_each(|i| target.cast::<[u8; 2]>().add(i).write([a, b])),
+                [a, b, c, d] => (0..count as usize).for_each(|i| target.cast::<[u8; 4]>().add(i).write([a, b, c, d])),
+                _ => (0..bytes as usize).for_each(|i| target.add(i).write(pattern[i % pattern.len()])),
+            }
         }
         self.mark(to, bytes, true);
         Ok(())
     }
 
-    /// Makes an allocation as fresh, poisoned and uninitialised: for memory that a graph allocates anew in each launch.
+    /// Makes an allocation fresh again, poisoned and unwritten: for graph memory, which every launch allocates anew.
     pub fn forget(&self, at: u64) -> Result<(), MemoryError> {
         let table = lock(&self.table);
         let Some(&Allocation { bytes, .. }) = table.live.get(&at) else {
             let message = format!("{at:#x} starts no allocation: {}", table.nearest(at));
             return Err(MemoryError::new(message));
         };
-        // SAFETY: the range is a live allocation, kept alive by the lock; only the emulated program uses it at the same time.
+        // SAFETY: the range is a live allocation, which the lock keeps alive, inside this device's private mapping.
         unsafe { poison(at, bytes) };
         self.unmark(at, bytes);
         Ok(())
     }
 
-    /// Bytes in use.
+    /// Bytes in use by device allocations.
     pub fn used(&self) -> u64 {
         lock(&self.table).used
     }
@@ -445,17 +460,17 @@ impl Memory {
         lock(&self.table).live.values().copied().collect()
     }
 
-    /// The live allocation that holds an address.
+    /// The live allocation that contains an address.
     pub fn find(&self, address: u64) -> Option<Allocation> {
         lock(&self.table).find(address)
     }
 
-    /// Whether an address belongs to this device's range, allocated or not.
+    /// Whether an address is in this device's range, allocated or not.
     pub fn owns(&self, address: u64) -> bool {
         address.wrapping_sub(self.range.base) < self.range.bytes
     }
 
-    /// Live allocations by address, shared; a launch works with those of its beginning.
+    /// Live allocations by address, shared. A launch works on the snapshot taken when it began.
     pub(crate) fn snapshot(&self) -> Arc<Vec<Allocation>> {
         let mut table = lock(&self.table);
         if let Some(snapshot) = &table.snapshot {
@@ -466,12 +481,12 @@ impl Memory {
         snapshot
     }
 
-    /// First address and size of the whole range.
+    /// Address and size of the device's range.
     pub(crate) fn range(&self) -> (u64, u64) {
         (self.range.base, self.range.bytes)
     }
 
-    /// The shadow for races between blocks, or None without address space for it.
+    /// The shadow memory for races between blocks, or None if there is no address space for it.
     pub(crate) fn shadow(&self) -> Option<Arc<Shadow>> {
         let mut shadow = lock(&self.shadow);
         if shadow.is_none() {
@@ -482,22 +497,24 @@ impl Memory {
         shadow.clone()
     }
 
-    /// A launch that does not track writes makes all later tracking useless.
+    /// Called by launches that do not track writes, after which tracking means nothing.
     pub(crate) fn stop_tracking(&self) {
         self.untracked.store(true, Ordering::Relaxed);
     }
 
-    /// Whether reads of uninitialised memory can be told.
+    /// Whether reads of unwritten memory can be detected.
     pub(crate) fn tracking(&self) -> bool {
         !self.untracked.load(Ordering::Relaxed)
     }
 
     fn bitmap(&self, word: u64) -> &AtomicU64 {
-        // SAFETY: callers pass words of addresses inside the range; the bitmap has a bit for each of its bytes and lives as long as self.
+        debug_assert!(word < self.written.bytes / 8, "word {word} of a bitmap of {} bytes", self.written.bytes);
+        // SAFETY: a word index of an address in `range` is inside the bitmap, which has one bit per byte of `range`, is
+        // page-aligned, and lives as long as self.
         unsafe { &*((self.written.base + word * 8) as *const AtomicU64) }
     }
 
-    /// Whether all bytes of a range inside the device's range have been written.
+    /// Whether all bytes have been written. The bytes must be inside the device's range, and at least one.
     #[inline]
     pub(crate) fn written(&self, at: u64, bytes: u64) -> bool {
         let first = at - self.range.base;
@@ -514,7 +531,7 @@ impl Memory {
             && self.bitmap(last_word).load(Ordering::Relaxed) & upto == upto
     }
 
-    /// Notes that the bytes of a range inside the device's range have been written, or not.
+    /// Marks bytes as written, or as unwritten. The bytes must be inside the device's range, and at least one.
     #[inline]
     pub(crate) fn mark(&self, at: u64, bytes: u64, written: bool) {
         let first = at - self.range.base;
@@ -538,12 +555,12 @@ impl Memory {
         }
     }
 
-    /// Notes that nothing of a range inside the device's range has been written. Whole pages of the bitmap are given back, which makes them zero.
+    /// Marks bytes as unwritten. Whole pages of the bitmap are returned to the operating system, which zeroes them.
     fn unmark(&self, at: u64, bytes: u64) {
         let bits = 8 * PAGE;
         let first = at - self.range.base;
         let (from, upto) = (first.next_multiple_of(bits), (first + bytes) / bits * bits);
-        // Elsewhere than on Linux pages that are given back may keep what they hold.
+        // Only on Linux are returned pages sure to read as zero.
         if from >= upto || cfg!(not(target_os = "linux")) {
             return self.mark(at, bytes, false);
         }
@@ -554,18 +571,28 @@ impl Memory {
             self.mark(self.range.base + upto, first + bytes - upto, false);
         }
         let page = (self.written.base + from / 8) as *mut libc::c_void;
-        // SAFETY: whole pages inside the bitmap, a private anonymous mapping whose base is that of a page.
+        // SAFETY: whole pages inside the bitmap, a private anonymous mapping to which no reference is held.
         unsafe { libc::madvise(page, ((upto - from) / 8) as usize, libc::MADV_DONTNEED) };
     }
 
-    /// What stands nearest to an address, for messages.
+    /// Describes what lies nearest to an address, for messages.
     pub fn nearest(&self, address: u64) -> String {
         lock(&self.table).nearest(address)
     }
 }
 
 impl Table {
-    /// Puts a range back among the free ones, joined with its neighbours.
+    /// Fails unless the range is inside one live allocation.
+    fn require(&self, what: &str, at: u64, bytes: u64) -> Result<(), MemoryError> {
+        let found = self.find(at).filter(|a| bytes <= a.bytes - (at - a.address));
+        if found.is_none() && bytes > 0 {
+            let message = format!("{what} {bytes} bytes at {at:#x} lie in no allocation: {}", self.nearest(at));
+            return Err(MemoryError::new(message));
+        }
+        Ok(())
+    }
+
+    /// Returns a range to the free list, merged with its neighbours.
     fn release(&mut self, mut at: u64, mut bytes: u64) {
         if let Some((&before, &size)) = self.free.range(..at).next_back()
             && before + size == at
@@ -627,11 +654,11 @@ impl Table {
 mod tests {
     use super::*;
 
-    /// Bytes of this process that are in memory.
+    /// Resident set size of this process, in bytes.
     fn resident() -> u64 {
         let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
         let pages: u64 = pages.split(' ').nth(1).unwrap().parse().unwrap();
-        // SAFETY: asks for a number.
+        // SAFETY: sysconf only returns a number.
         pages * unsafe { libc::sysconf(libc::_SC_PAGESIZE) } as u64
     }
 
@@ -640,9 +667,10 @@ mod tests {
         unsafe { std::slice::from_raw_parts(at as *const u8, bytes) }.to_vec()
     }
 
-    /// What a program allocates and hardly touches costs neither time nor memory, and is as fresh as any other: at its ends, at the seams of
-    /// the poison's pieces, and when it is given out again.
+    /// A large allocation that is hardly touched costs neither time nor memory, and is as fresh as any other: at both
+    /// ends, at the seams of the mapped file, and when it is reused.
     #[test]
+    #[cfg_attr(miri, ignore = "device memory is mapped at fixed addresses, by memfd_create")]
     fn large_allocations_cost_what_is_touched() {
         let memory = Memory::new(4 << 30);
         let odd = memory.alloc(1000).unwrap();
@@ -657,7 +685,7 @@ mod tests {
                 memory.copy_in(at + place, &[7; 64]).unwrap();
                 assert!(memory.written(at + place, 64));
             }
-            // Neighbours do not notice.
+            // Neighbours are left alone.
             assert_eq!(bytes_at(odd, 1000), if round == 0 { [POISON; 1000] } else { [5; 1000] });
             memory.copy_in(odd, &[5; 1000]).unwrap();
             memory.free(at).unwrap();

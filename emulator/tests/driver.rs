@@ -1,4 +1,5 @@
-//! The driver API end to end through cudarc: devices, memory, streams, events, capture, graphs, pools, occupancy, refusals.
+//! The driver API end to end through cudarc: devices, memory, streams, events, capture, graphs, pools, occupancy,
+//! refusals.
 
 #![allow(
     clippy::undocumented_unsafe_blocks,
@@ -561,7 +562,7 @@ fn memory_of_a_graph_lives_from_its_node_to_its_free() {
     assert_eq!(code(context.check_err()), CUresult::CUDA_ERROR_INVALID_VALUE);
     let ended = stream.end_capture(sys::CUgraphInstantiate_flags(0));
     assert_eq!(code(ended.map(|_| ())), CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
-    // ... and in the next launch the memory of a graph is as fresh as in the first: reading it before writing is a fault.
+    // In the next launch the memory of a graph is as fresh as in the first: reading it before writing is a fault.
     let graph = capture_axpy(&stream, |stream| {
         let mut inner = unsafe { stream.alloc::<f32>(64) }.unwrap();
         let mut launch = stream.launch_builder(&copy);
@@ -786,8 +787,8 @@ fn several_host_threads_share_a_context() {
     assert_eq!(stream.clone_dtoh(&y).unwrap(), [100.0; 1000]);
 }
 
-/// Programs release what they hold in destructors of thread-locals. Those made before the first driver call run after everything that the
-/// driver could clean up.
+/// Programs release resources in destructors of thread-locals. Those made before the first driver call run after
+/// everything that the driver could clean up.
 #[test]
 fn the_driver_can_be_called_when_a_thread_ends() {
     static AT_THE_END: AtomicU32 = AtomicU32::new(u32::MAX);
@@ -842,7 +843,7 @@ fn two_devices_have_their_own_memory_and_copy_between_each_other() {
     // A function does not run in another context's stream.
     let foreign = kernel(&first, BASIC, "no_parameters");
     let mut launch = stream_1.launch_builder(&foreign);
-    assert!(unsafe { launch.launch(shape(1, 1)) }.is_err());
+    assert_eq!(code(unsafe { launch.launch(shape(1, 1)) }), CUresult::CUDA_ERROR_INVALID_HANDLE);
 }
 
 #[test]
@@ -907,11 +908,11 @@ fn functions_are_found_by_name_and_version() {
         let answer = unsafe { sys::cuGetProcAddress_v2(name.as_ptr(), &mut address, 12_040, 0, &mut status) };
         (answer, address as usize)
     };
-    let symbol = |name: &[u8]| unsafe { *sys::culib().get::<usize>(name).unwrap() as *const () as usize };
-    let _ = symbol; // the address of a function through dlsym is compared below, by calling it
     let (answer, found) = find(c"cuMemAlloc");
     assert_eq!(answer, CUresult::CUDA_SUCCESS);
-    assert_ne!(found, 0);
+    // SAFETY: only the address is used.
+    let symbol = unsafe { *sys::culib().get::<unsafe extern "C" fn()>(b"cuMemAlloc_v2\0").unwrap() };
+    assert_eq!(found, symbol as usize, "the name means its newest version");
     let (answer, found) = find(c"cuDriverGetVersion");
     assert_eq!(answer, CUresult::CUDA_SUCCESS);
     // SAFETY: that is the function's type.
@@ -1071,7 +1072,7 @@ fn registered_host_memory_is_seen_by_kernels_at_another_address() {
     unsafe { launch.launch(shape(2, 256)) }.unwrap();
     let expected = |i: usize| i as f32 + if (10..510).contains(&i) { 2.0 } else { 0.0 };
     assert!((0..1000).all(|i| unsafe { pointer.add(i).read() } == expected(i)));
-    // Copies and fills with the mirror's address reach the host memory, and what the host writes is seen by the next kernel.
+    // Copies and fills with the mirror's address reach the host memory, and the next kernel sees what the host writes.
     unsafe {
         result::memset_d8_sync(address, 0, 4).unwrap();
         assert_eq!(pointer.add(10).read(), 0.0);
@@ -1204,7 +1205,8 @@ fn a_user_object_is_destroyed_with_its_last_graph() {
 fn a_forked_process_is_refused_the_driver() {
     load();
     let (_context, _stream) = device(0);
-    // SAFETY: the child calls the driver, which refuses before it takes a lock or allocates more than a sentence, and ends without destructors.
+    // SAFETY: the child only makes driver calls, which refuse before they take a lock or allocate more than a sentence,
+    // and ends without destructors.
     let child = unsafe { libc::fork() };
     if child == 0 {
         let codes = unsafe { [sys::cuInit(0), sys::cuCtxSynchronize()] };

@@ -1,5 +1,5 @@
-//! Five kernels in CUDA C++, compiled by nvcc: each agrees with a CPU computation under all checks and several schedules, and
-//! each is refused, with the reason, once a bug is planted in it.
+//! Five kernels in CUDA C++, compiled by nvcc: each agrees with a CPU computation under all checks and several
+//! schedules, and each is refused, with the reason, once a bug is planted in it.
 
 #![allow(
     clippy::undocumented_unsafe_blocks,
@@ -196,7 +196,8 @@ mod reduction {
         );
         assert_refused(|| launch("reduce_inactive_lane"), failed, &["reduce_inactive_lane", "shfl"]);
         assert_refused(|| launch("reduce_global_race"), failed, &["reduce_global_race", "race"]);
-        // Without the barrier a warp reads partials that another has written, or has not yet: which of the two depends on the schedule.
+        // Without the barrier a warp reads partials that another has written, or has not yet, depending on the
+        // schedule.
         for seed in SEEDS {
             configure("seed", seed);
             let (refused, message) = launch("reduce_dropped_barrier").expect_err("refused");
@@ -226,7 +227,8 @@ mod softmax {
             let sum: f64 = row.iter().map(|&v| f64::from(v).exp()).sum();
             want.extend(row.iter().map(|&v| f64::from(v).exp() / sum));
         }
-        // expf is within 2 ulp, its argument within half; the sum has 2 + 7 roundings, the division one: under 16 half-ulps.
+        // expf is within 2 ulp, its argument within half; the sum has 2 + 7 roundings, the division one: below 16
+        // half-ulps.
         let bound = |at: usize| 16.0 * 2f64.powi(-24) * want[at];
         for seed in SEEDS {
             configure("seed", seed);
@@ -250,7 +252,7 @@ mod softmax {
             &["softmax_off_by_one", "ld.global"],
         );
         assert_refused(|| launch("softmax_uninitialised"), failed, &["softmax_uninitialised", "nothing has written"]);
-        // The same bug is a race as well, and which of the two is met first depends on the schedule: here only the barriers are checked.
+        // The same bug is also a race, and the schedule decides which is found first: only barriers are checked here.
         configure("checks", "bounds,uninitialised,barrier_divergence");
         assert_refused(
             || launch("softmax_divergent_barrier"),

@@ -172,7 +172,7 @@ fn names_are_resolved_over_the_images_in_any_order() {
     }
 }
 
-/// Takes `keep` for a function that returns something, and `give` for one that does not. The parameter of 12 bytes is passed on whole.
+/// Declares `keep` with a return value and `give` without. The 12-byte parameter is passed on whole.
 const OTHER_LANGUAGE: &str = "
 .extern .func (.param .b64 out) keep(.param .b64 to, .param .align 4 .b8 three[12]);
 .extern .func give(.param .b64 to);

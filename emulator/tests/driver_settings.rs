@@ -1,4 +1,5 @@
-//! Settings that belong to a whole process, each in a process of its own: this executable, told by a variable which program to be.
+//! Settings that belong to a whole process. Each runs in a child process: this executable, with a variable that selects
+//! the role.
 
 #![allow(
     clippy::undocumented_unsafe_blocks,
@@ -17,16 +18,18 @@ const ROLE: &str = "CUDA_EMU_TEST_ROLE";
 
 /// Runs `role` in a process of its own under `settings`.
 fn child(role: &str, settings: &[(&str, &str)]) -> Output {
-    Command::new(std::env::current_exe().unwrap())
+    let output = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "roles", "--nocapture"])
         .env_remove("CUDA_EMU_LOG")
         .env(ROLE, role)
         .envs(settings.iter().copied())
         .output()
-        .unwrap()
+        .unwrap();
+    assert!(output.status.success() && stdout(&output).contains("1 passed"), "{role}: {output:?}");
+    output
 }
 
-/// What the child processes do; nothing in the parent.
+/// What a child process does; in the parent, where no role is set, there is nothing to do.
 #[test]
 fn roles() {
     let Ok(role) = std::env::var(ROLE) else {
@@ -95,7 +98,6 @@ fn the_profile_is_written_and_the_same_every_time() {
         let path = folder.join(run);
         // A seed changes the order of blocks, not what they do.
         let output = child("work", &[("CUDA_EMU_PROFILE", path.to_str().unwrap()), ("CUDA_EMU_SEED", run)]);
-        assert!(output.status.success(), "{output:?}");
         std::fs::read_to_string(&path).unwrap()
     });
     std::fs::remove_dir_all(&folder).unwrap();

@@ -1,6 +1,6 @@
-//! Ordinary kernels in the style of public CUDA code, compiled by nvcc, against computations on the host: mathematical functions with
-//! and without --use_fast_math, layers, halves, warp intrinsics and cooperative groups, atomics, language features, wmma, CUB, instruction forms
-//! written by hand, barriers in shared memory.
+//! Ordinary kernels in the style of public CUDA code, compiled by nvcc, against computations on the host: mathematical
+//! functions with and without --use_fast_math, layers, halves, warp intrinsics and cooperative groups, atomics,
+//! language features, wmma, CUB, hand-written instruction forms, barriers in shared memory.
 
 #![allow(
     clippy::undocumented_unsafe_blocks,
@@ -92,8 +92,9 @@ mod math {
 
     type Row = (&'static str, fn(f64) -> f64, fn(f64, f64) -> f64, fn(f64, f64) -> f64);
 
-    /// Name, meaning, and the error allowed at (x, want) for precise and for fast code: the maxima of the CUDA programming guide's
-    /// tables (in ulp, or absolute for __sinf, __cosf and __logf), and sums of those for the composed functions.
+    /// Name, meaning, and the error allowed at (x, want) for precise and for fast code: the maxima of the CUDA
+    /// programming guide's tables (in ulp, or absolute for __sinf, __cosf and __logf), and sums of those for the
+    /// composed functions.
     const ROWS: &[Row] = &[
         ("f32_exp", |x| x.exp(), |_, v| 2.0 * ulp(v), |x, v| (2.0 + (1.173 * x).abs().floor()) * ulp(v)),
         ("f32_log", |x| x.abs().ln(), |_, v| ulp(v) + 1e-45, |_, v| 2f64.powf(-21.41).max(3.0 * ulp(v))),
@@ -109,7 +110,8 @@ mod math {
             |x| x.abs().powf(1.7f32 as f64),
             |_, v| 4.0 * ulp(v),
             |x, v| {
-                // exp2(1.7 log2 x): the error of log2 (2^-22.6 absolute, or 2^-22 relative) and of the product, times 1.7 ln 2; then exp2.
+                // exp2(1.7 log2 x): the error of log2 (2^-22.6 absolute, or 2^-22 relative) and of the product, times
+                // 1.7 ln 2, then exp2.
                 let log = x.abs().log2().abs();
                 (1.7 * 0.7 * (2f64.powi(-22) + 2.0 * log * 2f64.powi(-22)) + 2f64.powi(-21)) * v
             },
@@ -208,7 +210,8 @@ mod layers {
                 for (col, v) in values.iter().enumerate() {
                     let unit = (v - mean) / (var + 1e-5).sqrt();
                     let want = unit * f64::from(gamma[col]) + f64::from(beta[col]);
-                    // The mean of 100 carries some 10 roundings of 2^-24 each, which the scale of 1/sqrt(1/3) multiplies.
+                    // The mean of 100 values carries some 10 roundings of 2^-24 each, multiplied by the scale
+                    // 1/sqrt(1/3).
                     let bound = 100.0 * 10.0 * 2f64.powi(-24) * 2.0 * f64::from(gamma[col]).abs()
                         + 16.0 * 2f64.powi(-24) * (unit.abs() + 1.0);
                     assert_close("layer_norm", f64::from(y[row * cols + col]), want, bound);
@@ -913,6 +916,7 @@ mod mbarriers {
 
     #[test]
     fn threads_meet_and_copies_arrive() {
+        load();
         let x = |i: i32| i * 37 % 1001;
         for seed in SEEDS {
             configure("seed", seed);
@@ -928,6 +932,7 @@ mod mbarriers {
 
     #[test]
     fn who_does_not_wait_races() {
+        load();
         for seed in SEEDS {
             configure("seed", seed);
             for name in ["not_waited", "not_settled"] {

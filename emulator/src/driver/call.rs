@@ -1,4 +1,4 @@
-//! What every exported function shares: the guard around its body, refusals, the table of exports.
+//! Shared by all exported functions: the guard around their bodies, refusals, the table of exports.
 //!
 //! Invariant: no panic leaves an exported function. A panic inside is a bug of the emulator; the caller sees
 //! CUDA_ERROR_UNKNOWN and the panic's text.
@@ -10,14 +10,14 @@ use std::ffi::{CStr, CString, c_char};
 use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// Why a call fails: the code it returns and one sentence for the person who reads stderr.
+/// Why a call fails: the code to return, and one sentence for stderr.
 #[derive(Clone, Debug)]
 pub struct Refusal {
     pub code: Code,
     pub message: String,
 }
 
-/// What the body of an exported function answers.
+/// The result of an exported function's body.
 pub type Answer<T = ()> = Result<T, Refusal>;
 
 pub fn refuse<T>(code: Code, message: impl Into<String>) -> Answer<T> {
@@ -33,16 +33,16 @@ pub struct Export {
 // SAFETY: the address of a function is a constant; nothing is ever read through it here.
 unsafe impl Sync for Export {}
 
-// No thread-local of this crate has a destructor: programs call the driver from destructors of their own thread-locals, when one with a
-// destructor might be gone already. A thread leaves some bytes behind instead.
+// No thread-local of this crate has a destructor. Programs call the driver from destructors of their own thread-locals,
+// when one with a destructor might already be gone. Each thread leaks a few bytes instead.
 thread_local! {
     /// The sentence of this thread's last failed call.
     static LAST_MESSAGE: RefCell<ManuallyDrop<CString>> = RefCell::default();
-    /// This thread is inside a host function that a stream calls, where driver calls are not permitted.
+    /// This thread is inside a host function of a stream, where driver calls are not permitted.
     static IN_HOST_FUNCTION: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Runs the body of the exported function `name` and turns its answer into a code.
+/// Runs the body of the exported function `name` and converts its result into a code.
 pub fn guard(name: &'static str, body: impl FnOnce() -> Answer) -> Code {
     if IN_HOST_FUNCTION.get() && !name.starts_with("emu_") {
         return report(
@@ -76,8 +76,8 @@ pub fn guard(name: &'static str, body: impl FnOnce() -> Answer) -> Code {
     }
 }
 
-/// Keeps the sentence for `emu_last_message` and prints it. NOT_READY is an answer, not a failure, and stays silent, and so does
-/// what programs find out by `cuGetProcAddress`.
+/// Keeps the sentence for `emu_last_message` and prints it. NOT_READY is an answer, not a failure, and is not printed;
+/// nor is what programs probe with `cuGetProcAddress`.
 fn report(name: &str, refusal: Refusal) -> Code {
     let answer = refusal.code == Code::NOT_READY || name.starts_with("cuGetProcAddress");
     if !answer && settings::log() != Log::None {
@@ -100,7 +100,7 @@ pub fn last_message() -> *const c_char {
     LAST_MESSAGE.with_borrow(|text| text.as_ptr())
 }
 
-/// Writes `value` where the caller asked for it.
+/// Writes a result to the caller's pointer; null is refused.
 ///
 /// # Safety
 /// `place` is null or valid for a write.
@@ -108,18 +108,18 @@ pub unsafe fn give<T>(place: *mut T, value: T, what: &str) -> Answer {
     if place.is_null() {
         return refuse(Code::INVALID_VALUE, format!("the pointer for {what} is null"));
     }
-    // SAFETY: not null, and the caller vouches for it.
+    // SAFETY: not null, so valid as the caller guarantees.
     unsafe { place.write_unaligned(value) };
     Ok(())
 }
 
-/// As [`give`], for results that the caller may decline with a null pointer.
+/// As [`give`], for optional results: null is allowed.
 ///
 /// # Safety
 /// `place` is null or valid for a write.
 pub unsafe fn give_if_asked<T>(place: *mut T, value: T) {
     if !place.is_null() {
-        // SAFETY: not null, and the caller vouches for it.
+        // SAFETY: not null, so valid as the caller guarantees.
         unsafe { place.write_unaligned(value) };
     }
 }
@@ -132,7 +132,7 @@ pub unsafe fn text<'a>(text: *const c_char, what: &str) -> Answer<&'a str> {
     if text.is_null() {
         return refuse(Code::INVALID_VALUE, format!("{what} is null"));
     }
-    // SAFETY: not null, and the caller vouches for the terminator.
+    // SAFETY: not null, so NUL-terminated as the caller guarantees.
     let bytes = unsafe { CStr::from_ptr(text) };
     bytes.to_str().or_else(|_| refuse(Code::INVALID_VALUE, format!("{what} is not UTF-8: {bytes:?}")))
 }
@@ -149,8 +149,8 @@ macro_rules! exports {
             #[allow(clippy::too_many_arguments, reason = "the driver API decides the arguments")]
             pub unsafe extern "C" fn $name($($arg: $ty),*) -> $crate::driver::codes::Code {
                 $crate::driver::call::guard(stringify!($name), || {
-                    // SAFETY: the caller of a driver function vouches for the pointers it passes, as the
-                    // manual of the driver API demands; null is checked wherever it is possible by mistake.
+                    // SAFETY: the caller guarantees the pointers that it passes, as the driver API's manual
+                    // demands; the bodies check for null wherever a program could pass it by mistake.
                     unsafe { $body }
                 })
             }

@@ -1,4 +1,4 @@
-//! Contexts: primary ones and others, the stack of each host thread, limits, the profiler's switches.
+//! Contexts: primary and other ones, the stack of each host thread, limits, profiler control.
 
 use super::call::{Answer, exports, give, give_if_asked, refuse};
 use super::codes::Code;
@@ -40,7 +40,7 @@ fn destroy(handle: Handle) -> Answer {
     state::destroy_context(&context)
 }
 
-/// Takes one hold on a context back; the last one destroys it.
+/// Drops one reference to a context; the last one destroys it.
 fn detach(handle: Handle) -> Answer {
     let context = driver()?.contexts.get(handle).or_else(|why| refuse(Code::INVALID_CONTEXT, why.message))?;
     if current_handle() != handle {
@@ -81,7 +81,7 @@ pub fn check_shared_config(config: c_int) -> Answer {
     }
 }
 
-/// The limits with their first values: stack, printf buffer, heap, two of device-side launches, L2 fetch, persisting L2.
+/// The limits and their defaults: stack, printf buffer, heap, two of device-side launches, L2 fetch, persisting L2.
 const LIMITS: [usize; 7] = [1024, 1 << 20, 8 << 20, 2, 2048, 64, 0];
 
 fn known_limit(limit: c_int) -> Answer<usize> {

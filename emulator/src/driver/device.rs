@@ -5,14 +5,14 @@ use super::codes::Code;
 use super::state::{self, Device, driver, init};
 use std::ffi::{c_char, c_int, c_uint};
 
-/// Threads of the largest block, on every device so far.
+/// Maximum threads per block, on every device so far.
 pub const MAX_THREADS: u32 = 1024;
-/// Shared memory of a block whose kernel did not ask for more.
+/// Maximum shared memory of a block without opting in to more.
 pub const SHARED_WITHOUT_OPT_IN: u32 = 48 << 10;
-/// The newest driver API that the exported functions follow.
+/// The newest version of the driver API that the exported functions follow.
 pub const DRIVER_VERSION: c_int = 13_000;
 
-/// What the programming guide's table of compute capabilities says, and the settings.
+/// The programming guide's table of compute capabilities, combined with the settings.
 #[derive(Clone, Copy, Debug)]
 pub struct Figures {
     pub capability: (u32, u32),
@@ -24,17 +24,17 @@ pub struct Figures {
     /// 32-bit registers of a multiprocessor.
     pub registers: u32,
     pub shared_per_multiprocessor: u32,
-    /// Largest shared memory of a block that asks for it.
+    /// Maximum shared memory of a block that opts in.
     pub shared_per_block_opt_in: u32,
-    /// Shared memory that the system takes from each block.
+    /// Shared memory reserved by the system in each block.
     pub shared_reserved: u32,
-    /// Shared memory is handed out in multiples of this.
+    /// Allocation granularity of shared memory.
     pub shared_unit: u32,
     pub l2_bytes: u32,
 }
 
 pub fn figures(_device: &Device) -> Figures {
-    // All devices are alike; there is a driver, since there is a device.
+    // All devices are alike. The driver exists, since a device does.
     let (capability, multiprocessors) = match state::driver_if_any() {
         Some(driver) => (driver.settings.capability, driver.settings.multiprocessors),
         None => ((8, 0), 108),
@@ -111,7 +111,7 @@ fn attribute(device: &Device, attribute: c_int) -> Answer<c_int> {
         106 => figures.blocks_per_multiprocessor,
         111 => figures.shared_reserved, // RESERVED_SHARED_MEMORY_PER_BLOCK
         115 => 1,                       // MEMORY_POOLS_SUPPORTED
-        // Everything else is a texture limit or something that this machine does not have.
+        // All others are texture limits, or features that this device lacks.
         17
         | 18
         | 20..=29
@@ -144,7 +144,7 @@ fn name(device: &Device) -> String {
     format!("PTX emulator sm_{major}{minor} #{}", device.ordinal)
 }
 
-/// Sixteen bytes that tell the devices apart.
+/// The UUID: sixteen bytes that differ between devices.
 fn uuid(ordinal: c_int) -> [u8; 16] {
     let mut bytes = *b"cuda_emu-device\0";
     bytes[15] = ordinal as u8;
@@ -164,7 +164,7 @@ unsafe fn give_string(place: *mut c_char, room: c_int, string: &str) -> Answer {
         return refuse(Code::INVALID_VALUE, "there is no room for the text");
     }
     let length = string.len().min(room as usize - 1);
-    // SAFETY: the caller's contract; `length` is below the room.
+    // SAFETY: guaranteed by the caller; `length` is below the room.
     unsafe {
         std::ptr::copy_nonoverlapping(string.as_ptr().cast(), place, length);
         place.add(length).write(0);
@@ -276,7 +276,8 @@ exports! { DEVICE:
         state::device(from)?;
         state::device(to)?;
         if !(1..=5).contains(&number) || from == to {
-            return refuse(Code::INVALID_VALUE, format!("there is no attribute {number} between devices {from} and {to}"));
+            let why = format!("there is no attribute {number} between devices {from} and {to}");
+            return refuse(Code::INVALID_VALUE, why);
         }
         give(value, 0, "the value")
     }

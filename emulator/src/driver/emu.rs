@@ -7,7 +7,8 @@ use super::settings;
 use super::state::driver;
 use std::ffi::c_char;
 
-/// The two-step protocol of all texts: `*bytes` is the room before and the length with its terminator after; what does not fit is cut.
+/// The two-step protocol of all texts: `*bytes` is the room before the call, and the length including the terminator
+/// after it. What does not fit is cut.
 ///
 /// # Safety
 /// `place` is null or has `*bytes` bytes; `bytes` is null or valid.
@@ -15,7 +16,7 @@ unsafe fn give_text(place: *mut c_char, bytes: *mut usize, what: &str) -> super:
     if bytes.is_null() {
         return refuse(Code::INVALID_VALUE, "the pointer for the length is null");
     }
-    // SAFETY: the caller's contract.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let room = bytes.read();
         if !place.is_null() && room > 0 {
@@ -27,7 +28,7 @@ unsafe fn give_text(place: *mut c_char, bytes: *mut usize, what: &str) -> super:
     }
 }
 
-/// The version of the emulator as text. That this symbol is there tells a program that the driver it has loaded is the emulator.
+/// The version of the emulator as text. A program that finds this symbol knows that its driver is the emulator.
 #[unsafe(no_mangle)]
 pub extern "C" fn emu_version() -> *const c_char {
     const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), "\0");

@@ -1,4 +1,4 @@
-//! Events. Since work is done when its call returns, a recorded event is always complete; it keeps the time.
+//! Events. Work is done when its call returns, so a recorded event is always complete; it stores the time.
 
 use super::call::{Answer, exports, give, refuse};
 use super::codes::Code;
@@ -20,7 +20,7 @@ pub struct Event {
 
 #[derive(Clone)]
 pub enum State {
-    /// Never recorded: waits for it are no waits, and it counts as complete.
+    /// Never recorded: counts as complete, and waiting for it does nothing.
     Fresh,
     Recorded(Instant),
     /// Recorded in this capture sequence, after these nodes.
@@ -60,7 +60,7 @@ fn record(event: Handle, handle: Handle, flags: c_uint) -> Answer {
     }
 }
 
-/// The time of an event that has one.
+/// The time of a recorded event.
 fn time(event: &Event, which: &str) -> Answer<Instant> {
     if !event.timing {
         return refuse(Code::INVALID_HANDLE, format!("the {which} event was created without timing"));
@@ -74,7 +74,7 @@ fn time(event: &Event, which: &str) -> Answer<Instant> {
     }
 }
 
-/// Refuses to wait for or ask about an event that only a capture knows.
+/// Refuses to synchronise with or query an event that exists in a capture only.
 fn refuse_captured(event: &Event) -> Answer {
     let sequence = match &*event.state.lock().unwrap() {
         State::Captured { sequence, .. } => *sequence,
@@ -95,7 +95,7 @@ fn elapsed(milliseconds: *mut f32, start: Handle, end: Handle) -> Answer {
         Some(duration) => duration.as_secs_f64(),
         None => -start.duration_since(end).as_secs_f64(),
     };
-    // SAFETY: the caller of the exported functions vouches for the pointer.
+    // SAFETY: the caller of the exported functions guarantees the pointer.
     unsafe { give(milliseconds, (seconds * 1e3) as f32, "the time") }
 }
 
@@ -163,12 +163,12 @@ exports! { EVENT:
     }
 }
 
-/// Used by [`super::graph`]: what a stream that waits for `event` has to wait for.
+/// For [`super::graph`]: the state of an event that a stream waits for.
 pub fn state_of(event: &Event) -> State {
     event.state.lock().unwrap().clone()
 }
 
-/// Used by [`super::graph`]: the event now stands for these nodes of a capture.
+/// For [`super::graph`]: makes the event stand for these nodes of a capture.
 pub fn mark_captured(event: &Event, sequence: u64, after: Vec<usize>) {
     *event.state.lock().unwrap() = State::Captured { sequence, after };
 }

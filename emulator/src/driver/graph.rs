@@ -1,17 +1,18 @@
 //! Stream capture and graphs.
 //!
-//! A capture sequence keeps its nodes in the order of submission and, for every stream that takes part, the nodes that the
-//! stream's next work comes after. The rules are those of the programming guide:
+//! A capture sequence keeps its nodes in the order of submission and, for every participating stream, the nodes that
+//! the stream's next work depends on. The rules are those of the programming guide:
 //!
-//! - an event recorded in the sequence carries its nodes to the stream that waits for it, which so joins the sequence;
+//! - an event recorded in the sequence carries its nodes to a stream that waits for it, which thereby joins the
+//!   sequence;
 //! - a dependency on work outside is refused (905), as is merging two sequences (902);
 //! - while a blocking stream captures, the legacy stream cannot be used (906);
-//! - waiting for, or asking about, a capturing stream or a captured event is refused (900, 907);
+//! - synchronising with, or querying, a capturing stream or a captured event is refused (900, 907);
 //! - calls that may synchronise or allocate are refused (900) in the threads that the capture mode protects;
-//! - whoever breaks a rule also invalidates the sequence, and the end of the capture says so (901).
+//! - breaking a rule also invalidates the sequence, which the end of the capture reports (901).
 //!
-//! A graph's nodes run in an order that the edges allow: the order of capture, or with a schedule seed a random one, so that a
-//! missing edge shows. Graphs made node by node (`cuGraphAdd...`) are not emulated.
+//! A graph's nodes run in an order that its edges allow: the order of capture or, with a schedule seed, a random one,
+//! so that a missing edge shows. Graphs built node by node (`cuGraphAdd...`) are not emulated.
 
 use super::call::{Answer, Refusal, exports, give, give_if_asked, refuse};
 use super::codes::Code;
@@ -29,7 +30,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::ThreadId;
 
-/// What a capture, or a thread, does about calls that are unsafe during capture.
+/// How a capture, or a thread, treats calls that are unsafe during capture.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Mode {
     Global = 0,
@@ -45,16 +46,16 @@ pub struct Capture {
     mode: Mode,
     thread: ThreadId,
     nodes: Vec<Step>,
-    /// Handle of the graph that the sequence becomes, and what it holds.
+    /// Handle of the graph that the sequence becomes, and the user objects it holds.
     graph: usize,
     objects: Objects,
     /// Handles of the nodes.
     node_handles: Vec<usize>,
-    /// What a program was last told that a stream's next work comes after; it may read that until its next call for the stream.
+    /// The dependencies last reported to the program, which may read them until its next call for the stream.
     told: Vec<usize>,
-    /// For each stream that takes part: whether it is blocking, and the nodes that its next work comes after.
+    /// For each participating stream: whether it is blocking, and the nodes that its next work depends on.
     members: BTreeMap<usize, Member>,
-    /// Why the sequence cannot become a graph any more.
+    /// Why the sequence can no longer become a graph.
     invalid: Option<String>,
 }
 
@@ -63,7 +64,7 @@ struct Member {
     heads: BTreeSet<usize>,
 }
 
-/// One node: its work and the nodes before it.
+/// One node: its work and its dependencies.
 #[derive(Clone)]
 pub struct Step {
     work: Arc<Work>,
@@ -74,7 +75,7 @@ pub struct Graph {
     handle: usize,
     pub context: usize,
     steps: Vec<Step>,
-    /// Handles of the nodes, made when a program asks for them.
+    /// Handles of the nodes, created when a program asks for them.
     handles: OnceLock<Vec<usize>>,
     objects: Objects,
 }
@@ -91,20 +92,21 @@ pub struct GraphExec {
     pub context: usize,
     steps: Vec<Step>,
     flags: u64,
-    /// Launches so far: with a seed, each gets an order of its own.
+    /// Launches so far: with a seed, each gets its own order.
     launches: AtomicU64,
     /// One launch of an executable graph at a time, as the manual says.
     busy: Mutex<()>,
-    /// Held as long as this lives.
+    /// User objects, held as long as this lives.
     _objects: Objects,
 }
 
-/// Memory allocated by a node of a graph. The address is the same in every launch; it is reserved as long as a graph needs it.
+/// Memory allocated by a node of a graph. The address is the same in every launch, and reserved as long as a graph
+/// needs it.
 pub struct GraphMemory {
     pub device: c_int,
     pub address: DevicePointer,
     pub bytes: u64,
-    /// Between the allocation and the free.
+    /// Allocated and not yet freed.
     pub live: AtomicBool,
 }
 
@@ -229,7 +231,8 @@ pub fn end(stream: &Stream) -> Answer<Handle> {
     if !capture.is_joined() {
         return refuse(
             Code::STREAM_CAPTURE_UNJOINED,
-            "work captured on another stream was not joined: record an event there and wait for it on the stream where the capture began",
+            "work captured on another stream was not joined: record an event there and wait for it on the stream where \
+             the capture began",
         );
     }
     let graph = Graph {
@@ -243,9 +246,9 @@ pub fn end(stream: &Stream) -> Answer<Handle> {
     Ok(driver.graphs.insert(graph.handle, Arc::new(graph)))
 }
 
-/// The graph that the stream's capture makes and the nodes that its next work comes after; none outside a capture.
+/// The graph that the stream's capture builds and the nodes that its next work depends on; None outside a capture.
 ///
-/// The graph can be used once the capture has ended; until then its handle only tells it from others.
+/// The graph is usable once the capture has ended; until then its handle is only an identity.
 pub fn under_capture(stream: &Stream) -> Answer<(Handle, *const Handle, usize)> {
     let mut captures = driver()?.captures.lock().unwrap();
     let Some((_, capture)) = of_stream(&mut captures, stream) else {
@@ -256,7 +259,7 @@ pub fn under_capture(stream: &Stream) -> Answer<(Handle, *const Handle, usize)> 
     Ok((capture.graph as Handle, capture.told.as_ptr().cast(), capture.told.len()))
 }
 
-/// Does something with what a graph holds, also one still under capture.
+/// Accesses the user objects of a graph, even one still under capture.
 pub fn with_objects(graph: Handle, what: impl FnOnce(&Objects) -> Answer) -> Answer {
     let driver = driver()?;
     let captures = driver.captures.lock().unwrap();
@@ -276,7 +279,7 @@ pub fn status(stream: &Stream) -> Answer<(c_int, u64)> {
     })
 }
 
-/// Takes `work` into the stream's capture, or gives it back to be run.
+/// Captures `work` if the stream is capturing, else returns it to be run.
 pub fn capture(stream: &Stream, work: Work) -> Answer<Option<Work>> {
     let mut captures = driver()?.captures.lock().unwrap();
     if let Some((_, capture)) = of_stream(&mut captures, stream) {
@@ -289,7 +292,7 @@ pub fn capture(stream: &Stream, work: Work) -> Answer<Option<Work>> {
     Ok(Some(work))
 }
 
-/// Whether the stream takes part in a capture.
+/// Whether the stream participates in a capture.
 pub fn is_capturing(stream: &Stream) -> Answer<bool> {
     Ok(status(stream)?.0 != STATUS_NONE)
 }
@@ -335,7 +338,8 @@ fn implicit_use(stream: &Stream, invalidates: bool) -> Answer {
     }
     refuse(
         Code::STREAM_CAPTURE_IMPLICIT,
-        "the legacy stream would wait for a blocking stream that is capturing: use another stream, or capture on a non-blocking one",
+        "the legacy stream would wait for a blocking stream that is capturing: use another stream, or capture on a \
+         non-blocking one",
     )
 }
 
@@ -385,7 +389,7 @@ pub fn refuse_context_wait(context: &Context) -> Answer {
     )
 }
 
-/// Marks a sequence as broken, if it is still under way.
+/// Invalidates a sequence, if it is still under way.
 pub fn invalidate(sequence: u64, why: &str) -> Answer {
     if let Some(capture) = driver()?.captures.lock().unwrap().get_mut(&sequence) {
         capture.invalid.get_or_insert(why.into());
@@ -393,7 +397,7 @@ pub fn invalidate(sequence: u64, why: &str) -> Answer {
     Ok(())
 }
 
-/// A stream is destroyed: a capture that began there has no end any more, one that it joined is broken.
+/// A stream is destroyed: a capture that began there can no longer end, one that it joined is invalidated.
 pub fn forget_stream(stream: &Stream) {
     let Ok(driver) = driver() else { return };
     let mut captures = driver.captures.lock().unwrap();
@@ -404,14 +408,14 @@ pub fn forget_stream(stream: &Stream) {
     }
 }
 
-/// A context is destroyed, and with it whatever its streams were capturing.
+/// A context is destroyed, and with it the captures of its streams.
 pub fn forget_context(context: usize) -> Answer {
     let mut captures = driver()?.captures.lock().unwrap();
     captures.retain(|_, capture| capture.context != context);
     Ok(())
 }
 
-/// Records an event on a capturing stream; false where the stream does not capture.
+/// Records an event on a capturing stream; false if the stream is not capturing.
 pub fn record_event(stream: &Stream, event: &Event) -> Answer<bool> {
     let mut captures = driver()?.captures.lock().unwrap();
     let Some((sequence, capture)) = of_stream(&mut captures, stream) else {
@@ -490,7 +494,7 @@ pub fn wait_for_event(stream: &Stream, event: &Event, flags: c_uint) -> Answer {
 }
 
 impl GraphExec {
-    /// Runs every node once, each after those before it.
+    /// Runs every node once, each after its dependencies.
     pub fn run(&self, context: &Context, run: &Run) -> Answer {
         let _turn = self.busy.lock().unwrap_or_else(|broken| broken.into_inner());
         if self.flags & AUTO_FREE_ON_LAUNCH != 0 {
@@ -509,7 +513,7 @@ impl GraphExec {
     }
 }
 
-/// An order of the nodes that the edges allow: the one of capture, or a random one drawn from the seed.
+/// An order of the nodes that the edges allow: the order of capture, or a random one from the seed.
 fn order(steps: &[Step], seed: Option<u64>) -> Vec<usize> {
     let Some(mut state) = seed else {
         return (0..steps.len()).collect();
@@ -572,7 +576,7 @@ pub struct InstantiateParams {
 }
 
 impl Graph {
-    /// Makes the handles of its nodes known.
+    /// Registers the handles of its nodes.
     fn show_nodes(&self) -> Answer {
         let driver = driver()?;
         let handles = self.handles.get_or_init(|| self.steps.iter().map(|_| handles::fresh()).collect());
@@ -600,7 +604,7 @@ unsafe fn give_list(list: &[usize], place: *mut Handle, count: *mut usize) -> An
     if count.is_null() {
         return refuse(Code::INVALID_VALUE, "the pointer for the count is null");
     }
-    // SAFETY: the caller's contract.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         if !place.is_null() {
             for at in 0..*count {
@@ -616,13 +620,17 @@ unsafe fn give_list(list: &[usize], place: *mut Handle, count: *mut usize) -> An
 }
 
 exports! { GRAPH:
-    fn cuGraphInstantiate(exec: *mut Handle, graph: Handle, error_node: *mut Handle, log: *mut c_char, log_bytes: usize) {
+    fn cuGraphInstantiate(
+        exec: *mut Handle, graph: Handle, error_node: *mut Handle, log: *mut c_char, log_bytes: usize,
+    ) {
         let _ = (log, log_bytes);
         give_if_asked(error_node, std::ptr::null_mut());
         give(exec, instantiate(graph, 0)?, "the executable graph")
     }
 
-    fn cuGraphInstantiate_v2(exec: *mut Handle, graph: Handle, error_node: *mut Handle, log: *mut c_char, log_bytes: usize) {
+    fn cuGraphInstantiate_v2(
+        exec: *mut Handle, graph: Handle, error_node: *mut Handle, log: *mut c_char, log_bytes: usize,
+    ) {
         let _ = (log, log_bytes);
         give_if_asked(error_node, std::ptr::null_mut());
         give(exec, instantiate(graph, 0)?, "the executable graph")
@@ -706,7 +714,8 @@ exports! { GRAPH:
     fn cuGraphGetRootNodes(graph: Handle, nodes: *mut Handle, count: *mut usize) {
         let graph = driver()?.graphs.get(graph)?;
         let all = node_handles(&graph)?;
-        let roots: Vec<usize> = graph.steps.iter().zip(all).filter(|(step, _)| step.after.is_empty()).map(|(_, &handle)| handle).collect();
+        let roots = graph.steps.iter().zip(all).filter(|(step, _)| step.after.is_empty());
+        let roots: Vec<usize> = roots.map(|(_, &handle)| handle).collect();
         give_list(&roots, nodes, count)
     }
 
@@ -749,7 +758,7 @@ exports! { GRAPH:
     }
 }
 
-/// Used by captures of memory: the graph memory that a free in a capture means.
+/// For captures of memory: the graph memory that a captured free refers to.
 pub fn captured_memory(stream: &Stream, address: DevicePointer) -> Answer<Option<Arc<GraphMemory>>> {
     let mut captures = driver()?.captures.lock().unwrap();
     Ok(of_stream(&mut captures, stream).and_then(|(_, capture)| {

@@ -1,7 +1,6 @@
 //! Tables from the opaque handles that a program holds to the objects behind them.
 //!
-//! A handle is a number that is never used twice in a process, so that a destroyed stream, event or module
-//! is recognised however late it is used.
+//! A handle is a number that is never reused in a process, so that use after destruction is always recognised.
 
 use super::call::{Answer, refuse};
 use super::codes::Code;
@@ -10,7 +9,7 @@ use std::ffi::c_void;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
 
-/// Handles look like addresses, far from anything that the allocator or a device hands out.
+/// Handles look like addresses, far from those of the allocator and of devices.
 const FIRST: usize = 0xc0da_0000_0000;
 const STEP: usize = 16;
 static NEXT: AtomicUsize = AtomicUsize::new(FIRST);
@@ -49,7 +48,7 @@ impl<T> Table<T> {
         }
     }
 
-    /// Removes and returns all that `which` picks, in the order of creation.
+    /// Removes and returns all objects that `which` selects, in the order of creation.
     pub fn take(&self, which: impl Fn(&T) -> bool) -> Vec<Arc<T>> {
         let mut items = self.items.write().unwrap();
         let picked: Vec<usize> = items.iter().filter(|(_, item)| which(item)).map(|(&handle, _)| handle).collect();

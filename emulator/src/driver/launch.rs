@@ -1,4 +1,4 @@
-//! Kernel launches: the checks a driver makes, packing of parameters, the run, and what follows a fault.
+//! Kernel launches: the driver's checks, packing of parameters, execution, and the aftermath of a fault.
 
 use super::call::{Answer, Refusal, exports, refuse};
 use super::codes::Code;
@@ -26,7 +26,7 @@ pub struct Shape {
     pub cooperative: bool,
 }
 
-/// A launch with everything it needs.
+/// A launch, self-contained.
 pub struct KernelLaunch {
     function: Arc<Function>,
     shape: Shape,
@@ -117,7 +117,8 @@ fn check_shared(function: &Function, dynamic: u32) -> Answer {
         return refuse(
             Code::INVALID_VALUE,
             format!(
-                "kernel {} was launched with {dynamic} bytes of dynamic shared memory, it is allowed {most}: set CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES first",
+                "kernel {} was launched with {dynamic} bytes of dynamic shared memory, it is allowed {most}: \
+                 set CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES first",
                 function.kernel.name
             ),
         );
@@ -141,7 +142,7 @@ unsafe fn pack(function: &Function, params: *const *const c_void, extra: *const 
     }
     if !params.is_null() {
         for (index, param) in kernel.params.iter().enumerate() {
-            // SAFETY: the caller vouches for as many pointers as the kernel has parameters.
+            // SAFETY: the caller guarantees as many pointers as the kernel has parameters.
             let value = unsafe { params.add(index).read() };
             if value.is_null() {
                 return refuse(
@@ -150,7 +151,7 @@ unsafe fn pack(function: &Function, params: *const *const c_void, extra: *const 
                 );
             }
             let target = &mut packed[param.offset as usize..][..param.bytes as usize];
-            // SAFETY: the caller vouches for as many bytes as the parameter has.
+            // SAFETY: the caller guarantees that each points to as many bytes as the parameter has.
             unsafe {
                 std::ptr::copy_nonoverlapping(value.cast(), target.as_mut_ptr(), target.len());
             }
@@ -187,13 +188,13 @@ unsafe fn pack(function: &Function, params: *const *const c_void, extra: *const 
     }
     let buffer = match buffer.is_null() {
         true => &[],
-        // SAFETY: the caller vouches for as many bytes as it says the buffer has.
+        // SAFETY: the caller guarantees as many bytes as the list says the buffer has.
         false => unsafe { std::slice::from_raw_parts(buffer, bytes) },
     };
     pack_buffer(kernel, buffer)
 }
 
-/// Parameters that lie in a buffer as the kernel declares them; what is behind the last is left alone.
+/// Parameters from a buffer laid out as the kernel declares them. Bytes after the last are ignored.
 pub fn pack_buffer(kernel: &Kernel, buffer: &[u8]) -> Answer<Vec<u8>> {
     let needed = kernel.params.last().map_or(0, |param| (param.offset + param.bytes) as usize);
     if buffer.len() < needed {
@@ -237,7 +238,8 @@ pub fn launch(
             return refuse(
                 Code::COOPERATIVE_LAUNCH_TOO_LARGE,
                 format!(
-                    "kernel {}: a cooperative grid must be resident at once, {blocks} blocks are more than the {resident} that fit",
+                    "kernel {}: a cooperative grid must be resident at once, {blocks} blocks are more than the \
+                     {resident} that fit",
                     function.kernel.name
                 ),
             );
@@ -268,13 +270,14 @@ pub struct Config {
 
 const ATTRIBUTE_COOPERATIVE: c_int = 2;
 const ATTRIBUTE_CLUSTER: c_int = 4;
-/// Attributes that say how, not what: nothing to do for an emulator.
+/// Attributes that only affect performance: nothing to do for an emulator.
 const HINTS: [c_int; 9] = [0, 1, 3, 5, 6, 8, 9, 10, 14];
 
 exports! { LAUNCH:
     fn cuLaunchKernel(
-        function: Handle, grid_x: c_uint, grid_y: c_uint, grid_z: c_uint, block_x: c_uint, block_y: c_uint, block_z: c_uint,
-        dynamic_shared: c_uint, stream: Handle, params: *const *const c_void, extra: *const *const c_void,
+        function: Handle, grid_x: c_uint, grid_y: c_uint, grid_z: c_uint, block_x: c_uint, block_y: c_uint,
+        block_z: c_uint, dynamic_shared: c_uint, stream: Handle, params: *const *const c_void,
+        extra: *const *const c_void,
     ) {
         let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
         let shape = Shape { grid, block, dynamic_shared, cooperative: false };
@@ -282,15 +285,17 @@ exports! { LAUNCH:
     }
 
     fn cuLaunchCooperativeKernel(
-        function: Handle, grid_x: c_uint, grid_y: c_uint, grid_z: c_uint, block_x: c_uint, block_y: c_uint, block_z: c_uint,
-        dynamic_shared: c_uint, stream: Handle, params: *const *const c_void,
+        function: Handle, grid_x: c_uint, grid_y: c_uint, grid_z: c_uint, block_x: c_uint, block_y: c_uint,
+        block_z: c_uint, dynamic_shared: c_uint, stream: Handle, params: *const *const c_void,
     ) {
         let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
         let shape = Shape { grid, block, dynamic_shared, cooperative: true };
         launch(function, shape, stream, |function| pack(function, params, std::ptr::null()))
     }
 
-    fn cuLaunchKernelEx(config: *const Config, function: Handle, params: *const *const c_void, extra: *const *const c_void) {
+    fn cuLaunchKernelEx(
+        config: *const Config, function: Handle, params: *const *const c_void, extra: *const *const c_void,
+    ) {
         if config.is_null() {
             return refuse(Code::INVALID_VALUE, "the launch configuration is null");
         }

@@ -1,7 +1,7 @@
 //! The driver's linker: `cuLink...`.
 //!
-//! Images are PTX text, and so is what comes out, which `cuModuleLoadData` takes. Deliberately absent: cubins, fatbins, objects and libraries
-//! (machine code), and NVVM's.
+//! Images are PTX text, and so is the result, which `cuModuleLoadData` accepts. Not here: cubins, fatbins, objects and
+//! libraries (machine code), and NVVM.
 
 use super::call::{Answer, Refusal, exports, give, give_if_asked, refuse, text};
 use super::codes::Code;
@@ -12,7 +12,7 @@ use crate::ptx::{self, Image};
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::sync::{Arc, Mutex};
 
-/// A link under way.
+/// A link in progress.
 pub struct Link {
     pub context: usize,
     log: JitLog,
@@ -29,16 +29,16 @@ struct State {
 const INPUT_CUBIN: c_int = 0;
 const INPUT_PTX: c_int = 1;
 const INPUT_LIBRARY: c_int = 4;
-/// The one library that is known, by its name: what there is of it here stands in for the file.
+/// The one library that is known, by name; the text here replaces the file.
 const DEVICE_RUNTIME: &str = "cudadevrt";
 const DEVICE_RUNTIME_PTX: &str = include_str!("device_runtime.ptx");
 const INPUTS: [&str; 6] = ["cubin", "PTX", "fatbin", "object", "library", "NVVM"];
 
 impl Link {
-    /// Writes a refusal to the link's error log and hands it on.
+    /// Writes a refusal to the link's error log and returns it.
     fn logged<T>(&self, answer: Answer<T>) -> Answer<T> {
         let message = answer.as_ref().err().map_or("", |why| why.message.as_str());
-        // SAFETY: the program that made the link keeps its log as long as the link.
+        // SAFETY: the manual makes the program that created the link keep its log as long as the link.
         unsafe { self.log.write(message) };
         answer
     }
@@ -63,11 +63,11 @@ impl Link {
         }
     }
 
-    /// Address and size of what all images make.
+    /// Links all images. Returns address and size of the result.
     fn complete(&self) -> Answer<(*const c_char, usize)> {
         let mut state = self.state.lock().unwrap();
         if state.linked.is_none() {
-            // A program that names the device runtime without need has what it had.
+            // Naming the device runtime without using it changes nothing.
             let runtime = state.images.iter().any(|(name, text)| name != DEVICE_RUNTIME && text.contains("cudaCG"));
             let wanted = state.images.iter().filter(|(name, _)| runtime || name != DEVICE_RUNTIME);
             let images: Vec<Image> = wanted.map(|(name, text)| Image { name, text }).collect();
@@ -83,13 +83,14 @@ impl Link {
             };
             state.linked = Some(linked);
         }
-        // The text stays where it is until the link is destroyed. Its size counts the terminator, so that a copy is a text too.
+        // The text stays in place until the link is destroyed. The size includes the terminator, so that a copy is
+        // terminated too.
         let linked = state.linked.as_deref().unwrap_or_default();
         Ok((linked.as_ptr(), linked.count_bytes() + 1))
     }
 }
 
-/// Only text can be linked, also what an earlier link made of texts, which programs take for a cubin.
+/// Only text can be linked, including the result of an earlier link, which programs take for a cubin.
 fn check_input(kind: c_int) -> Answer {
     match kind {
         INPUT_PTX | INPUT_CUBIN => Ok(()),
@@ -109,7 +110,7 @@ fn check_input(kind: c_int) -> Answer {
 /// As the exported functions.
 unsafe fn create(count: c_uint, options: *const c_int, values: *mut *mut c_void, link_out: *mut Handle) -> Answer {
     let context = current()?.handle;
-    // SAFETY: the caller's contract; the manual makes it keep options and values as long as the link.
+    // SAFETY: guaranteed by the caller; the manual makes it keep options and values as long as the link.
     unsafe {
         let log = JitLog::find(count, options, values)?;
         let handle = handles::fresh();
@@ -125,7 +126,7 @@ unsafe fn create(count: c_uint, options: *const c_int, values: *mut *mut c_void,
 unsafe fn add_data(link: Handle, kind: c_int, data: *const c_void, size: usize, name: *const c_char) -> Answer {
     let link = driver()?.links.get(link)?;
     link.logged((|| {
-        // SAFETY: the caller's contract.
+        // SAFETY: guaranteed by the caller.
         let name = if name.is_null() { "<unnamed>" } else { unsafe { text(name, "the name")? } };
         if kind == INPUT_LIBRARY && name.contains(DEVICE_RUNTIME) {
             return link.add_device_runtime();
@@ -134,7 +135,7 @@ unsafe fn add_data(link: Handle, kind: c_int, data: *const c_void, size: usize, 
         if data.is_null() || size == 0 {
             return refuse(Code::INVALID_VALUE, "the image is null or has no bytes");
         }
-        // SAFETY: the caller's contract.
+        // SAFETY: guaranteed by the caller.
         let bytes = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), size) };
         let length = bytes.iter().position(|&byte| byte == 0).unwrap_or(size);
         let copy = CString::new(&bytes[..length]).unwrap_or_default();
@@ -149,7 +150,7 @@ unsafe fn add_data(link: Handle, kind: c_int, data: *const c_void, size: usize, 
 unsafe fn add_file(link: Handle, kind: c_int, path: *const c_char) -> Answer {
     let link = driver()?.links.get(link)?;
     link.logged((|| {
-        // SAFETY: the caller's contract.
+        // SAFETY: guaranteed by the caller.
         let path = unsafe { text(path, "the path")? };
         if kind == INPUT_LIBRARY && path.contains(DEVICE_RUNTIME) {
             return link.add_device_runtime();
@@ -169,16 +170,16 @@ exports! { LINKER:
     }
 
     fn cuLinkAddData(
-        link: Handle, kind: c_int, data: *const c_void, size: usize, name: *const c_char, count: c_uint, options: *const c_int,
-        values: *mut *mut c_void,
+        link: Handle, kind: c_int, data: *const c_void, size: usize, name: *const c_char, count: c_uint,
+        options: *const c_int, values: *mut *mut c_void,
     ) {
         let _ = (count, options, values);
         add_data(link, kind, data, size, name)
     }
 
     fn cuLinkAddData_v2(
-        link: Handle, kind: c_int, data: *const c_void, size: usize, name: *const c_char, count: c_uint, options: *const c_int,
-        values: *mut *mut c_void,
+        link: Handle, kind: c_int, data: *const c_void, size: usize, name: *const c_char, count: c_uint,
+        options: *const c_int, values: *mut *mut c_void,
     ) {
         let _ = (count, options, values);
         add_data(link, kind, data, size, name)

@@ -1,6 +1,6 @@
 //! Allocation, copies and fills.
 //!
-//! Deliberately absent: arrays and textures, virtual memory management (cuMemCreate, cuMemMap), memory shared between processes.
+//! Not here: arrays and textures, virtual memory management (cuMemCreate, cuMemMap), memory shared between processes.
 
 use super::call::{Answer, exports, give, give_if_asked, refuse};
 use super::codes::Code;
@@ -33,7 +33,7 @@ fn refuse_nothing(bytes: usize) -> Answer {
     }
 }
 
-/// Allocates device memory and books it.
+/// Allocates device memory and registers it.
 fn allocate(context: &Context, bytes: usize, kind: Kind, made_by: &'static str) -> Answer<DevicePointer> {
     refuse_nothing(bytes)?;
     let device = context.device()?;
@@ -42,7 +42,7 @@ fn allocate(context: &Context, bytes: usize, kind: Kind, made_by: &'static str) 
     let made = if host {
         device.memory.alloc_host(bytes)
     } else {
-        // What pools keep is counted as in use, and let go of before memory is said to be out.
+        // Memory that pools retain counts as used; it is released before an allocation fails.
         let room = device.memory.limit() - device.memory.used().min(device.memory.limit());
         if bytes > room.saturating_sub(pool::kept_by_pools(device)) {
             pool::trim_all(device);
@@ -62,7 +62,7 @@ fn allocate_now(bytes: usize, kind: Kind, made_by: &'static str) -> Answer<Devic
     allocate(&context, bytes, kind, made_by)
 }
 
-/// Takes an allocation out of the books, by its first address, if `expected` finds its kind right.
+/// Unregisters an allocation, given its first address, if `expected` accepts its kind.
 fn disown(address: DevicePointer, expected: impl Fn(&Kind) -> bool) -> Answer<(&'static Device, Owned)> {
     match state::device_of(address) {
         Some((device, first, owned)) if first == address => {
@@ -88,7 +88,7 @@ fn disown(address: DevicePointer, expected: impl Fn(&Kind) -> bool) -> Answer<(&
             if memory.find(address).is_some() {
                 return refuse(Code::INVALID_VALUE, format!("{address:#x} is a variable of a module"));
             }
-            // The memory knows what used to be there, and says so.
+            // `Memory` knows what used to be there, for the message.
             match memory.free(address) {
                 Err(why) => Err(from_memory(why)),
                 Ok(()) => refuse(Code::INVALID_VALUE, format!("{address:#x} was not allocated")),
@@ -198,7 +198,7 @@ fn free_in_stream(address: DevicePointer, handle: Handle) -> Answer {
             false => refuse(Code::INVALID_VALUE, format!("memory of a graph at {address:#x} is not allocated now")),
         };
     }
-    // The work before it in the stream is done; other threads' work on this stream comes first too.
+    // Earlier work in the stream is done; work of other threads on this stream comes first too.
     stream.settle();
     context.check()?;
     free_device(address)
@@ -238,7 +238,7 @@ fn fill_rows(to: DevicePointer, pitch: usize, pattern: u32, element: usize, coun
     Work::Fill(Fill { to, pattern: pattern.to_le_bytes(), element, count, height, pitch })
 }
 
-/// Refuses an address that the elements' size does not divide.
+/// Refuses an address that is not a multiple of the element size.
 fn aligned(to: DevicePointer, element: u64) -> Answer {
     if to.is_multiple_of(element) {
         return Ok(());
@@ -310,7 +310,7 @@ fn place(kind: c_uint, host: usize, device: DevicePointer, offset: usize) -> Ans
     }
 }
 
-/// An address that says itself where it is.
+/// A place whose address tells where it is.
 fn unified(address: DevicePointer) -> Place {
     match state::device_of(address) {
         Some(_) => Place::Device(address),
@@ -324,7 +324,7 @@ unsafe fn copy_2d(what: *const Copy2d) -> Answer<Work> {
     if what.is_null() {
         return refuse(Code::INVALID_VALUE, "the description of the copy is null");
     }
-    // SAFETY: not null, and the caller vouches for it.
+    // SAFETY: not null, so valid as the caller guarantees.
     let c = unsafe { &*what };
     let or_width = |pitch: usize| if pitch == 0 { c.width } else { pitch };
     let (from_pitch, to_pitch) = (or_width(c.from_pitch), or_width(c.to_pitch));
@@ -353,7 +353,7 @@ unsafe fn copy_3d(what: *const Copy3d) -> Answer<Work> {
     if what.is_null() {
         return refuse(Code::INVALID_VALUE, "the description of the copy is null");
     }
-    // SAFETY: not null, and the caller vouches for it.
+    // SAFETY: not null, so valid as the caller guarantees.
     let c = unsafe { &*what };
     let or = |given: usize, otherwise: usize| if given == 0 { otherwise } else { given };
     let (from_pitch, to_pitch) = (or(c.from_pitch, c.width), or(c.to_pitch, c.width));
@@ -385,7 +385,7 @@ fn check_peers(to_context: Handle, from_context: Handle) -> Answer {
     Ok(())
 }
 
-/// What advice and prefetching need: managed memory.
+/// Refuses a range that is not managed memory, for advice and prefetching.
 fn managed(address: DevicePointer, bytes: usize) -> Answer {
     match state::device_of(address) {
         Some((_, first, owned))
@@ -413,7 +413,7 @@ const POINTER_MEMPOOL: c_int = 17;
 /// # Safety
 /// `data` has room for the attribute's value.
 unsafe fn pointer_attribute(data: *mut c_void, attribute: c_int, address: DevicePointer) -> Answer {
-    // Memory that was registered is told of as its mirror is.
+    // Registered memory is described like its mirror.
     let mirror = match state::device_of(address) {
         Some(_) => None,
         None => registered::mirror(address)?,
@@ -428,7 +428,7 @@ unsafe fn pointer_attribute(data: *mut c_void, attribute: c_int, address: Device
         Kind::Mirror(host) => Some(host + (address - first)),
         _ => None,
     };
-    // SAFETY: the caller's contract, for every write below.
+    // SAFETY: guaranteed by the caller, for every write below.
     unsafe {
         match attribute {
             POINTER_CONTEXT => give(data.cast::<Handle>(), owned.context as Handle, "the value"),
@@ -469,7 +469,7 @@ unsafe fn pointer_attribute(data: *mut c_void, attribute: c_int, address: Device
 fn address_range(first: *mut DevicePointer, bytes: *mut usize, address: DevicePointer) -> Answer {
     match state::device_of(address) {
         Some((_, start, owned)) => {
-            // SAFETY: the caller of the exported functions vouches for both pointers.
+            // SAFETY: the caller of the exported functions guarantees both pointers.
             unsafe {
                 give_if_asked(first, start);
                 give_if_asked(bytes, owned.bytes as usize);
@@ -496,7 +496,9 @@ exports! { MEMORY:
         give(address, allocate_now(bytes, Kind::Device, "cuMemAlloc")?, "the address")
     }
 
-    fn cuMemAllocPitch_v2(address: *mut DevicePointer, pitch: *mut usize, width: usize, height: usize, element: c_uint) {
+    fn cuMemAllocPitch_v2(
+        address: *mut DevicePointer, pitch: *mut usize, width: usize, height: usize, element: c_uint,
+    ) {
         if !matches!(element, 4 | 8 | 16) {
             return refuse(Code::INVALID_VALUE, format!("the element size must be 4, 8 or 16, not {element}"));
         }
@@ -552,7 +554,9 @@ exports! { MEMORY:
         pointer_attribute(data, attribute, address)
     }
 
-    fn cuPointerGetAttributes(count: c_uint, attributes: *const c_int, data: *const *mut c_void, address: DevicePointer) {
+    fn cuPointerGetAttributes(
+        count: c_uint, attributes: *const c_int, data: *const *mut c_void, address: DevicePointer,
+    ) {
         if attributes.is_null() || data.is_null() {
             return refuse(Code::INVALID_VALUE, "the list of attributes or of places is null");
         }

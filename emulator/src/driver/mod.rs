@@ -1,11 +1,11 @@
 //! The exported CUDA driver API.
 //!
-//! Shape: every exported function lives in the module of its subject, inside `call::exports!`, and answers with a sentence
-//! where it refuses. `state` holds what handles stand for. What streams and graphs carry is a `work::Work`; `stream::submit` is
-//! the one place where it is either captured or run, and `work` and `launch` are the only ones that touch device memory or
-//! run kernels.
+//! Every exported function lives in the module of its subject, inside `call::exports!`, and explains a refusal in a
+//! sentence. `state` holds the objects behind handles. Streams and graphs carry `work::Work`; `stream::submit` is the
+//! one place where work is either captured or executed, and only `work` and `launch` touch device memory or run
+//! kernels.
 //!
-//! The functions are reached by their C names only; nothing here is Rust API.
+//! The functions can only be reached by their C names; nothing here is Rust API.
 #![allow(non_snake_case, reason = "the exported functions have the names of the driver API")]
 
 mod call;

@@ -1,6 +1,6 @@
 //! Modules, functions, variables; also the newer names for the same things, libraries and kernels.
 //!
-//! An image is PTX text. Deliberately absent: cubin and fatbin images (machine code cannot be run here), textures and
+//! An image is PTX text. Not here: cubin and fatbin images (machine code cannot be run here), textures and
 //! surfaces. Several images become one in [`super::linker`].
 
 use super::call::{Answer, exports, give, give_if_asked, refuse, text};
@@ -23,7 +23,7 @@ pub struct LoadedImage {
     pub context: usize,
     pub loaded: LoadedModule,
     unloaded: AtomicBool,
-    /// Handles already given out, by the kernel's name.
+    /// Handles given out so far, by kernel name.
     functions: Mutex<BTreeMap<String, usize>>,
 }
 
@@ -35,7 +35,7 @@ pub struct Function {
     /// CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES.
     pub max_dynamic_shared: AtomicU32,
     carveout: AtomicU32,
-    /// What launches by state have set.
+    /// State set for `cuLaunch` and its relatives.
     pub staged: Mutex<Staged>,
     name: CString,
 }
@@ -49,7 +49,7 @@ impl LoadedImage {
 }
 
 impl Function {
-    /// Refuses a kernel whose module is gone, which a graph may still hold.
+    /// Refuses a kernel whose module has been unloaded; a graph may still hold one.
     pub fn check(&self) -> Answer {
         match self.image.unloaded.load(Ordering::Relaxed) {
             false => Ok(()),
@@ -57,7 +57,7 @@ impl Function {
         }
     }
 
-    /// Most threads that a block of this kernel can have.
+    /// Maximum threads per block of this kernel.
     pub fn max_threads(&self) -> u32 {
         let declared = self.kernel.required_threads.or(self.kernel.max_threads);
         declared.map_or(super::device::MAX_THREADS, |[x, y, z]| {
@@ -66,7 +66,7 @@ impl Function {
     }
 }
 
-/// The text of an image, or why it is none.
+/// The text of an image; refuses images that are not text.
 ///
 /// # Safety
 /// `image` is null, or points to NUL-terminated text or to an ELF or fatbin image.
@@ -74,7 +74,7 @@ pub unsafe fn image_text<'a>(image: *const c_void) -> Answer<&'a str> {
     if image.is_null() {
         return refuse(Code::INVALID_VALUE, "the image is null");
     }
-    // The formats of machine code start with bytes that text cannot start with; compare only as far as they agree.
+    // Machine code formats start with bytes that text cannot start with. Compared only up to the first difference.
     let starts_with = |magic: &[u8]| {
         // SAFETY: stops at the first difference, so within the image as long as no magic holds a NUL.
         (0..magic.len()).all(|at| unsafe { *image.cast::<u8>().add(at) } == magic[at])
@@ -139,12 +139,12 @@ const ERROR_LOG: c_int = 5;
 const ERROR_LOG_BYTES: c_int = 6;
 const INFO_LOG_BYTES: c_int = 4;
 
-/// The error log among JIT options: the only one that is heeded. Addresses, 0 for none.
+/// The error log, the only JIT option that is honoured. Addresses; 0 for none.
 #[derive(Default)]
 pub struct JitLog {
     log: usize,
     room: usize,
-    /// Where the room was passed as the value itself, and the length comes back.
+    /// Where the size was passed by value, and the length is returned.
     length_at: usize,
 }
 
@@ -171,10 +171,10 @@ impl JitLog {
         Ok(found)
     }
 
-    /// Writes what fits, with a terminator, and how long it is.
+    /// Writes as much as fits, terminated, and its length.
     ///
     /// # Safety
-    /// The log and the values that [`JitLog::find`] saw are still there.
+    /// The log and the values passed to [`JitLog::find`] are still valid.
     pub unsafe fn write(&self, message: &str) {
         let mut written = 0;
         if self.log != 0 && self.room > 0 {
@@ -187,13 +187,13 @@ impl JitLog {
             }
         }
         if self.length_at != 0 {
-            // SAFETY: the caller's contract.
+            // SAFETY: guaranteed by the caller.
             unsafe { (self.length_at as *mut *mut c_void).write(written as *mut c_void) };
         }
     }
 }
 
-/// Loads with JIT options, of which the error log is heeded: a refusal is written there.
+/// Loads with JIT options, of which only the error log is honoured: a refusal is written there.
 ///
 /// # Safety
 /// `options` and `values` have `count` elements; the values are what the options call for.
@@ -203,7 +203,7 @@ unsafe fn load_with_options(
     options: *const c_int,
     values: *mut *mut c_void,
 ) -> Answer<Handle> {
-    // SAFETY: the caller's contract.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let log = JitLog::find(count, options, values)?;
         let answer = image_text(image).and_then(load_text);
@@ -242,7 +242,7 @@ unsafe fn variable(image: Handle, name: &str, address: *mut DevicePointer, bytes
     let image = driver()?.modules.get(image)?;
     match image.loaded.global(name) {
         Some((at, size)) => {
-            // SAFETY: the caller's contract.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 give_if_asked(address, at);
                 give_if_asked(bytes, size as usize);
@@ -313,7 +313,8 @@ fn set_attribute(function: &Function, attribute: c_int, value: c_int) -> Answer 
                 _ => refuse(
                     Code::INVALID_VALUE,
                     format!(
-                        "kernel {} cannot have {value} bytes of dynamic shared memory: with its {fixed} static bytes the device allows {most}",
+                        "kernel {} cannot have {value} bytes of dynamic shared memory: with its {fixed} static bytes \
+                         the device allows {most}",
                         function.kernel.name
                     ),
                 ),
@@ -410,7 +411,8 @@ exports! { MODULE:
         let function = driver()?.functions.get(function)?;
         let Some(param) = function.kernel.params.get(index) else {
             let count = function.kernel.params.len();
-            return refuse(Code::INVALID_VALUE, format!("kernel {} has {count} parameters, none with index {index}", function.kernel.name));
+            let why = format!("kernel {} has {count} parameters, none with index {index}", function.kernel.name);
+            return refuse(Code::INVALID_VALUE, why);
         };
         give(offset, param.offset as usize, "the offset")?;
         give_if_asked(bytes, param.bytes as usize);

@@ -1,7 +1,7 @@
 //! Occupancy: how many blocks of a kernel one multiprocessor holds at a time.
 //!
-//! The arithmetic is that of NVIDIA's occupancy calculator. The number of registers is the emulator's own, since only ptxas
-//! knows what it would use; treat the results as close, not as the GPU's.
+//! The arithmetic is that of NVIDIA's occupancy calculator. The register count is the emulator's own, since only ptxas
+//! knows the real one: results are close to the GPU's, not equal.
 
 use super::call::{Answer, exports, give, refuse};
 use super::codes::Code;
@@ -13,11 +13,11 @@ use crate::ptx::Kernel;
 use std::ffi::{c_int, c_uint};
 use std::sync::Arc;
 
-/// Registers are handed to warps in units of this many.
+/// Registers are allocated to warps in units of this size.
 const REGISTER_UNIT: u32 = 256;
 const WARP: u32 = 32;
 
-/// Registers per thread as an assembler would bound them: at most 255, and no more than the declared block size allows.
+/// Registers per thread as ptxas would limit them: at most 255, and no more than the declared block size allows.
 pub fn registers_of(kernel: &Kernel) -> u32 {
     let declared = kernel.required_threads.or(kernel.max_threads);
     let threads = declared.map_or(1, |shape| shape.iter().product::<u32>().max(1));
@@ -67,7 +67,7 @@ fn max_active(function: Handle, threads: c_int, dynamic_shared: usize) -> Answer
 
 type SharedOfBlock = unsafe extern "C" fn(c_int) -> usize;
 
-/// (smallest grid that fills the device, block size) for the largest occupancy.
+/// (smallest grid that fills the device, block size) at maximum occupancy.
 fn best_block(
     function: Handle,
     shared_of: Option<SharedOfBlock>,
@@ -80,10 +80,10 @@ fn best_block(
         _ => function.max_threads(),
     };
     let (mut best, mut best_threads, mut best_blocks) = (0, 0, 0);
-    // From the largest block down in steps of a warp; of equals the largest wins.
+    // From the largest block down by a warp at a time; ties go to the larger block.
     for threads in (1..=most).rev().filter(|&threads| threads == most || threads % WARP == 0) {
         let shared = match shared_of {
-            // SAFETY: the caller of the exported function vouches for its callback.
+            // SAFETY: the caller of the exported function guarantees that its callback may be called.
             Some(callback) => unsafe { callback(threads as c_int) },
             None => dynamic_shared,
         };
@@ -112,7 +112,9 @@ fn check_flags(flags: c_uint) -> Answer {
 }
 
 exports! { OCCUPANCY:
-    fn cuOccupancyMaxActiveBlocksPerMultiprocessor(blocks: *mut c_int, function: Handle, threads: c_int, dynamic_shared: usize) {
+    fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
+        blocks: *mut c_int, function: Handle, threads: c_int, dynamic_shared: usize,
+    ) {
         give(blocks, max_active(function, threads, dynamic_shared)?, "the number of blocks")
     }
 
@@ -124,7 +126,8 @@ exports! { OCCUPANCY:
     }
 
     fn cuOccupancyMaxPotentialBlockSize(
-        grid: *mut c_int, block: *mut c_int, function: Handle, shared_of: Option<SharedOfBlock>, dynamic_shared: usize, limit: c_int,
+        grid: *mut c_int, block: *mut c_int, function: Handle, shared_of: Option<SharedOfBlock>,
+        dynamic_shared: usize, limit: c_int,
     ) {
         let (smallest_grid, threads) = best_block(function, shared_of, dynamic_shared, limit)?;
         give(grid, smallest_grid, "the grid size")?;
@@ -132,8 +135,8 @@ exports! { OCCUPANCY:
     }
 
     fn cuOccupancyMaxPotentialBlockSizeWithFlags(
-        grid: *mut c_int, block: *mut c_int, function: Handle, shared_of: Option<SharedOfBlock>, dynamic_shared: usize, limit: c_int,
-        flags: c_uint,
+        grid: *mut c_int, block: *mut c_int, function: Handle, shared_of: Option<SharedOfBlock>,
+        dynamic_shared: usize, limit: c_int, flags: c_uint,
     ) {
         check_flags(flags)?;
         let (smallest_grid, threads) = best_block(function, shared_of, dynamic_shared, limit)?;

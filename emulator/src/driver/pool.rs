@@ -1,9 +1,9 @@
-//! Memory pools: what cuMemAllocAsync allocates from.
+//! Memory pools, from which cuMemAllocAsync allocates.
 //!
-//! A pool here is an account. Memory is allocated and freed at once; what a real pool would keep for later counts as
-//! reserved until a synchronisation finds more of it than the release threshold, or until it is trimmed.
+//! A pool here is only an account. Memory is allocated and freed at once; what a real pool would retain counts as
+//! reserved until a synchronisation finds it above the release threshold, or until the pool is trimmed.
 //!
-//! Deliberately absent: sharing between processes and access from other devices.
+//! Not here: sharing between processes and access from other devices.
 
 use super::call::{Answer, exports, give, refuse};
 use super::codes::Code;
@@ -17,7 +17,7 @@ pub struct Pool {
     pub device: c_int,
     /// The device's own pool, which a program cannot destroy.
     is_default: bool,
-    /// Most bytes in use, 0 for no limit of its own.
+    /// Maximum bytes in use; 0 for no limit of its own.
     most: u64,
     account: Mutex<Account>,
 }
@@ -47,7 +47,7 @@ impl Pool {
         })
     }
 
-    /// Books an allocation; refuses one beyond the pool's own limit.
+    /// Accounts for an allocation; refuses one beyond the pool's own limit.
     pub fn take(&self, bytes: u64) -> Answer {
         let mut account = self.account.lock().unwrap();
         if self.most != 0 && account.used + bytes > self.most {
@@ -66,12 +66,12 @@ impl Pool {
         Ok(())
     }
 
-    /// Books a free: the memory stays reserved.
+    /// Accounts for a free: the memory stays reserved.
     pub fn give_back(&self, bytes: u64) {
         self.account.lock().unwrap().used -= bytes;
     }
 
-    /// Bytes kept beyond those in use.
+    /// Bytes reserved but not in use.
     fn kept(&self) -> u64 {
         let account = self.account.lock().unwrap();
         account.reserved - account.used
@@ -83,7 +83,7 @@ impl Pool {
     }
 }
 
-/// Bytes that a device's pools keep although nothing uses them.
+/// Bytes that a device's pools retain unused.
 pub fn kept_by_pools(device: &Device) -> u64 {
     let Ok(driver) = driver() else { return 0 };
     let pools = driver.pools.all();
@@ -91,7 +91,7 @@ pub fn kept_by_pools(device: &Device) -> u64 {
     own.map(|pool| pool.kept()).sum()
 }
 
-/// What every synchronisation does: pools give back what they keep beyond their threshold.
+/// Called by every synchronisation: pools release what they retain beyond their threshold.
 pub fn trim_at_synchronisation(device: &Device) {
     let Ok(driver) = driver() else { return };
     for pool in driver.pools.all() {
@@ -102,7 +102,7 @@ pub fn trim_at_synchronisation(device: &Device) {
     }
 }
 
-/// Lets every pool of the device go of all it keeps, as a driver does before it reports that memory is out.
+/// Makes every pool of the device release all it retains, as a driver does before it reports out of memory.
 pub fn trim_all(device: &Device) {
     let Ok(driver) = driver() else { return };
     for pool in driver.pools.all() {
@@ -167,7 +167,8 @@ exports! { POOL:
         let device = state::device(device)?;
         let pool = driver()?.pools.get(pool)?;
         if pool.device != device.ordinal {
-            return refuse(Code::INVALID_VALUE, format!("the pool belongs to device {}, not {}", pool.device, device.ordinal));
+            let why = format!("the pool belongs to device {}, not {}", pool.device, device.ordinal);
+            return refuse(Code::INVALID_VALUE, why);
         }
         *device.pool.lock().unwrap() = pool;
         Ok(())
@@ -179,13 +180,16 @@ exports! { POOL:
         }
         let properties = &*properties;
         if properties.allocation_type != PINNED {
-            return refuse(Code::INVALID_VALUE, format!("the allocation type must be 1 (pinned), not {}", properties.allocation_type));
+            let why = format!("the allocation type must be 1 (pinned), not {}", properties.allocation_type);
+            return refuse(Code::INVALID_VALUE, why);
         }
         if properties.handle_types != 0 {
             return refuse(Code::NOT_SUPPORTED, "pools shared between processes are not emulated");
         }
         if properties.location_type != LOCATION_DEVICE {
-            return refuse(Code::NOT_SUPPORTED, format!("pools are emulated on devices only (location type 1), not type {}", properties.location_type));
+            let kind = properties.location_type;
+            let why = format!("pools are emulated on devices only (location type 1), not type {kind}");
+            return refuse(Code::NOT_SUPPORTED, why);
         }
         state::device(properties.location_id)?;
         let made = Pool::limited(properties.location_id, false, properties.max_size as u64);
@@ -235,7 +239,9 @@ exports! { POOL:
         }
         let mut account = pool.account.lock().unwrap();
         match attribute {
-            REUSE_FIRST..=REUSE_LAST => account.reuse[(attribute - 1) as usize] = value.cast::<c_int>().read_unaligned(),
+            REUSE_FIRST..=REUSE_LAST => {
+                account.reuse[(attribute - 1) as usize] = value.cast::<c_int>().read_unaligned();
+            }
             RELEASE_THRESHOLD => account.threshold = value.cast::<u64>().read_unaligned(),
             RESERVED_HIGH | USED_HIGH => {
                 if value.cast::<u64>().read_unaligned() != 0 {

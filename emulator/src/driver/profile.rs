@@ -1,7 +1,7 @@
-//! Counters: summed per kernel, and written as JSON.
+//! Counters, summed per kernel and written as JSON.
 //!
-//! The file has no times in it, so that two runs of a deterministic program give the same bytes. It is written when a context is
-//! destroyed, at cuProfilerStop and when the process ends, beside its place and then renamed.
+//! The file contains no times, so that two runs of a deterministic program write the same bytes. It is written when a
+//! context is destroyed, at cuProfilerStop and when the process ends, under a temporary name that is then renamed.
 
 use super::call::Answer;
 use super::state::{Driver, driver, driver_if_any};
@@ -49,7 +49,7 @@ counters! {
     shared_wavefronts shared_ideal divergent_branches barriers atomics blocks
 }
 
-/// Books a launch.
+/// Adds a launch.
 pub fn count(kernel: &str, counters: Counters) -> Answer {
     let mut profile = driver()?.profile.lock().unwrap();
     let sum = profile.kernels.entry(kernel.to_string()).or_default();
@@ -64,7 +64,7 @@ fn entry(name: &str, launches: u64, counters: &Counters) -> Value {
     map.insert("name".into(), json!(name));
     map.insert("launches".into(), json!(launches));
     map.extend(fields(counters));
-    // Sectors moved against the least that the bytes asked for would take: 1 is perfect.
+    // Sector bytes moved per byte requested: 1 is perfect.
     let asked = counters.global_load_bytes + counters.global_store_bytes;
     if asked > 0 {
         let ratio = (counters.global_sectors * 32) as f64 / asked as f64;
@@ -73,7 +73,7 @@ fn entry(name: &str, launches: u64, counters: &Counters) -> Value {
     Value::Object(map)
 }
 
-/// Everything so far.
+/// All counters so far.
 pub fn as_json(driver: &Driver) -> String {
     let profile = driver.profile.lock().unwrap();
     let kernels: Vec<Value> =
@@ -100,7 +100,7 @@ pub fn last_launch_as_json() -> String {
     })
 }
 
-/// Starts counting anew.
+/// Resets the counters.
 pub fn reset(driver: &Driver) {
     *driver.profile.lock().unwrap() = Profile::default();
     LAST.with_borrow_mut(|last| **last = None);

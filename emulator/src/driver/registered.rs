@@ -1,10 +1,11 @@
 //! Host memory that a program allocated itself and registers (`cuMemHostRegister`).
 //!
-//! Kernels cannot be let into it as they are into other memory, so a kernel sees a mirror of it, at another address: the
-//! devices say so by CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM. A mirror is made when a program asks for its address, filled before every
-//! launch on its device and written back after it; copies and fills go to the host memory itself.
+//! Kernels cannot access it directly as they can other memory. A kernel sees a mirror at another address, which devices
+//! announce by CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM. A mirror is created when a program asks for
+//! its address, filled before every launch on its device, and written back afterwards. Copies and fills access the host
+//! memory itself.
 //!
-//! Deliberately absent: memory of other devices (IOMEMORY).
+//! Not here: memory of other devices (IOMEMORY).
 
 use super::call::{Answer, exports, give, refuse};
 use super::codes::Code;
@@ -19,11 +20,11 @@ pub struct Registered {
     pub bytes: u64,
     pub flags: c_uint,
     pub context: usize,
-    /// Where each device sees it, by the device's ordinal.
+    /// Address of the mirror on each device, by ordinal.
     mirrors: BTreeMap<c_int, DevicePointer>,
 }
 
-/// Held by a launch that sees mirrors, and by whoever takes mirrors away.
+/// Held by a launch that uses mirrors, and while mirrors are removed.
 static TURN: Mutex<()> = Mutex::new(());
 
 const PORTABLE: c_uint = 1;
@@ -80,7 +81,7 @@ fn free_mirrors(removed: &Registered) -> Answer {
     Ok(())
 }
 
-/// What a context that ends has registered, forgotten here: how many ranges.
+/// Forgets the ranges registered by a context that ends. Returns how many.
 pub fn forget_context(context: usize) -> Answer<usize> {
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let mut registered = driver()?.registered.lock().unwrap();
@@ -93,7 +94,7 @@ pub fn forget_context(context: usize) -> Answer<usize> {
     Ok(own.len())
 }
 
-/// What is asked of registered memory at `address`: (its first byte, its size, its flags, its context).
+/// Registered memory that contains `address`: (first byte, size, flags, context).
 pub fn find(address: u64) -> Answer<Option<(u64, u64, c_uint, usize)>> {
     let registered = driver()?.registered.lock().unwrap();
     let before = registered.range(..=address).next_back();
@@ -102,7 +103,7 @@ pub fn find(address: u64) -> Answer<Option<(u64, u64, c_uint, usize)>> {
         .map(|(&first, range)| (first, range.bytes, range.flags, range.context)))
 }
 
-/// Where kernels of the current context's device see registered host memory; None where it is not registered.
+/// Address at which kernels on the current device see registered host memory; None if it is not registered.
 pub fn mirror(address: u64) -> Answer<Option<DevicePointer>> {
     let context = current()?;
     let device = context.device()?;
@@ -136,11 +137,12 @@ pub fn behind(address: DevicePointer, bytes: usize) -> Option<usize> {
     }
 }
 
-/// What a launch has to write back: (host memory, mirror, what the mirror held before).
+/// To write back after a launch: (host memory, mirror, contents of the mirror before).
 type Filled = Vec<(u64, DevicePointer, Vec<u8>)>;
 
-/// Runs a launch with the mirrors on its device filled from the host, and writes back what it has changed there: only that, since the host may have
-/// written to the rest meanwhile. Launches that see mirrors come one after the other.
+/// Runs a launch with the mirrors on its device filled from the host, and writes back the bytes that the launch
+/// changed. Only those, since the host may have written others meanwhile. Launches with mirrors run one after the
+/// other.
 pub fn with_mirrors<T>(device: &Device, launch: impl FnOnce() -> T) -> Answer<T> {
     let mirrors = || -> Answer<Vec<(u64, DevicePointer, u64)>> {
         let registered = driver()?.registered.lock().unwrap();
@@ -154,7 +156,7 @@ pub fn with_mirrors<T>(device: &Device, launch: impl FnOnce() -> T) -> Answer<T>
     let mirrors = mirrors()?;
     let mut filled = Filled::new();
     for (host, mirror, bytes) in mirrors {
-        // SAFETY: who registers memory keeps it until it is no longer registered.
+        // SAFETY: a program keeps memory allocated while it is registered, as the manual demands.
         let before = unsafe { std::slice::from_raw_parts(host as *const u8, bytes as usize) }.to_vec();
         device.memory.copy_in(mirror, &before).map_err(from_memory)?;
         filled.push((host, mirror, before));
@@ -164,7 +166,7 @@ pub fn with_mirrors<T>(device: &Device, launch: impl FnOnce() -> T) -> Answer<T>
         let mut after = vec![0; before.len()];
         device.memory.copy_out(mirror, &mut after).map_err(from_memory)?;
         for at in (0..after.len()).filter(|&at| after[at] != before[at]) {
-            // SAFETY: as above. What is read only was not written by a kernel either.
+            // SAFETY: as above. A byte that changed was written by a kernel, so the program treats it as writable.
             unsafe { ((host as usize + at) as *mut u8).write(after[at]) };
         }
     }

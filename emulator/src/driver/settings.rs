@@ -10,7 +10,7 @@ use std::mem::ManuallyDrop;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-/// What is written to stderr.
+/// What goes to stderr.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Log {
     /// Nothing.
@@ -31,7 +31,7 @@ pub fn log() -> Log {
     })
 }
 
-/// The machine and the defaults of every launch.
+/// The machine, and the defaults of every launch.
 #[derive(Clone)]
 pub struct Settings {
     /// CUDA_EMU_DEVICES: how many devices there are.
@@ -52,7 +52,7 @@ pub struct Settings {
 #[derive(Clone)]
 pub struct Run {
     pub exec: exec::Settings,
-    /// Report what is still alive when a context is destroyed.
+    /// Report what is still allocated when a context is destroyed.
     pub leaks: bool,
 }
 
@@ -61,7 +61,7 @@ thread_local! {
 }
 
 impl Settings {
-    /// Reads the variables. An error is a sentence that names the variable, its value and what would be right.
+    /// Reads the variables. An error is a sentence that names the variable, its value and what would be valid.
     pub fn from_environment() -> Result<Settings, String> {
         Settings::from_variables(|name| std::env::var(name).ok())
     }
@@ -172,12 +172,12 @@ impl Run {
     }
 }
 
-/// How launches of this thread are run: its own settings where it has some, else `defaults`.
+/// How launches of this thread are run: its own settings if it has some, else `defaults`.
 pub fn of_this_thread(defaults: &Run) -> Run {
     OVERRIDE.with_borrow(|own| own.as_ref().unwrap_or(defaults).clone())
 }
 
-/// Changes one setting for this thread; `None` as a value takes all of its own settings back.
+/// Changes one setting for this thread; `None` as a value drops all of its own settings.
 pub fn configure(defaults: &Run, name: &str, value: Option<&str>) -> Result<(), String> {
     let Some(value) = value else {
         OVERRIDE.with_borrow_mut(|own| **own = None);

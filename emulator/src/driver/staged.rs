@@ -1,7 +1,7 @@
-//! Launches as CUDA had them before its fourth version, and some programs still write them: block, shared bytes and parameters are
-//! set on the function one by one, then it is launched.
+//! Launches in the style before CUDA 4, which some programs still use: block shape, shared bytes and parameters are set
+//! on the function one by one, then it is launched.
 //!
-//! What was set stays for the next launch. Deliberately absent: parameters that are textures.
+//! Settings persist for the next launch. Not here: texture parameters.
 
 use super::call::{Answer, exports, refuse};
 use super::codes::Code;

@@ -1,7 +1,7 @@
-//! What the driver knows: devices, contexts, and the tables of everything that has a handle.
+//! The driver's state: devices, contexts, and a table for every kind of handle.
 //!
-//! One `Driver` per process, made by `cuInit` and never dropped. Locks are held only while a table or an object is read or
-//! changed; the one exception is [`Context::order`] and a stream's own lock, which are held while its work runs.
+//! One `Driver` per process, created by `cuInit` and never dropped. Locks are held only while a table or an object is
+//! accessed. The exceptions are [`Context::order`] and a stream's own lock, which are held while its work runs.
 
 use super::call::{Answer, Refusal, refuse};
 use super::codes::Code;
@@ -70,14 +70,14 @@ pub struct Primary {
     pub flags: c_uint,
 }
 
-/// What the driver knows of an allocation beyond what [`Memory`] knows.
+/// What the driver knows of an allocation in addition to [`Memory`].
 #[derive(Clone)]
 pub struct Owned {
     pub bytes: u64,
     pub kind: Kind,
     /// Handle of the context that made it.
     pub context: usize,
-    /// The exported function that made it.
+    /// The exported function that allocated it.
     pub made_by: &'static str,
 }
 
@@ -89,7 +89,7 @@ pub enum Kind {
     Pooled(Arc<Pool>),
     /// cuMemHostAlloc, with its flags.
     Host(c_uint),
-    /// Where a device sees registered host memory, which begins here.
+    /// Mirror of the registered host memory that begins at this address.
     Mirror(u64),
     /// cuMemAllocManaged.
     Managed,
@@ -115,11 +115,11 @@ pub struct Context {
     pub device: c_int,
     pub primary: bool,
     pub flags: AtomicU32,
-    /// What cuCtxCreate and cuCtxAttach gave out, less what cuCtxDetach took back.
+    /// References: those of cuCtxCreate and cuCtxAttach, less those of cuCtxDetach.
     pub attached: AtomicU32,
     /// The NULL stream.
     pub legacy: Arc<Stream>,
-    /// Every host thread's default stream, made when it is first used.
+    /// Default stream per host thread, created on first use.
     pub per_thread: Mutex<HashMap<ThreadId, Arc<Stream>>>,
     /// Held for writing while the legacy stream works, for reading while a blocking stream does.
     pub order: RwLock<()>,
@@ -151,7 +151,7 @@ impl Context {
         device(self.device)
     }
 
-    /// Refuses when an earlier kernel's fault has made the context unusable.
+    /// Refuses if an earlier kernel's fault has made the context unusable.
     pub fn check(&self) -> Answer {
         match &*self.fault.lock().unwrap() {
             None => Ok(()),
@@ -161,7 +161,7 @@ impl Context {
         }
     }
 
-    /// Remembers a fault, the first one for good, and hands it on.
+    /// Records a fault (the first one is kept) and returns it.
     pub fn fail<T>(&self, fault: Refusal) -> Answer<T> {
         self.fault.lock().unwrap().get_or_insert_with(|| fault.clone());
         Err(fault)
@@ -171,7 +171,7 @@ impl Context {
 static DRIVER: OnceLock<Driver> = OnceLock::new();
 static INIT: Mutex<()> = Mutex::new(());
 
-/// This process was forked from one that had started the driver: the threads that run kernels stayed there.
+/// This process was forked from one that had started the driver; the threads that run kernels stayed behind.
 static FORKED: AtomicBool = AtomicBool::new(false);
 
 fn in_child<T>() -> Answer<T> {
@@ -191,7 +191,7 @@ pub fn init() -> Answer<&'static Driver> {
     if let Some(driver) = DRIVER.get() {
         return Ok(driver);
     }
-    // SAFETY: the function only stores a flag. Where it cannot be registered, a child that calls the driver waits for ever.
+    // SAFETY: the handler only stores a flag. If it cannot be registered, a child that calls the driver waits for ever.
     unsafe { libc::pthread_atfork(None, None, Some(mark_child)) };
     let settings = match Settings::from_environment() {
         Ok(settings) => settings,
@@ -243,7 +243,7 @@ pub fn driver() -> Answer<&'static Driver> {
     }
 }
 
-/// The driver, if there is one yet.
+/// The driver, if it has been initialised.
 pub fn driver_if_any() -> Option<&'static Driver> {
     DRIVER.get()
 }
@@ -340,7 +340,7 @@ pub fn retain_primary(ordinal: c_int) -> Answer<Arc<Context>> {
     Ok(context)
 }
 
-/// Gives one hold on the primary context back; the last one destroys it.
+/// Drops one reference to the primary context; the last one destroys it.
 pub fn release_primary(ordinal: c_int) -> Answer {
     let device = device(ordinal)?;
     let last = {
@@ -368,7 +368,7 @@ pub fn release_primary(ordinal: c_int) -> Answer {
     }
 }
 
-/// Destroys the primary context whatever the number of holds on it.
+/// Destroys the primary context however many references there are.
 pub fn reset_primary(ordinal: c_int) -> Answer {
     let taken = {
         let mut primary = device(ordinal)?.primary.lock().unwrap();
@@ -381,9 +381,9 @@ pub fn reset_primary(ordinal: c_int) -> Answer {
     }
 }
 
-/// Destroys a context with all that it owns, and reports what its program forgot to give back.
+/// Destroys a context with all that it owns, and reports leaks.
 ///
-/// A program that saw a fault is not blamed for what it left behind: it could not free it any more.
+/// After a fault nothing is reported: the program could no longer free anything.
 pub fn destroy_context(context: &Arc<Context>) -> Answer {
     let driver = driver()?;
     let device = context.device()?;
@@ -436,7 +436,7 @@ pub fn destroy_context(context: &Arc<Context>) -> Answer {
         if let Kind::Pooled(pool) = &owned.kind {
             pool.give_back(owned.bytes);
         }
-        // An address that the memory does not know any more has nothing left to free.
+        // An address that `Memory` no longer knows has nothing left to free.
         let _ = device.memory.free(*address);
     }
 
@@ -474,7 +474,7 @@ pub fn device_of(address: DevicePointer) -> Option<(&'static Device, DevicePoint
     })
 }
 
-/// An atomic's value, spelled shortly.
+/// Loads an atomic.
 pub fn load(value: &AtomicU32) -> u32 {
     value.load(Ordering::Relaxed)
 }

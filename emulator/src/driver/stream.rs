@@ -1,11 +1,11 @@
 //! Streams.
 //!
-//! Work runs inside the call that submits it, so a stream is never behind: what a stream adds is order against other host
+//! Work runs inside the call that submits it, so a stream is never behind. What a stream adds is ordering between host
 //! threads (its own lock, and the legacy stream's rule), capture, and the refusals of a real driver. Host functions are
 //! the exception: they run on a thread of their own, and the stream's next work waits for them.
 //!
-//! Deliberately absent: copies and kernels that overlap. A program that forgets to synchronise before it reads pinned memory is
-//! not caught here.
+//! Not here: copies and kernels that overlap. A program that forgets to synchronise before it reads pinned memory is
+//! not caught.
 
 use super::call::{Answer, exports, give, give_if_asked, refuse};
 use super::codes::Code;
@@ -20,7 +20,7 @@ use std::thread::JoinHandle;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Role {
-    /// The NULL stream: its work and that of every blocking stream come one after the other.
+    /// The NULL stream: its work and that of every blocking stream are serialised.
     Legacy,
     /// A host thread's own default stream.
     PerThread,
@@ -35,7 +35,7 @@ pub struct Stream {
     pub priority: c_int,
     /// Held while the stream works.
     busy: Mutex<()>,
-    /// Host functions under way.
+    /// Host functions in progress.
     host_functions: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -55,12 +55,12 @@ impl Stream {
         }
     }
 
-    /// Whether the legacy stream waits for this one.
+    /// Whether the legacy stream synchronises with this one.
     pub fn is_blocking(&self) -> bool {
         self.role != Role::NonBlocking
     }
 
-    /// Waits until the stream has done all that was submitted.
+    /// Waits for everything submitted to the stream.
     pub fn settle(&self) {
         let _turn = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
         self.join_host_functions();
@@ -69,7 +69,7 @@ impl Stream {
     fn join_host_functions(&self) {
         let threads = std::mem::take(&mut *self.host_functions.lock().unwrap());
         for thread in threads {
-            // A host function that panics has already printed why; the stream goes on, as after any C callback.
+            // A host function that panicked has printed why; the stream goes on, as after any C callback.
             let _ = thread.join();
         }
     }
@@ -150,7 +150,7 @@ pub fn submit(handle: Handle, work: Work) -> Answer {
     }
 }
 
-/// Runs work that the caller waits for, on the legacy stream, as the synchronous copies and fills do.
+/// Runs work synchronously on the legacy stream, as synchronous copies and fills do.
 pub fn run_synchronously(work: Work) -> Answer {
     let context = current()?;
     graph::refuse_implicit_use(&context.legacy)?;
@@ -170,7 +170,7 @@ pub fn settle_all(context: &Context) -> Answer {
     Ok(())
 }
 
-/// A change of the capture mode that host threads may make for themselves.
+/// The capture mode that a number stands for, as host threads set it for themselves.
 fn mode_from(number: c_int) -> Answer<Mode> {
     match number {
         0 => Ok(Mode::Global),
@@ -275,7 +275,8 @@ exports! { STREAM:
         graph::refuse_while_capturing(&stream, "cuStreamAttachMemAsync")?;
         let _ = length;
         if !matches!(flags, 1 | 2 | 4) {
-            return refuse(Code::INVALID_VALUE, format!("the attachment must be 1 (global), 2 (host) or 4 (single), not {flags}"));
+            let why = format!("the attachment must be 1 (global), 2 (host) or 4 (single), not {flags}");
+            return refuse(Code::INVALID_VALUE, why);
         }
         match state::device_of(address) {
             Some((_, first, owned)) if first == address && matches!(owned.kind, state::Kind::Managed) => Ok(()),
@@ -334,7 +335,8 @@ exports! { STREAM:
     }
 
     fn cuStreamGetCaptureInfo_v2(
-        stream: Handle, status: *mut c_int, id: *mut u64, graph: *mut Handle, dependencies: *mut *const Handle, count: *mut usize,
+        stream: Handle, status: *mut c_int, id: *mut u64, graph: *mut Handle, dependencies: *mut *const Handle,
+        count: *mut usize,
     ) {
         capture_info(stream, status, id)?;
         open_graph(stream, graph, dependencies, count)
@@ -375,7 +377,7 @@ unsafe fn capture_info(stream: Handle, status: *mut c_int, id: *mut u64) -> Answ
     let (_, stream) = resolve(stream)?;
     graph::refuse_to_tell_of_implicit_use(&stream)?;
     let (now, sequence) = graph::status(&stream)?;
-    // SAFETY: the caller's contract.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         give_if_asked(id, sequence);
         give(status, now, "the status")
@@ -392,7 +394,7 @@ unsafe fn open_graph(
 ) -> Answer {
     let (_, stream) = resolve(stream)?;
     let (open, nodes, number) = graph::under_capture(&stream)?;
-    // SAFETY: the caller's contract.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         give_if_asked(graph, open);
         give_if_asked(dependencies, nodes);

@@ -1,9 +1,9 @@
-//! `cuGetProcAddress`, and the functions that only exist to say that they are not emulated.
+//! `cuGetProcAddress`, and the functions that only exist to report that they are not emulated.
 //!
-//! A program that asks the loader for a missing symbol learns nothing; one that calls a function and reads
-//! CUDA_ERROR_NOT_SUPPORTED does. So every name of the driver API (CUDA 13, and what cudarc binds) is exported.
-//! Deliberately absent: the variants with per-thread default streams (`_ptsz`, `_ptds`) and the private export tables, without
-//! which the CUDA runtime library does not start.
+//! A program that misses a symbol learns nothing; one that calls a function and gets CUDA_ERROR_NOT_SUPPORTED does. So
+//! every name of the driver API (CUDA 13, and what cudarc binds) is exported. Not here: the variants with per-thread
+//! default streams (`_ptsz`, `_ptds`) and the private export tables, without which the CUDA runtime library does not
+//! start.
 
 use super::call::{Answer, Export, exports, give, give_if_asked, refuse, text};
 use super::codes::Code;
@@ -13,8 +13,8 @@ use super::{
 };
 use std::ffi::{c_char, c_int, c_void};
 
-/// Exports functions that answer CUDA_ERROR_NOT_SUPPORTED. In the C calling convention the caller cleans up its arguments, so
-/// none need to be declared.
+/// Exports functions that return CUDA_ERROR_NOT_SUPPORTED. In the C calling convention the caller cleans up its
+/// arguments, so none need to be declared.
 macro_rules! not_emulated {
     ($table:ident: $($name:ident)*) => {
         $(
@@ -262,7 +262,7 @@ unsafe fn get(
     flags: u64,
     status: *mut c_int,
 ) -> Answer {
-    // SAFETY: the caller's contract.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         give(address, std::ptr::null_mut(), "the address")?;
         give_if_asked(status, SYMBOL_NOT_FOUND);
@@ -288,7 +288,9 @@ exports! { SYMBOLS:
         get(name, address, version, flags, std::ptr::null_mut())
     }
 
-    fn cuGetProcAddress_v2(name: *const c_char, address: *mut *mut c_void, version: c_int, flags: u64, status: *mut c_int) {
+    fn cuGetProcAddress_v2(
+        name: *const c_char, address: *mut *mut c_void, version: c_int, flags: u64, status: *mut c_int,
+    ) {
         get(name, address, version, flags, status)
     }
 }

@@ -1,7 +1,7 @@
-//! User objects: what a program wants to be told of when the last graph that needs it is gone.
+//! User objects: a destructor that runs when the last graph that needs the object is gone.
 //!
-//! References are counted over the program, graphs, executable graphs and captures under way; the destructor runs once, when the last is given back, where
-//! that happens. As the manual says, it must not call the driver.
+//! References are held by the program, graphs, executable graphs and captures under way. The thread that returns the
+//! last one runs the destructor, which, as the manual says, must not call the driver.
 
 use super::call::{self, Answer, exports, give, refuse};
 use super::codes::Code;
@@ -23,7 +23,7 @@ impl UserObject {
         *self.references.lock().unwrap() += count;
     }
 
-    /// Gives references back; the last one calls the destructor.
+    /// Drops references; the last one runs the destructor.
     fn release(&self, count: u64) -> Answer {
         {
             let mut references = self.references.lock().unwrap();
@@ -39,13 +39,14 @@ impl UserObject {
             }
         }
         driver()?.user_objects.remove(self.handle as Handle)?;
-        // SAFETY: the program vouches that its destructor may be called once with its data.
+        // SAFETY: the program guarantees that its destructor may be called once with its data; the last reference is
+        // gone.
         call::as_host_function(|| unsafe { (self.destroy)(self.data as *mut c_void) });
         Ok(())
     }
 }
 
-/// What a graph holds.
+/// The user objects of a graph.
 #[derive(Default)]
 pub struct Objects(Mutex<Vec<(Arc<UserObject>, u64)>>);
 
@@ -83,7 +84,7 @@ impl Clone for Objects {
 impl Drop for Objects {
     fn drop(&mut self) {
         for (object, count) in self.0.get_mut().map(std::mem::take).unwrap_or_default() {
-            // Refused only where references were given back too often, which was refused then.
+            // Fails only if too many references were dropped, which was refused then.
             let _ = object.release(count);
         }
     }
@@ -101,7 +102,8 @@ const MOVE: c_uint = 1;
 
 exports! { USER_OBJECT:
     fn cuUserObjectCreate(
-        object: *mut Handle, data: *mut c_void, destroy: Option<unsafe extern "C" fn(*mut c_void)>, references: c_uint, flags: c_uint,
+        object: *mut Handle, data: *mut c_void, destroy: Option<unsafe extern "C" fn(*mut c_void)>,
+        references: c_uint, flags: c_uint,
     ) {
         refuse_none(references)?;
         let Some(destroy) = destroy else {

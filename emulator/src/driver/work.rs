@@ -1,8 +1,8 @@
 //! What streams and graphs carry: kernels, copies, fills, host functions, events, memory of graphs.
 //!
 //! A work item holds everything it needs by value (parameters are packed when the call is made), so that a graph can
-//! run it many times. Only host pointers of copies stay pointers: a graph reads and writes the host memory of the capture again
-//! in every launch, as on a real driver.
+//! execute it many times. Only host pointers of copies stay pointers: as on a real driver, every launch of a graph
+//! accesses the host memory named at capture.
 
 use super::call::{self, Answer, Refusal, refuse};
 use super::codes::Code;
@@ -26,7 +26,7 @@ pub enum Work {
     Alloc(Arc<GraphMemory>),
     Free(Arc<GraphMemory>),
     Graph(Arc<GraphExec>),
-    /// A node that only orders others.
+    /// An empty node, for ordering only.
     Nothing,
 }
 
@@ -39,7 +39,7 @@ pub enum HostFunction {
 impl HostFunction {
     pub fn call(self) {
         call::as_host_function(|| match self {
-            // SAFETY: whoever submitted the function vouches that it may be called once with its data.
+            // SAFETY: whoever submitted the function guarantees that it may be called with its data.
             HostFunction::Plain { function, data } => unsafe { function(data as *mut c_void) },
             HostFunction::Callback { callback, stream, data } => {
                 // SAFETY: as above.
@@ -72,7 +72,7 @@ pub struct Copy {
 }
 
 impl Copy {
-    /// `bytes` in one piece.
+    /// `bytes` contiguous bytes.
     pub fn line(to: Place, from: Place, bytes: usize) -> Copy {
         Copy {
             to,
@@ -117,7 +117,7 @@ impl Fill {
         for row in 0..self.height {
             let to = self.to + (row * self.pitch) as u64;
             if let Some(host) = registered::behind(to, self.count * self.element) {
-                // SAFETY: who registers memory keeps it until it is no longer registered, and these bytes are all inside.
+                // SAFETY: a program keeps memory allocated while it is registered, and all these bytes are registered.
                 let target = unsafe { std::slice::from_raw_parts_mut(host as *mut u8, self.count * self.element) };
                 target.chunks_exact_mut(self.element).for_each(|to| to.copy_from_slice(&self.pattern[..self.element]));
             } else if self.count > 0 {
@@ -138,8 +138,8 @@ impl Place {
         }
     }
 
-    /// A device place stays one, unless host memory is behind its `bytes`; a host place that is memory of a driver's device becomes
-    /// one, if the host may touch it.
+    /// A device place stays one, unless registered host memory is behind its `bytes`. A host place in memory of one of
+    /// the driver's devices becomes a device place, if the host may access it.
     fn settled(self, bytes: usize) -> Answer<Place> {
         let address = match self {
             Place::Host(address) => address,
@@ -163,7 +163,8 @@ pub fn from_memory(why: MemoryError) -> Refusal {
     Refusal { code: Code(why.code as i32), message: why.message }
 }
 
-/// The device whose memory holds `address`; the context's own where none does, so that its memory names the nearest allocation.
+/// The device whose memory holds `address`; the context's own if none does, so that its memory names the nearest
+/// allocation.
 fn home(context: &Context, address: DevicePointer) -> Answer<&'static Device> {
     let devices = &state::driver()?.devices;
     match devices.iter().find(|device| device.memory.owns(address)) {
@@ -175,18 +176,18 @@ fn home(context: &Context, address: DevicePointer) -> Answer<&'static Device> {
 fn copy_bytes(context: &Context, to: Place, from: Place, bytes: usize) -> Answer {
     match (to.settled(bytes)?, from.settled(bytes)?) {
         (Place::Host(to), Place::Host(from)) => {
-            // SAFETY: the caller of the copy vouches for both host ranges; they may overlap.
+            // SAFETY: the caller of the copy guarantees both host ranges; `copy` allows overlap.
             unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
             Ok(())
         }
         (Place::Device(to), Place::Host(from)) => {
-            // SAFETY: the caller of the copy vouches that the host range is readable.
+            // SAFETY: the caller of the copy guarantees that the host range is readable.
             let source = unsafe { std::slice::from_raw_parts(from as *const u8, bytes) };
             let memory = &home(context, to)?.memory;
             memory.copy_in(to, source).map_err(from_memory)
         }
         (Place::Host(to), Place::Device(from)) => {
-            // SAFETY: the caller of the copy vouches that the host range is writable.
+            // SAFETY: the caller of the copy guarantees that the host range is writable.
             let target = unsafe { std::slice::from_raw_parts_mut(to as *mut u8, bytes) };
             let memory = &home(context, from)?.memory;
             memory.copy_out(from, target).map_err(from_memory)
@@ -204,7 +205,7 @@ fn copy_bytes(context: &Context, to: Place, from: Place, bytes: usize) -> Answer
 }
 
 impl Work {
-    /// Does the work now, on this thread. Host functions of streams do not come here: only those of graphs do.
+    /// Executes the work now, on this thread. Host functions come here from graphs only, not from streams.
     pub fn run(&self, context: &Context, run: &Run) -> Answer {
         match self {
             Work::Kernel(launch) => launch.run(context, run),
@@ -213,7 +214,7 @@ impl Work {
             Work::Host(function) => {
                 let function = *function;
                 let thread = std::thread::spawn(move || function.call());
-                // A panic of the function has already been printed.
+                // The function's panic has already been printed.
                 let _ = thread.join();
                 Ok(())
             }
@@ -264,13 +265,14 @@ impl Work {
 }
 
 impl GraphMemory {
-    /// The allocation node runs: the memory is there, with nothing in it.
+    /// Executes the allocation node: the memory exists, unwritten.
     fn come_alive(&self) -> Answer {
         if self.live.swap(true, Ordering::Relaxed) {
             return refuse(
                 Code::INVALID_VALUE,
                 format!(
-                    "memory of a graph at {:#x} is still allocated from an earlier launch: free it, or instantiate with AUTO_FREE_ON_LAUNCH",
+                    "memory of a graph at {:#x} is still allocated from an earlier launch: free it, or instantiate \
+                     with AUTO_FREE_ON_LAUNCH",
                     self.address
                 ),
             );

@@ -1,78 +1,29 @@
 //! Memory instructions: addresses, checks, and moving the bytes.
 //!
-//! An access first turns its lanes' addresses into host addresses ([`super::checks`]), which is where all checks are; lanes outside the mask
-//! are given the address of the first lane inside, so that loads can read all 32 without asking. Where only bounds and alignment are checked
-//! and all 32 addresses are good, [`Machine::direct`] finds that out faster.
+//! An access first turns the addresses of its lanes into host addresses ([`super::checks`]); every check happens there.
+//! Lanes outside the mask get the address of the first lane inside, so that a load can read all 32 unconditionally.
+//! Where only bounds and alignment are checked and all 32 addresses pass, [`Machine::direct`] is the fast path.
 
-// Loops over lanes and elements index several registers at once, and vectorise that way.
+// Loops over lanes and elements index several registers at once, and vectorise as written.
 #![allow(clippy::needless_range_loop)]
 
 use super::checks::{approve, approve_arrival, approve_copy, per_isa};
-use super::interp::PORTABLE;
-use super::lanes::{self as ask, Lie};
-use super::state::{Machine, Pending, Warp, lanes};
+use super::lanes::{self as ask, Addresses, Lie, Site, Use, lanes, settle};
+use super::state::{Machine, Pending, Warp};
 use super::{Fault, FaultKind};
-use crate::num::ops;
+use crate::num::{PORTABLE, ops};
 use crate::ptx::program::{Access, Op, Rmw, Space};
 use half::{bf16, f16};
-use std::ops::{Deref, DerefMut};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-/// One address per lane.
-#[repr(C, align(64))]
-#[derive(Clone, Copy)]
-pub struct Addresses(pub [u64; 32]);
-
-impl Deref for Addresses {
-    type Target = [u64; 32];
-
-    fn deref(&self) -> &[u64; 32] {
-        &self.0
-    }
-}
-
-impl DerefMut for Addresses {
-    fn deref_mut(&mut self) -> &mut [u64; 32] {
-        &mut self.0
-    }
-}
-
-/// What an access does to memory.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Use {
-    /// Reads.
-    Load,
-    /// Writes; the values come with [`Machine::locate`]'s caller, which asks for races itself.
-    Store,
-    /// Reads and writes atomically.
-    Atomic,
-}
-
-/// One memory instruction at hand.
-#[derive(Clone, Copy)]
-pub struct Site {
-    /// Step.
-    pub pc: u32,
-    /// Lanes.
-    pub mask: u32,
-    /// Bytes per lane.
-    pub bytes: u32,
-    /// What it does.
-    pub usage: Use,
-    /// Loads: bytes of an element, of which some may be the padding of a structure; 0 where all must have been written.
-    pub element: u8,
-    /// Threads may communicate by it.
-    pub strong: bool,
-}
-
-/// The first word of every lane of a base register plus an offset.
+/// Per-lane addresses: a base register plus an offset.
 ///
 /// # Safety
-/// The register lies in the file.
+/// The register is inside the file, with 64 bits per lane if `wide`, else 32.
 #[inline(always)]
 pub unsafe fn addresses(file: *const u8, register: u32, wide: bool, offset: i64) -> Addresses {
     let mut at = Addresses([0; 32]);
-    // SAFETY: the caller's promise; registers are aligned to 64.
+    // SAFETY: guaranteed by the caller; registers start at multiples of 64 bytes.
     unsafe {
         if wide {
             let base = &*file.add(register as usize).cast::<[u64; 32]>();
@@ -89,53 +40,21 @@ pub unsafe fn addresses(file: *const u8, register: u32, wide: bool, offset: i64)
     at
 }
 
-/// Gives lanes outside the mask the address of the first lane inside.
-#[inline(always)]
-pub fn settle(at: &mut Addresses, mask: u32) {
-    if mask != !0 {
-        let first = at[mask.trailing_zeros() as usize & 31];
-        for l in 0..32 {
-            at[l] = if mask >> l & 1 != 0 { at[l] } else { first };
-        }
-    }
-}
-
-/// A lane's address on its own. As an ordinary read the compiler makes one of all lanes', and then takes 32 addresses out of vectors, which costs more
-/// than everything else that a load does.
+/// Reads one lane's address. Volatile, because the compiler turns plain reads into vector loads and then extracts 32
+/// addresses from vectors, which costs more than the rest of the load.
 ///
 /// # Safety
-/// Lane `l` can be read.
+/// `base` is aligned and readable up to lane `l`.
 #[inline(always)]
 unsafe fn one<T>(base: *const T, l: usize) -> T {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { base.add(l).read_volatile() }
 }
 
-/// Smallest, largest and the disjunction of all addresses.
-#[inline(always)]
-pub fn extent(at: &Addresses) -> (u64, u64, u64) {
-    let (mut low, mut high, mut bits) = (!0, 0, 0);
-    for &a in &at.0 {
-        low = a.min(low);
-        high = a.max(high);
-        bits |= a;
-    }
-    (low, high, bits)
-}
-
-/// Whether lane l's address is the first plus l times a step.
-#[inline(always)]
-pub fn progression(at: &Addresses, step: u64) -> bool {
-    let mut wrong = 0;
-    for l in 0..32 {
-        wrong |= at[l] ^ at[0].wrapping_add(l as u64 * step);
-    }
-    wrong == 0
-}
-
 impl Machine<'_> {
-    /// What a plain access needs where all lanes' addresses lie inside shared memory, or inside the allocation that the instruction used last, and no
-    /// check is wanted that looks at single lanes: where lane 0's base stands and what is added to the bases to give host addresses.
+    /// Fast path: all 32 addresses lie inside shared memory, or inside the allocation that this instruction used last,
+    /// and no enabled check has to look at single lanes. Returns lane 0 of the base register, and what to add to each
+    /// base to get a host address.
     #[inline(always)]
     fn direct<const ISA: usize>(
         &mut self,
@@ -148,7 +67,8 @@ impl Machine<'_> {
         if env.settings.counters {
             return None;
         }
-        // SAFETY: the base is a register inside the file, of 64 or 32 bits as the access says; the loop runs on a processor with ISA.
+        // SAFETY: the decoder guarantees that the base register is inside the file and as wide as the access says. The
+        // interpreter runs only on processors that support ISA.
         let (base, inside, added) = unsafe {
             let base = file.add(register as usize).cast_const();
             let low = site.bytes - 1;
@@ -158,7 +78,7 @@ impl Machine<'_> {
                     let inside = if access.wide_base {
                         ask::inside64::<ISA>(base.cast(), access.offset as u64, 0, span.into(), low.into())
                     } else {
-                        // A negative sum wraps to a large one, so what is inside needs no carry in 64 bits either.
+                        // No carry into bit 32 is possible inside: a negative sum wraps to a large offset.
                         ask::inside32::<ISA>(base.cast(), access.offset as u32, span, low)
                     };
                     (base, inside, self.block.shared.as_mut_ptr() as u64)
@@ -203,8 +123,8 @@ impl Machine<'_> {
         if access.polls(mask) && access.space != Space::Shared {
             warp.polls += 1;
         }
-        // SAFETY: `direct` and `locate` have checked `bytes` readable bytes at every lane's address (in `locate`, lanes outside the mask share one), and the
-        // registers are in the file.
+        // SAFETY: `direct` and `locate` have checked `bytes` readable bytes at every lane's address (after `locate`,
+        // lanes outside the mask share a checked one); the decoder's registers are inside the file.
         unsafe {
             if let Some((base, added)) = self.direct::<ISA>(file, register, access, site) {
                 if access.wide_base {
@@ -232,11 +152,11 @@ impl Machine<'_> {
                 return Ok(());
             }
         }
-        // SAFETY: the loop runs on a processor with ISA; the registers are in the file.
+        // SAFETY: the interpreter runs only on processors that support ISA; the operands are the step's.
         unsafe { load_checked::<ISA>(self, warp, operands, access, site) }
     }
 
-    /// `ld.param`: in ordinary programs at a constant address.
+    /// `ld.param`, whose address is a constant in ordinary programs.
     #[inline(never)]
     fn load_parameter(
         &mut self,
@@ -248,12 +168,13 @@ impl Machine<'_> {
         let file = warp.file.as_mut_ptr();
         let register = operands[access.elements as usize];
         let params = self.env.launch.params;
-        // SAFETY: the decoder gives a load its destinations and then its base; all are inside the file.
+        // SAFETY: a load's operands are its destinations, then its base, all inside the file. Parameter bytes are read
+        // only where `inside` or `locate` has checked them.
         unsafe {
             let base = file.add(register as usize);
             let first = if access.wide_base { base.cast::<u64>().read() } else { base.cast::<u32>().read().into() };
             let first = first.wrapping_add(access.offset as u64);
-            // A constant is the same for all lanes.
+            // A constant is the same in all lanes.
             let inside = register >= self.env.first_constant
                 && first & u64::from(site.bytes - 1) == 0
                 && first.checked_add(site.bytes.into()).is_some_and(|end| end <= params.len() as u64);
@@ -290,7 +211,8 @@ impl Machine<'_> {
         let bytes = u32::from(access.bytes) * access.elements as u32;
         let site = Site { pc, mask, bytes, usage: Use::Store, element: 0, strong: access.strong };
         let single = mask == !0 && bytes == 4;
-        // SAFETY: `direct` has checked `bytes` writable bytes at every lane's address, and the registers are in the file.
+        // SAFETY: `direct` has checked `bytes` writable bytes at every lane's address; the decoder's registers are
+        // inside the file.
         unsafe {
             if let Some((base, added)) = self.direct::<ISA>(file, operands[0], access, site) {
                 if access.wide_base {
@@ -310,7 +232,7 @@ impl Machine<'_> {
                 return Ok(());
             }
         }
-        // SAFETY: the loop runs on a processor with ISA; the registers are in the file.
+        // SAFETY: the interpreter runs only on processors that support ISA; the operands are the step's.
         unsafe { store_checked::<ISA>(self, warp, operands, access, site) }
     }
 
@@ -328,11 +250,12 @@ impl Machine<'_> {
         mask: u32,
     ) -> Result<(), Box<Fault>> {
         let site = Site { pc, mask, bytes: u32::from(access.bytes), usage: Use::Atomic, element: 0, strong: true };
-        // SAFETY: the loop runs on a processor with ISA; the decoder gives (destination,) base and operands, all inside the file.
+        // SAFETY: the interpreter runs only on processors that support ISA; the operands, (destination,) base and
+        // values, are the step's.
         unsafe { atom_checked::<ISA>(self, warp, operands, rmw, reduce, access, site) }
     }
 
-    /// `cp.async`: the data is read now and arrives when it is waited for.
+    /// `cp.async`: reads the source now and delivers it when it is waited for.
     #[inline(never)]
     pub fn cp_async<const ISA: usize>(
         &mut self,
@@ -344,7 +267,7 @@ impl Machine<'_> {
     ) -> Result<(), Box<Fault>> {
         let Op::CpAsync { bytes, to, from, wide_to, ignore } = *op else { unreachable!("called for cp.async only") };
         let file = warp.file.as_mut_ptr();
-        // SAFETY: the decoder gives destination, source and perhaps a third operand, all inside the file.
+        // SAFETY: the operands are destination, source and perhaps a third register, all inside the file.
         let (mut target, source, sizes) = unsafe {
             let sizes = match operands.get(2) {
                 None => [u32::from(bytes); 32],
@@ -358,7 +281,7 @@ impl Machine<'_> {
         };
         settle(&mut target, mask);
         let site = Site { pc, mask, bytes: u32::from(bytes), usage: Use::Store, element: 0, strong: false };
-        // SAFETY: the loop runs on a processor with ISA.
+        // SAFETY: the interpreter runs only on processors that support ISA; `settle` has run.
         if unsafe { !approve_copy::<ISA>(self, warp.index, &target, site) } {
             self.begin_copy(warp, &target, site)?;
         }
@@ -370,7 +293,7 @@ impl Machine<'_> {
             let site = Site { mask: part, usage: Use::Load, ..site };
             let mut at = source;
             settle(&mut at, part);
-            // SAFETY: as above.
+            // SAFETY: the interpreter runs only on processors that support ISA; `settle` has run.
             if size == u32::from(bytes) && unsafe { approve::<ISA>(self, warp, Space::Global, &mut at, site) } {
                 continue;
             }
@@ -379,7 +302,7 @@ impl Machine<'_> {
                 self.locate(warp, Space::Global, &mut at, Site { bytes: size, ..site })?;
             } else {
                 for byte in 0..u64::from(size) {
-                    let mut at = Addresses(at.map(|a| a + byte));
+                    let mut at = Addresses(at.map(|a| a.wrapping_add(byte)));
                     self.locate(warp, Space::Global, &mut at, Site { bytes: 1, ..site })?;
                 }
             }
@@ -391,13 +314,14 @@ impl Machine<'_> {
         let mut data = [[0; 16]; 32];
         for l in lanes(mask) {
             let l = l as usize;
-            // SAFETY: the source has been checked for `sizes[l]` readable bytes, at most 16.
+            // SAFETY: `approve` or `locate` has found `sizes[l]` readable bytes there; `sizes[l]` is at most `bytes`,
+            // at most 16.
             unsafe {
                 let from = source[l] as *const u8;
                 std::ptr::copy_nonoverlapping(from, data[l].as_mut_ptr(), sizes[l] as usize)
             };
         }
-        // Lanes of one group together; they differ only where lanes have diverged between commits.
+        // One entry per commit group: lanes differ only where they diverged between commits.
         let mut rest = mask;
         while rest != 0 {
             let group = warp.committed[rest.trailing_zeros() as usize];
@@ -408,11 +332,11 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// Whether a copy's destination may be written, lane by lane. Initialisation is looked at when the data arrives.
+    /// Checks a copy's destination lane by lane. Whether it is initialised is decided when the data arrives.
     fn begin_copy(&mut self, warp: &Warp, target: &Addresses, site: Site) -> Result<(), Box<Fault>> {
         for l in lanes(site.mask) {
             let a = target[l as usize];
-            if a + u64::from(site.bytes) > u64::from(self.env.shared_bytes) {
+            if a.checked_add(u64::from(site.bytes)).is_none_or(|end| end > u64::from(self.env.shared_bytes)) {
                 let detail = format!(
                     "write of {} bytes at shared address {a:#x}, the block has {} bytes of shared memory",
                     site.bytes, self.env.shared_bytes
@@ -439,7 +363,8 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// Completes the copies of the lanes in `mask` except their last `keep` groups; u32::MAX completes what is not committed too.
+    /// Completes the copies of the lanes in `mask`, except those of their last `keep` groups. u32::MAX completes
+    /// uncommitted copies too.
     #[inline(never)]
     pub fn cp_wait<const ISA: usize>(
         &mut self,
@@ -456,7 +381,7 @@ impl Machine<'_> {
                 .filter(|&l| keep == u32::MAX || copy.group < warp.committed[l as usize].saturating_sub(keep))
                 .fold(0, |done, l| done | 1 << l);
             if done != 0 {
-                // SAFETY: the loop runs on a processor with ISA.
+                // SAFETY: the interpreter runs only on processors that support ISA; `cp_async` has settled `copy.to`.
                 let good =
                     done == copy.site.mask && unsafe { approve_arrival::<ISA>(self, warp.index, &copy.to, copy.site) };
                 if !good {
@@ -465,7 +390,7 @@ impl Machine<'_> {
                 let bytes = copy.site.bytes as usize;
                 let shared = self.block.shared.as_mut_ptr();
                 for l in lanes(done) {
-                    // SAFETY: the destination was checked when the copy began.
+                    // SAFETY: `begin_copy` or `approve_copy` has checked that the destination is inside shared memory.
                     unsafe {
                         let to = shared.add(copy.to[l as usize] as usize);
                         std::ptr::copy_nonoverlapping(copy.data[l as usize].as_ptr(), to, bytes);
@@ -483,7 +408,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// What the arrival of a copy is asked, lane by lane.
+    /// Checks the arrival of a copy lane by lane.
     fn arrive_slowly(&mut self, warp: &Warp, copy: &Pending, done: u32, pc: u32) -> Result<(), Box<Fault>> {
         let bytes = copy.site.bytes as usize;
         for l in lanes(done) {
@@ -492,7 +417,7 @@ impl Machine<'_> {
                 for pending in &mut self.block.shared_pending[range.clone()] {
                     *pending = pending.saturating_sub(1);
                 }
-                // SAFETY: the destination was checked when the copy began.
+                // SAFETY: `begin_copy` or `approve_copy` has checked that the destination is inside shared memory.
                 let now = unsafe {
                     let at = self.block.shared.as_mut_ptr().add(copy.to[l as usize] as usize);
                     std::slice::from_raw_parts(at, bytes)
@@ -510,7 +435,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// `ldmatrix`: lanes 8m to 8m + 7 give the rows of matrix m.
+    /// `ldmatrix`: lanes 8m to 8m + 7 hold the row addresses of matrix m.
     #[inline(always)]
     pub fn ldmatrix<const ISA: usize>(
         &mut self,
@@ -522,7 +447,7 @@ impl Machine<'_> {
     ) -> Result<(), Box<Fault>> {
         let mask = (!0u64 >> (64 - 8 * u32::from(access.elements))) as u32;
         let site = Site { pc, mask, bytes: 16, usage: Use::Load, element: 0, strong: false };
-        // SAFETY: the loop runs on a processor with ISA; the registers are in the file.
+        // SAFETY: the interpreter runs only on processors that support ISA; the operands are the step's.
         unsafe { ldmatrix_checked::<ISA>(self, warp, operands, trans, access, site) }
     }
 
@@ -544,7 +469,7 @@ impl Machine<'_> {
         let file = warp.file.as_mut_ptr();
         let (values, base) =
             if store { (&operands[1..=registers], operands[0]) } else { (&operands[..registers], operands[registers]) };
-        // SAFETY: the decoder gives base, registers and stride, all inside the file.
+        // SAFETY: the operands are base, registers and stride, all inside the file.
         let (base, stride) = unsafe {
             let stride = file.add(operands[registers + 1] as usize).cast::<[u32; 32]>().read();
             (addresses(file, base, access.wide_base, access.offset), stride)
@@ -562,7 +487,7 @@ impl Machine<'_> {
                         .wrapping_add((u64::from(major) * u64::from(stride[l]) + u64::from(minor)) * u64::from(bytes))
                 }));
                 let site = Site { pc, mask: !0, bytes, usage, element: 0, strong: false };
-                // SAFETY: the loop runs on a processor with ISA.
+                // SAFETY: the interpreter runs only on processors that support ISA; all lanes are in the mask.
                 let approved = unsafe { approve::<ISA>(self, warp, access.space, &mut at, site) };
                 if !approved {
                     self.locate(warp, access.space, &mut at, site)?;
@@ -574,7 +499,7 @@ impl Machine<'_> {
                 if store {
                     for (l, data) in data.iter_mut().enumerate() {
                         let lane_bytes = if bytes == 8 { 8 } else { 4 };
-                        // SAFETY: the register is inside the file; the part is inside the lane's bytes.
+                        // SAFETY: the register is inside the file, and `shift + width` is at most `lane_bytes`.
                         unsafe {
                             std::ptr::copy_nonoverlapping(
                                 file.add(operand as usize + l * lane_bytes + shift),
@@ -590,7 +515,8 @@ impl Machine<'_> {
                 }
                 for l in 0..32 {
                     let lane_bytes = if bytes == 8 { 8 } else { 4 };
-                    // SAFETY: `locate` has checked the address; the register is inside the file.
+                    // SAFETY: `approve` or `locate` has checked `width` bytes at the address; the register is inside
+                    // the file.
                     unsafe {
                         let register = file.add(operand as usize + l * lane_bytes + shift);
                         if store {
@@ -605,7 +531,7 @@ impl Machine<'_> {
                 self.note_unwritten_fragment(warp, operand, unwritten);
             }
         }
-        // One instruction, however many elements.
+        // Counted as one instruction, however many elements.
         let counters = &mut self.counters;
         (counters.global, counters.shared) = (counters.global.min(before.0 + 1), counters.shared.min(before.1 + 1));
         if let Some(races) = &mut self.block.races {
@@ -614,7 +540,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// Host address of a generic address with so many readable bytes, for the functions that the emulator itself provides.
+    /// Host address of `bytes` readable bytes at a generic address, for functions that the emulator implements itself.
     pub fn readable(
         &mut self,
         warp: &mut Warp,
@@ -637,10 +563,10 @@ impl Machine<'_> {
 }
 
 per_isa! {
-    /// `ld` with all checks that are wanted.
+    /// `ld` with all enabled checks.
     ///
     /// # Safety
-    /// The processor has the instruction set of `ISA`; the operands are the step's.
+    /// The processor supports `ISA`; the operands are those of the step, and its registers are inside the file.
     fn load_checked(
         machine: &mut Machine,
         warp: &mut Warp,
@@ -660,8 +586,8 @@ unsafe fn load_body<const ISA: usize>(
 ) -> Result<(), Box<Fault>> {
     let file = warp.file.as_mut_ptr();
     let register = operands[access.elements as usize];
-    // SAFETY: the decoder gives a load its destinations and then its base; all are inside the file. The bytes at every address are checked before
-    // they are read.
+    // SAFETY: a load's operands are its destinations, then its base, all inside the file. `approve` or `locate` has
+    // checked the bytes at every address before they are read.
     unsafe {
         let mut at = addresses(file, register, access.wide_base, access.offset);
         settle(&mut at, site.mask);
@@ -683,7 +609,7 @@ unsafe fn load_body<const ISA: usize>(
 }
 
 per_isa! {
-    /// `st` with all checks that are wanted.
+    /// `st` with all enabled checks.
     ///
     /// # Safety
     /// As for [`load_checked`].
@@ -705,8 +631,8 @@ unsafe fn store_body<const ISA: usize>(
     site: Site,
 ) -> Result<(), Box<Fault>> {
     let file = warp.file.as_mut_ptr();
-    // SAFETY: the decoder gives a store its base and then its values; all are inside the file. The bytes at the address of every lane in the mask are
-    // checked before they are written.
+    // SAFETY: a store's operands are its base, then its values, all inside the file. `approve` or `locate` has checked
+    // the bytes at the address of every lane in the mask before they are written.
     unsafe {
         let mut at = addresses(file, operands[0], access.wide_base, access.offset);
         settle(&mut at, site.mask);
@@ -728,7 +654,7 @@ unsafe fn store_body<const ISA: usize>(
 }
 
 per_isa! {
-    /// `atom` and `red` with all checks that are wanted.
+    /// `atom` and `red` with all enabled checks.
     ///
     /// # Safety
     /// As for [`load_checked`].
@@ -757,14 +683,14 @@ unsafe fn atom_body<const ISA: usize>(
     let skip = usize::from(!reduce);
     warp.polls += u64::from(!reduce && access.space != Space::Shared);
     let file = warp.file.as_mut_ptr();
-    // SAFETY: the decoder gives (destination,) base and operands, all inside the file.
+    // SAFETY: the operands are (destination,) base and values, all inside the file.
     let mut at = unsafe { addresses(file, operands[skip], access.wide_base, access.offset) };
     settle(&mut at, mask);
     let asked = at.0;
     if let Some((_, added)) = machine.direct::<ISA>(file, operands[skip], access, site) {
         at.0.iter_mut().for_each(|a| *a = a.wrapping_add(added));
     } else {
-        // SAFETY: the loop runs on a processor with ISA.
+        // SAFETY: the caller guarantees the ISA; `settle` has run.
         let approved = unsafe { approve::<ISA>(machine, warp, access.space, &mut at, site) };
         if !approved {
             machine.locate(warp, access.space, &mut at, site)?;
@@ -775,17 +701,18 @@ unsafe fn atom_body<const ISA: usize>(
     let wide = access.bytes == 8;
     for l in lanes(mask) {
         let l = l as usize;
-        // SAFETY: registers are inside the file, 32 or 64 bits wide as the access says.
+        // SAFETY: a value register is inside the file, with 64 bits per lane if the access has 8 bytes, else 32.
         let read = |operand: u32| unsafe {
             let register = file.add(operand as usize);
             if wide { register.cast::<u64>().add(l).read() } else { u64::from(register.cast::<u32>().add(l).read()) }
         };
         let b = read(operands[skip + 1]);
         let c = if rmw == Rmw::Cas { read(operands[skip + 2]) } else { 0 };
-        // SAFETY: the address has been found in memory that only the emulated program uses, aligned to its size; shared memory is this worker's alone.
+        // SAFETY: `direct`, `approve` or `locate` has found the bytes there, aligned (atomics always are checked for
+        // that), in memory that lives through the launch. Shared memory belongs to the worker that runs the block.
         let old = unsafe { modify(at[l], rmw, access.bytes, b, c, in_shared(at[l])) };
         if !reduce {
-            // SAFETY: as for `read`.
+            // SAFETY: as for `read`; the destination has the width of the values.
             unsafe {
                 let register = file.add(operands[0] as usize);
                 if wide {
@@ -801,7 +728,7 @@ unsafe fn atom_body<const ISA: usize>(
 }
 
 per_isa! {
-    /// `ldmatrix` with all checks that are wanted. Not a part of the loop, which its transposition would make slower for all others.
+    /// `ldmatrix` with all enabled checks. Kept out of the interpreter loop, which its transposition would slow down.
     ///
     /// # Safety
     /// As for [`load_checked`].
@@ -826,12 +753,13 @@ unsafe fn ldmatrix_body<const ISA: usize>(
 ) -> Result<(), Box<Fault>> {
     let matrices = access.elements as usize;
     let file = warp.file.as_mut_ptr();
-    // SAFETY: the decoder gives the destinations and then the base, all inside the file. 16 bytes at every row are checked before they are read.
+    // SAFETY: the operands are the destinations, then the base, all inside the file. `direct`, `approve` or `locate`
+    // has checked 16 bytes at every row address before they are read.
     unsafe {
         if !access.wide_base
             && let Some((base, added)) = machine.direct::<ISA>(file, operands[matrices], access, site)
         {
-            // Copied first: a destination may be the base.
+            // Copied first: a destination may be the base register.
             let offsets = base.cast::<[u32; 32]>().read();
             for m in 0..matrices {
                 let row = |row: usize| {
@@ -855,24 +783,31 @@ unsafe fn ldmatrix_body<const ISA: usize>(
     Ok(())
 }
 
+/// # Safety
+/// A 32-bit register inside the file.
 #[inline(always)]
 unsafe fn blend32(file: *mut u8, register: u32, value: &[u32; 32], mask: u32) {
-    // SAFETY: the caller's register is inside the file.
+    // SAFETY: guaranteed by the caller; registers are aligned and initialised, and `value` is not one.
     let to = unsafe { &mut *file.add(register as usize).cast::<[u32; 32]>() };
     ops::blend32(to, value, mask);
 }
 
+/// # Safety
+/// A 64-bit register inside the file.
 #[inline(always)]
 unsafe fn blend64(file: *mut u8, register: u32, value: &[u64; 32], mask: u32) {
-    // SAFETY: the caller's register is inside the file.
+    // SAFETY: guaranteed by the caller; registers are aligned and initialised, and `value` is not one.
     let to = unsafe { &mut *file.add(register as usize).cast::<[u64; 32]>() };
     ops::blend64(to, value, mask);
 }
 
 /// One matrix of `ldmatrix`: 8 rows of 16 bytes into one register.
+///
+/// # Safety
+/// Each row has 16 readable bytes; `to` is a 32-bit register inside the file; the processor supports `ISA`.
 #[inline(always)]
 unsafe fn load_matrix<const ISA: usize>(to: *mut u8, trans: bool, row: impl Fn(usize) -> *const u8) {
-    // SAFETY: the caller has checked the rows and the destination.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         if trans {
             ask::transpose_rows::<ISA>(row, to);
@@ -882,8 +817,11 @@ unsafe fn load_matrix<const ISA: usize>(to: *mut u8, trans: bool, row: impl Fn(u
     }
 }
 
-/// Moves a load's bytes into its registers. `at` gives a lane's address; `dense`: lane after lane follows in memory. `lie`: how the addresses of the
-/// first and the last 16 lanes lie, for accesses of 16 bytes.
+/// Moves a load's bytes into its registers. `at` gives a lane's address; `dense` says that the lanes follow each other
+/// in memory; `lie` describes the addresses of the first and last 16 lanes, for accesses of 16 bytes.
+///
+/// # Safety
+/// Every lane's address has the access's bytes, readable; the operands are the step's; the processor supports `ISA`.
 #[inline(always)]
 unsafe fn load_from<const ISA: usize>(
     file: *mut u8,
@@ -894,12 +832,12 @@ unsafe fn load_from<const ISA: usize>(
     lie: [Lie; 2],
     at: impl Fn(usize) -> *const u8,
 ) {
-    // SAFETY: the caller has checked the addresses and registers.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         match (access.bytes, access.elements, access.register_bits) {
             (4, 1, 32) => {
                 if mask == !0 && dense {
-                    // Through a copy: the destination may be the base.
+                    // Through a copy: the destination may be the base register.
                     let value = at(0).cast::<[u32; 32]>().read_unaligned();
                     file.add(operands[0] as usize).cast::<[u32; 32]>().write(value);
                     return;
@@ -924,7 +862,7 @@ unsafe fn load_from<const ISA: usize>(
                 let mut value = [[0u32; 32]; 4];
                 let [a, b, c, d] = value.each_mut().map(|to| to.as_mut_ptr());
                 let to = if mask == !0 {
-                    // With several destinations none is the base, so they can be written at once.
+                    // With several destinations none is the base, so they can be written directly.
                     let register = |e: usize| file.add(operands[e] as usize).cast::<u32>();
                     [register(0), register(1), register(2), register(3)]
                 } else {
@@ -957,12 +895,15 @@ unsafe fn load_from<const ISA: usize>(
     }
 }
 
-/// Loads of elements narrower than their registers, or of 8 and 16 bits.
+/// Loads into registers wider than the elements, and loads of 8 and 16 bits.
+///
+/// # Safety
+/// As for [`load_from`].
 #[inline(never)]
 unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &[*const u8; 32], mask: u32) {
     for e in 0..access.elements as usize {
         let mut value = [0u64; 32];
-        // SAFETY: the caller has checked the addresses.
+        // SAFETY: the caller guarantees the bytes at every address.
         unsafe {
             match access.bytes {
                 1 => (0..32).for_each(|l| value[l] = at[l].add(e).read().into()),
@@ -977,7 +918,7 @@ unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &[*c
                 *v = ((*v << shift) as i64 >> shift) as u64;
             }
         }
-        // SAFETY: the caller's registers are inside the file.
+        // SAFETY: the caller guarantees that the registers are inside the file, of `register_bits` bits.
         unsafe {
             if access.register_bits == 64 {
                 blend64(file, operands[e], &value, mask);
@@ -989,7 +930,11 @@ unsafe fn load_narrow(file: *mut u8, operands: &[u32], access: &Access, at: &[*c
     }
 }
 
-/// Moves a store's registers into memory; see [`load_from`].
+/// Moves a store's registers into memory; parameters as in [`load_from`].
+///
+/// # Safety
+/// The address of every lane in the mask has the access's bytes, writable; the operands are the step's; the processor
+/// supports `ISA`.
 #[inline(always)]
 unsafe fn store_to<const ISA: usize>(
     file: *const u8,
@@ -999,7 +944,7 @@ unsafe fn store_to<const ISA: usize>(
     dense: bool,
     at: impl Fn(usize) -> *mut u8,
 ) {
-    // SAFETY: the caller has checked the addresses of the lanes in the mask, and the registers.
+    // SAFETY: guaranteed by the caller; with a full mask that covers all 32 lanes.
     unsafe {
         match (access.bytes, access.elements, access.register_bits) {
             (4, 1, 32) if mask == !0 && dense => {
@@ -1050,12 +995,15 @@ unsafe fn store_to<const ISA: usize>(
 }
 
 /// The bytes that a lane stores.
+///
+/// # Safety
+/// The values are registers inside the file, as wide as the access says.
 #[inline(always)]
 unsafe fn gather_lane(file: *const u8, values: &[u32], access: &Access, lane: usize, to: &mut [u8; 16]) {
     let bytes = access.bytes as usize;
     let lane_bytes = if access.register_bits == 64 { 8 } else { 4 };
     for e in 0..access.elements as usize {
-        // SAFETY: the caller's registers are inside the file; little-endian, so the low bytes come first.
+        // SAFETY: guaranteed by the caller; an access has at most 16 bytes. Little-endian, so the low bytes come first.
         unsafe {
             std::ptr::copy_nonoverlapping(
                 file.add(values[e] as usize + lane * lane_bytes),
@@ -1148,15 +1096,16 @@ fn combine64(rmw: Rmw, old: u64, b: u64, c: u64) -> u64 {
     }
 }
 
-/// Does a read-modify-write and returns the old value. Shared memory needs no atomic instruction for it, since its block's warps run one at a time,
-/// and does not flush subnormal sums.
+/// Performs a read-modify-write and returns the old value. Shared memory needs no atomic instruction, since the warps
+/// of its block run one at a time, and does not flush subnormal sums.
 ///
 /// # Safety
-/// `at` is valid for `bytes` bytes of memory that lives through the launch, aligned to them; no other thread uses it if `shared`.
+/// `at` is aligned to `bytes` and valid for them, in memory that lives through the launch; with `shared`, no other
+/// thread uses it. The 4-byte word around it is valid too.
 #[inline(always)]
 unsafe fn modify(at: u64, rmw: Rmw, bytes: u8, b: u64, c: u64, shared: bool) -> u64 {
     if shared && bytes == 4 {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let cell = at as *mut u32;
             let old = cell.read();
@@ -1166,13 +1115,13 @@ unsafe fn modify(at: u64, rmw: Rmw, bytes: u8, b: u64, c: u64, shared: bool) -> 
     }
     let (relaxed, order, ftz) = (Ordering::Relaxed, Ordering::AcqRel, !shared);
     if bytes == 8 {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         let cell = unsafe { AtomicU64::from_ptr(at as *mut u64) };
         return cell.fetch_update(order, relaxed, |old| Some(combine64(rmw, old, b, c))).unwrap_or_else(|old| old);
     }
     let (b, c) = (b as u32, c as u32);
     if bytes == 4 {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         let cell = unsafe { AtomicU32::from_ptr(at as *mut u32) };
         return match rmw {
             Rmw::AddInt => cell.fetch_add(b, order),
@@ -1182,9 +1131,9 @@ unsafe fn modify(at: u64, rmw: Rmw, bytes: u8, b: u64, c: u64, shared: bool) -> 
         }
         .into();
     }
-    // 16 bits: through the word they are in, which an allocation of multiples of 512 bytes always holds.
+    // 16 bits: a compare-and-swap loop on the word around them.
     let shift = (at & 2) * 8;
-    // SAFETY: the word that holds two aligned bytes lies in the same memory.
+    // SAFETY: guaranteed by the caller: global allocations are padded to 512 bytes, shared and local memory to 64.
     let cell = unsafe { AtomicU32::from_ptr((at & !3) as *mut u32) };
     let old = cell
         .fetch_update(order, relaxed, |word| {

@@ -1,21 +1,21 @@
-//! What an access is asked before it touches memory.
+//! The checks of a memory access, before it touches memory.
 //!
-//! [`Machine::locate`] is the whole answer, lane by lane, with its sentence. In front of it stands [`Machine::approve`], which says yes to most accesses for all
-//! lanes at once: it may only say yes where `locate` would, and leaves behind the same marks; what it cannot decide is asked again.
+//! [`Machine::locate`] is the exact check, lane by lane, with the error message. In front of it stands [`approve`],
+//! which passes most accesses for all lanes at once. It may only pass what `locate` would pass, and must leave the same
+//! records behind; whatever it cannot decide goes to `locate`.
 
-// Loops over lanes and elements index several registers at once, and vectorise that way.
+// Loops over lanes and elements index several registers at once, and vectorise as written.
 #![allow(clippy::needless_range_loop)]
 
-use super::access::{Addresses, Site, Use, extent, progression, settle};
-use super::lanes as ask;
+use super::lanes::{self as ask, Addresses, Site, Use, extent, lanes, progression, settle};
 use super::races::Other;
 use super::shapes::{Shape, wavefronts};
-use super::state::{Machine, Warp, lanes, name_thread};
+use super::state::{Machine, Warp, name_thread};
 use super::{Counters, Fault, FaultKind, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 use crate::ptx::program::Space;
 
-/// Compiles a function's generic body once per instruction set; the result is a function of the same signature, generic over the set, that calls the one
-/// for it.
+/// Compiles a generic body once per instruction set. The result is a function of the same signature, generic over the
+/// instruction set, that dispatches to the copy for it.
 macro_rules! per_isa {
     ($(#[$doc:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) -> $ret:ty = $body:ident) => {
         $(#[$doc])*
@@ -25,27 +25,27 @@ macro_rules! per_isa {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
             unsafe fn avx512($($arg: $ty),*) -> $ret {
-                // SAFETY: the caller's promise.
-                unsafe { $body::<{ super::interp::AVX512 }>($($arg),*) }
+                // SAFETY: guaranteed by the caller.
+                unsafe { $body::<{ crate::num::AVX512 }>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
             unsafe fn avx2($($arg: $ty),*) -> $ret {
-                // SAFETY: the caller's promise.
-                unsafe { $body::<{ super::interp::AVX2 }>($($arg),*) }
+                // SAFETY: guaranteed by the caller.
+                unsafe { $body::<{ crate::num::AVX2 }>($($arg),*) }
             }
             #[inline(never)]
             unsafe fn portable($($arg: $ty),*) -> $ret {
-                // SAFETY: the caller's promise.
-                unsafe { $body::<{ super::interp::PORTABLE }>($($arg),*) }
+                // SAFETY: guaranteed by the caller.
+                unsafe { $body::<{ crate::num::PORTABLE }>($($arg),*) }
             }
-            // SAFETY: the caller's promise, also of the instruction set.
+            // SAFETY: guaranteed by the caller, which includes the target features of ISA.
             unsafe {
                 match ISA {
                     #[cfg(target_arch = "x86_64")]
-                    super::interp::AVX512 => avx512($($arg),*),
+                    crate::num::AVX512 => avx512($($arg),*),
                     #[cfg(target_arch = "x86_64")]
-                    super::interp::AVX2 => avx2($($arg),*),
+                    crate::num::AVX2 => avx2($($arg),*),
                     _ => portable($($arg),*),
                 }
             }
@@ -55,12 +55,18 @@ macro_rules! per_isa {
 pub(super) use per_isa;
 
 per_isa! {
-    /// Whether the accesses of a warp are in order, found out for all lanes at once; if so, the addresses are host addresses now, and a store's
-    /// races have been looked at too. False says nothing.
+    /// Checks the accesses of a warp for all lanes at once. If true, `at` now holds host addresses and the races of a
+    /// store have been checked too. False decides nothing.
     ///
     /// # Safety
-    /// The processor has the instruction set of `ISA`; lanes outside the mask have the address of the first lane inside.
-    pub fn approve(machine: &mut Machine, warp: &mut Warp, space: Space, at: &mut Addresses, site: Site) -> bool = approve_body
+    /// The processor supports `ISA`. Lanes outside the mask have the address of the first lane inside.
+    pub fn approve(
+        machine: &mut Machine,
+        warp: &mut Warp,
+        space: Space,
+        at: &mut Addresses,
+        site: Site,
+    ) -> bool = approve_body
 }
 
 #[inline(always)]
@@ -71,7 +77,7 @@ unsafe fn approve_body<const ISA: usize>(
     at: &mut Addresses,
     site: Site,
 ) -> bool {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         match space {
             Space::Shared => approve_shared::<ISA>(machine, warp.index, at, site),
@@ -95,7 +101,7 @@ unsafe fn approve_body<const ISA: usize>(
     }
 }
 
-/// The bits of a generic address that say which space it is in.
+/// The bits of a generic address that select the space.
 const WINDOW_BITS: u64 = !0 << 56;
 
 /// # Safety
@@ -106,7 +112,7 @@ unsafe fn approve_shared<const ISA: usize>(machine: &mut Machine, warp: u32, at:
     if site.strong || site.usage == Use::Atomic {
         return false;
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let Some(shape) = (unsafe { machine.shapes.recall::<ISA>(at, site, env.granule) }) else {
         return false;
     };
@@ -119,7 +125,8 @@ unsafe fn approve_shared<const ISA: usize>(machine: &mut Machine, warp: u32, at:
     let block = &mut machine.block;
     for chunk in &shape.chunks {
         let here = (origin + chunk.at) as usize;
-        // SAFETY: where there are marks, there is room for a chunk that begins at any granule of shared memory, and the shape fits into it.
+        // SAFETY: the marks and race records have room for a chunk that begins at any granule of shared memory, and
+        // `fits` says that this one does. The caller guarantees the ISA.
         unsafe {
             if env.checks.uninitialised {
                 let written = block.shared_written.as_mut_ptr().add(here);
@@ -156,7 +163,7 @@ unsafe fn approve_shared<const ISA: usize>(machine: &mut Machine, warp: u32, at:
 }
 
 per_isa! {
-    /// [`approve`] for what a `cp.async` will write, whose arrival is noted as pending.
+    /// [`approve`] for the destination of a `cp.async`, whose arrival is recorded as pending.
     ///
     /// # Safety
     /// As for [`approve`].
@@ -166,7 +173,7 @@ per_isa! {
 #[inline(always)]
 unsafe fn approve_copy_body<const ISA: usize>(machine: &mut Machine, warp: u32, to: &Addresses, site: Site) -> bool {
     let env = machine.env;
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let Some(shape) = (unsafe { machine.shapes.recall::<ISA>(to, site, env.granule) }) else {
         return false;
     };
@@ -178,7 +185,8 @@ unsafe fn approve_copy_body<const ISA: usize>(machine: &mut Machine, warp: u32, 
     let block = &mut machine.block;
     if let Some(races) = &mut block.races {
         for chunk in &shape.chunks {
-            // SAFETY: the shape fits into shared memory, and the rows are longer by a chunk.
+            // SAFETY: the chunk begins inside shared memory, and the rows have room for it. The caller guarantees the
+            // ISA.
             if unsafe { !races.write_chunk::<ISA, false>(warp as usize, chunk, (origin + chunk.at) as usize) } {
                 return false;
             }
@@ -197,7 +205,7 @@ unsafe fn approve_copy_body<const ISA: usize>(machine: &mut Machine, warp: u32, 
 }
 
 per_isa! {
-    /// The same when it arrives.
+    /// [`approve`] for the same when it arrives.
     ///
     /// # Safety
     /// As for [`approve`].
@@ -207,7 +215,7 @@ per_isa! {
 #[inline(always)]
 unsafe fn approve_arrival_body<const ISA: usize>(machine: &mut Machine, warp: u32, to: &Addresses, site: Site) -> bool {
     let env = machine.env;
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let Some(shape) = (unsafe { machine.shapes.recall::<ISA>(to, site, env.granule) }) else {
         return false;
     };
@@ -218,7 +226,8 @@ unsafe fn approve_arrival_body<const ISA: usize>(machine: &mut Machine, warp: u3
     let block = &mut machine.block;
     if let Some(races) = &mut block.races {
         for chunk in &shape.chunks {
-            // SAFETY: the destination was checked when the copy began, and the rows are longer by a chunk.
+            // SAFETY: `cp_async` has checked that the destination is inside shared memory, and the rows have room for
+            // the chunk. The caller guarantees the ISA.
             if unsafe { !races.write_chunk::<ISA, true>(warp as usize, chunk, (origin + chunk.at) as usize) } {
                 return false;
             }
@@ -253,7 +262,7 @@ unsafe fn approve_local<const ISA: usize>(
     let env = machine.env;
     let size = u64::from(env.launch.kernel.local_bytes);
     let (bytes, stride) = (u64::from(site.bytes), u64::from(env.local_stride));
-    // SAFETY: the caller's promise; addresses are aligned to 64.
+    // SAFETY: the caller guarantees the ISA; `Addresses` are 32 values aligned to 64 bytes.
     if size < bytes || unsafe { !ask::inside64::<ISA>(at.0.as_ptr(), 0, 0, size - bytes, bytes - 1) } {
         return false;
     }
@@ -275,12 +284,12 @@ unsafe fn approve_global<const ISA: usize>(machine: &mut Machine, at: &mut Addre
     }
     let bytes = u64::from(site.bytes);
     let slot = site.pc as usize % machine.cache.len();
-    // A macro: a closure would be compiled without the instruction set.
+    // A macro, because a closure would not inherit the target features.
     macro_rules! inside {
         () => {{
             let (start, end) = machine.cache[slot];
             end - start >= bytes
-                // SAFETY: the caller's promise; addresses are aligned to 64.
+                // SAFETY: the caller guarantees the ISA; `Addresses` are 32 values aligned to 64 bytes.
                 && unsafe { ask::inside64::<ISA>(at.0.as_ptr(), 0, start, end - start - bytes, bytes - 1) }
         }};
     }
@@ -294,12 +303,12 @@ unsafe fn approve_global<const ISA: usize>(machine: &mut Machine, at: &mut Addre
             return false;
         }
     }
-    // SAFETY: as above.
+    // SAFETY: the caller guarantees the ISA; `Addresses` are 32 values aligned to 64 bytes.
     let (alike, joined) = unsafe {
         let joined = ask::joined64::<ISA>(at.0.as_ptr(), bytes);
         (joined == 0 && ask::steps64::<ISA>(at.0.as_ptr(), 0), joined)
     };
-    // Lanes whose accesses follow each other are one range.
+    // Lanes whose accesses are contiguous form one range.
     let joined = joined & site.mask & site.mask << 1;
     let starts = if alike { site.mask & site.mask.wrapping_neg() } else { site.mask & !joined };
     let range = |l: u32| (at.0[l as usize], bytes * u64::from(1 + (joined >> 1 >> l).trailing_ones()));
@@ -326,7 +335,7 @@ unsafe fn approve_global<const ISA: usize>(machine: &mut Machine, at: &mut Addre
         if let Some(races) = races
             && first.wrapping_sub(env.range.0) < env.range.1
         {
-            // SAFETY: the accesses lie in an allocation; the caller's promise.
+            // SAFETY: the range starts inside the device's and inside one allocation. The caller guarantees the ISA.
             let good = unsafe {
                 match site.usage {
                     Use::Store => races.approve::<ISA, true>(first, length, block, epoch),
@@ -353,9 +362,9 @@ impl Counters {
     }
 }
 
-/// The first byte of a load that should have been written and was not. Structures are copied with their padding, which nobody writes:
-/// by words that are padding in part, and by single bytes. So of an integer any byte will do, and for single bytes any of the eight around
-/// them.
+/// The first byte of a load that should have been written and was not. Structures are copied with their padding, which
+/// nobody writes: by words that are partly padding, and by single bytes. So one written byte makes an integer element
+/// good, and for single bytes any of the aligned eight around it.
 fn unwritten(at: u64, site: Site, written: impl Fn(u64) -> bool) -> Option<u64> {
     let end = at + u64::from(site.bytes);
     let missing = |from: u64, to: u64| (from..to).find(|&byte| !written(byte));
@@ -382,7 +391,7 @@ impl Machine<'_> {
         }
     }
 
-    /// Lanes may point into different spaces; each is done on its own.
+    /// Lanes may point into different spaces; each space is checked on its own.
     fn locate_generic(&mut self, warp: &mut Warp, at: &mut Addresses, site: Site) -> Result<(), Box<Fault>> {
         let windows = [
             (SHARED_WINDOW, Space::Shared),
@@ -426,7 +435,7 @@ impl Machine<'_> {
         self.fault(FaultKind::OutOfBounds, warp, site.pc, lane, detail)
     }
 
-    /// The first lane whose address is not a multiple of the size is a fault.
+    /// Faults the first lane whose address is not a multiple of the access size.
     pub(super) fn check_alignment(
         &self,
         warp: &Warp,
@@ -472,8 +481,8 @@ impl Machine<'_> {
         }
         if env.checks.uninitialised {
             for l in lanes(site.mask) {
-                // What the system's part holds at first is unknown. The barriers of groups of several warps are set up there bit by bit, by
-                // atomic operations, so these may begin with it.
+                // The system's part of shared memory starts with unknown contents. Barriers of multi-warp groups are
+                // set up there bit by bit with atomics, so atomics may come first.
                 let reserved = at[l as usize] >= u64::from(env.shared_bytes - env.program.reserved_shared);
                 if site.usage == Use::Store || site.usage == Use::Atomic && reserved {
                     self.block.shared_written[env.granules(at[l as usize], site.bytes)].fill(1);
@@ -528,7 +537,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// The races of a store, which needs its values: `values[l]` are the bytes of lane l.
+    /// Race check of a store to shared memory, which needs the values: `values[l]` are the bytes of lane l.
     pub(super) fn shared_store_races(
         &mut self,
         warp: &Warp,
@@ -550,7 +559,7 @@ impl Machine<'_> {
                 continue;
             }
             let value = &values[l as usize];
-            // SAFETY: `locate` has found the bytes inside the block's shared memory.
+            // SAFETY: `locate` has found the bytes inside the block's shared memory, which only this worker uses.
             let now = unsafe { std::slice::from_raw_parts(at[l as usize] as *const u8, site.bytes as usize) };
             let range = self.env.granules(a, site.bytes);
             let bytes = 1 << self.env.granule;
@@ -558,8 +567,8 @@ impl Machine<'_> {
             if let Some(other) = races.write(warp.index as usize, l, range, same) {
                 return Err(self.shared_race(warp, site, l, other));
             }
-            // Written as it is checked, so that two lanes of one instruction see each other.
-            // SAFETY: as above; the store proper writes the same bytes again.
+            // Written while it is checked, so that two lanes of one instruction see each other.
+            // SAFETY: as above, and `now` is not used any more; the store proper writes the same bytes again.
             unsafe { std::ptr::copy_nonoverlapping(value.as_ptr(), at[l as usize] as *mut u8, site.bytes as usize) };
         }
         Ok(())
@@ -579,8 +588,8 @@ impl Machine<'_> {
         self.fault(FaultKind::SharedRace, warp, site.pc, lane, detail)
     }
 
-    /// Acquires once more, after the values of a strong load or an atomic operation have been read: another worker may have released and written between the
-    /// checks of the access and the access, and what was seen must count as acquired.
+    /// Acquires once more after the values of a strong load or atomic have been read. Another worker may have released
+    /// and written between check and access, and what was seen must count as acquired.
     pub(super) fn acquire_seen(&self, at: &[u64; 32], mask: u32) {
         let env = self.env;
         let Some(races) = env.global_races.as_ref().filter(|_| env.program.fences) else { return };
@@ -634,7 +643,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// Lanes that are not all in one allocation: each must be in some.
+    /// Lanes not all in one allocation: each must be in some.
     fn check_lanes(&self, warp: &Warp, at: &Addresses, site: Site) -> Result<(), Box<Fault>> {
         let env = self.env;
         let bytes = u64::from(site.bytes);
@@ -684,7 +693,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// Races between blocks of a plain access or an atomic operation; stores give their values.
+    /// Race check between blocks, of a plain access or an atomic. Stores pass their values.
     pub(super) fn global_races(
         &self,
         warp: &Warp,
@@ -714,9 +723,11 @@ impl Machine<'_> {
                 let conflict = match values {
                     None => races.read(word, bytes, block, self.block.epoch),
                     Some(values) => {
-                        // SAFETY: the bytes lie in an allocation.
-                        let now = unsafe { std::slice::from_raw_parts(from as *const u8, (upto - from) as usize) };
-                        let same = now == &values[l as usize][(from - a) as usize..(upto - a) as usize];
+                        let (mut now, length) = ([0; 4], (upto - from) as usize);
+                        // SAFETY: `locate` has found the bytes inside an allocation of the device. Copied, since other
+                        // workers may write them meanwhile; at most 4.
+                        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, now.as_mut_ptr(), length) };
+                        let same = now[..length] == values[l as usize][(from - a) as usize..(upto - a) as usize];
                         races.write(word, bytes, block, self.block.epoch, same)
                     }
                 };
@@ -730,7 +741,8 @@ impl Machine<'_> {
                         format!(" (byte {} of allocation {})", from - found.address, found.serial)
                     });
                     let detail = format!(
-                        "{} of global memory at {from:#x}{place}, which {who} {} in this launch with nothing to order them",
+                        "{} of global memory at {from:#x}{place}, which {who} {} in this launch with nothing to \
+                         order them",
                         Self::verb(site),
                         conflict.what
                     );
@@ -793,7 +805,7 @@ impl Machine<'_> {
         }
     }
 
-    /// Counts accesses that cover ranges, which begin at the lanes in `starts`.
+    /// Counts accesses to ranges, which begin at the lanes in `starts`.
     #[inline(always)]
     fn count_ranges(&mut self, at: &Addresses, starts: u32, range: impl Fn(u32) -> (u64, u64), site: Site) {
         let mut sectors = 0;

@@ -1,78 +1,72 @@
-//! The interpreter's loop: one warp until it waits, ends, or has used its turn.
+//! The interpreter loop: runs one warp until it waits, ends, or has used up its turn.
 //!
-//! The loop is one function, compiled once per instruction set. Lanes at the same step are a [`Group`]; the group with the smallest step
-//! runs, and groups that meet are joined (see [`crate::ptx`] on the order of steps). Groups meet only where basic blocks begin, so
-//! the loop looks for that only when a block ends.
+//! The loop is one function, compiled once per instruction set. Lanes at the same step form a [`Group`]. The group with
+//! the smallest step runs, and groups that meet are merged (see [`crate::ptx`] for the order of steps). Groups can meet
+//! only where a basic block begins, so the loop checks for that only when a block ends.
 
-// Loops over lanes index several registers at once, and vectorise that way.
+// Loops over lanes index several registers at once, and vectorise as written.
 #![allow(clippy::needless_range_loop)]
 
-use super::state::{Group, Machine, Wait, Warp, lanes};
+use super::lanes::lanes;
+use super::state::{Group, Machine, POLLS_OF_TURN, TURN, Wait, Warp};
 use super::{Fault, FaultKind};
+use crate::num::PORTABLE;
 use crate::num::ops::{blend32, blend64};
+#[cfg(target_arch = "x86_64")]
+use crate::num::{AVX2, AVX512};
 use crate::ptx::program::*;
-
-/// Index into [`crate::num::Form::run`].
-pub const PORTABLE: usize = 0;
-/// See [`PORTABLE`].
-pub const AVX2: usize = 1;
-/// See [`PORTABLE`].
-pub const AVX512: usize = 2;
-
-/// Polls after which other lanes, warps and blocks have their turns: a lock is then handed over after a hundred basic blocks or so, where
-/// whole turns would make each of many waiters wait for milliseconds.
-pub const POLLS_OF_TURN: u32 = 64;
 
 /// Why the loop returned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Turn {
-    /// All lanes have exited, or wait.
+    /// All lanes have exited or wait.
     Blocked,
     /// The turn was used up.
     Used,
-    /// The turn ended early, since the warp may be waiting for what other threads write.
+    /// The turn ended early, because the warp may be waiting for what other threads write.
     Polled,
 }
 
-/// Runs a warp for at most `turn` basic blocks, compiled for an instruction set.
+/// Runs a warp for at most `turn` basic blocks. Compiled once per instruction set.
 ///
 /// # Safety
-/// The processor has the instruction set.
+/// The processor supports the instruction set.
 pub type Runner = unsafe fn(&mut Machine, &mut Warp, u32) -> Result<Turn, Box<Fault>>;
 
-/// The loop compiled for every x86-64 processor (and any other).
+/// The loop for any processor.
 ///
 /// # Safety
-/// None of its own.
+/// None; unsafe only to be a [`Runner`].
 pub unsafe fn run_portable(machine: &mut Machine, warp: &mut Warp, turn: u32) -> Result<Turn, Box<Fault>> {
-    // SAFETY: the portable forms run everywhere.
+    // SAFETY: PORTABLE runs everywhere.
     unsafe { run::<PORTABLE>(machine, warp, turn) }
 }
 
-/// The loop compiled for AVX2.
+/// The loop for AVX2.
 ///
 /// # Safety
-/// The processor has AVX2, FMA, F16C and BMI.
+/// The processor supports AVX2, FMA, F16C, BMI1, BMI2, LZCNT and POPCNT.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
 pub unsafe fn run_avx2(machine: &mut Machine, warp: &mut Warp, turn: u32) -> Result<Turn, Box<Fault>> {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { run::<AVX2>(machine, warp, turn) }
 }
 
-/// The loop compiled for AVX-512.
+/// The loop for AVX-512.
 ///
 /// # Safety
-/// The processor has AVX-512 F, VL, BW, DQ and what [`run_avx2`] asks for.
+/// The processor supports AVX-512 F, VL, BW, DQ and what [`run_avx2`] needs.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
 pub unsafe fn run_avx512(machine: &mut Machine, warp: &mut Warp, turn: u32) -> Result<Turn, Box<Fault>> {
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { run::<AVX512>(machine, warp, turn) }
 }
 
 impl Warp {
-    /// The group to run: joins groups that are at the same step, then takes the favoured one or the one with the smallest step.
+    /// Picks the group to run: merges groups at the same step, then takes the favoured one or the one with the smallest
+    /// step.
     fn select(&mut self, barriers: &[super::state::BarrierState]) -> Option<usize> {
         for i in (0..self.groups.len()).rev() {
             let group = self.groups[i];
@@ -120,8 +114,9 @@ impl Warp {
     }
 }
 
-/// The lane, as a bit, whose group goes first in the next turn; 0 for the group with the smallest step. The turn goes around the lanes, not the groups,
-/// which meet and part all the time: to the next lane that was not in the favoured group, and after the last to none.
+/// The lane, as a bit, whose group goes first in the next turn; 0 for the group with the smallest step. Rotates over
+/// lanes, because groups merge and split all the time: to the next lane that was not in the favoured group, and after
+/// the last to none.
 fn next_favour(groups: &[Group], favour: u32) -> u32 {
     if groups.len() < 2 {
         return 0;
@@ -135,7 +130,7 @@ fn next_favour(groups: &[Group], favour: u32) -> u32 {
 }
 
 /// # Safety
-/// The processor has the instruction set of `ISA`.
+/// The processor supports `ISA`.
 #[inline(always)]
 unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u32) -> Result<Turn, Box<Fault>> {
     let env = machine.env;
@@ -153,13 +148,15 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
         }
         loop {
             debug_assert!((pc as usize) < program.steps.len());
-            // SAFETY: steps follow each other up to the end of a block, whose targets `crate::ptx` has set to steps.
+            // SAFETY: `pc` starts at 0 or at a step that a branch, jump or exit names, and grows by 1 inside a basic
+            // block. `crate::ptx` ends every block with such a step and makes their targets valid; nothing outside the
+            // crate can build a `Program`.
             let step = unsafe { program.steps.get_unchecked(pc as usize) };
-            // SAFETY: `crate::ptx` gives every step its operands.
+            // SAFETY: `crate::ptx` puts every step's operands into the pool, from `first` on.
             let operands = unsafe { program.operands.get_unchecked(step.first as usize..) };
             let mut active = mask;
             if step.guard != NO_GUARD {
-                // SAFETY: the guard is a predicate register inside the file.
+                // SAFETY: a guard is a predicate register inside the file.
                 let guard = unsafe { file.add(step.guard as usize).cast::<u32>().read() };
                 active &= if step.negate { !guard } else { guard };
             }
@@ -168,7 +165,7 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
             if followed {
                 unwrite = machine.follow(warp, step, operands, pc, mask, active)?;
             }
-            // What a basic block costs, counted when it ends.
+            // Books a basic block when it ends.
             macro_rules! end_of_block {
                 () => {
                     if env.settings.counters {
@@ -181,7 +178,7 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                     left = left.saturating_sub(1);
                 };
             }
-            // Goes on at a step, or looks for other groups first.
+            // Continues at a step, after looking for other groups if there may be any.
             macro_rules! go {
                 ($to:expr) => {{
                     pc = $to;
@@ -195,7 +192,7 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                     continue 'select;
                 }};
             }
-            // Ends the turn with the basic block once there were many.
+            // After too many polls, ends the turn with the basic block.
             macro_rules! poll {
                 () => {
                     warp.polls_of_turn += 1;
@@ -204,7 +201,7 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                     }
                 };
             }
-            // Parks the group until other lanes come or end.
+            // Parks the group until other lanes arrive or exit.
             macro_rules! wait_for_lanes {
                 () => {{
                     warp.groups[index] = Group { pc, mask, wait: Wait::Lanes };
@@ -218,7 +215,7 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                     let arity = step.arity as usize;
                     for instruction in operands[..arity * step.count as usize].chunks_exact(arity) {
                         machine.follow_arithmetic(warp, form, instruction, active);
-                        // SAFETY: as for Run.
+                        // SAFETY: as for `Op::Run` below.
                         unsafe { form.run[ISA](form, file, instruction.as_ptr(), 1, active) };
                     }
                     if step.guard != NO_GUARD {
@@ -227,7 +224,8 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                 }
                 Op::Run(form) => {
                     if active != 0 {
-                        // SAFETY: operands and file are as `crate::ptx` laid them out for this form; the caller vouches for the instruction set.
+                        // SAFETY: `crate::ptx` made the operands for this form, `count` times its arity, all inside the
+                        // file. The caller guarantees the ISA.
                         unsafe { form.run[ISA](form, file, operands.as_ptr(), step.count as usize, active) };
                         if step.guard != NO_GUARD {
                             machine.count_guarded(form, active);
@@ -242,7 +240,7 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                         return Err(machine.not_whole(warp, pc, active));
                     }
                     let plan = &program.plans[*plan as usize];
-                    // SAFETY: as for Run.
+                    // SAFETY: as for `Op::Run` above; the plan was made from these operands.
                     unsafe {
                         match plan.run[ISA] {
                             Some(run) => run(plan, file),
@@ -353,7 +351,7 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                 Op::WarpSync | Op::Shuffle { .. } | Op::Vote { .. } | Op::Match { .. } | Op::Redux(_) => {
                     let done = if active == 0 { 0 } else { machine.collective(warp, step, operands, pc, active)? };
                     if done != active {
-                        // Those that are done, and those that the guard excludes, go on.
+                        // Finished lanes, and those that the guard excludes, go on.
                         let on = mask & !active | done;
                         warp.groups.push(Group { pc: pc + 1, mask: on, wait: Wait::Nothing });
                         warp.groups[index] = Group { pc, mask: mask & !on, wait: Wait::Lanes };
@@ -368,7 +366,7 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                         return Err(machine.not_whole(warp, pc, active));
                     }
                     if active != 0 {
-                        // A step's last operand may be optional, so they must end where the step's end.
+                        // Trimmed to the arity, because a step's last operand may be optional.
                         machine.seldom::<ISA>(warp, other, &operands[..usize::from(step.arity)], pc, active)?;
                         if matches!(other, Op::Atom { reduce: false, .. } | Op::Mbarrier { .. }) {
                             poll!();
@@ -396,13 +394,13 @@ impl Machine<'_> {
         }
     }
 
-    /// The warp's turn is over. When its lanes have not waited for long, another group of them goes first next time, so that lanes which spin on
-    /// others cannot starve them.
+    /// Ends the warp's turn. If its lanes have not waited for long, another group goes first next time, so that
+    /// spinning lanes cannot starve the ones they spin on.
     #[inline(never)]
     fn end_of_turn(&mut self, warp: &mut Warp, turn: u32) -> Turn {
         warp.unbroken += turn;
         let polled = warp.polls_of_turn >= POLLS_OF_TURN;
-        if !polled && warp.unbroken < super::schedule::TURN {
+        if !polled && warp.unbroken < TURN {
             return Turn::Used;
         }
         warp.unbroken = 0;
@@ -411,8 +409,8 @@ impl Machine<'_> {
         if polled { Turn::Polled } else { Turn::Used }
     }
 
-    /// Lanes end. Barriers do not wait for threads that have exited, so a thread may return early; but one that ends in code which comes after
-    /// a barrier where others still wait has gone around it.
+    /// Lanes exit. Barriers do not wait for exited threads, so an early return is fine; but a thread that exits in code
+    /// behind a barrier where others still wait has bypassed it.
     #[inline(never)]
     fn exit_lanes(&mut self, warp: &mut Warp, lanes: u32, pc: u32) -> Result<(), Box<Fault>> {
         let program = self.env.program;
@@ -433,7 +431,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// Whether lanes that end have gone around a barrier or an exchange between lanes at which others wait for them.
+    /// Faults if lanes exit having bypassed a barrier or a warp-level exchange at which others wait for them.
     fn check_left_behind(&self, warp: &mut Warp, lanes: u32, pc: u32) -> Result<(), Box<Fault>> {
         let program = self.env.program;
         let file = warp.file.as_mut_ptr();
@@ -513,7 +511,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// Lanes arrive at a barrier: its number and the generation to wait for the end of.
+    /// Lanes arrive at a barrier. Returns its number and the generation whose end they wait for.
     #[inline(never)]
     fn arrive(
         &mut self,
@@ -527,7 +525,7 @@ impl Machine<'_> {
         let file = warp.file.as_mut_ptr();
         let red = matches!(mode, Barrier::Popc | Barrier::And | Barrier::Or);
         let lane = active.trailing_zeros() & 31;
-        // SAFETY: (destination,) barrier, count and perhaps a predicate are registers inside the file.
+        // SAFETY: the operands are (destination,) barrier, count and, for reductions, a predicate, all inside the file.
         let (id, count, votes) = unsafe {
             let read = |i: usize| file.add(operands[i] as usize).cast::<u32>().add(lane as usize).read();
             let skip = usize::from(red);
@@ -569,7 +567,7 @@ impl Machine<'_> {
             let detail = format!("barrier divergence: thread {other} of the block {different}, on PTX line {line}");
             return Err(self.fault(FaultKind::Barrier, warp, pc, lane, detail));
         }
-        // A counted barrier counts whole warps, also where the block's last warp is not full.
+        // A counted barrier counts whole warps, even if the block's last warp is partial.
         state.arrived += if counted && whole { 32 } else { active.count_ones() };
         if red {
             state.votes += (votes & active).count_ones();
@@ -600,7 +598,8 @@ impl Machine<'_> {
         (state.arrived, state.votes, state.voters, state.first) = (0, 0, 0, None);
         state.completed_clock.clone_from(&state.clock);
         state.clock.clear();
-        // Where the whole block meets and nobody goes on alone, all warps can agree on a time: everything before is older, for everyone.
+        // Where the whole block meets and nobody goes on alone, all warps can agree on a time: everything earlier is
+        // older, for everyone.
         let loose = std::mem::take(&mut state.loose);
         let together = state.expected == 0 && !loose;
         state.resume = 0;
@@ -611,7 +610,7 @@ impl Machine<'_> {
         state.generation += 1;
     }
 
-    /// Lanes go on behind a barrier that has been completed.
+    /// Lanes continue behind a completed barrier.
     #[inline(never)]
     fn leave_barrier(&mut self, warp: &mut Warp, id: usize, pc: u32, mask: u32) {
         let step = &self.env.program.steps[pc as usize];
@@ -623,7 +622,8 @@ impl Machine<'_> {
         let Op::Barrier { mode, .. } = step.op else { unreachable!("only barriers are waited for") };
         let (votes, voters) = state.result;
         let to = self.env.program.operands[step.first as usize] as usize;
-        // SAFETY: a reduction's destination is the first operand, inside the file.
+        // SAFETY: a reduction's destination is the first operand, inside the file; for others `to` is only an offset
+        // inside it.
         unsafe {
             let register = warp.file.as_mut_ptr().add(to).cast::<u32>();
             let truth = match mode {
@@ -639,7 +639,8 @@ impl Machine<'_> {
         }
     }
 
-    /// Instructions by which lanes speak to each other. Returns the lanes that are done; the others wait for lanes they name.
+    /// Warp-level instructions by which lanes communicate. Returns the lanes that are done; the others wait for lanes
+    /// they name.
     #[inline(always)]
     fn collective(
         &mut self,
@@ -651,7 +652,8 @@ impl Machine<'_> {
     ) -> Result<u32, Box<Fault>> {
         let file = warp.file.as_mut_ptr();
         let arity = step.arity as usize;
-        // SAFETY: the member mask is the last operand of all of these, a 32-bit register inside the file.
+        // SAFETY: the member mask is the last operand of all of these, a 32-bit register inside the file. Nothing
+        // writes to the file while `members` is in use.
         let members = unsafe { &*file.add(operands[arity - 1] as usize).cast::<[u32; 32]>() };
         let lane = active.trailing_zeros() & 31;
         let named = members[lane as usize];
@@ -679,7 +681,8 @@ impl Machine<'_> {
         Ok(active)
     }
 
-    /// `bar.warp.sync` may be met at different instructions: true when the lanes still missing wait at others for the same lanes.
+    /// `bar.warp.sync` may be met at different instructions: true if the missing lanes wait at others that name the
+    /// same lanes.
     #[inline(never)]
     fn meet(&mut self, warp: &mut Warp, named: u32, active: u32) -> bool {
         let program = self.env.program;
@@ -711,7 +714,8 @@ impl Machine<'_> {
         true
     }
 
-    /// Lanes at one instruction that name different lanes: each set becomes a group of its own, and waits for those it names.
+    /// Lanes at one instruction that name different member masks: each set becomes a group of its own, and waits for
+    /// the lanes it names.
     #[inline(never)]
     fn split_masks(
         &mut self,
@@ -727,7 +731,7 @@ impl Machine<'_> {
                 return Err(self.fault(FaultKind::InactiveShuffle, warp, pc, l, detail));
             }
         }
-        // Sets that are whole can be done at once, one after the other.
+        // Complete sets can be executed at once, one after the other.
         let mut rest = active;
         let operands = &self.env.program.operands[step.first as usize..];
         let mut done = 0;
@@ -764,7 +768,8 @@ impl Machine<'_> {
     ) -> Result<(), Box<Fault>> {
         let file = warp.file.as_mut_ptr();
         let skip = 1 + usize::from(with_predicate);
-        // SAFETY: destination, (predicate,) value, lane, clamp, mask are registers inside the file; sources are copied out first.
+        // SAFETY: destination, (predicate,) value, lane, clamp and mask are registers inside the file; the sources are
+        // copied out before anything is written.
         let (value, lane, clamp) = unsafe {
             let read = |i: usize| file.add(operands[i] as usize).cast::<[u32; 32]>().read();
             (read(skip), read(skip + 1), read(skip + 2))
@@ -800,7 +805,7 @@ impl Machine<'_> {
         if !warp.unwritten.is_empty() {
             warp.unwritten.pass(operands[0], operands[skip], &from, active);
         }
-        // SAFETY: as above.
+        // SAFETY: the destinations are registers inside the file, and no other reference into it is alive.
         unsafe {
             let to = &mut *file.add(operands[0] as usize).cast::<[u32; 32]>();
             for l in 0..32 {
@@ -818,7 +823,7 @@ impl Machine<'_> {
     #[inline(never)]
     fn vote(&mut self, warp: &mut Warp, step: &Step, operands: &[u32], active: u32) {
         let file = warp.file.as_mut_ptr();
-        // SAFETY: all operands are registers inside the file, of the kinds the decoder gave.
+        // SAFETY: the operands are registers inside the file, of the kinds that the decoder gave.
         unsafe {
             let word = |i: usize| file.add(operands[i] as usize).cast::<u32>();
             let set = |to: *mut u32, value: bool| to.write(to.read() & !active | if value { active } else { 0 });
@@ -880,7 +885,7 @@ impl Machine<'_> {
         }
     }
 
-    /// Everything that is not worth a place in the loop.
+    /// Every operation too rare for the loop itself.
     #[inline(never)]
     fn seldom<const ISA: usize>(
         &mut self,
@@ -901,7 +906,7 @@ impl Machine<'_> {
             Op::CpWait(keep) => self.cp_wait::<ISA>(warp, keep, pc, active)?,
             Op::WmmaLoad { .. } | Op::WmmaStore { .. } => self.wmma_memory::<ISA>(warp, operands, op, pc)?,
             Op::MovMatrix => {
-                // SAFETY: both are 32-bit registers inside the file; a matrix of 8 by 8 halves is 128 bytes.
+                // SAFETY: both are 32-bit registers inside the file: 128 bytes, an 8 x 8 matrix of 16 bits.
                 unsafe {
                     let from = file.add(operands[1] as usize).cast::<[[u16; 8]; 8]>().read();
                     let to: [[u16; 8]; 8] = std::array::from_fn(|row| std::array::from_fn(|col| from[col][row]));
@@ -946,7 +951,7 @@ impl Machine<'_> {
                 });
             }
             Op::IsSpace(space) => {
-                // SAFETY: a predicate and a 64-bit register inside the file.
+                // SAFETY: the operands are a predicate and a 64-bit register inside the file.
                 unsafe {
                     let addresses = &*file.add(operands[1] as usize).cast::<[u64; 32]>();
                     let inside = lanes(active)
@@ -958,7 +963,7 @@ impl Machine<'_> {
             }
             Op::Fence(device) => {
                 if device {
-                    // Loops that wait fence in every round: only what there is to order makes an epoch.
+                    // Polling loops fence in every round: only a fence with something to order starts an epoch.
                     self.block.epoch += u32::from(std::mem::take(&mut self.block.unfenced));
                 }
                 if let Some(races) = &mut self.block.races {
@@ -998,7 +1003,7 @@ impl Machine<'_> {
             Special::SmId => self.block.linear % multiprocessors,
             Special::NSmId => multiprocessors,
             Special::GridId => 0,
-            // Where cooperative groups look for the workspace of a grid's barrier: the halves of its address.
+            // Cooperative groups look here for the workspace of a grid's barrier: the halves of its address.
             Special::Environment(1) => self.env.grid_workspace >> 32,
             Special::Environment(2) => self.env.grid_workspace & 0xffff_ffff,
             Special::Environment(_) => 0,
@@ -1037,7 +1042,7 @@ mod tests {
     #[test]
     fn every_lane_has_its_turn_however_others_meet() {
         let group = |mask| Group { pc: 0, mask, wait: Wait::Nothing };
-        // Lanes 0 and 1 are apart when one turn ends and together when the next does; lanes 2 and 3 stay as they are.
+        // Lanes 0 and 1 are apart when one turn ends and merged when the next does; lanes 2 and 3 stay together.
         let ends = [vec![group(1), group(2), group(12)], vec![group(3), group(12)]];
         let (mut favour, mut turns) = (0, [0; 3]);
         for groups in ends.iter().cycle().take(60) {

@@ -1,19 +1,114 @@
-//! Questions about the addresses of all 32 lanes, and moves of four words per lane, written for each instruction set: as plain loops they
-//! compile to scalar code. Repeated pieces are macros: a closure would not have the instruction set of the loop it ends up in.
+//! The addresses of a warp's 32 lanes: predicates on all of them, and moves of four words per lane, written for each
+//! instruction set: as plain loops they compile to scalar code. Repeated parts are macros, because a closure would not
+//! inherit the target features of the loop it ends up in.
 
-// Loops over lanes and granules index several arrays at once, and vectorise that way.
+// Loops over lanes and granules index several arrays at once, and vectorise as written.
 #![allow(clippy::needless_range_loop)]
 
-use super::interp::{AVX2, AVX512};
+use crate::num::{AVX2, AVX512};
+use std::ops::{Deref, DerefMut};
 
-/// Whether `a[l] + offset`, wrapping, lies in `start..=start + span` and has none of the bits `low`, for every lane.
+/// One address per lane.
+#[repr(C, align(64))]
+#[derive(Clone, Copy)]
+pub struct Addresses(pub [u64; 32]);
+
+impl Deref for Addresses {
+    type Target = [u64; 32];
+
+    fn deref(&self) -> &[u64; 32] {
+        &self.0
+    }
+}
+
+impl DerefMut for Addresses {
+    fn deref_mut(&mut self) -> &mut [u64; 32] {
+        &mut self.0
+    }
+}
+
+/// What an access does to memory.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    /// Reads.
+    Load,
+    /// Writes. The caller of `Machine::locate` has the values, and checks for races itself.
+    Store,
+    /// Reads and writes atomically.
+    Atomic,
+}
+
+/// One execution of a memory instruction.
+#[derive(Clone, Copy)]
+pub struct Site {
+    /// Step of the program.
+    pub pc: u32,
+    /// Active lanes.
+    pub mask: u32,
+    /// Bytes per lane.
+    pub bytes: u32,
+    /// What it does.
+    pub usage: Use,
+    /// Loads: bytes per element, of which some may be structure padding; 0 if all must have been written.
+    pub element: u8,
+    /// Threads may communicate through it (volatile, relaxed, acquire, release).
+    pub strong: bool,
+}
+
+/// Lanes of a mask, lowest first.
+pub fn lanes(mask: u32) -> impl Iterator<Item = u32> {
+    let mut rest = mask;
+    std::iter::from_fn(move || {
+        let lane = rest.trailing_zeros();
+        (rest != 0).then(|| {
+            rest &= rest - 1;
+            lane
+        })
+    })
+}
+
+/// Gives lanes outside the mask the address of the first lane inside it.
+#[inline(always)]
+pub fn settle(at: &mut Addresses, mask: u32) {
+    if mask != !0 {
+        let first = at[mask.trailing_zeros() as usize & 31];
+        for l in 0..32 {
+            at[l] = if mask >> l & 1 != 0 { at[l] } else { first };
+        }
+    }
+}
+
+/// Minimum, maximum and bitwise OR of all addresses.
+#[inline(always)]
+pub fn extent(at: &Addresses) -> (u64, u64, u64) {
+    let (mut low, mut high, mut bits) = (!0, 0, 0);
+    for &a in &at.0 {
+        low = a.min(low);
+        high = a.max(high);
+        bits |= a;
+    }
+    (low, high, bits)
+}
+
+/// Whether lane l's address is lane 0's plus l times `step`.
+#[inline(always)]
+pub fn progression(at: &Addresses, step: u64) -> bool {
+    let mut wrong = 0;
+    for l in 0..32 {
+        wrong |= at[l] ^ at[0].wrapping_add(l as u64 * step);
+    }
+    wrong == 0
+}
+
+/// Whether `a[l] + offset`, wrapping, is in `start..=start + span` (here `start` is 0) and has none of the bits `low`,
+/// for every lane l.
 ///
 /// # Safety
-/// `a` points to 32 values aligned to 64 bytes; the processor has the instruction set of `ISA`.
+/// `a` points to 32 values aligned to 64 bytes; the processor supports `ISA`.
 #[inline(always)]
 pub unsafe fn inside32<const ISA: usize>(a: *const u32, offset: u32, span: u32, low: u32) -> bool {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         use std::arch::x86_64::*;
         if ISA == AVX512 {
@@ -42,21 +137,21 @@ pub unsafe fn inside32<const ISA: usize>(a: *const u32, offset: u32, span: u32, 
             return _mm256_movemask_epi8(all) == -1;
         }
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { &*a.cast::<[u32; 32]>() }.iter().all(|a| {
         let at = a.wrapping_add(offset);
         at <= span && at & low == 0
     })
 }
 
-/// The same for 64 bits: `a[l] + offset - start <= span`.
+/// As [`inside32`], for 64 bits: `a[l] + offset - start <= span`.
 ///
 /// # Safety
 /// As for [`inside32`].
 #[inline(always)]
 pub unsafe fn inside64<const ISA: usize>(a: *const u64, offset: u64, start: u64, span: u64, low: u64) -> bool {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         use std::arch::x86_64::*;
         if ISA == AVX512 {
@@ -89,21 +184,21 @@ pub unsafe fn inside64<const ISA: usize>(a: *const u64, offset: u64, start: u64,
             return _mm256_testz_si256(any, any) == 1;
         }
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe { &*a.cast::<[u64; 32]>() }.iter().all(|a| {
         let at = a.wrapping_add(offset);
         at.wrapping_sub(start) <= span && at & low == 0
     })
 }
 
-/// Whether every value is the one before plus `step`.
+/// Whether every value is its predecessor plus `step`.
 ///
 /// # Safety
 /// As for [`inside32`].
 #[inline(always)]
 pub unsafe fn steps32<const ISA: usize>(a: *const u32, step: u32) -> bool {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         use std::arch::x86_64::*;
         if ISA == AVX512 {
@@ -118,20 +213,20 @@ pub unsafe fn steps32<const ISA: usize>(a: *const u32, step: u32) -> bool {
                 == 0;
         }
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let a = unsafe { &*a.cast::<[u32; 32]>() };
-    // Most that are no progression show it at once.
+    // Most other sequences differ at once.
     a[1] == a[0].wrapping_add(step) && a.iter().enumerate().all(|(l, &v)| v == a[0].wrapping_add(l as u32 * step))
 }
 
-/// The same for 64 bits.
+/// As [`steps32`], for 64 bits.
 ///
 /// # Safety
 /// As for [`inside32`].
 #[inline(always)]
 pub unsafe fn steps64<const ISA: usize>(a: *const u64, step: u64) -> bool {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         use std::arch::x86_64::*;
         if ISA == AVX512 {
@@ -146,12 +241,12 @@ pub unsafe fn steps64<const ISA: usize>(a: *const u64, step: u64) -> bool {
             return wrong!(0) | wrong!(8) | wrong!(16) | wrong!(24) == 0;
         }
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let a = unsafe { &*a.cast::<[u64; 32]>() };
     a[1] == a[0].wrapping_add(step) && a.iter().enumerate().all(|(l, &v)| v == a[0].wrapping_add(l as u64 * step))
 }
 
-/// Bit l is whether value l is the one before plus `step`; bit 0 is not set.
+/// Bit l says whether value l is value l - 1 plus `step`; bit 0 is 0.
 ///
 /// # Safety
 /// As for [`inside32`].
@@ -160,7 +255,7 @@ pub unsafe fn joined64<const ISA: usize>(a: *const u64, step: u64) -> u32 {
     #[cfg(target_arch = "x86_64")]
     if ISA == AVX512 {
         use std::arch::x86_64::*;
-        // SAFETY: the caller's promise; the mask keeps the last load inside the values.
+        // SAFETY: guaranteed by the caller; the mask keeps the last load inside the values.
         return unsafe {
             let step = _mm512_set1_epi64(step as i64);
             macro_rules! joined {
@@ -173,7 +268,7 @@ pub unsafe fn joined64<const ISA: usize>(a: *const u64, step: u64) -> u32 {
             (joined!(0, 0xff) | joined!(8, 0xff) | joined!(16, 0xff) | joined!(24, 0x7f)) << 1
         };
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let a = unsafe { &*a.cast::<[u64; 32]>() };
     let mut joined = 0;
     for l in 1..32 {
@@ -182,27 +277,27 @@ pub unsafe fn joined64<const ISA: usize>(a: *const u64, step: u64) -> u32 {
     joined
 }
 
-/// How 16 addresses of 16 bytes each lie.
+/// How 16 addresses of 16-byte accesses lie.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Lie {
-    /// All in one place.
+    /// All the same.
     Same,
-    /// Each four one behind the other. Found where vectors hold four.
+    /// Each four contiguous. Recognised only with AVX-512, whose vectors hold four.
     Fours,
-    /// In no way that helps.
+    /// Anything else.
     Any,
 }
 
-/// How addresses lie.
+/// Classifies 16 addresses.
 ///
 /// # Safety
-/// `a` points to 16 values aligned to 64 bytes; the processor has the instruction set of `ISA`.
+/// `a` points to 16 values aligned to 64 bytes; the processor supports `ISA`.
 #[inline(always)]
 pub unsafe fn lie32<const ISA: usize>(a: *const u32) -> Lie {
     #[cfg(target_arch = "x86_64")]
     if ISA == AVX512 {
         use std::arch::x86_64::*;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         return unsafe {
             let at = _mm512_load_si512(a.cast());
             if _mm512_cmpneq_epi32_mask(at, _mm512_set1_epi32(a.read() as i32)) == 0 {
@@ -213,12 +308,12 @@ pub unsafe fn lie32<const ISA: usize>(a: *const u32) -> Lie {
             if _mm512_cmpneq_epi32_mask(at, fours) == 0 { Lie::Fours } else { Lie::Any }
         };
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let a = unsafe { &*a.cast::<[u32; 16]>() };
     if a[15] == a[0] && a.iter().all(|&v| v == a[0]) { Lie::Same } else { Lie::Any }
 }
 
-/// How addresses of 64 bits lie.
+/// As [`lie32`], for 64 bits.
 ///
 /// # Safety
 /// As for [`lie32`].
@@ -227,7 +322,7 @@ pub unsafe fn lie64<const ISA: usize>(a: *const u64) -> Lie {
     #[cfg(target_arch = "x86_64")]
     if ISA == AVX512 {
         use std::arch::x86_64::*;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         return unsafe {
             let (low, high) = (_mm512_load_si512(a.cast()), _mm512_load_si512(a.add(8).cast()));
             let first = _mm512_set1_epi64(a.read() as i64);
@@ -243,35 +338,48 @@ pub unsafe fn lie64<const ISA: usize>(a: *const u64) -> Lie {
             if wrong == 0 { Lie::Fours } else { Lie::Any }
         };
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let a = unsafe { &*a.cast::<[u64; 16]>() };
     if a[15] == a[0] && a.iter().all(|&v| v == a[0]) { Lie::Same } else { Lie::Any }
 }
 
-/// 16 neighbours, some left out: as bits, and as words of all ones or zero.
+/// A subset of 16 neighbours, as bits and as words of all ones or zero.
 pub struct Some16 {
-    /// Bit i is whether i is meant.
+    /// Bit i says whether i is in the subset.
     pub bits: u16,
     /// The same as words.
     pub words: [u32; 16],
 }
 
-/// Whether one of those meant is above a limit.
+/// In place of a lane: several lanes of the warp.
+pub const MANY: u32 = 32;
+
+/// Up to 16 consecutive granules of an access, possibly with gaps: which are touched, and by which lane.
+pub struct Chunk {
+    /// The first granule, relative to that of the first lane.
+    pub at: i64,
+    /// Those that are touched.
+    pub some: Some16,
+    /// The lane that touches each, or [`MANY`].
+    pub lanes: [u32; 16],
+}
+
+/// Whether any value of the subset is above a limit.
 ///
 /// # Safety
-/// 16 readable words; the processor has the instruction set of `ISA`.
+/// 16 readable words; the processor supports `ISA`.
 #[inline(always)]
 pub unsafe fn above<const ISA: usize>(a: *const u32, limit: u32, some: &Some16) -> bool {
     #[cfg(target_arch = "x86_64")]
     if ISA == AVX512 {
         use std::arch::x86_64::*;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         return unsafe {
             let limit = _mm512_set1_epi32(limit as i32);
             _mm512_mask_cmpgt_epu32_mask(some.bits, _mm512_loadu_si512(a.cast()), limit) != 0
         };
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let a = unsafe { &*a.cast::<[u32; 16]>() };
     let mut above = 0;
     for i in 0..16 {
@@ -280,30 +388,30 @@ pub unsafe fn above<const ISA: usize>(a: *const u32, limit: u32, some: &Some16) 
     above != 0
 }
 
-/// Raises those meant to at least `least`.
+/// Raises the values of the subset to at least `least`.
 ///
 /// # Safety
-/// 16 writable words; the processor has the instruction set of `ISA`.
+/// 16 writable words; the processor supports `ISA`.
 #[inline(always)]
 pub unsafe fn raise<const ISA: usize>(a: *mut u32, least: u32, some: &Some16) {
     #[cfg(target_arch = "x86_64")]
     if ISA == AVX512 {
         use std::arch::x86_64::*;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let raised = _mm512_max_epu32(_mm512_loadu_si512(a.cast()), _mm512_set1_epi32(least as i32));
             _mm512_mask_storeu_epi32(a.cast(), some.bits, raised);
         }
         return;
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let a = unsafe { &mut *a.cast::<[u32; 16]>() };
     for i in 0..16 {
         a[i] = a[i].max(least & some.words[i]);
     }
 }
 
-/// Writes `base | low[i]` to those meant.
+/// Writes `base | low[i]` to the subset.
 ///
 /// # Safety
 /// As for [`raise`].
@@ -312,21 +420,21 @@ pub unsafe fn put<const ISA: usize>(a: *mut u32, base: u32, low: &[u32; 16], som
     #[cfg(target_arch = "x86_64")]
     if ISA == AVX512 {
         use std::arch::x86_64::*;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let new = _mm512_or_si512(_mm512_loadu_si512(low.as_ptr().cast()), _mm512_set1_epi32(base as i32));
             _mm512_mask_storeu_epi32(a.cast(), some.bits, new);
         }
         return;
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let a = unsafe { &mut *a.cast::<[u32; 16]>() };
     for i in 0..16 {
         a[i] = (a[i] & !some.words[i]) | ((base | low[i]) & some.words[i]);
     }
 }
 
-/// The same, but `base | other` where the old value differs from the new one only below the lowest bit of `base`'s field, which begins at bit `shift`.
+/// As [`put`], but `base | other` where the old value differs from the new one in the bits below `shift` only.
 ///
 /// # Safety
 /// As for [`raise`].
@@ -335,7 +443,7 @@ pub unsafe fn put_or<const ISA: usize>(a: *mut u32, base: u32, shift: u32, low: 
     #[cfg(target_arch = "x86_64")]
     if ISA == AVX512 {
         use std::arch::x86_64::*;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let old = _mm512_loadu_si512(a.cast());
             let new = _mm512_or_si512(_mm512_loadu_si512(low.as_ptr().cast()), _mm512_set1_epi32(base as i32));
@@ -347,7 +455,7 @@ pub unsafe fn put_or<const ISA: usize>(a: *mut u32, base: u32, shift: u32, low: 
         }
         return;
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let a = unsafe { &mut *a.cast::<[u32; 16]>() };
     for i in 0..16 {
         let new = base | low[i];
@@ -357,16 +465,16 @@ pub unsafe fn put_or<const ISA: usize>(a: *mut u32, base: u32, shift: u32, low: 
     }
 }
 
-/// Whether one of the bytes meant is zero, or with `SET` is not.
+/// Whether any byte of the subset is zero (with `SET`: nonzero).
 ///
 /// # Safety
-/// 16 readable bytes; the processor has the instruction set of `ISA`.
+/// 16 readable bytes; the processor supports `ISA`.
 #[inline(always)]
 pub unsafe fn any_byte<const ISA: usize, const SET: bool>(a: *const u8, some: &Some16) -> bool {
     #[cfg(target_arch = "x86_64")]
     if ISA == AVX512 {
         use std::arch::x86_64::*;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         return unsafe {
             let a = _mm_loadu_si128(a.cast());
             let zero = _mm_setzero_si128();
@@ -377,7 +485,7 @@ pub unsafe fn any_byte<const ISA: usize, const SET: bool>(a: *const u8, some: &S
             found != 0
         };
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let a = unsafe { &*a.cast::<[u8; 16]>() };
     let mut found = 0;
     for i in 0..16 {
@@ -386,34 +494,35 @@ pub unsafe fn any_byte<const ISA: usize, const SET: bool>(a: *const u8, some: &S
     found != 0
 }
 
-/// Sets the bytes meant to 1.
+/// Sets the bytes of the subset to 1.
 ///
 /// # Safety
-/// 16 writable bytes; the processor has the instruction set of `ISA`.
+/// 16 writable bytes; the processor supports `ISA`.
 #[inline(always)]
 pub unsafe fn set_bytes<const ISA: usize>(a: *mut u8, some: &Some16) {
     #[cfg(target_arch = "x86_64")]
     if ISA == AVX512 {
         use std::arch::x86_64::*;
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { _mm_mask_storeu_epi8(a.cast(), some.bits, _mm_set1_epi8(1)) };
         return;
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     let a = unsafe { &mut *a.cast::<[u8; 16]>() };
     for i in 0..16 {
         a[i] |= some.words[i] as u8 & 1;
     }
 }
 
-/// Reads 4 words at each of 16 addresses: word e of address i is written to `to[e][i]`. `lie` says how the addresses lie.
+/// Reads 4 words at each of 16 addresses; word e of address i goes to `to[e][i]`. `lie` classifies the addresses.
 ///
 /// # Safety
-/// 16 readable bytes at each address and room for 16 words at each destination; the processor has the instruction set of `ISA`.
+/// 16 readable bytes at each address and 16 writable words at each destination; `lie` is right; the processor supports
+/// `ISA`.
 #[inline(always)]
 pub unsafe fn load_quads<const ISA: usize>(at: impl Fn(usize) -> *const u8, to: [*mut u32; 4], lie: Lie) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: the caller's promise; SSE2 is part of x86-64.
+    // SAFETY: guaranteed by the caller; SSE2 is part of x86-64.
     unsafe {
         use std::arch::x86_64::*;
         if ISA == AVX512 {
@@ -440,7 +549,7 @@ pub unsafe fn load_quads<const ISA: usize>(at: impl Fn(usize) -> *const u8, to: 
                 Lie::Fours => (whole!(0), whole!(4), whole!(8), whole!(12)),
                 _ => (four!(0), four!(4), four!(8), four!(12)),
             };
-            // Words 0 of eight addresses in the low half, words 1 in the high one; and the same of words 2 and 3.
+            // Words 0 of eight addresses in the low half, words 1 in the high half; likewise words 2 and 3.
             let first = _mm512_set_epi32(29, 25, 21, 17, 13, 9, 5, 1, 28, 24, 20, 16, 12, 8, 4, 0);
             let second = _mm512_set_epi32(31, 27, 23, 19, 15, 11, 7, 3, 30, 26, 22, 18, 14, 10, 6, 2);
             for (pick, to) in [(first, [to[0], to[1]]), (second, [to[2], to[3]])] {
@@ -466,22 +575,22 @@ pub unsafe fn load_quads<const ISA: usize>(at: impl Fn(usize) -> *const u8, to: 
     #[cfg(not(target_arch = "x86_64"))]
     for i in 0..16 {
         for (e, to) in to.into_iter().enumerate() {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe { to.add(i).write(at(i).cast::<u32>().add(e).read_unaligned()) };
         }
     }
 }
 
-/// Writes eight rows of 16 bytes, one after the other, in pieces as wide as those that they will be read in: a read of what several narrower
-/// writes have just left waits until they have reached the cache.
+/// Writes eight rows of 16 bytes, contiguously, in stores as wide as the loads that will read them: a load that spans
+/// several narrower stores misses store forwarding and waits for the cache.
 ///
 /// # Safety
-/// Room for 128 bytes aligned to 64; the processor has the instruction set of `ISA`.
+/// 128 writable bytes aligned to 64; the processor supports `ISA`.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 unsafe fn write_rows<const ISA: usize>(rows: [std::arch::x86_64::__m128i; 8], to: *mut u8) {
     use std::arch::x86_64::*;
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         for i in 0..4 {
             let (row, to) = (&rows[2 * i..], to.add(32 * i));
@@ -499,13 +608,13 @@ unsafe fn write_rows<const ISA: usize>(rows: [std::arch::x86_64::__m128i; 8], to
     }
 }
 
-/// Reads 16 bytes at each of 8 addresses and writes them one after the other.
+/// Reads 16 bytes at each of 8 addresses and writes them contiguously.
 ///
 /// # Safety
-/// 16 readable bytes at each address and room for 128 aligned to 64; the processor has the instruction set of `ISA`.
+/// 16 readable bytes at each address and 128 writable ones, aligned to 64; the processor supports `ISA`.
 #[inline(always)]
 pub unsafe fn load_rows<const ISA: usize>(at: impl Fn(usize) -> *const u8, to: *mut u8) {
-    // SAFETY: the caller's promise; SSE2 is part of x86-64.
+    // SAFETY: guaranteed by the caller; SSE2 is part of x86-64.
     unsafe {
         #[cfg(target_arch = "x86_64")]
         {
@@ -523,13 +632,13 @@ pub unsafe fn load_rows<const ISA: usize>(at: impl Fn(usize) -> *const u8, to: *
     }
 }
 
-/// The same transposed: 8 by 8 elements of 16 bits.
+/// As [`load_rows`], transposed as an 8 x 8 matrix of 16 bits.
 ///
 /// # Safety
 /// As for [`load_rows`].
 #[inline(always)]
 pub unsafe fn transpose_rows<const ISA: usize>(at: impl Fn(usize) -> *const u8, to: *mut u8) {
-    // SAFETY: the caller's promise; SSE2 is part of x86-64.
+    // SAFETY: guaranteed by the caller; SSE2 is part of x86-64.
     unsafe {
         #[cfg(target_arch = "x86_64")]
         {
@@ -537,7 +646,7 @@ pub unsafe fn transpose_rows<const ISA: usize>(at: impl Fn(usize) -> *const u8, 
             macro_rules! row {
                 ($i:expr) => {{ _mm_loadu_si128(at($i).cast()) }};
             }
-            // Pairs, then quads, then all eight elements of a column come together.
+            // Interleaves pairs, then quads, then all eight elements of a column.
             macro_rules! pairs {
                 ($a:expr, $b:expr) => {{
                     let (a, b) = ($a, $b);
@@ -575,14 +684,14 @@ pub unsafe fn transpose_rows<const ISA: usize>(at: impl Fn(usize) -> *const u8, 
     }
 }
 
-/// Writes 4 words at each of 16 addresses, one after the other: word e of address i is `from[e][i]`.
+/// Writes 4 words at each of 16 addresses, in order: word e of address i is `from[e][i]`.
 ///
 /// # Safety
-/// 16 writable bytes at each address and 16 words at each source; the processor has the instruction set of `ISA`.
+/// 16 writable bytes at each address and 16 readable words at each source; the processor supports `ISA`.
 #[inline(always)]
 pub unsafe fn store_quads<const ISA: usize>(at: impl Fn(usize) -> *mut u8, from: [*const u32; 4]) {
     #[cfg(target_arch = "x86_64")]
-    // SAFETY: the caller's promise; SSE2 is part of x86-64.
+    // SAFETY: guaranteed by the caller; SSE2 is part of x86-64.
     unsafe {
         use std::arch::x86_64::*;
         if ISA == AVX512 {
@@ -625,7 +734,7 @@ pub unsafe fn store_quads<const ISA: usize>(at: impl Fn(usize) -> *mut u8, from:
     #[cfg(not(target_arch = "x86_64"))]
     for i in 0..16 {
         for (e, from) in from.into_iter().enumerate() {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             unsafe { at(i).cast::<u32>().add(e).write_unaligned(from.add(i).read()) };
         }
     }

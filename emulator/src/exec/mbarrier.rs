@@ -1,14 +1,16 @@
-//! `mbarrier`: objects in shared memory at which threads arrive, in phases, and for whose phases they look.
+//! `mbarrier`: objects in shared memory at which threads arrive, phase by phase.
 //!
-//! What the object's 8 bytes hold is for the implementation to choose: from the lowest bit on, 20 bits of arrivals that the phase still waits
-//! for, 20 bits of arrivals that each phase expects, and the number of the phase. A state, as `arrive` returns it, is the object before.
+//! The layout of the 8-byte object is up to the implementation. From the lowest bit: 20 bits of arrivals still pending
+//! in this phase, 20 bits of arrivals expected per phase, and the phase number. The state that `arrive` returns is the
+//! object before the arrival.
 //!
-//! An arrival releases what its warp did before, a look that finds the phase ended acquires it. `cp.async.mbarrier.arrive` lets the
-//! thread's copies arrive at once: later would be as correct, but nothing after it says when the latest is.
+//! An arrival releases what its warp did before; a test that finds the phase complete acquires it.
+//! `cp.async.mbarrier.arrive` completes the thread's copies at once: later would be just as correct, but nothing after
+//! it marks the latest moment.
 
-use super::access::{Site, Use, addresses, settle};
-use super::interp::POLLS_OF_TURN;
-use super::state::{Machine, Warp, lanes};
+use super::access::addresses;
+use super::lanes::{Site, Use, lanes, settle};
+use super::state::{Machine, POLLS_OF_TURN, Warp};
 use super::{Fault, FaultKind};
 use crate::ptx::program::{Access, Mbarrier};
 
@@ -17,7 +19,7 @@ const EXPECTED: u32 = 20;
 const PHASE: u32 = 40;
 
 impl Machine<'_> {
-    /// One of the instructions, lane after lane.
+    /// Executes one of the instructions, lane by lane.
     #[inline(never)]
     pub fn mbarrier<const ISA: usize>(
         &mut self,
@@ -29,7 +31,7 @@ impl Machine<'_> {
         mask: u32,
     ) -> Result<(), Box<Fault>> {
         let file = warp.file.as_mut_ptr();
-        // SAFETY: the decoder gives each mode its operands, all inside the file and of the width that is read here.
+        // SAFETY: each mode's operands are inside the file, with the widths that are read below.
         let (wide, narrow) = unsafe {
             let wide = |i: usize| file.add(operands[i] as usize).cast::<u64>();
             let narrow = |i: usize| file.add(operands[i] as usize).cast::<u32>();
@@ -52,8 +54,8 @@ impl Machine<'_> {
         // SAFETY: as above.
         let mut at = unsafe { addresses(file, operands[base], access.wide_base, access.offset) };
         settle(&mut at, mask);
-        // Arrivals and looks do not race with each other, and so count as reads: of what initialises the object, which a barrier has to
-        // separate from them.
+        // Arrivals and tests do not race with each other, so they count as reads: of the initialisation, from which a
+        // barrier has to separate them.
         let sets = matches!(mode, Mbarrier::Init | Mbarrier::Inval);
         let usage = if sets { Use::Store } else { Use::Load };
         let site = Site { pc, mask, bytes: 8, usage, element: 0, strong: false };
@@ -80,7 +82,7 @@ impl Machine<'_> {
             }
             let object = at[l as usize] as *mut u64;
             let lane = l as usize;
-            // SAFETY: `locate` has found 8 bytes there; one worker runs the block.
+            // SAFETY: `locate` has found 8 bytes there, in the shared memory of the block that only this worker runs.
             let old = unsafe { object.read_unaligned() };
             let (pending, expected, phase) = (old & COUNT, old >> EXPECTED & COUNT, old >> PHASE);
             if !matches!(mode, Mbarrier::Init | Mbarrier::Inval) && expected == 0 && pending == 0 {

@@ -1,11 +1,26 @@
-//! Runs kernels: blocks over all cores, warps of 32 lanes in one step.
+//! Runs kernels: blocks over all cores, the 32 lanes of a warp in one step.
+//!
+//! The modules, each using only those below it:
+//!
+//! - `schedule`: blocks over worker threads, warps inside a block.
+//! - `interp`: the interpreter loop, for one warp.
+//! - `mbarrier`, `printf`: instructions and functions with their own state.
+//! - `unwritten`: values from unwritten shared memory, tracked until they are used.
+//! - `access`: memory instructions.
+//! - `checks`: the checks of an access, before it touches memory.
+//! - `state`: environment, worker, block, warp.
+//! - `shapes`: recurring patterns of shared-memory addresses.
+//! - `races`: the race detectors.
+//! - `lanes`: the addresses of 32 lanes.
+//!
+//! Plain PTX accesses are plain loads and stores on the host. A program with a data race therefore gets whatever the
+//! host makes of it; out-of-bounds accesses fault in any case.
 
 mod access;
 mod checks;
 mod interp;
 mod lanes;
 mod mbarrier;
-pub mod moves;
 mod printf;
 mod races;
 mod schedule;
@@ -19,14 +34,8 @@ use crate::ptx::{Kernel, Module};
 use std::fmt;
 use std::sync::Arc;
 
+pub use crate::ptx::program::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 pub use schedule::{best_isa, launch};
-
-/// Generic addresses of shared memory begin here; the low 32 bits are the offset.
-pub const SHARED_WINDOW: u64 = 1 << 56;
-/// Generic addresses of local memory begin here.
-pub const LOCAL_WINDOW: u64 = 2 << 56;
-/// Generic addresses of kernel parameters begin here.
-pub const PARAM_WINDOW: u64 = 3 << 56;
 
 /// A module whose variables have addresses.
 #[derive(Debug)]
@@ -176,7 +185,8 @@ pub struct Settings {
     pub counters: bool,
     /// Where printf goes; None is standard output.
     pub output: Option<Output>,
-    /// Faults a launch when a warp has executed this many instructions; 0 is no limit. An endless loop is a fault (CUDA_ERROR_LAUNCH_TIMEOUT).
+    /// Faults a launch when a warp has executed this many instructions (CUDA_ERROR_LAUNCH_TIMEOUT), which catches
+    /// endless loops; 0 is no limit.
     pub instruction_limit: u64,
 }
 

@@ -1,28 +1,35 @@
-//! `printf` and `assert` of device code.
+//! Device-side `printf` and `assert`.
 
-use super::state::{Machine, Warp, lanes};
+use super::lanes::lanes;
+use super::state::{Machine, Warp};
 use super::{Fault, FaultKind};
 
-/// Texts longer than this are cut; nobody prints them, and a wild pointer would otherwise print all of memory.
+/// Longer strings are cut: nobody prints them, and a wild pointer would otherwise print all of memory.
 const MAX_TEXT: usize = 1 << 16;
 
 impl Machine<'_> {
-    /// A 64-bit parameter of a call, whose variable stands at a constant offset in local memory.
+    /// A 64-bit parameter of a call, whose variable is at a constant offset in local memory.
     fn parameter(&self, warp: &mut Warp, operand: u32, lane: u32) -> u64 {
-        // SAFETY: the operand is a 64-bit constant with the variable's offset, which the decoder placed inside local memory.
-        unsafe {
-            let offset = warp.file.as_mut_ptr().add(operand as usize).cast::<u64>().read();
-            let at = lane as usize * self.env.local_stride as usize + offset as usize;
-            warp.local.as_mut_ptr().add(at).cast::<u64>().read_unaligned()
-        }
+        // SAFETY: `variable` has checked the 8 bytes.
+        unsafe { self.variable(warp, operand, lane).cast::<u64>().read_unaligned() }
     }
 
-    /// The bytes of a text up to its zero.
+    /// Where that variable is, with 8 bytes inside local memory.
+    fn variable(&self, warp: &mut Warp, operand: u32, lane: u32) -> *mut u8 {
+        // SAFETY: the operand is a 64-bit constant, which is a register inside the file.
+        let offset = unsafe { warp.file.as_mut_ptr().add(operand as usize).cast::<u64>().read() } as usize;
+        let at = lane as usize * self.env.local_stride as usize + offset;
+        assert!(at + 8 <= warp.local.len(), "a variable at {offset} of {} bytes", self.env.local_stride);
+        // SAFETY: just checked.
+        unsafe { warp.local.as_mut_ptr().add(at) }
+    }
+
+    /// The bytes of a string up to its NUL.
     fn text(&mut self, warp: &mut Warp, address: u64, lane: u32, pc: u32) -> Result<Vec<u8>, Box<Fault>> {
         let mut text = vec![];
         while text.len() < MAX_TEXT {
             let at = self.readable(warp, address + text.len() as u64, lane, 1, pc)?;
-            // SAFETY: `readable` has checked the byte.
+            // SAFETY: `readable` has checked this byte.
             match unsafe { at.read() } {
                 0 => break,
                 byte => text.push(byte),
@@ -39,17 +46,13 @@ impl Machine<'_> {
             let format = self.text(warp, format, lane, pc)?;
             let (out, count) = self.format(warp, &format, arguments, lane, pc)?;
             self.block.output.extend(out);
-            // SAFETY: the result's variable stands at a constant offset inside local memory.
-            unsafe {
-                let offset = warp.file.as_mut_ptr().add(operands[0] as usize).cast::<u64>().read();
-                let at = lane as usize * self.env.local_stride as usize + offset as usize;
-                warp.local.as_mut_ptr().add(at).cast::<u32>().write_unaligned(count);
-            }
+            // SAFETY: `variable` has checked 8 bytes, of which the result takes 4.
+            unsafe { self.variable(warp, operands[0], lane).cast::<u32>().write_unaligned(count) };
         }
         Ok(())
     }
 
-    /// The text and the number of arguments used.
+    /// Formats, and returns the text with the number of arguments used.
     fn format(
         &mut self,
         warp: &mut Warp,
@@ -99,7 +102,7 @@ impl Machine<'_> {
                         spec.extend(b"ll");
                     }
                     spec.extend([conversion, 0]);
-                    // SAFETY: the format has one conversion, of an integer of this width.
+                    // SAFETY: the format has one conversion, of an integer of this width, and ends with NUL.
                     out.extend(print(|to, size| unsafe {
                         if long {
                             libc::snprintf(to, size, spec.as_ptr().cast(), value)
@@ -111,7 +114,7 @@ impl Machine<'_> {
                 b'f' | b'F' | b'e' | b'E' | b'g' | b'G' | b'a' | b'A' => {
                     let value = f64::from_bits(self.argument(warp, &mut arguments, 8, lane, pc)?);
                     spec.extend([conversion, 0]);
-                    // SAFETY: the format has one conversion, of a double.
+                    // SAFETY: the format has one conversion, of a double, and ends with NUL.
                     out.extend(print(|to, size| unsafe { libc::snprintf(to, size, spec.as_ptr().cast(), value) }));
                 }
                 b'p' => {
@@ -123,13 +126,13 @@ impl Machine<'_> {
                     let mut text = self.text(warp, address, lane, pc)?;
                     text.push(0);
                     spec.extend(b"s\0");
-                    // SAFETY: the format has one conversion, of a text that ends with a zero.
+                    // SAFETY: the format has one conversion, of a string; both end with NUL.
                     out.extend(print(|to, size| unsafe {
                         libc::snprintf(to, size, spec.as_ptr().cast(), text.as_ptr())
                     }));
                 }
                 _ => {
-                    // As the device's printf: what is no conversion is printed as it stands.
+                    // As the device's printf does: an unknown conversion is printed as it stands.
                     out.extend(&spec);
                     if conversion != 0 {
                         out.push(conversion);
@@ -151,9 +154,10 @@ impl Machine<'_> {
         lane: u32,
         pc: u32,
     ) -> Result<u64, Box<Fault>> {
-        *arguments = arguments.next_multiple_of(u64::from(bytes));
+        // Wrapping: a wild pointer faults in `readable`. `bytes` is 4 or 8.
+        *arguments = arguments.wrapping_add(u64::from(bytes) - 1) & !(u64::from(bytes) - 1);
         let at = self.readable(warp, *arguments, lane, bytes, pc)?;
-        *arguments += u64::from(bytes);
+        *arguments = arguments.wrapping_add(u64::from(bytes));
         // SAFETY: `readable` has checked that many bytes.
         Ok(unsafe {
             if bytes == 8 { at.cast::<u64>().read_unaligned() } else { u64::from(at.cast::<u32>().read_unaligned()) }
@@ -183,7 +187,7 @@ impl Machine<'_> {
     }
 }
 
-/// What a call of snprintf makes.
+/// The output of an `snprintf` call, which is repeated if the buffer was too small.
 fn print(call: impl Fn(*mut libc::c_char, usize) -> libc::c_int) -> Vec<u8> {
     let mut buffer = vec![0u8; 128];
     let length = call(buffer.as_mut_ptr().cast(), buffer.len()).max(0) as usize;

@@ -1,36 +1,39 @@
-//! Races: two accesses to a byte, at least one a write, that nothing orders.
+//! Data races: two accesses to a byte, at least one of them a write, that nothing orders.
 //!
-//! **Shared memory** (between the threads of a block). Every warp has a vector clock (Lamport; the bookkeeping is that of FastTrack, Flanagan
-//! and Freund 2009, per warp instead of per thread). A barrier joins the clocks of those that meet. Inside a warp, an instruction by
-//! which lanes wait for each other (`bar.warp.sync`, shuffles, votes, wmma loads and stores) orders what came before it. Atomics and volatile accesses
-//! do not race with each other; where the program has fences, an atomic also acquires and releases what its address was last used to
-//! release. A write of the value that is already there does not race with what came before: flags are set that way.
+//! **Shared memory** (between threads of a block). Each warp has a vector clock (Lamport; bookkeeping as in FastTrack,
+//! Flanagan and Freund 2009, but per warp instead of per thread). A barrier joins the clocks of its participants.
+//! Inside a warp, an instruction at which lanes wait for each other (`bar.warp.sync`, shuffles, votes, wmma loads and
+//! stores) orders what came before it. Atomic and volatile accesses do not race with each other. In a program with
+//! fences, an atomic also acquires and releases at its address. Writing the value that is already there does not race
+//! with earlier accesses: flags are set that way.
 //!
-//! **Global memory** (between blocks). A word remembers its last writer and reader, and how often that block had fenced. An atomic or volatile
-//! access releases all that its block did before its last fence, and what it has read even without one; one that sees the same address later
-//! acquires it. (PTX asks for a fence there too, but published code does without: a block that says how much it has read has read it.) So does one
-//! thread's load past the L1 cache, by which published code waits as if it were volatile. Atomic operations count as reads here: they race with plain
-//! writes only. Volatile accesses are not themselves recorded. A word whose bytes belong to different blocks remembers the last one only, and of
-//! several blocks that have read the same bytes only the last is known: some races may be missed there, none is made up.
+//! **Global memory** (between blocks). A word remembers its last writer and reader, and how often that block had fenced
+//! (its epoch). An atomic or volatile access releases everything its block did before its last fence, and its reads
+//! even without a fence; a later access to the same address acquires it. (PTX wants a fence there too, but published
+//! code omits it: a block that announces its reads has made them.) A load past the L1 cache by a single thread acquires
+//! too, because published code polls with it as if it were volatile. Atomics count as reads: they race with plain
+//! writes only. Volatile accesses are not recorded.
+//!
+//! A word whose bytes belong to different blocks remembers only the last one, and so does a word read by several
+//! blocks. Races may be missed there; none is reported falsely.
 
-// Loops over lanes and granules index several arrays at once, and vectorise that way.
+// Loops over lanes and granules index several arrays at once, and vectorise as written.
 #![allow(clippy::needless_range_loop)]
 
-use super::interp::AVX512;
-use super::lanes::{self as ask, Some16};
+use super::lanes::{self as ask, Chunk, MANY};
 use crate::memory::{HELD, Shadow};
+#[cfg(target_arch = "x86_64")]
+use crate::num::AVX512;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Bits of a stamp below its time in `writes`: warp and lane.
+/// Bits of a stamp below the time in `writes`: warp (5) and lane (5).
 const WRITE_SHIFT: u32 = 10;
-/// Bits below the time in `reads`: lane, or [`MANY`].
+/// Bits below the time in `reads` and `atomics`: the lane, or [`MANY`].
 const READ_SHIFT: u32 = 6;
-/// Several lanes of the warp.
-pub const MANY: u32 = 32;
-/// Times end here; then everything is forgotten.
+/// Largest time; reaching it resets all stamps.
 const LAST_TIME: u32 = (1 << 22) - 1;
 
 /// The other party of a race.
@@ -40,48 +43,38 @@ pub struct Other {
     pub what: &'static str,
     /// Its warp.
     pub warp: u32,
-    /// Its lane; None when several lanes of the warp did it.
+    /// Its lane; None if several lanes of the warp did it.
     pub lane: Option<u32>,
-    /// The granule.
+    /// The granule of shared memory.
     pub at: u32,
 }
 
-/// Up to 16 granules of an access that follow each other, some left out: which, and the lane that touches each.
-pub struct Chunk {
-    /// The first granule, from that of the first lane.
-    pub at: i64,
-    /// Those touched.
-    pub some: Some16,
-    /// The lane, or [`MANY`].
-    pub lanes: [u32; 16],
-}
-
-/// Detector for one block's shared memory. It knows no bytes but granules: as many bytes as the program's smallest access has, all
-/// of which are aligned.
+/// Race detector for one block's shared memory. It works on granules: as many bytes as the program's smallest shared
+/// access, to which all accesses are aligned.
 pub struct SharedRaces {
     warps: usize,
-    /// Granules of a row of `reads` and `atomics`: all, and room for a chunk that begins at the last.
+    /// Granules per row of `reads` and `atomics`: all of them, plus room for a chunk that begins at the last.
     stride: usize,
-    /// Time at which the block began; older stamps are of earlier blocks.
+    /// Time at which the block began; older stamps belong to earlier blocks.
     base: u32,
-    /// `clocks[w * warps + v]`: what warp w knows of warp v.
+    /// `clocks[w * warps + v]`: the time of warp v that warp w has synchronised with.
     clocks: Vec<u32>,
-    /// Per warp: the least it knows of another.
+    /// Per warp: the minimum of that over the other warps.
     least: Vec<u32>,
-    /// Per granule: time, warp, lane of the last write.
+    /// Per granule: time, warp and lane of the last write.
     writes: Vec<u32>,
     /// Per warp and granule: time and lane of the last read.
     reads: Vec<u32>,
-    /// Per granule: latest time of a read or an atomic operation by any warp.
+    /// Per granule: latest time of a read or atomic by any warp.
     latest: Vec<u32>,
-    /// Per warp and granule: time and lane of the last atomic operation; empty in programs without.
+    /// Per warp and granule: time and lane of the last atomic; empty in programs without shared atomics.
     atomics: Vec<u32>,
     /// Clocks released by atomics, by address.
     released: HashMap<u32, Vec<u32>>,
 }
 
 impl SharedRaces {
-    /// For blocks of `warps` warps and so many granules.
+    /// For blocks of `warps` warps with `granules` granules of shared memory.
     pub fn new(warps: usize, granules: usize, atomics: bool) -> Self {
         let stride = granules + 16;
         let mut races = SharedRaces {
@@ -100,7 +93,7 @@ impl SharedRaces {
         races
     }
 
-    /// Begins another block.
+    /// Starts another block.
     pub fn restart(&mut self) {
         let last = (0..self.warps).map(|w| self.clocks[w * self.warps + w]).max().unwrap_or(0);
         self.released.clear();
@@ -129,12 +122,12 @@ impl SharedRaces {
         &self.clocks[warp * self.warps..][..self.warps]
     }
 
-    /// What the warp did is now ordered before what its lanes do next.
+    /// Orders what the warp did before what its lanes do next.
     pub fn tick(&mut self, warp: usize) {
         self.advance(warp, self.clocks[warp * self.warps + warp] + 1);
     }
 
-    /// The same, at a time not before the warp's own.
+    /// As [`tick`](Self::tick), to a time no earlier than the warp's own.
     pub fn advance(&mut self, warp: usize, time: u32) {
         let clock = &mut self.clocks[warp * self.warps + warp];
         *clock = time.max(*clock);
@@ -143,7 +136,7 @@ impl SharedRaces {
         }
     }
 
-    /// The warp learns of another clock.
+    /// Joins another clock into the warp's.
     pub fn join(&mut self, warp: usize, other: &[u32]) {
         let clock = &mut self.clocks[warp * self.warps..][..self.warps];
         let mut least = u32::MAX;
@@ -154,7 +147,7 @@ impl SharedRaces {
         self.least[warp] = least;
     }
 
-    /// All that happened up to this time, whoever did it, is ordered before what the warp does now.
+    /// Everything up to this time, by any warp, happened before what the warp does now.
     #[inline(always)]
     fn settled(&self, warp: usize) -> u32 {
         self.least[warp].min(self.clocks[warp * self.warps + warp] - 1)
@@ -215,7 +208,7 @@ impl SharedRaces {
         if old >> READ_SHIFT == time && old != new { time << READ_SHIFT | MANY } else { new }
     }
 
-    /// A lane reads granules.
+    /// A lane reads granules. Returns the access it races with.
     pub fn read(&mut self, warp: usize, lane: u32, granules: Range<usize>) -> Option<Other> {
         let time = self.clocks[warp * self.warps + warp];
         for at in granules {
@@ -230,7 +223,8 @@ impl SharedRaces {
         None
     }
 
-    /// A lane writes granules; `same` says of each (from 0) whether it already has the value, which makes no race with what came before.
+    /// A lane writes granules. `same(i)` says whether granule i already holds the value, which does not race with
+    /// earlier accesses.
     pub fn write(
         &mut self,
         warp: usize,
@@ -257,7 +251,7 @@ impl SharedRaces {
             .or_else(|| self.against_atomics(warp, lane, at))
     }
 
-    /// A lane's atomic operation.
+    /// A lane performs an atomic on granules.
     pub fn atomic(&mut self, warp: usize, lane: u32, granules: Range<usize>) -> Option<Other> {
         let time = self.clocks[warp * self.warps + warp];
         for at in granules {
@@ -275,7 +269,8 @@ impl SharedRaces {
         None
     }
 
-    /// Whether the last writes of a chunk are ordered before what the warp does now, or were the same lanes'. Some that are may be denied.
+    /// Whether the last writes of a chunk happened before what the warp does now, or were by the same lanes.
+    /// Conservative: may say no where the answer is yes.
     #[inline(always)]
     fn after_writes(&self, warp: usize, chunk: &Chunk, writes: &[u32; 16]) -> bool {
         let time = self.clocks[warp * self.warps + warp];
@@ -284,7 +279,7 @@ impl SharedRaces {
         for i in 0..16 {
             let at = writes[i] >> WRITE_SHIFT;
             let own = writes[i] >> 5 & 31 == warp as u32;
-            // What is known of the other warps says nothing about the warp's own time.
+            // `least` covers the other warps only, not the warp's own time.
             let unordered = match own {
                 true => (at == time) & (writes[i] & 31 != chunk.lanes[i]),
                 false => at > least,
@@ -294,7 +289,8 @@ impl SharedRaces {
         bad == 0
     }
 
-    /// Whether all stamps of a chunk (reads, or atomic operations) are ordered before what the warp does now, or are the same lanes'.
+    /// Whether all stamps of a chunk (reads or atomics) happened before what the warp does now, or are by the same
+    /// lanes.
     #[inline(always)]
     fn after_all(&self, stamps: &[u32], warp: usize, chunk: &Chunk, at: usize) -> bool {
         let mut bad = 0;
@@ -305,7 +301,7 @@ impl SharedRaces {
             };
             if other == warp {
                 for i in 0..16 {
-                    // Several lanes are not the same lane as several.
+                    // MANY lanes are never "the same lane".
                     let same = (row[i] & 63 == chunk.lanes[i]) & (chunk.lanes[i] != MANY);
                     let unordered = (row[i] >> READ_SHIFT == known) & !same;
                     bad |= chunk.some.words[i] & u32::from(unordered).wrapping_neg();
@@ -319,21 +315,23 @@ impl SharedRaces {
         bad == 0
     }
 
-    /// Whether the rows have room for a chunk there, which the unsafe code below relies on.
+    /// Whether a chunk at this granule fits the rows, on which the unsafe code below relies.
     #[inline(always)]
     pub fn holds(&self, at: usize) -> bool {
         at.checked_add(16).is_some_and(|end| end <= self.stride)
     }
 
-    /// Reads of a whole warp, chunk by chunk: false where one needs a closer look, lane by lane, which may repeat what was noted here.
+    /// Records a warp's reads of a chunk. False if the chunk needs the exact check lane by lane, which may record the
+    /// same again.
     ///
     /// # Safety
-    /// The processor has the instruction set of `ISA`; [`holds`](Self::holds) says yes.
+    /// The processor supports `ISA`; [`holds(at)`](Self::holds) is true.
     #[inline(always)]
     pub unsafe fn read_chunk<const ISA: usize>(&mut self, warp: usize, chunk: &Chunk, at: usize) -> bool {
         let time = self.clocks[warp * self.warps + warp];
         let limit = self.settled(warp) << WRITE_SHIFT | ((1 << WRITE_SHIFT) - 1);
-        // SAFETY: every row has room for 16 values from `at` on, and there are as many rows of `reads` as warps.
+        // SAFETY: `holds`: every row has 16 entries from `at` on, `writes` and `latest` included. `reads` has a row per
+        // warp.
         unsafe {
             let writes = self.writes.as_ptr().add(at);
             if ask::above::<ISA>(writes, limit, &chunk.some) && !self.after_writes(warp, chunk, &*writes.cast()) {
@@ -349,7 +347,8 @@ impl SharedRaces {
         true
     }
 
-    /// Writes of a whole warp, each granule by one lane; as [`read_chunk`](Self::read_chunk). Without `NOTE` the write is only asked for.
+    /// Records a warp's writes of a chunk, each granule by one lane; otherwise as [`read_chunk`](Self::read_chunk).
+    /// Without `NOTE` it only checks.
     ///
     /// # Safety
     /// As for [`read_chunk`](Self::read_chunk).
@@ -363,7 +362,7 @@ impl SharedRaces {
         let time = self.clocks[warp * self.warps + warp];
         let settled = self.settled(warp);
         let limit = settled << WRITE_SHIFT | ((1 << WRITE_SHIFT) - 1);
-        // SAFETY: as for `read_chunk`.
+        // SAFETY: `holds`: `writes` and `latest` have 16 entries from `at` on.
         unsafe {
             let writes = self.writes.as_mut_ptr().add(at);
             if ask::above::<ISA>(writes, limit, &chunk.some) && !self.after_writes(warp, chunk, &*writes.cast()) {
@@ -384,7 +383,7 @@ impl SharedRaces {
         true
     }
 
-    /// What the warp did is known to whoever acquires from this address.
+    /// Publishes the warp's clock at an address.
     pub fn release(&mut self, warp: usize, at: u32) {
         let mine = &self.clocks[warp * self.warps..][..self.warps];
         match self.released.entry(at) {
@@ -400,7 +399,7 @@ impl SharedRaces {
         self.tick(warp);
     }
 
-    /// The warp learns what was released at this address.
+    /// Joins the clock published at an address, if any, into the warp's.
     pub fn acquire(&mut self, warp: usize, at: u32) {
         if let Some(clock) = self.released.get(&at) {
             let clock = clock.clone();
@@ -408,7 +407,7 @@ impl SharedRaces {
         }
     }
 
-    /// Orders the warp with all that used this address to release, in programs with fences.
+    /// Acquires and releases at an address, in programs with fences.
     pub fn synchronise(&mut self, warp: usize, at: u32) {
         if let Some(clock) = self.released.get(&at) {
             let clock = clock.clone();
@@ -420,18 +419,18 @@ impl SharedRaces {
     }
 }
 
-/// How a block came to know of others: an object and how much of its log there was.
+/// How a block learned of others: an address and the length of its log at that time.
 type Acquired = (u64, usize);
 
 #[derive(Default)]
 struct Orders {
-    /// By address: blocks that released there, with their epoch, in order.
+    /// By address: the blocks that released there with their epoch, in order.
     logs: HashMap<u64, Vec<(u32, u32)>>,
-    /// By block: what it acquired.
+    /// By block: what it has acquired.
     acquired: HashMap<u32, Vec<Acquired>>,
 }
 
-/// Detector for global memory, for one launch.
+/// Race detector for global memory, for one launch.
 pub struct GlobalRaces {
     shadow: Arc<Shadow>,
     generation: u64,
@@ -440,38 +439,39 @@ pub struct GlobalRaces {
     barrier: Option<GridBarrier>,
 }
 
-/// Where all blocks of a cooperative grid meet. Who looks late may see that others have arrived for the next time already, but that
-/// is not what the barrier promises: only what was released for the times before counts.
+/// The barrier of a cooperative grid. A block that looks late may see arrivals for the next round already, but those
+/// are not what the barrier promises: only releases of completed rounds count.
 pub struct GridBarrier {
-    /// The addresses its arrivals are counted at.
+    /// Addresses of its arrival counters.
     pub addresses: Range<u64>,
     /// Blocks of the grid.
     pub blocks: usize,
 }
 
-/// What was found.
+/// The other side of a race between blocks.
 pub struct GlobalConflict {
     /// "written" or "read or changed by an atomic operation".
     pub what: &'static str,
-    /// The other block, or None when there were several.
+    /// The other block; None if there were several.
     pub block: Option<u32>,
 }
 
 const EPOCH_MASK: u64 = 0xfff;
-/// In a word of the shadow: the bytes; that there were several blocks; the block and whether there were several; the generation.
+/// Fields of a shadow entry: bytes of the word, "several blocks", block including that flag, generation (one per
+/// launch).
 const BYTES: u64 = 15;
 const SEVERAL: u64 = 1 << 7;
 const WHO: u64 = 0x1_ffff_ffff << 7;
 const GENERATION: u64 = 0xfff << 52;
 
-/// What stands in a word for its reader once `mine` has read it too.
+/// A reader entry after `mine` has read the word too.
 #[inline(always)]
 fn next_reader(old: u64, mine: u64) -> u64 {
     let live = (old ^ mine) & GENERATION == 0;
     let own = (old ^ mine) & WHO == 0;
     let kept = if (old ^ mine) & !BYTES == 0 { old & BYTES } else { 0 };
     let common = old & mine & BYTES;
-    // Another block, or several: what both have read was read by several.
+    // Another block, or several: bytes read by both were read by several.
     let joined = if common != 0 { (mine & !BYTES) | SEVERAL | common } else { mine };
     match (live, own) {
         (false, _) => mine,
@@ -480,7 +480,7 @@ fn next_reader(old: u64, mine: u64) -> u64 {
     }
 }
 
-/// Not 0 where a writer or reader in this launch was another block than `mine`, or several, and meant some of the same bytes.
+/// Nonzero if the entry is of this launch, by a block other than `mine` (or by several), and shares bytes with it.
 #[inline(always)]
 fn against(other: u64, mine: u64) -> u64 {
     let live = (other ^ mine) & GENERATION == 0;
@@ -488,7 +488,7 @@ fn against(other: u64, mine: u64) -> u64 {
     if live & another { other & mine & BYTES } else { 0 }
 }
 
-/// Eight times the same word. A macro: a closure would be compiled without the instruction set.
+/// Broadcasts a word to eight lanes. A macro, because a closure would not inherit the target features.
 #[cfg(target_arch = "x86_64")]
 macro_rules! set {
     ($x:expr) => {
@@ -496,16 +496,16 @@ macro_rules! set {
     };
 }
 
-/// Notes reads by `mine` in all words; whether no writer is against them.
+/// Records reads by `mine` in `count` entries. Returns whether no writer conflicts.
 ///
 /// # Safety
-/// So many words, held; the processor has the instruction set of `ISA`.
+/// `writers` and `readers` point to `count` entries whose lock is held; the processor supports `ISA`.
 #[inline(always)]
 unsafe fn read_words<const ISA: usize>(writers: *mut u64, readers: *mut u64, count: usize, mine: u64) -> bool {
     #[cfg(target_arch = "x86_64")]
     if ISA == AVX512 {
         use std::arch::x86_64::*;
-        // SAFETY: the caller's promise; masks keep loads and stores to `count` words.
+        // SAFETY: guaranteed by the caller; the masks limit loads and stores to `count` entries.
         return unsafe {
             let (all, bytes, rest) = (set!(mine), set!(BYTES), set!(!BYTES));
             let (who, generation) = (set!(WHO), set!(GENERATION));
@@ -531,7 +531,7 @@ unsafe fn read_words<const ISA: usize>(writers: *mut u64, readers: *mut u64, cou
     }
     let mut bad = 0;
     for i in 0..count {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let reader = readers.add(i);
             reader.write(next_reader(reader.read(), mine));
@@ -541,7 +541,7 @@ unsafe fn read_words<const ISA: usize>(writers: *mut u64, readers: *mut u64, cou
     bad == 0
 }
 
-/// Notes writes by `mine` in all words, if nobody is against one of them.
+/// Records writes by `mine` in `count` entries unless one conflicts. Returns whether none does.
 ///
 /// # Safety
 /// As for [`read_words`].
@@ -550,7 +550,7 @@ unsafe fn write_words<const ISA: usize>(writers: *mut u64, readers: *mut u64, co
     #[cfg(target_arch = "x86_64")]
     if ISA == AVX512 {
         use std::arch::x86_64::*;
-        // SAFETY: the caller's promise; masks keep loads and stores to `count` words.
+        // SAFETY: guaranteed by the caller; the masks limit loads and stores to `count` entries.
         return unsafe {
             let part = |i: usize| (0xffu32 >> (8 - (count - i).min(8))) as u8;
             let mut bad = 0;
@@ -570,7 +570,7 @@ unsafe fn write_words<const ISA: usize>(writers: *mut u64, readers: *mut u64, co
             true
         };
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let mut bad = 0;
         for i in 0..count {
@@ -588,15 +588,15 @@ unsafe fn write_words<const ISA: usize>(writers: *mut u64, readers: *mut u64, co
     true
 }
 
-/// [`against`] for eight words.
+/// [`against`] for eight entries.
 ///
 /// # Safety
-/// The processor has AVX-512 F.
+/// The processor supports AVX-512 F.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 unsafe fn against_avx512(other: std::arch::x86_64::__m512i, mine: u64) -> u8 {
     use std::arch::x86_64::*;
-    // SAFETY: the caller's promise.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         let change = _mm512_xor_si512(other, set!(mine));
         _mm512_testn_epi64_mask(change, set!(GENERATION))
@@ -605,7 +605,8 @@ unsafe fn against_avx512(other: std::arch::x86_64::__m512i, mine: u64) -> u8 {
     }
 }
 
-/// A word of the shadow: generation (12 bits), epoch (12), block (32), several blocks (1), free (3), bytes (4).
+/// A shadow entry unpacked. Layout from the top: generation (12 bits), epoch (12), block (32), several (1), unused (3),
+/// bytes (4).
 #[derive(Clone, Copy)]
 struct Access {
     epoch: u64,
@@ -615,7 +616,7 @@ struct Access {
 }
 
 impl GlobalRaces {
-    /// For one launch.
+    /// Starts a new generation for one launch.
     pub fn new(shadow: Arc<Shadow>, barrier: Option<GridBarrier>) -> Self {
         let generation = shadow.next_generation();
         GlobalRaces { shadow, generation, orders: Mutex::default(), barrier }
@@ -641,11 +642,12 @@ impl GlobalRaces {
     fn ordered(&self, block: u32, other: Access, read: bool) -> bool {
         let orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         if other.several && other.block == block {
-            // Who read before this block is not known any more: a block that has synchronised at all is believed.
+            // The earlier readers are forgotten. A block that has synchronised at all gets the benefit of the doubt.
             return orders.acquired.contains_key(&block);
         }
-        // Everything a block ever acquired counts, also what it acquired after releasing: that misses races, and makes none up. Logs only grow, so each is
-        // gone through once, however many blocks have acquired it.
+        // Follows acquisitions transitively. Everything a block ever acquired counts, even what it acquired after
+        // releasing: this misses races but reports none falsely. Logs only grow, so each is scanned once, however many
+        // blocks have acquired it.
         let mut known = vec![block];
         let mut met = HashSet::from([block]);
         let mut gone_through: HashMap<u64, usize> = HashMap::new();
@@ -668,17 +670,19 @@ impl GlobalRaces {
         false
     }
 
-    /// What a block is as a reader or writer of `bytes`.
+    /// The entry of a block that reads or writes `bytes`.
     fn mine(&self, bytes: u64, block: u32, epoch: u32) -> Access {
         Access { epoch: u64::from(epoch) & EPOCH_MASK, block, several: false, bytes }
     }
 
-    /// A block reads `bytes` (a mask of 4) of the word at an address of the device's range, or changes them by an atomic operation.
+    /// A block reads `bytes` (a 4-bit mask) of the word at an address of the device's range, or changes them by an
+    /// atomic.
     pub fn read(&self, address: u64, bytes: u64, block: u32, epoch: u32) -> Option<GlobalConflict> {
         let mine = self.pack(self.mine(bytes, block, epoch));
         let writer = {
             let _held = self.shadow.hold(address);
-            // SAFETY: callers have found the address in an allocation; its part of the shadow is held.
+            // SAFETY: callers pass addresses inside an allocation, hence inside the device's range; the lock of the
+            // entries is held.
             unsafe {
                 let (writer, reader) = self.shadow.word(address);
                 reader.write(next_reader(reader.read(), mine));
@@ -690,16 +694,16 @@ impl GlobalRaces {
         conflict.then_some(GlobalConflict { what: "written", block: Some(other.block) })
     }
 
-    /// A block writes; `same` says whether the bytes already have the value.
+    /// A block writes. `same` says whether the bytes already hold the value.
     pub fn write(&self, address: u64, bytes: u64, block: u32, epoch: u32, same: bool) -> Option<GlobalConflict> {
         let mine = self.pack(self.mine(bytes, block, epoch));
         let (writer, reader) = {
             let _held = self.shadow.hold(address);
-            // SAFETY: as for `read`.
+            // SAFETY: as in `read`.
             unsafe {
                 let (writer, reader) = self.shadow.word(address);
                 let before = writer.read();
-                // The same block in the same epoch: what it wrote before stays written.
+                // Same block, same epoch: its earlier writes stay recorded.
                 let more = if (before ^ mine) & !BYTES == 0 { before & BYTES } else { 0 };
                 writer.write(mine | more);
                 (before, reader.read())
@@ -720,10 +724,11 @@ impl GlobalRaces {
         None
     }
 
-    /// Accesses of a block: false where one needs a closer look, word by word, which may repeat what was noted here.
+    /// Records a block's accesses to a range. False if it needs the exact check word by word, which may record the same
+    /// again.
     ///
     /// # Safety
-    /// The range lies in the device's; the processor has the instruction set of `ISA`.
+    /// The range is inside the device's; the processor supports `ISA`.
     #[inline(always)]
     pub unsafe fn approve<const ISA: usize, const WRITE: bool>(
         &self,
@@ -738,10 +743,10 @@ impl GlobalRaces {
         while at < end {
             let stop = end.min((at | (HELD - 1)) + 1);
             let _held = self.shadow.hold(at);
-            // SAFETY: the caller's promise; the words are held.
+            // SAFETY: `at..stop` is inside the device's range and inside one stretch of HELD bytes, whose lock is held.
             unsafe {
                 let (mut writers, mut readers) = self.shadow.word(at);
-                // A word in part, whole words, a word in part.
+                // Partial word, whole words, partial word.
                 while at < stop {
                     let (count, bytes) = match stop - at {
                         rest if at.is_multiple_of(4) && rest >= 4 => ((rest / 4) as usize, BYTES),
@@ -762,8 +767,8 @@ impl GlobalRaces {
         true
     }
 
-    /// A block uses an address to synchronise: by a load it acquires what others released there, by a store it releases what it fenced, by an
-    /// atomic operation both.
+    /// A block synchronises through an address: a load acquires what others released there, a store releases what its
+    /// block had done before its last fence, an atomic does both.
     pub fn synchronise(&self, address: u64, block: u32, epoch: u32, acquire: bool, release: bool) {
         let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
         let log = orders.logs.entry(address).or_default();
@@ -786,20 +791,19 @@ impl GlobalRaces {
 
 #[cfg(test)]
 mod tests {
-    use super::super::access::{Addresses, Site, Use};
-    use super::super::interp::{AVX2, AVX512, PORTABLE};
+    use super::super::lanes::{Addresses, Site, Use, lanes, settle};
     use super::super::shapes::Shapes;
-    use super::super::state::lanes;
     use super::super::{Isa, best_isa};
     use super::*;
     use crate::memory::Memory;
+    use crate::num::{AVX2, AVX512, PORTABLE};
     use rand::rngs::StdRng;
     use rand::{RngExt, SeedableRng};
 
     const WARPS: usize = 3;
     const GRANULES: usize = 96;
 
-    /// One lane after the other, as the checks do it where chunks are no answer.
+    /// The exact check lane by lane, as `checks` falls back to it.
     fn by_lanes(races: &mut SharedRaces, warp: usize, at: &Addresses, site: Site) -> bool {
         lanes(site.mask).any(|l| {
             let first = at[l as usize] as usize / 4;
@@ -814,7 +818,7 @@ mod tests {
     }
 
     /// # Safety
-    /// The processor has the instruction set of `ISA`.
+    /// The processor supports `ISA`.
     unsafe fn chunks_agree_with_lanes<const ISA: usize>(seed: u64) -> (u32, u32) {
         let mut random = StdRng::seed_from_u64(seed);
         let mut quick = SharedRaces::new(WARPS, GRANULES, true);
@@ -829,7 +833,7 @@ mod tests {
                     slow.tick(warp);
                 }
                 1 => {
-                    // All meet, as at a barrier of the block.
+                    // A barrier of the whole block.
                     for races in [&mut quick, &mut slow] {
                         let latest = (0..WARPS).map(|w| races.clock(w)[w]).max().unwrap();
                         for w in 0..WARPS {
@@ -852,17 +856,17 @@ mod tests {
                     let usage = [Use::Load, Use::Load, Use::Store, Use::Atomic][random.random_range(0..4)];
                     let bytes = [4u32, 8, 16][random.random_range(0..3)];
                     let mask = [!0u32, 0xffff, 0x8421][random.random_range(0..3)];
-                    // In a row, all at one place, two places, or far apart.
+                    // Consecutive, all the same, two addresses, or far apart.
                     let step = [bytes, 0, 4 * bytes % 48][random.random_range(0..3)] as usize;
                     let origin = random.random_range(0..8) * 16;
                     let mut at = Addresses(std::array::from_fn(|l| {
                         ((origin + l * step) % (GRANULES * 4 - 16)) as u64 / u64::from(bytes) * u64::from(bytes)
                     }));
-                    super::super::access::settle(&mut at, mask);
-                    // An instruction has one size.
+                    settle(&mut at, mask);
+                    // One size per instruction.
                     let site = Site { pc: bytes.trailing_zeros() - 2, mask, bytes, usage, element: 0, strong: false };
                     let expected = by_lanes(&mut slow, warp, &at, site);
-                    // SAFETY: the caller's promise; the accesses lie inside the granules.
+                    // SAFETY: the caller guarantees the ISA; `holds` is asserted before every chunk.
                     let good = unsafe {
                         usage != Use::Atomic
                             && shapes.recall::<ISA>(&at, site, 2).is_some_and(|shape| {
@@ -894,9 +898,10 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "80,000 accesses take too long")]
     fn chunks_find_the_races_that_lanes_find() {
         for seed in 0..20 {
-            // SAFETY: only what the processor has.
+            // SAFETY: `best_isa` says what this processor supports, and smaller sets are included.
             let counts = unsafe {
                 match (best_isa(), seed % 3) {
                     (Isa::Avx512, 0) => chunks_agree_with_lanes::<AVX512>(seed),
@@ -909,7 +914,7 @@ mod tests {
     }
 
     /// # Safety
-    /// The processor has the instruction set of `ISA`.
+    /// The processor supports `ISA`.
     unsafe fn ranges_agree_with_words<const ISA: usize>(seed: u64) -> (u32, u32) {
         let mut random = StdRng::seed_from_u64(seed);
         let memories = [Memory::new(1 << 20), Memory::new(1 << 20)];
@@ -938,7 +943,7 @@ mod tests {
                 found
             };
             let expected = by_words(&races[1], bases[1]);
-            // SAFETY: the caller's promise; the range lies in the allocation.
+            // SAFETY: the caller guarantees the ISA; first + length <= 1300 is inside the allocation of 4096 bytes.
             let good = unsafe {
                 match write {
                     true => races[0].approve::<ISA, true>(bases[0] + first, length, block, epoch),
@@ -957,9 +962,10 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "device memory is mapped at fixed addresses")]
     fn ranges_find_the_races_that_words_find() {
         for seed in 0..9 {
-            // SAFETY: only what the processor has.
+            // SAFETY: `best_isa` says what this processor supports; PORTABLE runs everywhere.
             let counts = unsafe {
                 match best_isa() {
                     Isa::Avx512 if seed % 2 == 0 => ranges_agree_with_words::<AVX512>(seed),

@@ -1,21 +1,23 @@
-//! Blocks over workers, warps inside a block.
+//! Blocks over worker threads, and warps inside a block.
 //!
-//! Workers take blocks one after the other and run each until it ends. A block that uses up its share of turns (it may be waiting for
-//! another block), or a turn with polling, is put aside for a new one and taken up again later, so that blocks which wait for each other all get to
-//! run: as many as the multiprocessors of the device hold, in a cooperative launch all. A poll is what a program can wait for other blocks by: a
-//! volatile or other strong load, an atomic with a result, or one thread's load past the L1 cache, on global memory.
+//! A worker takes one block after the other and runs each until it ends. A block that uses up its turns, or one turn by
+//! polling, may be waiting for another block: it is put aside for a new one and resumed later, so that blocks that wait
+//! for each other all get to run. As many are begun as the device's multiprocessors hold, in a cooperative launch all.
+//! Polls are the loads by which a program can wait for other blocks: on global memory, a volatile or other strong load,
+//! an atomic with a result, or a single thread's load past the L1 cache.
 //!
-//! **Order.** Without a seed, blocks and warps run in order and a warp keeps its turn until it waits. With a seed, blocks
-//! are issued in a random order, the next warp is drawn, and turns are short and random.
+//! **Order.** Without a seed, blocks and warps run in order and a warp keeps its turn until it waits. With a seed,
+//! blocks are issued in a random order, the next warp is drawn at random, and turns are short and random.
 //!
-//! **Faults.** A launch's fault is that of the first block in the order of issue that has one, at any number of workers: blocks behind it are left at the
-//! end of a turn, blocks before it run on, since theirs would be the fault to tell. But not for ever: one of them may be waiting for the block that
-//! faulted. So a block before it is left too once one of its warps has polled more than [`POLLS`] times since the block began. Thus the choice
-//! depends on time only in blocks that poll more than that and then have a fault of their own. Blocks that never poll always run to their end.
+//! **Faults.** A launch reports the fault of the first block in issue order that has one, whatever the number of
+//! workers: later blocks are abandoned at the end of a turn, earlier ones run on, since their fault would take
+//! precedence. Not for ever, though: an earlier block may be waiting for the one that faulted. So it is abandoned too
+//! once one of its warps has polled more than [`POLLS`] times. The reported fault therefore depends on timing only if a
+//! block polls more than that and then faults itself. Blocks that never poll always run to their end.
 
 use super::interp::{self, Runner, Turn};
 use super::races::{GlobalRaces, GridBarrier};
-use super::state::{Block, Env, Machine, Touched, Wait, Warp, resolve};
+use super::state::{Block, Env, Machine, TURN, Touched, Wait, Warp, mix, resolve};
 use super::{Checks, Counters, Fault, FaultKind, Isa, Launch, Settings};
 use crate::memory::Memory;
 use crate::num::FlopType;
@@ -25,31 +27,22 @@ use std::io::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// Basic blocks that a warp may run before another has its turn.
-pub const TURN: u32 = 4096;
-/// Turns that each warp of a block may use before another block is begun; as many again each time.
+/// Turns per warp before a block is put aside for another; each time it is resumed it gets as many again.
 const TURNS_OF_WARP: u32 = 32;
-/// Blocks that a worker holds begun at a time, not counting those that wait for others.
+/// Blocks that a worker keeps begun, not counting those that wait for others.
 const MAX_BEGUN: usize = 128;
-/// Threads and blocks that one multiprocessor holds at a time, on the largest device. Grids that fill the device exactly are written to wait for all of
-/// their blocks, whether or not the launch is cooperative.
+/// Threads and blocks that one multiprocessor of the largest device holds. Grids that just fill the device are written
+/// to wait for all of their blocks, whether or not the launch is cooperative.
 const RESIDENT: (u32, u32) = (2048, 32);
 
-/// Polls of a warp after which its block counts as waiting for another. Loops that poll a few times each round and are not waits stay below it.
+/// Polls of a warp after which its block counts as waiting for another. Loops that poll a few times per iteration
+/// without waiting stay below.
 const POLLS: u64 = 1 << 12;
 
-/// Bytes of the workspace that a cooperative launch gives its grid.
+/// Bytes of the workspace of a cooperative grid.
 const GRID_WORKSPACE: u64 = 64;
 
-/// A well-mixed function of 64 bits (the finaliser of SplitMix64).
-pub fn mix(x: u64) -> u64 {
-    let mut z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ z >> 31
-}
-
-/// The best instruction set of this processor.
+/// The best instruction set that this processor supports.
 pub fn best_isa() -> Isa {
     #[cfg(target_arch = "x86_64")]
     {
@@ -73,7 +66,7 @@ pub fn best_isa() -> Isa {
 
 fn runner(wanted: Option<Isa>) -> Runner {
     let best = best_isa();
-    // An instruction set that the processor lacks cannot be forced.
+    // An instruction set that the processor lacks is not used, even if asked for.
     let isa = wanted.filter(|&isa| isa as u32 <= best as u32).unwrap_or(best);
     match isa {
         #[cfg(target_arch = "x86_64")]
@@ -84,7 +77,7 @@ fn runner(wanted: Option<Isa>) -> Runner {
     }
 }
 
-/// The order of blocks: a permutation of `0..count` that needs no table.
+/// The order of issue: a permutation of `0..count` that needs no table.
 struct Order {
     count: u64,
     factor: u64,
@@ -117,12 +110,12 @@ impl Order {
     }
 }
 
-/// What the workers of a launch have in common.
+/// State shared by the workers of a launch.
 struct Shared<'a> {
     env: &'a Env<'a>,
     order: Order,
     next: AtomicU64,
-    /// Place in the order of the first block with a fault.
+    /// Place in the order of issue of the first block with a fault.
     first_fault: AtomicU64,
     fault: Mutex<Option<(u64, Box<Fault>)>>,
     output: Mutex<Vec<(u64, Vec<u8>)>>,
@@ -130,10 +123,18 @@ struct Shared<'a> {
     run: Runner,
 }
 
-/// Runs a kernel to its end.
+/// Runs a kernel to completion.
+///
+/// # Errors
+/// The fault of the first block, in the order of issue, that has one.
+///
+/// # Panics
+/// If the launch is not one that a driver would accept: a kernel that was not parsed, parameters shorter than the
+/// kernel's, an empty grid, or a block that is empty or has more than 1024 threads.
 pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<Counters, Fault> {
     let kernel = launch.kernel;
     let program = &kernel.program;
+    assert!(!program.steps.is_empty(), "kernel {} was not made by `ptx::parse`: it has no code", kernel.name);
     assert!(
         launch.params.len() >= kernel.param_bytes as usize,
         "{} parameter bytes for {}",
@@ -173,7 +174,7 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
             0 => kernel.static_shared + launch.dynamic_shared,
             reserved => (kernel.static_shared + launch.dynamic_shared).next_multiple_of(16) + reserved,
         },
-        // Without the check for bounds accesses need not be aligned.
+        // Without the bounds check accesses need not be aligned, so a granule is one byte.
         granule: if checks.bounds { program.smallest_shared.trailing_zeros() } else { 0 },
         threads,
         local_stride: kernel.local_bytes.next_multiple_of(16),
@@ -235,10 +236,10 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
     Ok(counters)
 }
 
-/// To standard output, at once and behind what the program has printed so far: its end does not flush the buffer of Rust's library here, and C's
-/// output waits in a buffer of its own.
+/// Prints to standard output, after what the program has printed so far. Both C's and Rust's buffers are flushed:
+/// Rust's would not be flushed when the program ends.
 fn print(text: &[u8]) {
-    // SAFETY: null stands for all output streams.
+    // SAFETY: null means all output streams.
     unsafe { libc::fflush(std::ptr::null_mut()) };
     let mut output = std::io::stdout().lock();
     // A closed standard output is no fault of the kernel.
@@ -246,15 +247,15 @@ fn print(text: &[u8]) {
 }
 
 impl Shared<'_> {
-    /// One worker, until no block is left.
+    /// One worker: runs until no block is left.
     fn work(&self) {
         let mut machine = Machine::new(self.env);
-        // Blocks put aside, and whether they wait; how many do not.
+        // Blocks put aside, each with whether it waits; `busy` counts those that do not.
         let mut aside: VecDeque<(Block, bool)> = VecDeque::new();
         let mut busy = 0;
         let mut spare: Vec<Block> = vec![];
         let launch = self.env.launch;
-        let resident = (launch.multiprocessors * (RESIDENT.0 / self.env.threads).min(RESIDENT.1)) as usize;
+        let resident = launch.multiprocessors as usize * (RESIDENT.0 / self.env.threads).min(RESIDENT.1) as usize;
         loop {
             let full = (busy >= MAX_BEGUN || aside.len() >= resident.max(MAX_BEGUN)) && !launch.cooperative;
             let issue = if full { u64::MAX } else { self.next.fetch_add(1, Ordering::Relaxed) };
@@ -303,22 +304,23 @@ impl Shared<'_> {
     }
 }
 
-/// Why a block is not run on.
+/// Why a block stopped running.
 enum Stop {
     /// All its threads have exited.
     Ended,
-    /// It has used its turns, or polled so often in one that it waits for another block.
+    /// It has used up its turns, or one turn with so many polls that it is taken to wait for another block.
     TurnsUsed { waits: bool },
-    /// Another block's fault ends the launch.
+    /// Another block's fault has ended the launch.
     Left,
 }
 
 impl Machine<'_> {
-    /// Runs the block for its turns at most. `first_fault` is the place in the order of issue of the first block with a fault.
+    /// Runs the block for at most its turns. `first_fault` is the place in the order of issue of the first block with a
+    /// fault.
     fn run_block(&mut self, run: Runner, first_fault: &AtomicU64) -> Result<Stop, Box<Fault>> {
         let seeded = self.env.settings.schedule_seed.is_some();
         let limit = self.env.settings.instruction_limit;
-        // The blocks of a cooperative grid wait for each other, so each is left at its first long wait.
+        // Blocks of a cooperative grid wait for each other, so each is put aside at its first long wait.
         let mut turns = match self.env.launch.cooperative {
             true => 1,
             false => TURNS_OF_WARP * self.block.warps.len() as u32,
@@ -339,7 +341,7 @@ impl Machine<'_> {
             };
             let mut warp = std::mem::take(&mut self.block.warps[index]);
             let (before, polls) = (self.block.ticks, warp.polls);
-            // SAFETY: `runner` has chosen code that this processor can run.
+            // SAFETY: `runner` has chosen an instruction set that this processor supports.
             let result = unsafe { run(self, &mut warp, turn) };
             warp.instructions += self.block.ticks - before;
             let too_long = limit > 0 && warp.instructions > limit;
@@ -369,7 +371,7 @@ impl Machine<'_> {
                 turns = if waits_now { 0 } else { turns - 1 };
             }
             if used && (turns == 0 || seeded) {
-                // A seeded schedule has short turns, and draws when to put a block aside.
+                // Turns of a seeded schedule are short, so when to put a block aside is drawn.
                 let odds = if ended == Turn::Polled { 0x3f } else { 0xfff };
                 if !seeded || self.block.random >> 20 & odds == 0 {
                     return Ok(Stop::TurnsUsed { waits: waits_now });
@@ -378,7 +380,7 @@ impl Machine<'_> {
         }
     }
 
-    /// Nobody can go on: who waits for whom.
+    /// The fault of a block in which nobody can run: who waits for whom.
     fn deadlock(&self) -> Box<Fault> {
         let waiting = |warp: &Warp| warp.groups.iter().copied().filter(|group| group.mask != 0).collect::<Vec<_>>();
         let mut all = vec![];
@@ -391,7 +393,7 @@ impl Machine<'_> {
             let source = program.sources[program.steps[pc as usize].source as usize];
             format!("PTX line {}", source.line)
         };
-        // Lanes that wait for others of their warp explain more than those that wait at a barrier as they should.
+        // Lanes that wait for their own warp explain more than lanes that properly wait at a barrier.
         let (warp, group) = *all.iter().find(|(_, group)| group.wait == Wait::Lanes).unwrap_or(&all[0]);
         let lane = group.mask.trailing_zeros() & 31;
         let others: Vec<String> = all
@@ -417,7 +419,7 @@ impl Machine<'_> {
         self.fault(kind, warp, group.pc, lane, format!("{what}; {} lanes wait here, {others}", group.mask.count_ones()))
     }
 
-    /// Turns how often each basic block ran into counts of instructions and operations.
+    /// Turns the execution counts of basic blocks into counts of instructions and operations.
     fn sum_runs(&mut self) {
         let types = [FlopType::F16, FlopType::Bf16, FlopType::Tf32, FlopType::F32, FlopType::F64];
         for (cost, &(warps, lanes)) in self.env.program.costs.iter().zip(&self.runs) {

@@ -1,38 +1,36 @@
-//! Shapes of accesses to shared memory: the addresses of a warp's lanes as distances from the first lane's.
+//! Shapes of shared-memory accesses: the lanes' addresses relative to the first lane's.
 //!
-//! A memory instruction meets few shapes, and each many times. What does not depend on where the first lane points (which granules are
-//! touched by whom, bank conflicts, extent) is worked out when a shape comes for the second time, so that addresses that follow no
-//! pattern cost no more than being compared.
+//! A memory instruction meets few shapes, each of them many times. What does not depend on the first lane's address
+//! (granules touched and by which lane, bank conflicts, extent) is computed when a shape occurs for the second time, so
+//! that patternless addresses cost no more than a comparison.
 
-use super::access::{Addresses, Site};
-use super::interp::AVX512;
-use super::lanes::Some16;
-use super::races::{Chunk, MANY};
-use super::state::lanes;
+use super::lanes::{Addresses, Chunk, MANY, Site, Some16, lanes};
+#[cfg(target_arch = "x86_64")]
+use crate::num::AVX512;
 
-/// Shapes that are kept of one instruction.
+/// Shapes remembered per instruction.
 const MOST: usize = 16;
-/// After so many unknown shapes in a row an instruction is taken to have no pattern.
+/// Unknown shapes in a row after which an instruction is taken to have no pattern.
 const PATIENCE: u32 = 64;
 
-/// What an access touches, from its first lane's address.
+/// What an access touches, relative to its first lane's address.
 pub struct Shape {
     /// Distances of the lanes; 0 for those outside the mask.
     distance: Addresses,
     mask: u32,
-    /// The first address modulo 4, on which bank conflicts of narrow accesses depend.
+    /// The first address modulo 4, on which the bank conflicts of narrow accesses depend.
     low: u64,
-    /// Whether the rest is known.
+    /// Whether the fields below have been computed.
     ready: bool,
-    /// Whether all distances are multiples of the access's size.
+    /// All distances are multiples of the access size.
     pub aligned: bool,
-    /// From the first lane's address to the lowest byte, and to behind the highest.
+    /// Distance from the first lane's address to the lowest byte, and to the end of the highest.
     pub extent: (i64, i64),
-    /// Whether several lanes touch a granule.
+    /// Some granule is touched by several lanes.
     pub overlap: bool,
-    /// The granules.
+    /// The granules touched.
     pub chunks: Vec<Chunk>,
-    /// Passes through the banks, and how few they could be.
+    /// Wavefronts, and how many there would be without bank conflicts.
     pub wavefronts: (u64, u64),
 }
 
@@ -54,11 +52,11 @@ impl Shapes {
         Shapes(std::iter::repeat_with(|| None).take(steps).collect())
     }
 
-    /// The shape of an access, if it has been seen before; those of one step are all of one size. Lanes outside the mask have the first lane's address. `granule` is the base-2 logarithm of a
-    /// granule's bytes.
+    /// The shape of an access, if it has been seen before. Accesses of one step have one size; lanes outside the mask
+    /// have the first lane's address. `granule` is log2 of the bytes per granule.
     ///
     /// # Safety
-    /// The processor has the instruction set of `ISA`.
+    /// The processor supports `ISA`.
     #[inline(always)]
     pub unsafe fn recall<const ISA: usize>(&mut self, at: &Addresses, site: Site, granule: u32) -> Option<&Shape> {
         let known = &mut **self.0.get_mut(site.pc as usize)?.get_or_insert_default();
@@ -68,7 +66,7 @@ impl Shapes {
         let mut index = known.last;
         for _ in 0..count {
             let shape = &known.shapes[index];
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller.
             if shape.mask == site.mask && shape.low == low && unsafe { same::<ISA>(&shape.distance, at, first) } {
                 known.last = index;
                 known.unknown = 0;
@@ -89,7 +87,7 @@ impl Known {
     fn learn(&mut self, at: &Addresses, first: u64, low: u64, mask: u32) {
         self.unknown = self.unknown.saturating_add(1);
         if self.unknown > PATIENCE {
-            // Tried again now and then: one shape is kept of so many accesses.
+            // Retried now and then: one of many accesses is remembered.
             if !self.unknown.is_multiple_of(PATIENCE) {
                 return;
             }
@@ -121,7 +119,7 @@ impl Shape {
     #[inline(always)]
     pub fn fits(&self, first: u64, bytes: u32, shared: u32) -> bool {
         let (low, high) = self.extent;
-        // The first address is small enough to be signed once it has been compared with the size.
+        // Once it is compared with the size, the first address is small enough to be signed.
         self.aligned
             && first & u64::from(bytes - 1) == 0
             && first <= u64::from(shared)
@@ -139,7 +137,7 @@ impl Shape {
         let high = lanes(site.mask).map(distance).max().unwrap_or(0);
         self.extent = (low, high.saturating_add(bytes));
         self.wavefronts = wavefronts(&self.distance, self.low, site);
-        // Shared memory is smaller; what reaches further is refused by its extent.
+        // Shared memory is smaller than that; what reaches further is refused.
         if !self.aligned || low < -(1 << 24) || high > 1 << 24 {
             self.aligned = false;
             return;
@@ -170,11 +168,12 @@ impl Shape {
     }
 }
 
-/// Passes that an access takes through 32 banks of 4 bytes, and without conflicts; accesses of 8 and 16 bytes go by half and quarter warps, as
-/// the hardware does. Moving all addresses by a multiple of 4 (of an access's size, if that is larger) turns the banks and changes nothing.
+/// Wavefronts (passes through 32 banks of 4 bytes) of an access, and their number without conflicts. Accesses of 8 and
+/// 16 bytes go by half and quarter warps, as on the hardware. Shifting all addresses by a multiple of 4 (of the access
+/// size, if larger) rotates the banks and changes nothing.
 pub fn wavefronts(at: &Addresses, add: u64, site: Site) -> (u64, u64) {
     let (mut all, mut ideal) = (0, 0);
-    // An aligned access of 4, 8 or 16 bytes is one unit, and a pass has as many lanes as there are units in all banks.
+    // An aligned access of 4, 8 or 16 bytes is one unit; a pass serves as many lanes as all banks hold units.
     let unit = site.bytes.max(4);
     let lanes_per_pass = 128 / unit;
     for pass in 0..32 / lanes_per_pass {
@@ -182,7 +181,7 @@ pub fn wavefronts(at: &Addresses, add: u64, site: Site) -> (u64, u64) {
         if part == 0 {
             continue;
         }
-        // The first unit seen in each place of the banks; others in the same place are further wavefronts.
+        // The first unit seen in each bank; others in the same bank are further wavefronts.
         let mut first = [None; 32];
         let (mut more, mut count) = ([0u64; 32], 0);
         for l in lanes(part) {
@@ -215,16 +214,16 @@ pub fn wavefronts(at: &Addresses, add: u64, site: Site) -> (u64, u64) {
     (all, ideal)
 }
 
-/// Whether lane after lane lies at its distance from the first address.
+/// Whether every lane's address is `first` plus its distance.
 ///
 /// # Safety
-/// The processor has the instruction set of `ISA`.
+/// The processor supports `ISA`.
 #[inline(always)]
 unsafe fn same<const ISA: usize>(distance: &Addresses, at: &Addresses, first: u64) -> bool {
     #[cfg(target_arch = "x86_64")]
     if ISA == AVX512 {
         use std::arch::x86_64::*;
-        // SAFETY: both are 32 values aligned to 64 bytes; the caller vouches for the instruction set.
+        // SAFETY: both are 32 values aligned to 64 bytes; the caller guarantees the ISA.
         return unsafe {
             let first = _mm512_set1_epi64(first as i64);
             macro_rules! wrong {

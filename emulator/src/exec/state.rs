@@ -1,26 +1,41 @@
-//! What a running launch, block and warp consist of.
+//! The state of a running launch: environment, worker, block, warp.
 
-use super::access::{Addresses, Site};
+use super::lanes::{Addresses, Site, lanes};
 use super::races::{GlobalRaces, SharedRaces};
 use super::shapes::Shapes;
 use super::{Checks, Counters, Fault, FaultKind, Launch, Settings};
 use crate::memory::{Allocation, Memory};
 use crate::ptx::program::{Constant, Program};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// 64 bytes, aligned so.
+/// Basic blocks that a warp may run before another gets its turn.
+pub const TURN: u32 = 4096;
+/// Polls after which other lanes, warps and blocks get a turn. A lock then changes hands after a hundred basic blocks
+/// or so; with whole turns, many waiters would each wait for milliseconds.
+pub const POLLS_OF_TURN: u32 = 64;
+
+/// A bijective mix of 64 bits: one step of SplitMix64.
+pub fn mix(x: u64) -> u64 {
+    let mut z = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ z >> 31
+}
+
+/// A 64-byte line, aligned.
 #[repr(C, align(64))]
 #[derive(Clone, Copy)]
 pub struct Line(pub [u8; 64]);
 
-/// Bytes aligned to 64.
+/// A byte buffer aligned to 64.
 #[derive(Default)]
 pub struct Aligned(Vec<Line>);
 
 impl Aligned {
-    /// So many bytes, all equal.
+    /// `bytes` bytes, rounded up to whole lines, all equal to `value`.
     pub fn new(bytes: usize, value: u8) -> Self {
         Aligned(vec![Line([value; 64]); bytes.div_ceil(64)])
     }
@@ -30,7 +45,12 @@ impl Aligned {
         self.0.as_mut_ptr().cast()
     }
 
-    /// All bytes the same.
+    /// Size in bytes.
+    pub fn len(&self) -> usize {
+        size_of_val(&self.0[..])
+    }
+
+    /// Sets all bytes.
     pub fn fill(&mut self, value: u8) {
         self.0.fill(Line([value; 64]));
     }
@@ -58,11 +78,11 @@ pub struct Group {
     pub wait: Wait,
 }
 
-/// Copies by one cp.async that have not arrived.
+/// The copies of one `cp.async` that have not arrived.
 pub struct Pending {
     /// The instruction, with the lanes whose copies these are.
     pub site: Site,
-    /// Group of the lanes they belong to.
+    /// Commit group of these lanes.
     pub group: u32,
     /// Offsets in shared memory.
     pub to: Addresses,
@@ -85,22 +105,65 @@ pub struct Warp {
     pub groups: Vec<Group>,
     /// Lanes that have not exited.
     pub alive: u32,
-    /// A lane whose group goes first for fairness, as a bit; 0 is none.
+    /// A lane, as a bit, whose group goes first for fairness; 0 for none.
     pub favour: u32,
-    /// Basic blocks run since its lanes last waited or took turns.
+    /// Basic blocks run since its lanes last waited or rotated.
     pub unbroken: u32,
-    /// Polls since then (see the schedule), shared memory's too: what code that waits for other threads does over and over.
+    /// Polls since then, of shared memory too: what code that waits for other threads does over and over.
     pub polls_of_turn: u32,
     /// Values read from shared memory that nothing has written.
-    pub unwritten: super::unwritten::Unwritten,
+    pub unwritten: Unwritten,
     /// Instructions so far.
     pub instructions: u64,
-    /// Reads of global memory so far by which it may have waited for another block.
+    /// Loads of global memory so far that may have waited for another block.
     pub polls: u64,
     /// Copies under way.
     pub pending: Vec<Pending>,
-    /// Groups of copies that each lane has committed.
+    /// Commit groups of each lane.
     pub committed: [u32; 32],
+}
+
+/// The values of a warp that come from unwritten shared memory; see [`super::unwritten`].
+#[derive(Default)]
+pub struct Unwritten {
+    /// By register (its offset in the file): lanes whose value depends on an unwritten one.
+    registers: HashMap<u32, u32>,
+    /// The fault of the first such load.
+    pub(super) read: Option<Box<Fault>>,
+}
+
+impl Unwritten {
+    /// Whether nothing is marked.
+    #[inline(always)]
+    pub fn is_empty(&self) -> bool {
+        self.registers.is_empty()
+    }
+
+    /// A shuffle: each lane of `active` gets the value of lane `from[lane]`.
+    pub fn pass(&mut self, to: u32, value: u32, from: &[u32; 32], active: u32) {
+        let of = self.of(value);
+        let passed = lanes(active).filter(|&l| of >> from[l as usize] & 1 != 0).fold(0, |all, l| all | 1 << l);
+        self.set(to, active, passed);
+    }
+
+    /// Forgets everything, for the next block.
+    pub fn clear(&mut self) {
+        self.registers.clear();
+        self.read = None;
+    }
+
+    pub(super) fn of(&self, register: u32) -> u32 {
+        self.registers.get(&register).copied().unwrap_or(0)
+    }
+
+    /// The lanes of `active` get new values in a register, of which those of `lanes` are marked.
+    pub(super) fn set(&mut self, register: u32, active: u32, lanes: u32) {
+        let all = self.of(register) & !active | lanes & active;
+        match all {
+            0 => self.registers.remove(&register),
+            _ => self.registers.insert(register, all),
+        };
+    }
 }
 
 /// One of a block's sixteen barriers.
@@ -114,19 +177,19 @@ pub struct BarrierState {
     pub expected: u32,
     /// Step of the first arrival and thread.
     pub first: Option<(u32, u32)>,
-    /// Threads with a true predicate, and with any.
+    /// Threads with a true predicate.
     pub votes: u32,
     /// Threads that voted.
     pub voters: u32,
-    /// Votes of the last completed generation: true ones, all.
+    /// `votes` and `voters` of the last completed generation.
     pub result: (u32, u32),
     /// Join of the clocks of those that arrived.
     pub clock: Vec<u32>,
-    /// The same of the last completed generation.
+    /// `clock` of the last completed generation.
     pub completed_clock: Vec<u32>,
-    /// Whether some threads did not wait, or came without the rest of their warp.
+    /// Some threads did not wait, or arrived without the rest of their warp.
     pub loose: bool,
-    /// The time from which all warps go on behind the last completed generation; 0 where each has its own.
+    /// The time at which all warps resume after the last completed generation; 0 if each has its own.
     pub resume: u32,
 }
 
@@ -143,9 +206,9 @@ pub struct Block {
     pub warps: Vec<Warp>,
     /// Shared memory.
     pub shared: Aligned,
-    /// Which granules of it have been written; empty when nobody asks.
+    /// Which granules of it have been written; empty without that check.
     pub shared_written: Vec<u8>,
-    /// How many cp.async are about to write each granule of it; empty when nobody asks.
+    /// How many pending `cp.async` will write each granule; empty without race checks.
     pub shared_pending: Vec<u8>,
     /// Race detector.
     pub races: Option<SharedRaces>,
@@ -159,15 +222,15 @@ pub struct Block {
     pub random: u64,
     /// Steps executed: the clock.
     pub ticks: u64,
-    /// How often the block has fenced, for races between blocks; fences with nothing before them do not count.
+    /// Fences so far, for races between blocks; fences with nothing to order do not count.
     pub epoch: u32,
-    /// Whether it has used global memory since it last fenced.
+    /// It has used global memory since its last fence.
     pub unfenced: bool,
     /// Warp whose turn it is.
     pub turn: usize,
 }
 
-/// What all workers of a launch share.
+/// What the workers of a launch share.
 pub struct Env<'a> {
     /// The launch.
     pub launch: &'a Launch<'a>,
@@ -177,23 +240,24 @@ pub struct Env<'a> {
     pub settings: &'a Settings,
     /// Device memory.
     pub memory: &'a Memory,
-    /// Allocations when the launch began.
+    /// Allocations at the beginning of the launch.
     pub allocations: Arc<Vec<Allocation>>,
     /// First address and size of the device's range.
     pub range: (u64, u64),
-    /// Checks that have a meaning in this launch.
+    /// Checks that apply to this launch.
     pub checks: Checks,
     /// Bytes of shared memory per block.
     pub shared_bytes: u32,
-    /// Base-2 logarithm of the bytes of a granule, in which what is known about shared memory is kept: every access is one or more, aligned.
+    /// log2 of the bytes per granule, the unit in which the state of shared memory is tracked: every access is one or
+    /// more whole granules.
     pub granule: u32,
     /// Threads per block.
     pub threads: u32,
     /// Bytes of local memory per lane, padded.
     pub local_stride: u32,
-    /// The last part of every register file.
+    /// The constants at the end of every register file.
     pub constants: Vec<u8>,
-    /// Where in a register file that part begins.
+    /// Offset of the first constant in a register file.
     pub first_constant: u32,
     /// Races between blocks.
     pub global_races: Option<GlobalRaces>,
@@ -203,7 +267,7 @@ pub struct Env<'a> {
     pub grid_workspace: u64,
 }
 
-/// One bit per 32-byte sector of the device's range.
+/// One bit per 32-byte sector of the device's range, allocated by page.
 pub struct Touched {
     base: u64,
     pages: Vec<std::sync::OnceLock<Box<[AtomicU64; PAGE_WORDS]>>>,
@@ -252,13 +316,13 @@ pub struct Machine<'a> {
     pub block: Block,
     /// What the worker has counted.
     pub counters: Counters,
-    /// Times each basic block was run by a warp, and lanes.
+    /// Per basic block: executions by a warp, and active lanes summed over them.
     pub runs: Vec<(u64, u64)>,
-    /// Ranges of allocations that recent instructions used.
+    /// The allocation (start, end) that each recent instruction used last.
     pub cache: [(u64, u64); 64],
     /// Shapes of accesses to shared memory.
     pub shapes: Shapes,
-    /// Lanes for which the load at hand has found shared memory unwritten.
+    /// Lanes whose current load has read unwritten shared memory.
     pub unwritten: u32,
 }
 
@@ -289,7 +353,7 @@ impl Env<'_> {
     }
 }
 
-/// A thread as messages name it.
+/// A thread index as messages spell it.
 pub fn name_thread([x, y, z]: [u32; 3]) -> String {
     format!("({x},{y},{z})")
 }
@@ -324,7 +388,7 @@ impl<'a> Machine<'a> {
         })
     }
 
-    /// Makes the worker's block the one with this index, as at its start. Memory is reused.
+    /// Starts the block with this index on this worker, reusing memory.
     pub fn start(&mut self, issue: u64, linear: u64) {
         let env = self.env;
         let [gx, gy, _] = env.launch.grid.map(u64::from);
@@ -372,8 +436,7 @@ impl<'a> Machine<'a> {
         }
         block.alive = env.threads;
         block.output.clear();
-        block.random =
-            env.settings.schedule_seed.map_or(0, |seed| super::schedule::mix(seed ^ super::schedule::mix(linear)));
+        block.random = env.settings.schedule_seed.map_or(0, |seed| mix(seed ^ mix(linear)));
         block.ticks = 0;
         block.epoch = 1;
         block.unfenced = false;
@@ -385,7 +448,7 @@ impl Env<'_> {
     fn new_warp(&self, index: u32) -> Warp {
         let mut file = Aligned::new(self.program.file_bytes as usize, 0);
         let start = self.program.file_bytes as usize - self.constants.len();
-        // SAFETY: the file has `file_bytes` bytes and the constants are its last ones.
+        // SAFETY: the file has `file_bytes` bytes, and the constants are its last ones (see `resolve`).
         unsafe {
             std::ptr::copy_nonoverlapping(self.constants.as_ptr(), file.as_mut_ptr().add(start), self.constants.len())
         };
@@ -407,7 +470,7 @@ impl Env<'_> {
     }
 }
 
-/// The constant part of a register file, from the offset of the first constant.
+/// The constants of a register file, from the offset of the first one to the end.
 pub fn resolve(program: &Program, addresses: &[u64]) -> Vec<u8> {
     let start = program.constants.first().map_or(program.file_bytes, |&(offset, _)| offset);
     let mut bytes = vec![0; (program.file_bytes - start) as usize];
@@ -431,16 +494,4 @@ pub fn resolve(program: &Program, addresses: &[u64]) -> Vec<u8> {
         }
     }
     bytes
-}
-
-/// Lanes of a mask, lowest first.
-pub fn lanes(mask: u32) -> impl Iterator<Item = u32> {
-    let mut rest = mask;
-    std::iter::from_fn(move || {
-        let lane = rest.trailing_zeros();
-        (rest != 0).then(|| {
-            rest &= rest - 1;
-            lane
-        })
-    })
 }

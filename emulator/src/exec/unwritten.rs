@@ -1,65 +1,24 @@
-//! Values read from shared memory that nothing has written, until they are used.
+//! Values loaded from shared memory that nothing has written, tracked until they are used.
 //!
-//! Pipelines read the stage after the last one, merges the key behind the last one, and tiles at a matrix's edge have rows that nobody
-//! fills: what comes of such reads is thrown away. So the read alone is no fault. The registers that it fills are remembered lane by lane,
-//! and so is what is computed from them; a store to shared memory makes the place unwritten again. The read is refused once a lane uses
-//! such a value: as an address or a predicate, stored to other memory, or voted on.
+//! Pipelines read the stage after the last, merges the key after the last, and tiles at the edge of a matrix have rows
+//! that nobody fills; the values are discarded. So the load alone is no fault. The registers it fills are marked, lane
+//! by lane, and so is what is computed from them; storing such a value to shared memory makes the location unwritten
+//! again. The fault comes when a lane uses the value: as an address or predicate, in a store to other memory, or in a
+//! vote.
 //!
-//! They are followed through arithmetic, through shuffles from lane to lane, and into shared memory. But only loads of integers and bits, `ldmatrix`
-//! and `wmma.load` from shared memory begin it. Floats are read to be computed with, and an edge of a tile that nobody has filled is mostly a mistake
-//! that shows elsewhere as wrong results: they are refused at once, as are atomics and whatever reads global memory.
+//! Marks propagate through arithmetic, shuffles and shared memory. Only loads of integers or untyped bits, `ldmatrix`
+//! and `wmma.load` from shared memory create them. Floats are loaded to be computed with, and an unfilled edge is then
+//! usually a bug that shows up elsewhere as wrong results: such loads fault at once, as do atomics and loads of global
+//! memory.
 
 use super::access::addresses;
-use super::state::{Machine, Warp, lanes};
+use super::lanes::lanes;
+use super::state::{Machine, Warp};
 use super::{Fault, FaultKind};
 use crate::num::{Dependence, Form};
 use crate::ptx::program::{Access, Barrier, NO_GUARD, Op, Space, Step};
-use std::collections::HashMap;
 
-/// What a warp holds of such values.
-#[derive(Default)]
-pub struct Unwritten {
-    /// Lanes whose value in a register (by its offset in the file) depends on one.
-    registers: HashMap<u32, u32>,
-    /// The fault that the first such read is.
-    read: Option<Box<Fault>>,
-}
-
-impl Unwritten {
-    /// Whether there is none.
-    #[inline(always)]
-    pub fn is_empty(&self) -> bool {
-        self.registers.is_empty()
-    }
-
-    /// A shuffle gives each lane of `active` the value of another.
-    pub fn pass(&mut self, to: u32, value: u32, from: &[u32; 32], active: u32) {
-        let of = self.of(value);
-        let passed = lanes(active).filter(|&l| of >> from[l as usize] & 1 != 0).fold(0, |all, l| all | 1 << l);
-        self.set(to, active, passed);
-    }
-
-    /// Forgets all, for the next block.
-    pub fn clear(&mut self) {
-        self.registers.clear();
-        self.read = None;
-    }
-
-    fn of(&self, register: u32) -> u32 {
-        self.registers.get(&register).copied().unwrap_or(0)
-    }
-
-    /// Lanes of `active` of a register get values of which those of `lanes` depend on one.
-    fn set(&mut self, register: u32, active: u32, lanes: u32) {
-        let all = self.of(register) & !active | lanes & active;
-        match all {
-            0 => self.registers.remove(&register),
-            _ => self.registers.insert(register, all),
-        };
-    }
-}
-
-/// Destinations of an operation that is neither arithmetic nor a load.
+/// Number of destinations of an operation that is neither arithmetic nor a load.
 fn outputs(op: &Op) -> usize {
     match *op {
         Op::Atom { reduce, .. } => usize::from(!reduce),
@@ -73,7 +32,7 @@ fn outputs(op: &Op) -> usize {
 }
 
 impl Machine<'_> {
-    /// A load of shared memory has found nothing written for a lane: a fault, or a value to follow.
+    /// A load found unwritten shared memory for a lane: a fault, or a value to mark.
     pub(super) fn read_unwritten(
         &mut self,
         warp: &mut Warp,
@@ -92,7 +51,7 @@ impl Machine<'_> {
         Ok(())
     }
 
-    /// Notes what the load just made has left in its registers.
+    /// Marks the destinations of the load just made.
     #[inline(never)]
     pub(super) fn note_unwritten(&mut self, warp: &mut Warp, step: &Step, operands: &[u32]) {
         let read = std::mem::take(&mut self.unwritten);
@@ -116,13 +75,14 @@ impl Machine<'_> {
         }
     }
 
-    /// The same for one register of `wmma.load`: all lanes read it, those in `lanes` what nothing has written.
+    /// The same for one register of `wmma.load`, which all lanes load; those in `lanes` loaded unwritten memory.
     pub(super) fn note_unwritten_fragment(&mut self, warp: &mut Warp, register: u32, lanes: u32) {
         warp.unwritten.set(register, u32::MAX, lanes);
     }
 
-    /// Before a step of a warp that holds such values: refuses their use, and follows them into the step's destinations. Arithmetic is followed
-    /// by [`Machine::follow_arithmetic`]. Gives the lanes that store one to shared memory.
+    /// Runs before a step of a warp with marked values: faults if it uses one, and propagates marks into its
+    /// destinations. Arithmetic is left to [`Machine::follow_arithmetic`]. Returns the lanes that store a marked value
+    /// to shared memory.
     #[inline(never)]
     pub(super) fn follow(
         &mut self,
@@ -144,7 +104,7 @@ impl Machine<'_> {
         };
         let operands = &operands[..step.arity as usize];
         if matches!(step.op, Op::Shuffle { .. }) {
-            // What it passes on is followed where it is passed on; whether it does depends on nothing unwritten.
+            // The passed value is followed in `pass`; lane index, clamp and member mask must not be marked.
             if outputs > 1 {
                 warp.unwritten.set(operands[1], active, 0);
             }
@@ -174,10 +134,10 @@ impl Machine<'_> {
         Err(fault)
     }
 
-    /// The stores of [`Machine::follow`] have been made: their places are unwritten again.
+    /// After the stores found by [`Machine::follow`]: makes their locations unwritten again.
     #[inline(never)]
     pub(super) fn unwrite(&mut self, warp: &mut Warp, operands: &[u32], access: &Access, stored: u32) {
-        // SAFETY: the decoder gives the base, a register inside the file.
+        // SAFETY: a store's first operand is its base, a register inside the file.
         let at = unsafe { addresses(warp.file.as_mut_ptr(), operands[0], access.wide_base, access.offset) };
         let bytes = u32::from(access.bytes) * u32::from(access.elements);
         for l in lanes(stored) {
@@ -185,13 +145,13 @@ impl Machine<'_> {
         }
     }
 
-    /// One arithmetic instruction, before it is executed.
+    /// Propagates marks through one arithmetic instruction, before it executes.
     pub(super) fn follow_arithmetic(&self, warp: &mut Warp, form: &'static Form, operands: &[u32], active: u32) {
         let outputs = form.dst.len() + usize::from(form.carry_out);
         let (written, read) = operands.split_at(outputs);
         let file = warp.file.as_mut_ptr();
         let of = |register: u32| warp.unwritten.of(register);
-        // SAFETY: called for predicates, which are inside the file.
+        // SAFETY: called for predicates only, which are registers inside the file.
         let predicate = |register: u32| unsafe { file.add(register as usize).cast::<u32>().read() };
         let lanes = match (form.dependence(), read) {
             (Dependence::Matrix, _) => {

@@ -1,7 +1,8 @@
-//! The `.approx` functions, on f32 bits, each within the error that the PTX manual states; given as the largest that the tests find.
+//! The `.approx` functions, on f32 bits, each within the error that the PTX manual states. "Here" gives the largest
+//! error that the tests find.
 //!
-//! PTX does not fix their bits, so agreement with a GPU is to these errors and no further. They are built from multiplications and
-//! additions that are rounded apart, so that every host gives the same bits, with or without fused instructions.
+//! PTX does not fix the result bits, so agreement with a GPU is to these errors and no further. Multiplications and
+//! additions are rounded separately, so that every host gives the same bits, with or without FMA instructions.
 
 use super::float::{NAN_F32, bits, flush_if};
 
@@ -10,7 +11,7 @@ fn f(x: u32) -> f32 {
     f32::from_bits(x)
 }
 
-/// (2^t - 1) / t on [-0.5, 0.5], interpolated at Chebyshev's nodes: 1 + t * this is 2^t to 2^-27.5.
+/// (2^t - 1) / t on [-0.5, 0.5], interpolated at Chebyshev nodes: 1 + t * this is 2^t to 2^-27.5.
 const EXP2: [f64; 6] = [
     0.693_147_188_026_228_8,
     0.240_226_507_605_681_1,
@@ -24,7 +25,7 @@ const EXP2: [f64; 6] = [
 #[inline(always)]
 pub fn ex2<const FTZ: bool>(x: u32) -> u32 {
     let v = f(flush_if(FTZ, x));
-    // Beyond these the result is 0 or infinity all the same; NaN passes both comparisons.
+    // Outside these bounds the result is 0 or infinity anyway; NaN passes both comparisons.
     let v = if v > 200.0 { 200.0 } else { v };
     let v = if v < -200.0 { -200.0 } else { v };
     const TO_INTEGER: f32 = 12_582_912.0; // 1.5 * 2^23: an addend that leaves no fraction bits
@@ -33,7 +34,7 @@ pub fn ex2<const FTZ: bool>(x: u32) -> u32 {
     let c = EXP2.map(|c| c as f32);
     let q = c[0] + t * (c[1] + t * (c[2] + t * (c[3] + t * (c[4] + t * c[5]))));
     let p = 1.0 + t * q;
-    // The scale goes on in two halves, so that a subnormal result is rounded once.
+    // The scale is applied in two halves, so that a subnormal result is rounded once.
     let n = (v + TO_INTEGER).to_bits().wrapping_sub(TO_INTEGER.to_bits()) as i32;
     let half = n >> 1;
     let scale = |k: i32| f32::from_bits((k.wrapping_add(127) << 23) as u32);
@@ -69,7 +70,8 @@ pub fn rsqrt(ftz: bool, x: u32) -> u32 {
     flush_if(ftz, bits(1.0 / f(flush_if(ftz, x)).sqrt()))
 }
 
-/// a / b. Manual: 2 ulp while 2^-126 <= |b| <= 2^126; above, zero, or NaN for an infinite a. `full` (`div.full`) is 2 ulp everywhere.
+/// a / b. Manual: 2 ulp while 2^-126 <= |b| <= 2^126; for larger |b| zero, or NaN for an infinite a. `full`
+/// (`div.full`) is 2 ulp everywhere.
 #[inline(always)]
 pub fn div(full: bool, ftz: bool, a: u32, b: u32) -> u32 {
     let (a, b) = (flush_if(ftz, a), flush_if(ftz, b));
@@ -104,8 +106,8 @@ pub fn lg2(ftz: bool, x: u32) -> u32 {
     flush_if(ftz, r)
 }
 
-/// Sine, or cosine with `quarter` 1. Manual: absolute error 2^-20.5 on [-2 pi, 2 pi]. Here: 2^-24 for every |x| <= 2^30, and beyond
-/// by the host's f64 function.
+/// Sine, or cosine with `quarter` 1. Manual: absolute error 2^-20.5 on [-2 pi, 2 pi]. Here: 2^-24 for |x| <= 2^30;
+/// beyond, the host's f64 function.
 #[inline(always)]
 pub fn sin(ftz: bool, quarter: u64, x: u32) -> u32 {
     let x = flush_if(ftz, x);
@@ -113,7 +115,8 @@ pub fn sin(ftz: bool, quarter: u64, x: u32) -> u32 {
     const TO_INTEGER: f64 = 6_755_399_441_055_744.0;
     let shifted = v * std::f64::consts::FRAC_2_PI + TO_INTEGER;
     let k = shifted - TO_INTEGER;
-    // pi/2 in two parts; the first has 33 bits, so that k times it is exact up to k of 2^20, and beyond the error is 2^-53 * k at most.
+    // pi/2 in two parts. The first has 33 bits, so k times it is exact for k up to 2^20; beyond, the error is at most
+    // 2^-53 * k.
     const HIGH: f64 = f64::from_bits(0x3ff9_21fb_5440_0000);
     const LOW: f64 = f64::from_bits(0x3dd0_b461_1a62_6331);
     let r = (v - k * HIGH) - k * LOW;
@@ -130,7 +133,7 @@ pub fn sin(ftz: bool, quarter: u64, x: u32) -> u32 {
     flush_if(ftz, r)
 }
 
-/// Arguments for which [`sin`]'s reduction is no longer good.
+/// Arguments for which the reduction in [`sin`] is not accurate enough.
 #[inline(always)]
 pub fn sin_is_far(x: u32) -> bool {
     let magnitude = x & 0x7fff_ffff;

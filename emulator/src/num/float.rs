@@ -1,11 +1,11 @@
-//! f32 and f64 arithmetic on bits, one lane at a time: what the interpreter's loops are made of.
+//! f32 and f64 arithmetic on bits, one lane at a time, for the loops of [`super::ops`].
 //!
-//! NaN results of f32 instructions are the canonical 0x7fffffff, as on the hardware; those of f64 instructions are what IEEE 754 hosts give (a
-//! quieted operand), since PTX does not say. Flushing keeps the sign and happens after rounding.
+//! NaN results of f32 instructions are the canonical 0x7fffffff, as on the hardware. Those of f64 instructions are what
+//! IEEE 754 hosts give (a quieted operand), since PTX does not say. Flushing keeps the sign and happens after rounding.
 
 use super::form::Round;
 
-/// The only NaN that f32 instructions make.
+/// The only NaN that f32 instructions produce.
 pub const NAN_F32: u32 = 0x7fff_ffff;
 
 /// A subnormal becomes a zero of its sign.
@@ -70,8 +70,8 @@ pub fn fma<const FTZ: bool>(host_fma: bool, a: u32, b: u32, c: u32) -> u32 {
     flush_if(FTZ, bits(r))
 }
 
-/// `s`, the nearest f64 to an exact sum, moved to the odd one of its two neighbours where the sum is inexact; `rest` has the sign of
-/// exact - s. A number so rounded rounds correctly, in any mode, to any format at least two bits shorter.
+/// Rounds an exact sum to odd: `s`, its nearest f64, or the odd one of the two neighbours if the sum is inexact. `rest`
+/// has the sign of exact - s. The result rounds correctly, in any mode, to any format at least two bits shorter.
 #[inline(always)]
 pub fn to_odd(s: f64, rest: f64) -> f64 {
     let b = s.to_bits();

@@ -1,9 +1,9 @@
-//! The arithmetic instruction forms: their spelling in PTX, what they read and write, and the code by which
-//! [`super::ops`] finds their meaning.
+//! The arithmetic instruction forms: how PTX spells them, what they read and write, and the dispatch code by which
+//! [`super::ops`] executes them.
 //!
-//! Refused by name: everything that PTX has only for targets newer than the formats kept here (fp8, fp6, fp4, `.f32x2`, three-input
-//! minimum), and the video instructions but for `vadd`, `vsub`, `vavrg`, `vabsdiff`, `vmin` and `vmax` of whole pairs and quads:
-//! nvcc's SIMD intrinsics become some of those.
+//! Refused by name: types and operations that PTX has only for newer targets (fp8, fp6, fp4, `.f32x2`, three-input
+//! minimum), and video instructions other than `vadd`, `vsub`, `vavrg`, `vabsdiff`, `vmin` and `vmax` on whole pairs
+//! and quads, which are what nvcc's SIMD intrinsics become.
 
 use std::fmt;
 
@@ -115,8 +115,8 @@ pub enum Round {
     Rna,
 }
 
-/// How two values are compared: a base relation, its operands perhaps swapped, its outcome perhaps negated. With these, the eighteen
-/// operators of PTX need five loops.
+/// How two values are compared: a base relation, perhaps with operands swapped or the outcome negated. With these, the
+/// eighteen operators of PTX need five loops.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Compare {
     /// The relation that is evaluated.
@@ -152,7 +152,7 @@ pub enum BoolOp {
     Xor,
 }
 
-/// The dispatch code. What a code does not say stands in the other fields of [`Decoded`].
+/// The dispatch code. What it leaves open is in the other fields of [`Decoded`].
 #[allow(missing_docs)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[repr(u8)]
@@ -423,7 +423,7 @@ pub mod flag {
     pub const ACCUMULATE: u16 = 1 << 15;
 }
 
-/// One arithmetic instruction form, decoded: what the code that runs it reads.
+/// One decoded arithmetic instruction form.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Decoded {
     /// Dispatch code.
@@ -440,8 +440,8 @@ pub struct Decoded {
     pub compare: Compare,
     /// Its combination with a predicate, also for `lop3`.
     pub bool_op: BoolOp,
-    /// Which of several: the mode of `prmt` (0 to 6), the test of `testp` (0 to 5), 1 for `div.full`, the operation of a video
-    /// instruction in the order of [`VIDEO`].
+    /// A variant number: the mode of `prmt` (0 to 6), the test of `testp` (0 to 5), 1 for `div.full`, the operation of
+    /// a video instruction in the order of [`VIDEO`].
     pub mode: u8,
     /// Destinations that the instruction at hand has: `setp` may have one or two.
     pub destinations: u8,
@@ -471,8 +471,8 @@ impl Decoded {
 /// What an instruction form writes and reads, in the order of its operands.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Signature {
-    /// Destinations. The second one, where there is one (`p|q` of `setp`, `d|p` of `lop3`), may be absent in `setp` and the first
-    /// may be `_`.
+    /// Destinations. The second one (`p|q` of `setp`, `d|p` of `lop3`) may be absent in `setp`, and the first may be
+    /// `_`.
     pub dst: Vec<Ty>,
     /// Sources.
     pub src: Vec<Ty>,
@@ -562,8 +562,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-/// The comparison operator spelled `word`, for floating-point or integer operands; the second value is whether it asks for
-/// unsigned integers (`lo`, `ls`, `hi`, `hs`).
+/// The comparison operator spelled `word`, for floats or integers. The second value is whether it asks for unsigned
+/// integers (`lo`, `ls`, `hi`, `hs`).
 fn compare(word: &str, float: bool) -> Option<(Compare, bool)> {
     use Relation::*;
     let make = |relation, swap, negate| Compare { relation, swap, negate };
@@ -1417,7 +1417,8 @@ fn parse_cvt(mut r: Reader<'_>, mut form: Decoded) -> Result<(Decoded, Signature
             return Err(r.refuse("needs one of .rni, .rzi, .rmi and .rpi"));
         }
     } else {
-        // Between floating-point types: a rounding where precision or range is lost, an integral rounding only at one width.
+        // Between floating-point types: rounding where precision or range is lost, integral rounding only at equal
+        // width.
         let lossy = match (to, from) {
             (F16, Bf16) | (Bf16, F16) => true,
             _ => to.bits() < from.bits(),

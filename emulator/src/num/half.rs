@@ -1,7 +1,7 @@
 //! f16 and bf16 arithmetic on bits, each result rounded once.
 //!
-//! Both convert to f32 exactly. A sum, difference or product of two f16 or bf16 computed in f32 and rounded again is the correctly
-//! rounded one where f32 has twice their precision and two bits more (24 >= 2*11 + 2) and no range is lost; a fused
+//! Both convert to f32 exactly. A sum, difference or product of two f16 or bf16 computed in f32 and rounded again is
+//! correctly rounded if f32 has twice their precision plus two bits (24 >= 2*11 + 2) and no range is lost. A fused
 //! multiply-add needs more, so it goes through f64 and f32 rounded to odd.
 
 use super::float;
@@ -32,10 +32,12 @@ pub fn f16_from_f32(x: f32) -> u32 {
     let b = x.to_bits();
     let sign = b >> 16 & 0x8000;
     let magnitude = b & 0x7fff_ffff;
-    // Normal results: re-bias, and round to nearest even on the 13 bits that go; a carry moves into the exponent as it should, up to infinity.
+    // Normal results: re-bias and round to nearest even on the 13 bits that go; a carry moves into the exponent, up to
+    // infinity.
     let odd = magnitude >> 13 & 1;
     let normal = magnitude.wrapping_add((15u32.wrapping_sub(127) << 23).wrapping_add(0xfff + odd)) >> 13;
-    // Subnormal results: adding 0.5 aligns the unit of f16's subnormals, 2^-24, with the last place of f32 in [0.5, 1), and rounds there.
+    // Subnormal results: adding 0.5 aligns the unit of f16's subnormals, 2^-24, with the last place of f32 in [0.5, 1),
+    // and rounds there.
     let subnormal = (f32::from_bits(magnitude) + 0.5).to_bits().wrapping_sub(0x3f00_0000);
     let finite = if magnitude < 113 << 23 { subnormal } else { normal };
     let limited = if magnitude >= (127 + 16) << 23 { 0x7c00 } else { finite };

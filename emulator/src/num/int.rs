@@ -1,5 +1,5 @@
-//! Integer instructions on bits, one lane at a time. Division by zero gives all ones, quotient and remainder, as the code that ptxas
-//! makes for the GPU does; the smallest integer divided by -1 wraps.
+//! Integer instructions on bits, one lane at a time. Division by zero gives all ones for quotient and remainder, as
+//! does the code that ptxas generates; the smallest integer divided by -1 wraps.
 
 use super::form::flag::{A_SIGNED, ACCUMULATE, B_SIGNED, HI, SAT};
 use super::form::{Decoded, Ty, VIDEO};
@@ -298,8 +298,8 @@ pub fn dp2a(a_signed: bool, b_signed: bool, hi: bool, a: u32, b: u32, c: u32) ->
     sum
 }
 
-/// A video instruction on pairs or quads, see [`VIDEO`]: each part of `a` and `b` extended by its type, the result wrapped or limited to the
-/// part's width and put together, or all added to `c`.
+/// A video instruction on pairs or quads, see [`VIDEO`]: each part of `a` and `b` is extended by its type. The results
+/// are wrapped or saturated to the part's width and packed, or all added to `c`.
 pub fn video(f: &Decoded, a: u32, b: u32, c: u32) -> u32 {
     let bits = if f.has(HI) { 16 } else { 8 };
     let part = |signed: bool, x: u32, at: u32| {

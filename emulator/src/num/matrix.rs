@@ -1,19 +1,21 @@
-//! Matrix multiply-accumulate over a warp: `mma.sync` and `wmma.mma`, and where a `wmma` fragment's elements are held.
+//! Matrix multiply-accumulate over a warp: `mma.sync` and `wmma.mma`, and which lane holds which element of a `wmma`
+//! fragment.
 //!
 //! # In fragment layout
-//! With lane l = 4 g + t, the accumulators of m16n8 hold rows g and g + 8, columns 2t and 2t + 1. A's register holds, for each row g, four words along k in
-//! the four lanes of a quad; B's holds, for each column g, four words along k in the quad g. So for one word j of the four, A's factor is lane
-//! j of each quad broadcast over the quad, and B's factors for columns 2t and 2t + 1 are the lanes 8t + j and 8t + 4 + j, the same in every
-//! quad: nothing has to be transposed but these eight small vectors. A register with 16-bit elements is two such planes, its lower halves
-//! (even k) and its upper halves (odd k).
+//! With lane l = 4 g + t, the accumulators of m16n8 hold rows g and g + 8, columns 2t and 2t + 1. A's register holds,
+//! for each row g, four words along k in the four lanes of a quad; B's holds, for each column g, four words along k in
+//! quad g. So for word j of the four, A's factor is lane j of each quad broadcast over the quad, and B's factors for
+//! columns 2t and 2t + 1 are lanes 8t + j and 8t + 4 + j, the same in every quad: only these eight small vectors have
+//! to be transposed. A register with 16-bit elements is two such planes, its lower halves (even k) and its upper halves
+//! (odd k).
 //!
 //! # Numerics
-//! Products of f16, bf16 and tf32 (whose 13 low bits are ignored) are exact in f32; they are added one by one in f32 with round to nearest, in
-//! the same order on every host: plane by plane, word by word. The hardware's order and rounding are its own; PTX asks only for
-//! f32's precision. f16 accumulators are f32 until the end. NaN results are canonical.
+//! Products of f16, bf16 and tf32 (whose 13 low bits are ignored) are exact in f32. They are added one by one in f32,
+//! round to nearest, in the same order on every host: plane by plane, word by word. The hardware's order and rounding
+//! differ; PTX only asks for f32's precision. f16 accumulators are f32 until the end. NaN results are canonical.
 //!
-//! `wmma` shapes are made of the same tiles. Which lane holds which element of a `wmma` fragment is for the implementation to choose:
-//! here as in `mma`, and for m8n32k16 as in the transposed product.
+//! `wmma` shapes are made of the same tiles. Which lane holds which element of a `wmma` fragment is up to the
+//! implementation: here as in `mma`, and for m8n32k16 as in the transposed product.
 //!
 //! Refused: 4-bit and 1-bit integers, f16 m8n8k4 (Volta's), sparse products, and the f64 shapes of sm_90.
 
@@ -136,7 +138,8 @@ fn multiply(c: &mut Accumulators, [low, high, b]: &Plane) {
 
 #[cfg(target_arch = "x86_64")]
 mod wide {
-    //! Products with AVX2 and AVX-512, in the order of additions that every host has: written once, over vectors of 8 or 16 words.
+    //! Products with AVX2 and AVX-512, in the order of additions that every host has. Written once, over vectors of 8
+    //! or 16 words.
 
     use super::super::float;
     use super::super::ops::Operands;
@@ -154,13 +157,13 @@ mod wide {
         if element == TF32 { 1 } else { 2 }
     }
 
-    /// A spread out, at most 4 planes: per plane, word and half of the rows, each row's word in all lanes of its quad. This and [`Columns`] are
-    /// written and read through pointers that another function made: as local variables the compiler takes them apart, into registers that it has not, places on the stack that are not
-    /// aligned, and shuffles.
+    /// A expanded, at most 4 planes: per plane, word and half of the rows, each row's word in all lanes of its quad.
+    /// This and [`Columns`] are written and read through pointers from another function. As local variables the
+    /// compiler would split them into registers that it does not have, unaligned stack slots, and shuffles.
     #[repr(C, align(64))]
     struct Rows([[[[f32; 32]; 2]; 4]; 4]);
 
-    /// B spread out: per plane, for each word the columns 2t; for each word the columns 2t + 1.
+    /// B expanded: per plane, for each word the columns 2t, then for each word the columns 2t + 1.
     #[repr(C, align(64))]
     struct Columns([[[[f32; 4]; 4]; 2]; 4]);
 
@@ -168,7 +171,7 @@ mod wide {
     #[repr(align(64))]
     struct Lines(Accumulators);
 
-    /// Room for what is spread.
+    /// Scratch space for the expanded operands.
     struct Room {
         rows: MaybeUninit<Rows>,
         columns: [MaybeUninit<Columns>; PLACES],
@@ -181,7 +184,7 @@ mod wide {
         }
     }
 
-    /// What is multiplied with the rows: columns, the accumulators before, and after.
+    /// What the rows are multiplied with: columns, and accumulators before and after.
     #[derive(Clone, Copy)]
     struct Factor {
         columns: *const Columns,
@@ -196,7 +199,7 @@ mod wide {
         unsafe fn new(file: *mut u8, own: &Registers, columns: *const Columns) -> Self {
             let mut r = Factor { columns, c: [std::ptr::null(); 4], d: [std::ptr::null_mut(); 4] };
             for i in 0..4 {
-                // SAFETY: the caller's promise.
+                // SAFETY: guaranteed by the caller.
                 unsafe {
                     r.c[i] = file.add(own.c[i] as usize).cast();
                     r.d[i] = file.add(own.d[i] as usize).cast();
@@ -209,7 +212,7 @@ mod wide {
     /// Vectors of an instruction set.
     ///
     /// # Safety
-    /// Of every function: the processor has the instruction set; pointers are to whole vectors, aligned to them.
+    /// For every function: the processor supports the instruction set; pointers are to whole vectors, aligned to them.
     pub trait Wide {
         /// Words in a vector.
         const LANES: usize;
@@ -222,12 +225,12 @@ mod wide {
         unsafe fn floats(words: Self::Words) -> Self::Floats;
         unsafe fn load_floats(at: *const f32) -> Self::Floats;
         unsafe fn store(at: *mut f32, floats: Self::Floats);
-        /// Word `J` of every four in all four.
+        /// Word `J` of every four, in all four.
         unsafe fn quads<const J: i32>(floats: Self::Floats) -> Self::Floats;
-        /// Four floats, again and again.
+        /// Four floats, repeated.
         unsafe fn repeat(four: *const f32) -> Self::Floats;
         unsafe fn multiply_add(a: Self::Floats, b: Self::Floats, c: Self::Floats) -> Self::Floats;
-        /// Lower or upper halves of words as f32, or tf32.
+        /// Lower or upper halves of words, or tf32, as f32.
         unsafe fn expand<const ELEMENT: u8>(words: Self::Words, upper: bool) -> Self::Floats;
         /// Vector `i` of B's words 8t + j (+ 4 where odd) of a register, with t counting faster than j.
         unsafe fn columns(register: *const u32, odd: usize, i: usize) -> Self::Words;
@@ -248,7 +251,7 @@ mod wide {
                 $(
                     #[inline(always)]
                     unsafe fn $name$(<const $g: $gt>)?($($arg: $ty),*) -> $ret {
-                        // SAFETY: the caller's promises, which the trait asks for.
+                        // SAFETY: guaranteed by the caller, as the trait demands.
                         unsafe { $body }
                     }
                 )*
@@ -339,28 +342,29 @@ mod wide {
         }
     }
 
-    /// Compiles a body for each instruction set, as a function of its own.
+    /// Compiles a body as a separate function for each instruction set.
     macro_rules! compiled {
         ($(#[$doc:meta])* fn $name:ident<$(const $g:ident: $gt:ty),*>($($arg:ident: $ty:ty),*) = $body:ident) => {
             $(#[$doc])*
             ///
             /// # Safety
-            /// Registers are inside the file, pointers valid, and those that are read point to what has been spread; the processor has W's instruction set.
+            /// Registers are inside the file, pointers valid, those that are read point to initialised memory; the
+            /// processor supports W's instruction set.
             #[inline(always)]
             unsafe fn $name<W: Wide, $(const $g: $gt),*>($($arg: $ty),*) {
                 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
                 #[inline(never)]
                 unsafe fn avx512<$(const $g: $gt),*>($($arg: $ty),*) {
-                    // SAFETY: the caller's promise.
+                    // SAFETY: guaranteed by the caller.
                     unsafe { $body::<Avx512, $($g),*>($($arg),*) }
                 }
                 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
                 #[inline(never)]
                 unsafe fn avx2<$(const $g: $gt),*>($($arg: $ty),*) {
-                    // SAFETY: the caller's promise.
+                    // SAFETY: guaranteed by the caller.
                     unsafe { $body::<Avx2, $($g),*>($($arg),*) }
                 }
-                // SAFETY: the caller's promise.
+                // SAFETY: guaranteed by the caller; W's instruction set is the one selected.
                 unsafe {
                     match W::LANES {
                         16 => avx512::<$($g),*>($($arg),*),
@@ -372,7 +376,7 @@ mod wide {
     }
 
     compiled! {
-        /// Spreads A.
+        /// Expands A.
         fn spread_rows<const ELEMENT: u8, const DEPTH: usize>(file: *mut u8, a: [u32; 4], to: *mut Rows) = rows_body
     }
 
@@ -381,7 +385,8 @@ mod wide {
         for k in 0..DEPTH {
             for half in 0..2 {
                 for at in (0..32).step_by(W::LANES) {
-                    // SAFETY: registers are 32 words, as many as the rows of a plane.
+                    // SAFETY: guaranteed by the caller. A register is 32 words, and so is a row of `Rows`; `at` is
+                    // below 32.
                     unsafe {
                         let words = W::load(file.add(a[2 * k + half] as usize).cast::<u32>().add(at));
                         for part in 0..parts(ELEMENT) {
@@ -399,8 +404,10 @@ mod wide {
     }
 
     compiled! {
-        /// Spreads B.
-        fn spread_columns<const ELEMENT: u8, const DEPTH: usize>(file: *mut u8, b: [u32; 2], to: *mut Columns) = columns_body
+        /// Expands B.
+        fn spread_columns<const ELEMENT: u8, const DEPTH: usize>(
+            file: *mut u8, b: [u32; 2], to: *mut Columns
+        ) = columns_body
     }
 
     #[inline(always)]
@@ -412,7 +419,7 @@ mod wide {
         for k in 0..DEPTH {
             for odd in 0..2 {
                 for i in 0..16 / W::LANES {
-                    // SAFETY: registers are 32 words; half of them are one parity's columns.
+                    // SAFETY: guaranteed by the caller. A register is 32 words, of which 16 belong to one parity.
                     unsafe {
                         let words = W::columns(file.add(b[k] as usize).cast(), odd, i);
                         for part in 0..parts(ELEMENT) {
@@ -426,19 +433,21 @@ mod wide {
     }
 
     compiled! {
-        /// Adds the products of the rows with N factors to their C's. Every C is read before any D is written.
-        fn multiply<const ELEMENT: u8, const DEPTH: usize, const N: usize>(rows: *const Rows, factors: [Factor; N]) = multiply_body
+        /// Adds the products of the rows with N factors to their C. Every C is read before any D is written.
+        fn multiply<const ELEMENT: u8, const DEPTH: usize, const N: usize>(
+            rows: *const Rows, factors: [Factor; N]
+        ) = multiply_body
     }
 
-    /// Two vectors of lanes at a time: the eight sums of a factor stay in registers, and are enough to keep the processor's multipliers busy. With two
-    /// factors each row is read once for four products; the registers of AVX-512 suffice for that.
+    /// Two vectors of lanes at a time: the eight sums of a factor stay in registers and suffice to keep the multipliers
+    /// busy. With two factors each row is loaded once for four products, for which AVX-512 has enough registers.
     #[inline(always)]
     unsafe fn multiply_body<W: Wide, const ELEMENT: u8, const DEPTH: usize, const N: usize>(
         rows: *const Rows,
         factors: [Factor; N],
     ) {
         for first in (0..32).step_by(2 * W::LANES) {
-            // SAFETY: the caller's promise.
+            // SAFETY: guaranteed by the caller; `first` and the vectors after it are below 32 lanes.
             unsafe {
                 let mut sums = [[[W::zero(); 2]; 4]; N];
                 for n in 0..N {
@@ -495,11 +504,12 @@ mod wide {
     /// One tile on its own.
     ///
     /// # Safety
-    /// The operands are the form's; the processor has W's instruction set.
+    /// The operands are those of the form; the processor supports W's instruction set.
     #[inline(always)]
     pub unsafe fn tile<W: Wide, const ELEMENT: u8, const DEPTH: usize>(m: &Matrix, o: &Operands, tile: &Tile) {
         let mut room = Room::new();
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller. `rows` and `columns[0]` are filled before they are read; `lines` outlives
+        // `factor`.
         unsafe {
             let own = Registers::new(tile, |i| o.at.add(i).read());
             spread_rows::<W, ELEMENT, DEPTH>(o.registers, own.a, room.rows.as_mut_ptr());
@@ -517,24 +527,26 @@ mod wide {
         }
     }
 
-    /// Tiles as planned, all lanes of them: registers are read and written in place.
+    /// Executes the tiles of a plan for all lanes, reading and writing registers in place.
     ///
     /// # Safety
-    /// The registers are inside the file; the processor has W's instruction set.
+    /// The registers are inside the file; the processor supports W's instruction set.
     #[inline(always)]
     unsafe fn planned<W: Wide, const ELEMENT: u8, const DEPTH: usize>(plan: &Plan, file: *mut u8) {
         let tiles = &plan.tiles[..];
         let mut room = Room::new();
-        let rows = room.rows.as_ptr();
+        // One pointer each, from which all accesses derive.
+        let (rows, places) = (room.rows.as_mut_ptr(), room.columns.as_mut_ptr().cast::<Columns>());
         let mut i = 0;
-        // SAFETY: the caller's promise; what is read has been spread, as the plan says.
+        // SAFETY: guaranteed by the caller. The plan sets `spread_a` and `spread_b` where a factor is first needed, so
+        // everything read has been filled; `place` is below PLACES; a tile with `pair` has a successor.
         unsafe {
             while i < tiles.len() {
                 let own = &tiles[i];
                 if own.spread_a {
-                    spread_rows::<W, ELEMENT, DEPTH>(file, own.registers.a, room.rows.as_mut_ptr());
+                    spread_rows::<W, ELEMENT, DEPTH>(file, own.registers.a, rows);
                 }
-                let columns = room.columns.as_mut_ptr().add(own.place).cast::<Columns>();
+                let columns = places.add(own.place);
                 if own.spread_b {
                     spread_columns::<W, ELEMENT, DEPTH>(file, own.registers.b, columns);
                 }
@@ -542,7 +554,7 @@ mod wide {
                 i += 1;
                 if W::LANES == 16 && own.pair {
                     let next = &tiles[i];
-                    let columns = room.columns.as_mut_ptr().add(next.place).cast::<Columns>();
+                    let columns = places.add(next.place);
                     if next.spread_b {
                         spread_columns::<W, ELEMENT, DEPTH>(file, next.registers.b, columns);
                     }
@@ -557,17 +569,17 @@ mod wide {
 
     #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
     unsafe fn planned_avx512<const ELEMENT: u8, const DEPTH: usize>(plan: &Plan, file: *mut u8) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { planned::<Avx512, ELEMENT, DEPTH>(plan, file) }
     }
 
     #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
     unsafe fn planned_avx2<const ELEMENT: u8, const DEPTH: usize>(plan: &Plan, file: *mut u8) {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         unsafe { planned::<Avx2, ELEMENT, DEPTH>(plan, file) }
     }
 
-    /// The functions that run the plans of a form; none by the portable path.
+    /// The functions that execute the plans of a form; none on the portable path.
     pub fn runs(m: &Matrix) -> [Option<RunPlan>; 3] {
         macro_rules! runs {
             ($element:ident) => {
@@ -586,10 +598,10 @@ mod wide {
     }
 }
 
-/// How many B's a plan remembers: those of 64 columns.
+/// Number of B factors that a plan remembers: those of 64 columns.
 const PLACES: usize = 8;
 
-/// The registers of a tile, as offsets; of half the depth A's and B's twice.
+/// The registers of a tile, as offsets. Tiles of half depth name A's and B's twice.
 #[derive(Clone, Copy, Debug)]
 struct Registers {
     d: [u32; 4],
@@ -619,28 +631,28 @@ impl Registers {
 #[derive(Clone, Copy, Debug)]
 pub struct Planned {
     registers: Registers,
-    /// A has not been spread yet, or its registers have been written since.
+    /// A has not been expanded yet, or its registers have been written since.
     spread_a: bool,
-    /// Nor has B.
+    /// Likewise B.
     spread_b: bool,
-    /// Where B's columns are put, or have been.
+    /// Slot of B's columns.
     place: usize,
-    /// The next tile has the same A and does not need this one's D: they can be multiplied together.
+    /// The next tile has the same A and does not read this one's D: both can be multiplied together.
     pair: bool,
 }
 
-/// Runs a plan on a warp's register file.
+/// Executes a plan on a warp's register file.
 ///
 /// # Safety
-/// The operands that the plan was made from lie inside the file; the processor has the instruction set.
+/// The operands that the plan was made from are inside the file; the processor supports the instruction set.
 pub type RunPlan = unsafe fn(plan: &Plan, file: *mut u8);
 
-/// What is known of products in a row before they run: the tiles of a warp's product share their A's and B's with neighbours, which are then spread
-/// over vectors once, and those with the same A are multiplied together.
+/// What is known of a run of products before it executes. The tiles of a warp's product share A and B factors, which
+/// are expanded into vectors once; tiles with the same A are multiplied together.
 #[derive(Debug)]
 pub struct Plan {
     tiles: Vec<Planned>,
-    /// Portable, AVX2, AVX-512: `None` where the instructions have to be run one by one.
+    /// Portable, AVX2, AVX-512; `None` where the instructions must be executed one by one.
     pub run: [Option<RunPlan>; 3],
 }
 
@@ -652,14 +664,14 @@ impl Matrix {
         #[cfg(target_arch = "x86_64")]
         let run = wide::runs(self);
         let mut tiles = Vec::<Planned>::new();
-        // What has been spread, and the place that is overwritten next.
+        // What has been expanded, and the slot that is overwritten next.
         let (mut a, mut b, mut next) = (None, [None; PLACES], 0);
         for (operands, tile) in operands.chunks_exact(stride).flat_map(|o| self.tiles.iter().map(move |tile| (o, tile)))
         {
             let registers = Registers::new(tile, |i| operands[i]);
             let known = b.iter().position(|b| *b == Some(registers.b));
             let place = known.unwrap_or_else(|| {
-                // Not that of the tile before, which may be multiplied together with this one.
+                // Not the slot of the previous tile, which may be multiplied together with this one.
                 next = (next + 1) % PLACES;
                 if tiles.last().is_some_and(|last| last.place == next) {
                     next = (next + 1) % PLACES;
@@ -676,7 +688,7 @@ impl Matrix {
             tiles.push(Planned { registers, spread_a, spread_b: known.is_none(), place, pair: false });
             a = Some(registers.a);
             b[place] = Some(registers.b);
-            // D may take the place of what was spread.
+            // D may overwrite what was expanded.
             let lost = |of: &[u32]| of.iter().any(|register| registers.d.contains(register));
             a = a.filter(|a| !lost(a));
             b = b.map(|b| b.filter(|b| !lost(b)));
@@ -699,12 +711,12 @@ fn halves<const BF: bool>(words: &Lanes) -> [[f32; 32]; 2] {
 /// The two planes of a register along k: even k, odd k.
 ///
 /// # Safety
-/// The operands are the form's.
+/// The operands are those of the form.
 #[inline(always)]
 unsafe fn planes<const BF: bool>(o: &Operands, registers: [u8; 3]) -> [Plane; 2] {
     let mut planes = [[[0.0; 32]; 3]; 2];
     for (x, register) in registers.into_iter().enumerate() {
-        // SAFETY: the caller's promise.
+        // SAFETY: guaranteed by the caller.
         let words = unsafe { o.b32(register as usize) };
         let [even, odd] = halves::<BF>(words);
         planes[0][x] = even;
@@ -714,9 +726,12 @@ unsafe fn planes<const BF: bool>(o: &Operands, registers: [u8; 3]) -> [Plane; 2]
 }
 
 /// Reads a tile's accumulators as f32.
+///
+/// # Safety
+/// The operands are those of the form.
 #[inline(always)]
 unsafe fn accumulators(m: &Matrix, o: &Operands, tile: &Tile) -> Accumulators {
-    // SAFETY: the operands are the form's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         if m.c_f16 {
             let (top, bottom) =
@@ -735,10 +750,14 @@ unsafe fn accumulators(m: &Matrix, o: &Operands, tile: &Tile) -> Accumulators {
     }
 }
 
+/// Writes a tile's accumulators.
+///
+/// # Safety
+/// The operands are those of the form.
 #[inline(always)]
 unsafe fn put(m: &Matrix, o: &Operands, tile: &Tile, c: &Accumulators) {
     let mut r = [0; 32];
-    // SAFETY: the operands are the form's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         if m.d_f16 {
             for i in 0..2 {
@@ -758,11 +777,15 @@ unsafe fn put(m: &Matrix, o: &Operands, tile: &Tile, c: &Accumulators) {
     }
 }
 
-/// A product of 16-bit floats, `DEPTH` registers deep. All of a tile's C is read before any of its D is written: they may share registers.
+/// A product of 16-bit floats, `DEPTH` registers deep. All of a tile's C is read before any of its D is written, since
+/// they may share registers.
+///
+/// # Safety
+/// The operands are those of the form.
 #[inline(always)]
 unsafe fn halves_product<const BF: bool, const DEPTH: usize>(m: &Matrix, o: &Operands) {
     for tile in &m.tiles {
-        // SAFETY: the operands are the form's.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let mut c = accumulators(m, o, tile);
             let planes = std::array::from_fn::<_, DEPTH, _>(|k| planes::<BF>(o, tile.k[k]));
@@ -773,10 +796,13 @@ unsafe fn halves_product<const BF: bool, const DEPTH: usize>(m: &Matrix, o: &Ope
 }
 
 /// A product of tf32.
+///
+/// # Safety
+/// The operands are those of the form.
 #[inline(always)]
 unsafe fn tf32_product<const DEPTH: usize>(m: &Matrix, o: &Operands) {
     for tile in &m.tiles {
-        // SAFETY: the operands are the form's.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let mut c = accumulators(m, o, tile);
             let mut planes = [[[0.0; 32]; 3]; 2];
@@ -795,10 +821,13 @@ unsafe fn tf32_product<const DEPTH: usize>(m: &Matrix, o: &Operands) {
 }
 
 /// A product of bytes.
+///
+/// # Safety
+/// The operands are those of the form.
 #[inline(always)]
 unsafe fn bytes_product(m: &Matrix, o: &Operands, a_signed: bool, b_signed: bool, saturate: bool) {
     for tile in &m.tiles {
-        // SAFETY: the operands are the form's.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let rows = if m.tall { 2 } else { 1 };
             let mut sums = [[0u32; 32]; 4];
@@ -832,10 +861,13 @@ unsafe fn bytes_product(m: &Matrix, o: &Operands, a_signed: bool, b_signed: bool
 }
 
 /// m8n8k4 of f64.
+///
+/// # Safety
+/// The operands are those of the form.
 #[inline(always)]
 unsafe fn f64_product(m: &Matrix, o: &Operands) {
     for tile in &m.tiles {
-        // SAFETY: the operands are the form's.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let (a, b) = (o.b64(tile.k[0][0] as usize), o.b64(tile.k[0][2] as usize));
             let mut sums = [*o.b64(tile.c[0] as usize), *o.b64(tile.c[1] as usize)];
@@ -854,14 +886,17 @@ unsafe fn f64_product(m: &Matrix, o: &Operands) {
     }
 }
 
-/// A product of floats of at most 32 bits by vectors, if the processor has them.
+/// A product of floats of at most 32 bits with vector instructions. False if the processor or the form has none.
+///
+/// # Safety
+/// The operands are those of the form; the processor supports I.
 #[inline(always)]
 unsafe fn by_vectors<I: Isa>(m: &Matrix, o: &Operands) -> bool {
     #[cfg(target_arch = "x86_64")]
     if I::FMA {
         use wide::{Avx2, Avx512, BF16, F16, TF32};
         for tile in &m.tiles {
-            // SAFETY: the operands are the form's.
+            // SAFETY: guaranteed by the caller.
             unsafe {
                 match (m.element, m.depth, I::AVX512) {
                     (Element::Bf16, 2, true) => wide::tile::<Avx512, BF16, 2>(m, o, tile),
@@ -885,9 +920,13 @@ unsafe fn by_vectors<I: Isa>(m: &Matrix, o: &Operands) -> bool {
     false
 }
 
+/// Any product.
+///
+/// # Safety
+/// The operands are those of the form; the processor supports I.
 #[inline(always)]
 unsafe fn product<I: Isa>(m: &Matrix, o: &Operands) {
-    // SAFETY: the operands are the form's.
+    // SAFETY: guaranteed by the caller.
     unsafe {
         if by_vectors::<I>(m, o) {
             return;
@@ -911,7 +950,8 @@ macro_rules! runner {
         unsafe fn $name(f: &super::Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
             let Some(m) = &f.detail.matrix else { unreachable!("a form of this module") };
             for i in 0..count {
-                // SAFETY: the caller's operands are `count` times the form's.
+                // SAFETY: the caller passes `count` times the form's operands, and runs on a processor with these
+                // features.
                 unsafe {
                     let at = operands.add(i * f.detail.operands);
                     product::<super::ops::$isa>(m, &Operands { registers, at, mask })
@@ -989,8 +1029,7 @@ pub fn parse(text: &str) -> Result<Parsed, Unsupported> {
     }
     let (c_f16, d_f16) = (c == Ty::F16, d == Ty::F16);
 
-    // Registers of A, of B, along k; the tiles as (first A register, first B register) with C's and D's following on; whether the
-    // product is computed transposed.
+    // Registers of A and of B; registers along k in a tile; whether a tile has 16 rows.
     let (a_registers, b_registers, depth, tall) = match (wmma, shape, element) {
         (false, "m16n8k16", Element::F16 | Element::Bf16) => (4, 2, 2, true),
         (false, "m16n8k8", Element::F16 | Element::Bf16) => (2, 1, 1, true),
@@ -1057,7 +1096,7 @@ pub fn parse(text: &str) -> Result<Parsed, Unsupported> {
     })
 }
 
-// Where a fragment's elements are held: (lane, register, element of the register) -> (row, column), as `mma` has them.
+// Where a fragment's elements are held: (lane, register, element of the register) -> (row, column), as in `mma`.
 
 /// A tall factor with 16-bit elements: rows x 16 along k, four registers per 16 rows, and again from register 4 on.
 fn tall_16(lane: u32, register: u32, element: u32) -> (u32, u32) {

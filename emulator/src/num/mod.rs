@@ -1,24 +1,38 @@
 //! The meaning of every arithmetic instruction, for a whole warp at a time.
 //!
-//! [`form()`] maps an opcode with its modifiers (`fma.rn.ftz.f32`) to a [`Form`]: which kinds of register it reads and writes, and
-//! a function per instruction set that executes it. The decoder in [`crate::ptx`] asks here for every opcode that is not control
-//! flow, memory access, or communication between lanes; what nobody knows is refused by name when the module is loaded.
+//! [`form()`] maps an opcode with its modifiers (`fma.rn.ftz.f32`) to a [`Form`]: the registers it reads and writes,
+//! and one function per instruction set of the host that executes it. The decoder in `ptx` asks here for every opcode
+//! that is not control flow, memory access, or communication between lanes. Unknown opcodes are refused by name when
+//! the module is loaded.
+//!
+//! The modules, each using only those below it:
+//!
+//! - [`moves`]: copies, packing, unpacking, extension.
+//! - [`matrix`]: `mma` and `wmma`.
+//! - [`ops`]: every other operation, looped over 32 lanes.
+//! - [`soft`]: exact arithmetic in integers, for rounding modes and conversions that the host lacks.
+//! - [`approx`]: the `.approx` functions.
+//! - [`half`]: f16 and bf16 on bits.
+//! - [`int`]: integers.
+//! - [`float`]: f32 and f64 on bits.
+//! - [`form`](mod@form): spelling, operands and dispatch codes of the forms.
 //!
 //! # Layout of a warp's registers
 //!
-//! One 64-byte aligned file of bytes per warp; an operand is a byte offset into it.
+//! One 64-byte aligned byte array per warp, the register file. An operand is a byte offset into it.
 //! - [`Kind::B32`] (also 8- and 16-bit registers, whose high bits are zero): `[u32; 32]`, lane l at index l.
 //! - [`Kind::B64`]: `[u64; 32]`.
 //! - [`Kind::B128`]: `[u128; 32]`.
 //! - [`Kind::Pred`]: one `u32`, bit l is lane l.
 //!
-//! Vector registers start at multiples of 64 bytes. Immediates are registers too: the decoder broadcasts them into a constant part of the file
-//! (for [`Kind::Pred`], all ones or zero), so that a form only ever sees registers.
+//! Vector registers start at multiples of 64 bytes. Immediates are registers too: the decoder broadcasts them into a
+//! constant part of the file (for [`Kind::Pred`], all ones or zero), so that a form only ever sees registers.
 //!
-//! Lanes outside `mask` keep their old destination. Sources of such lanes hold arbitrary bits, and must not make anything panic.
+//! Lanes outside `mask` keep their old destination. Sources of such lanes hold arbitrary bits and must not cause a
+//! panic.
 
-// Loops over lanes index several arrays at once. `a < b || a > b` is not `a != b`: NaN is neither. Shifts and masks are written
-// as the hardware's manuals write them.
+// Loops over lanes index several arrays at once. `a < b || a > b` is not `a != b`: NaN is neither. Shifts and masks are
+// written as in the hardware manuals.
 #![allow(clippy::needless_range_loop, clippy::double_comparisons, clippy::precedence)]
 
 pub mod approx;
@@ -27,6 +41,7 @@ pub mod form;
 pub mod half;
 pub mod int;
 pub mod matrix;
+pub mod moves;
 pub mod ops;
 pub mod soft;
 
@@ -61,9 +76,9 @@ pub enum Type {
     B32,
     /// 64-bit integer or untyped bits.
     B64,
-    /// A float of 32 bits: immediates are `0f` with 8 hexadecimal digits, or decimal or 0d literals converted from double.
+    /// 32-bit float: immediates are `0f` with 8 hexadecimal digits, or decimal or `0d` literals rounded from double.
     F32,
-    /// A float of 64 bits: immediates are `0d` with 16 hexadecimal digits, or decimal.
+    /// 64-bit float: immediates are `0d` with 16 hexadecimal digits, or decimal.
     F64,
 }
 
@@ -78,7 +93,7 @@ impl Type {
     }
 }
 
-/// Where a launch's counters put an instruction.
+/// The counter under which an instruction is booked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Class {
     /// mma and wmma.mma.
@@ -106,17 +121,25 @@ pub enum FlopType {
     F64,
 }
 
+/// Index of the code for any processor in [`Form::run`].
+pub const PORTABLE: usize = 0;
+/// Index of the code for AVX2, FMA, F16C, BMI1, BMI2, LZCNT and POPCNT.
+pub const AVX2: usize = 1;
+/// Index of the code for AVX-512 F, VL, BW, DQ and all of [`AVX2`].
+pub const AVX512: usize = 2;
+
 /// Executes `count` instructions of one form in order.
 ///
-/// `operands` holds `count` times (destinations, then sources, then the carry flag as source and destination where the form has them), each a byte
-/// offset from `registers`. Runs of the same form are given in one call, so that dispatch costs little.
+/// `operands` holds `count` times (destinations, sources, and the carry flag as source and destination if the form has
+/// them), each a byte offset from `registers`. Runs of one form go into one call, which makes dispatch cheap.
 ///
 /// # Safety
-/// `registers` is 64-byte aligned and every offset lies inside the file with room for its kind; the processor has the
-/// instruction set that the function was compiled for. Source and destination registers may be the same, in any combination.
+/// `registers` is 64-byte aligned. `operands` holds `count` times the form's operands, each an offset inside the file
+/// with room for its kind. The processor supports the instruction set that the function was compiled for. Source and
+/// destination registers may coincide in any combination.
 pub type Run = unsafe fn(form: &Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32);
 
-/// What the code of a [`Form`] of this module reads.
+/// What the code of a [`Form`] reads.
 #[derive(Debug)]
 pub struct Detail {
     /// How many offsets an instruction has: destinations, sources and the carry flag.
@@ -135,7 +158,8 @@ impl Detail {
 /// One instruction form.
 #[derive(Debug)]
 pub struct Form {
-    /// Types of the destinations, in the order of the PTX text. Empty second destinations (`setp p|q`) are separate forms of two.
+    /// Types of the destinations, in the order of the PTX text. `setp` with and without a second destination are
+    /// separate forms.
     pub dst: &'static [Type],
     /// Types of the sources, in the order of the PTX text; vector operands (mma) flattened.
     pub src: &'static [Type],
@@ -147,13 +171,13 @@ pub struct Form {
     pub class: Class,
     /// Floating-point operations per active lane (for mma: per warp), by type.
     pub flops: Option<(FlopType, u32)>,
-    /// What the code reads to tell apart the forms it serves.
+    /// What tells apart the forms that share code.
     pub detail: Detail,
-    /// The code, called with this form: portable, AVX2 with FMA and F16C, AVX-512 (F, VL, BW, DQ).
+    /// The code, called with this form, for [`PORTABLE`], [`AVX2`] and [`AVX512`].
     pub run: [Run; 3],
 }
 
-/// On which of its sources' lanes a lane of a result depends.
+/// On which lanes of its sources a lane of the result depends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dependence {
     /// The same lane of every source.
@@ -191,13 +215,13 @@ impl Form {
         }
     }
 
-    /// Of a matrix product: which lanes of each destination (by its place among the operands) depend on the lanes that `marked` gives for
-    /// each source.
+    /// Of a matrix product: which lanes of each destination (by operand index) depend on the lanes that `marked` gives
+    /// for each source.
     pub fn spread(&self, marked: impl Fn(usize) -> u32) -> Vec<(usize, u32)> {
         self.detail.matrix.as_ref().map_or(vec![], |matrix| matrix.spread(marked))
     }
 
-    /// A plan for matrix products in a row that all lanes take part in, with the operands that [`Self::run`] would be given.
+    /// A plan for a run of matrix products that all lanes execute, with the operands that [`Self::run`] would get.
     pub fn plan(&self, operands: &[u32]) -> Option<matrix::Plan> {
         self.detail.matrix.as_ref().map(|matrix| matrix.plan(operands, self.detail.operands))
     }
@@ -230,11 +254,13 @@ fn flop_type(ty: Ty) -> Option<FlopType> {
     })
 }
 
-/// The form of an arithmetic opcode with all its modifiers, written as in PTX (`setp.lt.and.f32`), or None when there is none.
+/// The form of an arithmetic opcode with all its modifiers, spelled as in PTX (`setp.lt.and.f32`). None if there is no
+/// such form.
 ///
-/// `destinations` and `sources` are how many operands the instruction has with vectors flattened: `setp.eq.s32 %p|%q, ...` has 2 destinations.
+/// `destinations` and `sources` count the instruction's operands with vectors flattened: `setp.eq.s32 %p|%q, ...` has 2
+/// destinations.
 pub fn form(opcode: &str, destinations: usize, sources: usize) -> Option<&'static Form> {
-    // Every form that was ever asked for, kept for good: there are some thousands at most.
+    // Every form that was ever asked for, leaked: there are some thousands at most.
     static FORMS: Mutex<BTreeMap<(String, usize), &'static Form>> = Mutex::new(BTreeMap::new());
     let key = (opcode.to_string(), destinations);
     let mut forms = FORMS.lock().unwrap_or_else(PoisonError::into_inner);
@@ -316,8 +342,61 @@ pub struct Fragment {
     pub at: fn(u32, u32, u32) -> (u32, u32),
 }
 
-/// The fragment of `wmma.load.a.sync.aligned.row.m16n16k16.bf16`: matrix 'a', 'b', 'c' or 'd', shape `m16n16k16`, element type
-/// `bf16`. None when there is none. The same for row-major and column-major matrices.
+/// The fragment of `wmma.load.a.sync.aligned.row.m16n16k16.bf16`: matrix 'a', 'b', 'c' or 'd', shape `m16n16k16`,
+/// element type `bf16`; the same for row-major and column-major matrices. None if there is no such fragment.
 pub fn fragment(matrix: char, shape: &str, element: &str) -> Option<&'static Fragment> {
     matrix::fragment(matrix, shape, element)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A register of up to 64 bits per lane.
+    #[repr(align(64))]
+    #[derive(Clone, Copy, PartialEq, Debug)]
+    struct Slot([u32; 64]);
+
+    /// The destinations after one instruction, whose operand i is slot `operands[i]`.
+    fn run(form: &Form, operands: &[u32], mut file: Vec<Slot>, mask: u32) -> Vec<Slot> {
+        let offsets: Vec<u32> = operands.iter().map(|slot| 256 * slot).collect();
+        assert!(operands.iter().all(|&slot| (slot as usize) < file.len()));
+        // SAFETY: every operand is an aligned slot of the file, with room for 64 bits per lane.
+        unsafe { (form.run[PORTABLE])(form, file.as_mut_ptr().cast(), offsets.as_ptr(), 1, mask) };
+        operands[..form.dst.len()].iter().map(|&slot| file[slot as usize]).collect()
+    }
+
+    #[test]
+    fn destinations_may_be_sources() {
+        // Destinations and sources; the first source that destinations take the place of.
+        let product = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32";
+        let forms = [("add.s32", 1, 2, 0), ("fma.rn.f32", 1, 3, 2), ("min.f16x2", 1, 2, 1), ("mul.lo.u64", 1, 2, 0)];
+        for (opcode, destinations, sources, first) in
+            forms.into_iter().chain([(product, 4, 10, 6), (product, 4, 10, 0)])
+        {
+            let form = form(opcode, destinations, sources).unwrap_or_else(|| panic!("no form {opcode}"));
+            let count = (destinations + sources) as u32;
+            let number = |slot: u32, i: u32| (slot * 64 + i).wrapping_mul(0x9e37_79b9) & 0xbfff_bfff;
+            let file: Vec<Slot> = (0..count).map(|s| Slot(std::array::from_fn(|i| number(s, i as u32)))).collect();
+            let apart: Vec<u32> = (0..count).collect();
+            let mut in_place = apart.clone();
+            (0..destinations).for_each(|d| in_place[d] = (destinations + first + d) as u32);
+            let want = run(form, &apart, file.clone(), u32::MAX);
+            assert_ne!(want, file[..destinations], "{opcode} computes something");
+            assert_eq!(used(form, run(form, &in_place, file.clone(), u32::MAX)), used(form, want), "{opcode}");
+            if !opcode.starts_with("mma") {
+                assert_eq!(run(form, &apart, file.clone(), 0), file[..destinations], "{opcode} with no lane");
+            }
+        }
+    }
+
+    /// Only the bits that destinations have.
+    fn used(form: &Form, mut slots: Vec<Slot>) -> Vec<Slot> {
+        for (slot, ty) in slots.iter_mut().zip(form.dst) {
+            if ty.kind() == Kind::B32 {
+                slot.0[32..].fill(0);
+            }
+        }
+        slots
+    }
 }

@@ -1,7 +1,8 @@
-//! Each operation over a warp: the lanes' meaning from [`super::float`], [`super::half`], [`super::int`] and so on, looped over 32 lanes
-//! and compiled once per instruction set.
+//! Every operation other than matrix products, over a warp: the meaning of one lane from [`super::float`],
+//! [`super::half`], [`super::int`] and so on, looped over 32 lanes and compiled once per instruction set of the host.
 //!
-//! The loops are plain Rust that vectorises; only packing 32 comparisons into a predicate is written for each set.
+//! The loops are plain Rust that vectorises. Only packing 32 comparisons into a predicate is written by hand for each
+//! set.
 
 use super::form::{BoolOp, Decoded, Op, Relation, Round, Ty, flag};
 use super::{Run, approx, float, half, int, soft};
@@ -42,8 +43,8 @@ impl Isa for Avx512 {
     const AVX512: bool = true;
 }
 
-/// Writes the lanes in the mask. By bits and not by a choice between two values, of which the compiler makes a choice between two
-/// addresses, lane after lane.
+/// Writes the lanes in the mask. With bit operations, because the compiler turns a choice between two values into a
+/// choice between two addresses, lane by lane.
 #[inline(always)]
 pub fn blend32(to: &mut Lanes, from: &Lanes, mask: u32) {
     if mask == u32::MAX {
@@ -80,42 +81,42 @@ pub struct Operands {
     pub mask: u32,
 }
 
-// Every method: the offsets were made for this form, so each operand lies inside the file, aligned, and its bytes are initialised. A source
-// is borrowed only until its instruction writes.
+// For every method: the offsets were made for this form, so each operand is inside the file, aligned and initialised. A
+// source is borrowed only until its instruction writes.
 impl Operands {
     #[inline(always)]
     unsafe fn pointer<T>(&self, i: usize) -> *mut T {
-        // SAFETY: the caller's offsets lie inside the register file.
+        // SAFETY: the caller guarantees that the offset is inside the register file.
         unsafe { self.registers.add(*self.at.add(i) as usize).cast() }
     }
 
     /// Operand `i` as 32-bit lanes.
     ///
     /// # Safety
-    /// It is one of kind B32, and nothing writes it while the borrow lives.
+    /// It has kind B32, and nothing writes it while the borrow lives.
     #[inline(always)]
     pub unsafe fn b32<'a>(&self, i: usize) -> &'a Lanes {
-        // SAFETY: as the function's own contract.
+        // SAFETY: guaranteed by the caller.
         unsafe { &*self.pointer(i) }
     }
 
     /// Operand `i` as 64-bit lanes.
     ///
     /// # Safety
-    /// It is one of kind B64, and nothing writes it while the borrow lives.
+    /// It has kind B64, and nothing writes it while the borrow lives.
     #[inline(always)]
     pub unsafe fn b64<'a>(&self, i: usize) -> &'a Lanes64 {
-        // SAFETY: as the function's own contract.
+        // SAFETY: guaranteed by the caller.
         unsafe { &*self.pointer(i) }
     }
 
-    /// Where the 32-bit lanes of operand `i` stand.
+    /// Pointer to the 32-bit lanes of operand `i`.
     ///
     /// # Safety
-    /// It is one of kind B32.
+    /// It has kind B32.
     #[inline(always)]
     pub unsafe fn words(&self, i: usize) -> *mut u32 {
-        // SAFETY: as the function's own contract.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.pointer(i) }
     }
 
@@ -125,7 +126,7 @@ impl Operands {
     /// It is a predicate.
     #[inline(always)]
     pub unsafe fn pred(&self, i: usize) -> u32 {
-        // SAFETY: as the function's own contract.
+        // SAFETY: guaranteed by the caller.
         unsafe { *self.pointer(i) }
     }
 
@@ -135,7 +136,7 @@ impl Operands {
     /// Operand `i` is a destination of kind B32.
     #[inline(always)]
     pub unsafe fn put32(&self, i: usize, r: &Lanes) {
-        // SAFETY: as the function's own contract; `r` is a local of the caller.
+        // SAFETY: guaranteed by the caller; no borrow of the register is used after this, and `r` is not in the file.
         let d: &mut Lanes = unsafe { &mut *self.pointer(i) };
         blend32(d, r, self.mask);
     }
@@ -146,7 +147,7 @@ impl Operands {
     /// Operand `i` is a destination of kind B64.
     #[inline(always)]
     pub unsafe fn put64(&self, i: usize, r: &Lanes64) {
-        // SAFETY: as the function's own contract; `r` is a local of the caller.
+        // SAFETY: guaranteed by the caller; no borrow of the register is used after this, and `r` is not in the file.
         let d: &mut Lanes64 = unsafe { &mut *self.pointer(i) };
         blend64(d, r, self.mask);
     }
@@ -157,16 +158,17 @@ impl Operands {
     /// Operand `i` is a destination predicate.
     #[inline(always)]
     pub unsafe fn put_pred(&self, i: usize, r: u32) {
-        // SAFETY: as the function's own contract.
+        // SAFETY: guaranteed by the caller; no borrow of the register is used after this.
         let d: &mut u32 = unsafe { &mut *self.pointer(i) };
         *d = (*d & !self.mask) | (r & self.mask);
     }
 
-    // The shapes of most operations: destination 0, sources from 1 on, of 32 or 64 bits.
+    // The shapes of most operations: destination 0, sources from 1 on, of 32 or 64 bits. All need operands of the kinds
+    // that their bodies name.
 
     #[inline(always)]
     unsafe fn map1(&self, f: impl Fn(u32) -> u32) {
-        // SAFETY: for all of these: the form's operands have the kinds that its body asks for.
+        // SAFETY: the caller's form has operands of these kinds. The same holds for every method below.
         unsafe {
             let a = self.b32(1);
             let mut r = [0; 32];
@@ -283,7 +285,8 @@ impl Operands {
         }
     }
 
-    // The same for rare operations, or such as the host has no vectors for: the loop is compiled once, and calls.
+    // The same for rare operations, or those for which the host has no vector instructions: compiled once, with a call
+    // per lane.
 
     #[inline(never)]
     unsafe fn each1(&self, f: &dyn Fn(u32) -> u32) {
@@ -362,14 +365,17 @@ impl Operands {
     }
 }
 
-/// Bit l of the result is whether lane l of `on`, all ones or zero, is set.
+/// Bit l of the result says whether lane l of `on`, all ones or zero, is set.
+///
+/// # Safety
+/// The processor supports `I`.
 #[inline(always)]
-fn pack<I: Isa>(on: &Lanes) -> u32 {
+unsafe fn pack<I: Isa>(on: &Lanes) -> u32 {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::*;
         if I::AVX512 {
-            // SAFETY: the caller runs where AVX-512 DQ is; `on` has 128 bytes.
+            // SAFETY: the caller guarantees AVX-512 DQ; `on` has 128 bytes.
             unsafe {
                 let low = _mm512_movepi32_mask(_mm512_loadu_si512(on.as_ptr().cast()));
                 let high = _mm512_movepi32_mask(_mm512_loadu_si512(on.as_ptr().add(16).cast()));
@@ -378,7 +384,7 @@ fn pack<I: Isa>(on: &Lanes) -> u32 {
         } else if I::FMA {
             let mut bits = 0;
             for i in 0..4 {
-                // SAFETY: the caller runs where AVX is; `on` has 128 bytes.
+                // SAFETY: the caller guarantees AVX2; `on` has 128 bytes.
                 bits |= unsafe { _mm256_movemask_ps(_mm256_loadu_ps(on.as_ptr().add(8 * i).cast())) as u32 } << (8 * i);
             }
             bits
@@ -401,51 +407,67 @@ fn pack<I: Isa>(on: &Lanes) -> u32 {
     }
 }
 
-/// Which lanes of two vectors satisfy `f`, as a predicate.
+/// The lanes of two vectors that satisfy `f`, as a predicate.
+///
+/// # Safety
+/// The processor supports `I`.
 #[inline(always)]
-fn which<I: Isa, T: Copy>(a: &[T; 32], b: &[T; 32], f: impl Fn(T, T) -> bool) -> u32 {
+unsafe fn which<I: Isa, T: Copy>(a: &[T; 32], b: &[T; 32], f: impl Fn(T, T) -> bool) -> u32 {
     let mut on = [0; 32];
     for i in 0..32 {
         on[i] = (f(a[i], b[i]) as u32).wrapping_neg();
     }
-    pack::<I>(&on)
+    // SAFETY: guaranteed by the caller.
+    unsafe { pack::<I>(&on) }
 }
 
 /// A comparison of integers.
+///
+/// # Safety
+/// The processor supports `I`.
 #[inline(always)]
-fn compare_int<I: Isa, T: Copy + Ord>(f: &Decoded, a: &[T; 32], b: &[T; 32]) -> u32 {
+unsafe fn compare_int<I: Isa, T: Copy + Ord>(f: &Decoded, a: &[T; 32], b: &[T; 32]) -> u32 {
     let (a, b) = if f.compare.swap { (b, a) } else { (a, b) };
-    let t = match f.compare.relation {
-        Relation::Equal => which::<I, T>(a, b, |a, b| a == b),
-        _ => which::<I, T>(a, b, |a, b| a < b),
+    // SAFETY: guaranteed by the caller.
+    let t = unsafe {
+        match f.compare.relation {
+            Relation::Equal => which::<I, T>(a, b, |a, b| a == b),
+            _ => which::<I, T>(a, b, |a, b| a < b),
+        }
     };
     if f.compare.negate { !t } else { t }
 }
 
 /// A comparison of floats.
+///
+/// # Safety
+/// The processor supports `I`.
 #[inline(always)]
-fn compare_float<I: Isa, T: Copy + PartialOrd>(f: &Decoded, a: &[T; 32], b: &[T; 32]) -> u32 {
+unsafe fn compare_float<I: Isa, T: Copy + PartialOrd>(f: &Decoded, a: &[T; 32], b: &[T; 32]) -> u32 {
     let (a, b) = if f.compare.swap { (b, a) } else { (a, b) };
-    let t = match f.compare.relation {
-        Relation::Equal => which::<I, T>(a, b, |a, b| a == b),
-        Relation::Less => which::<I, T>(a, b, |a, b| a < b),
-        Relation::LessEqual => which::<I, T>(a, b, |a, b| a <= b),
-        Relation::LessGreater => which::<I, T>(a, b, |a, b| a < b || a > b),
-        Relation::Ordered => which::<I, T>(a, b, |a, b| a.partial_cmp(&b).is_some()),
+    // SAFETY: guaranteed by the caller.
+    let t = unsafe {
+        match f.compare.relation {
+            Relation::Equal => which::<I, T>(a, b, |a, b| a == b),
+            Relation::Less => which::<I, T>(a, b, |a, b| a < b),
+            Relation::LessEqual => which::<I, T>(a, b, |a, b| a <= b),
+            Relation::LessGreater => which::<I, T>(a, b, |a, b| a < b || a > b),
+            Relation::Ordered => which::<I, T>(a, b, |a, b| a.partial_cmp(&b).is_some()),
+        }
     };
     if f.compare.negate { !t } else { t }
 }
 
-/// The comparison of a `set` or `setp` whose first source is operand `at`. Two results for pairs of halves, the same twice
-/// for the rest.
+/// The comparison of a `set` or `setp` whose first source is operand `at`. Two results for pairs of halves; otherwise
+/// the same one twice.
 ///
 /// # Safety
-/// As [`Operands::b32`].
+/// As for [`Operands::b32`]; the processor supports `I`.
 #[inline(always)]
 unsafe fn compare_any<I: Isa>(f: &Decoded, o: &Operands, at: usize) -> (u32, u32) {
     let ftz = f.has(flag::FTZ);
     let twice = |t| (t, t);
-    // SAFETY: the sources have the form's kinds.
+    // SAFETY: the caller guarantees the ISA, and that the sources have the form's kinds.
     unsafe {
         let both = |ty: fn(u32) -> u32| (o.b32(at).map(ty), o.b32(at + 1).map(ty));
         match f.from {
@@ -513,7 +535,7 @@ fn combine(f: &Decoded, t: u32, with: impl Fn() -> u32) -> u32 {
 /// The end of every `setp`: p from the comparison, q from its complement (or, for pairs, from the upper half).
 ///
 /// # Safety
-/// As [`Operands::b32`].
+/// As for [`Operands::b32`].
 #[inline(always)]
 unsafe fn put_setp(f: &Decoded, o: &Operands, (low, high): (u32, u32)) {
     let sources = f.destinations as usize;
@@ -632,19 +654,19 @@ fn convert(f: &Decoded, x: u64) -> u64 {
     r
 }
 
-/// Code of one operation, for any instruction set.
+/// The code of one operation, for any instruction set.
 trait Body {
     /// Executes one instruction.
     ///
     /// # Safety
-    /// The operands have the kinds of the form that this operation belongs to; the processor has the instruction set.
+    /// The operands have the kinds of the form that this operation belongs to; the processor supports `I`.
     unsafe fn run<I: Isa>(f: &Decoded, o: Operands);
 }
 
-/// Runs `count` instructions on whatever the crate is compiled for.
+/// Executes `count` instructions with the crate's own target features.
 unsafe fn portable<B: Body>(f: &super::Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
     for i in 0..count {
-        // SAFETY: the caller's operands are `count` times the form's.
+        // SAFETY: the caller passes `count` times the form's operands; every processor supports Portable.
         unsafe {
             B::run::<Portable>(&f.detail.decoded, Operands { registers, at: operands.add(i * f.detail.operands), mask })
         }
@@ -656,7 +678,7 @@ unsafe fn portable<B: Body>(f: &super::Form, registers: *mut u8, operands: *cons
 #[target_feature(enable = "avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
 unsafe fn avx2<B: Body>(f: &super::Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
     for i in 0..count {
-        // SAFETY: the caller's operands are `count` times the form's.
+        // SAFETY: the caller passes `count` times the form's operands, and runs on a processor with these features.
         unsafe {
             B::run::<Avx2>(&f.detail.decoded, Operands { registers, at: operands.add(i * f.detail.operands), mask })
         }
@@ -668,7 +690,7 @@ unsafe fn avx2<B: Body>(f: &super::Form, registers: *mut u8, operands: *const u3
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,f16c,bmi1,bmi2,lzcnt,popcnt")]
 unsafe fn avx512<B: Body>(f: &super::Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
     for i in 0..count {
-        // SAFETY: the caller's operands are `count` times the form's.
+        // SAFETY: the caller passes `count` times the form's operands, and runs on a processor with these features.
         unsafe {
             B::run::<Avx512>(&f.detail.decoded, Operands { registers, at: operands.add(i * f.detail.operands), mask })
         }
@@ -691,8 +713,8 @@ macro_rules! runs {
     };
 }
 
-/// One type per operation with its code, and the table of their compiled functions. `slow` operations are compiled once, for
-/// every processor: rare ones, or such as no instruction set speeds up.
+/// One type per operation with its code, and the table of compiled functions. `slow` operations are compiled once, for
+/// every processor: they are rare, or no instruction set speeds them up.
 macro_rules! operations {
     ($($speed:ident $name:ident |$f:ident, $o:ident, $isa:ident| $body:expr;)*) => {
         $(
@@ -700,7 +722,7 @@ macro_rules! operations {
             impl Body for $name {
                 #[inline(always)]
                 unsafe fn run<$isa: Isa>($f: &Decoded, $o: Operands) {
-                    // SAFETY: the contract of `Body::run`.
+                    // SAFETY: guaranteed by the caller of `Body::run`.
                     unsafe { $body }
                 }
             }
@@ -843,7 +865,9 @@ operations! {
         soft::sqrt_f64(a, f.round)
     });
     slow RcpF64Approx |_f, o, I| o.each_wide1(&approx::rcp_f64);
-    slow RsqrtF64 |f, o, I| o.each_wide1(&|a| if f.has(FTZ) { approx::rsqrt_f64_upper(a) } else { approx::rsqrt_f64(a) });
+    slow RsqrtF64 |f, o, I| {
+        o.each_wide1(&|a| if f.has(FTZ) { approx::rsqrt_f64_upper(a) } else { approx::rsqrt_f64(a) })
+    };
     slow MinF64 |_f, o, I| o.each_wide2(&float::min_max_f64::<false>);
     slow MaxF64 |_f, o, I| o.each_wide2(&float::min_max_f64::<true>);
     fast NegF64 |_f, o, I| o.wide1(|a| a ^ 1 << 63);
@@ -900,10 +924,12 @@ operations! {
     slow Ex2Half |f, o, I| {
         let (pair, bf, ftz) = (is_pair(f.ty), is_bf16(f.ty), f.has(FTZ));
         o.each1(&|a| halves1(pair, a, |a| if bf {
-            let r = half::bf16_from_f32(f32::from_bits(approx::ex2::<false>(if ftz { float::flush(a << 16) } else { a << 16 })));
+            let x = if ftz { float::flush(a << 16) } else { a << 16 };
+            let r = half::bf16_from_f32(f32::from_bits(approx::ex2::<false>(x)));
             if ftz { float::flush(r << 16) >> 16 } else { r }
         } else {
-            let r = half::f16_from_f32(f32::from_bits(approx::ex2::<false>(half::f16_to_f32(half::flush_if(ftz, a)).to_bits())));
+            let x = half::f16_to_f32(half::flush_if(ftz, a)).to_bits();
+            let r = half::f16_from_f32(f32::from_bits(approx::ex2::<false>(x)));
             half::flush_if(ftz, r)
         }))
     };
@@ -1373,7 +1399,8 @@ fn slct_first(f: &Decoded, c: u32) -> bool {
     if f.from == Ty::S32 { c as i32 >= 0 } else { f32::from_bits(float::flush_if(f.has(FTZ), c)) >= 0.0 }
 }
 
-/// Arithmetic with the carry flag: `g` gives the result with its carry or borrow in bit 32 (all ones above it for a borrow).
+/// Arithmetic with the carry flag: `g` returns the result with its carry or borrow in bit 32 (a borrow sets all bits
+/// above).
 unsafe fn carry32(f: &Decoded, o: Operands, g: impl Fn(u64, u64, u64) -> u64, sources: usize) {
     let out = f.has(CC_OUT) as usize;
     // SAFETY: destination, carry out, sources, carry in, as the form says.

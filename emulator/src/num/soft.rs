@@ -1,8 +1,8 @@
-//! Exact arithmetic in integers, for what the host's instructions do not round the way PTX asks: directed rounding of f64, and
-//! every conversion between number formats that has no faster path. One definition serves all formats: a value is unpacked to
-//! sign, integer significand and exponent, and packed with one rounding.
+//! Exact arithmetic in integers, where the host's instructions do not round as PTX asks: directed rounding of f64, and
+//! every conversion between number formats without a faster path. One definition serves all formats: a value is
+//! unpacked to sign, integer significand and exponent, and packed with one rounding.
 //!
-//! Slow, and never in a hot loop. Each function takes and gives bits, since NaN is no number.
+//! Slow, and never in a hot loop. Functions take and return bits, since NaN is no number.
 
 use super::form::{Round, Ty};
 
@@ -234,8 +234,8 @@ pub fn fma_f64(a: u64, b: u64, c: u64, round: Round) -> u64 {
     if mc == 0 {
         return pack(F64, Finite { sign: sp, significand: mp, exponent: ep }, round);
     }
-    // Both get their leading bit at 125: a product has 106 bits, so a shift by up to 19 loses nothing, and a longer one leaves a sum
-    // of at least 124 bits, far above the lost ones.
+    // Both get their leading bit at 125. A product has 106 bits, so a shift by up to 19 loses nothing; after a longer
+    // one the sum still has at least 124 bits, far above the lost ones.
     let up = |m: u128, e: i32| {
         let shift = m.leading_zeros() as i32 - 2;
         (m << shift, e - shift)

@@ -1,13 +1,38 @@
-//! One instruction of text to one step (or a few) on virtual registers.
+//! Decodes one instruction of text into one step (or a few) on virtual registers.
 //!
-//! Arithmetic is looked up in [`crate::num::form`]; everything else is decoded here. What is neither is refused by name.
+//! Arithmetic is looked up in [`crate::num::form`], everything else is decoded here, and the rest is refused by name.
 
-use super::parse::{Function, MAX_LOCAL_BYTES, ModuleName};
 use super::program::*;
 use super::{Param, ParseError};
-use crate::exec::moves;
-use crate::num::{self, Kind, Type};
+use crate::num::{self, Kind, Type, moves};
 use std::collections::HashMap;
+
+/// Largest local memory of a thread, in bytes.
+pub const MAX_LOCAL_BYTES: u64 = 512 << 10;
+
+/// What a module-level name refers to.
+#[derive(Clone, Copy, Debug)]
+pub enum ModuleName {
+    /// Index into the globals.
+    Global(u32),
+    /// Index into the shared variables.
+    Shared(u32),
+    /// A function; index into `functions`.
+    Function(usize),
+}
+
+/// A device function.
+#[derive(Debug)]
+pub struct Function {
+    /// Name.
+    pub name: String,
+    /// Return parameters, then parameters.
+    pub formals: Vec<Param>,
+    /// How many of `formals` are return parameters.
+    pub returns: usize,
+    /// The body, unless it was only declared.
+    pub body: Option<Body>,
+}
 
 /// A virtual register, or a constant of the body when [`CONSTANT`] is set.
 pub type Value = u32;
@@ -15,7 +40,7 @@ pub type Value = u32;
 /// See [`Value`].
 pub const CONSTANT: u32 = 1 << 31;
 
-/// A name that is no register, with what is added to it.
+/// A name other than a register's, plus an offset.
 #[derive(Clone, Copy, Debug)]
 pub struct SymbolRef<'a> {
     /// The name.
@@ -51,7 +76,7 @@ pub enum Operand<'a> {
     Sink,
 }
 
-/// A constant of a body; addresses are known only when bodies are put together.
+/// A constant of a body; addresses are known only after inlining.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum BodyConstant {
     /// Known.
@@ -79,16 +104,16 @@ pub struct Ins {
     pub source: Source,
 }
 
-/// An operation, or what only exists before functions are put together.
+/// An operation, or what only exists before inlining.
 #[derive(Clone, Copy, Debug)]
 pub enum BodyOp {
     /// An operation.
     Op(Op),
-    /// Here stands a label.
+    /// A label.
     Label(u32),
-    /// To a label, always or by the guard.
+    /// A jump to a label, subject to the guard.
     Goto(u32),
-    /// By the body's table.
+    /// An indexed jump through one of the body's tables.
     Table(u32),
     /// Return from the function (the end of the kernel, in a kernel).
     Return,
@@ -204,7 +229,7 @@ pub fn special(name: &str) -> Option<Special> {
     })
 }
 
-/// Everything about the instruction at hand that its parts need.
+/// Context of the instruction being decoded.
 struct Context<'c, 'a> {
     opcode: &'a str,
     parts: Vec<&'a str>,
@@ -228,8 +253,9 @@ impl Context<'_, '_> {
     }
 }
 
-/// The qualifiers without the required ones, in alphabetical order: assemblers take qualifiers in any order, and published code uses that
-/// (`vote.ballot.sync.b32`, `ldmatrix.sync.aligned.x4.m8n8.shared.b16`). None where a required one is missing.
+/// The qualifiers without the required ones, sorted: assemblers accept qualifiers in any order, and published code
+/// relies on it (`vote.ballot.sync.b32`, `ldmatrix.sync.aligned.x4.m8n8.shared.b16`). None if a required one is
+/// missing.
 fn qualifiers<'a>(parts: &[&'a str], required: &[&str]) -> Option<Vec<&'a str>> {
     let mut rest = parts.to_vec();
     for wanted in required {
@@ -358,7 +384,7 @@ impl<'a> Builder<'a> {
             if let Some(&found) = scope.names.get(name) {
                 return Some(found);
             }
-            // A family's name may itself end in digits: try every split.
+            // The name of a register family may itself end in digits: try every split.
             for &(family, count, first) in scope.families.iter().rev() {
                 let Some(rest) = name.strip_prefix(family) else {
                     continue;
@@ -414,7 +440,7 @@ impl<'a> Builder<'a> {
         self.constant(BodyConstant::Plain(Constant::B32(value)))
     }
 
-    /// The last check of a body: every jump has its label.
+    /// Final check of a body: every jump has its label.
     pub fn finish(mut self, line: u32) -> Result<Body, ParseError> {
         let find_label = |scopes: &[Scope<'a>], mut at: usize, name: &str| loop {
             if let Some(&label) = scopes[at].labels.get(name) {
@@ -846,7 +872,7 @@ impl<'a> Builder<'a> {
         self.carry.unwrap_or(0)
     }
 
-    /// cvt may write a register wider than its type: then it writes one of its own, extended by [`Builder::cvt_widen`].
+    /// cvt may write a register wider than its type: it then writes a temporary, extended by [`Builder::cvt_widen`].
     fn cvt_register(&mut self, at: &Context, register: Value, ty: Type) -> Result<Value, ParseError> {
         let bits = self.body.bits[register as usize];
         match (ty, bits) {
@@ -875,7 +901,7 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// cvt may read a register wider than its type: the low bits.
+    /// cvt may read a register wider than its type: it reads the low bits.
     fn cvt_source(&mut self, at: &Context, register: Value, ty: Type) -> Result<Value, ParseError> {
         let bits = self.body.bits[register as usize];
         let wanted = match ty {
@@ -1093,7 +1119,7 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    /// A fence where the instruction's own semantics include one.
+    /// Emits a fence if the instruction's semantics include one.
     fn ordering(&mut self, at: &Context, semantics: &[&str]) {
         if semantics.iter().any(|part| at.has(part)) {
             self.emit(at, Op::Fence(!at.has("cta")), &[], 0);
@@ -1190,9 +1216,9 @@ impl<'a> Builder<'a> {
         };
         let window = match space {
             "global" | "const" => 0,
-            "shared" | "shared::cta" => crate::exec::SHARED_WINDOW,
-            "local" => crate::exec::LOCAL_WINDOW,
-            "param" | "param::entry" => crate::exec::PARAM_WINDOW,
+            "shared" | "shared::cta" => SHARED_WINDOW,
+            "local" => LOCAL_WINDOW,
+            "param" | "param::entry" => PARAM_WINDOW,
             _ => return at.unsupported(),
         };
         if ty != "u64" {
@@ -1764,7 +1790,7 @@ impl<'a> Builder<'a> {
     }
 }
 
-/// Operands may be followed by a cache policy, which has no effect here.
+/// Skips a cache policy after the operands, which has no effect here.
 fn count_with_policy(at: &Context, operands: &[Operand], wanted: usize) -> Result<(), ParseError> {
     let policy = usize::from(at.has("L2::cache_hint"));
     if operands.len() == wanted + policy {

@@ -1,17 +1,17 @@
-//! From bodies on virtual registers to a kernel's program: calls are put in line, basic blocks ordered, registers allocated.
+//! From bodies on virtual registers to a kernel's program: inlines calls, orders basic blocks, allocates registers.
 //!
-//! **Reconvergence.** The interpreter always runs the group of lanes with the smallest step, and groups that meet become one. That
-//! reconverges at the immediate post-dominator of every branch when blocks stand in an order in which a
-//! block follows all it can be reached from, back edges aside, and the blocks of a loop stand together: then lanes that left a loop wait behind it
-//! until the last one has left. [`order`] makes that order; the text's own order is kept where it leaves a choice.
+//! **Reconvergence.** The interpreter always runs the group of lanes with the smallest step, and merges groups that
+//! meet. This reconverges at the immediate post-dominator of every branch if, back edges aside, each block comes after
+//! all blocks that reach it, and the blocks of a loop are contiguous: lanes that have left a loop then wait behind it
+//! for the last one. [`order`] computes such an order, and keeps the order of the text where it has a choice.
 //!
-//! **Registers.** Lanes write only their own lane of a register, so a register may be given to another variable as soon as it
-//! is dead in the control flow of one thread, however lanes diverge.
+//! **Registers.** Lanes write only their own lane of a register, so a register may be reused as soon as it is dead in
+//! the control flow of one thread, however lanes diverge.
 //!
-//! Recursion is refused: calls in line need no stack.
+//! Recursion is refused: inlined calls need no stack.
 
-use super::decode::{Body, BodyConstant, BodyOp, CONSTANT, Value};
-use super::parse::{Entry, Function, MAX_LOCAL_BYTES, SharedVariable, Unit};
+use super::decode::{Body, BodyConstant, BodyOp, CONSTANT, Function, MAX_LOCAL_BYTES, Value};
+use super::parse::{Entry, SharedVariable, Unit};
 use super::program::*;
 use super::{Kernel, ParseError};
 use crate::num::{Class, FlopType};
@@ -19,9 +19,9 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::sync::Arc;
 
-/// Functions put in line may call functions so deep.
+/// Maximum depth of inlined calls.
 const MAX_CALL_DEPTH: usize = 64;
-/// A kernel may have so many instructions with all calls in line.
+/// Maximum number of instructions of a kernel with all calls inlined.
 const MAX_INSTRUCTIONS: usize = 1 << 22;
 
 /// An instruction after inlining: registers are the kernel's, labels too.
@@ -56,7 +56,7 @@ struct Code {
     shared: Vec<u32>,
 }
 
-/// Makes the kernel.
+/// Builds the kernel.
 pub fn kernel(entry: &Entry, unit: &Unit, text: &Arc<str>) -> Result<Kernel, ParseError> {
     let mut code = Code::default();
     code.inline(&entry.body, &[], 0, None, &unit.functions, &mut vec![])?;
@@ -87,7 +87,7 @@ pub fn kernel(entry: &Entry, unit: &Unit, text: &Arc<str>) -> Result<Kernel, Par
     Ok(kernel)
 }
 
-/// Offsets of all of the module's shared variables (those not used stay 0) and the fixed size.
+/// Offsets of all of the module's shared variables (0 for unused ones), and the static size.
 fn place_shared(used: &[u32], variables: &[SharedVariable], line: u32) -> Result<(Vec<u32>, u32), ParseError> {
     let mut offsets = vec![0; variables.len()];
     let mut end = 0u64;
@@ -124,7 +124,8 @@ impl Code {
         self.ins.push(Flat { op, guard, first, outputs: 0, arity: 0, source });
     }
 
-    /// Appends a body whose formal parameters stand at `actuals` in local memory and whose frame begins at `frame`. Returns go to `end`.
+    /// Appends a body whose formal parameters are at `actuals` in local memory and whose frame begins at `frame`.
+    /// Returns jump to `end`.
     fn inline(
         &mut self,
         body: &Body,
@@ -253,23 +254,23 @@ struct Block {
     next: Vec<u32>,
 }
 
-/// How a block ends. Successor 0 is the target, the last is the block that follows.
+/// How a block ends. Successor 0 is the target, the last one is the fall-through.
 #[derive(Clone, Copy, Default, PartialEq)]
 enum End {
-    /// Runs on into `next[0]`.
+    /// Falls through to `next[0]`.
     #[default]
     Fall,
     /// Jumps to `next[0]`.
     Goto(u32),
-    /// By the guard of the instruction.
+    /// Conditional, by the guard of the instruction.
     Branch(u32),
-    /// All of the table, then perhaps the fall-through.
+    /// Indexed: the whole table, then perhaps the fall-through.
     Table(u32),
-    /// The instruction ends lanes; a guarded one falls through.
+    /// Exit; with a guard it may fall through.
     Exit(u32),
 }
 
-/// Operations at which lanes wait for each other begin a block, so that a group that waits has counted what it ran.
+/// Operations at which lanes wait for each other begin a block, so that a waiting group has booked what it ran.
 fn waits(op: &Op) -> bool {
     matches!(
         op,
@@ -494,7 +495,7 @@ fn order(blocks: &[Block]) -> Vec<u32> {
             }
         }
     }
-    // Only irreducible control flow leaves any.
+    // Only irreducible control flow leaves blocks over.
     result.extend((0..n).filter(|&at| !done[at]).map(|at| rpo[at]));
     result
 }
@@ -502,7 +503,7 @@ fn order(blocks: &[Block]) -> Vec<u32> {
 fn reads(code: &Code, ins: &Flat, mut visit: impl FnMut(Value)) {
     if let Some((register, _)) = ins.guard {
         visit(register);
-        // What a guarded instruction does not write stays alive.
+        // A guarded instruction may not write, so its destination stays live.
         for &value in &code.pool[ins.first as usize..][..ins.outputs as usize] {
             visit(value);
         }
@@ -523,11 +524,12 @@ fn block_ins(block: &Block) -> impl Iterator<Item = u32> + '_ {
     block.ins.iter().copied().chain(last)
 }
 
-/// Live range of each register as positions: reads of instruction i at 2i, writes at 2i + 1. `u32::MAX, 0` where never touched.
+/// Live range of each register as positions: instruction i reads at 2i and writes at 2i + 1. `u32::MAX, 0` if never
+/// touched.
 fn live_ranges(code: &Code, blocks: &[Block], order: &[u32]) -> Vec<(u32, u32)> {
     let registers = code.bits.len();
     let mut ranges = vec![(u32::MAX, 0u32); registers];
-    // Registers of one block that are written before they are read there need no data flow.
+    // Registers used in one block only, written before they are read, need no data flow analysis.
     let mut home = vec![u32::MAX; registers];
     let mut global = vec![u32::MAX; registers];
     let mut globals = 0u32;
@@ -623,7 +625,7 @@ fn live_ranges(code: &Code, blocks: &[Block], order: &[u32]) -> Vec<(u32, u32)> 
             }
             position += 2;
         }
-        // An empty block still has a position of its own, so that what lives through it has one too.
+        // An empty block gets a position of its own, so that what is live through it has one too.
         position += 2;
         for w in 0..words {
             for (bits, edge) in [(live_in[at * words + w], start), (live_out[at * words + w], position - 1)] {
@@ -638,7 +640,7 @@ fn live_ranges(code: &Code, blocks: &[Block], order: &[u32]) -> Vec<(u32, u32)> 
     ranges
 }
 
-/// Byte offset of every register, the bytes used, and 32-bit registers at the busiest point.
+/// Byte offset of every register, bytes used, and the peak number of 32-bit registers.
 fn allocate(code: &Code, ranges: &[(u32, u32)]) -> (Vec<u32>, u32, u32) {
     #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
     enum Pool {
@@ -824,7 +826,7 @@ fn reaches_shared(access: &Access) -> bool {
     matches!(access.space, Space::Shared | Space::Generic)
 }
 
-/// Bytes that a lane touches at least with an operation that may reach shared memory.
+/// Smallest access of an operation that may reach shared memory, in bytes.
 fn shared_bytes(op: &Op) -> Option<u32> {
     match op {
         Op::Load(access) | Op::Store(access) | Op::Atom { access, .. } if reaches_shared(access) => {

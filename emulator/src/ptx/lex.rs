@@ -1,7 +1,7 @@
-//! Words of PTX text.
+//! Tokens of PTX text.
 //!
-//! A word keeps the dots inside: `ld.global.L1::no_allocate.f32` and `%tid.x` are one token each, `.reg.b16` is two. That is all the
-//! context the grammar needs.
+//! A token keeps its dots: `ld.global.L1::no_allocate.f32` and `%tid.x` are one token each, `.reg.b16` is two. That is
+//! all the context the grammar needs.
 
 use super::ParseError;
 
@@ -16,7 +16,7 @@ pub enum Kind {
     Text,
     /// One character.
     Mark(u8),
-    /// After the last.
+    /// End of the text.
     End,
 }
 
@@ -40,7 +40,7 @@ impl Token<'_> {
     }
 }
 
-/// A place in the text; cheap to copy, so looking ahead is copying.
+/// A position in the text. Cheap to copy, so lookahead is a copy.
 #[derive(Clone, Copy)]
 pub struct Lexer<'a> {
     text: &'a str,
@@ -112,7 +112,7 @@ impl<'a> Lexer<'a> {
     }
 
     fn word(&mut self, bytes: &[u8]) {
-        // Directives may stand without blanks between them: `.reg.b16 x;` is `.reg .b16 x;`.
+        // Blanks between directives are optional: `.reg.b16 x;` is `.reg .b16 x;`.
         let directive = bytes[self.at] == b'.';
         self.at += usize::from(directive);
         while let Some(&byte) = bytes.get(self.at) {

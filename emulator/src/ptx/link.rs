@@ -1,13 +1,14 @@
-//! Several modules to one, as text.
+//! Links several modules into one, as text.
 //!
-//! The result holds what stood in the images: variables first, so that every use follows a definition, then functions image by image.
-//! `.extern` variables are the ones of that name that another image defines; of `.weak` definitions the first stays, unless there is one that
-//! is not weak; what an image keeps to itself (neither visible nor weak) is renamed where another image uses the name, and so are
-//! `extern .shared` arrays, which all begin at the same place anyway. Functions that no image defines stay declared, and a call of one is refused
-//! when the result is loaded. An image may take a function for one that returns something where it returns nothing, or the other
-//! way round, as code of two languages does: such an image calls a function of its own that passes the parameters on.
+//! The result holds the contents of the images: variables first, so that every use follows its definition, then
+//! functions, image by image. An `.extern` variable is the one of that name that another image defines. Of several
+//! `.weak` definitions the first is used, unless there is a strong one. A symbol local to its image (neither visible
+//! nor weak) is renamed if another image uses the name, and so are `extern .shared` arrays, which all begin at the same
+//! offset anyway. Functions that no image defines stay declared; a call of one is refused when the result is loaded. An
+//! image may declare a function with a return value where the definition has none, or the reverse, as code of two
+//! languages does: it then calls a wrapper that passes the parameters on.
 //!
-//! Deliberately absent: archives, aliases, and optimisation over the images.
+//! Not here: archives, aliases, and optimisation across images.
 
 use super::ParseError;
 use super::lex::{Kind, Lexer, Token};
@@ -16,7 +17,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Write;
 use std::ops::Range;
 
-/// PTX text and what to call it in messages.
+/// PTX text, and its name for messages.
 #[derive(Clone, Copy, Debug)]
 pub struct Image<'a> {
     /// Name.
@@ -25,10 +26,10 @@ pub struct Image<'a> {
     pub text: &'a str,
 }
 
-/// Who may use a name.
+/// The scope of a name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Linkage {
-    /// This image.
+    /// Its own image.
     Own,
     Visible,
     /// Also `.common`.
@@ -66,7 +67,7 @@ impl Statement<'_> {
         }
     }
 
-    /// Whether its names are those of the other images too.
+    /// Whether its name is shared with other images.
     fn shared_name(&self) -> bool {
         match self.what {
             What::Kernel => true,
@@ -94,7 +95,7 @@ struct Scanner<'a> {
 
 impl<'a> Scanner<'a> {
     fn token(&self) -> Token<'a> {
-        // The last token is the end, and nothing goes beyond it.
+        // The last token is the end of the text; the position stays on it.
         self.tokens[self.at.min(self.tokens.len() - 1)]
     }
 
@@ -108,7 +109,7 @@ impl<'a> Scanner<'a> {
         Err(ParseError::invalid(self.token().line, message))
     }
 
-    /// Goes behind the mark that closes the one it stands on.
+    /// Skips past the bracket that closes the one at the current position.
     fn skip_group(&mut self) -> Result<(), ParseError> {
         let line = self.token().line;
         let mut depth = 0;
@@ -144,7 +145,7 @@ impl<'a> Scanner<'a> {
         Ok(token.text)
     }
 
-    /// A function or kernel behind its directive: its name and where its body opens.
+    /// Reads a function or kernel after its directive: its name, and where its body opens.
     fn function(&mut self) -> Result<(&'a str, Option<usize>), ParseError> {
         while self.token().is(b'(') || self.token().text.starts_with('.') {
             match self.token().is(b'(') {
@@ -173,7 +174,7 @@ impl<'a> Scanner<'a> {
         }
     }
 
-    /// Variables behind the directive that says where they live.
+    /// Reads variables after the directive of their space.
     fn variables(&mut self) -> Result<Vec<&'a str>, ParseError> {
         while self.token().text.starts_with('.') {
             match self.next().text {
@@ -295,7 +296,7 @@ fn scan(image: Image<'_>) -> Result<Scanned<'_>, ParseError> {
     Ok(Scanned { image, tokens: scanner.tokens, statements, version, target, debug })
 }
 
-/// A parameter as it was declared: alignment, type and what follows the name.
+/// A parameter as declared: alignment, type and dimension.
 #[derive(Clone, Copy, Debug)]
 struct Formal<'a> {
     align: &'a str,
@@ -308,7 +309,7 @@ impl Formal<'_> {
         (self.size(), self.dimension.is_empty()) == (other.size(), other.dimension.is_empty())
     }
 
-    /// Bytes of an element and elements; 0 where the parser will find a mistake.
+    /// Element size and count; 0 if the declaration is wrong, which the parser will report.
     fn size(&self) -> (u64, u64) {
         let element = super::parse::type_bytes(self.kind).unwrap_or(0);
         (element, super::parse::integer(self.dimension).unwrap_or(u64::from(self.dimension.is_empty())))
@@ -320,7 +321,7 @@ impl Formal<'_> {
         format!(".param {align}{} {name}{dimension}", self.kind)
     }
 
-    /// Copies the parameter `from` to `to` by way of a register.
+    /// Copies the parameter `from` to `to` through a register.
     fn copy(&self, from: &str, to: &str, text: &mut String) {
         let (element, elements) = self.size();
         for at in 0..elements {
@@ -331,7 +332,7 @@ impl Formal<'_> {
     }
 }
 
-/// What a function returns and takes.
+/// A function's return parameters and parameters.
 struct Signature<'a> {
     returns: Vec<Formal<'a>>,
     takes: Vec<Formal<'a>>,
@@ -413,7 +414,8 @@ fn refuse<T>(image: &Image, why: ParseError) -> Result<T, ParseError> {
     Err(ParseError { message: format!("in image {}: {}", image.name, why.message), ..why })
 }
 
-/// One module of all images. One image is taken as it is. A text that no assembler would take may pass: parsing the result tells.
+/// Links all images into one module. A single image is taken as it is. Text that no assembler would accept may pass:
+/// parsing the result tells.
 pub fn link(images: &[Image]) -> Result<String, ParseError> {
     if let [only] = images {
         return Ok(only.text.into());
@@ -449,7 +451,7 @@ pub fn link(images: &[Image]) -> Result<String, ParseError> {
         }
     }
     let words: HashSet<&str> = scanned.iter().flat_map(|unit| unit.tokens.iter().map(|token| token.text)).collect();
-    // A name that stands nowhere in the images.
+    // A name that occurs in no image.
     let fresh = |name: &str, image: usize| {
         let mut names = (0..).map(|number| format!("{name}$image{image}_{number}"));
         names.find(|name| !words.contains(&**name)).expect("there are more numbers than words")
@@ -509,7 +511,7 @@ pub fn link(images: &[Image]) -> Result<String, ParseError> {
             }
             if statement.shared_name() && statement.defines() && statement.names.iter().any(elsewhere) {
                 match (statement.what, statement.body) {
-                    // Its calls here need to know it.
+                    // Calls in this image need its declaration.
                     (What::Function, Some(body)) => (tokens.end, end) = (body, ";"),
                     (What::Kernel, _) => continue,
                     _ if statement.names.iter().all(elsewhere) => continue,

@@ -1,13 +1,17 @@
-//! PTX text to a decoded program.
+//! From PTX text to a decoded program.
 //!
-//! `lex` makes words, `parse` reads declarations and statements, `decode` turns each instruction into a step on virtual registers (asking
-//! [`crate::num::form()`] for arithmetic), `flow` puts calls in line, orders basic blocks so that the smallest step is always the right one to run
-//! when lanes have diverged, and allocates registers. The result is a [`Program`].
+//! [`parse`] refuses by name and line what it does not know: indirect calls, recursion, textures and surfaces, and
+//! whatever PTX has only for targets after sm_80. Debug information is skipped. [`link()`] makes one module of several.
 //!
-//! [`link()`] makes one module of several.
+//! The modules, each using only those below it:
 //!
-//! Deliberately not here: indirect calls and recursion, textures and surfaces, debug information, and whatever PTX has
-//! only for targets after sm_80. All of it is refused by name, with its line.
+//! - `link`: several modules to one, as text.
+//! - `flow`: inlines calls, orders basic blocks so that the smallest step is always the right one to run when lanes
+//!   have diverged, and allocates registers. The result is a [`Program`].
+//! - `parse`: reads declarations and statements.
+//! - `decode`: one instruction to one step on virtual registers. Asks [`crate::num::form()`] for arithmetic.
+//! - [`program`]: the result.
+//! - `lex`: tokens.
 
 mod decode;
 mod flow;

@@ -1,9 +1,9 @@
 //! The grammar: directives, declarations, functions, statements.
 //!
-//! A function's body is decoded while it is read ([`super::decode`]); what remains is the body with virtual registers, which
+//! A function's body is decoded as it is read ([`super::decode`]). The result is a body on virtual registers, which
 //! [`super::flow`] turns into a program once all functions are known.
 
-use super::decode::{Body, Builder, Operand, SymbolRef};
+use super::decode::{Body, Builder, Function, ModuleName, Operand, SymbolRef};
 use super::lex::{Kind, Lexer, Token};
 use super::program::Source;
 use super::{Global, GlobalSpace, Limits, Param, ParseError, ParseErrorKind};
@@ -11,47 +11,21 @@ use std::collections::HashMap;
 
 /// Largest parameter buffer of a kernel on any device, in bytes.
 pub const MAX_PARAM_BYTES: u64 = 32764;
-/// Largest local memory of a thread, in bytes.
-pub const MAX_LOCAL_BYTES: u64 = 512 << 10;
 /// More registers than this in one function is refused; real kernels have at most tens of thousands.
 const MAX_REGISTERS: u32 = 1 << 22;
 
 /// A `.shared` variable.
 #[derive(Clone, Debug)]
 pub struct SharedVariable {
-    /// Size; 0 for `extern` arrays, whose size the launch gives.
+    /// Size; 0 for `extern` arrays, whose size is set at launch.
     pub bytes: u64,
     /// Alignment.
     pub align: u64,
-    /// `extern .shared`: begins behind all others.
+    /// `extern .shared`: begins after all others.
     pub dynamic: bool,
 }
 
-/// What a name at module level stands for.
-#[derive(Clone, Copy, Debug)]
-pub enum ModuleName {
-    /// Index into the globals.
-    Global(u32),
-    /// Index into the shared variables.
-    Shared(u32),
-    /// A function; index into `functions`.
-    Function(usize),
-}
-
-/// A declared function that is no kernel.
-#[derive(Debug)]
-pub struct Function {
-    /// Name.
-    pub name: String,
-    /// Return parameters, then parameters: sizes.
-    pub formals: Vec<Param>,
-    /// How many of `formals` are returned.
-    pub returns: usize,
-    /// The body, unless it was only declared.
-    pub body: Option<Body>,
-}
-
-/// A kernel as read.
+/// A kernel as parsed.
 pub struct Entry {
     /// The kernel's properties, without its program.
     pub kernel: super::Kernel,
@@ -61,7 +35,7 @@ pub struct Entry {
     pub line: u32,
 }
 
-/// Everything in a module, before kernels become programs.
+/// A parsed module, before kernels become programs.
 pub struct Unit {
     /// `.version`
     pub version: (u32, u32),

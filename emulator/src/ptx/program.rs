@@ -19,6 +19,13 @@ pub enum Space {
     Param,
 }
 
+/// Generic addresses of shared memory begin here; the low 32 bits are the offset.
+pub const SHARED_WINDOW: u64 = 1 << 56;
+/// Generic addresses of local memory begin here.
+pub const LOCAL_WINDOW: u64 = 2 << 56;
+/// Generic addresses of kernel parameters begin here.
+pub const PARAM_WINDOW: u64 = 3 << 56;
+
 /// What a load or store moves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Access {
@@ -26,7 +33,7 @@ pub struct Access {
     pub space: Space,
     /// Bytes of one element: 1, 2, 4 or 8.
     pub bytes: u8,
-    /// Elements: 1, 2 or 4 (8 for 16-bit mma fragments is written as 4 of 4 bytes).
+    /// Elements: 1, 2 or 4.
     pub elements: u8,
     /// Whether the base register has 64 bits.
     pub wide_base: bool,
@@ -38,15 +45,15 @@ pub struct Access {
     pub register_bits: u8,
     /// Whether threads may use it to communicate: volatile, relaxed, acquire, release.
     pub strong: bool,
-    /// Loads: whether it passes the cache of its multiprocessor by (`.cg`, `.cv`). PTX calls that a hint, but programs wait for other blocks so.
+    /// Loads: it bypasses the L1 cache (`.cg`, `.cv`). A hint only, says PTX, but programs poll other blocks with it.
     pub past_l1: bool,
     /// Added to the base.
     pub offset: i64,
 }
 
 impl Access {
-    /// Whether a load by these lanes may be one by which a program waits for other threads. What goes past the cache may as well be plain data;
-    /// those who wait by it are single threads.
+    /// Whether a load by these lanes may be one by which a program waits for other threads. A load past the cache may
+    /// as well be of plain data; code that polls with it does so from a single thread.
     #[inline(always)]
     pub fn polls(&self, lanes: u32) -> bool {
         self.strong || self.past_l1 && lanes.is_power_of_two()
@@ -148,29 +155,29 @@ pub enum Barrier {
     Or,
 }
 
-/// What is done with an `mbarrier` object. A base is the object's address.
+/// An operation on an `mbarrier` object. A base is the object's address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mbarrier {
     /// base, arrivals expected in a phase.
     Init,
     /// base.
     Inval,
-    /// destination for the state before, base, arrivals; with `drop` they are not expected in later phases, with `stay` they may not
-    /// end the phase.
+    /// destination for the previous state, base, arrivals. With `drop` they are not expected in later phases either;
+    /// with `stay` they may not complete the phase.
     Arrive {
         /// `arrive_drop`
         drop: bool,
         /// `.noComplete`
         stay: bool,
     },
-    /// destination predicate, base, state (or, with `parity`, the parity of a phase): whether that phase has ended.
+    /// destination predicate, base, state (with `parity`: the parity of a phase): whether that phase is complete.
     TestWait {
         /// `.parity`
         parity: bool,
     },
     /// destination, state; no base.
     PendingCount,
-    /// base: arrives when the thread's copies have; with `counted`, the arrival is one of those expected.
+    /// base: arrives when the thread's copies have. With `counted` the arrival is one of those expected.
     CopyArrive {
         /// `.noinc`
         counted: bool,
@@ -191,12 +198,13 @@ pub enum Redux {
     Xor,
 }
 
-/// What a step does. Its registers stand in [`Program::operands`]: destinations, then sources, in the order of the text.
+/// What a step does. Its registers are in [`Program::operands`]: destinations, then sources, in the order of the text.
 #[derive(Clone, Copy, Debug)]
 pub enum Op {
-    /// Arithmetic instructions of one form, as many as [`Step::count`].
+    /// [`Step::count`] arithmetic instructions of one form.
     Run(&'static Form),
-    /// The same for forms of a whole warp: all lanes must take part. The number is the plan's in [`Program::plans`].
+    /// As `Run`, for forms that all lanes of a warp must execute together. The number is an index into
+    /// [`Program::plans`].
     Mma(&'static Form, u32),
     /// destinations (one per element), base.
     Load(Access),
@@ -206,12 +214,12 @@ pub enum Op {
     Atom {
         /// Operation.
         rmw: Rmw,
-        /// Whether the old value is not wanted.
+        /// The old value is not wanted.
         reduce: bool,
         /// Where; `elements` is 1.
         access: Access,
     },
-    /// shared base, global base, then for 3 operands the number of bytes read (the rest are zeros).
+    /// shared base, global base, and perhaps the number of bytes read (the rest are zeros).
     CpAsync {
         /// 4, 8 or 16.
         bytes: u8,
@@ -224,7 +232,7 @@ pub enum Op {
         /// Whether the third operand is a predicate that says to ignore the source.
         ignore: bool,
     },
-    /// An object in shared memory at which threads arrive and for whose phases they look: see [`Mbarrier`] for the operands.
+    /// An `mbarrier` instruction; see [`Mbarrier`] for the operands.
     Mbarrier {
         /// What is done with it.
         mode: Mbarrier,
@@ -233,7 +241,7 @@ pub enum Op {
     },
     /// No operands.
     CpCommit,
-    /// All groups but the last `n`; u32::MAX waits for what is not committed too.
+    /// All groups but the last `n`; u32::MAX includes what is not committed.
     CpWait(u32),
     /// 1, 2 or 4 destinations, base.
     LdMatrix {
@@ -262,23 +270,23 @@ pub enum Op {
         /// Where.
         access: Access,
     },
-    /// Conditional on the guard: lanes with it go to `target`, the others to `fall`.
+    /// Conditional on the guard: lanes that pass go to `target`, the others to `fall`.
     Branch {
         /// Step of the target.
         target: u32,
         /// Step of the next block.
         fall: u32,
     },
-    /// Unconditional. Also ends blocks that run into the next.
+    /// Unconditional. Also ends a block that falls through.
     Jump(u32),
-    /// index register; the targets are `tables[..]`, the next step's lanes are those not guarded.
+    /// index register; lanes that the guard excludes go to `fall`.
     BranchTable {
         /// Which table.
         table: u32,
         /// Step of the next block, for lanes that the guard excludes.
         fall: u32,
     },
-    /// Lanes end here; `fall` for lanes that the guard excludes.
+    /// Lanes exit; those that the guard excludes go to `fall`.
     Exit {
         /// Step of the next block.
         fall: u32,
@@ -353,11 +361,11 @@ pub struct Step {
     pub guard: u32,
     /// Whether the guard is `@!`.
     pub negate: bool,
-    /// How many operands there are (of one instruction of a run).
+    /// Number of operands (of one instruction of a run).
     pub arity: u8,
-    /// First of [`Program::operands`].
+    /// First operand in [`Program::operands`].
     pub first: u32,
-    /// Instructions in a run, 1 for the rest.
+    /// Instructions in a run; 1 for other steps.
     pub count: u32,
     /// Index of the first instruction in [`Program::sources`]; a run's follow it.
     pub source: u32,
@@ -368,7 +376,7 @@ pub struct Step {
 /// See [`Step::guard`].
 pub const NO_GUARD: u32 = u32::MAX;
 
-/// Where an instruction stands in the text.
+/// Where an instruction is in the text.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Source {
     /// Line, from 1.
@@ -379,7 +387,7 @@ pub struct Source {
     pub length: u32,
 }
 
-/// A value that the register file holds before the first step, in every lane.
+/// A value that the register file holds from the start, in every lane.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Constant {
     /// A predicate.
@@ -411,47 +419,48 @@ pub struct BlockCost {
     pub instructions: u32,
 }
 
-/// See [`Program::reserved_shared`]: what a device of capability 8.0 has. Cooperative groups compiled without optimisation ask for it.
+/// See [`Program::reserved_shared`]: the size on compute capability 8.0. Cooperative groups ask for it if compiled
+/// without optimisation.
 pub const RESERVED_SHARED: u32 = 1024;
 
-/// A kernel's code.
+/// A kernel's code. The interpreter trusts it without checks: only [`crate::ptx`] can make or change one.
 #[derive(Debug, Default)]
 pub struct Program {
     /// Steps; the first is the entry.
-    pub steps: Vec<Step>,
+    pub(crate) steps: Vec<Step>,
     /// Register offsets.
-    pub operands: Vec<u32>,
-    /// How runs of matrix products are computed.
-    pub plans: Vec<Plan>,
+    pub(crate) operands: Vec<u32>,
+    /// How runs of matrix products are executed.
+    pub(crate) plans: Vec<Plan>,
     /// Branch targets of `brx.idx`, as steps.
-    pub tables: Vec<Vec<u32>>,
-    /// Constants and where they stand.
-    pub constants: Vec<(u32, Constant)>,
-    /// Offset in shared memory of each variable a [`Constant::Shared`] names.
-    pub shared: Vec<u32>,
+    pub(crate) tables: Vec<Vec<u32>>,
+    /// Constants and their offsets in the register file.
+    pub(crate) constants: Vec<(u32, Constant)>,
+    /// Offset in shared memory of each variable that a [`Constant::Shared`] names.
+    pub(crate) shared: Vec<u32>,
     /// Size of a warp's register file.
-    pub file_bytes: u32,
+    pub(crate) file_bytes: u32,
     /// Costs of basic blocks.
-    pub costs: Vec<BlockCost>,
+    pub(crate) costs: Vec<BlockCost>,
     /// One per instruction.
-    pub sources: Vec<Source>,
-    /// Whether blocks may order their accesses with fences.
-    pub fences: bool,
-    /// Whether there are atomic operations on shared memory.
-    pub atomics: bool,
-    /// Whether there are asynchronous copies.
-    pub copies: bool,
-    /// Bytes of shared memory that belong to the system, behind the block's; 0 in programs that do not ask where they are.
-    pub reserved_shared: u32,
+    pub(crate) sources: Vec<Source>,
+    /// Blocks may order their accesses with fences.
+    pub(crate) fences: bool,
+    /// There are atomics on shared memory.
+    pub(crate) atomics: bool,
+    /// There are asynchronous copies.
+    pub(crate) copies: bool,
+    /// Bytes of shared memory that belong to the system, after the block's; 0 in programs that do not ask for them.
+    pub(crate) reserved_shared: u32,
     /// Bytes of the smallest access to shared memory: a power of two, at most 16.
-    pub smallest_shared: u32,
+    pub(crate) smallest_shared: u32,
     /// The module's text.
-    pub text: Arc<str>,
+    pub(crate) text: Arc<str>,
 }
 
 impl Program {
     /// Whether control can come from one step to another.
-    pub fn reaches(&self, from: u32, to: u32) -> bool {
+    pub(crate) fn reaches(&self, from: u32, to: u32) -> bool {
         let mut seen = vec![false; self.steps.len()];
         let mut work = vec![from];
         while let Some(at) = work.pop() {

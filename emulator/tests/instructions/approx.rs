@@ -8,8 +8,8 @@ fn value(bits: u64) -> f64 {
     f32::from_bits(bits as u32) as f64
 }
 
-/// Whether `found` is within `relative` and `absolute` of `exact`, where f32's own limits are allowed for: half a subnormal's unit, and
-/// infinity from the largest finite value on.
+/// Whether `found` is within `relative` and `absolute` of `exact`, allowing for f32's own limits: half a subnormal's
+/// unit, and infinity beyond the largest finite value.
 fn close(found: u64, exact: f64, relative: f64, absolute: f64, ftz: bool) -> bool {
     if exact.is_nan() {
         return found == 0x7fff_ffff;
@@ -87,8 +87,8 @@ const FUNCTIONS: [Judged; 8] = [
     ("rsqrt", true, rsqrt),
 ];
 
-/// Every 1021st of all patterns (the stride is prime, so that all low bits occur), on every instruction set, which must agree to the bit.
-/// `EMULATOR_EXHAUSTIVE=1` tries all 2^32.
+/// Every 1021st pattern (the stride is prime, so that all low bits occur), on every instruction set, which must agree
+/// bit for bit. `EMULATOR_EXHAUSTIVE=1` tries all 2^32.
 #[test]
 fn functions_of_one_operand() {
     let stride = if std::env::var_os("EMULATOR_EXHAUSTIVE").is_some() { 1 } else { 1021 };
@@ -114,7 +114,8 @@ fn functions_of_one_operand() {
                 let inputs = file.0[1];
                 let mut results = Vec::new();
                 for (set, _) in available() {
-                    // SAFETY: two slots of 32-bit lanes, aligned, for a form of one source; the machine has the instruction set.
+                    // SAFETY: two aligned slots of 32-bit lanes for a form with one source; `available` lists supported
+                    // sets.
                     unsafe { (form.run[set])(form, file.0.as_mut_ptr().cast(), [0, 128].as_ptr(), 1, u32::MAX) };
                     results.push(file.0[0]);
                 }

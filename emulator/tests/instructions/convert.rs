@@ -1,4 +1,4 @@
-//! Every form of cvt: between integers, between floats, across, with rounding, saturation, flushing, relu, packed pairs, tf32.
+//! Every form of cvt: between integers, between floats, across, with rounding, saturation, flushing, relu, pairs, tf32.
 
 use super::harness::{Case, Check, run, width};
 use super::reference::{Format, arithmetic, convert, from_integer, integer, integral, range};

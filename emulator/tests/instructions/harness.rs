@@ -1,7 +1,7 @@
 //! Runs a case on many inputs, directly and from PTX, and collects what went wrong.
 
 use super::reference::Format;
-use cuda_emu::exec::{Isa, Launch, LoadedModule, Settings};
+use cuda_emu::exec::{Isa, Launch, LoadedModule, Settings, best_isa};
 use cuda_emu::memory::Memory;
 use cuda_emu::num::{self, Kind};
 use rand::rngs::StdRng;
@@ -394,19 +394,10 @@ impl Slot {
     }
 }
 
-/// Instruction sets of this machine, as indices into `Form::run`.
+/// Instruction sets of this machine, with their indices into `Form::run`.
 pub fn available() -> Vec<(usize, Isa)> {
-    let mut sets = vec![(0, Isa::Portable)];
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-            sets.push((1, Isa::Avx2));
-        }
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512dq") {
-            sets.push((2, Isa::Avx512));
-        }
-    }
-    sets
+    let sets = [(num::PORTABLE, Isa::Portable), (num::AVX2, Isa::Avx2), (num::AVX512, Isa::Avx512)];
+    sets.into_iter().take(best_isa() as usize + 1).collect()
 }
 
 const OLD: u64 = 0x0123_4567_89ab_cdef;
@@ -470,7 +461,8 @@ fn run_directly(case: &Case, tuples: &[Vec<u64>], expected: &[Vec<u64>]) -> Resu
     Ok(())
 }
 
-/// A kernel `k` that reads a tuple of 8-byte slots per thread, executes the instruction, and writes its results to 8-byte slots.
+/// A kernel `k` that reads a tuple of 8-byte slots per thread, executes the instruction, and stores its results to
+/// 8-byte slots.
 fn ptx(case: &Case, kernel: &str) -> String {
     let mut body = String::new();
     let register = |ty: &str, name: &str| {
@@ -603,10 +595,14 @@ fn run_launched(case: &Case, tuples: &[Vec<u64>], expected: &[Vec<u64>]) -> Resu
 pub fn run(cases: Vec<Case>) {
     let mut failures = String::new();
     let mut failed = 0;
+    assert!(!cases.is_empty());
     for case in &cases {
         let mut tuples = tuples(case);
         tuples.retain(|t| (case.defined)(t));
+        assert!(tuples.len() >= 100, "{}: {} inputs with a defined result", case.name, tuples.len());
         let expected: Vec<Vec<u64>> = tuples.iter().map(|t| (case.meaning)(t)).collect();
+        let results = case.dst.len() + usize::from(case.carry.1);
+        assert!(expected.iter().all(|e| e.len() == results), "{}: not {results} expected results", case.name);
         let result = run_directly(case, &tuples, &expected).and_then(|()| run_launched(case, &tuples, &expected));
         if let Err(why) = result {
             failed += 1;

@@ -1,7 +1,8 @@
-//! mma and wmma, from PTX: one warp, against products in f64 of the matrices that the manual's fragment layouts describe.
+//! mma and wmma, from PTX: one warp, against f64 products of the matrices that the manual's fragment layouts describe.
 //!
-//! Tolerance of f32 accumulators: k + 1 terms added one by one in f32, each addition within 2^-24 of a partial sum that is at most the sum
-//! of the terms' magnitudes; an f16 result is rounded once more (2^-11). Integers and f64 of small integers are exact.
+//! Tolerance of f32 accumulators: k + 1 terms added one by one in f32, each addition within 2^-24 of a partial sum that
+//! is at most the sum of the terms' magnitudes; an f16 result is rounded once more (2^-11). Integers and f64 of small
+//! integers are exact.
 
 use super::harness::available;
 use super::reference::{Format, convert, integer};
@@ -130,7 +131,7 @@ fn judge(
 /// (row, column) of element i that lane l holds of a factor or accumulator, as the manual gives it for `mma`.
 type Layout = fn(usize, usize) -> (usize, usize);
 
-/// An `mma` form: the text between `mma.sync.aligned.` and the types, element types d, a, b, c, elements per lane of a, b, c, layouts.
+/// An `mma` form: shape m, n, k; types of d, a, b, c; elements per lane of a, b, c with their layouts.
 struct Form {
     shape: [usize; 3],
     types: [&'static str; 4],
@@ -264,7 +265,8 @@ fn mma_kernel(form: &Form) -> (String, String) {
         _ => "b32",
     };
     let mut text = String::from(
-        ".visible .entry k(.param .u64 pa, .param .u64 pb, .param .u64 pc, .param .u64 pd)\n{\n.reg .b32 %t;\n.reg .b64 %p;\nmov.u32 %t, %tid.x;\n",
+        ".visible .entry k(.param .u64 pa, .param .u64 pb, .param .u64 pc, .param .u64 pd)\n{\n\
+         .reg .b32 %t;\n.reg .b64 %p;\nmov.u32 %t, %tid.x;\n",
     );
     let mut lists = Vec::new();
     for (letter, ty, count) in [("a", a, form.a.0), ("b", b, form.b.0), ("c", c, form.c.0), ("d", d, form.c.0)] {
@@ -327,7 +329,9 @@ fn mma() {
 /// An infinity times zero, and an overflow, in one product: the canonical NaN, and infinity.
 #[test]
 fn mma_of_infinities() {
-    for form in mma_forms().iter().filter(|f| f.types[0] == "f32" && f.types[3] == "f32") {
+    let forms: Vec<Form> = mma_forms().into_iter().filter(|f| f.types[0] == "f32" && f.types[3] == "f32").collect();
+    assert!(forms.len() >= 6, "{} forms with f32 accumulators", forms.len());
+    for form in &forms {
         let [m, n, k] = form.shape;
         let (name, text) = mma_kernel(form);
         let element = if form.types[1] == "tf32" { Format::F32 } else { Format::of(form.types[1]) };
@@ -432,7 +436,8 @@ fn wmma() {
                 if letter == "d" {
                     text += &format!("{name} {{{list}}}, {{{}}}, {{{}}}, {{{}}};\n", lists[0], lists[1], lists[2]);
                     text += &format!(
-                        "ld.param.u64 %p, [pd];\nwmma.store.d.sync.aligned.{}.{name_of_shape}.global.{ty} [%p], {{{list}}}, {stride};\n",
+                        "ld.param.u64 %p, [pd];\n\
+                         wmma.store.d.sync.aligned.{}.{name_of_shape}.global.{ty} [%p], {{{list}}}, {stride};\n",
                         layout(i)
                     );
                 } else {
@@ -447,7 +452,9 @@ fn wmma() {
                     }
                     matrices.push(matrix);
                     text += &format!(
-                        "ld.param.u64 %p, [p{letter}];\nwmma.load.{letter}.sync.aligned.{}.{name_of_shape}.global.{ty} {{{list}}}, [%p], {stride};\n",
+                        "ld.param.u64 %p, [p{letter}];\n\
+                         wmma.load.{letter}.sync.aligned.{}.{name_of_shape}.global.{ty} {{{list}}}, [%p], \
+                         {stride};\n",
                         layout(i)
                     );
                 }
@@ -474,9 +481,9 @@ fn wmma() {
     assert!(failures.is_empty(), "{} wrong: {:#?}", failures.len(), &failures[..failures.len().min(20)]);
 }
 
-/// Products in a row are planned together: factors that they share are prepared once, two with the same A are multiplied at once. Random
-/// ones on few registers, so that D takes the place of A, B or C of its neighbours and of what was prepared long before, against the
-/// same apart, where each is a step of its own.
+/// Runs of products are planned together: shared factors are prepared once, and two products with the same A are
+/// multiplied at once. Random products on few registers, so that D overwrites A, B or C of its neighbours and factors
+/// prepared long before, must give the same as the same products one by one.
 #[test]
 fn products_in_a_row_are_as_apart() {
     let mut random = StdRng::seed_from_u64(12);
@@ -505,7 +512,8 @@ fn products_in_a_row_are_as_apart() {
     };
     for (form, [d_count, a_count, b_count, c_count]) in forms {
         for round in 0..20 {
-            // Many that leave the factors alone, so that none is remembered for ever; or few, which may replace each other's.
+            // Many that leave the factors alone, so that slots are reused; or few, which may overwrite each other's
+            // factors.
             let many = round % 2 == 0;
             let list = |first: usize, count: usize| {
                 let names: Vec<String> = (first..first + count).map(|i| format!("%r{i}")).collect();
@@ -526,7 +534,8 @@ fn products_in_a_row_are_as_apart() {
                     format!("{form} {};\n", lists.join(", "))
                 })
                 .collect();
-            // Words whose sums, taken for factors of any type, seldom lead to infinities: those and NaN would hide differences.
+            // Words whose sums, used as factors of any type, seldom overflow: infinities and NaN would hide
+            // differences.
             let input: Vec<u8> = (0..32 * REGISTERS)
                 .flat_map(|_| [0u32, 0x3f80_0000, 0xbf80_3f80, 0x3f80_3f80][random.random_range(0..4)].to_le_bytes())
                 .collect();

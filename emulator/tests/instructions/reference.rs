@@ -1,4 +1,5 @@
-//! Meanings of floating-point operations by a soft-float library, integers by i128: nothing of the emulator's own arithmetic.
+//! The meaning of floating-point operations by a soft-float library, of integers by i128; nothing of the emulator's own
+//! arithmetic.
 
 use rustc_apfloat::ieee::{BFloat, Double, Half, Single};
 use rustc_apfloat::{Float, FloatConvert, Round};
@@ -211,8 +212,8 @@ pub fn sqrt(format: Format, bits: u64, by: &str) -> u64 {
         }
     }
     let exact = root * root == m;
-    // root * 2^(e/2), and a bit for what is below; it has no halves of the last place exactly, so the soft-float library rounds it
-    // from a significand one bit longer.
+    // root * 2^(e/2), with a sticky bit for the remainder. A root is never exactly half a unit in the last place, so
+    // the soft-float library rounds it from a significand one bit longer.
     let significand = (root << 1 | !exact as u128) as i128;
     let by = round(by);
     let scale = e / 2 - 1;

@@ -1,12 +1,12 @@
-//! Loads and stores of words in shared memory by whole warps with nothing but bounds checked: the code made for tiled kernels.
+//! Loads and stores of words in shared memory by whole warps with only bounds checked: the fast path of tiled kernels.
 
 use super::harness::available;
 use cuda_emu::exec::{Checks, FaultKind, Isa, Launch, LoadedModule, Settings};
 use cuda_emu::memory::Memory;
 use std::sync::Arc;
 
-/// Thread t stores words 4t to 4t + 3 (values 1000 + index) to shared memory, then loads from the byte address it is given: four words, two
-/// words, one word.
+/// Thread t stores words 4t to 4t + 3 (values 1000 + index) to shared memory, then loads from the byte address it is
+/// given: four words, two words, one word.
 const KERNEL: &str = ".version 7.0
 .target sm_80
 .address_size 64

@@ -19,7 +19,8 @@ extern "C" __global__ void indices(int *out) {
     const int block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
     const int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
     const int at = block * blockDim.x * blockDim.y * blockDim.z + thread;
-    out[at] = blockIdx.x | blockIdx.y << 4 | blockIdx.z << 8 | threadIdx.x << 12 | threadIdx.y << 16 | threadIdx.z << 20;
+    out[at] = blockIdx.x | blockIdx.y << 4 | blockIdx.z << 8 | threadIdx.x << 12 | threadIdx.y << 16 |
+              threadIdx.z << 20;
 }
 
 // Reverses a block's elements through dynamic shared memory.

@@ -1,4 +1,4 @@
-// Control flow, calls, communication between lanes and warps, device memory of every kind: what the interpreter itself does.
+// What the interpreter itself does: control flow, calls, communication between lanes and warps, every memory space.
 #include <cassert>
 #include <cooperative_groups.h>
 #include <cstdio>

@@ -1,5 +1,6 @@
-// Instruction forms that kernels write by hand: cache hints, reductions without a result, compare-and-swap of 16 and 64 bits, small asynchronous
-// copies with sizes, barriers of every kind, products of packed bytes, jump tables.
+// Instruction forms that kernels write by hand: cache hints, reductions without a result, 16- and 64-bit
+// compare-and-swap, small asynchronous copies with sizes, barriers of every kind, products of packed bytes, jump
+// tables.
 
 extern "C" __global__ void packed(const int *a, const int *b, int *out) {
     const int i = threadIdx.x;
@@ -16,7 +17,8 @@ extern "C" __global__ void packed(const int *a, const int *b, int *out) {
 extern "C" __global__ void small_copies(const int *in, int *out) {
     __shared__ __align__(16) int s[128];
     const int t = threadIdx.x;
-    const unsigned one = (unsigned)__cvta_generic_to_shared(&s[t]), two = (unsigned)__cvta_generic_to_shared(&s[64 + 2 * (t % 32)]);
+    const unsigned one = (unsigned)__cvta_generic_to_shared(&s[t]);
+    const unsigned two = (unsigned)__cvta_generic_to_shared(&s[64 + 2 * (t % 32)]);
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(one), "l"(in + t));
     if (t < 32) {
         asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(two), "l"(in + 64 + 2 * t));
@@ -28,7 +30,9 @@ extern "C" __global__ void small_copies(const int *in, int *out) {
     __syncthreads(); // all have read
     if (t < 32) {
         const unsigned four = (unsigned)__cvta_generic_to_shared(&s[4 * t]);
-        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(four), "l"(in + 4 * t), "r"(t % 17));
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :
+                 : "r"(four), "l"(in + 4 * t), "r"(t % 17));
     }
     asm volatile("cp.async.commit_group;");
     asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -40,12 +44,20 @@ extern "C" __global__ void small_copies(const int *in, int *out) {
 extern "C" __global__ void hints(const int4 *a, int4 *out) {
     const int i = threadIdx.x;
     int4 u, v, w;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.s32 {%0, %1, %2, %3}, [%4];" : "=r"(u.x), "=r"(u.y), "=r"(u.z), "=r"(u.w) : "l"(a + i));
-    asm volatile("ld.global.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(a + i));
-    asm volatile("ld.global.nc.L1::evict_last.L2::256B.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(a + i));
+    asm volatile("ld.global.nc.L1::no_allocate.v4.s32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(u.x), "=r"(u.y), "=r"(u.z), "=r"(u.w)
+                 : "l"(a + i));
+    asm volatile("ld.global.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "l"(a + i));
+    asm volatile("ld.global.nc.L1::evict_last.L2::256B.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w)
+                 : "l"(a + i));
     const int4 x = __ldcs(a + i), y = __ldg(a + i);
     asm volatile("prefetch.global.L2 [%0];" ::"l"(a));
-    asm volatile("st.global.L1::no_allocate.v4.s32 [%0], {%1, %2, %3, %4};" ::"l"(out + i), "r"(u.x + v.x), "r"(w.y), "r"(x.z), "r"(y.w));
+    asm volatile("st.global.L1::no_allocate.v4.s32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(out + i), "r"(u.x + v.x), "r"(w.y), "r"(x.z), "r"(y.w));
     __stcs(out + 32 + i, u);
     __stwt(out + 64 + i, v);
 }
@@ -60,8 +72,14 @@ extern "C" __global__ void reductions(int *i, float *f, double *d, unsigned long
     asm volatile("red.global.add.f32 [%0], %1;" ::"l"(f), "f"(t * 0.5f) : "memory");
     asm volatile("red.global.add.f64 [%0], %1;" ::"l"(d), "d"(t * 0.5) : "memory");
     asm volatile("red.global.add.u64 [%0], %1;" ::"l"(u), "l"((unsigned long long)t) : "memory");
-    asm volatile("atom.acq_rel.gpu.global.cas.b64 %0, [%1], %2, %3;" : "=l"(before) : "l"(u + 1), "l"(0ull), "l"(77ull) : "memory");
-    asm volatile("atom.global.cas.b16 %0, [%1], %2, %3;" : "=h"(half) : "l"(u + 2), "h"((unsigned short)0), "h"((unsigned short)9) : "memory");
+    asm volatile("atom.acq_rel.gpu.global.cas.b64 %0, [%1], %2, %3;"
+                 : "=l"(before)
+                 : "l"(u + 1), "l"(0ull), "l"(77ull)
+                 : "memory");
+    asm volatile("atom.global.cas.b16 %0, [%1], %2, %3;"
+                 : "=h"(half)
+                 : "l"(u + 2), "h"((unsigned short)0), "h"((unsigned short)9)
+                 : "memory");
     asm volatile("red.global.add.noftz.f16x2 [%0], %1;" ::"l"(u + 3), "r"(0x3c003c00) : "memory");
     asm volatile("red.global.add.noftz.bf16x2 [%0], %1;" ::"l"(u + 4), "r"(0x3f803f80) : "memory");
     atomicAdd(i + 5, before == 0); // one thread found it so
@@ -78,7 +96,10 @@ extern "C" __global__ void barriers(int *out) {
     const int t = threadIdx.x;
     int count, all;
     asm volatile("{ .reg .pred p; setp.ne.s32 p, %1, 0; bar.red.popc.u32 %0, 0, p; }" : "=r"(count) : "r"(t % 3));
-    asm volatile("{ .reg .pred p, q; setp.ne.s32 p, %1, 0; barrier.red.and.pred q, 1, 64, p; selp.s32 %0, 1, 0, q; }" : "=r"(all) : "r"(t + 1));
+    asm volatile("{ .reg .pred p, q; setp.ne.s32 p, %1, 0; barrier.red.and.pred q, 1, 64, p; "
+                 "selp.s32 %0, 1, 0, q; }"
+                 : "=r"(all)
+                 : "r"(t + 1));
     asm volatile("barrier.sync 2;" ::: "memory");
     asm volatile("barrier.sync.aligned 3, 64;" ::: "memory");
     asm volatile("barrier.arrive 4, 128;" ::: "memory");

@@ -88,8 +88,8 @@ __device__ int scan_warp(int v) {
     }
     return v;
 }
-// Sums up to each thread. The first warp scans the sums of all warps that could be, not only of those that are: what it reads in vain goes up
-// to lanes that nobody asks, or with `down` to all.
+// Inclusive scan over a block. The first warp scans 32 warp sums, however many warps there are: the unwritten ones
+// reach only lanes whose result nobody uses, or with `down` all lanes.
 template <bool down> __device__ void scan_block(const int *in, int *out) {
     __shared__ int sums[32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

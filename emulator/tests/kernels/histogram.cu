@@ -1,4 +1,4 @@
-// bins[v] += how often the byte v occurs in x[0..n]; counted in shared memory, then added to global memory. 256 threads.
+// bins[v] += occurrences of byte v in x[0..n], counted in shared memory, then added to global memory. 256 threads.
 // The kernels after the first have one bug each.
 
 enum Bug { NONE, DROPPED_BARRIER, OFF_BY_ONE, NOT_ATOMIC, UNINITIALISED };
@@ -26,7 +26,15 @@ __device__ void count(const unsigned char *x, unsigned *bins, int n) {
 }
 
 extern "C" __global__ void histogram(const unsigned char *x, unsigned *bins, int n) { count<NONE>(x, bins, n); }
-extern "C" __global__ void histogram_dropped_barrier(const unsigned char *x, unsigned *bins, int n) { count<DROPPED_BARRIER>(x, bins, n); }
-extern "C" __global__ void histogram_off_by_one(const unsigned char *x, unsigned *bins, int n) { count<OFF_BY_ONE>(x, bins, n); }
-extern "C" __global__ void histogram_not_atomic(const unsigned char *x, unsigned *bins, int n) { count<NOT_ATOMIC>(x, bins, n); }
-extern "C" __global__ void histogram_uninitialised(const unsigned char *x, unsigned *bins, int n) { count<UNINITIALISED>(x, bins, n); }
+extern "C" __global__ void histogram_dropped_barrier(const unsigned char *x, unsigned *bins, int n) {
+    count<DROPPED_BARRIER>(x, bins, n);
+}
+extern "C" __global__ void histogram_off_by_one(const unsigned char *x, unsigned *bins, int n) {
+    count<OFF_BY_ONE>(x, bins, n);
+}
+extern "C" __global__ void histogram_not_atomic(const unsigned char *x, unsigned *bins, int n) {
+    count<NOT_ATOMIC>(x, bins, n);
+}
+extern "C" __global__ void histogram_uninitialised(const unsigned char *x, unsigned *bins, int n) {
+    count<UNINITIALISED>(x, bins, n);
+}

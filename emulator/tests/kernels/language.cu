@@ -1,4 +1,4 @@
-// What C++ brings: functions that are not inlined, recursion, switches, local arrays, 64-bit and 128-bit arithmetic, structs by value,
+// C++ features: noinline functions, recursion, switch, local arrays, 64- and 128-bit arithmetic, structs by value,
 // tables, loops with several exits, templates, printf and assert.
 
 #include <assert.h>
@@ -76,11 +76,11 @@ extern "C" __global__ void language(Box box, const int *in, long long *out, int 
 
 extern "C" __global__ void print(int v) {
     if (threadIdx.x < 2) {
-        printf("thread %d of block %u: %.3f %s %lld %c\n", threadIdx.x, blockIdx.x, v * 0.5, "text", (long long)v << 32, 'x');
+        printf("thread %d of block %u: %.3f %s %lld %c\n", threadIdx.x, blockIdx.x, v * 0.5, "text",
+               (long long)v << 32, 'x');
     }
 }
-
-// Without a line's end, then a fault.
+// Output without a newline, then a fault.
 extern "C" __global__ void print_and_trap(int v) {
     printf("no more than %d", v);
     __trap();
@@ -92,7 +92,8 @@ extern "C" __global__ void integers(const unsigned *in, unsigned *out, int n) {
     const int i = threadIdx.x;
     if (i < n) {
         const unsigned a = in[i], b = in[(i + 1) % n];
-        out[i] = __dp4a((int)a, (int)b, 5) + __vadd4(a, b) + __sad((int)a, (int)b, 3) + (a / (b % 1000 + 1)) + (a % 12345) + min(a, b) +
-                 (unsigned)__hadd((int)a, (int)b) + (unsigned char)(a >> 9) * (signed char)b + ((a << (b & 31)) | (a >> (32 - (b & 31)) % 32));
+        out[i] = __dp4a((int)a, (int)b, 5) + __vadd4(a, b) + __sad((int)a, (int)b, 3) + (a / (b % 1000 + 1)) +
+                 (a % 12345) + min(a, b) + (unsigned)__hadd((int)a, (int)b) + (unsigned char)(a >> 9) * (signed char)b +
+                 ((a << (b & 31)) | (a >> (32 - (b & 31)) % 32));
     }
 }

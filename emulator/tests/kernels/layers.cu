@@ -1,6 +1,7 @@
 // Layers as public CUDA code writes them: layer norm, transpose, scan, convolution, strided elementwise.
 
-// y = (x - mean) / sqrt(var + eps) * gamma + beta; block = one row, threads a multiple of 32, dynamic shared: one float per warp.
+// y = (x - mean) / sqrt(var + eps) * gamma + beta. Block = one row, threads a multiple of 32; dynamic shared memory:
+// one float per warp.
 extern "C" __global__ void layer_norm(const float *x, const float *gamma, const float *beta, float *y, int cols) {
     extern __shared__ float partial[];
     const float *row = x + (size_t)blockIdx.x * cols;

@@ -1,4 +1,5 @@
-// Blocks and warps as libraries use them: CUB's scans, reductions, sorts and histograms; scans and partitions of cooperative groups.
+// Block and warp primitives of libraries: CUB's scans, reductions, sorts and histograms; scans and partitions of
+// cooperative groups.
 
 #include <cooperative_groups.h>
 #include <cooperative_groups/reduce.h>

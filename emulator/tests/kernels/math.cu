@@ -1,12 +1,12 @@
 // Mathematical functions over arrays, compiled twice: as they are, and with --use_fast_math (math_fast.ptx).
 
-#define UNARY(name, type, expression)                                                                                                      \
-    extern "C" __global__ void name(const type *in, type *out, int n) {                                                                    \
-        const int i = blockIdx.x * blockDim.x + threadIdx.x;                                                                               \
-        if (i < n) {                                                                                                                       \
-            const type x = in[i];                                                                                                          \
-            out[i] = expression;                                                                                                           \
-        }                                                                                                                                  \
+#define UNARY(name, type, expression)                                                               \
+    extern "C" __global__ void name(const type *in, type *out, int n) {                             \
+        const int i = blockIdx.x * blockDim.x + threadIdx.x;                                        \
+        if (i < n) {                                                                                \
+            const type x = in[i];                                                                   \
+            out[i] = expression;                                                                    \
+        }                                                                                           \
     }
 
 UNARY(f32_exp, float, expf(x))

@@ -1,4 +1,4 @@
-// c = a b^T on tensor cores: a is m x k, b is n x k, both bf16 row-major; c is m x n, f32. m, n multiples of 64, k of 32.
+// c = a b^T on tensor cores: a (m, k) and b (n, k) bf16, c (m, n) f32, all row-major; m, n multiples of 64, k of 32.
 //
 // Block = one 64x64 tile of c, 128 threads = 2x2 warps of 32x32. Tiles of 32 along k arrive by cp.async in two stages.
 // Shared rows are padded to 40 elements (80 bytes), so that the 8 rows of an ldmatrix lie in different banks.
@@ -25,7 +25,8 @@ __device__ void load_4(uint32_t (&r)[4], const void *row) {
 }
 
 __device__ void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b_0, uint32_t b_1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b_0), "r"(b_1));
 }
@@ -93,12 +94,14 @@ __device__ void multiply(const __nv_bfloat16 *a, const __nv_bfloat16 *b, float *
 extern "C" __global__ void mma_gemm(const __nv_bfloat16 *a, const __nv_bfloat16 *b, float *c, int n, int k) {
     multiply<NONE>(a, b, c, n, k);
 }
-extern "C" __global__ void mma_gemm_dropped_barrier(const __nv_bfloat16 *a, const __nv_bfloat16 *b, float *c, int n, int k) {
+extern "C" __global__ void mma_gemm_dropped_barrier(const __nv_bfloat16 *a, const __nv_bfloat16 *b, float *c, int n,
+                                                    int k) {
     multiply<DROPPED_BARRIER>(a, b, c, n, k);
 }
 extern "C" __global__ void mma_gemm_off_by_one(const __nv_bfloat16 *a, const __nv_bfloat16 *b, float *c, int n, int k) {
     multiply<OFF_BY_ONE>(a, b, c, n, k);
 }
-extern "C" __global__ void mma_gemm_dropped_wait(const __nv_bfloat16 *a, const __nv_bfloat16 *b, float *c, int n, int k) {
+extern "C" __global__ void mma_gemm_dropped_wait(const __nv_bfloat16 *a, const __nv_bfloat16 *b, float *c, int n,
+                                                 int k) {
     multiply<DROPPED_WAIT>(a, b, c, n, k);
 }

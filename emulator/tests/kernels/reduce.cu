@@ -42,8 +42,14 @@ __device__ void reduce(const float *x, float *sums, int n) {
 }
 
 extern "C" __global__ void reduce_sum(const float *x, float *sums, int n) { reduce<NONE>(x, sums, n); }
-extern "C" __global__ void reduce_dropped_barrier(const float *x, float *sums, int n) { reduce<DROPPED_BARRIER>(x, sums, n); }
+extern "C" __global__ void reduce_dropped_barrier(const float *x, float *sums, int n) {
+    reduce<DROPPED_BARRIER>(x, sums, n);
+}
 extern "C" __global__ void reduce_off_by_one(const float *x, float *sums, int n) { reduce<OFF_BY_ONE>(x, sums, n); }
-extern "C" __global__ void reduce_uninitialised(const float *x, float *sums, int n) { reduce<UNINITIALISED>(x, sums, n); }
-extern "C" __global__ void reduce_inactive_lane(const float *x, float *sums, int n) { reduce<INACTIVE_LANE>(x, sums, n); }
+extern "C" __global__ void reduce_uninitialised(const float *x, float *sums, int n) {
+    reduce<UNINITIALISED>(x, sums, n);
+}
+extern "C" __global__ void reduce_inactive_lane(const float *x, float *sums, int n) {
+    reduce<INACTIVE_LANE>(x, sums, n);
+}
 extern "C" __global__ void reduce_global_race(const float *x, float *sums, int n) { reduce<GLOBAL_RACE>(x, sums, n); }

@@ -59,7 +59,13 @@ __device__ void softmax(const float *x, float *y, int cols) {
 }
 
 extern "C" __global__ void softmax_rows(const float *x, float *y, int cols) { softmax<NONE>(x, y, cols); }
-extern "C" __global__ void softmax_dropped_barrier(const float *x, float *y, int cols) { softmax<DROPPED_BARRIER>(x, y, cols); }
+extern "C" __global__ void softmax_dropped_barrier(const float *x, float *y, int cols) {
+    softmax<DROPPED_BARRIER>(x, y, cols);
+}
 extern "C" __global__ void softmax_off_by_one(const float *x, float *y, int cols) { softmax<OFF_BY_ONE>(x, y, cols); }
-extern "C" __global__ void softmax_uninitialised(const float *x, float *y, int cols) { softmax<UNINITIALISED>(x, y, cols); }
-extern "C" __global__ void softmax_divergent_barrier(const float *x, float *y, int cols) { softmax<DIVERGENT_BARRIER>(x, y, cols); }
+extern "C" __global__ void softmax_uninitialised(const float *x, float *y, int cols) {
+    softmax<UNINITIALISED>(x, y, cols);
+}
+extern "C" __global__ void softmax_divergent_barrier(const float *x, float *y, int cols) {
+    softmax<DIVERGENT_BARRIER>(x, y, cols);
+}

@@ -17,7 +17,7 @@ pub fn library_path() -> PathBuf {
     path
 }
 
-/// Opens the emulator by its absolute path, before any other call of cudarc, and asserts that it is what cudarc then finds.
+/// Opens the emulator by its absolute path, before any other call of cudarc, and asserts that cudarc then finds it.
 pub fn open() {
     // SAFETY: the library's initialisers are those of the Rust runtime.
     let library = unsafe { libloading::Library::new(library_path()) }.expect("the emulator loads");
@@ -30,8 +30,8 @@ pub fn open() {
 
 /// Opens and starts the emulator, once.
 ///
-/// `settings` are variables that the whole process runs under; the first caller's are the ones that count. Most refusals are wanted, so they are
-/// not printed unless CUDA_EMU_LOG asks for them.
+/// `settings` are variables for the whole process; the first caller's count. Most refusals are wanted, so they are only
+/// printed if CUDA_EMU_LOG asks for them.
 pub fn load(settings: &[(&str, &str)]) {
     static LOADED: OnceLock<()> = OnceLock::new();
     LOADED.get_or_init(|| {

@@ -1,7 +1,7 @@
-//! Moves: copies, packing and unpacking, extensions. They are forms like arithmetic ones, for the decoder's own use.
+//! Moves: copies, packing, unpacking, extension. Forms like the arithmetic ones, but made for the decoder's own use.
 
-use crate::num::ops::{blend32, blend64};
-use crate::num::{Class, Detail, Form, Run, Type};
+use super::ops::{blend32, blend64};
+use super::{Class, Detail, Form, Run, Type};
 
 /// A register of 32 bits per lane.
 type W32 = [u32; 32];
@@ -12,35 +12,47 @@ type W64 = [u64; 32];
 trait Move {
     /// Operands of one instruction.
     const ARITY: usize;
+    /// Executes it.
+    ///
     /// # Safety
-    /// As for [`Run`].
+    /// As for [`Run`], with `operands` those of one instruction.
     unsafe fn step(registers: *mut u8, operands: *const u32, mask: u32);
 }
 
+/// Executes `count` instructions.
+///
+/// # Safety
+/// As for [`Run`].
 #[inline(always)]
 unsafe fn each<M: Move>(registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
     for i in 0..count {
-        // SAFETY: the caller gives `count` times ARITY valid operands.
+        // SAFETY: the caller passes `count` times ARITY operands, all inside the file.
         unsafe { M::step(registers, operands.add(i * M::ARITY), mask) };
     }
 }
 
+/// # Safety
+/// As for [`Run`].
 unsafe fn portable<M: Move>(_: &Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
-    // SAFETY: passed on.
+    // SAFETY: guaranteed by the caller.
     unsafe { each::<M>(registers, operands, count, mask) }
 }
 
+/// # Safety
+/// As for [`Run`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 unsafe fn avx2<M: Move>(_: &Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
-    // SAFETY: passed on.
+    // SAFETY: guaranteed by the caller.
     unsafe { each::<M>(registers, operands, count, mask) }
 }
 
+/// # Safety
+/// As for [`Run`].
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512vl,avx512bw,avx512dq")]
 unsafe fn avx512<M: Move>(_: &Form, registers: *mut u8, operands: *const u32, count: usize, mask: u32) {
-    // SAFETY: passed on.
+    // SAFETY: guaranteed by the caller.
     unsafe { each::<M>(registers, operands, count, mask) }
 }
 
@@ -67,20 +79,26 @@ const fn form<M: Move>(dst: &'static [Type], src: &'static [Type]) -> Form {
     }
 }
 
+/// Pointer to operand `i`.
+///
+/// # Safety
+/// `operands` has more than `i` offsets, and each is inside the file.
 #[inline(always)]
 unsafe fn at<T: Copy>(registers: *mut u8, operands: *const u32, i: usize) -> *mut T {
-    // SAFETY: the operand is an offset inside the file with room for T.
+    // SAFETY: guaranteed by the caller.
     unsafe { registers.add(*operands.add(i) as usize).cast() }
 }
 
 macro_rules! moves {
-    ($($(#[$doc:meta])* $form:ident, $name:ident: ($($d:ident),*) from ($($s:ident),*) by |$registers:ident, $operands:ident, $mask:ident| $body:block)*) => {$(
+    ($($(#[$doc:meta])* $form:ident, $name:ident: ($($d:ident),*) from ($($s:ident),*)
+        by |$registers:ident, $operands:ident, $mask:ident| $body:block)*) => {$(
         struct $name;
         impl Move for $name {
             const ARITY: usize = [$(Type::$d,)* $(Type::$s),*].len();
             #[inline(always)]
             unsafe fn step($registers: *mut u8, $operands: *const u32, $mask: u32) {
-                // SAFETY: offsets are valid for the form's types; every source is copied out before a destination is written.
+                // SAFETY: the caller guarantees offsets that fit the form's types. Every source is copied out before a
+                // destination is written, so no reference overlaps a write.
                 unsafe { $body }
             }
         }
@@ -166,13 +184,21 @@ moves! {
     /// The low 8 bits
     LOW_8, Low8: (B8) from (B32) by |r, o, m| { map!(r, o, m, W32, W32, blend32, |a: u32| a & 0xff) }
     /// 32 to 64 bits with zeros
-    ZERO_EXTEND_64, ZeroExtend64: (B64) from (B32) by |r, o, m| { map!(r, o, m, W32, W64, blend64, |a: u32| u64::from(a)) }
+    ZERO_EXTEND_64, ZeroExtend64: (B64) from (B32) by |r, o, m| {
+        map!(r, o, m, W32, W64, blend64, |a: u32| u64::from(a))
+    }
     /// 16 to 32 bits with the sign
-    EXTEND_16_32, Extend16To32: (B32) from (B16) by |r, o, m| { map!(r, o, m, W32, W32, blend32, |a: u32| a as i16 as u32) }
+    EXTEND_16_32, Extend16To32: (B32) from (B16) by |r, o, m| {
+        map!(r, o, m, W32, W32, blend32, |a: u32| a as i16 as u32)
+    }
     /// 16 to 64 bits with the sign
-    EXTEND_16_64, Extend16To64: (B64) from (B16) by |r, o, m| { map!(r, o, m, W32, W64, blend64, |a: u32| a as i16 as u64) }
+    EXTEND_16_64, Extend16To64: (B64) from (B16) by |r, o, m| {
+        map!(r, o, m, W32, W64, blend64, |a: u32| a as i16 as u64)
+    }
     /// 32 to 64 bits with the sign
-    EXTEND_32_64, Extend32To64: (B64) from (B32) by |r, o, m| { map!(r, o, m, W32, W64, blend64, |a: u32| a as i32 as u64) }
+    EXTEND_32_64, Extend32To64: (B64) from (B32) by |r, o, m| {
+        map!(r, o, m, W32, W64, blend64, |a: u32| a as i32 as u64)
+    }
     /// `mov.b64 {a, b}, c`
     UNPACK_64_2, Unpack64To2: (B32, B32) from (B64) by |r, o, m| { unpack!(r, o, m, W64, 2, 32) }
     /// `mov.b64 {a, b, c, d}, e`
@@ -195,7 +221,7 @@ moves! {
     PACK_16_2, Pack16From2: (B16) from (B8, B8) by |r, o, m| { pack!(r, o, m, W32, u32, blend32, 2, 8) }
 }
 
-/// The form that unpacks a type into so many parts, and the parts' type.
+/// The form that unpacks a type into `parts` parts, and the type of a part.
 pub fn unpack(ty: Type, parts: usize) -> Option<(&'static Form, Type)> {
     Some(match (ty, parts) {
         (Type::B64 | Type::F64, 2) => (&UNPACK_64_2, Type::B32),
@@ -207,7 +233,7 @@ pub fn unpack(ty: Type, parts: usize) -> Option<(&'static Form, Type)> {
     })
 }
 
-/// The form that packs so many parts into a type, and the parts' type.
+/// The form that packs `parts` parts into a type, and the type of a part.
 pub fn pack(ty: Type, parts: usize) -> Option<(&'static Form, Type)> {
     Some(match (ty, parts) {
         (Type::B64 | Type::F64, 2) => (&PACK_64_2, Type::B32),
