@@ -180,7 +180,7 @@ fn first_block(first: usize, len: usize) -> u32 {
 
 simd::dispatch! {
     /// Elements `first..` of the stream as standard normals; `first` is a multiple of 4.
-    pub(crate) fn normals_from<I>(stream: &Stream, first: usize, out: &mut [f32]) {
+    pub(crate) fn normals_from<S>(stream: &Stream, first: usize, out: &mut [f32]) {
         fill(stream, first, out, |words| {
             let (a, b) = box_muller(words[0], words[1]);
             let (c, d) = box_muller(words[2], words[3]);
@@ -190,7 +190,7 @@ simd::dispatch! {
 }
 
 simd::dispatch! {
-    fn uniforms_from<I>(stream: &Stream, first: usize, out: &mut [f32]) {
+    fn uniforms_from<S>(stream: &Stream, first: usize, out: &mut [f32]) {
         fill(stream, first, out, |words| {
             let uniform = |word: u32| (word >> 8) as f32 * (1.0 / 16_777_216.0);
             [uniform(words[0]), uniform(words[1]), uniform(words[2]), uniform(words[3])]

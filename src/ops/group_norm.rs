@@ -314,18 +314,18 @@ mod cpu {
 
     simd::dispatch! {
         /// Each channel's mean `m` over a strip `x (pixels, c)`, and the sums of `x - m` (what rounding took from the mean) and of `(x - m)^2`.
-        fn strip_moments<I>(part: &mut [f32], x: &[f32]) {
+        fn strip_moments<S>(part: &mut [f32], x: &[f32]) {
             let c = part.len() / 3;
             let (mean, rest) = part.split_at_mut(c);
             let (first, second) = rest.split_at_mut(c);
             let mut done = 0;
             while done < c {
                 done += match c - done {
-                    64.. => moments_of::<I, 64, 1>(mean, first, second, x, c, done),
-                    32.. => moments_of::<I, 32, 2>(mean, first, second, x, c, done),
-                    16.. => moments_of::<I, 16, 4>(mean, first, second, x, c, done),
-                    4.. => moments_of::<I, 4, 4>(mean, first, second, x, c, done),
-                    _ => moments_of::<I, 1, 4>(mean, first, second, x, c, done),
+                    64.. => moments_of::<S, 64, 1>(mean, first, second, x, c, done),
+                    32.. => moments_of::<S, 32, 2>(mean, first, second, x, c, done),
+                    16.. => moments_of::<S, 16, 4>(mean, first, second, x, c, done),
+                    4.. => moments_of::<S, 4, 4>(mean, first, second, x, c, done),
+                    _ => moments_of::<S, 1, 4>(mean, first, second, x, c, done),
                 };
             }
         }
@@ -334,7 +334,7 @@ mod cpu {
     /// Channels `at .. at + W` of a strip, their sums in registers: one for each channel and each of `R` neighbouring pixels, four
     /// vectors in all, so that an addition does not wait for the one before. Returns `W`.
     #[inline(always)]
-    fn moments_of<I: simd::Isa, const W: usize, const R: usize>(
+    fn moments_of<S: simd::Simd, const W: usize, const R: usize>(
         mean: &mut [f32],
         first: &mut [f32],
         second: &mut [f32],
@@ -378,7 +378,7 @@ mod cpu {
                 for i in 0..W {
                     let d = x[i] - m[i];
                     d1[r][i] += d;
-                    d2[r][i] = I::mul_add(d, d, d2[r][i]);
+                    d2[r][i] = S::mul_add(d, d, d2[r][i]);
                 }
             }
         }
@@ -387,7 +387,7 @@ mod cpu {
             for i in 0..W {
                 let d = x[i] - m[i];
                 d1[0][i] += d;
-                d2[0][i] = I::mul_add(d, d, d2[0][i]);
+                d2[0][i] = S::mul_add(d, d, d2[0][i]);
             }
         }
         mean[at..at + W].copy_from_slice(&m);
@@ -417,7 +417,7 @@ mod cpu {
 
     simd::dispatch! {
         /// Each channel's mean over `pixels` pixels and its sum of squares about that mean, from `partials` (strips, 3, c).
-        fn join_strips<I>(means: &mut [f64], squares: &mut [f64], partials: &[f32], pixels: usize, strip: usize) {
+        fn join_strips<S>(means: &mut [f64], squares: &mut [f64], partials: &[f32], pixels: usize, strip: usize) {
             let c = means.len();
             let count = |i: usize| (pixels - i * strip).min(strip) as f64;
             for (i, part) in partials.chunks_exact(3 * c).enumerate() {
@@ -471,11 +471,11 @@ mod cpu {
 
     simd::dispatch! {
         /// `y = (x - mean) a + b`.
-        fn normalise<I>(y: &mut [f32], x: &[f32], affine: &Affine) {
+        fn normalise<S>(y: &mut [f32], x: &[f32], affine: &Affine) {
             let Affine { mean, a, b } = affine;
             for (y, x) in y.chunks_mut(mean.len()).zip(x.chunks(mean.len())) {
                 for ((((y, x), mean), a), b) in y.iter_mut().zip(x).zip(mean).zip(a).zip(b) {
-                    *y = I::mul_add(x - mean, *a, *b);
+                    *y = S::mul_add(x - mean, *a, *b);
                 }
             }
         }
@@ -483,11 +483,11 @@ mod cpu {
 
     simd::dispatch! {
         /// `y = silu((x - mean) a + b)`.
-        fn normalise_silu<I>(y: &mut [f32], x: &[f32], affine: &Affine) {
+        fn normalise_silu<S>(y: &mut [f32], x: &[f32], affine: &Affine) {
             let Affine { mean, a, b } = affine;
             for (y, x) in y.chunks_mut(mean.len()).zip(x.chunks(mean.len())) {
                 for ((((y, x), mean), a), b) in y.iter_mut().zip(x).zip(mean).zip(a).zip(b) {
-                    *y = simd::silu::<I>(I::mul_add(x - mean, *a, *b));
+                    *y = simd::silu::<S>(S::mul_add(x - mean, *a, *b));
                 }
             }
         }
@@ -495,20 +495,20 @@ mod cpu {
 
     simd::dispatch! {
         /// Each channel's sums of `dz (x - mean)` and of `dz` over a strip; `dx` comes in as `dy`, which is `dz`.
-        fn strip_sums<I>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
-            sums_of::<I, false>(part, dx, x, affine)
+        fn strip_sums<S>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
+            sums_of::<S, false>(part, dx, x, affine)
         }
     }
 
     simd::dispatch! {
         /// Each channel's sums of `dz (x - mean)` and of `dz` over a strip; `dx` comes in as `dy` and leaves as `dz`.
-        fn strip_sums_silu<I>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
-            sums_of::<I, true>(part, dx, x, affine)
+        fn strip_sums_silu<S>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
+            sums_of::<S, true>(part, dx, x, affine)
         }
     }
 
     #[inline(always)]
-    fn sums_of<I: simd::Isa, const SILU: bool>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
+    fn sums_of<S: simd::Simd, const SILU: bool>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
         let Affine { mean, a, b } = affine;
         let (c, width) = (part.len() / 2, mean.len());
         // One sum for each number of a wide row, folded to channels at the end.
@@ -519,9 +519,9 @@ mod cpu {
             for ((((((dx, x), mean), a), b), by_x), plain) in rows {
                 let d = x - mean;
                 if SILU {
-                    *dx *= simd::silu_grad::<I>(I::mul_add(d, *a, *b));
+                    *dx *= simd::silu_grad::<S>(S::mul_add(d, *a, *b));
                 }
-                *by_x = I::mul_add(*dx, d, *by_x);
+                *by_x = S::mul_add(*dx, d, *by_x);
                 *plain += *dx;
             }
         }
@@ -576,7 +576,7 @@ mod cpu {
 
     simd::dispatch! {
         /// The two rows of `partials` (strips, 2, c), each summed over the strips.
-        fn join_sums<I>(partials: &[f32], c: usize) -> (Vec<f64>, Vec<f64>) {
+        fn join_sums<S>(partials: &[f32], c: usize) -> (Vec<f64>, Vec<f64>) {
             let (mut by_x, mut plain) = (vec![0.0; c], vec![0.0; c]);
             for part in partials.chunks_exact(2 * c) {
                 let (p, q) = part.split_at(c);
@@ -589,12 +589,12 @@ mod cpu {
 
     simd::dispatch! {
         /// `dx` comes in as `dz`.
-        fn finish_dx<I>(dx: &mut [f32], x: &[f32], slopes: &Slopes) {
+        fn finish_dx<S>(dx: &mut [f32], x: &[f32], slopes: &Slopes) {
             let Slopes { mean, gamma, s1, s2, rstd } = slopes;
             for (dx, x) in dx.chunks_mut(mean.len()).zip(x.chunks(mean.len())) {
                 let rows = dx.iter_mut().zip(x).zip(mean).zip(gamma).zip(s1).zip(s2).zip(rstd);
                 for ((((((dx, x), mean), gamma), s1), s2), rstd) in rows {
-                    *dx = (*dx * gamma - I::mul_add(x - mean, *s2, *s1)) * rstd;
+                    *dx = (*dx * gamma - S::mul_add(x - mean, *s2, *s1)) * rstd;
                 }
             }
         }

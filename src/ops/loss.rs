@@ -172,7 +172,7 @@ mod cpu {
 
     simd::dispatch! {
         /// Sum of the squared differences of elements `first..` of an image, and their gradient.
-        fn chunk<I>(stream: &Stream, first: usize, y: &[f32], dy: &mut [f32], factor: f32) -> f64 {
+        fn chunk<S>(stream: &Stream, first: usize, y: &[f32], dy: &mut [f32], factor: f32) -> f64 {
             let mut eps = [0.0; PIECE];
             // Sixteen running sums, so that the additions do not wait for each other; joined in a fixed order.
             let mut sums = [0.0f64; 16];

@@ -122,7 +122,7 @@ mod cpu {
 
     simd::dispatch! {
         /// Elements `first..` of an image.
-        fn chunk<I>(y: &mut [f32], x: &[f32], output: &[f32], step: &Step, stream: &Stream, first: usize) {
+        fn chunk<S>(y: &mut [f32], x: &[f32], output: &[f32], step: &Step, stream: &Stream, first: usize) {
             let [x0_xt, x0_output, c_x0, c_xt, sigma] =
                 [step.x0_xt, step.x0_output, step.c_x0, step.c_xt, step.sigma].map(|v| v as f32);
             let bound = if step.clip { 1.0 } else { f32::INFINITY };
@@ -133,11 +133,11 @@ mod cpu {
                     normals_from(stream, first + k * PIECE, &mut z[..y.len()]);
                 }
                 for (((y, &x), &output), &z) in y.iter_mut().zip(x).zip(output).zip(&z) {
-                    let x_0 = I::mul_add(x0_xt, x, x0_output * output);
+                    let x_0 = S::mul_add(x0_xt, x, x0_output * output);
                     // Two comparisons instead of `clamp`, so that a NaN stays one and the loop vectorises.
                     let x_0 = if x_0 < -bound { -bound } else { x_0 };
                     let x_0 = if x_0 > bound { bound } else { x_0 };
-                    *y = I::mul_add(sigma, z, I::mul_add(c_x0, x_0, c_xt * x));
+                    *y = S::mul_add(sigma, z, S::mul_add(c_x0, x_0, c_xt * x));
                 }
             }
         }
