@@ -257,8 +257,8 @@ fn box_muller(magnitude: u32, angle: u32) -> (f32, f32) {
 
 /// Natural logarithm of a positive normal number, to 2 ulp.
 ///
-/// `u = 2^e m` with `m` in `[sqrt(1/2), sqrt(2))`, so that `e = 0` around 1 and nothing cancels there; `ln m = f -
-/// f^2/2 + f^3 p(f)` with `f = m - 1`.
+/// `u = 2^e m` with `m` in `[sqrt(1/2), sqrt(2))`, so that `e = 0` around 1 and nothing cancels there;
+/// `ln m = f - f^2/2 + f^3 p(f)` with `f = m - 1`.
 #[inline(always)]
 fn ln(u: f32) -> f32 {
     let e = u.to_bits().wrapping_sub(std::f32::consts::FRAC_1_SQRT_2.to_bits()) as i32 >> 23;

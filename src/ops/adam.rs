@@ -145,7 +145,7 @@ mod cpu {
     use super::*;
     use crate::device::cpu::simd;
 
-    /// Elements per task: five pieces of 64 KiB, large against the cost of handing out a task.
+    /// Elements per task: five slices of 64 KiB, large against the cost of handing out a task.
     const CHUNK: usize = 1 << 14;
 
     pub fn update([w, ema, m, v]: [&mut [f32]; 4], g: &[f32], update: &Update, clip: f64) {

@@ -148,8 +148,8 @@ pub mod reference {
         [dq, dk, dv]
     }
 
-    /// Calls `f` for each image, head and token with where the token's channels of that head start, where those of the keys start, and the
-    /// row of `P`.
+    /// Calls `f` for each image, head and token with where the token's channels of that head start, where those of the
+    /// keys start, and the row of `P`.
     fn each_row<T: Float>(q: &[T], k: &[T], shape: Shape, heads: usize, mut f: impl FnMut(usize, &[usize], &[T])) {
         let (d, tokens) = (shape.c / heads, shape.pixels());
         for (image, head) in (0..shape.n * heads).map(|pair| (pair / heads, pair % heads)) {
@@ -182,8 +182,8 @@ mod cpu {
     use crate::device::cpu::simd::{self, Isa, Simd};
     use crate::device::cpu::vector::{Vector, with_vector};
 
-    /// Rows of scores in a task, at most: three register tiles high, so that a panel of keys is used three times for once
-    /// from the L2 cache, and few enough that 256 tokens of one image are 7 tasks.
+    /// Rows of scores in a task, at most: three register tiles high, so that a panel of keys is used three times for
+    /// once from the L2 cache, and few enough that 256 tokens of one image are 7 tasks.
     const BLOCK: usize = 42;
 
     /// Scores held at a time by the backward pass: 8 MiB of `P` and as much of `dS`.
@@ -223,7 +223,8 @@ mod cpu {
         }
     }
 
-    /// One of `q`, `k`, `v`, `dy` for the pairs of a wave, as the right factor of products: panels, one behind the other.
+    /// One of `q`, `k`, `v`, `dy` for the pairs of a wave, as the right factor of products: panels, one behind the
+    /// other.
     struct Packed {
         buffer: Buffer,
         first_pair: usize,
@@ -244,8 +245,9 @@ mod cpu {
             gemm::for_each_task(pairs.len() * panels, |i| {
                 let (pair, first) = (pairs.start + i / panels, i % panels * panel_width::<V>());
                 let count = panel_width::<V>().min(columns - first);
-                // SAFETY: the pair has tokens and channels 0..depth and first..first + count, so all that is read is in `x`,
-                // which has the length asserted; task i alone has the i-th panel of the buffer, `depth * panel_width` long.
+                // SAFETY: the pair has tokens and channels 0..depth and first..first + count, so all that is read is in
+                // `x`, which has the length asserted; task i alone has the i-th panel of the buffer,
+                // `depth * panel_width` long.
                 unsafe {
                     let (panel, c) = (out.at(i * each), job.shape.c);
                     if transposed {
@@ -283,8 +285,8 @@ mod cpu {
         /// The product with `right`'s rows from `from` on, to rows of `stride` at `c`: written there, or `add`ed.
         ///
         /// # Safety
-        /// `rows` rows of `right.columns` numbers, a row every `stride`, are writable at `c` and the caller's task's alone;
-        /// to be added to, they are initialised.
+        /// `rows` rows of `right.columns` numbers, a row every `stride`, are writable at `c` and the caller's task's
+        /// alone; to be added to, they are initialised.
         #[allow(clippy::too_many_arguments)]
         unsafe fn times<V: Vector, const TRANSPOSED: bool>(
             self,
@@ -303,8 +305,8 @@ mod cpu {
                 "a product beyond its factors"
             );
             right.panels::<V>(pair, from, |first, columns, panel| {
-                // SAFETY: the assertion above: x holds the left factor, and the panel, from row `from` on, `depth` rows;
-                // `c` is the caller's promise, and columns first..first + columns are below `right.columns`.
+                // SAFETY: the assertion above: x holds the left factor, and the panel, from row `from` on, `depth`
+                // rows; `c` is the caller's promise, and columns first..first + columns are below `right.columns`.
                 unsafe {
                     let c = Shared::new_at(c.add(first));
                     let (x, panel) = (x.as_ptr(), panel.as_ptr());
@@ -337,9 +339,10 @@ mod cpu {
             slots.run(pairs.len() * blocks, |i, scratch| {
                 let (pair, block) = (pairs.start + i / blocks, nth_chunk(tokens, blocks, i % blocks));
                 let s = &mut scratch[..block.len() * tokens]; // (block, T)
-                // SAFETY: this task alone has this block of the pair: of its rows of `y` the channels of its head, and of `rows`
-                // the block's `m` and `r`, from `2 T pair` and `2 T pair + T`, which do not overlap; all of them are within the
-                // tensors, which have the lengths asserted. `s` has a row of T for each row of the block.
+                // SAFETY: this task alone has this block of the pair: of its rows of `y` the channels of its head, and
+                // of `rows` the block's `m` and `r`, from `2 T pair` and `2 T pair + T`, which do not overlap; all of
+                // them are within the tensors, which have the lengths asserted. `s` has a row of T for each row of the
+                // block.
                 unsafe {
                     let left = Left { x: &q[job.at(pair, block.start)..], stride: c, rows: block.len(), depth: d };
                     left.times::<V, false>(isa, &keys, pair, 0, s.as_mut_ptr(), tokens, false);
@@ -409,7 +412,8 @@ mod cpu {
                     let [m, r] = [0, tokens].map(|part| &of_pair[part + token..][..block.len()]);
                     softmax_gradient(p, ds, m, r, job.scale());
                     let left = Left { x: ds, stride: tokens, rows: block.len(), depth: tokens };
-                    // SAFETY: this task alone has these rows of `dq`, of the length asserted, in the channels of its head.
+                    // SAFETY: this task alone has these rows of `dq`, of the length asserted, in the channels of its
+                    // head.
                     unsafe { left.times::<V, false>(isa, &keys_by_token, pair, 0, dq.at(at), c, false) };
                 });
                 let (all_p, all_ds) = (p.as_slice(), ds.as_slice());
@@ -418,8 +422,8 @@ mod cpu {
                     let from = (pair - pairs.start) * together * tokens + block.start;
                     let at = job.at(pair, block.start);
                     let left = |x| Left { x, stride: tokens, rows: block.len(), depth: count };
-                    // SAFETY: this task alone has these rows of `dk` and `dv`, of the lengths asserted, in the channels of
-                    // its head; they are added to only if an earlier block of rows has written them.
+                    // SAFETY: this task alone has these rows of `dk` and `dv`, of the lengths asserted, in the channels
+                    // of its head; they are added to only if an earlier block of rows has written them.
                     unsafe {
                         let (queries, dy) = (&queries, &dy_by_token);
                         left(&all_ds[from..]).times::<V, true>(isa, queries, pair, first, dk.at(at), c, first > 0);
@@ -451,8 +455,8 @@ mod cpu {
     }
 
     simd::dispatch! {
-        /// `p` comes in as scores before their scale and leaves as `P`; `ds` comes in as `dP` and leaves as `dS`, times the
-        /// scale.
+        /// `p` comes in as scores before their scale and leaves as `P`; `ds` comes in as `dP` and leaves as `dS`, times
+        /// the scale.
         fn softmax_gradient<S>(p: &mut [f32], ds: &mut [f32], m: &[f32], r: &[f32], scale: f32) {
             let tokens = p.len() / m.len();
             for (((p, ds), m), r) in p.chunks_exact_mut(tokens).zip(ds.chunks_exact_mut(tokens)).zip(m).zip(r) {

@@ -434,8 +434,8 @@ mod cpu {
     ) {
         match method.dgrad {
             Algorithm::Direct => {
-                // Pixels p = s i + a of dx, for one remainder a, are reached by the taps u = a + before (mod s): from dy's
-                // pixel i + (a + before - u) / s. In order of that pixel: the largest u first.
+                // Pixels p = s i + a of dx, for one remainder a, are reached by the taps u = a + before (mod s): from
+                // dy's pixel i + (a + before - u) / s. In order of that pixel: the largest u first.
                 let axis = |a: usize, x_len: usize, y_len: usize, k: usize, before: usize| {
                     let u = (a + before) % g.stride;
                     let taps = if u < k { (k - 1 - u) / g.stride + 1 } else { 0 };
@@ -452,9 +452,9 @@ mod cpu {
                         let patches = Patches { n: xs.n, rows, cols, c: ws.n };
                         let plus = Plus::default();
                         let target = Target { h: xs.h, w: xs.w, c: xs.c, step: g.stride, row: a, col: b, plus };
-                        let w = weight(w, ws);
+                        let (w, taps) = (weight(w, ws), [row_tap, col_tap]);
                         with_vector!(method.isa, V, token => {
-                            direct::outputs::<V>(token, device, dy, patches, w, Towards::Input, [row_tap, col_tap], dx, target)
+                            direct::outputs::<V>(token, device, dy, patches, w, Towards::Input, taps, dx, target)
                         });
                     }
                 }

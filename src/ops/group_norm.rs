@@ -234,8 +234,8 @@ mod cpu {
     use super::*;
     use crate::device::cpu::simd;
 
-    /// Pixels in a strip: 64, so that a tile of 64 channels is 16 KiB and the second pass finds it in the first-level cache; with few channels
-    /// as many as make those 16 KiB.
+    /// Pixels in a strip: 64, so that a tile of 64 channels is 16 KiB and the second pass finds it in the L1 cache;
+    /// with few channels as many as make those 16 KiB.
     fn strip(shape: Shape) -> usize {
         (4096 / shape.c).max(64)
     }
@@ -277,7 +277,8 @@ mod cpu {
         });
     }
 
-    /// `dx` comes in as `dy`. `partials` is (n, strips + 1, 2, c); the last row becomes the image's `dgamma` and `dbeta`.
+    /// `dx` comes in as `dy`. `partials` is (n, strips + 1, 2, c); the last row becomes the image's `dgamma` and
+    /// `dbeta`.
     pub fn backward(job: &Job<'_>, dx: &mut [f32], partials: &mut [f32], x: &[f32], stats: &[f32]) {
         let (c, pixels, strip) = (job.shape.c, job.shape.pixels(), strip(job.shape));
         let together = TASK.div_ceil(strip * c);
@@ -313,7 +314,8 @@ mod cpu {
     }
 
     simd::dispatch! {
-        /// Each channel's mean `m` over a strip `x (pixels, c)`, and the sums of `x - m` (what rounding took from the mean) and of `(x - m)^2`.
+        /// Each channel's mean `m` over a strip `x (pixels, c)`, and the sums of `x - m` (what rounding took from the
+        /// mean) and of `(x - m)^2`.
         fn strip_moments<S>(part: &mut [f32], x: &[f32]) {
             let c = part.len() / 3;
             let (mean, rest) = part.split_at_mut(c);
@@ -331,8 +333,8 @@ mod cpu {
         }
     }
 
-    /// Channels `at .. at + W` of a strip, their sums in registers: one for each channel and each of `R` neighbouring pixels, four
-    /// vectors in all, so that an addition does not wait for the one before. Returns `W`.
+    /// Channels `at .. at + W` of a strip, their sums in registers: one for each channel and each of `R` neighbouring
+    /// pixels, four vectors in all, so that an addition does not wait for the one before. Returns `W`.
     #[inline(always)]
     fn moments_of<S: simd::Simd, const W: usize, const R: usize>(
         mean: &mut [f32],
@@ -396,7 +398,8 @@ mod cpu {
         W
     }
 
-    /// Joins an image's `partials` (strips, 3, c) to `stats` (groups, 3), in f64: first each channel over the strips, then the group over its channels.
+    /// Joins an image's `partials` (strips, 3, c) to `stats` (groups, 3), in f64: first each channel over the strips,
+    /// then the group over its channels.
     fn join_moments(job: &Job<'_>, stats: &mut [f32], partials: &[f32]) {
         let (c, pixels) = (job.shape.c, job.shape.pixels());
         let mut means = vec![0.0; c];
@@ -416,7 +419,8 @@ mod cpu {
     }
 
     simd::dispatch! {
-        /// Each channel's mean over `pixels` pixels and its sum of squares about that mean, from `partials` (strips, 3, c).
+        /// Each channel's mean over `pixels` pixels and its sum of squares about that mean, from `partials` (strips, 3,
+        /// c).
         fn join_strips<S>(means: &mut [f64], squares: &mut [f64], partials: &[f32], pixels: usize, strip: usize) {
             let c = means.len();
             let count = |i: usize| (pixels - i * strip).min(strip) as f64;
@@ -455,7 +459,8 @@ mod cpu {
         }
     }
 
-    /// `f(group, channel)` for the channels of as many neighbouring pixels as make 512 numbers or more, so that loops over a row are long.
+    /// `f(group, channel)` for the channels of as many neighbouring pixels as make 512 numbers or more, so that loops
+    /// over a row are long.
     fn wide(job: &Job<'_>, f: impl Fn(usize, usize) -> f32) -> Vec<f32> {
         let (c, width) = (job.shape.c, job.shape.c / job.groups);
         let repeats = 512usize.div_ceil(c);
@@ -533,7 +538,8 @@ mod cpu {
         }
     }
 
-    /// `dx = rstd (gamma dz - (s1 + (x - mean) s2))`, where `s2` has a factor `rstd` in it and `s1` what rounding took from the mean: wide rows, as in [`Affine`].
+    /// `dx = rstd (gamma dz - (s1 + (x - mean) s2))`, where `s2` has a factor `rstd` in it and `s1` what rounding took
+    /// from the mean: wide rows, as in [`Affine`].
     struct Slopes {
         mean: Vec<f32>,
         gamma: Vec<f32>,

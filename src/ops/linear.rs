@@ -184,14 +184,18 @@ mod cpu {
     pub fn forward(device: &Device, isa: Isa, x: &[f32], w: &[f32], ws: Shape, plus: Plus<'_>, y: &mut [f32]) {
         let (pixels, w) = (pixels(x.len() / ws.c, ws.c), weight(w, ws));
         let target = Target { h: 1, w: pixels.cols.out, c: ws.n, step: 1, row: 0, col: 0, plus };
-        with_vector!(isa, V, token => direct::outputs::<V>(token, device, x, pixels, w, Towards::Output, TAP, y, target));
+        with_vector!(isa, V, token => {
+            direct::outputs::<V>(token, device, x, pixels, w, Towards::Output, TAP, y, target)
+        });
     }
 
     pub fn dgrad(device: &Device, isa: Isa, dy: &[f32], w: &[f32], ws: Shape, dx: &mut [f32]) {
         let (pixels, w) = (pixels(dy.len() / ws.n, ws.n), weight(w, ws));
         let plus = Plus::default();
         let target = Target { h: 1, w: pixels.cols.out, c: ws.c, step: 1, row: 0, col: 0, plus };
-        with_vector!(isa, V, token => direct::outputs::<V>(token, device, dy, pixels, w, Towards::Input, TAP, dx, target));
+        with_vector!(isa, V, token => {
+            direct::outputs::<V>(token, device, dy, pixels, w, Towards::Input, TAP, dx, target)
+        });
     }
 
     pub fn wgrad(device: &Device, isa: Isa, x: &[f32], dy: &[f32], ws: Shape, dw: ParamGrad<'_>) {

@@ -162,7 +162,7 @@ mod cpu {
     use crate::device::cpu::simd;
     use crate::rng::{Stream, normals_from};
 
-    /// Elements per task, of one image: noise and result (16 KiB) stay in the first-level cache between the two loops.
+    /// Elements per task, of one image: noise and result (16 KiB) stay in the L1 cache between the two loops.
     const CHUNK: usize = 1 << 12;
 
     /// `table` holds the two factors of each timestep.

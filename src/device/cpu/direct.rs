@@ -127,9 +127,9 @@ impl Epilogue for Finish<'_> {
     unsafe fn take<V: Vector>(&self, row: usize, column: usize, count: usize, sum: V) {
         let (pixel, image) = self.pixels[row];
         let column = self.first_column + column;
-        // SAFETY: the caller promises V's processor and columns column..column + count, below c, of this pixel of y. There
-        // the added slices are readable: `outputs`, which alone makes a `Finish`, asserts that they are as long as
-        // [`Plus`] says, and lists pixels of y and their images.
+        // SAFETY: the caller promises V's processor and columns column..column + count, below c, of this pixel of y.
+        // There the added slices are readable: `outputs`, which alone makes a `Finish`, asserts that they are as long
+        // as [`Plus`] says, and lists pixels of y and their images.
         unsafe {
             let mut sum = sum;
             if let Some(bias) = self.plus.bias {
@@ -182,8 +182,8 @@ pub(crate) fn outputs<V: Vector>(
     let panels = pack::<V>(token, device, weight, towards, patches, taps);
     let (count, depth) = (patches.count(), patches.depth());
     let identity = patches.is_identity();
-    // Rows of gathered patches end on a line of their own: a power of two between them would put all rows of a tile into
-    // the same few sets of the L1 cache.
+    // Rows of gathered patches end on a line of their own: a power of two between them would put all rows of a tile
+    // into the same few sets of the L1 cache.
     let stride = if identity { patches.c } else { depth.next_multiple_of(16) + 16 };
     // Half of a 2 MiB L2 cache for patches.
     let tile_bytes = V::ROWS * stride * size_of::<f32>();
@@ -208,8 +208,8 @@ pub(crate) fn outputs<V: Vector>(
         let a = if identity {
             x[first * stride..][..rows * stride].as_ptr()
         } else {
-            // SAFETY: scratch, this task's alone, holds `block >= rows` rows of `stride >= depth`; x is as long as `patches`
-            // says, by the assertion above.
+            // SAFETY: scratch, this task's alone, holds `block >= rows` rows of `stride >= depth`; x is as long as
+            // `patches` says, by the assertion above.
             unsafe { gather::<V>(token, patches, x.as_ptr(), first, rows, scratch.as_mut_ptr(), stride) };
             scratch.as_ptr()
         };
@@ -218,8 +218,8 @@ pub(crate) fn outputs<V: Vector>(
             let columns = panel_width::<V>().min(c_out - first_column);
             let finish = Finish { y, pixels: &pixels[..rows], c: c_out, first_column, plus: target.plus };
             let panel = panels[p * depth * panel_width::<V>()..][..depth * panel_width::<V>()].as_ptr();
-            // SAFETY: `a` holds `rows` rows of `depth`, as cut or gathered; the panel is cut to `depth` rows. No other task
-            // has these columns of these pixels, which are inside y: the assertion about `last`.
+            // SAFETY: `a` holds `rows` rows of `depth`, as cut or gathered; the panel is cut to `depth` rows. No other
+            // task has these columns of these pixels, which are inside y: the assertion about `last`.
             unsafe { rows_by_panel::<V, _, false>(token, rows, columns, depth, a, stride, panel, a, finish) };
         }
     });
@@ -415,8 +415,8 @@ pub(crate) fn weight_gradient<V: Vector>(
     assert_eq!(dy.len(), count * c_out);
     assert_eq!(dw.len(), c_out * depth);
     let panels = depth.div_ceil(width);
-    // Few panels (the first layer) would leave cores without work: the pixels are cut into parts whose sums are added in
-    // order. The shape alone decides into how many.
+    // Few panels (the first layer) would leave cores without work: the pixels are cut into parts whose sums are added
+    // in order. The shape alone decides into how many.
     let parts = 16usize.div_ceil(panels).min(count.div_ceil(4 * CHUNK)).max(1);
     let each = c_out * width;
     let mut sums = device.scratch(parts * panels * each);
@@ -430,8 +430,8 @@ pub(crate) fn weight_gradient<V: Vector>(
             let chunk = CHUNK.min(pixels.end - first);
             let (panel, dy) = (scratch.as_mut_ptr(), dy[first * c_out..][..chunk * c_out].as_ptr());
             // SAFETY: x is as long as `patches` says, by the assertion above; scratch, this task's alone, holds
-            // CHUNK >= chunk rows of a panel; dy is cut to `chunk` rows of c_out; task i alone has the i-th c_out rows of
-            // `width` of `sums`, which has parts * panels times as many.
+            // CHUNK >= chunk rows of a panel; dy is cut to `chunk` rows of c_out; task i alone has the i-th c_out rows
+            // of `width` of `sums`, which has parts * panels times as many.
             unsafe {
                 gather_panel::<V>(token, patches, x.as_ptr(), first, chunk, p * width, columns, panel);
                 let c = Shared::new_at(out.at(task * each));

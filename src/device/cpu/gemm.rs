@@ -5,14 +5,14 @@
 //! read as broadcasts of single numbers straight from where it lies, the other from panels: `k` rows of
 //! [`panel_width`] columns, padded with zeros.
 //!
-//! No blocking over `k` in here: a panel is streamed from the L2 cache at 128 bytes per 14 cycles, which it sustains, and
-//! blocking would cost a pass over the sums.
+//! No blocking over `k` in here: a panel is streamed from the L2 cache at 128 bytes per 14 cycles, which it sustains,
+//! and blocking would cost a pass over the sums.
 //!
 //! # Soundness
 //!
 //! Functions here that take raw pointers are `unsafe` and say what must lie there. The safe ones above them
-//! ([`column_sums`], and `outputs` and `weight_gradient` of the two convolutions) check the lengths of their slices, cut
-//! the results into tasks that have no element in common, and hand these out as places of a [`Shared`].
+//! ([`column_sums`], and `outputs` and `weight_gradient` of the two convolutions) check the lengths of their slices,
+//! cut the results into tasks that have no element in common, and hand these out as places of a [`Shared`].
 
 // Loops count with the letters of the formulas, over several arrays at once.
 #![allow(clippy::needless_range_loop)]
@@ -36,8 +36,8 @@ pub(crate) const fn panel_width<V: Vector>() -> usize {
 #[derive(Clone, Copy)]
 pub(crate) struct Shared<'a>(*mut f32, PhantomData<&'a mut [f32]>);
 
-// SAFETY: the pointer may go to other threads, as `&mut [f32]` may. What they do with it is `unsafe` at each place, which
-// says why no two tasks touch the same float.
+// SAFETY: the pointer may go to other threads, as `&mut [f32]` may. What they do with it is `unsafe` at each place,
+// which says why no two tasks touch the same float.
 unsafe impl Send for Shared<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for Shared<'_> {}
@@ -257,14 +257,14 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize, const TRANSPOSED: bool
 
 kernel! {
     /// `rows` rows times one panel of which `columns` count: the sums over `depth` go to `epilogue`. While a tile is
-    /// multiplied, the next one's rows are prefetched (a tile reads some 14 streams, which the processor does not predict
-    /// well); `next` is where the caller goes on, and need not be valid.
+    /// multiplied, the next one's rows are prefetched (a tile reads some 14 streams, which the processor does not
+    /// predict well); `next` is where the caller goes on, and need not be valid.
     ///
     /// # Safety
-    /// `a` is readable at `i * stride + k` (`k * stride + i` if `TRANSPOSED`) for all `i < rows`, `k < depth`; `b` holds
-    /// `depth` rows of a panel, readable as far as the registers reach that hold its first `columns`, from 1 to the
-    /// panel's width; the places of `epilogue` at rows below `rows` and columns below `columns` exist and belong to the
-    /// caller.
+    /// `a` is readable at `i * stride + k` (`k * stride + i` if `TRANSPOSED`) for all `i < rows`, `k < depth`; `b`
+    /// holds `depth` rows of a panel, readable as far as the registers reach that hold its first `columns`, from 1 to
+    /// the panel's width; the places of `epilogue` at rows below `rows` and columns below `columns` exist and belong to
+    /// the caller.
     pub(crate) unsafe fn rows_by_panel<V, E: Epilogue; const TRANSPOSED: bool>(
         rows: usize,
         columns: usize,
@@ -339,7 +339,8 @@ kernel! {
 }
 
 kernel! {
-    /// A panel from a matrix that has its columns along `k`: `panel[k][j] = b[j * stride + k]`, zero for `j >= columns`.
+    /// A panel from a matrix that has its columns along `k`: `panel[k][j] = b[j * stride + k]`, zero for
+    /// `j >= columns`.
     ///
     /// # Safety
     /// As for [`pack_rows`], with `b[j * stride + k]`.
@@ -366,8 +367,8 @@ kernel! {
 
 /// Sums of each of `c` columns over the rows of each of `groups` equal groups: `sums[g][j] = sum over r of x[g][r][j]`.
 ///
-/// Rows are summed by eights, the eights in runs of 64 rows, then the runs: the error grows with `8 + 8 + rows / 64` and
-/// not with the number of rows. The order depends on the shape alone.
+/// Rows are summed by eights, the eights in runs of 64 rows, then the runs: the error grows with `8 + 8 + rows / 64`
+/// and not with the number of rows. The order depends on the shape alone.
 pub(crate) fn column_sums<V: Vector>(
     token: V::Token,
     device: &Device,

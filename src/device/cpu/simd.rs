@@ -2,9 +2,9 @@
 //!
 //! An element-wise loop is written once, as the body of `dispatch!`; the macro compiles it three times with different
 //! target features and picks one by [`Isa::best`]. The compiler vectorises the body, so it should be plain: slices of
-//! equal length, no early exit, no call that is not `#[inline(always)]`. [`Simd::mul_add`] is a fused multiply-add where
-//! there is one and a product and a sum elsewhere (never a library call), so results differ in the last bits between
-//! machines, not between runs.
+//! equal length, no early exit, no call that is not `#[inline(always)]`. [`Simd::mul_add`] is a fused multiply-add
+//! where there is one and a product and a sum elsewhere (never a library call), so results differ in the last bits
+//! between machines, not between runs.
 //!
 //! ```ignore
 //! simd::dispatch! {
@@ -201,8 +201,8 @@ impl Isa {
     }
 }
 
-/// Defines a function whose body is compiled for every [`Level`](crate::device::cpu::simd::Level) and chosen at run time
-/// by [`Isa::best`](crate::device::cpu::simd::Isa::best). The one type parameter is the level's
+/// Defines a function whose body is compiled for every [`Level`](crate::device::cpu::simd::Level) and chosen at run
+/// time by [`Isa::best`](crate::device::cpu::simd::Isa::best). The one type parameter is the level's
 /// [`Simd`](crate::device::cpu::simd::Simd).
 macro_rules! dispatch {
     ($(#[$meta:meta])* $vis:vis fn $name:ident<$s:ident>($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
@@ -299,8 +299,9 @@ pub fn silu_grad<S: Simd>(x: f32) -> f32 {
 mod tests {
     use super::*;
 
-    /// Largest error of `f` against `oracle` in units of the last place of the true value, over every 1009th bit pattern
-    /// (1009 is prime, so all exponents and low bits occur; likewise the larger step for Miri) between -120 and 120.
+    /// Largest error of `f` against `oracle` in units of the last place of the true value, over every 1009th bit
+    /// pattern (1009 is prime, so all exponents and low bits occur; likewise the larger step for Miri) between -120 and
+    /// 120.
     fn worst_ulp(f: impl Fn(f32) -> f32, oracle: impl Fn(f64) -> f64) -> f64 {
         let step = if cfg!(miri) { 10_000_019 } else { 1009 };
         let mut worst = 0.0f64;

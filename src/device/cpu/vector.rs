@@ -11,8 +11,8 @@ use super::simd::{Portable, Simd};
 /// A vector register of f32.
 ///
 /// # Safety
-/// Every `unsafe` method requires a processor with the level of [`Vector::Token`]. Pointers must be valid for the floats
-/// read or written and need no alignment.
+/// Every `unsafe` method requires a processor with the level of [`Vector::Token`]. Pointers must be valid for the
+/// floats read or written and need no alignment.
 pub(crate) trait Vector: Copy + Send + Sync + 'static {
     /// Proof that the processor has the instructions of the methods.
     type Token: Simd;
@@ -125,9 +125,9 @@ mod x86 {
         unsafe { _mm256_cmpgt_epi32(_mm256_set1_epi32(count as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)) }
     }
 
-    // SAFETY: each block but `prefetch`'s consists of intrinsics that need AVX2 and FMA at most, which the trait demands
-    // of the caller. Those of loads and stores touch the 8 floats at `p`, or by their mask the first `count`, which the
-    // caller promises are valid; they need no alignment. The others touch no memory.
+    // SAFETY: each block but `prefetch`'s consists of intrinsics that need AVX2 and FMA at most, which the trait
+    // demands of the caller. Those of loads and stores touch the 8 floats at `p`, or by their mask the first `count`,
+    // which the caller promises are valid; they need no alignment. The others touch no memory.
     #[allow(clippy::undocumented_unsafe_blocks)]
     impl Vector for __m256 {
         type Token = Avx2;

@@ -1,14 +1,16 @@
-//! Winograd's convolution F(4x4, 3x3) (Lavin and Gray 2015): 3x3 kernels at stride 1 in a quarter of the multiplications.
+//! Winograd's convolution F(4x4, 3x3) (Lavin and Gray 2015): 3x3 kernels at stride 1 in a quarter of the
+//! multiplications.
 //!
 //! Each 4x4 tile `Y` of the output comes from the 6x6 tile `D` of the input under it, for every pair of channels, as
-//! `Y = A^T [(G w G^T) * (B^T D B)] A`, where `*` is element by element. Summed over input channels, the 36 elements are 36
-//! matrix products (tiles x c_in) (c_in x c_out). The gradients are the same formula transposed: that of the input is the
-//! convolution of `dy` with the kernel turned round, and `dw = G^T [sum over tiles of (A dY A^T) * (B^T D B)] G`.
+//! `Y = A^T [(G w G^T) * (B^T D B)] A`, where `*` is element by element. Summed over input channels, the 36 elements
+//! are 36 matrix products (tiles x c_in) (c_in x c_out). The gradients are the same formula transposed: that of the
+//! input is the convolution of `dy` with the kernel turned round, and
+//! `dw = G^T [sum over tiles of (A dY A^T) * (B^T D B)] G`.
 //!
 //! The matrices evaluate polynomials at 0, +-1/p, +-p and infinity. The usual p = 2 (with 1 for 1/p) makes `y` some six
-//! times less accurate than a plain f32 sum over 128 channels; p = sqrt(2) keeps all entries near 1 and the error within
-//! twice that of the plain sum, which is why F(4x4) is used alone and the more accurate F(2x2) (2.25 times fewer products)
-//! is not here. `tests/support/winograd.rs` derives the error to expect.
+//! times less accurate than a plain f32 sum over 128 channels; p = sqrt(2) keeps all entries near 1 and the error
+//! within twice that of the plain sum, which is why F(4x4) is used alone and the more accurate F(2x2) (2.25 times fewer
+//! products) is not here. `tests/support/winograd.rs` derives the error to expect.
 //!
 //! Transformed tiles and weights stay in the L2 cache. Where there are many tiles for each panel of output channels, a
 //! task takes 64 tiles through all steps with scratch of that size; else the tiles are transformed once and each task
@@ -278,8 +280,8 @@ kernel! {
 }
 
 kernel! {
-    /// `G w G^T` for one panel of `columns` output channels from `column` and `depth` input channels from `start`: element
-    /// xi of input channel `start + k` and column `j` to `out[xi * plane + k * panel_width + j]`, zero for
+    /// `G w G^T` for one panel of `columns` output channels from `column` and `depth` input channels from `start`:
+    /// element xi of input channel `start + k` and column `j` to `out[xi * plane + k * panel_width + j]`, zero for
     /// `j >= columns`. Output and input are those of the convolution computed: `towards_input`, the weight's the other
     /// way round.
     ///
@@ -439,8 +441,8 @@ pub(crate) fn outputs<V: Vector>(
     let transform_panel = |p: usize, start: usize, depth: usize, out: *mut f32, plane: usize| {
         let towards_input = towards == Towards::Input;
         let (w, c_in) = (weight.data.as_ptr(), weight.c_in);
-        // SAFETY: the weight is as long as asserted, and both callers below stay within its channels; they pass XI planes
-        // of at least `depth` panel rows that are their task's alone.
+        // SAFETY: the weight is as long as asserted, and both callers below stay within its channels; they pass XI
+        // planes of at least `depth` panel rows that are their task's alone.
         unsafe {
             transform_weights::<V>(token, w, c_in, start, depth, towards_input, p * width, panel_columns(p), out, plane)
         };
@@ -452,8 +454,9 @@ pub(crate) fn outputs<V: Vector>(
             let (a, b) = (v.start.wrapping_add(xi * v.plane), u.start.wrapping_add(xi * u.plane));
             let next = v.start.wrapping_add((xi + 1) % XI * v.plane);
             let (columns, stride) = (panel_columns(p), v.stride);
-            // SAFETY: both callers below pass v and u with XI planes, in which `rows` rows of `depth` floats and `depth` rows
-            // of a panel have been written, and for m XI planes of BLOCK >= rows panel rows in their task's scratch.
+            // SAFETY: both callers below pass v and u with XI planes, in which `rows` rows of `depth` floats and
+            // `depth` rows of a panel have been written, and for m XI planes of BLOCK >= rows panel rows in their
+            // task's scratch.
             unsafe {
                 let c = Shared::new_at(m.add(xi * m_plane::<V>()));
                 if fresh {
@@ -467,8 +470,8 @@ pub(crate) fn outputs<V: Vector>(
         }
     };
     let finish = |m: *const f32, p: usize, first: usize, rows: usize| {
-        // SAFETY: m holds the sums of `rows` tiles; y and `plus` have the lengths asserted; only one task finishes these
-        // columns of these tiles.
+        // SAFETY: m holds the sums of `rows` tiles; y and `plus` have the lengths asserted; only one task finishes
+        // these columns of these tiles.
         unsafe {
             let columns = panel_columns(p);
             transform_outputs::<V>(token, m, m_plane::<V>(), tiles, first, rows, p * width, columns, y, c_out, plus)
@@ -487,7 +490,8 @@ pub(crate) fn outputs<V: Vector>(
         let chunks = c.div_ceil(64);
         for_each_task(panels * chunks, |task| {
             let (p, k) = (task / chunks, task % chunks * 64);
-            // SAFETY: inside `u`, since k < c. The task alone has rows k..k + 64 (or to the last, c) of its panel's planes.
+            // SAFETY: inside `u`, since k < c. The task alone has rows k..k + 64 (or to the last, c) of its panel's
+            // planes.
             let out = unsafe { out.at(p * XI * u_plane + k * width) };
             transform_panel(p, k, 64.min(c - k), out, u_plane);
         });
@@ -527,8 +531,8 @@ pub(crate) fn outputs<V: Vector>(
         let chunks = count.div_ceil(8);
         for_each_task(chunks, |i| {
             let tiles_here = nth_chunk(count, chunks, i);
-            // SAFETY: x is as long as asserted; v has XI planes of `count` rows of `stride >= c`, of which the task alone has
-            // the rows of its tiles.
+            // SAFETY: x is as long as asserted; v has XI planes of `count` rows of `stride >= c`, of which the task
+            // alone has the rows of its tiles.
             unsafe {
                 let out = out.at(tiles_here.start * stride);
                 let (first, rows) = (tiles_here.start, tiles_here.len());
@@ -588,12 +592,12 @@ const BLOCK: usize = 64;
 
 kernel! {
     /// Row `p` of `B^T D B`: element `q` of channel `k + j`, `j < channels`, of tile `first + t` to panel
-    /// `j / panel_width`, row `t`, of plane `q`; panels are `panel` floats apart. Of a panel that `channels` ends in, the
-    /// registers that hold them are written whole.
+    /// `j / panel_width`, row `t`, of plane `q`; panels are `panel` floats apart. Of a panel that `channels` ends in,
+    /// the registers that hold them are written whole.
     ///
     /// # Safety
-    /// `x` holds the images of `tiles`, which has these tiles and channels; `count` rows of these panels in IN planes of
-    /// `out` are writable and the caller's alone.
+    /// `x` holds the images of `tiles`, which has these tiles and channels; `count` rows of these panels in IN planes
+    /// of `out` are writable and the caller's alone.
     unsafe fn transform_input_row<V>(
         x: *const f32,
         tiles: Tiles,
@@ -677,8 +681,8 @@ kernel! {
     /// `dw = G^T P G` (or `+=`) for output channel `o`; `P` as [`weight_gradient`] leaves it.
     ///
     /// # Safety
-    /// `sums` holds the 36 planes of all panels of `c` input channels, `c_out` rows each, of which those of `o` have been
-    /// written; `dw` is writable for `9 c` floats, and the caller's alone.
+    /// `sums` holds the 36 planes of all panels of `c` input channels, `c_out` rows each, of which those of `o` have
+    /// been written; `dw` is writable for `9 c` floats, and the caller's alone.
     unsafe fn transform_weight_gradient<V>(
         sums: *const f32,
         plane: usize,
@@ -717,8 +721,8 @@ kernel! {
 
 /// `dw`, stored or added to what is there.
 ///
-/// A task owns one row of the 6x6 products (the first half of the transform then yields just that row: splitting the work
-/// so costs only that tiles are read six times) and up to 128 input channels, and walks over all tiles with its
+/// A task owns one row of the 6x6 products (the first half of the transform then yields just that row: splitting the
+/// work so costs only that tiles are read six times) and up to 128 input channels, and walks over all tiles with its
 /// transformed numbers and its sums in its L2 cache.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn weight_gradient<V: Vector>(
@@ -753,8 +757,9 @@ pub(crate) fn weight_gradient<V: Vector>(
         let (v, m) = scratch.split_at_mut(IN * v_plane);
         for first in (0..count).step_by(chunk) {
             let rows = chunk.min(count - first);
-            // SAFETY: x and dy are as long as asserted; v and m, of this task's scratch, have IN planes: v's of as many panels
-            // of `chunk` rows as `channels.min(c) >= here` channels fill, m's of `chunk` rows of `y_stride >= c_out`.
+            // SAFETY: x and dy are as long as asserted; v and m, of this task's scratch, have IN planes: v's of as many
+            // panels of `chunk` rows as `channels.min(c) >= here` channels fill, m's of `chunk` rows of
+            // `y_stride >= c_out`.
             unsafe {
                 let v = v.as_mut_ptr();
                 transform_input_row::<V>(token, x.as_ptr(), tiles, first, rows, p, k, here, v, v_plane, v_panel);
@@ -764,9 +769,9 @@ pub(crate) fn weight_gradient<V: Vector>(
             for q in 0..IN {
                 for j in (0..here).step_by(width) {
                     let columns = width.min(here - j);
-                    // SAFETY: plane q of m holds `rows` rows of c_out and plane q of v those of this panel, both just written;
-                    // `sums` has room for c_out rows of each of c's panels in each plane, and no other task has those of
-                    // channels k..k + here in plane p * IN + q.
+                    // SAFETY: plane q of m holds `rows` rows of c_out and plane q of v those of this panel, both just
+                    // written; `sums` has room for c_out rows of each of c's panels in each plane, and no other task
+                    // has those of channels k..k + here in plane p * IN + q.
                     unsafe {
                         let a = m.as_ptr().add(q * y_plane);
                         let b = v.as_ptr().add(q * v_plane + j / width * v_panel);
