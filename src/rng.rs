@@ -191,7 +191,7 @@ fn first_block(first: usize, len: usize) -> u32 {
 
 simd::dispatch! {
     /// Elements `first..` of the stream as standard normals; `first` is a multiple of 4.
-    pub(crate) fn normals_from<I>(stream: &Stream, first: usize, out: &mut [f32]) {
+    pub(crate) fn normals_from<S>(stream: &Stream, first: usize, out: &mut [f32]) {
         fill(stream, first, out, |words| {
             let (a, b) = box_muller(words[0], words[1]);
             let (c, d) = box_muller(words[2], words[3]);
@@ -201,7 +201,7 @@ simd::dispatch! {
 }
 
 simd::dispatch! {
-    fn uniforms_from<I>(stream: &Stream, first: usize, out: &mut [f32]) {
+    fn uniforms_from<S>(stream: &Stream, first: usize, out: &mut [f32]) {
         fill(stream, first, out, |words| {
             let uniform = |word: u32| (word >> 8) as f32 * (1.0 / 16_777_216.0);
             [uniform(words[0]), uniform(words[1]), uniform(words[2]), uniform(words[3])]
@@ -268,8 +268,8 @@ fn box_muller(magnitude: u32, angle: u32) -> (f32, f32) {
 
 /// Natural logarithm of a positive normal number, to 2 ulp.
 ///
-/// `u = 2^e m` with `m` in `[sqrt(1/2), sqrt(2))`, so that `e = 0` around 1 and nothing cancels there; `ln m = f -
-/// f^2/2 + f^3 p(f)` with `f = m - 1`.
+/// `u = 2^e m` with `m` in `[sqrt(1/2), sqrt(2))`, so that `e = 0` around 1 and nothing cancels there;
+/// `ln m = f - f^2/2 + f^3 p(f)` with `f = m - 1`.
 #[inline(always)]
 fn ln(u: f32) -> f32 {
     let e = u.to_bits().wrapping_sub(std::f32::consts::FRAC_1_SQRT_2.to_bits()) as i32 >> 23;

@@ -82,8 +82,11 @@ impl Device {
     /// they run on; otherwise the CPU.
     ///
     /// # Errors
-    /// `Error::Failed` for a GPU or a precision that cannot be had.
+    /// `Error::Failed` for a GPU or a precision that cannot be had, `Error::Usage` for a `DDPM_CUDA_SIMD` that names no
+    /// vector instructions.
     pub fn open(choice: Choice, precision: Precision) -> Result<Self> {
+        // On a GPU as well: data is prepared on the host.
+        cpu::simd::limit().map_err(Error::Usage)?;
         let activations = match precision {
             Precision::F32 => DType::F32,
             Precision::Bf16 => DType::Bf16,

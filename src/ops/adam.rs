@@ -146,7 +146,7 @@ mod cpu {
     use super::*;
     use crate::device::cpu::simd;
 
-    /// Elements per task: five pieces of 64 KiB, large against the cost of handing out a task.
+    /// Elements per task: five slices of 64 KiB, large against the cost of handing out a task.
     const CHUNK: usize = 1 << 14;
 
     pub fn update([w, ema, m, v]: [&mut [f32]; 4], g: &[f32], update: &Update, clip: f64) {
@@ -158,16 +158,16 @@ mod cpu {
     }
 
     simd::dispatch! {
-        fn chunk<I>(w: &mut [f32], ema: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], f: &Factors<f32>) {
+        fn chunk<S>(w: &mut [f32], ema: &mut [f32], m: &mut [f32], v: &mut [f32], g: &[f32], f: &Factors<f32>) {
             let len = g.len();
             let (w, ema, m, v) = (&mut w[..len], &mut ema[..len], &mut m[..len], &mut v[..len]);
             for i in 0..len {
                 let g = f.clip * g[i];
-                m[i] = I::mul_add(f.one_beta1, g - m[i], m[i]);
-                v[i] = I::mul_add(f.one_beta2 * g, g, f.beta2 * v[i]);
-                let denominator = I::mul_add(f.unbias, v[i].sqrt(), f.eps);
-                w[i] = I::mul_add(f.keep, w[i], -(f.rate * m[i] / denominator));
-                ema[i] = I::mul_add(f.one_ema, w[i] - ema[i], ema[i]);
+                m[i] = S::mul_add(f.one_beta1, g - m[i], m[i]);
+                v[i] = S::mul_add(f.one_beta2 * g, g, f.beta2 * v[i]);
+                let denominator = S::mul_add(f.unbias, v[i].sqrt(), f.eps);
+                w[i] = S::mul_add(f.keep, w[i], -(f.rate * m[i] / denominator));
+                ema[i] = S::mul_add(f.one_ema, w[i] - ema[i], ema[i]);
             }
         }
     }

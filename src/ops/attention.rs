@@ -151,8 +151,8 @@ pub mod reference {
         [dq, dk, dv]
     }
 
-    /// Calls `f` for each image, head and token with where the token's channels of that head start, where those of the keys start, and the
-    /// row of `P`.
+    /// Calls `f` for each image, head and token with where the token's channels of that head start, where those of the
+    /// keys start, and the row of `P`.
     fn each_row<T: Float>(q: &[T], k: &[T], shape: Shape, heads: usize, mut f: impl FnMut(usize, &[usize], &[T])) {
         let (d, tokens) = (shape.c / heads, shape.pixels());
         for (image, head) in (0..shape.n * heads).map(|pair| (pair / heads, pair % heads)) {
@@ -181,12 +181,12 @@ mod cpu {
 
     use super::*;
     use crate::device::cpu::Buffer;
-    use crate::device::cpu::gemm::{self, Accumulate, Overwrite, Shared, Slots, panel_width, piece, rows_by_panel};
-    use crate::device::cpu::simd::{self, Isa};
+    use crate::device::cpu::gemm::{self, Accumulate, Overwrite, Shared, Slots, nth_chunk, panel_width, rows_by_panel};
+    use crate::device::cpu::simd::{self, Isa, Simd};
     use crate::device::cpu::vector::{Vector, with_vector};
 
-    /// Rows of scores in a task, at most: three register tiles high, so that a panel of keys is used three times for once from the second-level cache,
-    /// and few enough that 256 tokens of one image are 7 tasks.
+    /// Rows of scores in a task, at most: three register tiles high, so that a panel of keys is used three times for
+    /// once from the L2 cache, and few enough that 256 tokens of one image are 7 tasks.
     const BLOCK: usize = 42;
 
     /// Scores held at a time by the backward pass: 8 MiB of `P` and as much of `dS`.
@@ -226,7 +226,8 @@ mod cpu {
         }
     }
 
-    /// One of `q`, `k`, `v`, `dy` for the pairs of a wave, as the right factor of products: panels, one behind the other.
+    /// One of `q`, `k`, `v`, `dy` for the pairs of a wave, as the right factor of products: panels, one behind the
+    /// other.
     struct Packed {
         buffer: Buffer,
         first_pair: usize,
@@ -237,7 +238,8 @@ mod cpu {
 
     impl Packed {
         /// Tokens along the rows: the factor is `(T, d)`; or, `transposed`, along the columns: `(d, T)`.
-        fn new<V: Vector>(job: &Job<'_>, pairs: Range<usize>, x: &[f32], transposed: bool) -> Self {
+        fn new<V: Vector>(isa: V::Token, job: &Job<'_>, pairs: Range<usize>, x: &[f32], transposed: bool) -> Self {
+            assert_eq!(x.len(), job.shape.len(), "a factor of {}", job.shape);
             let (depth, columns) = if transposed { (job.d(), job.tokens()) } else { (job.tokens(), job.d()) };
             let panels = columns.div_ceil(panel_width::<V>());
             let each = depth * panel_width::<V>();
@@ -246,14 +248,15 @@ mod cpu {
             gemm::for_each_task(pairs.len() * panels, |i| {
                 let (pair, first) = (pairs.start + i / panels, i % panels * panel_width::<V>());
                 let count = panel_width::<V>().min(columns - first);
-                // SAFETY: the caller chose V by the processor's level; the panel's numbers lie in `x`: `count` tokens (channels) of the pair from `first` on, all of
-                // its channels (tokens); task i owns the i-th piece of the buffer, `depth * panel_width` long.
+                // SAFETY: the pair has tokens and channels 0..depth and first..first + count, so all that is read is in
+                // `x`, which has the length asserted; task i alone has the i-th panel of the buffer,
+                // `depth * panel_width` long.
                 unsafe {
-                    let panel = out.at(i * each);
+                    let (panel, c) = (out.at(i * each), job.shape.c);
                     if transposed {
-                        gemm::pack_columns::<V>(depth, count, x[job.at(pair, first)..].as_ptr(), job.shape.c, panel);
+                        gemm::pack_columns::<V>(isa, depth, count, x[job.at(pair, first)..].as_ptr(), c, panel);
                     } else {
-                        gemm::pack_rows::<V>(depth, count, x[job.at(pair, 0) + first..].as_ptr(), job.shape.c, panel);
+                        gemm::pack_rows::<V>(isa, depth, count, x[job.at(pair, 0) + first..].as_ptr(), c, panel);
                     }
                 }
             });
@@ -271,7 +274,8 @@ mod cpu {
         }
     }
 
-    /// A left factor: `rows` rows of `depth` numbers, a row every `stride`; or, transposed, `depth` rows of `rows` numbers.
+    /// A left factor: `rows` rows of `depth` numbers, a row every `stride`; or, transposed, `depth` rows of `rows`
+    /// numbers.
     #[derive(Clone, Copy)]
     struct Left<'a> {
         x: &'a [f32],
@@ -284,9 +288,12 @@ mod cpu {
         /// The product with `right`'s rows from `from` on, to rows of `stride` at `c`: written there, or `add`ed.
         ///
         /// # Safety
-        /// The processor has `V::LEVEL`; `rows` rows of `right.columns` numbers at `c` belong to the caller's task.
+        /// `rows` rows of `right.columns` numbers, a row every `stride`, are writable at `c` and the caller's task's
+        /// alone; to be added to, they are initialised.
+        #[allow(clippy::too_many_arguments)]
         unsafe fn times<V: Vector, const TRANSPOSED: bool>(
             self,
+            isa: V::Token,
             right: &Packed,
             pair: usize,
             from: usize,
@@ -301,16 +308,17 @@ mod cpu {
                 "a product beyond its factors"
             );
             right.panels::<V>(pair, from, |first, columns, panel| {
-                // SAFETY: checked above: x holds the left factor, the panel `depth` rows; `c` is the caller's promise.
+                // SAFETY: the assertion above: x holds the left factor, and the panel, from row `from` on, `depth`
+                // rows; `c` is the caller's promise, and columns first..first + columns are below `right.columns`.
                 unsafe {
                     let c = Shared::new_at(c.add(first));
                     let (x, panel) = (x.as_ptr(), panel.as_ptr());
                     if add {
                         let epilogue = Accumulate { c, stride };
-                        rows_by_panel::<V, _, TRANSPOSED>(rows, columns, depth, x, step, panel, x, epilogue);
+                        rows_by_panel::<V, _, TRANSPOSED>(isa, rows, columns, depth, x, step, panel, x, epilogue);
                     } else {
                         let epilogue = Overwrite { c, stride };
-                        rows_by_panel::<V, _, TRANSPOSED>(rows, columns, depth, x, step, panel, x, epilogue);
+                        rows_by_panel::<V, _, TRANSPOSED>(isa, rows, columns, depth, x, step, panel, x, epilogue);
                     }
                 }
             });
@@ -319,32 +327,35 @@ mod cpu {
 
     /// `rows` is (n, heads, 2, T).
     pub fn forward(job: &Job<'_>, y: &mut [f32], rows: &mut [f32], qkv: [&[f32]; 3]) {
-        with_vector!(simd::level(), V => forward_by::<V>(job, y, rows, qkv));
+        with_vector!(Isa::best(), V, isa => forward_by::<V>(isa, job, y, rows, qkv));
     }
 
-    fn forward_by<V: Vector>(job: &Job<'_>, y: &mut [f32], rows: &mut [f32], [q, k, v]: [&[f32]; 3]) {
+    fn forward_by<V: Vector>(isa: V::Token, job: &Job<'_>, y: &mut [f32], rows: &mut [f32], [q, k, v]: [&[f32]; 3]) {
         let (tokens, d, c) = (job.tokens(), job.d(), job.shape.c);
+        assert_eq!((y.len(), rows.len()), (job.shape.len(), 2 * job.shape.n * job.heads * tokens), "{}", job.shape);
         let blocks = tokens.div_ceil(BLOCK);
         let (y, rows) = (Shared::new(y), Shared::new(rows));
         let mut slots = Slots::new(job.device, BLOCK * tokens);
         for pairs in job.waves() {
-            let keys = Packed::new::<V>(job, pairs.clone(), k, true); // (d, T)
-            let values = Packed::new::<V>(job, pairs.clone(), v, false); // (T, d)
+            let keys = Packed::new::<V>(isa, job, pairs.clone(), k, true); // (d, T)
+            let values = Packed::new::<V>(isa, job, pairs.clone(), v, false); // (T, d)
             slots.run(pairs.len() * blocks, |i, scratch| {
-                let (pair, block) = (pairs.start + i / blocks, piece(tokens, blocks, i % blocks));
+                let (pair, block) = (pairs.start + i / blocks, nth_chunk(tokens, blocks, i % blocks));
                 let s = &mut scratch[..block.len() * tokens]; // (block, T)
-                // SAFETY: V is the processor's level; this task alone has this block of the pair: of its rows of `y`, the channels of its
-                // head, and of `m` and `r` (which follow `2 T pair` and `2 T pair + T`); all of them within the tensors.
+                // SAFETY: this task alone has this block of the pair: of its rows of `y` the channels of its head, and
+                // of `rows` the block's `m` and `r`, from `2 T pair` and `2 T pair + T`, which do not overlap; all of
+                // them are within the tensors, which have the lengths asserted. `s` has a row of T for each row of the
+                // block.
                 unsafe {
                     let left = Left { x: &q[job.at(pair, block.start)..], stride: c, rows: block.len(), depth: d };
-                    left.times::<V, false>(&keys, pair, 0, s.as_mut_ptr(), tokens, false);
+                    left.times::<V, false>(isa, &keys, pair, 0, s.as_mut_ptr(), tokens, false);
                     let of = |part| rows.at((2 * pair + part) * tokens + block.start);
                     let row = |part| std::slice::from_raw_parts_mut(of(part), block.len());
                     let (m, r) = (row(0), row(1));
                     softmax(s, m, r, job.scale());
                     let left = Left { x: s, stride: tokens, rows: block.len(), depth: tokens };
                     let y = y.at(job.at(pair, block.start));
-                    left.times::<V, false>(&values, pair, 0, y, c, false);
+                    left.times::<V, false>(isa, &values, pair, 0, y, c, false);
                     for (i, r) in r.iter().enumerate() {
                         scale_row(std::slice::from_raw_parts_mut(y.add(i * c), d), *r);
                     }
@@ -354,20 +365,30 @@ mod cpu {
     }
 
     pub fn backward(job: &Job<'_>, dqkv: [&mut [f32]; 3], qkv: [&[f32]; 3], rows: &[f32], dy: &[f32]) {
-        with_vector!(simd::level(), V => backward_by::<V>(job, dqkv, qkv, rows, dy));
+        with_vector!(Isa::best(), V, isa => backward_by::<V>(isa, job, dqkv, qkv, rows, dy));
     }
 
-    /// Two rounds for each wave: blocks of rows of `P` and `dS`, and with them `dq`; then blocks of their columns, with them `dk` and `dv`.
-    fn backward_by<V: Vector>(job: &Job<'_>, dqkv: [&mut [f32]; 3], [q, k, v]: [&[f32]; 3], rows: &[f32], dy: &[f32]) {
+    /// Two rounds for each wave: blocks of rows of `P` and `dS`, and with them `dq`; then blocks of their columns, with
+    /// them `dk` and `dv`.
+    fn backward_by<V: Vector>(
+        isa: V::Token,
+        job: &Job<'_>,
+        dqkv: [&mut [f32]; 3],
+        [q, k, v]: [&[f32]; 3],
+        rows: &[f32],
+        dy: &[f32],
+    ) {
         let (tokens, d, c) = (job.tokens(), job.d(), job.shape.c);
+        assert!(dqkv.iter().all(|dx| dx.len() == job.shape.len()), "gradients of {}", job.shape);
         let [dq, dk, dv] = dqkv.map(Shared::new);
         let blocks = tokens.div_ceil(BLOCK);
         for pairs in job.waves() {
-            let keys = Packed::new::<V>(job, pairs.clone(), k, true); // (d, T)
-            let values = Packed::new::<V>(job, pairs.clone(), v, true); // (d, T)
+            let keys = Packed::new::<V>(isa, job, pairs.clone(), k, true); // (d, T)
+            let values = Packed::new::<V>(isa, job, pairs.clone(), v, true); // (d, T)
             let [queries, keys_by_token, dy_by_token] =
-                [q, k, dy].map(|x| Packed::new::<V>(job, pairs.clone(), x, false)); // (T, d)
-            // As many rows of each pair at a time as the scores' memory holds: all of them, unless there is only one pair.
+                [q, k, dy].map(|x| Packed::new::<V>(isa, job, pairs.clone(), x, false)); // (T, d)
+            // As many rows of each pair at a time as the scores' memory holds: all of them, unless there is only one
+            // pair.
             let together = tokens.min((SCORES / tokens).max(BLOCK));
             let mut p = job.device.scratch(pairs.len() * together * tokens); // (pairs, together, T)
             let mut ds = job.device.scratch(pairs.len() * together * tokens); // (pairs, together, T)
@@ -376,17 +397,17 @@ mod cpu {
                 let row_blocks = count.div_ceil(BLOCK);
                 let (all_p, all_ds) = (Shared::new(p.as_mut_slice()), Shared::new(ds.as_mut_slice()));
                 gemm::for_each_task(pairs.len() * row_blocks, |i| {
-                    let (pair, block) = (pairs.start + i / row_blocks, piece(count, row_blocks, i % row_blocks));
+                    let (pair, block) = (pairs.start + i / row_blocks, nth_chunk(count, row_blocks, i % row_blocks));
                     let len = block.len() * tokens;
                     let token = first + block.start;
                     let at = job.at(pair, token);
                     let from = ((pair - pairs.start) * together + block.start) * tokens;
                     let left = |x| Left { x, stride: c, rows: block.len(), depth: d };
-                    // SAFETY: V is the processor's level; this task alone has these rows of P and dS, `from` on in buffers of (pairs, together, T), and in
-                    // the second piece these rows of `dq` in the channels of the pair's head.
+                    // SAFETY: this task alone has these rows of P and dS, `len` numbers from `from` on in buffers of
+                    // (pairs, together, T); the products write them all before they are lent as slices.
                     let (p, ds) = unsafe {
-                        left(&q[at..]).times::<V, false>(&keys, pair, 0, all_p.at(from), tokens, false);
-                        left(&dy[at..]).times::<V, false>(&values, pair, 0, all_ds.at(from), tokens, false);
+                        left(&q[at..]).times::<V, false>(isa, &keys, pair, 0, all_p.at(from), tokens, false);
+                        left(&dy[at..]).times::<V, false>(isa, &values, pair, 0, all_ds.at(from), tokens, false);
                         let slice = |x: Shared| std::slice::from_raw_parts_mut(x.at(from), len);
                         (slice(all_p), slice(all_ds))
                     };
@@ -394,20 +415,22 @@ mod cpu {
                     let [m, r] = [0, tokens].map(|part| &of_pair[part + token..][..block.len()]);
                     softmax_gradient(p, ds, m, r, job.scale());
                     let left = Left { x: ds, stride: tokens, rows: block.len(), depth: tokens };
-                    // SAFETY: as above.
-                    unsafe { left.times::<V, false>(&keys_by_token, pair, 0, dq.at(at), c, false) };
+                    // SAFETY: this task alone has these rows of `dq`, of the length asserted, in the channels of its
+                    // head.
+                    unsafe { left.times::<V, false>(isa, &keys_by_token, pair, 0, dq.at(at), c, false) };
                 });
                 let (all_p, all_ds) = (p.as_slice(), ds.as_slice());
                 gemm::for_each_task(pairs.len() * blocks, |i| {
-                    let (pair, block) = (pairs.start + i / blocks, piece(tokens, blocks, i % blocks));
+                    let (pair, block) = (pairs.start + i / blocks, nth_chunk(tokens, blocks, i % blocks));
                     let from = (pair - pairs.start) * together * tokens + block.start;
                     let at = job.at(pair, block.start);
                     let left = |x| Left { x, stride: tokens, rows: block.len(), depth: count };
-                    // SAFETY: V is the processor's level; this task alone has these rows of `dk` and `dv` in the channels of the pair's head.
+                    // SAFETY: this task alone has these rows of `dk` and `dv`, of the lengths asserted, in the channels
+                    // of its head; they are added to only if an earlier block of rows has written them.
                     unsafe {
                         let (queries, dy) = (&queries, &dy_by_token);
-                        left(&all_ds[from..]).times::<V, true>(queries, pair, first, dk.at(at), c, first > 0);
-                        left(&all_p[from..]).times::<V, true>(dy, pair, first, dv.at(at), c, first > 0);
+                        left(&all_ds[from..]).times::<V, true>(isa, queries, pair, first, dk.at(at), c, first > 0);
+                        left(&all_p[from..]).times::<V, true>(isa, dy, pair, first, dv.at(at), c, first > 0);
                     }
                 });
             }
@@ -415,30 +438,32 @@ mod cpu {
     }
 
     simd::dispatch! {
-        /// Rows of scores before their scale, `s`, become rows of `P / r`; `m` and `r` are for the output and for the backward pass.
-        fn softmax<I>(s: &mut [f32], m: &mut [f32], r: &mut [f32], scale: f32) {
+        /// Rows of scores before their scale, `s`, become rows of `P / r`; `m` and `r` are for the output and for the
+        /// backward pass.
+        fn softmax<S>(s: &mut [f32], m: &mut [f32], r: &mut [f32], scale: f32) {
             let tokens = s.len() / m.len();
             for ((s, m), r) in s.chunks_exact_mut(tokens).zip(m).zip(r) {
                 // The scale is positive, so the largest stays the largest.
                 *m = scale * largest(s);
-                *r = 1.0 / exponentials::<I>(s, *m, scale);
+                *r = 1.0 / exponentials::<S>(s, *m, scale);
             }
         }
     }
 
     simd::dispatch! {
         /// `y *= r`.
-        fn scale_row<I>(y: &mut [f32], r: f32) {
+        fn scale_row<S>(y: &mut [f32], r: f32) {
             y.iter_mut().for_each(|y| *y *= r);
         }
     }
 
     simd::dispatch! {
-        /// `p` comes in as scores before their scale and leaves as `P`; `ds` comes in as `dP` and leaves as `dS`, times the scale.
-        fn softmax_gradient<I>(p: &mut [f32], ds: &mut [f32], m: &[f32], r: &[f32], scale: f32) {
+        /// `p` comes in as scores before their scale and leaves as `P`; `ds` comes in as `dP` and leaves as `dS`, times
+        /// the scale.
+        fn softmax_gradient<S>(p: &mut [f32], ds: &mut [f32], m: &[f32], r: &[f32], scale: f32) {
             let tokens = p.len() / m.len();
             for (((p, ds), m), r) in p.chunks_exact_mut(tokens).zip(ds.chunks_exact_mut(tokens)).zip(m).zip(r) {
-                let mean = probabilities::<I>(p, ds, *m, *r, scale);
+                let mean = probabilities::<S>(p, ds, *m, *r, scale);
                 for (ds, p) in ds.iter_mut().zip(p) {
                     *ds = *p * (*ds - mean) * scale;
                 }
@@ -463,9 +488,9 @@ mod cpu {
 
     /// `s = exp(scale s - m)`; returns the sum.
     #[inline(always)]
-    fn exponentials<I: Isa>(s: &mut [f32], m: f32, scale: f32) -> f32 {
+    fn exponentials<S: Simd>(s: &mut [f32], m: f32, scale: f32) -> f32 {
         let (chunks, rest) = s.as_chunks_mut::<16>();
-        let e = |s: f32| simd::exp::<I>(I::mul_add(s, scale, -m));
+        let e = |s: f32| simd::exp::<S>(S::mul_add(s, scale, -m));
         let mut lanes = [0.0; 16];
         for chunk in chunks {
             for i in 0..16 {
@@ -479,20 +504,20 @@ mod cpu {
 
     /// `p` comes in as scores before their scale and leaves as `P`; returns the sum of `P dP`.
     #[inline(always)]
-    fn probabilities<I: Isa>(p: &mut [f32], dp: &[f32], m: f32, r: f32, scale: f32) -> f32 {
+    fn probabilities<S: Simd>(p: &mut [f32], dp: &[f32], m: f32, r: f32, scale: f32) -> f32 {
         let ((chunks, rest), (dp_chunks, dp_rest)) = (p.as_chunks_mut::<16>(), dp.as_chunks::<16>());
-        let probability = |s: f32| simd::exp::<I>(I::mul_add(s, scale, -m)) * r;
+        let probability = |s: f32| simd::exp::<S>(S::mul_add(s, scale, -m)) * r;
         let mut lanes = [0.0; 16];
         for (p, dp) in chunks.iter_mut().zip(dp_chunks) {
             for i in 0..16 {
                 p[i] = probability(p[i]);
-                lanes[i] = I::mul_add(p[i], dp[i], lanes[i]);
+                lanes[i] = S::mul_add(p[i], dp[i], lanes[i]);
             }
         }
         let mut sum: f32 = lanes.iter().sum();
         for (p, dp) in rest.iter_mut().zip(dp_rest) {
             *p = probability(*p);
-            sum = I::mul_add(*p, *dp, sum);
+            sum = S::mul_add(*p, *dp, sum);
         }
         sum
     }

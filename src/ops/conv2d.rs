@@ -17,7 +17,7 @@
 //! image's shape alone, and every element is summed in an order of its own that no blocking changes.
 
 use crate::device::Device;
-use crate::device::cpu::simd::{self, Level};
+use crate::device::cpu::simd::Isa;
 use crate::error::Result;
 use crate::params::Param;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
@@ -111,14 +111,14 @@ pub struct Method {
     pub dgrad: Algorithm,
     /// For `dw`.
     pub wgrad: Algorithm,
-    /// Instructions; the processor must have them.
-    pub level: Level,
+    /// Instructions.
+    pub isa: Isa,
 }
 
 impl Method {
     /// One algorithm for all three.
-    pub fn all(algorithm: Algorithm, level: Level) -> Self {
-        Method { forward: algorithm, dgrad: algorithm, wgrad: algorithm, level }
+    pub fn all(algorithm: Algorithm, isa: Isa) -> Self {
+        Method { forward: algorithm, dgrad: algorithm, wgrad: algorithm, isa }
     }
 
     /// The fastest known for this shape. The number of images has no say in `y` and `dx`, so that an image's bits do not depend on its batch.
@@ -135,7 +135,7 @@ impl Method {
             forward: winograd_if(x.c >= 16),
             dgrad: winograd_if(y.c >= 16),
             wgrad: winograd_if(x.c >= 16 && y.c >= 16 && tiles >= 16),
-            level: simd::level(),
+            isa: Isa::best(),
         }
     }
 }
@@ -409,14 +409,14 @@ mod cpu {
                 let straight = TapOf { first: 0, step: 1 };
                 let target = Target { h: ys.h, w: ys.w, c: ys.c, step: 1, row: 0, col: 0, plus };
                 let (patches, w) = (patches(xs, ws, ys, g), weight(w, ws));
-                with_vector!(method.level, V => {
-                    direct::outputs::<V>(device, x, patches, w, Towards::Output, [straight; 2], y, target)
+                with_vector!(method.isa, V, token => {
+                    direct::outputs::<V>(token, device, x, patches, w, Towards::Output, [straight; 2], y, target)
                 });
             }
             Algorithm::Winograd => {
                 let tiles = tiles(xs, ys, g.pad.top, g.pad.left);
-                with_vector!(method.level, V => {
-                    winograd::outputs::<V>(device, x, tiles, weight(w, ws), Towards::Output, y, plus)
+                with_vector!(method.isa, V, token => {
+                    winograd::outputs::<V>(token, device, x, tiles, weight(w, ws), Towards::Output, y, plus)
                 });
             }
         }
@@ -436,8 +436,8 @@ mod cpu {
     ) {
         match method.dgrad {
             Algorithm::Direct => {
-                // Pixels p = s i + a of dx, for one remainder a, are reached by the taps u = a + before (mod s): from dy's
-                // pixel i + (a + before - u) / s. In order of that pixel: the largest u first.
+                // Pixels p = s i + a of dx, for one remainder a, are reached by the taps u = a + before (mod s): from
+                // dy's pixel i + (a + before - u) / s. In order of that pixel: the largest u first.
                 let axis = |a: usize, x_len: usize, y_len: usize, k: usize, before: usize| {
                     let u = (a + before) % g.stride;
                     let taps = if u < k { (k - 1 - u) / g.stride + 1 } else { 0 };
@@ -454,9 +454,9 @@ mod cpu {
                         let patches = Patches { n: xs.n, rows, cols, c: ws.n };
                         let plus = Plus::default();
                         let target = Target { h: xs.h, w: xs.w, c: xs.c, step: g.stride, row: a, col: b, plus };
-                        let w = weight(w, ws);
-                        with_vector!(method.level, V => {
-                            direct::outputs::<V>(device, dy, patches, w, Towards::Input, [row_tap, col_tap], dx, target)
+                        let (w, taps) = (weight(w, ws), [row_tap, col_tap]);
+                        with_vector!(method.isa, V, token => {
+                            direct::outputs::<V>(token, device, dy, patches, w, Towards::Input, taps, dx, target)
                         });
                     }
                 }
@@ -464,8 +464,8 @@ mod cpu {
             Algorithm::Winograd => {
                 // dx is the convolution of dy with the kernel turned round; padding p before becomes k - 1 - p.
                 let tiles = tiles(ys, xs, 2 - g.pad.top, 2 - g.pad.left);
-                with_vector!(method.level, V => {
-                    winograd::outputs::<V>(device, dy, tiles, weight(w, ws), Towards::Input, dx, Plus::default())
+                with_vector!(method.isa, V, token => {
+                    winograd::outputs::<V>(token, device, dy, tiles, weight(w, ws), Towards::Input, dx, Plus::default())
                 });
             }
         }
@@ -486,14 +486,14 @@ mod cpu {
         match method.wgrad {
             Algorithm::Direct => {
                 let patches = patches(xs, ws, ys, g);
-                with_vector!(method.level, V => {
-                    direct::weight_gradient::<V>(device, x, patches, dy, ys.c, dw.data, dw.accumulate)
+                with_vector!(method.isa, V, token => {
+                    direct::weight_gradient::<V>(token, device, x, patches, dy, ys.c, dw.data, dw.accumulate)
                 });
             }
             Algorithm::Winograd => {
                 let tiles = tiles(xs, ys, g.pad.top, g.pad.left);
-                with_vector!(method.level, V => {
-                    winograd::weight_gradient::<V>(device, x, tiles, dy, ys.c, dw.data, dw.accumulate)
+                with_vector!(method.isa, V, token => {
+                    winograd::weight_gradient::<V>(token, device, x, tiles, dy, ys.c, dw.data, dw.accumulate)
                 });
             }
         }
@@ -502,7 +502,7 @@ mod cpu {
     /// `dshift`, shaped (n, 1, 1, c).
     pub fn sum_pixels(device: &Device, method: Method, dy: &[f32], dshift: &mut Tensor) {
         let Shape { n, c, .. } = dshift.shape();
-        with_vector!(method.level, V => gemm::column_sums::<V>(device, dy, n, c, dshift.data_mut()));
+        with_vector!(method.isa, V, token => gemm::column_sums::<V>(token, device, dy, n, c, dshift.data_mut()));
     }
 
     /// `db`, the images in order.

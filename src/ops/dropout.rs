@@ -133,7 +133,7 @@ mod cpu {
 
     simd::dispatch! {
         /// Multiplies elements `first..` of an image by 0 or the scale.
-        fn drop_some<I>(x: &mut [f32], mask: Mask, stream: Stream, first: usize) {
+        fn drop_some<S>(x: &mut [f32], mask: Mask, stream: Stream, first: usize) {
             let factor = |word: u32| if word >= mask.threshold { mask.scale } else { 0.0 };
             let block = (first / 4) as u32;
             let (fours, rest) = x.as_chunks_mut::<4>();

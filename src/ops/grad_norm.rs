@@ -60,7 +60,7 @@ mod cpu {
     }
 
     simd::dispatch! {
-        fn chunk<I>(g: &[f32]) -> f64 {
+        fn chunk<S>(g: &[f32]) -> f64 {
             // Four places of the chunk at once: the processor fetches ahead in each, and one alone does not fill the
             // memory's bandwidth. Each has running sums that hide the latency of the additions; joined in a fixed
             // order.

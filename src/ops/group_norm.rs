@@ -236,8 +236,8 @@ mod cpu {
     use super::*;
     use crate::device::cpu::simd;
 
-    /// Pixels in a strip: 64, so that a tile of 64 channels is 16 KiB and the second pass finds it in the first-level cache; with few channels
-    /// as many as make those 16 KiB.
+    /// Pixels in a strip: 64, so that a tile of 64 channels is 16 KiB and the second pass finds it in the L1 cache;
+    /// with few channels as many as make those 16 KiB.
     fn strip(shape: Shape) -> usize {
         (4096 / shape.c).max(64)
     }
@@ -279,7 +279,8 @@ mod cpu {
         });
     }
 
-    /// `dx` comes in as `dy`. `partials` is (n, strips + 1, 2, c); the last row becomes the image's `dgamma` and `dbeta`.
+    /// `dx` comes in as `dy`. `partials` is (n, strips + 1, 2, c); the last row becomes the image's `dgamma` and
+    /// `dbeta`.
     pub fn backward(job: &Job<'_>, dx: &mut [f32], partials: &mut [f32], x: &[f32], stats: &[f32]) {
         let (c, pixels, strip) = (job.shape.c, job.shape.pixels(), strip(job.shape));
         let together = TASK.div_ceil(strip * c);
@@ -315,28 +316,29 @@ mod cpu {
     }
 
     simd::dispatch! {
-        /// Each channel's mean `m` over a strip `x (pixels, c)`, and the sums of `x - m` (what rounding took from the mean) and of `(x - m)^2`.
-        fn strip_moments<I>(part: &mut [f32], x: &[f32]) {
+        /// Each channel's mean `m` over a strip `x (pixels, c)`, and the sums of `x - m` (what rounding took from the
+        /// mean) and of `(x - m)^2`.
+        fn strip_moments<S>(part: &mut [f32], x: &[f32]) {
             let c = part.len() / 3;
             let (mean, rest) = part.split_at_mut(c);
             let (first, second) = rest.split_at_mut(c);
             let mut done = 0;
             while done < c {
                 done += match c - done {
-                    64.. => moments_of::<I, 64, 1>(mean, first, second, x, c, done),
-                    32.. => moments_of::<I, 32, 2>(mean, first, second, x, c, done),
-                    16.. => moments_of::<I, 16, 4>(mean, first, second, x, c, done),
-                    4.. => moments_of::<I, 4, 4>(mean, first, second, x, c, done),
-                    _ => moments_of::<I, 1, 4>(mean, first, second, x, c, done),
+                    64.. => moments_of::<S, 64, 1>(mean, first, second, x, c, done),
+                    32.. => moments_of::<S, 32, 2>(mean, first, second, x, c, done),
+                    16.. => moments_of::<S, 16, 4>(mean, first, second, x, c, done),
+                    4.. => moments_of::<S, 4, 4>(mean, first, second, x, c, done),
+                    _ => moments_of::<S, 1, 4>(mean, first, second, x, c, done),
                 };
             }
         }
     }
 
-    /// Channels `at .. at + W` of a strip, their sums in registers: one for each channel and each of `R` neighbouring pixels, four
-    /// vectors in all, so that an addition does not wait for the one before. Returns `W`.
+    /// Channels `at .. at + W` of a strip, their sums in registers: one for each channel and each of `R` neighbouring
+    /// pixels, four vectors in all, so that an addition does not wait for the one before. Returns `W`.
     #[inline(always)]
-    fn moments_of<I: simd::Isa, const W: usize, const R: usize>(
+    fn moments_of<S: simd::Simd, const W: usize, const R: usize>(
         mean: &mut [f32],
         first: &mut [f32],
         second: &mut [f32],
@@ -380,7 +382,7 @@ mod cpu {
                 for i in 0..W {
                     let d = x[i] - m[i];
                     d1[r][i] += d;
-                    d2[r][i] = I::mul_add(d, d, d2[r][i]);
+                    d2[r][i] = S::mul_add(d, d, d2[r][i]);
                 }
             }
         }
@@ -389,7 +391,7 @@ mod cpu {
             for i in 0..W {
                 let d = x[i] - m[i];
                 d1[0][i] += d;
-                d2[0][i] = I::mul_add(d, d, d2[0][i]);
+                d2[0][i] = S::mul_add(d, d, d2[0][i]);
             }
         }
         mean[at..at + W].copy_from_slice(&m);
@@ -398,7 +400,8 @@ mod cpu {
         W
     }
 
-    /// Joins an image's `partials` (strips, 3, c) to `stats` (groups, 3), in f64: first each channel over the strips, then the group over its channels.
+    /// Joins an image's `partials` (strips, 3, c) to `stats` (groups, 3), in f64: first each channel over the strips,
+    /// then the group over its channels.
     fn join_moments(job: &Job<'_>, stats: &mut [f32], partials: &[f32]) {
         let (c, pixels) = (job.shape.c, job.shape.pixels());
         let mut means = vec![0.0; c];
@@ -418,8 +421,9 @@ mod cpu {
     }
 
     simd::dispatch! {
-        /// Each channel's mean over `pixels` pixels and its sum of squares about that mean, from `partials` (strips, 3, c).
-        fn join_strips<I>(means: &mut [f64], squares: &mut [f64], partials: &[f32], pixels: usize, strip: usize) {
+        /// Each channel's mean over `pixels` pixels and its sum of squares about that mean, from `partials` (strips, 3,
+        /// c).
+        fn join_strips<S>(means: &mut [f64], squares: &mut [f64], partials: &[f32], pixels: usize, strip: usize) {
             let c = means.len();
             let count = |i: usize| (pixels - i * strip).min(strip) as f64;
             for (i, part) in partials.chunks_exact(3 * c).enumerate() {
@@ -457,7 +461,8 @@ mod cpu {
         }
     }
 
-    /// `f(group, channel)` for the channels of as many neighbouring pixels as make 512 numbers or more, so that loops over a row are long.
+    /// `f(group, channel)` for the channels of as many neighbouring pixels as make 512 numbers or more, so that loops
+    /// over a row are long.
     fn wide(job: &Job<'_>, f: impl Fn(usize, usize) -> f32) -> Vec<f32> {
         let (c, width) = (job.shape.c, job.shape.c / job.groups);
         let repeats = 512usize.div_ceil(c);
@@ -473,11 +478,11 @@ mod cpu {
 
     simd::dispatch! {
         /// `y = (x - mean) a + b`.
-        fn normalise<I>(y: &mut [f32], x: &[f32], affine: &Affine) {
+        fn normalise<S>(y: &mut [f32], x: &[f32], affine: &Affine) {
             let Affine { mean, a, b } = affine;
             for (y, x) in y.chunks_mut(mean.len()).zip(x.chunks(mean.len())) {
                 for ((((y, x), mean), a), b) in y.iter_mut().zip(x).zip(mean).zip(a).zip(b) {
-                    *y = I::mul_add(x - mean, *a, *b);
+                    *y = S::mul_add(x - mean, *a, *b);
                 }
             }
         }
@@ -485,11 +490,11 @@ mod cpu {
 
     simd::dispatch! {
         /// `y = silu((x - mean) a + b)`.
-        fn normalise_silu<I>(y: &mut [f32], x: &[f32], affine: &Affine) {
+        fn normalise_silu<S>(y: &mut [f32], x: &[f32], affine: &Affine) {
             let Affine { mean, a, b } = affine;
             for (y, x) in y.chunks_mut(mean.len()).zip(x.chunks(mean.len())) {
                 for ((((y, x), mean), a), b) in y.iter_mut().zip(x).zip(mean).zip(a).zip(b) {
-                    *y = simd::silu::<I>(I::mul_add(x - mean, *a, *b));
+                    *y = simd::silu::<S>(S::mul_add(x - mean, *a, *b));
                 }
             }
         }
@@ -497,20 +502,20 @@ mod cpu {
 
     simd::dispatch! {
         /// Each channel's sums of `dz (x - mean)` and of `dz` over a strip; `dx` comes in as `dy`, which is `dz`.
-        fn strip_sums<I>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
-            sums_of::<I, false>(part, dx, x, affine)
+        fn strip_sums<S>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
+            sums_of::<S, false>(part, dx, x, affine)
         }
     }
 
     simd::dispatch! {
         /// Each channel's sums of `dz (x - mean)` and of `dz` over a strip; `dx` comes in as `dy` and leaves as `dz`.
-        fn strip_sums_silu<I>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
-            sums_of::<I, true>(part, dx, x, affine)
+        fn strip_sums_silu<S>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
+            sums_of::<S, true>(part, dx, x, affine)
         }
     }
 
     #[inline(always)]
-    fn sums_of<I: simd::Isa, const SILU: bool>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
+    fn sums_of<S: simd::Simd, const SILU: bool>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
         let Affine { mean, a, b } = affine;
         let (c, width) = (part.len() / 2, mean.len());
         // One sum for each number of a wide row, folded to channels at the end.
@@ -521,9 +526,9 @@ mod cpu {
             for ((((((dx, x), mean), a), b), by_x), plain) in rows {
                 let d = x - mean;
                 if SILU {
-                    *dx *= simd::silu_grad::<I>(I::mul_add(d, *a, *b));
+                    *dx *= simd::silu_grad::<S>(S::mul_add(d, *a, *b));
                 }
-                *by_x = I::mul_add(*dx, d, *by_x);
+                *by_x = S::mul_add(*dx, d, *by_x);
                 *plain += *dx;
             }
         }
@@ -535,7 +540,8 @@ mod cpu {
         }
     }
 
-    /// `dx = rstd (gamma dz - (s1 + (x - mean) s2))`, where `s2` has a factor `rstd` in it and `s1` what rounding took from the mean: wide rows, as in [`Affine`].
+    /// `dx = rstd (gamma dz - (s1 + (x - mean) s2))`, where `s2` has a factor `rstd` in it and `s1` what rounding took
+    /// from the mean: wide rows, as in [`Affine`].
     struct Slopes {
         mean: Vec<f32>,
         gamma: Vec<f32>,
@@ -578,7 +584,7 @@ mod cpu {
 
     simd::dispatch! {
         /// The two rows of `partials` (strips, 2, c), each summed over the strips.
-        fn join_sums<I>(partials: &[f32], c: usize) -> (Vec<f64>, Vec<f64>) {
+        fn join_sums<S>(partials: &[f32], c: usize) -> (Vec<f64>, Vec<f64>) {
             let (mut by_x, mut plain) = (vec![0.0; c], vec![0.0; c]);
             for part in partials.chunks_exact(2 * c) {
                 let (p, q) = part.split_at(c);
@@ -591,12 +597,12 @@ mod cpu {
 
     simd::dispatch! {
         /// `dx` comes in as `dz`.
-        fn finish_dx<I>(dx: &mut [f32], x: &[f32], slopes: &Slopes) {
+        fn finish_dx<S>(dx: &mut [f32], x: &[f32], slopes: &Slopes) {
             let Slopes { mean, gamma, s1, s2, rstd } = slopes;
             for (dx, x) in dx.chunks_mut(mean.len()).zip(x.chunks(mean.len())) {
                 let rows = dx.iter_mut().zip(x).zip(mean).zip(gamma).zip(s1).zip(s2).zip(rstd);
                 for ((((((dx, x), mean), gamma), s1), s2), rstd) in rows {
-                    *dx = (*dx * gamma - I::mul_add(x - mean, *s2, *s1)) * rstd;
+                    *dx = (*dx * gamma - S::mul_add(x - mean, *s2, *s1)) * rstd;
                 }
             }
         }

@@ -13,7 +13,7 @@
 //! Numerics: f32 sums, each over `k` in order, so a row's bits do not depend on the rows beside it.
 
 use crate::device::Device;
-use crate::device::cpu::simd::{self, Level};
+use crate::device::cpu::simd::Isa;
 use crate::error::Result;
 use crate::params::Param;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
@@ -21,17 +21,17 @@ use crate::tensor::{DType, Shape, Tensor};
 
 /// A linear layer over the channels; `weight` (c_out, 1, 1, c_in), `bias` (1, 1, 1, c_out).
 pub fn linear(tape: &mut Tape<'_>, x: &Var, weight: Param, bias: Option<Param>, residual: Option<&Var>) -> Result<Var> {
-    linear_by(tape, x, weight, bias, residual, simd::level())
+    linear_by(tape, x, weight, bias, residual, Isa::best())
 }
 
-/// [`linear`] with given vector instructions, which the processor must have: for tests.
+/// [`linear`] with given vector instructions: for tests.
 pub fn linear_by(
     tape: &mut Tape<'_>,
     x: &Var,
     weight: Param,
     bias: Option<Param>,
     residual: Option<&Var>,
-    level: Level,
+    isa: Isa,
 ) -> Result<Var> {
     let (xs, ws) = (x.shape(), tape.params().shape(weight));
     assert_eq!(ws, Shape::new(ws.n, 1, 1, xs.c), "linear: weight is {ws} for x {xs}");
@@ -48,7 +48,7 @@ pub fn linear_by(
         Device::Cpu(_) => {
             let params = tape.params();
             let plus = cpu::Plus { bias: bias.map(|b| params.get(b)), shift: None, residual: residual.map(Var::data) };
-            cpu::forward(tape.device(), level, x.data(), params.get(weight), ws, plus, y.data_mut());
+            cpu::forward(tape.device(), isa, x.data(), params.get(weight), ws, plus, y.data_mut());
         }
         Device::Cuda(gpu) => {
             let (params, dtype) = (tape.params(), x.value().dtype());
@@ -63,7 +63,7 @@ pub fn linear_by(
         weight,
         bias,
         residual: residual.and_then(Var::id),
-        level,
+        isa,
     })
 }
 
@@ -73,7 +73,7 @@ struct LinearBackward {
     weight: Param,
     bias: Option<Param>,
     residual: Option<VarId>,
-    level: Level,
+    isa: Isa,
 }
 
 impl Backward for LinearBackward {
@@ -90,13 +90,13 @@ impl Backward for LinearBackward {
         let ws = grads.weight_shape(self.weight);
         match device {
             Device::Cpu(_) => {
-                cpu::wgrad(device, self.level, self.x.data(), dy.data(), ws, grads.param(self.weight));
+                cpu::wgrad(device, self.isa, self.x.data(), dy.data(), ws, grads.param(self.weight));
                 if let Some(bias) = self.bias {
-                    cpu::bias_grad(device, self.level, dy.data(), grads.param(bias));
+                    cpu::bias_grad(device, self.isa, dy.data(), grads.param(bias));
                 }
                 if let Some(id) = self.x_id {
                     let mut dx = Tensor::uninit(device, DType::F32, xs)?;
-                    cpu::dgrad(device, self.level, dy.data(), grads.weight(self.weight), ws, dx.data_mut());
+                    cpu::dgrad(device, self.isa, dy.data(), grads.weight(self.weight), ws, dx.data_mut());
                     grads.add(id, dx)?;
                 }
             }
@@ -183,30 +183,34 @@ mod cpu {
         Weight { data, c_out: ws.n, kh: 1, kw: 1, c_in: ws.c }
     }
 
-    pub fn forward(device: &Device, level: Level, x: &[f32], w: &[f32], ws: Shape, plus: Plus<'_>, y: &mut [f32]) {
+    pub fn forward(device: &Device, isa: Isa, x: &[f32], w: &[f32], ws: Shape, plus: Plus<'_>, y: &mut [f32]) {
         let (pixels, w) = (pixels(x.len() / ws.c, ws.c), weight(w, ws));
         let target = Target { h: 1, w: pixels.cols.out, c: ws.n, step: 1, row: 0, col: 0, plus };
-        with_vector!(level, V => direct::outputs::<V>(device, x, pixels, w, Towards::Output, TAP, y, target));
-    }
-
-    pub fn dgrad(device: &Device, level: Level, dy: &[f32], w: &[f32], ws: Shape, dx: &mut [f32]) {
-        let (pixels, w) = (pixels(dy.len() / ws.n, ws.n), weight(w, ws));
-        let plus = Plus::default();
-        let target = Target { h: 1, w: pixels.cols.out, c: ws.c, step: 1, row: 0, col: 0, plus };
-        with_vector!(level, V => direct::outputs::<V>(device, dy, pixels, w, Towards::Input, TAP, dx, target));
-    }
-
-    pub fn wgrad(device: &Device, level: Level, x: &[f32], dy: &[f32], ws: Shape, dw: ParamGrad<'_>) {
-        let pixels = pixels(x.len() / ws.c, ws.c);
-        with_vector!(level, V => {
-            direct::weight_gradient::<V>(device, x, pixels, dy, ws.n, dw.data, dw.accumulate)
+        with_vector!(isa, V, token => {
+            direct::outputs::<V>(token, device, x, pixels, w, Towards::Output, TAP, y, target)
         });
     }
 
-    pub fn bias_grad(device: &Device, level: Level, dy: &[f32], db: ParamGrad<'_>) {
+    pub fn dgrad(device: &Device, isa: Isa, dy: &[f32], w: &[f32], ws: Shape, dx: &mut [f32]) {
+        let (pixels, w) = (pixels(dy.len() / ws.n, ws.n), weight(w, ws));
+        let plus = Plus::default();
+        let target = Target { h: 1, w: pixels.cols.out, c: ws.c, step: 1, row: 0, col: 0, plus };
+        with_vector!(isa, V, token => {
+            direct::outputs::<V>(token, device, dy, pixels, w, Towards::Input, TAP, dx, target)
+        });
+    }
+
+    pub fn wgrad(device: &Device, isa: Isa, x: &[f32], dy: &[f32], ws: Shape, dw: ParamGrad<'_>) {
+        let pixels = pixels(x.len() / ws.c, ws.c);
+        with_vector!(isa, V, token => {
+            direct::weight_gradient::<V>(token, device, x, pixels, dy, ws.n, dw.data, dw.accumulate)
+        });
+    }
+
+    pub fn bias_grad(device: &Device, isa: Isa, dy: &[f32], db: ParamGrad<'_>) {
         let c = db.data.len();
         let mut sums = device.scratch(c);
-        with_vector!(level, V => gemm::column_sums::<V>(device, dy, 1, c, sums.as_mut_slice()));
+        with_vector!(isa, V, token => gemm::column_sums::<V>(token, device, dy, 1, c, sums.as_mut_slice()));
         let sums = sums.as_slice();
         if db.accumulate {
             db.data.iter_mut().zip(sums).for_each(|(db, s)| *db += s);

@@ -151,7 +151,7 @@ mod cpu {
     /// Elements per task, of one image.
     const CHUNK: usize = 1 << 12;
     /// Noise drawn at a time, on the stack.
-    const PIECE: usize = 256;
+    const NOISE: usize = 256;
 
     /// L_i of each image of `len` numbers; writes `factor (y - eps)` if `dy` is given.
     pub fn forward(y: &[f32], batch: &Batch, len: usize, factor: f32, dy: Option<&mut [f32]>) -> Vec<f64> {
@@ -173,13 +173,13 @@ mod cpu {
 
     simd::dispatch! {
         /// Sum of the squared differences of elements `first..` of an image, and their gradient.
-        fn chunk<I>(stream: &Stream, first: usize, y: &[f32], dy: &mut [f32], factor: f32) -> f64 {
-            let mut eps = [0.0; PIECE];
+        fn chunk<S>(stream: &Stream, first: usize, y: &[f32], dy: &mut [f32], factor: f32) -> f64 {
+            let mut eps = [0.0; NOISE];
             // Sixteen running sums, so that the additions do not wait for each other; joined in a fixed order.
             let mut sums = [0.0f64; 16];
-            for (k, y) in y.chunks(PIECE).enumerate() {
+            for (k, y) in y.chunks(NOISE).enumerate() {
                 let eps = &mut eps[..y.len()];
-                normals_from(stream, first + k * PIECE, eps);
+                normals_from(stream, first + k * NOISE, eps);
                 eps.iter_mut().zip(y).for_each(|(eps, y)| *eps = y - *eps);
                 let (lanes, rest) = eps.as_chunks::<16>();
                 for d in lanes {
@@ -187,7 +187,7 @@ mod cpu {
                 }
                 sums.iter_mut().zip(rest).for_each(|(sum, &d)| *sum += f64::from(d) * f64::from(d));
                 if !dy.is_empty() {
-                    dy[k * PIECE..][..y.len()].iter_mut().zip(&*eps).for_each(|(dy, d)| *dy = factor * d);
+                    dy[k * NOISE..][..y.len()].iter_mut().zip(&*eps).for_each(|(dy, d)| *dy = factor * d);
                 }
             }
             sums.iter().sum()

@@ -132,7 +132,7 @@ mod cpu {
     use crate::device::cpu::simd;
     use crate::rng::{Stream, normals_from};
 
-    /// Elements per task, of one image: noise and result (16 KiB) stay in the first-level cache between the two loops.
+    /// Elements per task, of one image: noise and result (16 KiB) stay in the L1 cache between the two loops.
     const CHUNK: usize = 1 << 12;
 
     /// `table` holds the two factors of each timestep.
@@ -198,10 +198,10 @@ mod cpu {
     }
 
     simd::dispatch! {
-        fn add_pixels<I>(x_t: &mut [f32], pixels: &[u8], factors: Factors) {
+        fn add_pixels<S>(x_t: &mut [f32], pixels: &[u8], factors: Factors) {
             for (x_t, &u) in x_t.iter_mut().zip(pixels) {
                 let centred = (2 * i32::from(u) - 255) as f32;
-                *x_t = I::mul_add(factors.byte, centred, factors.eps * *x_t);
+                *x_t = S::mul_add(factors.byte, centred, factors.eps * *x_t);
             }
         }
     }

@@ -105,7 +105,7 @@ mod cpu {
     /// Elements per task, of one image.
     const CHUNK: usize = 1 << 12;
     /// Noise drawn at a time, on the stack.
-    const PIECE: usize = 256;
+    const NOISE: usize = 256;
 
     pub fn start(x: &mut [f32], shape: Shape, samples: Samples) {
         let (image, streams) = ((shape.len() / shape.n.max(1)).max(1), samples.start());
@@ -124,22 +124,22 @@ mod cpu {
 
     simd::dispatch! {
         /// Elements `first..` of an image.
-        fn chunk<I>(y: &mut [f32], x: &[f32], output: &[f32], step: &Step, stream: &Stream, first: usize) {
+        fn chunk<S>(y: &mut [f32], x: &[f32], output: &[f32], step: &Step, stream: &Stream, first: usize) {
             let [x0_xt, x0_output, c_x0, c_xt, sigma] =
                 [step.x0_xt, step.x0_output, step.c_x0, step.c_xt, step.sigma].map(|v| v as f32);
             let bound = if step.clip { 1.0 } else { f32::INFINITY };
-            let mut z = [0.0; PIECE];
-            let pieces = y.chunks_mut(PIECE).zip(x.chunks(PIECE)).zip(output.chunks(PIECE));
-            for (k, ((y, x), output)) in pieces.enumerate() {
+            let mut z = [0.0; NOISE];
+            let chunks = y.chunks_mut(NOISE).zip(x.chunks(NOISE)).zip(output.chunks(NOISE));
+            for (k, ((y, x), output)) in chunks.enumerate() {
                 if step.sigma != 0.0 {
-                    normals_from(stream, first + k * PIECE, &mut z[..y.len()]);
+                    normals_from(stream, first + k * NOISE, &mut z[..y.len()]);
                 }
                 for (((y, &x), &output), &z) in y.iter_mut().zip(x).zip(output).zip(&z) {
-                    let x_0 = I::mul_add(x0_xt, x, x0_output * output);
+                    let x_0 = S::mul_add(x0_xt, x, x0_output * output);
                     // Two comparisons instead of `clamp`, so that a NaN stays one and the loop vectorises.
                     let x_0 = if x_0 < -bound { -bound } else { x_0 };
                     let x_0 = if x_0 > bound { bound } else { x_0 };
-                    *y = I::mul_add(sigma, z, I::mul_add(c_x0, x_0, c_xt * x));
+                    *y = S::mul_add(sigma, z, S::mul_add(c_x0, x_0, c_xt * x));
                 }
             }
         }

@@ -87,17 +87,17 @@ mod cpu {
     }
 
     simd::dispatch! {
-        fn forward_chunk<I>(y: &mut [f32], x: &[f32]) {
+        fn forward_chunk<S>(y: &mut [f32], x: &[f32]) {
             for (y, x) in y.iter_mut().zip(x) {
-                *y = simd::silu::<I>(*x);
+                *y = simd::silu::<S>(*x);
             }
         }
     }
 
     simd::dispatch! {
-        fn backward_chunk<I>(dx: &mut [f32], x: &[f32]) {
+        fn backward_chunk<S>(dx: &mut [f32], x: &[f32]) {
             for (dx, x) in dx.iter_mut().zip(x) {
-                *dx *= simd::silu_grad::<I>(*x);
+                *dx *= simd::silu_grad::<S>(*x);
             }
         }
     }

@@ -1,5 +1,5 @@
 use ddpm_cuda::device::Device;
-use ddpm_cuda::device::cpu::simd::{self, Level};
+use ddpm_cuda::device::cpu::simd::Isa;
 use ddpm_cuda::ops::conv2d::reference::{self, Inputs};
 use ddpm_cuda::ops::conv2d::{Algorithm, Geometry, Method, Pad, Plus, conv2d, conv2d_by};
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
@@ -155,13 +155,13 @@ fn by_tape(case: Case, data: &Data<f32>, method: Method, passes: usize) -> Resul
 fn cases_by_method() -> Vec<(Case, Method)> {
     let by = |algorithm: Algorithm| {
         let able = CASES.into_iter().filter(move |c| algorithm.can(c.w, c.geometry));
-        able.map(move |c| (c, Method::all(algorithm, simd::level())))
+        able.map(move |c| (c, Method::all(algorithm, Isa::best())))
     };
     by(Algorithm::Direct).chain(by(Algorithm::Winograd)).collect()
 }
 
-fn direct(level: Level) -> Method {
-    Method::all(Algorithm::Direct, level)
+fn direct(isa: Isa) -> Method {
+    Method::all(Algorithm::Direct, isa)
 }
 
 #[test]
@@ -185,10 +185,15 @@ fn direct_agrees_with_the_reference() {
     for case in CASES {
         let data = Data::new(case);
         let (oracle, yardstick) = (by_reference(case, &data), by_reference(case, &data.to_f32()));
-        for level in simd::levels() {
-            let got = by_tape(case, &data.to_f32(), direct(level), 1);
+        for isa in Isa::available() {
+            let got = by_tape(case, &data.to_f32(), direct(isa), 1);
             for i in 0..6 {
-                close(&format!("{} by direct {level:?} of {case:?}", NAMES[i]), &got[i], &oracle[i], &yardstick[i]);
+                close(
+                    &format!("{} by direct {:?} of {case:?}", NAMES[i], isa.level()),
+                    &got[i],
+                    &oracle[i],
+                    &yardstick[i],
+                );
             }
         }
     }
@@ -207,7 +212,7 @@ fn gpu_agrees_with_the_reference() {
         gpu::each(&format!("{case:?}"), |device| {
             let dtype = device.activations();
             let (oracle, yardstick, data) = &expected[(dtype == DType::Bf16) as usize];
-            let got = by_tape_on(device, case, data, direct(simd::level()), 1);
+            let got = by_tape_on(device, case, data, direct(Isa::best()), 1);
             for i in 0..6 {
                 // Gradients of parameters are f32 in either case.
                 let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { dtype };
@@ -251,10 +256,10 @@ fn winograd_agrees_with_the_reference() {
             winograd::budget(winograd::Result::Output, case.w.n, [rms(&data.dy), rms(&data.w)]),
             winograd::budget(winograd::Result::Weight, tiles, [rms(&data.x), rms(&data.dy)]),
         ];
-        for level in simd::levels() {
-            let got = by_tape(case, &data.to_f32(), Method::all(Algorithm::Winograd, level), 1);
+        for isa in Isa::available() {
+            let got = by_tape(case, &data.to_f32(), Method::all(Algorithm::Winograd, isa), 1);
             for i in 0..6 {
-                let name = format!("{} by Winograd {level:?} of {case:?}", NAMES[i]);
+                let name = format!("{} by Winograd {:?} of {case:?}", NAMES[i], isa.level());
                 let share = match budgets.get(i) {
                     // Bias, shift and residual are three more roundings.
                     Some(budget) => worst(&name, &got[i], &oracle[i], |w| budget + 3.0 * F32_ROUNDING * w.abs()),
@@ -284,7 +289,7 @@ fn gpu_parameter_gradients_accumulate() {
     for case in [CASES[3], CASES[18]] {
         let data = Data::new(case).to_f32();
         gpu::each(&format!("{case:?}"), |device| {
-            let by_tape = |passes| by_tape_on(device, case, &data, direct(simd::level()), passes);
+            let by_tape = |passes| by_tape_on(device, case, &data, direct(Isa::best()), passes);
             let (once, twice) = (by_tape(1), by_tape(2));
             for i in 2..4 {
                 let sum: Vec<f32> = once[i].iter().map(|v| v + v).collect();
@@ -350,7 +355,7 @@ fn gpu_image_does_not_depend_on_its_batch() {
         let device = Device::Cuda(gpu);
         // Those whose single image is cut into other tiles than the batch among them.
         for case in CASES.into_iter().filter(|c| c.x.n > 1 && c.x.len() * c.w.n < 1 << 20) {
-            images_stand_alone(&device, case, direct(simd::level()));
+            images_stand_alone(&device, case, direct(Isa::best()));
         }
     }
 }

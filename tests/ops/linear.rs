@@ -1,5 +1,5 @@
 use ddpm_cuda::device::Device;
-use ddpm_cuda::device::cpu::simd::{self, Level};
+use ddpm_cuda::device::cpu::simd::Isa;
 use ddpm_cuda::ops::linear::{linear_by, reference};
 use ddpm_cuda::tensor::{DType, Shape};
 use num_traits::Float;
@@ -31,13 +31,7 @@ fn data((x, c_out): (Shape, usize)) -> [Vec<f64>; 5] {
 const NAMES: [&str; 5] = ["y", "dx", "dw", "db", "dresidual"];
 
 /// A layer with bias and residual, or a `plain` one without; `passes` backward passes accumulate into the parameters' gradients.
-fn by_tape_on(
-    device: &Device,
-    (shape, c_out): (Shape, usize),
-    plain: bool,
-    level: Level,
-    passes: usize,
-) -> [Vec<f32>; 5] {
+fn by_tape_on(device: &Device, (shape, c_out): (Shape, usize), plain: bool, isa: Isa, passes: usize) -> [Vec<f32>; 5] {
     let [x, w, b, residual, dy] = data((shape, c_out)).map(|v| to_f32(&v));
     let mut inputs = vec![(shape, x), (shape.with_c(c_out), residual)];
     let mut params = vec![(Shape::new(c_out, 1, 1, shape.c), w), (Shape::vector(c_out), b)];
@@ -46,15 +40,15 @@ fn by_tape_on(
         params.truncate(1);
     }
     let Pass { y, dx, dw } = through_tape_on(device, &inputs, &params, &dy, passes, |tape, v, p| {
-        linear_by(tape, &v[0], p[0], p.get(1).copied(), v.get(1), level)
+        linear_by(tape, &v[0], p[0], p.get(1).copied(), v.get(1), isa)
     });
     let [mut dx, mut dw] = [dx, dw].map(Vec::into_iter);
     let next = |of: &mut std::vec::IntoIter<Vec<f32>>| of.next().unwrap_or_default();
     [y, next(&mut dx), next(&mut dw), next(&mut dw), next(&mut dx)]
 }
 
-fn by_tape(case: (Shape, usize), plain: bool, level: Level, passes: usize) -> [Vec<f32>; 5] {
-    by_tape_on(&Device::cpu_guarded(), case, plain, level, passes)
+fn by_tape(case: (Shape, usize), plain: bool, isa: Isa, passes: usize) -> [Vec<f32>; 5] {
+    by_tape_on(&Device::cpu_guarded(), case, plain, isa, passes)
 }
 
 /// `y`, `dx`, `dw`, `db`, `dresidual` by the definition.
@@ -86,10 +80,10 @@ fn agrees_with_the_reference() {
             let data = data(case);
             let oracle = by_reference(case.0.c, &data, plain);
             let yardstick = by_reference(case.0.c, &data.map(|v| to_f32(&v)), plain);
-            for level in simd::levels() {
-                let got = by_tape(case, plain, level, 1);
+            for isa in Isa::available() {
+                let got = by_tape(case, plain, isa, 1);
                 for i in 0..if plain { 3 } else { 5 } {
-                    close(&format!("{} on {level:?}, {case:?}", NAMES[i]), &got[i], &oracle[i], &yardstick[i]);
+                    close(&format!("{} on {:?}, {case:?}", NAMES[i], isa.level()), &got[i], &oracle[i], &yardstick[i]);
                 }
             }
         }
@@ -114,7 +108,7 @@ fn gpu_agrees_with_the_reference() {
         gpu::each(&format!("{case:?}"), |device| {
             let dtype = device.activations();
             let (oracle, yardstick) = &expected[(dtype == DType::Bf16) as usize];
-            let got = by_tape_on(device, case, plain, simd::level(), 1);
+            let got = by_tape_on(device, case, plain, Isa::best(), 1);
             for i in 0..if plain { 3 } else { 5 } {
                 // Gradients of parameters are f32 in either case.
                 let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { dtype };
@@ -131,7 +125,7 @@ fn gpu_parameter_gradients_accumulate() {
     // One with a single share of the rows and one with several.
     for case in [CASES[3], CASES[7]] {
         gpu::each(&format!("{case:?}"), |device| {
-            let [once, twice] = [1, 2].map(|passes| by_tape_on(device, case, false, simd::level(), passes));
+            let [once, twice] = [1, 2].map(|passes| by_tape_on(device, case, false, Isa::best(), passes));
             for i in 2..4 {
                 let sum: Vec<f32> = once[i].iter().map(|v| v + v).collect();
                 same_bits(&format!("{} twice, {case:?}", NAMES[i]), &twice[i], &sum);
@@ -163,7 +157,7 @@ fn planted_bugs_are_noticed() {
 #[test]
 fn parameter_gradients_accumulate() {
     for case in CASES {
-        let (once, twice) = (by_tape(case, false, simd::level(), 1), by_tape(case, false, simd::level(), 2));
+        let (once, twice) = (by_tape(case, false, Isa::best(), 1), by_tape(case, false, Isa::best(), 2));
         for i in 2..4 {
             let sum: Vec<f32> = once[i].iter().map(|v| v + v).collect();
             same_bits(&format!("{} twice, {case:?}", NAMES[i]), &twice[i], &sum);
@@ -176,7 +170,7 @@ fn any_number_of_threads_gives_the_same_bits() {
     for case in CASES {
         let on = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| by_tape(case, false, simd::level(), 1))
+            pool.install(|| by_tape(case, false, Isa::best(), 1))
         };
         let one = on(1);
         for threads in [2, 3, 5] {

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use ddpm_cuda::device::Device;
-use ddpm_cuda::device::cpu::simd::{self, Level};
+use ddpm_cuda::device::cpu::simd::{Isa, Level};
 use ddpm_cuda::device::cuda::{self, Gpu};
 use ddpm_cuda::kernels;
 use ddpm_cuda::tensor::DType;
@@ -131,5 +131,5 @@ pub fn rounded_f32(dtype: DType, x: &[f32]) -> Vec<f32> {
 
 /// True if the CPU path has fused multiply-adds, as every GPU has; without them it rounds once more.
 pub fn cpu_fuses() -> bool {
-    simd::level() != Level::Portable || cfg!(target_arch = "aarch64")
+    Isa::best().level() != Level::Portable || cfg!(target_arch = "aarch64")
 }

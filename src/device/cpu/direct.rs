@@ -10,7 +10,9 @@
 //!
 //! The gradient of the weights multiplies `dy` transposed by gathered patches, over all pixels.
 
-use super::gemm::{self, Epilogue, Shared, Slots, panel_width, piece, rows_by_panel};
+use rayon::prelude::*;
+
+use super::gemm::{self, Epilogue, Shared, Slots, nth_chunk, panel_width, rows_by_panel};
 use super::vector::{Vector, kernel};
 use crate::device::Device;
 use crate::device::cpu::Buffer;
@@ -113,7 +115,7 @@ const BLOCK: usize = 60;
 /// Where the pixels of a block lie in the output (in floats), and their images.
 #[derive(Clone, Copy)]
 struct Finish<'a> {
-    y: Shared,
+    y: Shared<'a>,
     pixels: &'a [(usize, usize)],
     c: usize,
     first_column: usize,
@@ -125,8 +127,9 @@ impl Epilogue for Finish<'_> {
     unsafe fn take<V: Vector>(&self, row: usize, column: usize, count: usize, sum: V) {
         let (pixel, image) = self.pixels[row];
         let column = self.first_column + column;
-        // SAFETY: the caller owns columns column..column + count of this pixel; the slices added have the lengths that
-        // [`Plus`] says, asserted in `outputs`.
+        // SAFETY: the caller promises V's processor and columns column..column + count, below c, of this pixel of y.
+        // There the added slices are readable: `outputs`, which alone makes a `Finish`, asserts that they are as long
+        // as [`Plus`] says, and lists pixels of y and their images.
         unsafe {
             let mut sum = sum;
             if let Some(bias) = self.plus.bias {
@@ -155,6 +158,7 @@ pub(crate) enum Towards {
 /// `y = patches * weight`, the weight's tap of each patch row and column as `taps` says.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn outputs<V: Vector>(
+    token: V::Token,
     device: &Device,
     x: &[f32],
     patches: Patches,
@@ -172,12 +176,14 @@ pub(crate) fn outputs<V: Vector>(
     assert!(target.plus.residual.is_none_or(|r| r.len() == y.len()));
     let last = |a: Axis, offset: usize| a.out.checked_sub(1).map_or(0, |i| i * target.step + offset + 1);
     assert!(last(patches.rows, target.row) <= target.h && last(patches.cols, target.col) <= target.w);
+    // Distinct outputs are distinct pixels of y.
+    assert!(target.step > 0, "outputs {} pixels apart", target.step);
 
-    let panels = pack::<V>(device, weight, towards, patches, taps);
+    let panels = pack::<V>(token, device, weight, towards, patches, taps);
     let (count, depth) = (patches.count(), patches.depth());
     let identity = patches.is_identity();
-    // Rows of gathered patches end on a line of their own: a power of two between them would put all rows of a tile into the same few sets
-    // of the L1 cache.
+    // Rows of gathered patches end on a line of their own: a power of two between them would put all rows of a tile
+    // into the same few sets of the L1 cache.
     let stride = if identity { patches.c } else { depth.next_multiple_of(16) + 16 };
     // Half of a 2 MiB L2 cache for patches.
     let tile_bytes = V::ROWS * stride * size_of::<f32>();
@@ -200,26 +206,28 @@ pub(crate) fn outputs<V: Vector>(
             *pixel = (((image * target.h + i) * target.w + j) * c_out, image);
         }
         let a = if identity {
-            x[first * stride..].as_ptr()
+            x[first * stride..][..rows * stride].as_ptr()
         } else {
-            // SAFETY: the processor has V; scratch holds `block` rows of `stride >= depth`; x is as long as `patches` says.
-            unsafe { gather::<V>(patches, x.as_ptr(), first, rows, scratch.as_mut_ptr(), stride) };
+            // SAFETY: scratch, this task's alone, holds `block >= rows` rows of `stride >= depth`; x is as long as
+            // `patches` says, by the assertion above.
+            unsafe { gather::<V>(token, patches, x.as_ptr(), first, rows, scratch.as_mut_ptr(), stride) };
             scratch.as_ptr()
         };
-        for p in piece(panel_count, groups, group) {
+        for p in nth_chunk(panel_count, groups, group) {
             let first_column = p * panel_width::<V>();
             let columns = panel_width::<V>().min(c_out - first_column);
             let finish = Finish { y, pixels: &pixels[..rows], c: c_out, first_column, plus: target.plus };
-            let panel = panels[p * depth * panel_width::<V>()..].as_ptr();
-            // SAFETY: the processor has V; `a` holds `rows` rows of `depth`, the panel `depth` rows; the task owns these
-            // columns of these pixels, which `last` above shows to be inside y.
-            unsafe { rows_by_panel::<V, _, false>(rows, columns, depth, a, stride, panel, a, finish) };
+            let panel = panels[p * depth * panel_width::<V>()..][..depth * panel_width::<V>()].as_ptr();
+            // SAFETY: `a` holds `rows` rows of `depth`, as cut or gathered; the panel is cut to `depth` rows. No other
+            // task has these columns of these pixels, which are inside y: the assertion about `last`.
+            unsafe { rows_by_panel::<V, _, false>(token, rows, columns, depth, a, stride, panel, a, finish) };
         }
     });
 }
 
 /// The weight as panels of output channels, `patches.depth()` rows each.
 fn pack<V: Vector>(
+    token: V::Token,
     device: &Device,
     weight: Weight<'_>,
     towards: Towards,
@@ -233,6 +241,10 @@ fn pack<V: Vector>(
     };
     assert_eq!(c, patches.c, "the weight reads {c} channels");
     assert_eq!(weight.data.len(), weight.c_out * weight.row_stride());
+    for (of, taps, k) in [(taps[0], patches.rows.taps, weight.kh), (taps[1], patches.cols.taps, weight.kw)] {
+        let ends = [of.first, of.first + (taps as isize - 1) * of.step];
+        assert!(taps == 0 || ends.iter().all(|&t| (0..k as isize).contains(&t)), "taps {ends:?} of a kernel of {k}");
+    }
     let tap_count = patches.rows.taps * patches.cols.taps;
     let panel_count = c_out.div_ceil(width);
     let mut buffer = device.scratch(panel_count * tap_count * c * width);
@@ -243,17 +255,20 @@ fn pack<V: Vector>(
         let row = taps[0].first + (tap / patches.cols.taps) as isize * taps[0].step;
         let col = taps[1].first + (tap % patches.cols.taps) as isize * taps[1].step;
         let tap_offset = (row as usize * weight.kw + col as usize) * weight.c_in;
-        // SAFETY: the processor has V; the reads are slices of the weight; task i owns rows i * c .. (i + 1) * c of all panels.
+        // SAFETY: the tap is inside the kernel, so row o of `data`, o < c_out, has c_in numbers at `tap_offset`. Output
+        // reads c = c_in of them in rows first..first + columns, Input numbers first..first + columns in all c = c_out
+        // rows: inside `data`, whose length is asserted. Task i alone has rows i * c..(i + 1) * c of the buffer's
+        // panel_count * tap_count * c.
         unsafe {
             let panel = out.at(task * c * width);
             match towards {
                 Towards::Output => {
                     let from = &weight.data[first * weight.row_stride() + tap_offset..];
-                    gemm::pack_columns::<V>(c, columns, from.as_ptr(), weight.row_stride(), panel)
+                    gemm::pack_columns::<V>(token, c, columns, from.as_ptr(), weight.row_stride(), panel)
                 }
                 Towards::Input => {
                     let from = &weight.data[tap_offset + first..];
-                    gemm::pack_rows::<V>(c, columns, from.as_ptr(), weight.row_stride(), panel)
+                    gemm::pack_rows::<V>(token, c, columns, from.as_ptr(), weight.row_stride(), panel)
                 }
             }
         }
@@ -262,9 +277,12 @@ fn pack<V: Vector>(
 }
 
 /// `count` floats from `from` to `to`.
+///
+/// # Safety
+/// A `V::Token` exists; `from` is readable and `to` writable for `count` floats, and they do not overlap.
 #[inline(always)]
 unsafe fn copy<V: Vector>(from: *const f32, to: *mut f32, count: usize) {
-    // SAFETY: both are valid for `count` floats, says the caller, as is the processor.
+    // SAFETY: i + LANES <= count, or count - i < LANES floats are left; the rest is the caller's promise.
     unsafe {
         let mut i = 0;
         while i + V::LANES <= count {
@@ -278,9 +296,12 @@ unsafe fn copy<V: Vector>(from: *const f32, to: *mut f32, count: usize) {
 }
 
 /// `count` zeros.
+///
+/// # Safety
+/// A `V::Token` exists; `to` is writable for `count` floats.
 #[inline(always)]
 unsafe fn zero<V: Vector>(to: *mut f32, count: usize) {
-    // SAFETY: as for `copy`.
+    // SAFETY: as in `copy`.
     unsafe {
         let mut i = 0;
         while i + V::LANES <= count {
@@ -294,8 +315,12 @@ unsafe fn zero<V: Vector>(to: *mut f32, count: usize) {
 }
 
 kernel! {
-    /// Patches `first .. first + count` into rows `stride` apart. Taps beside each other lie beside each other in the image, so each row of
-    /// a patch is one run of memory, cut where the image ends.
+    /// Patches `first .. first + count` into rows `stride` apart. Taps beside each other lie beside each other in the
+    /// image, so each row of a patch is one run of memory, cut where the image ends.
+    ///
+    /// # Safety
+    /// `x` holds the images of `patches`, which has these patches; `out` is writable for `count` rows of
+    /// `patches.depth()`, and the caller's alone.
     unsafe fn gather<V>(patches: Patches, x: *const f32, first: usize, count: usize, out: *mut f32, stride: usize) {
         let Patches { rows, cols, c, .. } = patches;
         for r in 0..count {
@@ -324,6 +349,10 @@ kernel! {
 
 kernel! {
     /// Columns `column .. column + columns` of patches `first .. first + count`, as a panel.
+    ///
+    /// # Safety
+    /// `x` holds the images of `patches`, which has these patches and columns; `columns` is at most the panel's width;
+    /// `panel` is writable for `count` rows, and the caller's alone.
     unsafe fn gather_panel<V>(
         patches: Patches,
         x: *const f32,
@@ -368,7 +397,9 @@ kernel! {
 }
 
 /// `dw[o][q] = sum over patches p of dy[p][o] patch[p][q]`, stored in `dw` or added to it.
+#[allow(clippy::too_many_arguments)]
 pub(crate) fn weight_gradient<V: Vector>(
+    token: V::Token,
     device: &Device,
     x: &[f32],
     patches: Patches,
@@ -384,8 +415,8 @@ pub(crate) fn weight_gradient<V: Vector>(
     assert_eq!(dy.len(), count * c_out);
     assert_eq!(dw.len(), c_out * depth);
     let panels = depth.div_ceil(width);
-    // Few panels (the first layer) would leave cores without work: the pixels are cut into parts whose sums are added in order. The
-    // shape alone decides into how many.
+    // Few panels (the first layer) would leave cores without work: the pixels are cut into parts whose sums are added
+    // in order. The shape alone decides into how many.
     let parts = 16usize.div_ceil(panels).min(count.div_ceil(4 * CHUNK)).max(1);
     let each = c_out * width;
     let mut sums = device.scratch(parts * panels * each);
@@ -394,32 +425,29 @@ pub(crate) fn weight_gradient<V: Vector>(
     slots.run(parts * panels, |task, scratch| {
         let (part, p) = (task / panels, task % panels);
         let columns = width.min(depth - p * width);
-        let pixels = piece(count, parts, part);
+        let pixels = nth_chunk(count, parts, part);
         for first in pixels.clone().step_by(CHUNK) {
             let chunk = CHUNK.min(pixels.end - first);
-            let (panel, dy) = (scratch.as_mut_ptr(), dy[first * c_out..].as_ptr());
-            // SAFETY: the processor has V; scratch holds CHUNK rows of a panel; dy holds `chunk` rows of c_out from `first`; task i
-            // owns sums[i].
+            let (panel, dy) = (scratch.as_mut_ptr(), dy[first * c_out..][..chunk * c_out].as_ptr());
+            // SAFETY: x is as long as `patches` says, by the assertion above; scratch, this task's alone, holds
+            // CHUNK >= chunk rows of a panel; dy is cut to `chunk` rows of c_out; task i alone has the i-th c_out rows
+            // of `width` of `sums`, which has parts * panels times as many.
             unsafe {
-                gather_panel::<V>(patches, x.as_ptr(), first, chunk, p * width, columns, panel);
+                gather_panel::<V>(token, patches, x.as_ptr(), first, chunk, p * width, columns, panel);
                 let c = Shared::new_at(out.at(task * each));
                 if first == pixels.start {
                     let store = gemm::Overwrite { c, stride: width };
-                    rows_by_panel::<V, _, true>(c_out, columns, chunk, dy, c_out, panel, dy, store);
+                    rows_by_panel::<V, _, true>(token, c_out, columns, chunk, dy, c_out, panel, dy, store);
                 } else {
                     let add = gemm::Accumulate { c, stride: width };
-                    rows_by_panel::<V, _, true>(c_out, columns, chunk, dy, c_out, panel, dy, add);
+                    rows_by_panel::<V, _, true>(token, c_out, columns, chunk, dy, c_out, panel, dy, add);
                 }
             }
         }
     });
     let sums = sums.as_slice();
-    let dw = Shared::new(dw);
-    gemm::for_each_task(c_out, |o| {
-        for p in 0..panels {
-            let columns = width.min(depth - p * width);
-            // SAFETY: task o owns row o of dw.
-            let dw = unsafe { std::slice::from_raw_parts_mut(dw.at(o * depth + p * width), columns) };
+    dw.par_chunks_mut(depth).enumerate().for_each(|(o, dw)| {
+        for (p, dw) in dw.chunks_mut(width).enumerate() {
             for (j, dw) in dw.iter_mut().enumerate() {
                 let part = |part: usize| sums[((part * panels + p) * c_out + o) * width + j];
                 let sum = (1..parts).fold(part(0), |sum, i| sum + part(i));

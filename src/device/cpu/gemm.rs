@@ -5,12 +5,19 @@
 //! read as broadcasts of single numbers straight from where it lies, the other from panels: `k` rows of
 //! [`panel_width`] columns, padded with zeros.
 //!
-//! No blocking over `k` in here: a panel is streamed from the L2 cache at 128 bytes per 14 cycles, which it sustains, and blocking
-//! would cost a pass over the sums.
+//! No blocking over `k` in here: a panel is streamed from the L2 cache at 128 bytes per 14 cycles, which it sustains,
+//! and blocking would cost a pass over the sums.
+//!
+//! # Soundness
+//!
+//! Functions here that take raw pointers are `unsafe` and say what must lie there. The safe ones above them
+//! ([`column_sums`], and `outputs` and `weight_gradient` of the two convolutions) check the lengths of their slices,
+//! cut the results into tasks that have no element in common, and hand these out as places of a [`Shared`].
 
 // Loops count with the letters of the formulas, over several arrays at once.
 #![allow(clippy::needless_range_loop)]
 
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -25,37 +32,40 @@ pub(crate) const fn panel_width<V: Vector>() -> usize {
     2 * V::LANES
 }
 
-/// A pointer that tasks share; each dereferences only what no other task touches.
+/// A slice that tasks write to at the same time, each at places of its own: a pointer, with the borrow of the slice.
 #[derive(Clone, Copy)]
-pub(crate) struct Shared(*mut f32);
+pub(crate) struct Shared<'a>(*mut f32, PhantomData<&'a mut [f32]>);
 
-// SAFETY: dereferencing is `unsafe` at each place, which says why the places differ.
-unsafe impl Send for Shared {}
+// SAFETY: the pointer may go to other threads, as `&mut [f32]` may. What they do with it is `unsafe` at each place,
+// which says why no two tasks touch the same float.
+unsafe impl Send for Shared<'_> {}
 // SAFETY: as above.
-unsafe impl Sync for Shared {}
+unsafe impl Sync for Shared<'_> {}
 
-impl Shared {
-    pub fn new(x: &mut [f32]) -> Self {
-        Shared(x.as_mut_ptr())
+impl<'a> Shared<'a> {
+    /// Borrows `x` for as long as the tasks may write.
+    pub fn new(x: &'a mut [f32]) -> Self {
+        Shared(x.as_mut_ptr(), PhantomData)
     }
 
-    /// From a place inside another.
+    /// From a place inside another, or inside a task's scratch. Whoever makes a pointer of it by [`Shared::at`] vouches
+    /// that the memory is still borrowed.
     pub fn new_at(p: *mut f32) -> Self {
-        Shared(p)
+        Shared(p, PhantomData)
     }
 
     /// The place `offset` floats in.
     ///
     /// # Safety
-    /// Must lie in (or one past) the slice given to [`Shared::new`].
+    /// It must lie in (or one past) the slice that this was made from, which is still borrowed.
     pub unsafe fn at(self, offset: usize) -> *mut f32 {
-        // SAFETY: the caller's promise.
+        // SAFETY: the sum stays within one allocation, by the caller's promise.
         unsafe { self.0.add(offset) }
     }
 }
 
-/// Scratch memory for tasks: one piece for every thread, allocated at once, so that how many are in use at a time does not depend on
-/// luck and the pool's contents are the same after every step.
+/// Scratch memory for tasks: as much for every thread, allocated at once, so that how much is in use at a time does not
+/// depend on luck and the pool's contents are the same after every step.
 pub(crate) struct Slots {
     buffer: Buffer,
     each: usize,
@@ -68,8 +78,8 @@ impl Slots {
         Slots { buffer: device.scratch(each * rayon::current_num_threads()), each }
     }
 
-    /// Runs `task(i, scratch)` for every `i < count`; threads take the next number when they are free. A task must not depend on what
-    /// the scratch holds at its start.
+    /// Runs `task(i, scratch)` once for every `i < count`; threads take the next number when they are free. The scratch
+    /// has at least the floats asked for, and a task must not depend on what it holds at the start.
     pub fn run(&mut self, count: usize, task: impl Fn(usize, &mut [f32]) + Sync) {
         let next = AtomicUsize::new(0);
         self.buffer.as_mut_slice().par_chunks_mut(self.each).for_each(|scratch| {
@@ -98,17 +108,18 @@ pub(crate) fn for_each_task(count: usize, task: impl Fn(usize) + Sync) {
     });
 }
 
-/// The `i`th of `parts` nearly equal pieces of `0..len`.
-pub(crate) fn piece(len: usize, parts: usize, i: usize) -> Range<usize> {
-    len * i / parts..len * (i + 1) / parts
+/// The `i`th of `count` chunks of `0..len`, which follow one another and are equally long or one longer.
+pub(crate) fn nth_chunk(len: usize, count: usize, i: usize) -> Range<usize> {
+    len * i / count..len * (i + 1) / count
 }
 
 /// What becomes of a finished sum.
 pub(crate) trait Epilogue: Copy + Sync {
-    /// Takes `sum`, columns `column..column + count` of row `row`; `count <= V::LANES`.
+    /// Takes `sum`, columns `column..column + count` of row `row`.
     ///
     /// # Safety
-    /// The processor has `V::LEVEL`, and the place belongs to the caller's task.
+    /// A `V::Token` exists, `count <= V::LANES`, and the place is inside the epilogue's slices and belongs to the
+    /// caller's task: no other reads or writes it meanwhile.
     unsafe fn take<V: Vector>(&self, row: usize, column: usize, count: usize, sum: V);
 
     /// What the sum starts from.
@@ -117,70 +128,78 @@ pub(crate) trait Epilogue: Copy + Sync {
     /// As for [`take`](Self::take).
     #[inline(always)]
     unsafe fn start<V: Vector>(&self, _row: usize, _column: usize, _count: usize) -> V {
-        // SAFETY: the caller's promise.
+        // SAFETY: touches no memory; the processor has V, by the caller's promise.
         unsafe { V::splat(0.0) }
     }
 }
 
+/// `count` floats from `p`, the other lanes zero.
+///
+/// # Safety
+/// A `V::Token` exists, `count <= V::LANES`, and `count` floats at `p` are readable.
 #[inline(always)]
 pub(crate) unsafe fn load_some<V: Vector>(p: *const f32, count: usize) -> V {
-    // SAFETY: `count` floats are readable, says the caller.
+    // SAFETY: the caller's promise; `load` reads LANES floats only where `count` is that many.
     unsafe { if count == V::LANES { V::load(p) } else { V::load_first(p, count) } }
 }
 
+/// The first `count` lanes to `p`.
+///
+/// # Safety
+/// A `V::Token` exists, `count <= V::LANES`, and `count` floats at `p` are writable.
 #[inline(always)]
 pub(crate) unsafe fn store_some<V: Vector>(x: V, p: *mut f32, count: usize) {
-    // SAFETY: `count` floats are writable, says the caller.
+    // SAFETY: the caller's promise; `store` writes LANES floats only where `count` is that many.
     unsafe { if count == V::LANES { x.store(p) } else { x.store_first(p, count) } }
 }
 
 /// `c[row * stride + column] = sum`.
 #[derive(Clone, Copy)]
-pub(crate) struct Overwrite {
-    pub c: Shared,
+pub(crate) struct Overwrite<'a> {
+    pub c: Shared<'a>,
     pub stride: usize,
 }
 
-impl Epilogue for Overwrite {
+impl Epilogue for Overwrite<'_> {
     #[inline(always)]
     unsafe fn take<V: Vector>(&self, row: usize, column: usize, count: usize, sum: V) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller promises V's processor and `count` floats of its own there.
         unsafe { store_some(sum, self.c.at(row * self.stride + column), count) }
     }
 }
 
 /// [`Overwrite`] that goes on from the sum that is there: the bits are those of one sum over both depths.
 #[derive(Clone, Copy)]
-pub(crate) struct Continue {
-    pub c: Shared,
+pub(crate) struct Continue<'a> {
+    pub c: Shared<'a>,
     pub stride: usize,
 }
 
-impl Epilogue for Continue {
+impl Epilogue for Continue<'_> {
     #[inline(always)]
     unsafe fn take<V: Vector>(&self, row: usize, column: usize, count: usize, sum: V) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller promises V's processor and `count` floats of its own there.
         unsafe { store_some(sum, self.c.at(row * self.stride + column), count) }
     }
 
     #[inline(always)]
     unsafe fn start<V: Vector>(&self, row: usize, column: usize, count: usize) -> V {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller promises V's processor and `count` floats of its own there.
         unsafe { load_some(self.c.at(row * self.stride + column), count) }
     }
 }
 
 /// `c[row * stride + column] += sum`.
 #[derive(Clone, Copy)]
-pub(crate) struct Accumulate {
-    pub c: Shared,
+pub(crate) struct Accumulate<'a> {
+    pub c: Shared<'a>,
     pub stride: usize,
 }
 
-impl Epilogue for Accumulate {
+impl Epilogue for Accumulate<'_> {
     #[inline(always)]
     unsafe fn take<V: Vector>(&self, row: usize, column: usize, count: usize, sum: V) {
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller promises V's processor and `count` floats of its own there.
         unsafe {
             let c = self.c.at(row * self.stride + column);
             store_some(load_some::<V>(c, count).add(sum), c, count)
@@ -188,8 +207,12 @@ impl Epilogue for Accumulate {
     }
 }
 
-/// One register tile: `sums[i][j] += sum over k of a(i, k) b(k, j)`, where `a(i, k)` is `a[i * stride + k]`, or `a[k * stride + i]` if
-/// `TRANSPOSED`.
+/// One register tile: `sums[i][j] += sum over k of a(i, k) b(k, j)`, where `a(i, k)` is `a[i * stride + k]`, or
+/// `a[k * stride + i]` if `TRANSPOSED`. The lines of the rows at `ahead`, which need not be valid, are prefetched.
+///
+/// # Safety
+/// A `V::Token` exists; `a` is readable at every (i, k) with `i < R`, `k < depth`; `b` holds `depth` rows of a panel of
+/// which `C` registers are readable.
 #[inline(always)]
 unsafe fn tile<V: Vector, const R: usize, const C: usize, const TRANSPOSED: bool>(
     depth: usize,
@@ -199,7 +222,8 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize, const TRANSPOSED: bool
     ahead: *const f32,
     mut sums: [[V; C]; R],
 ) -> [[V; C]; R] {
-    // SAFETY: the caller's promise about `a`, `b` and the processor.
+    // SAFETY: in round k, `a` has moved by k columns (rows if TRANSPOSED) and `b` by k rows; the caller promises that
+    // they are readable there, and V's processor.
     unsafe {
         let (mut a, mut b) = (a, b);
         let mut left = depth;
@@ -222,8 +246,9 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize, const TRANSPOSED: bool
                         sums[i][j] = x.mul_add(columns[j], sums[i][j]);
                     }
                 }
-                a = a.add(if TRANSPOSED { stride } else { 1 });
-                b = b.add(panel_width::<V>());
+                // After the last round these may point beyond their allocations, and are not followed.
+                a = a.wrapping_add(if TRANSPOSED { stride } else { 1 });
+                b = b.wrapping_add(panel_width::<V>());
             }
         }
         sums
@@ -231,13 +256,15 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize, const TRANSPOSED: bool
 }
 
 kernel! {
-    /// `rows` rows times one panel of which `columns` count: the sums over `depth` go to `epilogue`. While a tile is multiplied, the
-    /// next one's rows are prefetched (a tile reads some 14 streams, which the processor does not predict well); `next` is where the caller
-    /// goes on.
+    /// `rows` rows times one panel of which `columns` count: the sums over `depth` go to `epilogue`. While a tile is
+    /// multiplied, the next one's rows are prefetched (a tile reads some 14 streams, which the processor does not
+    /// predict well); `next` is where the caller goes on, and need not be valid.
     ///
     /// # Safety
-    /// The processor has `V::LEVEL`; `a` is readable at `i * stride + k` (`k * stride + i` if `TRANSPOSED`) for all `i < rows`,
-    /// `k < depth`; `b` holds `depth` rows of a panel; the places of `epilogue` belong to the caller.
+    /// `a` is readable at `i * stride + k` (`k * stride + i` if `TRANSPOSED`) for all `i < rows`, `k < depth`; `b`
+    /// holds `depth` rows of a panel, readable as far as the registers reach that hold its first `columns`, from 1 to
+    /// the panel's width; the places of `epilogue` at rows below `rows` and columns below `columns` exist and belong to
+    /// the caller.
     pub(crate) unsafe fn rows_by_panel<V, E: Epilogue; const TRANSPOSED: bool>(
         rows: usize,
         columns: usize,
@@ -255,7 +282,7 @@ kernel! {
         // Tiles of nearly equal height: 14 + 14 + 14 + 14 + 8 rows would leave the last with too few sums in flight.
         let tiles = rows.div_ceil(V::ROWS);
         for t in 0..tiles {
-            let rows = piece(rows, tiles, t);
+            let rows = nth_chunk(rows, tiles, t);
             let ahead = if t + 1 < tiles { a.wrapping_add(rows.end * stride) } else { next };
             let a = a.add(rows.start * if TRANSPOSED { 1 } else { stride });
             macro_rules! heights {
@@ -297,24 +324,26 @@ kernel! {
     /// A panel from a matrix that has its rows along `k`: `panel[k][j] = b[k * stride + j]`, zero for `j >= columns`.
     ///
     /// # Safety
-    /// The processor has `V::LEVEL`; `b` is readable there, `panel` writable for `depth * panel_width` floats.
+    /// `b` is readable at all those with `k < depth` and `j < columns`, which is at most the panel's width; `panel` is
+    /// writable for `depth * panel_width` floats.
     pub(crate) unsafe fn pack_rows<V>(depth: usize, columns: usize, b: *const f32, stride: usize, panel: *mut f32) {
         for k in 0..depth {
             let (from, to) = (b.add(k * stride), panel.add(k * panel_width::<V>()));
             let first = columns.min(V::LANES);
             load_some::<V>(from, first).store(to);
             let second = columns - first;
-            let second = if second > 0 { load_some::<V>(from.add(V::LANES), second) } else { V::splat(0.0) };
+            let second = if second > 0 { load_some(from.add(V::LANES), second) } else { V::splat(0.0) };
             second.store(to.add(V::LANES));
         }
     }
 }
 
 kernel! {
-    /// A panel from a matrix that has its columns along `k`: `panel[k][j] = b[j * stride + k]`, zero for `j >= columns`.
+    /// A panel from a matrix that has its columns along `k`: `panel[k][j] = b[j * stride + k]`, zero for
+    /// `j >= columns`.
     ///
     /// # Safety
-    /// As for [`pack_rows`].
+    /// As for [`pack_rows`], with `b[j * stride + k]`.
     pub(crate) unsafe fn pack_columns<V>(depth: usize, columns: usize, b: *const f32, stride: usize, panel: *mut f32) {
         for j in (0..panel_width::<V>()).step_by(V::LANES) {
             for k in (0..depth).step_by(V::LANES) {
@@ -338,9 +367,16 @@ kernel! {
 
 /// Sums of each of `c` columns over the rows of each of `groups` equal groups: `sums[g][j] = sum over r of x[g][r][j]`.
 ///
-/// Rows are summed by eights, the eights in runs of 64 rows, then the runs: the error grows with `8 + 8 + rows / 64` and not with
-/// the number of rows. The order depends on the shape alone.
-pub(crate) fn column_sums<V: Vector>(device: &Device, x: &[f32], groups: usize, c: usize, sums: &mut [f32]) {
+/// Rows are summed by eights, the eights in runs of 64 rows, then the runs: the error grows with `8 + 8 + rows / 64`
+/// and not with the number of rows. The order depends on the shape alone.
+pub(crate) fn column_sums<V: Vector>(
+    token: V::Token,
+    device: &Device,
+    x: &[f32],
+    groups: usize,
+    c: usize,
+    sums: &mut [f32],
+) {
     const RUN: usize = 64;
     let rows = x.len() / (groups * c);
     assert_eq!(sums.len(), groups * c, "column sums of {groups} groups of {c}");
@@ -351,19 +387,24 @@ pub(crate) fn column_sums<V: Vector>(device: &Device, x: &[f32], groups: usize, 
         let (group, run) = (i / runs, i % runs);
         let first = run * RUN;
         let count = RUN.min(rows - first);
-        // SAFETY: level from the caller; rows first..first + count of the group lie in x; task i owns partial[i].
-        unsafe { sum_rows::<V>(count, c, x[(group * rows + first) * c..].as_ptr(), out.at(i * c)) }
+        let x = &x[(group * rows + first) * c..][..count * c];
+        // SAFETY: x is cut to `count` rows; task i alone has row i of `partial`, which has groups * runs rows of c.
+        unsafe { sum_rows::<V>(token, count, c, x.as_ptr(), out.at(i * c)) }
     });
     let partial = partial.as_slice();
     let out = Shared::new(sums);
     for_each_task(groups, |g| {
-        // SAFETY: level from the caller; the group's runs lie in partial; task g owns sums[g].
-        unsafe { sum_rows::<V>(runs, c, partial[g * runs * c..].as_ptr(), out.at(g * c)) }
+        let partial = &partial[g * runs * c..][..runs * c];
+        // SAFETY: `partial` is cut to `runs` rows; task g alone has row g of `sums`, which has `groups` rows of c.
+        unsafe { sum_rows::<V>(token, runs, c, partial.as_ptr(), out.at(g * c)) }
     });
 }
 
 kernel! {
     /// `sums[j] = sum over i < rows of x[i * c + j]`, eight rows at a time.
+    ///
+    /// # Safety
+    /// `x` is readable for `rows * c` floats; the `c` floats at `sums` are writable and the caller's alone.
     unsafe fn sum_rows<V>(rows: usize, c: usize, x: *const f32, sums: *mut f32) {
         for j in (0..c).step_by(V::LANES) {
             let count = V::LANES.min(c - j);

@@ -1,11 +1,13 @@
 //! The CPU: aligned pooled buffers.
 //!
-//! The pool keeps returned buffers by size, rounded up to eight classes an octave: a training step asks for the same sizes
-//! every time, and scratch space of many nearly equal sizes shares buffers, for 6 % of room on average. It never splits or
-//! joins buffers and never gives memory back before it is dropped.
+//! The pool keeps returned buffers by size, rounded up to eight classes an octave: a training step asks for the same
+//! sizes every time, and scratch space of many nearly equal sizes shares buffers, for 6 % of room on average. It never
+//! splits or joins buffers and never gives memory back before it is dropped.
 //!
-//! A guarded pool (tests) hands out buffers full of NaN between two lines of guard words, and looks at the guards when
-//! a buffer comes back.
+//! A guarded pool (tests) hands out buffers full of NaN between guard words, a line before and at least a line behind,
+//! from the first float that was not asked for; it looks at them when a buffer comes back.
+//!
+//! Nothing in [`device::cpu`](self) knows of tensors, parameters or operations: it works on slices and extents.
 
 pub(crate) mod direct;
 pub(crate) mod gemm;
@@ -40,8 +42,8 @@ pub struct Pool {
     guard: usize,
 }
 
-/// What guard lines hold: a number no computation here arrives at.
-const GUARD: Line = Line([-6.022_140_8e23; 16]);
+/// What guard words hold: a number no computation here arrives at.
+const GUARD: f32 = -6.022_140_8e23;
 
 impl Pool {
     pub(super) fn new(guarded: bool) -> Arc<Self> {
@@ -66,11 +68,13 @@ impl Pool {
         };
         let mut data = recycled.unwrap_or_else(|| bytemuck::zeroed_vec(lines));
         if pool.guard > 0 {
-            data.fill(Line([f32::NAN; 16]));
-            data[0] = GUARD;
-            data[1 + len.div_ceil(16)] = GUARD;
+            data.fill(Line([GUARD; 16]));
         }
-        Buffer { data, len, pool: pool.clone() }
+        let mut buffer = Buffer { data, len, pool: pool.clone() };
+        if pool.guard > 0 {
+            buffer.as_mut_slice().fill(f32::NAN);
+        }
+        buffer
     }
 
     pub(super) fn stats(&self) -> PoolStats {
@@ -106,15 +110,17 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         let data = std::mem::take(&mut self.data);
         if self.pool.guard > 0 && !std::thread::panicking() {
-            assert!(data[0].0 == GUARD.0, "something wrote before the start of a buffer of {} numbers", self.len);
-            assert!(
-                data[1 + self.len.div_ceil(16)].0 == GUARD.0,
-                "something wrote past the end of a buffer of {} numbers",
-                self.len
-            );
+            let floats: &[f32] = bytemuck::cast_slice(&data);
+            let (before, rest) = floats.split_at(16 * self.pool.guard);
+            let intact = |words: &[f32]| words.iter().all(|&word| word == GUARD);
+            assert!(intact(before), "something wrote before the start of a buffer of {} numbers", self.len);
+            assert!(intact(&rest[self.len..]), "something wrote past the end of a buffer of {} numbers", self.len);
         }
         let mut shelves = self.pool.shelves();
         shelves.stats.in_use -= (data.len() * size_of::<Line>()) as u64;
         shelves.free.entry(data.len()).or_default().push(data);
     }
 }
+
+#[cfg(test)]
+mod tests;

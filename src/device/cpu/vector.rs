@@ -1,22 +1,25 @@
-//! Vector registers as a type, for the kernels that must decide what stays in them: matrix products and the transforms of
-//! Winograd's convolution. Element-wise loops need none of this; see [`super::simd`].
+//! Vector registers as a type, for the kernels that must decide what stays in them: matrix products and the transforms
+//! of Winograd's convolution. Element-wise loops need none of this; see [`super::simd`].
 //!
-//! Everything here is `unsafe` for one reason: the methods of a type may only run on a processor that has its
-//! [`Level`]. [`kernel!`] compiles a function with that level's features, so that the methods become single
-//! instructions in it; [`with_vector!`] chooses the type.
+//! The methods of a [`Vector`] are single instructions in a function that is compiled with the features of its level,
+//! which [`kernel!`] does, and may run only on a processor that has them, of which a [`Vector::Token`] is the proof:
+//! every function that [`kernel!`] defines takes one, and so do the safe functions that call them.
+//! [`with_vector!`] chooses the type.
 
-use super::simd::Level;
+use super::simd::{Portable, Simd};
 
 /// A vector register of f32.
 ///
 /// # Safety
-/// Every method requires a processor with [`Vector::LEVEL`]; pointers must be valid for the floats read or written and need no alignment.
+/// Every `unsafe` method requires a processor with the level of [`Vector::Token`]. Pointers must be valid for the
+/// floats read or written and need no alignment.
 pub(crate) trait Vector: Copy + Send + Sync + 'static {
-    /// What the processor must have.
-    const LEVEL: Level;
+    /// Proof that the processor has the instructions of the methods.
+    type Token: Simd;
     /// Floats in one register.
     const LANES: usize;
-    /// Rows of the register tile of a matrix product that is two registers wide: 28 + 2 + 1 of 32 registers, or 12 + 2 + 1 of 16.
+    /// Rows of the register tile of a matrix product that is two registers wide: 28 + 2 + 1 of 32 registers, or
+    /// 12 + 2 + 1 of 16.
     const ROWS: usize;
     /// `[Self; LANES]`.
     type Block: AsMut<[Self]> + Copy;
@@ -46,7 +49,7 @@ pub(crate) trait Vector: Copy + Send + Sync + 'static {
 pub(crate) struct Four([f32; 4]);
 
 impl Vector for Four {
-    const LEVEL: Level = Level::Portable;
+    type Token = Portable;
     const LANES: usize = 4;
     const ROWS: usize = 6;
     type Block = [Self; 4];
@@ -63,24 +66,24 @@ impl Vector for Four {
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> Self {
-        // SAFETY: four floats are readable, says the caller.
+        // SAFETY: the caller promises four readable floats; the read needs no alignment.
         Four(unsafe { p.cast::<[f32; 4]>().read_unaligned() })
     }
     #[inline(always)]
     unsafe fn store(self, p: *mut f32) {
-        // SAFETY: four floats are writable, says the caller.
+        // SAFETY: the caller promises four writable floats; the write needs no alignment.
         unsafe { p.cast::<[f32; 4]>().write_unaligned(self.0) }
     }
     #[inline(always)]
     unsafe fn load_first(p: *const f32, count: usize) -> Self {
         let mut x = [0.0; 4];
-        // SAFETY: `count < 4` floats are readable, says the caller.
+        // SAFETY: the caller promises `count < 4` readable floats, so they fit in `x`, a local that nothing overlaps.
         unsafe { std::ptr::copy_nonoverlapping(p, x.as_mut_ptr(), count) };
         Four(x)
     }
     #[inline(always)]
     unsafe fn store_first(self, p: *mut f32, count: usize) {
-        // SAFETY: `count < 4` floats are writable, says the caller.
+        // SAFETY: the caller promises `count < 4` writable floats; `self` is a copy that they do not overlap.
         unsafe { std::ptr::copy_nonoverlapping(self.0.as_ptr(), p, count) };
     }
     #[inline(always)]
@@ -97,7 +100,6 @@ impl Vector for Four {
     }
     #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-        use super::simd::{Isa, Portable};
         Four(std::array::from_fn(|i| Portable::mul_add(self.0[i], b.0[i], c.0[i])))
     }
     #[inline(always)]
@@ -110,26 +112,32 @@ impl Vector for Four {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{Level, Vector};
+    use super::Vector;
+    use crate::device::cpu::simd::{Avx2, Avx512};
 
     /// Lanes below `count` are all ones.
+    ///
+    /// # Safety
+    /// The processor has AVX2.
     #[inline(always)]
     unsafe fn mask8(count: usize) -> __m256i {
-        // SAFETY: AVX2 is there, says the caller.
+        // SAFETY: the intrinsics touch no memory and need AVX2, which the caller promises.
         unsafe { _mm256_cmpgt_epi32(_mm256_set1_epi32(count as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)) }
     }
 
-    // SAFETY, for both types: each method is the instruction of its name; the caller vouches for the processor and the
-    // pointers, as the trait demands.
+    // SAFETY: each block but `prefetch`'s consists of intrinsics that need AVX2 and FMA at most, which the trait
+    // demands of the caller. Those of loads and stores touch the 8 floats at `p`, or by their mask the first `count`,
+    // which the caller promises are valid; they need no alignment. The others touch no memory.
     #[allow(clippy::undocumented_unsafe_blocks)]
     impl Vector for __m256 {
-        const LEVEL: Level = Level::Avx2;
+        type Token = Avx2;
         const LANES: usize = 8;
         const ROWS: usize = 6;
         type Block = [Self; 8];
 
         #[inline(always)]
         fn prefetch(p: *const f32) {
+            // SAFETY: every x86-64 processor has SSE; a prefetch from an invalid address does nothing.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
         }
         #[inline(always)]
@@ -200,15 +208,17 @@ mod x86 {
         }
     }
 
+    // SAFETY: as for `__m256`, with AVX-512 F and 16 floats.
     #[allow(clippy::undocumented_unsafe_blocks)]
     impl Vector for __m512 {
-        const LEVEL: Level = Level::Avx512;
+        type Token = Avx512;
         const LANES: usize = 16;
         const ROWS: usize = 14;
         type Block = [Self; 16];
 
         #[inline(always)]
         fn prefetch(p: *const f32) {
+            // SAFETY: every x86-64 processor has SSE; a prefetch from an invalid address does nothing.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
         }
         #[inline(always)]
@@ -286,8 +296,9 @@ mod x86 {
     }
 }
 
-/// Defines an `unsafe fn` whose first type parameter is a [`Vector`]; its body is compiled with that level's features.
-/// The caller promises a processor that has them, and what the function itself demands.
+/// Defines an `unsafe fn` whose first type parameter is a [`Vector`], `V`, and whose first argument, which is not
+/// written, is a `V::Token`. The body is compiled with the features of that token's level; it is an unsafe block in
+/// which `V`'s methods may be called, since there was a token. The caller promises what the function itself demands.
 macro_rules! kernel {
     (
         $(#[$meta:meta])*
@@ -296,38 +307,44 @@ macro_rules! kernel {
     ) => {
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
-        $vis unsafe fn $name<$v: $crate::device::cpu::vector::Vector $(, $t: $bound)* $(, const $n: $nt)*>($($arg: $ty),*) {
+        $vis unsafe fn $name<$v: $crate::device::cpu::vector::Vector $(, $t: $bound)* $(, const $n: $nt)*>(
+            _token: $v::Token,
+            $($arg: $ty),*
+        ) {
+            use $crate::device::cpu::vector::Vector;
+
             #[inline(always)]
             #[allow(clippy::too_many_arguments)]
-            unsafe fn body<$v: $crate::device::cpu::vector::Vector $(, $t: $bound)* $(, const $n: $nt)*>($($arg: $ty),*) {
-                // SAFETY: the caller's promise, as documented at the function.
+            unsafe fn body<$v: Vector $(, $t: $bound)* $(, const $n: $nt)*>($($arg: $ty),*) {
+                // SAFETY: the caller's promise, as documented at the function; `_token` below for V's methods.
                 unsafe { $body }
             }
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
             #[allow(clippy::too_many_arguments)]
-            unsafe fn avx512<$v: $crate::device::cpu::vector::Vector $(, $t: $bound)* $(, const $n: $nt)*>($($arg: $ty),*) {
-                // SAFETY: as above.
+            unsafe fn avx512<$v: Vector $(, $t: $bound)* $(, const $n: $nt)*>($($arg: $ty),*) {
+                // SAFETY: as in `body`.
                 unsafe { body::<$v $(, $t)* $(, $n)*>($($arg),*) }
             }
 
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
             #[allow(clippy::too_many_arguments)]
-            unsafe fn avx2<$v: $crate::device::cpu::vector::Vector $(, $t: $bound)* $(, const $n: $nt)*>($($arg: $ty),*) {
-                // SAFETY: as above.
+            unsafe fn avx2<$v: Vector $(, $t: $bound)* $(, const $n: $nt)*>($($arg: $ty),*) {
+                // SAFETY: as in `body`.
                 unsafe { body::<$v $(, $t)* $(, $n)*>($($arg),*) }
             }
 
-            match $v::LEVEL {
-                // SAFETY: the caller promises a processor with `V::LEVEL`.
+            match <$v::Token as $crate::device::cpu::simd::Simd>::LEVEL {
+                // SAFETY: `_token` exists, so the processor has the level (`Simd`'s contract) and with it the features
+                // that the function is compiled with; the rest is the caller's promise.
                 #[cfg(target_arch = "x86_64")]
                 $crate::device::cpu::simd::Level::Avx512 => unsafe { avx512::<$v $(, $t)* $(, $n)*>($($arg),*) },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 $crate::device::cpu::simd::Level::Avx2 => unsafe { avx2::<$v $(, $t)* $(, $n)*>($($arg),*) },
-                // SAFETY: as above.
+                // SAFETY: as above; nothing is enabled.
                 _ => unsafe { body::<$v $(, $t)* $(, $n)*>($($arg),*) },
             }
         }
@@ -335,28 +352,27 @@ macro_rules! kernel {
 }
 pub(crate) use kernel;
 
-/// `with_vector!(level, V => expression)`: the expression with `V` the vector type of `level`, which the processor must have
-/// (asserted).
+/// `with_vector!(isa, V, token => expression)`: the expression with `V` the vector type of `isa`, an
+/// [`Isa`](super::simd::Isa), and `token` its `V::Token`.
 macro_rules! with_vector {
-    ($level:expr, $v:ident => $body:expr) => {{
-        let level: $crate::device::cpu::simd::Level = $level;
-        assert!($crate::device::cpu::simd::levels().any(|l| l == level), "this processor lacks {level:?}");
-        match level {
+    ($isa:expr, $v:ident, $token:ident => $body:expr) => {
+        match $isa {
             #[cfg(target_arch = "x86_64")]
-            $crate::device::cpu::simd::Level::Avx512 => {
+            $crate::device::cpu::simd::Isa::Avx512($token) => {
                 type $v = std::arch::x86_64::__m512;
                 $body
             }
             #[cfg(target_arch = "x86_64")]
-            $crate::device::cpu::simd::Level::Avx2 => {
+            $crate::device::cpu::simd::Isa::Avx2($token) => {
                 type $v = std::arch::x86_64::__m256;
                 $body
             }
             _ => {
                 type $v = $crate::device::cpu::vector::Four;
+                let $token = $crate::device::cpu::simd::Portable;
                 $body
             }
         }
-    }};
+    };
 }
 pub(crate) use with_vector;

@@ -1,26 +1,28 @@
-//! Winograd's convolution F(4x4, 3x3) (Lavin and Gray 2015): 3x3 kernels at stride 1 in a quarter of the multiplications.
+//! Winograd's convolution F(4x4, 3x3) (Lavin and Gray 2015): 3x3 kernels at stride 1 in a quarter of the
+//! multiplications.
 //!
 //! Each 4x4 tile `Y` of the output comes from the 6x6 tile `D` of the input under it, for every pair of channels, as
-//! `Y = A^T [(G w G^T) * (B^T D B)] A`, where `*` is element by element. Summed over input channels, the 36 elements are 36
-//! matrix products (tiles x c_in) (c_in x c_out). The gradients are the same formula transposed: that of the input is the
-//! convolution of `dy` with the kernel turned round, and `dw = G^T [sum over tiles of (A dY A^T) * (B^T D B)] G`.
+//! `Y = A^T [(G w G^T) * (B^T D B)] A`, where `*` is element by element. Summed over input channels, the 36 elements
+//! are 36 matrix products (tiles x c_in) (c_in x c_out). The gradients are the same formula transposed: that of the
+//! input is the convolution of `dy` with the kernel turned round, and
+//! `dw = G^T [sum over tiles of (A dY A^T) * (B^T D B)] G`.
 //!
-//! The matrices evaluate polynomials at 0, +-1/p, +-p and infinity. The usual p = 2 (with 1 for 1/p) makes `y` some six times less accurate
-//! than a plain f32 sum over 128 channels; p = sqrt(2) keeps all entries near 1 and the error within twice that
-//! of the plain sum, which is why F(4x4) is used alone and the more accurate F(2x2) (2.25 times fewer products) is not here.
-//! `tests/support/winograd.rs` derives the error to expect.
+//! The matrices evaluate polynomials at 0, +-1/p, +-p and infinity. The usual p = 2 (with 1 for 1/p) makes `y` some six
+//! times less accurate than a plain f32 sum over 128 channels; p = sqrt(2) keeps all entries near 1 and the error
+//! within twice that of the plain sum, which is why F(4x4) is used alone and the more accurate F(2x2) (2.25 times fewer
+//! products) is not here. `tests/support/winograd.rs` derives the error to expect.
 //!
-//! Transformed numbers do not travel far. Where there are many tiles for each panel of output channels, a task takes 64 tiles through all
-//! steps with scratch that stays in the L2 cache; else the tiles are transformed once and each task owns a panel, whose
-//! weights it transforms into its scratch, 256 input channels at a time. Every sum runs over the input channels in order, so both agree to
-//! the bit.
+//! Transformed tiles and weights stay in the L2 cache. Where there are many tiles for each panel of output channels, a
+//! task takes 64 tiles through all steps with scratch of that size; else the tiles are transformed once and each task
+//! owns a panel, whose weights it transforms into its scratch, 256 input channels at a time. Every sum runs over the
+//! input channels in order, so both agree to the bit.
 
 // Loops count with the letters of the formulas, over several arrays at once.
 #![allow(clippy::needless_range_loop)]
 
 use super::direct::{Plus, Towards, Weight};
 use super::gemm::{
-    Accumulate, Continue, Overwrite, Shared, Slots, for_each_task, load_some, panel_width, piece, rows_by_panel,
+    Accumulate, Continue, Overwrite, Shared, Slots, for_each_task, load_some, nth_chunk, panel_width, rows_by_panel,
     store_some,
 };
 use super::vector::{Vector, kernel};
@@ -57,9 +59,12 @@ const A: [[f32; OUT]; IN] = [
 ];
 
 /// `B^T d`.
+///
+/// # Safety
+/// A `V::Token` exists.
 #[inline(always)]
 unsafe fn input_1d<V: Vector>(d: [V; IN]) -> [V; IN] {
-    // SAFETY: the processor has V, says the caller; so in all functions of this kind.
+    // SAFETY: arithmetic in registers, on a processor that has V by the caller's promise.
     unsafe {
         let (even_a, odd_a) = (d[2].mul_add(V::splat(-2.0), d[4]), d[1].mul_add(V::splat(-2.0), d[3]));
         let (even_b, odd_b) = (d[2].mul_add(V::splat(-0.5), d[4]), d[1].mul_add(V::splat(-0.5), d[3]));
@@ -75,9 +80,12 @@ unsafe fn input_1d<V: Vector>(d: [V; IN]) -> [V; IN] {
 }
 
 /// `G g`.
+///
+/// # Safety
+/// A `V::Token` exists.
 #[inline(always)]
 unsafe fn weight_1d<V: Vector>(g: [V; 3]) -> [V; IN] {
-    // SAFETY: see `input_1d`.
+    // SAFETY: as in `input_1d`.
     unsafe {
         let even_a = g[2].mul_add(V::splat(0.5), g[0]).mul(V::splat(-2.0 / 3.0));
         let even_b = g[2].mul_add(V::splat(2.0), g[0]).mul(V::splat(1.0 / 6.0));
@@ -93,9 +101,12 @@ unsafe fn weight_1d<V: Vector>(g: [V; 3]) -> [V; IN] {
 }
 
 /// `A^T m`.
+///
+/// # Safety
+/// A `V::Token` exists.
 #[inline(always)]
 unsafe fn output_1d<V: Vector>(m: [V; IN]) -> [V; OUT] {
-    // SAFETY: see `input_1d`.
+    // SAFETY: as in `input_1d`.
     unsafe {
         let (sum_a, dif_a, sum_b, dif_b) = (m[1].add(m[2]), m[1].sub(m[2]), m[3].add(m[4]), m[3].sub(m[4]));
         [
@@ -108,9 +119,12 @@ unsafe fn output_1d<V: Vector>(m: [V; IN]) -> [V; OUT] {
 }
 
 /// `A y`.
+///
+/// # Safety
+/// A `V::Token` exists.
 #[inline(always)]
 unsafe fn output_transposed_1d<V: Vector>(y: [V; OUT]) -> [V; IN] {
-    // SAFETY: see `input_1d`.
+    // SAFETY: as in `input_1d`.
     unsafe {
         let (even_a, odd_a) = (y[2].mul_add(V::splat(0.5), y[0]), y[3].mul_add(V::splat(0.5), y[1]));
         let (even_b, odd_b) = (y[2].mul_add(V::splat(2.0), y[0]), y[3].mul_add(V::splat(2.0), y[1]));
@@ -126,9 +140,12 @@ unsafe fn output_transposed_1d<V: Vector>(y: [V; OUT]) -> [V; IN] {
 }
 
 /// `G^T p`.
+///
+/// # Safety
+/// A `V::Token` exists.
 #[inline(always)]
 unsafe fn weight_transposed_1d<V: Vector>(p: [V; IN]) -> [V; 3] {
-    // SAFETY: see `input_1d`.
+    // SAFETY: as in `input_1d`.
     unsafe {
         let (sum_a, dif_a, sum_b, dif_b) = (p[1].add(p[2]), p[1].sub(p[2]), p[3].add(p[4]), p[3].sub(p[4]));
         [
@@ -172,13 +189,17 @@ impl Tiles {
     }
 }
 
-/// Floats between two of the 36 planes of transformed numbers: at least `floats`, an odd number of cache lines, so that the 36 stores for
-/// one tile do not meet in one set of the L1 cache.
+/// Floats between two of the 36 planes of transformed numbers: at least `floats`, an odd number of cache lines, so that
+/// the 36 stores for one tile do not meet in one set of the L1 cache.
 const fn plane(floats: usize) -> usize {
     floats.next_multiple_of(16) | 16
 }
 
-/// The input tile at (row, col), which may lie outside: `d[i][j]` is channel vector `k..k + count` of pixel `(row + i, col + j)`.
+/// Row `i` of the input tile at (row, col): `d[j]` has channels `k..k + count` of pixel `(row + i, col + j)`, zeros
+/// outside the image.
+///
+/// # Safety
+/// A `V::Token` exists; `image` is readable for `h w c` floats as `tiles` says; `k + count <= c`, `count <= V::LANES`.
 #[inline(always)]
 unsafe fn load_tile<V: Vector>(
     image: *const f32,
@@ -189,7 +210,8 @@ unsafe fn load_tile<V: Vector>(
     count: usize,
     i: usize,
 ) -> [V; IN] {
-    // SAFETY: the image is as large as `tiles` says and `k + count <= c`; other pixels are not read.
+    // SAFETY: row r and each column read are inside the image, by the comparisons, and channels k..k + count inside the
+    // pixel, so every place is in the floats that the caller promises.
     unsafe {
         let zero = V::splat(0.0);
         let mut d = [zero; IN];
@@ -215,8 +237,12 @@ unsafe fn load_tile<V: Vector>(
 }
 
 kernel! {
-    /// `B^T D B` of tiles `first .. first + count`, channels `k ..`: element xi of channel `k + j` of tile `t` to
-    /// `out[xi * plane + t * stride + j]`.
+    /// `B^T D B` of tiles `first .. first + count`, channels `k .. k + channels`: element xi of channel `k + j` of tile
+    /// `first + t` to `out[xi * plane + t * stride + j]`.
+    ///
+    /// # Safety
+    /// `x` holds the images of `tiles`, which has these tiles and channels; those places of `out` are writable and the
+    /// caller's alone.
     unsafe fn transform_inputs<V>(
         x: *const f32,
         tiles: Tiles,
@@ -254,8 +280,14 @@ kernel! {
 }
 
 kernel! {
-    /// `G w G^T` for one panel of `columns` output channels from `column` and `depth` input channels from `start`: element xi of input
-    /// channel `start + k` and column `j` to `out[xi * plane + k * panel_width + j]`, zero for `j >= columns`.
+    /// `G w G^T` for one panel of `columns` output channels from `column` and `depth` input channels from `start`:
+    /// element xi of input channel `start + k` and column `j` to `out[xi * plane + k * panel_width + j]`, zero for
+    /// `j >= columns`. Output and input are those of the convolution computed: `towards_input`, the weight's the other
+    /// way round.
+    ///
+    /// # Safety
+    /// `w` holds a weight of 3x3 taps and `c_in` input channels that has these channels; `depth` rows of each of the 36
+    /// planes of `out` are writable and the caller's alone.
     unsafe fn transform_weights<V>(
         w: *const f32,
         c_in: usize,
@@ -278,8 +310,8 @@ kernel! {
                     let block_rows = block.as_mut();
                     if towards_input {
                         // The gradient reads the kernel turned round; rows are c_out, columns c_in, as in memory.
-                        let w = w.add((8 - tap) * c_in + column + j + start * row_stride);
                         if lanes > 0 {
+                            let w = w.add((8 - tap) * c_in + column + j + start * row_stride);
                             for l in 0..count {
                                 block_rows[l] = load_some::<V>(w.add((k + l) * row_stride), lanes);
                                 V::prefetch(w.wrapping_add((k + V::LANES + l) * row_stride));
@@ -319,7 +351,13 @@ kernel! {
 }
 
 kernel! {
-    /// `A^T M A` of tiles `first .. first + count` for one panel, plus what is to be added, into `y` (n, out_h, out_w, c_out).
+    /// `A^T M A` of tiles `first .. first + count` for one panel, plus what is to be added, into `y`
+    /// (n, out_h, out_w, c_out).
+    ///
+    /// # Safety
+    /// `m` is readable for `count` rows of a panel in each of the 36 planes; `tiles` has these tiles, and `y` and what
+    /// `plus` adds the lengths that go with it; no other task has channels `column .. column + columns`, below `c_out`,
+    /// of these tiles' outputs.
     unsafe fn transform_outputs<V>(
         m: *const f32,
         plane: usize,
@@ -328,7 +366,7 @@ kernel! {
         count: usize,
         column: usize,
         columns: usize,
-        y: Shared,
+        y: Shared<'_>,
         c_out: usize,
         plus: Plus<'_>,
     ) {
@@ -373,7 +411,9 @@ kernel! {
 }
 
 /// `y = conv(x, weight)`, or with `Towards::Input` the gradient of the input from that of the output.
+#[allow(clippy::too_many_arguments)]
 pub(crate) fn outputs<V: Vector>(
+    token: V::Token,
     device: &Device,
     x: &[f32],
     tiles: Tiles,
@@ -401,36 +441,40 @@ pub(crate) fn outputs<V: Vector>(
     let transform_panel = |p: usize, start: usize, depth: usize, out: *mut f32, plane: usize| {
         let towards_input = towards == Towards::Input;
         let (w, c_in) = (weight.data.as_ptr(), weight.c_in);
-        // SAFETY: the processor has V; the weight is as long as asserted; `out` holds XI planes of `depth` panel rows.
+        // SAFETY: the weight is as long as asserted, and both callers below stay within its channels; they pass XI
+        // planes of at least `depth` panel rows that are their task's alone.
         unsafe {
-            transform_weights::<V>(w, c_in, start, depth, towards_input, p * width, panel_columns(p), out, plane)
+            transform_weights::<V>(token, w, c_in, start, depth, towards_input, p * width, panel_columns(p), out, plane)
         };
     };
-    // The 36 products of `rows` tiles and panel `p` over `depth` channels; `m` goes on from earlier channels unless `fresh`.
+    // The 36 products of `rows` tiles and panel `p` over `depth` channels; `m` goes on from earlier channels unless
+    // `fresh`.
     let multiply = |v: Planes, u: Planes, m: *mut f32, p: usize, rows: usize, depth: usize, fresh: bool| {
         for xi in 0..XI {
             let (a, b) = (v.start.wrapping_add(xi * v.plane), u.start.wrapping_add(xi * u.plane));
             let next = v.start.wrapping_add((xi + 1) % XI * v.plane);
             let (columns, stride) = (panel_columns(p), v.stride);
-            // SAFETY: the processor has V; v and u hold XI planes, m XI planes of BLOCK panel rows.
+            // SAFETY: both callers below pass v and u with XI planes, in which `rows` rows of `depth` floats and
+            // `depth` rows of a panel have been written, and for m XI planes of BLOCK >= rows panel rows in their
+            // task's scratch.
             unsafe {
                 let c = Shared::new_at(m.add(xi * m_plane::<V>()));
                 if fresh {
                     let store = Overwrite { c, stride: width };
-                    rows_by_panel::<V, _, false>(rows, columns, depth, a, stride, b, next, store);
+                    rows_by_panel::<V, _, false>(token, rows, columns, depth, a, stride, b, next, store);
                 } else {
                     let go_on = Continue { c, stride: width };
-                    rows_by_panel::<V, _, false>(rows, columns, depth, a, stride, b, next, go_on);
+                    rows_by_panel::<V, _, false>(token, rows, columns, depth, a, stride, b, next, go_on);
                 }
             }
         }
     };
     let finish = |m: *const f32, p: usize, first: usize, rows: usize| {
-        // SAFETY: the processor has V; m holds the sums of `rows` tiles; the task owns these columns of these tiles'
-        // outputs; `plus` has the lengths asserted.
+        // SAFETY: m holds the sums of `rows` tiles; y and `plus` have the lengths asserted; only one task finishes
+        // these columns of these tiles.
         unsafe {
             let columns = panel_columns(p);
-            transform_outputs::<V>(m, m_plane::<V>(), tiles, first, rows, p * width, columns, y, c_out, plus)
+            transform_outputs::<V>(token, m, m_plane::<V>(), tiles, first, rows, p * width, columns, y, c_out, plus)
         };
     };
     // One line more than needed between tiles, lest all rows of a register tile meet in the same sets of the L1 cache.
@@ -443,10 +487,11 @@ pub(crate) fn outputs<V: Vector>(
         let u_plane = plane(c * width);
         let mut u = device.scratch(panels * XI * u_plane);
         let out = Shared::new(u.as_mut_slice());
-        let pieces = c.div_ceil(64);
-        for_each_task(panels * pieces, |task| {
-            let (p, k) = (task / pieces, task % pieces * 64);
-            // SAFETY: the task owns rows k .. k + 64 of its panel's planes.
+        let chunks = c.div_ceil(64);
+        for_each_task(panels * chunks, |task| {
+            let (p, k) = (task / chunks, task % chunks * 64);
+            // SAFETY: inside `u`, since k < c. The task alone has rows k..k + 64 (or to the last, c) of its panel's
+            // planes.
             let out = unsafe { out.at(p * XI * u_plane + k * width) };
             transform_panel(p, k, 64.min(c - k), out, u_plane);
         });
@@ -457,17 +502,17 @@ pub(crate) fn outputs<V: Vector>(
         let depth = if group == 1 { c.min(128) } else { c.min(64) };
         let (stride, v_plane) = (stride_for(depth), plane(BLOCK * stride_for(depth)));
         Slots::new(device, XI * v_plane + group * m_len).run(blocks * groups, |task, scratch| {
-            let tiles_here = piece(count, blocks, task / groups);
+            let tiles_here = nth_chunk(count, blocks, task / groups);
             let (first, rows) = (tiles_here.start, tiles_here.len());
             let panels_here = task % groups * group..panels.min((task % groups + 1) * group);
             let (v, m) = scratch.split_at_mut(XI * v_plane);
             let m = m.as_mut_ptr();
             for k in (0..c).step_by(depth) {
                 let here = depth.min(c - k);
-                // SAFETY: the processor has V; x is as long as asserted; v holds XI planes of BLOCK rows.
-                unsafe {
-                    transform_inputs::<V>(x.as_ptr(), tiles, first, rows, k, here, v.as_mut_ptr(), v_plane, stride)
-                };
+                let out = v.as_mut_ptr();
+                // SAFETY: x is as long as asserted; v, of this task's scratch, has XI planes of BLOCK >= rows rows of
+                // `stride >= here`.
+                unsafe { transform_inputs::<V>(token, x.as_ptr(), tiles, first, rows, k, here, out, v_plane, stride) };
                 for (i, p) in panels_here.clone().enumerate() {
                     let v = Planes { start: v.as_ptr(), plane: v_plane, stride };
                     let u = Planes { start: u[p * XI * u_plane + k * width..].as_ptr(), plane: u_plane, stride: width };
@@ -483,14 +528,15 @@ pub(crate) fn outputs<V: Vector>(
         let v_plane = plane(count * stride);
         let mut v = device.scratch(XI * v_plane);
         let out = Shared::new(v.as_mut_slice());
-        let pieces = count.div_ceil(8);
-        for_each_task(pieces, |i| {
-            let tiles_here = piece(count, pieces, i);
-            // SAFETY: the processor has V; x is as long as asserted; the task owns these rows of each plane.
+        let chunks = count.div_ceil(8);
+        for_each_task(chunks, |i| {
+            let tiles_here = nth_chunk(count, chunks, i);
+            // SAFETY: x is as long as asserted; v has XI planes of `count` rows of `stride >= c`, of which the task
+            // alone has the rows of its tiles.
             unsafe {
                 let out = out.at(tiles_here.start * stride);
                 let (first, rows) = (tiles_here.start, tiles_here.len());
-                transform_inputs::<V>(x.as_ptr(), tiles, first, rows, 0, c, out, v_plane, stride);
+                transform_inputs::<V>(token, x.as_ptr(), tiles, first, rows, 0, c, out, v_plane, stride);
             }
         });
         let v = v.as_slice();
@@ -504,10 +550,10 @@ pub(crate) fn outputs<V: Vector>(
             let (p, group) = (task / groups, task % groups);
             let (u, m) = scratch.split_at_mut(XI * u_plane);
             let m = m.as_mut_ptr();
-            let tiles_here = piece(count, groups, group);
+            let tiles_here = nth_chunk(count, groups, group);
             let blocks = tiles_here.len().div_ceil(BLOCK);
             let block = |b: usize| {
-                let block = piece(tiles_here.len(), blocks, b);
+                let block = nth_chunk(tiles_here.len(), blocks, b);
                 (tiles_here.start + block.start, block.len())
             };
             for k in (0..c).step_by(depth) {
@@ -545,8 +591,13 @@ fn m_plane<V: Vector>() -> usize {
 const BLOCK: usize = 64;
 
 kernel! {
-    /// Row `p` of `B^T D B`: element `q` of channel `k + j` of tile `t` to panel `j / panel_width`, row `t`, of plane `q`; panels are
-    /// `panel` floats apart.
+    /// Row `p` of `B^T D B`: element `q` of channel `k + j`, `j < channels`, of tile `first + t` to panel
+    /// `j / panel_width`, row `t`, of plane `q`; panels are `panel` floats apart. Of a panel that `channels` ends in,
+    /// the registers that hold them are written whole.
+    ///
+    /// # Safety
+    /// `x` holds the images of `tiles`, which has these tiles and channels; `count` rows of these panels in IN planes
+    /// of `out` are writable and the caller's alone.
     unsafe fn transform_input_row<V>(
         x: *const f32,
         tiles: Tiles,
@@ -586,7 +637,11 @@ kernel! {
 }
 
 kernel! {
-    /// Row `p` of `A dY A^T`: element `q` of channel `j` of tile `t` to `out[q * plane + t * stride + j]`.
+    /// Row `p` of `A dY A^T`: element `q` of channel `j` of tile `first + t` to `out[q * plane + t * stride + j]`.
+    ///
+    /// # Safety
+    /// `dy` holds the outputs (n, out_h, out_w, c_out) of `tiles`, which has these tiles; those places of `out` are
+    /// writable and the caller's alone.
     unsafe fn transform_gradient_row<V>(
         dy: *const f32,
         tiles: Tiles,
@@ -624,6 +679,10 @@ kernel! {
 
 kernel! {
     /// `dw = G^T P G` (or `+=`) for output channel `o`; `P` as [`weight_gradient`] leaves it.
+    ///
+    /// # Safety
+    /// `sums` holds the 36 planes of all panels of `c` input channels, `c_out` rows each, of which those of `o` have
+    /// been written; `dw` is writable for `9 c` floats, and the caller's alone.
     unsafe fn transform_weight_gradient<V>(
         sums: *const f32,
         plane: usize,
@@ -662,10 +721,12 @@ kernel! {
 
 /// `dw`, stored or added to what is there.
 ///
-/// A task owns one row of the 6x6 products (the first half of the transform then yields just that row: splitting the work so costs
-/// only that tiles are read six times) and up to 128 input channels, and walks over all tiles with its transformed
-/// numbers and its sums in its L2 cache.
+/// A task owns one row of the 6x6 products (the first half of the transform then yields just that row: splitting the
+/// work so costs only that tiles are read six times) and up to 128 input channels, and walks over all tiles with its
+/// transformed numbers and its sums in its L2 cache.
+#[allow(clippy::too_many_arguments)]
 pub(crate) fn weight_gradient<V: Vector>(
+    token: V::Token,
     device: &Device,
     x: &[f32],
     tiles: Tiles,
@@ -696,26 +757,21 @@ pub(crate) fn weight_gradient<V: Vector>(
         let (v, m) = scratch.split_at_mut(IN * v_plane);
         for first in (0..count).step_by(chunk) {
             let rows = chunk.min(count - first);
-            // SAFETY: the processor has V; x and dy are as long as asserted; v and m hold IN planes of a chunk.
+            // SAFETY: x and dy are as long as asserted; v and m, of this task's scratch, have IN planes: v's of as many
+            // panels of `chunk` rows as `channels.min(c) >= here` channels fill, m's of `chunk` rows of
+            // `y_stride >= c_out`.
             unsafe {
                 let v = v.as_mut_ptr();
-                transform_input_row::<V>(x.as_ptr(), tiles, first, rows, p, k, here, v, v_plane, v_panel);
-                transform_gradient_row::<V>(
-                    dy.as_ptr(),
-                    tiles,
-                    c_out,
-                    first,
-                    rows,
-                    p,
-                    m.as_mut_ptr(),
-                    y_plane,
-                    y_stride,
-                );
+                transform_input_row::<V>(token, x.as_ptr(), tiles, first, rows, p, k, here, v, v_plane, v_panel);
+                let m = m.as_mut_ptr();
+                transform_gradient_row::<V>(token, dy.as_ptr(), tiles, c_out, first, rows, p, m, y_plane, y_stride);
             }
             for q in 0..IN {
                 for j in (0..here).step_by(width) {
                     let columns = width.min(here - j);
-                    // SAFETY: as above; the task owns these panels of plane p * IN + q.
+                    // SAFETY: plane q of m holds `rows` rows of c_out and plane q of v those of this panel, both just
+                    // written; `sums` has room for c_out rows of each of c's panels in each plane, and no other task
+                    // has those of channels k..k + here in plane p * IN + q.
                     unsafe {
                         let a = m.as_ptr().add(q * y_plane);
                         let b = v.as_ptr().add(q * v_plane + j / width * v_panel);
@@ -723,10 +779,10 @@ pub(crate) fn weight_gradient<V: Vector>(
                         let c = Shared::new_at(c);
                         if first == 0 {
                             let store = Overwrite { c, stride: width };
-                            rows_by_panel::<V, _, true>(c_out, columns, rows, a, y_stride, b, a, store);
+                            rows_by_panel::<V, _, true>(token, c_out, columns, rows, a, y_stride, b, a, store);
                         } else {
                             let add = Accumulate { c, stride: width };
-                            rows_by_panel::<V, _, true>(c_out, columns, rows, a, y_stride, b, a, add);
+                            rows_by_panel::<V, _, true>(token, c_out, columns, rows, a, y_stride, b, a, add);
                         }
                     }
                 }
@@ -736,7 +792,11 @@ pub(crate) fn weight_gradient<V: Vector>(
     let sums = sums.as_slice();
     let out = Shared::new(dw);
     for_each_task(c_out, |o| {
-        // SAFETY: the processor has V; the tasks above wrote every element that counts; task o owns row o of dw.
-        unsafe { transform_weight_gradient::<V>(sums.as_ptr(), sums_plane, o, c_out, c, out.at(o * 9 * c), accumulate) }
+        // SAFETY: the tasks above were all rows of the 6x6 products and all blocks of channels, so every panel of every
+        // plane has been written; dw is as long as asserted, and task o alone has its row o.
+        unsafe {
+            let dw = out.at(o * 9 * c);
+            transform_weight_gradient::<V>(token, sums.as_ptr(), sums_plane, o, c_out, c, dw, accumulate)
+        }
     });
 }
