@@ -1,125 +1,177 @@
-// attention: every token over all tokens of its image, one head or several, without a token x token matrix in memory, and its gradients.
+// attention: every token over all tokens of its image, one head or several, and its gradients. No tokens x tokens
+// matrix is stored.
 //
-// computes   S_ij = q_i . k_j / sqrt(d), m_i = max_j S_ij, r_i = 1 / sum_j exp(S_ij - m_i), P_ij = exp(S_ij - m_i) r_i, y_i = sum_j P_ij v_j;
-//            dP_ij = dy_i . v_j, delta_i = sum_j P_ij dP_ij = dy_i . y_i, dS_ij = P_ij (dP_ij - delta_i) / sqrt(d);
-//            dq_i = sum_j dS_ij k_j, dk_j = sum_i dS_ij q_i, dv_j = sum_i P_ij dy_i
-//            in passes: fwd; bwd_q, which leaves delta, then bwd_kv. Both compute S and dP: 7 products of tokens x tokens x d where 5 would do with
-//            a matrix in memory or atomics
-// layout     q, k, v, y and gradients (n, tokens, c), head e at channels e d .. e d + d: f32 or bf16. lost, like y, in bf16 only: what rounding took from
-//            y. rows (n, heads, 2, tokens) f32: m log2 e, then r. delta (n, heads, tokens) f32
-// mapping    block = one (image, head) and 64 tokens as rows (32 if d > 256), 8 warps; warp = 8 rows (4). It walks over all tokens as columns, 64 at a time.
-//            Products: a lane has 4 rows and every 16th (32nd) column, 4 (2) in all. Sums over columns: the same 4 rows and d/16 (d/32) channels in
-//            vectors of 4. So a row's statistics stay with its 16 (32) lanes, and no result passes from warp to warp
-//            compiled for d up to 32, 64, 128, 256, 512
-// shared     at most 34 KiB. factors (18 KiB): 32 channels of the rows and of the columns, in rows of 36 floats, so that 8 lanes reading 16 bytes each of
-//            neighbouring rows meet no bank twice; or some columns in full. weights (16 KiB): P or dS of each warp, by column
-// bound by   f32 arithmetic: in the products 64 (32) FMAs for 8 (6) 16-byte reads of shared memory, in the sums 64 for 5 where d = 256
-// host       heads d = c; grid n heads ceil(tokens / rows); scale = 1 / sqrt(d), scale_log2 = log2 e / sqrt(d); vec only if 4 divides d; tensors start on
-//            256-byte boundaries; rows, delta and lost come from the earlier passes over the same tensors
-// numerics   f32 sums over the channels, and over the columns in order. The row's largest score so far is taken off before each exponential, and what
-//            has been summed is scaled down when it grows (Milakov and Gimelshein 2018; Dao et al. 2022). 2^x is the hardware's, good to 2 ulp.
-//            m and r are two numbers: the log-sum-exp m - log r would lose digits of r when m is large. delta from y alone would carry y's bf16
-//            rounding, one for all columns of a row, into sums whose terms nearly cancel (100 output roundings seen in dq): hence lost, with which delta errs by
-//            2^-18. The same bits at every repetition, for any batch
+// computes   S_ij = q_i . k_j / sqrt(d), m_i = max_j S_ij, l_i = sum_j exp(S_ij - m_i), P_ij = exp(S_ij - m_i) / l_i,
+//            y_i = sum_j P_ij v_j;
+//            dP_ij = dy_i . v_j, delta_i = sum_j P_ij dP_ij = dy_i . y_i, dS_ij = P_ij (dP_ij - delta_i) / sqrt(d),
+//            dq_i = sum_j dS_ij k_j, dk_j = sum_i dS_ij q_i, dv_j = sum_i P_ij dy_i.
+//            Letters are FlashAttention's (Dao et al. 2022), whose O is y here and whose D is delta.
+//            Three passes: fwd; bwd_q, which writes dq and delta; then bwd_kv. Both backward passes compute S and dP:
+//            seven products of tokens x tokens x d, where five would do with a stored matrix or with atomics
+// layout     q, k, v, y and their gradients (n, tokens, c), f32 or bf16; head e has the channels e d .. e d + d.
+//            lost (n, tokens, c), bf16 only: what rounding took from y. stats (n, heads, 2, tokens), f32: m log2 e,
+//            then 1 / l. delta (n, heads, tokens), f32
+// mapping    block = one (image, head) and B_R tokens as rows; it walks over all tokens as columns, B_C at a time.
+//            warp w = rows 8 w .. 8 w + 8 of the block (D > 256: 4 w .. 4 w + 4).
+//            lane, in S and dP = 4 rows and every 16th column (D > 256: every 32nd), 4 (2) in all; in the sums over
+//            columns = the same 4 rows and d/16 (d/32) channels. So a row's statistics stay with its 16 (32) lanes,
+//            and no result passes from warp to warp. Compiled for d up to D = 32, 64, 128, 256, 512
+// shared     34 KiB at most: `operands` 18 KiB, `p_or_ds` 16 KiB; see Shared
+// bound by   f32 arithmetic: 64 (32) FMAs for 8 (6) 16-byte reads of shared memory in S and dP, 64 for 5 in the sums
+//            where d = 256
+// host       heads d = c; grid.x = n heads ceil(tokens / B_R); scale = 1 / sqrt(d), scale_log2 = log2 e / sqrt(d); vec
+//            only if 4 divides d; tensors start on 256-byte boundaries; stats, delta and lost come from the earlier
+//            passes over the same tensors
+// numerics   f32 sums over the channels, and over the columns in order. The row's largest score so far is subtracted
+//            before each exponential, and what has been summed is scaled down when it grows (Milakov and Gimelshein
+//            2018). 2^x is the hardware's, good to 2 ulp. m and 1 / l are kept apart: the log-sum-exp m + log l, as one
+//            f32, loses digits of l when m is large. delta from y alone would carry y's bf16 rounding, the same for all
+//            columns of a row, into sums whose terms nearly cancel (100 output roundings were seen in dq): hence lost,
+//            with which delta errs by 2^-18. The same bits at every repetition and for any batch
+//
+// One block (D <= 256)                             S of a warp: the lane of each row and column
+//
+//               columns 0..63      64..127         columns     0  1 .. 15 | 16 17 .. 31 | 32 33 .. 47 | 48 49 .. 63
+//   rows 0..7   [  warp 0  ]  -->  [  warp 0  ]    rows 0..3   0  1 .. 15 |  0  1 .. 15 |  0  1 .. 15 |  0  1 .. 15
+//   rows 8..15  [  warp 1  ]  -->  [  warp 1  ]    rows 4..7  16 17 .. 31 | 16 17 .. 31 | 16 17 .. 31 | 16 17 .. 31
+//     ...
+//   rows 56..63 [  warp 7  ]  -->  [  warp 7  ]    y of a warp: the same rows, 4 neighbouring channels a lane
+//
+//   fwd and bwd_q: rows are queries, columns keys. bwd_kv: rows are keys, columns queries
 #include "dtype.cuh"
 #include "reduce.cuh"
 
-constexpr unsigned THREADS = 256;
-constexpr unsigned COLUMNS = 64;      // tokens that a block takes at a time as columns
-constexpr unsigned DEPTH = 32;        // channels of a product in shared memory at a time
-constexpr unsigned PITCH = DEPTH + 4; // floats from row to row there
+// THREADS, B_R and B_R_D512 stand under the same names beside the launches, in src/ops/attention.rs.
+constexpr unsigned THREADS = 256;  // 8 warps
+constexpr unsigned B_R = 64;       // rows of a block, 8 a warp
+constexpr unsigned B_R_D512 = 32;  // the same for heads beyond 256 channels, 4 a warp: a lane's sums stay 64 registers
+constexpr unsigned B_C = 64;       // columns at a time
+constexpr unsigned WARPS = THREADS / 32;
+constexpr unsigned DEPTH = 32;         // channels of both operands of S (or dP) in shared memory at a time
+constexpr unsigned PITCH = DEPTH + 4;  // floats from row to row there: 8 lanes that read 16 bytes each of neighbouring
+                                       // rows meet no bank twice
 
-// How a block of head size up to D is cut up.
+// How a block of heads up to D channels is cut up.
 template <unsigned D>
-struct Cut {
-    static constexpr unsigned WARP_ROWS = D <= 256 ? 8 : 4;
-    static constexpr unsigned ROWS = 8 * WARP_ROWS;
-    static constexpr unsigned LANES = 128 / WARP_ROWS;      // lanes side by side on the columns of a row: 16 or 32
-    static constexpr unsigned EACH = COLUMNS / LANES;       // columns of a lane
-    static constexpr unsigned WIDTH = D / LANES;            // channels of a lane
-    static constexpr unsigned VEC = WIDTH < 4 ? WIDTH : 4;  // of them neighbours
-    static constexpr unsigned TOGETHER = 4096 / D < COLUMNS ? 4096 / D : COLUMNS; // columns in full in shared memory
-    static constexpr unsigned FACTORS = (ROWS + COLUMNS) * PITCH > TOGETHER * D ? (ROWS + COLUMNS) * PITCH : TOGETHER * D;
+struct Tile {
+    static constexpr unsigned ROWS = D <= 256 ? B_R : B_R_D512;
+    static constexpr unsigned WARP_ROWS = ROWS / WARPS;
+    static constexpr unsigned LANES = 128 / WARP_ROWS;  // lanes side by side on the columns of a row: 16 or 32
+    static constexpr unsigned COLS = B_C / LANES;       // columns of a lane
+    static constexpr unsigned CHANNELS = D / LANES;     // channels of a lane
+    static constexpr unsigned VEC = CHANNELS < 4 ? CHANNELS : 4;  // of them neighbours
+    static constexpr unsigned STRIP = 4096 / D < B_C ? 4096 / D : B_C;  // tokens in full in shared memory at a time
+    static constexpr unsigned OPERANDS = (ROWS + B_C) * PITCH > STRIP * D ? (ROWS + B_C) * PITCH : STRIP * D;
 };
 
 template <unsigned D>
 struct Shared {
-    // Two uses, a barrier before each: rows and columns of `DEPTH` channels, pitch PITCH; or TOGETHER columns of D channels.
-    float factors[Cut<D>::FACTORS];
-    // [warp][column][row]: written by a warp and, after the barrier that follows the next `factors`, read by it alone.
-    float weights[8][COLUMNS][Cut<D>::WARP_ROWS];
+    // 18 KiB (d <= 256). For S and dP: rows, then columns, of DEPTH channels, pitch PITCH. For the sums over columns:
+    // STRIP tokens of D channels. Written and read by all threads, with a barrier after each.
+    float operands[Tile<D>::OPERANDS];
+    // 16 KiB (d <= 256), (warp, column, row): P or dS. Written by a warp and, after the barrier behind the `operands`
+    // written next, read by that warp alone.
+    float p_or_ds[WARPS][B_C][Tile<D>::WARP_ROWS];
 };
 
-// One (image, head): how its matrices (tokens, d) lie in a tensor.
-struct Pair {
-    size_t at;       // element index of the first token's first channel
-    size_t of_row;   // index of the first token in delta; twice that in rows
+// One (image, head), and where this thread works in it.
+struct Position {
+    size_t offset;       // element index of the head's first channel of the image's first token
+    size_t first_token;  // index of the image's first token in delta; twice that in stats
     unsigned tokens, d;
-    unsigned stride; // from token to token
-    unsigned vec;    // 16-byte (bf16: 8-byte) accesses
+    unsigned stride;     // elements from token to token
+    unsigned vec;        // 16-byte (bf16: 8-byte) accesses
+    unsigned first;      // the block's first row
+    unsigned row;        // the first of the thread's 4 rows
+    unsigned col;        // the first of its columns, which are every LANES-th: its number among the lanes of its rows
+    bool active;         // the warp has rows
 };
 
-__device__ __forceinline__ Pair pair_of(unsigned pair, unsigned tokens, unsigned c, unsigned heads, unsigned vec) {
-    const unsigned d = c / heads, image = pair / heads, head = pair % heads;
-    return Pair{size_t(image) * tokens * c + size_t(head) * d, size_t(pair) * tokens, tokens, d, c, vec};
+template <unsigned D>
+__device__ __forceinline__ Position position_of(unsigned tokens, unsigned c, unsigned heads, unsigned vec) {
+    using C = Tile<D>;
+    const unsigned blocks = (tokens - 1) / C::ROWS + 1, image_head = blockIdx.x / blocks;
+    const unsigned d = c / heads, image = image_head / heads, head = image_head % heads;
+    Position pos;
+    pos.offset = size_t(image) * tokens * c + size_t(head) * d;
+    pos.first_token = size_t(image_head) * tokens;
+    pos.tokens = tokens;
+    pos.d = d;
+    pos.stride = c;
+    pos.vec = vec;
+    const unsigned first = blockIdx.x % blocks * C::ROWS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    pos.first = first;
+    pos.row = first + warp * C::WARP_ROWS + lane / C::LANES * 4;
+    pos.col = lane % C::LANES;
+    pos.active = first + warp * C::WARP_ROWS < tokens;
+    return pos;
 }
 
-// Tokens first .. first + COUNT, channels from .. from + WIDE of x to rows of PITCH_OUT floats in shared memory, zero where there are none.
+// Tokens first .. first + COUNT, channels from .. from + WIDE of x to rows of PITCH_OUT floats in shared memory, zero
+// where there are none.
 template <unsigned COUNT, unsigned WIDE, unsigned PITCH_OUT, class T>
-__device__ __forceinline__ void stage(float* to, const T* x, const Pair& pair, unsigned first, unsigned from) {
-    x += pair.at + size_t(first) * pair.stride + from;
+__device__ __forceinline__ void copy_to_shared(float* to, const T* x, const Position& pos, unsigned first,
+                                               unsigned from) {
+    x += pos.offset + size_t(first) * pos.stride + from;
     // How many of them there are.
-    const unsigned rows = first < pair.tokens ? min(pair.tokens - first, COUNT) : 0, channels = min(pair.d - from, WIDE);
-    if (pair.vec) {
-        // A thread has the same 4 channels in every row of its own.
+    const unsigned count = first < pos.tokens ? min(pos.tokens - first, COUNT) : 0, channels = min(pos.d - from, WIDE);
+    if (pos.vec) {
+        // A thread has the same 4 channels of every STEP-th token.
         constexpr unsigned STEP = THREADS / (WIDE / 4);
-        const unsigned row = threadIdx.x / (WIDE / 4), channel = threadIdx.x % (WIDE / 4) * 4, mine = channel < channels ? rows : 0;
-        x += size_t(row) * pair.stride + channel;
-        to += row * PITCH_OUT + channel;
+        const unsigned token = threadIdx.x / (WIDE / 4), channel = threadIdx.x % (WIDE / 4) * 4;
+        const unsigned end = channel < channels ? count : 0;
+        x += size_t(token) * pos.stride + channel;
+        to += token * PITCH_OUT + channel;
 #pragma unroll
-        for (unsigned i = 0; i < COUNT / STEP; ++i)
-            store4(to + i * STEP * PITCH_OUT, row + i * STEP < mine ? load4(x + i * STEP * size_t(pair.stride)) : make_float4(0, 0, 0, 0));
+        for (unsigned i = 0; i < COUNT / STEP; ++i) {
+            const bool live = token + i * STEP < end;
+            const float4 v = live ? load4(x + i * STEP * size_t(pos.stride)) : make_float4(0, 0, 0, 0);
+            store4(to + i * STEP * PITCH_OUT, v);
+        }
     } else {
 #pragma unroll 1
         for (unsigned i = threadIdx.x; i < COUNT * WIDE; i += THREADS) {
-            const unsigned row = i / WIDE, channel = i % WIDE;
-            const bool live = row < rows && channel < channels;
-            to[row * PITCH_OUT + channel] = live ? load(x + size_t(row) * pair.stride + channel) : 0;
+            const unsigned token = i / WIDE, channel = i % WIDE;
+            const bool live = token < count && channel < channels;
+            to[token * PITCH_OUT + channel] = live ? load(x + size_t(token) * pos.stride + channel) : 0;
         }
     }
 }
 
-// s = rows . columns over all channels: a of tokens first_row .., b of tokens first_column ... All threads call it; `active`: does the warp have rows?
+// s = A B^T over all channels: A is the block's rows of a, B tokens column .. column + B_C of b. All threads call it.
 template <unsigned D, class T>
-__device__ __forceinline__ void product(float (&s)[4][Cut<D>::EACH], Shared<D>& shared, const T* a, const T* b, const Pair& pair, unsigned first_row,
-                                        unsigned first_column, bool active) {
-    using C = Cut<D>;
-    float* columns = shared.factors + C::ROWS * PITCH;
+__device__ __forceinline__ void multiply_abt(float (&s)[4][Tile<D>::COLS],  // (4 rows, every LANES-th column)
+                                             Shared<D>& shared,
+                                             const T* a, const T* b,        // (n, tokens, c)
+                                             const Position& pos, unsigned column) {
+    using C = Tile<D>;
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const float* my_rows = shared.factors + (warp * C::WARP_ROWS + lane / C::LANES * 4) * PITCH;
-    const float* my_columns = columns + lane % C::LANES * PITCH;
+    float* const b_shared = shared.operands + C::ROWS * PITCH;      // (B_C, DEPTH)
+    const float* const my_a =                                       // (4, DEPTH)
+        shared.operands + (warp * C::WARP_ROWS + lane / C::LANES * 4) * PITCH;
+    const float* const my_b = b_shared + lane % C::LANES * PITCH;   // (COLS, DEPTH), every LANES-th row of B
 #pragma unroll
     for (unsigned r = 0; r < 4; ++r)
 #pragma unroll
-        for (unsigned j = 0; j < C::EACH; ++j) s[r][j] = 0;
-    for (unsigned from = 0; from < pair.d; from += DEPTH) {
-        stage<C::ROWS, DEPTH, PITCH>(shared.factors, a, pair, first_row, from);
-        stage<COLUMNS, DEPTH, PITCH>(columns, b, pair, first_column, from);
-        __syncthreads(); // the channels staged above are read below
-        if (active) {
+        for (unsigned j = 0; j < C::COLS; ++j) s[r][j] = 0;
+    for (unsigned from = 0; from < pos.d; from += DEPTH) {
+        copy_to_shared<C::ROWS, DEPTH, PITCH>(shared.operands, a, pos, pos.first, from);
+        copy_to_shared<B_C, DEPTH, PITCH>(b_shared, b, pos, column, from);
+        __syncthreads();  // the operands written above are read below
+        if (pos.active) {
             // Channels beyond d are zero, up to a multiple of 4.
-            const unsigned depth = min(pair.d - from, DEPTH);
+            const unsigned depth = min(pos.d - from, DEPTH);
 #pragma unroll 1
-            for (unsigned l = 0; l < depth; l += 4) {
-                float4 x[4], z[C::EACH];
+            for (unsigned k = 0; k < depth; k += 4) {
+                float4 x[4], z[C::COLS];
 #pragma unroll
-                for (unsigned r = 0; r < 4; ++r) x[r] = load4(my_rows + r * PITCH + l);
+                for (unsigned r = 0; r < 4; ++r) x[r] = load4(my_a + r * PITCH + k);
 #pragma unroll
-                for (unsigned j = 0; j < C::EACH; ++j) z[j] = load4(my_columns + j * C::LANES * PITCH + l);
+                for (unsigned j = 0; j < C::COLS; ++j) z[j] = load4(my_b + j * C::LANES * PITCH + k);
 #pragma unroll
                 for (unsigned r = 0; r < 4; ++r)
 #pragma unroll
-                    for (unsigned j = 0; j < C::EACH; ++j) {
+                    for (unsigned j = 0; j < C::COLS; ++j) {
                         s[r][j] = fmaf(x[r].x, z[j].x, s[r][j]);
                         s[r][j] = fmaf(x[r].y, z[j].y, s[r][j]);
                         s[r][j] = fmaf(x[r].z, z[j].z, s[r][j]);
@@ -127,77 +179,81 @@ __device__ __forceinline__ void product(float (&s)[4][Cut<D>::EACH], Shared<D>& 
                     }
             }
         }
-        __syncthreads(); // all have read before the factors are written again
+        __syncthreads();  // all have read before the operands are written again
     }
 }
 
-// acc += weights . x over the columns first_column .. first_column + COLUMNS of x. All threads call it; the warp's weights are w.
+// sum += P X over tokens column .. column + B_C of x, P being p (or dS) of the warp's rows. All threads call it.
 template <unsigned D, class T>
-__device__ __forceinline__ void accumulate(float (&acc)[4][Cut<D>::WIDTH], Shared<D>& shared, const float (&w)[4][Cut<D>::EACH], const T* x,
-                                           const Pair& pair, unsigned first_column, bool active) {
-    using C = Cut<D>;
+__device__ __forceinline__ void accumulate_px(float (&sum)[4][Tile<D>::CHANNELS],  // (4 rows, channels of the lane)
+                                              Shared<D>& shared,
+                                              const float (&p)[4][Tile<D>::COLS],  // (4 rows, every LANES-th column)
+                                              const T* x,                          // (n, tokens, c)
+                                              const Position& pos, unsigned column) {
+    using C = Tile<D>;
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float* mine = &shared.weights[warp][0][lane / C::LANES * 4];
-    // A warp's weights are its own; it last read them before the barrier at the end of the previous call.
+    float* const my_p = &shared.p_or_ds[warp][0][lane / C::LANES * 4];  // (B_C, 4 rows)
+    // A warp's P is its own; it last read it before the barrier at the end of the previous call.
 #pragma unroll
-    for (unsigned j = 0; j < C::EACH; ++j)
-        store4(mine + (j * C::LANES + lane % C::LANES) * C::WARP_ROWS, make_float4(w[0][j], w[1][j], w[2][j], w[3][j]));
-    const unsigned count = min(pair.tokens - first_column, COLUMNS);
-    for (unsigned from = 0; from < count; from += C::TOGETHER) {
-        stage<C::TOGETHER, D, D>(shared.factors, x, pair, first_column + from, 0);
-        __syncthreads(); // the columns staged above, and the weights, are read below
-        if (active) {
-            const float* row = shared.factors + C::VEC * (lane % C::LANES);
-            const float* weight = mine + from * C::WARP_ROWS;
-            const unsigned together = min(count - from, C::TOGETHER);
+    for (unsigned j = 0; j < C::COLS; ++j)
+        store4(my_p + (j * C::LANES + lane % C::LANES) * C::WARP_ROWS, make_float4(p[0][j], p[1][j], p[2][j], p[3][j]));
+    const unsigned count = min(pos.tokens - column, B_C);
+    for (unsigned from = 0; from < count; from += C::STRIP) {
+        copy_to_shared<C::STRIP, D, D>(shared.operands, x, pos, column + from, 0);
+        __syncthreads();  // the tokens and the P written above are read below
+        if (pos.active) {
+            const float* token = shared.operands + C::VEC * (lane % C::LANES);
+            const float* p_token = my_p + from * C::WARP_ROWS;
+            const unsigned strip = min(count - from, C::STRIP);
 #pragma unroll 2
-            for (unsigned j = 0; j < together; ++j, row += D, weight += C::WARP_ROWS) {
-                const float4 p = load4(weight);
+            for (unsigned j = 0; j < strip; ++j, token += D, p_token += C::WARP_ROWS) {
+                const float4 p4 = load4(p_token);
 #pragma unroll
-                for (unsigned u = 0; u < C::WIDTH; u += C::VEC) {
+                for (unsigned u = 0; u < C::CHANNELS; u += C::VEC) {
                     float z[C::VEC];
                     if constexpr (C::VEC == 4) {
-                        const float4 v = load4(row + u * C::LANES);
+                        const float4 v = load4(token + u * C::LANES);
                         z[0] = v.x, z[1] = v.y, z[2] = v.z, z[3] = v.w;
                     } else {
                         static_assert(C::VEC == 2, "channels in vectors of 2 or 4");
-                        const float2 v = *reinterpret_cast<const float2*>(row + u * C::LANES);
+                        const float2 v = *reinterpret_cast<const float2*>(token + u * C::LANES);
                         z[0] = v.x, z[1] = v.y;
                     }
 #pragma unroll
-                    for (unsigned l = 0; l < C::VEC; ++l) {
-                        acc[0][u + l] = fmaf(p.x, z[l], acc[0][u + l]);
-                        acc[1][u + l] = fmaf(p.y, z[l], acc[1][u + l]);
-                        acc[2][u + l] = fmaf(p.z, z[l], acc[2][u + l]);
-                        acc[3][u + l] = fmaf(p.w, z[l], acc[3][u + l]);
+                    for (unsigned i = 0; i < C::VEC; ++i) {
+                        sum[0][u + i] = fmaf(p4.x, z[i], sum[0][u + i]);
+                        sum[1][u + i] = fmaf(p4.y, z[i], sum[1][u + i]);
+                        sum[2][u + i] = fmaf(p4.z, z[i], sum[2][u + i]);
+                        sum[3][u + i] = fmaf(p4.w, z[i], sum[3][u + i]);
                     }
                 }
             }
         }
-        __syncthreads(); // all have read before the factors and the weights are written again
+        __syncthreads();  // all have read before the operands and P are written again
     }
 }
 
-// The lane's channels of its 4 rows, times `factor`, to x.
+// The thread's channels of its 4 rows, times `factor` of the row, to x (n, tokens, c).
 template <unsigned D, class T>
-__device__ __forceinline__ void store_rows(T* x, const float (&acc)[4][Cut<D>::WIDTH], const float (&factor)[4], const Pair& pair, unsigned row) {
-    using C = Cut<D>;
-    const unsigned lane = threadIdx.x % 32;
+__device__ __forceinline__ void store_rows(T* x, const float (&sum)[4][Tile<D>::CHANNELS], const float (&factor)[4],
+                                           const Position& pos) {
+    using C = Tile<D>;
 #pragma unroll
     for (unsigned r = 0; r < 4; ++r) {
-        if (row + r >= pair.tokens) return;
-        T* to = x + pair.at + size_t(row + r) * pair.stride;
+        if (pos.row + r >= pos.tokens) return;
+        T* to = x + pos.offset + size_t(pos.row + r) * pos.stride;
+        const float f = factor[r];
 #pragma unroll
-        for (unsigned u = 0; u < C::WIDTH; u += C::VEC) {
-            const unsigned channel = u * C::LANES + C::VEC * (lane % C::LANES);
-            if (C::VEC == 4 && pair.vec) {
-                if (channel < pair.d)
-                    store4(to + channel, make_float4(acc[r][u] * factor[r], acc[r][u + 1] * factor[r], acc[r][u + 2] * factor[r],
-                                                     acc[r][u + 3] * factor[r]));
+        for (unsigned u = 0; u < C::CHANNELS; u += C::VEC) {
+            const unsigned channel = u * C::LANES + C::VEC * pos.col;
+            const float* from = &sum[r][u];
+            if (C::VEC == 4 && pos.vec) {
+                if (channel < pos.d)
+                    store4(to + channel, make_float4(from[0] * f, from[1] * f, from[2] * f, from[3] * f));
             } else {
 #pragma unroll
-                for (unsigned l = 0; l < C::VEC; ++l)
-                    if (channel + l < pair.d) store(to + channel + l, acc[r][u + l] * factor[r]);
+                for (unsigned i = 0; i < C::VEC; ++i)
+                    if (channel + i < pos.d) store(to + channel + i, from[i] * f);
             }
         }
     }
@@ -210,8 +266,11 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-// exp(S - m) of a score before its scale. Fused: the product is as exact as m, whose rounding cancels between P and r.
-__device__ __forceinline__ float exponential(float s, float scale_log2, float m_log2) { return exp2_fast(fmaf(s, scale_log2, -m_log2)); }
+// exp(S - m), of a score before its scale and of m log2 e. Fused: the product is as exact as m, whose rounding cancels
+// between P and l.
+__device__ __forceinline__ float exp_score(float s, float scale_log2, float m) {
+    return exp2_fast(fmaf(s, scale_log2, -m));
+}
 
 // Sum over the lanes that have the same rows; each of them gets it.
 template <unsigned LANES>
@@ -231,192 +290,211 @@ __device__ __forceinline__ float max_row(float v) {
 // v as T holds it.
 template <class T>
 __device__ __forceinline__ float rounded(float v) {
-    T there;
-    store(&there, v);
-    return load(&there);
+    T held;
+    store(&held, v);
+    return load(&held);
 }
 
 // `lost` takes what rounding to bf16 takes from y; null where nobody wants it, and in f32.
 template <unsigned D, class T>
-__device__ __forceinline__ void fwd(T* y, T* lost, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads,
-                                    float scale_log2, unsigned vec) {
-    using C = Cut<D>;
+__device__ __forceinline__ void fwd(T* y, T* lost,                       // (n, tokens, c)
+                                    float* stats,                        // (n, heads, 2, tokens)
+                                    const T* q, const T* k, const T* v,  // (n, tokens, c)
+                                    unsigned tokens, unsigned c, unsigned heads, float scale_log2, unsigned vec) {
+    using C = Tile<D>;
     __shared__ alignas(16) Shared<D> shared;
-    const unsigned blocks = (tokens - 1) / C::ROWS + 1;
-    const Pair pair = pair_of(blockIdx.x / blocks, tokens, c, heads, vec);
-    const unsigned first = blockIdx.x % blocks * C::ROWS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const unsigned row = first + warp * C::WARP_ROWS + lane / C::LANES * 4; // the first of this lane's 4
-    const bool active = first + warp * C::WARP_ROWS < tokens;
+    const Position pos = position_of<D>(tokens, c, heads, vec);
 
-    float acc[4][C::WIDTH], m[4], l[4];
+    float o[4][C::CHANNELS];  // (4 rows, channels of the lane): y times l
+    float m[4];               // (4 rows): the largest score so far, times log2 e
+    float l[4];               // (4 rows): sum of exp(S - m) over this lane's columns so far
 #pragma unroll
     for (unsigned r = 0; r < 4; ++r) {
         m[r] = -INFINITY, l[r] = 0;
 #pragma unroll
-        for (unsigned u = 0; u < C::WIDTH; ++u) acc[r][u] = 0;
+        for (unsigned u = 0; u < C::CHANNELS; ++u) o[r][u] = 0;
     }
-    for (unsigned column = 0; column < tokens; column += COLUMNS) {
-        float p[4][C::EACH];
-        product<D>(p, shared, q, k, pair, first, column, active);
-        if (active) {
-            if (column + COLUMNS > tokens) {
+    for (unsigned column = 0; column < tokens; column += B_C) {
+        float s[4][C::COLS];         // (4 rows, columns of the lane): S before its scale
+        float (&p)[4][C::COLS] = s;  // in its place: P times l
+        multiply_abt<D>(s, shared, q, k, pos, column);
+        if (pos.active) {
+            if (column + B_C > tokens) {
                 // A column beyond the last has probability 0.
 #pragma unroll
-                for (unsigned j = 0; j < C::EACH; ++j)
-                    if (column + j * C::LANES + lane % C::LANES >= tokens) p[0][j] = p[1][j] = p[2][j] = p[3][j] = -INFINITY;
+                for (unsigned j = 0; j < C::COLS; ++j)
+                    if (column + j * C::LANES + pos.col >= tokens) s[0][j] = s[1][j] = s[2][j] = s[3][j] = -INFINITY;
             }
 #pragma unroll
             for (unsigned r = 0; r < 4; ++r) {
-                float largest = p[r][0];
+                float largest = s[r][0];
 #pragma unroll
-                for (unsigned j = 1; j < C::EACH; ++j) largest = fmaxf(largest, p[r][j]);
+                for (unsigned j = 1; j < C::COLS; ++j) largest = fmaxf(largest, s[r][j]);
                 // The scale is positive, so the largest stays the largest.
                 const float before = m[r];
                 m[r] = fmaxf(before, max_row<C::LANES>(largest) * scale_log2);
                 const float shrink = exp2_fast(before - m[r]);
                 l[r] *= shrink;
 #pragma unroll
-                for (unsigned u = 0; u < C::WIDTH; ++u) acc[r][u] *= shrink;
+                for (unsigned u = 0; u < C::CHANNELS; ++u) o[r][u] *= shrink;
 #pragma unroll
-                for (unsigned j = 0; j < C::EACH; ++j) {
-                    p[r][j] = exponential(p[r][j], scale_log2, m[r]);
+                for (unsigned j = 0; j < C::COLS; ++j) {
+                    p[r][j] = exp_score(s[r][j], scale_log2, m[r]);
                     l[r] += p[r][j];
                 }
             }
         }
-        accumulate<D>(acc, shared, p, v, pair, column, active);
+        accumulate_px<D>(o, shared, p, v, pos, column);
     }
-    if (!active) return;
+    if (!pos.active) return;
+    float inv_l[4];  // (4 rows)
 #pragma unroll
     for (unsigned r = 0; r < 4; ++r) {
-        l[r] = 1 / sum_row<C::LANES>(l[r]);
-        if (lane % C::LANES == 0 && row + r < tokens) {
-            rows[2 * pair.of_row + row + r] = m[r];
-            rows[2 * pair.of_row + tokens + row + r] = l[r];
+        inv_l[r] = 1 / sum_row<C::LANES>(l[r]);
+        if (pos.col == 0 && pos.row + r < tokens) {
+            stats[2 * pos.first_token + pos.row + r] = m[r];
+            stats[2 * pos.first_token + tokens + pos.row + r] = inv_l[r];
         }
     }
-    store_rows<D>(y, acc, l, pair, row);
+    store_rows<D>(y, o, inv_l, pos);
     if (sizeof(T) < sizeof(float) && lost) {
         const float one[4] = {1, 1, 1, 1};
 #pragma unroll
         for (unsigned r = 0; r < 4; ++r)
 #pragma unroll
-            for (unsigned u = 0; u < C::WIDTH; ++u) acc[r][u] = acc[r][u] * l[r] - rounded<T>(acc[r][u] * l[r]);
-        store_rows<D>(lost, acc, one, pair, row);
+            for (unsigned u = 0; u < C::CHANNELS; ++u) o[r][u] = o[r][u] * inv_l[r] - rounded<T>(o[r][u] * inv_l[r]);
+        store_rows<D>(lost, o, one, pos);
     }
 }
 
-// Rows are queries. Leaves delta too.
+// Rows are queries. Writes delta too.
 template <unsigned D, class T>
-__device__ __forceinline__ void bwd_q(T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy,
-                                      const float* rows, unsigned tokens, unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {
-    using C = Cut<D>;
+__device__ __forceinline__ void bwd_q(T* dq,                               // (n, tokens, c)
+                                      float* delta,                        // (n, heads, tokens)
+                                      const T* q, const T* k, const T* v,  // (n, tokens, c)
+                                      const T* y, const T* lost,           // (n, tokens, c)
+                                      const T* dy,                         // (n, tokens, c)
+                                      const float* stats,                  // (n, heads, 2, tokens)
+                                      unsigned tokens, unsigned c, unsigned heads, float scale, float scale_log2,
+                                      unsigned vec) {
+    using C = Tile<D>;
     __shared__ alignas(16) Shared<D> shared;
-    const unsigned blocks = (tokens - 1) / C::ROWS + 1;
-    const Pair pair = pair_of(blockIdx.x / blocks, tokens, c, heads, vec);
-    const unsigned first = blockIdx.x % blocks * C::ROWS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const unsigned row = first + warp * C::WARP_ROWS + lane / C::LANES * 4; // the first of this lane's 4
-    const bool active = first + warp * C::WARP_ROWS < tokens;
+    const Position pos = position_of<D>(tokens, c, heads, vec);
 
-    float acc[4][C::WIDTH], m[4], r_scaled[4], mean[4];
+    float sum[4][C::CHANNELS];  // (4 rows, channels of the lane): of dq
+    float m[4];                 // (4 rows): times log2 e
+    float scale_over_l[4];      // (4 rows)
+    float my_delta[4];          // (4 rows)
 #pragma unroll
     for (unsigned r = 0; r < 4; ++r) {
-        m[r] = r_scaled[r] = mean[r] = 0;
-        if (row + r < tokens) {
-            m[r] = rows[2 * pair.of_row + row + r];
-            r_scaled[r] = rows[2 * pair.of_row + tokens + row + r] * scale;
-            const size_t at = pair.at + size_t(row + r) * c;
-            for (unsigned u = lane % C::LANES; u < pair.d; u += C::LANES)
-                mean[r] = fmaf(load(dy + at + u), load(y + at + u) + (lost ? load(lost + at + u) : 0), mean[r]);
+        m[r] = scale_over_l[r] = my_delta[r] = 0;
+        if (pos.row + r < tokens) {
+            m[r] = stats[2 * pos.first_token + pos.row + r];
+            scale_over_l[r] = stats[2 * pos.first_token + tokens + pos.row + r] * scale;
+            const size_t i = pos.offset + size_t(pos.row + r) * c;
+            for (unsigned u = pos.col; u < pos.d; u += C::LANES)
+                my_delta[r] = fmaf(load(dy + i + u), load(y + i + u) + (lost ? load(lost + i + u) : 0), my_delta[r]);
         }
 #pragma unroll
-        for (unsigned u = 0; u < C::WIDTH; ++u) acc[r][u] = 0;
+        for (unsigned u = 0; u < C::CHANNELS; ++u) sum[r][u] = 0;
     }
-    if (active)
+    if (pos.active)
 #pragma unroll
         for (unsigned r = 0; r < 4; ++r) {
-            mean[r] = sum_row<C::LANES>(mean[r]);
-            if (lane % C::LANES == 0 && row + r < tokens) delta[pair.of_row + row + r] = mean[r];
+            my_delta[r] = sum_row<C::LANES>(my_delta[r]);
+            if (pos.col == 0 && pos.row + r < tokens) delta[pos.first_token + pos.row + r] = my_delta[r];
         }
 
-    for (unsigned column = 0; column < tokens; column += COLUMNS) {
-        float p[4][C::EACH], ds[4][C::EACH];
-        product<D>(p, shared, q, k, pair, first, column, active);
-        product<D>(ds, shared, dy, v, pair, first, column, active);
-        // Of rows and columns beyond the last, the former are not stored and the latter not summed.
+    for (unsigned column = 0; column < tokens; column += B_C) {
+        float s[4][C::COLS], dp[4][C::COLS];  // (4 rows, columns of the lane); S before its scale
+        float (&ds)[4][C::COLS] = dp;         // in the place of dP
+        multiply_abt<D>(s, shared, q, k, pos, column);
+        multiply_abt<D>(dp, shared, dy, v, pos, column);
+        // Rows beyond the last are computed too and not stored; columns beyond it are not summed.
 #pragma unroll
         for (unsigned r = 0; r < 4; ++r)
 #pragma unroll
-            for (unsigned j = 0; j < C::EACH; ++j)
-                ds[r][j] = exponential(p[r][j], scale_log2, m[r]) * r_scaled[r] * (ds[r][j] - mean[r]);
-        accumulate<D>(acc, shared, ds, k, pair, column, active);
+            for (unsigned j = 0; j < C::COLS; ++j)
+                ds[r][j] = exp_score(s[r][j], scale_log2, m[r]) * scale_over_l[r] * (dp[r][j] - my_delta[r]);
+        accumulate_px<D>(sum, shared, ds, k, pos, column);
     }
-    if (!active) return;
+    if (!pos.active) return;
     const float one[4] = {1, 1, 1, 1};
-    store_rows<D>(dq, acc, one, pair, row);
+    store_rows<D>(dq, sum, one, pos);
 }
 
-// Rows are keys, columns queries: P and dS transposed.
+// Rows are keys, columns queries: S, P, dP and dS transposed.
 template <unsigned D, class T>
-__device__ __forceinline__ void bwd_kv(T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* rows, const float* delta,
-                                       unsigned tokens, unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {
-    using C = Cut<D>;
+__device__ __forceinline__ void bwd_kv(T* dk, T* dv,                        // (n, tokens, c)
+                                       const T* q, const T* k, const T* v,  // (n, tokens, c)
+                                       const T* dy,                         // (n, tokens, c)
+                                       const float* stats,                  // (n, heads, 2, tokens)
+                                       const float* delta,                  // (n, heads, tokens)
+                                       unsigned tokens, unsigned c, unsigned heads, float scale, float scale_log2,
+                                       unsigned vec) {
+    using C = Tile<D>;
     __shared__ alignas(16) Shared<D> shared;
-    const unsigned blocks = (tokens - 1) / C::ROWS + 1;
-    const Pair pair = pair_of(blockIdx.x / blocks, tokens, c, heads, vec);
-    const unsigned first = blockIdx.x % blocks * C::ROWS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const unsigned row = first + warp * C::WARP_ROWS + lane / C::LANES * 4; // the first of this lane's 4
-    const bool active = first + warp * C::WARP_ROWS < tokens;
+    const Position pos = position_of<D>(tokens, c, heads, vec);
 
-    float acc_k[4][C::WIDTH], acc_v[4][C::WIDTH];
+    float sum_k[4][C::CHANNELS];  // (4 rows, channels of the lane): of dk before its scale
+    float sum_v[4][C::CHANNELS];  // (4 rows, channels of the lane): of dv
 #pragma unroll
     for (unsigned r = 0; r < 4; ++r)
 #pragma unroll
-        for (unsigned u = 0; u < C::WIDTH; ++u) acc_k[r][u] = acc_v[r][u] = 0;
+        for (unsigned u = 0; u < C::CHANNELS; ++u) sum_k[r][u] = sum_v[r][u] = 0;
 
-    for (unsigned column = 0; column < tokens; column += COLUMNS) {
-        float p[4][C::EACH], ds[4][C::EACH];
-        product<D>(p, shared, k, q, pair, first, column, active);
-        product<D>(ds, shared, v, dy, pair, first, column, active);
+    for (unsigned column = 0; column < tokens; column += B_C) {
+        float s[4][C::COLS], dp[4][C::COLS];                 // (4 rows, columns of the lane); S before its scale
+        float (&p)[4][C::COLS] = s, (&ds)[4][C::COLS] = dp;  // in their places; dS before its scale
+        multiply_abt<D>(s, shared, k, q, pos, column);
+        multiply_abt<D>(dp, shared, v, dy, pos, column);
 #pragma unroll
-        for (unsigned j = 0; j < C::EACH; ++j) {
-            const unsigned query = column + j * C::LANES + lane % C::LANES;
-            // Of rows and columns beyond the last, the former are not stored and the latter not summed.
+        for (unsigned j = 0; j < C::COLS; ++j) {
+            const unsigned query = column + j * C::LANES + pos.col;
+            // Rows beyond the last are computed too and not stored; columns beyond it are not summed.
             const bool live = query < tokens;
-            const float m = live ? rows[2 * pair.of_row + query] : 0, r_query = live ? rows[2 * pair.of_row + tokens + query] : 0;
-            const float mean = live ? delta[pair.of_row + query] : 0;
+            const float m = live ? stats[2 * pos.first_token + query] : 0;
+            const float inv_l = live ? stats[2 * pos.first_token + tokens + query] : 0;
+            const float delta_j = live ? delta[pos.first_token + query] : 0;
 #pragma unroll
             for (unsigned r = 0; r < 4; ++r) {
-                p[r][j] = exponential(p[r][j], scale_log2, m) * r_query;
-                ds[r][j] = p[r][j] * (ds[r][j] - mean);
+                p[r][j] = exp_score(s[r][j], scale_log2, m) * inv_l;
+                ds[r][j] = p[r][j] * (dp[r][j] - delta_j);
             }
         }
-        accumulate<D>(acc_v, shared, p, dy, pair, column, active);
-        accumulate<D>(acc_k, shared, ds, q, pair, column, active);
+        accumulate_px<D>(sum_v, shared, p, dy, pos, column);
+        accumulate_px<D>(sum_k, shared, ds, q, pos, column);
     }
-    if (!active) return;
+    if (!pos.active) return;
     const float one[4] = {1, 1, 1, 1}, scales[4] = {scale, scale, scale, scale};
-    store_rows<D>(dv, acc_v, one, pair, row);
-    store_rows<D>(dk, acc_k, scales, pair, row);
+    store_rows<D>(dv, sum_v, one, pos);
+    store_rows<D>(dk, sum_k, scales, pos);
 }
 
 // The entries for heads of up to D channels.
-#define OF_SIZE(D, suffix, T)                                                                                                                            \
-    extern "C" __global__ void __launch_bounds__(256) attention_fwd_d##D##_##suffix(                                                                     \
-        T* y, T* lost, float* rows, const T* q, const T* k, const T* v, unsigned tokens, unsigned c, unsigned heads, float scale_log2, unsigned vec) {   \
-        fwd<D>(y, lost, rows, q, k, v, tokens, c, heads, scale_log2, vec);                                                                               \
-    }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_bwd_q_d##D##_##suffix(                                                                   \
-        T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy, const float* rows, unsigned tokens,             \
-        unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                       \
-        bwd_q<D>(dq, delta, q, k, v, y, lost, dy, rows, tokens, c, heads, scale, scale_log2, vec);                                                       \
-    }                                                                                                                                                    \
-    extern "C" __global__ void __launch_bounds__(256) attention_bwd_kv_d##D##_##suffix(                                                                  \
-        T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* rows, const float* delta, unsigned tokens, unsigned c,               \
-        unsigned heads, float scale, float scale_log2, unsigned vec) {                                                                                   \
-        bwd_kv<D>(dk, dv, q, k, v, dy, rows, delta, tokens, c, heads, scale, scale_log2, vec);                                                           \
+#define OF_SIZE(D, suffix, T)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(THREADS) attention_fwd_d##D##_##suffix(                             \
+        T* y, T* lost, float* stats, const T* q, const T* k, const T* v, unsigned tokens, unsigned c,                \
+        unsigned heads, float scale_log2, unsigned vec) {                                                            \
+        fwd<D>(y, lost, stats, q, k, v, tokens, c, heads, scale_log2, vec);                                          \
+    }                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS) attention_bwd_q_d##D##_##suffix(                           \
+        T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy,             \
+        const float* stats, unsigned tokens, unsigned c, unsigned heads, float scale, float scale_log2,              \
+        unsigned vec) {                                                                                              \
+        bwd_q<D>(dq, delta, q, k, v, y, lost, dy, stats, tokens, c, heads, scale, scale_log2, vec);                  \
+    }                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS) attention_bwd_kv_d##D##_##suffix(                          \
+        T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* stats, const float* delta,       \
+        unsigned tokens, unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {                  \
+        bwd_kv<D>(dk, dv, q, k, v, dy, stats, delta, tokens, c, heads, scale, scale_log2, vec);                      \
     }
-#define ENTRY(suffix, T) OF_SIZE(32, suffix, T) OF_SIZE(64, suffix, T) OF_SIZE(128, suffix, T) OF_SIZE(256, suffix, T) OF_SIZE(512, suffix, T)
+#define ENTRY(suffix, T)    \
+    OF_SIZE(32, suffix, T)  \
+    OF_SIZE(64, suffix, T)  \
+    OF_SIZE(128, suffix, T) \
+    OF_SIZE(256, suffix, T) \
+    OF_SIZE(512, suffix, T)
 F32_AND_BF16(ENTRY)
 #undef ENTRY
 #undef OF_SIZE

@@ -1,16 +1,21 @@
 // embedding: a row of a table for each image, added to what is there.
 //
-// computes   fwd: y[i, k] = add_to[i, k] + table[labels[i], k];  bwd: dtable[r, k] = sum of dy[i, k] over the i with labels[i] = r
+// computes   fwd: y[i, k] = add_to[i, k] + table[labels[i], k];
+//            bwd: dtable[r, k] = sum of dy[i, k] over the i with labels[i] = r
 // layout     y, add_to, dy (n, c) of f32 or bf16; table, dtable (classes, c) f32; labels (n) f32, whole numbers
-// mapping    fwd: thread = one element of y. bwd: thread = one element of dtable, over the images in order
+// mapping    block = 256 elements of y (fwd) or dtable (bwd), thread = one; in bwd it walks over the images in order
 // shared     none
 // bound by   latency: some kilobytes
-// host       labels are below the number of classes
+// host       grid.x = ceil(len / 256), len the elements of y (fwd) or dtable (bwd); labels are below the number of
+//            classes
 // numerics   f32, one rounding to T; bwd adds in the order of the images
 #include "dtype.cuh"
 
 template <class T>
-__device__ __forceinline__ void fwd(T* y, const T* add_to, const float* table, const float* labels, size_t len, unsigned c) {
+__device__ __forceinline__ void fwd(T* y, const T* add_to,  // (n, c)
+                                    const float* table,     // (classes, c)
+                                    const float* labels,    // (n)
+                                    size_t len, unsigned c) {
     const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= len) return;
     const size_t image = i / c;
@@ -18,8 +23,10 @@ __device__ __forceinline__ void fwd(T* y, const T* add_to, const float* table, c
 }
 
 template <class T>
-__device__ __forceinline__ void bwd(float* dtable, const T* dy, const float* labels, size_t len, unsigned n, unsigned c,
-                                    unsigned accumulate) {
+__device__ __forceinline__ void bwd(float* dtable,        // (classes, c)
+                                    const T* dy,          // (n, c)
+                                    const float* labels,  // (n)
+                                    size_t len, unsigned n, unsigned c, unsigned accumulate) {
     const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= len) return;
     const size_t row = i / c, k = i - row * c;
@@ -30,14 +37,14 @@ __device__ __forceinline__ void bwd(float* dtable, const T* dy, const float* lab
     dtable[i] = sum;
 }
 
-#define ENTRY(suffix, T)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(256) embedding_fwd_##suffix(                                      \
-        T* y, const T* add_to, const float* table, const float* labels, size_t len, unsigned c) {                  \
-        fwd(y, add_to, table, labels, len, c);                                                                    \
-    }                                                                                                             \
-    extern "C" __global__ void __launch_bounds__(256) embedding_bwd_##suffix(                                      \
-        float* dtable, const T* dy, const float* labels, size_t len, unsigned n, unsigned c, unsigned accumulate) { \
-        bwd(dtable, dy, labels, len, n, c, accumulate);                                                           \
+#define ENTRY(suffix, T)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(256) embedding_fwd_##suffix(                                        \
+        T* y, const T* add_to, const float* table, const float* labels, size_t len, unsigned c) {                    \
+        fwd(y, add_to, table, labels, len, c);                                                                       \
+    }                                                                                                                \
+    extern "C" __global__ void __launch_bounds__(256) embedding_bwd_##suffix(                                        \
+        float* dtable, const T* dy, const float* labels, size_t len, unsigned n, unsigned c, unsigned accumulate) {  \
+        bwd(dtable, dy, labels, len, n, c, accumulate);                                                              \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY

@@ -1,17 +1,18 @@
 // upsample: nearest neighbour, by two in both directions.
 //
 // computes   fwd: y[n, i, j, k] = x[n, i/2, j/2, k];  bwd: dx[n, i, j, k] = the four dy above it, (a + b) + (d + e)
-// layout     x, dx (n, h, w, c), y, dy (n, 2h, 2w, c), f32 or bf16
-// mapping    thread = one element of x (fwd, which writes four) or dx (bwd, which reads four); neighbours along the channels
+// layout     x, dx (n, h, w, c), y, dy (n, 2h, 2w, c), f32 or bf16; len = n h w c
+// mapping    block = 256 elements of x (fwd) or dx (bwd), neighbours along the channels;
+//            thread = one of them, and the four of y or dy above it
 // shared     none
 // bound by   memory: 5 elements moved for each of x
-// host       nothing
+// host       grid.x = ceil(len / 256)
 // numerics   fwd copies; bwd sums in f32, one rounding to T
 #include "dtype.cuh"
 
-// Where the upper left of the four pixels above element i of x starts, and the distances to the others.
+// The four elements of y (or dy) above one of x: index of the upper left, and distances to its neighbours.
 struct Above {
-    size_t at, right, below;
+    size_t offset, right, below;
 };
 
 __device__ __forceinline__ Above above(size_t i, unsigned w, unsigned c) {
@@ -21,32 +22,38 @@ __device__ __forceinline__ Above above(size_t i, unsigned w, unsigned c) {
 }
 
 template <class T>
-__device__ __forceinline__ void fwd(T* y, const T* x, size_t len, unsigned w, unsigned c) {
+__device__ __forceinline__ void fwd(T* y,        // (n, 2h, 2w, c)
+                                    const T* x,  // (n, h, w, c)
+                                    size_t len, unsigned w, unsigned c) {
     const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= len) return;
     const Above p = above(i, w, c);
     const T v = x[i];
-    y[p.at] = v;
-    y[p.at + p.right] = v;
-    y[p.at + p.below] = v;
-    y[p.at + p.below + p.right] = v;
+    y[p.offset] = v;
+    y[p.offset + p.right] = v;
+    y[p.offset + p.below] = v;
+    y[p.offset + p.below + p.right] = v;
 }
 
 template <class T>
-__device__ __forceinline__ void bwd(T* dx, const T* dy, size_t len, unsigned w, unsigned c) {
+__device__ __forceinline__ void bwd(T* dx,        // (n, h, w, c)
+                                    const T* dy,  // (n, 2h, 2w, c)
+                                    size_t len, unsigned w, unsigned c) {
     const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (i >= len) return;
     const Above p = above(i, w, c);
-    const float upper = load(dy + p.at) + load(dy + p.at + p.right);
-    const float lower = load(dy + p.at + p.below) + load(dy + p.at + p.below + p.right);
+    const float upper = load(dy + p.offset) + load(dy + p.offset + p.right);
+    const float lower = load(dy + p.offset + p.below) + load(dy + p.offset + p.below + p.right);
     store(dx + i, upper + lower);
 }
 
 #define ENTRY(suffix, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(256) upsample_fwd_##suffix(T* y, const T* x, size_t len, unsigned w, unsigned c) { \
+    extern "C" __global__ void __launch_bounds__(256) upsample_fwd_##suffix(                                         \
+        T* y, const T* x, size_t len, unsigned w, unsigned c) {                                                      \
         fwd(y, x, len, w, c);                                                                                        \
     }                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(256) upsample_bwd_##suffix(T* dx, const T* dy, size_t len, unsigned w, unsigned c) { \
+    extern "C" __global__ void __launch_bounds__(256) upsample_bwd_##suffix(                                         \
+        T* dx, const T* dy, size_t len, unsigned w, unsigned c) {                                                    \
         bwd(dx, dy, len, w, c);                                                                                      \
     }
 F32_AND_BF16(ENTRY)

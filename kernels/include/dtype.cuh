@@ -1,4 +1,5 @@
-// Element types of activations and gradients: f32 and bf16. Sums and statistics are f32 whatever the type.
+// Element types of activations and gradients, f32 and bf16, and accesses of one and of up to four elements. Sums and
+// statistics are f32 whatever the type.
 #pragma once
 #include <cuda_bf16.h>
 
@@ -26,24 +27,24 @@ __device__ __forceinline__ void store4(bf16* p, float4 v) {
         make_uint2(*reinterpret_cast<const unsigned*>(&lo), *reinterpret_cast<const unsigned*>(&hi));
 }
 
-// Elements at .. at + 4 of an image of `image` elements that begin there, `count` of which exist: as one access where every image is a multiple of
-// four, so that groups are aligned.
+// Up to four neighbours, p[i] .. p[i + 4], of which the first `count` (1 to 4) exist; the others load as zero and are
+// not stored. `vector`: all four exist and are aligned, and go in one access.
 template <class T>
-__device__ __forceinline__ float4 load_group(const T* p, size_t at, unsigned count, bool vector) {
-    if (vector) return load4(p + at);
-    float4 v = make_float4(load(p + at), 0.0f, 0.0f, 0.0f);
-    if (count > 1) v.y = load(p + at + 1);
-    if (count > 2) v.z = load(p + at + 2);
-    if (count > 3) v.w = load(p + at + 3);
+__device__ __forceinline__ float4 load_group(const T* p, size_t i, unsigned count, bool vector) {
+    if (vector) return load4(p + i);
+    float4 v = make_float4(load(p + i), 0.0f, 0.0f, 0.0f);
+    if (count > 1) v.y = load(p + i + 1);
+    if (count > 2) v.z = load(p + i + 2);
+    if (count > 3) v.w = load(p + i + 3);
     return v;
 }
 template <class T>
-__device__ __forceinline__ void store_group(T* p, size_t at, float4 v, unsigned count, bool vector) {
-    if (vector) return store4(p + at, v);
-    store(p + at, v.x);
-    if (count > 1) store(p + at + 1, v.y);
-    if (count > 2) store(p + at + 2, v.z);
-    if (count > 3) store(p + at + 3, v.w);
+__device__ __forceinline__ void store_group(T* p, size_t i, float4 v, unsigned count, bool vector) {
+    if (vector) return store4(p + i, v);
+    store(p + i, v.x);
+    if (count > 1) store(p + i + 1, v.y);
+    if (count > 2) store(p + i + 2, v.z);
+    if (count > 3) store(p + i + 3, v.w);
 }
 
 // Instantiates ENTRY(suffix, T) for both types; ENTRY defines `extern "C" __global__ void stem_part_##suffix(...)`.

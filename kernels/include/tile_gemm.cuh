@@ -212,30 +212,19 @@ struct Columns {
     __device__ __forceinline__ void put(Side<SIDE>& tile) const { AcrossK<SIDE>::put(tile, quads); }
 };
 
-// Four of a thread's results in one row of a matrix with `cols` columns: all four in one access where cols divides by four, else those that exist.
+// Four of a thread's results in one row of a matrix with `cols` columns: those that exist, in one access where four
+// divides cols.
 struct Four {
     unsigned col, count;
     bool vector;
-    __device__ Four(unsigned col_, unsigned cols) : col(col_), count(col < cols ? min(cols - col, 4u) : 0), vector(cols % 4 == 0) {}
+    __device__ Four(unsigned col_, unsigned cols)
+        : col(col_), count(col < cols ? min(cols - col, 4u) : 0), vector(cols % 4 == 0) {}
 
     template <class T>
-    __device__ __forceinline__ float4 read(const T* p) const {
-        if (vector) return load4(p);
-        float4 v = make_float4(load(p), 0.0f, 0.0f, 0.0f);
-        if (count > 1) v.y = load(p + 1);
-        if (count > 2) v.z = load(p + 2);
-        if (count > 3) v.w = load(p + 3);
-        return v;
-    }
+    __device__ __forceinline__ float4 read(const T* p) const { return load_group(p, 0, count, vector); }
 
     template <class T>
-    __device__ __forceinline__ void write(T* p, float4 v) const {
-        if (vector) return store4(p, v);
-        store(p, v.x);
-        if (count > 1) store(p + 1, v.y);
-        if (count > 2) store(p + 2, v.z);
-        if (count > 3) store(p + 3, v.w);
-    }
+    __device__ __forceinline__ void write(T* p, float4 v) const { store_group(p, 0, v, count, vector); }
 };
 
 __device__ __forceinline__ float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }

@@ -531,10 +531,14 @@ mod cuda {
     use crate::error::Error;
     use crate::kernels::{ByType, attention as kernels};
 
-    /// 8 warps: two blocks, 16 warps, of up to 128 registers a thread on a multiprocessor for heads up to 64 channels (forward 128), one beyond.
+    /// Threads of a block: 8 warps. With up to 128 registers a thread a multiprocessor holds two blocks: heads of up to
+    /// 64 channels (forward 128); one beyond.
     const THREADS: u32 = 256;
+    /// Rows of a block, for heads of up to 256 channels and beyond.
+    const B_R: usize = 64;
+    const B_R_D512: usize = 32;
 
-    /// Forward, backward for q, backward for k and v: compiled for heads of up to so many channels, with blocks of so many rows.
+    /// The entries compiled for heads of up to `d` channels: forward, backward for q, backward for k and v.
     struct Size {
         d: usize,
         rows: usize,
@@ -544,11 +548,17 @@ mod cuda {
     }
 
     const SIZES: [Size; 5] = [
-        Size { d: 32, rows: 64, fwd: &kernels::FWD_D32, bwd_q: &kernels::BWD_Q_D32, bwd_kv: &kernels::BWD_KV_D32 },
-        Size { d: 64, rows: 64, fwd: &kernels::FWD_D64, bwd_q: &kernels::BWD_Q_D64, bwd_kv: &kernels::BWD_KV_D64 },
-        Size { d: 128, rows: 64, fwd: &kernels::FWD_D128, bwd_q: &kernels::BWD_Q_D128, bwd_kv: &kernels::BWD_KV_D128 },
-        Size { d: 256, rows: 64, fwd: &kernels::FWD_D256, bwd_q: &kernels::BWD_Q_D256, bwd_kv: &kernels::BWD_KV_D256 },
-        Size { d: 512, rows: 32, fwd: &kernels::FWD_D512, bwd_q: &kernels::BWD_Q_D512, bwd_kv: &kernels::BWD_KV_D512 },
+        Size { d: 32, rows: B_R, fwd: &kernels::FWD_D32, bwd_q: &kernels::BWD_Q_D32, bwd_kv: &kernels::BWD_KV_D32 },
+        Size { d: 64, rows: B_R, fwd: &kernels::FWD_D64, bwd_q: &kernels::BWD_Q_D64, bwd_kv: &kernels::BWD_KV_D64 },
+        Size { d: 128, rows: B_R, fwd: &kernels::FWD_D128, bwd_q: &kernels::BWD_Q_D128, bwd_kv: &kernels::BWD_KV_D128 },
+        Size { d: 256, rows: B_R, fwd: &kernels::FWD_D256, bwd_q: &kernels::BWD_Q_D256, bwd_kv: &kernels::BWD_KV_D256 },
+        Size {
+            d: 512,
+            rows: B_R_D512,
+            fwd: &kernels::FWD_D512,
+            bwd_q: &kernels::BWD_Q_D512,
+            bwd_kv: &kernels::BWD_KV_D512,
+        },
     ];
 
     /// What all passes over tensors of one shape have in common.
@@ -582,7 +592,8 @@ mod cuda {
             ((self.shape.c / self.heads) as f64).sqrt().recip()
         }
 
-        /// The last parameters: extents, scales, and whether rows of 4 channels are aligned: if and only if 4 divides d, and with it c.
+        /// The last parameters: extents, scales, and whether rows of 4 channels are aligned: if and only if 4 divides
+        /// d, and with it c.
         fn extents(&self, launch: Launch<'a>, scales: &[f64]) -> Launch<'a> {
             let launch = launch.u32(self.shape.pixels()).u32(self.shape.c).u32(self.heads);
             let launch = scales.iter().fold(launch, |launch, &scale| launch.f32(scale as f32));
@@ -595,26 +606,26 @@ mod cuda {
         heads: usize,
         y: &mut Tensor,
         lost: Option<&mut Tensor>,
-        rows: &mut Tensor,
+        stats: &mut Tensor,
         [q, k, v]: [&Tensor; 3],
     ) -> Result<()> {
         let job = Job::new(gpu, q, heads)?;
-        let launch = job.launch(job.size.fwd).write(y).write_opt(lost).write(rows).read(q).read(k).read(v);
+        let launch = job.launch(job.size.fwd).write(y).write_opt(lost).write(stats).read(q).read(k).read(v);
         job.extents(launch, &[job.scale() * LOG2_E]).run()
     }
 
     pub fn backward(gpu: &Gpu, saved: &AttentionBackward, [dq, dk, dv]: [&mut Tensor; 3], dy: &Tensor) -> Result<()> {
-        let AttentionBackward { qkv: [q, k, v], rows, y: Some(y), lost, heads, .. } = saved else {
+        let AttentionBackward { qkv: [q, k, v], rows: stats, y: Some(y), lost, heads, .. } = saved else {
             unreachable!("the forward pass on a GPU keeps its output")
         };
         let job = Job::new(gpu, q, *heads)?;
         let scales = [job.scale(), job.scale() * LOG2_E];
-        let of_rows = Shape::new(job.shape.n, *heads, 1, job.shape.pixels());
-        let mut delta = Tensor::uninit(&Device::Cuda(gpu.clone()), DType::F32, of_rows)?;
+        let by_row = Shape::new(job.shape.n, *heads, 1, job.shape.pixels());
+        let mut delta = Tensor::uninit(&Device::Cuda(gpu.clone()), DType::F32, by_row)?;
         let launch = job.launch(job.size.bwd_q).write(dq).write(&mut delta).read(q).read(k).read(v);
-        job.extents(launch.read(y).read_opt(lost.as_ref()).read(dy).read(rows), &scales).run()?;
+        job.extents(launch.read(y).read_opt(lost.as_ref()).read(dy).read(stats), &scales).run()?;
 
         let launch = job.launch(job.size.bwd_kv).write(dk).write(dv).read(q).read(k).read(v);
-        job.extents(launch.read(dy).read(rows).read(&delta), &scales).run()
+        job.extents(launch.read(dy).read(stats).read(&delta), &scales).run()
     }
 }

@@ -615,9 +615,14 @@ mod cuda {
     use crate::kernels::group_norm::{BWD_DX, BWD_JOIN, BWD_PARAMS, BWD_SUMS, FWD_APPLY, FWD_JOIN, FWD_MOMENTS};
     use crate::params::ParamView;
 
-    /// Threads of a block that passes over the image: 8 warps. At 80 registers a thread a multiprocessor holds three, 24 warps with 4 or 8 loads
-    /// of 16 bytes each in flight.
+    /// Threads of a block that passes over the image: 8 warps. At 80 registers a thread a multiprocessor holds three
+    /// blocks, 24 warps with 4 or 8 loads of 16 bytes each in flight.
     const THREADS: u32 = 256;
+    const WARPS: usize = THREADS as usize / 32;
+    /// Pixels of a thread, each with 4 neighbouring channels.
+    const PIXELS: usize = 8;
+    /// Channels of a block that sums parameter gradients over the images.
+    const PARAM_CHANNELS: usize = 32;
 
     /// What both directions need to know.
     pub struct Job<'a> {
@@ -631,7 +636,7 @@ mod cuda {
     }
 
     /// How blocks and warps lie over channels and pixels, in the kernels' words.
-    struct Cut {
+    struct Tiling {
         /// A warp has 2^lane_bits lanes across the channels, a block 2^warp_bits warps.
         lane_bits: usize,
         warp_bits: usize,
@@ -642,24 +647,27 @@ mod cuda {
         tiles: usize,
     }
 
-    impl Cut {
+    impl Tiling {
         /// By the image's extent alone, so that an image's bits do not depend on its batch.
         fn new(shape: Shape) -> Self {
-            // Lanes across: as many as the channels' groups of four have as a factor, if that makes 8 lanes (128 bytes of f32) or more, so that none is idle;
-            // otherwise as many as there are, at most 32.
+            // Lanes across: the power of two in the number of channels' groups of four, if that is 8 lanes (128 bytes
+            // of f32) or more, so that none is idle; otherwise as many as there are groups, at most 32.
             let fours = shape.c.div_ceil(4);
             let factor = fours.trailing_zeros() as usize;
             let lane_bits = if factor >= 3 { factor } else { bits(fours) }.min(5);
-            // Warps across: as long as there are channels for them, and the warps along still reach over the image.
-            let of_warp = 256 >> lane_bits;
+            // Warps across: twice as many while there are channels for them and the half that is left along the pixels
+            // still covers the image.
+            let warp_pixels = (32 >> lane_bits) * PIXELS;
             let mut warp_bits = 0;
-            while warp_bits < 3 && fours > 1 << (lane_bits + warp_bits) && (4 >> warp_bits) * of_warp >= shape.pixels()
+            while 1 << warp_bits < WARPS
+                && fours > 1 << (lane_bits + warp_bits)
+                && ((WARPS / 2) >> warp_bits) * warp_pixels >= shape.pixels()
             {
                 warp_bits += 1;
             }
-            let strip = (8 >> warp_bits) * of_warp;
+            let strip = (WARPS >> warp_bits) * warp_pixels;
             let tiles = fours.div_ceil(1 << (lane_bits + warp_bits));
-            Cut { lane_bits, warp_bits, strip, strips: shape.pixels().div_ceil(strip), tiles }
+            Tiling { lane_bits, warp_bits, strip, strips: shape.pixels().div_ceil(strip), tiles }
         }
     }
 
@@ -677,21 +685,22 @@ mod cuda {
             Tensor::uninit(&Device::Cuda(self.gpu.clone()), DType::F32, shape)
         }
 
-        /// Lanes across a group's channels in the joins, as a power of two; and threads of a block, so that a lane has about four numbers.
+        /// Lanes across a group's channels in the joins, as a power of two; and threads of a block, so that a lane has
+        /// about four numbers.
         fn join(&self, strips: usize) -> (usize, u32) {
             let lane_bits = bits(self.width()).min(5);
             (lane_bits, 32 * ((strips << lane_bits) / 128).clamp(1, 8) as u32)
         }
 
         /// The parameters that all passes over the image have in common, after those of their own.
-        fn cut(&self, launch: Launch<'a>, cut: &Cut) -> Launch<'a> {
+        fn tiling(&self, launch: Launch<'a>, tiling: &Tiling) -> Launch<'a> {
             // Rows of 4 numbers start on multiples of 4 if and only if 4 divides c.
             let vec = self.shape.c.is_multiple_of(4);
-            launch.u32(cut.strips).u32(cut.lane_bits).u32(cut.warp_bits).u32(vec.into())
+            launch.u32(tiling.strips).u32(tiling.lane_bits).u32(tiling.warp_bits).u32(vec.into())
         }
 
-        fn grid(&self, cut: &Cut) -> [usize; 3] {
-            [self.shape.n * cut.strips, cut.tiles, 1]
+        fn grid(&self, tiling: &Tiling) -> [usize; 3] {
+            [self.shape.n * tiling.strips, tiling.tiles, 1]
         }
 
         fn silu(&self) -> usize {
@@ -700,48 +709,48 @@ mod cuda {
     }
 
     pub fn forward(job: &Job<'_>, y: &mut Tensor, stats: &mut Tensor, x: &Tensor) -> Result<()> {
-        let (shape, cut) = (job.shape, Cut::new(job.shape));
-        let (pixels, grid) = (shape.pixels(), job.grid(&cut));
-        let mut partials = job.scratch(Shape::new(shape.n, cut.strips, 3, shape.c))?;
+        let (shape, tiling) = (job.shape, Tiling::new(job.shape));
+        let (pixels, grid) = (shape.pixels(), job.grid(&tiling));
+        let mut partials = job.scratch(Shape::new(shape.n, tiling.strips, 3, shape.c))?;
         let launch = job.gpu.launch(FWD_MOMENTS.of(x.dtype()), grid, THREADS).write(&mut partials).read(x);
-        job.cut(launch.u32(pixels).u32(shape.c), &cut).run()?;
+        job.tiling(launch.u32(pixels).u32(shape.c), &tiling).run()?;
 
-        let (lane_bits, threads) = job.join(cut.strips);
+        let (lane_bits, threads) = job.join(tiling.strips);
         let launch = job.gpu.launch(&FWD_JOIN, [shape.n * job.groups, 1, 1], threads).write(stats).read(&partials);
-        let launch = launch.u32(pixels).u32(cut.strip).u32(cut.strips).u32(shape.c).u32(job.groups);
+        let launch = launch.u32(pixels).u32(tiling.strip).u32(tiling.strips).u32(shape.c).u32(job.groups);
         launch.u32(lane_bits).f32(job.eps).run()?;
 
         let launch = job.gpu.launch(FWD_APPLY.of(x.dtype()), grid, THREADS).write(y).read(x).read(stats);
         let launch = launch.view(job.gamma).view(job.beta).u32(pixels).u32(shape.c).u32(job.groups);
-        job.cut(launch, &cut).u32(job.silu()).run()
+        job.tiling(launch, &tiling).u32(job.silu()).run()
     }
 
     /// `dx` comes in as `dy`. Returns each image's part of `dgamma` and `dbeta`, (n, 1, 2, c).
     pub fn backward(job: &Job<'_>, dx: &mut Tensor, x: &Tensor, stats: &Tensor) -> Result<Tensor> {
-        let (shape, cut) = (job.shape, Cut::new(job.shape));
-        let (pixels, grid) = (shape.pixels(), job.grid(&cut));
-        let mut partials = job.scratch(Shape::new(shape.n, cut.strips, 2, shape.c))?;
+        let (shape, tiling) = (job.shape, Tiling::new(job.shape));
+        let (pixels, grid) = (shape.pixels(), job.grid(&tiling));
+        let mut partials = job.scratch(Shape::new(shape.n, tiling.strips, 2, shape.c))?;
         let mut sums = job.scratch(Shape::new(shape.n, 1, 2, shape.c))?;
         let mut slopes = job.scratch(Shape::new(shape.n, 1, job.groups, 2))?;
         let launch = job.gpu.launch(BWD_SUMS.of(x.dtype()), grid, THREADS).write(&mut partials).read(x).read(dx);
         let launch = launch.read(stats).view(job.gamma).view(job.beta).u32(pixels).u32(shape.c).u32(job.groups);
-        job.cut(launch, &cut).u32(job.silu()).run()?;
+        job.tiling(launch, &tiling).u32(job.silu()).run()?;
 
-        let (lane_bits, threads) = job.join(cut.strips);
+        let (lane_bits, threads) = job.join(tiling.strips);
         let launch = job.gpu.launch(&BWD_JOIN, [shape.n * job.groups, 1, 1], threads);
         let launch = launch.write(&mut sums).write(&mut slopes).read(&partials).read(stats).view(job.gamma);
-        launch.u32(pixels).u32(cut.strips).u32(shape.c).u32(job.groups).u32(lane_bits).run()?;
+        launch.u32(pixels).u32(tiling.strips).u32(shape.c).u32(job.groups).u32(lane_bits).run()?;
 
         let launch = job.gpu.launch(BWD_DX.of(x.dtype()), grid, THREADS).write(dx).read(x).read(stats).read(&slopes);
         let launch = launch.view(job.gamma).view(job.beta).u32(pixels).u32(shape.c).u32(job.groups);
-        job.cut(launch, &cut).u32(job.silu()).run()?;
+        job.tiling(launch, &tiling).u32(job.silu()).run()?;
         Ok(sums)
     }
 
-    /// Row `part` of `sums` (n, 1, 2, c) over the images, in blocks of 32 channels.
+    /// Row `part` of `sums` (n, 1, 2, c) summed over the images.
     pub fn sum_images(gpu: &Gpu, grad: ParamView<'_>, sums: &Tensor, part: usize) -> Result<()> {
         let Shape { n, c, .. } = sums.shape();
-        let launch = gpu.launch(&BWD_PARAMS, [c.div_ceil(32), 1, 1], THREADS).view(grad.view).read(sums);
+        let launch = gpu.launch(&BWD_PARAMS, [c.div_ceil(PARAM_CHANNELS), 1, 1], THREADS).view(grad.view).read(sums);
         launch.u32(part).u32(n).u32(c).u32(grad.accumulate.into()).run()
     }
 }
