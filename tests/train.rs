@@ -247,9 +247,10 @@ fn a_batch_in_pieces_has_the_loss_and_the_gradient_of_the_whole() {
     let (loss_3, norm_3, m_3) = first_step(3, 0.3);
     // Losses are sums in f64 of what a network computes image by image.
     assert!((loss_3 - loss).abs() <= 8.0 * f64::EPSILON * loss, "loss {loss_3} in pieces, {loss} whole");
-    // f32 sums in another order: 2e-5 of the largest, as for the fixtures in tests/unet.rs.
-    assert!((norm_3 - norm).abs() <= 2e-5 * norm, "gradient norm {norm_3} in pieces, {norm} whole");
-    support::close_to_largest("first moments", &m_3, &m, 2e-5);
+    // f32 sums over the batch in another order, in networks that otherwise compute the same.
+    let allowed = support::network::F32;
+    assert!((norm_3 - norm).abs() <= allowed * norm, "gradient norm {norm_3} in pieces, {norm} whole");
+    support::close_to_largest("first moments", &m_3, &m, allowed);
     // The masks are felt: without them loss and gradient are others.
     let (loss_0, norm_0, _) = first_step(1, 0.0);
     let felt = (loss_0 - loss).abs() > 1e-5 * loss && (norm_0 - norm).abs() > 1e-2 * norm;

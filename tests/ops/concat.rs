@@ -63,8 +63,8 @@ fn gpu_has_the_bits_of_the_cpu() {
 fn planted_bugs_are_noticed() {
     let test = "concat::gpu_has_the_bits_of_the_cpu";
     plant::notices(test, "concat_join_f32", "setp.lt.u32", "setp.le.u32");
-    plant::notices(test, "concat_part_f32", "concat_part_f32_param_5", "concat_part_f32_param_3");
-    plant::notices(test, "concat_part_bf16", "concat_part_bf16_param_4", "concat_part_bf16_param_3");
+    plant::notices_wrong_parameter(test, "concat_part_f32", 5, 3);
+    plant::notices_wrong_parameter(test, "concat_part_bf16", 4, 3);
     plant::notices_lost_block(test, "concat_join_f32");
     plant::notices_lost_block(test, "concat_part_bf16");
 }

@@ -131,6 +131,6 @@ fn planted_bugs_are_noticed() {
     // A constant of Philox, the wrong words kept, the number of images for the size of one.
     plant::notices(test, "dropout_mask_f32", "-845247145", "-845247144");
     plant::notices(test, "dropout_mask_bf16", "setp.lt.u32", "setp.ge.u32");
-    plant::notices(test, "dropout_mask_f32", "dropout_mask_f32_param_3", "dropout_mask_f32_param_2");
+    plant::notices_wrong_parameter(test, "dropout_mask_f32", 3, 2);
     plant::notices_lost_block(test, "dropout_mask_bf16");
 }

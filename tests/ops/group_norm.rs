@@ -132,6 +132,7 @@ fn large_mean_small_variance_keeps_digits() {
 /// of the largest, at most twice the deviation; this moves the mean and the deviation by as much. Eight roundings for the rest.
 fn check_digits(case: &Case, y: &[f32], chain: usize) {
     let want = &case.oracle().0[0];
+    assert_eq!(y.len(), want.len(), "{}", case.shape);
     for (i, (&want, &got)) in want.iter().zip(y).enumerate() {
         let (gamma, beta) = (case.gamma[i % case.shape.c], case.beta[i % case.shape.c]);
         let scaled = gamma.abs() + (want - beta).abs();

@@ -146,7 +146,7 @@ fn gpu_parameter_gradients_accumulate() {
 fn planted_bugs_are_noticed() {
     const TEST: &str = "linear::gpu_agrees_with_the_reference";
     for part in ["fwd_64x64_f32", "dgrad_128x32_bf16", "wgrad_64x64_f32", "bwd_sums_bf16"] {
-        plant::notices(TEST, &format!("linear_{part}"), "bar.sync \t0;", "");
+        plant::notices_lost_last_barrier(TEST, &format!("linear_{part}"));
     }
     for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_32x128_bf16", "bwd_sums_f32", "bwd_bias", "sum_parts"] {
         plant::notices_lost_block(TEST, &format!("linear_{part}"));
@@ -156,7 +156,7 @@ fn planted_bugs_are_noticed() {
         [("fwd_64x64_bf16", 6, 7), ("dgrad_128x32_f32", 5, 4), ("wgrad_64x64_f32", 7, 6), ("bwd_bias", 4, 2)]
     {
         let entry = format!("linear_{part}");
-        plant::notices(TEST, &entry, &format!("{entry}_param_{is}]"), &format!("{entry}_param_{reads}]"));
+        plant::notices_wrong_parameter(TEST, &entry, is, reads);
     }
 }
 

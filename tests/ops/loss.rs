@@ -278,13 +278,8 @@ fn planted_bugs_are_noticed() {
     // The barriers before the warps' sums are added and before the last block is known, the noise of another stream, no bins, losses added to what is stale.
     plant::notices_lost_barrier(test, "loss_fwd_f32", 0);
     plant::notices_lost_barrier(test, "loss_fwd_bf16", 2);
-    plant::notices(test, "loss_fwd_f32", "loss_fwd_f32_param_13", "loss_fwd_f32_param_12");
-    plant::notices(test, "loss_fwd_bf16", "loss_fwd_bf16_param_7", "loss_fwd_bf16_param_14");
-    plant::notices(
-        "loss::gpu_adds_the_pieces_of_a_step_up",
-        "loss_fwd_f32",
-        "loss_fwd_f32_param_14",
-        "loss_fwd_f32_param_7",
-    );
+    plant::notices_wrong_parameter(test, "loss_fwd_f32", 13, 12);
+    plant::notices_wrong_parameter(test, "loss_fwd_bf16", 7, 14);
+    plant::notices_wrong_parameter("loss::gpu_adds_the_pieces_of_a_step_up", "loss_fwd_f32", 14, 7);
     plant::notices_lost_block(test, "loss_fwd_f32");
 }

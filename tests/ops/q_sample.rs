@@ -247,14 +247,9 @@ fn planted_bugs_are_noticed() {
     // Races on an image's draws; flips from the timesteps' streams; the wrong width; another rounding; labels from the image numbers.
     plant::notices_lost_barrier(test, "q_sample_fwd_f32", 0);
     plant::notices_lost_barrier("q_sample::gpu_loops_over_images", "q_sample_fwd_f32", 1);
-    plant::notices(test, "q_sample_fwd_bf16", "q_sample_fwd_bf16_param_18", "q_sample_fwd_bf16_param_17");
-    plant::notices(test, "q_sample_fwd_f32", "q_sample_fwd_f32_param_10", "q_sample_fwd_f32_param_9");
+    plant::notices_wrong_parameter(test, "q_sample_fwd_bf16", 18, 17);
+    plant::notices_wrong_parameter(test, "q_sample_fwd_f32", 10, 9);
     plant::notices(test, "q_sample_fwd_f32", "fma.rn.f32", "fma.rz.f32");
-    plant::notices(
-        "q_sample::gpu_is_fed_the_batches_of_the_cpu",
-        "q_sample_fwd_f32",
-        "q_sample_fwd_f32_param_5",
-        "q_sample_fwd_f32_param_4",
-    );
+    plant::notices_wrong_parameter("q_sample::gpu_is_fed_the_batches_of_the_cpu", "q_sample_fwd_f32", 5, 4);
     plant::notices_lost_block(test, "q_sample_fwd_f32");
 }

@@ -75,12 +75,7 @@ fn planted_bugs_are_noticed() {
     let test = "time_embedding::gpu_agrees_with_the_reference";
     // 1/pi from its eighth digit on; cosines where sines belong.
     plant::notices(test, "time_embedding_fwd_f32", "0d3FD45F306DC9C883", "0d3FD45F316DC9C883");
-    plant::notices(test, "time_embedding_fwd_f32", "time_embedding_fwd_f32_param_7", "time_embedding_fwd_f32_param_6");
-    plant::notices(
-        test,
-        "time_embedding_fwd_bf16",
-        "time_embedding_fwd_bf16_param_7",
-        "time_embedding_fwd_bf16_param_6",
-    );
+    plant::notices_wrong_parameter(test, "time_embedding_fwd_f32", 7, 6);
+    plant::notices_wrong_parameter(test, "time_embedding_fwd_bf16", 7, 6);
     plant::notices_lost_block(test, "time_embedding_fwd_f32");
 }

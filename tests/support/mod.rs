@@ -8,6 +8,7 @@
 #![allow(dead_code, reason = "each test target uses its own part of this module")]
 
 pub mod gpu;
+pub mod network;
 pub mod plant;
 mod tests;
 pub mod winograd;
@@ -44,16 +45,19 @@ pub fn tiny(h: usize, w: usize, channels: usize) -> Config {
 /// Half a unit in the last place of an f32, relative: one rounding.
 pub const F32_ROUNDING: f64 = 1.0 / (1u64 << 24) as f64;
 
-/// Largest error of `got` against `want`, with its place. Fails on a wrong length, a NaN or an infinity.
+/// Largest error of `got` against `want` as a share of its budget. Fails where it is above 1, and on whatever would make the
+/// comparison mean nothing: no numbers, a wrong length, a NaN or an infinity on either side or in a budget.
 #[track_caller]
 pub fn worst(name: &str, got: &[f32], want: &[f64], budget: impl Fn(f64) -> f64) -> f64 {
     assert_eq!(got.len(), want.len(), "{name}: {} numbers, expected {}", got.len(), want.len());
+    assert!(!want.is_empty(), "{name}: there is nothing to compare");
     let mut share = 0.0;
     let mut line = String::new();
     for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
         assert!(w.is_finite(), "{name}: the oracle itself is {w} at {i}");
         assert!(g.is_finite(), "{name}: element {i} is {g}, expected {w}");
         let (error, allowed) = ((f64::from(g) - w).abs(), budget(w));
+        assert!(allowed.is_finite() && allowed >= 0.0, "{name}: element {i} has a budget of {allowed}");
         // An error of zero is within a budget of zero.
         let used = if error == 0.0 { 0.0 } else { error / allowed };
         if used > share {
@@ -78,9 +82,7 @@ pub fn close(name: &str, got: &[f32], oracle: &[f64], yardstick: &[f32]) -> f64 
 /// not, say from an exponential of its own. The caller derives it.
 #[track_caller]
 pub fn close_but_for(name: &str, got: &[f32], oracle: &[f64], yardstick: &[f32], allowance: f64) -> f64 {
-    assert_eq!(yardstick.len(), oracle.len(), "{name}: yardstick and oracle differ in length");
-    let own = yardstick.iter().zip(oracle).map(|(&y, &o)| (f64::from(y) - o).abs()).fold(0.0, f64::max);
-    assert!(own.is_finite(), "{name}: the f32 reference is not finite");
+    let own = error_of_reference(name, yardstick, oracle);
     worst(name, got, oracle, |w| 2.0 * own + F32_ROUNDING * w.abs() + allowance)
 }
 
@@ -100,15 +102,23 @@ pub fn close_as_but_for(
     yardstick: &[f32],
     allowance: f64,
 ) -> f64 {
-    assert_eq!(yardstick.len(), oracle.len(), "{name}: yardstick and oracle differ in length");
-    let own = yardstick.iter().zip(oracle).map(|(&y, &o)| (f64::from(y) - o).abs()).fold(0.0, f64::max);
-    assert!(own.is_finite(), "{name}: the f32 reference is not finite");
-    let (rounding, own) = (gpu::rounding(dtype), 2.0 * own + allowance);
+    let (rounding, own) = (gpu::rounding(dtype), 2.0 * error_of_reference(name, yardstick, oracle) + allowance);
     worst(name, got, oracle, |w| own + rounding * (w.abs() + own))
 }
 
-/// `got` against numbers that an f32 implementation reproduces to `relative` of the tensor's largest element (fixtures
-/// of other implementations).
+/// The largest error that the reference makes in f32. A maximum over floats passes over a NaN, so every number is looked at.
+#[track_caller]
+fn error_of_reference(name: &str, yardstick: &[f32], oracle: &[f64]) -> f64 {
+    assert_eq!(yardstick.len(), oracle.len(), "{name}: yardstick and oracle differ in length");
+    yardstick.iter().zip(oracle).enumerate().fold(0.0, |largest: f64, (i, (&y, &o))| {
+        let error = (f64::from(y) - o).abs();
+        assert!(error.is_finite(), "{name}: at {i} the reference is {y} in f32 and {o} in f64");
+        largest.max(error)
+    })
+}
+
+/// `got` against numbers that an f32 implementation reproduces to `relative` of the tensor's largest element, as a
+/// [`network`]'s outputs and gradients.
 #[track_caller]
 pub fn close_to_largest(name: &str, got: &[f32], want: &[f32], relative: f64) -> f64 {
     let want: Vec<f64> = want.iter().map(|&w| f64::from(w)).collect();
@@ -139,6 +149,7 @@ pub fn same_bits(name: &str, got: &[f32], want: &[f32]) {
 #[track_caller]
 pub fn finite_differences(name: &str, f: impl Fn(&[Vec<f64>]) -> f64, inputs: &[Vec<f64>], gradients: &[Vec<f64>]) {
     assert_eq!(inputs.len(), gradients.len(), "{name}: one gradient per input");
+    assert!(inputs.iter().any(|x| !x.is_empty()), "{name}: there is no input to vary");
     let h = 1e-4;
     let mut inputs = inputs.to_vec();
     for k in 0..inputs.len() {
@@ -155,9 +166,11 @@ pub fn finite_differences(name: &str, f: impl Fn(&[Vec<f64>]) -> f64, inputs: &[
             let terms = inputs.iter().map(Vec::len).sum::<usize>() as f64;
             let budget = 100.0 * h * h / 6.0 * largest.max(1.0) + f64::EPSILON * above.abs().max(1.0) * terms / h;
             let error = (quotient - derived).abs();
+            // An infinite function value makes the error and the budget infinite together.
             assert!(
-                error <= budget,
-                "{name}: gradient {k}, element {i} is {derived:e}, differences say {quotient:e} (error {error:.2e}, budget {budget:.2e})"
+                budget.is_finite() && error <= budget,
+                "{name}: gradient {k}, element {i} is {derived:e}, differences say {quotient:e} \
+                 (error {error:.2e}, budget {budget:.2e})"
             );
         }
     }

@@ -51,17 +51,21 @@ pub fn matrices() -> [([f64; 6], [f64; 3], [f64; 4]); 6] {
     })
 }
 
-/// The largest error to expect of a sum over `length` products, for inputs with the given root mean squares.
-pub fn budget(result: Result, length: usize, rms: [f64; 2]) -> f64 {
+/// By how much the transforms amplify the deviation of rounding errors, for the worst row.
+pub fn gain(result: Result) -> f64 {
     let squares = |row: &[f64]| row.iter().map(|v| v * v).sum::<f64>();
     let largest = |of: &dyn Fn(usize) -> f64, count: usize| (0..count).map(of).fold(0.0, f64::max);
     let m = matrices();
-    let gain = match result {
+    match result {
         Result::Output => largest(&|i| m.iter().map(|(b, g, a)| a[i] * a[i] * squares(g) * squares(b)).sum(), 4),
         Result::Weight => largest(&|i| m.iter().map(|(b, g, a)| g[i] * g[i] * squares(a) * squares(b)).sum(), 3),
-    };
+    }
+}
+
+/// The largest error to expect of a sum over `length` products, for inputs with the given root mean squares.
+pub fn budget(result: Result, length: usize, rms: [f64; 2]) -> f64 {
     let n = length as f64;
-    5.0 * F32_ROUNDING / 3f64.sqrt() * gain * rms[0] * rms[1] * (n * n / 2.0 + 20.0 * n).sqrt()
+    5.0 * F32_ROUNDING / 3f64.sqrt() * gain(result) * rms[0] * rms[1] * (n * n / 2.0 + 20.0 * n).sqrt()
 }
 
 /// The matrices do compute a convolution: `A^T [(G g) * (B^T d)]`.
