@@ -1,5 +1,5 @@
-//! Checkpoints: what diffusers writes is read, what we write is what diffusers would, every damage has its sentence, and
-//! no moment at which the process dies costs the last good one.
+//! Checkpoints: what diffusers writes is read, what we write is what diffusers would, every damage has its sentence,
+//! and no moment at which the process dies costs the last good one.
 
 use std::collections::HashMap;
 use std::fs;

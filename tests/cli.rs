@@ -400,7 +400,8 @@ fn killed_and_resumed_it_ends_with_the_same_bits() {
     assert!(final_weights(&run) == final_weights(&whole), "the killed run has other weights");
 }
 
-/// A log goes on where the checkpoint stands: later lines go, steps are not repeated, times go on, and `--steps` moves the end.
+/// A log goes on where the checkpoint stands: later lines go, steps are not repeated, times go on, and `--steps`
+/// moves the end.
 #[test]
 fn a_resumed_run_continues_its_log() {
     let folder = tempfile::tempdir().unwrap();

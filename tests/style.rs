@@ -1,8 +1,8 @@
-//! No line is longer than 120 columns: Rust, CUDA, shell scripts and the prose of Markdown files. `cargo fmt` breaks code but
-//! neither comments nor what holds a long string.
+//! No line is longer than 120 columns: Rust, CUDA, shell scripts and the prose of Markdown files. `cargo fmt` breaks
+//! code but neither comments nor what holds a long string.
 //!
-//! A line of Rust may be longer if a string literal reaches over the last column: messages are not broken in the middle. In
-//! Markdown tables, code blocks and lines that are a single link may be longer.
+//! A line of Rust may be longer if a string literal reaches over the last column: messages are not broken in the
+//! middle. In Markdown tables, code blocks and lines that are a single link may be longer.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 /// As `max_width` in rustfmt.toml.
 const COLUMNS: usize = 120;
 
-/// Every file of a folder, in the order of the paths; nothing in build outputs, fixtures or what begins with a dot, but the
-/// scripts of CI.
+/// Every file of a folder, in the order of the paths; nothing in build outputs, fixtures or what begins with a dot,
+/// but the scripts of CI.
 fn files(folder: &Path, found: &mut Vec<PathBuf>) {
     let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
     let mut paths: Vec<PathBuf> = entries.map(|entry| entry.expect("an entry of the folder").path()).collect();
@@ -63,7 +63,8 @@ fn literals_over_the_edge(text: &str) -> Vec<bool> {
     over
 }
 
-/// Length of the comment, literal, name or single character that `text` begins with. A string with its prefix is one literal.
+/// Length of the comment, literal, name or single character that `text` begins with. A string with its prefix is one
+/// literal.
 fn token(text: &[char]) -> usize {
     let at = |i: usize| text.get(i).copied().unwrap_or('\0');
     let until = |from: usize, end: &dyn Fn(usize) -> bool| (from..text.len()).find(|&i| end(i)).unwrap_or(text.len());

@@ -1,5 +1,6 @@
 //! The whole network against another implementation: outputs and every gradient that PyTorch computed in float64 for
-//! diffusers' `UNet2DModel` with random parameters, to what [`support::network`] allows of each tensor's largest element.
+//! diffusers' `UNet2DModel` with random parameters, to what [`support::network`] allows of each tensor's largest
+//! element.
 
 mod support;
 
@@ -95,9 +96,9 @@ fn agrees_with_pytorch(name: &str, device: &Device) {
             want = layout::to_channels_last(&want, spec.shape.c, spec.shape.pixels());
         }
         let got = &flat[specs.range(p)];
-        // Some true gradients are zero: softmax does not see the keys' bias, and a group norm of one channel a group sees
-        // no shift of a channel. What either implementation has there is the rounding of sums that cancel, so its scale
-        // is that of the other gradients of the block.
+        // Some true gradients are zero: softmax does not see the keys' bias, and a group norm of one channel a group
+        // sees no shift of a channel. What either implementation has there is the rounding of sums that cancel, so
+        // its scale is that of the other gradients of the block.
         let scale = of_block[&block(&spec.name)];
         let share = if largest(&want) > 1e-9 * scale {
             close_to_largest(&spec.name, got, &want, tolerance)
@@ -109,7 +110,7 @@ fn agrees_with_pytorch(name: &str, device: &Device) {
     let (name_of_worst, share) = shares.iter().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap();
     let derived = network::derived(specs, shape.n * shape.pixels());
     println!(
-        "{name}: {} tensors, the worst is {name_of_worst} with {share:.3} of {tolerance:.2e}; derived in f32: {derived:.2e}",
+        "{name}: {} tensors, the worst is {name_of_worst} with {share:.3} of {tolerance:.2e}; for f32 {derived:.2e} is derived",
         shares.len()
     );
     assert!(network::F32 <= derived, "{name}: more is allowed than the derived {derived:e}");
@@ -143,8 +144,9 @@ fn the_kernels_agree_with_pytorch_in_bf16() {
     agrees_with_pytorch_on_a_gpu(DType::Bf16);
 }
 
-/// A checkpoint that `ddpm-cuda train` wrote (non-square images, classes, heads) and what diffusers' `DDPMPipeline` computes with
-/// it. That today's program would write the same files, and so that diffusers would open them, is the second half.
+/// A checkpoint that `ddpm-cuda train` wrote (non-square images, classes, heads) and what diffusers' `DDPMPipeline`
+/// computes with it. That today's program would write the same files, and so that diffusers would open them, is the
+/// second half.
 #[test]
 fn diffusers_opens_our_checkpoints_and_computes_the_same() {
     let device = Device::cpu_guarded();
@@ -202,7 +204,8 @@ fn an_image_has_the_same_bits_in_any_batch() {
     }
 }
 
-/// A network of one level and width 8 on 4x4 pixels without attention on the way, every parameter zero but those that [`masks_of`] sets.
+/// A network of one level and width 8 on 4x4 pixels without attention on the way, every parameter zero but those that
+/// [`masks_of`] sets.
 fn plain() -> Model {
     let mut model = Config::preset(Preset::Mnist).model;
     (model.image_size, model.widths, model.attention_resolutions) = (Size::square(4), vec![8], Vec::new());
@@ -210,8 +213,8 @@ fn plain() -> Model {
     model
 }
 
-/// The network's output where residual block `plus` adds its dropout mask to what passes through and block `minus` subtracts its own,
-/// all other blocks passing it on: constant if there are no masks, or if both are the same.
+/// The network's output where residual block `plus` adds its dropout mask to what passes through and block `minus`
+/// subtracts its own, all other blocks passing it on: constant if there are no masks, or if both are the same.
 fn masks_of(plus: usize, minus: usize, masks: Option<DropoutSeed>) -> Vec<f32> {
     let device = Device::cpu();
     let (unet, specs) = UNet::new(&plain()).unwrap();
@@ -264,7 +267,8 @@ fn every_block_and_step_drops_on_its_own_and_none_without_being_asked() {
     }
 }
 
-/// Counted by hand for [`plain`] with attention at its only level (the middle always has it), width 8, 16 pixels, 32 time features.
+/// Counted by hand for [`plain`] with attention at its only level (the middle always has it), width 8, 16 pixels, 32
+/// time features.
 #[test]
 fn costs_are_those_counted_by_hand() {
     let model = Model { attention_resolutions: vec![4], ..plain() };
@@ -340,7 +344,8 @@ fn every_norm_has_the_models_epsilon() {
     let mut norms = 0;
     for name in names {
         let (gamma, beta) = (largest(&format!("{name}.weight")), largest(&format!("{name}.bias")));
-        // Values about a thousand at most, a millionth of that after normalisation, and as much again for sums that cancel in beta's.
+        // Values about a thousand at most, a millionth of that after normalisation, and as much again for sums that
+        // cancel in beta's.
         assert!(beta > 0.0 && gamma < 1e-2 * beta, "{name}: gamma's gradient {gamma:e} beside beta's {beta:e}");
         norms += 1;
     }

@@ -261,8 +261,8 @@ fn gpu_has_the_bits_of_the_cpu() {
     }
 }
 
-/// A gradient or a loss that is not finite stops the update of its step and of all that were launched after it, until the host has read what was
-/// measured: the weights are then those of the last good step.
+/// A gradient or a loss that is not finite stops the update of its step and of all that were launched after it, until
+/// the host has read what was measured: the weights are then those of the last good step.
 #[test]
 fn gpu_halts_at_what_is_not_finite_until_it_is_read() {
     let len = 1500;

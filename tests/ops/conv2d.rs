@@ -27,7 +27,8 @@ const fn case(x: [usize; 4], w: [usize; 3], geometry: Geometry) -> Case {
 const SAME: Geometry = Geometry::SAME_3X3;
 const HALVE: Geometry = Geometry::HALVE_3X3;
 
-/// Sizes of one, primes, one over the register tile (32 columns, 14 rows), one over a block, non-square, every kind of padding.
+/// Sizes of one, primes, one over the register tile (32 columns, 14 rows), one over a block, non-square, every kind
+/// of padding.
 const CASES: [Case; 21] = [
     case([1, 1, 1, 1], [1, 1, 1], Geometry::POINTWISE),
     case([1, 1, 1, 1], [1, 3, 3], SAME),
@@ -47,8 +48,8 @@ const CASES: [Case; 21] = [
     case([1, 6, 6, 3], [3, 3, 3], Geometry { stride: 1, pad: Pad::all(0) }),
     case([1, 4, 4, 2], [3, 3, 3], Geometry { stride: 1, pad: Pad::all(4) }),
     case([3, 16, 16, 64], [65, 3, 3], SAME),
-    // More than 64 and 256 tiles: Winograd by panels, whose tiles are shared out, and by blocks of tiles; the sums over tiles in several
-    // chunks.
+    // More than 64 and 256 tiles: Winograd by panels, whose tiles are shared out, and by blocks of tiles; the sums
+    // over tiles in several chunks.
     case([5, 23, 22, 33], [40, 3, 3], SAME),
     case([8, 23, 22, 65], [33, 3, 3], SAME),
     // More channels than Winograd transforms at a time.
@@ -135,8 +136,8 @@ fn parameters(device: &Device, case: Case, data: &Data<f32>) -> (Params, Param, 
     (params, w, b)
 }
 
-/// Through the public function and the tape, in guarded memory full of NaN; `passes` backward passes accumulate into the
-/// parameters' gradients.
+/// Through the public function and the tape, in guarded memory full of NaN; `passes` backward passes accumulate into
+/// the parameters' gradients.
 fn by_tape_on(device: &Device, case: Case, data: &Data<f32>, method: Method, passes: usize) -> Results<f32> {
     let ys = case.geometry.output(case.x, case.w);
     let inputs = [(case.x, &data.x), (Shape::new(ys.n, 1, 1, ys.c), &data.shift), (ys, &data.residual)];
@@ -234,7 +235,8 @@ fn planted_bugs_are_noticed() {
     for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_64x64_f32", "bwd_shift_bf16", "bwd_bias", "sum_parts"] {
         plant::notices_lost_block(TEST, &format!("conv2d_{part}"));
     }
-    // The left padding for the top one, oh for ow, the height of the kernel for its width; a sum that is always added to what is there.
+    // The left padding for the top one, oh for ow, the height of the kernel for its width; a sum that is always added
+    // to what is there.
     for (part, is, reads) in
         [("fwd_64x64_bf16", 17, 16), ("dgrad_128x32_bf16", 8, 7), ("wgrad_64x64_f32", 13, 12), ("sum_parts", 4, 2)]
     {
@@ -386,7 +388,8 @@ fn gpu_makes_no_gradient_unless_asked() {
     }
 }
 
-/// By the buffers that the pool hands out during a backward pass in which x, shift and residual want a gradient or do not.
+/// By the buffers that the pool hands out during a backward pass in which x, shift and residual want a gradient or do
+/// not.
 fn gradients_are_made_only_if_asked(device: &Device) {
     let case = CASES[3];
     let data = Data::new(case).to_f32();

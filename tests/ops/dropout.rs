@@ -12,7 +12,8 @@ use crate::support::{
 
 const STREAMS: Streams = Streams { seed: 0x0123_4567_89AB_CDEF, purpose: Purpose::Dropout, step: 7, first: 3 };
 
-/// One number, primes (the last block of four is not full), one beyond a task of 2^12 numbers, several tasks, one beyond a GPU's block of 1,024.
+/// One number, primes (the last block of four is not full), one beyond a task of 2^12 numbers, several tasks, one
+/// beyond a GPU's block of 1,024.
 const CASES: [Shape; 5] = [
     Shape::new(1, 1, 1, 1),
     Shape::new(2, 3, 5, 7),

@@ -8,8 +8,8 @@ use crate::support::{
     Pass, close, close_as, finite_differences, gpu, numbers, plant, same_bits, through_tape_on, to_f32,
 };
 
-/// `x` and `c_out`: sizes of one, primes, one over the register tile (32 columns, 14 rows) and over a block of rows (56); on a GPU every
-/// shape of tile.
+/// `x` and `c_out`: sizes of one, primes, one over the register tile (32 columns, 14 rows) and over a block of rows
+/// (56); on a GPU every shape of tile.
 const CASES: [(Shape, usize); 9] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 1, 1, 7), 5),
@@ -30,7 +30,8 @@ fn data((x, c_out): (Shape, usize)) -> [Vec<f64>; 5] {
 
 const NAMES: [&str; 5] = ["y", "dx", "dw", "db", "dresidual"];
 
-/// A layer with bias and residual, or a `plain` one without; `passes` backward passes accumulate into the parameters' gradients.
+/// A layer with bias and residual, or a `plain` one without; `passes` backward passes accumulate into the parameters'
+/// gradients.
 fn by_tape_on(
     device: &Device,
     (shape, c_out): (Shape, usize),

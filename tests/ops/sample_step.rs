@@ -194,7 +194,8 @@ fn gpu_loops_over_images() {
 
 #[test]
 fn planted_bugs_are_noticed() {
-    // A constant of Philox; the number of images for the size of one; a comparison of the clipping; a rounding; one factor for another.
+    // A constant of Philox; the number of images for the size of one; a comparison of the clipping; a rounding; one
+    // factor for another.
     plant::notices(
         "sample_step::gpu_starts_with_the_bits_of_the_cpu",
         "sample_step_start_f32",

@@ -1,8 +1,8 @@
 //! GPUs for tests: by default the emulator, which cargo builds beside the tests, with all its checks; with
 //! `DDPM_TEST_DEVICE=cuda` the real one.
 //!
-//! [`each`] runs a test in both types of activations and in several orders of blocks and warps. That the tests would see
-//! a bug is itself tested: see `plant`.
+//! [`each`] runs a test in both types of activations and in several orders of blocks and warps. That the tests would
+//! see a bug is itself tested: see `plant`.
 
 use std::ffi::{CString, c_char, c_int};
 use std::io::Write;
@@ -40,8 +40,8 @@ pub fn skip(what: &str) {
     let _ = std::io::stderr().write_all(format!("\n*** SKIPPED: {what} ***\n").as_bytes());
 }
 
-/// True on the emulator, for what only an emulator can be told to do: a small or an old GPU, a bug in a kernel. Says loudly
-/// that `what` is not tested on a real GPU.
+/// True on the emulator, for what only an emulator can be told to do: a small or an old GPU, a bug in a kernel. Says
+/// loudly that `what` is not tested on a real GPU.
 pub fn emulated(what: &str) -> bool {
     let real = is_real();
     if real {
@@ -89,8 +89,8 @@ pub fn gpu(dtype: DType) -> Option<Gpu> {
     })
 }
 
-/// Sets how the emulator runs this thread's launches. A real GPU has no such settings; an emulator without them is not the
-/// one that the tests count on, and whatever they say about schedules would not be so.
+/// Sets how the emulator runs this thread's launches. A real GPU has no such settings; an emulator without them is
+/// not the one that the tests count on, and whatever they say about schedules would not be so.
 pub fn configure(name: &str, value: &str) {
     if is_real() || !available() {
         return;
@@ -109,8 +109,8 @@ pub fn configure(name: &str, value: &str) {
 /// Set where it is only asked which kernels a test launches: [`each`] then takes the first schedule alone.
 pub const ONE_SCHEDULE: &str = "DDPM_TEST_ONE_SCHEDULE";
 
-/// Runs `f` on a guarded GPU with f32 and one with bf16 activations, in every schedule; whatever it returns must have the
-/// same bits in each.
+/// Runs `f` on a guarded GPU with f32 and one with bf16 activations, in every schedule; whatever it returns must have
+/// the same bits in each.
 #[track_caller]
 pub fn each(name: &str, f: impl Fn(&Device) -> Vec<f32>) {
     for dtype in [DType::F32, DType::Bf16] {

@@ -1,12 +1,12 @@
 //! Bugs planted in the PTX of a kernel, to see that a test notices them.
 //!
-//! Each runs in a process of its own, since a kernel's fault breaks the context for all: the test is started again by its
-//! name, with the bug in a variable, and must fail. The bug is first planted here, so that one which cannot be planted (no
-//! such entry, no such text) is never taken for one that was noticed.
+//! Each runs in a process of its own, since a kernel's fault breaks the context for all: the test is started again by
+//! its name, with the bug in a variable, and must fail. The bug is first planted here, so that one which cannot be
+//! planted (no such entry, no such text) is never taken for one that was noticed.
 //!
-//! Barriers, parameters and the last block are found in any compiler's PTX. Other bugs replace instructions, and are written
-//! for the compiler that build.rs fetches: where another one writes the kernel otherwise, they are left out, which is said
-//! and counted. On a real GPU nothing is planted: a lost barrier may go unnoticed there.
+//! Barriers, parameters and the last block are found in any compiler's PTX. Other bugs replace instructions, and are
+//! written for the compiler that build.rs fetches: where another one writes the kernel otherwise, they are left out,
+//! which is said and counted. On a real GPU nothing is planted: a lost barrier may go unnoticed there.
 
 use std::process::Command;
 use std::sync::Once;
