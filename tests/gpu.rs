@@ -158,13 +158,14 @@ fn the_validation_loss_is_the_cpus() {
 }
 
 /// An operation in bf16 rounds each number by up to 2^-9 of itself, by a third of the square of that in the mean, so
-/// that after some operations the prediction is off by 2^-9 sqrt(operations / 3) of its root mean square; and the weights
-/// that such gradients lead to, through twice as many operations, add sqrt 2 of that. A prediction of noise of variance 1
-/// with loss L is at most 1 + sqrt L in the root mean square, and if it is off by e, its loss is off by 2 sqrt(L) e + e^2
-/// at most (Cauchy and Schwarz).
+/// that after some operations the prediction is off by 2^-9 sqrt(operations / 3) of its root mean square; and the
+/// weights that such gradients lead to, through twice as many operations, add sqrt 2 of that. A prediction of noise of
+/// variance 1 with loss L is at most 1 + sqrt L in the root mean square, and if it is off by e, its loss is off by 2
+/// sqrt(L) e + e^2 at most (Cauchy and Schwarz).
 ///
-/// That bound is reached by errors that point along the residual in every image. Those of different images are as good as
-/// independent and cancel in the mean over all images of the steps compared: five deviations of it are allowed.
+/// That bound is reached by errors that point along the residual in every image. Those of different images are as good
+/// as independent and cancel in the mean over all images of the steps compared, five deviations of which are 7 % of the
+/// loss here. Within an image they cancel too, and 0.1 % is seen: so 2 % are allowed at most.
 #[test]
 fn bf16_follows_f32() {
     const STEPS: u32 = 50;
@@ -187,7 +188,7 @@ fn bf16_follows_f32() {
     let operations = tape.saved().len() as f64;
     let e = (1.0 + 2f64.sqrt()) * 2f64.powi(-9) * (operations / 3.0).sqrt() * (1.0 + f32_loss.sqrt());
     let images = (c.batch * COMPARED) as f64;
-    let allowed = 5.0 * (2.0 * f32_loss.sqrt() * e + e * e) / images.sqrt();
+    let allowed = (5.0 * (2.0 * f32_loss.sqrt() * e + e * e) / images.sqrt()).min(0.02 * f32_loss);
     let error = (bf16_loss - f32_loss).abs();
     println!("loss {f32_loss:.3}, {operations} operations: error {error:.2e}, allowed {allowed:.2e}");
     assert!(error <= allowed, "mean loss of {COMPARED} steps: {bf16_loss} in bf16, {f32_loss} in f32 +- {allowed:e}");

@@ -5,10 +5,10 @@ use ddpm_cuda::tensor::DType;
 
 use super::{F32_ROUNDING, winograd};
 
-/// In f32. [`derived`] allows the networks of the fixtures in tests/unet.rs 5.4e-5 and 7.7e-5, which takes the worst row
-/// of Winograd's transforms for every row; against their float64 numbers the CPU at every level of vector instructions
-/// and the kernels err by 7e-6 and 1.4e-5. This lies between, half as much again as was measured, and holds for the
-/// networks that other tests build, which have fewer layers.
+/// In f32. [`derived`] allows the networks of the fixtures in tests/unet.rs 5.4e-5 and 7.7e-5, which takes the worst
+/// row of Winograd's transforms for every row; against their float64 numbers the CPU at every level of vector
+/// instructions and the kernels err by 7e-6 and 1.4e-5. This lies between, half as much again as was measured, and
+/// holds for the networks that other tests build, which have fewer layers.
 pub const F32: f64 = 2e-5;
 
 /// In `dtype`, for a network of `operations` one after the other (longer than any path through it).
@@ -26,8 +26,7 @@ pub fn tolerance(dtype: DType, operations: usize) -> f64 {
 /// The error to expect in f32 of a network with these parameters over `rows` pixels (n h w), forward and backward.
 ///
 /// - A running sum of n products errs like one whose every term is off by sqrt(n / 2) roundings ([`winograd`]), a sum
-///   by
-///   Winograd's algorithm by its gain times sqrt(n / 2 + 20) over 3, n then being the channels. The larger counts.
+///   by Winograd's algorithm by its gain times sqrt(n / 2 + 20) / 3, n then being the channels. The larger counts.
 /// - Each weight has such a sum over its inputs forward and over its outputs backward. Its gradient, a sum over pixels,
 ///   is the last on its path.
 /// - The other operations, one or two beside each parameter, err by some ten roundings (the exponential of a sigmoid or
