@@ -1,9 +1,10 @@
-//! Whole training steps (forward, backward, clip, Adam, moving average) and whole sampling steps, in images a second, and
-//! the rate of a large matrix product on the same machine to hold them against.
+//! Whole training steps (forward, backward, clip, Adam, moving average) and whole sampling steps, in images a second,
+//! and the rate of a large matrix product on the same machine to hold them against.
 //!
-//! `small` is 1.62 M parameters at 32x32x1, batch 16: widths 32,64,64, two blocks a level, attention at 16. `cifar10` is the
-//! preset at batch 4. For GFLOP/s, multiply images (elem) a second by the GFLOP an image that are printed first. `DDPM_BENCH_DEVICE=cuda` measures
-//! a GPU, which a training step is not made to wait for but every fifty steps.
+//! `small` is 1.62 M parameters at 32x32x1, batch 16: widths 32,64,64, two blocks a level, attention at 16. `cifar10`
+//! is the preset at batch 4. For GFLOP/s, multiply images (elem) a second by the GFLOP an image that are printed
+//! first. `DDPM_BENCH_DEVICE=cuda` measures a GPU, which a training step is not made to wait for but every fifty
+//! steps.
 
 mod support;
 

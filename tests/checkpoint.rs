@@ -1,5 +1,5 @@
-//! Checkpoints: what diffusers writes is read, what we write is what diffusers would, every damage has its sentence, and
-//! no moment at which the process dies costs the last good one.
+//! Checkpoints: what diffusers writes is read, what we write is what diffusers would, every damage has its sentence,
+//! and no moment at which the process dies costs the last good one.
 
 use std::collections::HashMap;
 use std::fs;
@@ -27,7 +27,7 @@ fn copy(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();
         let target = to.join(path.file_name().unwrap());
-        if path.is_dir() { copy(&path, &target) } else { drop(fs::write(target, fs::read(path).unwrap())) }
+        if path.is_dir() { copy(&path, &target) } else { fs::write(target, fs::read(path).unwrap()).unwrap() }
     }
 }
 

@@ -585,7 +585,8 @@ fn labels_and_rows_go_with_their_images_on_both_sides_of_the_split() {
     assert_ne!(data.held_out.rows(&[0, 1, 2], false).rows, [0, 1, 2], "rows and indices are the same in this test");
 }
 
-/// A JPEG of `w` x `h` whose left half is white and right half black, with a segment 0xFFE1 of this content behind its start.
+/// A JPEG of `w` x `h` whose left half is white and right half black, with a segment 0xFFE1 of this content behind
+/// its start.
 fn jpeg_with(h: u32, w: u32, segment: &[u8]) -> Vec<u8> {
     let pixels: Vec<u8> = (0..h * w).map(|i| if i % w < w / 2 { 255 } else { 0 }).collect();
     let mut plain = Vec::new();

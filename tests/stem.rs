@@ -1,6 +1,7 @@
-//! The stem rule: everything about an operation has one name. `src/ops/S.rs` has its tests in `tests/ops/S.rs`, its benches in `benches/ops/S.rs` and its
-//! kernels in `kernels/S.cu`; nothing there stands without an operation; and nothing there is forgotten by its `main.rs`. That each kernel is launched
-//! by its operation's tests is seen in `tests/ops/main.rs`.
+//! The stem rule: everything about an operation has one name. `src/ops/S.rs` has its tests in `tests/ops/S.rs`, its
+//! benches in `benches/ops/S.rs` and its kernels in `kernels/S.cu`; nothing there stands without an operation; and
+//! nothing there is forgotten by its `main.rs`. That each kernel is launched by its operation's tests is seen in
+//! `tests/ops/main.rs`.
 
 use std::collections::BTreeSet;
 use std::fs;

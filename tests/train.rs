@@ -169,8 +169,8 @@ fn the_memory_foretold_is_the_memory_taken() {
         let data = Data { train: images.clone(), held_out: images, notes: Vec::new() };
         Trainer::new(&c, data, &device).unwrap().step().unwrap();
         let taken = device.pool_stats().held as f64;
-        // Too little foretold is a run killed by the system; too much, a run refused that would have worked. The scratch space of
-        // 24 MiB is an upper bound that small networks do not reach.
+        // Too little foretold is a run killed by the system; too much, a run refused that would have worked. The
+        // scratch space of 24 MiB is an upper bound that small networks do not reach.
         let bound = taken < 1.05 * foretold && foretold < 1.33 * taken + f64::from(24 << 20);
         assert!(bound, "{foretold:e} bytes foretold, {taken:e} taken");
     }
@@ -224,8 +224,9 @@ fn a_steps_loss_is_the_papers_over_all_its_pieces() {
     }
 }
 
-/// A batch in one piece and in three: the same images, timesteps, noise and dropout masks, so the same loss and gradient but for rounding. With
-/// weights of some size everywhere: a network that has just begun hands hardly any gradient to what lies before its last layer.
+/// A batch in one piece and in three: the same images, timesteps, noise and dropout masks, so the same loss and
+/// gradient but for rounding. With weights of some size everywhere: a network that has just begun hands hardly any
+/// gradient to what lies before its last layer.
 #[test]
 fn a_batch_in_pieces_has_the_loss_and_the_gradient_of_the_whole() {
     let first_step = |accumulate: usize, dropout: f64| {
@@ -249,9 +250,10 @@ fn a_batch_in_pieces_has_the_loss_and_the_gradient_of_the_whole() {
     let (loss_3, norm_3, m_3) = first_step(3, 0.3);
     // Losses are sums in f64 of what a network computes image by image.
     assert!((loss_3 - loss).abs() <= 8.0 * f64::EPSILON * loss, "loss {loss_3} in pieces, {loss} whole");
-    // f32 sums in another order: 2e-5 of the largest, as for the fixtures in tests/unet.rs.
-    assert!((norm_3 - norm).abs() <= 2e-5 * norm, "gradient norm {norm_3} in pieces, {norm} whole");
-    support::close_to_largest("first moments", &m_3, &m, 2e-5);
+    // f32 sums over the batch in another order, in networks that otherwise compute the same.
+    let allowed = support::network::F32;
+    assert!((norm_3 - norm).abs() <= allowed * norm, "gradient norm {norm_3} in pieces, {norm} whole");
+    support::close_to_largest("first moments", &m_3, &m, allowed);
     // The masks are felt: without them loss and gradient are others.
     let (loss_0, norm_0, _) = first_step(1, 0.0);
     let felt = (loss_0 - loss).abs() > 1e-5 * loss && (norm_0 - norm).abs() > 1e-2 * norm;
@@ -279,7 +281,8 @@ fn the_settings_of_the_optimiser_reach_it() {
     let (report, m, ..) = first_step(&Config { grad_clip: 0.0, ..c.clone() });
     assert!((m - 0.1 * report.grad_norm).abs() <= 1e-5 * m, "without clipping: {m} for {}", report.grad_norm);
 
-    // Decay takes lr decay w off each weight beside Adam's own update, at a third of the learning rate: one step of three.
+    // Decay takes lr decay w off each weight beside Adam's own update, at a third of the learning rate: one step of
+    // three.
     let (.., decayed) = first_step(&Config { weight_decay: 0.5, ..c.clone() });
     for ((w, plain), before) in
         decayed.params().host().unwrap().iter().zip(&*clipped.params().host().unwrap()).zip(&before)
@@ -288,7 +291,8 @@ fn the_settings_of_the_optimiser_reach_it() {
         assert!((w - want).abs() <= 4.0 * f32::EPSILON * before.abs().max(want.abs()), "{w}, expected {want}");
     }
 
-    // The average starts at the initial weights and goes 1 - 2/11 of the way at the first step, all of it without decay.
+    // The average starts at the initial weights and goes 1 - 2/11 of the way at the first step, all of it without
+    // decay.
     for (decay, share) in [(0.9999, 9.0 / 11.0), (0.0, 1.0)] {
         let (.., trainer) = first_step(&Config { ema_decay: decay, ..c.clone() });
         for ((ema, w), before) in

@@ -7,7 +7,8 @@ use ddpm_cuda::tensor::Shape;
 
 use crate::{matrix_product, numbers, ramp};
 
-/// The convolutions of the small network (batch 16) and of `cifar10` (batch 4) that take the most time: `n, size, c_in, c_out, k, stride`.
+/// The convolutions of the small network (batch 16) and of `cifar10` (batch 4) that take the most time:
+/// `n, size, c_in, c_out, k, stride`.
 const CASES: [[usize; 6]; 14] = [
     [16, 32, 1, 32, 3, 1],
     [16, 32, 32, 32, 3, 1],

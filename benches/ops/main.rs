@@ -1,8 +1,9 @@
 //! One module per operation, under the operation's stem: `cargo bench --bench ops -- group_norm`.
 //!
-//! Memory-bound operations report bytes per second, counting the least traffic that their file's header states; the others FLOP per
-//! second. Forward and backward run through the public function and the tape, on a warm pool. With `DDPM_BENCH_DEVICE=cuda` what goes through
-//! the tape is measured on a GPU, until it is done; on the emulator times mean nothing.
+//! Memory-bound operations report bytes per second, counting the least traffic that their file's header states; the
+//! others FLOP per second. Forward and backward run through the public function and the tape, on a warm pool. With
+//! `DDPM_BENCH_DEVICE=cuda` what goes through the tape is measured on a GPU, until it is done; on the emulator times
+//! mean nothing.
 
 mod adam;
 mod add;

@@ -261,8 +261,8 @@ fn gpu_has_the_bits_of_the_cpu() {
     }
 }
 
-/// A gradient or a loss that is not finite stops the update of its step and of all that were launched after it, until the host has read what was
-/// measured: the weights are then those of the last good step.
+/// A gradient or a loss that is not finite stops the update of its step and of all that were launched after it, until
+/// the host has read what was measured: the weights are then those of the last good step.
 #[test]
 fn gpu_halts_at_what_is_not_finite_until_it_is_read() {
     let len = 1500;
@@ -326,8 +326,8 @@ fn planted_bugs_are_noticed() {
     plant::notices(test, "adam_update", "fma.rn.f32", "fma.rz.f32");
     plant::notices(test, "adam_update", "sqrt.rn.f32", "sqrt.rz.f32");
     // The average is copied to where the weights' copy belongs; nothing halts.
-    plant::notices(test, "adam_update", "adam_update_param_5", "adam_update_param_4");
+    plant::notices_wrong_parameter(test, "adam_update", 5, 4);
     plant::notices_lost_block(test, "adam_update");
     let test = "adam::gpu_halts_at_what_is_not_finite_until_it_is_read";
-    plant::notices(test, "grad_norm_fwd", "grad_norm_fwd_param_1", "grad_norm_fwd_param_3");
+    plant::notices_wrong_parameter(test, "grad_norm_fwd", 1, 3);
 }

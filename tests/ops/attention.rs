@@ -9,9 +9,9 @@ use crate::support::{
     same_bits_at_any_number_of_threads, through_tape_on, to_f32,
 };
 
-/// Shape, heads. One token; one channel; primes; a head for each channel; not square; tokens one beyond a block of 42 and some beyond several; the
-/// sizes of the networks; the largest head; more pairs of image and head than the backward pass holds scores of (32 of 256 tokens); more
-/// tokens than it holds rows of (1,382 of 1,517).
+/// Shape, heads. One token; one channel; primes; a head for each channel; not square; tokens one beyond a block of 42
+/// and some beyond several; the sizes of the networks; the largest head; more pairs of image and head than the
+/// backward pass holds scores of (32 of 256 tokens); more tokens than it holds rows of (1,382 of 1,517).
 const CASES: [(Shape, usize); 11] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 1, 1, 6), 2),
@@ -42,8 +42,9 @@ fn pass_on(device: &Device, shape: Shape, heads: usize, [q, k, v, dy]: &[Vec<f64
     through_tape_on(device, &inputs, &[], &to_f32(dy), 1, op)
 }
 
-/// The exponentials of the CPU path and of the kernels err by up to 2 ulp, 4 roundings, where the C library's errs by 1: that much of `P <= 1`, and of
-/// what is computed from it, in the largest element. `delta` is what the sums `sum_j P_ij dP_ij` may be off by beyond that.
+/// The exponentials of the CPU path and of the kernels err by up to 2 ulp, 4 roundings, where the C library's errs by
+/// 1: that much of `P <= 1`, and of what is computed from it, in the largest element. `delta` is what the sums
+/// `sum_j P_ij dP_ij` may be off by beyond that.
 fn check(shape: Shape, heads: usize, exact: &[Vec<f64>; 4], got: &Pass, dtype: DType, delta: f64) {
     let [q, k, v, dy] = exact;
     let [q_f32, k_f32, v_f32, dy_f32] = exact.each_ref().map(|x| to_f32(x));
@@ -59,7 +60,8 @@ fn check(shape: Shape, heads: usize, exact: &[Vec<f64>; 4], got: &Pass, dtype: D
     let more = if delta == 0.0 {
         [0.0; 3]
     } else {
-        // delta_i reaches dq_i times sum_j P_ij k_j, and dk_j as sum_i P_ij q_i; sum_i P_ij is the gradient dv_j for dy = 1.
+        // delta_i reaches dq_i times sum_j P_ij k_j, and dk_j as sum_i P_ij q_i; sum_i P_ij is the gradient dv_j for
+        // dy = 1.
         let [_, _, columns] = reference::backward(exact, &vec![1.0; dy.len()], shape, heads);
         let scale = (heads as f64 / shape.c as f64).sqrt();
         [delta * scale * largest(k), delta * scale * largest(q) * largest(&columns), 0.0]
@@ -73,9 +75,9 @@ fn largest(x: &[f64]) -> f64 {
     x.iter().fold(0.0, |m, v| m.max(v.abs()))
 }
 
-/// The kernels compute `sum_j P_ij dP_ij` as `dy_i . y_i`. In bf16 they know `y` to 2^-18 of itself: 9 bits from `y`, 9 more from what rounding took. With one token
-/// dP_i and the sum are one number, and the reference's error is zero: there the kernels' error is that of two sums of d products, of which one has roundings
-/// in each term besides.
+/// The kernels compute `sum_j P_ij dP_ij` as `dy_i . y_i`. In bf16 they know `y` to 2^-18 of itself: 9 bits from `y`,
+/// 9 more from what rounding took. With one token dP_i and the sum are one number, and the reference's error is zero:
+/// there the kernels' error is that of two sums of d products, of which one has roundings in each term besides.
 fn delta(shape: Shape, heads: usize, [q, k, v, dy]: &[Vec<f64>; 4], dtype: DType) -> f64 {
     let d = shape.c / heads;
     let y = reference::forward([&q[..], k, v], shape, heads);
@@ -101,7 +103,8 @@ fn the_cpu_path_agrees_with_the_reference() {
     }
 }
 
-/// Scores in the hundreds: their exponentials overflow f32, and a softmax that does not take the row's largest off first is all NaN.
+/// Scores in the hundreds: their exponentials overflow f32, and a softmax that does not take the row's largest off
+/// first is all NaN.
 #[test]
 fn large_scores_do_not_overflow() {
     for (shape, heads) in CASES {
@@ -166,7 +169,8 @@ const GPU_CASES: [(Shape, usize); 5] = [
 #[test]
 fn the_gpu_agrees_with_the_reference() {
     for (shape, heads) in CASES.into_iter().chain(GPU_CASES) {
-        // Many small heads of many tokens are slow under the emulator's checks: the order of blocks is tried on the others.
+        // Many small heads of many tokens are slow under the emulator's checks: the order of blocks is tried on the
+        // others.
         if shape.n * heads * shape.pixels().pow(2) < 1 << 18 {
             gpu::each("attention", |device| check_gpu(device, shape, heads, 1.0));
         } else {

@@ -6,7 +6,8 @@ use crate::support::{
     through_tape, to_f32,
 };
 
-/// Shape of `a` and channels of `b`: one number each, primes, one beyond a task of 2^14 numbers, not square, one beyond a block of 256.
+/// Shape of `a` and channels of `b`: one number each, primes, one beyond a task of 2^14 numbers, not square, one
+/// beyond a block of 256.
 const CASES: [(Shape, usize); 6] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 3, 5, 7), 11),
@@ -63,8 +64,8 @@ fn gpu_has_the_bits_of_the_cpu() {
 fn planted_bugs_are_noticed() {
     let test = "concat::gpu_has_the_bits_of_the_cpu";
     plant::notices(test, "concat_join_f32", "setp.lt.u32", "setp.le.u32");
-    plant::notices(test, "concat_part_f32", "concat_part_f32_param_5", "concat_part_f32_param_3");
-    plant::notices(test, "concat_part_bf16", "concat_part_bf16_param_4", "concat_part_bf16_param_3");
+    plant::notices_wrong_parameter(test, "concat_part_f32", 5, 3);
+    plant::notices_wrong_parameter(test, "concat_part_bf16", 4, 3);
     plant::notices_lost_block(test, "concat_join_f32");
     plant::notices_lost_block(test, "concat_part_bf16");
 }

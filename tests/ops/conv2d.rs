@@ -27,7 +27,8 @@ const fn case(x: [usize; 4], w: [usize; 3], geometry: Geometry) -> Case {
 const SAME: Geometry = Geometry::SAME_3X3;
 const HALVE: Geometry = Geometry::HALVE_3X3;
 
-/// Sizes of one, primes, one over the register tile (32 columns, 14 rows), one over a block, non-square, every kind of padding.
+/// Sizes of one, primes, one over the register tile (32 columns, 14 rows), one over a block, non-square, every kind
+/// of padding.
 const CASES: [Case; 21] = [
     case([1, 1, 1, 1], [1, 1, 1], Geometry::POINTWISE),
     case([1, 1, 1, 1], [1, 3, 3], SAME),
@@ -47,8 +48,8 @@ const CASES: [Case; 21] = [
     case([1, 6, 6, 3], [3, 3, 3], Geometry { stride: 1, pad: Pad::all(0) }),
     case([1, 4, 4, 2], [3, 3, 3], Geometry { stride: 1, pad: Pad::all(4) }),
     case([3, 16, 16, 64], [65, 3, 3], SAME),
-    // More than 64 and 256 tiles: Winograd by panels, whose tiles are shared out, and by blocks of tiles; the sums over tiles in several
-    // chunks.
+    // More than 64 and 256 tiles: Winograd by panels, whose tiles are shared out, and by blocks of tiles; the sums
+    // over tiles in several chunks.
     case([5, 23, 22, 33], [40, 3, 3], SAME),
     case([8, 23, 22, 65], [33, 3, 3], SAME),
     // More channels than Winograd transforms at a time.
@@ -120,18 +121,23 @@ fn by_reference<T: Float>(case: Case, data: &Data<T>) -> Results<T> {
     [reference::forward(&inputs), d.x, d.weight, d.bias, d.shift, data.dy.clone()]
 }
 
-fn parameters(device: &Device, case: Case, data: &Data<f32>) -> (Params, Param, Param) {
+fn specs(case: Case) -> (Specs, Param, Param) {
     let mut specs = Specs::default();
     let w = specs.add("w".into(), case.w, Layout::Conv, Init::Zeros);
     let b = specs.add("b".into(), Shape::vector(case.w.n), Layout::Vector, Init::Zeros);
+    (specs, w, b)
+}
+
+fn parameters(device: &Device, case: Case, data: &Data<f32>) -> (Params, Param, Param) {
+    let (specs, w, b) = specs(case);
     let mut params = Params::zeros(device, specs).unwrap();
     params.get_mut(w).copy_from_slice(&data.w);
     params.get_mut(b).copy_from_slice(&data.b);
     (params, w, b)
 }
 
-/// Through the public function and the tape, in guarded memory full of NaN; `passes` backward passes accumulate into the
-/// parameters' gradients.
+/// Through the public function and the tape, in guarded memory full of NaN; `passes` backward passes accumulate into
+/// the parameters' gradients.
 fn by_tape_on(device: &Device, case: Case, data: &Data<f32>, method: Method, passes: usize) -> Results<f32> {
     let ys = case.geometry.output(case.x, case.w);
     let inputs = [(case.x, &data.x), (Shape::new(ys.n, 1, 1, ys.c), &data.shift), (ys, &data.residual)];
@@ -229,17 +235,18 @@ fn gpu_agrees_with_the_reference() {
 fn planted_bugs_are_noticed() {
     const TEST: &str = "conv2d::gpu_agrees_with_the_reference";
     for part in ["fwd_64x64_f32", "dgrad_128x32_f32", "wgrad_64x64_bf16", "wgrad_32x128_f32", "bwd_shift_f32"] {
-        plant::notices(TEST, &format!("conv2d_{part}"), "bar.sync \t0;", "");
+        plant::notices_lost_last_barrier(TEST, &format!("conv2d_{part}"));
     }
     for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_64x64_f32", "bwd_shift_bf16", "bwd_bias", "sum_parts"] {
         plant::notices_lost_block(TEST, &format!("conv2d_{part}"));
     }
-    // The left padding for the top one, oh for ow, the height of the kernel for its width; a sum that is always added to what is there.
+    // The left padding for the top one, oh for ow, the height of the kernel for its width; a sum that is always added
+    // to what is there.
     for (part, is, reads) in
         [("fwd_64x64_bf16", 17, 16), ("dgrad_128x32_bf16", 8, 7), ("wgrad_64x64_f32", 13, 12), ("sum_parts", 4, 2)]
     {
         let entry = format!("conv2d_{part}");
-        plant::notices(TEST, &entry, &format!("{entry}_param_{is}]"), &format!("{entry}_param_{reads}]"));
+        plant::notices_wrong_parameter(TEST, &entry, is, reads);
     }
 }
 
@@ -374,11 +381,59 @@ fn nothing_is_added_and_no_gradient_made_unless_asked() {
     let yardstick = reference::forward(&Inputs { shift: None, residual: None, ..data.inputs(case) });
     close("y", y.data(), &plain(oracle.inputs(case)), &yardstick);
     assert_eq!(tape.saved()[0].bytes, case.x.len() * 4, "only x is saved");
-    let dy = Tensor::from_slice(&device, y.shape(), &data.dy).unwrap();
-    let before = device.pool_stats();
-    tape.backward(&y, dy, &mut ParamGrads::new(&device, params.specs()).unwrap()).unwrap();
-    let largest_free = device.pool_stats().in_use;
-    assert!(largest_free <= before.in_use, "backward left {largest_free} bytes in use, {} before", before.in_use);
+    // Nor is memory spent on gradients that nobody wants.
+    gradients_are_made_only_if_asked(&Device::cpu_guarded());
+}
+
+#[test]
+fn gpu_makes_no_gradient_unless_asked() {
+    for dtype in [DType::F32, DType::Bf16] {
+        let Some(gpu) = gpu::gpu(dtype) else { return };
+        gradients_are_made_only_if_asked(&Device::Cuda(gpu));
+    }
+}
+
+/// By the buffers that the pool hands out during a backward pass in which x, shift and residual want a gradient or do
+/// not.
+fn gradients_are_made_only_if_asked(device: &Device) {
+    let case = CASES[3];
+    let data = Data::new(case).to_f32();
+    let ys = case.geometry.output(case.x, case.w);
+    let (specs, w, b) = specs(case);
+    let flat = vec![0.5; specs.flat_len()];
+    let params = Params::from_host(device, specs, &flat).unwrap();
+    let mut grads = ParamGrads::new(device, params.specs()).unwrap();
+    let handed_out = || {
+        let stats = device.pool_stats();
+        stats.hits + stats.misses
+    };
+    let mut buffers = |wanted: [bool; 3]| {
+        grads.reset();
+        let mut tape = Tape::recording(device, &params);
+        let inputs = [(case.x, &data.x), (Shape::new(ys.n, 1, 1, ys.c), &data.shift), (ys, &data.residual)];
+        let inputs = std::array::from_fn::<Var, 3, _>(|i| {
+            let (shape, values) = inputs[i];
+            let value = Tensor::from_slice_as(device, device.activations(), shape, values).unwrap();
+            if wanted[i] { tape.leaf(value) } else { Var::constant(value) }
+        });
+        let plus = Plus { shift: Some(&inputs[1]), residual: Some(&inputs[2]) };
+        let y = conv2d(&mut tape, &inputs[0], w, b, case.geometry, plus).unwrap();
+        let dy = Tensor::from_slice_as(device, device.activations(), ys, &data.dy).unwrap();
+        let before = handed_out();
+        let mut leaves = tape.backward(&y, dy, &mut grads).unwrap();
+        let made = inputs.each_ref().map(|input| leaves.take(input).is_some());
+        assert_eq!(made, wanted, "gradients of x, shift and residual");
+        handed_out() - before
+    };
+    let none = buffers([false; 3]);
+    let dx = buffers([true, false, false]);
+    assert!(dx > none, "{device}: {none} buffers without dx, {dx} with it: it is made unasked");
+    // The CPU's bias gradient is the sum of dshift, which is therefore made in any case.
+    let dshift = buffers([false, true, false]);
+    let more = u64::from(matches!(device, Device::Cuda(_)));
+    assert_eq!(dshift, none + more, "{device}: buffers with dshift, {none} without");
+    assert_eq!(buffers([false, false, true]), none, "{device}: dresidual is dy handed on");
+    assert_eq!(buffers([true; 3]), dx + dshift - none, "{device}: all of them");
 }
 
 #[test]

@@ -12,7 +12,8 @@ use crate::support::{
 
 const STREAMS: Streams = Streams { seed: 0x0123_4567_89AB_CDEF, purpose: Purpose::Dropout, step: 7, first: 3 };
 
-/// One number, primes (the last block of four is not full), one beyond a task of 2^12 numbers, several tasks, one beyond a GPU's block of 1,024.
+/// One number, primes (the last block of four is not full), one beyond a task of 2^12 numbers, several tasks, one
+/// beyond a GPU's block of 1,024.
 const CASES: [Shape; 5] = [
     Shape::new(1, 1, 1, 1),
     Shape::new(2, 3, 5, 7),
@@ -131,6 +132,6 @@ fn planted_bugs_are_noticed() {
     // A constant of Philox, the wrong words kept, the number of images for the size of one.
     plant::notices(test, "dropout_mask_f32", "-845247145", "-845247144");
     plant::notices(test, "dropout_mask_bf16", "setp.lt.u32", "setp.ge.u32");
-    plant::notices(test, "dropout_mask_f32", "dropout_mask_f32_param_3", "dropout_mask_f32_param_2");
+    plant::notices_wrong_parameter(test, "dropout_mask_f32", 3, 2);
     plant::notices_lost_block(test, "dropout_mask_bf16");
 }

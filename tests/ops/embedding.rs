@@ -100,7 +100,7 @@ fn planted_bugs_are_noticed() {
     let test = "embedding::gpu_has_the_bits_of_the_cpu";
     plant::notices(test, "embedding_fwd_f32", "add.f32", "sub.f32");
     // Adds to what is stale: the number of channels stands for the flag.
-    plant::notices(test, "embedding_bwd_f32", "embedding_bwd_f32_param_6", "embedding_bwd_f32_param_5");
+    plant::notices_wrong_parameter(test, "embedding_bwd_f32", 6, 5);
     plant::notices(test, "embedding_bwd_bf16", "add.f32", "sub.f32");
     plant::notices_lost_block(test, "embedding_fwd_bf16");
     plant::notices_lost_block(test, "embedding_bwd_f32");

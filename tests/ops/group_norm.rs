@@ -8,8 +8,9 @@ use crate::support::{
     same_bits_at_any_number_of_threads, through_tape_on, to_f32,
 };
 
-/// Shape, groups. One number (its variance is 0, so y = beta); a group for each channel; one group; primes; channels that fill vectors of 64,
-/// 16, 4 and 1 and the pieces between; strips of 64 pixels with a short last one; many channels on few pixels; not square.
+/// Shape, groups. One number (its variance is 0, so y = beta); a group for each channel; one group; primes; channels
+/// that fill vectors of 64, 16, 4 and 1 and the pieces between; strips of 64 pixels with a short last one; many
+/// channels on few pixels; not square.
 const CASES: [(Shape, usize); 10] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 3, 5, 7), 7),
@@ -82,8 +83,9 @@ impl Case {
         (exact, [reference::forward(&inputs), dx, dgamma, dbeta])
     }
 
-    /// The sigmoids of the CPU path and of the kernels err by up to 9 roundings where the C library's errs by one. In the few numbers of dgamma and dbeta, sums of
-    /// `n h w` terms of order one, such errors add up like a random walk; in `y` and `dx` the reference's largest error covers them.
+    /// The sigmoids of the CPU path and of the kernels err by up to 9 roundings where the C library's errs by one. In
+    /// the few numbers of dgamma and dbeta, sums of `n h w` terms of order one, such errors add up like a random
+    /// walk; in `y` and `dx` the reference's largest error covers them.
     fn check(&self, got: &Pass, dtype: DType) {
         let walk = match self.activation {
             Identity => 0.0,
@@ -127,11 +129,13 @@ fn large_mean_small_variance_keeps_digits() {
     }
 }
 
-/// There the f32 reference loses the digits itself, so its errors are no yardstick. Derived: `x - mean` and the differences
-/// within a strip are exact (numbers within a factor of two), so sums of up to `chain` differences, one after the other, err by `chain` roundings
-/// of the largest, at most twice the deviation; this moves the mean and the deviation by as much. Eight roundings for the rest.
+/// There the f32 reference loses the digits itself, so its errors are no yardstick. Derived: `x - mean` and the
+/// differences within a strip are exact (numbers within a factor of two), so sums of up to `chain` differences, one
+/// after the other, err by `chain` roundings of the largest, at most twice the deviation; this moves the mean and the
+/// deviation by as much. Eight roundings for the rest.
 fn check_digits(case: &Case, y: &[f32], chain: usize) {
     let want = &case.oracle().0[0];
+    assert_eq!(y.len(), want.len(), "{}", case.shape);
     for (i, (&want, &got)) in want.iter().zip(y).enumerate() {
         let (gamma, beta) = (case.gamma[i % case.shape.c], case.beta[i % case.shape.c]);
         let scaled = gamma.abs() + (want - beta).abs();
@@ -276,7 +280,8 @@ fn on_the_gpu_an_image_does_not_depend_on_its_batch() {
     }
 }
 
-/// Several warps along the pixels, several strips with a short last one; in the joins several warps, and twice as many channels as lanes.
+/// Several warps along the pixels, several strips with a short last one; in the joins several warps, and twice as
+/// many channels as lanes.
 #[test]
 fn gpu_agrees_where_every_barrier_matters() {
     let Some(gpu) = gpu::gpu(DType::F32) else { return };

@@ -8,8 +8,8 @@ use crate::support::{
     Pass, close, close_as, finite_differences, gpu, numbers, plant, same_bits, through_tape_on, to_f32,
 };
 
-/// `x` and `c_out`: sizes of one, primes, one over the register tile (32 columns, 14 rows) and over a block of rows (56); on a GPU every
-/// shape of tile.
+/// `x` and `c_out`: sizes of one, primes, one over the register tile (32 columns, 14 rows) and over a block of rows
+/// (56); on a GPU every shape of tile.
 const CASES: [(Shape, usize); 9] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 1, 1, 7), 5),
@@ -30,7 +30,8 @@ fn data((x, c_out): (Shape, usize)) -> [Vec<f64>; 5] {
 
 const NAMES: [&str; 5] = ["y", "dx", "dw", "db", "dresidual"];
 
-/// A layer with bias and residual, or a `plain` one without; `passes` backward passes accumulate into the parameters' gradients.
+/// A layer with bias and residual, or a `plain` one without; `passes` backward passes accumulate into the parameters'
+/// gradients.
 fn by_tape_on(device: &Device, (shape, c_out): (Shape, usize), plain: bool, isa: Isa, passes: usize) -> [Vec<f32>; 5] {
     let [x, w, b, residual, dy] = data((shape, c_out)).map(|v| to_f32(&v));
     let mut inputs = vec![(shape, x), (shape.with_c(c_out), residual)];
@@ -140,7 +141,7 @@ fn gpu_parameter_gradients_accumulate() {
 fn planted_bugs_are_noticed() {
     const TEST: &str = "linear::gpu_agrees_with_the_reference";
     for part in ["fwd_64x64_f32", "dgrad_128x32_bf16", "wgrad_64x64_f32", "bwd_sums_bf16"] {
-        plant::notices(TEST, &format!("linear_{part}"), "bar.sync \t0;", "");
+        plant::notices_lost_last_barrier(TEST, &format!("linear_{part}"));
     }
     for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_32x128_bf16", "bwd_sums_f32", "bwd_bias", "sum_parts"] {
         plant::notices_lost_block(TEST, &format!("linear_{part}"));
@@ -150,7 +151,7 @@ fn planted_bugs_are_noticed() {
         [("fwd_64x64_bf16", 6, 7), ("dgrad_128x32_f32", 5, 4), ("wgrad_64x64_f32", 7, 6), ("bwd_bias", 4, 2)]
     {
         let entry = format!("linear_{part}");
-        plant::notices(TEST, &entry, &format!("{entry}_param_{is}]"), &format!("{entry}_param_{reads}]"));
+        plant::notices_wrong_parameter(TEST, &entry, is, reads);
     }
 }
 

@@ -27,8 +27,8 @@ use ddpm_cuda::kernels;
 
 use support::gpu;
 
-/// Every kernel is launched by the tests of its operation whose names begin with the GPU: they are run once more in a process for each, which writes its
-/// launches to stderr.
+/// Every kernel is launched by the tests of its operation whose names begin with the GPU: they are run once more in a
+/// process for each, which writes its launches to stderr.
 #[test]
 fn every_kernel_is_launched_by_its_operations_tests() {
     if !gpu::available() {

@@ -120,8 +120,8 @@ fn an_empty_batch_is_empty() {
     assert!(on_cpu(images, &none, &schedule).x_t.data().is_empty());
 }
 
-/// x_t, t and labels of both in one row. t and labels must be the CPU's to the bit, and x_t in f32 too where the CPU has fused multiply-adds; in bf16 it
-/// is that rounded.
+/// x_t, t and labels of both in one row. t and labels must be the CPU's to the bit, and x_t in f32 too where the CPU
+/// has fused multiply-adds; in bf16 it is that rounded.
 fn same_as_the_cpu(name: &str, device: &Device, got: &Noised, want: &Noised) -> Vec<f32> {
     let numbers = |noised: &Noised| {
         let [x_t, t] = [&noised.x_t, &noised.t].map(|x| x.to_vec().unwrap());
@@ -205,8 +205,9 @@ fn gpu_loops_over_images() {
     same_as_the_cpu("65,537 images", &device, &got, &want);
 }
 
-/// Batches of one sequence in their order, from a data set on the GPU whose image numbers go up 2^16 at a time (here the third batch begins in one
-/// window and ends in the next), and from one on the host of which each batch goes up: what the CPU reads itself.
+/// Batches of one sequence in their order, from a data set on the GPU whose image numbers go up 2^16 at a time (here
+/// the third batch begins in one window and ends in the next), and from one on the host of which each batch goes up:
+/// what the CPU reads itself.
 #[test]
 fn gpu_is_fed_the_batches_of_the_cpu() {
     let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
@@ -254,17 +255,13 @@ fn gpu_is_fed_the_batches_of_the_cpu() {
 #[test]
 fn planted_bugs_are_noticed() {
     let test = "q_sample::gpu_has_the_bits_of_the_cpu";
-    // Races on an image's draws; flips from the timesteps' streams; the wrong width; another rounding; labels from the image numbers.
+    // Races on an image's draws; flips from the timesteps' streams; the wrong width; another rounding; labels from
+    // the image numbers.
     plant::notices_lost_barrier(test, "q_sample_fwd_f32", 0);
     plant::notices_lost_barrier("q_sample::gpu_loops_over_images", "q_sample_fwd_f32", 1);
-    plant::notices(test, "q_sample_fwd_bf16", "q_sample_fwd_bf16_param_18", "q_sample_fwd_bf16_param_17");
-    plant::notices(test, "q_sample_fwd_f32", "q_sample_fwd_f32_param_10", "q_sample_fwd_f32_param_9");
+    plant::notices_wrong_parameter(test, "q_sample_fwd_bf16", 18, 17);
+    plant::notices_wrong_parameter(test, "q_sample_fwd_f32", 10, 9);
     plant::notices(test, "q_sample_fwd_f32", "fma.rn.f32", "fma.rz.f32");
-    plant::notices(
-        "q_sample::gpu_is_fed_the_batches_of_the_cpu",
-        "q_sample_fwd_f32",
-        "q_sample_fwd_f32_param_5",
-        "q_sample_fwd_f32_param_4",
-    );
+    plant::notices_wrong_parameter("q_sample::gpu_is_fed_the_batches_of_the_cpu", "q_sample_fwd_f32", 5, 4);
     plant::notices_lost_block(test, "q_sample_fwd_f32");
 }

@@ -194,23 +194,19 @@ fn gpu_loops_over_images() {
 
 #[test]
 fn planted_bugs_are_noticed() {
-    // A constant of Philox; the number of images for the size of one; a comparison of the clipping; a rounding; one factor for another.
+    // A constant of Philox; the number of images for the size of one; a comparison of the clipping; a rounding; one
+    // factor for another.
     plant::notices(
         "sample_step::gpu_starts_with_the_bits_of_the_cpu",
         "sample_step_start_f32",
         "-845247145",
         "-845247144",
     );
-    plant::notices(
-        "sample_step::gpu_starts_with_the_bits_of_the_cpu",
-        "sample_step_start_bf16",
-        "sample_step_start_bf16_param_3",
-        "sample_step_start_bf16_param_2",
-    );
+    plant::notices_wrong_parameter("sample_step::gpu_starts_with_the_bits_of_the_cpu", "sample_step_start_bf16", 3, 2);
     let test = "sample_step::gpu_steps_with_the_bits_of_the_cpu";
     plant::notices(test, "sample_step_step_f32", "setp.gt.f32", "setp.lt.f32");
     plant::notices(test, "sample_step_step_f32", "fma.rn.f32", "fma.rz.f32");
-    plant::notices(test, "sample_step_step_bf16", "sample_step_step_bf16_param_10", "sample_step_step_bf16_param_9");
+    plant::notices_wrong_parameter(test, "sample_step_step_bf16", 10, 9);
     plant::notices_lost_block(test, "sample_step_step_f32");
     plant::notices_lost_block(test, "sample_step_step_bf16");
 }

@@ -24,9 +24,10 @@ fn pass(shape: Shape, scale: f64) -> (Pass, Vec<f64>, Vec<f64>) {
     (got, x, dy)
 }
 
-/// `silu` is good to 4.5 ulp, each at most two roundings relative. The derivative `s (1 + x (1 - s))` has a zero near -1.28, where only an absolute
-/// bound makes sense: `s` errs by 4 ulp of itself, and with it `1 - s` by 4 ulp of `s` and a rounding; so `x (1 - s)` by `|x| (8 s + 2)` roundings,
-/// the sum and the product by one more each, and the product with dy by one.
+/// `silu` is good to 4.5 ulp, each at most two roundings relative. The derivative `s (1 + x (1 - s))` has a zero near
+/// -1.28, where only an absolute bound makes sense: `s` errs by 4 ulp of itself, and with it `1 - s` by 4 ulp of `s`
+/// and a rounding; so `x (1 - s)` by `|x| (8 s + 2)` roundings, the sum and the product by one more each, and the
+/// product with dy by one.
 #[test]
 fn the_cpu_path_agrees_with_the_reference() {
     for shape in CASES {
@@ -55,9 +56,10 @@ fn the_same_bits_at_any_number_of_threads() {
     same_bits_at_any_number_of_threads("silu", || pass(CASES[3], 5.0).0.flat());
 }
 
-/// The exponential errs by up to 2 ulp there and so does the division: 4 roundings of `e^-x`, at most as much of `1 + e^-x`, one for that sum and 4 for the
-/// quotient, so `s` errs by 9 roundings of itself and `y` by 10. The derivative as above, with 9 in place of 8 for `s`. Then the result's rounding to
-/// its type; one percent is for products of errors. Beyond x = 87 the quotient counts as 0.
+/// The exponential errs by up to 2 ulp there and so does the division: 4 roundings of `e^-x`, at most as much of
+/// `1 + e^-x`, one for that sum and 4 for the quotient, so `s` errs by 9 roundings of itself and `y` by 10. The
+/// derivative as above, with 9 in place of 8 for `s`. Then the result is rounded to its type; one percent is for
+/// products of errors. Beyond x = 87 the quotient counts as 0.
 #[test]
 fn gpu_agrees_with_the_reference() {
     for shape in CASES {

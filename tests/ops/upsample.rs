@@ -6,7 +6,8 @@ use crate::support::{
     through_tape, to_f32,
 };
 
-/// One number, primes, several tasks of 2^15 numbers with a last one that is short, one row beyond a task, one number beyond a block of 256.
+/// One number, primes, several tasks of 2^15 numbers with a last one that is short, one row beyond a task, one number
+/// beyond a block of 256.
 const CASES: [Shape; 6] = [
     Shape::new(1, 1, 1, 1),
     Shape::new(2, 3, 5, 7),

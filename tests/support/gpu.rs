@@ -1,7 +1,8 @@
-//! GPUs for tests: by default the emulator, which cargo builds beside the tests, with all its checks; with `DDPM_TEST_DEVICE=cuda` the real one.
+//! GPUs for tests: by default the emulator, which cargo builds beside the tests, with all its checks; with
+//! `DDPM_TEST_DEVICE=cuda` the real one.
 //!
-//! [`each`] runs a test in both types of activations and in several orders of blocks and warps. That the tests would see a bug is itself
-//! tested: see `plant`.
+//! [`each`] runs a test in both types of activations and in several orders of blocks and warps. That the tests would
+//! see a bug is itself tested: see `plant`.
 
 use std::ffi::{CString, c_char, c_int};
 use std::io::Write;
@@ -30,21 +31,43 @@ pub fn emulator() -> PathBuf {
     path
 }
 
+/// The value of `DDPM_TEST_DEVICE` that asks for a real GPU.
+const REAL: &str = "cuda";
+
+/// Says what is not tested, past the test harness, which keeps what `eprintln!` writes to itself while a test passes.
+pub fn skip(what: &str) {
+    // In one call, so that lines of tests that run at the same time do not mix. A closed stderr is no reason to fail.
+    let _ = std::io::stderr().write_all(format!("\n*** SKIPPED: {what} ***\n").as_bytes());
+}
+
+/// True on the emulator, for what only an emulator can be told to do: a small or an old GPU, a bug in a kernel. Says
+/// loudly that `what` is not tested on a real GPU.
+pub fn emulated(what: &str) -> bool {
+    let real = is_real();
+    if real {
+        skip(&format!("{what}: only on the emulator, not with DDPM_TEST_DEVICE={REAL}"));
+    }
+    available() && !real
+}
+
+/// True if the tests are to run on a real GPU.
+pub fn is_real() -> bool {
+    std::env::var("DDPM_TEST_DEVICE").is_ok_and(|device| device == REAL)
+}
+
 /// True if kernels can be tested; says so loudly if they cannot.
 pub fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
         let skipped = |why: &str| {
-            // Not by `eprintln!`, which the test harness keeps to itself.
-            let _ = std::io::stderr()
-                .write_all(format!("\n*** SKIPPED: no kernel is tested, since {why} ***\n").as_bytes());
+            skip(&format!("no kernel is tested, since {why}"));
             false
         };
         if kernels::COMPILER.is_none() {
             return skipped("none was compiled; build with DDPM_CUDA_TOOLCHAIN=fetch");
         }
         match std::env::var("DDPM_TEST_DEVICE").as_deref() {
-            Ok("cuda") => {}
+            Ok(REAL) => {}
             Ok("emulated") | Err(_) if cfg!(not(target_os = "linux")) => {
                 return skipped("the emulator runs on Linux; test a GPU with DDPM_TEST_DEVICE=cuda");
             }
@@ -66,16 +89,18 @@ pub fn gpu(dtype: DType) -> Option<Gpu> {
     })
 }
 
-/// Sets how the emulator runs this thread's launches; nothing on a real GPU.
+/// Sets how the emulator runs this thread's launches. A real GPU has no such settings; an emulator without them is
+/// not the one that the tests count on, and whatever they say about schedules would not be so.
 pub fn configure(name: &str, value: &str) {
-    // SAFETY: opens what is open already, by the name that cudarc finds it under, and calls what include/cuda_emu.h declares.
+    if is_real() || !available() {
+        return;
+    }
+    // SAFETY: opens what is open already, by the name that cudarc finds it under, and calls what include/cuda_emu.h
+    // declares, with two strings that end in a zero byte and live until the call returns.
     unsafe {
-        let Ok(driver) = libloading::Library::new("libcuda.so") else { return };
-        let Ok(function) =
-            driver.get::<unsafe extern "C" fn(*const c_char, *const c_char) -> c_int>(b"emu_configure\0")
-        else {
-            return;
-        };
+        let driver = libloading::Library::new("libcuda.so").expect("the emulator is open under the name of the driver");
+        let function = driver.get::<unsafe extern "C" fn(*const c_char, *const c_char) -> c_int>(b"emu_configure\0");
+        let function = function.expect("the driver that answers to libcuda.so is the emulator");
         let [name, value] = [name, value].map(|s| CString::new(s).expect("no zero bytes"));
         assert_eq!(function(name.as_ptr(), value.as_ptr()), 0, "emu_configure({name:?}, {value:?})");
     }
@@ -84,7 +109,8 @@ pub fn configure(name: &str, value: &str) {
 /// Set where it is only asked which kernels a test launches: [`each`] then takes the first schedule alone.
 pub const ONE_SCHEDULE: &str = "DDPM_TEST_ONE_SCHEDULE";
 
-/// Runs `f` on a guarded GPU with f32 and one with bf16 activations, in every schedule; whatever it returns must have the same bits in each.
+/// Runs `f` on a guarded GPU with f32 and one with bf16 activations, in every schedule; whatever it returns must have
+/// the same bits in each.
 #[track_caller]
 pub fn each(name: &str, f: impl Fn(&Device) -> Vec<f32>) {
     for dtype in [DType::F32, DType::Bf16] {
@@ -95,6 +121,7 @@ pub fn each(name: &str, f: impl Fn(&Device) -> Vec<f32>) {
         for schedule in &SCHEDULES[..schedules] {
             configure("seed", schedule);
             let got = f(&device);
+            assert!(!got.is_empty(), "{name}: no numbers to compare between schedules");
             match &first {
                 None => first = Some(got),
                 Some(first) => same_bits(&format!("{name}, {dtype:?}, schedule {schedule}"), &got, first),

@@ -8,6 +8,7 @@
 #![allow(dead_code, reason = "each test target uses its own part of this module")]
 
 pub mod gpu;
+pub mod network;
 pub mod plant;
 mod tests;
 pub mod winograd;
@@ -23,7 +24,8 @@ use ddpm_cuda::tensor::{DType, Shape, Tensor};
 pub const TINY: [&str; 8] =
     ["--set", "widths=8,16", "--set", "groups=4", "--set", "attention_resolutions=14", "--set", "timesteps=50"];
 
-/// Two levels, attention at the lower one, dropout, flips, two micro-batches: everything that draws random numbers, as small as it gets.
+/// Two levels, attention at the lower one, dropout, flips, two micro-batches: everything that draws random numbers,
+/// as small as it gets.
 pub fn tiny(h: usize, w: usize, channels: usize) -> Config {
     let mut c = Config::preset(Preset::Mnist);
     c.model.image_size = Size { h, w };
@@ -44,16 +46,19 @@ pub fn tiny(h: usize, w: usize, channels: usize) -> Config {
 /// Half a unit in the last place of an f32, relative: one rounding.
 pub const F32_ROUNDING: f64 = 1.0 / (1u64 << 24) as f64;
 
-/// Largest error of `got` against `want`, with its place. Fails on a wrong length, a NaN or an infinity.
+/// Largest error of `got` against `want` as a share of its budget. Fails where it is above 1, and on whatever would
+/// make the comparison mean nothing: no numbers, a wrong length, a NaN or an infinity on either side or in a budget.
 #[track_caller]
 pub fn worst(name: &str, got: &[f32], want: &[f64], budget: impl Fn(f64) -> f64) -> f64 {
     assert_eq!(got.len(), want.len(), "{name}: {} numbers, expected {}", got.len(), want.len());
+    assert!(!want.is_empty(), "{name}: there is nothing to compare");
     let mut share = 0.0;
     let mut line = String::new();
     for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
         assert!(w.is_finite(), "{name}: the oracle itself is {w} at {i}");
         assert!(g.is_finite(), "{name}: element {i} is {g}, expected {w}");
         let (error, allowed) = ((f64::from(g) - w).abs(), budget(w));
+        assert!(allowed.is_finite() && allowed >= 0.0, "{name}: element {i} has a budget of {allowed}");
         // An error of zero is within a budget of zero.
         let used = if error == 0.0 { 0.0 } else { error / allowed };
         if used > share {
@@ -68,23 +73,23 @@ pub fn worst(name: &str, got: &[f32], want: &[f64], budget: impl Fn(f64) -> f64)
     share
 }
 
-/// `got` (f32) against the oracle in f64, the yardstick being the reference in f32. Returns the share of the budget used.
+/// `got` (f32) against the oracle in f64, the yardstick being the reference in f32. Returns the share of the budget
+/// used.
 #[track_caller]
 pub fn close(name: &str, got: &[f32], oracle: &[f64], yardstick: &[f32]) -> f64 {
     close_but_for(name, got, oracle, yardstick, 0.0)
 }
 
-/// [`close`] with `allowance` on top of the budget: an absolute error that the implementation makes and the reference does
-/// not, say from an exponential of its own. The caller derives it.
+/// [`close`] with `allowance` on top of the budget: an absolute error that the implementation makes and the reference
+/// does not, say from an exponential of its own. The caller derives it.
 #[track_caller]
 pub fn close_but_for(name: &str, got: &[f32], oracle: &[f64], yardstick: &[f32], allowance: f64) -> f64 {
-    assert_eq!(yardstick.len(), oracle.len(), "{name}: yardstick and oracle differ in length");
-    let own = yardstick.iter().zip(oracle).map(|(&y, &o)| (f64::from(y) - o).abs()).fold(0.0, f64::max);
-    assert!(own.is_finite(), "{name}: the f32 reference is not finite");
+    let own = error_of_reference(name, yardstick, oracle);
     worst(name, got, oracle, |w| 2.0 * own + F32_ROUNDING * w.abs() + allowance)
 }
 
-/// [`close`] for a result of type `dtype`, whose last rounding the budget has. The inputs of oracle and yardstick must be rounded to `dtype`.
+/// [`close`] for a result of type `dtype`, whose last rounding the budget has. The inputs of oracle and yardstick
+/// must be rounded to `dtype`.
 #[track_caller]
 pub fn close_as(dtype: DType, name: &str, got: &[f32], oracle: &[f64], yardstick: &[f32]) -> f64 {
     close_as_but_for(dtype, name, got, oracle, yardstick, 0.0)
@@ -100,15 +105,24 @@ pub fn close_as_but_for(
     yardstick: &[f32],
     allowance: f64,
 ) -> f64 {
-    assert_eq!(yardstick.len(), oracle.len(), "{name}: yardstick and oracle differ in length");
-    let own = yardstick.iter().zip(oracle).map(|(&y, &o)| (f64::from(y) - o).abs()).fold(0.0, f64::max);
-    assert!(own.is_finite(), "{name}: the f32 reference is not finite");
-    let (rounding, own) = (gpu::rounding(dtype), 2.0 * own + allowance);
+    let (rounding, own) = (gpu::rounding(dtype), 2.0 * error_of_reference(name, yardstick, oracle) + allowance);
     worst(name, got, oracle, |w| own + rounding * (w.abs() + own))
 }
 
-/// `got` against numbers that an f32 implementation reproduces to `relative` of the tensor's largest element (fixtures
-/// of other implementations).
+/// The largest error that the reference makes in f32. A maximum over floats passes over a NaN, so every number is
+/// looked at.
+#[track_caller]
+fn error_of_reference(name: &str, yardstick: &[f32], oracle: &[f64]) -> f64 {
+    assert_eq!(yardstick.len(), oracle.len(), "{name}: yardstick and oracle differ in length");
+    yardstick.iter().zip(oracle).enumerate().fold(0.0, |largest: f64, (i, (&y, &o))| {
+        let error = (f64::from(y) - o).abs();
+        assert!(error.is_finite(), "{name}: at {i} the reference is {y} in f32 and {o} in f64");
+        largest.max(error)
+    })
+}
+
+/// `got` against numbers that an f32 implementation reproduces to `relative` of the tensor's largest element, as a
+/// [`network`]'s outputs and gradients.
 #[track_caller]
 pub fn close_to_largest(name: &str, got: &[f32], want: &[f32], relative: f64) -> f64 {
     let want: Vec<f64> = want.iter().map(|&w| f64::from(w)).collect();
@@ -133,12 +147,13 @@ pub fn same_bits(name: &str, got: &[f32], want: &[f32]) {
 /// Central finite differences in f64: `f` maps the inputs to a scalar, `gradients[k]` is its derived gradient for
 /// `inputs[k]`, every element of which is tried.
 ///
-/// With step h the difference quotient errs by h^2/6 |f'''| (truncation) and eps |f| terms / h (rounding, for a scalar that sums
-/// `terms` products). h = 1e-4 balances the two for functions with derivatives of order one; the budget
-/// is both terms with the largest gradient standing for |f'''|, and 100 for how much larger f''' may be.
+/// With step h the difference quotient errs by h^2/6 |f'''| (truncation) and eps |f| terms / h (rounding, for a
+/// scalar that sums `terms` products). h = 1e-4 balances the two for functions with derivatives of order one; the
+/// budget is both terms with the largest gradient standing for |f'''|, and 100 for how much larger f''' may be.
 #[track_caller]
 pub fn finite_differences(name: &str, f: impl Fn(&[Vec<f64>]) -> f64, inputs: &[Vec<f64>], gradients: &[Vec<f64>]) {
     assert_eq!(inputs.len(), gradients.len(), "{name}: one gradient per input");
+    assert!(inputs.iter().any(|x| !x.is_empty()), "{name}: there is no input to vary");
     let h = 1e-4;
     let mut inputs = inputs.to_vec();
     for k in 0..inputs.len() {
@@ -155,16 +170,18 @@ pub fn finite_differences(name: &str, f: impl Fn(&[Vec<f64>]) -> f64, inputs: &[
             let terms = inputs.iter().map(Vec::len).sum::<usize>() as f64;
             let budget = 100.0 * h * h / 6.0 * largest.max(1.0) + f64::EPSILON * above.abs().max(1.0) * terms / h;
             let error = (quotient - derived).abs();
+            // An infinite function value makes the error and the budget infinite together.
             assert!(
-                error <= budget,
-                "{name}: gradient {k}, element {i} is {derived:e}, differences say {quotient:e} (error {error:.2e}, budget {budget:.2e})"
+                budget.is_finite() && error <= budget,
+                "{name}: gradient {k}, element {i} is {derived:e}, differences say {quotient:e} \
+                 (error {error:.2e}, budget {budget:.2e})"
             );
         }
     }
 }
 
-/// Deterministic numbers, roughly uniform on [-1, 1), different for every `seed`; a linear congruence, since nothing here
-/// depends on their quality and the oracle must not share code with what is tested.
+/// Deterministic numbers, roughly uniform on [-1, 1), different for every `seed`; a linear congruence, since nothing
+/// here depends on their quality and the oracle must not share code with what is tested.
 pub fn numbers(seed: u64, len: usize) -> Vec<f64> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(0x1234_5678_9ABC_DEF1);
     let mut next = move || {
@@ -225,9 +242,10 @@ pub fn through_tape(
     through_tape_on(&Device::cpu_guarded(), inputs, params, dy, passes, op)
 }
 
-/// Forward and backward of one operation through its public function and the tape, on a guarded device: `inputs`, rounded to the
-/// type of its activations, become leaves, `params` parameters, `dy` the gradient of the output. `passes` backward passes accumulate into one set of parameter
-/// gradients. At the end everything has to be back in the pool but what is still held here.
+/// Forward and backward of one operation through its public function and the tape, on a guarded device: `inputs`,
+/// rounded to the type of its activations, become leaves, `params` parameters, `dy` the gradient of the output.
+/// `passes` backward passes accumulate into one set of parameter gradients. At the end everything has to be back in
+/// the pool but what is still held here.
 #[track_caller]
 pub fn through_tape_on(
     device: &Device,
@@ -274,8 +292,9 @@ pub fn through_tape_on(
     Pass { y, dx, dw }
 }
 
-/// Asserts that an operation whose results are copies, or single roundings of what the CPU computes in f32, has the CPU's bits on a GPU: those of
-/// the CPU path on inputs rounded to the type of the activations, rounded to it in turn; parameters' gradients are f32 in either type.
+/// Asserts that an operation whose results are copies, or single roundings of what the CPU computes in f32, has the
+/// CPU's bits on a GPU: those of the CPU path on inputs rounded to the type of the activations, rounded to it in
+/// turn; parameters' gradients are f32 in either type.
 #[track_caller]
 pub fn same_as_the_cpu(
     name: &str,

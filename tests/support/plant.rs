@@ -1,89 +1,211 @@
 //! Bugs planted in the PTX of a kernel, to see that a test notices them.
 //!
-//! Each runs in a process of its own, since a kernel's fault breaks the context for all: the test is started again by its name, with the bug in a variable,
-//! and must fail. On a real GPU nothing is planted: a lost barrier may go unnoticed there.
+//! Each runs in a process of its own, since a kernel's fault breaks the context for all: the test is started again by
+//! its name, with the bug in a variable, and must fail. The bug is first planted here, so that one which cannot be
+//! planted (no such entry, no such text) is never taken for one that was noticed.
+//!
+//! Barriers, parameters and the last block are found in any compiler's PTX. Other bugs replace instructions, and are
+//! written for the compiler that build.rs fetches: where another one writes the kernel otherwise, they are left out,
+//! which is said and counted. On a real GPU nothing is planted: a lost barrier may go unnoticed there.
 
 use std::process::Command;
+use std::sync::Once;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use ddpm_cuda::kernels;
+use ddpm_cuda::kernels::{self, Kernel};
 
-use super::gpu::available;
+use super::gpu;
 
-/// The compiler whose PTX the bugs are written for: the one that build.rs fetches. Where another one writes it otherwise, a bug is left out.
+/// The compiler whose PTX the bugs that replace text are written for: the one that build.rs fetches.
 const WRITTEN_FOR: &str = "13.5";
 
-/// Variable that plants a bug in every GPU of the process: `ENTRY|FROM|TO`.
-const BUG: &str = "DDPM_TEST_BUG";
+/// Variable that plants a bug in every GPU of the process.
+const VARIABLE: &str = "DDPM_TEST_BUG";
 
-/// Stands for the text to be replaced where it is a barrier, counted from 0.
-const BARRIER: &str = "the barrier";
-
-/// Stands for the text to be replaced where the last block is to do nothing.
-const LAST_BLOCK: &str = "the last block";
+/// What is done to an entry.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Bug<'a> {
+    /// The last `from` reads `to`.
+    Text { from: &'a str, to: &'a str },
+    /// The last place that loads parameter `is` loads parameter `reads` instead.
+    Parameter { is: usize, reads: usize },
+    /// The n-th barrier is gone, counted from 0; `None`: the last.
+    Barrier(Option<usize>),
+    /// The last block along x does nothing, as if the grid were too small.
+    LastBlock,
+}
 
 /// Asserts that `test` of this executable fails once the last `from` of a kernel's PTX reads `to`.
 #[track_caller]
 pub fn notices(test: &str, entry: &str, from: &str, to: &str) {
-    if !available() || std::env::var("DDPM_TEST_DEVICE").is_ok_and(|device| device == "cuda") {
-        return;
-    }
-    let mut command = Command::new(std::env::current_exe().expect("a test knows its own path"));
-    let output = command.args(["--exact", test]).env(BUG, format!("{entry}|{from}|{to}")).output();
-    let output = output.expect("a test runs");
-    let text = String::from_utf8_lossy(&output.stdout);
-    assert!(text.contains("running 1 test"), "there is no test {test}: {text}");
-    if text.contains("has no `") && kernels::COMPILER != Some(WRITTEN_FOR) {
-        return;
-    }
-    assert!(!text.contains("has no `"), "{text}");
-    assert!(
-        !text.contains(&format!("loading {entry}")),
-        "{entry} is no kernel any more with `{to}` for `{from}`: {text}"
-    );
-    assert!(!output.status.success(), "{test} passes with `{from}` of {entry} replaced by `{to}`: {text}");
+    check(test, entry, Bug::Text { from, to });
+}
+
+/// [`notices`] for a kernel that takes parameter `reads` for parameter `is`, counted from 0, where it loads it last.
+#[track_caller]
+pub fn notices_wrong_parameter(test: &str, entry: &str, is: usize, reads: usize) {
+    check(test, entry, Bug::Parameter { is, reads });
 }
 
 /// [`notices`] for a kernel without its `n`-th barrier, counted from 0 in its PTX.
 #[track_caller]
 pub fn notices_lost_barrier(test: &str, entry: &str, n: usize) {
-    notices(test, entry, BARRIER, &n.to_string());
+    check(test, entry, Bug::Barrier(Some(n)));
+}
+
+/// [`notices`] for a kernel without the last barrier of its PTX.
+#[track_caller]
+pub fn notices_lost_last_barrier(test: &str, entry: &str) {
+    check(test, entry, Bug::Barrier(None));
 }
 
 /// [`notices`] for a kernel whose last block (along x) does nothing, as if the grid were too small.
 #[track_caller]
 pub fn notices_lost_block(test: &str, entry: &str) {
-    notices(test, entry, LAST_BLOCK, "");
+    check(test, entry, Bug::LastBlock);
+}
+
+#[track_caller]
+fn check(test: &str, entry: &str, bug: Bug<'_>) {
+    static ON_A_GPU: Once = Once::new();
+    if !gpu::available() || gpu::is_real() {
+        ON_A_GPU.call_once(|| _ = gpu::emulated("that the tests notice bugs planted in kernels"));
+        return;
+    }
+    let kernel = kernel(entry);
+    if bug.plant(kernel).is_none() {
+        let other_compiler = matches!(bug, Bug::Text { .. }) && kernels::COMPILER != Some(WRITTEN_FOR);
+        assert!(other_compiler, "{entry} has no place for {bug:?}");
+        static LEFT_OUT: AtomicUsize = AtomicUsize::new(0);
+        let count = 1 + LEFT_OUT.fetch_add(1, Ordering::Relaxed);
+        let compiler = kernels::COMPILER.unwrap_or("none");
+        gpu::skip(&format!(
+            "{count} planted bugs so far: {entry} has no place for {bug:?}, written for the PTX of CUDA {WRITTEN_FOR}, \
+             as CUDA {compiler} compiles it"
+        ));
+        return;
+    }
+    let mut command = Command::new(std::env::current_exe().expect("a test knows its own path"));
+    let output = command.args(["--exact", test]).env(VARIABLE, bug.encode(entry)).output().expect("a test runs");
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(text.contains("running 1 test"), "there is no test {test}: {text}");
+    // Whichever entry of the file is launched first loads it.
+    let loading = format!("loading {}_", kernel.module.stem);
+    assert!(!text.contains(&loading), "{entry} is no kernel any more with {bug:?}: {text}");
+    assert!(!output.status.success(), "{test} passes with {bug:?} in {entry}: {text}");
 }
 
 /// The stem and the PTX with the bug that this process is to have, if any.
 pub fn planted() -> Option<(&'static str, String)> {
-    let bug = std::env::var(BUG).ok()?;
-    let [entry, from, to] = bug.split('|').collect::<Vec<_>>().try_into().expect("a bug in three parts");
-    let kernel = kernels::ALL.iter().find(|k| k.name == entry).unwrap_or_else(|| panic!("no kernel {entry}"));
-    let (stem, ptx) = (kernel.module.stem, kernel.module.ptx);
-    let start = ptx.find(&format!(".entry {entry}(")).expect("the PTX of a kernel has its entry");
-    let end = ptx[start + 1..].find(".entry ").map_or(ptx.len(), |next| start + 1 + next);
-    let text = &ptx[start..end];
-    let mutated = match from {
-        BARRIER => without_barrier(text, to.parse().expect("a number")),
-        LAST_BLOCK => without_last_block(text),
-        _ => text.rfind(from).map(|at| format!("{}{to}{}", &text[..at], &text[at + from.len()..])),
+    let text = std::env::var(VARIABLE).ok()?;
+    let (entry, bug) = Bug::decode(&text);
+    let kernel = kernel(entry);
+    let ptx = bug.plant(kernel).unwrap_or_else(|| panic!("{entry} has no place for {bug:?}"));
+    Some((kernel.module.stem, ptx))
+}
+
+fn kernel(entry: &str) -> &'static Kernel {
+    kernels::ALL.iter().find(|k| k.name == entry).unwrap_or_else(|| panic!("there is no kernel {entry}"))
+}
+
+impl<'a> Bug<'a> {
+    /// For the variable: `ENTRY|KIND|WHAT|BY WHAT`.
+    fn encode(self, entry: &str) -> String {
+        match self {
+            Bug::Text { from, to } => format!("{entry}|text|{from}|{to}"),
+            Bug::Parameter { is, reads } => format!("{entry}|parameter|{is}|{reads}"),
+            Bug::Barrier(Some(n)) => format!("{entry}|barrier|{n}|"),
+            Bug::Barrier(None) => format!("{entry}|last barrier||"),
+            Bug::LastBlock => format!("{entry}|last block||"),
+        }
+    }
+
+    fn decode(text: &'a str) -> (&'a str, Self) {
+        let [entry, kind, a, b] = text.split('|').collect::<Vec<_>>().try_into().expect("a bug in four parts");
+        let number = |text: &str| text.parse().expect("a number");
+        let bug = match kind {
+            "text" => Bug::Text { from: a, to: b },
+            "parameter" => Bug::Parameter { is: number(a), reads: number(b) },
+            "barrier" => Bug::Barrier(Some(number(a))),
+            "last barrier" => Bug::Barrier(None),
+            "last block" => Bug::LastBlock,
+            _ => panic!("{VARIABLE} is {text}"),
+        };
+        (entry, bug)
+    }
+
+    /// The PTX of a kernel's file with this bug in the kernel; `None` if there is no place for it.
+    fn plant(self, kernel: &Kernel) -> Option<String> {
+        self.plant_in(kernel.module.ptx, kernel.name)
+    }
+
+    fn plant_in(self, ptx: &str, name: &str) -> Option<String> {
+        let start = ptx.find(&format!(".entry {name}(")).expect("the PTX of a kernel has its entry");
+        let end = ptx[start + 1..].find(".entry ").map_or(ptx.len(), |next| start + 1 + next);
+        let entry = &ptx[start..end];
+        // The bytes that go, and what comes in their place.
+        let (gone, instead) = match self {
+            Bug::Text { from, to } => (at_last(entry, from)?, to.to_string()),
+            Bug::Parameter { is, reads } => {
+                // As `[NAME_param_3]` or, of a structure, `[NAME_param_3+8]`.
+                let last = |end| at_last(entry, &format!("[{name}_param_{is}{end}"));
+                let place = [last(']'), last('+')].into_iter().flatten().max_by_key(|place| place.start)?;
+                let end = entry[place.end - 1..].chars().next()?;
+                (place, format!("[{name}_param_{reads}{end}"))
+            }
+            Bug::Barrier(n) => {
+                let barriers: Vec<usize> = entry.match_indices("bar.sync").map(|(at, _)| at).collect();
+                let at = *n.map_or(barriers.last(), |n| barriers.get(n))?;
+                (at..at + entry[at..].find(';')? + 1, String::new())
+            }
+            Bug::LastBlock => {
+                let body = entry.find('{')? + 1;
+                let leave = "\n.reg .pred %planted; .reg .b32 %block; .reg .b32 %last;\n\
+                    mov.u32 %block, %ctaid.x; mov.u32 %last, %nctaid.x; sub.u32 %last, %last, 1;\n\
+                    setp.eq.u32 %planted, %block, %last; @%planted ret;\n";
+                (body..body, leave.to_string())
+            }
+        };
+        let [before, after] = [&ptx[..start + gone.start], &ptx[start + gone.end..]];
+        Some(format!("{before}{instead}{after}"))
+    }
+}
+
+/// Where `text` holds `part` last.
+fn at_last(text: &str, part: &str) -> Option<std::ops::Range<usize>> {
+    text.rfind(part).map(|at| at..at + part.len())
+}
+
+/// So that on the compiler of CI no bug is left out. The wheels' versions begin with CUDA's.
+#[test]
+fn the_bugs_are_written_for_the_compiler_that_is_fetched() {
+    let wheel = format!("\"nvidia-cuda-nvcc=={WRITTEN_FOR}.");
+    assert!(include_str!("../../build.rs").contains(&wheel), "build.rs fetches another compiler than {WRITTEN_FOR}");
+    if std::env::var("DDPM_CUDA_TOOLCHAIN").is_ok_and(|wanted| wanted == "fetch") {
+        assert_eq!(kernels::COMPILER, Some(WRITTEN_FOR), "kernels are not compiled by the fetched compiler");
+    }
+}
+
+#[test]
+fn a_bug_is_planted_in_its_entry_alone() {
+    let ptx = ".entry a(\n) { ld.param.u32 %r1, [a_param_1]; bar.sync 0; ld.param.u32 %r2, [a_param_1+4]; ret; }\n\
+               .entry b(\n) { ld.param.u32 %r1, [b_param_1]; bar.sync 0; bar.sync 1; ret; }\n";
+    let planted = |entry: &str, bug: Bug<'_>| {
+        assert_eq!(Bug::decode(&bug.encode(entry)), (entry, bug), "on the way through the variable");
+        bug.plant_in(ptx, entry)
     };
-    let mutated = mutated.unwrap_or_else(|| panic!("{entry} has no `{from}` {to}"));
-    Some((stem, format!("{}{mutated}{}", &ptx[..start], &ptx[end..])))
-}
-
-fn without_barrier(entry: &str, n: usize) -> Option<String> {
-    let barriers = entry.match_indices("bar.sync").map(|(at, _)| at);
-    let at = barriers.clone().nth(n)?;
-    let end = at + entry[at..].find(';')? + 1;
-    Some(format!("{}{}", &entry[..at], &entry[end..]))
-}
-
-fn without_last_block(entry: &str) -> Option<String> {
-    let body = entry.find('{')? + 1;
-    let leave = "\n.reg .pred %planted; .reg .b32 %block; .reg .b32 %last;\n\
-        mov.u32 %block, %ctaid.x; mov.u32 %last, %nctaid.x; sub.u32 %last, %last, 1;\n\
-        setp.eq.u32 %planted, %block, %last; @%planted ret;\n";
-    Some(format!("{}{leave}{}", &entry[..body], &entry[body..]))
+    let swapped = |from: &str, to: &str| {
+        assert_eq!(ptx.matches(from).count(), 1, "{from}");
+        Some(ptx.replace(from, to))
+    };
+    assert_eq!(planted("a", Bug::Text { from: "ret", to: "exit" }), swapped("4]; ret", "4]; exit"));
+    assert_eq!(planted("a", Bug::Parameter { is: 1, reads: 0 }), swapped("a_param_1+4", "a_param_0+4"));
+    assert_eq!(planted("b", Bug::Parameter { is: 1, reads: 0 }), swapped("b_param_1]", "b_param_0]"));
+    assert_eq!(planted("b", Bug::Barrier(Some(0))), swapped("[b_param_1]; bar.sync 0;", "[b_param_1]; "));
+    assert_eq!(planted("b", Bug::Barrier(None)), swapped("bar.sync 1;", ""));
+    let early = planted("b", Bug::LastBlock).expect("every entry has a body");
+    assert!(early[ptx.find(".entry b").expect("an entry")..].contains("@%planted ret;"), "{early}");
+    for bug in [Bug::Text { from: "b_param", to: "" }, Bug::Parameter { is: 0, reads: 1 }, Bug::Barrier(Some(1))] {
+        assert_eq!(planted("a", bug), None);
+    }
 }
