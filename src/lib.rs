@@ -23,7 +23,7 @@
 //! | [`tape`], [`params`], [`tensor`], [`shape`] | reverse-mode differentiation, parameters in one flat buffer, NHWC arrays |
 //! | [`device`] | the CPU (buffer pool, vector instructions) and GPUs (pool, launches; the only place that names cudarc) |
 //! | [`kernels`] | the table of compiled CUDA kernels, `kernels/*.cu` |
-//! | [`meter`] | what a step measures, kept where it is computed |
+//! | [`meter`], [`clock`] | what a step measures, kept where it is computed; what changes from step to step |
 //! | [`rng`] | counter-based random numbers |
 //! | [`data`], [`output`], [`checkpoint`] | everything that touches files |
 //!
@@ -50,6 +50,7 @@
 //! [arXiv 2006.11239]: https://arxiv.org/abs/2006.11239
 
 pub mod checkpoint;
+pub mod clock;
 pub mod config;
 pub mod data;
 pub mod device;

@@ -16,6 +16,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use crate::checkpoint;
+use crate::clock::Clock;
 use crate::config::{Config, Preset};
 use crate::data::feed::{Feed, Resident, Rows};
 use crate::data::{self, Data, Dataset, Order};
@@ -94,6 +95,7 @@ pub struct Trainer {
     feed: Feed,
     /// The held-out images on a GPU that has room for the data set.
     held_out: Option<Resident>,
+    clock: Clock,
     meter: Meter,
     /// Steps that have been launched and not yet been read from the meter.
     unread: u32,
@@ -145,6 +147,7 @@ impl Trainer {
             step: 0,
             feed: Feed::new(device, train.as_ref()),
             held_out,
+            clock: Clock::new(device)?,
             meter: Meter::new(device)?,
             unread: 0,
         })
@@ -203,13 +206,16 @@ impl Trainer {
     /// try. The weights are then still those of the last step. On a GPU that is found by [`reports`](Self::reports).
     pub fn step(&mut self) -> Result<()> {
         self.meter.begin();
+        let update = update(&self.config, self.step + 1);
+        // The device on the step's clock: what is launched on it reads from the clock what changes from step to step.
+        let device = self.clock.begin(self.step, &update, &self.meter)?;
         self.grads.reset();
         for k in 0..self.config.accumulate {
-            let (batch, Noised { x_t, t, labels }, masks) = self.draw(k)?;
+            let (batch, Noised { x_t, t, labels }, masks) = self.draw(&device, k)?;
             let x_t = Var::constant(x_t); // (n, h, w, c)
-            let mut tape = Tape::recording(&self.device, &self.params);
+            let mut tape = Tape::recording(&device, &self.params);
             let eps = self.unet.forward(&mut tape, &x_t, &t, labels.as_ref(), Some(masks))?; // (n, h, w, c)
-            let l = loss(&self.device, eps.value(), &batch, &t, Some(self.config.batch), &mut self.meter)?;
+            let l = loss(&device, eps.value(), &batch, &t, Some(self.config.batch), &mut self.meter)?;
             if let Some(mean) = l.mean().filter(|mean| !mean.is_finite()) {
                 self.meter.read()?;
                 return Err(self.not_finite(self.step + 1, "loss", mean, &self.inspect(x_t, t, labels, masks)));
@@ -219,7 +225,7 @@ impl Trainer {
         }
 
         let g = self.grads.finish(self.params.specs())?;
-        grad_norm(&self.device, g, self.config.grad_clip, &mut self.meter)?;
+        grad_norm(&device, g, self.config.grad_clip, &mut self.meter)?;
         if let Meter::Cpu(_) = self.meter {
             let norm = self.meter.host_row().grad_norm;
             if !norm.is_finite() {
@@ -229,7 +235,7 @@ impl Trainer {
             }
         }
         let state = State { w: &mut self.params, ema: &mut self.ema, m: &mut self.m, v: &mut self.v, g };
-        adam(&self.device, state, &update(&self.config, self.step + 1), &mut self.meter)?;
+        adam(&device, state, &update, &mut self.meter)?;
         self.step += 1;
         self.unread += 1;
         Ok(())
@@ -281,7 +287,8 @@ impl Trainer {
         self.meter.begin();
         self.grads.reset();
         for k in 0..self.config.accumulate {
-            let (batch, Noised { x_t, t, labels }, masks) = self.draw(k)?;
+            let device = self.device.clone();
+            let (batch, Noised { x_t, t, labels }, masks) = self.draw(&device, k)?;
             let mut tape = Tape::inspecting(&self.device, &self.params);
             let eps = match self.unet.forward(&mut tape, &Var::constant(x_t), &t, labels.as_ref(), Some(masks)) {
                 Ok(eps) => eps,
@@ -295,7 +302,7 @@ impl Trainer {
     }
 
     /// Piece `k` of the next step's batch, noised, and where its dropout masks come from.
-    fn draw(&mut self, k: usize) -> Result<(Batch, Noised, DropoutSeed)> {
+    fn draw(&mut self, device: &Device, k: usize) -> Result<(Batch, Noised, DropoutSeed)> {
         let Trainer { config: c, data: Data { train: data, .. }, order, feed, .. } = self;
         let (size, conditional) = (c.batch / c.accumulate, c.model.classes > 0);
         let first = (k * size) as u32;
@@ -308,7 +315,7 @@ impl Trainer {
         let batch = Batch::train(c.seed, self.step, first, rows_in_set, c.flip, c.diffusion.timesteps as u32);
         let batch = batch.with_labels(labels);
         let source = feed.source(data.images(), places, |places| rows(data, order.range(places), conditional))?;
-        let noised = q_sample(&self.device, source, &batch, &self.coefficients)?;
+        let noised = q_sample(device, source, &batch, &self.coefficients)?;
         Ok((batch, noised, DropoutSeed { seed: c.seed, step: self.step, first }))
     }
 

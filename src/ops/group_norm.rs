@@ -733,7 +733,7 @@ mod cuda {
     /// Row `part` of `sums` (n, 1, 2, c) over the images, in blocks of 32 channels.
     pub fn sum_images(gpu: &Gpu, grad: ParamView<'_>, sums: &Tensor, part: usize) -> Result<()> {
         let Shape { n, c, .. } = sums.shape();
-        let launch = gpu.launch(&BWD_PARAMS, [c.div_ceil(32), 1, 1], THREADS).view(grad.view).read(sums);
+        let launch = gpu.launch(&BWD_PARAMS, [c.div_ceil(32), 1, 1], THREADS).view_mut(grad.view).read(sums);
         launch.u32(part).u32(n).u32(c).u32(grad.accumulate.into()).run()
     }
 }

@@ -247,7 +247,7 @@ fn planted_bugs_are_noticed() {
     // Races on an image's draws; flips from the timesteps' streams; the wrong width; another rounding; labels from the image numbers.
     plant::notices_lost_barrier(test, "q_sample_fwd_f32", 0);
     plant::notices_lost_barrier("q_sample::gpu_loops_over_images", "q_sample_fwd_f32", 1);
-    plant::notices(test, "q_sample_fwd_bf16", "q_sample_fwd_bf16_param_18", "q_sample_fwd_bf16_param_17");
+    plant::notices(test, "q_sample_fwd_bf16", "q_sample_fwd_bf16_param_14", "q_sample_fwd_bf16_param_13");
     plant::notices(test, "q_sample_fwd_f32", "q_sample_fwd_f32_param_10", "q_sample_fwd_f32_param_9");
     plant::notices(test, "q_sample_fwd_f32", "fma.rn.f32", "fma.rz.f32");
     plant::notices(

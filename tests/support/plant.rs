@@ -60,7 +60,7 @@ pub fn planted() -> Option<(&'static str, String)> {
     let bug = std::env::var(BUG).ok()?;
     let [entry, from, to] = bug.split('|').collect::<Vec<_>>().try_into().expect("a bug in three parts");
     let kernel = kernels::ALL.iter().find(|k| k.name == entry).unwrap_or_else(|| panic!("no kernel {entry}"));
-    let (stem, ptx) = (kernel.module.stem, kernel.module.ptx);
+    let (stem, ptx) = (kernel.module.stem, kernel.module.ptx());
     let start = ptx.find(&format!(".entry {entry}(")).expect("the PTX of a kernel has its entry");
     let end = ptx[start + 1..].find(".entry ").map_or(ptx.len(), |next| start + 1 + next);
     let text = &ptx[start..end];
