@@ -1,15 +1,19 @@
-//! Compiles every `kernels/S.cu` to PTX and writes the table of entries, `kernels.rs` in OUT_DIR, that `src/kernels.rs` includes.
+//! Compiles every `kernels/S.cu` to PTX and writes the table of entries, `kernels.rs` in OUT_DIR, that `src/kernels.rs`
+//! includes.
 //!
-//! The compiler is the first of: `NVCC`, `CUDA_HOME` or `CUDA_PATH`, PATH, /usr/local/cuda, one fetched earlier. `DDPM_CUDA_TOOLCHAIN`
-//! says what happens without one: `auto` (default) fetches NVIDIA's wheels with pip where an NVIDIA driver is present and builds
-//! for the CPU only elsewhere, `fetch` always fetches, `none` builds for the CPU only even where there is a compiler.
+//! The compiler is the first of: `NVCC`, `CUDA_HOME` or `CUDA_PATH`, PATH, /usr/local/cuda, one fetched earlier.
+//! `DDPM_CUDA_TOOLCHAIN` says what happens without one: `auto` (default) fetches NVIDIA's wheels with pip where an
+//! NVIDIA driver is present and builds for the CPU only elsewhere, `fetch` always fetches, `none` builds for the CPU
+//! only even where there is a compiler.
 //!
-//! Which entries there are is read from the source, so that the crate's code is the same with and without a compiler; with
-//! one, the entries of the PTX must be just those. A file is compiled again when it, a header, the compiler or the flags change.
-//! Never asks for a GPU.
+//! Which entries there are is read from the source, so that the crate's code is the same with and without a compiler;
+//! with one, the entries of the PTX must be just those. A file is compiled again when it, a header, the compiler or the
+//! flags change. Never asks for a GPU.
+//!
+//! What kernels and their launches share is written once, in CUDA: a `struct` of plain numbers or a `constexpr` behind
+//! a comment that begins with `Host twin:` gets a twin in Rust, in the module of its file (see [`twins`]).
 
 use std::collections::{BTreeMap, hash_map::DefaultHasher};
-use std::fmt::Write as _;
 use std::hash::{Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -17,7 +21,10 @@ use std::{env, fs};
 
 type Result<T> = std::result::Result<T, String>;
 
-/// What runs on compute capability 8.0 and everything newer.
+/// The PTX's compute capability: it runs on this and everything newer.
+const CAPABILITY: (u32, u32) = (8, 0);
+
+/// nvcc's; the architecture is [`CAPABILITY`].
 const FLAGS: [&str; 5] = ["-ptx", "-arch=compute_80", "-std=c++17", "-O3", "-Ikernels/include"];
 
 /// PTX versions to try, lowest first. 8.0 is CUDA 12.0's, the oldest driver supported.
@@ -47,25 +54,26 @@ fn build() -> Result<()> {
     println!("cargo:rerun-if-changed=build.rs");
     println!("cargo:rerun-if-changed=kernels");
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
-    let sources = sources()?;
+    let headers = headers()?;
+    let sources = sources(&headers)?;
     let compiler = find_compiler(&out)?;
     let mut stems = Vec::new();
     match &compiler {
         Some(compiler) => {
             let ptx = compile(compiler, &sources, &out)?;
-            for (source, ptx) in sources.iter().zip(ptx) {
+            for (source, ptx) in sources.into_iter().zip(ptx) {
                 let compiled = entries_of_ptx(&read(&ptx)?)?;
-                let entries = check(source, &compiled)?;
-                stems.push(Stem { name: source.stem.clone(), ptx: Some(ptx), entries });
+                let entries = check(&source, &compiled)?;
+                stems.push(Stem { name: source.stem, ptx: Some(ptx), entries, twins: source.twins });
             }
         }
         None => {
-            for source in &sources {
-                stems.push(Stem { name: source.stem.clone(), ptx: None, entries: source.entries.clone() });
+            for source in sources {
+                stems.push(Stem { name: source.stem, ptx: None, entries: source.entries, twins: source.twins });
             }
         }
     }
-    let table = table(compiler.as_ref(), &stems)?;
+    let table = table(compiler.as_ref(), &headers, &stems)?;
     write(&out.join("kernels.rs"), &table)
 }
 
@@ -74,37 +82,206 @@ struct Source {
     stem: String,
     path: PathBuf,
     entries: BTreeMap<String, Entry>,
+    twins: Vec<Twin>,
+}
+
+/// One kernels/include/H.cuh.
+struct Header {
+    stem: String,
+    twins: Vec<Twin>,
+}
+
+/// A definition in CUDA that Rust has as well.
+struct Twin {
+    name: String,
+    /// The comment in front of it.
+    doc: String,
+    what: What,
+}
+
+enum What {
+    /// Fields, and size and alignment in bytes.
+    Struct(Vec<Field>, Extent),
+    /// A type of Rust and a value.
+    Constant(&'static str, String),
+}
+
+/// Bytes that something takes, and of which number its address is a multiple.
+#[derive(Clone, Copy)]
+struct Extent {
+    size: u32,
+    align: u32,
+}
+
+/// Name and type in Rust, and the comment behind it.
+struct Field {
+    name: String,
+    rust: String,
+    doc: String,
 }
 
 /// Parameters and launch bound of an entry.
 #[derive(Clone, Default)]
 struct Entry {
-    /// Each one's variant of `kernels::Kind` and name.
-    params: Vec<(&'static str, String)>,
+    params: Vec<Param>,
     /// As compiled; 0 without a compiler.
     max_threads: u32,
 }
 
-fn sources() -> Result<Vec<Source>> {
+/// A parameter of an entry.
+#[derive(Clone)]
+struct Param {
+    name: String,
+    /// Its `kernels::Kind`, as Rust text.
+    kind: String,
+    bytes: u32,
+}
+
+fn headers() -> Result<Vec<Header>> {
+    let mut headers = Vec::new();
+    for path in files(Path::new("kernels/include"), "cuh")? {
+        let twins = twins(&read(&path)?).map_err(|what| format!("{}: {what}", path.display()))?;
+        headers.push(Header { stem: stem(&path)?, twins });
+    }
+    Ok(headers)
+}
+
+fn stem(path: &Path) -> Result<String> {
+    let stem = path.file_stem().and_then(|s| s.to_str());
+    stem.map(str::to_string).ok_or_else(|| format!("{}: is not named in UTF-8", path.display()))
+}
+
+/// The definitions behind a comment `// Host twin: ...`, whose text becomes the documentation in Rust:
+///
+/// ```cuda
+/// // Host twin: what it is.
+/// struct Name {
+///     unsigned a, b;       // what they are
+///     double c[QUARTERS];  // `QUARTERS` is a constant with a twin, or a number
+/// };
+///
+/// // Host twin: what it is.
+/// constexpr int NAME = 64;
+/// ```
+///
+/// A struct has fields of 4 and 8 bytes in such an order that nothing is left between them, so that C++ and Rust lay it
+/// out alike; and it has nothing else, no functions.
+fn twins(text: &str) -> Result<Vec<Twin>> {
+    let mut twins: Vec<Twin> = Vec::new();
+    for part in text.split("// Host twin:").skip(1) {
+        let mut lines = part.lines();
+        let mut doc = lines.next().unwrap_or_default().trim().to_string();
+        if let Some(first) = doc.get_mut(..1) {
+            first.make_ascii_uppercase();
+        }
+        let mut definition = lines.next().unwrap_or_default();
+        while let Some(more) = definition.strip_prefix("//") {
+            doc = format!("{doc} {}", more.trim());
+            definition = lines.next().unwrap_or_default();
+        }
+        let unknown = || format!("no struct or constexpr that can have a twin: {definition}");
+        if let Some(rest) = definition.strip_prefix("constexpr ") {
+            let (kind, rest) = rest.split_once(' ').ok_or_else(unknown)?;
+            let (name, value) = rest.trim_end_matches(';').split_once(" = ").ok_or_else(unknown)?;
+            let rust = match kind {
+                "int" | "unsigned" => "u32",
+                "size_t" => "usize",
+                _ => return Err(unknown()),
+            };
+            value.parse::<u32>().map_err(|_| unknown())?;
+            twins.push(Twin { name: name.into(), doc, what: What::Constant(rust, value.into()) });
+        } else {
+            let name = definition.strip_prefix("struct ").and_then(|rest| rest.strip_suffix(" {"));
+            let name = name.ok_or_else(unknown)?.to_string();
+            let fields = fields(lines.take_while(|line| *line != "};"), &twins);
+            let (fields, extent) = fields.map_err(|what| format!("struct {name}: {what}"))?;
+            twins.push(Twin { name, doc, what: What::Struct(fields, extent) });
+        }
+    }
+    Ok(twins)
+}
+
+/// The fields of a struct and its extent.
+fn fields<'a>(lines: impl Iterator<Item = &'a str>, known: &[Twin]) -> Result<(Vec<Field>, Extent)> {
+    let (mut fields, mut whole) = (Vec::new(), Extent { size: 0, align: 1 });
+    for line in lines {
+        let (code, doc) = line.split_once("//").unwrap_or((line, ""));
+        let unknown = || format!("a twin has no field like {}", line.trim());
+        let (kind, names) = code.trim().strip_suffix(';').and_then(|c| c.split_once(' ')).ok_or_else(unknown)?;
+        let number = |bytes| Extent { size: bytes, align: bytes };
+        let (rust, extent) = match kind {
+            "unsigned" | "uint32_t" => ("u32", number(4)),
+            "int" | "int32_t" => ("i32", number(4)),
+            "size_t" | "uint64_t" => ("u64", number(8)),
+            "float" => ("f32", number(4)),
+            "double" => ("f64", number(8)),
+            name => (name, extent_of(known, name).ok_or_else(unknown)?),
+        };
+        for name in names.split(',').map(str::trim) {
+            let (name, count) = match name.split_once('[') {
+                Some((name, count)) => (name, Some(count.trim_end_matches(']'))),
+                None => (name, None),
+            };
+            let times = match count {
+                None => 1,
+                Some(count) => count.parse().ok().or_else(|| value_of(known, count)).ok_or_else(unknown)?,
+            };
+            if whole.size % extent.align != 0 {
+                return Err(format!("{name} would begin at byte {}: C++ leaves a gap before it", whole.size));
+            }
+            whole = Extent { size: whole.size + extent.size * times, align: whole.align.max(extent.align) };
+            let rust = count.map_or(rust.to_string(), |_| format!("[{rust}; {times}]"));
+            fields.push(Field { name: name.into(), rust, doc: doc.trim().into() });
+        }
+    }
+    if whole.size % whole.align != 0 {
+        return Err(format!("C++ leaves a gap behind its {} bytes", whole.size));
+    }
+    Ok((fields, whole))
+}
+
+/// Extent of a struct with a twin.
+fn extent_of(twins: &[Twin], name: &str) -> Option<Extent> {
+    twins.iter().find_map(|twin| match twin.what {
+        What::Struct(_, extent) if twin.name == name => Some(extent),
+        _ => None,
+    })
+}
+
+/// Value of a constant with a twin.
+fn value_of(twins: &[Twin], name: &str) -> Option<u32> {
+    twins.iter().find_map(|twin| match &twin.what {
+        What::Constant(_, value) if twin.name == name => value.parse().ok(),
+        _ => None,
+    })
+}
+
+fn sources(headers: &[Header]) -> Result<Vec<Source>> {
     let mut sources = Vec::new();
     for path in files(Path::new("kernels"), "cu")? {
-        let stem =
-            path.file_stem().and_then(|s| s.to_str()).ok_or("a file of kernels/ is not named in UTF-8")?.to_string();
+        let stem = stem(&path)?;
         let failed = |what| format!("{}: {what}", path.display());
-        let entries = entries_of_source(&read(&path)?).map_err(failed)?;
+        let text = read(&path)?;
+        let twins = twins(&text).map_err(failed)?;
+        let bytes = |name: &str| {
+            let in_headers = || headers.iter().find_map(|header| extent_of(&header.twins, name));
+            extent_of(&twins, name).or_else(in_headers).map(|extent| extent.size)
+        };
+        let entries = entries_of_source(&text, bytes).map_err(failed)?;
         for name in entries.keys() {
             if !name.strip_prefix(&stem).is_some_and(|rest| rest.starts_with('_')) {
                 return Err(failed(format!("the entry {name} is not named {stem}_PART")));
             }
         }
-        sources.push(Source { stem, path, entries });
+        sources.push(Source { stem, path, entries, twins });
     }
     Ok(sources)
 }
 
-/// Entries that a source declares, by its text: `__global__ void __launch_bounds__(N) NAME(TYPE NAME, ...)`; `NAME_##suffix` stands for one
-/// each of f32 and bf16, `##D##` in a name for each number N of the text's `OF_SIZE(N, suffix, T)`.
-fn entries_of_source(text: &str) -> Result<BTreeMap<String, Entry>> {
+/// Entries that a source declares, by its text: `__global__ void __launch_bounds__(N) NAME(TYPE NAME, ...)`;
+/// `NAME_##suffix` stands for one each of f32 and bf16, `##D##` in a name for each number N of the text's
+/// `OF_SIZE(N, suffix, T)`. `bytes` knows the structs that have twins.
+fn entries_of_source(text: &str, bytes: impl Fn(&str) -> Option<u32>) -> Result<BTreeMap<String, Entry>> {
     let text = text.replace("\\\n", " ");
     let sizes = text.split("OF_SIZE(").skip(1).filter_map(|rest| rest.split_once(", suffix, T)"));
     let sizes: Vec<&str> = sizes.map(|(size, _)| size).filter(|size| size.parse::<u32>().is_ok()).collect();
@@ -116,7 +293,7 @@ fn entries_of_source(text: &str) -> Result<BTreeMap<String, Entry>> {
         let (params, _) = rest.split_once(')').ok_or_else(|| format!("the parameters of {name} do not end"))?;
         let params = params.split(',').map(str::trim).filter(|param| !param.is_empty());
         let params = params.map(|param| {
-            parameter(param).ok_or_else(|| format!("{name}: the launcher knows no parameter like {param}"))
+            parameter(param, &bytes).ok_or_else(|| format!("{name}: the launcher knows no parameter like {param}"))
         });
         let entry = Entry { params: params.collect::<Result<_>>()?, max_threads: 0 };
         let sized = match name.trim().split_once("##D##") {
@@ -133,20 +310,26 @@ fn entries_of_source(text: &str) -> Result<BTreeMap<String, Entry>> {
     Ok(entries)
 }
 
-/// Kind and name of `TYPE NAME`.
-fn parameter(declaration: &str) -> Option<(&'static str, String)> {
-    let words: Vec<&str> =
-        declaration.split_whitespace().filter(|word| !["const", "__restrict__"].contains(word)).collect();
+/// The parameter `TYPE NAME`.
+fn parameter(declaration: &str, bytes: &impl Fn(&str) -> Option<u32>) -> Option<Param> {
+    let qualifiers = ["const", "__restrict__"];
+    let words: Vec<&str> = declaration.split_whitespace().filter(|word| !qualifiers.contains(word)).collect();
     let (name, words) = words.split_last()?;
-    let kind = match words.join(" ").as_str() {
-        pointer if pointer.ends_with('*') || name.starts_with('*') => "Pointer",
-        "size_t" | "unsigned long long" | "long long" => "U64",
-        "unsigned" | "int" => "U32",
-        "float" => "F32",
-        "double" => "F64",
-        _ => return None,
+    let (kind, bytes) = match words.join(" ").as_str() {
+        pointer if pointer.ends_with('*') || name.starts_with('*') => {
+            let reads = declaration.split_whitespace().any(|word| word == "const");
+            (if reads { "Pointer" } else { "PointerMut" }.into(), 8)
+        }
+        "size_t" | "unsigned long long" | "long long" => ("U64".into(), 8),
+        "unsigned" | "int" => ("U32".into(), 4),
+        "float" => ("F32".into(), 4),
+        "double" => ("F64".into(), 8),
+        name => {
+            let bytes = bytes(name)?;
+            (format!("Struct({name:?}, {bytes})"), bytes)
+        }
     };
-    Some((kind, name.trim_start_matches('*').to_string()))
+    Some(Param { name: name.trim_start_matches('*').to_string(), kind, bytes })
 }
 
 /// Sizes of the parameters in bytes and launch bound of each entry of a PTX text.
@@ -156,9 +339,14 @@ fn entries_of_ptx(text: &str) -> Result<BTreeMap<String, (Vec<u32>, u32)>> {
         let (name, rest) = part.split_once('(').ok_or("an .entry without parameters")?;
         let (params, rest) = rest.split_once(')').ok_or("an .entry whose parameters do not end")?;
         let params = params.split(',').map(str::trim).filter(|param| !param.is_empty());
+        // .param .u32 NAME, or .param .align 4 .b8 NAME[BYTES] for a struct
         let sizes = params.map(|param| match param.split_whitespace().nth(1) {
             Some(".u64" | ".b64" | ".s64" | ".f64") => 8,
             Some(".u32" | ".b32" | ".s32" | ".f32") => 4,
+            Some(".align") => {
+                let bytes = param.split_once('[').and_then(|(_, rest)| rest.strip_suffix(']'));
+                bytes.and_then(|bytes| bytes.parse().ok()).unwrap_or(0)
+            }
             _ => 0,
         });
         // The first lines behind the parameters: .maxntid X[, Y, Z]
@@ -180,8 +368,7 @@ fn check(source: &Source, compiled: &BTreeMap<String, (Vec<u32>, u32)>) -> Resul
     let mut entries = source.entries.clone();
     for (name, entry) in &mut entries {
         let (sizes, max_threads) = &compiled[name];
-        let size = |kind: &str| if ["U32", "F32"].contains(&kind) { 4 } else { 8 };
-        let declared: Vec<u32> = entry.params.iter().map(|(kind, _)| size(kind)).collect();
+        let declared: Vec<u32> = entry.params.iter().map(|param| param.bytes).collect();
         if declared != *sizes {
             return Err(format!(
                 "{file}: {name} is declared with parameters of {declared:?} bytes, its PTX has {sizes:?}"
@@ -243,7 +430,8 @@ fn find_compiler(out: &Path) -> Result<Option<Compiler>> {
     let driver = ["/proc/driver/nvidia/version", "/usr/lib/wsl/lib/libcuda.so.1"].iter().any(|p| Path::new(p).exists());
     if wanted != "fetch" && !driver {
         println!(
-            "cargo:warning=no CUDA compiler found: this build computes on the CPU only (DDPM_CUDA_TOOLCHAIN=fetch installs one into the target folder, about 180 MB)"
+            "cargo:warning=no CUDA compiler found: this build computes on the CPU only (DDPM_CUDA_TOOLCHAIN=fetch \
+             installs one into the target folder, about 180 MB)"
         );
         return Ok(None);
     }
@@ -265,7 +453,8 @@ fn toolchain_folder(out: &Path) -> Result<PathBuf> {
     Ok(target.join("cuda-toolchain-13.5.37"))
 }
 
-/// Installs the compiler's wheels beside `folder` and renames: a fetch that is interrupted leaves nothing that looks whole.
+/// Installs the compiler's wheels beside `folder` and renames: a fetch that is interrupted leaves nothing that looks
+/// whole.
 fn fetch(folder: &Path) -> Result<()> {
     println!("cargo:warning=fetching NVIDIA's CUDA compiler (about 180 MB) into {}", folder.display());
     let partial = folder.with_extension("partial");
@@ -346,26 +535,48 @@ struct Stem {
     name: String,
     ptx: Option<PathBuf>,
     entries: BTreeMap<String, Entry>,
+    twins: Vec<Twin>,
 }
 
-/// The Rust text: a module for each stem, with a static for each entry or pair of entries.
-fn table(compiler: Option<&Compiler>, stems: &[Stem]) -> Result<String> {
+/// The Rust text: a module for each header with twins, and one for each stem, with its twins and a static for each
+/// entry or pair of entries.
+fn table(compiler: Option<&Compiler>, headers: &[Header], stems: &[Stem]) -> Result<String> {
     let (version, ptxas) = (compiler.map(|c| &c.version), compiler.map(|c| &c.ptxas));
     let mut text = format!(
-        "/// CUDA version of the compiler that made the PTX.\npub const COMPILER: Option<&str> = {version:?};\n/// Its assembler.\npub const PTXAS: Option<&str> = {ptxas:?};\n"
+        "/// CUDA version of the compiler that made the PTX.\npub const COMPILER: Option<&str> = {version:?};\n\
+         /// Its assembler.\npub const PTXAS: Option<&str> = {ptxas:?};\n"
     );
+    for Header { stem, twins } in headers.iter().filter(|header| !header.twins.is_empty()) {
+        text += &format!("/// Twins of kernels/include/{stem}.cuh.\npub mod {stem} {{\n");
+        if twins.iter().any(|twin| matches!(twin.what, What::Struct(..))) {
+            text += "    use super::Twin;\n";
+        }
+        twins.iter().for_each(|twin| text += &twin_text(twin));
+        text += "}\n";
+    }
     let mut all = Vec::new();
     for stem in stems {
         let name = &stem.name;
-        let ptx = match &stem.ptx {
-            Some(path) => format!("include_str!({path:?})"),
-            None => "\"\"".into(),
+        let images = match &stem.ptx {
+            Some(path) => {
+                format!("Image {{ capability: {CAPABILITY:?}, code: Code::Ptx(include_str!({path:?})) }}")
+            }
+            None => String::new(),
         };
-        writeln!(text, "/// Entries of kernels/{name}.cu.\npub mod {name} {{\n    use super::*;\n    static MODULE: Module = Module {{ stem: {name:?}, ptx: {ptx} }};").map_err(|e| e.to_string())?;
+        text += &format!(
+            "/// Entries of kernels/{name}.cu.\npub mod {name} {{\n    use super::*;\n    \
+             static MODULE: Module = Module {{ stem: {name:?}, images: &[{images}] }};\n"
+        );
+        stem.twins.iter().for_each(|twin| text += &twin_text(twin));
         let kernel = |entry: &str| {
             let Entry { params, max_threads } = &stem.entries[entry];
-            let params: String = params.iter().map(|(kind, name)| format!("(Kind::{kind}, {name:?}), ")).collect();
-            format!("Kernel {{ name: {entry:?}, module: &MODULE, params: &[{params}], max_threads: {max_threads} }}")
+            let params: String =
+                params.iter().map(|Param { kind, name, .. }| format!("(Kind::{kind}, {name:?}), ")).collect();
+            let tile = tile(entry);
+            format!(
+                "Kernel {{ name: {entry:?}, module: &MODULE, params: &[{params}], max_threads: {max_threads}, \
+                 tile: {tile:?} }}"
+            )
         };
         for entry in stem.entries.keys() {
             let part = &entry[name.len() + 1..];
@@ -376,29 +587,51 @@ fn table(compiler: Option<&Compiler>, stems: &[Stem]) -> Result<String> {
                 if !stem.entries.contains_key(&f32_entry) {
                     return Err(format!("{entry} has no counterpart {f32_entry}"));
                 }
-                writeln!(
-                    text,
-                    "    /// `{single}*`\n    pub static {pair}: ByType = ByType {{ f32: {}, bf16: {} }};",
+                text += &format!(
+                    "    /// `{single}*`\n    pub static {pair}: ByType = ByType {{ f32: {}, bf16: {} }};\n",
                     kernel(&f32_entry),
                     kernel(entry)
-                )
-                .map_err(|e| e.to_string())?;
+                );
                 all.extend([format!("&{name}::{pair}.f32"), format!("&{name}::{pair}.bf16")]);
             } else if constant.ends_with("_F32")
                 && stem.entries.contains_key(&format!("{}bf16", &entry[..entry.len() - 3]))
             {
                 // Written with its bf16 counterpart.
             } else {
-                writeln!(text, "    /// `{entry}`\n    pub static {constant}: Kernel = {};", kernel(entry))
-                    .map_err(|e| e.to_string())?;
+                text += &format!("    /// `{entry}`\n    pub static {constant}: Kernel = {};\n", kernel(entry));
                 all.push(format!("&{name}::{constant}"));
             }
         }
-        text.push_str("}\n");
+        text += "}\n";
     }
-    writeln!(text, "/// Every entry.\npub static ALL: &[&Kernel] = &[{}];", all.join(", "))
-        .map_err(|e| e.to_string())?;
+    text += &format!("/// Every entry.\npub static ALL: &[&Kernel] = &[{}];\n", all.join(", "));
     Ok(text)
+}
+
+/// BM and BN of an entry whose name has a part `BMxBN`.
+fn tile(entry: &str) -> Option<(u32, u32)> {
+    entry.split('_').find_map(|part| part.split_once('x').and_then(|(m, n)| Some((m.parse().ok()?, n.parse().ok()?))))
+}
+
+/// A definition's twin, as Rust text.
+fn twin_text(Twin { name, doc, what }: &Twin) -> String {
+    match what {
+        What::Constant(rust, value) => format!("    /// {doc}\n    pub const {name}: {rust} = {value};\n"),
+        What::Struct(fields, extent) => {
+            let field = |f: &Field| {
+                let doc = if f.doc.is_empty() { String::new() } else { format!("/// {}\n        ", f.doc) };
+                format!("        {doc}pub {}: {},\n", f.name, f.rust)
+            };
+            let (fields, size): (String, u32) = (fields.iter().map(field).collect(), extent.size);
+            format!(
+                "    /// {doc}\n    #[repr(C)]\n    \
+                 #[derive(Clone, Copy, Debug, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]\n    \
+                 #[allow(missing_docs)]\n    pub struct {name} {{\n{fields}    }}\n    \
+                 const _: () = assert!(size_of::<{name}>() == {size});\n    \
+                 impl Twin for {name} {{\n        const NAME: &'static str = {name:?};\n    }}\n"
+            )
+        }
+    }
 }
 
 /// Files of a folder with an extension, sorted.

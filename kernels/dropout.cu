@@ -1,24 +1,26 @@
 // dropout: y = m x scale with a mask m that is a pure function of the counter.
 //
-// computes   y[i,k] = x[i,k] scale if word k%4 of block k/4 of image i's stream is at least threshold, else 0; y may be x.
-//            The backward pass is the same on dy.
+// computes   y[i,k] = x[i,k] scale if word k%4 of block k/4 of image i's stream is at least threshold, else 0; y may be
+//            x. The backward pass is the same on dy.
 // layout     (images, image) elements of f32 or bf16; image i's stream is `stream + i`
 // mapping    thread = 4 neighbours of one image = one Philox block; grid (ceil(image/1024), images up to 65535, looped)
 // shared     none
 // bound by   memory, with ten rounds of Philox for four elements close behind
-// host       image < 2^34
+// host       image < 2^34; the clock is null or the step's (clock.cuh)
 // numerics   the mask has the bits of the CPU's; one product, one rounding to T
+#include "clock.cuh"
 #include "dtype.cuh"
 #include "philox.cuh"
 
 template <class T>
-__device__ __forceinline__ void mask(T* y, const T* x, size_t images, size_t image, uint32_t seed_lo, uint32_t seed_hi,
-                                     uint32_t step, uint32_t purpose, uint32_t stream, uint32_t threshold, float scale) {
+__device__ __forceinline__ void mask(T* y, const T* x, size_t images, size_t image, const Stream& of_masks,
+                                     uint32_t threshold, float scale, const Clock* clock) {
     const size_t block = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (4 * block >= image) return;
     const unsigned count = unsigned(min(size_t(4), image - 4 * block));
+    const Stream streams = of_step(of_masks, clock);
     for (size_t i = blockIdx.y; i < images; i += gridDim.y) {
-        const uint4 w = philox(Stream{seed_lo, seed_hi, step, purpose, stream + uint32_t(i)}, uint32_t(block));
+        const uint4 w = philox(of_image(streams, uint32_t(i)), uint32_t(block));
         float4 v = load_group(x, i * image + 4 * block, count, image % 4 == 0);
         v.x *= w.x >= threshold ? scale : 0.0f;
         v.y *= w.y >= threshold ? scale : 0.0f;
@@ -28,11 +30,12 @@ __device__ __forceinline__ void mask(T* y, const T* x, size_t images, size_t ima
     }
 }
 
-#define ENTRY(suffix, T)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(256) dropout_mask_##suffix(                                       \
-        T* y, const T* x, size_t images, size_t image, unsigned seed_lo, unsigned seed_hi, unsigned step,          \
-        unsigned purpose, unsigned stream, unsigned threshold, float scale) {                                      \
-        mask(y, x, images, image, seed_lo, seed_hi, step, purpose, stream, threshold, scale);                      \
+// dropout_mask_f32, dropout_mask_bf16
+#define ENTRY(suffix, T) \
+    extern "C" __global__ void __launch_bounds__(THREADS) dropout_mask_##suffix( \
+        T* y, const T* x, size_t images, size_t image, Stream streams, unsigned threshold, float scale, \
+        const Clock* clock) { \
+        mask(y, x, images, image, streams, threshold, scale, clock); \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY

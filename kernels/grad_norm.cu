@@ -1,21 +1,28 @@
 // grad_norm: the norm of all gradients and what follows from it, without a round trip to the host.
 //
-// computes   norm = sqrt(sum g^2);  row[NORM] = norm, row[CLIP] = min(1, max_norm / (norm + 1e-6)) or 1 if max_norm is 0;
-//            sets *halt if the norm or a loss of the row is not finite, for good: no later update is applied
-// layout     g (len) f32; row f64; partial one f64 a block; done one word, 0 before and after; halt one word
-// mapping    block = CHUNK elements, thread = 4 neighbours at a time; the block that finishes last adds the partial sums
+// computes   norm = sqrt(sum g^2), into the meter's row as grad_norm, and clip = min(1, max_norm / (norm + 1e-6)) or 1
+//            if max_norm is 0; sets *halt if the norm or a loss of the row is not finite, for good: no later update is
+//            applied
+// layout     g (len) f32; rows as meter.cuh has them; partial one f64 a block; done one word, 0 before and after; halt
+//            one word
+// mapping    block = CHUNK elements, thread = 4 neighbours at a time; the block that finishes last adds the partial
+//            sums
 // shared     72 B: sums of the warps (block_sum), and whether this block is the last
 // bound by   memory: 4 bytes read an element
-// host       g starts on a 16-byte boundary; len is a multiple of 4 (the flat buffer's gaps are zero)
-// numerics   squares and sums in f64 in a fixed order; an f32's square does not overflow an f64, so the norm is finite if and only if
-//            every gradient is
+// host       g starts on a 16-byte boundary; len is a multiple of 4 (the flat buffer's gaps are zero); the clock is
+//            null or the step's (clock.cuh)
+// numerics   squares and sums in f64 in a fixed order; an f32's square does not overflow an f64, so the norm is finite
+//            if and only if every gradient is
+#include "clock.cuh"
+#include "meter.cuh"
 #include "reduce.cuh"
 
-constexpr int THREADS = 256;
+// Host twin: elements that a block sums: sixteen rounds of 256 threads with four each.
 constexpr size_t CHUNK = 16384;
-constexpr int LOSSES = 4, NORM = 8, CLIP = 9;
 
-extern "C" __global__ void __launch_bounds__(256) grad_norm_fwd(double* row, unsigned* halt, double* partial, unsigned* done, const float* g, size_t len, double max_norm) {
+extern "C" __global__ void __launch_bounds__(THREADS) grad_norm_fwd(
+    MeterRow* rows, unsigned* halt, double* partial, unsigned* done, const float* g, size_t len, double max_norm,
+    const Clock* clock) {
     __shared__ double scratch[THREADS / 32];
     __shared__ unsigned last;
     const size_t end = min((blockIdx.x + 1) * CHUNK, len);
@@ -39,10 +46,11 @@ extern "C" __global__ void __launch_bounds__(256) grad_norm_fwd(double* row, uns
     if (threadIdx.x != 0) return;
     const double norm = sqrt(total);
     const double factor = max_norm / (norm + 1e-6);
+    MeterRow* row = row_of_step(rows, clock);
     bool finite = isfinite(norm);
-    for (int b = 0; b < LOSSES; ++b) finite = finite && isfinite(row[b]);
-    row[NORM] = norm;
-    row[CLIP] = max_norm == 0.0 || factor > 1.0 ? 1.0 : factor;
+    for (int q = 0; q < QUARTERS; ++q) finite = finite && isfinite(row->loss_sums[q]);
+    row->grad_norm = norm;
+    row->clip = max_norm == 0.0 || factor > 1.0 ? 1.0 : factor;
     if (!finite) *halt = 1;
     *done = 0;
 }

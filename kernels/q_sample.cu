@@ -1,29 +1,35 @@
-// q_sample: the forward process in one kernel, from the data set's bytes to x_t (DDPM, equation 4). Neither x_0 nor eps is stored.
+// q_sample: the forward process in one kernel, from the data set's bytes to x_t (DDPM, equation 4). Neither x_0 nor eps
+// is stored.
 //
 // computes   for image i of the batch: t_i uniform on 0..timesteps, mirrored or not, z normal, all from their counters;
-//            u = pixels[rows[i]], mirrored along w;  x_t[i, k] = byte_t (2u - 255) + eps_t z_k;  writes t and the label too
-// layout     pixels (images, h, w, c) u8; rows (n) u32, class_of (n) u32 or null, both of this batch; x_t (n, h, w, c) f32 or bf16; t, labels (n) f32;
-//            table (timesteps, 2) f32: byte_t = sqrt(alpha_bar_t) / 255, eps_t = sqrt(1 - alpha_bar_t)
-// mapping    thread = 4 neighbours of one image = one Philox block; grid (ceil(h w c / 1024), images up to 65535, looped)
+//            u = pixels[rows[i]], mirrored along w;  x_t[i, k] = byte_t (2u - 255) + eps_t z_k;  writes t and the label
+//            too
+// layout     pixels (images, h, w, c) u8; rows (n) u32, class_of (n) u32 or null, both of this batch; x_t (n, h, w, c)
+//            f32 or bf16; t, labels (n) f32; table (timesteps, 2) f32: byte_t = sqrt(alpha_bar_t) / 255, eps_t = sqrt(1
+//            - alpha_bar_t)
+// mapping    thread = 4 neighbours of one image = one Philox block; grid (ceil(h w c / 1024), images up to 65535,
+//            looped)
 // shared     16 B: timestep and flip of the image, drawn by thread 0, read by all
 // bound by   arithmetic: ten rounds of Philox and two Box-Muller pairs for 4 bytes read and 8 or 16 written
-// host       rows are below the number of images, h w c < 2^34
+// host       rows are below the number of images, h w c < 2^34; the clock is null or the step's (clock.cuh)
 // numerics   t, flip and z have the bits of the CPU's; one product, one fused multiply-add and one rounding to T
+#include "clock.cuh"
 #include "dtype.cuh"
 #include "philox.cuh"
 
 template <class T>
 __device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsigned char* pixels, const unsigned* rows,
                                     const unsigned* class_of, const float* table, unsigned n, size_t image, unsigned w,
-                                    unsigned c, unsigned timesteps, uint32_t seed_lo, uint32_t seed_hi, uint32_t step,
-                                    uint32_t purpose_noise, uint32_t stream, uint32_t purpose_t, uint32_t purpose_flip,
-                                    unsigned flip) {
+                                    unsigned c, unsigned timesteps, const Stream& noise, uint32_t purpose_t,
+                                    uint32_t purpose_flip, unsigned flip, const Clock* clock) {
     __shared__ uint32_t drawn[2];
     const size_t block = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+    const Stream streams = of_step(noise, clock);
     for (unsigned i = blockIdx.y; i < n; i += gridDim.y) {
+        const Stream stream = of_image(streams, i);
         if (threadIdx.x == 0) {
-            drawn[0] = below(Stream{seed_lo, seed_hi, step, purpose_t, stream + i}, timesteps);
-            drawn[1] = flip ? below(Stream{seed_lo, seed_hi, step, purpose_flip, stream + i}, 2) : 0;
+            drawn[0] = below(for_purpose(stream, purpose_t), timesteps);
+            drawn[1] = flip ? below(for_purpose(stream, purpose_flip), 2) : 0;
         }
         __syncthreads();  // the draws above are read below
         const uint32_t t_i = drawn[0];
@@ -35,7 +41,7 @@ __device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsig
         }
         if (4 * block >= image) continue;
         const float byte_t = table[2 * t_i], eps_t = table[2 * t_i + 1];
-        const float4 z = normals(Stream{seed_lo, seed_hi, step, purpose_noise, stream + i}, uint32_t(block));
+        const float4 z = normals(stream, uint32_t(block));
         const unsigned char* u = pixels + size_t(rows[i]) * image;
         const unsigned count = unsigned(min(size_t(4), image - 4 * block));
         const float noise[4] = {z.x, z.y, z.z, z.w};
@@ -57,14 +63,14 @@ __device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsig
     }
 }
 
-#define ENTRY(suffix, T)                                                                                              \
-    extern "C" __global__ void __launch_bounds__(256) q_sample_fwd_##suffix(                                           \
-        T* x_t, float* t, float* labels, const unsigned char* pixels, const unsigned* rows, const unsigned* class_of,  \
-        const float* table, unsigned n, size_t image, unsigned w, unsigned c, unsigned timesteps, unsigned seed_lo,    \
-        unsigned seed_hi, unsigned step, unsigned purpose_noise, unsigned stream, unsigned purpose_t,                  \
-        unsigned purpose_flip, unsigned flip) {                                                                        \
-        fwd(x_t, t, labels, pixels, rows, class_of, table, n, image, w, c, timesteps, seed_lo, seed_hi, step,          \
-            purpose_noise, stream, purpose_t, purpose_flip, flip);                                                     \
+// q_sample_fwd_f32, q_sample_fwd_bf16
+#define ENTRY(suffix, T) \
+    extern "C" __global__ void __launch_bounds__(THREADS) q_sample_fwd_##suffix( \
+        T* x_t, float* t, float* labels, const unsigned char* pixels, const unsigned* rows, const unsigned* class_of, \
+        const float* table, unsigned n, size_t image, unsigned w, unsigned c, unsigned timesteps, Stream noise, \
+        unsigned purpose_t, unsigned purpose_flip, unsigned flip, const Clock* clock) { \
+        fwd(x_t, t, labels, pixels, rows, class_of, table, n, image, w, c, timesteps, noise, purpose_t, purpose_flip, \
+            flip, clock); \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY

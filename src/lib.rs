@@ -22,7 +22,8 @@
 //! config - presets and settings: everything that has to be known to repeat a run
 //! ops - one file an operation: formula, public function, backward pass, reference, CPU path, launches
 //! tape - reverse-mode differentiation
-//! params meter - parameters in one flat buffer; what a step measures, kept where it is computed
+//! params clock - parameters in one flat buffer; what changes from one training step to the next
+//! meter - what a step measures, kept where it is computed
 //! images conditioning - bytes that become x_0; what the network is told besides x_t and t
 //! tensor - NHWC arrays
 //! diffusion - schedules and the steps of samplers, with the papers' equation numbers: numbers in f64
@@ -60,6 +61,7 @@
 //! [arXiv 2006.11239]: https://arxiv.org/abs/2006.11239
 
 pub mod checkpoint;
+pub mod clock;
 #[cfg(feature = "cli")]
 pub mod commands;
 pub mod conditioning;

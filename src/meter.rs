@@ -1,20 +1,65 @@
 //! What training steps measure, kept where it is computed until the log asks: on a GPU a step then waits for nothing.
 //!
-//! A row holds a step's losses by quarter of the timesteps and the norm of its gradient. [`loss`](crate::ops::loss::loss) and
-//! [`grad_norm`](crate::ops::grad_norm::grad_norm) write it, [`adam`](crate::ops::adam::adam) reads the clipping factor from it. On a GPU
-//! a loss or a norm that is not finite also sets a word that stops every later update, so that the weights are still those of the last good step
-//! when the host comes to know of it.
+//! A row holds a step's losses by quarter of the timesteps and the norm of its gradient. The operations `loss` and
+//! `grad_norm` write it, `adam` reads the clipping factor from it. On a GPU a loss or a norm that is not finite also
+//! sets a word that stops every later update, so that the weights are still those of the last good step when the host
+//! comes to know of it.
 
 use crate::device::Device;
-use crate::device::cuda::{Buffer, Gpu, View};
+use crate::device::cuda::{Buffer, Gpu, View, ViewMut};
 use crate::error::Result;
-use crate::ops::loss::Quarters;
+use crate::kernels::clock::Clock;
+use crate::kernels::meter::{MeterRow, QUARTERS};
 
 /// Steps a GPU measures before it has to be asked.
 const ROWS: usize = 256;
 
-/// Numbers of a row on a GPU, f64: four sums of losses, four counts, the norm, the clipping factor.
-const ROW: usize = 10;
+/// Parts of the timesteps.
+const PARTS: usize = QUARTERS as usize;
+
+/// Sums the losses of images by the quarter of the timesteps they were noised to: the mean over all timesteps hides
+/// that late quarters are nearly solved while the first is not.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Quarters {
+    sums: [f64; PARTS],
+    counts: [u64; PARTS],
+}
+
+impl Quarters {
+    /// From the sums and numbers of losses of each quarter.
+    pub fn from_parts(sums: [f64; PARTS], counts: [u64; PARTS]) -> Self {
+        Quarters { sums, counts }
+    }
+
+    /// Adds images by their timesteps `t`, of a chain of `timesteps`, and their losses.
+    pub fn add(&mut self, t: &[u32], timesteps: u32, per_image: &[f64]) {
+        assert_eq!(t.len(), per_image.len(), "one loss for each of the images");
+        for (&t, loss) in t.iter().zip(per_image) {
+            let quarter = (u64::from(QUARTERS) * u64::from(t) / u64::from(timesteps)) as usize;
+            self.sums[quarter] += loss;
+            self.counts[quarter] += 1;
+        }
+    }
+
+    /// Adds what another has summed.
+    pub fn merge(&mut self, other: &Quarters) {
+        for quarter in 0..PARTS {
+            self.sums[quarter] += other.sums[quarter];
+            self.counts[quarter] += other.counts[quarter];
+        }
+    }
+
+    /// Mean loss of each quarter, from the least noise to the most; `None` where no image fell.
+    pub fn means(&self) -> [Option<f64>; PARTS] {
+        std::array::from_fn(|q| (self.counts[q] > 0).then(|| self.sums[q] / self.counts[q] as f64))
+    }
+
+    /// Mean loss over all images; `None` without any.
+    pub fn mean(&self) -> Option<f64> {
+        let count: u64 = self.counts.iter().sum();
+        (count > 0).then(|| self.sums.iter().sum::<f64>() / count as f64)
+    }
+}
 
 /// What one step measured.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -25,6 +70,16 @@ pub struct Measured {
     pub grad_norm: f64,
     /// Factor of the gradient.
     pub clip: f64,
+}
+
+impl From<MeterRow> for Measured {
+    fn from(row: MeterRow) -> Self {
+        Measured {
+            quarters: Quarters::from_parts(row.loss_sums, row.counts.map(|count| count as u64)),
+            grad_norm: row.grad_norm,
+            clip: row.clip,
+        }
+    }
 }
 
 /// Rows of measurements.
@@ -38,13 +93,29 @@ pub enum Meter {
 /// Rows on a GPU.
 pub struct CudaMeter {
     gpu: Gpu,
-    /// (ROWS, ROW) f64.
+    /// [`ROWS`] of [`MeterRow`].
     rows: Buffer,
-    /// Two words: blocks of a kernel that are done, 0 between kernels; and whether updates are halted.
-    words: Buffer,
+    /// A word: blocks of a kernel that are done, 0 between kernels.
+    done: Buffer,
+    /// A word: whether updates are halted.
+    halt: Buffer,
     used: usize,
     /// Nothing has been written to the last row yet.
     fresh: bool,
+}
+
+/// What kernels write when they measure.
+pub(crate) struct ToWrite<'a> {
+    /// The step's row; with a clock, which says which it is, all rows.
+    pub rows: ViewMut<'a>,
+    /// Count of finished blocks.
+    pub done: &'a mut Buffer,
+    /// Whether updates are halted.
+    pub halt: &'a mut Buffer,
+    /// The row holds losses already, to which others are added.
+    pub has_losses: bool,
+    /// To be set to false by whoever has written losses.
+    pub fresh: &'a mut bool,
 }
 
 impl Meter {
@@ -54,10 +125,12 @@ impl Meter {
     /// A GPU without enough memory.
     pub fn new(device: &Device) -> Result<Self> {
         let Device::Cuda(gpu) = device else { return Ok(Meter::Cpu(Vec::new())) };
-        let (mut rows, mut words) = (gpu.alloc(8 * ROWS * ROW)?, gpu.alloc(8)?);
-        gpu.fill(&mut rows, 0, 2 * ROWS * ROW, 0)?;
-        gpu.fill(&mut words, 0, 2, 0)?;
-        Ok(Meter::Cuda(CudaMeter { gpu: gpu.clone(), rows, words, used: 0, fresh: true }))
+        let bytes = ROWS * size_of::<MeterRow>();
+        let [mut rows, mut done, mut halt] = [gpu.alloc(bytes)?, gpu.alloc(4)?, gpu.alloc(4)?];
+        gpu.fill(&mut rows, 0, bytes / 4, 0)?;
+        gpu.fill(&mut done, 0, 1, 0)?;
+        gpu.fill(&mut halt, 0, 1, 0)?;
+        Ok(Meter::Cuda(CudaMeter { gpu: gpu.clone(), rows, done, halt, used: 0, fresh: true }))
     }
 
     /// Begins a step's row; [`read`](Self::read) must have been called if the meter [`is_full`](Self::is_full).
@@ -70,6 +143,15 @@ impl Meter {
                 meter.fresh = true;
             }
         }
+    }
+
+    /// Number of the last row, from 0.
+    pub fn row(&self) -> u32 {
+        let used = match self {
+            Meter::Cpu(rows) => rows.len(),
+            Meter::Cuda(meter) => meter.used,
+        };
+        used.checked_sub(1).and_then(|row| u32::try_from(row).ok()).expect("a row has begun")
     }
 
     /// True if no other row can be begun.
@@ -99,40 +181,42 @@ impl Meter {
 
 impl CudaMeter {
     fn read(&mut self) -> Result<Vec<Measured>> {
-        let mut numbers = vec![0.0f64; self.used * ROW];
-        self.gpu.download(&mut numbers, &self.rows)?;
-        self.gpu.fill(&mut self.words, 4, 1, 0)?;
+        let mut rows = vec![<MeterRow as bytemuck::Zeroable>::zeroed(); self.used];
+        self.gpu.download(&mut rows, &self.rows)?;
+        self.gpu.fill(&mut self.halt, 0, 1, 0)?;
         self.used = 0;
-        let row = |row: &[f64]| Measured {
-            quarters: Quarters::from_parts(
-                std::array::from_fn(|quarter| row[quarter]),
-                std::array::from_fn(|quarter| row[4 + quarter] as u64),
-            ),
-            grad_norm: row[8],
-            clip: row[9],
-        };
-        Ok(numbers.chunks_exact(ROW).map(row).collect())
+        Ok(rows.into_iter().map(Measured::from).collect())
     }
 
-    /// The last row, whether something has been written to it, and the count of finished blocks, for the loss's kernel.
-    pub(crate) fn for_loss(&mut self) -> (View<'_>, bool, View<'_>) {
-        let accumulate = !std::mem::replace(&mut self.fresh, false);
-        (self.row(), accumulate, View::new(&self.words, 0, 4))
+    /// First byte and bytes of what kernels get as their row. With a clock it is all rows, so that it is the same in
+    /// every step.
+    fn part(&self, clock: Option<&Clock>) -> (usize, usize) {
+        let row = self.used.checked_sub(1).expect("a row has begun");
+        match clock {
+            None => (size_of::<MeterRow>() * row, size_of::<MeterRow>()),
+            Some(clock) => {
+                assert_eq!(clock.row as usize, row, "row of the clock and of the meter");
+                (0, self.rows.bytes())
+            }
+        }
     }
 
-    /// The last row.
-    pub(crate) fn row(&self) -> View<'_> {
-        let used = self.used.checked_sub(1).expect("a row has begun");
-        View::new(&self.rows, 8 * ROW * used, 8 * ROW)
+    /// What a kernel writes.
+    pub(crate) fn to_write(&mut self, clock: Option<&Clock>) -> ToWrite<'_> {
+        let (offset, bytes) = self.part(clock);
+        let rows = ViewMut::new(&mut self.rows, offset, bytes);
+        let (done, halt, has_losses, fresh) = (&mut self.done, &mut self.halt, !self.fresh, &mut self.fresh);
+        ToWrite { rows, done, halt, has_losses, fresh }
     }
 
-    /// Count of finished blocks.
-    pub(crate) fn done(&self) -> View<'_> {
-        View::new(&self.words, 0, 4)
+    /// The step's row, or all rows, to be read.
+    pub(crate) fn rows(&self, clock: Option<&Clock>) -> View<'_> {
+        let (offset, bytes) = self.part(clock);
+        View::new(&self.rows, offset, bytes)
     }
 
     /// Whether updates are halted.
-    pub(crate) fn halt(&self) -> View<'_> {
-        View::new(&self.words, 4, 4)
+    pub(crate) fn halt(&self) -> &Buffer {
+        &self.halt
     }
 }

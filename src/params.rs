@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 
 use crate::device::Device;
-use crate::device::cuda::View;
+use crate::device::cuda::{View, ViewMut};
 use crate::error::Result;
 use crate::rng::{Purpose, Stream};
 use crate::tensor::{DType, Shape, Tensor};
@@ -242,7 +242,7 @@ pub struct ParamGrad<'a> {
 /// The same on a GPU.
 pub struct ParamView<'a> {
     /// The gradient's range, f32, shaped like the parameter.
-    pub view: View<'a>,
+    pub view: ViewMut<'a>,
     /// True: add to what is there. False: what is there is stale, overwrite all of it.
     pub accumulate: bool,
 }
@@ -273,7 +273,7 @@ impl ParamGrads {
     /// The same on a GPU.
     pub(crate) fn view(&mut self, specs: &Specs, p: Param) -> ParamView<'_> {
         let accumulate = std::mem::replace(&mut self.written[p.index], true);
-        ParamView { view: self.flat.view(specs.range(p)), accumulate }
+        ParamView { view: self.flat.view_mut(specs.range(p)), accumulate }
     }
 
     /// All gradients; those that no operation has written since [`reset`](Self::reset) become zero first.

@@ -15,6 +15,7 @@ use rayon::prelude::*;
 
 use crate::device::cpu::simd;
 use crate::device::cuda::Launch;
+use crate::kernels::philox;
 
 /// What a stream of random numbers is for; part of the counter, so that streams never meet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,11 +80,22 @@ impl Streams {
 
 /// Streams as arguments of a kernel.
 impl Launch<'_> {
-    /// Low and high half of the seed, step, purpose and first stream: the five words from which `include/philox.cuh`
-    /// counts.
+    /// The streams of a batch.
     pub fn streams(self, s: Streams) -> Self {
-        let launch = self.u32(s.seed as u32 as usize).u32((s.seed >> 32) as usize).u32(s.step as usize);
-        launch.u32(s.purpose as usize).u32(s.first as usize)
+        let (seed_lo, seed_hi) = (s.seed as u32, (s.seed >> 32) as u32);
+        self.value(philox::Stream { seed_lo, seed_hi, step: s.step, purpose: s.purpose as u32, stream: s.first })
+    }
+
+    /// The same for a kernel that takes a clock: where there is one, the step is the clock's, and what goes with the
+    /// arguments is the same in every step.
+    pub fn streams_of_step(self, s: Streams) -> Self {
+        match self.now() {
+            None => self.streams(s),
+            Some(now) => {
+                assert_eq!(now.step, s.step, "step of the clock and of {s:?}");
+                self.streams(Streams { step: 0, ..s })
+            }
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use half::bf16;
 
-use crate::device::cuda::Launch;
+use crate::device::cuda::{Array, Launch, View, ViewMut};
 use crate::device::{Buffer, Device, cuda};
 use crate::error::Result;
 pub use crate::shape::{DType, Shape};
@@ -234,10 +234,21 @@ impl Tensor {
         }
     }
 
+    /// A GPU tensor as a kernel reads it.
+    pub(crate) fn array(&self) -> Array<'_> {
+        Array { buffer: self.gpu_buffer(), shape: self.shape, dtype: self.dtype }
+    }
+
     /// Elements `range` of a GPU tensor.
-    pub(crate) fn view(&self, range: Range<usize>) -> cuda::View<'_> {
+    pub(crate) fn view(&self, range: Range<usize>) -> View<'_> {
         let size = self.dtype.size();
-        cuda::View::new(self.gpu_buffer(), range.start * size, range.len() * size)
+        View::new(self.gpu_buffer(), range.start * size, range.len() * size)
+    }
+
+    /// The same, to be written; panics if another handle shares the buffer.
+    pub(crate) fn view_mut(&mut self, range: Range<usize>) -> ViewMut<'_> {
+        let size = self.dtype.size();
+        ViewMut::new(self.gpu_buffer_mut(), range.start * size, range.len() * size)
     }
 
     fn buffer_mut(&mut self) -> &mut Buffer {
@@ -249,7 +260,7 @@ impl Tensor {
 impl<'a> Launch<'a> {
     /// A tensor that the kernel reads.
     pub fn read(self, x: &'a Tensor) -> Self {
-        self.array(x.gpu_buffer(), x.shape, x.dtype)
+        self.array(x.array())
     }
 
     /// A tensor that the kernel reads, or a null pointer.

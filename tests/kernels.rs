@@ -1,5 +1,6 @@
-//! The kernels as the compiler made them: every GPU's assembler takes them and spills nothing, old drivers know their PTX, and a launch that does
-//! not fit a kernel's parameters is refused before it reaches the driver.
+//! The kernels as the compiler made them: every GPU's assembler takes them and spills nothing, old drivers know their
+//! PTX, the best image for a GPU is chosen, and a launch that does not fit a kernel's parameters is refused before it
+//! reaches the driver.
 
 mod support;
 
@@ -7,14 +8,20 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
 
+use bytemuck::Zeroable;
+use ddpm_cuda::config::Config;
+use ddpm_cuda::data::{Data, Dataset, Extent};
 use ddpm_cuda::device::Device;
-use ddpm_cuda::kernels::{self, Kernel, Kind, Module};
+use ddpm_cuda::device::cuda::{Gpu, Launched};
+use ddpm_cuda::kernels::{self, Code, Image, Kernel, Kind, Module, best_image};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
+use ddpm_cuda::train::Trainer;
 use rayon::prelude::*;
 
 use support::gpu;
 
-/// Compute capabilities of what kernels run on, A100, RTX 30, RTX 40, H100, B200, RTX 50, and the first CUDA version whose assembler knows them.
+/// Compute capabilities of what kernels run on, A100, RTX 30, RTX 40, H100, B200, RTX 50, and the first CUDA version
+/// whose assembler knows them.
 const ARCHITECTURES: [(&str, [u32; 2]); 6] = [
     ("sm_80", [12, 0]),
     ("sm_86", [12, 0]),
@@ -56,7 +63,7 @@ fn every_entry_assembles_for_every_architecture_without_local_memory() {
     let folder = tempfile::tempdir().unwrap();
     let modules = modules();
     for module in &modules {
-        std::fs::write(folder.path().join(module.stem), module.ptx).unwrap();
+        std::fs::write(folder.path().join(module.stem), module.ptx()).unwrap();
     }
     let version = kernels::COMPILER.expect("an assembler comes with a compiler");
     let version: Vec<u32> = version.split('.').map(|part| part.parse().expect("a number")).collect();
@@ -90,8 +97,16 @@ fn every_entry_assembles_for_every_architecture_without_local_memory() {
 
 #[test]
 fn the_assemblers_words_are_understood() {
-    let said = "ptxas info    : 0 bytes gmem\nptxas info    : Compiling entry function 'a_fwd' for 'sm_80'\nptxas info    : Function properties for a_fwd\n    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\nptxas info    : Used 24 registers\n";
-    assert_eq!(usage(said), [("a_fwd".to_string(), vec![8, 4, 12])]);
+    let said = [
+        "ptxas info    : 0 bytes gmem",
+        "ptxas info    : Compiling entry function 'a_fwd' for 'sm_80'",
+        "ptxas info    : Function properties for a_fwd",
+        "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads",
+        "ptxas info    : Used 24 registers",
+        "",
+    ]
+    .join("\n");
+    assert_eq!(usage(&said), [("a_fwd".to_string(), vec![8, 4, 12])]);
 }
 
 /// A driver of CUDA 12.0 knows PTX up to 8.0; every GPU since compute capability 8.0 runs what is compiled for it.
@@ -101,8 +116,9 @@ fn drivers_since_cuda_12_know_the_ptx() {
         return;
     }
     for module in modules() {
-        let line =
-            |start: &str| module.ptx.lines().find_map(|l| l.strip_prefix(start)).unwrap_or_default().trim().to_string();
+        let line = |start: &str| {
+            module.ptx().lines().find_map(|l| l.strip_prefix(start)).unwrap_or_default().trim().to_string()
+        };
         let (version, target) = (line(".version "), line(".target "));
         let (major, minor) = version.split_once('.').unwrap_or_default();
         let version: (u32, u32) = (major.parse().unwrap(), minor.parse().unwrap());
@@ -125,12 +141,14 @@ fn a_launch_that_does_not_fit_the_kernel_is_refused_with_both_sides_named() {
     let kinds: Vec<Kind> = kernel.params.iter().map(|(kind, _)| *kind).collect();
     assert_eq!(
         kinds,
-        [Kind::Pointer, Kind::Pointer, Kind::Pointer, Kind::U64],
+        [Kind::PointerMut, Kind::Pointer, Kind::Pointer, Kind::U64],
         "the kernel that this test is made for"
     );
     let x = Tensor::full(&device, Shape::vector(4), 1.0).unwrap();
     let y = || Tensor::full(&device, Shape::vector(4), 7.0).unwrap();
-    let start = || gpu.launch(kernel, [1, 1, 1], 256);
+    // SAFETY: what is launched in the end has three arrays of four numbers, as the kernel wants them.
+    let launch = |grid, block: [u32; 3]| unsafe { gpu.launch_any(kernel, grid, block) };
+    let start = || launch([1, 1, 1], [256, 1, 1]);
     let mut untouched = y();
     let messages = [
         refusal(|| start().write(&mut untouched).read(&x).read(&x).run().unwrap()),
@@ -138,23 +156,118 @@ fn a_launch_that_does_not_fit_the_kernel_is_refused_with_both_sides_named() {
         refusal(|| start().write(&mut y()).read(&x).read(&x).f64(4.0).run().unwrap()),
         refusal(|| start().write(&mut y()).read(&x).u64(4).read(&x).run().unwrap()),
         refusal(|| start().write(&mut y()).read(&x).read(&x).u64(4).u64(4).run().unwrap()),
+        // Nobody else may read what a kernel writes.
+        refusal(|| start().read(&x).read(&x).read(&x).u64(4).run().unwrap()),
+        refusal(|| {
+            let sizes = kernels::linear::Sizes { rows: 1, c_in: 2, c_out: 3 };
+            start().write(&mut y()).read(&x).read(&x).value(sizes).run().unwrap();
+        }),
     ];
     for message in &messages {
-        for part in ["add_fwd_f32 takes", "(Pointer, \"y\")", "(U64, \"len\")", "but was launched with", "1x1x1x4"] {
+        for part in ["add_fwd_f32 takes", "(PointerMut, \"y\")", "(U64, \"len\")", "but was launched with", "1x1x1x4"] {
             assert!(message.contains(part), "{message:?} does not say {part:?}");
         }
     }
     assert!(messages[1].contains("(U32, \"4\")"), "{}", messages[1]);
+    let says = "(Struct(\"Sizes\", 12), \"Sizes { rows: 1, c_in: 2, c_out: 3 }\")";
+    assert!(messages[6].contains(says), "{}", messages[6]);
     assert!(
-        refusal(|| drop(gpu.launch(kernel, [1, 1, 1], 257)))
+        refusal(|| drop(launch([1, 1, 1], [257, 1, 1])))
             .contains("add_fwd_f32: blocks of 257 threads, its bound is 256")
     );
-    assert!(refusal(|| drop(gpu.launch(kernel, [1, 1, 1], [16, 17, 1]))).contains("272 threads"));
-    let tall =
-        refusal(|| gpu.launch(kernel, [1, 65_536, 1], 1).write(&mut y()).read(&x).read(&x).u64(4).run().unwrap());
+    assert!(refusal(|| drop(launch([1, 1, 1], [16, 17, 1]))).contains("272 threads"));
+    let tall = refusal(|| launch([1, 65_536, 1], [1, 1, 1]).write(&mut y()).read(&x).read(&x).u64(4).run().unwrap());
     assert!(tall.contains("add_fwd_f32: a grid of 1 x 65536 x 1 blocks"), "{tall}");
     // Nothing has reached the driver, which is as well as before.
     assert_eq!(untouched.to_vec().unwrap(), [7.0; 4]);
     start().write(&mut untouched).read(&x).read(&x).u64(4).run().unwrap();
     assert_eq!(untouched.to_vec().unwrap(), [2.0; 4]);
+}
+
+/// A struct of another name, and one of the same name and another size.
+#[test]
+fn a_struct_is_compared_by_name_and_size() {
+    let Some(gpu) = gpu::gpu(DType::F32) else { return };
+    let kernel = &kernels::adam::UPDATE;
+    let kind = kernel.params.iter().find(|(_, name)| *name == "factors").expect("a parameter").0;
+    assert_eq!(kind, Kind::Struct("AdamFactors", size_of::<kernels::clock::AdamFactors>()));
+    // SAFETY: nothing is launched.
+    let start = || unsafe { gpu.launch_any(kernel, [1, 1, 1], 256) };
+    let message = refusal(|| start().value(kernels::sample_step::Factors::zeroed()).run().unwrap());
+    for part in ["(Struct(\"AdamFactors\", 32), \"factors\")", "but was launched with [(Struct(\"Factors\", 24)"] {
+        assert!(message.contains(part), "{message:?} does not say {part:?}");
+    }
+}
+
+#[test]
+fn machine_code_of_a_gpus_own_is_chosen_before_ptx() {
+    let ptx = |capability| Image { capability, code: Code::Ptx("text") };
+    let cubin = |capability| Image { capability, code: Code::Cubin(b"code") };
+    let images = [ptx((8, 0)), cubin((8, 0)), cubin((8, 6)), ptx((9, 0)), cubin((9, 0)), ptx((10, 0))];
+    let cases = [
+        ((8, 0), Some(cubin((8, 0)))),
+        ((8, 6), Some(cubin((8, 6)))),
+        // Machine code runs on later minor numbers of its major one, of which the newest is best.
+        ((8, 9), Some(cubin((8, 6)))),
+        ((9, 0), Some(cubin((9, 0)))),
+        // None of its major number: the newest text that is not above it.
+        ((10, 3), Some(ptx((10, 0)))),
+        ((12, 0), Some(ptx((10, 0)))),
+        ((7, 5), None),
+    ];
+    for (device, want) in cases {
+        assert_eq!(best_image(&images, device, false).copied(), want, "{device:?}");
+    }
+    // Machine code of a later minor number does not run, and the text of a later capability neither.
+    assert_eq!(best_image(&[cubin((8, 6)), ptx((9, 0))], (8, 0), false), None);
+    // The emulator takes text alone.
+    let cases = [((8, 9), Some(ptx((8, 0)))), ((9, 0), Some(ptx((9, 0)))), ((7, 5), None)];
+    for (device, want) in cases {
+        assert_eq!(best_image(&images, device, true).copied(), want, "{device:?}");
+    }
+    assert_eq!(best_image(&[cubin((8, 0))], (8, 0), true), None);
+}
+
+/// Launches of each of `count` steps of a warm trainer on a data set that is on the GPU.
+fn launches(c: &Config, dtype: DType, count: usize) -> Option<Vec<Vec<Launched>>> {
+    let gpu = gpu::available().then(|| Gpu::open(0, dtype, false).unwrap())?;
+    let images = (0..20 * 6 * 10 * 3).map(|i| (i * 97 % 251) as u8).collect();
+    let train = Dataset::new(Extent { size: c.model.image_size, channels: 3 }, images, None);
+    let data = Data { held_out: train.clone(), train, notes: Vec::new() };
+    let mut trainer = Trainer::new(c, data, &Device::Cuda(gpu.clone())).unwrap();
+    for _ in 0..2 {
+        trainer.step().unwrap();
+    }
+    gpu.record_launches();
+    let step = |_| {
+        trainer.step().unwrap();
+        gpu.recorded_launches()
+    };
+    Some((0..count).map(step).collect())
+}
+
+/// What changes from one step to the next stands in the clock and in the images' places: all else is the same, to the
+/// byte, so that a step can be captured once and launched again. Dropout, flips, two micro-batches, warm-up.
+#[test]
+fn a_step_launches_what_the_last_one_launched() {
+    for dtype in [DType::F32, DType::Bf16] {
+        let Some(steps) = launches(&support::tiny(6, 10, 3), dtype, 3) else { return };
+        for stem in ["q_sample", "loss", "dropout", "grad_norm", "adam", "conv2d"] {
+            assert!(steps[0].iter().any(|l| l.kernel.starts_with(stem)), "no {stem} among {}", steps[0].len());
+        }
+        for (number, step) in steps.iter().enumerate().skip(1) {
+            assert_eq!(step.len(), steps[0].len(), "launches of step {number} and step 0, {dtype:?}");
+            for (k, (launched, first)) in step.iter().zip(&steps[0]).enumerate() {
+                let mut launched = launched.clone();
+                for (argument, first) in launched.arguments.iter_mut().zip(&first.arguments) {
+                    // Where q_sample finds the numbers of its images, behind those of the last step.
+                    if launched.kernel.starts_with("q_sample") && argument.0 == "rows" {
+                        assert_ne!(argument.1, first.1, "rows of step {number}");
+                        argument.1.clone_from(&first.1);
+                    }
+                }
+                assert_eq!(launched, *first, "launch {k} of step {number} and of step 0, {dtype:?}");
+            }
+        }
+    }
 }

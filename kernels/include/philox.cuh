@@ -1,12 +1,31 @@
-// Counter-based random numbers, the same as src/rng.rs: Philox 4x32-10 (Salmon et al. 2011) with the seed as key and (block, stream, step,
-// purpose) as counter. Uniforms, integers and normals have the bits of the CPU's: the normals' sums and products are written so that none is
-// fused (__fmul_rn, __fadd_rn), as there.
+// Counter-based random numbers, the same as src/rng.rs: Philox 4x32-10 (Salmon et al. 2011) with the seed as key and
+// (block, stream, step, purpose) as counter. Uniforms, integers and normals have the bits of the CPU's: the normals'
+// sums and products are written so that none is fused (__fmul_rn, __fadd_rn), as there.
 #pragma once
 #include <cstdint>
 
+// Host twin: threads of a block of the kernels that draw, each with four neighbours of an image: one Philox block.
+constexpr int THREADS = 256;
+
+// Host twin: where random numbers come from. Image i of a batch draws from stream `stream + i`.
 struct Stream {
-    uint32_t seed_lo, seed_hi, step, purpose, stream;
+    uint32_t seed_lo, seed_hi;  // the seed, the key
+    uint32_t step;              // training step, or timestep of the reverse process
+    uint32_t purpose;           // a number of rng::Purpose
+    uint32_t stream;            // image, layer or parameter, as the purpose says
 };
+
+// The stream of the batch's image i.
+__device__ __forceinline__ Stream of_image(Stream s, uint32_t i) {
+    s.stream += i;
+    return s;
+}
+
+// The stream of the same place for another purpose.
+__device__ __forceinline__ Stream for_purpose(Stream s, uint32_t purpose) {
+    s.purpose = purpose;
+    return s;
+}
 
 __device__ __forceinline__ uint4 philox(const Stream& s, uint32_t block) {
     uint4 c = make_uint4(block, s.stream, s.step, s.purpose);

@@ -13,8 +13,8 @@ __device__ __forceinline__ float warp_max(float v) {
     return v;
 }
 
-// Sum over a block of THREADS (a multiple of 32, at most 1024) threads; every thread gets it. `scratch` is THREADS/32 elements of
-// shared memory, free again when the call returns.
+// Sum over a block of THREADS (a multiple of 32, at most 1024) threads; every thread gets it. `scratch` is THREADS/32
+// elements of shared memory, free again when the call returns.
 template <int THREADS, class T>
 __device__ __forceinline__ T block_sum(T v, T* scratch) {
     static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole warps, and at most one sum a lane");

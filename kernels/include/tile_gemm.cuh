@@ -1,70 +1,82 @@
 // Matrix products by tiles: the core that the convolutions and the linear layer share. f32 FMA, f32 accumulators.
 //
-// computes   acc = sum over k of a[row, k] b[k, col], one tile of ROWS x COLS results a block; where a and b come from is the business of two
-//            operands, which bring DEPTH steps of k at a time into shared memory.
-// mapping    64 threads; thread = 8 x 8 results: rows r to r + 3 and the same half a tile below, columns likewise, COLS/8 threads side by side. So a
-//            warp reads shared memory without conflicts, four wavefronts for 64 FMAs a lane. Two warps and not eight: a small tile wastes little of
-//            a small layer (7x7 pixels, 32 channels) and gives it enough blocks, and 8x8 a thread still reads half as much as 4x4.
-// shared     two buffers of (DEPTH x ROWS, DEPTH x COLS), k-major: 9 KB for 64x64, 11 KB for 128x32 and 32x128. While one is multiplied,
-//            the next is on its way through registers into the other: one barrier every DEPTH steps of k. DEPTH = 8: 16
-//            is no faster and takes 30 registers more for what is on its way.
-// numerics   every result is summed over k in order, one FMA each, so that no tile shape and no neighbour changes its bits.
+// computes   acc = sum over k of a[row, k] b[k, col], one tile of BM x BN results a block; where a and b come from is
+//            the business of two operands, which bring BK steps of k at a time into shared memory.
+// mapping    block = 64 threads = one tile; thread = 8 x 8 results: rows r to r + 3 and the same half a tile below,
+//            columns likewise, BN/8 threads side by side. So a warp reads shared memory without conflicts, four
+//            wavefronts for 64 FMAs a lane. Two warps and not eight: a small tile wastes little of a small layer (7x7
+//            pixels, 32 channels) and gives it enough blocks, and 8x8 a thread still reads half as much as 4x4.
+// shared     two buffers of (BK x BM, BK x BN), k-major: 9 KB for 64x64, 11 KB for 128x32 and 32x128. While one is
+//            multiplied, the next is on its way through registers into the other: one barrier every BK steps of k.
+// bound by   FMA, where the tile is full
+// host       extents below 2^30, so that a walk by a tile beyond the last stays below 2^32
+// numerics   every result is summed over k in order, one FMA each, so that no tile shape and no neighbour changes its
+//            bits.
 //
-// Operands have fetch() (global memory to registers, the next DEPTH of k) and put(tile) (registers to shared memory). Rows and columns beyond the
-// matrix repeat its last one: they are read, multiplied and not stored, which costs no test. What is beyond the end of k is zero in both.
+// Operands have fetch() (global memory to registers, the next BK of k) and put(tile) (registers to shared memory). Rows
+// and columns beyond the matrix repeat its last one: they are read, multiplied and not stored, which costs no test.
+// What is beyond the end of k is zero in both.
 #pragma once
 #include "dtype.cuh"
 
+// Host twin: threads of a block that computes a tile.
 constexpr int THREADS = 64;
-constexpr int DEPTH = 8;
+
+// Host twin: steps of k between two barriers. 16 are no faster and take 30 registers more for what is on its way.
+constexpr int BK = 8;
 
 // Rows of shared memory are padded by four: see AlongK.
 template <int SIDE>
-using Side = float[DEPTH][SIDE + 4];
+using Side = float[BK][SIDE + 4];
 
 // How many quads of an operand each thread fetches.
 template <int SIDE>
-constexpr int QUADS = SIDE * DEPTH / 4 / THREADS;
+constexpr int QUADS = SIDE * BK / 4 / THREADS;
 
-template <int ROWS_, int COLS_>
+template <int BM_, int BN_>
 struct Tile {
-    static constexpr int ROWS = ROWS_, COLS = COLS_;
-    static_assert(ROWS * COLS == THREADS * 64, "every thread has its 8x8");
-    Side<ROWS> a[2];
-    Side<COLS> b[2];
+    static constexpr int BM = BM_, BN = BN_;
+    static_assert(BM * BN == THREADS * 64, "every thread has its 8x8");
+    Side<BM> a[2];  // (2, BK, BM + 4)
+    Side<BN> b[2];  // (2, BK, BN + 4)
 };
 
-// A thread's results. Its i-th row (of eight) is row(i) of the tile; its columns begin at col(0) and col(1), four each.
+// A thread's accumulators. Its i-th row (of eight) is row(i) of the tile; its columns begin at col(0) and col(1), four
+// each.
 template <class TILE>
-struct Results {
-    float at[8][8] = {};
-    __device__ static int row(int i) { return threadIdx.x / (TILE::COLS / 8) * 4 + i % 4 + i / 4 * (TILE::ROWS / 2); }
-    __device__ static int col(int half) { return threadIdx.x % (TILE::COLS / 8) * 4 + half * (TILE::COLS / 2); }
-    __device__ float4 quad(int i, int half) const { return make_float4(at[i][4 * half], at[i][4 * half + 1], at[i][4 * half + 2], at[i][4 * half + 3]); }
+struct Accumulators {
+    float acc[8][8] = {};
+    __device__ static int row(int i) { return threadIdx.x / (TILE::BN / 8) * 4 + i % 4 + i / 4 * (TILE::BM / 2); }
+    __device__ static int col(int half) { return threadIdx.x % (TILE::BN / 8) * 4 + half * (TILE::BN / 2); }
+    __device__ float4 quad(int i, int half) const {
+        const float* row = acc[i] + 4 * half;
+        return make_float4(row[0], row[1], row[2], row[3]);
+    }
 
-    __device__ __forceinline__ void add_product(const Side<TILE::ROWS>& a, const Side<TILE::COLS>& b) {
+    __device__ __forceinline__ void add_product(const Side<TILE::BM>& a, const Side<TILE::BN>& b) {
 #pragma unroll
-        for (int k = 0; k < DEPTH; ++k) {
-            const float4 u = load4(&a[k][row(0)]), v = load4(&a[k][row(4)]), w = load4(&b[k][col(0)]), z = load4(&b[k][col(1)]);
+        for (int k = 0; k < BK; ++k) {
+            const float4 u = load4(&a[k][row(0)]), v = load4(&a[k][row(4)]);
+            const float4 w = load4(&b[k][col(0)]), z = load4(&b[k][col(1)]);
             const float left[8] = {u.x, u.y, u.z, u.w, v.x, v.y, v.z, v.w};
             const float right[8] = {w.x, w.y, w.z, w.w, z.x, z.y, z.z, z.w};
 #pragma unroll
             for (int i = 0; i < 8; ++i)
 #pragma unroll
-                for (int j = 0; j < 8; ++j) at[i][j] = fmaf(left[i], right[j], at[i][j]);
+                for (int j = 0; j < 8; ++j) acc[i][j] = fmaf(left[i], right[j], acc[i][j]);
         }
     }
 };
 
-// `steps` times DEPTH of k.
+// acc += the next `steps` BK of k.
 template <class TILE, class A, class B>
-__device__ __forceinline__ void multiply(TILE& tile, A& a, B& b, unsigned steps, Results<TILE>& results) {
+__device__ __forceinline__ void multiply(TILE& tile, A& a, B& b, unsigned steps, Accumulators<TILE>& acc) {
     for (unsigned step = 0;; ++step) {
         if (step < steps) {
             a.fetch();
             b.fetch();
         }
-        if (step > 0) results.add_product(tile.a[(step - 1) % 2], tile.b[(step - 1) % 2]);
+        if (step > 0) acc.add_product(tile.a[(step - 1) % 2], tile.b[(step - 1) % 2]);
         if (step == steps) return;
         a.put(tile.a[step % 2]);
         b.put(tile.b[step % 2]);
@@ -101,9 +113,10 @@ struct Quad<bf16> {
     }
 };
 
-// How threads share out an operand whose memory runs along k: quads of four k, transposed on their way. A warp takes 16 rows and two
-// neighbouring quads: whole 32-byte sectors of global memory (f32), and in shared memory, whose rows of SIDE + 4 put the second quad 16 banks
-// away from the first, every store of a warp meets 32 different banks.
+// How threads divide an operand whose memory runs along k (k-contiguous): quads of four k, transposed on their way. A
+// warp takes 16 rows and two neighbouring quads: whole 32-byte sectors of global memory (f32), and in shared memory,
+// whose rows of SIDE + 4 put the second quad 16 banks away from the first, every store of a warp meets 32 different
+// banks.
 struct AlongK {
     __device__ static int k() { return threadIdx.x % 2 * 4; }
     // The thread's i-th row of the tile.
@@ -122,7 +135,8 @@ struct AlongK {
     }
 };
 
-// How threads share out an operand whose memory runs along the tile's side: quads of four columns, a row of k by SIDE/4 neighbours.
+// How threads divide an operand whose memory runs along the tile's side: quads of four columns, a row of k by SIDE/4
+// neighbours.
 template <int SIDE>
 struct AcrossK {
     __device__ static int col() { return threadIdx.x % (SIDE / 4) * 4; }
@@ -151,15 +165,18 @@ __device__ __forceinline__ void load_columns(Quad<T>& quad, const T* row, unsign
 // A matrix whose rows, `depth` long, run along k.
 template <class T, int SIDE>
 struct Rows {
-    const T* at[QUADS<SIDE>];  // walk along k: from a first row and an offset nvcc would find the places anew in every step
+    const T* row[QUADS<SIDE>];  // walk along k: from a first row and an offset nvcc finds addresses anew in every step
     unsigned k, depth;
     bool vector;  // depth divides by four
     Quad<T> quads[QUADS<SIDE>];
 
     // From row `first` of `rows`.
-    __device__ Rows(const T* from, unsigned first, unsigned rows, unsigned depth_) : k(AlongK::k()), depth(depth_), vector(depth_ % 4 == 0) {
+    __device__ Rows(const T* from, unsigned first, unsigned rows, unsigned depth_)
+        : k(AlongK::k()), depth(depth_), vector(depth_ % 4 == 0) {
 #pragma unroll
-        for (int i = 0; i < QUADS<SIDE>; ++i) at[i] = from + (size_t)min(first + AlongK::row(i), rows - 1) * depth + k;
+        for (int i = 0; i < QUADS<SIDE>; ++i) {
+            row[i] = from + (size_t)min(first + AlongK::row(i), rows - 1) * depth + k;
+        }
     }
 
     __device__ __forceinline__ void fetch() {
@@ -168,20 +185,20 @@ struct Rows {
         if (vector) {
             if (k < depth) {
 #pragma unroll
-                for (int i = 0; i < QUADS<SIDE>; ++i) quads[i].load(at[i]);
+                for (int i = 0; i < QUADS<SIDE>; ++i) quads[i].load(row[i]);
             }
         } else {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
                 if (k + j < depth) {
 #pragma unroll
-                    for (int i = 0; i < QUADS<SIDE>; ++i) quads[i].load(j, at[i] + j);
+                    for (int i = 0; i < QUADS<SIDE>; ++i) quads[i].load(j, row[i] + j);
                 }
             }
         }
-        k += DEPTH;
+        k += BK;
 #pragma unroll
-        for (int i = 0; i < QUADS<SIDE>; ++i) at[i] += DEPTH;
+        for (int i = 0; i < QUADS<SIDE>; ++i) row[i] += BK;
     }
 
     __device__ __forceinline__ void put(Side<SIDE>& tile) const { AlongK::put<T, SIDE>(tile, quads); }
@@ -197,16 +214,21 @@ struct Columns {
 
     // From column `first`, for k from `begin` to `end`.
     __device__ Columns(const T* from_, unsigned first, unsigned cols_, unsigned begin, unsigned end_)
-        : from(from_), k(begin + AcrossK<SIDE>::k()), end(end_), col(first + AcrossK<SIDE>::col()), cols(cols_), vector(cols_ % 4 == 0) {}
+        : from(from_),
+          k(begin + AcrossK<SIDE>::k()),
+          end(end_),
+          col(first + AcrossK<SIDE>::col()),
+          cols(cols_),
+          vector(cols_ % 4 == 0) {}
 
     __device__ __forceinline__ void fetch() {
 #pragma unroll
         for (int i = 0; i < QUADS<SIDE>; ++i) {
             quads[i].clear();
-            const unsigned at = k + AcrossK<SIDE>::step(i);
-            if (at < end) load_columns(quads[i], from + (size_t)at * cols, col, cols, vector);
+            const unsigned row = k + AcrossK<SIDE>::step(i);
+            if (row < end) load_columns(quads[i], from + (size_t)row * cols, col, cols, vector);
         }
-        k += DEPTH;
+        k += BK;
     }
 
     __device__ __forceinline__ void put(Side<SIDE>& tile) const { AcrossK<SIDE>::put(tile, quads); }
@@ -227,20 +249,23 @@ struct Four {
     __device__ __forceinline__ void write(T* p, float4 v) const { store_group(p, 0, v, count, vector); }
 };
 
-__device__ __forceinline__ float4 operator+(float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); }
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
 
 // Leaves the tile that begins at (row, col) in `to` (rows, cols), or adds it to what is there.
 template <class TILE>
-__device__ __forceinline__ void store_tile(float* to, unsigned row, unsigned rows, unsigned col, unsigned cols, bool add, const Results<TILE>& results) {
+__device__ __forceinline__ void store_tile(float* to, unsigned row, unsigned rows, unsigned col, unsigned cols,
+                                           bool add, const Accumulators<TILE>& acc) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const Four four(col + results.col(half), cols);
+        const Four four(col + acc.col(half), cols);
         if (four.count == 0) return;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            if (row + results.row(i) >= rows) break;
-            float* p = to + (size_t)(row + results.row(i)) * cols + four.col;
-            const float4 v = results.quad(i, half);
+            if (row + acc.row(i) >= rows) break;
+            float* p = to + (size_t)(row + acc.row(i)) * cols + four.col;
+            const float4 v = acc.quad(i, half);
             four.write(p, add ? four.read(p) + v : v);
         }
     }

@@ -17,6 +17,7 @@
 
 use crate::device::Device;
 use crate::error::Result;
+use crate::kernels::clock::AdamFactors;
 use crate::meter::Meter;
 use crate::params::Params;
 use crate::tensor::Tensor;
@@ -38,6 +39,23 @@ pub struct Update {
     pub weight_decay: f64,
     /// Decay of the moving average of the weights, from [`ema_decay`].
     pub ema_decay: f64,
+}
+
+impl Update {
+    /// The factors that the kernel multiplies by; the gradient's clipping factor is on the device.
+    pub(crate) fn factors(&self) -> AdamFactors {
+        let f = Factors::<f32>::new(self, 1.0);
+        AdamFactors {
+            keep: f.keep,
+            one_beta1: f.one_beta1,
+            beta2: f.beta2,
+            one_beta2: f.one_beta2,
+            rate: f.rate,
+            unbias: f.unbias,
+            eps: f.eps,
+            one_ema: f.one_ema,
+        }
+    }
 }
 
 /// The state of one update, all flat buffers of the parameters' length.
@@ -174,9 +192,12 @@ mod cpu {
 }
 
 mod cuda {
+    use bytemuck::Zeroable;
+
     use super::*;
     use crate::device::cuda::{Gpu, each_four};
     use crate::kernels::adam::UPDATE;
+    use crate::kernels::philox::THREADS;
     use crate::meter::CudaMeter;
 
     pub fn update(
@@ -189,11 +210,15 @@ mod cuda {
     ) -> Result<()> {
         let len = g.shape().len();
         assert!(len.is_multiple_of(4), "adam: {len} parameters, the flat buffer has a multiple of 4");
-        // The clipping factor is on the device.
-        let f = Factors::<f32>::new(update, 1.0);
-        let launch = gpu.launch(&UPDATE, each_four(len), 256).write(w).write(ema).write(m).write(v);
-        let launch = launch.write_opt(rounded).write_opt(ema_rounded).read(g).view(meter.row()).view(meter.halt());
-        let launch = launch.u64(len).f32(f.keep).f32(f.one_beta1).f32(f.beta2).f32(f.one_beta2);
-        launch.f32(f.rate).f32(f.unbias).f32(f.eps).f32(f.one_ema).run()
+        let factors = match gpu.now() {
+            None => update.factors(),
+            Some(now) => {
+                assert_eq!(now.adam, update.factors(), "adam: the clock and {update:?}");
+                AdamFactors::zeroed()
+            }
+        };
+        let launch = gpu.launch(&UPDATE, each_four(len), THREADS).write(w).write(ema).write(m).write(v);
+        let launch = launch.write_opt(rounded).write_opt(ema_rounded).read(g).view(meter.rows(gpu.now()));
+        launch.buffer(meter.halt()).u64(len).value(factors).clock().run()
     }
 }

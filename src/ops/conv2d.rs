@@ -517,15 +517,16 @@ mod cpu {
 
 mod cuda {
     use super::*;
-    use crate::device::cuda::tile::{SUM_THREADS, TILE_THREADS, Tile, choose, lanes, shares};
-    use crate::device::cuda::{Gpu, Launch, View, each_one};
+    use crate::device::cuda::tile::{Job, SUM_THREADS, TILE_THREADS, choose, lanes};
+    use crate::device::cuda::{Gpu, View, each_one};
     use crate::kernels::conv2d::{
-        BWD_BIAS, BWD_SHIFT, DGRAD_64X64, DGRAD_128X32, FWD_64X64, FWD_128X32, SUM_PARTS, WGRAD_32X128, WGRAD_64X64,
+        self as kernels, BWD_BIAS, BWD_SHIFT, DGRAD_64X64, DGRAD_128X32, FWD_64X64, FWD_128X32, SUM_PARTS,
+        WGRAD_32X128, WGRAD_64X64,
     };
     use crate::params::{ParamView, Params};
 
-    /// The sizes, which end every product's arguments.
-    fn sizes(launch: Launch<'_>, xs: Shape, ws: Shape, g: Geometry) -> Launch<'_> {
+    /// The sizes as the kernels take them.
+    fn sizes(xs: Shape, ws: Shape, g: Geometry) -> kernels::Geometry {
         let ys = g.output(xs, ws);
         let taps = ws.h * ws.w;
         // The kernels number pixels and places in a patch by 32 bits, and walk by as much as a tile beyond the last.
@@ -534,8 +535,21 @@ mod cuda {
         {
             assert!(count < 1 << 30, "conv2d: {what} is {count} for x {xs}, weight {ws}; the kernels count to 2^30");
         }
-        let launch = launch.u32(xs.n).u32(xs.h).u32(xs.w).u32(xs.c).u32(ys.h).u32(ys.w).u32(ys.c);
-        launch.u32(ws.h).u32(ws.w).u32(g.stride).u32(g.pad.top).u32(g.pad.left)
+        let number = |v: usize| u32::try_from(v).unwrap_or_else(|_| panic!("conv2d: {v} in {xs}, {ws}, {g:?}"));
+        kernels::Geometry {
+            n: number(xs.n),
+            h: number(xs.h),
+            w: number(xs.w),
+            c_in: number(xs.c),
+            oh: number(ys.h),
+            ow: number(ys.w),
+            c_out: number(ys.c),
+            kh: number(ws.h),
+            kw: number(ws.w),
+            stride: number(g.stride),
+            top: number(g.pad.top),
+            left: number(g.pad.left),
+        }
     }
 
     /// Rows are pixels of `y`, columns `c_out`.
@@ -555,40 +569,31 @@ mod cuda {
             assert_eq!(v.dtype(), x.dtype(), "conv2d: {v:?} is added to the convolution of {x:?}");
         }
         let (xs, ws, ys) = (x.shape(), params.shape(weight), y.shape());
-        let variants = [(Tile(64, 64), &FWD_64X64), (Tile(128, 32), &FWD_128X32)];
-        let (kernel, tiles) = choose(variants, ys.rows(), ys.c);
+        let (kernel, tiles) = choose([&FWD_64X64, &FWD_128X32], ys.rows(), ys.c);
         let launch = gpu.launch(kernel.of(x.dtype()), [tiles, 1, 1], TILE_THREADS).write(y).read(x);
         let launch = launch.view(params.view(weight, x.dtype())).view(params.view(bias, DType::F32));
-        sizes(launch.read_opt(shift).read_opt(residual), xs, ws, g).run()
+        launch.read_opt(shift).read_opt(residual).value(sizes(xs, ws, g)).run()
     }
 
     /// Rows are pixels of `dx` of one class of remainders by the stride, of which class 0 has the most; columns `c_in`.
     pub fn dgrad(gpu: &Gpu, dx: &mut Tensor, dy: &Tensor, weight: View<'_>, ws: Shape, g: Geometry) -> Result<()> {
         let xs = dx.shape();
         let rows = xs.n * xs.h.div_ceil(g.stride) * xs.w.div_ceil(g.stride);
-        let variants = [(Tile(64, 64), &DGRAD_64X64), (Tile(128, 32), &DGRAD_128X32)];
-        let (kernel, tiles) = choose(variants, rows, xs.c);
-        let grid = [tiles, g.stride * g.stride, 1];
-        sizes(gpu.launch(kernel.of(dy.dtype()), grid, TILE_THREADS).write(dx).read(dy).view(weight), xs, ws, g).run()
+        let (kernel, tiles) = choose([&DGRAD_64X64, &DGRAD_128X32], rows, xs.c);
+        let launch = gpu.launch(kernel.of(dy.dtype()), [tiles, g.stride * g.stride, 1], TILE_THREADS);
+        launch.write(dx).read(dy).view(weight).value(sizes(xs, ws, g)).run()
     }
 
-    /// Rows are `c_out`, columns `(u, v, c_in)`, and the sum runs over the pixels of `y`, by shares where there are few tiles.
+    /// Rows are `c_out`, columns `(u, v, c_in)`, and the sum runs over the pixels of `y`.
     pub fn wgrad(gpu: &Gpu, dw: ParamView<'_>, x: &Tensor, dy: &Tensor, ws: Shape, g: Geometry) -> Result<()> {
-        let (pixels, width) = (dy.shape().rows(), ws.h * ws.w * ws.c);
-        let variants = [(Tile(64, 64), &WGRAD_64X64), (Tile(32, 128), &WGRAD_32X128)];
-        let (kernel, tiles) = choose(variants, ws.n, width);
-        let (share, count) = shares(tiles, pixels);
-        let launch = gpu.launch(kernel.of(x.dtype()), [tiles, count, 1], TILE_THREADS);
-        let rest = |launch: Launch<'_>, add: bool| {
-            sizes(launch.read(x).read(dy).u32(share).u32(add.into()), x.shape(), ws, g).run()
+        let job = Job {
+            variants: [&WGRAD_64X64, &WGRAD_32X128],
+            sum_parts: &SUM_PARTS,
+            rows: ws.n,
+            cols: ws.h * ws.w * ws.c,
+            depth: dy.shape().rows(),
         };
-        if count == 1 {
-            return rest(launch.view(dw.view), dw.accumulate);
-        }
-        let parts = gpu.alloc(4 * count * ws.len())?;
-        rest(launch.buffer(&parts), false)?;
-        let launch = gpu.launch(&SUM_PARTS, each_one(ws.len()), SUM_THREADS).view(dw.view).buffer(&parts);
-        launch.u32(count).u64(ws.len()).u32(dw.accumulate.into()).run()
+        job.run(gpu, dw.view, dw.accumulate, [x.array(), dy.array()], sizes(x.shape(), ws, g))
     }
 
     /// `db`, and `dshift` (n, 1, 1, c_out) on `shift_on`: a block sums an image's pixels, 32 channels side by side.
@@ -596,12 +601,12 @@ mod cuda {
         let Shape { n, h, w, c } = dy.shape();
         let mut dshift =
             shift_on.map(|device| Tensor::uninit(device, dy.dtype(), Shape::new(n, 1, 1, c))).transpose()?;
-        let sums = gpu.alloc(8 * n * c)?; // (n, c), f64
+        let mut sums = gpu.alloc(8 * n * c)?; // (n, c), f64
         let lanes = lanes(c);
         let launch = gpu.launch(BWD_SHIFT.of(dy.dtype()), [n, c.div_ceil(lanes), 1], SUM_THREADS);
-        let launch = launch.buffer(&sums).write_opt(dshift.as_mut()).read(dy);
+        let launch = launch.buffer_mut(&mut sums).write_opt(dshift.as_mut()).read(dy);
         launch.u32(h * w).u64(n * h * w).u32(c).u32(lanes).run()?;
-        let launch = gpu.launch(&BWD_BIAS, each_one(c), SUM_THREADS).view(db.view).buffer(&sums);
+        let launch = gpu.launch(&BWD_BIAS, each_one(c), SUM_THREADS).view_mut(db.view).buffer(&sums);
         launch.u32(n).u64(c).u32(db.accumulate.into()).run()?;
         Ok(dshift)
     }

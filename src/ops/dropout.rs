@@ -148,28 +148,28 @@ mod cpu {
 
 mod cuda {
     use super::*;
-    use crate::device::cuda::{Gpu, Launch};
+    use crate::device::cuda::{Gpu, Launch, each_four_of_images};
     use crate::kernels::dropout::MASK;
+    use crate::kernels::philox::THREADS;
     use crate::tensor::Shape;
 
     pub fn forward(gpu: &Gpu, y: &mut Tensor, x: &Tensor, mask: Mask) -> Result<()> {
         let shape = x.shape();
-        apply(gpu.launch(MASK.of(x.dtype()), grid(shape), 256).write(y).read(x), shape, mask)
+        apply(gpu.launch(MASK.of(x.dtype()), grid(shape), THREADS).write(y).read(x), shape, mask)
     }
 
     /// `dx` comes in as `dy`.
     pub fn backward(gpu: &Gpu, dx: &mut Tensor, mask: Mask) -> Result<()> {
         let shape = dx.shape();
-        apply(gpu.launch(MASK.of(dx.dtype()), grid(shape), 256).write(dx).first_again(), shape, mask)
+        apply(gpu.launch(MASK.of(dx.dtype()), grid(shape), THREADS).write(dx).first_again(), shape, mask)
     }
 
-    /// Four elements a thread along x, images along y.
     fn grid(shape: Shape) -> [usize; 3] {
-        [(shape.len() / shape.n).div_ceil(4 * 256), shape.n.min(65535), 1]
+        each_four_of_images(shape.n, shape.len() / shape.n)
     }
 
     fn apply(launch: Launch<'_>, shape: Shape, mask: Mask) -> Result<()> {
-        let launch = launch.u64(shape.n).u64(shape.len() / shape.n).streams(mask.streams);
-        launch.u32(mask.threshold as usize).f32(mask.scale).run()
+        let launch = launch.u64(shape.n).u64(shape.len() / shape.n).streams_of_step(mask.streams);
+        launch.u32(mask.threshold as usize).f32(mask.scale).clock().run()
     }
 }

@@ -125,7 +125,8 @@ mod cuda {
     }
 
     pub fn backward(gpu: &Gpu, table: ParamView<'_>, rows: Shape, labels: &Tensor, dy: &Tensor) -> Result<()> {
-        let launch = gpu.launch(BWD.of(dy.dtype()), each_one(rows.len()), 256).view(table.view).read(dy).read(labels);
+        let launch =
+            gpu.launch(BWD.of(dy.dtype()), each_one(rows.len()), 256).view_mut(table.view).read(dy).read(labels);
         launch.u64(rows.len()).u32(dy.shape().n).u32(rows.c).u32(table.accumulate.into()).run()
     }
 }

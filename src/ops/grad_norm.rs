@@ -86,18 +86,18 @@ mod cpu {
 mod cuda {
     use super::*;
     use crate::device::cuda::Gpu;
-    use crate::kernels::grad_norm::FWD;
+    use crate::kernels::grad_norm::{CHUNK, FWD};
+    use crate::kernels::philox::THREADS;
     use crate::meter::CudaMeter;
-
-    /// Elements a block sums: sixteen rounds of 256 threads with four each.
-    const CHUNK: usize = 16384;
 
     pub fn forward(gpu: &Gpu, g: &Tensor, max_norm: f64, meter: &mut CudaMeter) -> Result<()> {
         let len = g.shape().len();
         assert!(len.is_multiple_of(4), "grad_norm: {len} gradients, the flat buffer has a multiple of 4");
         let blocks = len.div_ceil(CHUNK).max(1);
-        let partial = gpu.alloc(8 * blocks)?;
-        let launch = gpu.launch(&FWD, [blocks, 1, 1], 256).view(meter.row()).view(meter.halt()).buffer(&partial);
-        launch.view(meter.done()).read(g).u64(len).f64(max_norm).run()
+        let mut partial = gpu.alloc(8 * blocks)?; // (blocks), f64
+        let row = meter.to_write(gpu.now());
+        let launch = gpu.launch(&FWD, [blocks, 1, 1], THREADS).view_mut(row.rows).buffer_mut(row.halt);
+        let launch = launch.buffer_mut(&mut partial).buffer_mut(row.done).read(g).u64(len).f64(max_norm);
+        launch.clock().run()
     }
 }

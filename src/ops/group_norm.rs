@@ -750,7 +750,8 @@ mod cuda {
     /// Row `part` of `sums` (n, 1, 2, c) summed over the images.
     pub fn sum_images(gpu: &Gpu, grad: ParamView<'_>, sums: &Tensor, part: usize) -> Result<()> {
         let Shape { n, c, .. } = sums.shape();
-        let launch = gpu.launch(&BWD_PARAMS, [c.div_ceil(PARAM_CHANNELS), 1, 1], THREADS).view(grad.view).read(sums);
+        let launch =
+            gpu.launch(&BWD_PARAMS, [c.div_ceil(PARAM_CHANNELS), 1, 1], THREADS).view_mut(grad.view).read(sums);
         launch.u32(part).u32(n).u32(c).u32(grad.accumulate.into()).run()
     }
 }

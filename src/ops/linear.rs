@@ -222,22 +222,20 @@ mod cpu {
 
 mod cuda {
     use super::*;
-    use crate::device::cuda::tile::{SUM_THREADS, TILE_THREADS, Tile, choose, lanes, shares};
-    use crate::device::cuda::{Gpu, Launch, View, each_one};
+    use crate::device::cuda::tile::{Job, SUM_THREADS, TILE_THREADS, choose, lanes};
+    use crate::device::cuda::{Gpu, View, each_one};
     use crate::kernels::linear::{
-        BWD_BIAS, BWD_SUMS, DGRAD_64X64, DGRAD_128X32, FWD_64X64, FWD_128X32, SUM_PARTS, WGRAD_32X128, WGRAD_64X64,
+        BWD_BIAS, BWD_SUMS, CHUNK, DGRAD_64X64, DGRAD_128X32, FWD_64X64, FWD_128X32, SUM_PARTS, Sizes, WGRAD_32X128,
+        WGRAD_64X64,
     };
     use crate::params::ParamView;
 
-    /// Rows that a block of the bias's gradient sums: 64 for each of its threads.
-    const CHUNK: usize = 512;
-
-    /// The sizes, which end every product's arguments.
-    fn sizes(launch: Launch<'_>, rows: usize, c_in: usize, c_out: usize) -> Launch<'_> {
+    /// The sizes as the kernels take them.
+    fn sizes(rows: usize, c_in: usize, c_out: usize) -> Sizes {
         for (what, count) in [("rows", rows), ("c_in", c_in), ("c_out", c_out)] {
             assert!(count < 1 << 30, "linear: {what} is {count}; the kernels count to 2^30");
         }
-        launch.u32(rows).u32(c_in).u32(c_out)
+        Sizes { rows: rows as u32, c_in: c_in as u32, c_out: c_out as u32 }
     }
 
     pub fn forward(
@@ -252,47 +250,34 @@ mod cuda {
             assert_eq!(residual.dtype(), x.dtype(), "linear: {residual:?} is added to a layer of {x:?}");
         }
         let (rows, c_in, c_out) = (x.shape().rows(), x.shape().c, y.shape().c);
-        let variants = [(Tile(64, 64), &FWD_64X64), (Tile(128, 32), &FWD_128X32)];
-        let (kernel, tiles) = choose(variants, rows, c_out);
+        let (kernel, tiles) = choose([&FWD_64X64, &FWD_128X32], rows, c_out);
         let launch = gpu.launch(kernel.of(x.dtype()), [tiles, 1, 1], TILE_THREADS).write(y).read(x);
-        sizes(launch.view(weight).view_opt(bias).read_opt(residual), rows, c_in, c_out).run()
+        launch.view(weight).view_opt(bias).read_opt(residual).value(sizes(rows, c_in, c_out)).run()
     }
 
     pub fn dgrad(gpu: &Gpu, dx: &mut Tensor, dy: &Tensor, weight: View<'_>) -> Result<()> {
         let (rows, c_in, c_out) = (dy.shape().rows(), dx.shape().c, dy.shape().c);
-        let variants = [(Tile(64, 64), &DGRAD_64X64), (Tile(128, 32), &DGRAD_128X32)];
-        let (kernel, tiles) = choose(variants, rows, c_in);
+        let (kernel, tiles) = choose([&DGRAD_64X64, &DGRAD_128X32], rows, c_in);
         let launch = gpu.launch(kernel.of(dy.dtype()), [tiles, 1, 1], TILE_THREADS).write(dx).read(dy);
-        sizes(launch.view(weight), rows, c_in, c_out).run()
+        launch.view(weight).value(sizes(rows, c_in, c_out)).run()
     }
 
-    /// The sum runs over the rows of `x`, by shares where there are few tiles.
+    /// Rows are `c_out`, columns `c_in`, and the sum runs over the rows of `x`.
     pub fn wgrad(gpu: &Gpu, dw: ParamView<'_>, x: &Tensor, dy: &Tensor) -> Result<()> {
-        let (rows, c_in, c_out) = (dy.shape().rows(), x.shape().c, dy.shape().c);
-        let variants = [(Tile(64, 64), &WGRAD_64X64), (Tile(32, 128), &WGRAD_32X128)];
-        let (kernel, tiles) = choose(variants, c_out, c_in);
-        let (share, count) = shares(tiles, rows);
-        let launch = gpu.launch(kernel.of(x.dtype()), [tiles, count, 1], TILE_THREADS);
-        let rest = |launch: Launch<'_>, add: bool| {
-            sizes(launch.read(x).read(dy).u32(share).u32(add.into()), rows, c_in, c_out).run()
-        };
-        if count == 1 {
-            return rest(launch.view(dw.view), dw.accumulate);
-        }
-        let parts = gpu.alloc(4 * count * c_out * c_in)?;
-        rest(launch.buffer(&parts), false)?;
-        let launch = gpu.launch(&SUM_PARTS, each_one(c_out * c_in), SUM_THREADS).view(dw.view).buffer(&parts);
-        launch.u32(count).u64(c_out * c_in).u32(dw.accumulate.into()).run()
+        let (depth, cols, rows) = (dy.shape().rows(), x.shape().c, dy.shape().c);
+        let variants = [&WGRAD_64X64, &WGRAD_32X128];
+        let job = Job { variants, sum_parts: &SUM_PARTS, rows, cols, depth };
+        job.run(gpu, dw.view, dw.accumulate, [x.array(), dy.array()], sizes(depth, cols, rows))
     }
 
     /// By chunks of rows, 32 channels side by side.
     pub fn bias_grad(gpu: &Gpu, db: ParamView<'_>, dy: &Tensor) -> Result<()> {
         let (rows, c) = (dy.shape().rows(), dy.shape().c);
-        let (chunks, lanes) = (rows.div_ceil(CHUNK), lanes(c));
-        let sums = gpu.alloc(8 * chunks * c)?; // (chunks, c), f64
+        let (chunks, lanes) = (rows.div_ceil(CHUNK as usize), lanes(c));
+        let mut sums = gpu.alloc(8 * chunks * c)?; // (chunks, c), f64
         let launch = gpu.launch(BWD_SUMS.of(dy.dtype()), [chunks, c.div_ceil(lanes), 1], SUM_THREADS);
-        launch.buffer(&sums).read(dy).u32(CHUNK).u64(rows).u32(c).u32(lanes).run()?;
-        let launch = gpu.launch(&BWD_BIAS, each_one(c), SUM_THREADS).view(db.view).buffer(&sums);
+        launch.buffer_mut(&mut sums).read(dy).u64(rows).u32(c).u32(lanes).run()?;
+        let launch = gpu.launch(&BWD_BIAS, each_one(c), SUM_THREADS).view_mut(db.view).buffer(&sums);
         launch.u32(chunks).u64(c).u32(db.accumulate.into()).run()
     }
 }

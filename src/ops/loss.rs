@@ -54,7 +54,7 @@ pub fn loss(
         (Device::Cpu(_), meter) => {
             let dy = gradient.as_mut().map(|dy| dy.data_mut());
             let per_image = cpu::forward(prediction.data(), batch, image, factor, dy);
-            meter.host_row().quarters.add(batch, &per_image);
+            meter.host_row().quarters.add(&batch.t, batch.timesteps, &per_image);
             Some(per_image)
         }
         (Device::Cuda(gpu), Meter::Cuda(meter)) => {
@@ -65,50 +65,6 @@ pub fn loss(
         (Device::Cuda(gpu), Meter::Cpu(_)) => panic!("loss: the meter is not on {gpu}"),
     };
     Ok(Loss { per_image, gradient })
-}
-
-/// Sums the losses of images by the quarter of the timesteps they were noised to: the mean over all timesteps hides
-/// that late quarters are nearly solved while the first is not.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Quarters {
-    sums: [f64; 4],
-    counts: [u64; 4],
-}
-
-impl Quarters {
-    /// From the sums and numbers of losses of each quarter.
-    pub fn from_parts(sums: [f64; 4], counts: [u64; 4]) -> Self {
-        Quarters { sums, counts }
-    }
-
-    /// Adds a batch.
-    pub fn add(&mut self, batch: &Batch, per_image: &[f64]) {
-        assert_eq!(batch.t.len(), per_image.len(), "one loss for each of the batch's images");
-        for (&t, loss) in batch.t.iter().zip(per_image) {
-            let quarter = (4 * u64::from(t) / u64::from(batch.timesteps)) as usize;
-            self.sums[quarter] += loss;
-            self.counts[quarter] += 1;
-        }
-    }
-
-    /// Adds what another has summed.
-    pub fn merge(&mut self, other: &Quarters) {
-        for quarter in 0..4 {
-            self.sums[quarter] += other.sums[quarter];
-            self.counts[quarter] += other.counts[quarter];
-        }
-    }
-
-    /// Mean loss of each quarter, from the least noise to the most; `None` where no image fell.
-    pub fn means(&self) -> [Option<f64>; 4] {
-        std::array::from_fn(|q| (self.counts[q] > 0).then(|| self.sums[q] / self.counts[q] as f64))
-    }
-
-    /// Mean loss over all images; `None` without any.
-    pub fn mean(&self) -> Option<f64> {
-        let count: u64 = self.counts.iter().sum();
-        (count > 0).then(|| self.sums.iter().sum::<f64>() / count as f64)
-    }
 }
 
 /// The definition.
@@ -198,11 +154,9 @@ mod cpu {
 mod cuda {
     use super::*;
     use crate::device::cuda::Gpu;
-    use crate::kernels::loss::FWD;
+    use crate::kernels::loss::{CHUNK, FWD};
+    use crate::kernels::philox::THREADS;
     use crate::meter::CudaMeter;
-
-    /// Elements a block sums, of one image: four rounds of 256 threads with four each, so that its sum costs little beside them.
-    const CHUNK: usize = 4096;
 
     pub fn forward(
         gpu: &Gpu,
@@ -217,10 +171,13 @@ mod cuda {
         assert!(shape.n <= 65535, "loss: {} images at once", shape.n);
         let image = shape.len() / shape.n;
         let chunks = image.div_ceil(CHUNK);
-        let partial = gpu.alloc(8 * shape.n * chunks)?;
-        let (row, accumulate, done) = meter.for_loss();
-        let launch = gpu.launch(FWD.of(y.dtype()), [chunks, shape.n, 1], 256).write_opt(dy).view(row).buffer(&partial);
-        let launch = launch.view(done).read(y).read(t).u64(image).u32(batch.timesteps as usize).f32(factor);
-        launch.streams(batch.noise).u32(accumulate.into()).run()
+        let mut partial = gpu.alloc(8 * shape.n * chunks)?; // (n, chunks), f64
+        let row = meter.to_write(gpu.now());
+        let launch = gpu.launch(FWD.of(y.dtype()), [chunks, shape.n, 1], THREADS).write_opt(dy).view_mut(row.rows);
+        let launch = launch.buffer_mut(&mut partial).buffer_mut(row.done).read(y).read(t).u64(image);
+        let launch = launch.u32(batch.timesteps as usize).f32(factor).streams_of_step(batch.noise);
+        launch.u32(row.has_losses.into()).clock().run()?;
+        *row.fresh = false;
+        Ok(())
     }
 }

@@ -71,7 +71,7 @@ pub fn q_sample(device: &Device, source: Source<'_>, batch: &Batch, coefficients
             let mut t = Tensor::uninit(device, DType::F32, per_image)?;
             let mut labels = classes.map(|_| Tensor::uninit(device, DType::F32, per_image)).transpose()?;
             let to = (&mut x_t, &mut t, labels.as_mut());
-            cuda::forward(gpu, to, pixels, [Some(rows), classes], batch, &coefficients.0)?;
+            cuda::forward(gpu, to, pixels, (rows, classes), batch, &coefficients.0)?;
             let conditioning = labels.map_or(Conditioning::NONE, Conditioning::on_labels);
             Ok(Noised { x_t, t, conditioning })
         }
@@ -209,7 +209,8 @@ mod cpu {
 
 mod cuda {
     use super::*;
-    use crate::device::cuda::Gpu;
+    use crate::device::cuda::{Gpu, each_four_of_images};
+    use crate::kernels::philox::THREADS;
     use crate::kernels::q_sample::FWD;
     use crate::rng::Purpose;
 
@@ -217,19 +218,19 @@ mod cuda {
         gpu: &Gpu,
         (x_t, t, labels): (&mut Tensor, &mut Tensor, Option<&mut Tensor>),
         pixels: &Buffer,
-        [rows, classes]: [Option<View<'_>>; 2],
+        (rows, classes): (View<'_>, Option<View<'_>>),
         batch: &Batch,
         table: &Tensor,
     ) -> Result<()> {
         let Shape { n, h, w, c } = x_t.shape();
-        let image = h * w * c;
-        let grid = [image.div_ceil(4 * 256), n.min(65535), 1];
-        let launch = gpu.launch(FWD.of(x_t.dtype()), grid, 256).write(x_t).write(t).write_opt(labels).buffer(pixels);
-        let launch = launch.view_opt(rows).view_opt(classes).read(table).u32(n).u64(image).u32(w).u32(c);
+        let (image, kernel) = (h * w * c, FWD.of(x_t.dtype()));
         // All three streams of an image have the seed, step and number of its noise's.
         let s = batch.noise;
         assert_eq!((batch.timestep.seed, batch.timestep.step, batch.timestep.first), (s.seed, s.step, s.first));
-        let launch = launch.u32(batch.timesteps as usize).streams(s).u32(batch.timestep.purpose as usize);
-        launch.u32(Purpose::Flip as usize).u32(batch.flips.is_some().into()).run()
+        let launch = gpu.launch(kernel, each_four_of_images(n, image), THREADS).write(x_t).write(t).write_opt(labels);
+        let launch = launch.buffer(pixels).view(rows).view_opt(classes).read(table);
+        let launch = launch.u32(n).u64(image).u32(w).u32(c).u32(batch.timesteps as usize).streams_of_step(s);
+        let launch = launch.u32(batch.timestep.purpose as usize).u32(Purpose::Flip as usize);
+        launch.u32(batch.flips.is_some().into()).clock().run()
     }
 }

@@ -148,19 +148,15 @@ mod cpu {
 
 mod cuda {
     use super::*;
-    use crate::device::cuda::Gpu;
-    use crate::kernels::sample_step::{START, STEP};
-
-    /// Four elements a thread along x, images along y; and numbers in an image.
-    fn grid(shape: Shape) -> ([usize; 3], usize) {
-        let image = shape.len() / shape.n.max(1);
-        ([image.div_ceil(4 * 256), shape.n.min(65535), 1], image)
-    }
+    use crate::device::cuda::{Gpu, each_four_of_images};
+    use crate::kernels::philox::THREADS;
+    use crate::kernels::sample_step::{Factors, START, STEP};
 
     pub fn start(gpu: &Gpu, x: &mut Tensor, input: Option<&mut Tensor>, samples: Samples) -> Result<()> {
-        let (shape, (grid, image)) = (x.shape(), grid(x.shape()));
-        let launch = gpu.launch(START.of(gpu.activations()), grid, 256).write(x).write_opt(input);
-        launch.u64(shape.n).u64(image).streams(samples.start()).run()
+        let n = x.shape().n;
+        let image = x.shape().len() / n.max(1);
+        let launch = gpu.launch(START.of(gpu.activations()), each_four_of_images(n, image), THREADS);
+        launch.write(x).write_opt(input).u64(n).u64(image).streams(samples.start()).run()
     }
 
     pub fn step(
@@ -172,11 +168,18 @@ mod cuda {
         step: &Step,
         samples: Samples,
     ) -> Result<()> {
-        let (shape, (grid, image)) = (x.shape(), grid(x.shape()));
-        let bound = if step.clip { 1.0 } else { f32::INFINITY };
-        let launch = gpu.launch(STEP.of(output.dtype()), grid, 256).write(next).write_opt(input).read(x).read(output);
-        let launch = launch.u64(shape.n).u64(image).f32(step.x0_xt as f32).f32(step.x0_output as f32);
-        let launch = launch.f32(step.c_x0 as f32).f32(step.c_xt as f32).f32(step.sigma as f32).f32(bound);
-        launch.streams(samples.noise(step.t)).run()
+        let n = x.shape().n;
+        let image = x.shape().len() / n.max(1);
+        let factors = Factors {
+            x0_xt: step.x0_xt as f32,
+            x0_output: step.x0_output as f32,
+            c_x0: step.c_x0 as f32,
+            c_xt: step.c_xt as f32,
+            sigma: step.sigma as f32,
+            bound: if step.clip { 1.0 } else { f32::INFINITY },
+        };
+        let launch = gpu.launch(STEP.of(output.dtype()), each_four_of_images(n, image), THREADS);
+        let launch = launch.write(next).write_opt(input).read(x).read(output).u64(n).u64(image);
+        launch.value(factors).streams(samples.noise(step.t)).run()
     }
 }

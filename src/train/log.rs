@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::StepReport;
 use crate::error::{Error, Result};
-use crate::ops::loss::Quarters;
+use crate::meter::Quarters;
 use crate::output;
 
 /// What has come together since the last line of the log.

@@ -4,16 +4,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::feed::{Feed, Resident};
 use crate::checkpoint;
+use crate::clock::Clock;
 use crate::config::Config;
 use crate::data::{Data, Order};
 use crate::device::Device;
 use crate::diffusion::{Batch, Schedule};
 use crate::error::{Error, Result};
 use crate::memory::memory_needed;
-use crate::meter::Meter;
+use crate::meter::{Meter, Quarters};
 use crate::ops::adam::{State, Update, adam, ema_decay};
 use crate::ops::grad_norm::grad_norm;
-use crate::ops::loss::{Loss, Quarters, loss};
+use crate::ops::loss::{Loss, loss};
 use crate::ops::q_sample::{Coefficients, Noised, q_sample};
 use crate::params::{ParamGrads, Params, Specs};
 use crate::tape::{Tape, Var};
@@ -44,6 +45,7 @@ pub struct Trainer {
     feed: Feed,
     /// The held-out images on a GPU that has room for the data set.
     held_out: Option<Resident>,
+    clock: Clock,
     meter: Meter,
     /// Steps that have been launched and not yet been read from the meter.
     unread: u32,
@@ -95,6 +97,7 @@ impl Trainer {
             step: 0,
             feed: Feed::new(device, train.as_ref()),
             held_out,
+            clock: Clock::new(device)?,
             meter: Meter::new(device)?,
             unread: 0,
         })
@@ -161,9 +164,12 @@ impl Trainer {
     pub fn step(&mut self) -> Result<()> {
         self.meter.begin();
         self.grads.reset();
+        let update = update(&self.config, self.step + 1);
+        // The device on the step's clock: what is launched on it reads there what changes from step to step.
+        let device = self.clock.begin(self.step, update.factors(), self.meter.row())?;
         for k in 0..self.config.accumulate {
-            let batch = self.draw(k)?;
-            let mut tape = Tape::recording(&self.device, &self.params);
+            let batch = self.draw(&device, k)?;
+            let mut tape = Tape::recording(&device, &self.params);
             let (eps, loss) = forward_loss(&self.unet, &mut tape, batch, &mut self.meter)?; // (n, h, w, c)
             if let Some(mean) = loss.mean().filter(|mean| !mean.is_finite()) {
                 return Err(self.explain_not_finite("loss", mean));
@@ -172,7 +178,7 @@ impl Trainer {
         }
 
         let g = self.grads.finish(self.params.specs())?;
-        grad_norm(&self.device, g, self.config.grad_clip, &mut self.meter)?;
+        grad_norm(&device, g, self.config.grad_clip, &mut self.meter)?;
         if let Meter::Cpu(_) = self.meter {
             let norm = self.meter.host_row().grad_norm;
             if !norm.is_finite() {
@@ -180,7 +186,7 @@ impl Trainer {
             }
         }
         let state = State { w: &mut self.params, ema: &mut self.ema, m: &mut self.m, v: &mut self.v, g };
-        adam(&self.device, state, &update(&self.config, self.step + 1), &mut self.meter)?;
+        adam(&device, state, &update, &mut self.meter)?;
         self.step += 1;
         self.unread += 1;
         Ok(())
@@ -231,8 +237,9 @@ impl Trainer {
         self.meter.read()?;
         self.meter.begin();
         self.grads.reset();
+        let device = self.device.clone();
         for k in 0..self.config.accumulate {
-            let batch = self.draw(k)?;
+            let batch = self.draw(&device, k)?;
             let mut tape = Tape::inspecting(&self.device, &self.params);
             match forward_loss(&self.unet, &mut tape, batch, &mut self.meter) {
                 Ok((eps, loss)) => {
@@ -251,7 +258,7 @@ impl Trainer {
     }
 
     /// Micro-batch `k` of the next step's batch, noised.
-    fn draw(&mut self, k: usize) -> Result<MicroBatch> {
+    fn draw(&mut self, device: &Device, k: usize) -> Result<MicroBatch> {
         let Trainer { config: c, data: Data { train: data, .. }, order, feed, .. } = self;
         let (size, conditional) = (c.batch / c.accumulate, c.model.classes > 0);
         let first = (k * size) as u32;
@@ -263,7 +270,7 @@ impl Trainer {
         let batch = Batch::train(c.seed, self.step, first, drawn.indices(), c.flip, c.diffusion.timesteps as u32);
         let batch = batch.with_labels(drawn.classes);
         let source = feed.source(data, places, |places| rows(order.range(places)))?;
-        let noised = q_sample(&self.device, source, &batch, &self.coefficients)?;
+        let noised = q_sample(device, source, &batch, &self.coefficients)?;
         let masks = Some(DropoutSeed { seed: c.seed, step: self.step, first });
         Ok(MicroBatch { batch, noised, masks, step_images: Some(c.batch) })
     }

@@ -259,7 +259,7 @@ fn planted_bugs_are_noticed() {
     // the image numbers.
     plant::notices_lost_barrier(test, "q_sample_fwd_f32", 0);
     plant::notices_lost_barrier("q_sample::gpu_loops_over_images", "q_sample_fwd_f32", 1);
-    plant::notices_wrong_parameter(test, "q_sample_fwd_bf16", 18, 17);
+    plant::notices_wrong_parameter(test, "q_sample_fwd_bf16", 14, 13);
     plant::notices_wrong_parameter(test, "q_sample_fwd_f32", 10, 9);
     plant::notices(test, "q_sample_fwd_f32", "fma.rn.f32", "fma.rz.f32");
     plant::notices_wrong_parameter("q_sample::gpu_is_fed_the_batches_of_the_cpu", "q_sample_fwd_f32", 5, 4);

@@ -71,7 +71,8 @@ pub fn available() -> bool {
             Ok("emulated") | Err(_) if cfg!(not(target_os = "linux")) => {
                 return skipped("the emulator runs on Linux; test a GPU with DDPM_TEST_DEVICE=cuda");
             }
-            Ok("emulated") | Err(_) => cuda::open_driver(&emulator()).expect("the emulator opens"),
+            // SAFETY: the emulator is a CUDA driver.
+            Ok("emulated") | Err(_) => unsafe { cuda::open_driver(&emulator()) }.expect("the emulator opens"),
             Ok(other) => panic!("DDPM_TEST_DEVICE is {other}: use emulated or cuda"),
         }
         true
@@ -83,7 +84,8 @@ pub fn gpu(dtype: DType) -> Option<Gpu> {
     available().then(|| {
         let gpu = Gpu::open(0, dtype, true).expect("the GPU opens");
         if let Some((stem, ptx)) = plant::planted() {
-            gpu.replace_kernels(stem, ptx);
+            // SAFETY: the entries and their parameters are the stem's, and the emulator watches over every access.
+            unsafe { gpu.replace_kernels(stem, ptx) };
         }
         gpu
     })

@@ -8,6 +8,7 @@
 //! written for the compiler that build.rs fetches: where another one writes the kernel otherwise, they are left out,
 //! which is said and counted. On a real GPU nothing is planted: a lost barrier may go unnoticed there.
 
+use std::fmt::Display;
 use std::process::Command;
 use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,7 +29,7 @@ enum Bug<'a> {
     /// The last `from` reads `to`.
     Text { from: &'a str, to: &'a str },
     /// The last place that loads parameter `is` loads parameter `reads` instead.
-    Parameter { is: usize, reads: usize },
+    Parameter { is: &'a str, reads: &'a str },
     /// The n-th barrier is gone, counted from 0; `None`: the last.
     Barrier(Option<usize>),
     /// The last block along x does nothing, as if the grid were too small.
@@ -41,10 +42,12 @@ pub fn notices(test: &str, entry: &str, from: &str, to: &str) {
     check(test, entry, Bug::Text { from, to });
 }
 
-/// [`notices`] for a kernel that takes parameter `reads` for parameter `is`, counted from 0, where it loads it last.
+/// [`notices`] for a kernel that takes parameter `reads` for parameter `is` where it loads it last. Parameters are counted
+/// from 0; "3+8" is what stands 8 bytes from the start of a structure.
 #[track_caller]
-pub fn notices_wrong_parameter(test: &str, entry: &str, is: usize, reads: usize) {
-    check(test, entry, Bug::Parameter { is, reads });
+pub fn notices_wrong_parameter(test: &str, entry: &str, is: impl Display, reads: impl Display) {
+    let [is, reads] = [is.to_string(), reads.to_string()];
+    check(test, entry, Bug::Parameter { is: &is, reads: &reads });
 }
 
 /// [`notices`] for a kernel without its `n`-th barrier, counted from 0 in its PTX.
@@ -125,7 +128,7 @@ impl<'a> Bug<'a> {
         let number = |text: &str| text.parse().expect("a number");
         let bug = match kind {
             "text" => Bug::Text { from: a, to: b },
-            "parameter" => Bug::Parameter { is: number(a), reads: number(b) },
+            "parameter" => Bug::Parameter { is: a, reads: b },
             "barrier" => Bug::Barrier(Some(number(a))),
             "last barrier" => Bug::Barrier(None),
             "last block" => Bug::LastBlock,
@@ -136,7 +139,7 @@ impl<'a> Bug<'a> {
 
     /// The PTX of a kernel's file with this bug in the kernel; `None` if there is no place for it.
     fn plant(self, kernel: &Kernel) -> Option<String> {
-        self.plant_in(kernel.module.ptx, kernel.name)
+        self.plant_in(kernel.module.ptx(), kernel.name)
     }
 
     fn plant_in(self, ptx: &str, name: &str) -> Option<String> {
@@ -199,13 +202,13 @@ fn a_bug_is_planted_in_its_entry_alone() {
         Some(ptx.replace(from, to))
     };
     assert_eq!(planted("a", Bug::Text { from: "ret", to: "exit" }), swapped("4]; ret", "4]; exit"));
-    assert_eq!(planted("a", Bug::Parameter { is: 1, reads: 0 }), swapped("a_param_1+4", "a_param_0+4"));
-    assert_eq!(planted("b", Bug::Parameter { is: 1, reads: 0 }), swapped("b_param_1]", "b_param_0]"));
+    assert_eq!(planted("a", Bug::Parameter { is: "1", reads: "0" }), swapped("a_param_1+4", "a_param_0+4"));
+    assert_eq!(planted("b", Bug::Parameter { is: "1", reads: "0" }), swapped("b_param_1]", "b_param_0]"));
     assert_eq!(planted("b", Bug::Barrier(Some(0))), swapped("[b_param_1]; bar.sync 0;", "[b_param_1]; "));
     assert_eq!(planted("b", Bug::Barrier(None)), swapped("bar.sync 1;", ""));
     let early = planted("b", Bug::LastBlock).expect("every entry has a body");
     assert!(early[ptx.find(".entry b").expect("an entry")..].contains("@%planted ret;"), "{early}");
-    for bug in [Bug::Text { from: "b_param", to: "" }, Bug::Parameter { is: 0, reads: 1 }, Bug::Barrier(Some(1))] {
+    for bug in [Bug::Text { from: "b_param", to: "" }, Bug::Parameter { is: "0", reads: "1" }, Bug::Barrier(Some(1))] {
         assert_eq!(planted("a", bug), None);
     }
 }

@@ -1,31 +1,63 @@
-//! Launching a kernel: arguments are collected in the order of its parameters, checked against them, and handed to the driver.
+//! Launching a kernel: arguments are collected in the order of its parameters, laid out as the driver lays them out,
+//! checked against the parameters, and handed over.
+//!
+//! Arguments of a thousand launches a step cost no allocation: a launch takes its thread's last argument block and
+//! gives it back.
 
+use std::cell::Cell;
+use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
 
-use cudarc::driver::{LaunchConfig, PushKernelArg, sys};
+use cudarc::driver::{result, sys};
 
 use super::{Buffer, Gpu, driver_error};
 use crate::error::Result;
-use crate::kernels::{Kernel, Kind};
+use crate::kernels::clock::Clock;
+use crate::kernels::{Kernel, Kind, Twin};
 use crate::shape::{DType, Shape};
 
 /// Dynamic shared memory that a kernel may use without being asked.
 const SHARED_DEFAULT: u32 = 48 << 10;
 
-/// A range of device memory, borrowed: a parameter's weights or gradient.
-#[derive(Clone, Copy, Debug)]
+/// Parameters that a kernel may have.
+const MOST_ARGUMENTS: usize = 32;
+
+/// Threads of a block of the element-wise kernels.
+const THREADS: usize = 256;
+
+/// A range of device memory that is read: a parameter's weights.
+#[derive(Clone, Copy)]
 pub struct View<'a> {
-    address: sys::CUdeviceptr,
+    buffer: &'a Buffer,
+    offset: usize,
     bytes: usize,
-    borrowed: PhantomData<&'a Buffer>,
+}
+
+/// A range of device memory that is written: a parameter's gradient. There is no other view of its buffer meanwhile.
+pub struct ViewMut<'a> {
+    buffer: &'a mut Buffer,
+    offset: usize,
+    bytes: usize,
+}
+
+/// What a kernel reads of a tensor: `shape` elements of type `dtype` at the start of `buffer`.
+#[derive(Clone, Copy)]
+pub struct Array<'a> {
+    /// The memory.
+    pub buffer: &'a Buffer,
+    /// Extent.
+    pub shape: Shape,
+    /// Type of the elements.
+    pub dtype: DType,
 }
 
 impl<'a> View<'a> {
     /// Bytes `offset..offset + bytes` of `buffer`.
     pub fn new(buffer: &'a Buffer, offset: usize, bytes: usize) -> Self {
-        assert!(offset + bytes <= buffer.bytes(), "bytes {offset}..{} of {}", offset + bytes, buffer.bytes());
-        View { address: buffer.address() + offset as u64, bytes, borrowed: PhantomData }
+        assert_inside(buffer, offset, bytes);
+        View { buffer, offset, bytes }
     }
 
     /// Its size.
@@ -34,49 +66,141 @@ impl<'a> View<'a> {
     }
 }
 
-#[derive(Clone, Copy)]
-struct Argument {
-    /// The value's bits, low end first.
-    bits: u64,
-    what: What,
-}
+impl<'a> ViewMut<'a> {
+    /// Bytes `offset..offset + bytes` of `buffer`.
+    pub fn new(buffer: &'a mut Buffer, offset: usize, bytes: usize) -> Self {
+        assert_inside(buffer, offset, bytes);
+        ViewMut { buffer, offset, bytes }
+    }
 
-/// What an argument is in messages, which are made only when they are needed: a step has a thousand launches.
-#[derive(Clone, Copy)]
-enum What {
-    Tensor(Shape, DType),
-    Bytes(usize),
-    Null,
-    U32,
-    I32,
-    U64,
-    F32,
-    F64,
-}
-
-impl Argument {
-    fn kind(&self) -> Kind {
-        match self.what {
-            What::Tensor(..) | What::Bytes(_) | What::Null => Kind::Pointer,
-            What::U32 | What::I32 => Kind::U32,
-            What::U64 => Kind::U64,
-            What::F32 => Kind::F32,
-            What::F64 => Kind::F64,
-        }
+    /// Its size.
+    pub fn bytes(&self) -> usize {
+        self.bytes
     }
 }
 
-impl fmt::Display for Argument {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.what {
-            What::Tensor(shape, dtype) => write!(f, "{shape} {dtype:?}"),
-            What::Bytes(bytes) => write!(f, "{bytes} bytes"),
-            What::Null => f.write_str("null"),
-            What::U32 | What::U64 => write!(f, "{}", self.bits),
-            What::I32 => write!(f, "{}", self.bits as u32 as i32),
-            What::F32 => write!(f, "{}", f32::from_bits(self.bits as u32)),
-            What::F64 => write!(f, "{}", f64::from_bits(self.bits)),
+fn assert_inside(buffer: &Buffer, offset: usize, bytes: usize) {
+    let end = offset.checked_add(bytes);
+    assert!(end.is_some_and(|end| end <= buffer.bytes()), "{bytes} bytes from byte {offset} of {}", buffer.bytes());
+}
+
+/// The arguments of a launch.
+#[derive(Default)]
+struct Arguments {
+    /// Their values, each at a multiple of its alignment, as the driver lays them out. Words, so that the block is
+    /// aligned.
+    block: Vec<u64>,
+    /// Bytes of `block` that are taken.
+    len: usize,
+    list: Vec<Argument>,
+}
+
+#[derive(Clone, Copy)]
+struct Argument {
+    /// Where it begins in the block.
+    offset: usize,
+    bytes: usize,
+    kind: Kind,
+    what: What,
+}
+
+/// What an argument is in messages, which are made only when they are needed.
+#[derive(Clone, Copy)]
+enum What {
+    Array(Shape, DType),
+    Bytes(usize),
+    Null,
+    Number,
+    /// A 32-bit integer with a sign.
+    Signed,
+    /// Writes a struct that has these bytes.
+    Struct(fn(&[u8], &mut fmt::Formatter<'_>) -> fmt::Result),
+}
+
+impl Arguments {
+    /// Appends a value.
+    fn push<T: bytemuck::Pod>(&mut self, value: T, kind: Kind, what: What) {
+        let offset = self.len.next_multiple_of(align_of::<T>());
+        let end = offset + size_of::<T>();
+        self.block.resize(self.block.len().max(end.div_ceil(8)), 0);
+        bytemuck::cast_slice_mut(&mut self.block)[offset..end].copy_from_slice(bytemuck::bytes_of(&value));
+        self.len = end;
+        self.list.push(Argument { offset, bytes: size_of::<T>(), kind, what });
+    }
+
+    fn bytes(&self, argument: &Argument) -> &[u8] {
+        &bytemuck::cast_slice(&self.block)[argument.offset..argument.offset + argument.bytes]
+    }
+
+    /// True if their number, kinds and structs are those of the kernel's parameters. A parameter that is only read may
+    /// be given what could be written.
+    fn fit(&self, kernel: &Kernel) -> bool {
+        let fits = |(argument, (kind, _)): (&Argument, &(Kind, &str))| match (kind, argument.kind) {
+            (Kind::Pointer, Kind::PointerMut) => true,
+            // A null pointer is neither read nor written.
+            (Kind::PointerMut, Kind::Pointer) => matches!(argument.what, What::Null),
+            (parameter, argument) => *parameter == argument,
+        };
+        self.list.len() == kernel.params.len() && self.list.iter().zip(kernel.params).all(fits)
+    }
+
+    /// One in words.
+    fn describe(&self, argument: &Argument) -> String {
+        struct Described<'a>(&'a Arguments, &'a Argument);
+        impl fmt::Display for Described<'_> {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                let bytes = self.0.bytes(self.1);
+                match (self.1.what, self.1.kind) {
+                    (What::Array(shape, dtype), _) => write!(f, "{shape} {dtype:?}"),
+                    (What::Bytes(bytes), _) => write!(f, "{bytes} bytes"),
+                    (What::Null, _) => f.write_str("null"),
+                    (What::Signed, _) => write!(f, "{}", bytemuck::pod_read_unaligned::<i32>(bytes)),
+                    (What::Struct(show), _) => show(bytes, f),
+                    (What::Number, Kind::U32) => write!(f, "{}", bytemuck::pod_read_unaligned::<u32>(bytes)),
+                    (What::Number, Kind::F32) => write!(f, "{}", bytemuck::pod_read_unaligned::<f32>(bytes)),
+                    (What::Number, Kind::F64) => write!(f, "{}", bytemuck::pod_read_unaligned::<f64>(bytes)),
+                    (What::Number, _) => write!(f, "{}", bytemuck::pod_read_unaligned::<u64>(bytes)),
+                }
+            }
         }
+        Described(self, argument).to_string()
+    }
+}
+
+thread_local! {
+    /// The arguments of this thread's last launch, to be used again.
+    static SPARE: Cell<Option<Box<Arguments>>> = const { Cell::new(None) };
+}
+
+/// [`Arguments`] that go back to [`SPARE`].
+struct Reused(Option<Box<Arguments>>);
+
+impl Reused {
+    fn new() -> Self {
+        let mut arguments = SPARE.take().unwrap_or_default();
+        arguments.len = 0;
+        arguments.list.clear();
+        Reused(Some(arguments))
+    }
+}
+
+impl Deref for Reused {
+    type Target = Arguments;
+
+    fn deref(&self) -> &Arguments {
+        self.0.as_ref().expect("taken by drop alone")
+    }
+}
+
+impl DerefMut for Reused {
+    fn deref_mut(&mut self) -> &mut Arguments {
+        self.0.as_mut().expect("taken by drop alone")
+    }
+}
+
+impl Drop for Reused {
+    fn drop(&mut self) {
+        SPARE.set(self.0.take());
     }
 }
 
@@ -88,7 +212,24 @@ pub struct Launch<'a> {
     grid: [usize; 3],
     block: [u32; 3],
     shared: u32,
-    arguments: Vec<Argument>,
+    arguments: Reused,
+    /// What is borrowed by the arguments.
+    borrowed: PhantomData<&'a Buffer>,
+}
+
+/// A launch as the driver got it: what tests compare.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Launched {
+    /// The kernel's name.
+    pub kernel: &'static str,
+    /// Blocks along x, y and z.
+    pub grid: [usize; 3],
+    /// Threads along x, y and z.
+    pub block: [u32; 3],
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
+    /// Name of each parameter and the bytes of its argument.
+    pub arguments: Vec<(&'static str, Vec<u8>)>,
 }
 
 /// `threads` along x, or along x, y and z.
@@ -109,20 +250,28 @@ impl Block for [u32; 3] {
     }
 }
 
-/// Grid of a kernel whose threads have four neighbouring elements each, in blocks of 256: large enough to hide latency, small enough
-/// that a multiprocessor holds eight.
+/// Grid of a kernel whose threads have four neighbouring elements each, in blocks of 256: large enough to hide latency,
+/// small enough that a multiprocessor holds eight.
 pub fn each_four(len: usize) -> [usize; 3] {
-    [len.div_ceil(4 * 256), 1, 1]
+    [len.div_ceil(4 * THREADS), 1, 1]
+}
+
+/// The same over the elements of each of `images` images: images along y, over which a kernel loops where there are
+/// more than a grid has.
+pub fn each_four_of_images(images: usize, image: usize) -> [usize; 3] {
+    [image.div_ceil(4 * THREADS), images.min(65535), 1]
 }
 
 /// Grid of a kernel whose threads have one element each, in blocks of 256.
 pub fn each_one(len: usize) -> [usize; 3] {
-    [len.div_ceil(256), 1, 1]
+    [len.div_ceil(THREADS), 1, 1]
 }
 
 impl Gpu {
     /// A launch of `kernel` over `grid` blocks. A grid with nothing in it launches nothing.
-    pub fn launch(&self, kernel: &'static Kernel, grid: [usize; 3], block: impl Block) -> Launch<'_> {
+    ///
+    /// For the operations, which keep what the kernel's header demands of the host. [`Gpu::launch_any`] is for others.
+    pub(crate) fn launch(&self, kernel: &'static Kernel, grid: [usize; 3], block: impl Block) -> Launch<'_> {
         let block = block.extent();
         let threads: u32 = block.iter().product();
         assert!(
@@ -131,7 +280,16 @@ impl Gpu {
             kernel.name,
             kernel.max_threads
         );
-        Launch { gpu: self, kernel, grid, block, shared: 0, arguments: Vec::with_capacity(kernel.params.len()) }
+        Launch { gpu: self, kernel, grid, block, shared: 0, arguments: Reused::new(), borrowed: PhantomData }
+    }
+
+    /// A launch of `kernel` with arguments of the caller's choice.
+    ///
+    /// # Safety
+    /// Shapes, sizes and contents of the arguments must be what the kernel's header demands of the host: nothing keeps
+    /// a kernel from memory that is not its own.
+    pub unsafe fn launch_any(&self, kernel: &'static Kernel, grid: [usize; 3], block: impl Block) -> Launch<'_> {
+        self.launch(kernel, grid, block)
     }
 }
 
@@ -142,30 +300,31 @@ impl<'a> Launch<'a> {
         self
     }
 
-    /// An array that the kernel reads: `shape` elements of type `dtype` at the start of `buffer`.
-    pub fn array(self, buffer: &'a Buffer, shape: Shape, dtype: DType) -> Self {
-        self.argument(buffer.address(), What::Tensor(shape, dtype))
+    /// An array that the kernel reads.
+    pub fn array(self, Array { buffer, shape, dtype }: Array<'a>) -> Self {
+        self.pointer(buffer, 0, Kind::Pointer, What::Array(shape, dtype))
     }
 
-    /// An array that the kernel writes.
+    /// An array that the kernel writes: `shape` elements of type `dtype` at the start of `buffer`.
     pub fn array_mut(self, buffer: &'a mut Buffer, shape: Shape, dtype: DType) -> Self {
-        self.argument(buffer.address(), What::Tensor(shape, dtype))
+        self.pointer(buffer, 0, Kind::PointerMut, What::Array(shape, dtype))
     }
 
     /// A null pointer.
     pub fn null(self) -> Self {
-        self.argument(0, What::Null)
+        self.argument(0u64, Kind::Pointer, What::Null)
     }
 
-    /// The first pointer once more: a kernel that writes over what it reads.
+    /// The first pointer once more, to be read: a kernel that writes over what it reads.
     pub fn first_again(self) -> Self {
-        let Argument { bits, what } = self.arguments[0];
-        self.argument(bits, what)
+        let first = self.arguments.list[0];
+        let address: u64 = bytemuck::pod_read_unaligned(self.arguments.bytes(&first));
+        self.argument(address, Kind::Pointer, first.what)
     }
 
-    /// A parameter's weights or gradient.
+    /// A part of a buffer that the kernel reads.
     pub fn view(self, view: View<'a>) -> Self {
-        self.argument(view.address, What::Bytes(view.bytes))
+        self.pointer(view.buffer, view.offset, Kind::Pointer, What::Bytes(view.bytes))
     }
 
     /// The same, or a null pointer.
@@ -176,54 +335,91 @@ impl<'a> Launch<'a> {
         }
     }
 
-    /// Bytes that are no tensor.
+    /// A part of a buffer that the kernel writes.
+    pub fn view_mut(self, view: ViewMut<'a>) -> Self {
+        self.pointer(view.buffer, view.offset, Kind::PointerMut, What::Bytes(view.bytes))
+    }
+
+    /// Bytes that are no tensor, and that the kernel reads.
     pub fn buffer(self, buffer: &'a Buffer) -> Self {
-        self.argument(buffer.address(), What::Bytes(buffer.bytes()))
+        self.pointer(buffer, 0, Kind::Pointer, What::Bytes(buffer.bytes()))
+    }
+
+    /// The same, that the kernel writes.
+    pub fn buffer_mut(self, buffer: &'a mut Buffer) -> Self {
+        self.pointer(buffer, 0, Kind::PointerMut, What::Bytes(buffer.bytes()))
+    }
+
+    /// The clock of the training step that this launch is part of, or a null pointer.
+    pub fn clock(self) -> Self {
+        match self.gpu.clock() {
+            Some((buffer, _)) => self.buffer(buffer),
+            None => self.null(),
+        }
+    }
+
+    /// What that clock says.
+    pub fn now(&self) -> Option<&'a Clock> {
+        self.gpu.clock().map(|(_, now)| now)
     }
 
     /// A 32-bit integer.
     pub fn u32(self, v: usize) -> Self {
         let value = u32::try_from(v).unwrap_or_else(|_| panic!("{}: {v} for a 32-bit parameter", self.kernel.name));
-        self.argument(u64::from(value), What::U32)
+        self.argument(value, Kind::U32, What::Number)
     }
 
     /// A 32-bit integer with a sign.
     pub fn i32(self, v: isize) -> Self {
         let value = i32::try_from(v).unwrap_or_else(|_| panic!("{}: {v} for a 32-bit parameter", self.kernel.name));
-        self.argument(u64::from(value as u32), What::I32)
+        self.argument(value, Kind::U32, What::Signed)
     }
 
     /// A 64-bit integer.
     pub fn u64(self, v: usize) -> Self {
-        self.argument(v as u64, What::U64)
+        self.argument(v as u64, Kind::U64, What::Number)
     }
 
     /// A float.
     pub fn f32(self, v: f32) -> Self {
-        self.argument(u64::from(v.to_bits()), What::F32)
+        self.argument(v, Kind::F32, What::Number)
     }
 
     /// A double.
     pub fn f64(self, v: f64) -> Self {
-        self.argument(v.to_bits(), What::F64)
+        self.argument(v, Kind::F64, What::Number)
     }
 
-    fn argument(mut self, bits: u64, what: What) -> Self {
-        self.arguments.push(Argument { bits, what });
+    /// A struct that has a twin in CUDA, by value.
+    pub fn value<T: Twin>(self, v: T) -> Self {
+        let show =
+            |bytes: &[u8], f: &mut fmt::Formatter<'_>| write!(f, "{:?}", bytemuck::pod_read_unaligned::<T>(bytes));
+        self.argument(v, Kind::Struct(T::NAME, size_of::<T>()), What::Struct(show))
+    }
+
+    fn pointer(self, buffer: &Buffer, offset: usize, kind: Kind, what: What) -> Self {
+        self.gpu.owns(buffer);
+        self.argument(buffer.address() + offset as u64, kind, what)
+    }
+
+    fn argument<T: bytemuck::Pod>(mut self, value: T, kind: Kind, what: What) -> Self {
+        self.arguments.push(value, kind, what);
         self
     }
 
     /// Launches; does not wait.
     ///
     /// # Errors
-    /// What the driver says, with kernel, grid and arguments. What the kernel itself does wrong is said by whichever call comes after.
+    /// What the driver says, with kernel, grid and arguments. What the kernel itself does wrong is said by whichever
+    /// call comes after.
     pub fn run(self) -> Result<()> {
+        let (kernel, arguments) = (self.kernel, &*self.arguments);
         assert!(
-            self.arguments.iter().map(Argument::kind).eq(self.kernel.params.iter().map(|&(kind, _)| kind)),
+            arguments.fit(kernel),
             "{} takes {:?}, but was launched with {:?}",
-            self.kernel.name,
-            self.kernel.params,
-            self.arguments.iter().map(|a| (a.kind(), a.to_string())).collect::<Vec<_>>()
+            kernel.name,
+            kernel.params,
+            arguments.list.iter().map(|a| (a.kind, arguments.describe(a))).collect::<Vec<_>>()
         );
         if self.grid.contains(&0) {
             return Ok(());
@@ -232,41 +428,70 @@ impl<'a> Launch<'a> {
         assert!(
             x <= i32::MAX as usize && y <= 65535 && z <= 65535,
             "{}: a grid of {x} x {y} x {z} blocks",
-            self.kernel.name
+            kernel.name
         );
-        if self.gpu.0.trace {
+        if self.gpu.inner.trace {
             eprintln!("{}", self.describe());
         }
-        let function = self.gpu.function(self.kernel)?;
+        if let Some(record) = self.gpu.inner.record.get() {
+            record.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(self.launched());
+        }
+        let function = self.gpu.function(kernel)?;
         let failed = |e| driver_error(&format!("launching {}", self.describe()), e);
+        self.gpu.bind()?;
         if self.shared > SHARED_DEFAULT {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            function.set_attribute(attribute, self.shared as i32).map_err(failed)?;
+            // SAFETY: the function's module is loaded for as long as the GPU is open.
+            unsafe { result::function::set_function_attribute(function.0, attribute, self.shared as i32) }
+                .map_err(failed)?;
         }
-        let mut launch = self.gpu.0.stream.launch_builder(&function);
-        for argument in &self.arguments {
-            // A 32-bit parameter is read from the first four bytes.
-            launch.arg(&argument.bits);
+        assert!(arguments.list.len() <= MOST_ARGUMENTS, "{}: {} arguments", kernel.name, arguments.list.len());
+        let mut pointers = [std::ptr::null_mut::<c_void>(); MOST_ARGUMENTS];
+        let block = arguments.block.as_ptr().cast::<u8>();
+        for (pointer, argument) in pointers.iter_mut().zip(&arguments.list) {
+            // SAFETY: every argument lies in the block.
+            *pointer = unsafe { block.add(argument.offset) }.cast_mut().cast();
         }
-        let config = LaunchConfig {
-            grid_dim: (x as u32, y as u32, z as u32),
-            block_dim: self.block.into(),
-            shared_mem_bytes: self.shared,
-        };
-        // SAFETY: number, kind and size of the arguments are those of the kernel's parameters (checked above; PTX is
-        // little-endian like every host CUDA runs on). Tensors and buffers are alive and stay so until the stream has passed
-        // this launch, since the pool hands memory out again in the stream's order; what is written is borrowed mutably. That a kernel
-        // stays inside its arguments is its own contract, stated in its header and tested under the emulator's checks.
-        unsafe { launch.launch(config) }.map(|_| ()).map_err(failed)
+        // SAFETY: number, kinds and sizes of the arguments are those of the kernel's parameters (checked above, where a
+        // struct of the same name has the layout that build.rs read and whose size it compared with the PTX); the
+        // driver only reads the block. Memory behind the pointers is alive until the stream has passed this launch,
+        // since the pool hands it out again in the stream's order. Whatever the kernel's parameters let it write was
+        // borrowed mutably by this launch, or is the first such argument once more; what is read may be shared. That a
+        // kernel stays inside its arguments is its own contract, stated in its header, kept by the operations (or the
+        // caller of `launch_any`) and tested under the emulator's checks.
+        unsafe {
+            result::launch_kernel(
+                function.0,
+                (x as u32, y as u32, z as u32),
+                self.block.into(),
+                self.shared,
+                self.gpu.inner.stream.cu_stream(),
+                &mut pointers[..arguments.list.len()],
+            )
+        }
+        .map_err(failed)
     }
 
     fn describe(&self) -> String {
         let ([x, y, z], [bx, by, bz]) = (self.grid, self.block);
+        let arguments = self.arguments.list.iter().map(|a| self.arguments.describe(a)).collect::<Vec<_>>();
         format!(
             "{} on {x}x{y}x{z} blocks of {bx}x{by}x{bz} threads, {} bytes of shared memory, ({})",
             self.kernel.name,
             self.shared,
-            self.arguments.iter().map(Argument::to_string).collect::<Vec<_>>().join(", ")
+            arguments.join(", ")
         )
+    }
+
+    fn launched(&self) -> Launched {
+        let names = self.kernel.params.iter().map(|(_, name)| *name);
+        let bytes = self.arguments.list.iter().map(|a| self.arguments.bytes(a).to_vec());
+        Launched {
+            kernel: self.kernel.name,
+            grid: self.grid,
+            block: self.block,
+            shared: self.shared,
+            arguments: names.zip(bytes).collect(),
+        }
     }
 }

@@ -1,64 +1,99 @@
 //! An NVIDIA GPU: the only place that names cudarc.
 //!
-//! One context, one stream. Everything is ordered by that stream, so a buffer that goes back to the pool may be handed out again
-//! at once: what is launched later runs later. Nothing here waits for the GPU but [`Gpu::download`] and [`Gpu::synchronize`].
+//! One context, one stream. Everything is ordered by that stream, so a buffer that goes back to the pool may be handed
+//! out again at once: what is launched later runs later. Nothing here waits for the GPU but [`Gpu::download`] and
+//! [`Gpu::synchronize`].
 //!
 //! Deliberately absent: several streams, events, unified memory.
 
+mod clock;
 mod launch;
 mod pool;
 mod staging;
 pub mod tile;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
+use std::ffi::CString;
 use std::fmt::{self, Write};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream, DriverError, result, sys};
-use cudarc::nvrtc::Ptx;
+use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 use super::PoolStats;
 use crate::error::{Error, Result};
-use crate::kernels::{self, Kernel};
+use crate::kernels::{self, Code, Kernel};
 use crate::shape::DType;
 
-pub use launch::{Launch, View, each_four, each_one};
+pub use clock::DeviceClock;
+pub use launch::{Array, Launch, Launched, View, ViewMut, each_four, each_four_of_images, each_one};
 pub use pool::Buffer;
 pub(super) use pool::UNIT;
-pub use staging::Staging;
+pub(crate) use staging::Staging;
 
 /// Oldest compute capability the kernels run on.
-const OLDEST: (i32, i32) = (8, 0);
+const OLDEST: (u32, u32) = (8, 0);
 
 /// A GPU and its pool; cloning clones the handle.
 #[derive(Clone)]
-pub struct Gpu(Arc<Inner>);
+pub struct Gpu {
+    inner: Arc<Inner>,
+    /// What launches through this handle read instead of some of their arguments.
+    clock: Option<clock::Reading>,
+}
 
 struct Inner {
+    /// Before the stream, whose context they need.
+    loaded: Mutex<Loaded>,
     stream: Arc<CudaStream>,
     number: usize,
     name: String,
-    capability: (i32, i32),
+    capability: (u32, u32),
     /// Type of activations and gradients.
     activations: DType,
     pool: Mutex<pool::Pool>,
-    loaded: Mutex<Loaded>,
     /// What memory is being asked for, in words.
     purpose: Mutex<String>,
     /// Print every launch.
     trace: bool,
+    /// Launches so far, where they are recorded.
+    record: OnceLock<Mutex<Vec<Launched>>>,
     emulated: bool,
 }
 
-/// Modules by stem and functions by name, loaded at their first launch.
+/// Modules by stem and functions by name, loaded at their first launch and kept for as long as the GPU is open.
 #[derive(Default)]
 struct Loaded {
-    modules: HashMap<&'static str, Arc<CudaModule>>,
-    functions: HashMap<&'static str, Arc<CudaFunction>>,
-    /// Texts that take the place of a stem's PTX (tests that plant a bug).
+    modules: HashMap<&'static str, Module>,
+    functions: HashMap<&'static str, Function>,
+    /// Texts that take the place of a stem's images (tests that plant a bug).
     replaced: HashMap<&'static str, String>,
 }
+
+/// A module in a GPU's context.
+struct Module {
+    module: sys::CUmodule,
+    context: Arc<CudaContext>,
+}
+
+// SAFETY: the handle is the driver's name for a module, which any thread may use.
+unsafe impl Send for Module {}
+
+impl Drop for Module {
+    fn drop(&mut self) {
+        self.context.record_err(self.context.bind_to_thread());
+        // SAFETY: loaded once and unloaded once; its functions are not used any more, since they go with the GPU.
+        self.context.record_err(unsafe { result::module::unload(self.module) });
+    }
+}
+
+/// A kernel in a loaded module.
+#[derive(Clone, Copy)]
+struct Function(sys::CUfunction);
+
+// SAFETY: as for a module.
+unsafe impl Send for Function {}
 
 /// A GPU as `info` lists it.
 #[derive(Clone, Debug)]
@@ -68,7 +103,7 @@ pub struct Description {
     /// Its marketing name.
     pub name: String,
     /// Compute capability.
-    pub capability: (i32, i32),
+    pub capability: (u32, u32),
     /// Bytes of memory.
     pub memory: u64,
 }
@@ -83,18 +118,22 @@ impl Description {
 /// Opens the driver at `DDPM_CUDA_DRIVER`, if that is set, so that cudarc finds it under its own name, libcuda.so.
 fn open_named_driver() -> Result<()> {
     let Some(path) = std::env::var_os("DDPM_CUDA_DRIVER").filter(|path| !path.is_empty()) else { return Ok(()) };
-    open_driver(Path::new(&path))
+    // SAFETY: whoever sets the environment decides which libraries a process loads, and has named a CUDA driver.
+    unsafe { open_driver(Path::new(&path)) }
 }
 
 /// Opens the driver library at `path` for the rest of the process; to be called before the first device is opened.
 ///
+/// # Safety
+/// The library must be a CUDA driver: its initialisers run, and all that this program asks of a driver is asked of it.
+///
 /// # Errors
 /// `Error::File` if it cannot be opened.
-pub fn open_driver(path: &Path) -> Result<()> {
+pub unsafe fn open_driver(path: &Path) -> Result<()> {
     static OPENED: Mutex<Vec<libloading::Library>> = Mutex::new(Vec::new());
     let path = std::path::absolute(path).map_err(|e| Error::file(path, e))?;
-    // SAFETY: loading runs the library's initialisers; the user names a CUDA driver, and those of NVIDIA's and of the
-    // emulator are sound. The handle is kept for ever, so nothing that is called later can be unloaded.
+    // SAFETY: a CUDA driver, as the caller says. The handle is kept for ever, so nothing that is called later can be
+    // unloaded.
     let library = unsafe { libloading::Library::new(&path) }.map_err(|e| {
         // The error itself says which call failed; why is in its source, with the path once more.
         let why = std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string);
@@ -135,7 +174,8 @@ pub fn devices() -> Result<Vec<Description>> {
             let device = result::device::get(number).map_err(failed())?;
             let attribute = |attribute| {
                 // SAFETY: `device` was just returned by the driver.
-                unsafe { result::device::get_attribute(device, attribute) }.map_err(failed())
+                let value = unsafe { result::device::get_attribute(device, attribute) }.map_err(failed())?;
+                Ok::<u32, Error>(value.max(0) as u32)
             };
             Ok(Description {
                 number: number as usize,
@@ -175,15 +215,16 @@ fn driver_error(what: &str, e: DriverError) -> Error {
 }
 
 impl Gpu {
-    /// GPU `number`, for activations of type `activations`. A guarded one (tests) has no pool: each buffer is an allocation of its
-    /// own and of just its size, between guard words where no emulator watches.
+    /// GPU `number`, for activations of type `activations`. A guarded one (tests) has no pool: each buffer is an
+    /// allocation of its own and of just its size, between guard words where no emulator watches.
     ///
     /// # Errors
     /// `Error::Failed`: no kernels in this build, no driver, no such GPU, one that is too old.
     pub fn open(number: usize, activations: DType, guarded: bool) -> Result<Self> {
         if kernels::COMPILER.is_none() {
             return Err(Error::Failed(format!(
-                "cuda:{number} was asked for, but this program was built without a CUDA compiler: build it with DDPM_CUDA_TOOLCHAIN=fetch (or with nvcc in PATH), or use --device cpu"
+                "cuda:{number} was asked for, but this program was built without a CUDA compiler: build it with \
+                 DDPM_CUDA_TOOLCHAIN=fetch (or with nvcc in PATH), or use --device cpu"
             )));
         }
         let all = devices()?;
@@ -196,19 +237,20 @@ impl Gpu {
         if !description.can_run_kernels() {
             let ((major, minor), name) = (description.capability, &description.name);
             return Err(Error::Failed(format!(
-                "cuda:{number} ({name}) has compute capability {major}.{minor}, but the kernels need {}.{} or newer: use --device cpu",
+                "cuda:{number} ({name}) has compute capability {major}.{minor}, but the kernels need {}.{} or newer: \
+                 use --device cpu",
                 OLDEST.0, OLDEST.1
             )));
         }
         let failed = |e| driver_error(&format!("opening cuda:{number}"), e);
         let context = CudaContext::new(number).map_err(failed)?;
-        // SAFETY: there is one stream, so no event has to order anything; and events recorded outside a captured graph would
-        // forbid the capture.
+        // SAFETY: there is one stream, so no event has to order anything; and events recorded outside a captured graph
+        // would forbid the capture.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(failed)?;
         // SAFETY: looks for a symbol, calls nothing.
         let emulated = unsafe { sys::culib().get::<*const ()>(b"emu_version\0") }.is_ok();
-        Ok(Gpu(Arc::new(Inner {
+        let inner = Inner {
             pool: Mutex::new(pool::Pool::new(guarded, emulated)),
             stream,
             number,
@@ -218,18 +260,20 @@ impl Gpu {
             loaded: Mutex::default(),
             purpose: Mutex::default(),
             trace: std::env::var_os("DDPM_TRACE").is_some_and(|v| v == "1"),
+            record: OnceLock::new(),
             emulated,
-        })))
+        };
+        Ok(Gpu { inner: Arc::new(inner), clock: None })
     }
 
     /// Type of activations and gradients.
     pub fn activations(&self) -> DType {
-        self.0.activations
+        self.inner.activations
     }
 
     /// True on the emulator.
     pub fn is_emulated(&self) -> bool {
-        self.0.emulated
+        self.inner.emulated
     }
 
     /// What the pool has done so far.
@@ -243,17 +287,28 @@ impl Gpu {
     /// A driver that fails.
     pub fn available_memory(&self) -> Result<u64> {
         let (free, _) =
-            self.0.stream.context().mem_get_info().map_err(|e| driver_error("asking for free memory", e))?;
+            self.inner.stream.context().mem_get_info().map_err(|e| driver_error("asking for free memory", e))?;
         let stats = self.pool_stats();
         Ok(free as u64 + stats.held - stats.in_use)
     }
 
     /// Says what the memory asked for from here on is for: a GPU that runs out of it names this.
     pub fn memory_is_for(&self, purpose: fmt::Arguments<'_>) {
-        let mut text = self.0.purpose.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut text = self.inner.purpose.lock().unwrap_or_else(PoisonError::into_inner);
         text.clear();
         // A String takes everything.
         let _ = text.write_fmt(purpose);
+    }
+
+    /// Records the launches from here on, for tests that compare them.
+    pub fn record_launches(&self) {
+        self.inner.record.get_or_init(Mutex::default);
+    }
+
+    /// The launches recorded since the last time, in order.
+    pub fn recorded_launches(&self) -> Vec<Launched> {
+        let record = self.inner.record.get();
+        record.map_or(Vec::new(), |r| std::mem::take(&mut *r.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 
     /// Waits until everything launched so far is done.
@@ -261,7 +316,7 @@ impl Gpu {
     /// # Errors
     /// What a kernel did wrong meanwhile.
     pub fn synchronize(&self) -> Result<()> {
-        self.0.stream.synchronize().map_err(|e| driver_error(&format!("waiting for {self}"), e))
+        self.inner.stream.synchronize().map_err(|e| driver_error(&format!("waiting for {self}"), e))
     }
 
     /// Copies `data` to the start of `to`; `data` may be reused when this returns.
@@ -271,10 +326,13 @@ impl Gpu {
     pub fn upload<T: bytemuck::Pod>(&self, to: &mut Buffer, data: &[T]) -> Result<()> {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         assert!(bytes.len() <= to.bytes(), "{} bytes into a buffer of {}", bytes.len(), to.bytes());
+        self.owns(to);
         self.bind()?;
-        // SAFETY: `to` holds that many bytes (checked) and lives until the stream has passed the copy, since buffers are
-        // handed out again or freed in the order of the stream; memory that is not page-locked is staged before the call returns.
-        let copied = unsafe { result::memcpy_htod_async(to.address(), bytes, self.0.stream.cu_stream()) };
+        // SAFETY: `to` holds that many bytes (checked) and lives until the stream has passed the copy, since buffers
+        // are handed out again or freed in the order of this GPU's stream. Host memory that is not page-locked is
+        // staged before the call returns, and the only page-locked memory is that of `Staging`, which hands it out to
+        // be written only.
+        let copied = unsafe { result::memcpy_htod_async(to.address(), bytes, self.inner.stream.cu_stream()) };
         copied.map_err(|e| driver_error(&format!("copying {} bytes to {self}", bytes.len()), e))
     }
 
@@ -286,10 +344,12 @@ impl Gpu {
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(data);
         assert!(bytes.len() <= from.bytes(), "{} bytes out of a buffer of {}", bytes.len(), from.bytes());
         let what = format!("copying {} bytes from {self}", bytes.len());
+        self.owns(from);
         self.bind()?;
-        // SAFETY: `from` holds that many bytes (checked); `bytes` is borrowed until the stream is done, below.
-        let copied = unsafe { result::memcpy_dtoh_async(bytes, from.address(), self.0.stream.cu_stream()) };
-        copied.and_then(|()| self.0.stream.synchronize()).map_err(|e| driver_error(&what, e))
+        // SAFETY: `from` holds that many bytes (checked). `bytes` is borrowed until the stream is done, below; a stream
+        // that cannot be waited for belongs to a context that has failed for good and copies no more.
+        let copied = unsafe { result::memcpy_dtoh_async(bytes, from.address(), self.inner.stream.cu_stream()) };
+        copied.and_then(|()| self.inner.stream.synchronize()).map_err(|e| driver_error(&what, e))
     }
 
     /// Copies `from` to `to`, of the same size, on the device.
@@ -298,10 +358,14 @@ impl Gpu {
     /// A driver that fails.
     pub fn copy(&self, to: &mut Buffer, from: &Buffer) -> Result<()> {
         assert_eq!(to.bytes(), from.bytes(), "bytes of the two buffers");
+        self.owns(to);
+        self.owns(from);
         self.bind()?;
-        // SAFETY: both hold that many bytes; `to` is borrowed mutably, so they are not the same.
-        let copied =
-            unsafe { result::memcpy_dtod_async(to.address(), from.address(), from.bytes(), self.0.stream.cu_stream()) };
+        // SAFETY: both hold that many bytes and are used in the order of this GPU's stream; `to` is borrowed mutably,
+        // so they are not the same.
+        let copied = unsafe {
+            result::memcpy_dtod_async(to.address(), from.address(), from.bytes(), self.inner.stream.cu_stream())
+        };
         copied.map_err(|e| driver_error(&format!("copying {} bytes on {self}", from.bytes()), e))
     }
 
@@ -310,54 +374,97 @@ impl Gpu {
     /// # Errors
     /// A driver that fails.
     pub fn fill(&self, to: &mut Buffer, offset: usize, words: usize, word: u32) -> Result<()> {
-        assert!(offset + 4 * words <= to.bytes(), "{words} words at {offset} of a buffer of {}", to.bytes());
+        let end = words.checked_mul(4).and_then(|bytes| bytes.checked_add(offset));
+        assert!(
+            offset.is_multiple_of(4) && end.is_some_and(|end| end <= to.bytes()),
+            "{words} words at {offset} of a buffer of {}",
+            to.bytes()
+        );
+        self.owns(to);
         self.bind()?;
-        // SAFETY: inside the buffer (checked), which is borrowed mutably.
+        // SAFETY: inside the buffer (checked), which is borrowed mutably and used in the order of this GPU's stream.
         let filled = unsafe {
-            sys::cuMemsetD32Async(to.address() + offset as u64, word, words, self.0.stream.cu_stream()).result()
+            sys::cuMemsetD32Async(to.address() + offset as u64, word, words, self.inner.stream.cu_stream()).result()
         };
         filled.map_err(|e| driver_error(&format!("filling {words} words on {self}"), e))
     }
 
     /// Lets `ptx` take the place of a stem's kernels: how tests plant bugs. To be called before its first launch.
-    pub fn replace_kernels(&self, stem: &'static str, ptx: String) {
+    ///
+    /// # Safety
+    /// The text must have the stem's entries, with their parameters; operations trust them to stay inside their
+    /// arguments. The emulator watches over every access and stops a kernel that does not.
+    pub unsafe fn replace_kernels(&self, stem: &'static str, ptx: String) {
         let mut loaded = self.loaded();
         assert!(!loaded.modules.contains_key(stem), "{stem} has been launched already");
         loaded.replaced.insert(stem, ptx);
     }
 
-    fn function(&self, kernel: &'static Kernel) -> Result<Arc<CudaFunction>> {
+    /// The kernel's handle, its module loaded at the first call.
+    fn function(&self, kernel: &'static Kernel) -> Result<Function> {
         let mut loaded = self.loaded();
         if let Some(function) = loaded.functions.get(kernel.name) {
-            return Ok(function.clone());
+            return Ok(*function);
         }
         let stem = kernel.module.stem;
         let failed = |e| driver_error(&format!("loading {} on {self}", kernel.name), e);
+        self.bind()?;
         let module = match loaded.modules.get(stem) {
-            Some(module) => module.clone(),
+            Some(module) => module.module,
             None => {
-                let text = loaded.replaced.get(stem).map_or(kernel.module.ptx, |text| text);
-                let module = self.0.stream.context().load_module(Ptx::from_src(text)).map_err(failed)?;
-                loaded.modules.insert(stem, module.clone());
+                let image = self.image(kernel.module, loaded.replaced.get(stem))?;
+                // SAFETY: a cubin as it was compiled, or text that ends with a zero byte.
+                let module = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(failed)?;
+                let context = self.inner.stream.context().clone();
+                loaded.modules.insert(stem, Module { module, context });
                 module
             }
         };
-        let function = Arc::new(module.load_function(kernel.name).map_err(failed)?);
-        loaded.functions.insert(kernel.name, function.clone());
+        let name = CString::new(kernel.name).map_err(|_| Error::Failed(format!("{} has no symbol", kernel.name)))?;
+        // SAFETY: the module is loaded and stays so.
+        let function = Function(unsafe { result::module::get_function(module, name) }.map_err(failed)?);
+        loaded.functions.insert(kernel.name, function);
         Ok(function)
+    }
+
+    /// What the driver is to load for a module on this GPU: the best of its images, or the text that replaces them.
+    fn image(&self, module: &kernels::Module, replaced: Option<&String>) -> Result<Cow<'static, [u8]>> {
+        let text = |text: &str| {
+            let text = CString::new(text).map_err(|_| Error::Failed(format!("PTX of {} with a zero", module.stem)))?;
+            Ok(Cow::Owned(text.into_bytes_with_nul()))
+        };
+        if let Some(ptx) = replaced {
+            return text(ptx);
+        }
+        let (major, minor) = self.inner.capability;
+        let best = kernels::best_image(module.images, self.inner.capability, self.inner.emulated);
+        match best.map(|image| image.code) {
+            Some(Code::Ptx(ptx)) => text(ptx),
+            Some(Code::Cubin(bytes)) => Ok(Cow::Borrowed(bytes)),
+            None => Err(Error::Failed(format!(
+                "{self} has compute capability {major}.{minor}, for which {} is not compiled: use --device cpu",
+                module.stem
+            ))),
+        }
+    }
+
+    /// Asserts that a buffer is one of this GPU's, in whose stream it is used.
+    fn owns(&self, buffer: &Buffer) {
+        let owner = buffer.gpu();
+        assert!(Arc::ptr_eq(&self.inner, &owner.inner), "a buffer of {owner} is used on {self}");
     }
 
     /// Makes the context current on the calling thread, as the driver's own calls want it.
     fn bind(&self) -> Result<()> {
-        self.0.stream.context().bind_to_thread().map_err(|e| driver_error(&format!("using {self}"), e))
+        self.inner.stream.context().bind_to_thread().map_err(|e| driver_error(&format!("using {self}"), e))
     }
 
     fn pool(&self) -> MutexGuard<'_, pool::Pool> {
-        self.0.pool.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn loaded(&self) -> MutexGuard<'_, Loaded> {
-        self.0.loaded.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -366,7 +473,7 @@ impl fmt::Display for Gpu {
         write!(
             f,
             "cuda:{} ({}, compute capability {}.{})",
-            self.0.number, self.0.name, self.0.capability.0, self.0.capability.1
+            self.inner.number, self.inner.name, self.inner.capability.0, self.inner.capability.1
         )
     }
 }
