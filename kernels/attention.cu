@@ -10,7 +10,7 @@
 //            seven products of tokens x tokens x d, where five would do with a stored matrix or with atomics
 // layout     q, k, v, y and their gradients (n, tokens, c), f32 or bf16; head e has the channels e d .. e d + d.
 //            lost (n, tokens, c), bf16 only: what rounding took from y. stats (n, heads, 2, tokens), f32: m log2 e,
-//            then 1 / l. delta (n, heads, tokens), f32
+//            then 1 / l (r in src/ops/attention.rs). delta (n, heads, tokens), f32
 // mapping    block = one (image, head) and B_R tokens as rows; it walks over all tokens as columns, B_C at a time.
 //            warp w = rows 8 w .. 8 w + 8 of the block (D > 256: 4 w .. 4 w + 4).
 //            lane, in S and dP = 4 rows and every 16th column (D > 256: every 32nd), 4 (2) in all; in the sums over
