@@ -42,10 +42,13 @@
 #include "reduce.cuh"
 
 // THREADS, B_R and B_R_D512 stand under the same names beside the launches, in src/ops/attention.rs.
-constexpr unsigned THREADS = 256;  // 8 warps
-constexpr unsigned B_R = 64;       // rows of a block, 8 a warp
-constexpr unsigned B_R_D512 = 32;  // the same for heads beyond 256 channels, 4 a warp: a lane's sums stay 64 registers
-constexpr unsigned B_C = 64;       // columns at a time
+// Host twin: threads of a block, 8 warps.
+constexpr unsigned THREADS = 256;
+// Host twin: rows of a block, 8 a warp.
+constexpr unsigned B_R = 64;
+// Host twin: rows of a block for heads beyond 256 channels, 4 a warp: a lane's sums stay 64 registers.
+constexpr unsigned B_R_D512 = 32;
+constexpr unsigned B_C = 64;  // columns at a time
 constexpr unsigned WARPS = THREADS / 32;
 constexpr unsigned DEPTH = 32;         // channels of both operands of S (or dP) in shared memory at a time
 constexpr unsigned PITCH = DEPTH + 4;  // floats from row to row there: 8 lanes that read 16 bytes each of neighbouring

@@ -35,9 +35,12 @@
 #include "reduce.cuh"
 
 // THREADS, PIXELS and PARAM_CHANNELS stand under the same names beside the launches, in src/ops/group_norm.rs.
-constexpr unsigned THREADS = 256;         // of a block; the joins have as few as 32
-constexpr unsigned PIXELS = 8;            // of a thread: 32 f32 in registers, 8 loads of 16 bytes in flight
-constexpr unsigned PARAM_CHANNELS = 32;   // of a block of bwd_params
+// Host twin: threads of a block; the joins have as few as 32.
+constexpr unsigned THREADS = 256;
+// Host twin: pixels of a thread: 32 f32 in registers, 8 loads of 16 bytes in flight.
+constexpr unsigned PIXELS = 8;
+// Host twin: channels of a block of bwd_params.
+constexpr unsigned PARAM_CHANNELS = 32;
 constexpr unsigned WARPS = THREADS / 32;
 constexpr unsigned WARP_TILE = 4 * 32;    // channels of a warp, at most
 

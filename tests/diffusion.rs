@@ -2,7 +2,7 @@
 //! `fixtures/diffusion.safetensors`, all float64 (diffusion.md beside it says what each holds).
 //!
 //! In f64 everything agrees to 1e-10: both sides are made of the same few thousand roundings of 1e-16, and what a
-//! reverse process amplifies, at most 1/sqrt(alpha_bar) = 158 a step, clipping to [-1, 1] undoes.
+//! reverse process amplifies, at most 1/sqrt(alpha_bar) = 157 a step, clipping to [-1, 1] undoes.
 
 #[path = "support/mod.rs"]
 mod support;

@@ -3,7 +3,7 @@
 //!
 //! y is the network's output, the predicted noise; the factors are a [`Step`]. z is drawn in the pass from the sample's
 //! own stream for this timestep, and not drawn where sigma is 0. Shapes: all `(n, h, w, c)`. No gradient. Numerics: f32
-//! with factors rounded from f64; the prediction of x_0 multiplies by up to `1/sqrt(alpha_bar_T)` (158 for the linear
+//! with factors rounded from f64; the prediction of x_0 multiplies by up to `1/sqrt(alpha_bar_T)` (157 for the linear
 //! schedule), which clipping undoes.
 //!
 //! The chain is f32 on every device. A network with bf16 activations gets x rounded, written by the same kernel.
