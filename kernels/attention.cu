@@ -42,7 +42,8 @@
 #include "reduce.cuh"
 
 // THREADS, B_R and B_R_D512 stand under the same names beside the launches, in src/ops/attention.rs.
-// Host twin: threads of a block, 8 warps.
+// Host twin: threads of a block, 8 warps. With up to 128 registers a thread a multiprocessor holds two blocks: heads of
+// up to 64 channels (forward 128); one beyond.
 constexpr unsigned THREADS = 256;
 // Host twin: rows of a block, 8 a warp.
 constexpr unsigned B_R = 64;

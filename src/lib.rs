@@ -42,7 +42,7 @@
 //! - Everything about an operation has one stem: `src/ops/S.rs`, `kernels/S.cu`, `tests/ops/S.rs`, `benches/ops/S.rs`,
 //!   kernel symbols `S_*`; a test enforces it.
 //! - Outside [`device::cuda`] nothing knows an address: kernels get tensors and views. A training step on a GPU waits
-//!   for nothing and copies nothing; what it measured is read when the log asks.
+//!   for nothing and copies nothing but its [`clock`], some words; what it measured is read when the log asks.
 //! - Tensors are contiguous and channels-last. Other layouts exist only in [`checkpoint`], [`commands::predict`] and
 //!   [`data`], where files of other tools are read and written.
 //! - A result has the same bits at any number of threads: work is split by its size, never by the number of threads,

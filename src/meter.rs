@@ -87,7 +87,7 @@ pub enum Meter {
     /// On the host.
     Cpu(Vec<Measured>),
     /// On a GPU.
-    Cuda(CudaMeter),
+    Cuda(Box<CudaMeter>),
 }
 
 /// Rows on a GPU.
@@ -130,7 +130,7 @@ impl Meter {
         gpu.fill(&mut rows, 0, bytes / 4, 0)?;
         gpu.fill(&mut done, 0, 1, 0)?;
         gpu.fill(&mut halt, 0, 1, 0)?;
-        Ok(Meter::Cuda(CudaMeter { gpu: gpu.clone(), rows, done, halt, used: 0, fresh: true }))
+        Ok(Meter::Cuda(Box::new(CudaMeter { gpu: gpu.clone(), rows, done, halt, used: 0, fresh: true })))
     }
 
     /// Begins a step's row; [`read`](Self::read) must have been called if the meter [`is_full`](Self::is_full).
@@ -202,7 +202,7 @@ impl CudaMeter {
     }
 
     /// What a kernel writes.
-    pub(crate) fn to_write(&mut self, clock: Option<&Clock>) -> ToWrite<'_> {
+    pub(crate) fn for_writing(&mut self, clock: Option<&Clock>) -> ToWrite<'_> {
         let (offset, bytes) = self.part(clock);
         let rows = ViewMut::new(&mut self.rows, offset, bytes);
         let (done, halt, has_losses, fresh) = (&mut self.done, &mut self.halt, !self.fresh, &mut self.fresh);

@@ -529,19 +529,13 @@ mod cuda {
     use super::*;
     use crate::device::cuda::{Gpu, Launch};
     use crate::error::Error;
+    use crate::kernels::attention::{B_R, B_R_D512, THREADS};
     use crate::kernels::{ByType, attention as kernels};
-
-    /// Threads of a block: 8 warps. With up to 128 registers a thread a multiprocessor holds two blocks: heads of up to
-    /// 64 channels (forward 128); one beyond.
-    const THREADS: u32 = 256;
-    /// Rows of a block, for heads of up to 256 channels and beyond.
-    const B_R: usize = 64;
-    const B_R_D512: usize = 32;
 
     /// The entries compiled for heads of up to `d` channels: forward, backward for q, backward for k and v.
     struct Size {
         d: usize,
-        rows: usize,
+        rows: u32,
         fwd: &'static ByType,
         bwd_q: &'static ByType,
         bwd_kv: &'static ByType,
@@ -583,7 +577,7 @@ mod cuda {
         }
 
         fn launch(&self, kernel: &'static ByType) -> Launch<'a> {
-            let blocks = self.shape.n * self.heads * self.shape.pixels().div_ceil(self.size.rows);
+            let blocks = self.shape.n * self.heads * self.shape.pixels().div_ceil(self.size.rows as usize);
             self.gpu.launch(kernel.of(self.dtype), [blocks, 1, 1], THREADS)
         }
 

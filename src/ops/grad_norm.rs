@@ -95,7 +95,7 @@ mod cuda {
         assert!(len.is_multiple_of(4), "grad_norm: {len} gradients, the flat buffer has a multiple of 4");
         let blocks = len.div_ceil(CHUNK).max(1);
         let mut partial = gpu.alloc(8 * blocks)?; // (blocks), f64
-        let row = meter.to_write(gpu.now());
+        let row = meter.for_writing(gpu.now());
         let launch = gpu.launch(&FWD, [blocks, 1, 1], THREADS).view_mut(row.rows).buffer_mut(row.halt);
         let launch = launch.buffer_mut(&mut partial).buffer_mut(row.done).read(g).u64(len).f64(max_norm);
         launch.clock().run()

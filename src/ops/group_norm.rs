@@ -612,17 +612,13 @@ mod cpu {
 mod cuda {
     use super::*;
     use crate::device::cuda::{Gpu, Launch, View};
-    use crate::kernels::group_norm::{BWD_DX, BWD_JOIN, BWD_PARAMS, BWD_SUMS, FWD_APPLY, FWD_JOIN, FWD_MOMENTS};
+    use crate::kernels::group_norm::{
+        BWD_DX, BWD_JOIN, BWD_PARAMS, BWD_SUMS, FWD_APPLY, FWD_JOIN, FWD_MOMENTS, PARAM_CHANNELS, PIXELS, THREADS,
+    };
     use crate::params::ParamView;
 
-    /// Threads of a block that passes over the image: 8 warps. At 80 registers a thread a multiprocessor holds three
-    /// blocks, 24 warps with 4 or 8 loads of 16 bytes each in flight.
-    const THREADS: u32 = 256;
+    /// Warps of a block that passes over the image.
     const WARPS: usize = THREADS as usize / 32;
-    /// Pixels of a thread, each with 4 neighbouring channels.
-    const PIXELS: usize = 8;
-    /// Channels of a block that sums parameter gradients over the images.
-    const PARAM_CHANNELS: usize = 32;
 
     /// What both directions need to know.
     pub struct Job<'a> {
@@ -657,7 +653,7 @@ mod cuda {
             let lane_bits = if factor >= 3 { factor } else { bits(fours) }.min(5);
             // Warps across: twice as many while there are channels for them and the half that is left along the pixels
             // still covers the image.
-            let warp_pixels = (32 >> lane_bits) * PIXELS;
+            let warp_pixels = (32 >> lane_bits) * PIXELS as usize;
             let mut warp_bits = 0;
             while 1 << warp_bits < WARPS
                 && fours > 1 << (lane_bits + warp_bits)
@@ -750,8 +746,10 @@ mod cuda {
     /// Row `part` of `sums` (n, 1, 2, c) summed over the images.
     pub fn sum_images(gpu: &Gpu, grad: ParamView<'_>, sums: &Tensor, part: usize) -> Result<()> {
         let Shape { n, c, .. } = sums.shape();
-        let launch =
-            gpu.launch(&BWD_PARAMS, [c.div_ceil(PARAM_CHANNELS), 1, 1], THREADS).view_mut(grad.view).read(sums);
+        let launch = gpu
+            .launch(&BWD_PARAMS, [c.div_ceil(PARAM_CHANNELS as usize), 1, 1], THREADS)
+            .view_mut(grad.view)
+            .read(sums);
         launch.u32(part).u32(n).u32(c).u32(grad.accumulate.into()).run()
     }
 }

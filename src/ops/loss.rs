@@ -172,7 +172,7 @@ mod cuda {
         let image = shape.len() / shape.n;
         let chunks = image.div_ceil(CHUNK);
         let mut partial = gpu.alloc(8 * shape.n * chunks)?; // (n, chunks), f64
-        let row = meter.to_write(gpu.now());
+        let row = meter.for_writing(gpu.now());
         let launch = gpu.launch(FWD.of(y.dtype()), [chunks, shape.n, 1], THREADS).write_opt(dy).view_mut(row.rows);
         let launch = launch.buffer_mut(&mut partial).buffer_mut(row.done).read(y).read(t).u64(image);
         let launch = launch.u32(batch.timesteps as usize).f32(factor).streams_of_step(batch.noise);

@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use bytemuck::Zeroable;
+
 use super::{Buffer, Gpu};
 use crate::error::Result;
 use crate::kernels::clock::Clock;
@@ -10,13 +12,12 @@ use crate::kernels::clock::Clock;
 /// A clock in the memory of a GPU.
 pub struct DeviceClock {
     gpu: Gpu,
-    buffer: Arc<Buffer>,
+    reading: Arc<Reading>,
 }
 
-/// A clock, and what it says.
-#[derive(Clone)]
+/// A clock and what it says.
 pub(super) struct Reading {
-    buffer: Arc<Buffer>,
+    buffer: Buffer,
     now: Clock,
 }
 
@@ -26,7 +27,8 @@ impl DeviceClock {
     /// # Errors
     /// A GPU without memory.
     pub fn new(gpu: &Gpu) -> Result<Self> {
-        Ok(DeviceClock { gpu: gpu.clone(), buffer: Arc::new(gpu.alloc(size_of::<Clock>())?) })
+        let reading = Reading { buffer: gpu.alloc(size_of::<Clock>())?, now: Clock::zeroed() };
+        Ok(DeviceClock { gpu: gpu.clone(), reading: Arc::new(reading) })
     }
 
     /// Sets the clock, in the order of the stream, and returns the GPU through which a step is launched: its launches
@@ -39,16 +41,17 @@ impl DeviceClock {
     pub fn set(&mut self, now: Clock) -> Result<Gpu> {
         // So that a step that asks for what the last one asked for gets it at the same addresses.
         self.gpu.pool().sort();
-        let buffer = Arc::get_mut(&mut self.buffer).expect("the last step on this clock is over");
-        self.gpu.upload(buffer, &[now])?;
-        Ok(Gpu { clock: Some(Reading { buffer: self.buffer.clone(), now }), ..self.gpu.clone() })
+        let reading = Arc::get_mut(&mut self.reading).expect("the last step on this clock is over");
+        self.gpu.upload(&mut reading.buffer, &[now])?;
+        reading.now = now;
+        Ok(Gpu { clock: Some(self.reading.clone()), ..self.gpu.clone() })
     }
 }
 
 impl Gpu {
     /// The clock of this handle and what it says.
     pub(super) fn clock(&self) -> Option<(&Buffer, &Clock)> {
-        self.clock.as_ref().map(|reading| (&*reading.buffer, &reading.now))
+        self.clock.as_ref().map(|reading| (&reading.buffer, &reading.now))
     }
 
     /// What the clock of this handle says; `None` for a handle without one.

@@ -12,7 +12,6 @@ mod pool;
 mod staging;
 pub mod tile;
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::fmt::{self, Write};
@@ -40,7 +39,7 @@ const OLDEST: (u32, u32) = (8, 0);
 pub struct Gpu {
     inner: Arc<Inner>,
     /// What launches through this handle read instead of some of their arguments.
-    clock: Option<clock::Reading>,
+    clock: Option<Arc<clock::Reading>>,
 }
 
 struct Inner {
@@ -428,10 +427,10 @@ impl Gpu {
     }
 
     /// What the driver is to load for a module on this GPU: the best of its images, or the text that replaces them.
-    fn image(&self, module: &kernels::Module, replaced: Option<&String>) -> Result<Cow<'static, [u8]>> {
+    fn image(&self, module: &kernels::Module, replaced: Option<&String>) -> Result<Vec<u8>> {
         let text = |text: &str| {
             let text = CString::new(text).map_err(|_| Error::Failed(format!("PTX of {} with a zero", module.stem)))?;
-            Ok(Cow::Owned(text.into_bytes_with_nul()))
+            Ok(text.into_bytes_with_nul())
         };
         if let Some(ptx) = replaced {
             return text(ptx);
@@ -440,7 +439,8 @@ impl Gpu {
         let best = kernels::best_image(module.images, self.inner.capability, self.inner.emulated);
         match best.map(|image| image.code) {
             Some(Code::Ptx(ptx)) => text(ptx),
-            Some(Code::Cubin(bytes)) => Ok(Cow::Borrowed(bytes)),
+            // Allocated memory is aligned as an ELF file wants it; bytes in the program need not be.
+            Some(Code::Cubin(bytes)) => Ok(bytes.to_vec()),
             None => Err(Error::Failed(format!(
                 "{self} has compute capability {major}.{minor}, for which {} is not compiled: use --device cpu",
                 module.stem
