@@ -402,7 +402,8 @@ fn find_compiler(out: &Path) -> Result<Option<Compiler>> {
     if !["", "auto", "fetch", "none"].contains(&wanted.as_str()) {
         return Err(format!("DDPM_CUDA_TOOLCHAIN is '{wanted}': use auto, fetch or none"));
     }
-    if wanted == "none" {
+    // Without the feature `cuda` nothing could launch a kernel.
+    if wanted == "none" || env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return Ok(None);
     }
     let folder = toolchain_folder(out)?;

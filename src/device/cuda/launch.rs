@@ -10,8 +10,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
-use cudarc::driver::{result, sys};
-
+use super::driver::{result, sys};
 use super::{Buffer, Gpu, driver_error};
 use crate::error::Result;
 use crate::kernels::clock::Clock;

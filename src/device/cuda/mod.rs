@@ -1,4 +1,4 @@
-//! An NVIDIA GPU: the only place that names cudarc.
+//! An NVIDIA GPU: the only place that names cudarc, in `driver`.
 //!
 //! One context, one stream. Everything is ordered by that stream, so a buffer that goes back to the pool may be handed
 //! out again at once: what is launched later runs later. Nothing here waits for the GPU but [`Gpu::download`] and
@@ -7,6 +7,7 @@
 //! Deliberately absent: several streams, events, unified memory.
 
 mod clock;
+mod driver;
 mod launch;
 mod pool;
 mod staging;
@@ -18,12 +19,11 @@ use std::fmt::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use cudarc::driver::{CudaContext, CudaStream, DriverError, result, sys};
-
 use super::PoolStats;
 use crate::error::{Error, Result};
 use crate::kernels::{self, Code, Kernel};
 use crate::shape::DType;
+use driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 pub use clock::DeviceClock;
 pub use launch::{Array, Launch, Launched, View, ViewMut, each_four, each_four_of_images, each_one};
@@ -128,6 +128,7 @@ fn open_named_driver() -> Result<()> {
 ///
 /// # Errors
 /// `Error::File` if it cannot be opened.
+#[cfg(feature = "cuda")]
 pub unsafe fn open_driver(path: &Path) -> Result<()> {
     static OPENED: Mutex<Vec<libloading::Library>> = Mutex::new(Vec::new());
     let path = std::path::absolute(path).map_err(|e| Error::file(path, e))?;
@@ -141,6 +142,18 @@ pub unsafe fn open_driver(path: &Path) -> Result<()> {
     })?;
     OPENED.lock().unwrap_or_else(PoisonError::into_inner).push(library);
     Ok(())
+}
+
+/// A build without the feature `cuda` opens no driver.
+///
+/// # Safety
+/// None is needed here.
+///
+/// # Errors
+/// Always.
+#[cfg(not(feature = "cuda"))]
+pub unsafe fn open_driver(path: &Path) -> Result<()> {
+    Err(Error::file(path, "is a driver that this program cannot open: it was built without the feature cuda"))
 }
 
 /// True if there is a driver library. cudarc panics at its first call where there is none.
@@ -220,6 +233,12 @@ impl Gpu {
     /// # Errors
     /// `Error::Failed`: no kernels in this build, no driver, no such GPU, one that is too old.
     pub fn open(number: usize, activations: DType, guarded: bool) -> Result<Self> {
+        if !cfg!(feature = "cuda") {
+            return Err(Error::Failed(format!(
+                "cuda:{number} was asked for, but this program was built without the feature cuda: build it with the \
+                 feature, or use --device cpu"
+            )));
+        }
         if kernels::COMPILER.is_none() {
             return Err(Error::Failed(format!(
                 "cuda:{number} was asked for, but this program was built without a CUDA compiler: build it with \

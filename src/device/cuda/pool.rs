@@ -5,8 +5,7 @@ use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::sync::PoisonError;
 
-use cudarc::driver::{CudaSlice, DevicePtr, DriverError, sys};
-
+use super::driver::{CudaSlice, DevicePtr, DriverError, sys};
 use super::{Gpu, driver_error};
 use crate::device::{PoolStats, size_class};
 use crate::error::{Error, Result};

@@ -1,7 +1,6 @@
 //! Page-locked memory for copies that run beside the host.
 
-use cudarc::driver::{CudaEvent, PinnedHostSlice, result};
-
+use super::driver::{CudaEvent, PinnedHostSlice, result};
 use super::{Buffer, Gpu, driver_error};
 use crate::error::Result;
 
