@@ -31,8 +31,9 @@ impl Clock {
     }
 
     /// Begins step `step` (from 0), which ends with the update of the factors `adam` and writes row `row` of the meter,
-    /// and returns the device to compute it on. On a GPU the operations that draw, measure or update then read the clock; they assert that it
-    /// says what their arguments say. The handle must be dropped before the next step begins. Does not wait.
+    /// and returns the device to compute it on. On a GPU the operations that draw, measure or update then read the
+    /// clock; they assert that it says what their arguments say. The handle must be dropped before the next step
+    /// begins. Does not wait.
     ///
     /// # Errors
     /// A GPU that fails.

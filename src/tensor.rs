@@ -1,7 +1,7 @@
 //! Tensors: contiguous, channels-last, a shape with named fields, an element type and a handle to a pooled buffer.
 //!
-//! On the CPU every tensor is f32. On a GPU activations and their gradients may be bf16; the numbers are there, and come to
-//! the host by [`Tensor::host`] alone. On the meta device there are none.
+//! On the CPU every tensor is f32. On a GPU activations and their gradients may be bf16; the numbers are there, and
+//! come to the host by [`Tensor::host`] alone. On the meta device there are none.
 //!
 //! Every tensor is `(n, h, w, c)`. Tokens of attention are `(n, h, w, c)` read as `(n, h*w, c)`; a vector per image is
 //! `(n, 1, 1, c)`; a convolution's weight is `(c_out, kh, kw, c_in)` and a linear layer's `(c_out, 1, 1, c_in)`.
@@ -128,7 +128,8 @@ impl Tensor {
         }
     }
 
-    /// The elements as f32 on the host, in `(n, h, w, c)` order: themselves on the CPU, a copy from a GPU, for which it waits.
+    /// The elements as f32 on the host, in `(n, h, w, c)` order: themselves on the CPU, a copy from a GPU, for which it
+    /// waits.
     ///
     /// # Errors
     /// A GPU that fails, or what a kernel launched before did wrong.

@@ -14,8 +14,8 @@ fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// The layers that `lib.rs` draws, lowest first: the modules of each line between the line "```text modules" and the next
-/// fence. A line is `MODULE MODULE ... - what they are`.
+/// The layers that `lib.rs` draws, lowest first: the modules of each line between the line "```text modules" and the
+/// next fence. A line is `MODULE MODULE ... - what they are`.
 fn layers(lib: &str) -> Vec<Vec<String>> {
     let lines = lib.lines().map(|line| line.trim_start_matches("//!").trim());
     let drawing = lines.skip_while(|line| *line != "```text modules").skip(1).take_while(|line| *line != "```");

@@ -1,6 +1,6 @@
-//! A device of shapes alone: tensors have extent and no elements, operations allocate and compute nothing. A training step
-//! on it takes a millisecond and tells how much memory the step takes elsewhere: its pool hands out what the real pools
-//! would, in their size classes, and counts. (PyTorch calls its device of this kind `meta`, too.)
+//! A device of shapes alone: tensors have extent and no elements, operations allocate and compute nothing. A training
+//! step on it takes a millisecond and tells how much memory the step takes elsewhere: its pool hands out what the real
+//! pools would, in their size classes, and counts. (PyTorch calls its device of this kind `meta`, too.)
 //!
 //! Deliberately absent: the scratch space of the CPU's and the GPU's paths, which do not run here.
 

@@ -78,8 +78,8 @@ pub enum Device {
 }
 
 impl Device {
-    /// The device that the command line asks for. `auto` is the first GPU if this build has kernels, there is a driver and a GPU that
-    /// they run on; otherwise the CPU.
+    /// The device that the command line asks for. `auto` is the first GPU if this build has kernels, there is a driver
+    /// and a GPU that they run on; otherwise the CPU.
     ///
     /// # Errors
     /// `Error::Failed` for a GPU or a precision that cannot be had, `Error::Usage` for a `DDPM_CUDA_SIMD` that names no
@@ -111,8 +111,8 @@ impl Device {
         Device::Cpu(cpu::Pool::new(false))
     }
 
-    /// The CPU with a guarded pool: buffers are full of NaN when handed out and stand between guard words that are checked
-    /// when they come back. Tests use it to see that an operation writes all of its output and nothing else.
+    /// The CPU with a guarded pool: buffers are full of NaN when handed out and stand between guard words that are
+    /// checked when they come back. Tests use it to see that an operation writes all of its output and nothing else.
     pub fn cpu_guarded() -> Self {
         Device::Cpu(cpu::Pool::new(true))
     }
@@ -195,8 +195,8 @@ impl fmt::Display for Device {
     }
 }
 
-/// Bytes that pools take for a buffer of `bytes`: the next number of units of the form `(8..16) 2^k`. From 64 MiB on, where
-/// there is one buffer of a size and the rounding would be felt, the number of units itself.
+/// Bytes that pools take for a buffer of `bytes`: the next number of units of the form `(8..16) 2^k`. From 64 MiB on,
+/// where there is one buffer of a size and the rounding would be felt, the number of units itself.
 fn size_class(bytes: usize, unit: usize) -> usize {
     let units = bytes.div_ceil(unit);
     if bytes >= 64 << 20 {

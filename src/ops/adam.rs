@@ -72,8 +72,8 @@ pub struct State<'a> {
     pub g: &'a Tensor,
 }
 
-/// Updates weights, moments and moving average in place, the gradient multiplied by the clipping factor of the meter's row, where
-/// [`grad_norm`](crate::ops::grad_norm::grad_norm) left it. On a GPU that was halted nothing changes.
+/// Updates weights, moments and moving average in place, the gradient multiplied by the clipping factor of the meter's
+/// row, where [`grad_norm`](crate::ops::grad_norm::grad_norm) left it. On a GPU that was halted nothing changes.
 ///
 /// # Errors
 /// A GPU that fails.

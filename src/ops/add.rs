@@ -1,7 +1,7 @@
 //! `y = a + b`, element by element.
 //!
-//! Gradient: `da = dy`, `db = dy`: one tensor, two handles, nothing computed. Nothing is saved. One rounding per element.
-//! Also the sum by which the tape joins two gradients of one value.
+//! Gradient: `da = dy`, `db = dy`: one tensor, two handles, nothing computed. Nothing is saved. One rounding per
+//! element. Also the sum by which the tape joins two gradients of one value.
 
 use rayon::prelude::*;
 

@@ -1,7 +1,7 @@
 //! Scaled dot-product attention over the pixels of an image (Vaswani et al. 2017, eq. 1), one head or several.
 //!
-//! `q`, `k`, `v`, `y (n,h,w,c)` are read as `T = h w` tokens of `c` channels; head `e` has the `d = c/heads` channels from `e d`. For one
-//! image and head, with `i` and `j` tokens:
+//! `q`, `k`, `v`, `y (n,h,w,c)` are read as `T = h w` tokens of `c` channels; head `e` has the `d = c/heads` channels
+//! from `e d`. For one image and head, with `i` and `j` tokens:
 //!
 //! ```text
 //! S_ij = q_i . k_j / sqrt(d)      m_i = max_j S_ij      r_i = 1 / sum_j exp(S_ij - m_i)
@@ -14,24 +14,27 @@
 //! dq_i = sum_j dS_ij k_j / sqrt(d)      dk_j = sum_i dS_ij q_i / sqrt(d)      dv_j = sum_i P_ij dy_i
 //! ```
 //!
-//! Saved: `q`, `k`, `v` and, for each row, `m` and `r` (2 numbers for `T` probabilities; together they are the log-sum-exp `m - log r`, which
-//! as one f32 would lose digits of `r` when `m` is large). The backward pass computes `P` again. On a GPU also `y`, since there `sum_j P_ij dP_ij` is
-//! computed as `dy_i . y_i`, and in bf16 what rounding took from `y`.
+//! Saved: `q`, `k`, `v` and, for each row, `m` and `r` (2 numbers for `T` probabilities; together they are the
+//! log-sum-exp `m - log r`, which as one f32 would lose digits of `r` when `m` is large). The backward pass computes
+//! `P` again. On a GPU also `y`, since there `sum_j P_ij dP_ij` is computed as `dy_i . y_i`, and in bf16 what rounding
+//! took from `y`.
 //!
-//! Numerics: no exponential exceeds 1, since the row's largest score is taken off first (on a GPU the largest so far, and what has been summed is
-//! scaled down when it grows). All sums are f32 and run over `k`'s (or
-//! `q`'s) tokens in order, so the bits of an image depend neither on its batch nor on the number of threads.
+//! Numerics: no exponential exceeds 1, since the row's largest score is taken off first (on a GPU the largest so far,
+//! and what has been summed is scaled down when it grows). All sums are f32 and run over `k`'s (or `q`'s) tokens in
+//! order, so the bits of an image depend neither on its batch nor on the number of threads.
 //!
-//! Work: `4 n T^2 c` FLOP forward, `10 n T^2 c` backward (five products; the scores once more is one of them; on a GPU seven, for `dq` and for `dk`, `dv`
-//! apart, so that each sum has one owner and an order). Memory on a GPU: rows of numbers, no scores. On the CPU: forward, a block of rows of `S` for each thread;
-//! backward, `P` and `dS` of some heads at a time, 8 MiB each, or some rows of one head where its scores alone exceed that.
+//! Work: `4 n T^2 c` FLOP forward, `10 n T^2 c` backward (five products; the scores once more is one of them; on a GPU
+//! seven, for `dq` and for `dk`, `dv` apart, so that each sum has one owner and an order). Memory on a GPU: rows of
+//! numbers, no scores. On the CPU: forward, a block of rows of `S` for each thread; backward, `P` and `dS` of some
+//! heads at a time, 8 MiB each, or some rows of one head where its scores alone exceed that.
 
 use crate::device::Device;
 use crate::error::Result;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
 use crate::tensor::{DType, Shape, Tensor};
 
-/// Attention of every token of `q` over all tokens of its image; three tensors of one shape, whose channels `heads` divides.
+/// Attention of every token of `q` over all tokens of its image; three tensors of one shape, whose channels `heads`
+/// divides.
 pub fn attention(tape: &mut Tape<'_>, q: &Var, k: &Var, v: &Var, heads: usize) -> Result<Var> {
     let shape = q.shape();
     assert!(

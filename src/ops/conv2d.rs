@@ -1,9 +1,9 @@
 //! `y[n,i,j,o] = b[o] + sum over u,v,k of x[n, i s + u - top, j s + v - left, k] w[o,u,v,k]`, and on the way out
 //! `+ shift[n,o] + residual[n,i,j,o]`.
 //!
-//! Shapes: `x` (n, h, w, c_in), `w` (c_out, kh, kw, c_in), `b` (c_out), `y` (n, oh, ow, c_out) with
-//! `oh = (h + top + bottom - kh) / s + 1`, likewise `ow`; `x` is zero outside. The shift, (n, 1, 1, c_out), is the time projection of a residual
-//! block, and the residual, shaped like `y`, its skip: both ride on a store that happens anyway.
+//! Shapes: `x` (n, h, w, c_in), `w` (c_out, kh, kw, c_in), `b` (c_out), `y` (n, oh, ow, c_out) with `oh = (h + top +
+//! bottom - kh) / s + 1`, likewise `ow`; `x` is zero outside. The shift, (n, 1, 1, c_out), is the time projection of a
+//! residual block, and the residual, shaped like `y`, its skip: both ride on a store that happens anyway.
 //!
 //! Gradient, each by the chain rule on the one line above:
 //! - `dx[n,p,q,k] = sum over o,u,v with p = i s + u - top, q = j s + v - left of dy[n,i,j,o] w[o,u,v,k]`
@@ -121,10 +121,12 @@ impl Method {
         Method { forward: algorithm, dgrad: algorithm, wgrad: algorithm, isa }
     }
 
-    /// The fastest known for this shape. The number of images has no say in `y` and `dx`, so that an image's bits do not depend on its batch.
+    /// The fastest known for this shape. The number of images has no say in `y` and `dx`, so that an image's bits do
+    /// not depend on its batch.
     ///
-    /// Winograd's algorithm needs enough channels to sum over that its transforms are a small part of the work. In `dw` its 36 products
-    /// per pair of channels are written and read once however few tiles there are, which pays from 16 tiles on.
+    /// Winograd's algorithm needs enough channels to sum over that its transforms are a small part of the work. In `dw`
+    /// its 36 products per pair of channels are written and read once however few tiles there are, which pays from 16
+    /// tiles on.
     pub fn choose(x: Shape, w: Shape, geometry: Geometry) -> Self {
         let y = geometry.output(x, w);
         let tiles = y.n * y.h.div_ceil(4) * y.w.div_ceil(4);

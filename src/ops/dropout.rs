@@ -1,12 +1,13 @@
-//! `y[i] = m[i] x[i] / (1 - rate)` with `m[i]` 0 with probability `rate`, else 1 (Srivastava et al. 2014, scaled in training so that
-//! nothing is to be done when sampling).
+//! `y[i] = m[i] x[i] / (1 - rate)` with `m[i]` 0 with probability `rate`, else 1 (Srivastava et al. 2014, scaled in
+//! training so that nothing is to be done when sampling).
 //!
-//! Each image has a stream of its own, and `m[i]` of element `i` of an image is a pure function of it: word `i % 4` of its block `i / 4`, kept
-//! if the word, as an integer, is at least `rate 2^32` (rounded). So no mask is stored: nothing is saved, the backward pass makes the
-//! mask again, and a batch in pieces has the masks of the whole.
+//! Each image has a stream of its own, and `m[i]` of element `i` of an image is a pure function of it: word `i % 4` of
+//! its block `i / 4`, kept if the word, as an integer, is at least `rate 2^32` (rounded). So no mask is stored: nothing
+//! is saved, the backward pass makes the mask again, and a batch in pieces has the masks of the whole.
 //!
-//! Gradient: `dx[i] = m[i] dy[i] / (1 - rate)`. One rounding per element, beside that of the scale. Least traffic: 8 bytes a number forward,
-//! 8 backward, where `dx` is written over `dy`; ten rounds of Philox for four numbers cost about as much.
+//! Gradient: `dx[i] = m[i] dy[i] / (1 - rate)`. One rounding per element, beside that of the scale. Least traffic: 8
+//! bytes a number forward, 8 backward, where `dx` is written over `dy`; ten rounds of Philox for four numbers cost
+//! about as much.
 
 use rayon::prelude::*;
 
@@ -16,7 +17,8 @@ use crate::rng::{Stream, Streams};
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
 use crate::tensor::Tensor;
 
-/// Drops each element with probability `rate` (in `[0, 1)`). On a tape that does not record, and with rate 0, `y` is `x`.
+/// Drops each element with probability `rate` (in `[0, 1)`). On a tape that does not record, and with rate 0, `y` is
+/// `x`.
 pub fn dropout(tape: &mut Tape<'_>, x: &Var, rate: f32, streams: Streams) -> Result<Var> {
     assert!((0.0..1.0).contains(&rate), "dropout: rate {rate} is not in [0, 1)");
     if rate == 0.0 || !tape.is_recording() {

@@ -1,9 +1,10 @@
-//! `y[i] = add_to[i] + table[labels[i]]`: one row of a table for each image, added to what is there (the time embedding).
-//! `table (classes,1,1,c)`, `labels (n,1,1,1)`, `add_to` and `y (n,1,1,c)`. Labels are class numbers, held as f32, which is exact up to 2^24.
+//! `y[i] = add_to[i] + table[labels[i]]`: one row of a table for each image, added to what is there (the time
+//! embedding). `table (classes,1,1,c)`, `labels (n,1,1,1)`, `add_to` and `y (n,1,1,c)`. Labels are class numbers, held
+//! as f32, which is exact up to 2^24.
 //!
-//! Gradient: `d add_to = dy`, handed on; `d table[k] = sum of dy[i] over the i with labels[i] = k`, in order of `i`; rows of classes that
-//! no image has are zero. Saved: the labels. One rounding per element forward. A few rows,
-//! so everything runs on one core.
+//! Gradient: `d add_to = dy`, handed on; `d table[k] = sum of dy[i] over the i with labels[i] = k`, in order of `i`;
+//! rows of classes that no image has are zero. Saved: the labels. One rounding per element forward. A few rows, so
+//! everything runs on one core.
 
 use crate::device::Device;
 use crate::error::Result;

@@ -9,8 +9,9 @@ use crate::error::Result;
 use crate::meter::Meter;
 use crate::tensor::Tensor;
 
-/// Writes the norm of a flat buffer of gradients, and the factor that clips it to `max_norm` (0: no clipping), into the meter's row; the norm is
-/// not finite if and only if one of the gradients is not. On a GPU that, or a loss in the row that is not finite, halts all later updates.
+/// Writes the norm of a flat buffer of gradients, and the factor that clips it to `max_norm` (0: no clipping), into the
+/// meter's row; the norm is not finite if and only if one of the gradients is not. On a GPU that, or a loss in the row
+/// that is not finite, halts all later updates.
 ///
 /// # Errors
 /// A GPU that fails.

@@ -1,14 +1,16 @@
 //! Group normalisation (Wu and He 2018, eq. 1 to 3), with an optional SiLU behind it.
 //!
-//! `x`, `y (n,h,w,c)`; `gamma`, `beta (1,1,1,c)`. The channels are `g` groups of `c/g` neighbours. For one image and group, `N = h w c/g` numbers:
+//! `x`, `y (n,h,w,c)`; `gamma`, `beta (1,1,1,c)`. The channels are `g` groups of `c/g` neighbours. For one image and
+//! group, `N = h w c/g` numbers:
 //!
 //! ```text
 //! mean = sum x / N      var = sum (x - mean)^2 / N      rstd = 1 / sqrt(var + eps)
 //! xhat = (x - mean) rstd      z = gamma xhat + beta      y = z, or silu(z)
 //! ```
 //!
-//! Gradient: `dz = dy`, or `dy silu'(z)` with `z` computed again. `dgamma = sum dz xhat` and `dbeta = sum dz` over images and pixels. `mean` and
-//! `rstd` depend on every `x` of the group, `d mean / dx = 1/N` and `d rstd / dx = -rstd^2 xhat / N`, which gives
+//! Gradient: `dz = dy`, or `dy silu'(z)` with `z` computed again. `dgamma = sum dz xhat` and `dbeta = sum dz` over
+//! images and pixels. `mean` and `rstd` depend on every `x` of the group, `d mean / dx = 1/N` and `d rstd / dx =
+//! -rstd^2 xhat / N`, which gives
 //!
 //! ```text
 //! dx = rstd (gamma dz - s1 - xhat s2),   s1 = sum gamma dz / N,   s2 = sum gamma dz xhat / N   over the group
@@ -16,13 +18,14 @@
 //!
 //! Saved: `x`, and for each image and group `mean` (as the sum of two f32) and `rstd`.
 //!
-//! Numerics: two passes, because `E[x^2] - E[x]^2` loses every digit when the mean is large beside the deviation. They run
-//! over strips of 64 pixels or 16 KiB, so that the second finds the strip in the cache; the strips' means and squares are joined in f64 (Chan, Golub and LeVeque
-//! 1983). Strips depend on the image's extent alone and are joined in order: the same bits for any batch and any
-//! number of threads.
+//! Numerics: two passes, because `E[x^2] - E[x]^2` loses every digit when the mean is large beside the deviation. They
+//! run over strips of 64 pixels or 16 KiB, so that the second finds the strip in the cache; the strips' means and
+//! squares are joined in f64 (Chan, Golub and LeVeque 1983). Strips depend on the image's extent alone and are joined
+//! in order: the same bits for any batch and any number of threads.
 //!
-//! Least traffic: forward `x` once and `y` once, 8 bytes a number; backward `x`, `dy`, and `dx` over `dy`, 12 bytes a number. That holds
-//! while an image (backward: twice) fits the second-level cache; beyond it, the pass that follows the statistics reads again: 12 and 24.
+//! Least traffic: forward `x` once and `y` once, 8 bytes a number; backward `x`, `dy`, and `dx` over `dy`, 12 bytes a
+//! number. That holds while an image (backward: twice) fits the second-level cache; beyond it, the pass that follows
+//! the statistics reads again: 12 and 24.
 
 use rayon::prelude::*;
 

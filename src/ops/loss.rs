@@ -29,9 +29,10 @@ impl Loss {
     }
 }
 
-/// Adds L_i of each image to the meter's row, at its timestep; and makes dL/dy if `step_images` says over how many images, N, the step's
-/// loss is the mean (more than the batch has if gradients are accumulated over several). `None` for a validation loss: no gradient.
-/// `t` (n, 1, 1, 1) are the batch's timesteps on the device, as [`q_sample`](crate::ops::q_sample::q_sample) made them.
+/// Adds L_i of each image to the meter's row, at its timestep; and makes dL/dy if `step_images` says over how many
+/// images, N, the step's loss is the mean (more than the batch has if gradients are accumulated over several). `None`
+/// for a validation loss: no gradient. `t` (n, 1, 1, 1) are the batch's timesteps on the device, as
+/// [`q_sample`](crate::ops::q_sample::q_sample) made them.
 ///
 /// # Errors
 /// A GPU that fails.

@@ -2,8 +2,9 @@
 //!
 //! Every file has the same order: the formula and its derived gradient; the public function (checks, `match` on the
 //! device, a record on the tape); the struct with the backward pass; `mod reference`, the definition as plain loops
-//! over any float type and the oracle of every test; `mod cpu`, the practical path where the plain loops are too slow; `mod cuda`, the
-//! launches. The same stem names the kernels (`kernels`), the tests (`tests/ops`) and the benches (`benches/ops`).
+//! over any float type and the oracle of every test; `mod cpu`, the practical path where the plain loops are too slow;
+//! `mod cuda`, the launches. The same stem names the kernels (`kernels`), the tests (`tests/ops`) and the benches
+//! (`benches/ops`).
 
 pub mod adam;
 pub mod add;
@@ -28,8 +29,8 @@ use crate::tape::{LeafGrads, Tape, Var};
 use crate::tensor::Tensor;
 
 impl Tape<'_> {
-    /// Runs the tape backwards from `y` with gradient `dy`, adding to the parameters' gradients. Returns the gradients of
-    /// leaves, to be asked for by [`LeafGrads::take`].
+    /// Runs the tape backwards from `y` with gradient `dy`, adding to the parameters' gradients. Returns the gradients
+    /// of leaves, to be asked for by [`LeafGrads::take`].
     ///
     /// # Errors
     /// A GPU that fails.

@@ -1,7 +1,8 @@
 //! `y = x sigmoid(x)`, element by element: Elfwing et al. 2018's SiLU, the swish of the DDPM code.
 //!
-//! Gradient: with `s = sigmoid(x)`, `dx = dy s (1 + x (1 - s))`. Saved: `x`. Errors: `y` to 4.5 ulp (3.1 where there is a fused
-//! multiply-add), `device::cpu::simd`. Least traffic: 8 bytes a number forward; 12 backward, where `dx` is written over `dy`.
+//! Gradient: with `s = sigmoid(x)`, `dx = dy s (1 + x (1 - s))`. Saved: `x`. Errors: `y` to 4.5 ulp (3.1 where there is
+//! a fused multiply-add), `device::cpu::simd`. Least traffic: 8 bytes a number forward; 12 backward, where `dx` is
+//! written over `dy`.
 //!
 //! For the time embedding, a few rows. Where a SiLU follows a normalisation, `group_norm` does it in passing.
 

@@ -1,7 +1,7 @@
 //! Sinusoidal embedding of timesteps, as in the DDPM code (`get_timestep_embedding` of hojonathanho/diffusion, after
-//! Vaswani et al. 2017, section 3.5): `y[i] = [sin(t_i f_0), .., sin(t_i f_{m-1}), cos(t_i f_0), .., cos(t_i f_{m-1})]` with
-//! `m = dim/2` and `f_k = exp(-ln(1e4) k / (m - 1))`; an odd `dim` ends with a zero. `t (n)`, `y (n,1,1,dim)`. OpenAI's code and the
-//! defaults of diffusers divide by m instead and have the cosines first; [`Sinusoid`] says which.
+//! Vaswani et al. 2017, section 3.5): `y[i] = [sin(t_i f_0), .., sin(t_i f_{m-1}), cos(t_i f_0), .., cos(t_i f_{m-1})]`
+//! with `m = dim/2` and `f_k = exp(-ln(1e4) k / (m - 1))`; an odd `dim` ends with a zero. `t (n)`, `y (n,1,1,dim)`.
+//! OpenAI's code and the defaults of diffusers divide by m instead and have the cosines first; [`Sinusoid`] says which.
 //!
 //! No gradient: timesteps are data. Computed in f64 and rounded once, since at t = 1000 one rounding of `t f_k` in f32
 //! already moves the sine by 3e-5; `n dim` sines are nothing beside the network.

@@ -1,9 +1,9 @@
 //! Nearest-neighbour upsampling by two: `y[n, 2i+a, 2j+b, c] = x[n, i, j, c]` for `a, b` in `{0, 1}`; `x (n,h,w,c)`,
 //! `y (n,2h,2w,c)`.
 //!
-//! Gradient: `dx[n, i, j, c] = (dy[.., 2i, 2j, ..] + dy[.., 2i, 2j+1, ..]) + (dy[.., 2i+1, 2j, ..] + dy[.., 2i+1, 2j+1, ..])`, in this
-//! order. Nothing is saved. The forward copies; the backward rounds three times. Least traffic: `x` once and `y` once,
-//! `4 (1 + 4)` bytes for each number of `x`, forward and backward.
+//! Gradient: `dx[n, i, j, c] = (dy[.., 2i, 2j, ..] + dy[.., 2i, 2j+1, ..]) + (dy[.., 2i+1, 2j, ..] + dy[.., 2i+1, 2j+1,
+//! ..])`, in this order. Nothing is saved. The forward copies; the backward rounds three times. Least traffic: `x` once
+//! and `y` once, `4 (1 + 4)` bytes for each number of `x`, forward and backward.
 
 use rayon::prelude::*;
 

@@ -42,8 +42,8 @@ pub fn notices(test: &str, entry: &str, from: &str, to: &str) {
     check(test, entry, Bug::Text { from, to });
 }
 
-/// [`notices`] for a kernel that takes parameter `reads` for parameter `is` where it loads it last. Parameters are counted
-/// from 0; "3+8" is what stands 8 bytes from the start of a structure.
+/// [`notices`] for a kernel that takes parameter `reads` for parameter `is` where it loads it last. Parameters are
+/// counted from 0; "3+8" is what stands 8 bytes from the start of a structure.
 #[track_caller]
 pub fn notices_wrong_parameter(test: &str, entry: &str, is: impl Display, reads: impl Display) {
     let [is, reads] = [is.to_string(), reads.to_string()];

@@ -69,7 +69,9 @@ fn rounded(x: &[f32]) -> Vec<f32> {
 #[test]
 fn both_convolutions_are_the_definition() {
     let device = Device::cpu_guarded();
-    for case in CASES {
+    // The many tiles of the last take Miri minutes.
+    let cases = if cfg!(miri) { &CASES[..2] } else { &CASES[..] };
+    for &case in cases {
         let Case { n, h, w, c_in, c_out } = case;
         let pixels = n * h * w;
         let (x, weight, dy) = (numbers(pixels * c_in, 3), numbers(c_out * 9 * c_in, 5), numbers(pixels * c_out, 4));

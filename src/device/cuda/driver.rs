@@ -1,6 +1,6 @@
-//! The driver as cudarc knows it; in a build without the feature `cuda`, one that is never there. Its types then have no
-//! values, so that everything built on them compiles, no [`Gpu`](super::Gpu) can exist, and nothing else in the crate
-//! asks which build it is.
+//! The driver as cudarc knows it; in a build without the feature `cuda`, one that is never there. Its types then have
+//! no values, so that everything built on them compiles, no [`Gpu`](super::Gpu) can exist, and nothing else in the
+//! crate asks which build it is.
 
 #[cfg(feature = "cuda")]
 pub use cudarc::driver::{
