@@ -308,8 +308,8 @@ fn even_spacing_keeps_detail_and_brightness() {
     assert_eq!((off(Spacing::Even), off(Spacing::Leading)), (1.0, 14.0));
 }
 
-/// A step cut in pieces draws what it draws uncut, timesteps are uniform, half the images are mirrored, and the
-/// validation draws the same every time.
+/// A step in micro-batches draws what the whole batch draws, timesteps are uniform, half the images are mirrored, and
+/// the validation draws the same every time.
 #[test]
 fn a_batch_draws_by_position() {
     let n = 20_000;

@@ -1,5 +1,5 @@
 //! Training as a whole: a network learns a batch by heart, a resumed run continues with the same bits, the number of
-//! threads changes nothing, memory is recycled and foretold.
+//! threads changes nothing, memory is reused and its need is predicted.
 
 mod support;
 
@@ -23,7 +23,7 @@ use ddpm_cuda::unet::{DropoutSeed, UNet};
 
 use support::{numbers, same_bits};
 
-/// [`support::tiny`] with a batch that two and three pieces divide.
+/// [`support::tiny`] with a batch that divides into two and into three micro-batches.
 fn tiny() -> Config {
     let mut c = support::tiny(8, 12, 2);
     c.batch = 6;
@@ -170,7 +170,7 @@ fn the_memory_foretold_is_the_memory_taken() {
         let data = Data { train: images.clone(), held_out: images, notes: Vec::new() };
         Trainer::new(&c, data, &device).unwrap().step().unwrap();
         let taken = device.pool_stats().held as f64;
-        // Too little foretold is a run killed by the system; too much, a run refused that would have worked. The
+        // Too low a prediction is a run killed by the system; too high, a run refused that would have worked. The
         // scratch space of 24 MiB is an upper bound that small networks do not reach.
         let bound = taken < 1.05 * foretold && foretold < 1.33 * taken + f64::from(24 << 20);
         assert!(bound, "{foretold:e} bytes foretold, {taken:e} taken");
@@ -200,7 +200,8 @@ fn labelled(c: &Config) -> Data {
     Data { train, held_out, notes: Vec::new() }
 }
 
-/// Everything a step draws is a function of seed, step and place in the batch: worked out again here, in pieces of two.
+/// Everything a step draws is a function of seed, step and place in the batch: worked out again here, in
+/// micro-batches of two.
 #[test]
 fn a_steps_loss_is_the_papers_over_all_its_pieces() {
     let mut c = tiny();
@@ -225,7 +226,7 @@ fn a_steps_loss_is_the_papers_over_all_its_pieces() {
     }
 }
 
-/// A batch in one piece and in three: the same images, timesteps, noise and dropout masks, so the same loss and
+/// A batch whole and in three micro-batches: the same images, timesteps, noise and dropout masks, so the same loss and
 /// gradient but for rounding. With weights of some size everywhere: a network that has just begun hands hardly any
 /// gradient to what lies before its last layer.
 #[test]
@@ -314,7 +315,8 @@ fn the_learning_rate_warms_up_from_the_first_step_on() {
     assert_eq!(step(&mut cold).learning_rate, 0.75);
 }
 
-/// Seven held-out images in pieces of three, worked out again in one batch: with the moving average, not the weights.
+/// Seven held-out images in micro-batches of three, worked out again in one batch: with the moving average, not the
+/// weights.
 #[test]
 fn the_validation_loss_is_the_moving_averages_on_held_out_images() {
     let mut c = tiny();

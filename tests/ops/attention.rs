@@ -221,7 +221,7 @@ fn heads_too_large_for_the_gpu_are_refused() {
     assert!(refused.to_string().contains("heads of 513 channels"), "{refused}");
 }
 
-/// Two blocks of rows, two of columns, channels in two pieces: every barrier matters.
+/// Two blocks of rows, two of columns, two chunks of channels, so that a lost barrier shows.
 #[test]
 fn gpu_agrees_where_every_barrier_matters() {
     let Some(gpu) = gpu::gpu(DType::F32) else { return };

@@ -295,7 +295,7 @@ fn parameter_gradients_accumulate() {
 
 #[test]
 fn gpu_parameter_gradients_accumulate() {
-    // One with a single share of the pixels and one with several.
+    // One with a single split-K segment (its pixels are the k of dw) and one with several.
     for case in [CASES[3], CASES[18]] {
         let data = Data::new(case).to_f32();
         gpu::each(&format!("{case:?}"), |device| {

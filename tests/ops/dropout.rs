@@ -82,7 +82,7 @@ fn streams_differ() {
     assert_ne!(one[32..], two[32..], "the second image has the mask of the first one's rest");
 }
 
-/// A batch in pieces has the masks of the whole.
+/// Micro-batches have the masks of the whole batch.
 #[test]
 fn an_image_does_not_depend_on_its_batch() {
     let shape = CASES[3];

@@ -123,7 +123,7 @@ fn gpu_agrees_with_the_reference() {
 
 #[test]
 fn gpu_parameter_gradients_accumulate() {
-    // One with a single share of the rows and one with several.
+    // One with a single split-K segment (its rows are the k of dw) and one with several.
     for case in [CASES[3], CASES[7]] {
         gpu::each(&format!("{case:?}"), |device| {
             let [once, twice] = [1, 2].map(|passes| by_tape_on(device, case, false, Isa::best(), passes));

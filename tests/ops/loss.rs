@@ -241,7 +241,7 @@ fn gpu_sorts_losses_by_timestep() {
     }
 }
 
-/// A row collects the pieces of its step and nothing of what stood there before, not even NaN.
+/// A row sums the micro-batches of its step and keeps nothing of what stood there before, not even NaN.
 #[test]
 fn gpu_adds_the_pieces_of_a_step_up() {
     let (shape, y) = (Shape::new(5, 4, 5, 3), numbers(3, 5 * 60));
