@@ -843,7 +843,7 @@ fn two_devices_have_their_own_memory_and_copy_between_each_other() {
     // A function does not run in another context's stream.
     let foreign = kernel(&first, BASIC, "no_parameters");
     let mut launch = stream_1.launch_builder(&foreign);
-    assert_eq!(code(unsafe { launch.launch(shape(1, 1)) }), CUresult::CUDA_ERROR_INVALID_HANDLE);
+    assert_eq!(code(unsafe { launch.launch(shape(1, 1)) }), CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
 }
 
 #[test]
