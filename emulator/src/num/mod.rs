@@ -13,7 +13,7 @@
 //! - [`soft`]: exact arithmetic in integers, for rounding modes and conversions that the host lacks.
 //! - [`approx`]: the `.approx` functions.
 //! - [`half`]: f16 and bf16 on bits.
-//! - [`int`]: integers.
+//! - [`int`]: integer instructions.
 //! - [`float`]: f32 and f64 on bits.
 //! - [`form`](mod@form): spelling, operands and dispatch codes of the forms.
 //!
