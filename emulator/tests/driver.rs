@@ -842,7 +842,8 @@ fn two_devices_have_their_own_memory_and_copy_between_each_other() {
     assert_eq!(stream_0.clone_dtoh(&here).unwrap(), [1.0, 2.0, 3.0]);
     // A function does not run in another context's stream.
     let foreign = kernel(&first, BASIC, "no_parameters");
-    let mut launch = stream_1.launch_builder(&foreign);
+    let (_third, stream_2) = device(1);
+    let mut launch = stream_2.launch_builder(&foreign);
     assert_eq!(code(unsafe { launch.launch(shape(1, 1)) }), CUresult::CUDA_ERROR_INVALID_HANDLE);
 }
 

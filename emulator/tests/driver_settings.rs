@@ -97,7 +97,7 @@ fn the_profile_is_written_and_the_same_every_time() {
     let written = ["1", "2"].map(|run| {
         let path = folder.join(run);
         // A seed changes the order of blocks, not what they do.
-        let output = child("work", &[("CUDA_EMU_PROFILE", path.to_str().unwrap()), ("CUDA_EMU_SEED", run)]);
+        child("work", &[("CUDA_EMU_PROFILE", path.to_str().unwrap()), ("CUDA_EMU_SEED", run)]);
         std::fs::read_to_string(&path).unwrap()
     });
     std::fs::remove_dir_all(&folder).unwrap();

@@ -793,7 +793,7 @@ mod forms {
         load();
         let (context, stream) = device(0);
         let function = kernel(&context, PTX, "small_copies");
-        let x: Vec<i32> = (1..=128).map(|v| v * 0x0101_0101).collect();
+        let x: Vec<i32> = (1..=128i32).map(|v| v.wrapping_mul(0x0101_0101)).collect();
         let dx = stream.clone_htod(&x).unwrap();
         let mut out = unsafe { stream.alloc::<i32>(256) }.unwrap();
         run!(stream, function, line(1, 64), &dx, &mut out);

@@ -82,7 +82,8 @@ fn check(folder: &Path, listed: &str, prefix: &str) -> usize {
         .filter_map(|line| line.trim_start_matches("pub ").strip_prefix("mod ")?.strip_suffix(';'))
         .collect();
     let mut sorted: Vec<&str> = order.iter().map(String::as_str).collect();
-    (declared.sort_unstable(), sorted.sort_unstable());
+    declared.sort_unstable();
+    sorted.sort_unstable();
     assert_eq!(sorted, declared, "the modules that {} lists, and those it declares", listed.display());
     let mut imports = 0;
     for (rank, module) in order.iter().enumerate() {

@@ -7,14 +7,14 @@
 //!
 //! The modules, each using only those below it:
 //!
-//! - [`moves`] has copies, packing, unpacking, extension.
-//! - [`matrix`] has `mma` and `wmma`.
-//! - [`ops`] has every other operation, looped over 32 lanes.
-//! - [`soft`] has exact arithmetic in integers, for rounding modes and conversions that the host lacks.
-//! - [`approx`] has the `.approx` functions.
-//! - [`half`] has f16 and bf16 on bits.
-//! - [`int`] has integers.
-//! - [`float`] has f32 and f64 on bits.
+//! - [`moves`]: copies, packing, unpacking, extension.
+//! - [`matrix`]: `mma` and `wmma`.
+//! - [`ops`]: every other operation, looped over 32 lanes.
+//! - [`soft`]: exact arithmetic in integers, for rounding modes and conversions that the host lacks.
+//! - [`approx`]: the `.approx` functions.
+//! - [`half`]: f16 and bf16 on bits.
+//! - [`int`]: integer instructions.
+//! - [`float`]: f32 and f64 on bits.
 //! - [`form`](mod@form): spelling, operands and dispatch codes of the forms.
 //!
 //! # Layout of a warp's registers

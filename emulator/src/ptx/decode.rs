@@ -1,6 +1,6 @@
 //! Decodes one instruction of text into one step (or a few) on virtual registers.
 //!
-//! Arithmetic is looked up in [`crate::num::form`], everything else is decoded here, and the rest is refused by name.
+//! Arithmetic is looked up in [`crate::num::form()`], everything else is decoded here, and the rest is refused by name.
 
 use super::program::*;
 use super::{Param, ParseError};

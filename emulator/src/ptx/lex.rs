@@ -10,7 +10,7 @@ use super::ParseError;
 pub enum Kind {
     /// Identifier, opcode with modifiers, directive, register.
     Word,
-    /// Integer or float literal, checked by [`super::parse`].
+    /// Integer or float literal, checked by the parser.
     Number,
     /// Quoted text, with its quotes.
     Text,

@@ -1,6 +1,6 @@
 //! From PTX text to a decoded program.
 //!
-//! [`parse`] refuses by name and line what it does not know: indirect calls, recursion, textures and surfaces, and
+//! [`parse()`] refuses by name and line what it does not know: indirect calls, recursion, textures and surfaces, and
 //! whatever PTX has only for targets after sm_80. Debug information is skipped. [`link()`] makes one module of several.
 //!
 //! The modules, each using only those below it:

@@ -198,13 +198,13 @@ pub enum Redux {
     Xor,
 }
 
-/// What a step does. Its registers are in [`Program::operands`]: destinations, then sources, in the order of the text.
+/// What a step does. Its registers are in `Program::operands`: destinations, then sources, in the order of the text.
 #[derive(Clone, Copy, Debug)]
 pub enum Op {
     /// [`Step::count`] arithmetic instructions of one form.
     Run(&'static Form),
     /// As `Run`, for forms that all lanes of a warp must execute together. The number is an index into
-    /// [`Program::plans`].
+    /// `Program::plans`.
     Mma(&'static Form, u32),
     /// destinations (one per element), base.
     Load(Access),
@@ -363,11 +363,11 @@ pub struct Step {
     pub negate: bool,
     /// Number of operands (of one instruction of a run).
     pub arity: u8,
-    /// First operand in [`Program::operands`].
+    /// First operand in `Program::operands`.
     pub first: u32,
     /// Instructions in a run; 1 for other steps.
     pub count: u32,
-    /// Index of the first instruction in [`Program::sources`]; a run's follow it.
+    /// Index of the first instruction in `Program::sources`; a run's follow it.
     pub source: u32,
     /// Basic block.
     pub block: u32,
@@ -419,7 +419,7 @@ pub struct BlockCost {
     pub instructions: u32,
 }
 
-/// See [`Program::reserved_shared`]: the size on compute capability 8.0. Cooperative groups ask for it if compiled
+/// See `Program::reserved_shared`: the size on compute capability 8.0. Cooperative groups ask for it if compiled
 /// without optimisation.
 pub const RESERVED_SHARED: u32 = 1024;
 
