@@ -178,7 +178,7 @@ settings! {
     "channels" => model.channels, "1 grey, 3 colour; 0: as the data is";
     "widths" => model.widths, "channels of each level, finest first";
     "blocks_per_level" => model.blocks_per_level, "residual blocks of a level";
-    "attention_resolutions" => model.attention_resolutions, "levels with self-attention, by their longer side in pixels";
+    "attention_resolutions" => model.attention_resolutions, "levels with self-attention, by the longer side in pixels";
     "head_dim" => model.head_dim, "channels of an attention head; 0: one head";
     "groups" => model.groups, "groups of the group normalisations";
     "norm_eps" => model.norm_eps, "epsilon of the group normalisations";
