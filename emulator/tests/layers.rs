@@ -1,5 +1,5 @@
-//! Imports go down: the documentation of a module that has parts lists them, "each using only those below it". Unit tests,
-//! which may import what they like, are at the end of their files.
+//! Imports go down: the documentation of a module that has parts lists them, "each using only those below it". Unit
+//! tests, which may import what they like, are at the end of their files.
 
 use std::path::{Path, PathBuf};
 
