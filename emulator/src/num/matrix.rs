@@ -535,8 +535,8 @@ mod wide {
     unsafe fn planned<W: Wide, const ELEMENT: u8, const DEPTH: usize>(plan: &Plan, file: *mut u8) {
         let tiles = &plan.tiles[..];
         let mut room = Room::new();
-        // One pointer each, from which all accesses derive.
-        let (rows, places) = (room.rows.as_mut_ptr(), room.columns.as_mut_ptr().cast::<Columns>());
+        // Raw pointers throughout: a reference to a part of the room would end the validity of pointers made before.
+        let rows = (&raw const room.rows).cast::<Rows>();
         let mut i = 0;
         // SAFETY: guaranteed by the caller. The plan sets `spread_a` and `spread_b` where a factor is first needed, so
         // everything read has been filled; `place` is below PLACES; a tile with `pair` has a successor.
@@ -544,9 +544,9 @@ mod wide {
             while i < tiles.len() {
                 let own = &tiles[i];
                 if own.spread_a {
-                    spread_rows::<W, ELEMENT, DEPTH>(file, own.registers.a, rows);
+                    spread_rows::<W, ELEMENT, DEPTH>(file, own.registers.a, (&raw mut room.rows).cast());
                 }
-                let columns = places.add(own.place);
+                let columns = (&raw mut room.columns).cast::<Columns>().add(own.place);
                 if own.spread_b {
                     spread_columns::<W, ELEMENT, DEPTH>(file, own.registers.b, columns);
                 }
@@ -554,7 +554,7 @@ mod wide {
                 i += 1;
                 if W::LANES == 16 && own.pair {
                     let next = &tiles[i];
-                    let columns = places.add(next.place);
+                    let columns = (&raw mut room.columns).cast::<Columns>().add(next.place);
                     if next.spread_b {
                         spread_columns::<W, ELEMENT, DEPTH>(file, next.registers.b, columns);
                     }
