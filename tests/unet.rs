@@ -357,3 +357,32 @@ fn every_norm_has_the_models_epsilon() {
     }
     assert!(norms > 20, "only {norms} norms found");
 }
+
+/// What each operation keeps of a forward pass on `device`: place, stem and bytes.
+fn kept(model: &Model, device: &Device) -> Vec<(String, &'static str, usize)> {
+    let (unet, specs) = UNet::new(model).unwrap();
+    let params = Params::zeros(device, specs).unwrap();
+    let Size { h, w } = model.image_size;
+    let x = Tensor::from_slice_as(device, device.activations(), Shape::new(2, h, w, 3), &vec![0.5; 2 * h * w * 3]);
+    let (t, labels) = (per_image(device, [3.0, 40.0]), per_image(device, [2.0, 0.0]));
+    let mut tape = Tape::recording(device, &params);
+    let masks = Some(DropoutSeed { seed: 1, step: 2, first: 0 });
+    unet.forward(&mut tape, &Var::constant(x.unwrap()), &t, &Conditioning::on_labels(labels), masks).unwrap();
+    let kept: Vec<_> = tape.saved().into_iter().map(|saved| (saved.place, saved.name, saved.bytes)).collect();
+    assert!(kept.iter().any(|(_, name, bytes)| *name == "attention" && *bytes > 0), "nothing is kept: {kept:?}");
+    kept
+}
+
+/// The tape on shapes alone foretells the tape on the device that they stand for, on a GPU in both types.
+#[test]
+fn shapes_alone_keep_what_a_device_keeps() {
+    let mut model = support::tiny(6, 10, 3).model;
+    (model.head_dim, model.classes) = (8, 3);
+    let cpu = Device::cpu_guarded();
+    assert_eq!(kept(&model, &cpu.meta()), kept(&model, &cpu));
+    for dtype in [DType::F32, DType::Bf16] {
+        let Some(gpu) = support::gpu::gpu(dtype) else { return };
+        let gpu = Device::Cuda(gpu);
+        assert_eq!(kept(&model, &gpu.meta()), kept(&model, &gpu), "{dtype:?}");
+    }
+}
