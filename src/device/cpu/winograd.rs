@@ -242,7 +242,7 @@ kernel! {
     /// `first + t` to `out[xi * plane + t * stride + j]`.
     ///
     /// # Safety
-    /// `x` holds the images of `tiles`, which has these tiles and channels; those elements of `out` are writable and the
+    /// `x` holds the images of `tiles`, which has these tiles and channels; that part of `out` is writable and the
     /// caller's alone.
     unsafe fn transform_inputs<V>(
         x: *const f32,
