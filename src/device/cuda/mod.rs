@@ -1,7 +1,7 @@
 //! NVIDIA GPUs. Only this module's `driver` names cudarc.
 //!
 //! One context, one stream. Everything runs in stream order, so a buffer returned to the pool may be handed out again
-//! at once. Nothing waits for the GPU except [`Gpu::download`], [`Gpu::synchronize`], and [`Staging`] before it reuses
+//! at once. Nothing waits for the GPU except [`Gpu::download`], [`Gpu::synchronize`], and `Staging` before it reuses
 //! its memory; the check of guard words (tests) waits too.
 //!
 //! Deliberately absent: several streams and events between them, unified memory.
