@@ -1,16 +1,16 @@
-// adam: the whole parameter update in one kernel: clipping, Adam or AdamW, the moving average, and both rounded to
-// bf16.
+// adam: the whole parameter update in one kernel: clipping, Adam or AdamW, the moving average, and bf16 copies of
+// weights and average.
 //
 // computes   g = clip g;  m += one_beta1 (g - m);  v = beta2 v + one_beta2 g^2;
 //            w = keep w - rate m / (unbias sqrt(v) + eps);  ema += one_ema (w - ema);
-//            rounded = bf16(w), ema_rounded = bf16(ema) unless null. Nothing at all if *halt.
-// layout     flat f32 buffers of len; clip in the meter's row, as grad_norm left it
+//            rounded = bf16(w), ema_rounded = bf16(ema) unless null. Does nothing if *halt.
+// layout     flat f32 buffers of len elements; clip is read from the meter's row, where grad_norm wrote it
 // mapping    thread = 4 neighbours, block = 1024 elements
 // shared     none
-// bound by   memory: 20 bytes read and 16 (20 with both copies) written a parameter
+// bound by   memory: 20 bytes read and 16 (20 with both copies) written per parameter
 // host       len is a multiple of 4, buffers start on 256-byte boundaries; the clock is null or the step's (clock.cuh)
-// numerics   f32 in the CPU's order of operations; division and root rounded correctly, so the bits are the CPU's for
-//            equal gradients and clip
+// numerics   f32 in the CPU's order of operations, with correctly rounded division and square root: the CPU's bits for
+//            equal gradients and clip, if the CPU has FMA
 #include "clock.cuh"
 #include "dtype.cuh"
 #include "meter.cuh"

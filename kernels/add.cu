@@ -4,7 +4,7 @@
 // layout     a, b, y flat, len elements of f32 or bf16
 // mapping    block = 1024 elements, thread = 4 neighbours: elementwise.cuh
 // shared     none
-// bound by   memory: 3 elements moved for one addition
+// bound by   memory: 3 elements moved per addition
 // host       grid.x = ceil(len / 1024); all three start on 256-byte boundaries
 // numerics   f32 addition, one rounding to T
 #include "elementwise.cuh"

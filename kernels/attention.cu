@@ -1,21 +1,21 @@
-// attention: every token over all tokens of its image, one head or several, and its gradients. No tokens x tokens
+// attention: scaled dot-product attention within each image, one head or several, and its gradients. No tokens x tokens
 // matrix is stored.
 //
 // computes   S_ij = q_i . k_j / sqrt(d), m_i = max_j S_ij, l_i = sum_j exp(S_ij - m_i), P_ij = exp(S_ij - m_i) / l_i,
 //            y_i = sum_j P_ij v_j;
 //            dP_ij = dy_i . v_j, delta_i = sum_j P_ij dP_ij = dy_i . y_i, dS_ij = P_ij (dP_ij - delta_i) / sqrt(d),
 //            dq_i = sum_j dS_ij k_j, dk_j = sum_i dS_ij q_i, dv_j = sum_i P_ij dy_i.
-//            Letters are FlashAttention's (Dao et al. 2022), whose O is y here and whose D is delta.
+//            The letters are FlashAttention's (Dao et al. 2022); its O is y here and its D is delta.
 //            Three passes: fwd; bwd_q, which writes dq and delta; then bwd_kv. Both backward passes compute S and dP:
-//            seven products of tokens x tokens x d, where five would do with a stored matrix or with atomics
+//            seven products of tokens x tokens x d, where a stored matrix or atomics would need five
 // layout     q, k, v, y and their gradients (n, tokens, c), f32 or bf16; head e has the channels e d .. e d + d.
-//            lost (n, tokens, c), bf16 only: what rounding took from y. stats (n, heads, 2, tokens), f32: m log2 e,
+//            lost (n, tokens, c), bf16 only: the rounding error of y. stats (n, heads, 2, tokens), f32: m log2 e,
 //            then 1 / l (r in src/ops/attention.rs). delta (n, heads, tokens), f32
-// mapping    block = one (image, head) and B_R tokens as rows; it walks over all tokens as columns, B_C at a time.
+// mapping    block = one (image, head) and B_R tokens as rows; it loops over all tokens as columns, B_C at a time.
 //            warp w = rows 8 w .. 8 w + 8 of the block (D > 256: 4 w .. 4 w + 4).
 //            lane, in S and dP = 4 rows and every 16th column (D > 256: every 32nd), 4 (2) in all; in the sums over
-//            columns = the same 4 rows and d/16 (d/32) channels. So a row's statistics stay with its 16 (32) lanes,
-//            and no result passes from warp to warp. Compiled for d up to D = 32, 64, 128, 256, 512
+//            columns = the same 4 rows and D/16 (D/32) channels. So a row's statistics stay in its 16 (32) lanes, and
+//            warps exchange no results. Compiled for d up to D = 32, 64, 128, 256, 512
 // shared     34 KiB at most: `operands` 18 KiB, `p_or_ds` 16 KiB; see Shared
 // bound by   f32 arithmetic: 64 (32) FMAs for 8 (6) 16-byte reads of shared memory in S and dP, 64 for 5 in the sums
 //            where d = 256
@@ -23,11 +23,11 @@
 //            only if 4 divides d; tensors start on 256-byte boundaries; stats, delta and lost come from the earlier
 //            passes over the same tensors
 // numerics   f32 sums over the channels, and over the columns in order. The row's largest score so far is subtracted
-//            before each exponential, and what has been summed is scaled down when it grows (Milakov and Gimelshein
-//            2018). 2^x is the hardware's, good to 2 ulp. m and 1 / l are kept apart: the log-sum-exp m + log l, as one
-//            f32, loses digits of l when m is large. delta from y alone would carry y's bf16 rounding, the same for all
-//            columns of a row, into sums whose terms nearly cancel (100 output roundings were seen in dq): hence lost,
-//            with which delta errs by 2^-18. The same bits at every repetition and for any batch
+//            before each exponential, and the sums are rescaled when it grows (Milakov and Gimelshein 2018). 2^x is the
+//            hardware's, accurate to 2 ulp. m and 1 / l are stored separately: the log-sum-exp m + log l, as one f32,
+//            would lose digits of l when m is large. delta from y alone would carry y's bf16 rounding error, the same
+//            for all columns of a row, into sums whose terms nearly cancel (an error of 100 output roundings was seen
+//            in dq): hence lost, with which delta errs by 2^-18. The same bits at every repetition and for any batch
 //
 // One block (D <= 256)                             S of a warp: the lane of each row and column
 //
@@ -35,36 +35,35 @@
 //   rows 0..7   [  warp 0  ]  -->  [  warp 0  ]    rows 0..3   0  1 .. 15 |  0  1 .. 15 |  0  1 .. 15 |  0  1 .. 15
 //   rows 8..15  [  warp 1  ]  -->  [  warp 1  ]    rows 4..7  16 17 .. 31 | 16 17 .. 31 | 16 17 .. 31 | 16 17 .. 31
 //     ...
-//   rows 56..63 [  warp 7  ]  -->  [  warp 7  ]    y of a warp: the same rows, 4 neighbouring channels a lane
+//   rows 56..63 [  warp 7  ]  -->  [  warp 7  ]    y of a warp: the same rows, 4 neighbouring channels per lane
 //
 //   fwd and bwd_q: rows are queries, columns keys. bwd_kv: rows are keys, columns queries
 #include "dtype.cuh"
 #include "reduce.cuh"
 
-// THREADS, B_R and B_R_D512 stand under the same names beside the launches, in src/ops/attention.rs.
-// Host twin: threads of a block, 8 warps. With up to 128 registers a thread a multiprocessor holds two blocks: heads of
-// up to 64 channels (forward 128); one beyond.
+// Host twin: threads per block, 8 warps. A multiprocessor holds two blocks of up to 128 registers per thread, which
+// suffices for heads of up to 64 channels (forward 128); of larger heads it holds one.
 constexpr unsigned THREADS = 256;
-// Host twin: rows of a block, 8 a warp.
+// Host twin: rows per block, 8 per warp.
 constexpr unsigned B_R = 64;
-// Host twin: rows of a block for heads beyond 256 channels, 4 a warp: a lane's sums stay 64 registers.
+// Host twin: rows per block for heads of more than 256 channels, 4 per warp: a lane's sums stay in 64 registers.
 constexpr unsigned B_R_D512 = 32;
 constexpr unsigned B_C = 64;  // columns at a time
 constexpr unsigned WARPS = THREADS / 32;
 constexpr unsigned DEPTH = 32;         // channels of both operands of S (or dP) in shared memory at a time
-constexpr unsigned PITCH = DEPTH + 4;  // floats from row to row there: 8 lanes that read 16 bytes each of neighbouring
-                                       // rows meet no bank twice
+constexpr unsigned PITCH = DEPTH + 4;  // floats from row to row there: 8 lanes that each read 16 bytes of neighbouring
+                                       // rows hit each bank once
 
-// How a block of heads up to D channels is cut up.
+// The tiling of a block for heads of up to D channels.
 template <unsigned D>
 struct Tile {
     static constexpr unsigned ROWS = D <= 256 ? B_R : B_R_D512;
     static constexpr unsigned WARP_ROWS = ROWS / WARPS;
-    static constexpr unsigned LANES = 128 / WARP_ROWS;  // lanes side by side on the columns of a row: 16 or 32
-    static constexpr unsigned COLS = B_C / LANES;       // columns of a lane
-    static constexpr unsigned CHANNELS = D / LANES;     // channels of a lane
-    static constexpr unsigned VEC = CHANNELS < 4 ? CHANNELS : 4;  // of them neighbours
-    static constexpr unsigned STRIP = 4096 / D < B_C ? 4096 / D : B_C;  // tokens in full in shared memory at a time
+    static constexpr unsigned LANES = 128 / WARP_ROWS;  // lanes side by side along the columns of a row: 16 or 32
+    static constexpr unsigned COLS = B_C / LANES;       // columns per lane
+    static constexpr unsigned CHANNELS = D / LANES;     // channels per lane
+    static constexpr unsigned VEC = CHANNELS < 4 ? CHANNELS : 4;  // neighbouring ones among them
+    static constexpr unsigned STRIP = 4096 / D < B_C ? 4096 / D : B_C;  // whole tokens in shared memory at a time
     static constexpr unsigned OPERANDS = (ROWS + B_C) * PITCH > STRIP * D ? (ROWS + B_C) * PITCH : STRIP * D;
 };
 
@@ -73,8 +72,8 @@ struct Shared {
     // 18 KiB (d <= 256). For S and dP: rows, then columns, of DEPTH channels, pitch PITCH. For the sums over columns:
     // STRIP tokens of D channels. Written and read by all threads, with a barrier after each.
     float operands[Tile<D>::OPERANDS];
-    // 16 KiB (d <= 256), (warp, column, row): P or dS. Written by a warp and, after the barrier behind the `operands`
-    // written next, read by that warp alone.
+    // 16 KiB (d <= 256), (warp, column, row): P or dS. Written by a warp and read by that warp alone, after the barrier
+    // that follows the next write to `operands`.
     float p_or_ds[WARPS][B_C][Tile<D>::WARP_ROWS];
 };
 
@@ -87,7 +86,7 @@ struct Position {
     unsigned vec;        // 16-byte (bf16: 8-byte) accesses
     unsigned first;      // the block's first row
     unsigned row;        // the first of the thread's 4 rows
-    unsigned col;        // the first of its columns, which are every LANES-th: its number among the lanes of its rows
+    unsigned col;        // the first of its columns, which are every LANES-th: its index among the lanes of its rows
     bool active;         // the warp has rows
 };
 
@@ -111,13 +110,13 @@ __device__ __forceinline__ Position position_of(unsigned tokens, unsigned c, uns
     return pos;
 }
 
-// Tokens first .. first + COUNT, channels from .. from + WIDE of x to rows of PITCH_OUT floats in shared memory, zero
-// where there are none.
+// Copies tokens first .. first + COUNT, channels from .. from + WIDE of x to rows PITCH_OUT floats apart in shared
+// memory; what does not exist becomes zero.
 template <unsigned COUNT, unsigned WIDE, unsigned PITCH_OUT, class T>
 __device__ __forceinline__ void copy_to_shared(float* to, const T* x, const Position& pos, unsigned first,
                                                unsigned from) {
     x += pos.offset + size_t(first) * pos.stride + from;
-    // How many of them there are.
+    // How many of them exist.
     const unsigned count = first < pos.tokens ? min(pos.tokens - first, COUNT) : 0, channels = min(pos.d - from, WIDE);
     if (pos.vec) {
         // A thread has the same 4 channels of every STEP-th token.
@@ -142,7 +141,7 @@ __device__ __forceinline__ void copy_to_shared(float* to, const T* x, const Posi
     }
 }
 
-// s = A B^T over all channels: A is the block's rows of a, B tokens column .. column + B_C of b. All threads call it.
+// s = A B^T over all channels: A = the block's rows of a, B = tokens column .. column + B_C of b. All threads call it.
 template <unsigned D, class T>
 __device__ __forceinline__ void multiply_abt(float (&s)[4][Tile<D>::COLS],  // (4 rows, every LANES-th column)
                                              Shared<D>& shared,
@@ -187,7 +186,7 @@ __device__ __forceinline__ void multiply_abt(float (&s)[4][Tile<D>::COLS],  // (
     }
 }
 
-// sum += P X over tokens column .. column + B_C of x, P being p (or dS) of the warp's rows. All threads call it.
+// sum += P X, where X is tokens column .. column + B_C of x and P is p (or dS) of the warp's rows. All threads call it.
 template <unsigned D, class T>
 __device__ __forceinline__ void accumulate_px(float (&sum)[4][Tile<D>::CHANNELS],  // (4 rows, channels of the lane)
                                               Shared<D>& shared,
@@ -197,7 +196,7 @@ __device__ __forceinline__ void accumulate_px(float (&sum)[4][Tile<D>::CHANNELS]
     using C = Tile<D>;
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     float* const my_p = &shared.p_or_ds[warp][0][lane / C::LANES * 4];  // (B_C, 4 rows)
-    // A warp's P is its own; it last read it before the barrier at the end of the previous call.
+    // A warp's P is its own; the warp last read it before the barrier at the end of the previous call.
 #pragma unroll
     for (unsigned j = 0; j < C::COLS; ++j)
         store4(my_p + (j * C::LANES + lane % C::LANES) * C::WARP_ROWS, make_float4(p[0][j], p[1][j], p[2][j], p[3][j]));
@@ -237,7 +236,7 @@ __device__ __forceinline__ void accumulate_px(float (&sum)[4][Tile<D>::CHANNELS]
     }
 }
 
-// The thread's channels of its 4 rows, times `factor` of the row, to x (n, tokens, c).
+// Stores the thread's channels of its 4 rows, times the row's `factor`, to x (n, tokens, c).
 template <unsigned D, class T>
 __device__ __forceinline__ void store_rows(T* x, const float (&sum)[4][Tile<D>::CHANNELS], const float (&factor)[4],
                                            const Position& pos) {
@@ -263,20 +262,20 @@ __device__ __forceinline__ void store_rows(T* x, const float (&sum)[4][Tile<D>::
     }
 }
 
-// 2^x to 2 ulp, 0 below the normal numbers.
+// 2^x to 2 ulp; 0 instead of a subnormal.
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// exp(S - m), of a score before its scale and of m log2 e. Fused: the product is as exact as m, whose rounding cancels
-// between P and l.
+// exp(S - m) from an unscaled score s and from m log2 e. Fused, so that the product is not rounded; the rounding of m
+// cancels between P and l.
 __device__ __forceinline__ float exp_score(float s, float scale_log2, float m) {
     return exp2_fast(fmaf(s, scale_log2, -m));
 }
 
-// Sum over the lanes that have the same rows; each of them gets it.
+// Sum over the lanes that share rows; each of them gets it.
 template <unsigned LANES>
 __device__ __forceinline__ float sum_row(float v) {
 #pragma unroll
@@ -291,7 +290,7 @@ __device__ __forceinline__ float max_row(float v) {
     return v;
 }
 
-// v as T holds it.
+// v rounded to T.
 template <class T>
 __device__ __forceinline__ float rounded(float v) {
     T held;
@@ -299,7 +298,7 @@ __device__ __forceinline__ float rounded(float v) {
     return load(&held);
 }
 
-// `lost` takes what rounding to bf16 takes from y; null where nobody wants it, and in f32.
+// `lost` receives the error of rounding y to bf16; null if it is not needed, and in f32.
 template <unsigned D, class T>
 __device__ __forceinline__ void fwd(T* y, T* lost,                       // (n, tokens, c)
                                     float* stats,                        // (n, heads, 2, tokens)
@@ -319,8 +318,8 @@ __device__ __forceinline__ void fwd(T* y, T* lost,                       // (n, 
         for (unsigned u = 0; u < C::CHANNELS; ++u) o[r][u] = 0;
     }
     for (unsigned column = 0; column < tokens; column += B_C) {
-        float s[4][C::COLS];         // (4 rows, columns of the lane): S before its scale
-        float (&p)[4][C::COLS] = s;  // in its place: P times l
+        float s[4][C::COLS];         // (4 rows, columns of the lane): unscaled S
+        float (&p)[4][C::COLS] = s;  // in the same registers: P times l
         multiply_abt<D>(s, shared, q, k, pos, column);
         if (pos.active) {
             if (column + B_C > tokens) {
@@ -371,7 +370,7 @@ __device__ __forceinline__ void fwd(T* y, T* lost,                       // (n, 
     }
 }
 
-// Rows are queries. Writes delta too.
+// Rows are queries. Also writes delta.
 template <unsigned D, class T>
 __device__ __forceinline__ void bwd_q(T* dq,                               // (n, tokens, c)
                                       float* delta,                        // (n, heads, tokens)
@@ -410,11 +409,11 @@ __device__ __forceinline__ void bwd_q(T* dq,                               // (n
         }
 
     for (unsigned column = 0; column < tokens; column += B_C) {
-        float s[4][C::COLS], dp[4][C::COLS];  // (4 rows, columns of the lane); S before its scale
-        float (&ds)[4][C::COLS] = dp;         // in the place of dP
+        float s[4][C::COLS], dp[4][C::COLS];  // (4 rows, columns of the lane); S is unscaled
+        float (&ds)[4][C::COLS] = dp;         // in dP's registers
         multiply_abt<D>(s, shared, q, k, pos, column);
         multiply_abt<D>(dp, shared, dy, v, pos, column);
-        // Rows beyond the last are computed too and not stored; columns beyond it are not summed.
+        // Rows beyond the last token are computed but not stored; columns beyond it are not summed.
 #pragma unroll
         for (unsigned r = 0; r < 4; ++r)
 #pragma unroll
@@ -440,7 +439,7 @@ __device__ __forceinline__ void bwd_kv(T* dk, T* dv,                        // (
     __shared__ alignas(16) Shared<D> shared;
     const Position pos = position_of<D>(tokens, c, heads, vec);
 
-    float sum_k[4][C::CHANNELS];  // (4 rows, channels of the lane): of dk before its scale
+    float sum_k[4][C::CHANNELS];  // (4 rows, channels of the lane): of dk, unscaled
     float sum_v[4][C::CHANNELS];  // (4 rows, channels of the lane): of dv
 #pragma unroll
     for (unsigned r = 0; r < 4; ++r)
@@ -448,14 +447,14 @@ __device__ __forceinline__ void bwd_kv(T* dk, T* dv,                        // (
         for (unsigned u = 0; u < C::CHANNELS; ++u) sum_k[r][u] = sum_v[r][u] = 0;
 
     for (unsigned column = 0; column < tokens; column += B_C) {
-        float s[4][C::COLS], dp[4][C::COLS];                 // (4 rows, columns of the lane); S before its scale
-        float (&p)[4][C::COLS] = s, (&ds)[4][C::COLS] = dp;  // in their places; dS before its scale
+        float s[4][C::COLS], dp[4][C::COLS];                 // (4 rows, columns of the lane); S is unscaled
+        float (&p)[4][C::COLS] = s, (&ds)[4][C::COLS] = dp;  // in the same registers; dS is unscaled
         multiply_abt<D>(s, shared, k, q, pos, column);
         multiply_abt<D>(dp, shared, v, dy, pos, column);
 #pragma unroll
         for (unsigned j = 0; j < C::COLS; ++j) {
             const unsigned query = column + j * C::LANES + pos.col;
-            // Rows beyond the last are computed too and not stored; columns beyond it are not summed.
+            // Rows beyond the last token are computed but not stored; columns beyond it are not summed.
             const bool live = query < tokens;
             const float m = live ? stats[2 * pos.first_token + query] : 0;
             const float inv_l = live ? stats[2 * pos.first_token + tokens + query] : 0;

@@ -1,10 +1,10 @@
-// concat: two tensors side by side along the channels, and apart again.
+// concat: joins two tensors along the channels, and takes them apart again.
 //
 // computes   join: y[r] = [a[r], b[r]] for each row (pixel) r;  part: d[r] = dy[r][first .. first + c]
 // layout     a (rows, ca), b (rows, cb), y (rows, ca + cb); d (rows, c), dy (rows, whole): f32 or bf16
-// mapping    block = 256 elements of y (join) or d (part), thread = one; neighbours along the channels
+// mapping    block = 256 elements of y (join) or d (part), thread = one element; neighbours along the channels
 // shared     none
-// bound by   memory: one read and one write an element
+// bound by   memory: one read and one write per element
 // host       grid.x = ceil(elements / 256); first + c <= whole
 // numerics   copies
 #include "dtype.cuh"

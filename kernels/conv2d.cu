@@ -1,4 +1,4 @@
-// Convolution of images with any kernel, stride and padding, and its three gradients, as matrix products whose operands
+// conv2d: convolution with any kernel size, stride and padding, and its gradients, as matrix products whose operands
 // are gathered from the images tile by tile (implicit GEMM: the im2col matrix, kh kw times as large as the image, is
 // never stored).
 //
@@ -7,26 +7,26 @@
 //            dgrad  dx[n,p,q,k] = sum over o,u,v with p = i s + u - top, q = j s + v - left of dy[n,i,j,o] w[o,u,v,k]
 //            wgrad  dw[o,u,v,k] = sum over n,i,j of dy[n,i,j,o] x[n, i s + u - top, j s + v - left, k], by split-K;
 //                   sum_parts adds up the segments
-//            bwd_shift  dshift[n,o] = sum over i,j of dy[n,i,j,o];  bwd_bias  db[o] = sum over n of it, unrounded
+//            bwd_shift  dshift[n,o] = sum over i,j of dy[n,i,j,o];  bwd_bias  db[o] = sum over n of the same, unrounded
 // layout     x (n, h, w, c_in), w (c_out, kh, kw, c_in), y, residual (n, oh, ow, c_out), shift (n, c_out), bias
 //            (c_out): contiguous. Gradients alike.
 // mapping    block = 64 threads = one tile of the product (tile_gemm.cuh)
-//            fwd    rows = pixels of y, all images in one row; cols = c_out; k = (u, v, c_in)
-//            dgrad  blockIdx.y = one of s s classes of pixels of dx, those with p = a and q = b (mod s): they all meet
-//                   the same taps, u = a + top and v = b + left (mod s), so that none is tried in vain. rows = the
-//                   class's pixels; cols = c_in; k = (u, v, c_out). A pixel gathers what it gets: no two blocks write
-//                   one place
-//            wgrad  rows = c_out; cols = (u, v, c_in); k = pixels of y, of which blockIdx.y takes one segment
-//            blockIdx.x counts tiles, side by side first: neighbours in time read the same pixels.
-// shared     two buffers of both operands, 9 KB (64x64) or 11 KB; the place in the image of each pixel of the tile, 2
-//            to 4 KB
-// bound by   FMA where both channel counts are 32 or more; by the tile's idle columns where c_out is 1 or 3; bwd_shift
-//            by reading dy
-// host       n oh ow, n h w, kh kw c_in, kh kw c_out < 2^30; grids as said above; tensors aligned to 16 bytes (vector
+//            fwd    rows = pixels of y, all images one after the other; cols = c_out; k = (u, v, c_in)
+//            dgrad  blockIdx.y = one of s s classes of pixels of dx, those with p = a and q = b (mod s). A class meets
+//                   the same taps, u = a + top and v = b + left (mod s), so no tap is tried in vain. rows = the class's
+//                   pixels; cols = c_in; k = (u, v, c_out). Each pixel gathers its sum: no two blocks write the same
+//                   element
+//            wgrad  rows = c_out; cols = (u, v, c_in); k = pixels of y; blockIdx.y = one split-K segment of them
+//            blockIdx.x counts tiles, along the columns first: blocks that run together read the same pixels
+// shared     two buffers of both operands, 9 KB (64x64) or 11 KB; fwd, dgrad: the positions of the tile's pixels, 2 or
+//            4 KB; wgrad: the origins of 2 BK patches, 256 B; bwd_shift: 2 KB
+// bound by   FMA if both channel counts are 32 or more; the tile's idle columns if c_out is 1 or 3; bwd_shift: reading
+//            dy
+// host       n oh ow, n h w, kh kw c_in, kh kw c_out < 2^30; grids as stated above; tensors aligned to 16 bytes (vector
 //            accesses where channels divide by four)
 // numerics   sums in f32: fwd over (u, v, k), dgrad over (u, v, o) with the largest u and v first, wgrad over the
-//            pixels of a segment, the segments in order; shift and bias in f64. An image's y and dx do not depend on
-//            what else is in its batch.
+//            pixels of a segment; the segments, in order, and shift and bias in f64. An image's y and dx do not depend
+//            on the rest of its batch
 #include "column_sums.cuh"
 #include "tile_gemm.cuh"
 
@@ -38,8 +38,8 @@ struct Geometry {
     unsigned stride, top, left;
 };
 
-// One direction of a walk over the taps that reach a pixel: tap t of `taps` reads place i * stride + first + t, with
-// weight number u + t * du.
+// One dimension of a walk over the taps that reach a pixel: tap t of `taps` reads row (or column)
+// i * stride + first + t, with the weight's row (or column) u + t * du.
 struct Axis {
     unsigned taps, stride;
     int first, u, du;
@@ -48,7 +48,7 @@ struct Axis {
         return {k, stride, -(int)before, 0, 1};
     }
 
-    // Pixels p = i s + a of dx get from dy's pixel i + (a + before - u) / s by the taps u = a + before (mod s), the
+    // Pixels p = i s + a of dx receive dy's pixel i + (a + before - u) / s through the taps u = a + before (mod s),
     // largest u first.
     __device__ static Axis backward(unsigned a, unsigned k, unsigned s, unsigned before) {
         const unsigned smallest = (a + before) % s;
@@ -79,15 +79,15 @@ struct Walk {
     }
 };
 
-// A row of the tile: where its patch begins, from the first element of the image batch (before it, where the padding
-// does), and where its result goes.
+// A row of the tile: the offsets, in elements, of its patch in the image batch (negative in the first image's padding)
+// and of its result.
 struct Pixel {
     long long patch, result;
     int i, j;
     unsigned image;
 };
 
-// Patches of an image batch `from` (.., h, w, channels) as rows of a matrix, k = (tap row, tap column, channel).
+// Patches of an image batch `from` (n, h, w, channels) as rows of a matrix, k = (tap row, tap column, channel).
 template <class T, int SIDE>
 struct Patches {
     const T* from[QUADS<SIDE>];
@@ -144,7 +144,7 @@ struct Patches {
     __device__ __forceinline__ void put(Side<SIDE>& tile) const { AlongK::put<T, SIDE>(tile, quads); }
 };
 
-// The weight (c_out, kh, kw, c_in) as a matrix with a row of c_in for each k = (tap row, tap column, c_out).
+// The weight (c_out, kh, kw, c_in) as a matrix with a row of c_in elements for each k = (tap row, tap column, c_out).
 template <class T, int SIDE>
 struct Weights {
     const T* from;
@@ -183,8 +183,8 @@ struct Weights {
     __device__ __forceinline__ void put(Side<SIDE>& tile) const { AcrossK<SIDE>::put(tile, quads); }
 };
 
-// Where the patch of a pixel of y begins: its first element, its row and its column in x. A pixel that is none begins
-// far outside.
+// Where the patch of a pixel of y begins in x: element offset, row and column. A pixel beyond the end begins far
+// outside.
 struct Origin {
     long long patch;
     int i, j;
@@ -194,14 +194,14 @@ struct Origin {
 template <class T, int SIDE>
 struct PatchColumns {
     const T* from;
-    // Those of this step and of the next, in turn: found one step ahead by as many threads, read by all.
+    // Those of this step and of the next, alternating: found one step ahead by BK threads, read by all.
     Origin (*origins)[BK];
     unsigned turn, pixel, end;
     const Geometry& g;
     Walk col;
     Quad<T> quads[QUADS<SIDE>];
 
-    // For pixels from `begin` to `end`. A barrier must follow.
+    // For pixels begin .. end. The caller must follow with a barrier.
     __device__ PatchColumns(const T* from_, Origin (&origins_)[2][BK], const Geometry& g_, unsigned first_col,
                             unsigned begin, unsigned end_)
         : from(from_),
@@ -257,7 +257,7 @@ struct PatchColumns {
     __device__ __forceinline__ void put(Side<SIDE>& tile) const { AcrossK<SIDE>::put(tile, quads); }
 };
 
-// What is added on the way out; null where there is nothing.
+// What the epilogue adds; null for none.
 template <class T>
 struct Plus {
     const float* bias;
@@ -265,7 +265,7 @@ struct Plus {
     const T* residual;
 };
 
-// Leaves the tile whose first row is pixel `first` of `count`.
+// Stores the tile whose first row is pixel `first` of `count`, plus `plus`.
 template <class TILE, class T>
 __device__ __forceinline__ void store_pixels(T* to, const Pixel (&pixels)[TILE::BM], unsigned first, unsigned count,
                                              unsigned col, unsigned cols, const Plus<T>& plus,
@@ -302,7 +302,7 @@ __device__ __forceinline__ void forward(T* y, const T* x, const T* weight, const
         const int i = (int)(rest / g.ow * rows.stride) + rows.first, j = (int)(rest % g.ow * cols.stride) + cols.first;
         pixels[r] = {(((long long)image * g.h + i) * g.w + j) * g.c_in, (long long)p * g.c_out, i, j, image};
     }
-    __syncthreads();  // pixels written above are read by the operands and when results are stored
+    __syncthreads();  // pixels written above are read by the operands and the epilogue
 
     Patches<T, TILE::BM> a(x, pixels, g.h, g.w, g.c_in, rows, cols);
     Rows<T, TILE::BN> b(weight, first_col, g.c_out, depth);
@@ -333,7 +333,7 @@ __device__ __forceinline__ void dgrad(T* dx, const T* dy, const T* weight, const
         pixel.j = j;
         pixel.image = image;
     }
-    __syncthreads();  // pixels written above are read by the operands and when results are stored
+    __syncthreads();  // pixels written above are read by the operands and the epilogue
 
     Patches<T, TILE::BM> a(dy, pixels, g.oh, g.ow, g.c_out, rows, cols);
     Weights<T, TILE::BN> b(weight, first_col, g, rows, cols);
@@ -342,7 +342,7 @@ __device__ __forceinline__ void dgrad(T* dx, const T* dy, const T* weight, const
     store_pixels(dx, pixels, first, count, first_col, g.c_in, Plus<T>{nullptr, nullptr, nullptr}, acc);
 }
 
-// To `dw` where one segment holds all pixels, else each segment's part to (segments, c_out, kh, kw, c_in).
+// Writes `dw` if one segment has all pixels, otherwise each segment's partial sums to (segments, c_out, kh, kw, c_in).
 template <class TILE, class T>
 __device__ __forceinline__ void wgrad(float* dw, const T* x, const T* dy, const Geometry& g, unsigned segment,
                                       bool add) {
@@ -355,14 +355,14 @@ __device__ __forceinline__ void wgrad(float* dw, const T* x, const T* dy, const 
 
     Columns<T, TILE::BM> a(dy, first, g.c_out, begin, end);
     PatchColumns<T, TILE::BN> b(x, origins, g, first_col, begin, end);
-    __syncthreads();  // the first origins are read by the first fetch; later ones have multiply's barriers between
+    __syncthreads();  // the first fetch reads the first origins; multiply's barriers order the later ones
     Accumulators<TILE> acc;
     multiply(tile, a, b, (end - begin + BK - 1) / BK, acc);
     store_tile(dw + (size_t)blockIdx.y * g.c_out * width, first, g.c_out, first_col, width, add, acc);
 }
 
-// Entries, each in f32 and bf16, named by their tile BM x BN:
-//   conv2d_fwd_64x64    conv2d_dgrad_64x64    conv2d_wgrad_64x64     square: the least traffic for a result
+// Entries, each in f32 and bf16, named after their tile BM x BN:
+//   conv2d_fwd_64x64    conv2d_dgrad_64x64    conv2d_wgrad_64x64     square: least traffic per result
 //   conv2d_fwd_128x32   conv2d_dgrad_128x32                          for few columns: channels
 //   conv2d_wgrad_32x128                                              for few rows: channels of y
 //   conv2d_bwd_shift

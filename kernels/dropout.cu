@@ -1,13 +1,13 @@
-// dropout: y = m x scale with a mask m that is a pure function of the counter.
+// dropout: y = m x scale, with a mask m that is a pure function of the Philox counter.
 //
 // computes   y[i,k] = x[i,k] scale if word k%4 of block k/4 of image i's stream is at least threshold, else 0; y may be
 //            x. The backward pass is the same on dy.
 // layout     (images, image) elements of f32 or bf16; image i's stream is `stream + i`
 // mapping    thread = 4 neighbours of one image = one Philox block; grid (ceil(image/1024), images up to 65535, looped)
 // shared     none
-// bound by   memory, with ten rounds of Philox for four elements close behind
+// bound by   memory, closely followed by ten rounds of Philox per four elements
 // host       image < 2^34; the clock is null or the step's (clock.cuh)
-// numerics   the mask has the bits of the CPU's; one product, one rounding to T
+// numerics   the mask is the CPU's, bit for bit; one product, one rounding to T
 #include "clock.cuh"
 #include "dtype.cuh"
 #include "philox.cuh"

@@ -1,13 +1,14 @@
-// embedding: a row of a table for each image, added to what is there.
+// embedding: a table row per image, added to add_to.
 //
 // computes   fwd: y[i, k] = add_to[i, k] + table[labels[i], k];
-//            bwd: dtable[r, k] = sum of dy[i, k] over the i with labels[i] = r
+//            bwd: dtable[r, k] = sum of dy[i, k] over the i with labels[i] = r, or that much more if accumulate
 // layout     y, add_to, dy (n, c) of f32 or bf16; table, dtable (classes, c) f32; labels (n) f32, whole numbers
-// mapping    block = 256 elements of y (fwd) or dtable (bwd), thread = one; in bwd it walks over the images in order
+// mapping    block = 256 elements of y (fwd) or dtable (bwd), thread = one element; in bwd it loops over the
+//            images in order
 // shared     none
-// bound by   latency: some kilobytes
-// host       grid.x = ceil(len / 256), len the elements of y (fwd) or dtable (bwd); labels are below the number of
-//            classes
+// bound by   latency: a few kilobytes
+// host       grid.x = ceil(len / 256), with len the elements of y (fwd) or dtable (bwd); labels are below the
+//            number of classes
 // numerics   f32, one rounding to T; bwd adds in the order of the images
 #include "dtype.cuh"
 

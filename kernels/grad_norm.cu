@@ -1,23 +1,23 @@
 // grad_norm: the norm of all gradients and what follows from it, without a round trip to the host.
 //
-// computes   norm = sqrt(sum g^2), into the meter's row as grad_norm, and clip = min(1, max_norm / (norm + 1e-6)) or 1
-//            if max_norm is 0; sets *halt if the norm or a loss of the row is not finite, for good: no later update is
-//            applied
-// layout     g (len) f32; rows as meter.cuh has them; partial one f64 a block; done one word, 0 before and after; halt
-//            one word
+// computes   norm = sqrt(sum g^2) and clip = min(1, max_norm / (norm + 1e-6)), or 1 if max_norm is 0, both written to
+//            the meter's row; sets *halt if the norm or a loss of the row is not finite. Then no later update is
+//            applied until the host clears it
+// layout     g (len) f32; rows as in meter.cuh; partial one f64 per block; done one word, 0 before and after; halt one
+//            word
 // mapping    block = CHUNK elements, thread = 4 neighbours at a time; the block that finishes last adds the partial
 //            sums
-// shared     72 B: sums of the warps (block_sum), and whether this block is the last
-// bound by   memory: 4 bytes read an element
+// shared     68 B: the warps' sums (block_sum), and whether this block is the last
+// bound by   memory: 4 bytes read per element
 // host       g starts on a 16-byte boundary; len is a multiple of 4 (the flat buffer's gaps are zero); the clock is
 //            null or the step's (clock.cuh)
-// numerics   squares and sums in f64 in a fixed order; an f32's square does not overflow an f64, so the norm is finite
-//            if and only if every gradient is
+// numerics   squares and sums in f64 in a fixed order; the square of an f32 does not overflow an f64, so the norm is
+//            finite if and only if every gradient is
 #include "clock.cuh"
 #include "meter.cuh"
 #include "reduce.cuh"
 
-// Host twin: elements that a block sums: sixteen rounds of 256 threads with four each.
+// Host twin: elements per block: sixteen rounds of 256 threads with four elements each.
 constexpr size_t CHUNK = 16384;
 
 extern "C" __global__ void __launch_bounds__(THREADS) grad_norm_fwd(
@@ -34,9 +34,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) grad_norm_fwd(
     sum = block_sum<THREADS>(sum, scratch);
     if (threadIdx.x == 0) {
         partial[blockIdx.x] = sum;
-        __threadfence();  // the partial sum is there before the count says so
+        __threadfence();  // the partial sum is visible before the count
         last = atomicAdd(done, 1u) == gridDim.x - 1;
-        __threadfence();  // if every block has counted, every partial sum is there for what follows
+        __threadfence();  // if every block has counted, every partial sum is visible below
     }
     __syncthreads();  // `last` and what the other blocks wrote are read below
     if (!last) return;

@@ -1,57 +1,56 @@
-// group_norm: normalisation over the pixels and channels of an image's group, with an optional SiLU behind it, and its
+// group_norm: normalisation over the pixels and channels of an image's group, with an optional SiLU after it, and its
 // gradients.
 //
-// computes   N = pixels c/groups numbers: mean = sum x / N, var = sum (x - mean)^2 / N, rstd = 1 / sqrt(var + eps);
+// computes   N = pixels c/groups elements: mean = sum x / N, var = sum (x - mean)^2 / N, rstd = 1 / sqrt(var + eps);
 //            xhat = (x - mean) rstd, z = gamma xhat + beta, y = z or silu(z);
 //            dz = dy or dy silu'(z); dgamma = sum dz xhat, dbeta = sum dz;
 //            dx = rstd (gamma dz - s1 - xhat s2), s1 = sum gamma dz / N, s2 = sum gamma dz xhat / N.
 //            Passes: fwd_moments, fwd_join, fwd_apply; bwd_sums, bwd_join, then bwd_params for each of gamma and beta,
 //            and bwd_dx
-// layout     x, y (n, pixels, c) and dx, which comes in as dy: f32 or bf16. The rest is f32: gamma, beta, dgamma,
-//            dbeta (c); stats (n, groups, 3): mean, what rounding took from it, rstd; partials, of strips of pixels:
-//            (n, strips, 3, c) forward, (n, strips, 2, c) backward; sums (n, 2, c): each image's part of dgamma and
+// layout     x, y (n, pixels, c) and dx, which holds dy on entry: f32 or bf16. The rest is f32: gamma, beta, dgamma,
+//            dbeta (c); stats (n, groups, 3): mean, its rounding error, rstd; partials, by strips of pixels:
+//            (n, strips, 3, c) forward, (n, strips, 2, c) backward; sums (n, 2, c): each image's share of dgamma and
 //            dbeta; slopes (n, groups, 2)
 // mapping    passes over the image: block = a strip of pixels and a tile of channels;
 //            warp w = the (w % 2^warp_bits)-th group of channels of the tile, the (w >> warp_bits)-th of pixels;
-//            lane l = 4 neighbouring channels, the (l % 2^lane_bits)-th of the warp, of PIXELS pixels, every
-//            (32 >> lane_bits)-th. So 4x4 pixels of 512 channels fill a block as well as 784 pixels of 32. Sums are by
-//            channel, not by group: neighbours in memory are neighbours in a warp whatever c/groups is, and dgamma and
-//            dbeta need them so.
+//            lane l = 4 neighbouring channels, the (l % 2^lane_bits)-th quad of the warp, of PIXELS pixels, every
+//            (32 >> lane_bits)-th. So 4x4 pixels of 512 channels fill a block as well as 784 pixels of 32. Sums are per
+//            channel, not per group: neighbours in memory are then neighbours in a warp whatever c/groups is, and
+//            dgamma and dbeta need sums per channel.
 //            joins: block = one (image, group), 1 to 8 warps; 2^lane_bits lanes across the group's channels, the others
 //            along the strips. bwd_params: block = 32 channels, warp w = images w, w + 8, ..., lane = one channel
-// shared     12 KiB (fwd_moments), 8 KiB (bwd_sums): sums of the 8 warps; joins 4 KiB at most; bwd_params 2 KiB
+// shared     12 KiB (fwd_moments), 8 KiB (bwd_sums): the 8 warps' sums; joins up to 4 KiB; bwd_params 2 KiB
 // bound by   memory: forward reads x twice and writes y, backward reads x and dy twice and writes dx; the second time
-//            from L2 if a batch fits. Keeping dz would save an exponential and cost a write
+//            from L2 if a batch fits. Storing dz would save an exponential and cost a write
 // host       grid (n strips, tiles) with tiles of 4 << (lane_bits + warp_bits) channels and strips of
 //            2048 >> (lane_bits + warp_bits) pixels; lane_bits up to 5, warp_bits up to 3; vec only if 4 divides c;
 //            groups divides c; tensors start on 256-byte boundaries
 // numerics   the variance takes two passes, over registers, about the mean of a warp's pixels: E[x^2] - E[x]^2 loses
-//            every digit when the mean is large beside the deviation. A mean in f32 is off by up to half an ulp, which
-//            may be many deviations: so each mean m travels with sum (x - m), and the joins are f64 (Chan, Golub and
-//            LeVeque 1983). x - m is exact for x within a factor of two of m. Every sum has an order that depends on
-//            the image's extent alone: the same bits for any batch, at every repetition
+//            every digit when the mean is large compared with the deviation. A mean in f32 is off by up to half an ulp,
+//            which may be many deviations, so each mean m is kept with sum (x - m), and the joins are f64 (Chan, Golub
+//            and LeVeque 1983). x - m is exact for x within a factor of two of m. The order of every sum depends on the
+//            image's extent alone: the same bits for any batch, at every repetition
 #include "activation.cuh"
 #include "dtype.cuh"
 #include "reduce.cuh"
 
-// THREADS, PIXELS and PARAM_CHANNELS stand under the same names beside the launches, in src/ops/group_norm.rs.
-// Host twin: threads of a block; the joins have as few as 32. At 80 registers a thread a multiprocessor holds three
-// blocks, 24 warps with 4 or 8 loads of 16 bytes each in flight.
+// Host twin: threads per block; the joins have as few as 32. At 80 registers per thread a multiprocessor holds three
+// blocks, 24 warps with 4 or 8 loads of 16 bytes per lane in flight.
 constexpr unsigned THREADS = 256;
-// Host twin: pixels of a thread, each with 4 neighbouring channels: 32 f32 in registers, 8 loads of 16 bytes in flight.
+// Host twin: pixels per thread, each with 4 neighbouring channels: 32 f32 in registers, 8 loads of 16 bytes in flight.
 constexpr unsigned PIXELS = 8;
-// Host twin: channels of a block of bwd_params.
+// Host twin: channels per block of bwd_params.
 constexpr unsigned PARAM_CHANNELS = 32;
 constexpr unsigned WARPS = THREADS / 32;
-constexpr unsigned WARP_TILE = 4 * 32;    // channels of a warp, at most
+constexpr unsigned WARP_TILE = 4 * 32;    // channels per warp, at most
 
-// Where a thread of a pass over the image works.
+// The channels and pixels of a thread in a pass over the image.
 struct Position {
     unsigned image, strip;
     unsigned c0, channels;  // the first of its 4 channels, and how many of them exist
     unsigned warp_pixels;   // pixels of its warp that exist
     unsigned pixels;        // pixels of its own that exist, 0 to PIXELS
-    size_t offset, stride;  // element index of its first number, and elements from pixel to pixel
+    size_t offset, stride;  // index of its first element, and elements from one of its pixels to the next
 };
 
 // A warp with lane_bits = 3: 8 lanes across           A block with warp_bits = 1: 2 warps across
@@ -85,7 +84,7 @@ __device__ __forceinline__ Position position_of(unsigned pixels, unsigned c, uns
 
 __device__ __forceinline__ float& get(float4& v, unsigned i) { return reinterpret_cast<float*>(&v)[i]; }
 
-// Pixels k0 .. k0 + K of the thread, zero where there are none. VEC: channels divide by four.
+// Loads pixels k0 .. k0 + K of the thread, zero where there are none. VEC: four divides c.
 template <bool VEC, unsigned K, class T>
 __device__ __forceinline__ void load_pixels(float4 (&v)[K],  // (K pixels, 4 channels)
                                             const T* x,      // (n, pixels, c)
@@ -97,15 +96,15 @@ __device__ __forceinline__ void load_pixels(float4 (&v)[K],  // (K pixels, 4 cha
     }
 }
 
-// Sum over the lanes of a warp that have the same channels; each of them gets it.
+// Sums over the lanes of a warp that share channels; each of them gets the sums.
 __device__ __forceinline__ void sum_pixels(float (&v)[4], unsigned lane_bits) {
     for (unsigned offset = 1u << lane_bits; offset < 32; offset *= 2)
 #pragma unroll
         for (unsigned i = 0; i < 4; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], offset);
 }
 
-// Leaves the sums of each warp's channels in shared memory, where all threads can read them when it returns. Of the
-// lanes that have the same channels the first writes.
+// Writes each warp's sums per channel to shared memory, where all threads can read them when it returns. Of the lanes
+// that share channels, the first writes.
 template <unsigned SUMS>
 __device__ __forceinline__ void share_sums(float (&shared)[WARPS][SUMS][WARP_TILE],
                                            const float (&sums)[SUMS][4],  // (sums, the thread's 4 channels)
@@ -145,7 +144,7 @@ __device__ __forceinline__ Affine affine_of(const Position& pos,
         const float* of_group = stats + 3 * (size_t(pos.image) * groups + group);
         affine.mean[i] = of_group[0];
         affine.a[i] = of_group[2] * gamma[pos.c0 + i];
-        // What rounding took from the mean goes into the shift.
+        // The rounding error of the mean goes into the shift.
         affine.b[i] = beta[pos.c0 + i] - of_group[1] * affine.a[i];
     });
     return affine;
@@ -157,7 +156,7 @@ struct Flag {
     static constexpr bool VALUE = VALUE_;
 };
 
-// f(silu, vec), both as `Flag`: a variant of f for each, so that no pixel asks.
+// Calls f(silu, vec), both as `Flag`: f is instantiated for each combination, so that no pixel tests them.
 template <class F>
 __device__ __forceinline__ void with_flags(unsigned silu, unsigned vec, F f) {
     switch (2 * silu + vec) {
@@ -246,7 +245,7 @@ __device__ __forceinline__ void fwd_moments(float* partials,  // (n, strips, 3, 
 F32_AND_BF16(ENTRY)
 #undef ENTRY
 
-// Sum over the block's warps (at most WARPS) in order; every thread gets it. `scratch` is free again when the call
+// Sum over the block's warps (at most WARPS) in order; every thread gets it. `scratch` may be reused when the call
 // returns.
 __device__ __forceinline__ double join_sum(double v, double* scratch) {
     v = warp_sum(v);
@@ -259,8 +258,8 @@ __device__ __forceinline__ double join_sum(double v, double* scratch) {
     return sum;
 }
 
-// Joins the strips and channels of one (image, group), in partials (n, strips, 3, c), to its row of stats
-// (n, groups, 3). 2^lane_bits lanes lie side by side on the group's channels; `strip` is the pixels of a strip.
+// Joins the strips and channels of one (image, group), in partials (n, strips, 3, c), into its row of stats
+// (n, groups, 3). 2^lane_bits lanes lie side by side along the group's channels; `strip` is the pixels per strip.
 extern "C" __global__ void __launch_bounds__(THREADS) group_norm_fwd_join(
     float* stats, const float* partials, unsigned pixels, unsigned strip, unsigned strips, unsigned c, unsigned groups,
     unsigned lane_bits, float eps) {
@@ -286,7 +285,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_fwd_join(
         const double count = min(strip, pixels - s * strip);
         for (unsigned i = column; i < width; i += lanes) {
             const float* p = part + size_t(s) * 3 * c + i;
-            // About the group's mean instead of m: sum (x - m)^2 + 2 (m - mean) sum (x - m) + n (m - mean)^2.
+            // About the group's mean, not m: sum (x - m)^2 + 2 (m - mean) sum (x - m) + n (m - mean)^2.
             const double shift = double(p[0]) - mean;
             squares += double(p[2 * size_t(c)]) + shift * (2 * double(p[c]) + count * shift);
         }
@@ -341,13 +340,14 @@ F32_AND_BF16(ENTRY)
 
 // ---- backward ----
 
-// dz where the output's gradient is dy and x is the mean + d.
+// dz for the output's gradient dy and x = mean + d.
 template <bool SILU>
 __device__ __forceinline__ float dz_of(float dy, float d, float a, float b) {
     return SILU ? dy * silu_slope(fmaf(d, a, b)) : dy;
 }
 
-// Pixels that a backward pass holds of two tensors at a time: its registers then allow 16 warps or more.
+// Pixels of two tensors that a backward pass holds at a time: its registers then allow 16 warps or more per
+// multiprocessor.
 constexpr unsigned HALF = PIXELS / 2;
 
 template <bool SILU, bool VEC, class T>
@@ -359,7 +359,7 @@ __device__ __forceinline__ void add_pixels(float (&sum_dz_d)[4], float (&sum_dz)
         float4 v[HALF], g[HALF];  // (HALF pixels, 4 channels)
         load_pixels<VEC>(v, x, pos, k0);
         load_pixels<VEC>(g, dy, pos, k0);
-        // Where there is no pixel dy is zero, and dz with it.
+        // Where there is no pixel, dy and so dz are zero.
 #pragma unroll
         for (unsigned k = 0; k < HALF; ++k)
 #pragma unroll
@@ -417,13 +417,14 @@ __device__ __forceinline__ void bwd_sums(float* partials,                       
 F32_AND_BF16(ENTRY)
 #undef ENTRY
 
-// Joins the strips of one (image, group), in partials (n, strips, 2, c): each channel's part of dgamma and dbeta to
-// sums (n, 2, c), and to slopes (n, groups, 2) what dx subtracts: s1 + xhat s2 = slopes[0] + (x - mean) slopes[1].
+// Joins the strips of one (image, group), in partials (n, strips, 2, c). Writes the image's share of each channel's
+// dgamma and dbeta to sums (n, 2, c), and what dx subtracts to slopes (n, groups, 2):
+// s1 + xhat s2 = slopes[0] + (x - mean) slopes[1].
 extern "C" __global__ void __launch_bounds__(THREADS) group_norm_bwd_join(
     float* sums, float* slopes, const float* partials, const float* stats, const float* gamma, unsigned pixels,
     unsigned strips, unsigned c, unsigned groups, unsigned lane_bits) {
-    // 4 KiB, (warp, sum, channel): sum dz (x - mean) and sum dz of up to 32 channels by each warp; read by the first
-    // warp, free again after the second barrier.
+    // 4 KiB, (warp, sum, channel): each warp's sum dz (x - mean) and sum dz for up to 32 channels; read by the first
+    // warp, free for reuse after the second barrier.
     __shared__ double by_warp[WARPS][2][32];
     const unsigned width = c / groups, image = blockIdx.x / groups, group = blockIdx.x % groups;
     const unsigned lanes = 1u << lane_bits, column = threadIdx.x & (lanes - 1);
@@ -459,7 +460,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_bwd_join(
             __syncthreads();  // all have read before the next channels' sums are written
         }
         if (threadIdx.x < lanes && i < width) {
-            // sum dz xhat, with what rounding took from the mean.
+            // sum dz xhat, corrected for the rounding error of the mean.
             const double sum_dz_xhat = (sum_dz_d - mean_lost * sum_dz) * rstd, weight = gamma[group * width + i];
             s1 += weight * sum_dz;
             s2 += weight * sum_dz_xhat;
@@ -480,7 +481,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_bwd_join(
     }
 }
 
-// dgamma (part 0) or dbeta (1), (c): the sum of part `part` of sums (n, 2, c) over the images.
+// dgamma (part 0) or dbeta (1), (c): the sum over the images of part `part` of sums (n, 2, c).
 extern "C" __global__ void __launch_bounds__(THREADS) group_norm_bwd_params(
     float* grad, const float* sums, unsigned part, unsigned n, unsigned c, unsigned accumulate) {
     static_assert(PARAM_CHANNELS == 32, "a lane for each channel");
@@ -518,7 +519,7 @@ __device__ __forceinline__ void dx_pixels(T* dx, const T* x,  // (n, pixels, c)
                 for (unsigned i = 0; i < 4; ++i) {
                     const float d = get(v[k], i) - affine.mean[i];
                     const float dz = dz_of<SILU>(get(g[k], i), d, affine.a[i], affine.b[i]);
-                    // Rounded before the difference, as s1 was: for one number in a group dx is zero.
+                    // Rounded before the difference, as s1 was, so that dx is zero if a group has one element.
                     const float gamma_dz = __fmul_rn(dz, slopes.gamma[i]);
                     get(g[k], i) = (gamma_dz - fmaf(d, slopes.s2[i], slopes.s1[i])) * slopes.rstd[i];
                 }
@@ -527,7 +528,7 @@ __device__ __forceinline__ void dx_pixels(T* dx, const T* x,  // (n, pixels, c)
     }
 }
 
-// dx comes in as dy.
+// dx holds dy on entry.
 template <class T>
 __device__ __forceinline__ void bwd_dx(T* dx, const T* x,                      // (n, pixels, c)
                                        const float* stats,                     // (n, groups, 3)

@@ -1,18 +1,17 @@
-// The linear layer and its gradients: three matrix products by tiles (tile_gemm.cuh), and the sums of dy's columns.
+// linear: the layer and its gradients, as three tiled matrix products (tile_gemm.cuh) and the column sums of dy.
 //
 // computes   fwd    y[p,o]  = sum over k of x[p,k] w[o,k] (+ b[o] + residual[p,o])
 //            dgrad  dx[p,k] = sum over o of dy[p,o] w[o,k]
 //            wgrad  dw[o,k] = sum over p of dy[p,o] x[p,k], by split-K; sum_parts adds up the segments
 //            bwd_sums  sums of chunks of dy's rows;  bwd_bias  db[o] = sum over p of dy[p,o], from those
 // layout     x (rows, c_in), w (c_out, c_in), y, residual, dy (rows, c_out), bias (c_out): contiguous
-// mapping    block = 64 threads = one tile of the product; blockIdx.x counts tiles, side by side first. wgrad:
-//            blockIdx.y takes one segment of the rows
+// mapping    block = 64 threads = one tile of the product; blockIdx.x counts tiles, along the columns first.
+//            wgrad: blockIdx.y is one split-K segment of the rows
 // shared     two buffers of both operands, 9 KB (64x64) or 11 KB
-// bound by   FMA; by idle rows of the tile where there are few (the time embedding has one for each image); bwd_sums by
-//            reading dy
+// bound by   FMA; idle rows of the tile if there are few (the time embedding has one per image); bwd_sums: reading dy
 // host       rows, c_in, c_out < 2^30; tensors aligned to 16 bytes (vector accesses where c_in, c_out divide by four)
-// numerics   sums in f32, fwd over k, dgrad over o, wgrad over the rows of a segment, the segments in order; the bias
-//            in f64. A row's y and dx do not depend on the others.
+// numerics   sums in f32: fwd over k, dgrad over o, wgrad over the rows of a segment; the segments, in order, and the
+//            bias in f64. A row's y and dx do not depend on the other rows.
 #include "column_sums.cuh"
 #include "tile_gemm.cuh"
 
@@ -21,10 +20,10 @@ struct Sizes {
     unsigned rows, c_in, c_out;
 };
 
-// Host twin: rows that a block of bwd_sums sums, 64 for each of its threads.
+// Host twin: rows per block of bwd_sums, 64 per thread with 32 lanes across the columns.
 constexpr int CHUNK = 512;
 
-// Leaves the tile that begins at (row, col) in y (rows, cols), with bias and residual where they are not null.
+// Stores the tile that begins at (row, col) to y (rows, cols), plus bias and residual unless they are null.
 template <class TILE, class T>
 __device__ __forceinline__ void store_rows(T* y, unsigned row, unsigned rows, unsigned col, unsigned cols,
                                            const float* b, const T* residual, const Accumulators<TILE>& acc) {
@@ -70,7 +69,7 @@ __device__ __forceinline__ void dgrad(T* dx, const T* dy, const T* weight, const
     store_rows(dx, row, s.rows, col, s.c_in, nullptr, (const T*)nullptr, acc);
 }
 
-// To `dw` where one segment holds all rows, else each segment's part to (segments, c_out, c_in).
+// Writes `dw` if one segment has all rows, otherwise each segment's partial sums to (segments, c_out, c_in).
 template <class TILE, class T>
 __device__ __forceinline__ void wgrad(float* dw, const T* x, const T* dy, const Sizes& s, unsigned segment, bool add) {
     __shared__ __align__(16) TILE tile;
@@ -84,8 +83,8 @@ __device__ __forceinline__ void wgrad(float* dw, const T* x, const T* dy, const 
     store_tile(dw + (size_t)blockIdx.y * s.c_out * s.c_in, row, s.c_out, col, s.c_in, add, acc);
 }
 
-// Entries, each in f32 and bf16, named by their tile BM x BN:
-//   linear_fwd_64x64    linear_dgrad_64x64    linear_wgrad_64x64     square: the least traffic for a result
+// Entries, each in f32 and bf16, named after their tile BM x BN:
+//   linear_fwd_64x64    linear_dgrad_64x64    linear_wgrad_64x64     square: least traffic per result
 //   linear_fwd_128x32   linear_dgrad_128x32                          for few columns: channels
 //   linear_wgrad_32x128                                              for few rows: channels of y
 //   linear_bwd_sums

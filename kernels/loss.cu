@@ -1,25 +1,25 @@
-// loss: L_simple, its gradient and its sums by timestep in one kernel; the noise is drawn again instead of read.
+// loss: L_simple, its gradient and its sums by quarter of the timesteps in one kernel; the noise is redrawn, not read.
 //
 // computes   d_ik = y_ik - z_ik;  dy_ik = factor d_ik (unless dy is null);  L_i = sum_k d_ik^2 / image;
-//            loss_sums[q] += L_i and counts[q] += 1 of the meter's row for the quarter q = QUARTERS t_i / timesteps of
-//            each image; the row's are overwritten where accumulate is 0
-// layout     y, dy (n, h, w, c) f32 or bf16; t (n) f32; rows as meter.cuh has them; partial (n, chunks) f64; done one
-//            word, 0 before and after
+//            loss_sums[q] += L_i and counts[q] += 1 in the meter's row, for each image's quarter
+//            q = QUARTERS t_i / timesteps; if accumulate is 0, the row's sums and counts are overwritten
+// layout     y, dy (n, h, w, c) f32 or bf16; t (n) f32; rows as in meter.cuh; partial (n, chunks) f64; done one word, 0
+//            before and after
 // mapping    block = CHUNK elements of one image, thread = 4 neighbours at a time; grid (chunks, n). The block that
 //            finishes last adds the partial sums to the row
-// shared     72 B: sums of the warps (block_sum), and whether this block is the last
-// bound by   arithmetic (Philox and Box-Muller), with 4 to 8 bytes moved an element
+// shared     68 B: the warps' sums (block_sum), and whether this block is the last
+// bound by   arithmetic (Philox and Box-Muller), with 2 to 8 bytes moved per element
 // host       n <= 65535, image < 2^34; the clock is null or the step's (clock.cuh)
-// numerics   z has the bits of the CPU's; differences in f32, squares and sums in f64, each in a fixed order, whichever
-//            block is last
+// numerics   z has the CPU's bits; differences in f32, squares and sums in f64, in a fixed order whichever block
+//            finishes last
 #include "clock.cuh"
 #include "dtype.cuh"
 #include "meter.cuh"
 #include "philox.cuh"
 #include "reduce.cuh"
 
-// Host twin: elements of an image that a block sums: four rounds of 256 threads with four each, so that the sum over
-// the block costs little beside them.
+// Host twin: elements of an image per block: four rounds of 256 threads with four elements each, so that block_sum
+// costs little in comparison.
 constexpr size_t CHUNK = 4096;
 
 template <class T>
@@ -48,9 +48,9 @@ __device__ __forceinline__ void fwd(T* dy, MeterRow* rows, double* partial, unsi
     sum = block_sum<THREADS>(sum, scratch);
     if (threadIdx.x == 0) {
         partial[size_t(i) * chunks + blockIdx.x] = sum;
-        __threadfence();  // the partial sum is there before the count says so
+        __threadfence();  // the partial sum is visible before the count
         last = atomicAdd(done, 1u) == n * chunks - 1;
-        __threadfence();  // if every block has counted, every partial sum is there for what follows
+        __threadfence();  // if every block has counted, every partial sum is visible below
     }
     __syncthreads();  // `last` written above is read below
     if (!last || threadIdx.x != 0) return;
@@ -65,7 +65,7 @@ __device__ __forceinline__ void fwd(T* dy, MeterRow* rows, double* partial, unsi
         double of_image = 0.0;
         for (unsigned chunk = 0; chunk < chunks; ++chunk) of_image += partial[size_t(j) * chunks + chunk];
         const unsigned quarter = QUARTERS * unsigned(t[j]) / timesteps;
-        // Every quarter is visited so that the arrays stay in registers.
+        // Loops over every quarter, so that the arrays stay in registers.
 #pragma unroll
         for (int q = 0; q < QUARTERS; ++q) {
             sums[q] += q == quarter ? of_image / double(image) : 0.0;

@@ -1,18 +1,18 @@
 // q_sample: the forward process in one kernel, from the data set's bytes to x_t (DDPM, equation 4). Neither x_0 nor eps
 // is stored.
 //
-// computes   for image i of the batch: t_i uniform on 0..timesteps, mirrored or not, z normal, all from their counters;
-//            u = pixels[rows[i]], mirrored along w;  x_t[i, k] = byte_t (2u - 255) + eps_t z_k;  writes t and the label
-//            too
+// computes   for image i of the batch: draws t_i uniform on 0..timesteps, the flip and z normal, each from its own
+//            stream; u = pixels[rows[i]], mirrored along w if flipped;  x_t[i, k] = byte_t (2u - 255) + eps_t z_k.
+//            Also writes t and the labels
 // layout     pixels (images, h, w, c) u8; rows (n) u32, class_of (n) u32 or null, both of this batch; x_t (n, h, w, c)
-//            f32 or bf16; t, labels (n) f32; table (timesteps, 2) f32: byte_t = sqrt(alpha_bar_t) / 255, eps_t = sqrt(1
-//            - alpha_bar_t)
+//            f32 or bf16; t, labels (n) f32; table (timesteps, 2) f32: byte_t = sqrt(alpha_bar_t) / 255,
+//            eps_t = sqrt(1 - alpha_bar_t)
 // mapping    thread = 4 neighbours of one image = one Philox block; grid (ceil(h w c / 1024), images up to 65535,
 //            looped)
-// shared     16 B: timestep and flip of the image, drawn by thread 0, read by all
+// shared     8 B: timestep and flip of the image, drawn by thread 0, read by all
 // bound by   arithmetic: ten rounds of Philox and two Box-Muller pairs for 4 bytes read and 8 or 16 written
 // host       rows are below the number of images, h w c < 2^34; the clock is null or the step's (clock.cuh)
-// numerics   t, flip and z have the bits of the CPU's; one product, one fused multiply-add and one rounding to T
+// numerics   t, flip and z have the CPU's bits; one product, one fused multiply-add and one rounding to T
 #include "clock.cuh"
 #include "dtype.cuh"
 #include "philox.cuh"
@@ -53,7 +53,7 @@ __device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsig
                 size_t source = k;
                 if (mirrored) {
                     const size_t pixel = k / c, x = pixel % w;
-                    source = k + (size_t(w) - 1 - 2 * x) * c;  // wraps where it goes back, as it should
+                    source = k + (size_t(w) - 1 - 2 * x) * c;  // goes back by unsigned wraparound
                 }
                 const float centred = float(2 * int(u[source]) - 255);
                 v[j] = fmaf(byte_t, centred, __fmul_rn(eps_t, noise[j]));

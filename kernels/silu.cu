@@ -4,7 +4,7 @@
 // layout     x, y, dy, dx flat, len elements of f32 or bf16
 // mapping    block = 1024 elements, thread = 4 neighbours: elementwise.cuh
 // shared     none
-// bound by   memory: 2 (fwd) and 3 (bwd) elements moved for an exponential and a division
+// bound by   memory: 2 (fwd) or 3 (bwd) elements moved per exponential and division
 // host       grid.x = ceil(len / 1024); all start on 256-byte boundaries
 // numerics   f32, see activation.cuh; one rounding to T
 #include "activation.cuh"

@@ -3,12 +3,12 @@
 // computes   y[i, sines + k] = sin(t_i f_k), y[i, cosines + k] = cos(t_i f_k), f_k = exp(-log_period k / spread),
 //            k < dim/2; an odd dim ends with 0
 // layout     t (n) f32; y (n, dim) f32 or bf16
-// mapping    block = 128 pairs of an image and a k, thread = one of them
+// mapping    block = 128 pairs (image, k), thread = one pair
 // shared     none
-// bound by   latency: some kilobytes
+// bound by   latency: a few kilobytes
 // host       grid.x = ceil(n (dim/2) / 128); dim >= 2; spread >= 1; sines and cosines are 0 and dim/2 in either order
-// numerics   f64, rounded once. The angle goes to sincospi in half turns: its range reduction is exact and needs no
-//            table in local memory, which that of sin needs
+// numerics   f64, rounded once. sincospi takes the angle in half turns: its range reduction is exact and, unlike that
+//            of sin, needs no table in local memory
 #include "dtype.cuh"
 
 template <class T>

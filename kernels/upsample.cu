@@ -1,16 +1,16 @@
 // upsample: nearest neighbour, by two in both directions.
 //
-// computes   fwd: y[n, i, j, k] = x[n, i/2, j/2, k];  bwd: dx[n, i, j, k] = the four dy above it, (a + b) + (d + e)
+// computes   fwd: y[n, i, j, k] = x[n, i/2, j/2, k];  bwd: dx[n, i, j, k] = (a + b) + (d + e), its four dy
 // layout     x, dx (n, h, w, c), y, dy (n, 2h, 2w, c), f32 or bf16; len = n h w c
 // mapping    block = 256 elements of x (fwd) or dx (bwd), neighbours along the channels;
-//            thread = one of them, and the four of y or dy above it
+//            thread = one element, and its four of y or dy
 // shared     none
-// bound by   memory: 5 elements moved for each of x
+// bound by   memory: 5 elements moved per element of x
 // host       grid.x = ceil(len / 256)
 // numerics   fwd copies; bwd sums in f32, one rounding to T
 #include "dtype.cuh"
 
-// The four elements of y (or dy) above one of x: index of the upper left, and distances to its neighbours.
+// The four elements of y (or dy) for one of x: the index of the upper left, and the offsets to its neighbours.
 struct Above {
     size_t offset, right, below;
 };

@@ -1,10 +1,10 @@
 //! The clock of training: everything that changes from one step to the next, in one struct.
 //!
-//! A step's launches differ from the last step's in four things: the step's number, from which random numbers are
-//! drawn; the factors of its update (warm-up, bias correction, moving average); the row of the meter that it writes;
-//! and where its images are. The first three stand in the clock, which on a GPU is a struct in device memory, written
-//! at the start of a step and read by the kernels that need it. So a step launches the same kernels with the same
-//! arguments as the last one but for the images', and can be captured in a CUDA graph.
+//! Four things change from step to step: the step number, which seeds the random streams; the factors of the update
+//! (warm-up, bias correction, moving average); the meter row the step writes; and the addresses of its images. The
+//! first three live in the clock. On a GPU that is a struct in device memory, written at the start of a step and read
+//! by the kernels that need it. So every step launches the same kernels with the same arguments, except for the images,
+//! and could be captured in a CUDA graph.
 
 use crate::device::Device;
 use crate::device::cuda::DeviceClock;
@@ -18,10 +18,10 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// A clock on a device, not yet set.
+    /// A clock on `device`, not yet set.
     ///
     /// # Errors
-    /// A GPU without memory.
+    /// Out of GPU memory.
     pub fn new(device: &Device) -> Result<Self> {
         let on_gpu = match device {
             Device::Cpu(_) | Device::Meta(_) => None,
@@ -30,13 +30,13 @@ impl Clock {
         Ok(Clock { device: device.clone(), on_gpu })
     }
 
-    /// Begins step `step` (from 0), which ends with the update of the factors `adam` and writes row `row` of the meter,
-    /// and returns the device to compute it on. On a GPU the operations that draw, measure or update then read the
-    /// clock; they assert that it says what their arguments say. The handle must be dropped before the next step
-    /// begins. Does not wait.
+    /// Begins step `step` (from 0), which writes row `row` of the meter and ends with the update described by `adam`.
+    /// Returns the device to run it on: on a GPU, a handle through which operations that draw, measure or update read
+    /// the clock, after asserting that it agrees with their arguments. Drop the handle before the next step begins.
+    /// Does not wait for the GPU.
     ///
     /// # Errors
-    /// A GPU that fails.
+    /// A GPU error.
     pub fn begin(&mut self, step: u32, adam: AdamFactors, row: u32) -> Result<Device> {
         match &mut self.on_gpu {
             None => Ok(self.device.clone()),

@@ -1,8 +1,8 @@
-//! The compiled kernels: for each `kernels/S.cu` a module `S` with one static for each entry, named without the stem:
-//! `silu_fwd_f32` and `silu_fwd_bf16` are [`ByType`] `silu::FWD`; and the [twins](Twin) of structs and constants that
-//! are defined in CUDA. build.rs writes the table, so a wrong name does not compile, and a launch checks its arguments
-//! against the entry's parameters. Without a CUDA compiler at build time the table is the same, without images, and
-//! [`COMPILER`] is `None`.
+//! The compiled kernels. Each `kernels/S.cu` has a module `S` with a static per entry, named without the stem
+//! (`silu_fwd_f32` and `silu_fwd_bf16` are the [`ByType`] `silu::FWD`), and with the [twins](Twin) of structs and
+//! constants defined in CUDA. build.rs writes the table, so a wrong name does not compile, and a launch checks its
+//! arguments against the entry's parameters. Without a CUDA compiler at build time the table is the same but has no
+//! images, and [`COMPILER`] is `None`.
 
 use std::fmt;
 
@@ -12,14 +12,14 @@ use crate::shape::DType;
 pub struct Module {
     /// The operation's stem.
     pub stem: &'static str,
-    /// The same kernels for different GPUs; none without a compiler.
+    /// The same kernels compiled for different GPUs; empty without a compiler.
     pub images: &'static [Image],
 }
 
-/// A module as compiled for one kind of GPU.
+/// A module compiled for one compute capability.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Image {
-    /// Compute capability, major and minor, that it is compiled for.
+    /// The compute capability it was compiled for, (major, minor).
     pub capability: (u32, u32),
     /// What the driver is given.
     pub code: Code,
@@ -28,14 +28,14 @@ pub struct Image {
 /// The two forms of an [`Image`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Code {
-    /// Text for the driver's own compiler: runs on its capability and every newer one.
+    /// PTX, which the driver compiles: runs on its capability and every newer one.
     Ptx(&'static str),
-    /// Machine code: runs on its capability's major number, from its minor number on.
+    /// Machine code: runs on GPUs of the same major number and at least its minor number.
     Cubin(&'static [u8]),
 }
 
 impl Module {
-    /// The text of the oldest PTX image, which runs everywhere; empty without a compiler.
+    /// The PTX of the lowest capability, which runs on all supported GPUs; empty without a compiler.
     pub fn ptx(&self) -> &'static str {
         let ptx = self.images.iter().filter_map(|image| match image.code {
             Code::Ptx(text) => Some((image.capability, text)),
@@ -45,9 +45,9 @@ impl Module {
     }
 }
 
-/// The best of `images` for a GPU of compute capability `device`: machine code of its major and at most its minor
-/// number, the newest there is; without any, or where `ptx_only` (the emulator has no machine code), the newest PTX
-/// that is not above the GPU. `None` if nothing runs on it.
+/// The best of `images` for a GPU of compute capability `device`: the newest machine code that runs on it; if there is
+/// none, or with `ptx_only` (the emulator runs PTX alone), the newest PTX not above `device`. `None` if nothing runs on
+/// it.
 pub fn best_image(images: &[Image], device: (u32, u32), ptx_only: bool) -> Option<&Image> {
     let newest = |cubins: bool| {
         let runs = images.iter().filter(move |image| match image.code {
@@ -59,18 +59,17 @@ pub fn best_image(images: &[Image], device: (u32, u32), ptx_only: bool) -> Optio
     if ptx_only { newest(false) } else { newest(true).or_else(|| newest(false)) }
 }
 
-/// One entry.
+/// One entry (a `__global__` function).
 pub struct Kernel {
     /// Its symbol.
     pub name: &'static str,
-    /// Where it is.
+    /// The module it is in.
     pub module: &'static Module,
     /// Kinds and names of its parameters, in order.
     pub params: &'static [(Kind, &'static str)],
-    /// Its launch bound; 0 without a compiler.
+    /// Its launch bound: the most threads in a block. 0 without a compiler.
     pub max_threads: u32,
-    /// BM and BN of a kernel that computes a product by tiles and is named `..._BMxBN_...`: rows and columns of a
-    /// block.
+    /// Rows and columns of a block's tile, for a tiled matrix product, whose name contains `_BMxBN_`.
     pub tile: Option<(u32, u32)>,
 }
 
@@ -83,9 +82,9 @@ impl fmt::Debug for Kernel {
 /// What a parameter or argument is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// An address from which is read: `const T*`.
+    /// An address read from: `const T*`.
     Pointer,
-    /// An address to which is written: `T*`.
+    /// An address written to: `T*`.
     PointerMut,
     /// A 64-bit integer.
     U64,
@@ -95,18 +94,18 @@ pub enum Kind {
     F32,
     /// A double.
     F64,
-    /// A [`Twin`] of this name and size in bytes, by value.
+    /// A [`Twin`], by value: its name and its size in bytes.
     Struct(&'static str, usize),
 }
 
-/// A struct that is defined in CUDA behind a comment `Host twin:`. build.rs writes the definition here, with the same
-/// layout.
+/// A struct defined in CUDA under a comment that begins with `Host twin:`. build.rs writes the Rust definition, with
+/// the same layout.
 pub trait Twin: bytemuck::Pod + fmt::Debug {
     /// Its name in CUDA.
     const NAME: &'static str;
 }
 
-/// An entry for each type of activations.
+/// One entry per activation type.
 pub struct ByType {
     /// For f32.
     pub f32: Kernel,

@@ -1,9 +1,10 @@
-//! What training steps measure, kept where it is computed until the log asks: on a GPU a step then waits for nothing.
+//! What training steps measure. It stays where it was computed until the log asks for it, so a step on a GPU never
+//! waits.
 //!
-//! A row holds a step's losses by quarter of the timesteps and the norm of its gradient. The operations `loss` and
-//! `grad_norm` write it, `adam` reads the clipping factor from it. On a GPU a loss or a norm that is not finite also
-//! sets a word that stops every later update, so that the weights are still those of the last good step when the host
-//! comes to know of it.
+//! A row holds a step's losses by quarter of the timesteps, the norm of its gradient and the clipping factor. `loss`
+//! and `grad_norm` write it; `adam` reads the clipping factor. On a GPU a loss or norm that is not finite also sets a
+//! halt flag that blocks every later update, so the weights are still those of the last good step when the host finds
+//! out.
 
 use crate::device::Device;
 use crate::device::cuda::{Buffer, Gpu, View, ViewMut};
@@ -11,14 +12,14 @@ use crate::error::Result;
 use crate::kernels::clock::Clock;
 use crate::kernels::meter::{MeterRow, QUARTERS};
 
-/// Steps a GPU measures before it has to be asked.
+/// Steps a GPU can record before its meter must be read.
 const ROWS: usize = 256;
 
-/// Parts of the timesteps.
+/// Number of quarters.
 const PARTS: usize = QUARTERS as usize;
 
-/// Sums the losses of images by the quarter of the timesteps they were noised to: the mean over all timesteps hides
-/// that late quarters are nearly solved while the first is not.
+/// Losses summed by the quarter of the chain each image was noised to. The mean over all timesteps hides that the later
+/// quarters are nearly solved while the first is not.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Quarters {
     sums: [f64; PARTS],
@@ -26,12 +27,12 @@ pub struct Quarters {
 }
 
 impl Quarters {
-    /// From the sums and numbers of losses of each quarter.
+    /// From the sum and the number of losses in each quarter.
     pub fn from_parts(sums: [f64; PARTS], counts: [u64; PARTS]) -> Self {
         Quarters { sums, counts }
     }
 
-    /// Adds images by their timesteps `t`, of a chain of `timesteps`, and their losses.
+    /// Adds one loss per image, at timestep `t` of a chain of `timesteps`.
     pub fn add(&mut self, t: &[u32], timesteps: u32, per_image: &[f64]) {
         assert_eq!(t.len(), per_image.len(), "one loss for each of the images");
         for (&t, loss) in t.iter().zip(per_image) {
@@ -41,7 +42,7 @@ impl Quarters {
         }
     }
 
-    /// Adds what another has summed.
+    /// Adds the sums and counts of another.
     pub fn merge(&mut self, other: &Quarters) {
         for quarter in 0..PARTS {
             self.sums[quarter] += other.sums[quarter];
@@ -49,12 +50,12 @@ impl Quarters {
         }
     }
 
-    /// Mean loss of each quarter, from the least noise to the most; `None` where no image fell.
+    /// Mean loss of each quarter, from least noise to most; `None` for a quarter without images.
     pub fn means(&self) -> [Option<f64>; PARTS] {
         std::array::from_fn(|q| (self.counts[q] > 0).then(|| self.sums[q] / self.counts[q] as f64))
     }
 
-    /// Mean loss over all images; `None` without any.
+    /// Mean loss over all images; `None` if there are none.
     pub fn mean(&self) -> Option<f64> {
         let count: u64 = self.counts.iter().sum();
         (count > 0).then(|| self.sums.iter().sum::<f64>() / count as f64)
@@ -68,7 +69,7 @@ pub struct Measured {
     pub quarters: Quarters,
     /// Norm of the gradient before clipping.
     pub grad_norm: f64,
-    /// Factor of the gradient.
+    /// Clipping factor, which multiplies the gradient.
     pub clip: f64,
 }
 
@@ -93,36 +94,36 @@ pub enum Meter {
 /// Rows on a GPU.
 pub struct CudaMeter {
     gpu: Gpu,
-    /// [`ROWS`] of [`MeterRow`].
+    /// [`ROWS`] times [`MeterRow`].
     rows: Buffer,
-    /// A word: blocks of a kernel that are done, 0 between kernels.
+    /// One word: blocks of the running kernel that have finished; 0 between kernels.
     done: Buffer,
-    /// A word: whether updates are halted.
+    /// One word: nonzero if updates are halted.
     halt: Buffer,
     used: usize,
-    /// Nothing has been written to the last row yet.
+    /// No loss has been written to the last row yet.
     fresh: bool,
 }
 
-/// What kernels write when they measure.
+/// What a measuring kernel writes to.
 pub(crate) struct ToWrite<'a> {
-    /// The step's row; with a clock, which says which it is, all rows.
+    /// The step's row; with a clock, which names the row, all rows.
     pub rows: ViewMut<'a>,
-    /// Count of finished blocks.
+    /// Number of finished blocks.
     pub done: &'a mut Buffer,
-    /// Whether updates are halted.
+    /// The halt flag.
     pub halt: &'a mut Buffer,
-    /// The row holds losses already, to which others are added.
+    /// The row already holds losses; new ones are added to them.
     pub has_losses: bool,
-    /// To be set to false by whoever has written losses.
+    /// Set it to false after writing losses.
     pub fresh: &'a mut bool,
 }
 
 impl Meter {
-    /// Without rows.
+    /// A meter with no rows begun.
     ///
     /// # Errors
-    /// A GPU without enough memory.
+    /// Out of GPU memory.
     pub fn new(device: &Device) -> Result<Self> {
         let Device::Cuda(gpu) = device else { return Ok(Meter::Cpu(Vec::new())) };
         let bytes = ROWS * size_of::<MeterRow>();
@@ -133,7 +134,7 @@ impl Meter {
         Ok(Meter::Cuda(Box::new(CudaMeter { gpu: gpu.clone(), rows, done, halt, used: 0, fresh: true })))
     }
 
-    /// Begins a step's row; [`read`](Self::read) must have been called if the meter [`is_full`](Self::is_full).
+    /// Begins a step's row. A meter that [`is_full`](Self::is_full) must be [`read`](Self::read) first.
     pub fn begin(&mut self) {
         match self {
             Meter::Cpu(rows) => rows.push(Measured::default()),
@@ -145,7 +146,7 @@ impl Meter {
         }
     }
 
-    /// Number of the last row, from 0.
+    /// Index of the last row begun, from 0.
     pub fn row(&self) -> u32 {
         let used = match self {
             Meter::Cpu(rows) => rows.len(),
@@ -154,12 +155,12 @@ impl Meter {
         used.checked_sub(1).and_then(|row| u32::try_from(row).ok()).expect("a row has begun")
     }
 
-    /// True if no other row can be begun.
+    /// True if no further row can be begun.
     pub fn is_full(&self) -> bool {
         matches!(self, Meter::Cuda(meter) if meter.used == ROWS)
     }
 
-    /// The last row, on the host.
+    /// The last row. CPU only: panics if the rows are on a GPU.
     pub fn host_row(&mut self) -> &mut Measured {
         match self {
             Meter::Cpu(rows) => rows.last_mut().expect("a row has begun"),
@@ -167,10 +168,10 @@ impl Meter {
         }
     }
 
-    /// All rows since the last time, in order; waits for a GPU. Updates that a GPU has halted may go on.
+    /// All rows since the last call, in order. Waits for the GPU and clears its halt flag.
     ///
     /// # Errors
-    /// A GPU that fails.
+    /// A GPU error.
     pub fn read(&mut self) -> Result<Vec<Measured>> {
         match self {
             Meter::Cpu(rows) => Ok(std::mem::take(rows)),
@@ -188,8 +189,8 @@ impl CudaMeter {
         Ok(rows.into_iter().map(Measured::from).collect())
     }
 
-    /// First byte and bytes of what kernels get as their row. With a clock it is all rows, so that it is the same in
-    /// every step.
+    /// Offset and length, in bytes, of what kernels get as their row. With a clock it is all rows, so that the argument
+    /// is the same in every step.
     fn part(&self, clock: Option<&Clock>) -> (usize, usize) {
         let row = self.used.checked_sub(1).expect("a row has begun");
         match clock {
@@ -201,7 +202,7 @@ impl CudaMeter {
         }
     }
 
-    /// What a kernel writes.
+    /// The buffers a measuring kernel writes to.
     pub(crate) fn for_writing(&mut self, clock: Option<&Clock>) -> ToWrite<'_> {
         let (offset, bytes) = self.part(clock);
         let rows = ViewMut::new(&mut self.rows, offset, bytes);
@@ -209,13 +210,13 @@ impl CudaMeter {
         ToWrite { rows, done, halt, has_losses, fresh }
     }
 
-    /// The step's row, or all rows, to be read.
+    /// The step's row (with a clock, all rows), for reading.
     pub(crate) fn rows(&self, clock: Option<&Clock>) -> View<'_> {
         let (offset, bytes) = self.part(clock);
         View::new(&self.rows, offset, bytes)
     }
 
-    /// Whether updates are halted.
+    /// The halt flag: one word, nonzero if updates are halted.
     pub(crate) fn halt(&self) -> &Buffer {
         &self.halt
     }

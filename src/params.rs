@@ -1,8 +1,8 @@
-//! The network's parameters: one flat buffer, a named range in it for each, and the gradients beside it.
+//! The network's parameters: one flat buffer with a named range for each, and a second one for the gradients.
 //!
-//! One buffer because the optimiser, the moving average and the gradient norm then are single passes over memory (and,
-//! on a GPU, single kernels). Operations hold a [`Param`], a handle of a few bytes; the tape borrows the store, so the
-//! weights cannot change between a forward pass and its backward pass.
+//! With one buffer the optimiser, the moving average and the gradient norm are single passes over memory (on a GPU,
+//! single kernels). Operations hold a [`Param`], a handle of a few bytes. The tape borrows [`Params`], so the weights
+//! cannot change between a forward pass and its backward pass.
 
 use std::borrow::Cow;
 
@@ -18,7 +18,7 @@ pub struct Param {
     index: usize,
 }
 
-/// How a parameter is laid out in files of other tools; in memory it is always [`Spec::shape`], channels last.
+/// A parameter's layout in other tools' files. In memory it is always [`Spec::shape`], channels last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
     /// Convolution weight: `(c_out, kh, kw, c_in)` here, OIHW in files.
@@ -29,13 +29,13 @@ pub enum Layout {
     Vector,
 }
 
-/// How a parameter starts out.
+/// How a parameter is initialised.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Init {
     /// Uniform on `[-b, b]`, `b = sqrt(6 scale / (fan_in + fan_out))`: `variance_scaling(fan_avg, uniform)` of the
     /// paper's code, which uses scale 1, and 1e-10 for the last layer of each residual branch.
     FanAvg {
-        /// The variance's factor.
+        /// Scale of the variance.
         scale: f64,
     },
     /// Standard normal (embedding tables).
@@ -46,10 +46,10 @@ pub enum Init {
     Ones,
 }
 
-/// Name, shape and start of one parameter.
+/// Name, shape and initialisation of one parameter.
 #[derive(Clone, Debug)]
 pub struct Spec {
-    /// The name diffusers' `UNet2DModel` gives it.
+    /// Its name in diffusers' `UNet2DModel`.
     pub name: String,
     /// Shape in memory.
     pub shape: Shape,
@@ -60,7 +60,7 @@ pub struct Spec {
     offset: usize,
 }
 
-/// The list of parameters a network asks for, before any memory is spent on them.
+/// The parameters of a network, before any memory is allocated for them.
 #[derive(Clone, Debug, Default)]
 pub struct Specs {
     specs: Vec<Spec>,
@@ -68,7 +68,7 @@ pub struct Specs {
 }
 
 impl Specs {
-    /// Adds a parameter. Each starts on a 64-byte boundary of the flat buffer; the gap stays zero.
+    /// Adds a parameter. Each starts on a 64-byte boundary of the flat buffer; the gaps stay zero.
     pub fn add(&mut self, name: String, shape: Shape, layout: Layout, init: Init) -> Param {
         let offset = self.end;
         self.end = (offset + shape.len()).next_multiple_of(16);
@@ -76,12 +76,12 @@ impl Specs {
         Param { index: self.specs.len() - 1 }
     }
 
-    /// Number of trainable numbers (gaps not counted).
+    /// Number of trainable values, gaps not counted.
     pub fn count(&self) -> usize {
         self.specs.iter().map(|s| s.shape.len()).sum()
     }
 
-    /// Length of the flat buffer, gaps included.
+    /// Length of the flat buffer in elements, gaps included.
     pub fn flat_len(&self) -> usize {
         self.end
     }
@@ -91,12 +91,12 @@ impl Specs {
         self.specs.iter().enumerate().map(|(index, spec)| (Param { index }, spec))
     }
 
-    /// Name, shape and layout of one.
+    /// The spec of one parameter.
     pub fn spec(&self, p: Param) -> &Spec {
         &self.specs[p.index]
     }
 
-    /// Where one stands in a flat buffer.
+    /// Its range of elements in a flat buffer.
     pub fn range(&self, p: Param) -> std::ops::Range<usize> {
         let s = &self.specs[p.index];
         s.offset..s.offset + s.shape.len()
@@ -108,15 +108,15 @@ pub struct Params {
     specs: Specs,
     /// f32 on every device.
     flat: Tensor,
-    /// Rounded to bf16, for a GPU whose activations are: what convolutions and linear layers multiply by.
+    /// Copy rounded to bf16, for a GPU with bf16 activations: what convolutions and linear layers multiply by.
     rounded: Option<Tensor>,
 }
 
 impl Params {
-    /// Every parameter zero.
+    /// All zero.
     ///
     /// # Errors
-    /// A GPU without enough memory; so for every function here that makes parameters.
+    /// Out of GPU memory; likewise for every function here that makes parameters.
     pub fn zeros(device: &Device, specs: Specs) -> Result<Self> {
         let shape = Shape::vector(specs.flat_len());
         let rounded = match device.activations() {
@@ -126,7 +126,7 @@ impl Params {
         Ok(Params { flat: Tensor::zeros(device, shape)?, specs, rounded })
     }
 
-    /// Parameters with the values of `flat`, gaps included.
+    /// Parameters with the values of `flat`, gaps included, which must be zero.
     ///
     /// # Errors
     /// See [`Params::zeros`].
@@ -141,8 +141,8 @@ impl Params {
         Ok(params)
     }
 
-    /// Every parameter drawn as its [`Init`] says, from its own stream of `seed`: adding a parameter at the end changes
-    /// no other.
+    /// Every parameter drawn according to its [`Init`], each from its own stream of `seed`, so that adding a parameter
+    /// at the end changes no other.
     ///
     /// # Errors
     /// See [`Params::zeros`].
@@ -167,28 +167,28 @@ impl Params {
         Params::from_host(device, specs, &flat)
     }
 
-    /// The list of names and shapes.
+    /// The specs of all parameters.
     pub fn specs(&self) -> &Specs {
         &self.specs
     }
 
-    /// Shape of one.
+    /// Shape of one parameter.
     pub fn shape(&self, p: Param) -> Shape {
         self.specs.spec(p).shape
     }
 
-    /// Values of one, channels last. CPU only.
+    /// Values of one parameter, channels last. CPU only.
     pub fn get(&self, p: Param) -> &[f32] {
         &self.flat.data()[self.specs.range(p)]
     }
 
-    /// Values of one, to be written. CPU only.
+    /// Values of one parameter, mutable. CPU only.
     pub fn get_mut(&mut self, p: Param) -> &mut [f32] {
         let range = self.specs.range(p);
         &mut self.flat.data_mut()[range]
     }
 
-    /// Values of one on a GPU: the f32 master, or its copy rounded to bf16.
+    /// Values of one parameter on a GPU: the f32 master or the copy rounded to bf16.
     pub(crate) fn view(&self, p: Param, dtype: DType) -> View<'_> {
         let flat = match dtype {
             DType::F32 => &self.flat,
@@ -197,15 +197,15 @@ impl Params {
         flat.view(self.specs.range(p))
     }
 
-    /// All values, gaps included; waits for a GPU.
+    /// All values, gaps included. Waits for the GPU.
     ///
     /// # Errors
-    /// A GPU that fails.
+    /// A GPU error.
     pub fn host(&self) -> Result<Cow<'_, [f32]>> {
         self.flat.host()
     }
 
-    /// All values rounded to bf16, gaps included, where the activations are of that type.
+    /// All values rounded to bf16, gaps included; `None` if the activations are f32.
     pub fn rounded(&self) -> Option<&Tensor> {
         self.rounded.as_ref()
     }
@@ -213,7 +213,7 @@ impl Params {
     /// Overwrites all values, gaps included, which must be zero.
     ///
     /// # Errors
-    /// A GPU that fails.
+    /// A GPU error.
     pub fn write(&mut self, flat: &[f32]) -> Result<()> {
         self.flat.write(flat)?;
         self.rounded.as_mut().map_or(Ok(()), |rounded| rounded.write(flat))
@@ -231,27 +231,27 @@ pub struct ParamGrads {
     written: Vec<bool>,
 }
 
-/// Where an operation leaves a parameter's gradient.
+/// Where an operation writes a parameter's gradient.
 pub struct ParamGrad<'a> {
-    /// The gradient's range, shaped like the parameter.
+    /// The gradient, shaped like the parameter.
     pub data: &'a mut [f32],
-    /// True: add to what is there. False: what is there is stale, overwrite all of it.
+    /// True: add to the contents. False: the contents are stale, overwrite all of them.
     pub accumulate: bool,
 }
 
 /// The same on a GPU.
 pub struct ParamView<'a> {
-    /// The gradient's range, f32, shaped like the parameter.
+    /// The gradient, f32, shaped like the parameter.
     pub view: ViewMut<'a>,
-    /// True: add to what is there. False: what is there is stale, overwrite all of it.
+    /// True: add to the contents. False: the contents are stale, overwrite all of them.
     pub accumulate: bool,
 }
 
 impl ParamGrads {
-    /// Nothing accumulated yet.
+    /// Gradients with nothing accumulated yet.
     ///
     /// # Errors
-    /// A GPU without enough memory.
+    /// Out of GPU memory.
     pub fn new(device: &Device, specs: &Specs) -> Result<Self> {
         Ok(ParamGrads {
             flat: Tensor::zeros(device, Shape::vector(specs.flat_len()))?,
@@ -264,7 +264,7 @@ impl ParamGrads {
         self.written.fill(false);
     }
 
-    /// The range of `p`; the caller writes or adds all of it.
+    /// The range of `p`; the caller must write or add to all of it.
     pub fn slot(&mut self, specs: &Specs, p: Param) -> ParamGrad<'_> {
         let accumulate = std::mem::replace(&mut self.written[p.index], true);
         ParamGrad { data: &mut self.flat.data_mut()[specs.range(p)], accumulate }
@@ -276,10 +276,10 @@ impl ParamGrads {
         ParamView { view: self.flat.view_mut(specs.range(p)), accumulate }
     }
 
-    /// All gradients; those that no operation has written since [`reset`](Self::reset) become zero first.
+    /// All gradients, after zeroing those that no operation has written since [`reset`](Self::reset).
     ///
     /// # Errors
-    /// A GPU that fails.
+    /// A GPU error.
     pub fn finish(&mut self, specs: &Specs) -> Result<&mut Tensor> {
         for (p, _) in specs.iter() {
             if !std::mem::replace(&mut self.written[p.index], true) {

@@ -1,13 +1,13 @@
 //! Counter-based random numbers: Philox 4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3").
 //!
-//! Every random value is a pure function of `(seed, purpose, step, stream, element)`: the key is the seed, the counter
-//! the rest. So noise can be made again instead of stored, a sample does not depend on the batch it is computed in, and
-//! a resumed run draws what the uninterrupted one would have drawn. Element `i` of a stream comes from word `i % 4` of
-//! block `i / 4`; normals take the words of a block in pairs (Box and Muller 1958). The integers are the same bits on
-//! every device. The normals are the same bits on every CPU, with whatever vector instructions, because they are made
-//! of single sums, products and square roots and never of fused ones; a device that fuses them agrees to 1e-6.
+//! Every random value is a pure function of `(seed, purpose, step, stream, element)`: the seed is the key, the rest is
+//! the counter. So noise can be redrawn instead of stored, a sample does not depend on its batch, and a resumed run
+//! draws what the uninterrupted one would have drawn. Element `i` of a stream comes from word `i % 4` of block `i / 4`;
+//! normals use the words of a block in pairs (Box and Muller 1958). The integers are bit-identical on every device. The
+//! normals are bit-identical on every CPU and at every SIMD level, because they use separate sums, products and square
+//! roots, never fused multiply-adds; a device that fuses agrees to 1e-6.
 //!
-//! [`Generator`] walks a stream word by word behind `rand`'s traits, for shuffles.
+//! [`Generator`] walks a stream word by word through `rand`'s traits, for shuffles.
 
 use std::convert::Infallible;
 
@@ -17,7 +17,7 @@ use crate::device::cpu::simd;
 use crate::device::cuda::Launch;
 use crate::kernels::philox;
 
-/// What a stream of random numbers is for; part of the counter, so that streams never meet.
+/// What a stream of random numbers is for; part of the counter, so streams for different purposes never overlap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Purpose {
@@ -43,7 +43,7 @@ pub enum Purpose {
     ValidationTimestep = 9,
 }
 
-/// The place of a stream: everything but the position in it.
+/// Identifies a stream: everything but the position within it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stream {
     /// The run's seed.
@@ -56,7 +56,7 @@ pub struct Stream {
     pub stream: u32,
 }
 
-/// The streams of a batch, one for each image: image `i` has the stream `first + i`.
+/// The streams of a batch, one per image: image `i` has stream `first + i`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Streams {
     /// The run's seed.
@@ -78,7 +78,7 @@ impl Streams {
     }
 }
 
-/// Streams as arguments of a kernel.
+/// Streams as kernel arguments.
 impl Launch<'_> {
     /// The streams of a batch.
     pub fn streams(self, s: Streams) -> Self {
@@ -86,8 +86,8 @@ impl Launch<'_> {
         self.value(philox::Stream { seed_lo, seed_hi, step: s.step, purpose: s.purpose as u32, stream: s.first })
     }
 
-    /// The same for a kernel that takes a clock: where there is one, the step is the clock's, and what goes with the
-    /// arguments is the same in every step.
+    /// The same for a kernel that takes a clock. If there is one, the kernel uses the clock's step and 0 is passed
+    /// here, so that the arguments are the same in every step.
     pub fn streams_of_step(self, s: Streams) -> Self {
         match self.now() {
             None => self.streams(s),
@@ -99,7 +99,7 @@ impl Launch<'_> {
     }
 }
 
-/// Elements a task of a parallel fill writes; a multiple of [`GROUP`].
+/// Elements per task of a parallel fill; a multiple of [`GROUP`].
 const CHUNK: usize = 1 << 14;
 
 impl Stream {
@@ -114,16 +114,16 @@ impl Stream {
         out.par_chunks_mut(CHUNK).enumerate().for_each(|(k, out)| uniforms_from(self, k * CHUNK, out));
     }
 
-    /// Fills `out` with the stream's first standard normals; none is further out than 6.77.
+    /// Fills `out` with the stream's first standard normals, all within +-6.77.
     pub fn normals(&self, out: &mut [f32]) {
         out.par_chunks_mut(CHUNK).enumerate().for_each(|(k, out)| normals_from(self, k * CHUNK, out));
     }
 
-    /// An integer uniform on `0..n`, without bias (Lemire 2019): words of the stream are taken until one is accepted,
-    /// the first with a probability of at least `1 - n/2^32`.
+    /// An unbiased integer, uniform on `0..n` (Lemire 2019): takes words of the stream until one is accepted, the first
+    /// with probability at least `1 - n/2^32`. Panics if `n` is 0.
     pub fn below(&self, n: u32) -> u32 {
         assert!(n > 0, "an integer below 0 does not exist");
-        // Of the 2^32 words, 2^32 mod n are refused, so that every result has the same number of words.
+        // Of the 2^32 words, 2^32 mod n are rejected, so that every result has equally many words.
         let refused = n.wrapping_neg() % n;
         for block in 0..=u32::MAX {
             for word in self.block(block) {
@@ -136,7 +136,7 @@ impl Stream {
         unreachable!("2^34 words of a stream refused in a row")
     }
 
-    /// The stream's words one after the other, behind `rand`'s traits.
+    /// A sequential generator over the stream's words.
     pub fn generator(self) -> Generator {
         Generator { stream: self, block: 0, words: [0; 4], left: 0 }
     }
@@ -191,10 +191,10 @@ impl rand::TryRng for Generator {
     }
 }
 
-/// Numbers made at a time by the vectorised loops: 16 blocks, one per lane of the widest vector.
+/// Numbers per iteration of the vectorised loops: 16 blocks, one per lane of the widest vector.
 const GROUP: usize = 64;
 
-/// Index of the block in which element `first` begins; the last of `len` elements from there must still have one.
+/// Index of the block that starts with element `first`. The last of the `len` elements must also lie in the stream.
 fn first_block(first: usize, len: usize) -> u32 {
     assert!(first.is_multiple_of(4), "numbers are filled in from the start of a block, not from element {first}");
     assert!((first + len).div_ceil(4) <= 1 << 32, "element {} of a stream: streams end at 2^34", first + len);
@@ -236,7 +236,7 @@ fn fill(stream: &Stream, first: usize, out: &mut [f32], make: impl Fn([u32; 4]) 
     }
 }
 
-/// One lane per block; the compiler turns the loop into vectors and the four stores into shuffles.
+/// One lane per block. The compiler vectorises the loop and turns the four stores into shuffles.
 #[inline(always)]
 fn fill_group(stream: &Stream, block: u32, out: &mut [f32; GROUP], make: &impl Fn([u32; 4]) -> [f32; 4]) {
     for lane in 0..GROUP / 4 {
@@ -245,14 +245,14 @@ fn fill_group(stream: &Stream, block: u32, out: &mut [f32; GROUP], make: &impl F
     }
 }
 
-/// The magnitude's uniform number in `[2^-33, 1]`: the f32 nearest to `(word + 1/2) 2^-32`, but for a second rounding.
+/// The uniform number in `[2^-33, 1]` for the magnitude: `(word + 1/2) 2^-32`, rounded twice.
 #[inline(always)]
 fn open_uniform(word: u32) -> f32 {
     word as f32 * (1.0 / 4_294_967_296.0) + 1.0 / 8_589_934_592.0
 }
 
-/// The angle's offset in its quadrant, in units of 2^-24 of an eighth of a turn, from -2^24 to 2^24 - 1: a whole number
-/// that f32 holds exactly.
+/// The angle's offset within its quadrant, from -2^24 to 2^24 - 1 in units of 2^-24 of an eighth of a turn; exact in
+/// f32.
 #[inline(always)]
 fn offset(word: u32) -> i32 {
     ((word << 2) as i32) >> 7
@@ -260,9 +260,9 @@ fn offset(word: u32) -> i32 {
 
 /// Two independent standard normals `sqrt(-2 ln u) (cos a, sin a)` from two words.
 ///
-/// `u` is [`open_uniform`]; the angle `a` is the second word's upper two bits as quarters of a turn plus [`offset`].
-/// The polynomials are fitted for the smallest largest relative error: logarithm 6e-9, sine 4e-9, cosine 2e-10, all
-/// well under the roundings.
+/// `u` is [`open_uniform`]; the angle `a` is the second word's upper two bits in quarter turns, plus [`offset`]. The
+/// polynomials are minimax fits of the relative error: logarithm 6e-9, sine 4e-9, cosine 2e-10, all well below
+/// rounding.
 #[inline(always)]
 fn box_muller(magnitude: u32, angle: u32) -> (f32, f32) {
     let r = (-2.0 * ln(open_uniform(magnitude))).sqrt();
@@ -280,8 +280,8 @@ fn box_muller(magnitude: u32, angle: u32) -> (f32, f32) {
 
 /// Natural logarithm of a positive normal number, to 2 ulp.
 ///
-/// `u = 2^e m` with `m` in `[sqrt(1/2), sqrt(2))`, so that `e = 0` around 1 and nothing cancels there;
-/// `ln m = f - f^2/2 + f^3 p(f)` with `f = m - 1`.
+/// `u = 2^e m` with `m` in `[sqrt(1/2), sqrt(2))`, so `e = 0` around 1 and nothing cancels there; `ln m = f - f^2/2 +
+/// f^3 p(f)` with `f = m - 1`.
 #[inline(always)]
 fn ln(u: f32) -> f32 {
     let e = u.to_bits().wrapping_sub(std::f32::consts::FRAC_1_SQRT_2.to_bits()) as i32 >> 23;

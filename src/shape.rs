@@ -1,8 +1,8 @@
-//! Shapes and element types: what a tensor, a launch and a table of kernels say about an array without holding it.
+//! Shapes and element types: what tensors, launches and the kernel table know of an array without holding its elements.
 
 use std::fmt;
 
-/// Extent of a tensor; `c` is contiguous in memory, then `w`, `h`, `n`.
+/// Extent of a tensor. `c` varies fastest in memory, then `w`, `h` and `n`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Shape {
     /// Images (or output channels of a weight).
@@ -21,12 +21,12 @@ impl Shape {
         Shape { n, h, w, c }
     }
 
-    /// `(1, 1, 1, c)`: a bias, a gain, a table of numbers.
+    /// `(1, 1, 1, c)`: a bias, a gain, any flat array.
     pub const fn vector(c: usize) -> Self {
         Shape::new(1, 1, 1, c)
     }
 
-    /// Number of elements.
+    /// Number of elements, `n*h*w*c`.
     pub const fn len(&self) -> usize {
         self.n * self.h * self.w * self.c
     }
@@ -41,12 +41,12 @@ impl Shape {
         self.h * self.w
     }
 
-    /// Rows of length `c`, `n*h*w`.
+    /// Number of rows of `c` elements, `n*h*w`.
     pub const fn rows(&self) -> usize {
         self.n * self.h * self.w
     }
 
-    /// The same image extent with another number of channels.
+    /// The same extent with `c` channels.
     pub const fn with_c(self, c: usize) -> Self {
         Shape { c, ..self }
     }
@@ -70,12 +70,12 @@ pub enum DType {
     /// 32-bit float.
     #[default]
     F32,
-    /// bfloat16: the upper half of an f32. GPU only.
+    /// bfloat16, the upper half of an f32. GPU only.
     Bf16,
 }
 
 impl DType {
-    /// Bytes of an element.
+    /// Bytes per element.
     pub const fn size(self) -> usize {
         match self {
             DType::F32 => 4,

@@ -1,9 +1,9 @@
 //! Reverse-mode differentiation on a tape.
 //!
-//! Operations append one named struct each, holding handles to what their backward pass needs. `Tape::backward` walks
-//! the list from the end and consumes it, so an activation's buffer goes back to the pool as soon as its gradient is
-//! done. The first gradient that reaches a value moves in, the second is added. Gradients of parameters accumulate in
-//! [`ParamGrads`], so a batch in several pieces costs nothing extra.
+//! Each operation appends one named struct with handles to what its backward pass needs. `Tape::backward` walks the
+//! list from the end and consumes it, so an activation's buffer returns to the pool as soon as its gradient is done.
+//! The first gradient to reach a value moves in; later ones are added. Parameter gradients accumulate in
+//! [`ParamGrads`], so splitting a batch into micro-batches costs no extra buffers.
 //!
 //! Deliberately absent: globals, closures, a central `match` over operations, higher derivatives, recomputation.
 
@@ -15,11 +15,11 @@ use crate::error::Result;
 use crate::params::{Param, ParamGrad, ParamGrads, ParamView, Params};
 use crate::tensor::{DType, Shape, Tensor};
 
-/// Names a value on the tape whose gradient is wanted.
+/// Identifies a value on the tape whose gradient is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VarId(usize);
 
-/// A tensor in a computation; with an id if its gradient is wanted.
+/// A tensor in a computation, with an id if its gradient is wanted.
 #[derive(Clone, Debug)]
 pub struct Var {
     value: Tensor,
@@ -37,7 +37,7 @@ impl Var {
         &self.value
     }
 
-    /// The tensor, giving up the place on the tape.
+    /// The tensor, without its place on the tape.
     pub fn into_value(self) -> Tensor {
         self.value
     }
@@ -47,12 +47,12 @@ impl Var {
         self.value.shape()
     }
 
-    /// Its elements.
+    /// Its elements. CPU only.
     pub fn data(&self) -> &[f32] {
         self.value.data()
     }
 
-    /// Its name on the tape, if its gradient is wanted.
+    /// Its id on the tape, if its gradient is wanted.
     pub fn id(&self) -> Option<VarId> {
         self.id
     }
@@ -66,7 +66,7 @@ pub trait Backward: Send {
     /// The tensors held for the backward pass.
     fn saved(&self) -> Vec<&Tensor>;
 
-    /// Takes the gradient `dy` of the operation's output and adds its part to the gradients of the inputs.
+    /// Takes `dy`, the gradient of the operation's output, and adds its contribution to the gradients of the inputs.
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()>;
 }
 
@@ -76,14 +76,14 @@ struct Node {
     op: Box<dyn Backward>,
 }
 
-/// One line of [`Tape::saved`].
+/// One entry of [`Tape::saved`].
 #[derive(Clone, Debug)]
 pub struct Saved {
-    /// Where in the network the operation stands, as last set by [`Tape::at`].
+    /// Where in the network the operation is, as last set by [`Tape::at`].
     pub place: String,
     /// The operation's stem.
     pub name: &'static str,
-    /// Bytes of the tensors that it holds and no operation before it.
+    /// Bytes of the tensors it holds that no earlier operation holds.
     pub bytes: usize,
 }
 
@@ -92,7 +92,7 @@ pub struct Tape<'p> {
     device: Device,
     params: &'p Params,
     recording: bool,
-    /// Look at every output and fail at the first non-finite one, naming it.
+    /// Check every output and fail at the first non-finite one, naming it.
     check_finite: bool,
     nodes: Vec<Node>,
     ids: usize,
@@ -113,13 +113,13 @@ impl<'p> Tape<'p> {
         }
     }
 
-    /// A tape that does not record: nothing is saved, no gradient can be asked for.
+    /// A tape that does not record: nothing is saved and there are no gradients.
     pub fn inference(device: &Device, params: &'p Params) -> Self {
         Tape { recording: false, ..Tape::recording(device, params) }
     }
 
-    /// A tape that makes every operation fail if its output holds a NaN or an infinity, for a second look at a batch
-    /// whose loss was not finite. It records, so that it computes just what a recording tape does.
+    /// A tape on which an operation fails if its output holds a NaN or an infinity: for rerunning a batch whose loss
+    /// was not finite. It records, so that it computes exactly what a recording tape does.
     pub fn inspecting(device: &Device, params: &'p Params) -> Self {
         Tape { check_finite: true, ..Tape::recording(device, params) }
     }
@@ -139,7 +139,7 @@ impl<'p> Tape<'p> {
         self.recording
     }
 
-    /// Says where in the network the following operations stand, for messages and listings.
+    /// Sets where in the network the following operations are, for messages and listings.
     pub fn at(&mut self, place: &str) {
         self.place.clear();
         self.place.push_str(place);
@@ -154,8 +154,9 @@ impl<'p> Tape<'p> {
         Var { value, id }
     }
 
-    /// Ends every differentiable operation: gives `y` its place on the tape and keeps what `save` returns for the
-    /// backward pass. Without recording `save` is not called.
+    /// The last call of every differentiable operation: records `y`, and what `save` returns for the backward pass.
+    /// `save` is called only if the tape records. On an [`inspecting`](Self::inspecting) tape it fails if `y` is not
+    /// finite.
     pub fn push<B: Backward + 'static>(
         &mut self,
         name: &'static str,
@@ -184,8 +185,8 @@ impl<'p> Tape<'p> {
         self.nodes.iter().map(&mut line).collect()
     }
 
-    /// The backward pass, with the operation that adds two gradients of one value: `Tape::backward`, which operations
-    /// define, since none is known here.
+    /// The backward pass, given the function that adds two gradients of one value. `ops` wraps it as `Tape::backward`,
+    /// since this module knows no operation.
     pub(crate) fn backward_by(
         self,
         y: &Var,
@@ -228,7 +229,7 @@ impl<'p> Tape<'p> {
     }
 }
 
-/// Gradients on their way down the tape.
+/// Gradients during a backward pass.
 pub struct Grads<'a> {
     device: &'a Device,
     params: &'a Params,
@@ -246,7 +247,7 @@ impl<'a> Grads<'a> {
         self.device
     }
 
-    /// Values of a parameter.
+    /// Values of a parameter. CPU only.
     pub fn weight(&self, p: Param) -> &'a [f32] {
         self.params.get(p)
     }
@@ -256,25 +257,25 @@ impl<'a> Grads<'a> {
         self.params.shape(p)
     }
 
-    /// Values of a parameter on a GPU: the f32 master, or its copy rounded to bf16.
+    /// Values of a parameter on a GPU: the f32 master or the copy rounded to bf16.
     pub(crate) fn weight_view(&self, p: Param, dtype: DType) -> View<'a> {
         self.params.view(p, dtype)
     }
 
-    /// Where to leave a parameter's gradient on a GPU.
+    /// Where to write a parameter's gradient on a GPU.
     pub(crate) fn param_view(&mut self, p: Param) -> ParamView<'_> {
         self.param_grads.view(self.params.specs(), p)
     }
 
-    /// Where to leave a parameter's gradient.
+    /// Where to write a parameter's gradient on the CPU.
     pub fn param(&mut self, p: Param) -> ParamGrad<'_> {
         self.param_grads.slot(self.params.specs(), p)
     }
 
-    /// Adds `dx` to the gradient of a value: the first contribution moves in, later ones are added to it.
+    /// Adds `dx` to the gradient of a value: the first contribution moves in, later ones are added.
     ///
     /// # Errors
-    /// A GPU that fails.
+    /// A GPU error.
     pub fn add(&mut self, id: VarId, dx: Tensor) -> Result<()> {
         let slot = &mut self.vars[id.0];
         *slot = Some(match slot.take() {
@@ -289,7 +290,7 @@ impl<'a> Grads<'a> {
 pub struct LeafGrads(Vec<Option<Tensor>>);
 
 impl LeafGrads {
-    /// The gradient of a leaf; `None` if nothing reached it.
+    /// Takes the gradient of a leaf; `None` if nothing reached it.
     pub fn take(&mut self, leaf: &Var) -> Option<Tensor> {
         self.0[leaf.id?.0].take()
     }

@@ -1,13 +1,13 @@
-//! Tensors: contiguous, channels-last, a shape with named fields, an element type and a handle to a pooled buffer.
+//! Tensors: contiguous and channels-last. A shape with named fields, an element type and a handle to a pooled buffer.
 //!
-//! On the CPU every tensor is f32. On a GPU activations and their gradients may be bf16; the numbers are there, and
-//! come to the host by [`Tensor::host`] alone. On the meta device there are none.
+//! On the CPU every tensor is f32. On a GPU activations and their gradients may be bf16, and only [`Tensor::host`]
+//! brings elements back to the host. On the meta device a tensor has no elements.
 //!
 //! Every tensor is `(n, h, w, c)`. Tokens of attention are `(n, h, w, c)` read as `(n, h*w, c)`; a vector per image is
 //! `(n, 1, 1, c)`; a convolution's weight is `(c_out, kh, kw, c_in)` and a linear layer's `(c_out, 1, 1, c_in)`.
 //!
-//! Deliberately absent: strides, views other than reshape, broadcasting. NCHW and OIHW exist only where files of other
-//! tools are read and written.
+//! Deliberately absent: strides, views other than reshape, broadcasting. NCHW and OIHW exist only where other tools'
+//! files are read and written.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -21,7 +21,7 @@ use crate::device::{Buffer, Device, cuda};
 use crate::error::Result;
 pub use crate::shape::{DType, Shape};
 
-/// A handle to a buffer, its shape and its element type. Cloning clones the handle, not the numbers.
+/// A shape, an element type and a handle to a buffer. Cloning clones the handle, not the elements.
 #[derive(Clone)]
 pub struct Tensor {
     shape: Shape,
@@ -30,15 +30,15 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// A tensor to be written: its contents are whatever the pool's memory held.
+    /// A tensor with arbitrary contents: whatever the pool's memory held.
     ///
     /// # Errors
-    /// A GPU without enough memory; so for every function here that makes a tensor.
+    /// Out of GPU memory; likewise for every function here that makes a tensor.
     pub fn uninit(device: &Device, dtype: DType, shape: Shape) -> Result<Self> {
         Ok(Tensor { shape, dtype, buffer: Arc::new(device.alloc(dtype, shape.len())?) })
     }
 
-    /// All zero; a whole number of 32-bit words.
+    /// All zero. Panics unless the size is a whole number of 32-bit words.
     ///
     /// # Errors
     /// See [`Tensor::uninit`].
@@ -100,12 +100,12 @@ impl Tensor {
         self.dtype
     }
 
-    /// The same number for all handles of one buffer, and for no other buffer while one of them lives.
+    /// A number shared by all handles of one buffer, and by no other buffer while one of them lives.
     pub fn buffer_id(&self) -> usize {
         Arc::as_ptr(&self.buffer).addr()
     }
 
-    /// Bytes of the elements.
+    /// Size of the elements in bytes.
     pub fn bytes(&self) -> usize {
         self.shape.len() * self.dtype.size()
     }
@@ -119,7 +119,7 @@ impl Tensor {
         }
     }
 
-    /// The elements, to be written; panics if another handle shares the buffer. CPU only.
+    /// The elements, mutable. CPU only. Panics if another handle shares the buffer.
     pub fn data_mut(&mut self) -> &mut [f32] {
         match self.buffer_mut() {
             Buffer::Cpu(buffer) => buffer.as_mut_slice(),
@@ -128,11 +128,11 @@ impl Tensor {
         }
     }
 
-    /// The elements as f32 on the host, in `(n, h, w, c)` order: themselves on the CPU, a copy from a GPU, for which it
+    /// The elements as f32 on the host, in `(n, h, w, c)` order: borrowed on the CPU, copied from a GPU, for which it
     /// waits.
     ///
     /// # Errors
-    /// A GPU that fails, or what a kernel launched before did wrong.
+    /// A GPU error, including one from a kernel launched earlier.
     pub fn host(&self) -> Result<Cow<'_, [f32]>> {
         match (&*self.buffer, self.dtype) {
             (Buffer::Cpu(buffer), _) => Ok(Cow::Borrowed(buffer.as_slice())),
@@ -158,10 +158,10 @@ impl Tensor {
         self.host().map(Cow::into_owned)
     }
 
-    /// Overwrites all elements with `data`, rounded to the tensor's type.
+    /// Overwrites all elements with `data`, rounded to the tensor's type. Panics if the lengths differ.
     ///
     /// # Errors
-    /// A GPU that fails.
+    /// A GPU error.
     pub fn write(&mut self, data: &[f32]) -> Result<()> {
         assert_eq!(data.len(), self.shape.len(), "tensor {} from {} numbers", self.shape, data.len());
         let dtype = self.dtype;
@@ -177,10 +177,10 @@ impl Tensor {
         Ok(())
     }
 
-    /// Makes f32 elements `range` zero; of another type, 32-bit words.
+    /// Zeroes elements `range` of an f32 tensor, or those 32-bit words of any other.
     ///
     /// # Errors
-    /// A GPU that fails.
+    /// A GPU error.
     pub(crate) fn zero(&mut self, range: Range<usize>) -> Result<()> {
         match self.buffer_mut() {
             Buffer::Cpu(buffer) => buffer.as_mut_slice()[range].fill(0.0),
@@ -190,12 +190,12 @@ impl Tensor {
         Ok(())
     }
 
-    /// True if no other handle shares the buffer, so that it may be written in place.
+    /// True if no other handle shares the buffer, so it may be written in place.
     pub fn is_unique(&mut self) -> bool {
         Arc::get_mut(&mut self.buffer).is_some()
     }
 
-    /// This tensor if no other handle shares its buffer, otherwise a copy: something to be written in place.
+    /// A tensor that may be written in place: this one if no other handle shares its buffer, otherwise a copy.
     ///
     /// # Errors
     /// See [`Tensor::uninit`].
@@ -213,7 +213,7 @@ impl Tensor {
         Ok(copy)
     }
 
-    /// The same elements under another shape of the same length.
+    /// The same elements with another shape. Panics if the lengths differ.
     pub fn reshape(self, shape: Shape) -> Self {
         assert_eq!(self.shape.len(), shape.len(), "reshape {} to {shape}", self.shape);
         Tensor { shape, ..self }
@@ -227,7 +227,7 @@ impl Tensor {
         }
     }
 
-    /// The same, to be written; panics if another handle shares the buffer.
+    /// The same, mutable; panics if another handle shares the buffer.
     pub(crate) fn gpu_buffer_mut(&mut self) -> &mut cuda::Buffer {
         match self.buffer_mut() {
             Buffer::Cuda(buffer) => buffer,
@@ -246,7 +246,7 @@ impl Tensor {
         View::new(self.gpu_buffer(), range.start * size, range.len() * size)
     }
 
-    /// The same, to be written; panics if another handle shares the buffer.
+    /// The same, mutable; panics if another handle shares the buffer.
     pub(crate) fn view_mut(&mut self, range: Range<usize>) -> ViewMut<'_> {
         let size = self.dtype.size();
         ViewMut::new(self.gpu_buffer_mut(), range.start * size, range.len() * size)
@@ -257,7 +257,7 @@ impl Tensor {
     }
 }
 
-/// Tensors as arguments of a kernel.
+/// Tensors as kernel arguments.
 impl<'a> Launch<'a> {
     /// A tensor that the kernel reads.
     pub fn read(self, x: &'a Tensor) -> Self {

@@ -1,6 +1,6 @@
 // SiLU, x sigmoid(x), and its derivative.
 //
-// numerics   expf is good to 2 ulp (no fast math), the division to 2; beyond x = -87 the result is 0 instead of a
+// numerics   expf is accurate to 2 ulp (no fast math), the division to 2; below x = -87 the result is 0 instead of a
 //            subnormal
 #pragma once
 

@@ -1,7 +1,7 @@
 // What changes from one training step to the next, in device memory. Kernels that need it take `const Clock* clock` as
-// their last parameter: the arguments of a step's launches are then the same in every step, so that they can be
-// captured in a CUDA graph and launched again. A null clock (validation, sampling, tests) means that the arguments
-// themselves say.
+// their last parameter. So the arguments of a step's launches are the same in every step, and the launches could be
+// captured in a CUDA graph and replayed. With a null clock (validation, sampling, tests) the arguments themselves
+// count.
 #pragma once
 #include <cstdint>
 
@@ -18,20 +18,20 @@ struct AdamFactors {
     float one_ema;                      // 1 - ema_decay
 };
 
-// Host twin: the numbers of one training step, written once at its start, in the order of the stream.
+// Host twin: what changes from one training step to the next, written once at a step's start, in stream order.
 struct Clock {
-    uint32_t step;     // number of the step from 0: the `step` of its random numbers
-    uint32_t row;      // the row of the meter that it writes
+    uint32_t step;     // index of the step from 0: the `step` of its random numbers
+    uint32_t row;      // the meter row that it writes
     AdamFactors adam;  // its update
 };
 
-// The streams of this step: with a clock, its step and not that of the arguments.
+// The streams of this step: with a clock, its step replaces the argument's.
 __device__ __forceinline__ Stream of_step(Stream s, const Clock* clock) {
     if (clock != nullptr) s.step = clock->step;
     return s;
 }
 
-// The meter's row: with a clock `rows` are all of them, else the one.
+// The step's row of the meter: with a clock `rows` are all rows, otherwise just this one.
 template <class ROW>
 __device__ __forceinline__ ROW* row_of_step(ROW* rows, const Clock* clock) {
     return clock != nullptr ? rows + clock->row : rows;

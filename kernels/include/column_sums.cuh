@@ -1,21 +1,21 @@
-// Sums of the columns of a matrix (rows, c): first of chunks of rows, then of the chunks, both in a fixed order. In
-// f64, which costs nothing beside the memory: gradients of biases and shifts are sums of many numbers of either sign,
-// whose digits would be lost in f32.
+// Column sums of a matrix (rows, c): first over chunks of rows, then over the chunks, both in a fixed order. In f64,
+// which costs nothing compared with the memory traffic: gradients of biases and shifts are sums of many numbers of both
+// signs and would lose digits in f32.
 #pragma once
 #include "dtype.cuh"
 
-// Host twin: threads of a block that sums columns, or parts.
+// Host twin: threads per block that sums columns, or the partial sums of chunks and split-K segments.
 constexpr int SUM_THREADS = 256;
 
-// Sums of `rows` rows from row blockIdx.x * rows on, to row blockIdx.x of `sums` and, rounded, of `rounded` if there is
-// one.
+// Sums `rows` rows, from row blockIdx.x * rows on, to row blockIdx.x of `sums` and, rounded, of `rounded` unless it is
+// null.
 //
-// Block = SUM_THREADS threads, `lanes` of them (a power of two up to 32) side by side along the columns, the others
-// down the rows: few columns still keep every thread busy. blockIdx.y counts groups of `lanes` columns.
+// Block = SUM_THREADS threads: `lanes` (a power of two up to 32) side by side along the columns, the rest down the
+// rows, so that even few columns keep every thread busy. blockIdx.y counts groups of `lanes` columns.
 template <class T>
 __device__ __forceinline__ void sum_rows(double* sums, T* rounded, const T* x, unsigned rows, size_t all_rows,
                                          unsigned c, unsigned lanes) {
-    // One partial sum a thread, 2 KB; halved until one row is left.
+    // 2 KB: one partial sum per thread, halved until one row is left.
     __shared__ double part[SUM_THREADS];
     const unsigned t = threadIdx.x, col = blockIdx.y * lanes + t % lanes;
     const size_t first = (size_t)blockIdx.x * rows, last = min(first + rows, all_rows);
@@ -35,7 +35,7 @@ __device__ __forceinline__ void sum_rows(double* sums, T* rounded, const T* x, u
     }
 }
 
-// to[i] = sum over p of parts[p * len + i], or that much more than it was. Thread = one i, SUM_THREADS a block.
+// to[i] = sum over p of parts[p * len + i], added to to[i] if `add`. Thread = one i; SUM_THREADS threads per block.
 template <class PART>
 __device__ __forceinline__ void sum_parts(float* to, const PART* parts, unsigned count, size_t len, bool add) {
     const size_t i = (size_t)blockIdx.x * SUM_THREADS + threadIdx.x;

@@ -1,5 +1,5 @@
-// Element types of activations and gradients, f32 and bf16, and accesses of one and of up to four elements. Sums and
-// statistics are f32 whatever the type.
+// Element types of activations and gradients, f32 and bf16, and loads and stores of one and of up to four elements.
+// Accumulators and statistics are f32 or f64 whatever the type.
 #pragma once
 #include <cuda_bf16.h>
 
@@ -28,7 +28,7 @@ __device__ __forceinline__ void store4(bf16* p, float4 v) {
 }
 
 // Up to four neighbours, p[i] .. p[i + 4], of which the first `count` (1 to 4) exist; the others load as zero and are
-// not stored. `vector`: all four exist and are aligned, and go in one access.
+// not stored. `vector`: all four exist and are aligned, so one access moves them.
 template <class T>
 __device__ __forceinline__ float4 load_group(const T* p, size_t i, unsigned count, bool vector) {
     if (vector) return load4(p + i);

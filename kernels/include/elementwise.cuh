@@ -1,18 +1,18 @@
-// Element-wise kernels. Tensors start on 256-byte boundaries, so that all groups of four but a short last one are read
-// and written in one access.
+// Element-wise kernels. Tensors start on 256-byte boundaries, so every group of four but a short last one takes one
+// access.
 //
-// mapping    block = 256 threads = 1024 elements, thread = 4 neighbours. With noise, that is one Philox block a thread,
-//            and random numbers never leave registers: word k % 4 of Philox block k / 4 is element k's
+// mapping    block = 256 threads = 1024 elements, thread = 4 neighbours. With noise, that is one Philox block per
+//            thread, and random numbers never leave registers: element k takes word k % 4 of Philox block k / 4
 //
 //            element   0 1 2 3 | 4 5 6 7 | 8 9 10 11 | ...
 //            thread       0    |    1    |     2     | ...
 #pragma once
 #include "dtype.cuh"
 
-// Number of the thread's first element.
+// Index of the thread's first element.
 __device__ __forceinline__ size_t first_element() { return 4 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x); }
 
-// How many of the thread's elements, from i on, exist: 1 to 4 if i < len.
+// Number of the thread's elements, from i on, that exist: 1 to 4 if i < len.
 __device__ __forceinline__ unsigned group_size(size_t i, size_t len) { return i + 4 <= len ? 4 : unsigned(len - i); }
 
 // y[i] = f(a[i]) for this thread's group.

@@ -1,13 +1,13 @@
-// What training steps measure: one row a step, written where it is computed and read by the host when the log asks.
+// What training steps measure: one row per step, in device memory, which the host reads when the log asks.
 #pragma once
 
-// Host twin: parts of the timesteps by which losses are summed.
+// Host twin: parts of the chain of timesteps by which losses are summed.
 constexpr int QUARTERS = 4;
 
 // Host twin: what one training step measures.
 struct MeterRow {
     double loss_sums[QUARTERS];  // sum of L_i over the images whose timestep is in the quarter
-    double counts[QUARTERS];     // how many they are
+    double counts[QUARTERS];     // how many such images
     double grad_norm;            // norm of the gradient before clipping
-    double clip;                 // the factor that clips it
+    double clip;                 // the clipping factor
 };

@@ -1,17 +1,18 @@
-// Counter-based random numbers, the same as src/rng.rs: Philox 4x32-10 (Salmon et al. 2011) with the seed as key and
-// (block, stream, step, purpose) as counter. Uniforms, integers and normals have the bits of the CPU's: the normals'
-// sums and products are written so that none is fused (__fmul_rn, __fadd_rn), as there.
+// Counter-based random numbers, as in src/rng.rs: Philox 4x32-10 (Salmon et al. 2011) with the seed as key and (block,
+// stream, step, purpose) as counter. Integers and normals have the CPU's bits: __fmul_rn and __fadd_rn keep the
+// normals' sums and products from being fused, as on the CPU.
 #pragma once
 #include <cstdint>
 
-// Host twin: threads of a block of the kernels that draw, each with four neighbours of an image: one Philox block.
+// Host twin: threads per block of the kernels that draw random numbers; a thread has four neighbours of an image, which
+// is one Philox block.
 constexpr int THREADS = 256;
 
 // Host twin: where random numbers come from. Image i of a batch draws from stream `stream + i`.
 struct Stream {
     uint32_t seed_lo, seed_hi;  // the seed, the key
     uint32_t step;              // training step, or timestep of the reverse process
-    uint32_t purpose;           // a number of rng::Purpose
+    uint32_t purpose;           // a value of rng::Purpose
     uint32_t stream;            // image, layer or parameter, as the purpose says
 };
 
@@ -21,7 +22,7 @@ __device__ __forceinline__ Stream of_image(Stream s, uint32_t i) {
     return s;
 }
 
-// The stream of the same place for another purpose.
+// The same stream for another purpose.
 __device__ __forceinline__ Stream for_purpose(Stream s, uint32_t purpose) {
     s.purpose = purpose;
     return s;
@@ -41,7 +42,7 @@ __device__ __forceinline__ uint4 philox(const Stream& s, uint32_t block) {
     return c;
 }
 
-// Natural logarithm of a positive normal number, to 2 ulp: see src/rng.rs.
+// Natural logarithm of a positive normal number, to 2 ulp; see src/rng.rs.
 __device__ __forceinline__ float philox_ln(float u) {
     const int e = int(__float_as_uint(u) - 0x3f3504f3u) >> 23;
     const float f = __fadd_rn(__uint_as_float(__float_as_uint(u) - (uint32_t(e) << 23)), -1.0f);
@@ -85,7 +86,7 @@ __device__ __forceinline__ float4 normals(const Stream& s, uint32_t block) {
     return make_float4(a.x, a.y, b.x, b.y);
 }
 
-// An integer uniform on 0..n without bias (Lemire 2019): words are taken until one is accepted.
+// An unbiased integer, uniform on 0..n (Lemire 2019): takes words until one is accepted.
 __device__ __forceinline__ uint32_t below(const Stream& s, uint32_t n) {
     const uint32_t refused = (0u - n) % n;
     for (uint32_t block = 0;; ++block) {

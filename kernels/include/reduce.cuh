@@ -1,7 +1,7 @@
-// Sums over a warp and over a block, in a fixed order: the same bits every time.
+// Reductions over a warp and over a block, in a fixed order: the same bits every time.
 #pragma once
 
-// Sum over the 32 lanes of a full warp; every lane gets it.
+// Sum over the 32 lanes of a full warp; every lane gets the result.
 template <class T>
 __device__ __forceinline__ T warp_sum(T v) {
     for (int offset = 16; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
@@ -14,7 +14,7 @@ __device__ __forceinline__ float warp_max(float v) {
 }
 
 // Sum over a block of THREADS (a multiple of 32, at most 1024) threads; every thread gets it. `scratch` is THREADS/32
-// elements of shared memory, free again when the call returns.
+// elements of shared memory, which may be reused when the call returns.
 template <int THREADS, class T>
 __device__ __forceinline__ T block_sum(T v, T* scratch) {
     static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole warps, and at most one sum a lane");

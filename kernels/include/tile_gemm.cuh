@@ -1,35 +1,36 @@
-// Matrix products by tiles: the core that the convolutions and the linear layer share. f32 FMA, f32 accumulators.
+// Tiled matrix products: the core shared by the convolutions and the linear layer. f32 FMA, f32 accumulators.
 //
-// computes   acc = sum over k of a[row, k] b[k, col], one tile of BM x BN results a block; where a and b come from is
-//            the business of two operands, which bring BK steps of k at a time into shared memory.
+// computes   acc = sum over k of a[row, k] b[k, col], one tile of BM x BN results per block. Two operands define where
+//            a and b come from; each brings BK steps of k at a time into shared memory.
 // mapping    block = 64 threads = one tile; thread = 8 x 8 results: rows r to r + 3 and the same half a tile below,
-//            columns likewise, BN/8 threads side by side. So a warp reads shared memory without conflicts, four
-//            wavefronts for 64 FMAs a lane. Two warps and not eight: a small tile wastes little of a small layer (7x7
-//            pixels, 32 channels) and gives it enough blocks, and 8x8 a thread still reads half as much as 4x4.
+//            columns likewise, BN/8 threads side by side. So a warp reads shared memory without bank conflicts, four
+//            16-byte loads for 64 FMAs per lane. Two warps, not eight: a small tile wastes little of a small layer (7x7
+//            pixels, 32 channels) and gives it enough blocks; and 8x8 per thread reads half as much per FMA as 4x4.
 // shared     two buffers of (BK x BM, BK x BN), k-major: 9 KB for 64x64, 11 KB for 128x32 and 32x128. While one is
-//            multiplied, the next is on its way through registers into the other: one barrier every BK steps of k.
-// bound by   FMA, where the tile is full
-// host       extents below 2^30, so that a walk by a tile beyond the last stays below 2^32
-// numerics   every result is summed over k in order, one FMA each, so that no tile shape and no neighbour changes its
+//            multiplied, the next travels through registers into the other: one barrier every BK steps of k.
+// bound by   FMA, if the tile is full
+// host       extents below 2^30, so that an index a tile beyond the last stays below 2^32
+// numerics   every result is summed over k in order, one FMA per step, so neither tile shape nor neighbours change its
 //            bits.
 //
-// Operands have fetch() (global memory to registers, the next BK of k) and put(tile) (registers to shared memory). Rows
-// and columns beyond the matrix repeat its last one: they are read, multiplied and not stored, which costs no test.
-// What is beyond the end of k is zero in both.
+// Operands have fetch() (the next BK steps of k, global memory to registers) and put(tile) (registers to shared
+// memory). Rows and columns beyond the matrix repeat its last one: they are read and multiplied but not stored, which
+// costs no test. Beyond the end of k both operands are zero.
 #pragma once
 #include "dtype.cuh"
 
-// Host twin: threads of a block that computes a tile.
+// Host twin: threads per block that computes a tile.
 constexpr int THREADS = 64;
 
-// Host twin: steps of k between two barriers. 16 are no faster and take 30 registers more for what is on its way.
+// Host twin: steps of k between two barriers. 16 are no faster in the emulator and take 30 more registers for data in
+// flight.
 constexpr int BK = 8;
 
 // Rows of shared memory are padded by four: see AlongK.
 template <int SIDE>
 using Side = float[BK][SIDE + 4];
 
-// How many quads of an operand each thread fetches.
+// Quads (four elements) of an operand that each thread fetches.
 template <int SIDE>
 constexpr int QUADS = SIDE * BK / 4 / THREADS;
 
@@ -68,7 +69,7 @@ struct Accumulators {
     }
 };
 
-// acc += the next `steps` BK of k.
+// acc += the product over the next steps * BK of k.
 template <class TILE, class A, class B>
 __device__ __forceinline__ void multiply(TILE& tile, A& a, B& b, unsigned steps, Accumulators<TILE>& acc) {
     for (unsigned step = 0;; ++step) {
@@ -80,11 +81,11 @@ __device__ __forceinline__ void multiply(TILE& tile, A& a, B& b, unsigned steps,
         if (step == steps) return;
         a.put(tile.a[step % 2]);
         b.put(tile.b[step % 2]);
-        __syncthreads();  // what was written above is read in the next round, and what was read is overwritten in it
+        __syncthreads();  // the next round reads what was written above and overwrites what was read
     }
 }
 
-// Four neighbours on their way from global to shared memory, in their own type: to convert them is to wait for them.
+// Four neighbours in flight from global to shared memory, in their own type: converting them would wait for them.
 template <class T>
 struct Quad;
 
@@ -113,10 +114,9 @@ struct Quad<bf16> {
     }
 };
 
-// How threads divide an operand whose memory runs along k (k-contiguous): quads of four k, transposed on their way. A
-// warp takes 16 rows and two neighbouring quads: whole 32-byte sectors of global memory (f32), and in shared memory,
-// whose rows of SIDE + 4 put the second quad 16 banks away from the first, every store of a warp meets 32 different
-// banks.
+// How threads divide an operand that is contiguous along k: quads of four k, transposed when they are put. A warp takes
+// 16 rows and two neighbouring quads: whole 32-byte sectors of global memory (f32). In shared memory rows of SIDE + 4
+// put the second quad 16 banks away from the first, so each store of a warp hits 32 different banks.
 struct AlongK {
     __device__ static int k() { return threadIdx.x % 2 * 4; }
     // The thread's i-th row of the tile.
@@ -135,8 +135,8 @@ struct AlongK {
     }
 };
 
-// How threads divide an operand whose memory runs along the tile's side: quads of four columns, a row of k by SIDE/4
-// neighbours.
+// How threads divide an operand that is contiguous along the tile's side: quads of four columns, SIDE/4 neighbouring
+// threads per step of k.
 template <int SIDE>
 struct AcrossK {
     __device__ static int col() { return threadIdx.x % (SIDE / 4) * 4; }
@@ -151,7 +151,7 @@ struct AcrossK {
     }
 };
 
-// Columns col to col + 3 of a row of `cols`, the last one again and again beyond the end.
+// Columns col to col + 3 of a row of `cols`; beyond the end the last ones repeat.
 template <class T>
 __device__ __forceinline__ void load_columns(Quad<T>& quad, const T* row, unsigned col, unsigned cols, bool vector) {
     if (vector) {
@@ -162,10 +162,10 @@ __device__ __forceinline__ void load_columns(Quad<T>& quad, const T* row, unsign
     }
 }
 
-// A matrix whose rows, `depth` long, run along k.
+// An operand with rows of `depth` elements, contiguous along k.
 template <class T, int SIDE>
 struct Rows {
-    const T* row[QUADS<SIDE>];  // walk along k: from a first row and an offset nvcc finds addresses anew in every step
+    const T* row[QUADS<SIDE>];  // advance along k: with a base and an offset nvcc recomputes addresses in every step
     unsigned k, depth;
     bool vector;  // depth divides by four
     Quad<T> quads[QUADS<SIDE>];
@@ -204,7 +204,7 @@ struct Rows {
     __device__ __forceinline__ void put(Side<SIDE>& tile) const { AlongK::put<T, SIDE>(tile, quads); }
 };
 
-// A matrix with a row of `cols` elements for each k.
+// An operand with a row of `cols` elements for each k.
 template <class T, int SIDE>
 struct Columns {
     const T* from;
@@ -234,8 +234,8 @@ struct Columns {
     __device__ __forceinline__ void put(Side<SIDE>& tile) const { AcrossK<SIDE>::put(tile, quads); }
 };
 
-// Four of a thread's results in one row of a matrix with `cols` columns: those that exist, in one access where four
-// divides cols.
+// Four neighbouring results of a thread in a row of `cols` columns: those that exist, in one access if four divides
+// cols.
 struct Four {
     unsigned col, count;
     bool vector;
@@ -253,7 +253,7 @@ __device__ __forceinline__ float4 operator+(float4 a, float4 b) {
     return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-// Leaves the tile that begins at (row, col) in `to` (rows, cols), or adds it to what is there.
+// Stores the tile that begins at (row, col) to `to` (rows, cols), or adds it if `add`.
 template <class TILE>
 __device__ __forceinline__ void store_tile(float* to, unsigned row, unsigned rows, unsigned col, unsigned cols,
                                            bool add, const Accumulators<TILE>& acc) {

@@ -1,8 +1,8 @@
-//! A device of shapes alone: tensors have extent and no elements, operations allocate and compute nothing. A training
-//! step on it takes a millisecond and tells how much memory the step takes elsewhere: its pool hands out what the real
-//! pools would, in their size classes, and counts. (PyTorch calls its device of this kind `meta`, too.)
+//! A device of shapes alone: tensors have a shape but no elements, and operations allocate but compute nothing. A
+//! training step on it takes a millisecond and shows how much memory the step needs on the real device: its pool counts
+//! the buffers the real pool would hand out, in the same size classes. (The name is PyTorch's.)
 //!
-//! Deliberately absent: the scratch space of the CPU's and the GPU's paths, which do not run here.
+//! Deliberately absent: the scratch space of the CPU and GPU paths, which do not run here.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,19 +10,19 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::{PoolStats, size_class};
 use crate::shape::DType;
 
-/// Stands for a device in questions of memory; cloning clones the handle.
+/// Stands for a device in questions of memory. Cloning clones the handle.
 #[derive(Clone)]
 pub struct Meta(Arc<Inner>);
 
 struct Inner {
     activations: DType,
     gpu: bool,
-    /// Bytes of the unit in which the pool it stands for hands out memory.
+    /// Allocation unit, in bytes, of the pool it stands for.
     unit: usize,
     shelves: Mutex<Shelves>,
 }
 
-/// Returned buffers: how many there are of each size.
+/// Number of returned buffers of each size.
 #[derive(Default)]
 struct Shelves {
     free: HashMap<usize, usize>,
@@ -44,7 +44,7 @@ impl Meta {
         self.0.gpu
     }
 
-    /// What the pool has counted so far.
+    /// The pool's counters.
     pub fn pool_stats(&self) -> PoolStats {
         self.shelves().stats
     }
@@ -70,13 +70,13 @@ impl Meta {
         Buffer { size, meta: self.clone() }
     }
 
-    /// The counters stay consistent between statements, so a panic elsewhere does not spoil them.
+    /// A panic cannot leave the counters inconsistent, so a poisoned lock is safe to use.
     fn shelves(&self) -> MutexGuard<'_, Shelves> {
         self.0.shelves.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Memory that is counted and not there; goes back to its pool when dropped.
+/// Memory that is counted but does not exist; returns to its pool when dropped.
 pub struct Buffer {
     size: usize,
     meta: Meta,

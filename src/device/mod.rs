@@ -1,7 +1,7 @@
 //! Where tensors live and operations run.
 //!
 //! Operations match on [`Device`] themselves; there is no backend trait. Buffers come from the device's pool and return
-//! to it when their last handle is dropped, so that a training step, once warm, allocates nothing.
+//! to it when their last handle is dropped, so a warm training step asks the system for no memory.
 
 pub mod cpu;
 pub mod cuda;
@@ -16,11 +16,11 @@ use crate::kernels;
 use crate::names::names;
 use crate::shape::DType;
 
-/// Memory of a tensor, on its device.
+/// A tensor's memory, on its device.
 pub enum Buffer {
-    /// The host's.
+    /// Host memory.
     Cpu(cpu::Buffer),
-    /// A GPU's.
+    /// Device memory.
     Cuda(cuda::Buffer),
     /// None.
     Meta(meta::Buffer),
@@ -29,12 +29,12 @@ pub enum Buffer {
 /// What `--device` asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Choice {
-    /// The best there is.
+    /// The first GPU that can run the kernels, otherwise the CPU.
     #[default]
     Auto,
     /// The host's cores.
     Cpu,
-    /// An NVIDIA GPU by its number.
+    /// The NVIDIA GPU of this number.
     Cuda(usize),
 }
 
@@ -54,7 +54,7 @@ impl FromStr for Choice {
     }
 }
 
-/// What `--precision` asks for: the type of activations and gradients. Weights are always f32.
+/// What `--precision` asks for: the type of activations and their gradients. The master weights are always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
     /// 32-bit floats.
@@ -78,14 +78,14 @@ pub enum Device {
 }
 
 impl Device {
-    /// The device that the command line asks for. `auto` is the first GPU if this build has kernels, there is a driver
-    /// and a GPU that they run on; otherwise the CPU.
+    /// Opens the device that the command line asks for. `auto` is the first GPU that can run this build's kernels,
+    /// otherwise the CPU.
     ///
     /// # Errors
-    /// `Error::Failed` for a GPU or a precision that cannot be had, `Error::Usage` for a `DDPM_CUDA_SIMD` that names no
-    /// vector instructions.
+    /// `Error::Failed` for a GPU or precision that is not available, `Error::Usage` for a `DDPM_CUDA_SIMD` that is not
+    /// a SIMD level.
     pub fn open(choice: Choice, precision: Precision) -> Result<Self> {
-        // On a GPU as well: data is prepared on the host.
+        // For a GPU too: the host prepares its data.
         cpu::simd::limit().map_err(Error::Usage)?;
         let activations = match precision {
             Precision::F32 => DType::F32,
@@ -111,19 +111,19 @@ impl Device {
         Device::Cpu(cpu::Pool::new(false))
     }
 
-    /// The CPU with a guarded pool: buffers are full of NaN when handed out and stand between guard words that are
-    /// checked when they come back. Tests use it to see that an operation writes all of its output and nothing else.
+    /// The CPU with a guarded pool: buffers are filled with NaN when handed out and lie between guard words that are
+    /// checked when they come back. Tests use it to show that an operation writes all of its output and nothing else.
     pub fn cpu_guarded() -> Self {
         Device::Cpu(cpu::Pool::new(true))
     }
 
-    /// A device of shapes alone that counts memory as this one would take it.
+    /// A meta device that counts memory as this device would use it.
     pub fn meta(&self) -> Self {
         let unit = if self.is_gpu() { cuda::UNIT } else { cpu::UNIT };
         Device::Meta(meta::Meta::new(self.activations(), self.is_gpu(), unit))
     }
 
-    /// True for a GPU and for what stands for one.
+    /// True for a GPU and for a meta device that stands for one.
     pub fn is_gpu(&self) -> bool {
         match self {
             Device::Cpu(_) => false,
@@ -144,7 +144,7 @@ impl Device {
     /// A buffer for `len` elements, contents arbitrary.
     ///
     /// # Errors
-    /// A GPU without enough memory.
+    /// Out of GPU memory.
     pub fn alloc(&self, dtype: DType, len: usize) -> Result<Buffer> {
         match self {
             Device::Cpu(pool) => {
@@ -156,7 +156,7 @@ impl Device {
         }
     }
 
-    /// Scratch space of an operation's CPU path.
+    /// Scratch space of `len` floats for an operation's CPU path. CPU only.
     pub(crate) fn scratch(&self, len: usize) -> cpu::Buffer {
         match self {
             Device::Cpu(pool) => cpu::Pool::alloc(pool, len),
@@ -164,7 +164,7 @@ impl Device {
         }
     }
 
-    /// What the pool has done so far.
+    /// The pool's counters.
     pub fn pool_stats(&self) -> PoolStats {
         match self {
             Device::Cpu(pool) => pool.stats(),
@@ -173,10 +173,10 @@ impl Device {
         }
     }
 
-    /// Waits until everything asked of the device is done.
+    /// Waits until the device has finished all its work.
     ///
     /// # Errors
-    /// What went wrong on a GPU meanwhile.
+    /// A GPU error, including one from a kernel launched earlier.
     pub fn synchronize(&self) -> Result<()> {
         match self {
             Device::Cpu(_) | Device::Meta(_) => Ok(()),
@@ -195,8 +195,8 @@ impl fmt::Display for Device {
     }
 }
 
-/// Bytes that pools take for a buffer of `bytes`: the next number of units of the form `(8..16) 2^k`. From 64 MiB on,
-/// where there is one buffer of a size and the rounding would be felt, the number of units itself.
+/// Bytes a pool uses for a buffer of `bytes`: rounded up to a multiple of `unit` of the form `(8..16) 2^k` units, or to
+/// the next unit from 64 MiB on, where sizes are rarely shared and rounding would waste much.
 fn size_class(bytes: usize, unit: usize) -> usize {
     let units = bytes.div_ceil(unit);
     if bytes >= 64 << 20 {

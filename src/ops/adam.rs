@@ -1,6 +1,6 @@
 //! The whole parameter update in one pass: gradient clipping, Adam or AdamW, and the moving average of the weights.
 //!
-//! With the step's number k from 1:
+//! With the update's number k, from 1:
 //!
 //! ```text
 //! g   = clip g                                   clip: min(1, max_norm / |g|), see grad_norm
@@ -11,9 +11,9 @@
 //! ema = ema + (1 - ema_decay) (w - ema)
 //! ```
 //!
-//! eps stands outside the bias correction, where PyTorch has it. Buffers are flat and of one length; where all of w, g,
-//! m, v and ema are zero (the gaps between parameters) they stay zero. Numerics: f32; the factors are computed in f64,
-//! so `1 - beta2` and `1 - ema_decay` keep their digits. Bound by memory: 20 bytes read and 16 written per parameter.
+//! eps is outside the bias correction, as in PyTorch. Buffers are flat and have the same length; where w, g, m, v and
+//! ema are all zero (the gaps between parameters) they stay zero. Numerics: f32; the factors are computed in f64, so `1
+//! - beta2` and `1 - ema_decay` keep their digits. Bound by memory: 20 bytes read and 16 written per parameter.
 
 use crate::device::Device;
 use crate::error::Result;
@@ -22,7 +22,7 @@ use crate::meter::Meter;
 use crate::params::Params;
 use crate::tensor::Tensor;
 
-/// Numbers of one update.
+/// Settings of one update.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Update {
     /// Number of this update, from 1.
@@ -33,7 +33,7 @@ pub struct Update {
     pub beta1: f64,
     /// Decay of the mean of squared gradients.
     pub beta2: f64,
-    /// Added to the root of the corrected mean of squares.
+    /// Added to the square root of the bias-corrected mean of squares.
     pub eps: f64,
     /// AdamW's decoupled weight decay, 0 for Adam.
     pub weight_decay: f64,
@@ -42,7 +42,7 @@ pub struct Update {
 }
 
 impl Update {
-    /// The factors that the kernel multiplies by; the gradient's clipping factor is on the device.
+    /// The factors the kernel multiplies by, except the clipping factor, which is on the device.
     pub(crate) fn factors(&self) -> AdamFactors {
         let f = Factors::<f32>::new(self, 1.0);
         AdamFactors {
@@ -58,7 +58,7 @@ impl Update {
     }
 }
 
-/// The state of one update, all flat buffers of the parameters' length.
+/// What one update reads and writes: flat buffers, all of the parameters' length.
 pub struct State<'a> {
     /// Weights.
     pub w: &'a mut Params,
@@ -72,11 +72,12 @@ pub struct State<'a> {
     pub g: &'a Tensor,
 }
 
-/// Updates weights, moments and moving average in place, the gradient multiplied by the clipping factor of the meter's
-/// row, where [`grad_norm`](crate::ops::grad_norm::grad_norm) left it. On a GPU that was halted nothing changes.
+/// Updates weights, moments and moving average in place. The gradient is multiplied by the clipping factor that
+/// [`grad_norm`](crate::ops::grad_norm::grad_norm) wrote to the meter's row. On a GPU whose updates are halted nothing
+/// changes.
 ///
 /// # Errors
-/// A GPU that fails.
+/// A GPU error.
 pub fn adam(device: &Device, state: State<'_>, update: &Update, meter: &mut Meter) -> Result<()> {
     let State { w, ema, m, v, g } = state;
     let ((w, rounded), (ema, ema_rounded)) = (w.tensors_mut(), ema.tensors_mut());
@@ -98,14 +99,14 @@ pub fn adam(device: &Device, state: State<'_>, update: &Update, meter: &mut Mete
     }
 }
 
-/// The moving average's decay at update `step` (from 1): `min(decay, (1 + step)/(10 + step))`. A short run averages
-/// over its last tenth instead of remembering its random start; `decay` itself is reached at step `9/(1 - decay)`,
-/// 90,000 for 0.9999.
+/// The moving average's decay at update `step` (from 1): `min(decay, (1 + step)/(10 + step))`. So a short run averages
+/// over about its last tenth instead of remembering its random start. `decay` itself is reached at about step `9/(1 -
+/// decay)`, 90,000 for 0.9999.
 pub fn ema_decay(decay: f64, step: u64) -> f64 {
     decay.min((1.0 + step as f64) / (10.0 + step as f64))
 }
 
-/// The factors of one update, rounded for a float type.
+/// The factors of one update, rounded to a float type.
 struct Factors<T> {
     clip: T,
     keep: T,
@@ -164,7 +165,7 @@ mod cpu {
     use super::*;
     use crate::device::cpu::simd;
 
-    /// Elements per task: five slices of 64 KiB, large against the cost of handing out a task.
+    /// Elements per task: five slices of 64 KiB, large compared with the cost of scheduling a task.
     const CHUNK: usize = 1 << 14;
 
     pub fn update([w, ema, m, v]: [&mut [f32]; 4], g: &[f32], update: &Update, clip: f64) {

@@ -1,7 +1,7 @@
 //! `y = a + b`, element by element.
 //!
 //! Gradient: `da = dy`, `db = dy`: one tensor, two handles, nothing computed. Nothing is saved. One rounding per
-//! element. Also the sum by which the tape joins two gradients of one value.
+//! element. The tape also uses this sum to add two gradients of one value.
 
 use rayon::prelude::*;
 
@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
 use crate::tensor::Tensor;
 
-/// `a + b` for two values of one shape.
+/// `a + b`; both have the same shape.
 pub fn add(tape: &mut Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
     assert_eq!(a.shape(), b.shape(), "add: a is {}, b is {}", a.shape(), b.shape());
     let y = match tape.device() {
@@ -44,7 +44,7 @@ impl Backward for AddBackward {
     }
 }
 
-/// `sum + term`, in the buffer of whichever nobody else holds.
+/// `sum + term`, in place in whichever buffer no other handle shares, else in a new one.
 pub(crate) fn accumulate(device: &Device, mut sum: Tensor, mut term: Tensor) -> Result<Tensor> {
     assert_eq!(sum.shape(), term.shape(), "gradients of one value: {} and {}", sum.shape(), term.shape());
     if !sum.is_unique() {
@@ -84,7 +84,7 @@ pub mod reference {
 mod cpu {
     use super::*;
 
-    /// Elements per task: 64 KiB of output, large against the cost of handing out a task.
+    /// Elements per task: 64 KiB of output, large compared with the cost of scheduling a task.
     const CHUNK: usize = 1 << 14;
 
     pub fn add(y: &mut [f32], a: &[f32], b: &[f32]) {

@@ -1,40 +1,41 @@
 //! Scaled dot-product attention over the pixels of an image (Vaswani et al. 2017, eq. 1), one head or several.
 //!
 //! `q`, `k`, `v`, `y (n,h,w,c)` are read as `T = h w` tokens of `c` channels; head `e` has the `d = c/heads` channels
-//! from `e d`. For one image and head, with `i` and `j` tokens:
+//! starting at `e d`. For one image and head, with `i` and `j` tokens:
 //!
 //! ```text
 //! S_ij = q_i . k_j / sqrt(d)      m_i = max_j S_ij      r_i = 1 / sum_j exp(S_ij - m_i)
 //! P_ij = exp(S_ij - m_i) r_i      y_i = sum_j P_ij v_j
 //! ```
 //!
-//! Gradient: `dP_ij = dy_i . v_j`; the softmax's is `dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij)`; with those
+//! Gradient: `dP_ij = dy_i . v_j`; through the softmax, `dS_ij = P_ij (dP_ij - sum_j P_ij dP_ij)`; then
 //!
 //! ```text
 //! dq_i = sum_j dS_ij k_j / sqrt(d)      dk_j = sum_i dS_ij q_i / sqrt(d)      dv_j = sum_i P_ij dy_i
 //! ```
 //!
-//! Saved: `q`, `k`, `v` and, for each row, `m` and `r` (2 numbers for `T` probabilities; together they are the
-//! log-sum-exp `m - log r`, which as one f32 would lose digits of `r` when `m` is large). The backward pass computes
-//! `P` again. On a GPU also `y`, since there `sum_j P_ij dP_ij` is computed as `dy_i . y_i`, and in bf16 what rounding
-//! took from `y`.
+//! Saved: `q`, `k`, `v` and, for each row, `m` and `r` (2 numbers for `T` probabilities). Together they are the
+//! log-sum-exp `m - log r`, but as one f32 it would lose digits of `r` when `m` is large. The backward pass recomputes
+//! `P`. A GPU also saves `y`, since it computes `sum_j P_ij dP_ij` as `dy_i . y_i`, and in bf16 the rounding error of
+//! `y`.
 //!
-//! Numerics: no exponential exceeds 1, since the row's largest score is taken off first (on a GPU the largest so far,
-//! and what has been summed is scaled down when it grows). All sums are f32 and run over `k`'s (or `q`'s) tokens in
-//! order, so the bits of an image depend neither on its batch nor on the number of threads.
+//! Numerics: no exponential exceeds 1, since the row's largest score is subtracted first (on a GPU the largest so far;
+//! the sums are rescaled when it grows). All sums are f32 and run over `k`'s (or `q`'s) tokens in order, so the bits of
+//! an image depend neither on its batch nor on the number of threads.
 //!
-//! Work: `4 n T^2 c` FLOP forward, `10 n T^2 c` backward (five products; the scores once more is one of them; on a GPU
-//! seven, for `dq` and for `dk`, `dv` apart, so that each sum has one owner and an order). Memory on a GPU: rows of
-//! numbers, no scores. On the CPU: forward, a block of rows of `S` for each thread; backward, `P` and `dS` of some
-//! heads at a time, 8 MiB each, or some rows of one head where its scores alone exceed that.
+//! Work: `4 n T^2 c` FLOP forward, `10 n T^2 c` backward: five products, one of which recomputes the scores. A GPU does
+//! seven, because `dq` is a separate pass from `dk` and `dv`, so that each sum has one owner and a fixed order. Scratch
+//! on a GPU: `delta`, one number per row and head; no scores. On the CPU: forward, a block of rows of `S` per thread;
+//! backward, `P` and `dS` of some heads at a time, 8 MiB each, or of some rows of one head if its scores alone exceed
+//! that.
 
 use crate::device::Device;
 use crate::error::Result;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
 use crate::tensor::{DType, Shape, Tensor};
 
-/// Attention of every token of `q` over all tokens of its image; three tensors of one shape, whose channels `heads`
-/// divides.
+/// Attention of every token of `q` over all tokens of its image. `q`, `k` and `v` have the same shape, and `heads`
+/// divides its channels.
 pub fn attention(tape: &mut Tape<'_>, q: &Var, k: &Var, v: &Var, heads: usize) -> Result<Var> {
     let shape = q.shape();
     assert!(
@@ -47,7 +48,7 @@ pub fn attention(tape: &mut Tape<'_>, q: &Var, k: &Var, v: &Var, heads: usize) -
 
     let mut y = Tensor::uninit(tape.device(), q.value().dtype(), shape)?;
     let mut rows = Tensor::uninit(tape.device(), DType::F32, Shape::new(shape.n, heads, 2, shape.pixels()))?;
-    // A GPU takes delta from the output, and in bf16 from what rounding took of it, too; the CPU computes it anew.
+    // A GPU computes delta from the output, in bf16 also from its rounding error; the CPU computes it from P and dP.
     let on_gpu = tape.device().is_gpu();
     let mut lost = (on_gpu && tape.is_recording() && y.dtype() == DType::Bf16)
         .then(|| Tensor::uninit(tape.device(), DType::Bf16, shape))
@@ -76,11 +77,11 @@ pub fn attention(tape: &mut Tape<'_>, q: &Var, k: &Var, v: &Var, heads: usize) -
 struct AttentionBackward {
     ids: [Option<VarId>; 3],
     qkv: [Tensor; 3],
-    /// (n, heads, 2, T): `m`, then `r`; on a GPU `m log2 e`.
+    /// (n, heads, 2, T): `m` (on a GPU `m log2 e`), then `r`.
     rows: Tensor,
-    /// On a GPU.
+    /// The output. GPU only.
     y: Option<Tensor>,
-    /// What rounding to bf16 took from `y`, in bf16.
+    /// The rounding error of `y` in bf16. GPU only.
     lost: Option<Tensor>,
     heads: usize,
 }
@@ -154,8 +155,8 @@ pub mod reference {
         [dq, dk, dv]
     }
 
-    /// Calls `f` for each image, head and token with where the token's channels of that head start, where those of the
-    /// keys start, and the row of `P`.
+    /// Calls `f` for each image, head and token with the offset of the token's channels of that head, the offsets of
+    /// all keys' channels, and the row of `P`.
     fn each_row<T: Float>(q: &[T], k: &[T], shape: Shape, heads: usize, mut f: impl FnMut(usize, &[usize], &[T])) {
         let (d, tokens) = (shape.c / heads, shape.pixels());
         for (image, head) in (0..shape.n * heads).map(|pair| (pair / heads, pair % heads)) {
@@ -188,14 +189,14 @@ mod cpu {
     use crate::device::cpu::simd::{self, Isa, Simd};
     use crate::device::cpu::vector::{Vector, with_vector};
 
-    /// Rows of scores in a task, at most: three register tiles high, so that a panel of keys is used three times for
-    /// once from the L2 cache, and few enough that 256 tokens of one image are 7 tasks.
+    /// Most rows of scores per task: three register tiles of AVX-512, so that a panel of keys read from L2 once is used
+    /// three times, and few enough that 256 tokens of one image make 7 tasks.
     const BLOCK: usize = 42;
 
-    /// Scores held at a time by the backward pass: 8 MiB of `P` and as much of `dS`.
+    /// Scores the backward pass holds at a time: 8 MiB of `P` and as much of `dS`.
     const SCORES: usize = 1 << 21;
 
-    /// What both directions need to know.
+    /// What both passes need.
     pub struct Job<'a> {
         pub device: &'a Device,
         pub shape: Shape,
@@ -216,12 +217,12 @@ mod cpu {
             (self.d() as f32).sqrt().recip()
         }
 
-        /// Where row `token` of a pair (image, head) starts in a tensor of `shape`.
+        /// Offset of row `token` of a pair (image, head) in a tensor of `shape`.
         fn at(&self, pair: usize, token: usize) -> usize {
             (pair / self.heads * self.tokens() + token) * self.shape.c + pair % self.heads * self.d()
         }
 
-        /// All pairs, as many at a time as [`SCORES`] allows.
+        /// All pairs (image, head), as many at a time as [`SCORES`] allows.
         fn waves(&self) -> impl Iterator<Item = Range<usize>> {
             let pairs = self.shape.n * self.heads;
             let together = (SCORES / (self.tokens() * self.tokens())).max(1);
@@ -229,8 +230,8 @@ mod cpu {
         }
     }
 
-    /// One of `q`, `k`, `v`, `dy` for the pairs of a wave, as the right factor of products: panels, one behind the
-    /// other.
+    /// One of `q`, `k`, `v`, `dy` for the pairs of a wave, packed into consecutive panels as the right factor of
+    /// products.
     struct Packed {
         buffer: Buffer,
         first_pair: usize,
@@ -240,7 +241,7 @@ mod cpu {
     }
 
     impl Packed {
-        /// Tokens along the rows: the factor is `(T, d)`; or, `transposed`, along the columns: `(d, T)`.
+        /// The factor is `(T, d)`, tokens along the rows; or, if `transposed`, `(d, T)`.
         fn new<V: Vector>(isa: V::Token, job: &Job<'_>, pairs: Range<usize>, x: &[f32], transposed: bool) -> Self {
             assert_eq!(x.len(), job.shape.len(), "a factor of {}", job.shape);
             let (depth, columns) = if transposed { (job.d(), job.tokens()) } else { (job.tokens(), job.d()) };
@@ -251,9 +252,9 @@ mod cpu {
             gemm::for_each_task(pairs.len() * panels, |i| {
                 let (pair, first) = (pairs.start + i / panels, i % panels * panel_width::<V>());
                 let count = panel_width::<V>().min(columns - first);
-                // SAFETY: the pair has tokens and channels 0..depth and first..first + count, so all that is read is in
-                // `x`, which has the length asserted; task i alone has the i-th panel of the buffer,
-                // `depth * panel_width` long.
+                // SAFETY: the pair has tokens and channels 0..depth and first..first + count (either way round), so
+                // everything read is in `x`, which has the length asserted; task i alone has the i-th panel of the
+                // buffer, `depth * panel_width` long.
                 unsafe {
                     let (panel, c) = (out.at(i * each), job.shape.c);
                     if transposed {
@@ -277,8 +278,7 @@ mod cpu {
         }
     }
 
-    /// A left factor: `rows` rows of `depth` numbers, a row every `stride`; or, transposed, `depth` rows of `rows`
-    /// numbers.
+    /// A left factor: `rows` rows of `depth` floats, `stride` apart; or, transposed, `depth` rows of `rows` floats.
     #[derive(Clone, Copy)]
     struct Left<'a> {
         x: &'a [f32],
@@ -288,11 +288,12 @@ mod cpu {
     }
 
     impl Left<'_> {
-        /// The product with `right`'s rows from `from` on, to rows of `stride` at `c`: written there, or `add`ed.
+        /// The product with `right`'s rows from `from` on, written to rows `stride` apart at `c`, or added there if
+        /// `add`.
         ///
         /// # Safety
-        /// `rows` rows of `right.columns` numbers, a row every `stride`, are writable at `c` and the caller's task's
-        /// alone; to be added to, they are initialised.
+        /// `rows` rows of `right.columns` floats, `stride` apart, are writable at `c` and belong to the caller's task
+        /// alone; if `add`, they are initialised.
         #[allow(clippy::too_many_arguments)]
         unsafe fn times<V: Vector, const TRANSPOSED: bool>(
             self,
@@ -345,10 +346,9 @@ mod cpu {
             slots.run(pairs.len() * blocks, |i, scratch| {
                 let (pair, block) = (pairs.start + i / blocks, nth_chunk(tokens, blocks, i % blocks));
                 let s = &mut scratch[..block.len() * tokens]; // (block, T)
-                // SAFETY: this task alone has this block of the pair: of its rows of `y` the channels of its head, and
-                // of `rows` the block's `m` and `r`, from `2 T pair` and `2 T pair + T`, which do not overlap; all of
-                // them are within the tensors, which have the lengths asserted. `s` has a row of T for each row of the
-                // block.
+                // SAFETY: this task alone has this block of the pair: in `y` its rows' channels of the head, in `rows`
+                // the block's `m` and `r`, after `2 T pair` and `2 T pair + T`, which do not overlap. All of these are
+                // within the tensors, which have the lengths asserted. `s` has a row of T for each row of the block.
                 unsafe {
                     let left = Left { x: &q[job.at(pair, block.start)..], stride: c, rows: block.len(), depth: d };
                     left.times::<V, false>(isa, &keys, pair, 0, s.as_mut_ptr(), tokens, false);
@@ -371,8 +371,8 @@ mod cpu {
         with_vector!(Isa::best(), V, isa => backward_by::<V>(isa, job, dqkv, qkv, rows, dy));
     }
 
-    /// Two rounds for each wave: blocks of rows of `P` and `dS`, and with them `dq`; then blocks of their columns, with
-    /// them `dk` and `dv`.
+    /// Two rounds per wave: first blocks of rows of `P` and `dS`, and from them `dq`; then blocks of their columns, and
+    /// from them `dk` and `dv`.
     fn backward_by<V: Vector>(
         isa: V::Token,
         job: &Job<'_>,
@@ -390,8 +390,7 @@ mod cpu {
             let values = Packed::new::<V>(isa, job, pairs.clone(), v, true); // (d, T)
             let [queries, keys_by_token, dy_by_token] =
                 [q, k, dy].map(|x| Packed::new::<V>(isa, job, pairs.clone(), x, false)); // (T, d)
-            // As many rows of each pair at a time as the scores' memory holds: all of them, unless there is only one
-            // pair.
+            // As many rows of each pair at a time as [`SCORES`] allows: all of them, unless the wave is a single pair.
             let together = tokens.min((SCORES / tokens).max(BLOCK));
             let mut p = job.device.scratch(pairs.len() * together * tokens); // (pairs, together, T)
             let mut ds = job.device.scratch(pairs.len() * together * tokens); // (pairs, together, T)
@@ -407,7 +406,7 @@ mod cpu {
                     let from = ((pair - pairs.start) * together + block.start) * tokens;
                     let left = |x| Left { x, stride: c, rows: block.len(), depth: d };
                     // SAFETY: this task alone has these rows of P and dS, `len` numbers from `from` on in buffers of
-                    // (pairs, together, T); the products write them all before they are lent as slices.
+                    // (pairs, together, T); the products write all of them before they are lent as slices.
                     let (p, ds) = unsafe {
                         left(&q[at..]).times::<V, false>(isa, &keys, pair, 0, all_p.at(from), tokens, false);
                         left(&dy[at..]).times::<V, false>(isa, &values, pair, 0, all_ds.at(from), tokens, false);
@@ -441,7 +440,7 @@ mod cpu {
     }
 
     simd::dispatch! {
-        /// Rows of scores before their scale, `s`, become rows of `P / r`; `m` and `r` are for the output and for the
+        /// Turns rows of unscaled scores `s` into rows of `P / r`, and writes `m` and `r` for the output and the
         /// backward pass.
         fn softmax<S>(s: &mut [f32], m: &mut [f32], r: &mut [f32], scale: f32) {
             let tokens = s.len() / m.len();
@@ -461,8 +460,7 @@ mod cpu {
     }
 
     simd::dispatch! {
-        /// `p` comes in as scores before their scale and leaves as `P`; `ds` comes in as `dP` and leaves as `dS`, times
-        /// the scale.
+        /// `p` holds unscaled scores and becomes `P`; `ds` holds `dP` and becomes `dS` times the scale.
         fn softmax_gradient<S>(p: &mut [f32], ds: &mut [f32], m: &[f32], r: &[f32], scale: f32) {
             let tokens = p.len() / m.len();
             for (((p, ds), m), r) in p.chunks_exact_mut(tokens).zip(ds.chunks_exact_mut(tokens)).zip(m).zip(r) {
@@ -474,7 +472,8 @@ mod cpu {
         }
     }
 
-    // The reductions have 16 lanes, joined in order at the end: vectors on every machine, the same order on each.
+    // The reductions have 16 lanes, joined in order at the end: they vectorise at every level, and the order is the
+    // same at each.
 
     #[inline(always)]
     fn largest(x: &[f32]) -> f32 {
@@ -505,7 +504,7 @@ mod cpu {
         lanes.iter().chain(&*rest).sum()
     }
 
-    /// `p` comes in as scores before their scale and leaves as `P`; returns the sum of `P dP`.
+    /// `p` holds unscaled scores and becomes `P`; returns the sum of `P dP`.
     #[inline(always)]
     fn probabilities<S: Simd>(p: &mut [f32], dp: &[f32], m: f32, r: f32, scale: f32) -> f32 {
         let ((chunks, rest), (dp_chunks, dp_rest)) = (p.as_chunks_mut::<16>(), dp.as_chunks::<16>());
@@ -535,7 +534,8 @@ mod cuda {
     use crate::kernels::attention::{B_R, B_R_D512, THREADS};
     use crate::kernels::{ByType, attention as kernels};
 
-    /// The entries compiled for heads of up to `d` channels: forward, backward for q, backward for k and v.
+    /// The entries compiled for heads of up to `d` channels, and the rows (tokens) per block: forward, backward for q,
+    /// backward for k and v.
     struct Size {
         d: usize,
         rows: u32,
@@ -558,7 +558,7 @@ mod cuda {
         },
     ];
 
-    /// What all passes over tensors of one shape have in common.
+    /// What all passes over tensors of one shape share.
     struct Job<'a> {
         gpu: &'a Gpu,
         shape: Shape,
@@ -589,8 +589,8 @@ mod cuda {
             ((self.shape.c / self.heads) as f64).sqrt().recip()
         }
 
-        /// The last parameters: extents, scales, and whether rows of 4 channels are aligned: if and only if 4 divides
-        /// d, and with it c.
+        /// The last parameters: extents, scales, and whether groups of 4 channels are aligned, which holds if and only
+        /// if 4 divides d.
         fn extents(&self, launch: Launch<'a>, scales: &[f64]) -> Launch<'a> {
             let launch = launch.u32(self.shape.pixels()).u32(self.shape.c).u32(self.heads);
             let launch = scales.iter().fold(launch, |launch, &scale| launch.f32(scale as f32));

@@ -1,7 +1,8 @@
 //! `y = [a, b]` along the channels: `a (n,h,w,c_a)`, `b (n,h,w,c_b)`, `y (n,h,w,c_a + c_b)`.
 //!
-//! Gradient: `da` and `db` are the two parts of `dy`. Nothing is saved; numbers are only copied, so results are exact.
-//! Least traffic: every number read once and written once, `8 (c_a + c_b)` bytes a pixel, forward and backward.
+//! Gradient: `da` and `db` are the two parts of `dy`. Nothing is saved. Elements are only copied, so results are exact.
+//! Least traffic: every element read once and written once, `8 (c_a + c_b)` bytes per pixel in f32, forward and
+//! backward.
 
 use rayon::prelude::*;
 
@@ -10,7 +11,7 @@ use crate::error::Result;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
 use crate::tensor::{Shape, Tensor};
 
-/// `b` behind `a`, channel-wise; everything but the number of channels has to agree.
+/// `a` and `b` concatenated along the channels; everything but the number of channels must agree.
 pub fn concat(tape: &mut Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
     let (a_shape, b_shape) = (a.shape(), b.shape());
     assert_eq!(a_shape.with_c(0), b_shape.with_c(0), "concat: a is {a_shape}, b is {b_shape}");
@@ -59,13 +60,13 @@ impl Backward for ConcatBackward {
 pub mod reference {
     use std::ops::Range;
 
-    /// Rows of `c_a` numbers and rows of `c_b` numbers, joined row by row.
+    /// Rows of `c_a` and rows of `c_b` elements, joined row by row.
     pub fn forward<T: Copy>(a: &[T], b: &[T], c_a: usize, c_b: usize) -> Vec<T> {
         let rows = a.chunks_exact(c_a).zip(b.chunks_exact(c_b));
         rows.flat_map(|(a, b)| a.iter().chain(b).copied()).collect()
     }
 
-    /// The channels `part` of every row of `c` numbers: the gradient of the input that stands there.
+    /// The channels `part` of every row of `c` elements: the gradient of the input at those channels.
     pub fn backward<T: Copy>(dy: &[T], c: usize, part: Range<usize>) -> Vec<T> {
         dy.chunks_exact(c).flat_map(|row| &row[part.clone()]).copied().collect()
     }
@@ -75,7 +76,7 @@ mod cpu {
     use super::*;
     use std::ops::Range;
 
-    /// Numbers per task: 64 KiB, large against the cost of handing out a task.
+    /// Elements per task: 64 KiB, large compared with the cost of scheduling a task.
     const CHUNK: usize = 1 << 14;
 
     pub fn forward(y: &mut [f32], a: &[f32], b: &[f32], c_a: usize, c_b: usize) {

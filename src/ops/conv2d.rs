@@ -1,20 +1,20 @@
-//! `y[n,i,j,o] = b[o] + sum over u,v,k of x[n, i s + u - top, j s + v - left, k] w[o,u,v,k]`, and on the way out
+//! `y[n,i,j,o] = b[o] + sum over u,v,k of x[n, i s + u - top, j s + v - left, k] w[o,u,v,k]`, and in the epilogue
 //! `+ shift[n,o] + residual[n,i,j,o]`.
 //!
 //! Shapes: `x` (n, h, w, c_in), `w` (c_out, kh, kw, c_in), `b` (c_out), `y` (n, oh, ow, c_out) with `oh = (h + top +
 //! bottom - kh) / s + 1`, likewise `ow`; `x` is zero outside. The shift, (n, 1, 1, c_out), is the time projection of a
-//! residual block, and the residual, shaped like `y`, its skip: both ride on a store that happens anyway.
+//! residual block, and the residual, shaped like `y`, its skip: adding them in the epilogue saves passes over `y`.
 //!
-//! Gradient, each by the chain rule on the one line above:
+//! Gradients, by the chain rule:
 //! - `dx[n,p,q,k] = sum over o,u,v with p = i s + u - top, q = j s + v - left of dy[n,i,j,o] w[o,u,v,k]`
 //! - `dw[o,u,v,k] = sum over n,i,j of dy[n,i,j,o] x[n, i s + u - top, j s + v - left, k]`
 //! - `dshift[n,o] = sum over i,j of dy[n,i,j,o]`, `db[o] = sum over n of dshift[n,o]`
-//! - `dresidual = dy`: the same tensor, handed on.
+//! - `dresidual = dy`: the same tensor, passed on.
 //!
-//! Saved: a handle to `x`. `dx` is not computed when nobody wants it.
+//! Saved: a handle to `x`. `dx` is computed only if it is wanted.
 //!
-//! Numerics: f32 sums. An image's result does not depend on the others in its batch: the method is chosen by the
-//! image's shape alone, and every element is summed in an order of its own that no blocking changes.
+//! Numerics: f32 sums. An image's `y` and `dx` do not depend on the rest of its batch: their algorithm is chosen by the
+//! image's shape alone, and blocking never changes the order in which an element is summed.
 
 use crate::device::Device;
 use crate::device::cpu::simd::Isa;
@@ -23,7 +23,7 @@ use crate::params::Param;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
 use crate::tensor::{DType, Shape, Tensor};
 
-/// Rows and columns of zeros around the image.
+/// Rows and columns of zero padding around the image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub struct Pad {
@@ -43,21 +43,22 @@ impl Pad {
 /// Stride and padding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
-    /// Pixels between outputs, in both directions.
+    /// Pixels between outputs, in both dimensions.
     pub stride: usize,
     /// Zeros around the image.
     pub pad: Pad,
 }
 
 impl Geometry {
-    /// Stride 1 and the padding that keeps the size under a 3x3 kernel.
+    /// Stride 1 and the padding with which a 3x3 kernel keeps the size.
     pub const SAME_3X3: Geometry = Geometry { stride: 1, pad: Pad::all(1) };
-    /// Halves an even size with a 3x3 kernel: zeros right and below only, as the paper's code has it.
+    /// Halves an even size with a 3x3 kernel: padding on the right and below only, as in the paper's code.
     pub const HALVE_3X3: Geometry = Geometry { stride: 2, pad: Pad { top: 0, left: 0, bottom: 1, right: 1 } };
     /// For a 1x1 kernel.
     pub const POINTWISE: Geometry = Geometry { stride: 1, pad: Pad::all(0) };
 
-    /// Shape of the output for an image batch `x` and a weight `w` (c_out, kh, kw, c_in).
+    /// Shape of the output for an image batch `x` and a weight `w` (c_out, kh, kw, c_in). Panics if the kernel is
+    /// larger than the padded image.
     pub fn output(&self, x: Shape, w: Shape) -> Shape {
         let Pad { top, left, bottom, right } = self.pad;
         assert!(
@@ -71,7 +72,7 @@ impl Geometry {
     }
 }
 
-/// What is added to the convolution on its way out.
+/// What the epilogue adds to the convolution.
 #[derive(Clone, Copy, Default)]
 pub struct Plus<'a> {
     /// (n, 1, 1, c_out), added to every pixel of its image.
@@ -90,7 +91,7 @@ pub enum Algorithm {
 }
 
 impl Algorithm {
-    /// True if it can compute a convolution with weight `w`.
+    /// True if it can compute a convolution with a weight of shape `w`.
     pub fn can(self, w: Shape, geometry: Geometry) -> bool {
         let Pad { top, left, bottom, right } = geometry.pad;
         match self {
@@ -121,12 +122,11 @@ impl Method {
         Method { forward: algorithm, dgrad: algorithm, wgrad: algorithm, isa }
     }
 
-    /// The fastest known for this shape. The number of images has no say in `y` and `dx`, so that an image's bits do
-    /// not depend on its batch.
+    /// The fastest method known for this shape. The number of images does not affect the choice for `y` and `dx`, so an
+    /// image's bits do not depend on its batch.
     ///
-    /// Winograd's algorithm needs enough channels to sum over that its transforms are a small part of the work. In `dw`
-    /// its 36 products per pair of channels are written and read once however few tiles there are, which pays from 16
-    /// tiles on.
+    /// Winograd's algorithm needs enough channels to sum over for its transforms to be a small part of the work. In
+    /// `dw` its 36 sums per pair of channels are written and read once however few the tiles; it pays from 16 tiles on.
     pub fn choose(x: Shape, w: Shape, geometry: Geometry) -> Self {
         let y = geometry.output(x, w);
         let tiles = y.n * y.h.div_ceil(4) * y.w.div_ceil(4);
@@ -155,7 +155,7 @@ pub fn conv2d(
     conv2d_by(tape, x, weight, bias, geometry, plus, method)
 }
 
-/// [`conv2d`] by a given method: for tests, and for benches that look for the crossovers.
+/// [`conv2d`] by a given method, for tests and for benches that look for the crossovers.
 pub fn conv2d_by(
     tape: &mut Tape<'_>,
     x: &Var,
@@ -273,7 +273,7 @@ pub mod reference {
     use super::Geometry;
     use crate::tensor::Shape;
 
-    /// A convolution's inputs; `shift` and `residual` as in [`super::Plus`].
+    /// A convolution's inputs; `shift` and `residual` are those of [`super::Plus`].
     #[derive(Clone, Copy)]
     #[allow(missing_docs)]
     pub struct Inputs<'a, T> {
@@ -287,7 +287,7 @@ pub mod reference {
         pub geometry: Geometry,
     }
 
-    /// Gradients of [`Inputs`]; that of the residual is `dy`.
+    /// Gradients of [`Inputs`]; the residual's is `dy`.
     #[allow(missing_docs)]
     pub struct Gradients<T> {
         pub x: Vec<T>,
@@ -307,7 +307,7 @@ pub mod reference {
                         for o in 0..ys.c {
                             for u in 0..ws.h {
                                 for v in 0..ws.w {
-                                    // Rows and columns counted from the padding's corner.
+                                    // Row and column, counted from the corner of the padding.
                                     let (p, q) = (i * s + u, j * s + v);
                                     if p < pad.top || p >= xs.h + pad.top || q < pad.left || q >= xs.w + pad.left {
                                         continue;
@@ -438,8 +438,8 @@ mod cpu {
     ) {
         match method.dgrad {
             Algorithm::Direct => {
-                // Pixels p = s i + a of dx, for one remainder a, are reached by the taps u = a + before (mod s): from
-                // dy's pixel i + (a + before - u) / s. In order of that pixel: the largest u first.
+                // Pixels p = s i + a of dx, for one remainder a, are reached by the taps u = a + before (mod s), from
+                // dy's pixel i + (a + before - u) / s. In order of that pixel, so the largest u first.
                 let axis = |a: usize, x_len: usize, y_len: usize, k: usize, before: usize| {
                     let u = (a + before) % g.stride;
                     let taps = if u < k { (k - 1 - u) / g.stride + 1 } else { 0 };
@@ -464,7 +464,7 @@ mod cpu {
                 }
             }
             Algorithm::Winograd => {
-                // dx is the convolution of dy with the kernel turned round; padding p before becomes k - 1 - p.
+                // dx is the convolution of dy with the kernel rotated by 180 degrees; a padding p becomes k - 1 - p.
                 let tiles = tiles(ys, xs, 2 - g.pad.top, 2 - g.pad.left);
                 with_vector!(method.isa, V, token => {
                     winograd::outputs::<V>(token, device, dy, tiles, weight(w, ws), Towards::Input, dx, Plus::default())
@@ -507,7 +507,7 @@ mod cpu {
         with_vector!(method.isa, V, token => gemm::column_sums::<V>(token, device, dy, n, c, dshift.data_mut()));
     }
 
-    /// `db`, the images in order.
+    /// `db`: sums `dshift` over the images, in order.
     pub fn sum_images(dshift: &[f32], db: ParamGrad<'_>) {
         let c = db.data.len();
         for (o, db_o) in db.data.iter_mut().enumerate() {
@@ -527,11 +527,11 @@ mod cuda {
     };
     use crate::params::{ParamView, Params};
 
-    /// The sizes as the kernels take them.
+    /// The sizes in the kernels' form.
     fn sizes(xs: Shape, ws: Shape, g: Geometry) -> kernels::Geometry {
         let ys = g.output(xs, ws);
         let taps = ws.h * ws.w;
-        // The kernels number pixels and places in a patch by 32 bits, and walk by as much as a tile beyond the last.
+        // The kernels index pixels and patch elements with 32 bits, and step up to a tile beyond the last.
         for (what, count) in
             [("x", xs.rows()), ("y", ys.rows()), ("c_in taps", xs.c * taps), ("c_out taps", ys.c * taps)]
         {
@@ -577,7 +577,8 @@ mod cuda {
         launch.read_opt(shift).read_opt(residual).value(sizes(xs, ws, g)).run()
     }
 
-    /// Rows are pixels of `dx` of one class of remainders by the stride, of which class 0 has the most; columns `c_in`.
+    /// Rows are the pixels of `dx` in one class of remainders modulo the stride, of which class 0 is the largest;
+    /// columns `c_in`.
     pub fn dgrad(gpu: &Gpu, dx: &mut Tensor, dy: &Tensor, weight: View<'_>, ws: Shape, g: Geometry) -> Result<()> {
         let xs = dx.shape();
         let rows = xs.n * xs.h.div_ceil(g.stride) * xs.w.div_ceil(g.stride);
@@ -598,7 +599,8 @@ mod cuda {
         job.run(gpu, dw.view, dw.accumulate, [x.array(), dy.array()], sizes(x.shape(), ws, g))
     }
 
-    /// `db`, and `dshift` (n, 1, 1, c_out) on `shift_on`: a block sums an image's pixels, 32 channels side by side.
+    /// `db`, and `dshift` (n, 1, 1, c_out) if `shift_on` names its device. A block sums an image's pixels for up to 32
+    /// channels side by side.
     pub fn sums(gpu: &Gpu, db: ParamView<'_>, dy: &Tensor, shift_on: Option<&Device>) -> Result<Option<Tensor>> {
         let Shape { n, h, w, c } = dy.shape();
         let mut dshift =

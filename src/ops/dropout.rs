@@ -1,13 +1,13 @@
 //! `y[i] = m[i] x[i] / (1 - rate)` with `m[i]` 0 with probability `rate`, else 1 (Srivastava et al. 2014, scaled in
-//! training so that nothing is to be done when sampling).
+//! training so that sampling needs no dropout).
 //!
-//! Each image has a stream of its own, and `m[i]` of element `i` of an image is a pure function of it: word `i % 4` of
-//! its block `i / 4`, kept if the word, as an integer, is at least `rate 2^32` (rounded). So no mask is stored: nothing
-//! is saved, the backward pass makes the mask again, and a batch in pieces has the masks of the whole.
+//! Each image has its own stream, and `m[i]` of element `i` of an image is a pure function of it: `m[i]` is 1 if word
+//! `i % 4` of block `i / 4`, as an integer, is at least `rate 2^32` (rounded). So no mask is stored: nothing is saved,
+//! the backward pass makes the mask again, and micro-batches get the masks of the whole batch.
 //!
-//! Gradient: `dx[i] = m[i] dy[i] / (1 - rate)`. One rounding per element, beside that of the scale. Least traffic: 8
-//! bytes a number forward, 8 backward, where `dx` is written over `dy`; ten rounds of Philox for four numbers cost
-//! about as much.
+//! Gradient: `dx[i] = m[i] dy[i] / (1 - rate)`. One rounding per element, besides that of the scale. Least traffic: 8
+//! bytes per element in f32 forward, and 8 backward, where `dx` overwrites `dy`. Ten rounds of Philox per four elements
+//! cost about as much.
 
 use rayon::prelude::*;
 
@@ -17,8 +17,7 @@ use crate::rng::{Stream, Streams};
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
 use crate::tensor::Tensor;
 
-/// Drops each element with probability `rate` (in `[0, 1)`). On a tape that does not record, and with rate 0, `y` is
-/// `x`.
+/// Drops each element with probability `rate`, in `[0, 1)`. On a tape that does not record, or with rate 0, `y` is `x`.
 pub fn dropout(tape: &mut Tape<'_>, x: &Var, rate: f32, streams: Streams) -> Result<Var> {
     assert!((0.0..1.0).contains(&rate), "dropout: rate {rate} is not in [0, 1)");
     if rate == 0.0 || !tape.is_recording() {
@@ -34,11 +33,11 @@ pub fn dropout(tape: &mut Tape<'_>, x: &Var, rate: f32, streams: Streams) -> Res
     tape.push("dropout", y, || DropoutBackward { x: x.id(), mask })
 }
 
-/// What the mask is made from.
+/// What determines the mask.
 #[derive(Clone, Copy)]
 struct Mask {
     streams: Streams,
-    /// Words from here on keep their element.
+    /// Elements whose word is at least this are kept.
     threshold: u32,
     /// `1 / (1 - rate)`.
     scale: f32,
@@ -108,7 +107,7 @@ mod cpu {
     use super::*;
     use crate::device::cpu::simd;
 
-    /// Elements per task, of one image: 16 KiB, some 5 us of Philox. A multiple of 4, so that tasks start on blocks.
+    /// Elements per task, of one image: 16 KiB, about 5 us of Philox. A multiple of 4, so that tasks start on blocks.
     const CHUNK: usize = 1 << 12;
 
     pub fn forward(y: &mut [f32], x: &[f32], mask: Mask, n: usize) {
@@ -123,7 +122,7 @@ mod cpu {
         });
     }
 
-    /// `dx` comes in as `dy`.
+    /// `dx` holds `dy` on entry.
     pub fn backward(dx: &mut [f32], mask: Mask, n: usize) {
         let image = dx.len() / n;
         dx.par_chunks_mut(image).enumerate().for_each(|(i, dx)| {
@@ -160,7 +159,7 @@ mod cuda {
         apply(gpu.launch(MASK.of(x.dtype()), grid(shape), THREADS).write(y).read(x), shape, mask)
     }
 
-    /// `dx` comes in as `dy`.
+    /// `dx` holds `dy` on entry.
     pub fn backward(gpu: &Gpu, dx: &mut Tensor, mask: Mask) -> Result<()> {
         let shape = dx.shape();
         apply(gpu.launch(MASK.of(dx.dtype()), grid(shape), THREADS).write(dx).first_again(), shape, mask)

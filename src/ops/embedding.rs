@@ -1,10 +1,10 @@
-//! `y[i] = add_to[i] + table[labels[i]]`: one row of a table for each image, added to what is there (the time
-//! embedding). `table (classes,1,1,c)`, `labels (n,1,1,1)`, `add_to` and `y (n,1,1,c)`. Labels are class numbers, held
-//! as f32, which is exact up to 2^24.
+//! `y[i] = add_to[i] + table[labels[i]]`: a table row per image, added to `add_to` (the time embedding). `table
+//! (classes,1,1,c)`, `labels (n,1,1,1)`, `add_to` and `y (n,1,1,c)`. Labels are class numbers, held as f32, which is
+//! exact up to 2^24.
 //!
-//! Gradient: `d add_to = dy`, handed on; `d table[k] = sum of dy[i] over the i with labels[i] = k`, in order of `i`;
-//! rows of classes that no image has are zero. Saved: the labels. One rounding per element forward. A few rows, so
-//! everything runs on one core.
+//! Gradient: `d add_to = dy`, passed on; `d table[k] = sum of dy[i] over the i with labels[i] = k`, in order of `i`,
+//! zero for a class without images. Saved: the labels. One rounding per element forward. There are only a few rows, so
+//! the CPU path uses one core.
 
 use crate::device::Device;
 use crate::error::Result;
@@ -12,7 +12,8 @@ use crate::params::Param;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
 use crate::tensor::{DType, Shape, Tensor};
 
-/// `add_to` with each image's row of `table` added. A label beyond the table is a bug of the caller.
+/// `add_to` plus each image's row of `table`. Labels must be below the number of classes: the CPU path asserts it, a
+/// kernel cannot.
 pub fn embedding(tape: &mut Tape<'_>, table: Param, labels: &Tensor, add_to: &Var) -> Result<Var> {
     let (shape, rows, n) = (add_to.shape(), tape.params().shape(table), labels.shape().n);
     assert_eq!(shape, Shape::new(n, 1, 1, rows.c), "embedding: {n} labels, table {rows}");

@@ -1,20 +1,21 @@
-//! The Euclidean norm of all gradients, `sqrt(sum g^2)`, and what follows from it: the clipping factor, and whether
-//! everything is finite.
+//! The Euclidean norm of all gradients, `sqrt(sum g^2)`, and what follows from it: the clipping factor and whether
+//! every gradient is finite.
 //!
 //! Squares and sums in f64 over fixed chunks, joined in order: the same bits for any number of threads. The square of
-//! an f32 never overflows an f64, so the norm is finite if and only if every gradient is: no second pass looks for NaN.
+//! an f32 never overflows an f64, so the norm is finite if and only if every gradient is, and no second pass looks for
+//! NaN.
 
 use crate::device::Device;
 use crate::error::Result;
 use crate::meter::Meter;
 use crate::tensor::Tensor;
 
-/// Writes the norm of a flat buffer of gradients, and the factor that clips it to `max_norm` (0: no clipping), into the
-/// meter's row; the norm is not finite if and only if one of the gradients is not. On a GPU that, or a loss in the row
-/// that is not finite, halts all later updates.
+/// Writes the norm of a flat buffer of gradients, and the factor that clips it to `max_norm` (0: no clipping), to the
+/// meter's row. The norm is finite if and only if every gradient is. On a GPU a norm, or a loss in the row, that is not
+/// finite halts all later updates.
 ///
 /// # Errors
-/// A GPU that fails.
+/// A GPU error.
 pub fn grad_norm(device: &Device, g: &Tensor, max_norm: f64, meter: &mut Meter) -> Result<()> {
     match (device, meter) {
         (Device::Cpu(_), meter) => {
@@ -30,8 +31,8 @@ pub fn grad_norm(device: &Device, g: &Tensor, max_norm: f64, meter: &mut Meter) 
     }
 }
 
-/// The factor that brings a gradient of norm `norm` down to at most `max_norm`: `min(1, max_norm / (norm + 1e-6))`,
-/// PyTorch's `clip_grad_norm_`. NaN for a norm that is not a number.
+/// The factor that scales a gradient of norm `norm` down to at most `max_norm`: `min(1, max_norm / (norm + 1e-6))`,
+/// PyTorch's `clip_grad_norm_`. NaN if `norm` is NaN.
 pub fn clip_factor(norm: f64, max_norm: f64) -> f64 {
     let factor = max_norm / (norm + 1e-6);
     if factor > 1.0 { 1.0 } else { factor }
@@ -52,7 +53,7 @@ mod cpu {
 
     use crate::device::cpu::simd;
 
-    /// Elements per task and partial sum: 256 KiB.
+    /// Elements per task, each with one partial sum: 256 KiB.
     const CHUNK: usize = 1 << 16;
 
     pub fn sum_of_squares(g: &[f32]) -> f64 {
@@ -62,9 +63,9 @@ mod cpu {
 
     simd::dispatch! {
         fn chunk<S>(g: &[f32]) -> f64 {
-            // Four places of the chunk at once: the processor fetches ahead in each, and one alone does not fill the
-            // memory's bandwidth. Each has running sums that hide the latency of the additions; joined in a fixed
-            // order.
+            // Four streams through the chunk at once: the processor prefetches each, and one alone does not use the
+            // full memory bandwidth. Each has 16 running sums, which hide the latency of the additions; they are joined
+            // in a fixed order.
             let mut sums = [[0.0f64; 16]; 4];
             let (lanes, rest) = g.as_chunks::<16>();
             let quarter = lanes.len() / 4;

@@ -1,31 +1,32 @@
-//! Group normalisation (Wu and He 2018, eq. 1 to 3), with an optional SiLU behind it.
+//! Group normalisation (Wu and He 2018, eq. 1 to 3), with an optional SiLU after it.
 //!
-//! `x`, `y (n,h,w,c)`; `gamma`, `beta (1,1,1,c)`. The channels are `g` groups of `c/g` neighbours. For one image and
-//! group, `N = h w c/g` numbers:
+//! `x`, `y (n,h,w,c)`; `gamma`, `beta (1,1,1,c)`. The channels form `g` groups of `c/g` neighbours. For one image and
+//! group, with `N = h w c/g` elements:
 //!
 //! ```text
 //! mean = sum x / N      var = sum (x - mean)^2 / N      rstd = 1 / sqrt(var + eps)
 //! xhat = (x - mean) rstd      z = gamma xhat + beta      y = z, or silu(z)
 //! ```
 //!
-//! Gradient: `dz = dy`, or `dy silu'(z)` with `z` computed again. `dgamma = sum dz xhat` and `dbeta = sum dz` over
-//! images and pixels. `mean` and `rstd` depend on every `x` of the group, `d mean / dx = 1/N` and `d rstd / dx =
-//! -rstd^2 xhat / N`, which gives
+//! Gradient: `dz = dy`, or `dy silu'(z)` with `z` recomputed. `dgamma = sum dz xhat` and `dbeta = sum dz` over images
+//! and pixels. `mean` and `rstd` depend on every `x` of the group, `d mean / dx = 1/N` and `d rstd / dx = -rstd^2 xhat
+//! / N`, which gives
 //!
 //! ```text
 //! dx = rstd (gamma dz - s1 - xhat s2),   s1 = sum gamma dz / N,   s2 = sum gamma dz xhat / N   over the group
 //! ```
 //!
-//! Saved: `x`, and for each image and group `mean` (as the sum of two f32) and `rstd`.
+//! Saved: `x`, and per image and group `mean` (as the sum of two f32) and `rstd`.
 //!
-//! Numerics: two passes, because `E[x^2] - E[x]^2` loses every digit when the mean is large beside the deviation. They
-//! run over strips of 64 pixels or 16 KiB, so that the second finds the strip in the cache; the strips' means and
-//! squares are joined in f64 (Chan, Golub and LeVeque 1983). Strips depend on the image's extent alone and are joined
-//! in order: the same bits for any batch and any number of threads.
+//! Numerics: two passes, because `E[x^2] - E[x]^2` loses every digit when the mean is large compared with the
+//! deviation. They run over strips of pixels, small enough that the second pass finds the strip in L1 (on a GPU, in
+//! registers). The strips' means and squares are joined in f64 (Chan, Golub and LeVeque 1983). Strips depend on the
+//! image's extent alone and are joined in order: the same bits for any batch and any number of threads.
 //!
-//! Least traffic: forward `x` once and `y` once, 8 bytes a number; backward `x`, `dy`, and `dx` over `dy`, 12 bytes a
-//! number. That holds while an image (backward: twice) fits the second-level cache; beyond it, the pass that follows
-//! the statistics reads again: 12 and 24.
+//! Least traffic in f32: forward reads `x` and writes `y`, 8 bytes per element; backward reads `x` and `dy` and writes
+//! `dx` over `dy`, 12 bytes. That holds while an image (backward: two) fits in L2. Beyond that, the pass after the
+//! statistics reads from memory again: 12 bytes forward and up to 24 backward (with SiLU the CPU's first pass also
+//! writes `dz`).
 
 use rayon::prelude::*;
 
@@ -44,7 +45,7 @@ pub enum Activation {
     Silu,
 }
 
-/// Normalises each image's groups of channels; `groups` divides the channels of `x`, `eps > 0`.
+/// Normalises each image's groups of channels. `groups` must divide the channels of `x`, and `eps > 0`.
 pub fn group_norm(
     tape: &mut Tape<'_>,
     x: &Var,
@@ -94,7 +95,7 @@ pub fn group_norm(
 struct GroupNormBackward {
     id: Option<VarId>,
     x: Tensor,
-    /// (n, 1, groups, 3): the mean, what rounding took from it, rstd.
+    /// (n, 1, groups, 3): the mean, its rounding error, rstd.
     stats: Tensor,
     gamma: Param,
     beta: Param,
@@ -216,7 +217,7 @@ pub mod reference {
         (dx, dgamma, dbeta)
     }
 
-    /// Calls `f` with the places and channels of each group's numbers, their mean and `1 / sqrt(var + eps)`.
+    /// Calls `f` with the indices and channels of each group's elements, their mean and `1 / sqrt(var + eps)`.
     fn each_group<T: Float>(inputs: &Inputs<'_, T>, mut f: impl FnMut(&[(usize, usize)], T, T)) {
         let Shape { n, c, .. } = inputs.shape;
         let (pixels, width) = (inputs.shape.pixels(), c / inputs.groups);
@@ -239,16 +240,16 @@ mod cpu {
     use super::*;
     use crate::device::cpu::simd;
 
-    /// Pixels in a strip: 64, so that a tile of 64 channels is 16 KiB and the second pass finds it in the L1 cache;
-    /// with few channels as many as make those 16 KiB.
+    /// Pixels per strip: 64, so that 64 channels of it are 16 KiB, which the second pass finds in L1; with fewer than
+    /// 64 channels, as many pixels as make 16 KiB.
     fn strip(shape: Shape) -> usize {
         (4096 / shape.c).max(64)
     }
 
-    /// Numbers that are worth a task of their own: 64 KiB, some 5 us.
+    /// Elements worth a task of their own: 64 KiB, about 5 us.
     const TASK: usize = 1 << 14;
 
-    /// What both directions need to know.
+    /// What both passes need.
     pub struct Job<'a> {
         pub shape: Shape,
         pub groups: usize,
@@ -258,7 +259,7 @@ mod cpu {
         pub beta: &'a [f32],
     }
 
-    /// Strips of an image.
+    /// Strips per image.
     pub fn strips(shape: Shape) -> usize {
         shape.pixels().div_ceil(strip(shape))
     }
@@ -282,8 +283,8 @@ mod cpu {
         });
     }
 
-    /// `dx` comes in as `dy`. `partials` is (n, strips + 1, 2, c); the last row becomes the image's `dgamma` and
-    /// `dbeta`.
+    /// `dx` holds `dy` on entry. `partials` is (n, strips + 1, 2, c); the last row becomes the image's share of
+    /// `dgamma` and `dbeta`.
     pub fn backward(job: &Job<'_>, dx: &mut [f32], partials: &mut [f32], x: &[f32], stats: &[f32]) {
         let (c, pixels, strip) = (job.shape.c, job.shape.pixels(), strip(job.shape));
         let together = TASK.div_ceil(strip * c);
@@ -305,7 +306,7 @@ mod cpu {
         });
     }
 
-    /// Sums row `part` of the images' last rows of `partials` (n, rows, 2, c), in the order of the images.
+    /// Sums part `part` of each image's last row of `partials` (n, rows, 2, c), in the order of the images.
     pub fn sum_images(grad: &mut [f32], accumulate: bool, partials: &[f32], rows: usize, part: usize) {
         let c = grad.len();
         let mut total = vec![0.0f64; c];
@@ -319,8 +320,8 @@ mod cpu {
     }
 
     simd::dispatch! {
-        /// Each channel's mean `m` over a strip `x (pixels, c)`, and the sums of `x - m` (what rounding took from the
-        /// mean) and of `(x - m)^2`.
+        /// Each channel's mean `m` over a strip `x (pixels, c)`, and the sums of `x - m` (which corrects the rounding
+        /// of the mean) and of `(x - m)^2`.
         fn strip_moments<S>(part: &mut [f32], x: &[f32]) {
             let c = part.len() / 3;
             let (mean, rest) = part.split_at_mut(c);
@@ -338,8 +339,9 @@ mod cpu {
         }
     }
 
-    /// Channels `at .. at + W` of a strip, their sums in registers: one for each channel and each of `R` neighbouring
-    /// pixels, four vectors in all, so that an addition does not wait for the one before. Returns `W`.
+    /// Channels `at .. at + W` of a strip, with the sums in registers: one per channel and per each of `R` neighbouring
+    /// pixels, four AVX-512 vectors in all (fewer for narrow `W`), so that an addition does not wait for the one
+    /// before. Returns `W`.
     #[inline(always)]
     fn moments_of<S: simd::Simd, const W: usize, const R: usize>(
         mean: &mut [f32],
@@ -403,8 +405,8 @@ mod cpu {
         W
     }
 
-    /// Joins an image's `partials` (strips, 3, c) to `stats` (groups, 3), in f64: first each channel over the strips,
-    /// then the group over its channels.
+    /// Reduces an image's `partials` (strips, 3, c) to `stats` (groups, 3), in f64: first each channel over the strips,
+    /// then each group over its channels.
     fn join_moments(job: &Job<'_>, stats: &mut [f32], partials: &[f32]) {
         let (c, pixels) = (job.shape.c, job.shape.pixels());
         let mut means = vec![0.0; c];
@@ -448,7 +450,7 @@ mod cpu {
         }
     }
 
-    /// `z = (x - mean) a + b` for one image: three rows, repeated until they are wide enough for vectors.
+    /// `z = (x - mean) a + b` for one image: three rows of coefficients, repeated as [`wide`] says.
     struct Affine {
         mean: Vec<f32>,
         a: Vec<f32>,
@@ -458,14 +460,14 @@ mod cpu {
     impl Affine {
         fn new(job: &Job<'_>, stats: &[f32]) -> Self {
             let a = wide(job, |group, c| stats[3 * group + 2] * job.gamma[c]);
-            // What rounding took from the mean goes into the shift.
+            // The rounding error of the mean goes into the shift.
             let b = wide(job, |group, c| job.beta[c] - stats[3 * group + 1] * (stats[3 * group + 2] * job.gamma[c]));
             Affine { mean: wide(job, |group, _| stats[3 * group]), a, b }
         }
     }
 
-    /// `f(group, channel)` for the channels of as many neighbouring pixels as make 512 numbers or more, so that loops
-    /// over a row are long.
+    /// `f(group, channel)` for the channels of a pixel, repeated until there are 512 numbers or more, so that loops
+    /// over a row are long enough to vectorise well.
     fn wide(job: &Job<'_>, f: impl Fn(usize, usize) -> f32) -> Vec<f32> {
         let (c, width) = (job.shape.c, job.shape.c / job.groups);
         let repeats = 512usize.div_ceil(c);
@@ -504,14 +506,14 @@ mod cpu {
     }
 
     simd::dispatch! {
-        /// Each channel's sums of `dz (x - mean)` and of `dz` over a strip; `dx` comes in as `dy`, which is `dz`.
+        /// Each channel's sums of `dz (x - mean)` and of `dz` over a strip; `dx` holds `dy`, which is `dz`.
         fn strip_sums<S>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
             sums_of::<S, false>(part, dx, x, affine)
         }
     }
 
     simd::dispatch! {
-        /// Each channel's sums of `dz (x - mean)` and of `dz` over a strip; `dx` comes in as `dy` and leaves as `dz`.
+        /// Each channel's sums of `dz (x - mean)` and of `dz` over a strip; `dx` holds `dy` and becomes `dz`.
         fn strip_sums_silu<S>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
             sums_of::<S, true>(part, dx, x, affine)
         }
@@ -521,7 +523,7 @@ mod cpu {
     fn sums_of<S: simd::Simd, const SILU: bool>(part: &mut [f32], dx: &mut [f32], x: &[f32], affine: &Affine) {
         let Affine { mean, a, b } = affine;
         let (c, width) = (part.len() / 2, mean.len());
-        // One sum for each number of a wide row, folded to channels at the end.
+        // One sum per element of a wide row, folded to channels at the end.
         let mut sums = vec![0.0; 2 * width];
         let (by_x, plain) = sums.split_at_mut(width);
         for (dx, x) in dx.chunks_mut(width).zip(x.chunks(width)) {
@@ -543,8 +545,8 @@ mod cpu {
         }
     }
 
-    /// `dx = rstd (gamma dz - (s1 + (x - mean) s2))`, where `s2` has a factor `rstd` in it and `s1` what rounding took
-    /// from the mean: wide rows, as in [`Affine`].
+    /// `dx = rstd (gamma dz - (s1 + (x - mean) s2))`, where `s2` includes a factor `rstd` and `s1` the rounding error
+    /// of the mean. Wide rows, as in [`Affine`].
     struct Slopes {
         mean: Vec<f32>,
         gamma: Vec<f32>,
@@ -554,7 +556,8 @@ mod cpu {
     }
 
     impl Slopes {
-        /// From an image's `partials` (strips, 2, c); leaves the image's part of `dgamma` and `dbeta` in `sums` (2, c).
+        /// From an image's `partials` (strips, 2, c). Writes the image's share of `dgamma` and `dbeta` to `sums` (2,
+        /// c).
         fn new(job: &Job<'_>, sums: &mut [f32], partials: &[f32], stats: &[f32]) -> Self {
             let c = job.shape.c;
             let (by_x, plain) = join_sums(partials, c);
@@ -599,7 +602,7 @@ mod cpu {
     }
 
     simd::dispatch! {
-        /// `dx` comes in as `dz`.
+        /// `dx` holds `dz` on entry.
         fn finish_dx<S>(dx: &mut [f32], x: &[f32], slopes: &Slopes) {
             let Slopes { mean, gamma, s1, s2, rstd } = slopes;
             for (dx, x) in dx.chunks_mut(mean.len()).zip(x.chunks(mean.len())) {
@@ -620,10 +623,10 @@ mod cuda {
     };
     use crate::params::ParamView;
 
-    /// Warps of a block that passes over the image.
+    /// Warps per block in the passes over the image.
     const WARPS: usize = THREADS as usize / 32;
 
-    /// What both directions need to know.
+    /// What both passes need.
     pub struct Job<'a> {
         pub gpu: &'a Gpu,
         pub shape: Shape,
@@ -634,12 +637,12 @@ mod cuda {
         pub beta: View<'a>,
     }
 
-    /// How blocks and warps lie over channels and pixels, in the kernels' words.
+    /// How blocks and warps are laid out over channels and pixels, in the kernels' terms.
     struct Tiling {
-        /// A warp has 2^lane_bits lanes across the channels, a block 2^warp_bits warps.
+        /// A warp has 2^lane_bits lanes across the channels, and a block 2^warp_bits warps.
         lane_bits: usize,
         warp_bits: usize,
-        /// Pixels of a strip, and strips of an image.
+        /// Pixels per strip, and strips per image.
         strip: usize,
         strips: usize,
         /// Tiles of channels.
@@ -647,15 +650,16 @@ mod cuda {
     }
 
     impl Tiling {
-        /// By the image's extent alone, so that an image's bits do not depend on its batch.
+        /// Depends on the image's extent alone, so that an image's bits do not depend on its batch.
         fn new(shape: Shape) -> Self {
-            // Lanes across: the power of two in the number of channels' groups of four, if that is 8 lanes (128 bytes
-            // of f32) or more, so that none is idle; otherwise as many as there are groups, at most 32.
+            // Lanes across: the largest power of two that divides the number of quads (groups of four channels), if
+            // that is 8 lanes (128 bytes of f32) or more, so that none is idle; otherwise the number of quads rounded
+            // up to a power of two. At most 32.
             let fours = shape.c.div_ceil(4);
             let factor = fours.trailing_zeros() as usize;
             let lane_bits = if factor >= 3 { factor } else { bits(fours) }.min(5);
-            // Warps across: twice as many while there are channels for them and the half that is left along the pixels
-            // still covers the image.
+            // Warps across: doubled while there are channels for them and the remaining warps along the pixels still
+            // cover the image.
             let warp_pixels = (32 >> lane_bits) * PIXELS as usize;
             let mut warp_bits = 0;
             while 1 << warp_bits < WARPS
@@ -684,16 +688,16 @@ mod cuda {
             Tensor::uninit(&Device::Cuda(self.gpu.clone()), DType::F32, shape)
         }
 
-        /// Lanes across a group's channels in the joins, as a power of two; and threads of a block, so that a lane has
-        /// about four numbers.
+        /// log2 of the lanes across a group's channels in the joins; and threads per block, so that each lane has about
+        /// four numbers.
         fn join(&self, strips: usize) -> (usize, u32) {
             let lane_bits = bits(self.width()).min(5);
             (lane_bits, 32 * ((strips << lane_bits) / 128).clamp(1, 8) as u32)
         }
 
-        /// The parameters that all passes over the image have in common, after those of their own.
+        /// The parameters shared by all passes over the image, which follow their own.
         fn tiling(&self, launch: Launch<'a>, tiling: &Tiling) -> Launch<'a> {
-            // Rows of 4 numbers start on multiples of 4 if and only if 4 divides c.
+            // Groups of 4 channels start on multiples of 4 elements if and only if 4 divides c.
             let vec = self.shape.c.is_multiple_of(4);
             launch.u32(tiling.strips).u32(tiling.lane_bits).u32(tiling.warp_bits).u32(vec.into())
         }
@@ -724,7 +728,7 @@ mod cuda {
         job.tiling(launch, &tiling).u32(job.silu()).run()
     }
 
-    /// `dx` comes in as `dy`. Returns each image's part of `dgamma` and `dbeta`, (n, 1, 2, c).
+    /// `dx` holds `dy` on entry. Returns each image's share of `dgamma` and `dbeta`, (n, 1, 2, c).
     pub fn backward(job: &Job<'_>, dx: &mut Tensor, x: &Tensor, stats: &Tensor) -> Result<Tensor> {
         let (shape, tiling) = (job.shape, Tiling::new(job.shape));
         let (pixels, grid) = (shape.pixels(), job.grid(&tiling));
@@ -746,7 +750,7 @@ mod cuda {
         Ok(sums)
     }
 
-    /// Row `part` of `sums` (n, 1, 2, c) summed over the images.
+    /// Part `part` of `sums` (n, 1, 2, c), summed over the images.
     pub fn sum_images(gpu: &Gpu, grad: ParamView<'_>, sums: &Tensor, part: usize) -> Result<()> {
         let Shape { n, c, .. } = sums.shape();
         let launch = gpu

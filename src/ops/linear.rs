@@ -1,16 +1,17 @@
-//! `y[p,o] = b[o] + sum over k of x[p,k] w[o,k]` for every pixel or token `p`, and on the way out `+ residual[p,o]`.
+//! `y[p,o] = b[o] + sum over k of x[p,k] w[o,k]` for every pixel or token `p`, and in the epilogue `+ residual[p,o]`.
 //!
-//! Shapes: `x` (n, h, w, c_in), `w` (c_out, 1, 1, c_in), `b` (c_out) or none, `y` and the residual (n, h, w, c_out).
+//! Shapes: `x` (n, h, w, c_in), `w` (c_out, 1, 1, c_in), `b` (c_out), optional, `y` and the optional residual (n, h, w,
+//! c_out).
 //!
 //! Gradient:
 //! - `dx[p,k] = sum over o of dy[p,o] w[o,k]`
 //! - `dw[o,k] = sum over p of dy[p,o] x[p,k]`
 //! - `db[o] = sum over p of dy[p,o]`
-//! - `dresidual = dy`: the same tensor, handed on.
+//! - `dresidual = dy`: the same tensor, passed on.
 //!
-//! Saved: a handle to `x`. `dx` is not computed when nobody wants it.
+//! Saved: a handle to `x`. `dx` is computed only if it is wanted.
 //!
-//! Numerics: f32 sums, each over `k` in order, so a row's bits do not depend on the rows beside it.
+//! Numerics: `y` and `dx` are f32 sums in order of `k` and `o`, so a row's bits do not depend on the other rows.
 
 use crate::device::Device;
 use crate::device::cpu::simd::Isa;
@@ -24,7 +25,7 @@ pub fn linear(tape: &mut Tape<'_>, x: &Var, weight: Param, bias: Option<Param>, 
     linear_by(tape, x, weight, bias, residual, Isa::best())
 }
 
-/// [`linear`] with given vector instructions: for tests.
+/// [`linear`] at a given SIMD level, for tests.
 pub fn linear_by(
     tape: &mut Tape<'_>,
     x: &Var,
@@ -162,7 +163,7 @@ pub mod reference {
     }
 }
 
-/// A linear layer is the convolution of one long row of pixels with a 1x1 kernel.
+/// A linear layer is a 1x1 convolution over one long row of pixels.
 mod cpu {
     pub(super) use crate::device::cpu::direct::Plus;
     use crate::device::cpu::direct::{self, Axis, Patches, TapOf, Target, Towards, Weight};
@@ -230,7 +231,7 @@ mod cuda {
     };
     use crate::params::ParamView;
 
-    /// The sizes as the kernels take them.
+    /// The sizes in the kernels' form.
     fn sizes(rows: usize, c_in: usize, c_out: usize) -> Sizes {
         for (what, count) in [("rows", rows), ("c_in", c_in), ("c_out", c_out)] {
             assert!(count < 1 << 30, "linear: {what} is {count}; the kernels count to 2^30");
@@ -270,7 +271,7 @@ mod cuda {
         job.run(gpu, dw.view, dw.accumulate, [x.array(), dy.array()], sizes(depth, cols, rows))
     }
 
-    /// By chunks of rows, 32 channels side by side.
+    /// Sums chunks of rows, up to 32 channels side by side, then the chunks in order.
     pub fn bias_grad(gpu: &Gpu, db: ParamView<'_>, dy: &Tensor) -> Result<()> {
         let (rows, c) = (dy.shape().rows(), dy.shape().c);
         let (chunks, lanes) = (rows.div_ceil(CHUNK as usize), lanes(c));

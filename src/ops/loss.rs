@@ -1,11 +1,11 @@
 //! L_simple: the mean squared error of the predicted noise (DDPM, equation 14), and its gradient, in one pass.
 //!
-//! `L = 1/N sum_i L_i`, `L_i = 1/d sum_k (y_ik - eps_ik)^2` over the N images of a step and the d numbers of an image;
-//! `dL/dy_ik = 2 (y_ik - eps_ik) / (N d)`. eps is drawn again from the batch's streams, so nothing is read but the
-//! prediction.
+//! `L = 1/N sum_i L_i`, `L_i = 1/d sum_k (y_ik - eps_ik)^2` over the N images of a step and the d elements of an image;
+//! `dL/dy_ik = 2 (y_ik - eps_ik) / (N d)`. eps is redrawn from the batch's streams, so only the prediction is read.
 //!
-//! Shapes: prediction and gradient `(n, h, w, c)`; n may be a piece of the step's N images. Numerics: differences in
-//! f32, squares and sums in f64 over fixed chunks, so per-image losses are the same bits for any number of threads.
+//! Shapes: prediction and gradient `(n, h, w, c)`; the n images may be one micro-batch of the step's N. Numerics:
+//! differences in f32, squares and sums in f64 over fixed chunks, so per-image losses have the same bits for any number
+//! of threads.
 
 use crate::device::Device;
 use crate::diffusion::Batch;
@@ -16,26 +16,26 @@ use crate::tensor::Tensor;
 /// The loss of a batch.
 #[derive(Debug)]
 pub struct Loss {
-    /// L_i of each image; on the CPU alone: a GPU sums them by quarter into the meter and nothing else.
+    /// L_i of each image. CPU only: a GPU just sums them by quarter into the meter.
     pub per_image: Option<Vec<f64>>,
-    /// dL/dy, shaped like the prediction, if it was asked for.
+    /// dL/dy, shaped like the prediction, if requested.
     pub gradient: Option<Tensor>,
 }
 
 impl Loss {
-    /// Mean over the batch's images, where they are known; not finite if anything in the prediction is not.
+    /// Mean over the batch's images, if they are known; not finite if any element of the prediction is not.
     pub fn mean(&self) -> Option<f64> {
         self.per_image.as_ref().map(|l| l.iter().sum::<f64>() / l.len() as f64)
     }
 }
 
-/// Adds L_i of each image to the meter's row, at its timestep; and makes dL/dy if `step_images` says over how many
-/// images, N, the step's loss is the mean (more than the batch has if gradients are accumulated over several). `None`
-/// for a validation loss: no gradient. `t` (n, 1, 1, 1) are the batch's timesteps on the device, as
-/// [`q_sample`](crate::ops::q_sample::q_sample) made them.
+/// Adds L_i of each image to the meter's row, in the quarter of its timestep. With `step_images` = N, the number of
+/// images in the step (all its micro-batches), also computes dL/dy; `None`, for a validation loss, computes no
+/// gradient. `t` (n, 1, 1, 1) holds the batch's timesteps on the device, from
+/// [`q_sample`](crate::ops::q_sample::q_sample).
 ///
 /// # Errors
-/// A GPU that fails.
+/// A GPU error.
 pub fn loss(
     device: &Device,
     prediction: &Tensor,
@@ -86,7 +86,7 @@ pub mod reference {
         prediction.chunks(image).enumerate().map(per_image).collect()
     }
 
-    /// dL/dy, the mean being over `step_images` images.
+    /// dL/dy of the mean over `step_images` images.
     pub fn backward<T: Float + FloatConst>(prediction: &[T], batch: &Batch, step_images: usize) -> Vec<T> {
         let image = prediction.len() / batch.len();
         let factor = T::from(2.0 / (step_images as f64 * image as f64)).expect("every f64 has a nearest number");
@@ -107,12 +107,12 @@ mod cpu {
 
     /// Elements per task, of one image.
     const CHUNK: usize = 1 << 12;
-    /// Noise drawn at a time, on the stack.
+    /// Normals drawn at a time, on the stack.
     const NOISE: usize = 256;
 
-    /// L_i of each image of `len` numbers; writes `factor (y - eps)` if `dy` is given.
+    /// L_i of each image of `len` elements; writes `factor (y - eps)` to `dy` if given.
     pub fn forward(y: &[f32], batch: &Batch, len: usize, factor: f32, dy: Option<&mut [f32]>) -> Vec<f64> {
-        // Chunks of the images in order, an empty slice of dy where no gradient is wanted.
+        // The images' chunks in order, each with its slice of dy, which is empty if no gradient is wanted.
         let mut tasks: Vec<(Stream, usize, &[f32], &mut [f32])> = Vec::new();
         let mut left = dy.unwrap_or_default();
         let wanted = !left.is_empty();

@@ -1,10 +1,9 @@
 //! The operations, one file each.
 //!
-//! Every file has the same order: the formula and its derived gradient; the public function (checks, `match` on the
-//! device, a record on the tape); the struct with the backward pass; `mod reference`, the definition as plain loops
-//! over any float type and the oracle of every test; `mod cpu`, the practical path where the plain loops are too slow;
-//! `mod cuda`, the launches. The same stem names the kernels (`kernels`), the tests (`tests/ops`) and the benches
-//! (`benches/ops`).
+//! Every file has the same order: the formula and the derivation of its gradient; the public function (checks, `match`
+//! on the device, a record on the tape); the struct with the backward pass; `mod reference`, the definition as plain
+//! loops over any float type, which is every test's oracle; `mod cpu`, the fast CPU path; `mod cuda`, the launches. The
+//! same stem names the kernels (`kernels`), the tests (`tests/ops`) and the benches (`benches/ops`).
 
 pub mod adam;
 pub mod add;
@@ -29,11 +28,11 @@ use crate::tape::{LeafGrads, Tape, Var};
 use crate::tensor::Tensor;
 
 impl Tape<'_> {
-    /// Runs the tape backwards from `y` with gradient `dy`, adding to the parameters' gradients. Returns the gradients
-    /// of leaves, to be asked for by [`LeafGrads::take`].
+    /// Runs the tape backwards from `y` with gradient `dy`, shaped like `y`, and accumulates the parameters' gradients
+    /// in `param_grads`. Returns the gradients of the leaves; see [`LeafGrads::take`].
     ///
     /// # Errors
-    /// A GPU that fails.
+    /// A GPU error.
     pub fn backward(self, y: &Var, dy: Tensor, param_grads: &mut ParamGrads) -> Result<LeafGrads> {
         self.backward_by(y, dy, param_grads, add::accumulate)
     }

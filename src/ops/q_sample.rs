@@ -1,13 +1,12 @@
 //! The forward process in one pass: `x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps` (DDPM, equation 4), from
 //! stored bytes.
 //!
-//! Gathers the batch's images by index, mirrors those to be mirrored, scales bytes to [-1, 1] (`u8/127.5 - 1`), draws
-//! eps and writes x_t. Neither x_0 nor eps is stored: the loss draws eps again. No gradient: nothing before x_t is
-//! trained.
+//! Gathers the batch's images by index, mirrors some of them, scales bytes to [-1, 1] (`u/127.5 - 1`), draws eps and
+//! writes x_t. Neither x_0 nor eps is stored: the loss redraws eps. No gradient: nothing before x_t is trained.
 //!
-//! Shapes: images `(count, h, w, c)` in bytes, x_t `(n, h, w, c)`. Noise is element by element of the written, mirrored
-//! image, so mirroring changes x_0 and not eps. Numerics: `2u - 255` is a whole number, so x_0 carries one rounding and
-//! keeps its digits around 0, where `u/127.5 - 1` cancels.
+//! Shapes: images `(count, h, w, c)` in bytes, x_t `(n, h, w, c)`. Noise is indexed by the elements of x_t, so
+//! mirroring changes x_0 but not eps. Numerics: `2u - 255` is an exact integer, so x_0 is rounded once and keeps its
+//! digits near 0, where `u/127.5 - 1` cancels.
 
 use crate::conditioning::Conditioning;
 use crate::device::Device;
@@ -21,10 +20,10 @@ use crate::tensor::{DType, Shape, Tensor};
 pub struct Coefficients(Tensor);
 
 impl Coefficients {
-    /// Those of a schedule, computed in f64.
+    /// A schedule's coefficients, computed in f64.
     ///
     /// # Errors
-    /// A GPU that fails.
+    /// A GPU error.
     pub fn new(device: &Device, schedule: &Schedule) -> Result<Self> {
         let pair = |t| {
             let (signal, noise) = schedule.q_sample_coefficients(t);
@@ -37,18 +36,19 @@ impl Coefficients {
 
 /// Noised images.
 pub struct Noised {
-    /// x_t, `(n, h, w, c)`, of the type of the device's activations.
+    /// x_t, `(n, h, w, c)`, in the device's activation type.
     pub x_t: Tensor,
-    /// The timesteps as the network takes them, `(n, 1, 1, 1)`, f32.
+    /// The timesteps for the network, `(n, 1, 1, 1)`, f32.
     pub t: Tensor,
-    /// The classes as the network takes them.
+    /// The classes for the network.
     pub conditioning: Conditioning,
 }
 
-/// x_t of the batch's images at their timesteps.
+/// x_t of the batch's images at their timesteps; on a GPU the kernel draws timesteps and flips itself, with the same
+/// bits as `batch`.
 ///
 /// # Errors
-/// A GPU that fails.
+/// A GPU error.
 pub fn q_sample(device: &Device, source: Source<'_>, batch: &Batch, coefficients: &Coefficients) -> Result<Noised> {
     let (shape, n) = (source.shape(), batch.len());
     let chain = coefficients.0.shape().n;
@@ -132,7 +132,7 @@ mod cpu {
     use crate::device::cpu::simd;
     use crate::rng::{Stream, normals_from};
 
-    /// Elements per task, of one image: noise and result (16 KiB) stay in the L1 cache between the two loops.
+    /// Elements per task, of one image: noise and result (16 KiB) stay in L1 between the two loops.
     const CHUNK: usize = 1 << 12;
 
     /// `table` holds the two factors of each timestep.
@@ -168,7 +168,7 @@ mod cpu {
         add_pixels(x_t, pixels, factors);
     }
 
-    /// The same for an image whose rows run backwards, `(w, c)` their extent.
+    /// The same for a mirrored image with rows of extent `(w, c)`.
     fn noised_mirrored(
         x_t: &mut [f32],
         image: &[u8],
@@ -177,7 +177,7 @@ mod cpu {
         first: usize,
         factors: Factors,
     ) {
-        // Walks along the mirrored rows: dividing at every element would cost more than the noise.
+        // Walks along the mirrored rows; dividing at every element would cost more than the noise.
         let (mut x, mut channel) = (first / c % w, first % c);
         let mut source = (first / c / w * w + (w - 1 - x)) * c;
         let mut mirrored = [0; CHUNK];
@@ -187,7 +187,7 @@ mod cpu {
             if channel == c {
                 (channel, x) = (0, x + 1);
                 if x == w {
-                    // From the start of a row to the last pixel of the next.
+                    // From the first pixel of a row to the last of the next.
                     (x, source) = (0, source + (2 * w - 1) * c);
                 } else {
                     source -= c;
@@ -224,7 +224,7 @@ mod cuda {
     ) -> Result<()> {
         let Shape { n, h, w, c } = x_t.shape();
         let (image, kernel) = (h * w * c, FWD.of(x_t.dtype()));
-        // All three streams of an image have the seed, step and number of its noise's.
+        // An image's three streams (timestep, flip, noise) share seed, step and stream number.
         let s = batch.noise;
         assert_eq!((batch.timestep.seed, batch.timestep.step, batch.timestep.first), (s.seed, s.step, s.first));
         let launch = gpu.launch(kernel, each_four_of_images(n, image), THREADS).write(x_t).write(t).write_opt(labels);

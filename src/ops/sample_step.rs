@@ -1,29 +1,30 @@
 //! One step of the reverse process in one pass, ancestral or DDIM: `x_{t-1} = c_x0 clip(x0_xt x_t + x0_output y) + c_xt
 //! x_t + sigma z`.
 //!
-//! y is the network's output, the predicted noise; the factors are a [`Step`]. z is drawn in the pass from the sample's
-//! own stream for this timestep, and not drawn where sigma is 0. Shapes: all `(n, h, w, c)`. No gradient. Numerics: f32
-//! with factors rounded from f64; the prediction of x_0 multiplies by up to `1/sqrt(alpha_bar_T)` (157 for the linear
-//! schedule), which clipping undoes.
+//! y is the network's output, the predicted noise; the factors are a [`Step`]. z is drawn in the same pass from the
+//! sample's own stream for this timestep, and only if sigma is not 0. Shapes: all `(n, h, w, c)`. No gradient.
+//! Numerics: f32 with factors rounded from f64. The prediction of x_0 amplifies errors by up to `1/sqrt(alpha_bar_T)`
+//! (157 for the linear schedule); clipping bounds them.
 //!
-//! The chain is f32 on every device. A network with bf16 activations gets x rounded, written by the same kernel.
+//! The chain is f32 on every device. A network with bf16 activations gets a rounded copy of x, written by the same
+//! kernel.
 
 use crate::device::Device;
 use crate::diffusion::sampler::{Samples, Step};
 use crate::error::Result;
 use crate::tensor::{DType, Shape, Tensor};
 
-/// x_t on its way to x_0.
+/// x_t, the state of the reverse process, `(n, h, w, c)`.
 #[derive(Clone, Debug)]
 pub struct State {
-    /// f32.
+    /// x_t in f32.
     pub x: Tensor,
-    /// x in the type of the device's activations, for the network: another handle of `x` where that is f32.
+    /// x in the device's activation type, for the network; if that is f32, another handle to `x`.
     pub input: Tensor,
 }
 
 impl State {
-    /// Makes room, lets `write` write x and, where it is a tensor of its own, the network's input.
+    /// Allocates the tensors and lets `write` write x and, if it is a tensor of its own, the network's input.
     fn make(
         device: &Device,
         shape: Shape,
@@ -47,7 +48,7 @@ impl State {
 /// x_T: standard normals, `(n, h, w, c)`, each sample from its own stream.
 ///
 /// # Errors
-/// A GPU that fails.
+/// A GPU error.
 pub fn start(device: &Device, shape: Shape, samples: Samples) -> Result<State> {
     State::make(device, shape, |x, input| match device {
         Device::Cpu(_) => {
@@ -62,7 +63,7 @@ pub fn start(device: &Device, shape: Shape, samples: Samples) -> Result<State> {
 /// x_{t-1} from x_t and the network's output.
 ///
 /// # Errors
-/// A GPU that fails.
+/// A GPU error.
 pub fn sample_step(device: &Device, x: &Tensor, output: &Tensor, step: &Step, samples: Samples) -> Result<State> {
     let shape = x.shape();
     assert_eq!(shape, output.shape(), "sample_step: x is {shape}, the network's output {}", output.shape());
@@ -82,7 +83,7 @@ pub mod reference {
 
     use crate::diffusion::sampler::Step;
 
-    /// x_{t-1}; `z` is not looked at where sigma is 0.
+    /// x_{t-1}; `z` is not read if sigma is 0.
     pub fn forward<T: Float>(x: &[T], output: &[T], z: &[T], step: &Step) -> Vec<T> {
         let number = |v: f64| T::from(v).expect("every f64 has a nearest number");
         let one = |i: usize| {
@@ -104,7 +105,7 @@ mod cpu {
 
     /// Elements per task, of one image.
     const CHUNK: usize = 1 << 12;
-    /// Noise drawn at a time, on the stack.
+    /// Normals drawn at a time, on the stack.
     const NOISE: usize = 256;
 
     pub fn start(x: &mut [f32], shape: Shape, samples: Samples) {

@@ -1,10 +1,11 @@
 //! Sinusoidal embedding of timesteps, as in the DDPM code (`get_timestep_embedding` of hojonathanho/diffusion, after
 //! Vaswani et al. 2017, section 3.5): `y[i] = [sin(t_i f_0), .., sin(t_i f_{m-1}), cos(t_i f_0), .., cos(t_i f_{m-1})]`
 //! with `m = dim/2` and `f_k = exp(-ln(1e4) k / (m - 1))`; an odd `dim` ends with a zero. `t (n)`, `y (n,1,1,dim)`.
-//! OpenAI's code and the defaults of diffusers divide by m instead and have the cosines first; [`Sinusoid`] says which.
+//! OpenAI's code and the defaults of diffusers divide by m instead and put the cosines first; [`Sinusoid`] selects the
+//! form.
 //!
 //! No gradient: timesteps are data. Computed in f64 and rounded once, since at t = 1000 one rounding of `t f_k` in f32
-//! already moves the sine by 3e-5; `n dim` sines are nothing beside the network.
+//! already moves the sine by 3e-5. `n dim` sines cost nothing compared with the network.
 
 use crate::device::Device;
 use crate::error::Result;
@@ -19,16 +20,16 @@ pub struct Sinusoid {
     pub flip_sin_to_cos: bool,
 }
 
-/// The longest wave is this many times as long as the shortest.
+/// Ratio of the longest wavelength to the shortest.
 const PERIOD: usize = 10_000;
 
 impl Sinusoid {
-    /// m - s; a single frequency is f_0 = 1.
+    /// m - s, at least 1, so that a single frequency is f_0 = 1.
     fn spread(self, m: usize) -> usize {
         (m - self.freq_shift).max(1)
     }
 
-    /// Where in a row the sines and the cosines start.
+    /// Offsets of the sines and the cosines in a row.
     fn places(self, m: usize) -> (usize, usize) {
         if self.flip_sin_to_cos { (m, 0) } else { (0, m) }
     }
@@ -40,12 +41,12 @@ impl Default for Sinusoid {
     }
 }
 
-/// One row of `dim` numbers (at least 2) for each timestep.
+/// One row of `dim` (at least 2) elements per timestep.
 ///
-/// `t` (n, 1, 1, 1) is f32; the result has the type of the device's activations.
+/// `t` (n, 1, 1, 1) is f32; the result (n, 1, 1, dim) has the device's activation type.
 ///
 /// # Errors
-/// A GPU that fails.
+/// A GPU error.
 pub fn time_embedding(device: &Device, t: &Tensor, dim: usize, form: Sinusoid) -> Result<Tensor> {
     assert!(dim >= 2, "time_embedding: dim is {dim}, a sine and a cosine need 2");
     assert_eq!(t.shape(), Shape::new(t.shape().n, 1, 1, 1), "time_embedding: t is {}", t.shape());
@@ -64,7 +65,7 @@ pub mod reference {
 
     use super::{PERIOD, Sinusoid};
 
-    /// Rows of `dim` numbers, one for each `t`.
+    /// Rows of `dim` elements, one per `t`.
     pub fn forward<T: Float>(t: &[T], dim: usize, form: Sinusoid) -> Vec<T> {
         let number = |v: usize| T::from(v).expect("a small integer");
         let m = dim / 2;

@@ -3,7 +3,7 @@
 //!
 //! Gradient: `dx[n, i, j, c] = (dy[.., 2i, 2j, ..] + dy[.., 2i, 2j+1, ..]) + (dy[.., 2i+1, 2j, ..] + dy[.., 2i+1, 2j+1,
 //! ..])`, in this order. Nothing is saved. The forward copies; the backward rounds three times. Least traffic: `x` once
-//! and `y` once, `4 (1 + 4)` bytes for each number of `x`, forward and backward.
+//! and `y` once, `4 (1 + 4)` bytes per element of `x` in f32, forward and backward.
 
 use rayon::prelude::*;
 
@@ -12,7 +12,7 @@ use crate::error::Result;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
 use crate::tensor::{Shape, Tensor};
 
-/// Each pixel four times: twice as high, twice as wide.
+/// Repeats each pixel in a 2x2 square: twice as high, twice as wide.
 pub fn upsample(tape: &mut Tape<'_>, x: &Var) -> Result<Var> {
     let shape = x.shape();
     let mut y = Tensor::uninit(tape.device(), x.value().dtype(), Shape { h: 2 * shape.h, w: 2 * shape.w, ..shape })?;
@@ -85,7 +85,7 @@ pub mod reference {
 mod cpu {
     use super::*;
 
-    /// Numbers of `y` per task: 128 KiB, large against the cost of handing out a task.
+    /// Elements of `y` per task: 128 KiB, large compared with the cost of scheduling a task.
     const CHUNK: usize = 1 << 15;
 
     /// Rows of `x` per task.

@@ -1,12 +1,12 @@
-//! Direct convolution as a matrix product: any kernel size, stride, padding and number of channels.
+//! Direct convolution as a matrix product, for any kernel size, stride, padding and number of channels.
 //!
-//! Forward and the gradient of the input are one loop: the pixels of an output grid times the packed weights. A task
-//! gathers the patches of some 56 pixels into scratch that stays in the L2 cache (a patch is `taps * c` numbers, zeros
-//! outside the image) and multiplies them by every panel; the image is never unfolded in memory. A kernel of 1x1 reads
-//! its input where it lies.
+//! Forward and the gradient of the input are one loop: patches of an output grid times the packed weights. A task
+//! gathers the patches of up to 60 pixels into scratch that stays in L2 (a patch is `taps * c` numbers, zeros outside
+//! the image) and multiplies them by the panels; the im2col matrix is never stored. A 1x1 kernel at stride 1 reads its
+//! input in place.
 //!
-//! The gradient of the input of a strided convolution splits into `stride^2` grids, one for each remainder of (row,
-//! column), each of which sees a subset of the taps at stride 1: no multiplication by inserted zeros.
+//! The gradient of the input of a strided convolution splits into `stride^2` grids, one per remainder of (row, column)
+//! modulo the stride. Each sees a subset of the taps at stride 1, so nothing is multiplied by inserted zeros.
 //!
 //! The gradient of the weights multiplies `dy` transposed by gathered patches, over all pixels.
 
@@ -17,8 +17,8 @@ use super::vector::{Vector, kernel};
 use crate::device::Device;
 use crate::device::cpu::Buffer;
 
-/// How one direction (rows or columns) of an output grid maps to its input: output `i`, tap `t` reads
-/// `i * stride + first + t`, which counts as zero outside `0..len`.
+/// How one dimension (rows or columns) of an output grid maps to its input: output `i`, tap `t` reads `i * stride +
+/// first + t`, which counts as zero outside `0..len`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Axis {
     /// Outputs.
@@ -30,7 +30,7 @@ pub(crate) struct Axis {
     pub first: isize,
 }
 
-/// Which row (or column) of a weight belongs to tap `t`: `first + t * step`.
+/// The row (or column) of the weight for tap `t`: `first + t * step`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TapOf {
     pub first: isize,
@@ -47,12 +47,12 @@ pub(crate) struct Patches {
 }
 
 impl Patches {
-    /// Outputs, all images together.
+    /// Number of outputs, all images together.
     fn count(&self) -> usize {
         self.n * self.rows.out * self.cols.out
     }
 
-    /// Numbers in one.
+    /// Elements per patch.
     fn depth(&self) -> usize {
         self.rows.taps * self.cols.taps * self.c
     }
@@ -85,8 +85,8 @@ impl Weight<'_> {
     }
 }
 
-/// Where the outputs of a grid go: pixel `(i, j)` to `(i * step + row, j * step + col)` of an `h x w x c` image, plus
-/// what is added on the way.
+/// Where the outputs of a grid go: pixel `(i, j)` to `(i * step + row, j * step + col)` of an `h x w x c` image; and
+/// what the epilogue adds.
 #[derive(Clone, Copy)]
 pub(crate) struct Target<'a> {
     pub h: usize,
@@ -98,21 +98,21 @@ pub(crate) struct Target<'a> {
     pub plus: Plus<'a>,
 }
 
-/// What is added to a convolution's sums before they are stored.
+/// What the epilogue adds to a convolution's sums before it stores them.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Plus<'a> {
-    /// `c` numbers.
+    /// `c` elements.
     pub bias: Option<&'a [f32]>,
-    /// `c` numbers for each image.
+    /// `(n, c)`: `c` elements per image.
     pub shift: Option<&'a [f32]>,
     /// Shaped like the output.
     pub residual: Option<&'a [f32]>,
 }
 
-/// Patches in a task: 4 register tiles of AVX-512, 10 of AVX2.
+/// Most patches per task: 4 register tiles of AVX-512 (56 patches), 10 of the other levels.
 const BLOCK: usize = 60;
 
-/// Where the pixels of a block lie in the output (in floats), and their images.
+/// The epilogue of a block: `pixels` lists each pixel's offset in `y` (in floats) and its image.
 #[derive(Clone, Copy)]
 struct Finish<'a> {
     y: Shared<'a>,
@@ -128,8 +128,8 @@ impl Epilogue for Finish<'_> {
         let (pixel, image) = self.pixels[row];
         let column = self.first_column + column;
         // SAFETY: the caller promises V's processor and columns column..column + count, below c, of this pixel of y.
-        // There the added slices are readable: `outputs`, which alone makes a `Finish`, asserts that they are as long
-        // as [`Plus`] says, and lists pixels of y and their images.
+        // The added slices are readable there: `outputs`, the only place that makes a `Finish`, asserts the lengths
+        // that [`Plus`] states and lists pixels of y and their images.
         unsafe {
             let mut sum = sum;
             if let Some(bias) = self.plus.bias {
@@ -146,7 +146,7 @@ impl Epilogue for Finish<'_> {
     }
 }
 
-/// Which of a weight's two channel dimensions the outputs have.
+/// Which of the weight's two channel dimensions the outputs have.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Towards {
     /// `c_out`: forward.
@@ -155,7 +155,7 @@ pub(crate) enum Towards {
     Input,
 }
 
-/// `y = patches * weight`, the weight's tap of each patch row and column as `taps` says.
+/// `y = patches * weight`, plus `target.plus`. `taps` maps the rows and columns of a patch to the weight's.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn outputs<V: Vector>(
     token: V::Token,
@@ -182,15 +182,15 @@ pub(crate) fn outputs<V: Vector>(
     let panels = pack::<V>(token, device, weight, towards, patches, taps);
     let (count, depth) = (patches.count(), patches.depth());
     let identity = patches.is_identity();
-    // Rows of gathered patches end on a line of their own: a power of two between them would put all rows of a tile
-    // into the same few sets of the L1 cache.
+    // Gathered patches are padded by one cache line: a power of two between rows would put all rows of a tile into the
+    // same few sets of L1.
     let stride = if identity { patches.c } else { depth.next_multiple_of(16) + 16 };
-    // Half of a 2 MiB L2 cache for patches.
+    // Half of a 2 MiB L2 for patches.
     let tile_bytes = V::ROWS * stride * size_of::<f32>();
     let block = V::ROWS * (BLOCK / V::ROWS).min((1 << 20) / tile_bytes).max(1);
     let blocks = count.div_ceil(block);
     let panel_count = c_out.div_ceil(panel_width::<V>());
-    // With few pixels the panels are shared out too; each group gathers for itself.
+    // With few pixels the panels are split into groups too; each group gathers for itself.
     let groups = 16usize.div_ceil(blocks.max(1)).clamp(1, panel_count);
     let y = Shared::new(y);
     let panels = panels.as_slice();
@@ -218,14 +218,14 @@ pub(crate) fn outputs<V: Vector>(
             let columns = panel_width::<V>().min(c_out - first_column);
             let finish = Finish { y, pixels: &pixels[..rows], c: c_out, first_column, plus: target.plus };
             let panel = panels[p * depth * panel_width::<V>()..][..depth * panel_width::<V>()].as_ptr();
-            // SAFETY: `a` holds `rows` rows of `depth`, as cut or gathered; the panel is cut to `depth` rows. No other
-            // task has these columns of these pixels, which are inside y: the assertion about `last`.
+            // SAFETY: `a` holds `rows` rows of `depth`, sliced or gathered; the panel is sliced to `depth` rows. No
+            // other task has these columns of these pixels, which are inside y: the assertion about `last`.
             unsafe { rows_by_panel::<V, _, false>(token, rows, columns, depth, a, stride, panel, a, finish) };
         }
     });
 }
 
-/// The weight as panels of output channels, `patches.depth()` rows each.
+/// Packs the weight into panels of output channels, `patches.depth()` rows each.
 fn pack<V: Vector>(
     token: V::Token,
     device: &Device,
@@ -276,7 +276,7 @@ fn pack<V: Vector>(
     buffer
 }
 
-/// `count` floats from `from` to `to`.
+/// Copies `count` floats.
 ///
 /// # Safety
 /// A `V::Token` exists; `from` is readable and `to` writable for `count` floats, and they do not overlap.
@@ -295,7 +295,7 @@ unsafe fn copy<V: Vector>(from: *const f32, to: *mut f32, count: usize) {
     }
 }
 
-/// `count` zeros.
+/// Writes `count` zeros.
 ///
 /// # Safety
 /// A `V::Token` exists; `to` is writable for `count` floats.
@@ -315,8 +315,8 @@ unsafe fn zero<V: Vector>(to: *mut f32, count: usize) {
 }
 
 kernel! {
-    /// Patches `first .. first + count` into rows `stride` apart. Taps beside each other lie beside each other in the
-    /// image, so each row of a patch is one run of memory, cut where the image ends.
+    /// Gathers patches `first .. first + count` into rows `stride` floats apart. Neighbouring taps are adjacent in the
+    /// image, so each row of a patch is one run of memory, cut off at the image's edges.
     ///
     /// # Safety
     /// `x` holds the images of `patches`, which has these patches; `out` is writable for `count` rows of
@@ -348,7 +348,7 @@ kernel! {
 }
 
 kernel! {
-    /// Columns `column .. column + columns` of patches `first .. first + count`, as a panel.
+    /// Gathers columns `column .. column + columns` of patches `first .. first + count` into a panel.
     ///
     /// # Safety
     /// `x` holds the images of `patches`, which has these patches and columns; `columns` is at most the panel's width;
@@ -408,15 +408,15 @@ pub(crate) fn weight_gradient<V: Vector>(
     dw: &mut [f32],
     accumulate: bool,
 ) {
-    /// Pixels between two passes over the sums: 32 KiB of panel in the L1 cache.
+    /// Pixels between two passes over the sums: up to 32 KiB of panel in L1.
     const CHUNK: usize = 256;
     let (count, depth, width) = (patches.count(), patches.depth(), panel_width::<V>());
     assert_eq!(x.len(), patches.n * patches.rows.len * patches.cols.len * patches.c);
     assert_eq!(dy.len(), count * c_out);
     assert_eq!(dw.len(), c_out * depth);
     let panels = depth.div_ceil(width);
-    // Few panels (the first layer) would leave cores without work: the pixels are cut into parts whose sums are added
-    // in order. The shape alone decides into how many.
+    // Few panels (the first layer) would leave cores idle, so the pixels are split into parts whose sums are added in
+    // order. The number of parts depends on the shape and the panel width, not on the threads.
     let parts = 16usize.div_ceil(panels).min(count.div_ceil(4 * CHUNK)).max(1);
     let each = c_out * width;
     let mut sums = device.scratch(parts * panels * each);
@@ -429,9 +429,9 @@ pub(crate) fn weight_gradient<V: Vector>(
         for first in pixels.clone().step_by(CHUNK) {
             let chunk = CHUNK.min(pixels.end - first);
             let (panel, dy) = (scratch.as_mut_ptr(), dy[first * c_out..][..chunk * c_out].as_ptr());
-            // SAFETY: x is as long as `patches` says, by the assertion above; scratch, this task's alone, holds
-            // CHUNK >= chunk rows of a panel; dy is cut to `chunk` rows of c_out; task i alone has the i-th c_out rows
-            // of `width` of `sums`, which has parts * panels times as many.
+            // SAFETY: x is as long as `patches` says, by the assertion above; scratch, this task's alone, holds CHUNK
+            // >= chunk rows of a panel; dy is sliced to `chunk` rows of c_out; task i alone has the i-th c_out rows of
+            // `width` of `sums`, which has parts * panels times as many.
             unsafe {
                 gather_panel::<V>(token, patches, x.as_ptr(), first, chunk, p * width, columns, panel);
                 let c = Shared::new_at(out.at(task * each));

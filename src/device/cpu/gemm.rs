@@ -1,20 +1,20 @@
-//! Matrix products: the register tile, packed panels, and how work is handed to threads.
+//! Matrix products: the register tile, packed panels, and the distribution of work to threads.
 //!
-//! A tile is up to `V::ROWS` rows by two vector registers of columns; its sums stay in registers over the whole depth
-//! `k`, in order of `k`, so an element's bits do not depend on which tile, block or thread computes it. One operand is
-//! read as broadcasts of single numbers straight from where it lies, the other from panels: `k` rows of
-//! [`panel_width`] columns, padded with zeros.
+//! A tile is up to `V::ROWS` rows by two vector registers of columns. Its sums stay in registers over the whole depth
+//! and run in order of `k`, so an element's bits do not depend on the tile, block or thread that computes it. One
+//! operand is read in place, as broadcasts of single numbers; the other is packed into panels: a row of [`panel_width`]
+//! columns for each `k`, padded with zeros.
 //!
-//! No blocking over `k` in here: a panel is streamed from the L2 cache at 128 bytes per 14 cycles, which it sustains,
-//! and blocking would cost a pass over the sums.
+//! No blocking over `k` here: a panel streams from L2 at 128 bytes per 14 cycles, which L2 sustains, and blocking would
+//! cost a pass over the sums.
 //!
 //! # Soundness
 //!
-//! Functions here that take raw pointers are `unsafe` and say what must lie there. The safe ones above them
+//! Functions that take raw pointers are `unsafe` and say what must be there. The safe functions that call them
 //! ([`column_sums`], and `outputs` and `weight_gradient` of the two convolutions) check the lengths of their slices,
-//! cut the results into tasks that have no element in common, and hand these out as places of a [`Shared`].
+//! split the results into tasks with no element in common, and give each task pointers into a [`Shared`].
 
-// Loops count with the letters of the formulas, over several arrays at once.
+// Loops use the formulas' indices, over several arrays at once.
 #![allow(clippy::needless_range_loop)]
 
 use std::marker::PhantomData;
@@ -27,17 +27,17 @@ use super::vector::{Vector, kernel};
 use crate::device::Device;
 use crate::device::cpu::Buffer;
 
-/// Columns of a panel: two registers.
+/// Columns per panel: two registers.
 pub(crate) const fn panel_width<V: Vector>() -> usize {
     2 * V::LANES
 }
 
-/// A slice that tasks write to at the same time, each at places of its own: a pointer, with the borrow of the slice.
+/// A slice that tasks write concurrently, each to elements of its own: a pointer that carries the slice's borrow.
 #[derive(Clone, Copy)]
 pub(crate) struct Shared<'a>(*mut f32, PhantomData<&'a mut [f32]>);
 
-// SAFETY: the pointer may go to other threads, as `&mut [f32]` may. What they do with it is `unsafe` at each place,
-// which says why no two tasks touch the same float.
+// SAFETY: the pointer may go to other threads, as `&mut [f32]` may. Every use of it is `unsafe` and says why no two
+// tasks touch the same float.
 unsafe impl Send for Shared<'_> {}
 // SAFETY: as above.
 unsafe impl Sync for Shared<'_> {}
@@ -48,24 +48,24 @@ impl<'a> Shared<'a> {
         Shared(x.as_mut_ptr(), PhantomData)
     }
 
-    /// From a place inside another, or inside a task's scratch. Whoever makes a pointer of it by [`Shared::at`] vouches
-    /// that the memory is still borrowed.
+    /// From a pointer into another `Shared` or into a task's scratch. The caller of [`Shared::at`] promises that the
+    /// memory is still borrowed.
     pub fn new_at(p: *mut f32) -> Self {
         Shared(p, PhantomData)
     }
 
-    /// The place `offset` floats in.
+    /// A pointer to the float at `offset`.
     ///
     /// # Safety
-    /// It must lie in (or one past) the slice that this was made from, which is still borrowed.
+    /// It must lie in (or one past) the slice that this was made from, which must still be borrowed.
     pub unsafe fn at(self, offset: usize) -> *mut f32 {
         // SAFETY: the sum stays within one allocation, by the caller's promise.
         unsafe { self.0.add(offset) }
     }
 }
 
-/// Scratch memory for tasks: as much for every thread, allocated at once, so that how much is in use at a time does not
-/// depend on luck and the pool's contents are the same after every step.
+/// Scratch memory for tasks, the same amount for every thread, allocated at once. So the memory in use does not depend
+/// on timing, and the pool's contents are the same after every step.
 pub(crate) struct Slots {
     buffer: Buffer,
     each: usize,
@@ -78,8 +78,8 @@ impl Slots {
         Slots { buffer: device.scratch(each * rayon::current_num_threads()), each }
     }
 
-    /// Runs `task(i, scratch)` once for every `i < count`; threads take the next number when they are free. The scratch
-    /// has at least the floats asked for, and a task must not depend on what it holds at the start.
+    /// Runs `task(i, scratch)` once for every `i < count`; a free thread takes the next `i`. The scratch has at least
+    /// the floats requested; a task must not depend on its initial contents.
     pub fn run(&mut self, count: usize, task: impl Fn(usize, &mut [f32]) + Sync) {
         let next = AtomicUsize::new(0);
         self.buffer.as_mut_slice().par_chunks_mut(self.each).for_each(|scratch| {
@@ -108,32 +108,32 @@ pub(crate) fn for_each_task(count: usize, task: impl Fn(usize) + Sync) {
     });
 }
 
-/// The `i`th of `count` chunks of `0..len`, which follow one another and are equally long or one longer.
+/// The `i`th of `count` consecutive chunks of `0..len`, whose lengths differ by at most one.
 pub(crate) fn nth_chunk(len: usize, count: usize, i: usize) -> Range<usize> {
     len * i / count..len * (i + 1) / count
 }
 
-/// What becomes of a finished sum.
+/// What happens to a finished sum.
 pub(crate) trait Epilogue: Copy + Sync {
-    /// Takes `sum`, columns `column..column + count` of row `row`.
+    /// Consumes `sum`: columns `column..column + count` of row `row`.
     ///
     /// # Safety
-    /// A `V::Token` exists, `count <= V::LANES`, and the place is inside the epilogue's slices and belongs to the
-    /// caller's task: no other reads or writes it meanwhile.
+    /// A `V::Token` exists, `count <= V::LANES`, and these elements are inside the epilogue's slices and belong to the
+    /// caller's task: no other task reads or writes them meanwhile.
     unsafe fn take<V: Vector>(&self, row: usize, column: usize, count: usize, sum: V);
 
-    /// What the sum starts from.
+    /// The initial value of the sum.
     ///
     /// # Safety
     /// As for [`take`](Self::take).
     #[inline(always)]
     unsafe fn start<V: Vector>(&self, _row: usize, _column: usize, _count: usize) -> V {
-        // SAFETY: touches no memory; the processor has V, by the caller's promise.
+        // SAFETY: touches no memory; the caller promises V's processor.
         unsafe { V::splat(0.0) }
     }
 }
 
-/// `count` floats from `p`, the other lanes zero.
+/// Loads `count` floats from `p`; the other lanes are zero.
 ///
 /// # Safety
 /// A `V::Token` exists, `count <= V::LANES`, and `count` floats at `p` are readable.
@@ -143,7 +143,7 @@ pub(crate) unsafe fn load_some<V: Vector>(p: *const f32, count: usize) -> V {
     unsafe { if count == V::LANES { V::load(p) } else { V::load_first(p, count) } }
 }
 
-/// The first `count` lanes to `p`.
+/// Stores the first `count` lanes to `p`.
 ///
 /// # Safety
 /// A `V::Token` exists, `count <= V::LANES`, and `count` floats at `p` are writable.
@@ -168,7 +168,7 @@ impl Epilogue for Overwrite<'_> {
     }
 }
 
-/// [`Overwrite`] that goes on from the sum that is there: the bits are those of one sum over both depths.
+/// Like [`Overwrite`], but the sum starts from the value already there: the bits are those of one sum over both depths.
 #[derive(Clone, Copy)]
 pub(crate) struct Continue<'a> {
     pub c: Shared<'a>,
@@ -207,8 +207,8 @@ impl Epilogue for Accumulate<'_> {
     }
 }
 
-/// One register tile: `sums[i][j] += sum over k of a(i, k) b(k, j)`, where `a(i, k)` is `a[i * stride + k]`, or
-/// `a[k * stride + i]` if `TRANSPOSED`. The lines of the rows at `ahead`, which need not be valid, are prefetched.
+/// One register tile: `sums[i][j] += sum over k of a(i, k) b(k, j)`, where `a(i, k)` is `a[i * stride + k]`, or `a[k *
+/// stride + i]` if `TRANSPOSED`. Prefetches the rows at `ahead`, which need not be valid.
 ///
 /// # Safety
 /// A `V::Token` exists; `a` is readable at every (i, k) with `i < R`, `k < depth`; `b` holds `depth` rows of a panel of
@@ -222,7 +222,7 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize, const TRANSPOSED: bool
     ahead: *const f32,
     mut sums: [[V; C]; R],
 ) -> [[V; C]; R] {
-    // SAFETY: in round k, `a` has moved by k columns (rows if TRANSPOSED) and `b` by k rows; the caller promises that
+    // SAFETY: in round k, `a` has moved by k columns (rows if TRANSPOSED) and `b` by k rows. The caller promises that
     // they are readable there, and V's processor.
     unsafe {
         let (mut a, mut b) = (a, b);
@@ -246,7 +246,7 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize, const TRANSPOSED: bool
                         sums[i][j] = x.mul_add(columns[j], sums[i][j]);
                     }
                 }
-                // After the last round these may point beyond their allocations, and are not followed.
+                // After the last round these may point beyond their allocations; they are not dereferenced.
                 a = a.wrapping_add(if TRANSPOSED { stride } else { 1 });
                 b = b.wrapping_add(panel_width::<V>());
             }
@@ -256,15 +256,15 @@ unsafe fn tile<V: Vector, const R: usize, const C: usize, const TRANSPOSED: bool
 }
 
 kernel! {
-    /// `rows` rows times one panel of which `columns` count: the sums over `depth` go to `epilogue`. While a tile is
-    /// multiplied, the next one's rows are prefetched (a tile reads some 14 streams, which the processor does not
-    /// predict well); `next` is where the caller goes on, and need not be valid.
+    /// Multiplies `rows` rows by the first `columns` columns of one panel: the sums over `depth` go to `epilogue`.
+    /// While a tile is multiplied, the next tile's rows are prefetched: a tile reads up to 14 streams, too many for the
+    /// hardware prefetcher. `next` is the caller's next `a`; it need not be valid.
     ///
     /// # Safety
-    /// `a` is readable at `i * stride + k` (`k * stride + i` if `TRANSPOSED`) for all `i < rows`, `k < depth`; `b`
-    /// holds `depth` rows of a panel, readable as far as the registers reach that hold its first `columns`, from 1 to
-    /// the panel's width; the places of `epilogue` at rows below `rows` and columns below `columns` exist and belong to
-    /// the caller.
+    /// `a` is readable at `i * stride + k` (`k * stride + i` if `TRANSPOSED`) for all `i < rows`, `k < depth`;
+    /// `columns` is from 1 to the panel's width; `b` holds `depth` rows of a panel, readable through the last register
+    /// that holds any of the first `columns` columns; the elements of `epilogue` at rows below `rows` and columns below
+    /// `columns` exist and belong to the caller.
     pub(crate) unsafe fn rows_by_panel<V, E: Epilogue; const TRANSPOSED: bool>(
         rows: usize,
         columns: usize,
@@ -279,7 +279,7 @@ kernel! {
         if rows == 0 {
             return;
         }
-        // Tiles of nearly equal height: 14 + 14 + 14 + 14 + 8 rows would leave the last with too few sums in flight.
+        // Tiles of nearly equal height: in 14 + 14 + 14 + 14 + 8 rows, the last would have too few sums in flight.
         let tiles = rows.div_ceil(V::ROWS);
         for t in 0..tiles {
             let rows = nth_chunk(rows, tiles, t);
@@ -321,11 +321,11 @@ kernel! {
 }
 
 kernel! {
-    /// A panel from a matrix that has its rows along `k`: `panel[k][j] = b[k * stride + j]`, zero for `j >= columns`.
+    /// Packs a panel from a matrix with a row for each `k`: `panel[k][j] = b[k * stride + j]`, zero for `j >= columns`.
     ///
     /// # Safety
-    /// `b` is readable at all those with `k < depth` and `j < columns`, which is at most the panel's width; `panel` is
-    /// writable for `depth * panel_width` floats.
+    /// `b[k * stride + j]` is readable for `k < depth` and `j < columns`, which is at most the panel's width; `panel`
+    /// is writable for `depth * panel_width` floats.
     pub(crate) unsafe fn pack_rows<V>(depth: usize, columns: usize, b: *const f32, stride: usize, panel: *mut f32) {
         for k in 0..depth {
             let (from, to) = (b.add(k * stride), panel.add(k * panel_width::<V>()));
@@ -339,8 +339,8 @@ kernel! {
 }
 
 kernel! {
-    /// A panel from a matrix that has its columns along `k`: `panel[k][j] = b[j * stride + k]`, zero for
-    /// `j >= columns`.
+    /// Packs a panel from a matrix with a column for each `k`: `panel[k][j] = b[j * stride + k]`, zero for `j >=
+    /// columns`.
     ///
     /// # Safety
     /// As for [`pack_rows`], with `b[j * stride + k]`.
@@ -365,10 +365,10 @@ kernel! {
     }
 }
 
-/// Sums of each of `c` columns over the rows of each of `groups` equal groups: `sums[g][j] = sum over r of x[g][r][j]`.
+/// Sums each of `c` columns over the rows of each of `groups` equal groups: `sums[g][j] = sum over r of x[g][r][j]`.
 ///
-/// Rows are summed by eights, the eights in runs of 64 rows, then the runs: the error grows with `8 + 8 + rows / 64`
-/// and not with the number of rows. The order depends on the shape alone.
+/// Rows are summed in eights, eights in runs of 64 rows, then the runs, again in eights: the error grows with about `8
+/// + 8 + 8 + rows / 512` additions instead of `rows`. The order depends on the shape alone.
 pub(crate) fn column_sums<V: Vector>(
     token: V::Token,
     device: &Device,
@@ -388,14 +388,14 @@ pub(crate) fn column_sums<V: Vector>(
         let first = run * RUN;
         let count = RUN.min(rows - first);
         let x = &x[(group * rows + first) * c..][..count * c];
-        // SAFETY: x is cut to `count` rows; task i alone has row i of `partial`, which has groups * runs rows of c.
+        // SAFETY: x is sliced to `count` rows; task i alone has row i of `partial`, which has groups * runs rows of c.
         unsafe { sum_rows::<V>(token, count, c, x.as_ptr(), out.at(i * c)) }
     });
     let partial = partial.as_slice();
     let out = Shared::new(sums);
     for_each_task(groups, |g| {
         let partial = &partial[g * runs * c..][..runs * c];
-        // SAFETY: `partial` is cut to `runs` rows; task g alone has row g of `sums`, which has `groups` rows of c.
+        // SAFETY: `partial` is sliced to `runs` rows; task g alone has row g of `sums`, which has `groups` rows of c.
         unsafe { sum_rows::<V>(token, runs, c, partial.as_ptr(), out.at(g * c)) }
     });
 }

@@ -1,13 +1,13 @@
 //! The CPU: aligned pooled buffers.
 //!
-//! The pool keeps returned buffers by size, rounded up to eight classes an octave: a training step asks for the same
-//! sizes every time, and scratch space of many nearly equal sizes shares buffers, for 6 % of room on average. It never
-//! splits or joins buffers and never gives memory back before it is dropped.
+//! The pool keeps returned buffers by size class, eight per octave: a training step requests the same sizes every time,
+//! and scratch space of nearly equal sizes shares buffers at a cost of 6 % on average. The pool never splits or joins
+//! buffers, and frees no memory before it is dropped.
 //!
-//! A guarded pool (tests) hands out buffers full of NaN between guard words, a line before and at least a line behind,
-//! from the first float that was not asked for; it looks at them when a buffer comes back.
+//! A guarded pool (tests) hands out buffers filled with NaN between guard words: one cache line before, and at least
+//! one line from the first float past the end. It checks them when a buffer comes back.
 //!
-//! Nothing in [`device::cpu`](self) knows of tensors, parameters or operations: it works on slices and extents.
+//! Nothing in [`device::cpu`](self) knows tensors, parameters or operations: it works on slices and extents.
 
 pub(crate) mod direct;
 pub(crate) mod gemm;
@@ -25,10 +25,10 @@ use super::{PoolStats, size_class};
 #[repr(C, align(64))]
 struct Line([f32; 16]);
 
-/// Bytes of a line.
+/// Bytes per line.
 pub(super) const UNIT: usize = size_of::<Line>();
 
-/// Returned buffers by their number of lines, and the counters.
+/// Returned buffers by number of lines, and the counters.
 #[derive(Default)]
 struct Shelves {
     free: HashMap<usize, Vec<Vec<Line>>>,
@@ -38,11 +38,11 @@ struct Shelves {
 /// A pool of host buffers.
 pub struct Pool {
     shelves: Mutex<Shelves>,
-    /// Lines of guard words before and behind each buffer: 0, or 1 in a guarded pool.
+    /// Guard lines before and after each buffer: 0, or 1 in a guarded pool.
     guard: usize,
 }
 
-/// What guard words hold: a number no computation here arrives at.
+/// Value of the guard words: a number no computation here produces.
 const GUARD: f32 = -6.022_140_8e23;
 
 impl Pool {
@@ -81,13 +81,13 @@ impl Pool {
         self.shelves().stats
     }
 
-    /// The shelves stay consistent between statements, so a panic elsewhere does not spoil them.
+    /// A panic cannot leave the shelves inconsistent, so a poisoned lock is safe to use.
     fn shelves(&self) -> MutexGuard<'_, Shelves> {
         self.shelves.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// `len` floats, 64-byte aligned; goes back to its pool when dropped.
+/// `len` floats, 64-byte aligned; returns to its pool when dropped.
 pub struct Buffer {
     data: Vec<Line>,
     len: usize,
@@ -95,12 +95,12 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// The numbers.
+    /// The floats.
     pub fn as_slice(&self) -> &[f32] {
         &bytemuck::cast_slice(&self.data[self.pool.guard..])[..self.len]
     }
 
-    /// The numbers, to be written.
+    /// The floats, mutable.
     pub fn as_mut_slice(&mut self) -> &mut [f32] {
         &mut bytemuck::cast_slice_mut(&mut self.data[self.pool.guard..])[..self.len]
     }

@@ -1,10 +1,10 @@
-//! Vector instructions, chosen when the program runs: AVX-512, AVX2 with FMA, or whatever the target has anyway.
+//! SIMD levels, chosen at run time: AVX-512, AVX2 with FMA, or the target's baseline.
 //!
-//! An element-wise loop is written once, as the body of `dispatch!`; the macro compiles it three times with different
-//! target features and picks one by [`Isa::best`]. The compiler vectorises the body, so it should be plain: slices of
-//! equal length, no early exit, no call that is not `#[inline(always)]`. [`Simd::mul_add`] is a fused multiply-add
-//! where there is one and a product and a sum elsewhere (never a library call), so results differ in the last bits
-//! between machines, not between runs.
+//! An element-wise loop is written once, as the body of `dispatch!`. The macro compiles it three times with different
+//! target features and picks one by [`Isa::best`]. The compiler vectorises the body, so keep it plain: slices of equal
+//! length, no early exit, no call that is not `#[inline(always)]`. [`Simd::mul_add`] is a fused multiply-add where
+//! there is one and a product and a sum elsewhere (never a library call), so results differ in the last bits between
+//! machines but not between runs.
 //!
 //! ```ignore
 //! simd::dispatch! {
@@ -17,21 +17,22 @@
 //! }
 //! ```
 //!
-//! `DDPM_CUDA_SIMD=avx2` or `=portable` lowers the level, to test the other paths on a machine that has the best.
+//! `DDPM_CUDA_SIMD=avx2` or `=portable` lowers the level, to test the other paths on a machine with AVX-512.
 //!
 //! # Soundness
 //!
 //! Executing an instruction that the processor lacks is undefined behaviour. So code compiled for a [`Level`] runs only
-//! where a token is at hand ([`Avx512`], [`Avx2`], [`Portable`], or an [`Isa`], which is one of the three). A token is
-//! made by `new`, which asks the processor; each `unsafe` call of such code names its token as the proof.
+//! where a token exists ([`Avx512`], [`Avx2`], [`Portable`], or an [`Isa`], which is one of the three). Tokens of the
+//! first two are made only by `new`, which asks the processor; each `unsafe` call of such code names its token as the
+//! proof.
 //!
-//! Deliberately absent: a vector type. Kernels that decide what stays in registers (the matrix products, Winograd's
-//! transforms) use `Vector` of `vector.rs`.
+//! Deliberately absent: a vector type. Code that decides what stays in registers (the matrix products, Winograd's
+//! transforms) uses `Vector` of `vector.rs`.
 
 use std::str::FromStr;
 use std::sync::OnceLock;
 
-/// The name of a set of vector instructions; the order is by width. Whether the processor has them, [`Isa::new`] says.
+/// Names a SIMD level, ordered by width. [`Isa::new`] says whether the processor has it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
     /// What every processor of the target has (SSE2 on x86-64, NEON on aarch64).
@@ -55,10 +56,10 @@ impl FromStr for Level {
     }
 }
 
-/// The highest level to use, from `DDPM_CUDA_SIMD`; without it, or if it is empty, the highest there is.
+/// The highest level to use, from `DDPM_CUDA_SIMD`; if it is unset or empty, the highest there is.
 ///
 /// # Errors
-/// A sentence, if the variable is none of portable, avx2 and avx512.
+/// A sentence if the variable is none of portable, avx2 and avx512.
 pub fn limit() -> Result<Level, String> {
     match std::env::var_os("DDPM_CUDA_SIMD") {
         Some(value) if !value.is_empty() => {
@@ -68,7 +69,7 @@ pub fn limit() -> Result<Level, String> {
     }
 }
 
-/// A [`Level`] as a type, for code that is compiled once per level.
+/// A [`Level`] as a type, for code compiled once per level.
 ///
 /// # Safety
 /// A value of the type must exist only on processors that have every instruction of `LEVEL`.
@@ -76,7 +77,7 @@ pub unsafe trait Simd: Copy + Send + Sync + 'static {
     /// The level.
     const LEVEL: Level;
 
-    /// `a*b + c`, rounded once where the level has such an instruction, twice elsewhere. Needs no token: it is right on
+    /// `a*b + c`, rounded once if the level has fused multiply-add, twice otherwise. Needs no token: it is correct on
     /// every processor, and fast in code compiled for the level.
     fn mul_add(a: f32, b: f32, c: f32) -> f32;
 }
@@ -94,7 +95,7 @@ pub struct Avx2(());
 pub struct Portable;
 
 impl Avx512 {
-    /// The token, if this processor has the instructions. Miri, which has few of them, counts as one that has not.
+    /// The token, if this processor has the instructions; never under Miri, which emulates few of them.
     pub fn new() -> Option<Self> {
         #[cfg(all(target_arch = "x86_64", not(miri)))]
         if Avx2::new().is_some()
@@ -120,7 +121,7 @@ impl Avx2 {
     }
 }
 
-// SAFETY: the field is private, and `new`, which alone makes a value, has found every feature of the level.
+// SAFETY: the field is private, and `new`, the only constructor, has found every feature of the level.
 unsafe impl Simd for Avx512 {
     const LEVEL: Level = Level::Avx512;
 
@@ -140,7 +141,7 @@ unsafe impl Simd for Avx2 {
     }
 }
 
-// SAFETY: every processor that the program can start on has the level.
+// SAFETY: every processor that can run the program has this level.
 unsafe impl Simd for Portable {
     const LEVEL: Level = Level::Portable;
 
@@ -151,7 +152,7 @@ unsafe impl Simd for Portable {
     }
 }
 
-/// Vector instructions that this processor has: one of the three tokens.
+/// A SIMD level that this processor has: one of the three tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Isa {
@@ -170,28 +171,28 @@ impl Isa {
         }
     }
 
-    /// The widest that this processor has and [`limit`] allows; decided once.
+    /// The widest level that this processor has and [`limit`] allows; decided once.
     ///
     /// # Panics
-    /// If `DDPM_CUDA_SIMD` is none of its values, with the sentence of [`limit`];
-    /// [`Device::open`](crate::device::Device::open) has refused it before.
+    /// If `DDPM_CUDA_SIMD` is invalid, with [`limit`]'s sentence. [`Device::open`](crate::device::Device::open) refuses
+    /// it earlier.
     pub fn best() -> Self {
         static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| Isa::widest(limit().unwrap_or_else(|error| panic!("{error}"))))
     }
 
-    /// The widest that this processor has and that is no wider than `limit`.
+    /// The widest level that this processor has, no wider than `limit`.
     fn widest(limit: Level) -> Self {
         let within = Isa::available().take_while(|isa| isa.level() <= limit);
         within.last().unwrap_or(Isa::Portable(Portable))
     }
 
-    /// All that this processor has, narrowest first.
+    /// All levels this processor has, narrowest first.
     pub fn available() -> impl Iterator<Item = Self> {
         [Level::Portable, Level::Avx2, Level::Avx512].into_iter().filter_map(Isa::new)
     }
 
-    /// Its name.
+    /// Its level.
     pub fn level(self) -> Level {
         match self {
             Isa::Portable(_) => Level::Portable,
@@ -245,14 +246,14 @@ macro_rules! dispatch {
 pub(crate) use dispatch;
 
 /// `e^x` to 1 ulp of the true value (2 without FMA): infinity above 88.73, down to the subnormals and 0 below -103.98,
-/// NaN for NaN. Branchless, so that loops over it vectorise.
+/// NaN for NaN. Branchless, so loops over it vectorise.
 ///
-/// Cody and Waite's reduction: `x = n ln 2 + r`, `|r| <= ln 2 / 2`, ln 2 in two parts so that `n` times the first is
-/// exact; then `e^r = 1 + r + r^2 q(r)` with q of degree 4, a minimax fit of the relative error (4e-9, well under the
-/// rounding 6e-8).
+/// Cody and Waite's reduction: `x = n ln 2 + r`, `|r| <= ln 2 / 2`, with ln 2 in two parts so that `n` times the first
+/// is exact; then `e^r = 1 + r + r^2 q(r)` with q of degree 4, a minimax fit of the relative error (4e-9, well below
+/// the rounding error 6e-8).
 #[inline(always)]
 pub fn exp<S: Simd>(x: f32) -> f32 {
-    // `if` and not `min`/`max`, which would turn NaN into a number. Beyond these bounds the result is infinity or 0.
+    // `if`, not `min`/`max`, which would turn NaN into a number. Beyond these bounds the result is infinity or 0.
     let x = if x > 89.0 { 89.0 } else { x };
     let x = if x < -104.0 { -104.0 } else { x };
     // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
@@ -266,17 +267,17 @@ pub fn exp<S: Simd>(x: f32) -> f32 {
     let q = S::mul_add(q, r, 0.166_665_21);
     let q = S::mul_add(q, r, 0.499_999_94);
     let p = S::mul_add(q * r, r, r) + 1.0;
-    // 2^n in two factors: n runs from -150 to 128, further than one exponent reaches.
+    // 2^n in two factors: n runs from -150 to 128, beyond the range of one exponent.
     let n = shifted.to_bits().wrapping_sub(SHIFT.to_bits()) as i32;
     let half = n >> 1;
     let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
     p * power(half) * power(n.wrapping_sub(half))
 }
 
-/// `1 / (1 + e^-x)`, to 2 ulp (4 without FMA) down to the subnormals; NaN for NaN.
+/// `1 / (1 + e^-x)` to 2.6 ulp (4 without FMA), down to the subnormals; NaN for NaN.
 #[inline(always)]
 pub fn sigmoid<S: Simd>(x: f32) -> f32 {
-    // e^-|x| never overflows, and for negative x the quotient keeps its digits: e^x / (1 + e^x).
+    // e^-|x| never overflows, and for negative x the quotient e^x / (1 + e^x) keeps its digits.
     let e = exp::<S>(-x.abs());
     let one = 1.0 / (1.0 + e);
     if x < 0.0 { e * one } else { one }
@@ -299,9 +300,8 @@ pub fn silu_grad<S: Simd>(x: f32) -> f32 {
 mod tests {
     use super::*;
 
-    /// Largest error of `f` against `oracle` in units of the last place of the true value, over every 1009th bit
-    /// pattern (1009 is prime, so all exponents and low bits occur; likewise the larger step for Miri) between -120 and
-    /// 120.
+    /// Largest error of `f` against `oracle` in ulps of the true value, over every 1009th bit pattern between -120 and
+    /// 120. 1009 is prime, so all exponents and low bits occur; so is the larger step for Miri.
     fn worst_ulp(f: impl Fn(f32) -> f32, oracle: impl Fn(f64) -> f64) -> f64 {
         let step = if cfg!(miri) { 10_000_019 } else { 1009 };
         let mut worst = 0.0f64;
@@ -327,7 +327,7 @@ mod tests {
         let found = [
             worst_ulp(exp::<S>, f64::exp),
             worst_ulp(super::sigmoid::<S>, sigmoid),
-            // Below -87 the sigmoid is subnormal, and its absolute rounding 2^-150 times x is all that can be asked.
+            // Below -87 the sigmoid is subnormal, so its absolute rounding error, 2^-150 times x, is the best possible.
             worst_ulp(|x| silu::<S>(x.max(-87.0)), |x| x.max(-87.0) * sigmoid(x.max(-87.0))),
         ];
         for ((what, found), bound) in ["exp", "sigmoid", "silu"].iter().zip(found).zip(bounds) {
@@ -335,12 +335,12 @@ mod tests {
         }
     }
 
-    /// Half an ulp for each rounding after the reduction: exp has p (which exceeds 1/2, so up to 2 roundings weigh
-    /// double); sigmoid adds a sum, a quotient and a product; silu one more product.
+    /// Half an ulp per rounding after the reduction: exp has p (which exceeds 1/2, so up to 2 roundings weigh double);
+    /// sigmoid adds a sum, a quotient and a product; silu one more product.
     #[test]
     fn exp_sigmoid_silu_keep_their_digits() {
         accuracy::<Portable>("portable", [2.0, 4.0, 4.5]);
-        // `f32::mul_add` is correctly rounded in software too, so this runs on every machine.
+        // `f32::mul_add` is correctly rounded in software too, so this test runs on every machine.
         accuracy::<Avx512>("fused", [1.1, 2.6, 3.1]);
     }
 
@@ -368,7 +368,7 @@ mod tests {
         }
     }
 
-    /// `(1 + 2^-12)^2 - 1 - 2^-11` is 2^-24 by a fused multiply-add and 0 without, where the product was rounded.
+    /// `(1 + 2^-12)^2 - 1 - 2^-11` is 2^-24 with a fused multiply-add and 0 without, because the product is rounded.
     #[test]
     fn a_dispatched_function_is_the_body_for_the_best_level() {
         let [a, c] = [1.0 + 2f32.powi(-12), -1.0 - 2f32.powi(-11)];

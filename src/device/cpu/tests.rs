@@ -1,8 +1,8 @@
-//! The pool, and the two convolutions against the definition, on shapes small enough for Miri. Operands are small whole
-//! numbers: their products and sums are exact in f32, so the direct convolution must give the definition's very
-//! numbers, and Winograd's, whose transforms are not exact, numbers that round to them.
+//! The pool, and the two convolutions against the definition, on shapes small enough for Miri. Operands are small
+//! integers: their products and sums are exact in f32, so the direct convolution must equal the definition, and
+//! Winograd's, whose transforms are not exact, must round to it.
 //!
-//! Accuracy, threads and every other shape are looked at through the operations, in `tests/ops`.
+//! Accuracy, thread counts and all other shapes are tested through the operations, in `tests/ops`.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -13,7 +13,7 @@ use super::winograd::{self, Tiles};
 use super::{Pool, gemm, simd};
 use crate::device::Device;
 
-/// A 3x3 convolution of `n` images `h x w x c_in` with a border of one zero.
+/// A 3x3 convolution of `n` images `h x w x c_in`, padded by one zero on every side.
 #[derive(Clone, Copy, Debug)]
 struct Case {
     n: usize,
@@ -23,15 +23,15 @@ struct Case {
     c_out: usize,
 }
 
-/// One register and a bit of channels, tiles cut on both sides; a panel and a bit; enough tiles for two blocks, which
-/// Winograd's convolution then takes through all channels one by one.
+/// A bit more than one register of channels, with tiles cut off on both sides; a bit more than one panel; enough tiles
+/// for two blocks, so that Winograd's convolution takes its block-by-block path.
 const CASES: [Case; 3] = [
     Case { n: 2, h: 5, w: 3, c_in: 5, c_out: 3 },
     Case { n: 1, h: 4, w: 6, c_in: 2, c_out: 37 },
     Case { n: 1, h: 33, w: 32, c_in: 1, c_out: 2 },
 ];
 
-/// Whole numbers from -3 to 3.
+/// Integers from -3 to 3.
 fn numbers(len: usize, step: usize) -> Vec<f32> {
     (0..len).map(|i| (i * step % 7) as f32 - 3.0).collect()
 }
@@ -68,7 +68,7 @@ fn rounded(x: &[f32]) -> Vec<f32> {
 
 #[test]
 fn both_convolutions_are_the_definition() {
-    // Miri sees what guards see, and is slow: no filling of scratch for it, nor the many tiles of the last case.
+    // Miri sees what guards see, and is slow: it gets no filled scratch, nor the many tiles of the last case.
     let device = if cfg!(miri) { Device::cpu() } else { Device::cpu_guarded() };
     let cases = if cfg!(miri) { &CASES[..2] } else { &CASES[..] };
     for &case in cases {
@@ -130,7 +130,7 @@ fn column_sums_are_sums_of_columns() {
     }
 }
 
-/// A safe function refuses what its unsafe parts could not bear.
+/// A safe function must refuse arguments that would make its unsafe parts unsound.
 #[test]
 #[should_panic(expected = "taps [0, 3] of a kernel of 3")]
 fn a_tap_outside_the_kernel_is_refused() {
@@ -154,8 +154,8 @@ fn a_tap_outside_the_kernel_is_refused() {
     );
 }
 
-/// The message of the panic when a buffer of `len` numbers comes back of which float `at` has been written, counted
-/// from the first guard word; empty without a panic.
+/// The panic message when a buffer of `len` floats comes back after float `at`, counted from the first guard word, was
+/// written; empty without a panic.
 fn complaint(len: usize, at: usize) -> String {
     let mut buffer = Pool::alloc(&Pool::new(true), len);
     bytemuck::cast_slice_mut(&mut buffer.data)[at] = 0.0f32;

@@ -1,9 +1,9 @@
-//! Vector registers as a type, for the kernels that must decide what stays in them: matrix products and the transforms
-//! of Winograd's convolution. Element-wise loops need none of this; see [`super::simd`].
+//! Vector registers as a type, for code that must decide what stays in registers: matrix products and the transforms of
+//! Winograd's convolution. Element-wise loops do not need it; see [`super::simd`].
 //!
-//! The methods of a [`Vector`] are single instructions in a function that is compiled with the features of its level,
-//! which [`kernel!`] does, and may run only on a processor that has them, of which a [`Vector::Token`] is the proof:
-//! every function that [`kernel!`] defines takes one, and so do the safe functions that call them.
+//! Most methods of a [`Vector`] compile to single instructions in a function with the target features of its level,
+//! which [`kernel!`] defines. They may run only on a processor that has those features. A [`Vector::Token`] is the
+//! proof: every function that [`kernel!`] defines takes one, and so do the safe functions that call it.
 //! [`with_vector!`] chooses the type.
 
 use super::simd::{Portable, Simd};
@@ -12,34 +12,34 @@ use super::simd::{Portable, Simd};
 ///
 /// # Safety
 /// Every `unsafe` method requires a processor with the level of [`Vector::Token`]. Pointers must be valid for the
-/// floats read or written and need no alignment.
+/// floats read or written; they need no alignment.
 pub(crate) trait Vector: Copy + Send + Sync + 'static {
-    /// Proof that the processor has the instructions of the methods.
+    /// Proof that the processor has the methods' instructions.
     type Token: Simd;
-    /// Floats in one register.
+    /// Floats per register.
     const LANES: usize;
-    /// Rows of the register tile of a matrix product that is two registers wide: 28 + 2 + 1 of 32 registers, or
-    /// 12 + 2 + 1 of 16.
+    /// Rows of a matrix product's register tile, which is two registers wide: sums, columns and a broadcast take 28 + 2
+    /// + 1 of 32 registers, or 12 + 2 + 1 of 16.
     const ROWS: usize;
     /// `[Self; LANES]`.
     type Block: AsMut<[Self]> + Copy;
 
-    /// Asks for the cache line of `p`, which need not be valid, ahead of its use.
+    /// Prefetches the cache line of `p`, which need not be valid.
     fn prefetch(p: *const f32);
     unsafe fn splat(x: f32) -> Self;
     unsafe fn zero_block() -> Self::Block;
     unsafe fn load(p: *const f32) -> Self;
     unsafe fn store(self, p: *mut f32);
-    /// The first `count < LANES` lanes from memory, the others zero.
+    /// Loads the first `count < LANES` lanes; the others are zero.
     unsafe fn load_first(p: *const f32, count: usize) -> Self;
-    /// The first `count < LANES` lanes to memory.
+    /// Stores the first `count < LANES` lanes.
     unsafe fn store_first(self, p: *mut f32, count: usize);
     unsafe fn add(self, b: Self) -> Self;
     unsafe fn sub(self, b: Self) -> Self;
     unsafe fn mul(self, b: Self) -> Self;
     /// `self * b + c`.
     unsafe fn mul_add(self, b: Self, c: Self) -> Self;
-    /// Rows become columns; `rows` holds `LANES` registers.
+    /// Transposes a square of `LANES` registers.
     unsafe fn transpose(rows: &mut Self::Block);
 }
 
@@ -115,7 +115,7 @@ mod x86 {
     use super::Vector;
     use crate::device::cpu::simd::{Avx2, Avx512};
 
-    /// Lanes below `count` are all ones.
+    /// A mask with the lanes below `count` all ones.
     ///
     /// # Safety
     /// The processor has AVX2.
@@ -296,9 +296,9 @@ mod x86 {
     }
 }
 
-/// Defines an `unsafe fn` whose first type parameter is a [`Vector`], `V`, and whose first argument, which is not
-/// written, is a `V::Token`. The body is compiled with the features of that token's level; it is an unsafe block in
-/// which `V`'s methods may be called, since there was a token. The caller promises what the function itself demands.
+/// Defines an `unsafe fn` whose first type parameter is a [`Vector`], `V`. The macro prepends an argument of type
+/// `V::Token`. The body is compiled with the target features of that token's level. It is an unsafe block in which
+/// `V`'s methods may be called, since a token exists; everything else the function demands is the caller's promise.
 macro_rules! kernel {
     (
         $(#[$meta:meta])*

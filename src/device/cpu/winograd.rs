@@ -1,23 +1,24 @@
 //! Winograd's convolution F(4x4, 3x3) (Lavin and Gray 2015): 3x3 kernels at stride 1 in a quarter of the
 //! multiplications.
 //!
-//! Each 4x4 tile `Y` of the output comes from the 6x6 tile `D` of the input under it, for every pair of channels, as
-//! `Y = A^T [(G w G^T) * (B^T D B)] A`, where `*` is element by element. Summed over input channels, the 36 elements
-//! are 36 matrix products (tiles x c_in) (c_in x c_out). The gradients are the same formula transposed: that of the
-//! input is the convolution of `dy` with the kernel turned round, and
-//! `dw = G^T [sum over tiles of (A dY A^T) * (B^T D B)] G`.
+//! Each 4x4 tile `Y` of the output comes from the 6x6 tile `D` of the input under it, for every pair of channels, as `Y
+//! = A^T [(G w G^T) * (B^T D B)] A`, where `*` is element by element. Summed over input channels, the 36 elements are
+//! 36 matrix products (tiles x c_in) (c_in x c_out). The gradients are this formula transposed: the input's is the
+//! convolution of `dy` with the kernel rotated by 180 degrees, and `dw = G^T [sum over tiles of (A dY A^T) * (B^T D B)]
+//! G`.
 //!
 //! The matrices evaluate polynomials at 0, +-1/p, +-p and infinity. The usual p = 2 (with 1 for 1/p) makes `y` some six
 //! times less accurate than a plain f32 sum over 128 channels; p = sqrt(2) keeps all entries near 1 and the error
-//! within twice that of the plain sum, which is why F(4x4) is used alone and the more accurate F(2x2) (2.25 times fewer
-//! products) is not here. `tests/support/winograd.rs` derives the error to expect.
+//! within twice that of the plain sum. So only F(4x4) is here, not the more accurate F(2x2), which saves only a factor
+//! of 2.25. `tests/support/winograd.rs` derives the error to expect.
 //!
-//! Transformed tiles and weights stay in the L2 cache. Where there are many tiles for each panel of output channels, a
-//! task takes 64 tiles through all steps with scratch of that size; else the tiles are transformed once and each task
-//! owns a panel, whose weights it transforms into its scratch, 256 input channels at a time. Every sum runs over the
-//! input channels in order, so both agree to the bit.
+//! Transformed tiles and weights stay in L2. If there are many tiles per panel of output channels, the weights are
+//! transformed once, and a task takes up to 64 tiles and 128 output channels through all steps in its scratch.
+//! Otherwise the tiles are transformed once, and a task takes one panel and a range of tiles and transforms the panel's
+//! weights into its scratch, 256 input channels at a time. Every sum runs over the input channels in order, so both
+//! ways agree to the bit.
 
-// Loops count with the letters of the formulas, over several arrays at once.
+// Loops use the formulas' indices, over several arrays at once.
 #![allow(clippy::needless_range_loop)]
 
 use super::direct::{Plus, Towards, Weight};
@@ -28,9 +29,9 @@ use super::gemm::{
 use super::vector::{Vector, kernel};
 use crate::device::Device;
 
-/// Outputs of a tile in each direction.
+/// Outputs per tile in each direction.
 const OUT: usize = 4;
-/// Inputs of a tile in each direction.
+/// Inputs per tile in each direction.
 const IN: usize = 6;
 /// Products per tile and pair of channels.
 const XI: usize = IN * IN;
@@ -38,7 +39,7 @@ const XI: usize = IN * IN;
 const R2: f32 = std::f32::consts::SQRT_2;
 const H2: f32 = std::f32::consts::FRAC_1_SQRT_2;
 
-/// `B^T`: row per point 0, 1/p, -1/p, p, -p, infinity.
+/// `B^T`: one row per point 0, 1/p, -1/p, p, -p, infinity.
 const BT: [[f32; IN]; IN] = [
     [1.0, 0.0, -2.5, 0.0, 1.0, 0.0],
     [0.0, -2.0 * H2, -2.0, H2, 1.0, 0.0],
@@ -64,7 +65,7 @@ const A: [[f32; OUT]; IN] = [
 /// A `V::Token` exists.
 #[inline(always)]
 unsafe fn input_1d<V: Vector>(d: [V; IN]) -> [V; IN] {
-    // SAFETY: arithmetic in registers, on a processor that has V by the caller's promise.
+    // SAFETY: arithmetic in registers; the caller promises V's processor.
     unsafe {
         let (even_a, odd_a) = (d[2].mul_add(V::splat(-2.0), d[4]), d[1].mul_add(V::splat(-2.0), d[3]));
         let (even_b, odd_b) = (d[2].mul_add(V::splat(-0.5), d[4]), d[1].mul_add(V::splat(-0.5), d[3]));
@@ -171,7 +172,7 @@ pub(crate) struct Tiles {
 }
 
 impl Tiles {
-    /// Tiles over the rows and columns of one image.
+    /// Numbers of tiles down and across one image.
     fn extent(&self) -> (usize, usize) {
         (self.out_h.div_ceil(OUT), self.out_w.div_ceil(OUT))
     }
@@ -181,7 +182,7 @@ impl Tiles {
         self.n * rows * cols
     }
 
-    /// Image and the first output row and column of tile `t`.
+    /// Image, first output row and first output column of tile `t`.
     #[inline(always)]
     fn place(&self, t: usize) -> [usize; 3] {
         let (rows, cols) = self.extent();
@@ -189,13 +190,13 @@ impl Tiles {
     }
 }
 
-/// Floats between two of the 36 planes of transformed numbers: at least `floats`, an odd number of cache lines, so that
-/// the 36 stores for one tile do not meet in one set of the L1 cache.
+/// Distance, in floats, between two of the 36 planes of transformed numbers: at least `floats` and an odd number of
+/// cache lines, so that the 36 stores for one tile fall into different sets of L1.
 const fn plane(floats: usize) -> usize {
     floats.next_multiple_of(16) | 16
 }
 
-/// Row `i` of the input tile at (row, col): `d[j]` has channels `k..k + count` of pixel `(row + i, col + j)`, zeros
+/// Row `i` of the input tile at (row, col): `d[j]` holds channels `k..k + count` of pixel `(row + i, col + j)`, zeros
 /// outside the image.
 ///
 /// # Safety
@@ -211,7 +212,7 @@ unsafe fn load_tile<V: Vector>(
     i: usize,
 ) -> [V; IN] {
     // SAFETY: row r and each column read are inside the image, by the comparisons, and channels k..k + count inside the
-    // pixel, so every place is in the floats that the caller promises.
+    // pixel, so every load is within the floats that the caller promises.
     unsafe {
         let zero = V::splat(0.0);
         let mut d = [zero; IN];
@@ -241,7 +242,7 @@ kernel! {
     /// `first + t` to `out[xi * plane + t * stride + j]`.
     ///
     /// # Safety
-    /// `x` holds the images of `tiles`, which has these tiles and channels; those places of `out` are writable and the
+    /// `x` holds the images of `tiles`, which has these tiles and channels; that part of `out` is writable and the
     /// caller's alone.
     unsafe fn transform_inputs<V>(
         x: *const f32,
@@ -260,7 +261,7 @@ kernel! {
             let (row, col) = (row as isize - tiles.top as isize, col as isize - tiles.left as isize);
             for channel in (0..channels).step_by(V::LANES) {
                 let lanes = V::LANES.min(channels - channel);
-                // Rows first: the columns of one row are beside each other in memory.
+                // Rows first: the columns of a row are adjacent in memory.
                 let mut half = [[V::splat(0.0); IN]; IN];
                 for i in 0..IN {
                     let d = input_1d(load_tile::<V>(image, &tiles, row, col, k + channel, lanes, i));
@@ -281,9 +282,9 @@ kernel! {
 
 kernel! {
     /// `G w G^T` for one panel of `columns` output channels from `column` and `depth` input channels from `start`:
-    /// element xi of input channel `start + k` and column `j` to `out[xi * plane + k * panel_width + j]`, zero for
-    /// `j >= columns`. Output and input are those of the convolution computed: `towards_input`, the weight's the other
-    /// way round.
+    /// element xi of input channel `start + k` and column `j` to `out[xi * plane + k * panel_width + j]`, zero for `j
+    /// >= columns`. Output and input channels are those of the convolution computed: with `towards_input`, they are the
+    /// weight's `c_in` and `c_out`.
     ///
     /// # Safety
     /// `w` holds a weight of 3x3 taps and `c_in` input channels that has these channels; `depth` rows of each of the 36
@@ -304,12 +305,12 @@ kernel! {
             let lanes = V::LANES.min(columns.saturating_sub(j));
             for k in (0..depth).step_by(V::LANES) {
                 let count = V::LANES.min(depth - k);
-                // taps[u * 3 + v]: a register of output channels for each of LANES input channels.
+                // taps[u * 3 + v]: one register of output channels for each of LANES input channels.
                 let mut taps = [V::zero_block(); 9];
                 for (tap, block) in taps.iter_mut().enumerate() {
                     let block_rows = block.as_mut();
                     if towards_input {
-                        // The gradient reads the kernel turned round; rows are c_out, columns c_in, as in memory.
+                        // The gradient uses the rotated kernel; rows are c_out, columns c_in, as in memory.
                         if lanes > 0 {
                             let w = w.add((8 - tap) * c_in + column + j + start * row_stride);
                             for l in 0..count {
@@ -351,12 +352,11 @@ kernel! {
 }
 
 kernel! {
-    /// `A^T M A` of tiles `first .. first + count` for one panel, plus what is to be added, into `y`
-    /// (n, out_h, out_w, c_out).
+    /// `A^T M A` of tiles `first .. first + count` for one panel, plus `plus`, to `y` (n, out_h, out_w, c_out).
     ///
     /// # Safety
-    /// `m` is readable for `count` rows of a panel in each of the 36 planes; `tiles` has these tiles, and `y` and what
-    /// `plus` adds the lengths that go with it; no other task has channels `column .. column + columns`, below `c_out`,
+    /// `m` is readable for `count` rows of a panel in each of the 36 planes; `tiles` has these tiles, and `y` and the
+    /// slices of `plus` have matching lengths; no other task has channels `column .. column + columns`, below `c_out`,
     /// of these tiles' outputs.
     unsafe fn transform_outputs<V>(
         m: *const f32,
@@ -410,7 +410,7 @@ kernel! {
     }
 }
 
-/// `y = conv(x, weight)`, or with `Towards::Input` the gradient of the input from that of the output.
+/// `y = conv(x, weight) + plus`, or with `Towards::Input` the gradient of the input from that of the output.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn outputs<V: Vector>(
     token: V::Token,
@@ -441,14 +441,14 @@ pub(crate) fn outputs<V: Vector>(
     let transform_panel = |p: usize, start: usize, depth: usize, out: *mut f32, plane: usize| {
         let towards_input = towards == Towards::Input;
         let (w, c_in) = (weight.data.as_ptr(), weight.c_in);
-        // SAFETY: the weight is as long as asserted, and both callers below stay within its channels; they pass XI
+        // SAFETY: the weight has the length asserted, and both callers below stay within its channels; they pass XI
         // planes of at least `depth` panel rows that are their task's alone.
         unsafe {
             transform_weights::<V>(token, w, c_in, start, depth, towards_input, p * width, panel_columns(p), out, plane)
         };
     };
-    // The 36 products of `rows` tiles and panel `p` over `depth` channels; `m` goes on from earlier channels unless
-    // `fresh`.
+    // The 36 products of `rows` tiles and panel `p` over `depth` channels; the sums in `m` continue those of earlier
+    // channels unless `fresh`.
     let multiply = |v: Planes, u: Planes, m: *mut f32, p: usize, rows: usize, depth: usize, fresh: bool| {
         for xi in 0..XI {
             let (a, b) = (v.start.wrapping_add(xi * v.plane), u.start.wrapping_add(xi * u.plane));
@@ -477,11 +477,11 @@ pub(crate) fn outputs<V: Vector>(
             transform_outputs::<V>(token, m, m_plane::<V>(), tiles, first, rows, p * width, columns, y, c_out, plus)
         };
     };
-    // One line more than needed between tiles, lest all rows of a register tile meet in the same sets of the L1 cache.
+    // One cache line more than needed between tiles, lest all rows of a register tile fall into the same sets of L1.
     let stride_for = |depth: usize| depth.next_multiple_of(16) + 16;
     let m_len = XI * m_plane::<V>();
 
-    // A block of tiles is worth its way through all weights if there are many blocks; else panels are the tasks.
+    // With many blocks of tiles, each block goes through all weights; otherwise the tasks are panels.
     let blocks = count.div_ceil(BLOCK);
     if blocks >= 2 * panels {
         let u_plane = plane(c * width);
@@ -490,13 +490,12 @@ pub(crate) fn outputs<V: Vector>(
         let chunks = c.div_ceil(64);
         for_each_task(panels * chunks, |task| {
             let (p, k) = (task / chunks, task % chunks * 64);
-            // SAFETY: inside `u`, since k < c. The task alone has rows k..k + 64 (or to the last, c) of its panel's
-            // planes.
+            // SAFETY: inside `u`, since k < c. The task alone has rows k..min(k + 64, c) of its panel's planes.
             let out = unsafe { out.at(p * XI * u_plane + k * width) };
             transform_panel(p, k, 64.min(c - k), out, u_plane);
         });
         let u = u.as_slice();
-        // Sums for 128 output channels and tiles for 64 input channels fit in the L2 cache together.
+        // Sums for 128 output channels and tiles for 64 input channels fit in L2 together.
         let group = (128 / width).min(panels);
         let groups = panels.div_ceil(group);
         let depth = if group == 1 { c.min(128) } else { c.min(64) };
@@ -510,7 +509,7 @@ pub(crate) fn outputs<V: Vector>(
             for k in (0..c).step_by(depth) {
                 let here = depth.min(c - k);
                 let out = v.as_mut_ptr();
-                // SAFETY: x is as long as asserted; v, of this task's scratch, has XI planes of BLOCK >= rows rows of
+                // SAFETY: x has the length asserted; v, in this task's scratch, has XI planes of BLOCK >= rows rows of
                 // `stride >= here`.
                 unsafe { transform_inputs::<V>(token, x.as_ptr(), tiles, first, rows, k, here, out, v_plane, stride) };
                 for (i, p) in panels_here.clone().enumerate() {
@@ -531,7 +530,7 @@ pub(crate) fn outputs<V: Vector>(
         let chunks = count.div_ceil(8);
         for_each_task(chunks, |i| {
             let tiles_here = nth_chunk(count, chunks, i);
-            // SAFETY: x is as long as asserted; v has XI planes of `count` rows of `stride >= c`, of which the task
+            // SAFETY: x has the length asserted; v has XI planes of `count` rows of `stride >= c`, of which the task
             // alone has the rows of its tiles.
             unsafe {
                 let out = out.at(tiles_here.start * stride);
@@ -540,7 +539,7 @@ pub(crate) fn outputs<V: Vector>(
             }
         });
         let v = v.as_slice();
-        // Transformed weights of a panel for 256 input channels: half of the L2 cache.
+        // A panel's transformed weights for 256 input channels: about half of a 2 MiB L2.
         let depth = c.min(256);
         let u_plane = plane(depth * width);
         // Enough tasks for all threads; tasks that share a panel each transform its weights.
@@ -574,7 +573,7 @@ pub(crate) fn outputs<V: Vector>(
     }
 }
 
-/// 36 matrices, `plane` floats apart, of rows `stride` floats apart.
+/// 36 matrices, `plane` floats apart, with rows `stride` floats apart.
 #[derive(Clone, Copy)]
 struct Planes {
     start: *const f32,
@@ -582,18 +581,18 @@ struct Planes {
     stride: usize,
 }
 
-/// Floats between the 36 planes of sums for a block of tiles and one panel.
+/// Distance, in floats, between the 36 planes of sums for a block of tiles and one panel.
 fn m_plane<V: Vector>() -> usize {
     plane(BLOCK * panel_width::<V>())
 }
 
-/// At most so many tiles are multiplied by a panel at a time; one image of 32x32 or four of 16x16.
+/// Most tiles multiplied by a panel at a time: one image of 32x32 or four of 16x16.
 const BLOCK: usize = 64;
 
 kernel! {
-    /// Row `p` of `B^T D B`: element `q` of channel `k + j`, `j < channels`, of tile `first + t` to panel
-    /// `j / panel_width`, row `t`, of plane `q`; panels are `panel` floats apart. Of a panel that `channels` ends in,
-    /// the registers that hold them are written whole.
+    /// Row `p` of `B^T D B`: element `q` of channel `k + j`, `j < channels`, of tile `first + t` to panel `j /
+    /// panel_width`, row `t`, of plane `q`; panels are `panel` floats apart. In the last panel, whole registers are
+    /// written.
     ///
     /// # Safety
     /// `x` holds the images of `tiles`, which has these tiles and channels; `count` rows of these panels in IN planes
@@ -640,7 +639,7 @@ kernel! {
     /// Row `p` of `A dY A^T`: element `q` of channel `j` of tile `first + t` to `out[q * plane + t * stride + j]`.
     ///
     /// # Safety
-    /// `dy` holds the outputs (n, out_h, out_w, c_out) of `tiles`, which has these tiles; those places of `out` are
+    /// `dy` holds the outputs (n, out_h, out_w, c_out) of `tiles`, which has these tiles; that part of `out` is
     /// writable and the caller's alone.
     unsafe fn transform_gradient_row<V>(
         dy: *const f32,
@@ -678,11 +677,11 @@ kernel! {
 }
 
 kernel! {
-    /// `dw = G^T P G` (or `+=`) for output channel `o`; `P` as [`weight_gradient`] leaves it.
+    /// `dw = G^T P G` (or `+=`) for output channel `o`; `P` is the sum that [`weight_gradient`] computes.
     ///
     /// # Safety
-    /// `sums` holds the 36 planes of all panels of `c` input channels, `c_out` rows each, of which those of `o` have
-    /// been written; `dw` is writable for `9 c` floats, and the caller's alone.
+    /// `sums` holds the 36 planes of all panels of `c` input channels, `c_out` rows each; the rows of `o` have been
+    /// written. `dw` is writable for `9 c` floats, and the caller's alone.
     unsafe fn transform_weight_gradient<V>(
         sums: *const f32,
         plane: usize,
@@ -719,11 +718,11 @@ kernel! {
     }
 }
 
-/// `dw`, stored or added to what is there.
+/// The gradient of the weight, stored to `dw` or added to it.
 ///
-/// A task owns one row of the 6x6 products (the first half of the transform then yields just that row: splitting the
-/// work so costs only that tiles are read six times) and up to 128 input channels, and walks over all tiles with its
-/// transformed numbers and its sums in its L2 cache.
+/// A task owns one row of the 6x6 products and up to 128 input channels. It walks over all tiles with its transformed
+/// numbers and its sums in L2. The first half of the transform yields just that row, so splitting by row costs only
+/// that tiles are read six times.
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn weight_gradient<V: Vector>(
     token: V::Token,
@@ -742,7 +741,7 @@ pub(crate) fn weight_gradient<V: Vector>(
     let channels = 128usize.next_multiple_of(width);
     let blocks = c.div_ceil(channels);
     let y_stride = c_out.next_multiple_of(16) + 16;
-    // Transformed numbers of a chunk of tiles: 768 KiB; a multiple of the vectors' 16 floats.
+    // Tiles per chunk, 16 to 256: about 768 KiB of transformed numbers.
     let chunk =
         (768 * 1024 / (4 * IN * (channels.min(c.next_multiple_of(width)) + y_stride))).clamp(16, 256).min(count.max(1));
     let v_panel = plane(chunk * width);
@@ -757,9 +756,9 @@ pub(crate) fn weight_gradient<V: Vector>(
         let (v, m) = scratch.split_at_mut(IN * v_plane);
         for first in (0..count).step_by(chunk) {
             let rows = chunk.min(count - first);
-            // SAFETY: x and dy are as long as asserted; v and m, of this task's scratch, have IN planes: v's of as many
-            // panels of `chunk` rows as `channels.min(c) >= here` channels fill, m's of `chunk` rows of
-            // `y_stride >= c_out`.
+            // SAFETY: x and dy have the lengths asserted; v and m, in this task's scratch, have IN planes each: v's
+            // hold enough panels of `chunk` rows for `channels.min(c) >= here` channels, m's `chunk` rows of `y_stride
+            // >= c_out`.
             unsafe {
                 let v = v.as_mut_ptr();
                 transform_input_row::<V>(token, x.as_ptr(), tiles, first, rows, p, k, here, v, v_plane, v_panel);
@@ -769,9 +768,9 @@ pub(crate) fn weight_gradient<V: Vector>(
             for q in 0..IN {
                 for j in (0..here).step_by(width) {
                     let columns = width.min(here - j);
-                    // SAFETY: plane q of m holds `rows` rows of c_out and plane q of v those of this panel, both just
-                    // written; `sums` has room for c_out rows of each of c's panels in each plane, and no other task
-                    // has those of channels k..k + here in plane p * IN + q.
+                    // SAFETY: plane q of m holds `rows` rows of c_out and plane q of v `rows` rows of this panel, both
+                    // just written; `sums` has room for c_out rows of each of c's panels in each plane, and no other
+                    // task has those of channels k..k + here in plane p * IN + q.
                     unsafe {
                         let a = m.as_ptr().add(q * y_plane);
                         let b = v.as_ptr().add(q * v_plane + j / width * v_panel);
@@ -792,8 +791,8 @@ pub(crate) fn weight_gradient<V: Vector>(
     let sums = sums.as_slice();
     let out = Shared::new(dw);
     for_each_task(c_out, |o| {
-        // SAFETY: the tasks above were all rows of the 6x6 products and all blocks of channels, so every panel of every
-        // plane has been written; dw is as long as asserted, and task o alone has its row o.
+        // SAFETY: the tasks above covered all rows of the 6x6 products and all blocks of channels, so every panel of
+        // every plane has been written; dw has the length asserted, and task o alone has its row o.
         unsafe {
             let dw = out.at(o * 9 * c);
             transform_weight_gradient::<V>(token, sums.as_ptr(), sums_plane, o, c_out, c, dw, accumulate)

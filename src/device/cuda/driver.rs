@@ -1,6 +1,6 @@
-//! The driver as cudarc knows it; in a build without the feature `cuda`, one that is never there. Its types then have
-//! no values, so that everything built on them compiles, no [`Gpu`](super::Gpu) can exist, and nothing else in the
-//! crate asks which build it is.
+//! cudarc's view of the driver. In a build without the feature `cuda`, a stand-in for a driver that is never there: its
+//! types have no values, so everything built on them compiles, no [`Gpu`](super::Gpu) can exist, and the rest of the
+//! crate rarely needs to ask which build it is in.
 
 #[cfg(feature = "cuda")]
 pub use cudarc::driver::{
@@ -10,7 +10,7 @@ pub use cudarc::driver::{
 #[cfg(not(feature = "cuda"))]
 pub use absent::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DriverError, PinnedHostSlice, result, sys};
 
-/// What this crate uses of cudarc, under its names.
+/// The part of cudarc that this crate uses, under the same names.
 #[cfg(not(feature = "cuda"))]
 mod absent {
     use std::ffi::CStr;
@@ -255,7 +255,7 @@ mod absent {
             CUresult::CUDA_ERROR_NO_DEVICE
         }
 
-        /// No driver's library.
+        /// Stands for the driver library.
         pub struct Culib;
 
         pub unsafe fn culib() -> Culib {

@@ -1,8 +1,8 @@
-//! Launching a kernel: arguments are collected in the order of its parameters, laid out as the driver lays them out,
-//! checked against the parameters, and handed over.
+//! Kernel launches. Arguments are collected in parameter order, laid out like a struct of them, checked against the
+//! kernel's parameters and passed to the driver.
 //!
-//! Arguments of a thousand launches a step cost no allocation: a launch takes its thread's last argument block and
-//! gives it back.
+//! The arguments of a thousand launches per step cost no allocation: each launch reuses its thread's last argument
+//! block.
 
 use std::cell::Cell;
 use std::ffi::c_void;
@@ -17,16 +17,16 @@ use crate::kernels::clock::Clock;
 use crate::kernels::{Kernel, Kind, Twin};
 use crate::shape::{DType, Shape};
 
-/// Dynamic shared memory that a kernel may use without being asked.
+/// Bytes of dynamic shared memory that a kernel may use without opting in.
 const SHARED_DEFAULT: u32 = 48 << 10;
 
-/// Parameters that a kernel may have.
+/// Most parameters a kernel may have.
 const MOST_ARGUMENTS: usize = 32;
 
-/// Threads of a block of the element-wise kernels.
+/// Threads per block of the element-wise kernels.
 const THREADS: usize = 256;
 
-/// A range of device memory that is read: a parameter's weights.
+/// A range of device memory to be read, such as a parameter's weights.
 #[derive(Clone, Copy)]
 pub struct View<'a> {
     buffer: &'a Buffer,
@@ -34,14 +34,15 @@ pub struct View<'a> {
     bytes: usize,
 }
 
-/// A range of device memory that is written: a parameter's gradient. There is no other view of its buffer meanwhile.
+/// A range of device memory to be written, such as a parameter's gradient. No other view of its buffer can exist
+/// meanwhile.
 pub struct ViewMut<'a> {
     buffer: &'a mut Buffer,
     offset: usize,
     bytes: usize,
 }
 
-/// What a kernel reads of a tensor: `shape` elements of type `dtype` at the start of `buffer`.
+/// A tensor as a kernel reads it: `shape` elements of type `dtype` at the start of `buffer`.
 #[derive(Clone, Copy)]
 pub struct Array<'a> {
     /// The memory.
@@ -86,33 +87,32 @@ fn assert_inside(buffer: &Buffer, offset: usize, bytes: usize) {
 /// The arguments of a launch.
 #[derive(Default)]
 struct Arguments {
-    /// Their values, each at a multiple of its alignment, as the driver lays them out. Words, so that the block is
-    /// aligned.
+    /// Their values, each at a multiple of its alignment. In u64 words, so that the block itself is aligned.
     block: Vec<u64>,
-    /// Bytes of `block` that are taken.
+    /// Bytes of `block` in use.
     len: usize,
     list: Vec<Argument>,
 }
 
 #[derive(Clone, Copy)]
 struct Argument {
-    /// Where it begins in the block.
+    /// Its byte offset in the block.
     offset: usize,
     bytes: usize,
     kind: Kind,
     what: What,
 }
 
-/// What an argument is in messages, which are made only when they are needed.
+/// How to describe an argument in a message, which is formatted only if needed.
 #[derive(Clone, Copy)]
 enum What {
     Array(Shape, DType),
     Bytes(usize),
     Null,
     Number,
-    /// A 32-bit integer with a sign.
+    /// A signed 32-bit integer.
     Signed,
-    /// Writes a struct that has these bytes.
+    /// Formats the struct with these bytes.
     Struct(fn(&[u8], &mut fmt::Formatter<'_>) -> fmt::Result),
 }
 
@@ -131,8 +131,8 @@ impl Arguments {
         &bytemuck::cast_slice(&self.block)[argument.offset..argument.offset + argument.bytes]
     }
 
-    /// True if their number, kinds and structs are those of the kernel's parameters. A parameter that is only read may
-    /// be given what could be written.
+    /// True if their number and kinds, structs included, match the kernel's parameters. A writable argument may be
+    /// passed to a read-only parameter.
     fn fit(&self, kernel: &Kernel) -> bool {
         let fits = |(argument, (kind, _)): (&Argument, &(Kind, &str))| match (kind, argument.kind) {
             (Kind::Pointer, Kind::PointerMut) => true,
@@ -143,7 +143,7 @@ impl Arguments {
         self.list.len() == kernel.params.len() && self.list.iter().zip(kernel.params).all(fits)
     }
 
-    /// One in words.
+    /// One argument in words.
     fn describe(&self, argument: &Argument) -> String {
         struct Described<'a>(&'a Arguments, &'a Argument);
         impl fmt::Display for Described<'_> {
@@ -167,11 +167,11 @@ impl Arguments {
 }
 
 thread_local! {
-    /// The arguments of this thread's last launch, to be used again.
+    /// The arguments of this thread's last launch, for reuse.
     static SPARE: Cell<Option<Box<Arguments>>> = const { Cell::new(None) };
 }
 
-/// [`Arguments`] that go back to [`SPARE`].
+/// [`Arguments`] that return to [`SPARE`] when dropped.
 struct Reused(Option<Box<Arguments>>);
 
 impl Reused {
@@ -203,7 +203,7 @@ impl Drop for Reused {
     }
 }
 
-/// A launch being put together.
+/// A launch under construction.
 #[must_use = "a launch happens in run()"]
 pub struct Launch<'a> {
     gpu: &'a Gpu,
@@ -212,11 +212,11 @@ pub struct Launch<'a> {
     block: [u32; 3],
     shared: u32,
     arguments: Reused,
-    /// What is borrowed by the arguments.
+    /// The arguments borrow their buffers.
     borrowed: PhantomData<&'a Buffer>,
 }
 
-/// A launch as the driver got it: what tests compare.
+/// A launch as passed to the driver, for tests that compare launches.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Launched {
     /// The kernel's name.
@@ -249,27 +249,28 @@ impl Block for [u32; 3] {
     }
 }
 
-/// Grid of a kernel whose threads have four neighbouring elements each, in blocks of 256: large enough to hide latency,
-/// small enough that a multiprocessor holds eight.
+/// Grid for a kernel with four neighbouring elements per thread and 256 threads per block: large enough to hide
+/// latency, small enough for eight blocks per multiprocessor.
 pub fn each_four(len: usize) -> [usize; 3] {
     [len.div_ceil(4 * THREADS), 1, 1]
 }
 
-/// The same over the elements of each of `images` images: images along y, over which a kernel loops where there are
-/// more than a grid has.
+/// The same for each of `images` images of `image` elements, images along y. The kernel loops over them if there are
+/// more than the 65535 that a grid allows.
 pub fn each_four_of_images(images: usize, image: usize) -> [usize; 3] {
     [image.div_ceil(4 * THREADS), images.min(65535), 1]
 }
 
-/// Grid of a kernel whose threads have one element each, in blocks of 256.
+/// Grid for a kernel with one element per thread and 256 threads per block.
 pub fn each_one(len: usize) -> [usize; 3] {
     [len.div_ceil(THREADS), 1, 1]
 }
 
 impl Gpu {
-    /// A launch of `kernel` over `grid` blocks. A grid with nothing in it launches nothing.
+    /// A launch of `kernel` over `grid` blocks. An empty grid launches nothing.
     ///
-    /// For the operations, which keep what the kernel's header demands of the host. [`Gpu::launch_any`] is for others.
+    /// For the operations, which guarantee what the kernel's header demands of the host. Others use
+    /// [`Gpu::launch_any`].
     pub(crate) fn launch(&self, kernel: &'static Kernel, grid: [usize; 3], block: impl Block) -> Launch<'_> {
         let block = block.extent();
         let threads: u32 = block.iter().product();
@@ -285,15 +286,15 @@ impl Gpu {
     /// A launch of `kernel` with arguments of the caller's choice.
     ///
     /// # Safety
-    /// Shapes, sizes and contents of the arguments must be what the kernel's header demands of the host: nothing keeps
-    /// a kernel from memory that is not its own.
+    /// Shapes, sizes and contents of the arguments must be what the kernel's header demands of the host: nothing else
+    /// stops a kernel from accessing other memory.
     pub unsafe fn launch_any(&self, kernel: &'static Kernel, grid: [usize; 3], block: impl Block) -> Launch<'_> {
         self.launch(kernel, grid, block)
     }
 }
 
 impl<'a> Launch<'a> {
-    /// Dynamic shared memory in bytes.
+    /// Sets the dynamic shared memory, in bytes.
     pub fn shared(mut self, bytes: usize) -> Self {
         self.shared = u32::try_from(bytes).expect("shared memory is some kilobytes");
         self
@@ -314,14 +315,14 @@ impl<'a> Launch<'a> {
         self.argument(0u64, Kind::Pointer, What::Null)
     }
 
-    /// The first pointer once more, to be read: a kernel that writes over what it reads.
+    /// The first argument again, for reading: for a kernel that overwrites its input.
     pub fn first_again(self) -> Self {
         let first = self.arguments.list[0];
         let address: u64 = bytemuck::pod_read_unaligned(self.arguments.bytes(&first));
         self.argument(address, Kind::Pointer, first.what)
     }
 
-    /// A part of a buffer that the kernel reads.
+    /// A range of a buffer that the kernel reads.
     pub fn view(self, view: View<'a>) -> Self {
         self.pointer(view.buffer, view.offset, Kind::Pointer, What::Bytes(view.bytes))
     }
@@ -334,22 +335,22 @@ impl<'a> Launch<'a> {
         }
     }
 
-    /// A part of a buffer that the kernel writes.
+    /// A range of a buffer that the kernel writes.
     pub fn view_mut(self, view: ViewMut<'a>) -> Self {
         self.pointer(view.buffer, view.offset, Kind::PointerMut, What::Bytes(view.bytes))
     }
 
-    /// Bytes that are no tensor, and that the kernel reads.
+    /// A whole buffer that is no tensor, which the kernel reads.
     pub fn buffer(self, buffer: &'a Buffer) -> Self {
         self.pointer(buffer, 0, Kind::Pointer, What::Bytes(buffer.bytes()))
     }
 
-    /// The same, that the kernel writes.
+    /// The same, which the kernel writes.
     pub fn buffer_mut(self, buffer: &'a mut Buffer) -> Self {
         self.pointer(buffer, 0, Kind::PointerMut, What::Bytes(buffer.bytes()))
     }
 
-    /// The clock of the training step that this launch is part of, or a null pointer.
+    /// The clock of the training step this launch belongs to, or a null pointer.
     pub fn clock(self) -> Self {
         match self.gpu.clock() {
             Some((buffer, _)) => self.buffer(buffer),
@@ -357,7 +358,7 @@ impl<'a> Launch<'a> {
         }
     }
 
-    /// What that clock says.
+    /// The contents of that clock.
     pub fn now(&self) -> Option<&'a Clock> {
         self.gpu.clock().map(|(_, now)| now)
     }
@@ -368,7 +369,7 @@ impl<'a> Launch<'a> {
         self.argument(value, Kind::U32, What::Number)
     }
 
-    /// A 32-bit integer with a sign.
+    /// A signed 32-bit integer.
     pub fn i32(self, v: isize) -> Self {
         let value = i32::try_from(v).unwrap_or_else(|_| panic!("{}: {v} for a 32-bit parameter", self.kernel.name));
         self.argument(value, Kind::U32, What::Signed)
@@ -389,7 +390,7 @@ impl<'a> Launch<'a> {
         self.argument(v, Kind::F64, What::Number)
     }
 
-    /// A struct that has a twin in CUDA, by value.
+    /// A struct with a twin in CUDA, by value.
     pub fn value<T: Twin>(self, v: T) -> Self {
         let show =
             |bytes: &[u8], f: &mut fmt::Formatter<'_>| write!(f, "{:?}", bytemuck::pod_read_unaligned::<T>(bytes));
@@ -409,8 +410,7 @@ impl<'a> Launch<'a> {
     /// Launches; does not wait.
     ///
     /// # Errors
-    /// What the driver says, with kernel, grid and arguments. What the kernel itself does wrong is said by whichever
-    /// call comes after.
+    /// A driver error, with kernel, grid and arguments. An error inside the kernel is reported by a later call.
     pub fn run(self) -> Result<()> {
         let (kernel, arguments) = (self.kernel, &*self.arguments);
         assert!(
@@ -440,7 +440,7 @@ impl<'a> Launch<'a> {
         self.gpu.bind()?;
         if self.shared > SHARED_DEFAULT {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function's module is loaded for as long as the GPU is open.
+            // SAFETY: the function's module stays loaded while the GPU is open.
             unsafe { result::function::set_function_attribute(function.0, attribute, self.shared as i32) }
                 .map_err(failed)?;
         }
@@ -451,13 +451,13 @@ impl<'a> Launch<'a> {
             // SAFETY: every argument lies in the block.
             *pointer = unsafe { block.add(argument.offset) }.cast_mut().cast();
         }
-        // SAFETY: number, kinds and sizes of the arguments are those of the kernel's parameters (checked above, where a
-        // struct of the same name has the layout that build.rs read and whose size it compared with the PTX); the
-        // driver only reads the block. Memory behind the pointers is alive until the stream has passed this launch,
-        // since the pool hands it out again in the stream's order. Whatever the kernel's parameters let it write was
-        // borrowed mutably by this launch, or is the first such argument once more; what is read may be shared. That a
-        // kernel stays inside its arguments is its own contract, stated in its header, kept by the operations (or the
-        // caller of `launch_any`) and tested under the emulator's checks.
+        // SAFETY: number, kinds and sizes of the arguments are those of the kernel's parameters: checked above, and a
+        // struct of the same name has the layout that build.rs read and whose size it compared with the PTX. The driver
+        // only reads the block. Memory behind the pointers stays alive until the stream has passed this launch, since
+        // the pool reuses it in stream order. Everything the kernel may write was borrowed mutably by this launch; what
+        // it reads may be shared, or be the first argument again. That a kernel stays inside its arguments is its own
+        // contract: stated in its header, kept by the operations (or the caller of `launch_any`) and tested under the
+        // emulator's checks.
         unsafe {
             result::launch_kernel(
                 function.0,

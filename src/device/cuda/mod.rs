@@ -1,10 +1,10 @@
-//! An NVIDIA GPU: the only place that names cudarc, in `driver`.
+//! NVIDIA GPUs. Only this module's `driver` names cudarc.
 //!
-//! One context, one stream. Everything is ordered by that stream, so a buffer that goes back to the pool may be handed
-//! out again at once: what is launched later runs later. Nothing here waits for the GPU but [`Gpu::download`] and
-//! [`Gpu::synchronize`].
+//! One context, one stream. Everything runs in stream order, so a buffer returned to the pool may be handed out again
+//! at once. Nothing waits for the GPU except [`Gpu::download`], [`Gpu::synchronize`], and `Staging` before it reuses
+//! its memory; the check of guard words (tests) waits too.
 //!
-//! Deliberately absent: several streams, events, unified memory.
+//! Deliberately absent: several streams and events between them, unified memory.
 
 mod clock;
 mod driver;
@@ -31,19 +31,19 @@ pub use pool::Buffer;
 pub(super) use pool::UNIT;
 pub(crate) use staging::Staging;
 
-/// Oldest compute capability the kernels run on.
+/// The lowest compute capability the kernels run on.
 const OLDEST: (u32, u32) = (8, 0);
 
-/// A GPU and its pool; cloning clones the handle.
+/// A GPU and its pool. Cloning clones the handle.
 #[derive(Clone)]
 pub struct Gpu {
     inner: Arc<Inner>,
-    /// What launches through this handle read instead of some of their arguments.
+    /// Read by launches through this handle in place of some arguments.
     clock: Option<Arc<clock::Reading>>,
 }
 
 struct Inner {
-    /// Before the stream, whose context they need.
+    /// Declared, and so dropped, before the stream, whose context they need.
     loaded: Mutex<Loaded>,
     stream: Arc<CudaStream>,
     number: usize,
@@ -52,21 +52,21 @@ struct Inner {
     /// Type of activations and gradients.
     activations: DType,
     pool: Mutex<pool::Pool>,
-    /// What memory is being asked for, in words.
+    /// What memory is being requested for, in words.
     purpose: Mutex<String>,
     /// Print every launch.
     trace: bool,
-    /// Launches so far, where they are recorded.
+    /// Launches so far, if they are being recorded.
     record: OnceLock<Mutex<Vec<Launched>>>,
     emulated: bool,
 }
 
-/// Modules by stem and functions by name, loaded at their first launch and kept for as long as the GPU is open.
+/// Modules by stem and functions by name, loaded at their first launch and kept while the GPU is open.
 #[derive(Default)]
 struct Loaded {
     modules: HashMap<&'static str, Module>,
     functions: HashMap<&'static str, Function>,
-    /// Texts that take the place of a stem's images (tests that plant a bug).
+    /// PTX that replaces a stem's images, for tests that plant bugs.
     replaced: HashMap<&'static str, String>,
 }
 
@@ -76,13 +76,13 @@ struct Module {
     context: Arc<CudaContext>,
 }
 
-// SAFETY: the handle is the driver's name for a module, which any thread may use.
+// SAFETY: a module handle may be used from any thread.
 unsafe impl Send for Module {}
 
 impl Drop for Module {
     fn drop(&mut self) {
         self.context.record_err(self.context.bind_to_thread());
-        // SAFETY: loaded once and unloaded once; its functions are not used any more, since they go with the GPU.
+        // SAFETY: loaded once and unloaded once. Its functions are no longer used, since they are dropped with the GPU.
         self.context.record_err(unsafe { result::module::unload(self.module) });
     }
 }
@@ -94,14 +94,14 @@ struct Function(sys::CUfunction);
 // SAFETY: as for a module.
 unsafe impl Send for Function {}
 
-/// A GPU as `info` lists it.
+/// A GPU as the command `info` lists it.
 #[derive(Clone, Debug)]
 pub struct Description {
     /// N in cuda:N.
     pub number: usize,
     /// Its marketing name.
     pub name: String,
-    /// Compute capability.
+    /// Compute capability, (major, minor).
     pub capability: (u32, u32),
     /// Bytes of memory.
     pub memory: u64,
@@ -114,17 +114,17 @@ impl Description {
     }
 }
 
-/// Opens the driver at `DDPM_CUDA_DRIVER`, if that is set, so that cudarc finds it under its own name, libcuda.so.
+/// Opens the driver at `DDPM_CUDA_DRIVER`, if set, so that cudarc finds it under the usual name, libcuda.so.
 fn open_named_driver() -> Result<()> {
     let Some(path) = std::env::var_os("DDPM_CUDA_DRIVER").filter(|path| !path.is_empty()) else { return Ok(()) };
-    // SAFETY: whoever sets the environment decides which libraries a process loads, and has named a CUDA driver.
+    // SAFETY: whoever sets the environment decides which libraries the process loads, and has named a CUDA driver.
     unsafe { open_driver(Path::new(&path)) }
 }
 
-/// Opens the driver library at `path` for the rest of the process; to be called before the first device is opened.
+/// Opens the driver library at `path` for the rest of the process. Call it before opening the first device.
 ///
 /// # Safety
-/// The library must be a CUDA driver: its initialisers run, and all that this program asks of a driver is asked of it.
+/// The library must be a CUDA driver: its initialisers run, and every driver call goes to it.
 ///
 /// # Errors
 /// `Error::File` if it cannot be opened.
@@ -132,10 +132,10 @@ fn open_named_driver() -> Result<()> {
 pub unsafe fn open_driver(path: &Path) -> Result<()> {
     static OPENED: Mutex<Vec<libloading::Library>> = Mutex::new(Vec::new());
     let path = std::path::absolute(path).map_err(|e| Error::file(path, e))?;
-    // SAFETY: a CUDA driver, as the caller says. The handle is kept for ever, so nothing that is called later can be
+    // SAFETY: a CUDA driver, as the caller promises. The handle is never dropped, so nothing called later can be
     // unloaded.
     let library = unsafe { libloading::Library::new(&path) }.map_err(|e| {
-        // The error itself says which call failed; why is in its source, with the path once more.
+        // The error names only the call that failed; the reason is in its source, which repeats the path.
         let why = std::error::Error::source(&e).map_or_else(|| e.to_string(), ToString::to_string);
         let why = why.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&why);
         Error::file(&path, format!("is no CUDA driver that can be opened: {why}"))
@@ -156,17 +156,17 @@ pub unsafe fn open_driver(path: &Path) -> Result<()> {
     Err(Error::file(path, "is a driver that this program cannot open: it was built without the feature cuda"))
 }
 
-/// True if there is a driver library. cudarc panics at its first call where there is none.
+/// True if there is a driver library. Without one cudarc's first call would panic.
 fn driver_present() -> Result<bool> {
     open_named_driver()?;
     // SAFETY: opens and closes the driver's library, whose initialisers are sound.
     Ok(unsafe { sys::is_culib_present() })
 }
 
-/// Every GPU of this machine; empty without a driver.
+/// All GPUs of this machine; empty without a driver.
 ///
 /// # Errors
-/// A driver that is there and fails.
+/// A driver error; no driver at all is not an error.
 pub fn devices() -> Result<Vec<Description>> {
     if !driver_present()? {
         return Ok(Vec::new());
@@ -206,7 +206,7 @@ pub fn devices() -> Result<Vec<Description>> {
 /// The driver's CUDA version as `12.4`; `None` without a driver.
 ///
 /// # Errors
-/// A driver that is there and fails.
+/// A driver error; no driver at all is not an error.
 pub fn driver_version() -> Result<Option<String>> {
     if !driver_present()? {
         return Ok(None);
@@ -227,11 +227,13 @@ fn driver_error(what: &str, e: DriverError) -> Error {
 }
 
 impl Gpu {
-    /// GPU `number`, for activations of type `activations`. A guarded one (tests) has no pool: each buffer is an
-    /// allocation of its own and of just its size, between guard words where no emulator watches.
+    /// Opens GPU `number` for activations of type `activations`. A guarded GPU (tests) does not pool: each buffer is
+    /// its own allocation of exactly its size, between guard words except on the emulator, which checks accesses
+    /// itself.
     ///
     /// # Errors
-    /// `Error::Failed`: no kernels in this build, no driver, no such GPU, one that is too old.
+    /// `Error::Failed` if this build has no CUDA support or no kernels, or if there is no driver, no such GPU, or it is
+    /// too old.
     pub fn open(number: usize, activations: DType, guarded: bool) -> Result<Self> {
         if !cfg!(feature = "cuda") {
             return Err(Error::Failed(format!(
@@ -262,11 +264,11 @@ impl Gpu {
         }
         let failed = |e| driver_error(&format!("opening cuda:{number}"), e);
         let context = CudaContext::new(number).map_err(failed)?;
-        // SAFETY: there is one stream, so no event has to order anything; and events recorded outside a captured graph
-        // would forbid the capture.
+        // SAFETY: there is only one stream, so nothing needs cudarc's events for its order; and events recorded outside
+        // a captured graph would break the capture.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(failed)?;
-        // SAFETY: looks for a symbol, calls nothing.
+        // SAFETY: looks up a symbol and calls nothing.
         let emulated = unsafe { sys::culib().get::<*const ()>(b"emu_version\0") }.is_ok();
         let inner = Inner {
             pool: Mutex::new(pool::Pool::new(guarded, emulated)),
@@ -294,15 +296,15 @@ impl Gpu {
         self.inner.emulated
     }
 
-    /// What the pool has done so far.
+    /// The pool's counters.
     pub fn pool_stats(&self) -> PoolStats {
         self.pool().stats
     }
 
-    /// Bytes of device memory that are free, those idle in the pool included.
+    /// Free device memory in bytes, idle pool memory included.
     ///
     /// # Errors
-    /// A driver that fails.
+    /// A driver error.
     pub fn available_memory(&self) -> Result<u64> {
         let (free, _) =
             self.inner.stream.context().mem_get_info().map_err(|e| driver_error("asking for free memory", e))?;
@@ -310,62 +312,61 @@ impl Gpu {
         Ok(free as u64 + stats.held - stats.in_use)
     }
 
-    /// Says what the memory asked for from here on is for: a GPU that runs out of it names this.
+    /// Sets what memory is requested for from now on; an out-of-memory error names it.
     pub fn memory_is_for(&self, purpose: fmt::Arguments<'_>) {
         let mut text = self.inner.purpose.lock().unwrap_or_else(PoisonError::into_inner);
         text.clear();
-        // A String takes everything.
+        // Writing to a String cannot fail.
         let _ = text.write_fmt(purpose);
     }
 
-    /// Records the launches from here on, for tests that compare them.
+    /// Starts recording launches, for tests that compare them.
     pub fn record_launches(&self) {
         self.inner.record.get_or_init(Mutex::default);
     }
 
-    /// The launches recorded since the last time, in order.
+    /// The launches recorded since the last call, in order.
     pub fn recorded_launches(&self) -> Vec<Launched> {
         let record = self.inner.record.get();
         record.map_or(Vec::new(), |r| std::mem::take(&mut *r.lock().unwrap_or_else(PoisonError::into_inner)))
     }
 
-    /// Waits until everything launched so far is done.
+    /// Waits until everything launched so far has finished.
     ///
     /// # Errors
-    /// What a kernel did wrong meanwhile.
+    /// An error of the driver, or of a kernel launched earlier.
     pub fn synchronize(&self) -> Result<()> {
         self.inner.stream.synchronize().map_err(|e| driver_error(&format!("waiting for {self}"), e))
     }
 
-    /// Copies `data` to the start of `to`; `data` may be reused when this returns.
+    /// Copies `data` to the start of `to`, in stream order. `data` may be reused when this returns.
     ///
     /// # Errors
-    /// A driver that fails.
+    /// A driver error.
     pub fn upload<T: bytemuck::Pod>(&self, to: &mut Buffer, data: &[T]) -> Result<()> {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         assert!(bytes.len() <= to.bytes(), "{} bytes into a buffer of {}", bytes.len(), to.bytes());
         self.owns(to);
         self.bind()?;
         // SAFETY: `to` holds that many bytes (checked) and lives until the stream has passed the copy, since buffers
-        // are handed out again or freed in the order of this GPU's stream. Host memory that is not page-locked is
-        // staged before the call returns, and the only page-locked memory is that of `Staging`, which hands it out to
-        // be written only.
+        // are reused or freed in the order of this GPU's stream. The driver stages pageable host memory before the call
+        // returns, and the only page-locked memory is that of `Staging`, which lends it out only to be written.
         let copied = unsafe { result::memcpy_htod_async(to.address(), bytes, self.inner.stream.cu_stream()) };
         copied.map_err(|e| driver_error(&format!("copying {} bytes to {self}", bytes.len()), e))
     }
 
-    /// Copies the start of `from` into `data` and waits for it.
+    /// Copies the start of `from` to `data` and waits for the copy.
     ///
     /// # Errors
-    /// A driver that fails, or what a kernel launched before did wrong.
+    /// An error of the driver, or of a kernel launched earlier.
     pub fn download<T: bytemuck::Pod>(&self, data: &mut [T], from: &Buffer) -> Result<()> {
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(data);
         assert!(bytes.len() <= from.bytes(), "{} bytes out of a buffer of {}", bytes.len(), from.bytes());
         let what = format!("copying {} bytes from {self}", bytes.len());
         self.owns(from);
         self.bind()?;
-        // SAFETY: `from` holds that many bytes (checked). `bytes` is borrowed until the stream is done, below; a stream
-        // that cannot be waited for belongs to a context that has failed for good and copies no more.
+        // SAFETY: `from` holds that many bytes (checked). `bytes` is borrowed until the stream is synchronised, below;
+        // if that fails, the context has failed for good and copies no more.
         let copied = unsafe { result::memcpy_dtoh_async(bytes, from.address(), self.inner.stream.cu_stream()) };
         copied.and_then(|()| self.inner.stream.synchronize()).map_err(|e| driver_error(&what, e))
     }
@@ -373,7 +374,7 @@ impl Gpu {
     /// Copies `from` to `to`, of the same size, on the device.
     ///
     /// # Errors
-    /// A driver that fails.
+    /// A driver error.
     pub fn copy(&self, to: &mut Buffer, from: &Buffer) -> Result<()> {
         assert_eq!(to.bytes(), from.bytes(), "bytes of the two buffers");
         self.owns(to);
@@ -387,10 +388,10 @@ impl Gpu {
         copied.map_err(|e| driver_error(&format!("copying {} bytes on {self}", from.bytes()), e))
     }
 
-    /// Fills the first `words` 32-bit words from byte `offset` of `to` with `word`.
+    /// Fills `words` 32-bit words of `to`, from byte `offset` on, with `word`.
     ///
     /// # Errors
-    /// A driver that fails.
+    /// A driver error.
     pub fn fill(&self, to: &mut Buffer, offset: usize, words: usize, word: u32) -> Result<()> {
         let end = words.checked_mul(4).and_then(|bytes| bytes.checked_add(offset));
         assert!(
@@ -407,18 +408,19 @@ impl Gpu {
         filled.map_err(|e| driver_error(&format!("filling {words} words on {self}"), e))
     }
 
-    /// Lets `ptx` take the place of a stem's kernels: how tests plant bugs. To be called before its first launch.
+    /// Replaces a stem's kernels by `ptx`, for tests that plant bugs. Panics if a kernel of the stem has been launched
+    /// already.
     ///
     /// # Safety
-    /// The text must have the stem's entries, with their parameters; operations trust them to stay inside their
-    /// arguments. The emulator watches over every access and stops a kernel that does not.
+    /// The text must have the stem's entries, with their parameters, and they must stay inside their arguments. The
+    /// emulator checks every access and stops a kernel that does not.
     pub unsafe fn replace_kernels(&self, stem: &'static str, ptx: String) {
         let mut loaded = self.loaded();
         assert!(!loaded.modules.contains_key(stem), "{stem} has been launched already");
         loaded.replaced.insert(stem, ptx);
     }
 
-    /// The kernel's handle, its module loaded at the first call.
+    /// The kernel's handle; loads its module at the first call.
     fn function(&self, kernel: &'static Kernel) -> Result<Function> {
         let mut loaded = self.loaded();
         if let Some(function) = loaded.functions.get(kernel.name) {
@@ -431,7 +433,7 @@ impl Gpu {
             Some(module) => module.module,
             None => {
                 let image = self.image(kernel.module, loaded.replaced.get(stem))?;
-                // SAFETY: a cubin as it was compiled, or text that ends with a zero byte.
+                // SAFETY: a cubin as compiled, or text that ends with a zero byte.
                 let module = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(failed)?;
                 let context = self.inner.stream.context().clone();
                 loaded.modules.insert(stem, Module { module, context });
@@ -439,13 +441,13 @@ impl Gpu {
             }
         };
         let name = CString::new(kernel.name).map_err(|_| Error::Failed(format!("{} has no symbol", kernel.name)))?;
-        // SAFETY: the module is loaded and stays so.
+        // SAFETY: the module is loaded and stays loaded.
         let function = Function(unsafe { result::module::get_function(module, name) }.map_err(failed)?);
         loaded.functions.insert(kernel.name, function);
         Ok(function)
     }
 
-    /// What the driver is to load for a module on this GPU: the best of its images, or the text that replaces them.
+    /// What the driver should load for a module on this GPU: its best image, or the PTX that replaces it.
     fn image(&self, module: &kernels::Module, replaced: Option<&String>) -> Result<Vec<u8>> {
         let text = |text: &str| {
             let text = CString::new(text).map_err(|_| Error::Failed(format!("PTX of {} with a zero", module.stem)))?;
@@ -458,7 +460,7 @@ impl Gpu {
         let best = kernels::best_image(module.images, self.inner.capability, self.inner.emulated);
         match best.map(|image| image.code) {
             Some(Code::Ptx(ptx)) => text(ptx),
-            // Allocated memory is aligned as an ELF file wants it; bytes in the program need not be.
+            // Copied, because allocated memory is aligned as an ELF file needs it and bytes in the program need not be.
             Some(Code::Cubin(bytes)) => Ok(bytes.to_vec()),
             None => Err(Error::Failed(format!(
                 "{self} has compute capability {major}.{minor}, for which {} is not compiled: use --device cpu",
@@ -467,13 +469,13 @@ impl Gpu {
         }
     }
 
-    /// Asserts that a buffer is one of this GPU's, in whose stream it is used.
+    /// Asserts that a buffer belongs to this GPU, whose stream orders its use.
     fn owns(&self, buffer: &Buffer) {
         let owner = buffer.gpu();
         assert!(Arc::ptr_eq(&self.inner, &owner.inner), "a buffer of {owner} is used on {self}");
     }
 
-    /// Makes the context current on the calling thread, as the driver's own calls want it.
+    /// Makes the context current on the calling thread, as raw driver calls require.
     fn bind(&self) -> Result<()> {
         self.inner.stream.context().bind_to_thread().map_err(|e| driver_error(&format!("using {self}"), e))
     }

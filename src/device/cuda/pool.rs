@@ -1,5 +1,5 @@
-//! Device memory: returned buffers by size, rounded up to eight classes an octave, as in the CPU's pool. Memory goes
-//! back to the driver only when an allocation fails for want of it.
+//! The pool of device memory. Returned buffers are kept by size class, eight per octave, as in the CPU's pool. Memory
+//! goes back to the driver only when an allocation would otherwise fail.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -10,45 +10,45 @@ use super::{Gpu, driver_error};
 use crate::device::{PoolStats, size_class};
 use crate::error::{Error, Result};
 
-/// Smallest unit of memory, and the alignment that kernels may count on.
+/// Allocation unit in bytes, and the alignment that kernels may rely on.
 pub const UNIT: usize = 256;
 
-/// What guard words hold.
+/// Every byte of a guard.
 const GUARD: u8 = 0xA5;
 
 #[derive(Default)]
 pub(super) struct Pool {
-    /// By size; the last one returned is the first to be handed out again, since it may still be in the L2 cache.
+    /// By size. Last in, first out, since the last one returned may still be in L2.
     free: HashMap<usize, Vec<Free>>,
     pub(super) stats: PoolStats,
-    /// Nothing is kept: each buffer is an allocation of its own.
+    /// Nothing is pooled: each buffer is its own allocation.
     guarded: bool,
-    /// Bytes of guard words before and behind each buffer.
+    /// Bytes of guard before and after each buffer.
     guard: usize,
 }
 
-/// A buffer that nobody uses, and where it starts.
+/// A free buffer and its address.
 struct Free {
     address: sys::CUdeviceptr,
     memory: CudaSlice<u8>,
 }
 
 impl Pool {
-    /// Forgets in which order buffers came back: whoever asks for the same sizes in the same order, with the same
-    /// buffers in use, then gets the same addresses.
+    /// Forgets the order in which buffers were returned, so that the same requests in the same order, with the same
+    /// buffers in use, get the same addresses.
     pub(super) fn sort(&mut self) {
         self.free.values_mut().for_each(|free| free.sort_unstable_by_key(|free| Reverse(free.address)));
     }
 
     pub(super) fn new(guarded: bool, emulated: bool) -> Self {
-        // The emulator knows where every allocation ends and which bytes have been written; guards would blind it.
+        // The emulator knows where every allocation ends and which bytes have been written; guards would hide both.
         Pool { guarded, guard: if guarded && !emulated { UNIT } else { 0 }, ..Pool::default() }
     }
 }
 
-/// Some device memory; goes back to its pool when dropped.
+/// Device memory; returns to its pool when dropped.
 pub struct Buffer {
-    /// Taken when dropped.
+    /// `None` once dropped.
     memory: Option<CudaSlice<u8>>,
     bytes: usize,
     address: sys::CUdeviceptr,
@@ -56,7 +56,7 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// Size asked for.
+    /// The size asked for.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -66,17 +66,17 @@ impl Buffer {
         &self.gpu
     }
 
-    /// Where it starts on the device.
+    /// Its device address.
     pub(super) fn address(&self) -> sys::CUdeviceptr {
         self.address
     }
 }
 
 impl Gpu {
-    /// Memory for `bytes` bytes, contents arbitrary, aligned to 256.
+    /// Allocates `bytes` bytes, aligned to 256, contents arbitrary.
     ///
     /// # Errors
-    /// `Error::Failed` where there is not enough, with the numbers.
+    /// `Error::Failed` if there is not enough memory, with the sizes; or a driver error.
     pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
         let mut pool = self.pool();
         let guard = pool.guard;
@@ -112,7 +112,7 @@ impl Gpu {
         if guard > 0 {
             let pattern = u32::from_ne_bytes([GUARD; 4]);
             self.fill(&mut buffer, 0, size / 4, pattern)?;
-            // What nobody writes is a NaN in either type.
+            // Unwritten elements are NaN in either type.
             buffer.address = start + guard as u64;
             buffer.bytes = bytes;
             self.fill(&mut buffer, 0, bytes / 4, u32::MAX)?;
@@ -122,8 +122,8 @@ impl Gpu {
     }
 
     fn ask_driver(&self, size: usize) -> std::result::Result<CudaSlice<u8>, DriverError> {
-        // SAFETY: bytes need no initial value; the pool's contract is that contents are arbitrary, and kernels are
-        // tested never to read what nobody wrote.
+        // SAFETY: bytes need no initial value: the pool promises arbitrary contents, and tests check that kernels read
+        // nothing unwritten.
         unsafe { self.inner.stream.alloc::<u8>(size) }
     }
 
@@ -144,7 +144,7 @@ impl Gpu {
         ))
     }
 
-    /// Looks at the words around a guarded buffer.
+    /// Panics if the guards around a buffer have been overwritten.
     fn check_guards(&self, memory: &CudaSlice<u8>, bytes: usize, guard: usize) {
         let all = self.inner.stream.clone_dtoh(memory).expect("the guards of a tested buffer can be read");
         assert!(

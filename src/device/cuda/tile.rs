@@ -1,4 +1,4 @@
-//! Grids of the kernels that are built on `include/tile_gemm.cuh` and `include/column_sums.cuh`, and split-K.
+//! Launch grids of the kernels built on `include/tile_gemm.cuh` and `include/column_sums.cuh`, and split-K.
 
 use super::launch::{Array, ViewMut};
 use super::{Gpu, each_one};
@@ -7,17 +7,17 @@ pub use crate::kernels::column_sums::SUM_THREADS;
 pub use crate::kernels::tile_gemm::THREADS as TILE_THREADS;
 use crate::kernels::{ByType, Kernel, Twin, tile_gemm};
 
-/// Blocks that fill the largest GPU: eight a multiprocessor. The same on every device, since the number of segments
-/// decides the last bits of a weight's gradient.
+/// Blocks that fill the largest GPU, eight per multiprocessor. The same on every device, because the number of split-K
+/// segments affects the last bits of a weight's gradient.
 const BLOCKS: usize = 1024;
 
-/// Steps of k below which a segment of its own costs more than it brings: its tile of 4096 results is written and read
-/// once more, as many bytes as operands for 32 steps.
+/// Fewest steps of k worth a segment of their own. A segment's tile of 4096 f32 results is written and read once more:
+/// as many bytes as the f32 operands of 64 steps.
 const LEAST: usize = 256;
 
-/// The variant with the fewest tiles over a matrix of `rows` x `cols`, and their number. Tiles have equal areas, so it
-/// wastes the least; of two alike the first, which should be the square one: it reads less for each result. No result's
-/// bits depend on the tile it is in.
+/// The variant that covers a `rows` x `cols` matrix with the fewest tiles, and their number. All tiles have the same
+/// area, so that one wastes the least. On a tie, the first: list the square tile first, which reads less per result.
+/// The choice does not affect any result's bits.
 pub fn choose(variants: [&'static ByType; 2], rows: usize, cols: usize) -> (&'static ByType, usize) {
     let count = |variant: &ByType| {
         let (bm, bn) = variant.f32.tile.expect("the kernel of a product is named by its tile");
@@ -28,11 +28,11 @@ pub fn choose(variants: [&'static ByType; 2], rows: usize, cols: usize) -> (&'st
     if second < first { (b, second) } else { (a, first) }
 }
 
-/// How a long sum over k is cut into segments.
+/// How a long sum over k is split into segments.
 struct SplitK {
-    /// Steps of k of a segment; the last may be shorter.
+    /// Steps of k per segment; the last may be shorter.
     segment: usize,
-    /// Segments.
+    /// Number of segments.
     count: usize,
 }
 
@@ -45,13 +45,13 @@ impl SplitK {
     }
 }
 
-/// A matrix product with a long sum over k, such as a weight's gradient, and its kernels: where its tiles alone are too
-/// few blocks, k is cut into segments (split-K). Each segment's product is a matrix of its own, and a second kernel
+/// A matrix product with a long sum over k, such as a weight's gradient, and its kernels. If its tiles alone make too
+/// few blocks, k is split into segments (split-K): each segment's product is a matrix of its own, and a second kernel
 /// adds them up in order.
 pub struct Job {
-    /// Kernels of the product, by their tile.
+    /// The product's kernels, one per tile shape.
     pub variants: [&'static ByType; 2],
-    /// Adds parts up: `(to, parts, count, len, accumulate)`.
+    /// Adds up the segments' products: `(to, parts, count, len, accumulate)`.
     pub sum_parts: &'static Kernel,
     /// Rows of the result.
     pub rows: usize,
@@ -62,11 +62,11 @@ pub struct Job {
 }
 
 impl Job {
-    /// Writes the product of two operands to `to`, f32, or adds it there. The kernels' parameters are `(to, operands,
-    /// sizes, segment, accumulate)`.
+    /// Writes the product of `a` and `b` to `to`, f32, or adds it if `accumulate`. The kernels' parameters are `(to, a,
+    /// b, sizes, segment, accumulate)`.
     ///
     /// # Errors
-    /// A GPU that fails, or has no memory for the segments' products.
+    /// A GPU error, or no memory for the segments' products.
     pub fn run(
         &self,
         gpu: &Gpu,
@@ -91,7 +91,7 @@ impl Job {
     }
 }
 
-/// Threads side by side along `c` columns that are summed.
+/// Threads side by side along the `c` columns of a column sum.
 pub fn lanes(c: usize) -> usize {
     c.next_power_of_two().min(32)
 }
