@@ -1,4 +1,4 @@
-//! How much memory a training run needs, how much there is, and what to change where it does not fit.
+//! How much memory a training run needs, how much there is, and what to change if it does not fit.
 
 use crate::conditioning::Conditioning;
 use crate::config::Config;
@@ -10,15 +10,15 @@ use crate::tensor::{DType, Shape, Tensor};
 use crate::text::GIB;
 use crate::unet::{DropoutSeed, UNet};
 
-/// Bytes that a training run takes of `device`: what the run holds and what a step over one micro-batch has alive at
-/// its fullest, both asked of a step on shapes alone; and scratch space, which on the CPU is the largest weight in
-/// Winograd's domain (4 times as many numbers) forward and backward, blocks of attention scores (two of 8 MiB) and the
-/// threads' tiles. A GPU's partial sums stay below that.
+/// Bytes that a training run takes on `device`. First, the run's state and the buffers of one step over one
+/// micro-batch, counted by a step on shapes alone. Second, scratch space: on the CPU the largest weight in Winograd's
+/// domain (4 times as many numbers) for forward and backward, attention scores (two buffers of 8 MiB) and the threads'
+/// tiles. The partial sums of a GPU take less.
 pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs, device: &Device) -> u64 {
     const BLOCKS_AND_TILES: u64 = 24 << 20;
     let largest_weight = specs.iter().map(|(_, spec)| spec.shape.len() as u64).max().unwrap_or(0);
     let scratch = 2 * 4 * 4 * largest_weight + BLOCKS_AND_TILES;
-    // Sizes that no memory holds are multiples of one that can still be counted.
+    // A micro-batch too large for any memory is counted as a multiple of a smaller one, so that sizes do not overflow.
     let image = unet.model().image_size.pixels() * unet.model().widths.iter().max().copied().unwrap_or(1);
     let micro_batch = config.batch / config.accumulate;
     let counted = micro_batch.min(((1 << 40) / image).clamp(1, 1 << 20));
@@ -26,7 +26,7 @@ pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs, device: &Devic
     held.saturating_mul(micro_batch.div_ceil(counted) as u64).saturating_add(scratch)
 }
 
-/// Bytes that the pool of `meta` has handed out after a training step of `config` over a micro-batch of `n` images.
+/// Bytes that the pool of `meta` holds after a training step of `config` over a micro-batch of `n` images.
 fn step_on_shapes(config: &Config, n: usize, unet: &UNet, specs: &Specs, meta: &Device) -> Result<u64> {
     let m = &config.model;
     let flat = || Tensor::zeros(meta, Shape::vector(specs.flat_len()));
@@ -46,10 +46,10 @@ fn step_on_shapes(config: &Config, n: usize, unet: &UNet, specs: &Specs, meta: &
     Ok(meta.pool_stats().held)
 }
 
-/// Bytes that `device` has for this process, those idle in its pool included.
+/// Bytes that this process can use on `device`. On a GPU this includes idle buffers of its pool.
 ///
 /// # Errors
-/// A machine or a driver that does not say.
+/// A machine or a driver that does not report its memory.
 pub fn available_on(device: &Device) -> Result<u64> {
     match device {
         Device::Cpu(_) | Device::Meta(_) => available_memory(),
@@ -57,7 +57,7 @@ pub fn available_on(device: &Device) -> Result<u64> {
     }
 }
 
-/// Refuses a training run that needs more than `available` bytes on `device`, with what would fit.
+/// Refuses a training run that needs more than `available` bytes on `device`, and says what would fit.
 ///
 /// # Errors
 /// `Error::Failed` for such a run.
@@ -86,10 +86,10 @@ pub fn check_fit(config: &Config, unet: &UNet, specs: &Specs, device: &Device, a
     )))
 }
 
-/// Bytes of memory that this process may still take, of the machine's or its control group's.
+/// Bytes of host memory that this process can still allocate, within the machine and its control group.
 ///
 /// # Errors
-/// A machine that does not say.
+/// A machine that does not report its memory.
 pub fn available_memory() -> Result<u64> {
     let memory = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
     let system = sysinfo::System::new_with_specifics(memory);
