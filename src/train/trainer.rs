@@ -119,7 +119,7 @@ impl Trainer {
         }
     }
 
-    /// Steps done.
+    /// Steps done; on a GPU, steps launched.
     pub fn steps_done(&self) -> u32 {
         self.step
     }
