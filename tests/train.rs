@@ -78,7 +78,7 @@ fn losses(
 }
 
 #[test]
-fn learns_a_batch_by_heart() {
+fn overfits_a_single_batch() {
     let mut c = tiny();
     c.model.dropout = 0.0;
     c.flip = false;
@@ -156,7 +156,7 @@ fn from_the_second_step_on_nothing_is_allocated() {
 }
 
 #[test]
-fn the_memory_foretold_is_the_memory_taken() {
+fn the_predicted_memory_is_the_memory_taken() {
     let mut mnist = Config::preset(Preset::Mnist);
     mnist.batch = 8;
     let mut cifar10 = Config::preset(Preset::Cifar10);
@@ -203,7 +203,7 @@ fn labelled(c: &Config) -> Data {
 /// Everything a step draws is a function of seed, step and place in the batch: worked out again here, in
 /// micro-batches of two.
 #[test]
-fn a_steps_loss_is_the_papers_over_all_its_pieces() {
+fn a_steps_loss_is_the_papers_over_all_micro_batches() {
     let mut c = tiny();
     c.model.classes = 3;
     c.model.dropout = 0.5;
@@ -230,7 +230,7 @@ fn a_steps_loss_is_the_papers_over_all_its_pieces() {
 /// gradient but for rounding. With weights of some size everywhere: a network that has just begun hands hardly any
 /// gradient to what lies before its last layer.
 #[test]
-fn a_batch_in_pieces_has_the_loss_and_the_gradient_of_the_whole() {
+fn micro_batches_have_the_loss_and_the_gradient_of_the_whole_batch() {
     let first_step = |accumulate: usize, dropout: f64| {
         let mut c = Config { accumulate, ..tiny() };
         c.model.dropout = dropout;

@@ -253,7 +253,7 @@ fn masks_of(plus: usize, minus: usize, masks: Option<DropoutSeed>) -> Vec<f32> {
 }
 
 #[test]
-fn every_block_and_step_drops_on_its_own_and_none_without_being_asked() {
+fn every_block_and_step_has_its_own_masks_and_none_without_a_seed() {
     let masks = Some(DropoutSeed { seed: 5, step: 3, first: 2 });
     for plus in 0..5 {
         for minus in plus + 1..5 {

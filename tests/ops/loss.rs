@@ -121,7 +121,7 @@ fn one_bad_number_shows_in_the_loss() {
 }
 
 #[test]
-fn a_step_in_pieces_has_the_same_gradient() {
+fn micro_batches_have_the_gradient_of_the_whole_batch() {
     let (shape, y) = (Shape::new(5, 4, 4, 3), to_f32(&numbers(3, 5 * 48)));
     let whole = Tensor::from_slice(&Device::cpu(), shape, &y).unwrap();
     let (losses, whole) = on_cpu(&whole, &Batch::train(1, 2, 0, vec![0; 5], true, 10), Some(5));
@@ -243,7 +243,7 @@ fn gpu_sorts_losses_by_timestep() {
 
 /// A row sums the micro-batches of its step and keeps nothing of what stood there before, not even NaN.
 #[test]
-fn gpu_adds_the_pieces_of_a_step_up() {
+fn gpu_sums_the_micro_batches_of_a_step() {
     let (shape, y) = (Shape::new(5, 4, 5, 3), numbers(3, 5 * 60));
     let whole = Batch::train(1, 2, 0, vec![0; 5], true, 10);
     gpu::each("pieces", |device| {
@@ -282,6 +282,6 @@ fn planted_bugs_are_noticed() {
     plant::notices_lost_barrier(test, "loss_fwd_bf16", 2);
     plant::notices_wrong_parameter(test, "loss_fwd_f32", "9+16", "9+12");
     plant::notices_wrong_parameter(test, "loss_fwd_bf16", 7, 10);
-    plant::notices_wrong_parameter("loss::gpu_adds_the_pieces_of_a_step_up", "loss_fwd_f32", 10, 7);
+    plant::notices_wrong_parameter("loss::gpu_sums_the_micro_batches_of_a_step", "loss_fwd_f32", 10, 7);
     plant::notices_lost_block(test, "loss_fwd_f32");
 }

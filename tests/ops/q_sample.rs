@@ -85,7 +85,7 @@ fn the_least_noise_leaves_the_image_and_mirrors_it() {
 }
 
 #[test]
-fn a_step_in_pieces_is_the_same_as_one_uncut() {
+fn micro_batches_are_noised_like_the_whole_batch() {
     let schedule = Schedule::new(Kind::Cosine, 100).unwrap();
     let shape = SETS[1];
     let pixels = pixels(shape.len());
