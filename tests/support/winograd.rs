@@ -19,7 +19,7 @@ use super::F32_ROUNDING;
 /// Which of the three tensors of the trilinear form is the result.
 #[derive(Clone, Copy, Debug)]
 pub enum Result {
-    /// `y`, and `dx`, which the same code computes with the transposed kernel.
+    /// `y`, and `dx`, which the same code computes from the rotated kernel.
     Output,
     /// `dw`.
     Weight,
