@@ -276,7 +276,7 @@ fn gpu_sums_the_micro_batches_of_a_step() {
 fn planted_bugs_are_noticed() {
     let test = "loss::gpu_has_the_gradient_and_the_sums_of_the_cpu";
     // The barriers before the sums of the warps are added and before the last block is known; the noise of another
-    // stream; no quarters; losses added to stale ones.
+    // stream; wrong quarters; losses added to stale ones.
     plant::notices_lost_barrier(test, "loss_fwd_f32", 0);
     plant::notices_lost_barrier(test, "loss_fwd_bf16", 2);
     plant::notices_wrong_parameter(test, "loss_fwd_f32", "9+16", "9+12");
