@@ -3,15 +3,15 @@
 //!
 //! The compiler is the first of: `NVCC`, `CUDA_HOME` or `CUDA_PATH`, PATH, /usr/local/cuda, one fetched earlier.
 //! `DDPM_CUDA_TOOLCHAIN` says what happens without one: `auto` (default) fetches NVIDIA's wheels with pip where an
-//! NVIDIA driver is present and builds for the CPU only elsewhere, `fetch` always fetches, `none` builds for the CPU
+//! NVIDIA driver is present and otherwise builds for the CPU only; `fetch` always fetches. `none` builds for the CPU
 //! only even where there is a compiler.
 //!
-//! Which entries there are is read from the source, so that the crate's code is the same with and without a compiler;
-//! with one, the entries of the PTX must be just those. A file is compiled again when it, a header, the compiler or the
-//! flags change. Never asks for a GPU.
+//! The list of entries is read from the CUDA source, so the crate's code is the same with and without a compiler; with
+//! one, the PTX must have exactly those entries. A file is compiled again when it, a header, the compiler or the flags
+//! change. Needs no GPU.
 //!
-//! What kernels and their launches share is written once, in CUDA: a `struct` of plain numbers or a `constexpr` behind
-//! a comment that begins with `Host twin:` gets a twin in Rust, in the module of its file (see [`twins`]).
+//! What a kernel and its launch share is written once, in CUDA: a `struct` of plain numbers or a `constexpr` below a
+//! comment that begins with `Host twin:` gets a twin in Rust, in the module of its file (see [`twins`]).
 
 use std::collections::{BTreeMap, hash_map::DefaultHasher};
 use std::hash::{Hash, Hasher};
@@ -21,16 +21,16 @@ use std::{env, fs};
 
 type Result<T> = std::result::Result<T, String>;
 
-/// The PTX's compute capability: it runs on this and everything newer.
+/// Compute capability that the PTX targets: it runs on this and on everything newer.
 const CAPABILITY: (u32, u32) = (8, 0);
 
-/// nvcc's; the architecture is [`CAPABILITY`].
+/// nvcc's flags; the architecture is [`CAPABILITY`].
 const FLAGS: [&str; 5] = ["-ptx", "-arch=compute_80", "-std=c++17", "-O3", "-Ikernels/include"];
 
-/// PTX versions to try, lowest first. 8.0 is CUDA 12.0's, the oldest driver supported.
+/// PTX versions to try, lowest first. 8.0 belongs to CUDA 12.0, the oldest supported driver.
 const PTX_VERSIONS: [&str; 10] = ["7.0", "7.1", "7.2", "7.3", "7.4", "7.5", "7.6", "7.7", "7.8", "8.0"];
 
-/// NVIDIA's compiler as wheels: `python3 -m pip install --target`.
+/// NVIDIA's compiler as wheels, installed by `python3 -m pip install --target`.
 const WHEELS: [&str; 5] = [
     "nvidia-cuda-nvcc==13.5.37",
     "nvidia-nvvm==13.5.37",
@@ -91,29 +91,29 @@ struct Header {
     twins: Vec<Twin>,
 }
 
-/// A definition in CUDA that Rust has as well.
+/// A CUDA definition that is repeated in Rust.
 struct Twin {
     name: String,
-    /// The comment in front of it.
+    /// The comment above it.
     doc: String,
     what: What,
 }
 
 enum What {
-    /// Fields, and size and alignment in bytes.
+    /// Fields, size and alignment.
     Struct(Vec<Field>, Extent),
-    /// A type of Rust and a value.
+    /// Rust type and value.
     Constant(&'static str, String),
 }
 
-/// Bytes that something takes, and of which number its address is a multiple.
+/// Size and alignment in bytes.
 #[derive(Clone, Copy)]
 struct Extent {
     size: u32,
     align: u32,
 }
 
-/// Name and type in Rust, and the comment behind it.
+/// Name, Rust type and trailing comment.
 struct Field {
     name: String,
     rust: String,
@@ -124,7 +124,7 @@ struct Field {
 #[derive(Clone, Default)]
 struct Entry {
     params: Vec<Param>,
-    /// As compiled; 0 without a compiler.
+    /// From the PTX; 0 without a compiler.
     max_threads: u32,
 }
 
@@ -151,7 +151,7 @@ fn stem(path: &Path) -> Result<String> {
     stem.map(str::to_string).ok_or_else(|| format!("{}: is not named in UTF-8", path.display()))
 }
 
-/// The definitions behind a comment `// Host twin: ...`, whose text becomes the documentation in Rust:
+/// The definitions below a comment `// Host twin: ...`, whose text becomes the documentation in Rust:
 ///
 /// ```cuda
 /// // Host twin: what it is.
@@ -164,8 +164,8 @@ fn stem(path: &Path) -> Result<String> {
 /// constexpr int NAME = 64;
 /// ```
 ///
-/// A struct has fields of 4 and 8 bytes in such an order that nothing is left between them, so that C++ and Rust lay it
-/// out alike; and it has nothing else, no functions.
+/// A struct has fields of 4 and 8 bytes, arrays of them or structs with twins, ordered so that there is no padding and
+/// C++ and Rust lay it out alike. It has nothing else, no functions.
 fn twins(text: &str) -> Result<Vec<Twin>> {
     let mut twins: Vec<Twin> = Vec::new();
     for part in text.split("// Host twin:").skip(1) {
@@ -201,7 +201,7 @@ fn twins(text: &str) -> Result<Vec<Twin>> {
     Ok(twins)
 }
 
-/// The fields of a struct and its extent.
+/// The fields of a struct and its size and alignment.
 fn fields<'a>(lines: impl Iterator<Item = &'a str>, known: &[Twin]) -> Result<(Vec<Field>, Extent)> {
     let (mut fields, mut whole) = (Vec::new(), Extent { size: 0, align: 1 });
     for line in lines {
@@ -240,7 +240,7 @@ fn fields<'a>(lines: impl Iterator<Item = &'a str>, known: &[Twin]) -> Result<(V
     Ok((fields, whole))
 }
 
-/// Extent of a struct with a twin.
+/// Size and alignment of a struct with a twin.
 fn extent_of(twins: &[Twin], name: &str) -> Option<Extent> {
     twins.iter().find_map(|twin| match twin.what {
         What::Struct(_, extent) if twin.name == name => Some(extent),
@@ -278,9 +278,9 @@ fn sources(headers: &[Header]) -> Result<Vec<Source>> {
     Ok(sources)
 }
 
-/// Entries that a source declares, by its text: `__global__ void __launch_bounds__(N) NAME(TYPE NAME, ...)`;
-/// `NAME_##suffix` stands for one each of f32 and bf16, `##D##` in a name for each number N of the text's
-/// `OF_SIZE(N, suffix, T)`. `bytes` knows the structs that have twins.
+/// The entries that a source declares as `__global__ void __launch_bounds__(N) NAME(TYPE NAME, ...)`. `NAME_##suffix`
+/// stands for two, f32 and bf16; `##D##` in a name for one per number N in the `OF_SIZE(N, suffix, T)` of the text.
+/// `bytes` gives the size of a struct that has a twin.
 fn entries_of_source(text: &str, bytes: impl Fn(&str) -> Option<u32>) -> Result<BTreeMap<String, Entry>> {
     let text = text.replace("\\\n", " ");
     let sizes = text.split("OF_SIZE(").skip(1).filter_map(|rest| rest.split_once(", suffix, T)"));
@@ -332,14 +332,14 @@ fn parameter(declaration: &str, bytes: &impl Fn(&str) -> Option<u32>) -> Option<
     Some(Param { name: name.trim_start_matches('*').to_string(), kind, bytes })
 }
 
-/// Sizes of the parameters in bytes and launch bound of each entry of a PTX text.
+/// Parameter sizes in bytes and launch bound of each entry of a PTX text.
 fn entries_of_ptx(text: &str) -> Result<BTreeMap<String, (Vec<u32>, u32)>> {
     let mut entries = BTreeMap::new();
     for part in text.split(".entry ").skip(1) {
         let (name, rest) = part.split_once('(').ok_or("an .entry without parameters")?;
         let (params, rest) = rest.split_once(')').ok_or("an .entry whose parameters do not end")?;
         let params = params.split(',').map(str::trim).filter(|param| !param.is_empty());
-        // .param .u32 NAME, or .param .align 4 .b8 NAME[BYTES] for a struct
+        // `.param .u32 NAME`, or `.param .align 4 .b8 NAME[BYTES]` for a struct.
         let sizes = params.map(|param| match param.split_whitespace().nth(1) {
             Some(".u64" | ".b64" | ".s64" | ".f64") => 8,
             Some(".u32" | ".b32" | ".s32" | ".f32") => 4,
@@ -349,7 +349,7 @@ fn entries_of_ptx(text: &str) -> Result<BTreeMap<String, (Vec<u32>, u32)>> {
             }
             _ => 0,
         });
-        // The first lines behind the parameters: .maxntid X[, Y, Z]
+        // After the parameters: `.maxntid X[, Y, Z]`.
         let head = rest.split('{').next().unwrap_or_default();
         let bound = head.split(".maxntid").nth(1).and_then(|b| b.split([',', '\n']).next());
         let bound = bound.and_then(|b| b.trim().parse().ok()).ok_or_else(|| format!("{name} has no launch bound"))?;
@@ -358,7 +358,7 @@ fn entries_of_ptx(text: &str) -> Result<BTreeMap<String, (Vec<u32>, u32)>> {
     Ok(entries)
 }
 
-/// The declared entries with their compiled launch bounds; they must be those of the PTX.
+/// The declared entries, which must be those of the PTX, with their launch bounds from there.
 fn check(source: &Source, compiled: &BTreeMap<String, (Vec<u32>, u32)>) -> Result<BTreeMap<String, Entry>> {
     let file = source.path.display();
     let (declared, found): (Vec<_>, Vec<_>) = (source.entries.keys().collect(), compiled.keys().collect());
@@ -391,7 +391,7 @@ impl Compiler {
         let output = Command::new(&nvcc).arg("--version").output().ok().filter(|o| o.status.success())?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let version = text.split("release ").nth(1)?.split(',').next()?.to_string();
-        // A bare name was found by PATH, and ptxas is there too.
+        // A bare name was found on PATH, where ptxas is too.
         Some(Compiler { ptxas: nvcc.with_file_name("ptxas"), nvcc, version })
     }
 }
@@ -421,7 +421,7 @@ fn find_compiler(out: &Path) -> Result<Option<Compiler>> {
     ]);
     for candidate in candidates {
         if let Some(compiler) = Compiler::at(candidate.clone()) {
-            // Older ones know no PTX 8.0 or lack what the headers need.
+            // Older compilers do not know PTX 8.0 or lack what the headers need.
             if compiler.version.split('.').next().and_then(|v| v.parse().ok()).is_some_and(|major: u32| major >= 12) {
                 return Ok(Some(compiler));
             }
@@ -447,15 +447,15 @@ fn find_compiler(out: &Path) -> Result<Option<Compiler>> {
     }
 }
 
-/// Where a fetched compiler lies: in the target folder, for all profiles.
+/// Where a fetched compiler goes: the target folder, shared by all profiles.
 fn toolchain_folder(out: &Path) -> Result<PathBuf> {
     // OUT_DIR is TARGET/PROFILE/build/ddpm-cuda-HASH/out.
     let target = out.ancestors().nth(4).ok_or("OUT_DIR is not in a target folder")?;
     Ok(target.join("cuda-toolchain-13.5.37"))
 }
 
-/// Installs the compiler's wheels beside `folder` and renames: a fetch that is interrupted leaves nothing that looks
-/// whole.
+/// Installs the compiler's wheels beside `folder`, then renames: an interrupted fetch leaves nothing that looks
+/// complete.
 fn fetch(folder: &Path) -> Result<()> {
     println!("cargo:warning=fetching NVIDIA's CUDA compiler (about 180 MB) into {}", folder.display());
     let partial = folder.with_extension("partial");
@@ -508,7 +508,7 @@ fn compile(compiler: &Compiler, sources: &[Source], out: &Path) -> Result<Vec<Pa
 fn compile_one(compiler: &Compiler, source: &Path, ptx: &Path) -> Result<()> {
     let (raw, assembled) = (ptx.with_extension("raw.ptx"), ptx.with_extension("cubin"));
     run(Command::new(&compiler.nvcc).args(FLAGS).arg(source).arg("-o").arg(&raw))?;
-    // nvcc writes the newest version it knows, which older drivers refuse; the text itself needs far less.
+    // nvcc declares the newest PTX version it knows, which older drivers refuse; the code itself needs a far older one.
     let text = read(&raw)?;
     let (head, rest) = text.split_once(".version ").ok_or("PTX without a .version")?;
     let (_, rest) = rest.split_once('\n').ok_or("PTX that ends with its .version")?;
@@ -539,8 +539,8 @@ struct Stem {
     twins: Vec<Twin>,
 }
 
-/// The Rust text: a module for each header with twins, and one for each stem, with its twins and a static for each
-/// entry or pair of entries.
+/// The Rust text: a module for each header with twins, and a module for each stem with its twins and a static per entry
+/// or pair of entries.
 fn table(compiler: Option<&Compiler>, headers: &[Header], stems: &[Stem]) -> Result<String> {
     let (version, ptxas) = (compiler.map(|c| &c.version), compiler.map(|c| &c.ptxas));
     let mut text = format!(

@@ -1,10 +1,9 @@
-//! Whole training steps (forward, backward, clip, Adam, moving average) and whole sampling steps, in images a second,
-//! and the rate of a large matrix product on the same machine to hold them against.
+//! Whole training steps (forward, backward, clipping, Adam, moving average) and forward passes of sampling, in images
+//! per second, and for comparison the rate of a large matrix product on the same machine.
 //!
-//! `small` is 1.62 M parameters at 32x32x1, batch 16: widths 32,64,64, two blocks a level, attention at 16. `cifar10`
-//! is the preset at batch 4. For GFLOP/s, multiply images (elem) a second by the GFLOP an image that are printed
-//! first. `DDPM_BENCH_DEVICE=cuda` measures a GPU, which a training step is not made to wait for but every fifty
-//! steps.
+//! `small` has 1.62 M parameters at 32x32x1, batch 16: widths 32,64,64, two blocks per level, attention at 16.
+//! `cifar10` is the preset at batch 4. For GFLOP/s, multiply images per second (elem/s) by the GFLOP per image, printed
+//! first. `DDPM_BENCH_DEVICE=cuda` measures a GPU; training waits for it only every fifty steps.
 
 mod support;
 
@@ -31,7 +30,7 @@ fn networks() -> [(&'static str, Config); 2] {
     [("small", small), ("cifar10", cifar10)]
 }
 
-/// Bytes that look like nothing in particular; the speed does not depend on them.
+/// Arbitrary bytes; the speed does not depend on them.
 fn data(config: &Config) -> Data {
     let extent = Extent { size: config.model.image_size, channels: config.model.channels };
     let images = (0..64 * extent.len()).map(|i| ((i * 2_654_435_761) >> 13) as u8).collect();
@@ -75,7 +74,7 @@ fn steps(criterion: &mut Criterion) {
     }
 }
 
-/// A 1024-cubed product by the `gemm` crate on all cores: the yardstick.
+/// A 1024 x 1024 x 1024 matrix product by the `gemm` crate on all cores, as a yardstick.
 fn matrix_product(criterion: &mut Criterion) {
     const N: usize = 1024;
     let (a, b, mut c) = (vec![0.5f32; N * N], vec![0.25f32; N * N], vec![0.0f32; N * N]);

@@ -1,4 +1,4 @@
-//! One operation by hand: a convolution forward and backward on a tape, beside its definition.
+//! One operation by hand: a convolution, forward and backward on a tape, compared with its definition.
 //!
 //! `cargo run --release --example one_op`
 
@@ -20,7 +20,7 @@ fn main() -> Result<()> {
     let bias = specs.add("b".into(), Shape::vector(c_out), Layout::Vector, Init::Zeros);
     let params = Params::init(&device, specs, 1)?;
 
-    // x: two images of 4 x 5 pixels whose gradient is wanted, so it is a leaf.
+    // x: two images of 4 x 5 pixels. Its gradient is wanted, so it is a leaf.
     let shape = Shape::new(2, 4, 5, c_in);
     let numbers: Vec<f32> = (0..shape.len()).map(|i| (i as f32 * 0.7).sin()).collect();
     let mut tape = Tape::recording(&device, &params);
@@ -28,7 +28,7 @@ fn main() -> Result<()> {
     let y = conv2d(&mut tape, &x, weight, bias, Geometry::SAME_3X3, Plus::default())?;
     println!("y is {}, the tape keeps {} bytes for the way back", y.shape(), tape.saved()[0].bytes);
 
-    // Backward from dy = 1: the gradient of the sum of y.
+    // Backward from dy = 1, which gives the gradient of the sum of y.
     let dy = vec![1.0; y.shape().len()];
     let mut grads = ParamGrads::new(&device, params.specs())?;
     let mut leaves = tape.backward(&y, Tensor::from_slice(&device, y.shape(), &dy)?, &mut grads)?;

@@ -1,5 +1,5 @@
-//! Draws one image with a trained model, the reverse process step by step: what `ddpm-cuda sample` does, with room to
-//! look at x_t, or to change it, between any two steps.
+//! Draws one image with a trained model, step by step: what `ddpm-cuda sample` does, but you can look at x_t, or change
+//! it, between any two steps.
 //!
 //! `cargo run --release --example sample_loop -- runs/mnist` takes a run, a checkpoint or a model folder of diffusers,
 //! and writes `sample.png`.
@@ -28,7 +28,7 @@ fn main() -> Result<()> {
     let schedule = Schedule::new(process.schedule, process.timesteps)?;
     let sampler = Sampler::new(&schedule, Method::Ancestral(process.variance), Spacing::Even, 100.min(schedule.len()))?;
 
-    // All noise of sample 0 of seed 7: an image is a function of the two.
+    // The noise of sample 0 of seed 7. These two numbers determine the image.
     let samples = Samples { seed: 7, first: 0 };
     let shape = Shape::new(1, m.image_size.h, m.image_size.w, m.channels);
     let conditioning = Conditioning::from_labels(&device, (m.classes > 0).then_some(&[0][..]))?;

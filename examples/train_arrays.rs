@@ -1,7 +1,7 @@
-//! Trains on images that exist nowhere but in memory, with a loop of one's own, and draws new ones.
+//! Trains on images that exist only in memory, with a loop of its own, and draws new ones.
 //!
-//! `cargo run --release --example train_arrays` writes `discs.png`: discs of any place and brightness on black. It
-//! takes half a minute on two cores.
+//! `cargo run --release --example train_arrays` writes `discs.png`: discs of random position and brightness on black.
+//! It takes half a minute on two cores.
 
 use std::path::Path;
 
@@ -16,7 +16,7 @@ use ddpm_cuda::train::Trainer;
 
 const SIDE: usize = 16;
 
-/// 1,000 images (1000, 16, 16, 1) of bytes: a disc each.
+/// Bytes of 1,000 images, (1000, 16, 16, 1), each of one disc.
 fn discs() -> Vec<u8> {
     let mut images = Vec::new();
     for i in 0..1000 {
@@ -35,7 +35,7 @@ fn discs() -> Vec<u8> {
 }
 
 fn main() -> Result<()> {
-    // A preset with another network and recipe; every field of it is a setting of the command line, too.
+    // A preset with a different network and recipe. Every field is also a setting of the command line.
     let mut config = Config::preset(Preset::Mnist);
     config.model.image_size = Size::square(SIDE);
     config.model.widths = vec![16, 32];
@@ -52,7 +52,7 @@ fn main() -> Result<()> {
     let mut trainer = Trainer::new(&config, data, &device)?;
     while trainer.steps_done() < config.steps {
         trainer.step()?;
-        // What steps measured: a loop may ask at every step, or once in a while.
+        // The measurements of the steps; a loop may ask for them at every step or once in a while.
         for report in trainer.reports()? {
             if report.step % 100 == 0 {
                 println!("step {}: loss {:.4}", report.step, report.loss);

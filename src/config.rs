@@ -1,11 +1,12 @@
-//! Everything that has to be known to repeat a run: presets, `--set KEY=VALUE`, `config.toml`.
+//! Everything needed to repeat a run: presets, `--set KEY=VALUE`, `config.toml`.
 //!
-//! One table ([`SETTINGS`], made by the `settings!` macro below) names every setting once, with its place in [`Config`]
-//! and a line of help; the command line, the file reader and the file writer all walk it, so they cannot disagree.
-//! A value has one spelling everywhere: lists as `32,64,64`, sizes as `32` or `28x20` (rows x columns).
+//! One table ([`SETTINGS`], made by the `settings!` macro below) lists every setting once, with its field in [`Config`]
+//! and a line of help. The command line, the file reader and the file writer all use it, so they cannot disagree.
+//! Values are spelled alike in all of them: lists as `32,64,64`, sizes as `32` or `28x20` (rows x columns). A file may
+//! also hold a list as a TOML array.
 //!
-//! Where a setting comes from, the later winning: the preset, the file of `--config`, `--set`, then flags such as
-//! `--steps`, which the caller writes into the fields before [`Config::validate`].
+//! Sources of a setting, later ones win: the preset, the file of `--config`, `--set`, then flags such as `--steps`,
+//! which the caller writes into the fields before [`Config::validate`].
 //!
 //! Deliberately absent: what does not change the numbers of a run (the output folder, the device, progress output).
 
@@ -20,7 +21,7 @@ use crate::usage;
 /// A network and training recipe to start from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Preset {
-    /// 28x28 grey digits; the data is built in, minutes on two cores.
+    /// 28x28 grey digits; the data is built in; trains in minutes on two cores.
     Mnist,
     /// The paper's CIFAR-10 network, 35,746,307 parameters.
     Cifar10,
@@ -40,7 +41,7 @@ pub struct Size {
 }
 
 impl Size {
-    /// The size is whatever the data has; loading the data fills it in.
+    /// The size of the data, filled in when the data is loaded.
     pub const DATA: Size = Size { h: 0, w: 0 };
 
     /// A square.
@@ -53,7 +54,7 @@ impl Size {
         self.h * self.w
     }
 
-    /// The longer side, which is what `attention_resolutions` speak of.
+    /// The longer side, by which `attention_resolutions` names levels.
     pub fn longer(self) -> usize {
         self.h.max(self.w)
     }
@@ -62,27 +63,27 @@ impl Size {
 /// The network.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Model {
-    /// Extent of the images; [`Size::DATA`] until the data is known.
+    /// Size of the images; [`Size::DATA`] until the data is known.
     pub image_size: Size,
     /// Channels of the images, in and out; 0 until the data is known.
     pub channels: usize,
-    /// Channels of each level, finest first; each further level has half the rows and columns.
+    /// Channels of each level, finest first; each next level has half the rows and columns.
     pub widths: Vec<usize>,
-    /// Residual blocks of a level on the way down; one more on the way up.
+    /// Residual blocks per level on the way down; one more on the way up.
     pub blocks_per_level: usize,
-    /// Longer sides of the levels that have self-attention after each block. The middle always has it.
+    /// Levels with self-attention after each block, named by their longer side in pixels. The middle always has it.
     pub attention_resolutions: Vec<usize>,
-    /// Channels of an attention head; 0: one head over all channels.
+    /// Channels per attention head; 0: one head over all channels.
     pub head_dim: usize,
     /// Groups of every group normalisation.
     pub groups: usize,
     /// Epsilon of every group normalisation.
     pub norm_eps: f64,
-    /// Dropout in the residual blocks.
+    /// Dropout probability in the residual blocks, in [0, 1).
     pub dropout: f64,
     /// Classes to condition on; 0: none.
     pub classes: usize,
-    /// Padding of the 3x3 convolutions of stride 2: 0 pads right and bottom alone (the paper), 1 all four sides.
+    /// Padding of the 3x3 convolutions of stride 2: 0 pads right and bottom only (the paper), 1 all four sides.
     pub downsample_padding: usize,
     /// freq_k = 10000^(-k / (dim/2 - freq_shift)): 1 is the paper's time embedding, 0 OpenAI's.
     pub freq_shift: usize,
@@ -90,12 +91,12 @@ pub struct Model {
     pub flip_sin_to_cos: bool,
 }
 
-/// The forward process and the reverse process's variance.
+/// The forward process and the variance of the reverse process.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Diffusion {
     /// Shape of the noise schedule.
     pub schedule: Kind,
-    /// T.
+    /// T, number of diffusion steps, at least 2.
     pub timesteps: usize,
     /// Variance of ancestral sampling.
     pub variance: Variance,
@@ -104,11 +105,11 @@ pub struct Diffusion {
 /// All settings of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// What the other settings started from.
+    /// The preset that the other settings started from.
     pub preset: Preset,
     /// `mnist` or a path; empty: not given.
     pub data: String,
-    /// Share of the images kept out of training where the data has no test set of its own, in [0, 0.5].
+    /// Fraction of the images held out where the data has no test set of its own, in [0, 0.5].
     pub held_out: f64,
     /// The network.
     pub model: Model,
@@ -120,7 +121,7 @@ pub struct Config {
     pub steps: u32,
     /// Images per step.
     pub batch: usize,
-    /// Equal pieces that a batch is worked through in; the same result in less memory.
+    /// Micro-batches of equal size that a batch is split into, to save memory. The result is the same but for rounding.
     pub accumulate: usize,
     /// Adam's step size after the warm-up.
     pub learning_rate: f64,
@@ -128,9 +129,9 @@ pub struct Config {
     pub warmup_steps: u32,
     /// AdamW's decoupled weight decay.
     pub weight_decay: f64,
-    /// Largest norm of the gradient; 0: no clipping.
+    /// Norm that the gradient is clipped to; 0: no clipping.
     pub grad_clip: f64,
-    /// Decay of the moving average of the weights.
+    /// Decay of the moving average of the weights, in [0, 1).
     pub ema_decay: f64,
     /// Mirror each training image left to right with probability 1/2.
     pub flip: bool,
@@ -138,11 +139,11 @@ pub struct Config {
     pub log_every: u32,
     /// Steps between validation losses; 0: never.
     pub validate_every: u32,
-    /// Steps between sample grids, one at the end among them; 0: none.
+    /// Steps between sample grids, with one more at the end; 0: none.
     pub sample_every: u32,
-    /// Steps between checkpoints; 0: only at the end.
+    /// Steps between checkpoints, with one more at the end; 0: only at the end.
     pub checkpoint_every: u32,
-    /// Checkpoints kept, newest first; 0: all.
+    /// Number of newest checkpoints to keep; 0: all.
     pub keep_checkpoints: usize,
 }
 
@@ -150,7 +151,7 @@ pub struct Config {
 pub struct Setting {
     /// The key of `--set` and `config.toml`.
     pub key: &'static str,
-    /// What it is, for people.
+    /// One line of help.
     pub help: &'static str,
     get: fn(&Config) -> toml::Value,
     set: fn(&mut Config, &str) -> std::result::Result<(), String>,
@@ -217,7 +218,7 @@ pub fn help() -> String {
 }
 
 impl Config {
-    /// The settings of a preset, before anything else is said.
+    /// The settings of a preset.
     pub fn preset(preset: Preset) -> Self {
         match preset {
             Preset::Mnist => mnist(),
@@ -226,8 +227,11 @@ impl Config {
         }
     }
 
-    /// Preset, then the file of `--config`, then each `KEY=VALUE` of `--set`. Without `preset` the file's own preset
-    /// counts, and without that `mnist`. Not validated yet.
+    /// Preset, then the file of `--config`, then each `KEY=VALUE` of `--set`. Without `preset` the preset is the file's
+    /// own, and without that `mnist`. Call [`Config::validate`] afterwards.
+    ///
+    /// # Errors
+    /// `Error::Usage` for an assignment, `Error::File` for a file that cannot be read or holds unusable settings.
     pub fn build(preset: Option<Preset>, file: Option<&Path>, sets: &[String]) -> Result<Self> {
         let mut config = match file {
             None => Config::preset(preset.unwrap_or(Preset::Mnist)),
@@ -242,7 +246,10 @@ impl Config {
         Ok(config)
     }
 
-    /// Reads a `config.toml`.
+    /// Reads a `config.toml`. Does not validate it.
+    ///
+    /// # Errors
+    /// `Error::File` for a file that cannot be read or holds unusable settings.
     pub fn read(path: &Path) -> Result<Self> {
         Config::read_over(path, None)
     }
@@ -252,10 +259,10 @@ impl Config {
         Config::from_toml(&text, preset).map_err(|e| Error::file(path, e))
     }
 
-    /// Settings from the text of a `config.toml`; `preset`, where given, counts instead of the text's own.
+    /// Settings from the text of a `config.toml`; a given `preset` replaces the text's own.
     fn from_toml(text: &str, preset: Option<Preset>) -> std::result::Result<Self, String> {
         let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
-            // toml's own text is a drawing of several lines; a sentence is wanted.
+            // toml's own message is a drawing over several lines; one sentence is wanted.
             let line = e.span().map_or(0, |s| text[..s.start].matches('\n').count() + 1);
             format!("line {line} is not TOML ({}); settings are lines KEY = VALUE", e.message())
         })?;
@@ -270,7 +277,10 @@ impl Config {
         Ok(config)
     }
 
-    /// Sets one setting from text. The error is a sentence.
+    /// Sets one setting from text.
+    ///
+    /// # Errors
+    /// A sentence for an unknown key or a value that cannot be read.
     pub fn set(&mut self, key: &str, value: &str) -> std::result::Result<(), String> {
         match SETTINGS.iter().find(|s| s.key == key) {
             Some(setting) => (setting.set)(self, value).map_err(|e| format!("{key} = {value}: {e}")),
@@ -284,7 +294,7 @@ impl Config {
         SETTINGS.iter().map(|s| (s.key, (s.get)(self).to_string()))
     }
 
-    /// The text of a `config.toml` that gives these settings again, each with its help.
+    /// The text of a `config.toml` that holds these settings, each with its help.
     pub fn to_toml(&self) -> String {
         let mut text = format!("preset = {}\n", self.preset.write());
         for ((key, value), setting) in self.entries().zip(SETTINGS) {
@@ -293,8 +303,11 @@ impl Config {
         text
     }
 
-    /// Refuses settings that cannot work, with the value and one that would. What depends on the image size is looked
-    /// at once it is known, so call again after the data is loaded.
+    /// Refuses settings that cannot work. Checks that depend on the image size are skipped until it is known, so call
+    /// this again after loading the data.
+    ///
+    /// # Errors
+    /// `Error::Usage`, with the value and one that would work.
     pub fn validate(&self) -> Result<()> {
         self.model.validate()?;
         self.diffusion.validate()?;
@@ -330,7 +343,7 @@ impl Config {
 }
 
 impl Model {
-    /// Channels of the network's output: the predicted noise has those of the images.
+    /// Channels of the network's output: as many as the images have, since it predicts their noise.
     pub fn out_channels(&self) -> usize {
         self.channels
     }
@@ -340,7 +353,7 @@ impl Model {
         self.widths.len()
     }
 
-    /// Extent of the images at a level, 0 being the finest.
+    /// Size of the images at a level, 0 being the finest.
     pub fn size_at(&self, level: usize) -> Size {
         Size { h: self.image_size.h >> level, w: self.image_size.w >> level }
     }
@@ -350,19 +363,22 @@ impl Model {
         self.attention_resolutions.contains(&self.size_at(level).longer())
     }
 
-    /// Heads of an attention over `width` channels.
+    /// Number of heads of an attention over `width` channels.
     pub fn heads(&self, width: usize) -> usize {
         width.checked_div(self.head_dim).unwrap_or(1)
     }
 
     /// Refuses a network that cannot be built.
+    ///
+    /// # Errors
+    /// `Error::Usage`, with the value and one that would work.
     pub fn validate(&self) -> Result<()> {
         if self.widths.is_empty() {
             usage!("widths is empty; give the channels of each level, as in widths=32,64,64");
         }
         positive("blocks_per_level", self.blocks_per_level)?;
         positive("groups", self.groups)?;
-        // Beyond any network that was ever trained, and small enough that sizes in bytes do not overflow.
+        // Larger than any network ever trained, and small enough that sizes in bytes do not overflow.
         at_most("blocks_per_level", self.blocks_per_level, 128)?;
         for &width in &self.widths {
             at_most("widths", width, 65_536)?;
@@ -442,7 +458,10 @@ impl Model {
 }
 
 impl Diffusion {
-    /// Refuses a process of less than two steps.
+    /// Refuses a process of fewer than two steps.
+    ///
+    /// # Errors
+    /// `Error::Usage` for it.
     pub fn validate(&self) -> Result<()> {
         if self.timesteps < 2 {
             usage!("timesteps = {} must be at least 2; the paper has 1000", self.timesteps);
@@ -451,10 +470,10 @@ impl Diffusion {
     }
 }
 
-/// Digits that anyone would name, after seven minutes on two cores. What that takes, found by trying: a narrow network,
-/// since more images seen win over more channels; the cosine schedule, since at this size the linear one spends half of
-/// its timesteps where next to nothing of the image is left; steps of few images at five times the paper's rate; an
-/// average over a thousand of them.
+/// Readable digits after seven minutes on two cores. Found by trial: a narrow network, since seeing more images beats
+/// having more channels; the cosine schedule, since at this size the linear one spends half of its timesteps where next
+/// to nothing of the image is left; small batches at five times the paper's learning rate; a moving average over about
+/// a thousand steps.
 fn mnist() -> Config {
     Config {
         preset: Preset::Mnist,
@@ -485,7 +504,7 @@ fn mnist() -> Config {
     }
 }
 
-/// `scripts/run_cifar.py` of the paper's code, and appendix B.
+/// As in `scripts/run_cifar.py` of the paper's code and appendix B.
 fn cifar10() -> Config {
     Config {
         preset: Preset::Cifar10,
@@ -525,7 +544,7 @@ fn cifar10() -> Config {
     }
 }
 
-/// `scripts/run_celebahq.py` of the paper's code, and appendix B.
+/// As in `scripts/run_celebahq.py` of the paper's code and appendix B.
 fn celebahq256() -> Config {
     Config {
         preset: Preset::CelebaHq256,
@@ -557,13 +576,13 @@ fn at_most(key: &str, value: usize, most: usize) -> Result<()> {
     Ok(())
 }
 
-/// The known key with the fewest edits.
+/// The known key with the smallest edit distance.
 fn nearest(key: &str) -> &'static str {
     let edits = |s: &&Setting| strsim::damerau_levenshtein(s.key, key);
     SETTINGS.iter().min_by_key(edits).expect("there are settings").key
 }
 
-/// A TOML value as `--set` would spell it.
+/// A TOML value in the spelling of `--set`.
 fn spelling(key: &str, value: &toml::Value) -> std::result::Result<String, String> {
     Ok(match value {
         toml::Value::String(s) => s.clone(),
@@ -583,7 +602,7 @@ fn join(list: &[usize]) -> String {
     list.iter().map(usize::to_string).collect::<Vec<_>>().join(",")
 }
 
-/// A type that settings have: its spelling in text and in TOML.
+/// The type of a setting: how to read it from text and write it as TOML.
 trait Value: Sized {
     fn read(text: &str) -> std::result::Result<Self, String>;
     fn write(&self) -> toml::Value;
@@ -591,7 +610,7 @@ trait Value: Sized {
 
 impl Value for u64 {
     fn read(text: &str) -> std::result::Result<Self, String> {
-        // A float that is whole stands for the number: 1e5 is how people write large step counts.
+        // Whole floats are accepted: people write large step counts as 1e5.
         let whole = |f: f64| (f.fract() == 0.0 && (0.0..9e15).contains(&f)).then_some(f as u64);
         let number = text.replace('_', "");
         number

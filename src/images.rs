@@ -1,4 +1,4 @@
-//! Images as data sets hold them, bytes, on the host or on a GPU: what the forward process reads.
+//! Images as data sets hold them, in bytes, on the host or on a GPU: the input of the forward process.
 
 use crate::device::cuda::{Buffer, View};
 use crate::tensor::Shape;
@@ -8,30 +8,30 @@ use crate::tensor::Shape;
 pub struct Images<'a> {
     /// `shape.len()` bytes.
     pub pixels: &'a [u8],
-    /// Extent; `n` is the number of images.
+    /// Their shape; `n` is the number of images.
     pub shape: Shape,
 }
 
-/// Where the images of a batch are.
+/// Where the images of a batch are stored.
 #[derive(Clone, Copy)]
 pub enum Source<'a> {
-    /// On the host; the batch says which of them, and of what class.
+    /// On the host; the batch holds the indices and the classes of its images.
     Host(Images<'a>),
     /// On a GPU.
     Cuda {
-        /// Bytes of all images.
+        /// Bytes of all images, `(count, h, w, c)`.
         pixels: &'a Buffer,
-        /// Their extent.
+        /// Their shape.
         shape: Shape,
-        /// The batch's images, one u32 each: their places in `pixels`, all below the number of images there.
+        /// For each image of the batch its index in `pixels`, a u32 below `shape.n`.
         rows: View<'a>,
-        /// Their classes, one u32 each.
+        /// For each image of the batch its class, a u32.
         classes: Option<View<'a>>,
     },
 }
 
 impl Source<'_> {
-    /// Extent of all images there.
+    /// Shape of all stored images.
     pub fn shape(&self) -> Shape {
         match self {
             Source::Host(images) => images.shape,

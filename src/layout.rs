@@ -1,17 +1,17 @@
-//! Between the channels-last order in memory and the channels-first order (NCHW, OIHW) of other tools' files.
-//! Nothing else in the crate knows channels-first.
+//! Conversion between the channels-last order in memory and the channels-first order (NCHW, OIHW) of other tools'
+//! files.
 
-/// `(n, c, h, w)` to `(n, h, w, c)`, `pixels` being `h*w`. The same for OIHW to `(c_out, kh, kw, c_in)`.
+/// `(n, c, h, w)` to `(n, h, w, c)`, with `pixels = h*w`; also OIHW to `(c_out, kh, kw, c_in)`.
 pub fn to_channels_last<T: Copy>(x: &[T], c: usize, pixels: usize) -> Vec<T> {
     transpose_images(x, c, pixels)
 }
 
-/// `(n, h, w, c)` to `(n, c, h, w)`, `pixels` being `h*w`.
+/// `(n, h, w, c)` to `(n, c, h, w)`, with `pixels = h*w`; also `(c_out, kh, kw, c_in)` to OIHW.
 pub fn to_channels_first<T: Copy>(x: &[T], c: usize, pixels: usize) -> Vec<T> {
     transpose_images(x, pixels, c)
 }
 
-/// Each `(rows, columns)` matrix of `x` transposed.
+/// Transposes each `(rows, columns)` matrix of `x`.
 fn transpose_images<T: Copy>(x: &[T], rows: usize, columns: usize) -> Vec<T> {
     let len = rows * columns;
     assert!(len > 0 && x.len().is_multiple_of(len), "{} numbers are not whole matrices of {rows}x{columns}", x.len());

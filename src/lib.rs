@@ -2,7 +2,7 @@
 //!
 //! # Bird's eye view
 //!
-//! A network eps_theta(x_t, t) learns to name the noise in a noisy image:
+//! A network eps_theta(x_t, t) learns to predict the noise in a noisy image:
 //!
 //! - forward process (eq. 4): x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
 //! - training (eq. 14): minimise |eps - eps_theta(x_t, t)|^2 over images, t and eps
@@ -10,53 +10,54 @@
 //!
 //! # Modules
 //!
-//! From the top down; a module imports from the lines below its own alone, which `tests/layers.rs` checks.
+//! From the top down; a module imports only from lines below its own, which `tests/layers.rs` checks.
 //!
 //! ```text modules
 //! main - the program
-//! commands - one file a command: arguments, checks, what is said
-//! train - the loop; one step, algorithm 1 of the paper; the run's folder and log
-//! sample - the reverse process, algorithm 2, and batches of images drawn by it
-//! checkpoint memory - what is saved, in diffusers' formats; what a run needs of memory
-//! unet data output - the network, shapes trailing each line; data sets in; pictures and arrays out
-//! config - presets and settings: everything that has to be known to repeat a run
-//! ops - one file an operation: formula, public function, backward pass, reference, CPU path, launches
+//! commands - one file per command: arguments, checks, what is printed
+//! train - the training loop; one step (algorithm 1 of the paper); the run's folder and log
+//! sample - the reverse process (algorithm 2), and drawing images with it in batches
+//! checkpoint memory - what is saved, in diffusers' formats; how much memory a run needs
+//! unet data output - the network, with a shape at the end of each line; data sets in; images and arrays out
+//! config - presets and settings: everything needed to repeat a run
+//! ops - one file per operation: formula, public function, backward pass, reference, CPU path, launches
 //! tape - reverse-mode differentiation
 //! params clock - parameters in one flat buffer; what changes from one training step to the next
-//! meter - what a step measures, kept where it is computed
-//! images conditioning - bytes that become x_0; what the network is told besides x_t and t
+//! meter - what a step measures, kept on the device that computes it
+//! images conditioning - bytes that become x_0; network inputs besides x_t and t
 //! tensor - NHWC arrays
-//! diffusion - schedules and the steps of samplers, with the papers' equation numbers: numbers in f64
+//! diffusion - schedules and sampler steps in f64, with the papers' equation numbers
 //! rng - counter-based random numbers
-//! device - the CPU, GPUs (the only place that names cudarc), and shapes alone
+//! device - the CPU, GPUs (the only place that names cudarc), and a device of shapes alone
 //! kernels - the table of compiled CUDA kernels, `kernels/*.cu`
-//! shape layout names text - extents and element types; channels first and last; names of choices; numbers for people
-//! error - what can go wrong, in one sentence
+//! shape layout names text - shapes and element types; channels first and last; names of choices; readable numbers
+//! error - what can go wrong, as one sentence
 //! ```
 //!
-//! From the command line to a loop over numbers it is five files: `commands/train.rs -> train/mod.rs ->
+//! From the command line to a loop over numbers takes five files: `commands/train.rs -> train/mod.rs ->
 //! train/trainer.rs -> unet.rs -> ops/conv2d.rs`, and on a GPU one more, `kernels/conv2d.cu`.
 //!
 //! # Invariants
 //!
 //! - Everything about an operation has one stem: `src/ops/S.rs`, `kernels/S.cu`, `tests/ops/S.rs`, `benches/ops/S.rs`,
 //!   kernel symbols `S_*`; a test enforces it.
-//! - Outside [`device::cuda`] nothing knows an address: kernels get tensors and views. A training step on a GPU waits
-//!   for nothing and copies nothing but its [`clock`], some words; what it measured is read when the log asks.
+//! - Nothing outside [`device::cuda`] knows a device address: launches take tensors and views. A training step on a GPU
+//!   waits for nothing, and if the data set fits there uploads only its [`clock`], 40 bytes. What it measured is read
+//!   when the log asks.
 //! - Tensors are contiguous and channels-last. Other layouts exist only in [`checkpoint`], [`commands::predict`] and
-//!   [`data`], where files of other tools are read and written.
-//! - A result has the same bits at any number of threads: work is split by its size, never by the number of threads,
-//!   and sums are taken in a fixed order.
-//! - A random number is a pure function of seed, purpose, step, image and element ([`rng`]). So a sample depends on its
-//!   seed and index alone, and a resumed run continues with the same bits.
-//! - A file that matters is written beside its final name, synced and renamed.
+//!   [`data`], which read and write files of other tools.
+//! - A result has the same bits for any number of threads: work is split by its size, never by the number of threads,
+//!   and partial sums are joined in a fixed order.
+//! - A random number is a pure function of seed, purpose, step, image and element ([`rng`]). So a sample depends only
+//!   on its seed, index and class, and a resumed run continues with the same bits.
+//! - Files that must survive a crash are written under a temporary name beside the final one, synced and renamed.
 //! - Weights cannot change while a tape refers to them: the tape borrows [`params::Params`].
 //!
 //! # Letters
 //!
 //! n images, h x w pixels, c channels; x_0 image in [-1, 1], x_t noisy image, t timestep in 0..T (0 is one diffusion
-//! step), eps noise, beta, alpha, alpha_bar, sigma as in the paper; y = op(x), dy and dx the loss's gradients for y and
-//! x.
+//! step), eps noise, beta, alpha, alpha_bar, sigma as in the paper; y = op(x), and dy and dx are the gradients of the
+//! loss with respect to y and x.
 //!
 //! [arXiv 2006.11239]: https://arxiv.org/abs/2006.11239
 

@@ -1,4 +1,5 @@
-//! The command line: `ddpm-cuda train | sample | predict | info`. No logic, only what to call and how to end.
+//! The command line: `ddpm-cuda train | sample | predict | info`. No logic here: it calls a command and maps errors to
+//! exit codes.
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -39,7 +40,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            // Nobody may be there to read it; the exit code says it too.
+            // stderr may be closed; the exit code reports the failure as well.
             let _ = writeln!(std::io::stderr(), "ddpm-cuda: {error}");
             ExitCode::from(Error::exit_code(&error))
         }

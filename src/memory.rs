@@ -1,4 +1,4 @@
-//! How much memory a training run needs, how much there is, and what to change where it does not fit.
+//! How much memory a training run needs, how much there is, and what to change if it does not fit.
 
 use std::collections::BTreeSet;
 
@@ -24,7 +24,7 @@ use crate::unet::{DropoutSeed, UNet};
 ///   images a step at 0.8 of its activations, for `mnist` with 8 and 32 at 0.3. 0.8 is taken.
 pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs, device: &Device) -> u64 {
     const BLOCKS_AND_TILES: u64 = 24 << 20;
-    // Sizes that no memory holds are multiples of one that can still be counted.
+    // A micro-batch too large for any memory is counted as a multiple of a smaller one, so that sizes do not overflow.
     let image = unet.model().image_size.pixels() * unet.model().widths.iter().max().copied().unwrap_or(1);
     let micro_batch = config.batch / config.accumulate;
     let counted = micro_batch.min(((1 << 40) / image).clamp(1, 1 << 20));
@@ -38,7 +38,7 @@ pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs, device: &Devic
     held.state.saturating_add(scratch).saturating_add(activations).saturating_add(scratch_of_images)
 }
 
-/// Bytes that a pool has handed out.
+/// Bytes that a pool holds.
 struct Held {
     /// Weights, moving average, moments, gradients: as long as the run.
     state: u64,
@@ -46,7 +46,7 @@ struct Held {
     activations: u64,
 }
 
-/// What the pool of `meta` has handed out after a training step of `config` over a micro-batch of `n` images.
+/// What the pool of `meta` holds after a training step of `config` over a micro-batch of `n` images.
 fn step_on_shapes(config: &Config, n: usize, unet: &UNet, specs: &Specs, meta: &Device) -> Result<Held> {
     let m = &config.model;
     let flat = || Tensor::zeros(meta, Shape::vector(specs.flat_len()));
@@ -67,10 +67,10 @@ fn step_on_shapes(config: &Config, n: usize, unet: &UNet, specs: &Specs, meta: &
     Ok(Held { state, activations: meta.pool_stats().held - state })
 }
 
-/// Bytes that `device` has for this process, those idle in its pool included.
+/// Bytes that this process can use on `device`. On a GPU this includes idle buffers of its pool.
 ///
 /// # Errors
-/// A machine or a driver that does not say.
+/// A machine or a driver that does not report its memory.
 pub fn available_on(device: &Device) -> Result<u64> {
     match device {
         Device::Cpu(_) | Device::Meta(_) => available_memory(),
@@ -78,7 +78,7 @@ pub fn available_on(device: &Device) -> Result<u64> {
     }
 }
 
-/// Refuses a training run that needs more than `available` bytes on `device`, with what would fit.
+/// Refuses a training run that needs more than `available` bytes on `device`, and says what would fit.
 ///
 /// # Errors
 /// `Error::Failed` for such a run.
@@ -107,10 +107,10 @@ pub fn check_fit(config: &Config, unet: &UNet, specs: &Specs, device: &Device, a
     )))
 }
 
-/// Bytes of memory that this process may still take, of the machine's or its control group's.
+/// Bytes of host memory that this process can still allocate, within the machine and its control group.
 ///
 /// # Errors
-/// A machine that does not say.
+/// A machine that does not report its memory.
 pub fn available_memory() -> Result<u64> {
     let memory = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
     let system = sysinfo::System::new_with_specifics(memory);

@@ -1,30 +1,30 @@
-//! Enumerations that people choose from: each value's name is written once, and flags, settings, messages and files all
+//! Enumerations whose values users choose by name. Each name is written once; flags, settings, messages and files all
 //! use it.
 
-/// A type whose values have names; implemented by `names!`.
+/// An enumeration with a name for each value; implemented by `names!`.
 pub trait Named: Copy + 'static {
     /// The names, in the order of declaration.
     const NAMES: &'static [&'static str];
 
-    /// The value of a name or of one of its aliases.
+    /// The value with this name or alias.
     fn named(name: &str) -> Option<Self>;
 }
 
-/// The sentence for a name that is none of `T`'s.
+/// The message for a name that `T` does not have.
 pub fn expected<T: Named>() -> String {
     format!("one of {} is expected", T::NAMES.join(", "))
 }
 
 /// Gives an enumeration without fields its names: `names!(Kind { Linear = "linear", Cosine = "cosine" |
-/// "squaredcos_cap_v2" })`. What follows a bar is read too, never written. Makes `ALL`, `name()`, [`Named`], `Display`
-/// and `FromStr`.
+/// "squaredcos_cap_v2" })`. Names after a bar are aliases: accepted, never written. Generates `ALL`, `name()`,
+/// [`Named`], `Display` and `FromStr`.
 macro_rules! names {
     ($type:ident { $($value:ident = $name:literal $(| $alias:literal)*),+ $(,)? }) => {
         impl $type {
-            /// All of them.
+            /// Every value, in the order of declaration.
             pub const ALL: [Self; [$($name),+].len()] = [$(Self::$value),+];
 
-            /// What flags, settings and files call it.
+            /// Its name in flags, settings and files.
             pub const fn name(self) -> &'static str {
                 match self {
                     $(Self::$value => $name),+

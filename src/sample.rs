@@ -1,6 +1,6 @@
 //! Drawing images with a network: the reverse process from x_T to x_0, batch by batch.
 //!
-//! An image depends on the seed, its index and its class alone, never on the batch that it was computed in.
+//! An image depends only on the seed, its index and its class, never on the batch it is computed in.
 
 use crate::conditioning::Conditioning;
 use crate::device::Device;
@@ -15,12 +15,11 @@ use crate::tensor::{Shape, Tensor};
 use crate::unet::UNet;
 use crate::usage;
 
-/// Sampling steps unless told otherwise. Ancestral sampling is the default because it mends its own errors as it goes:
-/// after a short training it draws clean images where DDIM leaves specks; more than 100 steps change little that one
-/// sees.
+/// Default number of sampling steps. Ancestral sampling is the default method because it corrects its own errors: after
+/// a short training it draws clean images where DDIM leaves specks. More than 100 steps change little that is visible.
 pub const DEFAULT_STEPS: usize = 100;
 
-/// How far the reverse process is; passed to the caller after every step.
+/// Progress of the reverse process, passed to the caller after every step.
 #[derive(Debug)]
 pub struct Progress<'a> {
     /// Steps taken.
@@ -29,14 +28,15 @@ pub struct Progress<'a> {
     pub total: usize,
     /// The timestep just undone.
     pub t: u32,
-    /// What x is now: x_0 when `done == total`. Keeping a clone of the handle is allowed.
+    /// The current x, f32 (n, h, w, c); x_0 when `done == total`. The caller may keep a clone of the handle.
     pub x: &'a Tensor,
 }
 
-/// The reverse process (algorithm 2): `shape.n` images from x_T, noise, through every step of the sampler.
+/// The reverse process (algorithm 2): draws x_T for `shape.n` images and takes every step of the sampler. Returns x_0,
+/// f32, of shape `shape`.
 ///
-/// `network(x_t, t)` returns the predicted noise, shaped like x_t; both are of the type of the device's activations.
-/// `each` sees x after every step.
+/// `network(x_t, t)` returns the predicted noise, shaped like x_t; both have the type of the device's activations.
+/// `each` is called after every step.
 ///
 /// # Errors
 /// Those of `network` and `each`, which end the loop, and a GPU that fails.
@@ -57,9 +57,9 @@ pub fn sample(
     Ok(state.x)
 }
 
-/// What images are drawn with.
+/// Everything needed to draw images.
 pub struct Drawing<'a> {
-    /// Where.
+    /// The device to compute on.
     pub device: &'a Device,
     /// The network.
     pub unet: &'a UNet,
@@ -78,18 +78,19 @@ impl Drawing<'_> {
         Shape::new(count, m.image_size.h, m.image_size.w, m.channels)
     }
 
-    /// Images drawn together: as many as keep the finest level's activations near the caches, 8 MiB. No image depends
-    /// on it.
+    /// Images drawn together, from 1 to 64: as many as keep an activation of the finest level within 8 MiB, near the
+    /// caches. No image depends on it.
     pub fn batch(&self) -> usize {
         let m = self.unet.model();
         (2 * 1024 * 1024 / (m.image_size.h * m.image_size.w * m.widths[0])).clamp(1, 64)
     }
 
-    /// The bytes of images `0..count`, (count, h, w, c), of the classes `labels` if the model is conditional. `each` is
-    /// called after every step of every batch.
+    /// The bytes of images `0..count`, (count, h, w, c). A conditional model takes the class of each image from
+    /// `labels`. `each` is called after every step of every batch.
     ///
     /// # Errors
-    /// Those of `each`, which end the drawing; a pixel that is not finite; a GPU that fails.
+    /// More than `u32::MAX` images; those of `each`, which end the drawing; a pixel that is not finite; a GPU that
+    /// fails.
     pub fn images(
         &self,
         count: usize,
@@ -123,11 +124,11 @@ impl Drawing<'_> {
     }
 }
 
-/// Classes for `count` images of a network with `classes` of them: `class` for all, or all classes in turn; none for an
-/// unconditional network.
+/// Classes for `count` images of a network with `classes` classes: `class` for every image, or all classes in turn;
+/// `None` for an unconditional network.
 ///
 /// # Errors
-/// `Error::Usage` for a class that the network does not have.
+/// `Error::Usage` for a class that the network does not have, or any class if it is unconditional.
 pub fn labels(classes: usize, class: Option<u32>, count: usize) -> Result<Option<Vec<u32>>> {
     match class {
         Some(k) if classes == 0 => usage!("--class {k}: this model is unconditional, leave --class out"),

@@ -1,6 +1,6 @@
-//! Numbers as people read them.
+//! Numbers formatted for people.
 
-/// Bytes of a GiB, for messages.
+/// Bytes in a GiB, for messages.
 pub const GIB: f64 = (1u64 << 30) as f64;
 
 /// `1234567` as `1,234,567`.

@@ -1,16 +1,17 @@
 //! The U-Net of the DDPM paper (Ho et al. 2020, appendix B; hojonathanho's `unet.py`), eps_theta(x_t, t).
 //!
-//! Shape letters: n images, h x w pixels at the level in question, c channels, e = 4 widths\[0\] time features.
-//! Parameter names are those of diffusers' `UNet2DModel`, whose structure with `downsample_padding: 0`, `freq_shift: 1`
-//! and `flip_sin_to_cos: false` is the paper's.
+//! Shapes: n images, h x w pixels at the level in question, c channels, e = 4 widths\[0\] time features. Parameter
+//! names are those of diffusers' `UNet2DModel`, whose structure with `downsample_padding: 0`, `freq_shift: 1` and
+//! `flip_sin_to_cos: false` is the paper's.
 //!
 //! - time: sinusoid(t) -> linear -> SiLU -> linear (+ class embedding); SiLU again before each block's projection
 //! - residual block: GN SiLU conv3x3, + projected time, GN SiLU dropout conv3x3, + input (1x1 convolution if c changes)
 //! - attention block: GN, q k v, softmax(q k^T / sqrt(d)) v, projection, + input
-//! - down: after each level but the last, conv3x3 of stride 2 padded right and bottom only
-//! - up: nearest x2, conv3x3; every block of the way up takes the concatenation `[h, skip]`
+//! - down: after each level but the last, a conv3x3 of stride 2, padded right and bottom only (`downsample_padding: 0`)
+//! - up: nearest x2, conv3x3; every block on the way up takes the concatenation `[h, skip]`
 //!
-//! Deliberately absent: scale-shift norm, residual up- and downsampling, learned upsampling filters, checkpointing.
+//! Deliberately absent: scale-shift norm, residual up- and downsampling, learned upsampling filters, activation
+//! checkpointing.
 
 mod cost;
 
@@ -33,10 +34,11 @@ use crate::tape::{Tape, Var};
 use crate::tensor::{Shape, Tensor};
 pub use cost::Cost;
 
-/// The paper starts the last layer of every residual branch at almost nothing: `init_scale=0` is 1e-10 in its code.
+/// The paper initialises the last layer of every residual branch to almost zero: `init_scale=0` means 1e-10 in its
+/// code.
 const ALMOST_ZERO: f64 = 1e-10;
 
-/// A layer's dropout masks have 2^20 streams, one for each image of a step.
+/// log2 of the dropout streams of a layer, one per image of a step.
 const DROPOUT_IMAGES: u32 = 20;
 
 /// Where a training step's dropout masks come from.
@@ -44,9 +46,10 @@ const DROPOUT_IMAGES: u32 = 20;
 pub struct DropoutSeed {
     /// The run's seed.
     pub seed: u64,
-    /// The step within the run: each has its own masks.
+    /// The step within the run; each step has its own masks.
     pub step: u32,
-    /// Position of the pass's first image in the step's batch: a batch in pieces has the masks of the whole.
+    /// Index in the step's batch of the first image of this pass, so that micro-batches get the masks of the whole
+    /// batch.
     pub first: u32,
 }
 
@@ -82,7 +85,7 @@ struct Attention {
     to_out: Affine,
 }
 
-/// One level on one side: its blocks and the convolution that leaves it.
+/// One level on the way down or up: its blocks and the convolution to the next level.
 struct Level {
     place: String,
     blocks: Vec<(Resnet, Option<Attention>)>,
@@ -95,7 +98,7 @@ struct Resample {
     conv: Affine,
 }
 
-/// The network: handles of its parameters and how they are connected. The values live in
+/// The network: handles of its parameters and how they are connected. The values are in
 /// [`Params`](crate::params::Params).
 pub struct UNet {
     model: Model,
@@ -110,7 +113,7 @@ pub struct UNet {
     conv_out: Affine,
 }
 
-/// Collects parameters under diffusers' names while the network is put together.
+/// Registers parameters under diffusers' names while the network is built.
 struct Builder<'a> {
     specs: Specs,
     model: &'a Model,
@@ -169,7 +172,7 @@ impl Builder<'_> {
         }
     }
 
-    /// Residual block `j` of a level, with the attention block behind it if the level has attention.
+    /// Residual block `j` of a level, and the attention block after it if the level has attention.
     fn block(
         &mut self,
         level: &str,
@@ -184,7 +187,7 @@ impl Builder<'_> {
 }
 
 impl UNet {
-    /// The network and the list of its parameters.
+    /// Builds the network and the list of its parameters.
     ///
     /// # Errors
     /// What [`Model::validate`] refuses.
@@ -261,15 +264,15 @@ impl UNet {
         &self.model
     }
 
-    /// eps_theta: the network's output, (n, h, w, out_channels), for images `x` (n, h, w, channels) at timesteps `t`
-    /// (n, 1, 1, 1), f32, 0..T. Output and everything on the way have the type of `x`, which is that of the device's
-    /// activations.
+    /// eps_theta(x_t, t): the predicted noise, (n, h, w, out_channels), for noisy images `x` (n, h, w, channels) at
+    /// timesteps `t` (n, 1, 1, 1), f32, in 0..T. Output and intermediate values have the type of `x`, the device's
+    /// activation type.
     ///
-    /// h and w must divide by 2^(levels - 1). `conditioning` has labels below `classes` exactly if the network is
-    /// conditional. With `dropout` the masks of a training step are applied; without, none.
+    /// h and w must divide by 2^(levels - 1). `conditioning` has labels, all below `classes`, if and only if the
+    /// network is conditional. `dropout` applies the masks of a training step; `None` drops nothing.
     ///
     /// # Errors
-    /// Those of a tape that checks for non-finite values, and a GPU that fails.
+    /// A non-finite value on a tape that checks for them, and a GPU that fails.
     pub fn forward(
         &self,
         tape: &mut Tape<'_>,

@@ -1,5 +1,5 @@
-//! Checkpoints: what diffusers writes is read, what we write is what diffusers would, every damage has its sentence,
-//! and no moment at which the process dies costs the last good one.
+//! Checkpoints: we read what diffusers writes and write what it would write; every kind of damage has its message; and
+//! the last good checkpoint survives the process being killed at any moment.
 
 use std::collections::HashMap;
 use std::fs;
@@ -45,7 +45,7 @@ fn small_specs() -> Specs {
     specs
 }
 
-/// A training state with every number different, as a function of the step.
+/// A training state in which all numbers differ, a function of the step.
 struct Small {
     step: u32,
     params: Params,
@@ -145,7 +145,7 @@ fn the_models_of_diffusers_are_understood() {
         ..want
     };
     assert_eq!(rgb.config.model, want);
-    // OIHW in the file, channels last in memory: one number looked up in both.
+    // OIHW in the file, channels last in memory: compare one number.
     let bytes = fs::read(fixture("unet_rgb16/diffusion_pytorch_model.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let tensor = file.tensor("down_blocks.1.resnets.0.conv1.weight").unwrap();
@@ -184,7 +184,7 @@ fn what_is_written_is_what_diffusers_writes() {
         for (name, want) in theirs.tensors() {
             assert_eq!(ours.tensor(&name).unwrap(), want, "{name}");
         }
-        // And it is opened again, as a checkpoint and from inside it.
+        // It opens again, both as a checkpoint and by its unet/ folder.
         for place in [path.clone(), path.join("unet")] {
             let again = checkpoint::load(&Device::cpu(), &place).unwrap();
             assert_eq!((again.config.model, again.config.diffusion), (config.model.clone(), config.diffusion.clone()));
@@ -216,7 +216,7 @@ fn every_network_and_process_survives_its_json() {
         let again = checkpoint::load(&Device::cpu(), &path).unwrap().config;
         assert_eq!((again.model, again.diffusion), (config.model.clone(), config.diffusion.clone()));
     }
-    // From the run's folder, the rest of the settings comes along.
+    // The run's folder supplies the other settings.
     config.batch = 77;
     fs::write(folder.path().join("config.toml"), config.to_toml()).unwrap();
     for place in [folder.path().to_path_buf(), folder.path().join("checkpoints/4")] {
@@ -232,7 +232,7 @@ fn a_training_state_comes_back_to_the_bit() {
     let path = state.save(run.path(), 0);
     Small::restore(&path).unwrap().assert_same(&state);
     assert_eq!(checkpoint::newest(run.path()).unwrap(), Some(path.clone()));
-    // Under names that say what is what: the bias is its own layout.
+    // Tensors have the documented names. A bias has the same layout in the file.
     let bytes = fs::read(path.join("training_state.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let specs = small_specs();
@@ -246,7 +246,7 @@ fn a_training_state_comes_back_to_the_bit() {
     let bytes = fs::read(path.join("unet/diffusion_pytorch_model.safetensors")).unwrap();
     let want: Vec<u8> = state.ema.host().unwrap()[specs.range(bias)].iter().flat_map(|v| v.to_le_bytes()).collect();
     assert_eq!(SafeTensors::deserialize(&bytes).unwrap().tensor("conv_in.bias").unwrap().data(), want, "the model");
-    // The same state, the same bytes.
+    // The same state gives the same bytes.
     let other = tempfile::tempdir().unwrap();
     let twin = state.save(other.path(), 0);
     for file in ["training_state.safetensors", "unet/diffusion_pytorch_model.safetensors", "unet/config.json"] {
@@ -270,7 +270,7 @@ fn old_checkpoints_are_deleted_and_only_those() {
 }
 
 #[test]
-fn what_a_killed_run_leaves_is_passed_over_and_cleaned() {
+fn what_a_killed_run_leaves_is_skipped_and_cleaned() {
     let run = tempfile::tempdir().unwrap();
     let good = Small::at(10).save(run.path(), 0);
     let whole = Small::at(20).save(run.path(), 0);
@@ -296,7 +296,7 @@ fn what_a_killed_run_leaves_is_passed_over_and_cleaned() {
             assert_eq!(checkpoint::newest(run.path()).unwrap().as_ref(), Some(&whole));
         }
     }
-    // A damaged one of the same step is replaced, unfinished ones are removed.
+    // A damaged checkpoint of the same step is replaced, unfinished ones are removed.
     fs::write(whole.join("training_state.safetensors"), "x").unwrap();
     copy(&spare, &run.path().join("checkpoints/.Ab12.unfinished"));
     copy(&spare, &run.path().join("checkpoints/.20.unfinished"));
@@ -304,7 +304,7 @@ fn what_a_killed_run_leaves_is_passed_over_and_cleaned() {
     Small::at(20).save(run.path(), 0);
     assert_eq!(checkpoints(run.path()), ["10", "20"]);
     Small::restore(&whole).unwrap().assert_same(&Small::at(20));
-    // A complete one of the same step is left alone.
+    // A complete checkpoint of the same step is left alone.
     let before = fs::metadata(whole.join("model_index.json")).unwrap().modified().unwrap();
     Small::at(20).save(run.path(), 0);
     assert_eq!(fs::metadata(whole.join("model_index.json")).unwrap().modified().unwrap(), before);
@@ -341,7 +341,7 @@ fn killed_at_any_moment_the_last_good_checkpoint_is_there() {
             .stderr(std::process::Stdio::null())
             .spawn()
             .unwrap();
-        // Long enough for a few checkpoints, different every time.
+        // Kill it after at least one checkpoint, at a different moment every time.
         let before = last;
         while checkpoint::newest(run.path()).unwrap().is_none_or(|p| step_of(&p) <= before) {
             assert!(child.try_wait().unwrap().is_none(), "the child ended by itself");
@@ -453,7 +453,7 @@ fn damaged_files_are_refused_by_name() {
     Small::restore(&path).unwrap();
 }
 
-/// A copy of a fixture with one key of its configuration changed; the sentence with which it is refused.
+/// Loads a copy of a fixture with one key of its configuration changed; returns the error.
 #[track_caller]
 fn refused_with(key: &str, value: Value) -> String {
     let folder = tempfile::tempdir().unwrap();
@@ -469,7 +469,7 @@ fn refused_with(key: &str, value: Value) -> String {
 }
 
 #[test]
-fn networks_that_this_one_is_not_are_refused_by_the_key() {
+fn unsupported_networks_are_refused_by_the_key() {
     let cases = [
         (
             "_class_name",
@@ -539,7 +539,7 @@ fn absent_keys_have_the_defaults_of_diffusers() {
 }
 
 #[test]
-fn processes_that_are_not_ours_are_refused_by_the_key() {
+fn unsupported_processes_are_refused_by_the_key() {
     let folder = tempfile::tempdir().unwrap();
     copy(&fixture("pipeline_layout"), folder.path());
     copy(&fixture("unet_gray16"), &folder.path().join("unet"));
@@ -580,7 +580,7 @@ fn processes_that_are_not_ours_are_refused_by_the_key() {
 }
 
 #[test]
-fn places_that_hold_no_model() {
+fn folders_that_hold_no_model() {
     let folder = tempfile::tempdir().unwrap();
     let refusal = |path: &Path| {
         let error = checkpoint::load(&Device::cpu(), path).err().expect("refused");
@@ -592,13 +592,13 @@ fn places_that_hold_no_model() {
     fs::write(folder.path().join("file"), "").unwrap();
     assert!(refusal(&folder.path().join("file")).ends_with(&format!("file: is a file; {wanted}")));
     assert!(refusal(folder.path()).contains("is no run folder, checkpoint or model folder of diffusers"));
-    // A run that has not come to its first checkpoint, or whose only one is half written.
+    // A run that has no checkpoint yet, or only an incomplete one.
     fs::create_dir(folder.path().join("checkpoints")).unwrap();
     fs::write(folder.path().join("config.toml"), Config::preset(Preset::Mnist).to_toml()).unwrap();
     assert!(refusal(folder.path()).ends_with("has no complete checkpoint yet"));
     fs::create_dir(folder.path().join("checkpoints/5")).unwrap();
     assert!(refusal(folder.path()).ends_with("has no complete checkpoint yet"));
-    // Weights that are not there, or pickled.
+    // Weights that are missing, or pickled.
     let model = folder.path().join("model");
     fs::create_dir(&model).unwrap();
     fs::copy(fixture("unet_gray16/config.json"), model.join("config.json")).unwrap();

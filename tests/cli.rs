@@ -1,4 +1,4 @@
-//! The program from outside: what it prints, writes and exits with.
+//! The program as a process: its output, its files and its exit codes.
 
 mod support;
 
@@ -31,7 +31,7 @@ fn ok(command: &mut Command) -> String {
     stdout
 }
 
-/// Runs what must fail with `code`, and returns its one sentence.
+/// Runs a command that must fail with `code`, and returns its stderr.
 #[track_caller]
 fn fails(command: &mut Command, code: i32) -> String {
     let out: Output = command.output().unwrap();
@@ -106,7 +106,7 @@ fn trains_and_draws() {
     let grid = image::open(draw("5", "grid.png")).unwrap();
     assert!(grid.width() > 28 && grid.height() > 28);
     assert_eq!(&fs::read(draw("2", "process.gif")).unwrap()[..6], b"GIF89a");
-    // An image is the same whatever the number drawn with it.
+    // An image does not depend on the number of images drawn.
     let (three, five) = (draw("3", "three/"), draw("5", "five/"));
     let images = |folder: &Path| {
         let mut files: Vec<PathBuf> = fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
@@ -237,7 +237,7 @@ fn a_run_is_not_overwritten() {
 }
 
 #[test]
-fn help_lists_every_setting_and_a_reader_who_leaves_stops_nothing() {
+fn help_lists_every_setting_and_a_closed_pipe_stops_nothing() {
     let said = ok(ddpm().args(["train", "--help"]));
     for setting in ddpm_cuda::config::SETTINGS {
         assert!(said.contains(&format!("  {} = ", setting.key)), "train --help does not list {}", setting.key);
@@ -259,7 +259,7 @@ fn noise_images(path: &Path, channels: u64) {
 }
 
 #[test]
-fn images_that_are_no_pictures_become_npz() {
+fn images_that_png_cannot_hold_become_npz() {
     let folder = tempfile::tempdir().unwrap();
     let (data, run) = (folder.path().join("two.npy"), folder.path().join("run"));
     noise_images(&data, 2);
@@ -293,7 +293,7 @@ fn two_processes_do_not_train_in_one_folder() {
 }
 
 #[test]
-fn a_resumed_run_is_not_shortened_nor_begun_anew_in_silence() {
+fn a_resumed_run_is_neither_shortened_nor_silently_restarted() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     ok(train(&run, 4).args(["--set", "checkpoint_every=2"]));
@@ -340,7 +340,7 @@ fn a_network_that_cannot_fit_is_refused_with_the_numbers() {
     assert!(!run.exists());
 }
 
-/// Steps of the runs that are interrupted below.
+/// Steps of the runs interrupted below.
 const STEPS: u32 = 60;
 
 fn final_weights(run: &Path) -> Vec<u8> {
@@ -364,7 +364,7 @@ fn ctrl_c_saves_and_exits_0() {
     ok(train(&whole, STEPS).args(settings));
     let child = train(&run, STEPS).args(settings).stdout(std::process::Stdio::piped()).spawn().unwrap();
     wait_for_checkpoint(&run, 5);
-    // Twice at once is one signal, sent by `timeout` to the process and to its group.
+    // Two signals in quick succession count as one: `timeout` signals the process and its group.
     for _ in 0..2 {
         ok(Command::new("kill").args(["-INT", &child.id().to_string()]));
     }
@@ -400,8 +400,8 @@ fn killed_and_resumed_it_ends_with_the_same_bits() {
     assert!(final_weights(&run) == final_weights(&whole), "the killed run has other weights");
 }
 
-/// A log goes on where the checkpoint stands: later lines go, steps are not repeated, times go on, and `--steps`
-/// moves the end.
+/// A resumed log continues from the checkpoint: later lines are dropped, no step is repeated, times keep growing, and
+/// `--steps` moves the end.
 #[test]
 fn a_resumed_run_continues_its_log() {
     let folder = tempfile::tempdir().unwrap();
@@ -430,7 +430,7 @@ fn a_resumed_run_continues_its_log() {
     }
 }
 
-/// What training draws on the way is what `sample` draws from the same checkpoint: with the moving average.
+/// The samples drawn during training are those that `sample` draws from the same checkpoint, with the moving average.
 #[test]
 fn training_draws_what_its_checkpoint_draws() {
     let folder = tempfile::tempdir().unwrap();
@@ -441,12 +441,12 @@ fn training_draws_what_its_checkpoint_draws() {
     assert!(pixels(&out) == pixels(&run.join("samples/12.png")), "training and its checkpoint draw other images");
 }
 
-/// Each argument reaches the sampler: the program's images are those drawn by hand.
+/// Each argument reaches the sampler: the program's images equal those drawn through the library.
 #[test]
 fn the_arguments_of_sample_reach_the_sampler() {
     let folder = tempfile::tempdir().unwrap();
     let device = Device::cpu();
-    // The fixture's network under a process that is nobody's default.
+    // The fixture's network with a diffusion process that is no default.
     let mut model = checkpoint::load(&device, &fixture("unet_rgb16")).unwrap();
     let process = &mut model.config.diffusion;
     (process.schedule, process.timesteps, process.variance) = (Kind::Cosine, 80, Variance::FixedSmall);
@@ -479,14 +479,14 @@ fn the_arguments_of_sample_reach_the_sampler() {
         assert!(!seen.contains(&got), "{arguments}: makes no difference to this test");
         seen.push(got);
     }
-    // 61 steps are too many for a frame each: every second, and the last.
+    // 61 steps are too many for one frame each: every second, and the last.
     let out = folder.path().join("out.gif");
     ok(ddpm().args(["sample", "--count", "1", "--steps", "61", "--model"]).arg(&saved).arg("--out").arg(&out));
     let decoder = image::codecs::gif::GifDecoder::new(std::io::Cursor::new(fs::read(&out).unwrap())).unwrap();
     assert_eq!(image::AnimationDecoder::into_frames(decoder).count(), 31);
 }
 
-/// The steps of the log's lines.
+/// The step of each line of the log.
 fn lines(run: &Path) -> Vec<u64> {
     let log = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     log.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["step"].as_u64().unwrap()).collect()

@@ -1,4 +1,4 @@
-//! Settings: presets, `--set`, `config.toml`, and the sentences for what cannot work.
+//! Settings: presets, `--set`, `config.toml`, and the messages for settings that cannot work.
 
 use std::path::PathBuf;
 
@@ -13,7 +13,7 @@ fn built(assignments: &[&str]) -> Config {
     Config::build(None, None, &sets(assignments)).unwrap()
 }
 
-/// The sentence with which `--set` or the validation after it refuses, and that it exits with 2.
+/// The message with which `--set` or the validation after it refuses; checks that it exits with 2.
 #[track_caller]
 fn refusal(assignments: &[&str]) -> String {
     let error = Config::build(None, None, &sets(assignments)).and_then(|c| c.validate()).expect_err("refused");
@@ -98,7 +98,7 @@ fn every_setting_survives_the_file() {
         "checkpoint_every=4",
         "keep_checkpoints=5",
     ]);
-    // Each setting above differs from its preset, so that none can be forgotten by reader or writer.
+    // Each setting above differs from the preset, so that neither reader nor writer can omit one.
     let preset = Config::preset(Preset::Mnist);
     for ((key, new), (_, old)) in changed.entries().zip(preset.entries()) {
         assert_ne!(new, old, "{key} is changed by this test");

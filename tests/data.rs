@@ -1,4 +1,4 @@
-//! Every source of images: read as it should be, and refused with the file's name when it is damaged.
+//! Every source of images: read correctly, and refused with the file's name if it is damaged.
 
 use std::fs;
 use std::io::Write;
@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::data::{self, Data, Dataset, Order};
 
-/// A config that takes the data as it is, all of it for training.
+/// A config that takes the data as it is, with nothing held out.
 fn open(source: &Path) -> Config {
     let mut config = Config::preset(Preset::Mnist);
     config.data = source.display().to_string();
@@ -22,7 +22,7 @@ fn load(source: &Path) -> Data {
     data::load(&mut open(source)).unwrap_or_else(|e| panic!("{e}"))
 }
 
-/// The one sentence about `source`: names `names` first, exits with 1.
+/// The error of loading, which must be one sentence that begins with `names`, with exit code 1.
 #[track_caller]
 fn refusal(config: &mut Config, names: &Path) -> String {
     let Err(error) = data::load(config) else { panic!("{} is refused", config.data) };
@@ -47,7 +47,7 @@ fn bytes(len: usize) -> Vec<u8> {
     (0..len).map(|i| (i * 37 + i / 251) as u8).collect()
 }
 
-/// A .npy file, written by the format's description and not by the library that reads it.
+/// A .npy file, written after the specification and not by the library that reads it.
 fn npy(dtype: &str, shape: &[usize], body: &[u8]) -> Vec<u8> {
     let extents: String = shape.iter().map(|d| format!("{d},")).collect();
     let mut header = format!("{{'descr': '{dtype}', 'fortran_order': False, 'shape': ({extents}), }}");
@@ -120,7 +120,7 @@ fn mnist_is_built_in() {
     assert_eq!((data.train.len(), data.held_out.len()), (9500, 500));
     assert_eq!(data.train.extent().to_string(), "28x28x1");
     assert!(data.notes.is_empty(), "{:?}", data.notes);
-    // The ten digits, each between 8 and 12 per cent, and images that are mostly black with some white.
+    // Each digit has between 8 and 12 per cent of the images, which are mostly black with some white.
     let labels = [data.train.labels().unwrap(), data.held_out.labels().unwrap()].concat();
     for digit in 0..10 {
         let count = labels.iter().filter(|&&l| l == digit).count();
@@ -135,7 +135,7 @@ fn mnist_is_built_in() {
 #[test]
 fn the_held_out_split_is_a_partition_that_depends_on_the_count_alone() {
     let folder = Folder::new();
-    // Image i is the bytes of i, so that images can be told apart.
+    // Image i holds the bytes of i, so that images can be told apart.
     let body: Vec<u8> = (0..1000u32).flat_map(|i| i.to_le_bytes()).collect();
     let path = folder.put("a.npy", &npy("|u1", &[1000, 2, 2], &body));
     let ids = |set: &Dataset| -> Vec<u32> {
@@ -151,7 +151,7 @@ fn the_held_out_split_is_a_partition_that_depends_on_the_count_alone() {
     let mut together = [ids(&first.train), ids(&first.held_out)].concat();
     together.sort_unstable();
     assert_eq!(together, (0..1000).collect::<Vec<_>>());
-    // Not a stretch at one end: each quarter gives some.
+    // Not a contiguous stretch: some from each quarter.
     for quarter in 0..4 {
         let from = ids(&first.held_out).iter().filter(|&&i| i / 250 == quarter).count();
         assert!((10..45).contains(&from), "{from} held-out images from quarter {quarter}");
@@ -180,10 +180,10 @@ fn npy_in_every_layout() {
 
     let grey = load(&folder.put("nhw.npy", &npy("|u1", &[15, 4, 6], &body)));
     assert_eq!((grey.train.extent().to_string(), all(&grey.train)), ("4x6x1".into(), body.clone()));
-    // Packed by hand: what a file is, its content says.
+    // Compressed, under a name without an extension: the content decides.
     let packed = load(&folder.put("packed", &gzip(&npy("|u1", &[15, 4, 6], &body))));
     assert_eq!(all(&packed.train), body);
-    // More channels than pictures have, if they are asked for.
+    // More than 4 channels, if asked for.
     let many = folder.put("many.npy", &npy("|u1", &[2, 6, 6, 5], &body[..360]));
     let mut config = open(&many);
     config.model.channels = 5;
@@ -213,7 +213,7 @@ fn npz_by_the_usual_names() {
         );
         assert_eq!(data.train.labels(), Some(&[2, 0, 1][..]));
     }
-    // A test set of its own is what is held out, whatever the share.
+    // If there is a test set, it is held out, whatever `held_out` says.
     let both = npz(&[("x_train", images(4)), ("x_test", images(2))], zip::CompressionMethod::Stored);
     let mut config = open(&folder.put("both.npz", &both));
     config.held_out = 0.5;
@@ -264,7 +264,7 @@ fn damaged_and_unfit_archives() {
     let images = npy("|u1", &[5, 4, 6], &bytes(120));
     let whole = npz(&[("images", images.clone())], zip::CompressionMethod::Deflated);
     let labelled = |labels: Vec<u8>| npz(&[("images", images.clone()), ("labels", labels)], stored);
-    // Cut anywhere, an archive is refused and nothing panics.
+    // An archive cut anywhere is refused without a panic.
     for cut in (2..whole.len()).step_by(7) {
         refuses(&folder.put("cut.npz", &whole[..cut]), "is not a whole .npz archive");
     }
@@ -317,7 +317,7 @@ fn labels_must_fit_the_classes() {
 fn idx_files_and_folders() {
     let folder = Folder::new();
     let (images, labels) = (idx(&[4, 2, 3], &bytes(24)), idx(&[4], &[3, 1, 0, 2]));
-    // A file alone, a file with its labels, packed or not.
+    // A single file; a file with labels, compressed or not.
     assert!(load(&folder.put("digits", &images)).train.labels().is_none());
     for (name, beside) in [
         ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -455,7 +455,7 @@ fn damaged_empty_and_mixed_folders() {
         good.display()
     );
     assert!(sentence.ends_with(&want), "{sentence}");
-    // Fixed, they are all brought to it, and the user is told.
+    // With a fixed size all are fitted to it, and a note says so.
     let mut config = open(folder.path());
     config.model.image_size = Size { h: 8, w: 12 };
     config.model.channels = 1;
@@ -469,7 +469,7 @@ fn damaged_empty_and_mixed_folders() {
         data.notes
     );
     config.model.channels = 2;
-    // The first of two that cannot be used, every time.
+    // Names the first of two unusable files, every time.
     for _ in 0..20 {
         assert!(refusal(&mut config, &good).contains("has 3 channels, but 2 are asked for"));
     }
@@ -489,7 +489,7 @@ fn arrays_of_another_size_are_fitted_and_it_is_said() {
     let four = folder.put("four.npy", &npy("|u1", &[2, 10, 10, 4], &[77; 800]));
     config.data = four.display().to_string();
     assert!(refusal(&mut config, &four).contains("has 4 channels, but 3 are asked for; only 1 (grey) and 3 (colour)"));
-    // Left open, the config learns the data's extent.
+    // If left open, the config gets the size and channels of the data.
     let mut config = open(&path);
     data::load(&mut config).unwrap();
     assert_eq!((config.model.image_size, config.model.channels), (Size { h: 10, w: 20 }, 1));
@@ -516,14 +516,14 @@ fn the_order_is_a_permutation_per_epoch_and_a_function_of_the_step() {
         assert_ne!(sorted, *epoch, "epoch {e} is shuffled");
         assert!(e == 0 || epochs[e - 1] != *epoch, "epoch {e} differs from the one before");
     }
-    // Resumed anywhere, backwards even: the same images.
+    // Resumed at any step, even backwards: the same images.
     for step in [102, 57, 11, 10, 3] {
         let at = step as usize * batch;
         assert_eq!(Order::new(7, images).indices(step, batch), seen[at..at + batch], "step {step} of a fresh order");
         assert_eq!(order.indices(step, batch), seen[at..at + batch], "step {step} again");
     }
     assert_ne!(Order::new(8, images).indices(0, batch), seen[..batch], "another seed, another order");
-    // A batch over several epochs of few images; the last step there is.
+    // A batch over several epochs of few images, at the last possible step.
     let small = Order::new(1, 3).indices(u32::MAX, 8);
     assert!(small.iter().all(|&i| i < 3) && (0..3).all(|i| small.contains(&i)), "{small:?}");
     assert_eq!(Order::new(1, 1).indices(5, 2), [0, 0]);
@@ -531,8 +531,9 @@ fn the_order_is_a_permutation_per_epoch_and_a_function_of_the_step() {
 
 #[test]
 fn the_shuffle_is_fair() {
-    // Where image 0 stands after 20,000 shuffles of 5: each place has probability 1/5, so its count has mean 4,000 and
-    // standard deviation sqrt(20000 * 0.2 * 0.8) = 57; five of them bound all places at once to about 1e-6.
+    // Position of image 0 in 20,000 shuffles of 5: each position has probability 1/5, so its count has mean 4,000 and
+    // standard deviation sqrt(20000 * 0.2 * 0.8) = 57. Any of the five is off by more than five standard deviations
+    // with probability about 3e-6.
     let mut counts = [0i64; 5];
     for seed in 0..20_000 {
         let order = Order::new(seed, 5).indices(0, 5);
@@ -562,7 +563,7 @@ fn a_note_says_no_more_than_was_done() {
 #[test]
 fn labels_and_rows_go_with_their_images_on_both_sides_of_the_split() {
     let folder = Folder::new();
-    // Image i is the bytes of i, its label i mod 7.
+    // Image i holds the bytes of i and has label i mod 7.
     let body: Vec<u8> = (0..60u32).flat_map(|i| i.to_le_bytes()).collect();
     let labels: Vec<u8> = (0..60).map(|i| i % 7).collect();
     let arrays = [("images", npy("|u1", &[60, 2, 2], &body)), ("labels", npy("|u1", &[60], &labels))];
@@ -585,8 +586,8 @@ fn labels_and_rows_go_with_their_images_on_both_sides_of_the_split() {
     assert_ne!(data.held_out.rows(&[0, 1, 2], false).rows, [0, 1, 2], "rows and indices are the same in this test");
 }
 
-/// A JPEG of `w` x `h` whose left half is white and right half black, with a segment 0xFFE1 of this content behind
-/// its start.
+/// A JPEG of `w` x `h`, left half white and right half black, with an APP1 segment (0xFFE1) of this content after its
+/// start.
 fn jpeg_with(h: u32, w: u32, segment: &[u8]) -> Vec<u8> {
     let pixels: Vec<u8> = (0..h * w).map(|i| if i % w < w / 2 { 255 } else { 0 }).collect();
     let mut plain = Vec::new();
@@ -596,7 +597,7 @@ fn jpeg_with(h: u32, w: u32, segment: &[u8]) -> Vec<u8> {
     [&plain[..2], &[0xFF, 0xE1], &length, segment, &plain[2..]].concat()
 }
 
-/// The end marker of a thumbnail within a segment is not the image's.
+/// The end marker of a thumbnail in a segment is not that of the image.
 #[test]
 fn a_jpeg_cut_short_behind_its_thumbnail_is_refused() {
     let folder = Folder::new();
@@ -611,13 +612,13 @@ fn a_jpeg_cut_short_behind_its_thumbnail_is_refused() {
 #[test]
 fn a_cameras_orientation_is_obeyed() {
     let folder = Folder::new();
-    // Exif with one entry: tag 0x0112, a short, 6: turn a quarter clockwise to look at it.
+    // EXIF with one entry: tag 0x0112 (orientation), a short, 6: rotate by 90 degrees clockwise to view.
     let entry = [0x01, 0x12, 0, 3, 0, 0, 0, 1, 0, 6, 0, 0];
     let exif = [&b"Exif\0\0MM\0*\0\0\0\x08\0\x01"[..], &entry, &[0; 4]].concat();
     folder.put("a.jpg", &jpeg_with(16, 24, &exif));
     let data = load(folder.path());
     assert_eq!(data.train.extent().to_string(), "24x16x1");
-    // What was left is above.
+    // What was on the left is on top.
     let image = data.train.image(0);
     assert!(image[..8 * 16].iter().all(|&v| v > 200) && image[16 * 16..].iter().all(|&v| v < 50), "{image:?}");
 }

@@ -1,8 +1,8 @@
 //! Schedules, forward process, ancestral sampling and DDIM against OpenAI's guided-diffusion: the arrays in
 //! `fixtures/diffusion.safetensors`, all float64 (diffusion.md beside it says what each holds).
 //!
-//! In f64 everything agrees to 1e-10: both sides are made of the same few thousand roundings of 1e-16, and what a
-//! reverse process amplifies, at most 1/sqrt(alpha_bar) = 157 a step, clipping to [-1, 1] undoes.
+//! In f64 everything agrees to 1e-10: both sides make a few thousand roundings of 1e-16, and what a reverse process
+//! amplifies, by at most 1/sqrt(alpha_bar) = 157 per step, clipping to [-1, 1] undoes.
 
 #[path = "support/mod.rs"]
 mod support;
@@ -28,7 +28,8 @@ fn golden(name: &str) -> Vec<f64> {
     view.data().chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().expect("eight bytes"))).collect()
 }
 
-/// Every element within 1e-10 of the wanted one, relative to the larger of it and 1. Prints the share used.
+/// Asserts that every element is within 1e-10 of the expected one, relative to the larger of it and 1. Prints the
+/// fraction of the budget used.
 #[track_caller]
 fn agrees(name: &str, got: &[f64], want: &[f64]) {
     agrees_to(name, got, want, |w| 1e-10 * w.abs().max(1.0));
@@ -48,7 +49,7 @@ fn agrees_to(name: &str, got: &[f64], want: &[f64], budget: impl Fn(f64) -> f64)
 
 const IMAGES: usize = 2 * 3 * 6 * 6;
 
-/// The fixture's short chain: 20 betas equally spaced from 0.001 to 0.35.
+/// The fixture's short chain: 20 betas evenly spaced from 0.001 to 0.35.
 fn short() -> Schedule {
     Schedule::with_betas(Kind::Linear, 20, 1e-3, 0.35).unwrap()
 }
@@ -60,7 +61,7 @@ fn network<T: Float>(x: &[T], t: u32, timesteps: usize) -> Vec<T> {
     x.iter().map(|&x| number(0.8) * x.tanh() + number(0.1) * (number(3.0) * x).sin() + shift).collect()
 }
 
-/// All states after each step of `sampler`, started from `start`, the step with index i from the end adding `noise(i)`.
+/// The states after each step of `sampler`, from `start`; the step with index i counted from the end adds `noise(i)`.
 fn trajectory<'a, T: Float + 'a>(
     sampler: &Sampler,
     timesteps: usize,
@@ -97,7 +98,7 @@ fn linear_and_cosine_schedules_are_openais() {
     }
 }
 
-/// Values worked out by hand in f64 for the paper's schedule, to the digits that were written down.
+/// Values computed independently in f64 for the paper's schedule, to the digits written here.
 #[test]
 fn the_papers_schedule_has_its_known_values() {
     let s = Schedule::new(Kind::Linear, 1000).unwrap();
@@ -133,7 +134,7 @@ fn the_papers_schedule_has_its_known_values() {
 fn the_other_schedules_start_and_end_where_they_should() {
     let s = |kind| Schedule::with_betas(kind, 101, 1e-4, 0.02).unwrap();
     let ends = |kind| (s(kind).betas()[0], s(kind).betas()[50], s(kind).betas()[100]);
-    // sqrt(beta) from 0.01 to sqrt(0.02), half way between them in the middle.
+    // sqrt(beta) runs from 0.01 to sqrt(0.02); in the middle it is their mean.
     let (first, middle, last) = ends(Kind::Quadratic);
     agrees("quadratic", &[first, middle, last], &[1e-4, ((0.01 + 0.02f64.sqrt()) / 2.0).powi(2), 0.02]);
     assert_eq!(ends(Kind::Constant), (0.02, 0.02, 0.02));
@@ -151,8 +152,8 @@ fn every_length_of_chain_ends_in_noise() {
     for kind in Kind::ALL {
         for timesteps in [21, 50, 1000, 4000] {
             let s = Schedule::new(kind, timesteps).unwrap();
-            // The quadratic schedule keeps most: its mean beta is 0.0072 at 1000 steps, so alpha_bar ends at e^-7.2 =
-            // 7.5e-4.
+            // The quadratic schedule keeps the most signal: its mean beta is 0.0072 at 1000 steps, so alpha_bar ends at
+            // e^-7.2 = 7.5e-4.
             let left = s.alpha_bar(timesteps - 1);
             assert!(left < 1e-3, "{kind} over {timesteps}: alpha_bar ends at {left}");
             assert!((1..timesteps).all(|t| s.alpha_bar(t) < s.alpha_bar(t - 1)), "{kind}: alpha_bar falls");
@@ -207,7 +208,7 @@ fn q_sample_is_openais() {
     let (s, x_0, noise) = (short(), golden("x0"), golden("noise"));
     let x_t: Vec<f64> = (0..20).flat_map(|t| q_sample::reference::forward(&x_0, slice(&noise, t), t, &s)).collect();
     agrees("q_sample", &x_t, &golden("q_sample"));
-    // The fixture's images are scaled bytes; the scaling meets them from every byte that occurs.
+    // The fixture's images are scaled bytes; our scaling reproduces each of them.
     for &x in &x_0 {
         let byte = ((x + 1.0) * 127.5).round() as u8;
         let scaled: f64 = q_sample::reference::scale(byte);
@@ -248,7 +249,7 @@ fn spacings_keep_what_they_say() {
     let kept = |spacing: Spacing, timesteps, steps| spacing.timesteps(timesteps, steps).unwrap();
     assert_eq!(kept(Spacing::Even, 1000, 1), [999]);
     assert_eq!(kept(Spacing::Even, 1000, 2), [0, 999]);
-    // Steps of 166.5: halves go to the even neighbour.
+    // Steps of 166.5: halves round to even.
     assert_eq!(kept(Spacing::Even, 1000, 7), [0, 166, 333, 500, 666, 832, 999]);
     assert_eq!(kept(Spacing::Stride, 1000, 7), [0, 143, 286, 429, 572, 715, 858]);
     assert_eq!(kept(Spacing::Leading, 1000, 7), [0, 142, 284, 426, 568, 710, 852]);
@@ -269,7 +270,8 @@ fn spacings_keep_what_they_say() {
     }
 }
 
-/// With eta = 1 DDIM is ancestral sampling with the small variance (DDIM, section 4.1), also over kept timesteps.
+/// With eta = 1 DDIM is ancestral sampling with the small variance (DDIM, section 4.1), also over a subset of the
+/// timesteps.
 #[test]
 fn ddim_with_eta_1_is_ancestral() {
     let s = Schedule::new(Kind::Linear, 1000).unwrap();
@@ -284,8 +286,8 @@ fn ddim_with_eta_1_is_ancestral() {
     }
 }
 
-/// DDIM with the exact denoiser of data that are N(mean, deviation^2): an affine map of x_T, so three points of it tell
-/// the mean and the deviation of the samples.
+/// Mean and standard deviation of samples by DDIM with the exact denoiser of N(mean, deviation^2). The samples are an
+/// affine map of x_T, so three points determine both.
 fn sampled_gaussian(spacing: Spacing, steps: usize, mean: f64, deviation: f64) -> (f64, f64) {
     let s = Schedule::new(Kind::Linear, 1000).unwrap();
     let mut x = vec![-1.0, 0.0, 1.0];
@@ -298,7 +300,7 @@ fn sampled_gaussian(spacing: Spacing, steps: usize, mean: f64, deviation: f64) -
     (x[1], (x[2] - x[0]) / 2.0)
 }
 
-/// The reasons for the default spacing, and the figures in its documentation.
+/// The reasons for the default spacing: the figures in the documentation of `Spacing`.
 #[test]
 fn even_spacing_keeps_detail_and_brightness() {
     let kept = |spacing, steps| (100.0 * sampled_gaussian(spacing, steps, 0.0, 0.05).1 / 0.05).round();
@@ -308,8 +310,8 @@ fn even_spacing_keeps_detail_and_brightness() {
     assert_eq!((off(Spacing::Even), off(Spacing::Leading)), (1.0, 14.0));
 }
 
-/// A step in micro-batches draws what the whole batch draws, timesteps are uniform, half the images are mirrored, and
-/// the validation draws the same every time.
+/// Micro-batches draw what the whole batch draws, timesteps are uniform, half of the images are mirrored, and
+/// validation draws the same every time.
 #[test]
 fn a_batch_draws_by_position() {
     let n = 20_000;
@@ -325,8 +327,8 @@ fn a_batch_draws_by_position() {
     }
     assert!(!Batch::train(3, 9, 0, (0..n).collect(), false, 1000).flip.contains(&true));
 
-    // Five deviations: of the number mirrored sqrt(n)/2, of the mean timestep 1000/sqrt(12 n); chi-squared over ten
-    // bins 9 +- sqrt(18).
+    // Five standard deviations each: sqrt(n)/2 for the number mirrored, 1000/sqrt(12 n) for the mean timestep, sqrt(18)
+    // around 9 for chi-squared over ten bins.
     let mirrored = whole.flip.iter().filter(|f| **f).count() as f64;
     assert!((mirrored - n as f64 / 2.0).abs() <= 2.5 * (n as f64).sqrt(), "{mirrored} of {n} mirrored");
     let mean = whole.t.iter().map(|&t| f64::from(t)).sum::<f64>() / n as f64;
@@ -348,7 +350,7 @@ fn a_batch_draws_by_position() {
     assert_ne!(streams[0], streams[1], "at step 0, too, validation and training draw apart");
 }
 
-/// If the network knows x_0, every sampler arrives there, whatever the steps.
+/// With a network that knows x_0, every sampler ends at x_0, whatever the steps.
 #[test]
 fn a_network_that_knows_the_image_ends_at_it() {
     let s = Schedule::new(Kind::Cosine, 1000).unwrap();
@@ -367,8 +369,8 @@ fn a_network_that_knows_the_image_ends_at_it() {
     }
 }
 
-/// The reverse loop in f32, on the device, against the reference in f64 with the same noise: the error may be twice
-/// that of the reference in f32.
+/// The reverse loop in f32 on the device against the reference in f64 with the same noise. The budget is that of
+/// [`close`]: twice the error of the reference in f32, plus one rounding.
 #[test]
 fn the_loop_in_f32_follows_the_reference() {
     let device = Device::cpu_guarded();

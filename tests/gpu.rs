@@ -1,6 +1,6 @@
-//! The whole program on a GPU (emulated unless DDPM_TEST_DEVICE says otherwise): it computes what the CPU computes,
-//! repeats itself to the bit, allocates nothing once warm, stops where a loss is not finite, and hands its
-//! checkpoints over.
+//! The whole program on a GPU (emulated unless DDPM_TEST_DEVICE says otherwise): it computes what the CPU computes, is
+//! reproducible to the bit, allocates nothing once warm, stops at a non-finite loss, and its checkpoints work on either
+//! device.
 
 mod support;
 
@@ -25,7 +25,7 @@ use ddpm_cuda::train::{StepReport, Trainer};
 use support::gpu::{self, configure};
 use support::{F32_ROUNDING, TINY, numbers, same_bits};
 
-/// [`support::tiny`] with two heads and classes, of sides that differ.
+/// [`support::tiny`] with several heads and classes, and images that are not square.
 fn tiny() -> Config {
     let mut c = support::tiny(6, 10, 3);
     c.model.head_dim = 8;
@@ -33,7 +33,7 @@ fn tiny() -> Config {
     c
 }
 
-/// Noise of a few shades, and a class for each image.
+/// A pattern of many grey levels, and a class for each image.
 fn data(c: &Config, count: usize, held_out: usize) -> Data {
     let Size { h, w } = c.model.image_size;
     let set = |count: usize, factor: usize| {
@@ -44,7 +44,7 @@ fn data(c: &Config, count: usize, held_out: usize) -> Data {
     Data { train: set(count, 97), held_out: set(held_out, 89), notes: Vec::new() }
 }
 
-/// A trainer on a GPU whose pool keeps its buffers; `None` if kernels cannot be tested.
+/// A trainer on a GPU with an unguarded pool, which keeps its buffers; `None` if kernels cannot be tested.
 fn on_gpu(c: &Config, dtype: DType) -> Option<Trainer> {
     let device = gpu::available().then(|| Device::Cuda(Gpu::open(0, dtype, false).unwrap()))?;
     Some(Trainer::new(c, data(c, 20, 5), &device).unwrap())
@@ -65,16 +65,16 @@ fn weights(trainer: &Trainer) -> Vec<f32> {
     trainer.params().host().unwrap().into_owned()
 }
 
-/// How far the loss of a step may be from the CPU's, relative. Both draw the same images, timesteps, noise and masks
-/// and round differently. A step's loss differs by some roundings of its own, and by what the weights differ by, to
-/// which every step adds a rounding of the update: after k steps some k roundings, twice that allowed.
+/// Allowed relative difference of a step's loss from the CPU's. Both draw the same images, timesteps, noise and masks
+/// but round differently. A step's loss differs by a few roundings of its own and by the difference of the weights, to
+/// which every step adds a rounding of the update: about k roundings after k steps. Twice that is allowed.
 fn curve_budget(step: u32) -> f64 {
     2.0 * f64::from(step) * F32_ROUNDING
 }
 
-/// The flat parameters with every weight off by as much as its sums err in f32: a running sum of n products errs like
-/// one whose every term is off by sqrt(n / 2) roundings, at random (`support/winograd.rs`). What a result then
-/// changes by is what it may differ by between two devices, whatever lies between the weights and the result.
+/// The flat parameters, with every weight perturbed at random by as much as its sums err in f32: a running sum of n
+/// products errs as if every term were off by sqrt(n / 2) roundings (`support/winograd.rs`). The change of a result
+/// under this is what it may differ by between two devices, whatever lies between the weights and the result.
 fn perturbed(params: &Params, seed: u64) -> Vec<f32> {
     let mut flat = params.host().unwrap().into_owned();
     for (k, (p, spec)) in params.specs().iter().enumerate() {
@@ -109,9 +109,9 @@ fn the_loss_curve_follows_the_cpus() {
     assert!(means[1] < 0.9 * means[0], "nothing is learnt: {means:?}");
 }
 
-/// The held-out loss of one and the same network, which has learnt enough to depend on what it sees: a network at its
-/// start predicts nothing, whatever the images. Held-out images of the same source and of one of their own. The
-/// losses may differ by five deviations of what perturbed weights change on the CPU.
+/// The held-out loss of the same network on both devices. It is trained until its output depends on the images: a fresh
+/// network predicts nothing. Held-out images share the training buffer or have their own. The losses may differ by five
+/// standard deviations of the change that perturbed weights cause on the CPU.
 #[test]
 fn the_validation_loss_is_the_cpus() {
     let mut c = tiny();
@@ -159,21 +159,21 @@ fn the_validation_loss_is_the_cpus() {
     }
 }
 
-/// An operation in bf16 rounds each number by up to 2^-9 of itself, by a third of the square of that in the mean, so
-/// that after some operations the prediction is off by 2^-9 sqrt(operations / 3) of its root mean square; and the
-/// weights that such gradients lead to, through twice as many operations, add sqrt 2 of that. A prediction of noise of
-/// variance 1 with loss L is at most 1 + sqrt L in the root mean square, and if it is off by e, its loss is off by 2
-/// sqrt(L) e + e^2 at most (Cauchy and Schwarz).
+/// An operation in bf16 rounds each number by up to 2^-9 of itself, with a mean square of a third of 2^-18. After a
+/// number of operations the prediction is off by 2^-9 sqrt(operations / 3) of its root mean square. The weights, whose
+/// gradients come through twice as many operations, add sqrt 2 times that. A prediction of noise of variance 1 with
+/// loss L has a root mean square of at most 1 + sqrt L, and if it is off by e, its loss is off by at most 2 sqrt(L) e +
+/// e^2 (Cauchy-Schwarz).
 ///
-/// That bound is reached by errors that point along the residual in every image. Those of different images are as good
-/// as independent and cancel in the mean over all images of the steps compared, five deviations of which are 7 % of the
-/// loss here. Within an image they cancel too, and 0.1 % is seen: so 2 % are allowed at most.
+/// Errors reach that bound only if they point along the residual in every image. Those of different images are
+/// practically independent and cancel in the mean over all images compared; five standard deviations of that mean are 7
+/// % of the loss here. They also cancel within an image: 0.1 % is observed. So at most 2 % is allowed.
 #[test]
 fn bf16_follows_f32() {
     const STEPS: u32 = 50;
     const COMPARED: usize = 20;
     let mut c = tiny();
-    // Fast enough for a prediction to be there, which a network at its start has not.
+    // High enough that the network learns to predict something.
     c.learning_rate = 1e-2;
     let (Some(mut f32), Some(mut bf16)) = (on_gpu(&c, DType::F32), on_gpu(&c, DType::Bf16)) else { return };
     let [f32_loss, bf16_loss] = [&mut f32, &mut bf16].map(|trainer| {
@@ -229,9 +229,9 @@ fn a_warm_step_allocates_nothing() {
 }
 
 #[test]
-fn a_checkpoint_goes_on_on_the_other_device() {
+fn a_checkpoint_continues_on_the_other_device() {
     let mut c = tiny();
-    // Fast enough for the loss to depend on what is in the checkpoint.
+    // High enough that the loss depends on the contents of the checkpoint.
     c.learning_rate = 1e-2;
     let Some(mut gpu) = on_gpu(&c, DType::F32) else { return };
     let mut whole = on_cpu(&c);
@@ -264,7 +264,7 @@ fn a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights() {
     c.learning_rate = 1e30;
     c.warmup_steps = 1;
     let mut wild = on_gpu(&c, DType::F32).unwrap();
-    // The first update is finite and leaves weights of 1e30; the loss behind it is not.
+    // The first update is finite and leaves weights of 1e30; the next loss is not finite.
     for _ in 0..4 {
         wild.step().unwrap();
     }
@@ -276,9 +276,9 @@ fn a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights() {
     same_bits("weights of another run", &weights(&gpu), &good);
 }
 
-/// Twenty steps multiply the rounding errors of the first: how much, perturbed weights say on the CPU, whose images
-/// may change by half of what is allowed. The bytes are those of the GPU's own numbers, so a grey level from the
-/// CPU's at most.
+/// Twenty steps amplify the rounding errors of the first. Perturbed weights on the CPU show by how much; twice the
+/// largest change is allowed. The bytes are rounded from the GPU's own numbers, so they differ from the CPU's by at
+/// most one grey level.
 #[test]
 fn a_sample_is_the_cpus_but_for_a_grey_level() {
     const GREY_LEVEL: f64 = 1.0 / 127.5;
@@ -319,7 +319,7 @@ fn a_sample_is_the_cpus_but_for_a_grey_level() {
     }
 }
 
-/// The program on the emulator; `None` if there are no kernels.
+/// The program on the GPU under test; `None` if kernels cannot be tested.
 fn program(folder: &Path) -> Option<Command> {
     if !gpu::available() {
         return None;
@@ -389,8 +389,8 @@ fn a_gpu_that_is_too_small_old_or_absent_is_refused_in_one_sentence() {
     }
 }
 
-/// On a GPU of 64 MiB, which is a process of its own: what the pool keeps goes back to the driver when memory runs
-/// out, and when that is not enough the error says how much was needed and for what.
+/// On a GPU of 64 MiB, in a process of its own: when memory runs out, the pool returns idle buffers to the driver; if
+/// that is not enough, the error says how much was needed and for what.
 #[test]
 fn idle_memory_is_given_back_and_what_is_missing_is_named() {
     const CHILD: &str = "DDPM_TEST_SMALL_GPU";

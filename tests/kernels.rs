@@ -1,6 +1,6 @@
-//! The kernels as the compiler made them: every GPU's assembler takes them and spills nothing, old drivers know their
-//! PTX, the best image for a GPU is chosen, and a launch that does not fit a kernel's parameters is refused before it
-//! reaches the driver.
+//! The compiled kernels: ptxas accepts them for every architecture without spills, old drivers know their PTX, the best
+//! image for a GPU is chosen, and a launch that does not fit a kernel's parameters is refused before it reaches the
+//! driver.
 
 mod support;
 
@@ -20,8 +20,8 @@ use rayon::prelude::*;
 
 use support::gpu;
 
-/// Compute capabilities of what kernels run on, A100, RTX 30, RTX 40, H100, B200, RTX 50, and the first CUDA version
-/// whose assembler knows them.
+/// Architectures that the kernels run on (A100, RTX 30, RTX 40, H100, B200, RTX 50), each with the first CUDA version
+/// whose ptxas knows it.
 const ARCHITECTURES: [(&str, [u32; 2]); 6] = [
     ("sm_80", [12, 0]),
     ("sm_86", [12, 0]),
@@ -34,13 +34,13 @@ const ARCHITECTURES: [(&str, [u32; 2]); 6] = [
 /// Entries that may use local memory, with the reason.
 const LOCAL_MEMORY: [(&str, &str); 0] = [];
 
-/// Every stem's PTX once.
+/// The module of every stem, once.
 fn modules() -> Vec<&'static Module> {
     let by_stem: BTreeMap<&str, &Module> = kernels::ALL.iter().map(|k| (k.module.stem, k.module)).collect();
     by_stem.into_values().collect()
 }
 
-/// `(entry, bytes of stack, of spill stores, of spill loads)` for each entry, as `ptxas -v` says:
+/// For each entry its name and the bytes of stack, spill stores and spill loads, from the output of `ptxas -v`:
 ///
 /// ```text
 /// ptxas info    : Function properties for add_fwd_f32
@@ -109,7 +109,7 @@ fn the_assemblers_words_are_understood() {
     assert_eq!(usage(&said), [("a_fwd".to_string(), vec![8, 4, 12])]);
 }
 
-/// A driver of CUDA 12.0 knows PTX up to 8.0; every GPU since compute capability 8.0 runs what is compiled for it.
+/// A driver of CUDA 12.0 knows PTX up to 8.0, and every GPU from compute capability 8.0 on runs PTX for sm_80.
 #[test]
 fn drivers_since_cuda_12_know_the_ptx() {
     if !gpu::available() {
@@ -127,7 +127,7 @@ fn drivers_since_cuda_12_know_the_ptx() {
     }
 }
 
-/// What `f` panics with.
+/// The message that `f` panics with.
 fn refusal(f: impl FnOnce()) -> String {
     let panic = catch_unwind(AssertUnwindSafe(f)).expect_err("was not refused");
     *panic.downcast::<String>().expect("a message with numbers in it")
@@ -146,7 +146,7 @@ fn a_launch_that_does_not_fit_the_kernel_is_refused_with_both_sides_named() {
     );
     let x = Tensor::full(&device, Shape::vector(4), 1.0).unwrap();
     let y = || Tensor::full(&device, Shape::vector(4), 7.0).unwrap();
-    // SAFETY: what is launched in the end has three arrays of four numbers, as the kernel wants them.
+    // SAFETY: the one launch that passes the checks has three arrays of four numbers, as the kernel expects.
     let launch = |grid, block: [u32; 3]| unsafe { gpu.launch_any(kernel, grid, block) };
     let start = || launch([1, 1, 1], [256, 1, 1]);
     let mut untouched = y();
@@ -156,7 +156,7 @@ fn a_launch_that_does_not_fit_the_kernel_is_refused_with_both_sides_named() {
         refusal(|| start().write(&mut y()).read(&x).read(&x).f64(4.0).run().unwrap()),
         refusal(|| start().write(&mut y()).read(&x).u64(4).read(&x).run().unwrap()),
         refusal(|| start().write(&mut y()).read(&x).read(&x).u64(4).u64(4).run().unwrap()),
-        // Nobody else may read what a kernel writes.
+        // The output must be passed with `write`.
         refusal(|| start().read(&x).read(&x).read(&x).u64(4).run().unwrap()),
         refusal(|| {
             let sizes = kernels::linear::Sizes { rows: 1, c_in: 2, c_out: 3 };
@@ -178,13 +178,13 @@ fn a_launch_that_does_not_fit_the_kernel_is_refused_with_both_sides_named() {
     assert!(refusal(|| drop(launch([1, 1, 1], [16, 17, 1]))).contains("272 threads"));
     let tall = refusal(|| launch([1, 65_536, 1], [1, 1, 1]).write(&mut y()).read(&x).read(&x).u64(4).run().unwrap());
     assert!(tall.contains("add_fwd_f32: a grid of 1 x 65536 x 1 blocks"), "{tall}");
-    // Nothing has reached the driver, which is as well as before.
+    // Nothing reached the driver; the context still works.
     assert_eq!(untouched.to_vec().unwrap(), [7.0; 4]);
     start().write(&mut untouched).read(&x).read(&x).u64(4).run().unwrap();
     assert_eq!(untouched.to_vec().unwrap(), [2.0; 4]);
 }
 
-/// A struct of another name, and one of the same name and another size.
+/// A struct argument is compared by name and size; here both differ.
 #[test]
 fn a_struct_is_compared_by_name_and_size() {
     let Some(gpu) = gpu::gpu(DType::F32) else { return };
@@ -207,10 +207,10 @@ fn machine_code_of_a_gpus_own_is_chosen_before_ptx() {
     let cases = [
         ((8, 0), Some(cubin((8, 0)))),
         ((8, 6), Some(cubin((8, 6)))),
-        // Machine code runs on later minor numbers of its major one, of which the newest is best.
+        // A cubin runs on later minor versions of its major version; the newest that runs is best.
         ((8, 9), Some(cubin((8, 6)))),
         ((9, 0), Some(cubin((9, 0)))),
-        // None of its major number: the newest text that is not above it.
+        // No cubin of its major version: the newest PTX that is not above it.
         ((10, 3), Some(ptx((10, 0)))),
         ((12, 0), Some(ptx((10, 0)))),
         ((7, 5), None),
@@ -218,9 +218,9 @@ fn machine_code_of_a_gpus_own_is_chosen_before_ptx() {
     for (device, want) in cases {
         assert_eq!(best_image(&images, device, false).copied(), want, "{device:?}");
     }
-    // Machine code of a later minor number does not run, and the text of a later capability neither.
+    // Neither a cubin of a later minor version runs, nor PTX of a later capability.
     assert_eq!(best_image(&[cubin((8, 6)), ptx((9, 0))], (8, 0), false), None);
-    // The emulator takes text alone.
+    // The emulator takes PTX only.
     let cases = [((8, 9), Some(ptx((8, 0)))), ((9, 0), Some(ptx((9, 0)))), ((7, 5), None)];
     for (device, want) in cases {
         assert_eq!(best_image(&images, device, true).copied(), want, "{device:?}");
@@ -228,7 +228,7 @@ fn machine_code_of_a_gpus_own_is_chosen_before_ptx() {
     assert_eq!(best_image(&[cubin((8, 0))], (8, 0), true), None);
 }
 
-/// Launches of each of `count` steps of a warm trainer on a data set that is on the GPU.
+/// The launches of each of `count` steps of a warm trainer whose data set is resident on the GPU.
 fn launches(c: &Config, dtype: DType, count: usize) -> Option<Vec<Vec<Launched>>> {
     let gpu = gpu::available().then(|| Gpu::open(0, dtype, false).unwrap())?;
     let images = (0..20 * 6 * 10 * 3).map(|i| (i * 97 % 251) as u8).collect();
@@ -246,8 +246,9 @@ fn launches(c: &Config, dtype: DType, count: usize) -> Option<Vec<Vec<Launched>>
     Some((0..count).map(step).collect())
 }
 
-/// What changes from one step to the next stands in the clock and in the images' places: all else is the same, to the
-/// byte, so that a step can be captured once and launched again. Dropout, flips, two micro-batches, warm-up.
+/// Only the clock and the offset of the image indices change from one step to the next. All other launch arguments are
+/// the same to the byte, so that a step can be captured once and launched again. Covers dropout, flips, two
+/// micro-batches and warm-up.
 #[test]
 fn a_step_launches_what_the_last_one_launched() {
     for dtype in [DType::F32, DType::Bf16] {
@@ -260,7 +261,7 @@ fn a_step_launches_what_the_last_one_launched() {
             for (k, (launched, first)) in step.iter().zip(&steps[0]).enumerate() {
                 let mut launched = launched.clone();
                 for (argument, first) in launched.arguments.iter_mut().zip(&first.arguments) {
-                    // Where q_sample finds the numbers of its images, behind those of the last step.
+                    // The image indices of q_sample follow those of the last step.
                     if launched.kernel.starts_with("q_sample") && argument.0 == "rows" {
                         assert_ne!(argument.1, first.1, "rows of step {number}");
                         argument.1.clone_from(&first.1);

@@ -1,4 +1,4 @@
-//! The drawing of the modules in src/lib.rs is true: it names every module, and no import goes up.
+//! The module diagram in src/lib.rs is true: it names every module, and no import goes up.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -14,8 +14,8 @@ fn read(path: &Path) -> String {
     fs::read_to_string(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
 }
 
-/// The layers that `lib.rs` draws, lowest first: the modules of each line between the line "```text modules" and the
-/// next fence. A line is `MODULE MODULE ... - what they are`.
+/// The layers of the diagram in `lib.rs`, lowest first: the modules of each line between the line
+/// "```text modules" and the next fence. A line is `MODULE MODULE ... - what they are`.
 fn layers(lib: &str) -> Vec<Vec<String>> {
     let lines = lib.lines().map(|line| line.trim_start_matches("//!").trim());
     let drawing = lines.skip_while(|line| *line != "```text modules").skip(1).take_while(|line| *line != "```");
@@ -34,14 +34,14 @@ fn module_of(path: &Path) -> String {
     first.as_os_str().to_str().expect("a name in UTF-8").trim_end_matches(".rs").to_string()
 }
 
-/// Modules that a text imports from the crate. Comments do not count: a document may speak of what is built on it.
+/// Modules that a text imports from the crate. Comments do not count: documentation may refer to higher modules.
 fn imports(text: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     let code: Vec<&str> = text.lines().map(|line| line.split("//").next().unwrap_or_default()).collect();
     let code = code.join("\n");
     for prefix in ["crate::", "ddpm_cuda::"] {
         for (at, _) in code.match_indices(prefix) {
-            // The first name of a path, or of each path of a list in braces, in which there may be others.
+            // The first name of a path, or of each path of a list in braces, which may be nested.
             let (mut depth, mut expected) = (0, true);
             let mut rest = &code[at + prefix.len()..];
             while let Some(c) = rest.chars().next() {
@@ -67,7 +67,7 @@ fn imports(text: &str) -> BTreeSet<String> {
             }
         }
     }
-    // Macros are exported at the crate's root and stand in error.rs.
+    // Exported macros are at the crate root and are defined in error.rs.
     if found.remove("usage") | found.remove("say") {
         found.insert("error".into());
     }

@@ -1,4 +1,4 @@
-//! What is written is what is asked for, whole or not at all.
+//! Output files hold what was asked for, and appear complete or not at all.
 
 use std::fs;
 use std::path::Path;
@@ -23,7 +23,7 @@ fn bytes(len: usize) -> Vec<u8> {
 fn every_byte_survives_the_way_to_a_number_and_back() {
     let x: Vec<f32> = (0..=255u8).map(|b| f32::from(b) / 127.5 - 1.0).collect();
     assert_eq!(output::to_bytes(&x), (0..=255).collect::<Vec<u8>>());
-    // Rounded to the nearest, clamped; what is no number is black.
+    // Rounded to the nearest, clamped; NaN becomes 0.
     let step = 1.0 / 127.5;
     let x = [
         -7.0,
@@ -108,7 +108,7 @@ fn an_animation_shows_every_frame() {
     let seen = decoder.into_frames().collect_frames().unwrap();
     assert_eq!(seen.len(), 3);
     for (frame, images) in seen.iter().zip(&frames) {
-        // Grey has at most 256 values, so nothing is lost. The second image is to the right of the first.
+        // Grey has at most 256 values, so nothing is lost. The second image is on the right of the first.
         let pixel = |x, y| frame.buffer().get_pixel(x, y).0;
         for (i, &value) in images.iter().enumerate() {
             let (image, y, x) = (i as u32 / 12, i as u32 / 4 % 3, i as u32 % 4);
@@ -118,9 +118,9 @@ fn an_animation_shows_every_frame() {
     }
     let ms: Vec<u32> = seen.iter().map(|f| f.delay().numer_denom_ms().0).collect();
     assert_eq!(ms, [50, 50, 2000]);
-    // One table of 256 colours for all frames.
+    // One global table of 256 colours for all frames.
     assert_eq!(fs::read(&path).unwrap()[10] & 0x87, 0x87);
-    // Colour, more than 256 of them: still a picture of the right size.
+    // More than 256 colours: still an image of the right size.
     let shape = Shape::new(4, 16, 16, 3);
     output::write_gif(&path, shape, &[bytes(shape.len())]).unwrap();
     assert_eq!(image::open(&path).unwrap().width(), 38);
@@ -141,7 +141,7 @@ fn npz_for_openais_evaluator() {
     assert_eq!(array.into_u8().unwrap(), images);
     output::write_npz(&path, shape, &images, None).unwrap();
     assert_eq!(npy::parse_npz(&fs::read(&path).unwrap()).unwrap().len(), 1);
-    // What we write we train on.
+    // We can train on what we write.
     let mut config = ddpm_cuda::config::Config::preset(ddpm_cuda::config::Preset::Mnist);
     config.data = path.display().to_string();
     config.held_out = 0.0;
@@ -157,7 +157,7 @@ fn npy_of_f32() {
     let data: Vec<f32> = (0..24).map(|i| (i as f32).sin()).chain([f32::MIN_POSITIVE / 8.0, -0.0]).collect();
     output::write_npy(&path, &[2, 13], &data).unwrap();
     let file = fs::read(&path).unwrap();
-    // By the format's description: magic, version, a header of a multiple of 64 bytes, the numbers.
+    // By the specification: magic, version, an aligned header, the numbers.
     assert_eq!(&file[..8], b"\x93NUMPY\x01\x00");
     let header = 10 + usize::from(u16::from_le_bytes([file[8], file[9]]));
     let text = String::from_utf8_lossy(&file[10..header]);
@@ -190,7 +190,7 @@ fn a_file_is_replaced_whole_and_open_to_others_like_any() {
     let error = output::write_atomically(&folder.path().join("no/such"), b"new").unwrap_err();
     assert_eq!(error.exit_code(), 1);
     assert!(error.to_string().contains("no/such: cannot be written: "), "{error}");
-    // Onto a folder: refused, and no unfinished file stays.
+    // Over a folder: refused, and no unfinished file remains.
     fs::create_dir(folder.path().join("taken")).unwrap();
     output::write_atomically(&folder.path().join("taken"), b"new").unwrap_err();
     assert_eq!(names(folder.path()), ["config.toml", "taken"]);
@@ -207,7 +207,7 @@ fn a_folder_whose_filling_fails_leaves_nothing() {
     });
     assert_eq!(error.unwrap_err().to_string(), "the disk is full");
     assert!(names(parent.path()).is_empty());
-    // Pictures that are none.
+    // Images that a PNG cannot hold.
     let error = output::write_grid(&path, Shape::new(1, 1, 1, 2), &[0, 0]).unwrap_err();
     assert!(error.to_string().contains("images of 2 channels are no pictures"), "{error}");
     assert!(names(parent.path()).is_empty());

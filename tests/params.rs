@@ -1,10 +1,10 @@
-//! Parameters: how they start out, and how their gradients share one buffer.
+//! Parameters: how they are initialised, and how their gradients share one buffer.
 
 use ddpm_cuda::device::Device;
 use ddpm_cuda::params::{Init, Layout, ParamGrads, Params, Specs};
 use ddpm_cuda::tensor::Shape;
 
-/// fan_in = 9 * 8, fan_out = 9 * 40: different, so that one cannot stand for the other.
+/// fan_in = 9 * 8, fan_out = 9 * 40: different, so that swapping them shows.
 const CONV: Shape = Shape::new(40, 3, 3, 8);
 
 fn specs() -> Specs {
@@ -30,9 +30,9 @@ fn weights_start_with_the_variance_of_both_fans() {
     for (name, scale) in [("conv", 1.0), ("twin", 1.0), ("last", 1e-10)] {
         let (w, bound) = (values(&params, name), (6.0 * scale / (9.0 * 48.0f64)).sqrt());
         let largest = w.iter().fold(0.0, |m: f64, v| m.max(f64::from(v.abs())));
-        // The bound itself is rounded to f32; of 2,880 numbers the largest is all but once in 3e12 above 0.99 of it.
+        // The bound itself is rounded to f32. The largest of 2,880 numbers is above 0.99 of it, except once in 3e12.
         assert!((0.99..1.0 + 1e-7).contains(&(largest / bound)), "{name}: largest {largest}, bound {bound}");
-        // The variance of x^2 is 4 b^4 / 45; five deviations.
+        // The variance of x^2 is 4 b^4 / 45; five standard deviations.
         let n = w.len() as f64;
         let squares = w.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / n;
         let deviation = bound.powi(2) * (4.0 / 45.0 / n).sqrt();
@@ -75,7 +75,7 @@ fn parameters_start_on_cache_lines_and_gaps_stay_zero() {
     assert_eq!(params.specs().count(), used.iter().filter(|used| **used).count());
 }
 
-/// The first contribution of a step overwrites, later ones add, and what no operation has written is zero.
+/// The first contribution of a step overwrites, later ones add, and a gradient that nobody writes is zero.
 #[test]
 fn gradients_are_overwritten_then_added_to_and_zero_where_nobody_wrote() {
     let specs = specs();

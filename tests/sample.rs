@@ -1,4 +1,4 @@
-//! Drawing: an image is a function of its seed, index and class.
+//! Sampling: an image is a function of its seed, index and class.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use ddpm_cuda::diffusion::{Method, Sampler, Schedule, Spacing};
 use ddpm_cuda::sample::Drawing;
 use ddpm_cuda::unet::UNet;
 
-/// More images than are drawn together, with a network of random weights that looks at its classes.
+/// More images than one batch holds, with a class-conditional network of random weights.
 #[test]
 fn an_image_depends_on_its_seed_index_and_class_alone() {
     let device = Device::cpu();

@@ -1,7 +1,7 @@
 //! The stem rule: everything about an operation has one name. `src/ops/S.rs` has its tests in `tests/ops/S.rs`, its
-//! benches in `benches/ops/S.rs` and its kernels in `kernels/S.cu`; nothing there stands without an operation; and
-//! nothing there is forgotten by its `main.rs`. That each kernel is launched by its operation's tests is seen in
-//! `tests/ops/main.rs`.
+//! benches in `benches/ops/S.rs` and its kernels in `kernels/S.cu`. Every file there belongs to an operation, and each
+//! `main.rs` lists all of its files. `tests/ops/main.rs` checks that the tests of an operation launch each of its
+//! kernels.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -25,7 +25,7 @@ fn modules(file: &Path) -> BTreeSet<String> {
     text.lines().filter_map(name).filter(|name| name != "support").collect()
 }
 
-/// What `found` lacks and what it has too much, in words; nothing if it agrees.
+/// Describes what `found` lacks and what it has in excess; `None` if it agrees.
 fn difference(what: &str, found: &BTreeSet<String>, operations: &BTreeSet<String>) -> Option<String> {
     let lacks: Vec<_> = operations.difference(found).collect();
     let orphans: Vec<_> = found.difference(operations).collect();

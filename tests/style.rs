@@ -1,8 +1,8 @@
-//! No line is longer than 120 columns: Rust, CUDA, shell scripts and the prose of Markdown files. `cargo fmt` breaks
-//! code but neither comments nor what holds a long string.
+//! No line is longer than 120 columns: Rust, CUDA, shell scripts and the prose of Markdown files. `cargo fmt` wraps
+//! code, but neither comments nor code with a long string.
 //!
-//! A line of Rust may be longer if a string literal reaches over the last column: messages are not broken in the
-//! middle. In Markdown tables, code blocks and lines that are a single link may be longer.
+//! A line of Rust may be longer if a string literal crosses the last column, since messages are not split. In Markdown,
+//! tables, code blocks and lines that are a single link may be longer.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 /// As `max_width` in rustfmt.toml.
 const COLUMNS: usize = 120;
 
-/// Every file of a folder, in the order of the paths; nothing in build outputs, fixtures or what begins with a dot,
-/// but the scripts of CI.
+/// Every file of a folder, in the order of the paths, except in build outputs, `runs` and hidden folders other than
+/// those of CI.
 fn files(folder: &Path, found: &mut Vec<PathBuf>) {
     let entries = fs::read_dir(folder).unwrap_or_else(|e| panic!("{}: {e}", folder.display()));
     let mut paths: Vec<PathBuf> = entries.map(|entry| entry.expect("an entry of the folder").path()).collect();
@@ -26,13 +26,13 @@ fn files(folder: &Path, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// Numbers of the lines that are too long, from 1.
+/// Numbers of the lines that are too long, counted from 1.
 fn too_long(path: &Path, text: &str) -> Vec<usize> {
     let long = |line: &str| line.chars().count() > COLUMNS;
     let may_be_longer: Vec<bool> = match path.extension().and_then(|e| e.to_str()) {
         Some("rs") => literals_over_the_edge(text),
         Some("md") => prose(text).into_iter().map(|prose| !prose).collect(),
-        // The script of CI has no ending.
+        // The CI script has no extension.
         Some("cu" | "cuh" | "h" | "sh" | "toml" | "yml") | None => vec![false; text.lines().count()],
         Some(_) => return Vec::new(),
     };
@@ -40,7 +40,7 @@ fn too_long(path: &Path, text: &str) -> Vec<usize> {
     lines.filter(|(_, (line, longer))| long(line) && !longer).map(|(i, _)| i + 1).collect()
 }
 
-/// For each line of Rust, true if a string literal holds the last column that it may have and the one after.
+/// For each line of Rust, true if a string literal covers the last allowed column and the one after it.
 fn literals_over_the_edge(text: &str) -> Vec<bool> {
     let mut over = vec![false; text.lines().count()];
     let chars: Vec<char> = text.chars().collect();
@@ -49,7 +49,7 @@ fn literals_over_the_edge(text: &str) -> Vec<bool> {
         let length = token(&chars[i..]);
         let is_literal = chars[i..i + length].contains(&'"') && chars[i] != '/' && chars[i] != '\'';
         for (k, &c) in chars[i..i + length].iter().enumerate() {
-            // The closing quote may be in the last column: then it is what follows that is too long.
+            // If the closing quote is in the last column, what follows it is too long.
             if is_literal && column == COLUMNS - 1 && k + 1 < length && c != '\n' {
                 over[line] = true;
             }
@@ -63,7 +63,7 @@ fn literals_over_the_edge(text: &str) -> Vec<bool> {
     over
 }
 
-/// Length of the comment, literal, name or single character that `text` begins with. A string with its prefix is one
+/// Length of the comment, literal, name or single character at the start of `text`. A string and its prefix are one
 /// literal.
 fn token(text: &[char]) -> usize {
     let at = |i: usize| text.get(i).copied().unwrap_or('\0');
@@ -83,7 +83,7 @@ fn token(text: &[char]) -> usize {
         }
         return i.min(text.len());
     }
-    // 'a', '\n' and '\u{7f}' are characters, 'a without a quote behind it is a lifetime.
+    // 'a', '\n' and '\u{7f}' are characters; 'a without a closing quote is a lifetime.
     if at(0) == '\'' {
         return match (at(1), at(2)) {
             ('\\', _) => (until(3, &|i| at(i) == '\'') + 1).min(text.len()),
@@ -143,7 +143,7 @@ fn no_line_is_longer_than_120_columns() {
 fn comments_are_too_long_and_messages_are_not() {
     let of = |name: &str, text: &str| too_long(Path::new(name), text);
     let (x, word) = ("x".repeat(COLUMNS), "x".repeat(COLUMNS - 10));
-    // Just as long as allowed, in characters, and one more.
+    // Exactly as long as allowed, counted in characters, and one longer.
     for name in ["a.rs", "a.cu", "a.cuh", "a.sh", "a.md", "run"] {
         assert_eq!(of(name, &format!("{x}\n{}\n{x}x\n", "é".repeat(COLUMNS))), [3], "{name}");
     }

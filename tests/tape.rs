@@ -1,4 +1,4 @@
-//! The tape: what is saved, when it is given back, how gradients of one value are joined.
+//! The tape: what it saves, when that is released, how the gradients of one value are summed.
 
 mod support;
 
@@ -54,7 +54,7 @@ fn weights(device: &Device) -> (Weights, Params) {
     (weights, params)
 }
 
-/// A chain of operations with values that are used twice and three times. Returns an image and a vector.
+/// A chain of operations in which values are used twice and three times. Returns an image and a vector.
 fn chain(tape: &mut Tape<'_>, w: &Weights, x: &Var) -> [Var; 2] {
     tape.at("first");
     let h = group_norm(tape, x, w.gamma, w.beta, GROUPS, 1e-6, Activation::Silu).unwrap();
@@ -91,10 +91,10 @@ fn saved_bytes_are_listed_by_operation_and_place() {
     let listed: Vec<_> = tape.saved().into_iter().map(|s| (s.place, s.name, s.bytes)).collect();
     let (tensor, n, heads) = (4 * SHAPE.len(), SHAPE.n, 2);
     let expected = [
-        // x; for each image and group the mean in two parts and rstd.
+        // x; for each image and group the mean as two f32 and rstd.
         ("first", "group_norm", tensor + 4 * n * GROUPS * 3),
         ("first", "dropout", 0),
-        // q, k and v, which are one tensor here; for each row of scores its largest and the sum of exponentials.
+        // q, k and v, one tensor here; for each row of scores its maximum and the reciprocal sum of exponentials.
         ("first", "attention", tensor + 4 * n * heads * 2 * SHAPE.pixels()),
         ("second", "concat", 0),
         ("second", "linear", 2 * tensor),
@@ -132,7 +132,7 @@ fn nothing_saved_remains_after_backward() {
     assert_eq!(device.pool_stats().in_use, idle);
 }
 
-/// A tape that is dropped without a backward pass (a step that was given up) gives back what it saved, too.
+/// A tape dropped without a backward pass (an abandoned step) also releases what it saved.
 #[test]
 fn nothing_saved_remains_after_a_step_given_up() {
     let device = Device::cpu_guarded();
@@ -144,7 +144,7 @@ fn nothing_saved_remains_after_a_step_given_up() {
     assert_eq!(device.pool_stats().in_use, idle);
 }
 
-/// An identity whose backward pass notes how many bytes the pool has handed out by then.
+/// An identity whose backward pass records how many bytes of the pool are in use.
 struct Probe {
     x: VarId,
     device: Device,
@@ -166,7 +166,7 @@ impl Backward for Probe {
     }
 }
 
-/// When the backward pass comes to the start of a chain, nothing is left of what the chain saved.
+/// When the backward pass reaches the start of a chain, everything the chain saved has been released.
 #[test]
 fn activations_are_given_back_as_soon_as_their_gradient_is_done() {
     let device = Device::cpu();
@@ -184,7 +184,7 @@ fn activations_are_given_back_as_soon_as_their_gradient_is_done() {
     assert!(device.pool_stats().in_use >= 41 * tensor, "the chain saves less than this test thinks");
     let dy = Tensor::zeros(&device, SHAPE).unwrap();
     drop(tape.backward(&y, dy, &mut grads).unwrap());
-    // x, y and the gradient on its way, each in whole lines of 64 bytes.
+    // x, y and the current gradient, each in whole lines of 64 bytes.
     assert_eq!(in_use.load(Ordering::Relaxed), 3 * tensor.next_multiple_of(64));
 }
 
@@ -202,7 +202,7 @@ fn the_pool_allocates_nothing_from_the_second_step_on() {
     }
 }
 
-/// z = silu(x) + x, with x used twice, and y = z + z: dy arrives at x as 2 dy silu'(x) + 2 dy.
+/// z = silu(x) + x uses x twice, and y = z + z: the gradient of x is 2 dy silu'(x) + 2 dy.
 #[test]
 fn gradients_of_a_value_used_twice_are_added() {
     let device = Device::cpu_guarded();

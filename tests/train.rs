@@ -1,5 +1,5 @@
-//! Training as a whole: a network learns a batch by heart, a resumed run continues with the same bits, the number of
-//! threads changes nothing, memory is reused and its need is predicted.
+//! Training as a whole: a network overfits a batch, a resumed run continues with the same bits, the number of threads
+//! changes nothing, memory is reused and its use is predicted.
 
 mod support;
 
@@ -23,7 +23,7 @@ use ddpm_cuda::unet::{DropoutSeed, UNet};
 
 use support::{numbers, same_bits};
 
-/// [`support::tiny`] with a batch that divides into two and into three micro-batches.
+/// [`support::tiny`] with a batch that can be split into two or three micro-batches.
 fn tiny() -> Config {
     let mut c = support::tiny(8, 12, 2);
     c.batch = 6;
@@ -55,7 +55,7 @@ fn step(trainer: &mut Trainer) -> StepReport {
     reports.remove(0)
 }
 
-/// L_i of each image of `batch` as a network with these weights predicts its noise.
+/// The loss L_i of each image of `batch` under a network with these weights.
 fn losses(
     device: &Device,
     trainer: &Trainer,
@@ -78,7 +78,7 @@ fn losses(
 }
 
 #[test]
-fn learns_a_batch_by_heart() {
+fn overfits_a_single_batch() {
     let mut c = tiny();
     c.model.dropout = 0.0;
     c.flip = false;
@@ -89,7 +89,7 @@ fn learns_a_batch_by_heart() {
     let start = mean(5);
     mean(590);
     let end = mean(100);
-    // A network that predicts nothing has a loss of 1, the variance of the noise.
+    // A network that predicts zero has a loss of 1, the variance of the noise.
     assert!((0.9..1.2).contains(&start), "the first losses are {start}, not about 1");
     assert!(end < 0.2, "after 600 steps on the same six images the loss is {end}, from {start}");
 }
@@ -156,7 +156,7 @@ fn from_the_second_step_on_nothing_is_allocated() {
 }
 
 #[test]
-fn the_memory_foretold_is_the_memory_taken() {
+fn the_predicted_memory_is_the_memory_taken() {
     let mut mnist = Config::preset(Preset::Mnist);
     mnist.batch = 8;
     let mut cifar10 = Config::preset(Preset::Cifar10);
@@ -170,8 +170,8 @@ fn the_memory_foretold_is_the_memory_taken() {
         let data = Data { train: images.clone(), held_out: images, notes: Vec::new() };
         Trainer::new(&c, data, &device).unwrap().step().unwrap();
         let taken = device.pool_stats().held as f64;
-        // Too low a prediction is a run killed by the system; too high, a run refused that would have worked. The
-        // scratch space of 24 MiB is an upper bound that small networks do not reach.
+        // If the prediction is too low, the system kills the run; if too high, a run that would have worked is refused.
+        // The scratch space of 24 MiB is an upper bound that small networks do not reach.
         let bound = taken < 1.05 * foretold && foretold < 1.33 * taken + f64::from(24 << 20);
         assert!(bound, "{foretold:e} bytes foretold, {taken:e} taken");
     }
@@ -200,10 +200,10 @@ fn labelled(c: &Config) -> Data {
     Data { train, held_out, notes: Vec::new() }
 }
 
-/// Everything a step draws is a function of seed, step and place in the batch: worked out again here, in
+/// Everything a step draws is a function of seed, step and index in the batch, so it can be computed again here, in
 /// micro-batches of two.
 #[test]
-fn a_steps_loss_is_the_papers_over_all_its_pieces() {
+fn a_steps_loss_is_the_papers_over_all_micro_batches() {
     let mut c = tiny();
     c.model.classes = 3;
     c.model.dropout = 0.5;
@@ -221,16 +221,16 @@ fn a_steps_loss_is_the_papers_over_all_its_pieces() {
         }
         let want = per_image.iter().sum::<f64>() / 6.0;
         let got = step(&mut trainer).loss;
-        // Six numbers in another order of summation.
+        // Six numbers summed in another order.
         assert!((got - want).abs() <= 8.0 * f64::EPSILON * want, "step {k}: loss {got}, expected {want}");
     }
 }
 
-/// A batch whole and in three micro-batches: the same images, timesteps, noise and dropout masks, so the same loss and
-/// gradient but for rounding. With weights of some size everywhere: a network that has just begun hands hardly any
-/// gradient to what lies before its last layer.
+/// A whole batch and the same in three micro-batches have the same images, timesteps, noise and dropout masks, so the
+/// same loss and gradient but for rounding. Every weight gets a sizeable value: in a fresh network, hardly any gradient
+/// passes the last layer.
 #[test]
-fn a_batch_in_pieces_has_the_loss_and_the_gradient_of_the_whole() {
+fn micro_batches_have_the_loss_and_the_gradient_of_the_whole_batch() {
     let first_step = |accumulate: usize, dropout: f64| {
         let mut c = Config { accumulate, ..tiny() };
         c.model.dropout = dropout;
@@ -250,20 +250,20 @@ fn a_batch_in_pieces_has_the_loss_and_the_gradient_of_the_whole() {
     };
     let (loss, norm, m) = first_step(1, 0.3);
     let (loss_3, norm_3, m_3) = first_step(3, 0.3);
-    // Losses are sums in f64 of what a network computes image by image.
+    // Losses are f64 sums of what the network computes image by image.
     assert!((loss_3 - loss).abs() <= 8.0 * f64::EPSILON * loss, "loss {loss_3} in pieces, {loss} whole");
-    // f32 sums over the batch in another order, in networks that otherwise compute the same.
+    // f32 sums over the batch in another order; everything else is computed alike.
     let allowed = support::network::F32;
     assert!((norm_3 - norm).abs() <= allowed * norm, "gradient norm {norm_3} in pieces, {norm} whole");
     support::close_to_largest("first moments", &m_3, &m, allowed);
-    // The masks are felt: without them loss and gradient are others.
+    // The masks matter: without them loss and gradient differ.
     let (loss_0, norm_0, _) = first_step(1, 0.0);
     let felt = (loss_0 - loss).abs() > 1e-5 * loss && (norm_0 - norm).abs() > 1e-2 * norm;
     assert!(felt, "loss and gradient norm {loss} and {norm} with dropout, {loss_0} and {norm_0} without");
 }
 
-/// The first update from outside: what the moments, the weights and the average say about gradient, clipping, weight
-/// decay and warm-up.
+/// Checks clipping, weight decay, warm-up and averaging by their effect on moments, weights and moving average at the
+/// first update.
 #[test]
 fn the_settings_of_the_optimiser_reach_it() {
     let mut c = tiny();
@@ -283,8 +283,8 @@ fn the_settings_of_the_optimiser_reach_it() {
     let (report, m, ..) = first_step(&Config { grad_clip: 0.0, ..c.clone() });
     assert!((m - 0.1 * report.grad_norm).abs() <= 1e-5 * m, "without clipping: {m} for {}", report.grad_norm);
 
-    // Decay takes lr decay w off each weight beside Adam's own update, at a third of the learning rate: one step of
-    // three.
+    // Decay subtracts lr decay w from each weight besides Adam's update. The rate is a third of learning_rate: step 1
+    // of 3 of the warm-up.
     let (.., decayed) = first_step(&Config { weight_decay: 0.5, ..c.clone() });
     for ((w, plain), before) in
         decayed.params().host().unwrap().iter().zip(&*clipped.params().host().unwrap()).zip(&before)
@@ -293,8 +293,8 @@ fn the_settings_of_the_optimiser_reach_it() {
         assert!((w - want).abs() <= 4.0 * f32::EPSILON * before.abs().max(want.abs()), "{w}, expected {want}");
     }
 
-    // The average starts at the initial weights and goes 1 - 2/11 of the way at the first step, all of it without
-    // decay.
+    // The average starts at the initial weights. The first step moves it 1 - 2/11 of the way to the new ones, or all of
+    // the way if the decay is 0.
     for (decay, share) in [(0.9999, 9.0 / 11.0), (0.0, 1.0)] {
         let (.., trainer) = first_step(&Config { ema_decay: decay, ..c.clone() });
         for ((ema, w), before) in
@@ -315,8 +315,8 @@ fn the_learning_rate_warms_up_from_the_first_step_on() {
     assert_eq!(step(&mut cold).learning_rate, 0.75);
 }
 
-/// Seven held-out images in micro-batches of three, worked out again in one batch: with the moving average, not the
-/// weights.
+/// Seven held-out images, validated in micro-batches of three, computed again in one batch: with the moving average,
+/// not the weights.
 #[test]
 fn the_validation_loss_is_the_moving_averages_on_held_out_images() {
     let mut c = tiny();

@@ -1,6 +1,6 @@
-//! The whole network against another implementation: outputs and every gradient that PyTorch computed in float64 for
-//! diffusers' `UNet2DModel` with random parameters, to what [`support::network`] allows of each tensor's largest
-//! element.
+//! The whole network against another implementation: the output and every gradient that PyTorch computed in float64 for
+//! diffusers' `UNet2DModel` with random parameters, within the tolerance of [`support::network`] relative to each
+//! tensor's largest element.
 
 mod support;
 
@@ -43,14 +43,14 @@ impl Golden {
         SafeTensors::deserialize(&self.0).unwrap().tensor(key).is_ok()
     }
 
-    /// A stack of images, from (n, c, h, w) to (n, h, w, c).
+    /// A batch of images, from (n, c, h, w) to (n, h, w, c).
     fn images(&self, key: &str) -> (Shape, Vec<f32>) {
         let tensors = SafeTensors::deserialize(&self.0).unwrap();
         let [n, c, h, w] = tensors.tensor(key).unwrap().shape().try_into().unwrap();
         (Shape::new(n, h, w, c), layout::to_channels_last(&self.f32(key), c, h * w))
     }
 
-    /// One whole number an image.
+    /// One integer per image.
     fn per_image(&self, device: &Device, key: &str) -> Tensor {
         per_image(device, self.i32(key).into_iter().map(|v| v as f32))
     }
@@ -100,9 +100,9 @@ fn agrees_with_pytorch(name: &str, device: &Device) {
             want = layout::to_channels_last(&want, spec.shape.c, spec.shape.pixels());
         }
         let got = &flat[specs.range(p)];
-        // Some true gradients are zero: softmax does not see the keys' bias, and a group norm of one channel a group
-        // sees no shift of a channel. What either implementation has there is the rounding of sums that cancel, so
-        // its scale is that of the other gradients of the block.
+        // Some true gradients are zero: softmax is invariant to the bias of the keys, and a group norm with one channel
+        // per group to a shift of the channel. Either implementation then has rounding errors of sums that cancel, so
+        // the scale is that of the other gradients of the block.
         let scale = of_block[&block(&spec.name)];
         let share = if largest(&want) > 1e-9 * scale {
             close_to_largest(&spec.name, got, &want, tolerance)
@@ -130,7 +130,7 @@ fn class_conditional_network_with_heads_agrees_with_pytorch() {
     agrees_with_pytorch("unet_rgb16", &Device::cpu_guarded());
 }
 
-/// Both networks through the kernels.
+/// Both networks on a GPU.
 fn agrees_with_pytorch_on_a_gpu(dtype: DType) {
     let Some(gpu) = support::gpu::gpu(dtype) else { return };
     let device = Device::Cuda(gpu);
@@ -148,9 +148,9 @@ fn the_kernels_agree_with_pytorch_in_bf16() {
     agrees_with_pytorch_on_a_gpu(DType::Bf16);
 }
 
-/// A checkpoint that `ddpm-cuda train` wrote (non-square images, classes, heads) and what diffusers' `DDPMPipeline`
-/// computes with it. That today's program would write the same files, and so that diffusers would open them, is the
-/// second half.
+/// A checkpoint that `ddpm-cuda train` wrote (non-square images, classes, heads) gives the output that diffusers'
+/// `DDPMPipeline` computed with it. The second half checks that today's program writes the same files, so that
+/// diffusers still opens them.
 #[test]
 fn diffusers_opens_our_checkpoints_and_computes_the_same() {
     let device = Device::cpu_guarded();
@@ -182,7 +182,7 @@ fn diffusers_opens_our_checkpoints_and_computes_the_same() {
     }
 }
 
-/// A sample must not depend on the batch it is computed in, so the network's output for an image may not either.
+/// A sample must not depend on its batch, so the network's output for an image must not either.
 #[test]
 fn an_image_has_the_same_bits_in_any_batch() {
     let device = Device::cpu();
@@ -208,8 +208,8 @@ fn an_image_has_the_same_bits_in_any_batch() {
     }
 }
 
-/// A network of one level and width 8 on 4x4 pixels without attention on the way, every parameter zero but those that
-/// [`masks_of`] sets.
+/// A network of one level and width 8 on 4x4 pixels, with attention only in the middle. [`masks_of`] sets its
+/// parameters.
 fn plain() -> Model {
     let mut model = Config::preset(Preset::Mnist).model;
     (model.image_size, model.widths, model.attention_resolutions) = (Size::square(4), vec![8], Vec::new());
@@ -217,8 +217,9 @@ fn plain() -> Model {
     model
 }
 
-/// The network's output where residual block `plus` adds its dropout mask to what passes through and block `minus`
-/// subtracts its own, all other blocks passing it on: constant if there are no masks, or if both are the same.
+/// The output of [`plain`] with parameters such that residual block `plus` adds its dropout mask to its input, block
+/// `minus` subtracts its own, and all other blocks pass their input on. Constant without masks, or if both masks are
+/// the same.
 fn masks_of(plus: usize, minus: usize, masks: Option<DropoutSeed>) -> Vec<f32> {
     let device = Device::cpu();
     let (unet, specs) = UNet::new(&plain()).unwrap();
@@ -234,14 +235,14 @@ fn masks_of(plus: usize, minus: usize, masks: Option<DropoutSeed>) -> Vec<f32> {
         "up_blocks.0.resnets.0",
         "up_blocks.0.resnets.1",
     ];
-    // The middle of a 3x3 kernel over 8 channels, from a channel to itself.
+    // The identity: the centre tap of a 3x3 kernel over 8 channels, from each channel to itself.
     let identity = |i: usize| if i / 8 % 9 == 4 && i / 72 == i % 8 { 1.0 } else { 0.0 };
     for (block, sign) in [(blocks[plus], 1.0), (blocks[minus], -1.0)] {
-        // silu(1) everywhere, dropped or not, through the convolution.
+        // The convolution gets silu(1) everywhere, except where it is dropped.
         set(&format!("{block}.norm2.bias"), &|_| 1.0);
         set(&format!("{block}.conv2.weight"), &|i| sign * identity(i));
     }
-    // The way up takes [h, skip]: hand on h.
+    // Blocks on the way up take [h, skip]: pass h on.
     for block in &blocks[3..] {
         set(&format!("{block}.conv_shortcut.weight"), &|i| if i / 16 == i % 16 { 1.0 } else { 0.0 });
     }
@@ -253,7 +254,7 @@ fn masks_of(plus: usize, minus: usize, masks: Option<DropoutSeed>) -> Vec<f32> {
 }
 
 #[test]
-fn every_block_and_step_drops_on_its_own_and_none_without_being_asked() {
+fn every_block_and_step_has_its_own_masks_and_none_without_a_seed() {
     let masks = Some(DropoutSeed { seed: 5, step: 3, first: 2 });
     for plus in 0..5 {
         for minus in plus + 1..5 {
@@ -280,14 +281,14 @@ fn costs_are_those_counted_by_hand() {
     let costs = unet.costs(&specs, 4, 4);
     let cost = |place: &str| costs.iter().find(|c| c.place == place).unwrap_or_else(|| panic!("no cost of {place}"));
     let of = |place: &str| (cost(place).params, cost(place).flops, cost(place).saved);
-    // Weights, two operations for each and each pixel; numbers kept, four bytes each.
+    // Weights; two FLOP per weight and pixel; elements kept, four bytes each.
     let conv = |c_in: usize, c_out: usize, k: usize| k * k * c_in * c_out;
     let flops = |weights: usize, pixels: usize| 2 * (weights * pixels) as u64;
     assert_eq!(of("conv_in"), (conv(1, 8, 3) + 8, flops(72, 16), 4 * 16));
     let linear = 8 * 32 + 32 * 32;
     assert_eq!(of("time_embedding"), (linear + 32 + 32, flops(linear, 1), 4 * (8 + 3 * 32)));
-    // norm1, conv1, time projection, norm2, conv2; input, activation, and both again behind conv1, three statistics for
-    // each group of both norms. The time embedding is kept by the first block that projects it.
+    // norm1, conv1, time projection, norm2, conv2. Kept: input, activation, and both again after conv1, and three
+    // statistics for each group of both norms. The time embedding is kept by the first block that projects it.
     let block = |c_in: usize| {
         (
             2 * c_in + conv(c_in, 8, 3) + 8 + 32 * 8 + 8 + 16 + conv(8, 8, 3) + 8,
@@ -298,8 +299,8 @@ fn costs_are_those_counted_by_hand() {
     // The concatenation of 16 channels needs a shortcut.
     let (params, operations) = (block(16).0 + conv(16, 8, 1) + 8, block(16).1 + flops(128, 16));
     assert_eq!(of("up_blocks.0.resnets.1"), (params, operations, 4 * (16 * 48 + 24)));
-    // Norm, q, k, v, projection; two products of 16 x 16 scores with 8 channels; input, norm, q, k, v, y, the norm's
-    // statistics, maximum and sum of each row of scores.
+    // Norm, q, k, v, projection; two products of 16 x 16 scores with 8 channels. Kept: input, norm, q, k, v, y, the
+    // statistics of the norm, and two numbers for each row of scores.
     let attention = (16 + 4 * 72, flops(4 * 64, 16) + 2 * flops(16 * 16 * 8, 1), 4 * (16 * 48 + 12 + 32));
     assert_eq!(of("mid_block.attentions.0"), attention);
     assert_eq!(of("down_blocks.0.attentions.0"), attention);
@@ -307,7 +308,7 @@ fn costs_are_those_counted_by_hand() {
     assert_eq!(costs.iter().map(|c| c.params).sum::<usize>(), specs.count(), "parameters in no part's cost");
 }
 
-/// What the paper starts at almost nothing: the last layer of each branch and of the network.
+/// The paper initialises the last layer of each residual branch and of the network to almost zero.
 #[test]
 fn the_last_layers_start_at_almost_zero_and_no_others() {
     let (_, specs) = UNet::new(&Config::preset(Preset::Cifar10).model).unwrap();
@@ -319,12 +320,12 @@ fn the_last_layers_start_at_almost_zero_and_no_others() {
             seen[usize::from(last)] += 1;
         }
     }
-    // 22 residual blocks, 6 of attention, the output.
+    // 22 residual blocks, 6 attention blocks, the output.
     assert_eq!(seen[1], 22 + 6 + 1);
     assert!(seen[0] > 22);
 }
 
-/// With an epsilon that dwarfs every variance, normalised values all but vanish, and with them what gammas have to say.
+/// With an epsilon that dwarfs every variance, normalised values all but vanish, and with them the gradients of gamma.
 #[test]
 fn every_norm_has_the_models_epsilon() {
     let device = Device::cpu_guarded();
@@ -350,8 +351,8 @@ fn every_norm_has_the_models_epsilon() {
     let mut norms = 0;
     for name in names {
         let (gamma, beta) = (largest(&format!("{name}.weight")), largest(&format!("{name}.bias")));
-        // Values about a thousand at most, a millionth of that after normalisation, and as much again for sums that
-        // cancel in beta's.
+        // Values are at most about a thousand, a millionth of that after normalisation; the rest allows for sums that
+        // cancel in beta's gradient.
         assert!(beta > 0.0 && gamma < 1e-2 * beta, "{name}: gamma's gradient {gamma:e} beside beta's {beta:e}");
         norms += 1;
     }

@@ -6,8 +6,8 @@ use ddpm_cuda::params::{Init, Layout, Params, Specs};
 use ddpm_cuda::tensor::{Shape, Tensor};
 use rayon::prelude::*;
 
-/// Parameters of `mnist`-sized and `cifar10`-sized networks. `x += a y` over as many bytes, in the same measurement, is
-/// what the memory gives.
+/// Parameter counts of the `small` network of benches/step.rs and of `cifar10`. For comparison, `memory` is `x += a y`
+/// over as many bytes: the bandwidth of the machine.
 pub fn bench(c: &mut Criterion) {
     let update = Update {
         step: 10,

@@ -5,8 +5,8 @@ use ddpm_cuda::tensor::Shape;
 
 use crate::{Case, flops};
 
-/// Sizes of the networks, one image alone, several heads, many tokens. Two matrix products forward and the five
-/// backward that cannot be avoided.
+/// Sizes from the networks, a single image, several heads, many tokens. FLOP count two matrix products forward and the
+/// five that the backward pass cannot avoid.
 pub fn bench(c: &mut Criterion) {
     let cases = [
         (Shape::new(16, 16, 16, 64), 1),

@@ -26,9 +26,9 @@ const CASES: [[usize; 6]; 14] = [
     [4, 4, 256, 256, 3, 1],
 ];
 
-/// The forward pass, the gradient of the weights alone (as for an input that wants none), both gradients, and a
-/// matrix product of the same size by the `gemm` crate. FLOP count the products of the definition, which
-/// Winograd's algorithm does not compute: its rates may exceed the machine's.
+/// The forward pass, the weight gradient alone (for an input that wants no gradient), both gradients, and a matrix
+/// product of the same size by the `gemm` crate. FLOP are those of the definition; Winograd's algorithm needs fewer, so
+/// its rates may exceed the peak of the machine.
 pub fn bench(c: &mut Criterion) {
     let device = Device::cpu();
     for [n, size, c_in, c_out, k, stride] in CASES {

@@ -6,8 +6,8 @@ use ddpm_cuda::tensor::Shape;
 
 use crate::{Case, bytes};
 
-/// The forward pass is measured without recording and so is the identity here; the backward pass does the same work
-/// as a recorded forward pass, in place.
+/// The forward pass is measured without recording, where dropout is the identity. The backward pass does the work of a
+/// recorded forward pass, in place.
 pub fn bench(c: &mut Criterion) {
     for shape in [Shape::new(16, 32, 32, 32), Shape::new(4, 32, 32, 128)] {
         let streams = Streams { seed: 1, purpose: Purpose::Dropout, step: 2, first: 3 };

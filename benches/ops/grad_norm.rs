@@ -4,7 +4,7 @@ use ddpm_cuda::meter::Meter;
 use ddpm_cuda::ops::grad_norm::grad_norm;
 use ddpm_cuda::tensor::{Shape, Tensor};
 
-/// Parameters of `mnist`-sized and `cifar10`-sized networks; bytes read.
+/// Parameter counts of the `small` network of benches/step.rs and of `cifar10`, in bytes read.
 pub fn bench(c: &mut Criterion) {
     let mut group = c.benchmark_group("grad_norm");
     for len in [1_620_000, 35_746_307] {

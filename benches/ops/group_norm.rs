@@ -5,7 +5,7 @@ use ddpm_cuda::tensor::Shape;
 
 use crate::{Case, bytes};
 
-/// Sizes of the networks at 28 x 28 and 32 x 32, one image alone, and one that no cache holds.
+/// Sizes from the networks at 32 x 32, a single image, and one image larger than any cache.
 pub fn bench(c: &mut Criterion) {
     let shapes = [
         Shape::new(16, 32, 32, 32),

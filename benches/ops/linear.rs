@@ -5,8 +5,8 @@ use ddpm_cuda::tensor::Shape;
 
 use crate::{Case, flops, matrix_product};
 
-/// Time embedding, attention projections of both networks, the 1x1 convolution of a skip; beside a matrix product of
-/// the same size by the `gemm` crate.
+/// Time embedding, attention projections of both networks, the 1x1 convolution of a shortcut, each beside a matrix
+/// product of the same size by the `gemm` crate.
 pub fn bench(c: &mut Criterion) {
     let cases = [
         (Shape::new(16, 1, 1, 128), 64),

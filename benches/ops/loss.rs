@@ -5,7 +5,7 @@ use ddpm_cuda::meter::Meter;
 use ddpm_cuda::ops::loss::loss;
 use ddpm_cuda::tensor::{Shape, Tensor};
 
-/// Bound by making the noise again, so in numbers a second.
+/// Bound by drawing the noise again, so measured in elements per second.
 pub fn bench(c: &mut Criterion) {
     let mut group = c.benchmark_group("loss");
     for shape in [Shape::new(128, 28, 28, 1), Shape::new(128, 32, 32, 3), Shape::new(4, 256, 256, 3)] {

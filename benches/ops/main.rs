@@ -1,9 +1,9 @@
 //! One module per operation, under the operation's stem: `cargo bench --bench ops -- group_norm`.
 //!
-//! Memory-bound operations report bytes per second, counting the least traffic that their file's header states; the
-//! others FLOP per second. Forward and backward run through the public function and the tape, on a warm pool. With
-//! `DDPM_BENCH_DEVICE=cuda` what goes through the tape is measured on a GPU, until it is done; on the emulator times
-//! mean nothing.
+//! Memory-bound operations report bytes per second, counting the least traffic that their header in `src/ops` states.
+//! Others report FLOP per second, or elements per second where drawing noise dominates. Forward and backward run
+//! through the public function and the tape, on a warm pool. With `DDPM_BENCH_DEVICE=cuda` the operations that use the
+//! tape through `Case` run on a GPU, which is synchronised before the clock stops; on the emulator times mean nothing.
 
 mod adam;
 mod add;
@@ -33,7 +33,7 @@ use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
 use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::{Shape, Tensor};
 
-/// An operation with the shapes of what goes in.
+/// An operation with the shapes of its inputs and parameters.
 struct Case<'a, F> {
     /// The operation's stem.
     stem: &'a str,
@@ -47,7 +47,7 @@ struct Case<'a, F> {
 }
 
 impl<F: Fn(&mut Tape<'_>, &[Var], &[Param]) -> Result<Var>> Case<'_, F> {
-    /// Measures the forward pass (without recording) and the backward pass.
+    /// Measures the forward pass, without recording, and the backward pass.
     fn run(&self, c: &mut Criterion) {
         let device = support::device();
         let mut specs = Specs::default();
@@ -87,12 +87,12 @@ impl<F: Fn(&mut Tape<'_>, &[Var], &[Param]) -> Result<Var>> Case<'_, F> {
     }
 }
 
-/// `bytes` per second for each of forward and backward.
+/// Bytes moved by the forward and the backward pass, for bytes per second.
 fn bytes(forward: usize, backward: usize) -> [Throughput; 2] {
     [Throughput::Bytes(forward as u64), Throughput::Bytes(backward as u64)]
 }
 
-/// FLOP per second, which criterion prints as elements per second.
+/// FLOP of the forward and the backward pass; criterion prints FLOP per second as elements per second.
 fn flops(forward: usize, backward: usize) -> [Throughput; 2] {
     [Throughput::Elements(forward as u64), Throughput::Elements(backward as u64)]
 }

@@ -5,7 +5,7 @@ use ddpm_cuda::images::{Images, Source};
 use ddpm_cuda::ops::q_sample::{Coefficients, q_sample};
 use ddpm_cuda::tensor::Shape;
 
-/// Bound by making the noise, so in numbers a second; with and without mirrored images.
+/// Bound by drawing the noise, so measured in elements per second; with and without mirrored images.
 pub fn bench(c: &mut Criterion) {
     let schedule = Schedule::new(Kind::Linear, 1000).expect("the paper's schedule");
     let mut group = c.benchmark_group("q_sample");

@@ -5,7 +5,7 @@ use ddpm_cuda::diffusion::{Kind, Method, Sampler, Schedule, Spacing, Variance};
 use ddpm_cuda::ops::sample_step::{sample_step, start};
 use ddpm_cuda::tensor::{Shape, Tensor};
 
-/// With noise bound by making it, without by memory; in numbers a second.
+/// Bound by drawing the noise if there is any, otherwise by memory; measured in elements per second.
 pub fn bench(c: &mut Criterion) {
     let schedule = Schedule::new(Kind::Linear, 1000).expect("the paper's schedule");
     let samples = Samples { seed: 1, first: 0 };

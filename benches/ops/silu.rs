@@ -5,7 +5,7 @@ use ddpm_cuda::tensor::Shape;
 
 use crate::{Case, bytes};
 
-/// A time embedding, and an activation map for comparison.
+/// A time embedding, and feature maps for comparison.
 pub fn bench(c: &mut Criterion) {
     for shape in [Shape::new(16, 1, 1, 512), Shape::new(16, 32, 32, 128)] {
         let op = |tape: &mut Tape<'_>, x: &[_], _: &[_]| silu(tape, &x[0]);

@@ -3,7 +3,7 @@ use ddpm_cuda::device::Device;
 use ddpm_cuda::ops::time_embedding::{Sinusoid, time_embedding};
 use ddpm_cuda::tensor::{Shape, Tensor};
 
-/// Not a differentiable operation: a forward pass alone, counted in sines and cosines.
+/// Has no gradient: a forward pass only, measured in sines and cosines per second.
 pub fn bench(c: &mut Criterion) {
     let device = Device::cpu();
     let (n, dim) = (16, 128);

@@ -1,5 +1,5 @@
-//! The configuration files of diffusers: one struct for each class there, with its arguments in the order of the file
-//! and its defaults, and what they mean here.
+//! The configuration files of diffusers: a struct for each class, with its arguments in the order of the file and its
+//! defaults, and the translation from and to ours.
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,7 @@ use crate::error::Result;
 /// The version of diffusers whose file format this is.
 pub(super) const VERSION: &str = "0.42.1";
 
-/// What is wrong with a file, to be put behind its name.
+/// A result whose error is a sentence that begins with the name of the file.
 type Sentence<T> = std::result::Result<T, String>;
 
 /// `unet/config.json`.
@@ -23,7 +23,7 @@ pub(super) struct UNet2DModel {
     _diffusers_version: Option<String>,
     act_fn: String,
     add_attention: bool,
-    /// Absent it is 8, which few people wish; null is one head.
+    /// If absent, 8, which is rarely what is wanted; null means one head.
     attention_head_dim: Option<u32>,
     attn_norm_num_groups: Option<u32>,
     block_out_channels: Vec<u32>,
@@ -37,7 +37,7 @@ pub(super) struct UNet2DModel {
     freq_shift: u32,
     in_channels: u32,
     layers_per_block: u32,
-    /// Written as the whole number that it is there.
+    /// A `Number`, so that it is written as an integer, as diffusers does.
     mid_block_scale_factor: serde_json::Number,
     mid_block_type: String,
     norm_eps: f64,
@@ -97,7 +97,7 @@ const PLAIN_UP: &str = "UpBlock2D";
 const ATTENTION_UP: &str = "AttnUpBlock2D";
 
 impl UNet2DModel {
-    /// What describes the network `m`.
+    /// The configuration of the network `m`.
     pub fn of(m: &Model) -> Self {
         let types = |level: usize, with: &str, without: &str| {
             if m.attention_at(level) { with.to_string() } else { without.to_string() }
@@ -131,7 +131,7 @@ impl UNet2DModel {
 /// The network that a `config.json` of `UNet2DModel` describes.
 ///
 /// # Errors
-/// The key and value of what this network does not have.
+/// A sentence with the first key and value that this network does not support.
 pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<Model> {
     let c: UNet2DModel = read(file)?;
     macro_rules! only {
@@ -185,7 +185,7 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<Model> {
                     which is not supported"
             .into());
     }
-    // What nobody here has looked at, unless it is private to diffusers or switched off.
+    // Refuses unknown keys, unless they are private to diffusers or switched off.
     let known = json!(UNet2DModel::default());
     let off = |value: &Value| value.is_null() || *value == json!(false);
     if let Some((key, value)) =
@@ -232,7 +232,7 @@ pub(super) struct DDPMScheduler {
     thresholding: bool,
     timestep_spacing: String,
     trained_betas: Option<Vec<f64>>,
-    /// Schedulers other than DDPM's have no such key; DDPM's default is the small one.
+    /// Other schedulers than DDPM's lack this key; DDPM's default is `fixed_small`.
     variance_type: Option<String>,
 }
 
@@ -261,13 +261,13 @@ impl Default for DDPMScheduler {
 }
 
 impl DDPMScheduler {
-    /// What describes the process `d`.
+    /// The configuration of the process `d`.
     ///
     /// # Errors
     /// Those of [`Schedule::new`].
     pub fn of(d: &Diffusion) -> Result<Self> {
         let (beta_start, beta_end) = Kind::default_betas(d.timesteps);
-        // diffusers has no constant schedule, but takes any betas.
+        // diffusers has no constant schedule but accepts any betas.
         let trained_betas = match d.schedule.diffusers_name() {
             Some(_) => None,
             None => Some(Schedule::new(d.schedule, d.timesteps)?.betas().to_vec()),
@@ -286,12 +286,11 @@ impl DDPMScheduler {
     }
 }
 
-/// The process that a `scheduler_config.json` of any of diffusers' discrete schedulers describes: its betas, its
-/// variance, that it predicts noise and clips x_0. How such a scheduler would step is not taken over; `--sampler` says
-/// that.
+/// The process that a `scheduler_config.json` of any of diffusers' discrete schedulers describes: its betas and its
+/// variance. It must predict noise and clip x_0. How that scheduler steps is ignored; `--sampler` decides.
 ///
 /// # Errors
-/// The key and value of what this process does not have.
+/// A sentence with the first key and value that is not supported.
 pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<Diffusion> {
     let c: DDPMScheduler = read(file)?;
     macro_rules! only {
@@ -338,12 +337,12 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<Diffusion> {
     Ok(Diffusion { schedule, timesteps, variance })
 }
 
-/// A configuration from its file; keys that are absent have the defaults of the class.
+/// A configuration from its file; absent keys get the defaults of the class.
 ///
 /// # Errors
-/// The first key with a value of another type, and which is expected.
+/// A sentence with the first key whose value has the wrong type, and the type expected.
 fn read<C: DeserializeOwned>(file: &Map<String, Value>) -> Sentence<C> {
-    // Key by key, since serde does not say at which one it stops.
+    // Key by key, since serde does not say which key it failed at.
     for (key, value) in file {
         let alone = Value::Object(Map::from_iter([(key.clone(), value.clone())]));
         if let Err(e) = serde_json::from_value::<C>(alone) {
@@ -361,7 +360,7 @@ fn read<C: DeserializeOwned>(file: &Map<String, Value>) -> Sentence<C> {
     serde_json::from_value(Value::Object(file.clone())).map_err(|e| format!("cannot be understood: {e}"))
 }
 
-/// Refuses any value of `key` but those accepted.
+/// Refuses a value of `key` that is not among those accepted.
 fn only<T: PartialEq + Serialize>(file: &Map<String, Value>, key: &str, value: &T, accepted: &[T]) -> Sentence<()> {
     if accepted.contains(value) {
         return Ok(());

@@ -1,22 +1,21 @@
-//! Checkpoints are model folders of diffusers (`DDPMPipeline.from_pretrained` opens them) with one file more to resume
-//! from, and `--model` opens diffusers' own:
+//! Checkpoints are diffusers model folders (`DDPMPipeline.from_pretrained` opens them) plus one file to resume from;
+//! `--model` also opens folders written by diffusers.
 //!
 //! ```text
 //! RUN/checkpoints/STEP/
-//!     model_index.json                              what the folder is
+//!     model_index.json                              the classes of pipeline, scheduler and network
 //!     unet/config.json                              the network; its keys are those of UNet2DModel
 //!     unet/diffusion_pytorch_model.safetensors      the moving average of the weights, f32, OIHW
 //!     scheduler/scheduler_config.json               schedule and variance
 //!     training_state.safetensors                    weights.NAME, adam_m.NAME, adam_v.NAME; metadata: step
 //! ```
 //!
-//! A checkpoint is written under another name beside the others, synced and renamed, and only then are old ones
-//! deleted: whenever the power fails, the last good checkpoint is there under its name. [`newest`] passes over folders
-//! that are not complete.
+//! A checkpoint is written under a temporary name beside the others, synced and renamed; only then are old ones
+//! deleted. So the last good checkpoint survives a power failure at any moment. [`newest`] skips incomplete folders.
 //!
-//! Here is when what is written, found and deleted; `tensors` has the safetensors files, `diffusers` the
-//! configurations. A model of diffusers whose configuration asks for something this network does not have is refused
-//! with the key; nothing is ignored in silence. Deliberately absent: pickled weights (`.bin`, `.pt`), sharded files.
+//! This file saves, finds and deletes checkpoints; `tensors` has the safetensors files, `diffusers` the configurations.
+//! A diffusers model whose configuration asks for something this network does not have is refused, naming the key;
+//! nothing is silently ignored. Deliberately absent: pickled weights (`.bin`, `.pt`), sharded files.
 
 mod diffusers;
 mod tensors;
@@ -47,7 +46,7 @@ const UNET_WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
 const SCHEDULER_CONFIG: &str = "scheduler/scheduler_config.json";
 const TRAINING_STATE: &str = "training_state.safetensors";
 
-/// What a run is made of at one step, to be saved.
+/// The state of a run at one step, to be saved.
 pub struct State<'a> {
     /// Steps done.
     pub step: u32,
@@ -77,8 +76,8 @@ pub struct StateMut<'a> {
 
 /// A model to sample from or to evaluate.
 pub struct Loaded {
-    /// Network and diffusion process as the model's files say; the rest from the run's `config.toml` where the model
-    /// belongs to a run, otherwise that of a preset.
+    /// Network and diffusion process from the model's files; the rest from the run's `config.toml` if the model belongs
+    /// to a run, otherwise from the preset `cifar10`.
     pub config: Config,
     /// The moving average of the weights.
     pub params: Params,
@@ -86,8 +85,11 @@ pub struct Loaded {
 
 /// Writes `run/checkpoints/STEP` and deletes all but the newest `config.keep_checkpoints`. Returns the folder.
 ///
-/// If there is a complete checkpoint of that step already, it stays as it is: a run is a function of its settings, so
-/// it holds the same numbers.
+/// A complete checkpoint of that step is left as it is: a run is a function of its settings, so it holds the same
+/// numbers.
+///
+/// # Errors
+/// `Error::File` if something cannot be written or deleted.
 pub fn save(run: &Path, config: &Config, state: State<'_>) -> Result<PathBuf> {
     let folder = run.join("checkpoints");
     fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, format!("cannot be created: {e}")))?;
@@ -107,12 +109,18 @@ pub fn save(run: &Path, config: &Config, state: State<'_>) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// The newest complete checkpoint of a run, if it has any.
+/// The newest complete checkpoint of a run, if there is one.
+///
+/// # Errors
+/// `Error::File` if the folder of the checkpoints cannot be read.
 pub fn newest(run: &Path) -> Result<Option<PathBuf>> {
     Ok(complete(run)?.pop_last().map(|(_, path)| path))
 }
 
-/// Fills a training state from a checkpoint, which must be one of the same network.
+/// Fills a training state from a checkpoint.
+///
+/// # Errors
+/// `Error::File` for a damaged checkpoint or one of another network.
 pub fn restore(checkpoint: &Path, state: StateMut<'_>) -> Result<()> {
     let path = checkpoint.join(TRAINING_STATE);
     let bytes = read(&path)?;
@@ -131,7 +139,10 @@ pub fn restore(checkpoint: &Path, state: StateMut<'_>) -> Result<()> {
     read_weights(&checkpoint.join(UNET_WEIGHTS), state.ema)
 }
 
-/// Opens a run folder (its newest checkpoint), a checkpoint, or a model folder of diffusers, with or without `unet/`.
+/// Opens a run folder (its newest checkpoint), a checkpoint, or a diffusers model folder, with or without `unet/`.
+///
+/// # Errors
+/// `Error::File` for a folder that holds no model, a damaged one, or one that this network cannot represent.
 pub fn load(device: &Device, path: &Path) -> Result<Loaded> {
     let place = Place::find(path)?;
     let config = place.config()?;
@@ -193,7 +204,7 @@ impl Place {
         config.model.validate().map_err(unfit)?;
         config.diffusion = match &self.scheduler {
             Some(file) => diffusers::read_diffusion(&read_json(file)?).map_err(|e| Error::file(file, e))?,
-            // A U-Net alone: what diffusers' DDPMScheduler is without arguments.
+            // A U-Net without a scheduler: the defaults of diffusers' DDPMScheduler.
             None => Diffusion { schedule: Kind::Linear, timesteps: 1000, variance: Variance::FixedSmall },
         };
         Ok(config)
@@ -213,7 +224,11 @@ impl Place {
     }
 }
 
-/// Checkpoints of a run by their names that are not complete, oldest first: damaged, since saving leaves none.
+/// Folders of a run named like checkpoints but incomplete, oldest first. They were damaged later, since saving leaves
+/// none.
+///
+/// # Errors
+/// `Error::File` if the folder of the checkpoints cannot be read.
 pub fn damaged(run: &Path) -> Result<Vec<PathBuf>> {
     Ok(by_step(run)?.into_values().filter(|path| !is_complete(path)).collect())
 }
@@ -223,7 +238,7 @@ fn complete(run: &Path) -> Result<BTreeMap<u32, PathBuf>> {
     Ok(by_step(run)?.into_iter().filter(|(_, path)| is_complete(path)).collect())
 }
 
-/// Everything in a run's `checkpoints` that is named like one, by step.
+/// Everything in a run's `checkpoints` that is named like a checkpoint, by step.
 fn by_step(run: &Path) -> Result<BTreeMap<u32, PathBuf>> {
     let folder = run.join("checkpoints");
     let entries = match fs::read_dir(&folder) {
@@ -241,7 +256,8 @@ fn by_step(run: &Path) -> Result<BTreeMap<u32, PathBuf>> {
     Ok(found)
 }
 
-/// True if all files are there, the settings are JSON and the tensors as long as their headers say.
+/// True if all files exist, the configurations are JSON objects and the tensor files have the length that their headers
+/// say.
 fn is_complete(checkpoint: &Path) -> bool {
     let has_json = |name: &str| read_json(&checkpoint.join(name)).is_ok();
     let has_tensors = |name: &str| tensors::is_whole(&checkpoint.join(name)).unwrap_or(false);
@@ -249,7 +265,7 @@ fn is_complete(checkpoint: &Path) -> bool {
         && [UNET_WEIGHTS, TRAINING_STATE].into_iter().all(has_tensors)
 }
 
-/// Deletes a checkpoint; it loses its name first, so that half of one is never seen under it.
+/// Deletes a checkpoint. It is renamed first, so that a half-deleted one never has the name of a checkpoint.
 fn remove(checkpoint: &Path) -> Result<()> {
     let mut name = std::ffi::OsString::from(".");
     name.push(checkpoint.file_name().unwrap_or_default());
@@ -276,7 +292,7 @@ fn write(folder: &Path, config: &Config, state: &State<'_>) -> Result<()> {
     write_json(&folder.join(SCHEDULER_CONFIG), &diffusers::DDPMScheduler::of(&config.diffusion)?)?;
 
     let specs = state.params.specs();
-    // transformers and diffusers look for this mark.
+    // transformers and diffusers look for this entry.
     write_tensors(&folder.join(UNET_WEIGHTS), ("format", "pt"), specs, &[("", &state.ema.host()?)])?;
     let step = state.step.to_string();
     let (m, v, weights) = (state.m.host()?, state.v.host()?, state.params.host()?);

@@ -1,5 +1,5 @@
-//! The safetensors files of a checkpoint: parameters by name, f32 and channels-first as other tools have them, F32, F16
-//! or BF16 when read.
+//! The safetensors files of a checkpoint: parameters by name, written as f32 in the channels-first layout of other
+//! tools, read as F32, F16 or BF16.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::layout;
 use crate::params::{Layout, Params, Spec, Specs};
 
-/// Whether a safetensors file has the length that its header claims; reads the header alone.
+/// Whether a safetensors file has the length that its header claims. Reads only the header.
 pub(super) fn is_whole(path: &Path) -> io::Result<bool> {
     let mut file = File::open(path)?;
     let len = file.metadata()?.len();
@@ -30,16 +30,16 @@ pub(super) fn is_whole(path: &Path) -> io::Result<bool> {
     Ok(8 + size + metadata.data_len() as u64 == len)
 }
 
-/// The entry `key` of a safetensors file's metadata.
+/// The value of `key` in a safetensors file's metadata.
 pub(super) fn metadata(bytes: &[u8], key: &str) -> Option<String> {
     let (_, metadata) = SafeTensors::read_metadata(bytes).ok()?;
     metadata.metadata().as_ref()?.get(key).cloned()
 }
 
-/// Writes each part's tensors, f32 in the layout of other tools, as `PREFIX` + name. One entry of metadata, since their
-/// order in a file would be random: the same state gives the same bytes.
+/// Writes each part's tensors, f32 in the layout of other tools, as `PREFIX` + name. Takes a single metadata entry,
+/// since the order of several would be random: the same state must give the same bytes.
 ///
-/// By hand and not through the library's writer, which would make files that none but their owner can read.
+/// Does not use the library's writer, whose files only their owner can read.
 pub(super) fn write_tensors(
     path: &Path,
     metadata: (&str, &str),
@@ -101,6 +101,9 @@ fn from_file_layout(spec: &Spec, values: &[f32]) -> Vec<f32> {
 }
 
 /// Reads a model's weights into `params`: F32, F16 or BF16, under today's names or those of diffusers before 0.15.
+///
+/// # Errors
+/// `Error::File` for a damaged file, or missing, unknown or misshapen tensors.
 pub fn read_weights(path: &Path, params: &mut Params) -> Result<()> {
     let bytes = read(path)?;
     let specs = params.specs().clone();
@@ -111,11 +114,11 @@ pub fn read_weights(path: &Path, params: &mut Params) -> Result<()> {
     params.write(&flat)
 }
 
-/// Parts of the names of attention's layers in old files, and what they are called today.
+/// Parts of attention layer names in old files, and their names today.
 const OLD_NAMES: [(&str, &str); 4] =
     [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")];
 
-/// A safetensors file whose tensors are looked up by today's names.
+/// A safetensors file with its tensors under today's names.
 pub(super) struct TensorFile<'a> {
     path: &'a Path,
     tensors: BTreeMap<String, TensorView<'a>>,
@@ -130,8 +133,8 @@ impl<'a> TensorFile<'a> {
         Ok(TensorFile { path, tensors: file.tensors().into_iter().map(|(name, view)| (today(name), view)).collect() })
     }
 
-    /// Refuses a file that has other tensors than `specs` under `prefixes`, naming those that are missing and those
-    /// that are too many.
+    /// Refuses a file unless it has exactly the tensors of `specs` under each of `prefixes`, naming missing and extra
+    /// ones.
     pub fn refuse_unread(&self, specs: &Specs, prefixes: &[&str]) -> Result<()> {
         let wanted: BTreeSet<String> =
             prefixes.iter().flat_map(|p| specs.iter().map(move |(_, s)| format!("{p}{}", s.name))).collect();
@@ -157,7 +160,7 @@ impl<'a> TensorFile<'a> {
                 return Err(Error::file(self.path, format!("lacks the tensor {name}")));
             };
             let want = shape_in_file(spec);
-            // Attention's layers were 1x1 convolutions once: [c, c, 1, 1].
+            // Attention layers were once 1x1 convolutions: [c, c, 1, 1].
             let is_old_matrix = spec.layout == Layout::Matrix && tensor.shape() == [want[0], want[1], 1, 1];
             if tensor.shape() != want && !is_old_matrix {
                 misfits.push(format!("{name} has shape {:?} instead of {want:?}", tensor.shape()));
@@ -176,7 +179,7 @@ impl<'a> TensorFile<'a> {
     }
 }
 
-/// A list for a sentence; of a long one the first four, and how many more.
+/// A list for a sentence: the first four items, and how many more.
 fn named(items: &[&str]) -> String {
     let (shown, more) = items.split_at(items.len().min(4));
     let more = if more.is_empty() { String::new() } else { format!(" and {} more", more.len()) };

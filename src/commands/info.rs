@@ -1,4 +1,4 @@
-//! `ddpm-cuda info`: what a model costs, block by block, and the devices there are.
+//! `ddpm-cuda info`: what a model costs, block by block, and the available devices.
 
 use std::path::PathBuf;
 
@@ -27,7 +27,7 @@ pub struct Args {
 /// Runs the command.
 ///
 /// # Errors
-/// A model that cannot be read.
+/// A model that cannot be read; a CUDA driver that fails.
 pub fn run(args: &Args) -> Result<()> {
     let config = match &args.model {
         Some(path) => checkpoint::load(&Device::cpu(), path)?.config,

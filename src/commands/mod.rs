@@ -1,5 +1,5 @@
-//! The commands of the program, one file each, read from top to bottom: arguments, checks, what is called, what is
-//! said. What they do is in the library below them; whoever calls that needs none of this.
+//! The commands of the program, one file each: arguments, checks, calls, output. The work is done by the library below,
+//! which does not need this module.
 
 pub mod info;
 pub mod predict;
@@ -12,7 +12,7 @@ use crate::device::{Choice, Device, Precision};
 use crate::error::Result;
 use crate::names::Named;
 
-/// `--device` and `--precision`, which every command that computes takes.
+/// `--device` and `--precision`, for every command that computes.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct On {
     /// auto, cpu, cuda or cuda:N
@@ -27,13 +27,13 @@ impl On {
     /// [`Device::open`].
     ///
     /// # Errors
-    /// `Error::Failed` for a GPU or a precision that cannot be had.
+    /// `Error::Failed` for a GPU or a precision that is not available.
     pub fn open(&self) -> Result<Device> {
         Device::open(self.device, self.precision)
     }
 }
 
-/// Reads one of `T`'s names; the help lists them.
+/// Parses a name of `T`; the help lists them.
 fn choice<T: Named + Send + Sync>() -> impl TypedValueParser<Value = T> {
     PossibleValuesParser::new(T::NAMES).map(|name| T::named(&name).expect("clap lets none but these names through"))
 }

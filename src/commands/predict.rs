@@ -1,4 +1,4 @@
-//! `ddpm-cuda predict`: evaluates the network once, from arrays of NumPy to an array of NumPy, for comparing with other
+//! `ddpm-cuda predict`: evaluates the network once, from NumPy arrays to a NumPy array, to compare it with other
 //! implementations.
 
 use std::path::{Path, PathBuf};
@@ -40,7 +40,8 @@ pub struct Args {
 /// Runs the command.
 ///
 /// # Errors
-/// Arrays that do not fit the model, files that cannot be read or written.
+/// `Error::Usage` for labels that are missing or not wanted; `Error::File` for arrays that do not fit the model and
+/// files that cannot be read or written; those of [`On::open`].
 pub fn run(args: &Args) -> Result<()> {
     let device = args.on.open()?;
     let model = checkpoint::load(&device, &args.model)?;

@@ -20,7 +20,7 @@ use crate::{say, usage};
 /// Frames of an animation: about three seconds.
 const GIF_FRAMES: usize = 60;
 
-/// How x_{t-1} is drawn.
+/// Names of the samplers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SamplerName {
     /// Ancestral sampling, algorithm 2 of the paper.
@@ -72,7 +72,8 @@ pub struct Args {
 /// Runs the command.
 ///
 /// # Errors
-/// Arguments that do not fit the model, files that cannot be read or written.
+/// `Error::Usage` for arguments that do not fit the model, `Error::File` for files that cannot be read or written,
+/// `Error::Failed` for more images than fit into memory; those of [`On::open`].
 pub fn run(args: &Args) -> Result<()> {
     let device = args.on.open()?;
     if args.count == 0 {
@@ -125,7 +126,7 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Refuses more images than memory holds: their `bytes`, and as much again while they are written.
+/// Refuses more images than fit into memory: their `bytes`, and as much again while they are written.
 fn refuse_too_many(count: usize, bytes: usize) -> Result<()> {
     let (needed, available) = ((bytes as u64).saturating_mul(2), available_memory()?);
     if count > u32::MAX as usize || needed > available {

@@ -1,4 +1,4 @@
-//! `ddpm-cuda train`: trains a model, or goes on with one.
+//! `ddpm-cuda train`: trains a model, or continues a run.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -52,8 +52,8 @@ pub struct Args {
 /// Runs the command.
 ///
 /// # Errors
-/// Settings, data or checkpoints that cannot be used; a loss or gradient that is not finite; files that cannot be
-/// written.
+/// Unusable settings, data or checkpoints; a loss or gradient that is not finite; files that cannot be written; those
+/// of [`On::open`].
 pub fn run(args: &Args) -> Result<()> {
     let device = args.on.open()?;
     let mut terminal = Terminal { bar: ProgressBar::hidden() };
@@ -91,7 +91,7 @@ fn config(args: &Args) -> Result<Config> {
     config.batch = args.batch.unwrap_or(config.batch);
     config.seed = args.seed.unwrap_or(config.seed);
     if !config.data.is_empty() && config.data != "mnist" {
-        // So that the run can be continued from another folder.
+        // So that the run can be resumed from another working directory.
         let absolute = std::path::absolute(&config.data).ok();
         config.data = absolute.and_then(|p| p.into_os_string().into_string().ok()).unwrap_or(config.data);
     }
@@ -99,7 +99,7 @@ fn config(args: &Args) -> Result<Config> {
     Ok(config)
 }
 
-/// A progress bar where standard error is a terminal, lines above it on standard output.
+/// A progress bar if standard error is a terminal; other lines go to standard output, above it.
 struct Terminal {
     bar: ProgressBar,
 }
@@ -128,8 +128,8 @@ impl Watch for Terminal {
     }
 }
 
-/// Set by the first Ctrl-C (or SIGTERM); another ends the program at once, unless it comes within a second: `timeout`
-/// and job schedulers signal a process and then its whole group, and mean one signal.
+/// A flag set by the first Ctrl-C (or SIGTERM). A second one ends the program at once, unless it comes within a second:
+/// `timeout` and job schedulers signal a process and then its whole group, and mean one signal.
 fn stop_flag() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let flag = stop.clone();

@@ -1,4 +1,4 @@
-//! Reading CIFAR-10's binary version: records of one label byte and 3072 pixel bytes, three planes of 32x32.
+//! Reading the binary version of CIFAR-10: records of one label byte and 3072 pixel bytes, three planes of 32x32.
 
 use std::path::{Path, PathBuf};
 

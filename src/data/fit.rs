@@ -1,5 +1,6 @@
-//! Bringing an image to the extent a model has: grey to colour or back, the largest centred rectangle of the right
-//! aspect, then a Lanczos filter of three lobes, widened when it shrinks so that nothing aliases.
+//! Fits an image to the size and channels of a model: converts grey to colour or back, crops the largest centred
+//! rectangle of the right aspect, then resizes it with a three-lobed Lanczos filter, widened when shrinking so that
+//! nothing aliases.
 
 use image::imageops::{FilterType, resize};
 use image::{GrayImage, ImageBuffer};
@@ -7,7 +8,7 @@ use image::{GrayImage, ImageBuffer};
 use super::Extent;
 use crate::config::Size;
 
-/// Refuses what [`fit`] cannot do.
+/// Refuses a conversion that [`fit`] cannot do; the error is the end of a sentence that begins with the file.
 pub fn check_channels(from: usize, to: usize) -> std::result::Result<(), String> {
     if from == to || matches!((from, to), (1, 3) | (3, 1)) {
         return Ok(());
@@ -17,7 +18,7 @@ pub fn check_channels(from: usize, to: usize) -> std::result::Result<(), String>
     ))
 }
 
-/// `image`, `(h, w, c)` of extent `from`, at extent `to`.
+/// Fits `image`, `(h, w, c)` bytes of extent `from`, to extent `to`.
 pub fn fit(image: &[u8], from: Extent, to: Extent) -> Vec<u8> {
     assert_eq!(image.len(), from.len(), "{} bytes for an image of {from}", image.len());
     let coloured = convert(image, from.channels, to.channels);
@@ -33,13 +34,13 @@ fn convert(image: &[u8], from: usize, to: usize) -> Vec<u8> {
     }
 }
 
-/// Rec. 601's luma, rounded: what most tools mean by a grey version.
+/// Rec. 601 luma, rounded: the usual conversion to grey.
 fn luma(rgb: &[u8]) -> u8 {
     let [r, g, b] = [0, 1, 2].map(|c| u32::from(rgb[c]));
     ((299 * r + 587 * g + 114 * b + 500) / 1000) as u8
 }
 
-/// The largest rectangle in the middle of `from` that has the aspect of `to`: (top, left, its size).
+/// The largest centred rectangle of `from` with the aspect of `to`: (top, left, its size).
 fn centre(from: Size, to: Size) -> (usize, usize, Size) {
     // Compared as products, so that equal aspects crop nothing.
     let cropped = if from.w * to.h > from.h * to.w {
@@ -87,7 +88,7 @@ mod tests {
 
     #[test]
     fn a_flat_image_stays_flat_and_the_crop_takes_the_middle() {
-        // Left and right thirds 0, middle 200: what is left after the crop is flat.
+        // Left and right thirds black, the middle one colour: the crop leaves a flat image.
         let image: Vec<u8> =
             (0..12 * 36).flat_map(|i| if (12..24).contains(&(i % 36)) { [200, 10, 7] } else { [0; 3] }).collect();
         for side in [4, 5, 12, 31] {
@@ -98,14 +99,14 @@ mod tests {
 
     #[test]
     fn shrinking_averages_instead_of_dropping_pixels() {
-        // Stripes of one pixel: any filter that looks at single pixels returns 0 or 255.
+        // Stripes one pixel wide: a filter that picks single pixels returns 0 or 255.
         let image: Vec<u8> = (0..64 * 64).map(|i| if i % 2 == 0 { 0 } else { 255 }).collect();
         let out = fit(&image, extent(64, 64, 1), extent(16, 16, 1));
         let inner: Vec<u8> = (4..12).flat_map(|r| out[r * 16 + 4..r * 16 + 12].to_vec()).collect();
         assert!(inner.iter().all(|&v| (120..=135).contains(&v)), "{inner:?}");
     }
 
-    /// The filter's negative lobes make an edge overshoot; linear filters and those of one lobe stay between its sides.
+    /// The negative lobes of the filter make an edge overshoot; filters without them stay between the two sides.
     #[test]
     fn an_edge_overshoots_as_with_lanczos() {
         let image: Vec<u8> = (0..32 * 32).map(|i| if i % 32 < 15 { 50 } else { 200 }).collect();

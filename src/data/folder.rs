@@ -1,5 +1,5 @@
-//! Reading a folder of PNG and JPEG files, sub-folders included. If every image lies in a sub-folder, the names of the
-//! first level of folders are the classes, numbered in alphabetical order.
+//! Reading a folder of PNG and JPEG files, including subfolders. If every image is in a subfolder, the folders of the
+//! first level are the classes, numbered in alphabetical order.
 
 use std::collections::BTreeSet;
 use std::io::Cursor;
@@ -11,8 +11,8 @@ use rayon::prelude::*;
 use super::{Extent, Found, Part, Target, fit};
 use crate::error::{Error, Result};
 
-/// Decodes every image, in the order of the paths, and fits it at once where `target` says to what: a folder of
-/// photographs need not fit into memory at full size.
+/// Decodes every image, in the order of the paths, and fits it to `target` at once, so that a folder of photographs
+/// need not fit into memory at full size.
 pub fn read(folder: &Path, target: Target) -> Result<Found> {
     let (files, others) = list(folder)?;
     if files.is_empty() {
@@ -30,11 +30,11 @@ pub fn read(folder: &Path, target: Target) -> Result<Found> {
         Ok((extent, if to == extent { pixels } else { fit::fit(&pixels, extent, to) }))
     };
     let images: Result<Vec<(Extent, Vec<u8>)>> = files.par_iter().map(read).collect();
-    // Of several files that cannot be used, the first in the order of their names is named, whichever was seen first.
+    // Of several unusable files the error names the first by path, whichever thread failed first.
     let images = images.map_err(|e| files.par_iter().find_map_first(|file| read(file).err()).unwrap_or(e))?;
 
     let found: BTreeSet<(usize, usize, usize)> = images.iter().map(|(e, _)| (e.size.h, e.size.w, e.channels)).collect();
-    // Where no number of channels is asked for, one colour image makes all of them colour.
+    // If no number of channels is asked for, one colour image makes all of them colour.
     let channels = target.channels.unwrap_or(found.iter().map(|e| e.2).max().unwrap_or(1));
     let size = target.size.unwrap_or(images[0].0.size);
     let mut pixels = Vec::with_capacity(images.len() * size.h * size.w * channels);
@@ -70,7 +70,7 @@ pub fn read(folder: &Path, target: Target) -> Result<Found> {
     Ok(Found { train: Part::new(folder, to, pixels, labels)?, held_out: None, notes })
 }
 
-/// Image files in order of their paths, and the number of other files. Hidden files and folders count as neither.
+/// Image files in the order of their paths, and the number of other files. Hidden files and folders are ignored.
 fn list(folder: &Path) -> Result<(Vec<PathBuf>, usize)> {
     let (mut files, mut others) = (Vec::new(), 0);
     let hidden = |e: &walkdir::DirEntry| e.depth() > 0 && e.file_name().as_encoded_bytes().starts_with(b".");
@@ -97,8 +97,8 @@ fn list(folder: &Path) -> Result<(Vec<PathBuf>, usize)> {
     Ok((files, others))
 }
 
-/// Grey images as one channel, all others as three; transparency is dropped, 16 bits become 8, a camera's orientation
-/// mark is obeyed.
+/// Grey images become one channel, all others three. Transparency is dropped, 16 bits become 8, and EXIF orientation is
+/// applied.
 fn decode(file: &Path) -> Result<(Extent, Vec<u8>)> {
     let broken = |e: &dyn std::fmt::Display| Error::file(file, format!("is not a whole PNG or JPEG image: {e}"));
     let bytes = std::fs::read(file).map_err(|e| Error::file(file, format!("cannot be read: {e}")))?;
@@ -121,18 +121,17 @@ fn decode(file: &Path) -> Result<(Extent, Vec<u8>)> {
 
 const JPEG_START: [u8; 2] = [0xFF, 0xD8];
 
-/// True if a JPEG's end marker is there. The decoder fills what is missing of a file that was cut short with grey,
-/// which would go into the training set unseen.
+/// True if a JPEG has its end marker. Without this check a truncated file would enter the training set unnoticed: the
+/// decoder fills the missing part with grey.
 fn jpeg_has_end(bytes: &[u8]) -> bool {
     let mut at = JPEG_START.len();
     loop {
         match (bytes.get(at), bytes.get(at + 1)) {
             (Some(0xFF), Some(0xD9)) => return true,
-            // Within compressed data: a stuffed 0xFF, a restart marker, a fill byte.
+            // In compressed data: a stuffed 0xFF, a restart marker, a fill byte.
             (Some(0xFF), Some(0x00 | 0xD0..=0xD7)) => at += 2,
             (Some(0xFF), Some(0xFF)) => at += 1,
-            // Any other marker starts a segment with its length, which may hold a thumbnail with an end marker of its
-            // own.
+            // Any other marker starts a segment with a length; it may hold a thumbnail with an end marker of its own.
             (Some(0xFF), Some(_)) => match bytes.get(at + 2..at + 4) {
                 Some(length) => at += 2 + usize::from(u16::from_be_bytes([length[0], length[1]])),
                 None => return false,
@@ -143,7 +142,7 @@ fn jpeg_has_end(bytes: &[u8]) -> bool {
     }
 }
 
-/// Class of each file by its first folder, and the names of the classes; none if some image lies in `folder` itself.
+/// Class of each file by its first folder, and the names of the classes; none if an image is in `folder` itself.
 fn labels(folder: &Path, files: &[PathBuf]) -> (Option<Vec<u32>>, Vec<String>) {
     let class = |file: &PathBuf| {
         let mut parts = file.strip_prefix(folder).ok()?.components();

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use super::{Found, Part, PixelOrder, contents, extent_of};
 use crate::error::{Error, Result};
 
-/// True if the bytes start like an IDX file.
+/// True if the bytes begin like an IDX file.
 pub fn is_idx(bytes: &[u8]) -> bool {
     bytes.len() >= 4 && bytes[..2] == [0, 0] && (1..=4).contains(&bytes[3]) && (8..=14).contains(&bytes[2])
 }
 
-/// Extents and elements.
+/// Dimensions and elements.
 fn parse(bytes: &[u8]) -> std::result::Result<(Vec<usize>, &[u8]), String> {
     if !is_idx(bytes) {
         return Err("is not an IDX file; one starts with two zero bytes, a type and a number of dimensions".into());
@@ -37,7 +37,7 @@ fn parse(bytes: &[u8]) -> std::result::Result<(Vec<usize>, &[u8]), String> {
     Ok((shape, body))
 }
 
-/// Images from one file, with the labels of the file beside it that has the same name with `labels` for `images`.
+/// Images from one file, with labels from the file beside it whose name has `labels` for `images`, if there is one.
 pub fn read_file(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<Part> {
     let (shape, body) = parse(bytes).map_err(|e| Error::file(path, e))?;
     if shape.len() < 3 {
@@ -58,7 +58,7 @@ pub fn read_file(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<P
     Part::new(path, extent, images, labels)
 }
 
-/// `train-images-idx3-ubyte.gz` -> `train-labels-idx1-ubyte`, with or without `.gz`, if it is there.
+/// `train-images-idx3-ubyte.gz` -> `train-labels-idx1-ubyte`, with or without `.gz`, if it exists.
 fn labels_beside(path: &Path) -> Option<PathBuf> {
     let name = path.file_name()?.to_str()?;
     if !name.contains("images") {
@@ -81,7 +81,7 @@ fn read_labels(path: &Path, images: usize) -> Result<Vec<u32>> {
 }
 
 /// The image files of a folder by their usual names: `train-images*` and, for the held-out set, `t10k-images*` or
-/// `test-images*`. `None` if the folder has no such file.
+/// `test-images*`. `None` without `train-images*`.
 pub fn read_folder(files: &[PathBuf], channels: Option<usize>) -> Result<Option<Found>> {
     let starting = |starts: &[&str]| {
         let named = |f: &&PathBuf| {

@@ -1,9 +1,9 @@
-//! Images to train on: where they come from, which are held out, and in which order training sees them.
+//! Data sets: reading images, splitting off held-out ones, and the order in which training sees them.
 //!
 //! [`load`] reads any source into memory as unsigned bytes, channels last: `mnist` (built in), .npy and .npz, IDX
-//! files, CIFAR-10's binary version, folders of PNG and JPEG. What a source is, is judged by its content, not its name.
-//! Which images are held out depends on their number alone, and the order of training is a pure function of (seed,
-//! step), so that a resumed run and a repeated one see the same images.
+//! files, CIFAR-10's binary version, folders of PNG and JPEG. The content of a file decides its format, not its name.
+//! Which images are held out depends only on their number, and the training order is a pure function of (seed, step),
+//! so a resumed or repeated run sees the same images.
 //!
 //! Deliberately absent: streaming from disk, augmentation beyond flips.
 
@@ -40,12 +40,12 @@ pub struct Extent {
 }
 
 impl Extent {
-    /// Numbers in an image.
+    /// Number of elements of an image.
     pub fn len(&self) -> usize {
         self.size.h * self.size.w * self.channels
     }
 
-    /// True if an image holds no number.
+    /// True if an image has no element.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -61,9 +61,9 @@ impl fmt::Display for Extent {
 #[derive(Clone)]
 pub struct Dataset {
     extent: Extent,
-    /// All images of the source; a training and a held-out set share them.
+    /// All images of the source, shared by the training and the held-out set.
     images: Arc<Vec<u8>>,
-    /// Which of `images` belong to this set.
+    /// Indices in `images` of the images of this set.
     rows: Vec<u32>,
     labels: Option<Vec<u32>>,
 }
@@ -74,12 +74,12 @@ pub struct Data {
     pub train: Dataset,
     /// Images kept out of training; may be empty.
     pub held_out: Dataset,
-    /// One sentence each about what was done to the images (cropped, converted, left out), for the user.
+    /// One sentence for the user about each thing done to the images (cropped, converted, left out).
     pub notes: Vec<String>,
 }
 
 impl Dataset {
-    /// From the bytes of whole images, `(n, h, w, c)`, and a class for each.
+    /// From the bytes of whole images, `(n, h, w, c)`, and optionally a class for each.
     pub fn new(extent: Extent, images: Vec<u8>, labels: Option<Vec<u32>>) -> Self {
         assert!(images.len().is_multiple_of(extent.len()), "{} bytes are not images of {extent}", images.len());
         let n = images.len() / extent.len();
@@ -97,7 +97,7 @@ impl Dataset {
         self.rows.is_empty()
     }
 
-    /// Extent of every image.
+    /// Size and channels of every image.
     pub fn extent(&self) -> Extent {
         self.extent
     }
@@ -107,19 +107,19 @@ impl Dataset {
         &self.images[self.rows[index] as usize * self.extent.len()..][..self.extent.len()]
     }
 
-    /// Classes of all images, where the source has them.
+    /// Classes of this set's images, if the source has them.
     pub fn labels(&self) -> Option<&[u32]> {
         self.labels.as_deref()
     }
 
-    /// All images of the source, as the forward process reads them; [`rows`](Self::rows) says which are this set's.
+    /// All images of the source, for the forward process; [`rows`](Self::rows) maps this set's images to them.
     pub fn images(&self) -> Images<'_> {
         let Extent { size: Size { h, w }, channels } = self.extent;
         Images { pixels: &self.images, shape: Shape::new(self.images.len() / self.extent.len(), h, w, channels) }
     }
 
-    /// Where in [`images`](Self::images) this set's images `indices` stand, and their classes if they are wanted and
-    /// the source has them.
+    /// Indices in [`images`](Self::images) of this set's images `indices`, and with `classes` their classes, if the
+    /// source has them.
     pub fn rows(&self, indices: &[usize], classes: bool) -> Rows {
         let labels = self.labels.as_ref().filter(|_| classes);
         Rows {
@@ -128,7 +128,7 @@ impl Dataset {
         }
     }
 
-    /// Copies the images at `rows` of [`images`](Self::images) to `to`, one behind the other.
+    /// Copies the images at `rows` of [`images`](Self::images) to `to`, one after the other.
     pub fn gather(&self, rows: &[u32], to: &mut [u8]) {
         let image = self.extent.len();
         assert_eq!(to.len(), rows.len() * image, "bytes for {} images of {}", rows.len(), self.extent);
@@ -138,24 +138,28 @@ impl Dataset {
     }
 }
 
-/// Images of a batch, in the order of the batch.
+/// References to images, in the order of the batch.
 #[derive(Clone, Debug, Default)]
 pub struct Rows {
-    /// Their places in the source's [`Images`].
+    /// Their indices in the source's [`Images`].
     pub rows: Vec<u32>,
-    /// Their classes, where the network is conditional.
+    /// Their classes, if they were asked for and the source has them.
     pub classes: Option<Vec<u32>>,
 }
 
 impl Rows {
-    /// The places as indices.
+    /// `rows` as `usize`.
     pub fn indices(&self) -> Vec<usize> {
         self.rows.iter().map(|&row| row as usize).collect()
     }
 }
 
-/// Reads `config.data`. Where the config leaves the image size or the channels open, the data's own are filled in;
-/// otherwise images of another extent are cropped, resized and converted, which [`Data::notes`] says.
+/// Reads `config.data`. If the config leaves the image size or the channels open, they are set to those of the data;
+/// otherwise images of another size are cropped and resized and other channels converted, which [`Data::notes`]
+/// reports.
+///
+/// # Errors
+/// `Error::Usage` if no data is given; `Error::File` for data that is missing, damaged or does not fit the settings.
 pub fn load(config: &mut Config) -> Result<Data> {
     let (size, channels) = (config.model.image_size, config.model.channels);
     let target = Target { size: (size != Size::DATA).then_some(size), channels: (channels > 0).then_some(channels) };
@@ -176,7 +180,7 @@ pub fn load(config: &mut Config) -> Result<Data> {
     Ok(Data { train, held_out, notes })
 }
 
-/// The extent that is asked for; `None`: as the data is.
+/// The requested size and channels; `None`: those of the data.
 #[derive(Clone, Copy)]
 struct Target {
     size: Option<Size>,
@@ -192,12 +196,12 @@ impl Target {
 /// What a source holds.
 struct Found {
     train: Part,
-    /// The source's own test set.
+    /// The test set of the source, if it has one.
     held_out: Option<Part>,
     notes: Vec<String>,
 }
 
-/// Images of one extent on their way to a [`Dataset`], with the file that errors name.
+/// Images of one size, not yet a [`Dataset`], with the file that errors name.
 struct Part {
     source: PathBuf,
     extent: Extent,
@@ -221,7 +225,7 @@ impl Part {
         self.images.len() / self.extent.len()
     }
 
-    /// Crops, resizes and converts all images, if they are not of extent `to` already, and says so.
+    /// Crops, resizes and converts all images to `to`, if they differ from it, and returns a note that says so.
     fn fit(&mut self, to: Extent) -> Result<Option<String>> {
         let from = self.extent;
         fit::check_channels(from.channels, to.channels).map_err(|e| Error::file(&self.source, e))?;
@@ -263,8 +267,8 @@ impl Part {
         Dataset::new(self.extent, self.images, self.labels)
     }
 
-    /// Training and held-out images: of `n` images the `share * n` (rounded, at least one unless the share is 0) with
-    /// the smallest hash of their index. The run's seed has no part in it, so that runs can be compared.
+    /// Training and held-out images. Held out are the `share * n` images (rounded, at least one unless the share is 0)
+    /// whose indices have the smallest hashes. Independent of the run's seed, so that runs can be compared.
     fn split(self, share: f64) -> Result<(Dataset, Dataset)> {
         let n = self.len();
         let count = if share == 0.0 { 0 } else { ((share * n as f64).round() as usize).max(1) };
@@ -292,7 +296,7 @@ impl Part {
     }
 }
 
-/// The sentence that says how images were changed; `found` are (rows, columns, channels) as they were.
+/// The note that says how images were changed; `found` holds their original (rows, columns, channels).
 fn fitted_note(n: usize, found: &BTreeSet<(usize, usize, usize)>, to: Extent) -> Option<String> {
     let any = |test: &dyn Fn(usize, usize, usize) -> bool| found.iter().any(|&(h, w, c)| test(h, w, c));
     let mut how = Vec::new();
@@ -314,7 +318,7 @@ fn fitted_note(n: usize, found: &BTreeSet<(usize, usize, usize)>, to: Extent) ->
     Some(format!("{n} images of {} are {how}: {to}", shortened(&sizes)))
 }
 
-/// A list of which only the ends are shown where it is long.
+/// The items joined; of a long list only the first and the last.
 fn shortened(items: &[String]) -> String {
     match items {
         [first, .., last] if items.len() > 12 => format!("{} kinds from {first} to {last}", items.len()),
@@ -377,7 +381,7 @@ fn read_one(path: &Path, target: Target) -> Result<Found> {
     Ok(Found { train, held_out: None, notes: Vec::new() })
 }
 
-/// Names that images and their labels go by in .npz files.
+/// Names of images and their labels in .npz files.
 const TRAIN_NAMES: [(&str, &str); 6] = [
     ("images", "labels"),
     ("arr_0", "arr_1"),
@@ -435,7 +439,7 @@ fn from_arrays(path: &Path, images: npy::Array, labels: Option<npy::Array>, chan
 }
 
 fn labels_from(array: &npy::Array, images: usize) -> std::result::Result<Vec<u32>, String> {
-    // (n) or a column (n, 1).
+    // Shape (n), or (n, 1).
     if array.shape.first() != Some(&images) || array.shape[1..].iter().any(|&d| d != 1) {
         return Err(format!("holds labels of shape {} for {images} images", npy::extent(&array.shape)));
     }
@@ -451,8 +455,8 @@ enum PixelOrder {
     First,
 }
 
-/// What an array of `shape` holds: `(n, h, w)`, or four extents of which the last or the second is a number of channels
-/// (1 to 4, or the number asked for), the last being tried first.
+/// Interprets the shape of an array: `(n, h, w)`, or four dimensions with the channels (1 to 4, or the number asked
+/// for) last or second, trying last first.
 fn extent_of(shape: &[usize], channels: Option<usize>) -> std::result::Result<(Extent, PixelOrder), String> {
     let is_channels = |c: usize| (1..=4).contains(&c) || Some(c) == channels;
     match *shape {
@@ -466,7 +470,7 @@ fn extent_of(shape: &[usize], channels: Option<usize>) -> std::result::Result<(E
     }
 }
 
-/// A file's bytes; unpacked, if they are gzip's.
+/// A file's bytes, decompressed if they are gzip data.
 fn contents(path: &Path) -> Result<Vec<u8>> {
     let bytes = std::fs::read(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
     if !bytes.starts_with(&[0x1F, 0x8B]) {
@@ -479,8 +483,8 @@ fn contents(path: &Path) -> Result<Vec<u8>> {
     Ok(unpacked)
 }
 
-/// The order in which training sees images: every epoch a new permutation, each step the next `batch` of it. A pure
-/// function of (seed, step); only the permutation last used is kept.
+/// The order in which training sees images: one endless sequence, a new permutation per epoch, of which each step takes
+/// the next batch. A pure function of (seed, position); only the permutation last used is kept.
 pub struct Order {
     seed: u64,
     images: usize,
@@ -489,19 +493,19 @@ pub struct Order {
 }
 
 impl Order {
-    /// For a data set of `images` images, at least one.
+    /// The order of a data set of `images` images, at least one.
     pub fn new(seed: u64, images: usize) -> Self {
         assert!(images > 0 && images <= u32::MAX as usize, "an order of {images} images");
         Order { seed, images, epoch: 0, permutation: permutation(seed, 0, images) }
     }
 
-    /// The images of step `step` (counted from 0). A batch may run over the end of an epoch, or of several.
+    /// Indices of the images of step `step` (from 0). A batch may cross the end of an epoch, or of several.
     pub fn indices(&mut self, step: u32, batch: usize) -> Vec<usize> {
         let first = u64::from(step) * batch as u64;
         self.range(first..first + batch as u64)
     }
 
-    /// The images at `places` of the endless sequence that steps take theirs from.
+    /// Indices of the images at positions `places` of the endless sequence.
     pub fn range(&mut self, places: Range<u64>) -> Vec<usize> {
         places.map(|place| self.at(place)).collect()
     }
@@ -515,7 +519,7 @@ impl Order {
     }
 }
 
-/// `0..n`, shuffled by the stream of `epoch`.
+/// `0..n`, shuffled with the stream of `epoch`.
 fn permutation(seed: u64, epoch: u64, n: usize) -> Vec<u32> {
     let mut order: Vec<u32> = (0..n as u32).collect();
     let stream = Stream { seed, purpose: Purpose::Shuffle, step: (epoch >> 32) as u32, stream: epoch as u32 };

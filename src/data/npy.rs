@@ -1,4 +1,4 @@
-//! Reading NumPy's .npy and .npz (plain or compressed). Arrays of other orders than C and of Python objects are
+//! Reading NumPy's .npy and .npz (plain or compressed). Arrays in Fortran order and arrays of Python objects are
 //! refused.
 
 use std::io::{Cursor, Read};
@@ -8,17 +8,17 @@ use npyz::{DType, NpyHeader, Order, TypeChar};
 
 use crate::error::{Error, Result};
 
-/// An array as it stands in a file: raw little- or big-endian elements.
+/// An array as stored in a file: raw elements, little- or big-endian.
 pub struct Array {
     name: String,
     dtype: DType,
-    /// Extent, slowest first.
+    /// Dimensions, slowest first.
     pub shape: Vec<usize>,
     body: Vec<u8>,
 }
 
 impl Array {
-    /// From the bytes of a .npy file; `name` is for messages.
+    /// From the bytes of a .npy file; `name` begins the error, a sentence.
     pub fn parse(name: &str, bytes: &[u8]) -> std::result::Result<Self, String> {
         let mut rest = bytes;
         let header = NpyHeader::from_reader(&mut rest).map_err(|e| format!("{name} is not a .npy array: {e}"))?;
@@ -54,7 +54,7 @@ impl Array {
         matches!(&self.dtype, DType::Plain(t) if t.type_char() == TypeChar::Uint && t.size_field() == 1)
     }
 
-    /// The elements of an array of unsigned bytes.
+    /// The elements of an array of unsigned bytes; an error for any other type.
     pub fn into_u8(self) -> std::result::Result<Vec<u8>, String> {
         if self.is_u8() {
             return Ok(self.body);
@@ -66,7 +66,7 @@ impl Array {
         ))
     }
 
-    /// Any integer type, as i64.
+    /// The elements of any integer type, as i64; u64 beyond its range comes out negative.
     pub fn to_i64(&self) -> std::result::Result<Vec<i64>, String> {
         let (kind, size) = self.kind();
         let elements = self.body.chunks_exact(size.max(1)).map(|b| self.little(b));
@@ -90,7 +90,7 @@ impl Array {
         Ok(numbers)
     }
 
-    /// Any integer or floating type, as f32.
+    /// The elements of any integer or floating type, rounded to f32.
     pub fn to_f32(&self) -> std::result::Result<Vec<f32>, String> {
         let (kind, size) = self.kind();
         let elements = self.body.chunks_exact(size.max(1)).map(|b| self.little(b));
@@ -112,7 +112,7 @@ impl Array {
         }
     }
 
-    /// One element's bytes, least significant first, padded with zeros to eight.
+    /// One element's bytes, least significant first, zero-padded to eight.
     fn little(&self, element: &[u8]) -> [u8; 8] {
         let mut bytes = [0; 8];
         bytes[..element.len().min(8)].copy_from_slice(&element[..element.len().min(8)]);
@@ -130,7 +130,7 @@ pub fn read(path: &Path) -> Result<Array> {
     Array::parse("the file", &bytes).map_err(|e| Error::file(path, e))
 }
 
-/// Every array of a .npz archive, in its order, by name.
+/// Every array of a .npz archive with its name, in the order of the archive.
 pub fn parse_npz(bytes: &[u8]) -> std::result::Result<Vec<(String, Array)>, String> {
     let broken = |e: &dyn std::fmt::Display| format!("is not a whole .npz archive ({e}); it is cut short or damaged");
     let mut archive = zip::ZipArchive::new(Cursor::new(bytes)).map_err(|e| broken(&e))?;

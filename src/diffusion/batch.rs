@@ -1,44 +1,44 @@
-//! What a step draws for its images: which, mirrored or not, at which timestep, with which noise.
+//! What a step draws for its images: mirrored or not, the timestep, the noise.
 //!
-//! Everything is drawn per image from the image's position in the whole step (or in the held-out split), so a step cut
-//! into micro-batches draws the same as one uncut, and a resumed run the same as one never stopped. A GPU draws for
-//! itself, in the kernel, from the same streams.
+//! Everything is drawn per image from its index in the whole step's batch (or in the held-out split). So micro-batches
+//! draw the same as the whole batch, and a resumed run the same as an uninterrupted one. On a GPU the kernels draw for
+//! themselves, from the same streams.
 
 use crate::rng::{Purpose, Streams};
 
-/// A batch, or one piece of it when gradients are accumulated over several.
+/// A batch, or one micro-batch of it when gradients are accumulated over several.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
-    /// Each image's place in the data set.
+    /// Each image's index among all images of the source.
     pub indices: Vec<usize>,
     /// Each image's class, for a conditional network.
     pub labels: Option<Vec<u32>>,
     /// Whether each is mirrored left to right.
     pub flip: Vec<bool>,
-    /// Where that comes from, if any is mirrored: image `i` of the batch has stream `i` of these; so for `timestep` and
-    /// `noise`.
+    /// The streams of `flip`; `None`: no image is mirrored. Image `i` of the batch draws from stream `i`, also in
+    /// `timestep` and `noise`.
     pub flips: Option<Streams>,
-    /// Each one's timestep, in `0..timesteps`.
+    /// Each image's timestep, in `0..timesteps`.
     pub t: Vec<u32>,
-    /// Where that comes from.
+    /// The streams of `t`.
     pub timestep: Streams,
-    /// Length of the chain.
+    /// T, the number of timesteps.
     pub timesteps: u32,
-    /// Where each one's noise eps comes from.
+    /// The streams of the noise eps.
     pub noise: Streams,
 }
 
 impl Batch {
-    /// Draws for a piece of training step `step` that starts at position `first` of the step's batch: timesteps uniform
-    /// on `0..timesteps` (DDPM, algorithm 1), mirrored with probability one half if `flip`.
+    /// Draws for a micro-batch of training step `step` (from 0) that starts at index `first` of the step's batch:
+    /// timesteps uniform on `0..timesteps` (DDPM, algorithm 1), mirrored with probability 1/2 if `flip`.
     pub fn train(seed: u64, step: u32, first: u32, indices: Vec<usize>, flip: bool, timesteps: u32) -> Self {
         let streams = |purpose| Streams { seed, purpose, step, first };
         let flips = flip.then(|| streams(Purpose::Flip));
         Batch::draw(indices, flips, streams(Purpose::Timestep), timesteps, streams(Purpose::TrainNoise))
     }
 
-    /// Draws for a piece of the held-out split that starts at position `first` of it. The same at every call, so that
-    /// the validation loss moves only because the network does. Nothing is mirrored.
+    /// Draws for a part of the held-out split that starts at its index `first`. Every call draws the same, so the
+    /// validation loss changes only because the network does. Nothing is mirrored.
     pub fn validation(seed: u64, first: u32, indices: Vec<usize>, timesteps: u32) -> Self {
         let streams = |purpose| Streams { seed, purpose, step: 0, first };
         Batch::draw(indices, None, streams(Purpose::ValidationTimestep), timesteps, streams(Purpose::Validation))
@@ -58,7 +58,7 @@ impl Batch {
         }
     }
 
-    /// The same with a class for each image.
+    /// The same batch with a class for each image.
     pub fn with_labels(self, labels: Option<Vec<u32>>) -> Self {
         assert!(labels.as_ref().is_none_or(|l| l.len() == self.len()), "one label for each of {} images", self.len());
         Batch { labels, ..self }

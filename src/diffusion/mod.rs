@@ -1,13 +1,13 @@
 //! The diffusion process: how images are noised, and how noise becomes images.
 //!
 //! Equation numbers are those of Ho, Jain and Abbeel 2020 ("DDPM"), Nichol and Dhariwal 2021 ("IDDPM") and Song, Meng
-//! and Ermon 2021 ("DDIM"). Index `t = 0` is one step of diffusion (the papers' t = 1), `x_0` the image itself, and
-//! `alpha_bar` before index 0 is 1. All tables are f64; what a step needs is rounded to f32 at the end.
+//! and Ermon 2021 ("DDIM"). Index `t = 0` is one diffusion step (the papers' t = 1); `x_0` is the image itself, and
+//! `alpha_bar` before index 0 is 1. All tables are f64; the factors of a step are rounded to f32 at the end.
 //!
 //! [`schedule`] has the noise levels, [`batch`] what a training step draws, [`sampler`] the steps of the reverse
-//! process. Numbers only: the passes over pixels are the operations q_sample, loss and sample_step, which are built on
-//! this module. The network predicts the noise eps. Not here: the variational bound, other parameterisations, learned
-//! variances, guidance.
+//! process. Coefficients only: the passes over pixels are the operations q_sample, loss and sample_step, built on this
+//! module. The network predicts the noise eps. Deliberately absent: the variational bound, other parameterisations,
+//! learned variances, guidance.
 
 pub mod batch;
 pub mod sampler;

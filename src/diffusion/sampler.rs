@@ -1,14 +1,14 @@
-//! The reverse process: from noise x_T to an image x_0, ancestral (DDPM, algorithm 2) or by DDIM, over all timesteps or
-//! a few of them.
+//! The reverse process from noise x_T to an image x_0: ancestral (DDPM, algorithm 2) or DDIM, over all timesteps or a
+//! subset.
 //!
-//! Every step of both is the same arithmetic with other numbers ([`Step`]): predict x_0 from x_t and the network's
-//! output, clip it to [-1, 1], then `x_{t-1} = c_x0 x_0 + c_xt x_t + sigma z`. DDIM's eps is derived again from the
-//! clipped x_0, which is what makes the two agree. So one operation, `ops::sample_step`, is all a device needs; the
-//! loop over the steps is `sample`'s. Here are numbers only, in f64.
+//! A step of either is the same arithmetic with different factors ([`Step`]): predict x_0 from x_t and the network's
+//! output, clip it to [-1, 1], then `x_{t-1} = c_x0 x_0 + c_xt x_t + sigma z`. This form fits DDIM because its eps is
+//! derived again from the clipped x_0. So a device needs one operation, `ops::sample_step`; the loop over the steps is
+//! in `sample`. This module only computes factors, in f64.
 //!
-//! A sample depends on the seed and its own index alone: x_T and each z are streams of (seed, index, timestep).
+//! The noise of a sample depends only on the seed and its index: x_T and each z are streams of (seed, index, timestep).
 //!
-//! Deliberately absent: samplers with a memory of earlier steps, guidance; both come in where x_0 is predicted.
+//! Deliberately absent: multistep samplers and guidance; both would change the prediction of x_0.
 
 use super::schedule::{Schedule, Variance};
 use crate::error::Result;
@@ -21,38 +21,42 @@ use crate::usage;
 pub enum Method {
     /// From p(x_{t-1} | x_t) = N(posterior mean, variance) (DDPM, algorithm 2; strided: IDDPM, section 4).
     Ancestral(Variance),
-    /// DDIM (equation 12): `eta = 0` adds no noise, `eta = 1` as much as ancestral sampling with the small variance.
+    /// DDIM (equation 12): `eta = 0` adds no noise, `eta = 1` as much as ancestral sampling with
+    /// [`Variance::FixedSmall`].
     Ddim {
-        /// Share of the ancestral noise, in [0, 1].
+        /// Fraction of the ancestral noise, in [0, 1].
         eta: f64,
     },
 }
 
 /// Which timesteps are kept when there are fewer steps than timesteps.
 ///
-/// [`Spacing::Even`] is the default because it is right at both ends. It starts at T - 1, the noise level x_T is drawn
-/// at; `Stride` and `Leading` start about T/N lower, where a little of an image's brightness should already show. It
-/// ends at t = 0; `Trailing` leaps to the image from t = T/N - 1 and loses detail finer than the noise there. With the
-/// exact denoiser of Gaussian data of deviation 0.05 and DDIM over the linear schedule, 10, 25 and 100 steps keep 32,
-/// 48 and 79 per cent of the detail, with `Trailing` 15, 33 and 71; the mean of images of brightness 0.5 is off by
-/// 0.0001 after four steps, with `Leading` by 0.0014.
+/// [`Spacing::Even`] is the default because it is right at both ends. It starts at T - 1, the noise level of x_T;
+/// `Stride` and `Leading` start about T/N lower, where a little of an image's brightness should already show. It ends
+/// at t = 0; `Trailing` jumps to the image from t = T/N - 1 and loses detail finer than the noise there. Measured with
+/// DDIM over the linear schedule and the exact denoiser of Gaussian data: for standard deviation 0.05, 10, 25 and 100
+/// steps keep 32, 48 and 79 per cent of it, and 15, 33 and 71 with `Trailing`; for mean 0.5, the mean is off by 0.0001
+/// after four steps, and by 0.0014 with `Leading`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Spacing {
     /// From 0 to T - 1 in equal steps, rounded half to even; OpenAI's respacing `N`. A single step is T - 1.
     #[default]
     Even,
-    /// Every k-th timestep from 0, k the smallest that leaves N; OpenAI's `ddimN`. Some N have no such k.
+    /// Every k-th timestep from 0, with the smallest k that keeps N; OpenAI's `ddimN`. Some N have no such k.
     Stride,
     /// Multiples of floor(T/N) from 0; diffusers' `leading`.
     Leading,
-    /// T - 1 and down in steps of T/N, rounded half to even; diffusers' `trailing`.
+    /// From T - 1 down in steps of T/N, rounded half to even; diffusers' `trailing`.
     Trailing,
 }
 
 names!(Spacing { Even = "even", Stride = "stride", Leading = "leading", Trailing = "trailing" });
 
 impl Spacing {
-    /// The kept ones of `timesteps` timesteps, `steps` of them, ascending.
+    /// The `steps` kept out of `0..timesteps`, ascending.
+    ///
+    /// # Errors
+    /// `Error::Usage` unless `steps` is from 1 to `timesteps`, or if [`Spacing::Stride`] has no such stride.
     pub fn timesteps(self, timesteps: usize, steps: usize) -> Result<Vec<u32>> {
         if steps == 0 || steps > timesteps {
             usage!("the number of sampling steps is {steps}: must be from 1 to the model's {timesteps} timesteps");
@@ -87,7 +91,7 @@ impl Spacing {
 /// `x_0 = clip(x0_xt x_t + x0_output output)`, `x_{t-1} = c_x0 x_0 + c_xt x_t + sigma z`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Step {
-    /// The timestep for the network, of the full chain.
+    /// The timestep given to the network, an index of the full chain.
     pub t: u32,
     /// Factor of x_t in the prediction of x_0.
     pub x0_xt: f64,
@@ -99,7 +103,7 @@ pub struct Step {
     pub c_x0: f64,
     /// Factor of x_t in x_{t-1}.
     pub c_xt: f64,
-    /// Standard deviation of the noise added; 0 at the last step.
+    /// Standard deviation of the noise z; 0 at the last step.
     pub sigma: f64,
 }
 
@@ -110,8 +114,11 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// `steps` steps of `method` over the timesteps that `spacing` keeps, x_0 clipped. `steps = schedule.len()` with
-    /// even spacing is the full chain.
+    /// `steps` steps of `method` over the timesteps that `spacing` keeps, with x_0 clipped. `steps = schedule.len()` is
+    /// the full chain.
+    ///
+    /// # Errors
+    /// `Error::Usage` for an `eta` outside [0, 1], and those of [`Spacing::timesteps`].
     pub fn new(schedule: &Schedule, method: Method, spacing: Spacing, steps: usize) -> Result<Self> {
         if let Method::Ddim { eta } = method
             && !(0.0..=1.0).contains(&eta)
@@ -138,7 +145,7 @@ impl Sampler {
     }
 }
 
-/// Factors of x_0 and x_t in the mean of p(x_{t-1} | x_t) and its standard deviation (DDPM, equations 7 and 11).
+/// Factors of x_0 and x_t in the mean of p(x_{t-1} | x_t), and its standard deviation (DDPM, equations 7 and 11).
 fn ancestral(chain: &Schedule, variance: Variance, i: usize) -> (f64, f64, f64) {
     let (c_x0, c_xt) = chain.posterior_mean_coefficients(i);
     let sigma = if i == 0 { 0.0 } else { (0.5 * chain.log_variance(variance, i)).exp() };
@@ -150,12 +157,12 @@ fn ancestral(chain: &Schedule, variance: Variance, i: usize) -> (f64, f64, f64) 
 fn ddim(chain: &Schedule, eta: f64, i: usize) -> (f64, f64, f64) {
     let (a, before) = (chain.alpha_bar(i), chain.alpha_bar_before(i));
     let sigma = eta * ((1.0 - before) / (1.0 - a)).sqrt() * (1.0 - a / before).sqrt();
-    // For eta = 1 and a long stride the difference may be a rounding below zero.
+    // For eta = 1 and a long stride, rounding may take the difference below zero.
     let c_xt = ((1.0 - before - sigma * sigma).max(0.0) / (1.0 - a)).sqrt();
     (before.sqrt() - c_xt * a.sqrt(), c_xt, sigma)
 }
 
-/// Which samples are drawn: those with the indices `first..`, of one seed.
+/// Which samples a batch draws: those of one seed with the indices `first..`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Samples {
     /// The seed.

@@ -12,20 +12,19 @@ use crate::usage;
 /// A schedule by name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// beta_t equally spaced (DDPM, section 4).
+    /// beta_t evenly spaced (DDPM, section 4).
     Linear,
     /// alpha_bar_t = f(t)/f(0), f(t) = cos^2((t/T + 0.008)/1.008 pi/2), beta_t at most 0.999 (IDDPM, equation 17).
     Cosine,
-    /// sqrt(beta_t) equally spaced; diffusers calls it `scaled_linear`.
+    /// sqrt(beta_t) evenly spaced; `scaled_linear` in diffusers.
     Quadratic,
-    /// Every beta_t the same, the end value.
+    /// Every beta_t equal to the end value.
     Constant,
-    /// beta_t on a sigmoid from -6 to 6 between the end values; the form of GeoDiff (Xu et al. 2022) that diffusers
-    /// has.
+    /// beta_t on a sigmoid over [-6, 6], scaled to the end values (GeoDiff, Xu et al. 2022), as in diffusers.
     Sigmoid,
 }
 
-// Those of diffusers are read too.
+// Also accepts the names of diffusers.
 names!(Kind {
     Linear = "linear",
     Cosine = "cosine" | "squaredcos_cap_v2",
@@ -35,8 +34,8 @@ names!(Kind {
 });
 
 impl Kind {
-    /// What `beta_schedule` in diffusers' `scheduler_config.json` calls it; `None` for the constant schedule, which
-    /// there is written as `trained_betas`.
+    /// Its name in `beta_schedule` of diffusers' `scheduler_config.json`; `None` for the constant schedule, which is
+    /// written there as `trained_betas`.
     pub const fn diffusers_name(self) -> Option<&'static str> {
         match self {
             Kind::Linear => Some("linear"),
@@ -47,25 +46,25 @@ impl Kind {
         }
     }
 
-    /// First and last beta for a chain of `timesteps`: 1e-4 and 0.02 at the paper's 1000 steps, and in inverse
-    /// proportion to the number of steps otherwise, so that the chain always ends at about the same noise level (as
-    /// IDDPM's code does).
+    /// First and last beta for a chain of `timesteps`: 1e-4 and 0.02 at the paper's 1000 steps, otherwise inversely
+    /// proportional to the number of steps, so that every chain ends at about the same noise level (as in IDDPM's
+    /// code).
     pub fn default_betas(timesteps: usize) -> (f64, f64) {
         let scale = 1000.0 / timesteps as f64;
         (1e-4 * scale, 0.02 * scale)
     }
 }
 
-/// The variance of p(x_{t-1} | x_t), both ends of what is optimal (DDPM, section 3.2).
+/// The variance of p(x_{t-1} | x_t): the two extreme choices of DDPM, section 3.2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Variance {
-    /// beta_tilde_t, the posterior variance: right for a data set of one point.
+    /// beta_tilde_t, the posterior variance: optimal for a data set of one point.
     FixedSmall,
-    /// beta_t: right for data that are N(0, 1).
+    /// beta_t: optimal for data that are N(0, 1).
     FixedLarge,
 }
 
-// As diffusers' `variance_type` has them.
+// The names of diffusers' `variance_type`.
 names!(Variance { FixedSmall = "fixed_small", FixedLarge = "fixed_large" });
 
 /// beta_t and alpha_bar_t for `t` in `0..len`.
@@ -80,18 +79,24 @@ const MOST_TIMESTEPS: usize = 1_000_000;
 
 impl Schedule {
     /// A named schedule with [`Kind::default_betas`].
+    ///
+    /// # Errors
+    /// `Error::Usage` for fewer than 2 timesteps (21 for all but the cosine schedule) or more than a million.
     pub fn new(kind: Kind, timesteps: usize) -> Result<Self> {
         check_timesteps(timesteps)?;
         let (start, end) = Kind::default_betas(timesteps);
-        // The cosine schedule has no end values, so it alone can be shorter than 21 steps.
+        // Only the cosine schedule, which has no end values, can be shorter than 21 steps.
         if kind != Kind::Cosine && end >= 1.0 {
             usage!("timesteps is {timesteps}: the {kind} schedule needs at least 21");
         }
         Schedule::with_betas(kind, timesteps, start, end)
     }
 
-    /// A named schedule between two values of beta, each in (0, 1); the cosine schedule does not look at them, the
-    /// constant one only at `end`.
+    /// A named schedule from beta `start` to beta `end`, each in (0, 1). The cosine schedule ignores both; the constant
+    /// one uses `end` only.
+    ///
+    /// # Errors
+    /// `Error::Usage` for a beta or a number of timesteps out of range.
     pub fn with_betas(kind: Kind, timesteps: usize, start: f64, end: f64) -> Result<Self> {
         check_timesteps(timesteps)?;
         if kind != Kind::Cosine {
@@ -113,7 +118,10 @@ impl Schedule {
         Schedule::from_betas((0..timesteps).map(beta).collect())
     }
 
-    /// Any betas, each in (0, 1).
+    /// A schedule with the given betas, each in (0, 1).
+    ///
+    /// # Errors
+    /// `Error::Usage` for a beta or a number of betas out of range, or if the last alpha_bar underflows.
     pub fn from_betas(betas: Vec<f64>) -> Result<Self> {
         check_timesteps(betas.len())?;
         for (t, &beta) in betas.iter().enumerate() {
@@ -130,8 +138,8 @@ impl Schedule {
         Ok(Schedule { betas, alpha_bar })
     }
 
-    /// The chain that keeps only the given timesteps (ascending): its alpha_bar are those of the kept ones, its betas
-    /// follow (IDDPM, equation 19).
+    /// The chain that keeps only the given timesteps (ascending). It keeps their alpha_bar, from which its betas follow
+    /// (IDDPM, equation 19).
     pub fn keep(&self, timesteps: &[u32]) -> Self {
         assert!(!timesteps.is_empty(), "a chain keeps at least one timestep");
         assert!(timesteps.is_sorted_by(|a, b| a < b), "kept timesteps ascend: {timesteps:?}");
@@ -144,7 +152,7 @@ impl Schedule {
         Schedule { betas, alpha_bar }
     }
 
-    /// Number of timesteps T.
+    /// T, the number of timesteps.
     #[allow(clippy::len_without_is_empty)] // there is always one
     pub fn len(&self) -> usize {
         self.betas.len()
@@ -155,7 +163,7 @@ impl Schedule {
         &self.betas
     }
 
-    /// alpha_bar_t, the product of `1 - beta` up to and including `t`.
+    /// alpha_bar_t, the product of `1 - beta_s` over s <= t.
     pub fn alpha_bar(&self, t: usize) -> f64 {
         self.alpha_bar[t]
     }
@@ -182,9 +190,9 @@ impl Schedule {
         self.betas[t] * (1.0 - self.alpha_bar_before(t)) / (1.0 - self.alpha_bar[t])
     }
 
-    /// Logarithm of the variance of p(x_{t-1} | x_t). Both choices have `ln beta_tilde_1` at `t = 0`, where beta_tilde
-    /// is 0: no noise is added there, but the likelihood of the data under it is finite and better than with beta_0. A
-    /// chain of one step has no entry 1 and keeps `ln beta_0`.
+    /// Natural logarithm of the variance of p(x_{t-1} | x_t). At `t = 0`, where beta_tilde is 0, both choices have
+    /// `ln beta_tilde_1`: sampling adds no noise there, but the likelihood of the data is finite and better than with
+    /// beta_0. A chain of one step has no entry 1 and uses `ln beta_0`.
     pub fn log_variance(&self, variance: Variance, t: usize) -> f64 {
         let single = self.len() == 1;
         let value = match variance {

@@ -1,4 +1,4 @@
-//! Files and folders that appear whole or not at all: written beside, synced, renamed.
+//! Files and folders that appear complete or not at all: written beside the final name, synced, renamed.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Write};
@@ -6,15 +6,18 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 
-/// Ending of the names that files and folders have until they are whole. The names start with a dot.
+/// Suffix of the temporary names, which start with a dot.
 pub const UNFINISHED: &str = ".unfinished";
 
 /// Writes a file.
+///
+/// # Errors
+/// `Error::File` if it cannot be written.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     write_with(path, |file| file.write_all(bytes))
 }
 
-/// Writes a file piece by piece.
+/// Writes a file through a buffered writer.
 pub fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&mut File>) -> io::Result<()>) -> Result<()> {
     let write = || -> io::Result<()> {
         let mut temporary = file_builder().tempfile_in(parent(path))?;
@@ -29,20 +32,26 @@ pub fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&mut File>) -> i
     write().map_err(|e| Error::file(path, format!("cannot be written: {e}")))
 }
 
-/// Makes the folder `path`, which must not exist or be empty: `fill` writes into a temporary one beside it, and
-/// everything in that is synced before it gets its name. If `fill` fails nothing is left.
+/// Makes the folder `path`, which must be empty if it exists: `fill` writes into a temporary folder beside it, whose
+/// contents are synced before it is renamed. If `fill` fails, nothing remains.
+///
+/// # Errors
+/// Those of `fill`, and `Error::File` if the folder cannot be written.
 pub fn write_folder_atomically(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let failed = |e: io::Error| Error::file(path, format!("cannot be written: {e}"));
     let temporary = unfinished().tempdir_in(parent(path)).map_err(failed)?;
     fill(temporary.path())?;
     sync_tree(temporary.path()).map_err(failed)?;
     fs::rename(temporary.path(), path).map_err(failed)?;
-    // It has another name now; there is nothing to clean up.
+    // It has been renamed; there is nothing to clean up.
     let _ = temporary.keep();
     sync_folder(parent(path)).map_err(failed)
 }
 
-/// Deletes what a program that was killed while it wrote into `folder` has left there.
+/// Deletes unfinished files and folders that a killed program left in `folder`.
+///
+/// # Errors
+/// `Error::File` if they cannot be listed or deleted.
 pub fn remove_unfinished(folder: &Path) -> Result<()> {
     let failed = |e: io::Error| Error::file(folder, format!("cannot be cleaned of unfinished files: {e}"));
     for entry in fs::read_dir(folder).map_err(failed)? {
@@ -56,7 +65,7 @@ pub fn remove_unfinished(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The folder that `path` stands in.
+/// The folder that holds `path`.
 pub fn parent(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -70,7 +79,7 @@ fn unfinished() -> tempfile::Builder<'static, 'static> {
     builder
 }
 
-/// Files as anyone else would make them, where a temporary file would be for its owner's eyes alone.
+/// Files with the usual permissions; a temporary file would be readable by its owner only.
 #[cfg(unix)]
 fn file_builder() -> tempfile::Builder<'static, 'static> {
     use std::os::unix::fs::PermissionsExt;
@@ -87,13 +96,13 @@ fn file_builder() -> tempfile::Builder<'static, 'static> {
 fn sync_tree(folder: &Path) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
-        // To be written, since Windows syncs nothing else.
+        // Opened for writing, since Windows cannot sync other handles.
         if path.is_dir() { sync_tree(&path)? } else { File::options().write(true).open(&path)?.sync_all()? }
     }
     sync_folder(folder)
 }
 
-/// Makes names in a folder survive a power cut. Only Unix can open a folder for it.
+/// Makes the names in a folder survive a power cut. Only Unix can open a folder to sync it.
 pub fn sync_folder(folder: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
 }

@@ -1,7 +1,7 @@
-//! What the program leaves on disk: PNG grids and folders, animated GIFs, .npz for OpenAI's evaluator, .npy.
+//! Output files: PNG grids and folders, animated GIFs, .npz for OpenAI's evaluator, .npy.
 //!
-//! Images arrive as bytes, `(n, h, w, c)`; [`to_bytes`] makes them from samples in [-1, 1]. Everything is written
-//! beside its final name, synced and renamed, so under that name there is either the old file or the whole new one.
+//! Images are bytes, `(n, h, w, c)`; [`to_bytes`] makes them from samples in [-1, 1]. Everything is written beside its
+//! final name, synced and renamed, so that name always holds the old file or the complete new one.
 
 mod atomic;
 mod npz;
@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::tensor::Shape;
 use crate::usage;
 
-/// Pixels between the images of a grid.
+/// Pixels between and around the images of a grid.
 const GAP: usize = 2;
 /// Their colour.
 const GAP_VALUE: u8 = 255;
@@ -26,7 +26,7 @@ const GAP_VALUE: u8 = 255;
 const FRAME_CS: u16 = 5;
 /// How long it shows the last one.
 const LAST_FRAME_CS: u16 = 200;
-/// NeuQuant's effort, 1 (most) to 30, where a frame has more than 256 colours; fewer are kept exactly.
+/// Speed of NeuQuant, from 1 (most effort) to 30, for frames of more than 256 colours; up to 256 are kept exactly.
 const GIF_SPEED: i32 = 10;
 
 /// What `--out` asks for.
@@ -36,15 +36,18 @@ pub enum Target {
     Png,
     /// `FILE.npz`: `arr_0`.
     Npz,
-    /// `FILE.gif`: the reverse process.
+    /// `FILE.gif`: an animation of the reverse process.
     Gif,
-    /// `DIR/`: a PNG each.
+    /// `DIR/`: a PNG per image.
     Folder,
 }
 
 impl Target {
-    /// By the ending; a path without one is a folder. Refused are other endings and, before hours are spent on images,
-    /// places that nothing can be written to.
+    /// From the file extension; a path without one is a folder.
+    ///
+    /// # Errors
+    /// `Error::Usage` for another extension; `Error::File` if nothing can be written there, which is checked now,
+    /// before hours are spent on images.
     pub fn parse(out: &Path) -> Result<Self> {
         let ending = out.extension().unwrap_or_default().to_ascii_lowercase();
         let target = match ending.to_str() {
@@ -66,7 +69,10 @@ impl Target {
         Ok(target)
     }
 
-    /// Refuses what cannot be written in this format: images of `shape` that are no pictures, a GIF that is too large.
+    /// Refuses images of `shape` that this format cannot hold: other than 1 or 3 channels, or a grid that is too large.
+    ///
+    /// # Errors
+    /// `Error::File` for such images.
     pub fn check(self, out: &Path, shape: Shape) -> Result<()> {
         if self == Target::Npz {
             return Ok(());
@@ -84,21 +90,26 @@ impl Target {
     }
 }
 
-/// Bytes of numbers in [-1, 1]: `(x + 1) * 127.5`, rounded to the nearest and clamped to 0..=255. Rounded, so that a
-/// byte that became `byte / 127.5 - 1` comes back as itself; OpenAI's code truncates, which darkens by half a step on
-/// average.
+/// Numbers in [-1, 1] as bytes: `(x + 1) * 127.5`, rounded to the nearest and clamped to 0..=255. Rounding makes
+/// `byte / 127.5 - 1` come back as the same byte; OpenAI's code truncates, which darkens by half a level on average.
 pub fn to_bytes(x: &[f32]) -> Vec<u8> {
     x.iter().map(|&x| ((x + 1.0) * 127.5).round().clamp(0.0, 255.0) as u8).collect()
 }
 
-/// One PNG of all images in a grid that is about as wide as high.
+/// Writes one PNG with all images in a roughly square grid.
+///
+/// # Errors
+/// `Error::File` for other than 1 or 3 channels, or if the file cannot be written.
 pub fn write_grid(path: &Path, shape: Shape, images: &[u8]) -> Result<()> {
     check(path, shape, images.len())?;
     let (h, w) = grid_pixels(shape);
     write_atomically(path, &png(path, h, w, shape.c, &grid(shape, images))?)
 }
 
-/// A new folder of PNGs, `00000.png` and so on.
+/// Writes a new folder of PNGs, `00000.png` and so on.
+///
+/// # Errors
+/// `Error::File` for other than 1 or 3 channels, for a folder that is not empty, or if it cannot be written.
 pub fn write_folder(path: &Path, shape: Shape, images: &[u8]) -> Result<()> {
     check(path, shape, images.len())?;
     if path.exists() {
@@ -114,8 +125,12 @@ pub fn write_folder(path: &Path, shape: Shape, images: &[u8]) -> Result<()> {
     })
 }
 
-/// An endless animation; each frame holds all images, and is shown as a grid. Grey ones share one table of 256 greys;
-/// frames with tables of their own and none in common are valid, but Pillow shows grey ones black.
+/// Writes an endlessly looping animation; each frame holds all images and is shown as a grid. Grey frames share a
+/// global table of 256 greys: with local tables only, the file is valid, but Pillow shows grey frames as black.
+///
+/// # Errors
+/// `Error::File` for other than 1 or 3 channels, for a grid above 65,535 pixels a side, or if the file cannot be
+/// written.
 pub fn write_gif(path: &Path, shape: Shape, frames: &[Vec<u8>]) -> Result<()> {
     let failed = |e: &dyn std::fmt::Display| Error::file(path, format!("cannot be written as GIF: {e}"));
     let greys: Vec<u8> = if shape.c == 1 { (0..=255).flat_map(|v| [v; 3]).collect() } else { Vec::new() };
@@ -139,7 +154,7 @@ pub fn write_gif(path: &Path, shape: Shape, frames: &[Vec<u8>]) -> Result<()> {
     write_atomically(path, &bytes)
 }
 
-/// Images side by side with gaps around each.
+/// The pixels of a grid of images with gaps around each.
 fn grid(shape: Shape, images: &[u8]) -> Vec<u8> {
     let Shape { h, w, c, .. } = shape;
     let (_, columns) = grid_extent(shape);
@@ -154,7 +169,7 @@ fn grid(shape: Shape, images: &[u8]) -> Vec<u8> {
     pixels
 }
 
-/// Rows and columns of images: as many columns as make the grid about square in pixels.
+/// Rows and columns of images, so that the grid is about square in pixels.
 fn grid_extent(shape: Shape) -> (usize, usize) {
     let Shape { n, h, w, .. } = shape;
     let columns = (((n * h) as f64 / w as f64).sqrt().ceil() as usize).clamp(1, n);
@@ -189,7 +204,7 @@ fn check_channels(path: &Path, channels: usize) -> Result<()> {
     Ok(())
 }
 
-/// A folder with something in it might mix old images with new ones.
+/// Refuses a folder that is not empty: old images would mix with new ones.
 fn refuse_full_folder(path: &Path) -> Result<()> {
     let mut entries =
         std::fs::read_dir(path).map_err(|e| Error::file(path, format!("is no folder to write to: {e}")))?;

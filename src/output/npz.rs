@@ -11,14 +11,20 @@ use super::atomic;
 use crate::error::Result;
 use crate::tensor::Shape;
 
-/// `.npy` of f32 in C order.
+/// Writes a `.npy` file of f32 in C order.
+///
+/// # Errors
+/// `Error::File` if it cannot be written.
 pub fn write_npy(path: &Path, shape: &[usize], data: &[f32]) -> Result<()> {
     assert_eq!(shape.iter().product::<usize>(), data.len(), "an array of shape {shape:?}");
     atomic::write_with(path, |file| write_array(file, shape, data.iter().copied()))
 }
 
-/// `.npz` as OpenAI's evaluator reads it: `arr_0`, bytes of shape `(n, h, w, c)`, and with labels `arr_1`, i64 of shape
-/// `(n)`. Not compressed, like `numpy.savez`.
+/// Writes a `.npz` file as OpenAI's evaluator reads it: `arr_0`, bytes of shape `(n, h, w, c)`, and with labels
+/// `arr_1`, i64 of shape `(n)`. Uncompressed, like `numpy.savez`.
+///
+/// # Errors
+/// `Error::File` if it cannot be written.
 pub fn write_npz(path: &Path, shape: Shape, images: &[u8], labels: Option<&[u32]>) -> Result<()> {
     assert_eq!(shape.len(), images.len(), "bytes for images of {shape}");
     atomic::write_with(path, |file| {
@@ -36,7 +42,7 @@ pub fn write_npz(path: &Path, shape: Shape, images: &[u8], labels: Option<&[u32]
 }
 
 fn start(archive: &mut zip::ZipWriter<impl Write + Seek>, name: &str, bytes: usize) -> io::Result<()> {
-    // Beyond 4 GiB the archive needs the longer kind of entry; the header of the array is far below a KiB.
+    // Entries beyond 4 GiB need ZIP64; the header of the array is far below a KiB.
     let large = bytes as u64 + 1024 > u64::from(u32::MAX);
     let options = SimpleFileOptions::default().compression_method(CompressionMethod::Stored).large_file(large);
     Ok(archive.start_file(name, options)?)

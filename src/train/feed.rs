@@ -1,9 +1,8 @@
-//! The way of a data set's images to where steps are computed.
+//! Brings the images of a data set to the device.
 //!
-//! On the CPU there is none: a step reads the data set. A GPU holds the whole data set where it fits, and the numbers
-//! of the images of many steps ahead, copied in one go, so that a step copies nothing. Where the data set does not fit,
-//! each batch's bytes go up through page-locked memory, two batches in turn, so that the host fills one while the other
-//! is copied.
+//! On the CPU there is nothing to do: a step reads the data set. If the whole data set fits on a GPU, it stays there,
+//! and image indices for many steps ahead are uploaded at once, so most steps upload none. Otherwise each micro-batch
+//! is uploaded through two page-locked buffers in turn, so that the host fills one while the other is copied.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,7 +14,7 @@ use crate::error::Result;
 use crate::images::{Images, Source};
 use crate::tensor::Shape;
 
-/// Image numbers that go up at a time: some hundreds of steps of small images, 256 KiB.
+/// Image indices uploaded at a time, 256 KiB: some hundreds of steps of small images.
 const WINDOW: u64 = 1 << 16;
 
 /// All bytes of a data set on a GPU.
@@ -37,27 +36,28 @@ impl Resident {
     }
 }
 
-/// Hands out batches of one sequence of images: the training images in the order of the steps, or the held-out ones.
+/// Hands out batches from one sequence of images: the training images in the order of the steps, or the held-out
+/// images.
 pub enum Feed {
     /// Steps read the data set itself.
     Host,
     /// The data set is on the GPU.
     Resident(ResidentFeed),
-    /// Batches go up one by one.
+    /// Batches are uploaded one by one.
     Staged(StagedFeed),
 }
 
-/// The numbers of the next images of a resident data set.
+/// The indices of the next images of a resident data set.
 pub struct ResidentFeed {
     gpu: Gpu,
     resident: Resident,
     rows: Option<Buffer>,
     classes: Option<Buffer>,
-    /// Places of the sequence that `rows` holds.
+    /// Positions of the sequence that `rows` covers.
     window: Range<u64>,
 }
 
-/// The last batches of a data set that stays on the host.
+/// The buffers for batches of a data set that stays on the host.
 pub struct StagedFeed {
     staging: Staging,
     pixels: Option<Buffer>,
@@ -66,7 +66,7 @@ pub struct StagedFeed {
 }
 
 impl Feed {
-    /// For a device; `resident` is the data set on it, where it fits.
+    /// A feed for a device; `resident` is the data set on it, if it fits.
     pub fn new(device: &Device, resident: Option<&Resident>) -> Self {
         match (device, resident) {
             (Device::Cpu(_) | Device::Meta(_), _) => Feed::Host,
@@ -83,8 +83,8 @@ impl Feed {
         }
     }
 
-    /// Where a kernel finds the images of `data` at `places` of the sequence. `rows_of` says what stands at a range of
-    /// places, as far as the sequence goes.
+    /// The images of `data` at positions `places` of the sequence. `rows_of` returns the images at a range of
+    /// positions, cut off at the end of the sequence.
     ///
     /// # Errors
     /// A GPU that fails.
@@ -100,7 +100,7 @@ impl Feed {
                 if places.start < feed.window.start || places.end > feed.window.end {
                     let ahead = places.start..places.start + WINDOW.max(places.end - places.start);
                     let Rows { rows, classes } = rows_of(ahead);
-                    // The kernels trust them.
+                    // The kernels do not check them.
                     let beyond = rows.iter().find(|&&row| row as usize >= feed.resident.shape.n);
                     assert!(beyond.is_none(), "image {beyond:?} of {}", feed.resident.shape.n);
                     feed.window = places.start..places.start + rows.len() as u64;
@@ -142,7 +142,7 @@ impl Feed {
     }
 }
 
-/// `data` on the GPU, in `old` if that has its size.
+/// Uploads `data`, into `old` if it has the right size.
 fn up(gpu: &Gpu, old: Option<Buffer>, data: &[u32]) -> Result<Buffer> {
     let mut buffer = match old.filter(|old| old.bytes() == 4 * data.len()) {
         Some(old) => old,

@@ -1,4 +1,4 @@
-//! What a run writes down: a line of metrics.jsonl every few steps.
+//! The log of a run: a line of metrics.jsonl every few steps.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -12,10 +12,10 @@ use crate::error::{Error, Result};
 use crate::meter::Quarters;
 use crate::output;
 
-/// What has come together since the last line of the log.
+/// Measurements accumulated since the last line of the log.
 #[derive(Default)]
 pub(super) struct Report {
-    /// The last of the steps.
+    /// The last step.
     last: Option<StepReport>,
     steps: u32,
     loss: f64,
@@ -59,17 +59,18 @@ impl Report {
     }
 }
 
-/// metrics.jsonl: one object a line.
+/// metrics.jsonl: one object per line.
 pub(super) struct Log {
     path: PathBuf,
     file: File,
-    /// Seconds of the run before this process, and when this process began.
+    /// Seconds that the run took before this process, and when this process began.
     before: f64,
     started: Instant,
 }
 
 impl Log {
-    /// Opens the log of a run that continues after step `done`: later lines, and a last one that a crash cut short, go.
+    /// Opens the log of a run that continues after step `done`. Drops lines of later steps and a last line that a crash
+    /// cut short.
     pub fn open(run: &Path, done: u32) -> Result<Self> {
         let path = run.join("metrics.jsonl");
         let text = match fs::read_to_string(&path) {

@@ -1,13 +1,13 @@
 //! Training: the loop, top to bottom.
 //!
 //! A step (algorithm 1 of the paper, for a batch) is [`Trainer::step`]: draw images, timesteps and noise; form x_t;
-//! predict the noise; take the loss and its gradient; walk the tape back; clip; update weights, moments and moving
-//! average. What a step draws is a pure function of seed and step, so the state of a run is its step number and four
-//! flat buffers: weights, moving average, two moments. That is what a checkpoint holds and why a resumed run continues
-//! with the same bits.
+//! predict the noise; compute the loss and its gradient; run the tape backwards; clip; update weights, moments and
+//! moving average. What a step draws is a pure function of seed and step, so the state of a run is its step number and
+//! four flat buffers: the weights, their moving average and two moments. A checkpoint holds exactly these, so a resumed
+//! run continues with the same bits.
 //!
-//! [`Run`] is a [`Trainer`] in a folder: it logs, validates, draws samples and saves. Whoever has a loop of their own
-//! takes the [`Trainer`] alone.
+//! [`Run`] is a [`Trainer`] with a folder: it logs, validates, draws samples and saves checkpoints. To write your own
+//! loop, use the [`Trainer`] alone.
 
 mod feed;
 mod log;
@@ -36,17 +36,17 @@ use crate::unet::UNet;
 use log::{Log, Report};
 use run_folder::RunFolder;
 
-/// Who follows a run. `()` follows in silence.
+/// Receives the progress of a run. `()` ignores it.
 pub trait Watch {
-    /// A sentence for people, without a line's end.
+    /// A sentence for the user, without a newline.
     fn say(&mut self, line: &str);
-    /// Step `done` of `steps` is done, others follow.
+    /// Training begins, with `done` of `steps` steps already done.
     fn begin(&mut self, _done: u32, _steps: u32) {}
-    /// What the steps since the last line of the log measured, in words.
+    /// A summary of the steps since the last log line.
     fn measured(&mut self, _text: String) {}
-    /// One more step is done; on a GPU, launched.
+    /// One more step is done (on a GPU: launched).
     fn step(&mut self) {}
-    /// All steps are done, or no more follow.
+    /// The last step of this call is done.
     fn end(&mut self) {}
 }
 
@@ -56,33 +56,33 @@ impl Watch for () {
 
 /// How a run starts.
 pub enum Start<'a> {
-    /// With initial weights, in the folder `out`; without one in the first free of runs/PRESET, runs/PRESET-2, ...
+    /// From initial weights, in the folder `out`; without it, in the first free one of runs/PRESET, runs/PRESET-2, ...
     New {
         /// Its settings.
         config: &'a Config,
-        /// Its folder, which must not hold a run.
+        /// Its folder, which must not hold a run yet.
         out: Option<&'a Path>,
     },
-    /// From the newest checkpoint of a run.
+    /// From the newest checkpoint of a run, or step 0 if it has none yet.
     Resume {
         /// The run's folder.
         run: &'a Path,
-        /// Steps in all, where it is to be extended.
+        /// The new total number of steps, to extend the run.
         steps: Option<u32>,
     },
 }
 
-/// A trainer and the folder that it logs and saves to, which no other process trains in meanwhile.
+/// A trainer and the folder it logs and saves to. The folder is locked against other processes.
 pub struct Run {
     trainer: Trainer,
     folder: RunFolder,
 }
 
 impl Run {
-    /// Reads the data, says what the run will cost, and makes or opens its folder.
+    /// Reads the data, reports the cost of the run, and creates or opens its folder.
     ///
     /// # Errors
-    /// Settings, data or checkpoints that cannot be used; a run that does not fit into memory.
+    /// Unusable settings, data or checkpoints; a folder that is in use; a run that does not fit into memory.
     pub fn open(start: Start<'_>, device: &Device, watch: &mut dyn Watch) -> Result<Self> {
         let (mut config, out, resumed) = match start {
             Start::New { config, out } => (config.clone(), out, None),
@@ -131,7 +131,8 @@ impl Run {
     /// Trains until all steps are done or `stop` is set, and returns the folder of the last checkpoint.
     ///
     /// # Errors
-    /// A loss or gradient that is not finite, with the place of the last good checkpoint; files that cannot be written.
+    /// A loss or gradient that is not finite (the message names the last good checkpoint); files that cannot be
+    /// written.
     pub fn train(&mut self, stop: &AtomicBool, watch: &mut dyn Watch) -> Result<PathBuf> {
         let Run { trainer, folder } = self;
         let config = trainer.config().clone();
@@ -147,7 +148,7 @@ impl Run {
             let due = |every: u32| every > 0 && done.is_multiple_of(every);
             let due_or_last = |every: u32| due(every) || (finished && every > 0);
             let logs = due(config.log_every) || due(config.validate_every) || finished;
-            // Whatever follows wants to know that all is well; otherwise a GPU is left to run ahead.
+            // Read the meter only before work that needs good weights; otherwise let the GPU run ahead.
             let stops =
                 logs || due(config.sample_every) || due(config.checkpoint_every) || stop.load(Ordering::Relaxed);
             if stops || trainer.reports_are_due() {
@@ -183,13 +184,13 @@ impl Run {
             }
         }
         watch.end();
-        // A GPU that was told to stop between two readings may have gone past its last good step.
+        // A run stopped between two readings of the meter may be past its last good step.
         trainer.reports().map_err(|e| folder.with_last_checkpoint(e))?;
         folder.save(trainer)
     }
 }
 
-/// Says what the run will cost, and refuses one that does not fit into memory.
+/// Reports the cost of the run, and refuses one that does not fit into memory.
 fn announce(config: &Config, data: &data::Data, device: &Device, watch: &mut dyn Watch) -> Result<()> {
     let (unet, specs) = UNet::new(&config.model)?;
     let size = config.model.image_size;
@@ -210,7 +211,7 @@ fn announce(config: &Config, data: &data::Data, device: &Device, watch: &mut dyn
     memory::check_fit(config, &unet, &specs, device, available)
 }
 
-/// What was interrupted is left out.
+/// Turns [`Error::Interrupted`] into `None`.
 fn unless_interrupted<T>(result: Result<T>) -> Result<Option<T>> {
     match result {
         Err(Error::Interrupted) => Ok(None),
@@ -218,13 +219,14 @@ fn unless_interrupted<T>(result: Result<T>) -> Result<Option<T>> {
     }
 }
 
-/// Draws a grid with the moving average into samples/STEP.png, or samples/STEP.npz if the images are no pictures.
+/// Draws samples with the moving average of the weights into samples/STEP.png, or samples/STEP.npz if a PNG cannot hold
+/// them.
 fn draw_samples(trainer: &Trainer, run: &Path, stop: &AtomicBool) -> Result<PathBuf> {
     let (c, unet) = (trainer.config(), trainer.unet());
     let steps = sample::DEFAULT_STEPS.min(c.diffusion.timesteps);
     let sampler = Sampler::new(trainer.schedule(), Method::Ancestral(c.diffusion.variance), Spacing::Even, steps)?;
     let drawing = Drawing { device: trainer.device(), unet, params: trainer.ema(), sampler: &sampler, seed: c.seed };
-    // A grid of 64, or as many images as take some ten seconds on two cores, but at least four.
+    // 64 images, or as many as two cores draw in some ten seconds, but at least four.
     let size = c.model.image_size;
     let flops: u64 = unet.costs(trainer.params().specs(), size.h, size.w).iter().map(|cost| cost.flops).sum();
     let count = (2_000_000_000_000 / (flops * steps as u64)).clamp(4, 64) as usize;

@@ -1,4 +1,4 @@
-//! The folder of a run: its config.toml, its lock, its checkpoints.
+//! The folder of a run: config.toml, lock and checkpoints.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -10,17 +10,17 @@ use crate::error::{Error, Result};
 use crate::output;
 use crate::usage;
 
-/// A run folder in which no other process trains until this is dropped: two would delete each other's files.
+/// A run folder, locked until this is dropped: two processes training in it would delete each other's files.
 pub(super) struct RunFolder {
     pub path: PathBuf,
-    /// What its config.toml says.
+    /// The settings in its config.toml.
     pub config: Config,
     _lock: Option<File>,
 }
 
 impl RunFolder {
-    /// Makes a folder with its config.toml: the one asked for, which must not hold a run, or the first free of
-    /// runs/PRESET, runs/PRESET-2, ...
+    /// Creates a folder with its config.toml: `out`, which must not hold a run, or the first free one of runs/PRESET,
+    /// runs/PRESET-2, ...
     pub fn create(out: Option<&Path>, config: &Config, watch: &mut dyn Watch) -> Result<Self> {
         let failed = |path: &Path, e| Error::file(path, format!("cannot be created: {e}"));
         let path = match out {
@@ -44,7 +44,7 @@ impl RunFolder {
         Ok(RunFolder { path, config: config.clone(), _lock: lock })
     }
 
-    /// Opens one to be continued.
+    /// Opens the folder of a run to be continued.
     pub fn open(path: &Path) -> Result<Self> {
         let settings = path.join("config.toml");
         if !settings.is_file() {
@@ -54,8 +54,8 @@ impl RunFolder {
         Ok(RunFolder { path: path.to_path_buf(), config: Config::read(&settings)?, _lock: lock })
     }
 
-    /// Brings `trainer` to the newest checkpoint, and the folder to the trainer's settings; only the number of steps
-    /// can differ.
+    /// Restores `trainer` from the newest checkpoint and updates config.toml to the trainer's settings, of which only
+    /// the number of steps can differ.
     pub fn restore(&self, trainer: &mut Trainer, watch: &mut dyn Watch) -> Result<()> {
         let damaged = checkpoint::damaged(&self.path)?;
         match (checkpoint::newest(&self.path)?, damaged.last()) {
@@ -94,7 +94,7 @@ impl RunFolder {
         saved.map_err(|e| self.with_last_checkpoint(e))
     }
 
-    /// The error with the place of the last good checkpoint.
+    /// Adds the path of the last good checkpoint to an error.
     pub fn with_last_checkpoint(&self, error: Error) -> Error {
         if matches!(error, Error::Interrupted) {
             return error;
@@ -107,7 +107,7 @@ impl RunFolder {
     }
 }
 
-/// Makes the first of runs/PRESET, runs/PRESET-2, ... that does not exist.
+/// Creates the first of runs/PRESET, runs/PRESET-2, ... that does not exist.
 fn first_free(preset: Preset) -> std::io::Result<PathBuf> {
     fs::create_dir_all("runs")?;
     for k in 1u32.. {
@@ -120,8 +120,8 @@ fn first_free(preset: Preset) -> std::io::Result<PathBuf> {
     unreachable!("four billion runs")
 }
 
-/// Locks a run folder; it is free again when the file is closed, however the process ends. `None` where a system has no
-/// locks on folders.
+/// Locks a run folder. The lock ends when the file is closed, however the process ends. `None` on systems that cannot
+/// lock folders.
 fn lock(run: &Path) -> Result<Option<File>> {
     let Ok(folder) = File::open(run) else { return Ok(None) };
     match folder.try_lock() {

@@ -21,7 +21,7 @@ use crate::tape::{Tape, Var};
 use crate::tensor::{Shape, Tensor};
 use crate::unet::{DropoutSeed, UNet};
 
-/// Adam's constants, the paper's and everyone's.
+/// Adam's usual constants, also the paper's.
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.999;
 const ADAM_EPS: f64 = 1e-8;
@@ -43,20 +43,20 @@ pub struct Trainer {
     step: u32,
     coefficients: Coefficients,
     feed: Feed,
-    /// The held-out images on a GPU that has room for the data set.
+    /// The held-out images, if they are resident on a GPU.
     held_out: Option<Resident>,
     clock: Clock,
     meter: Meter,
-    /// Steps that have been launched and not yet been read from the meter.
+    /// Steps launched but not yet read from the meter.
     unread: u32,
 }
 
-/// What one step reports.
+/// The measurements of one step.
 #[derive(Debug)]
 pub struct StepReport {
-    /// Number of the step, from 1.
+    /// Number of the step, counted from 1.
     pub step: u32,
-    /// L_simple over the step's images.
+    /// L_simple, the mean over the step's images.
     pub loss: f64,
     /// The same by quarter of the timesteps.
     pub quarters: Quarters,
@@ -70,7 +70,7 @@ impl Trainer {
     /// A network with its initial weights, at step 0. `config` must know the data's image size and channels.
     ///
     /// # Errors
-    /// Settings that cannot work, in one sentence.
+    /// Settings that cannot work; a GPU without enough memory.
     pub fn new(config: &Config, data: Data, device: &Device) -> Result<Self> {
         let (unet, specs) = UNet::new(&config.model)?;
         if let Device::Cuda(gpu) = device {
@@ -103,12 +103,12 @@ impl Trainer {
         })
     }
 
-    /// The state that checkpoints hold.
+    /// The state that a checkpoint holds.
     pub fn state(&self) -> checkpoint::State<'_> {
         checkpoint::State { step: self.step, params: &self.params, ema: &self.ema, m: &self.m, v: &self.v }
     }
 
-    /// The same, to be read from a checkpoint.
+    /// The same, to be filled from a checkpoint.
     pub fn state_mut(&mut self) -> checkpoint::StateMut<'_> {
         checkpoint::StateMut {
             step: &mut self.step,
@@ -119,7 +119,7 @@ impl Trainer {
         }
     }
 
-    /// Steps done.
+    /// Steps done; on a GPU, steps launched.
     pub fn steps_done(&self) -> u32 {
         self.step
     }
@@ -129,7 +129,7 @@ impl Trainer {
         &self.config
     }
 
-    /// Where it trains.
+    /// The device it trains on.
     pub fn device(&self) -> &Device {
         &self.device
     }
@@ -139,7 +139,7 @@ impl Trainer {
         &self.params
     }
 
-    /// The moving average of the weights, which samples are drawn with.
+    /// The moving average of the weights, with which samples are drawn.
     pub fn ema(&self) -> &Params {
         &self.ema
     }
@@ -154,18 +154,18 @@ impl Trainer {
         &self.schedule
     }
 
-    /// One step on the next images: algorithm 1 of the paper, for a batch. On a GPU it only launches; what it measured
-    /// comes from [`reports`](Self::reports).
+    /// One step on the next images: algorithm 1 of the paper, for a batch. On a GPU it only launches the work.
+    /// [`reports`](Self::reports) returns the measurements.
     ///
     /// # Errors
-    /// On the CPU, `Error::Failed` if the loss or the gradient is not finite: with the step, the first tensor that is
-    /// not, and what to try. The weights are then still those of the last step. On a GPU that is found by
-    /// [`reports`](Self::reports).
+    /// On the CPU, `Error::Failed` if the loss or the gradient is not finite; it names the step, the first non-finite
+    /// tensor and what to try. The weights are then those of the last good step. On a GPU, [`reports`](Self::reports)
+    /// returns this error.
     pub fn step(&mut self) -> Result<()> {
         self.meter.begin();
         self.grads.reset();
         let update = update(&self.config, self.step + 1);
-        // The device on the step's clock: what is launched on it reads there what changes from step to step.
+        // A handle of the device bound to the step's clock, from which kernels read what changes from step to step.
         let device = self.clock.begin(self.step, update.factors(), self.meter.row())?;
         for k in 0..self.config.accumulate {
             let batch = self.draw(&device, k)?;
@@ -192,10 +192,10 @@ impl Trainer {
         Ok(())
     }
 
-    /// What the steps since the last call measured, one report each; waits for a GPU.
+    /// The measurements of the steps since the last call, one report each. Waits for the GPU.
     ///
     /// # Errors
-    /// On a GPU, what [`step`](Self::step) says on the CPU; the trainer is then at the last good step.
+    /// On a GPU, the error that [`step`](Self::step) returns on the CPU. The trainer is then at the last good step.
     pub fn reports(&mut self) -> Result<Vec<StepReport>> {
         let first = self.step - std::mem::take(&mut self.unread);
         let mut reports = Vec::new();
@@ -220,19 +220,21 @@ impl Trainer {
         Ok(reports)
     }
 
-    /// True if [`reports`](Self::reports) has to be asked before the next step, or costs nothing: always on the CPU.
+    /// True if [`reports`](Self::reports) must be called before the next step (the meter of a GPU is full) or costs
+    /// nothing (the CPU).
     pub fn reports_are_due(&self) -> bool {
         matches!(self.meter, Meter::Cpu(_)) || self.meter.is_full()
     }
 
-    /// Does the next step again, looking at every tensor on the way: its `what` is `value`, which is not finite.
+    /// Runs the next step again to find the first non-finite tensor, given that its `what` is `value`, which is not
+    /// finite.
     fn explain_not_finite(&mut self, what: &str, value: f64) -> Error {
         let found = self.find_not_finite();
         let culprit = found.unwrap_or_else(|e| format!("looking for the first tensor that is not finite failed: {e}"));
         self.not_finite(self.step + 1, what, value, &culprit)
     }
 
-    /// The first tensor of the next step that is not finite, in words. The meter is empty afterwards.
+    /// Describes the first non-finite tensor of the next step. The meter is empty afterwards.
     fn find_not_finite(&mut self) -> Result<String> {
         self.meter.read()?;
         self.meter.begin();
@@ -262,7 +264,7 @@ impl Trainer {
         let Trainer { config: c, data: Data { train: data, .. }, order, feed, .. } = self;
         let (size, conditional) = (c.batch / c.accumulate, c.model.classes > 0);
         let first = (k * size) as u32;
-        // The images' places in the endless sequence that steps take theirs from.
+        // Positions in the endless sequence of training images ([`Order`]).
         let place = u64::from(self.step) * c.batch as u64 + u64::from(first);
         let places = place..place + size as u64;
         let rows = |indices: Vec<usize>| data.rows(&indices, conditional);
@@ -275,11 +277,11 @@ impl Trainer {
         Ok(MicroBatch { batch, noised, masks, step_images: Some(c.batch) })
     }
 
-    /// L_simple of the moving average on the held-out images, each at one timestep that never changes: overall and by
-    /// quarter of the timesteps; without images if none are held out.
+    /// L_simple of the moving average on the held-out images, overall and by quarter of the timesteps. The timestep and
+    /// the noise of each image are the same in every call. Empty if no images are held out.
     ///
     /// # Errors
-    /// `Error::Interrupted` once `stop` is set.
+    /// `Error::Interrupted` once `stop` is set; a GPU that fails.
     pub fn validate(&self, stop: &AtomicBool) -> Result<Quarters> {
         let c = &self.config;
         let data = &self.data.held_out;
@@ -307,7 +309,7 @@ impl Trainer {
         Ok(meter.read()?.pop().expect("one row").quarters)
     }
 
-    /// Refuses weights that no step could start from; they would make a checkpoint that is not worth its name.
+    /// Refuses non-finite weights, from which no run could continue.
     ///
     /// # Errors
     /// `Error::Failed` as in [`step`](Self::step).
@@ -333,17 +335,17 @@ impl Trainer {
     }
 }
 
-/// Images on their way through a step: all of a batch, or as many of them as go through the network at once.
+/// The noised images that go through the network at once: a batch, or a part of one.
 struct MicroBatch {
     batch: Batch,
     noised: Noised,
-    /// The dropout masks of a training step.
+    /// The dropout masks of a training step; `None` drops nothing.
     masks: Option<DropoutSeed>,
-    /// Over how many images the step's loss is the mean; `None` where no gradient is wanted.
+    /// Images over which the step's loss is the mean; `None`: no gradient is wanted.
     step_images: Option<usize>,
 }
 
-/// The network's output for noised images, (n, h, w, c), and its loss, which goes into the meter's row.
+/// The network's output for noised images, (n, h, w, c), and its loss, which is also added to the meter's row.
 fn forward_loss(unet: &UNet, tape: &mut Tape<'_>, batch: MicroBatch, meter: &mut Meter) -> Result<(Var, Loss)> {
     let MicroBatch { batch, noised: Noised { x_t, t, conditioning }, masks, step_images } = batch;
     let device = tape.device().clone();
@@ -352,7 +354,7 @@ fn forward_loss(unet: &UNet, tape: &mut Tape<'_>, batch: MicroBatch, meter: &mut
     Ok((eps, loss))
 }
 
-/// The numbers of the update of step `step` (from 1).
+/// The parameters of the update of step `step` (from 1).
 fn update(c: &Config, step: u32) -> Update {
     let number = u64::from(step);
     Update {
@@ -366,8 +368,8 @@ fn update(c: &Config, step: u32) -> Update {
     }
 }
 
-/// The learning rate of step `step` (from 1), warm-up included. The paper's code multiplies by step/warmup, so that its
-/// first step does nothing; counting from one does not.
+/// The learning rate of step `step` (from 1), including warm-up. The paper's code multiplies by step/warmup with step
+/// counted from 0, so its first step does nothing; counting from 1 avoids that.
 fn learning_rate(c: &Config, step: u32) -> f64 {
     c.learning_rate * (f64::from(step) / f64::from(c.warmup_steps.max(1))).min(1.0)
 }
@@ -381,8 +383,8 @@ fn first_not_finite(what: &str, specs: &Specs, flat: &[f32]) -> String {
     }
 }
 
-/// Training and held-out images on the GPU, if they fit beside what training needs. They are one buffer where they are
-/// one source's.
+/// Training and held-out images on the GPU, if they fit beside the memory that training needs. If both come from one
+/// source they share a buffer.
 fn resident(
     config: &Config,
     unet: &UNet,

@@ -1,6 +1,6 @@
-//! What a network costs, part by part. Parameters and floating-point operations are counted from its layers: operations
-//! are two per multiply-add of convolutions, linear layers and attention products in one forward pass (a training step
-//! does three times as many); norms, activations and resampling are not counted. What a training step keeps is asked of
+//! What a network costs, part by part. Parameters and FLOP are counted from its layers: two FLOP per multiply-add of
+//! convolutions, linear layers and attention products in one forward pass (a training step takes three times as many).
+//! Norms, activations and nearest-neighbour resampling are not counted. The bytes that a training step keeps come from
 //! the tape, by a forward pass over shapes alone.
 
 use super::{Affine, Attention, Level, Norm, Resample, Resnet, UNet};
@@ -14,13 +14,14 @@ use crate::tensor::{DType, Shape, Tensor};
 /// The cost of one part of the network, for one image.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Cost {
-    /// Where it stands, by the common prefix of its parameters' names.
+    /// The part, by the common prefix of its parameters' names.
     pub place: String,
     /// Trainable numbers.
     pub params: usize,
-    /// Operations of one forward pass over one image.
+    /// FLOP of one forward pass over one image.
     pub flops: u64,
-    /// Bytes kept from the forward pass of one image for its backward pass, in f32, by the first part that keeps them.
+    /// Bytes kept from the forward pass of one f32 image for its backward pass. A tensor kept by several parts counts
+    /// for the first.
     pub saved: u64,
 }
 
@@ -33,7 +34,8 @@ impl Cost {
         self.params += len(specs, norm.gamma) + len(specs, norm.beta);
     }
 
-    /// A convolution or linear layer with `outputs` output positions: each costs one product with the whole weight.
+    /// A convolution or linear layer with `outputs` output pixels, each of which costs one product with the whole
+    /// weight.
     fn affine(&mut self, specs: &Specs, affine: &Affine, outputs: usize) {
         self.params += len(specs, affine.weight) + len(specs, affine.bias);
         self.flops += 2 * (outputs * len(specs, affine.weight)) as u64;
@@ -73,7 +75,7 @@ impl Attention {
 }
 
 impl Level {
-    /// Its blocks at `pixels`, then the convolution that leaves it, with `resampled` pixels.
+    /// Its blocks at `pixels` pixels, then the convolution to the next level, with `resampled` output pixels.
     fn costs(&self, specs: &Specs, pixels: usize, resampled: usize) -> Vec<Cost> {
         let mut costs = Vec::new();
         for (resnet, attention) in &self.blocks {
@@ -127,7 +129,7 @@ impl UNet {
         costs
     }
 
-    /// What each operation of a forward pass over one image keeps, with its place.
+    /// The bytes that each operation of a forward pass over one image keeps, with its place in the network.
     fn saved(&self, specs: &Specs, height: usize, width: usize) -> Result<Vec<(String, usize)>> {
         let device = Device::cpu().meta();
         let params = Params::zeros(&device, specs.clone())?;

@@ -9,7 +9,7 @@ use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
 use crate::support::{close, gpu, numbers, per_image, plant, same_bits, same_bits_at_any_number_of_threads, to_f32};
 
-/// 16,384 is one task of the parallel pass, 1,024 a GPU's block.
+/// 16,384 is one task of the CPU path, 1,024 a block of the kernel.
 const LENGTHS: [usize; 7] = [1, 17, 31, 1009, 1025, 16_385, 50_021];
 
 fn update(step: u64) -> Update {
@@ -24,7 +24,7 @@ fn update(step: u64) -> Update {
     }
 }
 
-/// A run's state on a device: one parameter of `len` numbers, and the gap behind it.
+/// A run's state on a device: one parameter of `len` numbers, followed by padding.
 struct Run {
     device: Device,
     len: usize,
@@ -59,7 +59,7 @@ impl Run {
         self.meter.read().unwrap()[0].clip
     }
 
-    /// The same in the meter's last row, which is not read.
+    /// The same in the meter's current row, without reading it.
     fn in_row(&mut self, g: &[f32], max_norm: f64, update: &Update) {
         let flat = self.m.shape();
         let g = Tensor::from_slice(&self.device, flat, &padded(g, flat.c)).unwrap();
@@ -67,13 +67,13 @@ impl Run {
         self.apply(&g, update);
     }
 
-    /// One update with gradient `g` clipped by the factor in the meter's last row.
+    /// One update with gradient `g` clipped by the factor in the meter's current row.
     fn apply(&mut self, g: &Tensor, update: &Update) {
         let state = State { w: &mut self.w, ema: &mut self.ema, m: &mut self.m, v: &mut self.v, g };
         adam(&self.device, state, update, &mut self.meter).unwrap();
     }
 
-    /// `[w, ema, m, v]`; the gap behind each must be zero.
+    /// `[w, ema, m, v]`; checks that the padding of each is zero.
     fn numbers(&self) -> [Vec<f32>; 4] {
         let host = [self.w.host(), self.ema.host(), self.m.host(), self.v.host()];
         host.map(|x| {
@@ -84,7 +84,7 @@ impl Run {
         })
     }
 
-    /// The copies of w and ema must be w and ema, rounded.
+    /// Checks that the bf16 copies of w and ema are w and ema rounded.
     fn check_copies(&self) {
         for (name, params) in [("w", &self.w), ("ema", &self.ema)] {
             assert_eq!(params.rounded().is_some(), self.device.activations() == DType::Bf16, "a copy of {name}");
@@ -151,8 +151,8 @@ fn cpu_follows_the_reference() {
     }
 }
 
-/// Three steps of PyTorch's Adam and AdamW in f64 worked by their documented formulas: bias-corrected moments first,
-/// eps added to the corrected root. An independent form of the same numbers.
+/// Three steps of PyTorch's Adam and AdamW in f64 by their documented formulas, which correct the moments first and add
+/// eps to the corrected root: an independent form of the same update.
 #[test]
 fn the_reference_is_adam_as_pytorch_documents_it() {
     for weight_decay in [0.0, 0.1] {
@@ -175,7 +175,8 @@ fn the_reference_is_adam_as_pytorch_documents_it() {
     }
 }
 
-/// The first step of Adam moves every weight by the learning rate against the sign of its gradient, whatever its size.
+/// The first step of Adam moves every weight by the learning rate against the sign of its gradient, whatever the size
+/// of the gradient.
 #[test]
 fn the_first_step_is_the_learning_rate() {
     let mut run = Run::new(&Device::cpu_guarded(), &[1.0, 1.0], &[0.0, 0.0]);
@@ -211,7 +212,7 @@ fn same_bits_with_any_number_of_threads() {
     same_bits_at_any_number_of_threads("adam", || on(&Device::cpu_guarded(), &w, 2).0.concat());
 }
 
-/// Past the point where beta^k underflows nothing special happens.
+/// Nothing special happens once beta^k underflows.
 #[test]
 fn late_steps_need_no_correction() {
     let w = to_f32(&numbers(1, 10));
@@ -261,8 +262,8 @@ fn gpu_has_the_bits_of_the_cpu() {
     }
 }
 
-/// A gradient or a loss that is not finite stops the update of its step and of all that were launched after it, until
-/// the host has read what was measured: the weights are then those of the last good step.
+/// A gradient or loss that is not finite stops the update of its step and of all steps launched after it, until the
+/// host reads the meter. The weights are then those of the last good step.
 #[test]
 fn gpu_halts_at_what_is_not_finite_until_it_is_read() {
     let len = 1500;
@@ -307,7 +308,7 @@ fn gpu_halts_at_what_is_not_finite_until_it_is_read() {
             );
             assert!([0, 2, 3].iter().all(|&k: &usize| rows[k].grad_norm.is_finite()), "{rows:?}");
 
-            // From here on as if nothing had been.
+            // From here on, as if nothing had happened.
             let clips = [rows[0].clip, run.update(&good(2), 1.0, &update(2))];
             run.check_copies();
             let after = run.numbers();
@@ -325,7 +326,7 @@ fn planted_bugs_are_noticed() {
     let test = "adam::gpu_has_the_bits_of_the_cpu";
     plant::notices(test, "adam_update", "fma.rn.f32", "fma.rz.f32");
     plant::notices(test, "adam_update", "sqrt.rn.f32", "sqrt.rz.f32");
-    // The average is copied to where the weights' copy belongs; nothing halts.
+    // The average's copy goes where the weights' copy belongs; nothing halts.
     plant::notices_wrong_parameter(test, "adam_update", 5, 4);
     plant::notices_lost_block(test, "adam_update");
     let test = "adam::gpu_halts_at_what_is_not_finite_until_it_is_read";

@@ -8,7 +8,7 @@ use ddpm_cuda::ops::concat::concat;
 
 use crate::support::{numbers, plant, same_as_the_cpu, same_bits, to_f32};
 
-/// One number, primes, one beyond a block of 1,024 numbers and just one, several tasks.
+/// One element; primes; a block of 1,024 elements and one beyond it; several tasks.
 const SHAPES: [Shape; 6] = [
     Shape::new(1, 1, 1, 1),
     Shape::new(2, 3, 5, 7),
@@ -47,7 +47,7 @@ fn gpu_has_the_bits_of_the_cpu() {
     }
 }
 
-/// The tape adds the second gradient of a value to the first, in its buffer: here the two halves of `dy`.
+/// The tape adds the second gradient of a value to the first, in place: here the two halves of `dy`.
 #[test]
 fn gpu_adds_gradients_in_place() {
     for shape in SHAPES {

@@ -9,9 +9,9 @@ use crate::support::{
     same_bits_at_any_number_of_threads, through_tape_on, to_f32,
 };
 
-/// Shape, heads. One token; one channel; primes; a head for each channel; not square; tokens one beyond a block of 42
-/// and some beyond several; the sizes of the networks; the largest head; more pairs of image and head than the
-/// backward pass holds scores of (32 of 256 tokens); more tokens than it holds rows of (1,382 of 1,517).
+/// Shape, heads. One token; one channel; primes; a head per channel; not square; one token beyond a block of 42, and
+/// several blocks; sizes of the networks; the largest head; more pairs of image and head than the backward pass of the
+/// CPU holds scores for at a time (32 of 256 tokens); more rows of scores than it holds (1,382 of 1,517).
 const CASES: [(Shape, usize); 11] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 1, 1, 6), 2),
@@ -42,9 +42,9 @@ fn pass_on(device: &Device, shape: Shape, heads: usize, [q, k, v, dy]: &[Vec<f64
     through_tape_on(device, &inputs, &[], &to_f32(dy), 1, op)
 }
 
-/// The exponentials of the CPU path and of the kernels err by up to 2 ulp, 4 roundings, where the C library's errs by
-/// 1: that much of `P <= 1`, and of what is computed from it, in the largest element. `delta` is what the sums
-/// `sum_j P_ij dP_ij` may be off by beyond that.
+/// The exponentials of the CPU path and of the kernels err by up to 2 ulp, 4 roundings; that of the C library by 1.
+/// This adds 4 roundings of the largest element to each result. `delta` is the further error allowed in the sums
+/// `sum_j P_ij dP_ij`.
 fn check(shape: Shape, heads: usize, exact: &[Vec<f64>; 4], got: &Pass, dtype: DType, delta: f64) {
     let [q, k, v, dy] = exact;
     let [q_f32, k_f32, v_f32, dy_f32] = exact.each_ref().map(|x| to_f32(x));
@@ -75,9 +75,9 @@ fn largest(x: &[f64]) -> f64 {
     x.iter().fold(0.0, |m, v| m.max(v.abs()))
 }
 
-/// The kernels compute `sum_j P_ij dP_ij` as `dy_i . y_i`. In bf16 they know `y` to 2^-18 of itself: 9 bits from `y`,
-/// 9 more from what rounding took. With one token dP_i and the sum are one number, and the reference's error is zero:
-/// there the kernels' error is that of two sums of d products, of which one has roundings in each term besides.
+/// The kernels compute `sum_j P_ij dP_ij` as `dy_i . y_i`. In bf16 they know `y` to 2^-18 of itself: 9 bits from `y`, 9
+/// more from its saved rounding error. With one token, dP_i equals the sum and the reference's error is zero; the error
+/// of the kernels is then that of two sums of d products, one of which also has roundings in each term.
 fn delta(shape: Shape, heads: usize, [q, k, v, dy]: &[Vec<f64>; 4], dtype: DType) -> f64 {
     let d = shape.c / heads;
     let y = reference::forward([&q[..], k, v], shape, heads);
@@ -103,8 +103,8 @@ fn the_cpu_path_agrees_with_the_reference() {
     }
 }
 
-/// Scores in the hundreds: their exponentials overflow f32, and a softmax that does not take the row's largest off
-/// first is all NaN.
+/// Scores in the hundreds, whose exponentials overflow f32: a softmax that does not subtract the maximum of the row
+/// first gives only NaN.
 #[test]
 fn large_scores_do_not_overflow() {
     for (shape, heads) in CASES {
@@ -148,7 +148,7 @@ fn the_same_bits_at_any_number_of_threads() {
     }
 }
 
-/// `numbers` of a case on a GPU, checked.
+/// Runs and checks a case on a GPU; returns all its results.
 fn check_gpu(device: &Device, shape: Shape, heads: usize, scale: f64) -> Vec<f32> {
     let dtype = device.activations();
     let exact = inputs(shape, scale).each_ref().map(|x| gpu::rounded(dtype, x));
@@ -157,7 +157,7 @@ fn check_gpu(device: &Device, shape: Shape, heads: usize, scale: f64) -> Vec<f32
     got.flat()
 }
 
-/// One tile of tokens and channels and one beyond it, for each size of head that is compiled.
+/// One tile of tokens and channels, and one beyond it, for each compiled head size.
 const GPU_CASES: [(Shape, usize); 5] = [
     (Shape::new(1, 1, 65, 33), 1),
     (Shape::new(1, 8, 8, 128), 2),
@@ -169,8 +169,8 @@ const GPU_CASES: [(Shape, usize); 5] = [
 #[test]
 fn the_gpu_agrees_with_the_reference() {
     for (shape, heads) in CASES.into_iter().chain(GPU_CASES) {
-        // Many small heads of many tokens are slow under the emulator's checks: the order of blocks is tried on the
-        // others.
+        // Many small heads with many tokens are slow under the emulator's checks, so only the other cases run in all
+        // schedules.
         if shape.n * heads * shape.pixels().pow(2) < 1 << 18 {
             gpu::each("attention", |device| check_gpu(device, shape, heads, 1.0));
         } else {
@@ -221,7 +221,7 @@ fn heads_too_large_for_the_gpu_are_refused() {
     assert!(refused.to_string().contains("heads of 513 channels"), "{refused}");
 }
 
-/// Two blocks of rows, two of columns, two chunks of channels, so that a lost barrier shows.
+/// Two blocks of rows, two of columns and two chunks of channels, so that a missing barrier shows.
 #[test]
 fn gpu_agrees_where_every_barrier_matters() {
     let Some(gpu) = gpu::gpu(DType::F32) else { return };

@@ -6,8 +6,8 @@ use crate::support::{
     through_tape, to_f32,
 };
 
-/// Shape of `a` and channels of `b`: one number each, primes, one beyond a task of 2^14 numbers, not square, one
-/// beyond a block of 256.
+/// Shape of `a`, channels of `b`. One element each; primes; one pixel beyond a task of 2^14 elements; not square; more
+/// channels than a task has elements; one element beyond a block of 256.
 const CASES: [(Shape, usize); 6] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 3, 5, 7), 11),

@@ -27,8 +27,8 @@ const fn case(x: [usize; 4], w: [usize; 3], geometry: Geometry) -> Case {
 const SAME: Geometry = Geometry::SAME_3X3;
 const HALVE: Geometry = Geometry::HALVE_3X3;
 
-/// Sizes of one, primes, one over the register tile (32 columns, 14 rows), one over a block, non-square, every kind
-/// of padding.
+/// Sizes of one, primes, one over the AVX-512 register tile (32 columns, 14 rows), one over a block, not square, every
+/// kind of padding.
 const CASES: [Case; 21] = [
     case([1, 1, 1, 1], [1, 1, 1], Geometry::POINTWISE),
     case([1, 1, 1, 1], [1, 3, 3], SAME),
@@ -48,15 +48,15 @@ const CASES: [Case; 21] = [
     case([1, 6, 6, 3], [3, 3, 3], Geometry { stride: 1, pad: Pad::all(0) }),
     case([1, 4, 4, 2], [3, 3, 3], Geometry { stride: 1, pad: Pad::all(4) }),
     case([3, 16, 16, 64], [65, 3, 3], SAME),
-    // More than 64 and 256 tiles: Winograd by panels, whose tiles are shared out, and by blocks of tiles; the sums
-    // over tiles in several chunks.
+    // 180 and 288 Winograd tiles: tasks by panel of output channels, and by block of 64 tiles; weight gradients over
+    // several chunks of tiles.
     case([5, 23, 22, 33], [40, 3, 3], SAME),
     case([8, 23, 22, 65], [33, 3, 3], SAME),
-    // More channels than Winograd transforms at a time.
+    // More input channels than Winograd transforms at a time.
     case([2, 5, 4, 270], [35, 3, 3], SAME),
 ];
 
-/// A case's numbers.
+/// The tensors of a case.
 struct Data<T> {
     x: Vec<T>,
     w: Vec<T>,
@@ -87,7 +87,7 @@ impl Data<f64> {
 }
 
 impl Data<f64> {
-    /// As a GPU with such activations sees them: only the bias stays f32.
+    /// Rounded as on a GPU with this activation type; the bias stays f32.
     fn rounded(self, dtype: DType) -> Self {
         let Data { x, w, b, shift, residual, dy } = self;
         let [x, w, shift, residual, dy] = [x, w, shift, residual, dy].map(|v| gpu::rounded(dtype, &v));
@@ -136,8 +136,8 @@ fn parameters(device: &Device, case: Case, data: &Data<f32>) -> (Params, Param, 
     (params, w, b)
 }
 
-/// Through the public function and the tape, in guarded memory full of NaN; `passes` backward passes accumulate into
-/// the parameters' gradients.
+/// Runs a case through the public function and the tape, in guarded memory filled with NaN. The parameter gradients of
+/// `passes` passes accumulate.
 fn by_tape_on(device: &Device, case: Case, data: &Data<f32>, method: Method, passes: usize) -> Results<f32> {
     let ys = case.geometry.output(case.x, case.w);
     let inputs = [(case.x, &data.x), (Shape::new(ys.n, 1, 1, ys.c), &data.shift), (ys, &data.residual)];
@@ -157,7 +157,7 @@ fn by_tape(case: Case, data: &Data<f32>, method: Method, passes: usize) -> Resul
     by_tape_on(&Device::cpu_guarded(), case, data, method, passes)
 }
 
-/// Every case by every algorithm that can compute it.
+/// Every case with every algorithm that supports it.
 fn cases_by_method() -> Vec<(Case, Method)> {
     let by = |algorithm: Algorithm| {
         let able = CASES.into_iter().filter(move |c| algorithm.can(c.w, c.geometry));
@@ -230,7 +230,7 @@ fn gpu_agrees_with_the_reference() {
     }
 }
 
-/// Lost barriers, lost blocks, one parameter taken for another.
+/// Missing barriers, missing blocks, one parameter in place of another.
 #[test]
 fn planted_bugs_are_noticed() {
     const TEST: &str = "conv2d::gpu_agrees_with_the_reference";
@@ -271,7 +271,7 @@ fn winograd_agrees_with_the_reference() {
             for i in 0..6 {
                 let name = format!("{} by Winograd {:?} of {case:?}", NAMES[i], isa.level());
                 let share = match budgets.get(i) {
-                    // Bias, shift and residual are three more roundings.
+                    // Bias, shift and residual add three roundings.
                     Some(budget) => worst(&name, &got[i], &oracle[i], |w| budget + 3.0 * F32_ROUNDING * w.abs()),
                     None => close(&name, &got[i], &oracle[i], &yardstick[i]),
                 };
@@ -327,7 +327,7 @@ fn any_number_of_threads_gives_the_same_bits() {
     }
 }
 
-/// Asserts that each image of a case has the same `y` and `dx` without the others.
+/// Asserts that each image of a case has the same `y` and `dx` when computed alone.
 fn images_stand_alone(device: &Device, case: Case, method: Method) {
     let data = Data::new(case).to_f32();
     let [y, dx, ..] = by_tape_on(device, case, &data, method, 1);
@@ -363,7 +363,7 @@ fn gpu_image_does_not_depend_on_its_batch() {
     for dtype in [DType::F32, DType::Bf16] {
         let Some(gpu) = gpu::gpu(dtype) else { return };
         let device = Device::Cuda(gpu);
-        // Those whose single image is cut into other tiles than the batch among them.
+        // Some of these split a single image into other tiles than the batch.
         for case in CASES.into_iter().filter(|c| c.x.n > 1 && c.x.len() * c.w.n < 1 << 20) {
             images_stand_alone(&device, case, direct(Isa::best()));
         }
@@ -384,7 +384,7 @@ fn nothing_is_added_and_no_gradient_made_unless_asked() {
     let yardstick = reference::forward(&Inputs { shift: None, residual: None, ..data.inputs(case) });
     close("y", y.data(), &plain(oracle.inputs(case)), &yardstick);
     assert_eq!(tape.saved()[0].bytes, case.x.len() * 4, "only x is saved");
-    // Nor is memory spent on gradients that nobody wants.
+    // Nor is memory spent on gradients that nobody asked for.
     gradients_are_made_only_if_asked(&Device::cpu_guarded());
 }
 
@@ -396,8 +396,8 @@ fn gpu_makes_no_gradient_unless_asked() {
     }
 }
 
-/// By the buffers that the pool hands out during a backward pass in which x, shift and residual want a gradient or do
-/// not.
+/// Counts the buffers that the pool hands out during a backward pass, with x, shift and residual as leaves or
+/// constants.
 fn gradients_are_made_only_if_asked(device: &Device) {
     let case = CASES[3];
     let data = Data::new(case).to_f32();
@@ -431,7 +431,7 @@ fn gradients_are_made_only_if_asked(device: &Device) {
     let none = buffers([false; 3]);
     let dx = buffers([true, false, false]);
     assert!(dx > none, "{device}: {none} buffers without dx, {dx} with it: it is made unasked");
-    // The CPU's bias gradient is the sum of dshift, which is therefore made in any case.
+    // On the CPU the bias gradient is the sum of dshift, which is therefore always computed.
     let dshift = buffers([false, true, false]);
     let more = u64::from(matches!(device, Device::Cuda(_)));
     assert_eq!(dshift, none + more, "{device}: buffers with dshift, {none} without");

@@ -12,8 +12,8 @@ use crate::support::{
 
 const STREAMS: Streams = Streams { seed: 0x0123_4567_89AB_CDEF, purpose: Purpose::Dropout, step: 7, first: 3 };
 
-/// One number, primes (the last block of four is not full), one beyond a task of 2^12 numbers, several tasks, one
-/// beyond a GPU's block of 1,024.
+/// One element; primes, so that the last Philox block of four is not full; one beyond a task of 2^12 elements; several
+/// tasks; one beyond a block of 1,024.
 const CASES: [Shape; 5] = [
     Shape::new(1, 1, 1, 1),
     Shape::new(2, 3, 5, 7),
@@ -47,7 +47,7 @@ fn drops_the_share_it_is_asked_to() {
         let n = 100_000;
         let (got, ..) = pass(Shape::vector(n), rate);
         let dropped = got.y.iter().filter(|&&y| y == 0.0).count() as f64 / n as f64;
-        // Five standard deviations of a binomial share.
+        // Five standard deviations of a binomial proportion.
         let deviation = (f64::from(rate) * (1.0 - f64::from(rate)) / n as f64).sqrt();
         assert!((dropped - f64::from(rate)).abs() < 5.0 * deviation, "dropped {dropped} at rate {rate}");
     }
@@ -82,7 +82,7 @@ fn streams_differ() {
     assert_ne!(one[32..], two[32..], "the second image has the mask of the first one's rest");
 }
 
-/// Micro-batches have the masks of the whole batch.
+/// Micro-batches get the masks of the whole batch.
 #[test]
 fn an_image_does_not_depend_on_its_batch() {
     let shape = CASES[3];
@@ -115,7 +115,7 @@ fn gpu_has_the_bits_of_the_cpu() {
     }
 }
 
-/// More images than a grid is high.
+/// More images than the 65,535 blocks that a grid can have along y.
 #[test]
 fn gpu_loops_over_images() {
     let Some(gpu) = gpu::gpu(DType::F32) else { return };
@@ -129,7 +129,7 @@ fn gpu_loops_over_images() {
 #[test]
 fn planted_bugs_are_noticed() {
     let test = "dropout::gpu_has_the_bits_of_the_cpu";
-    // A constant of Philox, the wrong words kept, the number of images for the size of one.
+    // A constant of Philox; the wrong words kept; the number of images in place of the size of one.
     plant::notices(test, "dropout_mask_f32", "-845247145", "-845247144");
     plant::notices(test, "dropout_mask_bf16", "setp.lt.u32", "setp.ge.u32");
     plant::notices_wrong_parameter(test, "dropout_mask_f32", 3, 2);

@@ -9,8 +9,8 @@ use crate::support::{
     same_bits_at_any_number_of_threads, through_tape, to_f32,
 };
 
-/// Classes, channels, labels: one of each; classes that nobody has, one that three have; one number beyond
-/// a block of 256, several blocks.
+/// Classes, channels, labels. One of each; classes with no image and one with three; one element beyond a block of 256;
+/// several blocks.
 const CASES: [(usize, usize, &[u32]); 5] = [
     (1, 1, &[0]),
     (5, 7, &[3, 0, 3, 4, 3]),
@@ -57,7 +57,7 @@ fn the_table_gradient_accumulates() {
     for case in CASES {
         let (_, c, labels) = case;
         let (twice, [_, _, dy]) = pass(case, 2);
-        // Two passes are one pass over every image twice.
+        // Two passes equal one pass over every image twice.
         let (labels, dy) = ([labels, labels].concat(), [&dy[..], &dy[..]].concat());
         let yardstick = reference::backward(&labels, &to_f32(&dy), case.0, c);
         close("d table", &twice.dw[0], &reference::backward(&labels, &dy, case.0, c), &yardstick);
@@ -99,7 +99,7 @@ fn gpu_has_the_bits_of_the_cpu() {
 fn planted_bugs_are_noticed() {
     let test = "embedding::gpu_has_the_bits_of_the_cpu";
     plant::notices(test, "embedding_fwd_f32", "add.f32", "sub.f32");
-    // Adds to what is stale: the number of channels stands for the flag.
+    // Adds to stale values: the number of channels in place of the flag.
     plant::notices_wrong_parameter(test, "embedding_bwd_f32", 6, 5);
     plant::notices(test, "embedding_bwd_bf16", "add.f32", "sub.f32");
     plant::notices_lost_block(test, "embedding_fwd_bf16");

@@ -5,7 +5,7 @@ use ddpm_cuda::tensor::{Shape, Tensor};
 
 use crate::support::{gpu, halves, numbers, plant, same_bits_at_any_number_of_threads, to_f32};
 
-/// 65,536 is one task of the parallel pass.
+/// 65,536 is one task of the CPU path.
 const LENGTHS: [usize; 9] = [0, 1, 17, 31, 33, 1009, 65_536, 65_537, 300_007];
 
 fn measure(device: &Device, g: &[f32], max_norm: f64) -> Measured {
@@ -20,12 +20,12 @@ fn norm(g: &[f32]) -> f64 {
     measure(&Device::cpu_guarded(), g, 0.0).grad_norm
 }
 
-/// The squares of f32 numbers are exact in f64; n additions in any order err by at most n 2^-53 of the sum, the root
-/// halves that and adds a rounding; both sides err.
+/// The squares of f32 numbers are exact in f64. n additions in any order err by at most n 2^-53 of the sum; the square
+/// root halves that and adds a rounding. Both sides err.
 #[test]
 fn the_norm_is_the_root_of_the_sum_of_squares() {
     for len in LENGTHS {
-        // A few large values among small ones: in f32 the small ones would be lost.
+        // A few large values among small ones: f32 sums would lose the small ones.
         let mut g = numbers(4, len);
         g.iter_mut().step_by(1000).for_each(|g| *g *= 4096.0);
         let (got, want) = (norm(&to_f32(&g)), reference::forward(&g));
@@ -73,7 +73,8 @@ fn same_bits_with_any_number_of_threads() {
     same_bits_at_any_number_of_threads("norm", || halves(norm(&g)).to_vec());
 }
 
-/// None, one thread's four, primes made up to fours, a block of 16,384, one thread more, several blocks.
+/// Empty; the four elements of one thread; primes rounded up to multiples of four; a block of 16,384; one thread more;
+/// several blocks.
 const GPU_LENGTHS: [usize; 7] = [0, 4, 20, 1012, 16_384, 16_388, 300_008];
 
 #[test]
@@ -113,7 +114,7 @@ fn gpu_norm_is_finite_if_and_only_if_every_gradient_is() {
     }
 }
 
-/// As many steps as a GPU's meter holds, read at once, twice.
+/// As many steps as the meter of a GPU holds, read at once, twice.
 #[test]
 fn gpu_meter_keeps_a_row_a_step() {
     gpu::each("rows", |device| {
@@ -148,7 +149,8 @@ fn gpu_meter_keeps_a_row_a_step() {
 #[test]
 fn planted_bugs_are_noticed() {
     let test = "grad_norm::gpu_agrees_with_the_reference";
-    // Every barrier but those behind a sum, whose scratch memory another follows before the next sum; the root.
+    // All barriers except those after a sum, since another barrier comes before its scratch memory is used again; the
+    // square root.
     [0, 2, 3].into_iter().for_each(|n| plant::notices_lost_barrier(test, "grad_norm_fwd", n));
     plant::notices(test, "grad_norm_fwd", "sqrt.rn.f64", "mov.f64");
     plant::notices_lost_block(test, "grad_norm_fwd");

@@ -8,9 +8,9 @@ use crate::support::{
     same_bits_at_any_number_of_threads, through_tape_on, to_f32,
 };
 
-/// Shape, groups. One number (its variance is 0, so y = beta); a group for each channel; one group; primes; channels
-/// that fill vectors of 64, 16, 4 and 1 and the pieces between; strips of 64 pixels with a short last one; many
-/// channels on few pixels; not square.
+/// Shape, groups. One element (its variance is 0, so y = beta); a group per channel; one group; primes; channels in
+/// every vector width (64, 32, 16, 4 and 1); strips of 64 pixels with a short last one; many channels on few pixels;
+/// not square.
 const CASES: [(Shape, usize); 10] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 3, 5, 7), 7),
@@ -24,7 +24,7 @@ const CASES: [(Shape, usize); 10] = [
     (Shape::new(1, 64, 66, 16), 4),
 ];
 
-/// A case's numbers, in f64 but exact in f32.
+/// The tensors of a case, in f64 but exact in f32.
 struct Case {
     shape: Shape,
     groups: usize,
@@ -38,14 +38,14 @@ struct Case {
 const EPS: f32 = 1e-5;
 
 impl Case {
-    /// `x` about `mean`, between `mean - scale` and `mean + scale`.
+    /// With `x` uniform between `mean - scale` and `mean + scale`.
     fn new((shape, groups): (Shape, usize), activation: Activation, mean: f64, scale: f64) -> Self {
         let x = numbers(1, shape.len()).iter().map(|x| f64::from((mean + scale * x) as f32)).collect();
         let gamma = numbers(2, shape.c).iter().map(|v| f64::from((1.0 + 0.5 * v) as f32)).collect();
         Case { shape, groups, activation, x, gamma, beta: numbers(3, shape.c), dy: numbers(4, shape.len()) }
     }
 
-    /// With `x` and `dy` rounded to what a tensor of type `dtype` can hold.
+    /// The same with `x` and `dy` rounded to `dtype`.
     fn rounded(self, dtype: DType) -> Self {
         Case { x: gpu::rounded(dtype, &self.x), dy: gpu::rounded(dtype, &self.dy), ..self }
     }
@@ -83,9 +83,9 @@ impl Case {
         (exact, [reference::forward(&inputs), dx, dgamma, dbeta])
     }
 
-    /// The sigmoids of the CPU path and of the kernels err by up to 9 roundings where the C library's errs by one. In
-    /// the few numbers of dgamma and dbeta, sums of `n h w` terms of order one, such errors add up like a random
-    /// walk; in `y` and `dx` the reference's largest error covers them.
+    /// The sigmoids of the CPU path and of the kernels err by up to 9 roundings, that of the C library by one. In
+    /// dgamma and dbeta, a few sums of `n h w` terms of order one, these errors add up like a random walk; in `y` and
+    /// `dx` the largest error of the reference covers them.
     fn check(&self, got: &Pass, dtype: DType) {
         let walk = match self.activation {
             Identity => 0.0,
@@ -118,7 +118,7 @@ fn the_cpu_path_agrees_with_the_reference() {
     }
 }
 
-/// A mean 10,000 times the deviation: what is left of `x` after the mean has 10 bits, and all of them must survive.
+/// A mean 10,000 times the deviation leaves `x - mean` 10 bits, all of which must survive.
 #[test]
 fn large_mean_small_variance_keeps_digits() {
     for case in CASES {
@@ -129,10 +129,10 @@ fn large_mean_small_variance_keeps_digits() {
     }
 }
 
-/// There the f32 reference loses the digits itself, so its errors are no yardstick. Derived: `x - mean` and the
-/// differences within a strip are exact (numbers within a factor of two), so sums of up to `chain` differences, one
-/// after the other, err by `chain` roundings of the largest, at most twice the deviation; this moves the mean and the
-/// deviation by as much. Eight roundings for the rest.
+/// With such a mean the f32 reference itself loses the digits, so its error is no yardstick. Derived: `x - mean` and
+/// the differences within a strip are exact (numbers within a factor of two). A running sum of up to `chain`
+/// differences errs by `chain` roundings of the largest, which is at most twice the deviation; mean and deviation are
+/// off by as much. Eight roundings for the rest.
 fn check_digits(case: &Case, y: &[f32], chain: usize) {
     let want = &case.oracle().0[0];
     assert_eq!(y.len(), want.len(), "{}", case.shape);
@@ -234,7 +234,7 @@ fn the_gpu_agrees_with_the_reference() {
     }
 }
 
-/// On the GPU sums are shorter: 8 pixels of a thread, 5 halvings of a warp, 8 warps.
+/// On the GPU sums are shorter: 8 pixels per thread, 5 halvings in a warp, 8 warps.
 #[test]
 fn on_the_gpu_a_large_mean_costs_no_more_than_the_sums_of_a_thread_and_a_block() {
     for dtype in [DType::F32, DType::Bf16] {
@@ -280,8 +280,8 @@ fn on_the_gpu_an_image_does_not_depend_on_its_batch() {
     }
 }
 
-/// Several warps along the pixels, several strips with a short last one; in the joins several warps, and twice as
-/// many channels as lanes.
+/// Several warps along the pixels and several strips, the last one short; in the joins several warps, and twice as many
+/// channels as lanes.
 #[test]
 fn gpu_agrees_where_every_barrier_matters() {
     let Some(gpu) = gpu::gpu(DType::F32) else { return };

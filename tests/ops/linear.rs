@@ -8,8 +8,8 @@ use crate::support::{
     Pass, close, close_as, finite_differences, gpu, numbers, plant, same_bits, through_tape_on, to_f32,
 };
 
-/// `x` and `c_out`: sizes of one, primes, one over the register tile (32 columns, 14 rows) and over a block of rows
-/// (56); on a GPU every shape of tile.
+/// `x` and `c_out`. Sizes of one, primes, one over the AVX-512 register tile (32 columns, 14 rows) and over its block
+/// of 56 rows; on a GPU every tile shape.
 const CASES: [(Shape, usize); 9] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 1, 1, 7), 5),
@@ -30,8 +30,7 @@ fn data((x, c_out): (Shape, usize)) -> [Vec<f64>; 5] {
 
 const NAMES: [&str; 5] = ["y", "dx", "dw", "db", "dresidual"];
 
-/// A layer with bias and residual, or a `plain` one without; `passes` backward passes accumulate into the parameters'
-/// gradients.
+/// A layer with bias and residual, or without both if `plain`. The parameter gradients of `passes` passes accumulate.
 fn by_tape_on(device: &Device, (shape, c_out): (Shape, usize), plain: bool, isa: Isa, passes: usize) -> [Vec<f32>; 5] {
     let [x, w, b, residual, dy] = data((shape, c_out)).map(|v| to_f32(&v));
     let mut inputs = vec![(shape, x), (shape.with_c(c_out), residual)];
@@ -52,7 +51,7 @@ fn by_tape(case: (Shape, usize), plain: bool, isa: Isa, passes: usize) -> [Vec<f
     by_tape_on(&Device::cpu_guarded(), case, plain, isa, passes)
 }
 
-/// `y`, `dx`, `dw`, `db`, `dresidual` by the definition.
+/// `y`, `dx`, `dw`, `db`, `dresidual` by the reference.
 fn by_reference<T: Float>(c_in: usize, data: &[Vec<T>; 5], plain: bool) -> [Vec<T>; 5] {
     let [x, w, b, residual, dy] = data;
     let (b, residual) = if plain { (None, None) } else { (Some(&b[..]), Some(&residual[..])) };
@@ -136,7 +135,7 @@ fn gpu_parameter_gradients_accumulate() {
     }
 }
 
-/// Lost barriers, lost blocks, one parameter taken for another.
+/// Missing barriers, missing blocks, one parameter in place of another.
 #[test]
 fn planted_bugs_are_noticed() {
     const TEST: &str = "linear::gpu_agrees_with_the_reference";
@@ -146,7 +145,7 @@ fn planted_bugs_are_noticed() {
     for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_32x128_bf16", "bwd_sums_f32", "bwd_bias", "sum_parts"] {
         plant::notices_lost_block(TEST, &format!("linear_{part}"));
     }
-    // The two channel counts; a sum that is always added to what is there.
+    // The two channel counts swapped; a sum that always accumulates.
     for (part, is, reads) in [
         ("fwd_64x64_bf16", "5+4", "5+8"),
         ("dgrad_128x32_f32", "3+8", "3+4"),

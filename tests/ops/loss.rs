@@ -10,7 +10,7 @@ use crate::support::{
     same_bits_at_any_number_of_threads, to_f32,
 };
 
-/// 256 numbers are drawn at a time, 4,096 are one task.
+/// The CPU path draws 256 elements at a time; 4,096 are one task.
 const SHAPES: [Shape; 6] = [
     Shape::new(1, 1, 1, 1),
     Shape::new(3, 5, 3, 2),
@@ -24,7 +24,7 @@ fn batch(n: usize) -> Batch {
     Batch::train(31, 8, 5, vec![0; n], false, 1000)
 }
 
-/// The loss of `y`, and by quarters what the meter's row got.
+/// The loss of `y`, and the quarters in the meter's row.
 fn measure(device: &Device, y: &Tensor, batch: &Batch, step_images: Option<usize>) -> (Loss, Quarters) {
     let mut meter = Meter::new(device).unwrap();
     meter.begin();
@@ -52,9 +52,8 @@ fn the_gradient_is_the_derivative() {
     finite_differences("loss", step_loss, &[y], &[dy]);
 }
 
-/// The allowance for losses in f64 out of differences in f32: the drawn eps errs by at most 1e-6, the difference by a
-/// rounding; a mean of squares d^2 then errs by at most 2 sqrt(L) e + e^2 (Cauchy and Schwarz) with e the largest error
-/// of a difference.
+/// Allowed error of an f64 loss of f32 differences. The drawn eps errs by at most 1e-6, the difference by a rounding.
+/// With e the largest error of a difference, the mean square L errs by at most 2 sqrt(L) e + e^2 (Cauchy-Schwarz).
 fn allowance(loss: f64) -> f64 {
     // |y| <= 1 and |eps| <= 6.77.
     let e = 1e-6 + 8.0 * F32_ROUNDING;
@@ -102,7 +101,7 @@ fn the_true_noise_has_no_loss() {
     let (per_image, got) = on_cpu(&y, &batch, Some(3));
     assert_eq!(per_image, [0.0; 3]);
     assert!(got.gradient.unwrap().data().iter().all(|dy| *dy == 0.0));
-    // Predicting nothing costs the noise's variance: 1 +- 5 sqrt(2/n).
+    // Predicting zero costs the variance of the noise: 1 +- 5 sqrt(2/n).
     let zeros = Tensor::zeros(&Device::cpu(), Shape::new(3, 100, 100, 1)).unwrap();
     let nothing = on_cpu(&zeros, &batch, None).0.iter().sum::<f64>() / 3.0;
     assert!((nothing - 1.0).abs() < 5.0 * (2.0f64 / 3e4).sqrt(), "{nothing}");
@@ -121,7 +120,7 @@ fn one_bad_number_shows_in_the_loss() {
 }
 
 #[test]
-fn a_step_in_pieces_has_the_same_gradient() {
+fn micro_batches_have_the_gradient_of_the_whole_batch() {
     let (shape, y) = (Shape::new(5, 4, 4, 3), to_f32(&numbers(3, 5 * 48)));
     let whole = Tensor::from_slice(&Device::cpu(), shape, &y).unwrap();
     let (losses, whole) = on_cpu(&whole, &Batch::train(1, 2, 0, vec![0; 5], true, 10), Some(5));
@@ -145,7 +144,7 @@ fn quarters_sort_losses_by_timestep() {
     quarters.add(&batch.t, batch.timesteps, &[1.0, 2.0, 4.0, 8.0]);
     assert_eq!(quarters.means(), [Some(1.5), Some(4.0), None, Some(8.0)]);
     assert_eq!(quarters.mean(), Some(3.75));
-    // A chain whose length four does not divide: quarters of 0..=1, 2, 3..=4, 5.
+    // A chain whose length is no multiple of four: quarters 0..=1, 2, 3..=4, 5.
     let mut odd = Quarters::default();
     (batch.t, batch.timesteps) = (vec![1, 2, 3, 5], 6);
     odd.add(&batch.t, batch.timesteps, &[1.0, 2.0, 4.0, 8.0]);
@@ -162,8 +161,8 @@ fn same_bits_with_any_number_of_threads() {
     });
 }
 
-/// The CPU sums the same f64 squares, exact out of equal f32 differences, in another order: sums of `terms` positive
-/// numbers differ by at most twice that many roundings, some more for division and mean.
+/// The CPU sums the same f64 squares, exact since the f32 differences are equal, in another order. Sums of `terms`
+/// positive numbers differ by at most twice that many roundings; a few more for division and mean.
 fn same_quarters(name: &str, got: &Quarters, want: &Quarters, terms: usize) -> Vec<f32> {
     let numbers = |q: &Quarters| q.means().into_iter().chain([q.mean()]).collect::<Vec<Option<f64>>>();
     for (k, (got, want)) in numbers(got).into_iter().zip(numbers(want)).enumerate() {
@@ -175,7 +174,7 @@ fn same_quarters(name: &str, got: &Quarters, want: &Quarters, terms: usize) -> V
     numbers(got).into_iter().flatten().flat_map(halves).collect()
 }
 
-/// A prediction as a device holds it.
+/// A prediction of the activation type of the device.
 fn prediction(device: &Device, shape: Shape, y: &[f64]) -> Tensor {
     Tensor::from_slice_as(device, device.activations(), shape, &to_f32(y)).unwrap()
 }
@@ -211,7 +210,7 @@ fn gpu_has_the_gradient_and_the_sums_of_the_cpu() {
     }
 }
 
-/// eps has the same bits on both, so the CPU's noise has no loss on a GPU.
+/// eps has the same bits on both devices, so predicting the CPU's noise has no loss on a GPU.
 #[test]
 fn gpu_draws_the_noise_of_the_cpu() {
     let shape = Shape::new(3, 41, 37, 3);
@@ -225,7 +224,7 @@ fn gpu_draws_the_noise_of_the_cpu() {
     assert!(got.gradient.unwrap().to_vec().unwrap().iter().all(|dy| *dy == 0.0));
 }
 
-/// Chains that four does not divide, and one shorter than four.
+/// Chains whose length is no multiple of four, some shorter than four.
 #[test]
 fn gpu_sorts_losses_by_timestep() {
     for timesteps in [1, 2, 3, 6, 250, 1001] {
@@ -241,9 +240,9 @@ fn gpu_sorts_losses_by_timestep() {
     }
 }
 
-/// A row sums the micro-batches of its step and keeps nothing of what stood there before, not even NaN.
+/// A row sums the micro-batches of its step and keeps nothing of its previous contents, not even NaN.
 #[test]
-fn gpu_adds_the_pieces_of_a_step_up() {
+fn gpu_sums_the_micro_batches_of_a_step() {
     let (shape, y) = (Shape::new(5, 4, 5, 3), numbers(3, 5 * 60));
     let whole = Batch::train(1, 2, 0, vec![0; 5], true, 10);
     gpu::each("pieces", |device| {
@@ -276,12 +275,12 @@ fn gpu_adds_the_pieces_of_a_step_up() {
 #[test]
 fn planted_bugs_are_noticed() {
     let test = "loss::gpu_has_the_gradient_and_the_sums_of_the_cpu";
-    // The barriers before the warps' sums are added and before the last block is known, the noise of another stream,
-    // no bins, losses added to what is stale.
+    // The barriers before the sums of the warps are added and before the last block is known; the noise of another
+    // stream; wrong quarters; losses added to stale ones.
     plant::notices_lost_barrier(test, "loss_fwd_f32", 0);
     plant::notices_lost_barrier(test, "loss_fwd_bf16", 2);
     plant::notices_wrong_parameter(test, "loss_fwd_f32", "9+16", "9+12");
     plant::notices_wrong_parameter(test, "loss_fwd_bf16", 7, 10);
-    plant::notices_wrong_parameter("loss::gpu_adds_the_pieces_of_a_step_up", "loss_fwd_f32", 10, 7);
+    plant::notices_wrong_parameter("loss::gpu_sums_the_micro_batches_of_a_step", "loss_fwd_f32", 10, 7);
     plant::notices_lost_block(test, "loss_fwd_f32");
 }

@@ -1,4 +1,4 @@
-//! One file of tests per operation, under the operation's stem.
+//! One file of tests per operation, named after the operation.
 
 #[path = "../support/mod.rs"]
 mod support;
@@ -27,8 +27,8 @@ use ddpm_cuda::kernels;
 
 use support::gpu;
 
-/// Every kernel is launched by the tests of its operation whose names begin with the GPU: they are run once more in a
-/// process for each, which writes its launches to stderr.
+/// The tests of an operation whose names begin with `gpu`, `the_gpu` or `on_the_gpu` launch each of its kernels. They
+/// run once more, in a process per operation that writes its launches to stderr.
 #[test]
 fn every_kernel_is_launched_by_its_operations_tests() {
     if !gpu::available() {

@@ -9,7 +9,7 @@ use ddpm_cuda::train::{Feed, Resident};
 
 use crate::support::{close, close_as, gpu, numbers, plant, same_bits, same_bits_at_any_number_of_threads};
 
-/// Sets of images: 4,096 numbers are one task of the parallel pass, 1,024 a GPU's block.
+/// Shapes of data sets: 4,096 elements are one task of the CPU path, 1,024 a block of the kernel.
 const SETS: [Shape; 7] = [
     Shape::new(1, 1, 1, 1),
     Shape::new(5, 3, 7, 2),
@@ -59,7 +59,7 @@ fn cpu_follows_the_reference() {
     }
 }
 
-/// At t = 0 almost nothing but the image is there: 0.01 of noise, which never exceeds 6.77.
+/// At t = 0 there is little but the image: 0.01 of the noise, which never exceeds 6.77.
 #[test]
 fn the_least_noise_leaves_the_image_and_mirrors_it() {
     let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
@@ -85,7 +85,7 @@ fn the_least_noise_leaves_the_image_and_mirrors_it() {
 }
 
 #[test]
-fn a_step_in_pieces_is_the_same_as_one_uncut() {
+fn micro_batches_are_noised_like_the_whole_batch() {
     let schedule = Schedule::new(Kind::Cosine, 100).unwrap();
     let shape = SETS[1];
     let pixels = pixels(shape.len());
@@ -120,8 +120,8 @@ fn an_empty_batch_is_empty() {
     assert!(on_cpu(images, &none, &schedule).x_t.data().is_empty());
 }
 
-/// x_t, t and labels of both in one row. t and labels must be the CPU's to the bit, and x_t in f32 too where the CPU
-/// has fused multiply-adds; in bf16 it is that rounded.
+/// Asserts that t and labels have the CPU's bits, and if the CPU has fused multiply-adds also x_t, rounded to the
+/// activation type. Returns x_t, t and labels in one vector.
 fn same_as_the_cpu(name: &str, device: &Device, got: &Noised, want: &Noised) -> Vec<f32> {
     let numbers = |noised: &Noised| {
         let [x_t, t] = [&noised.x_t, &noised.t].map(|x| x.to_vec().unwrap());
@@ -138,13 +138,13 @@ fn same_as_the_cpu(name: &str, device: &Device, got: &Noised, want: &Noised) -> 
     [x_t, t, labels].concat()
 }
 
-/// A data set of the images.
+/// A data set of these images.
 fn data_set(images: Images<'_>) -> Dataset {
     let Shape { h, w, c, .. } = images.shape;
     Dataset::new(Extent { size: Size { h, w }, channels: c }, images.pixels.to_vec(), None)
 }
 
-/// The batch's images from a data set that is on the GPU.
+/// Noises the batch's images from a data set on the GPU.
 fn on_gpu(device: &Device, images: Images<'_>, batch: &Batch, schedule: &Schedule) -> Noised {
     let Device::Cuda(gpu) = device else { panic!("{device} is no GPU") };
     let mut feed = Feed::new(device, Some(&Resident::new(gpu, images).unwrap()));
@@ -163,7 +163,7 @@ fn gpu_has_the_bits_of_the_cpu() {
         let images = Images { pixels: &pixels, shape };
         let labelled = batch(shape, 7).with_labels(Some(vec![3, 0, 9, 1, 1, 16_777_216, 2]));
         let unmirrored = Batch::validation(99, 3, (0..7).map(|i| i % shape.n).collect(), 1000);
-        // A seed and a step whose every bit counts.
+        // A seed and a step that use their high bits.
         let far = Batch::train(0xFEDC_BA98_7654_3210, 0x8000_0001, 1 << 20, vec![0; 2], true, 1000);
         for batch in [labelled, unmirrored, far] {
             let want = on_cpu(images, &batch, &schedule);
@@ -178,7 +178,7 @@ fn gpu_has_the_bits_of_the_cpu() {
     }
 }
 
-/// Chains of other lengths, of two steps even.
+/// Chains of other lengths, down to two steps.
 #[test]
 fn gpu_draws_timesteps_as_the_cpu_does() {
     let shape = Shape::new(1, 1, 1, 1);
@@ -193,7 +193,7 @@ fn gpu_draws_timesteps_as_the_cpu_does() {
     }
 }
 
-/// More images than a grid is high.
+/// More images than the 65,535 blocks that a grid can have along y.
 #[test]
 fn gpu_loops_over_images() {
     let Some(gpu) = gpu::gpu(DType::F32) else { return };
@@ -205,9 +205,9 @@ fn gpu_loops_over_images() {
     same_as_the_cpu("65,537 images", &device, &got, &want);
 }
 
-/// Batches of one sequence in their order, from a data set on the GPU whose image numbers go up 2^16 at a time (here
-/// the third batch begins in one window and ends in the next), and from one on the host of which each batch goes up:
-/// what the CPU reads itself.
+/// Batches of one sequence, from a data set on the GPU whose image indices are uploaded 2^16 at a time (the third batch
+/// here begins in one window and ends in the next), and from a data set on the host whose batches are uploaded one by
+/// one. Both must give what the CPU reads itself.
 #[test]
 fn gpu_is_fed_the_batches_of_the_cpu() {
     let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
@@ -245,7 +245,7 @@ fn gpu_is_fed_the_batches_of_the_cpu() {
                 let want = on_cpu(images, &batch(places.clone()), &schedule);
                 all.push(same_as_the_cpu(&format!("{name}, images {places:?}"), device, &got, &want));
             }
-            // A window holds 2^16 places from where it was asked for: 0, 65,532, back to 12, and 200,000.
+            // A window covers 2^16 positions from the one requested: 0, 65,532, back to 12, and 200,000.
             assert_eq!(asked, if resident.is_some() { 4 } else { starts.len() }, "{name}: rows were asked for");
         }
         all.concat()
@@ -255,8 +255,8 @@ fn gpu_is_fed_the_batches_of_the_cpu() {
 #[test]
 fn planted_bugs_are_noticed() {
     let test = "q_sample::gpu_has_the_bits_of_the_cpu";
-    // Races on an image's draws; flips from the timesteps' streams; the wrong width; another rounding; labels from
-    // the image numbers.
+    // Races on an image's draws; flips from the streams of the timesteps; the wrong width; another rounding; image
+    // indices as labels.
     plant::notices_lost_barrier(test, "q_sample_fwd_f32", 0);
     plant::notices_lost_barrier("q_sample::gpu_loops_over_images", "q_sample_fwd_f32", 1);
     plant::notices_wrong_parameter(test, "q_sample_fwd_bf16", 14, 13);

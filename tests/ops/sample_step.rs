@@ -8,7 +8,7 @@ use num_traits::{Float, FloatConst};
 
 use crate::support::{close, gpu, numbers, plant, same_bits, same_bits_at_any_number_of_threads, to_f32};
 
-/// 256 numbers are drawn at a time, 4,096 are one task, 1,024 a GPU's block.
+/// The CPU path draws 256 elements at a time; 4,096 are one task, 1,024 a block of the kernel.
 const SHAPES: [Shape; 6] = [
     Shape::new(1, 1, 1, 1),
     Shape::new(3, 5, 3, 2),
@@ -35,8 +35,7 @@ fn by_reference<T: Float + FloatConst>(x: &[f64], output: &[f64], shape: Shape, 
     reference::forward(&cast(x), &cast(output), &z, step)
 }
 
-/// All shapes count as one case for the yardstick: the largest error of the f32 reference over a single number says
-/// little.
+/// All shapes are one case for the yardstick: on a single element the largest error of the f32 reference says little.
 #[test]
 fn cpu_follows_the_reference() {
     let device = Device::cpu_guarded();
@@ -45,7 +44,7 @@ fn cpu_follows_the_reference() {
             let step = Step { clip, ..step };
             let (mut got, mut oracle, mut yardstick) = (Vec::new(), Vec::new(), Vec::new());
             for shape in SHAPES {
-                // Some beyond [-1, 1], so that clipping happens at every level.
+                // Some are beyond [-1, 1], so that clipping happens at every noise level.
                 let x: Vec<f64> = numbers(1, shape.len()).iter().map(|x| 2.0 * x).collect();
                 let output = numbers(2, shape.len());
                 let [x_t, y] = [&x, &output].map(|x| Tensor::from_slice(&device, shape, &to_f32(x)).unwrap());
@@ -103,7 +102,7 @@ fn same_bits_with_any_number_of_threads() {
     });
 }
 
-/// x and the network's input, which must be x rounded to the type of the activations.
+/// Asserts that the network's input is x rounded to the activation type, and returns x.
 fn state(device: &Device, name: &str, state: &State) -> Vec<f32> {
     assert_eq!((state.x.dtype(), state.input.dtype()), (DType::F32, device.activations()), "{name}");
     let x = state.x.to_vec().unwrap();
@@ -139,7 +138,7 @@ fn gpu_steps_with_the_bits_of_the_cpu() {
                 .map(|(dtype, v)| Tensor::from_slice_as(device, dtype, shape, &to_f32(v)).unwrap());
             let got = state(device, &name, &sample_step(device, &x_t, &y, &step, SAMPLES).unwrap());
             if shape.len() > 100 {
-                // Of a single number the reference's own error says little.
+                // On a few elements the reference's own error says little.
                 let oracle = by_reference::<f64>(&x, &output, shape, &step);
                 close(&name, &got, &oracle, &by_reference::<f32>(&x, &output, shape, &step));
             }
@@ -174,7 +173,7 @@ fn gpu_keeps_nan() {
     });
 }
 
-/// More images than a grid is high.
+/// More images than the 65,535 blocks that a grid can have along y.
 #[test]
 fn gpu_loops_over_images() {
     let Some(gpu) = gpu::gpu(DType::Bf16) else { return };
@@ -194,8 +193,8 @@ fn gpu_loops_over_images() {
 
 #[test]
 fn planted_bugs_are_noticed() {
-    // A constant of Philox; the number of images for the size of one; a comparison of the clipping; a rounding; one
-    // factor for another.
+    // A constant of Philox; the number of images in place of the size of one; a comparison of the clipping; a rounding;
+    // one factor in place of another.
     plant::notices(
         "sample_step::gpu_starts_with_the_bits_of_the_cpu",
         "sample_step_start_f32",

@@ -7,7 +7,7 @@ use crate::support::{
     through_tape, through_tape_on, to_f32, worst,
 };
 
-/// One number, primes, one beyond a block of 1,024 numbers and a task of 2^13, several tasks.
+/// One element; primes; one beyond a block of 1,024 elements and one beyond a task of 2^13; several tasks.
 const CASES: [Shape; 5] = [
     Shape::new(1, 1, 1, 1),
     Shape::new(2, 3, 5, 7),
@@ -16,7 +16,7 @@ const CASES: [Shape; 5] = [
     Shape::new(3, 32, 32, 11),
 ];
 
-/// Numbers between -`scale` and `scale`.
+/// A pass with `x` between -`scale` and `scale`.
 fn pass(shape: Shape, scale: f64) -> (Pass, Vec<f64>, Vec<f64>) {
     let x: Vec<f64> = numbers(1, shape.len()).iter().map(|x| f64::from((x * scale) as f32)).collect();
     let dy = numbers(2, shape.len());
@@ -24,9 +24,9 @@ fn pass(shape: Shape, scale: f64) -> (Pass, Vec<f64>, Vec<f64>) {
     (got, x, dy)
 }
 
-/// `silu` is good to 4.5 ulp, each at most two roundings relative. The derivative `s (1 + x (1 - s))` has a zero near
-/// -1.28, where only an absolute bound makes sense: `s` errs by 4 ulp of itself, and with it `1 - s` by 4 ulp of `s`
-/// and a rounding; so `x (1 - s)` by `|x| (8 s + 2)` roundings, the sum and the product by one more each, and the
+/// `silu` errs by up to 4.5 ulp, each at most two roundings relative. The derivative `s (1 + x (1 - s))` has a zero
+/// near -1.28, where only an absolute bound makes sense: `s` errs by 4 ulp of itself, and with it `1 - s` by 4 ulp of
+/// `s` and a rounding; so `x (1 - s)` by `|x| (8 s + 2)` roundings, the sum and the product by one more each, and the
 /// product with dy by one.
 #[test]
 fn the_cpu_path_agrees_with_the_reference() {
@@ -89,7 +89,7 @@ fn gpu_agrees_with_the_reference() {
     }
 }
 
-/// The gradient of a sum reaches both terms in one buffer: what is written over it must be a copy.
+/// The gradient of a sum reaches both terms as one buffer, so an operation that overwrites it must copy it first.
 #[test]
 fn gpu_leaves_a_shared_gradient_alone() {
     for shape in CASES {

@@ -4,15 +4,14 @@ use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
 use crate::support::{F32_ROUNDING, gpu, per_image, plant, same_bits, worst};
 
-/// Both ends of a thousand steps, and a time between two steps.
+/// Both ends of a thousand timesteps, and a time between two of them.
 const T: [f32; 5] = [0.0, 1.0, 3.5, 500.0, 999.0];
 
 fn embed(device: &Device, t: &[f32], dim: usize, form: Sinusoid) -> Tensor {
     time_embedding(device, &per_image(device, t.iter().copied()), dim, form).unwrap()
 }
 
-/// Widths of an embedding: the least, odd ones, one frequency beyond a block of 128 (with 5 times: 5 x 26), several
-/// blocks.
+/// Widths of an embedding: the smallest, odd ones, just beyond a block of 128 frequencies (5 x 26), several blocks.
 const DIMS: [usize; 7] = [2, 3, 4, 7, 32, 52, 128];
 
 const OPENAI: Sinusoid = Sinusoid { freq_shift: 0, flip_sin_to_cos: true };
@@ -27,16 +26,16 @@ fn is_the_reference_in_f64_rounded_once() {
     }
 }
 
-/// Written out from the formula: `dim` 4 has the frequencies 1 and 1e-4, first the sines, then the cosines.
+/// By the formula, `dim` 4 has the frequencies 1 and 1e-4, first the sines, then the cosines.
 #[test]
 fn first_all_sines_then_all_cosines() {
     let y = embed(&Device::cpu_guarded(), &[999.0], 4, Sinusoid::default());
     let expected = [999f64.sin(), 0.0999f64.sin(), 999f64.cos(), 0.0999f64.cos()];
-    // The frequency's own rounding in f64 turns 999 by less than 1e-12.
+    // The f64 rounding of the frequency moves the angle by less than 1e-12.
     worst("y", y.data(), &expected, |y| F32_ROUNDING * y.abs() + 1e-12);
 }
 
-/// OpenAI's form of the same: the frequencies 1 and 1e-2, first the cosines.
+/// OpenAI's form has the frequencies 1 and 1e-2, first the cosines.
 #[test]
 fn openai_has_the_cosines_first() {
     let y = embed(&Device::cpu_guarded(), &[999.0], 4, OPENAI);

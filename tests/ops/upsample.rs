@@ -6,8 +6,8 @@ use crate::support::{
     through_tape, to_f32,
 };
 
-/// One number, primes, several tasks of 2^15 numbers with a last one that is short, one row beyond a task, one number
-/// beyond a block of 256.
+/// One element; primes; several tasks of 2^15 elements, the last one short; single pixels; rows longer than a task; one
+/// element beyond a block of 256.
 const CASES: [Shape; 6] = [
     Shape::new(1, 1, 1, 1),
     Shape::new(2, 3, 5, 7),
@@ -58,7 +58,7 @@ fn gpu_has_the_bits_of_the_cpu() {
 #[test]
 fn planted_bugs_are_noticed() {
     let test = "upsample::gpu_has_the_bits_of_the_cpu";
-    // The last of four copies is lost; a sum becomes a difference.
+    // The last of four copies is missing; a sum becomes a difference.
     plant::notices(test, "upsample_fwd_f32", "st.global.f32", "//");
     plant::notices(test, "upsample_bwd_f32", "add.f32", "sub.f32");
     plant::notices(test, "upsample_bwd_bf16", "add.f32", "sub.f32");

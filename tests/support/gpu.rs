@@ -1,8 +1,8 @@
 //! GPUs for tests: by default the emulator, which cargo builds beside the tests, with all its checks; with
-//! `DDPM_TEST_DEVICE=cuda` the real one.
+//! `DDPM_TEST_DEVICE=cuda` a real one.
 //!
-//! [`each`] runs a test in both types of activations and in several orders of blocks and warps. That the tests would
-//! see a bug is itself tested: see `plant`.
+//! [`each`] runs a test with both activation types and in several orders of blocks and warps. `plant` tests that the
+//! tests notice bugs.
 
 use std::ffi::{CString, c_char, c_int};
 use std::io::Write;
@@ -20,10 +20,10 @@ use super::{plant, same_bits};
 /// Unit of relative rounding of a bf16, which has 8 significant bits: half a unit in the last place.
 pub const BF16_ROUNDING: f64 = 1.0 / 256.0;
 
-/// Orders in which the emulator runs blocks and warps: as they come, and three drawn at random.
+/// Orders in which the emulator runs blocks and warps: ascending, and three random ones.
 pub const SCHEDULES: [&str; 4] = ["none", "1", "2", "3"];
 
-/// The emulator's shared library: cargo puts it beside the tests' own executables.
+/// The emulator's shared library, which cargo puts beside the test executables.
 pub fn emulator() -> PathBuf {
     let executable = std::env::current_exe().expect("a test knows its own path");
     let path = executable.parent().expect("an executable is in a folder").join("libcuda_emu.so");
@@ -34,14 +34,14 @@ pub fn emulator() -> PathBuf {
 /// The value of `DDPM_TEST_DEVICE` that asks for a real GPU.
 const REAL: &str = "cuda";
 
-/// Says what is not tested, past the test harness, which keeps what `eprintln!` writes to itself while a test passes.
+/// Reports what is not tested, bypassing the test harness, which hides what `eprintln!` writes in a passing test.
 pub fn skip(what: &str) {
-    // In one call, so that lines of tests that run at the same time do not mix. A closed stderr is no reason to fail.
+    // In one call, so that lines of concurrent tests do not mix. A closed stderr is no reason to fail.
     let _ = std::io::stderr().write_all(format!("\n*** SKIPPED: {what} ***\n").as_bytes());
 }
 
-/// True on the emulator, for what only an emulator can be told to do: a small or an old GPU, a bug in a kernel. Says
-/// loudly that `what` is not tested on a real GPU.
+/// True on the emulator, for tests of what only it can simulate: a small or an old GPU, a bug in a kernel. On a real
+/// GPU reports `what` as skipped.
 pub fn emulated(what: &str) -> bool {
     let real = is_real();
     if real {
@@ -50,12 +50,12 @@ pub fn emulated(what: &str) -> bool {
     available() && !real
 }
 
-/// True if the tests are to run on a real GPU.
+/// True if the tests run on a real GPU.
 pub fn is_real() -> bool {
     std::env::var("DDPM_TEST_DEVICE").is_ok_and(|device| device == REAL)
 }
 
-/// True if kernels can be tested; says so loudly if they cannot.
+/// True if kernels can be tested; reports it if they cannot.
 pub fn available() -> bool {
     static AVAILABLE: OnceLock<bool> = OnceLock::new();
     *AVAILABLE.get_or_init(|| {
@@ -79,26 +79,27 @@ pub fn available() -> bool {
     })
 }
 
-/// A guarded GPU with activations of type `dtype`; `None` if kernels cannot be tested.
+/// A guarded GPU with activations of type `dtype`, with the planted bug if there is one; `None` if kernels cannot be
+/// tested.
 pub fn gpu(dtype: DType) -> Option<Gpu> {
     available().then(|| {
         let gpu = Gpu::open(0, dtype, true).expect("the GPU opens");
         if let Some((stem, ptx)) = plant::planted() {
-            // SAFETY: the entries and their parameters are the stem's, and the emulator watches over every access.
+            // SAFETY: entries and parameters are the stem's, and the emulator checks every access.
             unsafe { gpu.replace_kernels(stem, ptx) };
         }
         gpu
     })
 }
 
-/// Sets how the emulator runs this thread's launches. A real GPU has no such settings; an emulator without them is
-/// not the one that the tests count on, and whatever they say about schedules would not be so.
+/// Sets how the emulator runs this thread's launches. A real GPU has no such settings. Fails on an emulator without
+/// them, since the tests would then claim schedules that never ran.
 pub fn configure(name: &str, value: &str) {
     if is_real() || !available() {
         return;
     }
-    // SAFETY: opens what is open already, by the name that cudarc finds it under, and calls what include/cuda_emu.h
-    // declares, with two strings that end in a zero byte and live until the call returns.
+    // SAFETY: reopens the library that is already open, by the name that cudarc finds it under, and calls the function
+    // that include/cuda_emu.h declares, with two zero-terminated strings that live until the call returns.
     unsafe {
         let driver = libloading::Library::new("libcuda.so").expect("the emulator is open under the name of the driver");
         let function = driver.get::<unsafe extern "C" fn(*const c_char, *const c_char) -> c_int>(b"emu_configure\0");
@@ -108,11 +109,11 @@ pub fn configure(name: &str, value: &str) {
     }
 }
 
-/// Set where it is only asked which kernels a test launches: [`each`] then takes the first schedule alone.
+/// Set when a test only has to show which kernels it launches: [`each`] then uses only the first schedule.
 pub const ONE_SCHEDULE: &str = "DDPM_TEST_ONE_SCHEDULE";
 
-/// Runs `f` on a guarded GPU with f32 and one with bf16 activations, in every schedule; whatever it returns must have
-/// the same bits in each.
+/// Runs `f` on guarded GPUs with f32 and with bf16 activations, in every schedule. For each type, its result must have
+/// the same bits in all schedules, and no buffer may stay in use.
 #[track_caller]
 pub fn each(name: &str, f: impl Fn(&Device) -> Vec<f32>) {
     for dtype in [DType::F32, DType::Bf16] {
@@ -134,7 +135,7 @@ pub fn each(name: &str, f: impl Fn(&Device) -> Vec<f32>) {
     }
 }
 
-/// One rounding of a result of type `dtype`, relative.
+/// Largest relative rounding error of a result of type `dtype`.
 pub fn rounding(dtype: DType) -> f64 {
     match dtype {
         DType::F32 => super::F32_ROUNDING,
@@ -158,7 +159,7 @@ pub fn rounded_f32(dtype: DType, x: &[f32]) -> Vec<f32> {
     }
 }
 
-/// True if the CPU path has fused multiply-adds, as every GPU has; without them it rounds once more.
+/// True if the CPU path uses fused multiply-adds, as every GPU does; without them it rounds once more.
 pub fn cpu_fuses() -> bool {
     Isa::best().level() != Level::Portable || cfg!(target_arch = "aarch64")
 }

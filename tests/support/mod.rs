@@ -1,9 +1,9 @@
-//! What the tests share: how results are compared, where tolerances come from, finite differences, random inputs.
+//! Shared by the tests: comparison of results, tolerances, finite differences, random inputs.
 //!
 //! Tolerances are derived, never felt. For a result computed in f32 the oracle is the operation's reference in f64, and
 //! the yardstick is the same reference in f32: an implementation may err by at most twice the largest error that the
-//! plain f32 loops make on the same case, plus one rounding of the output (2^-24 of the value). Self-calibrating over
-//! reduction length, magnitude and cancellation; the factor of two is for another order of summation.
+//! plain f32 loops make on the same case, plus one rounding of the output (2^-24 of the value). This budget adapts to
+//! reduction length, magnitude and cancellation; the factor of two allows another order of summation.
 
 #![allow(dead_code, reason = "each test target uses its own part of this module")]
 
@@ -20,12 +20,12 @@ use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
 use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
-/// Settings, for the command line, of a network that trains in milliseconds.
+/// Command-line settings of a network whose steps take milliseconds.
 pub const TINY: [&str; 8] =
     ["--set", "widths=8,16", "--set", "groups=4", "--set", "attention_resolutions=14", "--set", "timesteps=50"];
 
-/// Two levels, attention at the lower one, dropout, flips, two micro-batches: everything that draws random numbers,
-/// as small as it gets.
+/// A minimal network with everything that draws random numbers: two levels, attention at the lower one, dropout, flips,
+/// two micro-batches.
 pub fn tiny(h: usize, w: usize, channels: usize) -> Config {
     let mut c = Config::preset(Preset::Mnist);
     c.model.image_size = Size { h, w };
@@ -43,11 +43,12 @@ pub fn tiny(h: usize, w: usize, channels: usize) -> Config {
     c
 }
 
-/// Half a unit in the last place of an f32, relative: one rounding.
+/// Largest relative rounding error of an f32, half a unit in the last place: one rounding.
 pub const F32_ROUNDING: f64 = 1.0 / (1u64 << 24) as f64;
 
-/// Largest error of `got` against `want` as a share of its budget. Fails where it is above 1, and on whatever would
-/// make the comparison mean nothing: no numbers, a wrong length, a NaN or an infinity on either side or in a budget.
+/// Largest error of `got` against `want` as a fraction of its budget. Fails if it is above 1, and on whatever would
+/// make the comparison meaningless: no numbers, a wrong length, a NaN or an infinity on either side, or a budget that
+/// is negative or not finite.
 #[track_caller]
 pub fn worst(name: &str, got: &[f32], want: &[f64], budget: impl Fn(f64) -> f64) -> f64 {
     assert_eq!(got.len(), want.len(), "{name}: {} numbers, expected {}", got.len(), want.len());
@@ -73,29 +74,29 @@ pub fn worst(name: &str, got: &[f32], want: &[f64], budget: impl Fn(f64) -> f64)
     share
 }
 
-/// `got` (f32) against the oracle in f64, the yardstick being the reference in f32. Returns the share of the budget
-/// used.
+/// Compares `got` (f32) with the oracle in f64; the yardstick is the reference in f32. Returns the fraction of the
+/// budget used.
 #[track_caller]
 pub fn close(name: &str, got: &[f32], oracle: &[f64], yardstick: &[f32]) -> f64 {
     close_but_for(name, got, oracle, yardstick, 0.0)
 }
 
-/// [`close`] with `allowance` on top of the budget: an absolute error that the implementation makes and the reference
-/// does not, say from an exponential of its own. The caller derives it.
+/// [`close`] with `allowance` added to the budget: an absolute error that the implementation makes but the reference
+/// does not, such as from its own exponential. The caller derives it.
 #[track_caller]
 pub fn close_but_for(name: &str, got: &[f32], oracle: &[f64], yardstick: &[f32], allowance: f64) -> f64 {
     let own = error_of_reference(name, yardstick, oracle);
     worst(name, got, oracle, |w| 2.0 * own + F32_ROUNDING * w.abs() + allowance)
 }
 
-/// [`close`] for a result of type `dtype`, whose last rounding the budget has. The inputs of oracle and yardstick
-/// must be rounded to `dtype`.
+/// [`close`] for a result of type `dtype`; the budget includes its rounding to `dtype`. The inputs of oracle and
+/// yardstick must be rounded to `dtype`.
 #[track_caller]
 pub fn close_as(dtype: DType, name: &str, got: &[f32], oracle: &[f64], yardstick: &[f32]) -> f64 {
     close_as_but_for(dtype, name, got, oracle, yardstick, 0.0)
 }
 
-/// [`close_as`] with `allowance` on top of the budget, as in [`close_but_for`].
+/// [`close_as`] with `allowance` added to the budget, as in [`close_but_for`].
 #[track_caller]
 pub fn close_as_but_for(
     dtype: DType,
@@ -109,8 +110,7 @@ pub fn close_as_but_for(
     worst(name, got, oracle, |w| own + rounding * (w.abs() + own))
 }
 
-/// The largest error that the reference makes in f32. A maximum over floats passes over a NaN, so every number is
-/// looked at.
+/// The largest error of the reference in f32. `f64::max` ignores NaN, so every number is checked.
 #[track_caller]
 fn error_of_reference(name: &str, yardstick: &[f32], oracle: &[f64]) -> f64 {
     assert_eq!(yardstick.len(), oracle.len(), "{name}: yardstick and oracle differ in length");
@@ -121,7 +121,7 @@ fn error_of_reference(name: &str, yardstick: &[f32], oracle: &[f64]) -> f64 {
     })
 }
 
-/// `got` against numbers that an f32 implementation reproduces to `relative` of the tensor's largest element, as a
+/// Compares `got` with numbers that it must reproduce to within `relative` of the tensor's largest element, such as a
 /// [`network`]'s outputs and gradients.
 #[track_caller]
 pub fn close_to_largest(name: &str, got: &[f32], want: &[f32], relative: f64) -> f64 {
@@ -130,7 +130,7 @@ pub fn close_to_largest(name: &str, got: &[f32], want: &[f32], relative: f64) ->
     worst(name, got, &want, |_| relative * largest)
 }
 
-/// Bit for bit the same.
+/// Asserts that all bits are the same.
 #[track_caller]
 pub fn same_bits(name: &str, got: &[f32], want: &[f32]) {
     assert_eq!(got.len(), want.len(), "{name}: {} numbers, expected {}", got.len(), want.len());
@@ -144,12 +144,12 @@ pub fn same_bits(name: &str, got: &[f32], want: &[f32]) {
     }
 }
 
-/// Central finite differences in f64: `f` maps the inputs to a scalar, `gradients[k]` is its derived gradient for
-/// `inputs[k]`, every element of which is tried.
+/// Checks `gradients` by central finite differences in f64: `f` maps the inputs to a scalar, and `gradients[k]` is its
+/// derived gradient for `inputs[k]`, of which every element is varied.
 ///
-/// With step h the difference quotient errs by h^2/6 |f'''| (truncation) and eps |f| terms / h (rounding, for a
-/// scalar that sums `terms` products). h = 1e-4 balances the two for functions with derivatives of order one; the
-/// budget is both terms with the largest gradient standing for |f'''|, and 100 for how much larger f''' may be.
+/// With step h the difference quotient errs by h^2/6 |f'''| (truncation) and eps |f| terms / h (rounding, for a scalar
+/// that sums `terms` products). h = 1e-4 balances the two for functions with derivatives of order one. The budget is
+/// the sum of both, with 100 times the largest gradient (or 1) in place of |f'''|.
 #[track_caller]
 pub fn finite_differences(name: &str, f: impl Fn(&[Vec<f64>]) -> f64, inputs: &[Vec<f64>], gradients: &[Vec<f64>]) {
     assert_eq!(inputs.len(), gradients.len(), "{name}: one gradient per input");
@@ -170,7 +170,7 @@ pub fn finite_differences(name: &str, f: impl Fn(&[Vec<f64>]) -> f64, inputs: &[
             let terms = inputs.iter().map(Vec::len).sum::<usize>() as f64;
             let budget = 100.0 * h * h / 6.0 * largest.max(1.0) + f64::EPSILON * above.abs().max(1.0) * terms / h;
             let error = (quotient - derived).abs();
-            // An infinite function value makes the error and the budget infinite together.
+            // An infinite function value makes both error and budget infinite.
             assert!(
                 budget.is_finite() && error <= budget,
                 "{name}: gradient {k}, element {i} is {derived:e}, differences say {quotient:e} \
@@ -180,13 +180,13 @@ pub fn finite_differences(name: &str, f: impl Fn(&[Vec<f64>]) -> f64, inputs: &[
     }
 }
 
-/// Deterministic numbers, roughly uniform on [-1, 1), different for every `seed`; a linear congruence, since nothing
-/// here depends on their quality and the oracle must not share code with what is tested.
+/// Deterministic numbers, roughly uniform on [-1, 1), different for every `seed`. From a linear congruential generator:
+/// their quality does not matter, and the oracle must not share code with what is tested.
 pub fn numbers(seed: u64, len: usize) -> Vec<f64> {
     let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(0x1234_5678_9ABC_DEF1);
     let mut next = move || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        // Rounded to f32, so that the oracle in f64 sees the very inputs of the implementation in f32.
+        // Rounded to f32, so that the oracle in f64 gets exactly the inputs of the implementation in f32.
         f64::from(((state >> 40) as f64 / (1u64 << 23) as f64 - 1.0) as f32)
     };
     (0..len).map(|_| next()).collect()
@@ -197,7 +197,7 @@ pub fn to_f32(x: &[f64]) -> Vec<f32> {
     x.iter().map(|&v| v as f32).collect()
 }
 
-/// One number for each image, `(n, 1, 1, 1)` in f32: timesteps or classes as the network takes them.
+/// One number per image, `(n, 1, 1, 1)` in f32: timesteps or classes for the network.
 pub fn per_image(device: &Device, numbers: impl IntoIterator<Item = f32>) -> Tensor {
     let numbers: Vec<f32> = numbers.into_iter().collect();
     Tensor::from_slice(device, Shape::new(numbers.len(), 1, 1, 1), &numbers).expect("room for a few numbers")
@@ -212,7 +212,7 @@ pub fn halves(v: f64) -> [f32; 2] {
 /// A shape and numbers in it.
 pub type Numbers = (Shape, Vec<f32>);
 
-/// What [`through_tape`] saw.
+/// The results of [`through_tape`].
 #[derive(Debug, PartialEq)]
 pub struct Pass {
     /// The output.
@@ -224,7 +224,7 @@ pub struct Pass {
 }
 
 impl Pass {
-    /// Everything in one row, for comparisons bit by bit.
+    /// Everything in one vector, for comparisons bit by bit.
     pub fn flat(&self) -> Vec<f32> {
         [&self.y].into_iter().chain(&self.dx).chain(&self.dw).flatten().copied().collect()
     }
@@ -242,10 +242,10 @@ pub fn through_tape(
     through_tape_on(&Device::cpu_guarded(), inputs, params, dy, passes, op)
 }
 
-/// Forward and backward of one operation through its public function and the tape, on a guarded device: `inputs`,
-/// rounded to the type of its activations, become leaves, `params` parameters, `dy` the gradient of the output.
-/// `passes` backward passes accumulate into one set of parameter gradients. At the end everything has to be back in
-/// the pool but what is still held here.
+/// Runs one operation forward and backward through its public function and the tape, on a guarded device. `inputs`,
+/// rounded to the activation type, become leaves; `params` become parameters; `dy` is the gradient of the output. The
+/// parameter gradients of `passes` passes accumulate. At the end all buffers but those held here must be back in the
+/// pool.
 #[track_caller]
 pub fn through_tape_on(
     device: &Device,
@@ -266,7 +266,7 @@ pub fn through_tape_on(
     }
     let weights = Params::from_host(device, specs, &flat).expect("room for the parameters");
     let mut dw = ParamGrads::new(device, weights.specs()).expect("room for their gradients");
-    // What earlier steps left behind is stale: it must be overwritten, not added to.
+    // Values left by earlier steps are stale: they must be overwritten, not added to.
     let stale = vec![f32::NAN; weights.specs().flat_len()];
     dw.finish(weights.specs()).and_then(|g| g.write(&stale)).expect("gradients can be written");
     dw.reset();
@@ -292,9 +292,9 @@ pub fn through_tape_on(
     Pass { y, dx, dw }
 }
 
-/// Asserts that an operation whose results are copies, or single roundings of what the CPU computes in f32, has the
-/// CPU's bits on a GPU: those of the CPU path on inputs rounded to the type of the activations, rounded to it in
-/// turn; parameters' gradients are f32 in either type.
+/// Asserts that on a GPU an operation has the bits of the CPU path on inputs rounded to the activation type, with y and
+/// dx rounded to that type. Holds for operations whose results are copies, or single roundings of what the CPU computes
+/// in f32. Parameter gradients are f32 in either case.
 #[track_caller]
 pub fn same_as_the_cpu(
     name: &str,
@@ -322,7 +322,7 @@ pub fn same_as_the_cpu(
     });
 }
 
-/// Runs `f` with 1, 2, 3 and 5 threads and fails unless it returns the same bits each time.
+/// Runs `f` with 1, 2, 3 and 5 threads and fails unless all runs return the same bits.
 #[track_caller]
 pub fn same_bits_at_any_number_of_threads(name: &str, f: impl Fn() -> Vec<f32> + Sync) {
     let at = |threads| {

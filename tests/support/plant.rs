@@ -1,12 +1,12 @@
-//! Bugs planted in the PTX of a kernel, to see that a test notices them.
+//! Plants bugs in the PTX of a kernel and checks that a test notices them.
 //!
-//! Each runs in a process of its own, since a kernel's fault breaks the context for all: the test is started again by
-//! its name, with the bug in a variable, and must fail. The bug is first planted here, so that one which cannot be
-//! planted (no such entry, no such text) is never taken for one that was noticed.
+//! Each bug runs in a process of its own, since a kernel fault breaks the context for everyone: the test is started
+//! again by name, with the bug in an environment variable, and must fail. The bug is first planted here, so that one
+//! that cannot be planted (no such entry, no such text) does not count as noticed.
 //!
-//! Barriers, parameters and the last block are found in any compiler's PTX. Other bugs replace instructions, and are
-//! written for the compiler that build.rs fetches: where another one writes the kernel otherwise, they are left out,
-//! which is said and counted. On a real GPU nothing is planted: a lost barrier may go unnoticed there.
+//! Barriers, parameters and the last block are found in any compiler's PTX. Other bugs replace instructions and are
+//! written for the compiler that build.rs fetches; if another compiler's PTX lacks the text, they are skipped, reported
+//! and counted. On a real GPU nothing is planted: a lost barrier may go unnoticed there.
 
 use std::fmt::Display;
 use std::process::Command;
@@ -17,33 +17,33 @@ use ddpm_cuda::kernels::{self, Kernel};
 
 use super::gpu;
 
-/// The compiler whose PTX the bugs that replace text are written for: the one that build.rs fetches.
+/// The compiler for whose PTX the text replacements are written: the one that build.rs fetches.
 const WRITTEN_FOR: &str = "13.5";
 
-/// Variable that plants a bug in every GPU of the process.
+/// Environment variable that plants a bug in every GPU of the process.
 const VARIABLE: &str = "DDPM_TEST_BUG";
 
-/// What is done to an entry.
+/// A change to an entry.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Bug<'a> {
-    /// The last `from` reads `to`.
+    /// The last `from` becomes `to`.
     Text { from: &'a str, to: &'a str },
-    /// The last place that loads parameter `is` loads parameter `reads` instead.
+    /// The last load of parameter `is` loads parameter `reads` instead.
     Parameter { is: &'a str, reads: &'a str },
-    /// The n-th barrier is gone, counted from 0; `None`: the last.
+    /// The n-th barrier, counted from 0, is removed; `None`: the last one.
     Barrier(Option<usize>),
     /// The last block along x does nothing, as if the grid were too small.
     LastBlock,
 }
 
-/// Asserts that `test` of this executable fails once the last `from` of a kernel's PTX reads `to`.
+/// Asserts that `test` of this executable fails if the last `from` in a kernel's PTX becomes `to`.
 #[track_caller]
 pub fn notices(test: &str, entry: &str, from: &str, to: &str) {
     check(test, entry, Bug::Text { from, to });
 }
 
-/// [`notices`] for a kernel that takes parameter `reads` for parameter `is` where it loads it last. Parameters are
-/// counted from 0; "3+8" is what stands 8 bytes from the start of a structure.
+/// [`notices`] for a kernel whose last load of parameter `is` loads parameter `reads` instead. Parameters are counted
+/// from 0; "3+8" is the field at byte 8 of the struct that is parameter 3.
 #[track_caller]
 pub fn notices_wrong_parameter(test: &str, entry: &str, is: impl Display, reads: impl Display) {
     let [is, reads] = [is.to_string(), reads.to_string()];
@@ -92,13 +92,13 @@ fn check(test: &str, entry: &str, bug: Bug<'_>) {
     let output = command.args(["--exact", test]).env(VARIABLE, bug.encode(entry)).output().expect("a test runs");
     let text = String::from_utf8_lossy(&output.stdout);
     assert!(text.contains("running 1 test"), "there is no test {test}: {text}");
-    // Whichever entry of the file is launched first loads it.
+    // The entry that is launched first loads the file.
     let loading = format!("loading {}_", kernel.module.stem);
     assert!(!text.contains(&loading), "{entry} is no kernel any more with {bug:?}: {text}");
     assert!(!output.status.success(), "{test} passes with {bug:?} in {entry}: {text}");
 }
 
-/// The stem and the PTX with the bug that this process is to have, if any.
+/// The stem and the PTX with the bug of this process, if it has one.
 pub fn planted() -> Option<(&'static str, String)> {
     let text = std::env::var(VARIABLE).ok()?;
     let (entry, bug) = Bug::decode(&text);
@@ -112,7 +112,7 @@ fn kernel(entry: &str) -> &'static Kernel {
 }
 
 impl<'a> Bug<'a> {
-    /// For the variable: `ENTRY|KIND|WHAT|BY WHAT`.
+    /// The value of the variable: `ENTRY|KIND|WHAT|BY WHAT`.
     fn encode(self, entry: &str) -> String {
         match self {
             Bug::Text { from, to } => format!("{entry}|text|{from}|{to}"),
@@ -137,7 +137,7 @@ impl<'a> Bug<'a> {
         (entry, bug)
     }
 
-    /// The PTX of a kernel's file with this bug in the kernel; `None` if there is no place for it.
+    /// The PTX of a kernel's file with this bug in the kernel; `None` if it cannot be planted.
     fn plant(self, kernel: &Kernel) -> Option<String> {
         self.plant_in(kernel.module.ptx(), kernel.name)
     }
@@ -146,11 +146,11 @@ impl<'a> Bug<'a> {
         let start = ptx.find(&format!(".entry {name}(")).expect("the PTX of a kernel has its entry");
         let end = ptx[start + 1..].find(".entry ").map_or(ptx.len(), |next| start + 1 + next);
         let entry = &ptx[start..end];
-        // The bytes that go, and what comes in their place.
+        // The bytes to remove, and their replacement.
         let (gone, instead) = match self {
             Bug::Text { from, to } => (at_last(entry, from)?, to.to_string()),
             Bug::Parameter { is, reads } => {
-                // As `[NAME_param_3]` or, of a structure, `[NAME_param_3+8]`.
+                // As `[NAME_param_3]` or, in a struct, `[NAME_param_3+8]`.
                 let last = |end| at_last(entry, &format!("[{name}_param_{is}{end}"));
                 let place = [last(']'), last('+')].into_iter().flatten().max_by_key(|place| place.start)?;
                 let end = entry[place.end - 1..].chars().next()?;
@@ -174,12 +174,12 @@ impl<'a> Bug<'a> {
     }
 }
 
-/// Where `text` holds `part` last.
+/// The last occurrence of `part` in `text`.
 fn at_last(text: &str, part: &str) -> Option<std::ops::Range<usize>> {
     text.rfind(part).map(|at| at..at + part.len())
 }
 
-/// So that on the compiler of CI no bug is left out. The wheels' versions begin with CUDA's.
+/// Ensures that no bug is skipped with the compiler of CI. The versions of the wheels begin with that of CUDA.
 #[test]
 fn the_bugs_are_written_for_the_compiler_that_is_fetched() {
     let wheel = format!("\"nvidia-cuda-nvcc=={WRITTEN_FOR}.");

@@ -1,4 +1,4 @@
-//! The comparator catches what it is there for.
+//! The comparisons catch what they should.
 
 use super::*;
 
@@ -31,7 +31,7 @@ fn nan_is_never_close() {
     }
 }
 
-/// Not even what is exact: a budget of NaN comes from a mistake in the budget, and an infinite one allows anything.
+/// Not even an exact result: a NaN budget comes from a mistake in the budget, and an infinite one allows anything.
 #[test]
 fn nothing_is_within_a_budget_that_is_no_number() {
     for (allowed, got) in [f64::NAN, f64::INFINITY, -1.0].into_iter().flat_map(|a| [(a, 0.0), (a, 1.0)]) {
@@ -41,7 +41,7 @@ fn nothing_is_within_a_budget_that_is_no_number() {
     for used in [0.5, 1.0] {
         assert_eq!(worst("budget", &[1.0], &[0.0], |_| 1.0 / used), used);
     }
-    // Nothing is allowed, and nothing is used.
+    // A budget of zero, of which nothing is used.
     assert_eq!(worst("exact", &[1.0], &[1.0], |_| 0.0), 0.0);
     let said = refusal(|| worst("inexact", &[1.5], &[1.0], |_| 0.0));
     assert!(said.contains("inf of its budget"), "{said}");
@@ -86,7 +86,7 @@ fn a_wrong_gradient_is_found() {
 #[test]
 fn differences_of_what_is_not_finite_are_not_right() {
     for (bad, derived) in [f64::NAN, f64::INFINITY].into_iter().flat_map(|b| [(b, 0.0), (b, f64::NAN), (b, b)]) {
-        // Finite below 1 and not above.
+        // Finite up to 1 and not above.
         let f = move |x: &[Vec<f64>]| if x[0][0] > 1.0 { bad } else { x[0][0] };
         let caught = std::panic::catch_unwind(|| finite_differences("edge", f, &[vec![1.0]], &[vec![derived]]));
         assert!(caught.is_err(), "a difference of {bad} passed for the gradient {derived}");
