@@ -194,7 +194,7 @@ settings! {
     "seed" => seed, "seed of all randomness";
     "steps" => steps, "training steps";
     "batch" => batch, "images per step";
-    "accumulate" => accumulate, "equal pieces that a batch is worked through in, to save memory";
+    "accumulate" => accumulate, "micro-batches that a batch is worked through in, to save memory";
     "learning_rate" => learning_rate, "Adam's step size";
     "warmup_steps" => warmup_steps, "steps over which the step size rises from 0";
     "weight_decay" => weight_decay, "AdamW's decoupled weight decay";
@@ -317,7 +317,7 @@ impl Config {
         positive("log_every", self.log_every as usize)?;
         if !self.batch.is_multiple_of(self.accumulate) {
             usage!(
-                "accumulate = {} does not divide batch = {}; the pieces must be equal, as with accumulate = {}",
+                "accumulate = {} does not divide batch = {}; the micro-batches must be equal, as with accumulate = {}",
                 self.accumulate,
                 self.batch,
                 (1..self.accumulate).rev().find(|&a| self.batch.is_multiple_of(a)).unwrap_or(1)

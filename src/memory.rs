@@ -14,11 +14,11 @@ use crate::unet::{DropoutSeed, UNet};
 
 /// Bytes that a training run takes of `device`.
 ///
-/// What the run keeps, and what a step over one micro-batch has alive at its fullest, are asked of a step on shapes alone.
-/// Scratch space, which the pools keep by its size, is estimated:
+/// What the run keeps, and what a step over one micro-batch has alive at its fullest, are asked of a step on shapes
+/// alone. Scratch space, which the pools keep by its size, is estimated:
 ///
-/// - beside each convolution's weight, for every size of weight there is, its transform (4 times as many numbers) and as
-///   much for its gradient; a GPU's split-K segments are of this order, too;
+/// - beside each convolution's weight, for every size of weight there is, its transform (4 times as many numbers) and
+///   as much for its gradient; a GPU's split-K segments are of this order, too;
 /// - blocks of attention scores (two of 8 MiB) and the threads' tiles: 24 MiB;
 /// - on the CPU, what Winograd's algorithm and attention hold of a micro-batch: measured for `cifar10` with 1, 2 and 4
 ///   images a step at 0.8 of its activations, for `mnist` with 8 and 32 at 0.3. 0.8 is taken.
@@ -97,7 +97,7 @@ pub fn check_fit(config: &Config, unet: &UNet, specs: &Specs, device: &Device, a
         }
         Some(accumulate) => {
             let batch = config.batch / accumulate;
-            format!("use --batch {batch}, or --set accumulate={accumulate} for the same result in pieces")
+            format!("use --batch {batch}, or --set accumulate={accumulate} for the same batch in micro-batches")
         }
     };
     Err(Error::Failed(format!(

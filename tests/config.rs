@@ -192,7 +192,7 @@ fn networks_that_cannot_be_built() {
         (&["timesteps=1"], "timesteps = 1 must be at least 2"),
         (
             &["batch=10", "accumulate=4"],
-            "accumulate = 4 does not divide batch = 10; the pieces must be equal, as with accumulate = 2",
+            "accumulate = 4 does not divide batch = 10; the micro-batches must be equal, as with accumulate = 2",
         ),
         (&["learning_rate=0"], "learning_rate = 0 must be above 0"),
         (&["ema_decay=1"], "ema_decay = 1 must be at least 0 and below 1"),

@@ -251,10 +251,10 @@ fn micro_batches_have_the_loss_and_the_gradient_of_the_whole_batch() {
     let (loss, norm, m) = first_step(1, 0.3);
     let (loss_3, norm_3, m_3) = first_step(3, 0.3);
     // Losses are f64 sums of what the network computes image by image.
-    assert!((loss_3 - loss).abs() <= 8.0 * f64::EPSILON * loss, "loss {loss_3} in pieces, {loss} whole");
+    assert!((loss_3 - loss).abs() <= 8.0 * f64::EPSILON * loss, "loss {loss_3} in micro-batches, {loss} whole");
     // f32 sums over the batch in another order; everything else is computed alike.
     let allowed = support::network::F32;
-    assert!((norm_3 - norm).abs() <= allowed * norm, "gradient norm {norm_3} in pieces, {norm} whole");
+    assert!((norm_3 - norm).abs() <= allowed * norm, "gradient norm {norm_3} in micro-batches, {norm} whole");
     support::close_to_largest("first moments", &m_3, &m, allowed);
     // The masks matter: without them loss and gradient differ.
     let (loss_0, norm_0, _) = first_step(1, 0.0);
