@@ -17,6 +17,7 @@
 //! commands - one file per command: arguments, checks, what is printed
 //! train - the training loop; one step (algorithm 1 of the paper); the run's folder and log
 //! sample - the reverse process (algorithm 2), and drawing images with it in batches
+//! recipe - settings that suit data of one's own
 //! checkpoint memory - what is saved, in diffusers' formats; how much memory a run needs
 //! unet data output - the network, with a shape at the end of each line; data sets in; images and arrays out
 //! config - presets and settings: everything needed to repeat a run
@@ -80,6 +81,7 @@ mod names;
 pub mod ops;
 pub mod output;
 pub mod params;
+pub mod recipe;
 pub mod rng;
 pub mod sample;
 pub mod shape;

@@ -4,6 +4,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
 use ddpm_cuda::commands::{info, predict, sample, train};
 use ddpm_cuda::config;
@@ -30,14 +31,33 @@ enum Command {
     Info(info::Args),
 }
 
-fn main() -> ExitCode {
-    let result = match Cli::parse().command {
+/// The arguments; a flag of `train` that is a setting, or what other tools call one, is named as such.
+fn parse() -> Result<Cli, Error> {
+    let error = match Cli::try_parse() {
+        Ok(cli) => return Ok(cli),
+        Err(error) => error,
+    };
+    if error.kind() == ErrorKind::UnknownArgument
+        && std::env::args().nth(1).is_some_and(|command| command == "train")
+        && let Some(ContextValue::String(flag)) = error.get(ContextKind::InvalidArg)
+        && let Some(sentence) = config::no_flag(flag)
+    {
+        return Err(Error::Usage(sentence));
+    }
+    error.exit()
+}
+
+fn run() -> Result<(), Error> {
+    match parse()?.command {
         Command::Train(args) => train::run(&args),
         Command::Sample(args) => sample::run(&args),
         Command::Predict(args) => predict::run(&args),
         Command::Info(args) => info::run(&args),
-    };
-    match result {
+    }
+}
+
+fn main() -> ExitCode {
+    match run() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // stderr may be closed; the exit code reports the failure as well.

@@ -10,13 +10,13 @@ fn sets(assignments: &[&str]) -> Vec<String> {
 }
 
 fn built(assignments: &[&str]) -> Config {
-    Config::build(None, None, &sets(assignments)).unwrap()
+    Config::build(None, None, &sets(assignments)).unwrap().0
 }
 
 /// The message with which `--set` or the validation after it refuses; checks that it exits with 2.
 #[track_caller]
 fn refusal(assignments: &[&str]) -> String {
-    let error = Config::build(None, None, &sets(assignments)).and_then(|c| c.validate()).expect_err("refused");
+    let error = Config::build(None, None, &sets(assignments)).and_then(|(c, _)| c.validate()).expect_err("refused");
     assert_eq!(error.exit_code(), 2, "{error}");
     error.to_string()
 }
@@ -112,11 +112,14 @@ fn every_setting_survives_the_file() {
 #[test]
 fn later_sources_win() {
     let (_folder, path) = file("preset = \"cifar10\"\nbatch = 16\nwidths = \"64,64\"\nattention_resolutions = [16]\n");
-    let config = Config::build(None, Some(&path), &sets(&["batch=8", "image_size=0", "channels=0"])).unwrap();
+    let assignments = sets(&["batch=8", "image_size=0", "channels=0"]);
+    let (config, given) = Config::build(None, Some(&path), &assignments).unwrap();
     assert_eq!((config.preset, config.batch, config.model.widths.clone()), (Preset::Cifar10, 8, vec![64, 64]));
     assert_eq!((config.model.image_size, config.model.channels), (Size::DATA, 0));
     config.validate().expect("an open size is judged when the data is known");
-    let config = Config::build(Some(Preset::Mnist), Some(&path), &[]).unwrap();
+    let chosen: Vec<&str> = SETTINGS.iter().map(|s| s.key).filter(|key| given.has(key)).collect();
+    assert_eq!(chosen, ["image_size", "channels", "widths", "attention_resolutions", "batch"]);
+    let config = Config::build(Some(Preset::Mnist), Some(&path), &[]).unwrap().0;
     assert_eq!(
         (config.preset, config.batch, config.model.channels),
         (Preset::Mnist, 16, 1),
@@ -133,8 +136,69 @@ fn unknown_keys_name_the_nearest() {
     );
     assert!(refusal(&["width=1"]).ends_with("the nearest is 'widths'"));
     assert!(refusal(&["imagesize=1"]).ends_with("the nearest is 'image_size'"));
-    assert!(refusal(&["preset=mnist"]).ends_with("a preset is chosen with --preset"));
+    assert!(refusal(&["preset=mnist"]).ends_with("there is no setting 'preset'; there is --preset NAME"));
     assert!(file_refusal("batchs = 3").ends_with("there is no setting 'batchs'; the nearest is 'batch'"));
+}
+
+/// What other tools call a setting leads to ours, and a name that resembles nothing is not guessed at.
+#[test]
+fn other_tools_names_lead_to_ours() {
+    let cases = [
+        ("lr=1e-4", "there is no setting 'lr'; here it is 'learning_rate'"),
+        ("batch_size=8", "here it is 'batch'"),
+        ("epochs=3", "here it is 'steps' (steps = epochs * images / batch)"),
+        ("ema=0.99", "here it is 'ema_decay' (a number below 1, as in 0.999; 0 is none)"),
+        ("image-size=32", "it is spelled 'image_size'"),
+        ("Image_Size=32", "it is spelled 'image_size'"),
+        ("num_classes=10", "here it is 'classes'"),
+        ("resolution=64", "here it is 'image_size'"),
+        ("gradient_accumulation_steps=2", "here it is 'accumulate'"),
+        ("microbatch=2", "here it is 'accumulate' (the number of micro-batches in a batch, not their size)"),
+        ("dim_mults=1,2,4", "here it is 'widths' (the channels of each level, as in 64,128,256)"),
+        ("lr_schedule=cosine", "there is a learning_rate that stays as it is after warmup_steps; ema_decay averages the weights"),
+        ("output_dir=x", "there is --out RUN"),
+        ("prompt=a cat", "there is no setting 'prompt'; 'ddpm-cuda train --help' lists them all"),
+    ];
+    for (assignment, want) in cases {
+        let sentence = refusal(&[assignment]);
+        assert!(sentence.ends_with(want), "{assignment}: {sentence}");
+    }
+}
+
+#[test]
+fn the_preset_follows_from_the_data() {
+    let preset = |assignments: &[&str]| built(assignments).preset;
+    assert_eq!([preset(&[]), preset(&["data=mnist"]), preset(&["data=photos"])], [Preset::Mnist, Preset::Mnist, Preset::Auto]);
+    let (_folder, path) = file("data = \"photos\"\nbatch = 16\n");
+    assert_eq!(Config::read(&path).unwrap().preset, Preset::Auto);
+    let build = |preset, assignments: &[&str]| Config::build(preset, Some(&path), &sets(assignments)).unwrap().0;
+    assert_eq!(build(None, &["data=mnist"]).preset, Preset::Mnist, "--set beats the file");
+    assert_eq!(build(Some(Preset::Cifar10), &[]).preset, Preset::Cifar10);
+    let names = ["data=a/photos", "data=a/photos.npz", "data=/"].map(|set| built(&[set]).run_name());
+    assert_eq!(names, ["photos", "photos", "auto"]);
+    assert_eq!(built(&[]).run_name(), "mnist");
+}
+
+/// An attention level that a preset filled in goes to the nearest level there is; one that somebody asked for does not.
+#[test]
+fn attention_of_a_preset_goes_to_the_nearest_level() {
+    let cases: [(&str, &[usize], &[usize]); 7] = [
+        ("28", &[7], &[7]),
+        ("32", &[7], &[8]),
+        ("64", &[16], &[16]),
+        ("48", &[16], &[12]),
+        ("20", &[7], &[5]),
+        ("128", &[7], &[]),
+        ("32", &[7, 9], &[8]),
+    ];
+    for (size, before, after) in cases {
+        let mut model = built(&[&format!("image_size={size}")]).model;
+        model.attention_resolutions = before.to_vec();
+        assert_eq!(model.adapt_attention(), before != after, "{before:?} at {size}");
+        assert_eq!(model.attention_resolutions, after, "{before:?} at {size}");
+        model.validate().unwrap();
+    }
+    assert!(refusal(&["image_size=32", "attention_resolutions=7"]).contains("attention_resolutions holds 7"));
 }
 
 #[test]
@@ -161,7 +225,7 @@ fn values_that_cannot_be_read() {
     assert!(file_refusal("steps = 1\nbatch 3\n").contains("line 2 is not TOML"));
     assert!(file_refusal("[model]\nwidths = [1]").contains("[model] is a table; settings stand at the top level"));
     assert!(file_refusal("steps = 2026-01-01").contains("is a date"));
-    assert!(file_refusal("preset = \"minst\"").contains("one of mnist, cifar10, celebahq256 is expected"));
+    assert!(file_refusal("preset = \"minst\"").contains("one of mnist, cifar10, celebahq256, auto is expected"));
     let missing = Config::read(std::path::Path::new("no/such/config.toml")).unwrap_err();
     assert!(missing.to_string().starts_with("no/such/config.toml: cannot be read"), "{missing}");
 }

@@ -9,21 +9,22 @@ use std::time::Instant;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{On, choice};
-use crate::config::{Config, Preset};
+use crate::config::{Config, Given, Preset};
 use crate::error::{Error, Result};
+use crate::recipe;
 use crate::say;
 use crate::train::{Run, Start, Watch};
 
 /// Arguments of `ddpm-cuda train`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Network and recipe to start from [default: mnist]
+    /// Network and recipe to start from [default: mnist for its digits, auto for other data: made from the data]
     #[arg(long, value_parser = choice::<Preset>())]
     pub preset: Option<Preset>,
     /// Images: mnist (built in), .npy, .npz, IDX file or folder, CIFAR-10 binary folder, folder of PNG/JPEG
     #[arg(long, value_name = "mnist|PATH")]
     pub data: Option<String>,
-    /// Run folder to create [default: runs/PRESET, numbered if it exists]
+    /// Run folder to create [default: runs/PRESET or runs/DATA, numbered if it exists]
     #[arg(long, value_name = "RUN")]
     pub out: Option<PathBuf>,
     /// Settings to start from, such as the config.toml of another run
@@ -60,7 +61,8 @@ pub fn run(args: &Args) -> Result<()> {
     let mut run = match &args.resume {
         Some(run) => Run::open(Start::Resume { run, steps: args.steps }, &device, &mut terminal)?,
         None => {
-            let start = Start::New { config: &config(args)?, out: args.out.as_deref() };
+            let (config, given) = config(args)?;
+            let start = Start::New { config: &config, given: &given, out: args.out.as_deref() };
             Run::open(start, &device, &mut terminal)?
         }
     };
@@ -81,22 +83,25 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The settings of a new run: preset, file, `--set`, then flags.
-fn config(args: &Args) -> Result<Config> {
-    let mut config = Config::build(args.preset, args.config.as_deref(), &args.set)?;
-    if let Some(data) = &args.data {
-        config.data.clone_from(data);
-    }
-    config.steps = args.steps.unwrap_or(config.steps);
-    config.batch = args.batch.unwrap_or(config.batch);
-    config.seed = args.seed.unwrap_or(config.seed);
+/// The settings of a new run: preset, file, `--set`, then flags; and which of them somebody chose.
+fn config(args: &Args) -> Result<(Config, Given)> {
+    let mut sets = args.set.clone();
+    let flags = [
+        ("data", args.data.clone()),
+        ("steps", args.steps.map(|steps| steps.to_string())),
+        ("batch", args.batch.map(|batch| batch.to_string())),
+        ("seed", args.seed.map(|seed| seed.to_string())),
+    ];
+    sets.extend(flags.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value?))));
+    let (mut config, given) = Config::build(args.preset, args.config.as_deref(), &sets)?;
     if !config.data.is_empty() && config.data != "mnist" {
         // So that the run can be resumed from another working directory.
         let absolute = std::path::absolute(&config.data).ok();
         config.data = absolute.and_then(|p| p.into_os_string().into_string().ok()).unwrap_or(config.data);
     }
+    recipe::adapt_attention(&mut config, &given);
     config.validate()?;
-    Ok(config)
+    Ok((config, given))
 }
 
 /// A progress bar if standard error is a terminal; other lines go to standard output, above it.

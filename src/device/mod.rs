@@ -123,6 +123,11 @@ impl Device {
         Device::Meta(meta::Meta::new(self.activations(), self.is_gpu(), unit))
     }
 
+    /// A meta device that stands for a GPU with f32 activations, where there is none to ask.
+    pub fn meta_gpu() -> Self {
+        Device::Meta(meta::Meta::new(DType::F32, true, cuda::UNIT))
+    }
+
     /// True for a GPU and for a meta device that stands for one.
     pub fn is_gpu(&self) -> bool {
         match self {

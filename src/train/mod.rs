@@ -23,13 +23,14 @@ use serde_json::json;
 pub use feed::{Feed, Resident};
 pub use trainer::{StepReport, Trainer};
 
-use crate::config::Config;
+use crate::config::{Config, Given};
 use crate::data;
 use crate::device::Device;
 use crate::diffusion::{Method, Sampler, Spacing};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::output;
+use crate::recipe;
 use crate::sample::{self, Drawing};
 use crate::text::{GIB, grouped};
 use crate::unet::UNet;
@@ -56,10 +57,12 @@ impl Watch for () {
 
 /// How a run starts.
 pub enum Start<'a> {
-    /// From initial weights, in the folder `out`; without it, in the first free one of runs/PRESET, runs/PRESET-2, ...
+    /// From initial weights, in the folder `out`; without it, in the first free one of runs/NAME, runs/NAME-2, ...
     New {
         /// Its settings.
         config: &'a Config,
+        /// Which of them somebody chose; the others are adapted to the data ([`recipe`]).
+        given: &'a Given,
         /// Its folder, which must not hold a run yet.
         out: Option<&'a Path>,
     },
@@ -84,16 +87,21 @@ impl Run {
     /// # Errors
     /// Unusable settings, data or checkpoints; a folder that is in use; a run that does not fit into memory.
     pub fn open(start: Start<'_>, device: &Device, watch: &mut dyn Watch) -> Result<Self> {
-        let (mut config, out, resumed) = match start {
-            Start::New { config, out } => (config.clone(), out, None),
+        let all = Given::all();
+        let (mut config, given, out, resumed) = match start {
+            Start::New { config, given, out } => (config.clone(), given, out, None),
             Start::Resume { run, steps } => {
                 let run = RunFolder::open(run)?;
-                (Config { steps: steps.unwrap_or(run.config.steps), ..run.config.clone() }, None, Some(run))
+                (Config { steps: steps.unwrap_or(run.config.steps), ..run.config.clone() }, &all, None, Some(run))
             }
         };
-        let data = data::load(&mut config)?;
+        let source = data::Source::open(&config)?;
+        let mut notes = recipe::suit(&mut config, given, source.survey(), device)?;
+        let data = source.load(&mut config)?;
+        notes.extend(recipe::adapt_attention(&mut config, given));
+        notes.extend(recipe::suit_flip(&mut config, given, &data.train));
         config.validate()?;
-        for note in &data.notes {
+        for note in data.notes.iter().chain(&notes) {
             watch.say(note);
         }
         announce(&config, &data, device, watch)?;

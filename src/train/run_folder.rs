@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Trainer, Watch};
 use crate::checkpoint;
-use crate::config::{Config, Preset};
+use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::output;
 use crate::usage;
@@ -19,8 +19,8 @@ pub(super) struct RunFolder {
 }
 
 impl RunFolder {
-    /// Creates a folder with its config.toml: `out`, which must not hold a run, or the first free one of runs/PRESET,
-    /// runs/PRESET-2, ...
+    /// Creates a folder with its config.toml: `out`, which must not hold a run, or the first free one of runs/NAME,
+    /// runs/NAME-2, ... with [`Config::run_name`].
     pub fn create(out: Option<&Path>, config: &Config, watch: &mut dyn Watch) -> Result<Self> {
         let failed = |path: &Path, e| Error::file(path, format!("cannot be created: {e}"));
         let path = match out {
@@ -28,7 +28,7 @@ impl RunFolder {
                 fs::create_dir_all(out).map_err(|e| failed(out, e))?;
                 out.to_path_buf()
             }
-            None => first_free(config.preset).map_err(|e| failed(Path::new("runs"), e))?,
+            None => first_free(&config.run_name()).map_err(|e| failed(Path::new("runs"), e))?,
         };
         let lock = lock(&path)?;
         if path.join("config.toml").exists() {
@@ -107,11 +107,11 @@ impl RunFolder {
     }
 }
 
-/// Creates the first of runs/PRESET, runs/PRESET-2, ... that does not exist.
-fn first_free(preset: Preset) -> std::io::Result<PathBuf> {
+/// Creates the first of runs/NAME, runs/NAME-2, ... that does not exist.
+fn first_free(name: &str) -> std::io::Result<PathBuf> {
     fs::create_dir_all("runs")?;
     for k in 1u32.. {
-        let path = Path::new("runs").join(if k == 1 { preset.to_string() } else { format!("{preset}-{k}") });
+        let path = Path::new("runs").join(if k == 1 { name.to_string() } else { format!("{name}-{k}") });
         match fs::create_dir(&path) {
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
             made => return made.map(|()| path),
