@@ -13,6 +13,7 @@
 use std::fmt;
 use std::path::Path;
 
+use crate::device::Precision;
 use crate::diffusion::{Kind, Variance};
 use crate::error::{Error, Result};
 use crate::names::{self, Named, names};
@@ -115,6 +116,8 @@ pub struct Config {
     pub model: Model,
     /// The diffusion process.
     pub diffusion: Diffusion,
+    /// Type of activations and their gradients.
+    pub precision: Precision,
     /// Seed of all randomness.
     pub seed: u64,
     /// Training steps.
@@ -191,6 +194,7 @@ settings! {
     "schedule" => diffusion.schedule, "linear, cosine, quadratic, constant or sigmoid";
     "timesteps" => diffusion.timesteps, "T, steps of the diffusion process";
     "variance" => diffusion.variance, "of ancestral sampling: fixed_small or fixed_large";
+    "precision" => precision, "of activations and their gradients: f32, or bf16 on a GPU";
     "seed" => seed, "seed of all randomness";
     "steps" => steps, "training steps";
     "batch" => batch, "images per step";
@@ -207,6 +211,11 @@ settings! {
     "checkpoint_every" => checkpoint_every, "steps between checkpoints; 0: only at the end";
     "keep_checkpoints" => keep_checkpoints, "newest checkpoints kept; 0: all";
 }
+
+/// Settings that may change when a run is resumed: the numbers of the steps do not depend on them. `data` may name
+/// another place, not other data.
+pub const MAY_CHANGE: [&str; 7] =
+    ["data", "steps", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints"];
 
 /// Every setting with its value in the default preset, for `--help`.
 pub fn help() -> String {
@@ -238,12 +247,35 @@ impl Config {
             Some(path) => Config::read_over(path, preset)?,
         };
         for assignment in sets {
-            let Some((key, value)) = assignment.split_once('=') else {
-                usage!("--set {assignment}: there is no '='; write --set KEY=VALUE, as in --set widths=32,64,64");
-            };
-            config.set(key.trim(), value.trim()).map_err(|e| Error::Usage(format!("--set {assignment}: {e}")))?;
+            config.assign(assignment)?;
         }
         Ok(config)
+    }
+
+    /// A `KEY=VALUE` of `--set`; returns the key.
+    fn assign<'a>(&mut self, assignment: &'a str) -> Result<&'a str> {
+        let Some((key, value)) = assignment.split_once('=') else {
+            usage!("--set {assignment}: there is no '='; write --set KEY=VALUE, as in --set widths=32,64,64");
+        };
+        self.set(key.trim(), value.trim()).map_err(|e| Error::Usage(format!("--set {assignment}: {e}")))?;
+        Ok(key.trim())
+    }
+
+    /// Each `KEY=VALUE` of `--set` for a run that is resumed.
+    ///
+    /// # Errors
+    /// `Error::Usage` for an unusable assignment and for a key that is not in [`MAY_CHANGE`].
+    pub fn change(&mut self, sets: &[String]) -> Result<()> {
+        for assignment in sets {
+            let key = self.assign(assignment)?;
+            if !MAY_CHANGE.contains(&key) {
+                usage!(
+                    "--set {assignment}: a resumed run may change {} and nothing else; start a new run from its weights with --init",
+                    MAY_CHANGE.join(", ")
+                );
+            }
+        }
+        Ok(())
     }
 
     /// Reads a `config.toml`. Does not validate it.
@@ -289,9 +321,14 @@ impl Config {
         }
     }
 
+    /// Key and value of every setting.
+    pub fn values(&self) -> impl Iterator<Item = (&'static str, toml::Value)> {
+        SETTINGS.iter().map(|s| (s.key, (s.get)(self)))
+    }
+
     /// Key and value of every setting, spelled as in `config.toml`.
     pub fn entries(&self) -> impl Iterator<Item = (&'static str, String)> {
-        SETTINGS.iter().map(|s| (s.key, (s.get)(self).to_string()))
+        self.values().map(|(key, value)| (key, value.to_string()))
     }
 
     /// The text of a `config.toml` that holds these settings, each with its help.
@@ -526,6 +563,7 @@ fn cifar10() -> Config {
             flip_sin_to_cos: false,
         },
         diffusion: Diffusion { schedule: Kind::Linear, timesteps: 1000, variance: Variance::FixedLarge },
+        precision: Precision::F32,
         seed: 0,
         steps: 800_000,
         batch: 128,
