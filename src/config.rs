@@ -22,6 +22,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
 
+use crate::device::Precision;
 use crate::diffusion::{Kind, Variance};
 use crate::error::{Error, Result};
 use crate::names::{self, Named, names};
@@ -126,6 +127,8 @@ pub struct Config {
     pub model: Model,
     /// The diffusion process.
     pub diffusion: Diffusion,
+    /// Type of activations and their gradients.
+    pub precision: Precision,
     /// Seed of all randomness.
     pub seed: u64,
     /// Training steps.
@@ -220,6 +223,7 @@ settings! {
     "schedule" => diffusion.schedule, "linear, cosine, quadratic, constant or sigmoid";
     "timesteps" => diffusion.timesteps, "T, steps of the diffusion process";
     "variance" => diffusion.variance, "of ancestral sampling: fixed_small or fixed_large";
+    "precision" => precision, "of activations and their gradients: f32, or bf16 on a GPU";
     "seed" => seed, "seed of all randomness";
     "steps" => steps, "training steps";
     "batch" => batch, "images per step";
@@ -236,6 +240,11 @@ settings! {
     "checkpoint_every" => checkpoint_every, "steps between checkpoints; 0: only at the end";
     "keep_checkpoints" => keep_checkpoints, "newest checkpoints kept; 0: all";
 }
+
+/// Settings that may change when a run is resumed: the numbers of the steps do not depend on them. `data` may name
+/// another place, not other data.
+pub const MAY_CHANGE: [&str; 7] =
+    ["data", "steps", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints"];
 
 /// Every setting with its value in the default preset, for `--help`.
 pub fn help() -> String {
@@ -273,10 +282,7 @@ impl Config {
     pub fn build(preset: Option<Preset>, file: Option<&Path>, sets: &[String]) -> Result<(Self, Given)> {
         let mut pairs = Vec::new();
         for assignment in sets {
-            let Some((key, value)) = assignment.split_once('=') else {
-                usage!("--set {assignment}: there is no '='; write --set KEY=VALUE, as in --set widths=32,64,64");
-            };
-            pairs.push((key.trim(), value.trim()));
+            pairs.push(pair(assignment)?);
         }
         let data = pairs.iter().rev().find(|(key, _)| *key == "data").map(|(_, value)| *value);
         let (mut config, mut given) = match file {
@@ -288,6 +294,24 @@ impl Config {
             given.0.insert(set);
         }
         Ok((config, given))
+    }
+
+    /// Each `KEY=VALUE` of `--set` for a run that is resumed.
+    ///
+    /// # Errors
+    /// `Error::Usage` for an unusable assignment and for a key that is not in [`MAY_CHANGE`].
+    pub fn change(&mut self, sets: &[String]) -> Result<()> {
+        for assignment in sets {
+            let (key, value) = pair(assignment)?;
+            let key = self.set(key, value).map_err(|e| Error::Usage(format!("--set {assignment}: {e}")))?;
+            if !MAY_CHANGE.contains(&key) {
+                usage!(
+                    "--set {assignment}: a resumed run may change {} and nothing else; start a new run from its weights with --init",
+                    MAY_CHANGE.join(", ")
+                );
+            }
+        }
+        Ok(())
     }
 
     /// Reads a `config.toml`. Does not validate it.
@@ -356,9 +380,14 @@ impl Config {
         }
     }
 
+    /// Key and value of every setting.
+    pub fn values(&self) -> impl Iterator<Item = (&'static str, toml::Value)> {
+        SETTINGS.iter().map(|s| (s.key, (s.get)(self)))
+    }
+
     /// Key and value of every setting, spelled as in `config.toml`.
     pub fn entries(&self) -> impl Iterator<Item = (&'static str, String)> {
-        SETTINGS.iter().map(|s| (s.key, (s.get)(self).to_string()))
+        self.values().map(|(key, value)| (key, value.to_string()))
     }
 
     /// The text of a `config.toml` that holds these settings, each with its help.
@@ -631,6 +660,7 @@ fn cifar10() -> Config {
             flip_sin_to_cos: false,
         },
         diffusion: Diffusion { schedule: Kind::Linear, timesteps: 1000, variance: Variance::FixedLarge },
+        precision: Precision::F32,
         seed: 0,
         steps: 800_000,
         batch: 128,
@@ -665,6 +695,14 @@ fn celebahq256() -> Config {
         learning_rate: 2e-5,
         ..cifar10()
     }
+}
+
+/// Key and value of a `--set`.
+fn pair(assignment: &str) -> Result<(&str, &str)> {
+    let Some((key, value)) = assignment.split_once('=') else {
+        usage!("--set {assignment}: there is no '='; write --set KEY=VALUE, as in --set widths=32,64,64");
+    };
+    Ok((key.trim(), value.trim()))
 }
 
 fn positive(key: &str, value: usize) -> Result<()> {

@@ -20,6 +20,9 @@ pub enum Error {
     /// Any other failure; exits with 1.
     #[error("{0}")]
     Failed(String),
+    /// A loss, gradient or weight that is not finite: the state is not worth saving; exits with 1.
+    #[error("{0}")]
+    NotFinite(String),
     /// Stopped on request before it was finished; exits with 1.
     #[error("interrupted")]
     Interrupted,
@@ -35,7 +38,7 @@ impl Error {
     pub fn exit_code(&self) -> u8 {
         match self {
             Error::Usage(_) => 2,
-            Error::File { .. } | Error::Failed(_) | Error::Interrupted => 1,
+            Error::File { .. } | Error::Failed(_) | Error::NotFinite(_) | Error::Interrupted => 1,
         }
     }
 }

@@ -21,7 +21,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Train a model; without arguments, on built-in handwritten digits.
-    #[command(after_help = config::help())]
+    #[command(after_help = train::help())]
     Train(train::Args),
     /// Draw images with a trained model.
     Sample(sample::Args),
@@ -47,21 +47,21 @@ fn parse() -> Result<Cli, Error> {
     error.exit()
 }
 
-fn run() -> Result<(), Error> {
+fn run() -> Result<ExitCode, Error> {
     match parse()?.command {
         Command::Train(args) => train::run(&args),
-        Command::Sample(args) => sample::run(&args),
-        Command::Predict(args) => predict::run(&args),
-        Command::Info(args) => info::run(&args),
+        Command::Sample(args) => sample::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Predict(args) => predict::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),
     }
 }
 
 fn main() -> ExitCode {
     match run() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             // stderr may be closed; the exit code reports the failure as well.
-            let _ = writeln!(std::io::stderr(), "ddpm-cuda: {error}");
+            let _ = std::io::stderr().write_all(format!("ddpm-cuda: {error}\n").as_bytes());
             ExitCode::from(Error::exit_code(&error))
         }
     }

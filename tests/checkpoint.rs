@@ -82,7 +82,7 @@ impl Small {
         let mut config = Config::preset(Preset::Mnist);
         config.keep_checkpoints = keep;
         let Small { step, params, ema, m, v } = self;
-        checkpoint::save(run, &config, State { step: *step, params, ema, m, v }).unwrap()
+        checkpoint::save(run, &config, State { step: *step, params, ema, m, v, data: None }).unwrap()
     }
 
     fn restore(path: &Path) -> ddpm_cuda::error::Result<Self> {
@@ -166,7 +166,7 @@ fn what_is_written_is_what_diffusers_writes() {
         let mut config = model.config.clone();
         config.diffusion.variance = Variance::FixedLarge;
         let zeros = Tensor::zeros(&Device::cpu(), Shape::vector(model.params.specs().flat_len())).unwrap();
-        let state = State { step: 7, params: &model.params, ema: &model.params, m: &zeros, v: &zeros };
+        let state = State { step: 7, params: &model.params, ema: &model.params, m: &zeros, v: &zeros, data: None };
         let path = checkpoint::save(folder.path(), &config, state).unwrap();
         assert_eq!(path, folder.path().join("checkpoints/7"));
         assert_eq!(json_file(&path.join("unet/config.json")), json_file(&fixture(name).join("config.json")));
@@ -211,7 +211,7 @@ fn every_network_and_process_survives_its_json() {
         config.diffusion.schedule = schedule;
         config.diffusion.timesteps = [1000, 250, 4000][step % 3];
         config.diffusion.variance = [Variance::FixedSmall, Variance::FixedLarge][step % 2];
-        let state = State { step: step as u32, params: &params, ema: &params, m: &flat, v: &flat };
+        let state = State { step: step as u32, params: &params, ema: &params, m: &flat, v: &flat, data: None };
         let path = checkpoint::save(folder.path(), &config, state).unwrap();
         let again = checkpoint::load(&Device::cpu(), &path).unwrap().config;
         assert_eq!((again.model, again.diffusion), (config.model.clone(), config.diffusion.clone()));

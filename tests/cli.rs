@@ -2,9 +2,10 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use ddpm_cuda::checkpoint;
@@ -19,7 +20,7 @@ use support::TINY;
 
 fn ddpm() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ddpm-cuda"));
-    command.stdin(std::process::Stdio::null());
+    command.stdin(Stdio::null());
     command
 }
 
@@ -244,7 +245,7 @@ fn help_lists_every_setting_and_a_closed_pipe_stops_nothing() {
     }
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
-    let mut child = train(&run, 2).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut child = train(&run, 2).stdout(Stdio::piped()).spawn().unwrap();
     drop(child.stdout.take());
     assert!(child.wait().unwrap().success());
     assert!(run.join("checkpoints/2").is_dir());
@@ -343,8 +344,35 @@ fn a_network_that_cannot_fit_is_refused_with_the_numbers() {
 /// Steps of the runs interrupted below.
 const STEPS: u32 = 60;
 
-fn final_weights(run: &Path) -> Vec<u8> {
-    fs::read(run.join(format!("checkpoints/{STEPS}/training_state.safetensors"))).unwrap()
+/// Every file of the last checkpoint, by its path in it.
+fn last_checkpoint(run: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+    let checkpoint = run.join(format!("checkpoints/{STEPS}"));
+    let files = walkdir::WalkDir::new(&checkpoint).into_iter().map(|e| e.unwrap().into_path()).filter(|p| p.is_file());
+    let read = |file: PathBuf| (file.strip_prefix(&checkpoint).unwrap().to_path_buf(), fs::read(&file).unwrap());
+    let files: BTreeMap<PathBuf, Vec<u8>> = files.map(read).collect();
+    assert_eq!(files.len(), 6, "files of {}: {:?}", checkpoint.display(), files.keys());
+    files
+}
+
+#[track_caller]
+fn same_checkpoint(run: &Path, whole: &Path) {
+    let (run, whole) = (last_checkpoint(run), last_checkpoint(whole));
+    let differ: Vec<&PathBuf> =
+        run.iter().filter(|(name, bytes)| whole[*name] != **bytes).map(|(name, _)| name).collect();
+    assert!(differ.is_empty(), "files that differ from those of an uninterrupted run: {differ:?}");
+}
+
+/// Settings of the runs interrupted below.
+const OFTEN: [&str; 6] = ["--set", "checkpoint_every=5", "--set", "sample_every=0", "--set", "log_every=1"];
+
+fn resume(run: &Path) -> Command {
+    let mut command = ddpm();
+    command.args(["train", "--resume"]).arg(run);
+    command
+}
+
+fn signal(child: &Child, name: &str) {
+    ok(Command::new("kill").args([&format!("-{name}"), &child.id().to_string()]));
 }
 
 /// Waits until the run has written the checkpoint of `step`.
@@ -356,48 +384,440 @@ fn wait_for_checkpoint(run: &Path, step: u32) {
     }
 }
 
+#[cfg(unix)]
 #[test]
-fn ctrl_c_saves_and_exits_0() {
+fn signals_save_and_stop_with_their_number() {
     let folder = tempfile::tempdir().unwrap();
-    let (whole, run) = (folder.path().join("whole"), folder.path().join("run"));
-    let settings = ["--set", "checkpoint_every=5", "--set", "sample_every=0"];
-    ok(train(&whole, STEPS).args(settings));
-    let child = train(&run, STEPS).args(settings).stdout(std::process::Stdio::piped()).spawn().unwrap();
-    wait_for_checkpoint(&run, 5);
-    // Two signals in quick succession count as one: `timeout` signals the process and its group.
-    for _ in 0..2 {
-        ok(Command::new("kill").args(["-INT", &child.id().to_string()]));
+    let whole = folder.path().join("whole");
+    ok(train(&whole, STEPS).args(OFTEN));
+    for (name, code) in [("INT", 130), ("TERM", 143), ("HUP", 129), ("USR1", 138), ("USR2", 140), ("XCPU", 152)] {
+        let run = folder.path().join(name);
+        let child = train(&run, STEPS).args(OFTEN).stdout(Stdio::piped()).spawn().unwrap();
+        wait_for_checkpoint(&run, 5);
+        // Two signals in quick succession count as one: `timeout` signals the process and its group.
+        for _ in 0..2 {
+            signal(&child, name);
+        }
+        let out = child.wait_with_output().unwrap();
+        assert_eq!(out.status.code(), Some(code), "{name}");
+        let said = text(&out.stdout);
+        assert!(said.contains("stopped after step ") && said.contains("to go on: ddpm-cuda train --resume "), "{said}");
+        ok(&mut resume(&run));
+        same_checkpoint(&run, &whole);
+        assert_eq!(lines(&run), lines(&whole), "{name}: the interrupted run has other lines in its log");
     }
-    let out = child.wait_with_output().unwrap();
-    assert!(out.status.success(), "{}", out.status);
-    assert!(text(&out.stdout).contains("--resume"), "{}", text(&out.stdout));
-    ok(ddpm().args(["train", "--resume"]).arg(&run));
-    assert!(final_weights(&run) == final_weights(&whole), "the interrupted run has other weights");
-    assert_eq!(lines(&run), lines(&whole), "the interrupted run has other lines in its log");
+}
+
+/// As under `nohup`, and as in the background of a shell script.
+#[cfg(unix)]
+#[test]
+fn ignored_signals_stay_ignored() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let plain = train(&run, STEPS);
+    let mut command = Command::new("sh");
+    command.args(["-c", "trap '' HUP INT TERM USR1; exec \"$0\" \"$@\""]).arg(plain.get_program());
+    let mut child = command.args(plain.get_args()).args(OFTEN).stdout(Stdio::null()).spawn().unwrap();
+    wait_for_checkpoint(&run, 5);
+    for name in ["HUP", "INT", "TERM", "USR1"] {
+        signal(&child, name);
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+    assert!(run.join(format!("checkpoints/{STEPS}")).is_dir());
+}
+
+/// While a step takes long: the first Ctrl-C waits for it, SIGTERM does too, the second Ctrl-C does not.
+#[cfg(unix)]
+#[test]
+fn a_second_ctrl_c_ends_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let mut command = ddpm();
+    command.args(["train", "--device", "cpu", "--preset", "cifar10", "--data", "mnist", "--batch", "512", "--out"]);
+    let mut child = command.arg(&run).args(["--set", "accumulate=128"]).stdout(Stdio::null()).spawn().unwrap();
+    let started = Instant::now();
+    while !run.join("config.toml").exists() {
+        assert!(started.elapsed() < Duration::from_secs(60), "the run does not begin");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    for name in ["INT", "TERM"] {
+        signal(&child, name);
+        std::thread::sleep(Duration::from_millis(1200));
+        assert!(child.try_wait().unwrap().is_none(), "{name} does not wait for the step");
+    }
+    let signalled = Instant::now();
+    signal(&child, "INT");
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert!(signalled.elapsed() < Duration::from_secs(5), "it took {:?}", signalled.elapsed());
+}
+
+/// Data that never come: a pipe that nobody writes to.
+#[cfg(unix)]
+#[test]
+fn a_signal_before_the_first_step_ends_at_once() {
+    use std::os::unix::process::ExitStatusExt;
+    let folder = tempfile::tempdir().unwrap();
+    let (pipe, run) = (folder.path().join("pipe.npy"), folder.path().join("run"));
+    ok(Command::new("mkfifo").arg(&pipe));
+    let mut child = train(&run, 1).arg("--data").arg(&pipe).stdout(Stdio::null()).spawn().unwrap();
+    std::thread::sleep(Duration::from_millis(500));
+    let signalled = Instant::now();
+    signal(&child, "TERM");
+    while child.try_wait().unwrap().is_none() {
+        if signalled.elapsed() > Duration::from_secs(5) {
+            child.kill().unwrap();
+            panic!("a signal does not end the reading of data");
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let status = child.wait().unwrap();
+    // On a machine that is busy the signal may come before it can be caught.
+    assert!(status.code() == Some(143) || status.signal() == Some(15), "{status}");
+    assert!(!run.exists());
 }
 
 #[test]
 fn killed_and_resumed_it_ends_with_the_same_bits() {
     let folder = tempfile::tempdir().unwrap();
     let (whole, run) = (folder.path().join("whole"), folder.path().join("run"));
-    let settings = ["--set", "checkpoint_every=5", "--set", "sample_every=0"];
-    ok(train(&whole, STEPS).args(settings));
+    ok(train(&whole, STEPS).args(OFTEN));
     for (attempt, step) in [10, 20, 35, 50].into_iter().enumerate() {
         let mut command = match attempt {
             0 => train(&run, STEPS),
-            _ => ddpm(),
+            _ => resume(&run),
         };
-        match attempt {
-            0 => command.args(settings),
-            _ => command.args(["train", "--resume"]).arg(&run),
-        };
-        let mut child = command.stdout(std::process::Stdio::null()).spawn().unwrap();
+        if attempt == 0 {
+            command.args(OFTEN);
+        }
+        let mut child = command.stdout(Stdio::null()).spawn().unwrap();
         wait_for_checkpoint(&run, step);
         child.kill().unwrap();
         child.wait().unwrap();
     }
-    ok(ddpm().args(["train", "--resume"]).arg(&run));
-    assert!(final_weights(&run) == final_weights(&whole), "the killed run has other weights");
+    ok(&mut resume(&run));
+    same_checkpoint(&run, &whole);
+}
+
+/// A training whose files are changed while it stands still.
+#[cfg(unix)]
+struct Watched {
+    child: Child,
+    said: std::io::Lines<std::io::BufReader<std::process::ChildStdout>>,
+    all: String,
+}
+
+#[cfg(unix)]
+impl Watched {
+    fn start(command: &mut Command) -> Self {
+        use std::io::BufRead;
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+        let said = std::io::BufReader::new(child.stdout.take().unwrap()).lines();
+        Watched { child, said, all: String::new() }
+    }
+
+    fn change(&self, change: impl FnOnce()) {
+        signal(&self.child, "STOP");
+        // Until the system has stopped every thread.
+        std::thread::sleep(Duration::from_millis(200));
+        change();
+        signal(&self.child, "CONT");
+    }
+
+    /// Waits until a line with `part` is said.
+    fn until(&mut self, part: &str) {
+        for line in self.said.by_ref() {
+            let line = line.unwrap();
+            self.all += &format!("{line}\n");
+            if line.contains(part) {
+                return;
+            }
+        }
+        panic!("it never said {part:?}:\n{}", self.all);
+    }
+
+    fn end(mut self) -> (Option<i32>, String) {
+        for line in self.said.by_ref() {
+            self.all += &format!("{}\n", line.unwrap());
+        }
+        (self.child.wait().unwrap().code(), self.all)
+    }
+}
+
+/// The log cannot be written for two causes, one after the other, and then can again: no line is lost, nothing is said
+/// twice, and a reader sees whole lines at every moment.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_log_that_cannot_be_written_costs_a_warning() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let (log, aside) = (run.join("metrics.jsonl"), run.join("aside"));
+    let mut command = train(&run, 1_000_000);
+    command.args(["--set", "log_every=1", "--set", "sample_every=0", "--set", "validate_every=0"]);
+    let mut watched = Watched::start(&mut command);
+    let started = Instant::now();
+    let mut seen = 0;
+    while seen < 200_000 {
+        assert!(started.elapsed() < Duration::from_secs(120), "the log does not grow");
+        let found = fs::read(&log).unwrap_or_default();
+        assert!(found.is_empty() || found.ends_with(b"}\n"), "a reader sees a part of a line");
+        seen = found.len();
+    }
+    watched.change(|| {
+        fs::rename(&log, &aside).unwrap();
+        fs::create_dir(&log).unwrap();
+    });
+    watched.until("metrics.jsonl: cannot be written: Is a directory");
+    watched.change(|| {
+        fs::remove_dir(&log).unwrap();
+        std::os::unix::fs::symlink("/dev/full", &log).unwrap();
+    });
+    watched.until("metrics.jsonl: cannot be written: No space left");
+    watched.change(|| fs::rename(&aside, &log).unwrap());
+    watched.until("metrics.jsonl is written again");
+    signal(&watched.child, "TERM");
+    let (code, said) = watched.end();
+    assert_eq!((code, said.matches("cannot be written").count()), (Some(143), 2), "{said}");
+    let logged = lines(&run);
+    assert_eq!(logged, (1..=logged.len() as u64).collect::<Vec<_>>(), "lines of the log");
+    assert!(said.contains(&format!("stopped after step {} ", logged.len())), "{said}");
+}
+
+#[cfg(unix)]
+#[test]
+fn samples_that_cannot_be_written_cost_a_warning() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let samples = run.join("samples");
+    let mut command = train(&run, 1_000_000);
+    command.args(["--set", "sample_every=1", "--set", "validate_every=0", "--set", "log_every=1000000"]);
+    let mut watched = Watched::start(&mut command);
+    let first = |step: u32| {
+        let started = Instant::now();
+        while !samples.join(format!("{step}.png")).exists() {
+            assert!(started.elapsed() < Duration::from_secs(120), "no samples");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    first(2);
+    watched.change(|| {
+        fs::remove_dir_all(&samples).unwrap();
+        fs::write(&samples, "a file").unwrap();
+    });
+    watched.until("training goes on without these samples");
+    watched.change(|| fs::remove_file(&samples).unwrap());
+    watched.until("is written again");
+    signal(&watched.child, "TERM");
+    let (code, said) = watched.end();
+    assert_eq!((code, said.matches("goes on without").count()), (Some(143), 1), "{said}");
+    assert!(checkpoint::newest(&run).unwrap().is_some());
+}
+
+/// Both at once, from the start of a resumed run to its end: the weights are those of an undisturbed run.
+#[test]
+fn a_run_without_samples_and_log_has_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, run) = (folder.path().join("whole"), folder.path().join("run"));
+    let settings = ["--set", "sample_every=20", "--set", "checkpoint_every=20", "--set", "log_every=10"];
+    ok(train(&whole, STEPS).args(settings));
+    ok(train(&run, STEPS).args(settings));
+    for step in [40, STEPS] {
+        fs::remove_dir_all(run.join(format!("checkpoints/{step}"))).unwrap();
+    }
+    for name in ["samples", "metrics.jsonl"] {
+        let path = run.join(name);
+        if path.is_dir() { fs::remove_dir_all(&path).unwrap() } else { fs::remove_file(&path).unwrap() }
+    }
+    fs::write(run.join("samples"), "a file").unwrap();
+    fs::create_dir(run.join("metrics.jsonl")).unwrap();
+    let said = ok(&mut resume(&run));
+    for part in ["keeps the lines until", "without these samples", "4 lines could not be written and are lost"] {
+        assert_eq!(said.matches(part).count(), 1, "{part:?} in {said}");
+    }
+    same_checkpoint(&run, &whole);
+}
+
+/// Files may have at most 50 KiB, as if the disk were full.
+#[cfg(unix)]
+#[test]
+fn a_checkpoint_that_cannot_be_written_ends_the_run_and_harms_no_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, run) = (folder.path().join("whole"), folder.path().join("run"));
+    let settings = ["--set", "checkpoint_every=20", "--set", "sample_every=0", "--set", "keep_checkpoints=1"];
+    ok(train(&whole, STEPS).args(settings));
+    ok(train(&run, 20).args(settings));
+    let plain = resume(&run);
+    let mut command = Command::new("sh");
+    command.args(["-c", "trap '' XFSZ; ulimit -f 100; exec \"$0\" \"$@\" --steps 60"]).arg(plain.get_program());
+    let said = fails(command.args(plain.get_args()), 1);
+    assert!(
+        said.contains("too large") && said.contains("the last good checkpoint is") && said.contains("checkpoints/20"),
+        "{said}"
+    );
+    assert_eq!(said.lines().count(), 1, "{said}");
+    assert_eq!(fs::read_dir(run.join("checkpoints")).unwrap().count(), 1, "nothing is left of the attempt");
+    ok(resume(&run).args(["--steps", "60"]));
+    same_checkpoint(&run, &whole);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_folder_that_is_moved_away_gets_another() {
+    let folder = tempfile::tempdir().unwrap();
+    let (run, moved) = (folder.path().join("run"), folder.path().join("moved"));
+    let watched = Watched::start(train(&run, 1_000_000).args(OFTEN));
+    wait_for_checkpoint(&run, 5);
+    watched.change(|| fs::rename(&run, &moved).unwrap());
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !run.join("config.toml").exists() {
+        assert!(Instant::now() < deadline, "the run folder is not made again");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    signal(&watched.child, "TERM");
+    let (code, said) = watched.end();
+    assert_eq!(code, Some(143), "{said}");
+    for run in [run, moved] {
+        let newest = checkpoint::newest(&run).unwrap().expect("a checkpoint");
+        let step: u32 = newest.file_name().unwrap().to_str().unwrap().parse().unwrap();
+        ok(resume(&run).args(["--steps", &(step + 1).to_string()]));
+    }
+}
+
+/// A finished run of four steps on images of one's own, 16x16 and grey.
+fn small_run(folder: &Path) -> (PathBuf, PathBuf) {
+    let (data, run) = (folder.join("images.npy"), folder.join("run"));
+    noise_images(&data, 1);
+    let sizes = ["--set", "image_size=16", "--set", "attention_resolutions=8", "--set", "held_out=0.2"];
+    ok(train(&run, 4).arg("--data").arg(&data).args(sizes).args([
+        "--set",
+        "validate_every=0",
+        "--set",
+        "sample_every=0",
+    ]));
+    (data, run)
+}
+
+#[test]
+fn a_run_is_resumed_with_its_own_settings_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_, run) = small_run(folder.path());
+    let file = run.join("config.toml");
+    let own = fs::read_to_string(&file).unwrap();
+    for (key, value, says) in [
+        ("schedule", "\"linear\"", "schedule = \"linear\" where the checkpoint has \"cosine\""),
+        ("learning_rate", "0.5", "learning_rate = 0.5 where the checkpoint has 0.001"),
+        ("flip", "true", "flip = true where the checkpoint has false"),
+        ("widths", "[8, 8]", "widths = [8, 8] where the checkpoint has [8, 16]"),
+        ("held_out", "0.1", "held_out = 0.1 where the checkpoint has 0.2"),
+        ("seed", "6", "seed = 6 where the checkpoint has 5"),
+    ] {
+        let edited: String = own
+            .lines()
+            .map(|line| match line.split_once(" = ") {
+                Some((k, _)) if k == key => format!("{key} = {value}\n"),
+                _ => format!("{line}\n"),
+            })
+            .collect();
+        assert_ne!(edited, own);
+        fs::write(&file, &edited).unwrap();
+        let said = fails(resume(&run).args(["--steps", "6"]), 1);
+        assert!(said.contains(says) && said.contains("config.toml") && said.lines().count() == 1, "{key}: {said}");
+        assert_eq!(fs::read_to_string(&file).unwrap(), edited, "a refused resume changes the settings");
+    }
+    fs::write(&file, &own).unwrap();
+    assert!(fails(resume(&run).args(["--precision", "bf16"]), 2).contains("is a run in f32"));
+    let said = fails(resume(&run).args(["--set", "schedule=linear"]), 2);
+    for key in ddpm_cuda::config::MAY_CHANGE {
+        assert!(said.contains(key), "{said} does not list {key}");
+    }
+    assert!(said.contains("--init"), "{said}");
+    assert!(fails(resume(&run).args(["--set", "stepps=9"]), 2).contains("steps"));
+
+    // What may change does, and stands in config.toml then.
+    let sets =
+        ["--set", "steps=5", "--set", "keep_checkpoints=1", "--set", "log_every=2", "--set", "checkpoint_every=1"];
+    ok(resume(&run).args(sets));
+    let now = ddpm_cuda::config::Config::read(&file).unwrap();
+    assert_eq!((now.steps, now.keep_checkpoints, now.log_every, now.checkpoint_every), (5, 1, 2, 1));
+    assert_eq!(fs::read_dir(run.join("checkpoints")).unwrap().count(), 1);
+
+    // A checkpoint of an earlier version does not know what it was made from.
+    fs::remove_file(run.join("checkpoints/5/run.json")).unwrap();
+    let said = ok(resume(&run).args(["--steps", "6", "--precision", "f32"]));
+    assert!(said.contains("has no run.json") && said.contains("continues after step 5"), "{said}");
+    // One that is damaged is no whole checkpoint.
+    fs::write(run.join("checkpoints/6/run.json"), "{").unwrap();
+    assert!(fails(resume(&run).args(["--steps", "7"]), 1).contains("checkpoints/6: is damaged"));
+}
+
+#[test]
+fn a_run_is_resumed_with_its_own_data_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let (data, run) = small_run(folder.path());
+    let (own, moved) = (fs::read(&data).unwrap(), folder.path().join("elsewhere.npy"));
+    let refused = |bytes: &[u8]| {
+        fs::write(&data, bytes).unwrap();
+        let said = fails(resume(&run).args(["--steps", "6"]), 1);
+        assert!(said.contains("images.npy: is not the data that") && said.lines().count() == 1, "{said}");
+        said
+    };
+    let mut edited = own.clone();
+    *edited.last_mut().unwrap() ^= 1;
+    assert!(refused(&edited).contains("16 training and 4 held-out images of 16x16x1 as before, but with other pixels"));
+    let mut fewer = own[..own.len() - 10 * 256].to_vec();
+    let count = fewer.windows(4).position(|bytes| bytes == b"(20,").expect("the number of images in the header");
+    fewer[count + 1] = b'1';
+    let said = refused(&fewer);
+    assert!(said.contains("8 training and 2 held-out images of 16x16x1, where there were 16 training and 4"), "{said}");
+    fs::remove_file(&data).unwrap();
+    assert!(fails(&mut resume(&run), 1).contains("--data PATH"));
+    fs::write(&moved, &own).unwrap();
+    ok(resume(&run).args(["--steps", "6", "--data", "elsewhere.npy"]).current_dir(folder.path()));
+    // The new place is remembered.
+    ok(resume(&run).args(["--steps", "7"]));
+}
+
+/// Off a terminal: a line at each tenth of the steps, with what is left.
+#[test]
+fn progress_is_lines_off_a_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let said = ok(train(&run, 40).args(["--set", "validate_every=0", "--set", "sample_every=0"]));
+    let steps: Vec<u32> = said
+        .lines()
+        .filter_map(|line| {
+            let (done, rest) = line.strip_prefix("step ")?.split_once(" of 40: loss ")?;
+            assert!(
+                rest.contains(" images/s, ") && rest.ends_with(if done == "40" { "done" } else { "left" }),
+                "{line}"
+            );
+            Some(done.parse().unwrap())
+        })
+        .collect();
+    assert_eq!(steps, [4, 8, 12, 16, 20, 24, 28, 32, 36, 40], "{said}");
+    let said = ok(resume(&run).args(["--steps", "43"]));
+    assert_eq!(said.matches(" of 43: loss ").count(), 3, "{said}");
+}
+
+/// Whatever the path of a run, what the program says can be pasted into a shell.
+#[cfg(unix)]
+#[test]
+fn hints_can_be_pasted() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = env!("CARGO_BIN_EXE_ddpm-cuda");
+    let paste = |command: &str| ok(Command::new("sh").args(["-c", command]).current_dir(folder.path()));
+    for name in ["a run", "it's \"$HOME\" & `x` 图", "-dash"] {
+        let mut first = ddpm();
+        first.args(["train", "--steps", "1", "--set", "sample_every=0"]).arg(format!("--out={name}")).args(TINY);
+        let said = ok(first.current_dir(folder.path()));
+        let hint = said.lines().find_map(|line| line.strip_prefix("to draw images: ddpm-cuda ")).unwrap();
+        paste(&format!("'{program}' {hint} --count 1 --steps 2"));
+        let said = fails(&mut first, 1);
+        let (_, hint) = said.split_once("continue it with ").unwrap();
+        let (hint, _) = hint.rsplit_once(", or choose another").unwrap();
+        paste(&format!("'{program}' train {hint} --steps 2"));
+        assert!(folder.path().join(name).join("checkpoints/2").is_dir(), "{name}");
+    }
 }
 
 /// A resumed log continues from the checkpoint: later lines are dropped, no step is repeated, times keep growing, and
@@ -451,7 +871,8 @@ fn the_arguments_of_sample_reach_the_sampler() {
     let process = &mut model.config.diffusion;
     (process.schedule, process.timesteps, process.variance) = (Kind::Cosine, 80, Variance::FixedSmall);
     let zeros = Tensor::zeros(&device, Shape::vector(model.params.specs().flat_len())).unwrap();
-    let state = checkpoint::State { step: 1, params: &model.params, ema: &model.params, m: &zeros, v: &zeros };
+    let state =
+        checkpoint::State { step: 1, params: &model.params, ema: &model.params, m: &zeros, v: &zeros, data: None };
     let saved = checkpoint::save(folder.path(), &model.config, state).unwrap();
     let (unet, _) = UNet::new(&model.config.model).unwrap();
     let schedule = Schedule::new(Kind::Cosine, 80).unwrap();

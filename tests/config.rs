@@ -82,6 +82,7 @@ fn every_setting_survives_the_file() {
         "schedule=quadratic",
         "timesteps=4000",
         "variance=fixed_small",
+        "precision=bf16",
         "seed=18446744073709551615",
         "steps=1e5",
         "batch=12",

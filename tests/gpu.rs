@@ -21,6 +21,7 @@ use ddpm_cuda::sample::Drawing;
 use ddpm_cuda::tape::Tape;
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::train::{StepReport, Trainer};
+use npyz::WriterBuilder;
 
 use support::gpu::{self, configure};
 use support::{F32_ROUNDING, TINY, numbers, same_bits};
@@ -387,6 +388,29 @@ fn a_gpu_that_is_too_small_old_or_absent_is_refused_in_one_sentence() {
         assert_eq!(out.status.code(), Some(1), "{name}={value}: {said}");
         assert!(said.contains(says) && said.trim_end().lines().count() == 1, "{name}={value}: {said}");
     }
+}
+
+/// Room for a step of one image, not for samples of 64: the training goes on without them.
+#[test]
+fn a_gpu_without_room_for_samples_trains_on() {
+    let folder = tempfile::tempdir().unwrap();
+    if !gpu::emulated("a GPU without room for samples") {
+        return;
+    }
+    let images = folder.path().join("images.npy");
+    let options = npyz::WriteOptions::new().default_dtype().shape(&[8, 64, 64]);
+    let mut writer = options.writer(std::fs::File::create(&images).unwrap()).begin_nd().unwrap();
+    writer.extend((0..8 * 64 * 64).map(|i| (i % 251) as u8)).unwrap();
+    writer.finish().unwrap();
+    let mut train = program(folder.path()).unwrap();
+    train.env("CUDA_EMU_MEMORY", "40M").env("CUDA_EMU_LOG", "none").env("CUDA_EMU_CHECKS", "none");
+    train.args(["train", "--device", "cuda", "--out", "run", "--data", "images.npy", "--batch", "1", "--steps", "4"]);
+    train.args(TINY).args(["--set", "image_size=64", "--set", "channels=1", "--set", "attention_resolutions="]);
+    train.args(["--set", "timesteps=2", "--set", "held_out=0", "--set", "validate_every=0", "--set", "sample_every=2"]);
+    let out = train.output().unwrap();
+    let said = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert!(out.status.success() && folder.path().join("run/checkpoints/4").is_dir(), "{said}");
+    assert!(said.contains("out of memory") && said.contains("training goes on without these samples"), "{said}");
 }
 
 /// On a GPU of 64 MiB, in a process of its own: when memory runs out, the pool returns idle buffers to the driver; if

@@ -8,16 +8,19 @@
 //!     unet/diffusion_pytorch_model.safetensors      the moving average of the weights, f32, OIHW
 //!     scheduler/scheduler_config.json               schedule and variance
 //!     training_state.safetensors                    weights.NAME, adam_m.NAME, adam_v.NAME; metadata: step
+//!     run.json                                      the settings and the data that the numbers follow from
 //! ```
 //!
 //! A checkpoint is written under a temporary name beside the others, synced and renamed; only then are old ones
 //! deleted. So the last good checkpoint survives a power failure at any moment. [`newest`] skips incomplete folders.
 //!
-//! This file saves, finds and deletes checkpoints; `tensors` has the safetensors files, `diffusers` the configurations.
+//! This file saves, finds and deletes checkpoints; `tensors` has the safetensors files, `diffusers` the configurations,
+//! `origin` run.json.
 //! A diffusers model whose configuration asks for something this network does not have is refused, naming the key;
 //! nothing is silently ignored. Deliberately absent: pickled weights (`.bin`, `.pt`), sharded files.
 
 mod diffusers;
+mod origin;
 mod tensors;
 
 use std::collections::BTreeMap;
@@ -28,6 +31,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+pub use origin::{DataMark, Origin};
 pub use tensors::read_weights;
 
 use crate::config::{Config, Diffusion, Preset};
@@ -58,6 +62,8 @@ pub struct State<'a> {
     pub m: &'a Tensor,
     /// Adam's second moments.
     pub v: &'a Tensor,
+    /// What it was trained on, if that is known.
+    pub data: Option<&'a DataMark>,
 }
 
 /// The same, to be filled from a checkpoint.
@@ -262,6 +268,7 @@ fn is_complete(checkpoint: &Path) -> bool {
     let has_json = |name: &str| read_json(&checkpoint.join(name)).is_ok();
     let has_tensors = |name: &str| tensors::is_whole(&checkpoint.join(name)).unwrap_or(false);
     [MODEL_INDEX, UNET_CONFIG, SCHEDULER_CONFIG].into_iter().all(has_json)
+        && Origin::read(checkpoint).is_ok()
         && [UNET_WEIGHTS, TRAINING_STATE].into_iter().all(has_tensors)
 }
 
@@ -290,6 +297,7 @@ fn write(folder: &Path, config: &Config, state: &State<'_>) -> Result<()> {
     write_json(&folder.join(MODEL_INDEX), &index)?;
     write_json(&folder.join(UNET_CONFIG), &diffusers::UNet2DModel::of(&config.model))?;
     write_json(&folder.join(SCHEDULER_CONFIG), &diffusers::DDPMScheduler::of(&config.diffusion)?)?;
+    Origin::new(config, state.data).write(folder)?;
 
     let specs = state.params.specs();
     // transformers and diffusers look for this entry.

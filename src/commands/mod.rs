@@ -4,6 +4,7 @@
 pub mod info;
 pub mod predict;
 pub mod sample;
+mod signals;
 pub mod train;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
@@ -12,7 +13,7 @@ use crate::device::{Choice, Device, Precision};
 use crate::error::Result;
 use crate::names::Named;
 
-/// `--device` and `--precision`, for every command that computes.
+/// `--device` and `--precision`, for the commands that use a model.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct On {
     /// auto, cpu, cuda or cuda:N

@@ -1,19 +1,24 @@
 //! `ddpm-cuda train`: trains a model, or continues a run.
 
-use std::io::Write;
-use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{On, choice};
-use crate::config::{Config, Given, Preset};
+use super::choice;
+use super::signals::Signals;
+use crate::config::{self, Config, Given, MAY_CHANGE, Preset};
+use crate::device::{Choice, Device, Precision};
 use crate::error::{Error, Result};
-use crate::recipe;
-use crate::say;
-use crate::train::{Run, Start, Watch};
+use crate::text::shell_word;
+use crate::train::{Changes, Run, Start, Watch};
+use crate::{recipe, say, usage};
+
+/// Off a terminal, the longest time without a line.
+const QUIET_S: f64 = 30.0;
+/// And the number of lines of a run that is shorter than that.
+const LINES: u64 = 10;
 
 /// Arguments of `ddpm-cuda train`.
 #[derive(Debug, clap::Args)]
@@ -42,71 +47,163 @@ pub struct Args {
     /// Seed of all randomness [default: 0]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
-    /// `--device` and `--precision`
-    #[command(flatten)]
-    pub on: On,
-    /// Continue this run from its newest checkpoint; --steps may extend it
-    #[arg(long, value_name = "RUN", conflicts_with_all = ["preset", "data", "out", "config", "set", "batch", "seed"])]
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: Choice,
+    /// Type of activations and gradients; bf16 needs a GPU [default: f32, or that of the resumed run]
+    #[arg(long, value_parser = choice::<Precision>())]
+    pub precision: Option<Precision>,
+    /// Continue this run from its newest checkpoint, with its own settings, data and precision; see below what may change
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["preset", "out", "config", "batch", "seed"])]
     pub resume: Option<PathBuf>,
 }
 
-/// Runs the command.
+/// What follows the arguments in the help.
+pub fn help() -> String {
+    format!(
+        "{}\n\
+         Stopping: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU save a checkpoint after the step and stop; a \
+         second Ctrl-C stops at once. A signal that is ignored at the start, as SIGHUP under nohup, stays ignored.\n\n\
+         Exit codes: 0 all steps are done; 128 + the signal's number if one has stopped the run before (Ctrl-C 130, \
+         SIGTERM 143, SIGHUP 129, SIGUSR1 138 on Linux); 1 a failure; 2 wrong usage.\n\n\
+         Resuming: --resume goes on to the same bits as a run that was never stopped, on the same device; another device \
+         is allowed and differs by rounding. Only these settings may change, with --set: {}; --steps and --data are the \
+         same as their settings, and --data takes another place of the same images.\n",
+        config::help(),
+        MAY_CHANGE.join(", ")
+    )
+}
+
+/// Runs the command. Returns 0, or 128 + its number if a signal has stopped the run before its end.
 ///
 /// # Errors
-/// Unusable settings, data or checkpoints; a loss or gradient that is not finite; files that cannot be written; those
-/// of [`On::open`].
-pub fn run(args: &Args) -> Result<()> {
-    let device = args.on.open()?;
-    let mut terminal = Terminal { bar: ProgressBar::hidden() };
+/// Unusable settings, data or checkpoints; a loss or gradient that is not finite; checkpoints that cannot be written;
+/// those of [`Device::open`].
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let signals = Signals::listen()?;
+    let mut terminal = Terminal::default();
     let mut run = match &args.resume {
-        Some(run) => Run::open(Start::Resume { run, steps: args.steps }, &device, &mut terminal)?,
+        Some(run) => {
+            let device = open_to_resume(run, args.device, args.precision)?;
+            let data = args.data.as_deref().map(absolute);
+            let changes = Changes { sets: &args.set, steps: args.steps, data: data.as_deref() };
+            Run::open(Start::Resume { run, changes }, &device, &mut terminal)?
+        }
         None => {
             let (config, given) = config(args)?;
+            let device = Device::open(args.device, config.precision)?;
             let start = Start::New { config: &config, given: &given, out: args.out.as_deref() };
             Run::open(start, &device, &mut terminal)?
         }
     };
     if run.is_done() {
-        return Ok(());
+        return Ok(ExitCode::SUCCESS);
     }
-    let stop = stop_flag()?;
+    signals.training_begins();
     let started = Instant::now();
-    let checkpoint = run.train(&stop, &mut terminal)?;
-    let (done, steps, folder) = (run.trainer().steps_done(), run.config().steps, run.folder().display());
+    let checkpoint = run.train(signals.stop(), &mut terminal)?;
+    let (done, steps, folder) = (run.trainer().steps_done(), run.config().steps, shell_word(run.folder()));
     if done < steps {
         say!("stopped after step {done} of {steps}: {}", checkpoint.display());
         say!("to go on: ddpm-cuda train --resume {folder}");
-    } else {
-        say!("{done} steps, {:.0} s: {}", started.elapsed().as_secs_f64(), checkpoint.display());
-        say!("to draw images: ddpm-cuda sample --model {folder} --out samples.png");
+        return Ok(ExitCode::from(signals.exit_code()));
     }
-    Ok(())
+    say!("{done} steps, {:.0} s: {}", started.elapsed().as_secs_f64(), checkpoint.display());
+    say!("to draw images: ddpm-cuda sample --model {folder} --out samples.png");
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Opens a device for the precision of a run.
+fn open_to_resume(run: &Path, device: Choice, asked: Option<Precision>) -> Result<Device> {
+    let precision = Run::settings(run)?.precision;
+    if let Some(asked) = asked.filter(|asked| *asked != precision) {
+        usage!(
+            "--precision {asked}: {} is a run in {precision} and goes on in it; leave --precision out",
+            run.display()
+        );
+    }
+    let no_gpu = precision == Precision::Bf16 && matches!(device, Choice::Auto | Choice::Cpu);
+    Device::open(device, precision).map_err(|e| match e {
+        Error::Failed(_) if no_gpu => Error::file(
+            run,
+            "is a run in bf16, in which the CPU does not compute; resume it on a GPU, with --device cuda",
+        ),
+        other => other,
+    })
 }
 
 /// The settings of a new run: preset, file, `--set`, then flags; and which of them somebody chose.
 fn config(args: &Args) -> Result<(Config, Given)> {
-    let mut sets = args.set.clone();
     let flags = [
         ("data", args.data.clone()),
         ("steps", args.steps.map(|steps| steps.to_string())),
         ("batch", args.batch.map(|batch| batch.to_string())),
         ("seed", args.seed.map(|seed| seed.to_string())),
+        ("precision", args.precision.map(|precision| precision.to_string())),
     ];
+    let mut sets = args.set.clone();
     sets.extend(flags.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value?))));
     let (mut config, given) = Config::build(args.preset, args.config.as_deref(), &sets)?;
-    if !config.data.is_empty() && config.data != "mnist" {
-        // So that the run can be resumed from another working directory.
-        let absolute = std::path::absolute(&config.data).ok();
-        config.data = absolute.and_then(|p| p.into_os_string().into_string().ok()).unwrap_or(config.data);
-    }
+    config.data = absolute(&config.data);
     recipe::adapt_attention(&mut config, &given);
     config.validate()?;
     Ok((config, given))
 }
 
-/// A progress bar if standard error is a terminal; other lines go to standard output, above it.
+/// The place of the data, so that the run can be resumed from another working directory.
+fn absolute(data: &str) -> String {
+    if data.is_empty() || data == "mnist" {
+        return data.into();
+    }
+    std::path::absolute(data).ok().and_then(|p| p.into_os_string().into_string().ok()).unwrap_or_else(|| data.into())
+}
+
+/// Shows the progress of a run: a bar if standard error is a terminal, with other lines on standard output above it; off
+/// a terminal a line on standard output at each tenth of the run, and as often as no 30 s pass without one.
 struct Terminal {
     bar: ProgressBar,
+    began: Instant,
+    /// Steps done when training began, steps done now, steps in all.
+    before: u64,
+    done: u64,
+    steps: u64,
+    measured: String,
+    last_step: Instant,
+    last_line: Instant,
+}
+
+impl Default for Terminal {
+    fn default() -> Self {
+        let now = Instant::now();
+        Terminal {
+            bar: ProgressBar::hidden(),
+            began: now,
+            before: 0,
+            done: 0,
+            steps: 0,
+            measured: String::new(),
+            last_step: now,
+            last_line: now,
+        }
+    }
+}
+
+impl Terminal {
+    /// True at each tenth of the steps of this call, and if the next step may end too long after the last line.
+    fn is_due(&self, now: Instant) -> bool {
+        let tenths = |done: u64| done * LINES / (self.steps - self.before);
+        let (done, step) = (self.done - self.before, now - self.last_step);
+        tenths(done) > tenths(done - 1) || (now - self.last_line + step).as_secs_f64() > QUIET_S
+    }
+
+    fn line(&self, now: Instant) -> String {
+        let Terminal { before, done, steps, measured, .. } = self;
+        let left = (now - self.began).as_secs_f64() / (done - before) as f64 * (steps - done) as f64;
+        let left = if done < steps { format!("{} left", duration(left)) } else { "done".into() };
+        // A GPU is not asked for its measurements at every step, and at first there are none.
+        let measured = if measured.is_empty() { String::new() } else { format!("{measured}, ") };
+        format!("step {done} of {steps}: {measured}{left}")
+    }
 }
 
 impl Watch for Terminal {
@@ -115,17 +212,36 @@ impl Watch for Terminal {
     }
 
     fn begin(&mut self, done: u32, steps: u32) {
+        let (before, steps, now) = (u64::from(done), u64::from(steps), Instant::now());
         let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} {msg}, {eta} left").expect("a valid template");
-        self.bar = ProgressBar::new(u64::from(steps)).with_style(style).with_position(u64::from(done));
-        self.bar.reset_eta();
+        let bar = ProgressBar::new(steps).with_style(style).with_position(before);
+        bar.reset_eta();
+        *self = Terminal {
+            bar,
+            began: now,
+            before,
+            done: before,
+            steps,
+            last_step: now,
+            last_line: now,
+            ..Terminal::default()
+        };
     }
 
     fn measured(&mut self, text: String) {
-        self.bar.set_message(text);
+        self.bar.set_message(text.clone());
+        self.measured = text;
     }
 
     fn step(&mut self) {
         self.bar.inc(1);
+        self.done += 1;
+        let now = Instant::now();
+        if self.bar.is_hidden() && self.is_due(now) {
+            say!("{}", self.line(now));
+            self.last_line = now;
+        }
+        self.last_step = now;
     }
 
     fn end(&mut self) {
@@ -133,23 +249,37 @@ impl Watch for Terminal {
     }
 }
 
-/// A flag set by the first Ctrl-C (or SIGTERM). A second one ends the program at once, unless it comes within a second:
-/// `timeout` and job schedulers signal a process and then its whole group, and mean one signal.
-fn stop_flag() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let flag = stop.clone();
-    let mut first: Option<Instant> = None;
-    let handler = move || {
-        if let Some(first) = first {
-            if first.elapsed().as_secs_f64() < 1.0 {
-                return;
-            }
-            std::process::exit(130);
-        }
-        first = Some(Instant::now());
-        flag.store(true, Ordering::Relaxed);
-        let _ = writeln!(std::io::stderr(), "stopping after this step; once more to stop at once");
-    };
-    ctrlc::set_handler(handler).map_err(|e| Error::Failed(format!("Ctrl-C cannot be caught: {e}")))?;
-    Ok(stop)
+/// A length of time in its two largest units: `45 s`, `12 min`, `3 h 20 min`, `2 days 5 h`.
+fn duration(seconds: f64) -> String {
+    let seconds = seconds.round() as u64;
+    let (minutes, hours) = ((seconds + 30) / 60, (seconds + 1800) / 3600);
+    match seconds {
+        0..100 => format!("{seconds} s"),
+        100..5970 => format!("{minutes} min"),
+        5970..172_800 => format!("{} h {} min", minutes / 60, minutes % 60),
+        _ => format!("{} days {} h", hours / 24, hours % 24),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_have_their_largest_units() {
+        let texts = [0.4, 99.0, 100.0, 3599.0, 5969.0, 5970.0, 12_000.0, 172_799.0, 172_800.0, 1e6].map(duration);
+        let want = [
+            "0 s",
+            "99 s",
+            "2 min",
+            "60 min",
+            "99 min",
+            "1 h 40 min",
+            "3 h 20 min",
+            "48 h 0 min",
+            "2 days 0 h",
+            "11 days 14 h",
+        ];
+        assert_eq!(texts, want);
+    }
 }

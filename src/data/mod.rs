@@ -22,6 +22,7 @@ use std::sync::Arc;
 
 use rand::seq::SliceRandom;
 use rayon::prelude::*;
+use twox_hash::XxHash3_128;
 
 use crate::config::{Config, Size};
 use crate::error::{Error, Result};
@@ -76,6 +77,26 @@ pub struct Data {
     pub held_out: Dataset,
     /// One sentence for the user about each thing done to the images (cropped, converted, left out).
     pub notes: Vec<String>,
+}
+
+impl Data {
+    /// A hash of all images and labels and of which are held out: 32 hexadecimal digits.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = XxHash3_128::new();
+        for set in [&self.train, &self.held_out] {
+            let Extent { size, channels } = set.extent;
+            for number in [size.h, size.w, channels, set.len()] {
+                hash.write(&(number as u64).to_le_bytes());
+            }
+            for i in 0..set.len() {
+                hash.write(set.image(i));
+            }
+            for label in set.labels.iter().flatten() {
+                hash.write(&label.to_le_bytes());
+            }
+        }
+        format!("{:032x}", hash.finish_128())
+    }
 }
 
 impl Dataset {

@@ -146,6 +146,14 @@ impl Device {
         }
     }
 
+    /// The same as a setting.
+    pub fn precision(&self) -> Precision {
+        match self.activations() {
+            DType::Bf16 => Precision::Bf16,
+            _ => Precision::F32,
+        }
+    }
+
     /// A buffer for `len` elements, contents arbitrary.
     ///
     /// # Errors

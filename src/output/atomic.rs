@@ -20,7 +20,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
 /// Writes a file through a buffered writer.
 pub fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&mut File>) -> io::Result<()>) -> Result<()> {
     let write = || -> io::Result<()> {
-        let mut temporary = file_builder().tempfile_in(parent(path))?;
+        let mut temporary = file_builder().tempfile_in(parent(path)).map_err(without_name)?;
         let mut writer = BufWriter::new(temporary.as_file_mut());
         fill(&mut writer)?;
         writer.flush()?;
@@ -39,8 +39,15 @@ pub fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&mut File>) -> i
 /// Those of `fill`, and `Error::File` if the folder cannot be written.
 pub fn write_folder_atomically(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let failed = |e: io::Error| Error::file(path, format!("cannot be written: {e}"));
-    let temporary = unfinished().tempdir_in(parent(path)).map_err(failed)?;
-    fill(temporary.path())?;
+    let temporary = unfinished().tempdir_in(parent(path)).map_err(without_name).map_err(failed)?;
+    fill(temporary.path()).map_err(|e| match e {
+        // In the words of who reads it, the file is where it would have come to lie.
+        Error::File { path: file, what } => match file.strip_prefix(temporary.path()) {
+            Ok(inside) => Error::file(path.join(inside), what),
+            Err(_) => Error::file(file, what),
+        },
+        other => other,
+    })?;
     sync_tree(temporary.path()).map_err(failed)?;
     fs::rename(temporary.path(), path).map_err(failed)?;
     // It has been renamed; there is nothing to clean up.
@@ -71,6 +78,12 @@ pub fn parent(path: &Path) -> &Path {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     }
+}
+
+/// The system's error alone; tempfile adds the random name, which differs from time to time and helps nobody.
+fn without_name(error: io::Error) -> io::Error {
+    let inner = error.get_ref().and_then(|e| e.source()).and_then(|e| e.downcast_ref::<io::Error>());
+    inner.and_then(io::Error::raw_os_error).map_or(error, io::Error::from_raw_os_error)
 }
 
 fn unfinished() -> tempfile::Builder<'static, 'static> {

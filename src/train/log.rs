@@ -1,13 +1,13 @@
 //! The log of a run: a line of metrics.jsonl every few steps.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde_json::json;
 
-use super::StepReport;
+use super::{StepReport, Watch};
 use crate::error::{Error, Result};
 use crate::meter::Quarters;
 use crate::output;
@@ -60,9 +60,20 @@ impl Report {
 }
 
 /// metrics.jsonl: one object per line.
+///
+/// The file is opened anew for each write, and each write is a whole number of lines, so that whoever reads it meanwhile
+/// sees whole lines, and a file that was moved away or put back is noticed. What cannot be written is kept until it can.
 pub(super) struct Log {
     path: PathBuf,
-    file: File,
+    /// The step after which the run continues.
+    done: u32,
+    /// True once the lines of later steps are out of the file.
+    continued: bool,
+    /// True once this process has written a line.
+    begun: bool,
+    /// Whole lines not yet written.
+    waiting: String,
+    fault: Fault,
     /// Seconds that the run took before this process, and when this process began.
     before: f64,
     started: Instant,
@@ -71,31 +82,113 @@ pub(super) struct Log {
 impl Log {
     /// Opens the log of a run that continues after step `done`. Drops lines of later steps and a last line that a crash
     /// cut short.
-    pub fn open(run: &Path, done: u32) -> Result<Self> {
-        let path = run.join("metrics.jsonl");
-        let text = match fs::read_to_string(&path) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => String::new(),
-            other => other.map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?,
+    pub fn open(run: &Path, done: u32, watch: &mut dyn Watch) -> Self {
+        let mut log = Log {
+            path: run.join("metrics.jsonl"),
+            done,
+            continued: false,
+            begun: false,
+            waiting: String::new(),
+            fault: Fault::default(),
+            before: 0.0,
+            started: Instant::now(),
         };
-        let mut kept = String::new();
-        let mut before = 0.0;
-        for line in text.lines() {
-            let Ok(value) = serde_json::from_str::<serde_json::Value>(line) else { continue };
-            if value["step"].as_u64().is_some_and(|step| step <= u64::from(done)) {
-                before = value["elapsed_s"].as_f64().unwrap_or(before);
-                kept.push_str(line);
-                kept.push('\n');
-            }
-        }
-        output::write_atomically(&path, kept.as_bytes())?;
-        let file = fs::OpenOptions::new().append(true).open(&path);
-        let file = file.map_err(|e| Error::file(&path, format!("cannot be written: {e}")))?;
-        Ok(Log { path, file, before, started: Instant::now() })
+        log.flush(watch);
+        log
     }
 
-    pub fn write(&mut self, mut line: serde_json::Value) -> Result<()> {
+    /// Writes a line.
+    pub fn write(&mut self, mut line: serde_json::Value, watch: &mut dyn Watch) {
         line["elapsed_s"] = json!(self.before + self.started.elapsed().as_secs_f64());
-        let written = writeln!(self.file, "{line}");
-        written.map_err(|e| Error::file(&self.path, format!("cannot be written: {e}")))
+        self.waiting += &format!("{line}\n");
+        self.flush(watch);
+    }
+
+    /// The end of training: says so if lines could not be written.
+    pub fn close(mut self, watch: &mut dyn Watch) {
+        self.flush(watch);
+        if !self.waiting.is_empty() {
+            let lines = self.waiting.lines().count();
+            watch.say(&format!("{}: {lines} lines could not be written and are lost", self.path.display()));
+        }
+    }
+
+    /// Writes the lines that wait. Says what prevents it, once.
+    fn flush(&mut self, watch: &mut dyn Watch) {
+        if self.begun && !self.path.exists() {
+            watch.say(&format!("{} was removed; a new one begins", self.path.display()));
+            self.begun = false;
+        }
+        match self.try_flush() {
+            Err(e) => self.fault.occurred(&e, "training goes on, and keeps the lines until they can be written", watch),
+            Ok(()) => self.fault.is_over(&self.path, watch),
+        }
+    }
+
+    fn try_flush(&mut self) -> Result<()> {
+        if !self.continued {
+            self.drop_later_lines()?;
+            self.continued = true;
+        }
+        if self.waiting.is_empty() {
+            return Ok(());
+        }
+        let append = || -> io::Result<()> {
+            let mut file = File::options().append(true).create(true).open(&self.path)?;
+            let whole = file.metadata()?.len();
+            file.write_all(self.waiting.as_bytes()).inspect_err(|_| {
+                // A full disk may have taken a part of a line.
+                let _ = file.set_len(whole);
+            })
+        };
+        append().map_err(|e| Error::file(&self.path, format!("cannot be written: {e}")))?;
+        self.begun = true;
+        self.waiting.clear();
+        Ok(())
+    }
+
+    fn drop_later_lines(&mut self) -> Result<()> {
+        let found = match fs::read(&self.path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            found => found.map_err(|e| Error::file(&self.path, format!("cannot be read: {e}")))?,
+        };
+        let mut kept = Vec::new();
+        for line in found.split(|&byte| byte == b'\n') {
+            let Ok(value) = serde_json::from_slice::<serde_json::Value>(line) else { continue };
+            if value["step"].as_u64().is_some_and(|step| step <= u64::from(self.done)) {
+                self.before = value["elapsed_s"].as_f64().unwrap_or(self.before);
+                kept.extend_from_slice(line);
+                kept.push(b'\n');
+            }
+        }
+        if kept != found { output::write_atomically(&self.path, &kept) } else { Ok(()) }
+    }
+}
+
+/// A file that training can do without and that cannot be written: said once for each cause, and again when it is over.
+#[derive(Default)]
+pub(super) struct Fault {
+    cause: Option<String>,
+}
+
+impl Fault {
+    /// `error` has occurred; what follows from it is said with it.
+    pub fn occurred(&mut self, error: &Error, consequence: &str, watch: &mut dyn Watch) {
+        let cause = match error {
+            // The same cause meets another file at each sample.
+            Error::File { what, .. } => what.clone(),
+            other => other.to_string(),
+        };
+        if self.cause.as_ref() != Some(&cause) {
+            watch.say(&format!("{error}; {consequence}"));
+            self.cause = Some(cause);
+        }
+    }
+
+    /// `path` was written.
+    pub fn is_over(&mut self, path: &Path, watch: &mut dyn Watch) {
+        if self.cause.take().is_some() {
+            watch.say(&format!("{} is written again", path.display()));
+        }
     }
 }

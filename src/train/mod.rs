@@ -14,6 +14,7 @@ mod log;
 mod run_folder;
 mod trainer;
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -23,6 +24,7 @@ use serde_json::json;
 pub use feed::{Feed, Resident};
 pub use trainer::{StepReport, Trainer};
 
+use crate::checkpoint::DataMark;
 use crate::config::{Config, Given};
 use crate::data;
 use crate::device::Device;
@@ -34,7 +36,8 @@ use crate::recipe;
 use crate::sample::{self, Drawing};
 use crate::text::{GIB, grouped};
 use crate::unet::UNet;
-use log::{Log, Report};
+use crate::usage;
+use log::{Fault, Log, Report};
 use run_folder::RunFolder;
 
 /// Receives the progress of a run. `()` ignores it.
@@ -70,9 +73,20 @@ pub enum Start<'a> {
     Resume {
         /// The run's folder.
         run: &'a Path,
-        /// The new total number of steps, to extend the run.
-        steps: Option<u32>,
+        /// What changes: settings of [`MAY_CHANGE`](crate::config::MAY_CHANGE) alone.
+        changes: Changes<'a>,
     },
+}
+
+/// What changes when a run is resumed; by default nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Changes<'a> {
+    /// `KEY=VALUE` as for `--set`, with keys of [`MAY_CHANGE`](crate::config::MAY_CHANGE).
+    pub sets: &'a [String],
+    /// The new total number of steps.
+    pub steps: Option<u32>,
+    /// The new place of the same data.
+    pub data: Option<&'a str>,
 }
 
 /// A trainer and the folder it logs and saves to. The folder is locked against other processes.
@@ -84,17 +98,39 @@ pub struct Run {
 impl Run {
     /// Reads the data, reports the cost of the run, and creates or opens its folder.
     ///
+    /// A run continues with the settings, the precision and the data it began with, but for
+    /// [`MAY_CHANGE`](crate::config::MAY_CHANGE); each checkpoint knows them. It may continue on another device.
+    ///
     /// # Errors
-    /// Unusable settings, data or checkpoints; a folder that is in use; a run that does not fit into memory.
+    /// Unusable settings, data or checkpoints; settings or data other than the run's own; a folder that is in use; a run
+    /// that does not fit into memory.
     pub fn open(start: Start<'_>, device: &Device, watch: &mut dyn Watch) -> Result<Self> {
         let all = Given::all();
         let (mut config, given, out, resumed) = match start {
             Start::New { config, given, out } => (config.clone(), given, out, None),
-            Start::Resume { run, steps } => {
+            Start::Resume { run, changes } => {
                 let run = RunFolder::open(run)?;
-                (Config { steps: steps.unwrap_or(run.config.steps), ..run.config.clone() }, &all, None, Some(run))
+                let mut config = run.config.clone();
+                config.change(changes.sets)?;
+                config.steps = changes.steps.unwrap_or(config.steps);
+                config.data = changes.data.map_or(config.data, String::from);
+                (config, &all, None, Some(run))
             }
         };
+        if config.precision != device.precision() {
+            usage!("precision = {}, but {device} was opened for {}", config.precision, device.precision());
+        }
+        let origin = match &resumed {
+            Some(run) => run.origin(watch)?,
+            None => None,
+        };
+        if let (Some(run), Some((checkpoint, origin))) = (&resumed, &origin) {
+            origin.check_settings(checkpoint, &run.path.join("config.toml"), &config)?;
+        }
+        if resumed.is_some() && config.data != "mnist" && !Path::new(&config.data).exists() {
+            let what = "does not exist; if the data of the run are in another place now, give it with --data PATH";
+            return Err(Error::file(&config.data, what));
+        }
         let source = data::Source::open(&config)?;
         let mut notes = recipe::suit(&mut config, given, source.survey(), device)?;
         let data = source.load(&mut config)?;
@@ -103,6 +139,9 @@ impl Run {
         config.validate()?;
         for note in data.notes.iter().chain(&notes) {
             watch.say(note);
+        }
+        if let Some((checkpoint, origin)) = &origin {
+            origin.check_data(checkpoint, &config.data, &DataMark::of(&config, &data))?;
         }
         announce(&config, &data, device, watch)?;
         let mut trainer = Trainer::new(&config, data, device)?;
@@ -114,6 +153,14 @@ impl Run {
             None => RunFolder::create(out, &config, watch)?,
         };
         Ok(Run { trainer, folder })
+    }
+
+    /// The settings of a run folder.
+    ///
+    /// # Errors
+    /// `Error::File` if it is none, or its config.toml cannot be read.
+    pub fn settings(run: &Path) -> Result<Config> {
+        run_folder::read_settings(run)
     }
 
     /// True if all steps are done.
@@ -136,66 +183,92 @@ impl Run {
         &self.folder.path
     }
 
-    /// Trains until all steps are done or `stop` is set, and returns the folder of the last checkpoint.
+    /// Trains until all steps are done or `stop` is set, and returns the folder of the last checkpoint. Samples that
+    /// cannot be drawn or written, and log lines that cannot be written, do not end it: `watch` is told.
     ///
     /// # Errors
-    /// A loss or gradient that is not finite (the message names the last good checkpoint); files that cannot be
-    /// written.
+    /// A loss or gradient that is not finite, a checkpoint that cannot be written, a GPU that fails. The message names
+    /// the last good checkpoint, which is of the last step if that could be saved and is worth it.
     pub fn train(&mut self, stop: &AtomicBool, watch: &mut dyn Watch) -> Result<PathBuf> {
         let Run { trainer, folder } = self;
-        let config = trainer.config().clone();
-        let mut log = Log::open(&folder.path, trainer.steps_done())?;
-        let mut report = Report::default();
-        watch.begin(trainer.steps_done(), config.steps);
-
-        while trainer.steps_done() < config.steps && !stop.load(Ordering::Relaxed) {
-            let step_started = Instant::now();
-            trainer.step().map_err(|e| folder.with_last_checkpoint(e))?;
-            let done = trainer.steps_done();
-            let finished = done == config.steps;
-            let due = |every: u32| every > 0 && done.is_multiple_of(every);
-            let due_or_last = |every: u32| due(every) || (finished && every > 0);
-            let logs = due(config.log_every) || due(config.validate_every) || finished;
-            // Read the meter only before work that needs good weights; otherwise let the GPU run ahead.
-            let stops =
-                logs || due(config.sample_every) || due(config.checkpoint_every) || stop.load(Ordering::Relaxed);
-            if stops || trainer.reports_are_due() {
-                for step in trainer.reports().map_err(|e| folder.with_last_checkpoint(e))? {
-                    report.add(step, config.batch);
-                }
-                watch.measured(report.message());
-            }
-            report.seconds += step_started.elapsed().as_secs_f64();
-            watch.step();
-
-            if logs {
-                let mut line = report.line(done);
-                if due_or_last(config.validate_every)
-                    && let Some(quarters) = unless_interrupted(trainer.validate(stop))?
-                    && let Some(mean) = quarters.mean()
-                {
-                    line["validation_loss"] = json!(mean);
-                    line["validation_loss_by_quarter"] = json!(quarters.means());
-                    watch.say(&format!("step {done}: loss {:.4}, validation loss {mean:.4}", report.loss()));
-                }
-                log.write(line)?;
-                report = Report::default();
-            }
-            if due_or_last(config.sample_every) {
-                let drawn = draw_samples(trainer, &folder.path, stop).map_err(|e| folder.with_last_checkpoint(e));
-                if let Some(path) = unless_interrupted(drawn)?.filter(|_| finished) {
-                    watch.say(&format!("samples: {}", path.display()));
-                }
-            }
-            if due(config.checkpoint_every) && !finished {
-                folder.save(trainer)?;
-            }
-        }
+        let mut log = Log::open(&folder.path, trainer.steps_done(), watch);
+        watch.begin(trainer.steps_done(), trainer.config().steps);
+        let ended = steps(trainer, folder, &mut log, stop, watch);
         watch.end();
         // A run stopped between two readings of the meter may be past its last good step.
-        trainer.reports().map_err(|e| folder.with_last_checkpoint(e))?;
-        folder.save(trainer)
+        let saved = match ended {
+            Err(e @ Error::NotFinite(_)) => Err(e),
+            Err(e) => {
+                let _ = trainer.reports().and_then(|_| folder.save(trainer));
+                Err(e)
+            }
+            Ok(()) => trainer.reports().and_then(|_| folder.save(trainer)),
+        };
+        log.close(watch);
+        saved.map_err(|e| folder.with_last_checkpoint(e))
     }
+}
+
+/// The loop: steps until all are done or `stop` is set.
+fn steps(
+    trainer: &mut Trainer,
+    folder: &RunFolder,
+    log: &mut Log,
+    stop: &AtomicBool,
+    watch: &mut dyn Watch,
+) -> Result<()> {
+    let config = trainer.config().clone();
+    let mut report = Report::default();
+    let mut samples = Fault::default();
+    while trainer.steps_done() < config.steps && !stop.load(Ordering::Relaxed) {
+        let step_started = Instant::now();
+        trainer.step()?;
+        let done = trainer.steps_done();
+        let finished = done == config.steps;
+        let due = |every: u32| every > 0 && done.is_multiple_of(every);
+        let due_or_last = |every: u32| due(every) || (finished && every > 0);
+        let logs = due(config.log_every) || due(config.validate_every) || finished;
+        // Read the meter only before work that needs good weights; otherwise let the GPU run ahead.
+        let stops = logs || due(config.sample_every) || due(config.checkpoint_every) || stop.load(Ordering::Relaxed);
+        let read = if stops || trainer.reports_are_due() { trainer.reports()? } else { Vec::new() };
+        report.seconds += step_started.elapsed().as_secs_f64();
+        if !read.is_empty() {
+            read.into_iter().for_each(|step| report.add(step, config.batch));
+            watch.measured(report.message());
+        }
+        watch.step();
+
+        if logs {
+            let mut line = report.line(done);
+            if due_or_last(config.validate_every)
+                && let Some(quarters) = unless_interrupted(trainer.validate(stop))?
+                && let Some(mean) = quarters.mean()
+            {
+                line["validation_loss"] = json!(mean);
+                line["validation_loss_by_quarter"] = json!(quarters.means());
+                watch.say(&format!("step {done}: loss {:.4}, validation loss {mean:.4}", report.loss()));
+            }
+            log.write(line, watch);
+            report = Report::default();
+        }
+        if due_or_last(config.sample_every) {
+            // Neither a full disk nor a GPU without room for so many images at once stops the training.
+            match draw_samples(trainer, &folder.path, stop) {
+                Ok(path) => {
+                    samples.is_over(&path, watch);
+                    if finished {
+                        watch.say(&format!("samples: {}", path.display()));
+                    }
+                }
+                Err(Error::Interrupted) => {}
+                Err(e) => samples.occurred(&e, "training goes on without these samples", watch),
+            }
+        }
+        if due(config.checkpoint_every) && !finished {
+            folder.save(trainer)?;
+        }
+    }
+    Ok(())
 }
 
 /// Reports the cost of the run, and refuses one that does not fit into memory.
@@ -244,7 +317,9 @@ fn draw_samples(trainer: &Trainer, run: &Path, stop: &AtomicBool) -> Result<Path
         false => Ok(()),
     })?;
     let shape = drawing.shape(count);
-    let path = run.join("samples").join(trainer.steps_done().to_string());
+    let folder = run.join("samples");
+    fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, format!("cannot be created: {e}")))?;
+    let path = folder.join(trainer.steps_done().to_string());
     let png = path.with_extension("png");
     if output::Target::Png.check(&png, shape).is_ok() {
         output::write_grid(&png, shape, &images)?;

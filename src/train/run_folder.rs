@@ -4,10 +4,11 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use super::{Trainer, Watch};
-use crate::checkpoint;
+use crate::checkpoint::{self, Origin};
 use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::output;
+use crate::text::shell_word;
 use crate::usage;
 
 /// A run folder, locked until this is dropped: two processes training in it would delete each other's files.
@@ -32,8 +33,10 @@ impl RunFolder {
         };
         let lock = lock(&path)?;
         if path.join("config.toml").exists() {
-            let what =
-                format!("already holds a run: continue it with --resume {}, or choose another --out", path.display());
+            let what = format!(
+                "already holds a run: continue it with --resume {}, or choose another --out",
+                shell_word(&path)
+            );
             return Err(Error::file(&path, what));
         }
         for sub in [path.join("samples"), path.join("checkpoints")] {
@@ -46,16 +49,26 @@ impl RunFolder {
 
     /// Opens the folder of a run to be continued.
     pub fn open(path: &Path) -> Result<Self> {
-        let settings = path.join("config.toml");
-        if !settings.is_file() {
-            return Err(Error::file(path, "is not a run folder: it holds no config.toml"));
-        }
+        let config = read_settings(path)?;
         let lock = lock(path)?;
-        Ok(RunFolder { path: path.to_path_buf(), config: Config::read(&settings)?, _lock: lock })
+        Ok(RunFolder { path: path.to_path_buf(), config, _lock: lock })
+    }
+
+    /// What the newest checkpoint was made from, and that checkpoint. Says so if it does not know.
+    pub fn origin(&self, watch: &mut dyn Watch) -> Result<Option<(PathBuf, Origin)>> {
+        let Some(newest) = checkpoint::newest(&self.path)? else { return Ok(None) };
+        let origin = Origin::read(&newest)?;
+        if origin.is_none() {
+            watch.say(&format!(
+                "{} has no run.json, so whether settings and data are still those of the run is not known",
+                newest.display()
+            ));
+        }
+        Ok(origin.map(|origin| (newest, origin)))
     }
 
     /// Restores `trainer` from the newest checkpoint and updates config.toml to the trainer's settings, of which only
-    /// the number of steps can differ.
+    /// those that may change can differ.
     pub fn restore(&self, trainer: &mut Trainer, watch: &mut dyn Watch) -> Result<()> {
         let damaged = checkpoint::damaged(&self.path)?;
         match (checkpoint::newest(&self.path)?, damaged.last()) {
@@ -73,11 +86,14 @@ impl RunFolder {
         if steps < done {
             usage!("steps = {steps}: {} has done {done} already; give more with --steps", self.path.display());
         }
-        if steps != self.config.steps {
+        if *trainer.config() != self.config {
             output::write_atomically(&self.path.join("config.toml"), trainer.config().to_toml().as_bytes())?;
         }
         for folder in [self.path.clone(), self.path.join("samples")].iter().filter(|folder| folder.is_dir()) {
-            output::remove_unfinished(folder)?;
+            // What cannot be deleted harms nothing.
+            if let Err(e) = output::remove_unfinished(folder) {
+                watch.say(&e.to_string());
+            }
         }
         let path = self.path.display();
         watch.say(&match steps == done {
@@ -87,11 +103,17 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Saves a checkpoint of a trainer whose weights are finite; returns its folder.
+    /// Saves a checkpoint of a trainer whose weights are finite; returns its folder. If the run folder was moved away in
+    /// the meantime, its place gets another one, from which the run can be resumed.
     pub fn save(&self, trainer: &Trainer) -> Result<PathBuf> {
-        let saved =
-            trainer.check_weights().and_then(|()| checkpoint::save(&self.path, trainer.config(), trainer.state()));
-        saved.map_err(|e| self.with_last_checkpoint(e))
+        trainer.check_weights()?;
+        let settings = self.path.join("config.toml");
+        if !settings.exists() {
+            fs::create_dir_all(&self.path)
+                .map_err(|e| Error::file(&self.path, format!("cannot be created again: {e}")))?;
+            output::write_atomically(&settings, trainer.config().to_toml().as_bytes())?;
+        }
+        checkpoint::save(&self.path, trainer.config(), trainer.state())
     }
 
     /// Adds the path of the last good checkpoint to an error.
@@ -107,11 +129,20 @@ impl RunFolder {
     }
 }
 
+/// The settings of a run folder.
+pub(super) fn read_settings(run: &Path) -> Result<Config> {
+    let settings = run.join("config.toml");
+    if !settings.is_file() {
+        return Err(Error::file(run, "is not a run folder: it holds no config.toml"));
+    }
+    Config::read(&settings)
+}
+
 /// Creates the first of runs/NAME, runs/NAME-2, ... that does not exist.
 fn first_free(name: &str) -> std::io::Result<PathBuf> {
     fs::create_dir_all("runs")?;
     for k in 1u32.. {
-        let path = Path::new("runs").join(if k == 1 { name.to_string() } else { format!("{name}-{k}") });
+        let path = Path::new("runs").join(if k == 1 { name.into() } else { format!("{name}-{k}") });
         match fs::create_dir(&path) {
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
             made => return made.map(|()| path),

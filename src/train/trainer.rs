@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::feed::{Feed, Resident};
-use crate::checkpoint;
+use crate::checkpoint::{self, DataMark};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::data::{Data, Order};
@@ -49,6 +49,8 @@ pub struct Trainer {
     meter: Meter,
     /// Steps launched but not yet read from the meter.
     unread: u32,
+    /// What its checkpoints say of the data.
+    mark: DataMark,
 }
 
 /// The measurements of one step.
@@ -67,7 +69,8 @@ pub struct StepReport {
 }
 
 impl Trainer {
-    /// A network with its initial weights, at step 0. `config` must know the data's image size and channels.
+    /// A network with its initial weights, at step 0. `config` must know the data's image size and channels; its
+    /// precision becomes the device's.
     ///
     /// # Errors
     /// Settings that cannot work; a GPU without enough memory.
@@ -83,7 +86,8 @@ impl Trainer {
         let [train, held_out] = resident(config, &unet, &specs, &data, device)?;
         Ok(Trainer {
             device: device.clone(),
-            config: config.clone(),
+            config: Config { precision: device.precision(), ..config.clone() },
+            mark: DataMark::of(config, &data),
             order: Order::new(config.seed, data.train.len()),
             data,
             coefficients: Coefficients::new(device, &schedule)?,
@@ -105,7 +109,14 @@ impl Trainer {
 
     /// The state that a checkpoint holds.
     pub fn state(&self) -> checkpoint::State<'_> {
-        checkpoint::State { step: self.step, params: &self.params, ema: &self.ema, m: &self.m, v: &self.v }
+        checkpoint::State {
+            step: self.step,
+            params: &self.params,
+            ema: &self.ema,
+            m: &self.m,
+            v: &self.v,
+            data: Some(&self.mark),
+        }
     }
 
     /// The same, to be filled from a checkpoint.
@@ -158,7 +169,7 @@ impl Trainer {
     /// [`reports`](Self::reports) returns the measurements.
     ///
     /// # Errors
-    /// On the CPU, `Error::Failed` if the loss or the gradient is not finite; it names the step, the first non-finite
+    /// On the CPU, `Error::NotFinite` if the loss or the gradient is not finite; it names the step, the first non-finite
     /// tensor and what to try. The weights are then those of the last good step. On a GPU, [`reports`](Self::reports)
     /// returns this error.
     pub fn step(&mut self) -> Result<()> {
@@ -197,9 +208,10 @@ impl Trainer {
     /// # Errors
     /// On a GPU, the error that [`step`](Self::step) returns on the CPU. The trainer is then at the last good step.
     pub fn reports(&mut self) -> Result<Vec<StepReport>> {
-        let first = self.step - std::mem::take(&mut self.unread);
+        let steps = self.step - std::mem::take(&mut self.unread)..self.step;
         let mut reports = Vec::new();
-        for (measured, done) in self.meter.read()?.into_iter().zip(first..) {
+        // A step that failed half-way has left a row of its own.
+        for (measured, done) in self.meter.read()?.into_iter().zip(steps) {
             let loss = measured.quarters.mean().expect("a step has images");
             if !loss.is_finite() || !measured.grad_norm.is_finite() {
                 self.step = done;
@@ -312,7 +324,7 @@ impl Trainer {
     /// Refuses non-finite weights, from which no run could continue.
     ///
     /// # Errors
-    /// `Error::Failed` as in [`step`](Self::step).
+    /// `Error::NotFinite` as in [`step`](Self::step).
     pub fn check_weights(&self) -> Result<()> {
         let weights = self.params.host()?;
         match weights.iter().find(|v| !v.is_finite()) {
@@ -328,7 +340,7 @@ impl Trainer {
     fn not_finite(&self, step: u32, what: &str, value: f64, culprit: &str) -> Error {
         let c = &self.config;
         let clip = if c.grad_clip == 0.0 { "grad_clip=1" } else { "a smaller grad_clip" };
-        Error::Failed(format!(
+        Error::NotFinite(format!(
             "step {step}: the {what} is {value}; {culprit}; try a learning_rate below {:?}, more warmup_steps than {} or {clip}",
             c.learning_rate, c.warmup_steps
         ))
