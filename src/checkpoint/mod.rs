@@ -281,7 +281,11 @@ impl Place {
         let mut stepping;
         (config.diffusion, stepping) = match &self.scheduler {
             Some(file) => {
-                let read = diffusers::read_diffusion(&read_json(file)?).map_err(|e| Error::file(file, e))?;
+                let json = read_json(file)?;
+                let read = diffusers::read_diffusion(&json).map_err(|e| Error::file(file, e))?;
+                if json.get("_class_name").is_none_or(Value::is_null) {
+                    notes.push(format!("{}: names no class; DDPMScheduler is assumed", file.display()));
+                }
                 let unfit = |e: Error| Error::file(file, format!("describes a process that cannot be: {e}"));
                 read.0.validate().map_err(unfit)?;
                 read
@@ -536,13 +540,21 @@ fn write(folder: &Path, config: &Config, state: &State<'_>) -> Result<()> {
 /// The longest configuration that is read: a million betas have 26 MB.
 const LONGEST_JSON: u64 = 32 << 20;
 
+/// And the largest number of commas in it. A value takes many times its text once it is parsed.
+const MOST_COMMAS: usize = 1_100_000;
+
 fn read_json(path: &Path) -> Result<Map<String, Value>> {
     let failed = |e: io::Error| Error::file(path, format!("cannot be read: {e}"));
     let len = fs::metadata(path).map_err(failed)?.len();
     if len > LONGEST_JSON {
         return Err(Error::file(path, format!("has {len} bytes; no configuration has more than {LONGEST_JSON}")));
     }
-    match serde_json::from_slice(&fs::read(path).map_err(failed)?) {
+    let text = fs::read(path).map_err(failed)?;
+    let commas = text.iter().filter(|&&byte| byte == b',').count();
+    if commas > MOST_COMMAS {
+        return Err(Error::file(path, format!("holds some {commas} values; no configuration has more than a million")));
+    }
+    match serde_json::from_slice(&text) {
         Ok(Value::Object(map)) => Ok(map),
         Ok(_) => Err(Error::file(path, "is no JSON object")),
         Err(e) => Err(Error::file(path, format!("is not JSON: {e}"))),

@@ -110,8 +110,9 @@ pub fn run(args: &Args) -> Result<()> {
     let needed = memory_of_forward(&device, &unet, &model.params, together)?;
     let available = available_on(&device)?;
     if needed > available {
+        let advice = if together.n > 1 { "draw fewer with --count" } else { "this model is too large to draw here" };
         return Err(Error::Failed(format!(
-            "drawing {} images of {}x{} takes {:.2} GiB of memory and {:.2} GiB are available: draw fewer at a time, if it is not one already",
+            "drawing {} images of {}x{} together takes {:.2} GiB of memory and {:.2} GiB are available: {advice}",
             together.n,
             c.model.image_size,
             c.model.channels,

@@ -151,6 +151,9 @@ impl Schedule {
             Some(*alpha_bar)
         };
         let alpha_bar: Vec<f64> = betas.iter().scan(1.0, product).collect();
+        if alpha_bar[0] >= 1.0 {
+            usage!("beta at timestep 0 is {:e}: so small that nothing is noised there", betas[0]);
+        }
         let left = alpha_bar[betas.len() - 1];
         if left < SMALLEST_ALPHA_BAR {
             usage!(
