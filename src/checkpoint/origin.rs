@@ -59,7 +59,7 @@ impl DataMark {
 
 impl Origin {
     pub(super) fn new(config: &Config, data: Option<&DataMark>) -> Self {
-        let settings = config.values().filter(|(key, _)| !MAY_CHANGE.contains(key));
+        let settings = config.values().filter(|(key, _)| is_kept(key));
         Origin {
             settings: settings.map(|(key, value)| (key.to_string(), json_of(value))).collect(),
             data: data.cloned(),
@@ -90,7 +90,7 @@ impl Origin {
     /// `Error::File` for such settings, and for a checkpoint with a setting that this version does not know.
     pub fn check_settings(&self, checkpoint: &Path, settings: &Path, config: &Config) -> Result<()> {
         let mut then = config.clone();
-        for (key, value) in self.settings.iter().filter(|(key, _)| !MAY_CHANGE.contains(&key.as_str())) {
+        for (key, value) in self.settings.iter().filter(|(key, _)| is_kept(key)) {
             then.set(key, &spelling(value)).map_err(|e| Error::file(checkpoint.join(FILE), e))?;
         }
         let differ = config.entries().zip(then.entries()).filter(|(now, then)| now != then);
@@ -129,6 +129,11 @@ impl Origin {
         );
         Err(Error::file(source, what))
     }
+}
+
+/// Whether the numbers of a run follow from this setting. From `init` they do only at the first step, and it is a path.
+fn is_kept(key: &str) -> bool {
+    !MAY_CHANGE.contains(&key) && key != "init"
 }
 
 fn json_of(value: toml::Value) -> Value {

@@ -12,7 +12,7 @@ use crate::config::{self, Config, Given, MAY_CHANGE, Preset};
 use crate::device::{Choice, Device, Precision};
 use crate::error::{Error, Result};
 use crate::text::shell_word;
-use crate::train::{Changes, Run, Start, Watch};
+use crate::train::{Changes, Init, Run, Start, Watch};
 use crate::{recipe, say, usage};
 
 /// Off a terminal, the longest time without a line.
@@ -29,6 +29,9 @@ pub struct Args {
     /// Images: mnist (built in), .npy, .npz, IDX file or folder, CIFAR-10 binary folder, folder of PNG/JPEG
     #[arg(long, value_name = "mnist|PATH")]
     pub data: Option<String>,
+    /// Start from the weights of this model: a run, a checkpoint, or a model folder of diffusers
+    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER")]
+    pub init: Option<PathBuf>,
     /// Run folder to create [default: runs/PRESET or runs/DATA, numbered if it exists]
     #[arg(long, value_name = "RUN")]
     pub out: Option<PathBuf>,
@@ -54,7 +57,7 @@ pub struct Args {
     #[arg(long, value_parser = choice::<Precision>())]
     pub precision: Option<Precision>,
     /// Continue this run from its newest checkpoint, with its own settings, data and precision; see below what may change
-    #[arg(long, value_name = "RUN", conflicts_with_all = ["preset", "out", "config", "batch", "seed"])]
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["preset", "init", "out", "config", "batch", "seed"])]
     pub resume: Option<PathBuf>,
 }
 
@@ -140,11 +143,20 @@ fn config(args: &Args) -> Result<(Config, Given)> {
         ("batch", args.batch.map(|batch| batch.to_string())),
         ("seed", args.seed.map(|seed| seed.to_string())),
         ("precision", args.precision.map(|precision| precision.to_string())),
+        ("init", args.init.as_ref().map(|model| model.to_string_lossy().into_owned())),
     ];
     let mut sets = args.set.clone();
     sets.extend(flags.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value?))));
-    let (mut config, given) = Config::build(args.preset, args.config.as_deref(), &sets)?;
+    let (mut config, mut given) = Config::build(args.preset, args.config.as_deref(), &sets)?;
     config.data = absolute(&config.data);
+    if !config.init.is_empty() {
+        if !given.has("data") {
+            usage!("--init {}: say with --data which images to train it on", config.init);
+        }
+        for note in Init::open(Path::new(&config.init))?.adopt(&mut config, &mut given)? {
+            say!("{note}");
+        }
+    }
     recipe::adapt_attention(&mut config, &given);
     config.validate()?;
     Ok((config, given))

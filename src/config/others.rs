@@ -132,7 +132,7 @@ const OTHERS: &[(&[&str], Here)] = &[
         &["data_dir", "data_path", "dataset", "train_data_dir", "dataset_name", "folder", "image_dir", "dataroot", "path"],
         Setting("data"),
     ),
-    (&["mixed_precision", "fp16", "bf16", "use_fp16", "use_bf16", "amp", "dtype", "half"], Instead("--precision bf16")),
+    (&["mixed_precision", "fp16", "bf16", "use_fp16", "use_bf16", "amp", "dtype", "half"], Like("precision", "f32 or bf16")),
     (
         &["out", "output_dir", "outdir", "out_dir", "logdir", "log_dir", "save_dir", "results_folder", "workdir", "name"],
         Instead("--out RUN"),
@@ -141,7 +141,7 @@ const OTHERS: &[(&[&str], Here)] = &[
         &["resume", "resume_checkpoint", "resume_from_checkpoint", "ckpt", "checkpoint", "load"],
         Instead("--resume RUN, or --init MODEL to start from given weights"),
     ),
-    (&["pretrained", "init", "finetune", "pretrained_model_name_or_path", "transfer"], Instead("--init MODEL")),
+    (&["pretrained", "finetune", "pretrained_model_name_or_path", "transfer"], Instead("--init MODEL")),
     (&["device", "gpu", "gpus", "gpu_id", "cuda", "num_gpus", "n_gpu", "accelerator"], Instead("--device cuda")),
     (&["config", "cfg", "config_file", "yaml"], Instead("--config FILE")),
     (&["preset"], Instead("--preset NAME")),

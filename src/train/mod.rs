@@ -10,6 +10,7 @@
 //! loop, use the [`Trainer`] alone.
 
 mod feed;
+mod init;
 mod log;
 mod run_folder;
 mod trainer;
@@ -22,9 +23,10 @@ use std::time::Instant;
 use serde_json::json;
 
 pub use feed::{Feed, Resident};
+pub use init::Init;
 pub use trainer::{StepReport, Trainer};
 
-use crate::checkpoint::DataMark;
+use crate::checkpoint::{self, DataMark};
 use crate::config::{Config, Given};
 use crate::data;
 use crate::device::Device;
@@ -62,7 +64,7 @@ impl Watch for () {
 pub enum Start<'a> {
     /// From initial weights, in the folder `out`; without it, in the first free one of runs/NAME, runs/NAME-2, ...
     New {
-        /// Its settings.
+        /// Its settings. If `init` names a model, [`Init::adopt`] must have made them fit it.
         config: &'a Config,
         /// Which of them somebody chose; the others are adapted to the data ([`recipe`]).
         given: &'a Given,
@@ -131,11 +133,18 @@ impl Run {
             let what = "does not exist; if the data of the run are in another place now, give it with --data PATH";
             return Err(Error::file(&config.data, what));
         }
+        let init = match &resumed {
+            None if !config.init.is_empty() => Some(Init::open(Path::new(&config.init))?),
+            _ => None,
+        };
         let source = data::Source::open(&config)?;
         let mut notes = recipe::suit(&mut config, given, source.survey(), device)?;
         let data = source.load(&mut config)?;
         notes.extend(recipe::adapt_attention(&mut config, given));
         notes.extend(recipe::suit_flip(&mut config, given, &data.train));
+        if let Some(init) = &init {
+            notes.extend(init.settle(&mut config)?);
+        }
         config.validate()?;
         for note in data.notes.iter().chain(&notes) {
             watch.say(note);
@@ -148,9 +157,20 @@ impl Run {
         let folder = match resumed {
             Some(run) => {
                 run.restore(&mut trainer, watch)?;
+                if !config.init.is_empty() && checkpoint::newest(&run.path)?.is_none() {
+                    Init::open(Path::new(&config.init))?.begin(&mut trainer)?;
+                }
                 run
             }
-            None => RunFolder::create(out, &config, watch)?,
+            None => {
+                init.as_ref().map_or(Ok(()), |init| init.begin(&mut trainer))?;
+                let folder = RunFolder::create(out, &config, watch)?;
+                if init.is_some() {
+                    // From now on the run does not need the model.
+                    folder.save(&trainer)?;
+                }
+                folder
+            }
         };
         Ok(Run { trainer, folder })
     }
