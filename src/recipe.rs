@@ -111,7 +111,7 @@ pub fn suit(config: &mut Config, given: &Given, survey: &Survey, device: &Device
         }
     }
     if !given.has("accumulate")
-        && let Some(available) = memory::available_on(device)
+        && let Ok(available) = memory::available_on(device)
     {
         let fits = |accumulate: &usize| {
             let split = Config { accumulate: *accumulate, ..config.clone() };
