@@ -503,7 +503,7 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<(Diffusion, 
         if let Some((t, beta)) = betas.iter().enumerate().find(|&(_, &beta)| !possible(beta)) {
             return Err(format!("has {beta} in trained_betas at timestep {t}; numbers between 0 and 1 are expected"));
         }
-        let same = betas.iter().all(|&beta| close(beta, betas[0]));
+        let same = betas.iter().all(|&beta| beta == betas[0]);
         return Ok(match same {
             true => (Diffusion { beta_end: unless_default(betas[0], end), ..process(Kind::Constant) }, stepping),
             false => (Diffusion { trained_betas: betas, ..process(Kind::Linear) }, stepping),
