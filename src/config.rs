@@ -516,7 +516,7 @@ impl Diffusion {
                 Kind::Constant => [Some(("beta_start", self.beta_start)), None],
                 Kind::Cosine => [Some(("beta_start", self.beta_start)), Some(("beta_end", self.beta_end))],
             };
-            for (key, value) in unused.into_iter().flatten().filter(|&(_, value)| value != 0.0) {
+            if let Some((key, value)) = unused.into_iter().flatten().find(|&(_, value)| value != 0.0) {
                 usage!("{key} = {value}: the {} schedule does not have it, so leave it at 0", self.schedule);
             }
         }

@@ -280,7 +280,10 @@ impl Place {
         let (model, class_names) = diffusers::read_model(&read_json(&file)?).map_err(|e| Error::file(&file, e))?;
         let unfit = |e: Error| Error::file(&file, format!("describes a network that cannot be built: {e}"));
         model.validate().map_err(unfit)?;
-        (config.model, config.class_names) = (model, class_names);
+        config.model = model;
+        if !class_names.is_empty() {
+            config.class_names = class_names;
+        }
         let mut notes = self.notes.clone();
         let mut stepping;
         (config.diffusion, stepping) = match &self.scheduler {
@@ -324,7 +327,8 @@ impl Place {
         };
         let usual =
             [WEIGHTS, "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.fp16.safetensors"];
-        let note = (!usual.contains(&note.as_str())).then(|| format!("weights: {}", self.unet.join(note).display()));
+        let note = (!usual.contains(&note.as_str()))
+            .then(|| format!("the weights are taken from {}", self.unet.join(note).display()));
         Ok((file, note))
     }
 
@@ -412,7 +416,7 @@ fn scheduler_near(path: &Path, folders: &[&str]) -> (Option<PathBuf>, Vec<String
     let Some(folder) = folders.iter().find(|folder| file(folder).is_file()) else { return (None, Vec::new()) };
     let file = file(folder);
     let notes = match folder.starts_with("..") {
-        true => vec![format!("process: {}", file.canonicalize().unwrap_or(file.clone()).display())],
+        true => vec![format!("the process is taken from {}", file.canonicalize().unwrap_or(file.clone()).display())],
         false => Vec::new(),
     };
     (Some(file), notes)

@@ -179,11 +179,11 @@ impl TensorFile {
 
     /// The weights of a model in a single file.
     pub fn of_weights(path: &Path) -> Result<Self> {
-        TensorFile::open(path)?.as_weights()
+        TensorFile::open(path)?.into_weights()
     }
 
     /// The tensors under today's names and without what precedes all names, such as the `module.` of a wrapper.
-    fn as_weights(self) -> Result<Self> {
+    fn into_weights(self) -> Result<Self> {
         const FIRST: &str = "conv_in.weight";
         let prefix = self.tensors.keys().find_map(|name| name.strip_suffix(FIRST)).map(String::from);
         let prefix = prefix.filter(|prefix| self.tensors.keys().all(|name| name.starts_with(prefix)));
@@ -233,7 +233,7 @@ impl TensorFile {
                 return Err(Error::file(index, what));
             }
         }
-        found.as_weights()
+        found.into_weights()
     }
 
     /// The value of `key` in the metadata of the first file.
