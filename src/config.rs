@@ -355,11 +355,7 @@ impl Config {
 
     /// Settings from the text of a `config.toml`; a given `preset` replaces the text's own. `data` is what will replace
     /// its data.
-    fn from_toml(
-        text: &str,
-        preset: Option<Preset>,
-        data: Option<&str>,
-    ) -> std::result::Result<(Self, Given), String> {
+    fn from_toml(text: &str, preset: Option<Preset>, data: Option<&str>) -> std::result::Result<(Self, Given), String> {
         let mut table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
             // toml's own message is a drawing over several lines; one sentence is wanted.
             let line = e.span().map_or(0, |s| text[..s.start].matches('\n').count() + 1);
@@ -631,7 +627,7 @@ impl Diffusion {
                 Kind::Constant => [Some(("beta_start", self.beta_start)), None],
                 Kind::Cosine => [Some(("beta_start", self.beta_start)), Some(("beta_end", self.beta_end))],
             };
-            for (key, value) in unused.into_iter().flatten().filter(|&(_, value)| value != 0.0) {
+            if let Some((key, value)) = unused.into_iter().flatten().find(|&(_, value)| value != 0.0) {
                 usage!("{key} = {value}: the {} schedule does not have it, so leave it at 0", self.schedule);
             }
         }

@@ -108,10 +108,7 @@ fn other_presets_keep_their_settings_but_for_the_attention() {
     let (mut config, given) = Config::build(None, None, &["image_size=32".into()]).unwrap();
     let before = config.clone();
     let notes = recipe::suit(&mut config, &given, &survey(&[(64, 64, 10)], 3), &gpu()).unwrap();
-    assert_eq!(
-        notes,
-        ["attention_resolutions = [7] are no levels of image_size = 32x32, so they are [8]"]
-    );
+    assert_eq!(notes, ["attention_resolutions = [7] are no levels of image_size = 32x32, so they are [8]"]);
     config.model.attention_resolutions = vec![7];
     assert_eq!(config, before);
     let mut all = before.clone();

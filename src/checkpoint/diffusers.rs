@@ -209,7 +209,9 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
     let class_names = c._class_names.unwrap_or_default();
     if class_names.len() > c.num_class_embeds.unwrap_or(0) as usize {
         let (names, classes) = (class_names.len(), json!(c.num_class_embeds));
-        return Err(format!("has {names} _class_names for num_class_embeds = {classes}; at most one a class is expected"));
+        return Err(format!(
+            "has {names} _class_names for num_class_embeds = {classes}; at most one a class is expected"
+        ));
     }
     let model = Model {
         image_size,
@@ -501,7 +503,7 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<(Diffusion, 
         if let Some((t, beta)) = betas.iter().enumerate().find(|&(_, &beta)| !possible(beta)) {
             return Err(format!("has {beta} in trained_betas at timestep {t}; numbers between 0 and 1 are expected"));
         }
-        let same = betas.iter().all(|&beta| close(beta, betas[0]));
+        let same = betas.iter().all(|&beta| beta == betas[0]);
         return Ok(match same {
             true => (Diffusion { beta_end: unless_default(betas[0], end), ..process(Kind::Constant) }, stepping),
             false => (Diffusion { trained_betas: betas, ..process(Kind::Linear) }, stepping),

@@ -242,7 +242,8 @@ impl Place {
         }
         check_images(path)?;
         // As diffusers' training scripts save them; the pipeline has the moving average as unet.
-        let networks: Vec<&str> = ["unet", "unet_ema"].into_iter().filter(|n| has(&format!("{n}/config.json"))).collect();
+        let networks: Vec<&str> =
+            ["unet", "unet_ema"].into_iter().filter(|n| has(&format!("{n}/config.json"))).collect();
         if let Some(&unet) = networks.first() {
             // RUN/checkpoints/STEP
             let run = path.ancestors().nth(2).filter(|run| path.starts_with(run.join("checkpoints")));
@@ -250,7 +251,11 @@ impl Place {
             let (scheduler, mut notes) = scheduler_near(path, &["scheduler", ".", "../scheduler"]);
             if networks.len() > 1 {
                 let ema = path.join("unet_ema");
-                notes.push(format!("{}: unet is taken; the moving average of its weights is {}", path.display(), ema.display()));
+                notes.push(format!(
+                    "{}: unet is taken; the moving average of its weights is {}",
+                    path.display(),
+                    ema.display()
+                ));
             }
             return Ok(Place { run, unet: path.join(unet), scheduler, resumable: has(TRAINING_STATE), notes });
         }
@@ -278,11 +283,13 @@ impl Place {
             None => Config::preset(Preset::Cifar10),
         };
         let file = self.unet.join("config.json");
-        let (model, class_names) =
-            diffusers::read_model(&read_json(&file)?).map_err(|e| Error::file(&file, e))?;
+        let (model, class_names) = diffusers::read_model(&read_json(&file)?).map_err(|e| Error::file(&file, e))?;
         let unfit = |e: Error| Error::file(&file, format!("describes a network that cannot be built: {e}"));
         model.validate().map_err(unfit)?;
-        (config.model, config.class_names) = (model, class_names);
+        config.model = model;
+        if !class_names.is_empty() {
+            config.class_names = class_names;
+        }
         let mut notes = self.notes.clone();
         let mut stepping;
         (config.diffusion, stepping) = match &self.scheduler {
@@ -324,8 +331,10 @@ impl Place {
                 (TensorFile::of_shards(&path, weight_map)?, name)
             }
         };
-        let usual = [WEIGHTS, "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.fp16.safetensors"];
-        let note = (!usual.contains(&note.as_str())).then(|| format!("weights: {}", self.unet.join(note).display()));
+        let usual =
+            [WEIGHTS, "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.fp16.safetensors"];
+        let note = (!usual.contains(&note.as_str()))
+            .then(|| format!("the weights are taken from {}", self.unet.join(note).display()));
         Ok((file, note))
     }
 
@@ -367,11 +376,16 @@ impl Place {
             index || [".bin", ".pt", ".pth", ".ckpt"].iter().any(|ending| name.ends_with(ending))
         };
         let what = if variants.len() > 1 {
-            format!("holds several variants of its weights ({}) and none is called {WEIGHTS}; give one that name", variants.join(", "))
+            format!(
+                "holds several variants of its weights ({}) and none is called {WEIGHTS}; give one that name",
+                variants.join(", ")
+            )
         } else if let Some(shard) = names.iter().find(|n| n.contains("-of-") && n.ends_with(".safetensors")) {
             format!("holds the shard {shard} and no diffusion_pytorch_model.safetensors.index.json; download that too")
         } else if let Some(pickle) = names.iter().find(is_pickle) {
-            format!("holds its weights as {pickle}, a pickle, which is not read; save it in diffusers with safe_serialization=True")
+            format!(
+                "holds its weights as {pickle}, a pickle, which is not read; save it in diffusers with safe_serialization=True"
+            )
         } else {
             format!("holds no {WEIGHTS}")
         };
@@ -408,7 +422,7 @@ fn scheduler_near(path: &Path, folders: &[&str]) -> (Option<PathBuf>, Vec<String
     let Some(folder) = folders.iter().find(|folder| file(folder).is_file()) else { return (None, Vec::new()) };
     let file = file(folder);
     let notes = match folder.starts_with("..") {
-        true => vec![format!("process: {}", file.canonicalize().unwrap_or(file.clone()).display())],
+        true => vec![format!("the process is taken from {}", file.canonicalize().unwrap_or(file.clone()).display())],
         false => Vec::new(),
     };
     (Some(file), notes)
@@ -456,7 +470,8 @@ fn checkpoint_of_diffusers(path: &Path) -> Option<PathBuf> {
 /// `OWNER/NAME` if that is how a path reads, also in an address of the hub. A folder OWNER speaks against it.
 fn name_on_the_hub(path: &Path) -> Option<&str> {
     let text = path.to_str()?;
-    let address = ["https://huggingface.co/", "https://hf.co/", "hf://"].iter().find_map(|site| text.strip_prefix(site));
+    let address =
+        ["https://huggingface.co/", "https://hf.co/", "hf://"].iter().find_map(|site| text.strip_prefix(site));
     let name = address.unwrap_or(text).trim_end_matches('/');
     let (owner, model) = name.split_once('/')?;
     let plain = |part: &str| {

@@ -179,11 +179,11 @@ impl TensorFile {
 
     /// The weights of a model in a single file.
     pub fn of_weights(path: &Path) -> Result<Self> {
-        TensorFile::open(path)?.as_weights()
+        TensorFile::open(path)?.into_weights()
     }
 
     /// The tensors under today's names and without what precedes all names, such as the `module.` of a wrapper.
-    fn as_weights(self) -> Result<Self> {
+    fn into_weights(self) -> Result<Self> {
         const FIRST: &str = "conv_in.weight";
         let prefix = self.tensors.keys().find_map(|name| name.strip_suffix(FIRST)).map(String::from);
         let prefix = prefix.filter(|prefix| self.tensors.keys().all(|name| name.starts_with(prefix)));
@@ -222,7 +222,8 @@ impl TensorFile {
         let paths: Vec<PathBuf> = files.iter().map(|name| index.with_file_name(name)).collect();
         let found = TensorFile::of_all(index, &paths)?;
         let names: BTreeSet<&String> = weight_map.keys().chain(found.tensors.keys()).collect();
-        let file_of = |name: &String| found.tensors.get(name).and_then(|at| found.files[at.file].0.file_name()?.to_str());
+        let file_of =
+            |name: &String| found.tensors.get(name).and_then(|at| found.files[at.file].0.file_name()?.to_str());
         for name in names {
             let (says, is) = (weight_map.get(name).and_then(Value::as_str), file_of(name));
             if says != is {
@@ -232,7 +233,7 @@ impl TensorFile {
                 return Err(Error::file(index, what));
             }
         }
-        found.as_weights()
+        found.into_weights()
     }
 
     /// The value of `key` in the metadata of the first file.
@@ -243,13 +244,10 @@ impl TensorFile {
     /// Refuses a file unless it has exactly the tensors of `specs` under each of `prefixes`, of the shapes there and of
     /// a type that is read. Nothing has been allocated for them until then.
     pub fn fitting(self, specs: &Specs, prefixes: &[&str]) -> Result<Self> {
-        let wanted: BTreeMap<String, &Spec> = prefixes
-            .iter()
-            .flat_map(|prefix| specs.iter().map(move |(_, spec)| (format!("{prefix}{}", spec.name), spec)))
-            .collect();
-        let missing: Vec<&str> =
-            wanted.keys().filter(|n| !self.tensors.contains_key(*n)).map(String::as_str).collect();
-        let extra: Vec<&str> = self.tensors.keys().filter(|n| !wanted.contains_key(*n)).map(String::as_str).collect();
+        let wanted: BTreeSet<String> =
+            prefixes.iter().flat_map(|p| specs.iter().map(move |(_, s)| format!("{p}{}", s.name))).collect();
+        let missing: Vec<&str> = wanted.iter().filter(|n| !self.tensors.contains_key(*n)).map(String::as_str).collect();
+        let extra: Vec<&str> = self.tensors.keys().filter(|n| !wanted.contains(*n)).map(String::as_str).collect();
         let mut faults = Vec::new();
         if !missing.is_empty() {
             faults.push(format!("lacks {}", named(&missing)));
@@ -261,8 +259,10 @@ impl TensorFile {
             return Err(Error::file(&self.path, faults.join(" and ")));
         }
         let mut misfits = Vec::new();
-        for (name, spec) in &wanted {
-            let (info, want) = (&self.tensors[name].info, shape_in_file(spec));
+        let in_order = prefixes.iter().flat_map(|prefix| specs.iter().map(move |(_, spec)| (prefix, spec)));
+        for (prefix, spec) in in_order {
+            let name = format!("{prefix}{}", spec.name);
+            let (info, want) = (&self.tensors[&name].info, shape_in_file(spec));
             // Attention layers were once 1x1 convolutions: [c, c, 1, 1].
             let is_old_matrix = spec.layout == Layout::Matrix && info.shape == [want[0], want[1], 1, 1];
             if info.shape != want && !is_old_matrix {

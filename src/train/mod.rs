@@ -295,7 +295,8 @@ fn steps(
 fn announce(config: &Config, data: &data::Data, device: &Device, watch: &mut dyn Watch) -> Result<()> {
     let (unet, specs) = UNet::new(&config.model)?;
     let size = config.model.image_size;
-    let flops: u64 = unet.costs(&specs, size.h, size.w).iter().map(|cost| cost.flops).sum();
+    let costs = unet.costs(&specs, size.h, size.w);
+    let flops = costs.iter().map(|cost| cost.flops).fold(0, u64::saturating_add);
     let needed = memory::memory_needed(config, &unet, &specs, device);
     let available = memory::available_on(device)?;
     watch.say(&format!(

@@ -133,7 +133,10 @@ impl RunFolder {
 pub(super) fn read_settings(run: &Path) -> Result<Config> {
     let settings = run.join("config.toml");
     if !settings.is_file() {
-        return Err(Error::file(run, "is not a run folder: it holds no config.toml; --init starts from a model's weights"));
+        return Err(Error::file(
+            run,
+            "is not a run folder: it holds no config.toml; --init starts from a model's weights",
+        ));
     }
     Config::read(&settings)
 }
