@@ -193,7 +193,7 @@ macro_rules! settings {
 }
 
 settings! {
-    "data" => data, "mnist (built in), .npy, .npz, IDX file or folder, CIFAR-10 binary folder, folder of PNG/JPEG";
+    "data" => data, "mnist (built in), .npy, .npz, IDX file or folder, CIFAR binary folder, folder of PNG/JPEG";
     "held_out" => held_out, "share of the images kept for validation where the data has no test set of its own";
     "background" => background, "what transparent images are laid over: white, black, grey or #rrggbb";
     "image_size" => model.image_size, "rows x columns; images of another size are cropped and resized; 0: as the data is";

@@ -1126,7 +1126,7 @@ fn a_jpeg_is_refused_wherever_its_data_end() {
     let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/jpeg");
     let mut names: Vec<PathBuf> = fs::read_dir(fixtures).unwrap().map(|entry| entry.unwrap().path()).collect();
     names.sort();
-    assert!(names.len() >= 6);
+    assert!(names.len() >= 7);
     let folder = Folder::new();
     for path in names {
         let whole = fs::read(&path).unwrap();
@@ -1162,16 +1162,21 @@ fn a_jpeg_is_refused_wherever_its_data_end() {
     }
 }
 
-#[test]
-fn an_image_too_large_is_called_so() {
-    let folder = Folder::new();
-    // A header alone; the limit is known before anything is decoded.
-    let mut file = png_row(8, 2, &[], 14_000, &[]);
-    file[20..24].copy_from_slice(&14_000u32.to_be_bytes());
+/// A PNG of this width and height without pixels.
+fn empty_png(h: u32, w: u32) -> Vec<u8> {
+    let mut file = png_row(8, 2, &[], w, &[]);
+    file[20..24].copy_from_slice(&h.to_be_bytes());
     let mut crc = flate2::Crc::new();
     crc.update(&file[12..29]);
     file[29..33].copy_from_slice(&crc.sum().to_be_bytes());
-    let path = folder.put("a.png", &file);
+    file
+}
+
+#[test]
+fn an_image_too_large_is_called_so() {
+    let folder = Folder::new();
+    // The limit is known before anything is decoded.
+    let path = folder.put("a.png", &empty_png(14_000, 14_000));
     let sentence = refusal(&mut open(folder.path()), &path);
     let want =
         "is too large: 14000x14000 are 560 MiB when decoded, and the most that is read is 512 MiB; shrink it first";
@@ -1293,6 +1298,13 @@ fn what_a_file_declares_is_compared_with_the_file() {
     let mut wrong = good.clone();
     wrong[20] = b'$';
     refuses(&folder.put("wrong.npy", &wrong), "its header cannot be understood; it is damaged");
+    let png = empty_png(13_000, 13_000);
+    let path = folder.put("images/a.png", &png);
+    let sentence = refusal(&mut open(path.parent().unwrap()), &path);
+    assert!(sentence.ends_with(&format!("{} bytes are too few for 13000x13000 pixels", png.len())), "{sentence}");
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n";
+    folder.put("images/a.png", pointer);
+    assert!(refusal(&mut open(path.parent().unwrap()), &path).contains("it is a pointer of Git LFS"));
     // A zip entry of 20 bytes that claims four gibibytes.
     let mut claims = npz(&[("images", good)], zip::CompressionMethod::Deflated);
     let central = claims.windows(4).rposition(|w| w == b"PK\x01\x02").unwrap();

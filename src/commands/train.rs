@@ -20,7 +20,7 @@ pub struct Args {
     /// Network and recipe to start from [default: mnist]
     #[arg(long, value_parser = choice::<Preset>())]
     pub preset: Option<Preset>,
-    /// Images: mnist (built in), .npy, .npz, IDX file or folder, CIFAR-10 binary folder, folder of PNG/JPEG
+    /// Images: mnist (built in), .npy, .npz, IDX file or folder, CIFAR binary folder, folder of PNG/JPEG
     #[arg(long, value_name = "mnist|PATH")]
     pub data: Option<String>,
     /// Run folder to create [default: runs/PRESET, numbered if it exists]

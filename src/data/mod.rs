@@ -323,8 +323,8 @@ impl Found {
     }
 }
 
-/// `names`, and where labels go beyond them the numbers. Empty if the training images have no usable labels, or labels
-/// so high that they are hardly classes.
+/// `names`, and where labels go beyond them the numbers. Empty if the images of a set have no usable labels, or
+/// labels so high that they are hardly classes.
 fn class_names<'a>(names: Vec<String>, labels: impl Iterator<Item = &'a Labels>) -> Vec<String> {
     const MOST: usize = 65_536;
     let mut count = names.len();

@@ -83,8 +83,12 @@ pub struct Picture {
 pub fn decode(file: &Path, background: Background) -> Result<Picture, Fault> {
     let bytes = std::fs::read(file).map_err(unreadable)?;
     let (decoder, orientation) = decoder(Cursor::new(&bytes))?;
-    let unfinished = kind(&bytes) == Some("JPEG") && jpeg::check(&bytes).map_err(Fault::broken)?;
     let (w, h) = decoder.dimensions();
+    // DEFLATE makes at most 1032 bytes of one, and a pixel of a PNG takes at least a bit; jpeg::check knows the rest.
+    if u64::from(w) * u64::from(h) > 1032 * 8 * bytes.len() as u64 && kind(&bytes) == Some("PNG") {
+        return Err(Fault::broken(format!("{} bytes are too few for {h}x{w} pixels", bytes.len())));
+    }
+    let unfinished = kind(&bytes) == Some("JPEG") && jpeg::check(&bytes).map_err(Fault::broken)?;
     let extent = extent(w, h, decoder.color_type(), orientation, background);
     let mut image = DynamicImage::from_decoder(decoder).map_err(Fault::broken)?;
     let deep = depth(&image);
@@ -109,6 +113,9 @@ fn decoder<'a>(mut file: impl BufRead + Seek + 'a) -> Result<(impl ImageDecoder 
             return Err(Fault { sentence, short: format!("{kind} image") });
         }
         None if start.is_empty() => return Err(Fault::broken("it is empty")),
+        None if start.starts_with(b"version https://git-lfs") => {
+            return Err(Fault::broken("it is a pointer of Git LFS; fetch its content with git lfs pull"));
+        }
         None if start.trim_ascii_start().starts_with(b"<") => {
             return Err(Fault::broken("it is a web page or the like"));
         }
