@@ -252,6 +252,9 @@ fn values_that_cannot_be_read() {
         ("learning_rate=nan", "a number is expected"),
         ("learning_rate=inf", "a number is expected"),
         ("flip=yes", "true or false is expected"),
+        ("background=blue", "background = blue: white, black, grey or #rrggbb is expected, as in #ff8000"),
+        ("background=#12345", "white, black, grey or #rrggbb is expected"),
+        ("background=#+12345", "white, black, grey or #rrggbb is expected"),
         ("schedule=cosin", "one of linear, cosine, quadratic, constant, sigmoid is expected"),
         ("batch", "there is no '='; write --set KEY=VALUE"),
     ];
@@ -330,5 +333,23 @@ fn keys_are_the_contract() {
         sample_every checkpoint_every keep_checkpoints";
     for key in contract.split_whitespace() {
         assert!(SETTINGS.iter().any(|s| s.key == key), "{key} is a setting");
+    }
+}
+
+#[test]
+fn backgrounds_have_names_or_digits() {
+    let spelled = |text: &str| {
+        let mut config = Config::preset(Preset::Mnist);
+        config.set("background", text).unwrap();
+        config.background
+    };
+    for (text, rgb, written) in [
+        ("white", [255; 3], "white"),
+        ("Black", [0; 3], "black"),
+        ("gray", [128; 3], "grey"),
+        ("#FFFFFF", [255; 3], "white"),
+        ("#ff8000", [255, 128, 0], "#ff8000"),
+    ] {
+        assert_eq!((spelled(text).0, &*spelled(text).to_string()), (rgb, written), "{text}");
     }
 }

@@ -26,7 +26,7 @@ pub struct Args {
     /// Network and recipe to start from [default: mnist for its digits, auto for other data: made from the data]
     #[arg(long, value_parser = choice::<Preset>())]
     pub preset: Option<Preset>,
-    /// Images: mnist (built in), .npy, .npz, IDX file or folder, CIFAR-10 binary folder, folder of PNG/JPEG
+    /// Images: mnist (built in), .npy, .npz, IDX file or folder, CIFAR binary folder, folder of PNG/JPEG
     #[arg(long, value_name = "mnist|PATH")]
     pub data: Option<String>,
     /// Start from the weights of this model: a run, a checkpoint, or a model folder of diffusers
