@@ -772,7 +772,7 @@ fn a_fingerprint_is_stable_and_tells_data_apart() {
     };
     let path = folder.put("a.npz", &arrays(&bytes(24), &[0, 1, 2, 1]));
     let fingerprint = load(&path).fingerprint();
-    assert_eq!(fingerprint, "");
+    assert_eq!(fingerprint, "512b80b769b7f2f2e55e6e95b1fa83b2");
     assert_eq!(load(&path).fingerprint(), fingerprint);
     let mut seen = vec![fingerprint];
     let mut differs = |data: Data, what: &str| {
@@ -1136,7 +1136,7 @@ fn a_jpeg_is_refused_wherever_its_data_end() {
         assert_eq!((data.train.extent().size, data.notes.len()), (Size { h: 27, w: 38 }, 0), "{}", path.display());
         let scan = whole.windows(2).position(|w| w == [0xFF, 0xDA]).unwrap();
         let mut unfinished = 0;
-        for cut in scan..whole.len() - 2 {
+        for cut in (scan..whole.len() - 2).step_by(3) {
             let mut short = whole[..cut].to_vec();
             while short.last() == Some(&0xFF) {
                 short.pop();
@@ -1158,7 +1158,7 @@ fn a_jpeg_is_refused_wherever_its_data_end() {
             }
         }
         let progressive = path.file_name().unwrap().to_str().unwrap().contains("progressive");
-        assert!(unfinished <= if progressive { 40 } else { 0 }, "{}: {unfinished}", path.display());
+        assert!(unfinished <= if progressive { 15 } else { 0 }, "{}: {unfinished}", path.display());
     }
 }
 
@@ -1275,7 +1275,7 @@ fn only_the_arrays_that_are_needed_are_read() {
     }
     refuses(
         &folder.put("a.npz", &with(&[("X", images.clone()), ("Y", labels)])),
-        "holds no array named images, arr_0, x_train, train_images, x or data; its arrays are: X, Y",
+        "x_train, train_images, x or data (for their labels: labels, arr_1, y_train, train_labels, y or labels); its arrays are: X, Y",
     );
     let four = npy("|u1", &[2, 2, 2, 4], &bytes(32));
     let data = load(&folder.put("a.npy", &four));

@@ -601,9 +601,15 @@ fn read_npz(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<Found>
         return Err(Error::file(path, what));
     }
     let Some(&(images, labels)) = TRAIN_NAMES.iter().find(|(images, _)| there(images)) else {
-        let tried: Vec<&str> = TRAIN_NAMES.iter().map(|(images, _)| *images).collect();
-        let [first @ .., last] = &tried[..] else { unreachable!("there are names") };
-        let what = format!("holds no array named {} or {last}; its arrays are: {listed}", first.join(", "));
+        let tried = |names: [&str; 6]| {
+            let [first @ .., last] = names;
+            format!("{} or {last}", first.join(", "))
+        };
+        let what = format!(
+            "holds no array named {} (for their labels: {}); its arrays are: {listed}",
+            tried(TRAIN_NAMES.map(|(images, _)| images)),
+            tried(TRAIN_NAMES.map(|(_, labels)| labels))
+        );
         return Err(Error::file(path, what));
     };
     let mut part = |images: &str, labels: &str| -> Result<Part> {
