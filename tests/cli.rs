@@ -340,7 +340,7 @@ fn a_run_starts_from_a_models_weights() {
     let table = weights(&at("larger/checkpoints/0")).into_iter().find(|(name, _)| name == "class_embedding.weight");
     assert!(table.unwrap().1.iter().all(|b| *b == 0));
     let said = ok(&mut start("open", &["--set", "image_size=0"]));
-    assert!(!said.contains("images of"), "the data have the model's size: {said}");
+    assert!(!said.contains("where the model has"), "the data have the model's size: {said}");
     // The recorded settings start the same run again.
     let config = at("run/config.toml");
     let mut repeat = ddpm();

@@ -137,7 +137,9 @@ impl Init {
             ));
         }
         if classes != theirs.model.classes {
-            notes.push(format!("the model has no classes: the embedding of {classes} is new and begins at zero"));
+            notes.push(format!(
+                "the model has no classes: the embedding of {classes} classes is new and begins at zero"
+            ));
         }
         Ok(notes)
     }
