@@ -80,10 +80,13 @@ pub fn parent(path: &Path) -> &Path {
     }
 }
 
-/// The system's error alone; tempfile adds the random name, which differs from time to time and helps nobody.
+/// The system's error alone. tempfile adds the random name, which helps nobody and differs each time, so that one cause
+/// would look like many; it keeps the error itself to itself.
 fn without_name(error: io::Error) -> io::Error {
-    let inner = error.get_ref().and_then(|e| e.source()).and_then(|e| e.downcast_ref::<io::Error>());
-    inner.and_then(io::Error::raw_os_error).map_or(error, io::Error::from_raw_os_error)
+    match error.to_string().split_once(" at path ") {
+        Some((cause, _)) => io::Error::new(error.kind(), cause.to_string()),
+        None => error,
+    }
 }
 
 fn unfinished() -> tempfile::Builder<'static, 'static> {
@@ -118,4 +121,20 @@ fn sync_tree(folder: &Path) -> io::Result<()> {
 /// Makes the names in a folder survive a power cut. Only Unix can open a folder to sync it.
 pub fn sync_folder(folder: &Path) -> io::Result<()> {
     if cfg!(unix) { File::open(folder)?.sync_all() } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_do_not_tell_random_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("missing/file");
+        let said = [write_atomically(&path, b""), write_folder_atomically(&path, |_| Ok(()))];
+        for error in said.map(|said| said.unwrap_err().to_string()) {
+            let want = format!("{}: cannot be written: ", path.display());
+            assert!(error.starts_with(&want) && !error.contains(UNFINISHED), "{error}");
+        }
+    }
 }
