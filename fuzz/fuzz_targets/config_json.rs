@@ -36,7 +36,8 @@ fuzz_target!(init: offer(seeds), |bytes: &[u8]| {
 
 fn seeds() -> Seeds {
     let saved = ddpm_cuda_fuzz::checkpoint();
-    let files = ["unet/config.json", "scheduler/scheduler_config.json", "model_index.json"].map(|f| read(&saved.join(f)));
+    let files =
+        ["unet/config.json", "scheduler/scheduler_config.json", "model_index.json"].map(|f| read(&saved.join(f)));
     let [unet, scheduler, pipeline] = files.each_ref().map(Vec::as_slice);
     let index = br#"{"metadata":{"total_size":4},"weight_map":{"conv_in.weight":"diffusion_pytorch_model-00001-of-00001.safetensors"}}"#;
     let other = br#"{"_class_name":"DDIMScheduler","beta_start":0.001,"beta_end":0.01,"trained_betas":[0.1,0.2]}"#;
@@ -51,7 +52,8 @@ fn seeds() -> Seeds {
     let text = files.concat();
     let text = String::from_utf8_lossy(&text);
     let keys = text.split('"').skip(1).step_by(2).map(|key| format!("\"{key}\""));
-    let values = ["null", "true", "[]", "{}", "1e308", "-1", "0.5", "1000000000", "4294967295", "4294967296", "\"\\n\""];
+    let values =
+        ["null", "true", "[]", "{}", "1e308", "-1", "0.5", "1000000000", "4294967295", "4294967296", "\"\\n\""];
     let mut words: Vec<Vec<u8>> = keys.chain(values.map(String::from)).map(String::into_bytes).collect();
     words.push(bundle(&[b"", b""]));
     words.sort();

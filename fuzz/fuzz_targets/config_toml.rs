@@ -29,7 +29,8 @@ fn seeds() -> Seeds {
     inputs.push(b"widths = [32, 64]\nimage_size = \"28x20\"\ndata = \"a\\nb\"\n".to_vec());
     inputs.push(b"[table]\nsteps = 1_000\n# comment\nseed = 0xFF\n".to_vec());
     let keys = SETTINGS.iter().map(|setting| format!("{} = ", setting.key));
-    let values = ["true", "[]", "1e400", "nan", "-inf", "1979-05-27", "\"cosine\"", "18446744073709551615", "'''", "\"\"\""];
+    let values =
+        ["true", "[]", "1e400", "nan", "-inf", "1979-05-27", "\"cosine\"", "18446744073709551615", "'''", "\"\"\""];
     let words = keys.chain(values.map(String::from)).map(String::into_bytes).collect();
     Seeds { inputs, words }
 }

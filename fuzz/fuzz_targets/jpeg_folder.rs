@@ -20,8 +20,18 @@ fn seeds() -> Seeds {
     rotated.splice(2..2, exif.iter().copied());
     let inputs = vec![grey.clone(), colour.clone(), rotated, bundle(&[&grey, &colour])];
     let words: [&[u8]; 12] = [
-        b"\xff\xd8", b"\xff\xd9", b"\xff\xda", b"\xff\xc0", b"\xff\xc2", b"\xff\xc4", b"\xff\xdb", b"\xff\xdd", b"\xff\xe0",
-        b"\xff\xe1", b"Exif\0\0", &bundle(&[b"", b""]),
+        b"\xff\xd8",
+        b"\xff\xd9",
+        b"\xff\xda",
+        b"\xff\xc0",
+        b"\xff\xc2",
+        b"\xff\xc4",
+        b"\xff\xdb",
+        b"\xff\xdd",
+        b"\xff\xe0",
+        b"\xff\xe1",
+        b"Exif\0\0",
+        &bundle(&[b"", b""]),
     ];
     Seeds { inputs, words: words.map(<[u8]>::to_vec).to_vec() }
 }

@@ -30,12 +30,32 @@ fn seeds() -> Seeds {
         npy("<i8", &[4], 8),
         npy(">f4", &[2, 2, 2], 4),
         npy("|u1", &[0, 4, 4], 1),
-        b"\x93NUMPY\x02\x00\x40\x00\x00\x00{'descr': [('a', '<f4'), ('b', '|u1')], 'fortran_order': True, 'shape': ()}".into(),
+        b"\x93NUMPY\x02\x00\x40\x00\x00\x00{'descr': [('a', '<f4'), ('b', '|u1')], 'fortran_order': True, 'shape': ()}"
+            .into(),
     ];
     let words = [
-        "'descr': ", "'fortran_order': ", "'shape': ", "True", "False", "(", ")", "()", "'|u1'", "'<f4'", "'>f8'",
-        "'<i8'", "'|O'", "'<U7'", "'<M8[ns]'", "'|b1'", "'<c16'", "18446744073709551615", "4294967296", "-1",
-        "[('a', '<f4')]", "\u{93}NUMPY",
+        "'descr': ",
+        "'fortran_order': ",
+        "'shape': ",
+        "True",
+        "False",
+        "(",
+        ")",
+        "()",
+        "'|u1'",
+        "'<f4'",
+        "'>f8'",
+        "'<i8'",
+        "'|O'",
+        "'<U7'",
+        "'<M8[ns]'",
+        "'|b1'",
+        "'<c16'",
+        "18446744073709551615",
+        "4294967296",
+        "-1",
+        "[('a', '<f4')]",
+        "\u{93}NUMPY",
     ];
     Seeds { inputs, words: words.iter().map(|word| word.as_bytes().to_vec()).collect() }
 }

@@ -26,7 +26,8 @@ fn seeds() -> Seeds {
         bundle(&[&palette(), &colour, b""]),
         palette(),
     ];
-    let words: [&[u8]; 9] = [b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf", b"acTL", b"sBIT", &bundle(&[b"", b""])];
+    let words: [&[u8]; 9] =
+        [b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf", b"acTL", b"sBIT", &bundle(&[b"", b""])];
     Seeds { inputs, words: words.map(<[u8]>::to_vec).to_vec() }
 }
 

@@ -38,7 +38,8 @@ fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| { safet
 
 fn seeds() -> Seeds {
     let saved = ddpm_cuda_fuzz::checkpoint();
-    let one = |header: &str, tensors: &[u8]| [&(header.len() as u64).to_le_bytes(), header.as_bytes(), tensors].concat();
+    let one =
+        |header: &str, tensors: &[u8]| [&(header.len() as u64).to_le_bytes(), header.as_bytes(), tensors].concat();
     let inputs = vec![
         read(&saved.join(WEIGHTS)),
         read(&saved.join(STATE)),
@@ -46,8 +47,23 @@ fn seeds() -> Seeds {
         one(r#"{"a":{"dtype":"F16","shape":[2],"data_offsets":[0,4]},"__metadata__":{"step":"7"}}"#, b"1234"),
     ];
     let words = [
-        "__metadata__", "dtype", "shape", "data_offsets", "F32", "F16", "BF16", "F8_E4M3", "I64", "step", "weights.",
-        "adam_m.", "_orig_mod.", "18446744073709551615", "[4,1,3,3]", "conv_in.weight", "\\u001b[2J",
+        "__metadata__",
+        "dtype",
+        "shape",
+        "data_offsets",
+        "F32",
+        "F16",
+        "BF16",
+        "F8_E4M3",
+        "I64",
+        "step",
+        "weights.",
+        "adam_m.",
+        "_orig_mod.",
+        "18446744073709551615",
+        "[4,1,3,3]",
+        "conv_in.weight",
+        "\\u001b[2J",
     ];
     Seeds { inputs, words: words.iter().map(|word| word.as_bytes().to_vec()).collect() }
 }

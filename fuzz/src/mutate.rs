@@ -37,13 +37,7 @@ fn mutated(bytes: &[u8]) -> Vec<u8> {
 }
 
 /// Mutates one file of a bundle with `change`, which returns `None` for what is not of its format.
-fn in_bundle(
-    data: &mut [u8],
-    size: usize,
-    most: usize,
-    seed: u32,
-    change: impl Fn(&[u8]) -> Option<Vec<u8>>,
-) -> usize {
+fn in_bundle(data: &mut [u8], size: usize, most: usize, seed: u32, change: impl Fn(&[u8]) -> Option<Vec<u8>>) -> usize {
     let files: Vec<&[u8]> = parts(&data[..size]).collect();
     let chosen = (seed >> 8) as usize % files.len();
     let new = change(files[chosen]).map(|changed| {

@@ -11,6 +11,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use crate::device::{Choice, Device, Precision};
 use crate::error::Result;
 use crate::names::Named;
+use crate::say;
 
 /// `--device` and `--precision`, for every command that computes.
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -24,12 +25,16 @@ pub struct On {
 }
 
 impl On {
-    /// [`Device::open`].
+    /// [`Device::open`], saying why an NVIDIA driver or GPU is passed over.
     ///
     /// # Errors
     /// `Error::Failed` for a GPU or a precision that is not available.
     pub fn open(&self) -> Result<Device> {
-        Device::open(self.device, self.precision)
+        let (device, note) = Device::open(self.device, self.precision)?;
+        if let Some(note) = note {
+            say!("{note}");
+        }
+        Ok(device)
     }
 }
 
