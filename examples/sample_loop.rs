@@ -10,7 +10,7 @@ use ddpm_cuda::checkpoint;
 use ddpm_cuda::conditioning::Conditioning;
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::sampler::Samples;
-use ddpm_cuda::diffusion::{Method, Sampler, Schedule, Spacing};
+use ddpm_cuda::diffusion::{Method, Sampler, Spacing};
 use ddpm_cuda::error::{Error, Result};
 use ddpm_cuda::ops::sample_step::{sample_step, start};
 use ddpm_cuda::output;
@@ -25,7 +25,7 @@ fn main() -> Result<()> {
     let model = checkpoint::load(&device, &model)?;
     let (m, process) = (&model.config.model, &model.config.diffusion);
     let (unet, _) = UNet::new(m)?;
-    let schedule = Schedule::new(process.schedule, process.timesteps)?;
+    let schedule = process.noise_schedule()?;
     let sampler = Sampler::new(&schedule, Method::Ancestral(process.variance), Spacing::Even, 100.min(schedule.len()))?;
 
     // The noise of sample 0 of seed 7. These two numbers determine the image.

@@ -13,7 +13,7 @@
 use std::fmt;
 use std::path::Path;
 
-use crate::diffusion::{Kind, Variance};
+use crate::diffusion::{Kind, Schedule, Variance};
 use crate::error::{Error, Result};
 use crate::names::{self, Named, names};
 use crate::usage;
@@ -98,6 +98,13 @@ pub struct Diffusion {
     pub schedule: Kind,
     /// T, number of diffusion steps, at least 2.
     pub timesteps: usize,
+    /// beta of the first timestep, in (0, 1); 0: [`Kind::default_betas`]. Not for the cosine and constant schedules.
+    pub beta_start: f64,
+    /// beta of the last timestep, in (0, 1); 0: [`Kind::default_betas`]. Not for the cosine schedule.
+    pub beta_end: f64,
+    /// beta of every timestep, each in (0, 1), of a model that has them one by one; then `schedule` and its end values
+    /// have no meaning. Empty: they follow from these. No setting: it comes from a model and stays in `config.toml`.
+    pub trained_betas: Vec<f64>,
     /// Variance of ancestral sampling.
     pub variance: Variance,
 }
@@ -107,6 +114,11 @@ pub struct Diffusion {
 pub struct Config {
     /// The preset that the other settings started from.
     pub preset: Preset,
+    /// The model whose weights the run started from, an absolute path; empty: from random ones.
+    pub init: String,
+    /// The names of the classes, in the order of their numbers; empty: not known. No setting: it comes from the data
+    /// and stays in `config.toml`.
+    pub class_names: Vec<String>,
     /// `mnist` or a path; empty: not given.
     pub data: String,
     /// Fraction of the images held out where the data has no test set of its own, in [0, 0.5].
@@ -174,6 +186,7 @@ macro_rules! settings {
 
 settings! {
     "data" => data, "mnist (built in), .npy, .npz, IDX file or folder, CIFAR-10 binary folder, folder of PNG/JPEG";
+    "init" => init, "model whose weights the run starts from, set by --init; empty: random weights";
     "held_out" => held_out, "share of the images kept for validation where the data has no test set of its own";
     "image_size" => model.image_size, "rows x columns; images of another size are cropped and resized; 0: as the data is";
     "channels" => model.channels, "1 grey, 3 colour; 0: as the data is";
@@ -190,6 +203,8 @@ settings! {
     "flip_sin_to_cos" => model.flip_sin_to_cos, "time embedding: false [sin, cos] (the paper), true [cos, sin]";
     "schedule" => diffusion.schedule, "linear, cosine, quadratic, constant or sigmoid";
     "timesteps" => diffusion.timesteps, "T, steps of the diffusion process";
+    "beta_start" => diffusion.beta_start, "first beta of the schedule; 0: the paper's for this T, 0.1/T";
+    "beta_end" => diffusion.beta_end, "last beta of the schedule; 0: the paper's for this T, 20/T";
     "variance" => diffusion.variance, "of ancestral sampling: fixed_small or fixed_large";
     "seed" => seed, "seed of all randomness";
     "steps" => steps, "training steps";
@@ -270,10 +285,13 @@ impl Config {
             None => None,
             Some(value) => Some(Preset::read(&spelling("preset", &value)?)?),
         };
+        let class_names = list(&mut table, "class_names", "names", |value| value.as_str().map(String::from))?;
+        let trained_betas = list(&mut table, "trained_betas", "numbers", toml::Value::as_float)?;
         let mut config = Config::preset(preset.or(own).unwrap_or(Preset::Mnist));
         for (key, value) in &table {
             config.set(key, &spelling(key, value)?)?;
         }
+        (config.class_names, config.diffusion.trained_betas) = (class_names, trained_betas);
         Ok(config)
     }
 
@@ -282,9 +300,14 @@ impl Config {
     /// # Errors
     /// A sentence for an unknown key or a value that cannot be read.
     pub fn set(&mut self, key: &str, value: &str) -> std::result::Result<(), String> {
+        if !self.diffusion.trained_betas.is_empty() && ["schedule", "timesteps", "beta_start", "beta_end"].contains(&key) {
+            return Err(format!("{key} = {value}: trained_betas gives every beta; take it out of the file to set {key}"));
+        }
         match SETTINGS.iter().find(|s| s.key == key) {
             Some(setting) => (setting.set)(self, value).map_err(|e| format!("{key} = {value}: {e}")),
             None if key == "preset" => Err("a preset is chosen with --preset".into()),
+            None if key == "class_names" => Err("the classes are named by the data".into()),
+            None if key == "trained_betas" => Err("betas one by one come from a model, with --init".into()),
             None => Err(format!("there is no setting '{key}'; the nearest is '{}'", nearest(key))),
         }
     }
@@ -300,6 +323,12 @@ impl Config {
         for ((key, value), setting) in self.entries().zip(SETTINGS) {
             text += &format!("{:<36} # {}\n", format!("{key} = {value}"), setting.help);
         }
+        if !self.class_names.is_empty() {
+            text += &format!("class_names = {}\n", toml::Value::from(self.class_names.clone()));
+        }
+        if !self.diffusion.trained_betas.is_empty() {
+            text += &format!("trained_betas = {}\n", toml::Value::from(self.diffusion.trained_betas.clone()));
+        }
         text
     }
 
@@ -311,6 +340,10 @@ impl Config {
     pub fn validate(&self) -> Result<()> {
         self.model.validate()?;
         self.diffusion.validate()?;
+        if self.class_names.len() > self.model.classes {
+            let (names, classes) = (self.class_names.len(), self.model.classes);
+            usage!("class_names holds {names} names for classes = {classes}; one for each class is expected");
+        }
         positive("steps", self.steps as usize)?;
         positive("batch", self.batch)?;
         positive("accumulate", self.accumulate)?;
@@ -320,7 +353,7 @@ impl Config {
                 "accumulate = {} does not divide batch = {}; the micro-batches must be equal, as with accumulate = {}",
                 self.accumulate,
                 self.batch,
-                (1..self.accumulate).rev().find(|&a| self.batch.is_multiple_of(a)).unwrap_or(1)
+                (1..self.accumulate).rev().take(1 << 20).find(|&a| self.batch.is_multiple_of(a)).unwrap_or(1)
             );
         }
         if self.learning_rate <= 0.0 {
@@ -376,10 +409,16 @@ impl Model {
         if self.widths.is_empty() {
             usage!("widths is empty; give the channels of each level, as in widths=32,64,64");
         }
+        if self.levels() > MOST_LEVELS {
+            usage!("widths holds {} levels; no image can be halved more than {} times", self.levels(), MOST_LEVELS - 1);
+        }
         positive("blocks_per_level", self.blocks_per_level)?;
         positive("groups", self.groups)?;
         // Larger than any network ever trained, and small enough that sizes in bytes do not overflow.
         at_most("blocks_per_level", self.blocks_per_level, 128)?;
+        at_most("channels", self.channels, 65_536)?;
+        at_most("groups", self.groups, 65_536)?;
+        at_most("head_dim", self.head_dim, 65_536)?;
         for &width in &self.widths {
             at_most("widths", width, 65_536)?;
         }
@@ -404,8 +443,9 @@ impl Model {
         if !(0.0..1.0).contains(&self.dropout) {
             usage!("dropout = {} must be at least 0 and below 1", self.dropout);
         }
-        if self.norm_eps <= 0.0 {
-            usage!("norm_eps = {} must be above 0; the paper's code has 1e-6", self.norm_eps);
+        // It is used as f32.
+        if self.norm_eps as f32 <= 0.0 || self.norm_eps > 1.0 {
+            usage!("norm_eps = {:?} must be above 0 and at most 1; the paper's code has 1e-6", self.norm_eps);
         }
         if self.downsample_padding > 1 {
             usage!("downsample_padding = {} must be 0 (right and bottom) or 1 (all sides)", self.downsample_padding);
@@ -458,17 +498,56 @@ impl Model {
 }
 
 impl Diffusion {
-    /// Refuses a process of fewer than two steps.
+    /// Refuses a process that cannot be.
     ///
     /// # Errors
-    /// `Error::Usage` for it.
+    /// `Error::Usage`, with the value and what would be right.
     pub fn validate(&self) -> Result<()> {
         if self.timesteps < 2 {
             usage!("timesteps = {} must be at least 2; the paper has 1000", self.timesteps);
         }
-        Ok(())
+        if self.trained_betas.is_empty() {
+            let unused = match self.schedule {
+                Kind::Linear | Kind::Quadratic | Kind::Sigmoid => [None, None],
+                Kind::Constant => [Some(("beta_start", self.beta_start)), None],
+                Kind::Cosine => [Some(("beta_start", self.beta_start)), Some(("beta_end", self.beta_end))],
+            };
+            for (key, value) in unused.into_iter().flatten().filter(|&(_, value)| value != 0.0) {
+                usage!("{key} = {value}: the {} schedule does not have it, so leave it at 0", self.schedule);
+            }
+        }
+        self.noise_schedule().map(|_| ())
+    }
+
+    /// The betas of the process.
+    ///
+    /// # Errors
+    /// `Error::Usage` for betas or a number of timesteps out of range.
+    pub fn noise_schedule(&self) -> Result<Schedule> {
+        let Diffusion { schedule, timesteps, beta_start, beta_end, .. } = *self;
+        if !self.trained_betas.is_empty() {
+            if self.trained_betas.len() != timesteps {
+                usage!("trained_betas holds {} numbers for {timesteps} timesteps", self.trained_betas.len());
+            }
+            return Schedule::from_betas(self.trained_betas.clone());
+        }
+        if beta_start == 0.0 && beta_end == 0.0 {
+            return Schedule::new(schedule, timesteps);
+        }
+        let (start, end) = self.end_betas();
+        Schedule::with_betas(schedule, timesteps, start, end)
+    }
+
+    /// The first and the last beta of a named schedule, with the default in place of 0.
+    pub fn end_betas(&self) -> (f64, f64) {
+        let (start, end) = Kind::default_betas(self.timesteps.max(1));
+        let or = |value: f64, default: f64| if value == 0.0 { default } else { value };
+        (or(self.beta_start, start), or(self.beta_end, end))
     }
 }
+
+/// An image of 65,536 pixels a side can be halved sixteen times.
+const MOST_LEVELS: usize = 17;
 
 /// Readable digits after seven minutes on two cores. Found by trial: a narrow network, since seeing more images beats
 /// having more channels; the cosine schedule, since at this size the linear one spends half of its timesteps where next
@@ -508,6 +587,8 @@ fn mnist() -> Config {
 fn cifar10() -> Config {
     Config {
         preset: Preset::Cifar10,
+        init: String::new(),
+        class_names: Vec::new(),
         data: String::new(),
         held_out: 0.05,
         model: Model {
@@ -525,7 +606,14 @@ fn cifar10() -> Config {
             freq_shift: 1,
             flip_sin_to_cos: false,
         },
-        diffusion: Diffusion { schedule: Kind::Linear, timesteps: 1000, variance: Variance::FixedLarge },
+        diffusion: Diffusion {
+            schedule: Kind::Linear,
+            timesteps: 1000,
+            beta_start: 0.0,
+            beta_end: 0.0,
+            trained_betas: Vec::new(),
+            variance: Variance::FixedLarge,
+        },
         seed: 0,
         steps: 800_000,
         batch: 128,
@@ -580,6 +668,18 @@ fn at_most(key: &str, value: usize, most: usize) -> Result<()> {
 fn nearest(key: &str) -> &'static str {
     let edits = |s: &&Setting| strsim::damerau_levenshtein(s.key, key);
     SETTINGS.iter().min_by_key(edits).expect("there are settings").key
+}
+
+/// Takes the list `key`, which is no setting, out of a file's table; empty if it is absent.
+fn list<T>(
+    table: &mut toml::Table,
+    key: &str,
+    of: &str,
+    read: impl Fn(&toml::Value) -> Option<T>,
+) -> std::result::Result<Vec<T>, String> {
+    let Some(value) = table.remove(key) else { return Ok(Vec::new()) };
+    let items = value.as_array().and_then(|items| items.iter().map(read).collect());
+    items.ok_or_else(|| format!("{key} is no list of {of}"))
 }
 
 /// A TOML value in the spelling of `--set`.

@@ -17,7 +17,8 @@
 //! commands - one file per command: arguments, checks, what is printed
 //! train - the training loop; one step (algorithm 1 of the paper); the run's folder and log
 //! sample - the reverse process (algorithm 2), and drawing images with it in batches
-//! checkpoint memory - what is saved, in diffusers' formats; how much memory a run needs
+//! checkpoint - what is saved, in diffusers' formats
+//! memory - how much memory a run needs
 //! unet data output - the network, with a shape at the end of each line; data sets in; images and arrays out
 //! config - presets and settings: everything needed to repeat a run
 //! ops - one file per operation: formula, public function, backward pass, reference, CPU path, launches

@@ -11,7 +11,7 @@ use crate::ops::sample_step::{sample_step, start};
 use crate::output;
 use crate::params::Params;
 use crate::tape::{Tape, Var};
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 use crate::unet::UNet;
 use crate::usage;
 
@@ -122,6 +122,56 @@ impl Drawing<'_> {
         }
         Ok(images)
     }
+}
+
+/// The number of the class that a user calls `text`: its name in `names`, or the number itself. A class whose name is
+/// a number comes before that number.
+///
+/// # Errors
+/// `Error::Usage` for a class that the network does not have, or any class if it is unconditional; the message names
+/// those there are, the nearest first.
+pub fn class_called(text: &str, names: &[String], classes: usize) -> Result<u32> {
+    if classes == 0 {
+        usage!("--class {text}: this model is unconditional, leave --class out");
+    }
+    let called: Vec<usize> = (0..names.len()).filter(|&k| names[k] == text).collect();
+    match (&called[..], text.parse::<usize>()) {
+        ([only], _) => return Ok(*only as u32),
+        ([first, second, ..], _) => {
+            usage!("--class {text}: the classes {first} and {second} are both called so; give the number")
+        }
+        ([], Ok(number)) if number < classes => return Ok(number as u32),
+        ([], _) => {}
+    }
+    let last = classes - 1;
+    if names.is_empty() {
+        usage!("--class {text}: this model has the classes 0 to {last}, without names");
+    }
+    let lower = text.to_lowercase();
+    let mut nearest: Vec<&String> = names.iter().collect();
+    // A stable sort: names that are equally far stay in order.
+    nearest.sort_by_cached_key(|name| {
+        let name = name.to_lowercase();
+        let edits = strsim::damerau_levenshtein(&name, &lower);
+        if edits <= 2.max(lower.chars().count() / 3) || name.contains(&lower) { edits } else { usize::MAX }
+    });
+    const SHOWN: usize = 10;
+    let shown: Vec<&str> = nearest.iter().take(SHOWN).map(|name| name.as_str()).collect();
+    let more = if names.len() > SHOWN { format!(" and {} more", names.len() - SHOWN) } else { String::new() };
+    usage!("--class {text}: this model has the classes 0 to {last}, called {}{more}", shown.join(", "));
+}
+
+/// Bytes that one evaluation of the network for `shape.n` images takes of `device`, its weights not counted.
+pub fn memory_of_forward(device: &Device, unet: &UNet, params: &Params, shape: Shape) -> Result<u64> {
+    let meta = device.meta();
+    let params = Params::zeros(&meta, params.specs().clone())?;
+    let weights = meta.pool_stats().held;
+    let x = Tensor::uninit(&meta, meta.activations(), shape)?; // (n, h, w, c)
+    let per_image = || Tensor::uninit(&meta, DType::F32, Shape::new(shape.n, 1, 1, 1));
+    let (t, labels) = (per_image()?, per_image()?);
+    let conditioning = if unet.model().classes > 0 { Conditioning::on_labels(labels) } else { Conditioning::NONE };
+    unet.forward(&mut Tape::inference(&meta, &params), &Var::constant(x), &t, &conditioning, None)?;
+    Ok(meta.pool_stats().held - weights)
 }
 
 /// Classes for `count` images of a network with `classes` classes: `class` for every image, or all classes in turn;

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::config::{Diffusion, Model, Size};
-use crate::diffusion::{Kind, Schedule, Variance};
+use crate::diffusion::schedule::{MOST_TIMESTEPS, betas_of_diffusers};
+use crate::diffusion::{Kind, Spacing, Variance};
 use crate::error::Result;
 
 /// The version of diffusers whose file format this is.
@@ -20,6 +21,9 @@ type Sentence<T> = std::result::Result<T, String>;
 #[serde(default)]
 pub(super) struct UNet2DModel {
     _class_name: Option<String>,
+    /// Ours: the names of the classes. diffusers passes over keys that begin with an underscore.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    _class_names: Option<Vec<String>>,
     _diffusers_version: Option<String>,
     act_fn: String,
     add_attention: bool,
@@ -58,6 +62,7 @@ impl Default for UNet2DModel {
     fn default() -> Self {
         UNet2DModel {
             _class_name: None,
+            _class_names: None,
             _diffusers_version: None,
             act_fn: "silu".into(),
             add_attention: true,
@@ -97,8 +102,8 @@ const PLAIN_UP: &str = "UpBlock2D";
 const ATTENTION_UP: &str = "AttnUpBlock2D";
 
 impl UNet2DModel {
-    /// The configuration of the network `m`.
-    pub fn of(m: &Model) -> Self {
+    /// The configuration of the network `m`, whose classes have the names `class_names`, if any.
+    pub fn of(m: &Model, class_names: &[String]) -> Self {
         let types = |level: usize, with: &str, without: &str| {
             if m.attention_at(level) { with.to_string() } else { without.to_string() }
         };
@@ -107,6 +112,7 @@ impl UNet2DModel {
         let Size { h, w } = m.image_size;
         UNet2DModel {
             _class_name: Some("UNet2DModel".into()),
+            _class_names: (!class_names.is_empty()).then(|| class_names.to_vec()),
             _diffusers_version: Some(VERSION.into()),
             attention_head_dim: some(m.head_dim),
             block_out_channels: m.widths.iter().map(|&width| width as u32).collect(),
@@ -128,11 +134,15 @@ impl UNet2DModel {
     }
 }
 
-/// The network that a `config.json` of `UNet2DModel` describes.
+/// What diffusers' `EMAModel` adds to the configuration of the network that it averages.
+const EMA_KEYS: [&str; 7] =
+    ["decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"];
+
+/// The network that a `config.json` of `UNet2DModel` describes, and the names of its classes, if it has some.
 ///
 /// # Errors
 /// A sentence with the first key and value that this network does not support.
-pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<Model> {
+pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<String>)> {
     let c: UNet2DModel = read(file)?;
     macro_rules! only {
         ($key:ident: $($accepted:expr),+) => {
@@ -150,7 +160,7 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<Model> {
     only!(add_attention: true);
     only!(class_embed_type: None);
     only!(attn_norm_num_groups: None, c.norm_num_groups);
-    only!(time_embedding_dim: None, 4 * c.block_out_channels.first().copied().unwrap_or(0));
+    only!(time_embedding_dim: None, c.block_out_channels.first().map_or(0, |width| width.saturating_mul(4)));
     only!(out_channels: c.in_channels);
     if c.mid_block_scale_factor.as_f64() != Some(1.0) {
         return Err(format!("has mid_block_scale_factor = {}; only 1 is supported", c.mid_block_scale_factor));
@@ -161,7 +171,7 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<Model> {
     };
     let possible = |side: u64| (1..=65_536).contains(&side);
     let Some((h, w)) = sides.filter(|&(h, w)| possible(h) && possible(w)) else {
-        let value = &c.sample_size;
+        let value = short(&c.sample_size);
         return Err(format!("has sample_size = {value}; the side of the images or [rows, columns] is expected"));
     };
     let image_size = Size { h: h as usize, w: w as usize };
@@ -174,7 +184,10 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<Model> {
         let has_attention = |name: &String| match name {
             name if name == with => Ok(true),
             name if name == without => Ok(false),
-            name => Err(format!("has a block of type {name:?}; only {without} and {with} are supported")),
+            name => {
+                let name = short(&json!(name));
+                Err(format!("has a block of type {name}; only {without} and {with} are supported"))
+            }
         };
         types.iter().map(has_attention).collect()
     };
@@ -188,13 +201,17 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<Model> {
     // Refuses unknown keys, unless they are private to diffusers or switched off.
     let known = json!(UNet2DModel::default());
     let off = |value: &Value| value.is_null() || *value == json!(false);
-    if let Some((key, value)) =
-        file.iter().find(|(key, v)| !key.starts_with('_') && known.get(key).is_none() && !off(v))
-    {
-        return Err(format!("has {key} = {value}, which is not known here"));
+    let known = |key: &str| key.starts_with('_') || known.get(key).is_some() || EMA_KEYS.contains(&key);
+    if let Some((key, value)) = file.iter().find(|(key, value)| !known(key) && !off(value)) {
+        return Err(format!("has {} = {}, which is not known here", cut(key), short(value)));
     }
     let side = |level: usize| image_size.longer().checked_shr(level as u32).unwrap_or(0);
-    Ok(Model {
+    let class_names = c._class_names.unwrap_or_default();
+    if class_names.len() > c.num_class_embeds.unwrap_or(0) as usize {
+        let (names, classes) = (class_names.len(), json!(c.num_class_embeds));
+        return Err(format!("has {names} _class_names for num_class_embeds = {classes}; at most one a class is expected"));
+    }
+    let model = Model {
         image_size,
         channels: c.in_channels as usize,
         widths: c.block_out_channels.iter().map(|&width| width as usize).collect(),
@@ -208,7 +225,8 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<Model> {
         downsample_padding: c.downsample_padding as usize,
         freq_shift: c.freq_shift as usize,
         flip_sin_to_cos: c.flip_sin_to_cos,
-    })
+    };
+    Ok((model, class_names))
 }
 
 /// `scheduler/scheduler_config.json`.
@@ -261,16 +279,17 @@ impl Default for DDPMScheduler {
 }
 
 impl DDPMScheduler {
-    /// The configuration of the process `d`.
+    /// The configuration of the process `d`. Its steps are those that `sample` takes by default: evenly spaced, both
+    /// ends among them.
     ///
     /// # Errors
-    /// Those of [`Schedule::new`].
+    /// Those of [`Diffusion::noise_schedule`].
     pub fn of(d: &Diffusion) -> Result<Self> {
-        let (beta_start, beta_end) = Kind::default_betas(d.timesteps);
+        let (beta_start, beta_end) = d.end_betas();
         // diffusers has no constant schedule but accepts any betas.
-        let trained_betas = match d.schedule.diffusers_name() {
-            Some(_) => None,
-            None => Some(Schedule::new(d.schedule, d.timesteps)?.betas().to_vec()),
+        let trained_betas = match (d.trained_betas.is_empty(), d.schedule.diffusers_name()) {
+            (true, Some(_)) => None,
+            _ => Some(d.noise_schedule()?.betas().to_vec()),
         };
         Ok(DDPMScheduler {
             _class_name: Some("DDPMScheduler".into()),
@@ -279,6 +298,7 @@ impl DDPMScheduler {
             beta_schedule: Some(d.schedule.diffusers_name().unwrap_or("linear").into()),
             beta_start,
             num_train_timesteps: d.timesteps as u32,
+            timestep_spacing: "linspace".into(),
             trained_betas,
             variance_type: Some(d.variance.name().into()),
             ..DDPMScheduler::default()
@@ -286,55 +306,265 @@ impl DDPMScheduler {
     }
 }
 
-/// The process that a `scheduler_config.json` of any of diffusers' discrete schedulers describes: its betas and its
-/// variance. It must predict noise and clip x_0. How that scheduler steps is ignored; `--sampler` decides.
+/// How a model's scheduler steps, as far as it concerns other samplers too: what `sample` does by default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stepping {
+    /// Which timesteps are kept.
+    pub spacing: Spacing,
+    /// Added to the timesteps of [`Spacing::Leading`].
+    pub steps_offset: u32,
+    /// Whether the predicted x_0 is clipped to [-1, 1].
+    pub clip: bool,
+}
+
+impl Stepping {
+    /// What this program does with its own models.
+    pub const OURS: Stepping = Stepping { spacing: Spacing::Even, steps_offset: 0, clip: true };
+}
+
+/// Schedulers over the process of a DDPM: betas over `num_train_timesteps` and a network that is given a timestep.
+/// They differ in how they step, and in the defaults of absent keys.
+const LEADING: [&str; 7] = [
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDIMInverseScheduler",
+    "PNDMScheduler",
+    "RePaintScheduler",
+];
+const LINSPACE: [&str; 9] = [
+    "LMSDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "SASolverScheduler",
+];
+/// Absent betas are those of latent diffusion, 0.00085 to 0.012.
+const LINSPACE_LATENT: [&str; 4] =
+    ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"];
+
+/// Refuses a scheduler whose process is not a DDPM's.
+///
+/// # Errors
+/// A sentence with the class.
+pub(super) fn check_scheduler(class: &str) -> Sentence<()> {
+    if [&LEADING[..], &LINSPACE, &LINSPACE_LATENT].concat().contains(&class) {
+        return Ok(());
+    }
+    let begins = |names: &[&str]| names.iter().any(|name| class.starts_with(name));
+    let why = if begins(&["FlowMatch", "FlowMap", "Helios", "LTXEuler"]) {
+        "its network predicts the velocity of flow matching, not the noise of a DDPM"
+    } else if begins(&["EDM", "KarrasVe", "CosineDPM"]) {
+        "its noise levels are the sigmas of EDM, without timesteps"
+    } else if begins(&["ScoreSde"]) {
+        "its process is a stochastic differential equation in continuous time"
+    } else if begins(&["LCM", "TCD", "CMStochastic", "Consistency", "SCM"]) {
+        "its network is distilled to a consistency model of few steps"
+    } else if begins(&["VQDiffusion", "Amused", "DiscreteDDIM", "BlockRefinement", "EntropyBound"]) {
+        "its process works on tokens, not on the pixels of images"
+    } else {
+        "its process is not known here"
+    };
+    let class = short(&json!(class));
+    Err(format!(
+        "has _class_name = {class}: {why}; a scheduler with betas over discrete timesteps is supported, such as DDPMScheduler or DDIMScheduler"
+    ))
+}
+
+/// Keys of the accepted schedulers that change how they step, not the process, and that other samplers do not have.
+const STEPS_ONLY: [&str; 29] = [
+    "algorithm_type",
+    "clip_predicted_image",
+    "corrector_order",
+    "disable_corrector",
+    "eta",
+    "euler_at_final",
+    "final_sigmas_type",
+    "flow_shift",
+    "interpolation_type",
+    "lambda_min_clipped",
+    "lower_order_final",
+    "noise_sampler_seed",
+    "predict_x0",
+    "predictor_order",
+    "set_alpha_to_one",
+    "shift_terminal",
+    "sigma_max",
+    "sigma_min",
+    "skip_prk_steps",
+    "solver_order",
+    "solver_p",
+    "solver_type",
+    "tau_func",
+    "tensor_format",
+    "time_shift_type",
+    "use_beta_sigmas",
+    "use_exponential_sigmas",
+    "use_karras_sigmas",
+    "use_lu_lambdas",
+];
+
+/// The process that a `scheduler_config.json` of any of diffusers' discrete schedulers describes, and the parts of its
+/// stepping that other samplers can take over. The network must predict the noise.
 ///
 /// # Errors
 /// A sentence with the first key and value that is not supported.
-pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<Diffusion> {
-    let c: DDPMScheduler = read(file)?;
+pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<(Diffusion, Stepping)> {
+    let mut c: DDPMScheduler = read(file)?;
+    let class = c._class_name.as_deref().unwrap_or("DDPMScheduler");
+    check_scheduler(class)?;
+    let absent = |key: &str| !file.contains_key(key);
+    if !LEADING.contains(&class) && absent("timestep_spacing") {
+        c.timestep_spacing = "linspace".into();
+    }
+    if LINSPACE_LATENT.contains(&class) {
+        c.beta_start = if absent("beta_start") { 0.00085 } else { c.beta_start };
+        c.beta_end = if absent("beta_end") { 0.012 } else { c.beta_end };
+    }
+    if class == "HeunDiscreteScheduler" && absent("clip_sample") {
+        c.clip_sample = false;
+    }
     macro_rules! only {
         ($key:ident: $accepted:expr) => {
             only(file, stringify!($key), &c.$key, &[$accepted.into()])?
         };
     }
     only!(prediction_type: "epsilon");
-    only!(clip_sample: true);
-    only!(clip_sample_range: 1.0);
     only!(thresholding: false);
     only!(rescale_betas_zero_snr: false);
+    if c.clip_sample {
+        only!(clip_sample_range: 1.0);
+    }
+    // Keys of some schedulers only, with the values under which the process is a DDPM's.
+    let others = [
+        ("predict_epsilon", json!(true)), // prediction_type before diffusers 0.9
+        ("use_flow_sigmas", json!(false)),
+        ("use_dynamic_shifting", json!(false)),
+        ("timestep_type", json!("discrete")),
+    ];
+    let known = json!(DDPMScheduler::default());
+    for (key, value) in file.iter().filter(|(key, value)| !key.starts_with('_') && !value.is_null()) {
+        if let Some((_, only)) = others.iter().find(|(other, _)| other == key) {
+            if value != only {
+                return Err(format!("has {key} = {}; only {only} is supported", short(value)));
+            }
+        } else if known.get(key).is_none() && *value != json!(false) && !STEPS_ONLY.contains(&key.as_str()) {
+            let remedy = "take it out if it changes only how steps are taken";
+            return Err(format!("has {} = {}, which is not known here; {remedy}", cut(key), short(value)));
+        }
+    }
     let variance = match c.variance_type.as_deref() {
         None | Some("fixed_small" | "fixed_small_log") => Variance::FixedSmall,
         Some("fixed_large") => Variance::FixedLarge,
         Some(other) => {
             let known = "only \"fixed_small\" and \"fixed_large\" are supported";
-            return Err(format!("has variance_type = {other:?}; {known}"));
+            return Err(format!("has variance_type = {}; {known}", short(&json!(other))));
         }
     };
-    let timesteps = c.num_train_timesteps as usize;
-    let close = |a: f64, b: f64| (a - b).abs() <= 1e-6 * b;
-    let (start, end) = Kind::default_betas(timesteps.max(1));
-
-    if let Some(betas) = &c.trained_betas {
-        if betas.len() != timesteps || !betas.iter().all(|&beta| close(beta, end)) {
-            let supported = format!("only {timesteps} times {end} (the constant schedule) is supported");
-            return Err(format!("has trained_betas; {supported}"));
+    let spacing = match c.timestep_spacing.as_str() {
+        "leading" => Spacing::Leading,
+        "linspace" => Spacing::Even,
+        "trailing" => Spacing::Trailing,
+        other => {
+            let known = "one of leading, linspace, trailing is supported";
+            return Err(format!("has timestep_spacing = {}; {known}", short(&json!(other))));
         }
-        return Ok(Diffusion { schedule: Kind::Constant, timesteps, variance });
+    };
+    let stepping = Stepping { spacing, steps_offset: c.steps_offset, clip: c.clip_sample };
+    let timesteps = c.num_train_timesteps as usize;
+    if !(2..=MOST_TIMESTEPS).contains(&timesteps) {
+        return Err(format!("has num_train_timesteps = {timesteps}; from 2 to {MOST_TIMESTEPS} are supported"));
+    }
+    let process = |schedule: Kind| Diffusion {
+        schedule,
+        timesteps,
+        beta_start: 0.0,
+        beta_end: 0.0,
+        trained_betas: Vec::new(),
+        variance,
+    };
+    // End values that are the default are left to it, so that they have its bits.
+    let close = |a: f64, b: f64| (a - b).abs() <= 1e-6 * b;
+    let unless_default = |value: f64, default: f64| if close(value, default) { 0.0 } else { value };
+    let possible = |beta: f64| beta > 0.0 && beta < 1.0;
+    let (start, end) = Kind::default_betas(timesteps);
+
+    if let Some(betas) = c.trained_betas {
+        if betas.len() != timesteps {
+            return Err(format!("has {} trained_betas for num_train_timesteps = {timesteps}", betas.len()));
+        }
+        if let Some((t, beta)) = betas.iter().enumerate().find(|&(_, &beta)| !possible(beta)) {
+            return Err(format!("has {beta} in trained_betas at timestep {t}; numbers between 0 and 1 are expected"));
+        }
+        let same = betas.iter().all(|&beta| close(beta, betas[0]));
+        return Ok(match same {
+            true => (Diffusion { beta_end: unless_default(betas[0], end), ..process(Kind::Constant) }, stepping),
+            false => (Diffusion { trained_betas: betas, ..process(Kind::Linear) }, stepping),
+        });
     }
     let name = c.beta_schedule.as_deref().unwrap_or("linear");
+    if let Some(betas) = betas_of_diffusers(name, timesteps) {
+        return Ok((Diffusion { trained_betas: betas, ..process(Kind::Linear) }, stepping));
+    }
     let Some(schedule) = Kind::ALL.into_iter().find(|kind| kind.diffusers_name() == Some(name)) else {
         let known: Vec<&str> = Kind::ALL.into_iter().filter_map(Kind::diffusers_name).collect();
-        return Err(format!("has beta_schedule = {name:?}; one of {} is supported", known.join(", ")));
+        let (name, known) = (short(&json!(name)), known.join(", "));
+        return Err(format!("has beta_schedule = {name}; one of {known}, laplace, exp is supported"));
     };
-    if schedule != Kind::Cosine {
-        for (key, value, want) in [("beta_start", c.beta_start, start), ("beta_end", c.beta_end, end)] {
-            if !close(value, want) {
-                return Err(format!("has {key} = {value}; for {timesteps} timesteps only {want} is supported"));
+    if schedule == Kind::Cosine {
+        return Ok((process(schedule), stepping));
+    }
+    for (key, value) in [("beta_start", c.beta_start), ("beta_end", c.beta_end)] {
+        if !possible(value) {
+            return Err(format!("has {key} = {value}; a number between 0 and 1 is expected"));
+        }
+    }
+    let beta_start = unless_default(c.beta_start, start);
+    let beta_end = unless_default(c.beta_end, end);
+    Ok((Diffusion { beta_start, beta_end, ..process(schedule) }, stepping))
+}
+
+/// Refuses a pipeline whose network does not work on images alone, by its `model_index.json`.
+///
+/// # Errors
+/// A sentence with the pipeline and the part that says so.
+pub(super) fn check_pipeline(index: &Map<String, Value>) -> Sentence<()> {
+    let of_parts = index.iter().filter(|(name, _)| !name.starts_with('_'));
+    for (name, value) in of_parts {
+        let class = value.get(1).and_then(Value::as_str);
+        match (name.as_str(), class) {
+            ("scheduler", Some(class)) => check_scheduler(class)?,
+            ("unet" | "scheduler", _) | (_, None) => {}
+            (name, Some(class)) => {
+                let pipeline = index.get("_class_name").map_or("a pipeline".into(), short);
+                return Err(format!(
+                    "is of {pipeline} with {} ({}): {}; a pipeline of unet and scheduler alone is supported, such as DDPMPipeline",
+                    cut(name),
+                    cut(class),
+                    foreign_part(name)
+                ));
             }
         }
     }
-    Ok(Diffusion { schedule, timesteps, variance })
+    Ok(())
+}
+
+/// Parts of pipelines whose U-Net works on latents.
+pub(super) const AUTOENCODERS: [&str; 3] = ["vae", "vqvae", "movq"];
+
+/// Why a pipeline with the part `name` is none of images alone.
+pub(super) fn foreign_part(name: &str) -> &'static str {
+    match name {
+        name if AUTOENCODERS.contains(&name) => "its U-Net works on latents, not on images",
+        "text_encoder" | "bert" | "tokenizer" => "its U-Net is conditioned on text",
+        "transformer" => "its network is a transformer, not a U-Net",
+        _ => "it is not known here what its U-Net works on",
+    }
 }
 
 /// A configuration from its file; absent keys get the defaults of the class.
@@ -344,17 +574,21 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<Diffusion> {
 fn read<C: DeserializeOwned>(file: &Map<String, Value>) -> Sentence<C> {
     // Key by key, since serde does not say which key it failed at.
     for (key, value) in file {
+        let most = if ["trained_betas", "_class_names"].contains(&key.as_str()) { MOST_TIMESTEPS } else { 1000 };
+        if let Some(items) = value.as_array().filter(|items| items.len() > most) {
+            return Err(format!("has a list of {} as {}; at most {most} are read", items.len(), cut(key)));
+        }
         let alone = Value::Object(Map::from_iter([(key.clone(), value.clone())]));
         if let Err(e) = serde_json::from_value::<C>(alone) {
             let text = e.to_string();
             let expected = match text.rsplit_once("expected ").map_or("another type", |(_, expected)| expected) {
-                "u32" => "a whole number",
+                "u32" => "a whole number from 0 to 4294967295",
                 "f64" => "a number",
                 "a boolean" => "true or false",
-                "a sequence" => "a list, one entry a level,",
+                "a sequence" => "a list",
                 expected => expected,
             };
-            return Err(format!("has {key} = {value}; {expected} is expected"));
+            return Err(format!("has {} = {}; {expected} is expected", cut(key), short(value)));
         }
     }
     serde_json::from_value(Value::Object(file.clone())).map_err(|e| format!("cannot be understood: {e}"))
@@ -367,5 +601,18 @@ fn only<T: PartialEq + Serialize>(file: &Map<String, Value>, key: &str, value: &
     }
     let whence = if file.contains_key(key) { "" } else { " (the default of diffusers)" };
     let accepted: Vec<String> = accepted.iter().map(|value| json!(value).to_string()).collect();
-    Err(format!("has {key} = {}{whence}; only {} is supported", json!(value), accepted.join(" or ")))
+    Err(format!("has {key} = {}{whence}; only {} is supported", short(&json!(value)), accepted.join(" or ")))
+}
+
+/// A value for a sentence.
+fn short(value: &Value) -> String {
+    cut(&value.to_string())
+}
+
+/// Text for a sentence: the first 80 characters.
+pub(super) fn cut(text: &str) -> String {
+    match text.char_indices().nth(80) {
+        None => text.into(),
+        Some((end, _)) => format!("{}...", &text[..end]),
+    }
 }

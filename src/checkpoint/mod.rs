@@ -15,7 +15,8 @@
 //!
 //! This file saves, finds and deletes checkpoints; `tensors` has the safetensors files, `diffusers` the configurations.
 //! A diffusers model whose configuration asks for something this network does not have is refused, naming the key;
-//! nothing is silently ignored. Deliberately absent: pickled weights (`.bin`, `.pt`), sharded files.
+//! nothing is silently ignored. What a file declares is compared with the file and with memory before anything is
+//! allocated for it. Deliberately absent: pickled weights (`.bin`, `.pt`).
 
 mod diffusers;
 mod tensors;
@@ -28,16 +29,20 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
+pub use diffusers::Stepping;
 pub use tensors::read_weights;
 
 use crate::config::{Config, Diffusion, Preset};
 use crate::device::Device;
-use crate::diffusion::{Kind, Variance};
+use crate::diffusion::{Kind, Spacing, Variance};
 use crate::error::{Error, Result};
+use crate::memory::available_memory;
 use crate::output::{self, UNFINISHED};
 use crate::params::Params;
 use crate::tensor::Tensor;
+use crate::text::GIB;
 use crate::unet::UNet;
+use diffusers::{AUTOENCODERS, foreign_part};
 use tensors::{TensorFile, write_tensors};
 
 const MODEL_INDEX: &str = "model_index.json";
@@ -76,11 +81,25 @@ pub struct StateMut<'a> {
 
 /// A model to sample from or to evaluate.
 pub struct Loaded {
-    /// Network and diffusion process from the model's files; the rest from the run's `config.toml` if the model belongs
-    /// to a run, otherwise from the preset `cifar10`.
+    /// Network, names of the classes and diffusion process from the model's files; the rest from the run's
+    /// `config.toml` if the model belongs to a run, otherwise from the preset `cifar10`.
     pub config: Config,
     /// The moving average of the weights.
     pub params: Params,
+    /// What the model's scheduler says of sampling.
+    pub stepping: Stepping,
+    /// Sentences for the user, without a period: what was assumed, and what was chosen among several files.
+    pub notes: Vec<String>,
+}
+
+/// A model by its configuration files alone.
+pub struct Description {
+    /// As in [`Loaded`].
+    pub config: Config,
+    /// As in [`Loaded`].
+    pub stepping: Stepping,
+    /// As in [`Loaded`].
+    pub notes: Vec<String>,
 }
 
 /// Writes `run/checkpoints/STEP` and deletes all but the newest `config.keep_checkpoints`. Returns the folder.
@@ -123,9 +142,10 @@ pub fn newest(run: &Path) -> Result<Option<PathBuf>> {
 /// `Error::File` for a damaged checkpoint or one of another network.
 pub fn restore(checkpoint: &Path, state: StateMut<'_>) -> Result<()> {
     let path = checkpoint.join(TRAINING_STATE);
-    let bytes = read(&path)?;
     let specs = state.params.specs().clone();
-    let file = TensorFile::parse(&path, &bytes, &[])?;
+    let mut file = TensorFile::open(&path)?.fitting(&specs, &["weights.", "adam_m.", "adam_v."])?;
+    let step = file.metadata("step").and_then(|step| step.parse().ok());
+    *state.step = step.ok_or_else(|| Error::file(&path, "does not say in its metadata which step it is of"))?;
     let mut flat = vec![0.0; specs.flat_len()];
     file.read_into("weights.", &specs, &mut flat)?;
     state.params.write(&flat)?;
@@ -133,23 +153,42 @@ pub fn restore(checkpoint: &Path, state: StateMut<'_>) -> Result<()> {
         file.read_into(prefix, &specs, &mut flat)?;
         moments.write(&flat)?;
     }
-    file.refuse_unread(&specs, &["weights.", "adam_m.", "adam_v."])?;
-    let step = tensors::metadata(&bytes, "step").and_then(|step| step.parse().ok());
-    *state.step = step.ok_or_else(|| Error::file(&path, "does not say in its metadata which step it is of"))?;
     read_weights(&checkpoint.join(UNET_WEIGHTS), state.ema)
 }
 
 /// Opens a run folder (its newest checkpoint), a checkpoint, or a diffusers model folder, with or without `unet/`.
 ///
 /// # Errors
-/// `Error::File` for a folder that holds no model, a damaged one, or one that this network cannot represent.
+/// `Error::File` for a folder that holds no model, a damaged one, or one that this network cannot represent;
+/// `Error::Failed` for one that memory does not hold.
 pub fn load(device: &Device, path: &Path) -> Result<Loaded> {
     let place = Place::find(path)?;
-    let config = place.config()?;
+    let Description { config, stepping, mut notes } = place.describe()?;
     let (_, specs) = UNet::new(&config.model)?;
+    let (file, note) = place.weights()?;
+    notes.extend(note);
+    let mut file = file.fitting(&specs, &[""])?;
+    // On the host twice while it is read.
+    let (needed, available) = (2 * 4 * specs.flat_len() as u64, available_memory()?);
+    if needed > available {
+        return Err(Error::Failed(format!(
+            "{}: reading this model takes {:.2} GiB of memory and {:.2} GiB are available",
+            path.display(),
+            needed as f64 / GIB,
+            available as f64 / GIB
+        )));
+    }
     let mut params = Params::zeros(device, specs)?;
-    read_weights(&place.weights()?, &mut params)?;
-    Ok(Loaded { config, params })
+    file.read_params(&mut params)?;
+    Ok(Loaded { config, params, stepping, notes })
+}
+
+/// Reads the configuration files of what [`load`] opens, and no weights.
+///
+/// # Errors
+/// `Error::File` as in [`load`].
+pub fn describe(path: &Path) -> Result<Description> {
+    Place::find(path)?.describe()
 }
 
 /// Where a model's files are.
@@ -160,68 +199,266 @@ struct Place {
     unet: PathBuf,
     /// `scheduler_config.json`.
     scheduler: Option<PathBuf>,
+    /// Whether this program wrote it, to resume from.
+    resumable: bool,
+    /// What was found by looking further.
+    notes: Vec<String>,
 }
+
+/// The name of a scheduler's configuration.
+const SCHEDULER: &str = "scheduler_config.json";
 
 impl Place {
     fn find(path: &Path) -> Result<Place> {
+        const WANTED: &str = "a run folder, a checkpoint or a model folder of diffusers is expected";
         if !path.is_dir() {
-            let what = if path.exists() { "is a file" } else { "does not exist" };
-            let wanted = "a run folder, a checkpoint or a model folder of diffusers is expected";
-            return Err(Error::file(path, format!("{what}; {wanted}")));
+            if path.exists() {
+                return Err(Error::file(path, format!("is a file; {WANTED}")));
+            }
+            let what = match name_on_the_hub(path) {
+                None => format!("does not exist; {WANTED}"),
+                Some(name) => format!(
+                    "does not exist; if it is a name on the Hugging Face hub, download it with `hf download {name} --local-dir {folder}` and give --model {folder}",
+                    folder = name.rsplit('/').next().unwrap_or(name)
+                ),
+            };
+            return Err(Error::file(path, what));
         }
-        if path.join("checkpoints").is_dir() && path.join("config.toml").is_file() {
+        let has = |name: &str| path.join(name).is_file();
+        if path.join("checkpoints").is_dir() && has("config.toml") {
             let Some(newest) = newest(path)? else {
                 return Err(Error::file(path, "has no complete checkpoint yet"));
             };
             return Ok(Place { run: Some(path.to_path_buf()), ..Place::find(&newest)? });
         }
-        let existing = |name: &str| Some(path.join(name)).filter(|file| file.is_file());
-        if existing(UNET_CONFIG).is_some() {
+        if path.join("snapshots").is_dir() {
+            return Place::find(&only_snapshot(path)?);
+        }
+        check_images(path)?;
+        // As diffusers' training scripts save them; the pipeline has the moving average as unet.
+        let networks: Vec<&str> = ["unet", "unet_ema"].into_iter().filter(|n| has(&format!("{n}/config.json"))).collect();
+        if let Some(&unet) = networks.first() {
             // RUN/checkpoints/STEP
             let run = path.ancestors().nth(2).filter(|run| path.starts_with(run.join("checkpoints")));
             let run = run.filter(|run| run.join("config.toml").is_file()).map(Path::to_path_buf);
-            return Ok(Place { run, unet: path.join("unet"), scheduler: existing(SCHEDULER_CONFIG) });
+            let (scheduler, mut notes) = scheduler_near(path, &["scheduler", ".", "../scheduler"]);
+            if networks.len() > 1 {
+                let ema = path.join("unet_ema");
+                notes.push(format!("{}: unet is taken; the moving average of its weights is {}", path.display(), ema.display()));
+            }
+            return Ok(Place { run, unet: path.join(unet), scheduler, resumable: has(TRAINING_STATE), notes });
         }
-        if existing("config.json").is_some() {
-            let scheduler =
-                existing("scheduler_config.json").or_else(|| existing("../scheduler/scheduler_config.json"));
-            return Ok(Place { run: None, unet: path.to_path_buf(), scheduler });
+        if has("config.json") {
+            let own_name = path.canonicalize().ok().and_then(|p| p.file_name()?.to_str().map(String::from));
+            if own_name.is_some_and(|name| name.starts_with("unet")) {
+                check_images(&path.join(".."))?;
+            }
+            let (scheduler, notes) = scheduler_near(path, &[".", "../scheduler", "../../scheduler"]);
+            let resumable = path.join("..").join(TRAINING_STATE).is_file();
+            return Ok(Place { run: None, unet: path.to_path_buf(), scheduler, resumable, notes });
         }
-        let what = format!(
-            "is no run folder, checkpoint or model folder of diffusers: it holds neither checkpoints/, {UNET_CONFIG} nor config.json"
-        );
+        let what = match checkpoint_of_diffusers(path) {
+            Some(newest) => format!("holds checkpoints of a training; give one of them, such as {}", newest.display()),
+            None => format!(
+                "is no run folder, checkpoint or model folder of diffusers: it holds neither checkpoints/, {UNET_CONFIG} nor config.json"
+            ),
+        };
         Err(Error::file(path, what))
     }
 
-    fn config(&self) -> Result<Config> {
+    fn describe(&self) -> Result<Description> {
         let mut config = match &self.run {
             Some(run) => Config::read(&run.join("config.toml"))?,
             None => Config::preset(Preset::Cifar10),
         };
         let file = self.unet.join("config.json");
-        config.model = diffusers::read_model(&read_json(&file)?).map_err(|e| Error::file(&file, e))?;
+        let (model, class_names) =
+            diffusers::read_model(&read_json(&file)?).map_err(|e| Error::file(&file, e))?;
         let unfit = |e: Error| Error::file(&file, format!("describes a network that cannot be built: {e}"));
-        config.model.validate().map_err(unfit)?;
-        config.diffusion = match &self.scheduler {
-            Some(file) => diffusers::read_diffusion(&read_json(file)?).map_err(|e| Error::file(file, e))?,
-            // A U-Net without a scheduler: the defaults of diffusers' DDPMScheduler.
-            None => Diffusion { schedule: Kind::Linear, timesteps: 1000, variance: Variance::FixedSmall },
+        model.validate().map_err(unfit)?;
+        (config.model, config.class_names) = (model, class_names);
+        let mut notes = self.notes.clone();
+        let mut stepping;
+        (config.diffusion, stepping) = match &self.scheduler {
+            Some(file) => {
+                let json = read_json(file)?;
+                let read = diffusers::read_diffusion(&json).map_err(|e| Error::file(file, e))?;
+                if json.get("_class_name").is_none_or(Value::is_null) {
+                    notes.push(format!("{}: names no class; DDPMScheduler is assumed", file.display()));
+                }
+                let unfit = |e: Error| Error::file(file, format!("describes a process that cannot be: {e}"));
+                read.0.validate().map_err(unfit)?;
+                read
+            }
+            None => {
+                notes.push(format!(
+                    "{}: there is no {SCHEDULER} with it; the process is assumed to be that of DDPMScheduler's defaults, linear betas from 0.0001 to 0.02 over 1000 timesteps",
+                    self.unet.display()
+                ));
+                (defaults_of_diffusers(), Stepping::OURS)
+            }
         };
-        Ok(config)
+        // This program once wrote `leading` and drew evenly all the same. What such a checkpoint drew it still draws.
+        if self.resumable && stepping.spacing == Spacing::Leading {
+            stepping = Stepping { spacing: Spacing::Even, steps_offset: 0, ..stepping };
+        }
+        Ok(Description { config, stepping, notes })
     }
 
-    fn weights(&self) -> Result<PathBuf> {
-        let names = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"];
-        if let Some(file) = names.iter().map(|n| self.unet.join(n)).find(|f| f.is_file()) {
-            return Ok(file);
+    /// The weights, and a note if they are not those of the usual name.
+    fn weights(&self) -> Result<(TensorFile, Option<String>)> {
+        let (file, note) = match self.choose_weights()? {
+            Weights::Single(name) => (TensorFile::of_weights(&self.unet.join(&name))?, name),
+            Weights::Shards(name) => {
+                let path = self.unet.join(&name);
+                let index = read_json(&path)?;
+                let Some(Value::Object(weight_map)) = index.get("weight_map") else {
+                    return Err(Error::file(&path, "has no weight_map, which says which shard holds which tensor"));
+                };
+                (TensorFile::of_shards(&path, weight_map)?, name)
+            }
+        };
+        let usual = [WEIGHTS, "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.fp16.safetensors"];
+        let note = (!usual.contains(&note.as_str())).then(|| format!("weights: {}", self.unet.join(note).display()));
+        Ok((file, note))
+    }
+
+    /// The file of the weights: without a variant if there is one, else the only variant or, of several, fp16.
+    fn choose_weights(&self) -> Result<Weights> {
+        let unreadable = |e: io::Error| Error::file(&self.unet, format!("cannot be read: {e}"));
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.unet).map_err(unreadable)? {
+            names.extend(entry.map_err(unreadable)?.file_name().into_string());
         }
-        let what = if self.unet.join("diffusion_pytorch_model.bin").is_file() {
-            "holds its weights as diffusion_pytorch_model.bin, a pickle, which is not read; save it in diffusers with safe_serialization=True"
+        names.sort();
+        let mut found: BTreeMap<String, Vec<Weights>> = BTreeMap::new();
+        for name in &names {
+            let Some(rest) = name.strip_prefix("diffusion_pytorch_model") else { continue };
+            let is_shard = rest.contains("-of-");
+            if let Some(variant) = rest.strip_suffix(".safetensors").filter(|_| !is_shard) {
+                found.entry(variant.into()).or_default().push(Weights::Single(name.clone()));
+            } else if rest.contains(".safetensors") && rest.contains(".index") && rest.ends_with(".json") {
+                let variant = rest.replacen(".safetensors", "", 1).replacen(".index", "", 1).replacen(".json", "", 1);
+                found.entry(variant).or_default().push(Weights::Shards(name.clone()));
+            }
+        }
+        let variants: Vec<String> = found.keys().cloned().collect();
+        let chosen = match (&variants[..], found.remove("").or_else(|| found.remove(".fp16"))) {
+            (_, Some(chosen)) => Some(chosen),
+            ([only], None) => found.remove(only),
+            (_, None) => None,
+        };
+        match chosen.as_deref() {
+            Some([one]) => return Ok(one.clone()),
+            Some(_) => {
+                let what = "holds its weights twice, as one file and as an index of shards; take out the older";
+                return Err(Error::file(&self.unet, what));
+            }
+            None => {}
+        }
+        let is_pickle = |name: &&String| {
+            let index = name.ends_with(".bin.index.json");
+            index || [".bin", ".pt", ".pth", ".ckpt"].iter().any(|ending| name.ends_with(ending))
+        };
+        let what = if variants.len() > 1 {
+            format!("holds several variants of its weights ({}) and none is called {WEIGHTS}; give one that name", variants.join(", "))
+        } else if let Some(shard) = names.iter().find(|n| n.contains("-of-") && n.ends_with(".safetensors")) {
+            format!("holds the shard {shard} and no diffusion_pytorch_model.safetensors.index.json; download that too")
+        } else if let Some(pickle) = names.iter().find(is_pickle) {
+            format!("holds its weights as {pickle}, a pickle, which is not read; save it in diffusers with safe_serialization=True")
         } else {
-            "holds no diffusion_pytorch_model.safetensors"
+            format!("holds no {WEIGHTS}")
         };
         Err(Error::file(&self.unet, what))
     }
+}
+
+const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
+
+/// The file to read weights from.
+#[derive(Clone)]
+enum Weights {
+    Single(String),
+    /// The index of the shards.
+    Shards(String),
+}
+
+/// The process of a `DDPMScheduler` without arguments.
+fn defaults_of_diffusers() -> Diffusion {
+    Diffusion {
+        schedule: Kind::Linear,
+        timesteps: 1000,
+        beta_start: 0.0,
+        beta_end: 0.0,
+        trained_betas: Vec::new(),
+        variance: Variance::FixedSmall,
+    }
+}
+
+/// The first `scheduler_config.json` in these folders in, beside or above a network, with a note if it is not in the
+/// folder that was given.
+fn scheduler_near(path: &Path, folders: &[&str]) -> (Option<PathBuf>, Vec<String>) {
+    let file = |folder: &&str| path.join(folder).join(SCHEDULER);
+    let Some(folder) = folders.iter().find(|folder| file(folder).is_file()) else { return (None, Vec::new()) };
+    let file = file(folder);
+    let notes = match folder.starts_with("..") {
+        true => vec![format!("process: {}", file.canonicalize().unwrap_or(file.clone()).display())],
+        false => Vec::new(),
+    };
+    (Some(file), notes)
+}
+
+/// Refuses a pipeline whose network does not work on images alone.
+fn check_images(folder: &Path) -> Result<()> {
+    let index = folder.join(MODEL_INDEX);
+    if index.is_file() {
+        return diffusers::check_pipeline(&read_json(&index)?).map_err(|e| Error::file(&index, e));
+    }
+    match AUTOENCODERS.iter().find(|name| folder.join(name).join("config.json").is_file()) {
+        None => Ok(()),
+        Some(name) => Err(Error::file(folder.join(name), format!("lies beside the U-Net: {}", foreign_part(name)))),
+    }
+}
+
+/// The only snapshot in a folder of the hub's cache, `models--OWNER--NAME`.
+fn only_snapshot(path: &Path) -> Result<PathBuf> {
+    let folder = path.join("snapshots");
+    let entries = fs::read_dir(&folder).map_err(|e| Error::file(&folder, format!("cannot be read: {e}")))?;
+    let mut snapshots: Vec<PathBuf> = entries.filter_map(|e| Some(e.ok()?.path())).filter(|p| p.is_dir()).collect();
+    snapshots.sort();
+    match snapshots.len() {
+        1 => Ok(snapshots.remove(0)),
+        0 => Err(Error::file(path, "is a folder of the hub's cache without a snapshot; download the model again")),
+        many => {
+            let main = fs::read_to_string(path.join("refs/main")).map(|name| folder.join(name.trim())).ok();
+            let newest = main.filter(|main| snapshots.contains(main)).unwrap_or(snapshots.swap_remove(0));
+            Err(Error::file(path, format!("holds {many} snapshots; give one of them, such as {}", newest.display())))
+        }
+    }
+}
+
+/// The `checkpoint-N` of the largest N in the output folder of diffusers' training scripts.
+fn checkpoint_of_diffusers(path: &Path) -> Option<PathBuf> {
+    let numbered = |entry: io::Result<fs::DirEntry>| {
+        let path = entry.ok()?.path();
+        let number: u64 = path.file_name()?.to_str()?.strip_prefix("checkpoint-")?.parse().ok()?;
+        path.join(UNET_CONFIG).is_file().then_some((number, path))
+    };
+    Some(fs::read_dir(path).ok()?.filter_map(numbered).max()?.1)
+}
+
+/// `OWNER/NAME` if that is how a path reads, also in an address of the hub. A folder OWNER speaks against it.
+fn name_on_the_hub(path: &Path) -> Option<&str> {
+    let text = path.to_str()?;
+    let address = ["https://huggingface.co/", "https://hf.co/", "hf://"].iter().find_map(|site| text.strip_prefix(site));
+    let name = address.unwrap_or(text).trim_end_matches('/');
+    let (owner, model) = name.split_once('/')?;
+    let plain = |part: &str| {
+        let mut letters = part.chars();
+        letters.next().is_some_and(|c| c.is_ascii_alphanumeric())
+            && letters.all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    (plain(owner) && plain(model) && !Path::new(owner).exists()).then_some(name)
 }
 
 /// Folders of a run named like checkpoints but incomplete, oldest first. They were damaged later, since saving leaves
@@ -260,7 +497,7 @@ fn by_step(run: &Path) -> Result<BTreeMap<u32, PathBuf>> {
 /// say.
 fn is_complete(checkpoint: &Path) -> bool {
     let has_json = |name: &str| read_json(&checkpoint.join(name)).is_ok();
-    let has_tensors = |name: &str| tensors::is_whole(&checkpoint.join(name)).unwrap_or(false);
+    let has_tensors = |name: &str| tensors::is_whole(&checkpoint.join(name));
     [MODEL_INDEX, UNET_CONFIG, SCHEDULER_CONFIG].into_iter().all(has_json)
         && [UNET_WEIGHTS, TRAINING_STATE].into_iter().all(has_tensors)
 }
@@ -288,7 +525,7 @@ fn write(folder: &Path, config: &Config, state: &State<'_>) -> Result<()> {
         "unet": ["diffusers", "UNet2DModel"],
     });
     write_json(&folder.join(MODEL_INDEX), &index)?;
-    write_json(&folder.join(UNET_CONFIG), &diffusers::UNet2DModel::of(&config.model))?;
+    write_json(&folder.join(UNET_CONFIG), &diffusers::UNet2DModel::of(&config.model, &config.class_names))?;
     write_json(&folder.join(SCHEDULER_CONFIG), &diffusers::DDPMScheduler::of(&config.diffusion)?)?;
 
     let specs = state.params.specs();
@@ -300,13 +537,24 @@ fn write(folder: &Path, config: &Config, state: &State<'_>) -> Result<()> {
     write_tensors(&folder.join(TRAINING_STATE), ("step", &step), specs, &parts)
 }
 
-fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))
-}
+/// The longest configuration that is read: a million betas have 26 MB.
+const LONGEST_JSON: u64 = 32 << 20;
+
+/// And the largest number of commas in it. A value takes many times its text once it is parsed.
+const MOST_COMMAS: usize = 1_100_000;
 
 fn read_json(path: &Path) -> Result<Map<String, Value>> {
-    let bytes = read(path)?;
-    match serde_json::from_slice(&bytes) {
+    let failed = |e: io::Error| Error::file(path, format!("cannot be read: {e}"));
+    let len = fs::metadata(path).map_err(failed)?.len();
+    if len > LONGEST_JSON {
+        return Err(Error::file(path, format!("has {len} bytes; no configuration has more than {LONGEST_JSON}")));
+    }
+    let text = fs::read(path).map_err(failed)?;
+    let commas = text.iter().filter(|&&byte| byte == b',').count();
+    if commas > MOST_COMMAS {
+        return Err(Error::file(path, format!("holds some {commas} values; no configuration has more than a million")));
+    }
+    match serde_json::from_slice(&text) {
         Ok(Value::Object(map)) => Ok(map),
         Ok(_) => Err(Error::file(path, "is no JSON object")),
         Err(e) => Err(Error::file(path, format!("is not JSON: {e}"))),

@@ -3,37 +3,65 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
-use std::io::{self, BufWriter, Read, Write};
-use std::path::Path;
+use std::io::{self, BufWriter, Read, Seek, SeekFrom, Write};
+use std::path::{Component, Path, PathBuf};
 
-use safetensors::tensor::{Metadata, TensorInfo, TensorView};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde_json::{Map, Value};
 
-use super::read;
+use super::diffusers::cut;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::params::{Layout, Params, Spec, Specs};
 
 /// Whether a safetensors file has the length that its header claims. Reads only the header.
-pub(super) fn is_whole(path: &Path) -> io::Result<bool> {
-    let mut file = File::open(path)?;
-    let len = file.metadata()?.len();
-    let mut size = [0; 8];
-    file.read_exact(&mut size)?;
-    let size = u64::from_le_bytes(size);
-    if size > len {
-        return Ok(false);
-    }
-    let mut header = vec![0; size as usize];
-    file.read_exact(&mut header)?;
-    let metadata: Metadata = serde_json::from_slice(&header)?;
-    Ok(8 + size + metadata.data_len() as u64 == len)
+pub(super) fn is_whole(path: &Path) -> bool {
+    open(path).is_ok()
 }
 
-/// The value of `key` in a safetensors file's metadata.
-pub(super) fn metadata(bytes: &[u8], key: &str) -> Option<String> {
-    let (_, metadata) = SafeTensors::read_metadata(bytes).ok()?;
-    metadata.metadata().as_ref()?.get(key).cloned()
+/// A safetensors file whose header has been read.
+struct Opened {
+    file: File,
+    header: Metadata,
+    /// Where the data begin.
+    data: u64,
+}
+
+/// The longest header that the format allows.
+const LONGEST_HEADER: u64 = 100_000_000;
+
+/// Opens a safetensors file, and compares what its header declares with the length of the file.
+fn open(path: &Path) -> Result<Opened> {
+    let unreadable = |e: io::Error| Error::file(path, format!("cannot be read: {e}"));
+    let damaged = |e: &str| {
+        let e = cut(e);
+        Error::file(path, format!("is not a whole safetensors file ({e}); it is cut short or damaged"))
+    };
+    let mut file = File::open(path).map_err(unreadable)?;
+    let len = file.metadata().map_err(unreadable)?.len();
+    let mut size = [0; 8];
+    if len < 8 {
+        return Err(damaged("it has no header"));
+    }
+    file.read_exact(&mut size).map_err(unreadable)?;
+    if size == *b"version " {
+        let what = "is a pointer of Git LFS, not the weights; fetch them with git lfs pull";
+        return Err(Error::file(path, what));
+    }
+    let size = u64::from_le_bytes(size);
+    if size > LONGEST_HEADER.min(len - 8) {
+        return Err(damaged(&format!("it says that its header has {size} bytes")));
+    }
+    let mut header = vec![0; size as usize];
+    file.read_exact(&mut header).map_err(unreadable)?;
+    // Also checks that the tensors lie end to end, each of the length that its shape says.
+    let header: Metadata = serde_json::from_slice(&header).map_err(|e| damaged(&e.to_string()))?;
+    let (has, wants) = (len - 8 - size, header.data_len() as u64);
+    if has != wants {
+        return Err(damaged(&format!("its header declares {wants} bytes of tensors, and {has} follow")));
+    }
+    Ok(Opened { file, header, data: 8 + size })
 }
 
 /// Writes each part's tensors, f32 in the layout of other tools, as `PREFIX` + name. Takes a single metadata entry,
@@ -100,46 +128,128 @@ fn from_file_layout(spec: &Spec, values: &[f32]) -> Vec<f32> {
     }
 }
 
-/// Reads a model's weights into `params`: F32, F16 or BF16, under today's names or those of diffusers before 0.15.
+/// Reads a model's weights into `params`: F32, F16 or BF16, under today's names or those of diffusers before 0.15, each
+/// name with the same prefix or without one.
 ///
 /// # Errors
 /// `Error::File` for a damaged file, or missing, unknown or misshapen tensors.
 pub fn read_weights(path: &Path, params: &mut Params) -> Result<()> {
-    let bytes = read(path)?;
     let specs = params.specs().clone();
-    let file = TensorFile::parse(path, &bytes, &OLD_NAMES)?;
-    file.refuse_unread(&specs, &[""])?;
-    let mut flat = vec![0.0; specs.flat_len()];
-    file.read_into("", &specs, &mut flat)?;
-    params.write(&flat)
+    TensorFile::of_weights(path)?.fitting(&specs, &[""])?.read_params(params)
 }
 
 /// Parts of attention layer names in old files, and their names today.
 const OLD_NAMES: [(&str, &str); 4] =
     [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")];
 
-/// A safetensors file with its tensors under today's names.
-pub(super) struct TensorFile<'a> {
-    path: &'a Path,
-    tensors: BTreeMap<String, TensorView<'a>>,
+/// Safetensors files with their tensors under today's names.
+pub(super) struct TensorFile {
+    /// The file that errors name: the only one, or the index of several.
+    path: PathBuf,
+    files: Vec<(PathBuf, Opened)>,
+    tensors: BTreeMap<String, Place>,
 }
 
-impl<'a> TensorFile<'a> {
-    pub fn parse(path: &'a Path, bytes: &'a [u8], old_names: &[(&str, &str)]) -> Result<Self> {
-        let file = SafeTensors::deserialize(bytes).map_err(|e| {
-            Error::file(path, format!("is not a whole safetensors file ({e}); it is cut short or damaged"))
-        })?;
-        let today = |name: String| old_names.iter().fold(name, |name, (old, new)| name.replace(old, new));
-        Ok(TensorFile { path, tensors: file.tensors().into_iter().map(|(name, view)| (today(name), view)).collect() })
+/// Where a tensor's data are.
+struct Place {
+    /// Index of the file.
+    file: usize,
+    info: TensorInfo,
+}
+
+impl TensorFile {
+    /// A single file.
+    pub fn open(path: &Path) -> Result<Self> {
+        TensorFile::of_all(path, &[path.to_path_buf()])
     }
 
-    /// Refuses a file unless it has exactly the tensors of `specs` under each of `prefixes`, naming missing and extra
-    /// ones.
-    pub fn refuse_unread(&self, specs: &Specs, prefixes: &[&str]) -> Result<()> {
-        let wanted: BTreeSet<String> =
-            prefixes.iter().flat_map(|p| specs.iter().map(move |(_, s)| format!("{p}{}", s.name))).collect();
-        let missing: Vec<&str> = wanted.iter().filter(|n| !self.tensors.contains_key(*n)).map(String::as_str).collect();
-        let extra: Vec<&str> = self.tensors.keys().filter(|n| !wanted.contains(*n)).map(String::as_str).collect();
+    fn of_all(path: &Path, files: &[PathBuf]) -> Result<Self> {
+        let (mut opened, mut tensors) = (Vec::new(), BTreeMap::new());
+        for (file, path) in files.iter().enumerate() {
+            let whole = open(path)?;
+            for (name, info) in whole.header.tensors() {
+                if tensors.insert(name.clone(), Place { file, info: info.clone() }).is_some() {
+                    return Err(Error::file(path, format!("holds {}, which another shard holds too", cut(&name))));
+                }
+            }
+            opened.push((path.clone(), whole));
+        }
+        Ok(TensorFile { path: path.to_path_buf(), files: opened, tensors })
+    }
+
+    /// The weights of a model in a single file.
+    pub fn of_weights(path: &Path) -> Result<Self> {
+        TensorFile::open(path)?.as_weights()
+    }
+
+    /// The tensors under today's names and without what precedes all names, such as the `module.` of a wrapper.
+    fn as_weights(self) -> Result<Self> {
+        const FIRST: &str = "conv_in.weight";
+        let prefix = self.tensors.keys().find_map(|name| name.strip_suffix(FIRST)).map(String::from);
+        let prefix = prefix.filter(|prefix| self.tensors.keys().all(|name| name.starts_with(prefix)));
+        let prefix = prefix.unwrap_or_default();
+        let today = |name: &str| OLD_NAMES.iter().fold(name.to_string(), |name, (old, new)| name.replace(old, new));
+        let mut tensors = BTreeMap::new();
+        for (name, at) in self.tensors {
+            if tensors.insert(today(&name[prefix.len()..]), at).is_some() {
+                let what = format!("holds {} twice, under its old name and today's", cut(&today(&name)));
+                return Err(Error::file(&self.path, what));
+            }
+        }
+        Ok(TensorFile { tensors, ..self })
+    }
+
+    /// The weights in the shards that an index (`diffusion_pytorch_model.safetensors.index.json`) names, which lie
+    /// beside it; `weight_map` has the file of each tensor.
+    pub fn of_shards(index: &Path, weight_map: &Map<String, Value>) -> Result<Self> {
+        let mut files: BTreeSet<&str> = BTreeSet::new();
+        for file in weight_map.values() {
+            let name = file.as_str().filter(|name| {
+                let mut parts = Path::new(name).components();
+                let plain = matches!(parts.next(), Some(Component::Normal(part)) if part == *name);
+                plain && parts.next().is_none() && name.ends_with(".safetensors") && !name.contains('\\')
+            });
+            let Some(name) = name else {
+                let file = cut(&file.to_string());
+                let what = format!("has {file} in weight_map; the name of a .safetensors file beside it is expected");
+                return Err(Error::file(index, what));
+            };
+            files.insert(name);
+        }
+        if let Some(missing) = files.iter().find(|name| !index.with_file_name(name).is_file()) {
+            return Err(Error::file(index, format!("names the shard {}, which is not beside it", cut(missing))));
+        }
+        let paths: Vec<PathBuf> = files.iter().map(|name| index.with_file_name(name)).collect();
+        let found = TensorFile::of_all(index, &paths)?;
+        let names: BTreeSet<&String> = weight_map.keys().chain(found.tensors.keys()).collect();
+        let file_of = |name: &String| found.tensors.get(name).and_then(|at| found.files[at.file].0.file_name()?.to_str());
+        for name in names {
+            let (says, is) = (weight_map.get(name).and_then(Value::as_str), file_of(name));
+            if says != is {
+                let none = "no shard";
+                let (says, is) = (says.unwrap_or(none), is.unwrap_or(none));
+                let what = format!("places {} in {}, but it is in {}", cut(name), cut(says), cut(is));
+                return Err(Error::file(index, what));
+            }
+        }
+        found.as_weights()
+    }
+
+    /// The value of `key` in the metadata of the first file.
+    pub fn metadata(&self, key: &str) -> Option<&String> {
+        self.files.first()?.1.header.metadata().as_ref()?.get(key)
+    }
+
+    /// Refuses a file unless it has exactly the tensors of `specs` under each of `prefixes`, of the shapes there and of
+    /// a type that is read. Nothing has been allocated for them until then.
+    pub fn fitting(self, specs: &Specs, prefixes: &[&str]) -> Result<Self> {
+        let wanted: BTreeMap<String, &Spec> = prefixes
+            .iter()
+            .flat_map(|prefix| specs.iter().map(move |(_, spec)| (format!("{prefix}{}", spec.name), spec)))
+            .collect();
+        let missing: Vec<&str> =
+            wanted.keys().filter(|n| !self.tensors.contains_key(*n)).map(String::as_str).collect();
+        let extra: Vec<&str> = self.tensors.keys().filter(|n| !wanted.contains_key(*n)).map(String::as_str).collect();
         let mut faults = Vec::new();
         if !missing.is_empty() {
             faults.push(format!("lacks {}", named(&missing)));
@@ -147,51 +257,70 @@ impl<'a> TensorFile<'a> {
         if !extra.is_empty() {
             faults.push(format!("holds {}, which this network does not have", named(&extra)));
         }
-        if faults.is_empty() { Ok(()) } else { Err(Error::file(self.path, faults.join(" and "))) }
-    }
-
-    /// Reads every parameter of `specs` from the tensor `prefix` + name into its range of `flat`.
-    pub fn read_into(&self, prefix: &str, specs: &Specs, flat: &mut [f32]) -> Result<()> {
-        assert_eq!(flat.len(), specs.flat_len(), "a flat buffer of {} parameters", specs.count());
+        if !faults.is_empty() {
+            return Err(Error::file(&self.path, faults.join(" and ")));
+        }
         let mut misfits = Vec::new();
-        for (p, spec) in specs.iter() {
-            let name = format!("{prefix}{}", spec.name);
-            let Some(tensor) = self.tensors.get(&name) else {
-                return Err(Error::file(self.path, format!("lacks the tensor {name}")));
-            };
-            let want = shape_in_file(spec);
+        for (name, spec) in &wanted {
+            let (info, want) = (&self.tensors[name].info, shape_in_file(spec));
             // Attention layers were once 1x1 convolutions: [c, c, 1, 1].
-            let is_old_matrix = spec.layout == Layout::Matrix && tensor.shape() == [want[0], want[1], 1, 1];
-            if tensor.shape() != want && !is_old_matrix {
-                misfits.push(format!("{name} has shape {:?} instead of {want:?}", tensor.shape()));
-                continue;
+            let is_old_matrix = spec.layout == Layout::Matrix && info.shape == [want[0], want[1], 1, 1];
+            if info.shape != want && !is_old_matrix {
+                misfits.push(format!("{name} has shape {:?} instead of {want:?}", info.shape));
+            } else if !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+                let what = format!("holds {name} as {:?}; F32, F16 and BF16 are read", info.dtype);
+                return Err(Error::file(&self.path, what));
             }
-            let values = to_f32(tensor.dtype(), tensor.data()).ok_or_else(|| {
-                Error::file(self.path, format!("holds {name} as {:?}; F32, F16 and BF16 are read", tensor.dtype()))
-            })?;
-            flat[specs.range(p)].copy_from_slice(&from_file_layout(spec, &values));
         }
         if misfits.is_empty() {
-            return Ok(());
+            return Ok(self);
         }
         let misfits: Vec<&str> = misfits.iter().map(String::as_str).collect();
-        Err(Error::file(self.path, format!("does not fit this network: {}", named(&misfits))))
+        Err(Error::file(&self.path, format!("does not fit this network: {}", named(&misfits))))
+    }
+
+    /// Reads every parameter of a file that is [`fitting`](Self::fitting) from the tensor `prefix` + name into its
+    /// range of `flat`.
+    pub fn read_into(&mut self, prefix: &str, specs: &Specs, flat: &mut [f32]) -> Result<()> {
+        assert_eq!(flat.len(), specs.flat_len(), "a flat buffer of {} parameters", specs.count());
+        for (p, spec) in specs.iter() {
+            let Place { file, info } = &self.tensors[&format!("{prefix}{}", spec.name)];
+            let (path, opened) = &mut self.files[*file];
+            let (start, end) = info.data_offsets;
+            let mut bytes = vec![0; end - start];
+            let mut read = || -> io::Result<()> {
+                opened.file.seek(SeekFrom::Start(opened.data + start as u64))?;
+                opened.file.read_exact(&mut bytes)
+            };
+            read().map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+            flat[specs.range(p)].copy_from_slice(&from_file_layout(spec, &to_f32(info.dtype, &bytes)));
+        }
+        Ok(())
+    }
+
+    /// Reads the parameters of a file that is [`fitting`](Self::fitting).
+    pub fn read_params(&mut self, params: &mut Params) -> Result<()> {
+        let specs = params.specs().clone();
+        let mut flat = vec![0.0; specs.flat_len()];
+        self.read_into("", &specs, &mut flat)?;
+        params.write(&flat)
     }
 }
 
 /// A list for a sentence: the first four items, and how many more.
 fn named(items: &[&str]) -> String {
     let (shown, more) = items.split_at(items.len().min(4));
+    let shown: Vec<String> = shown.iter().map(|item| cut(item)).collect();
     let more = if more.is_empty() { String::new() } else { format!(" and {} more", more.len()) };
     format!("{}{more}", shown.join(", "))
 }
 
-fn to_f32(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
+fn to_f32(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
     let pairs = bytes.chunks_exact(2).map(|b| [b[0], b[1]]);
     match dtype {
-        Dtype::F32 => Some(bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()),
-        Dtype::F16 => Some(pairs.map(|b| half::f16::from_le_bytes(b).to_f32()).collect()),
-        Dtype::BF16 => Some(pairs.map(|b| half::bf16::from_le_bytes(b).to_f32()).collect()),
-        _ => None,
+        Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
+        Dtype::F16 => pairs.map(|b| half::f16::from_le_bytes(b).to_f32()).collect(),
+        Dtype::BF16 => pairs.map(|b| half::bf16::from_le_bytes(b).to_f32()).collect(),
+        other => unreachable!("{other:?}, which `fitting` refuses"),
     }
 }

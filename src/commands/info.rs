@@ -29,8 +29,9 @@ pub struct Args {
 /// # Errors
 /// A model that cannot be read.
 pub fn run(args: &Args) -> Result<()> {
-    let config = match &args.model {
-        Some(path) => checkpoint::load(&Device::cpu(), path)?.config,
+    let described = args.model.as_deref().map(checkpoint::describe).transpose()?;
+    let config = match &described {
+        Some(model) => model.config.clone(),
         None => Config::preset(args.preset.unwrap_or(Preset::Mnist)),
     };
     let m = &config.model;
@@ -45,7 +46,7 @@ pub fn run(args: &Args) -> Result<()> {
             *saved as f64 / 1024.0
         );
     }
-    let total = |f: fn(&Cost) -> u64| costs.iter().map(f).sum::<u64>();
+    let total = |f: fn(&Cost) -> u64| costs.iter().map(f).fold(0, u64::saturating_add);
     let (flops, saved) = (total(|c| c.flops), total(|c| c.saved));
     say!(
         "{:<32} {:>12} {:>14.2} {:>16.1}",
@@ -56,6 +57,26 @@ pub fn run(args: &Args) -> Result<()> {
     );
     say!("");
     say!("{} parameters; images {}x{}", grouped(specs.count() as u64), m.image_size, m.channels);
+    if let Some(model) = &described {
+        let (d, stepping) = (&config.diffusion, model.stepping);
+        let betas = d.noise_schedule()?;
+        let (first, last) = (betas.betas()[0], betas.betas()[betas.len() - 1]);
+        let shape = if d.trained_betas.is_empty() { d.schedule.name() } else { "one by one" };
+        let clip = if stepping.clip { "" } else { ", x_0 not clipped" };
+        say!(
+            "process: {} timesteps, betas {shape} from {first:.3e} to {last:.3e}, {}; spacing {}{clip}",
+            d.timesteps,
+            d.variance,
+            stepping.spacing
+        );
+        if m.classes > 0 {
+            let names = if config.class_names.is_empty() { "without names".into() } else { config.class_names.join(", ") };
+            say!("{} classes: {names}", m.classes);
+        }
+        for note in &model.notes {
+            say!("{note}");
+        }
+    }
     say!(
         "training with batch {}: {:.1} GFLOP a step, about {:.2} GiB of memory",
         config.batch,

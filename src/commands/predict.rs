@@ -10,6 +10,7 @@ use crate::data::npy;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::output;
+use crate::say;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Shape, Tensor};
 use crate::unet::UNet;
@@ -45,6 +46,9 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     let device = args.on.open()?;
     let model = checkpoint::load(&device, &args.model)?;
+    for note in &model.notes {
+        say!("{note}");
+    }
     let m = &model.config.model;
     let (unet, _) = UNet::new(m)?;
 

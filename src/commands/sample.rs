@@ -7,12 +7,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{On, choice};
 use crate::checkpoint;
-use crate::diffusion::{Method, Sampler, Schedule, Spacing, Variance};
+use crate::diffusion::{Method, Sampler, Spacing, Variance};
 use crate::error::{Error, Result};
-use crate::memory::available_memory;
+use crate::memory::{available_memory, available_on};
 use crate::names::names;
 use crate::output;
-use crate::sample::{DEFAULT_STEPS, Drawing, labels};
+use crate::sample::{DEFAULT_STEPS, Drawing, class_called, labels, memory_of_forward};
 use crate::text::GIB;
 use crate::unet::UNet;
 use crate::{say, usage};
@@ -52,15 +52,15 @@ pub struct Args {
     /// Variance of ancestral sampling [default: the model's]
     #[arg(long, value_name = "VARIANCE", value_parser = choice::<Variance>())]
     pub variance: Option<Variance>,
-    /// Which timesteps are kept when there are fewer steps
-    #[arg(long, default_value = "even", value_name = "SPACING", value_parser = choice::<Spacing>())]
-    pub spacing: Spacing,
+    /// Which timesteps are kept when there are fewer steps [default: the model's; even if it says nothing]
+    #[arg(long, value_name = "SPACING", value_parser = choice::<Spacing>())]
+    pub spacing: Option<Spacing>,
     /// Seed of the noise; image i of a seed is the same whatever --count
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub seed: u64,
-    /// Class of every image; a conditional model without it draws the classes in turn
-    #[arg(long, value_name = "K")]
-    pub class: Option<u32>,
+    /// Class of every image, by name or number; a conditional model without it draws the classes in turn
+    #[arg(long, value_name = "NAME|K")]
+    pub class: Option<String>,
     /// FILE.png (one grid), FILE.npz (arr_0, u8 NHWC), FILE.gif (the reverse process) or DIR/ (a PNG each)
     #[arg(long, value_name = "FILE.png|FILE.npz|FILE.gif|DIR/")]
     pub out: PathBuf,
@@ -81,9 +81,12 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let target = output::Target::parse(&args.out)?;
     let model = checkpoint::load(&device, &args.model)?;
-    let c = &model.config;
+    for note in &model.notes {
+        say!("{note}");
+    }
+    let (c, stepping) = (&model.config, model.stepping);
     let (unet, _) = UNet::new(&c.model)?;
-    let schedule = Schedule::new(c.diffusion.schedule, c.diffusion.timesteps)?;
+    let schedule = c.diffusion.noise_schedule()?;
     let method = match (args.sampler, args.eta, args.variance) {
         (SamplerName::Ddpm, Some(eta), _) => usage!("--eta {eta}: only DDIM has it, so add --sampler ddim"),
         (SamplerName::Ddim, _, Some(v)) => usage!("--variance {v}: DDIM's noise is --eta, so leave --variance out"),
@@ -91,14 +94,32 @@ pub fn run(args: &Args) -> Result<()> {
         (SamplerName::Ddim, eta, None) => Method::Ddim { eta: eta.unwrap_or(0.0) },
     };
     let steps = args.steps.unwrap_or(DEFAULT_STEPS.min(schedule.len()));
-    let sampler = Sampler::new(&schedule, method, args.spacing, steps)?;
+    let spacing = args.spacing.unwrap_or(stepping.spacing);
+    let kept = spacing.timesteps_from(stepping.steps_offset, schedule.len(), steps)?;
+    let sampler = Sampler::over(&schedule, method, &kept)?;
+    let sampler = if stepping.clip { sampler } else { sampler.unclipped() };
     let drawing = Drawing { device: &device, unet: &unet, params: &model.params, sampler: &sampler, seed: args.seed };
     let frame_every = steps.div_ceil(GIF_FRAMES);
+    let held = if target == output::Target::Gif { steps.div_ceil(frame_every) } else { 1 };
+    refuse_too_many(args.count, drawing.shape(1).len().saturating_mul(args.count).saturating_mul(held))?;
     let shape = drawing.shape(args.count);
     target.check(&args.out, shape)?;
-    let held = if target == output::Target::Gif { steps.div_ceil(frame_every) } else { 1 };
-    refuse_too_many(args.count, shape.len().saturating_mul(held))?;
-    let labels = labels(c.model.classes, args.class, args.count)?;
+    let class = args.class.as_deref().map(|class| class_called(class, &c.class_names, c.model.classes)).transpose()?;
+    let labels = labels(c.model.classes, class, args.count)?;
+    let together = drawing.shape(args.count.min(drawing.batch()));
+    let needed = memory_of_forward(&device, &unet, &model.params, together)?;
+    let available = available_on(&device)?;
+    if needed > available {
+        let advice = if together.n > 1 { "draw fewer with --count" } else { "this model is too large to draw here" };
+        return Err(Error::Failed(format!(
+            "drawing {} images of {}x{} together takes {:.2} GiB of memory and {:.2} GiB are available: {advice}",
+            together.n,
+            c.model.image_size,
+            c.model.channels,
+            needed as f64 / GIB,
+            available as f64 / GIB
+        )));
+    }
 
     let started = Instant::now();
     let style =

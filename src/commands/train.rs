@@ -1,7 +1,7 @@
 //! `ddpm-cuda train`: trains a model, or continues a run.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -11,8 +11,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::{On, choice};
 use crate::config::{Config, Preset};
 use crate::error::{Error, Result};
-use crate::say;
-use crate::train::{Run, Start, Watch};
+use crate::train::{Init, Run, Start, Watch};
+use crate::{say, usage};
 
 /// Arguments of `ddpm-cuda train`.
 #[derive(Debug, clap::Args)]
@@ -23,6 +23,9 @@ pub struct Args {
     /// Images: mnist (built in), .npy, .npz, IDX file or folder, CIFAR-10 binary folder, folder of PNG/JPEG
     #[arg(long, value_name = "mnist|PATH")]
     pub data: Option<String>,
+    /// Start from the weights of this model: a run, a checkpoint, or a model folder of diffusers
+    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER")]
+    pub init: Option<PathBuf>,
     /// Run folder to create [default: runs/PRESET, numbered if it exists]
     #[arg(long, value_name = "RUN")]
     pub out: Option<PathBuf>,
@@ -45,7 +48,7 @@ pub struct Args {
     #[command(flatten)]
     pub on: On,
     /// Continue this run from its newest checkpoint; --steps may extend it
-    #[arg(long, value_name = "RUN", conflicts_with_all = ["preset", "data", "out", "config", "set", "batch", "seed"])]
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["preset", "data", "init", "out", "config", "set", "batch", "seed"])]
     pub resume: Option<PathBuf>,
 }
 
@@ -95,8 +98,36 @@ fn config(args: &Args) -> Result<Config> {
         let absolute = std::path::absolute(&config.data).ok();
         config.data = absolute.and_then(|p| p.into_os_string().into_string().ok()).unwrap_or(config.data);
     }
+    if let Some(model) = args.init.clone().or_else(|| (!config.init.is_empty()).then(|| config.init.clone().into())) {
+        adopt(&model, &mut config, args)?;
+    }
     config.validate()?;
     Ok(config)
+}
+
+/// Makes the network and the process of the model of `--init` those of `config`.
+fn adopt(model: &Path, config: &mut Config, args: &Args) -> Result<()> {
+    let file: toml::Table = match &args.config {
+        None => toml::Table::new(),
+        Some(path) => {
+            let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+            text.parse().map_err(|e: toml::de::Error| Error::file(path, e.message()))?
+        }
+    };
+    let is_set = |key: &str| args.set.iter().any(|set| set.split_once('=').is_some_and(|(k, _)| k.trim() == key));
+    let given = |key: &str| match (&args.config, args.preset) {
+        _ if is_set(key) => Some(format!("--set {key}")),
+        (Some(path), _) if file.contains_key(key) => Some(format!("--config {}", path.display())),
+        (_, Some(preset)) => Some(format!("--preset {preset}")),
+        _ => None,
+    };
+    if args.data.is_none() && given("data").is_none() {
+        usage!("--init {}: say with --data which images to train it on", model.display());
+    }
+    for note in Init::open(model)?.adopt(config, given)? {
+        say!("{note}");
+    }
+    Ok(())
 }
 
 /// A progress bar if standard error is a terminal; other lines go to standard output, above it.

@@ -85,6 +85,26 @@ impl Spacing {
         };
         Ok(kept)
     }
+
+    /// The same with `steps_offset` of diffusers' schedulers, which moves the timesteps of [`Spacing::Leading`] up and
+    /// no others.
+    ///
+    /// # Errors
+    /// Those of [`Spacing::timesteps`], and an offset that moves the last timestep beyond the end.
+    pub fn timesteps_from(self, offset: u32, timesteps: usize, steps: usize) -> Result<Vec<u32>> {
+        let mut kept = self.timesteps(timesteps, steps)?;
+        if self == Spacing::Leading && offset > 0 {
+            let last = u64::from(kept[steps - 1]) + u64::from(offset);
+            if last >= timesteps as u64 {
+                usage!(
+                    "steps_offset = {offset} of the model's scheduler moves the last of {steps} steps to timestep {last}, but the last there is is {}: take fewer steps or --spacing even",
+                    timesteps - 1
+                );
+            }
+            kept.iter_mut().for_each(|t| *t += offset);
+        }
+        Ok(kept)
+    }
 }
 
 /// One step of the reverse process:
@@ -120,13 +140,20 @@ impl Sampler {
     /// # Errors
     /// `Error::Usage` for an `eta` outside [0, 1], and those of [`Spacing::timesteps`].
     pub fn new(schedule: &Schedule, method: Method, spacing: Spacing, steps: usize) -> Result<Self> {
+        Sampler::over(schedule, method, &spacing.timesteps(schedule.len(), steps)?)
+    }
+
+    /// The same over the timesteps `kept`, ascending.
+    ///
+    /// # Errors
+    /// `Error::Usage` for an `eta` outside [0, 1].
+    pub fn over(schedule: &Schedule, method: Method, kept: &[u32]) -> Result<Self> {
         if let Method::Ddim { eta } = method
             && !(0.0..=1.0).contains(&eta)
         {
             usage!("eta is {eta}: must be from 0 to 1");
         }
-        let kept = spacing.timesteps(schedule.len(), steps)?;
-        let chain = schedule.keep(&kept);
+        let chain = schedule.keep(kept);
         let step = |i: usize| {
             let (signal, noise) = chain.q_sample_coefficients(i);
             let (c_x0, c_xt, sigma) = match method {
@@ -137,6 +164,12 @@ impl Sampler {
             Step { t: kept[i], x0_xt: 1.0 / signal, x0_output: -noise / signal, clip: true, c_x0, c_xt, sigma }
         };
         Ok(Sampler { steps: (0..chain.len()).rev().map(step).collect() })
+    }
+
+    /// The same steps without clipping of x_0, for a model whose scheduler asks for that.
+    pub fn unclipped(mut self) -> Self {
+        self.steps.iter_mut().for_each(|step| step.clip = false);
+        self
     }
 
     /// The steps in the order they are taken.

@@ -24,6 +24,9 @@ pub enum Kind {
     Sigmoid,
 }
 
+/// The smallest alpha_bar accepted: predicting x_0 divides by its root, which must stay within f32.
+const SMALLEST_ALPHA_BAR: f64 = 1e-76;
+
 // Also accepts the names of diffusers.
 names!(Kind {
     Linear = "linear",
@@ -55,6 +58,22 @@ impl Kind {
     }
 }
 
+/// Betas that have alpha_bar(t/T), up to a constant factor, as their products, each at most 0.999: two schedules of
+/// diffusers that are named nowhere else.
+pub fn betas_of_diffusers(name: &str, timesteps: usize) -> Option<Vec<f64>> {
+    let alpha_bar: fn(f64) -> f64 = match name {
+        "exp" => |s| (-12.0 * s).exp(),
+        // Half the log-SNR is a Laplace distribution's quantile; the root is diffusers'.
+        "laplace" => |s| {
+            let log_snr = -0.5 * (0.5 - s).signum() * (1.0 - 2.0 * (0.5 - s).abs() + 1e-6).ln();
+            (log_snr.exp() / (1.0 + log_snr.exp())).sqrt()
+        },
+        _ => return None,
+    };
+    let at = |t: usize| alpha_bar(t as f64 / timesteps as f64);
+    Some((0..timesteps).map(|t| (1.0 - at(t + 1) / at(t)).min(0.999)).collect())
+}
+
 /// The variance of p(x_{t-1} | x_t): the two extreme choices of DDPM, section 3.2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Variance {
@@ -75,7 +94,7 @@ pub struct Schedule {
 }
 
 /// The longest chain accepted.
-const MOST_TIMESTEPS: usize = 1_000_000;
+pub const MOST_TIMESTEPS: usize = 1_000_000;
 
 impl Schedule {
     /// A named schedule with [`Kind::default_betas`].
@@ -121,7 +140,7 @@ impl Schedule {
     /// A schedule with the given betas, each in (0, 1).
     ///
     /// # Errors
-    /// `Error::Usage` for a beta or a number of betas out of range, or if the last alpha_bar underflows.
+    /// `Error::Usage` for a beta or a number of betas out of range, or if the last alpha_bar is too small for f32.
     pub fn from_betas(betas: Vec<f64>) -> Result<Self> {
         check_timesteps(betas.len())?;
         for (t, &beta) in betas.iter().enumerate() {
@@ -132,8 +151,14 @@ impl Schedule {
             Some(*alpha_bar)
         };
         let alpha_bar: Vec<f64> = betas.iter().scan(1.0, product).collect();
-        if alpha_bar[betas.len() - 1] < f64::MIN_POSITIVE {
-            usage!("the product of all 1 - beta underflows: there are too many timesteps or too large betas");
+        if alpha_bar[0] >= 1.0 {
+            usage!("beta at timestep 0 is {:e}: so small that nothing is noised there", betas[0]);
+        }
+        let left = alpha_bar[betas.len() - 1];
+        if left < SMALLEST_ALPHA_BAR {
+            usage!(
+                "the product of all 1 - beta underflows: it is {left:e} and must be at least {SMALLEST_ALPHA_BAR:e}, with fewer timesteps or smaller betas"
+            );
         }
         Ok(Schedule { betas, alpha_bar })
     }

@@ -10,6 +10,7 @@
 //! loop, use the [`Trainer`] alone.
 
 mod feed;
+mod init;
 mod log;
 mod run_folder;
 mod trainer;
@@ -21,8 +22,10 @@ use std::time::Instant;
 use serde_json::json;
 
 pub use feed::{Feed, Resident};
+pub use init::Init;
 pub use trainer::{StepReport, Trainer};
 
+use crate::checkpoint;
 use crate::config::Config;
 use crate::data;
 use crate::device::Device;
@@ -58,7 +61,7 @@ impl Watch for () {
 pub enum Start<'a> {
     /// From initial weights, in the folder `out`; without it, in the first free one of runs/PRESET, runs/PRESET-2, ...
     New {
-        /// Its settings.
+        /// Its settings. If `init` names a model, [`Init::adopt`] must have made them fit it.
         config: &'a Config,
         /// Its folder, which must not hold a run yet.
         out: Option<&'a Path>,
@@ -91,9 +94,14 @@ impl Run {
                 (Config { steps: steps.unwrap_or(run.config.steps), ..run.config.clone() }, None, Some(run))
             }
         };
+        let init = match &resumed {
+            None if !config.init.is_empty() => Some(Init::open(Path::new(&config.init))?),
+            _ => None,
+        };
         let data = data::load(&mut config)?;
+        let settled = init.as_ref().map(|init| init.settle(&mut config)).transpose()?;
         config.validate()?;
-        for note in &data.notes {
+        for note in data.notes.iter().chain(settled.iter().flatten()) {
             watch.say(note);
         }
         announce(&config, &data, device, watch)?;
@@ -101,9 +109,20 @@ impl Run {
         let folder = match resumed {
             Some(run) => {
                 run.restore(&mut trainer, watch)?;
+                if !config.init.is_empty() && checkpoint::newest(&run.path)?.is_none() {
+                    Init::open(Path::new(&config.init))?.begin(&mut trainer)?;
+                }
                 run
             }
-            None => RunFolder::create(out, &config, watch)?,
+            None => {
+                init.as_ref().map_or(Ok(()), |init| init.begin(&mut trainer))?;
+                let folder = RunFolder::create(out, &config, watch)?;
+                if init.is_some() {
+                    // From now on the run does not need the model.
+                    folder.save(&trainer)?;
+                }
+                folder
+            }
         };
         Ok(Run { trainer, folder })
     }

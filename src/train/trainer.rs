@@ -79,7 +79,7 @@ impl Trainer {
         let params = Params::init(device, specs.clone(), config.seed)?;
         let ema = Params::from_host(device, specs.clone(), &params.host()?)?;
         let flat = Shape::vector(specs.flat_len());
-        let schedule = Schedule::new(config.diffusion.schedule, config.diffusion.timesteps)?;
+        let schedule = config.diffusion.noise_schedule()?;
         let [train, held_out] = resident(config, &unet, &specs, &data, device)?;
         Ok(Trainer {
             device: device.clone(),
@@ -117,6 +117,23 @@ impl Trainer {
             m: &mut self.m,
             v: &mut self.v,
         }
+    }
+
+    /// Begins with the weights `given`, which are also the first moving average. A parameter that they lack begins at
+    /// zero.
+    ///
+    /// # Errors
+    /// A GPU error.
+    pub(super) fn begin_with(&mut self, given: &Params) -> Result<()> {
+        let (specs, values) = (self.params.specs(), given.host()?);
+        let mut flat = vec![0.0; specs.flat_len()];
+        for (p, spec) in specs.iter() {
+            if let Some((theirs, _)) = given.specs().iter().find(|(_, theirs)| theirs.name == spec.name) {
+                flat[specs.range(p)].copy_from_slice(&values[given.specs().range(theirs)]);
+            }
+        }
+        self.params.write(&flat)?;
+        self.ema.write(&flat)
     }
 
     /// Steps done; on a GPU, steps launched.

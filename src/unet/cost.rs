@@ -38,7 +38,13 @@ impl Cost {
     /// weight.
     fn affine(&mut self, specs: &Specs, affine: &Affine, outputs: usize) {
         self.params += len(specs, affine.weight) + len(specs, affine.bias);
-        self.flops += 2 * (outputs * len(specs, affine.weight)) as u64;
+        self.add_flops(&[2, outputs, len(specs, affine.weight)]);
+    }
+
+    /// Adds a product. A configuration may describe a network that is too large for any machine.
+    fn add_flops(&mut self, factors: &[usize]) {
+        let flops = factors.iter().fold(1u64, |product, &factor| product.saturating_mul(factor as u64));
+        self.flops = self.flops.saturating_add(flops);
     }
 }
 
@@ -69,7 +75,7 @@ impl Attention {
             cost.affine(specs, affine, pixels);
         }
         let c = len(specs, self.group_norm.gamma);
-        cost.flops += 2 * 2 * (pixels * pixels * c) as u64;
+        cost.add_flops(&[2, 2, pixels, pixels, c]);
         cost
     }
 }

@@ -1,0 +1,155 @@
+//! A run that starts from the weights of a given model (fine-tuning): the model's network and process become the run's,
+//! weights and moving average begin as the model's, at step 0 and with Adam's moments at zero.
+//!
+//! The network is fully convolutional, so the images may have another size than the model's; its levels keep their
+//! attention. An unconditional model may be given classes: their embedding begins at zero, so that the network begins
+//! as the model. Random rows, as of a new network, would disturb every block from the first step on.
+
+use std::path::{Path, PathBuf};
+
+use super::Trainer;
+use crate::checkpoint::{self, Description};
+use crate::config::{Config, Diffusion, Model, Size};
+use crate::error::Result;
+use crate::usage;
+
+/// The largest learning rate that is a default of such a run: the weights are trained already.
+pub const LARGEST_LEARNING_RATE: f64 = 1e-4;
+
+/// Settings that the weights fix.
+const FIXED: [&str; 15] = [
+    "channels",
+    "widths",
+    "blocks_per_level",
+    "attention_resolutions",
+    "head_dim",
+    "groups",
+    "norm_eps",
+    "classes",
+    "downsample_padding",
+    "freq_shift",
+    "flip_sin_to_cos",
+    "schedule",
+    "timesteps",
+    "beta_start",
+    "beta_end",
+];
+
+/// A model to start from.
+pub struct Init {
+    path: PathBuf,
+    model: Description,
+}
+
+impl Init {
+    /// Reads the configuration of the model at `path`, which may be anything that [`checkpoint::load`] opens.
+    ///
+    /// # Errors
+    /// Those of [`checkpoint::describe`].
+    pub fn open(path: &Path) -> Result<Self> {
+        Ok(Init { path: std::path::absolute(path).unwrap_or(path.into()), model: checkpoint::describe(path)? })
+    }
+
+    /// Makes the model's network and process those of `config`, and notes the model there. `given` says where a
+    /// setting was given on purpose, such as `--set widths`; of these, image size, dropout, variance and the classes of
+    /// an unconditional model are kept. Returns sentences for the user.
+    ///
+    /// # Errors
+    /// `Error::Usage` for a setting that was given and contradicts the model.
+    pub fn adopt(&self, config: &mut Config, given: impl Fn(&str) -> Option<String>) -> Result<Vec<String>> {
+        let (own, theirs) = (config.clone(), &self.model.config);
+        let is_given = |key: &str| given(key).is_some();
+        let mut model = theirs.model.clone();
+        if is_given("image_size") {
+            model.image_size = own.model.image_size;
+        }
+        if is_given("dropout") {
+            model.dropout = own.model.dropout;
+        }
+        if model.classes == 0 && is_given("classes") {
+            model.classes = own.model.classes;
+        }
+        if model.image_size != Size::DATA {
+            self.keep_attention(&mut model);
+        }
+        let variance = if is_given("variance") { own.diffusion.variance } else { theirs.diffusion.variance };
+        config.model = model;
+        config.diffusion = Diffusion { variance, ..theirs.diffusion.clone() };
+        config.class_names.clone_from(&theirs.class_names);
+        config.init = self.path.to_string_lossy().into_owned();
+
+        let betas = &theirs.diffusion.trained_betas;
+        if own.diffusion.trained_betas != *betas {
+            let named = ["trained_betas", "schedule", "beta_start", "beta_end"].into_iter().find(|key| is_given(key));
+            if let Some(key) = named.filter(|_| !betas.is_empty() || is_given("trained_betas")) {
+                let whence = given(key).unwrap_or_default();
+                usage!("{whence}: the model of --init has other betas, one by one; leave {key} out to take them");
+            }
+        }
+        for ((key, asked), (_, has)) in own.entries().zip(config.entries()) {
+            let open = key == "channels" && own.model.channels == 0;
+            if let Some(whence) = given(key).filter(|_| FIXED.contains(&key) && !open && asked != has) {
+                usage!("{whence}: {key} = {asked}, but the model of --init has {has}; leave it out to take the model's");
+            }
+        }
+        let mut notes = self.model.notes.clone();
+        if !is_given("learning_rate") && config.learning_rate > LARGEST_LEARNING_RATE {
+            config.learning_rate = LARGEST_LEARNING_RATE;
+            notes.push(format!("learning_rate = {LARGEST_LEARNING_RATE}, since the weights are trained already"));
+        }
+        Ok(notes)
+    }
+
+    /// Names the levels with attention by the sides that they have in images of the size of `model`.
+    fn keep_attention(&self, model: &mut Model) {
+        let theirs = &self.model.config.model;
+        let levels = (0..theirs.levels()).filter(|&level| theirs.attention_at(level));
+        model.attention_resolutions = levels.map(|level| model.size_at(level).longer()).collect();
+    }
+
+    /// Settles what depends on the data, once they are known, and compares the settings with the model. Returns
+    /// sentences for the user.
+    ///
+    /// # Errors
+    /// `Error::Usage` for settings that are not those of the model.
+    pub(super) fn settle(&self, config: &mut Config) -> Result<Vec<String>> {
+        let theirs = &self.model.config;
+        self.keep_attention(&mut config.model);
+        let mut expected = config.clone();
+        let Model { image_size, dropout, classes, .. } = config.model;
+        expected.model = Model { image_size, dropout, ..theirs.model.clone() };
+        if theirs.model.classes == 0 {
+            expected.model.classes = classes;
+        }
+        self.keep_attention(&mut expected.model);
+        expected.diffusion = Diffusion { variance: config.diffusion.variance, ..theirs.diffusion.clone() };
+        for ((key, is), (_, wanted)) in config.entries().zip(expected.entries()) {
+            if is != wanted {
+                usage!("{key} = {is}, but the model of --init has {wanted}");
+            }
+        }
+        if config.diffusion != expected.diffusion {
+            usage!("the betas of this run are not those of the model of --init");
+        }
+        let mut notes = vec![format!("starts from the weights of {}", self.path.display())];
+        if image_size != theirs.model.image_size {
+            notes.push(format!(
+                "images of {image_size} where the model has {}: the network is fully convolutional, and its levels keep their attention",
+                theirs.model.image_size
+            ));
+        }
+        if classes != theirs.model.classes {
+            notes.push(format!("the model has no classes: the embedding of {classes} is new and begins at zero"));
+        }
+        Ok(notes)
+    }
+
+    /// Gives the model's weights to a trainer at step 0.
+    ///
+    /// # Errors
+    /// Those of [`checkpoint::load`].
+    pub(super) fn begin(&self, trainer: &mut Trainer) -> Result<()> {
+        let given = checkpoint::load(trainer.device(), &self.path)?.params;
+        trainer.begin_with(&given)
+    }
+}
