@@ -60,6 +60,24 @@ impl Size {
     }
 }
 
+/// The colour behind transparent images, red, green and blue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Background(pub [u8; 3]);
+
+impl Background {
+    const NAMES: [(&str, Background); 4] = [
+        ("white", Background([255; 3])),
+        ("black", Background([0; 3])),
+        ("grey", Background([128; 3])),
+        ("gray", Background([128; 3])),
+    ];
+
+    /// True if it is no colour, so that grey images over it stay grey.
+    pub fn is_grey(self) -> bool {
+        self.0 == [self.0[0]; 3]
+    }
+}
+
 /// The network.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Model {
@@ -123,6 +141,8 @@ pub struct Config {
     pub data: String,
     /// Fraction of the images held out where the data has no test set of its own, in [0, 0.5].
     pub held_out: f64,
+    /// The colour that images with transparency are laid over.
+    pub background: Background,
     /// The network.
     pub model: Model,
     /// The diffusion process.
@@ -188,6 +208,7 @@ settings! {
     "data" => data, "mnist (built in), .npy, .npz, IDX file or folder, CIFAR-10 binary folder, folder of PNG/JPEG";
     "init" => init, "model whose weights the run starts from, set by --init; empty: random weights";
     "held_out" => held_out, "share of the images kept for validation where the data has no test set of its own";
+    "background" => background, "what transparent images are laid over: white, black, grey or #rrggbb";
     "image_size" => model.image_size, "rows x columns; images of another size are cropped and resized; 0: as the data is";
     "channels" => model.channels, "1 grey, 3 colour; 0: as the data is";
     "widths" => model.widths, "channels of each level, finest first";
@@ -272,6 +293,12 @@ impl Config {
     fn read_over(path: &Path, preset: Option<Preset>) -> Result<Self> {
         let text = std::fs::read_to_string(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
         Config::from_toml(&text, preset).map_err(|e| Error::file(path, e))
+    }
+
+    /// Whether a text is a `config.toml` of this program, of any version of it: a few settings are enough.
+    pub fn is_of_run(text: &str) -> bool {
+        let table = text.parse::<toml::Table>();
+        table.is_ok_and(|table| ["image_size", "widths", "timesteps"].iter().all(|key| table.contains_key(*key)))
     }
 
     /// Settings from the text of a `config.toml`; a given `preset` replaces the text's own.
@@ -591,6 +618,7 @@ fn cifar10() -> Config {
         class_names: Vec::new(),
         data: String::new(),
         held_out: 0.05,
+        background: Background([255; 3]),
         model: Model {
             image_size: Size::square(32),
             channels: 3,
@@ -808,6 +836,31 @@ impl Value for Size {
             Size { h, w } if h == w => h.write(),
             size => toml::Value::String(size.to_string()),
         }
+    }
+}
+
+impl Value for Background {
+    fn read(text: &str) -> std::result::Result<Self, String> {
+        let lower = text.to_ascii_lowercase();
+        if let Some((_, named)) = Background::NAMES.iter().find(|(name, _)| *name == lower) {
+            return Ok(*named);
+        }
+        let digits = lower.strip_prefix('#').filter(|d| d.len() == 6 && d.bytes().all(|b| b.is_ascii_hexdigit()));
+        let number = digits.and_then(|d| u32::from_str_radix(d, 16).ok());
+        let [_, rgb @ ..] = number.ok_or("white, black, grey or #rrggbb is expected, as in #ff8000")?.to_be_bytes();
+        Ok(Background(rgb))
+    }
+
+    fn write(&self) -> toml::Value {
+        let name = Background::NAMES.iter().find(|(_, named)| named == self);
+        let [r, g, b] = self.0;
+        toml::Value::String(name.map_or(format!("#{r:02x}{g:02x}{b:02x}"), |(name, _)| name.to_string()))
+    }
+}
+
+impl fmt::Display for Background {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.write().as_str().expect("it is written as text"))
     }
 }
 

@@ -3,7 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Found, Part, PixelOrder, contents, extent_of};
+use super::{Found, Labels, NoLabels, Part, PixelOrder, contents, extent_of};
+use crate::config::Size;
 use crate::error::{Error, Result};
 
 /// True if the bytes begin like an IDX file.
@@ -38,7 +39,8 @@ fn parse(bytes: &[u8]) -> std::result::Result<(Vec<usize>, &[u8]), String> {
 }
 
 /// Images from one file, with labels from the file beside it whose name has `labels` for `images`, if there is one.
-pub fn read_file(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<Part> {
+/// Those of EMNIST, told by their name, are stored with rows and columns exchanged and are turned upright.
+pub fn read_file(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<Found> {
     let (shape, body) = parse(bytes).map_err(|e| Error::file(path, e))?;
     if shape.len() < 3 {
         return Err(Error::file(
@@ -46,16 +48,32 @@ pub fn read_file(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<P
             format!("has {} dimensions; images have three (count, rows, columns), so these may be labels", shape.len()),
         ));
     }
-    let (extent, order) = extent_of(&shape, channels).map_err(|e| Error::file(path, e))?;
-    let images = match order {
+    let (mut extent, order) = extent_of(&shape, channels).map_err(|e| Error::file(path, e))?;
+    let mut images = match order {
         PixelOrder::Last => body.to_vec(),
         PixelOrder::First => crate::layout::to_channels_last(body, extent.channels, extent.size.h * extent.size.w),
     };
     let labels = match labels_beside(path) {
-        None => None,
-        Some(file) => Some(read_labels(&file, shape[0])?),
+        None => {
+            let name = path.file_name().unwrap_or_default().to_string_lossy().replace("images-idx3", "labels-idx1");
+            Err(NoLabels::new(path, format!("has no file of labels beside it, such as {name}")))
+        }
+        Some(file) => read_labels(&file, shape[0]),
     };
-    Part::new(path, extent, images, labels)
+    let mut notes = Vec::new();
+    if is_emnist(path) && shape.len() == 3 {
+        // A transposition is the change from planes to channels of an image whose rows are the planes.
+        let Size { h, w } = extent.size;
+        let turned = images.chunks_exact(h.max(1) * w.max(1)).map(|image| crate::layout::to_channels_last(image, h, w));
+        images = turned.collect::<Vec<_>>().concat();
+        extent.size = Size { h: w, w: h };
+        notes.push(format!("{}: EMNIST stores its images transposed; they are turned upright", path.display()));
+    }
+    Ok(Found { train: Part::new(path, extent, images, labels)?, held_out: None, names: Vec::new(), notes })
+}
+
+fn is_emnist(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().to_ascii_lowercase().starts_with("emnist-"))
 }
 
 /// `train-images-idx3-ubyte.gz` -> `train-labels-idx1-ubyte`, with or without `.gz`, if it exists.
@@ -70,29 +88,50 @@ fn labels_beside(path: &Path) -> Option<PathBuf> {
     files.into_iter().find(|f| f.is_file())
 }
 
-fn read_labels(path: &Path, images: usize) -> Result<Vec<u32>> {
-    let bytes = contents(path)?;
-    let (shape, body) = parse(&bytes).map_err(|e| Error::file(path, e))?;
+fn read_labels(path: &Path, images: usize) -> Labels {
+    let none = |why: String| NoLabels { path: path.to_path_buf(), why };
+    let bytes = contents(path).map_err(|e| match e {
+        Error::File { what, .. } => none(what),
+        other => none(other.to_string()),
+    })?;
+    let (shape, body) = parse(&bytes).map_err(none)?;
     if shape != [images] {
-        let what = format!("holds {} labels for {images} images", super::npy::extent(&shape));
-        return Err(Error::file(path, what));
+        return Err(none(format!("holds {} labels for {images} images", super::npy::extent(&shape))));
     }
     Ok(body.iter().map(|&b| u32::from(b)).collect())
 }
 
 /// The image files of a folder by their usual names: `train-images*` and, for the held-out set, `t10k-images*` or
-/// `test-images*`. `None` without `train-images*`.
-pub fn read_folder(files: &[PathBuf], channels: Option<usize>) -> Result<Option<Found>> {
-    let starting = |starts: &[&str]| {
-        let named = |f: &&PathBuf| {
-            f.file_name().is_some_and(|n| starts.iter().any(|s| n.as_encoded_bytes().starts_with(s.as_bytes())))
-        };
-        files.iter().find(named)
+/// `test-images*`, or EMNIST's `emnist-letters-train-images*` and `emnist-letters-test-images*`. `None` without them.
+pub fn read_folder(folder: &Path, files: &[PathBuf], channels: Option<usize>) -> Result<Option<Found>> {
+    let name = |f: &PathBuf| f.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let starting = |starts: &[&str]| files.iter().find(|f| starts.iter().any(|start| name(f).starts_with(start)));
+    let (train, held_out) = match starting(&["train-images"]) {
+        Some(train) => (train, starting(&["t10k-images", "test-images"])),
+        None => {
+            let stem = |f: &PathBuf| Some(name(f).split_once("-train-images-idx3")?.0.to_string());
+            let mut stems: Vec<String> = files.iter().filter_map(stem).collect();
+            stems.dedup();
+            match &stems[..] {
+                [] => return Ok(None),
+                [stem] => {
+                    let file = |part: &str| starting(&[&format!("{stem}-{part}-images-idx3")]);
+                    (file("train").expect("it has this stem"), file("test"))
+                }
+                _ => {
+                    let what = format!(
+                        "holds several sets, {}; give the file of the images of one, such as {}-train-images-idx3-ubyte",
+                        super::shortened(&stems),
+                        stems[0]
+                    );
+                    return Err(Error::file(folder, what));
+                }
+            }
+        }
     };
-    let Some(train) = starting(&["train-images"]) else { return Ok(None) };
-    let held_out = match starting(&["t10k-images", "test-images"]) {
-        None => None,
-        Some(file) => Some(read_file(file, &contents(file)?, channels)?),
-    };
-    Ok(Some(Found { train: read_file(train, &contents(train)?, channels)?, held_out, notes: Vec::new() }))
+    let mut found = read_file(train, &contents(train)?, channels)?;
+    if let Some(file) = held_out {
+        found.held_out = Some(read_file(file, &contents(file)?, channels)?.train);
+    }
+    Ok(Some(found))
 }

@@ -1,7 +1,10 @@
 //! Data sets: reading images, splitting off held-out ones, and the order in which training sees them.
 //!
 //! [`load`] reads any source into memory as unsigned bytes, channels last: `mnist` (built in), .npy and .npz, IDX
-//! files, CIFAR-10's binary version, folders of PNG and JPEG. The content of a file decides its format, not its name.
+//! files, CIFAR's binary version, folders of PNG and JPEG. The content of a file decides its format, not its name.
+//! [`Source`] does it in two steps, so that a recipe can be made from what a source holds before its images are decoded.
+//! Labels that are not asked for stop nothing, whatever is wrong with them.
+//!
 //! Which images are held out depends only on their number, and the training order is a pure function of (seed, step),
 //! so a resumed or repeated run sees the same images.
 //!
@@ -11,24 +14,30 @@ mod cifar;
 mod fit;
 mod folder;
 mod idx;
+mod jpeg;
 pub mod npy;
+mod order;
+mod picture;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io::Read;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rand::seq::SliceRandom;
 use rayon::prelude::*;
+use twox_hash::XxHash3_128;
+
+pub use order::Order;
 
 use crate::config::{Config, Size};
 use crate::error::{Error, Result};
 use crate::images::Images;
-use crate::rng::{Purpose, Stream, philox};
+use crate::rng::philox;
 use crate::tensor::Shape;
+use crate::text::GIB;
 use crate::usage;
+use folder::Folder;
 
 /// Rows, columns and channels of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,8 +83,35 @@ pub struct Data {
     pub train: Dataset,
     /// Images kept out of training; may be empty.
     pub held_out: Dataset,
+    /// Names of the classes by number, where the source has none the numbers themselves; empty without labels.
+    pub classes: Vec<String>,
     /// One sentence for the user about each thing done to the images (cropped, converted, left out).
     pub notes: Vec<String>,
+}
+
+impl Data {
+    /// A hash of everything that training and validation see: size and channels, the images of both sets in their
+    /// order, and their labels. 32 hexadecimal digits, those of XXH3-128.
+    ///
+    /// Stable: the same data have the same fingerprint on every machine and in every version, since checkpoints keep
+    /// it. The hash is over, for the training set and then the held-out set, as little-endian u64: rows, columns,
+    /// channels, number of images, and 1 if there are labels, else 0; the bytes of each image; each label as u32.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = XxHash3_128::new();
+        for set in [&self.train, &self.held_out] {
+            let Extent { size: Size { h, w }, channels } = set.extent;
+            for number in [h, w, channels, set.len(), usize::from(set.labels.is_some())] {
+                hash.write(&(number as u64).to_le_bytes());
+            }
+            for index in 0..set.len() {
+                hash.write(set.image(index));
+            }
+            for label in set.labels.iter().flatten() {
+                hash.write(&label.to_le_bytes());
+            }
+        }
+        format!("{:032x}", hash.finish_128())
+    }
 }
 
 impl Dataset {
@@ -154,30 +190,89 @@ impl Rows {
     }
 }
 
-/// Reads `config.data`. If the config leaves the image size or the channels open, they are set to those of the data;
-/// otherwise images of another size are cropped and resized and other channels converted, which [`Data::notes`]
-/// reports.
+/// What a source holds, found without decoding its images.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Survey {
+    /// Images, those of its own test set among them.
+    pub images: usize,
+    /// How many images have each size: (rows, columns) as a viewer shows them.
+    pub sizes: BTreeMap<(usize, usize), usize>,
+    /// Channels: of image files 1 if all are grey and 3 if one is in colour, of arrays their own number.
+    pub channels: usize,
+    /// Names of the classes by number, as in [`Data::classes`].
+    pub classes: Vec<String>,
+    /// True if it brings a test or validation set of its own, which is held out whole.
+    pub held_out: bool,
+}
+
+/// A source that has been opened: looked through, but of image files only the headers read.
+pub struct Source {
+    survey: Survey,
+    content: Content,
+}
+
+enum Content {
+    Arrays(Found),
+    Folder(Folder),
+}
+
+impl Source {
+    /// Opens `config.data`. Of the other settings it needs `channels`, by which it tells the layout of an array, and
+    /// `background`.
+    ///
+    /// # Errors
+    /// `Error::Usage` if no data is given; `Error::File` for data that is missing or damaged.
+    pub fn open(config: &Config) -> Result<Source> {
+        let content = open(config)?;
+        let survey = match &content {
+            Content::Arrays(found) => found.survey(),
+            Content::Folder(folder) => folder.survey(),
+        };
+        Ok(Source { survey, content })
+    }
+
+    /// What it holds.
+    pub fn survey(&self) -> &Survey {
+        &self.survey
+    }
+
+    /// Reads the images. If the config leaves the image size or the channels open, they are set to those of the data;
+    /// otherwise images of another size are cropped and resized and other channels converted, which [`Data::notes`]
+    /// reports.
+    ///
+    /// # Errors
+    /// `Error::File` for data that is damaged or does not fit the settings.
+    pub fn load(self, config: &mut Config) -> Result<Data> {
+        let target = Target::of(config);
+        let Found { mut train, mut held_out, names, mut notes } = match self.content {
+            Content::Arrays(found) => found,
+            Content::Folder(folder) => folder.load(target, config.model.classes)?,
+        };
+        let to = target.over(train.extent);
+        for part in std::iter::once(&mut train).chain(&mut held_out) {
+            notes.extend(part.fit(to)?);
+        }
+        (config.model.image_size, config.model.channels) = (to.size, to.channels);
+        let classes = config.model.classes;
+        for part in std::iter::once(&train).chain(&held_out) {
+            part.check_classes(classes)?;
+        }
+        notes.extend(train.empty_classes_note(classes, &names));
+        let names = class_names(names, std::iter::once(&train).chain(&held_out).map(|part| &part.labels));
+        let (train, held_out) = match held_out {
+            Some(held_out) => (train.into_dataset(), held_out.into_dataset()),
+            None => train.split(config.held_out)?,
+        };
+        Ok(Data { train, held_out, classes: names, notes })
+    }
+}
+
+/// [`Source::open`], then [`Source::load`].
 ///
 /// # Errors
-/// `Error::Usage` if no data is given; `Error::File` for data that is missing, damaged or does not fit the settings.
+/// Those of both.
 pub fn load(config: &mut Config) -> Result<Data> {
-    let (size, channels) = (config.model.image_size, config.model.channels);
-    let target = Target { size: (size != Size::DATA).then_some(size), channels: (channels > 0).then_some(channels) };
-    let Found { mut train, mut held_out, mut notes } = read(&config.data, target)?;
-
-    let to = target.over(train.extent);
-    for part in std::iter::once(&mut train).chain(&mut held_out) {
-        notes.extend(part.fit(to)?);
-    }
-    (config.model.image_size, config.model.channels) = (to.size, to.channels);
-    for part in std::iter::once(&train).chain(&held_out) {
-        part.check_classes(config.model.classes)?;
-    }
-    let (train, held_out) = match held_out {
-        Some(held_out) => (train.into_dataset(), held_out.into_dataset()),
-        None => train.split(config.held_out)?,
-    };
-    Ok(Data { train, held_out, notes })
+    Source::open(config)?.load(config)
 }
 
 /// The requested size and channels; `None`: those of the data.
@@ -188,17 +283,60 @@ struct Target {
 }
 
 impl Target {
+    fn of(config: &Config) -> Target {
+        let (size, channels) = (config.model.image_size, config.model.channels);
+        Target { size: (size != Size::DATA).then_some(size), channels: (channels > 0).then_some(channels) }
+    }
+
     fn over(self, own: Extent) -> Extent {
         Extent { size: self.size.unwrap_or(own.size), channels: self.channels.unwrap_or(own.channels) }
     }
 }
 
-/// What a source holds.
+/// What a source holds, its images read.
 struct Found {
     train: Part,
     /// The test set of the source, if it has one.
     held_out: Option<Part>,
+    /// Names of the classes by number, if the source has names.
+    names: Vec<String>,
     notes: Vec<String>,
+}
+
+impl Found {
+    fn survey(&self) -> Survey {
+        let mut sizes = BTreeMap::new();
+        for part in self.parts() {
+            *sizes.entry((part.extent.size.h, part.extent.size.w)).or_default() += part.len();
+        }
+        Survey {
+            images: self.parts().map(Part::len).sum(),
+            sizes,
+            channels: self.train.extent.channels,
+            classes: class_names(self.names.clone(), self.parts().map(|part| &part.labels)),
+            held_out: self.held_out.is_some(),
+        }
+    }
+
+    fn parts(&self) -> impl Iterator<Item = &Part> {
+        std::iter::once(&self.train).chain(&self.held_out)
+    }
+}
+
+/// `names`, and where labels go beyond them the numbers. Empty if the training images have no usable labels, or labels
+/// so high that they are hardly classes.
+fn class_names<'a>(names: Vec<String>, labels: impl Iterator<Item = &'a Labels>) -> Vec<String> {
+    const MOST: usize = 65_536;
+    let mut count = names.len();
+    for labels in labels {
+        let Ok(labels) = labels else { return Vec::new() };
+        count = count.max(labels.iter().max().map_or(0, |&l| l as usize + 1));
+    }
+    if count > MOST {
+        return Vec::new();
+    }
+    let numbers = (names.len()..count).map(|k| k.to_string());
+    names.into_iter().chain(numbers).collect()
 }
 
 /// Images of one size, not yet a [`Dataset`], with the file that errors name.
@@ -206,11 +344,27 @@ struct Part {
     source: PathBuf,
     extent: Extent,
     images: Vec<u8>,
-    labels: Option<Vec<u32>>,
+    labels: Labels,
+}
+
+/// The class of each image, or why there is none: the start of a sentence, said only if classes are asked for.
+type Labels = std::result::Result<Vec<u32>, NoLabels>;
+
+/// A file or folder, and what it lacks.
+#[derive(Clone)]
+struct NoLabels {
+    path: PathBuf,
+    why: String,
+}
+
+impl NoLabels {
+    fn new(path: &Path, why: impl fmt::Display) -> NoLabels {
+        NoLabels { path: path.to_path_buf(), why: why.to_string() }
+    }
 }
 
 impl Part {
-    fn new(source: &Path, extent: Extent, images: Vec<u8>, labels: Option<Vec<u32>>) -> Result<Part> {
+    fn new(source: &Path, extent: Extent, images: Vec<u8>, labels: Labels) -> Result<Part> {
         if extent.is_empty() || images.is_empty() {
             return Err(Error::file(source, "holds no images"));
         }
@@ -241,30 +395,50 @@ impl Part {
     }
 
     fn check_classes(&self, classes: usize) -> Result<()> {
-        let Some(labels) = &self.labels else {
-            if classes == 0 {
-                return Ok(());
-            }
-            return Err(Error::file(
-                &self.source,
-                format!("has no labels, which classes = {classes} needs; use classes = 0"),
-            ));
-        };
-        match labels.iter().enumerate().find(|&(_, &l)| classes > 0 && l as usize >= classes) {
+        if classes == 0 {
+            return Ok(());
+        }
+        let labels = self.labels.as_ref().map_err(|none| {
+            let what =
+                format!("{}; classes = {classes} needs a class for each image, classes = 0 needs none", none.why);
+            Error::file(&none.path, what)
+        })?;
+        match labels.iter().enumerate().find(|&(_, &l)| l as usize >= classes) {
             None => Ok(()),
             Some((index, label)) => {
                 let what = format!(
                     "has label {label} at image {index}, but classes = {classes} allows 0 to {}; use --set classes={} or more",
                     classes - 1,
-                    labels.iter().max().map_or(0, |&l| l as usize + 1)
+                    labels.iter().max().map_or(0, |&l| u64::from(l) + 1)
                 );
                 Err(Error::file(&self.source, what))
             }
         }
     }
 
+    /// A note about classes that no training image has.
+    fn empty_classes_note(&self, classes: usize, names: &[String]) -> Option<String> {
+        let used: BTreeSet<u32> = self.labels.iter().flatten().copied().collect();
+        if classes <= used.len() {
+            return None;
+        }
+        let named = |k: u32| names.get(k as usize).map_or(k.to_string(), |name| format!("{k} {name}"));
+        if classes - used.len() < used.len() {
+            let empty: Vec<String> = (0..classes as u32).filter(|k| !used.contains(k)).map(named).collect();
+            let have = if empty.len() == 1 { "has" } else { "have" };
+            return Some(format!(
+                "classes = {classes}, but {} {have} no images to train on: {}",
+                empty.len(),
+                shortened(&empty)
+            ));
+        }
+        let have = if used.len() == 1 { "has" } else { "have" };
+        let used: Vec<String> = used.into_iter().map(named).collect();
+        Some(format!("classes = {classes}, but only {} {have} images: {}", used.len(), shortened(&used)))
+    }
+
     fn into_dataset(self) -> Dataset {
-        Dataset::new(self.extent, self.images, self.labels)
+        Dataset::new(self.extent, self.images, self.labels.ok())
     }
 
     /// Training and held-out images. Held out are the `share * n` images (rounded, at least one unless the share is 0)
@@ -289,7 +463,7 @@ impl Part {
         train.sort_unstable();
         let images = Arc::new(self.images);
         let pick = |rows: Vec<u32>| {
-            let labels = self.labels.as_ref().map(|l| rows.iter().map(|&i| l[i as usize]).collect());
+            let labels = self.labels.as_ref().ok().map(|l| rows.iter().map(|&i| l[i as usize]).collect());
             Dataset { extent: self.extent, images: images.clone(), rows, labels }
         };
         Ok((pick(train), pick(held_out)))
@@ -326,62 +500,85 @@ fn shortened(items: &[String]) -> String {
     }
 }
 
-fn read(source: &str, target: Target) -> Result<Found> {
+fn open(config: &Config) -> Result<Content> {
+    let (source, channels) = (&config.data, Target::of(config).channels);
     if source.is_empty() {
         usage!("no data is given; use --data mnist (built in) or --data PATH");
     }
     let path = Path::new(source);
     if source == "mnist" {
         #[cfg(feature = "mnist")]
-        return read_npz(path, include_bytes!("mnist-10k.npz"), target.channels);
+        return read_npz(path, include_bytes!("mnist-10k.npz"), channels).map(Content::Arrays);
         #[cfg(not(feature = "mnist"))]
         usage!("the digits of data = mnist are not in this build: build it with the feature mnist, or use --data PATH");
     }
     let kind = std::fs::metadata(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
-    if !kind.is_dir() && !kind.is_file() {
+    if kind.is_dir() {
+        return match read_binary_set(path, channels)? {
+            Some(found) => Ok(Content::Arrays(found)),
+            None => Folder::open(path, config.background).map(Content::Folder),
+        };
+    }
+    if !kind.is_file() {
         return Err(Error::file(path, "is neither a file nor a folder"));
     }
-    if kind.is_dir() { read_folder(path, target) } else { read_one(path, target) }
+    read_one(path, channels).map(Content::Arrays)
 }
 
-fn read_folder(path: &Path, target: Target) -> Result<Found> {
+/// A folder of the binary files of CIFAR or the MNIST family; `None` if it is neither.
+fn read_binary_set(path: &Path, channels: Option<usize>) -> Result<Option<Found>> {
     let unreadable = |e: std::io::Error| Error::file(path, format!("cannot be read: {e}"));
     let entries = std::fs::read_dir(path).map_err(unreadable)?.collect::<std::io::Result<Vec<_>>>();
     let mut files: Vec<PathBuf> =
         entries.map_err(unreadable)?.into_iter().map(|e| e.path()).filter(|p| p.is_file()).collect();
     files.sort();
     if let Some(found) = cifar::read_folder(path, &files)? {
-        return Ok(found);
+        return Ok(Some(found));
     }
-    if let Some(found) = idx::read_folder(&files, target.channels)? {
-        return Ok(found);
-    }
-    folder::read(path, target)
+    idx::read_folder(path, &files, channels)
 }
 
-fn read_one(path: &Path, target: Target) -> Result<Found> {
+fn read_one(path: &Path, channels: Option<usize>) -> Result<Found> {
     let bytes = contents(path)?;
     if bytes.is_empty() {
         return Err(Error::file(path, "is empty"));
     }
     if bytes.starts_with(b"PK") {
-        return read_npz(path, &bytes, target.channels);
+        return read_npz(path, &bytes, channels);
     }
-    let train = if bytes.starts_with(b"\x93NUMPY") {
+    if bytes.starts_with(b"\x93NUMPY") {
         let array = npy::Array::parse("the file", &bytes).map_err(|e| Error::file(path, e))?;
-        from_arrays(path, array, None, target.channels)?
-    } else if idx::is_idx(&bytes) {
-        idx::read_file(path, &bytes, target.channels)?
-    } else {
-        return Err(Error::file(
-            path,
-            "is none of .npy, .npz and IDX; give one of those, a CIFAR-10 binary folder or a folder of PNG/JPEG files",
-        ));
-    };
-    Ok(Found { train, held_out: None, notes: Vec::new() })
+        let labels = Err(NoLabels::new(path, "is a .npy file, which has no labels; put both into a .npz"));
+        let train = from_array(path, array, labels, channels)?;
+        let notes = four_channels_note(&train).into_iter().collect();
+        return Ok(Found { train, held_out: None, names: Vec::new(), notes });
+    }
+    if idx::is_idx(&bytes) {
+        return idx::read_file(path, &bytes, channels);
+    }
+    Err(Error::file(path, foreign(path, &bytes)))
 }
 
-/// Names of images and their labels in .npz files.
+/// What a file is that cannot be read, and what to do with it.
+fn foreign(path: &Path, bytes: &[u8]) -> String {
+    let wanted = "give a .npy, .npz or IDX file, a CIFAR binary folder or a folder of PNG/JPEG files";
+    // The magic of tar stands behind the first name.
+    if bytes.get(257..262) == Some(b"ustar") {
+        return "is a tar archive; unpack it and give the folder".into();
+    }
+    if let Some(name) = cifar::batch_name(bytes) {
+        return format!("may be a part of {name}; give its folder {}", path.parent().unwrap_or(path).display());
+    }
+    if cifar::is_pickle(bytes) {
+        return format!("is a Python pickle, which is not read; {wanted}");
+    }
+    if let Some(kind) = picture::kind(bytes) {
+        return format!("is a single {kind} image; give the folder that holds the images");
+    }
+    format!("is none of .npy, .npz and IDX; {wanted}")
+}
+
+/// Names of images and of their labels in .npz files.
 const TRAIN_NAMES: [(&str, &str); 6] = [
     ("images", "labels"),
     ("arr_0", "arr_1"),
@@ -394,41 +591,51 @@ const TRAIN_NAMES: [(&str, &str); 6] = [
 const HELD_OUT_NAMES: [(&str, &str); 2] = [("x_test", "y_test"), ("test_images", "test_labels")];
 
 fn read_npz(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<Found> {
-    let mut arrays = npy::parse_npz(bytes).map_err(|e| Error::file(path, e))?;
-    let mut take = |name: &str| {
-        let index = arrays.iter().position(|(n, _)| n == name)?;
-        Some(arrays.swap_remove(index).1)
-    };
-    let mut part = |names: &[(&str, &str)]| {
-        let (images, labels) = names.iter().find_map(|&(images, labels)| Some((take(images)?, labels)))?;
-        Some((images, take(labels)))
-    };
-    let train = part(&TRAIN_NAMES);
-    let held_out = part(&HELD_OUT_NAMES);
-    let Some((images, labels)) = train else {
-        let names: Vec<String> = arrays.into_iter().map(|(name, _)| name).collect();
-        let what = format!(
-            "holds no array named images, arr_0, x_train, train_images, x or data; its arrays are: {}",
-            if names.is_empty() { "none".into() } else { names.join(", ") }
-        );
+    let broken = |e: String| Error::file(path, e);
+    let mut archive = npy::Archive::open(bytes).map_err(broken)?;
+    let names = archive.names();
+    let there = |name: &str| names.iter().any(|n| n == name);
+    let listed = if names.is_empty() { "none".into() } else { shortened(&names) };
+    if names.is_empty() && archive.pictures() > 0 {
+        let what = format!("is an archive of {} image files; unpack it and give the folder", archive.pictures());
+        return Err(Error::file(path, what));
+    }
+    let Some(&(images, labels)) = TRAIN_NAMES.iter().find(|(images, _)| there(images)) else {
+        let tried: Vec<&str> = TRAIN_NAMES.iter().map(|(images, _)| *images).collect();
+        let [first @ .., last] = &tried[..] else { unreachable!("there are names") };
+        let what = format!("holds no array named {} or {last}; its arrays are: {listed}", first.join(", "));
         return Err(Error::file(path, what));
     };
-    let train = from_arrays(path, images, labels, channels)?;
-    let held_out = match held_out {
-        None => None,
-        Some((images, labels)) => Some(from_arrays(path, images, labels, channels)?),
+    let mut part = |images: &str, labels: &str| -> Result<Part> {
+        let array = archive.array(images).map_err(broken)?;
+        let count = array.shape.first().copied().unwrap_or(0);
+        let labels = if there(labels) {
+            archive.array(labels).and_then(|l| labels_from(&l, count)).map_err(|e| NoLabels::new(path, e))
+        } else {
+            let why =
+                format!("holds no labels, which go by the name of {labels} beside {images}; its arrays are: {listed}");
+            Err(NoLabels::new(path, why))
+        };
+        from_array(path, array, labels, channels)
     };
-    Ok(Found { train, held_out, notes: Vec::new() })
+    let train = part(images, labels)?;
+    let held_out = HELD_OUT_NAMES.iter().find(|(images, _)| there(images));
+    let held_out = held_out.map(|&(images, labels)| part(images, labels)).transpose()?;
+    let notes = four_channels_note(&train).into_iter().collect();
+    Ok(Found { train, held_out, names: Vec::new(), notes })
 }
 
-fn from_arrays(path: &Path, images: npy::Array, labels: Option<npy::Array>, channels: Option<usize>) -> Result<Part> {
+/// Nothing says what the fourth channel of an array is, so it is neither dropped nor laid over a background.
+fn four_channels_note(part: &Part) -> Option<String> {
+    (part.extent.channels == 4).then(|| {
+        "the images have 4 channels and are learnt as they are; if the fourth is transparency, so are the colours hidden under it: lay the images over a background first, as 3 channels".into()
+    })
+}
+
+fn from_array(path: &Path, images: npy::Array, labels: Labels, channels: Option<usize>) -> Result<Part> {
     let shape = images.shape.clone();
     let images = images.into_u8().map_err(|e| Error::file(path, e))?;
     let (extent, order) = extent_of(&shape, channels).map_err(|e| Error::file(path, e))?;
-    let labels = match labels {
-        None => None,
-        Some(array) => Some(labels_from(&array, shape[0]).map_err(|e| Error::file(path, e))?),
-    };
     let images = match order {
         PixelOrder::First if !images.is_empty() => {
             crate::layout::to_channels_last(&images, extent.channels, extent.size.h * extent.size.w)
@@ -472,57 +679,40 @@ fn extent_of(shape: &[usize], channels: Option<usize>) -> std::result::Result<(E
 
 /// A file's bytes, decompressed if they are gzip data.
 fn contents(path: &Path) -> Result<Vec<u8>> {
-    let bytes = std::fs::read(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+    let unreadable = |e: std::io::Error| Error::file(path, format!("cannot be read: {e}"));
+    let room = free_memory();
+    let size = std::fs::metadata(path).map_err(unreadable)?.len();
+    check_room("the file", size, room).map_err(|e| Error::file(path, e))?;
+    let bytes = std::fs::read(path).map_err(unreadable)?;
     if !bytes.starts_with(&[0x1F, 0x8B]) {
         return Ok(bytes);
     }
     let mut unpacked = Vec::new();
     flate2::read::MultiGzDecoder::new(&bytes[..])
+        .take(room)
         .read_to_end(&mut unpacked)
         .map_err(|e| Error::file(path, format!("is not whole gzip data ({e}); it is cut short or damaged")))?;
+    check_room("its content", unpacked.len() as u64 + 1, room).map_err(|e| Error::file(path, e))?;
     Ok(unpacked)
 }
 
-/// The order in which training sees images: one endless sequence, a new permutation per epoch, of which each step takes
-/// the next batch. A pure function of (seed, position); only the permutation last used is kept.
-pub struct Order {
-    seed: u64,
-    images: usize,
-    epoch: u64,
-    permutation: Vec<u32>,
-}
-
-impl Order {
-    /// The order of a data set of `images` images, at least one.
-    pub fn new(seed: u64, images: usize) -> Self {
-        assert!(images > 0 && images <= u32::MAX as usize, "an order of {images} images");
-        Order { seed, images, epoch: 0, permutation: permutation(seed, 0, images) }
-    }
-
-    /// Indices of the images of step `step` (from 0). A batch may cross the end of an epoch, or of several.
-    pub fn indices(&mut self, step: u32, batch: usize) -> Vec<usize> {
-        let first = u64::from(step) * batch as u64;
-        self.range(first..first + batch as u64)
-    }
-
-    /// Indices of the images at positions `places` of the endless sequence.
-    pub fn range(&mut self, places: Range<u64>) -> Vec<usize> {
-        places.map(|place| self.at(place)).collect()
-    }
-
-    fn at(&mut self, place: u64) -> usize {
-        let (epoch, place) = (place / self.images as u64, (place % self.images as u64) as usize);
-        if epoch != self.epoch {
-            (self.epoch, self.permutation) = (epoch, permutation(self.seed, epoch, self.images));
-        }
-        self.permutation[place] as usize
+/// Bytes of memory that the machine can still give; without an answer, more than there is anywhere.
+fn free_memory() -> u64 {
+    let memory = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
+    match sysinfo::System::new_with_specifics(memory).available_memory() {
+        0 => u64::MAX,
+        bytes => bytes,
     }
 }
 
-/// `0..n`, shuffled with the stream of `epoch`.
-fn permutation(seed: u64, epoch: u64, n: usize) -> Vec<u32> {
-    let mut order: Vec<u32> = (0..n as u32).collect();
-    let stream = Stream { seed, purpose: Purpose::Shuffle, step: (epoch >> 32) as u32, stream: epoch as u32 };
-    order.shuffle(&mut stream.generator());
-    order
+/// Refuses what does not fit into memory, before it is allocated.
+fn check_room(name: &str, bytes: u64, room: u64) -> std::result::Result<(), String> {
+    if bytes <= room {
+        return Ok(());
+    }
+    Err(format!(
+        "{name} takes {:.2} GiB, but {:.2} GiB of memory are available; use a smaller part of it",
+        bytes as f64 / GIB,
+        room as f64 / GIB
+    ))
 }

@@ -21,7 +21,10 @@ impl Array {
     /// From the bytes of a .npy file; `name` begins the error, a sentence.
     pub fn parse(name: &str, bytes: &[u8]) -> std::result::Result<Self, String> {
         let mut rest = bytes;
-        let header = NpyHeader::from_reader(&mut rest).map_err(|e| format!("{name} is not a .npy array: {e}"))?;
+        check_header(bytes).map_err(|e| format!("{name} is not a .npy array: {e}"))?;
+        // The parser's own message is a drawing over several lines.
+        let header = NpyHeader::from_reader(&mut rest)
+            .map_err(|_| format!("{name} is not a .npy array: its header cannot be understood; it is damaged"))?;
         if header.uses_pickled_array() {
             return Err(format!("{name} holds Python objects; numbers are expected"));
         }
@@ -124,26 +127,99 @@ impl Array {
     }
 }
 
+/// Refuses a header that ends beyond the file, before room is made for it, and one nested so deeply that parsing it
+/// would exhaust the stack.
+fn check_header(bytes: &[u8]) -> std::result::Result<(), &'static str> {
+    let (length, start) = match bytes.get(6..8) {
+        Some([1, _]) => (bytes.get(8..10).map(|b| usize::from(u16::from_le_bytes([b[0], b[1]]))), 10),
+        Some(_) => (bytes.get(8..12).map(|b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]) as usize), 12),
+        None => (None, 0),
+    };
+    let header = length.and_then(|length| bytes.get(start..)?.get(..length));
+    let header = header.ok_or("it ends within its header")?;
+    const DEEPEST: usize = 32;
+    let mut open = 0usize;
+    for c in header {
+        match c {
+            b'(' | b'[' | b'{' => open += 1,
+            b')' | b']' | b'}' => open = open.saturating_sub(1),
+            _ => {}
+        }
+        if open > DEEPEST {
+            return Err("its header is nested too deeply; it is damaged");
+        }
+    }
+    Ok(())
+}
+
 /// Reads one .npy file.
 pub fn read(path: &Path) -> Result<Array> {
     let bytes = std::fs::read(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
     Array::parse("the file", &bytes).map_err(|e| Error::file(path, e))
 }
 
+/// A .npz archive, plain or compressed, of which arrays are read one at a time.
+pub struct Archive<'a> {
+    zip: zip::ZipArchive<Cursor<&'a [u8]>>,
+    /// Names of the arrays, in the order of the archive, with their places in it.
+    arrays: Vec<(String, usize)>,
+    pictures: usize,
+}
+
+impl<'a> Archive<'a> {
+    /// Reads the list of contents.
+    pub fn open(bytes: &'a [u8]) -> std::result::Result<Self, String> {
+        let mut zip = zip::ZipArchive::new(Cursor::new(bytes)).map_err(broken)?;
+        let (mut arrays, mut pictures) = (Vec::new(), 0);
+        for index in 0..zip.len() {
+            let name = zip.by_index_raw(index).map_err(broken)?.name().map_err(broken)?.into_owned();
+            if let Some(name) = npyz::npz::array_name_from_file_name(&name) {
+                arrays.push((name.to_string(), index));
+            }
+            let ending = Path::new(&name).extension().unwrap_or_default().to_ascii_lowercase();
+            let hidden = Path::new(&name).file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"."));
+            pictures += usize::from(!hidden && ["png", "jpg", "jpeg", "webp"].iter().any(|known| ending == *known));
+        }
+        Ok(Archive { zip, arrays, pictures })
+    }
+
+    /// Names of the arrays, in the order of the archive.
+    pub fn names(&self) -> Vec<String> {
+        self.arrays.iter().map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Number of image files in the archive.
+    pub fn pictures(&self) -> usize {
+        self.pictures
+    }
+
+    /// Reads the array `name`, which must be one of [`names`](Self::names).
+    pub fn array(&mut self, name: &str) -> std::result::Result<Array, String> {
+        // DEFLATE makes at most 1032 bytes of one.
+        const MOST: u64 = 1100;
+        let place = self.arrays.iter().find(|(own, _)| own == name);
+        let (_, index) = place.ok_or_else(|| format!("holds no array '{name}'"))?;
+        let entry = self.zip.by_index(*index).map_err(broken)?;
+        let (size, packed) = (entry.size(), entry.compressed_size());
+        if size > packed.saturating_mul(MOST).saturating_add(MOST) {
+            return Err(broken(format!("its array '{name}' claims {size} bytes, packed in {packed}")));
+        }
+        super::check_room(&format!("its array '{name}'"), size, super::free_memory())?;
+        let mut content = Vec::new();
+        // One byte more, so that an array longer than it claims is noticed.
+        entry.take(size.saturating_add(1)).read_to_end(&mut content).map_err(broken)?;
+        Array::parse(&format!("its array '{name}'"), &content)
+    }
+}
+
+fn broken(e: impl std::fmt::Display) -> String {
+    format!("is not a whole .npz archive ({e}); it is cut short or damaged")
+}
+
 /// Every array of a .npz archive with its name, in the order of the archive.
 pub fn parse_npz(bytes: &[u8]) -> std::result::Result<Vec<(String, Array)>, String> {
-    let broken = |e: &dyn std::fmt::Display| format!("is not a whole .npz archive ({e}); it is cut short or damaged");
-    let mut archive = zip::ZipArchive::new(Cursor::new(bytes)).map_err(|e| broken(&e))?;
-    let mut arrays = Vec::new();
-    for index in 0..archive.len() {
-        let mut entry = archive.by_index(index).map_err(|e| broken(&e))?;
-        let name = entry.name().map_err(|e| broken(&e))?.into_owned();
-        let Some(name) = npyz::npz::array_name_from_file_name(&name) else { continue };
-        let mut content = Vec::new();
-        entry.read_to_end(&mut content).map_err(|e| broken(&e))?;
-        arrays.push((name.to_string(), Array::parse(&format!("its array '{name}'"), &content)?));
-    }
-    Ok(arrays)
+    let mut archive = Archive::open(bytes)?;
+    archive.names().into_iter().map(|name| Ok((name.clone(), archive.array(&name)?))).collect()
 }
 
 /// `10000x28x28`.

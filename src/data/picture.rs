@@ -1,0 +1,198 @@
+//! Reading one PNG or JPEG file. Transparency is laid over a background, 16 bits become 8, and EXIF orientation is
+//! applied; grey images have one channel, all others three.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Cursor, Read, Seek};
+use std::path::Path;
+
+use image::metadata::Orientation;
+use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader};
+
+use super::{Extent, jpeg};
+use crate::config::{Background, Size};
+
+/// Bytes of a decoded image: the limit of the `image` crate, a 13,000 x 13,000 photograph. Several are decoded at once.
+const LARGEST: u64 = 512 << 20;
+
+/// Why a file cannot be used.
+pub struct Fault {
+    /// The end of a sentence that begins with the file.
+    pub sentence: String,
+    /// The same in few words, for a list.
+    pub short: String,
+}
+
+impl Fault {
+    /// A file that is damaged.
+    pub fn broken(why: impl std::fmt::Display) -> Fault {
+        let short = why.to_string().replace('\n', " ");
+        Fault { sentence: format!("is not a whole PNG or JPEG image: {short}"), short }
+    }
+}
+
+/// The kind of picture that these first bytes of a file are.
+pub fn kind(start: &[u8]) -> Option<&'static str> {
+    let at = |from: usize, magic: &[u8]| start.get(from..from + magic.len()) == Some(magic);
+    Some(match start {
+        _ if at(0, b"\x89PNG\r\n\x1a\n") => "PNG",
+        _ if at(0, b"\xFF\xD8\xFF") => "JPEG",
+        _ if at(0, b"RIFF") && at(8, b"WEBP") => "WebP",
+        _ if at(0, b"GIF8") => "GIF",
+        // Two letters alone might begin a text; the reserved bytes behind the size are zero.
+        _ if at(0, b"BM") && at(6, &[0; 4]) => "BMP",
+        _ if at(0, b"II*\0") || at(0, b"MM\0*") => "TIFF",
+        _ if at(4, b"ftypavif") || at(4, b"ftypavis") => "AVIF",
+        _ if at(4, b"ftyphei") || at(4, b"ftyphev") || at(4, b"ftypmif1") => "HEIC",
+        _ if at(0, b"\xFF\x0A") || at(4, b"JXL ") => "JPEG XL",
+        _ if at(4, b"jP  ") => "JPEG 2000",
+        _ if at(0, b"8BPS") => "Photoshop",
+        _ => return None,
+    })
+}
+
+/// True for the first bytes of a PNG or JPEG file.
+pub fn is_readable(file: &Path) -> bool {
+    let mut start = [0; 16];
+    let read = File::open(file).and_then(|mut f| f.read(&mut start)).unwrap_or(0);
+    matches!(kind(&start[..read]), Some("PNG" | "JPEG"))
+}
+
+/// Size, channels and orientation of an image, without decoding it.
+pub fn header(file: &Path, background: Background) -> Result<Extent, Fault> {
+    let opened = File::open(file).map_err(unreadable)?;
+    let (decoder, orientation) = decoder(BufReader::new(opened))?;
+    let (w, h) = decoder.dimensions();
+    Ok(extent(w, h, decoder.color_type(), orientation, background))
+}
+
+/// An image, and what became of it.
+pub struct Picture {
+    /// Its size and channels.
+    pub extent: Extent,
+    /// `(h, w, c)`.
+    pub pixels: Vec<u8>,
+    /// True if a pixel was not wholly opaque.
+    pub transparent: bool,
+    /// Smallest and largest value, if there were 16 bits.
+    pub deep: Option<(u16, u16)>,
+}
+
+/// Decodes an image.
+pub fn decode(file: &Path, background: Background) -> Result<Picture, Fault> {
+    let bytes = std::fs::read(file).map_err(unreadable)?;
+    if kind(&bytes) == Some("JPEG") {
+        jpeg::check(&bytes).map_err(Fault::broken)?;
+    }
+    let (decoder, orientation) = decoder(Cursor::new(&bytes))?;
+    let (w, h) = decoder.dimensions();
+    let extent = extent(w, h, decoder.color_type(), orientation, background);
+    let mut image = DynamicImage::from_decoder(decoder).map_err(Fault::broken)?;
+    let deep = depth(&image);
+    let transparent = lay_over(&mut image, background);
+    image.apply_orientation(orientation);
+    let pixels = if extent.channels == 1 { image.into_luma8().into_raw() } else { image.into_rgb8().into_raw() };
+    Ok(Picture { extent, pixels, transparent, deep })
+}
+
+fn unreadable(e: std::io::Error) -> Fault {
+    Fault { sentence: format!("cannot be read: {e}"), short: e.to_string() }
+}
+
+/// A decoder behind its header, and the orientation of the image.
+fn decoder<'a>(mut file: impl BufRead + Seek + 'a) -> Result<(impl ImageDecoder + 'a, Orientation), Fault> {
+    let start = file.fill_buf().map_err(unreadable)?;
+    let format = match kind(start) {
+        Some("PNG") => ImageFormat::Png,
+        Some("JPEG") => ImageFormat::Jpeg,
+        Some(kind) => {
+            let sentence = format!("is a {kind} image, which is not read; convert it to PNG or JPEG");
+            return Err(Fault { sentence, short: format!("{kind} image") });
+        }
+        None if start.is_empty() => return Err(Fault::broken("it is empty")),
+        None if start.trim_ascii_start().starts_with(b"<") => {
+            return Err(Fault::broken("it is a web page or the like"));
+        }
+        None => return Err(Fault::broken("it does not begin like one")),
+    };
+    let mut decoder = ImageReader::with_format(file, format).into_decoder().map_err(Fault::broken)?;
+    let (w, h) = decoder.dimensions();
+    if decoder.total_bytes() > LARGEST {
+        let sentence = format!(
+            "is too large: {h}x{w} are {} MiB when decoded, and the most that is read is {} MiB; shrink it first",
+            decoder.total_bytes() >> 20,
+            LARGEST >> 20
+        );
+        return Err(Fault { sentence, short: format!("too large with {h}x{w}") });
+    }
+    let orientation = decoder.orientation().map_err(Fault::broken)?;
+    Ok((decoder, orientation))
+}
+
+fn extent(w: u32, h: u32, color: ColorType, orientation: Orientation, background: Background) -> Extent {
+    use Orientation::{Rotate90, Rotate90FlipH, Rotate270, Rotate270FlipH};
+    let turned = matches!(orientation, Rotate90 | Rotate90FlipH | Rotate270 | Rotate270FlipH);
+    let (h, w) = if turned { (w as usize, h as usize) } else { (h as usize, w as usize) };
+    let grey = match color {
+        ColorType::L8 | ColorType::L16 => true,
+        // A coloured background shows through.
+        ColorType::La8 | ColorType::La16 => background.is_grey(),
+        _ => false,
+    };
+    Extent { size: Size { h, w }, channels: if grey { 1 } else { 3 } }
+}
+
+/// Smallest and largest value of an image of 16 bits, its transparency aside.
+fn depth(image: &DynamicImage) -> Option<(u16, u16)> {
+    let (values, channels, colours): (&[u16], usize, usize) = match image {
+        DynamicImage::ImageLuma16(image) => (image, 1, 1),
+        DynamicImage::ImageLumaA16(image) => (image, 2, 1),
+        DynamicImage::ImageRgb16(image) => (image, 3, 3),
+        DynamicImage::ImageRgba16(image) => (image, 4, 3),
+        _ => return None,
+    };
+    let pixels = values.chunks_exact(channels);
+    Some(pixels.flat_map(|p| &p[..colours]).fold((u16::MAX, 0), |(least, most), &v| (least.min(v), most.max(v))))
+}
+
+/// Lays an image over the background, and returns whether a pixel was not wholly opaque. The transparency is still
+/// there, for the conversion to drop.
+fn lay_over(image: &mut DynamicImage, background: Background) -> bool {
+    if image.color().has_alpha() && !image.color().has_color() && !background.is_grey() {
+        *image = match std::mem::take(image) {
+            deep @ DynamicImage::ImageLumaA16(_) => deep.into_rgba16().into(),
+            image => image.into_rgba8().into(),
+        };
+    }
+    let under = background.0.map(u32::from);
+    // round(c a + b (1 - a)), in the image's own depth.
+    let over8 = |v: u8, b: u32, a: u8| (u32::from(v) * u32::from(a) + b * (255 - u32::from(a)) + 127) / 255;
+    let over16 = |v: u16, b: u32, a: u16| {
+        (u64::from(v) * u64::from(a) + u64::from(257 * b) * (65_535 - u64::from(a)) + 32_767) / 65_535
+    };
+    match image {
+        DynamicImage::ImageLumaA8(image) => {
+            image.pixels_mut().filter(|p| p[1] < u8::MAX).map(|p| p[0] = over8(p[0], under[0], p[1]) as u8).count() > 0
+        }
+        DynamicImage::ImageRgba8(image) => {
+            let mut some = false;
+            for p in image.pixels_mut().filter(|p| p[3] < u8::MAX) {
+                (0..3).for_each(|c| p[c] = over8(p[c], under[c], p[3]) as u8);
+                some = true;
+            }
+            some
+        }
+        DynamicImage::ImageLumaA16(image) => {
+            image.pixels_mut().filter(|p| p[1] < u16::MAX).map(|p| p[0] = over16(p[0], under[0], p[1]) as u16).count()
+                > 0
+        }
+        DynamicImage::ImageRgba16(image) => {
+            let mut some = false;
+            for p in image.pixels_mut().filter(|p| p[3] < u16::MAX) {
+                (0..3).for_each(|c| p[c] = over16(p[c], under[c], p[3]) as u16);
+                some = true;
+            }
+            some
+        }
+        _ => false,
+    }
+}
