@@ -30,12 +30,17 @@ impl On {
     /// # Errors
     /// `Error::Failed` for a GPU or a precision that is not available.
     pub fn open(&self) -> Result<Device> {
-        let (device, note) = Device::open(self.device, self.precision)?;
-        if let Some(note) = note {
-            say!("{note}");
-        }
-        Ok(device)
+        open(self.device, self.precision)
     }
+}
+
+/// [`On::open`] for a device and a precision of any source.
+fn open(device: Choice, precision: Precision) -> Result<Device> {
+    let (device, note) = Device::open(device, precision)?;
+    if let Some(note) = note {
+        say!("{note}");
+    }
+    Ok(device)
 }
 
 /// Parses a name of `T`; the help lists them.
