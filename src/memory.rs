@@ -1,12 +1,10 @@
 //! How much memory a training run needs, how much there is, and what to change if it does not fit.
 
-mod host;
-
 use std::collections::BTreeSet;
 
 use crate::conditioning::Conditioning;
 use crate::config::Config;
-use crate::device::Device;
+use crate::device::{Device, cpu};
 use crate::error::{Error, Result};
 use crate::params::{Layout, ParamGrads, Params, Specs};
 use crate::tape::{Tape, Var};
@@ -110,5 +108,5 @@ pub fn check_fit(config: &Config, unet: &UNet, specs: &Specs, device: &Device, a
 /// Bytes of host memory that this process can still use, within the machine, its control groups and its resource
 /// limits; `None` if the machine does not say.
 pub fn available_memory() -> Option<u64> {
-    host::available()
+    cpu::available_memory()
 }

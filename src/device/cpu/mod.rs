@@ -11,6 +11,7 @@
 
 pub(crate) mod direct;
 pub(crate) mod gemm;
+mod memory;
 pub mod simd;
 pub(crate) mod vector;
 pub(crate) mod winograd;
@@ -19,6 +20,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{PoolStats, size_class};
+pub use memory::available_memory;
 
 /// One cache line and one AVX-512 register: the unit and alignment of every buffer.
 #[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]

@@ -10,15 +10,15 @@
 //! sysinfo's figures for control groups are not used: they subtract the whole usage, page cache included, and know only
 //! the group that is mounted at /sys/fs/cgroup.
 
-/// Bytes of memory; `None` if the system does not say.
+/// Bytes of host memory that this process can still use; `None` if the system does not say.
 #[cfg(target_os = "linux")]
-pub fn available() -> Option<u64> {
+pub fn available_memory() -> Option<u64> {
     available_by(&|path| std::fs::read_to_string(path).ok())
 }
 
-/// Bytes of memory; `None` if the system does not say.
+/// Bytes of host memory that this process can still use; `None` if the system does not say.
 #[cfg(not(target_os = "linux"))]
-pub fn available() -> Option<u64> {
+pub fn available_memory() -> Option<u64> {
     let memory = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
     let system = sysinfo::System::new_with_specifics(memory);
     (system.total_memory() > 0).then(|| system.available_memory())
@@ -274,7 +274,7 @@ mod tests {
     #[test]
     fn this_machine_says_how_much_there_is() {
         let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap();
-        let (available, total) = (available().unwrap(), 1024 * field(&meminfo, "MemTotal:").unwrap());
+        let (available, total) = (available_memory().unwrap(), 1024 * field(&meminfo, "MemTotal:").unwrap());
         assert!((1 << 20..total).contains(&available), "{available} of {total}");
     }
 }
