@@ -327,8 +327,12 @@ impl Config {
     /// # Errors
     /// A sentence for an unknown key or a value that cannot be read.
     pub fn set(&mut self, key: &str, value: &str) -> std::result::Result<(), String> {
-        if !self.diffusion.trained_betas.is_empty() && ["schedule", "timesteps", "beta_start", "beta_end"].contains(&key) {
-            return Err(format!("{key} = {value}: trained_betas gives every beta; take it out of the file to set {key}"));
+        if !self.diffusion.trained_betas.is_empty()
+            && ["schedule", "timesteps", "beta_start", "beta_end"].contains(&key)
+        {
+            return Err(format!(
+                "{key} = {value}: trained_betas gives every beta; take it out of the file to set {key}"
+            ));
         }
         match SETTINGS.iter().find(|s| s.key == key) {
             Some(setting) => (setting.set)(self, value).map_err(|e| format!("{key} = {value}: {e}")),

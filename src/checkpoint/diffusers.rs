@@ -209,7 +209,9 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
     let class_names = c._class_names.unwrap_or_default();
     if class_names.len() > c.num_class_embeds.unwrap_or(0) as usize {
         let (names, classes) = (class_names.len(), json!(c.num_class_embeds));
-        return Err(format!("has {names} _class_names for num_class_embeds = {classes}; at most one a class is expected"));
+        return Err(format!(
+            "has {names} _class_names for num_class_embeds = {classes}; at most one a class is expected"
+        ));
     }
     let model = Model {
         image_size,

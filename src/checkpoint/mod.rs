@@ -236,7 +236,8 @@ impl Place {
         }
         check_images(path)?;
         // As diffusers' training scripts save them; the pipeline has the moving average as unet.
-        let networks: Vec<&str> = ["unet", "unet_ema"].into_iter().filter(|n| has(&format!("{n}/config.json"))).collect();
+        let networks: Vec<&str> =
+            ["unet", "unet_ema"].into_iter().filter(|n| has(&format!("{n}/config.json"))).collect();
         if let Some(&unet) = networks.first() {
             // RUN/checkpoints/STEP
             let run = path.ancestors().nth(2).filter(|run| path.starts_with(run.join("checkpoints")));
@@ -244,7 +245,11 @@ impl Place {
             let (scheduler, mut notes) = scheduler_near(path, &["scheduler", ".", "../scheduler"]);
             if networks.len() > 1 {
                 let ema = path.join("unet_ema");
-                notes.push(format!("{}: unet is taken; the moving average of its weights is {}", path.display(), ema.display()));
+                notes.push(format!(
+                    "{}: unet is taken; the moving average of its weights is {}",
+                    path.display(),
+                    ema.display()
+                ));
             }
             return Ok(Place { run, unet: path.join(unet), scheduler, resumable: has(TRAINING_STATE), notes });
         }
@@ -272,8 +277,7 @@ impl Place {
             None => Config::preset(Preset::Cifar10),
         };
         let file = self.unet.join("config.json");
-        let (model, class_names) =
-            diffusers::read_model(&read_json(&file)?).map_err(|e| Error::file(&file, e))?;
+        let (model, class_names) = diffusers::read_model(&read_json(&file)?).map_err(|e| Error::file(&file, e))?;
         let unfit = |e: Error| Error::file(&file, format!("describes a network that cannot be built: {e}"));
         model.validate().map_err(unfit)?;
         (config.model, config.class_names) = (model, class_names);
@@ -318,7 +322,8 @@ impl Place {
                 (TensorFile::of_shards(&path, weight_map)?, name)
             }
         };
-        let usual = [WEIGHTS, "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.fp16.safetensors"];
+        let usual =
+            [WEIGHTS, "diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.fp16.safetensors"];
         let note = (!usual.contains(&note.as_str())).then(|| format!("weights: {}", self.unet.join(note).display()));
         Ok((file, note))
     }
@@ -361,11 +366,16 @@ impl Place {
             index || [".bin", ".pt", ".pth", ".ckpt"].iter().any(|ending| name.ends_with(ending))
         };
         let what = if variants.len() > 1 {
-            format!("holds several variants of its weights ({}) and none is called {WEIGHTS}; give one that name", variants.join(", "))
+            format!(
+                "holds several variants of its weights ({}) and none is called {WEIGHTS}; give one that name",
+                variants.join(", ")
+            )
         } else if let Some(shard) = names.iter().find(|n| n.contains("-of-") && n.ends_with(".safetensors")) {
             format!("holds the shard {shard} and no diffusion_pytorch_model.safetensors.index.json; download that too")
         } else if let Some(pickle) = names.iter().find(is_pickle) {
-            format!("holds its weights as {pickle}, a pickle, which is not read; save it in diffusers with safe_serialization=True")
+            format!(
+                "holds its weights as {pickle}, a pickle, which is not read; save it in diffusers with safe_serialization=True"
+            )
         } else {
             format!("holds no {WEIGHTS}")
         };
@@ -450,7 +460,8 @@ fn checkpoint_of_diffusers(path: &Path) -> Option<PathBuf> {
 /// `OWNER/NAME` if that is how a path reads, also in an address of the hub. A folder OWNER speaks against it.
 fn name_on_the_hub(path: &Path) -> Option<&str> {
     let text = path.to_str()?;
-    let address = ["https://huggingface.co/", "https://hf.co/", "hf://"].iter().find_map(|site| text.strip_prefix(site));
+    let address =
+        ["https://huggingface.co/", "https://hf.co/", "hf://"].iter().find_map(|site| text.strip_prefix(site));
     let name = address.unwrap_or(text).trim_end_matches('/');
     let (owner, model) = name.split_once('/')?;
     let plain = |part: &str| {

@@ -222,7 +222,8 @@ impl TensorFile {
         let paths: Vec<PathBuf> = files.iter().map(|name| index.with_file_name(name)).collect();
         let found = TensorFile::of_all(index, &paths)?;
         let names: BTreeSet<&String> = weight_map.keys().chain(found.tensors.keys()).collect();
-        let file_of = |name: &String| found.tensors.get(name).and_then(|at| found.files[at.file].0.file_name()?.to_str());
+        let file_of =
+            |name: &String| found.tensors.get(name).and_then(|at| found.files[at.file].0.file_name()?.to_str());
         for name in names {
             let (says, is) = (weight_map.get(name).and_then(Value::as_str), file_of(name));
             if says != is {
@@ -247,8 +248,7 @@ impl TensorFile {
             .iter()
             .flat_map(|prefix| specs.iter().map(move |(_, spec)| (format!("{prefix}{}", spec.name), spec)))
             .collect();
-        let missing: Vec<&str> =
-            wanted.keys().filter(|n| !self.tensors.contains_key(*n)).map(String::as_str).collect();
+        let missing: Vec<&str> = wanted.keys().filter(|n| !self.tensors.contains_key(*n)).map(String::as_str).collect();
         let extra: Vec<&str> = self.tensors.keys().filter(|n| !wanted.contains_key(*n)).map(String::as_str).collect();
         let mut faults = Vec::new();
         if !missing.is_empty() {

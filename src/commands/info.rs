@@ -70,7 +70,8 @@ pub fn run(args: &Args) -> Result<()> {
             stepping.spacing
         );
         if m.classes > 0 {
-            let names = if config.class_names.is_empty() { "without names".into() } else { config.class_names.join(", ") };
+            let names =
+                if config.class_names.is_empty() { "without names".into() } else { config.class_names.join(", ") };
             say!("{} classes: {names}", m.classes);
         }
         for note in &model.notes {

@@ -89,7 +89,9 @@ impl Init {
         for ((key, asked), (_, has)) in own.entries().zip(config.entries()) {
             let open = key == "channels" && own.model.channels == 0;
             if let Some(whence) = given(key).filter(|_| FIXED.contains(&key) && !open && asked != has) {
-                usage!("{whence}: {key} = {asked}, but the model of --init has {has}; leave it out to take the model's");
+                usage!(
+                    "{whence}: {key} = {asked}, but the model of --init has {has}; leave it out to take the model's"
+                );
             }
         }
         let mut notes = self.model.notes.clone();

@@ -48,7 +48,10 @@ impl RunFolder {
     pub fn open(path: &Path) -> Result<Self> {
         let settings = path.join("config.toml");
         if !settings.is_file() {
-            return Err(Error::file(path, "is not a run folder: it holds no config.toml; --init starts from a model's weights"));
+            return Err(Error::file(
+                path,
+                "is not a run folder: it holds no config.toml; --init starts from a model's weights",
+            ));
         }
         let lock = lock(path)?;
         Ok(RunFolder { path: path.to_path_buf(), config: Config::read(&settings)?, _lock: lock })
