@@ -4,7 +4,7 @@
 //! The compiler is the first of: `NVCC`, `CUDA_HOME` or `CUDA_PATH`, PATH, /usr/local/cuda, one fetched earlier.
 //! `DDPM_CUDA_TOOLCHAIN` says what happens without one: `auto` (default) fetches NVIDIA's wheels with pip where an
 //! NVIDIA driver is present and otherwise builds for the CPU only; `fetch` always fetches. `none` builds for the CPU
-//! only even where there is a compiler. A fetch is announced before it begins, and the wheels are pinned by their hashes.
+//! only even where there is a compiler. A fetch is announced before it begins; the wheels are pinned by their hashes.
 //!
 //! The list of entries is read from the CUDA source, so the crate's code is the same with and without a compiler; with
 //! one, the PTX must have exactly those entries. A file is compiled again when it, a header, the compiler or the flags
@@ -517,14 +517,14 @@ fn fetch(folder: &Path, why: &str) -> Result<()> {
          builds for the CPU alone and fetches nothing",
         folder.display()
     );
-    // Cargo shows warnings of a build script when it has ended, and of a package from a registry not at all; what goes to
-    // the terminal is seen before the fetch begins.
+    // Cargo shows warnings of a build script when it has ended, and those of a package from a registry not at all; what
+    // goes to the terminal is seen before the fetch begins.
     println!("cargo:warning={notice}");
     tell_terminal(&notice);
     let partial = folder.with_extension("partial");
     let _ = fs::remove_dir_all(&partial);
     fs::create_dir_all(&partial).map_err(|e| format!("{}: cannot be created: {e}", partial.display()))?;
-    // pip takes hashes from a file of requirements only, one a line, and with one for each platform picks the right one.
+    // pip takes hashes from a file of requirements only. Any of a line's hashes will do: one is this platform's.
     let requirements = partial.join("requirements.txt");
     let line = |Wheel { name, version, sha256 }: &Wheel| {
         let hashes: String = sha256.iter().map(|hash| format!(" --hash=sha256:{hash}")).collect();

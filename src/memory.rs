@@ -67,8 +67,8 @@ fn step_on_shapes(config: &Config, n: usize, unet: &UNet, specs: &Specs, meta: &
     Ok(Held { state, activations: meta.pool_stats().held - state })
 }
 
-/// Bytes that this process can use on `device`, on a GPU with the idle buffers of its pool; `None` if the machine or the
-/// driver does not say.
+/// Bytes that this process can use on `device`, on a GPU with the idle buffers of its pool; `None` if the machine or
+/// the driver does not say.
 pub fn available_on(device: &Device) -> Option<u64> {
     match device {
         Device::Cpu(_) | Device::Meta(_) => available_memory(),

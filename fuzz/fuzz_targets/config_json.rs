@@ -14,7 +14,8 @@ fuzz_target!(init: offer(seeds), |bytes: &[u8]| {
     static SAVED: OnceLock<Vec<u8>> = OnceLock::new();
     let weights = SAVED.get_or_init(|| read(&ddpm_cuda_fuzz::checkpoint().join("unet").join(WEIGHTS)));
     let index = format!("model/unet/{WEIGHTS}.index.json");
-    files(bytes, &["model/unet/config.json", "model/scheduler/scheduler_config.json", "model/model_index.json", &index]);
+    let scheduler = "model/scheduler/scheduler_config.json";
+    files(bytes, &["model/unet/config.json", scheduler, "model/model_index.json", &index]);
     // With an index the weights lie in the shard that the seed's index names.
     let whole = scratch().join("model/unet").join(WEIGHTS);
     if scratch().join(&index).exists() {

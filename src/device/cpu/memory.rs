@@ -24,8 +24,8 @@ pub fn available_memory() -> Option<u64> {
     (system.total_memory() > 0).then(|| system.available_memory())
 }
 
-/// The same, by the texts of the kernel's files. `read` returns that of a path, if it exists. `None` if a file that must
-/// exist does not, or a limit cannot be understood.
+/// The same, by the texts of the kernel's files. `read` returns that of a path, if it exists. `None` if a file that
+/// must exist does not, or a limit cannot be understood.
 #[cfg(any(target_os = "linux", test))]
 fn available_by(read: &dyn Fn(&str) -> Option<String>) -> Option<u64> {
     let mut least = 1024 * field(&read("/proc/meminfo")?, "MemAvailable:")?;
@@ -34,8 +34,8 @@ fn available_by(read: &dyn Fn(&str) -> Option<String>) -> Option<u64> {
             least = least.min(room);
         }
     }
-    // `ulimit -v` and `ulimit -d` (getrlimit(2), RLIMIT_AS and RLIMIT_DATA), which some clusters set instead of a group's
-    // limit. Memory that is mapped and never touched counts.
+    // `ulimit -v` and `ulimit -d` (getrlimit(2), RLIMIT_AS and RLIMIT_DATA), which some clusters set instead of the
+    // limit of a group. Memory that is mapped and never touched counts.
     if let (Some(limits), Some(status)) = (read("/proc/self/limits"), read("/proc/self/status")) {
         for (limit, used) in [("Max address space", "VmSize:"), ("Max data size", "VmData:")] {
             if let (Some(limit), Some(used)) = (field(&limits, limit), field(&status, used)) {
@@ -167,7 +167,7 @@ mod tests {
             ("/sys/fs/cgroup/user.slice/session-1.scope/memory.max", "max\n"),
         ];
         assert_eq!(by(&v2), Some(MEMORY));
-        // Version 1 writes the largest multiple of the page size; a mount of version 2 without controllers is beside it.
+        // Version 1 writes the largest multiple of the page size. Beside it version 2 is mounted without controllers.
         let v1 = [
             ("/proc/self/cgroup", "9:name=systemd:/\n4:memory:/job/5\n1:cpu:/\n0::/\n"),
             ("/proc/self/mountinfo", V1_MOUNT),
@@ -179,7 +179,8 @@ mod tests {
 
     #[test]
     fn every_ancestor_of_a_group_limits_it_and_the_page_cache_is_no_usage() {
-        let outer = "anon 1073741824\ninactive_file_dirty 7\nfile 9663676416\ninactive_file 8589934592\nactive_file 536870912\nshmem 536870912\n";
+        let outer = "anon 1073741824\ninactive_file_dirty 7\nfile 9663676416\ninactive_file 8589934592\n\
+            active_file 536870912\nshmem 536870912\n";
         let mut files = vec![
             ("/proc/self/cgroup", "0::/slice/job/step\n"),
             ("/proc/self/mountinfo", V2_MOUNT),

@@ -119,10 +119,10 @@ impl Description {
     /// That it is too old for the kernels, as a sentence.
     fn too_old(&self) -> String {
         let (Description { number, name, .. }, (major, minor)) = (self, self.capability);
-        let (oldest, minor_of_oldest) = OLDEST;
+        let (oldest, its_minor) = OLDEST;
         format!(
-            "cuda:{number} ({name}) has compute capability {major}.{minor}, but the kernels need {oldest}.{minor_of_oldest} \
-             or newer"
+            "cuda:{number} ({name}) has compute capability {major}.{minor}, but the kernels need {oldest}.{its_minor} or \
+             newer"
         )
     }
 }
