@@ -228,6 +228,197 @@ fn what_is_wrong_with_a_file_is_said_with_its_name_and_exit_1() {
     assert!(fails(ddpm().args(["train", "--resume"]).arg(at("nothing")), 1).contains("config.toml"));
 }
 
+/// A run that starts from a model has its weights and its moving average at step 0, its network and its process, and
+/// goes on without it.
+#[test]
+fn a_run_starts_from_a_models_weights() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    noise_images(&at("gray.npy"), 1);
+    // The network of the fixture with betas of its own.
+    let copy = |name: &str| {
+        let model = at(name);
+        fs::create_dir_all(&model).unwrap();
+        for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
+            fs::copy(fixture("unet_gray16").join(file), model.join(file)).unwrap();
+        }
+        model
+    };
+    let model = copy("model");
+    let betas: Vec<f64> = (0..100).map(|i| 1e-3 + 1e-4 * f64::from(i)).collect();
+    let scheduler =
+        serde_json::json!({"_class_name": "DDPMScheduler", "num_train_timesteps": 100, "trained_betas": betas});
+    fs::write(model.join("scheduler_config.json"), scheduler.to_string()).unwrap();
+    let start = |run: &str, arguments: &[&str]| {
+        let mut command = ddpm();
+        command.args(["train", "--batch", "4", "--steps", "2", "--set", "sample_every=0", "--set", "validate_every=0"]);
+        command.args(["--set", "checkpoint_every=1", "--set", "keep_checkpoints=0", "--device", "cpu"]);
+        command.arg("--init").arg(&model).arg("--data").arg(at("gray.npy")).arg("--out").arg(at(run)).args(arguments);
+        command
+    };
+    let said = ok(&mut start("run", &[]));
+    assert!(said.contains(&format!("starts from the weights of {}", model.display())), "{said}");
+    assert!(said.contains("learning_rate = 0.0001, since the weights are trained already"), "{said}");
+    let settings = ddpm_cuda::config::Config::read(&at("run/config.toml")).unwrap();
+    assert_eq!((settings.init.as_str(), settings.learning_rate), (model.to_str().unwrap(), 1e-4));
+    assert_eq!(settings.diffusion.trained_betas, betas);
+    let weights = |path: &Path| {
+        let bytes = fs::read(path.join("unet/diffusion_pytorch_model.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let mut all: Vec<(String, Vec<u8>)> = file.tensors().into_iter().map(|(n, v)| (n, v.data().to_vec())).collect();
+        all.sort();
+        all
+    };
+    let given = copy("given/unet");
+    let given = weights(given.parent().unwrap());
+    assert!(weights(&at("run/checkpoints/0")) == given, "the moving average begins as the model");
+    let state = fs::read(at("run/checkpoints/0/training_state.safetensors")).unwrap();
+    let state = safetensors::SafeTensors::deserialize(&state).unwrap();
+    for (name, data) in &given {
+        assert!(state.tensor(&format!("weights.{name}")).unwrap().data() == data, "weights.{name}");
+        assert!(state.tensor(&format!("adam_m.{name}")).unwrap().data().iter().all(|b| *b == 0), "adam_m.{name}");
+    }
+    assert!(weights(&at("run/checkpoints/2")) != given);
+    let info = ok(ddpm().arg("info").arg("--model").arg(at("run")));
+    assert!(info.contains("process: 100 timesteps, betas one by one from 1.000e-3 to 1.090e-2, fixed_small"), "{info}");
+
+    // From its first checkpoint on it does not need the model. Killed before that it begins from it again.
+    let end = |run: &str| fs::read(at(run).join("checkpoints/2/training_state.safetensors")).unwrap();
+    let whole = end("run");
+    let resume = || {
+        let mut command = ddpm();
+        command.args(["train", "--device", "cpu", "--resume"]).arg(at("run"));
+        command
+    };
+    let forget = |step: &str| fs::remove_dir_all(at("run/checkpoints").join(step)).unwrap();
+    fs::rename(&model, at("moved")).unwrap();
+    ["1", "2"].into_iter().for_each(forget);
+    ok(&mut resume());
+    assert!(end("run") == whole, "resumed from step 0 it has other weights");
+    ["0", "1", "2"].into_iter().for_each(forget);
+    assert!(fails(&mut resume(), 1).contains(&format!("{}: does not exist", model.display())));
+    fs::rename(at("moved"), &model).unwrap();
+    ok(&mut resume());
+    assert!(end("run") == whole, "begun again from the model it has other weights");
+
+    // Settings that contradict the model are refused by name, wherever they come from.
+    fs::write(at("other.toml"), "widths = [8, 16]\n").unwrap();
+    let other = at("other.toml");
+    for (arguments, says) in [
+        (vec!["--set", "widths=8,16"], "--set widths: widths = [8, 16], but the model of --init has [16, 32]"),
+        (vec!["--set", "channels=3"], "--set channels: channels = 3, but the model of --init has 1"),
+        (vec!["--set", "timesteps=1000"], "--set timesteps: timesteps = 1000, but the model of --init has 100"),
+        (vec!["--set", "schedule=cosine"], "--set schedule: the model of --init has other betas, one by one"),
+        (vec!["--set", "attention_resolutions=16"], "--set attention_resolutions: attention_resolutions = [16]"),
+        (vec!["--preset", "cifar10"], "--preset cifar10: "),
+        (vec!["--config", other.to_str().unwrap()], "other.toml: widths = [8, 16], but the model"),
+    ] {
+        let said = fails(&mut start("refused", &arguments), 2);
+        assert!(said.contains(says) && said.trim().lines().count() == 1, "{arguments:?}: {said}");
+        assert!(!at("refused").exists());
+    }
+    let mut without = ddpm();
+    let said = fails(without.args(["train", "--out"]).arg(at("refused")).arg("--init").arg(&model), 2);
+    assert!(said.contains("say with --data which images to train it on"), "{said}");
+    let said = fails(ddpm().args(["train", "--resume"]).arg(&model), 1);
+    assert!(said.contains("is not a run folder") && said.contains("--init"), "{said}");
+
+    // What may differ: the size of the images, and classes where the model has none.
+    let data = at("labelled.npz");
+    let pixels: Vec<u8> = (0..12 * 256).map(|i| (i * 97 % 251) as u8).collect();
+    let labels: Vec<u32> = (0..12).map(|i| i % 3).collect();
+    ddpm_cuda::output::write_npz(&data, Shape::new(12, 16, 16, 1), &pixels, Some(&labels)).unwrap();
+    let mut larger = ddpm();
+    larger.args(["train", "--batch", "4", "--steps", "1", "--set", "sample_every=0", "--device", "cpu", "--init"]);
+    larger.arg(&model).arg("--data").arg(&data).arg("--out").arg(at("larger"));
+    let said = ok(larger.args(["--set", "image_size=32", "--set", "classes=3"]));
+    assert!(said.contains("images of 32x32 where the model has 16x16"), "{said}");
+    assert!(said.contains("the embedding of 3 classes is new and begins at zero"), "{said}");
+    let settings = ddpm_cuda::config::Config::read(&at("larger/config.toml")).unwrap();
+    assert_eq!((settings.model.attention_resolutions, settings.model.classes), (vec![16], 3));
+    let table = weights(&at("larger/checkpoints/0")).into_iter().find(|(name, _)| name == "class_embedding.weight");
+    assert!(table.unwrap().1.iter().all(|b| *b == 0));
+    let said = ok(&mut start("open", &["--set", "image_size=0"]));
+    assert!(!said.contains("images of"), "the data have the model's size: {said}");
+    // The recorded settings start the same run again.
+    let config = at("run/config.toml");
+    let mut repeat = ddpm();
+    ok(repeat.args(["train", "--device", "cpu", "--config"]).arg(&config).arg("--out").arg(at("repeated")));
+    assert!(end("repeated") == whole, "the same settings, other weights");
+}
+
+/// Classes by name; the process and the classes in `info`; what was assumed, said by each command.
+#[test]
+fn what_a_model_says_of_itself_is_used_and_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let mut model = checkpoint::load(&Device::cpu(), &fixture("unet_rgb16")).unwrap();
+    model.config.class_names = (0..10).map(|k| format!("kind {k}")).collect();
+    model.config.class_names[4] = "7".into();
+    let zeros = Tensor::zeros(&Device::cpu(), Shape::vector(model.params.specs().flat_len())).unwrap();
+    let state = checkpoint::State { step: 1, params: &model.params, ema: &model.params, m: &zeros, v: &zeros };
+    let saved = checkpoint::save(folder.path(), &model.config, state).unwrap();
+    let draw = |class: &str| {
+        let mut command = ddpm();
+        command.args(["sample", "--count", "1", "--steps", "2", "--class", class, "--device", "cpu", "--model"]);
+        command.arg(&saved).arg("--out").arg(at("out.npz"));
+        command
+    };
+    let label = |class: &str| {
+        ok(&mut draw(class));
+        let arrays = ddpm_cuda::data::npy::parse_npz(&fs::read(at("out.npz")).unwrap()).unwrap();
+        arrays[1].1.to_i64().unwrap()[0]
+    };
+    assert_eq!(["kind 3", "3", "7", "kind 7"].map(label), [3, 3, 4, 7]);
+    let said = fails(&mut draw("kind 33"), 2);
+    assert!(said.contains("--class kind 33: this model has the classes 0 to 9, called kind 3, "), "{said}");
+    let info = ok(ddpm().arg("info").arg("--model").arg(&saved));
+    assert!(info.contains("10 classes: kind 0, kind 1, kind 2, kind 3, 7, kind 5"), "{info}");
+    let process = "process: 1000 timesteps, betas linear from 1.000e-4 to 2.000e-2, fixed_small; spacing even";
+    assert!(info.contains(process), "{info}");
+    // No scheduler: which process is assumed.
+    let assumed = "the process is assumed to be that of DDPMScheduler's defaults";
+    let gray = fixture("unet_gray16");
+    assert!(ok(ddpm().arg("info").arg("--model").arg(&gray)).contains(assumed));
+    let mut sample = ddpm();
+    sample.args(["sample", "--count", "1", "--steps", "2", "--model"]).arg(&gray).arg("--out").arg(at("gray.png"));
+    assert!(ok(&mut sample).contains(assumed));
+}
+
+/// The model's spacing, offset and clipping are what `sample` does unless it is told otherwise.
+#[test]
+fn the_models_stepping_is_the_default_of_sample() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
+        fs::copy(fixture("unet_gray16").join(file), folder.path().join(file)).unwrap();
+    }
+    let draw = |scheduler: serde_json::Value, arguments: &[&str]| {
+        fs::write(folder.path().join("scheduler_config.json"), scheduler.to_string()).unwrap();
+        let out = folder.path().join("out.npz");
+        let mut command = ddpm();
+        command.args(["sample", "--count", "2", "--steps", "4", "--device", "cpu", "--model"]).arg(folder.path());
+        ok(command.arg("--out").arg(&out).args(arguments));
+        fs::read(&out).unwrap()
+    };
+    let saying = |spacing: &str, offset: u32, clip: bool| {
+        serde_json::json!({"_class_name": "DDPMScheduler", "timestep_spacing": spacing, "steps_offset": offset,
+            "clip_sample": clip})
+    };
+    let given =
+        ["leading", "even", "trailing"].map(|spacing| draw(saying("linspace", 0, true), &["--spacing", spacing]));
+    let own = ["leading", "linspace", "trailing"].map(|spacing| draw(saying(spacing, 0, true), &[]));
+    assert!(given == own, "another spacing than the model's");
+    assert!(own[0] != own[1] && own[1] != own[2], "the spacing makes no difference to this test");
+    assert!(draw(saying("leading", 1, true), &[]) != own[0], "the offset is not obeyed");
+    assert!(draw(saying("linspace", 1, true), &[]) == own[1], "an offset where there is none");
+    assert!(draw(saying("linspace", 0, false), &[]) != own[1], "clip_sample is not obeyed");
+    // One step more than the offset leaves room for.
+    fs::write(folder.path().join("scheduler_config.json"), saying("leading", 1, true).to_string()).unwrap();
+    let mut command = ddpm();
+    command.args(["sample", "--count", "1", "--steps", "1000", "--out", "x.png", "--model"]).arg(folder.path());
+    assert!(fails(&mut command, 2).contains("take fewer steps or --spacing even"));
+}
+
 #[test]
 fn a_run_is_not_overwritten() {
     let folder = tempfile::tempdir().unwrap();

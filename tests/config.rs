@@ -65,6 +65,7 @@ fn every_setting_survives_the_file() {
     }
     let changed = built(&[
         "data=a folder/with \"quotes\" # and more",
+        "init=/models/a model",
         "held_out=0.25",
         "image_size=28x20",
         "channels=2",
@@ -81,6 +82,8 @@ fn every_setting_survives_the_file() {
         "flip_sin_to_cos=true",
         "schedule=quadratic",
         "timesteps=4000",
+        "beta_start=0.0002",
+        "beta_end=0.03",
         "variance=fixed_small",
         "seed=18446744073709551615",
         "steps=1e5",
@@ -107,6 +110,34 @@ fn every_setting_survives_the_file() {
     assert_eq!((changed.seed, changed.steps), (u64::MAX, 100_000));
     let (_folder, path) = file(&changed.to_toml());
     assert_eq!(Config::read(&path).unwrap(), changed);
+}
+
+/// What is kept in the file without being a setting.
+#[test]
+fn names_and_betas_survive_the_file() {
+    let mut config = Config::preset(Preset::Cifar10);
+    config.model.classes = 3;
+    config.class_names = ["cat", "a \"dog\"", "\u{732b} # \n"].map(String::from).into();
+    config.diffusion.timesteps = 3;
+    config.diffusion.trained_betas = vec![1e-5, 0.1, 1.0 / 3.0];
+    config.validate().unwrap();
+    let (_folder, path) = file(&config.to_toml());
+    assert_eq!(Config::read(&path).unwrap(), config);
+    // Betas one by one leave these settings without meaning.
+    for key in ["schedule=cosine", "timesteps=4", "beta_start=0.1", "beta_end=0.1"] {
+        let error = Config::build(None, Some(&path), &sets(&[key])).expect_err("refused");
+        assert!(error.to_string().contains("trained_betas gives every beta"), "{error}");
+    }
+    assert_eq!(Config::build(None, Some(&path), &sets(&["variance=fixed_small"])).unwrap().diffusion.timesteps, 3);
+    assert!(file_refusal("class_names = 3").ends_with("class_names is no list of names"));
+    assert!(file_refusal("class_names = [3]").ends_with("class_names is no list of names"));
+    assert!(file_refusal("trained_betas = [\"a\"]").ends_with("trained_betas is no list of numbers"));
+    let refused = |config: &Config| config.validate().expect_err("refused").to_string();
+    config.class_names.push("one more".into());
+    assert!(refused(&config).contains("class_names holds 4 names for classes = 3"));
+    config.class_names.clear();
+    config.diffusion.timesteps = 4;
+    assert!(refused(&config).contains("trained_betas holds 3 numbers for 4 timesteps"));
 }
 
 #[test]
@@ -168,7 +199,7 @@ fn values_that_cannot_be_read() {
 
 #[test]
 fn networks_that_cannot_be_built() {
-    let cases: [(&[&str], &str); 19] = [
+    let cases: [(&[&str], &str); 33] = [
         (
             &["image_size=30"],
             "image_size = 30x30 cannot be halved 2 times, which the 3 levels of widths = 32,32,64 ask for; 32x32 would do",
@@ -187,6 +218,20 @@ fn networks_that_cannot_be_built() {
         (&["blocks_per_level=0"], "blocks_per_level = 0"),
         (&["dropout=1"], "dropout = 1"),
         (&["norm_eps=0"], "norm_eps = 0"),
+        (&["norm_eps=1e-60"], "norm_eps = 1e-60"),
+        (&["norm_eps=2"], "norm_eps = 2"),
+        (&["channels=65537"], "channels holds 65537; the largest possible is 65536"),
+        (&["groups=4000000000"], "groups holds 4000000000; the largest"),
+        (&["head_dim=4000000000"], "head_dim holds 4000000000; the largest"),
+        (&["widths=4,4,4,4,4,4,4,4,4,4,4,4,4,4,4,4,4,4", "groups=4"], "widths holds 18 levels; no image can be halved"),
+        (&["beta_end=0.01"], "beta_end = 0.01: the cosine schedule does not have it, so leave it at 0"),
+        (&["schedule=constant", "beta_start=0.01"], "beta_start = 0.01: the constant schedule does not have it"),
+        (&["schedule=linear", "beta_end=1"], "beta_end is 1: must lie between 0 and 1"),
+        (&["schedule=linear", "beta_start=-0.1"], "beta_start is -0.1: must lie between 0 and 1"),
+        (&["schedule=linear", "timesteps=10"], "timesteps is 10: the linear schedule needs at least 21"),
+        (&["timesteps=2000000"], "timesteps is 2000000: must be from 2 to 1000000"),
+        (&["class_names=cat"], "the classes are named by the data"),
+        (&["trained_betas=0.1"], "betas one by one come from a model, with --init"),
         (&["downsample_padding=2"], "downsample_padding = 2 must be 0 (right and bottom) or 1"),
         (&["freq_shift=2"], "freq_shift = 2 must be 0 or 1"),
         (&["timesteps=1"], "timesteps = 1 must be at least 2"),
@@ -204,7 +249,7 @@ fn networks_that_cannot_be_built() {
     }
     // More levels than an integer has bits.
     let many = format!("widths={}", vec!["32"; 70].join(","));
-    assert!(refusal(&[&many]).contains("cannot be halved 69 times"));
+    assert!(refusal(&[&many]).contains("widths holds 70 levels; no image can be halved more than 16 times"));
 }
 
 #[test]

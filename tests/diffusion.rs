@@ -190,6 +190,9 @@ fn names_parse_and_print_and_wrong_settings_are_refused() {
         ("beta_end is NaN: must lie", Schedule::with_betas(Kind::Constant, 10, 0.1, f64::NAN).map(|_| ())),
         ("beta at timestep 1 is 1: must", Schedule::from_betas(vec![0.5, 1.0]).map(|_| ())),
         ("underflows", Schedule::from_betas(vec![0.99; 200]).map(|_| ())),
+        ("underflows: it is 9", Schedule::from_betas(vec![0.9; 80]).map(|_| ())),
+        ("beta at timestep 0 is 1e-17: so small that", Schedule::from_betas(vec![1e-17; 2]).map(|_| ())),
+        ("timestep 999, but the last there is is 998", Spacing::Leading.timesteps_from(1, 999, 999).map(|_| ())),
         ("steps is 0: must be from 1 to the model's 1000", Spacing::Even.timesteps(1000, 0).map(|_| ())),
         ("steps is 1001: must be from 1", Spacing::Trailing.timesteps(1000, 1001).map(|_| ())),
         ("no stride takes 1000 timesteps in 300", Spacing::Stride.timesteps(1000, 300).map(|_| ())),
@@ -267,6 +270,30 @@ fn spacings_keep_what_they_say() {
                 "{spacing} {steps}"
             );
         }
+    }
+}
+
+/// `steps_offset` of diffusers' schedulers: the timesteps of `leading` one further up, those of others where they were.
+#[test]
+fn an_offset_moves_the_leading_timesteps_alone() {
+    let moved = |spacing: Spacing, offset, steps| spacing.timesteps_from(offset, 1000, steps).unwrap();
+    assert_eq!(moved(Spacing::Leading, 1, 4), [1, 251, 501, 751]);
+    assert_eq!(moved(Spacing::Leading, 0, 4), [0, 250, 500, 750]);
+    for spacing in [Spacing::Even, Spacing::Trailing, Spacing::Stride] {
+        assert_eq!(moved(spacing, 1, 4), spacing.timesteps(1000, 4).unwrap(), "{spacing}");
+    }
+    assert_eq!(moved(Spacing::Leading, 249, 4)[3], 999);
+    Spacing::Leading.timesteps_from(250, 1000, 4).unwrap_err();
+    Spacing::Leading.timesteps_from(u32::MAX, 1000, 4).unwrap_err();
+    // Over given timesteps the steps are those of the spacing that keeps them; unclipped they differ in nothing else.
+    let (s, method) = (Schedule::new(Kind::Linear, 1000).unwrap(), Method::Ddim { eta: 0.5 });
+    let kept = Spacing::Trailing.timesteps(1000, 7).unwrap();
+    let sampler = Sampler::over(&s, method, &kept).unwrap();
+    assert_eq!(sampler, Sampler::new(&s, method, Spacing::Trailing, 7).unwrap());
+    let unclipped = sampler.clone().unclipped();
+    for (step, free) in sampler.steps().iter().zip(unclipped.steps()) {
+        assert!(step.clip && !free.clip);
+        assert_eq!(Step { clip: true, ..*free }, *step);
     }
 }
 

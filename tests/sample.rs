@@ -5,7 +5,8 @@ use std::path::Path;
 use ddpm_cuda::checkpoint;
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::{Method, Sampler, Schedule, Spacing};
-use ddpm_cuda::sample::Drawing;
+use ddpm_cuda::sample::{Drawing, class_called, memory_of_forward};
+use ddpm_cuda::tensor::Shape;
 use ddpm_cuda::unet::UNet;
 
 /// More images than one batch holds, with a class-conditional network of random weights.
@@ -36,4 +37,44 @@ fn an_image_depends_on_its_seed_index_and_class_alone() {
     assert_eq!(draw(1, &in_turn[..3]), images[..3], "the number of images changes them");
     let other = draw(2, &in_turn);
     assert!((0..66).all(|i| other[i] != images[i]), "another seed, the same image");
+}
+
+#[test]
+fn a_class_is_called_by_its_name_or_its_number() {
+    let names: Vec<String> = ["cat", "3", "dog", "owl", "owl"].map(String::from).into();
+    let called = |text: &str| class_called(text, &names, 6).map_err(|e| e.to_string());
+    assert_eq!(called("cat"), Ok(0));
+    assert_eq!(called("3"), Ok(1), "the name comes before the number");
+    assert_eq!((called("2"), called("5")), (Ok(2), Ok(5)), "a class without a name has its number");
+    assert_eq!(called("owl").unwrap_err(), "--class owl: the classes 3 and 4 are both called so; give the number");
+    let all = "this model has the classes 0 to 5, called";
+    assert_eq!(called("6").unwrap_err(), format!("--class 6: {all} 3, cat, dog, owl, owl"));
+    assert_eq!(called("Dgo").unwrap_err(), format!("--class Dgo: {all} dog, cat, 3, owl, owl"));
+    called("-1").unwrap_err();
+    let many: Vec<String> = (0..1000).map(|k| format!("class {k}")).collect();
+    let said = class_called("clas 999", &many, 1000).unwrap_err().to_string();
+    assert!(said.contains("called class 999, ") && said.ends_with(" and 990 more"), "{said}");
+    let bare = |text: &str, classes| class_called(text, &[], classes).unwrap_err().to_string();
+    assert_eq!(bare("cat", 10), "--class cat: this model has the classes 0 to 9, without names");
+    assert_eq!(bare("cat", 0), "--class cat: this model is unconditional, leave --class out");
+    assert_eq!(class_called("9", &[], 10).unwrap(), 9);
+}
+
+/// The estimate grows with the images and is of the order of what the pool holds after drawing.
+#[test]
+fn the_memory_of_a_forward_pass_is_foreseen() {
+    let device = Device::cpu();
+    let model = checkpoint::load(&device, &Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/unet_gray16"));
+    let model = model.unwrap();
+    let (unet, _) = UNet::new(&model.config.model).unwrap();
+    let foreseen = |n, side| memory_of_forward(&device, &unet, &model.params, Shape::new(n, side, side, 1)).unwrap();
+    let before = device.pool_stats().held;
+    let schedule = model.config.diffusion.noise_schedule().unwrap();
+    let sampler = Sampler::new(&schedule, Method::Ddim { eta: 0.0 }, Spacing::Even, 1).unwrap();
+    let drawing = Drawing { device: &device, unet: &unet, params: &model.params, sampler: &sampler, seed: 0 };
+    drawing.images(64, None, |_| Ok(())).unwrap();
+    let held = device.pool_stats().held - before;
+    let share = foreseen(64, 16) as f64 / held as f64;
+    assert!((0.2..=1.5).contains(&share), "foreseen {} bytes, held {held}", foreseen(64, 16));
+    assert!(foreseen(1, 65_536) > 1 << 40, "{}", foreseen(1, 65_536));
 }

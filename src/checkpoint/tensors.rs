@@ -244,12 +244,10 @@ impl TensorFile {
     /// Refuses a file unless it has exactly the tensors of `specs` under each of `prefixes`, of the shapes there and of
     /// a type that is read. Nothing has been allocated for them until then.
     pub fn fitting(self, specs: &Specs, prefixes: &[&str]) -> Result<Self> {
-        let wanted: BTreeMap<String, &Spec> = prefixes
-            .iter()
-            .flat_map(|prefix| specs.iter().map(move |(_, spec)| (format!("{prefix}{}", spec.name), spec)))
-            .collect();
-        let missing: Vec<&str> = wanted.keys().filter(|n| !self.tensors.contains_key(*n)).map(String::as_str).collect();
-        let extra: Vec<&str> = self.tensors.keys().filter(|n| !wanted.contains_key(*n)).map(String::as_str).collect();
+        let wanted: BTreeSet<String> =
+            prefixes.iter().flat_map(|p| specs.iter().map(move |(_, s)| format!("{p}{}", s.name))).collect();
+        let missing: Vec<&str> = wanted.iter().filter(|n| !self.tensors.contains_key(*n)).map(String::as_str).collect();
+        let extra: Vec<&str> = self.tensors.keys().filter(|n| !wanted.contains(*n)).map(String::as_str).collect();
         let mut faults = Vec::new();
         if !missing.is_empty() {
             faults.push(format!("lacks {}", named(&missing)));
@@ -261,8 +259,10 @@ impl TensorFile {
             return Err(Error::file(&self.path, faults.join(" and ")));
         }
         let mut misfits = Vec::new();
-        for (name, spec) in &wanted {
-            let (info, want) = (&self.tensors[name].info, shape_in_file(spec));
+        let in_order = prefixes.iter().flat_map(|prefix| specs.iter().map(move |(_, spec)| (prefix, spec)));
+        for (prefix, spec) in in_order {
+            let name = format!("{prefix}{}", spec.name);
+            let (info, want) = (&self.tensors[&name].info, shape_in_file(spec));
             // Attention layers were once 1x1 convolutions: [c, c, 1, 1].
             let is_old_matrix = spec.layout == Layout::Matrix && info.shape == [want[0], want[1], 1, 1];
             if info.shape != want && !is_old_matrix {
