@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use ddpm_cuda::config::{Config, Preset, Size};
-use ddpm_cuda::data::{self, Data, Dataset, Order};
+use ddpm_cuda::data::{self, Data, Dataset, Order, Source};
 
 /// A config that takes the data as it is, with nothing held out.
 fn open(source: &Path) -> Config {
@@ -20,6 +20,13 @@ fn open(source: &Path) -> Config {
 #[track_caller]
 fn load(source: &Path) -> Data {
     data::load(&mut open(source)).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// The same with so many classes.
+fn with_classes(source: &Path, classes: usize) -> Config {
+    let mut config = open(source);
+    config.model.classes = classes;
+    config
 }
 
 /// The error of loading, which must be one sentence that begins with `names`, with exit code 1.
@@ -277,12 +284,28 @@ fn damaged_and_unfit_archives() {
         "its arrays are: foo, bar",
     );
     refuses(&folder.put("nothing.npz", &npz(&[], stored)), "its arrays are: none");
-    refuses(&folder.put("count.npz", &labelled(npy("|u1", &[4], &[0; 4]))), "holds labels of shape 4 for 5 images");
-    refuses(
-        &folder.put("kind.npz", &labelled(npy("<f8", &[5], &[0; 40]))),
-        "holds elements of type <f8; integers are expected",
-    );
-    refuses(&folder.put("below.npz", &labelled(npy("|i1", &[5], &[0, 0, 255, 0, 0]))), "has label -1 at image 2");
+    // Labels that cannot be used stop a run only if it needs them.
+    let mut transposed = npy("|u1", &[5, 1], &[0; 5]);
+    let at = transposed.windows(5).position(|w| w == b"False").unwrap();
+    transposed[at..at + 5].copy_from_slice(b"True ");
+    for (name, labels, want) in [
+        ("count", npy("|u1", &[4], &[0; 4]), "holds labels of shape 4 for 5 images"),
+        ("many", npy("|u1", &[5, 14], &[0; 70]), "holds labels of shape 5x14 for 5 images"),
+        ("scalar", npy("|u1", &[], &[0]), "holds labels of shape () for 5 images"),
+        ("kind", npy("<f8", &[5], &[0; 40]), "holds elements of type <f8; integers are expected"),
+        ("text", npy("<U3", &[5], &[0; 60]), "holds elements of type <U3; integers are expected"),
+        ("bool", npy("|b1", &[5], &[0; 5]), "holds elements of type |b1; integers are expected"),
+        ("pickled", npy("|O", &[5], b"\x80\x04abc"), "holds Python objects"),
+        ("fortran", transposed, "is in Fortran order"),
+        ("damaged", npy("|u1", &[5], &[0; 5])[..40].to_vec(), "is not a .npy array: it ends within its header"),
+        ("below", npy("|i1", &[5], &[0, 0, 255, 0, 0]), "has label -1 at image 2"),
+    ] {
+        let path = folder.put(&format!("{name}.npz"), &labelled(labels));
+        let data = load(&path);
+        assert!(data.train.labels().is_none() && data.classes.is_empty(), "{name}");
+        let sentence = refusal(&mut with_classes(&path, 3), &path);
+        assert!(sentence.contains(want) && sentence.contains("classes = 3 needs a class for each"), "{sentence}");
+    }
     refuses(
         &folder.put("inner.npz", &npz(&[("images", images[..150].to_vec())], stored)),
         "its array 'images' should hold 120 bytes",
@@ -310,7 +333,13 @@ fn labels_must_fit_the_classes() {
     data::load(&mut config).unwrap();
     let path = folder.put("a.npy", &npy("|u1", &[3, 1, 1], &[0; 3]));
     config.data = path.display().to_string();
-    assert!(refusal(&mut config, &path).contains("has no labels, which classes = 6 needs"));
+    let sentence = refusal(&mut config, &path);
+    assert!(
+        sentence.ends_with(
+            "has no labels; put both into a .npz; classes = 6 needs a class for each image, classes = 0 needs none"
+        ),
+        "{sentence}"
+    );
 }
 
 #[test]
@@ -350,9 +379,20 @@ fn idx_files_and_folders() {
     refuses(&folder.put("huge", &idx(&[u32::MAX; 4], &[])), "more than any file has bytes");
     let packed = gzip(&images);
     refuses(&folder.put("packed.gz", &packed[..packed.len() - 3]), "is not whole gzip data");
-    let bad = folder.put("train-labels-idx1-ubyte.gz", &gzip(&idx(&[3], &[0; 3])));
-    let sentence = refusal(&mut open(folder.path()), &bad);
-    assert!(sentence.contains("holds 3 labels for 4 images"), "{sentence}");
+    for (labels, want) in [
+        (gzip(&idx(&[3], &[0; 3])), "holds 3 labels for 4 images"),
+        (gzip(&[0, 0, 13, 1, 0, 0, 0, 4]), "holds IDX elements of type 0x0d"),
+        (packed[..packed.len() - 3].to_vec(), "is not whole gzip data"),
+    ] {
+        let bad = folder.put("train-labels-idx1-ubyte.gz", &labels);
+        assert!(load(folder.path()).train.labels().is_none(), "labels that nobody needs");
+        let sentence = refusal(&mut with_classes(folder.path(), 2), &bad);
+        assert!(sentence.contains(want), "{sentence}");
+    }
+    fs::remove_file(folder.path().join("train-labels-idx1-ubyte.gz")).unwrap();
+    let images = folder.path().join("train-images-idx3-ubyte.gz");
+    let sentence = refusal(&mut with_classes(folder.path(), 2), &images);
+    assert!(sentence.contains("has no file of labels beside it, such as train-labels-idx1-ubyte.gz"), "{sentence}");
 }
 
 #[test]
@@ -362,8 +402,12 @@ fn cifar_folders() {
         |label: u8, red: u8, green: u8, blue: u8| [&[label][..], &[red; 1024], &[green; 1024], &[blue; 1024]].concat();
     folder.put("data_batch_2.bin", &record(7, 4, 5, 6));
     folder.put("data_batch_1.bin", &[record(9, 1, 2, 3), record(0, 7, 8, 9)].concat());
-    folder.put("batches.meta.txt", b"airplane\n");
+    folder.put("batches.meta.txt", b"airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n");
     let data = load(folder.path());
+    assert_eq!((data.classes.len(), &*data.classes[7]), (10, "horse"));
+    let parts = "data_batch_3.bin, data_batch_4.bin, data_batch_5.bin, test_batch.bin";
+    let here = folder.path().display();
+    assert_eq!(data.notes, [format!("{here} is CIFAR-10 without {parts}, which the whole set has")]);
     assert_eq!((data.train.extent().to_string(), data.train.labels()), ("32x32x3".into(), Some(&[9, 0, 7][..])));
     assert_eq!((&data.train.image(0)[..6], &data.train.image(2)[3069..]), (&[1, 2, 3, 1, 2, 3][..], &[4, 5, 6][..]));
     assert!(data.held_out.is_empty());
@@ -392,10 +436,7 @@ fn folders_of_images() {
     let data = load(folder.path());
     assert_eq!(all(&data.train), [1, 2, 3, 4, 5, 6, 10, 20, 30, 40, 50, 60], "in the order of the names, grey");
     assert!(data.train.labels().is_none());
-    assert_eq!(
-        data.notes,
-        [format!("1 files in {} are neither PNG nor JPEG and are left out", folder.path().display())]
-    );
+    assert_eq!(data.notes, [format!("1 file in {} is neither PNG nor JPEG and left out", folder.path().display())]);
     // One colour image makes all of them colour; a JPEG under the name of a PNG is still read.
     let mut jpeg = Vec::new();
     image::codecs::jpeg::JpegEncoder::new_with_quality(&mut jpeg, 100)
@@ -418,17 +459,52 @@ fn class_folders_become_labels() {
     folder.png("cat/9.png", 1, 1, 1, &[9]);
     let data = load(folder.path());
     assert_eq!((all(&data.train), data.train.labels()), (vec![9, 2, 1], Some(&[0, 1, 1][..])));
-    assert_eq!(data.notes, ["2 classes by folder: 0 cat, 1 dog"]);
-    folder.png("stray.png", 1, 1, 1, &[7]);
-    assert!(load(folder.path()).train.labels().is_none(), "an image outside the class folders: no labels");
+    assert_eq!(data.classes, ["cat", "dog"]);
+    let note = "2 classes by folder, in natural order: 0 cat, 1 dog";
+    assert_eq!(data.notes, [format!("{note}; not used: classes = 0; use --set classes=2")]);
+    assert_eq!(data::load(&mut with_classes(folder.path(), 2)).unwrap().notes, [note]);
+    fs::create_dir(folder.path().join("eel")).unwrap();
+    folder.put("fish/readme.txt", b"");
+    let data = data::load(&mut with_classes(folder.path(), 20)).unwrap();
+    assert_eq!(
+        data.notes[1..],
+        [
+            format!("{note}; folders without images are no classes: eel, fish"),
+            "classes = 20, but only 2 have images: 0 cat, 1 dog".into()
+        ]
+    );
+
+    // An image outside the class folders: no labels, and with classes no run.
+    let stray = folder.png("stray.png", 1, 1, 1, &[7]);
+    assert!(load(folder.path()).train.labels().is_none());
+    let sentence = refusal(&mut with_classes(folder.path(), 2), &stray);
+    assert!(
+        sentence
+            .contains("lies beside the class folders cat, dog; move it into one of them or away; classes = 2 needs"),
+        "{sentence}"
+    );
+    folder.png("z.png", 1, 1, 1, &[7]);
+    assert!(refusal(&mut with_classes(folder.path(), 2), &stray).contains("cat, dog, as do 1 others; move"));
+    let flat = Folder::new();
+    flat.png("a.png", 1, 1, 1, &[1]);
+    assert!(refusal(&mut with_classes(flat.path(), 2), flat.path()).contains("not in a folder for each class"));
 }
 
 #[test]
 fn damaged_empty_and_mixed_folders() {
     let folder = Folder::new();
-    refuses(folder.path(), "holds no .png, .jpg or .jpeg file (0 others)");
+    refuses(
+        folder.path(),
+        "holds no PNG or JPEG file, no data_batch_1.bin and no train-images-idx3-ubyte; it holds no",
+    );
     folder.put("a.txt", b"");
-    refuses(folder.path(), "holds no .png, .jpg or .jpeg file (1 others)");
+    refuses(folder.path(), "train-images-idx3-ubyte; it holds 1 file");
+    let arrays = folder.put("a.npz", b"");
+    refuses(folder.path(), "give the .npz file in it by its own name");
+    fs::remove_file(arrays).unwrap();
+    let packed = folder.put("a.tar", b"");
+    refuses(folder.path(), "unpack the .tar file in it");
+    fs::remove_file(packed).unwrap();
     let good = folder.png("a.png", 40, 40, 3, &bytes(4800));
     let content = fs::read(&good).unwrap();
     for (name, content) in [("empty.png", &[][..]), ("cut.png", &content[..content.len() / 2]), ("text.jpg", b"text")] {
@@ -621,4 +697,605 @@ fn a_cameras_orientation_is_obeyed() {
     // What was on the left is on top.
     let image = data.train.image(0);
     assert!(image[..8 * 16].iter().all(|&v| v > 200) && image[16 * 16..].iter().all(|&v| v < 50), "{image:?}");
+}
+
+#[test]
+fn a_survey_is_taken_before_images_are_decoded() {
+    let folder = Folder::new();
+    folder.png("b/1.png", 2, 3, 1, &[0; 6]);
+    folder.png("a/1.png", 4, 5, 3, &[0; 60]);
+    // The header is whole, the image is not.
+    let good = folder.png("a/2.png", 4, 5, 3, &bytes(60));
+    let content = fs::read(&good).unwrap();
+    fs::write(&good, &content[..50]).unwrap();
+    let source = Source::open(&open(folder.path())).unwrap();
+    let survey = source.survey().clone();
+    assert_eq!(survey.images, 3);
+    assert_eq!(survey.sizes.into_iter().collect::<Vec<_>>(), [((2, 3), 1), ((4, 5), 2)]);
+    assert_eq!((survey.channels, &survey.classes[..], survey.held_out), (3, &["a".into(), "b".into()][..], false));
+    let mut config = open(folder.path());
+    config.model.image_size = Size::square(4);
+    assert!(source.load(&mut config).err().expect("refused").to_string().contains("is not a whole PNG or JPEG image"));
+
+    let images = npy("|u1", &[4, 2, 3], &bytes(24));
+    let arrays = [("x_train", images.clone()), ("y_train", npy("|u1", &[4], &[0, 3, 1, 1])), ("x_test", images)];
+    let path = folder.put("a.npz", &npz(&arrays, zip::CompressionMethod::Stored));
+    let survey = Source::open(&open(&path)).unwrap().survey().clone();
+    assert_eq!((survey.images, survey.channels, survey.held_out), (8, 1, true));
+    assert!(survey.classes.is_empty(), "the test set has no labels: {:?}", survey.classes);
+}
+
+#[test]
+fn the_order_of_training_is_pinned() {
+    // Recorded with rand 0.10.3's `shuffle`, with which the first runs were made: (images, seed, epoch), first indices,
+    // XXH3-128 of all as little-endian u32.
+    let recorded: [(usize, u64, u64, &[usize], &str); 10] = [
+        (1, 0, 0, &[0], "2a33816ed7e0c373dbe563c737220b65"),
+        (2, 0, 0, &[0, 1], "cf68e872ea7766f66c3911ab3c2c7521"),
+        (5, 7, 0, &[1, 3, 0, 4, 2], "69532b073a9717ced322b336ac3d4a14"),
+        (20, 0, 0, &[4, 18, 11, 5, 6, 7, 12, 17], "7f8593bff5773b3e6cfd45dbb96662f3"),
+        (103, 7, 3, &[90, 12, 8, 92, 47, 2, 85, 68], "5f7cde99f140e99978a00ed0c9184ad7"),
+        (9500, 0, 0, &[1886, 8783, 6689, 845, 4436, 4821, 1690, 8263], "4bdb46a66744591dd27574a68cd73287"),
+        (9500, 0, 1, &[1882, 7671, 7358, 6921, 5758, 7593, 3895, 8245], "d2aba353f5794bd32134af65dea1dc7f"),
+        (
+            9500,
+            u64::MAX,
+            4294967301,
+            &[466, 7575, 1176, 3336, 202, 7334, 7391, 7126],
+            "98326cd627060ffc61154922a3467e19",
+        ),
+        (70000, 1, 0, &[5770, 17326, 41045, 20102, 43472, 21002, 48288, 32576], "2de7aa556edf6e9c4ebd1aa0a059f36c"),
+        (
+            1000003,
+            2,
+            9,
+            &[825708, 882182, 660373, 674697, 851069, 899623, 63959, 698703],
+            "ca7b4d393b7e0f97125885bc6dfaefc7",
+        ),
+    ];
+    for (images, seed, epoch, first, hash) in recorded {
+        let start = epoch * images as u64;
+        let order = Order::new(seed, images).range(start..start + images as u64);
+        assert_eq!(order[..first.len()], *first, "{images} images, seed {seed}, epoch {epoch}");
+        let bytes: Vec<u8> = order.iter().flat_map(|&i| (i as u32).to_le_bytes()).collect();
+        let found = format!("{:032x}", twox_hash::XxHash3_128::oneshot(&bytes));
+        assert_eq!(found, hash, "{images} images, seed {seed}, epoch {epoch}");
+    }
+}
+
+#[test]
+fn a_fingerprint_is_stable_and_tells_data_apart() {
+    let folder = Folder::new();
+    let arrays = |pixels: &[u8], labels: &[u8]| {
+        let images = npy("|u1", &[4, 2, 3], pixels);
+        npz(&[("images", images), ("labels", npy("|u1", &[4], labels))], zip::CompressionMethod::Stored)
+    };
+    let path = folder.put("a.npz", &arrays(&bytes(24), &[0, 1, 2, 1]));
+    let fingerprint = load(&path).fingerprint();
+    assert_eq!(fingerprint, "");
+    assert_eq!(load(&path).fingerprint(), fingerprint);
+    let mut seen = vec![fingerprint];
+    let mut differs = |data: Data, what: &str| {
+        assert!(!seen.contains(&data.fingerprint()), "{what}");
+        seen.push(data.fingerprint());
+    };
+    let mut other = bytes(24);
+    other[23] ^= 1;
+    differs(load(&folder.put("a.npz", &arrays(&other, &[0, 1, 2, 1]))), "a pixel");
+    let path = folder.put("a.npz", &arrays(&bytes(24), &[0, 1, 1, 1]));
+    differs(load(&path), "a label");
+    let mut config = open(&path);
+    config.held_out = 0.25;
+    differs(data::load(&mut config).unwrap(), "the split");
+    differs(load(&folder.put("b.npy", &npy("|u1", &[4, 2, 3], &bytes(24)))), "no labels");
+    differs(load(&folder.put("b.npy", &npy("|u1", &[4, 3, 2], &bytes(24)))), "the size");
+    differs(load(&folder.put("b.npy", &npy("|u1", &[2, 4, 3], &bytes(24)))), "the number of images");
+}
+
+/// A PNG of one row, made by hand: no encoder writes all of these.
+fn png_row(depth: u8, color: u8, chunks: &[(&[u8; 4], &[u8])], width: u32, row: &[u8]) -> Vec<u8> {
+    let mut file = b"\x89PNG\r\n\x1a\n".to_vec();
+    let mut chunk = |kind: &[u8; 4], body: &[u8]| {
+        let mut crc = flate2::Crc::new();
+        crc.update(kind);
+        crc.update(body);
+        file.extend((body.len() as u32).to_be_bytes());
+        file.extend(kind);
+        file.extend(body);
+        file.extend(crc.sum().to_be_bytes());
+    };
+    let head = [&width.to_be_bytes()[..], &1u32.to_be_bytes(), &[depth, color, 0, 0, 0]].concat();
+    chunk(b"IHDR", &head);
+    for (kind, body) in chunks {
+        chunk(kind, body);
+    }
+    let mut packer = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+    packer.write_all(&[&[0][..], row].concat()).unwrap();
+    chunk(b"IDAT", &packer.finish().unwrap());
+    chunk(b"IEND", &[]);
+    file
+}
+
+#[test]
+fn transparency_of_every_kind_is_laid_over_the_background() {
+    // Grey 100 or the colour (100, 60, 20), at full, half and no opacity. Over white: v, (v + 255) / 2, 255.
+    let deep = |v: u16| (v * 257).to_be_bytes();
+    let half8 = |v: u8| ((u32::from(v) * 128 + 255 * 127 + 127) / 255) as u8;
+    let rgb = [100, 60, 20];
+    let colour: Vec<u8> = rgb.into_iter().chain(rgb.map(half8)).chain([255; 3]).collect();
+    let grey = vec![100, half8(100), 255];
+    let palette: &[u8] = &[100, 60, 20, 1, 2, 3, 9, 9, 9];
+    let rgba16 = |v: [u16; 3], a: u16| -> Vec<u8> { v.into_iter().chain([a]).flat_map(deep).collect() };
+    let color16 = [rgba16([100, 60, 20], 255), rgba16([100, 60, 20], 128), rgba16([100, 60, 20], 0)].concat();
+    let kinds: [(&str, Vec<u8>, Vec<u8>); 9] = [
+        ("RGBA", png_row(8, 6, &[], 3, &[100, 60, 20, 255, 100, 60, 20, 128, 1, 2, 3, 0]), colour.clone()),
+        ("grey with alpha", png_row(8, 4, &[], 3, &[100, 255, 100, 128, 7, 0]), grey.clone()),
+        (
+            "palette with tRNS",
+            png_row(8, 3, &[(b"PLTE", palette), (b"tRNS", &[255, 0])], 3, &[0, 1, 2]),
+            vec![100, 60, 20, 255, 255, 255, 9, 9, 9],
+        ),
+        ("grey with tRNS", png_row(8, 0, &[(b"tRNS", &[0, 7])], 3, &[100, 7, 8]), vec![100, 255, 8]),
+        ("2-bit grey with tRNS", png_row(2, 0, &[(b"tRNS", &[0, 1])], 3, &[0b0001_1000]), vec![0, 255, 170]),
+        (
+            "RGB with tRNS",
+            png_row(8, 2, &[(b"tRNS", &[0, 1, 0, 2, 0, 3])], 3, &[100, 60, 20, 1, 2, 3, 1, 2, 4]),
+            vec![100, 60, 20, 255, 255, 255, 1, 2, 4],
+        ),
+        (
+            "16-bit grey with alpha",
+            png_row(16, 4, &[], 3, &[100, 255, 100, 128, 7, 0].map(deep).concat()),
+            grey.clone(),
+        ),
+        ("16-bit RGBA", png_row(16, 6, &[], 3, &color16), colour.clone()),
+        (
+            "16-bit grey with tRNS",
+            png_row(16, 0, &[(b"tRNS", &deep(7))], 3, &[100, 7, 8].map(deep).concat()),
+            vec![100, 255, 8],
+        ),
+    ];
+    for (name, content, want) in kinds {
+        let folder = Folder::new();
+        folder.put("a.png", &content);
+        let data = load(folder.path());
+        assert_eq!(all(&data.train), want, "{name}");
+        let note =
+            "1 image has transparent parts and is laid over white; --set background=black, grey or #rrggbb for another";
+        assert_eq!(data.notes[0], note, "{name}");
+    }
+    let folder = Folder::new();
+    folder.put("a.png", &png_row(8, 4, &[], 3, &[100, 255, 100, 255, 7, 255]));
+    assert!(load(folder.path()).notes.is_empty(), "an opaque image says nothing");
+    folder.put("a.png", &png_row(8, 4, &[], 3, &[100, 255, 100, 128, 7, 0]));
+    for (background, want) in [
+        ("black", vec![100, 50, 0]),
+        ("grey", vec![100, 114, 128]),
+        // A colour shows through: no longer grey.
+        ("#FF8000", vec![100, 100, 100, 177, 114, 50, 255, 128, 0]),
+    ] {
+        let mut config = open(folder.path());
+        config.set("background", background).unwrap();
+        let survey = Source::open(&config).unwrap().survey().clone();
+        assert_eq!(survey.channels, want.len() / 3);
+        assert_eq!(all(&data::load(&mut config).unwrap().train), want, "{background}");
+    }
+    // Before resizing: nothing of the hidden black comes through at the edges.
+    let pixels: Vec<u8> = (0..64 * 64).flat_map(|i| if i % 64 < 32 { [0, 0] } else { [255, 255] }).collect();
+    let path = folder.path().join("a.png");
+    image::save_buffer(&path, &pixels, 64, 64, image::ExtendedColorType::La8).unwrap();
+    let mut config = open(folder.path());
+    config.model.image_size = Size::square(16);
+    assert!(all(&data::load(&mut config).unwrap().train).iter().all(|&v| v == 255));
+}
+
+#[test]
+fn sixteen_bits_become_eight_and_it_is_said() {
+    let folder = Folder::new();
+    for (most, want) in [
+        (65_535, "1 image of 16 bits is reduced to 8, with values from 10 to 65535 of 65535"),
+        (
+            4095,
+            "1 image of 16 bits is reduced to 8, with values from 10 to 4095 of 65535, all below 4096, as of 12 bits: they become all but black, 16 of 255 at most; multiply them by 16 before",
+        ),
+        (
+            1023,
+            "1 image of 16 bits is reduced to 8, with values from 10 to 1023 of 65535, all below 1024, as of 10 bits: they become all but black, 4 of 255 at most; multiply them by 64 before",
+        ),
+    ] {
+        folder.put("a.png", &png_row(16, 0, &[], 2, &[10u16, most].map(u16::to_be_bytes).concat()));
+        assert_eq!(load(folder.path()).notes, [want]);
+    }
+}
+
+#[test]
+fn a_run_folder_among_the_images_is_passed_over() {
+    let folder = Folder::new();
+    let settings = Config::preset(Preset::Mnist).to_toml();
+    folder.png("1.png", 1, 1, 1, &[1]);
+    folder.png("cat/2.png", 1, 1, 1, &[2]);
+    folder.png("runs/mnist/samples/3.png", 1, 1, 1, &[3]);
+    folder.png("runs/mnist-2/samples/4.png", 1, 1, 1, &[4]);
+    for run in ["mnist", "mnist-2"] {
+        folder.put(&format!("runs/{run}/config.toml"), settings.as_bytes());
+    }
+    // Somebody else's config.toml makes no run.
+    folder.png("site/samples/5.png", 1, 1, 1, &[5]);
+    folder.put("site/config.toml", b"title = \"photographs\"\n");
+    let data = load(folder.path());
+    assert_eq!(all(&data.train), [1, 2, 5]);
+    let run = folder.path().join("runs/mnist");
+    let note = format!("images in {} and 1 more are passed over, being those of a training run", run.display());
+    assert!(data.notes.contains(&note), "{:?}", data.notes);
+    // A run in the folder itself.
+    folder.put("config.toml", settings.as_bytes());
+    folder.png("samples/6.png", 1, 1, 1, &[6]);
+    assert_eq!(all(&load(folder.path()).train), [1, 2, 5]);
+    // Given by name, samples are read.
+    assert_eq!(all(&load(&run.join("samples")).train), [3]);
+    refuses(&run, "is passed over, being of a training run, whose samples are no data");
+}
+
+#[test]
+fn classes_are_in_natural_order() {
+    let folder = Folder::new();
+    let names = ["10", "2", "1", "01", "a10", "a9", "B", "a", "a9b2", "a9b10"];
+    for (i, name) in names.iter().enumerate() {
+        folder.png(&format!("{name}/x.png"), 1, 1, 1, &[i as u8]);
+    }
+    let data = load(folder.path());
+    assert_eq!(data.classes, ["01", "1", "2", "10", "B", "a", "a9", "a9b2", "a9b10", "a10"]);
+    for i in 0..names.len() {
+        let (place, label) = (usize::from(data.train.image(i)[0]), data.train.labels().unwrap()[i]);
+        assert_eq!(data.classes[label as usize], names[place]);
+    }
+}
+
+#[test]
+fn litter_of_other_programs_is_no_class() {
+    let folder = Folder::new();
+    folder.png("cat/1.png", 1, 1, 1, &[1]);
+    folder.png("dog/2.png", 1, 1, 1, &[2]);
+    folder.png("@eaDir/thumbnail.png", 1, 1, 1, &[3]);
+    for litter in [".DS_Store", "cat/._1.png", "Thumbs.db", "desktop.ini", "__MACOSX/cat/._1.png", ".Trash-0/x.png"] {
+        folder.put(litter, b"\0\x05\x16\x07");
+    }
+    let data = load(folder.path());
+    assert_eq!(all(&data.train), [1, 2]);
+    let want = "2 classes by folder, in natural order: 0 cat, 1 dog; not used: classes = 0; use --set classes=2";
+    assert_eq!(data.notes, [want]);
+}
+
+#[test]
+fn train_and_test_folders_are_splits() {
+    for (train, held_out) in [("train", "val"), ("Training", "Testing"), ("TRAIN", "validation"), ("train", "valid")] {
+        let folder = Folder::new();
+        folder.png(&format!("{train}/cat/1.png"), 1, 1, 1, &[1]);
+        folder.png(&format!("{train}/dog/2.png"), 1, 1, 1, &[2]);
+        folder.png(&format!("{held_out}/dog/3.png"), 1, 1, 1, &[3]);
+        let mut config = with_classes(folder.path(), 2);
+        config.held_out = 0.5;
+        let survey = Source::open(&config).unwrap().survey().clone();
+        assert!(survey.held_out && survey.images == 3);
+        let data = data::load(&mut config).unwrap();
+        assert_eq!((all(&data.train), all(&data.held_out)), (vec![1, 2], vec![3]));
+        assert_eq!((data.train.labels(), data.held_out.labels()), (Some(&[0, 1][..]), Some(&[1][..])));
+        assert_eq!(data.classes, ["cat", "dog"]);
+        let here = folder.path().display();
+        assert_eq!(data.notes[0], format!("{here}: {train} is trained on and {held_out} held out"));
+    }
+    // Validation goes before test; what else lies there is left out, and it is said.
+    let folder = Folder::new();
+    for (name, value) in [("train/1", 1), ("val/2", 2), ("test/3", 3), ("extra/4", 4), ("5", 5)] {
+        folder.png(&format!("{name}.png"), 1, 1, 1, &[value]);
+    }
+    let data = load(folder.path());
+    assert_eq!((all(&data.train), all(&data.held_out), data.train.labels()), (vec![1], vec![2], None));
+    let left = "left out: 1 image beside them, extra (1 image), test (1 image)";
+    assert_eq!(data.notes, [format!("{}: train is trained on and val held out; {left}", folder.path().display())]);
+
+    // `train` alone is the training set, among others a class.
+    let folder = Folder::new();
+    folder.png("train/cat/1.png", 1, 1, 1, &[1]);
+    folder.png("train/dog/2.png", 1, 1, 1, &[2]);
+    let data = load(folder.path());
+    assert_eq!((&data.classes[..], data.held_out.len()), (&["cat".into(), "dog".into()][..], 0));
+    assert!(data.notes[0].ends_with(": train is taken for the training set, with no val or test beside it"));
+    folder.png("bus/3.png", 1, 1, 1, &[3]);
+    let data = load(folder.path());
+    assert_eq!(data.classes, ["bus", "train"]);
+    assert!(data.notes[0].contains("train is taken for a folder like the others"), "{:?}", data.notes);
+}
+
+#[test]
+fn labels_of_a_dataset_json() {
+    let folder = Folder::new();
+    for i in 0..4 {
+        folder.png(&format!("0000{}/img{i}.png", i / 2), 1, 1, 1, &[i as u8]);
+    }
+    let put = |text: &str| folder.put("dataset.json", text.as_bytes());
+    let name = |i: usize| format!("0000{}/img{i}.png", i / 2);
+    let list = |labels: [&str; 4]| {
+        let entries: Vec<String> = (0..4).map(|i| format!("[\"{}\", {}]", name(i), labels[i])).collect();
+        format!("{{\"labels\": [{}]}}", entries.join(", "))
+    };
+    put(&list(["2", "0", "1", "2.0"]));
+    let data = load(folder.path());
+    assert_eq!(
+        (data.train.labels(), &data.classes[..]),
+        (Some(&[2, 0, 1, 2][..]), &["0", "1", "2"].map(String::from)[..])
+    );
+    let note = "labels 0 to 2 by dataset.json; not used: classes = 0; use --set classes=3";
+    assert!(data.notes.contains(&note.to_string()), "{:?}", data.notes);
+    for (text, want) in [
+        ("{\"labels\": null}".to_string(), "has no labels: they are null"),
+        (list(["2", "0", "[0, 1, 0]", "1"]), "has the label [0,1,0] for 00001/img2.png; a class number is expected"),
+        (list(["2", "0", "-1", "1"]), "has the label -1 for 00001/img2.png"),
+        (list(["2", "0", "1.5", "1"]), "has the label 1.5 for"),
+        (list(["2", "0", "\"cat\"", "1"]), "has the label \"cat\" for"),
+        ("{\"labels\": [[\"00000/img0.png\", 1]]}".into(), "has no label for 00000/img1.png and 2 more"),
+        ("{\"labels\": [[\"00000/img0.png\"]]}".into(), "has the entry [\"00000/img0.png\"] among its labels"),
+        ("{\"labels\": {}}".into(), "has labels = {}; a list of [name, number] is expected"),
+        ("{\"labels\": [".into(), "is not whole JSON"),
+    ] {
+        let path = put(&text);
+        assert!(load(folder.path()).train.labels().is_none(), "nothing stops a run without classes");
+        let sentence = refusal(&mut with_classes(folder.path(), 3), &path);
+        assert!(sentence.contains(want), "{sentence}");
+    }
+    // Another program's file of this name.
+    put("{\"annotations\": []}");
+    assert_eq!(load(folder.path()).classes, ["00000", "00001"]);
+}
+
+#[test]
+fn files_of_other_kinds_are_counted() {
+    let folder = Folder::new();
+    let webp = b"RIFF\x10\0\0\0WEBPVP8 ";
+    folder.put("1.webp", webp);
+    folder.put("2.WEBP", webp);
+    folder.put("3.gif", b"GIF89a");
+    folder.put("4.bmp", b"BM\x10\0\0\0\0\0\0\0");
+    refuses(folder.path(), "holds no PNG or JPEG file, but 1 .bmp, 1 .gif and 2 .webp; convert them to PNG or JPEG");
+    for other in ["a.txt", "b.csv", "c"] {
+        folder.put(other, b"text");
+    }
+    let good = folder.png("a.png", 1, 1, 1, &[7]);
+    // By content: a PNG under another picture's name, and under none.
+    fs::copy(&good, folder.path().join("5.webp")).unwrap();
+    fs::copy(&good, folder.path().join("6")).unwrap();
+    let data = load(folder.path());
+    assert_eq!(data.train.len(), 3);
+    let others = "1 .bmp, 1 .gif, 2 .webp and 3 other files";
+    let here = folder.path().display();
+    let want = format!("{others} in {here} are left out; convert them to PNG or JPEG to use them");
+    assert_eq!(data.notes, [want]);
+    let scraped = folder.put("scraped.jpg", webp);
+    let sentence = refusal(&mut open(folder.path()), &scraped);
+    assert!(sentence.ends_with("is a WebP image, which is not read; convert it to PNG or JPEG"), "{sentence}");
+    // A file of its own.
+    refuses(&good, "is a single PNG image; give the folder that holds the images");
+}
+
+#[test]
+fn jpegs_by_every_name() {
+    let folder = Folder::new();
+    let jpeg = jpeg_with(8, 8, &[]);
+    for name in ["1.jpg", "2.JPEG", "3.jfif", "4.JFIF", "5.jpe", "6.Jpe"] {
+        folder.put(name, &jpeg);
+    }
+    let data = load(folder.path());
+    assert_eq!((data.train.len(), data.notes.len()), (6, 0));
+}
+
+#[test]
+fn all_broken_files_are_named_at_once() {
+    let folder = Folder::new();
+    for i in 0..20 {
+        folder.png(&format!("{i:02}.png"), 8, 8, 3, &bytes(192));
+    }
+    let content = fs::read(folder.path().join("00.png")).unwrap();
+    folder.put("05.png", b"");
+    folder.put("10.png", b"<!DOCTYPE html><html>404</html>");
+    folder.put("15.png", &content[..60]);
+    let sentence = refusal(&mut open(folder.path()), folder.path());
+    let start = "3 of its 20 images cannot be used; mend or remove 05.png (it is empty), 10.png (it is a web page or the like), 15.png (";
+    assert!(sentence.contains(start), "{sentence}");
+    for i in 0..20 {
+        folder.put(&format!("{i:02}.png"), &content[..60]);
+    }
+    let sentence = refusal(&mut open(folder.path()), folder.path());
+    assert!(sentence.contains("20 of its 20 images") && sentence.ends_with(" and 12 more"), "{sentence}");
+}
+
+#[cfg(unix)]
+#[test]
+fn dangling_links_are_named_or_left_out() {
+    let folder = Folder::new();
+    folder.png("a.png", 1, 1, 1, &[7]);
+    std::os::unix::fs::symlink("/nowhere/readme.txt", folder.path().join("readme.txt")).unwrap();
+    let data = load(folder.path());
+    assert_eq!((data.train.len(), data.notes.len()), (1, 1));
+    let link = folder.path().join("gone.png");
+    std::os::unix::fs::symlink("/nowhere/x.png", &link).unwrap();
+    assert!(refusal(&mut open(folder.path()), &link).ends_with("is a link to a file that does not exist"));
+}
+
+/// JPEGs of other encoders than the one here: progressive, with restart markers, of every subsampling, as ink.
+#[test]
+fn a_jpeg_is_refused_wherever_its_data_end() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/jpeg");
+    let mut names: Vec<PathBuf> = fs::read_dir(fixtures).unwrap().map(|entry| entry.unwrap().path()).collect();
+    names.sort();
+    assert!(names.len() >= 6);
+    let folder = Folder::new();
+    for path in names {
+        let whole = fs::read(&path).unwrap();
+        // What follows the end marker is no part of the image.
+        let file = folder.put("a.jpg", &[&whole[..], b"\xFF\xD8 and more"].concat());
+        let data = load(folder.path());
+        assert_eq!((data.train.extent().size, data.notes.len()), (Size { h: 27, w: 38 }, 0), "{}", path.display());
+        let scan = whole.windows(2).position(|w| w == [0xFF, 0xDA]).unwrap();
+        let mut unfinished = 0;
+        for cut in scan..whole.len() - 2 {
+            let mut short = whole[..cut].to_vec();
+            while short.last() == Some(&0xFF) {
+                short.pop();
+            }
+            short.extend([0xFF, 0xD9]);
+            folder.put("a.jpg", &short);
+            match data::load(&mut open(folder.path())) {
+                Err(error) => {
+                    let sentence = error.to_string();
+                    assert!(sentence.starts_with(&format!("{}: is not a whole", file.display())), "{sentence}");
+                }
+                // A progressive image may end between its scans; that is said.
+                Ok(data) => {
+                    let note =
+                        "1 progressive JPEG image is without the last scans and so blurred, perhaps cut short: a.jpg";
+                    assert_eq!(data.notes, [note], "{} cut at {cut} of {}", path.display(), whole.len());
+                    unfinished += 1;
+                }
+            }
+        }
+        let progressive = path.file_name().unwrap().to_str().unwrap().contains("progressive");
+        assert!(unfinished <= if progressive { 40 } else { 0 }, "{}: {unfinished}", path.display());
+    }
+}
+
+#[test]
+fn an_image_too_large_is_called_so() {
+    let folder = Folder::new();
+    // A header alone; the limit is known before anything is decoded.
+    let mut file = png_row(8, 2, &[], 14_000, &[]);
+    file[20..24].copy_from_slice(&14_000u32.to_be_bytes());
+    let mut crc = flate2::Crc::new();
+    crc.update(&file[12..29]);
+    file[29..33].copy_from_slice(&crc.sum().to_be_bytes());
+    let path = folder.put("a.png", &file);
+    let sentence = refusal(&mut open(folder.path()), &path);
+    let want =
+        "is too large: 14000x14000 are 560 MiB when decoded, and the most that is read is 512 MiB; shrink it first";
+    assert!(sentence.ends_with(want), "{sentence}");
+}
+
+#[test]
+fn cifar_100_and_the_versions_that_are_not_read() {
+    let record = |coarse: u8, fine: u8, value: u8| [&[coarse, fine][..], &[value; 3072]].concat();
+    let folder = Folder::new();
+    folder.put("train.bin", &[record(1, 50, 7), record(19, 99, 8)].concat());
+    let test = folder.put("test.bin", &record(0, 3, 9));
+    let data = load(folder.path());
+    assert_eq!((data.train.labels(), data.held_out.labels()), (Some(&[50, 99][..]), Some(&[3][..])));
+    assert_eq!(
+        (data.train.extent().to_string(), data.train.image(1)[0], data.classes.len()),
+        ("32x32x3".into(), 8, 100)
+    );
+    let names: Vec<String> = (0..100).map(|k| format!("kind {k}")).collect();
+    folder.put("fine_label_names.txt", names.join("\n").as_bytes());
+    assert_eq!(load(folder.path()).classes, names);
+    refuses(&test, "may be a part of CIFAR-100; give its folder");
+    folder.put("train.bin", &record(1, 100, 7));
+    let sentence = refusal(&mut open(folder.path()), &folder.path().join("train.bin"));
+    assert!(sentence.contains("has label 100 at record 0; CIFAR-100's are 0 to 99"), "{sentence}");
+
+    for (files, want) in [
+        (
+            &["data_batch_1", "data_batch_2", "batches.meta"][..],
+            "is CIFAR-10's version for Python, which is pickled; get its binary version",
+        ),
+        (&["train", "test", "meta"][..], "is CIFAR-100's version for Python, which is pickled; get its binary version"),
+    ] {
+        let folder = Folder::new();
+        files.iter().for_each(|file| drop(folder.put(file, b"\x80\x02}q\0.")));
+        refuses(folder.path(), want);
+        refuses(&folder.path().join(files[0]), "is a Python pickle, which is not read");
+    }
+}
+
+#[test]
+fn emnist_is_turned_upright() {
+    let folder = Folder::new();
+    let images = folder.put("emnist-letters-train-images-idx3-ubyte", &idx(&[2, 2, 3], &bytes(12)));
+    folder.put("emnist-letters-train-labels-idx1-ubyte", &idx(&[2], &[1, 26]));
+    let data = load(&images);
+    assert_eq!((data.train.extent().to_string(), data.train.labels()), ("3x2x1".into(), Some(&[1, 26][..])));
+    let b = bytes(12);
+    assert_eq!(data.train.image(1), [b[6], b[9], b[7], b[10], b[8], b[11]]);
+    let here = images.display();
+    assert_eq!(data.notes, [format!("{here}: EMNIST stores its images transposed; they are turned upright")]);
+    folder.put("emnist-letters-test-images-idx3-ubyte.gz", &gzip(&idx(&[1, 2, 3], &bytes(6))));
+    let data = load(folder.path());
+    assert_eq!((data.train.len(), data.held_out.image(0)), (2, &[b[0], b[3], b[1], b[4], b[2], b[5]][..]));
+    folder.put("emnist-digits-train-images-idx3-ubyte", &idx(&[2, 2, 3], &bytes(12)));
+    refuses(folder.path(), "holds several sets, emnist-digits, emnist-letters; give the file of the images of one");
+}
+
+#[test]
+fn archives_of_images_are_to_be_unpacked() {
+    let folder = Folder::new();
+    let mut archive = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    for name in ["00000/img0.png", "00000/img1.PNG", "dataset.json", "__MACOSX/._img0.png"] {
+        archive.start_file(name, zip::write::SimpleFileOptions::default()).unwrap();
+    }
+    let zipped = archive.finish().unwrap().into_inner();
+    refuses(&folder.put("a.zip", &zipped), "is an archive of 2 image files; unpack it and give the folder");
+    let mut tar = vec![0; 1024];
+    tar[257..262].copy_from_slice(b"ustar");
+    refuses(&folder.put("a.tar", &tar), "is a tar archive; unpack it and give the folder");
+    refuses(&folder.put("a.tar.gz", &gzip(&tar)), "is a tar archive; unpack it and give the folder");
+}
+
+#[test]
+fn only_the_arrays_that_are_needed_are_read() {
+    let folder = Folder::new();
+    let images = npy("|u1", &[2, 2, 2], &bytes(8));
+    let broken = b"not an array".to_vec();
+    let with = |arrays: &[(&str, Vec<u8>)]| npz(arrays, zip::CompressionMethod::Stored);
+    let data =
+        load(&folder.put("a.npz", &with(&[("meta", broken.clone()), ("arr_0", images.clone()), ("sigma", broken)])));
+    assert_eq!(data.train.len(), 2);
+    // Names tried and names found.
+    let labels = npy("|u1", &[2], &[0, 1]);
+    for (x, y, want) in [
+        (
+            "images",
+            "targets",
+            "holds no labels, which go by the name of labels beside images; its arrays are: images, targets",
+        ),
+        ("x", "targets", "holds no labels, which go by the name of y beside x; its arrays are: x, targets"),
+    ] {
+        let path = folder.put("a.npz", &with(&[(x, images.clone()), (y, labels.clone())]));
+        let sentence = refusal(&mut with_classes(&path, 2), &path);
+        assert!(sentence.contains(want), "{sentence}");
+    }
+    refuses(
+        &folder.put("a.npz", &with(&[("X", images.clone()), ("Y", labels)])),
+        "holds no array named images, arr_0, x_train, train_images, x or data; its arrays are: X, Y",
+    );
+    let four = npy("|u1", &[2, 2, 2, 4], &bytes(32));
+    let data = load(&folder.put("a.npy", &four));
+    assert!(data.notes[0].starts_with("the images have 4 channels and are learnt as they are"), "{:?}", data.notes);
+}
+
+#[test]
+fn what_a_file_declares_is_compared_with_the_file() {
+    let folder = Folder::new();
+    let good = npy("|u1", &[2, 2, 2], &bytes(8));
+    // A header of 4 GiB; one that is nested a million times; one that is no dictionary.
+    let mut long = b"\x93NUMPY\x02\x00".to_vec();
+    long.extend(u32::MAX.to_le_bytes());
+    long.extend(&good[10..]);
+    refuses(&folder.put("long.npy", &long), "the file is not a .npy array: it ends within its header");
+    let mut nested = b"\x93NUMPY\x02\x00".to_vec();
+    nested.extend(1_000_000u32.to_le_bytes());
+    nested.extend(vec![b'['; 1_000_000]);
+    refuses(&folder.put("nested.npy", &nested), "its header is nested too deeply; it is damaged");
+    let mut wrong = good.clone();
+    wrong[20] = b'$';
+    refuses(&folder.put("wrong.npy", &wrong), "its header cannot be understood; it is damaged");
+    // A zip entry of 20 bytes that claims four gibibytes.
+    let mut claims = npz(&[("images", good)], zip::CompressionMethod::Deflated);
+    let central = claims.windows(4).rposition(|w| w == b"PK\x01\x02").unwrap();
+    claims[central + 24..central + 28].copy_from_slice(&0xFFFF_FF00u32.to_le_bytes());
+    refuses(&folder.put("claims.npz", &claims), "its array 'images' claims 4294967040 bytes, packed in");
 }

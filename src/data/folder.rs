@@ -122,7 +122,7 @@ impl Folder {
             for (file, picture) in set.files.iter().zip(pictures) {
                 match picture {
                     Ok(picture) => {
-                        changes.count(&picture);
+                        changes.count(file, &picture);
                         pixels.extend_from_slice(&picture.pixels);
                     }
                     Err(fault) => broken.push((file.clone(), fault)),
@@ -314,15 +314,19 @@ struct Changes {
     transparent: usize,
     deep: usize,
     range: Option<(u16, u16)>,
+    unfinished: Vec<String>,
 }
 
 impl Changes {
-    fn count(&mut self, picture: &Picture) {
+    fn count(&mut self, file: &Path, picture: &Picture) {
         self.transparent += usize::from(picture.transparent);
         if let Some((least, most)) = picture.deep {
             self.deep += 1;
             let (a, b) = self.range.unwrap_or((least, most));
             self.range = Some((a.min(least), b.max(most)));
+        }
+        if picture.unfinished {
+            self.unfinished.push(file.file_name().unwrap_or_default().to_string_lossy().into_owned());
         }
     }
 
@@ -350,6 +354,14 @@ impl Changes {
                 );
             }
             notes.push(note);
+        }
+        if let [first, rest @ ..] = &self.unfinished[..] {
+            let (images, are, _) = plural(self.unfinished.len());
+            let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+            notes.push(format!(
+                "{} progressive JPEG {images} {are} without the last scans and so blurred, perhaps cut short: {first}{more}",
+                self.unfinished.len()
+            ));
         }
         notes
     }

@@ -75,15 +75,15 @@ pub struct Picture {
     pub transparent: bool,
     /// Smallest and largest value, if there were 16 bits.
     pub deep: Option<(u16, u16)>,
+    /// True for a progressive JPEG whose last scans are not there.
+    pub unfinished: bool,
 }
 
 /// Decodes an image.
 pub fn decode(file: &Path, background: Background) -> Result<Picture, Fault> {
     let bytes = std::fs::read(file).map_err(unreadable)?;
-    if kind(&bytes) == Some("JPEG") {
-        jpeg::check(&bytes).map_err(Fault::broken)?;
-    }
     let (decoder, orientation) = decoder(Cursor::new(&bytes))?;
+    let unfinished = kind(&bytes) == Some("JPEG") && jpeg::check(&bytes).map_err(Fault::broken)?;
     let (w, h) = decoder.dimensions();
     let extent = extent(w, h, decoder.color_type(), orientation, background);
     let mut image = DynamicImage::from_decoder(decoder).map_err(Fault::broken)?;
@@ -91,7 +91,7 @@ pub fn decode(file: &Path, background: Background) -> Result<Picture, Fault> {
     let transparent = lay_over(&mut image, background);
     image.apply_orientation(orientation);
     let pixels = if extent.channels == 1 { image.into_luma8().into_raw() } else { image.into_rgb8().into_raw() };
-    Ok(Picture { extent, pixels, transparent, deep })
+    Ok(Picture { extent, pixels, transparent, deep, unfinished })
 }
 
 fn unreadable(e: std::io::Error) -> Fault {
