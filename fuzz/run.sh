@@ -30,7 +30,7 @@ export TMPDIR RAYON_NUM_THREADS=1 RUST_BACKTRACE=1
 one() {
     local target=$1 dir=$out/$1 program=$out/$host/release/$1 status=0
     mkdir -p "$dir/corpus" "$dir/found"
-    DDPM_FUZZ_SEEDS=$dir/seeds "$program"
+    DDPM_FUZZ_SEEDS=$dir/seeds "$program" >"$dir/log" 2>&1 || { cat "$dir/log" >&2 && return 1; }
     "$program" "$dir/corpus" "$dir/seeds/inputs" -dict="$dir/seeds/words.dict" -artifact_prefix="$dir/found/" \
         -max_total_time="$seconds" -max_len=16384 -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 \
         >"$dir/log" 2>&1 || status=$?

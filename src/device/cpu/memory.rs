@@ -1,5 +1,5 @@
-//! How much of the host's memory this process can still use. On Linux the smallest of what the kernel calls available,
-//! what the limits of its control groups leave, and what the limits of `ulimit` leave; sysinfo's figure elsewhere.
+//! How much of the host's memory this process can still use on Linux: the smallest of what the kernel calls available,
+//! what the limits of its control groups leave, and what the limits of `ulimit` leave.
 //!
 //! The page cache counts as usable: the kernel gives it up when a process needs memory. MemAvailable of /proc/meminfo
 //! contains it (proc(5), "MemAvailable"). A control group's usage contains it too, so its pages, `inactive_file` and
@@ -10,25 +10,10 @@
 //! sysinfo's figures for control groups are not used: they subtract the whole usage, page cache included, and know only
 //! the group that is mounted at /sys/fs/cgroup.
 
-/// Bytes of host memory that this process can still use; `None` if the system does not say.
-#[cfg(target_os = "linux")]
-pub fn available_memory() -> Option<u64> {
-    available_by(&|path| std::fs::read_to_string(path).ok())
-}
-
-/// Bytes of host memory that this process can still use; `None` if the system does not say.
-#[cfg(not(target_os = "linux"))]
-pub fn available_memory() -> Option<u64> {
-    let memory = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
-    let system = sysinfo::System::new_with_specifics(memory);
-    (system.total_memory() > 0).then(|| system.available_memory())
-}
-
-/// The same, by the texts of the kernel's files. `read` returns that of a path, if it exists. `None` if a file that
-/// must exist does not, or a limit cannot be understood.
-#[cfg(any(target_os = "linux", test))]
-fn available_by(read: &dyn Fn(&str) -> Option<String>) -> Option<u64> {
-    let mut least = 1024 * field(&read("/proc/meminfo")?, "MemAvailable:")?;
+/// Bytes of memory, by the texts of the kernel's files. `read` returns that of a path, if it exists. `None` if a file
+/// that must exist does not, or a limit cannot be understood.
+pub fn available(read: &dyn Fn(&str) -> Option<String>) -> Option<u64> {
+    let mut least = field(&read("/proc/meminfo")?, "MemAvailable:")?.saturating_mul(1024);
     for (group, version) in control_groups(read) {
         if let Some(room) = room(read, &group, version)? {
             least = least.min(room);
@@ -39,7 +24,7 @@ fn available_by(read: &dyn Fn(&str) -> Option<String>) -> Option<u64> {
     if let (Some(limits), Some(status)) = (read("/proc/self/limits"), read("/proc/self/status")) {
         for (limit, used) in [("Max address space", "VmSize:"), ("Max data size", "VmData:")] {
             if let (Some(limit), Some(used)) = (field(&limits, limit), field(&status, used)) {
-                least = least.min(limit.saturating_sub(1024 * used));
+                least = least.min(limit.saturating_sub(used.saturating_mul(1024)));
             }
         }
     }
@@ -47,14 +32,12 @@ fn available_by(read: &dyn Fn(&str) -> Option<String>) -> Option<u64> {
 }
 
 /// The number behind `name` in lines of names and numbers.
-#[cfg(any(target_os = "linux", test))]
 fn field(text: &str, name: &str) -> Option<u64> {
     let rest = text.lines().find_map(|line| line.strip_prefix(name).filter(|rest| rest.starts_with([' ', '\t'])))?;
     rest.split_whitespace().next()?.parse().ok()
 }
 
 /// Version of the interface of control groups (cgroups(7)).
-#[cfg(any(target_os = "linux", test))]
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Version {
     V1,
@@ -62,7 +45,6 @@ enum Version {
 }
 
 /// Folders of the memory groups that this process is in, with all their ancestors, since the limit of each holds.
-#[cfg(any(target_os = "linux", test))]
 fn control_groups(read: &dyn Fn(&str) -> Option<String>) -> Vec<(String, Version)> {
     let (Some(groups), Some(mounts)) = (read("/proc/self/cgroup"), read("/proc/self/mountinfo")) else {
         return Vec::new();
@@ -92,7 +74,6 @@ fn control_groups(read: &dyn Fn(&str) -> Option<String>) -> Vec<(String, Version
 }
 
 /// The root and the mount point of a line of mountinfo (proc_pid_mountinfo(5)) if it mounts that hierarchy.
-#[cfg(any(target_os = "linux", test))]
 fn mount(line: &str, version: Version) -> Option<(&str, &str)> {
     let (mount, system) = line.split_once(" - ")?;
     let mut system = system.split(' ');
@@ -106,7 +87,6 @@ fn mount(line: &str, version: Version) -> Option<(&str, &str)> {
 }
 
 /// What the limit of a group leaves: `Some(None)` if it has no limit, `None` if that cannot be understood.
-#[cfg(any(target_os = "linux", test))]
 fn room(read: &dyn Fn(&str) -> Option<String>, group: &str, version: Version) -> Option<Option<u64>> {
     // Beyond memory.high the kernel ends no process, but slows it down to a crawl.
     let (limits, usage, cached): (&[_], _, _) = match version {
@@ -128,7 +108,7 @@ fn room(read: &dyn Fn(&str) -> Option<String>, group: &str, version: Version) ->
     let Some(limit) = limit else { return Some(None) };
     let used = number(usage)?.ok()?;
     let stat = read(&format!("{group}/memory.stat")).unwrap_or_default();
-    let cached: u64 = cached.iter().filter_map(|name| field(&stat, name)).sum();
+    let cached = cached.iter().filter_map(|name| field(&stat, name)).fold(0, u64::saturating_add);
     Some(Some(limit.saturating_sub(used.saturating_sub(cached))))
 }
 
@@ -149,7 +129,7 @@ mod tests {
 
     /// What is available by these files and /proc/meminfo.
     fn by(files: &[(&str, &str)]) -> Option<u64> {
-        available_by(&|path| match files.iter().find(|(name, _)| *name == path) {
+        available(&|path| match files.iter().find(|(name, _)| *name == path) {
             Some((_, text)) => Some(text.to_string()),
             None => (path == "/proc/meminfo").then(|| MEMINFO.into()),
         })
@@ -245,13 +225,15 @@ mod tests {
             ])
         };
         assert_eq!(with("4096", "8192"), Some(0), "over its limit");
+        let huge = format!("MemAvailable: {} kB\n", u64::MAX);
+        assert_eq!(available(&|path| (path == "/proc/meminfo").then(|| huge.clone())), Some(u64::MAX));
         assert_eq!(with("", "0"), None);
         assert_eq!(with("-1", "0"), None);
         assert_eq!(with("1073741824", "much"), None);
         for text in ["", "MemAvailable:\n", "MemAvailable: much kB\n", "MemAvailableX: 3 kB\n"] {
-            assert_eq!(available_by(&|path| (path == "/proc/meminfo").then(|| text.into())), None, "{text:?}");
+            assert_eq!(available(&|path| (path == "/proc/meminfo").then(|| text.into())), None, "{text:?}");
         }
-        assert_eq!(available_by(&|_| None), None);
+        assert_eq!(available(&|_| None), None);
     }
 
     #[test]
@@ -270,7 +252,8 @@ mod tests {
     #[test]
     fn this_machine_says_how_much_there_is() {
         let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap();
-        let (available, total) = (available_memory().unwrap(), 1024 * field(&meminfo, "MemTotal:").unwrap());
+        let total = 1024 * field(&meminfo, "MemTotal:").unwrap();
+        let available = crate::device::cpu::available_memory().unwrap();
         assert!((1 << 20..total).contains(&available), "{available} of {total}");
     }
 }
