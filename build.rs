@@ -4,7 +4,7 @@
 //! The compiler is the first of: `NVCC`, `CUDA_HOME` or `CUDA_PATH`, PATH, /usr/local/cuda, one fetched earlier.
 //! `DDPM_CUDA_TOOLCHAIN` says what happens without one: `auto` (default) fetches NVIDIA's wheels with pip where an
 //! NVIDIA driver is present and otherwise builds for the CPU only; `fetch` always fetches. `none` builds for the CPU
-//! only even where there is a compiler.
+//! only even where there is a compiler. A fetch is announced before it begins; the wheels are pinned by their hashes.
 //!
 //! The list of entries is read from the CUDA source, so the crate's code is the same with and without a compiler; with
 //! one, the PTX must have exactly those entries. A file is compiled again when it, a header, the compiler or the flags
@@ -15,6 +15,7 @@
 
 use std::collections::{BTreeMap, hash_map::DefaultHasher};
 use std::hash::{Hash, Hasher};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
@@ -30,13 +31,62 @@ const FLAGS: [&str; 5] = ["-ptx", "-arch=compute_80", "-std=c++17", "-O3", "-Ike
 /// PTX versions to try, lowest first. 8.0 belongs to CUDA 12.0, the oldest supported driver.
 const PTX_VERSIONS: [&str; 10] = ["7.0", "7.1", "7.2", "7.3", "7.4", "7.5", "7.6", "7.7", "7.8", "8.0"];
 
-/// NVIDIA's compiler as wheels, installed by `python3 -m pip install --target`.
-const WHEELS: [&str; 5] = [
-    "nvidia-cuda-nvcc==13.5.37",
-    "nvidia-nvvm==13.5.37",
-    "nvidia-cuda-crt==13.5.37",
-    "nvidia-cuda-runtime==13.5.37",
-    "nvidia-cuda-cccl==13.3.5.0.6",
+/// A wheel on PyPI.
+struct Wheel {
+    name: &'static str,
+    version: &'static str,
+    /// SHA-256 of the file for Linux on x86-64, for Linux on aarch64 and for Windows; there are no others.
+    sha256: [&'static str; 3],
+}
+
+/// NVIDIA's compiler as wheels, installed by `python3 -m pip install --target`. The hashes are those of PyPI, read on
+/// 26 November 2026; pip refuses a file with another one.
+const WHEELS: [Wheel; 5] = [
+    Wheel {
+        name: "nvidia-cuda-nvcc",
+        version: "13.5.37",
+        sha256: [
+            "f5c4f7ead5d964fb4af42bbf1e6d3ec3c1e6e9d83b53749f691d387e7fcaa3a7",
+            "588eda18eb5076ae859fe272844b526459228af22df0b117f54eec3aa82bc9c8",
+            "2e33114ed3109eabfaa820cf8ddd534d0b98c47065f8390a56e6eaae04dcca31",
+        ],
+    },
+    Wheel {
+        name: "nvidia-nvvm",
+        version: "13.5.37",
+        sha256: [
+            "c41bfa362e407405163f103c2229f0765f8cc2ed7d148b754dc77f228bf7e070",
+            "b659bd3115b7ac7ec8931e67d0e2c0dd09cd35b08a6a7372df6f8f22c67da80a",
+            "9422cd190cedabca85f88de6674e0ee16f508915698517e04bfaf193f1809c21",
+        ],
+    },
+    Wheel {
+        name: "nvidia-cuda-crt",
+        version: "13.5.37",
+        sha256: [
+            "e898b7f73d3035fa89915a3f7bf3b54a73e90249746111aed295822c4729bb29",
+            "9ed2c565fdf3244fa6719769a80a466b85bfd4b1467ea339353bc91c971d09e0",
+            "30cded98a895e80586b4e233afd4e09e511205c767f1921a28710900a2399818",
+        ],
+    },
+    Wheel {
+        name: "nvidia-cuda-runtime",
+        version: "13.5.37",
+        sha256: [
+            "df2b79a8852f10d1fef8c848489c49eebb5754051bf870202a862831412b179d",
+            "de2dc5a7367974228b0a69588a9acc9340d3768bef1bf38bf0801eb08497cd2d",
+            "f225d3fa5ea6bfbb58fc4979ef72375cbe661d9107f0d8a4ff22cc151525e4a9",
+        ],
+    },
+    Wheel {
+        name: "nvidia-cuda-cccl",
+        version: "13.3.5.0.6",
+        sha256: [
+            "d5230098fa2df5021e1a00c0c4eee41797671a91119d31e892463e5ccf3ee326",
+            "6f30b8076b3e69951c459c94ae190bde51924b320076ebaec376d36848b4c76e",
+            "6e1f96b71d582171cebd9ae1d7ffbfc726e112a0a41aef77b9ead500aad7e0a2",
+        ],
+    },
 ];
 
 fn main() {
@@ -436,12 +486,17 @@ fn find_compiler(out: &Path) -> Result<Option<Compiler>> {
         );
         return Ok(None);
     }
-    match fetch(&folder).and_then(|()| Compiler::at(fetched).ok_or_else(|| "the fetched compiler does not run".into()))
+    let why = if wanted == "fetch" { "DDPM_CUDA_TOOLCHAIN=fetch asks for it" } else { "there is an NVIDIA driver" };
+    match fetch(&folder, why)
+        .and_then(|()| Compiler::at(fetched).ok_or_else(|| "the fetched compiler does not run".into()))
     {
         Ok(compiler) => Ok(Some(compiler)),
         Err(what) if wanted == "fetch" => Err(what),
         Err(what) => {
-            println!("cargo:warning=no CUDA compiler ({what}): this build computes on the CPU only");
+            println!(
+                "cargo:warning=no CUDA compiler ({what}): this build computes on the CPU only; with \
+                 DDPM_CUDA_TOOLCHAIN=none it does not try"
+            );
             Ok(None)
         }
     }
@@ -455,22 +510,64 @@ fn toolchain_folder(out: &Path) -> Result<PathBuf> {
 }
 
 /// Installs the compiler's wheels beside `folder`, then renames: an interrupted fetch leaves nothing that looks
-/// complete.
-fn fetch(folder: &Path) -> Result<()> {
-    println!("cargo:warning=fetching NVIDIA's CUDA compiler (about 180 MB) into {}", folder.display());
+/// complete. Says so first, with the reason, `why`.
+fn fetch(folder: &Path, why: &str) -> Result<()> {
+    let notice = format!(
+        "fetching NVIDIA's CUDA compiler, about 180 MB from PyPI by pip, into {}, since {why}; DDPM_CUDA_TOOLCHAIN=none \
+         builds for the CPU alone and fetches nothing",
+        folder.display()
+    );
+    // Cargo shows warnings of a build script when it has ended, and those of a package from a registry not at all; what
+    // goes to the terminal is seen before the fetch begins.
+    println!("cargo:warning={notice}");
+    tell_terminal(&notice);
     let partial = folder.with_extension("partial");
     let _ = fs::remove_dir_all(&partial);
+    fs::create_dir_all(&partial).map_err(|e| format!("{}: cannot be created: {e}", partial.display()))?;
+    // pip takes hashes from a file of requirements only. Any of a line's hashes will do: one is this platform's.
+    let requirements = partial.join("requirements.txt");
+    let line = |Wheel { name, version, sha256 }: &Wheel| {
+        let hashes: String = sha256.iter().map(|hash| format!(" --hash=sha256:{hash}")).collect();
+        format!("{name}=={version}{hashes}\n")
+    };
+    write(&requirements, &WHEELS.iter().map(line).collect::<String>())?;
     let mut pip = Command::new("python3");
-    pip.args(["-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", "--target"])
+    pip.args(["-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check", "--require-hashes"])
+        .args(["--only-binary", ":all:", "--target"])
         .arg(&partial)
-        .args(WHEELS);
+        .arg("--requirement")
+        .arg(&requirements);
     let output = pip.output().map_err(|e| format!("python3, which installs NVIDIA's compiler, does not run: {e}"))?;
     if !output.status.success() {
-        let why = String::from_utf8_lossy(&output.stderr);
-        return Err(format!("NVIDIA's compiler could not be installed by python3 -m pip: {}", why.trim()));
+        return Err(refusal(&String::from_utf8_lossy(&output.stderr)));
     }
     let _ = fs::remove_dir_all(folder);
     fs::rename(&partial, folder).map_err(|e| format!("{}: cannot be renamed: {e}", partial.display()))
+}
+
+/// What pip said, in one sentence.
+fn refusal(said: &str) -> String {
+    let wheel = said.lines().find_map(|line| line.trim().strip_prefix("nvidia-")).and_then(|l| l.split(' ').next());
+    if said.contains("DO NOT MATCH THE HASHES") {
+        let wheel = wheel.map_or("a wheel".into(), |name| format!("nvidia-{name}"));
+        return format!(
+            "NVIDIA's compiler is not installed: the {wheel} that pip received is not the file whose SHA-256 build.rs \
+             names, so it was changed on the way or there"
+        );
+    }
+    // The last of pip's errors sums up the others.
+    let errors = said.lines().filter_map(|line| line.trim().strip_prefix("ERROR: "));
+    let why = errors.last().or(said.lines().last()).unwrap_or("it said nothing").trim().trim_end_matches('.');
+    format!("NVIDIA's compiler could not be installed by python3 -m pip: {why}")
+}
+
+/// Writes to the terminal that the build runs in, if there is one: cargo keeps what a build script prints.
+fn tell_terminal(text: &str) {
+    if cfg!(unix)
+        && let Ok(mut terminal) = fs::OpenOptions::new().write(true).open("/dev/tty")
+    {
+        let _ = writeln!(terminal, "ddpm-cuda: {text}");
+    }
 }
 
 /// Compiles what has changed, one thread per job that cargo allows, and returns the paths of all PTX files.

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use crate::conditioning::Conditioning;
 use crate::config::Config;
-use crate::device::Device;
+use crate::device::{Device, cpu};
 use crate::error::{Error, Result};
 use crate::params::{Layout, ParamGrads, Params, Specs};
 use crate::tape::{Tape, Var};
@@ -67,14 +67,12 @@ fn step_on_shapes(config: &Config, n: usize, unet: &UNet, specs: &Specs, meta: &
     Ok(Held { state, activations: meta.pool_stats().held - state })
 }
 
-/// Bytes that this process can use on `device`. On a GPU this includes idle buffers of its pool.
-///
-/// # Errors
-/// A machine or a driver that does not report its memory.
-pub fn available_on(device: &Device) -> Result<u64> {
+/// Bytes that this process can use on `device`, on a GPU with the idle buffers of its pool; `None` if the machine or
+/// the driver does not say.
+pub fn available_on(device: &Device) -> Option<u64> {
     match device {
         Device::Cpu(_) | Device::Meta(_) => available_memory(),
-        Device::Cuda(gpu) => gpu.available_memory(),
+        Device::Cuda(gpu) => gpu.available_memory().ok(),
     }
 }
 
@@ -107,16 +105,8 @@ pub fn check_fit(config: &Config, unet: &UNet, specs: &Specs, device: &Device, a
     )))
 }
 
-/// Bytes of host memory that this process can still allocate, within the machine and its control group.
-///
-/// # Errors
-/// A machine that does not report its memory.
-pub fn available_memory() -> Result<u64> {
-    let memory = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
-    let system = sysinfo::System::new_with_specifics(memory);
-    if system.total_memory() == 0 {
-        return Err(Error::Failed("the machine does not say how much memory it has".into()));
-    }
-    let limit = system.cgroup_limits().map_or(u64::MAX, |limits| limits.free_memory);
-    Ok(system.available_memory().min(limit))
+/// Bytes of host memory that this process can still use, within the machine, its control groups and its resource
+/// limits; `None` if the machine does not say.
+pub fn available_memory() -> Option<u64> {
+    cpu::available_memory()
 }

@@ -100,7 +100,7 @@ pub fn suit(config: &mut Config, given: &Given, survey: &Survey, device: &Device
     if !given.has("ema_decay") {
         config.ema_decay = if config.steps >= 50_000 { 0.9999 } else { 0.999 };
     }
-    let every = a_twentieth(config.steps);
+    let every = a_twelfth(config.steps);
     for (key, setting) in [
         ("validate_every", &mut config.validate_every),
         ("sample_every", &mut config.sample_every),
@@ -111,7 +111,7 @@ pub fn suit(config: &mut Config, given: &Given, survey: &Survey, device: &Device
         }
     }
     if !given.has("accumulate")
-        && let Ok(available) = memory::available_on(device)
+        && let Some(available) = memory::available_on(device)
     {
         let fits = |accumulate: &usize| {
             let split = Config { accumulate: *accumulate, ..config.clone() };
@@ -199,11 +199,11 @@ fn levels(size: Size) -> usize {
     1 + (1..4).take_while(|&level| whole(level) && wide(level)).count()
 }
 
-/// About a twentieth of the steps, as 1, 2 or 5 times a power of ten.
-fn a_twentieth(steps: u32) -> u32 {
-    let twentieth = steps / 20;
+/// At most a twelfth of the steps, as 1, 2 or 5 times a power of ten.
+fn a_twelfth(steps: u32) -> u32 {
+    let twelfth = steps / 12;
     let powers = (0..9).flat_map(|k| [1, 2, 5].map(|digit| digit * 10u32.pow(k)));
-    powers.take_while(|&every| every <= twentieth).last().unwrap_or(1)
+    powers.take_while(|&every| every <= twelfth).last().unwrap_or(1)
 }
 
 /// A share of asymmetry from which on images are not mirrored. For the digits of MNIST it is 9 per cent, for

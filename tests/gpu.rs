@@ -441,3 +441,83 @@ fn idle_memory_is_given_back_and_what_is_missing_is_named() {
     drop(held);
     gpu.alloc(20 << 20).unwrap();
 }
+
+/// A driver that is there and fails costs `auto` and `info` a sentence, and `--device cuda` the run.
+#[test]
+fn auto_and_info_go_on_with_the_cpu_where_a_driver_fails() {
+    let folder = tempfile::tempdir().unwrap();
+    if !gpu::emulated("that a driver which fails is passed over") {
+        return;
+    }
+    let rustc = |library: &str, source: &Path| {
+        let library = folder.path().join(library);
+        let mut command = Command::new(std::env::var_os("RUSTC").unwrap_or("rustc".into()));
+        command.args(["--edition", "2024", "--crate-type", "cdylib", "-C", "link-arg=-Wl,-soname,libcuda.so", "-o"]);
+        let out = command.arg(&library).arg(source).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+        library
+    };
+    let failing = rustc("failing.so", &Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/failing_driver.rs"));
+    let (text, empty) = (folder.path().join("driver.txt"), folder.path().join("empty.rs"));
+    std::fs::write(&text, "no library").unwrap();
+    std::fs::write(&empty, "").unwrap();
+    let (empty, absent, emulator) = (rustc("empty.so", &empty), folder.path().join("absent.so"), gpu::emulator());
+    let cases = [
+        (&absent, "", "", "absent.so: is no CUDA driver that can be opened"),
+        (&text, "", "", "driver.txt: is no CUDA driver that can be opened"),
+        (&empty, "", "", "empty.so: is a library but no CUDA driver: it has no cuInit"),
+        (&emulator, "CUDA_EMU_DEVICES", "0", "there is an NVIDIA driver, but it knows of no GPU"),
+        (&emulator, "CUDA_EMU_CC", "7.5", "has compute capability 7.5, but the kernels need 8.0 or newer"),
+        (&emulator, "CUDA_EMU_CC", "new", "starting the NVIDIA driver failed with "),
+        (&failing, "FAKE_FAILS", "init", "starting the NVIDIA driver failed with CUDA_ERROR_UNKNOWN: unknown error"),
+        (&failing, "FAKE_FAILS", "count", "counting the GPUs failed with CUDA_ERROR_UNKNOWN: unknown error"),
+        (&failing, "FAKE_FAILS", "open", "opening cuda:0 failed with CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
+        (
+            &failing,
+            "FAKE_VERSION",
+            "11080",
+            "the NVIDIA driver is of CUDA 11.8, but 12.0 or newer is needed: update it",
+        ),
+    ];
+    for (number, (driver, name, value, why)) in cases.into_iter().enumerate() {
+        let run = |args: &[&str], tiny: &[&str]| {
+            let mut command = program(folder.path()).unwrap();
+            command.env("DDPM_CUDA_DRIVER", driver).env("CUDA_EMU_LOG", "none");
+            if !name.is_empty() {
+                command.env(name, value);
+            }
+            let out = command.args(args).args(tiny).output().unwrap();
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            (out.status.code(), text(&out.stdout), text(&out.stderr))
+        };
+        let what = format!("{} with {name}={value}", driver.display());
+        let out = format!("run-{number}");
+        let steps = ["--steps", "1", "--batch", "2", "--set", "sample_every=0", "--set", "validate_every=0"];
+        let small: Vec<&str> = TINY.iter().copied().chain(steps).collect();
+        let (code, said, error) = run(&["train", "--out", &out], &small);
+        assert_eq!((code, &error[..]), (Some(0), ""), "{what}: {said}");
+        let note = said.lines().find(|line| line.starts_with("computing on the CPU: "));
+        assert!(note.is_some_and(|note| note.contains(why) && !note.contains("--device")), "{what}: {said}");
+        assert!(said.contains("; CPU, "), "{what}: {said}");
+
+        let (code, said, error) = run(&["train", "--out", "none", "--device", "cuda"], &small);
+        assert_eq!((code, error.lines().count()), (Some(1), 1), "{what}: {said}{error}");
+        assert!(value == "0" || error.contains(why), "{what}: {error}");
+
+        let (code, said, error) = run(&["info"], &[]);
+        assert_eq!((code, &error[..]), (Some(0), ""), "{what}: {said}");
+        let opening = value == "open" || why.contains("compute capability");
+        let listed = match (opening, value) {
+            (true, _) => "cuda:0 ",
+            (false, "0") => "no GPU: the NVIDIA driver knows of none",
+            _ => why,
+        };
+        assert!(said.contains("devices: CPU, ") && said.contains("kernels: "), "{what}: {said}");
+        assert!(said.contains(listed), "{what}: {said}");
+
+        // What cannot fall back to the CPU says why it would have to.
+        let (code, _, error) = run(&["train", "--out", "none", "--precision", "bf16"], &small);
+        assert_eq!(code, Some(1), "{what}: {error}");
+        assert!(error.contains("bf16") && error.contains(why), "{what}: {error}");
+    }
+}

@@ -67,7 +67,7 @@ fn the_network_suits_size_and_device() {
     assert_eq!((&m.widths[..], &m.attention_resolutions[..], m.channels), (&[64, 96, 128][..], &[8][..], 3));
     assert_eq!((small.batch, small.learning_rate, small.ema_decay), (32, 1e-3, 0.999));
     assert!((5000..20_000).contains(&small.steps), "{} steps", small.steps);
-    assert!(small.steps.div_ceil(small.sample_every) >= 20, "a grid every {}", small.sample_every);
+    assert!((12..=30).contains(&(small.steps / small.sample_every)), "a grid every {}", small.sample_every);
     assert!(said.starts_with("recipe for 3,786 images of 64x64, trained at 32x32: widths 64,96,128"), "{said}");
 
     let (large, _) = recipe(&survey(&[(64, 64, 100_000)], 3), &[], &gpu());

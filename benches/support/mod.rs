@@ -6,5 +6,7 @@ use ddpm_cuda::device::{Choice, Device, Precision};
 pub fn device() -> Device {
     let name = std::env::var("DDPM_BENCH_DEVICE").unwrap_or_else(|_| "cpu".into());
     let choice: Choice = name.parse().unwrap_or_else(|e| panic!("DDPM_BENCH_DEVICE: {e}"));
-    Device::open(choice, Precision::F32).unwrap_or_else(|e| panic!("DDPM_BENCH_DEVICE: {e}"))
+    let (device, note) = Device::open(choice, Precision::F32).unwrap_or_else(|e| panic!("DDPM_BENCH_DEVICE: {e}"));
+    note.iter().for_each(|note| eprintln!("{note}"));
+    device
 }

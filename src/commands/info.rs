@@ -8,7 +8,7 @@ use crate::config::{Config, Preset};
 use crate::device::{Device, cuda};
 use crate::error::Result;
 use crate::kernels;
-use crate::memory::memory_needed;
+use crate::memory::{available_memory, memory_needed};
 use crate::say;
 use crate::text::{GIB, grouped};
 use crate::unet::{Cost, UNet};
@@ -27,7 +27,7 @@ pub struct Args {
 /// Runs the command.
 ///
 /// # Errors
-/// A model that cannot be read; a CUDA driver that fails.
+/// A model that cannot be read.
 pub fn run(args: &Args) -> Result<()> {
     let described = args.model.as_deref().map(checkpoint::describe).transpose()?;
     let config = match &described {
@@ -84,20 +84,40 @@ pub fn run(args: &Args) -> Result<()> {
         3.0 * flops as f64 * config.batch as f64 / 1e9,
         memory_needed(&config, &unet, &specs, &Device::cpu()) as f64 / GIB
     );
-    say!("devices: {}", Device::cpu());
-    for gpu in cuda::devices()? {
-        let (major, minor) = gpu.capability;
-        say!(
-            "         cuda:{} {}, compute capability {major}.{minor}, {:.1} GiB",
-            gpu.number,
-            gpu.name,
-            gpu.memory as f64 / GIB
-        );
+    match available_memory() {
+        Some(bytes) => say!("devices: {}, {:.1} GiB of memory available", Device::cpu(), bytes as f64 / GIB),
+        None => say!("devices: {}; the system does not say how much memory is available", Device::cpu()),
     }
-    say!("driver: {}", cuda::driver_version()?.map_or("none".into(), |version| format!("CUDA {version}")));
-    match kernels::COMPILER {
-        Some(version) => say!("kernels: {}, compiled by CUDA {version}", kernels::ALL.len()),
-        None => say!("kernels: none, built without a CUDA compiler"),
+    // A driver that fails is worth a sentence; everything else here is true without it.
+    match cuda::devices() {
+        Ok(gpus) if gpus.is_empty() && matches!(cuda::driver_version(), Ok(Some(_))) => {
+            say!("         no GPU: the NVIDIA driver knows of none");
+        }
+        Ok(gpus) => {
+            for gpu in gpus {
+                let (major, minor) = gpu.capability;
+                let old = if gpu.can_run_kernels() { "" } else { ", too old for the kernels" };
+                say!(
+                    "         cuda:{} {}, compute capability {major}.{minor}{old}, {:.1} GiB",
+                    gpu.number,
+                    gpu.name,
+                    gpu.memory as f64 / GIB
+                );
+            }
+        }
+        Err(why) => say!("         no GPU can be used: {why}"),
+    }
+    match cuda::driver_version() {
+        Ok(Some(version)) => say!("driver: CUDA {version}"),
+        Ok(None) if cuda::driver_is_likely() => say!("driver: there is one, which is not opened"),
+        Ok(None) => say!("driver: none"),
+        Err(why) => say!("driver: {why}"),
+    }
+    match (kernels::COMPILER, cuda::missing_in_this_build()) {
+        (Some(version), _) => say!("kernels: {}, compiled by CUDA {version}", kernels::ALL.len()),
+        (None, Some(missing)) if cuda::driver_is_likely() => say!("kernels: none, {missing} to use the GPU"),
+        (None, Some(missing)) => say!("kernels: none, {missing}"),
+        (None, None) => say!("kernels: none"),
     }
     Ok(())
 }

@@ -12,6 +12,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use crate::device::{Choice, Device, Precision};
 use crate::error::Result;
 use crate::names::Named;
+use crate::say;
 
 /// `--device` and `--precision`, for the commands that use a model.
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -25,13 +26,22 @@ pub struct On {
 }
 
 impl On {
-    /// [`Device::open`].
+    /// [`Device::open`], saying why an NVIDIA driver or GPU is passed over.
     ///
     /// # Errors
     /// `Error::Failed` for a GPU or a precision that is not available.
     pub fn open(&self) -> Result<Device> {
-        Device::open(self.device, self.precision)
+        open(self.device, self.precision)
     }
+}
+
+/// [`On::open`] for a device and a precision of any source.
+fn open(device: Choice, precision: Precision) -> Result<Device> {
+    let (device, note) = Device::open(device, precision)?;
+    if let Some(note) = note {
+        say!("{note}");
+    }
+    Ok(device)
 }
 
 /// Parses a name of `T`; the help lists them.

@@ -704,11 +704,7 @@ fn contents(path: &Path) -> Result<Vec<u8>> {
 
 /// Bytes of memory that the machine can still give; without an answer, more than there is anywhere.
 fn free_memory() -> u64 {
-    let memory = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
-    match sysinfo::System::new_with_specifics(memory).available_memory() {
-        0 => u64::MAX,
-        bytes => bytes,
-    }
+    crate::device::cpu::available_memory().unwrap_or(u64::MAX)
 }
 
 /// Refuses what does not fit into memory, before it is allocated.

@@ -12,7 +12,6 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::error::{Error, Result};
-use crate::kernels;
 use crate::names::names;
 use crate::shape::DType;
 
@@ -79,30 +78,34 @@ pub enum Device {
 
 impl Device {
     /// Opens the device that the command line asks for. `auto` is the first GPU that can run this build's kernels,
-    /// otherwise the CPU.
+    /// otherwise the CPU. If it passes over an NVIDIA driver or GPU, a sentence for the user says why.
     ///
     /// # Errors
-    /// `Error::Failed` for a GPU or precision that is not available, `Error::Usage` for a `DDPM_CUDA_SIMD` that is not
-    /// a SIMD level.
-    pub fn open(choice: Choice, precision: Precision) -> Result<Self> {
+    /// `Error::Failed` for a GPU that was asked for by number and is not available, or a precision that is not,
+    /// `Error::Usage` for a `DDPM_CUDA_SIMD` that is not a SIMD level.
+    pub fn open(choice: Choice, precision: Precision) -> Result<(Self, Option<String>)> {
         // For a GPU too: the host prepares its data.
         cpu::simd::limit().map_err(Error::Usage)?;
         let activations = match precision {
             Precision::F32 => DType::F32,
             Precision::Bf16 => DType::Bf16,
         };
-        let number = match choice {
-            Choice::Cuda(number) => Some(number),
-            Choice::Cpu => None,
-            Choice::Auto if kernels::COMPILER.is_none() => None,
-            Choice::Auto => cuda::devices()?.iter().find(|gpu| gpu.can_run_kernels()).map(|gpu| gpu.number),
+        let (gpu, note) = match choice {
+            Choice::Cuda(number) => (Some(cuda::Gpu::open(number, activations, false)?), None),
+            Choice::Cpu => (None, None),
+            Choice::Auto => match cuda::open_any(activations) {
+                Ok(gpu) => (gpu, None),
+                Err(why) => (None, Some(why.to_string())),
+            },
         };
-        match number {
-            Some(number) => Ok(Device::Cuda(cuda::Gpu::open(number, activations, false)?)),
+        match gpu {
+            Some(gpu) => Ok((Device::Cuda(gpu), None)),
             None if precision == Precision::Bf16 => {
-                Err(Error::Failed("bf16 was asked for, but the CPU computes in f32 only: use --precision f32".into()))
+                let why = note.map_or(String::new(), |why| format!(" ({why})"));
+                let what = "bf16 was asked for, but the CPU computes in f32 only";
+                Err(Error::Failed(format!("{what}{why}: use --precision f32")))
             }
-            None => Ok(Device::cpu()),
+            None => Ok((Device::cpu(), note.map(|why| format!("computing on the CPU: {why}")))),
         }
     }
 

@@ -298,19 +298,25 @@ fn announce(config: &Config, data: &data::Data, device: &Device, watch: &mut dyn
     let costs = unet.costs(&specs, size.h, size.w);
     let flops = costs.iter().map(|cost| cost.flops).fold(0, u64::saturating_add);
     let needed = memory::memory_needed(config, &unet, &specs, device);
-    let available = memory::available_on(device)?;
+    let available = memory::available_on(device);
     watch.say(&format!(
-        "{} parameters, {:.2} GFLOP per image and step, {:.2} GiB of memory needed ({:.2} GiB available); \
+        "{} parameters, {:.2} GFLOP per image and step, {:.2} GiB of memory needed{}; \
          {} training and {} held-out images of {size}x{}; {device}",
         grouped(specs.count() as u64),
         3.0 * flops as f64 / 1e9,
         needed as f64 / GIB,
-        available as f64 / GIB,
+        available.map_or(String::new(), |available| format!(" ({:.2} GiB available)", available as f64 / GIB)),
         data.train.len(),
         data.held_out.len(),
         config.model.channels,
     ));
-    memory::check_fit(config, &unet, &specs, device, available)
+    match available {
+        Some(available) => memory::check_fit(config, &unet, &specs, device, available),
+        None => {
+            watch.say("the system does not say how much memory is available, so whether the run fits is not checked");
+            Ok(())
+        }
+    }
 }
 
 /// Turns [`Error::Interrupted`] into `None`.

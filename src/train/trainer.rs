@@ -425,7 +425,9 @@ fn resident(
     let [train, held_out] = [data.train.images(), data.held_out.images()];
     let shared = held_out.pixels.is_empty() || std::ptr::eq(train.pixels, held_out.pixels);
     let bytes = train.pixels.len() + if shared { 0 } else { held_out.pixels.len() };
-    if memory_needed(config, unet, specs, device).saturating_add(bytes as u64) > gpu.available_memory()? {
+    // A GPU that does not say how much is free gets no more than it must have.
+    let available = gpu.available_memory().unwrap_or(0);
+    if memory_needed(config, unet, specs, device).saturating_add(bytes as u64) > available {
         return Ok([None, None]);
     }
     let train = Resident::new(gpu, train)?;

@@ -11,6 +11,8 @@
 
 pub(crate) mod direct;
 pub(crate) mod gemm;
+#[cfg(any(target_os = "linux", test))]
+mod memory;
 pub mod simd;
 pub(crate) mod vector;
 pub(crate) mod winograd;
@@ -19,6 +21,21 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{PoolStats, size_class};
+
+/// Bytes of host memory that this process can still use, within the machine, its control groups and its resource
+/// limits; `None` if the system does not say.
+#[cfg(target_os = "linux")]
+pub fn available_memory() -> Option<u64> {
+    memory::available(&|path| std::fs::read_to_string(path).ok())
+}
+
+/// Bytes of host memory that this process can still use; `None` if the system does not say.
+#[cfg(not(target_os = "linux"))]
+pub fn available_memory() -> Option<u64> {
+    let memory = sysinfo::RefreshKind::nothing().with_memory(sysinfo::MemoryRefreshKind::nothing().with_ram());
+    let system = sysinfo::System::new_with_specifics(memory);
+    (system.total_memory() > 0).then(|| system.available_memory())
+}
 
 /// One cache line and one AVX-512 register: the unit and alignment of every buffer.
 #[derive(Clone, Copy, bytemuck::Zeroable, bytemuck::Pod)]

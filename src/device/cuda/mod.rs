@@ -34,6 +34,9 @@ pub(crate) use staging::Staging;
 /// The lowest compute capability the kernels run on.
 const OLDEST: (u32, u32) = (8, 0);
 
+/// The lowest CUDA version of a driver that loads any PTX of the build: 12.0, as the driver counts.
+const OLDEST_DRIVER: i32 = 12_000;
+
 /// A GPU and its pool. Cloning clones the handle.
 #[derive(Clone)]
 pub struct Gpu {
@@ -112,6 +115,16 @@ impl Description {
     pub fn can_run_kernels(&self) -> bool {
         self.capability >= OLDEST
     }
+
+    /// That it is too old for the kernels, as a sentence.
+    fn too_old(&self) -> String {
+        let (Description { number, name, .. }, (major, minor)) = (self, self.capability);
+        let (oldest, its_minor) = OLDEST;
+        format!(
+            "cuda:{number} ({name}) has compute capability {major}.{minor}, but the kernels need {oldest}.{its_minor} or \
+             newer"
+        )
+    }
 }
 
 /// Opens the driver at `DDPM_CUDA_DRIVER`, if set, so that cudarc finds it under the usual name, libcuda.so.
@@ -132,6 +145,7 @@ fn open_named_driver() -> Result<()> {
 pub unsafe fn open_driver(path: &Path) -> Result<()> {
     static OPENED: Mutex<Vec<libloading::Library>> = Mutex::new(Vec::new());
     let path = std::path::absolute(path).map_err(|e| Error::file(path, e))?;
+    let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: a CUDA driver, as the caller promises. The handle is never dropped, so nothing called later can be
     // unloaded.
     let library = unsafe { libloading::Library::new(&path) }.map_err(|e| {
@@ -140,7 +154,14 @@ pub unsafe fn open_driver(path: &Path) -> Result<()> {
         let why = why.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&why);
         Error::file(&path, format!("is no CUDA driver that can be opened: {why}"))
     })?;
-    OPENED.lock().unwrap_or_else(PoisonError::into_inner).push(library);
+    // SAFETY: looks up a symbol and calls nothing. Without it the first call would panic.
+    if unsafe { library.get::<*const ()>(b"cuInit\0") }.is_err() {
+        return Err(Error::file(
+            &path,
+            "is a library but no CUDA driver: it has no cuInit; give the path of libcuda.so.1",
+        ));
+    }
+    opened.push(library);
     Ok(())
 }
 
@@ -163,6 +184,53 @@ fn driver_present() -> Result<bool> {
     Ok(unsafe { sys::is_culib_present() })
 }
 
+/// True if there are signs of an NVIDIA driver: its files, or a path to one in `DDPM_CUDA_DRIVER`. Opens nothing, so
+/// that a build that cannot use a GPU can say that there is one.
+pub fn driver_is_likely() -> bool {
+    let named = std::env::var_os("DDPM_CUDA_DRIVER").is_some_and(|path| !path.is_empty());
+    let windows = std::env::var_os("SystemRoot").map(|root| Path::new(&root).join("System32/nvcuda.dll"));
+    let files = ["/proc/driver/nvidia/version", "/usr/lib/wsl/lib/libcuda.so.1"];
+    named || files.iter().any(|file| Path::new(file).exists()) || windows.is_some_and(|file| file.exists())
+}
+
+/// What this build lacks to run kernels, and how to get it; `None` if it lacks nothing.
+pub fn missing_in_this_build() -> Option<&'static str> {
+    if !cfg!(feature = "cuda") {
+        return Some("this program was built without the feature cuda: build it with the feature");
+    }
+    let without = "this program was built without a CUDA compiler: build it with DDPM_CUDA_TOOLCHAIN=fetch (or with nvcc \
+                   in PATH)";
+    kernels::COMPILER.is_none().then_some(without)
+}
+
+/// Opens the first GPU that can run the kernels; `None` if there is no sign of an NVIDIA driver.
+///
+/// # Errors
+/// `Error::Failed` or `Error::File` with the reason why a driver or a GPU that is there cannot be used.
+pub fn open_any(activations: DType) -> Result<Option<Gpu>> {
+    if let Some(missing) = missing_in_this_build() {
+        return match driver_is_likely() {
+            false => Ok(None),
+            true => Err(Error::Failed(format!("there is an NVIDIA driver, but {missing} to use its GPUs"))),
+        };
+    }
+    if !driver_present()? {
+        return Ok(None);
+    }
+    let all = devices()?;
+    let mut failed = match all.first() {
+        None => Error::Failed("there is an NVIDIA driver, but it knows of no GPU".into()),
+        Some(first) => Error::Failed(first.too_old()),
+    };
+    for gpu in all.iter().filter(|gpu| gpu.can_run_kernels()) {
+        match Gpu::open(gpu.number, activations, false) {
+            Ok(gpu) => return Ok(Some(gpu)),
+            Err(why) => failed = why,
+        }
+    }
+    Err(failed)
+}
+
 /// All GPUs of this machine; empty without a driver.
 ///
 /// # Errors
@@ -175,9 +243,14 @@ pub fn devices() -> Result<Vec<Description>> {
         let what = what.to_string();
         move |e: DriverError| driver_error(&what, e)
     };
+    let version = version()?;
+    if version < OLDEST_DRIVER {
+        let what = format!("the NVIDIA driver is of CUDA {}, but 12.0 or newer is needed: update it", dotted(version));
+        return Err(Error::Failed(what));
+    }
     match result::init() {
         Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Ok(Vec::new()),
-        other => other.map_err(failed("starting the driver"))?,
+        other => other.map_err(failed("starting the NVIDIA driver"))?,
     }
     let count = result::device::get_count().map_err(failed("counting the GPUs"))?;
     (0..count)
@@ -208,14 +281,20 @@ pub fn devices() -> Result<Vec<Description>> {
 /// # Errors
 /// A driver error; no driver at all is not an error.
 pub fn driver_version() -> Result<Option<String>> {
-    if !driver_present()? {
-        return Ok(None);
-    }
+    Ok(if driver_present()? { Some(dotted(version()?)) } else { None })
+}
+
+/// The CUDA version of the driver, which is present: 12040 is 12.4.
+fn version() -> Result<i32> {
     let mut version = 0;
     // SAFETY: writes one integer.
     let result = unsafe { sys::cuDriverGetVersion(&mut version) };
-    result.result().map_err(|e| driver_error("asking the driver for its version", e))?;
-    Ok(Some(format!("{}.{}", version / 1000, version % 1000 / 10)))
+    result.result().map_err(|e| driver_error("asking the NVIDIA driver for its version", e))?;
+    Ok(version)
+}
+
+fn dotted(version: i32) -> String {
+    format!("{}.{}", version / 1000, version % 1000 / 10)
 }
 
 fn driver_error(what: &str, e: DriverError) -> Error {
@@ -235,17 +314,9 @@ impl Gpu {
     /// `Error::Failed` if this build has no CUDA support or no kernels, or if there is no driver, no such GPU, or it is
     /// too old.
     pub fn open(number: usize, activations: DType, guarded: bool) -> Result<Self> {
-        if !cfg!(feature = "cuda") {
-            return Err(Error::Failed(format!(
-                "cuda:{number} was asked for, but this program was built without the feature cuda: build it with the \
-                 feature, or use --device cpu"
-            )));
-        }
-        if kernels::COMPILER.is_none() {
-            return Err(Error::Failed(format!(
-                "cuda:{number} was asked for, but this program was built without a CUDA compiler: build it with \
-                 DDPM_CUDA_TOOLCHAIN=fetch (or with nvcc in PATH), or use --device cpu"
-            )));
+        if let Some(missing) = missing_in_this_build() {
+            let what = format!("cuda:{number} was asked for, but {missing}, or use --device cpu");
+            return Err(Error::Failed(what));
         }
         let all = devices()?;
         let Some(description) = all.get(number) else {
@@ -255,12 +326,7 @@ impl Gpu {
             }));
         };
         if !description.can_run_kernels() {
-            let ((major, minor), name) = (description.capability, &description.name);
-            return Err(Error::Failed(format!(
-                "cuda:{number} ({name}) has compute capability {major}.{minor}, but the kernels need {}.{} or newer: \
-                 use --device cpu",
-                OLDEST.0, OLDEST.1
-            )));
+            return Err(Error::Failed(format!("{}: use --device cpu", description.too_old())));
         }
         let failed = |e| driver_error(&format!("opening cuda:{number}"), e);
         let context = CudaContext::new(number).map_err(failed)?;
