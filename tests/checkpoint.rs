@@ -562,7 +562,7 @@ fn unsupported_processes_are_refused_by_the_key() {
         (
             "beta_schedule",
             json!("stepped"),
-            "has beta_schedule = \"stepped\"; one of linear, squaredcos_cap_v2, scaled_linear, sigmoid, laplace, exp is",
+            "has beta_schedule = \"stepped\"; one of linear, squaredcos_cap_v2, scaled_linear, sigmoid, laplace, exp",
         ),
         ("beta_start", json!(0), "has beta_start = 0; a number between 0 and 1 is expected"),
         ("beta_end", json!(1.5), "has beta_end = 1.5; a number between 0 and 1"),
