@@ -556,8 +556,8 @@ fn refusal(said: &str) -> String {
         );
     }
     // The last of pip's errors sums up the others.
-    let errors = said.lines().filter_map(|line| line.trim().strip_prefix("ERROR: "));
-    let why = errors.last().or(said.lines().last()).unwrap_or("it said nothing").trim().trim_end_matches('.');
+    let mut errors = said.lines().filter_map(|line| line.trim().strip_prefix("ERROR: "));
+    let why = errors.next_back().or(said.lines().last()).unwrap_or("it said nothing").trim().trim_end_matches('.');
     format!("NVIDIA's compiler could not be installed by python3 -m pip: {why}")
 }
 

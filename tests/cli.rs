@@ -306,13 +306,12 @@ fn a_run_starts_from_a_models_weights() {
     fs::write(at("other.toml"), "widths = [8, 16]\n").unwrap();
     let other = at("other.toml");
     for (arguments, says) in [
-        (vec!["--set", "widths=8,16"], "--set widths: widths = [8, 16], but the model of --init has [16, 32]"),
-        (vec!["--set", "channels=3"], "--set channels: channels = 3, but the model of --init has 1"),
-        (vec!["--set", "timesteps=1000"], "--set timesteps: timesteps = 1000, but the model of --init has 100"),
-        (vec!["--set", "schedule=cosine"], "--set schedule: the model of --init has other betas, one by one"),
-        (vec!["--set", "attention_resolutions=16"], "--set attention_resolutions: attention_resolutions = [16]"),
-        (vec!["--preset", "cifar10"], "--preset cifar10: "),
-        (vec!["--config", other.to_str().unwrap()], "other.toml: widths = [8, 16], but the model"),
+        (vec!["--set", "widths=8,16"], "widths = [8, 16] is given, but the model of --init has [16, 32]"),
+        (vec!["--set", "channels=3"], "channels = 3 is given, but the model of --init has 1"),
+        (vec!["--set", "timesteps=1000"], "timesteps = 1000 is given, but the model of --init has 100"),
+        (vec!["--set", "schedule=cosine"], "schedule is given, but the model of --init has other betas, one by one"),
+        (vec!["--set", "attention_resolutions=16"], "attention_resolutions = [16] is given"),
+        (vec!["--config", other.to_str().unwrap()], "widths = [8, 16] is given, but the model"),
     ] {
         let said = fails(&mut start("refused", &arguments), 2);
         assert!(said.contains(says) && said.trim().lines().count() == 1, "{arguments:?}: {said}");
@@ -357,7 +356,8 @@ fn what_a_model_says_of_itself_is_used_and_told() {
     model.config.class_names = (0..10).map(|k| format!("kind {k}")).collect();
     model.config.class_names[4] = "7".into();
     let zeros = Tensor::zeros(&Device::cpu(), Shape::vector(model.params.specs().flat_len())).unwrap();
-    let state = checkpoint::State { step: 1, params: &model.params, ema: &model.params, m: &zeros, v: &zeros };
+    let state =
+        checkpoint::State { step: 1, params: &model.params, ema: &model.params, m: &zeros, v: &zeros, data: None };
     let saved = checkpoint::save(folder.path(), &model.config, state).unwrap();
     let draw = |class: &str| {
         let mut command = ddpm();

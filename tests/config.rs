@@ -129,7 +129,7 @@ fn names_and_betas_survive_the_file() {
         let error = Config::build(None, Some(&path), &sets(&[key])).expect_err("refused");
         assert!(error.to_string().contains("trained_betas gives every beta"), "{error}");
     }
-    assert_eq!(Config::build(None, Some(&path), &sets(&["variance=fixed_small"])).unwrap().diffusion.timesteps, 3);
+    assert_eq!(Config::build(None, Some(&path), &sets(&["variance=fixed_small"])).unwrap().0.diffusion.timesteps, 3);
     assert!(file_refusal("class_names = 3").ends_with("class_names is no list of names"));
     assert!(file_refusal("class_names = [3]").ends_with("class_names is no list of names"));
     assert!(file_refusal("trained_betas = [\"a\"]").ends_with("trained_betas is no list of numbers"));
@@ -187,10 +187,7 @@ fn other_tools_names_lead_to_ours() {
         ("gradient_accumulation_steps=2", "here it is 'accumulate'"),
         ("microbatch=2", "here it is 'accumulate' (the number of micro-batches in a batch, not their size)"),
         ("dim_mults=1,2,4", "here it is 'widths' (the channels of each level, as in 64,128,256)"),
-        (
-            "lr_schedule=cosine",
-            "there is a learning_rate that stays as it is after warmup_steps; ema_decay averages the weights",
-        ),
+        ("lr_schedule=cosine", "learning_rate stays as it is after warmup_steps, and ema_decay averages the weights"),
         ("output_dir=x", "there is --out RUN"),
         ("prompt=a cat", "there is no setting 'prompt'; 'ddpm-cuda train --help' lists them all"),
     ];

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::memory::{available_memory, available_on};
 use crate::names::names;
 use crate::output;
-use crate::sample::{DEFAULT_STEPS, Drawing, class_called, labels, memory_of_forward};
+use crate::sample::{DEFAULT_STEPS, Drawing, class_called, default_variance, labels, memory_of_forward};
 use crate::text::GIB;
 use crate::unet::UNet;
 use crate::{say, usage};
@@ -49,7 +49,7 @@ pub struct Args {
     /// DDIM's share of the ancestral noise, 0 to 1 [default: 0]
     #[arg(long, value_name = "ETA")]
     pub eta: Option<f64>,
-    /// Variance of ancestral sampling [default: the model's]
+    /// Variance of ancestral sampling [default: the model's for all timesteps, fixed_small for fewer]
     #[arg(long, value_name = "VARIANCE", value_parser = choice::<Variance>())]
     pub variance: Option<Variance>,
     /// Which timesteps are kept when there are fewer steps [default: the model's; even if it says nothing]
@@ -87,13 +87,15 @@ pub fn run(args: &Args) -> Result<()> {
     let (c, stepping) = (&model.config, model.stepping);
     let (unet, _) = UNet::new(&c.model)?;
     let schedule = c.diffusion.noise_schedule()?;
+    let steps = args.steps.unwrap_or(DEFAULT_STEPS.min(schedule.len()));
     let method = match (args.sampler, args.eta, args.variance) {
         (SamplerName::Ddpm, Some(eta), _) => usage!("--eta {eta}: only DDIM has it, so add --sampler ddim"),
         (SamplerName::Ddim, _, Some(v)) => usage!("--variance {v}: DDIM's noise is --eta, so leave --variance out"),
-        (SamplerName::Ddpm, None, variance) => Method::Ancestral(variance.unwrap_or(c.diffusion.variance)),
+        (SamplerName::Ddpm, None, variance) => {
+            Method::Ancestral(variance.unwrap_or(default_variance(c.diffusion.variance, steps, schedule.len())))
+        }
         (SamplerName::Ddim, eta, None) => Method::Ddim { eta: eta.unwrap_or(0.0) },
     };
-    let steps = args.steps.unwrap_or(DEFAULT_STEPS.min(schedule.len()));
     let spacing = args.spacing.unwrap_or(stepping.spacing);
     let kept = spacing.timesteps_from(stepping.steps_offset, schedule.len(), steps)?;
     let sampler = Sampler::over(&schedule, method, &kept)?;

@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::choice;
 use super::signals::Signals;
+use super::{choice, open};
 use crate::config::{self, Config, Given, MAY_CHANGE, Preset};
 use crate::device::{Choice, Device, Precision};
 use crate::error::{Error, Result};
@@ -94,7 +94,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         None => {
             let (config, given) = config(args)?;
-            let device = Device::open(args.device, config.precision)?;
+            let device = open(args.device, config.precision)?;
             let start = Start::New { config: &config, given: &given, out: args.out.as_deref() };
             Run::open(start, &device, &mut terminal)?
         }
@@ -126,7 +126,7 @@ fn open_to_resume(run: &Path, device: Choice, asked: Option<Precision>) -> Resul
         );
     }
     let no_gpu = precision == Precision::Bf16 && matches!(device, Choice::Auto | Choice::Cpu);
-    Device::open(device, precision).map_err(|e| match e {
+    open(device, precision).map_err(|e| match e {
         Error::Failed(_) if no_gpu => Error::file(
             run,
             "is a run in bf16, in which the CPU does not compute; resume it on a GPU, with --device cuda",

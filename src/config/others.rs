@@ -9,7 +9,7 @@ enum Here {
     Setting(&'static str),
     /// A setting that is counted or written in another way; the sentence says how.
     Like(&'static str, &'static str),
-    /// Something that is no setting; the sentence says what there is instead.
+    /// Something that is no setting; the clause says what there is instead.
     Instead(&'static str),
 }
 use Here::{Instead, Like, Setting};
@@ -214,19 +214,24 @@ const OTHERS: &[(&[&str], Here)] = &[
             "workdir",
             "name",
         ],
-        Instead("--out RUN"),
+        Instead("there is --out RUN"),
     ),
     (
         &["resume", "resume_checkpoint", "resume_from_checkpoint", "ckpt", "checkpoint", "load"],
-        Instead("--resume RUN, or --init MODEL to start from given weights"),
+        Instead("there is --resume RUN, or --init MODEL to start from given weights"),
     ),
-    (&["pretrained", "finetune", "pretrained_model_name_or_path", "transfer"], Instead("--init MODEL")),
-    (&["device", "gpu", "gpus", "gpu_id", "cuda", "num_gpus", "n_gpu", "accelerator"], Instead("--device cuda")),
-    (&["config", "cfg", "config_file", "yaml"], Instead("--config FILE")),
-    (&["preset"], Instead("--preset NAME")),
+    (&["pretrained", "finetune", "pretrained_model_name_or_path", "transfer"], Instead("there is --init MODEL")),
+    (
+        &["device", "gpu", "gpus", "gpu_id", "cuda", "num_gpus", "n_gpu", "accelerator"],
+        Instead("there is --device cuda"),
+    ),
+    (&["config", "cfg", "config_file", "yaml"], Instead("there is --config FILE")),
+    (&["class_names"], Instead("the classes are named by the data")),
+    (&["trained_betas"], Instead("betas one by one come from a model, with --init")),
+    (&["preset"], Instead("there is --preset NAME")),
     (
         &["sampler", "eta", "num_inference_steps", "sampling_timesteps", "timestep_respacing", "use_ddim"],
-        Instead("flags of ddpm-cuda sample"),
+        Instead("it belongs to sampling: see ddpm-cuda sample --help"),
     ),
     (
         &[
@@ -238,16 +243,16 @@ const OTHERS: &[(&[&str], Here)] = &[
             "cosine_decay",
             "lr_decay_steps",
         ],
-        Instead("a learning_rate that stays as it is after warmup_steps; ema_decay averages the weights"),
+        Instead("learning_rate stays as it is after warmup_steps, and ema_decay averages the weights"),
     ),
-    (&["optimizer", "optim", "opt"], Instead("Adam, with learning_rate and weight_decay")),
+    (&["optimizer", "optim", "opt"], Instead("it is Adam, with learning_rate and weight_decay")),
     (
         &["adam_beta1", "adam_beta2", "beta1", "beta2", "betas", "adam_epsilon", "adam_eps", "momentum"],
-        Instead("Adam as in the paper: 0.9, 0.999, 1e-8"),
+        Instead("Adam's are the paper's: 0.9, 0.999, 1e-8"),
     ),
     (
         &["num_workers", "workers", "dataloader_num_workers", "n_workers", "threads", "num_threads", "n_cpu"],
-        Instead("all cores; the environment variable RAYON_NUM_THREADS takes fewer"),
+        Instead("all cores are used; the environment variable RAYON_NUM_THREADS limits them"),
     ),
 ];
 
@@ -270,7 +275,7 @@ fn lead(key: &str) -> Option<String> {
     match OTHERS.iter().find(|(names, _)| names.contains(&plain.as_str())) {
         Some((_, Setting(own))) => return Some(format!("here it is '{own}'")),
         Some((_, Like(own, how))) => return Some(format!("here it is '{own}' ({how})")),
-        Some((_, Instead(what))) => return Some(format!("there is {what}")),
+        Some((_, Instead(what))) => return Some(what.to_string()),
         None => {}
     }
     // Slips of one or two letters; more in a short name makes another word of it.

@@ -140,6 +140,9 @@ impl Run {
         let source = data::Source::open(&config)?;
         let mut notes = recipe::suit(&mut config, given, source.survey(), device)?;
         let data = source.load(&mut config)?;
+        if config.model.classes > 0 && !data.classes.is_empty() {
+            config.class_names.clone_from(&data.classes);
+        }
         notes.extend(recipe::adapt_attention(&mut config, given));
         notes.extend(recipe::suit_flip(&mut config, given, &data.train));
         if let Some(init) = &init {
@@ -332,12 +335,13 @@ fn unless_interrupted<T>(result: Result<T>) -> Result<Option<T>> {
 fn draw_samples(trainer: &Trainer, run: &Path, stop: &AtomicBool) -> Result<PathBuf> {
     let (c, unet) = (trainer.config(), trainer.unet());
     let steps = sample::DEFAULT_STEPS.min(c.diffusion.timesteps);
-    let sampler = Sampler::new(trainer.schedule(), Method::Ancestral(c.diffusion.variance), Spacing::Even, steps)?;
+    let variance = sample::default_variance(c.diffusion.variance, steps, c.diffusion.timesteps);
+    let sampler = Sampler::new(trainer.schedule(), Method::Ancestral(variance), Spacing::Even, steps)?;
     let drawing = Drawing { device: trainer.device(), unet, params: trainer.ema(), sampler: &sampler, seed: c.seed };
-    // 64 images, or as many as two cores draw in some ten seconds, but at least four.
+    // A square of 64 images, or of as many as two cores draw in some twenty seconds, but at least four.
     let size = c.model.image_size;
     let flops: u64 = unet.costs(trainer.params().specs(), size.h, size.w).iter().map(|cost| cost.flops).sum();
-    let count = (2_000_000_000_000 / (flops * steps as u64)).clamp(4, 64) as usize;
+    let count = (5_000_000_000_000 / (flops * steps as u64)).clamp(4, 64).isqrt().pow(2) as usize;
     let labels = sample::labels(c.model.classes, None, count)?;
     let images = drawing.images(count, labels.as_deref(), |_| match stop.load(Ordering::Relaxed) {
         true => Err(Error::Interrupted),
