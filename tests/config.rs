@@ -66,6 +66,7 @@ fn every_setting_survives_the_file() {
     let changed = built(&[
         "data=a folder/with \"quotes\" # and more",
         "held_out=0.25",
+        "background=#ff8000",
         "image_size=28x20",
         "channels=2",
         "widths=16,32,48",
