@@ -67,6 +67,7 @@ fn every_setting_survives_the_file() {
         "data=a folder/with \"quotes\" # and more",
         "init=/models/a model",
         "held_out=0.25",
+        "background=#ff8000",
         "image_size=28x20",
         "channels=2",
         "widths=16,32,48",

@@ -1232,7 +1232,7 @@ fn emnist_is_turned_upright() {
     let data = load(folder.path());
     assert_eq!((data.train.len(), data.held_out.image(0)), (2, &[b[0], b[3], b[1], b[4], b[2], b[5]][..]));
     folder.put("emnist-digits-train-images-idx3-ubyte", &idx(&[2, 2, 3], &bytes(12)));
-    refuses(folder.path(), "holds several sets, emnist-digits, emnist-letters; give the file of the images of one");
+    refuses(folder.path(), "holds several sets, emnist-digits, emnist-letters; give the images of one");
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! Reading the binary versions of CIFAR-10 and CIFAR-100: records of one label byte (CIFAR-100: a coarse and a fine one)
-//! and 3072 pixel bytes, three planes of 32x32.
+//! Reading the binary versions of CIFAR-10 and CIFAR-100: records of one label byte (CIFAR-100: a coarse and a fine
+//! one) and 3072 pixel bytes, three planes of 32x32.
 
 use std::path::{Path, PathBuf};
 

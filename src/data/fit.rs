@@ -1,7 +1,7 @@
 //! Fits an image to the size and channels of a model: converts grey to colour or back, crops the largest centred
 //! rectangle of the right aspect, then resizes it with a three-lobed Lanczos filter, widened when shrinking so that
-//! nothing aliases. What shrinks by 32 or more is first averaged in squares, so that at least 16 are left to the filter,
-//! whose work grows with the area it reads: this changes a pixel by a few levels at most.
+//! nothing aliases. What shrinks by 32 or more is first averaged in squares, so that at least 16 are left to the
+//! filter, whose work grows with the area it reads: this changes a pixel by a few levels at most.
 
 use image::GrayImage;
 use image::imageops::{FilterType, resize};

@@ -120,7 +120,7 @@ pub fn read_folder(folder: &Path, files: &[PathBuf], channels: Option<usize>) ->
                 }
                 _ => {
                     let what = format!(
-                        "holds several sets, {}; give the file of the images of one, such as {}-train-images-idx3-ubyte",
+                        "holds several sets, {}; give the images of one, such as {}-train-images-idx3-ubyte",
                         super::shortened(&stems),
                         stems[0]
                     );

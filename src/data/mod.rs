@@ -2,8 +2,8 @@
 //!
 //! [`load`] reads any source into memory as unsigned bytes, channels last: `mnist` (built in), .npy and .npz, IDX
 //! files, CIFAR's binary version, folders of PNG and JPEG. The content of a file decides its format, not its name.
-//! [`Source`] does it in two steps, so that a recipe can be made from what a source holds before its images are decoded.
-//! Labels that are not asked for stop nothing, whatever is wrong with them.
+//! [`Source`] does it in two steps, so that a recipe can be made from what a source holds before its images are
+//! decoded. Labels that are not asked for stop nothing, whatever is wrong with them.
 //!
 //! Which images are held out depends only on their number, and the training order is a pure function of (seed, step),
 //! so a resumed or repeated run sees the same images.
