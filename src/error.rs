@@ -10,7 +10,7 @@ pub enum Error {
     #[error("{0}")]
     Usage(String),
     /// A missing, unreadable or invalid file or folder; exits with 1.
-    #[error("{}: {what}", path.display())]
+    #[error("{}: {what}", printable(&path.display().to_string()))]
     File {
         /// The file or folder.
         path: PathBuf,
@@ -31,7 +31,9 @@ pub enum Error {
 impl Error {
     /// `Error::File` from a path and a sentence.
     pub fn file(path: impl AsRef<Path>, what: impl std::fmt::Display) -> Self {
-        Error::File { path: path.as_ref().to_path_buf(), what: what.to_string() }
+        // Messages of libraries end with periods, and quote what a file holds.
+        let what = printable(what.to_string().trim_end_matches('.'));
+        Error::File { path: path.as_ref().to_path_buf(), what }
     }
 
     /// Process exit code: 2 for wrong usage, 1 for everything else.
@@ -41,6 +43,12 @@ impl Error {
             Error::File { .. } | Error::Failed(_) | Error::NotFinite(_) | Error::Interrupted => 1,
         }
     }
+}
+
+/// `text` with its control characters escaped: a name in a file must neither break the line nor command the terminal.
+fn printable(text: &str) -> String {
+    let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    text.chars().map(shown).collect()
 }
 
 /// `std::result::Result` with [`Error`].

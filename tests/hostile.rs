@@ -1,0 +1,69 @@
+//! Files that the fuzz targets found: what a reader says about them is one sentence, without a period, that the terminal
+//! shows as it is.
+
+use std::fs;
+use std::path::Path;
+
+use ddpm_cuda::config::{Config, Preset, Size};
+use ddpm_cuda::data;
+use ddpm_cuda::error::Error;
+
+/// The refusal of the data set at `path`.
+fn refusal(path: &Path) -> String {
+    let source = path.to_str().unwrap().to_string();
+    let mut config = Config { data: source, held_out: 0.0, ..Config::preset(Preset::Mnist) };
+    (config.model.image_size, config.model.channels) = (Size::DATA, 0);
+    let said = data::load(&mut config).err().expect("the file is damaged").to_string();
+    assert!(!said.ends_with('.') && !said.contains(char::is_control), "{said:?}");
+    said
+}
+
+/// The refusal of a folder with one file.
+fn refusal_of(name: &str, bytes: &[u8]) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join(name), bytes).unwrap();
+    refusal(folder.path())
+}
+
+fn chunk(kind: &[u8], contents: &[u8]) -> Vec<u8> {
+    let whole = [kind, contents].concat();
+    let length = (contents.len() as u32).to_be_bytes();
+    // CRC-32, bit by bit.
+    let sum = !whole.iter().fold(!0u32, |sum, &byte| {
+        (0..8).fold(sum ^ u32::from(byte), |sum, _| if sum & 1 == 1 { sum >> 1 ^ 0xEDB8_8320 } else { sum >> 1 })
+    });
+    [&length[..], &whole, &sum.to_be_bytes()].concat()
+}
+
+#[test]
+fn a_png_with_a_filter_that_does_not_exist_is_refused_without_a_period() {
+    // 2x1 grey pixels behind filter 73, in a stored block.
+    let rows = b"\x78\x01\x01\x03\x00\xfc\xff\x49\x00\x00\x00\x95\x00\x4a";
+    let header = [0, 0, 0, 2, 0, 0, 0, 1, 8, 0, 0, 0, 0];
+    let png = [b"\x89PNG\r\n\x1a\n".to_vec(), chunk(b"IHDR", &header), chunk(b"IDAT", rows), chunk(b"IEND", b"")];
+    let said = refusal_of("a.png", &png.concat());
+    assert!(said.contains("73"), "{said}");
+}
+
+#[test]
+fn a_jpeg_without_components_is_refused_without_a_period() {
+    let frame = b"\xff\xd8\xff\xc0\x00\x08\x08\x00\x02\x00\x02\x00\xff\xda\x00\x06\x00\x00\x3f\x00\xff\xd9";
+    refusal_of("a.jpg", frame);
+}
+
+#[test]
+fn an_array_named_with_control_characters_does_not_command_the_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.npz");
+    let mut archive = zip::ZipWriter::new(fs::File::create(&path).unwrap());
+    archive.start_file("mean\u{1b}[2J\n\u{6}.npy", zip::write::SimpleFileOptions::default()).unwrap();
+    archive.finish().unwrap();
+    let said = refusal(&path);
+    assert!(said.contains("mean\\u{1b}[2J\\n\\u{6}"), "{said}");
+}
+
+#[test]
+fn a_path_with_a_newline_does_not_break_the_sentence() {
+    let said = Error::file("a\nb", "is empty").to_string();
+    assert_eq!(said, "a\\nb: is empty");
+}
