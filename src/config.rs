@@ -5,8 +5,8 @@
 //! Values are spelled alike in all of them: lists as `32,64,64`, sizes as `32` or `28x20` (rows x columns). A file may
 //! also hold a list as a TOML array.
 //!
-//! Sources of a setting, later ones win: the preset, the file of `--config`, `--set`, then flags such as `--steps`, which
-//! the command line adds as further assignments.
+//! Sources of a setting, later ones win: the preset, the file of `--config`, `--set`, then flags such as `--steps`,
+//! which the command line adds as further assignments.
 //!
 //! Which settings somebody chose, and which a preset filled in, is kept beside them ([`Given`]): a recipe may adapt the
 //! latter to the data, never the former.
@@ -317,8 +317,8 @@ impl Config {
         }
     }
 
-    /// Preset, then the file of `--config`, then each `KEY=VALUE` of `--set`; and which settings file and `--set` chose.
-    /// Without `preset` the preset is the file's own, and without that `mnist` for the built-in digits and
+    /// Preset, then the file of `--config`, then each `KEY=VALUE` of `--set`; and which settings file and `--set`
+    /// chose. Without `preset` the preset is the file's own, and without that `mnist` for the built-in digits and
     /// [`Preset::Auto`] for other data. Call [`Config::validate`] afterwards.
     ///
     /// # Errors
@@ -521,9 +521,9 @@ impl Model {
         self.attention_resolutions.contains(&self.size_at(level).longer())
     }
 
-    /// Replaces each entry of `attention_resolutions` that is no level of this image size by the nearest level, or drops
-    /// it if that is more than a factor of sqrt(2) away: the levels are finer or coarser than what was meant. True if
-    /// something changed. For entries that a preset filled in; the image size must be known.
+    /// Replaces each entry of `attention_resolutions` that is no level of this image size by the nearest level, or
+    /// drops it if that is more than a factor of sqrt(2) away: the levels are finer or coarser than what was meant.
+    /// True if something changed. For entries that a preset filled in; the image size must be known.
     pub fn adapt_attention(&mut self) -> bool {
         let sides: Vec<usize> = (0..self.levels()).map(|l| self.size_at(l).longer()).collect();
         let near = |r: &usize| {

@@ -23,8 +23,8 @@ use crate::unet::UNet;
 const CPU_SIDE: usize = 32;
 const GPU_SIDE: usize = 64;
 
-/// FLOP of training per second and core, as counted: Winograd's algorithm needs fewer. 150 to 190 * 10^9 with one thread
-/// of an Intel Xeon (Sapphire Rapids, 2.3 GHz), for networks as narrow as these.
+/// FLOP of training per second and core, as counted: Winograd's algorithm needs fewer. 150 to 190 * 10^9 with one
+/// thread of an Intel Xeon (Sapphire Rapids, 2.3 GHz), for networks as narrow as these.
 const CPU_SPEED: f64 = 1.5e11;
 
 /// FLOP of a training on the CPU: about an hour on two such cores.

@@ -169,6 +169,17 @@ fn info_knows_the_papers_networks() {
 
 #[test]
 fn wrong_usage_is_one_sentence_and_exit_2() {
+    // What other tools have as a flag, and what is a setting here.
+    for (flag, says) in [
+        ("--lr=1e-4", "there is no flag --lr; here it is 'learning_rate', see 'ddpm-cuda train --help'"),
+        ("--batch-size=8", "there is no flag --batch-size; here it is 'batch'"),
+        ("--image-size=32", "there is no flag --image-size; it is a setting: --set image_size=VALUE"),
+        ("--widths=32,64", "there is no flag --widths; it is a setting: --set widths=VALUE"),
+        ("--epochs=3", "here it is 'steps' (steps = epochs * images / batch)"),
+    ] {
+        assert!(fails(ddpm().args(["train", flag]), 2).contains(says), "{flag}");
+    }
+
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     for (arguments, says) in [
@@ -907,7 +918,7 @@ fn a_run_is_resumed_with_its_own_settings_only() {
     for (key, value, says) in [
         ("schedule", "\"linear\"", "schedule = \"linear\" where the checkpoint has \"cosine\""),
         ("learning_rate", "0.5", "learning_rate = 0.5 where the checkpoint has 0.001"),
-        ("flip", "true", "flip = true where the checkpoint has false"),
+        ("flip", "false", "flip = false where the checkpoint has true"),
         ("widths", "[8, 8]", "widths = [8, 8] where the checkpoint has [8, 16]"),
         ("held_out", "0.1", "held_out = 0.1 where the checkpoint has 0.2"),
         ("seed", "6", "seed = 6 where the checkpoint has 5"),

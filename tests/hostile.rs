@@ -1,5 +1,5 @@
-//! Files that the fuzz targets found: what a reader says about them is one sentence, without a period, that the terminal
-//! shows as it is.
+//! Files that the fuzz targets found: what a reader says about them is one sentence, without a period, that the
+//! terminal shows as it is.
 
 use std::fs;
 use std::path::Path;

@@ -56,7 +56,8 @@ pub struct Args {
     /// Type of activations and gradients; bf16 needs a GPU [default: f32, or that of the resumed run]
     #[arg(long, value_parser = choice::<Precision>())]
     pub precision: Option<Precision>,
-    /// Continue this run from its newest checkpoint, with its own settings, data and precision; see below what may change
+    /// Continue this run from its newest checkpoint, with its own settings, data and precision; see below what may
+    /// change
     #[arg(long, value_name = "RUN", conflicts_with_all = ["preset", "init", "out", "config", "batch", "seed"])]
     pub resume: Option<PathBuf>,
 }
@@ -170,8 +171,8 @@ fn absolute(data: &str) -> String {
     std::path::absolute(data).ok().and_then(|p| p.into_os_string().into_string().ok()).unwrap_or_else(|| data.into())
 }
 
-/// Shows the progress of a run: a bar if standard error is a terminal, with other lines on standard output above it; off
-/// a terminal a line on standard output at each tenth of the run, and as often as no 30 s pass without one.
+/// Shows the progress of a run: a bar if standard error is a terminal, with other lines on standard output above it;
+/// off a terminal a line on standard output at each tenth of the run, and as often as no 30 s pass without one.
 struct Terminal {
     bar: ProgressBar,
     began: Instant,

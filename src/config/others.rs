@@ -259,39 +259,44 @@ const OTHERS: &[(&[&str], Here)] = &[
 /// The sentence for a key that is no setting: what another tool's name leads to, or the nearest of ours, but no guess
 /// when none is near.
 pub(super) fn no_setting(key: &str) -> String {
-    match lead(key) {
-        Some(lead) => format!("there is no setting '{key}'; {lead}"),
-        None => format!("there is no setting '{key}'; 'ddpm-cuda train --help' lists them all"),
-    }
+    let name = plain(key);
+    let lead = known(&name).or_else(|| nearest(&name).map(|own| format!("the nearest is '{own}'")));
+    let lead = lead.unwrap_or("'ddpm-cuda train --help' lists them all".into());
+    format!("there is no setting '{key}'; {lead}")
 }
 
-/// Where an unknown name leads: the end of a sentence, `None` if it resembles nothing.
-fn lead(key: &str) -> Option<String> {
-    let plain = key.trim_start_matches('-').replace('-', "_").to_lowercase();
-    let own = |name: &str| SETTINGS.iter().find(|s| s.key == name).map(|s| s.key);
-    if let Some(own) = own(&plain) {
-        return Some(format!("it is spelled '{own}'"));
-    }
-    match OTHERS.iter().find(|(names, _)| names.contains(&plain.as_str())) {
-        Some((_, Setting(own))) => return Some(format!("here it is '{own}'")),
-        Some((_, Like(own, how))) => return Some(format!("here it is '{own}' ({how})")),
-        Some((_, Instead(what))) => return Some(what.to_string()),
-        None => {}
-    }
-    // Slips of one or two letters; more in a short name makes another word of it.
-    let slips = |name: &str| strsim::damerau_levenshtein(name, &plain);
-    let nearest = SETTINGS.iter().map(|s| (slips(s.key), s.key)).min()?;
-    let (count, own) = nearest;
-    (count <= (plain.len() / 3).min(2)).then(|| format!("the nearest is '{own}'"))
-}
-
-/// The sentence for a flag of `train` that does not exist but leads to a setting; `None` if it leads nowhere.
+/// The sentence for a flag of `train` that does not exist but names a setting, in our words or another tool's; `None`
+/// for any other, such as a slip in a flag.
 pub fn no_flag(flag: &str) -> Option<String> {
-    let plain = flag.trim_start_matches('-').replace('-', "_").to_lowercase();
-    if SETTINGS.iter().any(|s| s.key == plain) {
-        return Some(format!("there is no flag {flag}; it is a setting: --set {plain}=VALUE"));
+    let name = plain(flag);
+    if SETTINGS.iter().any(|s| s.key == name) {
+        return Some(format!("there is no flag {flag}; it is a setting: --set {name}=VALUE"));
     }
-    lead(flag).map(|lead| format!("there is no flag {flag}; {lead}, see 'ddpm-cuda train --help'"))
+    known(&name).map(|lead| format!("there is no flag {flag}; {lead}, see 'ddpm-cuda train --help'"))
+}
+
+/// A name as [`OTHERS`] has it.
+fn plain(name: &str) -> String {
+    name.trim_start_matches('-').replace('-', "_").to_lowercase()
+}
+
+/// Where the name of a setting in another spelling, or a name of another tool leads: the end of a sentence.
+fn known(name: &str) -> Option<String> {
+    if let Some(own) = SETTINGS.iter().find(|s| s.key == name) {
+        return Some(format!("it is spelled '{}'", own.key));
+    }
+    let (_, here) = OTHERS.iter().find(|(names, _)| names.contains(&name))?;
+    Some(match here {
+        Setting(own) => format!("here it is '{own}'"),
+        Like(own, how) => format!("here it is '{own}' ({how})"),
+        Instead(what) => what.to_string(),
+    })
+}
+
+/// The setting that is one or two slips away; more in a short name make another word of it.
+fn nearest(name: &str) -> Option<&'static str> {
+    let (slips, own) = SETTINGS.iter().map(|s| (strsim::damerau_levenshtein(s.key, name), s.key)).min()?;
+    (slips <= (name.len() / 3).min(2)).then_some(own)
 }
 
 #[cfg(test)]

@@ -51,8 +51,8 @@ impl Init {
     }
 
     /// Makes the model's network and process those of `config`, and notes the model there. Of what is `given`, image
-    /// size, dropout, variance and the classes of an unconditional model are kept. What the model decides counts as given
-    /// from then on. Returns sentences for the user.
+    /// size, dropout, variance and the classes of an unconditional model are kept. What the model decides counts as
+    /// given from then on. Returns sentences for the user.
     ///
     /// # Errors
     /// `Error::Usage` for a setting that was given and contradicts the model.
@@ -78,7 +78,7 @@ impl Init {
             self.keep_attention(&mut config.model);
         }
         if own.diffusion.trained_betas != config.diffusion.trained_betas
-            && let Some(key) = BETAS.iter().find(|key| given.has(key))
+            && let Some(key) = BETAS.iter().find(|&&key| key != "timesteps" && given.has(key))
         {
             usage!("{key} is given, but the model of --init has other betas, one by one; leave it out to take them");
         }

@@ -61,8 +61,9 @@ impl Report {
 
 /// metrics.jsonl: one object per line.
 ///
-/// The file is opened anew for each write, and each write is a whole number of lines, so that whoever reads it meanwhile
-/// sees whole lines, and a file that was moved away or put back is noticed. What cannot be written is kept until it can.
+/// The file is opened anew for each write, and each write is a whole number of lines, so that whoever reads it
+/// meanwhile sees whole lines, and a file that was moved away or put back is noticed. What cannot be written is kept
+/// until it can.
 pub(super) struct Log {
     path: PathBuf,
     /// The step after which the run continues.

@@ -104,8 +104,8 @@ impl Run {
     /// [`MAY_CHANGE`](crate::config::MAY_CHANGE); each checkpoint knows them. It may continue on another device.
     ///
     /// # Errors
-    /// Unusable settings, data or checkpoints; settings or data other than the run's own; a folder that is in use; a run
-    /// that does not fit into memory.
+    /// Unusable settings, data or checkpoints; settings or data other than the run's own; a folder that is in use; a
+    /// run that does not fit into memory.
     pub fn open(start: Start<'_>, device: &Device, watch: &mut dyn Watch) -> Result<Self> {
         let all = Given::all();
         let (mut config, given, out, resumed) = match start {

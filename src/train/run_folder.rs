@@ -103,8 +103,8 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Saves a checkpoint of a trainer whose weights are finite; returns its folder. If the run folder was moved away in
-    /// the meantime, its place gets another one, from which the run can be resumed.
+    /// Saves a checkpoint of a trainer whose weights are finite; returns its folder. If the run folder was moved away
+    /// in the meantime, its place gets another one, from which the run can be resumed.
     pub fn save(&self, trainer: &Trainer) -> Result<PathBuf> {
         trainer.check_weights()?;
         let settings = self.path.join("config.toml");

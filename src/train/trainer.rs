@@ -186,9 +186,9 @@ impl Trainer {
     /// [`reports`](Self::reports) returns the measurements.
     ///
     /// # Errors
-    /// On the CPU, `Error::NotFinite` if the loss or the gradient is not finite; it names the step, the first non-finite
-    /// tensor and what to try. The weights are then those of the last good step. On a GPU, [`reports`](Self::reports)
-    /// returns this error.
+    /// On the CPU, `Error::NotFinite` if the loss or the gradient is not finite; it names the step, the first
+    /// non-finite tensor and what to try. The weights are then those of the last good step. On a GPU,
+    /// [`reports`](Self::reports) returns this error.
     pub fn step(&mut self) -> Result<()> {
         self.meter.begin();
         self.grads.reset();
