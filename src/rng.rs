@@ -7,7 +7,9 @@
 //! normals are bit-identical on every CPU and at every SIMD level, because they use separate sums, products and square
 //! roots, never fused multiply-adds; a device that fuses agrees to 1e-6.
 //!
-//! [`Generator`] walks a stream word by word, for shuffles.
+//! [`Generator`] walks a stream word by word through `rand`'s traits, for shuffles and for whatever `rand` offers.
+
+use std::convert::Infallible;
 
 use rayon::prelude::*;
 
@@ -152,7 +154,8 @@ pub fn philox(mut c: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     c
 }
 
-/// A sequential generator over the words of a [`Stream`]. Panics at the end of the stream, after 2^34 words.
+/// A sequential generator over the words of a [`Stream`]: `rand::Rng` through `rand::TryRng`. Panics at the end of the
+/// stream, after 2^34 words.
 #[derive(Clone, Debug)]
 pub struct Generator {
     stream: Stream,
@@ -161,16 +164,30 @@ pub struct Generator {
     left: usize,
 }
 
-impl Generator {
-    /// The next word.
-    pub fn next_word(&mut self) -> u32 {
+impl rand::TryRng for Generator {
+    type Error = Infallible;
+
+    fn try_next_u32(&mut self) -> Result<u32, Infallible> {
         if self.left == 0 {
             self.words = self.stream.block(self.block);
             self.block = self.block.checked_add(1).expect("a stream has 2^34 words");
             self.left = 4;
         }
         self.left -= 1;
-        self.words[3 - self.left]
+        Ok(self.words[3 - self.left])
+    }
+
+    /// Two words, the first in the low half.
+    fn try_next_u64(&mut self) -> Result<u64, Infallible> {
+        let low = self.try_next_u32()?;
+        Ok(u64::from(low) | u64::from(self.try_next_u32()?) << 32)
+    }
+
+    fn try_fill_bytes(&mut self, out: &mut [u8]) -> Result<(), Infallible> {
+        for out in out.chunks_mut(4) {
+            out.copy_from_slice(&self.try_next_u32()?.to_le_bytes()[..out.len()]);
+        }
+        Ok(())
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use rand::Rng;
+
 use crate::rng::{Generator, Purpose, Stream};
 
 /// The order in which training sees images: one endless sequence, a new permutation per epoch, of which each step takes
@@ -83,11 +85,11 @@ fn group(i: u32, n: u32) -> (u32, u32) {
 /// has its probability to within `bound / 2^64`.
 fn below(bound: u32, generator: &mut Generator) -> u32 {
     let scaled = |word: u32| u64::from(word) * u64::from(bound);
-    let first = scaled(generator.next_word());
+    let first = scaled(generator.next_u32());
     let (result, fraction) = ((first >> 32) as u32, first as u32);
     if fraction <= bound.wrapping_neg() {
         return result;
     }
-    let carry = fraction.checked_add((scaled(generator.next_word()) >> 32) as u32).is_none();
+    let carry = fraction.checked_add((scaled(generator.next_u32()) >> 32) as u32).is_none();
     result + u32::from(carry)
 }

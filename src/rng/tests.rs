@@ -1,6 +1,9 @@
 //! Known answers, accuracy of the normals, and statistics with bounds of five standard deviations; the seeds are fixed,
 //! so what passes once passes always.
 
+use rand::seq::SliceRandom;
+use rand::{Rng, TryRng};
+
 use super::*;
 
 const STREAM: Stream = Stream { seed: 0x0123_4567_89AB_CDEF, purpose: Purpose::TrainNoise, step: 17, stream: 3 };
@@ -224,5 +227,21 @@ fn integers_below_n_have_no_bias() {
 fn the_generator_walks_the_stream() {
     let words: Vec<u32> = (0..3).flat_map(|block| STREAM.block(block)).collect();
     let mut generator = STREAM.generator();
-    assert_eq!((0..9).map(|_| generator.next_word()).collect::<Vec<_>>(), words[..9]);
+    assert_eq!((0..5).map(|_| generator.next_u32()).collect::<Vec<_>>(), words[..5]);
+    assert_eq!(generator.next_u64(), u64::from(words[5]) | u64::from(words[6]) << 32);
+    let mut bytes = [0; 7];
+    generator.try_fill_bytes(&mut bytes).expect("cannot fail");
+    assert_eq!(bytes[..4], words[7].to_le_bytes());
+    assert_eq!(bytes[4..], words[8].to_le_bytes()[..3]);
+
+    let shuffled = |stream: Stream| {
+        let mut order: Vec<usize> = (0..1000).collect();
+        order.shuffle(&mut stream.generator());
+        order
+    };
+    assert_eq!(shuffled(STREAM), shuffled(STREAM));
+    assert_ne!(shuffled(STREAM), shuffled(Stream { stream: 4, ..STREAM }));
+    let mut sorted = shuffled(STREAM);
+    sorted.sort_unstable();
+    assert_eq!(sorted, (0..1000).collect::<Vec<_>>());
 }
