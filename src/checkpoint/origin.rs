@@ -20,6 +20,9 @@ const FILE: &str = "run.json";
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Origin {
     settings: Map<String, Value>,
+    /// The betas, if they do not follow from settings.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    trained_betas: Vec<f64>,
     data: Option<DataMark>,
 }
 
@@ -62,6 +65,7 @@ impl Origin {
         let settings = config.values().filter(|(key, _)| is_kept(key));
         Origin {
             settings: settings.map(|(key, value)| (key.to_string(), json_of(value))).collect(),
+            trained_betas: config.diffusion.trained_betas.clone(),
             data: data.cloned(),
         }
     }
@@ -94,8 +98,11 @@ impl Origin {
             then.set(key, &spelling(value)).map_err(|e| Error::file(checkpoint.join(FILE), e))?;
         }
         let differ = config.entries().zip(then.entries()).filter(|(now, then)| now != then);
-        let differ: Vec<String> =
+        let mut differ: Vec<String> =
             differ.map(|((key, now), (_, then))| format!("{key} = {now} where the checkpoint has {then}")).collect();
+        if config.diffusion.trained_betas != self.trained_betas {
+            differ.push("trained_betas has other betas than the checkpoint".into());
+        }
         if differ.is_empty() {
             return Ok(());
         }

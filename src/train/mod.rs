@@ -107,74 +107,75 @@ impl Run {
     /// Unusable settings, data or checkpoints; settings or data other than the run's own; a folder that is in use; a
     /// run that does not fit into memory.
     pub fn open(start: Start<'_>, device: &Device, watch: &mut dyn Watch) -> Result<Self> {
-        let all = Given::all();
-        let (mut config, given, out, resumed) = match start {
-            Start::New { config, given, out } => (config.clone(), given, out, None),
-            Start::Resume { run, changes } => {
-                let run = RunFolder::open(run)?;
-                let mut config = run.config.clone();
-                config.change(changes.sets)?;
-                config.steps = changes.steps.unwrap_or(config.steps);
-                config.data = changes.data.map_or(config.data, String::from);
-                (config, &all, None, Some(run))
-            }
-        };
-        if config.precision != device.precision() {
-            usage!("precision = {}, but {device} was opened for {}", config.precision, device.precision());
+        match start {
+            Start::New { config, given, out } => Run::begin(config.clone(), given, out, device, watch),
+            Start::Resume { run, changes } => Run::resume(run, changes, device, watch),
         }
-        let origin = match &resumed {
-            Some(run) => run.origin(watch)?,
-            None => None,
-        };
-        if let (Some(run), Some((checkpoint, origin))) = (&resumed, &origin) {
-            origin.check_settings(checkpoint, &run.path.join("config.toml"), &config)?;
-        }
-        if resumed.is_some() && config.data != "mnist" && !Path::new(&config.data).exists() {
-            let what = "does not exist; if the data of the run are in another place now, give it with --data PATH";
-            return Err(Error::file(&config.data, what));
-        }
-        let init = match &resumed {
-            None if !config.init.is_empty() => Some(Init::open(Path::new(&config.init))?),
-            _ => None,
+    }
+
+    fn begin(
+        mut config: Config,
+        given: &Given,
+        out: Option<&Path>,
+        device: &Device,
+        watch: &mut dyn Watch,
+    ) -> Result<Self> {
+        check_precision(&config, device)?;
+        let init = match &config.init[..] {
+            "" => None,
+            model => Some(Init::open(Path::new(model))?),
         };
         let source = data::Source::open(&config)?;
         let mut notes = recipe::suit(&mut config, given, source.survey(), device)?;
-        let data = source.load(&mut config)?;
-        if config.model.classes > 0 && !data.classes.is_empty() {
-            config.class_names.clone_from(&data.classes);
-        }
+        let data = load(source, &mut config, watch)?;
         notes.extend(recipe::adapt_attention(&mut config, given));
         notes.extend(recipe::suit_flip(&mut config, given, &data.train));
         if let Some(init) = &init {
             notes.extend(init.settle(&mut config)?);
         }
         config.validate()?;
-        for note in data.notes.iter().chain(&notes) {
+        for note in &notes {
             watch.say(note);
         }
+        announce(&config, &data, device, watch)?;
+        let mut trainer = Trainer::new(&config, data, device)?;
+        if let Some(init) = &init {
+            init.begin(&mut trainer)?;
+        }
+        let folder = RunFolder::create(out, &config, watch)?;
+        if init.is_some() {
+            // From now on the run does not need the model.
+            folder.save(&trainer)?;
+        }
+        Ok(Run { trainer, folder })
+    }
+
+    fn resume(run: &Path, changes: Changes<'_>, device: &Device, watch: &mut dyn Watch) -> Result<Self> {
+        let folder = RunFolder::open(run)?;
+        let mut config = folder.config.clone();
+        config.change(changes.sets)?;
+        config.steps = changes.steps.unwrap_or(config.steps);
+        config.data = changes.data.map_or(config.data, String::from);
+        check_precision(&config, device)?;
+        let origin = folder.origin(watch)?;
+        if let Some((checkpoint, origin)) = &origin {
+            origin.check_settings(checkpoint, &run.join("config.toml"), &config)?;
+        }
+        if config.data != "mnist" && !Path::new(&config.data).exists() {
+            let what = "does not exist; if the data of the run are in another place now, give it with --data PATH";
+            return Err(Error::file(&config.data, what));
+        }
+        let data = load(data::Source::open(&config)?, &mut config, watch)?;
+        config.validate()?;
         if let Some((checkpoint, origin)) = &origin {
             origin.check_data(checkpoint, &config.data, &DataMark::of(&config, &data))?;
         }
         announce(&config, &data, device, watch)?;
         let mut trainer = Trainer::new(&config, data, device)?;
-        let folder = match resumed {
-            Some(run) => {
-                run.restore(&mut trainer, watch)?;
-                if !config.init.is_empty() && checkpoint::newest(&run.path)?.is_none() {
-                    Init::open(Path::new(&config.init))?.begin(&mut trainer)?;
-                }
-                run
-            }
-            None => {
-                init.as_ref().map_or(Ok(()), |init| init.begin(&mut trainer))?;
-                let folder = RunFolder::create(out, &config, watch)?;
-                if init.is_some() {
-                    // From now on the run does not need the model.
-                    folder.save(&trainer)?;
-                }
-                folder
-            }
-        };
+        folder.restore(&mut trainer, watch)?;
+        if !config.init.is_empty() && checkpoint::newest(run)?.is_none() {
+            Init::open(Path::new(&config.init))?.begin(&mut trainer)?;
+        }
         Ok(Run { trainer, folder })
     }
 
@@ -292,6 +293,25 @@ fn steps(
         }
     }
     Ok(())
+}
+
+fn check_precision(config: &Config, device: &Device) -> Result<()> {
+    if config.precision != device.precision() {
+        usage!("precision = {}, but {device} was opened for {}", config.precision, device.precision());
+    }
+    Ok(())
+}
+
+/// Reads the images, says what was done to them, and notes the names of the classes.
+fn load(source: data::Source, config: &mut Config, watch: &mut dyn Watch) -> Result<data::Data> {
+    let data = source.load(config)?;
+    for note in &data.notes {
+        watch.say(note);
+    }
+    if config.model.classes > 0 && !data.classes.is_empty() {
+        config.class_names.clone_from(&data.classes);
+    }
+    Ok(data)
 }
 
 /// Reports the cost of the run, and refuses one that does not fit into memory.
