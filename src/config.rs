@@ -586,8 +586,9 @@ impl Model {
             usage!("dropout = {} must be at least 0 and below 1", self.dropout);
         }
         // It is used as f32.
-        if self.norm_eps as f32 <= 0.0 || self.norm_eps > 1.0 {
-            usage!("norm_eps = {:?} must be above 0 and at most 1; the paper's code has 1e-6", self.norm_eps);
+        let norm_eps = self.norm_eps as f32; // as the kernels have it
+        if norm_eps <= 0.0 || !norm_eps.is_finite() {
+            usage!("norm_eps = {:?} must be above 0 and within f32; the paper's code has 1e-6", self.norm_eps);
         }
         if self.downsample_padding > 1 {
             usage!("downsample_padding = {} must be 0 (right and bottom) or 1 (all sides)", self.downsample_padding);

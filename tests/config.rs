@@ -291,7 +291,7 @@ fn networks_that_cannot_be_built() {
         (&["dropout=1"], "dropout = 1"),
         (&["norm_eps=0"], "norm_eps = 0"),
         (&["norm_eps=1e-60"], "norm_eps = 1e-60"),
-        (&["norm_eps=2"], "norm_eps = 2"),
+        (&["norm_eps=1e39"], "norm_eps = 1e39"),
         (&["channels=65537"], "channels holds 65537; the largest possible is 65536"),
         (&["groups=4000000000"], "groups holds 4000000000; the largest"),
         (&["head_dim=4000000000"], "head_dim holds 4000000000; the largest"),

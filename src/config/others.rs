@@ -64,16 +64,7 @@ const OTHERS: &[(&[&str], Here)] = &[
         Like("widths", "the channels of each level, as in 64,128,256"),
     ),
     (
-        &[
-            "channel_mult",
-            "channel_mults",
-            "channel_multiplier",
-            "hidden_dims",
-            "base_width",
-            "width",
-            "n_feat",
-            "unet_dim",
-        ],
+        &["channel_mult", "channel_mults", "channel_multiplier", "hidden_dims", "base_width", "n_feat", "unet_dim"],
         Like("widths", "the channels of each level, as in 64,128,256"),
     ),
     (
