@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// An unusable flag, key or value; exits with 2.
-    #[error("{0}")]
+    #[error("{}", printable(.0))]
     Usage(String),
     /// A missing, unreadable or invalid file or folder; exits with 1.
     #[error("{}: {what}", printable(&path.display().to_string()))]
@@ -18,7 +18,7 @@ pub enum Error {
         what: String,
     },
     /// Any other failure; exits with 1.
-    #[error("{0}")]
+    #[error("{}", printable(.0))]
     Failed(String),
     /// A loss, gradient or weight that is not finite: the state is not worth saving; exits with 1.
     #[error("{0}")]
@@ -46,7 +46,7 @@ impl Error {
 }
 
 /// `text` with its control characters escaped: a name in a file must neither break the line nor command the terminal.
-fn printable(text: &str) -> String {
+pub(crate) fn printable(text: &str) -> String {
     let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
     text.chars().map(shown).collect()
 }

@@ -68,7 +68,7 @@ pub fn suit(config: &mut Config, given: &Given, survey: &Survey, device: &Device
     }
     let size = m.image_size;
     if !given.has("widths") {
-        m.widths.truncate(levels(size));
+        m.widths.truncate(levels(size, device));
     }
     if !given.has("groups") {
         let divides = |groups: &usize| m.widths.iter().all(|width| width.is_multiple_of(*groups));
@@ -190,12 +190,12 @@ fn suitable_size(survey: &Survey, most: usize, levels: usize) -> Size {
     Size::square((side / step * step).max(2 * step))
 }
 
-/// Levels that images of a size are halved into: the coarsest has at least four pixels a side, or seven if there are
-/// three already, so that 32x32 ends at 8x8 and 64x64 at 8x8.
-fn levels(size: Size) -> usize {
-    let shorter = size.h.min(size.w);
+/// Levels that images of a size are halved into: up to four, the coarsest at least four pixels wide. On the CPU a
+/// fourth level of 4x4 is not worth its parameters: 32x32 ends at 8x8 there.
+fn levels(size: Size, device: &Device) -> usize {
+    let fourth = if device.is_gpu() { 4 } else { 7 };
     let whole = |level: usize| size.h.is_multiple_of(1 << level) && size.w.is_multiple_of(1 << level);
-    let wide = |level: usize| shorter >> level >= if level < 3 { 4 } else { 7 };
+    let wide = |level: usize| size.h.min(size.w) >> level >= if level < 3 { 4 } else { fourth };
     1 + (1..4).take_while(|&level| whole(level) && wide(level)).count()
 }
 

@@ -63,6 +63,21 @@ fn an_array_named_with_control_characters_does_not_command_the_terminal() {
 }
 
 #[test]
+fn classes_named_with_control_characters_do_not_command_the_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let record = |label: u8| [vec![label], vec![9; 3072]].concat();
+    fs::write(folder.path().join("data_batch_1.bin"), [record(0), record(1)].concat()).unwrap();
+    fs::write(folder.path().join("batches.meta.txt"), "a\u{1b}[2Jb\ncat\u{7}\n").unwrap();
+    let source = folder.path().to_str().unwrap().to_string();
+    let mut config = Config { data: source, held_out: 0.0, ..Config::preset(Preset::Cifar10) };
+    config.model.classes = 10; // eight of them have no images, which is said with the names of the others
+    let notes = data::load(&mut config).unwrap().notes.join("|");
+    assert!(!notes.contains(char::is_control) && notes.contains("a\\u{1b}[2Jb"), "{notes:?}");
+    let said = Error::Usage("--class \u{1b}[2J: no".into()).to_string();
+    assert_eq!(said, "--class \\u{1b}[2J: no");
+}
+
+#[test]
 fn a_path_with_a_newline_does_not_break_the_sentence() {
     let said = Error::file("a\nb", "is empty").to_string();
     assert_eq!(said, "a\\nb: is empty");

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use ddpm_cuda::config::{Config, Given, Size};
+use ddpm_cuda::config::{Config, Given, Preset, Size};
 use ddpm_cuda::data::{Dataset, Extent, Survey};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::recipe;
@@ -77,6 +77,9 @@ fn the_network_suits_size_and_device() {
     assert_eq!((large.batch, large.learning_rate, large.ema_decay, large.steps), (128, 2e-4, 0.9999, 200_000));
     let (few, _) = recipe(&survey(&[(64, 64, 100)], 3), &[], &gpu());
     assert_eq!((few.steps, few.ema_decay, few.warmup_steps), (20_000, 0.999, 1000), "few images are seen often");
+
+    let (paper, _) = recipe(&survey(&[(32, 32, 50_000)], 3), &[], &gpu());
+    assert_eq!(paper.model, Config::preset(Preset::Cifar10).model, "the paper's network");
 
     // Sizes that halve once or not at all.
     let levels = |h, w| recipe(&survey(&[(h, w, 10)], 1), &[], &Device::cpu()).0.model.levels();

@@ -39,7 +39,7 @@ pub use tensors::read_weights;
 use crate::config::{Config, Diffusion, Preset};
 use crate::device::Device;
 use crate::diffusion::{Kind, Spacing, Variance};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::memory::available_memory;
 use crate::output::{self, UNFINISHED};
 use crate::params::Params;
@@ -315,6 +315,7 @@ impl Place {
         if self.resumable && stepping.spacing == Spacing::Leading {
             stepping = Stepping { spacing: Spacing::Even, steps_offset: 0, ..stepping };
         }
+        let notes = notes.iter().map(|note| printable(note)).collect();
         Ok(Description { config, stepping, notes })
     }
 

@@ -6,7 +6,7 @@ use super::choice;
 use crate::checkpoint;
 use crate::config::{Config, Preset};
 use crate::device::{Device, cuda};
-use crate::error::Result;
+use crate::error::{Result, printable};
 use crate::kernels;
 use crate::memory::{available_memory, memory_needed};
 use crate::say;
@@ -70,8 +70,11 @@ pub fn run(args: &Args) -> Result<()> {
             stepping.spacing
         );
         if m.classes > 0 {
-            let names =
-                if config.class_names.is_empty() { "without names".into() } else { config.class_names.join(", ") };
+            let names = if config.class_names.is_empty() {
+                "without names".into()
+            } else {
+                printable(&config.class_names.join(", "))
+            };
             say!("{} classes: {names}", m.classes);
         }
         for note in &model.notes {

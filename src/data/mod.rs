@@ -31,7 +31,7 @@ use twox_hash::XxHash3_128;
 pub use order::Order;
 
 use crate::config::{Config, Size};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::images::Images;
 use crate::rng::philox;
 use crate::tensor::Shape;
@@ -263,6 +263,8 @@ impl Source {
             Some(held_out) => (train.into_dataset(), held_out.into_dataset()),
             None => train.split(config.held_out)?,
         };
+        // They name files and classes.
+        let notes = notes.iter().map(|note| printable(note)).collect();
         Ok(Data { train, held_out, classes: names, notes })
     }
 }
