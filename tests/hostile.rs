@@ -67,7 +67,8 @@ fn classes_named_with_control_characters_do_not_command_the_terminal() {
     let folder = tempfile::tempdir().unwrap();
     let record = |label: u8| [vec![label], vec![9; 3072]].concat();
     fs::write(folder.path().join("data_batch_1.bin"), [record(0), record(1)].concat()).unwrap();
-    fs::write(folder.path().join("batches.meta.txt"), "a\u{1b}[2Jb\ncat\u{7}\n").unwrap();
+    let names = "a\u{1b}[2Jb\n".to_string() + &"cat\u{7}\n".repeat(9);
+    fs::write(folder.path().join("batches.meta.txt"), names).unwrap();
     let source = folder.path().to_str().unwrap().to_string();
     let mut config = Config { data: source, held_out: 0.0, ..Config::preset(Preset::Cifar10) };
     config.model.classes = 10; // eight of them have no images, which is said with the names of the others
