@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs fuzz targets: fuzz/run.sh [SECONDS] [TARGET...]; 20 seconds each and all of them without arguments. Needs stable
-# Rust and a C++ compiler. README.md says more.
+# Rust and a C++ compiler. DDPM_FUZZ_SEED=1 tries the same inputs each time. README.md says more.
 set -euo pipefail
 cd "$(dirname "$0")"
 seconds=${1:-20}
@@ -32,7 +32,7 @@ one() {
     mkdir -p "$dir/corpus" "$dir/found"
     DDPM_FUZZ_SEEDS=$dir/seeds "$program" >"$dir/log" 2>&1 || { cat "$dir/log" >&2 && return 1; }
     "$program" "$dir/corpus" "$dir/seeds/inputs" -dict="$dir/seeds/words.dict" -artifact_prefix="$dir/found/" \
-        -max_total_time="$seconds" -max_len=16384 -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 \
+        -max_total_time="$seconds" -max_len=16384 -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 -seed="${DDPM_FUZZ_SEED:-0}" \
         >"$dir/log" 2>&1 || status=$?
     local runs coverage
     runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$dir/log")

@@ -118,7 +118,9 @@ impl Folder {
         let (mut broken, mut changes) = (Vec::new(), Changes::default());
         let mut pixels = |set: &Set| {
             let pictures: Vec<_> = set.files.par_iter().map(read).collect();
-            let mut pixels = Vec::with_capacity(pictures.len() * to.len());
+            // A header may promise an image that its file does not hold.
+            let whole = pictures.iter().filter(|picture| picture.is_ok()).count();
+            let mut pixels = Vec::with_capacity(whole * to.len());
             for (file, picture) in set.files.iter().zip(pictures) {
                 match picture {
                     Ok(picture) => {
