@@ -79,6 +79,17 @@ fn classes_named_with_control_characters_do_not_command_the_terminal() {
 }
 
 #[test]
+fn an_array_whose_header_opens_many_braces_is_refused_at_once() {
+    let header = format!("{{'descr': '>f5', 'fortran_order': False, 'shape': ({}), }}\n", "{".repeat(26));
+    let length = (header.len() as u16).to_le_bytes();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.npy");
+    fs::write(&path, [b"\x93NUMPY\x01\x00", &length[..], header.as_bytes()].concat()).unwrap();
+    let said = refusal(&path);
+    assert!(said.contains("nested too deeply"), "{said}");
+}
+
+#[test]
 fn a_path_with_a_newline_does_not_break_the_sentence() {
     let said = Error::file("a\nb", "is empty").to_string();
     assert_eq!(said, "a\\nb: is empty");
