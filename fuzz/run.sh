@@ -32,7 +32,8 @@ one() {
     mkdir -p "$dir/corpus" "$dir/found"
     DDPM_FUZZ_SEEDS=$dir/seeds "$program" >"$dir/log" 2>&1 || { cat "$dir/log" >&2 && return 1; }
     "$program" "$dir/corpus" "$dir/seeds/inputs" -dict="$dir/seeds/words.dict" -artifact_prefix="$dir/found/" \
-        -max_total_time="$seconds" -max_len=16384 -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 -seed="${DDPM_FUZZ_SEED:-0}" \
+        -max_total_time="$seconds" -max_len=16384 -timeout=10 -rss_limit_mb=1024 -print_final_stats=1 \
+        -seed="${DDPM_FUZZ_SEED:-0}" \
         >"$dir/log" 2>&1 || status=$?
     local runs coverage
     runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "$dir/log")
