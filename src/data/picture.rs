@@ -7,6 +7,7 @@ use std::path::Path;
 
 use image::metadata::Orientation;
 use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader};
+use num_traits::{PrimInt, Unsigned};
 
 use super::{Extent, jpeg};
 use crate::config::{Background, Size};
@@ -170,36 +171,30 @@ fn lay_over(image: &mut DynamicImage, background: Background) -> bool {
             image => image.into_rgba8().into(),
         };
     }
-    let under = background.0.map(u32::from);
-    // round(c a + b (1 - a)), in the image's own depth.
-    let over8 = |v: u8, b: u32, a: u8| (u32::from(v) * u32::from(a) + b * (255 - u32::from(a)) + 127) / 255;
-    let over16 = |v: u16, b: u32, a: u16| {
-        (u64::from(v) * u64::from(a) + u64::from(257 * b) * (65_535 - u64::from(a)) + 32_767) / 65_535
-    };
+    let under = background.0.map(u64::from);
     match image {
-        DynamicImage::ImageLumaA8(image) => {
-            image.pixels_mut().filter(|p| p[1] < u8::MAX).map(|p| p[0] = over8(p[0], under[0], p[1]) as u8).count() > 0
-        }
-        DynamicImage::ImageRgba8(image) => {
-            let mut some = false;
-            for p in image.pixels_mut().filter(|p| p[3] < u8::MAX) {
-                (0..3).for_each(|c| p[c] = over8(p[c], under[c], p[3]) as u8);
-                some = true;
-            }
-            some
-        }
-        DynamicImage::ImageLumaA16(image) => {
-            image.pixels_mut().filter(|p| p[1] < u16::MAX).map(|p| p[0] = over16(p[0], under[0], p[1]) as u16).count()
-                > 0
-        }
-        DynamicImage::ImageRgba16(image) => {
-            let mut some = false;
-            for p in image.pixels_mut().filter(|p| p[3] < u16::MAX) {
-                (0..3).for_each(|c| p[c] = over16(p[c], under[c], p[3]) as u16);
-                some = true;
-            }
-            some
-        }
+        DynamicImage::ImageLumaA8(image) => over(image, 2, under),
+        DynamicImage::ImageRgba8(image) => over(image, 4, under),
+        DynamicImage::ImageLumaA16(image) => over(image, 2, under.map(|b| 257 * b)),
+        DynamicImage::ImageRgba16(image) => over(image, 4, under.map(|b| 257 * b)),
         _ => false,
     }
+}
+
+/// round(c a + b (1 - a)) for the colours c of each pixel, in the image's own depth; the last channel is a. True if
+/// some a is below 1.
+fn over<T: PrimInt + Unsigned>(values: &mut [T], channels: usize, under: [u64; 3]) -> bool {
+    let wide = |value: T| value.to_u64().expect("8 or 16 bits");
+    let opaque = wide(T::max_value());
+    let mut some = false;
+    for pixel in values.chunks_exact_mut(channels) {
+        let (alpha, colours) = pixel.split_last_mut().expect("a pixel has channels");
+        let a = wide(*alpha);
+        some |= a < opaque;
+        for (c, b) in colours.iter_mut().zip(under) {
+            let mixed = (wide(*c) * a + b * (opaque - a) + opaque / 2) / opaque;
+            *c = T::from(mixed).expect("between two values of this depth");
+        }
+    }
+    some
 }
