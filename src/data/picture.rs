@@ -198,3 +198,24 @@ fn over<T: PrimInt + Unsigned>(values: &mut [T], channels: usize, under: [u64; 3
     }
     some
 }
+
+#[cfg(test)]
+mod tests {
+    use super::over;
+
+    /// Against the formula in f64, for every opacity; the smallest and largest values stay themselves.
+    #[test]
+    fn colours_are_laid_over_the_background_and_rounded() {
+        for (c, a) in (0..=255u8).step_by(5).flat_map(|c| (0..=255u8).map(move |a| (c, a))) {
+            let want = |c: f64, b: f64| (c * f64::from(a) / 255.0 + b * (1.0 - f64::from(a) / 255.0)).round();
+            let mut pixel = [c, 255 - c, 7, a];
+            assert_eq!(over(&mut pixel, 4, [255, 0, 100]), a < 255);
+            let c = f64::from(c);
+            let wanted = [want(c, 255.0), want(255.0 - c, 0.0), want(7.0, 100.0), f64::from(a)];
+            assert_eq!(pixel.map(f64::from), wanted, "{c} with opacity {a}");
+            let mut deep = [257 * c as u16, 257 * u16::from(a)];
+            over(&mut deep, 2, [257 * 255; 3]);
+            assert!((f64::from(deep[0]) / 257.0 - want(c, 255.0)).abs() <= 0.5 + 1e-2, "{c} with {a}: {deep:?}");
+        }
+    }
+}
