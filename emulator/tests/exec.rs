@@ -324,6 +324,121 @@ fn copies_arrive_when_they_are_waited_for() {
     }
 }
 
+/// Accesses whose last byte, address plus offset, or row is beyond the address space, by every path an access can take.
+#[test]
+fn addresses_that_wrap_are_out_of_bounds() {
+    use cuda_emu::exec::{Checks, Isa, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
+    let none = Checks {
+        bounds: false,
+        uninitialised: false,
+        shared_races: false,
+        barrier_divergence: false,
+        inactive_shuffle: false,
+        global_races: false,
+    };
+    // Every path: the exact checks, the fast ones with and without counters, and those of each instruction set.
+    let settings = [
+        (Checks::ALL, true, Isa::Avx512),
+        (Checks::FAST, false, Isa::Avx512),
+        (Checks::FAST, false, Isa::Avx2),
+        (Checks::FAST, false, Isa::Portable),
+        (none, true, Isa::Portable),
+        (none, false, Isa::Avx512),
+    ];
+    let refused = |base: u64, instruction: &str, threads: u32| {
+        // The instruction's address is in %q0 and its low half in %r8; %r9 is a shared address that is good.
+        let text = module(&format!(
+            "mov.u64 %q0, {base};\ncvt.u32.u64 %r8, %q0;\nmov.u32 %r9, s;\nmov.u32 %r10, 3;\nmov.u32 %r11, -1;\n\
+             {instruction}\ncp.async.wait_all;"
+        ));
+        for (checks, counters, isa) in settings {
+            let mut device = Device::new(&text);
+            (device.settings.checks, device.settings.counters, device.settings.isa) = (checks, counters, Some(isa));
+            let at = device.upload(&[0u64; 64]);
+            let fault = device.run("k", [1; 3], [threads, 1, 1], 0, &[Arg::U64(at)]).map(|_| ());
+            let fault = fault.expect_err(&format!("{instruction} at {base:#x} with {threads} threads, {checks:?}"));
+            assert_eq!(fault.kind, FaultKind::OutOfBounds, "{base:#x}: {fault}");
+        }
+    };
+    let back = |bytes: u64| bytes.wrapping_neg();
+    for threads in [1, 32] {
+        for bytes in [4, 8, 16] {
+            let (vector, registers) = match bytes {
+                4 => ("u32", "%r0"),
+                8 => ("v2.u32", "{%r0, %r1}"),
+                _ => ("v4.u32", "{%r0, %r1, %r2, %r3}"),
+            };
+            for space in [".global", "", ".local", ".shared"] {
+                let load = format!("ld{space}.{vector} {registers}, ");
+                // The end is 2^64; the address is, by an offset, just below 2^64 or just above.
+                refused(back(bytes), &format!("{load}[%q0];"), threads);
+                refused(bytes, &format!("{load}[%q0+-{}];", 2 * bytes), threads);
+                refused(back(bytes), &format!("{load}[%q0+{bytes}];").replace(".shared", ".global"), threads);
+                refused(back(bytes), &format!("st{space}.{vector} [%q0], {registers};"), threads);
+            }
+            // 32-bit addresses, and a vector of which only the end is outside.
+            refused(back(bytes), &format!("ld.shared.{vector} {registers}, [%r8];"), threads);
+            refused(back(bytes), &format!("st.shared.{vector} [%r8], {registers};"), threads);
+            refused(1024, &format!("st.shared.{vector} [%r8], {registers};"), threads);
+            refused(back(bytes), &format!("ld.param.{vector} {registers}, [%q0];"), threads);
+            refused(back(bytes), &format!("cp.async.ca.shared.global [%r9], [%q0], {bytes};"), threads);
+            refused(back(bytes), &format!("cp.async.ca.shared.global [%r8], [%p], {bytes};"), threads);
+            refused(back(bytes), &format!("cp.async.ca.shared.global [%q0], [%p], {bytes};"), threads);
+            // Only the first three bytes of the source are read, or none.
+            refused(back(bytes), &format!("cp.async.ca.shared.global [%r9], [%q0], {bytes}, %r10;"), threads);
+            refused(back(16), &format!("cp.async.ca.shared.global [%r9+-32], [%p], {bytes}, 0;"), threads);
+            // Generic addresses that run into a window, or out of it.
+            for window in [SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW] {
+                refused(window - bytes, &format!("ld.{vector} {registers}, [%q0];"), threads);
+                refused(window + (1 << 56) - bytes, &format!("ld.{vector} {registers}, [%q0];"), threads);
+            }
+            refused(SHARED_WINDOW + 1024, &format!("st.{vector} [%q0], {registers};"), threads);
+        }
+        for space in [".global", "", ".shared"] {
+            refused(back(4), &format!("atom{space}.add.u32 %r0, [%q0], 1;"), threads);
+            refused(back(8), &format!("red{space}.add.u64 [%q0], 1;"), threads);
+        }
+        refused(back(4), "atom.shared.cas.b32 %r0, [%r8], 0, 1;", threads);
+        refused(back(8), "mbarrier.init.shared.b64 [%r8], 1;", threads);
+        refused(back(8), "mbarrier.init.b64 [%q0], 1;", threads);
+    }
+    for (number, registers) in [("x1", "%r0"), ("x2", "%r0, %r1"), ("x4", "%r0, %r1, %r2, %r3")] {
+        let load = format!("ldmatrix.sync.aligned.m8n8.{number}.shared.b16 {{{registers}}}, ");
+        refused(back(16), &format!("{load}[%r8];"), 32);
+        refused(back(16), &format!("{load}[%q0];"), 32);
+        refused(16, &format!("{load}[%r8+-32];"), 32);
+    }
+    // Rows of 2^32 - 1 elements: the last one is beyond 2^64, of 32-bit addresses far beyond 2^32.
+    let wmma = "wmma.load.c.sync.aligned.row.m16n16k16";
+    let registers = "{%f0, %f1, %f2, %f3, %f4, %f5, %f6, %f7}";
+    refused(back(32), &format!("{wmma}.global.f32 {registers}, [%q0], %r11;"), 32);
+    refused(back(1 << 34), &format!("{wmma}.f32 {registers}, [%q0], %r11;"), 32);
+    refused(0, &format!("{wmma}.shared.f32 {registers}, [%r8], %r11;"), 32);
+}
+
+#[test]
+fn addresses_of_other_spaces_do_not_become_shared_ones() {
+    let array = "mov.u64 %q0, s;\ncvta.shared.u64 %q0, %q0;\n";
+    // A pointer in front of its array, as loops that count up first have.
+    let before = format!("{array}sub.u64 %q0, %q0, 16;");
+    // The low halves of the others are good offsets.
+    for (address, good) in [
+        (array, true),
+        (before.as_str(), true),
+        ("and.b64 %q0, %p, -4294967296;", false),
+        ("mov.u64 %q0, 0;", false),
+        ("mov.u64 %q0, 0x200000000000000;", false),
+    ] {
+        let device = Device::new(&module(&format!(
+            "mov.u32 %r9, s;\n{address}\ncvta.to.shared.u64 %q1, %q0;\ncvt.u32.u64 %r8, %q1;\n\
+             st.shared.u32 [%r8+16], %t;"
+        )));
+        let at = device.upload(&[0u32; 64]);
+        let result = device.run("k", [1; 3], [1; 3], 0, &[Arg::U64(at)]).map(|_| ()).map_err(|fault| fault.kind);
+        assert_eq!(result, if good { Ok(()) } else { Err(FaultKind::OutOfBounds) }, "{address}");
+    }
+}
+
 #[test]
 fn asynchronous_copies_to_the_end_of_the_address_space_are_refused() {
     // Of the first, address plus size is 2^64.

@@ -1300,6 +1300,9 @@ impl<'a> Builder<'a> {
             ["arrive"] => (Barrier::Arrive, None),
             ["red", "popc", "u32"] => (Barrier::Popc, Some(Type::B32)),
             ["red", "and", "pred"] => (Barrier::And, Some(Type::Pred)),
+        } else if to && window == SHARED_WINDOW {
+            let window = self.constant(BodyConstant::Plain(Constant::B64(window)));
+            self.emit(at, Op::Run(&moves::TO_WINDOW), &[d, a, window], 1);
             ["red", "or", "pred"] => (Barrier::Or, Some(Type::Pred)),
             _ => return at.unsupported(),
         };
