@@ -111,6 +111,115 @@ fn copies_out_of_bounds_are_refused_with_the_nearest_allocation() {
     assert_says(&["passed as a host pointer"]);
 }
 
+/// Ranges and boxes whose end, in bytes, is beyond 2^64: such a sum must not wrap into an allocation.
+#[test]
+fn sizes_that_wrap_are_refused() {
+    load();
+    let (_context, stream) = device(0);
+    let (at, handle) = (unsafe { result::malloc_sync(4096) }.unwrap(), stream.cu_stream());
+    unsafe { result::memset_d8_sync(at, 7, 4096) }.unwrap();
+    let mut host = [1u8; 64];
+    let refused = |what: &str, answer: CUresult| {
+        assert_eq!(answer, CUresult::CUDA_ERROR_INVALID_VALUE, "{what}");
+    };
+    let most = usize::MAX;
+    unsafe {
+        // Elements times their size: 2^63 words of 2 bytes are 0 bytes in 64 bits, 2^62 + 1 of 4 are 4.
+        refused("D16", sys::cuMemsetD16_v2(at, 1, 1 << 63));
+        assert_says(&["do not end inside the address space"]);
+        refused("D32", sys::cuMemsetD32_v2(at, 1, (1 << 62) + 1));
+        refused("D32, asynchronous", sys::cuMemsetD32Async(at, 1, (1 << 62) + 1, handle));
+        refused("D8", sys::cuMemsetD8_v2(at, 1, most));
+        // Rows times the pitch, rows that overlap, and rows that would never end.
+        refused("D2D8", sys::cuMemsetD2D8_v2(at, 1 << 32, 1, 16, (1 << 32) + 1));
+        refused("D2D32", sys::cuMemsetD2D32_v2(at, 1 << 63, 1, (1 << 62) + 1, 3));
+        refused("D2D8 without a pitch", sys::cuMemsetD2D8_v2(at, 0, 1, 16, most));
+        assert_says(&["rows of 16 bytes do not fit pitch 0"]);
+        // Whole ranges.
+        refused("DtoD", sys::cuMemcpyDtoD_v2(at, at + 64, most - 32));
+        refused("DtoH", sys::cuMemcpyDtoH_v2(host.as_mut_ptr().cast(), at, most));
+        refused("HtoD", sys::cuMemcpyHtoD_v2(at, host.as_ptr().cast(), most));
+        refused("any to any", sys::cuMemcpy(at, at + 64, most));
+        // A pitched allocation whose rounded width is 0.
+        let (mut pitched, mut pitch) = (0, 0);
+        refused("pitch", sys::cuMemAllocPitch_v2(&mut pitched, &mut pitch, most - 5, 2, 4));
+        refused("registered", sys::cuMemHostRegister_v2(host.as_mut_ptr().cast(), most - 8, 0));
+        // Pools count what is asked of them.
+        assert_eq!(sys::cuMemAllocAsync(&mut pitched, 64, handle), CUresult::CUDA_SUCCESS);
+        let mut other = 0;
+        assert_eq!(sys::cuMemAllocAsync(&mut other, most, handle), CUresult::CUDA_ERROR_OUT_OF_MEMORY);
+        assert_eq!(sys::cuMemFreeAsync(pitched, handle), CUresult::CUDA_SUCCESS);
+    }
+    let (memory, none) = (sys::CUmemorytype::CU_MEMORYTYPE_DEVICE, std::ptr::null_mut());
+    let flat = |x: usize, y: usize, pitch: usize, width: usize, height: usize| {
+        let copy = sys::CUDA_MEMCPY2D {
+            srcXInBytes: x,
+            srcY: y,
+            srcMemoryType: memory,
+            srcHost: none,
+            srcDevice: at,
+            srcArray: none.cast(),
+            srcPitch: pitch,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstMemoryType: memory,
+            dstHost: none,
+            dstDevice: at + 2048,
+            dstArray: none.cast(),
+            dstPitch: pitch,
+            WidthInBytes: width,
+            Height: height,
+        };
+        unsafe { sys::cuMemcpy2D_v2(&copy) }
+    };
+    assert_eq!(flat(0, 1, 64, 16, 2), CUresult::CUDA_SUCCESS);
+    refused("2D, x", flat(most - 8, 0, 64, 16, 1));
+    refused("2D, x and width", flat(most - 8, 0, most, 16, 2));
+    refused("2D, y times pitch", flat(0, 1 << 32, 1 << 32, 16, 1));
+    refused("2D, rows times pitch", flat(0, 0, 1 << 32, 16, (1 << 32) + 1));
+    refused("2D, address", flat(0, 1, (most as u64 - at + 1) as usize, 16, 1));
+    let deep = |z: usize, rows: usize, pitch: usize, height: usize, depth: usize| {
+        let copy = sys::CUDA_MEMCPY3D {
+            srcXInBytes: 0,
+            srcY: 0,
+            srcZ: z,
+            srcLOD: 0,
+            srcMemoryType: memory,
+            srcHost: none,
+            srcDevice: at,
+            srcArray: none.cast(),
+            reserved0: none,
+            srcPitch: pitch,
+            srcHeight: rows,
+            dstXInBytes: 0,
+            dstY: 0,
+            dstZ: 0,
+            dstLOD: 0,
+            dstMemoryType: memory,
+            dstHost: none,
+            dstDevice: at + 2048,
+            dstArray: none.cast(),
+            reserved1: none,
+            dstPitch: pitch,
+            dstHeight: rows,
+            WidthInBytes: 16,
+            Height: height,
+            Depth: depth,
+        };
+        unsafe { sys::cuMemcpy3D_v2(&copy) }
+    };
+    assert_eq!(deep(1, 2, 64, 2, 2), CUresult::CUDA_SUCCESS);
+    // One slice of whatever size.
+    assert_eq!(deep(0, most, 64, 2, 1), CUresult::CUDA_SUCCESS);
+    refused("3D, a slice", deep(0, most, 64, 2, 2));
+    refused("3D, z times slice", deep(1 << 32, 1 << 16, 1 << 16, 1, 1));
+    refused("3D, slices", deep(0, 1 << 16, 1 << 16, 1, (1 << 32) + 1));
+    let mut out = [0u8; 4096];
+    unsafe { result::memcpy_dtoh_async(&mut out, at, handle) }.unwrap();
+    assert!(out == [7; 4096] && host == [1; 64], "something has been written");
+    unsafe { result::free_sync(at) }.unwrap();
+}
+
 #[test]
 fn freed_memory_is_not_freed_twice_or_used() {
     load();
@@ -244,6 +353,30 @@ fn module_variables_are_read_and_written_from_the_host() {
     stream.memcpy_htod(&numbers, &mut table).unwrap();
     assert_eq!(run(&mut x), [15.0, 18.0, 21.0, 24.0]);
     assert_eq!(code(basic.get_global("nothing", &stream)), CUresult::CUDA_ERROR_NOT_FOUND);
+}
+
+#[test]
+fn a_function_pointer_goes_from_a_variable_through_the_host_to_a_kernel() {
+    load();
+    let (context, stream) = device(0);
+    let pointers = module(&context, include_str!("kernels/pointers.ptx"));
+    let by_argument = pointers.load_function("by_argument").unwrap();
+    let table = stream.clone_dtoh(&pointers.get_global("table", &stream).unwrap()).unwrap();
+    let functions: Vec<u64> = table.as_chunks().0.iter().map(|&bytes| u64::from_le_bytes(bytes)).collect();
+    let mut out = stream.alloc_zeros::<f32>(8).unwrap();
+    for (function, want) in functions.iter().zip([|x: f32| x + 3.0, |x| x - 3.0, |x| 3.0 * x]) {
+        let mut launch = stream.launch_builder(&by_argument);
+        launch.arg(&mut out).arg(function).arg(&8i32);
+        unsafe { launch.launch(shape(1, 8)) }.unwrap();
+        let found = stream.clone_dtoh(&out).unwrap();
+        assert!((0..8).all(|i| found[i] == want(i as f32) + (i as f32 - 1.0)), "{found:?}");
+    }
+    // A kernel's handle is none.
+    let mut launch = stream.launch_builder(&by_argument);
+    launch.arg(&mut out).arg(&0x1234_5678u64).arg(&8i32);
+    let refused = unsafe { launch.launch(shape(1, 8)) };
+    assert_eq!(code(refused.map(|_| ())), CUresult::CUDA_ERROR_INVALID_PC);
+    assert_says(&["kernel by_argument", "PTX line", "calls address 0x12345678, where no function begins"]);
 }
 
 #[test]

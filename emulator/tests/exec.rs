@@ -3,7 +3,18 @@
 mod machine;
 
 use cuda_emu::exec::FaultKind;
-use machine::{Arg, Device, noise};
+use machine::{Arg, Device};
+
+/// Numbers that look random and are the same everywhere.
+fn noise(count: usize, seed: u32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
+    (0..count)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect()
+}
 
 fn sgemm(name: &str, m: usize, n: usize, k: usize) -> Result<(), cuda_emu::exec::Fault> {
     let device = Device::new(include_str!("kernels/sgemm.ptx"));
@@ -313,6 +324,121 @@ fn copies_arrive_when_they_are_waited_for() {
     }
 }
 
+/// Accesses whose last byte, address plus offset, or row is beyond the address space, by every path an access can take.
+#[test]
+fn addresses_that_wrap_are_out_of_bounds() {
+    use cuda_emu::exec::{Checks, Isa, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
+    let none = Checks {
+        bounds: false,
+        uninitialised: false,
+        shared_races: false,
+        barrier_divergence: false,
+        inactive_shuffle: false,
+        global_races: false,
+    };
+    // Every path: the exact checks, the fast ones with and without counters, and those of each instruction set.
+    let settings = [
+        (Checks::ALL, true, Isa::Avx512),
+        (Checks::FAST, false, Isa::Avx512),
+        (Checks::FAST, false, Isa::Avx2),
+        (Checks::FAST, false, Isa::Portable),
+        (none, true, Isa::Portable),
+        (none, false, Isa::Avx512),
+    ];
+    let refused = |base: u64, instruction: &str, threads: u32| {
+        // The instruction's address is in %q0 and its low half in %r8; %r9 is a shared address that is good.
+        let text = module(&format!(
+            "mov.u64 %q0, {base};\ncvt.u32.u64 %r8, %q0;\nmov.u32 %r9, s;\nmov.u32 %r10, 3;\nmov.u32 %r11, -1;\n\
+             {instruction}\ncp.async.wait_all;"
+        ));
+        for (checks, counters, isa) in settings {
+            let mut device = Device::new(&text);
+            (device.settings.checks, device.settings.counters, device.settings.isa) = (checks, counters, Some(isa));
+            let at = device.upload(&[0u64; 64]);
+            let fault = device.run("k", [1; 3], [threads, 1, 1], 0, &[Arg::U64(at)]).map(|_| ());
+            let fault = fault.expect_err(&format!("{instruction} at {base:#x} with {threads} threads, {checks:?}"));
+            assert_eq!(fault.kind, FaultKind::OutOfBounds, "{base:#x}: {fault}");
+        }
+    };
+    let back = |bytes: u64| bytes.wrapping_neg();
+    for threads in [1, 32] {
+        for bytes in [4, 8, 16] {
+            let (vector, registers) = match bytes {
+                4 => ("u32", "%r0"),
+                8 => ("v2.u32", "{%r0, %r1}"),
+                _ => ("v4.u32", "{%r0, %r1, %r2, %r3}"),
+            };
+            for space in [".global", "", ".local", ".shared"] {
+                let load = format!("ld{space}.{vector} {registers}, ");
+                // The end is 2^64; the address is, by an offset, just below 2^64 or just above.
+                refused(back(bytes), &format!("{load}[%q0];"), threads);
+                refused(bytes, &format!("{load}[%q0+-{}];", 2 * bytes), threads);
+                refused(back(bytes), &format!("{load}[%q0+{bytes}];").replace(".shared", ".global"), threads);
+                refused(back(bytes), &format!("st{space}.{vector} [%q0], {registers};"), threads);
+            }
+            // 32-bit addresses, and a vector of which only the end is outside.
+            refused(back(bytes), &format!("ld.shared.{vector} {registers}, [%r8];"), threads);
+            refused(back(bytes), &format!("st.shared.{vector} [%r8], {registers};"), threads);
+            refused(1024, &format!("st.shared.{vector} [%r8], {registers};"), threads);
+            refused(back(bytes), &format!("ld.param.{vector} {registers}, [%q0];"), threads);
+            refused(back(bytes), &format!("cp.async.ca.shared.global [%r9], [%q0], {bytes};"), threads);
+            refused(back(bytes), &format!("cp.async.ca.shared.global [%r8], [%p], {bytes};"), threads);
+            refused(back(bytes), &format!("cp.async.ca.shared.global [%q0], [%p], {bytes};"), threads);
+            // Only the first three bytes of the source are read, or none.
+            refused(back(bytes), &format!("cp.async.ca.shared.global [%r9], [%q0], {bytes}, %r10;"), threads);
+            refused(back(16), &format!("cp.async.ca.shared.global [%r9+-32], [%p], {bytes}, 0;"), threads);
+            // Generic addresses that run into a window, or out of it.
+            for window in [SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW] {
+                refused(window - bytes, &format!("ld.{vector} {registers}, [%q0];"), threads);
+                refused(window + (1 << 56) - bytes, &format!("ld.{vector} {registers}, [%q0];"), threads);
+            }
+            refused(SHARED_WINDOW + 1024, &format!("st.{vector} [%q0], {registers};"), threads);
+        }
+        for space in [".global", "", ".shared"] {
+            refused(back(4), &format!("atom{space}.add.u32 %r0, [%q0], 1;"), threads);
+            refused(back(8), &format!("red{space}.add.u64 [%q0], 1;"), threads);
+        }
+        refused(back(4), "atom.shared.cas.b32 %r0, [%r8], 0, 1;", threads);
+        refused(back(8), "mbarrier.init.shared.b64 [%r8], 1;", threads);
+        refused(back(8), "mbarrier.init.b64 [%q0], 1;", threads);
+    }
+    for (number, registers) in [("x1", "%r0"), ("x2", "%r0, %r1"), ("x4", "%r0, %r1, %r2, %r3")] {
+        let load = format!("ldmatrix.sync.aligned.m8n8.{number}.shared.b16 {{{registers}}}, ");
+        refused(back(16), &format!("{load}[%r8];"), 32);
+        refused(back(16), &format!("{load}[%q0];"), 32);
+        refused(16, &format!("{load}[%r8+-32];"), 32);
+    }
+    // Rows of 2^32 - 1 elements: the last one is beyond 2^64, of 32-bit addresses far beyond 2^32.
+    let wmma = "wmma.load.c.sync.aligned.row.m16n16k16";
+    let registers = "{%f0, %f1, %f2, %f3, %f4, %f5, %f6, %f7}";
+    refused(back(32), &format!("{wmma}.global.f32 {registers}, [%q0], %r11;"), 32);
+    refused(back(1 << 34), &format!("{wmma}.f32 {registers}, [%q0], %r11;"), 32);
+    refused(0, &format!("{wmma}.shared.f32 {registers}, [%r8], %r11;"), 32);
+}
+
+#[test]
+fn addresses_of_other_spaces_do_not_become_shared_ones() {
+    let array = "mov.u64 %q0, s;\ncvta.shared.u64 %q0, %q0;\n";
+    // A pointer in front of its array, as loops that count up first have.
+    let before = format!("{array}sub.u64 %q0, %q0, 16;");
+    // The low halves of the others are good offsets.
+    for (address, good) in [
+        (array, true),
+        (before.as_str(), true),
+        ("and.b64 %q0, %p, -4294967296;", false),
+        ("mov.u64 %q0, 0;", false),
+        ("mov.u64 %q0, 0x200000000000000;", false),
+    ] {
+        let device = Device::new(&module(&format!(
+            "mov.u32 %r9, s;\n{address}\ncvta.to.shared.u64 %q1, %q0;\ncvt.u32.u64 %r8, %q1;\n\
+             st.shared.u32 [%r8+16], %t;"
+        )));
+        let at = device.upload(&[0u32; 64]);
+        let result = device.run("k", [1; 3], [1; 3], 0, &[Arg::U64(at)]).map(|_| ()).map_err(|fault| fault.kind);
+        assert_eq!(result, if good { Ok(()) } else { Err(FaultKind::OutOfBounds) }, "{address}");
+    }
+}
+
 #[test]
 fn asynchronous_copies_to_the_end_of_the_address_space_are_refused() {
     // Of the first, address plus size is 2^64.
@@ -438,6 +564,39 @@ fn counters_do_not_depend_on_threads_or_order() {
     let distinct = (100u64 * 40 * 4).div_ceil(32) + (40u64 * 130 * 4).div_ceil(32) + (100u64 * 130 * 4).div_ceil(32);
     assert_eq!(first.distinct_bytes, distinct * 32);
     assert!(first.shared_wavefronts >= first.shared_ideal && first.shared_ideal > 0);
+}
+
+/// The cost of wide accesses is that of the hardware, whether the shape of the addresses is known already or not.
+#[test]
+fn loads_and_stores_of_shared_memory_are_counted_in_cycles() {
+    // Ten rounds: a store of 16 bytes lane after lane, loads by which neighbours share or do not, and an atomic.
+    let rounds = 10;
+    let text = module(&format!(
+        "mov.u32 %r8, s;\nmad.lo.u32 %r9, %t, 16, %r8;\nshr.u32 %r10, %t, 1;\nmad.lo.u32 %r10, %r10, 16, %r8;\n\
+         and.b32 %r11, %t, 7;\nmad.lo.u32 %r11, %r11, 16, %r8;\nmov.u32 %r12, 0;\nagain:\n\
+         st.shared.v4.u32 [%r9], {{%t, %t, %t, %t}};\nbar.warp.sync -1;\n\
+         ld.shared.v4.u32 {{%r0, %r1, %r2, %r3}}, [%r10];\nld.shared.v4.u32 {{%r0, %r1, %r2, %r3}}, [%r11];\n\
+         ld.shared.v2.u32 {{%r0, %r1}}, [%r10];\n\
+         ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r0, %r1, %r2, %r3}}, [%r10];\n\
+         bar.warp.sync -1;\natom.shared.add.u32 %r0, [s], 1;\nbar.warp.sync -1;\n\
+         add.u32 %r12, %r12, 1;\nsetp.lt.u32 %c0, %r12, {rounds};\n@%c0 bra again;"
+    ));
+    for checks in [cuda_emu::exec::Checks::ALL, cuda_emu::exec::Checks::FAST] {
+        let mut device = Device::new(&text);
+        device.settings.checks = checks;
+        let at = device.upload(&[0u32]);
+        let counters =
+            device.run("k", [1; 3], [32, 1, 1], 0, &[Arg::U64(at)]).unwrap_or_else(|fault| panic!("{fault}"));
+        // Loads: 2 for 256 bytes, 4 for 128, 2 for 128 (every other 8 bytes, so two of each pair of banks), and 4 for
+        // the matrices, whose 256 bytes are 16 rows.
+        let (loads, least) = (2 + 4 + 2 + 4, 2 + 1 + 1 + 2);
+        assert_eq!((counters.shared_load_cycles, counters.shared_load_ideal), (rounds * loads, rounds * least));
+        assert_eq!((counters.shared_store_cycles, counters.shared_store_ideal), (rounds * 4, rounds * 4));
+        assert_eq!(counters.shared_wavefronts, rounds * (loads + 4 + 1), "with one pass of the atomic");
+        // Only the load of 8 bytes has a bank conflict.
+        assert_eq!(counters.shared_ideal, rounds * (loads + 4), "{counters:?}");
+        assert_eq!(counters.shared, rounds * 6);
+    }
 }
 
 #[test]

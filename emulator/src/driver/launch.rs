@@ -188,8 +188,9 @@ unsafe fn pack(function: &Function, params: *const *const c_void, extra: *const 
     }
     let buffer = match buffer.is_null() {
         true => &[],
+        // Bytes after the parameters are ignored.
         // SAFETY: the caller guarantees as many bytes as the list says the buffer has.
-        false => unsafe { std::slice::from_raw_parts(buffer, bytes) },
+        false => unsafe { std::slice::from_raw_parts(buffer, bytes.min(kernel.param_bytes as usize)) },
     };
     pack_buffer(kernel, buffer)
 }

@@ -230,12 +230,52 @@ fn copy(to: Place, from: Place, bytes: usize) -> Work {
     Work::Copy(Copy::line(to, from, bytes))
 }
 
-fn fill(to: DevicePointer, pattern: u32, element: usize, count: usize) -> Work {
-    fill_rows(to, count * element, pattern, element, count, 1)
+fn fill(to: DevicePointer, pattern: u32, element: usize, count: usize) -> Answer<Work> {
+    fill_rows(to, 0, pattern, element, count, 1)
 }
 
-fn fill_rows(to: DevicePointer, pitch: usize, pattern: u32, element: usize, count: usize, height: usize) -> Work {
-    Work::Fill(Fill { to, pattern: pattern.to_le_bytes(), element, count, height, pitch })
+fn fill_rows(
+    to: DevicePointer,
+    pitch: usize,
+    pattern: u32,
+    element: usize,
+    count: usize,
+    height: usize,
+) -> Answer<Work> {
+    // A product that does not fit leaves no room for the box either.
+    let width = count.saturating_mul(element);
+    if height > 1 && pitch < width {
+        return refuse(Code::INVALID_VALUE, format!("rows of {width} bytes do not fit pitch {pitch}"));
+    }
+    corner(to, [0; 3], pitch, 0, [width, height, 1])?;
+    Ok(Work::Fill(Fill { to, pattern: pattern.to_le_bytes(), element, count, height, pitch }))
+}
+
+/// Address of the first byte of a box: x bytes, y rows and z slices behind `base`. Refuses a box that does not end
+/// inside the address space, so that no address of it wraps.
+fn corner(
+    base: u64,
+    [x, y, z]: [usize; 3],
+    pitch: usize,
+    slice: usize,
+    [width, height, depth]: [usize; 3],
+) -> Answer<u64> {
+    let at = |x: usize, y: usize, z: usize| {
+        let offset = z.checked_mul(slice)?.checked_add(y.checked_mul(pitch)?)?.checked_add(x)?;
+        base.checked_add(offset as u64)
+    };
+    let last = |first: usize, extent: usize| first.checked_add(extent.saturating_sub(1));
+    let end = || at(x.checked_add(width)?, last(y, height)?, last(z, depth)?);
+    match (at(x, y, z), end()) {
+        (Some(first), Some(_)) => Ok(first),
+        _ => refuse(
+            Code::INVALID_VALUE,
+            format!(
+                "{width} by {height} by {depth} bytes from ({x}, {y}, {z}) on, with rows of {pitch} bytes at \
+                 {base:#x}, do not end inside the address space"
+            ),
+        ),
+    }
 }
 
 /// Refuses an address that is not a multiple of the element size.
@@ -301,11 +341,20 @@ const TYPE_HOST: c_uint = 1;
 const TYPE_DEVICE: c_uint = 2;
 const TYPE_UNIFIED: c_uint = 4;
 
-fn place(kind: c_uint, host: usize, device: DevicePointer, offset: usize) -> Answer<Place> {
+fn place(
+    kind: c_uint,
+    host: usize,
+    device: DevicePointer,
+    from: [usize; 3],
+    pitch: usize,
+    slice: usize,
+    size: [usize; 3],
+) -> Answer<Place> {
+    let corner = |base: u64| corner(base, from, pitch, slice, size);
     match kind {
-        TYPE_HOST => Ok(Place::Host(host + offset)),
-        TYPE_DEVICE => Ok(Place::Device(device + offset as u64)),
-        TYPE_UNIFIED => Ok(unified(device + offset as u64)),
+        TYPE_HOST => Ok(Place::Host(corner(host as u64)? as usize)),
+        TYPE_DEVICE => Ok(Place::Device(corner(device)?)),
+        TYPE_UNIFIED => Ok(unified(corner(device)?)),
         _ => refuse(Code::NOT_SUPPORTED, format!("memory type {kind} is not emulated: host 1, device 2, unified 4")),
     }
 }
@@ -328,15 +377,18 @@ unsafe fn copy_2d(what: *const Copy2d) -> Answer<Work> {
     let c = unsafe { &*what };
     let or_width = |pitch: usize| if pitch == 0 { c.width } else { pitch };
     let (from_pitch, to_pitch) = (or_width(c.from_pitch), or_width(c.to_pitch));
-    if c.height > 1 && (from_pitch < c.from_x + c.width || to_pitch < c.to_x + c.width) {
+    let fits = |pitch: usize, x: usize| x.checked_add(c.width).is_some_and(|end| end <= pitch);
+    if c.height > 1 && !(fits(from_pitch, c.from_x) && fits(to_pitch, c.to_x)) {
         return refuse(
             Code::INVALID_VALUE,
             format!("rows of {} bytes do not fit pitches {from_pitch} and {to_pitch}", c.width),
         );
     }
+    let size = [c.width, c.height, 1];
+    let (from, to) = ([c.from_x, c.from_y, 0], [c.to_x, c.to_y, 0]);
     Ok(Work::Copy(Copy {
-        from: place(c.from_type, c.from_host as usize, c.from_device, c.from_y * from_pitch + c.from_x)?,
-        to: place(c.to_type, c.to_host as usize, c.to_device, c.to_y * to_pitch + c.to_x)?,
+        from: place(c.from_type, c.from_host as usize, c.from_device, from, from_pitch, 0, size)?,
+        to: place(c.to_type, c.to_host as usize, c.to_device, to, to_pitch, 0, size)?,
         width: c.width,
         height: c.height,
         depth: 1,
@@ -357,16 +409,14 @@ unsafe fn copy_3d(what: *const Copy3d) -> Answer<Work> {
     let c = unsafe { &*what };
     let or = |given: usize, otherwise: usize| if given == 0 { otherwise } else { given };
     let (from_pitch, to_pitch) = (or(c.from_pitch, c.width), or(c.to_pitch, c.width));
-    let from_slice = from_pitch * or(c.from_height, c.height);
-    let to_slice = to_pitch * or(c.to_height, c.height);
+    // A slice that does not fit is refused if there is a second one.
+    let from_slice = from_pitch.saturating_mul(or(c.from_height, c.height));
+    let to_slice = to_pitch.saturating_mul(or(c.to_height, c.height));
+    let size = [c.width, c.height, c.depth];
+    let (from, to) = ([c.from_x, c.from_y, c.from_z], [c.to_x, c.to_y, c.to_z]);
     Ok(Work::Copy(Copy {
-        from: place(
-            c.from_type,
-            c.from_host as usize,
-            c.from_device,
-            c.from_z * from_slice + c.from_y * from_pitch + c.from_x,
-        )?,
-        to: place(c.to_type, c.to_host as usize, c.to_device, c.to_z * to_slice + c.to_y * to_pitch + c.to_x)?,
+        from: place(c.from_type, c.from_host as usize, c.from_device, from, from_pitch, from_slice, size)?,
+        to: place(c.to_type, c.to_host as usize, c.to_device, to, to_pitch, to_slice, size)?,
         width: c.width,
         height: c.height,
         depth: c.depth,
@@ -389,7 +439,7 @@ fn check_peers(to_context: Handle, from_context: Handle) -> Answer {
 fn managed(address: DevicePointer, bytes: usize) -> Answer {
     match state::device_of(address) {
         Some((_, first, owned))
-            if matches!(owned.kind, Kind::Managed) && address - first + bytes as u64 <= owned.bytes =>
+            if matches!(owned.kind, Kind::Managed) && bytes as u64 <= owned.bytes - (address - first) =>
         {
             Ok(())
         }
@@ -502,8 +552,8 @@ exports! { MEMORY:
         if !matches!(element, 4 | 8 | 16) {
             return refuse(Code::INVALID_VALUE, format!("the element size must be 4, 8 or 16, not {element}"));
         }
-        let rows = width.next_multiple_of(PITCH);
-        let Some(bytes) = rows.checked_mul(height) else {
+        let rows = width.checked_next_multiple_of(PITCH);
+        let Some((rows, bytes)) = rows.and_then(|rows| Some((rows, rows.checked_mul(height)?))) else {
             return refuse(Code::INVALID_VALUE, format!("{width} by {height} bytes are too many"));
         };
         give(address, allocate_now(bytes, Kind::Device, "cuMemAllocPitch")?, "the address")?;
@@ -658,58 +708,58 @@ exports! { MEMORY:
     }
 
     fn cuMemsetD8_v2(to: DevicePointer, value: u8, count: usize) {
-        stream::run_synchronously(fill(to, value.into(), 1, count))
+        stream::run_synchronously(fill(to, value.into(), 1, count)?)
     }
 
     fn cuMemsetD8Async(to: DevicePointer, value: u8, count: usize, stream: Handle) {
-        stream::submit(stream, fill(to, value.into(), 1, count))
+        stream::submit(stream, fill(to, value.into(), 1, count)?)
     }
 
     fn cuMemsetD16_v2(to: DevicePointer, value: u16, count: usize) {
         aligned(to, 2)?;
-        stream::run_synchronously(fill(to, value.into(), 2, count))
+        stream::run_synchronously(fill(to, value.into(), 2, count)?)
     }
 
     fn cuMemsetD16Async(to: DevicePointer, value: u16, count: usize, stream: Handle) {
         aligned(to, 2)?;
-        stream::submit(stream, fill(to, value.into(), 2, count))
+        stream::submit(stream, fill(to, value.into(), 2, count)?)
     }
 
     fn cuMemsetD32_v2(to: DevicePointer, value: u32, count: usize) {
         aligned(to, 4)?;
-        stream::run_synchronously(fill(to, value, 4, count))
+        stream::run_synchronously(fill(to, value, 4, count)?)
     }
 
     fn cuMemsetD32Async(to: DevicePointer, value: u32, count: usize, stream: Handle) {
         aligned(to, 4)?;
-        stream::submit(stream, fill(to, value, 4, count))
+        stream::submit(stream, fill(to, value, 4, count)?)
     }
 
     fn cuMemsetD2D8_v2(to: DevicePointer, pitch: usize, value: u8, width: usize, height: usize) {
-        stream::run_synchronously(fill_rows(to, pitch, value.into(), 1, width, height))
+        stream::run_synchronously(fill_rows(to, pitch, value.into(), 1, width, height)?)
     }
 
     fn cuMemsetD2D8Async(to: DevicePointer, pitch: usize, value: u8, width: usize, height: usize, stream: Handle) {
-        stream::submit(stream, fill_rows(to, pitch, value.into(), 1, width, height))
+        stream::submit(stream, fill_rows(to, pitch, value.into(), 1, width, height)?)
     }
 
     fn cuMemsetD2D16_v2(to: DevicePointer, pitch: usize, value: u16, width: usize, height: usize) {
         aligned(to, 2)?;
-        stream::run_synchronously(fill_rows(to, pitch, value.into(), 2, width, height))
+        stream::run_synchronously(fill_rows(to, pitch, value.into(), 2, width, height)?)
     }
 
     fn cuMemsetD2D16Async(to: DevicePointer, pitch: usize, value: u16, width: usize, height: usize, stream: Handle) {
         aligned(to, 2)?;
-        stream::submit(stream, fill_rows(to, pitch, value.into(), 2, width, height))
+        stream::submit(stream, fill_rows(to, pitch, value.into(), 2, width, height)?)
     }
 
     fn cuMemsetD2D32_v2(to: DevicePointer, pitch: usize, value: u32, width: usize, height: usize) {
         aligned(to, 4)?;
-        stream::run_synchronously(fill_rows(to, pitch, value, 4, width, height))
+        stream::run_synchronously(fill_rows(to, pitch, value, 4, width, height)?)
     }
 
     fn cuMemsetD2D32Async(to: DevicePointer, pitch: usize, value: u32, width: usize, height: usize, stream: Handle) {
         aligned(to, 4)?;
-        stream::submit(stream, fill_rows(to, pitch, value, 4, width, height))
+        stream::submit(stream, fill_rows(to, pitch, value, 4, width, height)?)
     }
 }

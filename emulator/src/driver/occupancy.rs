@@ -20,10 +20,11 @@ const WARP: u32 = 32;
 /// Registers per thread as ptxas would limit them: at most 255, and no more than the declared block size allows.
 pub fn registers_of(kernel: &Kernel) -> u32 {
     let declared = kernel.required_threads.or(kernel.max_threads);
-    let threads = declared.map_or(1, |shape| shape.iter().product::<u32>().max(1));
-    let warps = threads.div_ceil(WARP) * kernel.min_blocks.unwrap_or(1).max(1);
+    let product = |shape: [u32; 3]| shape.iter().fold(1, |product: u32, &count| product.saturating_mul(count));
+    let threads = declared.map_or(1, |shape| product(shape).max(1));
+    let warps = threads.div_ceil(WARP).saturating_mul(kernel.min_blocks.unwrap_or(1).max(1));
     // 64 K registers over the warps that must fit, in steps of 8 per thread.
-    let fits = (65_536 / (warps * WARP)) & !7;
+    let fits = (65_536 / warps.saturating_mul(WARP)) & !7;
     kernel.registers.clamp(1, 255).min(fits.max(16))
 }
 
@@ -37,11 +38,11 @@ pub fn blocks_per_multiprocessor(function: &Function, figures: &Figures, threads
     let by_warps = figures.threads_per_multiprocessor / WARP / warps;
     let per_warp = (registers_of(kernel) * WARP).next_multiple_of(REGISTER_UNIT);
     let by_registers = figures.registers / per_warp / warps;
-    let shared =
-        (kernel.static_shared + dynamic_shared + figures.shared_reserved).next_multiple_of(figures.shared_unit);
-    if kernel.static_shared + dynamic_shared > figures.shared_per_block_opt_in {
+    let shared = kernel.static_shared.saturating_add(dynamic_shared);
+    if shared > figures.shared_per_block_opt_in {
         return 0;
     }
+    let shared = (shared + figures.shared_reserved).next_multiple_of(figures.shared_unit);
     let by_shared = figures.shared_per_multiprocessor / shared.max(1);
     by_warps.min(by_registers).min(by_shared).min(figures.blocks_per_multiprocessor)
 }
@@ -61,7 +62,7 @@ fn max_active(function: Handle, threads: c_int, dynamic_shared: usize) -> Answer
     if threads == 0 {
         return refuse(Code::INVALID_VALUE, "a block of 0 threads is impossible");
     }
-    let dynamic_shared = u32::try_from(dynamic_shared).unwrap_or(u32::MAX / 2);
+    let dynamic_shared = u32::try_from(dynamic_shared).unwrap_or(u32::MAX);
     Ok(blocks_per_multiprocessor(&function, &figures, threads, dynamic_shared) as c_int)
 }
 
@@ -87,7 +88,7 @@ fn best_block(
             Some(callback) => unsafe { callback(threads as c_int) },
             None => dynamic_shared,
         };
-        let shared = u32::try_from(shared).unwrap_or(u32::MAX / 2);
+        let shared = u32::try_from(shared).unwrap_or(u32::MAX);
         let blocks = blocks_per_multiprocessor(&function, &figures, threads, shared);
         if blocks * threads > best {
             (best, best_threads, best_blocks) = (blocks * threads, threads, blocks);

@@ -50,13 +50,12 @@ impl Pool {
     /// Accounts for an allocation; refuses one beyond the pool's own limit.
     pub fn take(&self, bytes: u64) -> Answer {
         let mut account = self.account.lock().unwrap();
-        if self.most != 0 && account.used + bytes > self.most {
+        let most = if self.most == 0 { u64::MAX } else { self.most };
+        if bytes > most - account.used {
+            let used = account.used;
             return refuse(
                 Code::OUT_OF_MEMORY,
-                format!(
-                    "{bytes} bytes were asked of a memory pool limited to {}, of which {} are used",
-                    self.most, account.used
-                ),
+                format!("{bytes} bytes were asked of a memory pool limited to {most}, of which {used} are used"),
             );
         }
         account.used += bytes;

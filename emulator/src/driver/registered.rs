@@ -44,10 +44,12 @@ fn register(pointer: *mut c_void, bytes: usize, flags: c_uint) -> Answer {
         );
     }
     let (first, bytes) = (pointer as u64, bytes as u64);
-    let last = first.saturating_add(bytes - 1);
+    let Some(last) = first.checked_add(bytes - 1) else {
+        return refuse(Code::INVALID_VALUE, format!("{bytes} bytes at {first:#x} do not end inside the address space"));
+    };
     let mut registered = driver()?.registered.lock().unwrap();
     let before = registered.range(..=last).next_back();
-    let overlap = before.is_some_and(|(&at, other)| first < at + other.bytes);
+    let overlap = before.is_some_and(|(&at, other)| at >= first || first - at < other.bytes);
     if overlap || state::device_of(first).is_some() || state::device_of(last).is_some() {
         return refuse(
             Code::HOST_MEMORY_ALREADY_REGISTERED,

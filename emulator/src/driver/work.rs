@@ -88,13 +88,15 @@ impl Copy {
     }
 
     fn run(&self, context: &Context) -> Answer {
+        if self.width == 0 {
+            return Ok(());
+        }
         for slice in 0..self.depth {
             for row in 0..self.height {
+                // Inside the address space, as whoever made the copy has checked.
                 let to = self.to.offset(slice * self.to_slice + row * self.to_pitch);
                 let from = self.from.offset(slice * self.from_slice + row * self.from_pitch);
-                if self.width > 0 {
-                    copy_bytes(context, to, from, self.width)?;
-                }
+                copy_bytes(context, to, from, self.width)?;
             }
         }
         Ok(())
@@ -114,13 +116,18 @@ pub struct Fill {
 
 impl Fill {
     fn run(&self, context: &Context) -> Answer {
+        if self.count == 0 {
+            return Ok(());
+        }
+        let width = self.count * self.element;
         for row in 0..self.height {
+            // Inside the address space, as whoever made the fill has checked.
             let to = self.to + (row * self.pitch) as u64;
-            if let Some(host) = registered::behind(to, self.count * self.element) {
+            if let Some(host) = registered::behind(to, width) {
                 // SAFETY: a program keeps memory allocated while it is registered, and all these bytes are registered.
-                let target = unsafe { std::slice::from_raw_parts_mut(host as *mut u8, self.count * self.element) };
+                let target = unsafe { std::slice::from_raw_parts_mut(host as *mut u8, width) };
                 target.chunks_exact_mut(self.element).for_each(|to| to.copy_from_slice(&self.pattern[..self.element]));
-            } else if self.count > 0 {
+            } else {
                 let memory = &home(context, to)?.memory;
                 let pattern = &self.pattern[..self.element];
                 memory.set(to, pattern, self.count as u64).map_err(from_memory)?;
@@ -174,6 +181,9 @@ fn home(context: &Context, address: DevicePointer) -> Answer<&'static Device> {
 }
 
 fn copy_bytes(context: &Context, to: Place, from: Place, bytes: usize) -> Answer {
+    if isize::try_from(bytes).is_err() {
+        return refuse(Code::INVALID_VALUE, format!("{bytes} bytes are more than any memory has"));
+    }
     match (to.settled(bytes)?, from.settled(bytes)?) {
         (Place::Host(to), Place::Host(from)) => {
             // SAFETY: the caller of the copy guarantees both host ranges; `copy` allows overlap.

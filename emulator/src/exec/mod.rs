@@ -30,9 +30,11 @@ mod unwritten;
 
 use crate::memory::Memory;
 use crate::num::FlopType;
+use crate::ptx::program::{FUNCTION_STRIDE, FUNCTION_WINDOW};
 use crate::ptx::{Kernel, Module};
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use crate::ptx::program::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 pub use schedule::{best_isa, launch};
@@ -44,12 +46,25 @@ pub struct LoadedModule {
     pub module: Arc<Module>,
     /// Address of each of `module.globals`.
     pub addresses: Vec<u64>,
+    /// Address of the first device function; the others follow at [`FUNCTION_STRIDE`]. No other module of the process
+    /// has it, so that a function of another module is told from a function of this one.
+    pub functions: u64,
+}
+
+/// Bytes of [`FUNCTION_WINDOW`] that one module's functions have.
+const FUNCTIONS_OF_MODULE: u64 = 1 << 32;
+
+/// A module's share of [`FUNCTION_WINDOW`], which has room for 2^24 modules.
+fn fresh_functions() -> u64 {
+    static MODULES: AtomicU64 = AtomicU64::new(0);
+    let module = MODULES.fetch_add(1, Ordering::Relaxed) & ((1 << 24) - 1);
+    FUNCTION_WINDOW + module * FUNCTIONS_OF_MODULE
 }
 
 impl LoadedModule {
     /// Allocates and initialises the module's variables; None when memory is too small.
     pub fn load(memory: &Memory, module: Arc<Module>) -> Option<Self> {
-        let mut loaded = LoadedModule { module, addresses: vec![] };
+        let mut loaded = LoadedModule { module, addresses: vec![], functions: fresh_functions() };
         for global in &loaded.module.globals {
             let Some(address) = memory.alloc(global.bytes.max(1)) else {
                 loaded.unload(memory);
@@ -62,6 +77,10 @@ impl LoadedModule {
             bytes[..global.init.len()].copy_from_slice(&global.init);
             for &(offset, target, addend) in &global.relocations {
                 let value = loaded.addresses[target].wrapping_add(addend as u64);
+                bytes[offset as usize..][..8].copy_from_slice(&value.to_le_bytes());
+            }
+            for &(offset, function) in &global.functions {
+                let value = loaded.functions + u64::from(function) * FUNCTION_STRIDE;
                 bytes[offset as usize..][..8].copy_from_slice(&value.to_le_bytes());
             }
             let copied = memory.copy_in(address, &bytes);
@@ -241,10 +260,18 @@ pub struct Counters {
     pub global_sectors: u64,
     /// Distinct bytes of global memory touched, in whole 32-byte sectors.
     pub distinct_bytes: u64,
-    /// Passes that shared-memory accesses take with 32 banks of 4 bytes.
+    /// Passes over the banks, of one cycle each, that accesses to shared memory take.
     pub shared_wavefronts: u64,
     /// Passes they would take without bank conflicts.
     pub shared_ideal: u64,
+    /// Those of `shared_wavefronts` that loads take, `ldmatrix` included.
+    pub shared_load_cycles: u64,
+    /// Cycles in which loads could get their distinct bytes, each its own, at 128 bytes a cycle.
+    pub shared_load_ideal: u64,
+    /// As `shared_load_cycles`, for stores and the arrival of `cp.async`. Atomics are in neither.
+    pub shared_store_cycles: u64,
+    /// As `shared_load_ideal`, for stores.
+    pub shared_store_ideal: u64,
     /// Branches on which a warp's active lanes disagreed.
     pub divergent_branches: u64,
     /// Barriers that warps arrived at.
@@ -273,7 +300,7 @@ impl Counters {
         }
     }
 
-    fn values_mut(&mut self) -> [&mut u64; 23] {
+    fn values_mut(&mut self) -> [&mut u64; 27] {
         let Counters {
             mma,
             fma,
@@ -294,6 +321,10 @@ impl Counters {
             distinct_bytes,
             shared_wavefronts,
             shared_ideal,
+            shared_load_cycles,
+            shared_load_ideal,
+            shared_store_cycles,
+            shared_store_ideal,
             divergent_branches,
             barriers,
             atomics,
@@ -319,6 +350,10 @@ impl Counters {
             distinct_bytes,
             shared_wavefronts,
             shared_ideal,
+            shared_load_cycles,
+            shared_load_ideal,
+            shared_store_cycles,
+            shared_store_ideal,
             divergent_branches,
             barriers,
             atomics,
@@ -350,6 +385,8 @@ pub enum FaultKind {
     Trap,
     /// An instruction with operands that have no meaning.
     Illegal,
+    /// A call through an address where no function begins that could be called there.
+    Call,
     /// No progress.
     Timeout,
 }
@@ -382,6 +419,7 @@ impl Fault {
             FaultKind::Assert => 710,
             FaultKind::Timeout => 702,
             FaultKind::Illegal => 715,
+            FaultKind::Call => 718,
             _ => 719,
         }
     }

@@ -28,7 +28,8 @@ impl Machine<'_> {
     fn text(&mut self, warp: &mut Warp, address: u64, lane: u32, pc: u32) -> Result<Vec<u8>, Box<Fault>> {
         let mut text = vec![];
         while text.len() < MAX_TEXT {
-            let at = self.readable(warp, address + text.len() as u64, lane, 1, pc)?;
+            // Wrapping, as in `argument`: no byte at the end of the address space is readable.
+            let at = self.readable(warp, address.wrapping_add(text.len() as u64), lane, 1, pc)?;
             // SAFETY: `readable` has checked this byte.
             match unsafe { at.read() } {
                 0 => break,

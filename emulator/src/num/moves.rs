@@ -177,6 +177,19 @@ moves! {
         }
         blend64(&mut *at::<W64>(r, o, 0), &d, m);
     }
+    /// `cvta.to.shared`, with where the window begins. Programs go on with the low half, which of an address in another
+    /// space may be a good offset; so the offset of such an address is far beyond any shared memory, low half included.
+    TO_WINDOW, ToWindow: (B64) from (B64, B64) by |r, o, m| {
+        let (a, window): (W64, W64) = (*at::<W64>(r, o, 1), *at::<W64>(r, o, 2));
+        let mut d: W64 = [0; 32];
+        for l in 0..32 {
+            let offset = a[l].wrapping_sub(window[l]);
+            // A pointer may be before its array while it is computed.
+            let near = offset.wrapping_add(1 << 31) < 1 << 33;
+            d[l] = if near { offset } else { 1 << 63 | 1 << 31 };
+        }
+        blend64(&mut *at::<W64>(r, o, 0), &d, m);
+    }
     /// The low half of 64 bits
     LOW_32, Low32: (B32) from (B64) by |r, o, m| { map!(r, o, m, W64, W32, blend32, |a: u64| a as u32) }
     /// The low 16 bits

@@ -1064,7 +1064,7 @@ operations! {
     slow Dp2a |f, o, I| o.each3(&|a, b, c| int::dp2a(f.has(A_SIGNED), f.has(B_SIGNED), f.has(HI), a, b, c));
     slow Video |f, o, I| o.each3(&|a, b, c| int::video(f, a, b, c));
     slow AddCarry32 |f, o, I| carry32(f, o, |a, b, _| a + b, 2);
-    slow SubCarry32 |f, o, I| carry32(f, o, |a, b, _| a.wrapping_sub(b), 2);
+    slow SubCarry32 |f, o, I| carry32(f, o, |a, b, _| a + (b ^ 0xffff_ffff), 2);
     slow MadCarry32 |f, o, I| {
         let signed = f.ty == Ty::S32;
         let hi = f.has(HI);
@@ -1116,7 +1116,7 @@ operations! {
     slow ClzB64 |_f, o, I| o.each_narrow1(&u64::leading_zeros);
     slow Bfind64 |f, o, I| o.each_narrow1(&|a| int::bfind(f.has(A_SIGNED), f.has(SHIFTAMT), 64, a));
     slow AddCarry64 |f, o, I| carry64(f, o, |a, b, _| a as u128 + b as u128, 2);
-    slow SubCarry64 |f, o, I| carry64(f, o, |a, b, _| (a as u128).wrapping_sub(b as u128), 2);
+    slow SubCarry64 |f, o, I| carry64(f, o, |a, b, _| a as u128 + !b as u128, 2);
     slow MadCarry64 |f, o, I| {
         let signed = f.ty == Ty::S64;
         let hi = f.has(HI);
@@ -1399,21 +1399,23 @@ fn slct_first(f: &Decoded, c: u32) -> bool {
     if f.from == Ty::S32 { c as i32 >= 0 } else { f32::from_bits(float::flush_if(f.has(FTZ), c)) >= 0.0 }
 }
 
-/// Arithmetic with the carry flag: `g` returns the result with its carry or borrow in bit 32 (a borrow sets all bits
-/// above).
+/// Arithmetic with the carry flag: `g` returns the sum without the flag, which has 33 bits.
+///
+/// The flag is the adder's carry in subtractions too: a - b is a + !b + 1, so that a borrow leaves the flag clear.
+/// Chains of one kind cannot tell, but nvcc's division of 128-bit integers reads the flag of a subtraction with `addc`.
+/// The manual calls the flag of a subtraction its borrow; ptxas feeds one and the same predicate of `IADD3` to the
+/// `IADD3.X` of either kind, and a GPU answers -1 to `add.cc 0, 0; subc 0, 0` (stackoverflow.com/questions/5818713).
 unsafe fn carry32(f: &Decoded, o: Operands, g: impl Fn(u64, u64, u64) -> u64, sources: usize) {
     let out = f.has(CC_OUT) as usize;
     // SAFETY: destination, carry out, sources, carry in, as the form says.
     unsafe {
-        let carry = if f.has(CC_IN) { o.pred(1 + out + sources) } else { 0 };
+        let carry = if f.has(CC_IN) { o.pred(1 + out + sources) } else { first_carry(f) };
         let (a, b) = (o.b32(1 + out), o.b32(2 + out));
         let mut r = [0; 32];
         let mut carries = 0;
         for i in 0..32 {
             let c = if sources == 3 { o.b32(3 + out)[i] as u64 } else { 0 };
-            let carry = (carry >> i & 1) as u64;
-            let full = g(a[i] as u64, b[i] as u64, c);
-            let full = if f.op == Op::SubCarry32 { full.wrapping_sub(carry) } else { full + carry };
+            let full = g(a[i] as u64, b[i] as u64, c) + (carry >> i & 1) as u64;
             r[i] = full as u32;
             carries |= ((full >> 32 & 1) as u32) << i;
         }
@@ -1424,20 +1426,23 @@ unsafe fn carry32(f: &Decoded, o: Operands, g: impl Fn(u64, u64, u64) -> u64, so
     }
 }
 
+/// The flag as an instruction that begins a chain takes it.
+fn first_carry(f: &Decoded) -> u32 {
+    if matches!(f.op, Op::SubCarry32 | Op::SubCarry64) { u32::MAX } else { 0 }
+}
+
 /// The same for 64 bits.
 unsafe fn carry64(f: &Decoded, o: Operands, g: impl Fn(u64, u64, u64) -> u128, sources: usize) {
     let out = f.has(CC_OUT) as usize;
     // SAFETY: destination, carry out, sources, carry in, as the form says.
     unsafe {
-        let carry = if f.has(CC_IN) { o.pred(1 + out + sources) } else { 0 };
+        let carry = if f.has(CC_IN) { o.pred(1 + out + sources) } else { first_carry(f) };
         let (a, b) = (o.b64(1 + out), o.b64(2 + out));
         let mut r = [0; 32];
         let mut carries = 0;
         for i in 0..32 {
             let c = if sources == 3 { o.b64(3 + out)[i] } else { 0 };
-            let carry = (carry >> i & 1) as u128;
-            let full = g(a[i], b[i], c);
-            let full = if f.op == Op::SubCarry64 { full.wrapping_sub(carry) } else { full + carry };
+            let full = g(a[i], b[i], c) + (carry >> i & 1) as u128;
             r[i] = full as u64;
             carries |= ((full >> 64 & 1) as u32) << i;
         }

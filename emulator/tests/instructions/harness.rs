@@ -491,10 +491,9 @@ fn ptx(case: &Case, kernel: &str) -> String {
         }
         sources.push(format!("%s{i}"));
     }
-    let subtracts = case.name.starts_with("sub");
     if case.carry.0 {
         writeln!(body, "    ld.global.u32 %word, [%in+{}];", 8 * case.src.len()).expect("text");
-        body += if subtracts { "    sub.cc.u32 %word, 0, %word;\n" } else { "    add.cc.u32 %word, %word, -1;\n" };
+        body += "    add.cc.u32 %word, %word, -1;\n";
     }
     let mut destinations = Vec::new();
     for (i, ty) in case.dst.iter().enumerate() {
@@ -503,11 +502,7 @@ fn ptx(case: &Case, kernel: &str) -> String {
     }
     writeln!(body, "    {} {}, {};", case.name, destinations.join("|"), sources.join(", ")).expect("text");
     if case.carry.1 {
-        body += if subtracts {
-            "    subc.u32 %flag, 0, 0;\n    and.b32 %flag, %flag, 1;\n"
-        } else {
-            "    addc.u32 %flag, 0, 0;\n"
-        };
+        body += "    addc.u32 %flag, 0, 0;\n";
         writeln!(body, "    st.global.u32 [%out+{}], %flag;", 8 * case.dst.len()).expect("text");
     }
     for (i, ty) in case.dst.iter().enumerate() {

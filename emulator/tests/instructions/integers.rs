@@ -3,7 +3,7 @@
 use super::harness::{Case, run, width};
 use super::reference::{integer, range};
 
-/// What an instruction computes from its sources and the carry flag, with more bits than any of them.
+/// What an instruction computes from its sources and a carry or borrow, with more bits than any of them.
 type Meaning = Box<dyn Fn(&[u64], i128) -> i128>;
 
 fn truncate(bits: u32, x: i128) -> u64 {
@@ -131,12 +131,14 @@ fn carries() {
         // Patterns as unsigned numbers: carries do not know signs.
         let low = move |x: u64| truncate(w, x as i128) as i128;
         let mut push = |name: String, sources: usize, carry: (bool, bool), full: Meaning| {
+            let subtracts = name.starts_with("sub");
             let meaning = move |x: &[u64]| {
-                let flag = if carry.0 { x[sources] as i128 } else { 0 };
-                let r = full(x, flag);
+                // The flag says that a sum carried, or that a difference did not borrow.
+                let flag = if carry.0 { x[sources] as i128 } else { i128::from(subtracts) };
+                let r = full(x, if subtracts { 1 - flag } else { flag });
                 let mut results = vec![truncate(w, r)];
                 if carry.1 {
-                    results.push((r < 0 || r >= modulus) as u64);
+                    results.push(u64::from(if subtracts { r >= 0 } else { r >= modulus }));
                 }
                 results
             };
@@ -159,8 +161,8 @@ fn carries() {
         push(format!("addc.{ty}"), 2, (true, false), Box::new(move |x, c| low(x[0]) + low(x[1]) + c));
         push(format!("addc.cc.{ty}"), 2, (true, true), Box::new(move |x, c| low(x[0]) + low(x[1]) + c));
         push(format!("sub.cc.{ty}"), 2, (false, true), Box::new(move |x, _| low(x[0]) - low(x[1])));
-        push(format!("subc.{ty}"), 2, (true, false), Box::new(move |x, c| low(x[0]) - low(x[1]) - c));
-        push(format!("subc.cc.{ty}"), 2, (true, true), Box::new(move |x, c| low(x[0]) - low(x[1]) - c));
+        push(format!("subc.{ty}"), 2, (true, false), Box::new(move |x, borrow| low(x[0]) - low(x[1]) - borrow));
+        push(format!("subc.cc.{ty}"), 2, (true, true), Box::new(move |x, borrow| low(x[0]) - low(x[1]) - borrow));
         for (mode, hi) in [("lo", false), ("hi", true)] {
             push(format!("mad.{mode}.cc.{ty}"), 3, (false, true), Box::new(move |x, _| part(x, hi) + low(x[2])));
             push(format!("madc.{mode}.{ty}"), 3, (true, false), Box::new(move |x, c| part(x, hi) + low(x[2]) + c));
