@@ -1,5 +1,5 @@
-//! Compiles every `kernels/S.cu` to PTX and writes the table of entries, `kernels.rs` in OUT_DIR, that `src/kernels.rs`
-//! includes.
+//! Compiles every `kernels/S.cu` to PTX, assembles machine code from it, and writes the table of entries, `kernels.rs` in
+//! OUT_DIR, that `src/kernels.rs` includes.
 //!
 //! The compiler is the first of: `NVCC`, `CUDA_HOME` or `CUDA_PATH`, PATH, /usr/local/cuda, one fetched earlier.
 //! `DDPM_CUDA_TOOLCHAIN` says what happens without one: `auto` (default) fetches NVIDIA's wheels with pip where an
@@ -24,6 +24,10 @@ type Result<T> = std::result::Result<T, String>;
 
 /// Compute capability that the PTX targets: it runs on this and on everything newer.
 const CAPABILITY: (u32, u32) = (8, 0);
+
+/// Compute capabilities for which machine code is assembled from the PTX, as far as the assembler knows them: A100, RTX
+/// 30, RTX 40, H100, B200 and RTX 50. The driver compiles the PTX for others, at a kernel's first launch.
+const MACHINE_CODE: [(u32, u32); 6] = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)];
 
 /// nvcc's flags; the architecture is [`CAPABILITY`].
 const FLAGS: [&str; 5] = ["-ptx", "-arch=compute_80", "-std=c++17", "-O3", "-Ikernels/include"];
@@ -432,7 +436,10 @@ fn check(source: &Source, compiled: &BTreeMap<String, (Vec<u32>, u32)>) -> Resul
 struct Compiler {
     nvcc: PathBuf,
     ptxas: PathBuf,
+    fatbinary: PathBuf,
     version: String,
+    /// Those of [`MACHINE_CODE`] that it knows.
+    machine_code: Vec<(u32, u32)>,
 }
 
 impl Compiler {
@@ -441,8 +448,18 @@ impl Compiler {
         let output = Command::new(&nvcc).arg("--version").output().ok().filter(|o| o.status.success())?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();
         let version = text.split("release ").nth(1)?.split(',').next()?.to_string();
-        // A bare name was found on PATH, where ptxas is too.
-        Some(Compiler { ptxas: nvcc.with_file_name("ptxas"), nvcc, version })
+        // One code a line: sm_80.
+        let codes = Command::new(&nvcc).arg("--list-gpu-code").output().map(|o| o.stdout).unwrap_or_default();
+        let codes = String::from_utf8_lossy(&codes).into_owned();
+        let known = |&(major, minor): &(u32, u32)| codes.lines().any(|code| code == format!("sm_{major}{minor}"));
+        // A bare name was found on PATH, where the others are too.
+        Some(Compiler {
+            ptxas: nvcc.with_file_name("ptxas"),
+            fatbinary: nvcc.with_file_name("fatbinary"),
+            nvcc,
+            version,
+            machine_code: MACHINE_CODE.into_iter().filter(known).collect(),
+        })
     }
 }
 
@@ -573,7 +590,7 @@ fn tell_terminal(text: &str) {
 /// Compiles what has changed, one thread per job that cargo allows, and returns the paths of all PTX files.
 fn compile(compiler: &Compiler, sources: &[Source], out: &Path) -> Result<Vec<PathBuf>> {
     let mut common = DefaultHasher::new();
-    (FLAGS, PTX_VERSIONS, &compiler.nvcc, &compiler.version).hash(&mut common);
+    (FLAGS, PTX_VERSIONS, &compiler.nvcc, &compiler.version, &compiler.machine_code).hash(&mut common);
     for header in files(Path::new("kernels/include"), "cuh")? {
         (&header, read(&header)?).hash(&mut common);
     }
@@ -587,7 +604,8 @@ fn compile(compiler: &Compiler, sources: &[Source], out: &Path) -> Result<Vec<Pa
             let mut hash = DefaultHasher::new();
             (common, read(&source.path)?).hash(&mut hash);
             let (stamp, hash) = (ptx.with_extension("hash"), format!("{:016x}", hash.finish()));
-            if ptx.exists() && fs::read_to_string(&stamp).is_ok_and(|old| old == hash) {
+            let there = ptx.exists() && ptx.with_extension("fatbin").exists();
+            if there && fs::read_to_string(&stamp).is_ok_and(|old| old == hash) {
                 continue;
             }
             compile_one(compiler, &source.path, ptx)?;
@@ -603,22 +621,43 @@ fn compile(compiler: &Compiler, sources: &[Source], out: &Path) -> Result<Vec<Pa
 }
 
 fn compile_one(compiler: &Compiler, source: &Path, ptx: &Path) -> Result<()> {
-    let (raw, assembled) = (ptx.with_extension("raw.ptx"), ptx.with_extension("cubin"));
+    let raw = ptx.with_extension("raw.ptx");
     run(Command::new(&compiler.nvcc).args(FLAGS).arg(source).arg("-o").arg(&raw))?;
     // nvcc declares the newest PTX version it knows, which older drivers refuse; the code itself needs a far older one.
     let text = read(&raw)?;
     let (head, rest) = text.split_once(".version ").ok_or("PTX without a .version")?;
     let (_, rest) = rest.split_once('\n').ok_or("PTX that ends with its .version")?;
+    let assemble = |(major, minor)| {
+        let cubin = ptx.with_extension(format!("sm_{major}{minor}.cubin"));
+        run(Command::new(&compiler.ptxas).arg(format!("-arch=sm_{major}{minor}")).arg("-o").arg(&cubin).arg(ptx))?;
+        Ok(cubin)
+    };
     let mut refusal = String::new();
     for version in PTX_VERSIONS {
         write(ptx, &format!("{head}.version {version}\n{rest}"))?;
-        match run(Command::new(&compiler.ptxas).args(["-arch=sm_80", "-o"]).arg(&assembled).arg(ptx)) {
-            Ok(()) => return Ok(()),
+        match assemble(CAPABILITY) {
+            Ok(_) => return fatbin(compiler, ptx, assemble),
             Err(why) => refusal = why,
         }
     }
     let _ = fs::remove_file(ptx);
     Err(format!("{}: ptxas accepts its PTX in no version up to 8.0: {refusal}", source.display()))
+}
+
+/// Assembles machine code and packs it into one file, `S.fatbin` beside the PTX. Compressed as every driver can read it:
+/// what newer compilers do by default (zstd) needs a newer driver, and older compilers have no other way and no option.
+fn fatbin(compiler: &Compiler, ptx: &Path, assemble: impl Fn((u32, u32)) -> Result<PathBuf>) -> Result<()> {
+    let to = ptx.with_extension("fatbin");
+    let mut images = Vec::new();
+    for &(major, minor) in &compiler.machine_code {
+        let cubin = assemble((major, minor))?;
+        images.push(format!("--image3=kind=elf,sm={major}{minor},file={}", cubin.display()));
+    }
+    let pack = |options: &[&str]| {
+        let command = &mut Command::new(&compiler.fatbinary);
+        run(command.args(["--64", "--compress-all"]).args(options).arg("--create").arg(&to).args(&images))
+    };
+    pack(&["--compress-mode=speed"]).or_else(|_| pack(&[]))
 }
 
 fn run(command: &mut Command) -> Result<()> {
@@ -640,9 +679,11 @@ struct Stem {
 /// or pair of entries.
 fn table(compiler: Option<&Compiler>, headers: &[Header], stems: &[Stem]) -> Result<String> {
     let (version, ptxas) = (compiler.map(|c| &c.version), compiler.map(|c| &c.ptxas));
+    let machine_code = compiler.map_or(&[][..], |c| &c.machine_code);
     let mut text = format!(
         "/// CUDA version of the compiler that made the PTX.\npub const COMPILER: Option<&str> = {version:?};\n\
-         /// Its assembler.\npub const PTXAS: Option<&str> = {ptxas:?};\n"
+         /// Its assembler.\npub const PTXAS: Option<&str> = {ptxas:?};\n\
+         /// Compute capabilities with machine code.\npub const MACHINE_CODE: &[(u32, u32)] = &{machine_code:?};\n"
     );
     for Header { stem, twins } in headers.iter().filter(|header| !header.twins.is_empty()) {
         text += &format!("/// Twins of kernels/include/{stem}.cuh.\npub mod {stem} {{\n");
@@ -655,15 +696,16 @@ fn table(compiler: Option<&Compiler>, headers: &[Header], stems: &[Stem]) -> Res
     let mut all = Vec::new();
     for stem in stems {
         let name = &stem.name;
-        let images = match &stem.ptx {
-            Some(path) => {
-                format!("Image {{ capability: {CAPABILITY:?}, code: Code::Ptx(include_str!({path:?})) }}")
-            }
-            None => String::new(),
+        let (images, fatbin) = match &stem.ptx {
+            Some(path) => (
+                format!("Image {{ capability: {CAPABILITY:?}, ptx: include_str!({path:?}) }}"),
+                format!("include_bytes!({:?})", path.with_extension("fatbin")),
+            ),
+            None => (String::new(), "&[]".into()),
         };
         text += &format!(
             "/// Entries of kernels/{name}.cu.\npub mod {name} {{\n    use super::*;\n    \
-             static MODULE: Module = Module {{ stem: {name:?}, images: &[{images}] }};\n"
+             pub(super) static MODULE: Module = Module {{ stem: {name:?}, images: &[{images}], fatbin: {fatbin} }};\n"
         );
         stem.twins.iter().for_each(|twin| text += &twin_text(twin));
         let kernel = |entry: &str| {
@@ -702,6 +744,8 @@ fn table(compiler: Option<&Compiler>, headers: &[Header], stems: &[Stem]) -> Res
         }
         text += "}\n";
     }
+    let modules: Vec<String> = stems.iter().map(|stem| format!("&{}::MODULE", stem.name)).collect();
+    text += &format!("/// Every module.\npub static MODULES: &[&Module] = &[{}];\n", modules.join(", "));
     text += &format!("/// Every entry.\npub static ALL: &[&Kernel] = &[{}];\n", all.join(", "));
     Ok(text)
 }

@@ -12,51 +12,85 @@ use crate::shape::DType;
 pub struct Module {
     /// The operation's stem.
     pub stem: &'static str,
-    /// The same kernels compiled for different GPUs; empty without a compiler.
+    /// The same kernels as PTX for different GPUs; empty without a compiler.
     pub images: &'static [Image],
+    /// The same as machine code for the compute capabilities [`MACHINE_CODE`], out of which the driver takes its GPU's:
+    /// a fatbin of CUDA. Empty without a compiler.
+    pub fatbin: &'static [u8],
 }
 
-/// A module compiled for one compute capability.
+/// A module as PTX for a compute capability, which runs on this and on every newer one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Image {
-    /// The compute capability it was compiled for, (major, minor).
+    /// The compute capability, (major, minor).
     pub capability: (u32, u32),
-    /// What the driver is given.
-    pub code: Code,
-}
-
-/// The two forms of an [`Image`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Code {
-    /// PTX, which the driver compiles: runs on its capability and every newer one.
-    Ptx(&'static str),
-    /// Machine code: runs on GPUs of the same major number and at least its minor number.
-    Cubin(&'static [u8]),
+    /// The text.
+    pub ptx: &'static str,
 }
 
 impl Module {
     /// The PTX of the lowest capability, which runs on all supported GPUs; empty without a compiler.
     pub fn ptx(&self) -> &'static str {
-        let ptx = self.images.iter().filter_map(|image| match image.code {
-            Code::Ptx(text) => Some((image.capability, text)),
-            Code::Cubin(_) => None,
-        });
-        ptx.min_by_key(|(capability, _)| *capability).map_or("", |(_, text)| text)
+        self.images.iter().min_by_key(|image| image.capability).map_or("", |image| image.ptx)
     }
 }
 
-/// The best of `images` for a GPU of compute capability `device`: the newest machine code that runs on it; if there is
-/// none, or with `ptx_only` (the emulator runs PTX alone), the newest PTX not above `device`. `None` if nothing runs on
-/// it.
-pub fn best_image(images: &[Image], device: (u32, u32), ptx_only: bool) -> Option<&Image> {
-    let newest = |cubins: bool| {
-        let runs = images.iter().filter(move |image| match image.code {
-            Code::Ptx(_) => !cubins && image.capability <= device,
-            Code::Cubin(_) => cubins && image.capability.0 == device.0 && image.capability.1 <= device.1,
-        });
-        runs.max_by_key(|image| image.capability)
+/// The newest of `images` that runs on a GPU of compute capability `device`; `None` if none does.
+pub fn best_image(images: &[Image], device: (u32, u32)) -> Option<&Image> {
+    images.iter().filter(|image| image.capability <= device).max_by_key(|image| image.capability)
+}
+
+/// Where PTX declares an entry.
+const ENTRY: &str = ".visible .entry ";
+
+/// The module `ptx` without its entries other than `name`, for a driver that would compile all of them. What is not an
+/// entry stays.
+pub fn entry_alone(ptx: &str, name: &str) -> String {
+    let (mut alone, mut rest) = (String::new(), ptx);
+    while let Some((before, declared)) = rest.split_once(ENTRY) {
+        let end = end_of_body(declared);
+        alone += before;
+        if declared.split_once('(').is_some_and(|(declared, _)| declared.trim() == name) {
+            alone += ENTRY;
+            alone += &declared[..end];
+        }
+        rest = &declared[end..];
+    }
+    alone + rest
+}
+
+/// Where the first body in braces ends. There are braces within it: scopes of calls and of inline assembly.
+fn end_of_body(text: &str) -> usize {
+    let mut depth = 0usize;
+    for (at, byte) in text.bytes().enumerate() {
+        match byte {
+            b'{' => depth += 1,
+            b'}' if depth == 1 => return at + 1,
+            b'}' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    text.len()
+}
+
+/// The sizes in bytes of the parameters of the entry `name`, in order; `None` if the module has no such entry.
+pub fn parameters(ptx: &str, name: &str) -> Option<Vec<usize>> {
+    let declared = ptx.split(ENTRY).skip(1).find_map(|entry| {
+        let (declared, rest) = entry.split_once('(')?;
+        (declared.trim() == name).then_some(rest)
+    })?;
+    let (params, _) = declared.split_once(')')?;
+    let params = params.split(',').map(str::trim).filter(|param| !param.is_empty());
+    // `.param .u32 NAME`, or `.param .align 4 .b8 NAME[BYTES]` for a struct.
+    let size = |param: &str| match param.split_once('[') {
+        Some((_, bytes)) => bytes.trim_end_matches(']').parse().unwrap_or(0),
+        None => param
+            .split_whitespace()
+            .nth(1)
+            .and_then(|kind| kind.get(2..)?.parse().ok())
+            .map_or(0, |bits: usize| bits / 8),
     };
-    if ptx_only { newest(false) } else { newest(true).or_else(|| newest(false)) }
+    Some(params.map(size).collect())
 }
 
 /// One entry (a `__global__` function).

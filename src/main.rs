@@ -40,7 +40,7 @@ fn parse() -> Result<Cli, Error> {
     if error.kind() == ErrorKind::UnknownArgument
         && std::env::args().nth(1).is_some_and(|command| command == "train")
         && let Some(ContextValue::String(flag)) = error.get(ContextKind::InvalidArg)
-        && let Some(sentence) = config::no_flag(flag)
+        && let Some(sentence) = config::no_flag(flag, error.get(ContextKind::SuggestedArg).is_some())
     {
         return Err(Error::Usage(sentence));
     }

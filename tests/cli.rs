@@ -170,6 +170,11 @@ fn wrong_usage_is_one_sentence_and_exit_2() {
     for (flag, says) in [
         ("--lr=1e-4", "there is no flag --lr; here it is 'learning_rate', see 'ddpm-cuda train --help'"),
         ("--batch-size=8", "there is no flag --batch-size; here it is 'batch'"),
+        ("--num_train_steps=8", "there is no flag --num_train_steps; here it is 'steps'"),
+        (
+            "--learnin-rate=1",
+            "there is no flag --learnin-rate; the nearest setting is 'learning_rate': --set learning_rate=VALUE",
+        ),
         ("--image-size=32", "there is no flag --image-size; it is a setting: --set image_size=VALUE"),
         ("--widths=32,64", "there is no flag --widths; it is a setting: --set widths=VALUE"),
         ("--epochs=3", "here it is 'steps' (steps = epochs * images / batch)"),

@@ -410,7 +410,12 @@ fn cifar_folders() {
     assert_eq!((data.classes.len(), &*data.classes[7]), (10, "horse"));
     let parts = "data_batch_3.bin, data_batch_4.bin, data_batch_5.bin, test_batch.bin";
     let here = folder.path().display();
-    assert_eq!(data.notes, [format!("{here} is CIFAR-10 without {parts}, which the whole set has")]);
+    let notes = [
+        format!("{here} is CIFAR-10 without {parts}, which the whole set has"),
+        "10 classes, not used: classes = 0; use --set classes=10".into(),
+    ];
+    assert_eq!(data.notes, notes);
+    assert_eq!(data::load(&mut with_classes(folder.path(), 10)).unwrap().notes[0], notes[0]);
     assert_eq!((data.train.extent().to_string(), data.train.labels()), ("32x32x3".into(), Some(&[9, 0, 7][..])));
     assert_eq!((&data.train.image(0)[..6], &data.train.image(2)[3069..]), (&[1, 2, 3, 1, 2, 3][..], &[4, 5, 6][..]));
     assert!(data.held_out.is_empty());
@@ -1230,7 +1235,11 @@ fn emnist_is_turned_upright() {
     let b = bytes(12);
     assert_eq!(data.train.image(1), [b[6], b[9], b[7], b[10], b[8], b[11]]);
     let here = images.display();
-    assert_eq!(data.notes, [format!("{here}: EMNIST stores its images transposed; they are turned upright")]);
+    let notes = [
+        format!("{here}: EMNIST stores its images transposed; they are turned upright"),
+        "27 classes, not used: classes = 0; use --set classes=27".into(),
+    ];
+    assert_eq!(data.notes, notes);
     folder.put("emnist-letters-test-images-idx3-ubyte.gz", &gzip(&idx(&[1, 2, 3], &bytes(6))));
     let data = load(folder.path());
     assert_eq!((data.train.len(), data.held_out.image(0)), (2, &[b[0], b[3], b[1], b[4], b[2], b[5]][..]));
@@ -1283,6 +1292,11 @@ fn only_the_arrays_that_are_needed_are_read() {
     let four = npy("|u1", &[2, 2, 2, 4], &bytes(32));
     let data = load(&folder.put("a.npy", &four));
     assert!(data.notes[0].starts_with("the images have 4 channels and are learnt as they are"), "{:?}", data.notes);
+    // One colour image without an axis of its own.
+    let single = load(&folder.put("a.npy", &npy("|u1", &[8, 6, 3], &bytes(144))));
+    let note =
+        "the array is read as 8 grey images of 6x3; if it is a single colour image, save it in the shape 1x8x6x3";
+    assert_eq!(single.notes, [note]);
 }
 
 #[test]

@@ -424,9 +424,17 @@ fn idle_memory_is_given_back_and_what_is_missing_is_named() {
     if std::env::var_os(CHILD).is_none() {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args(["--exact", "idle_memory_is_given_back_and_what_is_missing_is_named", "--nocapture"]);
-        let out = command.env(CHILD, "1").env("CUDA_EMU_MEMORY", "64M").output().unwrap();
+        let out = command.env(CHILD, "1").env("CUDA_EMU_MEMORY", "64M").env("CUDA_EMU_LOG", "calls").output().unwrap();
         let said = String::from_utf8_lossy(&out.stdout);
         assert!(out.status.success() && said.contains("1 passed"), "{said}");
+        // A driver frees in stream order: between freeing and asking again the stream is waited for, and the driver's
+        // own pool trimmed.
+        let calls = String::from_utf8_lossy(&out.stderr);
+        let calls: Vec<&str> = calls.lines().filter_map(|line| line.split("cuda_emu: ").nth(1)).collect();
+        let at = |name: &str| calls.iter().position(|call| call.contains(name)).unwrap_or_else(|| panic!("{calls:?}"));
+        let (freed, trimmed) = (at("cuMemFreeAsync"), at("cuMemPoolTrimTo"));
+        assert!(calls[freed..trimmed].iter().any(|call| call.contains("cuStreamSynchronize")), "{calls:?}");
+        assert!(calls[trimmed..].iter().any(|call| call.contains("cuMemAllocAsync")), "{calls:?}");
         return;
     }
     let gpu = Gpu::open(0, DType::F32, false).unwrap();

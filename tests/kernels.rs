@@ -4,7 +4,6 @@
 
 mod support;
 
-use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
 
@@ -13,7 +12,7 @@ use ddpm_cuda::config::Config;
 use ddpm_cuda::data::{Data, Dataset, Extent};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::device::cuda::{Gpu, Launched};
-use ddpm_cuda::kernels::{self, Code, Image, Kernel, Kind, Module, best_image};
+use ddpm_cuda::kernels::{self, Image, Kernel, Kind, MODULES, Module, best_image, entry_alone, parameters};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::train::Trainer;
 use rayon::prelude::*;
@@ -33,12 +32,6 @@ const ARCHITECTURES: [(&str, [u32; 2]); 6] = [
 
 /// Entries that may use local memory, with the reason.
 const LOCAL_MEMORY: [(&str, &str); 0] = [];
-
-/// The module of every stem, once.
-fn modules() -> Vec<&'static Module> {
-    let by_stem: BTreeMap<&str, &Module> = kernels::ALL.iter().map(|k| (k.module.stem, k.module)).collect();
-    by_stem.into_values().collect()
-}
 
 /// For each entry its name and the bytes of stack, spill stores and spill loads, from the output of `ptxas -v`:
 ///
@@ -67,12 +60,11 @@ fn every_entry_assembles_for_every_architecture_without_local_memory() {
         return gpu::skip(&format!("no kernel is assembled, since there is no ptxas; {set} is the path of one"));
     };
     let folder = tempfile::tempdir().unwrap();
-    let modules = modules();
-    for module in &modules {
+    for module in MODULES {
         std::fs::write(folder.path().join(module.stem), module.ptx()).unwrap();
     }
     let known = ARCHITECTURES.iter().filter(|(_, since)| version >= *since);
-    let all: Vec<(&Module, &str)> = known.flat_map(|(arch, _)| modules.iter().map(move |m| (*m, *arch))).collect();
+    let all: Vec<(&Module, &str)> = known.flat_map(|(arch, _)| MODULES.iter().map(move |&m| (m, *arch))).collect();
     let check = |&(module, arch): &(&Module, &str)| -> Option<String> {
         let mut command = Command::new(&ptxas);
         command.args(["-v", "-o", "/dev/null"]).arg(format!("-arch={arch}")).arg(folder.path().join(module.stem));
@@ -119,7 +111,7 @@ fn drivers_since_cuda_12_know_the_ptx() {
     if !gpu::available() {
         return;
     }
-    for module in modules() {
+    for module in MODULES {
         let line = |start: &str| {
             module.ptx().lines().find_map(|l| l.strip_prefix(start)).unwrap_or_default().trim().to_string()
         };
@@ -204,32 +196,75 @@ fn a_struct_is_compared_by_name_and_size() {
 }
 
 #[test]
-fn machine_code_of_a_gpus_own_is_chosen_before_ptx() {
-    let ptx = |capability| Image { capability, code: Code::Ptx("text") };
-    let cubin = |capability| Image { capability, code: Code::Cubin(b"code") };
-    let images = [ptx((8, 0)), cubin((8, 0)), cubin((8, 6)), ptx((9, 0)), cubin((9, 0)), ptx((10, 0))];
+fn the_newest_ptx_that_runs_is_chosen() {
+    let ptx = |capability| Image { capability, ptx: "text" };
+    let images = [ptx((8, 0)), ptx((9, 0)), ptx((10, 0))];
     let cases = [
-        ((8, 0), Some(cubin((8, 0)))),
-        ((8, 6), Some(cubin((8, 6)))),
-        // A cubin runs on later minor versions of its major version; the newest that runs is best.
-        ((8, 9), Some(cubin((8, 6)))),
-        ((9, 0), Some(cubin((9, 0)))),
-        // No cubin of its major version: the newest PTX that is not above it.
-        ((10, 3), Some(ptx((10, 0)))),
-        ((12, 0), Some(ptx((10, 0)))),
+        ((8, 0), Some((8, 0))),
+        ((8, 9), Some((8, 0))),
+        ((9, 0), Some((9, 0))),
+        ((12, 0), Some((10, 0))),
         ((7, 5), None),
     ];
     for (device, want) in cases {
-        assert_eq!(best_image(&images, device, false).copied(), want, "{device:?}");
+        assert_eq!(best_image(&images, device).copied(), want.map(ptx), "{device:?}");
     }
-    // Neither a cubin of a later minor version runs, nor PTX of a later capability.
-    assert_eq!(best_image(&[cubin((8, 6)), ptx((9, 0))], (8, 0), false), None);
-    // The emulator takes PTX only.
-    let cases = [((8, 9), Some(ptx((8, 0)))), ((9, 0), Some(ptx((9, 0)))), ((7, 5), None)];
-    for (device, want) in cases {
-        assert_eq!(best_image(&images, device, true).copied(), want, "{device:?}");
+    assert_eq!(best_image(&[ptx((9, 0))], (8, 0)), None);
+}
+
+/// Drivers compile all entries of a module, so each is given alone: complete, and with all that is not an entry.
+#[test]
+fn an_entry_alone_is_a_module() {
+    let text = ".version 7.0\n.global .b8 a[2] = {1, 2};\n.visible .entry s_a(\n.param .u64 s_a_param_0,\n.param .align 4 \
+                .b8 s_a_param_1[12]\n)\n.maxntid 64, 1, 1\n{\n\t{ // callseq 0, 0\n\t}\nret;\n}\n.const .b32 c;\n.visible \
+                .entry s_ab(.param .f32 x)\n{\nret;\n}\n";
+    let (head, between) = (".version 7.0\n.global .b8 a[2] = {1, 2};\n", "\n.const .b32 c;\n");
+    let (first, second) = (text.find(".visible").unwrap(), text.rfind(".visible").unwrap());
+    let own = &text[first..text.find(between).unwrap()];
+    assert_eq!(entry_alone(text, "s_a"), format!("{head}{own}{between}\n"));
+    assert_eq!(entry_alone(text, "s_ab"), format!("{head}{between}{}", &text[second..]));
+    assert_eq!(entry_alone(text, "s"), format!("{head}{between}\n"));
+    assert_eq!((parameters(text, "s_a"), parameters(text, "s_ab")), (Some(vec![8, 12]), Some(vec![4])));
+    assert_eq!(parameters(text, "s"), None);
+    for kernel in kernels::ALL.iter().filter(|_| gpu::available()) {
+        let alone = entry_alone(kernel.module.ptx(), kernel.name);
+        assert_eq!(alone.matches(".entry ").count(), 1, "{}", kernel.name);
+        let sizes = parameters(&alone, kernel.name).unwrap();
+        assert!(sizes.len() == kernel.params.len() && sizes.iter().all(|&bytes| bytes >= 4), "{}", kernel.name);
+        for (&bytes, (kind, name)) in sizes.iter().zip(kernel.params) {
+            let want = match kind {
+                Kind::Pointer | Kind::PointerMut | Kind::U64 | Kind::F64 => 8,
+                Kind::U32 | Kind::F32 => 4,
+                Kind::Struct(_, bytes) => *bytes,
+            };
+            assert_eq!(bytes, want, "{} {name}", kernel.name);
+        }
     }
-    assert_eq!(best_image(&[cubin((8, 0))], (8, 0), true), None);
+}
+
+/// Every module has machine code for each capability that the compiler knows.
+#[test]
+fn fatbins_hold_machine_code() {
+    if !gpu::available() {
+        return;
+    }
+    assert!(kernels::MACHINE_CODE.starts_with(&[(8, 0), (8, 6), (8, 9), (9, 0)]), "{:?}", kernels::MACHINE_CODE);
+    for module in MODULES {
+        // The magic number of a fatbin, its version, the length of its header and of what follows.
+        let [magic, head] = [0, 4].map(|at| u32::from_le_bytes(module.fatbin[at..at + 4].try_into().unwrap()));
+        let body = u64::from_le_bytes(module.fatbin[8..16].try_into().unwrap());
+        assert_eq!((magic, head), (0xba55_ed50, 0x0010_0001), "{}", module.stem);
+        assert_eq!(module.fatbin.len() as u64, 16 + body, "{}", module.stem);
+        // Each image has a header with the capability at byte 28, and says how far it is to the next.
+        let (mut at, mut found) = (16, Vec::new());
+        while at < module.fatbin.len() {
+            let word =
+                |offset: usize| u32::from_le_bytes(module.fatbin[at + offset..at + offset + 4].try_into().unwrap());
+            found.push((word(28) / 10, word(28) % 10));
+            at += (word(4) + word(8)) as usize;
+        }
+        assert_eq!(found, kernels::MACHINE_CODE, "{}", module.stem);
+    }
 }
 
 /// The launches of each of `count` steps of a warm trainer whose data set is resident on the GPU.

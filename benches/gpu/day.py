@@ -44,7 +44,8 @@ BARE += ["--set", "warmup_steps=0"]
 
 # A test binary's tests on the emulator, where all of them take a quarter of an hour; without a line: all.
 EMULATED_TESTS = {"ops": ["silu::"], "unet": ["the_kernels_agree_with_pytorch_in_bf16"],
-                  "gpu": ["a_warm_step_allocates_nothing"], "kernels": ["a_launch_that_does_not_fit"]}
+                  "gpu": ["a_warm_step_allocates_nothing"], "kernels": ["a_launch_that_does_not_fit"],
+                  "driver": ["nothing_can_be_copied"]}
 
 # What is kept in the record of a kernel that ncu has measured in full.
 NCU_FIGURES = [

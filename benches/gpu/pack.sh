@@ -10,7 +10,7 @@ set -euo pipefail
 # What travels to a rented machine in one go.
 most=50000000
 # On a GPU these say something; the tests of the CPU's side have run where this is packed.
-targets=(ops unet gpu kernels)
+targets=(ops unet gpu kernels driver)
 
 root=$(cd "$(dirname "$0")/../.." && pwd)
 here=$root/benches/gpu

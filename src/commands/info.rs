@@ -117,7 +117,15 @@ pub fn run(args: &Args) -> Result<()> {
         Err(why) => say!("driver: {why}"),
     }
     match (kernels::COMPILER, cuda::missing_in_this_build()) {
-        (Some(version), _) => say!("kernels: {}, compiled by CUDA {version}", kernels::ALL.len()),
+        (Some(version), _) => {
+            let codes: Vec<String> =
+                kernels::MACHINE_CODE.iter().map(|(major, minor)| format!("{major}.{minor}")).collect();
+            let all = kernels::ALL.len();
+            say!(
+                "kernels: {all}, compiled by CUDA {version} for compute capability {}, and for others by the driver",
+                codes.join(", ")
+            );
+        }
         (None, Some(missing)) if cuda::driver_is_likely() => say!("kernels: none, {missing} to use the GPU"),
         (None, Some(missing)) => say!("kernels: none, {missing}"),
         (None, None) => say!("kernels: none"),

@@ -26,7 +26,7 @@ pub struct On {
 }
 
 impl On {
-    /// [`Device::open`], saying why an NVIDIA driver or GPU is passed over.
+    /// [`Device::open`], saying what it says.
     ///
     /// # Errors
     /// `Error::Failed` for a GPU or a precision that is not available.
@@ -37,8 +37,8 @@ impl On {
 
 /// [`On::open`] for a device and a precision of any source.
 fn open(device: Choice, precision: Precision) -> Result<Device> {
-    let (device, note) = Device::open(device, precision)?;
-    if let Some(note) = note {
+    let (device, notes) = Device::open(device, precision)?;
+    for note in notes {
         say!("{note}");
     }
     Ok(device)

@@ -47,6 +47,17 @@ const OTHERS: &[(&[&str], Here)] = &[
         Setting("steps"),
     ),
     (
+        &[
+            "num_train_steps",
+            "num_training_steps",
+            "n_train_steps",
+            "training_iterations",
+            "train_iters",
+            "num_updates",
+        ],
+        Setting("steps"),
+    ),
+    (
         &["max_train_steps", "iterations", "iters", "n_iter", "n_iters", "num_iterations", "max_iter", "total_iters"],
         Setting("steps"),
     ),
@@ -256,14 +267,18 @@ pub(super) fn no_setting(key: &str) -> String {
     format!("there is no setting '{key}'; {lead}")
 }
 
-/// The sentence for a flag of `train` that does not exist but names a setting, in our words or another tool's; `None`
-/// for any other, such as a slip in a flag.
-pub fn no_flag(flag: &str) -> Option<String> {
+/// The sentence for a flag of `train` that does not exist but names a setting, in our words or another tool's, or with a
+/// slip unless the flag is `like_another`; `None` for any other.
+pub fn no_flag(flag: &str, like_another: bool) -> Option<String> {
     let name = plain(flag);
     if SETTINGS.iter().any(|s| s.key == name) {
         return Some(format!("there is no flag {flag}; it is a setting: --set {name}=VALUE"));
     }
-    known(&name).map(|lead| format!("there is no flag {flag}; {lead}, see 'ddpm-cuda train --help'"))
+    if let Some(lead) = known(&name) {
+        return Some(format!("there is no flag {flag}; {lead}, see 'ddpm-cuda train --help'"));
+    }
+    let near = nearest(&name).filter(|_| !like_another);
+    near.map(|near| format!("there is no flag {flag}; the nearest setting is '{near}': --set {near}=VALUE"))
 }
 
 /// A name as [`OTHERS`] has it.

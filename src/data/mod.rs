@@ -244,6 +244,7 @@ impl Source {
     /// `Error::File` for data that is damaged or does not fit the settings.
     pub fn load(self, config: &mut Config) -> Result<Data> {
         let target = Target::of(config);
+        let arrays = matches!(self.content, Content::Arrays(_));
         let Found { mut train, mut held_out, names, mut notes } = match self.content {
             Content::Arrays(found) => found,
             Content::Folder(folder) => folder.load(target, config.model.classes)?,
@@ -259,6 +260,10 @@ impl Source {
         }
         notes.extend(train.empty_classes_note(classes, &names));
         let names = class_names(names, std::iter::once(&train).chain(&held_out).map(|part| &part.labels));
+        // A folder has said so. Of the built-in digits it is known, and every run without settings would say it.
+        if arrays && classes == 0 && names.len() > 1 && config.data != "mnist" {
+            notes.push(format!("{0} classes, not used: classes = 0; use --set classes={0}", names.len()));
+        }
         let (train, held_out) = match held_out {
             Some(held_out) => (train.into_dataset(), held_out.into_dataset()),
             None => train.split(config.held_out)?,
@@ -552,7 +557,7 @@ fn read_one(path: &Path, channels: Option<usize>) -> Result<Found> {
         let array = npy::Array::parse("the file", &bytes).map_err(|e| Error::file(path, e))?;
         let labels = Err(NoLabels::new(path, "is a .npy file, which has no labels; put both into a .npz"));
         let train = from_array(path, array, labels, channels)?;
-        let notes = four_channels_note(&train).into_iter().collect();
+        let notes = array_note(&train).into_iter().collect();
         return Ok(Found { train, held_out: None, names: Vec::new(), notes });
     }
     if idx::is_idx(&bytes) {
@@ -629,15 +634,24 @@ fn read_npz(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<Found>
     let train = part(images, labels)?;
     let held_out = HELD_OUT_NAMES.iter().find(|(images, _)| there(images));
     let held_out = held_out.map(|&(images, labels)| part(images, labels)).transpose()?;
-    let notes = four_channels_note(&train).into_iter().collect();
+    let notes = array_note(&train).into_iter().collect();
     Ok(Found { train, held_out, names: Vec::new(), notes })
 }
 
-/// Nothing says what the fourth channel of an array is, so it is neither dropped nor laid over a background.
-fn four_channels_note(part: &Part) -> Option<String> {
-    (part.extent.channels == 4).then(|| {
-        "the images have 4 channels and are learnt as they are; if the fourth is transparency, so are the colours hidden under it: lay the images over a background first, as 3 channels".into()
-    })
+/// What the shape of an array leaves open. Nothing says what a fourth channel is, so it is neither dropped nor laid over
+/// a background; and a single colour image has the shape of many narrow grey ones.
+fn array_note(part: &Part) -> Option<String> {
+    let Extent { size: Size { h, w }, channels } = part.extent;
+    let n = part.len();
+    match channels {
+        4 => Some(
+            "the images have 4 channels and are learnt as they are; if the fourth is transparency, so are the colours hidden under it: lay the images over a background first, as 3 channels".into(),
+        ),
+        1 if (w == 3 || w == 4) && h > 4 => Some(format!(
+            "the array is read as {n} grey images of {h}x{w}; if it is a single colour image, save it in the shape 1x{n}x{h}x{w}"
+        )),
+        _ => None,
+    }
 }
 
 fn from_array(path: &Path, images: npy::Array, labels: Labels, channels: Option<usize>) -> Result<Part> {

@@ -78,12 +78,13 @@ pub enum Device {
 
 impl Device {
     /// Opens the device that the command line asks for. `auto` is the first GPU that can run this build's kernels,
-    /// otherwise the CPU. If it passes over an NVIDIA driver or GPU, a sentence for the user says why.
+    /// otherwise the CPU. The sentences are for the user: why an NVIDIA driver or GPU is passed over, or
+    /// [`Gpu::notes`](cuda::Gpu::notes).
     ///
     /// # Errors
     /// `Error::Failed` for a GPU that was asked for by number and is not available, or a precision that is not,
     /// `Error::Usage` for a `DDPM_CUDA_SIMD` that is not a SIMD level.
-    pub fn open(choice: Choice, precision: Precision) -> Result<(Self, Option<String>)> {
+    pub fn open(choice: Choice, precision: Precision) -> Result<(Self, Vec<String>)> {
         // For a GPU too: the host prepares its data.
         cpu::simd::limit().map_err(Error::Usage)?;
         let activations = match precision {
@@ -99,13 +100,19 @@ impl Device {
             },
         };
         match gpu {
-            Some(gpu) => Ok((Device::Cuda(gpu), None)),
+            Some(gpu) => {
+                let notes = gpu.notes().to_vec();
+                Ok((Device::Cuda(gpu), notes))
+            }
             None if precision == Precision::Bf16 => {
                 let why = note.map_or(String::new(), |why| format!(" ({why})"));
                 let what = "bf16 was asked for, but the CPU computes in f32 only";
                 Err(Error::Failed(format!("{what}{why}: use --precision f32")))
             }
-            None => Ok((Device::cpu(), note.map(|why| format!("computing on the CPU: {why}")))),
+            None => {
+                let notes = note.iter().map(|why| format!("computing on the CPU: {why}")).collect();
+                Ok((Device::cpu(), notes))
+            }
         }
     }
 

@@ -60,7 +60,10 @@ mod absent {
         pub fn new_stream(&self) -> Result<Arc<CudaStream>> {
             match *self {}
         }
-        pub fn new_event(&self, _flags: Option<()>) -> Result<CudaEvent> {
+        pub fn cu_device(&self) -> sys::CUdevice {
+            match *self {}
+        }
+        pub fn new_event(&self, _flags: Option<sys::CUevent_flags>) -> Result<CudaEvent> {
             match *self {}
         }
         pub unsafe fn alloc_pinned<T>(&self, _len: usize) -> Result<PinnedHostSlice<T>> {
@@ -100,6 +103,9 @@ mod absent {
             match *self {}
         }
         pub fn synchronize(&self) -> Result<()> {
+            match *self {}
+        }
+        pub fn elapsed_ms(&self, _end: &Self) -> Result<f32> {
             match *self {}
         }
     }
@@ -218,6 +224,7 @@ mod absent {
         pub type CUdeviceptr = u64;
 
         pub type CUdevice = i32;
+        pub type CUmemoryPool = *mut c_void;
         pub type CUmodule = *mut c_void;
         pub type CUfunction = *mut c_void;
         pub type CUstream = *mut c_void;
@@ -245,6 +252,11 @@ mod absent {
             CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
         }
 
+        #[derive(Clone, Copy)]
+        pub enum CUevent_flags {
+            CU_EVENT_DEFAULT,
+        }
+
         pub unsafe fn is_culib_present() -> bool {
             false
         }
@@ -252,6 +264,16 @@ mod absent {
             CUresult::CUDA_ERROR_NO_DEVICE
         }
         pub unsafe fn cuMemsetD32Async(_to: CUdeviceptr, _word: u32, _words: usize, _stream: CUstream) -> CUresult {
+            CUresult::CUDA_ERROR_NO_DEVICE
+        }
+
+        pub unsafe fn cuMemsetD8Async(_to: CUdeviceptr, _byte: u8, _bytes: usize, _stream: CUstream) -> CUresult {
+            CUresult::CUDA_ERROR_NO_DEVICE
+        }
+        pub unsafe fn cuDeviceGetMemPool(_pool: &mut CUmemoryPool, _device: CUdevice) -> CUresult {
+            CUresult::CUDA_ERROR_NO_DEVICE
+        }
+        pub unsafe fn cuMemPoolTrimTo(_pool: CUmemoryPool, _least: usize) -> CUresult {
             CUresult::CUDA_ERROR_NO_DEVICE
         }
 

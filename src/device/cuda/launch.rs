@@ -10,7 +10,8 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
-use super::driver::{result, sys};
+use super::driver::result;
+use super::trace::Trace;
 use super::{Buffer, Gpu, driver_error};
 use crate::error::Result;
 use crate::kernels::clock::Clock;
@@ -18,7 +19,7 @@ use crate::kernels::{Kernel, Kind, Twin};
 use crate::shape::{DType, Shape};
 
 /// Bytes of dynamic shared memory that a kernel may use without opting in.
-const SHARED_DEFAULT: u32 = 48 << 10;
+pub(super) const SHARED_DEFAULT: u32 = 48 << 10;
 
 /// Most parameters a kernel may have.
 const MOST_ARGUMENTS: usize = 32;
@@ -429,21 +430,15 @@ impl<'a> Launch<'a> {
             "{}: a grid of {x} x {y} x {z} blocks",
             kernel.name
         );
-        if self.gpu.inner.trace {
+        if matches!(self.gpu.inner.trace, Trace::Print) {
             eprintln!("{}", self.describe());
         }
         if let Some(record) = self.gpu.inner.record.get() {
             record.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(self.launched());
         }
-        let function = self.gpu.function(kernel)?;
+        let function = self.gpu.function(kernel, self.shared)?;
         let failed = |e| driver_error(&format!("launching {}", self.describe()), e);
         self.gpu.bind()?;
-        if self.shared > SHARED_DEFAULT {
-            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: the function's module stays loaded while the GPU is open.
-            unsafe { result::function::set_function_attribute(function.0, attribute, self.shared as i32) }
-                .map_err(failed)?;
-        }
         assert!(arguments.list.len() <= MOST_ARGUMENTS, "{}: {} arguments", kernel.name, arguments.list.len());
         let mut pointers = [std::ptr::null_mut::<c_void>(); MOST_ARGUMENTS];
         let block = arguments.block.as_ptr().cast::<u8>();
@@ -451,6 +446,7 @@ impl<'a> Launch<'a> {
             // SAFETY: every argument lies in the block.
             *pointer = unsafe { block.add(argument.offset) }.cast_mut().cast();
         }
+        let stream = &self.gpu.inner.stream;
         // SAFETY: number, kinds and sizes of the arguments are those of the kernel's parameters: checked above, and a
         // struct of the same name has the layout that build.rs read and whose size it compared with the PTX. The driver
         // only reads the block. Memory behind the pointers stays alive until the stream has passed this launch, since
@@ -458,17 +454,21 @@ impl<'a> Launch<'a> {
         // it reads may be shared, or be the first argument again. That a kernel stays inside its arguments is its own
         // contract: stated in its header, kept by the operations (or the caller of `launch_any`) and tested under the
         // emulator's checks.
-        unsafe {
+        let launch = || unsafe {
             result::launch_kernel(
-                function.0,
+                function.handle,
                 (x as u32, y as u32, z as u32),
                 self.block.into(),
                 self.shared,
-                self.gpu.inner.stream.cu_stream(),
+                stream.cu_stream(),
                 &mut pointers[..arguments.list.len()],
             )
+        };
+        self.gpu.inner.trace.around(kernel.name, stream, launch).map_err(failed)?;
+        if matches!(self.gpu.inner.trace, Trace::Sync) {
+            stream.synchronize().map_err(|e| driver_error(&format!("running {}", self.describe()), e))?;
         }
-        .map_err(failed)
+        Ok(())
     }
 
     fn describe(&self) -> String {

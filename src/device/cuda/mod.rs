@@ -9,19 +9,19 @@
 mod clock;
 mod driver;
 mod launch;
+mod modules;
 mod pool;
 mod staging;
 pub mod tile;
+mod trace;
 
-use std::collections::HashMap;
-use std::ffi::CString;
 use std::fmt::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::PoolStats;
 use crate::error::{Error, Result};
-use crate::kernels::{self, Code, Kernel};
+use crate::kernels;
 use crate::shape::DType;
 use driver::{CudaContext, CudaStream, DriverError, result, sys};
 
@@ -47,7 +47,7 @@ pub struct Gpu {
 
 struct Inner {
     /// Declared, and so dropped, before the stream, whose context they need.
-    loaded: Mutex<Loaded>,
+    loaded: Mutex<modules::Loaded>,
     stream: Arc<CudaStream>,
     number: usize,
     name: String,
@@ -57,45 +57,20 @@ struct Inner {
     pool: Mutex<pool::Pool>,
     /// What memory is being requested for, in words.
     purpose: Mutex<String>,
-    /// Print every launch.
-    trace: bool,
+    /// What is shown of launches.
+    trace: trace::Trace,
     /// Launches so far, if they are being recorded.
     record: OnceLock<Mutex<Vec<Launched>>>,
     emulated: bool,
+    /// What the user should know about the kernels.
+    notes: Vec<String>,
 }
 
-/// Modules by stem and functions by name, loaded at their first launch and kept while the GPU is open.
-#[derive(Default)]
-struct Loaded {
-    modules: HashMap<&'static str, Module>,
-    functions: HashMap<&'static str, Function>,
-    /// PTX that replaces a stem's images, for tests that plant bugs.
-    replaced: HashMap<&'static str, String>,
-}
-
-/// A module in a GPU's context.
-struct Module {
-    module: sys::CUmodule,
-    context: Arc<CudaContext>,
-}
-
-// SAFETY: a module handle may be used from any thread.
-unsafe impl Send for Module {}
-
-impl Drop for Module {
+impl Drop for Inner {
     fn drop(&mut self) {
-        self.context.record_err(self.context.bind_to_thread());
-        // SAFETY: loaded once and unloaded once. Its functions are no longer used, since they are dropped with the GPU.
-        self.context.record_err(unsafe { result::module::unload(self.module) });
+        self.trace.report();
     }
 }
-
-/// A kernel in a loaded module.
-#[derive(Clone, Copy)]
-struct Function(sys::CUfunction);
-
-// SAFETY: as for a module.
-unsafe impl Send for Function {}
 
 /// A GPU as the command `info` lists it.
 #[derive(Clone, Debug)]
@@ -300,7 +275,8 @@ fn dotted(version: i32) -> String {
 fn driver_error(what: &str, e: DriverError) -> Error {
     let text = match (e.error_name(), e.error_string()) {
         (Ok(name), Ok(text)) => format!("{}: {}", name.to_string_lossy(), text.to_string_lossy()),
-        _ => format!("{:?}", e.0),
+        // Its number alone: a driver newer than this build may return a code that cudarc's enum has no name for.
+        _ => format!("code {}", e.0 as u32),
     };
     Error::Failed(format!("{what} failed with {text}"))
 }
@@ -314,6 +290,20 @@ impl Gpu {
     /// `Error::Failed` if this build has no CUDA support or no kernels, or if there is no driver, no such GPU, or it is
     /// too old.
     pub fn open(number: usize, activations: DType, guarded: bool) -> Result<Self> {
+        Self::open_as(number, activations, guarded, false)
+    }
+
+    /// A guarded GPU with guard words on the emulator too, where they hide from it where a buffer ends: for tests of
+    /// the guards.
+    ///
+    /// # Errors
+    /// As [`Gpu::open`].
+    pub fn open_with_guard_words(number: usize, activations: DType) -> Result<Self> {
+        Self::open_as(number, activations, true, true)
+    }
+
+    fn open_as(number: usize, activations: DType, guarded: bool, guard_words: bool) -> Result<Self> {
+        let trace = trace::Trace::from_environment()?;
         if let Some(missing) = missing_in_this_build() {
             let what = format!("cuda:{number} was asked for, but {missing}, or use --device cpu");
             return Err(Error::Failed(what));
@@ -336,18 +326,20 @@ impl Gpu {
         let stream = context.new_stream().map_err(failed)?;
         // SAFETY: looks up a symbol and calls nothing.
         let emulated = unsafe { sys::culib().get::<*const ()>(b"emu_version\0") }.is_ok();
+        let (loaded, notes) = modules::Loaded::new(&context, description.capability, emulated)?;
         let inner = Inner {
-            pool: Mutex::new(pool::Pool::new(guarded, emulated)),
+            pool: Mutex::new(pool::Pool::new(guarded, guard_words || !emulated)),
             stream,
             number,
             name: description.name.clone(),
             capability: description.capability,
             activations,
-            loaded: Mutex::default(),
+            loaded: Mutex::new(loaded),
             purpose: Mutex::default(),
-            trace: std::env::var_os("DDPM_TRACE").is_some_and(|v| v == "1"),
+            trace,
             record: OnceLock::new(),
             emulated,
+            notes,
         };
         Ok(Gpu { inner: Arc::new(inner), clock: None })
     }
@@ -355,6 +347,11 @@ impl Gpu {
     /// Type of activations and gradients.
     pub fn activations(&self) -> DType {
         self.inner.activations
+    }
+
+    /// Sentences for the user about the kernels, such as that they come from `DDPM_KERNELS`.
+    pub fn notes(&self) -> &[String] {
+        &self.inner.notes
     }
 
     /// True on the emulator.
@@ -413,6 +410,9 @@ impl Gpu {
         let bytes: &[u8] = bytemuck::cast_slice(data);
         assert!(bytes.len() <= to.bytes(), "{} bytes into a buffer of {}", bytes.len(), to.bytes());
         self.owns(to);
+        if bytes.is_empty() {
+            return Ok(());
+        }
         self.bind()?;
         // SAFETY: `to` holds that many bytes (checked) and lives until the stream has passed the copy, since buffers
         // are reused or freed in the order of this GPU's stream. The driver stages pageable host memory before the call
@@ -430,6 +430,9 @@ impl Gpu {
         assert!(bytes.len() <= from.bytes(), "{} bytes out of a buffer of {}", bytes.len(), from.bytes());
         let what = format!("copying {} bytes from {self}", bytes.len());
         self.owns(from);
+        if bytes.is_empty() {
+            return self.synchronize();
+        }
         self.bind()?;
         // SAFETY: `from` holds that many bytes (checked). `bytes` is borrowed until the stream is synchronised, below;
         // if that fails, the context has failed for good and copies no more.
@@ -445,6 +448,9 @@ impl Gpu {
         assert_eq!(to.bytes(), from.bytes(), "bytes of the two buffers");
         self.owns(to);
         self.owns(from);
+        if to.bytes() == 0 {
+            return Ok(());
+        }
         self.bind()?;
         // SAFETY: both hold that many bytes and are used in the order of this GPU's stream; `to` is borrowed mutably,
         // so they are not the same.
@@ -466,73 +472,15 @@ impl Gpu {
             to.bytes()
         );
         self.owns(to);
+        if words == 0 {
+            return Ok(());
+        }
         self.bind()?;
         // SAFETY: inside the buffer (checked), which is borrowed mutably and used in the order of this GPU's stream.
         let filled = unsafe {
             sys::cuMemsetD32Async(to.address() + offset as u64, word, words, self.inner.stream.cu_stream()).result()
         };
         filled.map_err(|e| driver_error(&format!("filling {words} words on {self}"), e))
-    }
-
-    /// Replaces a stem's kernels by `ptx`, for tests that plant bugs. Panics if a kernel of the stem has been launched
-    /// already.
-    ///
-    /// # Safety
-    /// The text must have the stem's entries, with their parameters, and they must stay inside their arguments. The
-    /// emulator checks every access and stops a kernel that does not.
-    pub unsafe fn replace_kernels(&self, stem: &'static str, ptx: String) {
-        let mut loaded = self.loaded();
-        assert!(!loaded.modules.contains_key(stem), "{stem} has been launched already");
-        loaded.replaced.insert(stem, ptx);
-    }
-
-    /// The kernel's handle; loads its module at the first call.
-    fn function(&self, kernel: &'static Kernel) -> Result<Function> {
-        let mut loaded = self.loaded();
-        if let Some(function) = loaded.functions.get(kernel.name) {
-            return Ok(*function);
-        }
-        let stem = kernel.module.stem;
-        let failed = |e| driver_error(&format!("loading {} on {self}", kernel.name), e);
-        self.bind()?;
-        let module = match loaded.modules.get(stem) {
-            Some(module) => module.module,
-            None => {
-                let image = self.image(kernel.module, loaded.replaced.get(stem))?;
-                // SAFETY: a cubin as compiled, or text that ends with a zero byte.
-                let module = unsafe { result::module::load_data(image.as_ptr().cast()) }.map_err(failed)?;
-                let context = self.inner.stream.context().clone();
-                loaded.modules.insert(stem, Module { module, context });
-                module
-            }
-        };
-        let name = CString::new(kernel.name).map_err(|_| Error::Failed(format!("{} has no symbol", kernel.name)))?;
-        // SAFETY: the module is loaded and stays loaded.
-        let function = Function(unsafe { result::module::get_function(module, name) }.map_err(failed)?);
-        loaded.functions.insert(kernel.name, function);
-        Ok(function)
-    }
-
-    /// What the driver should load for a module on this GPU: its best image, or the PTX that replaces it.
-    fn image(&self, module: &kernels::Module, replaced: Option<&String>) -> Result<Vec<u8>> {
-        let text = |text: &str| {
-            let text = CString::new(text).map_err(|_| Error::Failed(format!("PTX of {} with a zero", module.stem)))?;
-            Ok(text.into_bytes_with_nul())
-        };
-        if let Some(ptx) = replaced {
-            return text(ptx);
-        }
-        let (major, minor) = self.inner.capability;
-        let best = kernels::best_image(module.images, self.inner.capability, self.inner.emulated);
-        match best.map(|image| image.code) {
-            Some(Code::Ptx(ptx)) => text(ptx),
-            // Copied, because allocated memory is aligned as an ELF file needs it and bytes in the program need not be.
-            Some(Code::Cubin(bytes)) => Ok(bytes.to_vec()),
-            None => Err(Error::Failed(format!(
-                "{self} has compute capability {major}.{minor}, for which {} is not compiled: use --device cpu",
-                module.stem
-            ))),
-        }
     }
 
     /// Asserts that a buffer belongs to this GPU, whose stream orders its use.
@@ -550,7 +498,7 @@ impl Gpu {
         self.inner.pool.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn loaded(&self) -> MutexGuard<'_, Loaded> {
+    fn loaded(&self) -> MutexGuard<'_, modules::Loaded> {
         self.inner.loaded.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -40,9 +40,10 @@ impl Pool {
         self.free.values_mut().for_each(|free| free.sort_unstable_by_key(|free| Reverse(free.address)));
     }
 
-    pub(super) fn new(guarded: bool, emulated: bool) -> Self {
-        // The emulator knows where every allocation ends and which bytes have been written; guards would hide both.
-        Pool { guarded, guard: if guarded && !emulated { UNIT } else { 0 }, ..Pool::default() }
+    /// `guard_words`: a guarded pool's buffers lie between guards. The emulator needs none: it knows where every
+    /// allocation ends and which bytes have been written, and guards would hide both.
+    pub(super) fn new(guarded: bool, guard_words: bool) -> Self {
+        Pool { guarded, guard: if guarded && guard_words { UNIT } else { 0 }, ..Pool::default() }
     }
 }
 
@@ -94,6 +95,7 @@ impl Gpu {
                         let idle: usize = pool.free.values().flatten().map(|free| free.memory.len()).sum();
                         pool.stats.held -= idle as u64;
                         pool.free.clear();
+                        self.trim()?;
                         self.ask_driver(size)
                     }
                     other => other,
@@ -108,17 +110,39 @@ impl Gpu {
         pool.stats.peak = pool.stats.peak.max(pool.stats.in_use);
         drop(pool);
         let start = memory.device_ptr(&self.inner.stream).0;
-        let mut buffer = Buffer { memory: Some(memory), bytes: size, address: start, gpu: self.off_clock() };
+        let buffer = Buffer { memory: Some(memory), bytes, address: start + guard as u64, gpu: self.off_clock() };
         if guard > 0 {
-            let pattern = u32::from_ne_bytes([GUARD; 4]);
-            self.fill(&mut buffer, 0, size / 4, pattern)?;
+            // Byte by byte: the guard behind a buffer begins at its last byte.
+            self.fill_bytes(start, GUARD, size)?;
             // Unwritten elements are NaN in either type.
-            buffer.address = start + guard as u64;
-            buffer.bytes = bytes;
-            self.fill(&mut buffer, 0, bytes / 4, u32::MAX)?;
+            self.fill_bytes(buffer.address, u8::MAX, bytes)?;
         }
-        buffer.bytes = bytes;
         Ok(buffer)
+    }
+
+    /// Sets bytes of an allocation of this GPU, which is not in use.
+    fn fill_bytes(&self, address: sys::CUdeviceptr, value: u8, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.bind()?;
+        // SAFETY: `bytes` bytes of an allocation that nothing else refers to yet, in the order of this GPU's stream.
+        let filled = unsafe { sys::cuMemsetD8Async(address, value, bytes, self.inner.stream.cu_stream()).result() };
+        filled.map_err(|e| driver_error(&format!("filling {bytes} bytes on {self}"), e))
+    }
+
+    /// Gives memory that has been freed back to the system. The driver frees in stream order: what has just been
+    /// returned is free once the stream has got there, and what it has freed it keeps for a while.
+    fn trim(&self) -> Result<()> {
+        self.synchronize()?;
+        let mut pool = std::ptr::null_mut();
+        let context = self.inner.stream.context();
+        // SAFETY: the device is this context's, and the driver writes one handle.
+        if unsafe { sys::cuDeviceGetMemPool(&mut pool, context.cu_device()).result() }.is_ok() {
+            // SAFETY: the pool that the driver just named. A device without pools has none and keeps nothing.
+            context.record_err(unsafe { sys::cuMemPoolTrimTo(pool, 0).result() });
+        }
+        Ok(())
     }
 
     fn ask_driver(&self, size: usize) -> std::result::Result<CudaSlice<u8>, DriverError> {

@@ -53,6 +53,10 @@ impl Staging {
             None => gpu.alloc(bytes)?,
         };
         gpu.owns(&to);
+        if bytes == 0 {
+            fill(&mut []);
+            return Ok(to);
+        }
         self.turn = 1 - self.turn;
         let slot = &mut self.slots[self.turn];
         if slot.as_ref().is_none_or(|slot| slot.memory.len() < bytes) {
