@@ -174,7 +174,7 @@ class Stage:
 
     def train(self, name, network, steps, batch, precision="f32", env=None, wrap=(), every=None, keep=False, more=()):
         """Trains a fresh network for a few steps; returns the process and the images per second of each log line."""
-        out = WORK / name
+        out = WORK / f"run-{name}"
         shutil.rmtree(out, ignore_errors=True)
         command = [*wrap, self.day.program, "train", "--device", "cuda", "--precision", precision, "--out", out]
         command += ["--steps", steps, "--batch", batch, *network, *BARE, "--set", f"log_every={every or steps}", *more]
@@ -288,7 +288,7 @@ class Day:
 
     def model(self, stage):
         """A model of that network whose weights are those of no fresh one, which predicts almost zero."""
-        out = WORK / "model"
+        out = WORK / "run-model"
         if not any(checkpoint.name.isdigit() for checkpoint in out.glob("checkpoints/*")):
             batch = 2 if self.emulated else 16
             stage.train("model", self.network(), 5, batch, keep=True, more=["--set", "learning_rate=0.001"])
@@ -534,7 +534,7 @@ def sanitizer(stage):
     tools, found = ("memcheck", "racecheck", "initcheck", "synccheck"), {}
     runs = [(precision, name) for precision in ("f32", "bf16") for name in tools]
     for done, (precision, name) in enumerate(runs):
-        out = WORK / "sanitizer"
+        out = WORK / "run-sanitizer"
         shutil.rmtree(out, ignore_errors=True)
         command = [tool, "--tool", name, "--print-limit", "20", stage.day.program, "train", "--device", "cuda"]
         command += ["--precision", precision, "--out", out, "--steps", "2", "--batch", "4", *TINY, *BARE]
