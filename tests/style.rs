@@ -1,5 +1,5 @@
-//! No line is longer than 120 columns: Rust, CUDA, Python, shell scripts and the prose of Markdown files. `cargo fmt` wraps
-//! code, but neither comments nor code with a long string.
+//! No line is longer than 120 columns: Rust, CUDA, Python, shell scripts and the prose of Markdown files. `cargo fmt`
+//! wraps code, but neither comments nor code with a long string.
 //!
 //! A line of Rust may be longer if a string literal crosses the last column, since messages are not split. In Markdown,
 //! tables, code blocks and lines that are a single link may be longer.

@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use crate::{device, finish, named};
 
 /// Parameter counts of the `small` network of benches/step.rs and of `cifar10`. For comparison, `memory` is `x += a y`
-/// over as many bytes: the bandwidth of the machine, where the CPU is measured. In bf16 an update also writes the rounded
-/// weights and their average, 4 bytes more.
+/// over as many bytes: the bandwidth of the machine, where the CPU is measured. In bf16 an update also writes the
+/// rounded weights and their average, 4 bytes more.
 pub fn bench(c: &mut Criterion) {
     let update = Update {
         step: 10,

@@ -123,8 +123,8 @@ fn ramp() -> impl Iterator<Item = f32> {
     (0u32..).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 23) as f32 - 1.0)
 }
 
-/// `(rows, depth) x (depth, columns)` by the `gemm` crate on all cores: the machine's matrix-product rate, beside a case
-/// of an operation. Left out where a GPU is measured.
+/// `(rows, depth) x (depth, columns)` by the `gemm` crate on all cores: the machine's matrix-product rate, beside a
+/// case of an operation. Left out where a GPU is measured.
 fn matrix_product(c: &mut Criterion, stem: &str, case: &str, [rows, depth, columns]: [usize; 3]) {
     if device().is_gpu() {
         return;

@@ -9,8 +9,8 @@ use ddpm_cuda::train::{Feed, Resident};
 
 use crate::{device, finish, named};
 
-/// Bound by drawing the noise, so measured in elements per second; with and without mirrored images. On a GPU the images
-/// are there already.
+/// Bound by drawing the noise, so measured in elements per second; with and without mirrored images. On a GPU the
+/// images are there already.
 pub fn bench(c: &mut Criterion) {
     let schedule = Schedule::new(Kind::Linear, 1000).expect("the paper's schedule");
     let device = device();

@@ -1,5 +1,5 @@
-//! Where a test finds what it does not bring along: where cargo has built it, or, for test binaries that were carried to
-//! another machine, where the environment says. Every test asks here; CONTRIBUTING.md lists the settings.
+//! Where a test finds what it does not bring along: where cargo has built it, or, for test binaries that were carried
+//! to another machine, where the environment says. Every test asks here; CONTRIBUTING.md lists the settings.
 
 #![allow(dead_code, reason = "each test target uses its own part of this module")]
 
