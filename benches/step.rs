@@ -3,11 +3,12 @@
 //!
 //! `small` has 1.62 M parameters at 32x32x1, batch 16: widths 32,64,64, two blocks per level, attention at 16.
 //! `cifar10` is the preset at batch 4. For GFLOP/s, multiply images per second (elem/s) by the GFLOP per image, printed
-//! first. `DDPM_BENCH_DEVICE=cuda` measures a GPU; training waits for it only every fifty steps.
+//! first. `DDPM_BENCH_DEVICE=cuda` measures a GPU, `DDPM_BENCH_PRECISION=bf16` in bf16. A sample of training is many
+//! steps, which the GPU may fall behind, and the wait for the last of them.
 
 mod support;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ddpm_cuda::conditioning::Conditioning;
@@ -46,27 +47,32 @@ fn steps(criterion: &mut Criterion) {
         let costs = trainer.unet().costs(trainer.params().specs(), m.image_size.h, m.image_size.w);
         let gflop = costs.iter().map(|cost| cost.flops).sum::<u64>() as f64 / 1e9;
         println!("{name}: an image is {:.3} GFLOP in training and {gflop:.3} in sampling, times elem/s", 3.0 * gflop);
-        let mut group = criterion.benchmark_group(name);
+        let mut group = criterion.benchmark_group(support::named(name, &device));
         group.sample_size(10).warm_up_time(Duration::from_secs(2)).measurement_time(Duration::from_secs(10));
         group.throughput(Throughput::Elements(config.batch as u64));
         group.bench_function("train", |b| {
-            b.iter(|| {
-                trainer.step().expect("the loss is finite");
-                if trainer.reports_are_due() || trainer.steps_done().is_multiple_of(50) {
-                    trainer.reports().expect("so is the norm");
+            b.iter_custom(|steps| {
+                let started = Instant::now();
+                for _ in 0..steps {
+                    trainer.step().expect("the loss is finite");
+                    if trainer.reports_are_due() {
+                        trainer.reports().expect("so is the norm");
+                    }
                 }
+                support::finish(&device);
+                started.elapsed()
             })
         });
 
         let shape = Shape::new(config.batch, m.image_size.h, m.image_size.w, m.channels);
-        let x = Var::constant(Tensor::zeros(&device, shape).unwrap());
+        let x = Var::constant(Tensor::zeros_as(&device, device.activations(), shape).unwrap());
         let t = Tensor::full(&device, Shape::new(config.batch, 1, 1, 1), 500.0).unwrap();
         group.bench_function("sample", |b| {
             b.iter(|| {
                 let mut tape = Tape::inference(&device, trainer.ema());
                 let eps =
                     trainer.unet().forward(&mut tape, &x, &t, &Conditioning::NONE, None).expect("nothing is checked");
-                device.synchronize().expect("the kernels do what they should");
+                support::finish(&device);
                 eps
             })
         });

@@ -1,6 +1,9 @@
 //! Checkpoints: we read what diffusers writes and write what it would write; every kind of damage has its message; and
 //! the last good checkpoint survives the process being killed at any moment.
 
+#[path = "support/places.rs"]
+mod places;
+
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -18,9 +21,7 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
+use places::fixture;
 
 fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();

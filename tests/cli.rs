@@ -17,9 +17,10 @@ use ddpm_cuda::unet::UNet;
 use npyz::WriterBuilder;
 
 use support::TINY;
+use support::places::{self, fixture};
 
 fn ddpm() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ddpm-cuda"));
+    let mut command = Command::new(places::program());
     command.stdin(Stdio::null());
     command
 }
@@ -54,10 +55,6 @@ fn train(run: &Path, steps: u32) -> Command {
         .arg(run)
         .args(TINY);
     command
-}
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
 }
 
 #[test]
@@ -1021,7 +1018,8 @@ fn progress_is_lines_off_a_terminal() {
 #[test]
 fn hints_can_be_pasted() {
     let folder = tempfile::tempdir().unwrap();
-    let program = env!("CARGO_BIN_EXE_ddpm-cuda");
+    let program = places::program();
+    let program = program.display();
     let paste = |command: &str| ok(Command::new("sh").args(["-c", command]).current_dir(folder.path()));
     for name in ["a run", "it's \"$HOME\" & `x` 图", "-dash"] {
         let mut first = ddpm();

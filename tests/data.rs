@@ -1,5 +1,8 @@
 //! Every source of images: read correctly, and refused with the file's name if it is damaged.
 
+#[path = "support/places.rs"]
+mod places;
+
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -1128,7 +1131,7 @@ fn dangling_links_are_named_or_left_out() {
 /// JPEGs of other encoders than the one here: progressive, with restart markers, of every subsampling, as ink.
 #[test]
 fn a_jpeg_is_refused_wherever_its_data_end() {
-    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/jpeg");
+    let fixtures = places::fixture("jpeg");
     let mut names: Vec<PathBuf> = fs::read_dir(fixtures).unwrap().map(|entry| entry.unwrap().path()).collect();
     names.sort();
     assert!(names.len() >= 7);

@@ -10,7 +10,7 @@ use ddpm_cuda::device::cuda::Gpu;
 use ddpm_cuda::kernels;
 use ddpm_cuda::tensor::{DType, Shape};
 
-use support::gpu;
+use support::{gpu, places};
 
 /// A GPU with guard words; `None` if kernels cannot be tested.
 fn guarded() -> Option<Gpu> {
@@ -60,10 +60,10 @@ fn nothing_can_be_copied_and_filled() {
 
 /// The program in a folder, on a GPU.
 fn program(folder: &Path) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ddpm-cuda"));
+    let mut command = Command::new(places::program());
     command.current_dir(folder).env("CUDA_EMU_LOG", "none").args(["train", "--device", "cuda", "--out", "run"]);
     if !gpu::is_real() {
-        command.env("DDPM_CUDA_DRIVER", gpu::emulator());
+        command.env("DDPM_CUDA_DRIVER", places::emulator());
     }
     command.args(support::TINY).args(["--steps", "2", "--batch", "2", "--set", "sample_every=0"]);
     command.args(["--set", "validate_every=0"]);

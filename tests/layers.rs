@@ -1,5 +1,8 @@
 //! The module diagram in src/lib.rs is true: it names every module, and no import goes up.
 
+#[path = "support/places.rs"]
+mod places;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,7 +10,7 @@ use std::path::{Path, PathBuf};
 use walkdir::WalkDir;
 
 fn source() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
+    places::root().join("src")
 }
 
 fn read(path: &Path) -> String {

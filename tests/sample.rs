@@ -1,6 +1,7 @@
 //! Sampling: an image is a function of its seed, index and class.
 
-use std::path::Path;
+#[path = "support/places.rs"]
+mod places;
 
 use ddpm_cuda::checkpoint;
 use ddpm_cuda::device::Device;
@@ -13,7 +14,7 @@ use ddpm_cuda::unet::UNet;
 #[test]
 fn an_image_depends_on_its_seed_index_and_class_alone() {
     let device = Device::cpu();
-    let model = checkpoint::load(&device, &Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/unet_rgb16"));
+    let model = checkpoint::load(&device, &places::fixture("unet_rgb16"));
     let model = model.unwrap();
     let (unet, _) = UNet::new(&model.config.model).unwrap();
     let schedule = Schedule::new(model.config.diffusion.schedule, 1000).unwrap();
@@ -64,7 +65,7 @@ fn a_class_is_called_by_its_name_or_its_number() {
 #[test]
 fn the_memory_of_a_forward_pass_is_foreseen() {
     let device = Device::cpu();
-    let model = checkpoint::load(&device, &Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/unet_gray16"));
+    let model = checkpoint::load(&device, &places::fixture("unet_gray16"));
     let model = model.unwrap();
     let (unet, _) = UNet::new(&model.config.model).unwrap();
     let foreseen = |n, side| memory_of_forward(&device, &unet, &model.params, Shape::new(n, side, side, 1)).unwrap();

@@ -3,6 +3,9 @@
 //! `main.rs` lists all of its files. `tests/ops/main.rs` checks that the tests of an operation launch each of its
 //! kernels.
 
+#[path = "support/places.rs"]
+mod places;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -34,7 +37,7 @@ fn difference(what: &str, found: &BTreeSet<String>, operations: &BTreeSet<String
 
 #[test]
 fn everything_about_an_operation_has_one_stem() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = places::root();
     let operations = stems(&root.join("src/ops"), ".rs");
     assert!(operations.contains("add"), "no operations found in {}", root.display());
     let found = [

@@ -4,8 +4,6 @@
 
 mod support;
 
-use std::path::{Path, PathBuf};
-
 use ddpm_cuda::checkpoint;
 use ddpm_cuda::conditioning::Conditioning;
 use ddpm_cuda::config::{Config, Model, Preset, Size};
@@ -17,11 +15,8 @@ use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::unet::{DropoutSeed, UNet};
 use safetensors::SafeTensors;
 
+use support::places::fixture;
 use support::{close_to_largest, network, per_image, same_bits, worst};
-
-fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
-}
 
 /// Inputs and expected numbers of a fixture.
 struct Golden(Vec<u8>);

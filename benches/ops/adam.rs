@@ -1,13 +1,17 @@
 use criterion::{Criterion, Throughput};
-use ddpm_cuda::device::Device;
+use ddpm_cuda::device::Precision;
 use ddpm_cuda::meter::Meter;
 use ddpm_cuda::ops::adam::{State, Update, adam};
+use ddpm_cuda::ops::grad_norm::grad_norm;
 use ddpm_cuda::params::{Init, Layout, Params, Specs};
 use ddpm_cuda::tensor::{Shape, Tensor};
 use rayon::prelude::*;
 
+use crate::{device, finish, named};
+
 /// Parameter counts of the `small` network of benches/step.rs and of `cifar10`. For comparison, `memory` is `x += a y`
-/// over as many bytes: the bandwidth of the machine.
+/// over as many bytes: the bandwidth of the machine, where the CPU is measured. In bf16 an update also writes the
+/// rounded weights and their average, 4 bytes more.
 pub fn bench(c: &mut Criterion) {
     let update = Update {
         step: 10,
@@ -19,9 +23,10 @@ pub fn bench(c: &mut Criterion) {
         ema_decay: 0.999,
     };
     for len in [1_620_000, 35_746_307] {
-        let mut group = c.benchmark_group(format!("adam/{len}"));
-        group.throughput(Throughput::Bytes(36 * len as u64));
-        let device = Device::cpu();
+        let device = device();
+        let mut group = c.benchmark_group(named(&format!("adam/{len}"), &device));
+        let rounded = if device.precision() == Precision::Bf16 { 4 } else { 0 };
+        group.throughput(Throughput::Bytes((36 + rounded) * len as u64));
         let mut specs = Specs::default();
         specs.add("w".into(), Shape::vector(len), Layout::Vector, Init::Zeros);
         let flat = Shape::vector(specs.flat_len());
@@ -30,18 +35,21 @@ pub fn bench(c: &mut Criterion) {
         let [mut m, mut v, g] = [0.01, 0.001, 0.01].map(|x| Tensor::full(&device, flat, x).unwrap());
         let mut meter = Meter::new(&device).unwrap();
         meter.begin();
-        meter.host_row().clip = 0.5;
+        grad_norm(&device, &g, 1.0, &mut meter).unwrap();
         group.bench_function("update", |b| {
             b.iter(|| {
                 let state = State { w: &mut w, ema: &mut ema, m: &mut m, v: &mut v, g: &g };
-                adam(&device, state, &update, &mut meter)
+                adam(&device, state, &update, &mut meter).unwrap();
+                finish(&device);
             });
         });
-        // 12 bytes an element, so three passes move as much as one update.
-        group.bench_function("memory", |b| {
-            let [mut x, mut y] = [start.clone(), start.clone()];
-            b.iter(|| [&mut x[..], &mut y, m.data_mut()].into_iter().for_each(|x| axpy(x, g.data())));
-        });
+        if !device.is_gpu() {
+            // 12 bytes an element, so three passes move as much as one update.
+            group.bench_function("memory", |b| {
+                let [mut x, mut y] = [start.clone(), start.clone()];
+                b.iter(|| [&mut x[..], &mut y, m.data_mut()].into_iter().for_each(|x| axpy(x, g.data())));
+            });
+        }
         group.finish();
     }
 }

@@ -3,7 +3,7 @@ use ddpm_cuda::ops::attention::attention;
 use ddpm_cuda::tape::Tape;
 use ddpm_cuda::tensor::Shape;
 
-use crate::{Case, flops};
+use crate::{Case, Work};
 
 /// Sizes from the networks, a single image, several heads, many tokens. FLOP count two matrix products forward and the
 /// five that the backward pass cannot avoid.
@@ -18,7 +18,7 @@ pub fn bench(c: &mut Criterion) {
     for (shape, heads) in cases {
         let op = |tape: &mut Tape<'_>, x: &[_], _: &[_]| attention(tape, &x[0], &x[1], &x[2], heads);
         let product = 2 * shape.n * shape.pixels() * shape.pixels() * shape.c;
-        let (case, work) = (format!("{shape}-{heads}"), flops(2 * product, 5 * product));
+        let (case, work) = (format!("{shape}-{heads}"), Work::Flops([2 * product, 5 * product]));
         Case { stem: "attention", case, inputs: &[shape; 3], params: &[], work, op }.run(c);
     }
 }

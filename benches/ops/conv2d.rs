@@ -1,11 +1,10 @@
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput};
-use ddpm_cuda::device::Device;
 use ddpm_cuda::ops::conv2d::{Geometry, Plus, conv2d};
 use ddpm_cuda::params::{Init, Layout, ParamGrads, Params, Specs};
 use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::Shape;
 
-use crate::{matrix_product, numbers, ramp};
+use crate::{device, finish, matrix_product, named, numbers, ramp};
 
 /// The convolutions of the small network (batch 16) and of `cifar10` (batch 4) that take the most time:
 /// `n, size, c_in, c_out, k, stride`.
@@ -30,7 +29,7 @@ const CASES: [[usize; 6]; 14] = [
 /// product of the same size by the `gemm` crate. FLOP are those of the definition; Winograd's algorithm needs fewer, so
 /// its rates may exceed the peak of the machine.
 pub fn bench(c: &mut Criterion) {
-    let device = Device::cpu();
+    let device = device();
     for [n, size, c_in, c_out, k, stride] in CASES {
         let geometry = if stride == 2 { Geometry::HALVE_3X3 } else { Geometry::SAME_3X3 };
         let (xs, ws) = (Shape::new(n, size, size, c_in), Shape::new(c_out, k, k, c_in));
@@ -38,20 +37,24 @@ pub fn bench(c: &mut Criterion) {
         let mut specs = Specs::default();
         let weight = specs.add(String::new(), ws, Layout::Conv, Init::Zeros);
         let bias = specs.add(String::new(), Shape::vector(c_out), Layout::Vector, Init::Zeros);
-        let mut params = Params::zeros(&device, specs).unwrap();
-        params.get_mut(weight).iter_mut().zip(ramp()).for_each(|(p, v)| *p = 0.05 * v);
+        let mut flat = vec![0.0; specs.flat_len()];
+        flat[specs.range(weight)].iter_mut().zip(ramp()).for_each(|(p, v)| *p = 0.05 * v);
+        let params = Params::from_host(&device, specs, &flat).unwrap();
         let mut grads = ParamGrads::new(&device, params.specs()).unwrap();
         let x = numbers(&device, xs);
         let dy = numbers(&device, ys);
 
         let case = format!("{xs}-{c_out}-{k}x{k}s{stride}");
         let flop = 2 * ys.rows() * k * k * c_in * c_out;
-        let mut group = c.benchmark_group("conv2d");
+        let mut group = c.benchmark_group(named("conv2d", &device));
         group.throughput(Throughput::Elements(flop as u64));
         group.bench_function(BenchmarkId::new("forward", &case), |b| {
             b.iter(|| {
                 let mut tape = Tape::inference(&device, &params);
-                conv2d(&mut tape, &Var::constant(x.clone()), weight, bias, geometry, Plus::default())
+                let x = Var::constant(x.clone());
+                let y = conv2d(&mut tape, &x, weight, bias, geometry, Plus::default()).expect("a valid case");
+                finish(&device);
+                y
             });
         });
         for (name, factor, wanted) in [("wgrad", 1, false), ("dgrad+wgrad", 2, true)] {
@@ -61,16 +64,17 @@ pub fn bench(c: &mut Criterion) {
                     let mut tape = Tape::recording(&device, &params);
                     let x = if wanted { tape.leaf(x.clone()) } else { Var::constant(x.clone()) };
                     let y = conv2d(&mut tape, &x, weight, bias, geometry, Plus::default()).expect("a valid case");
+                    finish(&device);
                     (tape, y)
                 };
-                let run = |(tape, y): (Tape<'_>, Var)| tape.backward(&y, dy.clone(), &mut grads).map(drop);
+                let run = |(tape, y): (Tape<'_>, Var)| {
+                    tape.backward(&y, dy.clone(), &mut grads).map(drop).expect("a valid case");
+                    finish(&device);
+                };
                 b.iter_batched(record, run, BatchSize::PerIteration);
             });
         }
-        group.throughput(Throughput::Elements(flop as u64));
-        group.bench_function(BenchmarkId::new("matrix product", &case), |b| {
-            matrix_product(b, ys.rows(), k * k * c_in, c_out);
-        });
         group.finish();
+        matrix_product(c, "conv2d", &case, [ys.rows(), k * k * c_in, c_out]);
     }
 }

@@ -1,19 +1,25 @@
 use criterion::{Criterion, Throughput};
-use ddpm_cuda::device::Device;
 use ddpm_cuda::meter::Meter;
 use ddpm_cuda::ops::grad_norm::grad_norm;
 use ddpm_cuda::tensor::{Shape, Tensor};
 
+use crate::{device, finish, named};
+
 /// Parameter counts of the `small` network of benches/step.rs and of `cifar10`, in bytes read.
 pub fn bench(c: &mut Criterion) {
-    let mut group = c.benchmark_group("grad_norm");
+    let device = device();
+    let mut group = c.benchmark_group(named("grad_norm", &device));
     for len in [1_620_000, 35_746_307] {
-        let device = Device::cpu();
         let g = Tensor::full(&device, Shape::vector(len), 0.01).unwrap();
         let mut meter = Meter::new(&device).unwrap();
         meter.begin();
         group.throughput(Throughput::Bytes(4 * len as u64));
-        group.bench_function(len.to_string(), |b| b.iter(|| grad_norm(&device, &g, 1.0, &mut meter)));
+        group.bench_function(len.to_string(), |b| {
+            b.iter(|| {
+                grad_norm(&device, &g, 1.0, &mut meter).unwrap();
+                finish(&device);
+            });
+        });
     }
     group.finish();
 }

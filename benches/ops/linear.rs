@@ -1,9 +1,9 @@
-use criterion::{BenchmarkId, Criterion, Throughput};
+use criterion::Criterion;
 use ddpm_cuda::ops::linear::linear;
 use ddpm_cuda::tape::Tape;
 use ddpm_cuda::tensor::Shape;
 
-use crate::{Case, flops, matrix_product};
+use crate::{Case, Work, matrix_product};
 
 /// Time embedding, attention projections of both networks, the 1x1 convolution of a shortcut, each beside a matrix
 /// product of the same size by the `gemm` crate.
@@ -19,13 +19,8 @@ pub fn bench(c: &mut Criterion) {
         let params = [Shape::new(c_out, 1, 1, shape.c), Shape::vector(c_out)];
         let op = |tape: &mut Tape<'_>, x: &[_], p: &[_]| linear(tape, &x[0], p[0], Some(p[1]), None);
         let product = 2 * shape.rows() * shape.c * c_out;
-        let (case, work) = (format!("{shape}-{c_out}"), flops(product, 2 * product));
+        let (case, work) = (format!("{shape}-{c_out}"), Work::Flops([product, 2 * product]));
         Case { stem: "linear", case: case.clone(), inputs: &[shape], params: &params, work, op }.run(c);
-        let mut group = c.benchmark_group("linear");
-        group.throughput(Throughput::Elements(product as u64));
-        group.bench_function(BenchmarkId::new("matrix product", case), |b| {
-            matrix_product(b, shape.rows(), shape.c, c_out);
-        });
-        group.finish();
+        matrix_product(c, "linear", &case, [shape.rows(), shape.c, c_out]);
     }
 }

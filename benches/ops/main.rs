@@ -2,8 +2,8 @@
 //!
 //! Memory-bound operations report bytes per second, counting the least traffic that their header in `src/ops` states.
 //! Others report FLOP per second, or elements per second where drawing noise dominates. Forward and backward run
-//! through the public function and the tape, on a warm pool. With `DDPM_BENCH_DEVICE=cuda` the operations that use the
-//! tape through `Case` run on a GPU, which is synchronised before the clock stops; on the emulator times mean nothing.
+//! through the public function and the tape, on a warm pool. With `DDPM_BENCH_DEVICE=cuda` they run on a GPU, in bf16
+//! with `DDPM_BENCH_PRECISION=bf16`, and the clock stops when it has finished; on the emulator times mean nothing.
 
 mod adam;
 mod add;
@@ -26,12 +26,13 @@ mod upsample;
 
 use std::time::Duration;
 
-use criterion::{BatchSize, Bencher, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::error::Result;
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
 use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::{Shape, Tensor};
+use support::{device, finish, named};
 
 /// An operation with the shapes of its inputs and parameters.
 struct Case<'a, F> {
@@ -42,44 +43,48 @@ struct Case<'a, F> {
     inputs: &'a [Shape],
     params: &'a [Shape],
     /// Work of the forward and of the backward pass.
-    work: [Throughput; 2],
+    work: Work,
     op: F,
 }
 
 impl<F: Fn(&mut Tape<'_>, &[Var], &[Param]) -> Result<Var>> Case<'_, F> {
-    /// Measures the forward pass, without recording, and the backward pass.
+    /// Measures the forward pass, without recording, and the backward pass, on a device of its own.
     fn run(&self, c: &mut Criterion) {
-        let device = support::device();
+        self.run_on(&device(), c);
+    }
+
+    fn run_on(&self, device: &Device, c: &mut Criterion) {
         let mut specs = Specs::default();
         let handles: Vec<Param> =
             self.params.iter().map(|&shape| specs.add(String::new(), shape, Layout::Vector, Init::Ones)).collect();
         let flat: Vec<f32> = ramp().take(specs.flat_len()).collect();
-        let params = Params::from_host(&device, specs, &flat).unwrap();
-        let mut grads = ParamGrads::new(&device, params.specs()).unwrap();
-        let inputs: Vec<Tensor> = self.inputs.iter().map(|&shape| numbers(&device, shape)).collect();
+        let params = Params::from_host(device, specs, &flat).unwrap();
+        let mut grads = ParamGrads::new(device, params.specs()).unwrap();
+        let inputs: Vec<Tensor> = self.inputs.iter().map(|&shape| numbers(device, shape)).collect();
 
-        let mut group = c.benchmark_group(self.stem);
-        let [forward, backward] = self.work.clone();
+        let mut group = c.benchmark_group(named(self.stem, device));
+        let [forward, backward] = self.work.on(device);
         group.throughput(forward).bench_function(BenchmarkId::new("forward", &self.case), |b| {
             b.iter(|| {
-                let mut tape = Tape::inference(&device, &params);
+                let mut tape = Tape::inference(device, &params);
                 let x: Vec<Var> = inputs.iter().map(|x| tape.leaf(x.clone())).collect();
                 let y = (self.op)(&mut tape, &x, &handles).expect("a valid case");
-                device.synchronize().expect("the kernels do what they should");
+                finish(device);
                 y
             });
         });
         group.throughput(backward).bench_function(BenchmarkId::new("backward", &self.case), |b| {
             let record = || {
-                let mut tape = Tape::recording(&device, &params);
+                let mut tape = Tape::recording(device, &params);
                 let x: Vec<Var> = inputs.iter().map(|x| tape.leaf(x.clone())).collect();
                 let y = (self.op)(&mut tape, &x, &handles).expect("a valid case");
-                let dy = numbers(&device, y.shape());
-                device.synchronize().expect("the kernels do what they should");
+                let dy = numbers(device, y.shape());
+                finish(device);
                 (tape, y, dy)
             };
             let run = |(tape, y, dy): (Tape<'_>, Var, Tensor)| {
-                tape.backward(&y, dy, &mut grads).map(drop).and_then(|()| device.synchronize())
+                tape.backward(&y, dy, &mut grads).map(drop).expect("a valid case");
+                finish(device);
             };
             b.iter_batched(record, run, BatchSize::PerIteration);
         });
@@ -87,30 +92,46 @@ impl<F: Fn(&mut Tape<'_>, &[Var], &[Param]) -> Result<Var>> Case<'_, F> {
     }
 }
 
-/// Bytes moved by the forward and the backward pass, for bytes per second.
-fn bytes(forward: usize, backward: usize) -> [Throughput; 2] {
-    [Throughput::Bytes(forward as u64), Throughput::Bytes(backward as u64)]
+/// What the forward and the backward pass do.
+#[derive(Clone, Copy)]
+enum Work {
+    /// Activations and gradients of activations that are moved, for bytes per second.
+    Moved([usize; 2]),
+    /// FLOP; criterion prints FLOP per second as elements per second.
+    Flops([usize; 2]),
 }
 
-/// FLOP of the forward and the backward pass; criterion prints FLOP per second as elements per second.
-fn flops(forward: usize, backward: usize) -> [Throughput; 2] {
-    [Throughput::Elements(forward as u64), Throughput::Elements(backward as u64)]
+impl Work {
+    /// As criterion counts it.
+    fn on(self, device: &Device) -> [Throughput; 2] {
+        match self {
+            Work::Moved(numbers) => {
+                numbers.map(|count| Throughput::Bytes((count * device.activations().size()) as u64))
+            }
+            Work::Flops(count) => count.map(|count| Throughput::Elements(count as u64)),
+        }
+    }
 }
 
-/// A tensor of numbers on [-1, 1).
+/// A tensor of activations on [-1, 1).
 fn numbers(device: &Device, shape: Shape) -> Tensor {
-    Tensor::from_slice(device, shape, &ramp().take(shape.len()).collect::<Vec<f32>>()).unwrap()
+    let numbers: Vec<f32> = ramp().take(shape.len()).collect();
+    Tensor::from_slice_as(device, device.activations(), shape, &numbers).unwrap()
 }
 
 fn ramp() -> impl Iterator<Item = f32> {
     (0u32..).map(|i| (i.wrapping_mul(2_654_435_761) >> 8) as f32 / (1 << 23) as f32 - 1.0)
 }
 
-/// `(rows, depth) x (depth, columns)` by the `gemm` crate on all cores: the machine's matrix-product rate.
-fn matrix_product(b: &mut Bencher<'_>, rows: usize, depth: usize, columns: usize) {
+/// `(rows, depth) x (depth, columns)` by the `gemm` crate on all cores: the machine's matrix-product rate, beside a
+/// case of an operation. Left out where a GPU is measured.
+fn matrix_product(c: &mut Criterion, stem: &str, case: &str, [rows, depth, columns]: [usize; 3]) {
+    if device().is_gpu() {
+        return;
+    }
     let fill = |len: usize| ramp().take(len).collect::<Vec<f32>>();
     let (x, w, mut y) = (fill(rows * depth), fill(depth * columns), vec![0.0f32; rows * columns]);
-    b.iter(|| {
+    let mut product = || {
         let (d, c) = (depth as isize, columns as isize);
         // SAFETY: row-major matrices, each as long as its rows times columns.
         unsafe {
@@ -118,7 +139,11 @@ fn matrix_product(b: &mut Bencher<'_>, rows: usize, depth: usize, columns: usize
             let cores = gemm::Parallelism::Rayon(0);
             gemm::gemm(rows, columns, depth, y, 1, c, false, x, 1, d, w, 1, c, 0.0, 1.0, false, false, false, cores);
         }
-    });
+    };
+    let mut group = c.benchmark_group(stem);
+    group.throughput(Throughput::Elements((2 * rows * depth * columns) as u64));
+    group.bench_function(BenchmarkId::new("matrix product", case), |b| b.iter(&mut product));
+    group.finish();
 }
 
 criterion_group! {

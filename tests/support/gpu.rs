@@ -1,12 +1,11 @@
-//! GPUs for tests: by default the emulator, which cargo builds beside the tests, with all its checks; with
-//! `DDPM_TEST_DEVICE=cuda` a real one.
+//! GPUs for tests: by default the emulator ([`places::emulator`]) with all its checks; with `DDPM_TEST_DEVICE=cuda` a
+//! real one.
 //!
 //! [`each`] runs a test with both activation types and in several orders of blocks and warps. `plant` tests that the
 //! tests notice bugs.
 
 use std::ffi::{CString, c_char, c_int};
 use std::io::Write;
-use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use ddpm_cuda::device::Device;
@@ -15,21 +14,13 @@ use ddpm_cuda::device::cuda::{self, Gpu};
 use ddpm_cuda::kernels;
 use ddpm_cuda::tensor::DType;
 
-use super::{plant, same_bits};
+use super::{places, plant, same_bits};
 
 /// Unit of relative rounding of a bf16, which has 8 significant bits: half a unit in the last place.
 pub const BF16_ROUNDING: f64 = 1.0 / 256.0;
 
 /// Orders in which the emulator runs blocks and warps: ascending, and three random ones.
 pub const SCHEDULES: [&str; 4] = ["none", "1", "2", "3"];
-
-/// The emulator's shared library, which cargo puts beside the test executables.
-pub fn emulator() -> PathBuf {
-    let executable = std::env::current_exe().expect("a test knows its own path");
-    let path = executable.parent().expect("an executable is in a folder").join("libcuda_emu.so");
-    assert!(path.is_file(), "{} is not built", path.display());
-    path
-}
 
 /// The value of `DDPM_TEST_DEVICE` that asks for a real GPU.
 const REAL: &str = "cuda";
@@ -72,7 +63,7 @@ pub fn available() -> bool {
                 return skipped("the emulator runs on Linux; test a GPU with DDPM_TEST_DEVICE=cuda");
             }
             // SAFETY: the emulator is a CUDA driver.
-            Ok("emulated") | Err(_) => unsafe { cuda::open_driver(&emulator()) }.expect("the emulator opens"),
+            Ok("emulated") | Err(_) => unsafe { cuda::open_driver(&places::emulator()) }.expect("the emulator opens"),
             Ok(other) => panic!("DDPM_TEST_DEVICE is {other}: use emulated or cuda"),
         }
         true

@@ -9,6 +9,7 @@
 
 pub mod gpu;
 pub mod network;
+pub mod places;
 pub mod plant;
 mod tests;
 pub mod winograd;

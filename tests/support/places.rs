@@ -1,0 +1,73 @@
+//! Where a test finds what it does not bring along: where cargo has built it, or, for test binaries that were carried
+//! to another machine, where the environment says. Every test asks here; CONTRIBUTING.md lists the settings.
+
+#![allow(dead_code, reason = "each test target uses its own part of this module")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use ddpm_cuda::kernels;
+
+/// The folder that holds `tests/fixtures`, `src`, `kernels` and so on: by default the crate's.
+pub const ROOT: &str = "DDPM_TEST_ROOT";
+/// The program under test: by default the one that cargo has built with the tests.
+pub const PROGRAM: &str = "DDPM_TEST_PROGRAM";
+/// The emulator's library: by default the one beside the test binary.
+pub const EMULATOR: &str = "DDPM_TEST_EMULATOR";
+/// The assembler: by default that of the compiler that made the kernels.
+pub const PTXAS: &str = "DDPM_TEST_PTXAS";
+
+/// The path that a variable names, absolute, since tests start programs in other folders.
+fn named(variable: &str) -> Option<PathBuf> {
+    let path = std::env::var_os(variable).filter(|path| !path.is_empty())?;
+    Some(std::path::absolute(&path).unwrap_or_else(|e| panic!("{variable} is {}: {e}", Path::new(&path).display())))
+}
+
+/// The folder of the sources.
+pub fn root() -> PathBuf {
+    named(ROOT).unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into())
+}
+
+/// A file or folder of tests/fixtures.
+pub fn fixture(name: &str) -> PathBuf {
+    let path = root().join("tests/fixtures").join(name);
+    assert!(path.exists(), "{} does not exist; {ROOT} is the folder that holds tests/fixtures", path.display());
+    path
+}
+
+/// The program.
+pub fn program() -> PathBuf {
+    let built = || option_env!("CARGO_BIN_EXE_ddpm-cuda").expect("the feature cli builds the program").into();
+    let path: PathBuf = named(PROGRAM).unwrap_or_else(built);
+    assert!(path.is_file(), "{} does not exist; {PROGRAM} is the path of ddpm-cuda", path.display());
+    path
+}
+
+/// The emulator's shared library, which cargo puts beside the test executables.
+pub fn emulator() -> PathBuf {
+    let beside = || {
+        let executable = std::env::current_exe().expect("a test knows its own path");
+        executable.parent().expect("an executable is in a folder").join("libcuda_emu.so")
+    };
+    let path = named(EMULATOR).unwrap_or_else(beside);
+    assert!(path.is_file(), "{} does not exist; {EMULATOR} is the path of libcuda_emu.so", path.display());
+    path
+}
+
+/// The assembler and the CUDA version that it is of, (major, minor); `None` if this machine has none. One that is named
+/// must run.
+pub fn ptxas() -> Option<(PathBuf, [u32; 2])> {
+    let path = named(PTXAS).or_else(|| kernels::PTXAS.map(PathBuf::from).filter(|path| path.is_file()))?;
+    let said = Command::new(&path).arg("--version").output();
+    let said = said.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default();
+    // `Cuda compilation tools, release 13.5, V13.5.37`
+    let release = || {
+        let (_, rest) = said.split_once("release ")?;
+        let (major, minor) = rest.split_once(',')?.0.split_once('.')?;
+        Some([major.parse().ok()?, minor.parse().ok()?])
+    };
+    let version = release().unwrap_or_else(|| {
+        panic!("{} does not say its version, but {said:?}; {PTXAS} is the path of ptxas", path.display())
+    });
+    Some((path, version))
+}
