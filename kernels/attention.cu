@@ -17,8 +17,16 @@
 //            columns = the same 4 rows and D/16 (D/32) channels. So a row's statistics stay in its 16 (32) lanes, and
 //            warps exchange no results. Compiled for d up to D = 32, 64, 128, 256, 512
 // shared     34 KiB at most: `operands` 18 KiB, `p_or_ds` 16 KiB; see Shared
-// bound by   f32 arithmetic: 64 (32) FMAs for 8 (6) 16-byte reads of shared memory in S and dP, 64 for 5 in the sums
-//            where d = 256
+// bound by   f32 arithmetic, in S and dP also shared memory. A 16-byte read of a warp takes four cycles of the
+//            multiprocessor's shared memory, or two where all lanes share their addresses with a neighbour (i ^ 1 or
+//            i ^ 2). For four warps, one on each scheduler, and 128 FMAs a cycle (A100: 64, twice the FMA cycles):
+//                                          FMAs a lane    reads    cycles of shared memory    of FMAs
+//            S, dP, D <= 256                        64        8          4 (8 x 2) = 64            64
+//            S, dP, D = 512                         32        6    4 (4 x 2 + 2 x 4) = 64            32
+//            sums, D = 256                          64        5          4 (5 x 2) = 40            64
+//            sums, D = 512                          64        5      4 (2 + 4 x 4) = 72            64
+//            With lane / 16 for the rows, 0..15 side by side, only the reads of rows took two cycles: 96 and 72 for
+//            D <= 256
 // host       heads d = c; grid.x = n heads ceil(tokens / B_R); scale = 1 / sqrt(d), scale_log2 = log2 e / sqrt(d); vec
 //            only if 4 divides d; tensors start on 256-byte boundaries; stats, delta and lost come from the earlier
 //            passes over the same tensors
@@ -32,8 +40,8 @@
 // One block (D <= 256)                             S of a warp: the lane of each row and column
 //
 //               columns 0..63      64..127         columns     0  1 .. 15 | 16 17 .. 31 | 32 33 .. 47 | 48 49 .. 63
-//   rows 0..7   [  warp 0  ]  -->  [  warp 0  ]    rows 0..3   0  1 .. 15 |  0  1 .. 15 |  0  1 .. 15 |  0  1 .. 15
-//   rows 8..15  [  warp 1  ]  -->  [  warp 1  ]    rows 4..7  16 17 .. 31 | 16 17 .. 31 | 16 17 .. 31 | 16 17 .. 31
+//   rows 0..7   [  warp 0  ]  -->  [  warp 0  ]    rows 0..3   0  2 .. 30 |  0  2 .. 30 |  0  2 .. 30 |  0  2 .. 30
+//   rows 8..15  [  warp 1  ]  -->  [  warp 1  ]    rows 4..7   1  3 .. 31 |  1  3 .. 31 |  1  3 .. 31 |  1  3 .. 31
 //     ...
 //   rows 56..63 [  warp 7  ]  -->  [  warp 7  ]    y of a warp: the same rows, 4 neighbouring channels per lane
 //
@@ -60,11 +68,16 @@ struct Tile {
     static constexpr unsigned ROWS = D <= 256 ? B_R : B_R_D512;
     static constexpr unsigned WARP_ROWS = ROWS / WARPS;
     static constexpr unsigned LANES = 128 / WARP_ROWS;  // lanes side by side along the columns of a row: 16 or 32
+    static constexpr unsigned GROUPS = WARP_ROWS / 4;   // of four rows in a warp: 2 or 1
     static constexpr unsigned COLS = B_C / LANES;       // columns per lane
     static constexpr unsigned CHANNELS = D / LANES;     // channels per lane
     static constexpr unsigned VEC = CHANNELS < 4 ? CHANNELS : 4;  // neighbouring ones among them
     static constexpr unsigned STRIP = 4096 / D < B_C ? 4096 / D : B_C;  // whole tokens in shared memory at a time
     static constexpr unsigned OPERANDS = (ROWS + B_C) * PITCH > STRIP * D ? (ROWS + B_C) * PITCH : STRIP * D;
+    // The first of the lane's four rows among its warp's, and its place along the columns. Lanes i and i ^ 1 share
+    // columns, i and i ^ 2 rows: see `bound by`.
+    __device__ static unsigned row() { return threadIdx.x % GROUPS * 4; }
+    __device__ static unsigned col() { return threadIdx.x % 32 / GROUPS; }
 };
 
 template <unsigned D>
@@ -102,10 +115,10 @@ __device__ __forceinline__ Position position_of(unsigned tokens, unsigned c, uns
     pos.d = d;
     pos.stride = c;
     pos.vec = vec;
-    const unsigned first = blockIdx.x % blocks * C::ROWS, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const unsigned first = blockIdx.x % blocks * C::ROWS, warp = threadIdx.x / 32;
     pos.first = first;
-    pos.row = first + warp * C::WARP_ROWS + lane / C::LANES * 4;
-    pos.col = lane % C::LANES;
+    pos.row = first + warp * C::WARP_ROWS + C::row();
+    pos.col = C::col();
     pos.active = first + warp * C::WARP_ROWS < tokens;
     return pos;
 }
@@ -148,11 +161,10 @@ __device__ __forceinline__ void multiply_abt(float (&s)[4][Tile<D>::COLS],  // (
                                              const T* a, const T* b,        // (n, tokens, c)
                                              const Position& pos, unsigned column) {
     using C = Tile<D>;
-    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float* const b_shared = shared.operands + C::ROWS * PITCH;      // (B_C, DEPTH)
-    const float* const my_a =                                       // (4, DEPTH)
-        shared.operands + (warp * C::WARP_ROWS + lane / C::LANES * 4) * PITCH;
-    const float* const my_b = b_shared + lane % C::LANES * PITCH;   // (COLS, DEPTH), every LANES-th row of B
+    const unsigned warp = threadIdx.x / 32;
+    float* const b_shared = shared.operands + C::ROWS * PITCH;                                         // (B_C, DEPTH)
+    const float* const my_a = shared.operands + (warp * C::WARP_ROWS + C::row()) * PITCH;              // (4, DEPTH)
+    const float* const my_b = b_shared + C::col() * PITCH;  // (COLS, DEPTH), every LANES-th row of B
 #pragma unroll
     for (unsigned r = 0; r < 4; ++r)
 #pragma unroll
@@ -194,18 +206,17 @@ __device__ __forceinline__ void accumulate_px(float (&sum)[4][Tile<D>::CHANNELS]
                                               const T* x,                          // (n, tokens, c)
                                               const Position& pos, unsigned column) {
     using C = Tile<D>;
-    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    float* const my_p = &shared.p_or_ds[warp][0][lane / C::LANES * 4];  // (B_C, 4 rows)
+    float* const my_p = &shared.p_or_ds[threadIdx.x / 32][0][C::row()];  // (B_C, 4 rows)
     // A warp's P is its own; the warp last read it before the barrier at the end of the previous call.
 #pragma unroll
     for (unsigned j = 0; j < C::COLS; ++j)
-        store4(my_p + (j * C::LANES + lane % C::LANES) * C::WARP_ROWS, make_float4(p[0][j], p[1][j], p[2][j], p[3][j]));
+        store4(my_p + (j * C::LANES + C::col()) * C::WARP_ROWS, make_float4(p[0][j], p[1][j], p[2][j], p[3][j]));
     const unsigned count = min(pos.tokens - column, B_C);
     for (unsigned from = 0; from < count; from += C::STRIP) {
         copy_to_shared<C::STRIP, D, D>(shared.operands, x, pos, column + from, 0);
         __syncthreads();  // the tokens and the P written above are read below
         if (pos.active) {
-            const float* token = shared.operands + C::VEC * (lane % C::LANES);
+            const float* token = shared.operands + C::VEC * C::col();
             const float* p_token = my_p + from * C::WARP_ROWS;
             const unsigned strip = min(count - from, C::STRIP);
 #pragma unroll 2
@@ -275,18 +286,18 @@ __device__ __forceinline__ float exp_score(float s, float scale_log2, float m) {
     return exp2_fast(fmaf(s, scale_log2, -m));
 }
 
-// Sum over the lanes that share rows; each of them gets it.
-template <unsigned LANES>
+// Sum over the lanes that share rows, every GROUPS-th; each of them gets it.
+template <unsigned GROUPS>
 __device__ __forceinline__ float sum_row(float v) {
 #pragma unroll
-    for (unsigned offset = LANES / 2; offset > 0; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
+    for (unsigned offset = 16; offset >= GROUPS; offset /= 2) v += __shfl_xor_sync(0xffffffffu, v, offset);
     return v;
 }
 
-template <unsigned LANES>
+template <unsigned GROUPS>
 __device__ __forceinline__ float max_row(float v) {
 #pragma unroll
-    for (unsigned offset = LANES / 2; offset > 0; offset /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, offset));
+    for (unsigned offset = 16; offset >= GROUPS; offset /= 2) v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, offset));
     return v;
 }
 
@@ -335,7 +346,7 @@ __device__ __forceinline__ void fwd(T* y, T* lost,                       // (n, 
                 for (unsigned j = 1; j < C::COLS; ++j) largest = fmaxf(largest, s[r][j]);
                 // The scale is positive, so the largest stays the largest.
                 const float before = m[r];
-                m[r] = fmaxf(before, max_row<C::LANES>(largest) * scale_log2);
+                m[r] = fmaxf(before, max_row<C::GROUPS>(largest) * scale_log2);
                 const float shrink = exp2_fast(before - m[r]);
                 l[r] *= shrink;
 #pragma unroll
@@ -353,7 +364,7 @@ __device__ __forceinline__ void fwd(T* y, T* lost,                       // (n, 
     float inv_l[4];  // (4 rows)
 #pragma unroll
     for (unsigned r = 0; r < 4; ++r) {
-        inv_l[r] = 1 / sum_row<C::LANES>(l[r]);
+        inv_l[r] = 1 / sum_row<C::GROUPS>(l[r]);
         if (pos.col == 0 && pos.row + r < tokens) {
             stats[2 * pos.first_token + pos.row + r] = m[r];
             stats[2 * pos.first_token + tokens + pos.row + r] = inv_l[r];
@@ -404,7 +415,7 @@ __device__ __forceinline__ void bwd_q(T* dq,                               // (n
     if (pos.active)
 #pragma unroll
         for (unsigned r = 0; r < 4; ++r) {
-            my_delta[r] = sum_row<C::LANES>(my_delta[r]);
+            my_delta[r] = sum_row<C::GROUPS>(my_delta[r]);
             if (pos.col == 0 && pos.row + r < tokens) delta[pos.first_token + pos.row + r] = my_delta[r];
         }
 

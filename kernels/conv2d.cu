@@ -20,13 +20,13 @@
 //            blockIdx.x counts tiles, along the columns first: blocks that run together read the same pixels
 // shared     two buffers of both operands, 9 KB (64x64) or 11 KB; fwd, dgrad: the positions of the tile's pixels, 2 or
 //            4 KB; wgrad: the origins of 2 BK patches, 256 B; bwd_shift: 2 KB
-// bound by   FMA if both channel counts are 32 or more; the tile's idle columns if c_out is 1 or 3; bwd_shift: reading
-//            dy
+// bound by   as tile_gemm.cuh says if both channel counts are 32 or more; the tile's idle columns if c_out is 1 or 3;
+//            bwd_shift: reading dy
 // host       n oh ow, n h w, kh kw c_in, kh kw c_out < 2^30; grids as stated above; tensors aligned to 16 bytes (vector
 //            accesses where channels divide by four)
 // numerics   sums in f32: fwd over (u, v, k), dgrad over (u, v, o) with the largest u and v first, wgrad over the
-//            pixels of a segment; the segments, in order, and shift and bias in f64. An image's y and dx do not depend
-//            on the rest of its batch
+//            pixels of a segment; the segments, shift and bias as column_sums.cuh says. An image's y and dx do not
+//            depend on the rest of its batch
 #include "column_sums.cuh"
 #include "tile_gemm.cuh"
 
@@ -197,6 +197,7 @@ struct PatchColumns {
     // Those of this step and of the next, alternating: found one step ahead by BK threads, read by all.
     Origin (*origins)[BK];
     unsigned turn, pixel, end;
+    unsigned image, row, column;  // of y, where `pixel` lies
     const Geometry& g;
     Walk col;
     Quad<T> quads[QUADS<SIDE>];
@@ -209,6 +210,9 @@ struct PatchColumns {
           turn(0),
           pixel(begin + threadIdx.x),
           end(end_),
+          image(pixel / (g_.oh * g_.ow)),
+          row(pixel % (g_.oh * g_.ow) / g_.ow),
+          column(pixel % g_.ow),
           g(g_),
           col(first_col + AcrossK<SIDE>::col(), g_.kw, g_.c_in) {
         find_origins(0);
@@ -218,13 +222,19 @@ struct PatchColumns {
         if (threadIdx.x < BK) {
             Origin origin = {0, -(1 << 30), 0};
             if (pixel < end) {
-                const unsigned image = pixel / (g.oh * g.ow), rest = pixel % (g.oh * g.ow);
-                origin.i = (int)(rest / g.ow * g.stride) - (int)g.top;
-                origin.j = (int)(rest % g.ow * g.stride) - (int)g.left;
+                origin.i = (int)(row * g.stride) - (int)g.top;
+                origin.j = (int)(column * g.stride) - (int)g.left;
                 origin.patch = (((long long)image * g.h + origin.i) * g.w + origin.j) * g.c_in;
             }
             origins[turn][threadIdx.x] = origin;
+            // A walk: two divisions in every step of BK would be a sixth of what is not an FMA.
             pixel += BK;
+            for (column += BK; column >= g.ow; column -= g.ow) {
+                if (++row == g.oh) {
+                    row = 0;
+                    ++image;
+                }
+            }
         }
     }
 
@@ -367,7 +377,7 @@ __device__ __forceinline__ void wgrad(float* dw, const T* x, const T* dy, const 
 //   conv2d_wgrad_32x128                                              for few rows: channels of y
 //   conv2d_bwd_shift
 #define ENTRIES(suffix, T) \
-    extern "C" __global__ void __launch_bounds__(THREADS) conv2d_fwd_64x64_##suffix( \
+    extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) conv2d_fwd_64x64_##suffix( \
         T* y, const T* x, const T* weight, const float* bias, const T* shift, const T* residual, \
         Geometry g) { \
         forward<Tile<64, 64>, T>(y, x, weight, {bias, shift, residual}, g); \
@@ -377,7 +387,7 @@ __device__ __forceinline__ void wgrad(float* dw, const T* x, const T* dy, const 
         Geometry g) { \
         forward<Tile<128, 32>, T>(y, x, weight, {bias, shift, residual}, g); \
     } \
-    extern "C" __global__ void __launch_bounds__(THREADS) conv2d_dgrad_64x64_##suffix( \
+    extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) conv2d_dgrad_64x64_##suffix( \
         T* dx, const T* dy, const T* weight, Geometry g) { \
         dgrad<Tile<64, 64>>(dx, dy, weight, g); \
     } \
@@ -401,11 +411,11 @@ F32_AND_BF16(ENTRIES)
 #undef ENTRIES
 
 extern "C" __global__ void __launch_bounds__(SUM_THREADS) conv2d_bwd_bias(
-    float* db, const double* sums, unsigned n, size_t c, unsigned accumulate) {
-    sum_parts(db, sums, n, c, accumulate);
+    float* db, const double* sums, unsigned n, size_t c, unsigned accumulate, unsigned lanes) {
+    sum_parts(db, sums, n, c, accumulate, lanes);
 }
 
 extern "C" __global__ void __launch_bounds__(SUM_THREADS) conv2d_sum_parts(
-    float* to, const float* parts, unsigned count, size_t len, unsigned accumulate) {
-    sum_parts(to, parts, count, len, accumulate);
+    float* to, const float* parts, unsigned count, size_t len, unsigned accumulate, unsigned lanes) {
+    sum_parts(to, parts, count, len, accumulate, lanes);
 }

@@ -8,7 +8,10 @@
 // mapping    block = CHUNK elements, thread = 4 neighbours at a time; the block that finishes last adds the partial
 //            sums
 // shared     68 B: the warps' sums (block_sum), and whether this block is the last
-// bound by   memory: 4 bytes read per element
+// bound by   memory: 4 bytes read per element, and 2.25 instructions in f64. An RTX 4090 does 645 G of these a second
+//            (1/64 of its f32 rate) and reads 252 G elements: f64 takes 0.88 of the memory's time there. On an RTX 3090
+//            (279 G, 234 G elements) it takes 1.9 of it, 0.3 ms for the 36 M gradients of `cifar10`. Sums in f32 would
+//            be accurate enough but overflow where no gradient does
 // host       g starts on a 16-byte boundary; len is a multiple of 4 (the flat buffer's gaps are zero); the clock is
 //            null or the step's (clock.cuh)
 // numerics   squares and sums in f64 in a fixed order; the square of an f32 does not overflow an f64, so the norm is

@@ -21,7 +21,9 @@
 //            along the strips. bwd_params: block = 32 channels, warp w = images w, w + 8, ..., lane = one channel
 // shared     12 KiB (fwd_moments), 8 KiB (bwd_sums): the 8 warps' sums; joins up to 4 KiB; bwd_params 2 KiB
 // bound by   memory: forward reads x twice and writes y, backward reads x and dy twice and writes dx; the second time
-//            from L2 if a batch fits. Storing dz would save an exponential and cost a write
+//            from L2 if a batch fits. Storing dz would save an exponential and cost a write. The f64 of the joins is
+//            no bound: for 128 images of 32x32x128 they take 2.8 M such instructions, 4 us of an RTX 4090 (1/64 of its
+//            f32 rate), beside 67 us in which it reads x once in f32
 // host       grid (n strips, tiles) with tiles of 4 << (lane_bits + warp_bits) channels and strips of
 //            2048 >> (lane_bits + warp_bits) pixels; lane_bits up to 5, warp_bits up to 3; vec only if 4 divides c;
 //            groups divides c; tensors start on 256-byte boundaries

@@ -8,10 +8,11 @@
 // mapping    block = 64 threads = one tile of the product; blockIdx.x counts tiles, along the columns first.
 //            wgrad: blockIdx.y is one split-K segment of the rows
 // shared     two buffers of both operands, 9 KB (64x64) or 11 KB
-// bound by   FMA; idle rows of the tile if there are few (the time embedding has one per image); bwd_sums: reading dy
+// bound by   as tile_gemm.cuh says; idle rows of the tile if there are few (the time embedding has one per image);
+//            bwd_sums: reading dy
 // host       rows, c_in, c_out < 2^30; tensors aligned to 16 bytes (vector accesses where c_in, c_out divide by four)
-// numerics   sums in f32: fwd over k, dgrad over o, wgrad over the rows of a segment; the segments, in order, and the
-//            bias in f64. A row's y and dx do not depend on the other rows.
+// numerics   sums in f32: fwd over k, dgrad over o, wgrad over the rows of a segment; the segments and the bias as
+//            column_sums.cuh says. A row's y and dx do not depend on the other rows.
 #include "column_sums.cuh"
 #include "tile_gemm.cuh"
 
@@ -121,11 +122,11 @@ F32_AND_BF16(ENTRIES)
 #undef ENTRIES
 
 extern "C" __global__ void __launch_bounds__(SUM_THREADS) linear_bwd_bias(
-    float* db, const double* sums, unsigned chunks, size_t c, unsigned accumulate) {
-    sum_parts(db, sums, chunks, c, accumulate);
+    float* db, const double* sums, unsigned chunks, size_t c, unsigned accumulate, unsigned lanes) {
+    sum_parts(db, sums, chunks, c, accumulate, lanes);
 }
 
 extern "C" __global__ void __launch_bounds__(SUM_THREADS) linear_sum_parts(
-    float* to, const float* parts, unsigned count, size_t len, unsigned accumulate) {
-    sum_parts(to, parts, count, len, accumulate);
+    float* to, const float* parts, unsigned count, size_t len, unsigned accumulate, unsigned lanes) {
+    sum_parts(to, parts, count, len, accumulate, lanes);
 }

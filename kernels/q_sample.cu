@@ -9,9 +9,10 @@
 //            eps_t = sqrt(1 - alpha_bar_t)
 // mapping    thread = 4 neighbours of one image = one Philox block; grid (ceil(h w c / 1024), images up to 65535,
 //            looped)
-// shared     8 B: timestep and flip of the image, drawn by thread 0, read by all
+// shared     12 B: timestep and flip of the image, drawn by thread 0, read by all; where in its row of the image the
+//            block begins, found by thread 0 before them
 // bound by   arithmetic: ten rounds of Philox and two Box-Muller pairs for 4 bytes read and 8 or 16 written
-// host       rows are below the number of images, h w c < 2^34; the clock is null or the step's (clock.cuh)
+// host       rows are below the number of images, h w c < 2^34, w c < 2^31; the clock is null or the step's (clock.cuh)
 // numerics   t, flip and z have the CPU's bits; one product, one fused multiply-add and one rounding to T
 #include "clock.cuh"
 #include "dtype.cuh"
@@ -23,6 +24,10 @@ __device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsig
                                     unsigned c, unsigned timesteps, const Stream& noise, uint32_t purpose_t,
                                     uint32_t purpose_flip, unsigned flip, const Clock* clock) {
     __shared__ uint32_t drawn[2];
+    __shared__ unsigned start;
+    // The one division of a full index; the threads divide what is left, of a row and a block.
+    const unsigned row = w * c;
+    if (threadIdx.x == 0) start = unsigned(size_t(blockIdx.x) * (4 * THREADS) % row);
     const size_t block = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     const Stream streams = of_step(noise, clock);
     for (unsigned i = blockIdx.y; i < n; i += gridDim.y) {
@@ -31,7 +36,7 @@ __device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsig
             drawn[0] = below(for_purpose(stream, purpose_t), timesteps);
             drawn[1] = flip ? below(for_purpose(stream, purpose_flip), 2) : 0;
         }
-        __syncthreads();  // the draws above are read below
+        __syncthreads();  // the draws above and `start` are read below
         const uint32_t t_i = drawn[0];
         const bool mirrored = drawn[1] == 1;
         __syncthreads();  // all have read before the next image's draws
@@ -45,19 +50,31 @@ __device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsig
         const unsigned char* u = pixels + size_t(rows[i]) * image;
         const unsigned count = unsigned(min(size_t(4), image - 4 * block));
         const float noise[4] = {z.x, z.y, z.z, z.w};
-        float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        unsigned char bytes[4] = {0, 0, 0, 0};
+        if (mirrored) {
+            const unsigned place = (start + 4 * threadIdx.x) % row;
+            unsigned x = place / c, channel = place % c;
+#pragma unroll
+            for (unsigned j = 0; j < 4; ++j) {
+                // Goes back by unsigned wraparound.
+                if (j < count) bytes[j] = u[4 * block + j + (size_t(w) - 1 - 2 * size_t(x)) * c];
+                if (++channel == c) {
+                    channel = 0;
+                    if (++x == w) x = 0;
+                }
+            }
+        } else if (image % 4 == 0) {
+            const uchar4 four = *reinterpret_cast<const uchar4*>(u + 4 * block);
+            bytes[0] = four.x, bytes[1] = four.y, bytes[2] = four.z, bytes[3] = four.w;
+        } else {
+#pragma unroll
+            for (unsigned j = 0; j < 4; ++j)
+                if (j < count) bytes[j] = u[4 * block + j];
+        }
+        float v[4];
 #pragma unroll
         for (unsigned j = 0; j < 4; ++j) {
-            if (j < count) {
-                const size_t k = 4 * block + j;
-                size_t source = k;
-                if (mirrored) {
-                    const size_t pixel = k / c, x = pixel % w;
-                    source = k + (size_t(w) - 1 - 2 * x) * c;  // goes back by unsigned wraparound
-                }
-                const float centred = float(2 * int(u[source]) - 255);
-                v[j] = fmaf(byte_t, centred, __fmul_rn(eps_t, noise[j]));
-            }
+            v[j] = fmaf(byte_t, float(2 * int(bytes[j]) - 255), __fmul_rn(eps_t, noise[j]));
         }
         store_group(x_t, size_t(i) * image + 4 * block, make_float4(v[0], v[1], v[2], v[3]), count, image % 4 == 0);
     }

@@ -4,9 +4,11 @@
 
 use crate::conditioning::Conditioning;
 use crate::device::Device;
+use crate::device::cuda::tile;
 use crate::diffusion::sampler::Samples;
 use crate::diffusion::{Sampler, Variance};
 use crate::error::{Error, Result};
+use crate::memory::available_on;
 use crate::ops::sample_step::{sample_step, start};
 use crate::output;
 use crate::params::Params;
@@ -88,11 +90,32 @@ impl Drawing<'_> {
         Shape::new(count, m.image_size.h, m.image_size.w, m.channels)
     }
 
-    /// Images drawn together, from 1 to 64: as many as keep an activation of the finest level within 8 MiB, near the
-    /// caches. No image depends on it.
+    /// Images drawn together. No image depends on it.
+    ///
+    /// On the CPU from 1 to 64: as many as keep an activation of the finest level within 8 MiB, near the caches. On a
+    /// GPU as many as fill it at the coarsest level, where an image has the fewest pixels: enough for two waves of
+    /// tiles of a convolution there, or half as many, and so on, until a pass takes no more than the memory that is
+    /// free.
     pub fn batch(&self) -> usize {
         let m = self.unet.model();
-        (2 * 1024 * 1024 / (m.image_size.h * m.image_size.w * m.widths[0])).clamp(1, 64)
+        if !self.device.is_gpu() {
+            return (2 * 1024 * 1024 / (m.image_size.h * m.image_size.w * m.widths[0])).clamp(1, 64);
+        }
+        let coarsest = m.levels() - 1;
+        let pixels = m.size_at(coarsest).pixels();
+        let available = available_on(self.device).unwrap_or(u64::MAX);
+        let fits = |images: usize| {
+            let shape = self.shape(images);
+            let needed =
+                || memory_of_forward(self.device, self.unet, self.params, shape).expect("shapes need no memory");
+            // The convolutions count pixels to 2^30.
+            shape.rows() < 1 << 30 && needed() <= available
+        };
+        let mut images = tile::rows_of_waves(2, m.widths[coarsest]).div_ceil(pixels);
+        while images > 1 && !fits(images) {
+            images = images.div_ceil(2);
+        }
+        images
     }
 
     /// The bytes of images `0..count`, (count, h, w, c). A conditional model takes the class of each image from
@@ -110,8 +133,9 @@ impl Drawing<'_> {
         let count_u32 =
             u32::try_from(count).map_err(|_| Error::Usage(format!("--count {count}: at most {} images", u32::MAX)))?;
         let mut images = Vec::with_capacity(self.shape(count).len());
-        for first in (0..count_u32).step_by(self.batch()) {
-            let range = first as usize..count.min(first as usize + self.batch());
+        let together = self.batch();
+        for first in (0..count_u32).step_by(together) {
+            let range = first as usize..count.min(first as usize + together);
             let conditioning = Conditioning::from_labels(self.device, labels.map(|labels| &labels[range.clone()]))?;
             let network = |x: &Tensor, t: u32| {
                 let mut tape = Tape::inference(self.device, self.params);

@@ -344,35 +344,36 @@ fn a_batch_draws_by_position() {
     let n = 20_000;
     let whole = Batch::train(3, 9, 0, (0..n).collect(), true, 1000);
     let piece = Batch::train(3, 9, 700, (700..800).collect(), true, 1000);
-    assert_eq!((&piece.t[..], &piece.flip[..]), (&whole.t[700..800], &whole.flip[700..800]));
+    let (t, flip) = (whole.t(), whole.flip());
+    assert_eq!((&piece.t()[..], &piece.flip()[..]), (&t[700..800], &flip[700..800]));
     assert_eq!(piece.noise.image(5), whole.noise.image(705));
     assert_eq!(piece.indices[5], 705);
     for other in
         [Batch::train(4, 9, 0, (0..n).collect(), true, 1000), Batch::train(3, 10, 0, (0..n).collect(), true, 1000)]
     {
-        assert!(other.t != whole.t && other.flip != whole.flip && other.noise != whole.noise);
+        assert!(other.t() != t && other.flip() != flip && other.noise != whole.noise);
     }
-    assert!(!Batch::train(3, 9, 0, (0..n).collect(), false, 1000).flip.contains(&true));
+    assert!(!Batch::train(3, 9, 0, (0..n).collect(), false, 1000).flip().contains(&true));
 
     // Five standard deviations each: sqrt(n)/2 for the number mirrored, 1000/sqrt(12 n) for the mean timestep, sqrt(18)
     // around 9 for chi-squared over ten bins.
-    let mirrored = whole.flip.iter().filter(|f| **f).count() as f64;
+    let mirrored = flip.iter().filter(|f| **f).count() as f64;
     assert!((mirrored - n as f64 / 2.0).abs() <= 2.5 * (n as f64).sqrt(), "{mirrored} of {n} mirrored");
-    let mean = whole.t.iter().map(|&t| f64::from(t)).sum::<f64>() / n as f64;
+    let mean = t.iter().map(|&t| f64::from(t)).sum::<f64>() / n as f64;
     assert!((mean - 499.5).abs() <= 5.0 * 1000.0 / (12.0 * n as f64).sqrt(), "mean timestep {mean}");
     let mut bins = [0.0f64; 10];
-    whole.t.iter().for_each(|&t| bins[t as usize / 100] += 1.0);
+    t.iter().for_each(|&t| bins[t as usize / 100] += 1.0);
     let expected = n as f64 / 10.0;
     let chi2: f64 = bins.iter().map(|b| (b - expected).powi(2) / expected).sum();
     assert!((chi2 - 9.0).abs() <= 5.0 * 18f64.sqrt(), "chi-squared {chi2}");
 
     let validation = Batch::validation(3, 700, (0..100).collect(), 1000);
     assert_eq!(validation, Batch::validation(3, 700, (0..100).collect(), 1000));
-    assert_ne!(validation.t, piece.t, "validation has its own timesteps");
+    assert_ne!(validation.t(), piece.t(), "validation has its own timesteps");
     assert_ne!(validation.noise.image(0), piece.noise.image(0), "and its own noise");
-    assert!(!validation.flip.contains(&true));
+    assert!(!validation.flip().contains(&true));
     let whole = Batch::validation(3, 0, (0..n).collect(), 1000);
-    assert_eq!((&validation.t[..], validation.noise.image(5)), (&whole.t[700..800], whole.noise.image(705)));
+    assert_eq!((&validation.t()[..], validation.noise.image(5)), (&whole.t()[700..800], whole.noise.image(705)));
     let streams = [whole.noise.image(0), Batch::train(3, 0, 0, vec![0], true, 1000).noise.image(0)];
     assert_ne!(streams[0], streams[1], "at step 0, too, validation and training draw apart");
 }

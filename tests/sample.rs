@@ -1,14 +1,18 @@
 //! Sampling: an image is a function of its seed, index and class.
 
-#[path = "support/places.rs"]
-mod places;
+mod support;
 
 use ddpm_cuda::checkpoint;
+use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::device::Device;
-use ddpm_cuda::diffusion::{Method, Sampler, Schedule, Spacing};
+use ddpm_cuda::diffusion::{Kind, Method, Sampler, Schedule, Spacing};
+use ddpm_cuda::memory::available_on;
+use ddpm_cuda::params::Params;
 use ddpm_cuda::sample::{Drawing, class_called, memory_of_forward};
-use ddpm_cuda::tensor::Shape;
+use ddpm_cuda::tensor::{DType, Shape};
 use ddpm_cuda::unet::UNet;
+
+use support::{gpu, places};
 
 /// More images than one batch holds, with a class-conditional network of random weights.
 #[test]
@@ -38,6 +42,56 @@ fn an_image_depends_on_its_seed_index_and_class_alone() {
     assert_eq!(draw(1, &in_turn[..3]), images[..3], "the number of images changes them");
     let other = draw(2, &in_turn);
     assert!((0..66).all(|i| other[i] != images[i]), "another seed, the same image");
+}
+
+/// Alone, with one other and with two others.
+#[test]
+fn on_a_gpu_an_image_does_not_depend_on_those_drawn_with_it() {
+    for dtype in [DType::F32, DType::Bf16] {
+        let Some(gpu) = gpu::gpu(dtype) else { return };
+        let device = Device::Cuda(gpu);
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/unet_rgb16");
+        let model = checkpoint::load(&device, &path).unwrap();
+        let (unet, _) = UNet::new(&model.config.model).unwrap();
+        let schedule = Schedule::new(model.config.diffusion.schedule, 1000).unwrap();
+        let sampler = Sampler::new(&schedule, Method::Ddim { eta: 1.0 }, Spacing::Even, 2).unwrap();
+        let drawing = Drawing { device: &device, unet: &unet, params: &model.params, sampler: &sampler, seed: 1 };
+        let draw = |count: usize| drawing.images(count, Some(&[3, 1, 4][..count]), |_| Ok(())).unwrap();
+        let (one, two, three) = (draw(1), draw(2), draw(3));
+        assert_eq!((one.len(), &three[..one.len()]), (16 * 16 * 3, &one[..]), "{dtype:?}: one of three and alone");
+        assert_eq!(three[..two.len()], two, "{dtype:?}: two of three");
+        assert_ne!(three[..one.len()], three[one.len()..two.len()], "{dtype:?}: two images are the same");
+    }
+}
+
+/// Two waves of tiles at the coarsest level, unless less memory is free than they take.
+#[test]
+fn on_a_gpu_images_are_drawn_together_until_they_fill_it_or_its_memory() {
+    let Some(gpu) = gpu::gpu(DType::F32) else { return };
+    let device = Device::Cuda(gpu);
+    let sampler =
+        Sampler::new(&Schedule::new(Kind::Linear, 1000).unwrap(), Method::Ddim { eta: 0.0 }, Spacing::Even, 1).unwrap();
+    let batch = |preset: Preset, side: usize, channels: usize| {
+        let mut model = Config::preset(preset).model;
+        (model.image_size, model.channels) = (Size::square(side), channels);
+        let (unet, specs) = UNet::new(&model).unwrap();
+        // Only shapes matter.
+        let params = Params::zeros(&device.meta(), specs).unwrap();
+        let drawing = Drawing { device: &device, unet: &unet, params: &params, sampler: &sampler, seed: 0 };
+        let needed = |n: usize| memory_of_forward(&device, &unet, &params, drawing.shape(n)).unwrap();
+        (drawing.batch(), needed(drawing.batch()), needed(2 * drawing.batch()))
+    };
+    let available = available_on(&device).unwrap();
+    // 7x7 pixels of 64 channels: one tile for 64 pixels, of which an H100 computes 132 x 8 at a time.
+    let (images, needed, _) = batch(Preset::Mnist, 28, 1);
+    assert_eq!(images, (2 * 132 * 8 * 64usize).div_ceil(49));
+    assert!(needed <= available, "{needed} of {available} bytes");
+    let (images, needed, twice) = batch(Preset::CelebaHq256, 256, 3);
+    assert!(images < (2 * 132 * 8usize).div_ceil(8), "{images} images");
+    assert!(
+        needed <= available && available < twice,
+        "{images} images: {needed} of {available} bytes, {twice} for two"
+    );
 }
 
 #[test]

@@ -47,5 +47,13 @@ __device__ __forceinline__ void store_group(T* p, size_t i, float4 v, unsigned c
     if (count > 3) store(p + i + 3, v.w);
 }
 
+// A tensor as 16 bytes at a time, for copies, and how many elements they hold.
+template <class T>
+constexpr unsigned WIDE = sizeof(uint4) / sizeof(T);
+template <class T>
+__device__ __forceinline__ uint4* wide(T* p) { return reinterpret_cast<uint4*>(p); }
+template <class T>
+__device__ __forceinline__ const uint4* wide(const T* p) { return reinterpret_cast<const uint4*>(p); }
+
 // Instantiates ENTRY(suffix, T) for both types; ENTRY defines `extern "C" __global__ void stem_part_##suffix(...)`.
 #define F32_AND_BF16(ENTRY) ENTRY(f32, float) ENTRY(bf16, bf16)

@@ -3,12 +3,26 @@
 // computes   acc = sum over k of a[row, k] b[k, col], one tile of BM x BN results per block. Two operands define where
 //            a and b come from; each brings BK steps of k at a time into shared memory.
 // mapping    block = 64 threads = one tile; thread = 8 x 8 results: rows r to r + 3 and the same half a tile below,
-//            columns likewise, BN/8 threads side by side. So a warp reads shared memory without bank conflicts, four
-//            16-byte loads for 64 FMAs per lane. Two warps, not eight: a small tile wastes little of a small layer (7x7
-//            pixels, 32 channels) and gives it enough blocks; and 8x8 per thread reads half as much per FMA as 4x4.
+//            columns likewise, four 16-byte loads of shared memory for 64 FMAs per lane. Two warps, not eight: a small
+//            tile wastes little of a small layer (7x7 pixels, 32 channels) and gives it enough blocks; and 8x8 per
+//            thread reads half as much per FMA as 4x4.
+//            Threads are paired: t and t ^ 1 have the same columns, t and t ^ 2 the same rows. A 16-byte load of a warp
+//            takes four cycles of shared memory, one for each quarter warp, but two if all lanes share their addresses
+//            with their neighbours, i ^ 1 or i ^ 2, and each half warp then meets no bank twice. So every load takes
+//            two
+//
+//            threads of a warp, 64x64       columns 0..3    4..7    8..11   12..15  ..  28..31
+//                             rows 0..3       t 0     t 2     t 4     t 6         t 14
+//                             rows 4..7       t 1     t 3     t 5     t 7         t 15
+//                             rows 8..11      t 16    t 18    t 20    t 22        t 30
+//                             rows 12..15     t 17    t 19    t 21    t 23        t 31
 // shared     two buffers of (BK x BM, BK x BN), k-major: 9 KB for 64x64, 11 KB for 128x32 and 32x128. While one is
 //            multiplied, the next travels through registers into the other: one barrier every BK steps of k.
-// bound by   FMA, if the tile is full
+// bound by   with full tiles, what a scheduler issues: one instruction a cycle, of which 0.7 to 0.8 are FMAs. On an
+//            A100 the FMAs themselves, which take two cycles there. Shared memory comes next: for eight steps of k a
+//            warp reads for 8 x 4 x 2 = 64 cycles and writes both operands in 16 (64x64; 128x32: 20), four warps on
+//            four schedulers for 320 in the 512 (A100: 1024) cycles of their FMAs. With the threads of a warp in rows
+//            of eight, only the reads of a shared their addresses: 448
 // host       extents below 2^30, so that an index a tile beyond the last stays below 2^32
 // numerics   every result is summed over k in order, one FMA per step, so neither tile shape nor neighbours change its
 //            bits.
@@ -21,6 +35,12 @@
 
 // Host twin: threads per block that computes a tile.
 constexpr int THREADS = 64;
+
+// Host twin: blocks of 64x64 that a multiprocessor holds at once, in a convolution's fwd and dgrad: the compiler leaves
+// each thread 128 registers, where it would take up to 153 (six blocks), at 5 more instructions beside 512 FMAs. The
+// other kernels take up to 167 and run six: the weight gradients would spill up to 100 bytes, the linear layer's f32
+// kernels 24, and for 128x32 an RTX 4090 has shared memory for six.
+constexpr int RESIDENT = 8;
 
 // Host twin: steps of k between two barriers. 16 are no faster in the emulator and take 30 more registers for data in
 // flight.
@@ -47,8 +67,11 @@ struct Tile {
 template <class TILE>
 struct Accumulators {
     float acc[8][8] = {};
-    __device__ static int row(int i) { return threadIdx.x / (TILE::BN / 8) * 4 + i % 4 + i / 4 * (TILE::BM / 2); }
-    __device__ static int col(int half) { return threadIdx.x % (TILE::BN / 8) * 4 + half * (TILE::BN / 2); }
+    static constexpr int ACROSS = TILE::BN / 8;  // threads side by side along the columns
+    __device__ static int row(int i) {
+        return (threadIdx.x % 2 + threadIdx.x / (2 * ACROSS) * 2) * 4 + i % 4 + i / 4 * (TILE::BM / 2);
+    }
+    __device__ static int col(int half) { return threadIdx.x / 2 % ACROSS * 4 + half * (TILE::BN / 2); }
     __device__ float4 quad(int i, int half) const {
         const float* row = acc[i] + 4 * half;
         return make_float4(row[0], row[1], row[2], row[3]);

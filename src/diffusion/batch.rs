@@ -1,8 +1,9 @@
 //! What a step draws for its images: mirrored or not, the timestep, the noise.
 //!
 //! Everything is drawn per image from its index in the whole step's batch (or in the held-out split). So micro-batches
-//! draw the same as the whole batch, and a resumed run the same as an uninterrupted one. On a GPU the kernels draw for
-//! themselves, from the same streams.
+//! draw the same as the whole batch, and a resumed run the same as an uninterrupted one. A batch holds the streams
+//! alone. The CPU path draws from them, and so do the kernels of a GPU, with the same bits: there the host draws
+//! nothing.
 
 use crate::rng::{Purpose, Streams};
 
@@ -13,14 +14,10 @@ pub struct Batch {
     pub indices: Vec<usize>,
     /// Each image's class, for a conditional network.
     pub labels: Option<Vec<u32>>,
-    /// Whether each is mirrored left to right.
-    pub flip: Vec<bool>,
-    /// The streams of `flip`; `None`: no image is mirrored. Image `i` of the batch draws from stream `i`, also in
-    /// `timestep` and `noise`.
+    /// The streams of [`flip`](Self::flip); `None`: no image is mirrored. Image `i` of the batch draws from stream `i`,
+    /// also in `timestep` and `noise`.
     pub flips: Option<Streams>,
-    /// Each image's timestep, in `0..timesteps`.
-    pub t: Vec<u32>,
-    /// The streams of `t`.
+    /// The streams of [`t`](Self::t).
     pub timestep: Streams,
     /// T, the number of timesteps.
     pub timesteps: u32,
@@ -29,33 +26,31 @@ pub struct Batch {
 }
 
 impl Batch {
-    /// Draws for a micro-batch of training step `step` (from 0) that starts at index `first` of the step's batch:
+    /// The streams of a micro-batch of training step `step` (from 0) that starts at index `first` of the step's batch:
     /// timesteps uniform on `0..timesteps` (DDPM, algorithm 1), mirrored with probability 1/2 if `flip`.
     pub fn train(seed: u64, step: u32, first: u32, indices: Vec<usize>, flip: bool, timesteps: u32) -> Self {
         let streams = |purpose| Streams { seed, purpose, step, first };
         let flips = flip.then(|| streams(Purpose::Flip));
-        Batch::draw(indices, flips, streams(Purpose::Timestep), timesteps, streams(Purpose::TrainNoise))
+        let (timestep, noise) = (streams(Purpose::Timestep), streams(Purpose::TrainNoise));
+        Batch { indices, labels: None, flips, timestep, timesteps, noise }
     }
 
-    /// Draws for a part of the held-out split that starts at its index `first`. Every call draws the same, so the
-    /// validation loss changes only because the network does. Nothing is mirrored.
+    /// The streams of a part of the held-out split that starts at its index `first`. They are the same in every call,
+    /// so the validation loss changes only because the network does. Nothing is mirrored.
     pub fn validation(seed: u64, first: u32, indices: Vec<usize>, timesteps: u32) -> Self {
         let streams = |purpose| Streams { seed, purpose, step: 0, first };
-        Batch::draw(indices, None, streams(Purpose::ValidationTimestep), timesteps, streams(Purpose::Validation))
+        let (timestep, noise) = (streams(Purpose::ValidationTimestep), streams(Purpose::Validation));
+        Batch { indices, labels: None, flips: None, timestep, timesteps, noise }
     }
 
-    fn draw(indices: Vec<usize>, flips: Option<Streams>, timestep: Streams, timesteps: u32, noise: Streams) -> Self {
-        let images = 0..indices.len();
-        Batch {
-            labels: None,
-            flip: images.clone().map(|i| flips.is_some_and(|flips| flips.image(i).below(2) == 1)).collect(),
-            flips,
-            t: images.map(|i| timestep.image(i).below(timesteps)).collect(),
-            timestep,
-            timesteps,
-            indices,
-            noise,
-        }
+    /// Draws each image's timestep, in `0..timesteps`.
+    pub fn t(&self) -> Vec<u32> {
+        (0..self.len()).map(|i| self.timestep.image(i).below(self.timesteps)).collect()
+    }
+
+    /// Draws whether each image is mirrored left to right.
+    pub fn flip(&self) -> Vec<bool> {
+        (0..self.len()).map(|i| self.flips.is_some_and(|flips| flips.image(i).below(2) == 1)).collect()
     }
 
     /// The same batch with a class for each image.

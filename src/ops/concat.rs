@@ -103,19 +103,24 @@ mod cpu {
 
 mod cuda {
     use super::*;
-    use crate::device::cuda::{Gpu, each_one};
+    use crate::device::cuda::Gpu;
+    use crate::device::cuda::tile::{at_a_time, over_rows};
     use crate::kernels::concat::{JOIN, PART};
 
     pub fn forward(gpu: &Gpu, y: &mut Tensor, a: &Tensor, b: &Tensor) -> Result<()> {
-        let (grid, rows) = (each_one(y.shape().len()), y.shape().rows());
+        let (shape, [ca, cb]) = (y.shape(), [a.shape().c, b.shape().c]);
+        let wide = at_a_time(a.dtype().size(), &[ca, cb]);
+        let (grid, lane_bits) = over_rows(shape.rows(), shape.c / wide, 256);
         let launch = gpu.launch(JOIN.of(a.dtype()), grid, 256).write(y).read(a).read(b);
-        launch.u64(rows).u32(a.shape().c).u32(b.shape().c).run()
+        launch.u64(shape.rows()).u32(ca).u32(cb).u32((wide > 1).into()).u32(lane_bits).run()
     }
 
     /// The channels of `dy` from `first` on.
     pub fn part(gpu: &Gpu, dx: &mut Tensor, dy: &Tensor, first: usize) -> Result<()> {
-        let shape = dx.shape();
-        let launch = gpu.launch(PART.of(dy.dtype()), each_one(shape.len()), 256).write(dx).read(dy);
-        launch.u64(shape.rows()).u32(shape.c).u32(dy.shape().c).u32(first).run()
+        let (shape, whole) = (dx.shape(), dy.shape().c);
+        let wide = at_a_time(dy.dtype().size(), &[shape.c, whole, first]);
+        let (grid, lane_bits) = over_rows(shape.rows(), shape.c / wide, 256);
+        let launch = gpu.launch(PART.of(dy.dtype()), grid, 256).write(dx).read(dy).u64(shape.rows());
+        launch.u32(shape.c).u32(whole).u32(first).u32((wide > 1).into()).u32(lane_bits).run()
     }
 }

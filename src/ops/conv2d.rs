@@ -519,8 +519,8 @@ mod cpu {
 
 mod cuda {
     use super::*;
-    use crate::device::cuda::tile::{Job, SUM_THREADS, TILE_THREADS, choose, lanes};
-    use crate::device::cuda::{Gpu, View, each_one};
+    use crate::device::cuda::tile::{Job, SUM_THREADS, TILE_THREADS, choose, lanes, sum_parts};
+    use crate::device::cuda::{Gpu, View};
     use crate::kernels::conv2d::{
         self as kernels, BWD_BIAS, BWD_SHIFT, DGRAD_64X64, DGRAD_128X32, FWD_64X64, FWD_128X32, SUM_PARTS,
         WGRAD_32X128, WGRAD_64X64,
@@ -610,8 +610,7 @@ mod cuda {
         let launch = gpu.launch(BWD_SHIFT.of(dy.dtype()), [n, c.div_ceil(lanes), 1], SUM_THREADS);
         let launch = launch.buffer_mut(&mut sums).write_opt(dshift.as_mut()).read(dy);
         launch.u32(h * w).u64(n * h * w).u32(c).u32(lanes).run()?;
-        let launch = gpu.launch(&BWD_BIAS, each_one(c), SUM_THREADS).view_mut(db.view).buffer(&sums);
-        launch.u32(n).u64(c).u32(db.accumulate.into()).run()?;
+        sum_parts(gpu, &BWD_BIAS, db.view, &sums, n, c, db.accumulate)?;
         Ok(dshift)
     }
 }

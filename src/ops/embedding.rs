@@ -116,19 +116,22 @@ mod cpu {
 
 mod cuda {
     use super::*;
-    use crate::device::cuda::{Gpu, View, each_one};
+    use crate::device::cuda::tile::over_rows;
+    use crate::device::cuda::{Gpu, View};
     use crate::kernels::embedding::{BWD, FWD};
     use crate::params::ParamView;
 
     pub fn forward(gpu: &Gpu, y: &mut Tensor, table: View<'_>, labels: &Tensor, add_to: &Tensor) -> Result<()> {
-        let shape = y.shape();
-        let launch = gpu.launch(FWD.of(add_to.dtype()), each_one(shape.len()), 256).write(y).read(add_to);
-        launch.view(table).read(labels).u64(shape.len()).u32(shape.c).run()
+        let Shape { n, c, .. } = y.shape();
+        let (grid, lane_bits) = over_rows(n, c, 256);
+        let launch = gpu.launch(FWD.of(add_to.dtype()), grid, 256).write(y).read(add_to);
+        launch.view(table).read(labels).u32(n).u32(c).u32(lane_bits).run()
     }
 
     pub fn backward(gpu: &Gpu, table: ParamView<'_>, rows: Shape, labels: &Tensor, dy: &Tensor) -> Result<()> {
-        let launch =
-            gpu.launch(BWD.of(dy.dtype()), each_one(rows.len()), 256).view_mut(table.view).read(dy).read(labels);
-        launch.u64(rows.len()).u32(dy.shape().n).u32(rows.c).u32(table.accumulate.into()).run()
+        let (grid, lane_bits) = over_rows(rows.n, rows.c, 256);
+        let launch = gpu.launch(BWD.of(dy.dtype()), grid, 256).view_mut(table.view).read(dy).read(labels);
+        let launch = launch.u32(rows.n).u32(dy.shape().n).u32(rows.c);
+        launch.u32(table.accumulate.into()).u32(lane_bits).run()
     }
 }

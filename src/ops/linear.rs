@@ -223,8 +223,8 @@ mod cpu {
 
 mod cuda {
     use super::*;
-    use crate::device::cuda::tile::{Job, SUM_THREADS, TILE_THREADS, choose, lanes};
-    use crate::device::cuda::{Gpu, View, each_one};
+    use crate::device::cuda::tile::{Job, SUM_THREADS, TILE_THREADS, choose, lanes, sum_parts};
+    use crate::device::cuda::{Gpu, View};
     use crate::kernels::linear::{
         BWD_BIAS, BWD_SUMS, CHUNK, DGRAD_64X64, DGRAD_128X32, FWD_64X64, FWD_128X32, SUM_PARTS, Sizes, WGRAD_32X128,
         WGRAD_64X64,
@@ -278,7 +278,6 @@ mod cuda {
         let mut sums = gpu.alloc(8 * chunks * c)?; // (chunks, c), f64
         let launch = gpu.launch(BWD_SUMS.of(dy.dtype()), [chunks, c.div_ceil(lanes), 1], SUM_THREADS);
         launch.buffer_mut(&mut sums).read(dy).u64(rows).u32(c).u32(lanes).run()?;
-        let launch = gpu.launch(&BWD_BIAS, each_one(c), SUM_THREADS).view_mut(db.view).buffer(&sums);
-        launch.u32(chunks).u64(c).u32(db.accumulate.into()).run()
+        sum_parts(gpu, &BWD_BIAS, db.view, &sums, chunks, c, db.accumulate)
     }
 }

@@ -55,7 +55,7 @@ pub fn loss(
         (Device::Cpu(_), meter) => {
             let dy = gradient.as_mut().map(|dy| dy.data_mut());
             let per_image = cpu::forward(prediction.data(), batch, image, factor, dy);
-            meter.host_row().quarters.add(&batch.t, batch.timesteps, &per_image);
+            meter.host_row().quarters.add(&batch.t(), batch.timesteps, &per_image);
             Some(per_image)
         }
         (Device::Cuda(gpu), Meter::Cuda(meter)) => {
@@ -172,6 +172,7 @@ mod cuda {
         assert!(shape.n <= 65535, "loss: {} images at once", shape.n);
         let image = shape.len() / shape.n;
         let chunks = image.div_ceil(CHUNK);
+        assert!(shape.n * chunks < 1 << 31, "loss: {} chunks; the kernel counts to 2^31", shape.n * chunks);
         let mut partial = gpu.alloc(8 * shape.n * chunks)?; // (n, chunks), f64
         let row = meter.for_writing(gpu.now());
         let launch = gpu.launch(FWD.of(y.dtype()), [chunks, shape.n, 1], THREADS).write_opt(dy).view_mut(row.rows);

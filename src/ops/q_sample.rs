@@ -61,8 +61,9 @@ pub fn q_sample(device: &Device, source: Source<'_>, batch: &Batch, coefficients
                 assert!(index < shape.n, "q_sample: image {index} of {}", shape.n);
             }
             let mut x_t = Tensor::uninit(device, DType::F32, Shape { n, ..shape })?;
-            cpu::forward(x_t.data_mut(), images, batch, coefficients.0.data());
-            let t: Vec<f32> = batch.t.iter().map(|&t| t as f32).collect();
+            let t = batch.t();
+            cpu::forward(x_t.data_mut(), images, batch, &t, coefficients.0.data());
+            let t: Vec<f32> = t.into_iter().map(|t| t as f32).collect();
             let t = Tensor::from_slice(device, per_image, &t)?;
             Ok(Noised { x_t, t, conditioning: Conditioning::from_labels(device, batch.labels.as_deref())? })
         }
@@ -108,18 +109,19 @@ pub mod reference {
     /// The whole operation, image after image.
     pub fn batch<T: Float + FloatConst>(images: Images<'_>, batch: &Batch, schedule: &Schedule) -> Vec<T> {
         let s = images.shape;
+        let (t, flip) = (batch.t(), batch.flip());
         let mut x_t = Vec::new();
         for i in 0..batch.len() {
             let mut x_0 = Vec::new();
             for y in 0..s.h {
                 for x in 0..s.w {
-                    let x = if batch.flip[i] { s.w - 1 - x } else { x };
+                    let x = if flip[i] { s.w - 1 - x } else { x };
                     let pixel = ((batch.indices[i] * s.h + y) * s.w + x) * s.c;
                     x_0.extend(images.pixels[pixel..pixel + s.c].iter().map(|&u| scale::<T>(u)));
                 }
             }
             let eps = normals(&batch.noise.image(i), 0, x_0.len());
-            x_t.extend(forward(&x_0, &eps, batch.t[i] as usize, schedule));
+            x_t.extend(forward(&x_0, &eps, t[i] as usize, schedule));
         }
         x_t
     }
@@ -135,18 +137,18 @@ mod cpu {
     /// Elements per task, of one image: noise and result (16 KiB) stay in L1 between the two loops.
     const CHUNK: usize = 1 << 12;
 
-    /// `table` holds the two factors of each timestep.
-    pub fn forward(x_t: &mut [f32], images: Images<'_>, batch: &Batch, table: &[f32]) {
+    /// `t` are the batch's timesteps; `table` holds the two factors of each.
+    pub fn forward(x_t: &mut [f32], images: Images<'_>, batch: &Batch, t: &[u32], table: &[f32]) {
         let Shape { h, w, c, .. } = images.shape;
-        let len = h * w * c;
+        let (len, flip) = (h * w * c, batch.flip());
         x_t.par_chunks_mut(len.max(1)).enumerate().for_each(|(i, x_t)| {
-            let t = batch.t[i] as usize;
+            let t = t[i] as usize;
             let factors = Factors { byte: table[2 * t], eps: table[2 * t + 1] };
             let image = &images.pixels[batch.indices[i] * len..][..len];
             let stream = batch.noise.image(i);
             x_t.par_chunks_mut(CHUNK).enumerate().for_each(|(k, x_t)| {
                 let first = k * CHUNK;
-                if batch.flip[i] {
+                if flip[i] {
                     noised_mirrored(x_t, image, (w, c), &stream, first, factors);
                 } else {
                     noised(x_t, &image[first..first + x_t.len()], &stream, first, factors);
@@ -224,6 +226,7 @@ mod cuda {
     ) -> Result<()> {
         let Shape { n, h, w, c } = x_t.shape();
         let (image, kernel) = (h * w * c, FWD.of(x_t.dtype()));
+        assert!(w * c < 1 << 31, "q_sample: rows of {w} x {c} numbers; the kernel counts to 2^31");
         // An image's three streams (timestep, flip, noise) share seed, step and stream number.
         let s = batch.noise;
         assert_eq!((batch.timestep.seed, batch.timestep.step, batch.timestep.first), (s.seed, s.step, s.first));

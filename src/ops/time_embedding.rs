@@ -96,14 +96,16 @@ mod cpu {
 mod cuda {
     use super::*;
     use crate::device::cuda::Gpu;
+    use crate::device::cuda::tile::over_rows;
     use crate::kernels::time_embedding::FWD;
 
     pub fn forward(gpu: &Gpu, y: &mut Tensor, t: &Tensor, form: Sinusoid) -> Result<()> {
         let Shape { n, c: dim, .. } = y.shape();
         let (sines, cosines) = form.places(dim / 2);
         // 128 threads: a batch's embedding is a few blocks, and smaller ones spread over more multiprocessors.
-        let launch = gpu.launch(FWD.of(y.dtype()), [(n * (dim / 2)).div_ceil(128), 1, 1], 128).write(y).read(t).u64(n);
+        let (grid, lane_bits) = over_rows(n, dim / 2, 128);
+        let launch = gpu.launch(FWD.of(y.dtype()), grid, 128).write(y).read(t).u64(n);
         let launch = launch.u32(dim).f64((PERIOD as f64).ln()).f64(form.spread(dim / 2) as f64);
-        launch.u32(sines).u32(cosines).run()
+        launch.u32(sines).u32(cosines).u32(lane_bits).run()
     }
 }

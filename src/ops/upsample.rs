@@ -129,18 +129,30 @@ mod cpu {
 
 mod cuda {
     use super::*;
-    use crate::device::cuda::{Gpu, each_one};
+    use crate::device::cuda::Gpu;
+    use crate::device::cuda::tile::{at_a_time, over_rows};
     use crate::kernels::upsample::{BWD, FWD};
 
     pub fn forward(gpu: &Gpu, y: &mut Tensor, x: &Tensor) -> Result<()> {
         let Shape { w, c, .. } = x.shape();
-        let len = x.shape().len();
-        gpu.launch(FWD.of(x.dtype()), each_one(len), 256).write(y).read(x).u64(len).u32(w).u32(c).run()
+        let (pixels, wide) = (pixels(x), at_a_time(x.dtype().size(), &[c]));
+        let (grid, lane_bits) = over_rows(pixels, c / wide, 256);
+        let launch = gpu.launch(FWD.of(x.dtype()), grid, 256).write(y).read(x).u64(pixels);
+        launch.u32(w).u32(c).u32((wide > 1).into()).u32(lane_bits).run()
     }
 
     pub fn backward(gpu: &Gpu, dx: &mut Tensor, dy: &Tensor) -> Result<()> {
         let Shape { w, c, .. } = dx.shape();
-        let len = dx.shape().len();
-        gpu.launch(BWD.of(dy.dtype()), each_one(len), 256).write(dx).read(dy).u64(len).u32(w).u32(c).run()
+        let pixels = pixels(dx);
+        let (grid, lane_bits) = over_rows(pixels, c.div_ceil(4), 256);
+        let launch = gpu.launch(BWD.of(dy.dtype()), grid, 256).write(dx).read(dy).u64(pixels);
+        launch.u32(w).u32(c).u32(lane_bits).run()
+    }
+
+    /// Pixels of x or dx.
+    fn pixels(x: &Tensor) -> usize {
+        let pixels = x.shape().rows();
+        assert!(pixels < 1 << 32, "upsample: {pixels} pixels; the kernels count to 2^32");
+        pixels
     }
 }

@@ -276,7 +276,7 @@ fn steps(
             report = Report::default();
         }
         if due_or_last(config.sample_every) {
-            // Neither a full disk nor a GPU without room for so many images at once stops the training.
+            // Neither a full disk nor a GPU that runs out of memory stops the training.
             match draw_samples(trainer, &folder.path, stop) {
                 Ok(path) => {
                     samples.is_over(&path, watch);

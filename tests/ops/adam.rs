@@ -289,7 +289,7 @@ fn gpu_halts_at_what_is_not_finite_until_it_is_read() {
             };
             let prediction = Tensor::from_slice_as(device, device.activations(), shape, &prediction).unwrap();
             let batch = Batch::train(0, 0, 0, vec![0], false, 10);
-            let t = per_image(device, [batch.t[0] as f32]);
+            let t = per_image(device, [batch.t()[0] as f32]);
             loss(device, &prediction, &batch, &t, Some(1), &mut run.meter).unwrap();
             run.in_row(&g, 1.0, &update(2));
             for k in [3, 4] {

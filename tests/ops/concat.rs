@@ -7,14 +7,19 @@ use crate::support::{
 };
 
 /// Shape of `a`, channels of `b`. One element each; primes; one pixel beyond a task of 2^14 elements; not square; more
-/// channels than a task has elements; one element beyond a block of 256.
-const CASES: [(Shape, usize); 6] = [
+/// channels than a task has elements; one element beyond a block of 256. On a GPU, 16 bytes that divide all, both
+/// inputs of f32 alone, one of them; rows of more than 256 times 16 bytes.
+const CASES: [(Shape, usize); 10] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 3, 5, 7), 11),
     (Shape::new(1, 1, 3, 5461), 1),
     (Shape::new(3, 32, 16, 11), 64),
     (Shape::new(1, 2, 2, 20_000), 3),
     (Shape::new(1, 1, 1, 200), 57),
+    (Shape::new(2, 3, 5, 8), 24),
+    (Shape::new(1, 5, 3, 4), 12),
+    (Shape::new(1, 3, 3, 3), 8),
+    (Shape::new(1, 1, 3, 2048), 64),
 ];
 
 fn pass(shape: Shape, c_b: usize) -> (Pass, [Vec<f32>; 3]) {
@@ -63,7 +68,9 @@ fn gpu_has_the_bits_of_the_cpu() {
 #[test]
 fn planted_bugs_are_noticed() {
     let test = "concat::gpu_has_the_bits_of_the_cpu";
+    // One element too many in a row; the wrong copy at the seam; another row; another first channel.
     plant::notices(test, "concat_join_f32", "setp.lt.u32", "setp.le.u32");
+    plant::notices(test, "concat_join_f32", "ld.global.v4.u32", "//");
     plant::notices_wrong_parameter(test, "concat_part_f32", 5, 3);
     plant::notices_wrong_parameter(test, "concat_part_bf16", 4, 3);
     plant::notices_lost_block(test, "concat_join_f32");

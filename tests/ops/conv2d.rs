@@ -29,7 +29,7 @@ const HALVE: Geometry = Geometry::HALVE_3X3;
 
 /// Sizes of one, primes, one over the AVX-512 register tile (32 columns, 14 rows), one over a block, not square, every
 /// kind of padding.
-const CASES: [Case; 21] = [
+const CASES: [Case; 22] = [
     case([1, 1, 1, 1], [1, 1, 1], Geometry::POINTWISE),
     case([1, 1, 1, 1], [1, 3, 3], SAME),
     case([2, 5, 7, 3], [5, 3, 3], SAME),
@@ -54,6 +54,8 @@ const CASES: [Case; 21] = [
     case([8, 23, 22, 65], [33, 3, 3], SAME),
     // More input channels than Winograd transforms at a time.
     case([2, 5, 4, 270], [35, 3, 3], SAME),
+    // 68 pixels for each thread that sums them for the bias: more than are summed in f32.
+    case([1, 27, 20, 3], [20, 1, 1], Geometry::POINTWISE),
 ];
 
 /// The tensors of a case.
@@ -234,7 +236,9 @@ fn gpu_agrees_with_the_reference() {
 #[test]
 fn planted_bugs_are_noticed() {
     const TEST: &str = "conv2d::gpu_agrees_with_the_reference";
-    for part in ["fwd_64x64_f32", "dgrad_128x32_f32", "wgrad_64x64_bf16", "wgrad_32x128_f32", "bwd_shift_f32"] {
+    for part in
+        ["fwd_64x64_f32", "dgrad_128x32_f32", "wgrad_64x64_bf16", "wgrad_32x128_f32", "bwd_shift_f32", "sum_parts"]
+    {
         plant::notices_lost_last_barrier(TEST, &format!("conv2d_{part}"));
     }
     for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_64x64_f32", "bwd_shift_bf16", "bwd_bias", "sum_parts"] {

@@ -5,7 +5,7 @@ use ddpm_cuda::tensor::{DType, Shape};
 use num_traits::Float;
 
 use crate::support::{
-    Pass, close, close_as, finite_differences, gpu, numbers, plant, same_bits, through_tape_on, to_f32,
+    F32_ROUNDING, Pass, close, close_as, finite_differences, gpu, numbers, plant, same_bits, through_tape_on, to_f32,
 };
 
 /// `x` and `c_out`. Sizes of one, primes, one over the AVX-512 register tile (32 columns, 14 rows) and over its block
@@ -120,6 +120,34 @@ fn gpu_agrees_with_the_reference() {
     }
 }
 
+/// Columns of numbers up to 10^4 that cancel but for a last one of 0.7. Sums of a thread's terms in f32 alone would err
+/// by some 10^-2. The kernel errs by 2^-36 of the sum of the magnitudes, and its result is rounded once.
+#[test]
+fn gpu_sums_over_rows_keep_what_f32_would_lose() {
+    // 512 rows are a chunk, of which a thread sums every 64th: the last ones three.
+    let (rows, c_out) = (703, 3);
+    let half: Vec<f32> = numbers(5, rows / 2 * c_out).iter().map(|v| (v * 1e4) as f32).collect();
+    let dy = [half.clone(), half.iter().rev().map(|v| -v).collect(), vec![0.7; c_out]].concat();
+    gpu::each("cancelling rows", |device| {
+        let dtype = device.activations();
+        let dy = gpu::rounded_f32(dtype, &dy);
+        let (shape, bias) = (Shape::new(1, rows, 1, 1), (Shape::vector(c_out), vec![0.0; c_out]));
+        let weight = (Shape::new(c_out, 1, 1, 1), vec![0.0; c_out]);
+        let Pass { dw, .. } =
+            through_tape_on(device, &[(shape, vec![0.0; rows])], &[weight, bias], &dy, 1, |tape, v, p| {
+                linear_by(tape, &v[0], p[0], Some(p[1]), None, Isa::best())
+            });
+        for (column, got) in dw[1].iter().enumerate() {
+            let terms = || dy.iter().skip(column).step_by(c_out).map(|&v| f64::from(v));
+            let (want, magnitudes) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
+            let budget = F32_ROUNDING * want.abs() + magnitudes * 2f64.powi(-36);
+            let error = (f64::from(*got) - want).abs();
+            assert!(error <= budget, "column {column}, {dtype:?}: {got}, expected {want} +- {budget:e}");
+        }
+        dw[1].clone()
+    });
+}
+
 #[test]
 fn gpu_parameter_gradients_accumulate() {
     // One with a single split-K segment (its rows are the k of dw) and one with several.
@@ -139,7 +167,7 @@ fn gpu_parameter_gradients_accumulate() {
 #[test]
 fn planted_bugs_are_noticed() {
     const TEST: &str = "linear::gpu_agrees_with_the_reference";
-    for part in ["fwd_64x64_f32", "dgrad_128x32_bf16", "wgrad_64x64_f32", "bwd_sums_bf16"] {
+    for part in ["fwd_64x64_f32", "dgrad_128x32_bf16", "wgrad_64x64_f32", "bwd_sums_bf16", "bwd_bias", "sum_parts"] {
         plant::notices_lost_last_barrier(TEST, &format!("linear_{part}"));
     }
     for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_32x128_bf16", "bwd_sums_f32", "bwd_bias", "sum_parts"] {
@@ -155,6 +183,9 @@ fn planted_bugs_are_noticed() {
         let entry = format!("linear_{part}");
         plant::notices_wrong_parameter(TEST, &entry, is, reads);
     }
+    // The rounding error of the last term of three is taken off instead of added.
+    let cancelling = "linear::gpu_sums_over_rows_keep_what_f32_would_lose";
+    plant::notices(cancelling, "linear_bwd_sums_f32", "add.f32", "sub.f32");
 }
 
 #[test]

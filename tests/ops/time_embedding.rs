@@ -11,8 +11,8 @@ fn embed(device: &Device, t: &[f32], dim: usize, form: Sinusoid) -> Tensor {
     time_embedding(device, &per_image(device, t.iter().copied()), dim, form).unwrap()
 }
 
-/// Widths of an embedding: the smallest, odd ones, just beyond a block of 128 frequencies (5 x 26), several blocks.
-const DIMS: [usize; 7] = [2, 3, 4, 7, 32, 52, 128];
+/// Widths of an embedding: the smallest, odd ones, several blocks, more frequencies than a block has threads.
+const DIMS: [usize; 8] = [2, 3, 4, 7, 32, 52, 128, 301];
 
 const OPENAI: Sinusoid = Sinusoid { freq_shift: 0, flip_sin_to_cos: true };
 

@@ -7,14 +7,18 @@ use crate::support::{
 };
 
 /// One element; primes; several tasks of 2^15 elements, the last one short; single pixels; rows longer than a task; one
-/// element beyond a block of 256.
-const CASES: [Shape; 6] = [
+/// element beyond a block of 256. On a GPU, channels that 16 bytes divide in both types and in f32 alone, and more of
+/// them than a block has threads.
+const CASES: [Shape; 9] = [
     Shape::new(1, 1, 1, 1),
     Shape::new(2, 3, 5, 7),
     Shape::new(3, 17, 16, 64),
     Shape::new(2, 1, 1, 17),
     Shape::new(1, 3, 1, 9001),
     Shape::new(1, 1, 257, 1),
+    Shape::new(2, 3, 5, 8),
+    Shape::new(1, 2, 3, 12),
+    Shape::new(1, 3, 2, 2100),
 ];
 
 fn pass(shape: Shape) -> (Pass, Vec<f64>, Vec<f64>) {
@@ -60,6 +64,7 @@ fn planted_bugs_are_noticed() {
     let test = "upsample::gpu_has_the_bits_of_the_cpu";
     // The last of four copies is missing; a sum becomes a difference.
     plant::notices(test, "upsample_fwd_f32", "st.global.f32", "//");
+    plant::notices(test, "upsample_fwd_f32", "st.global.v4.u32", "//");
     plant::notices(test, "upsample_bwd_f32", "add.f32", "sub.f32");
     plant::notices(test, "upsample_bwd_bf16", "add.f32", "sub.f32");
     plant::notices_lost_block(test, "upsample_fwd_f32");

@@ -70,11 +70,18 @@ pub fn available() -> bool {
     })
 }
 
+/// Set to have guard words on the emulator too, as on a real GPU: to test the guards, not the kernels.
+const GUARD_WORDS: &str = "DDPM_TEST_GUARD_WORDS";
+
 /// A guarded GPU with activations of type `dtype`, with the planted bug if there is one; `None` if kernels cannot be
 /// tested.
 pub fn gpu(dtype: DType) -> Option<Gpu> {
     available().then(|| {
-        let gpu = Gpu::open(0, dtype, true).expect("the GPU opens");
+        let open = match std::env::var_os(GUARD_WORDS) {
+            Some(_) => Gpu::open_with_guard_words(0, dtype),
+            None => Gpu::open(0, dtype, true),
+        };
+        let gpu = open.expect("the GPU opens");
         if let Some((stem, ptx)) = plant::planted() {
             // SAFETY: entries and parameters are the stem's, and the emulator checks every access.
             unsafe { gpu.replace_kernels(stem, ptx) };
