@@ -39,16 +39,21 @@ import json
 import re
 import sys
 
+tests = {}
 for line in open(sys.argv[1], encoding="utf-8"):
     message = json.loads(line)
     name = message.get("target", {}).get("name")
     ours = re.search("(^|[/#])ddpm-cuda[ @#]", message.get("package_id", ""))
     if message["reason"] == "build-script-executed" and ours:
         print("kernels", message["out_dir"])
+    elif message["reason"] == "compiler-artifact" and message["executable"] and ours and name in sys.argv[2:]:
+        tests[name] = message["executable"]
     elif message["reason"] == "compiler-artifact" and message["executable"] and ours:
-        print(name if name in sys.argv[2:] else "program", message["executable"])
+        print("program", message["executable"])
     elif message["reason"] == "compiler-artifact" and name == "cuda_emu":
         print("emulator", *(f for f in message["filenames"] if f.endswith(".so")))
+for name in sys.argv[2:]:
+    print(f"test:{name}", tests[name])
 PYTHON
     )
     while read -r what path; do
@@ -56,7 +61,7 @@ PYTHON
             program) program=$path ;;
             emulator) emulator=$path ;;
             kernels) kernels=$path ;;
-            *) tests+=("$what=$path") ;;
+            test:*) tests+=("${what#test:}=$path") ;;
         esac
     done <<<"$found"
 fi

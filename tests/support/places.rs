@@ -37,8 +37,8 @@ pub fn fixture(name: &str) -> PathBuf {
 
 /// The program.
 pub fn program() -> PathBuf {
-    let built = || option_env!("CARGO_BIN_EXE_ddpm-cuda").expect("the feature cli builds the program").into();
-    let path: PathBuf = named(PROGRAM).unwrap_or_else(built);
+    let built = || option_env!("CARGO_BIN_EXE_ddpm-cuda").map(PathBuf::from);
+    let path = named(PROGRAM).or_else(built).expect("a test that starts the program needs the feature cli");
     assert!(path.is_file(), "{} does not exist; {PROGRAM} is the path of ddpm-cuda", path.display());
     path
 }
