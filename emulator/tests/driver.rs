@@ -356,6 +356,30 @@ fn module_variables_are_read_and_written_from_the_host() {
 }
 
 #[test]
+fn a_function_pointer_goes_from_a_variable_through_the_host_to_a_kernel() {
+    load();
+    let (context, stream) = device(0);
+    let pointers = module(&context, include_str!("kernels/pointers.ptx"));
+    let by_argument = pointers.load_function("by_argument").unwrap();
+    let table = stream.clone_dtoh(&pointers.get_global("table", &stream).unwrap()).unwrap();
+    let functions: Vec<u64> = table.as_chunks().0.iter().map(|&bytes| u64::from_le_bytes(bytes)).collect();
+    let mut out = stream.alloc_zeros::<f32>(8).unwrap();
+    for (function, want) in functions.iter().zip([|x: f32| x + 3.0, |x| x - 3.0, |x| 3.0 * x]) {
+        let mut launch = stream.launch_builder(&by_argument);
+        launch.arg(&mut out).arg(function).arg(&8i32);
+        unsafe { launch.launch(shape(1, 8)) }.unwrap();
+        let found = stream.clone_dtoh(&out).unwrap();
+        assert!((0..8).all(|i| found[i] == want(i as f32) + (i as f32 - 1.0)), "{found:?}");
+    }
+    // A kernel's handle is none.
+    let mut launch = stream.launch_builder(&by_argument);
+    launch.arg(&mut out).arg(&0x1234_5678u64).arg(&8i32);
+    let refused = unsafe { launch.launch(shape(1, 8)) };
+    assert_eq!(code(refused.map(|_| ())), CUresult::CUDA_ERROR_INVALID_PC);
+    assert_says(&["kernel by_argument", "PTX line", "calls address 0x12345678, where no function begins"]);
+}
+
+#[test]
 fn wrong_launches_are_refused_and_do_no_harm() {
     load();
     let (context, stream) = device(0);

@@ -69,6 +69,59 @@ fn mistakes_have_their_line() {
 }
 
 #[test]
+fn calls_by_address_are_checked_when_they_are_loaded() {
+    let functions = ".func (.param .b32 r) f(.param .b32 x) { st.param.b32 [r], 1; ret; }\n\
+                     .func g(.param .b64 x) { ret; }\n.entry other() { ret; }\n";
+    let with = |body: &str| kernel(body).replacen(".visible", &format!("{functions}.visible"), 1);
+    let proto = ".param .b32 a; .param .b32 b; proto: .callprototype (.param .b32 _) _ (.param .b32 _);";
+    let good = [
+        format!("{proto} mov.u64 %rd1, f; call (b), %rd1, (a), proto;"),
+        "none: .callprototype ()_ (); call %rd1, (), none; call %rd1, none; call.uni %rd1, (), none;".into(),
+        "bare: .callprototype _; call %rd1, bare;".into(),
+        "{ .param .align 8 .b8 s[16]; big: .callprototype (.param .align 8 .b8 _[16]) _ () .noreturn; \
+         call (s), %rd1, big; }"
+            .into(),
+        ".param .b32 a; .param .b32 b; list: .calltargets f, f; call (b), %rd1, (a), list;".into(),
+        "setp.eq.u64 %p1, %rd1, g;".into(),
+    ];
+    for body in good {
+        parse(&with(&body)).unwrap_or_else(|error| panic!("{body}: {error}"));
+    }
+    for (body, part) in [
+        ("mov.u32 %r1, f;", "the address of function f needs 64 bits"),
+        ("mov.u64 %rd1, f+4;", "4 bytes inside function f"),
+        ("ld.global.u32 %r1, [f];", "f is a function, not a variable"),
+        ("mov.u64 %rd1, other;", "other is a kernel, whose address device code cannot use"),
+        ("mov.u64 %rd1, k;", "k is a kernel, whose address device code cannot use"),
+        ("call other, ();", "other is a kernel, which can be launched, but not called"),
+        ("call %rd1, ();", "a call by address needs"),
+        ("call %rd1, (), nothing;", "no .callprototype or .calltargets nothing stands above the call"),
+        ("{ none: .callprototype _; } call %rd1, none;", "no .callprototype or .calltargets none stands above"),
+        (&format!("{proto} call %rd1, (a), proto;"), "proto has 1 results and 1 parameters, the call 0 and 1"),
+        (&format!("{proto} call (b), f, (a), proto;"), "f is called by its name"),
+        (&format!("{proto} call (b), %r1, (a), proto;"), "a register of 32 bits"),
+        ("list: .calltargets f, g;", "g takes 8 bytes and returns nothing, but f of the same list takes 4 bytes"),
+        ("list: .calltargets missing;", "function missing is not defined"),
+        ("wrong: .callprototype (.reg .b32 _) _;", ".param"),
+        ("wrong: .callprototype name (.param .b32 _);", "an underscore"),
+    ] {
+        let message = parse(&with(body)).map(|_| ()).expect_err(body).message;
+        assert!(message.contains(part), "{body}: {message}");
+    }
+    let variables = |init: &str| parse(&format!("{HEAD}{functions}.global .u64 t[2] = {{{init}}};")).map(|_| ());
+    assert_eq!(variables("f, g"), Ok(()));
+    assert_eq!(variables("generic(f), 0"), Ok(()));
+    for (init, part) in [
+        ("f+8", "8 bytes inside function f"),
+        ("other", "other is a kernel"),
+        ("missing", "missing in an initialiser is no variable or function"),
+    ] {
+        let message = variables(init).expect_err(init).message;
+        assert!(message.contains(part), "{init}: {message}");
+    }
+}
+
+#[test]
 fn scopes_hide_registers_and_labels() {
     let body = "
         { .reg .b32 %r1; mov.u32 %r1, 7; L: add.s32 %r1, %r1, 1; bra M; M: }

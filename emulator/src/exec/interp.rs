@@ -104,6 +104,14 @@ impl Warp {
         (0..self.groups.len()).filter(|&i| ready(&self.groups[i])).min_by_key(|&i| self.groups[i].pc)
     }
 
+    /// Sends a lane to a step, with those of the groups from `first` on that go there too.
+    fn send(&mut self, lane: u32, pc: u32, first: usize) {
+        match self.groups[first..].iter_mut().find(|group| group.pc == pc) {
+            Some(group) => group.mask |= 1 << lane,
+            None => self.groups.push(Group { pc, mask: 1 << lane, wait: Wait::Nothing }),
+        }
+    }
+
     /// Whether a group could run.
     pub fn ready(&self, barriers: &[super::state::BarrierState]) -> bool {
         self.groups.iter().any(|group| match group.wait {
@@ -320,6 +328,15 @@ unsafe fn run<const ISA: usize>(machine: &mut Machine, warp: &mut Warp, turn: u3
                     }
                     continue 'select;
                 }
+                Op::CallTable(call) => {
+                    end_of_block!();
+                    warp.groups[index].mask = 0;
+                    machine.call_table(warp, operands[0], pc, *call, mask)?;
+                    if left == 0 {
+                        return Ok(machine.end_of_turn(warp, turn));
+                    }
+                    continue 'select;
+                }
                 Op::Barrier { mode, aligned, .. } => {
                     if active == 0 {
                         pc += 1;
@@ -497,10 +514,7 @@ impl Machine<'_> {
                 let detail = format!("index {} into {} branch targets", indices[l as usize], targets.len());
                 return Err(self.fault(FaultKind::Illegal, warp, pc, l, detail));
             };
-            match warp.groups[before..].iter_mut().find(|group| group.pc == target) {
-                Some(group) => group.mask |= 1 << l,
-                None => warp.groups.push(Group { pc: target, mask: 1 << l, wait: Wait::Nothing }),
-            }
+            warp.send(l, target, before);
         }
         if mask != active {
             warp.groups.push(Group { pc: fall, mask: mask & !active, wait: Wait::Nothing });
@@ -509,6 +523,52 @@ impl Machine<'_> {
             self.counters.divergent_branches += 1;
         }
         Ok(())
+    }
+
+    /// Sends every lane to the function whose address it has.
+    #[inline(never)]
+    fn call_table(&mut self, warp: &mut Warp, register: u32, pc: u32, call: u32, mask: u32) -> Result<(), Box<Fault>> {
+        let site = &self.env.program.calls[call as usize];
+        // SAFETY: the address is a 64-bit register inside the file.
+        let addresses = unsafe { warp.file.as_mut_ptr().add(register as usize).cast::<[u64; 32]>().read() };
+        let before = warp.groups.len();
+        for l in lanes(mask) {
+            match self.callee(site, addresses[l as usize]) {
+                Ok(target) => warp.send(l, target, before),
+                Err(detail) => return Err(self.fault(FaultKind::Call, warp, pc, l, detail)),
+            }
+        }
+        if warp.groups.len() > before + 1 {
+            self.counters.divergent_branches += 1;
+        }
+        Ok(())
+    }
+
+    /// The step of the function that begins at an address, for a call; or what is wrong with it.
+    fn callee(&self, site: &CallSite, address: u64) -> Result<u32, String> {
+        let functions = &self.env.program.functions;
+        let offset = address.wrapping_sub(self.env.launch.module.functions);
+        let index = offset / FUNCTION_STRIDE;
+        if address == 0 {
+            return Err("calls a function through a null pointer".into());
+        }
+        if !offset.is_multiple_of(FUNCTION_STRIDE) || index >= functions.len() as u64 {
+            let what = match address & !(FUNCTION_WINDOW - 1) {
+                FUNCTION_WINDOW => "where no function of the kernel's module begins",
+                _ => "where no function begins",
+            };
+            return Err(format!("calls address {address:#x}, {what}"));
+        }
+        let Callee { name, signature } = &functions[index as usize];
+        match site.targets.iter().find(|(target, _)| u64::from(*target) == index) {
+            Some((_, Ok(step))) => Ok(*step),
+            Some((_, Err(why))) => Err(format!("calls {why}")),
+            None if *signature != site.signature => {
+                Err(format!("calls {name}, which {signature}, by a prototype that {}", site.signature))
+            }
+            None if site.listed => Err(format!("calls {name}, which is not among the call's .calltargets")),
+            None => Err(format!("calls {name}, whose address nothing in the module takes")),
+        }
     }
 
     /// Lanes arrive at a barrier. Returns its number and the generation whose end they wait for.

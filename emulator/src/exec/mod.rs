@@ -30,9 +30,11 @@ mod unwritten;
 
 use crate::memory::Memory;
 use crate::num::FlopType;
+use crate::ptx::program::{FUNCTION_STRIDE, FUNCTION_WINDOW};
 use crate::ptx::{Kernel, Module};
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use crate::ptx::program::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 pub use schedule::{best_isa, launch};
@@ -45,11 +47,24 @@ pub struct LoadedModule {
     /// Address of each of `module.globals`.
     pub addresses: Vec<u64>,
 }
+    /// Address of the first device function; the others follow at [`FUNCTION_STRIDE`]. No other module of the process
+    /// has it, so that a function of another module is told from a function of this one.
+    pub functions: u64,
+}
+
+/// Bytes of [`FUNCTION_WINDOW`] that one module's functions have.
+const FUNCTIONS_OF_MODULE: u64 = 1 << 32;
+
+/// A module's share of [`FUNCTION_WINDOW`], which has room for 2^24 modules.
+fn fresh_functions() -> u64 {
+    static MODULES: AtomicU64 = AtomicU64::new(0);
+    let module = MODULES.fetch_add(1, Ordering::Relaxed) & ((1 << 24) - 1);
+    FUNCTION_WINDOW + module * FUNCTIONS_OF_MODULE
 
 impl LoadedModule {
     /// Allocates and initialises the module's variables; None when memory is too small.
     pub fn load(memory: &Memory, module: Arc<Module>) -> Option<Self> {
-        let mut loaded = LoadedModule { module, addresses: vec![] };
+        let mut loaded = LoadedModule { module, addresses: vec![], functions: fresh_functions() };
         for global in &loaded.module.globals {
             let Some(address) = memory.alloc(global.bytes.max(1)) else {
                 loaded.unload(memory);
@@ -65,6 +80,10 @@ impl LoadedModule {
                 bytes[offset as usize..][..8].copy_from_slice(&value.to_le_bytes());
             }
             let copied = memory.copy_in(address, &bytes);
+            for &(offset, function) in &global.functions {
+                let value = loaded.functions + u64::from(function) * FUNCTION_STRIDE;
+                bytes[offset as usize..][..8].copy_from_slice(&value.to_le_bytes());
+            }
             assert!(
                 copied.is_ok(),
                 "variable {} of {} bytes at {address:#x} was just allocated",
@@ -367,6 +386,8 @@ pub struct Fault {
     pub thread: [u32; 3],
     /// The instruction as in the text.
     pub instruction: String,
+    /// A call through an address where no function begins that could be called there.
+    Call,
     /// Its line in the PTX text.
     pub line: u32,
     /// What happened: address, size, nearest allocation, the other party of a race.
@@ -399,3 +420,4 @@ impl fmt::Display for Fault {
 }
 
 impl std::error::Error for Fault {}
+            FaultKind::Call => 718,

@@ -178,7 +178,7 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         granule: if checks.bounds { program.smallest_shared.trailing_zeros() } else { 0 },
         threads,
         local_stride: kernel.local_bytes.next_multiple_of(16),
-        constants: resolve(program, &launch.module.addresses),
+        constants: resolve(program, launch.module),
         first_constant: program.constants.first().map_or(program.file_bytes, |&(offset, _)| offset),
         global_races: match checks.global_races {
             true => memory.shadow().map(|shadow| GlobalRaces::new(shadow, barrier)),

@@ -3,9 +3,9 @@
 use super::lanes::{Addresses, Site, lanes};
 use super::races::{GlobalRaces, SharedRaces};
 use super::shapes::Shapes;
-use super::{Checks, Counters, Fault, FaultKind, Launch, Settings};
+use super::{Checks, Counters, Fault, FaultKind, Launch, LoadedModule, Settings};
 use crate::memory::{Allocation, Memory};
-use crate::ptx::program::{Constant, Program};
+use crate::ptx::program::{Constant, FUNCTION_STRIDE, Program};
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -471,7 +471,7 @@ impl Env<'_> {
 }
 
 /// The constants of a register file, from the offset of the first one to the end.
-pub fn resolve(program: &Program, addresses: &[u64]) -> Vec<u8> {
+pub fn resolve(program: &Program, module: &LoadedModule) -> Vec<u8> {
     let start = program.constants.first().map_or(program.file_bytes, |&(offset, _)| offset);
     let mut bytes = vec![0; (program.file_bytes - start) as usize];
     for &(offset, constant) in &program.constants {
@@ -482,7 +482,8 @@ pub fn resolve(program: &Program, addresses: &[u64]) -> Vec<u8> {
             Constant::Pred(value) => to[..4].fill(if value { 0xff } else { 0 }),
             Constant::B32(value) => narrow(to, value),
             Constant::B64(value) => wide(to, value),
-            Constant::Global(index, addend) => wide(to, addresses[index as usize].wrapping_add(addend as u64)),
+            Constant::Global(index, addend) => wide(to, module.addresses[index as usize].wrapping_add(addend as u64)),
+            Constant::Function(index) => wide(to, module.functions + u64::from(index) * FUNCTION_STRIDE),
             Constant::Shared(index, addend, true) => {
                 wide(to, u64::from(program.shared[index as usize]).wrapping_add(addend as u64))
             }

@@ -19,6 +19,8 @@ pub enum ModuleName {
     Shared(u32),
     /// A function; index into `functions`.
     Function(usize),
+    /// A kernel.
+    Kernel,
 }
 
 /// A device function.
@@ -32,6 +34,28 @@ pub struct Function {
     pub returns: usize,
     /// The body, unless it was only declared.
     pub body: Option<Body>,
+}
+
+impl Function {
+    /// What it returns and takes.
+    pub fn signature(&self) -> Signature {
+        let (returns, takes) = self.formals.split_at(self.returns);
+        Signature { returns: sizes(returns), takes: sizes(takes) }
+    }
+}
+
+/// The sizes of parameters.
+pub fn sizes(formals: &[Param]) -> Vec<u32> {
+    formals.iter().map(|formal| formal.bytes).collect()
+}
+
+/// What a `.callprototype` or `.calltargets` says about a call through a function's address.
+#[derive(Clone, Debug)]
+pub struct Prototype {
+    /// What the function returns and takes.
+    pub signature: Signature,
+    /// The functions that `.calltargets` lists.
+    pub targets: Option<Vec<u32>>,
 }
 
 /// A virtual register, or a constant of the body when [`CONSTANT`] is set.
@@ -119,6 +143,9 @@ pub enum BodyOp {
     Return,
     /// Call of a function; the operands are the constants of the actual parameters' variables.
     Call(u32),
+    /// Call through a function's address, by one of the body's prototypes; the operands are as for a call, then the
+    /// address.
+    CallAddress(u32),
 }
 
 /// A function's code on virtual registers.
@@ -134,6 +161,8 @@ pub struct Body {
     pub constants: Vec<BodyConstant>,
     /// Tables of labels.
     pub tables: Vec<Vec<u32>>,
+    /// Prototypes of calls through functions' addresses.
+    pub prototypes: Vec<Prototype>,
     /// How many labels there are.
     pub labels: u32,
     /// Bytes of the frame in local memory.
@@ -157,6 +186,7 @@ struct Scope<'a> {
     families: Vec<(&'a str, u32, u32)>,
     labels: HashMap<&'a str, u32>,
     tables: HashMap<&'a str, u32>,
+    prototypes: HashMap<&'a str, u32>,
     parent: usize,
 }
 
@@ -368,6 +398,27 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
+    /// `name: .callprototype` or `name: .calltargets`
+    pub fn prototype(&mut self, name: &'a str, prototype: Prototype, line: u32) -> Result<(), ParseError> {
+        let index = self.body.prototypes.len() as u32;
+        self.body.prototypes.push(prototype);
+        if self.scopes[self.scope].prototypes.insert(name, index).is_some() {
+            return Err(ParseError::invalid(line, format!("label {name} is defined twice")));
+        }
+        Ok(())
+    }
+
+    fn find_prototype(&self, name: &str) -> Option<u32> {
+        let mut at = self.scope;
+        loop {
+            match self.scopes[at].prototypes.get(name) {
+                Some(&found) => return Some(found),
+                None if at == 0 => return None,
+                None => at = self.scopes[at].parent,
+            }
+        }
+    }
+
     /// The register of a name, innermost scope first.
     pub fn find_register(&self, name: &str) -> Option<Value> {
         match self.lookup(name)? {
@@ -550,6 +601,11 @@ impl<'a> Builder<'a> {
                 Ok(register)
             }
             Operand::Symbol(symbol) if matches!(ty, Type::B32 | Type::B64) => {
+                if let (None, Some(&ModuleName::Function(index))) =
+                    (self.lookup(symbol.name), at.names.get(symbol.name))
+                {
+                    return self.function_address(at, *symbol, index, wide);
+                }
                 self.symbol(at, *symbol, wide).map(|(value, _)| value)
             }
             Operand::Sink => Ok(self.new_register(match ty.kind() {
@@ -582,13 +638,29 @@ impl<'a> Builder<'a> {
                     return at.fail(format!("the address of {name} needs 64 bits"));
                 }
                 Some(&ModuleName::Shared(index)) => (self.shared_constant(index, offset, wide), Space::Shared),
-                Some(&ModuleName::Function(_)) => {
-                    return at.fail(format!("the address of function {name}: indirect calls are not supported"));
+                Some(&ModuleName::Function(_)) => return at.fail(format!("{name} is a function, not a variable")),
+                Some(&ModuleName::Kernel) => {
+                    return at.fail(format!("{name} is a kernel, whose address device code cannot use"));
                 }
                 None => return at.fail(format!("{name} is not defined")),
             },
         };
         Ok((self.constant(constant), space))
+    }
+
+    fn function_address(
+        &mut self,
+        at: &Context,
+        symbol: SymbolRef<'a>,
+        index: usize,
+        wide: bool,
+    ) -> Result<Value, ParseError> {
+        let SymbolRef { name, offset } = symbol;
+        match (wide, offset) {
+            (false, _) => at.fail(format!("the address of function {name} needs 64 bits")),
+            (true, 0) => Ok(self.constant(BodyConstant::Plain(Constant::Function(index as u32)))),
+            (true, _) => at.fail(format!("an address {offset} bytes inside function {name}, where nothing begins")),
+        }
     }
 
     fn shared_constant(&mut self, index: u32, offset: i64, wide: bool) -> BodyConstant {
@@ -1228,6 +1300,9 @@ impl<'a> Builder<'a> {
         let a = self.value(at, &operands[1], Type::B64)?;
         if window == 0 {
             self.emit(at, Op::Run(&moves::COPY64), &[d, a], 1);
+        } else if to && window == SHARED_WINDOW {
+            let window = self.constant(BodyConstant::Plain(Constant::B64(window)));
+            self.emit(at, Op::Run(&moves::TO_WINDOW), &[d, a, window], 1);
         } else {
             let window = if to { window.wrapping_neg() } else { window };
             let window = self.constant(BodyConstant::Plain(Constant::B64(window)));
@@ -1240,25 +1315,50 @@ impl<'a> Builder<'a> {
         if at.parts[1..].iter().any(|part| *part != "uni") {
             return at.unsupported();
         }
-        let (returned, callee, given): (&[Operand], &Operand, &[Operand]) = match operands.as_slice() {
-            [Operand::Vector(returned), callee, Operand::Vector(given)] => (returned, callee, given),
-            [Operand::Vector(returned), callee] => (returned, callee, &[]),
-            [callee, Operand::Vector(given)] => (&[], callee, given),
-            [callee] => (&[], callee, &[]),
-            _ => return at.fail("indirect calls are not supported"),
+        use Operand::{Register, Symbol, Vector};
+        let (returned, callee, given, prototype): (&[Operand], &Operand, &[Operand], _) = match operands.as_slice() {
+            [Vector(returned), callee, Vector(given)] => (returned, callee, given, None),
+            [Vector(returned), callee, Vector(given), Symbol(prototype)] => {
+                (returned, callee, given, Some(prototype.name))
+            }
+            [callee, Vector(given), Symbol(prototype)] => (&[], callee, given, Some(prototype.name)),
+            [Vector(returned), callee @ Register(_), Symbol(prototype)] => {
+                (returned, callee, &[], Some(prototype.name))
+            }
+            [callee @ Register(_), Symbol(prototype)] => (&[], callee, &[], Some(prototype.name)),
+            [Vector(returned), callee] => (returned, callee, &[], None),
+            [callee, Vector(given)] => (&[], callee, given, None),
+            [callee] => (&[], callee, &[], None),
+            _ => return at.fail("expected results, a function, parameters, and for a call by address a prototype"),
         };
-        let Operand::Symbol(SymbolRef { name, .. }) = callee else {
-            return at.fail("indirect calls are not supported");
+        // What is called, its name, and how many results and parameters it has.
+        let (op, name, returns, takes) = match (callee, prototype) {
+            (Symbol(SymbolRef { name, .. }), None) => match at.names.get(*name) {
+                Some(&ModuleName::Function(index)) => {
+                    let function = &at.functions[index];
+                    let takes = function.formals.len() - function.returns;
+                    (BodyOp::Call(index as u32), *name, function.returns, takes)
+                }
+                Some(&ModuleName::Kernel) => {
+                    return at.fail(format!("{name} is a kernel, which can be launched, but not called"));
+                }
+                _ => return at.fail(format!("function {name} is not defined")),
+            },
+            (Symbol(SymbolRef { name, .. }), Some(prototype)) => {
+                return at.fail(format!("{name} is called by its name, so prototype {prototype} has no meaning"));
+            }
+            (Register(_), Some(prototype)) => {
+                let Some(index) = self.find_prototype(prototype) else {
+                    return at.fail(format!("no .callprototype or .calltargets {prototype} stands above the call"));
+                };
+                let signature = &self.body.prototypes[index as usize].signature;
+                (BodyOp::CallAddress(index), prototype, signature.returns.len(), signature.takes.len())
+            }
+            _ => return at.fail("a call by address needs a register with it and a .callprototype or .calltargets"),
         };
-        let Some(&ModuleName::Function(index)) = at.names.get(*name) else {
-            return at.fail(format!("function {name} is not defined"));
-        };
-        let function = &at.functions[index];
-        if function.returns != returned.len() || function.formals.len() != returned.len() + given.len() {
+        if (returns, takes) != (returned.len(), given.len()) {
             let message = format!(
-                "{name} has {} results and {} parameters, the call {} and {}",
-                function.returns,
-                function.formals.len() - function.returns,
+                "{name} has {returns} results and {takes} parameters, the call {} and {}",
                 returned.len(),
                 given.len()
             );
@@ -1276,10 +1376,13 @@ impl<'a> Builder<'a> {
                 }
             }
         }
-        if values.len() > 255 {
-            return at.fail("more than 255 parameters");
+        if matches!(op, BodyOp::CallAddress(_)) {
+            values.push(self.value(at, callee, Type::B64)?);
         }
-        self.push(BodyOp::Call(index as u32), at.guard, &values, 0, at.source);
+        if values.len() > 255 {
+            return at.fail("more than 254 parameters");
+        }
+        self.push(op, at.guard, &values, 0, at.source);
         Ok(())
     }
 
@@ -1300,9 +1403,6 @@ impl<'a> Builder<'a> {
             ["arrive"] => (Barrier::Arrive, None),
             ["red", "popc", "u32"] => (Barrier::Popc, Some(Type::B32)),
             ["red", "and", "pred"] => (Barrier::And, Some(Type::Pred)),
-        } else if to && window == SHARED_WINDOW {
-            let window = self.constant(BodyConstant::Plain(Constant::B64(window)));
-            self.emit(at, Op::Run(&moves::TO_WINDOW), &[d, a, window], 1);
             ["red", "or", "pred"] => (Barrier::Or, Some(Type::Pred)),
             _ => return at.unsupported(),
         };

@@ -8,9 +8,15 @@
 //! **Registers.** Lanes write only their own lane of a register, so a register may be reused as soon as it is dead in
 //! the control flow of one thread, however lanes diverge.
 //!
-//! Recursion is refused: inlined calls need no stack.
+//! **Calls through addresses.** Such a call becomes a jump by the address to the code of each function that it may
+//! reach: those of its signature whose address the module takes, or those of its `.calltargets`. All of them return to
+//! the step behind the call, where the lanes meet again. One shared copy of each function would be shorter, but it
+//! would stand before or behind all of its callers, and lanes that return from different functions would not meet.
+//!
+//! Recursion is refused, since inlined calls need no stack: that of direct calls here, through an address when it
+//! happens.
 
-use super::decode::{Body, BodyConstant, BodyOp, CONSTANT, Function, MAX_LOCAL_BYTES, Value};
+use super::decode::{Body, BodyConstant, BodyOp, CONSTANT, Ins, MAX_LOCAL_BYTES, Prototype, Value};
 use super::parse::{Entry, SharedVariable, Unit};
 use super::program::*;
 use super::{Kernel, ParseError};
@@ -23,6 +29,9 @@ use std::sync::Arc;
 const MAX_CALL_DEPTH: usize = 64;
 /// Maximum number of instructions of a kernel with all calls inlined.
 const MAX_INSTRUCTIONS: usize = 1 << 22;
+/// How deep calls through addresses may be nested, with the maximum number of instructions for that: the code may grow
+/// by a factor with every level, so the first that fits is taken.
+const NESTING: [(usize, usize); 4] = [(16, 1 << 16), (4, 1 << 16), (2, 1 << 16), (1, MAX_INSTRUCTIONS)];
 
 /// An instruction after inlining: registers are the kernel's, labels too.
 #[derive(Clone, Copy)]
@@ -41,6 +50,7 @@ enum FlatOp {
     Label(u32),
     Goto(u32),
     Table(u32),
+    Call(u32),
 }
 
 #[derive(Default)]
@@ -51,15 +61,22 @@ struct Code {
     constants: Vec<Constant>,
     interned: HashMap<Constant, u32>,
     tables: Vec<Vec<u32>>,
+    /// Calls through addresses; their targets are labels.
+    calls: Vec<CallSite>,
     labels: u32,
     local: u64,
     shared: Vec<u32>,
+    /// How many calls through addresses are being inlined, one inside the other.
+    nested: usize,
+    /// Limits of `nested` and of the number of instructions.
+    limits: (usize, usize),
+    /// The latter has been exceeded.
+    too_long: bool,
 }
 
 /// Builds the kernel.
-pub fn kernel(entry: &Entry, unit: &Unit, text: &Arc<str>) -> Result<Kernel, ParseError> {
-    let mut code = Code::default();
-    code.inline(&entry.body, &[], 0, None, &unit.functions, &mut vec![])?;
+pub fn kernel(entry: &Entry, unit: &Unit, functions: &Arc<[Callee]>, text: &Arc<str>) -> Result<Kernel, ParseError> {
+    let code = inlined(entry, unit)?;
     let (offsets, static_shared) = place_shared(&code.shared, &unit.shared, entry.line)?;
     let mut kernel = Kernel {
         name: entry.kernel.name.clone(),
@@ -83,8 +100,24 @@ pub fn kernel(entry: &Entry, unit: &Unit, text: &Arc<str>) -> Result<Kernel, Par
     let blocks = split(&code);
     let order = order(&blocks);
     let program = emit(&code, &blocks, &order, &mut kernel.registers);
-    kernel.program = Program { shared: offsets, text: text.clone(), ..program };
+    kernel.program = Program { shared: offsets, functions: functions.clone(), text: text.clone(), ..program };
     Ok(kernel)
+}
+
+/// The kernel's code with all calls in line.
+fn inlined(entry: &Entry, unit: &Unit) -> Result<Code, ParseError> {
+    let bodies = unit.functions.iter().filter_map(|function| function.body.as_ref());
+    let by_address = bodies.chain([&entry.body]).any(|body| !body.prototypes.is_empty());
+    let mut limits = NESTING.into_iter().skip(if by_address { 0 } else { NESTING.len() - 1 });
+    loop {
+        let (limits, last) = (limits.next().expect("the last try returns"), limits.len() == 0);
+        let mut code = Code { limits, ..Code::default() };
+        match code.inline(&entry.body, &[], 0, None, unit, &mut vec![]) {
+            Ok(()) => return Ok(code),
+            Err(_) if code.too_long && !last => {}
+            Err(why) => return Err(why),
+        }
+    }
 }
 
 /// Offsets of all of the module's shared variables (0 for unused ones), and the static size.
@@ -124,6 +157,17 @@ impl Code {
         self.ins.push(Flat { op, guard, first, outputs: 0, arity: 0, source });
     }
 
+    fn label(&mut self) -> u32 {
+        self.labels += 1;
+        self.labels - 1
+    }
+
+    /// Labels of the code of all functions that the call through an address at `index` may reach.
+    fn callees(&self, index: u32) -> Vec<u32> {
+        let FlatOp::Call(call) = self.ins[index as usize].op else { unreachable!("the end says call") };
+        self.calls[call as usize].targets.iter().filter_map(|(_, code)| code.as_ref().ok().copied()).collect()
+    }
+
     /// Appends a body whose formal parameters are at `actuals` in local memory and whose frame begins at `frame`.
     /// Returns jump to `end`.
     fn inline(
@@ -132,7 +176,7 @@ impl Code {
         actuals: &[u64],
         frame: u64,
         end: Option<u32>,
-        functions: &[Function],
+        unit: &Unit,
         stack: &mut Vec<u32>,
     ) -> Result<(), ParseError> {
         let register_base = self.bits.len() as u32;
@@ -170,11 +214,10 @@ impl Code {
             _ => constants[(value & !CONSTANT) as usize],
         };
         for ins in &body.ins {
-            if self.ins.len() > MAX_INSTRUCTIONS {
-                return Err(ParseError::invalid(
-                    ins.source.line,
-                    format!("more than {MAX_INSTRUCTIONS} instructions with all calls in line"),
-                ));
+            if self.ins.len() > self.limits.1 {
+                self.too_long = true;
+                let message = format!("more than {} instructions with all calls in line", self.limits.1);
+                return Err(ParseError::invalid(ins.source.line, message));
             }
             let guard = ins.guard.map(|(register, negate)| (map(register), negate));
             let operands = &body.pool[ins.first as usize..][..ins.arity as usize];
@@ -190,7 +233,7 @@ impl Code {
                     None => FlatOp::Op(Op::Exit { fall: 0 }),
                 },
                 BodyOp::Call(index) => {
-                    let function = &functions[index as usize];
+                    let function = &unit.functions[index as usize];
                     let fail = |message: String| Err(ParseError::invalid(ins.source.line, message));
                     let op = match (&function.body, function.name.as_str()) {
                         (None, "vprintf") if ins.arity == 3 => Some(Op::Printf),
@@ -214,35 +257,123 @@ impl Code {
                     if stack.contains(&index) {
                         return fail(format!("{} calls itself, which is not supported", function.name));
                     }
-                    if stack.len() == MAX_CALL_DEPTH {
+                    if stack.len() >= MAX_CALL_DEPTH {
                         return fail(format!("calls more than {MAX_CALL_DEPTH} deep"));
                     }
-                    let given: Vec<u64> = self.pool[first as usize..]
-                        .iter()
-                        .map(|&value| match self.constants[(value & !CONSTANT) as usize] {
-                            Constant::Local(offset, _) => offset,
-                            other => {
-                                unreachable!("parameter of a call at {other:?}, the decoder only makes local ones")
-                            }
-                        })
-                        .collect();
-                    let after = self.labels;
-                    self.labels += 1;
+                    let given = self.places(&self.pool[first as usize..]);
+                    let after = self.label();
                     if let Some((register, negate)) = guard {
                         self.push(FlatOp::Goto(after), Some((register, !negate)), ins.source);
                     }
                     stack.push(index);
                     if let Some(callee) = &function.body {
-                        self.inline(callee, &given, frame + body.frame, Some(after), functions, stack)?;
+                        self.inline(callee, &given, frame + body.frame, Some(after), unit, stack)?;
                     }
                     stack.pop();
                     self.push(FlatOp::Label(after), None, ins.source);
+                    continue;
+                }
+                BodyOp::CallAddress(prototype) => {
+                    let prototype = &body.prototypes[prototype as usize];
+                    self.call_address(prototype, ins, guard, first, frame + body.frame, unit, stack)?;
                     continue;
                 }
             };
             self.ins.push(Flat { op, guard, first, outputs: ins.outputs, arity: ins.arity, source: ins.source });
         }
         Ok(())
+    }
+
+    /// Offsets in local memory of a call's parameters.
+    fn places(&self, parameters: &[Value]) -> Vec<u64> {
+        let place = |&value: &Value| match self.constants[(value & !CONSTANT) as usize] {
+            Constant::Local(offset, _) => offset,
+            other => unreachable!("parameter of a call at {other:?}, the decoder only makes local ones"),
+        };
+        parameters.iter().map(place).collect()
+    }
+
+    /// Appends a call through an address. Its operands, from `first` on in the pool, are the parameters, then the
+    /// address.
+    #[allow(clippy::too_many_arguments)]
+    fn call_address(
+        &mut self,
+        prototype: &Prototype,
+        ins: &Ins,
+        guard: Option<(Value, bool)>,
+        first: u32,
+        frame: u64,
+        unit: &Unit,
+        stack: &mut Vec<u32>,
+    ) -> Result<(), ParseError> {
+        let address = first + u32::from(ins.arity) - 1;
+        let given = self.places(&self.pool[first as usize..address as usize]);
+        let after = self.label();
+        if let Some((register, negate)) = guard {
+            self.push(FlatOp::Goto(after), Some((register, !negate)), ins.source);
+        }
+        let call = self.calls.len();
+        let Prototype { signature, targets } = prototype;
+        self.calls.push(CallSite { signature: signature.clone(), listed: targets.is_some(), targets: vec![] });
+        let op = FlatOp::Call(call as u32);
+        self.ins.push(Flat { op, guard: None, first: address, outputs: 0, arity: 1, source: ins.source });
+        self.nested += 1;
+        for &index in targets.as_ref().unwrap_or(&unit.taken) {
+            if unit.functions[index as usize].signature() == *signature {
+                let code = self.target(index, &given, frame, after, ins.source, unit, stack)?;
+                self.calls[call].targets.push((index, code));
+            }
+        }
+        self.nested -= 1;
+        self.push(FlatOp::Label(after), None, ins.source);
+        Ok(())
+    }
+
+    /// Appends the code of a function that a call through an address may reach; returns its label. Or why it cannot be
+    /// called, which is no error before someone does: tables of virtual functions hold destructors that nobody uses.
+    #[allow(clippy::too_many_arguments)]
+    fn target(
+        &mut self,
+        index: u32,
+        given: &[u64],
+        frame: u64,
+        after: u32,
+        source: Source,
+        unit: &Unit,
+        stack: &mut Vec<u32>,
+    ) -> Result<Result<u32, String>, ParseError> {
+        let function = &unit.functions[index as usize];
+        let name = &function.name;
+        let Some(body) = &function.body else {
+            return Ok(Err(format!("{name}, which this module only declares")));
+        };
+        if stack.contains(&index) {
+            return Ok(Err(format!("{name} from within {name}, and recursion is not supported")));
+        }
+        let most = self.limits.0;
+        if self.nested > most {
+            let message =
+                format!("{name}, nested deeper than the {most} calls by address that this kernel has room for");
+            return Ok(Err(message));
+        }
+        let (ins, calls, shared, depth) = (self.ins.len(), self.calls.len(), self.shared.len(), stack.len());
+        let (local, nested) = (self.local, self.nested);
+        let label = self.label();
+        self.push(FlatOp::Label(label), None, source);
+        stack.push(index);
+        let done = self.inline(body, given, frame, Some(after), unit, stack);
+        stack.truncate(depth);
+        match done {
+            Ok(()) => Ok(Ok(label)),
+            Err(why) if self.too_long => Err(why),
+            Err(why) => {
+                self.ins.truncate(ins);
+                self.calls.truncate(calls);
+                self.shared.truncate(shared);
+                (self.local, self.nested) = (local, nested);
+                Ok(Err(format!("{name}, which cannot run here: {} (PTX line {})", why.message, why.line)))
+            }
+        }
     }
 }
 
@@ -266,6 +397,8 @@ enum End {
     Branch(u32),
     /// Indexed: the whole table, then perhaps the fall-through.
     Table(u32),
+    /// By a function's address: the code of every function that has some.
+    Call(u32),
     /// Exit; with a guard it may fall through.
     Exit(u32),
 }
@@ -308,6 +441,7 @@ fn split(code: &Code) -> Vec<Block> {
             FlatOp::Goto(_) if ins.guard.is_none() => blocks[at].end = End::Goto(index),
             FlatOp::Goto(_) => blocks[at].end = End::Branch(index),
             FlatOp::Table(_) => blocks[at].end = End::Table(index),
+            FlatOp::Call(_) => blocks[at].end = End::Call(index),
         }
         open = false;
     }
@@ -331,6 +465,7 @@ fn split(code: &Code) -> Vec<Block> {
                 }
                 next
             }
+            End::Call(index) => code.callees(index).iter().map(|&label| label_block[label as usize]).collect(),
             End::Exit(index) if code.ins[index as usize].guard.is_some() => vec![follow],
             End::Exit(_) => vec![],
         };
@@ -519,7 +654,7 @@ fn reads(code: &Code, ins: &Flat, mut visit: impl FnMut(Value)) {
 fn block_ins(block: &Block) -> impl Iterator<Item = u32> + '_ {
     let last = match block.end {
         End::Fall => None,
-        End::Goto(i) | End::Branch(i) | End::Table(i) | End::Exit(i) => Some(i),
+        End::Goto(i) | End::Branch(i) | End::Table(i) | End::Call(i) | End::Exit(i) => Some(i),
     };
     block.ins.iter().copied().chain(last)
 }
@@ -767,7 +902,7 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
         let follow = block.next.last().copied().unwrap_or(0);
         let end = match block.end {
             End::Fall => None,
-            End::Goto(i) | End::Branch(i) | End::Table(i) | End::Exit(i) => Some(&code.ins[i as usize]),
+            End::Goto(i) | End::Branch(i) | End::Table(i) | End::Call(i) | End::Exit(i) => Some(&code.ins[i as usize]),
         };
         if let Some(ins) = end {
             step.guard = ins.guard.map_or(NO_GUARD, |(register, _)| offset(register, &mut program));
@@ -790,6 +925,14 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
                 program.tables.push(block.next[..entries].to_vec());
                 Op::BranchTable { table: program.tables.len() as u32 - 1, fall: 0 }
             }
+            End::Call(i) => {
+                let FlatOp::Call(call) = code.ins[i as usize].op else { unreachable!("the end says call") };
+                let mut site = code.calls[call as usize].clone();
+                let code = site.targets.iter_mut().filter_map(|(_, code)| code.as_mut().ok());
+                code.zip(&block.next).for_each(|(code, &block)| *code = block);
+                program.calls.push(site);
+                Op::CallTable(program.calls.len() as u32 - 1)
+            }
             End::Exit(_) => Op::Exit { fall: 0 },
         };
         targets.push((program.steps.len(), block.next.first().copied().unwrap_or(0), follow));
@@ -801,12 +944,18 @@ fn emit(code: &Code, blocks: &[Block], order: &[u32], registers: &mut u32) -> Pr
             Op::Jump(target) => *target = start[to as usize],
             Op::Branch { target, fall } => (*target, *fall) = (start[to as usize], start[follow as usize]),
             Op::BranchTable { fall, .. } | Op::Exit { fall } => *fall = start[follow as usize],
+            Op::CallTable(_) => {}
             _ => unreachable!("only control flow has targets"),
         }
     }
     for table in &mut program.tables {
         for target in table {
             *target = start[*target as usize];
+        }
+    }
+    for (_, code) in program.calls.iter_mut().flat_map(|call| &mut call.targets) {
+        if let Ok(code) = code {
+            *code = start[*code as usize];
         }
     }
     for step in &mut program.steps {

@@ -1,7 +1,7 @@
 //! From PTX text to a decoded program.
 //!
-//! [`parse()`] refuses by name and line what it does not know: indirect calls, recursion, textures and surfaces, and
-//! whatever PTX has only for targets after sm_80. Debug information is skipped. [`link()`] makes one module of several.
+//! [`parse()`] refuses by name and line what it does not know: recursion, textures and surfaces, and whatever PTX has
+//! only for targets after sm_80. Debug information is skipped. [`link()`] makes one module of several.
 //!
 //! The modules, each using only those below it:
 //!
@@ -21,6 +21,7 @@ mod parse;
 pub mod program;
 
 pub use link::{Image, link};
+use program::Callee;
 pub use program::Program;
 use std::sync::Arc;
 
@@ -115,6 +116,8 @@ pub struct Global {
     pub init: Vec<u8>,
     /// Addresses of other variables inside the initialiser: (offset, index of the variable, addend).
     pub relocations: Vec<(u64, usize, i64)>,
+    /// Addresses of functions inside the initialiser: (offset, index of the function).
+    pub functions: Vec<(u64, u32)>,
     /// Space.
     pub space: GlobalSpace,
 }
@@ -168,7 +171,9 @@ pub fn parse(text: &str) -> Result<Module, ParseError> {
 pub fn parse_for(text: &str, limits: Limits) -> Result<Module, ParseError> {
     let unit = parse::read(text, limits)?;
     let text: Arc<str> = text.into();
+    let callee = |function: &decode::Function| Callee { name: function.name.clone(), signature: function.signature() };
+    let functions: Arc<[Callee]> = unit.functions.iter().map(callee).collect();
     let kernels: Result<Vec<_>, ParseError> =
-        unit.entries.iter().map(|entry| flow::kernel(entry, &unit, &text).map(Arc::new)).collect();
+        unit.entries.iter().map(|entry| flow::kernel(entry, &unit, &functions, &text).map(Arc::new)).collect();
     Ok(Module { kernels: kernels?, globals: unit.globals, version: unit.version, target: unit.target })
 }

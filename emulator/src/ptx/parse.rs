@@ -3,9 +3,9 @@
 //! A function's body is decoded as it is read ([`super::decode`]). The result is a body on virtual registers, which
 //! [`super::flow`] turns into a program once all functions are known.
 
-use super::decode::{Body, Builder, Function, ModuleName, Operand, SymbolRef};
+use super::decode::{Body, BodyConstant, Builder, Function, ModuleName, Operand, Prototype, SymbolRef, sizes};
 use super::lex::{Kind, Lexer, Token};
-use super::program::Source;
+use super::program::{Constant, Signature, Source};
 use super::{Global, GlobalSpace, Limits, Param, ParseError, ParseErrorKind};
 use std::collections::HashMap;
 
@@ -47,6 +47,8 @@ pub struct Unit {
     pub shared: Vec<SharedVariable>,
     /// Device functions.
     pub functions: Vec<Function>,
+    /// Those whose address is taken anywhere in the module, in ascending order.
+    pub taken: Vec<u32>,
     /// Kernels.
     pub entries: Vec<Entry>,
 }
@@ -71,11 +73,36 @@ impl ParseError {
 pub fn read(text: &str, limits: Limits) -> Result<Unit, ParseError> {
     let mut lexer = Lexer::new(text);
     let token = lexer.next()?;
-    let unit = Unit { version: (0, 0), target: 0, globals: vec![], shared: vec![], functions: vec![], entries: vec![] };
+    let unit = Unit {
+        version: (0, 0),
+        target: 0,
+        globals: vec![],
+        shared: vec![],
+        functions: vec![],
+        taken: vec![],
+        entries: vec![],
+    };
     let mut reader = Reader { lexer, token, limits, names: HashMap::new(), pending: vec![], unit };
     reader.module()?;
     reader.relocate()?;
+    reader.unit.taken = taken(&reader.unit);
     Ok(reader.unit)
+}
+
+/// See [`Unit::taken`].
+fn taken(unit: &Unit) -> Vec<u32> {
+    let bodies = unit.functions.iter().filter_map(|function| function.body.as_ref());
+    let constants = bodies.chain(unit.entries.iter().map(|entry| &entry.body)).flat_map(|body| &body.constants);
+    let mut taken: Vec<u32> = constants
+        .filter_map(|constant| match constant {
+            BodyConstant::Plain(Constant::Function(index)) => Some(*index),
+            _ => None,
+        })
+        .chain(unit.globals.iter().flat_map(|global| global.functions.iter().map(|&(_, index)| index)))
+        .collect();
+    taken.sort_unstable();
+    taken.dedup();
+    taken
 }
 
 /// Bytes of a type.
@@ -381,8 +408,15 @@ impl<'a> Reader<'a> {
                         ));
                     }
                     let index = self.unit.globals.len();
-                    let mut global =
-                        Global { name: name.to_string(), bytes: 0, align, init: vec![], relocations: vec![], space };
+                    let mut global = Global {
+                        name: name.to_string(),
+                        bytes: 0,
+                        align,
+                        init: vec![],
+                        relocations: vec![],
+                        functions: vec![],
+                        space,
+                    };
                     if self.accept(b'=')? {
                         self.initialiser(&mut global.init, index, bytes, 0)?;
                     }
@@ -473,13 +507,19 @@ impl<'a> Reader<'a> {
 
     fn relocate(&mut self) -> Result<(), ParseError> {
         for (variable, offset, name, addend, line) in std::mem::take(&mut self.pending) {
-            let Some(&ModuleName::Global(target)) = self.names.get(name) else {
-                return Err(ParseError::invalid(
-                    line,
-                    format!("{name} in an initialiser is no variable of this module"),
-                ));
-            };
-            self.unit.globals[variable].relocations.push((offset, target as usize, addend));
+            let fail = |message: String| Err(ParseError::invalid(line, message));
+            let global = &mut self.unit.globals[variable];
+            match self.names.get(name) {
+                Some(&ModuleName::Global(target)) => global.relocations.push((offset, target as usize, addend)),
+                Some(&ModuleName::Function(target)) if addend == 0 => global.functions.push((offset, target as u32)),
+                Some(&ModuleName::Function(_)) => {
+                    return fail(format!("an address {addend} bytes inside function {name}, where nothing begins"));
+                }
+                Some(&ModuleName::Kernel) => {
+                    return fail(format!("{name} is a kernel, whose address device code cannot use"));
+                }
+                _ => return fail(format!("{name} in an initialiser is no variable or function of this module")),
+            }
         }
         Ok(())
     }
@@ -547,7 +587,6 @@ impl<'a> Reader<'a> {
         let index = match self.names.get(name) {
             Some(&ModuleName::Function(index)) => {
                 let declared = &self.unit.functions[index];
-                let sizes = |formals: &[Param]| formals.iter().map(|formal| formal.bytes).collect::<Vec<_>>();
                 if declared.returns != returns || sizes(&declared.formals) != sizes(&formals) {
                     let message = format!("{name} was declared with other parameters");
                     return Err(ParseError::invalid(line, message));
@@ -584,6 +623,10 @@ impl<'a> Reader<'a> {
     fn entry(&mut self) -> Result<(), ParseError> {
         let line = self.token.line;
         let name = self.word("the name of a kernel")?;
+        match self.names.get(name) {
+            Some(ModuleName::Kernel) => {}
+            _ => self.define(name, ModuleName::Kernel, line)?,
+        }
         let params = if self.token.is(b'(') { self.formals()? } else { vec![] };
         let mut kernel = super::Kernel {
             name: name.to_string(),
@@ -673,10 +716,16 @@ impl<'a> Reader<'a> {
                         self.advance()?;
                         if self.token.text == ".branchtargets" {
                             self.advance()?;
-                            let targets = self.name_list()?;
+                            let targets = self.name_list("a label")?;
                             builder.table(text, targets, line)?;
-                        } else if matches!(self.token.text, ".callprototype" | ".calltargets") {
-                            return self.fail("indirect calls are not supported");
+                        } else if self.token.text == ".callprototype" {
+                            self.advance()?;
+                            let signature = self.call_prototype()?;
+                            builder.prototype(text, Prototype { signature, targets: None }, line)?;
+                        } else if self.token.text == ".calltargets" {
+                            self.advance()?;
+                            let prototype = self.call_targets()?;
+                            builder.prototype(text, prototype, line)?;
                         } else {
                             builder.label(text, line)?;
                         }
@@ -689,13 +738,53 @@ impl<'a> Reader<'a> {
         }
     }
 
-    fn name_list(&mut self) -> Result<Vec<&'a str>, ParseError> {
-        let mut names = vec![self.word("a label")?];
+    fn name_list(&mut self, what: &str) -> Result<Vec<&'a str>, ParseError> {
+        let mut names = vec![self.word(what)?];
         while self.accept(b',')? {
-            names.push(self.word("a label")?);
+            names.push(self.word(what)?);
         }
         self.expect(b';')?;
         Ok(names)
+    }
+
+    /// `.callprototype (.param .b32 _) _ (.param .b64 _, .param .b32 _);`
+    fn call_prototype(&mut self) -> Result<Signature, ParseError> {
+        let returns = if self.token.is(b'(') { self.formals()? } else { vec![] };
+        if self.word("an underscore")? != "_" {
+            return self.fail("a prototype has an underscore in place of a name");
+        }
+        let takes = if self.token.is(b'(') { self.formals()? } else { vec![] };
+        if self.token.text == ".noreturn" {
+            self.advance()?;
+        }
+        self.expect(b';')?;
+        Ok(Signature { returns: sizes(&returns), takes: sizes(&takes) })
+    }
+
+    /// `.calltargets f, g;`, functions of one signature.
+    fn call_targets(&mut self) -> Result<Prototype, ParseError> {
+        let line = self.token.line;
+        let mut targets = vec![];
+        let mut first: Option<(&str, Signature)> = None;
+        for name in self.name_list("the name of a function")? {
+            let Some(&ModuleName::Function(index)) = self.names.get(name) else {
+                return Err(ParseError::invalid(line, format!("function {name} is not defined")));
+            };
+            let signature = self.unit.functions[index].signature();
+            match &first {
+                None => first = Some((name, signature)),
+                Some((other, expected)) if *expected != signature => {
+                    let message = format!("{name} {signature}, but {other} of the same list {expected}");
+                    return Err(ParseError::invalid(line, message));
+                }
+                Some(_) => {}
+            }
+            targets.push(index as u32);
+        }
+        targets.sort_unstable();
+        targets.dedup();
+        let signature = first.map(|(_, signature)| signature).unwrap_or_default();
+        Ok(Prototype { signature, targets: Some(targets) })
     }
 
     fn local_directive(&mut self, directive: &str, line: u32, builder: &mut Builder<'a>) -> Result<(), ParseError> {

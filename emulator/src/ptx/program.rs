@@ -25,6 +25,10 @@ pub const SHARED_WINDOW: u64 = 1 << 56;
 pub const LOCAL_WINDOW: u64 = 2 << 56;
 /// Generic addresses of kernel parameters begin here.
 pub const PARAM_WINDOW: u64 = 3 << 56;
+/// Addresses of functions begin here. No memory is there, so that reading code is out of bounds.
+pub const FUNCTION_WINDOW: u64 = 4 << 56;
+/// From the address of a module's function to that of the next.
+pub const FUNCTION_STRIDE: u64 = 16;
 
 /// What a load or store moves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -286,6 +290,9 @@ pub enum Op {
         /// Step of the next block, for lanes that the guard excludes.
         fall: u32,
     },
+    /// address of a function, 64 bits: a call through it. Each lane goes to that function's code for this call, an
+    /// index into `Program::calls`. Never guarded.
+    CallTable(u32),
     /// Lanes exit; those that the guard excludes go to `fall`.
     Exit {
         /// Step of the next block.
@@ -398,6 +405,8 @@ pub enum Constant {
     B64(u64),
     /// Address of a module variable plus an addend.
     Global(u32, i64),
+    /// Address of a device function.
+    Function(u32),
     /// Offset in shared memory: variable, addend; the bool is whether the register has 64 bits.
     Shared(u32, i64, bool),
     /// Offset in local memory.
@@ -423,6 +432,49 @@ pub struct BlockCost {
 /// without optimisation.
 pub const RESERVED_SHARED: u32 = 1024;
 
+/// Sizes in bytes of what a function returns and takes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Signature {
+    /// Of the return parameters.
+    pub returns: Vec<u32>,
+    /// Of the parameters.
+    pub takes: Vec<u32>,
+}
+
+impl std::fmt::Display for Signature {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let list = |bytes: &[u32]| match bytes {
+            [] => "nothing".to_string(),
+            bytes => {
+                let sizes: Vec<String> = bytes.iter().map(u32::to_string).collect();
+                format!("{} bytes", sizes.join(" + "))
+            }
+        };
+        write!(f, "takes {} and returns {}", list(&self.takes), list(&self.returns))
+    }
+}
+
+/// A device function as a call through its address sees it.
+#[derive(Clone, Debug)]
+pub struct Callee {
+    /// Its name in the text.
+    pub name: String,
+    /// What it returns and takes.
+    pub signature: Signature,
+}
+
+/// A call through a function's address.
+#[derive(Clone, Debug)]
+pub struct CallSite {
+    /// What the call passes and takes back.
+    pub signature: Signature,
+    /// Only the functions of a `.calltargets` list may be called.
+    pub listed: bool,
+    /// The functions that may be called, in ascending order, each with the step of its code in line, or why it has
+    /// none.
+    pub targets: Vec<(u32, Result<u32, String>)>,
+}
+
 /// A kernel's code. The interpreter trusts it without checks: only [`crate::ptx`] can make or change one.
 #[derive(Debug, Default)]
 pub struct Program {
@@ -434,6 +486,10 @@ pub struct Program {
     pub(crate) plans: Vec<Plan>,
     /// Branch targets of `brx.idx`, as steps.
     pub(crate) tables: Vec<Vec<u32>>,
+    /// Calls through functions' addresses.
+    pub(crate) calls: Vec<CallSite>,
+    /// The module's device functions.
+    pub(crate) functions: Arc<[Callee]>,
     /// Constants and their offsets in the register file.
     pub(crate) constants: Vec<(u32, Constant)>,
     /// Offset in shared memory of each variable that a [`Constant::Shared`] names.
@@ -477,6 +533,9 @@ impl Program {
                 Op::BranchTable { table, fall } => {
                     work.extend(&self.tables[table as usize]);
                     work.push(fall);
+                }
+                Op::CallTable(call) => {
+                    work.extend(self.calls[call as usize].targets.iter().filter_map(|(_, step)| step.as_ref().ok()));
                 }
                 Op::Exit { fall } if step.guard != NO_GUARD => work.push(fall),
                 Op::Exit { .. } => {}
