@@ -566,6 +566,39 @@ fn counters_do_not_depend_on_threads_or_order() {
     assert!(first.shared_wavefronts >= first.shared_ideal && first.shared_ideal > 0);
 }
 
+/// The cost of wide accesses is that of the hardware, whether the shape of the addresses is known already or not.
+#[test]
+fn loads_and_stores_of_shared_memory_are_counted_in_cycles() {
+    // Ten rounds: a store of 16 bytes lane after lane, loads by which neighbours share or do not, and an atomic.
+    let rounds = 10;
+    let text = module(&format!(
+        "mov.u32 %r8, s;\nmad.lo.u32 %r9, %t, 16, %r8;\nshr.u32 %r10, %t, 1;\nmad.lo.u32 %r10, %r10, 16, %r8;\n\
+         and.b32 %r11, %t, 7;\nmad.lo.u32 %r11, %r11, 16, %r8;\nmov.u32 %r12, 0;\nagain:\n\
+         st.shared.v4.u32 [%r9], {{%t, %t, %t, %t}};\nbar.warp.sync -1;\n\
+         ld.shared.v4.u32 {{%r0, %r1, %r2, %r3}}, [%r10];\nld.shared.v4.u32 {{%r0, %r1, %r2, %r3}}, [%r11];\n\
+         ld.shared.v2.u32 {{%r0, %r1}}, [%r10];\n\
+         ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r0, %r1, %r2, %r3}}, [%r10];\n\
+         bar.warp.sync -1;\natom.shared.add.u32 %r0, [s], 1;\nbar.warp.sync -1;\n\
+         add.u32 %r12, %r12, 1;\nsetp.lt.u32 %c0, %r12, {rounds};\n@%c0 bra again;"
+    ));
+    for checks in [cuda_emu::exec::Checks::ALL, cuda_emu::exec::Checks::FAST] {
+        let mut device = Device::new(&text);
+        device.settings.checks = checks;
+        let at = device.upload(&[0u32]);
+        let counters =
+            device.run("k", [1; 3], [32, 1, 1], 0, &[Arg::U64(at)]).unwrap_or_else(|fault| panic!("{fault}"));
+        // Loads: 2 for 256 bytes, 4 for 128, 2 for 128 (every other 8 bytes, so two of each pair of banks), and 4 for
+        // the matrices, whose 256 bytes are 16 rows.
+        let (loads, least) = (2 + 4 + 2 + 4, 2 + 1 + 1 + 2);
+        assert_eq!((counters.shared_load_cycles, counters.shared_load_ideal), (rounds * loads, rounds * least));
+        assert_eq!((counters.shared_store_cycles, counters.shared_store_ideal), (rounds * 4, rounds * 4));
+        assert_eq!(counters.shared_wavefronts, rounds * (loads + 4 + 1), "with one pass of the atomic");
+        // Only the load of 8 bytes has a bank conflict.
+        assert_eq!(counters.shared_ideal, rounds * (loads + 4), "{counters:?}");
+        assert_eq!(counters.shared, rounds * 6);
+    }
+}
+
 #[test]
 fn every_instruction_set_gives_the_same_bits() {
     use cuda_emu::exec::Isa;

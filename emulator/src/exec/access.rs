@@ -114,7 +114,7 @@ impl Machine<'_> {
         let file = warp.file.as_mut_ptr();
         let bytes = u32::from(access.bytes) * access.elements as u32;
         let element = if access.float { 0 } else { access.bytes };
-        let site = Site { pc, mask, bytes, usage: Use::Load, element, strong: access.strong };
+        let site = Site { pc, mask, bytes, usage: Use::Load, element, strong: access.strong, rows: false };
         let register = operands[elements];
         let single = mask == !0 && bytes == 4;
         if access.space == Space::Param {
@@ -209,7 +209,7 @@ impl Machine<'_> {
     ) -> Result<(), Box<Fault>> {
         let file = warp.file.as_mut_ptr();
         let bytes = u32::from(access.bytes) * access.elements as u32;
-        let site = Site { pc, mask, bytes, usage: Use::Store, element: 0, strong: access.strong };
+        let site = Site { pc, mask, bytes, usage: Use::Store, element: 0, strong: access.strong, rows: false };
         let single = mask == !0 && bytes == 4;
         // SAFETY: `direct` has checked `bytes` writable bytes at every lane's address; the decoder's registers are
         // inside the file.
@@ -249,7 +249,15 @@ impl Machine<'_> {
         pc: u32,
         mask: u32,
     ) -> Result<(), Box<Fault>> {
-        let site = Site { pc, mask, bytes: u32::from(access.bytes), usage: Use::Atomic, element: 0, strong: true };
+        let site = Site {
+            pc,
+            mask,
+            bytes: u32::from(access.bytes),
+            usage: Use::Atomic,
+            element: 0,
+            strong: true,
+            rows: false,
+        };
         // SAFETY: the interpreter runs only on processors that support ISA; the operands, (destination,) base and
         // values, are the step's.
         unsafe { atom_checked::<ISA>(self, warp, operands, rmw, reduce, access, site) }
@@ -280,7 +288,8 @@ impl Machine<'_> {
             (addresses(file, operands[0], wide_to, to), addresses(file, operands[1], true, from), sizes)
         };
         settle(&mut target, mask);
-        let site = Site { pc, mask, bytes: u32::from(bytes), usage: Use::Store, element: 0, strong: false };
+        let site =
+            Site { pc, mask, bytes: u32::from(bytes), usage: Use::Store, element: 0, strong: false, rows: false };
         // SAFETY: the interpreter runs only on processors that support ISA; `settle` has run.
         if unsafe { !approve_copy::<ISA>(self, warp.index, &target, site) } {
             self.begin_copy(warp, &target, site)?;
@@ -446,7 +455,7 @@ impl Machine<'_> {
         pc: u32,
     ) -> Result<(), Box<Fault>> {
         let mask = (!0u64 >> (64 - 8 * u32::from(access.elements))) as u32;
-        let site = Site { pc, mask, bytes: 16, usage: Use::Load, element: 0, strong: false };
+        let site = Site { pc, mask, bytes: 16, usage: Use::Load, element: 0, strong: false, rows: true };
         // SAFETY: the interpreter runs only on processors that support ISA; the operands are the step's.
         unsafe { ldmatrix_checked::<ISA>(self, warp, operands, trans, access, site) }
     }
@@ -486,7 +495,7 @@ impl Machine<'_> {
                     base[l]
                         .wrapping_add((u64::from(major) * u64::from(stride[l]) + u64::from(minor)) * u64::from(bytes))
                 }));
-                let site = Site { pc, mask: !0, bytes, usage, element: 0, strong: false };
+                let site = Site { pc, mask: !0, bytes, usage, element: 0, strong: false, rows: false };
                 // SAFETY: the interpreter runs only on processors that support ISA; all lanes are in the mask.
                 let approved = unsafe { approve::<ISA>(self, warp, access.space, &mut at, site) };
                 if !approved {
@@ -555,7 +564,7 @@ impl Machine<'_> {
             warp,
             Space::Generic,
             &mut at,
-            Site { pc, mask: 1 << lane, bytes, usage: Use::Load, element: 0, strong: true },
+            Site { pc, mask: 1 << lane, bytes, usage: Use::Load, element: 0, strong: true, rows: false },
         )?;
         self.counters = counters;
         Ok(at[lane as usize] as *const u8)

@@ -9,7 +9,7 @@
 
 use super::lanes::{self as ask, Addresses, Site, Use, extent, lanes, progression, settle};
 use super::races::Other;
-use super::shapes::{Shape, wavefronts};
+use super::shapes::{Cost, cost};
 use super::state::{Machine, Warp, name_thread};
 use super::{Counters, Fault, FaultKind, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 use crate::ptx::program::Space;
@@ -155,7 +155,7 @@ unsafe fn approve_shared<const ISA: usize>(machine: &mut Machine, warp: u32, at:
         }
     }
     if env.settings.counters {
-        machine.counters.count_shape(shape);
+        machine.counters.count_cost(shape.cost, site.usage);
     }
     let base = machine.block.shared.as_mut_ptr() as u64;
     at.0.iter_mut().for_each(|a| *a = a.wrapping_add(base));
@@ -199,7 +199,7 @@ unsafe fn approve_copy_body<const ISA: usize>(machine: &mut Machine, warp: u32, 
         }
     }
     if env.settings.counters {
-        machine.counters.count_shape(shape);
+        machine.counters.count_cost(shape.cost, site.usage);
     }
     true
 }
@@ -355,10 +355,21 @@ unsafe fn approve_global<const ISA: usize>(machine: &mut Machine, at: &mut Addre
 
 impl Counters {
     #[inline(always)]
-    fn count_shape(&mut self, shape: &Shape) {
+    fn count_cost(&mut self, cost: Cost, usage: Use) {
         self.shared += 1;
-        self.shared_wavefronts += shape.wavefronts.0;
-        self.shared_ideal += shape.wavefronts.1;
+        self.shared_wavefronts += cost.passes;
+        self.shared_ideal += cost.ideal;
+        match usage {
+            Use::Load => {
+                self.shared_load_cycles += cost.passes;
+                self.shared_load_ideal += cost.least;
+            }
+            Use::Store => {
+                self.shared_store_cycles += cost.passes;
+                self.shared_store_ideal += cost.least;
+            }
+            Use::Atomic => {}
+        }
     }
 }
 
@@ -851,13 +862,9 @@ impl Machine<'_> {
     }
 
     pub(super) fn count_shared(&mut self, at: &Addresses, site: Site) {
-        let counters = &mut self.counters;
-        counters.shared += 1;
         if site.usage == Use::Atomic {
-            counters.atomics += u64::from(site.mask.count_ones());
+            self.counters.atomics += u64::from(site.mask.count_ones());
         }
-        let (passes, ideal) = wavefronts(at, 0, site);
-        counters.shared_wavefronts += passes;
-        counters.shared_ideal += ideal;
+        self.counters.count_cost(cost(at, 0, site), site.usage);
     }
 }

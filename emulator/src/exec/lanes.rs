@@ -53,6 +53,8 @@ pub struct Site {
     pub element: u8,
     /// Threads may communicate through it (volatile, relaxed, acquire, release).
     pub strong: bool,
+    /// The lanes have the addresses of matrix rows (`ldmatrix`).
+    pub rows: bool,
 }
 
 /// Lanes of a mask, lowest first.

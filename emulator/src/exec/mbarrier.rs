@@ -58,7 +58,7 @@ impl Machine<'_> {
         // barrier has to separate them.
         let sets = matches!(mode, Mbarrier::Init | Mbarrier::Inval);
         let usage = if sets { Use::Store } else { Use::Load };
-        let site = Site { pc, mask, bytes: 8, usage, element: 0, strong: false };
+        let site = Site { pc, mask, bytes: 8, usage, element: 0, strong: false, rows: false };
         self.locate(warp, access.space, &mut at, site)?;
         let shared = self.block.shared.as_mut_ptr() as u64;
         let size = u64::from(self.env.shared_bytes);

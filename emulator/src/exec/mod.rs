@@ -46,7 +46,6 @@ pub struct LoadedModule {
     pub module: Arc<Module>,
     /// Address of each of `module.globals`.
     pub addresses: Vec<u64>,
-}
     /// Address of the first device function; the others follow at [`FUNCTION_STRIDE`]. No other module of the process
     /// has it, so that a function of another module is told from a function of this one.
     pub functions: u64,
@@ -60,6 +59,7 @@ fn fresh_functions() -> u64 {
     static MODULES: AtomicU64 = AtomicU64::new(0);
     let module = MODULES.fetch_add(1, Ordering::Relaxed) & ((1 << 24) - 1);
     FUNCTION_WINDOW + module * FUNCTIONS_OF_MODULE
+}
 
 impl LoadedModule {
     /// Allocates and initialises the module's variables; None when memory is too small.
@@ -79,11 +79,11 @@ impl LoadedModule {
                 let value = loaded.addresses[target].wrapping_add(addend as u64);
                 bytes[offset as usize..][..8].copy_from_slice(&value.to_le_bytes());
             }
-            let copied = memory.copy_in(address, &bytes);
             for &(offset, function) in &global.functions {
                 let value = loaded.functions + u64::from(function) * FUNCTION_STRIDE;
                 bytes[offset as usize..][..8].copy_from_slice(&value.to_le_bytes());
             }
+            let copied = memory.copy_in(address, &bytes);
             assert!(
                 copied.is_ok(),
                 "variable {} of {} bytes at {address:#x} was just allocated",
@@ -260,10 +260,18 @@ pub struct Counters {
     pub global_sectors: u64,
     /// Distinct bytes of global memory touched, in whole 32-byte sectors.
     pub distinct_bytes: u64,
-    /// Passes that shared-memory accesses take with 32 banks of 4 bytes.
+    /// Passes over the banks, of one cycle each, that accesses to shared memory take.
     pub shared_wavefronts: u64,
     /// Passes they would take without bank conflicts.
     pub shared_ideal: u64,
+    /// Those of `shared_wavefronts` that loads take, `ldmatrix` included.
+    pub shared_load_cycles: u64,
+    /// Cycles in which loads could get their distinct bytes, each its own, at 128 bytes a cycle.
+    pub shared_load_ideal: u64,
+    /// As `shared_load_cycles`, for stores and the arrival of `cp.async`. Atomics are in neither.
+    pub shared_store_cycles: u64,
+    /// As `shared_load_ideal`, for stores.
+    pub shared_store_ideal: u64,
     /// Branches on which a warp's active lanes disagreed.
     pub divergent_branches: u64,
     /// Barriers that warps arrived at.
@@ -292,7 +300,7 @@ impl Counters {
         }
     }
 
-    fn values_mut(&mut self) -> [&mut u64; 23] {
+    fn values_mut(&mut self) -> [&mut u64; 27] {
         let Counters {
             mma,
             fma,
@@ -313,6 +321,10 @@ impl Counters {
             distinct_bytes,
             shared_wavefronts,
             shared_ideal,
+            shared_load_cycles,
+            shared_load_ideal,
+            shared_store_cycles,
+            shared_store_ideal,
             divergent_branches,
             barriers,
             atomics,
@@ -338,6 +350,10 @@ impl Counters {
             distinct_bytes,
             shared_wavefronts,
             shared_ideal,
+            shared_load_cycles,
+            shared_load_ideal,
+            shared_store_cycles,
+            shared_store_ideal,
             divergent_branches,
             barriers,
             atomics,
@@ -369,6 +385,8 @@ pub enum FaultKind {
     Trap,
     /// An instruction with operands that have no meaning.
     Illegal,
+    /// A call through an address where no function begins that could be called there.
+    Call,
     /// No progress.
     Timeout,
 }
@@ -386,8 +404,6 @@ pub struct Fault {
     pub thread: [u32; 3],
     /// The instruction as in the text.
     pub instruction: String,
-    /// A call through an address where no function begins that could be called there.
-    Call,
     /// Its line in the PTX text.
     pub line: u32,
     /// What happened: address, size, nearest allocation, the other party of a race.
@@ -403,6 +419,7 @@ impl Fault {
             FaultKind::Assert => 710,
             FaultKind::Timeout => 702,
             FaultKind::Illegal => 715,
+            FaultKind::Call => 718,
             _ => 719,
         }
     }
@@ -420,4 +437,3 @@ impl fmt::Display for Fault {
 }
 
 impl std::error::Error for Fault {}
-            FaultKind::Call => 718,

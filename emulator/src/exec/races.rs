@@ -864,7 +864,15 @@ mod tests {
                     }));
                     settle(&mut at, mask);
                     // One size per instruction.
-                    let site = Site { pc: bytes.trailing_zeros() - 2, mask, bytes, usage, element: 0, strong: false };
+                    let site = Site {
+                        pc: bytes.trailing_zeros() - 2,
+                        mask,
+                        bytes,
+                        usage,
+                        element: 0,
+                        strong: false,
+                        rows: false,
+                    };
                     let expected = by_lanes(&mut slow, warp, &at, site);
                     // SAFETY: the caller guarantees the ISA; `holds` is asserted before every chunk.
                     let good = unsafe {

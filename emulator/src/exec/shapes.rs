@@ -4,7 +4,7 @@
 //! (granules touched and by which lane, bank conflicts, extent) is computed when a shape occurs for the second time, so
 //! that patternless addresses cost no more than a comparison.
 
-use super::lanes::{Addresses, Chunk, MANY, Site, Some16, lanes};
+use super::lanes::{Addresses, Chunk, MANY, Site, Some16, Use, lanes};
 #[cfg(target_arch = "x86_64")]
 use crate::num::AVX512;
 
@@ -30,8 +30,19 @@ pub struct Shape {
     pub overlap: bool,
     /// The granules touched.
     pub chunks: Vec<Chunk>,
-    /// Wavefronts, and how many there would be without bank conflicts.
-    pub wavefronts: (u64, u64),
+    /// What it costs.
+    pub cost: Cost,
+}
+
+/// Cycles of the banks of shared memory; see [`cost()`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Passes over the banks.
+    pub passes: u64,
+    /// Passes that would do without bank conflicts.
+    pub ideal: u64,
+    /// Passes of 128 bytes each that would do for the distinct bytes.
+    pub least: u64,
 }
 
 /// The shapes of one instruction.
@@ -103,7 +114,7 @@ impl Known {
             extent: (0, 0),
             overlap: false,
             chunks: vec![],
-            wavefronts: (0, 0),
+            cost: Cost::default(),
         };
         if self.shapes.len() < MOST {
             self.shapes.push(shape);
@@ -136,7 +147,7 @@ impl Shape {
         let low = lanes(site.mask).map(distance).min().unwrap_or(0);
         let high = lanes(site.mask).map(distance).max().unwrap_or(0);
         self.extent = (low, high.saturating_add(bytes));
-        self.wavefronts = wavefronts(&self.distance, self.low, site);
+        self.cost = cost(&self.distance, self.low, site);
         // Shared memory is smaller than that; what reaches further is refused.
         if !self.aligned || low < -(1 << 24) || high > 1 << 24 {
             self.aligned = false;
@@ -168,25 +179,49 @@ impl Shape {
     }
 }
 
-/// Wavefronts (passes through 32 banks of 4 bytes) of an access, and their number without conflicts. Accesses of 8 and
-/// 16 bytes go by half and quarter warps, as on the hardware. Shifting all addresses by a multiple of 4 (of the access
-/// size, if larger) rotates the banks and changes nothing.
-pub fn wavefronts(at: &Addresses, add: u64, site: Site) -> (u64, u64) {
-    let (mut all, mut ideal) = (0, 0);
-    // An aligned access of 4, 8 or 16 bytes is one unit; a pass serves as many lanes as all banks hold units.
+/// The cost of an access in passes over the banks, of one cycle each.
+///
+/// There are 32 banks of 4 bytes, and a pass reads or writes one word of each. Lanes that touch the same word share it;
+/// every further word of a bank is a further pass. So says NVIDIA's programming guide (compute capability 5.x to 9.x,
+/// shared memory), of accesses of up to 4 bytes, which all 32 lanes make together. It does not say what follows.
+///
+/// - Accesses of 8 bytes are made by one half warp after the other, those of 16 bytes by quarter warps, so that a pass
+///   moves up to 128 bytes. Lanes of different parts neither conflict nor share. (Talk S9593 of NVIDIA's conference
+///   GTC 2019, and what Nsight Compute counts: forums.developer.nvidia.com/t/359822.)
+/// - Two parts of a load are made together, half as many passes at best, if every active lane l has the address of
+///   lane l ^ 1, or every one that of lane l ^ 2; the other lane may also be inactive. With 8 bytes the parts are the
+///   two half warps, with 16 bytes the two quarters of each half. An engineer of NVIDIA gives the rule for 7.0 to 7.5
+///   (forums.developer.nvidia.com/t/77228); that halves stay apart with 16 bytes, that the same one of the two
+///   conditions must hold for the whole warp, and the inactive lanes are measurements on an A100
+///   (zhuanlan.zhihu.com/p/690052715).
+/// - No other pattern saves a pass, however few words it touches: with lane l at 16-byte word l mod 4 a load takes four
+///   (first forum thread of the rule).
+/// - Assumed here: 8.6 to 9.0 are like 8.0; stores, `cp.async` and `ldmatrix`, whose eight rows of a matrix are one
+///   part, are never made together; atomics cost what stores do.
+///
+/// Shifting all addresses by a multiple of 4 (of the access size, if larger) rotates the banks and changes nothing.
+pub fn cost(at: &Addresses, add: u64, site: Site) -> Cost {
+    // An aligned access of 4, 8 or 16 bytes is one unit; a pass has room for as many as all banks hold.
     let unit = site.bytes.max(4);
-    let lanes_per_pass = 128 / unit;
-    for pass in 0..32 / lanes_per_pass {
-        let part = site.mask & (((1u64 << lanes_per_pass) - 1) << (pass * lanes_per_pass)) as u32;
+    let slots = 128 / unit;
+    let alike = |with: u32| {
+        let same = |l: u32| site.mask >> (l ^ with) & 1 == 0 || at.0[l as usize] == at.0[(l ^ with) as usize];
+        lanes(site.mask).all(same)
+    };
+    let together = unit > 4 && site.usage == Use::Load && !site.rows && (alike(1) || alike(2));
+    let part_lanes = if together { 2 * slots } else { slots };
+    let mut cost = Cost::default();
+    for part in 0..32 / part_lanes {
+        let part = site.mask & (((1u64 << part_lanes) - 1) << (part * part_lanes)) as u32;
         if part == 0 {
             continue;
         }
-        // The first unit seen in each bank; others in the same bank are further wavefronts.
+        // The first unit seen in each slot; others in the same slot are further passes.
         let mut first = [None; 32];
         let (mut more, mut count) = ([0u64; 32], 0);
         for l in lanes(part) {
             let unit = at.0[l as usize].wrapping_add(add) >> unit.trailing_zeros();
-            let slot = &mut first[unit as usize % lanes_per_pass as usize];
+            let slot = &mut first[unit as usize % slots as usize];
             match slot {
                 None => *slot = Some(unit),
                 Some(other) if *other == unit => {}
@@ -196,22 +231,27 @@ pub fn wavefronts(at: &Addresses, add: u64, site: Site) -> (u64, u64) {
                 }
             }
         }
-        let mut wavefronts = 1;
+        let mut passes = 1;
         if count > 0 {
             let mut places = [1u8; 32];
             more[..count].sort_unstable();
             let mut last = None;
             for &unit in &more[..count] {
-                let place = &mut places[unit as usize % lanes_per_pass as usize];
+                let place = &mut places[unit as usize % slots as usize];
                 *place += u8::from(last != Some(unit));
-                wavefronts = wavefronts.max(*place);
+                passes = passes.max(*place);
                 last = Some(unit);
             }
         }
-        all += u64::from(wavefronts);
-        ideal += 1;
+        cost.passes += u64::from(passes);
+        cost.ideal += 1;
     }
-    (all, ideal)
+    let mut distinct = at.0;
+    // Lanes outside the mask have the address of one inside.
+    distinct.sort_unstable();
+    let changes = distinct.windows(2).filter(|pair| pair[0] != pair[1]).count() as u64;
+    cost.least = ((changes + 1) * u64::from(site.bytes)).div_ceil(128);
+    cost
 }
 
 /// Whether every lane's address is `first` plus its distance.
@@ -241,4 +281,135 @@ unsafe fn same<const ISA: usize>(distance: &Addresses, at: &Addresses, first: u6
         wrong |= distance.0[l].wrapping_add(first) ^ at.0[l];
     }
     wrong == 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A pattern of addresses: what it is, bytes, lanes, address by lane, and (passes, without conflicts, least).
+    type Row = (&'static str, u32, u32, fn(u64) -> u64, (u64, u64, u64));
+
+    const ALL: u32 = !0;
+
+    fn check(rows: &[Row], usage: Use, matrix: bool) {
+        for &(name, bytes, mask, address, (passes, ideal, least)) in rows {
+            // At any place, and with whatever the lanes outside the mask have.
+            for base in [0, 16, 112, 4096] {
+                let first = u64::from(mask.trailing_zeros());
+                let lane = |l: u64| if mask >> l & 1 != 0 { l } else { first };
+                let at = Addresses(std::array::from_fn(|l| base + address(lane(l as u64))));
+                let site = Site { pc: 0, mask, bytes, usage, element: 0, strong: false, rows: matrix };
+                assert_eq!(cost(&at, 0, site), Cost { passes, ideal, least }, "{bytes} bytes, {name}, at {base}");
+            }
+        }
+    }
+
+    #[test]
+    fn narrow_accesses_go_by_whole_warps() {
+        let rows: &[Row] = &[
+            // 32 words in 32 banks.
+            ("lane after lane", 4, ALL, |l| 4 * l, (1, 1, 1)),
+            ("one word for all", 4, ALL, |_| 0, (1, 1, 1)),
+            // Banks 0, 2, ... 30, two words each.
+            ("every other word", 4, ALL, |l| 8 * l, (2, 1, 1)),
+            ("every other word, 16 lanes", 4, 0xffff, |l| 8 * l, (1, 1, 1)),
+            ("a column", 4, ALL, |l| 128 * l, (32, 1, 1)),
+            ("a column of padded rows", 4, ALL, |l| 132 * l, (1, 1, 1)),
+            // Lanes 0 to 15 and 16 to 31 read two words of bank 0.
+            ("one word for each half", 4, ALL, |l| 128 * (l / 16), (2, 1, 1)),
+            ("pairs share", 4, ALL, |l| 4 * (l / 2), (1, 1, 1)),
+            ("half words, lane after lane", 2, ALL, |l| 2 * l, (1, 1, 1)),
+            ("bytes, lane after lane", 1, ALL, |l| l, (1, 1, 1)),
+            // Bytes of words 0, 32, 64, 96 of bank 0.
+            ("bytes of four words of a bank", 1, ALL, |l| 128 * (l % 4) + l / 8, (4, 1, 1)),
+        ];
+        check(rows, Use::Load, false);
+        check(rows, Use::Store, false);
+    }
+
+    #[test]
+    fn loads_of_8_bytes_go_by_half_warps_unless_neighbours_share() {
+        check(
+            &[
+                ("lane after lane", 8, ALL, |l| 8 * l, (2, 2, 2)),
+                ("one place for all", 8, ALL, |_| 0, (1, 1, 1)),
+                ("neighbours share", 8, ALL, |l| 8 * (l / 2), (1, 1, 1)),
+                // Lanes 0 and 2, 1 and 3, 4 and 6, ...
+                ("next but one share", 8, ALL, |l| 8 * (l / 4 * 2 + l % 2), (1, 1, 1)),
+                // 16 places, each read by two lanes that are no neighbours: nothing is saved.
+                ("both halves read the same", 8, ALL, |l| 8 * (l % 16), (2, 2, 1)),
+                // Each half: 16 places in the even pairs of banks, two in each.
+                ("every other place", 8, ALL, |l| 16 * l, (4, 2, 2)),
+                // 16 places in banks 0 and 1.
+                ("neighbours share a column", 8, ALL, |l| 128 * (l / 2), (16, 1, 1)),
+                ("half a warp", 8, 0xffff, |l| 8 * l, (1, 1, 1)),
+                ("two lanes of different halves", 8, 1 << 3 | 1 << 20, |l| 8 * l, (1, 1, 1)),
+                // Lanes 0 and 1 differ, 0 and 2 have no partner.
+                ("two neighbours that differ", 8, 0b11, |l| 8 * l, (1, 1, 1)),
+            ],
+            Use::Load,
+            false,
+        );
+    }
+
+    #[test]
+    fn loads_of_16_bytes_go_by_quarter_warps_unless_neighbours_share() {
+        check(
+            &[
+                ("lane after lane", 16, ALL, |l| 16 * l, (4, 4, 4)),
+                // Halves stay apart.
+                ("one place for all", 16, ALL, |_| 0, (2, 2, 1)),
+                ("neighbours share", 16, ALL, |l| 16 * (l / 2), (2, 2, 2)),
+                ("next but one share", 16, ALL, |l| 16 * (l / 4 * 2 + l % 2), (2, 2, 2)),
+                ("neighbours share two places a quarter", 16, ALL, |l| 16 * (l / 8 * 2 + l % 8 / 2 % 2), (2, 2, 1)),
+                // The first half by neighbours, the second by lanes next but one: neither holds for the warp.
+                (
+                    "each half shares in its own way",
+                    16,
+                    ALL,
+                    |l| 16 * (l / 8 * 2 + if l < 16 { l % 8 / 2 % 2 } else { l % 2 }),
+                    (4, 4, 1),
+                ),
+                // Four lanes at each of 0 and 8, 1 and 9 in the first half: banks 0 to 3 have two places, 4 to 7 too.
+                (
+                    "neighbours share, with a conflict",
+                    16,
+                    ALL,
+                    |l| 16 * (l / 16 * 4 + l % 16 / 8 + l % 8 / 4 * 8),
+                    (4, 2, 1),
+                ),
+                // Lanes 0, 4, 8, ... share, but no neighbours.
+                ("four places, lane after lane", 16, ALL, |l| 16 * (l % 4), (4, 4, 1)),
+                ("halves with the same eight places", 16, ALL, |l| 16 * (l % 8), (4, 4, 1)),
+                // Each quarter: 8 places in banks 0 to 3, 8 to 11, 16 to 19, 24 to 27, two in each.
+                ("every other place", 16, ALL, |l| 32 * l, (8, 4, 4)),
+                ("a column", 16, ALL, |l| 128 * l, (32, 4, 4)),
+                ("neighbours share a column", 16, ALL, |l| 128 * (l / 2), (16, 2, 2)),
+                ("a quarter", 16, 0xff, |l| 16 * l, (1, 1, 1)),
+                ("a quarter and a lane", 16, 0x1ff, |l| 16 * l, (2, 2, 2)),
+                ("lanes 15 and 16 share", 16, 1 << 15 | 1 << 16, |_| 64, (2, 2, 1)),
+                ("lanes 0 and 15 share", 16, 1 | 1 << 15, |_| 64, (1, 1, 1)),
+                // Without partners the two quarters are made together, although their places differ.
+                ("every fourth lane", 16, 0x1111_1111, |l| 16 * (l / 4), (2, 2, 1)),
+            ],
+            Use::Load,
+            false,
+        );
+    }
+
+    #[test]
+    fn stores_and_matrix_rows_are_not_made_together() {
+        let rows: &[Row] = &[
+            ("lane after lane", 16, ALL, |l| 16 * l, (4, 4, 4)),
+            ("neighbours share", 16, ALL, |l| 16 * (l / 2), (4, 4, 2)),
+            ("one place for all", 16, ALL, |_| 0, (4, 4, 1)),
+            // The rows of a matrix 64 bytes apart: even ones in banks 0 to 3, odd ones in 16 to 19.
+            ("rows of 64 bytes", 16, ALL, |l| 64 * l, (16, 4, 4)),
+            ("one matrix", 16, 0xff, |l| 16 * l, (1, 1, 1)),
+        ];
+        check(rows, Use::Store, false);
+        check(rows, Use::Load, true);
+        check(&[("neighbours share", 8, ALL, |l| 8 * (l / 2), (2, 2, 1))], Use::Store, false);
+    }
 }
