@@ -244,6 +244,75 @@ fn a_function_may_return_something_for_one_image_and_nothing_for_another() {
     assert_eq!(stream.clone_dtoh(&to).unwrap(), [5, 6, 7, 8]);
 }
 
+/// Calls its image's own `hidden`, and what another image's table holds.
+const BY_ADDRESS: &str = "
+.extern .global .align 8 .b64 table[3];
+.func (.param .b32 out) hidden(.param .b32 in) { st.param.b32 [out], 7; ret; }
+.visible .global .align 8 .u64 own = hidden;
+.visible .entry all(.param .u64 to)
+{
+    .reg .b32 %r<4>;
+    .reg .b64 %d<8>;
+    .reg .pred %p;
+    .param .b32 a;
+    .param .b32 b;
+    proto: .callprototype (.param .b32 _) _ (.param .b32 _);
+    ld.param.u64 %d0, [to];
+    mov.u32 %r0, %tid.x;
+    mul.wide.u32 %d1, %r0, 8;
+    mov.u64 %d2, table;
+    add.u64 %d2, %d2, %d1;
+    ld.global.u64 %d3, [own];
+    setp.lt.u32 %p, %r0, 3;
+    @%p ld.global.u64 %d3, [%d2];
+    st.param.b32 [a], %r0;
+    call (b), %d3, (a), proto;
+    ld.param.b32 %r1, [b];
+    mul.wide.u32 %d1, %r0, 4;
+    add.u64 %d0, %d0, %d1;
+    st.global.u32 [%d0], %r1;
+    ret;
+}
+";
+
+const TABLE: &str = "
+.extern .func (.param .b32 out) thrice(.param .b32 in);
+.func (.param .b32 out) hidden(.param .b32 in) { st.param.b32 [out], 5; ret; }
+.visible .global .align 8 .u64 table[3] = {hidden, thrice, hidden};
+";
+
+const THRICE: &str = "
+.visible .func (.param .b32 out) thrice(.param .b32 in)
+{
+    .reg .b32 %r;
+    ld.param.b32 %r, [in];
+    mul.lo.u32 %r, %r, 3;
+    st.param.b32 [out], %r;
+    ret;
+}
+";
+
+#[test]
+fn tables_of_functions_are_linked_too() {
+    load(&[]);
+    let (context, stream) = device(0);
+    context.bind_to_thread().unwrap();
+    let images = [("kernel", BY_ADDRESS), ("table", TABLE), ("thrice", THRICE)];
+    for first in 0..3 {
+        let link = Link::new();
+        (0..3).map(|at| images[(first + at) % 3]).for_each(|(name, body)| link.add(name, body));
+        let linked = link.complete().unwrap_or_else(|why| panic!("{why:?}: {}", link.errors()));
+        let text = CString::from_vec_with_nul(linked).unwrap().into_string().unwrap();
+        let all = support::kernel(&context, &text, "all");
+        let mut to = stream.alloc_zeros::<u32>(4).unwrap();
+        let mut launch = stream.launch_builder(&all);
+        launch.arg(&mut to);
+        let four = LaunchConfig { grid_dim: (1, 1, 1), block_dim: (4, 1, 1), shared_mem_bytes: 0 };
+        unsafe { launch.launch(four) }.unwrap_or_else(|why| panic!("{why:?}: {}", last_message()));
+        assert_eq!(stream.clone_dtoh(&to).unwrap(), [5, 3, 5, 7]);
+    }
+}
+
 #[test]
 fn one_image_stays_as_it_is() {
     load(&[]);
