@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
 
@@ -154,7 +155,7 @@ fn a_multiprocessor_holds_as_many_tiles_as_is_counted_on() {
     let folder = tempfile::tempdir().unwrap();
     for (stem, of) in ["conv2d", "linear"].into_iter().flat_map(|stem| OF.iter().map(move |of| (stem, of))) {
         let path = folder.path().join(stem);
-        std::fs::write(&path, modules().iter().find(|m| m.stem == stem).expect("a stem").ptx()).unwrap();
+        std::fs::write(&path, MODULES.iter().find(|m| m.stem == stem).expect("a stem").ptx()).unwrap();
         let output = Command::new(ptxas).args(["-v", "-o", "/dev/null", "-arch", of.arch]).arg(&path).output().unwrap();
         let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
         let used = resources(&said);

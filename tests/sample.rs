@@ -50,7 +50,7 @@ fn on_a_gpu_an_image_does_not_depend_on_those_drawn_with_it() {
     for dtype in [DType::F32, DType::Bf16] {
         let Some(gpu) = gpu::gpu(dtype) else { return };
         let device = Device::Cuda(gpu);
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/unet_rgb16");
+        let path = places::fixture("unet_rgb16");
         let model = checkpoint::load(&device, &path).unwrap();
         let (unet, _) = UNet::new(&model.config.model).unwrap();
         let schedule = Schedule::new(model.config.diffusion.schedule, 1000).unwrap();
