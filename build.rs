@@ -1,5 +1,5 @@
-//! Compiles every `kernels/S.cu` to PTX, assembles machine code from it, and writes the table of entries, `kernels.rs` in
-//! OUT_DIR, that `src/kernels.rs` includes.
+//! Compiles every `kernels/S.cu` to PTX, assembles machine code from it, and writes the table of entries, `kernels.rs`
+//! in OUT_DIR, that `src/kernels.rs` includes.
 //!
 //! The compiler is the first of: `NVCC`, `CUDA_HOME` or `CUDA_PATH`, PATH, /usr/local/cuda, one fetched earlier.
 //! `DDPM_CUDA_TOOLCHAIN` says what happens without one: `auto` (default) fetches NVIDIA's wheels with pip where an
@@ -644,8 +644,8 @@ fn compile_one(compiler: &Compiler, source: &Path, ptx: &Path) -> Result<()> {
     Err(format!("{}: ptxas accepts its PTX in no version up to 8.0: {refusal}", source.display()))
 }
 
-/// Assembles machine code and packs it into one file, `S.fatbin` beside the PTX. Compressed as every driver can read it:
-/// what newer compilers do by default (zstd) needs a newer driver, and older compilers have no other way and no option.
+/// Assembles machine code and packs it into one file, `S.fatbin` beside the PTX. Compressed as every driver can read
+/// it: what newer compilers do by default (zstd) needs a newer driver; older compilers have one way and no option.
 fn fatbin(compiler: &Compiler, ptx: &Path, assemble: impl Fn((u32, u32)) -> Result<PathBuf>) -> Result<()> {
     let to = ptx.with_extension("fatbin");
     let mut images = Vec::new();

@@ -267,8 +267,8 @@ pub(super) fn no_setting(key: &str) -> String {
     format!("there is no setting '{key}'; {lead}")
 }
 
-/// The sentence for a flag of `train` that does not exist but names a setting, in our words or another tool's, or with a
-/// slip unless the flag is `like_another`; `None` for any other.
+/// The sentence for a flag of `train` that does not exist but names a setting, in our words or another tool's, or with
+/// a slip unless the flag is `like_another`; `None` for any other.
 pub fn no_flag(flag: &str, like_another: bool) -> Option<String> {
     let name = plain(flag);
     if SETTINGS.iter().any(|s| s.key == name) {

@@ -638,8 +638,8 @@ fn read_npz(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<Found>
     Ok(Found { train, held_out, names: Vec::new(), notes })
 }
 
-/// What the shape of an array leaves open. Nothing says what a fourth channel is, so it is neither dropped nor laid over
-/// a background; and a single colour image has the shape of many narrow grey ones.
+/// What the shape of an array leaves open. Nothing says what a fourth channel is, so it is neither dropped nor laid
+/// over a background; and a single colour image has the shape of many narrow grey ones.
 fn array_note(part: &Part) -> Option<String> {
     let Extent { size: Size { h, w }, channels } = part.extent;
     let n = part.len();

@@ -1,6 +1,6 @@
-// Calls through function pointers: tables of functions in global and constant memory, a pointer that the host reads from
-// a variable and passes as an argument, virtual functions, structures returned, barriers inside, and recursion, which is
-// refused when it happens.
+// Calls through function pointers: tables of functions in global and constant memory, a pointer that the host reads
+// from a variable and passes as an argument, virtual functions, structures returned, barriers inside, and recursion,
+// which is refused when it happens.
 
 typedef unsigned long long u64;
 typedef float (*Binary)(float, float);

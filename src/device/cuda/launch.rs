@@ -262,11 +262,6 @@ pub fn each_four_of_images(images: usize, image: usize) -> [usize; 3] {
     [image.div_ceil(4 * THREADS), images.min(65535), 1]
 }
 
-/// Grid for a kernel with one element per thread and 256 threads per block.
-pub fn each_one(len: usize) -> [usize; 3] {
-    [len.div_ceil(THREADS), 1, 1]
-}
-
 impl Gpu {
     /// A launch of `kernel` over `grid` blocks. An empty grid launches nothing.
     ///

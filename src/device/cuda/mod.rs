@@ -26,7 +26,7 @@ use crate::shape::DType;
 use driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 pub use clock::DeviceClock;
-pub use launch::{Array, Launch, Launched, View, ViewMut, each_four, each_four_of_images, each_one};
+pub use launch::{Array, Launch, Launched, View, ViewMut, each_four, each_four_of_images};
 pub use pool::Buffer;
 pub(super) use pool::UNIT;
 pub(crate) use staging::Staging;

@@ -136,7 +136,7 @@ impl Gpu {
         loaded.replaced.insert(stem, ptx);
     }
 
-    /// The kernel's handle, for launches with up to `shared` bytes of dynamic shared memory; loads it at the first call.
+    /// The kernel's handle, for launches with up to `shared` bytes of dynamic shared memory. The first call loads it.
     pub(super) fn function(&self, kernel: &'static Kernel, shared: u32) -> Result<Function> {
         let mut loaded = self.loaded();
         let function = match loaded.functions.get(kernel.name) {
