@@ -476,6 +476,23 @@ fn images_that_png_cannot_hold_become_npz() {
     assert!(fails(&mut sample, 1).contains(".npz"));
 }
 
+/// The file system takes two kilobytes of a file. What is given up says nothing of its own.
+#[test]
+#[cfg(target_os = "linux")]
+fn an_archive_that_cannot_be_written_is_one_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, count) in [("a.npz", "8"), ("a.png", "64")] {
+        let out = folder.path().join(name);
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "trap '' XFSZ; ulimit -f 4; exec \"$0\" \"$@\""]).arg(places::program());
+        shell.arg("sample").arg("--model").arg(places::fixture("unet_gray16")).args(["--steps", "1", "--count", count]);
+        let sentence = fails(shell.arg("--out").arg(&out).stdin(Stdio::null()), 1);
+        let want = format!("{}: cannot be written: File too large (os error 27)", out.display());
+        assert_eq!(sentence, format!("ddpm-cuda: {want}\n"));
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "unfinished files stay");
+    }
+}
+
 #[test]
 fn more_images_than_memory_holds_are_refused() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,6 +1,6 @@
 //! Writing NumPy's .npy and .npz.
 
-use std::io::{self, Seek, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use npyz::{AutoSerialize, WriterBuilder};
@@ -28,7 +28,7 @@ pub fn write_npy(path: &Path, shape: &[usize], data: &[f32]) -> Result<()> {
 pub fn write_npz(path: &Path, shape: Shape, images: &[u8], labels: Option<&[u32]>) -> Result<()> {
     assert_eq!(shape.len(), images.len(), "bytes for images of {shape}");
     atomic::write_with(path, |file| {
-        let mut archive = zip::ZipWriter::new(file);
+        let mut archive = zip::ZipWriter::new(Failing { to: file, failed: false, at: 0 });
         start(&mut archive, "arr_0.npy", images.len())?;
         write_array(&mut archive, &[shape.n, shape.h, shape.w, shape.c], images.iter().copied())?;
         if let Some(labels) = labels {
@@ -39,6 +39,50 @@ pub fn write_npz(path: &Path, shape: Shape, images: &[u8], labels: Option<&[u32]
         archive.finish()?;
         Ok(())
     })
+}
+
+/// A writer that after its first error takes everything and drops it. An archive that is given up writes its end from
+/// its destructor, which would print a second error to stderr.
+struct Failing<W> {
+    to: W,
+    failed: bool,
+    /// Where it writes next, or would.
+    at: u64,
+}
+
+impl<W> Failing<W> {
+    /// What `act` returns, or `after` once something has failed.
+    fn unless_failed<T>(&mut self, after: T, act: impl FnOnce(&mut W) -> io::Result<T>) -> io::Result<T> {
+        if self.failed {
+            return Ok(after);
+        }
+        let done = act(&mut self.to);
+        self.failed = done.as_ref().is_err_and(|e| e.kind() != io::ErrorKind::Interrupted);
+        done
+    }
+}
+
+impl<W: Write> Write for Failing<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.unless_failed(bytes.len(), |to| to.write(bytes))?;
+        self.at += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.unless_failed((), Write::flush)
+    }
+}
+
+impl<W: Seek> Seek for Failing<W> {
+    fn seek(&mut self, place: SeekFrom) -> io::Result<u64> {
+        let after = match place {
+            SeekFrom::Start(at) => at,
+            SeekFrom::Current(by) | SeekFrom::End(by) => self.at.saturating_add_signed(by),
+        };
+        self.at = self.unless_failed(after, |to| to.seek(place))?;
+        Ok(self.at)
+    }
 }
 
 fn start(archive: &mut zip::ZipWriter<impl Write + Seek>, name: &str, bytes: usize) -> io::Result<()> {
