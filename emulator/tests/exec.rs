@@ -328,22 +328,14 @@ fn copies_arrive_when_they_are_waited_for() {
 #[test]
 fn addresses_that_wrap_are_out_of_bounds() {
     use cuda_emu::exec::{Checks, Isa, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
-    let none = Checks {
-        bounds: false,
-        uninitialised: false,
-        shared_races: false,
-        barrier_divergence: false,
-        inactive_shuffle: false,
-        global_races: false,
-    };
     // Every path: the exact checks, the fast ones with and without counters, and those of each instruction set.
     let settings = [
         (Checks::ALL, true, Isa::Avx512),
         (Checks::FAST, false, Isa::Avx512),
         (Checks::FAST, false, Isa::Avx2),
         (Checks::FAST, false, Isa::Portable),
-        (none, true, Isa::Portable),
-        (none, false, Isa::Avx512),
+        (Checks::NONE, true, Isa::Portable),
+        (Checks::NONE, false, Isa::Avx512),
     ];
     let refused = |base: u64, instruction: &str, threads: u32| {
         // The instruction's address is in %q0 and its low half in %r8; %r9 is a shared address that is good.

@@ -135,15 +135,7 @@ impl Run {
     /// `all`, `fast`, `none`, or a list of names separated by commas.
     fn set_checks(&mut self, list: &str) -> Result<(), String> {
         let everything = list == "all";
-        let none = exec::Checks {
-            bounds: false,
-            uninitialised: false,
-            shared_races: false,
-            barrier_divergence: false,
-            inactive_shuffle: false,
-            global_races: false,
-        };
-        let mut checks = if everything { exec::Checks::ALL } else { none };
+        let mut checks = if everything { exec::Checks::ALL } else { exec::Checks::NONE };
         let mut leaks = everything;
         if list == "fast" {
             checks = exec::Checks::FAST;

@@ -154,6 +154,15 @@ impl Checks {
         inactive_shuffle: true,
         global_races: true,
     };
+    /// No check.
+    pub const NONE: Checks = Checks {
+        bounds: false,
+        uninitialised: false,
+        shared_races: false,
+        barrier_divergence: false,
+        inactive_shuffle: false,
+        global_races: false,
+    };
     /// Bounds, barriers and shuffles: what costs next to nothing.
     pub const FAST: Checks = Checks {
         bounds: true,
