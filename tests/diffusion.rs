@@ -98,14 +98,17 @@ fn linear_and_cosine_schedules_are_openais() {
     }
 }
 
+/// Asserts that a number is the one written, to the digits written.
+#[track_caller]
+fn near(name: &str, got: f64, want: f64, digits: i32) {
+    let unit = 10f64.powi(want.abs().log10().floor() as i32 + 1 - digits);
+    assert!((got - want).abs() <= 0.5 * unit * (1.0 + 1e-9), "{name} is {got:e}, expected {want:e}");
+}
+
 /// Values computed independently in f64 for the paper's schedule, to the digits written here.
 #[test]
 fn the_papers_schedule_has_its_known_values() {
     let s = Schedule::new(Kind::Linear, 1000).unwrap();
-    let near = |name: &str, got: f64, want: f64, digits: i32| {
-        let unit = 10f64.powi(want.abs().log10().floor() as i32 + 1 - digits);
-        assert!((got - want).abs() <= 0.5 * unit * (1.0 + 1e-9), "{name} is {got:e}, expected {want:e}");
-    };
     near("alpha_bar_0", s.alpha_bar(0), 0.9999, 13);
     near("alpha_bar_1", s.alpha_bar(1), 0.99978009207, 11);
     near("alpha_bar_500", s.alpha_bar(500), 0.077796658365, 11);
