@@ -16,7 +16,7 @@
 //! main - the program
 //! commands - one file per command: arguments, checks, what is printed
 //! train - the training loop; one step (algorithm 1 of the paper); the run's folder and log
-//! sample - the reverse process (algorithm 2), and drawing images with it in batches
+//! sample likelihood - the reverse process (algorithm 2), and drawing images with it in batches; exact likelihoods
 //! recipe - settings that suit data of one's own
 //! checkpoint - what is saved, in diffusers' formats
 //! memory - how much memory a run needs
@@ -76,6 +76,7 @@ pub mod error;
 pub mod images;
 pub mod kernels;
 pub mod layout;
+pub mod likelihood;
 pub mod memory;
 pub mod meter;
 mod names;

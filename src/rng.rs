@@ -41,6 +41,10 @@ pub enum Purpose {
     SampleNoise = 8,
     /// Timestep of each image of the validation loss; stream = position in the held-out split.
     ValidationTimestep = 9,
+    /// Uniform dequantisation of an image's bytes; step = probe, stream = index of the image.
+    Dequantise = 10,
+    /// Random signs that estimate a divergence; step = probe, stream = index of the image.
+    Probe = 11,
 }
 
 /// Identifies a stream: everything but the position within it.

@@ -2,6 +2,8 @@
 //! which does not need this module.
 
 pub mod info;
+pub mod likelihood;
+mod on_data;
 pub mod predict;
 pub mod sample;
 mod signals;

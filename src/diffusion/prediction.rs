@@ -75,6 +75,19 @@ impl Prediction {
         }
     }
 
+    /// The same at any level of noise sigma = sqrt((1 - alpha_bar) / alpha_bar), also between timesteps. Not finite for
+    /// x_0 where sigma is 0. Panics for mu, whose factors have no meaning there.
+    pub fn eps_at(self, sigma: f64) -> Mix {
+        let signal = 1.0 / (1.0 + sigma * sigma).sqrt();
+        let noise = sigma * signal;
+        match self {
+            Prediction::Eps => Mix { xt: 0.0, output: 1.0 },
+            Prediction::X0 => Mix { xt: 1.0 / noise, output: -signal / noise },
+            Prediction::V => Mix { xt: noise, output: signal },
+            Prediction::Mu => panic!("mu is predicted for timesteps alone"),
+        }
+    }
+
     /// eps from x_t and the network's output at timestep `t`.
     pub fn eps(self, schedule: &Schedule, t: usize) -> Mix {
         let (signal, noise) = schedule.q_sample_coefficients(t);

@@ -1,0 +1,106 @@
+//! `--data`, `--split` and `--count`: images that a model is judged by.
+
+use crate::config::Config;
+use crate::data::{self, Dataset};
+use crate::error::Result;
+use crate::names::names;
+use crate::{say, usage};
+
+/// A part of a data set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Split {
+    /// What training does not see: the data's own test set, or the images that a run holds out.
+    HeldOut,
+    /// What training sees.
+    Train,
+    /// Both.
+    All,
+}
+
+names!(Split { HeldOut = "held_out", Train = "train", All = "all" });
+
+/// Arguments of commands that judge a model by images.
+#[derive(Clone, Debug, clap::Args)]
+pub struct OnData {
+    /// mnist (built in), or a file or folder of images, as of `train` [default: what the model's run was trained on]
+    #[arg(long, value_name = "DATA")]
+    pub data: Option<String>,
+    /// Which images: those that training does not see, those that it sees, or all
+    #[arg(long, default_value = "held_out", value_parser = super::choice::<Split>())]
+    pub split: Split,
+    /// Number of images, taken evenly from the split [default: all]
+    #[arg(long, value_name = "N")]
+    pub count: Option<usize>,
+}
+
+/// Images with what a network needs to be judged by them.
+pub struct Chosen {
+    /// The training and the held-out images.
+    pub data: data::Data,
+    /// The images chosen: whether of the held-out ones, and the index there.
+    pub images: Vec<(bool, usize)>,
+    /// The class of each, for a conditional network.
+    pub labels: Option<Vec<u32>>,
+}
+
+impl Chosen {
+    /// The bytes of image `i` of those chosen, (h, w, c).
+    pub fn image(&self, i: usize) -> &[u8] {
+        let (held_out, index) = self.images[i];
+        if held_out { self.data.held_out.image(index) } else { self.data.train.image(index) }
+    }
+
+    /// The chosen images as a set of their own, in their order.
+    pub fn dataset(&self) -> Dataset {
+        let bytes = (0..self.images.len()).flat_map(|i| self.image(i).iter().copied()).collect();
+        Dataset::new(self.data.train.extent(), bytes, self.labels.clone())
+    }
+}
+
+impl OnData {
+    /// Reads the images, fitted to the model of `config`, and says what was done to them.
+    ///
+    /// # Errors
+    /// `Error::Usage` for a model without data, an empty split, or more images than there are; `Error::File` for data
+    /// that is missing, damaged, or without the labels that the model needs.
+    pub fn open(&self, config: &Config) -> Result<Chosen> {
+        let mut config = config.clone();
+        if let Some(data) = &self.data {
+            config.data.clone_from(data);
+        }
+        if config.data.is_empty() {
+            usage!("this model does not say what it was trained on: give images with --data, as in --data mnist");
+        }
+        let data = data::load(&mut config)?;
+        for note in &data.notes {
+            say!("{note}");
+        }
+        let [train, held_out] = [data.train.len(), data.held_out.len()];
+        let all: Vec<(bool, usize)> = match self.split {
+            Split::HeldOut => (0..held_out).map(|i| (true, i)).collect(),
+            Split::Train => (0..train).map(|i| (false, i)).collect(),
+            Split::All => (0..train).map(|i| (false, i)).chain((0..held_out).map(|i| (true, i))).collect(),
+        };
+        if all.is_empty() {
+            usage!(
+                "--split {}: no image of {} is held out; --split train takes those there are",
+                self.split,
+                config.data
+            );
+        }
+        let count = self.count.unwrap_or(all.len());
+        if count == 0 || count > all.len() {
+            usage!("--count {count}: {} has 1 to {} images of --split {}", config.data, all.len(), self.split);
+        }
+        let images: Vec<(bool, usize)> = (0..count).map(|k| all[k * all.len() / count]).collect();
+        let label = |&(held_out, index): &(bool, usize)| {
+            let set = if held_out { &data.held_out } else { &data.train };
+            set.labels().map(|labels| labels[index])
+        };
+        let labels = if config.model.classes > 0 { images.iter().map(label).collect() } else { None };
+        if config.model.classes > 0 && labels.is_none() {
+            usage!("{} has no labels, and this model needs the class of each image", config.data);
+        }
+        Ok(Chosen { data, images, labels })
+    }
+}
