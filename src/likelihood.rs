@@ -43,7 +43,7 @@ pub enum From {
 /// How the likelihood is computed.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// Relative and absolute tolerance of a step of the solver.
+    /// Largest error of a step of the solver: root mean square of x_t, and nats per dimension of log p.
     pub tolerance: f64,
     /// Probes z for each image, each with noise u of its own.
     pub probes: usize,
@@ -144,6 +144,10 @@ const ERROR: [f64; 7] =
 
 /// Steps after which an image is given up: a smooth network needs some dozens.
 const MOST_STEPS: usize = 10_000;
+
+/// The longest step, in ln sigma: over a longer one the network can turn twice without the error showing it. On Gaussian
+/// data a tolerance of 1e-3 gave an error of 0.06 without this bound, and 2e-5 with it.
+const LONGEST_STEP: f64 = 1.0;
 
 /// A solution on its way: y and, as its last number, the integral of the divergence.
 struct Solution {
@@ -261,12 +265,12 @@ pub fn integrate(
 /// Takes the step whose stages are evaluated if its error is within the tolerance, and chooses the next step's size.
 fn advance(solution: &mut Solution, tolerance: f64) -> Result<()> {
     let (s, next) = (solution.s + solution.h, solution.stage(6).1);
-    let mut squares = 0.0;
-    for (i, (&before, &after)) in solution.state.iter().zip(&next).enumerate() {
-        let error: f64 = solution.h * ERROR.iter().zip(&solution.k).map(|(weight, k)| weight * k[i]).sum::<f64>();
-        squares += (error / (tolerance * (1.0 + before.abs().max(after.abs())))).powi(2);
-    }
-    let error = (squares / next.len() as f64).sqrt();
+    let (d, sigma) = (next.len() - 1, solution.sigma(s));
+    let error_of = |i: usize| solution.h * ERROR.iter().zip(&solution.k).map(|(weight, k)| weight * k[i]).sum::<f64>();
+    // Of x_t the root mean square, and of log p what it is by dimension: among the d numbers it would not count. A sum,
+    // which stays NaN.
+    let squares: f64 = (0..d).map(|i| error_of(i).powi(2) / (1.0 + sigma * sigma)).sum();
+    let error = ((squares / d as f64).sqrt() + error_of(d).abs() / d as f64) / tolerance;
     solution.steps += 1;
     if !error.is_finite() || solution.steps > MOST_STEPS {
         return Err(Error::Failed(format!(
@@ -287,7 +291,7 @@ fn advance(solution: &mut Solution, tolerance: f64) -> Result<()> {
     }
     // The error is of order h^5; a fifth of safety, and no leaps.
     let factor = (0.9 * error.max(1e-10).powf(-0.2)).clamp(0.2, 5.0);
-    solution.h = (solution.h * factor).min(solution.end - solution.s);
+    solution.h = (solution.h * factor).min(LONGEST_STEP).min(solution.end - solution.s);
     Ok(())
 }
 

@@ -29,7 +29,7 @@ pub struct Args {
     /// `--data`, `--split` and `--count`
     #[command(flatten)]
     pub on_data: OnData,
-    /// Relative and absolute tolerance of the solver's steps
+    /// Largest error of a step of the solver, in x_t and in nats per dimension
     #[arg(long, default_value_t = 1e-4, value_name = "TOLERANCE")]
     pub tolerance: f64,
     /// Random probes of the divergence for each image
