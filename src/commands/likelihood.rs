@@ -30,7 +30,7 @@ pub struct Args {
     #[command(flatten)]
     pub on_data: OnData,
     /// Largest error of a step of the solver, in x_t and in nats per dimension
-    #[arg(long, default_value_t = 1e-4, value_name = "TOLERANCE")]
+    #[arg(long, default_value_t = 1e-3, value_name = "TOLERANCE")]
     pub tolerance: f64,
     /// Random probes of the divergence for each image
     #[arg(long, default_value_t = 1, value_name = "K")]
@@ -56,7 +56,7 @@ pub struct Args {
 /// `Error::Failed` for a flow that cannot be followed; those of [`On::open`].
 pub fn run(args: &Args) -> Result<()> {
     if !(1e-12..1.0).contains(&args.tolerance) {
-        usage!("--tolerance {}: must be from 1e-12 to below 1, as in 1e-4", args.tolerance);
+        usage!("--tolerance {}: must be from 1e-12 to below 1, as in 1e-3", args.tolerance);
     }
     if !(1..=10_000).contains(&args.probes) {
         usage!("--probes {}: must be from 1 to 10000", args.probes);
