@@ -15,6 +15,7 @@
 //! ```text modules
 //! main - the program
 //! commands - one file per command: arguments, checks, what is printed
+//! evaluate - the variational bound of images, term by term
 //! train - the training loop; one step (algorithm 1 of the paper); the run's folder and log
 //! sample likelihood - the reverse process (algorithm 2), and drawing images with it in batches; exact likelihoods
 //! recipe - settings that suit data of one's own
@@ -73,6 +74,7 @@ pub mod data;
 pub mod device;
 pub mod diffusion;
 pub mod error;
+pub mod evaluate;
 pub mod images;
 pub mod kernels;
 pub mod layout;

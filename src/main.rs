@@ -1,4 +1,4 @@
-//! The command line: `ddpm-cuda train | sample | likelihood | predict | info`. No logic here: it calls a command and maps errors to
+//! The command line: `ddpm-cuda train | sample | eval | likelihood | predict | info`. No logic here: it calls a command and maps errors to
 //! exit codes.
 
 use std::io::Write;
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
-use ddpm_cuda::commands::{info, likelihood, predict, sample, train};
+use ddpm_cuda::commands::{eval, info, likelihood, predict, sample, train};
 use ddpm_cuda::config;
 use ddpm_cuda::error::Error;
 
@@ -25,6 +25,8 @@ enum Command {
     Train(train::Args),
     /// Draw images with a trained model.
     Sample(sample::Args),
+    /// The variational bound of images, its terms, and the rate-distortion table.
+    Eval(eval::Args),
     /// The exact likelihood of images by the probability-flow ODE.
     Likelihood(likelihood::Args),
     /// Evaluate the network once on given inputs.
@@ -53,6 +55,7 @@ fn run() -> Result<ExitCode, Error> {
     match parse()?.command {
         Command::Train(args) => train::run(&args),
         Command::Sample(args) => sample::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Likelihood(args) => likelihood::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Predict(args) => predict::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),

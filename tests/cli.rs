@@ -1139,6 +1139,71 @@ fn the_arguments_of_sample_reach_the_sampler() {
     assert_eq!(image::AnimationDecoder::into_frames(decoder).count(), 31);
 }
 
+/// Bound and likelihood of a small run: figures that belong together, and what is refused.
+#[test]
+fn a_model_is_judged_by_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let (run, json, plots) = (folder.path().join("run"), folder.path().join("f.json"), folder.path().join("plots"));
+    ok(&mut train(&run, 3));
+    let read = || serde_json::from_str::<serde_json::Value>(&fs::read_to_string(&json).unwrap()).unwrap();
+    let command = |name: &str, arguments: &str| {
+        let mut command = ddpm();
+        command.args([name, "--model"]).arg(&run).args(arguments.split(' ').filter(|word| !word.is_empty()));
+        command
+    };
+
+    let said = ok(command("eval", "--count 5 --draws 2").arg("--json").arg(&json).arg("--plots").arg(&plots));
+    assert!(said.contains("bits per dimension: L_T ") && said.contains("5 images, 2 draws a timestep"), "{said}");
+    let figures = read();
+    let numbers = |key: &str| -> Vec<f64> {
+        figures[key].as_array().unwrap().iter().map(|number| number.as_f64().unwrap()).collect()
+    };
+    let number = |key: &str| figures[key].as_f64().unwrap();
+    let (terms, mse_x0, mse_eps) = (numbers("terms"), numbers("mse_x0"), numbers("mse_eps"));
+    assert_eq!([terms.len(), mse_x0.len(), mse_eps.len()], [50; 3]);
+    assert_eq!((figures["images"].as_u64(), figures["draws"].as_u64()), (Some(5), Some(2)));
+    let total = number("prior") + terms.iter().sum::<f64>();
+    assert!((number("bits_per_dim") - total).abs() < 1e-9 * total, "{total} {}", figures["bits_per_dim"]);
+    assert_eq!(number("reconstruction"), terms[0]);
+    assert!(number("standard_error") > 0.0);
+    let cuts = figures["rate_distortion"].as_array().unwrap();
+    assert_eq!(cuts.len(), 50);
+    let (first, last) = (&cuts[0], &cuts[49]);
+    assert!((first["rate"].as_f64().unwrap() + terms[0] - total).abs() < 1e-9 * total, "{first}");
+    assert_eq!(last["rate"].as_f64().unwrap(), number("prior"));
+    assert_eq!(last["rmse"].as_f64().unwrap(), 127.5 * mse_x0[49].sqrt());
+    for name in ["bound.svg", "bound.png", "rate_distortion.svg", "rate_distortion.png"] {
+        assert!(plots.join(name).is_file(), "{name}");
+    }
+    // A chain of fewer timesteps has a bound of its own; every seed has noise of its own.
+    ok(command("eval", "--count 5 --steps 10").arg("--json").arg(&json));
+    let shorter = read();
+    assert_eq!(shorter["terms"].as_array().unwrap().len(), 10);
+    ok(command("eval", "--count 5 --steps 10 --seed 1").arg("--json").arg(&json));
+    assert_ne!(read()["bits_per_dim"], shorter["bits_per_dim"]);
+
+    let said = ok(command("likelihood", "--count 2 --tolerance 1e-2").arg("--json").arg(&json));
+    assert!(said.contains("bits per dimension of uniformly dequantised pixels, by the ODE from the image on"), "{said}");
+    assert_eq!((read()["images"].as_u64(), read()["from"].as_str()), (Some(2), Some("image")));
+    ok(command("likelihood", "--count 2 --tolerance 1e-2 --cut --probes 2").arg("--json").arg(&json));
+    assert_eq!((read()["probes"].as_u64(), read()["from"].as_str()), (Some(2), Some("first_timestep")));
+
+    for (name, arguments, want) in [
+        ("eval", "--draws 0", "--draws 0: must be at least 1"),
+        ("eval", "--count 0", "--count 0: mnist has 1 to 500 images of --split held_out"),
+        ("eval", "--split train --count 9501", "--count 9501: mnist has 1 to 9500 images of --split train"),
+        ("eval", "--steps 51", "the number of sampling steps is 51: must be from 1 to the model's 50 timesteps"),
+        ("eval", "--variance learned", "--variance learned: this model has variance = fixed_large"),
+        ("likelihood", "--tolerance 2", "--tolerance 2: must be from 1e-12 to below 1"),
+        ("likelihood", "--probes 0", "--probes 0: must be from 1 to 10000"),
+    ] {
+        let said = fails(&mut command(name, arguments), 2);
+        assert!(said.contains(want), "{name} {arguments}: {said}");
+    }
+    let said = fails(&mut command("eval", "--data nowhere"), 1);
+    assert!(said.starts_with("ddpm-cuda: nowhere: "), "{said}");
+}
+
 /// The step of each line of the log.
 fn lines(run: &Path) -> Vec<u64> {
     let log = fs::read_to_string(run.join("metrics.jsonl")).unwrap();

@@ -1,0 +1,158 @@
+//! The variational bound of images, term by term (DDPM, equation 5 and section 4.3), and what it is made of.
+//!
+//! `L = L_T + sum over t of L_t`, in bits per dimension: L_T is the prior's, L_0 the discretised decoder's (equation
+//! 13), the others are divergences of Gaussians. Every term is measured for every image with noise of its own, so the
+//! standard error over images is that of the whole estimate. Predicted x_0 are clipped to [-1, 1], as the model's
+//! scheduler says, unlike in training.
+//!
+//! The rate-distortion table cuts the chain at each timestep: a receiver that has been sent x_t knows L_T and the terms
+//! of all later timesteps (the rate), and predicts x_0 with the root mean square error there (the distortion). The
+//! paper's table 4 leaves L_T out.
+//!
+//! Deliberately absent: the likelihood by the ODE, which is `likelihood`'s; quality of samples.
+
+use crate::device::Device;
+use crate::data::Dataset;
+use crate::diffusion::{Batch, Objective};
+use crate::error::Result;
+use crate::ops::loss::{Table, terms};
+use crate::ops::q_sample::{Coefficients, q_sample};
+use crate::params::Params;
+use crate::tape::{Tape, Var};
+use crate::train::Feed;
+use crate::unet::UNet;
+
+/// What is to be measured.
+pub struct Evaluation<'a> {
+    /// The device to compute on.
+    pub device: &'a Device,
+    /// The network.
+    pub unet: &'a UNet,
+    /// Its weights.
+    pub params: &'a Params,
+    /// What it predicts, its variance, and the chain, which may keep fewer timesteps.
+    pub objective: &'a Objective,
+    /// The images, with labels for a conditional network.
+    pub data: &'a Dataset,
+    /// Draws of the noise for each image and timestep.
+    pub draws: u32,
+    /// Seed of the noise.
+    pub seed: u64,
+    /// Whether the predicted x_0 is clipped to [-1, 1].
+    pub clip: bool,
+    /// Images that go through the network at once. No image depends on it.
+    pub together: usize,
+}
+
+/// The bound of a data set, in bits per dimension.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Bound {
+    /// L of each image.
+    pub per_image: Vec<f64>,
+    /// L_T, mean over the images.
+    pub prior: f64,
+    /// The timesteps of the chain, ascending.
+    pub timesteps: Vec<u32>,
+    /// L_0 and the further terms, one for each timestep, mean over images and draws.
+    pub terms: Vec<f64>,
+    /// Mean squared error of the predicted x_0, on the scale of [-1, 1].
+    pub mse_x0: Vec<f64>,
+    /// Mean squared error of the eps that belongs to it.
+    pub mse_eps: Vec<f64>,
+}
+
+/// A line of the rate-distortion table.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Cut {
+    /// The timestep at which the chain is cut.
+    pub t: u32,
+    /// Bits per dimension that have been sent by then.
+    pub rate: f64,
+    /// Root mean square error of the predicted image, on the scale of 0 to 255.
+    pub rmse: f64,
+}
+
+impl Bound {
+    /// The mean over the images.
+    pub fn bits_per_dim(&self) -> f64 {
+        self.per_image.iter().sum::<f64>() / self.per_image.len() as f64
+    }
+
+    /// The standard error of the mean over the images; `None` for a single image.
+    pub fn standard_error(&self) -> Option<f64> {
+        let (n, mean) = (self.per_image.len() as f64, self.bits_per_dim());
+        let squares: f64 = self.per_image.iter().map(|bits| (bits - mean).powi(2)).sum();
+        (self.per_image.len() > 1).then(|| (squares / (n - 1.0) / n).sqrt())
+    }
+
+    /// The rate-distortion table, one line for each timestep.
+    pub fn rate_distortion(&self) -> Vec<Cut> {
+        let mut rate = self.prior;
+        let mut cuts = Vec::with_capacity(self.terms.len());
+        for (i, &t) in self.timesteps.iter().enumerate().rev() {
+            cuts.push(Cut { t, rate, rmse: 127.5 * self.mse_x0[i].sqrt() });
+            rate += self.terms[i];
+        }
+        cuts.reverse();
+        cuts
+    }
+}
+
+impl Evaluation<'_> {
+    /// Measures the bound. `each` is called after every pass of the network, of [`passes`](Self::passes).
+    ///
+    /// # Errors
+    /// Those of `each`, which end it; a GPU that fails.
+    pub fn bound(&self, mut each: impl FnMut() -> Result<()>) -> Result<Bound> {
+        let (schedule, kept) = (self.objective.schedule(), self.objective.kept());
+        let (images, steps) = (self.data.len(), kept.len());
+        let all: Vec<usize> = (0..images).collect();
+        let table = Table::new(self.device, self.objective.clone())?;
+        let coefficients = Coefficients::new(self.device, schedule)?;
+        let mut feed = Feed::new(self.device, None);
+        let conditional = self.unet.model().classes > 0;
+        let prior: Vec<f64> = all.iter().map(|&i| self.objective.prior(self.data.image(i))).collect();
+        let mut per_image = prior.clone();
+        let [mut sums, mut x0, mut eps] = [0; 3].map(|_| vec![0.0; steps]);
+        for indices in all.chunks(self.together) {
+            let (first, end) = (indices[0], indices[0] + indices.len());
+            let rows = self.data.rows(indices, conditional);
+            for (i, &t) in kept.iter().enumerate() {
+                for draw in 0..self.draws {
+                    let (numbers, timesteps) = (rows.indices(), schedule.len() as u32);
+                    let batch = Batch::evaluation(self.seed, draw, first as u32, numbers, t, timesteps);
+                    let batch = batch.with_labels(rows.classes.clone());
+                    let source = feed.source(self.data, first as u64..end as u64, |_| rows.clone())?;
+                    let noised = q_sample(self.device, source, &batch, &coefficients)?;
+                    let mut tape = Tape::inference(self.device, self.params);
+                    let x_t = Var::constant(noised.x_t);
+                    let output = self.unet.forward(&mut tape, &x_t, &noised.t, &noised.conditioning, None)?;
+                    let output = output.into_value(); // (n, h, w, out_channels)
+                    let terms = terms(self.device, &output, source, &batch, &noised.t, &table, self.clip)?;
+                    for (total, bits) in per_image[first..end].iter_mut().zip(&terms.vlb) {
+                        *total += bits / f64::from(self.draws);
+                    }
+                    for (sums, of_images) in [(&mut sums, terms.vlb), (&mut x0, terms.mse_x0), (&mut eps, terms.mse_eps)] {
+                        sums[i] += of_images.iter().sum::<f64>();
+                    }
+                    each()?;
+                }
+            }
+        }
+        let mean = |sums: Vec<f64>| sums.iter().map(|sum| sum / (images as f64 * f64::from(self.draws))).collect();
+        Ok(Bound {
+            per_image,
+            prior: prior.iter().sum::<f64>() / images as f64,
+            timesteps: kept.to_vec(),
+            terms: mean(sums),
+            mse_x0: mean(x0),
+            mse_eps: mean(eps),
+        })
+    }
+
+    /// Passes of the network that [`bound`](Self::bound) takes.
+    pub fn passes(&self) -> u64 {
+        let batches = self.data.len().div_ceil(self.together) as u64;
+        batches * self.objective.kept().len() as u64 * u64::from(self.draws)
+    }
+}
