@@ -41,6 +41,10 @@ pub enum Purpose {
     SampleNoise = 8,
     /// Timestep of each image of the validation loss; stream = position in the held-out split.
     ValidationTimestep = 9,
+    /// Noise in which the bound is measured; step = draw T + timestep, stream = index of the image.
+    Evaluation = 10,
+    /// Which labels of a training step are dropped; stream = position in the step's batch.
+    LabelDropout = 11,
 }
 
 /// Identifies a stream: everything but the position within it.
