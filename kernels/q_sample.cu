@@ -3,7 +3,8 @@
 //
 // computes   for image i of the batch: draws t_i uniform on 0..timesteps, the flip and z normal, each from its own
 //            stream; u = pixels[rows[i]], mirrored along w if flipped;  x_t[i, k] = byte_t (2u - 255) + eps_t z_k.
-//            Also writes t and the labels
+//            Also writes t and the labels, which are `null` where a stream's first word is below `dropped`.
+//            If strata is not 0, t_i = timesteps ((u + stream_i/strata) mod 1), one u for all; if given, t holds it
 // layout     pixels (images, h, w, c) u8; rows (n) u32, class_of (n) u32 or null, both of this batch; x_t (n, h, w, c)
 //            f32 or bf16; t, labels (n) f32; table (timesteps, 2) f32: byte_t = sqrt(alpha_bar_t) / 255,
 //            eps_t = sqrt(1 - alpha_bar_t)
@@ -18,11 +19,19 @@
 #include "dtype.cuh"
 #include "philox.cuh"
 
+// The timestep of a stream among `strata`, for a batch of one u: the first word of stream 0.
+__device__ __forceinline__ uint32_t stratum(Stream s, unsigned strata, unsigned timesteps) {
+    const uint32_t place = uint32_t((uint64_t(s.stream) << 32) / strata);
+    s.stream = 0;
+    return __umulhi(philox(s, 0).x + place, timesteps);
+}
+
 template <class T>
 __device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsigned char* pixels, const unsigned* rows,
                                     const unsigned* class_of, const float* table, unsigned n, size_t image, unsigned w,
                                     unsigned c, unsigned timesteps, const Stream& noise, uint32_t purpose_t,
-                                    uint32_t purpose_flip, unsigned flip, const Clock* clock) {
+                                    uint32_t purpose_flip, unsigned flip, unsigned strata, unsigned given,
+                                    uint32_t purpose_drop, uint32_t dropped, unsigned null, const Clock* clock) {
     __shared__ uint32_t drawn[2];
     __shared__ unsigned start;
     // The one division of a full index; the threads divide what is left, of a row and a block.
@@ -33,7 +42,9 @@ __device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsig
     for (unsigned i = blockIdx.y; i < n; i += gridDim.y) {
         const Stream stream = of_image(streams, i);
         if (threadIdx.x == 0) {
-            drawn[0] = below(for_purpose(stream, purpose_t), timesteps);
+            drawn[0] = given       ? uint32_t(t[i])
+                       : strata > 0 ? stratum(for_purpose(stream, purpose_t), strata, timesteps)
+                                    : below(for_purpose(stream, purpose_t), timesteps);
             drawn[1] = flip ? below(for_purpose(stream, purpose_flip), 2) : 0;
         }
         __syncthreads();  // the draws above and `start` are read below
@@ -41,8 +52,11 @@ __device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsig
         const bool mirrored = drawn[1] == 1;
         __syncthreads();  // all have read before the next image's draws
         if (block == 0) {
-            t[i] = float(t_i);
-            if (class_of != nullptr) labels[i] = float(class_of[i]);
+            if (!given) t[i] = float(t_i);
+            if (class_of != nullptr) {
+                const bool drop = dropped > 0 && philox(for_purpose(stream, purpose_drop), 0).x < dropped;
+                labels[i] = float(drop ? null : class_of[i]);
+            }
         }
         if (4 * block >= image) continue;
         const float byte_t = table[2 * t_i], eps_t = table[2 * t_i + 1];
@@ -85,9 +99,10 @@ __device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsig
     extern "C" __global__ void __launch_bounds__(THREADS) q_sample_fwd_##suffix( \
         T* x_t, float* t, float* labels, const unsigned char* pixels, const unsigned* rows, const unsigned* class_of, \
         const float* table, unsigned n, size_t image, unsigned w, unsigned c, unsigned timesteps, Stream noise, \
-        unsigned purpose_t, unsigned purpose_flip, unsigned flip, const Clock* clock) { \
+        unsigned purpose_t, unsigned purpose_flip, unsigned flip, unsigned strata, unsigned given, \
+        unsigned purpose_drop, unsigned dropped, unsigned null, const Clock* clock) { \
         fwd(x_t, t, labels, pixels, rows, class_of, table, n, image, w, c, timesteps, noise, purpose_t, purpose_flip, \
-            flip, clock); \
+            flip, strata, given, purpose_drop, dropped, null, clock); \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY

@@ -23,7 +23,8 @@ use std::fmt;
 use std::path::Path;
 
 use crate::device::Precision;
-use crate::diffusion::{Kind, Prediction, Schedule, Variance};
+use crate::diffusion::objective::{Loss, Objective};
+use crate::diffusion::{Kind, Prediction, Sampling, Schedule, Variance};
 use crate::error::{Error, Result};
 use crate::names::{self, Named, names};
 use crate::usage;
@@ -114,7 +115,7 @@ pub struct Model {
     /// Classes to condition on; 0: none.
     pub classes: usize,
     /// Whether the table of classes has one row more, for images without a class: what classifier-free guidance needs.
-    /// No setting: it follows from `label_dropout`, or comes from a model.
+    /// No setting: it follows from `label_dropout`, or comes from a model and stays in `config.toml`.
     pub null_class: bool,
     /// Whether the network puts out a second half of channels, for the variance. No setting: it follows from `variance`.
     pub learned_variance: bool,
@@ -168,6 +169,16 @@ pub struct Config {
     pub model: Model,
     /// The diffusion process.
     pub diffusion: Diffusion,
+    /// What a step minimises.
+    pub loss: Loss,
+    /// Weight of L_vlb in [`Loss::Hybrid`], above 0.
+    pub vlb_weight: f64,
+    /// gamma of [`Loss::MinSnr`], above 0.
+    pub min_snr_gamma: f64,
+    /// How a step draws its timesteps.
+    pub timestep_sampling: Sampling,
+    /// Share of the labels that are replaced by the null class, in [0, 1): for classifier-free guidance.
+    pub label_dropout: f64,
     /// Type of activations and their gradients.
     pub precision: Precision,
     /// Seed of all randomness.
@@ -275,6 +286,11 @@ settings! {
     "zero_snr" => diffusion.zero_snr, "rescale the betas so that nothing of an image is left at the last timestep";
     "prediction" => diffusion.prediction, "what the network puts out: eps, x0, v or mu";
     "variance" => diffusion.variance, "of ancestral sampling: fixed_small, fixed_large, learned or learned_range; over fewer steps than T fixed_large is fixed_small";
+    "loss" => loss, "simple, vlb (the bound), hybrid (simple + vlb_weight vlb), min_snr or weighted (the paper's eq. 12)";
+    "vlb_weight" => vlb_weight, "weight of the bound in bits per dimension in loss = hybrid";
+    "min_snr_gamma" => min_snr_gamma, "gamma of loss = min_snr";
+    "timestep_sampling" => timestep_sampling, "uniform, or stratified (evenly over a batch)";
+    "label_dropout" => label_dropout, "share of the labels hidden from the network, for guidance without a classifier";
     "precision" => precision, "of activations and their gradients: f32, or bf16 on a GPU";
     "seed" => seed, "seed of all randomness";
     "steps" => steps, "training steps";
@@ -405,6 +421,10 @@ impl Config {
         };
         let class_names = list(&mut table, "class_names", "names", |value| value.as_str().map(String::from))?;
         let trained_betas = list(&mut table, "trained_betas", "numbers", toml::Value::as_float)?;
+        let null_class = match table.remove("null_class") {
+            None => false,
+            Some(value) => value.as_bool().ok_or("null_class is neither true nor false")?,
+        };
         let data = data.or(table.get("data").and_then(toml::Value::as_str)).unwrap_or_default();
         let mut config = Config::preset(preset.or(own).unwrap_or(Preset::of_data(data)));
         let mut given = Given::default();
@@ -412,6 +432,7 @@ impl Config {
             given.add(config.set(key, &spelling(key, value)?)?);
         }
         (config.class_names, config.diffusion.trained_betas) = (class_names, trained_betas);
+        config.model.null_class |= null_class;
         Ok((config, given))
     }
 
@@ -422,6 +443,9 @@ impl Config {
     pub fn set(&mut self, key: &str, value: &str) -> std::result::Result<&'static str, String> {
         let Some(setting) = SETTINGS.iter().find(|s| s.key == key) else { return Err(others::no_setting(key)) };
         (setting.set)(self, value).map_err(|e| format!("{key} = {value}: {e}"))?;
+        if setting.key == "label_dropout" {
+            self.model.null_class = false;
+        }
         self.derive();
         Ok(setting.key)
     }
@@ -448,6 +472,19 @@ impl Config {
     /// Fills in what follows from the settings.
     fn derive(&mut self) {
         self.model.learned_variance = self.diffusion.variance.is_learned();
+        self.model.null_class |= self.label_dropout > 0.0;
+    }
+
+    /// What training minimises.
+    ///
+    /// # Errors
+    /// `Error::Usage` for settings that cannot work together.
+    pub fn objective(&self) -> Result<Objective> {
+        let Diffusion { prediction, variance, .. } = self.diffusion;
+        let objective = Objective::new(self.loss, prediction, variance, &self.diffusion.noise_schedule()?);
+        let objective = objective.with_weights(self.vlb_weight, self.min_snr_gamma);
+        objective.check()?;
+        Ok(objective)
     }
 
     /// Key and value of every setting.
@@ -472,6 +509,9 @@ impl Config {
         if !self.diffusion.trained_betas.is_empty() {
             text += &format!("trained_betas = {}\n", toml::Value::from(self.diffusion.trained_betas.clone()));
         }
+        if self.model.null_class && self.label_dropout == 0.0 {
+            text += "null_class = true\n";
+        }
         text
     }
 
@@ -483,6 +523,16 @@ impl Config {
     pub fn validate(&self) -> Result<()> {
         self.model.validate()?;
         self.diffusion.validate()?;
+        self.objective()?;
+        if !(0.0..1.0).contains(&self.label_dropout) {
+            usage!("label_dropout = {} must be at least 0 and below 1; 0.1 is usual", self.label_dropout);
+        }
+        if self.label_dropout > 0.0 && self.model.classes == 0 {
+            usage!(
+                "label_dropout = {}: the network has no classes to leave out; set classes to their number",
+                self.label_dropout
+            );
+        }
         if self.class_names.len() > self.model.classes {
             let (names, classes) = (self.class_names.len(), self.model.classes);
             usage!("class_names holds {names} names for classes = {classes}; one for each class is expected");
@@ -819,6 +869,11 @@ fn cifar10() -> Config {
             prediction: Prediction::Eps,
             variance: Variance::FixedLarge,
         },
+        loss: Loss::Simple,
+        vlb_weight: 0.001,
+        min_snr_gamma: 5.0,
+        timestep_sampling: Sampling::Uniform,
+        label_dropout: 0.0,
         precision: Precision::F32,
         seed: 0,
         steps: 800_000,

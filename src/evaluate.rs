@@ -11,8 +11,8 @@
 //!
 //! Deliberately absent: the likelihood by the ODE, which is `likelihood`'s; quality of samples.
 
-use crate::device::Device;
 use crate::data::Dataset;
+use crate::device::Device;
 use crate::diffusion::{Batch, Objective};
 use crate::error::Result;
 use crate::ops::loss::{Table, terms};
@@ -132,7 +132,9 @@ impl Evaluation<'_> {
                     for (total, bits) in per_image[first..end].iter_mut().zip(&terms.vlb) {
                         *total += bits / f64::from(self.draws);
                     }
-                    for (sums, of_images) in [(&mut sums, terms.vlb), (&mut x0, terms.mse_x0), (&mut eps, terms.mse_eps)] {
+                    for (sums, of_images) in
+                        [(&mut sums, terms.vlb), (&mut x0, terms.mse_x0), (&mut eps, terms.mse_eps)]
+                    {
                         sums[i] += of_images.iter().sum::<f64>();
                     }
                     each()?;

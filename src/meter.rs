@@ -71,6 +71,8 @@ pub struct Measured {
     pub grad_norm: f64,
     /// Clipping factor, which multiplies the gradient.
     pub clip: f64,
+    /// Sum over the images of T times a term of the bound, in bits per dimension, if the loss has one.
+    pub vlb_sum: f64,
 }
 
 impl From<MeterRow> for Measured {
@@ -79,6 +81,7 @@ impl From<MeterRow> for Measured {
             quarters: Quarters::from_parts(row.loss_sums, row.counts.map(|count| count as u64)),
             grad_norm: row.grad_norm,
             clip: row.clip,
+            vlb_sum: row.vlb_sum,
         }
     }
 }

@@ -41,10 +41,14 @@ pub enum Purpose {
     SampleNoise = 8,
     /// Timestep of each image of the validation loss; stream = position in the held-out split.
     ValidationTimestep = 9,
+    /// Noise in which the bound is measured; step = draw T + timestep, stream = index of the image.
+    Evaluation = 10,
+    /// Which labels of a training step are dropped; stream = position in the step's batch.
+    LabelDropout = 11,
     /// Uniform dequantisation of an image's bytes; step = probe, stream = index of the image.
-    Dequantise = 10,
+    Dequantise = 12,
     /// Random signs that estimate a divergence; step = probe, stream = index of the image.
-    Probe = 11,
+    Probe = 13,
 }
 
 /// Identifies a stream: everything but the position within it.

@@ -1183,7 +1183,10 @@ fn a_model_is_judged_by_images() {
     assert_ne!(read()["bits_per_dim"], shorter["bits_per_dim"]);
 
     let said = ok(command("likelihood", "--count 2 --tolerance 1e-2").arg("--json").arg(&json));
-    assert!(said.contains("bits per dimension of uniformly dequantised pixels, by the ODE from the image on"), "{said}");
+    assert!(
+        said.contains("bits per dimension of uniformly dequantised pixels, by the ODE from the image on"),
+        "{said}"
+    );
     assert_eq!((read()["images"].as_u64(), read()["from"].as_str()), (Some(2), Some("image")));
     ok(command("likelihood", "--count 2 --tolerance 1e-2 --cut --probes 2").arg("--json").arg(&json));
     assert_eq!((read()["probes"].as_u64(), read()["from"].as_str()), (Some(2), Some("first_timestep")));

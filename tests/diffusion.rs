@@ -8,9 +8,10 @@
 mod support;
 
 use ddpm_cuda::device::Device;
+use ddpm_cuda::diffusion::objective::{Loss, Objective};
 use ddpm_cuda::diffusion::sampler::{Samples, Step};
 use ddpm_cuda::diffusion::{Batch, Kind, Method, Prediction, Sampler, Schedule, Spacing, Variance};
-use ddpm_cuda::ops::{q_sample, sample_step};
+use ddpm_cuda::ops::{loss, q_sample, sample_step};
 use ddpm_cuda::rng;
 use ddpm_cuda::sample::sample;
 use ddpm_cuda::tensor::{Shape, Tensor};
@@ -511,4 +512,320 @@ fn zero_terminal_snr() {
     near("alpha_bar_998 of cosine", cosine.alpha_bar(998), 2.2778115e-6, 8);
     // The betas alone say the same.
     assert_eq!(Schedule::from_betas(linear.betas().to_vec()).unwrap().alpha_bar(999), 0.0);
+}
+
+/// The fixture's network with its second half of channels, of images of one channel: the prediction and v by turns.
+fn doubled_network(x: &[f64], t: u32, timesteps: usize) -> Vec<f64> {
+    let y = network(x, t, timesteps);
+    x.iter().zip(y).flat_map(|(x, y)| [y, 0.6 * (2.0 * x).cos()]).collect()
+}
+
+#[test]
+fn the_bound_is_openais() {
+    let (s, x_0, noise) = (short(), golden("x0"), golden("noise"));
+    let image = IMAGES / 2;
+    for prediction in [Prediction::Eps, Prediction::X0, Prediction::Mu] {
+        for variance in Variance::ALL {
+            let objective = Objective::new(Loss::Vlb, prediction, variance, &s);
+            let (mut terms, mut mse) = (Vec::new(), Vec::new());
+            for t in 0..20u32 {
+                let eps = slice(&noise, t as usize);
+                let x_t = q_sample::reference::forward(&x_0, eps, t as usize, &s);
+                let output = if variance.is_learned() { doubled_network(&x_t, t, 20) } else { network(&x_t, t, 20) };
+                let all = loss::reference::elements(&objective, t, [&x_0, eps, &output], 1, true);
+                for of_image in all.chunks(image) {
+                    let mean = |f: &dyn Fn(&loss::reference::Element<f64>) -> f64| {
+                        of_image.iter().map(f).sum::<f64>() / image as f64
+                    };
+                    terms.push(mean(&|e| e.nats) / std::f64::consts::LN_2);
+                    mse.push(mean(&|e| e.x_0_square));
+                }
+            }
+            let key = format!("bpd.{prediction}.{variance}");
+            agrees(&key, &terms, &golden(&format!("{key}.terms")));
+            agrees(&format!("{key}, x_0"), &mse, &golden(&format!("{key}.xstart_mse")));
+        }
+    }
+    let objective = Objective::new(Loss::Vlb, Prediction::Eps, Variance::FixedSmall, &s);
+    let bytes: Vec<u8> = x_0.iter().map(|x| ((x + 1.0) * 127.5).round() as u8).collect();
+    let prior: Vec<f64> = bytes.chunks(image).map(|image| objective.prior(image)).collect();
+    agrees("bpd.prior", &prior, &golden("bpd.prior"));
+}
+
+/// The decoder's values, computed independently in f64, with the log variance of the paper's schedule at t = 0.
+#[test]
+fn the_decoder_has_its_known_values() {
+    let log_p = Schedule::new(Kind::Linear, 1000).unwrap().log_variance(Variance::FixedSmall, 0);
+    let x = 128.0 / 127.5 - 1.0;
+    for (x_0, mean, nats) in [
+        (x, x, 0.905018114),
+        (x, x + 0.01, 1.739377596),
+        (x, x + 0.2, 27.631021116),
+        (1.0, 1.0, 0.353441209),
+        (-1.0, -1.0, 0.353441209),
+        (1.0, 0.99, 1.583140739),
+    ] {
+        near("the decoder", loss::reference::decoder(x_0, mean, log_p).0, nats, 9);
+    }
+}
+
+fn row(loss: Loss, prediction: Prediction, variance: Variance, t: u32) -> ddpm_cuda::diffusion::objective::Row {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    Objective::new(loss, prediction, variance, &s).row(t).expect("every timestep is kept")
+}
+
+#[test]
+fn min_snr_weighs_x_0_alike_whatever_is_predicted() {
+    let weight = |prediction, t| row(Loss::MinSnr, prediction, Variance::FixedSmall, t).squared;
+    for (t, snr, eps, x0, v) in [
+        (0, 9999.0, 5.0005e-4, 5.0, 5.0000e-4),
+        (100, 8.536669577, 0.5857085, 5.0, 0.5242920),
+        (250, 1.089528, 1.0, 1.089528, 0.5214230),
+        (500, 0.08435954955, 1.0, 0.08435955, 0.07779666),
+        (999, 4.03599e-5, 1.0, 4.03599e-5, 4.03583e-5),
+    ] {
+        near("snr", row(Loss::Simple, Prediction::Eps, Variance::FixedSmall, t).snr, snr, 6);
+        near("eps", weight(Prediction::Eps, t), eps, 5);
+        near("x0", weight(Prediction::X0, t), x0, 5);
+        near("v", weight(Prediction::V, t), v, 5);
+    }
+    near("mu at 1", weight(Prediction::Mu, 1), 16.81561, 7);
+    near("mu at 999", weight(Prediction::Mu, 999), 2449.901, 7);
+}
+
+/// The weights of equation 12 on the error of eps. With the small variance they are `(SNR_{t-1} / SNR_t - 1) / 2`.
+#[test]
+fn weighted_is_equation_12() {
+    let weight = |variance, t| row(Loss::Weighted, Prediction::Eps, variance, t).squared;
+    for (t, small, large) in [
+        (1, 0.5996715122, 0.2726920843),
+        (2, 0.3179953517, 0.1944019765),
+        (10, 0.0789765416, 0.0682239890),
+        (100, 0.0101783834, 0.0099962302),
+        (500, 0.0055144620, 0.0055097345),
+        (999, 0.0102045019, 0.0102044935),
+    ] {
+        near("fixed_small", weight(Variance::FixedSmall, t), small, 8);
+        near("fixed_large", weight(Variance::FixedLarge, t), large, 8);
+    }
+    near("at t = 0", weight(Variance::FixedSmall, 0), 0.9169866068, 10);
+    let snr = |t| row(Loss::Simple, Prediction::Eps, Variance::FixedSmall, t).snr;
+    for t in 1..1000 {
+        let want = 0.5 * (snr(t - 1) / snr(t) - 1.0);
+        let got = weight(Variance::FixedSmall, t);
+        assert!((got - want).abs() <= 1e-11 * want, "at {t}: {got}, expected {want}");
+        // The same loss whatever is predicted.
+        for prediction in Prediction::ALL {
+            let other = row(Loss::Weighted, prediction, Variance::FixedSmall, t);
+            let of_x_0 = other.squared / (other.x_0_error * other.x_0_error);
+            let want = got / (row(Loss::Weighted, Prediction::Eps, Variance::FixedSmall, t).x_0_error).powi(2);
+            assert!((of_x_0 - want).abs() <= 1e-11 * want, "{prediction} at {t}: {of_x_0}, expected {want}");
+        }
+    }
+}
+
+/// Every pixel is N(m, s^2), and the network knows it: its output, exact in expectation at any x_t, for every
+/// prediction. Expectations of what is quadratic in x_0 and eps are means over the four points m +- s, +-1.
+struct Toy {
+    schedule: Schedule,
+    objective: Objective,
+}
+
+const TOY_MEAN: f64 = 0.1;
+const TOY_DEVIATION: f64 = 0.5;
+
+impl Toy {
+    fn new(prediction: Prediction, variance: Variance) -> Self {
+        let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
+        Toy { objective: Objective::new(Loss::Vlb, prediction, variance, &schedule), schedule }
+    }
+
+    /// The variance of x_t where alpha_bar is `a`.
+    fn variance_at(a: f64) -> f64 {
+        a * TOY_DEVIATION.powi(2) + 1.0 - a
+    }
+
+    /// The elements at timestep `t`, with `v` in the output's second half.
+    fn elements(&self, t: u32, v: f64) -> Vec<loss::reference::Element<f64>> {
+        let a = self.schedule.alpha_bar(t as usize);
+        let (signal, noise) = self.schedule.q_sample_coefficients(t as usize);
+        let (prediction, learned) = (self.objective.prediction(), self.objective.variance().is_learned());
+        let (of_x_0, of_eps) = prediction.target(&self.schedule, t as usize);
+        let (mut x_0, mut eps, mut output) = (Vec::new(), Vec::new(), Vec::new());
+        for (sign_x, sign_eps) in [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)] {
+            let x = TOY_MEAN + sign_x * TOY_DEVIATION;
+            let x_t = signal * x + noise * sign_eps;
+            let whitened = (x_t - signal * TOY_MEAN) / Toy::variance_at(a);
+            // The prediction is linear in x_0 and eps, and so is its expectation.
+            let expected = (TOY_MEAN + signal * TOY_DEVIATION.powi(2) * whitened, noise * whitened);
+            output.push(of_x_0 * expected.0 + of_eps * expected.1);
+            output.extend(learned.then_some(v));
+            x_0.push(x);
+            eps.push(sign_eps);
+        }
+        loss::reference::elements(&self.objective, t, [&x_0, &eps, &output], 1, false)
+    }
+
+    fn mean(&self, t: u32, v: f64, f: impl Fn(&loss::reference::Element<f64>) -> f64) -> f64 {
+        self.elements(t, v).iter().map(f).sum::<f64>() / 4.0
+    }
+
+    /// The variance of p that is exact.
+    fn exact_variance(&self, t: usize) -> f64 {
+        let (a, before) = (self.schedule.alpha_bar(t), self.schedule.alpha_bar_before(t));
+        self.schedule.betas()[t] * Toy::variance_at(before) / Toy::variance_at(a)
+    }
+}
+
+/// Sums and errors computed independently in f64. With the exact variance, the bound is the entropy of the data but for
+/// the divergence of q(x_T) from N(0, 1): an identity, here with a density as decoder in place of bins.
+#[test]
+fn the_bound_of_a_gaussian_is_its_entropy() {
+    for prediction in Prediction::ALL {
+        let exact = Toy::new(prediction, Variance::Learned);
+        let sum: f64 = (1..1000).map(|t| exact.mean(t, exact.exact_variance(t as usize).ln(), |e| e.nats)).sum();
+        let fixed = Toy::new(prediction, Variance::FixedSmall);
+        let fixed: f64 = (1..1000).map(|t| fixed.mean(t, 0.0, |e| e.nats)).sum();
+        assert!((sum - 3.9121679380).abs() < 1e-9, "{prediction}: {sum}");
+        assert!((fixed - 4.3685163512).abs() < 1e-9, "{prediction}, fixed_small: {fixed}");
+        // L_0 as a density: the mean of -ln N(x_0; mean, variance).
+        let variance = exact.exact_variance(0);
+        let square = exact.mean(0, 0.0, |e| e.x_0_square);
+        let first = 0.5 * ((2.0 * std::f64::consts::PI * variance).ln() + square / variance);
+        let a = exact.schedule.alpha_bar(999);
+        let x_0_square = TOY_MEAN.powi(2) + TOY_DEVIATION.powi(2);
+        let prior = 0.5 * (a * x_0_square - a - (-a).ln_1p());
+        let entropy = 0.5 * (2.0 * std::f64::consts::PI * std::f64::consts::E * TOY_DEVIATION.powi(2)).ln();
+        let at_the_end = {
+            let (mean, variance) = (a.sqrt() * TOY_MEAN, Toy::variance_at(a));
+            0.5 * (mean * mean + variance - 1.0 - variance.ln())
+        };
+        let (bound, want) = (sum + first + prior, entropy + at_the_end);
+        assert!((bound - want).abs() < 1e-10, "{prediction}: {bound}, expected {want}");
+    }
+    let toy = Toy::new(Prediction::Eps, Variance::FixedSmall);
+    for (t, eps, x_0) in [
+        (0, 0.99960012, 9.9970e-5),
+        (100, 0.68093600, 0.07976600),
+        (500, 0.02065429, 0.24483643),
+        (999, 1.0090e-5, 0.24999748),
+    ] {
+        near("error of eps", toy.mean(t, 0.0, |e| e.square), eps, 5);
+        near("error of x_0", toy.mean(t, 0.0, |e| e.x_0_square), x_0, 5);
+    }
+}
+
+/// Where the expected gradient of the variance half vanishes, the variance is exact.
+#[test]
+fn the_variance_half_is_drawn_to_the_exact_variance() {
+    let toy = Toy::new(Prediction::Eps, Variance::LearnedRange);
+    for (t, fraction) in [(1, 0.99954374), (500, 0.76234044), (999, 0.25000764)] {
+        let (small, large) = (toy.schedule.posterior_variance(t).ln(), toy.schedule.betas()[t].ln());
+        let exact = (toy.exact_variance(t).ln() - small) / (large - small);
+        near("the exact place", exact, fraction, 8);
+        let slope = |fraction: f64| toy.mean(t as u32, 2.0 * fraction - 1.0, |e| e.gradient[2]);
+        let scale = slope(exact + 0.1).abs();
+        assert!(slope(exact).abs() < 1e-9 * scale, "at {t} the gradient is {:e} of {scale:e}", slope(exact));
+        assert!(slope(exact + 0.1) > 0.0 && slope(exact - 0.1) < 0.0, "at {t} the bound is least there");
+    }
+}
+
+/// A chain of fewer timesteps has the betas of IDDPM's equation 19; the network's mean is still that of its own chain.
+#[test]
+fn kept_chains_have_their_own_bound() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let kept = Spacing::Even.timesteps(1000, 10).unwrap();
+    for prediction in Prediction::ALL {
+        let objective = Objective::new(Loss::Vlb, prediction, Variance::FixedLarge, &s).over(&kept);
+        assert_eq!(objective.row(1), None, "a timestep that is left out has no row");
+        let chain = s.keep(&kept);
+        for (i, &t) in kept.iter().enumerate() {
+            let row = objective.row(t).expect("kept");
+            // A network that is off by d in x_0.
+            let x_0 = 0.25;
+            let (signal, noise) = s.q_sample_coefficients(t as usize);
+            let mix = prediction.x_0(&s, t as usize);
+            let x_t = signal * x_0 + noise * -0.7;
+            let output = (x_0 + 0.01 - mix.xt * x_t) / mix.output;
+            let [element] = loss::reference::elements(&objective, t, [&[x_0], &[-0.7], &[output]], 1, false)[..] else {
+                panic!("one element")
+            };
+            assert!((element.x_0_square - 1e-4).abs() < 1e-9, "{prediction} at {t}: {}", element.x_0_square);
+            if i > 0 {
+                let c_x0 = chain.posterior_mean_coefficients(i).0;
+                let (q, p) = (chain.posterior_variance(i), chain.betas()[i]);
+                let want = 0.5 * ((p / q).ln() - 1.0 + q / p + (c_x0 * 0.01).powi(2) / p);
+                assert!((element.nats - want).abs() < 1e-9 * want, "{prediction} at {t}: {}", element.nats);
+                assert_eq!(row.half_bin, 0.0);
+            } else {
+                assert!(row.half_bin > 0.0, "the first of the chain has the decoder");
+            }
+        }
+    }
+}
+
+#[test]
+fn objectives_that_cannot_work_are_refused() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let zero = s.with_zero_terminal_snr();
+    let of = |loss, variance, s: &Schedule| Objective::new(loss, Prediction::V, variance, s);
+    for loss in [Loss::Simple, Loss::MinSnr, Loss::Weighted] {
+        for variance in [Variance::Learned, Variance::LearnedRange] {
+            let error = of(loss, variance, &s).check().expect_err("nothing trains the variance");
+            assert!(error.to_string().contains("would stay untrained"), "{error}");
+        }
+        of(loss, Variance::FixedSmall, &s).check().unwrap();
+    }
+    let refused = [
+        ("trains the variance alone", of(Loss::Hybrid, Variance::FixedLarge, &s)),
+        ("vlb_weight = 0 must", of(Loss::Hybrid, Variance::Learned, &s).with_weights(0.0, 5.0)),
+        ("min_snr_gamma = -1 must", of(Loss::MinSnr, Variance::FixedLarge, &s).with_weights(0.001, -1.0)),
+        ("has weight 0 and stays untrained", of(Loss::MinSnr, Variance::FixedLarge, &zero)),
+    ];
+    for (words, objective) in refused {
+        let error = objective.check().expect_err(words);
+        assert!(error.to_string().contains(words), "`{error}` does not say `{words}`");
+    }
+    for loss in [Loss::Vlb, Loss::Hybrid] {
+        of(loss, Variance::LearnedRange, &s).check().unwrap();
+    }
+    of(Loss::Simple, Variance::FixedLarge, &zero).check().unwrap();
+}
+
+/// The strata of one u: one image in each, together they cover the chain; micro-batches draw what the whole batch does.
+#[test]
+fn stratified_timesteps_cover_the_chain() {
+    let mut counts = [0u32; 1000];
+    for step in 0..2000 {
+        let whole = Batch::train(3, step, 0, (0..64).collect(), true, 1000).stratified(64);
+        let t = whole.t();
+        let piece = Batch::train(3, step, 16, (0..16).collect(), true, 1000).stratified(64);
+        assert_eq!(piece.t(), t[16..32]);
+        let mut sorted = t.clone();
+        sorted.sort_unstable();
+        // Neighbours are 1000/64 = 15.6 apart.
+        assert!(sorted.windows(2).all(|w| (15..=16).contains(&(w[1] - w[0]))), "{sorted:?}");
+        t.iter().for_each(|&t| counts[t as usize] += 1);
+    }
+    // Over all u every timestep is equally likely: 128 of 128,000 expected; a step gives a timestep 0 or 1 of the 64. The
+    // count is binomial: 2000 times with probability 0.064, deviation 10.9.
+    let worst = counts.iter().map(|&count| (f64::from(count) - 128.0).abs()).fold(0.0, f64::max);
+    assert!(worst <= 5.0 * 10.95, "a timestep is {worst} from 128");
+}
+
+#[test]
+fn labels_are_dropped_by_their_own_stream() {
+    let n = 20_000;
+    let labels: Vec<u32> = (0..n as u32).map(|i| i % 10).collect();
+    let batch = Batch::train(3, 9, 0, (0..n).collect(), true, 1000).with_labels(Some(labels.clone()));
+    assert_eq!(batch.clone().dropping(0.0, 10).labels(), Some(labels.clone()));
+    let dropped = batch.dropping(0.1, 10);
+    let seen = dropped.labels().unwrap();
+    let null = seen.iter().filter(|&&label| label == 10).count() as f64;
+    // Five deviations of sqrt(n p (1 - p)).
+    assert!((null - 2000.0).abs() <= 5.0 * 1800f64.sqrt(), "{null} dropped");
+    assert!(seen.iter().zip(&labels).all(|(seen, label)| seen == label || *seen == 10));
+    let piece = Batch::train(3, 9, 700, (700..800).collect(), true, 1000);
+    let piece = piece.with_labels(Some(labels[700..800].to_vec())).dropping(0.1, 10);
+    assert_eq!(piece.labels().unwrap(), seen[700..800]);
 }

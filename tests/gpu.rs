@@ -130,13 +130,13 @@ fn the_validation_loss_is_the_cpus() {
         steps(&mut gpu, 40);
         cpu.state_mut().ema.write(&gpu.ema().host().unwrap()).unwrap();
         let stop = AtomicBool::new(false);
-        let [got, want] = [&gpu, &cpu].map(|trainer| trainer.validate(&stop).unwrap());
+        let [got, want] = [&gpu, &cpu].map(|trainer| trainer.validate(&stop).unwrap().quarters);
         let mut changes = [0.0; 4];
         const DRAWS: u64 = 8;
         let perturbed: Vec<Vec<f32>> = (0..DRAWS).map(|seed| perturbed(cpu.ema(), seed)).collect();
         for weights in &perturbed {
             cpu.state_mut().ema.write(weights).unwrap();
-            let changed = cpu.validate(&stop).unwrap();
+            let changed = cpu.validate(&stop).unwrap().quarters;
             for (change, (changed, want)) in changes.iter_mut().zip(changed.means().iter().zip(want.means())) {
                 *change += changed.zip(want).map_or(0.0, |(changed, want)| (changed - want).powi(2)) / DRAWS as f64;
             }

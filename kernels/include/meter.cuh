@@ -10,4 +10,5 @@ struct MeterRow {
     double counts[QUARTERS];     // how many such images
     double grad_norm;            // norm of the gradient before clipping
     double clip;                 // the clipping factor
+    double vlb_sum;              // sum of T times a term of the bound over the images, if the loss has one
 };

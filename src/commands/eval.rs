@@ -91,7 +91,12 @@ pub fn run(args: &Args) -> Result<()> {
         false => objective.over(&spacing.timesteps_from(stepping.steps_offset, schedule.len(), steps)?),
     };
     if u64::from(args.draws) * schedule.len() as u64 > 1 << 32 {
-        usage!("--draws {}: at most {} for {} timesteps", args.draws, (1u64 << 32) / schedule.len() as u64, schedule.len());
+        usage!(
+            "--draws {}: at most {} for {} timesteps",
+            args.draws,
+            (1u64 << 32) / schedule.len() as u64,
+            schedule.len()
+        );
     }
     if let Some(folder) = &args.plots {
         std::fs::create_dir_all(folder).map_err(|e| Error::file(folder, format!("cannot be created: {e}")))?;

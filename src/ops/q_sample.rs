@@ -11,7 +11,7 @@
 use crate::conditioning::Conditioning;
 use crate::device::Device;
 use crate::device::cuda::{Buffer, View};
-use crate::diffusion::{Batch, Schedule};
+use crate::diffusion::{Batch, Schedule, Timesteps};
 use crate::error::Result;
 use crate::images::{Images, Source};
 use crate::tensor::{DType, Shape, Tensor};
@@ -65,11 +65,17 @@ pub fn q_sample(device: &Device, source: Source<'_>, batch: &Batch, coefficients
             cpu::forward(x_t.data_mut(), images, batch, &t, coefficients.0.data());
             let t: Vec<f32> = t.into_iter().map(|t| t as f32).collect();
             let t = Tensor::from_slice(device, per_image, &t)?;
-            Ok(Noised { x_t, t, conditioning: Conditioning::from_labels(device, batch.labels.as_deref())? })
+            Ok(Noised { x_t, t, conditioning: Conditioning::from_labels(device, batch.labels().as_deref())? })
         }
         (Device::Cuda(gpu), Source::Cuda { pixels, shape, rows, classes }) => {
             let mut x_t = Tensor::uninit(device, device.activations(), Shape { n, ..shape })?;
-            let mut t = Tensor::uninit(device, DType::F32, per_image)?;
+            let mut t = match &batch.timestep {
+                Timesteps::Given(t) => {
+                    let t: Vec<f32> = t.iter().map(|&t| t as f32).collect();
+                    Tensor::from_slice(device, per_image, &t)?
+                }
+                _ => Tensor::uninit(device, DType::F32, per_image)?,
+            };
             let mut labels = classes.map(|_| Tensor::uninit(device, DType::F32, per_image)).transpose()?;
             let to = (&mut x_t, &mut t, labels.as_mut());
             cuda::forward(gpu, to, pixels, (rows, classes), batch, &coefficients.0)?;
@@ -106,20 +112,26 @@ pub mod reference {
         x_0.iter().zip(eps).map(|(&x_0, &eps)| signal * x_0 + noise * eps).collect()
     }
 
+    /// x_0 of image `i` of a batch.
+    pub fn x_0<T: Float>(images: Images<'_>, batch: &Batch, i: usize) -> Vec<T> {
+        let (s, flip) = (images.shape, batch.flip()[i]);
+        let mut x_0 = Vec::new();
+        for y in 0..s.h {
+            for x in 0..s.w {
+                let x = if flip { s.w - 1 - x } else { x };
+                let pixel = ((batch.indices[i] * s.h + y) * s.w + x) * s.c;
+                x_0.extend(images.pixels[pixel..pixel + s.c].iter().map(|&u| scale::<T>(u)));
+            }
+        }
+        x_0
+    }
+
     /// The whole operation, image after image.
     pub fn batch<T: Float + FloatConst>(images: Images<'_>, batch: &Batch, schedule: &Schedule) -> Vec<T> {
-        let s = images.shape;
-        let (t, flip) = (batch.t(), batch.flip());
+        let t = batch.t();
         let mut x_t = Vec::new();
         for i in 0..batch.len() {
-            let mut x_0 = Vec::new();
-            for y in 0..s.h {
-                for x in 0..s.w {
-                    let x = if flip[i] { s.w - 1 - x } else { x };
-                    let pixel = ((batch.indices[i] * s.h + y) * s.w + x) * s.c;
-                    x_0.extend(images.pixels[pixel..pixel + s.c].iter().map(|&u| scale::<T>(u)));
-                }
-            }
+            let x_0: Vec<T> = x_0(images, batch, i);
             let eps = normals(&batch.noise.image(i), 0, x_0.len());
             x_t.extend(forward(&x_0, &eps, t[i] as usize, schedule));
         }
@@ -227,13 +239,21 @@ mod cuda {
         let Shape { n, h, w, c } = x_t.shape();
         let (image, kernel) = (h * w * c, FWD.of(x_t.dtype()));
         assert!(w * c < 1 << 31, "q_sample: rows of {w} x {c} numbers; the kernel counts to 2^31");
-        // An image's three streams (timestep, flip, noise) share seed, step and stream number.
+        // An image's streams (timestep, flip, label, noise) share seed, step and stream number.
         let s = batch.noise;
-        assert_eq!((batch.timestep.seed, batch.timestep.step, batch.timestep.first), (s.seed, s.step, s.first));
+        let (drawn, strata) = match &batch.timestep {
+            Timesteps::Uniform(streams) => (*streams, 0),
+            Timesteps::Stratified { streams, images } => (*streams, *images as usize),
+            Timesteps::Given(_) => (s, 0),
+        };
+        assert_eq!((drawn.seed, drawn.step, drawn.first), (s.seed, s.step, s.first), "the streams of an image");
         let launch = gpu.launch(kernel, each_four_of_images(n, image), THREADS).write(x_t).write(t).write_opt(labels);
         let launch = launch.buffer(pixels).view(rows).view_opt(classes).read(table);
         let launch = launch.u32(n).u64(image).u32(w).u32(c).u32(batch.timesteps as usize).streams_of_step(s);
-        let launch = launch.u32(batch.timestep.purpose as usize).u32(Purpose::Flip as usize);
-        launch.u32(batch.flips.is_some().into()).clock().run()
+        let launch = launch.u32(drawn.purpose as usize).u32(Purpose::Flip as usize);
+        let launch = launch.u32(batch.flips.is_some().into()).u32(strata);
+        let launch = launch.u32(matches!(batch.timestep, Timesteps::Given(_)).into());
+        let (below, null) = batch.dropped.map_or((0, 0), |dropped| (dropped.below, dropped.null));
+        launch.u32(Purpose::LabelDropout as usize).u32(below as usize).u32(null as usize).clock().run()
     }
 }

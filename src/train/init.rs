@@ -74,6 +74,7 @@ impl Init {
         if config.model.classes == 0 {
             config.model.classes = own.model.classes;
         }
+        config.model.null_class |= own.model.null_class;
         if config.model.image_size != Size::DATA {
             self.keep_attention(&mut config.model);
         }
@@ -115,7 +116,7 @@ impl Init {
         self.keep_attention(&mut config.model);
         let mut expected = config.clone();
         let Model { image_size, dropout, classes, .. } = config.model;
-        expected.model = Model { image_size, dropout, ..theirs.model.clone() };
+        expected.model = Model { image_size, dropout, null_class: config.model.null_class, ..theirs.model.clone() };
         if theirs.model.classes == 0 {
             expected.model.classes = classes;
         }
@@ -140,6 +141,8 @@ impl Init {
             notes.push(format!(
                 "the model has no classes: the embedding of {classes} classes is new and begins at zero"
             ));
+        } else if config.model.null_class != theirs.model.null_class {
+            notes.push("the model has no null class: its row of the embedding is new and begins at zero".into());
         }
         Ok(notes)
     }

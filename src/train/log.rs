@@ -19,6 +19,7 @@ pub(super) struct Report {
     last: Option<StepReport>,
     steps: u32,
     loss: f64,
+    vlb: f64,
     quarters: Quarters,
     images: usize,
     /// Seconds that the steps took.
@@ -29,6 +30,7 @@ impl Report {
     pub fn add(&mut self, step: StepReport, images: usize) {
         self.steps += 1;
         self.loss += step.loss;
+        self.vlb += step.vlb.unwrap_or_default();
         self.quarters.merge(&step.quarters);
         self.images += images;
         self.last = Some(step);
@@ -48,14 +50,18 @@ impl Report {
     }
 
     pub fn line(&self, done: u32) -> serde_json::Value {
-        json!({
+        let mut line = json!({
             "step": done,
             "loss": self.loss(),
             "loss_by_quarter": self.quarters.means(),
             "grad_norm": self.last.as_ref().map(|step| step.grad_norm),
             "lr": self.last.as_ref().map(|step| step.learning_rate),
             "images_per_s": self.images_per_s(),
-        })
+        });
+        if self.last.as_ref().is_some_and(|step| step.vlb.is_some()) {
+            line["vlb"] = json!(self.vlb / f64::from(self.steps));
+        }
+        line
     }
 }
 

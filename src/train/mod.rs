@@ -24,7 +24,7 @@ use serde_json::json;
 
 pub use feed::{Feed, Resident};
 pub use init::Init;
-pub use trainer::{StepReport, Trainer};
+pub use trainer::{StepReport, Trainer, Validation};
 
 use crate::checkpoint::{self, DataMark};
 use crate::config::{Config, Given};
@@ -265,11 +265,14 @@ fn steps(
         if logs {
             let mut line = report.line(done);
             if due_or_last(config.validate_every)
-                && let Some(quarters) = unless_interrupted(trainer.validate(stop))?
+                && let Some(Validation { quarters, vlb }) = unless_interrupted(trainer.validate(stop))?
                 && let Some(mean) = quarters.mean()
             {
                 line["validation_loss"] = json!(mean);
                 line["validation_loss_by_quarter"] = json!(quarters.means());
+                if let Some(vlb) = vlb {
+                    line["validation_vlb"] = json!(vlb);
+                }
                 watch.say(&format!("step {done}: loss {:.4}, validation loss {mean:.4}", report.loss()));
             }
             log.write(line, watch);

@@ -6,15 +6,16 @@ use super::feed::{Feed, Resident};
 use crate::checkpoint::{self, DataMark};
 use crate::clock::Clock;
 use crate::config::Config;
-use crate::data::{Data, Order};
+use crate::data::{Data, Dataset, Order};
 use crate::device::Device;
-use crate::diffusion::{Batch, Schedule};
+use crate::diffusion::{Batch, Sampling, Schedule};
 use crate::error::{Error, Result};
+use crate::images::Source;
 use crate::memory::memory_needed;
 use crate::meter::{Meter, Quarters};
 use crate::ops::adam::{State, Update, adam, ema_decay};
 use crate::ops::grad_norm::grad_norm;
-use crate::ops::loss::{Loss, loss};
+use crate::ops::loss::{self, Loss, Table};
 use crate::ops::q_sample::{Coefficients, Noised, q_sample};
 use crate::params::{ParamGrads, Params, Specs};
 use crate::tape::{Tape, Var};
@@ -31,7 +32,6 @@ pub struct Trainer {
     device: Device,
     config: Config,
     data: Data,
-    order: Order,
     unet: UNet,
     schedule: Schedule,
     params: Params,
@@ -41,8 +41,9 @@ pub struct Trainer {
     v: Tensor,
     /// Steps done; on a GPU, steps launched.
     step: u32,
-    coefficients: Coefficients,
-    feed: Feed,
+    inputs: Inputs,
+    /// The objective.
+    table: Table,
     /// The held-out images, if they are resident on a GPU.
     held_out: Option<Resident>,
     clock: Clock,
@@ -58,8 +59,11 @@ pub struct Trainer {
 pub struct StepReport {
     /// Number of the step, counted from 1.
     pub step: u32,
-    /// L_simple, the mean over the step's images.
+    /// The loss, the mean over the step's images.
     pub loss: f64,
+    /// The mean of T times a term of the bound, in bits per dimension, if the loss has one: an estimate of the bound
+    /// without L_T.
+    pub vlb: Option<f64>,
     /// The same by quarter of the timesteps.
     pub quarters: Quarters,
     /// Norm of the gradient before clipping.
@@ -88,9 +92,13 @@ impl Trainer {
             device: device.clone(),
             config: Config { precision: device.precision(), ..config.clone() },
             mark: DataMark::of(config, &data),
-            order: Order::new(config.seed, data.train.len()),
+            inputs: Inputs {
+                order: Order::new(config.seed, data.train.len()),
+                feed: Feed::new(device, train.as_ref()),
+                coefficients: Coefficients::new(device, &schedule)?,
+            },
             data,
-            coefficients: Coefficients::new(device, &schedule)?,
+            table: Table::new(device, config.objective()?)?,
             schedule,
             unet,
             grads: ParamGrads::new(device, &specs)?,
@@ -99,7 +107,6 @@ impl Trainer {
             params,
             ema,
             step: 0,
-            feed: Feed::new(device, train.as_ref()),
             held_out,
             clock: Clock::new(device)?,
             meter: Meter::new(device)?,
@@ -130,8 +137,8 @@ impl Trainer {
         }
     }
 
-    /// Begins with the weights `given`, which are also the first moving average. A parameter that they lack begins at
-    /// zero.
+    /// Begins with the weights `given`, which are also the first moving average. A parameter, or a row of the classes,
+    /// that they lack begins at zero.
     ///
     /// # Errors
     /// A GPU error.
@@ -140,7 +147,9 @@ impl Trainer {
         let mut flat = vec![0.0; specs.flat_len()];
         for (p, spec) in specs.iter() {
             if let Some((theirs, _)) = given.specs().iter().find(|(_, theirs)| theirs.name == spec.name) {
-                flat[specs.range(p)].copy_from_slice(&values[given.specs().range(theirs)]);
+                // A table of classes may have a row more than theirs, at its end.
+                let values = &values[given.specs().range(theirs)];
+                flat[specs.range(p)][..values.len()].copy_from_slice(values);
             }
         }
         self.params.write(&flat)?;
@@ -196,13 +205,13 @@ impl Trainer {
         // A handle of the device bound to the step's clock, from which kernels read what changes from step to step.
         let device = self.clock.begin(self.step, update.factors(), self.meter.row())?;
         for k in 0..self.config.accumulate {
-            let batch = self.draw(&device, k)?;
+            let batch = self.inputs.draw(&device, &self.config, &self.data.train, self.step, k)?;
             let mut tape = Tape::recording(&device, &self.params);
-            let (eps, loss) = forward_loss(&self.unet, &mut tape, batch, &mut self.meter)?; // (n, h, w, c)
+            let (y, loss) = forward_loss(&self.unet, &mut tape, &self.table, batch, &mut self.meter)?; // (n, h, w, c)
             if let Some(mean) = loss.mean().filter(|mean| !mean.is_finite()) {
                 return Err(self.explain_not_finite("loss", mean));
             }
-            tape.backward(&eps, loss.gradient.expect("a training loss has a gradient"), &mut self.grads)?;
+            tape.backward(&y, loss.gradient.expect("a training loss has a gradient"), &mut self.grads)?;
         }
 
         let g = self.grads.finish(self.params.specs())?;
@@ -227,6 +236,7 @@ impl Trainer {
     pub fn reports(&mut self) -> Result<Vec<StepReport>> {
         let steps = self.step - std::mem::take(&mut self.unread)..self.step;
         let mut reports = Vec::new();
+        let has_bound = self.table.objective().loss().has_bound();
         // A step that failed half-way has left a row of its own.
         for (measured, done) in self.meter.read()?.into_iter().zip(steps) {
             let loss = measured.quarters.mean().expect("a step has images");
@@ -241,6 +251,7 @@ impl Trainer {
             reports.push(StepReport {
                 step,
                 loss,
+                vlb: has_bound.then(|| measured.vlb_sum / self.config.batch as f64),
                 quarters: measured.quarters,
                 grad_norm: measured.grad_norm,
                 learning_rate: learning_rate(&self.config, step),
@@ -270,12 +281,12 @@ impl Trainer {
         self.grads.reset();
         let device = self.device.clone();
         for k in 0..self.config.accumulate {
-            let batch = self.draw(&device, k)?;
+            let batch = self.inputs.draw(&device, &self.config, &self.data.train, self.step, k)?;
             let mut tape = Tape::inspecting(&self.device, &self.params);
-            match forward_loss(&self.unet, &mut tape, batch, &mut self.meter) {
-                Ok((eps, loss)) => {
+            match forward_loss(&self.unet, &mut tape, &self.table, batch, &mut self.meter) {
+                Ok((y, loss)) => {
                     let dy = loss.gradient.expect("a training loss has a gradient");
-                    tape.backward(&eps, dy, &mut self.grads)?;
+                    tape.backward(&y, dy, &mut self.grads)?;
                 }
                 Err(found) => {
                     self.meter.read()?;
@@ -288,30 +299,12 @@ impl Trainer {
         Ok(first_not_finite("gradient", specs, &self.grads.finish(specs)?.host()?))
     }
 
-    /// Micro-batch `k` of the next step's batch, noised.
-    fn draw(&mut self, device: &Device, k: usize) -> Result<MicroBatch> {
-        let Trainer { config: c, data: Data { train: data, .. }, order, feed, .. } = self;
-        let (size, conditional) = (c.batch / c.accumulate, c.model.classes > 0);
-        let first = (k * size) as u32;
-        // Positions in the endless sequence of training images ([`Order`]).
-        let place = u64::from(self.step) * c.batch as u64 + u64::from(first);
-        let places = place..place + size as u64;
-        let rows = |indices: Vec<usize>| data.rows(&indices, conditional);
-        let drawn = rows(order.range(places.clone()));
-        let batch = Batch::train(c.seed, self.step, first, drawn.indices(), c.flip, c.diffusion.timesteps as u32);
-        let batch = batch.with_labels(drawn.classes);
-        let source = feed.source(data, places, |places| rows(order.range(places)))?;
-        let noised = q_sample(device, source, &batch, &self.coefficients)?;
-        let masks = Some(DropoutSeed { seed: c.seed, step: self.step, first });
-        Ok(MicroBatch { batch, noised, masks, step_images: Some(c.batch) })
-    }
-
-    /// L_simple of the moving average on the held-out images, overall and by quarter of the timesteps. The timestep and
-    /// the noise of each image are the same in every call. Empty if no images are held out.
+    /// The loss of the moving average on the held-out images, as of one step. The timestep, drawn uniformly, and the
+    /// noise of each image are the same in every call. Without losses if no images are held out.
     ///
     /// # Errors
     /// `Error::Interrupted` once `stop` is set; a GPU that fails.
-    pub fn validate(&self, stop: &AtomicBool) -> Result<Quarters> {
+    pub fn validate(&self, stop: &AtomicBool) -> Result<Validation> {
         let c = &self.config;
         let data = &self.data.held_out;
         let (size, conditional) = (c.batch / c.accumulate, c.model.classes > 0);
@@ -331,11 +324,14 @@ impl Trainer {
                 let end = places.end.min(data.len() as u64);
                 data.rows(&held_out[places.start as usize..end as usize], conditional)
             })?;
-            let noised = q_sample(&self.device, source, &batch, &self.coefficients)?;
-            let batch = MicroBatch { batch, noised, masks: None, step_images: None };
-            forward_loss(&self.unet, &mut Tape::inference(&self.device, &self.ema), batch, &mut meter)?;
+            let noised = q_sample(&self.device, source, &batch, &self.inputs.coefficients)?;
+            let batch = MicroBatch { batch, source, noised, masks: None, step_images: None };
+            forward_loss(&self.unet, &mut Tape::inference(&self.device, &self.ema), &self.table, batch, &mut meter)?;
         }
-        Ok(meter.read()?.pop().expect("one row").quarters)
+        let measured = meter.read()?.pop().expect("one row");
+        let vlb = self.table.objective().loss().has_bound() && !data.is_empty();
+        let vlb = vlb.then(|| measured.vlb_sum / data.len() as f64);
+        Ok(Validation { quarters: measured.quarters, vlb })
     }
 
     /// Refuses non-finite weights, from which no run could continue.
@@ -364,9 +360,58 @@ impl Trainer {
     }
 }
 
+/// The losses of a validation.
+#[derive(Clone, Copy, Debug)]
+pub struct Validation {
+    /// By quarter of the timesteps.
+    pub quarters: Quarters,
+    /// The mean of T times a term of the bound, as in [`StepReport`].
+    pub vlb: Option<f64>,
+}
+
+/// Where the inputs of the steps come from.
+struct Inputs {
+    order: Order,
+    feed: Feed,
+    coefficients: Coefficients,
+}
+
+impl Inputs {
+    /// Micro-batch `k` of the batch of step `step` (from 0), noised.
+    fn draw<'a>(
+        &'a mut self,
+        device: &Device,
+        c: &Config,
+        data: &'a Dataset,
+        step: u32,
+        k: usize,
+    ) -> Result<MicroBatch<'a>> {
+        let Inputs { order, feed, coefficients } = self;
+        let (size, conditional) = (c.batch / c.accumulate, c.model.classes > 0);
+        let first = (k * size) as u32;
+        // Positions in the endless sequence of training images ([`Order`]).
+        let place = u64::from(step) * c.batch as u64 + u64::from(first);
+        let places = place..place + size as u64;
+        let rows = |indices: Vec<usize>| data.rows(&indices, conditional);
+        let drawn = rows(order.range(places.clone()));
+        let batch = Batch::train(c.seed, step, first, drawn.indices(), c.flip, c.diffusion.timesteps as u32);
+        let batch = batch.with_labels(drawn.classes).dropping(c.label_dropout, c.model.classes);
+        let batch = match c.timestep_sampling {
+            Sampling::Uniform => batch,
+            Sampling::Stratified => batch.stratified(c.batch),
+        };
+        let source = feed.source(data, places, |places| rows(order.range(places)))?;
+        let noised = q_sample(device, source, &batch, coefficients)?;
+        let masks = Some(DropoutSeed { seed: c.seed, step, first });
+        Ok(MicroBatch { batch, source, noised, masks, step_images: Some(c.batch) })
+    }
+}
+
 /// The noised images that go through the network at once: a batch, or a part of one.
-struct MicroBatch {
+struct MicroBatch<'a> {
     batch: Batch,
+    /// The images themselves.
+    source: Source<'a>,
     noised: Noised,
     /// The dropout masks of a training step; `None` drops nothing.
     masks: Option<DropoutSeed>,
@@ -374,13 +419,20 @@ struct MicroBatch {
     step_images: Option<usize>,
 }
 
-/// The network's output for noised images, (n, h, w, c), and its loss, which is also added to the meter's row.
-fn forward_loss(unet: &UNet, tape: &mut Tape<'_>, batch: MicroBatch, meter: &mut Meter) -> Result<(Var, Loss)> {
-    let MicroBatch { batch, noised: Noised { x_t, t, conditioning }, masks, step_images } = batch;
+/// The network's output for noised images, (n, h, w, c) or with a learned variance (n, h, w, 2c), and its loss, which
+/// is also added to the meter's row.
+fn forward_loss(
+    unet: &UNet,
+    tape: &mut Tape<'_>,
+    table: &Table,
+    batch: MicroBatch<'_>,
+    meter: &mut Meter,
+) -> Result<(Var, Loss)> {
+    let MicroBatch { batch, source, noised: Noised { x_t, t, conditioning }, masks, step_images } = batch;
     let device = tape.device().clone();
-    let eps = unet.forward(tape, &Var::constant(x_t), &t, &conditioning, masks)?; // (n, h, w, c)
-    let loss = loss(&device, eps.value(), &batch, &t, step_images, meter)?;
-    Ok((eps, loss))
+    let y = unet.forward(tape, &Var::constant(x_t), &t, &conditioning, masks)?; // (n, h, w, c)
+    let loss = loss::any(&device, y.value(), source, &batch, &t, table, step_images, meter)?;
+    Ok((y, loss))
 }
 
 /// The parameters of the update of step `step` (from 1).

@@ -1,9 +1,14 @@
+use ddpm_cuda::config::Size;
+use ddpm_cuda::data::{Dataset, Extent, Rows};
 use ddpm_cuda::device::Device;
-use ddpm_cuda::diffusion::Batch;
-use ddpm_cuda::meter::Meter;
-use ddpm_cuda::meter::Quarters;
-use ddpm_cuda::ops::loss::{Loss, loss, reference};
+use ddpm_cuda::diffusion::objective::{self, Objective};
+use ddpm_cuda::diffusion::{Batch, Kind, Prediction, Schedule, Variance};
+use ddpm_cuda::images::{Images, Source};
+use ddpm_cuda::meter::{Measured, Meter, Quarters};
+use ddpm_cuda::ops::loss::{Loss, Table, Terms, any, loss, reference, terms};
+use ddpm_cuda::ops::q_sample;
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
+use ddpm_cuda::train::{Feed, Resident};
 
 use crate::support::{
     F32_ROUNDING, close, close_as, finite_differences, gpu, halves, numbers, per_image, plant, same_bits,
@@ -271,6 +276,421 @@ fn gpu_sums_the_micro_batches_of_a_step() {
     });
 }
 
+/// Every loss with every prediction and variance that it can train.
+fn objectives(schedule: &Schedule) -> Vec<Objective> {
+    let all = objective::Loss::ALL.into_iter().flat_map(|loss| {
+        let with = move |prediction| Variance::ALL.map(|variance| (loss, prediction, variance));
+        Prediction::ALL.into_iter().flat_map(with)
+    });
+    let objectives = all.map(|(loss, prediction, variance)| Objective::new(loss, prediction, variance, schedule));
+    objectives.filter(|objective| objective.check().is_ok()).collect()
+}
+
+fn name(objective: &Objective) -> String {
+    format!("{} of {}, {}", objective.loss(), objective.prediction(), objective.variance())
+}
+
+/// Images whose bytes include both ends of the scale.
+fn pixels(len: usize) -> Vec<u8> {
+    numbers(17, len).into_iter().map(|v| (v * 180.0 + 127.5).clamp(0.0, 255.0).round() as u8).collect()
+}
+
+/// A network's output for the images of a batch, off its target by up to four deviations of the posterior, so that no
+/// byte of the decoder is so unlikely that its probability is cut off. v of a learned variance is up to 1, around the
+/// log variance where it is that itself.
+fn output(objective: &Objective, images: Images<'_>, batch: &Batch, dtype: DType) -> Vec<f64> {
+    let (c, image) = (images.shape.c, images.shape.len() / images.shape.n);
+    let mut output = Vec::new();
+    for (i, t) in batch.t().into_iter().enumerate() {
+        let row = objective.row(t).expect("a timestep that is kept");
+        let x_0: Vec<f64> = q_sample::reference::x_0(images, batch, i);
+        let eps: Vec<f64> = ddpm_cuda::rng::reference::normals(&batch.noise.image(i), 0, image);
+        let off = numbers(100 + u64::from(t), image);
+        let v = numbers(200 + u64::from(t), image);
+        for pixel in 0..image / c {
+            let k = pixel * c..(pixel + 1) * c;
+            output.extend(
+                k.clone().map(|k| row.target.0 * x_0[k] + row.target.1 * eps[k] + 4.0 * off[k] / row.mean_error),
+            );
+            match objective.variance() {
+                Variance::Learned => output.extend(k.map(|k| row.log_q + 0.3 * v[k])),
+                Variance::LearnedRange => output.extend(k.map(|k| v[k])),
+                _ => {}
+            }
+        }
+    }
+    gpu::rounded(dtype, &to_f32(&output).into_iter().map(f64::from).collect::<Vec<f64>>())
+}
+
+/// How far f32 may be from the reference in f64, for the loss of each image and for each number of the gradient.
+///
+/// The distance d errs by the drawn eps (1e-6, times a factor below 1) and by roundings of the target, whose terms are
+/// below 8; v enters with a rounding of the shift and of its product. What these errors do is asked of the reference,
+/// at outputs moved by them, d twice as far for the curvature. Terms and derivatives are then computed with some twenty
+/// roundings each, of numbers no larger than those counted here.
+fn budgets(objective: &Objective, images: Images<'_>, batch: &Batch, output: &[f64], n: usize) -> (Vec<f64>, Vec<f64>) {
+    let (c, image) = (images.shape.c, images.shape.len() / images.shape.n);
+    let doubled = objective.variance().is_learned();
+    let moved = |of_d: f64, of_v: f64| -> Vec<f64> {
+        let move_one = |(k, y): (usize, &f64)| {
+            if !doubled || k % (2 * c) < c {
+                return y + of_d * 2.0 * (1e-6 + 16.0 * F32_ROUNDING);
+            }
+            let t = batch.t()[k / (2 * image)];
+            let row = objective.row(t).expect("kept");
+            y + of_v * F32_ROUNDING * 2.0 * (row.shift.abs() + 2.0 * (row.scale * y).abs()) / row.scale
+        };
+        output.iter().enumerate().map(move_one).collect()
+    };
+    let at = |output: &[f64]| {
+        let losses: Vec<f64> = reference::any(objective, images, batch, output);
+        (losses, reference::any_backward::<f64>(objective, images, batch, output, n))
+    };
+    let here = at(output);
+    let there = [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)].map(|(d, v)| at(&moved(d, v)));
+    let largest = |of: &dyn Fn(&(Vec<f64>, Vec<f64>)) -> f64, here: f64| {
+        there.iter().map(|there| (of(there) - here).abs()).fold(0.0, f64::max)
+    };
+    let t = batch.t();
+    let roundings = 32.0 * F32_ROUNDING;
+    let loss = |i: usize| {
+        let row = objective.row(t[i]).expect("kept");
+        // Beside the loss itself, the parts of a term: 1 and delta, which is below 1 here; 8 for the decoder's.
+        largest(&|there| there.0[i], here.0[i]) * 2.0 + roundings * (here.0[i] + 8.0 * row.bound)
+    };
+    let len = output.len() / batch.len();
+    let gradient = |k: usize| {
+        let row = objective.row(t[k / len]).expect("kept");
+        let weight = batch.weights.as_ref().map_or(1.0, |w| f64::from(w[k / len]));
+        let factor = weight * row.bound / (n * image) as f64;
+        // z is up to 4 deviations, half of the slope of the decoder's distribution at most 1 + z^2.
+        let parts = factor * 32.0 * if doubled && k % (2 * c) >= c { row.scale } else { row.mean_error.abs() };
+        let sum = |there: &(Vec<f64>, Vec<f64>)| there.1[k];
+        largest(&sum, here.1[k]) + roundings * (here.1[k].abs() + parts)
+    };
+    ((0..batch.len()).map(loss).collect(), (0..output.len()).map(gradient).collect())
+}
+
+/// Asserts that every number is within its own budget.
+#[track_caller]
+fn within(name: &str, got: &[f64], want: &[f64], budgets: &[f64]) {
+    assert_eq!((got.len(), got.len()), (want.len(), budgets.len()), "{name}");
+    for (i, ((got, want), budget)) in got.iter().zip(want).zip(budgets).enumerate() {
+        let error = (got - want).abs();
+        assert!(budget.is_finite() && error <= *budget, "{name}: {i} is {got:e}, expected {want:e} +- {budget:e}");
+    }
+}
+
+/// A batch of images at the ends and in the middle of a chain of 1000, some mirrored, with weights.
+fn spread(set: Shape) -> Batch {
+    let t = vec![0, 1, 37, 500, 999, 0, 2];
+    let indices = (0..t.len()).map(|i| (3 * i + 1) % set.n).collect();
+    let batch = Batch::train(99, 5, 2, indices, true, 1000);
+    assert!(batch.flip().contains(&true) && batch.flip().contains(&false));
+    batch.at(t).weighted(vec![1.0, 0.5, 2.0, 1.0, 3.0, 0.25, 1.5])
+}
+
+/// As wide as the batch has images: factors of an image that were spread over its columns would not be noticed
+/// otherwise to have the wrong shape.
+const SETS: [Shape; 3] = [Shape::new(3, 5, 7, 2), Shape::new(2, 1, 7, 1), Shape::new(2, 41, 37, 3)];
+
+/// The loss of a network's output by [`any`] on a device, and the meter's row.
+fn measure_any(
+    device: &Device,
+    objective: &Objective,
+    images: Images<'_>,
+    batch: &Batch,
+    y: &[f64],
+    step_images: Option<usize>,
+) -> (Loss, Measured) {
+    let mut meter = Meter::new(device).unwrap();
+    meter.begin();
+    let loss = on_device(device, objective, images, batch, y, |y, source, t, table| {
+        any(device, y, source, batch, t, table, step_images, &mut meter).unwrap()
+    });
+    (loss, meter.read().unwrap()[0])
+}
+
+/// Calls `f` with an output, the images, the timesteps and the table on a device.
+fn on_device<R>(
+    device: &Device,
+    objective: &Objective,
+    images: Images<'_>,
+    batch: &Batch,
+    y: &[f64],
+    f: impl FnOnce(&Tensor, Source<'_>, &Tensor, &Table) -> R,
+) -> R {
+    let Shape { h, w, c, .. } = images.shape;
+    let channels = if objective.variance().is_learned() { 2 * c } else { c };
+    let y = prediction(device, Shape::new(batch.len(), h, w, channels), y);
+    let table = Table::new(device, objective.clone()).unwrap();
+    let t = per_image(device, batch.t().into_iter().map(|t| t as f32));
+    let resident = match device {
+        Device::Cuda(gpu) => Some(Resident::new(gpu, images).unwrap()),
+        _ => None,
+    };
+    let mut feed = Feed::new(device, resident.as_ref());
+    let data = Dataset::new(Extent { size: Size { h, w }, channels: c }, images.pixels.to_vec(), None);
+    let rows = Rows { rows: batch.indices.iter().map(|&i| i as u32).collect(), classes: None };
+    let source = feed.source(&data, 0..batch.len() as u64, |_| rows.clone()).unwrap();
+    f(&y, source, &t, &table)
+}
+
+#[test]
+fn the_gradient_of_every_loss_is_its_derivative() {
+    // Betas so large that h = 1e-4 is small for the decoder, too.
+    let schedule = Schedule::with_betas(Kind::Linear, 4, 0.2, 0.5).unwrap();
+    let shape = Shape::new(2, 2, 3, 2);
+    let pixels = pixels(shape.len());
+    let images = Images { pixels: &pixels, shape };
+    let losses = objectives(&schedule);
+    assert_eq!(losses.len(), 4 * (3 * 2 + 4 + 2), "4 predictions; 3 losses of fixed variances, vlb of all, hybrid");
+    for objective in losses.iter().filter(|objective| !objective.stops_mean()) {
+        for t in [[0, 1], [3, 0]] {
+            let batch = Batch::train(7, 1, 0, vec![1, 0], true, 4).at(t.to_vec());
+            let y = numbers(3, if objective.variance().is_learned() { 2 * 24 } else { 24 });
+            let step_loss = |x: &[Vec<f64>]| reference::any(objective, images, &batch, &x[0]).iter().sum::<f64>() / 5.0;
+            let dy = reference::any_backward(objective, images, &batch, &y, 5);
+            assert!(dy.iter().filter(|dy| **dy != 0.0).count() > dy.len() / 2, "{}: no gradient", name(objective));
+            finite_differences(&name(objective), step_loss, &[y], &[dy]);
+        }
+    }
+}
+
+/// The gradient of the hybrid loss is that of L_simple for the prediction, and vlb_weight times the bound's for v.
+#[test]
+fn the_hybrid_loss_stops_the_mean() {
+    let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
+    let set = SETS[0];
+    let pixels = pixels(set.len());
+    let (images, batch) = (Images { pixels: &pixels, shape: set }, spread(set));
+    for variance in [Variance::Learned, Variance::LearnedRange] {
+        let of = |loss| Objective::new(loss, Prediction::V, variance, &schedule).with_weights(0.25, 5.0);
+        let y = output(&of(objective::Loss::Hybrid), images, &batch, DType::F32);
+        let [hybrid, simple, vlb] = [objective::Loss::Hybrid, objective::Loss::Simple, objective::Loss::Vlb]
+            .map(|loss| reference::any_backward::<f64>(&of(loss), images, &batch, &y, 7));
+        for k in 0..y.len() {
+            let want = if k % (2 * set.c) < set.c { simple[k] } else { 0.25 * vlb[k] };
+            assert!((hybrid[k] - want).abs() <= 1e-14 * want.abs(), "{variance} at {k}: {}", hybrid[k]);
+        }
+        let [hybrid, simple, vlb] = [objective::Loss::Hybrid, objective::Loss::Simple, objective::Loss::Vlb]
+            .map(|loss| reference::any::<f64>(&of(loss), images, &batch, &y));
+        for i in 0..batch.len() {
+            let want = simple[i] + 0.25 * vlb[i];
+            assert!((hybrid[i] - want).abs() <= 1e-14 * want, "{variance}, image {i}: {}", hybrid[i]);
+        }
+    }
+}
+
+#[test]
+fn cpu_follows_the_reference_for_every_loss() {
+    let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
+    for set in SETS {
+        let pixels = pixels(set.len());
+        let (images, batch) = (Images { pixels: &pixels, shape: set }, spread(set));
+        for objective in objectives(&schedule) {
+            follows(&Device::cpu_guarded(), &objective, images, &batch, DType::F32);
+        }
+    }
+}
+
+/// Compares loss, gradient and the meter's row of a device with the reference. Returns gradient and sums.
+fn follows(device: &Device, objective: &Objective, images: Images<'_>, batch: &Batch, dtype: DType) -> Vec<f32> {
+    let (name, n) = (format!("{} of {}", name(objective), images.shape), batch.len());
+    let y = output(objective, images, batch, dtype);
+    let (got, row) = measure_any(device, objective, images, batch, &y, Some(n + 3));
+    let want: Vec<f64> = reference::any(objective, images, batch, &y);
+    let (of_losses, of_gradient) = budgets(objective, images, batch, &y, n + 3);
+    if let Some(per_image) = &got.per_image {
+        within(&name, per_image, &want, &of_losses);
+    }
+    let weight = |i: usize| batch.weights.as_ref().map_or(1.0, |w| f64::from(w[i]));
+    let weighted = |of: &[f64]| of.iter().enumerate().map(|(i, l)| weight(i) * l).collect::<Vec<f64>>();
+    let (mut quarters, mut budget) = (Quarters::default(), Quarters::default());
+    quarters.add(&batch.t(), 1000, &weighted(&want));
+    budget.add(&batch.t(), 1000, &weighted(&of_losses));
+    let flat = |q: &Quarters| q.means().map(|mean| mean.unwrap_or_default());
+    within(&format!("{name}, quarters"), &flat(&row.quarters), &flat(&quarters), &flat(&budget));
+    if objective.loss() == objective::Loss::Vlb {
+        // The loss is the bound. Sums of seven numbers, and division by how many they are.
+        let sum = row.quarters.mean().unwrap() * n as f64;
+        assert!((row.vlb_sum - sum).abs() <= 1e-6 * sum, "{name}: {} bits beside a loss of {sum}", row.vlb_sum);
+    } else {
+        assert_eq!(row.vlb_sum != 0.0, objective.loss().has_bound(), "{name}: {}", row.vlb_sum);
+    }
+    let dy = got.gradient.expect("a gradient was asked for").to_vec().unwrap();
+    let oracle: Vec<f64> = reference::any_backward(objective, images, batch, &y, n + 3);
+    let rounding = gpu::rounding(dtype);
+    let rounded: Vec<f64> = of_gradient.iter().zip(&oracle).map(|(b, dy)| b + rounding * (dy.abs() + b)).collect();
+    within(&format!("{name}, dy"), &dy.iter().map(|&v| f64::from(v)).collect::<Vec<f64>>(), &oracle, &rounded);
+    let (validation, again) = measure_any(device, objective, images, batch, &y, None);
+    assert!(validation.gradient.is_none());
+    assert_eq!(again, row, "{name}, without a gradient");
+    let sums = flat(&row.quarters).into_iter().chain([row.vlb_sum]).flat_map(halves);
+    dy.iter().copied().chain(sums).collect()
+}
+
+#[test]
+fn gpu_follows_the_reference_for_every_loss() {
+    let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
+    let set = SETS[0];
+    let pixels = pixels(set.len());
+    let (images, batch) = (Images { pixels: &pixels, shape: set }, spread(set));
+    gpu::each("every loss", |device| {
+        let dtype = device.activations();
+        // In bf16 a mean is rounded to 2^-9 of itself, which is much more than four deviations.
+        let all = objectives(&schedule).into_iter().filter(|o| dtype == DType::F32 || o.prediction() != Prediction::Mu);
+        all.flat_map(|objective| follows(device, &objective, images, &batch, dtype)).collect()
+    });
+}
+
+/// Images of more than one block, and of pixels that a block does not hold whole.
+#[test]
+fn gpu_sums_large_images_for_every_loss() {
+    let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
+    let set = SETS[2];
+    let pixels = pixels(set.len());
+    let (images, batch) = (Images { pixels: &pixels, shape: set }, spread(set));
+    gpu::each("large images", |device| {
+        let of = |loss, prediction, variance| Objective::new(loss, prediction, variance, &schedule);
+        [
+            of(objective::Loss::Vlb, Prediction::Eps, Variance::FixedSmall),
+            of(objective::Loss::Hybrid, Prediction::V, Variance::LearnedRange),
+        ]
+        .iter()
+        .flat_map(|objective| follows(device, objective, images, &batch, device.activations()))
+        .collect()
+    });
+}
+
+/// L_simple of eps with weights of 1 is L_simple of eps.
+#[test]
+fn the_fast_path_is_the_same_loss() {
+    let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
+    let set = SETS[0];
+    let pixels = pixels(set.len());
+    let images = Images { pixels: &pixels, shape: set };
+    let plain = Objective::new(objective::Loss::Simple, Prediction::Eps, Variance::FixedSmall, &schedule);
+    assert!(plain.is_plain());
+    let batch = Batch::train(99, 5, 2, vec![1, 0, 2], true, 1000);
+    let y = output(&plain, images, &batch, DType::Bf16);
+    for device in [Device::cpu()].into_iter().chain(gpu::gpu(DType::F32).map(Device::Cuda)) {
+        let (fast, row) = measure_any(&device, &plain, images, &batch, &y, Some(3));
+        let weighted = batch.clone().weighted(vec![1.0; 3]);
+        let (slow, also) = measure_any(&device, &plain, images, &weighted, &y, Some(3));
+        let [fast, slow] = [fast, slow].map(|loss| loss.gradient.unwrap().to_vec().unwrap());
+        same_bits("dy", &slow, &fast);
+        let (a, b) = (row.quarters.mean().unwrap(), also.quarters.mean().unwrap());
+        assert!((a - b).abs() <= 1e-14 * a, "{a} and {b}");
+    }
+}
+
+/// What evaluation measures, against the reference; with clipping, of every prediction.
+fn terms_follow(device: &Device, objective: &Objective, images: Images<'_>, batch: &Batch, clip: bool) -> Vec<f32> {
+    let dtype = device.activations();
+    let y = output(objective, images, batch, dtype);
+    let got = on_device(device, objective, images, batch, &y, |y, source, t, table| {
+        terms(device, y, source, batch, t, table, clip).unwrap()
+    });
+    let (c, image) = (images.shape.c, images.shape.len() / images.shape.n);
+    let len = y.len() / batch.len();
+    let doubled = objective.variance().is_learned();
+    for (i, t) in batch.t().into_iter().enumerate() {
+        let row = objective.row(t).expect("kept");
+        let x_0: Vec<f64> = q_sample::reference::x_0(images, batch, i);
+        let eps: Vec<f64> = ddpm_cuda::rng::reference::normals(&batch.noise.image(i), 0, image);
+        let at = |of_d: f64, of_v: f64| {
+            let of_d = of_d * 2.0 * (1e-6 + 16.0 * F32_ROUNDING);
+            let of_v = of_v * F32_ROUNDING * 2.0;
+            let move_one = |(k, y): (usize, &f64)| match doubled && k % (2 * c) >= c {
+                false => y + of_d,
+                true => y + of_v * (row.shift.abs() + 2.0 * (row.scale * y).abs()) / row.scale,
+            };
+            let y: Vec<f64> = y[i * len..][..len].iter().enumerate().map(move_one).collect();
+            let all = reference::elements(objective, t, [&x_0, &eps, &y], c, clip);
+            let mean = |f: &dyn Fn(&reference::Element<f64>) -> f64| all.iter().map(f).sum::<f64>() / image as f64;
+            [mean(&|e| e.nats) / std::f64::consts::LN_2, mean(&|e| e.x_0_square)]
+        };
+        let here = at(0.0, 0.0);
+        let there = [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)].map(|(d, v)| at(d, v));
+        for (k, (what, got)) in [("vlb", got.vlb[i]), ("mse of x_0", got.mse_x0[i])].into_iter().enumerate() {
+            let moved = there.iter().map(|there| (there[k] - here[k]).abs()).fold(0.0, f64::max);
+            // The rounding of x_0 itself where it is clipped, and what that is in deviations.
+            let clipped = if clip { [row.mean_of_x_0, 1.0][k] * 4.0 * F32_ROUNDING * 8.0 } else { 0.0 };
+            let budget = 2.0 * moved + 32.0 * F32_ROUNDING * (here[k] + [12.0, 0.0][k]) + clipped;
+            let name = format!("{} of {}, clip {clip}, at {t}", name(objective), images.shape);
+            assert!((got - here[k]).abs() <= budget, "{name}: {what} is {got}, expected {} +- {budget:e}", here[k]);
+        }
+        let want = row.snr * got.mse_x0[i];
+        assert!((got.mse_eps[i] - want).abs() <= 1e-12 * want, "{} and {want}", got.mse_eps[i]);
+    }
+    [got.vlb, got.mse_x0, got.mse_eps].into_iter().flatten().flat_map(halves).collect()
+}
+
+/// With a fixed and both learned variances.
+fn evaluated(schedule: &Schedule) -> impl Iterator<Item = Objective> {
+    let variances = [Variance::FixedLarge, Variance::LearnedRange, Variance::Learned];
+    Prediction::ALL.into_iter().flat_map(move |prediction| {
+        variances.map(|variance| Objective::new(objective::Loss::Simple, prediction, variance, schedule))
+    })
+}
+
+#[test]
+fn cpu_measures_the_terms_of_the_reference() {
+    let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
+    for set in SETS {
+        let pixels = pixels(set.len());
+        let images = Images { pixels: &pixels, shape: set };
+        for objective in evaluated(&schedule) {
+            for clip in [false, true] {
+                terms_follow(&Device::cpu_guarded(), &objective, images, &spread(set), clip);
+            }
+        }
+        // A chain of seven of the timesteps.
+        let kept = [0, 1, 2, 37, 500, 700, 999];
+        for objective in evaluated(&schedule) {
+            terms_follow(&Device::cpu_guarded(), &objective.over(&kept), images, &spread(set), true);
+        }
+    }
+}
+
+#[test]
+fn gpu_measures_the_terms_of_the_reference() {
+    let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
+    for set in [SETS[0], SETS[2]] {
+        let pixels = pixels(set.len());
+        let (images, batch) = (Images { pixels: &pixels, shape: set }, &spread(set));
+        gpu::each("terms", |device| {
+            let f32 = device.activations() == DType::F32;
+            let all = evaluated(&schedule).filter(|o| f32 || o.prediction() != Prediction::Mu);
+            let all: Vec<Objective> = if set == SETS[2] { all.step_by(4).collect() } else { all.collect() };
+            let clips = [false, true].into_iter();
+            let of = |clip| all.iter().flat_map(move |o| terms_follow(device, o, images, batch, clip));
+            clips.flat_map(of).collect()
+        });
+    }
+}
+
+/// A timestep that the chain leaves out has no bound.
+#[test]
+fn a_timestep_that_is_left_out_is_not_a_number() {
+    let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
+    let objective = Objective::new(objective::Loss::Simple, Prediction::Eps, Variance::FixedSmall, &schedule);
+    let shape = Shape::new(1, 2, 2, 1);
+    let images = Images { pixels: &[1, 2, 3, 4], shape };
+    let batch = Batch::evaluation(1, 0, 0, vec![0], 5, 1000);
+    let device = Device::cpu();
+    let of = |objective: &Objective| {
+        on_device(&device, objective, images, &batch, &[0.0; 4], |y, source, t, table| {
+            terms(&device, y, source, &batch, t, table, true).unwrap()
+        })
+    };
+    let Terms { vlb, mse_x0, mse_eps } = of(&objective.clone().over(&[3, 7, 999]));
+    assert!(vlb[0].is_nan() && mse_x0[0].is_nan() && mse_eps[0].is_nan(), "{vlb:?} {mse_x0:?} {mse_eps:?}");
+    let kept = of(&objective.over(&[5, 999]));
+    assert!(kept.vlb[0].is_finite() && kept.mse_x0[0].is_finite() && kept.mse_eps[0].is_finite());
+}
+
 #[test]
 fn planted_bugs_are_noticed() {
     let test = "loss::gpu_has_the_gradient_and_the_sums_of_the_cpu";
@@ -283,4 +703,17 @@ fn planted_bugs_are_noticed() {
     plant::notices_wrong_parameter(test, "loss_fwd_bf16", 7, 10);
     plant::notices_wrong_parameter("loss::gpu_sums_the_micro_batches_of_a_step", "loss_fwd_f32", 10, 7);
     plant::notices_lost_block(test, "loss_fwd_f32");
+    // The other losses: sums of an image; bytes of another image; no mirrored images; weights that are ignored; the
+    // widths; a scale of v; and so for the terms.
+    let test = "loss::gpu_follows_the_reference_for_every_loss";
+    plant::notices_lost_barrier(test, "loss_any_f32", 0);
+    plant::notices_lost_last_barrier(test, "loss_any_f32");
+    plant::notices_wrong_parameter(test, "loss_any_f32", 19, 20);
+    plant::notices_wrong_parameter(test, "loss_any_bf16", 13, 20);
+    plant::notices_wrong_parameter(test, "loss_any_f32", 11, 12);
+    let test = "loss::gpu_measures_the_terms_of_the_reference";
+    plant::notices_lost_barrier(test, "loss_terms_f32", 0);
+    plant::notices_wrong_parameter(test, "loss_terms_f32", 13, 12);
+    plant::notices_wrong_parameter(test, "loss_terms_bf16", 12, 9);
+    plant::notices_lost_block(test, "loss_terms_f32");
 }
