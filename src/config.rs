@@ -14,6 +14,7 @@
 //! Deliberately absent: what does not change the numbers of a run (the output folder, the device, progress output), and
 //! the recipe for data of one's own, which needs the data ([`crate::recipe`]).
 
+mod betas;
 mod others;
 
 pub use others::no_flag;
@@ -139,7 +140,8 @@ pub struct Diffusion {
     /// beta of the last timestep, in (0, 1); 0: [`Kind::default_betas`]. Not for the cosine schedule.
     pub beta_end: f64,
     /// beta of every timestep, each in (0, 1), of a model that has them one by one; then `schedule` and its end values
-    /// have no meaning. Empty: they follow from these. No setting: it comes from a model and stays in `config.toml`.
+    /// have no meaning. Empty: they follow from these. No setting: it comes from a model or from `betas=FILE.npy` and
+    /// stays in `config.toml`.
     pub trained_betas: Vec<f64>,
     /// Whether the betas are rescaled to zero terminal SNR ([`Schedule::with_zero_terminal_snr`]).
     pub zero_snr: bool,
@@ -289,7 +291,7 @@ settings! {
     "loss" => loss, "simple, vlb (the bound), hybrid (simple + vlb_weight vlb), min_snr or weighted (the paper's eq. 12)";
     "vlb_weight" => vlb_weight, "weight of the bound in bits per dimension in loss = hybrid";
     "min_snr_gamma" => min_snr_gamma, "gamma of loss = min_snr";
-    "timestep_sampling" => timestep_sampling, "uniform, or stratified (evenly over a batch)";
+    "timestep_sampling" => timestep_sampling, "uniform, stratified (evenly over a batch) or importance (by the losses so far)";
     "label_dropout" => label_dropout, "share of the labels hidden from the network, for guidance without a classifier";
     "precision" => precision, "of activations and their gradients: f32, or bf16 on a GPU";
     "seed" => seed, "seed of all randomness";
@@ -312,6 +314,10 @@ settings! {
 /// Settings that the betas follow from.
 pub const BETAS: [&str; 4] = ["schedule", "timesteps", "beta_start", "beta_end"];
 
+/// Reads every beta, and their number, from a file. It is no setting: what it reads stays in `config.toml`, as
+/// `trained_betas`.
+const FILE_OF_BETAS: &str = "betas";
+
 /// Settings that may change when a run is resumed: the numbers of the steps do not depend on them. `data` may name
 /// another place, not other data.
 pub const MAY_CHANGE: [&str; 7] =
@@ -323,6 +329,8 @@ pub fn help() -> String {
     for ((key, value), setting) in Config::preset(Preset::Mnist).entries().zip(SETTINGS) {
         text += &format!("  {:<32} {}\n", format!("{key} = {value}"), setting.help);
     }
+    let help = "one beta for each timestep, f32 or f64, in place of schedule, timesteps, beta_start and beta_end";
+    text += &format!("  {:<32} {help}\n", format!("{FILE_OF_BETAS} = FILE.npy"));
     text
 }
 
@@ -363,7 +371,9 @@ impl Config {
         for ((key, value), assignment) in pairs.into_iter().zip(sets) {
             let key = config.set(key, value).map_err(|e| Error::Usage(format!("--set {assignment}: {e}")))?;
             if BETAS.contains(&key) && !config.diffusion.trained_betas.is_empty() {
-                usage!("--set {assignment}: trained_betas gives every beta; take it out of the file to set {key}");
+                usage!(
+                    "--set {assignment}: {key} follows from trained_betas or betas=FILE.npy, which gives every beta; take that out to set {key}"
+                );
             }
             given.add(key);
         }
@@ -421,6 +431,9 @@ impl Config {
         };
         let class_names = list(&mut table, "class_names", "names", |value| value.as_str().map(String::from))?;
         let trained_betas = list(&mut table, "trained_betas", "numbers", toml::Value::as_float)?;
+        if !trained_betas.is_empty() && table.contains_key(FILE_OF_BETAS) {
+            return Err("has both trained_betas and betas; either gives every beta".into());
+        }
         let null_class = match table.remove("null_class") {
             None => false,
             Some(value) => value.as_bool().ok_or("null_class is neither true nor false")?,
@@ -431,7 +444,10 @@ impl Config {
         for (key, value) in &table {
             given.add(config.set(key, &spelling(key, value)?)?);
         }
-        (config.class_names, config.diffusion.trained_betas) = (class_names, trained_betas);
+        config.class_names = class_names;
+        if !trained_betas.is_empty() {
+            config.diffusion.trained_betas = trained_betas;
+        }
         config.model.null_class |= null_class;
         Ok((config, given))
     }
@@ -441,6 +457,12 @@ impl Config {
     /// # Errors
     /// A sentence for an unknown key or a value that cannot be read.
     pub fn set(&mut self, key: &str, value: &str) -> std::result::Result<&'static str, String> {
+        if key == FILE_OF_BETAS {
+            let betas = betas::read(value).map_err(|e| format!("{key} = {value}: {e}"))?;
+            self.diffusion.timesteps = betas.len();
+            self.diffusion.trained_betas = betas;
+            return Ok(FILE_OF_BETAS);
+        }
         let Some(setting) = SETTINGS.iter().find(|s| s.key == key) else { return Err(others::no_setting(key)) };
         (setting.set)(self, value).map_err(|e| format!("{key} = {value}: {e}"))?;
         if setting.key == "label_dropout" {

@@ -83,13 +83,13 @@ impl Small {
         let mut config = Config::preset(Preset::Mnist);
         config.keep_checkpoints = keep;
         let Small { step, params, ema, m, v } = self;
-        checkpoint::save(run, &config, State { step: *step, params, ema, m, v, data: None }).unwrap()
+        checkpoint::save(run, &config, State { step: *step, params, ema, m, v, data: None, importance: None }).unwrap()
     }
 
     fn restore(path: &Path) -> ddpm_cuda::error::Result<Self> {
         let mut state = Small::empty();
         let Small { step, params, ema, m, v } = &mut state;
-        checkpoint::restore(path, StateMut { step, params, ema, m, v })?;
+        checkpoint::restore(path, StateMut { step, params, ema, m, v, importance: None })?;
         Ok(state)
     }
 
@@ -169,7 +169,8 @@ fn what_is_written_is_what_diffusers_writes() {
         let mut config = model.config.clone();
         config.diffusion.variance = Variance::FixedLarge;
         let zeros = Tensor::zeros(&Device::cpu(), Shape::vector(model.params.specs().flat_len())).unwrap();
-        let state = State { step: 7, params: &model.params, ema: &model.params, m: &zeros, v: &zeros, data: None };
+        let (params, ema) = (&model.params, &model.params);
+        let state = State { step: 7, params, ema, m: &zeros, v: &zeros, data: None, importance: None };
         let path = checkpoint::save(folder.path(), &config, state).unwrap();
         assert_eq!(path, folder.path().join("checkpoints/7"));
         assert_eq!(json_file(&path.join("unet/config.json")), json_file(&fixture(name).join("config.json")));
@@ -216,7 +217,15 @@ fn every_network_and_process_survives_its_json() {
         config.diffusion.schedule = schedule;
         config.diffusion.timesteps = [1000, 250, 4000][step % 3];
         config.diffusion.variance = [Variance::FixedSmall, Variance::FixedLarge][step % 2];
-        let state = State { step: step as u32, params: &params, ema: &params, m: &flat, v: &flat, data: None };
+        let state = State {
+            step: step as u32,
+            params: &params,
+            ema: &params,
+            m: &flat,
+            v: &flat,
+            data: None,
+            importance: None,
+        };
         let path = checkpoint::save(folder.path(), &config, state).unwrap();
         let again = checkpoint::load(&Device::cpu(), &path).unwrap().config;
         assert_eq!((again.model, again.diffusion), (config.model.clone(), config.diffusion.clone()));
@@ -790,7 +799,15 @@ fn any_betas_are_read_and_written_back() {
         }
         let run = tempfile::tempdir().unwrap();
         let flat = Tensor::zeros(&Device::cpu(), Shape::vector(loaded.params.specs().flat_len())).unwrap();
-        let state = State { step: 1, params: &loaded.params, ema: &loaded.params, m: &flat, v: &flat, data: None };
+        let state = State {
+            step: 1,
+            params: &loaded.params,
+            ema: &loaded.params,
+            m: &flat,
+            v: &flat,
+            data: None,
+            importance: None,
+        };
         let path = checkpoint::save(run.path(), &loaded.config, state).unwrap();
         let again = checkpoint::describe(&path).unwrap().config.diffusion.noise_schedule().unwrap();
         let furthest = again.betas().iter().zip(betas.betas()).map(|(a, b)| (a / b - 1.0).abs()).fold(0.0, f64::max);
@@ -1082,7 +1099,15 @@ fn names_of_classes_travel_with_the_checkpoint() {
     let mut config = model.config.clone();
     config.class_names = ["cat", "7", "snow \"leopard\"", ""].map(String::from).into();
     let zeros = Tensor::zeros(&Device::cpu(), Shape::vector(model.params.specs().flat_len())).unwrap();
-    let state = State { step: 7, params: &model.params, ema: &model.params, m: &zeros, v: &zeros, data: None };
+    let state = State {
+        step: 7,
+        params: &model.params,
+        ema: &model.params,
+        m: &zeros,
+        v: &zeros,
+        data: None,
+        importance: None,
+    };
     let path = checkpoint::save(run.path(), &config, state).unwrap();
     // Private to diffusers, which passes over it.
     assert_eq!(json_file(&path.join("unet/config.json"))["_class_names"], json!(config.class_names));

@@ -369,8 +369,15 @@ fn what_a_model_says_of_itself_is_used_and_told() {
     model.config.class_names = (0..10).map(|k| format!("kind {k}")).collect();
     model.config.class_names[4] = "7".into();
     let zeros = Tensor::zeros(&Device::cpu(), Shape::vector(model.params.specs().flat_len())).unwrap();
-    let state =
-        checkpoint::State { step: 1, params: &model.params, ema: &model.params, m: &zeros, v: &zeros, data: None };
+    let state = checkpoint::State {
+        step: 1,
+        params: &model.params,
+        ema: &model.params,
+        m: &zeros,
+        v: &zeros,
+        data: None,
+        importance: None,
+    };
     let saved = checkpoint::save(folder.path(), &model.config, state).unwrap();
     let draw = |class: &str| {
         let mut command = ddpm();
@@ -1103,8 +1110,15 @@ fn the_arguments_of_sample_reach_the_sampler() {
     let process = &mut model.config.diffusion;
     (process.schedule, process.timesteps, process.variance) = (Kind::Cosine, 80, Variance::FixedSmall);
     let zeros = Tensor::zeros(&device, Shape::vector(model.params.specs().flat_len())).unwrap();
-    let state =
-        checkpoint::State { step: 1, params: &model.params, ema: &model.params, m: &zeros, v: &zeros, data: None };
+    let state = checkpoint::State {
+        step: 1,
+        params: &model.params,
+        ema: &model.params,
+        m: &zeros,
+        v: &zeros,
+        data: None,
+        importance: None,
+    };
     let saved = checkpoint::save(folder.path(), &model.config, state).unwrap();
     let (unet, _) = UNet::new(&model.config.model).unwrap();
     let schedule = Schedule::new(Kind::Cosine, 80).unwrap();

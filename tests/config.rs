@@ -85,7 +85,14 @@ fn every_setting_survives_the_file() {
         "timesteps=4000",
         "beta_start=0.0002",
         "beta_end=0.03",
-        "variance=fixed_small",
+        "zero_snr=true",
+        "prediction=v",
+        "variance=learned_range",
+        "loss=hybrid",
+        "vlb_weight=0.01",
+        "min_snr_gamma=3",
+        "timestep_sampling=stratified",
+        "label_dropout=0.2",
         "precision=bf16",
         "seed=18446744073709551615",
         "steps=1e5",
@@ -128,7 +135,7 @@ fn names_and_betas_survive_the_file() {
     // Betas one by one leave these settings without meaning.
     for key in ["schedule=cosine", "timesteps=4", "beta_start=0.1", "beta_end=0.1"] {
         let error = Config::build(None, Some(&path), &sets(&[key])).expect_err("refused");
-        assert!(error.to_string().contains("trained_betas gives every beta"), "{error}");
+        assert!(error.to_string().contains("follows from trained_betas or betas=FILE.npy"), "{error}");
     }
     assert_eq!(Config::build(None, Some(&path), &sets(&["variance=fixed_small"])).unwrap().0.diffusion.timesteps, 3);
     assert!(file_refusal("class_names = 3").ends_with("class_names is no list of names"));
@@ -140,6 +147,55 @@ fn names_and_betas_survive_the_file() {
     config.class_names.clear();
     config.diffusion.timesteps = 4;
     assert!(refused(&config).contains("trained_betas holds 3 numbers for 4 timesteps"));
+}
+
+/// Betas from a file take the place of the named schedule and stay in the file of the run.
+#[test]
+fn betas_are_read_from_an_array() {
+    use npyz::WriterBuilder;
+    fn write<T: npyz::AutoSerialize>(path: &std::path::Path, shape: &[u64], numbers: Vec<T>) {
+        let to = std::fs::File::create(path).unwrap();
+        let mut writer = npyz::WriteOptions::new().default_dtype().shape(shape).writer(to).begin_nd().unwrap();
+        writer.extend(numbers).unwrap();
+        writer.finish().unwrap();
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("betas.npy");
+    let assignment = format!("betas={}", path.display());
+    let betas = vec![1e-4, 0.1, 1.0 / 3.0];
+    write(&path, &[3], betas.clone());
+    let config = built(&[&assignment]);
+    assert_eq!((&config.diffusion.trained_betas, config.diffusion.timesteps), (&betas, 3));
+    let (_folder, file_of_run) = file(&config.to_toml());
+    assert_eq!(Config::read(&file_of_run).unwrap(), config);
+    let (_folder, with_betas) = file(&format!("betas = \"{}\"\n", path.display()));
+    assert_eq!(Config::read(&with_betas).unwrap().diffusion, config.diffusion);
+    assert!(refusal(&[&assignment, "timesteps=4"]).contains("timesteps follows from trained_betas or betas=FILE.npy"));
+    write(&path, &[2], vec![0.5f32, 0.25]);
+    assert_eq!(built(&[&assignment]).diffusion.trained_betas, [0.5, 0.25]);
+    write(&path, &[1, 2], vec![0.5, 0.25]);
+    assert!(refusal(&[&assignment]).contains("has 2 dimensions; a list of betas has one"));
+    write(&path, &[2], vec![1i64, 2]);
+    assert!(refusal(&[&assignment]).contains("f32 or f64 is expected"));
+    write(&path, &[2], vec![0.5, 1.5]);
+    assert!(refusal(&[&assignment]).contains("beta at timestep 1 is 1.5: must lie between 0 and 1"));
+    std::fs::write(&path, b"\x93NUMPY").unwrap();
+    assert!(refusal(&[&assignment]).contains("is damaged"));
+}
+
+/// The table of classes has a row more for the null class: with label_dropout, and where a model has it.
+#[test]
+fn the_null_class_follows_from_label_dropout() {
+    let config = built(&["classes=10", "label_dropout=0.1"]);
+    assert_eq!((config.model.null_class, config.model.class_rows()), (true, 11));
+    let (_folder, path) = file(&config.to_toml());
+    assert_eq!(Config::read(&path).unwrap(), config);
+    assert!(!built(&["classes=10", "label_dropout=0.1", "label_dropout=0"]).model.null_class);
+    let mut of_a_model = built(&["classes=10"]);
+    of_a_model.model.null_class = true;
+    let (_folder, path) = file(&of_a_model.to_toml());
+    assert_eq!(Config::read(&path).unwrap(), of_a_model);
+    assert!(file_refusal("null_class = 3").ends_with("null_class is neither true nor false"));
 }
 
 #[test]
@@ -271,7 +327,7 @@ fn values_that_cannot_be_read() {
 
 #[test]
 fn networks_that_cannot_be_built() {
-    let cases: [(&[&str], &str); 33] = [
+    let cases: [(&[&str], &str); 46] = [
         (
             &["image_size=30"],
             "image_size = 30x30 cannot be halved 2 times, which the 3 levels of widths = 32,32,64 ask for; 32x32 would do",
@@ -303,7 +359,7 @@ fn networks_that_cannot_be_built() {
         (&["schedule=linear", "timesteps=10"], "timesteps is 10: the linear schedule needs at least 21"),
         (&["timesteps=2000000"], "timesteps is 2000000: must be from 2 to 1000000"),
         (&["class_names=cat"], "the classes are named by the data"),
-        (&["trained_betas=0.1"], "betas one by one come from a model, with --init"),
+        (&["trained_betas=0.1"], "with betas=FILE.npy, or from a model, with --init"),
         (&["downsample_padding=2"], "downsample_padding = 2 must be 0 (right and bottom) or 1"),
         (&["freq_shift=2"], "freq_shift = 2 must be 0 or 1"),
         (&["timesteps=1"], "timesteps = 1 must be at least 2"),
@@ -312,6 +368,19 @@ fn networks_that_cannot_be_built() {
             "accumulate = 4 does not divide batch = 10; the micro-batches must be equal, as with accumulate = 2",
         ),
         (&["learning_rate=0"], "learning_rate = 0 must be above 0"),
+        (&["variance=learned_range"], "loss = simple: it does not depend on the variance"),
+        (&["variance=learned", "loss=min_snr"], "loss = min_snr: it does not depend on the variance"),
+        (&["loss=hybrid"], "loss = hybrid: its bound trains the variance alone"),
+        (&["loss=min_snr", "prediction=v", "zero_snr=true"], "where sampling starts, has weight 0 and stays untrained"),
+        (&["loss=min_snr", "min_snr_gamma=0"], "min_snr_gamma = 0 must be above 0"),
+        (&["vlb_weight=-1"], "vlb_weight = -1 must be above 0"),
+        (&["label_dropout=0.1"], "label_dropout = 0.1: the network has no classes to leave out"),
+        (&["label_dropout=1", "classes=10"], "label_dropout = 1 must be at least 0 and below 1"),
+        (&["betas=0.9,0.999"], "a .npy file with a beta for each timestep is expected"),
+        (&["betas=no/such.npy"], "betas = no/such.npy: no/such.npy cannot be read"),
+        (&["loss_type=mse"], "here it is 'loss'"),
+        (&["schedule_sampler=uniform"], "here it is 'timestep_sampling'"),
+        (&["p_uncond=0.1"], "here it is 'label_dropout'"),
         (&["ema_decay=1"], "ema_decay = 1 must be at least 0 and below 1"),
         (&["held_out=0.6"], "held_out = 0.6"),
     ];

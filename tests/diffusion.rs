@@ -10,7 +10,7 @@ mod support;
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::objective::{Loss, Objective};
 use ddpm_cuda::diffusion::sampler::{Samples, Step};
-use ddpm_cuda::diffusion::{Batch, Kind, Method, Prediction, Sampler, Schedule, Spacing, Variance};
+use ddpm_cuda::diffusion::{Batch, Importance, Kind, Method, Prediction, Sampler, Schedule, Spacing, Variance};
 use ddpm_cuda::ops::{loss, q_sample, sample_step};
 use ddpm_cuda::rng;
 use ddpm_cuda::sample::sample;
@@ -828,4 +828,67 @@ fn labels_are_dropped_by_their_own_stream() {
     let piece = Batch::train(3, 9, 700, (700..800).collect(), true, 1000);
     let piece = piece.with_labels(Some(labels[700..800].to_vec())).dropping(0.1, 10);
     assert_eq!(piece.labels().unwrap(), seen[700..800]);
+}
+
+/// The last losses of four timesteps, and what follows: the figures of the definition, and an expectation that is exact.
+#[test]
+fn importance_sampling_is_unbiased() {
+    let mut importance = Importance::new(4, 4);
+    let batch = || Batch::train(3, 9, 0, (0..4).collect(), true, 4);
+    for step in 0..=10 {
+        // Losses of long ago do not count.
+        importance.begin();
+        assert!(
+            !importance.is_warm(),
+            "ten losses of each timestep are known at step 11, which leaves the last one out"
+        );
+        assert_eq!(importance.draw(batch()), batch().weighted(vec![1.0; 4]), "uniform, with weights");
+        let loss = |t: u32| if step < 1 { 100.0 } else { t as f32 + 1.0 };
+        importance.record((0..4).map(|t| (t, loss(t))).collect());
+    }
+    importance.begin();
+    assert!(importance.is_warm(), "with the losses of steps 0 to 9");
+    importance.record((0..4).map(|t| (t, t as f32 + 1.0)).collect());
+    importance.begin();
+    for (t, (p, weight)) in
+        [(0.10015, 2.49625562), (0.20005, 1.24968758), (0.29995, 0.83347225), (0.39985, 0.62523446)].iter().enumerate()
+    {
+        let got = (importance.probability(t as u32), importance.weight(t as u32));
+        // Probabilities are multiples of 2^-32.
+        assert!((got.0 - p).abs() <= 2.4e-10 && (got.1 - weight).abs() <= 1e-8, "{t}: {got:?}");
+    }
+    let expectation = |f: &dyn Fn(u32) -> f64| (0..4).map(|t| importance.probability(t) * f(t)).sum::<f64>();
+    let mean = expectation(&|t| importance.weight(t) * (f64::from(t) + 1.0));
+    assert!((mean - 2.5).abs() <= 4.0 * f64::EPSILON, "{mean}");
+    let second = expectation(&|t| (importance.weight(t) * (f64::from(t) + 1.0)).powi(2));
+    assert!((second - mean * mean - 1.886e-6).abs() <= 1e-9, "variance {}", second - mean * mean);
+
+    // What is drawn has these probabilities and weights: 40,000 images in five deviations.
+    let n = 40_000;
+    let drawn = importance.draw(Batch::train(3, 9, 0, (0..n).collect(), true, 4));
+    let (t, weights) = (drawn.t(), drawn.weights.clone().unwrap());
+    for timestep in 0..4 {
+        let p = importance.probability(timestep);
+        let count = t.iter().filter(|&&t| t == timestep).count() as f64;
+        let deviation = (n as f64 * p * (1.0 - p)).sqrt();
+        assert!((count - n as f64 * p).abs() <= 5.0 * deviation, "{timestep}: {count}");
+    }
+    assert!(t.iter().zip(&weights).all(|(&t, &weight)| weight == importance.weight(t) as f32));
+    let piece = importance.draw(Batch::train(3, 9, 700, (700..800).collect(), true, 4));
+    assert_eq!((&piece.t()[..], &piece.weights.unwrap()[..]), (&t[700..800], &weights[700..800]));
+
+    // The state goes through numbers, with the losses that are not used yet.
+    importance.record(vec![(3, 0.5); 4]);
+    let numbers = importance.to_numbers();
+    let mut again = Importance::new(4, 4);
+    again.set_numbers(std::array::from_fn(|k| &numbers[k][..])).unwrap();
+    importance.begin();
+    again.begin();
+    assert_eq!(again, importance);
+    let mut wrong = numbers.clone();
+    wrong[2][7] = 4.0;
+    let refused = again.set_numbers(std::array::from_fn(|k| &wrong[k][..])).unwrap_err();
+    assert!(refused.contains("timesteps that are not among 4"), "{refused}");
+    wrong[1][0] = 11.0;
+    assert!(again.set_numbers(std::array::from_fn(|k| &wrong[k][..])).unwrap_err().contains("from 0 to 10"));
 }

@@ -256,6 +256,45 @@ fn a_checkpoint_continues_on_the_other_device() {
     same_bits("weights after a resume", &weights(&again), &weights(&gpu));
 }
 
+/// Losses with the bound, learned variances, timesteps and weights from the host, and dropped labels: the first step is
+/// the CPU's, and a run resumed while its timesteps are drawn by their losses has the bits of a whole one.
+#[test]
+fn every_objective_trains_and_resumes() {
+    let sets: [&[&str]; 3] = [
+        &["loss=hybrid", "variance=learned_range", "prediction=v", "timestep_sampling=importance"],
+        &["loss=vlb", "variance=fixed_small", "timestep_sampling=importance", "label_dropout=0.3"],
+        &["loss=min_snr", "prediction=x0", "timestep_sampling=stratified", "label_dropout=0.3"],
+    ];
+    for settings in sets {
+        let mut c = tiny();
+        // Three timesteps have their ten losses after some eight steps of four images.
+        c.diffusion.timesteps = 3;
+        for setting in settings {
+            let (key, value) = setting.split_once('=').unwrap();
+            c.set(key, value).unwrap();
+        }
+        let (Some(mut whole), Some(mut first), Some(mut second)) =
+            (on_gpu(&c, DType::F32), on_gpu(&c, DType::F32), on_gpu(&c, DType::F32))
+        else {
+            return;
+        };
+        let reports = steps(&mut whole, 16);
+        let want = &steps(&mut on_cpu(&c), 1)[0];
+        let near = |got: f64, want: f64| (got - want).abs() <= 1e-4 * want.abs();
+        assert!(near(reports[0].loss, want.loss), "{settings:?}: {:?}, the CPU has {want:?}", reports[0]);
+        assert_eq!(reports[0].vlb.is_some(), want.vlb.is_some(), "{settings:?}");
+        assert!(near(reports[0].vlb.unwrap_or(1.0), want.vlb.unwrap_or(1.0)), "{settings:?}: {:?}", reports[0]);
+
+        let folder = tempfile::tempdir().unwrap();
+        steps(&mut first, 13);
+        checkpoint::save(folder.path(), &c, first.state()).unwrap();
+        checkpoint::restore(&checkpoint::newest(folder.path()).unwrap().unwrap(), second.state_mut()).unwrap();
+        let again = steps(&mut second, 3);
+        same_bits(&format!("{settings:?}"), &weights(&second), &weights(&whole));
+        assert_eq!(again[2].loss, reports[15].loss);
+    }
+}
+
 #[test]
 fn a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights() {
     let mut c = tiny();

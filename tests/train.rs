@@ -336,3 +336,57 @@ fn the_validation_loss_is_the_moving_averages_on_held_out_images() {
     assert_eq!(trainer.validate(&AtomicBool::new(false)).unwrap().quarters, want);
     assert_ne!(losses(trainer.params()), losses(trainer.ema()), "weights and average are too alike for this test");
 }
+
+/// A run of this objective on `device`: the weights after `steps` steps, resumed after `resumed` of them, and the last
+/// report.
+fn objective_run(c: &Config, device: &Device, steps: u32, resumed: Option<u32>) -> (Vec<f32>, StepReport) {
+    let mut trainer = Trainer::new(c, labelled(c), device).unwrap();
+    let mut last = None;
+    for done in 0..steps {
+        if resumed == Some(done) {
+            let folder = tempfile::tempdir().unwrap();
+            checkpoint::save(folder.path(), c, trainer.state()).unwrap();
+            trainer = Trainer::new(c, labelled(c), device).unwrap();
+            let saved = checkpoint::newest(folder.path()).unwrap().unwrap();
+            checkpoint::restore(&saved, trainer.state_mut()).unwrap();
+        }
+        trainer.step().unwrap();
+        last = trainer.reports().unwrap().pop();
+    }
+    (trainer.params().host().unwrap(), last.unwrap())
+}
+
+/// Every way to train: resumed runs have the bits of whole ones, also while timesteps are drawn by their losses; reports
+/// have the bound where the loss has one.
+#[test]
+fn every_objective_resumes_with_the_same_bits() {
+    let mut base = tiny();
+    base.model.classes = 3;
+    // Three timesteps have their ten losses after six or seven steps of six images.
+    base.diffusion.timesteps = 3;
+    let sets: [&[(&str, &str)]; 4] = [
+        &[("loss", "vlb"), ("timestep_sampling", "importance")],
+        &[("loss", "hybrid"), ("variance", "learned_range"), ("prediction", "v"), ("timestep_sampling", "importance")],
+        &[("loss", "min_snr"), ("prediction", "x0"), ("timestep_sampling", "stratified"), ("label_dropout", "0.3")],
+        &[("timestep_sampling", "importance")],
+    ];
+    for settings in sets {
+        let mut c = base.clone();
+        for (key, value) in settings {
+            c.set(key, value).unwrap();
+        }
+        c.validate().unwrap();
+        let (want, report) = objective_run(&c, &Device::cpu(), 14, None);
+        assert_eq!(report.vlb.is_some(), c.loss.has_bound(), "{settings:?}");
+        assert!(want.iter().all(|w| w.is_finite()), "{settings:?}");
+        for resumed in [1, 5, 12] {
+            let (got, again) = objective_run(&c, &Device::cpu(), 14, Some(resumed));
+            same_bits(&format!("{settings:?}, resumed after {resumed}"), &got, &want);
+            assert_eq!((again.loss, again.vlb), (report.loss, report.vlb));
+        }
+        // Timesteps drawn by losses, spread evenly or dropped labels are not the weights of uniform ones.
+        c.timestep_sampling = ddpm_cuda::diffusion::Sampling::Uniform;
+        c.set("label_dropout", "0").unwrap();
+        assert_ne!(objective_run(&c, &Device::cpu(), 14, None).0, want, "{settings:?}");
+    }
+}

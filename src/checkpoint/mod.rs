@@ -8,6 +8,7 @@
 //!     unet/diffusion_pytorch_model.safetensors      the moving average of the weights, f32, OIHW
 //!     scheduler/scheduler_config.json               schedule and variance
 //!     training_state.safetensors                    weights.NAME, adam_m.NAME, adam_v.NAME; metadata: step
+//!     timestep_sampling.safetensors                 the losses by which timesteps are drawn, if they are
 //!     run.json                                      the settings and the data that the numbers follow from
 //! ```
 //!
@@ -38,12 +39,12 @@ pub use tensors::read_weights;
 
 use crate::config::{Config, Diffusion, Preset};
 use crate::device::Device;
-use crate::diffusion::{Kind, Prediction, Spacing, Variance};
+use crate::diffusion::{Importance, Kind, Prediction, Spacing, Variance};
 use crate::error::{Error, Result, printable};
 use crate::memory::available_memory;
 use crate::output::{self, UNFINISHED};
-use crate::params::Params;
-use crate::tensor::Tensor;
+use crate::params::{Init, Layout, Params, Specs};
+use crate::tensor::{Shape, Tensor};
 use crate::text::GIB;
 use crate::unet::UNet;
 use diffusers::{AUTOENCODERS, foreign_part};
@@ -54,6 +55,7 @@ const UNET_CONFIG: &str = "unet/config.json";
 const UNET_WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
 const SCHEDULER_CONFIG: &str = "scheduler/scheduler_config.json";
 const TRAINING_STATE: &str = "training_state.safetensors";
+const TIMESTEP_SAMPLING: &str = "timestep_sampling.safetensors";
 
 /// The state of a run at one step, to be saved.
 pub struct State<'a> {
@@ -69,6 +71,8 @@ pub struct State<'a> {
     pub v: &'a Tensor,
     /// What it was trained on, if that is known.
     pub data: Option<&'a DataMark>,
+    /// The losses by which timesteps are drawn, if they are.
+    pub importance: Option<&'a Importance>,
 }
 
 /// The same, to be filled from a checkpoint.
@@ -83,6 +87,8 @@ pub struct StateMut<'a> {
     pub m: &'a mut Tensor,
     /// Adam's second moments.
     pub v: &'a mut Tensor,
+    /// The losses by which timesteps are drawn, if they are.
+    pub importance: Option<&'a mut Importance>,
 }
 
 /// A model to sample from or to evaluate.
@@ -159,7 +165,38 @@ pub fn restore(checkpoint: &Path, state: StateMut<'_>) -> Result<()> {
         file.read_into(prefix, &specs, &mut flat)?;
         moments.write(&flat)?;
     }
+    if let Some(importance) = state.importance {
+        restore_importance(&checkpoint.join(TIMESTEP_SAMPLING), importance)?;
+    }
     read_weights(&checkpoint.join(UNET_WEIGHTS), state.ema)
+}
+
+/// The tensors of [`TIMESTEP_SAMPLING`].
+fn specs_of_importance(importance: &Importance) -> Specs {
+    let mut specs = Specs::default();
+    let names = ["losses", "counts", "pending.timesteps", "pending.losses"];
+    for (name, numbers) in names.into_iter().zip(importance.to_numbers()) {
+        specs.add(name.into(), Shape::vector(numbers.len()), Layout::Vector, Init::Zeros);
+    }
+    specs
+}
+
+fn write_importance(path: &Path, importance: &Importance) -> Result<()> {
+    let specs = specs_of_importance(importance);
+    let mut flat = vec![0.0; specs.flat_len()];
+    for ((p, _), numbers) in specs.iter().zip(importance.to_numbers()) {
+        flat[specs.range(p)].copy_from_slice(&numbers);
+    }
+    write_tensors(path, ("format", "pt"), &specs, &[("", &flat)])
+}
+
+fn restore_importance(path: &Path, importance: &mut Importance) -> Result<()> {
+    let specs = specs_of_importance(importance);
+    let mut flat = vec![0.0; specs.flat_len()];
+    TensorFile::open(path)?.fitting(&specs, &[""])?.read_into("", &specs, &mut flat)?;
+    let places: Vec<_> = specs.iter().map(|(p, _)| specs.range(p)).collect();
+    let numbers = [0, 1, 2, 3].map(|k| &flat[places[k].clone()]);
+    importance.set_numbers(numbers).map_err(|what| Error::file(path, what))
 }
 
 /// Opens a run folder (its newest checkpoint), a checkpoint, or a diffusers model folder, with or without `unet/`.
@@ -538,6 +575,7 @@ fn is_complete(checkpoint: &Path) -> bool {
     [MODEL_INDEX, UNET_CONFIG, SCHEDULER_CONFIG].into_iter().all(has_json)
         && Origin::read(checkpoint).is_ok()
         && [UNET_WEIGHTS, TRAINING_STATE].into_iter().all(has_tensors)
+        && (!checkpoint.join(TIMESTEP_SAMPLING).exists() || has_tensors(TIMESTEP_SAMPLING))
 }
 
 /// Deletes a checkpoint. It is renamed first, so that a half-deleted one never has the name of a checkpoint.
@@ -566,6 +604,9 @@ fn write(folder: &Path, config: &Config, state: &State<'_>) -> Result<()> {
     write_json(&folder.join(UNET_CONFIG), &diffusers::UNet2DModel::of(&config.model, &config.class_names))?;
     write_json(&folder.join(SCHEDULER_CONFIG), &diffusers::DDPMScheduler::of(&config.diffusion)?)?;
     Origin::new(config, state.data).write(folder)?;
+    if let Some(importance) = state.importance {
+        write_importance(&folder.join(TIMESTEP_SAMPLING), importance)?;
+    }
 
     let specs = state.params.specs();
     // transformers and diffusers look for this entry.

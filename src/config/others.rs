@@ -229,7 +229,29 @@ const OTHERS: &[(&[&str], Here)] = &[
     ),
     (&["config", "cfg", "config_file", "yaml"], Instead("there is --config FILE")),
     (&["class_names"], Instead("the classes are named by the data")),
-    (&["trained_betas"], Instead("betas one by one come from a model, with --init")),
+    (
+        &["trained_betas"],
+        Instead("betas one by one come from a file, with betas=FILE.npy, or from a model, with --init"),
+    ),
+    (
+        &["betas"],
+        Instead("there is --set betas=FILE.npy, a beta for each timestep; Adam's are the paper's: 0.9, 0.999"),
+    ),
+    (
+        &["loss_type", "use_kl", "rescale_learned_sigmas", "objective", "loss_weighting", "weighting_scheme"],
+        Like("loss", "simple, vlb, hybrid, min_snr or weighted"),
+    ),
+    (&["min_snr_loss_weight"], Like("loss", "loss = min_snr")),
+    (&["snr_gamma", "gamma", "min_snr_k"], Setting("min_snr_gamma")),
+    (&["vb_weight", "lambda_vlb", "vlb_loss_weight", "vb_loss_weight"], Setting("vlb_weight")),
+    (
+        &["schedule_sampler", "timestep_sampler", "t_sampler", "time_sampling", "timestep_bias_strategy"],
+        Like("timestep_sampling", "uniform, stratified or importance"),
+    ),
+    (
+        &["cond_drop_prob", "class_dropout_prob", "drop_prob", "p_uncond", "uncond_prob", "cfg_dropout", "drop_rate"],
+        Setting("label_dropout"),
+    ),
     (&["preset"], Instead("there is --preset NAME")),
     (
         &["sampler", "eta", "num_inference_steps", "sampling_timesteps", "timestep_respacing", "use_ddim"],
@@ -249,7 +271,7 @@ const OTHERS: &[(&[&str], Here)] = &[
     ),
     (&["optimizer", "optim", "opt"], Instead("it is Adam, with learning_rate and weight_decay")),
     (
-        &["adam_beta1", "adam_beta2", "beta1", "beta2", "betas", "adam_epsilon", "adam_eps", "momentum"],
+        &["adam_beta1", "adam_beta2", "beta1", "beta2", "adam_epsilon", "adam_eps", "momentum"],
         Instead("Adam's are the paper's: 0.9, 0.999, 1e-8"),
     ),
     (

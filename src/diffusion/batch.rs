@@ -15,9 +15,11 @@ pub enum Sampling {
     Uniform,
     /// Evenly over the images of a batch ([`Timesteps::Stratified`]).
     Stratified,
+    /// By the losses so far ([`Importance`](super::Importance)).
+    Importance,
 }
 
-names!(Sampling { Uniform = "uniform", Stratified = "stratified" });
+names!(Sampling { Uniform = "uniform", Stratified = "stratified", Importance = "importance" });
 
 /// Where the images' timesteps come from.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,16 +5,18 @@
 //! `alpha_bar` before index 0 is 1. All tables are f64; the factors of a step are rounded to f32 at the end.
 //!
 //! [`schedule`] has the noise levels, [`prediction`] what the network's output means, [`objective`] the losses and the
-//! variational bound, [`batch`] what a training step draws, [`sampler`] the steps of the reverse process. Coefficients
+//! variational bound, [`batch`] what a training step draws, [`importance`] timesteps by their losses, [`sampler`] the steps of the reverse process. Coefficients
 //! only: the passes over pixels are the operations q_sample, loss and sample_step, built on this module.
 
 pub mod batch;
+pub mod importance;
 pub mod objective;
 pub mod prediction;
 pub mod sampler;
 pub mod schedule;
 
 pub use batch::{Batch, Sampling, Timesteps};
+pub use importance::Importance;
 pub use objective::Objective;
 pub use prediction::Prediction;
 pub use sampler::{Method, Sampler, Spacing};

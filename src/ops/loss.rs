@@ -27,10 +27,13 @@ use crate::meter::Meter;
 use crate::tensor::{Shape, Tensor};
 
 /// The loss of a batch.
-#[derive(Debug)]
 pub struct Loss {
-    /// L_i of each image, with its weight in the batch. CPU only: a GPU just sums them by quarter into the meter.
+    /// L_i of each image, without its weight in the batch. CPU only: a GPU just sums them by quarter into the meter.
     pub per_image: Option<Vec<f64>>,
+    /// The same on a GPU in parts, if the batch has weights: for [`Table::losses`].
+    pub partial: Option<Buffer>,
+    /// Elements of an image.
+    pub image: usize,
     /// dL/dy, shaped like the prediction, if requested.
     pub gradient: Option<Tensor>,
 }
@@ -59,7 +62,7 @@ impl Table {
     pub fn new(device: &Device, objective: Objective) -> Result<Self> {
         let rows: Vec<Row> = (0..objective.schedule().len() as u32).map(|t| row(&objective, t)).collect();
         let on_gpu = match device {
-            Device::Cuda(gpu) if !objective.is_plain() || objective.kept().len() < rows.len() => {
+            Device::Cuda(gpu) => {
                 let mut buffer = gpu.alloc(size_of_val(&rows[..]))?;
                 gpu.upload(&mut buffer, &rows)?;
                 Some(buffer)
@@ -67,6 +70,17 @@ impl Table {
             _ => None,
         };
         Ok(Table { objective, rows, on_gpu })
+    }
+
+    /// L_i of each image, without its weight, at its timestep, from [`Loss::partial`] as it is downloaded; of images of
+    /// `image` elements.
+    pub fn losses(&self, t: &[u32], image: usize, partial: &[[f64; 2]]) -> Vec<f64> {
+        let of_image = |(t, chunks): (&u32, &[[f64; 2]])| {
+            let row = &self.rows[*t as usize];
+            let [squares, nats] = [0, 1].map(|k| chunks.iter().map(|chunk| chunk[k]).sum::<f64>() / image as f64);
+            f64::from(row.squared) * squares + f64::from(row.bound) * nats
+        };
+        t.iter().zip(partial.chunks(partial.len() / t.len())).map(of_image).collect()
     }
 
     /// Its objective.
@@ -152,7 +166,7 @@ pub fn loss(
         (Device::Meta(_), _) => None,
         (Device::Cuda(gpu), Meter::Cpu(_)) => panic!("loss: the meter is not on {gpu}"),
     };
-    Ok(Loss { per_image, gradient })
+    Ok(Loss { per_image, partial: None, image, gradient })
 }
 
 /// The loss of a [`Table`]'s objective, with the batch's weights: as [`loss`], but for the `source` from which q_sample
@@ -178,7 +192,7 @@ pub fn any(
     let dtype = output.dtype();
     let mut gradient = step_images.map(|_| Tensor::uninit(device, dtype, output.shape())).transpose()?;
     let factor = (1.0 / (step_images.unwrap_or(batch.len()) as f64 * extent.image() as f64)) as f32;
-    let per_image = match (device, source, meter) {
+    let (per_image, partial) = match (device, source, meter) {
         (Device::Cpu(_), Source::Host(images), meter) => {
             let dy = gradient.as_mut().map(|dy| dy.data_mut());
             let (per_image, vlb) = cpu::any(output.data(), images, batch, table, extent, factor, dy);
@@ -187,16 +201,17 @@ pub fn any(
             let row = meter.host_row();
             row.quarters.add(&batch.t(), batch.timesteps, &weighted);
             row.vlb_sum += vlb.iter().enumerate().map(|(i, l)| weight(i) * l).sum::<f64>();
-            Some(per_image)
+            (Some(per_image), None)
         }
         (Device::Cuda(gpu), source @ Source::Cuda { .. }, Meter::Cuda(meter)) => {
-            cuda::any(gpu, output, source, batch, t, table, extent, factor, gradient.as_mut(), meter)?;
-            None
+            let dy = gradient.as_mut();
+            let partial = cuda::any(gpu, output, source, batch, t, table, extent, factor, dy, meter)?;
+            (None, batch.weights.is_some().then_some(partial))
         }
-        (Device::Meta(_), ..) => None,
+        (Device::Meta(_), ..) => (None, None),
         (device, ..) => panic!("loss: the images or the meter are not on {device}"),
     };
-    Ok(Loss { per_image, gradient })
+    Ok(Loss { per_image, partial, image: extent.image(), gradient })
 }
 
 /// The terms of the bound and the errors of the predictions, of each image at its timestep, without a gradient. With
@@ -807,7 +822,7 @@ mod cuda {
         factor: f32,
         dy: Option<&mut Tensor>,
         meter: &mut CudaMeter,
-    ) -> Result<()> {
+    ) -> Result<Buffer> {
         let Source::Cuda { pixels, rows: indices, .. } = source else { unreachable!("checked by the caller") };
         let n = batch.len();
         let chunks = chunks(extent, n);
@@ -825,7 +840,7 @@ mod cuda {
         let launch = launch.streams_of_step(batch.noise).u32(Purpose::Flip as usize).u32(batch.flips.is_some().into());
         launch.u32(row.has_losses.into()).clock().run()?;
         *row.fresh = false;
-        Ok(())
+        Ok(partial)
     }
 
     #[allow(clippy::too_many_arguments)]

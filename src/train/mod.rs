@@ -12,6 +12,7 @@
 mod feed;
 mod init;
 mod log;
+mod losses;
 mod run_folder;
 mod trainer;
 

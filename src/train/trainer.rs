@@ -3,12 +3,13 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::feed::{Feed, Resident};
+use super::losses::Losses;
 use crate::checkpoint::{self, DataMark};
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::data::{Data, Dataset, Order};
 use crate::device::Device;
-use crate::diffusion::{Batch, Sampling, Schedule};
+use crate::diffusion::{Batch, Importance, Sampling, Schedule};
 use crate::error::{Error, Result};
 use crate::images::Source;
 use crate::memory::memory_needed;
@@ -96,6 +97,8 @@ impl Trainer {
                 order: Order::new(config.seed, data.train.len()),
                 feed: Feed::new(device, train.as_ref()),
                 coefficients: Coefficients::new(device, &schedule)?,
+                losses: (config.timestep_sampling == Sampling::Importance)
+                    .then(|| Losses::new(device, Importance::new(schedule.len(), config.batch), config.accumulate)),
             },
             data,
             table: Table::new(device, config.objective()?)?,
@@ -114,7 +117,7 @@ impl Trainer {
         })
     }
 
-    /// The state that a checkpoint holds.
+    /// The state that a checkpoint holds. With importance sampling on a GPU, after [`reports`](Self::reports).
     pub fn state(&self) -> checkpoint::State<'_> {
         checkpoint::State {
             step: self.step,
@@ -123,6 +126,7 @@ impl Trainer {
             m: &self.m,
             v: &self.v,
             data: Some(&self.mark),
+            importance: self.inputs.losses.as_ref().map(Losses::known),
         }
     }
 
@@ -134,6 +138,7 @@ impl Trainer {
             ema: &mut self.ema,
             m: &mut self.m,
             v: &mut self.v,
+            importance: self.inputs.losses.as_mut().map(Losses::known_mut),
         }
     }
 
@@ -201,15 +206,22 @@ impl Trainer {
     pub fn step(&mut self) -> Result<()> {
         self.meter.begin();
         self.grads.reset();
+        if let Some(losses) = &mut self.inputs.losses {
+            losses.begin(&self.table)?;
+        }
         let update = update(&self.config, self.step + 1);
         // A handle of the device bound to the step's clock, from which kernels read what changes from step to step.
         let device = self.clock.begin(self.step, update.factors(), self.meter.row())?;
         for k in 0..self.config.accumulate {
             let batch = self.inputs.draw(&device, &self.config, &self.data.train, self.step, k)?;
             let mut tape = Tape::recording(&device, &self.params);
+            let t = batch.batch.weights.is_some().then(|| batch.batch.t());
             let (y, loss) = forward_loss(&self.unet, &mut tape, &self.table, batch, &mut self.meter)?; // (n, h, w, c)
             if let Some(mean) = loss.mean().filter(|mean| !mean.is_finite()) {
                 return Err(self.explain_not_finite("loss", mean));
+            }
+            if let (Some(losses), Some(t)) = (&mut self.inputs.losses, t) {
+                losses.add(&t, &loss)?;
             }
             tape.backward(&y, loss.gradient.expect("a training loss has a gradient"), &mut self.grads)?;
         }
@@ -237,6 +249,9 @@ impl Trainer {
         let steps = self.step - std::mem::take(&mut self.unread)..self.step;
         let mut reports = Vec::new();
         let has_bound = self.table.objective().loss().has_bound();
+        if let Some(losses) = &mut self.inputs.losses {
+            losses.finish(&self.table)?;
+        }
         // A step that failed half-way has left a row of its own.
         for (measured, done) in self.meter.read()?.into_iter().zip(steps) {
             let loss = measured.quarters.mean().expect("a step has images");
@@ -374,6 +389,8 @@ struct Inputs {
     order: Order,
     feed: Feed,
     coefficients: Coefficients,
+    /// The losses so far, if the timesteps are drawn by them.
+    losses: Option<Losses>,
 }
 
 impl Inputs {
@@ -386,7 +403,7 @@ impl Inputs {
         step: u32,
         k: usize,
     ) -> Result<MicroBatch<'a>> {
-        let Inputs { order, feed, coefficients } = self;
+        let Inputs { order, feed, coefficients, losses } = self;
         let (size, conditional) = (c.batch / c.accumulate, c.model.classes > 0);
         let first = (k * size) as u32;
         // Positions in the endless sequence of training images ([`Order`]).
@@ -396,9 +413,10 @@ impl Inputs {
         let drawn = rows(order.range(places.clone()));
         let batch = Batch::train(c.seed, step, first, drawn.indices(), c.flip, c.diffusion.timesteps as u32);
         let batch = batch.with_labels(drawn.classes).dropping(c.label_dropout, c.model.classes);
-        let batch = match c.timestep_sampling {
-            Sampling::Uniform => batch,
-            Sampling::Stratified => batch.stratified(c.batch),
+        let batch = match (c.timestep_sampling, losses) {
+            (Sampling::Stratified, _) => batch.stratified(c.batch),
+            (_, Some(losses)) => losses.known().draw(batch),
+            (_, None) => batch,
         };
         let source = feed.source(data, places, |places| rows(order.range(places)))?;
         let noised = q_sample(device, source, &batch, coefficients)?;

@@ -195,6 +195,29 @@ fn gpu_draws_timesteps_as_the_cpu_does() {
     }
 }
 
+/// Timesteps that are given or stratified, and labels of which some are dropped.
+#[test]
+fn gpu_takes_timesteps_and_drops_labels_as_the_cpu_does() {
+    let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
+    let shape = SETS[1];
+    let pixels = pixels(shape.len());
+    let images = Images { pixels: &pixels, shape };
+    let labels = Some((0..40).map(|i| i % 10).collect());
+    let indices = (0..40).map(|i| i % shape.n).collect();
+    let batch = Batch::train(5, 6, 24, indices, true, 1000).with_labels(labels).dropping(0.5, 10);
+    let seen = batch.labels().unwrap();
+    assert!(seen.contains(&10) && seen.iter().filter(|&&label| label != 10).count() > 5, "{seen:?}");
+    let given = batch.clone().at((0..40).map(|i| 999 - 25 * i).collect());
+    for batch in [given, batch.stratified(64)] {
+        gpu::each("timesteps", |device| {
+            let (got, want) = (on_gpu(device, images, &batch, &schedule), on_cpu(images, &batch, &schedule));
+            let t: Vec<f32> = batch.t().into_iter().map(|t| t as f32).collect();
+            same_bits("t", want.t.data(), &t);
+            same_as_the_cpu("timesteps", device, &got, &want)
+        });
+    }
+}
+
 /// More images than the 65,535 blocks that a grid can have along y.
 #[test]
 fn gpu_loops_over_images() {
@@ -267,4 +290,9 @@ fn planted_bugs_are_noticed() {
     plant::notices(test, "q_sample_fwd_f32", "rem.u32", "div.u32");
     plant::notices_wrong_parameter("q_sample::gpu_is_fed_the_batches_of_the_cpu", "q_sample_fwd_f32", 4, 5);
     plant::notices_lost_block(test, "q_sample_fwd_f32");
+    // Drawn timesteps that are taken as given; labels dropped by the streams of the flips; strata of a micro-batch.
+    let test = "q_sample::gpu_takes_timesteps_and_drops_labels_as_the_cpu_does";
+    plant::notices_wrong_parameter(test, "q_sample_fwd_f32", 17, 18);
+    plant::notices_wrong_parameter(test, "q_sample_fwd_bf16", 18, 14);
+    plant::notices_wrong_parameter(test, "q_sample_fwd_f32", 16, 7);
 }

@@ -29,7 +29,7 @@ pub use clock::DeviceClock;
 pub use launch::{Array, Launch, Launched, View, ViewMut, each_four, each_four_of_images};
 pub use pool::Buffer;
 pub(super) use pool::UNIT;
-pub(crate) use staging::Staging;
+pub(crate) use staging::{Readback, Staging};
 
 /// The lowest compute capability the kernels run on.
 const OLDEST: (u32, u32) = (8, 0);

@@ -1,5 +1,7 @@
 //! Page-locked memory for copies that overlap with work on the host.
 
+use std::collections::VecDeque;
+
 use super::driver::{CudaEvent, PinnedHostSlice, result};
 use super::{Buffer, Gpu, driver_error};
 use crate::error::Result;
@@ -84,5 +86,75 @@ impl Staging {
             return Err(failed(e));
         }
         Ok(to)
+    }
+}
+
+/// Numbers on their way to the host: copied in stream order and taken in the order of the copies, each as soon as its
+/// own copy has finished, whatever was launched after it.
+pub(crate) struct Readback {
+    gpu: Gpu,
+    /// The copies under way, the oldest first, and how many bytes each has.
+    copies: VecDeque<(Slot, usize)>,
+    free: Vec<Slot>,
+}
+
+impl Gpu {
+    /// A readback with nothing under way.
+    pub(crate) fn readback(&self) -> Readback {
+        Readback { gpu: self.clone(), copies: VecDeque::new(), free: Vec::new() }
+    }
+}
+
+impl Readback {
+    /// Begins to copy all of `from`. Does not wait.
+    ///
+    /// # Errors
+    /// A driver error, or no memory left.
+    pub fn begin(&mut self, from: &Buffer) -> Result<()> {
+        let (gpu, bytes) = (&self.gpu, from.bytes());
+        let (stream, context) = (&gpu.inner.stream, gpu.inner.stream.context());
+        let failed = |e| driver_error(&format!("copying {bytes} bytes from {gpu}"), e);
+        gpu.owns(from);
+        let fitting = self.free.iter().position(|slot| slot.memory.len() >= bytes);
+        let mut slot = match fitting.map(|k| self.free.swap_remove(k)) {
+            Some(slot) => slot,
+            None => {
+                // SAFETY: the bytes are initialised, just below, before anyone reads them.
+                let mut memory = unsafe { context.alloc_pinned::<u8>(bytes) }.map_err(failed)?;
+                let start = memory.as_mut_ptr().map_err(failed)?;
+                // SAFETY: `memory` has that many bytes and nothing else refers to it yet.
+                unsafe { start.write_bytes(0, bytes) };
+                let copied = context.new_event(None).map_err(failed)?;
+                copied.record(stream).map_err(failed)?;
+                Slot { memory, copied }
+            }
+        };
+        // The copy that used it was waited for when it was taken, or never was.
+        slot.copied.synchronize().map_err(failed)?;
+        gpu.bind()?;
+        let memory = &mut slot.memory.as_mut_slice().map_err(failed)?[..bytes];
+        // SAFETY: `from` holds `bytes` bytes and is reused only in stream order. The page-locked memory is neither read
+        // nor freed before the copy has finished: both wait for `copied`, which is recorded after it; if recording
+        // fails, the stream is synchronised here.
+        unsafe { result::memcpy_dtoh_async(memory, from.address(), stream.cu_stream()) }.map_err(failed)?;
+        if let Err(e) = slot.copied.record(stream) {
+            context.record_err(stream.synchronize());
+            return Err(failed(e));
+        }
+        self.copies.push_back((slot, bytes));
+        Ok(())
+    }
+
+    /// The bytes of the oldest copy, for which it waits; `None` if there is none.
+    ///
+    /// # Errors
+    /// An error of the driver, or of a kernel launched earlier.
+    pub fn take(&mut self) -> Result<Option<Vec<u8>>> {
+        let Some((mut slot, bytes)) = self.copies.pop_front() else { return Ok(None) };
+        let failed = |e| driver_error(&format!("copying {bytes} bytes from {}", self.gpu), e);
+        slot.copied.synchronize().map_err(failed)?;
+        let taken = slot.memory.as_mut_slice().map_err(failed)?[..bytes].to_vec();
+        self.free.push(slot);
+        Ok(Some(taken))
     }
 }
