@@ -292,7 +292,7 @@ impl UNet {
         assert_eq!(conditioning.labels().is_some(), m.classes > 0, "labels go with a conditional network");
 
         tape.at("time_embedding");
-        let form = Sinusoid { freq_shift: m.freq_shift, flip_sin_to_cos: m.flip_sin_to_cos };
+        let form = Sinusoid { freq_shift: m.freq_shift, flip_sin_to_cos: m.flip_sin_to_cos, scale: 1.0 };
         let temb = Var::constant(time_embedding(tape.device(), t, m.widths[0], form)?); // (n, 1, 1, widths[0])
         let temb = dense(tape, &temb, &self.time_linear_1)?; // (n, 1, 1, e)
         let temb = silu(tape, &temb)?; // (n, 1, 1, e)
