@@ -23,7 +23,7 @@ use std::fmt;
 use std::path::Path;
 
 use crate::device::Precision;
-use crate::diffusion::{Kind, Schedule, Variance};
+use crate::diffusion::{Kind, Prediction, Schedule, Variance};
 use crate::error::{Error, Result};
 use crate::names::{self, Named, names};
 use crate::usage;
@@ -113,6 +113,11 @@ pub struct Model {
     pub dropout: f64,
     /// Classes to condition on; 0: none.
     pub classes: usize,
+    /// Whether the table of classes has one row more, for images without a class: what classifier-free guidance needs.
+    /// No setting: it follows from `label_dropout`, or comes from a model.
+    pub null_class: bool,
+    /// Whether the network puts out a second half of channels, for the variance. No setting: it follows from `variance`.
+    pub learned_variance: bool,
     /// Padding of the 3x3 convolutions of stride 2: 0 pads right and bottom only (the paper), 1 all four sides.
     pub downsample_padding: usize,
     /// freq_k = 10000^(-k / (dim/2 - freq_shift)): 1 is the paper's time embedding, 0 OpenAI's.
@@ -121,7 +126,7 @@ pub struct Model {
     pub flip_sin_to_cos: bool,
 }
 
-/// The forward process and the variance of the reverse process.
+/// The forward process, and how the network's output makes the reverse process.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Diffusion {
     /// Shape of the noise schedule.
@@ -135,6 +140,10 @@ pub struct Diffusion {
     /// beta of every timestep, each in (0, 1), of a model that has them one by one; then `schedule` and its end values
     /// have no meaning. Empty: they follow from these. No setting: it comes from a model and stays in `config.toml`.
     pub trained_betas: Vec<f64>,
+    /// Whether the betas are rescaled to zero terminal SNR ([`Schedule::with_zero_terminal_snr`]).
+    pub zero_snr: bool,
+    /// What the network predicts.
+    pub prediction: Prediction,
     /// Variance of ancestral sampling.
     pub variance: Variance,
 }
@@ -263,7 +272,9 @@ settings! {
     "timesteps" => diffusion.timesteps, "T, steps of the diffusion process";
     "beta_start" => diffusion.beta_start, "first beta of the schedule; 0: the paper's for this T, 0.1/T";
     "beta_end" => diffusion.beta_end, "last beta of the schedule; 0: the paper's for this T, 20/T";
-    "variance" => diffusion.variance, "of ancestral sampling over all timesteps: fixed_small or fixed_large; over fewer it is fixed_small";
+    "zero_snr" => diffusion.zero_snr, "rescale the betas so that nothing of an image is left at the last timestep";
+    "prediction" => diffusion.prediction, "what the network puts out: eps, x0, v or mu";
+    "variance" => diffusion.variance, "of ancestral sampling: fixed_small, fixed_large, learned or learned_range; over fewer steps than T fixed_large is fixed_small";
     "precision" => precision, "of activations and their gradients: f32, or bf16 on a GPU";
     "seed" => seed, "seed of all randomness";
     "steps" => steps, "training steps";
@@ -411,6 +422,7 @@ impl Config {
     pub fn set(&mut self, key: &str, value: &str) -> std::result::Result<&'static str, String> {
         let Some(setting) = SETTINGS.iter().find(|s| s.key == key) else { return Err(others::no_setting(key)) };
         (setting.set)(self, value).map_err(|e| format!("{key} = {value}: {e}"))?;
+        self.derive();
         Ok(setting.key)
     }
 
@@ -430,6 +442,12 @@ impl Config {
         for setting in SETTINGS.iter().filter(|setting| !given.has(setting.key)) {
             (setting.copy)(self, other);
         }
+        self.derive();
+    }
+
+    /// Fills in what follows from the settings.
+    fn derive(&mut self) {
+        self.model.learned_variance = self.diffusion.variance.is_learned();
     }
 
     /// Key and value of every setting.
@@ -501,9 +519,15 @@ impl Config {
 }
 
 impl Model {
-    /// Channels of the network's output: as many as the images have, since it predicts their noise.
+    /// Channels of the network's output: as many as the images have for the prediction, and as many for the variance if
+    /// it is learned.
     pub fn out_channels(&self) -> usize {
-        self.channels
+        if self.learned_variance { 2 * self.channels } else { self.channels }
+    }
+
+    /// Rows of the table of classes; 0: the network is unconditional.
+    pub fn class_rows(&self) -> usize {
+        self.classes + usize::from(self.null_class)
     }
 
     /// Number of levels.
@@ -659,7 +683,14 @@ impl Diffusion {
                 usage!("{key} = {value}: the {} schedule does not have it, so leave it at 0", self.schedule);
             }
         }
-        self.noise_schedule().map(|_| ())
+        let schedule = self.noise_schedule()?;
+        if self.prediction == Prediction::Eps && schedule.has_zero_terminal_snr() {
+            usage!(
+                "prediction = eps: with zero terminal SNR (zero_snr = {}) the last x_t is the noise itself, from which nothing is learned; prediction = v or x0 would do",
+                self.zero_snr
+            );
+        }
+        Ok(())
     }
 
     /// The betas of the process.
@@ -667,6 +698,11 @@ impl Diffusion {
     /// # Errors
     /// `Error::Usage` for betas or a number of timesteps out of range.
     pub fn noise_schedule(&self) -> Result<Schedule> {
+        let named = self.betas_as_given()?;
+        Ok(if self.zero_snr && !named.has_zero_terminal_snr() { named.with_zero_terminal_snr() } else { named })
+    }
+
+    fn betas_as_given(&self) -> Result<Schedule> {
         let Diffusion { schedule, timesteps, beta_start, beta_end, .. } = *self;
         if !self.trained_betas.is_empty() {
             if self.trained_betas.len() != timesteps {
@@ -767,6 +803,8 @@ fn cifar10() -> Config {
             norm_eps: 1e-6,
             dropout: 0.1,
             classes: 0,
+            null_class: false,
+            learned_variance: false,
             downsample_padding: 0,
             freq_shift: 1,
             flip_sin_to_cos: false,
@@ -777,6 +815,8 @@ fn cifar10() -> Config {
             beta_start: 0.0,
             beta_end: 0.0,
             trained_betas: Vec::new(),
+            zero_snr: false,
+            prediction: Prediction::Eps,
             variance: Variance::FixedLarge,
         },
         precision: Precision::F32,

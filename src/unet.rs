@@ -200,7 +200,7 @@ impl UNet {
         let time_linear_1 = b.linear("time_embedding.linear_1", widths[0], time_features(model), 1.0);
         let time_linear_2 = b.linear("time_embedding.linear_2", time_features(model), time_features(model), 1.0);
         let class_embedding = (model.classes > 0).then(|| {
-            let shape = Shape::new(model.classes, 1, 1, time_features(model));
+            let shape = Shape::new(model.class_rows(), 1, 1, time_features(model));
             b.specs.add("class_embedding.weight".into(), shape, Layout::Matrix, Init::Normal)
         });
 
@@ -264,11 +264,11 @@ impl UNet {
         &self.model
     }
 
-    /// eps_theta(x_t, t): the predicted noise, (n, h, w, out_channels), for noisy images `x` (n, h, w, channels) at
-    /// timesteps `t` (n, 1, 1, 1), f32, in 0..T. Output and intermediate values have the type of `x`, the device's
-    /// activation type.
+    /// The network's output, (n, h, w, out_channels), for noisy images `x` (n, h, w, channels) at timesteps `t`
+    /// (n, 1, 1, 1), f32, in 0..T: the prediction in the first `channels`, and the variance in as many more if it is
+    /// learned. Output and intermediate values have the type of `x`, the device's activation type.
     ///
-    /// h and w must divide by 2^(levels - 1). `conditioning` has labels, all below `classes`, if and only if the
+    /// h and w must divide by 2^(levels - 1). `conditioning` has labels, all below `class_rows`, if and only if the
     /// network is conditional. `dropout` applies the masks of a training step; `None` drops nothing.
     ///
     /// # Errors

@@ -125,6 +125,8 @@ fn the_models_of_diffusers_are_understood() {
         norm_eps: 1e-6,
         dropout: 0.0,
         classes: 0,
+        null_class: false,
+        learned_variance: false,
         downsample_padding: 0,
         freq_shift: 1,
         flip_sin_to_cos: false,
@@ -494,7 +496,7 @@ fn unsupported_networks_are_refused_by_the_key() {
         ("add_attention", json!(false), "add_attention"),
         ("attn_norm_num_groups", json!(4), "attn_norm_num_groups"),
         ("class_embed_type", json!("timestep"), "class_embed_type"),
-        ("out_channels", json!(2), "has out_channels = 2; only 1 is supported"),
+        ("out_channels", json!(3), "has out_channels = 3; only 1 or 2 is supported"),
         ("sample_size", Value::Null, "has sample_size = null; the side of the images or [rows, columns] is expected"),
         ("sample_size", json!(15), "image_size = 15x15 cannot be halved"),
         (
@@ -553,13 +555,17 @@ fn unsupported_processes_are_refused_by_the_key() {
     let cases = [
         (
             "prediction_type",
-            json!("v_prediction"),
-            "has prediction_type = \"v_prediction\"; only \"epsilon\" is supported",
+            json!("score"),
+            "has prediction_type = \"score\"; one of epsilon, sample, v_prediction is supported",
         ),
         ("clip_sample_range", json!(2.0), "clip_sample_range"),
         ("thresholding", json!(true), "thresholding"),
-        ("rescale_betas_zero_snr", json!(true), "rescale_betas_zero_snr"),
-        ("variance_type", json!("learned_range"), "has variance_type = \"learned_range\""),
+        ("rescale_betas_zero_snr", json!(true), "prediction = eps: with zero terminal SNR"),
+        (
+            "variance_type",
+            json!("learned_range"),
+            "has variance_type = learned_range, but the network has 1 out_channels for 1 in_channels",
+        ),
         (
             "beta_schedule",
             json!("stepped"),

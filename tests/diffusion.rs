@@ -9,7 +9,7 @@ mod support;
 
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::sampler::{Samples, Step};
-use ddpm_cuda::diffusion::{Batch, Kind, Method, Sampler, Schedule, Spacing, Variance};
+use ddpm_cuda::diffusion::{Batch, Kind, Method, Prediction, Sampler, Schedule, Spacing, Variance};
 use ddpm_cuda::ops::{q_sample, sample_step};
 use ddpm_cuda::rng;
 use ddpm_cuda::sample::sample;
@@ -98,14 +98,17 @@ fn linear_and_cosine_schedules_are_openais() {
     }
 }
 
+/// Asserts that a number is the one written, to the digits written.
+#[track_caller]
+fn near(name: &str, got: f64, want: f64, digits: i32) {
+    let unit = 10f64.powi(want.abs().log10().floor() as i32 + 1 - digits);
+    assert!((got - want).abs() <= 0.5 * unit * (1.0 + 1e-9), "{name} is {got:e}, expected {want:e}");
+}
+
 /// Values computed independently in f64 for the paper's schedule, to the digits written here.
 #[test]
 fn the_papers_schedule_has_its_known_values() {
     let s = Schedule::new(Kind::Linear, 1000).unwrap();
-    let near = |name: &str, got: f64, want: f64, digits: i32| {
-        let unit = 10f64.powi(want.abs().log10().floor() as i32 + 1 - digits);
-        assert!((got - want).abs() <= 0.5 * unit * (1.0 + 1e-9), "{name} is {got:e}, expected {want:e}");
-    };
     near("alpha_bar_0", s.alpha_bar(0), 0.9999, 13);
     near("alpha_bar_1", s.alpha_bar(1), 0.99978009207, 11);
     near("alpha_bar_500", s.alpha_bar(500), 0.077796658365, 11);
@@ -456,4 +459,56 @@ fn a_sample_does_not_depend_on_its_batch_and_progress_is_told() {
         if p.done == 3 { Err(ddpm_cuda::error::Error::Failed("enough".into())) } else { Ok(()) }
     });
     assert_eq!(stop.unwrap_err().to_string(), "enough");
+}
+
+/// Each conversion undoes the prediction's definition, at every timestep where it has one.
+#[test]
+fn predictions_are_converted() {
+    let linear = Schedule::new(Kind::Linear, 1000).unwrap();
+    let cosine = Schedule::new(Kind::Cosine, 1000).unwrap();
+    let zero = linear.with_zero_terminal_snr();
+    let (x_0, eps) = (0.3, -1.2);
+    for s in [&linear, &cosine, &zero] {
+        for t in 0..1000 {
+            let (signal, noise) = s.q_sample_coefficients(t);
+            let x_t = signal * x_0 + noise * eps;
+            for prediction in Prediction::ALL {
+                if signal == 0.0 && prediction == Prediction::Eps {
+                    continue;
+                }
+                let (of_x_0, of_eps) = prediction.target(s, t);
+                let y = of_x_0 * x_0 + of_eps * eps;
+                // What a factor multiplies is rounded to 1e-16, and the factors' own rounding is of that size too.
+                for (mix, want) in [(prediction.x_0(s, t), x_0), (prediction.eps(s, t), eps)] {
+                    let got = mix.xt * x_t + mix.output * y;
+                    let size = (mix.xt * x_t).abs() + (mix.output * y).abs();
+                    assert!((got - want).abs() <= 1e-11 * size.max(1.0), "{prediction} at {t}: {got} for {want}");
+                }
+            }
+        }
+    }
+    // Computed in float64 by hand from the definitions.
+    let at = |prediction: Prediction| {
+        let (of_x_0, of_eps) = prediction.target(&linear, 500);
+        of_x_0 * x_0 + of_eps * eps
+    };
+    near("v", at(Prediction::V), -0.622798885, 9);
+    near("mu", at(Prediction::Mu), -1.061482767, 9);
+}
+
+#[test]
+fn zero_terminal_snr() {
+    let linear = Schedule::new(Kind::Linear, 1000).unwrap().with_zero_terminal_snr();
+    assert!(linear.has_zero_terminal_snr());
+    near("beta_1", linear.betas()[1], 1.206866355e-4, 9);
+    near("beta_500", linear.betas()[500], 0.0102926174, 9);
+    near("beta_998", linear.betas()[998], 0.7522672312, 9);
+    assert_eq!(linear.betas()[999], 1.0);
+    near("alpha_bar_500", linear.alpha_bar(500), 0.0752462157, 9);
+    near("alpha_bar_998", linear.alpha_bar(998), 4.2132625e-9, 8);
+    let cosine = Schedule::new(Kind::Cosine, 1000).unwrap().with_zero_terminal_snr();
+    near("beta_998 of cosine", cosine.betas()[998], 0.7579675808, 9);
+    near("alpha_bar_998 of cosine", cosine.alpha_bar(998), 2.2778115e-6, 8);
+    // The betas alone say the same.
+    assert_eq!(Schedule::from_betas(linear.betas().to_vec()).unwrap().alpha_bar(999), 0.0);
 }

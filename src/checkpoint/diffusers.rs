@@ -7,8 +7,9 @@ use serde_json::{Map, Value, json};
 
 use crate::config::{Diffusion, Model, Size};
 use crate::diffusion::schedule::{MOST_TIMESTEPS, betas_of_diffusers};
-use crate::diffusion::{Kind, Spacing, Variance};
+use crate::diffusion::{Kind, Prediction, Spacing, Variance};
 use crate::error::Result;
+use crate::names::Named;
 
 /// The version of diffusers whose file format this is.
 pub(super) const VERSION: &str = "0.42.1";
@@ -25,6 +26,9 @@ pub(super) struct UNet2DModel {
     #[serde(skip_serializing_if = "Option::is_none")]
     _class_names: Option<Vec<String>>,
     _diffusers_version: Option<String>,
+    /// Ours: whether the last row of the table of classes is that of images without a class.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    _null_class: bool,
     act_fn: String,
     add_attention: bool,
     /// If absent, 8, which is rarely what is wanted; null means one head.
@@ -64,6 +68,7 @@ impl Default for UNet2DModel {
             _class_name: None,
             _class_names: None,
             _diffusers_version: None,
+            _null_class: false,
             act_fn: "silu".into(),
             add_attention: true,
             attention_head_dim: Some(8),
@@ -114,6 +119,7 @@ impl UNet2DModel {
             _class_name: Some("UNet2DModel".into()),
             _class_names: (!class_names.is_empty()).then(|| class_names.to_vec()),
             _diffusers_version: Some(VERSION.into()),
+            _null_class: m.null_class,
             attention_head_dim: some(m.head_dim),
             block_out_channels: m.widths.iter().map(|&width| width as u32).collect(),
             down_block_types: levels.clone().map(|level| types(level, ATTENTION_DOWN, PLAIN_DOWN)).collect(),
@@ -125,7 +131,7 @@ impl UNet2DModel {
             layers_per_block: m.blocks_per_level as u32,
             norm_eps: m.norm_eps,
             norm_num_groups: m.groups as u32,
-            num_class_embeds: some(m.classes),
+            num_class_embeds: some(m.class_rows()),
             out_channels: m.out_channels() as u32,
             sample_size: if h == w { json!(h) } else { json!([h, w]) },
             up_block_types: levels.rev().map(|level| types(level, ATTENTION_UP, PLAIN_UP)).collect(),
@@ -161,7 +167,7 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
     only!(class_embed_type: None);
     only!(attn_norm_num_groups: None, c.norm_num_groups);
     only!(time_embedding_dim: None, c.block_out_channels.first().map_or(0, |width| width.saturating_mul(4)));
-    only!(out_channels: c.in_channels);
+    only!(out_channels: c.in_channels, c.in_channels.saturating_mul(2));
     if c.mid_block_scale_factor.as_f64() != Some(1.0) {
         return Err(format!("has mid_block_scale_factor = {}; only 1 is supported", c.mid_block_scale_factor));
     }
@@ -206,8 +212,13 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
         return Err(format!("has {} = {}, which is not known here", cut(key), short(value)));
     }
     let side = |level: usize| image_size.longer().checked_shr(level as u32).unwrap_or(0);
+    let rows = c.num_class_embeds.unwrap_or(0) as usize;
+    if c._null_class && rows < 2 {
+        return Err(format!("has num_class_embeds = {rows} with _null_class; a class and the null class are expected"));
+    }
+    let classes = rows - usize::from(c._null_class);
     let class_names = c._class_names.unwrap_or_default();
-    if class_names.len() > c.num_class_embeds.unwrap_or(0) as usize {
+    if class_names.len() > classes {
         let (names, classes) = (class_names.len(), json!(c.num_class_embeds));
         return Err(format!(
             "has {names} _class_names for num_class_embeds = {classes}; at most one a class is expected"
@@ -223,7 +234,9 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
         groups: c.norm_num_groups as usize,
         norm_eps: c.norm_eps,
         dropout: c.dropout,
-        classes: c.num_class_embeds.unwrap_or(0) as usize,
+        classes,
+        null_class: c._null_class,
+        learned_variance: c.out_channels != c.in_channels,
         downsample_padding: c.downsample_padding as usize,
         freq_shift: c.freq_shift as usize,
         flip_sin_to_cos: c.flip_sin_to_cos,
@@ -237,6 +250,11 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
 pub(super) struct DDPMScheduler {
     _class_name: Option<String>,
     _diffusers_version: Option<String>,
+    /// Ours, for what diffusers has no name for: a prediction and a variance of this program.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    _prediction: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    _variance: Option<String>,
     beta_end: f64,
     /// Null is linear.
     beta_schedule: Option<String>,
@@ -261,6 +279,8 @@ impl Default for DDPMScheduler {
         DDPMScheduler {
             _class_name: None,
             _diffusers_version: None,
+            _prediction: None,
+            _variance: None,
             beta_end: 0.02,
             beta_schedule: Some("linear".into()),
             beta_start: 1e-4,
@@ -280,6 +300,9 @@ impl Default for DDPMScheduler {
     }
 }
 
+/// `variance_type` of [`Variance::Learned`].
+const LEARNED_LOG: &str = "learned_log";
+
 impl DDPMScheduler {
     /// The configuration of the process `d`. Its steps are those that `sample` takes by default: evenly spaced, both
     /// ends among them.
@@ -296,13 +319,22 @@ impl DDPMScheduler {
         Ok(DDPMScheduler {
             _class_name: Some("DDPMScheduler".into()),
             _diffusers_version: Some(VERSION.into()),
+            _prediction: d.prediction.diffusers_name().is_none().then(|| d.prediction.name().into()),
+            _variance: (d.variance == Variance::Learned).then(|| d.variance.name().into()),
             beta_end,
             beta_schedule: Some(d.schedule.diffusers_name().unwrap_or("linear").into()),
             beta_start,
             num_train_timesteps: d.timesteps as u32,
+            // Names that diffusers does not know stop it, rather than being passed over.
+            prediction_type: d.prediction.diffusers_name().unwrap_or(d.prediction.name()).into(),
+            rescale_betas_zero_snr: d.zero_snr,
             timestep_spacing: "linspace".into(),
             trained_betas,
-            variance_type: Some(d.variance.name().into()),
+            variance_type: Some(match d.variance {
+                // diffusers' `learned` is the variance itself, not its logarithm.
+                Variance::Learned => LEARNED_LOG.into(),
+                named => named.name().into(),
+            }),
             ..DDPMScheduler::default()
         })
     }
@@ -436,9 +468,7 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<(Diffusion, 
             only(file, stringify!($key), &c.$key, &[$accepted.into()])?
         };
     }
-    only!(prediction_type: "epsilon");
     only!(thresholding: false);
-    only!(rescale_betas_zero_snr: false);
     if c.clip_sample {
         only!(clip_sample_range: 1.0);
     }
@@ -460,11 +490,18 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<(Diffusion, 
             return Err(format!("has {} = {}, which is not known here; {remedy}", cut(key), short(value)));
         }
     }
-    let variance = match c.variance_type.as_deref() {
-        None | Some("fixed_small" | "fixed_small_log") => Variance::FixedSmall,
-        Some("fixed_large") => Variance::FixedLarge,
-        Some(other) => {
-            let known = "only \"fixed_small\" and \"fixed_large\" are supported";
+    let prediction = c._prediction.as_deref().unwrap_or(&c.prediction_type);
+    let Some(prediction) = Prediction::named(prediction) else {
+        let known = "one of epsilon, sample, v_prediction is supported";
+        return Err(format!("has prediction_type = {}; {known}", short(&json!(prediction))));
+    };
+    let variance = match (c._variance.as_deref(), c.variance_type.as_deref()) {
+        (Some("learned"), Some(LEARNED_LOG)) => Variance::Learned,
+        (None, None | Some("fixed_small" | "fixed_small_log")) => Variance::FixedSmall,
+        (None, Some("fixed_large")) => Variance::FixedLarge,
+        (None, Some("learned_range")) => Variance::LearnedRange,
+        (_, other) => {
+            let known = "one of fixed_small, fixed_large, learned_range is supported";
             return Err(format!("has variance_type = {}; {known}", short(&json!(other))));
         }
     };
@@ -488,6 +525,8 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<(Diffusion, 
         beta_start: 0.0,
         beta_end: 0.0,
         trained_betas: Vec::new(),
+        zero_snr: c.rescale_betas_zero_snr,
+        prediction,
         variance,
     };
     // End values that are the default are left to it, so that they have its bits.

@@ -38,7 +38,7 @@ pub use tensors::read_weights;
 
 use crate::config::{Config, Diffusion, Preset};
 use crate::device::Device;
-use crate::diffusion::{Kind, Spacing, Variance};
+use crate::diffusion::{Kind, Prediction, Spacing, Variance};
 use crate::error::{Error, Result, printable};
 use crate::memory::available_memory;
 use crate::output::{self, UNFINISHED};
@@ -301,14 +301,27 @@ impl Place {
                 }
                 let unfit = |e: Error| Error::file(file, format!("describes a process that cannot be: {e}"));
                 read.0.validate().map_err(unfit)?;
+                if read.0.variance.is_learned() != config.model.learned_variance {
+                    let (variance, outputs) = (read.0.variance, config.model.out_channels());
+                    let what = format!(
+                        "has variance_type = {variance}, but the network has {outputs} out_channels for {} in_channels; a learned variance takes twice as many, and no other does",
+                        config.model.channels
+                    );
+                    return Err(Error::file(file, what));
+                }
                 read
             }
             None => {
                 notes.push(format!(
-                    "{}: there is no {SCHEDULER} with it; the process is assumed to be that of DDPMScheduler's defaults, linear betas from 0.0001 to 0.02 over 1000 timesteps",
-                    self.unet.display()
+                    "{}: there is no {SCHEDULER} with it; the process is assumed to be that of DDPMScheduler's defaults, linear betas from 0.0001 to 0.02 over 1000 timesteps{}",
+                    self.unet.display(),
+                    if config.model.learned_variance { ", with variance_type learned_range" } else { "" }
                 ));
-                (defaults_of_diffusers(), Stepping::OURS)
+                let mut process = defaults_of_diffusers();
+                if config.model.learned_variance {
+                    process.variance = Variance::LearnedRange;
+                }
+                (process, Stepping::OURS)
             }
         };
         // This program once wrote `leading` and drew evenly all the same. What such a checkpoint drew it still draws.
@@ -412,6 +425,8 @@ fn defaults_of_diffusers() -> Diffusion {
         beta_start: 0.0,
         beta_end: 0.0,
         trained_betas: Vec::new(),
+        zero_snr: false,
+        prediction: Prediction::Eps,
         variance: Variance::FixedSmall,
     }
 }

@@ -24,7 +24,8 @@ pub enum Kind {
     Sigmoid,
 }
 
-/// The smallest alpha_bar accepted: predicting x_0 divides by its root, which must stay within f32.
+/// The smallest alpha_bar accepted, but for 0 itself: predicting x_0 from eps divides by its root, which must stay
+/// within f32.
 const SMALLEST_ALPHA_BAR: f64 = 1e-76;
 
 // Also accepts the names of diffusers.
@@ -74,17 +75,34 @@ pub fn betas_of_diffusers(name: &str, timesteps: usize) -> Option<Vec<f64>> {
     Some((0..timesteps).map(|t| (1.0 - at(t + 1) / at(t)).min(0.999)).collect())
 }
 
-/// The variance of p(x_{t-1} | x_t): the two extreme choices of DDPM, section 3.2.
+/// The variance of p(x_{t-1} | x_t): the two extreme choices of DDPM, section 3.2, or what the network says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Variance {
     /// beta_tilde_t, the posterior variance: optimal for a data set of one point.
     FixedSmall,
     /// beta_t: optimal for data that are N(0, 1).
     FixedLarge,
+    /// The second half of the network's output is its logarithm (DDPM, table 2).
+    Learned,
+    /// The second half of the network's output, v, is a place between the logarithms of beta_tilde_t (v = -1) and beta_t
+    /// (v = 1) (IDDPM, equation 15).
+    LearnedRange,
 }
 
 // The names of diffusers' `variance_type`.
-names!(Variance { FixedSmall = "fixed_small", FixedLarge = "fixed_large" });
+names!(Variance {
+    FixedSmall = "fixed_small",
+    FixedLarge = "fixed_large",
+    Learned = "learned",
+    LearnedRange = "learned_range",
+});
+
+impl Variance {
+    /// Whether the network puts it out, in a second half of its channels.
+    pub const fn is_learned(self) -> bool {
+        matches!(self, Variance::Learned | Variance::LearnedRange)
+    }
+}
 
 /// beta_t and alpha_bar_t for `t` in `0..len`.
 #[derive(Clone, Debug, PartialEq)]
@@ -137,14 +155,17 @@ impl Schedule {
         Schedule::from_betas((0..timesteps).map(beta).collect())
     }
 
-    /// A schedule with the given betas, each in (0, 1).
+    /// A schedule with the given betas, each in (0, 1); the last may be 1, which leaves nothing of the image.
     ///
     /// # Errors
     /// `Error::Usage` for a beta or a number of betas out of range, or if the last alpha_bar is too small for f32.
     pub fn from_betas(betas: Vec<f64>) -> Result<Self> {
         check_timesteps(betas.len())?;
+        let last = betas.len() - 1;
         for (t, &beta) in betas.iter().enumerate() {
-            check_beta(&format!("beta at timestep {t}"), beta)?;
+            if t < last || beta != 1.0 {
+                check_beta(&format!("beta at timestep {t}"), beta)?;
+            }
         }
         let product = |alpha_bar: &mut f64, beta: &f64| {
             *alpha_bar *= 1.0 - beta;
@@ -154,7 +175,7 @@ impl Schedule {
         if alpha_bar[0] >= 1.0 {
             usage!("beta at timestep 0 is {:e}: so small that nothing is noised there", betas[0]);
         }
-        let left = alpha_bar[betas.len() - 1];
+        let left = if betas[last] == 1.0 { alpha_bar[last - 1] } else { alpha_bar[last] };
         if left < SMALLEST_ALPHA_BAR {
             usage!(
                 "the product of all 1 - beta underflows: it is {left:e} and must be at least {SMALLEST_ALPHA_BAR:e}, with fewer timesteps or smaller betas"
@@ -175,6 +196,23 @@ impl Schedule {
         let before = std::iter::once(&1.0).chain(&alpha_bar);
         let betas = alpha_bar.iter().zip(before).map(|(alpha_bar, before)| 1.0 - alpha_bar / before).collect();
         Schedule { betas, alpha_bar }
+    }
+
+    /// The same with zero terminal SNR: sqrt(alpha_bar) shifted and scaled so that its first value stays and its last is
+    /// 0 (Lin et al. 2024, algorithm 1). Only a network that predicts x_0, v or mu can start from there.
+    pub fn with_zero_terminal_snr(&self) -> Self {
+        let last = self.len() - 1;
+        let root = |t: usize| self.alpha_bar[t].sqrt();
+        let scale = root(0) / (root(0) - root(last));
+        let alpha_bar: Vec<f64> = (0..=last).map(|t| ((root(t) - root(last)) * scale).powi(2)).collect();
+        let before = std::iter::once(&1.0).chain(&alpha_bar);
+        let betas = alpha_bar.iter().zip(before).map(|(alpha_bar, before)| 1.0 - alpha_bar / before).collect();
+        Schedule { betas, alpha_bar }
+    }
+
+    /// Whether nothing of the image is left at the last timestep.
+    pub fn has_zero_terminal_snr(&self) -> bool {
+        self.alpha_bar[self.len() - 1] == 0.0
     }
 
     /// T, the number of timesteps.
@@ -217,7 +255,7 @@ impl Schedule {
 
     /// Natural logarithm of the variance of p(x_{t-1} | x_t). At `t = 0`, where beta_tilde is 0, both choices have
     /// `ln beta_tilde_1`: sampling adds no noise there, but the likelihood of the data is finite and better than with
-    /// beta_0. A chain of one step has no entry 1 and uses `ln beta_0`.
+    /// beta_0. A chain of one step has no entry 1 and uses `ln beta_0`. Of a variance that is not learned.
     pub fn log_variance(&self, variance: Variance, t: usize) -> f64 {
         let single = self.len() == 1;
         let value = match variance {
@@ -225,6 +263,7 @@ impl Schedule {
             _ if t == 0 => self.posterior_variance(1),
             Variance::FixedSmall => self.posterior_variance(t),
             Variance::FixedLarge => self.betas[t],
+            Variance::Learned | Variance::LearnedRange => panic!("the {variance} variance is the network's"),
         };
         value.ln()
     }
