@@ -1,4 +1,4 @@
-//! The command line: `ddpm-cuda train | sample | predict | info`. No logic here: it calls a command and maps errors to
+//! The command line: `ddpm-cuda train | sample | predict | convert | info`. No logic here: it calls a command and maps errors to
 //! exit codes.
 
 use std::io::Write;
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
-use ddpm_cuda::commands::{info, predict, sample, train};
+use ddpm_cuda::commands::{convert, info, predict, sample, train};
 use ddpm_cuda::config;
 use ddpm_cuda::error::Error;
 
@@ -27,6 +27,8 @@ enum Command {
     Sample(sample::Args),
     /// Evaluate the network once on given inputs.
     Predict(predict::Args),
+    /// Write a model in the files of another program.
+    Convert(convert::Args),
     /// Parameters, operations and memory of a model, and the devices there are.
     Info(info::Args),
 }
@@ -52,6 +54,7 @@ fn run() -> Result<ExitCode, Error> {
         Command::Train(args) => train::run(&args),
         Command::Sample(args) => sample::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Predict(args) => predict::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Convert(args) => convert::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),
     }
 }
