@@ -75,9 +75,9 @@ fn agrees_with_pytorch(name: &str, device: &Device) {
     let out = y.value().host().unwrap();
     let mut shares = vec![("out".to_string(), close_to_largest("out", &out, &golden.images("out").1, tolerance))];
 
-    let dy: Vec<f32> = out.iter().zip(&target).map(|(y, t)| 2.0 * (y - t) / shape.len() as f32).collect();
+    let dy: Vec<f32> = out.iter().zip(&target).map(|(y, t)| 2.0 * (y - t) / out.len() as f32).collect();
     let mut grads = ParamGrads::new(device, specs).unwrap();
-    let dy = Tensor::from_slice_as(device, dtype, shape, &dy).unwrap();
+    let dy = Tensor::from_slice_as(device, dtype, y.shape(), &dy).unwrap();
     let mut leaves = tape.backward(&y, dy, &mut grads).unwrap();
     let dx = leaves.take(&x).unwrap();
     shares.push(("dx".into(), close_to_largest("dx", &dx.host().unwrap(), &golden.images("grad_x").1, tolerance)));

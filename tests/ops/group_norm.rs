@@ -363,7 +363,7 @@ fn planted_bugs_are_noticed() {
     for pass in ["fwd_scale_shift_f32", "bwd_scale_shift_f32"] {
         plant::notices_lost_block(scaled, &format!("group_norm_{pass}"));
     }
-    // The gradient of a shift becomes that of a scale; an image has the shift without its scale.
-    plant::notices(scaled, "group_norm_fwd_scale_shift_f32", "fma.rn.f32", "mul.f32");
+    // gamma where beta belongs; a sum where a product does.
+    plant::notices_wrong_parameter(scaled, "group_norm_fwd_scale_shift_f32", 3, 2);
     plant::notices(scaled, "group_norm_bwd_scale_shift_f32", "mul.f32", "add.f32");
 }
