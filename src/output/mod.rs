@@ -1,10 +1,11 @@
-//! Output files: PNG grids and folders, animated GIFs, .npz for OpenAI's evaluator, .npy.
+//! Output files: PNG grids and folders, animated GIFs, .npz for OpenAI's evaluator, .npy, plots.
 //!
 //! Images are bytes, `(n, h, w, c)`; [`to_bytes`] makes them from samples in [-1, 1]. Everything is written beside its
 //! final name, synced and renamed, so that name always holds the old file or the complete new one.
 
 mod atomic;
 mod npz;
+pub mod plot;
 
 use std::path::Path;
 
