@@ -3,6 +3,8 @@
 
 #[path = "support/places.rs"]
 mod places;
+#[path = "support/torch.rs"]
+mod torch;
 
 use std::collections::HashMap;
 use std::fs;
@@ -643,17 +645,17 @@ fn folders_that_hold_no_model() {
     assert!(refusal(folder.path()).ends_with("has no complete checkpoint yet"));
     fs::create_dir(folder.path().join("checkpoints/5")).unwrap();
     assert!(refusal(folder.path()).ends_with("has no complete checkpoint yet"));
-    // Weights that are missing, or pickled.
+    // Weights that are missing, or no weights.
     let model = folder.path().join("model");
     fs::create_dir(&model).unwrap();
     fs::copy(fixture("unet_gray16/config.json"), model.join("config.json")).unwrap();
     assert!(refusal(&model).ends_with("holds no diffusion_pytorch_model.safetensors"));
     fs::write(model.join("diffusion_pytorch_model.bin"), "").unwrap();
-    let pickle = "a pickle, which is not read; save it in diffusers with safe_serialization=True";
-    assert!(refusal(&model).contains(pickle));
+    assert!(refusal(&model).contains("diffusion_pytorch_model.bin: is not a whole file of PyTorch ("));
     fs::rename(model.join("diffusion_pytorch_model.bin"), model.join("diffusion_pytorch_model-00001-of-00002.bin"))
         .unwrap();
-    assert!(refusal(&model).contains(pickle), "{}", refusal(&model));
+    let shard = "holds the shard diffusion_pytorch_model-00001-of-00002.bin and no diffusion_pytorch_model.bin.index.json";
+    assert!(refusal(&model).contains(shard), "{}", refusal(&model));
     // A name of the hub, also as its address; not where the first part is a folder.
     for name in ["google/ddpm-cifar10-32", "https://huggingface.co/google/ddpm-cifar10-32"] {
         let said = refusal(Path::new(name));
@@ -1302,4 +1304,78 @@ fn blocks_of_several_kinds_are_refused() {
     let said = checkpoint::load(&Device::cpu(), folder.path()).err().expect("refused").to_string();
     let want = "changes the size by convolutions at some levels and in residual blocks at others";
     assert!(said.contains(want) && said.contains("(down_block_types and downsample_type)"), "{said}");
+}
+
+/// diffusers' weights in PyTorch's own files: whole, in shards, in half precision, transposed, under old names.
+#[test]
+fn weights_in_files_of_pytorch_are_read() {
+    let want = checkpoint::load(&Device::cpu(), &fixture("unet_gray16")).unwrap().params;
+    let bytes = fs::read(fixture("unet_gray16/diffusion_pytorch_model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let old = [(".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")];
+    let old_name = |name: &str| old.iter().fold(name.to_string(), |name, (new, old)| name.replace(new, old));
+    // Each matrix as the transpose of what is stored.
+    let transposed = |data: &[u8], rows: usize, columns: usize| -> Vec<u8> {
+        (0..columns).flat_map(|c| (0..rows).map(move |r| r * columns + c)).flat_map(|i| data[4 * i..][..4].to_vec()).collect()
+    };
+    let numbers: Vec<(String, Vec<usize>, Vec<usize>, Vec<u8>)> = file
+        .tensors()
+        .into_iter()
+        .map(|(name, tensor)| {
+            let shape = tensor.shape().to_vec();
+            let dense: Vec<usize> = (0..shape.len()).map(|d| shape[d + 1..].iter().product()).collect();
+            match shape[..] {
+                [rows, columns] => (name, shape, vec![1, rows], transposed(tensor.data(), rows, columns)),
+                _ => (name, shape, dense, tensor.data().to_vec()),
+            }
+        })
+        .collect();
+    let whole = |names: &dyn Fn(&str) -> bool| {
+        let chosen: Vec<_> = numbers.iter().filter(|(name, ..)| names(name)).collect();
+        let keys: Vec<String> = (0..chosen.len()).map(|i| i.to_string()).collect();
+        let olds: Vec<String> = chosen.iter().map(|(name, ..)| old_name(name)).collect();
+        let views: Vec<torch::View<'_>> = chosen
+            .iter()
+            .enumerate()
+            .map(|(i, (_, shape, strides, data))| torch::View {
+                name: &olds[i],
+                class: "FloatStorage",
+                key: &keys[i],
+                len: data.len() / 4,
+                offset: 0,
+                shape,
+                strides,
+            })
+            .collect();
+        let pickle = torch::pickle(&views);
+        let places: Vec<String> = keys.iter().map(|key| format!("data/{key}")).collect();
+        let mut entries: Vec<(&str, &[u8])> = vec![("data.pkl", &pickle)];
+        entries.extend(places.iter().zip(&chosen).map(|(place, (.., data))| (place.as_str(), data.as_slice())));
+        torch::archive(&entries, zip::CompressionMethod::Stored)
+    };
+    let folder = tempfile::tempdir().unwrap();
+    fs::copy(fixture("unet_gray16/config.json"), folder.path().join("config.json")).unwrap();
+    let bin = folder.path().join("diffusion_pytorch_model.bin");
+    fs::write(&bin, whole(&|_| true)).unwrap();
+    let load = || checkpoint::load(&Device::cpu(), folder.path()).unwrap();
+    assert!(load().params.host().unwrap() == want.host().unwrap());
+    // The same in two shards.
+    fs::remove_file(&bin).unwrap();
+    let first = |name: &str| name.starts_with("down_blocks");
+    let shards = ["diffusion_pytorch_model-00001-of-00002.bin", "diffusion_pytorch_model-00002-of-00002.bin"];
+    fs::write(folder.path().join(shards[0]), whole(&first)).unwrap();
+    fs::write(folder.path().join(shards[1]), whole(&|name| !first(name))).unwrap();
+    let map: serde_json::Map<String, Value> =
+        numbers.iter().map(|(name, ..)| (old_name(name), json!(shards[usize::from(!first(name))]))).collect();
+    let index = folder.path().join("diffusion_pytorch_model.bin.index.json");
+    fs::write(&index, json!({"weight_map": map}).to_string()).unwrap();
+    assert!(load().params.host().unwrap() == want.host().unwrap());
+    // safetensors are preferred.
+    fs::copy(
+        fixture("unet_gray16/diffusion_pytorch_model.safetensors"),
+        folder.path().join("diffusion_pytorch_model.safetensors"),
+    )
+    .unwrap();
+    fs::write(&index, "{").unwrap();
+    assert!(load().params.host().unwrap() == want.host().unwrap());
 }

@@ -95,6 +95,8 @@ fn every_setting_survives_the_file() {
         "beta_start=0.0002",
         "beta_end=0.03",
         "variance=fixed_small",
+        "zero_snr=true",
+        "prediction=v",
         "precision=bf16",
         "seed=18446744073709551615",
         "steps=1e5",

@@ -71,7 +71,8 @@ fn open_any(path: &Path) -> Result<(File, BTreeMap<String, Place>, HashMap<Strin
     let mut file = File::open(path).map_err(unreadable)?;
     let mut start = Vec::new();
     (&mut file).take(8).read_to_end(&mut start).map_err(unreadable)?;
-    if torch::is_torch(&start) {
+    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+    if torch::is_torch(&start) || (["bin", "pt", "pth"].contains(&ending) && start != b"version ") {
         let tensors = torch::tensors(path, &mut file)?;
         return Ok((file, tensors, HashMap::new()));
     }
