@@ -332,7 +332,8 @@ __device__ __forceinline__ void fwd_apply(T* y, const T* x,                     
                                           const float* stats,                     // (n, groups, 3)
                                           const float* gamma, const float* beta,  // (c) or (n, c)
                                           unsigned per_image, unsigned pixels, unsigned c, unsigned groups,
-                                          unsigned strips, unsigned lane_bits, unsigned warp_bits, unsigned vec, unsigned silu) {
+                                          unsigned strips, unsigned lane_bits, unsigned warp_bits, unsigned vec,
+                                          unsigned silu) {
     const Position pos = position_of(pixels, c, strips, lane_bits, warp_bits);
     if (pos.pixels == 0) return;
     const Affine affine = affine_of(pos, stats, gamma, beta, per_image, c, groups);

@@ -700,7 +700,11 @@ impl Model {
             );
         }
         if self.head_dim > 0 && self.num_heads > 0 {
-            usage!("head_dim = {} and num_heads = {} exclude each other; leave one at 0", self.head_dim, self.num_heads);
+            usage!(
+                "head_dim = {} and num_heads = {} exclude each other; leave one at 0",
+                self.head_dim,
+                self.num_heads
+            );
         }
         if self.class_embedding == ClassEmbedding::Timestep && self.classes == 0 {
             usage!("class_embedding = timestep: there are no classes; give their number, as in classes=10");

@@ -265,9 +265,8 @@ impl UNet {
                 c = width;
                 skips.push(c);
             }
-            let resample = (i + 1 < levels).then(|| {
-                b.resample(format!("{place}.downsamplers.0"), c, model.downsample_type, Change::Halve)
-            });
+            let resample = (i + 1 < levels)
+                .then(|| b.resample(format!("{place}.downsamplers.0"), c, model.downsample_type, Change::Halve));
             if resample.is_some() {
                 skips.push(c);
             }
@@ -345,8 +344,7 @@ impl UNet {
         assert_eq!(conditioning.labels().is_some(), m.classes > 0, "labels go with a conditional network");
 
         tape.at("time_embedding");
-        let form =
-            Sinusoid { freq_shift: m.freq_shift, flip_sin_to_cos: m.flip_sin_to_cos, scale: m.timestep_scale };
+        let form = Sinusoid { freq_shift: m.freq_shift, flip_sin_to_cos: m.flip_sin_to_cos, scale: m.timestep_scale };
         let temb = Var::constant(time_embedding(tape.device(), t, m.time_channels(), form)?); // (n, 1, 1, e/4)
         let temb = dense(tape, &temb, &self.time_linear_1)?; // (n, 1, 1, e)
         let temb = silu(tape, &temb)?; // (n, 1, 1, e)
@@ -358,7 +356,8 @@ impl UNet {
             (Some(Classes::Timestep(linear_1, linear_2)), Some(labels)) => {
                 tape.at("class_embedding");
                 let form = Sinusoid { scale: 1.0, ..form };
-                let c = Var::constant(time_embedding(tape.device(), labels, m.time_channels(), form)?); // (n, 1, 1, e/4)
+                let c = time_embedding(tape.device(), labels, m.time_channels(), form)?; // (n, 1, 1, e/4)
+                let c = Var::constant(c);
                 let c = dense(tape, &c, linear_1)?; // (n, 1, 1, e)
                 let c = silu(tape, &c)?; // (n, 1, 1, e)
                 let c = dense(tape, &c, linear_2)?; // (n, 1, 1, e)

@@ -654,7 +654,8 @@ fn folders_that_hold_no_model() {
     assert!(refusal(&model).contains("diffusion_pytorch_model.bin: is not a whole file of PyTorch ("));
     fs::rename(model.join("diffusion_pytorch_model.bin"), model.join("diffusion_pytorch_model-00001-of-00002.bin"))
         .unwrap();
-    let shard = "holds the shard diffusion_pytorch_model-00001-of-00002.bin and no diffusion_pytorch_model.bin.index.json";
+    let shard =
+        "holds the shard diffusion_pytorch_model-00001-of-00002.bin and no diffusion_pytorch_model.bin.index.json";
     assert!(refusal(&model).contains(shard), "{}", refusal(&model));
     // A name of the hub, also as its address; not where the first part is a folder.
     for name in ["google/ddpm-cifar10-32", "https://huggingface.co/google/ddpm-cifar10-32"] {
@@ -867,7 +868,10 @@ fn the_schedulers_spacing_is_the_models_default() {
     assert_eq!((stepping.clip, stepping.clip_range, stepping.threshold), (true, 1.0, None));
     for (keys, want) in [
         (json!({"sample_max_value": 0.5}), "has sample_max_value = 0.5; a number from 1 on is expected"),
-        (json!({"dynamic_thresholding_ratio": 1.5}), "has dynamic_thresholding_ratio = 1.5; a number above 0 and up to 1"),
+        (
+            json!({"dynamic_thresholding_ratio": 1.5}),
+            "has dynamic_thresholding_ratio = 1.5; a number above 0 and up to 1",
+        ),
     ] {
         let mut keys = keys;
         keys["thresholding"] = json!(true);
@@ -1316,7 +1320,10 @@ fn weights_in_files_of_pytorch_are_read() {
     let old_name = |name: &str| old.iter().fold(name.to_string(), |name, (new, old)| name.replace(new, old));
     // Each matrix as the transpose of what is stored.
     let transposed = |data: &[u8], rows: usize, columns: usize| -> Vec<u8> {
-        (0..columns).flat_map(|c| (0..rows).map(move |r| r * columns + c)).flat_map(|i| data[4 * i..][..4].to_vec()).collect()
+        (0..columns)
+            .flat_map(|c| (0..rows).map(move |r| r * columns + c))
+            .flat_map(|i| data[4 * i..][..4].to_vec())
+            .collect()
     };
     let numbers: Vec<(String, Vec<usize>, Vec<usize>, Vec<u8>)> = file
         .tensors()

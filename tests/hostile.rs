@@ -246,7 +246,8 @@ fn a_file_of_pytorch_before_1_6_that_is_cut_short_is_refused() {
     let said = refusal_of_weights(&[magic, b"\x80\x02K\x05."].concat());
     assert!(said.contains("is a file of PyTorch before 1.6 whose version is not 1001"), "{said}");
     // No storage may claim more numbers than the file has.
-    let pickles = [&b"\x80\x02M\xe9\x03."[..], b"\x80\x02}.", &torch::pickle(&[MATRIX]), b"\x80\x02]X\x01\x00\x00\x000a."];
+    let pickles =
+        [&b"\x80\x02M\xe9\x03."[..], b"\x80\x02}.", &torch::pickle(&[MATRIX]), b"\x80\x02]X\x01\x00\x00\x000a."];
     let said = refusal_of_weights(&[magic, &pickles.concat(), &u64::MAX.to_le_bytes(), &[0; 24]].concat());
     assert!(said.contains("a storage reaches beyond its end"), "{said}");
     let said = refusal_of_weights(&[magic, &pickles.concat(), &6u64.to_le_bytes(), &[0; 24]].concat());

@@ -1,6 +1,6 @@
 //! The U-Nets of OpenAI's improved- and guided-diffusion: what an independent implementation computes with a `.pt` file
-//! (`fixtures/openai/make.py`), this program computes with it; what a file does not tell is asked for; files written are
-//! read again.
+//! (`fixtures/openai/make.py`), this program computes with it; what a file does not tell is asked for; files written
+//! are read again.
 
 mod support;
 
@@ -117,13 +117,8 @@ fn shapes_and_flags_tell_network_and_process() {
         ..guided.config.model.clone()
     };
     assert_eq!(guided.config.model, m);
-    let want = Model {
-        attention_resolutions: vec![8],
-        classes: 0,
-        learned_variance: false,
-        time_channels: 64,
-        ..m.clone()
-    };
+    let want =
+        Model { attention_resolutions: vec![8], classes: 0, learned_variance: false, time_channels: 64, ..m.clone() };
     assert_eq!(legacy.config.model, want);
     let want = Model {
         channels: 1,
@@ -210,7 +205,11 @@ fn flags_that_cannot_be_are_refused_by_name() {
     let flags = json!({"image_size": 8, "num_head_channels": 16, "use_new_attention_order": true,
         "diffusion_steps": 1000, "noise_schedule": "linear"});
     let cases = [
-        ("num_channels", json!(64), "has num_channels = 32 by its shapes, where the flag says 64; one of the two is of"),
+        (
+            "num_channels",
+            json!(64),
+            "has num_channels = 32 by its shapes, where the flag says 64; one of the two is of",
+        ),
         ("num_res_blocks", json!("2"), "has num_res_blocks = 1 by its shapes, where the flag says 2"),
         ("class_cond", json!(false), "has class_cond = true by its shapes, where the flag says false"),
         ("use_scale_shift_norm", json!("False"), "has use_scale_shift_norm = true by its shapes"),
@@ -316,10 +315,16 @@ fn what_the_other_side_has_no_words_for_is_refused_by_name() {
     };
     let fresh = || load("openai/guided");
     let change: [(&dyn Fn(&mut Loaded), &str); 8] = [
-        (&|m| m.config.model.norm_eps = 1e-6, "OpenAI's files cannot say norm_eps = 0.000001; only 0.00001 is possible"),
+        (
+            &|m| m.config.model.norm_eps = 1e-6,
+            "OpenAI's files cannot say norm_eps = 0.000001; only 0.00001 is possible",
+        ),
         (&|m| m.config.model.freq_shift = 1, "freq_shift = 1; only 0 is possible there"),
         (&|m| m.config.model.upsample_type = Resampling::Conv, "upsample_type = conv; only resnet is possible there"),
-        (&|m| m.config.model.middle_attention = MiddleAttention::None, "middle_attention = none; only norm is possible"),
+        (
+            &|m| m.config.model.middle_attention = MiddleAttention::None,
+            "middle_attention = none; only norm is possible",
+        ),
         (&|m| m.config.diffusion.prediction = Prediction::V, "prediction = v; only eps or x0 is possible there"),
         (&|m| m.config.diffusion.variance = Variance::Learned, "variance = learned; only learned_range is possible"),
         (&|m| m.config.diffusion.schedule = Kind::Sigmoid, "schedule = sigmoid; only linear or cosine is possible"),

@@ -339,7 +339,11 @@ fn costs_of_residual_resampling_are_those_of_its_output() {
     // Two norms, two convolutions over 8 channels, the projection of 32 time features to 16.
     let (params, weights) = (16 + 584 + 32 * 16 + 16 + 16 + 584, 2 * 576);
     for (place, pixels) in [("down_blocks.0.downsamplers.0", 4), ("up_blocks.0.upsamplers.0", 16)] {
-        assert_eq!((cost(place).params, cost(place).flops), (params, 2 * (weights * pixels + 32 * 16) as u64), "{place}");
+        assert_eq!(
+            (cost(place).params, cost(place).flops),
+            (params, 2 * (weights * pixels + 32 * 16) as u64),
+            "{place}"
+        );
     }
     assert_eq!(costs.iter().map(|c| c.params).sum::<usize>(), specs.count(), "parameters in no part's cost");
 }

@@ -235,7 +235,9 @@ impl UNet2DModel {
         let levels = 0..m.levels();
         let ours = beyond_diffusers(m).is_some();
         let middle_groups = match m.middle_attention {
-            MiddleAttention::Norm if m.scale_shift_norm || m.middle_groups() != m.groups => Some(m.middle_groups() as u32),
+            MiddleAttention::Norm if m.scale_shift_norm || m.middle_groups() != m.groups => {
+                Some(m.middle_groups() as u32)
+            }
             _ => None,
         };
         // Of one width, since another is beyond diffusers; a network without attention has no heads.
@@ -316,7 +318,10 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
     only!(act_fn: "silu", "swish");
     only!(resnet_time_scale_shift: "default", SCALE_SHIFT);
     if c.class_embed_type.as_deref() == Some("identity") {
-        return Err("has class_embed_type = \"identity\", whose classes are vectors; only null or \"timestep\" is supported".into());
+        return Err(
+            "has class_embed_type = \"identity\", whose classes are vectors; only null or \"timestep\" is supported"
+                .into(),
+        );
     }
     only!(class_embed_type: None, Some(ClassEmbedding::Timestep.name().to_string()));
     let time_channels = c._time_channels.or(c.block_out_channels.first().copied()).unwrap_or(0);
@@ -360,7 +365,10 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
     let class_embedding = match c.class_embed_type {
         None => ClassEmbedding::Table,
         Some(_) if rows == 0 => {
-            return Err("has class_embed_type = \"timestep\" without num_class_embeds, which says how many classes there are".into());
+            return Err(
+                "has class_embed_type = \"timestep\" without num_class_embeds, which says how many classes there are"
+                    .into(),
+            );
         }
         Some(_) => ClassEmbedding::Timestep,
     };
@@ -540,8 +548,8 @@ pub struct Stepping {
     pub threshold: Option<Threshold>,
 }
 
-/// Dynamic thresholding (Saharia et al. 2022, section 2.3): each image's x_0 is clipped to [-s, s] and divided by s, the
-/// quantile of its absolute values, but at least 1.
+/// Dynamic thresholding (Saharia et al. 2022, section 2.3): each image's x_0 is clipped to [-s, s] and divided by s. s
+/// is a quantile of its absolute values, but at least 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Threshold {
     /// Which quantile, in (0, 1].

@@ -61,25 +61,41 @@ const FLAGS: [&str; 21] = [
 /// The released files, by name without ending, with the flags that their shapes do not tell.
 const RELEASED: [(&str, &str); 17] = [
     ("64x64_diffusion", GUIDED_64),
-    ("128x128_diffusion", "image_size=128,num_heads=4,use_new_attention_order=false,diffusion_steps=1000,noise_schedule=linear"),
+    (
+        "128x128_diffusion",
+        "image_size=128,num_heads=4,use_new_attention_order=false,diffusion_steps=1000,noise_schedule=linear",
+    ),
     ("256x256_diffusion", GUIDED_256),
     ("256x256_diffusion_uncond", GUIDED_256),
-    ("512x512_diffusion", "image_size=512,num_head_channels=64,use_new_attention_order=false,diffusion_steps=1000,noise_schedule=linear"),
+    (
+        "512x512_diffusion",
+        "image_size=512,num_head_channels=64,use_new_attention_order=false,diffusion_steps=1000,noise_schedule=linear",
+    ),
     ("lsun_bedroom", GUIDED_LSUN),
     ("lsun_cat", GUIDED_LSUN),
     ("lsun_horse", GUIDED_LSUN),
-    ("cifar10_uncond_50M_500K", "image_size=32,dropout=0.3,num_heads=4,use_new_attention_order=false,diffusion_steps=4000,noise_schedule=cosine,rescale_timesteps=true"),
-    ("cifar10_uncond_vlb_50M_500K", "image_size=32,dropout=0.3,num_heads=4,use_new_attention_order=false,diffusion_steps=4000,noise_schedule=cosine,rescale_timesteps=true"),
+    (
+        "cifar10_uncond_50M_500K",
+        "image_size=32,dropout=0.3,num_heads=4,use_new_attention_order=false,diffusion_steps=4000,noise_schedule=cosine,rescale_timesteps=true",
+    ),
+    (
+        "cifar10_uncond_vlb_50M_500K",
+        "image_size=32,dropout=0.3,num_heads=4,use_new_attention_order=false,diffusion_steps=4000,noise_schedule=cosine,rescale_timesteps=true",
+    ),
     ("imagenet64_uncond_100M_1500K", IMPROVED_64),
     ("imagenet64_uncond_vlb_100M_1500K", IMPROVED_64),
-    ("imagenet64_cond_270M_250K", "image_size=64,num_heads=4,use_new_attention_order=false,diffusion_steps=4000,noise_schedule=cosine,rescale_timesteps=false"),
+    (
+        "imagenet64_cond_270M_250K",
+        "image_size=64,num_heads=4,use_new_attention_order=false,diffusion_steps=4000,noise_schedule=cosine,rescale_timesteps=false",
+    ),
     ("lsun_uncond_100M_1200K_bs128", IMPROVED_LSUN),
     ("lsun_uncond_100M_2400K_bs64", IMPROVED_LSUN),
     ("64_256_upsampler", ""),
     ("128_512_upsampler", ""),
 ];
 const GUIDED_64: &str = "image_size=64,dropout=0.1,num_head_channels=64,use_new_attention_order=true,diffusion_steps=1000,noise_schedule=cosine";
-const GUIDED_256: &str = "image_size=256,num_head_channels=64,use_new_attention_order=false,diffusion_steps=1000,noise_schedule=linear";
+const GUIDED_256: &str =
+    "image_size=256,num_head_channels=64,use_new_attention_order=false,diffusion_steps=1000,noise_schedule=linear";
 const GUIDED_LSUN: &str = "image_size=256,dropout=0.1,num_head_channels=64,use_new_attention_order=false,diffusion_steps=1000,noise_schedule=linear";
 const IMPROVED_64: &str = "image_size=64,num_heads=4,use_new_attention_order=false,diffusion_steps=4000,noise_schedule=cosine,rescale_timesteps=true";
 const IMPROVED_LSUN: &str =
@@ -166,7 +182,9 @@ impl Shapes {
         };
         let of_level = (0..entries).find(|&i| up(i).is_some()).map_or(entries, |i| i + 1);
         if entries == 0 || entries % of_level != 0 {
-            return Err(format!("has {entries} output_blocks, {of_level} in the first level; as many are expected in each"));
+            return Err(format!(
+                "has {entries} output_blocks, {of_level} in the first level; as many are expected in each"
+            ));
         }
         let levels = entries / of_level;
         let resampling = up(of_level - 1).unwrap_or(Resampling::Conv);
@@ -203,7 +221,8 @@ impl Shapes {
     fn sentence(&self) -> String {
         let widths: Vec<String> = self.widths.iter().map(usize::to_string).collect();
         let mut parts = vec![format!("widths {} with {} blocks a level", widths.join(","), self.blocks)];
-        let levels: Vec<String> = (0..self.widths.len()).filter(|&l| self.attention[l]).map(|l| l.to_string()).collect();
+        let levels: Vec<String> =
+            (0..self.widths.len()).filter(|&l| self.attention[l]).map(|l| l.to_string()).collect();
         if !levels.is_empty() {
             parts.push(format!("attention at level {}", levels.join(",")));
         }
@@ -347,7 +366,9 @@ impl Shapes {
 
 /// The sentence that asks for a flag.
 fn missing(flag: &str, example: &str) -> String {
-    format!("does not tell {flag}: give OpenAI's flags in {FLAGS_FILE} beside it or by --set, as in --set {flag}={example}")
+    format!(
+        "does not tell {flag}: give OpenAI's flags in {FLAGS_FILE} beside it or by --set, as in --set {flag}={example}"
+    )
 }
 
 /// OpenAI's flags, by name.
@@ -361,6 +382,7 @@ impl Flags {
         if let Some((name, preset)) = RELEASED.iter().find(|(name, _)| *name == stem) {
             let pairs = preset.split(',').filter_map(|pair| pair.split_once('='));
             flags.extend(pairs.map(|(flag, value)| (flag.to_string(), Value::from(value))));
+            flags.insert("predict_xstart".into(), Value::from(false)); // as all of them
             notes.push(format!("{}: the flags are those of OpenAI's {name}", path.display()));
         }
         let beside = path.with_file_name(FLAGS_FILE);
@@ -453,7 +475,9 @@ impl Told for bool {
 /// Refuses a flag that OpenAI's scripts do not have.
 fn known(flag: &str) -> Sentence<()> {
     if ["large_size", "small_size"].contains(&flag) {
-        return Err(format!("has {flag}, a flag of upsamplers; only networks that draw images by themselves are supported"));
+        return Err(format!(
+            "has {flag}, a flag of upsamplers; only networks that draw images by themselves are supported"
+        ));
     }
     if FLAGS.contains(&flag) || OF_TRAINING.contains(&flag) {
         return Ok(());
@@ -588,7 +612,11 @@ fn renamed(tensors: &BTreeMap<String, Place>, m: &Model, new_order: bool) -> Sen
             Part::Whole => place.clone(),
             Part::Qkv(which, heads) => {
                 place.without_last_of_one().rows_of(which, if new_order { 1 } else { heads }).ok_or_else(|| {
-                    format!("holds {} with {:?} rows, of which no {heads} heads have q, k and v", cut(&theirs), place.shape)
+                    format!(
+                        "holds {} with {:?} rows, of which no {heads} heads have q, k and v",
+                        cut(&theirs),
+                        place.shape
+                    )
                 })?
             }
         };
@@ -624,7 +652,9 @@ fn beyond_openai(config: &Config) -> Option<String> {
         }
         _ if m.null_class => Some("the null class; there all rows are classes".into()),
         _ if m.image_size.h != m.image_size.w => unlike("image_size", &m.image_size, &"a square"),
-        _ if !d.trained_betas.is_empty() => Some("betas one by one; only the linear and the cosine schedule are possible there".into()),
+        _ if !d.trained_betas.is_empty() => {
+            Some("betas one by one; only the linear and the cosine schedule are possible there".into())
+        }
         _ if d.zero_snr => unlike("zero_snr", &true, &false),
         _ if !matches!(d.schedule, Kind::Linear | Kind::Cosine) => unlike("schedule", &d.schedule, &"linear or cosine"),
         _ if (d.beta_start, d.beta_end) != (0.0, 0.0) => {
@@ -687,7 +717,10 @@ pub(super) fn write(path: &Path, config: &Config, params: &Params, stepping: &St
     let headers: Vec<torch::Entry> = entries.iter().map(|(entry, _, _)| entry.clone()).collect();
     torch::write(path, &headers, |i| joined(&specs, &flat, &entries[i].1, entries[i].2))?;
     if !beside.exists() {
-        crate::output::write_atomically(&beside, (serde_json::to_string_pretty(&flags).expect("plain values") + "\n").as_bytes())?;
+        crate::output::write_atomically(
+            &beside,
+            (serde_json::to_string_pretty(&flags).expect("plain values") + "\n").as_bytes(),
+        )?;
     }
     let mut notes = vec![format!("the flags are in {}", beside.display())];
     if !config.class_names.is_empty() {

@@ -439,7 +439,9 @@ impl<'a> Machine<'a> {
                 }
                 Object::Tensor(View { storage: storage.clone(), offset, shape, strides })
             }
-            (Name::RebuildParameter, [tensor @ Value::Object(i), ..]) if matches!(self.objects[*i], Object::Tensor(_)) => {
+            (Name::RebuildParameter, [tensor @ Value::Object(i), ..])
+                if matches!(self.objects[*i], Object::Tensor(_)) =>
+            {
                 return Ok(tensor.clone());
             }
             _ => return Err(unfit()),
@@ -451,9 +453,9 @@ impl<'a> Machine<'a> {
     /// The storage of `('storage', class, key, device, numbers)`.
     fn storage(&self, id: &Value) -> Sentence<Storage> {
         match self.tuple(id) {
-            Some([Value::Text(kind), Value::Name(Name::Storage(dtype)), Value::Text(key), _, Value::Int(len), rest @ ..])
-                if &**kind == "storage" && rest.iter().all(|value| matches!(value, Value::None)) =>
-            {
+            Some(
+                [Value::Text(kind), Value::Name(Name::Storage(dtype)), Value::Text(key), _, Value::Int(len), rest @ ..],
+            ) if &**kind == "storage" && rest.iter().all(|value| matches!(value, Value::None)) => {
                 let len = usize::try_from(*len).map_err(|_| damaged("a storage of negative length"))?;
                 Ok(Storage { dtype: *dtype, key: key.clone(), len })
             }

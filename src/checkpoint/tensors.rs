@@ -246,7 +246,8 @@ impl TensorFile {
     }
 
     fn of_all(path: &Path, files: &[PathBuf]) -> Result<Self> {
-        let mut all = TensorFile { path: path.into(), files: Vec::new(), metadata: HashMap::new(), tensors: BTreeMap::new() };
+        let mut all =
+            TensorFile { path: path.into(), files: Vec::new(), metadata: HashMap::new(), tensors: BTreeMap::new() };
         for (file, path) in files.iter().enumerate() {
             let (opened, tensors, metadata) = open_any(path)?;
             for (name, place) in tensors {
@@ -307,7 +308,8 @@ impl TensorFile {
             });
             let Some(name) = name else {
                 let file = cut(&file.to_string());
-                let what = format!("has {file} in weight_map; the name of a .safetensors or .bin file beside it is expected");
+                let what =
+                    format!("has {file} in weight_map; the name of a .safetensors or .bin file beside it is expected");
                 return Err(Error::file(index, what));
             };
             files.insert(name);

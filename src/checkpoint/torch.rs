@@ -1,7 +1,7 @@
 //! PyTorch's weight files, `.pt`, `.pth` and `.bin`: where their tensors lie, and writing one.
 //!
-//! Since PyTorch 1.6 such a file is a zip archive with the folder ROOT: `ROOT/data.pkl`, a pickle of the tensors' names,
-//! shapes and storages (`pickle`), `ROOT/data/KEY`, the bytes of storage KEY, stored and not compressed, and
+//! Since PyTorch 1.6 such a file is a zip archive with the folder ROOT: `ROOT/data.pkl`, a pickle of the tensors'
+//! names, shapes and storages (`pickle`), `ROOT/data/KEY`, the bytes of storage KEY, stored and not compressed, and
 //! `ROOT/version`. Before that it was five pickles (a magic number, 1001, the machine, the tensors, the storages' keys)
 //! and then each storage, the number of its elements before it.
 //!
@@ -66,7 +66,11 @@ fn of_archive(file: &mut File) -> Sentence<BTreeMap<String, Place>> {
         let Some((_, inner)) = name.split_once('/') else { continue };
         let small = |entry: &mut zip::read::ZipFile<'_, &mut File>, most: usize| -> Sentence<Vec<u8>> {
             if entry.size() > most as u64 {
-                return Err(format!("holds {} of {} bytes; no weights have more than {most}", cut(&name), entry.size()));
+                return Err(format!(
+                    "holds {} of {} bytes; no weights have more than {most}",
+                    cut(&name),
+                    entry.size()
+                ));
             }
             let mut bytes = Vec::new();
             entry.take(most as u64 + 1).read_to_end(&mut bytes).map_err(|e| damaged(&e))?;
@@ -102,12 +106,12 @@ fn of_archive(file: &mut File) -> Sentence<BTreeMap<String, Place>> {
     let len = file.metadata().map_err(|e| damaged(&e))?.len();
     let unpickled = pickle::read(&pickle)?;
     places(&unpickled, |view| {
-        let (start, size) = *storages.get(&*view.storage.key).ok_or_else(|| {
-            format!("refers to the storage {}, which it does not hold", cut(&view.storage.key))
-        })?;
-        (start.checked_add(size).is_some_and(|end| end <= len)).then_some((start, size)).ok_or_else(|| {
-            damaged(&format!("the storage {} reaches beyond its end", cut(&view.storage.key)))
-        })
+        let (start, size) = *storages
+            .get(&*view.storage.key)
+            .ok_or_else(|| format!("refers to the storage {}, which it does not hold", cut(&view.storage.key)))?;
+        (start.checked_add(size).is_some_and(|end| end <= len))
+            .then_some((start, size))
+            .ok_or_else(|| damaged(&format!("the storage {} reaches beyond its end", cut(&view.storage.key))))
     })
 }
 
@@ -170,11 +174,9 @@ fn of_legacy(file: &mut File) -> Sentence<BTreeMap<String, Place>> {
 /// Entries under which training scripts keep the weights.
 const WRAPPERS: [&str; 4] = ["state_dict", "model", "model_state_dict", "ema"];
 
-/// The tensors of the dictionary that holds them, whose storages lie at the bytes that `storage` says: start and length.
-fn places(
-    read: &Unpickled,
-    storage: impl Fn(&View) -> Sentence<(u64, u64)>,
-) -> Sentence<BTreeMap<String, Place>> {
+/// The tensors of the dictionary that holds them. `storage` says where the bytes of one's storage begin, and how many
+/// they are.
+fn places(read: &Unpickled, storage: impl Fn(&View) -> Sentence<(u64, u64)>) -> Sentence<BTreeMap<String, Place>> {
     let none = || "holds no dictionary from names to tensors; save the state_dict of the network".to_string();
     let of_tensors = |value: &Value| {
         let entries = read.dict(value)?;
@@ -209,9 +211,8 @@ fn places(
     for (key, value) in entries {
         let (Value::Text(name), Some(view)) = (key, read.tensor(value)) else { return Err(none()) };
         let (start, bytes) = storage(view)?;
-        let place = place(view, start, bytes).ok_or_else(|| {
-            format!("holds {}, which lies beyond its storage; it is damaged", cut(name))
-        })?;
+        let place = place(view, start, bytes)
+            .ok_or_else(|| format!("holds {}, which lies beyond its storage; it is damaged", cut(name)))?;
         if found.insert(name.to_string(), place).is_some() {
             return Err(format!("holds {} twice", cut(name)));
         }
@@ -236,11 +237,12 @@ fn place(view: &View, start: u64, bytes: u64) -> Option<Place> {
         return None;
     }
     let mut dense = 1;
-    let contiguous = count == 0 || view.shape.iter().zip(&view.strides).rev().all(|(&extent, &stride)| {
-        let fits = extent == 1 || stride == dense;
-        dense *= extent.max(1);
-        fits
-    });
+    let contiguous = count == 0
+        || view.shape.iter().zip(&view.strides).rev().all(|(&extent, &stride)| {
+            let fits = extent == 1 || stride == dense;
+            dense *= extent.max(1);
+            fits
+        });
     Some(Place {
         file: 0,
         dtype: view.storage.dtype,

@@ -87,7 +87,8 @@ pub mod reference {
     fn places(shape: Shape) -> impl Iterator<Item = (usize, usize)> {
         let Shape { n, h, w, c } = shape;
         let place = move |i: usize| {
-            let (image, row, column, channel) = (i / (4 * h * w * c), i / (2 * w * c) % (2 * h), i / c % (2 * w), i % c);
+            let (image, row, column, channel) =
+                (i / (4 * h * w * c), i / (2 * w * c) % (2 * h), i / c % (2 * w), i % c);
             (((image * h + row / 2) * w + column / 2) * c + channel, i)
         };
         (0..4 * n * h * w * c).map(place)
