@@ -200,6 +200,7 @@ fn other_tools_names_lead_to_ours() {
         ("microbatch=2", "here it is 'accumulate' (the number of micro-batches in a batch, not their size)"),
         ("dim_mults=1,2,4", "here it is 'widths' (the channels of each level, as in 64,128,256)"),
         ("lr_schedule=cosine", "learning_rate stays as it is after warmup_steps, and ema_decay averages the weights"),
+        ("resblock_updown=true", "here it is 'downsample_type' (resnet, and so upsample_type)"),
         ("output_dir=x", "there is --out RUN"),
         ("prompt=a cat", "there is no setting 'prompt'; 'ddpm-cuda train --help' lists them all"),
     ];

@@ -182,7 +182,6 @@ pub fn load(device: &Device, path: &Path) -> Result<Loaded> {
 pub fn load_with(device: &Device, path: &Path, flags: &[String]) -> Result<Loaded> {
     let (Description { config, stepping, notes }, file) = if is_weights(path) {
         let openai::Found { config, file, notes } = openai::open(path, flags)?;
-        let notes = notes.iter().map(|note| printable(note)).collect();
         (Description { config, stepping: Stepping::OURS, notes }, file)
     } else {
         let place = Place::find(path)?;
@@ -268,8 +267,8 @@ pub enum For {
 /// # Errors
 /// `Error::Failed` for a model that diffusers has no words for, if it is for diffusers; `Error::File` for a folder that
 /// is not empty or cannot be written.
-pub fn write_folder(path: &Path, config: &Config, params: &Params, stepping: &Stepping, for_: For) -> Result<()> {
-    if for_ == For::Diffusers
+pub fn write_folder(path: &Path, config: &Config, params: &Params, stepping: &Stepping, whose: For) -> Result<()> {
+    if whose == For::Diffusers
         && let Some(what) = diffusers::beyond_diffusers(&config.model)
             .or_else(|| diffusers::process_beyond_diffusers(&config.diffusion, stepping))
     {

@@ -20,7 +20,7 @@ use super::tensors::{Place, TensorFile, shape_in_file};
 use super::{read_json, torch};
 use crate::config::{ClassEmbedding, Config, Diffusion, MiddleAttention, Model, Preset, Resampling, Size};
 use crate::diffusion::{Kind, Prediction, Variance};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, printable};
 use crate::params::{Param, Params, Specs};
 use crate::unet::UNet;
 
@@ -133,6 +133,7 @@ pub(super) fn open(path: &Path, sets: &[String]) -> Result<Found> {
     model.validate().map_err(unfit)?;
     diffusion.validate().map_err(|e| Error::file(path, format!("describes a process that cannot be: {e}")))?;
     notes.insert(0, format!("{}: its shapes tell {}", path.display(), shapes.sentence()));
+    let notes = notes.iter().map(|note| printable(note)).collect();
     let tensors = renamed(file.tensors(), &model, new_order).map_err(in_file)?;
     let config = Config { model, diffusion, ..Config::preset(Preset::Cifar10) };
     Ok(Found { config, file: file.with_tensors(tensors), notes })

@@ -68,8 +68,8 @@ pub fn run(args: &Args) -> Result<()> {
             }
         }
         To::Diffusers | To::Ours => {
-            let for_ = if to == To::Ours { For::Ours } else { For::Diffusers };
-            checkpoint::write_folder(out, &model.config, &model.params, &model.stepping, for_)?;
+            let whose = if to == To::Ours { For::Ours } else { For::Diffusers };
+            checkpoint::write_folder(out, &model.config, &model.params, &model.stepping, whose)?;
         }
     }
     say!("{} parameters: {}", model.params.specs().count(), out.display());
