@@ -1,16 +1,21 @@
-// group_norm: normalisation over the pixels and channels of an image's group, with an optional SiLU after it, and its
-// gradients.
+// group_norm: normalisation over the pixels and channels of an image's group, with an optional scale and shift of each
+// image's channels and an optional SiLU after it, and its gradients.
 //
 // computes   N = pixels c/groups elements: mean = sum x / N, var = sum (x - mean)^2 / N, rstd = 1 / sqrt(var + eps);
 //            xhat = (x - mean) rstd, z = gamma xhat + beta, y = z or silu(z);
 //            dz = dy or dy silu'(z); dgamma = sum dz xhat, dbeta = sum dz;
 //            dx = rstd (gamma dz - s1 - xhat s2), s1 = sum gamma dz / N, s2 = sum gamma dz xhat / N.
 //            Passes: fwd_moments, fwd_join, fwd_apply; bwd_sums, bwd_join, then bwd_params for each of gamma and beta,
-//            and bwd_dx
+//            and bwd_dx.
+//            With scales and shifts of each image, z = (gamma xhat + beta) (1 + scale) + shift: fwd_scale_shift makes
+//            gamma and beta of each image's own, with which all passes over the image run (per_image = c, otherwise
+//            0); bwd_scale_shift makes dscale = gamma sum dz xhat + beta sum dz and dshift = sum dz of bwd_join's sums,
+//            and of the sums the images' shares of dgamma and dbeta
 // layout     x, y (n, pixels, c) and dx, which holds dy on entry: f32 or bf16. The rest is f32: gamma, beta, dgamma,
 //            dbeta (c); stats (n, groups, 3): mean, its rounding error, rstd; partials, by strips of pixels:
 //            (n, strips, 3, c) forward, (n, strips, 2, c) backward; sums (n, 2, c): each image's share of dgamma and
-//            dbeta; slopes (n, groups, 2)
+//            dbeta; slopes (n, groups, 2); gammas and betas of each image's own (2, n, c). scale_shift and its gradient
+//            (n, 2c), an image's scales before its shifts: f32 or bf16
 // mapping    passes over the image: block = a strip of pixels and a tile of channels;
 //            warp w = the (w % 2^warp_bits)-th group of channels of the tile, the (w >> warp_bits)-th of pixels;
 //            lane l = 4 neighbouring channels, the (l % 2^lane_bits)-th quad of the warp, of PIXELS pixels, every
@@ -18,7 +23,8 @@
 //            channel, not per group: neighbours in memory are then neighbours in a warp whatever c/groups is, and
 //            dgamma and dbeta need sums per channel.
 //            joins: block = one (image, group), 1 to 8 warps; 2^lane_bits lanes across the group's channels, the others
-//            along the strips. bwd_params: block = 32 channels, warp w = images w, w + 8, ..., lane = one channel
+//            along the strips. bwd_params: block = 32 channels, warp w = images w, w + 8, ..., lane = one channel.
+//            fwd_scale_shift, bwd_scale_shift: thread = a channel of an image
 // shared     12 KiB (fwd_moments), 8 KiB (bwd_sums): the 8 warps' sums; joins up to 4 KiB; bwd_params 2 KiB
 // bound by   memory: forward reads x twice and writes y, backward reads x and dy twice and writes dx; the second time
 //            from L2 if a batch fits. Storing dz would save an exponential and cost a write. The f64 of the joins is
@@ -139,9 +145,11 @@ struct Affine {
 
 __device__ __forceinline__ Affine affine_of(const Position& pos,
                                             const float* stats,                     // (n, groups, 3)
-                                            const float* gamma, const float* beta,  // (c)
-                                            unsigned c, unsigned groups) {
+                                            const float* gamma, const float* beta,  // (c) or (n, c)
+                                            unsigned per_image, unsigned c, unsigned groups) {
     Affine affine = {};
+    gamma += size_t(pos.image) * per_image;
+    beta += size_t(pos.image) * per_image;
     each_channel(pos, c / groups, [&](unsigned i, unsigned group) {
         const float* of_group = stats + 3 * (size_t(pos.image) * groups + group);
         affine.mean[i] = of_group[0];
@@ -322,20 +330,44 @@ __device__ __forceinline__ void apply_pixels(T* y, const T* x,  // (n, pixels, c
 template <class T>
 __device__ __forceinline__ void fwd_apply(T* y, const T* x,                       // (n, pixels, c)
                                           const float* stats,                     // (n, groups, 3)
-                                          const float* gamma, const float* beta,  // (c)
-                                          unsigned pixels, unsigned c, unsigned groups, unsigned strips,
-                                          unsigned lane_bits, unsigned warp_bits, unsigned vec, unsigned silu) {
+                                          const float* gamma, const float* beta,  // (c) or (n, c)
+                                          unsigned per_image, unsigned pixels, unsigned c, unsigned groups,
+                                          unsigned strips, unsigned lane_bits, unsigned warp_bits, unsigned vec,
+                                          unsigned silu) {
     const Position pos = position_of(pixels, c, strips, lane_bits, warp_bits);
     if (pos.pixels == 0) return;
-    const Affine affine = affine_of(pos, stats, gamma, beta, c, groups);
+    const Affine affine = affine_of(pos, stats, gamma, beta, per_image, c, groups);
     with_flags(silu, vec, [&](auto silu, auto vec) { apply_pixels<silu.VALUE, vec.VALUE>(y, x, pos, affine); });
 }
 
 #define ENTRY(suffix, T)                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS) group_norm_fwd_apply_##suffix(                             \
-        T* y, const T* x, const float* stats, const float* gamma, const float* beta, unsigned pixels, unsigned c,    \
-        unsigned groups, unsigned strips, unsigned lane_bits, unsigned warp_bits, unsigned vec, unsigned silu) {     \
-        fwd_apply(y, x, stats, gamma, beta, pixels, c, groups, strips, lane_bits, warp_bits, vec, silu);             \
+        T* y, const T* x, const float* stats, const float* gamma, const float* beta, unsigned per_image,             \
+        unsigned pixels, unsigned c, unsigned groups, unsigned strips, unsigned lane_bits, unsigned warp_bits,       \
+        unsigned vec, unsigned silu) {                                                                               \
+        fwd_apply(y, x, stats, gamma, beta, per_image, pixels, c, groups, strips, lane_bits, warp_bits, vec, silu);  \
+    }
+F32_AND_BF16(ENTRY)
+#undef ENTRY
+
+// own (2, n, c): gamma (1 + scale) and beta (1 + scale) + shift of each image.
+template <class T>
+__device__ __forceinline__ void fwd_scale_shift(float* own,                             // (2, n, c)
+                                                const T* scale_shift,                   // (n, 2c)
+                                                const float* gamma, const float* beta,  // (c)
+                                                unsigned n, unsigned c) {
+    const size_t at = size_t(blockIdx.x) * THREADS + threadIdx.x, rows = size_t(n) * c;
+    if (at >= rows) return;
+    const size_t image = at / c, i = at % c, row = image * 2 * c + i;
+    const float scale = 1.0f + load(scale_shift + row), shift = load(scale_shift + row + c);
+    own[at] = gamma[i] * scale;
+    own[rows + at] = fmaf(beta[i], scale, shift);
+}
+
+#define ENTRY(suffix, T)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS) group_norm_fwd_scale_shift_##suffix(                       \
+        float* own, const T* scale_shift, const float* gamma, const float* beta, unsigned n, unsigned c) {           \
+        fwd_scale_shift(own, scale_shift, gamma, beta, n, c);                                                        \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY
@@ -379,15 +411,16 @@ template <class T>
 __device__ __forceinline__ void bwd_sums(float* partials,                        // (n, strips, 2, c)
                                          const T* x, const T* dy,                // (n, pixels, c)
                                          const float* stats,                     // (n, groups, 3)
-                                         const float* gamma, const float* beta,  // (c)
-                                         unsigned pixels, unsigned c, unsigned groups, unsigned strips,
-                                         unsigned lane_bits, unsigned warp_bits, unsigned vec, unsigned silu) {
+                                         const float* gamma, const float* beta,  // (c) or (n, c)
+                                         unsigned per_image, unsigned pixels, unsigned c, unsigned groups,
+                                         unsigned strips, unsigned lane_bits, unsigned warp_bits, unsigned vec,
+                                         unsigned silu) {
     // 8 KiB, (warp, sum, channel): written by share_sums, read below by a thread for each channel.
     __shared__ float shared[WARPS][2][WARP_TILE];
     const Position pos = position_of(pixels, c, strips, lane_bits, warp_bits);
     float sums[2][4] = {};  // (sum, 4 channels): of dz (x - mean), and of dz
     if (pos.pixels != 0) {
-        const Affine affine = affine_of(pos, stats, gamma, beta, c, groups);
+        const Affine affine = affine_of(pos, stats, gamma, beta, per_image, c, groups);
         with_flags(silu, vec, [&](auto silu, auto vec) {
             add_pixels<silu.VALUE, vec.VALUE>(sums[0], sums[1], x, dy, pos, affine);
         });
@@ -412,9 +445,10 @@ __device__ __forceinline__ void bwd_sums(float* partials,                       
 #define ENTRY(suffix, T)                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS) group_norm_bwd_sums_##suffix(                              \
         float* partials, const T* x, const T* dy, const float* stats, const float* gamma, const float* beta,         \
-        unsigned pixels, unsigned c, unsigned groups, unsigned strips, unsigned lane_bits, unsigned warp_bits,       \
-        unsigned vec, unsigned silu) {                                                                               \
-        bwd_sums(partials, x, dy, stats, gamma, beta, pixels, c, groups, strips, lane_bits, warp_bits, vec, silu);   \
+        unsigned per_image, unsigned pixels, unsigned c, unsigned groups, unsigned strips, unsigned lane_bits,       \
+        unsigned warp_bits, unsigned vec, unsigned silu) {                                                           \
+        bwd_sums(partials, x, dy, stats, gamma, beta, per_image, pixels, c, groups, strips, lane_bits, warp_bits,    \
+                 vec, silu);                                                                                         \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY
@@ -423,8 +457,8 @@ F32_AND_BF16(ENTRY)
 // dgamma and dbeta to sums (n, 2, c), and what dx subtracts to slopes (n, groups, 2):
 // s1 + xhat s2 = slopes[0] + (x - mean) slopes[1].
 extern "C" __global__ void __launch_bounds__(THREADS) group_norm_bwd_join(
-    float* sums, float* slopes, const float* partials, const float* stats, const float* gamma, unsigned pixels,
-    unsigned strips, unsigned c, unsigned groups, unsigned lane_bits) {
+    float* sums, float* slopes, const float* partials, const float* stats, const float* gamma, unsigned per_image,
+    unsigned pixels, unsigned strips, unsigned c, unsigned groups, unsigned lane_bits) {
     // 4 KiB, (warp, sum, channel): each warp's sum dz (x - mean) and sum dz for up to 32 channels; read by the first
     // warp, free for reuse after the second barrier.
     __shared__ double by_warp[WARPS][2][32];
@@ -433,6 +467,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_bwd_join(
     const unsigned row = threadIdx.x >> lane_bits, rows = blockDim.x >> lane_bits;
     const float* part = partials + size_t(image) * strips * 2 * c + group * width;  // (strips, 2, width)
     const double mean_lost = stats[3 * size_t(blockIdx.x) + 1], rstd = stats[3 * size_t(blockIdx.x) + 2];
+    gamma += size_t(image) * per_image;
 
     double s1 = 0, s2 = 0;
     for (unsigned i0 = 0; i0 < width; i0 += lanes) {
@@ -482,6 +517,32 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_bwd_join(
         }
     }
 }
+
+// dscale_shift of each image from its row of sums, which becomes its share of dgamma and dbeta.
+template <class T>
+__device__ __forceinline__ void bwd_scale_shift(T* dscale_shift,                        // (n, 2c)
+                                                float* sums,                            // (n, 2, c)
+                                                const T* scale_shift,                   // (n, 2c)
+                                                const float* gamma, const float* beta,  // (c)
+                                                unsigned n, unsigned c) {
+    const size_t at = size_t(blockIdx.x) * THREADS + threadIdx.x;
+    if (at >= size_t(n) * c) return;
+    const size_t image = at / c, i = at % c, row = image * 2 * c + i;
+    const float scale = 1.0f + load(scale_shift + row), sum_dz_xhat = sums[row], sum_dz = sums[row + c];
+    store(dscale_shift + row, fmaf(gamma[i], sum_dz_xhat, beta[i] * sum_dz));
+    store(dscale_shift + row + c, sum_dz);
+    sums[row] = scale * sum_dz_xhat;
+    sums[row + c] = scale * sum_dz;
+}
+
+#define ENTRY(suffix, T)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(THREADS) group_norm_bwd_scale_shift_##suffix(                       \
+        T* dscale_shift, float* sums, const T* scale_shift, const float* gamma, const float* beta, unsigned n,       \
+        unsigned c) {                                                                                                \
+        bwd_scale_shift(dscale_shift, sums, scale_shift, gamma, beta, n, c);                                         \
+    }
+F32_AND_BF16(ENTRY)
+#undef ENTRY
 
 // dgamma (part 0) or dbeta (1), (c): the sum over the images of part `part` of sums (n, 2, c).
 extern "C" __global__ void __launch_bounds__(THREADS) group_norm_bwd_params(
@@ -535,16 +596,17 @@ template <class T>
 __device__ __forceinline__ void bwd_dx(T* dx, const T* x,                      // (n, pixels, c)
                                        const float* stats,                     // (n, groups, 3)
                                        const float* slopes,                    // (n, groups, 2)
-                                       const float* gamma, const float* beta,  // (c)
-                                       unsigned pixels, unsigned c, unsigned groups, unsigned strips,
-                                       unsigned lane_bits, unsigned warp_bits, unsigned vec, unsigned silu) {
+                                       const float* gamma, const float* beta,  // (c) or (n, c)
+                                       unsigned per_image, unsigned pixels, unsigned c, unsigned groups,
+                                       unsigned strips, unsigned lane_bits, unsigned warp_bits, unsigned vec,
+                                       unsigned silu) {
     const Position pos = position_of(pixels, c, strips, lane_bits, warp_bits);
     if (pos.pixels == 0) return;
-    const Affine affine = affine_of(pos, stats, gamma, beta, c, groups);
+    const Affine affine = affine_of(pos, stats, gamma, beta, per_image, c, groups);
     Slopes of_channel = {};
     each_channel(pos, c / groups, [&](unsigned i, unsigned group) {
         const size_t of_group = size_t(pos.image) * groups + group;
-        of_channel.gamma[i] = gamma[pos.c0 + i];
+        of_channel.gamma[i] = gamma[size_t(pos.image) * per_image + pos.c0 + i];
         of_channel.rstd[i] = stats[3 * of_group + 2];
         of_channel.s1[i] = slopes[2 * of_group];
         of_channel.s2[i] = slopes[2 * of_group + 1];
@@ -557,9 +619,10 @@ __device__ __forceinline__ void bwd_dx(T* dx, const T* x,                      /
 #define ENTRY(suffix, T)                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS) group_norm_bwd_dx_##suffix(                                \
         T* dx, const T* x, const float* stats, const float* slopes, const float* gamma, const float* beta,           \
-        unsigned pixels, unsigned c, unsigned groups, unsigned strips, unsigned lane_bits, unsigned warp_bits,       \
-        unsigned vec, unsigned silu) {                                                                               \
-        bwd_dx(dx, x, stats, slopes, gamma, beta, pixels, c, groups, strips, lane_bits, warp_bits, vec, silu);       \
+        unsigned per_image, unsigned pixels, unsigned c, unsigned groups, unsigned strips, unsigned lane_bits,       \
+        unsigned warp_bits, unsigned vec, unsigned silu) {                                                           \
+        bwd_dx(dx, x, stats, slopes, gamma, beta, per_image, pixels, c, groups, strips, lane_bits, warp_bits, vec,   \
+               silu);                                                                                                \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY

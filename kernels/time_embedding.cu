@@ -1,7 +1,7 @@
 // time_embedding: sines and cosines of timesteps.
 //
-// computes   y[i, sines + k] = sin(t_i f_k), y[i, cosines + k] = cos(t_i f_k), f_k = exp(-log_period k / spread),
-//            k < dim/2; an odd dim ends with 0
+// computes   y[i, sines + k] = sin(scale t_i f_k), y[i, cosines + k] = cos(scale t_i f_k),
+//            f_k = exp(-log_period k / spread), k < dim/2; an odd dim ends with 0
 // layout     t (n) f32; y (n, dim) f32 or bf16
 // mapping    rows.cuh, 128 threads: row = image, item = one k
 // shared     none
@@ -16,13 +16,13 @@
 template <class T>
 __device__ __forceinline__ void fwd(T* y,            // (n, dim)
                                     const float* t,  // (n)
-                                    size_t n, unsigned dim, double log_period, double spread, unsigned sines,
-                                    unsigned cosines, unsigned lane_bits) {
+                                    size_t n, unsigned dim, double scale, double log_period, double spread,
+                                    unsigned sines, unsigned cosines, unsigned lane_bits) {
     const size_t image = row_of_thread(lane_bits);
     if (image >= n) return;
     y += image * dim;
     each_item(dim / 2, lane_bits, [&](unsigned k) {
-        const double angle = double(t[image]) * exp(-log_period * double(k) / spread);
+        const double angle = double(t[image]) * scale * exp(-log_period * double(k) / spread);
         double sine, cosine;
         sincospi(angle * 0.31830988618379067154, &sine, &cosine);  // 1 / pi
         store(y + sines + k, float(sine));
@@ -33,9 +33,9 @@ __device__ __forceinline__ void fwd(T* y,            // (n, dim)
 
 #define ENTRY(suffix, T)                                                                                             \
     extern "C" __global__ void __launch_bounds__(128) time_embedding_fwd_##suffix(                                   \
-        T* y, const float* t, size_t n, unsigned dim, double log_period, double spread, unsigned sines,              \
-        unsigned cosines, unsigned lane_bits) {                                                                      \
-        fwd(y, t, n, dim, log_period, spread, sines, cosines, lane_bits);                                            \
+        T* y, const float* t, size_t n, unsigned dim, double scale, double log_period, double spread,                \
+        unsigned sines, unsigned cosines, unsigned lane_bits) {                                                      \
+        fwd(y, t, n, dim, scale, log_period, spread, sines, cosines, lane_bits);                                     \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY

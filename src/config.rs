@@ -92,6 +92,42 @@ impl Background {
     }
 }
 
+/// How the image is halved and doubled between levels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resampling {
+    /// By a convolution (the paper).
+    Conv,
+    /// In a residual block, both of whose branches average 2x2 pixels or repeat each (OpenAI's `resblock_updown`).
+    Resnet,
+}
+
+// The names of diffusers' `downsample_type` and `upsample_type`.
+names!(Resampling { Conv = "conv", Resnet = "resnet" });
+
+/// The attention between the middle's two residual blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MiddleAttention {
+    /// With a group norm before it (the paper).
+    Norm,
+    /// Without one: what diffusers makes of `resnet_time_scale_shift: scale_shift` without `attn_norm_num_groups`.
+    Bare,
+    /// None.
+    None,
+}
+
+names!(MiddleAttention { Norm = "norm", Bare = "bare", None = "none" });
+
+/// How a class becomes time features.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClassEmbedding {
+    /// A row of a table for each class.
+    Table,
+    /// The class's number, embedded as a timestep is.
+    Timestep,
+}
+
+names!(ClassEmbedding { Table = "table", Timestep = "timestep" });
+
 /// The network.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Model {
@@ -103,18 +139,34 @@ pub struct Model {
     pub widths: Vec<usize>,
     /// Residual blocks per level on the way down; one more on the way up.
     pub blocks_per_level: usize,
-    /// Levels with self-attention after each block, named by their longer side in pixels. The middle always has it.
+    /// Levels with self-attention after each block, named by their longer side in pixels. The middle has its own
+    /// setting.
     pub attention_resolutions: Vec<usize>,
-    /// Channels per attention head; 0: one head over all channels.
+    /// The middle's attention.
+    pub middle_attention: MiddleAttention,
+    /// Channels per attention head; 0: one head over all channels, or as many as `num_heads` says.
     pub head_dim: usize,
+    /// Heads of every attention, whatever its channels; 0: as `head_dim` says.
+    pub num_heads: usize,
     /// Groups of every group normalisation.
     pub groups: usize,
+    /// Groups of the normalisation before the middle's attention; 0: as many as all others have.
+    pub middle_groups: usize,
     /// Epsilon of every group normalisation.
     pub norm_eps: f64,
+    /// Whether the time features scale and shift the second normalisation's output in each residual block (OpenAI's
+    /// `use_scale_shift_norm`) instead of being added before it (the paper).
+    pub scale_shift_norm: bool,
+    /// How the image is halved between levels.
+    pub downsample_type: Resampling,
+    /// How it is doubled.
+    pub upsample_type: Resampling,
     /// Dropout probability in the residual blocks, in [0, 1).
     pub dropout: f64,
     /// Classes to condition on; 0: none.
     pub classes: usize,
+    /// How a class enters the network.
+    pub class_embedding: ClassEmbedding,
     /// Whether the table of classes has one row more, for images without a class: what classifier-free guidance needs.
     /// No setting: it follows from `label_dropout`, or comes from a model and stays in `config.toml`.
     pub null_class: bool,
@@ -126,6 +178,10 @@ pub struct Model {
     pub freq_shift: usize,
     /// Time embedding [sin, cos] (false, the paper) or [cos, sin] (true, OpenAI).
     pub flip_sin_to_cos: bool,
+    /// Sines and cosines of the time embedding, a quarter of the time features; 0: as many as `widths` starts with.
+    pub time_channels: usize,
+    /// Factor of the timestep within the network: 1000 / T is OpenAI's `rescale_timesteps`.
+    pub timestep_scale: f64,
 }
 
 /// The forward process, and how the network's output makes the reverse process.
@@ -273,14 +329,23 @@ settings! {
     "widths" => model.widths, "channels of each level, finest first";
     "blocks_per_level" => model.blocks_per_level, "residual blocks of a level";
     "attention_resolutions" => model.attention_resolutions, "levels with self-attention, by the longer side in pixels";
+    "middle_attention" => model.middle_attention, "in the middle: norm (the paper), bare (without its norm) or none";
     "head_dim" => model.head_dim, "channels of an attention head; 0: one head";
+    "num_heads" => model.num_heads, "heads of every attention, in place of head_dim; 0: as head_dim says";
     "groups" => model.groups, "groups of the group normalisations";
+    "middle_groups" => model.middle_groups, "groups of the norm before the middle's attention; 0: as groups";
     "norm_eps" => model.norm_eps, "epsilon of the group normalisations";
+    "scale_shift_norm" => model.scale_shift_norm, "the timestep scales and shifts the second norm of a block (OpenAI)";
+    "downsample_type" => model.downsample_type, "between levels: conv (the paper) or resnet, inside a residual block";
+    "upsample_type" => model.upsample_type, "between levels: conv (the paper) or resnet, inside a residual block";
     "dropout" => model.dropout, "dropout in the residual blocks";
     "classes" => model.classes, "classes to condition on; 0: none";
+    "class_embedding" => model.class_embedding, "table: a row for each class; timestep: its number, as a timestep";
     "downsample_padding" => model.downsample_padding, "0: right and bottom (the paper); 1: all sides";
     "freq_shift" => model.freq_shift, "time embedding: 1 the paper's frequencies, 0 OpenAI's";
     "flip_sin_to_cos" => model.flip_sin_to_cos, "time embedding: false [sin, cos] (the paper), true [cos, sin]";
+    "time_channels" => model.time_channels, "time embedding: its length; 0: as many as widths starts with";
+    "timestep_scale" => model.timestep_scale, "time embedding: factor of the timestep; 1000/T as OpenAI rescales";
     "schedule" => diffusion.schedule, "linear, cosine, quadratic, constant or sigmoid";
     "timesteps" => diffusion.timesteps, "T, steps of the diffusion process";
     "beta_start" => diffusion.beta_start, "first beta of the schedule; 0: the paper's for this T, 0.1/T";
@@ -636,7 +701,20 @@ impl Model {
 
     /// Number of heads of an attention over `width` channels.
     pub fn heads(&self, width: usize) -> usize {
-        width.checked_div(self.head_dim).unwrap_or(1)
+        match self.num_heads {
+            0 => width.checked_div(self.head_dim).unwrap_or(1),
+            heads => heads,
+        }
+    }
+
+    /// Sines and cosines of the time embedding.
+    pub fn time_channels(&self) -> usize {
+        if self.time_channels == 0 { self.widths[0] } else { self.time_channels }
+    }
+
+    /// Groups of the normalisation before the middle's attention.
+    pub fn middle_groups(&self) -> usize {
+        if self.middle_groups == 0 { self.groups } else { self.middle_groups }
     }
 
     /// Refuses a network that cannot be built.
@@ -657,6 +735,9 @@ impl Model {
         at_most("channels", self.channels, 65_536)?;
         at_most("groups", self.groups, 65_536)?;
         at_most("head_dim", self.head_dim, 65_536)?;
+        at_most("num_heads", self.num_heads, 65_536)?;
+        at_most("middle_groups", self.middle_groups, 65_536)?;
+        at_most("time_channels", self.time_channels, 65_536)?;
         for &width in &self.widths {
             at_most("widths", width, 65_536)?;
         }
@@ -672,11 +753,36 @@ impl Model {
                 );
             }
         }
-        if self.widths[0] < 4 || self.widths[0] % 2 == 1 {
+        let unfit = |channels: usize| channels < 4 || channels % 2 == 1;
+        if self.time_channels > 0 && unfit(self.time_channels) {
+            usage!("time_channels = {} must be even and at least 4, or 0", self.time_channels);
+        }
+        if self.time_channels == 0 && unfit(self.widths[0]) {
             usage!(
                 "widths starts with {}; the first is the length of the time embedding too, so it must be even and at least 4",
                 self.widths[0]
             );
+        }
+        let last = self.widths[self.levels() - 1];
+        if !last.is_multiple_of(self.middle_groups()) {
+            usage!(
+                "middle_groups = {} does not divide the width {last} of the middle; {} would",
+                self.middle_groups,
+                (1..self.middle_groups).rev().find(|&g| last.is_multiple_of(g)).unwrap_or(1)
+            );
+        }
+        if self.head_dim > 0 && self.num_heads > 0 {
+            usage!(
+                "head_dim = {} and num_heads = {} exclude each other; leave one at 0",
+                self.head_dim,
+                self.num_heads
+            );
+        }
+        if self.class_embedding == ClassEmbedding::Timestep && self.classes == 0 {
+            usage!("class_embedding = timestep: there are no classes; give their number, as in classes=10");
+        }
+        if self.timestep_scale <= 0.0 || !self.timestep_scale.is_finite() {
+            usage!("timestep_scale = {} must be above 0; 1 leaves timesteps as they are", self.timestep_scale);
         }
         if !(0.0..1.0).contains(&self.dropout) {
             usage!("dropout = {} must be at least 0 and below 1", self.dropout);
@@ -721,8 +827,17 @@ impl Model {
                 join(&sides)
             );
         }
-        for level in (0..levels).filter(|&l| self.attention_at(l) || l == levels - 1) {
+        let middle = self.middle_attention != MiddleAttention::None;
+        for level in (0..levels).filter(|&l| self.attention_at(l) || (middle && l == levels - 1)) {
             let width = self.widths[level];
+            if self.num_heads > 0 && !width.is_multiple_of(self.num_heads) {
+                usage!(
+                    "num_heads = {} does not divide the width {width} of the attention at {}; {} would",
+                    self.num_heads,
+                    self.size_at(level),
+                    (1..self.num_heads).rev().find(|&h| width.is_multiple_of(h)).unwrap_or(1)
+                );
+            }
             if self.head_dim > 0 && !width.is_multiple_of(self.head_dim) {
                 usage!(
                     "head_dim = {} does not divide the width {width} of the attention at {}; {} would, and 0 is one head",
@@ -870,16 +985,25 @@ fn cifar10() -> Config {
             widths: vec![128, 256, 256, 256],
             blocks_per_level: 2,
             attention_resolutions: vec![16],
+            middle_attention: MiddleAttention::Norm,
             head_dim: 0,
+            num_heads: 0,
             groups: 32,
+            middle_groups: 0,
             norm_eps: 1e-6,
+            scale_shift_norm: false,
+            downsample_type: Resampling::Conv,
+            upsample_type: Resampling::Conv,
             dropout: 0.1,
             classes: 0,
+            class_embedding: ClassEmbedding::Table,
             null_class: false,
             learned_variance: false,
             downsample_padding: 0,
             freq_shift: 1,
             flip_sin_to_cos: false,
+            time_channels: 0,
+            timestep_scale: 1.0,
         },
         diffusion: Diffusion {
             schedule: Kind::Linear,

@@ -1,12 +1,11 @@
-//! The command line: `ddpm-cuda train | sample | eval | likelihood | predict | info`. No logic here: it calls a command and maps errors to
-//! exit codes.
+//! The command line. No logic here: it calls the command of that name in `commands` and maps errors to exit codes.
 
 use std::io::Write;
 use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
-use ddpm_cuda::commands::{eval, info, likelihood, predict, sample, train};
+use ddpm_cuda::commands::{convert, eval, info, likelihood, predict, sample, train};
 use ddpm_cuda::config;
 use ddpm_cuda::error::Error;
 
@@ -31,6 +30,8 @@ enum Command {
     Likelihood(likelihood::Args),
     /// Evaluate the network once on given inputs.
     Predict(predict::Args),
+    /// Write a model in the files of another program.
+    Convert(convert::Args),
     /// Parameters, operations and memory of a model, and the devices there are.
     Info(info::Args),
 }
@@ -58,6 +59,7 @@ fn run() -> Result<ExitCode, Error> {
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Likelihood(args) => likelihood::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Predict(args) => predict::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Convert(args) => convert::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),
     }
 }

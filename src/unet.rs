@@ -1,6 +1,7 @@
 //! The U-Net of the DDPM paper (Ho et al. 2020, appendix B; hojonathanho's `unet.py`), eps_theta(x_t, t).
 //!
-//! Shapes: n images, h x w pixels at the level in question, c channels, e = 4 widths\[0\] time features. Parameter
+//! Shapes: n images, h x w pixels at the level in question, c channels, e = 4 widths\[0\] time features (or 4
+//! `time_channels`). Parameter
 //! names are those of diffusers' `UNet2DModel`, whose structure with `downsample_padding: 0`, `freq_shift: 1` and
 //! `flip_sin_to_cos: false` is the paper's.
 //!
@@ -10,20 +11,30 @@
 //! - down: after each level but the last, a conv3x3 of stride 2, padded right and bottom only (`downsample_padding: 0`)
 //! - up: nearest x2, conv3x3; every block on the way up takes the concatenation `[h, skip]`
 //!
-//! Deliberately absent: scale-shift norm, residual up- and downsampling, learned upsampling filters, activation
-//! checkpointing.
+//! And the network of OpenAI's improved-diffusion and guided-diffusion (Nichol and Dhariwal 2021; Dhariwal and Nichol
+//! 2021), each part of it a setting of its own:
+//!
+//! - `scale_shift_norm`: the projected time gives a scale and a shift, and the second norm becomes
+//!   GN (1 + scale) + shift instead of the sum before it
+//! - `downsample_type`, `upsample_type` = resnet: a residual block between levels, which halves or doubles the image
+//!   after its first SiLU, and its input as well; 2x2 means or repeated pixels
+//! - `num_heads`, `head_dim`; `timestep_scale`; `time_channels`, the length of the sinusoid where it is not widths\[0\]
+//!
+//! Deliberately absent: resampling without weights, learned upsampling filters, activation checkpointing.
 
 mod cost;
 
 use crate::conditioning::Conditioning;
-use crate::config::Model;
+use crate::config::{ClassEmbedding, MiddleAttention, Model, Resampling};
 use crate::error::Result;
+use crate::ops::add::add;
 use crate::ops::attention::attention;
+use crate::ops::avg_pool::avg_pool;
 use crate::ops::concat::concat;
 use crate::ops::conv2d::{Geometry, Pad, Plus, conv2d};
 use crate::ops::dropout::dropout;
 use crate::ops::embedding::embedding;
-use crate::ops::group_norm::{Activation, group_norm};
+use crate::ops::group_norm::{Activation, group_norm, scale_shift_group_norm};
 use crate::ops::linear::linear;
 use crate::ops::silu::silu;
 use crate::ops::time_embedding::{Sinusoid, time_embedding};
@@ -56,6 +67,7 @@ pub struct DropoutSeed {
 struct Norm {
     gamma: Param,
     beta: Param,
+    groups: usize,
 }
 
 /// Weight and bias of a convolution or a linear layer.
@@ -67,6 +79,7 @@ struct Affine {
 struct Resnet {
     place: String,
     index: u32,
+    change: Change,
     norm1: Norm,
     conv1: Affine,
     time_emb_proj: Affine,
@@ -75,27 +88,43 @@ struct Resnet {
     conv_shortcut: Option<Affine>,
 }
 
+/// What a residual block does to the size of its image.
+#[derive(Clone, Copy, PartialEq)]
+enum Change {
+    Keep,
+    Halve,
+    Double,
+}
+
 struct Attention {
     place: String,
     heads: usize,
-    group_norm: Norm,
+    /// Only the middle's may be absent.
+    group_norm: Option<Norm>,
     to_q: Affine,
     to_k: Affine,
     to_v: Affine,
     to_out: Affine,
 }
 
-/// One level on the way down or up: its blocks and the convolution to the next level.
+/// One level on the way down or up: its blocks and what leads to the next level.
 struct Level {
     place: String,
     blocks: Vec<(Resnet, Option<Attention>)>,
     resample: Option<Resample>,
 }
 
-/// The convolution between two levels.
-struct Resample {
-    place: String,
-    conv: Affine,
+/// What halves or doubles the image between two levels.
+enum Resample {
+    Conv { place: String, conv: Affine },
+    Resnet(Resnet),
+}
+
+/// How classes become time features.
+enum Classes {
+    Table(Param),
+    /// Two linear layers, as those of the timestep.
+    Timestep(Affine, Affine),
 }
 
 /// The network: handles of its parameters and how they are connected. The values are in
@@ -105,9 +134,9 @@ pub struct UNet {
     conv_in: Affine,
     time_linear_1: Affine,
     time_linear_2: Affine,
-    class_embedding: Option<Param>,
+    class_embedding: Option<Classes>,
     down: Vec<Level>,
-    middle: (Resnet, Attention, Resnet),
+    middle: (Resnet, Option<Attention>, Resnet),
     up: Vec<Level>,
     conv_norm_out: Norm,
     conv_out: Affine,
@@ -123,7 +152,7 @@ struct Builder<'a> {
 impl Builder<'_> {
     fn norm(&mut self, name: &str, c: usize) -> Norm {
         let gamma = self.specs.add(format!("{name}.weight"), Shape::vector(c), Layout::Vector, Init::Ones);
-        Norm { gamma, beta: self.bias(name, c) }
+        Norm { gamma, beta: self.bias(name, c), groups: self.model.groups }
     }
 
     fn conv(&mut self, name: &str, c_in: usize, c_out: usize, k: usize, scale: f64) -> Affine {
@@ -142,17 +171,22 @@ impl Builder<'_> {
         self.specs.add(format!("{name}.bias"), Shape::vector(c), Layout::Vector, Init::Zeros)
     }
 
-    fn resample(&mut self, place: String, c: usize) -> Resample {
-        Resample { conv: self.conv(&format!("{place}.conv"), c, c, 3, 1.0), place }
+    fn resample(&mut self, place: String, c: usize, by: Resampling, change: Change) -> Resample {
+        match by {
+            Resampling::Conv => Resample::Conv { conv: self.conv(&format!("{place}.conv"), c, c, 3, 1.0), place },
+            Resampling::Resnet => Resample::Resnet(self.resnet(place, c, c, change)),
+        }
     }
 
-    fn resnet(&mut self, place: String, c_in: usize, c_out: usize) -> Resnet {
+    fn resnet(&mut self, place: String, c_in: usize, c_out: usize, change: Change) -> Resnet {
         self.resnets += 1;
+        let of_time = if self.model.scale_shift_norm { 2 * c_out } else { c_out };
         Resnet {
             index: self.resnets - 1,
+            change,
             norm1: self.norm(&format!("{place}.norm1"), c_in),
             conv1: self.conv(&format!("{place}.conv1"), c_in, c_out, 3, 1.0),
-            time_emb_proj: self.linear(&format!("{place}.time_emb_proj"), time_features(self.model), c_out, 1.0),
+            time_emb_proj: self.linear(&format!("{place}.time_emb_proj"), time_features(self.model), of_time, 1.0),
             norm2: self.norm(&format!("{place}.norm2"), c_out),
             conv2: self.conv(&format!("{place}.conv2"), c_out, c_out, 3, ALMOST_ZERO),
             conv_shortcut: (c_in != c_out).then(|| self.conv(&format!("{place}.conv_shortcut"), c_in, c_out, 1, 1.0)),
@@ -160,16 +194,25 @@ impl Builder<'_> {
         }
     }
 
-    fn attention(&mut self, place: String, c: usize) -> Attention {
+    fn attention(&mut self, place: String, c: usize, groups: Option<usize>) -> Attention {
         Attention {
             heads: self.model.heads(c),
-            group_norm: self.norm(&format!("{place}.group_norm"), c),
+            group_norm: groups.map(|groups| Norm { groups, ..self.norm(&format!("{place}.group_norm"), c) }),
             to_q: self.linear(&format!("{place}.to_q"), c, c, 1.0),
             to_k: self.linear(&format!("{place}.to_k"), c, c, 1.0),
             to_v: self.linear(&format!("{place}.to_v"), c, c, 1.0),
             to_out: self.linear(&format!("{place}.to_out.0"), c, c, ALMOST_ZERO),
             place,
         }
+    }
+
+    fn middle_attention(&mut self, c: usize) -> Option<Attention> {
+        let groups = match self.model.middle_attention {
+            MiddleAttention::Norm => Some(self.model.middle_groups()),
+            MiddleAttention::Bare => None,
+            MiddleAttention::None => return None,
+        };
+        Some(self.attention("mid_block.attentions.0".into(), c, groups))
     }
 
     /// Residual block `j` of a level, and the attention block after it if the level has attention.
@@ -181,8 +224,9 @@ impl Builder<'_> {
         c_out: usize,
         attention: bool,
     ) -> (Resnet, Option<Attention>) {
-        let resnet = self.resnet(format!("{level}.resnets.{j}"), c_in, c_out);
-        (resnet, attention.then(|| self.attention(format!("{level}.attentions.{j}"), c_out)))
+        let resnet = self.resnet(format!("{level}.resnets.{j}"), c_in, c_out, Change::Keep);
+        let groups = Some(self.model.groups);
+        (resnet, attention.then(|| self.attention(format!("{level}.attentions.{j}"), c_out, groups)))
     }
 }
 
@@ -197,11 +241,17 @@ impl UNet {
         let (widths, levels) = (&model.widths, model.levels());
 
         let conv_in = b.conv("conv_in", model.channels, widths[0], 3, 1.0);
-        let time_linear_1 = b.linear("time_embedding.linear_1", widths[0], time_features(model), 1.0);
+        let time_linear_1 = b.linear("time_embedding.linear_1", model.time_channels(), time_features(model), 1.0);
         let time_linear_2 = b.linear("time_embedding.linear_2", time_features(model), time_features(model), 1.0);
-        let class_embedding = (model.classes > 0).then(|| {
-            let shape = Shape::new(model.class_rows(), 1, 1, time_features(model));
-            b.specs.add("class_embedding.weight".into(), shape, Layout::Matrix, Init::Normal)
+        let class_embedding = (model.classes > 0).then(|| match model.class_embedding {
+            ClassEmbedding::Table => {
+                let shape = Shape::new(model.class_rows(), 1, 1, time_features(model));
+                Classes::Table(b.specs.add("class_embedding.weight".into(), shape, Layout::Matrix, Init::Normal))
+            }
+            ClassEmbedding::Timestep => Classes::Timestep(
+                b.linear("class_embedding.linear_1", model.time_channels(), time_features(model), 1.0),
+                b.linear("class_embedding.linear_2", time_features(model), time_features(model), 1.0),
+            ),
         });
 
         let mut c = widths[0];
@@ -215,7 +265,8 @@ impl UNet {
                 c = width;
                 skips.push(c);
             }
-            let resample = (i + 1 < levels).then(|| b.resample(format!("{place}.downsamplers.0"), c));
+            let resample = (i + 1 < levels)
+                .then(|| b.resample(format!("{place}.downsamplers.0"), c, model.downsample_type, Change::Halve));
             if resample.is_some() {
                 skips.push(c);
             }
@@ -223,9 +274,9 @@ impl UNet {
         }
 
         let middle = (
-            b.resnet("mid_block.resnets.0".into(), c, c),
-            b.attention("mid_block.attentions.0".into(), c),
-            b.resnet("mid_block.resnets.1".into(), c, c),
+            b.resnet("mid_block.resnets.0".into(), c, c, Change::Keep),
+            b.middle_attention(c),
+            b.resnet("mid_block.resnets.1".into(), c, c, Change::Keep),
         );
 
         let mut up = Vec::new();
@@ -238,7 +289,8 @@ impl UNet {
                 blocks.push(b.block(&place, j, c + skip, width, model.attention_at(level)));
                 c = width;
             }
-            let resample = (level > 0).then(|| b.resample(format!("{place}.upsamplers.0"), c));
+            let resample = (level > 0)
+                .then(|| b.resample(format!("{place}.upsamplers.0"), c, model.upsample_type, Change::Double));
             up.push(Level { place, blocks, resample });
         }
 
@@ -292,13 +344,26 @@ impl UNet {
         assert_eq!(conditioning.labels().is_some(), m.classes > 0, "labels go with a conditional network");
 
         tape.at("time_embedding");
-        let form = Sinusoid { freq_shift: m.freq_shift, flip_sin_to_cos: m.flip_sin_to_cos };
-        let temb = Var::constant(time_embedding(tape.device(), t, m.widths[0], form)?); // (n, 1, 1, widths[0])
+        let form = Sinusoid { freq_shift: m.freq_shift, flip_sin_to_cos: m.flip_sin_to_cos, scale: m.timestep_scale };
+        let temb = Var::constant(time_embedding(tape.device(), t, m.time_channels(), form)?); // (n, 1, 1, e/4)
         let temb = dense(tape, &temb, &self.time_linear_1)?; // (n, 1, 1, e)
         let temb = silu(tape, &temb)?; // (n, 1, 1, e)
         let mut temb = dense(tape, &temb, &self.time_linear_2)?; // (n, 1, 1, e)
-        if let (Some(table), Some(labels)) = (self.class_embedding, conditioning.labels()) {
-            temb = embedding(tape, table, labels, &temb)?; // (n, 1, 1, e)
+        match (&self.class_embedding, conditioning.labels()) {
+            (Some(Classes::Table(table)), Some(labels)) => {
+                temb = embedding(tape, *table, labels, &temb)?; // (n, 1, 1, e)
+            }
+            (Some(Classes::Timestep(linear_1, linear_2)), Some(labels)) => {
+                tape.at("class_embedding");
+                let form = Sinusoid { scale: 1.0, ..form };
+                let c = time_embedding(tape.device(), labels, m.time_channels(), form)?; // (n, 1, 1, e/4)
+                let c = Var::constant(c);
+                let c = dense(tape, &c, linear_1)?; // (n, 1, 1, e)
+                let c = silu(tape, &c)?; // (n, 1, 1, e)
+                let c = dense(tape, &c, linear_2)?; // (n, 1, 1, e)
+                temb = add(tape, &temb, &c)?; // (n, 1, 1, e)
+            }
+            _ => {}
         }
         let temb = silu(tape, &temb)?; // (n, 1, 1, e), what every block projects
 
@@ -314,17 +379,24 @@ impl UNet {
                 skips.push(h.clone());
             }
             if let Some(down) = &level.resample {
-                tape.at(&down.place);
-                let before = m.downsample_padding;
-                let pad = Pad { top: before, left: before, bottom: 1, right: 1 };
-                let halve = Geometry { stride: 2, pad };
-                h = conv2d(tape, &h, down.conv.weight, down.conv.bias, halve, Plus::default())?; // (n, h/2, w/2, width)
+                h = match down {
+                    Resample::Conv { place, conv } => {
+                        tape.at(place);
+                        let before = m.downsample_padding;
+                        let pad = Pad { top: before, left: before, bottom: 1, right: 1 };
+                        let halve = Geometry { stride: 2, pad };
+                        conv2d(tape, &h, conv.weight, conv.bias, halve, Plus::default())? // (n, h/2, w/2, width)
+                    }
+                    Resample::Resnet(resnet) => resnet.forward(tape, m, &h, &temb, dropout)?, // (n, h/2, w/2, width)
+                };
                 skips.push(h.clone());
             }
         }
 
         h = self.middle.0.forward(tape, m, &h, &temb, dropout)?;
-        h = self.middle.1.forward(tape, m, &h)?;
+        if let Some(attention) = &self.middle.1 {
+            h = attention.forward(tape, m, &h)?;
+        }
         h = self.middle.2.forward(tape, m, &h, &temb, dropout)?;
 
         for level in &self.up {
@@ -337,10 +409,16 @@ impl UNet {
                     h = attention.forward(tape, m, &h)?; // (n, h, w, width)
                 }
             }
-            if let Some(up) = &level.resample {
-                tape.at(&up.place);
-                h = upsample(tape, &h)?; // (n, 2h, 2w, width)
-                h = conv3x3(tape, &h, &up.conv)?; // (n, 2h, 2w, width)
+            match &level.resample {
+                Some(Resample::Conv { place, conv }) => {
+                    tape.at(place);
+                    h = upsample(tape, &h)?; // (n, 2h, 2w, width)
+                    h = conv3x3(tape, &h, conv)?; // (n, 2h, 2w, width)
+                }
+                Some(Resample::Resnet(resnet)) => {
+                    h = resnet.forward(tape, m, &h, &temb, dropout)?; // (n, 2h, 2w, width)
+                }
+                None => {}
             }
         }
 
@@ -353,11 +431,23 @@ impl UNet {
 impl Resnet {
     fn forward(&self, tape: &mut Tape<'_>, m: &Model, x: &Var, temb: &Var, masks: Option<DropoutSeed>) -> Result<Var> {
         tape.at(&self.place);
-        let shift = dense(tape, temb, &self.time_emb_proj)?; // (n, 1, 1, c)
+        let time = dense(tape, temb, &self.time_emb_proj)?; // (n, 1, 1, c), or 2c: scale and shift
         let h = norm(tape, m, x, &self.norm1, Activation::Silu)?; // (n, h, w, c_in)
-        let plus = Plus { shift: Some(&shift), residual: None };
+        // From here on h and w are those of the block's output.
+        let (h, x) = match self.change {
+            Change::Keep => (h, x.clone()),
+            Change::Halve => (avg_pool(tape, &h)?, avg_pool(tape, x)?), // (n, h, w, c_in)
+            Change::Double => (upsample(tape, &h)?, upsample(tape, x)?), // (n, h, w, c_in)
+        };
+        let plus = Plus { shift: (!m.scale_shift_norm).then_some(&time), residual: None };
         let h = conv2d(tape, &h, self.conv1.weight, self.conv1.bias, Geometry::SAME_3X3, plus)?; // (n, h, w, c)
-        let mut h = norm(tape, m, &h, &self.norm2, Activation::Silu)?; // (n, h, w, c)
+        let Norm { gamma, beta, groups } = self.norm2;
+        let mut h = if m.scale_shift_norm {
+            let eps = m.norm_eps as f32;
+            scale_shift_group_norm(tape, &h, &time, gamma, beta, groups, eps, Activation::Silu)? // (n, h, w, c)
+        } else {
+            norm(tape, m, &h, &self.norm2, Activation::Silu)? // (n, h, w, c)
+        };
         if let Some(DropoutSeed { seed, step, first }) = masks {
             let end = first as usize + x.shape().n;
             assert!(end <= 1 << DROPOUT_IMAGES, "dropout for {end} images in a step: a layer has 2^20 streams");
@@ -366,8 +456,8 @@ impl Resnet {
             h = dropout(tape, &h, m.dropout as f32, streams)?; // (n, h, w, c)
         }
         let shortcut = match &self.conv_shortcut {
-            Some(s) => &conv2d(tape, x, s.weight, s.bias, Geometry::POINTWISE, Plus::default())?, // (n, h, w, c)
-            None => x,
+            Some(s) => &conv2d(tape, &x, s.weight, s.bias, Geometry::POINTWISE, Plus::default())?, // (n, h, w, c)
+            None => &x,
         };
         let plus = Plus { shift: None, residual: Some(shortcut) };
         conv2d(tape, &h, self.conv2.weight, self.conv2.bias, Geometry::SAME_3X3, plus) // (n, h, w, c)
@@ -377,7 +467,10 @@ impl Resnet {
 impl Attention {
     fn forward(&self, tape: &mut Tape<'_>, m: &Model, x: &Var) -> Result<Var> {
         tape.at(&self.place);
-        let h = norm(tape, m, x, &self.group_norm, Activation::Identity)?; // (n, h, w, c)
+        let h = match &self.group_norm {
+            Some(group_norm) => norm(tape, m, x, group_norm, Activation::Identity)?, // (n, h, w, c)
+            None => x.clone(),
+        };
         let q = dense(tape, &h, &self.to_q)?; // (n, h, w, c)
         let k = dense(tape, &h, &self.to_k)?; // (n, h, w, c)
         let v = dense(tape, &h, &self.to_v)?; // (n, h, w, c)
@@ -388,7 +481,7 @@ impl Attention {
 
 /// e: features of the time embedding.
 fn time_features(model: &Model) -> usize {
-    4 * model.widths[0]
+    4 * model.time_channels()
 }
 
 fn conv3x3(tape: &mut Tape<'_>, x: &Var, conv: &Affine) -> Result<Var> {
@@ -400,5 +493,5 @@ fn dense(tape: &mut Tape<'_>, x: &Var, layer: &Affine) -> Result<Var> {
 }
 
 fn norm(tape: &mut Tape<'_>, m: &Model, x: &Var, norm: &Norm, activation: Activation) -> Result<Var> {
-    group_norm(tape, x, norm.gamma, norm.beta, m.groups, m.norm_eps as f32, activation)
+    group_norm(tape, x, norm.gamma, norm.beta, norm.groups, m.norm_eps as f32, activation)
 }

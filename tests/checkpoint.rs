@@ -3,6 +3,8 @@
 
 #[path = "support/places.rs"]
 mod places;
+#[path = "support/torch.rs"]
+mod torch;
 
 use std::collections::HashMap;
 use std::fs;
@@ -10,8 +12,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use ddpm_cuda::checkpoint::{self, State, StateMut, Stepping};
-use ddpm_cuda::config::{Config, Model, Preset, Size};
+use ddpm_cuda::checkpoint::{self, State, StateMut, Stepping, Threshold};
+use ddpm_cuda::config::{ClassEmbedding, Config, MiddleAttention, Model, Preset, Resampling, Size};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::{Kind, Schedule, Spacing, Variance};
 use ddpm_cuda::params::{Init, Layout, Params, Specs};
@@ -120,16 +122,25 @@ fn the_models_of_diffusers_are_understood() {
         widths: vec![16, 32],
         blocks_per_level: 1,
         attention_resolutions: vec![8],
+        middle_attention: MiddleAttention::Norm,
         head_dim: 0,
+        num_heads: 0,
         groups: 8,
+        middle_groups: 0,
         norm_eps: 1e-6,
+        scale_shift_norm: false,
+        downsample_type: Resampling::Conv,
+        upsample_type: Resampling::Conv,
         dropout: 0.0,
         classes: 0,
+        class_embedding: ClassEmbedding::Table,
         null_class: false,
         learned_variance: false,
         downsample_padding: 0,
         freq_shift: 1,
         flip_sin_to_cos: false,
+        time_channels: 0,
+        timestep_scale: 1.0,
     };
     assert_eq!(gray.config.model, want);
     let diffusion = gray.config.diffusion;
@@ -491,27 +502,43 @@ fn unsupported_networks_are_refused_by_the_key() {
             "has _class_name = \"UNet2DConditionModel\"; only \"UNet2DModel\" is supported",
         ),
         ("act_fn", json!("gelu"), "has act_fn = \"gelu\"; only \"silu\" or \"swish\" is supported"),
-        ("resnet_time_scale_shift", json!("scale_shift"), "resnet_time_scale_shift"),
+        (
+            "resnet_time_scale_shift",
+            json!("ada_group"),
+            "has resnet_time_scale_shift = \"ada_group\"; only \"default\" or \"scale_shift\" is supported",
+        ),
         ("center_input_sample", json!(true), "center_input_sample"),
         ("time_embedding_type", json!("fourier"), "time_embedding_type"),
         ("time_embedding_dim", json!(128), "time_embedding_dim = 128; only null or 64 is supported"),
         ("mid_block_type", Value::Null, "mid_block_type"),
         ("mid_block_scale_factor", json!(1.5), "mid_block_scale_factor"),
-        ("downsample_type", json!("resnet"), "downsample_type"),
-        ("upsample_type", json!("resnet"), "upsample_type"),
+        ("downsample_type", json!("fir"), "has downsample_type = \"fir\"; one of conv, resnet is supported"),
+        ("upsample_type", json!("fir"), "has upsample_type = \"fir\"; one of conv, resnet is supported"),
         ("downsample_padding", json!(2), "downsample_padding = 2"),
         ("freq_shift", json!(2), "freq_shift = 2"),
         ("flip_sin_to_cos", json!("yes"), "has flip_sin_to_cos = \"yes\"; true or false is expected"),
-        ("add_attention", json!(false), "add_attention"),
-        ("attn_norm_num_groups", json!(4), "attn_norm_num_groups"),
-        ("class_embed_type", json!("timestep"), "class_embed_type"),
+        ("add_attention", json!("no"), "add_attention"),
+        ("attn_norm_num_groups", json!(0), "has attn_norm_num_groups = 0; at least 1 group is expected"),
+        ("attn_norm_num_groups", json!(5), "middle_groups = 5 does not divide the width 32 of the middle; 4 would"),
+        (
+            "class_embed_type",
+            json!("timestep"),
+            "has class_embed_type = \"timestep\" without num_class_embeds, which says how many classes there are",
+        ),
+        ("class_embed_type", json!("identity"), "\"identity\", whose classes are vectors; only null or \"timestep\""),
+        ("class_embed_type", json!("projection"), "has class_embed_type = \"projection\"; only null or \"timestep\""),
+        (
+            "_timestep_scale",
+            json!(0.25),
+            "has _timestep_scale = 0.25 with time_embedding_type = \"positional\"; \"ddpm_cuda\" is expected",
+        ),
         ("out_channels", json!(3), "has out_channels = 3; only 1 or 2 is supported"),
         ("sample_size", Value::Null, "has sample_size = null; the side of the images or [rows, columns] is expected"),
         ("sample_size", json!(15), "image_size = 15x15 cannot be halved"),
         (
             "down_block_types",
             json!(["DownBlock2D", "SkipDownBlock2D"]),
-            "a block of type \"SkipDownBlock2D\"; only DownBlock2D and AttnDownBlock2D",
+            "a block of type \"SkipDownBlock2D\"; only DownBlock2D, AttnDownBlock2D and ResnetDownsampleBlock2D are supported",
         ),
         ("down_block_types", json!(["DownBlock2D"]), "has 1 down_block_types for 2 block_out_channels"),
         ("up_block_types", json!(["UpBlock2D", "UpBlock2D"]), "attention at other levels on the way up"),
@@ -567,8 +594,8 @@ fn unsupported_processes_are_refused_by_the_key() {
             json!("score"),
             "has prediction_type = \"score\"; one of epsilon, sample, v_prediction is supported",
         ),
-        ("clip_sample_range", json!(2.0), "clip_sample_range"),
-        ("thresholding", json!(true), "thresholding"),
+        ("clip_sample_range", json!(-2.0), "has clip_sample_range = -2; a number above 0 is expected"),
+        ("thresholding", json!("much"), "has thresholding = \"much\"; true or false is expected"),
         ("rescale_betas_zero_snr", json!(true), "prediction = eps: with zero terminal SNR"),
         (
             "variance_type",
@@ -627,17 +654,18 @@ fn folders_that_hold_no_model() {
     assert!(refusal(folder.path()).ends_with("has no complete checkpoint yet"));
     fs::create_dir(folder.path().join("checkpoints/5")).unwrap();
     assert!(refusal(folder.path()).ends_with("has no complete checkpoint yet"));
-    // Weights that are missing, or pickled.
+    // Weights that are missing, or no weights.
     let model = folder.path().join("model");
     fs::create_dir(&model).unwrap();
     fs::copy(fixture("unet_gray16/config.json"), model.join("config.json")).unwrap();
     assert!(refusal(&model).ends_with("holds no diffusion_pytorch_model.safetensors"));
     fs::write(model.join("diffusion_pytorch_model.bin"), "").unwrap();
-    let pickle = "a pickle, which is not read; save it in diffusers with safe_serialization=True";
-    assert!(refusal(&model).contains(pickle));
+    assert!(refusal(&model).contains("diffusion_pytorch_model.bin: is not a whole file of PyTorch ("));
     fs::rename(model.join("diffusion_pytorch_model.bin"), model.join("diffusion_pytorch_model-00001-of-00002.bin"))
         .unwrap();
-    assert!(refusal(&model).contains(pickle), "{}", refusal(&model));
+    let shard =
+        "holds the shard diffusion_pytorch_model-00001-of-00002.bin and no diffusion_pytorch_model.bin.index.json";
+    assert!(refusal(&model).contains(shard), "{}", refusal(&model));
     // A name of the hub, also as its address; not where the first part is a folder.
     for name in ["google/ddpm-cifar10-32", "https://huggingface.co/google/ddpm-cifar10-32"] {
         let said = refusal(Path::new(name));
@@ -838,8 +866,34 @@ fn the_schedulers_spacing_is_the_models_default() {
     {
         let keys = json!({"timestep_spacing": spacing, "steps_offset": 1, "clip_sample": spacing != "linspace"});
         pipeline.change("scheduler/scheduler_config.json", keys);
-        let stepping = Stepping { spacing: want, steps_offset: 1, clip: spacing != "linspace" };
+        let stepping = Stepping { spacing: want, steps_offset: 1, clip: spacing != "linspace", ..Stepping::OURS };
         assert_eq!(pipeline.load().unwrap().stepping, stepping);
+    }
+    // What limits x_0.
+    let limits = |keys: Value| {
+        let pipeline = Pipeline::new();
+        pipeline.change("scheduler/scheduler_config.json", keys);
+        pipeline.load().map(|loaded| loaded.stepping)
+    };
+    let stepping = limits(json!({"clip_sample_range": 1.5})).unwrap();
+    assert_eq!((stepping.clip, stepping.clip_range, stepping.threshold), (true, 1.5, None));
+    let keys = json!({"thresholding": true, "dynamic_thresholding_ratio": 0.99, "sample_max_value": 1.5});
+    let threshold = Some(Threshold { ratio: 0.99, largest: 1.5 });
+    assert_eq!(limits(keys).unwrap().threshold, threshold);
+    // As diffusers computes it, a largest value of 1, the default, leaves nothing but clipping.
+    let stepping = limits(json!({"thresholding": true, "clip_sample": false, "clip_sample_range": 2.0})).unwrap();
+    assert_eq!((stepping.clip, stepping.clip_range, stepping.threshold), (true, 1.0, None));
+    for (keys, want) in [
+        (json!({"sample_max_value": 0.5}), "has sample_max_value = 0.5; a number from 1 on is expected"),
+        (
+            json!({"dynamic_thresholding_ratio": 1.5}),
+            "has dynamic_thresholding_ratio = 1.5; a number above 0 and up to 1",
+        ),
+    ] {
+        let mut keys = keys;
+        keys["thresholding"] = json!(true);
+        let said = limits(keys).err().expect("refused").to_string();
+        assert!(said.contains(want), "{said}");
     }
     // Without a scheduler nothing is said of it.
     assert_eq!(checkpoint::describe(&fixture("unet_gray16")).unwrap().stepping, Stepping::OURS);
@@ -1205,4 +1259,155 @@ fn declared_sizes_are_refused_before_anything_is_allocated() {
     let said = pipeline.load().err().expect("refused").to_string();
     assert!(said.contains("reading this model takes 476.84 GiB of memory"), "{said}");
     assert!(began.elapsed() < Duration::from_secs(25), "{:?} for all", began.elapsed());
+}
+
+/// Each part of the network that diffusers has a name for is written with it and read back; what it has none for stops
+/// it.
+#[test]
+fn every_part_of_the_network_survives_the_configuration() {
+    let plain = Config::preset(Preset::Mnist).model;
+    let plain = Model { image_size: Size::square(8), widths: vec![16, 32], attention_resolutions: vec![8], ..plain };
+    let cases: Vec<(Model, Value)> = vec![
+        (
+            Model { scale_shift_norm: true, ..plain.clone() },
+            json!({"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 8}),
+        ),
+        (
+            Model { scale_shift_norm: true, middle_attention: MiddleAttention::Bare, ..plain.clone() },
+            json!({"resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": null, "add_attention": true}),
+        ),
+        (Model { middle_groups: 4, ..plain.clone() }, json!({"attn_norm_num_groups": 4})),
+        (Model { middle_attention: MiddleAttention::None, ..plain.clone() }, json!({"add_attention": false})),
+        (
+            Model { downsample_type: Resampling::Resnet, ..plain.clone() },
+            json!({"down_block_types": ["AttnDownBlock2D", "ResnetDownsampleBlock2D"], "downsample_type": "resnet"}),
+        ),
+        (
+            Model { upsample_type: Resampling::Resnet, ..plain.clone() },
+            json!({"up_block_types": ["ResnetUpsampleBlock2D", "AttnUpBlock2D"], "upsample_type": "resnet"}),
+        ),
+        (
+            Model { classes: 7, class_embedding: ClassEmbedding::Timestep, ..plain.clone() },
+            json!({"class_embed_type": "timestep", "num_class_embeds": 7}),
+        ),
+        (Model { classes: 7, null_class: true, ..plain.clone() }, json!({"num_class_embeds": 8, "_null_class": true})),
+        (
+            Model { num_heads: 2, attention_resolutions: vec![4], ..plain.clone() },
+            json!({"attention_head_dim": 16, "_num_heads": 2, "time_embedding_type": "positional"}),
+        ),
+        (Model { num_heads: 2, ..plain.clone() }, json!({"_num_heads": 2, "time_embedding_type": "ddpm_cuda"})),
+        (Model { timestep_scale: 0.25, ..plain.clone() }, json!({"time_embedding_type": "ddpm_cuda"})),
+        (Model { time_channels: 8, ..plain.clone() }, json!({"time_embedding_type": "ddpm_cuda"})),
+        (
+            Model { middle_attention: MiddleAttention::Bare, ..plain.clone() },
+            json!({"time_embedding_type": "ddpm_cuda"}),
+        ),
+    ];
+    for (model, keys) in cases {
+        let (_, specs) = UNet::new(&model).unwrap();
+        let params = Params::init(&Device::cpu(), specs, 3).unwrap();
+        let zeros = Tensor::zeros(&Device::cpu(), Shape::vector(params.specs().flat_len())).unwrap();
+        let run = tempfile::tempdir().unwrap();
+        let config = Config { model: model.clone(), ..Config::preset(Preset::Mnist) };
+        let state = State { step: 1, params: &params, ema: &params, m: &zeros, v: &zeros, data: None };
+        let path = checkpoint::save(run.path(), &config, state).unwrap();
+        let written = json_file(&path.join("unet/config.json"));
+        for (key, value) in keys.as_object().unwrap() {
+            assert_eq!(written[key], *value, "{key} of {model:?}");
+        }
+        let again = checkpoint::load(&Device::cpu(), &path).unwrap();
+        assert_eq!(again.config.model, model);
+        assert!(again.params.host().unwrap() == params.host().unwrap());
+    }
+}
+
+/// Where diffusers changes the size by convolutions at some levels and in residual blocks at others.
+#[test]
+fn blocks_of_several_kinds_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    copy(&fixture("unet_rgb16"), folder.path());
+    let path = folder.path().join("config.json");
+    let mut config = json_file(&path);
+    config["down_block_types"] = json!(["ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"]);
+    fs::write(&path, config.to_string()).unwrap();
+    let said = checkpoint::load(&Device::cpu(), folder.path()).err().expect("refused").to_string();
+    let want = "changes the size by convolutions at some levels and in residual blocks at others";
+    assert!(said.contains(want) && said.contains("(down_block_types and downsample_type)"), "{said}");
+}
+
+/// diffusers' weights in PyTorch's own files: whole, in shards, in half precision, transposed, under old names.
+#[test]
+fn weights_in_files_of_pytorch_are_read() {
+    let want = checkpoint::load(&Device::cpu(), &fixture("unet_gray16")).unwrap().params;
+    let bytes = fs::read(fixture("unet_gray16/diffusion_pytorch_model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let old = [(".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")];
+    let old_name = |name: &str| old.iter().fold(name.to_string(), |name, (new, old)| name.replace(new, old));
+    // Each matrix as the transpose of what is stored.
+    let transposed = |data: &[u8], rows: usize, columns: usize| -> Vec<u8> {
+        (0..columns)
+            .flat_map(|c| (0..rows).map(move |r| r * columns + c))
+            .flat_map(|i| data[4 * i..][..4].to_vec())
+            .collect()
+    };
+    let numbers: Vec<(String, Vec<usize>, Vec<usize>, Vec<u8>)> = file
+        .tensors()
+        .into_iter()
+        .map(|(name, tensor)| {
+            let shape = tensor.shape().to_vec();
+            let dense: Vec<usize> = (0..shape.len()).map(|d| shape[d + 1..].iter().product()).collect();
+            match shape[..] {
+                [rows, columns] => (name, shape, vec![1, rows], transposed(tensor.data(), rows, columns)),
+                _ => (name, shape, dense, tensor.data().to_vec()),
+            }
+        })
+        .collect();
+    let whole = |names: &dyn Fn(&str) -> bool| {
+        let chosen: Vec<_> = numbers.iter().filter(|(name, ..)| names(name)).collect();
+        let keys: Vec<String> = (0..chosen.len()).map(|i| i.to_string()).collect();
+        let olds: Vec<String> = chosen.iter().map(|(name, ..)| old_name(name)).collect();
+        let views: Vec<torch::View<'_>> = chosen
+            .iter()
+            .enumerate()
+            .map(|(i, (_, shape, strides, data))| torch::View {
+                name: &olds[i],
+                class: "FloatStorage",
+                key: &keys[i],
+                len: data.len() / 4,
+                offset: 0,
+                shape,
+                strides,
+            })
+            .collect();
+        let pickle = torch::pickle(&views);
+        let places: Vec<String> = keys.iter().map(|key| format!("data/{key}")).collect();
+        let mut entries: Vec<(&str, &[u8])> = vec![("data.pkl", &pickle)];
+        entries.extend(places.iter().zip(&chosen).map(|(place, (.., data))| (place.as_str(), data.as_slice())));
+        torch::archive(&entries, zip::CompressionMethod::Stored)
+    };
+    let folder = tempfile::tempdir().unwrap();
+    fs::copy(fixture("unet_gray16/config.json"), folder.path().join("config.json")).unwrap();
+    let bin = folder.path().join("diffusion_pytorch_model.bin");
+    fs::write(&bin, whole(&|_| true)).unwrap();
+    let load = || checkpoint::load(&Device::cpu(), folder.path()).unwrap();
+    assert!(load().params.host().unwrap() == want.host().unwrap());
+    // The same in two shards.
+    fs::remove_file(&bin).unwrap();
+    let first = |name: &str| name.starts_with("down_blocks");
+    let shards = ["diffusion_pytorch_model-00001-of-00002.bin", "diffusion_pytorch_model-00002-of-00002.bin"];
+    fs::write(folder.path().join(shards[0]), whole(&first)).unwrap();
+    fs::write(folder.path().join(shards[1]), whole(&|name| !first(name))).unwrap();
+    let map: serde_json::Map<String, Value> =
+        numbers.iter().map(|(name, ..)| (old_name(name), json!(shards[usize::from(!first(name))]))).collect();
+    let index = folder.path().join("diffusion_pytorch_model.bin.index.json");
+    fs::write(&index, json!({"weight_map": map}).to_string()).unwrap();
+    assert!(load().params.host().unwrap() == want.host().unwrap());
+    // safetensors are preferred.
+    fs::copy(
+        fixture("unet_gray16/diffusion_pytorch_model.safetensors"),
+        folder.path().join("diffusion_pytorch_model.safetensors"),
+    )
+    .unwrap();
+    fs::write(&index, "{").unwrap();
+    assert!(load().params.host().unwrap() == want.host().unwrap());
 }

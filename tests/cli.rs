@@ -1226,3 +1226,88 @@ fn lines(run: &Path) -> Vec<u64> {
     let log = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     log.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap()["step"].as_u64().unwrap()).collect()
 }
+
+/// A `.pt` file of OpenAI's goes wherever a model goes; what it does not tell is asked for and said.
+#[test]
+fn converts_models_of_openai_and_predicts_with_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let model = fixture("openai/guided").join("model.pt");
+    let info = ok(ddpm().args(["info", "--model"]).arg(&model));
+    assert!(info.contains("355,462 parameters; images 8x8x3") && info.contains("learned_range"), "{info}");
+    assert!(info.contains("its shapes tell widths 32,32 with 1 blocks a level"), "{info}");
+    // Its output, and that of what it is converted to, all channels of it.
+    let bytes = fs::read(fixture("openai/guided/io.safetensors")).unwrap();
+    let golden = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let f32s = |key: &str| bytemuck::pod_collect_to_vec::<u8, f32>(golden.tensor(key).unwrap().data());
+    let shape = |key: &str| golden.tensor(key).unwrap().shape().to_vec();
+    ddpm_cuda::output::write_npy(&at("x.npy"), &shape("x"), &f32s("x")).unwrap();
+    let numbers = |key: &str| bytemuck::pod_collect_to_vec::<u8, i32>(golden.tensor(key).unwrap().data());
+    let t: Vec<f32> = numbers("t").into_iter().map(|t| t as f32).collect();
+    ddpm_cuda::output::write_npy(&at("t.npy"), &[t.len()], &t).unwrap();
+    let file = fs::File::create(at("labels.npy")).unwrap();
+    let mut writer = npyz::WriteOptions::new().default_dtype().shape(&[2]).writer(file).begin_nd().unwrap();
+    writer.extend(numbers("labels")).unwrap();
+    writer.finish().unwrap();
+    let predict = |model: &Path| {
+        let mut command = ddpm();
+        command.args(["predict", "--device", "cpu", "--model"]).arg(model).arg("--x").arg(at("x.npy"));
+        command.arg("--t").arg(at("t.npy")).arg("--labels").arg(at("labels.npy")).arg("--out").arg(at("out.npy"));
+        command
+    };
+    let convert = |model: &Path, out: &Path| {
+        let mut command = ddpm();
+        command.args(["convert", "--model"]).arg(model).arg("--out").arg(out);
+        command
+    };
+    let said = ok(&mut convert(&model, &at("diffusers")));
+    assert!(said.contains(&format!("355462 parameters: {}", at("diffusers").display())), "{said}");
+    fs::create_dir(at("back")).unwrap();
+    let back = at("back/again.pt");
+    assert!(ok(&mut convert(&at("diffusers"), &back)).contains("the flags are in "));
+    for model in [&model, &at("diffusers"), &back] {
+        ok(&mut predict(model));
+        let out = ddpm_cuda::data::npy::read(&at("out.npy")).unwrap();
+        assert_eq!(out.shape, shape("out"));
+        support::close_to_largest("out", &out.to_f32().unwrap(), &f32s("out"), support::network::F32);
+    }
+    for (model, out, arguments, code, want) in [
+        (&model, at("diffusers"), &[][..], 1, "is not an empty folder; give a new or an empty one"),
+        (&model, back.clone(), &[][..], 1, "again.pt: exists already; give a new name"),
+        (&model, at("a.pt"), &["--to", "ours"][..], 2, "a.pt: with --to ours a folder is expected"),
+        (&model, at("a"), &["--to", "openai"][..], 2, "a file that ends in .pt is expected"),
+        (&model, at("a"), &["--set", "num_heads"][..], 2, "--set num_heads: there is no '='"),
+        (&model, at("none/a"), &[][..], 1, "cannot be written"),
+        (&fixture("unet_gray16"), at("a"), &["--set", "num_heads=4"][..], 2, "flags are for OpenAI's .pt files"),
+        (&fixture("unet_gray16"), at("a.pt"), &[][..], 1, "OpenAI's files cannot say groups = 8; only 32 is possible"),
+        (
+            &fixture("openai/improved").join("model.pt"),
+            at("a"),
+            &[][..],
+            1,
+            "diffusers has no words for num_heads = 4 in attentions of different widths; --to ours writes a folder",
+        ),
+    ] {
+        let said = fails(convert(model, &out).args(arguments), code);
+        assert!(said.contains(want) && said.trim_end().lines().count() == 1, "{said}\nshould say: {want}");
+        assert!(!at("a").exists() && !at("a.pt").exists());
+    }
+    ok(convert(&fixture("openai/improved").join("model.pt"), &at("ours")).args(["--to", "ours"]));
+    assert!(ok(ddpm().args(["info", "--model"]).arg(at("ours"))).contains("714,209 parameters"));
+}
+
+/// What this sampler cannot do is refused, not passed over.
+#[test]
+fn thresholds_of_a_scheduler_are_refused_by_sample() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
+        fs::copy(fixture("unet_gray16").join(file), folder.path().join(file)).unwrap();
+    }
+    let scheduler = serde_json::json!({"_class_name": "DDPMScheduler", "clip_sample_range": 2.0});
+    fs::write(folder.path().join("scheduler_config.json"), scheduler.to_string()).unwrap();
+    let mut sample = ddpm();
+    sample.args(["sample", "--steps", "2", "--count", "1", "--model"]).arg(folder.path());
+    let said = fails(sample.arg("--out").arg(folder.path().join("out.npz")), 2);
+    assert!(said.contains("limits x_0 by thresholding or to other values than -1 to 1"), "{said}");
+    assert!(ok(ddpm().args(["info", "--model"]).arg(folder.path())).contains("x_0 clipped to 2"));
+}

@@ -73,14 +73,23 @@ fn every_setting_survives_the_file() {
         "widths=16,32,48",
         "blocks_per_level=3",
         "attention_resolutions=14,7",
+        "middle_attention=bare",
         "head_dim=8",
+        "num_heads=2",
         "groups=16",
+        "middle_groups=8",
         "norm_eps=1e-5",
+        "scale_shift_norm=true",
+        "downsample_type=resnet",
+        "upsample_type=resnet",
         "dropout=0.3",
         "classes=10",
+        "class_embedding=timestep",
         "downsample_padding=1",
         "freq_shift=0",
         "flip_sin_to_cos=true",
+        "time_channels=64",
+        "timestep_scale=0.25",
         "schedule=quadratic",
         "timesteps=4000",
         "beta_start=0.0002",
@@ -245,6 +254,7 @@ fn other_tools_names_lead_to_ours() {
         ("microbatch=2", "here it is 'accumulate' (the number of micro-batches in a batch, not their size)"),
         ("dim_mults=1,2,4", "here it is 'widths' (the channels of each level, as in 64,128,256)"),
         ("lr_schedule=cosine", "learning_rate stays as it is after warmup_steps, and ema_decay averages the weights"),
+        ("resblock_updown=true", "here it is 'downsample_type' (resnet, and so upsample_type)"),
         ("output_dir=x", "there is --out RUN"),
         ("prompt=a cat", "there is no setting 'prompt'; 'ddpm-cuda train --help' lists them all"),
     ];
@@ -327,7 +337,7 @@ fn values_that_cannot_be_read() {
 
 #[test]
 fn networks_that_cannot_be_built() {
-    let cases: [(&[&str], &str); 46] = [
+    let cases: [(&[&str], &str); 53] = [
         (
             &["image_size=30"],
             "image_size = 30x30 cannot be halved 2 times, which the 3 levels of widths = 32,32,64 ask for; 32x32 would do",
@@ -343,6 +353,13 @@ fn networks_that_cannot_be_built() {
             &["attention_resolutions=16"],
             "attention_resolutions holds 16, but the longer sides of the levels of image_size = 28x28 are 28,14,7",
         ),
+        (&["num_heads=3"], "num_heads = 3 does not divide the width 64 of the attention at 7x7; 2 would"),
+        (&["num_heads=2", "head_dim=8"], "head_dim = 8 and num_heads = 2 exclude each other; leave one at 0"),
+        (&["middle_groups=7"], "middle_groups = 7 does not divide the width 64 of the middle; 4 would"),
+        (&["class_embedding=timestep"], "class_embedding = timestep: there are no classes; give their number"),
+        (&["time_channels=3"], "time_channels = 3 must be even and at least 4, or 0"),
+        (&["timestep_scale=0"], "timestep_scale = 0 must be above 0; 1 leaves timesteps as they are"),
+        (&["num_heads=4000000000"], "num_heads holds 4000000000; the largest"),
         (&["blocks_per_level=0"], "blocks_per_level = 0"),
         (&["dropout=1"], "dropout = 1"),
         (&["norm_eps=0"], "norm_eps = 0"),

@@ -1,12 +1,21 @@
 //! Files that the fuzz targets found: what a reader says about them is one sentence, without a period, that the
 //! terminal shows as it is.
 
+#[path = "support/places.rs"]
+mod places;
+#[path = "support/torch.rs"]
+mod torch;
+
 use std::fs;
 use std::path::Path;
 
+use ddpm_cuda::checkpoint;
 use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::data;
+use ddpm_cuda::device::Device;
 use ddpm_cuda::error::Error;
+use torch::View;
+use zip::CompressionMethod;
 
 /// The refusal of the data set at `path`.
 fn refusal(path: &Path) -> String {
@@ -93,4 +102,154 @@ fn an_array_whose_header_opens_many_braces_is_refused_at_once() {
 fn a_path_with_a_newline_does_not_break_the_sentence() {
     let said = Error::file("a\nb", "is empty").to_string();
     assert_eq!(said, "a\\nb: is empty");
+}
+
+/// The refusal of a file of weights.
+fn refusal_of_weights(bytes: &[u8]) -> String {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.pt");
+    fs::write(&path, bytes).unwrap();
+    let error = checkpoint::load(&Device::cpu(), &path).err().expect("the file is unsound");
+    let said = error.to_string();
+    assert!(matches!(error, Error::File { .. }) && said.starts_with(&path.display().to_string()), "{said}");
+    assert!(!said.ends_with('.') && !said.contains(char::is_control), "{said:?}");
+    said
+}
+
+/// The refusal of an archive with this pickle and one storage of 24 bytes.
+fn refusal_of_pickle(pickle: &[u8]) -> String {
+    let entries: [(&str, &[u8]); 2] = [("data.pkl", pickle), ("data/0", &[0; 24])];
+    refusal_of_weights(&torch::archive(&entries, CompressionMethod::Stored))
+}
+
+/// A matrix of 2x3 in a storage of 6 numbers.
+const MATRIX: View<'static> =
+    View { name: "w", class: "FloatStorage", key: "0", len: 6, offset: 0, shape: &[2, 3], strides: &[3, 1] };
+
+#[test]
+fn a_pickle_that_calls_anything_is_refused_by_its_name() {
+    for (pickle, name) in [
+        (&b"\x80\x02cos\nsystem\nX\x02\x00\x00\x00ls\x85R."[..], "os.system"),
+        (b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x02ls\x85R.", "posix.system"),
+        (b"\x80\x02cbuiltins\neval\n.", "builtins.eval"),
+        (b"\x80\x02ctorch\nload\n.", "torch.load"),
+        (b"\x80\x02c__builtin__\ngetattr\nctorch._utils\n_rebuild_tensor_v2\n.", "__builtin__.getattr"),
+        (b"\x80\x02cnumpy.core.multiarray\nscalar\n.", "numpy.core.multiarray.scalar"),
+    ] {
+        let said = refusal_of_pickle(pickle);
+        let want = format!("names {name}, which is not read: a pickle of tensors and plain containers is expected");
+        assert!(said.contains(&want), "{said}\nshould say: {want}");
+    }
+}
+
+#[test]
+fn a_pickle_that_does_not_hold_together_is_refused() {
+    let sound = torch::pickle(&[MATRIX]);
+    let said = refusal_of_pickle(&sound);
+    assert!(said.contains("lacks time_embed.0.weight, so it is no U-Net of improved- or guided-diffusion"), "{said}");
+    for (pickle, want) in [
+        (&b""[..], "it ends within an instruction"),
+        (&sound[..sound.len() - 1], "it ends within an instruction"),
+        (b"\x80\x00.", "holds a pickle of protocol 0; 2 to 5 are read"),
+        (b"\x80\x02.", "an instruction without its operand"),
+        (b"\x80\x02(.", "an instruction without its operand"),
+        (b"\x80\x02t.", "an end without its beginning"),
+        (b"\x80\x02h\x05.", "it recalls what was never remembered"),
+        (b"\x80\x02NNs.", "an entry of what is no dictionary"),
+        (b"\x80\x02}(Nu.", "a key without a value"),
+        (b"\x80\x02X\xff\xff\xff\xffab.", "it ends within an instruction"),
+        (b"\x80\x02\x8d\xff\xff\xff\xff\xff\xff\xff\xffab.", "it ends within an instruction"),
+        (b"\x80\x02X\x01\x00\x00\x00\xff.", "a text that is not UTF-8"),
+        (b"\x80\x02NQ.", "a reference that is no storage"),
+        (b"\x80\x02N)R.", "a call of what is no name"),
+        (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.", "a call whose arguments do not fit"),
+        (b"\x80\x02ccollections\nOrderedDict\nK\x01R.", "a call whose arguments do not fit"),
+        (b"\x80\x02N}b.", "holds the state of a Python object"),
+        (b"\x80\x02I5\n.", "holds the pickle instruction 0x49, which is not read"),
+        (b"\x80\x02c\xff\n\n.", "a name that is not UTF-8"),
+        (b"\x80\x02N.", "holds no dictionary from names to tensors; save the state_dict of the network"),
+        (b"\x80\x02}.", "holds no dictionary from names to tensors"),
+        (b"\x80\x02}K\x01K\x02s.", "holds no dictionary from names to tensors"),
+    ] {
+        let said = refusal_of_pickle(pickle);
+        assert!(said.contains(want), "{pickle:?}: {said}\nshould say: {want}");
+    }
+    // Far more than its own length would take to hold.
+    let many = [&b"\x80\x02"[..], &vec![b'N'; 5 << 20], b"."].concat();
+    assert!(refusal_of_pickle(&many).contains("holds a pickle of more than 4194304 instructions"));
+    // A million levels deep, which must not take a stack as deep.
+    let deep = [&b"\x80\x02N"[..], &vec![0x85; 1 << 20], b"."].concat();
+    assert!(refusal_of_pickle(&deep).contains("holds no dictionary from names to tensors"));
+}
+
+#[test]
+fn a_tensor_beyond_its_storage_is_refused() {
+    let most = usize::MAX >> 1;
+    for view in [
+        View { offset: 1, ..MATRIX },
+        View { strides: &[4, 1], ..MATRIX },
+        View { shape: &[3, 3], ..MATRIX },
+        View { len: 7, ..MATRIX },
+        View { class: "DoubleStorage", ..MATRIX },
+        View { offset: most, ..MATRIX },
+        View { len: most, ..MATRIX },
+        View { shape: &[1 << 32, 1 << 32], strides: &[0, 0], ..MATRIX },
+        View { shape: &[1 << 20, 1 << 20], strides: &[0, 0], ..MATRIX },
+        View { strides: &[usize::MAX >> 1, 1], ..MATRIX },
+    ] {
+        let said = refusal_of_pickle(&torch::pickle(&[view]));
+        assert!(said.contains("holds w, which lies beyond its storage; it is damaged"), "{said}");
+    }
+    let said = refusal_of_pickle(&torch::pickle(&[View { key: "1", ..MATRIX }]));
+    assert!(said.contains("refers to the storage 1, which it does not hold"), "{said}");
+    let said = refusal_of_pickle(&torch::pickle(&[MATRIX, MATRIX]));
+    assert!(said.contains("holds w twice"), "{said}");
+}
+
+#[test]
+fn an_archive_that_is_no_pytorchs_is_refused() {
+    let pickle = torch::pickle(&[MATRIX]);
+    let archive = |entries: &[(&str, &[u8])]| torch::archive(entries, CompressionMethod::Stored);
+    for (bytes, want) in [
+        (archive(&[("data/0", &[0; 24])]), "is an archive without data.pkl; a file that torch.save wrote is expected"),
+        (archive(&[("data.pkl", &pickle), ("data/0", &[0; 20])]), "holds w, which lies beyond its storage"),
+        (
+            archive(&[("data.pkl", &pickle), ("byteorder", b"big"), ("data/0", &[0; 24])]),
+            "was written on a big-endian machine, which is not read",
+        ),
+        (archive(&[("data.pkl", &pickle), ("constants.pkl", b"")]), "is a TorchScript program; save the state_dict"),
+        (
+            torch::archive(&[("data.pkl", &pickle), ("data/0", &[0; 24])], CompressionMethod::Deflated),
+            "holds model/data/0 compressed; PyTorch stores tensors as they are",
+        ),
+        (b"PK\x03\x04".to_vec(), "is not a whole file of PyTorch ("),
+        (b"".to_vec(), "is not a whole file of PyTorch ("),
+        (b"version https://git-lfs".to_vec(), "is a pointer of Git LFS, not the weights"),
+    ] {
+        let said = refusal_of_weights(&bytes);
+        assert!(said.contains(want), "{said}\nshould say: {want}");
+    }
+    let whole = archive(&[("data.pkl", &pickle), ("data/0", &[0; 24])]);
+    for len in (0..whole.len()).step_by(7) {
+        refusal_of_weights(&whole[..len]);
+    }
+}
+
+#[test]
+fn a_file_of_pytorch_before_1_6_that_is_cut_short_is_refused() {
+    let path = places::fixture("openai/guided_legacy").join("model.pt");
+    let whole = fs::read(path).unwrap();
+    for len in [15, 16, 20, 100, 1000, 20_000, whole.len() / 2, whole.len() - 1] {
+        refusal_of_weights(&whole[..len]);
+    }
+    let magic = &whole[..15];
+    let said = refusal_of_weights(&[magic, b"\x80\x02K\x05."].concat());
+    assert!(said.contains("is a file of PyTorch before 1.6 whose version is not 1001"), "{said}");
+    // No storage may claim more numbers than the file has.
+    let pickles =
+        [&b"\x80\x02M\xe9\x03."[..], b"\x80\x02}.", &torch::pickle(&[MATRIX]), b"\x80\x02]X\x01\x00\x00\x000a."];
+    let said = refusal_of_weights(&[magic, &pickles.concat(), &u64::MAX.to_le_bytes(), &[0; 24]].concat());
+    assert!(said.contains("a storage reaches beyond its end"), "{said}");
+    let said = refusal_of_weights(&[magic, &pickles.concat(), &6u64.to_le_bytes(), &[0; 24]].concat());
+    assert!(said.contains("lacks time_embed.0.weight"), "{said}");
 }

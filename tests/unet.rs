@@ -6,7 +6,7 @@ mod support;
 
 use ddpm_cuda::checkpoint;
 use ddpm_cuda::conditioning::Conditioning;
-use ddpm_cuda::config::{Config, Model, Preset, Size};
+use ddpm_cuda::config::{ClassEmbedding, Config, MiddleAttention, Model, Preset, Resampling, Size};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::layout;
 use ddpm_cuda::params::{Init, Layout, ParamGrads, Params};
@@ -75,9 +75,9 @@ fn agrees_with_pytorch(name: &str, device: &Device) {
     let out = y.value().host().unwrap();
     let mut shares = vec![("out".to_string(), close_to_largest("out", &out, &golden.images("out").1, tolerance))];
 
-    let dy: Vec<f32> = out.iter().zip(&target).map(|(y, t)| 2.0 * (y - t) / shape.len() as f32).collect();
+    let dy: Vec<f32> = out.iter().zip(&target).map(|(y, t)| 2.0 * (y - t) / out.len() as f32).collect();
     let mut grads = ParamGrads::new(device, specs).unwrap();
-    let dy = Tensor::from_slice_as(device, dtype, shape, &dy).unwrap();
+    let dy = Tensor::from_slice_as(device, dtype, y.shape(), &dy).unwrap();
     let mut leaves = tape.backward(&y, dy, &mut grads).unwrap();
     let dx = leaves.take(&x).unwrap();
     shares.push(("dx".into(), close_to_largest("dx", &dx.host().unwrap(), &golden.images("grad_x").1, tolerance)));
@@ -125,12 +125,31 @@ fn class_conditional_network_with_heads_agrees_with_pytorch() {
     agrees_with_pytorch("unet_rgb16", &Device::cpu_guarded());
 }
 
-/// Both networks on a GPU.
+/// Scale-shift norm, residual up- and downsampling, other groups in the middle, classes as timesteps, an output for the
+/// variance.
+#[test]
+fn network_of_dhariwal_and_nichol_agrees_with_pytorch() {
+    agrees_with_pytorch("unet_adm", &Device::cpu_guarded());
+}
+
+#[test]
+fn network_without_a_norm_before_the_middles_attention_agrees_with_pytorch() {
+    agrees_with_pytorch("unet_bare", &Device::cpu_guarded());
+}
+
+#[test]
+fn network_without_attention_agrees_with_pytorch() {
+    agrees_with_pytorch("unet_no_attention", &Device::cpu_guarded());
+}
+
+/// All networks on a GPU.
 fn agrees_with_pytorch_on_a_gpu(dtype: DType) {
     let Some(gpu) = support::gpu::gpu(dtype) else { return };
     let device = Device::Cuda(gpu);
     agrees_with_pytorch("unet_gray16", &device);
     agrees_with_pytorch("unet_rgb16", &device);
+    agrees_with_pytorch("unet_adm", &device);
+    agrees_with_pytorch("unet_bare", &device);
 }
 
 #[test]
@@ -304,6 +323,31 @@ fn costs_are_those_counted_by_hand() {
     assert_eq!(costs.iter().map(|c| c.params).sum::<usize>(), specs.count(), "parameters in no part's cost");
 }
 
+/// Of [`plain`] with two levels between which residual blocks halve and double the image, and with scale and shift.
+#[test]
+fn costs_of_residual_resampling_are_those_of_its_output() {
+    let model = Model {
+        widths: vec![8, 8],
+        scale_shift_norm: true,
+        downsample_type: Resampling::Resnet,
+        upsample_type: Resampling::Resnet,
+        ..plain()
+    };
+    let (unet, specs) = UNet::new(&model).unwrap();
+    let costs = unet.costs(&specs, 4, 4);
+    let cost = |place: &str| costs.iter().find(|c| c.place == place).unwrap_or_else(|| panic!("no cost of {place}"));
+    // Two norms, two convolutions over 8 channels, the projection of 32 time features to 16.
+    let (params, weights) = (16 + 584 + 32 * 16 + 16 + 16 + 584, 2 * 576);
+    for (place, pixels) in [("down_blocks.0.downsamplers.0", 4), ("up_blocks.0.upsamplers.0", 16)] {
+        assert_eq!(
+            (cost(place).params, cost(place).flops),
+            (params, 2 * (weights * pixels + 32 * 16) as u64),
+            "{place}"
+        );
+    }
+    assert_eq!(costs.iter().map(|c| c.params).sum::<usize>(), specs.count(), "parameters in no part's cost");
+}
+
 /// The paper initialises the last layer of each residual branch and of the network to almost zero.
 #[test]
 fn the_last_layers_start_at_almost_zero_and_no_others() {
@@ -375,11 +419,21 @@ fn kept(model: &Model, device: &Device) -> Vec<(String, &'static str, usize)> {
 fn shapes_alone_keep_what_a_device_keeps() {
     let mut model = support::tiny(6, 10, 3).model;
     (model.head_dim, model.classes) = (8, 3);
+    let openai = Model {
+        scale_shift_norm: true,
+        downsample_type: Resampling::Resnet,
+        upsample_type: Resampling::Resnet,
+        class_embedding: ClassEmbedding::Timestep,
+        middle_attention: MiddleAttention::Bare,
+        ..model.clone()
+    };
     let cpu = Device::cpu_guarded();
-    assert_eq!(kept(&model, &cpu.meta()), kept(&model, &cpu));
-    for dtype in [DType::F32, DType::Bf16] {
-        let Some(gpu) = support::gpu::gpu(dtype) else { return };
-        let gpu = Device::Cuda(gpu);
-        assert_eq!(kept(&model, &gpu.meta()), kept(&model, &gpu), "{dtype:?}");
+    for model in [model, openai] {
+        assert_eq!(kept(&model, &cpu.meta()), kept(&model, &cpu));
+        for dtype in [DType::F32, DType::Bf16] {
+            let Some(gpu) = support::gpu::gpu(dtype) else { return };
+            let gpu = Device::Cuda(gpu);
+            assert_eq!(kept(&model, &gpu.meta()), kept(&model, &gpu), "{dtype:?}");
+        }
     }
 }

@@ -8,6 +8,7 @@
 mod adam;
 mod add;
 mod attention;
+mod avg_pool;
 mod concat;
 mod conv2d;
 mod dropout;
@@ -152,8 +153,8 @@ criterion_group! {
         .sample_size(20)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1));
-    targets = adam::bench, add::bench, attention::bench, concat::bench, conv2d::bench, dropout::bench,
-        embedding::bench, grad_norm::bench, group_norm::bench, linear::bench, loss::bench, q_sample::bench,
-        sample_step::bench, silu::bench, time_embedding::bench, upsample::bench
+    targets = adam::bench, add::bench, attention::bench, avg_pool::bench, concat::bench, conv2d::bench,
+        dropout::bench, embedding::bench, grad_norm::bench, group_norm::bench, linear::bench, loss::bench,
+        q_sample::bench, sample_step::bench, silu::bench, time_embedding::bench, upsample::bench
 }
 criterion_main!(ops);

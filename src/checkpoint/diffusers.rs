@@ -5,11 +5,11 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::config::{Diffusion, Model, Size};
+use crate::config::{ClassEmbedding, Diffusion, MiddleAttention, Model, Resampling, Size};
 use crate::diffusion::schedule::{MOST_TIMESTEPS, betas_of_diffusers};
 use crate::diffusion::{Kind, Prediction, Spacing, Variance};
 use crate::error::Result;
-use crate::names::Named;
+use crate::names::{self, Named};
 
 /// The version of diffusers whose file format this is.
 pub(super) const VERSION: &str = "0.42.1";
@@ -26,9 +26,18 @@ pub(super) struct UNet2DModel {
     #[serde(skip_serializing_if = "Option::is_none")]
     _class_names: Option<Vec<String>>,
     _diffusers_version: Option<String>,
+    /// Ours: what diffusers has no key for, and then `time_embedding_type` is [`OURS`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    _middle_attention: Option<String>,
     /// Ours: whether the last row of the table of classes is that of images without a class.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     _null_class: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    _num_heads: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    _time_channels: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    _timestep_scale: Option<f64>,
     act_fn: String,
     add_attention: bool,
     /// If absent, 8, which is rarely what is wanted; null means one head.
@@ -68,7 +77,11 @@ impl Default for UNet2DModel {
             _class_name: None,
             _class_names: None,
             _diffusers_version: None,
+            _middle_attention: None,
             _null_class: false,
+            _num_heads: None,
+            _time_channels: None,
+            _timestep_scale: None,
             act_fn: "silu".into(),
             add_attention: true,
             attention_head_dim: Some(8),
@@ -102,28 +115,154 @@ impl Default for UNet2DModel {
 }
 
 const PLAIN_DOWN: &str = "DownBlock2D";
+const RESNET_DOWN: &str = "ResnetDownsampleBlock2D";
 const ATTENTION_DOWN: &str = "AttnDownBlock2D";
 const PLAIN_UP: &str = "UpBlock2D";
+const RESNET_UP: &str = "ResnetUpsampleBlock2D";
 const ATTENTION_UP: &str = "AttnUpBlock2D";
+
+/// The blocks of one way, and how their attention block resamples is another key's.
+struct Blocks {
+    /// The key of their list.
+    types: &'static str,
+    /// The key that says how the block with attention resamples; the other two ignore it.
+    resampling: &'static str,
+    attention: &'static str,
+    conv: &'static str,
+    resnet: &'static str,
+}
+
+const DOWN: Blocks = Blocks {
+    types: "down_block_types",
+    resampling: "downsample_type",
+    attention: ATTENTION_DOWN,
+    conv: PLAIN_DOWN,
+    resnet: RESNET_DOWN,
+};
+
+const UP: Blocks = Blocks {
+    types: "up_block_types",
+    resampling: "upsample_type",
+    attention: ATTENTION_UP,
+    conv: PLAIN_UP,
+    resnet: RESNET_UP,
+};
+
+impl Blocks {
+    /// The type of a level's block.
+    fn name(&self, attention: bool, by: Resampling) -> String {
+        let name = match (attention, by) {
+            (true, _) => self.attention,
+            (false, Resampling::Conv) => self.conv,
+            (false, Resampling::Resnet) => self.resnet,
+        };
+        name.into()
+    }
+
+    /// Which blocks have attention, and how all but the last resample; the last does not.
+    fn read(&self, types: &[String], resampling: &str, levels: usize) -> Sentence<(Vec<bool>, Resampling)> {
+        if types.len() != levels {
+            return Err(format!("has {} {} for {levels} block_out_channels", types.len(), self.types));
+        }
+        let Some(of_attention) = Resampling::named(resampling) else {
+            let value = short(&json!(resampling));
+            return Err(format!("has {} = {value}; one of conv, resnet is supported", self.resampling));
+        };
+        let (mut attention, mut found) = (Vec::new(), None);
+        for (i, name) in types.iter().enumerate() {
+            let by = match name.as_str() {
+                name if name == self.attention => of_attention,
+                name if name == self.conv => Resampling::Conv,
+                name if name == self.resnet => Resampling::Resnet,
+                name => {
+                    let name = short(&json!(name));
+                    return Err(format!(
+                        "has a block of type {name}; only {}, {} and {} are supported",
+                        self.conv, self.attention, self.resnet
+                    ));
+                }
+            };
+            attention.push(name == self.attention);
+            if i + 1 < levels && *found.get_or_insert(by) != by {
+                return Err(format!(
+                    "changes the size by convolutions at some levels and in residual blocks at others ({} and {}), which is not supported",
+                    self.types, self.resampling
+                ));
+            }
+        }
+        Ok((attention, found.unwrap_or(Resampling::Conv)))
+    }
+}
+
+/// `time_embedding_type` of a network that diffusers does not have. It stops diffusers, which would otherwise pass over
+/// keys that begin with an underscore and compute something else.
+const OURS: &str = "ddpm_cuda";
+
+/// What of a network diffusers' `UNet2DModel` has no words for.
+pub(super) fn beyond_diffusers(m: &Model) -> Option<String> {
+    let middle = (m.middle_attention != MiddleAttention::None).then(|| m.levels() - 1);
+    let mut attended = (0..m.levels()).filter(|&level| m.attention_at(level)).chain(middle).map(|l| m.widths[l]);
+    let first = attended.next();
+    if m.num_heads > 0 && attended.any(|width| Some(width) != first) {
+        return Some(format!("num_heads = {} in attentions of different widths", m.num_heads));
+    }
+    if m.time_channels() != m.widths[0] {
+        return Some(format!("time_channels = {} beside widths that start with {}", m.time_channels(), m.widths[0]));
+    }
+    if m.timestep_scale != 1.0 {
+        return Some(format!("timestep_scale = {} (rescaled timesteps)", m.timestep_scale));
+    }
+    if m.middle_attention == MiddleAttention::Bare && !m.scale_shift_norm {
+        return Some("middle_attention = bare without scale_shift_norm".into());
+    }
+    None
+}
+
+/// What of a process diffusers' `DDPMScheduler` has no words for.
+pub(super) fn process_beyond_diffusers(d: &Diffusion, stepping: &Stepping) -> Option<String> {
+    if d.prediction.diffusers_name().is_none() {
+        return Some(format!("prediction = {}", d.prediction));
+    }
+    if d.variance == Variance::Learned {
+        return Some(format!("variance = {}, whose output is the logarithm", d.variance));
+    }
+    (stepping.spacing == Spacing::Stride).then(|| format!("spacing {}", stepping.spacing))
+}
 
 impl UNet2DModel {
     /// The configuration of the network `m`, whose classes have the names `class_names`, if any.
     pub fn of(m: &Model, class_names: &[String]) -> Self {
-        let types = |level: usize, with: &str, without: &str| {
-            if m.attention_at(level) { with.to_string() } else { without.to_string() }
-        };
         let levels = 0..m.levels();
+        let ours = beyond_diffusers(m).is_some();
+        let middle_groups = match m.middle_attention {
+            MiddleAttention::Norm if m.scale_shift_norm || m.middle_groups() != m.groups => {
+                Some(m.middle_groups() as u32)
+            }
+            _ => None,
+        };
+        // Of one width, since another is beyond diffusers; a network without attention has no heads.
+        let heads_of = m.widths[m.levels() - 1];
+        let head_dim = if m.num_heads > 0 { heads_of / m.heads(heads_of) } else { m.head_dim };
         let some = |n: usize| (n > 0).then_some(n as u32);
         let Size { h, w } = m.image_size;
         UNet2DModel {
             _class_name: Some("UNet2DModel".into()),
             _class_names: (!class_names.is_empty()).then(|| class_names.to_vec()),
             _diffusers_version: Some(VERSION.into()),
+            _middle_attention: (ours && m.middle_attention == MiddleAttention::Bare)
+                .then(|| m.middle_attention.name().into()),
             _null_class: m.null_class,
-            attention_head_dim: some(m.head_dim),
+            _num_heads: some(m.num_heads),
+            _time_channels: ours.then(|| some(m.time_channels)).flatten(),
+            _timestep_scale: (m.timestep_scale != 1.0).then_some(m.timestep_scale),
+            add_attention: m.middle_attention != MiddleAttention::None,
+            attention_head_dim: some(head_dim),
+            attn_norm_num_groups: middle_groups,
             block_out_channels: m.widths.iter().map(|&width| width as u32).collect(),
-            down_block_types: levels.clone().map(|level| types(level, ATTENTION_DOWN, PLAIN_DOWN)).collect(),
+            class_embed_type: (m.class_embedding == ClassEmbedding::Timestep).then(|| m.class_embedding.name().into()),
+            down_block_types: levels.clone().map(|l| DOWN.name(m.attention_at(l), m.downsample_type)).collect(),
             downsample_padding: m.downsample_padding as u32,
+            downsample_type: m.downsample_type.name().into(),
             dropout: m.dropout,
             flip_sin_to_cos: m.flip_sin_to_cos,
             freq_shift: m.freq_shift as u32,
@@ -133,12 +272,18 @@ impl UNet2DModel {
             norm_num_groups: m.groups as u32,
             num_class_embeds: some(m.class_rows()),
             out_channels: m.out_channels() as u32,
+            resnet_time_scale_shift: if m.scale_shift_norm { SCALE_SHIFT.into() } else { "default".into() },
             sample_size: if h == w { json!(h) } else { json!([h, w]) },
-            up_block_types: levels.rev().map(|level| types(level, ATTENTION_UP, PLAIN_UP)).collect(),
+            time_embedding_type: if ours { OURS.into() } else { "positional".into() },
+            up_block_types: levels.rev().map(|l| UP.name(m.attention_at(l), m.upsample_type)).collect(),
+            upsample_type: m.upsample_type.name().into(),
             ..UNet2DModel::default()
         }
     }
 }
+
+/// `resnet_time_scale_shift` of [`Model::scale_shift_norm`].
+const SCALE_SHIFT: &str = "scale_shift";
 
 /// What diffusers' `EMAModel` adds to the configuration of the network that it averages.
 const EMA_KEYS: [&str; 7] =
@@ -157,16 +302,30 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
     }
     only!(_class_name: "UNet2DModel".to_string());
     only!(center_input_sample: false);
-    only!(time_embedding_type: "positional");
+    if c.time_embedding_type != OURS {
+        only!(time_embedding_type: "positional");
+        let ours = [
+            ("_middle_attention", c._middle_attention.is_some()),
+            ("_time_channels", c._time_channels.is_some()),
+            ("_timestep_scale", c._timestep_scale.is_some()),
+        ];
+        if let Some((key, _)) = ours.into_iter().find(|(_, given)| *given) {
+            let value = short(&file[key]);
+            return Err(format!("has {key} = {value} with time_embedding_type = \"positional\"; {OURS:?} is expected"));
+        }
+    }
     only!(mid_block_type: "UNetMidBlock2D");
-    only!(downsample_type: "conv");
-    only!(upsample_type: "conv");
     only!(act_fn: "silu", "swish");
-    only!(resnet_time_scale_shift: "default");
-    only!(add_attention: true);
-    only!(class_embed_type: None);
-    only!(attn_norm_num_groups: None, c.norm_num_groups);
-    only!(time_embedding_dim: None, c.block_out_channels.first().map_or(0, |width| width.saturating_mul(4)));
+    only!(resnet_time_scale_shift: "default", SCALE_SHIFT);
+    if c.class_embed_type.as_deref() == Some("identity") {
+        return Err(
+            "has class_embed_type = \"identity\", whose classes are vectors; only null or \"timestep\" is supported"
+                .into(),
+        );
+    }
+    only!(class_embed_type: None, Some(ClassEmbedding::Timestep.name().to_string()));
+    let time_channels = c._time_channels.or(c.block_out_channels.first().copied()).unwrap_or(0);
+    only!(time_embedding_dim: None, time_channels.saturating_mul(4));
     only!(out_channels: c.in_channels, c.in_channels.saturating_mul(2));
     if c.mid_block_scale_factor.as_f64() != Some(1.0) {
         return Err(format!("has mid_block_scale_factor = {}; only 1 is supported", c.mid_block_scale_factor));
@@ -183,22 +342,8 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
     let image_size = Size { h: h as usize, w: w as usize };
 
     let levels = c.block_out_channels.len();
-    let attention = |key: &str, types: &[String], with: &str, without: &str| -> Sentence<Vec<bool>> {
-        if types.len() != levels {
-            return Err(format!("has {} {key} for {levels} block_out_channels", types.len()));
-        }
-        let has_attention = |name: &String| match name {
-            name if name == with => Ok(true),
-            name if name == without => Ok(false),
-            name => {
-                let name = short(&json!(name));
-                Err(format!("has a block of type {name}; only {without} and {with} are supported"))
-            }
-        };
-        types.iter().map(has_attention).collect()
-    };
-    let down = attention("down_block_types", &c.down_block_types, ATTENTION_DOWN, PLAIN_DOWN)?;
-    let up = attention("up_block_types", &c.up_block_types, ATTENTION_UP, PLAIN_UP)?;
+    let (down, downsample_type) = DOWN.read(&c.down_block_types, &c.downsample_type, levels)?;
+    let (up, upsample_type) = UP.read(&c.up_block_types, &c.upsample_type, levels)?;
     if !down.iter().eq(up.iter().rev()) {
         return Err("has attention at other levels on the way up (up_block_types) than down (down_block_types), \
                     which is not supported"
@@ -217,6 +362,36 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
         return Err(format!("has num_class_embeds = {rows} with _null_class; a class and the null class are expected"));
     }
     let classes = rows - usize::from(c._null_class);
+    let class_embedding = match c.class_embed_type {
+        None => ClassEmbedding::Table,
+        Some(_) if rows == 0 => {
+            return Err(
+                "has class_embed_type = \"timestep\" without num_class_embeds, which says how many classes there are"
+                    .into(),
+            );
+        }
+        Some(_) => ClassEmbedding::Timestep,
+    };
+    let scale_shift_norm = c.resnet_time_scale_shift == SCALE_SHIFT;
+    // diffusers takes the groups of the other norms without scale_shift, and leaves the middle's norm out with it.
+    let (middle_attention, middle_groups) = match (c.add_attention, c.attn_norm_num_groups) {
+        (false, _) => (MiddleAttention::None, 0),
+        (true, Some(0)) => return Err("has attn_norm_num_groups = 0; at least 1 group is expected".into()),
+        (true, Some(groups)) if groups == c.norm_num_groups => (MiddleAttention::Norm, 0),
+        (true, Some(groups)) => (MiddleAttention::Norm, groups as usize),
+        (true, None) if scale_shift_norm => (MiddleAttention::Bare, 0),
+        (true, None) => (MiddleAttention::Norm, 0),
+    };
+    let middle_attention = match c._middle_attention.as_deref() {
+        None => middle_attention,
+        Some(name) => MiddleAttention::named(name).ok_or_else(|| {
+            format!("has _middle_attention = {}; {}", short(&json!(name)), names::expected::<MiddleAttention>())
+        })?,
+    };
+    let (head_dim, num_heads) = match c._num_heads {
+        Some(heads) => (0, heads as usize),
+        None => (c.attention_head_dim.unwrap_or(0) as usize, 0),
+    };
     let class_names = c._class_names.unwrap_or_default();
     if class_names.len() > classes {
         let (names, classes) = (class_names.len(), json!(c.num_class_embeds));
@@ -230,16 +405,25 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
         widths: c.block_out_channels.iter().map(|&width| width as usize).collect(),
         blocks_per_level: c.layers_per_block as usize,
         attention_resolutions: (0..levels).filter(|&level| down[level]).map(side).collect(),
-        head_dim: c.attention_head_dim.unwrap_or(0) as usize,
+        middle_attention,
+        head_dim,
+        num_heads,
         groups: c.norm_num_groups as usize,
+        middle_groups,
         norm_eps: c.norm_eps,
+        scale_shift_norm,
+        downsample_type,
+        upsample_type,
         dropout: c.dropout,
         classes,
+        class_embedding,
         null_class: c._null_class,
         learned_variance: c.out_channels != c.in_channels,
         downsample_padding: c.downsample_padding as usize,
         freq_shift: c.freq_shift as usize,
         flip_sin_to_cos: c.flip_sin_to_cos,
+        time_channels: c._time_channels.unwrap_or(0) as usize,
+        timestep_scale: c._timestep_scale.unwrap_or(1.0),
     };
     Ok((model, class_names))
 }
@@ -304,12 +488,11 @@ impl Default for DDPMScheduler {
 const LEARNED_LOG: &str = "learned_log";
 
 impl DDPMScheduler {
-    /// The configuration of the process `d`. Its steps are those that `sample` takes by default: evenly spaced, both
-    /// ends among them.
+    /// The configuration of the process `d` with steps as `stepping` says.
     ///
     /// # Errors
     /// Those of [`Diffusion::noise_schedule`].
-    pub fn of(d: &Diffusion) -> Result<Self> {
+    pub fn of(d: &Diffusion, stepping: &Stepping) -> Result<Self> {
         let (beta_start, beta_end) = d.end_betas();
         // diffusers has no constant schedule but accepts any betas.
         let trained_betas = match (d.trained_betas.is_empty(), d.schedule.diffusers_name()) {
@@ -328,7 +511,17 @@ impl DDPMScheduler {
             // Names that diffusers does not know stop it, rather than being passed over.
             prediction_type: d.prediction.diffusers_name().unwrap_or(d.prediction.name()).into(),
             rescale_betas_zero_snr: d.zero_snr,
-            timestep_spacing: "linspace".into(),
+            clip_sample: stepping.clip,
+            clip_sample_range: stepping.clip_range,
+            dynamic_thresholding_ratio: stepping.threshold.map_or(0.995, |t| t.ratio),
+            sample_max_value: stepping.threshold.map_or(1.0, |t| t.largest),
+            steps_offset: stepping.steps_offset,
+            thresholding: stepping.threshold.is_some(),
+            timestep_spacing: match stepping.spacing {
+                Spacing::Leading => "leading".into(),
+                Spacing::Trailing => "trailing".into(),
+                _ => "linspace".into(),
+            },
             trained_betas,
             variance_type: Some(match d.variance {
                 // diffusers' `learned` is the variance itself, not its logarithm.
@@ -341,19 +534,34 @@ impl DDPMScheduler {
 }
 
 /// How a model's scheduler steps, as far as it concerns other samplers too: what `sample` does by default.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Stepping {
     /// Which timesteps are kept.
     pub spacing: Spacing,
     /// Added to the timesteps of [`Spacing::Leading`].
     pub steps_offset: u32,
-    /// Whether the predicted x_0 is clipped to [-1, 1].
+    /// Whether the predicted x_0 is clipped to [-`clip_range`, `clip_range`]. Not where `threshold` is given.
     pub clip: bool,
+    /// The largest absolute value that is left; above 0.
+    pub clip_range: f64,
+    /// Dynamic thresholding of the predicted x_0, in place of clipping.
+    pub threshold: Option<Threshold>,
+}
+
+/// Dynamic thresholding (Saharia et al. 2022, section 2.3): each image's x_0 is clipped to [-s, s] and divided by s. s
+/// is a quantile of its absolute values, but at least 1.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Threshold {
+    /// Which quantile, in (0, 1].
+    pub ratio: f64,
+    /// The largest s, above 1.
+    pub largest: f64,
 }
 
 impl Stepping {
     /// What this program does with its own models.
-    pub const OURS: Stepping = Stepping { spacing: Spacing::Even, steps_offset: 0, clip: true };
+    pub const OURS: Stepping =
+        Stepping { spacing: Spacing::Even, steps_offset: 0, clip: true, clip_range: 1.0, threshold: None };
 }
 
 /// Schedulers over the process of a DDPM: betas over `num_train_timesteps` and a network that is given a timestep.
@@ -463,15 +671,24 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<(Diffusion, 
     if class == "HeunDiscreteScheduler" && absent("clip_sample") {
         c.clip_sample = false;
     }
-    macro_rules! only {
-        ($key:ident: $accepted:expr) => {
-            only(file, stringify!($key), &c.$key, &[$accepted.into()])?
-        };
+    if c.clip_sample && (c.clip_sample_range <= 0.0 || !c.clip_sample_range.is_finite()) {
+        return Err(format!("has clip_sample_range = {}; a number above 0 is expected", c.clip_sample_range));
     }
-    only!(thresholding: false);
-    if c.clip_sample {
-        only!(clip_sample_range: 1.0);
-    }
+    let threshold = if c.thresholding {
+        let Threshold { ratio, largest } =
+            Threshold { ratio: c.dynamic_thresholding_ratio, largest: c.sample_max_value };
+        if !(ratio > 0.0 && ratio <= 1.0) {
+            return Err(format!("has dynamic_thresholding_ratio = {ratio}; a number above 0 and up to 1 is expected"));
+        }
+        if !(1.0..f64::INFINITY).contains(&largest) {
+            return Err(format!("has sample_max_value = {largest}; a number from 1 on is expected"));
+        }
+        (c.clip_sample, c.clip_sample_range) = (true, 1.0);
+        // With 1, the default of diffusers, s is always 1: plain clipping.
+        (largest > 1.0).then_some(Threshold { ratio, largest })
+    } else {
+        None
+    };
     // Keys of some schedulers only, with the values under which the process is a DDPM's.
     let others = [
         ("predict_epsilon", json!(true)), // prediction_type before diffusers 0.9
@@ -514,7 +731,13 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<(Diffusion, 
             return Err(format!("has timestep_spacing = {}; {known}", short(&json!(other))));
         }
     };
-    let stepping = Stepping { spacing, steps_offset: c.steps_offset, clip: c.clip_sample };
+    let stepping = Stepping {
+        spacing,
+        steps_offset: c.steps_offset,
+        clip: c.clip_sample,
+        clip_range: if c.clip_sample { c.clip_sample_range } else { 1.0 },
+        threshold,
+    };
     let timesteps = c.num_train_timesteps as usize;
     if !(2..=MOST_TIMESTEPS).contains(&timesteps) {
         return Err(format!("has num_train_timesteps = {timesteps}; from 2 to {MOST_TIMESTEPS} are supported"));
@@ -539,7 +762,8 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<(Diffusion, 
         if betas.len() != timesteps {
             return Err(format!("has {} trained_betas for num_train_timesteps = {timesteps}", betas.len()));
         }
-        if let Some((t, beta)) = betas.iter().enumerate().find(|&(_, &beta)| !possible(beta)) {
+        let impossible = |&(t, &beta): &(usize, &f64)| !possible(beta) && !(beta == 1.0 && t + 1 == timesteps);
+        if let Some((t, beta)) = betas.iter().enumerate().find(impossible) {
             return Err(format!("has {beta} in trained_betas at timestep {t}; numbers between 0 and 1 are expected"));
         }
         let same = betas.iter().all(|&beta| beta == betas[0]);

@@ -15,25 +15,28 @@
 //! A checkpoint is written under a temporary name beside the others, synced and renamed; only then are old ones
 //! deleted. So the last good checkpoint survives a power failure at any moment. [`newest`] skips incomplete folders.
 //!
-//! This file saves, finds and deletes checkpoints; `tensors` has the safetensors files, `diffusers` the configurations,
-//! `origin` run.json.
+//! This file saves, finds and deletes checkpoints; `tensors` has the files of tensors, `torch` and `pickle` those of
+//! PyTorch, `diffusers` the configurations, `openai` the U-Nets of improved- and guided-diffusion, `origin` run.json.
 //! A diffusers model whose configuration asks for something this network does not have is refused, naming the key;
 //! nothing is silently ignored. What a file declares is compared with the file and with memory before anything is
-//! allocated for it. Deliberately absent: pickled weights (`.bin`, `.pt`).
+//! allocated for it. A pickle is read, never executed.
 
 mod diffusers;
+mod openai;
 mod origin;
+mod pickle;
 mod tensors;
+mod torch;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-pub use diffusers::Stepping;
+pub use diffusers::{Stepping, Threshold};
 pub use origin::{DataMark, Origin};
 pub use tensors::read_weights;
 
@@ -199,17 +202,33 @@ fn restore_importance(path: &Path, importance: &mut Importance) -> Result<()> {
     importance.set_numbers(numbers).map_err(|what| Error::file(path, what))
 }
 
-/// Opens a run folder (its newest checkpoint), a checkpoint, or a diffusers model folder, with or without `unet/`.
+/// Opens a run folder (its newest checkpoint), a checkpoint, a diffusers model folder, with or without `unet/`, or a
+/// `.pt` file of OpenAI's.
 ///
 /// # Errors
 /// `Error::File` for a folder that holds no model, a damaged one, or one that this network cannot represent;
 /// `Error::Failed` for one that memory does not hold.
 pub fn load(device: &Device, path: &Path) -> Result<Loaded> {
-    let place = Place::find(path)?;
-    let Description { config, stepping, mut notes } = place.describe()?;
+    load_with(device, path, &[])
+}
+
+/// [`load`] with flags of OpenAI's as `FLAG=VALUE`, for a `.pt` file.
+///
+/// # Errors
+/// As [`load`], and `Error::Usage` for a flag that cannot be read or that this model does not take.
+pub fn load_with(device: &Device, path: &Path, flags: &[String]) -> Result<Loaded> {
+    let (Description { config, stepping, notes }, file) = if is_weights(path) {
+        let openai::Found { config, file, notes } = openai::open(path, flags)?;
+        (Description { config, stepping: Stepping::OURS, notes }, file)
+    } else {
+        let place = Place::find(path)?;
+        refuse_flags(path, flags)?;
+        let mut described = place.describe()?;
+        let (file, note) = place.weights()?;
+        described.notes.extend(note);
+        (described, file)
+    };
     let (_, specs) = UNet::new(&config.model)?;
-    let (file, note) = place.weights()?;
-    notes.extend(note);
     let mut file = file.fitting(&specs, &[""])?;
     // On the host twice while it is read.
     let (needed, available) = (2 * 4 * specs.flat_len() as u64, available_memory().unwrap_or(u64::MAX));
@@ -231,7 +250,83 @@ pub fn load(device: &Device, path: &Path) -> Result<Loaded> {
 /// # Errors
 /// `Error::File` as in [`load`].
 pub fn describe(path: &Path) -> Result<Description> {
-    Place::find(path)?.describe()
+    describe_with(path, &[])
+}
+
+/// [`describe`] with flags of OpenAI's as `FLAG=VALUE`, for a `.pt` file.
+///
+/// # Errors
+/// As [`load_with`].
+pub fn describe_with(path: &Path, flags: &[String]) -> Result<Description> {
+    if is_weights(path) {
+        let openai::Found { config, notes, .. } = openai::open(path, flags)?;
+        return Ok(Description { config, stepping: Stepping::OURS, notes });
+    }
+    let place = Place::find(path)?;
+    refuse_flags(path, flags)?;
+    place.describe()
+}
+
+/// Whether a path is a file of weights: PyTorch's by its name or its first bytes.
+fn is_weights(path: &Path) -> bool {
+    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+    let start = || {
+        let mut start = Vec::new();
+        let file = fs::File::open(path);
+        file.is_ok_and(|file| file.take(8).read_to_end(&mut start).is_ok()) && torch::is_torch(&start)
+    };
+    path.is_file() && (["pt", "pth"].contains(&ending) || start())
+}
+
+/// Refuses OpenAI's flags for a model that says itself what it is.
+fn refuse_flags(path: &Path, flags: &[String]) -> Result<()> {
+    match flags.first() {
+        None => Ok(()),
+        Some(flag) => Err(Error::Usage(format!(
+            "--set {flag}: {} says itself what it is; flags are for OpenAI's .pt files",
+            path.display()
+        ))),
+    }
+}
+
+/// What a folder that [`write_folder`] makes is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum For {
+    /// diffusers opens it and computes the same.
+    Diffusers,
+    /// This program opens it; diffusers refuses it if it cannot compute the same.
+    Ours,
+}
+
+/// Writes a model folder of diffusers, without the state of a training. `config.model`, `config.diffusion` and
+/// `config.class_names` are taken.
+///
+/// # Errors
+/// `Error::Failed` for a model that diffusers has no words for, if it is for diffusers; `Error::File` for a folder that
+/// is not empty or cannot be written.
+pub fn write_folder(path: &Path, config: &Config, params: &Params, stepping: &Stepping, whose: For) -> Result<()> {
+    if whose == For::Diffusers
+        && let Some(what) = diffusers::beyond_diffusers(&config.model)
+            .or_else(|| diffusers::process_beyond_diffusers(&config.diffusion, stepping))
+    {
+        return Err(Error::Failed(format!(
+            "{}: diffusers has no words for {what}; --to ours writes a folder that this program opens",
+            path.display()
+        )));
+    }
+    if path.exists() && fs::read_dir(path).map_or(true, |mut entries| entries.next().is_some()) {
+        return Err(Error::file(path, "is not an empty folder; give a new or an empty one"));
+    }
+    output::write_folder_atomically(path, |folder| write_model(folder, config, params, stepping))
+}
+
+/// Writes a `.pt` file as OpenAI's scripts save it, with their flags beside it. Returns sentences for the user, without
+/// a period.
+///
+/// # Errors
+/// `Error::Failed` for a model that OpenAI's code cannot say; `Error::File` for what cannot be written.
+pub fn write_openai(path: &Path, config: &Config, params: &Params, stepping: &Stepping) -> Result<Vec<String>> {
+    openai::write(path, config, params, stepping)
 }
 
 /// Where a model's files are.
@@ -397,15 +492,21 @@ impl Place {
             names.extend(entry.map_err(unreadable)?.file_name().into_string());
         }
         names.sort();
+        // PyTorch's own files only where there is no other: diffusers prefers safetensors too.
         let mut found: BTreeMap<String, Vec<Weights>> = BTreeMap::new();
-        for name in &names {
-            let Some(rest) = name.strip_prefix("diffusion_pytorch_model") else { continue };
-            let is_shard = rest.contains("-of-");
-            if let Some(variant) = rest.strip_suffix(".safetensors").filter(|_| !is_shard) {
-                found.entry(variant.into()).or_default().push(Weights::Single(name.clone()));
-            } else if rest.contains(".safetensors") && rest.contains(".index") && rest.ends_with(".json") {
-                let variant = rest.replacen(".safetensors", "", 1).replacen(".index", "", 1).replacen(".json", "", 1);
-                found.entry(variant).or_default().push(Weights::Shards(name.clone()));
+        for ending in [".safetensors", ".bin"] {
+            if !found.is_empty() {
+                break;
+            }
+            for name in &names {
+                let Some(rest) = name.strip_prefix("diffusion_pytorch_model") else { continue };
+                let is_shard = rest.contains("-of-");
+                if let Some(variant) = rest.strip_suffix(ending).filter(|_| !is_shard) {
+                    found.entry(variant.into()).or_default().push(Weights::Single(name.clone()));
+                } else if rest.contains(ending) && rest.contains(".index") && rest.ends_with(".json") {
+                    let variant = rest.replacen(ending, "", 1).replacen(".index", "", 1).replacen(".json", "", 1);
+                    found.entry(variant).or_default().push(Weights::Shards(name.clone()));
+                }
             }
         }
         let variants: Vec<String> = found.keys().cloned().collect();
@@ -422,10 +523,6 @@ impl Place {
             }
             None => {}
         }
-        let is_pickle = |name: &&String| {
-            let index = name.ends_with(".bin.index.json");
-            index || [".bin", ".pt", ".pth", ".ckpt"].iter().any(|ending| name.ends_with(ending))
-        };
         let what = if variants.len() > 1 {
             format!(
                 "holds several variants of its weights ({}) and none is called {WEIGHTS}; give one that name",
@@ -433,10 +530,8 @@ impl Place {
             )
         } else if let Some(shard) = names.iter().find(|n| n.contains("-of-") && n.ends_with(".safetensors")) {
             format!("holds the shard {shard} and no diffusion_pytorch_model.safetensors.index.json; download that too")
-        } else if let Some(pickle) = names.iter().find(is_pickle) {
-            format!(
-                "holds its weights as {pickle}, a pickle, which is not read; save it in diffusers with safe_serialization=True"
-            )
+        } else if let Some(shard) = names.iter().find(|n| n.contains("-of-") && n.ends_with(".bin")) {
+            format!("holds the shard {shard} and no diffusion_pytorch_model.bin.index.json; download that too")
         } else {
             format!("holds no {WEIGHTS}")
         };
@@ -590,6 +685,21 @@ fn remove(checkpoint: &Path) -> Result<()> {
 }
 
 fn write(folder: &Path, config: &Config, state: &State<'_>) -> Result<()> {
+    write_model(folder, config, state.ema, &Stepping::OURS)?;
+    Origin::new(config, state.data).write(folder)?;
+    if let Some(importance) = state.importance {
+        write_importance(&folder.join(TIMESTEP_SAMPLING), importance)?;
+    }
+
+    let specs = state.params.specs();
+    let step = state.step.to_string();
+    let (m, v, weights) = (state.m.host()?, state.v.host()?, state.params.host()?);
+    let parts: [(&str, &[f32]); 3] = [("adam_m.", &m), ("adam_v.", &v), ("weights.", &weights)];
+    write_tensors(&folder.join(TRAINING_STATE), ("step", &step), specs, &parts)
+}
+
+/// Writes the files of a model folder of diffusers.
+fn write_model(folder: &Path, config: &Config, params: &Params, stepping: &Stepping) -> Result<()> {
     for sub in ["unet", "scheduler"] {
         fs::create_dir(folder.join(sub))
             .map_err(|e| Error::file(folder.join(sub), format!("cannot be created: {e}")))?;
@@ -602,19 +712,9 @@ fn write(folder: &Path, config: &Config, state: &State<'_>) -> Result<()> {
     });
     write_json(&folder.join(MODEL_INDEX), &index)?;
     write_json(&folder.join(UNET_CONFIG), &diffusers::UNet2DModel::of(&config.model, &config.class_names))?;
-    write_json(&folder.join(SCHEDULER_CONFIG), &diffusers::DDPMScheduler::of(&config.diffusion)?)?;
-    Origin::new(config, state.data).write(folder)?;
-    if let Some(importance) = state.importance {
-        write_importance(&folder.join(TIMESTEP_SAMPLING), importance)?;
-    }
-
-    let specs = state.params.specs();
+    write_json(&folder.join(SCHEDULER_CONFIG), &diffusers::DDPMScheduler::of(&config.diffusion, stepping)?)?;
     // transformers and diffusers look for this entry.
-    write_tensors(&folder.join(UNET_WEIGHTS), ("format", "pt"), specs, &[("", &state.ema.host()?)])?;
-    let step = state.step.to_string();
-    let (m, v, weights) = (state.m.host()?, state.v.host()?, state.params.host()?);
-    let parts: [(&str, &[f32]); 3] = [("adam_m.", &m), ("adam_v.", &v), ("weights.", &weights)];
-    write_tensors(&folder.join(TRAINING_STATE), ("step", &step), specs, &parts)
+    write_tensors(&folder.join(UNET_WEIGHTS), ("format", "pt"), params.specs(), &[("", &params.host()?)])
 }
 
 /// The longest configuration that is read: a million betas have 26 MB.

@@ -1,5 +1,5 @@
-//! The safetensors files of a checkpoint: parameters by name, written as f32 in the channels-first layout of other
-//! tools, read as F32, F16 or BF16.
+//! Files of tensors by name: safetensors, written as f32 in the channels-first layout of other tools, and PyTorch's
+//! (`torch`); read as F32, F16 or BF16.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::File;
@@ -11,6 +11,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Map, Value};
 
 use super::diffusers::cut;
+use super::torch;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::params::{Layout, Params, Spec, Specs};
@@ -64,6 +65,27 @@ fn open(path: &Path) -> Result<Opened> {
     Ok(Opened { file, header, data: 8 + size })
 }
 
+/// Opens a file of tensors of either kind; the metadata is that of safetensors.
+fn open_any(path: &Path) -> Result<(File, BTreeMap<String, Place>, HashMap<String, String>)> {
+    let unreadable = |e: io::Error| Error::file(path, format!("cannot be read: {e}"));
+    let mut file = File::open(path).map_err(unreadable)?;
+    let mut start = Vec::new();
+    (&mut file).take(8).read_to_end(&mut start).map_err(unreadable)?;
+    let ending = path.extension().and_then(|ending| ending.to_str()).unwrap_or_default();
+    if torch::is_torch(&start) || (["bin", "pt", "pth"].contains(&ending) && start != b"version ") {
+        let tensors = torch::tensors(path, &mut file)?;
+        return Ok((file, tensors, HashMap::new()));
+    }
+    let Opened { file, header, data } = open(path)?;
+    let place = |info: &TensorInfo| {
+        let (start, end) = info.data_offsets;
+        let shape = info.shape.clone();
+        Place { file: 0, dtype: info.dtype, shape, start: data + start as u64, len: end - start, dims: None }
+    };
+    let tensors = header.tensors().iter().map(|(name, info)| (name.clone(), place(info))).collect();
+    Ok((file, tensors, header.metadata().clone().unwrap_or_default()))
+}
+
 /// Writes each part's tensors, f32 in the layout of other tools, as `PREFIX` + name. Takes a single metadata entry,
 /// since the order of several would be random: the same state must give the same bytes.
 ///
@@ -105,7 +127,7 @@ pub(super) fn write_tensors(
     write().map_err(|e| failed(&e))
 }
 
-fn shape_in_file(spec: &Spec) -> Vec<usize> {
+pub(super) fn shape_in_file(spec: &Spec) -> Vec<usize> {
     let s = spec.shape;
     match spec.layout {
         Layout::Conv => vec![s.n, s.c, s.h, s.w],
@@ -114,7 +136,7 @@ fn shape_in_file(spec: &Spec) -> Vec<usize> {
     }
 }
 
-fn to_file_layout(spec: &Spec, values: &[f32]) -> Vec<f32> {
+pub(super) fn to_file_layout(spec: &Spec, values: &[f32]) -> Vec<f32> {
     match spec.layout {
         Layout::Conv => layout::to_channels_first(values, spec.shape.c, spec.shape.pixels()),
         Layout::Matrix | Layout::Vector => values.to_vec(),
@@ -142,19 +164,79 @@ pub fn read_weights(path: &Path, params: &mut Params) -> Result<()> {
 const OLD_NAMES: [(&str, &str); 4] =
     [(".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")];
 
-/// Safetensors files with their tensors under today's names.
+/// Files of tensors, under today's names.
 pub(super) struct TensorFile {
     /// The file that errors name: the only one, or the index of several.
     path: PathBuf,
-    files: Vec<(PathBuf, Opened)>,
+    files: Vec<(PathBuf, File)>,
+    /// The metadata of the first file, if it is safetensors.
+    metadata: HashMap<String, String>,
     tensors: BTreeMap<String, Place>,
 }
 
 /// Where a tensor's data are.
-struct Place {
+#[derive(Clone, Debug)]
+pub(super) struct Place {
     /// Index of the file.
-    file: usize,
-    info: TensorInfo,
+    pub file: usize,
+    pub dtype: Dtype,
+    pub shape: Vec<usize>,
+    /// The byte of its first number.
+    pub start: u64,
+    /// Bytes from there to the end of its last.
+    pub len: usize,
+    /// Extents and strides in numbers, slowest first, if the numbers do not simply follow each other.
+    pub dims: Option<Vec<(usize, usize)>>,
+}
+
+impl Place {
+    /// Extents and strides.
+    fn dims(&self) -> Vec<(usize, usize)> {
+        let dense = |i: usize| (self.shape[i], self.shape[i + 1..].iter().product());
+        self.dims.clone().unwrap_or_else(|| (0..self.shape.len()).map(dense).collect())
+    }
+
+    /// Without a last dimension of 1 after two others: a convolution over one dimension as a matrix.
+    pub fn without_last_of_one(&self) -> Self {
+        let mut place = self.clone();
+        if let [_, _, 1] = self.shape[..] {
+            place.shape.pop();
+            place.dims = self.dims.clone().map(|mut dims| {
+                dims.pop();
+                dims
+            });
+        }
+        place
+    }
+
+    /// Of a matrix or vector whose rows are `heads` times three parts (q, k, v), all rows of part `which`: those of the
+    /// first head, of the second, and so on. `None` if the rows do not divide so.
+    pub fn rows_of(&self, which: usize, heads: usize) -> Option<Self> {
+        let dims = self.dims();
+        let (&(rows, stride), columns) = dims.split_first()?;
+        if heads == 0 || rows == 0 || !rows.is_multiple_of(3 * heads) {
+            return None;
+        }
+        let of_head = rows / (3 * heads);
+        let mut split = vec![(heads, 3 * of_head * stride), (of_head, stride)];
+        split.extend(columns);
+        let last: usize = split.iter().map(|&(extent, stride)| extent.saturating_sub(1) * stride).sum();
+        let size = self.dtype.bitsize() / 8;
+        let shape = [&[rows / 3], &self.shape[1..]].concat();
+        let start = self.start + (which * of_head * stride * size) as u64;
+        Some(Place { shape, start, len: (last + 1) * size, dims: Some(split), ..self.clone() })
+    }
+
+    /// The numbers in the order of the shape, from the bytes at `start`.
+    fn numbers(&self, bytes: &[u8]) -> Vec<f32> {
+        let numbers = to_f32(self.dtype, bytes);
+        let Some(dims) = &self.dims else { return numbers };
+        let mut places = vec![0];
+        for &(extent, stride) in dims {
+            places = places.iter().flat_map(|&at| (0..extent).map(move |i| at + i * stride)).collect();
+        }
+        places.into_iter().map(|at| numbers[at]).collect()
+    }
 }
 
 impl TensorFile {
@@ -164,17 +246,31 @@ impl TensorFile {
     }
 
     fn of_all(path: &Path, files: &[PathBuf]) -> Result<Self> {
-        let (mut opened, mut tensors) = (Vec::new(), BTreeMap::new());
+        let mut all =
+            TensorFile { path: path.into(), files: Vec::new(), metadata: HashMap::new(), tensors: BTreeMap::new() };
         for (file, path) in files.iter().enumerate() {
-            let whole = open(path)?;
-            for (name, info) in whole.header.tensors() {
-                if tensors.insert(name.clone(), Place { file, info: info.clone() }).is_some() {
+            let (opened, tensors, metadata) = open_any(path)?;
+            for (name, place) in tensors {
+                if all.tensors.insert(name.clone(), Place { file, ..place }).is_some() {
                     return Err(Error::file(path, format!("holds {}, which another shard holds too", cut(&name))));
                 }
             }
-            opened.push((path.clone(), whole));
+            if file == 0 {
+                all.metadata = metadata;
+            }
+            all.files.push((path.clone(), opened));
         }
-        Ok(TensorFile { path: path.to_path_buf(), files: opened, tensors })
+        Ok(all)
+    }
+
+    /// The tensors by name.
+    pub fn tensors(&self) -> &BTreeMap<String, Place> {
+        &self.tensors
+    }
+
+    /// The same file with its tensors under other names.
+    pub fn with_tensors(self, tensors: BTreeMap<String, Place>) -> Self {
+        TensorFile { tensors, ..self }
     }
 
     /// The weights of a model in a single file.
@@ -207,11 +303,13 @@ impl TensorFile {
             let name = file.as_str().filter(|name| {
                 let mut parts = Path::new(name).components();
                 let plain = matches!(parts.next(), Some(Component::Normal(part)) if part == *name);
-                plain && parts.next().is_none() && name.ends_with(".safetensors") && !name.contains('\\')
+                let of_weights = name.ends_with(".safetensors") || name.ends_with(".bin");
+                plain && parts.next().is_none() && of_weights && !name.contains('\\')
             });
             let Some(name) = name else {
                 let file = cut(&file.to_string());
-                let what = format!("has {file} in weight_map; the name of a .safetensors file beside it is expected");
+                let what =
+                    format!("has {file} in weight_map; the name of a .safetensors or .bin file beside it is expected");
                 return Err(Error::file(index, what));
             };
             files.insert(name);
@@ -238,7 +336,7 @@ impl TensorFile {
 
     /// The value of `key` in the metadata of the first file.
     pub fn metadata(&self, key: &str) -> Option<&String> {
-        self.files.first()?.1.header.metadata().as_ref()?.get(key)
+        self.metadata.get(key)
     }
 
     /// Refuses a file unless it has exactly the tensors of `specs` under each of `prefixes`, of the shapes there and of
@@ -262,12 +360,12 @@ impl TensorFile {
         let in_order = prefixes.iter().flat_map(|prefix| specs.iter().map(move |(_, spec)| (prefix, spec)));
         for (prefix, spec) in in_order {
             let name = format!("{prefix}{}", spec.name);
-            let (info, want) = (&self.tensors[&name].info, shape_in_file(spec));
+            let (info, want) = (&self.tensors[&name], shape_in_file(spec));
             // Attention layers were once 1x1 convolutions: [c, c, 1, 1].
             let is_old_matrix = spec.layout == Layout::Matrix && info.shape == [want[0], want[1], 1, 1];
             if info.shape != want && !is_old_matrix {
                 misfits.push(format!("{name} has shape {:?} instead of {want:?}", info.shape));
-            } else if !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
+            } else if !torch::is_float(info.dtype) {
                 let what = format!("holds {name} as {:?}; F32, F16 and BF16 are read", info.dtype);
                 return Err(Error::file(&self.path, what));
             }
@@ -284,16 +382,15 @@ impl TensorFile {
     pub fn read_into(&mut self, prefix: &str, specs: &Specs, flat: &mut [f32]) -> Result<()> {
         assert_eq!(flat.len(), specs.flat_len(), "a flat buffer of {} parameters", specs.count());
         for (p, spec) in specs.iter() {
-            let Place { file, info } = &self.tensors[&format!("{prefix}{}", spec.name)];
-            let (path, opened) = &mut self.files[*file];
-            let (start, end) = info.data_offsets;
-            let mut bytes = vec![0; end - start];
+            let place = &self.tensors[&format!("{prefix}{}", spec.name)];
+            let (path, file) = &mut self.files[place.file];
+            let mut bytes = vec![0; place.len];
             let mut read = || -> io::Result<()> {
-                opened.file.seek(SeekFrom::Start(opened.data + start as u64))?;
-                opened.file.read_exact(&mut bytes)
+                file.seek(SeekFrom::Start(place.start))?;
+                file.read_exact(&mut bytes)
             };
             read().map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
-            flat[specs.range(p)].copy_from_slice(&from_file_layout(spec, &to_f32(info.dtype, &bytes)));
+            flat[specs.range(p)].copy_from_slice(&from_file_layout(spec, &place.numbers(&bytes)));
         }
         Ok(())
     }

@@ -19,9 +19,12 @@ pub struct Args {
     /// mnist, cifar10 or celebahq256 [default: mnist]
     #[arg(long, value_parser = choice::<Preset>(), conflicts_with = "model")]
     pub preset: Option<Preset>,
-    /// Run folder (its newest checkpoint), checkpoint, or model folder of diffusers
-    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER")]
+    /// Run folder (its newest checkpoint), checkpoint, model folder of diffusers, or .pt file of OpenAI's
+    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER|FILE.pt")]
     pub model: Option<PathBuf>,
+    /// A flag of OpenAI's scripts that FILE.pt does not tell, such as num_heads=4; may be given several times
+    #[arg(long, value_name = "FLAG=VALUE", requires = "model")]
+    pub set: Vec<String>,
 }
 
 /// Runs the command.
@@ -29,7 +32,7 @@ pub struct Args {
 /// # Errors
 /// A model that cannot be read.
 pub fn run(args: &Args) -> Result<()> {
-    let described = args.model.as_deref().map(checkpoint::describe).transpose()?;
+    let described = args.model.as_deref().map(|path| checkpoint::describe_with(path, &args.set)).transpose()?;
     let config = match &described {
         Some(model) => model.config.clone(),
         None => Config::preset(args.preset.unwrap_or(Preset::Mnist)),
@@ -62,7 +65,12 @@ pub fn run(args: &Args) -> Result<()> {
         let betas = d.noise_schedule()?;
         let (first, last) = (betas.betas()[0], betas.betas()[betas.len() - 1]);
         let shape = if d.trained_betas.is_empty() { d.schedule.name() } else { "one by one" };
-        let clip = if stepping.clip { "" } else { ", x_0 not clipped" };
+        let clip = match (stepping.threshold, stepping.clip) {
+            (Some(t), _) => format!(", x_0 thresholded at its {}-quantile, at most {}", t.ratio, t.largest),
+            (None, false) => ", x_0 not clipped".into(),
+            (None, true) if stepping.clip_range != 1.0 => format!(", x_0 clipped to {}", stepping.clip_range),
+            (None, true) => String::new(),
+        };
         say!(
             "process: {} timesteps, betas {shape} from {first:.3e} to {last:.3e}, {}; spacing {}{clip}",
             d.timesteps,

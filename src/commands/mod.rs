@@ -1,6 +1,7 @@
 //! The commands of the program, one file each: arguments, checks, calls, output. The work is done by the library below,
 //! which does not need this module.
 
+pub mod convert;
 pub mod eval;
 pub mod info;
 pub mod likelihood;

@@ -18,9 +18,12 @@ use crate::unet::UNet;
 /// Arguments of `ddpm-cuda predict`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Run folder (its newest checkpoint), checkpoint, or model folder of diffusers
-    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER")]
+    /// Run folder (its newest checkpoint), checkpoint, model folder of diffusers, or .pt file of OpenAI's
+    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER|FILE.pt")]
     pub model: PathBuf,
+    /// A flag of OpenAI's scripts that FILE.pt does not tell, such as num_heads=4; may be given several times
+    #[arg(long, value_name = "FLAG=VALUE")]
+    pub set: Vec<String>,
     /// x_t: f32, images x channels x rows x columns
     #[arg(long, value_name = "X.npy")]
     pub x: PathBuf,
@@ -45,7 +48,7 @@ pub struct Args {
 /// files that cannot be read or written; those of [`On::open`].
 pub fn run(args: &Args) -> Result<()> {
     let device = args.on.open()?;
-    let model = checkpoint::load(&device, &args.model)?;
+    let model = checkpoint::load_with(&device, &args.model, &args.set)?;
     for note in &model.notes {
         say!("{note}");
     }
@@ -117,8 +120,9 @@ pub fn run(args: &Args) -> Result<()> {
     let labels = labels.map(|l| Tensor::from_slice(&device, per_image, &l)).transpose()?;
     let conditioning = labels.map_or(Conditioning::NONE, Conditioning::on_labels);
     let y = unet.forward(&mut tape, &x, &t, &conditioning, None)?.into_value(); // (n, h, w, c)
-    let y = layout::to_channels_first(&y.to_vec()?, shape.c, shape.pixels());
-    output::write_npy(&args.out, &[shape.n, shape.c, shape.h, shape.w], &y)
+    let out = y.shape();
+    let y = layout::to_channels_first(&y.to_vec()?, out.c, out.pixels());
+    output::write_npy(&args.out, &[out.n, out.c, out.h, out.w], &y)
 }
 
 fn one_per_image(path: &Path, n: usize) -> Result<npy::Array> {

@@ -34,9 +34,12 @@ names!(SamplerName { Ddpm = "ddpm", Ddim = "ddim" });
 /// Arguments of `ddpm-cuda sample`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Run folder (its newest checkpoint), checkpoint, or model folder of diffusers
-    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER")]
+    /// Run folder (its newest checkpoint), checkpoint, model folder of diffusers, or .pt file of OpenAI's
+    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER|FILE.pt")]
     pub model: PathBuf,
+    /// A flag of OpenAI's scripts that FILE.pt does not tell, such as num_heads=4; may be given several times
+    #[arg(long, value_name = "FLAG=VALUE")]
+    pub set: Vec<String>,
     /// Number of images
     #[arg(long, default_value_t = 64, value_name = "N")]
     pub count: usize,
@@ -80,11 +83,17 @@ pub fn run(args: &Args) -> Result<()> {
         usage!("--count 0: draw at least 1 image");
     }
     let target = output::Target::parse(&args.out)?;
-    let model = checkpoint::load(&device, &args.model)?;
+    let model = checkpoint::load_with(&device, &args.model, &args.set)?;
     for note in &model.notes {
         say!("{note}");
     }
     let (c, stepping) = (&model.config, model.stepping);
+    if stepping.threshold.is_some() || (stepping.clip && stepping.clip_range != 1.0) {
+        usage!(
+            "{}: its scheduler limits x_0 by thresholding or to other values than -1 to 1, which this sampler cannot do",
+            args.model.display()
+        );
+    }
     let (unet, _) = UNet::new(&c.model)?;
     let schedule = c.diffusion.noise_schedule()?;
     let steps = args.steps.unwrap_or(DEFAULT_STEPS.min(schedule.len()));

@@ -1,4 +1,5 @@
-//! Group normalisation (Wu and He 2018, eq. 1 to 3), with an optional SiLU after it.
+//! Group normalisation (Wu and He 2018, eq. 1 to 3), with an optional scale and shift of each image's channels and an
+//! optional SiLU after it.
 //!
 //! `x`, `y (n,h,w,c)`; `gamma`, `beta (1,1,1,c)`. The channels form `g` groups of `c/g` neighbours. For one image and
 //! group, with `N = h w c/g` elements:
@@ -16,7 +17,17 @@
 //! dx = rstd (gamma dz - s1 - xhat s2),   s1 = sum gamma dz / N,   s2 = sum gamma dz xhat / N   over the group
 //! ```
 //!
-//! Saved: `x`, and per image and group `mean` (as the sum of two f32) and `rstd`.
+//! With `scale_shift (n,1,1,2c)`, each image's scales before its shifts (OpenAI's `use_scale_shift_norm`, diffusers'
+//! `resnet_time_scale_shift`), `z = (gamma xhat + beta) (1 + scale) + shift`. That is the `z` above with coefficients
+//! of the image's own, `gamma (1 + scale)` and `beta (1 + scale) + shift`, so no pass over the image is added. With sums
+//! over the pixels of one image,
+//!
+//! ```text
+//! dshift = sum dz      dscale = gamma sum dz xhat + beta sum dz
+//! dgamma = sum over images of (1 + scale) sum dz xhat      dbeta = sum over images of (1 + scale) sum dz
+//! ```
+//!
+//! Saved: `x`, per image and group `mean` (as the sum of two f32) and `rstd`, and `scale_shift`.
 //!
 //! Numerics: two passes, because `E[x^2] - E[x]^2` loses every digit when the mean is large compared with the
 //! deviation. They run over strips of pixels, small enough that the second pass finds the strip in L1 (on a GPU, in
@@ -55,6 +66,39 @@ pub fn group_norm(
     eps: f32,
     activation: Activation,
 ) -> Result<Var> {
+    normalised(tape, x, Norm { gamma, beta, groups, eps, activation }, None)
+}
+
+/// The same, then `(1 + scale)` times it, plus `shift`, before the activation: `scale_shift` is (n, 1, 1, 2c), the
+/// scales first.
+#[allow(clippy::too_many_arguments)]
+pub fn scale_shift_group_norm(
+    tape: &mut Tape<'_>,
+    x: &Var,
+    scale_shift: &Var,
+    gamma: Param,
+    beta: Param,
+    groups: usize,
+    eps: f32,
+    activation: Activation,
+) -> Result<Var> {
+    let (want, got) = (Shape::new(x.shape().n, 1, 1, 2 * x.shape().c), scale_shift.shape());
+    assert_eq!(got, want, "scale_shift_group_norm: scale and shift of {}", x.shape());
+    normalised(tape, x, Norm { gamma, beta, groups, eps, activation }, Some(scale_shift))
+}
+
+/// The parameters of a normalisation.
+#[derive(Clone, Copy)]
+struct Norm {
+    gamma: Param,
+    beta: Param,
+    groups: usize,
+    eps: f32,
+    activation: Activation,
+}
+
+fn normalised(tape: &mut Tape<'_>, x: &Var, norm: Norm, scale_shift: Option<&Var>) -> Result<Var> {
+    let Norm { gamma, beta, groups, eps, activation } = norm;
     let shape = x.shape();
     for (name, p) in [("gamma", gamma), ("beta", beta)] {
         let p = tape.params().shape(p);
@@ -68,6 +112,8 @@ pub fn group_norm(
     match tape.device() {
         Device::Cpu(_) => {
             let (gamma, beta) = (tape.params().get(gamma), tape.params().get(beta));
+            let own = scale_shift.map(|s| cpu::coefficients(s.data(), gamma, beta));
+            let (gamma, beta) = own.as_ref().map_or((gamma, beta), |own| own.split_at(own.len() / 2));
             let mut partials =
                 Tensor::uninit(tape.device(), DType::F32, Shape::new(shape.n, cpu::strips(shape), 3, shape.c))?;
             let job = cpu::Job { shape, groups, eps, activation, gamma, beta };
@@ -75,7 +121,8 @@ pub fn group_norm(
         }
         Device::Cuda(gpu) => {
             let [gamma, beta] = [gamma, beta].map(|p| tape.params().view(p, DType::F32));
-            let job = cuda::Job { gpu, shape, groups, eps, activation, gamma, beta };
+            let own = scale_shift.map(|s| cuda::coefficients(gpu, s.value(), gamma, beta)).transpose()?;
+            let job = cuda::Job::new(gpu, shape, norm, gamma, beta, own.as_ref());
             cuda::forward(&job, &mut y, &mut stats, x.value())?;
         }
         Device::Meta(_) => {}
@@ -84,11 +131,8 @@ pub fn group_norm(
         id: x.id(),
         x: x.value().clone(),
         stats,
-        gamma,
-        beta,
-        groups,
-        eps,
-        activation,
+        norm,
+        scale_shift: scale_shift.map(|s| (s.id(), s.value().clone())),
     })
 }
 
@@ -97,11 +141,8 @@ struct GroupNormBackward {
     x: Tensor,
     /// (n, 1, groups, 3): the mean, its rounding error, rstd.
     stats: Tensor,
-    gamma: Param,
-    beta: Param,
-    groups: usize,
-    eps: f32,
-    activation: Activation,
+    norm: Norm,
+    scale_shift: Option<(Option<VarId>, Tensor)>,
 }
 
 impl Backward for GroupNormBackward {
@@ -110,35 +151,52 @@ impl Backward for GroupNormBackward {
     }
 
     fn saved(&self) -> Vec<&Tensor> {
-        vec![&self.x, &self.stats]
+        [&self.x, &self.stats].into_iter().chain(self.scale_shift.as_ref().map(|(_, s)| s)).collect()
     }
 
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
-        let GroupNormBackward { groups, eps, activation, .. } = *self;
+        let norm @ Norm { groups, eps, activation, .. } = self.norm;
         let shape = self.x.shape();
         let mut dx = dy.into_unique(grads.device())?;
+        let uninit = |s: &(_, Tensor)| Tensor::uninit(grads.device(), s.1.dtype(), s.1.shape());
+        let mut dscale_shift = self.scale_shift.as_ref().map(uninit).transpose()?;
         match grads.device() {
             Device::Cpu(_) => {
-                let (gamma, beta) = (grads.weight(self.gamma), grads.weight(self.beta));
+                let (gamma, beta) = (grads.weight(norm.gamma), grads.weight(norm.beta));
+                let own = self.scale_shift.as_ref().map(|(_, s)| cpu::coefficients(s.data(), gamma, beta));
                 // The last row of each image holds its sums over all strips.
                 let rows = cpu::strips(shape) + 1;
                 let mut partials = Tensor::uninit(grads.device(), DType::F32, Shape::new(shape.n, rows, 2, shape.c))?;
-                let job = cpu::Job { shape, groups, eps, activation, gamma, beta };
-                cpu::backward(&job, dx.data_mut(), partials.data_mut(), self.x.data(), self.stats.data());
-                for (p, part) in [(self.gamma, 0), (self.beta, 1)] {
+                {
+                    let (gamma, beta) = own.as_ref().map_or((gamma, beta), |own| own.split_at(own.len() / 2));
+                    let job = cpu::Job { shape, groups, eps, activation, gamma, beta };
+                    cpu::backward(&job, dx.data_mut(), partials.data_mut(), self.x.data(), self.stats.data());
+                }
+                if let (Some(d), Some((_, s))) = (&mut dscale_shift, &self.scale_shift) {
+                    cpu::scale_shift_gradient(d.data_mut(), partials.data_mut(), s.data(), gamma, beta);
+                }
+                for (p, part) in [(norm.gamma, 0), (norm.beta, 1)] {
                     let grad = grads.param(p);
                     cpu::sum_images(grad.data, grad.accumulate, partials.data(), rows, part);
                 }
             }
             Device::Cuda(gpu) => {
-                let [gamma, beta] = [self.gamma, self.beta].map(|p| grads.weight_view(p, DType::F32));
-                let job = cuda::Job { gpu, shape, groups, eps, activation, gamma, beta };
-                let sums = cuda::backward(&job, &mut dx, &self.x, &self.stats)?;
-                for (p, part) in [(self.gamma, 0), (self.beta, 1)] {
+                let [gamma, beta] = [norm.gamma, norm.beta].map(|p| grads.weight_view(p, DType::F32));
+                let own = self.scale_shift.as_ref();
+                let own = own.map(|(_, s)| cuda::coefficients(gpu, s, gamma, beta)).transpose()?;
+                let job = cuda::Job::new(gpu, shape, norm, gamma, beta, own.as_ref());
+                let mut sums = cuda::backward(&job, &mut dx, &self.x, &self.stats)?;
+                if let (Some(d), Some((_, s))) = (&mut dscale_shift, &self.scale_shift) {
+                    cuda::scale_shift_gradient(gpu, d, &mut sums, s, gamma, beta)?;
+                }
+                for (p, part) in [(norm.gamma, 0), (norm.beta, 1)] {
                     cuda::sum_images(gpu, grads.param_view(p), &sums, part)?;
                 }
             }
             Device::Meta(_) => {}
+        }
+        if let (Some(d), Some((Some(id), _))) = (dscale_shift, &self.scale_shift) {
+            grads.add(*id, d)?;
         }
         if let Some(id) = self.id {
             grads.add(id, dx)?;
@@ -165,6 +223,8 @@ pub mod reference {
         pub gamma: &'a [T],
         /// (c).
         pub beta: &'a [T],
+        /// (n, 1, 1, 2c), the scales of an image before its shifts; none: no scaling and no shift.
+        pub scale_shift: Option<&'a [T]>,
         /// Number of groups.
         pub groups: usize,
         /// Added to the variance.
@@ -173,12 +233,22 @@ pub mod reference {
         pub activation: Activation,
     }
 
+    impl<T: Float> Inputs<'_, T> {
+        /// `1 + scale` and `shift` of the image and channel of element `i`.
+        fn scale_shift_at(&self, i: usize) -> (T, T) {
+            let Shape { c, .. } = self.shape;
+            let row = 2 * c * (i / (self.shape.pixels() * c)) + i % c;
+            self.scale_shift.map_or((T::one(), T::zero()), |s| (T::one() + s[row], s[row + c]))
+        }
+    }
+
     /// `y`.
     pub fn forward<T: Float>(inputs: &Inputs<'_, T>) -> Vec<T> {
         let mut y = vec![T::nan(); inputs.x.len()];
         each_group(inputs, |at, mean, rstd| {
             for &(i, c) in at {
-                let z = inputs.gamma[c] * (inputs.x[i] - mean) * rstd + inputs.beta[c];
+                let (scale, shift) = inputs.scale_shift_at(i);
+                let z = (inputs.gamma[c] * (inputs.x[i] - mean) * rstd + inputs.beta[c]) * scale + shift;
                 y[i] = match inputs.activation {
                     Activation::Identity => z,
                     Activation::Silu => z * sigmoid(z),
@@ -188,15 +258,17 @@ pub mod reference {
         y
     }
 
-    /// `(dx, dgamma, dbeta)`.
-    pub fn backward<T: Float>(inputs: &Inputs<'_, T>, dy: &[T]) -> (Vec<T>, Vec<T>, Vec<T>) {
-        let Inputs { x, gamma, beta, .. } = *inputs;
+    /// `[dx, dgamma, dbeta, dscale_shift]`, the last empty without `scale_shift`.
+    pub fn backward<T: Float>(inputs: &Inputs<'_, T>, dy: &[T]) -> [Vec<T>; 4] {
+        let Inputs { x, gamma, beta, shape, .. } = *inputs;
         let mut dx = vec![T::nan(); x.len()];
         let (mut dgamma, mut dbeta) = (vec![T::zero(); gamma.len()], vec![T::zero(); gamma.len()]);
+        let mut dscale_shift = vec![T::zero(); inputs.scale_shift.map_or(0, <[T]>::len)];
         each_group(inputs, |at, mean, rstd| {
             let xhat = |i: usize| (x[i] - mean) * rstd;
             let dz = |i: usize, c: usize| {
-                let z = gamma[c] * xhat(i) + beta[c];
+                let (scale, shift) = inputs.scale_shift_at(i);
+                let z = (gamma[c] * xhat(i) + beta[c]) * scale + shift;
                 match inputs.activation {
                     Activation::Identity => dy[i],
                     Activation::Silu => dy[i] * sigmoid(z) * (T::one() + z * (T::one() - sigmoid(z))),
@@ -205,16 +277,24 @@ pub mod reference {
             let count = T::from(at.len()).expect("a count");
             let (mut s1, mut s2) = (T::zero(), T::zero());
             for &(i, c) in at {
-                dgamma[c] = dgamma[c] + dz(i, c) * xhat(i);
-                dbeta[c] = dbeta[c] + dz(i, c);
-                s1 = s1 + gamma[c] * dz(i, c) / count;
-                s2 = s2 + gamma[c] * dz(i, c) * xhat(i) / count;
+                let (scale, _) = inputs.scale_shift_at(i);
+                let dz = dz(i, c);
+                dgamma[c] = dgamma[c] + scale * dz * xhat(i);
+                dbeta[c] = dbeta[c] + scale * dz;
+                if !dscale_shift.is_empty() {
+                    let row = 2 * shape.c * (i / (shape.pixels() * shape.c)) + c;
+                    dscale_shift[row] = dscale_shift[row] + dz * (gamma[c] * xhat(i) + beta[c]);
+                    dscale_shift[row + shape.c] = dscale_shift[row + shape.c] + dz;
+                }
+                s1 = s1 + gamma[c] * scale * dz / count;
+                s2 = s2 + gamma[c] * scale * dz * xhat(i) / count;
             }
             for &(i, c) in at {
-                dx[i] = rstd * (gamma[c] * dz(i, c) - s1 - xhat(i) * s2);
+                let (scale, _) = inputs.scale_shift_at(i);
+                dx[i] = rstd * (gamma[c] * scale * dz(i, c) - s1 - xhat(i) * s2);
             }
         });
-        (dx, dgamma, dbeta)
+        [dx, dgamma, dbeta, dscale_shift]
     }
 
     /// Calls `f` with the indices and channels of each group's elements, their mean and `1 / sqrt(var + eps)`.
@@ -255,8 +335,52 @@ mod cpu {
         pub groups: usize,
         pub eps: f32,
         pub activation: Activation,
+        /// (c), or (n, c) with coefficients of each image's own; so is `beta`.
         pub gamma: &'a [f32],
         pub beta: &'a [f32],
+    }
+
+    impl<'a> Job<'a> {
+        /// `gamma` and `beta` of an image, (c).
+        fn of_image(&self, image: usize) -> (&'a [f32], &'a [f32]) {
+            let c = self.shape.c;
+            let first = if self.gamma.len() == c { 0 } else { image * c };
+            (&self.gamma[first..][..c], &self.beta[first..][..c])
+        }
+    }
+
+    /// `gamma (1 + scale)`, (n, c), then `beta (1 + scale) + shift`, (n, c).
+    pub fn coefficients(scale_shift: &[f32], gamma: &[f32], beta: &[f32]) -> Vec<f32> {
+        let rows = || scale_shift.chunks_exact(2 * gamma.len()).map(|row| row.split_at(gamma.len()));
+        let gammas = rows().flat_map(|(scale, _)| gamma.iter().zip(scale).map(|(gamma, scale)| gamma * (1.0 + scale)));
+        let betas = rows().flat_map(|(scale, shift)| {
+            beta.iter().zip(scale).zip(shift).map(|((beta, scale), shift)| beta * (1.0 + scale) + shift)
+        });
+        gammas.chain(betas).collect()
+    }
+
+    /// `dscale_shift` (n, 1, 1, 2c) from each image's sums, the last row of its `partials` (n, rows, 2, c), which then
+    /// become its share of `dgamma` and `dbeta`.
+    pub fn scale_shift_gradient(
+        dscale_shift: &mut [f32],
+        partials: &mut [f32],
+        scale_shift: &[f32],
+        gamma: &[f32],
+        beta: &[f32],
+    ) {
+        let c = gamma.len();
+        let of_image = partials.len() / (scale_shift.len() / (2 * c));
+        let images = dscale_shift.chunks_exact_mut(2 * c).zip(scale_shift.chunks_exact(2 * c));
+        for ((d, scale), partials) in images.zip(partials.chunks_exact_mut(of_image)) {
+            let (dscale, dshift) = d.split_at_mut(c);
+            let (by_xhat, plain) = partials[of_image - 2 * c..].split_at_mut(c);
+            for i in 0..c {
+                dscale[i] = gamma[i] * by_xhat[i] + beta[i] * plain[i];
+                dshift[i] = plain[i];
+                by_xhat[i] *= 1.0 + scale[i];
+                plain[i] *= 1.0 + scale[i];
+            }
+        }
     }
 
     /// Strips per image.
@@ -270,11 +394,11 @@ mod cpu {
         let together = TASK.div_ceil(strip * c);
         let images = (y.par_chunks_mut(pixels * c).zip(x.par_chunks(pixels * c)))
             .zip(stats.par_chunks_mut(job.groups * 3).zip(partials.par_chunks_mut(strips(job.shape) * 3 * c)));
-        images.for_each(|((y, x), (stats, partials))| {
+        images.enumerate().for_each(|(image, ((y, x), (stats, partials)))| {
             let parts = partials.par_chunks_mut(3 * c).zip(x.par_chunks(strip * c)).with_min_len(together);
             parts.for_each(|(part, x)| strip_moments(part, x));
             join_moments(job, stats, partials);
-            let affine = Affine::new(job, stats);
+            let affine = Affine::new(job, image, stats);
             let strips = y.par_chunks_mut(strip * c).zip(x.par_chunks(strip * c)).with_min_len(together);
             strips.for_each(|(y, x)| match job.activation {
                 Activation::Identity => normalise(y, x, &affine),
@@ -290,8 +414,8 @@ mod cpu {
         let together = TASK.div_ceil(strip * c);
         let images = (dx.par_chunks_mut(pixels * c).zip(x.par_chunks(pixels * c)))
             .zip(stats.par_chunks(job.groups * 3).zip(partials.par_chunks_mut((strips(job.shape) + 1) * 2 * c)));
-        images.for_each(|((dx, x), (stats, partials))| {
-            let affine = Affine::new(job, stats);
+        images.enumerate().for_each(|(image, ((dx, x), (stats, partials)))| {
+            let affine = Affine::new(job, image, stats);
             let (partials, sums) = partials.split_at_mut(strips(job.shape) * 2 * c);
             let parts = (partials.par_chunks_mut(2 * c))
                 .zip(dx.par_chunks_mut(strip * c).zip(x.par_chunks(strip * c)))
@@ -300,7 +424,7 @@ mod cpu {
                 Activation::Identity => strip_sums(part, dx, x, &affine),
                 Activation::Silu => strip_sums_silu(part, dx, x, &affine),
             });
-            let slopes = Slopes::new(job, sums, partials, stats);
+            let slopes = Slopes::new(job, image, sums, partials, stats);
             let strips = dx.par_chunks_mut(strip * c).zip(x.par_chunks(strip * c)).with_min_len(together);
             strips.for_each(|(dx, x)| finish_dx(dx, x, &slopes));
         });
@@ -458,10 +582,11 @@ mod cpu {
     }
 
     impl Affine {
-        fn new(job: &Job<'_>, stats: &[f32]) -> Self {
-            let a = wide(job, |group, c| stats[3 * group + 2] * job.gamma[c]);
+        fn new(job: &Job<'_>, image: usize, stats: &[f32]) -> Self {
+            let (gamma, beta) = job.of_image(image);
+            let a = wide(job, |group, c| stats[3 * group + 2] * gamma[c]);
             // The rounding error of the mean goes into the shift.
-            let b = wide(job, |group, c| job.beta[c] - stats[3 * group + 1] * (stats[3 * group + 2] * job.gamma[c]));
+            let b = wide(job, |group, c| beta[c] - stats[3 * group + 1] * (stats[3 * group + 2] * gamma[c]));
             Affine { mean: wide(job, |group, _| stats[3 * group]), a, b }
         }
     }
@@ -558,8 +683,8 @@ mod cpu {
     impl Slopes {
         /// From an image's `partials` (strips, 2, c). Writes the image's share of `dgamma` and `dbeta` to `sums` (2,
         /// c).
-        fn new(job: &Job<'_>, sums: &mut [f32], partials: &[f32], stats: &[f32]) -> Self {
-            let c = job.shape.c;
+        fn new(job: &Job<'_>, image: usize, sums: &mut [f32], partials: &[f32], stats: &[f32]) -> Self {
+            let (c, (gamma, _)) = (job.shape.c, job.of_image(image));
             let (by_x, plain) = join_sums(partials, c);
             let (dgamma, dbeta) = sums.split_at_mut(c);
             let width = c / job.groups;
@@ -570,8 +695,8 @@ mod cpu {
                 let (mut s1, mut s2) = (0.0, 0.0);
                 for c in group * width..(group + 1) * width {
                     let by_xhat = (by_x[c] - lost * plain[c]) * rstd;
-                    s1 += f64::from(job.gamma[c]) * plain[c];
-                    s2 += f64::from(job.gamma[c]) * by_xhat;
+                    s1 += f64::from(gamma[c]) * plain[c];
+                    s2 += f64::from(gamma[c]) * by_xhat;
                     (dgamma[c], dbeta[c]) = (by_xhat as f32, plain[c] as f32);
                 }
                 // xhat s2 = (x - mean - lost) rstd s2.
@@ -580,7 +705,7 @@ mod cpu {
             }
             Slopes {
                 mean: wide(job, |group, _| stats[3 * group]),
-                gamma: wide(job, |_, c| job.gamma[c]),
+                gamma: wide(job, |_, c| gamma[c]),
                 s1: wide(job, |group, _| slopes[group].0),
                 s2: wide(job, |group, _| slopes[group].1),
                 rstd: wide(job, |group, _| stats[3 * group + 2]),
@@ -619,7 +744,8 @@ mod cuda {
     use super::*;
     use crate::device::cuda::{Gpu, Launch, View};
     use crate::kernels::group_norm::{
-        BWD_DX, BWD_JOIN, BWD_PARAMS, BWD_SUMS, FWD_APPLY, FWD_JOIN, FWD_MOMENTS, PARAM_CHANNELS, PIXELS, THREADS,
+        BWD_DX, BWD_JOIN, BWD_PARAMS, BWD_SCALE_SHIFT, BWD_SUMS, FWD_APPLY, FWD_JOIN, FWD_MOMENTS, FWD_SCALE_SHIFT,
+        PARAM_CHANNELS, PIXELS, THREADS,
     };
     use crate::params::ParamView;
 
@@ -635,6 +761,8 @@ mod cuda {
         pub activation: Activation,
         pub gamma: View<'a>,
         pub beta: View<'a>,
+        /// Numbers of `gamma` from one image to the next: c with coefficients of each image's own, otherwise 0.
+        pub per_image: usize,
     }
 
     /// How blocks and warps are laid out over channels and pixels, in the kernels' terms.
@@ -680,6 +808,21 @@ mod cuda {
     }
 
     impl<'a> Job<'a> {
+        /// With the coefficients `own` of each image, if there are such, in place of `gamma` and `beta`.
+        pub fn new(
+            gpu: &'a Gpu,
+            shape: Shape,
+            norm: Norm,
+            gamma: View<'a>,
+            beta: View<'a>,
+            own: Option<&'a Tensor>,
+        ) -> Self {
+            let rows = shape.n * shape.c;
+            let (gamma, beta) = own.map_or((gamma, beta), |own| (own.view(0..rows), own.view(rows..2 * rows)));
+            let Norm { groups, eps, activation, .. } = norm;
+            Job { gpu, shape, groups, eps, activation, gamma, beta, per_image: own.map_or(0, |_| shape.c) }
+        }
+
         fn width(&self) -> usize {
             self.shape.c / self.groups
         }
@@ -724,8 +867,37 @@ mod cuda {
         launch.u32(lane_bits).f32(job.eps).run()?;
 
         let launch = job.gpu.launch(FWD_APPLY.of(x.dtype()), grid, THREADS).write(y).read(x).read(stats);
-        let launch = launch.view(job.gamma).view(job.beta).u32(pixels).u32(shape.c).u32(job.groups);
-        job.tiling(launch, &tiling).u32(job.silu()).run()
+        let launch = launch.view(job.gamma).view(job.beta).u32(job.per_image).u32(pixels).u32(shape.c);
+        job.tiling(launch.u32(job.groups), &tiling).u32(job.silu()).run()
+    }
+
+    /// `gamma (1 + scale)` and `beta (1 + scale) + shift` of each image, (2, n, 1, c).
+    pub fn coefficients(gpu: &Gpu, scale_shift: &Tensor, gamma: View<'_>, beta: View<'_>) -> Result<Tensor> {
+        let Shape { n, c, .. } = scale_shift.shape();
+        let mut own = Tensor::uninit(&Device::Cuda(gpu.clone()), DType::F32, Shape::new(2, n, 1, c / 2))?;
+        let launch = gpu.launch(FWD_SCALE_SHIFT.of(scale_shift.dtype()), per_channel(n, c / 2), THREADS);
+        launch.write(&mut own).read(scale_shift).view(gamma).view(beta).u32(n).u32(c / 2).run()?;
+        Ok(own)
+    }
+
+    /// `dscale_shift` (n, 1, 1, 2c) from each image's sums (n, 1, 2, c), which become its share of `dgamma` and
+    /// `dbeta`.
+    pub fn scale_shift_gradient(
+        gpu: &Gpu,
+        dscale_shift: &mut Tensor,
+        sums: &mut Tensor,
+        scale_shift: &Tensor,
+        gamma: View<'_>,
+        beta: View<'_>,
+    ) -> Result<()> {
+        let Shape { n, c, .. } = sums.shape();
+        let launch = gpu.launch(BWD_SCALE_SHIFT.of(scale_shift.dtype()), per_channel(n, c), THREADS);
+        launch.write(dscale_shift).write(sums).read(scale_shift).view(gamma).view(beta).u32(n).u32(c).run()
+    }
+
+    /// A grid with a thread for each channel of each image.
+    fn per_channel(n: usize, c: usize) -> [usize; 3] {
+        [(n * c).div_ceil(THREADS as usize), 1, 1]
     }
 
     /// `dx` holds `dy` on entry. Returns each image's share of `dgamma` and `dbeta`, (n, 1, 2, c).
@@ -736,17 +908,18 @@ mod cuda {
         let mut sums = job.scratch(Shape::new(shape.n, 1, 2, shape.c))?;
         let mut slopes = job.scratch(Shape::new(shape.n, 1, job.groups, 2))?;
         let launch = job.gpu.launch(BWD_SUMS.of(x.dtype()), grid, THREADS).write(&mut partials).read(x).read(dx);
-        let launch = launch.read(stats).view(job.gamma).view(job.beta).u32(pixels).u32(shape.c).u32(job.groups);
-        job.tiling(launch, &tiling).u32(job.silu()).run()?;
+        let launch = launch.read(stats).view(job.gamma).view(job.beta).u32(job.per_image).u32(pixels).u32(shape.c);
+        job.tiling(launch.u32(job.groups), &tiling).u32(job.silu()).run()?;
 
         let (lane_bits, threads) = job.join(tiling.strips);
         let launch = job.gpu.launch(&BWD_JOIN, [shape.n * job.groups, 1, 1], threads);
         let launch = launch.write(&mut sums).write(&mut slopes).read(&partials).read(stats).view(job.gamma);
-        launch.u32(pixels).u32(tiling.strips).u32(shape.c).u32(job.groups).u32(lane_bits).run()?;
+        let launch = launch.u32(job.per_image).u32(pixels).u32(tiling.strips).u32(shape.c);
+        launch.u32(job.groups).u32(lane_bits).run()?;
 
         let launch = job.gpu.launch(BWD_DX.of(x.dtype()), grid, THREADS).write(dx).read(x).read(stats).read(&slopes);
-        let launch = launch.view(job.gamma).view(job.beta).u32(pixels).u32(shape.c).u32(job.groups);
-        job.tiling(launch, &tiling).u32(job.silu()).run()?;
+        let launch = launch.view(job.gamma).view(job.beta).u32(job.per_image).u32(pixels).u32(shape.c);
+        job.tiling(launch.u32(job.groups), &tiling).u32(job.silu()).run()?;
         Ok(sums)
     }
 

@@ -8,6 +8,7 @@
 pub mod adam;
 pub mod add;
 pub mod attention;
+pub mod avg_pool;
 pub mod concat;
 pub mod conv2d;
 pub mod dropout;

@@ -2,7 +2,7 @@
 //! Vaswani et al. 2017, section 3.5): `y[i] = [sin(t_i f_0), .., sin(t_i f_{m-1}), cos(t_i f_0), .., cos(t_i f_{m-1})]`
 //! with `m = dim/2` and `f_k = exp(-ln(1e4) k / (m - 1))`; an odd `dim` ends with a zero. `t (n)`, `y (n,1,1,dim)`.
 //! OpenAI's code and the defaults of diffusers divide by m instead and put the cosines first; [`Sinusoid`] selects the
-//! form.
+//! form. A scale multiplies t first: OpenAI's `rescale_timesteps` gives the network 1000 t / T.
 //!
 //! No gradient: timesteps are data. Computed in f64 and rounded once, since at t = 1000 one rounding of `t f_k` in f32
 //! already moves the sine by 3e-5. `n dim` sines cost nothing compared with the network.
@@ -12,12 +12,14 @@ use crate::error::Result;
 use crate::tensor::{Shape, Tensor};
 
 /// The form of the embedding, in diffusers' terms; the default is the paper's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Sinusoid {
     /// s in `f_k = exp(-ln(1e4) k / (m - s))`.
     pub freq_shift: usize,
     /// Cosines before sines.
     pub flip_sin_to_cos: bool,
+    /// Factor of t.
+    pub scale: f64,
 }
 
 /// Ratio of the longest wavelength to the shortest.
@@ -37,7 +39,7 @@ impl Sinusoid {
 
 impl Default for Sinusoid {
     fn default() -> Self {
-        Sinusoid { freq_shift: 1, flip_sin_to_cos: false }
+        Sinusoid { freq_shift: 1, flip_sin_to_cos: false, scale: 1.0 }
     }
 }
 
@@ -74,8 +76,9 @@ pub mod reference {
         for (y, &t) in y.chunks_exact_mut(dim).zip(t) {
             for k in 0..m {
                 let f = (-number(PERIOD).ln() * number(k) / number(form.spread(m))).exp();
-                y[sines + k] = (t * f).sin();
-                y[cosines + k] = (t * f).cos();
+                let angle = t * T::from(form.scale).expect("a number") * f;
+                y[sines + k] = angle.sin();
+                y[cosines + k] = angle.cos();
             }
         }
         y
@@ -105,7 +108,7 @@ mod cuda {
         // 128 threads: a batch's embedding is a few blocks, and smaller ones spread over more multiprocessors.
         let (grid, lane_bits) = over_rows(n, dim / 2, 128);
         let launch = gpu.launch(FWD.of(y.dtype()), grid, 128).write(y).read(t).u64(n);
-        let launch = launch.u32(dim).f64((PERIOD as f64).ln()).f64(form.spread(dim / 2) as f64);
+        let launch = launch.u32(dim).f64(form.scale).f64((PERIOD as f64).ln()).f64(form.spread(dim / 2) as f64);
         launch.u32(sines).u32(cosines).u32(lane_bits).run()
     }
 }

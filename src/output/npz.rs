@@ -1,6 +1,7 @@
-//! Writing NumPy's .npy and .npz.
+//! Writing NumPy's .npy and .npz, and other zip archives.
 
-use std::io::{self, Seek, SeekFrom, Write};
+use std::fs::File;
+use std::io::{self, BufWriter, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use npyz::{AutoSerialize, WriterBuilder};
@@ -27,23 +28,37 @@ pub fn write_npy(path: &Path, shape: &[usize], data: &[f32]) -> Result<()> {
 /// `Error::File` if it cannot be written.
 pub fn write_npz(path: &Path, shape: Shape, images: &[u8], labels: Option<&[u32]>) -> Result<()> {
     assert_eq!(shape.len(), images.len(), "bytes for images of {shape}");
-    atomic::write_with(path, |file| {
-        let mut archive = zip::ZipWriter::new(Failing { to: file, failed: false, at: 0 });
-        start(&mut archive, "arr_0.npy", images.len())?;
-        write_array(&mut archive, &[shape.n, shape.h, shape.w, shape.c], images.iter().copied())?;
+    write_archive(path, |archive| {
+        start(archive, "arr_0.npy", images.len())?;
+        write_array(&mut *archive, &[shape.n, shape.h, shape.w, shape.c], images.iter().copied())?;
         if let Some(labels) = labels {
             assert_eq!(labels.len(), shape.n, "one label per image");
-            start(&mut archive, "arr_1.npy", 8 * labels.len())?;
-            write_array(&mut archive, &[shape.n], labels.iter().map(|&l| i64::from(l)))?;
+            start(archive, "arr_1.npy", 8 * labels.len())?;
+            write_array(&mut *archive, &[shape.n], labels.iter().map(|&l| i64::from(l)))?;
         }
+        Ok(())
+    })
+}
+
+/// Writes a zip archive. `fill` adds its entries.
+///
+/// # Errors
+/// `Error::File` if it cannot be written.
+pub(crate) fn write_archive(path: &Path, fill: impl FnOnce(&mut Archive<'_, '_>) -> io::Result<()>) -> Result<()> {
+    atomic::write_with(path, |file| {
+        let mut archive = zip::ZipWriter::new(Failing { to: file, failed: false, at: 0 });
+        fill(&mut archive)?;
         archive.finish()?;
         Ok(())
     })
 }
 
+/// An archive that is being written.
+pub(crate) type Archive<'a, 'f> = zip::ZipWriter<Failing<&'a mut BufWriter<&'f mut File>>>;
+
 /// A writer that after its first error takes everything and drops it. An archive that is given up writes its end from
 /// its destructor, which would print a second error to stderr.
-struct Failing<W> {
+pub(crate) struct Failing<W> {
     to: W,
     failed: bool,
     /// Where it writes next, or would.

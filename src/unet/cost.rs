@@ -1,9 +1,9 @@
 //! What a network costs, part by part. Parameters and FLOP are counted from its layers: two FLOP per multiply-add of
 //! convolutions, linear layers and attention products in one forward pass (a training step takes three times as many).
-//! Norms, activations and nearest-neighbour resampling are not counted. The bytes that a training step keeps come from
+//! Norms, activations and resampling without weights are not counted. The bytes that a training step keeps come from
 //! the tape, by a forward pass over shapes alone.
 
-use super::{Affine, Attention, Level, Norm, Resample, Resnet, UNet};
+use super::{Affine, Attention, Classes, Level, Norm, Resample, Resnet, UNet};
 use crate::conditioning::Conditioning;
 use crate::device::Device;
 use crate::error::Result;
@@ -53,6 +53,7 @@ fn len(specs: &Specs, p: Param) -> usize {
 }
 
 impl Resnet {
+    /// With `pixels` output pixels.
     fn cost(&self, specs: &Specs, pixels: usize) -> Cost {
         let mut cost = Cost::new(&self.place);
         cost.norm(specs, &self.norm1);
@@ -70,28 +71,34 @@ impl Resnet {
 impl Attention {
     fn cost(&self, specs: &Specs, pixels: usize) -> Cost {
         let mut cost = Cost::new(&self.place);
-        cost.norm(specs, &self.group_norm);
+        if let Some(group_norm) = &self.group_norm {
+            cost.norm(specs, group_norm);
+        }
         for affine in [&self.to_q, &self.to_k, &self.to_v, &self.to_out] {
             cost.affine(specs, affine, pixels);
         }
-        let c = len(specs, self.group_norm.gamma);
+        let c = len(specs, self.to_q.bias);
         cost.add_flops(&[2, 2, pixels, pixels, c]);
         cost
     }
 }
 
 impl Level {
-    /// Its blocks at `pixels` pixels, then the convolution to the next level, with `resampled` output pixels.
+    /// Its blocks at `pixels` pixels, then what leads to the next level, with `resampled` output pixels.
     fn costs(&self, specs: &Specs, pixels: usize, resampled: usize) -> Vec<Cost> {
         let mut costs = Vec::new();
         for (resnet, attention) in &self.blocks {
             costs.push(resnet.cost(specs, pixels));
             costs.extend(attention.as_ref().map(|a| a.cost(specs, pixels)));
         }
-        if let Some(Resample { place, conv }) = &self.resample {
-            let mut cost = Cost::new(place);
-            cost.affine(specs, conv, resampled);
-            costs.push(cost);
+        match &self.resample {
+            Some(Resample::Conv { place, conv }) => {
+                let mut cost = Cost::new(place);
+                cost.affine(specs, conv, resampled);
+                costs.push(cost);
+            }
+            Some(Resample::Resnet(resnet)) => costs.push(resnet.cost(specs, resampled)),
+            None => {}
         }
         costs
     }
@@ -105,8 +112,17 @@ impl UNet {
         time.affine(specs, &self.time_linear_1, 1);
         time.affine(specs, &self.time_linear_2, 1);
         let mut costs = vec![time];
-        if let Some(table) = self.class_embedding {
-            costs.push(Cost { params: len(specs, table), ..Cost::new("class_embedding") });
+        match &self.class_embedding {
+            Some(Classes::Table(table)) => {
+                costs.push(Cost { params: len(specs, *table), ..Cost::new("class_embedding") });
+            }
+            Some(Classes::Timestep(linear_1, linear_2)) => {
+                let mut cost = Cost::new("class_embedding");
+                cost.affine(specs, linear_1, 1);
+                cost.affine(specs, linear_2, 1);
+                costs.push(cost);
+            }
+            None => {}
         }
         let mut conv_in = Cost::new("conv_in");
         conv_in.affine(specs, &self.conv_in, pixels(0));
@@ -117,7 +133,7 @@ impl UNet {
         }
         let lowest = pixels(self.down.len() - 1);
         costs.push(self.middle.0.cost(specs, lowest));
-        costs.push(self.middle.1.cost(specs, lowest));
+        costs.extend(self.middle.1.as_ref().map(|attention| attention.cost(specs, lowest)));
         costs.push(self.middle.2.cost(specs, lowest));
         for (i, level) in self.up.iter().enumerate() {
             let here = self.up.len() - 1 - i;

@@ -1,6 +1,6 @@
 use ddpm_cuda::device::Device;
 use ddpm_cuda::ops::group_norm::Activation::{self, Identity, Silu};
-use ddpm_cuda::ops::group_norm::{group_norm, reference};
+use ddpm_cuda::ops::group_norm::{group_norm, reference, scale_shift_group_norm};
 use ddpm_cuda::tensor::{DType, Shape};
 
 use crate::support::{
@@ -32,6 +32,8 @@ struct Case {
     x: Vec<f64>,
     gamma: Vec<f64>,
     beta: Vec<f64>,
+    /// Scales and shifts of each image, if there are any.
+    scale_shift: Option<Vec<f64>>,
     dy: Vec<f64>,
 }
 
@@ -42,12 +44,19 @@ impl Case {
     fn new((shape, groups): (Shape, usize), activation: Activation, mean: f64, scale: f64) -> Self {
         let x = numbers(1, shape.len()).iter().map(|x| f64::from((mean + scale * x) as f32)).collect();
         let gamma = numbers(2, shape.c).iter().map(|v| f64::from((1.0 + 0.5 * v) as f32)).collect();
-        Case { shape, groups, activation, x, gamma, beta: numbers(3, shape.c), dy: numbers(4, shape.len()) }
+        let (beta, dy) = (numbers(3, shape.c), numbers(4, shape.len()));
+        Case { shape, groups, activation, x, gamma, beta, scale_shift: None, dy }
+    }
+
+    /// With scales and shifts.
+    fn scaled(self) -> Self {
+        Case { scale_shift: Some(numbers(5, 2 * self.shape.n * self.shape.c)), ..self }
     }
 
     /// The same with `x` and `dy` rounded to `dtype`.
     fn rounded(self, dtype: DType) -> Self {
-        Case { x: gpu::rounded(dtype, &self.x), dy: gpu::rounded(dtype, &self.dy), ..self }
+        let scale_shift = self.scale_shift.as_ref().map(|s| gpu::rounded(dtype, s));
+        Case { x: gpu::rounded(dtype, &self.x), dy: gpu::rounded(dtype, &self.dy), scale_shift, ..self }
     }
 
     fn pass(&self, passes: usize) -> Pass {
@@ -57,51 +66,68 @@ impl Case {
     fn pass_on(&self, device: &Device, passes: usize) -> Pass {
         let vector = |v: &[f64]| (Shape::vector(self.shape.c), to_f32(v));
         let params = [vector(&self.gamma), vector(&self.beta)];
-        let inputs = [(self.shape, to_f32(&self.x))];
-        through_tape_on(device, &inputs, &params, &to_f32(&self.dy), passes, |tape, x, p| {
-            group_norm(tape, &x[0], p[0], p[1], self.groups, EPS, self.activation)
+        let mut inputs = vec![(self.shape, to_f32(&self.x))];
+        let Shape { n, c, .. } = self.shape;
+        inputs.extend(self.scale_shift.as_ref().map(|s| (Shape::new(n, 1, 1, 2 * c), to_f32(s))));
+        through_tape_on(device, &inputs, &params, &to_f32(&self.dy), passes, |tape, x, p| match x {
+            [x, s] => scale_shift_group_norm(tape, x, s, p[0], p[1], self.groups, EPS, self.activation),
+            _ => group_norm(tape, &x[0], p[0], p[1], self.groups, EPS, self.activation),
         })
     }
 
-    /// `y, dx, dgamma, dbeta` of the reference in f64 and in f32.
-    fn oracle(&self) -> ([Vec<f64>; 4], [Vec<f32>; 4]) {
+    /// `y, dx, dgamma, dbeta, dscale_shift` of the reference in f64 and in f32.
+    fn oracle(&self) -> ([Vec<f64>; 5], [Vec<f32>; 5]) {
         let (shape, groups, activation) = (self.shape, self.groups, self.activation);
         let inputs = reference::Inputs {
             x: &self.x,
             shape,
             gamma: &self.gamma,
             beta: &self.beta,
+            scale_shift: self.scale_shift.as_deref(),
             groups,
             eps: f64::from(EPS),
             activation,
         };
-        let (dx, dgamma, dbeta) = reference::backward(&inputs, &self.dy);
-        let exact = [reference::forward(&inputs), dx, dgamma, dbeta];
+        let [dx, dgamma, dbeta, dscale_shift] = reference::backward(&inputs, &self.dy);
+        let exact = [reference::forward(&inputs), dx, dgamma, dbeta, dscale_shift];
         let [x, gamma, beta] = [&self.x, &self.gamma, &self.beta].map(|v| to_f32(v));
-        let inputs = reference::Inputs { x: &x, shape, gamma: &gamma, beta: &beta, groups, eps: EPS, activation };
-        let (dx, dgamma, dbeta) = reference::backward(&inputs, &to_f32(&self.dy));
-        (exact, [reference::forward(&inputs), dx, dgamma, dbeta])
+        let scale_shift = self.scale_shift.as_ref().map(|s| to_f32(s));
+        let inputs = reference::Inputs {
+            x: &x,
+            shape,
+            gamma: &gamma,
+            beta: &beta,
+            scale_shift: scale_shift.as_deref(),
+            groups,
+            eps: EPS,
+            activation,
+        };
+        let [dx, dgamma, dbeta, dscale_shift] = reference::backward(&inputs, &to_f32(&self.dy));
+        (exact, [reference::forward(&inputs), dx, dgamma, dbeta, dscale_shift])
     }
 
     /// The sigmoids of the CPU path and of the kernels err by up to 9 roundings, that of the C library by one. In
     /// dgamma and dbeta, a few sums of `n h w` terms of order one, these errors add up like a random walk; in `y` and
-    /// `dx` the largest error of the reference covers them.
+    /// `dx` the largest error of the reference covers them. dscale and dshift are such sums over one image, and the
+    /// former has two of them; with scales each term of dgamma is up to twice as large.
     fn check(&self, got: &Pass, dtype: DType) {
         let walk = match self.activation {
             Identity => 0.0,
             Silu => 9.0 * F32_ROUNDING * ((self.shape.n * self.shape.pixels()) as f64).sqrt(),
         };
+        let walk = walk * if self.scale_shift.is_some() { 2.0 } else { 1.0 };
         let (oracle, yardstick) = self.oracle();
         let (y, dx, dgamma, dbeta) = (&got.y, &got.dx[0], &got.dw[0], &got.dw[1]);
-        for (i, (name, got, dtype, walk)) in [
+        let mut results = vec![
             ("y", y, dtype, 0.0),
             ("dx", dx, dtype, 0.0),
             ("dgamma", dgamma, DType::F32, walk),
             ("dbeta", dbeta, DType::F32, walk),
-        ]
-        .into_iter()
-        .enumerate()
-        {
+        ];
+        if self.scale_shift.is_some() {
+            results.push(("dscale_shift", &got.dx[1], dtype, walk));
+        }
+        for (i, (name, got, dtype, walk)) in results.into_iter().enumerate() {
             let name = format!("{name} of {} in {} groups, {:?}", self.shape, self.groups, self.activation);
             close_as_but_for(dtype, &name, got, &oracle[i], &yardstick[i], walk);
         }
@@ -113,6 +139,8 @@ fn the_cpu_path_agrees_with_the_reference() {
     for case in CASES {
         for activation in [Identity, Silu] {
             let case = Case::new(case, activation, 0.3, 2.0);
+            case.check(&case.pass(1), DType::F32);
+            let case = case.scaled();
             case.check(&case.pass(1), DType::F32);
         }
     }
@@ -156,37 +184,45 @@ fn a_large_mean_costs_no_more_than_the_sums_of_a_strip() {
 
 #[test]
 fn the_reference_agrees_with_finite_differences() {
-    for ((shape, groups), activation) in [
+    for (((shape, groups), activation), scaled) in [
         ((Shape::new(2, 2, 3, 6), 2), Identity),
         ((Shape::new(2, 2, 3, 6), 3), Silu),
         ((Shape::new(1, 3, 1, 2), 2), Silu),
-    ] {
+        ((Shape::new(2, 2, 3, 6), 3), Silu),
+        ((Shape::new(2, 3, 1, 4), 2), Identity),
+    ]
+    .into_iter()
+    .zip([false, false, false, true, true])
+    {
         let case = Case::new((shape, groups), activation, 0.3, 2.0);
+        let case = if scaled { case.scaled() } else { case };
         let f = |v: &[Vec<f64>]| {
             let inputs = reference::Inputs {
                 x: &v[0],
                 shape,
                 gamma: &v[1],
                 beta: &v[2],
+                scale_shift: v.get(3).map(Vec::as_slice),
                 groups,
                 eps: f64::from(EPS),
                 activation,
             };
             reference::forward(&inputs).iter().zip(&case.dy).map(|(y, dy)| y * dy).sum()
         };
-        let [_, dx, dgamma, dbeta] = case.oracle().0;
-        finite_differences(
-            "group_norm",
-            f,
-            &[case.x.clone(), case.gamma.clone(), case.beta.clone()],
-            &[dx, dgamma, dbeta],
-        );
+        let [_, dx, dgamma, dbeta, dscale_shift] = case.oracle().0;
+        let mut inputs = vec![case.x.clone(), case.gamma.clone(), case.beta.clone()];
+        let mut gradients = vec![dx, dgamma, dbeta];
+        if let Some(scale_shift) = &case.scale_shift {
+            inputs.push(scale_shift.clone());
+            gradients.push(dscale_shift);
+        }
+        finite_differences("group_norm", f, &inputs, &gradients);
     }
 }
 
 #[test]
 fn parameter_gradients_accumulate() {
-    let case = Case::new(CASES[5], Silu, 0.3, 2.0);
+    let case = Case::new(CASES[5], Silu, 0.3, 2.0).scaled();
     let (once, twice) = (case.pass(1), case.pass(2));
     for (once, twice) in once.dw.iter().zip(&twice.dw) {
         let sum: Vec<f32> = once.iter().map(|v| v + v).collect();
@@ -214,7 +250,7 @@ fn an_image_does_not_depend_on_its_batch() {
 #[test]
 fn the_same_bits_at_any_number_of_threads() {
     for case in [CASES[5], CASES[8], CASES[9]] {
-        let case = Case::new(case, Silu, 0.3, 2.0);
+        let case = Case::new(case, Silu, 0.3, 2.0).scaled();
         same_bits_at_any_number_of_threads("group_norm", || case.pass(2).flat());
     }
 }
@@ -232,6 +268,27 @@ fn the_gpu_agrees_with_the_reference() {
             });
         }
     }
+}
+
+#[test]
+fn the_gpu_agrees_with_the_reference_with_scales_and_shifts() {
+    for case in CASES {
+        gpu::each("group_norm", |device| {
+            let dtype = device.activations();
+            let case = Case::new(case, Silu, 0.3, 2.0).scaled().rounded(dtype);
+            let got = case.pass_on(device, 1);
+            case.check(&got, dtype);
+            got.flat()
+        });
+    }
+}
+
+/// Small enough to be run often.
+#[test]
+fn gpu_scales_and_shifts_each_image() {
+    let Some(gpu) = gpu::gpu(DType::F32) else { return };
+    let case = Case::new((Shape::new(3, 5, 4, 130), 2), Silu, 0.3, 2.0).scaled();
+    case.check(&case.pass_on(&Device::Cuda(gpu), 1), DType::F32);
 }
 
 /// On the GPU sums are shorter: 8 pixels per thread, 5 halvings in a warp, 8 warps.
@@ -302,4 +359,11 @@ fn planted_bugs_are_noticed() {
     for pass in ["fwd_apply_f32", "bwd_dx_f32"] {
         plant::notices_lost_block(test, &format!("group_norm_{pass}"));
     }
+    let scaled = "group_norm::gpu_scales_and_shifts_each_image";
+    for pass in ["fwd_scale_shift_f32", "bwd_scale_shift_f32"] {
+        plant::notices_lost_block(scaled, &format!("group_norm_{pass}"));
+    }
+    // gamma where beta belongs; a sum where a product does.
+    plant::notices_wrong_parameter(scaled, "group_norm_fwd_scale_shift_f32", 3, 2);
+    plant::notices(scaled, "group_norm_bwd_scale_shift_f32", "mul.f32", "add.f32");
 }

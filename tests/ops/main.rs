@@ -6,6 +6,7 @@ mod support;
 mod adam;
 mod add;
 mod attention;
+mod avg_pool;
 mod concat;
 mod conv2d;
 mod dropout;

@@ -14,11 +14,14 @@ fn embed(device: &Device, t: &[f32], dim: usize, form: Sinusoid) -> Tensor {
 /// Widths of an embedding: the smallest, odd ones, several blocks, more frequencies than a block has threads.
 const DIMS: [usize; 8] = [2, 3, 4, 7, 32, 52, 128, 301];
 
-const OPENAI: Sinusoid = Sinusoid { freq_shift: 0, flip_sin_to_cos: true };
+const OPENAI: Sinusoid = Sinusoid { freq_shift: 0, flip_sin_to_cos: true, scale: 1.0 };
+
+/// OpenAI's with 4000 timesteps of which the network sees a quarter.
+const RESCALED: Sinusoid = Sinusoid { scale: 0.25, ..OPENAI };
 
 #[test]
 fn is_the_reference_in_f64_rounded_once() {
-    for (dim, form) in DIMS.into_iter().flat_map(|d| [(d, Sinusoid::default()), (d, OPENAI)]) {
+    for (dim, form) in DIMS.into_iter().flat_map(|d| [(d, Sinusoid::default()), (d, OPENAI), (d, RESCALED)]) {
         let y = embed(&Device::cpu_guarded(), &T, dim, form);
         assert_eq!(y.shape(), Shape::new(T.len(), 1, 1, dim));
         let oracle = reference::forward(&T.map(f64::from), dim, form);
@@ -44,6 +47,12 @@ fn openai_has_the_cosines_first() {
 }
 
 #[test]
+fn a_scale_multiplies_the_timestep() {
+    let device = Device::cpu_guarded();
+    same_bits("y", embed(&device, &[996.0], 6, RESCALED).data(), embed(&device, &[249.0], 6, OPENAI).data());
+}
+
+#[test]
 fn an_image_does_not_depend_on_its_batch() {
     let device = Device::cpu_guarded();
     let together = embed(&device, &T, 6, Sinusoid::default());
@@ -57,7 +66,7 @@ fn an_image_does_not_depend_on_its_batch() {
 /// for bf16.
 #[test]
 fn gpu_agrees_with_the_reference() {
-    for (dim, form) in DIMS.into_iter().flat_map(|d| [(d, Sinusoid::default()), (d, OPENAI)]) {
+    for (dim, form) in DIMS.into_iter().flat_map(|d| [(d, Sinusoid::default()), (d, OPENAI), (d, RESCALED)]) {
         gpu::each(&format!("time_embedding of {dim}, {form:?}"), |device| {
             let y = embed(device, &T, dim, form);
             assert_eq!((y.shape(), y.dtype()), (Shape::new(T.len(), 1, 1, dim), device.activations()));
@@ -76,7 +85,7 @@ fn planted_bugs_are_noticed() {
     let test = "time_embedding::gpu_agrees_with_the_reference";
     // 1/pi from its eighth digit on; cosines where sines belong.
     plant::notices(test, "time_embedding_fwd_f32", "0d3FD45F306DC9C883", "0d3FD45F316DC9C883");
-    plant::notices_wrong_parameter(test, "time_embedding_fwd_f32", 7, 6);
-    plant::notices_wrong_parameter(test, "time_embedding_fwd_bf16", 7, 6);
+    plant::notices_wrong_parameter(test, "time_embedding_fwd_f32", 8, 7);
+    plant::notices_wrong_parameter(test, "time_embedding_fwd_bf16", 8, 7);
     plant::notices_lost_block(test, "time_embedding_fwd_f32");
 }

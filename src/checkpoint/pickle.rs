@@ -1,0 +1,485 @@
+//! Reads the pickles of PyTorch's weight files: a machine with a stack that knows tensors and plain containers, and
+//! nothing else.
+//!
+//! A pickle is a program, and Python's reader calls whatever functions it names. Here nothing is executed: seven names
+//! stand for a tensor's parts, every other is an error that says it. Bytes, instructions and the sizes of lists are
+//! bounded by the length of the pickle, which the caller bounds; values lie in one list and refer to each other by
+//! index, so that no nesting can exhaust the stack.
+//!
+//! Deliberately absent: protocol 0, which PyTorch has never written, and everything that only Python objects need.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use safetensors::Dtype;
+
+use super::diffusers::cut;
+
+/// The longest pickle that is read: a network of ten thousand tensors has three megabytes.
+pub(super) const LONGEST: usize = 32 << 20;
+
+/// The most instructions; such a network has half a million.
+const MOST_INSTRUCTIONS: usize = 4 << 20;
+
+/// A sentence that begins with the name of the file.
+type Sentence<T> = Result<T, String>;
+
+/// Numbers in a file that tensors are views of.
+#[derive(Clone, Debug)]
+pub(super) struct Storage {
+    pub dtype: Dtype,
+    /// Its name in the file.
+    pub key: Rc<str>,
+    /// How many numbers it has.
+    pub len: usize,
+}
+
+/// A tensor: a view of a storage.
+#[derive(Clone, Debug)]
+pub(super) struct View {
+    pub storage: Storage,
+    /// The first number.
+    pub offset: usize,
+    pub shape: Vec<usize>,
+    /// Numbers from one index to the next, of each dimension.
+    pub strides: Vec<usize>,
+}
+
+/// A value on the stack.
+#[derive(Clone, Debug)]
+pub(super) enum Value {
+    None,
+    Bool(bool),
+    Int(i64),
+    /// A float, bytes, or a whole number beyond 64 bits; nothing here depends on its value.
+    Plain,
+    Text(Rc<str>),
+    Name(Name),
+    /// Something in the list of objects.
+    Object(usize),
+}
+
+/// What a pickle may name.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Name {
+    OrderedDict,
+    RebuildTensor,
+    RebuildParameter,
+    Storage(Dtype),
+}
+
+impl Name {
+    fn of(module: &str, name: &str) -> Sentence<Self> {
+        match (module, name) {
+            ("collections", "OrderedDict") => Ok(Name::OrderedDict),
+            ("torch._utils", "_rebuild_tensor_v2") => Ok(Name::RebuildTensor),
+            ("torch._utils", "_rebuild_parameter") => Ok(Name::RebuildParameter),
+            ("torch", "FloatStorage") => Ok(Name::Storage(Dtype::F32)),
+            ("torch", "HalfStorage") => Ok(Name::Storage(Dtype::F16)),
+            ("torch", "BFloat16Storage") => Ok(Name::Storage(Dtype::BF16)),
+            ("torch", "DoubleStorage") => Ok(Name::Storage(Dtype::F64)),
+            ("torch", "LongStorage") => Ok(Name::Storage(Dtype::I64)),
+            ("torch", "IntStorage") => Ok(Name::Storage(Dtype::I32)),
+            ("torch", "ByteStorage") => Ok(Name::Storage(Dtype::U8)),
+            ("torch", "BoolStorage") => Ok(Name::Storage(Dtype::BOOL)),
+            _ => Err(format!(
+                "names {}.{}, which is not read: a pickle of tensors and plain containers is expected, and nothing in it is executed",
+                cut(module),
+                cut(name)
+            )),
+        }
+    }
+}
+
+/// What a value may refer to.
+#[derive(Debug)]
+pub(super) enum Object {
+    Tuple(Vec<Value>),
+    List(Vec<Value>),
+    Dict(Vec<(Value, Value)>),
+    Storage(Storage),
+    Tensor(View),
+}
+
+/// What a pickle holds.
+#[derive(Debug)]
+pub(super) struct Unpickled {
+    pub value: Value,
+    pub objects: Vec<Object>,
+    /// Bytes of the pickle.
+    pub len: usize,
+}
+
+impl Unpickled {
+    /// The entries of a dictionary.
+    pub fn dict(&self, value: &Value) -> Option<&[(Value, Value)]> {
+        match value {
+            Value::Object(i) => match &self.objects[*i] {
+                Object::Dict(entries) => Some(entries),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// A tensor.
+    pub fn tensor(&self, value: &Value) -> Option<&View> {
+        match value {
+            Value::Object(i) => match &self.objects[*i] {
+                Object::Tensor(view) => Some(view),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    /// The items of a list.
+    pub fn list(&self, value: &Value) -> Option<&[Value]> {
+        match value {
+            Value::Object(i) => match &self.objects[*i] {
+                Object::List(items) => Some(items),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+}
+
+struct Machine<'a> {
+    bytes: &'a [u8],
+    at: usize,
+    stack: Vec<Value>,
+    /// Heights of the stack at the marks that are open.
+    marks: Vec<usize>,
+    memo: HashMap<u32, Value>,
+    objects: Vec<Object>,
+}
+
+/// Reads the pickle that `bytes` begin with.
+///
+/// # Errors
+/// A sentence for anything but plain containers of tensors.
+pub(super) fn read(bytes: &[u8]) -> Sentence<Unpickled> {
+    let mut machine =
+        Machine { bytes, at: 0, stack: Vec::new(), marks: Vec::new(), memo: HashMap::new(), objects: Vec::new() };
+    for _ in 0..MOST_INSTRUCTIONS {
+        if machine.step()? {
+            let value = machine.pop()?;
+            return Ok(Unpickled { value, objects: machine.objects, len: machine.at });
+        }
+    }
+    Err(format!("holds a pickle of more than {MOST_INSTRUCTIONS} instructions; no weights have as many"))
+}
+
+fn damaged(what: &str) -> String {
+    format!("holds a pickle that is cut short or damaged: {what}")
+}
+
+impl<'a> Machine<'a> {
+    /// Does one instruction; true after the last.
+    fn step(&mut self) -> Sentence<bool> {
+        let [code] = self.take_array()?;
+        match code {
+            0x80 => {
+                let [protocol] = self.take_array()?;
+                if !(2..=5).contains(&protocol) {
+                    return Err(format!("holds a pickle of protocol {protocol}; 2 to 5 are read"));
+                }
+            }
+            0x95 => _ = self.take(8)?, // a frame's length: frames are for readers from a stream
+            b'.' => return Ok(true),
+            b'(' => self.marks.push(self.stack.len()),
+            b'0' => _ = self.pop()?,
+            b'1' => _ = self.pop_to_mark()?,
+            b'N' => self.stack.push(Value::None),
+            0x88 => self.stack.push(Value::Bool(true)),
+            0x89 => self.stack.push(Value::Bool(false)),
+            b'J' => {
+                let number = i32::from_le_bytes(self.take_array()?);
+                self.stack.push(Value::Int(number.into()));
+            }
+            b'K' => {
+                let [number] = self.take_array()?;
+                self.stack.push(Value::Int(number.into()));
+            }
+            b'M' => {
+                let number = u16::from_le_bytes(self.take_array()?);
+                self.stack.push(Value::Int(number.into()));
+            }
+            0x8a => {
+                let [len] = self.take_array()?;
+                let number = self.take(len.into())?;
+                self.stack.push(whole(number));
+            }
+            b'G' => {
+                self.take(8)?;
+                self.stack.push(Value::Plain);
+            }
+            b'X' => self.text(4)?,
+            0x8c => self.text(1)?,
+            0x8d => self.text(8)?,
+            b'T' | b'B' => self.plain(4)?,
+            b'U' | b'C' => self.plain(1)?,
+            0x8e => self.plain(8)?,
+            b')' => self.add(Object::Tuple(Vec::new())),
+            b']' => self.add(Object::List(Vec::new())),
+            b'}' => self.add(Object::Dict(Vec::new())),
+            b't' => {
+                let items = self.pop_to_mark()?;
+                self.add(Object::Tuple(items));
+            }
+            0x85..=0x87 => {
+                let mut items = Vec::new();
+                for _ in 0x84..code {
+                    items.push(self.pop()?);
+                }
+                items.reverse();
+                self.add(Object::Tuple(items));
+            }
+            b'l' => {
+                let items = self.pop_to_mark()?;
+                self.add(Object::List(items));
+            }
+            b'd' => {
+                let items = self.pop_to_mark()?;
+                let pairs = pairs(items)?;
+                self.add(Object::Dict(pairs));
+            }
+            b'a' => {
+                let item = self.pop()?;
+                self.last_list()?.push(item);
+            }
+            b'e' => {
+                let items = self.pop_to_mark()?;
+                self.last_list()?.extend(items);
+            }
+            b's' => {
+                let value = self.pop()?;
+                let key = self.pop()?;
+                self.last_dict()?.push((key, value));
+            }
+            b'u' => {
+                let items = self.pop_to_mark()?;
+                self.last_dict()?.extend(pairs(items)?);
+            }
+            b'c' => {
+                let (module, name) = (self.line()?, self.line()?);
+                self.stack.push(Value::Name(Name::of(module, name)?));
+            }
+            0x93 => match (self.pop()?, self.pop()?) {
+                (Value::Text(name), Value::Text(module)) => {
+                    self.stack.push(Value::Name(Name::of(&module, &name)?));
+                }
+                _ => return Err(damaged("a name that is no text")),
+            },
+            b'R' => {
+                let (arguments, function) = (self.pop()?, self.pop()?);
+                let made = self.call(&function, &arguments)?;
+                self.stack.push(made);
+            }
+            // The state of an object; a state dictionary's is `_metadata`, the versions of its modules.
+            b'b' => {
+                self.pop()?;
+                if !matches!(self.stack.last(), Some(Value::Object(i)) if matches!(self.objects[*i], Object::Dict(_))) {
+                    return Err("holds the state of a Python object; tensors and plain containers are expected".into());
+                }
+            }
+            b'Q' => {
+                let id = self.pop()?;
+                let storage = self.storage(&id)?;
+                self.add(Object::Storage(storage));
+            }
+            b'q' => {
+                let [at] = self.take_array()?;
+                self.remember(at.into())?;
+            }
+            b'r' => {
+                let at = u32::from_le_bytes(self.take_array()?);
+                self.remember(at)?;
+            }
+            0x94 => {
+                let at = self.memo.len() as u32;
+                self.remember(at)?;
+            }
+            b'h' => {
+                let [at] = self.take_array()?;
+                self.recall(at.into())?;
+            }
+            b'j' => {
+                let at = u32::from_le_bytes(self.take_array()?);
+                self.recall(at)?;
+            }
+            other => {
+                return Err(format!(
+                    "holds the pickle instruction 0x{other:02x}, which is not read: weights need none but those for tensors and plain containers"
+                ));
+            }
+        }
+        Ok(false)
+    }
+
+    fn take(&mut self, len: usize) -> Sentence<&'a [u8]> {
+        let rest = &self.bytes[self.at..];
+        let taken = rest.get(..len).ok_or_else(|| damaged("it ends within an instruction"))?;
+        self.at += len;
+        Ok(taken)
+    }
+
+    fn take_array<const N: usize>(&mut self) -> Sentence<[u8; N]> {
+        Ok(self.take(N)?.try_into().expect("N bytes"))
+    }
+
+    /// Bytes after their length, which has `width` bytes.
+    fn counted(&mut self, width: usize) -> Sentence<&'a [u8]> {
+        let mut len = [0; 8];
+        len[..width].copy_from_slice(self.take(width)?);
+        self.take(usize::try_from(u64::from_le_bytes(len)).unwrap_or(usize::MAX))
+    }
+
+    fn text(&mut self, width: usize) -> Sentence<()> {
+        let text = std::str::from_utf8(self.counted(width)?).map_err(|_| damaged("a text that is not UTF-8"))?;
+        self.stack.push(Value::Text(text.into()));
+        Ok(())
+    }
+
+    fn plain(&mut self, width: usize) -> Sentence<()> {
+        self.counted(width)?;
+        self.stack.push(Value::Plain);
+        Ok(())
+    }
+
+    fn line(&mut self) -> Sentence<&'a str> {
+        let rest = &self.bytes[self.at..];
+        let len = rest.iter().take(1000).position(|&b| b == b'\n').ok_or_else(|| damaged("a name without end"))?;
+        self.at += len + 1;
+        std::str::from_utf8(&rest[..len]).map_err(|_| damaged("a name that is not UTF-8"))
+    }
+
+    fn add(&mut self, object: Object) {
+        self.objects.push(object);
+        self.stack.push(Value::Object(self.objects.len() - 1));
+    }
+
+    fn pop(&mut self) -> Sentence<Value> {
+        // What lies below a mark belongs to the instruction that closes it.
+        if self.marks.last() == Some(&self.stack.len()) {
+            return Err(damaged("an instruction without its operand"));
+        }
+        self.stack.pop().ok_or_else(|| damaged("an instruction without its operand"))
+    }
+
+    fn pop_to_mark(&mut self) -> Sentence<Vec<Value>> {
+        let mark = self.marks.pop().ok_or_else(|| damaged("an end without its beginning"))?;
+        Ok(self.stack.split_off(mark))
+    }
+
+    fn last_list(&mut self) -> Sentence<&mut Vec<Value>> {
+        match self.stack.last() {
+            Some(Value::Object(i)) => match &mut self.objects[*i] {
+                Object::List(items) => Ok(items),
+                _ => Err(damaged("an item of what is no list")),
+            },
+            _ => Err(damaged("an item of what is no list")),
+        }
+    }
+
+    fn last_dict(&mut self) -> Sentence<&mut Vec<(Value, Value)>> {
+        match self.stack.last() {
+            Some(Value::Object(i)) => match &mut self.objects[*i] {
+                Object::Dict(entries) => Ok(entries),
+                _ => Err(damaged("an entry of what is no dictionary")),
+            },
+            _ => Err(damaged("an entry of what is no dictionary")),
+        }
+    }
+
+    fn remember(&mut self, at: u32) -> Sentence<()> {
+        let value = self.stack.last().cloned().ok_or_else(|| damaged("nothing to remember"))?;
+        self.memo.insert(at, value);
+        Ok(())
+    }
+
+    fn recall(&mut self, at: u32) -> Sentence<()> {
+        let value = self.memo.get(&at).cloned().ok_or_else(|| damaged("it recalls what was never remembered"))?;
+        self.stack.push(value);
+        Ok(())
+    }
+
+    fn tuple(&self, value: &Value) -> Option<&[Value]> {
+        match value {
+            Value::Object(i) => match &self.objects[*i] {
+                Object::Tuple(items) => Some(items),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
+    fn numbers(&self, value: &Value) -> Option<Vec<usize>> {
+        let number = |value: &Value| match value {
+            Value::Int(number) => usize::try_from(*number).ok(),
+            _ => None,
+        };
+        self.tuple(value)?.iter().map(number).collect()
+    }
+
+    /// What the call of a name makes.
+    fn call(&mut self, function: &Value, arguments: &Value) -> Sentence<Value> {
+        let Value::Name(name) = function else { return Err(damaged("a call of what is no name")) };
+        let unfit = || damaged("a call whose arguments do not fit");
+        let arguments = self.tuple(arguments).ok_or_else(unfit)?;
+        let made = match (name, arguments) {
+            (Name::OrderedDict, []) => Object::Dict(Vec::new()),
+            (Name::RebuildTensor, [Value::Object(storage), Value::Int(offset), shape, strides, ..]) => {
+                let Object::Storage(storage) = &self.objects[*storage] else { return Err(unfit()) };
+                let offset = usize::try_from(*offset).map_err(|_| unfit())?;
+                let (shape, strides) = self.numbers(shape).zip(self.numbers(strides)).ok_or_else(unfit)?;
+                if shape.len() != strides.len() || shape.len() > 8 {
+                    return Err(unfit());
+                }
+                Object::Tensor(View { storage: storage.clone(), offset, shape, strides })
+            }
+            (Name::RebuildParameter, [tensor @ Value::Object(i), ..])
+                if matches!(self.objects[*i], Object::Tensor(_)) =>
+            {
+                return Ok(tensor.clone());
+            }
+            _ => return Err(unfit()),
+        };
+        self.objects.push(made);
+        Ok(Value::Object(self.objects.len() - 1))
+    }
+
+    /// The storage of `('storage', class, key, device, numbers)`.
+    fn storage(&self, id: &Value) -> Sentence<Storage> {
+        match self.tuple(id) {
+            Some(
+                [Value::Text(kind), Value::Name(Name::Storage(dtype)), Value::Text(key), _, Value::Int(len), rest @ ..],
+            ) if &**kind == "storage" && rest.iter().all(|value| matches!(value, Value::None)) => {
+                let len = usize::try_from(*len).map_err(|_| damaged("a storage of negative length"))?;
+                Ok(Storage { dtype: *dtype, key: key.clone(), len })
+            }
+            _ => Err(damaged("a reference that is no storage")),
+        }
+    }
+}
+
+/// A whole number of up to eight bytes, two's complement, least significant first.
+fn whole(bytes: &[u8]) -> Value {
+    if bytes.len() > 8 {
+        return Value::Plain;
+    }
+    let sign = if bytes.last().is_some_and(|b| b & 0x80 != 0) { 0xff } else { 0 };
+    let mut number = [sign; 8];
+    number[..bytes.len()].copy_from_slice(bytes);
+    Value::Int(i64::from_le_bytes(number))
+}
+
+/// Keys and values in turn.
+fn pairs(items: Vec<Value>) -> Sentence<Vec<(Value, Value)>> {
+    if !items.len().is_multiple_of(2) {
+        return Err(damaged("a key without a value"));
+    }
+    let mut items = items.into_iter();
+    Ok(std::iter::from_fn(|| items.next().zip(items.next())).collect())
+}
