@@ -28,6 +28,7 @@
 //! meter - what a step measures, kept on the device that computes it
 //! images conditioning - bytes that become x_0; network inputs besides x_t and t
 //! tensor - NHWC arrays
+//! measures - distances between sets of images, in f64
 //! diffusion - schedules and sampler steps in f64, with the papers' equation numbers
 //! rng - counter-based random numbers
 //! device - the CPU, GPUs (the only place that names cudarc), and a device of shapes alone
@@ -76,6 +77,7 @@ pub mod error;
 pub mod images;
 pub mod kernels;
 pub mod layout;
+pub mod measures;
 pub mod memory;
 pub mod meter;
 mod names;
