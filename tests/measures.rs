@@ -68,7 +68,8 @@ fn singular_covariances_have_a_distance() {
         near("the other way round", back, there, 1e-7 * there);
         near("to itself", frechet(&a, &a), 0.0, 1e-6);
         // A subspace more, in which both are 0, changes nothing.
-        let wider = |x: &Features| features(&x.rows().flat_map(|row| [row, &[0.0]].concat()).collect::<Vec<_>>(), d + 1);
+        let wider =
+            |x: &Features| features(&x.rows().flat_map(|row| [row, &[0.0]].concat()).collect::<Vec<_>>(), d + 1);
         near("with a feature that is 0", frechet(&wider(&a), &wider(&b)), there, 1e-7 * there);
     }
     let constant = features(&[1.0; 12], 4);
@@ -88,10 +89,7 @@ fn finite_samples_have_the_floor_of_their_size() {
 #[test]
 fn statistics_that_are_none_are_refused() {
     let refused = |mu: &[f64], sigma: &[f64]| Gaussian::from_statistics(mu, sigma).unwrap_err().to_string();
-    assert_eq!(
-        refused(&[0.0, 0.0], &[1.0; 3]),
-        "mu has 2 numbers and sigma 3, where mu's number squared is expected"
-    );
+    assert_eq!(refused(&[0.0, 0.0], &[1.0; 3]), "mu has 2 numbers and sigma 3, where mu's number squared is expected");
     assert_eq!(refused(&[f64::NAN], &[1.0]), "mu or sigma holds NaN; only finite numbers can be compared");
     assert_eq!(refused(&[0.0], &[-1.0]), "sigma has the variance -1 at 0; it is no covariance");
     assert_eq!(
@@ -186,7 +184,8 @@ fn distances_in_pixels_are_of_numbers_in_plus_minus_one() {
     assert_eq!(got[0].images, [0, 2]);
     near("one step", got[0].distances[0], 1.0 / 127.5, 1e-15);
     near("10 and 19 steps", got[0].distances[1], 461.0f64.sqrt() / 127.5, 1e-15);
-    near("black to white", got[1].distances[0], 2.0, 1e-15);
+    assert_eq!(got[1].images, [2, 0]);
+    near("black to white", got[1].distances[1], 2.0, 1e-15);
     // More bytes than 32 bits hold the squares of.
     let (black, white) = (vec![0; 200_000], vec![255; 200_000]);
     near("a large image", nearest_pixels(&black, &white, 200_000, 1, 1)[0].distance(), 2.0 * 200_000f64.sqrt(), 1e-9);

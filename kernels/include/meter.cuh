@@ -10,4 +10,5 @@ struct MeterRow {
     double counts[QUARTERS];     // how many such images
     double grad_norm;            // norm of the gradient before clipping
     double clip;                 // the clipping factor
+    double right[QUARTERS];      // how many of the counted images a classifier has told rightly
 };

@@ -48,7 +48,10 @@ impl Gaussian {
         let d = mu.len();
         let failed = |what: String| Err(Error::Failed(what));
         if d == 0 || sigma.len() != d * d {
-            return failed(format!("mu has {d} numbers and sigma {}, where mu's number squared is expected", sigma.len()));
+            return failed(format!(
+                "mu has {d} numbers and sigma {}, where mu's number squared is expected",
+                sigma.len()
+            ));
         }
         if let Some(bad) = mu.iter().chain(sigma).find(|v| !v.is_finite()) {
             return failed(format!("mu or sigma holds {bad}; only finite numbers can be compared"));
