@@ -111,8 +111,11 @@ pub struct Model {
     pub norm_eps: f64,
     /// Dropout probability in the residual blocks, in [0, 1).
     pub dropout: f64,
-    /// Classes to condition on; 0: none.
+    /// Classes to condition on, of a classifier those that it tells apart; 0: none.
     pub classes: usize,
+    /// The way down and the middle alone, with the classes' logits as output. No setting: the command that trains
+    /// classifiers sets it, and it stays in `config.toml`.
+    pub classifier: bool,
     /// Padding of the 3x3 convolutions of stride 2: 0 pads right and bottom only (the paper), 1 all four sides.
     pub downsample_padding: usize,
     /// freq_k = 10000^(-k / (dim/2 - freq_shift)): 1 is the paper's time embedding, 0 OpenAI's.
@@ -290,10 +293,14 @@ pub const BETAS: [&str; 4] = ["schedule", "timesteps", "beta_start", "beta_end"]
 pub const MAY_CHANGE: [&str; 7] =
     ["data", "steps", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints"];
 
-/// Every setting with its value in the default preset, for `--help`.
-pub fn help() -> String {
+/// Every setting with its value in the default preset, of a network or of a `classifier`, for `--help`.
+pub fn help(classifier: bool) -> String {
     let mut text = String::from("Settings of --set and config.toml, with the values of --preset mnist:\n");
-    for ((key, value), setting) in Config::preset(Preset::Mnist).entries().zip(SETTINGS) {
+    let mut config = Config::preset(Preset::Mnist);
+    if classifier {
+        config = config.into_classifier();
+    }
+    for ((key, value), setting) in config.entries().zip(SETTINGS) {
         text += &format!("  {:<32} {}\n", format!("{key} = {value}"), setting.help);
     }
     text
@@ -315,6 +322,16 @@ impl Config {
             Preset::CelebaHq256 => celebahq256(),
             Preset::Auto => auto(),
         }
+    }
+
+    /// The same preset for a classifier of noised images. Weight decay as guided-diffusion has it, since classifiers
+    /// learn their images by heart; half the steps, since they learn faster than networks that predict noise.
+    pub fn into_classifier(mut self) -> Self {
+        self.model.classifier = true;
+        self.weight_decay = 0.05;
+        self.steps = (self.steps / 2).max(1);
+        self.sample_every = 0;
+        self
     }
 
     /// Preset, then the file of `--config`, then each `KEY=VALUE` of `--set`; and which settings file and `--set`
@@ -394,6 +411,10 @@ impl Config {
         };
         let class_names = list(&mut table, "class_names", "names", |value| value.as_str().map(String::from))?;
         let trained_betas = list(&mut table, "trained_betas", "numbers", toml::Value::as_float)?;
+        let classifier = match table.remove("classifier") {
+            None => false,
+            Some(value) => value.as_bool().ok_or_else(|| format!("classifier = {value} is neither true nor false"))?,
+        };
         let data = data.or(table.get("data").and_then(toml::Value::as_str)).unwrap_or_default();
         let mut config = Config::preset(preset.or(own).unwrap_or(Preset::of_data(data)));
         let mut given = Given::default();
@@ -401,6 +422,7 @@ impl Config {
             given.add(config.set(key, &spelling(key, value)?)?);
         }
         (config.class_names, config.diffusion.trained_betas) = (class_names, trained_betas);
+        config.model.classifier = classifier;
         Ok((config, given))
     }
 
@@ -419,10 +441,11 @@ impl Config {
         let path = Path::new(&self.data);
         let name = if path.is_dir() { path.file_name() } else { path.file_stem() };
         let name = name.map(|name| name.to_string_lossy().trim_start_matches('.').to_string());
-        match name {
+        let name = match name {
             Some(name) if self.preset == Preset::Auto && !name.is_empty() => name,
             _ => self.preset.to_string(),
-        }
+        };
+        if self.model.classifier { name + "-classifier" } else { name }
     }
 
     /// Takes every setting that is not `given` from `other`.
@@ -453,6 +476,9 @@ impl Config {
         }
         if !self.diffusion.trained_betas.is_empty() {
             text += &format!("trained_betas = {}\n", toml::Value::from(self.diffusion.trained_betas.clone()));
+        }
+        if self.model.classifier {
+            text += "classifier = true\n";
         }
         text
     }
@@ -493,6 +519,9 @@ impl Config {
         if !(0.0..1.0).contains(&self.ema_decay) {
             usage!("ema_decay = {} must be at least 0 and below 1; the paper has 0.9999", self.ema_decay);
         }
+        if self.model.classifier && self.sample_every > 0 {
+            usage!("sample_every = {}: a classifier draws no samples, so leave it at 0", self.sample_every);
+        }
         if !(0.0..=0.5).contains(&self.held_out) {
             usage!("held_out = {} must be a share between 0 (no validation) and 0.5", self.held_out);
         }
@@ -501,9 +530,15 @@ impl Config {
 }
 
 impl Model {
-    /// Channels of the network's output: as many as the images have, since it predicts their noise.
+    /// Channels of the network's output: as many as the images have, since it predicts their noise; a classifier's are
+    /// its classes.
     pub fn out_channels(&self) -> usize {
-        self.channels
+        if self.classifier { self.classes } else { self.channels }
+    }
+
+    /// Whether the network is given classes, as a classifier is not.
+    pub fn is_conditional(&self) -> bool {
+        self.classes > 0 && !self.classifier
     }
 
     /// Number of levels.
@@ -581,6 +616,9 @@ impl Model {
                 "widths starts with {}; the first is the length of the time embedding too, so it must be even and at least 4",
                 self.widths[0]
             );
+        }
+        if self.classifier && self.classes == 1 {
+            usage!("classes = 1: a classifier tells two classes or more apart");
         }
         if !(0.0..1.0).contains(&self.dropout) {
             usage!("dropout = {} must be at least 0 and below 1", self.dropout);
@@ -767,6 +805,7 @@ fn cifar10() -> Config {
             norm_eps: 1e-6,
             dropout: 0.1,
             classes: 0,
+            classifier: false,
             downsample_padding: 0,
             freq_shift: 1,
             flip_sin_to_cos: false,

@@ -18,6 +18,7 @@
 //! train - the training loop; one step (algorithm 1 of the paper); the run's folder and log
 //! sample - the reverse process (algorithm 2), and drawing images with it in batches
 //! recipe - settings that suit data of one's own
+//! classifier - a trained classifier of noised images, for guidance
 //! checkpoint - what is saved, in diffusers' formats
 //! memory - how much memory a run needs
 //! unet data output - the network, with a shape at the end of each line; data sets in; images and arrays out
@@ -65,6 +66,7 @@
 //! [arXiv 2006.11239]: https://arxiv.org/abs/2006.11239
 
 pub mod checkpoint;
+pub mod classifier;
 pub mod clock;
 #[cfg(feature = "cli")]
 pub mod commands;

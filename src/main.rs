@@ -1,4 +1,4 @@
-//! The command line: `ddpm-cuda train | sample | predict | info`. No logic here: it calls a command and maps errors to
+//! The command line: `ddpm-cuda train | sample | ...`. No logic here: it calls a command and maps errors to
 //! exit codes.
 
 use std::io::Write;
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
-use ddpm_cuda::commands::{info, predict, sample, train};
+use ddpm_cuda::commands::{info, predict, sample, train, train_classifier};
 use ddpm_cuda::config;
 use ddpm_cuda::error::Error;
 
@@ -23,6 +23,9 @@ enum Command {
     /// Train a model; without arguments, on built-in handwritten digits.
     #[command(after_help = train::help())]
     Train(train::Args),
+    /// Train a classifier of noised images, to guide samples with.
+    #[command(after_help = train_classifier::help())]
+    TrainClassifier(train_classifier::Args),
     /// Draw images with a trained model.
     Sample(sample::Args),
     /// Evaluate the network once on given inputs.
@@ -38,7 +41,7 @@ fn parse() -> Result<Cli, Error> {
         Err(error) => error,
     };
     if error.kind() == ErrorKind::UnknownArgument
-        && std::env::args().nth(1).is_some_and(|command| command == "train")
+        && std::env::args().nth(1).is_some_and(|command| command == "train" || command == "train-classifier")
         && let Some(ContextValue::String(flag)) = error.get(ContextKind::InvalidArg)
         && let Some(sentence) = config::no_flag(flag, error.get(ContextKind::SuggestedArg).is_some())
     {
@@ -50,6 +53,7 @@ fn parse() -> Result<Cli, Error> {
 fn run() -> Result<ExitCode, Error> {
     match parse()?.command {
         Command::Train(args) => train::run(&args),
+        Command::TrainClassifier(args) => train_classifier::run(args),
         Command::Sample(args) => sample::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Predict(args) => predict::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),

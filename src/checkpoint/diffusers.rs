@@ -96,6 +96,8 @@ impl Default for UNet2DModel {
     }
 }
 
+/// Ours: the class of a classifier, which diffusers does not have. Of the way up it has the keys' values alone.
+const CLASSIFIER: &str = "EncoderUNet2DModel";
 const PLAIN_DOWN: &str = "DownBlock2D";
 const ATTENTION_DOWN: &str = "AttnDownBlock2D";
 const PLAIN_UP: &str = "UpBlock2D";
@@ -111,7 +113,7 @@ impl UNet2DModel {
         let some = |n: usize| (n > 0).then_some(n as u32);
         let Size { h, w } = m.image_size;
         UNet2DModel {
-            _class_name: Some("UNet2DModel".into()),
+            _class_name: Some(if m.classifier { CLASSIFIER } else { "UNet2DModel" }.into()),
             _class_names: (!class_names.is_empty()).then(|| class_names.to_vec()),
             _diffusers_version: Some(VERSION.into()),
             attention_head_dim: some(m.head_dim),
@@ -149,7 +151,10 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
             only(file, stringify!($key), &c.$key, &[$($accepted.into()),+])?
         };
     }
-    only!(_class_name: "UNet2DModel".to_string());
+    let classifier = c._class_name.as_deref() == Some(CLASSIFIER);
+    if !classifier {
+        only!(_class_name: "UNet2DModel".to_string());
+    }
     only!(center_input_sample: false);
     only!(time_embedding_type: "positional");
     only!(mid_block_type: "UNetMidBlock2D");
@@ -161,7 +166,13 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
     only!(class_embed_type: None);
     only!(attn_norm_num_groups: None, c.norm_num_groups);
     only!(time_embedding_dim: None, c.block_out_channels.first().map_or(0, |width| width.saturating_mul(4)));
-    only!(out_channels: c.in_channels);
+    if classifier && c.out_channels != c.num_class_embeds.unwrap_or(0) {
+        let (out, classes) = (c.out_channels, json!(c.num_class_embeds));
+        return Err(format!("has out_channels = {out} for num_class_embeds = {classes}; a classifier has as many"));
+    }
+    if !classifier {
+        only!(out_channels: c.in_channels);
+    }
     if c.mid_block_scale_factor.as_f64() != Some(1.0) {
         return Err(format!("has mid_block_scale_factor = {}; only 1 is supported", c.mid_block_scale_factor));
     }
@@ -224,6 +235,7 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
         norm_eps: c.norm_eps,
         dropout: c.dropout,
         classes: c.num_class_embeds.unwrap_or(0) as usize,
+        classifier,
         downsample_padding: c.downsample_padding as usize,
         freq_shift: c.freq_shift as usize,
         flip_sin_to_cos: c.flip_sin_to_cos,

@@ -11,6 +11,15 @@
 //!     run.json                                      the settings and the data that the numbers follow from
 //! ```
 //!
+//! A classifier's checkpoint has classifier/ in place of unet/, with the same files, and no model_index.json, since no
+//! pipeline of diffusers has such a network:
+//!
+//! ```text
+//!     classifier/config.json                        the network; keys of UNet2DModel, its way down
+//!     classifier/diffusion_pytorch_model.safetensors
+//!     scheduler/scheduler_config.json               the process whose x_t it tells apart
+//! ```
+//!
 //! A checkpoint is written under a temporary name beside the others, synced and renamed; only then are old ones
 //! deleted. So the last good checkpoint survives a power failure at any moment. [`newest`] skips incomplete folders.
 //!
@@ -52,6 +61,8 @@ use tensors::{TensorFile, write_tensors};
 const MODEL_INDEX: &str = "model_index.json";
 const UNET_CONFIG: &str = "unet/config.json";
 const UNET_WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
+const CLASSIFIER_CONFIG: &str = "classifier/config.json";
+const CLASSIFIER_WEIGHTS: &str = "classifier/diffusion_pytorch_model.safetensors";
 const SCHEDULER_CONFIG: &str = "scheduler/scheduler_config.json";
 const TRAINING_STATE: &str = "training_state.safetensors";
 
@@ -159,7 +170,8 @@ pub fn restore(checkpoint: &Path, state: StateMut<'_>) -> Result<()> {
         file.read_into(prefix, &specs, &mut flat)?;
         moments.write(&flat)?;
     }
-    read_weights(&checkpoint.join(UNET_WEIGHTS), state.ema)
+    let is_classifier = checkpoint.join(CLASSIFIER_CONFIG).is_file();
+    read_weights(&checkpoint.join(if is_classifier { CLASSIFIER_WEIGHTS } else { UNET_WEIGHTS }), state.ema)
 }
 
 /// Opens a run folder (its newest checkpoint), a checkpoint, or a diffusers model folder, with or without `unet/`.
@@ -168,7 +180,19 @@ pub fn restore(checkpoint: &Path, state: StateMut<'_>) -> Result<()> {
 /// `Error::File` for a folder that holds no model, a damaged one, or one that this network cannot represent;
 /// `Error::Failed` for one that memory does not hold.
 pub fn load(device: &Device, path: &Path) -> Result<Loaded> {
-    let place = Place::find(path)?;
+    load_from(device, path, Place::find(path)?)
+}
+
+/// Opens a run folder of a classifier (its newest checkpoint), a checkpoint of one, or a folder with `classifier/`.
+///
+/// # Errors
+/// `Error::File` for a folder that holds no classifier or a damaged one; `Error::Failed` for one that memory does not
+/// hold.
+pub fn load_classifier(device: &Device, path: &Path) -> Result<Loaded> {
+    load_from(device, path, Place::find_classifier(path)?)
+}
+
+fn load_from(device: &Device, path: &Path, place: Place) -> Result<Loaded> {
     let Description { config, stepping, mut notes } = place.describe()?;
     let (_, specs) = UNet::new(&config.model)?;
     let (file, note) = place.weights()?;
@@ -207,9 +231,14 @@ struct Place {
     scheduler: Option<PathBuf>,
     /// Whether this program wrote it, to resume from.
     resumable: bool,
+    /// Whether a classifier is wanted, not a network that predicts noise.
+    classifier: bool,
     /// What was found by looking further.
     notes: Vec<String>,
 }
+
+/// Said of a classifier where a model is expected.
+const DRAWS_NOTHING: &str = "is a classifier, which draws no images; a model is expected";
 
 /// The name of a scheduler's configuration.
 const SCHEDULER: &str = "scheduler_config.json";
@@ -240,6 +269,9 @@ impl Place {
         if path.join("snapshots").is_dir() {
             return Place::find(&only_snapshot(path)?);
         }
+        if has(CLASSIFIER_CONFIG) {
+            return Err(Error::file(path, DRAWS_NOTHING));
+        }
         check_images(path)?;
         // As diffusers' training scripts save them; the pipeline has the moving average as unet.
         let networks: Vec<&str> =
@@ -257,7 +289,8 @@ impl Place {
                     ema.display()
                 ));
             }
-            return Ok(Place { run, unet: path.join(unet), scheduler, resumable: has(TRAINING_STATE), notes });
+            let resumable = has(TRAINING_STATE);
+            return Ok(Place { run, unet: path.join(unet), scheduler, resumable, classifier: false, notes });
         }
         if has("config.json") {
             let own_name = path.canonicalize().ok().and_then(|p| p.file_name()?.to_str().map(String::from));
@@ -266,7 +299,8 @@ impl Place {
             }
             let (scheduler, notes) = scheduler_near(path, &[".", "../scheduler", "../../scheduler"]);
             let resumable = path.join("..").join(TRAINING_STATE).is_file();
-            return Ok(Place { run: None, unet: path.to_path_buf(), scheduler, resumable, notes });
+            let unet = path.to_path_buf();
+            return Ok(Place { run: None, unet, scheduler, resumable, classifier: false, notes });
         }
         let what = match checkpoint_of_diffusers(path) {
             Some(newest) => format!("holds checkpoints of a training; give one of them, such as {}", newest.display()),
@@ -275,6 +309,28 @@ impl Place {
             ),
         };
         Err(Error::file(path, what))
+    }
+
+    fn find_classifier(path: &Path) -> Result<Place> {
+        let has = |name: &str| path.join(name).is_file();
+        if path.join("checkpoints").is_dir() && has("config.toml") {
+            let Some(newest) = newest(path)? else {
+                return Err(Error::file(path, "has no complete checkpoint yet"));
+            };
+            return Ok(Place { run: Some(path.to_path_buf()), ..Place::find_classifier(&newest)? });
+        }
+        if !has(CLASSIFIER_CONFIG) {
+            let what = match path.exists() {
+                false => "does not exist; a run of ddpm-cuda train-classifier is expected",
+                true => "holds no classifier; a run of ddpm-cuda train-classifier is expected",
+            };
+            return Err(Error::file(path, what));
+        }
+        let run = path.ancestors().nth(2).filter(|run| path.starts_with(run.join("checkpoints")));
+        let run = run.filter(|run| run.join("config.toml").is_file()).map(Path::to_path_buf);
+        let (scheduler, notes) = scheduler_near(path, &["scheduler"]);
+        let unet = path.join("classifier");
+        Ok(Place { run, unet, scheduler, resumable: has(TRAINING_STATE), classifier: true, notes })
     }
 
     fn describe(&self) -> Result<Description> {
@@ -286,6 +342,10 @@ impl Place {
         let (model, class_names) = diffusers::read_model(&read_json(&file)?).map_err(|e| Error::file(&file, e))?;
         let unfit = |e: Error| Error::file(&file, format!("describes a network that cannot be built: {e}"));
         model.validate().map_err(unfit)?;
+        if model.classifier != self.classifier {
+            let not = "describes a network that predicts noise; a classifier of train-classifier is expected";
+            return Err(Error::file(&file, if self.classifier { not } else { DRAWS_NOTHING }));
+        }
         config.model = model;
         if !class_names.is_empty() {
             config.class_names = class_names;
@@ -520,9 +580,11 @@ fn by_step(run: &Path) -> Result<BTreeMap<u32, PathBuf>> {
 fn is_complete(checkpoint: &Path) -> bool {
     let has_json = |name: &str| read_json(&checkpoint.join(name)).is_ok();
     let has_tensors = |name: &str| tensors::is_whole(&checkpoint.join(name));
-    [MODEL_INDEX, UNET_CONFIG, SCHEDULER_CONFIG].into_iter().all(has_json)
-        && Origin::read(checkpoint).is_ok()
-        && [UNET_WEIGHTS, TRAINING_STATE].into_iter().all(has_tensors)
+    let network = match checkpoint.join("classifier").is_dir() {
+        true => has_json(CLASSIFIER_CONFIG) && has_tensors(CLASSIFIER_WEIGHTS),
+        false => has_json(MODEL_INDEX) && has_json(UNET_CONFIG) && has_tensors(UNET_WEIGHTS),
+    };
+    network && has_json(SCHEDULER_CONFIG) && Origin::read(checkpoint).is_ok() && has_tensors(TRAINING_STATE)
 }
 
 /// Deletes a checkpoint. It is renamed first, so that a half-deleted one never has the name of a checkpoint.
@@ -537,7 +599,8 @@ fn remove(checkpoint: &Path) -> Result<()> {
 }
 
 fn write(folder: &Path, config: &Config, state: &State<'_>) -> Result<()> {
-    for sub in ["unet", "scheduler"] {
+    let classifier = config.model.classifier;
+    for sub in [if classifier { "classifier" } else { "unet" }, "scheduler"] {
         fs::create_dir(folder.join(sub))
             .map_err(|e| Error::file(folder.join(sub), format!("cannot be created: {e}")))?;
     }
@@ -547,14 +610,20 @@ fn write(folder: &Path, config: &Config, state: &State<'_>) -> Result<()> {
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["diffusers", "UNet2DModel"],
     });
-    write_json(&folder.join(MODEL_INDEX), &index)?;
-    write_json(&folder.join(UNET_CONFIG), &diffusers::UNet2DModel::of(&config.model, &config.class_names))?;
+    let network = diffusers::UNet2DModel::of(&config.model, &config.class_names);
+    if classifier {
+        write_json(&folder.join(CLASSIFIER_CONFIG), &network)?;
+    } else {
+        write_json(&folder.join(MODEL_INDEX), &index)?;
+        write_json(&folder.join(UNET_CONFIG), &network)?;
+    }
     write_json(&folder.join(SCHEDULER_CONFIG), &diffusers::DDPMScheduler::of(&config.diffusion)?)?;
     Origin::new(config, state.data).write(folder)?;
 
     let specs = state.params.specs();
     // transformers and diffusers look for this entry.
-    write_tensors(&folder.join(UNET_WEIGHTS), ("format", "pt"), specs, &[("", &state.ema.host()?)])?;
+    let weights = folder.join(if classifier { CLASSIFIER_WEIGHTS } else { UNET_WEIGHTS });
+    write_tensors(&weights, ("format", "pt"), specs, &[("", &state.ema.host()?)])?;
     let step = state.step.to_string();
     let (m, v, weights) = (state.m.host()?, state.v.host()?, state.params.host()?);
     let parts: [(&str, &[f32]); 3] = [("adam_m.", &m), ("adam_v.", &v), ("weights.", &weights)];

@@ -6,6 +6,7 @@ pub mod predict;
 pub mod sample;
 mod signals;
 pub mod train;
+pub mod train_classifier;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 

@@ -20,6 +20,8 @@ pub(super) struct Report {
     steps: u32,
     loss: f64,
     quarters: Quarters,
+    /// Of a classifier.
+    right: Quarters,
     images: usize,
     /// Seconds that the steps took.
     pub seconds: f64,
@@ -30,6 +32,7 @@ impl Report {
         self.steps += 1;
         self.loss += step.loss;
         self.quarters.merge(&step.quarters);
+        self.right.merge(&step.right);
         self.images += images;
         self.last = Some(step);
     }
@@ -47,15 +50,21 @@ impl Report {
         format!("loss {:.4}, {:.0} images/s", self.loss(), self.images_per_s())
     }
 
-    pub fn line(&self, done: u32) -> serde_json::Value {
-        json!({
+    /// The line of the log, of a `classifier` with its right answers.
+    pub fn line(&self, done: u32, classifier: bool) -> serde_json::Value {
+        let mut line = json!({
             "step": done,
             "loss": self.loss(),
             "loss_by_quarter": self.quarters.means(),
             "grad_norm": self.last.as_ref().map(|step| step.grad_norm),
             "lr": self.last.as_ref().map(|step| step.learning_rate),
             "images_per_s": self.images_per_s(),
-        })
+        });
+        if classifier {
+            line["accuracy"] = json!(self.right.mean());
+            line["accuracy_by_quarter"] = json!(self.right.means());
+        }
+        line
     }
 }
 

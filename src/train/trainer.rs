@@ -5,14 +5,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use super::feed::{Feed, Resident};
 use crate::checkpoint::{self, DataMark};
 use crate::clock::Clock;
+use crate::conditioning::Conditioning;
 use crate::config::Config;
 use crate::data::{Data, Order};
 use crate::device::Device;
 use crate::diffusion::{Batch, Schedule};
 use crate::error::{Error, Result};
 use crate::memory::memory_needed;
-use crate::meter::{Meter, Quarters};
+use crate::meter::{Measured, Meter, Quarters};
 use crate::ops::adam::{State, Update, adam, ema_decay};
+use crate::ops::cross_entropy::cross_entropy;
 use crate::ops::grad_norm::grad_norm;
 use crate::ops::loss::{Loss, loss};
 use crate::ops::q_sample::{Coefficients, Noised, q_sample};
@@ -58,10 +60,12 @@ pub struct Trainer {
 pub struct StepReport {
     /// Number of the step, counted from 1.
     pub step: u32,
-    /// L_simple, the mean over the step's images.
+    /// L_simple, of a classifier the cross-entropy, the mean over the step's images.
     pub loss: f64,
     /// The same by quarter of the timesteps.
     pub quarters: Quarters,
+    /// Of a classifier: the share of images whose class it tells rightly, by quarter of the timesteps.
+    pub right: Quarters,
     /// Norm of the gradient before clipping.
     pub grad_norm: f64,
     /// Learning rate of the update.
@@ -242,6 +246,7 @@ impl Trainer {
                 step,
                 loss,
                 quarters: measured.quarters,
+                right: measured.right,
                 grad_norm: measured.grad_norm,
                 learning_rate: learning_rate(&self.config, step),
             });
@@ -306,12 +311,17 @@ impl Trainer {
         Ok(MicroBatch { batch, noised, masks, step_images: Some(c.batch) })
     }
 
-    /// L_simple of the moving average on the held-out images, overall and by quarter of the timesteps. The timestep and
+    /// The loss of the moving average on the held-out images, overall and by quarter of the timesteps. The timestep and
     /// the noise of each image are the same in every call. Empty if no images are held out.
     ///
     /// # Errors
     /// `Error::Interrupted` once `stop` is set; a GPU that fails.
     pub fn validate(&self, stop: &AtomicBool) -> Result<Quarters> {
+        self.measure_held_out(stop).map(|measured| measured.quarters)
+    }
+
+    /// [`validate`](Self::validate) with a classifier's right answers.
+    pub(super) fn measure_held_out(&self, stop: &AtomicBool) -> Result<Measured> {
         let c = &self.config;
         let data = &self.data.held_out;
         let (size, conditional) = (c.batch / c.accumulate, c.model.classes > 0);
@@ -335,7 +345,7 @@ impl Trainer {
             let batch = MicroBatch { batch, noised, masks: None, step_images: None };
             forward_loss(&self.unet, &mut Tape::inference(&self.device, &self.ema), batch, &mut meter)?;
         }
-        Ok(meter.read()?.pop().expect("one row").quarters)
+        Ok(meter.read()?.pop().expect("one row"))
     }
 
     /// Refuses non-finite weights, from which no run could continue.
@@ -374,10 +384,17 @@ struct MicroBatch {
     step_images: Option<usize>,
 }
 
-/// The network's output for noised images, (n, h, w, c), and its loss, which is also added to the meter's row.
+/// The network's output for noised images, (n, h, w, c), of a classifier (n, 1, 1, classes), and its loss, which is
+/// also added to the meter's row.
 fn forward_loss(unet: &UNet, tape: &mut Tape<'_>, batch: MicroBatch, meter: &mut Meter) -> Result<(Var, Loss)> {
     let MicroBatch { batch, noised: Noised { x_t, t, conditioning }, masks, step_images } = batch;
     let device = tape.device().clone();
+    if unet.model().classifier {
+        let labels = conditioning.labels().expect("images for a classifier have classes");
+        let logits = unet.forward(tape, &Var::constant(x_t), &t, &Conditioning::NONE, masks)?; // (n, 1, 1, classes)
+        let loss = cross_entropy(&device, logits.value(), labels, &batch, &t, step_images, meter)?;
+        return Ok((logits, loss));
+    }
     let eps = unet.forward(tape, &Var::constant(x_t), &t, &conditioning, masks)?; // (n, h, w, c)
     let loss = loss(&device, eps.value(), &batch, &t, step_images, meter)?;
     Ok((eps, loss))
