@@ -15,6 +15,7 @@
 //! ```text modules
 //! main - the program
 //! commands - one file per command: arguments, checks, what is printed
+//! quality - how like the data samples are, and whether they are copies
 //! train - the training loop; one step (algorithm 1 of the paper); the run's folder and log
 //! sample - the reverse process (algorithm 2), and drawing images with it in batches
 //! recipe - settings that suit data of one's own
@@ -86,6 +87,7 @@ mod names;
 pub mod ops;
 pub mod output;
 pub mod params;
+pub mod quality;
 pub mod recipe;
 pub mod rng;
 pub mod sample;

@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
-use ddpm_cuda::commands::{info, predict, sample, train, train_classifier};
+use ddpm_cuda::commands::{info, predict, quality, sample, train, train_classifier};
 use ddpm_cuda::config;
 use ddpm_cuda::error::Error;
 
@@ -26,6 +26,9 @@ enum Command {
     /// Train a classifier of noised images, to guide samples with.
     #[command(after_help = train_classifier::help())]
     TrainClassifier(train_classifier::Args),
+    /// Measure how like the data a model's samples are, and whether they are copies.
+    #[command(after_help = quality::HELP)]
+    Quality(quality::Args),
     /// Draw images with a trained model.
     Sample(sample::Args),
     /// Evaluate the network once on given inputs.
@@ -54,6 +57,7 @@ fn run() -> Result<ExitCode, Error> {
     match parse()?.command {
         Command::Train(args) => train::run(&args),
         Command::TrainClassifier(args) => train_classifier::run(args),
+        Command::Quality(args) => quality::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Sample(args) => sample::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Predict(args) => predict::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),

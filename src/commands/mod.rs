@@ -3,6 +3,7 @@
 
 pub mod info;
 pub mod predict;
+pub mod quality;
 pub mod sample;
 mod signals;
 pub mod train;

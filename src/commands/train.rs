@@ -193,7 +193,7 @@ fn config(args: &Args, classifier: bool) -> Result<(Config, Given)> {
 }
 
 /// The place of the data, so that the run can be resumed from another working directory.
-pub(super) fn absolute(data: &str) -> String {
+fn absolute(data: &str) -> String {
     if data.is_empty() || data == "mnist" {
         return data.into();
     }
