@@ -163,7 +163,7 @@ pub struct Model {
     pub upsample_type: Resampling,
     /// Dropout probability in the residual blocks, in [0, 1).
     pub dropout: f64,
-    /// Classes to condition on; 0: none.
+    /// Classes to condition on, of a classifier those that it tells apart; 0: none.
     pub classes: usize,
     /// How a class enters the network.
     pub class_embedding: ClassEmbedding,
@@ -172,6 +172,9 @@ pub struct Model {
     pub null_class: bool,
     /// Whether the network puts out a second half of channels, for the variance. No setting: it follows from `variance`.
     pub learned_variance: bool,
+    /// The way down and the middle alone, with the classes' logits as output. No setting: the command that trains
+    /// classifiers sets it, and it stays in `config.toml`.
+    pub classifier: bool,
     /// Padding of the 3x3 convolutions of stride 2: 0 pads right and bottom only (the paper), 1 all four sides.
     pub downsample_padding: usize,
     /// freq_k = 10000^(-k / (dim/2 - freq_shift)): 1 is the paper's time embedding, 0 OpenAI's.
@@ -388,10 +391,14 @@ const FILE_OF_BETAS: &str = "betas";
 pub const MAY_CHANGE: [&str; 7] =
     ["data", "steps", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints"];
 
-/// Every setting with its value in the default preset, for `--help`.
-pub fn help() -> String {
+/// Every setting with its value in the default preset, of a network or of a `classifier`, for `--help`.
+pub fn help(classifier: bool) -> String {
     let mut text = String::from("Settings of --set and config.toml, with the values of --preset mnist:\n");
-    for ((key, value), setting) in Config::preset(Preset::Mnist).entries().zip(SETTINGS) {
+    let mut config = Config::preset(Preset::Mnist);
+    if classifier {
+        config = config.into_classifier();
+    }
+    for ((key, value), setting) in config.entries().zip(SETTINGS) {
         text += &format!("  {:<32} {}\n", format!("{key} = {value}"), setting.help);
     }
     let help = "one beta for each timestep, f32 or f64, in place of schedule, timesteps, beta_start and beta_end";
@@ -415,6 +422,16 @@ impl Config {
             Preset::CelebaHq256 => celebahq256(),
             Preset::Auto => auto(),
         }
+    }
+
+    /// The same preset for a classifier of noised images. Weight decay as guided-diffusion has it, since classifiers
+    /// learn their images by heart; half the steps, since they learn faster than networks that predict noise.
+    pub fn into_classifier(mut self) -> Self {
+        self.model.classifier = true;
+        self.weight_decay = 0.05;
+        self.steps = (self.steps / 2).max(1);
+        self.sample_every = 0;
+        self
     }
 
     /// Preset, then the file of `--config`, then each `KEY=VALUE` of `--set`; and which settings file and `--set`
@@ -503,6 +520,10 @@ impl Config {
             None => false,
             Some(value) => value.as_bool().ok_or("null_class is neither true nor false")?,
         };
+        let classifier = match table.remove("classifier") {
+            None => false,
+            Some(value) => value.as_bool().ok_or_else(|| format!("classifier = {value} is neither true nor false"))?,
+        };
         let data = data.or(table.get("data").and_then(toml::Value::as_str)).unwrap_or_default();
         let mut config = Config::preset(preset.or(own).unwrap_or(Preset::of_data(data)));
         let mut given = Given::default();
@@ -514,6 +535,7 @@ impl Config {
             config.diffusion.trained_betas = trained_betas;
         }
         config.model.null_class |= null_class;
+        config.model.classifier = classifier;
         Ok((config, given))
     }
 
@@ -542,10 +564,11 @@ impl Config {
         let path = Path::new(&self.data);
         let name = if path.is_dir() { path.file_name() } else { path.file_stem() };
         let name = name.map(|name| name.to_string_lossy().trim_start_matches('.').to_string());
-        match name {
+        let name = match name {
             Some(name) if self.preset == Preset::Auto && !name.is_empty() => name,
             _ => self.preset.to_string(),
-        }
+        };
+        if self.model.classifier { name + "-classifier" } else { name }
     }
 
     /// Takes every setting that is not `given` from `other`.
@@ -599,6 +622,9 @@ impl Config {
         if self.model.null_class && self.label_dropout == 0.0 {
             text += "null_class = true\n";
         }
+        if self.model.classifier {
+            text += "classifier = true\n";
+        }
         text
     }
 
@@ -648,6 +674,9 @@ impl Config {
         if !(0.0..1.0).contains(&self.ema_decay) {
             usage!("ema_decay = {} must be at least 0 and below 1; the paper has 0.9999", self.ema_decay);
         }
+        if self.model.classifier && self.sample_every > 0 {
+            usage!("sample_every = {}: a classifier draws no samples, so leave it at 0", self.sample_every);
+        }
         if !(0.0..=0.5).contains(&self.held_out) {
             usage!("held_out = {} must be a share between 0 (no validation) and 0.5", self.held_out);
         }
@@ -657,14 +686,23 @@ impl Config {
 
 impl Model {
     /// Channels of the network's output: as many as the images have for the prediction, and as many for the variance if
-    /// it is learned.
+    /// it is learned; a classifier's are its classes.
     pub fn out_channels(&self) -> usize {
-        if self.learned_variance { 2 * self.channels } else { self.channels }
+        match (self.classifier, self.learned_variance) {
+            (true, _) => self.classes,
+            (false, true) => 2 * self.channels,
+            (false, false) => self.channels,
+        }
     }
 
     /// Rows of the table of classes; 0: the network is unconditional.
     pub fn class_rows(&self) -> usize {
         self.classes + usize::from(self.null_class)
+    }
+
+    /// Whether the network is given classes, as a classifier is not.
+    pub fn is_conditional(&self) -> bool {
+        self.classes > 0 && !self.classifier
     }
 
     /// Number of levels.
@@ -783,6 +821,9 @@ impl Model {
         }
         if self.timestep_scale <= 0.0 || !self.timestep_scale.is_finite() {
             usage!("timestep_scale = {} must be above 0; 1 leaves timesteps as they are", self.timestep_scale);
+        }
+        if self.classifier && self.classes == 1 {
+            usage!("classes = 1: a classifier tells two classes or more apart");
         }
         if !(0.0..1.0).contains(&self.dropout) {
             usage!("dropout = {} must be at least 0 and below 1", self.dropout);
@@ -999,6 +1040,7 @@ fn cifar10() -> Config {
             class_embedding: ClassEmbedding::Table,
             null_class: false,
             learned_variance: false,
+            classifier: false,
             downsample_padding: 0,
             freq_shift: 1,
             flip_sin_to_cos: false,

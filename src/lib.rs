@@ -15,10 +15,12 @@
 //! ```text modules
 //! main - the program
 //! commands - one file per command: arguments, checks, what is printed
+//! quality - how like the data samples are, and whether they are copies
 //! evaluate - the variational bound of images, term by term
 //! train - the training loop; one step (algorithm 1 of the paper); the run's folder and log
 //! sample likelihood - the reverse process (algorithm 2), and drawing images with it in batches; exact likelihoods
 //! recipe - settings that suit data of one's own
+//! classifier - a trained classifier of noised images, for guidance
 //! checkpoint - what is saved, in diffusers' formats
 //! memory - how much memory a run needs
 //! unet data output - the network, with a shape at the end of each line; data sets in; images and arrays out
@@ -29,6 +31,7 @@
 //! meter - what a step measures, kept on the device that computes it
 //! images conditioning - bytes that become x_0; network inputs besides x_t and t
 //! tensor - NHWC arrays
+//! measures - distances between sets of images, in f64
 //! diffusion - schedules and sampler steps in f64, with the papers' equation numbers
 //! rng - counter-based random numbers
 //! device - the CPU, GPUs (the only place that names cudarc), and a device of shapes alone
@@ -65,6 +68,7 @@
 //! [arXiv 2006.11239]: https://arxiv.org/abs/2006.11239
 
 pub mod checkpoint;
+pub mod classifier;
 pub mod clock;
 #[cfg(feature = "cli")]
 pub mod commands;
@@ -79,12 +83,14 @@ pub mod images;
 pub mod kernels;
 pub mod layout;
 pub mod likelihood;
+pub mod measures;
 pub mod memory;
 pub mod meter;
 mod names;
 pub mod ops;
 pub mod output;
 pub mod params;
+pub mod quality;
 pub mod recipe;
 pub mod rng;
 pub mod sample;

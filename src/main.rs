@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
-use ddpm_cuda::commands::{convert, eval, info, likelihood, predict, sample, train};
+use ddpm_cuda::commands::{convert, eval, info, likelihood, predict, quality, sample, train, train_classifier};
 use ddpm_cuda::config;
 use ddpm_cuda::error::Error;
 
@@ -22,6 +22,12 @@ enum Command {
     /// Train a model; without arguments, on built-in handwritten digits.
     #[command(after_help = train::help())]
     Train(train::Args),
+    /// Train a classifier of noised images, to guide samples with.
+    #[command(after_help = train_classifier::help())]
+    TrainClassifier(train_classifier::Args),
+    /// Measure how like the data a model's samples are, and whether they are copies.
+    #[command(after_help = quality::HELP)]
+    Quality(quality::Args),
     /// Draw images with a trained model.
     Sample(sample::Args),
     /// The variational bound of images, its terms, and the rate-distortion table.
@@ -43,7 +49,7 @@ fn parse() -> Result<Cli, Error> {
         Err(error) => error,
     };
     if error.kind() == ErrorKind::UnknownArgument
-        && std::env::args().nth(1).is_some_and(|command| command == "train")
+        && std::env::args().nth(1).is_some_and(|command| command == "train" || command == "train-classifier")
         && let Some(ContextValue::String(flag)) = error.get(ContextKind::InvalidArg)
         && let Some(sentence) = config::no_flag(flag, error.get(ContextKind::SuggestedArg).is_some())
     {
@@ -55,6 +61,8 @@ fn parse() -> Result<Cli, Error> {
 fn run() -> Result<ExitCode, Error> {
     match parse()?.command {
         Command::Train(args) => train::run(&args),
+        Command::TrainClassifier(args) => train_classifier::run(args),
+        Command::Quality(args) => quality::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Sample(args) => sample::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Likelihood(args) => likelihood::run(&args).map(|()| ExitCode::SUCCESS),

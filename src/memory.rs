@@ -58,7 +58,7 @@ fn step_on_shapes(config: &Config, n: usize, unet: &UNet, specs: &Specs, meta: &
     let x_t = Tensor::uninit(meta, meta.activations(), shape)?;
     let per_image = || Tensor::uninit(meta, DType::F32, Shape::new(n, 1, 1, 1));
     let (t, labels) = (per_image()?, per_image()?);
-    let conditioning = if m.classes > 0 { Conditioning::on_labels(labels) } else { Conditioning::NONE };
+    let conditioning = if m.is_conditional() { Conditioning::on_labels(labels) } else { Conditioning::NONE };
     let masks = Some(DropoutSeed { seed: config.seed, step: 0, first: 0 });
     let mut tape = Tape::recording(meta, &params);
     let eps = unet.forward(&mut tape, &Var::constant(x_t), &t, &conditioning, masks)?; // (n, h, w, c)

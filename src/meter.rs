@@ -73,15 +73,19 @@ pub struct Measured {
     pub clip: f64,
     /// Sum over the images of T times a term of the bound, in bits per dimension, if the loss has one.
     pub vlb_sum: f64,
+    /// Of a classifier: 1 for each image whose class it tells rightly, else 0, by quarter of the timesteps.
+    pub right: Quarters,
 }
 
 impl From<MeterRow> for Measured {
     fn from(row: MeterRow) -> Self {
+        let counts = row.counts.map(|count| count as u64);
         Measured {
-            quarters: Quarters::from_parts(row.loss_sums, row.counts.map(|count| count as u64)),
+            quarters: Quarters::from_parts(row.loss_sums, counts),
             grad_norm: row.grad_norm,
             clip: row.clip,
             vlb_sum: row.vlb_sum,
+            right: Quarters::from_parts(row.right, counts),
         }
     }
 }

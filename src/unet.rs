@@ -20,12 +20,16 @@
 //!   after its first SiLU, and its input as well; 2x2 means or repeated pixels
 //! - `num_heads`, `head_dim`; `timestep_scale`; `time_channels`, the length of the sinusoid where it is not widths\[0\]
 //!
+//! A classifier p(y given x_t), for guidance, is the way down and the middle alone, with attention pooling in place of
+//! the way up: the first of the tokens \[mean, pixels\] attends to all of them, and a linear layer makes the classes'
+//! logits of it.
+//!
 //! Deliberately absent: resampling without weights, learned upsampling filters, activation checkpointing.
 
 mod cost;
 
 use crate::conditioning::Conditioning;
-use crate::config::{ClassEmbedding, MiddleAttention, Model, Resampling};
+use crate::config::{ClassEmbedding, MiddleAttention, Model, Resampling, Size};
 use crate::error::Result;
 use crate::ops::add::add;
 use crate::ops::attention::attention;
@@ -36,6 +40,7 @@ use crate::ops::dropout::dropout;
 use crate::ops::embedding::embedding;
 use crate::ops::group_norm::{Activation, group_norm, scale_shift_group_norm};
 use crate::ops::linear::linear;
+use crate::ops::pool;
 use crate::ops::silu::silu;
 use crate::ops::time_embedding::{Sinusoid, time_embedding};
 use crate::ops::upsample::upsample;
@@ -43,6 +48,7 @@ use crate::params::{Init, Layout, Param, Specs};
 use crate::rng::{Purpose, Streams};
 use crate::tape::{Tape, Var};
 use crate::tensor::{Shape, Tensor};
+use crate::usage;
 pub use cost::Cost;
 
 /// The paper initialises the last layer of every residual branch to almost zero: `init_scale=0` means 1e-10 in its
@@ -127,6 +133,24 @@ enum Classes {
     Timestep(Affine, Affine),
 }
 
+/// The last layer.
+enum Head {
+    /// A convolution to the predicted noise.
+    Noise(Affine),
+    /// A classifier's.
+    Classes(Pool),
+}
+
+/// Attention pooling and the layer after it.
+struct Pool {
+    heads: usize,
+    positional_embedding: Param,
+    to_q: Affine,
+    to_k: Affine,
+    to_v: Affine,
+    to_classes: Affine,
+}
+
 /// The network: handles of its parameters and how they are connected. The values are in
 /// [`Params`](crate::params::Params).
 pub struct UNet {
@@ -139,7 +163,7 @@ pub struct UNet {
     middle: (Resnet, Option<Attention>, Resnet),
     up: Vec<Level>,
     conv_norm_out: Norm,
-    conv_out: Affine,
+    head: Head,
 }
 
 /// Registers parameters under diffusers' names while the network is built.
@@ -215,6 +239,21 @@ impl Builder<'_> {
         Some(self.attention("mid_block.attentions.0".into(), c, groups))
     }
 
+    /// The pooling of images of `pixels` pixels.
+    fn pool(&mut self, c: usize, pixels: usize) -> Pool {
+        let shape = Shape::new(pixels + 1, 1, 1, c);
+        // Uniform, of the variance 1/c.
+        let init = Init::FanAvg { scale: (shape.n + c) as f64 / (2 * c) as f64 };
+        Pool {
+            heads: self.model.heads(c),
+            positional_embedding: self.specs.add("pool.positional_embedding".into(), shape, Layout::Matrix, init),
+            to_q: self.linear("pool.to_q", c, c, 1.0),
+            to_k: self.linear("pool.to_k", c, c, 1.0),
+            to_v: self.linear("pool.to_v", c, c, 1.0),
+            to_classes: self.linear("pool.to_classes", c, self.model.classes, 1.0),
+        }
+    }
+
     /// Residual block `j` of a level, and the attention block after it if the level has attention.
     fn block(
         &mut self,
@@ -234,16 +273,22 @@ impl UNet {
     /// Builds the network and the list of its parameters.
     ///
     /// # Errors
-    /// What [`Model::validate`] refuses.
+    /// What [`Model::validate`] refuses, and a classifier without classes or an image size.
     pub fn new(model: &Model) -> Result<(UNet, Specs)> {
         model.validate()?;
+        if model.classifier && (model.classes < 2 || model.image_size == Size::DATA) {
+            let (classes, size) = (model.classes, model.image_size);
+            usage!(
+                "a classifier of classes = {classes} and image_size = {size}: it needs two classes or more and a size"
+            );
+        }
         let mut b = Builder { specs: Specs::default(), model, resnets: 0 };
         let (widths, levels) = (&model.widths, model.levels());
 
         let conv_in = b.conv("conv_in", model.channels, widths[0], 3, 1.0);
         let time_linear_1 = b.linear("time_embedding.linear_1", model.time_channels(), time_features(model), 1.0);
         let time_linear_2 = b.linear("time_embedding.linear_2", time_features(model), time_features(model), 1.0);
-        let class_embedding = (model.classes > 0).then(|| match model.class_embedding {
+        let class_embedding = model.is_conditional().then(|| match model.class_embedding {
             ClassEmbedding::Table => {
                 let shape = Shape::new(model.class_rows(), 1, 1, time_features(model));
                 Classes::Table(b.specs.add("class_embedding.weight".into(), shape, Layout::Matrix, Init::Normal))
@@ -280,7 +325,8 @@ impl UNet {
         );
 
         let mut up = Vec::new();
-        for (i, level) in (0..levels).rev().enumerate() {
+        let levels_up = if model.classifier { 0 } else { levels };
+        for (i, level) in (0..levels).rev().take(levels_up).enumerate() {
             let place = format!("up_blocks.{i}");
             let width = widths[level];
             let mut blocks = Vec::new();
@@ -295,7 +341,10 @@ impl UNet {
         }
 
         let conv_norm_out = b.norm("conv_norm_out", c);
-        let conv_out = b.conv("conv_out", c, model.out_channels(), 3, ALMOST_ZERO);
+        let head = match model.classifier {
+            false => Head::Noise(b.conv("conv_out", c, model.out_channels(), 3, ALMOST_ZERO)),
+            true => Head::Classes(b.pool(c, model.size_at(levels - 1).pixels())),
+        };
         let unet = UNet {
             model: model.clone(),
             conv_in,
@@ -306,7 +355,7 @@ impl UNet {
             middle,
             up,
             conv_norm_out,
-            conv_out,
+            head,
         };
         Ok((unet, b.specs))
     }
@@ -318,14 +367,46 @@ impl UNet {
 
     /// The network's output, (n, h, w, out_channels), for noisy images `x` (n, h, w, channels) at timesteps `t`
     /// (n, 1, 1, 1), f32, in 0..T: the prediction in the first `channels`, and the variance in as many more if it is
-    /// learned. Output and intermediate values have the type of `x`, the device's activation type.
+    /// learned; of a classifier the logits of p(y given x_t), (n, 1, 1, classes). Output and intermediate values have the type of `x`, the device's activation type.
     ///
-    /// h and w must divide by 2^(levels - 1). `conditioning` has labels, all below `class_rows`, if and only if the
-    /// network is conditional. `dropout` applies the masks of a training step; `None` drops nothing.
+    /// h and w must divide by 2^(levels - 1); a classifier takes images of its model's size alone. `conditioning` has labels, all below `class_rows`, if and only if the
+    /// network is conditional, which a classifier is not. `dropout` applies the masks of a training step; `None` drops nothing.
     ///
     /// # Errors
     /// A non-finite value on a tape that checks for them, and a GPU that fails.
     pub fn forward(
+        &self,
+        tape: &mut Tape<'_>,
+        x: &Var,
+        t: &Tensor,
+        conditioning: &Conditioning,
+        dropout: Option<DropoutSeed>,
+    ) -> Result<Var> {
+        let h = self.trunk(tape, x, t, conditioning, dropout)?; // (n, h, w, c)
+        match &self.head {
+            Head::Noise(conv_out) => conv3x3(tape, &h, conv_out), // (n, h, w, out_channels)
+            Head::Classes(pool) => {
+                let features = pool.features(tape, &h)?; // (n, 1, 1, c)
+                dense(tape, &features, &pool.to_classes) // (n, 1, 1, classes)
+            }
+        }
+    }
+
+    /// Of a classifier: what its last layer sees, (n, 1, 1, c) with c the width of the coarsest level, and the logits,
+    /// (n, 1, 1, classes).
+    ///
+    /// # Errors
+    /// Those of [`forward`](Self::forward).
+    pub fn features(&self, tape: &mut Tape<'_>, x: &Var, t: &Tensor) -> Result<(Var, Var)> {
+        let Head::Classes(pool) = &self.head else { panic!("features of a network that is no classifier") };
+        let h = self.trunk(tape, x, t, &Conditioning::NONE, None)?; // (n, h, w, c)
+        let features = pool.features(tape, &h)?; // (n, 1, 1, c)
+        let logits = dense(tape, &features, &pool.to_classes)?; // (n, 1, 1, classes)
+        Ok((features, logits))
+    }
+
+    /// Everything before the head, (n, h, w, c): at full size, or of a classifier at the coarsest level.
+    fn trunk(
         &self,
         tape: &mut Tape<'_>,
         x: &Var,
@@ -341,7 +422,7 @@ impl UNet {
             "{s} must divide by {multiple} in h and w"
         );
         assert_eq!(s.n, t.shape().n, "{} images but {} timesteps", s.n, t.shape().n);
-        assert_eq!(conditioning.labels().is_some(), m.classes > 0, "labels go with a conditional network");
+        assert_eq!(conditioning.labels().is_some(), m.is_conditional(), "labels go with a conditional network");
 
         tape.at("time_embedding");
         let form = Sinusoid { freq_shift: m.freq_shift, flip_sin_to_cos: m.flip_sin_to_cos, scale: m.timestep_scale };
@@ -422,9 +503,30 @@ impl UNet {
             }
         }
 
-        tape.at("conv_out");
-        h = norm(tape, m, &h, &self.conv_norm_out, Activation::Silu)?; // (n, h, w, widths[0])
-        conv3x3(tape, &h, &self.conv_out) // (n, h, w, out_channels)
+        tape.at(self.head.place());
+        norm(tape, m, &h, &self.conv_norm_out, Activation::Silu) // (n, h, w, c)
+    }
+}
+
+impl Head {
+    /// Where it is in the network.
+    fn place(&self) -> &'static str {
+        match self {
+            Head::Noise(_) => "conv_out",
+            Head::Classes(_) => "pool",
+        }
+    }
+}
+
+impl Pool {
+    fn features(&self, tape: &mut Tape<'_>, x: &Var) -> Result<Var> {
+        let tokens = pool::tokens(tape, x, self.positional_embedding)?; // (n, 1, h w + 1, c)
+        let q = dense(tape, &tokens, &self.to_q)?; // (n, 1, h w + 1, c)
+        let k = dense(tape, &tokens, &self.to_k)?; // (n, 1, h w + 1, c)
+        let v = dense(tape, &tokens, &self.to_v)?; // (n, 1, h w + 1, c)
+        // All tokens attend, though only the first is looked at: at this level they are few.
+        let tokens = attention(tape, &q, &k, &v, self.heads)?; // (n, 1, h w + 1, c)
+        pool::first(tape, &tokens) // (n, 1, 1, c)
     }
 }
 

@@ -117,6 +117,7 @@ fn checkpoints(run: &Path) -> Vec<String> {
 fn the_models_of_diffusers_are_understood() {
     let gray = checkpoint::load(&Device::cpu(), &fixture("unet_gray16")).unwrap();
     let want = Model {
+        classifier: false,
         image_size: Size::square(16),
         channels: 1,
         widths: vec![16, 32],
@@ -1309,7 +1310,8 @@ fn every_part_of_the_network_survives_the_configuration() {
         let zeros = Tensor::zeros(&Device::cpu(), Shape::vector(params.specs().flat_len())).unwrap();
         let run = tempfile::tempdir().unwrap();
         let config = Config { model: model.clone(), ..Config::preset(Preset::Mnist) };
-        let state = State { step: 1, params: &params, ema: &params, m: &zeros, v: &zeros, data: None };
+        let state =
+            State { step: 1, params: &params, ema: &params, m: &zeros, v: &zeros, data: None, importance: None };
         let path = checkpoint::save(run.path(), &config, state).unwrap();
         let written = json_file(&path.join("unet/config.json"));
         for (key, value) in keys.as_object().unwrap() {

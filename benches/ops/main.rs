@@ -11,12 +11,14 @@ mod attention;
 mod avg_pool;
 mod concat;
 mod conv2d;
+mod cross_entropy;
 mod dropout;
 mod embedding;
 mod grad_norm;
 mod group_norm;
 mod linear;
 mod loss;
+mod pool;
 mod q_sample;
 mod sample_step;
 mod silu;
@@ -154,7 +156,8 @@ criterion_group! {
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1));
     targets = adam::bench, add::bench, attention::bench, avg_pool::bench, concat::bench, conv2d::bench,
-        dropout::bench, embedding::bench, grad_norm::bench, group_norm::bench, linear::bench, loss::bench,
-        q_sample::bench, sample_step::bench, silu::bench, time_embedding::bench, upsample::bench
+        cross_entropy::bench, dropout::bench, embedding::bench, grad_norm::bench, group_norm::bench, linear::bench,
+        loss::bench, pool::bench, q_sample::bench, sample_step::bench, silu::bench, time_embedding::bench,
+        upsample::bench
 }
 criterion_main!(ops);

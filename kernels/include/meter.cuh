@@ -11,4 +11,5 @@ struct MeterRow {
     double grad_norm;            // norm of the gradient before clipping
     double clip;                 // the clipping factor
     double vlb_sum;              // sum of T times a term of the bound over the images, if the loss has one
+    double right[QUARTERS];      // how many of the counted images a classifier has told rightly
 };

@@ -114,6 +114,8 @@ impl Default for UNet2DModel {
     }
 }
 
+/// Ours: the class of a classifier, which diffusers does not have. Of the way up it has the keys' values alone.
+const CLASSIFIER: &str = "EncoderUNet2DModel";
 const PLAIN_DOWN: &str = "DownBlock2D";
 const RESNET_DOWN: &str = "ResnetDownsampleBlock2D";
 const ATTENTION_DOWN: &str = "AttnDownBlock2D";
@@ -246,7 +248,7 @@ impl UNet2DModel {
         let some = |n: usize| (n > 0).then_some(n as u32);
         let Size { h, w } = m.image_size;
         UNet2DModel {
-            _class_name: Some("UNet2DModel".into()),
+            _class_name: Some(if m.classifier { CLASSIFIER } else { "UNet2DModel" }.into()),
             _class_names: (!class_names.is_empty()).then(|| class_names.to_vec()),
             _diffusers_version: Some(VERSION.into()),
             _middle_attention: (ours && m.middle_attention == MiddleAttention::Bare)
@@ -300,7 +302,10 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
             only(file, stringify!($key), &c.$key, &[$($accepted.into()),+])?
         };
     }
-    only!(_class_name: "UNet2DModel".to_string());
+    let classifier = c._class_name.as_deref() == Some(CLASSIFIER);
+    if !classifier {
+        only!(_class_name: "UNet2DModel".to_string());
+    }
     only!(center_input_sample: false);
     if c.time_embedding_type != OURS {
         only!(time_embedding_type: "positional");
@@ -326,7 +331,13 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
     only!(class_embed_type: None, Some(ClassEmbedding::Timestep.name().to_string()));
     let time_channels = c._time_channels.or(c.block_out_channels.first().copied()).unwrap_or(0);
     only!(time_embedding_dim: None, time_channels.saturating_mul(4));
-    only!(out_channels: c.in_channels, c.in_channels.saturating_mul(2));
+    if classifier && c.out_channels != c.num_class_embeds.unwrap_or(0) {
+        let (out, classes) = (c.out_channels, json!(c.num_class_embeds));
+        return Err(format!("has out_channels = {out} for num_class_embeds = {classes}; a classifier has as many"));
+    }
+    if !classifier {
+        only!(out_channels: c.in_channels, c.in_channels.saturating_mul(2));
+    }
     if c.mid_block_scale_factor.as_f64() != Some(1.0) {
         return Err(format!("has mid_block_scale_factor = {}; only 1 is supported", c.mid_block_scale_factor));
     }
@@ -418,7 +429,8 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
         classes,
         class_embedding,
         null_class: c._null_class,
-        learned_variance: c.out_channels != c.in_channels,
+        learned_variance: !classifier && c.out_channels != c.in_channels,
+        classifier,
         downsample_padding: c.downsample_padding as usize,
         freq_shift: c.freq_shift as usize,
         flip_sin_to_cos: c.flip_sin_to_cos,

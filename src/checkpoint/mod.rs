@@ -12,6 +12,15 @@
 //!     run.json                                      the settings and the data that the numbers follow from
 //! ```
 //!
+//! A classifier's checkpoint has classifier/ in place of unet/, with the same files, and no model_index.json, since no
+//! pipeline of diffusers has such a network:
+//!
+//! ```text
+//!     classifier/config.json                        the network; keys of UNet2DModel, its way down
+//!     classifier/diffusion_pytorch_model.safetensors
+//!     scheduler/scheduler_config.json               the process whose x_t it tells apart
+//! ```
+//!
 //! A checkpoint is written under a temporary name beside the others, synced and renamed; only then are old ones
 //! deleted. So the last good checkpoint survives a power failure at any moment. [`newest`] skips incomplete folders.
 //!
@@ -56,6 +65,8 @@ use tensors::{TensorFile, write_tensors};
 const MODEL_INDEX: &str = "model_index.json";
 const UNET_CONFIG: &str = "unet/config.json";
 const UNET_WEIGHTS: &str = "unet/diffusion_pytorch_model.safetensors";
+const CLASSIFIER_CONFIG: &str = "classifier/config.json";
+const CLASSIFIER_WEIGHTS: &str = "classifier/diffusion_pytorch_model.safetensors";
 const SCHEDULER_CONFIG: &str = "scheduler/scheduler_config.json";
 const TRAINING_STATE: &str = "training_state.safetensors";
 const TIMESTEP_SAMPLING: &str = "timestep_sampling.safetensors";
@@ -171,7 +182,8 @@ pub fn restore(checkpoint: &Path, state: StateMut<'_>) -> Result<()> {
     if let Some(importance) = state.importance {
         restore_importance(&checkpoint.join(TIMESTEP_SAMPLING), importance)?;
     }
-    read_weights(&checkpoint.join(UNET_WEIGHTS), state.ema)
+    let is_classifier = checkpoint.join(CLASSIFIER_CONFIG).is_file();
+    read_weights(&checkpoint.join(if is_classifier { CLASSIFIER_WEIGHTS } else { UNET_WEIGHTS }), state.ema)
 }
 
 /// The tensors of [`TIMESTEP_SAMPLING`].
@@ -217,17 +229,34 @@ pub fn load(device: &Device, path: &Path) -> Result<Loaded> {
 /// # Errors
 /// As [`load`], and `Error::Usage` for a flag that cannot be read or that this model does not take.
 pub fn load_with(device: &Device, path: &Path, flags: &[String]) -> Result<Loaded> {
-    let (Description { config, stepping, notes }, file) = if is_weights(path) {
+    if is_weights(path) {
         let openai::Found { config, file, notes } = openai::open(path, flags)?;
-        (Description { config, stepping: Stepping::OURS, notes }, file)
-    } else {
-        let place = Place::find(path)?;
-        refuse_flags(path, flags)?;
-        let mut described = place.describe()?;
-        let (file, note) = place.weights()?;
-        described.notes.extend(note);
-        (described, file)
-    };
+        return read(device, path, Description { config, stepping: Stepping::OURS, notes }, file);
+    }
+    let place = Place::find(path)?;
+    refuse_flags(path, flags)?;
+    load_from(device, path, place)
+}
+
+/// Opens a run folder of a classifier (its newest checkpoint), a checkpoint of one, or a folder with `classifier/`.
+///
+/// # Errors
+/// `Error::File` for a folder that holds no classifier or a damaged one; `Error::Failed` for one that memory does not
+/// hold.
+pub fn load_classifier(device: &Device, path: &Path) -> Result<Loaded> {
+    load_from(device, path, Place::find_classifier(path)?)
+}
+
+fn load_from(device: &Device, path: &Path, place: Place) -> Result<Loaded> {
+    let mut described = place.describe()?;
+    let (file, note) = place.weights()?;
+    described.notes.extend(note);
+    read(device, path, described, file)
+}
+
+/// Reads the weights of what is described, from `file`.
+fn read(device: &Device, path: &Path, described: Description, file: TensorFile) -> Result<Loaded> {
+    let Description { config, stepping, notes } = described;
     let (_, specs) = UNet::new(&config.model)?;
     let mut file = file.fitting(&specs, &[""])?;
     // On the host twice while it is read.
@@ -339,9 +368,14 @@ struct Place {
     scheduler: Option<PathBuf>,
     /// Whether this program wrote it, to resume from.
     resumable: bool,
+    /// Whether a classifier is wanted, not a network that predicts noise.
+    classifier: bool,
     /// What was found by looking further.
     notes: Vec<String>,
 }
+
+/// Said of a classifier where a model is expected.
+const DRAWS_NOTHING: &str = "is a classifier, which draws no images; a model is expected";
 
 /// The name of a scheduler's configuration.
 const SCHEDULER: &str = "scheduler_config.json";
@@ -372,6 +406,9 @@ impl Place {
         if path.join("snapshots").is_dir() {
             return Place::find(&only_snapshot(path)?);
         }
+        if has(CLASSIFIER_CONFIG) {
+            return Err(Error::file(path, DRAWS_NOTHING));
+        }
         check_images(path)?;
         // As diffusers' training scripts save them; the pipeline has the moving average as unet.
         let networks: Vec<&str> =
@@ -389,7 +426,8 @@ impl Place {
                     ema.display()
                 ));
             }
-            return Ok(Place { run, unet: path.join(unet), scheduler, resumable: has(TRAINING_STATE), notes });
+            let resumable = has(TRAINING_STATE);
+            return Ok(Place { run, unet: path.join(unet), scheduler, resumable, classifier: false, notes });
         }
         if has("config.json") {
             let own_name = path.canonicalize().ok().and_then(|p| p.file_name()?.to_str().map(String::from));
@@ -398,7 +436,8 @@ impl Place {
             }
             let (scheduler, notes) = scheduler_near(path, &[".", "../scheduler", "../../scheduler"]);
             let resumable = path.join("..").join(TRAINING_STATE).is_file();
-            return Ok(Place { run: None, unet: path.to_path_buf(), scheduler, resumable, notes });
+            let unet = path.to_path_buf();
+            return Ok(Place { run: None, unet, scheduler, resumable, classifier: false, notes });
         }
         let what = match checkpoint_of_diffusers(path) {
             Some(newest) => format!("holds checkpoints of a training; give one of them, such as {}", newest.display()),
@@ -407,6 +446,28 @@ impl Place {
             ),
         };
         Err(Error::file(path, what))
+    }
+
+    fn find_classifier(path: &Path) -> Result<Place> {
+        let has = |name: &str| path.join(name).is_file();
+        if path.join("checkpoints").is_dir() && has("config.toml") {
+            let Some(newest) = newest(path)? else {
+                return Err(Error::file(path, "has no complete checkpoint yet"));
+            };
+            return Ok(Place { run: Some(path.to_path_buf()), ..Place::find_classifier(&newest)? });
+        }
+        if !has(CLASSIFIER_CONFIG) {
+            let what = match path.exists() {
+                false => "does not exist; a run of ddpm-cuda train-classifier is expected",
+                true => "holds no classifier; a run of ddpm-cuda train-classifier is expected",
+            };
+            return Err(Error::file(path, what));
+        }
+        let run = path.ancestors().nth(2).filter(|run| path.starts_with(run.join("checkpoints")));
+        let run = run.filter(|run| run.join("config.toml").is_file()).map(Path::to_path_buf);
+        let (scheduler, notes) = scheduler_near(path, &["scheduler"]);
+        let unet = path.join("classifier");
+        Ok(Place { run, unet, scheduler, resumable: has(TRAINING_STATE), classifier: true, notes })
     }
 
     fn describe(&self) -> Result<Description> {
@@ -418,6 +479,10 @@ impl Place {
         let (model, class_names) = diffusers::read_model(&read_json(&file)?).map_err(|e| Error::file(&file, e))?;
         let unfit = |e: Error| Error::file(&file, format!("describes a network that cannot be built: {e}"));
         model.validate().map_err(unfit)?;
+        if model.classifier != self.classifier {
+            let not = "describes a network that predicts noise; a classifier of train-classifier is expected";
+            return Err(Error::file(&file, if self.classifier { not } else { DRAWS_NOTHING }));
+        }
         config.model = model;
         if !class_names.is_empty() {
             config.class_names = class_names;
@@ -667,10 +732,12 @@ fn by_step(run: &Path) -> Result<BTreeMap<u32, PathBuf>> {
 fn is_complete(checkpoint: &Path) -> bool {
     let has_json = |name: &str| read_json(&checkpoint.join(name)).is_ok();
     let has_tensors = |name: &str| tensors::is_whole(&checkpoint.join(name));
-    [MODEL_INDEX, UNET_CONFIG, SCHEDULER_CONFIG].into_iter().all(has_json)
-        && Origin::read(checkpoint).is_ok()
-        && [UNET_WEIGHTS, TRAINING_STATE].into_iter().all(has_tensors)
-        && (!checkpoint.join(TIMESTEP_SAMPLING).exists() || has_tensors(TIMESTEP_SAMPLING))
+    let network = match checkpoint.join("classifier").is_dir() {
+        true => has_json(CLASSIFIER_CONFIG) && has_tensors(CLASSIFIER_WEIGHTS),
+        false => has_json(MODEL_INDEX) && has_json(UNET_CONFIG) && has_tensors(UNET_WEIGHTS),
+    };
+    let sampling = !checkpoint.join(TIMESTEP_SAMPLING).exists() || has_tensors(TIMESTEP_SAMPLING);
+    network && sampling && has_json(SCHEDULER_CONFIG) && Origin::read(checkpoint).is_ok() && has_tensors(TRAINING_STATE)
 }
 
 /// Deletes a checkpoint. It is renamed first, so that a half-deleted one never has the name of a checkpoint.
@@ -700,7 +767,8 @@ fn write(folder: &Path, config: &Config, state: &State<'_>) -> Result<()> {
 
 /// Writes the files of a model folder of diffusers.
 fn write_model(folder: &Path, config: &Config, params: &Params, stepping: &Stepping) -> Result<()> {
-    for sub in ["unet", "scheduler"] {
+    let classifier = config.model.classifier;
+    for sub in [if classifier { "classifier" } else { "unet" }, "scheduler"] {
         fs::create_dir(folder.join(sub))
             .map_err(|e| Error::file(folder.join(sub), format!("cannot be created: {e}")))?;
     }
@@ -710,11 +778,17 @@ fn write_model(folder: &Path, config: &Config, params: &Params, stepping: &Stepp
         "scheduler": ["diffusers", "DDPMScheduler"],
         "unet": ["diffusers", "UNet2DModel"],
     });
-    write_json(&folder.join(MODEL_INDEX), &index)?;
-    write_json(&folder.join(UNET_CONFIG), &diffusers::UNet2DModel::of(&config.model, &config.class_names))?;
+    let network = diffusers::UNet2DModel::of(&config.model, &config.class_names);
+    if classifier {
+        write_json(&folder.join(CLASSIFIER_CONFIG), &network)?;
+    } else {
+        write_json(&folder.join(MODEL_INDEX), &index)?;
+        write_json(&folder.join(UNET_CONFIG), &network)?;
+    }
     write_json(&folder.join(SCHEDULER_CONFIG), &diffusers::DDPMScheduler::of(&config.diffusion, stepping)?)?;
     // transformers and diffusers look for this entry.
-    write_tensors(&folder.join(UNET_WEIGHTS), ("format", "pt"), params.specs(), &[("", &params.host()?)])
+    let weights = folder.join(if classifier { CLASSIFIER_WEIGHTS } else { UNET_WEIGHTS });
+    write_tensors(&weights, ("format", "pt"), params.specs(), &[("", &params.host()?)])
 }
 
 /// The longest configuration that is read: a million betas have 26 MB.

@@ -261,6 +261,7 @@ impl Shapes {
             return Err("has conv_resample = false; resampling without weights is not supported".into());
         }
         let model = Model {
+            classifier: false,
             image_size: Size::square(side),
             channels: self.channels,
             widths: self.widths.clone(),

@@ -7,9 +7,11 @@ pub mod info;
 pub mod likelihood;
 mod on_data;
 pub mod predict;
+pub mod quality;
 pub mod sample;
 mod signals;
 pub mod train;
+pub mod train_classifier;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 

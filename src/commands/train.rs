@@ -64,6 +64,11 @@ pub struct Args {
 
 /// What follows the arguments in the help.
 pub fn help() -> String {
+    help_of(false)
+}
+
+/// The same for a network or a `classifier`.
+pub(super) fn help_of(classifier: bool) -> String {
     format!(
         "{}\n\
          Stopping: Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU save a checkpoint after the step and stop; a \
@@ -73,7 +78,7 @@ pub fn help() -> String {
          Resuming: --resume goes on to the same bits as a run that was never stopped, on the same device; another device \
          is allowed and differs by rounding. Only these settings may change, with --set: {}; --steps and --data are the \
          same as their settings, and --data takes another place of the same images.\n",
-        config::help(),
+        config::help(classifier),
         MAY_CHANGE.join(", ")
     )
 }
@@ -84,17 +89,29 @@ pub fn help() -> String {
 /// Unusable settings, data or checkpoints; a loss or gradient that is not finite; checkpoints that cannot be written;
 /// those of [`Device::open`].
 pub fn run(args: &Args) -> Result<ExitCode> {
+    run_of(args, false)
+}
+
+/// [`run`] for a network or a `classifier`.
+pub(super) fn run_of(args: &Args, classifier: bool) -> Result<ExitCode> {
+    let command = if classifier { "train-classifier" } else { "train" };
     let signals = Signals::listen()?;
     let mut terminal = Terminal::default();
     let mut run = match &args.resume {
         Some(run) => {
+            if Run::settings(run)?.model.classifier != classifier {
+                let other = if classifier { "train" } else { "train-classifier" };
+                let what =
+                    format!("is a run of {other}; resume it with ddpm-cuda {other} --resume {}", shell_word(run));
+                return Err(Error::file(run, what));
+            }
             let device = open_to_resume(run, args.device, args.precision)?;
             let data = args.data.as_deref().map(absolute);
             let changes = Changes { sets: &args.set, steps: args.steps, data: data.as_deref() };
             Run::open(Start::Resume { run, changes }, &device, &mut terminal)?
         }
         None => {
-            let (config, given) = config(args)?;
+            let (config, given) = config(args, classifier)?;
             let device = open(args.device, config.precision)?;
             let start = Start::New { config: &config, given: &given, out: args.out.as_deref() };
             Run::open(start, &device, &mut terminal)?
@@ -109,11 +126,16 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let (done, steps, folder) = (run.trainer().steps_done(), run.config().steps, shell_word(run.folder()));
     if done < steps {
         say!("stopped after step {done} of {steps}: {}", checkpoint.display());
-        say!("to go on: ddpm-cuda train --resume {folder}");
+        say!("to go on: ddpm-cuda {command} --resume {folder}");
         return Ok(ExitCode::from(signals.exit_code()));
     }
     say!("{done} steps, {:.0} s: {}", started.elapsed().as_secs_f64(), checkpoint.display());
-    say!("to draw images: ddpm-cuda sample --model {folder} --out samples.png");
+    match classifier {
+        false => say!("to draw images: ddpm-cuda sample --model {folder} --out samples.png"),
+        true => {
+            say!("to guide a model's samples: ddpm-cuda sample --model MODEL --classifier {folder} --out samples.png")
+        }
+    }
     Ok(ExitCode::SUCCESS)
 }
 
@@ -137,7 +159,7 @@ fn open_to_resume(run: &Path, device: Choice, asked: Option<Precision>) -> Resul
 }
 
 /// The settings of a new run: preset, file, `--set`, then flags; and which of them somebody chose.
-fn config(args: &Args) -> Result<(Config, Given)> {
+fn config(args: &Args, classifier: bool) -> Result<(Config, Given)> {
     let flags = [
         ("data", args.data.clone()),
         ("steps", args.steps.map(|steps| steps.to_string())),
@@ -149,6 +171,13 @@ fn config(args: &Args) -> Result<(Config, Given)> {
     let mut sets = args.set.clone();
     sets.extend(flags.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value?))));
     let (mut config, mut given) = Config::build(args.preset, args.config.as_deref(), &sets)?;
+    if let (true, false, Some(file)) = (config.model.classifier, classifier, &args.config) {
+        return Err(Error::file(file, "holds the settings of a classifier, for train-classifier"));
+    }
+    if classifier {
+        config.fill(&given, &Config::preset(config.preset).into_classifier());
+        config.model.classifier = true;
+    }
     config.data = absolute(&config.data);
     if !config.init.is_empty() {
         if !given.has("data") {
@@ -173,7 +202,7 @@ fn absolute(data: &str) -> String {
 
 /// Shows the progress of a run: a bar if standard error is a terminal, with other lines on standard output above it;
 /// off a terminal a line on standard output at each tenth of the run, and as often as no 30 s pass without one.
-struct Terminal {
+pub(super) struct Terminal {
     bar: ProgressBar,
     began: Instant,
     /// Steps done when training began, steps done now, steps in all.

@@ -108,6 +108,17 @@ impl Array {
         }
     }
 
+    /// The elements of any integer or floating type, as f64.
+    pub fn to_f64(&self) -> std::result::Result<Vec<f64>, String> {
+        match self.kind() {
+            (Some(TypeChar::Float), 8) => {
+                Ok(self.body.chunks_exact(8).map(|b| f64::from_le_bytes(self.little(b))).collect())
+            }
+            (Some(TypeChar::Int | TypeChar::Uint), _) => Ok(self.to_i64()?.into_iter().map(|i| i as f64).collect()),
+            _ => Ok(self.to_f32()?.into_iter().map(f64::from).collect()),
+        }
+    }
+
     fn kind(&self) -> (Option<TypeChar>, usize) {
         match &self.dtype {
             DType::Plain(t) => (Some(t.type_char()), self.dtype.num_bytes().unwrap_or(0)),

@@ -21,6 +21,8 @@ pub(super) struct Report {
     loss: f64,
     vlb: f64,
     quarters: Quarters,
+    /// Of a classifier.
+    right: Quarters,
     images: usize,
     /// Seconds that the steps took.
     pub seconds: f64,
@@ -32,6 +34,7 @@ impl Report {
         self.loss += step.loss;
         self.vlb += step.vlb.unwrap_or_default();
         self.quarters.merge(&step.quarters);
+        self.right.merge(&step.right);
         self.images += images;
         self.last = Some(step);
     }
@@ -49,7 +52,8 @@ impl Report {
         format!("loss {:.4}, {:.0} images/s", self.loss(), self.images_per_s())
     }
 
-    pub fn line(&self, done: u32) -> serde_json::Value {
+    /// The line of the log, of a `classifier` with its right answers.
+    pub fn line(&self, done: u32, classifier: bool) -> serde_json::Value {
         let mut line = json!({
             "step": done,
             "loss": self.loss(),
@@ -60,6 +64,10 @@ impl Report {
         });
         if self.last.as_ref().is_some_and(|step| step.vlb.is_some()) {
             line["vlb"] = json!(self.vlb / f64::from(self.steps));
+        }
+        if classifier {
+            line["accuracy"] = json!(self.right.mean());
+            line["accuracy_by_quarter"] = json!(self.right.means());
         }
         line
     }

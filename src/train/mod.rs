@@ -34,6 +34,7 @@ use crate::device::Device;
 use crate::diffusion::{Method, Sampler, Spacing};
 use crate::error::{Error, Result};
 use crate::memory;
+use crate::meter::Quarters;
 use crate::output;
 use crate::recipe;
 use crate::sample::{self, Drawing};
@@ -127,6 +128,13 @@ impl Run {
             model => Some(Init::open(Path::new(model))?),
         };
         let source = data::Source::open(&config)?;
+        if config.model.classifier && !given.has("classes") {
+            config.model.classes = source.survey().classes.len();
+            if config.model.classes < 2 {
+                let what = "has no two classes to tell apart; class folders, or labels beside the images, are needed";
+                return Err(Error::file(&config.data, what));
+            }
+        }
         let mut notes = recipe::suit(&mut config, given, source.survey(), device)?;
         let data = load(source, &mut config, watch)?;
         notes.extend(recipe::adapt_attention(&mut config, given));
@@ -264,17 +272,23 @@ fn steps(
         watch.step();
 
         if logs {
-            let mut line = report.line(done);
+            let mut line = report.line(done, config.model.classifier);
             if due_or_last(config.validate_every)
-                && let Some(Validation { quarters, vlb }) = unless_interrupted(trainer.validate(stop))?
-                && let Some(mean) = quarters.mean()
+                && let Some(held_out) = unless_interrupted(trainer.validate(stop))?
+                && let Some(mean) = held_out.quarters.mean()
             {
                 line["validation_loss"] = json!(mean);
-                line["validation_loss_by_quarter"] = json!(quarters.means());
-                if let Some(vlb) = vlb {
+                line["validation_loss_by_quarter"] = json!(held_out.quarters.means());
+                if let Some(vlb) = held_out.vlb {
                     line["validation_vlb"] = json!(vlb);
                 }
-                watch.say(&format!("step {done}: loss {:.4}, validation loss {mean:.4}", report.loss()));
+                let mut said = format!("step {done}: loss {:.4}, validation loss {mean:.4}", report.loss());
+                if config.model.classifier {
+                    line["validation_accuracy"] = json!(held_out.right.mean());
+                    line["validation_accuracy_by_quarter"] = json!(held_out.right.means());
+                    said += &accuracies(&held_out.right);
+                }
+                watch.say(&said);
             }
             log.write(line, watch);
             report = Report::default();
@@ -344,6 +358,13 @@ fn announce(config: &Config, data: &data::Data, device: &Device, watch: &mut dyn
             Ok(())
         }
     }
+}
+
+/// How often a classifier is right, overall and by quarter of the timesteps, the end of a sentence.
+fn accuracies(right: &Quarters) -> String {
+    let percent = |share: f64| format!("{:.1} %", 100.0 * share);
+    let by_quarter = right.means().map(|mean| mean.map_or("-".into(), percent)).join(", ");
+    format!(", {} right ({by_quarter} from least noise to most)", right.mean().map_or("-".into(), percent))
 }
 
 /// Turns [`Error::Interrupted`] into `None`.

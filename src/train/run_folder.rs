@@ -39,7 +39,8 @@ impl RunFolder {
             );
             return Err(Error::file(&path, what));
         }
-        for sub in [path.join("samples"), path.join("checkpoints")] {
+        let subs: &[&str] = if config.model.classifier { &["checkpoints"] } else { &["samples", "checkpoints"] };
+        for sub in subs.iter().map(|sub| path.join(sub)) {
             fs::create_dir_all(&sub).map_err(|e| failed(&sub, e))?;
         }
         output::write_atomically(&path.join("config.toml"), config.to_toml().as_bytes())?;

@@ -6,6 +6,7 @@ use super::feed::{Feed, Resident};
 use super::losses::Losses;
 use crate::checkpoint::{self, DataMark};
 use crate::clock::Clock;
+use crate::conditioning::Conditioning;
 use crate::config::Config;
 use crate::data::{Data, Dataset, Order};
 use crate::device::Device;
@@ -15,6 +16,7 @@ use crate::images::Source;
 use crate::memory::memory_needed;
 use crate::meter::{Meter, Quarters};
 use crate::ops::adam::{State, Update, adam, ema_decay};
+use crate::ops::cross_entropy::cross_entropy;
 use crate::ops::grad_norm::grad_norm;
 use crate::ops::loss::{self, Loss, Table};
 use crate::ops::q_sample::{Coefficients, Noised, q_sample};
@@ -60,13 +62,15 @@ pub struct Trainer {
 pub struct StepReport {
     /// Number of the step, counted from 1.
     pub step: u32,
-    /// The loss, the mean over the step's images.
+    /// The loss, of a classifier the cross-entropy, the mean over the step's images.
     pub loss: f64,
     /// The mean of T times a term of the bound, in bits per dimension, if the loss has one: an estimate of the bound
     /// without L_T.
     pub vlb: Option<f64>,
     /// The same by quarter of the timesteps.
     pub quarters: Quarters,
+    /// Of a classifier: the share of images whose class it tells rightly, by quarter of the timesteps.
+    pub right: Quarters,
     /// Norm of the gradient before clipping.
     pub grad_norm: f64,
     /// Learning rate of the update.
@@ -268,6 +272,7 @@ impl Trainer {
                 loss,
                 vlb: has_bound.then(|| measured.vlb_sum / self.config.batch as f64),
                 quarters: measured.quarters,
+                right: measured.right,
                 grad_norm: measured.grad_norm,
                 learning_rate: learning_rate(&self.config, step),
             });
@@ -314,7 +319,7 @@ impl Trainer {
         Ok(first_not_finite("gradient", specs, &self.grads.finish(specs)?.host()?))
     }
 
-    /// The loss of the moving average on the held-out images, as of one step. The timestep, drawn uniformly, and the
+    /// The loss of the moving average on the held-out images, as of one step, and a classifier's right answers. The timestep, drawn uniformly, and the
     /// noise of each image are the same in every call. Without losses if no images are held out.
     ///
     /// # Errors
@@ -346,7 +351,7 @@ impl Trainer {
         let measured = meter.read()?.pop().expect("one row");
         let vlb = self.table.objective().loss().has_bound() && !data.is_empty();
         let vlb = vlb.then(|| measured.vlb_sum / data.len() as f64);
-        Ok(Validation { quarters: measured.quarters, vlb })
+        Ok(Validation { quarters: measured.quarters, right: measured.right, vlb })
     }
 
     /// Refuses non-finite weights, from which no run could continue.
@@ -380,6 +385,8 @@ impl Trainer {
 pub struct Validation {
     /// By quarter of the timesteps.
     pub quarters: Quarters,
+    /// Of a classifier: 1 for each image whose class it tells rightly, else 0.
+    pub right: Quarters,
     /// The mean of T times a term of the bound, as in [`StepReport`].
     pub vlb: Option<f64>,
 }
@@ -437,8 +444,8 @@ struct MicroBatch<'a> {
     step_images: Option<usize>,
 }
 
-/// The network's output for noised images, (n, h, w, c) or with a learned variance (n, h, w, 2c), and its loss, which
-/// is also added to the meter's row.
+/// The network's output for noised images, (n, h, w, c), with a learned variance (n, h, w, 2c), of a classifier
+/// (n, 1, 1, classes), and its loss, which is also added to the meter's row.
 fn forward_loss(
     unet: &UNet,
     tape: &mut Tape<'_>,
@@ -448,7 +455,13 @@ fn forward_loss(
 ) -> Result<(Var, Loss)> {
     let MicroBatch { batch, source, noised: Noised { x_t, t, conditioning }, masks, step_images } = batch;
     let device = tape.device().clone();
-    let y = unet.forward(tape, &Var::constant(x_t), &t, &conditioning, masks)?; // (n, h, w, c)
+    if unet.model().classifier {
+        let labels = conditioning.labels().expect("images for a classifier have classes");
+        let logits = unet.forward(tape, &Var::constant(x_t), &t, &Conditioning::NONE, masks)?; // (n, 1, 1, classes)
+        let loss = cross_entropy(&device, logits.value(), labels, &batch, &t, step_images, meter)?;
+        return Ok((logits, loss));
+    }
+    let y = unet.forward(tape, &Var::constant(x_t), &t, &conditioning, masks)?; // (n, h, w, out_channels)
     let loss = loss::any(&device, y.value(), source, &batch, &t, table, step_images, meter)?;
     Ok((y, loss))
 }

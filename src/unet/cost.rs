@@ -3,7 +3,7 @@
 //! Norms, activations and resampling without weights are not counted. The bytes that a training step keeps come from
 //! the tape, by a forward pass over shapes alone.
 
-use super::{Affine, Attention, Classes, Level, Norm, Resample, Resnet, UNet};
+use super::{Affine, Attention, Classes, Head, Level, Norm, Pool, Resample, Resnet, UNet};
 use crate::conditioning::Conditioning;
 use crate::device::Device;
 use crate::error::Result;
@@ -83,6 +83,19 @@ impl Attention {
     }
 }
 
+impl Pool {
+    /// Adds the pooling of images of `pixels` pixels.
+    fn add_to(&self, cost: &mut Cost, specs: &Specs, pixels: usize) {
+        let tokens = pixels + 1;
+        cost.params += len(specs, self.positional_embedding);
+        for affine in [&self.to_q, &self.to_k, &self.to_v] {
+            cost.affine(specs, affine, tokens);
+        }
+        cost.add_flops(&[2, 2, tokens, tokens, specs.spec(self.to_q.weight).shape.c]);
+        cost.affine(specs, &self.to_classes, 1);
+    }
+}
+
 impl Level {
     /// Its blocks at `pixels` pixels, then what leads to the next level, with `resampled` output pixels.
     fn costs(&self, specs: &Specs, pixels: usize, resampled: usize) -> Vec<Cost> {
@@ -140,9 +153,12 @@ impl UNet {
             costs.extend(level.costs(specs, pixels(here), pixels(here.saturating_sub(1))));
         }
 
-        let mut out = Cost::new("conv_out");
+        let mut out = Cost::new(self.head.place());
         out.norm(specs, &self.conv_norm_out);
-        out.affine(specs, &self.conv_out, pixels(0));
+        match &self.head {
+            Head::Noise(conv_out) => out.affine(specs, conv_out, pixels(0)),
+            Head::Classes(pool) => pool.add_to(&mut out, specs, lowest),
+        }
         costs.push(out);
         for (place, bytes) in self.saved(specs, height, width).expect("shapes need no memory") {
             let part = costs.iter_mut().find(|cost| cost.place == place);
@@ -157,7 +173,7 @@ impl UNet {
         let params = Params::zeros(&device, specs.clone())?;
         let mut tape = Tape::recording(&device, &params);
         let x = Tensor::uninit(&device, DType::F32, Shape::new(1, height, width, self.model.channels))?;
-        let conditioning = Conditioning::from_labels(&device, (self.model.classes > 0).then_some(&[0][..]))?;
+        let conditioning = Conditioning::from_labels(&device, self.model.is_conditional().then_some(&[0][..]))?;
         let t = Tensor::uninit(&device, DType::F32, Shape::vector(1))?;
         self.forward(&mut tape, &Var::constant(x), &t, &conditioning, None)?;
         Ok(tape.saved().into_iter().map(|saved| (saved.place, saved.bytes)).filter(|(_, bytes)| *bytes > 0).collect())

@@ -1,0 +1,68 @@
+//! `ddpm-cuda train-classifier`: trains a classifier of noised images, or continues such a run.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use super::{choice, train};
+use crate::config::Preset;
+use crate::device::{Choice, Precision};
+use crate::error::Result;
+
+/// Arguments of `ddpm-cuda train-classifier`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Network and recipe to start from [default: mnist for its digits, auto for other data: made from the data]
+    #[arg(long, value_parser = choice::<Preset>())]
+    pub preset: Option<Preset>,
+    /// Images with classes: mnist (built in), .npy, .npz, IDX file or folder, CIFAR binary folder, class folders
+    #[arg(long, value_name = "mnist|PATH")]
+    pub data: Option<String>,
+    /// Run folder to create [default: runs/PRESET-classifier or runs/DATA-classifier, numbered if it exists]
+    #[arg(long, value_name = "RUN")]
+    pub out: Option<PathBuf>,
+    /// Settings to start from, such as the config.toml of the model to be guided
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// One of the settings below, such as widths=32,64,64; repeatable
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub set: Vec<String>,
+    /// Training steps [default: the preset's]
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u32>,
+    /// Images per step [default: the preset's]
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
+    /// Seed of all randomness [default: 0]
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    pub device: Choice,
+    /// Type of activations and gradients; bf16 needs a GPU [default: f32, or that of the resumed run]
+    #[arg(long, value_parser = choice::<Precision>())]
+    pub precision: Option<Precision>,
+    /// Continue this run from its newest checkpoint, with its own settings, data and precision; see below what may
+    /// change
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["preset", "out", "config", "batch", "seed"])]
+    pub resume: Option<PathBuf>,
+}
+
+/// What follows the arguments in the help.
+pub fn help() -> String {
+    format!(
+        "To guide a model, schedule, timesteps, betas and image_size must be the model's. classes is the number that the \
+         data has.\n\n{}",
+        train::help_of(true)
+    )
+}
+
+/// Runs the command. Returns 0, or 128 + its number if a signal has stopped the run before its end.
+///
+/// # Errors
+/// Those of [`train::run`]; data without classes.
+pub fn run(args: Args) -> Result<ExitCode> {
+    let Args { preset, data, out, config, set, steps, batch, seed, device, precision, resume } = args;
+    let args =
+        train::Args { preset, data, init: None, out, config, set, steps, batch, seed, device, precision, resume };
+    train::run_of(&args, true)
+}

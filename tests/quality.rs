@@ -1,0 +1,347 @@
+//! `train-classifier` and `quality` as processes.
+
+mod support;
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use ddpm_cuda::config::{Config, Preset};
+use ddpm_cuda::output::write_npz;
+use ddpm_cuda::quality::pixels;
+use ddpm_cuda::tensor::Shape;
+use npyz::WriterBuilder;
+use serde_json::Value;
+use support::{TINY, numbers, places};
+
+fn ddpm() -> Command {
+    let mut command = Command::new(places::program());
+    command.stdin(Stdio::null());
+    command
+}
+
+#[track_caller]
+fn ok(command: &mut Command) -> String {
+    let out = command.output().unwrap();
+    let [stdout, stderr] = [&out.stdout, &out.stderr].map(|text| String::from_utf8_lossy(text).into_owned());
+    assert!(out.status.success(), "{command:?}: {}\n{stdout}{stderr}", out.status);
+    stdout
+}
+
+/// Runs a command that must fail with `code` and one sentence, which it returns.
+#[track_caller]
+fn fails(command: &mut Command, code: i32) -> String {
+    let out = command.output().unwrap();
+    let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(code), "{command:?}: {stderr}");
+    assert_eq!(stderr.lines().count(), 1, "{command:?} says more than a sentence: {stderr}");
+    stderr.trim_end().to_string()
+}
+
+/// `n` images of 4x4 of two classes, bright above or bright below, none like another.
+fn images(seed: u64, n: usize) -> (Shape, Vec<u8>, Vec<u32>) {
+    let noise = numbers(seed, 16 * n);
+    let pixel = |(i, v): (usize, &f64)| {
+        let (image, row) = (i / 16, i % 16 / 4);
+        let bright = (row < 2) == (image % 2 == 0);
+        (if bright { 190.0 } else { 60.0 } + 55.0 * v) as u8
+    };
+    let bytes = noise.iter().enumerate().map(pixel).collect();
+    (Shape::new(n, 4, 4, 1), bytes, (0..n as u32).map(|i| i % 2).collect())
+}
+
+fn write_images(path: &Path, seed: u64, n: usize, labels: bool) -> PathBuf {
+    let (shape, bytes, of) = images(seed, n);
+    write_npz(path, shape, &bytes, labels.then_some(&of)).unwrap();
+    path.to_path_buf()
+}
+
+/// A .npz of f64 arrays.
+fn write_arrays(path: &Path, arrays: &[(&str, &[u64], &[f64])]) -> PathBuf {
+    let mut archive = zip::ZipWriter::new(fs::File::create(path).unwrap());
+    for (name, shape, numbers) in arrays {
+        let mut bytes = Vec::new();
+        let mut writer = npyz::WriteOptions::new().default_dtype().shape(shape).writer(&mut bytes).begin_nd().unwrap();
+        writer.extend(numbers.iter().copied()).unwrap();
+        writer.finish().unwrap();
+        archive.start_file(format!("{name}.npy"), zip::write::SimpleFileOptions::default()).unwrap();
+        archive.write_all(&bytes).unwrap();
+    }
+    archive.finish().unwrap();
+    path.to_path_buf()
+}
+
+fn read_json(path: &Path) -> Value {
+    serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap()
+}
+
+fn quality(data: &Path) -> Command {
+    let mut command = ddpm();
+    command.args(["quality", "--device", "cpu", "--data"]).arg(data);
+    command
+}
+
+const SMALL: [&str; 10] = [
+    "--set",
+    "widths=8,16",
+    "--set",
+    "groups=4",
+    "--set",
+    "attention_resolutions=2",
+    "--set",
+    "timesteps=20",
+    "--set",
+    "batch=4",
+];
+
+#[test]
+fn a_models_samples_and_copies_are_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let data = write_images(&at("data.npz"), 1, 80, true);
+    ok(ddpm()
+        .args(["train", "--device", "cpu", "--steps", "2", "--set", "held_out=0.2", "--set", "flip=true"])
+        .args(SMALL)
+        .args(["--set", "sample_every=0", "--data"])
+        .arg(&data)
+        .arg("--out")
+        .arg(at("run")));
+    let measure = |json: &str| {
+        let mut command = quality(&data);
+        command.args(["--count", "20", "--steps", "2", "--cache"]).arg(at("cache")).arg("--model").arg(at("run"));
+        let said = ok(command.arg("--json").arg(at(json)));
+        (said, read_json(&at(json)))
+    };
+    let (said, first) = measure("first.json");
+    assert!(said.contains("training the classifier for the features"), "{said}");
+    let name = first["features"].as_str().unwrap().to_string();
+    assert!(name.starts_with("classifier-") && said.contains(&format!("[{name}]")), "{name}: {said}");
+    assert!(!said.to_lowercase().contains("fid"), "{said}");
+    for key in ["frechet_distance", "precision", "recall"] {
+        assert!(first[key].as_f64().is_some_and(f64::is_finite), "{key}: {first}");
+        assert!(first["baseline"][key].as_f64().is_some_and(f64::is_finite), "{key}: {first}");
+        // 16 images are held out, so the baseline compares 16 with 16.
+        assert!(first["baseline"]["samples"][key].is_f64(), "{key}: {first}");
+    }
+    assert_eq!((&first["images"], &first["baseline"]["images"]), (&Value::from(20), &Value::from(16)));
+    assert_eq!(first["baseline"]["samples"]["images"], Value::from(16));
+    assert_eq!(first["feature_numbers"], Value::from(64));
+    assert!(first["classifier_accuracy"].as_f64().unwrap() > 0.9, "{first}");
+    for kind in ["pixels", "features"] {
+        assert!(first["memorising"][kind]["nearer_than_held_out"].is_f64(), "{first}");
+    }
+    assert_eq!(&fs::read(at("first.png")).unwrap()[1..4], b"PNG");
+
+    // The classifier is there already, and the same; so are the samples.
+    let (said, second) = measure("second.json");
+    assert!(!said.contains("training the classifier"), "{said}");
+    assert_eq!(first, second);
+
+    // The training images themselves, every second one mirrored.
+    let mut config = Config::preset(Preset::Auto);
+    (config.data, config.held_out) = (data.to_string_lossy().into_owned(), 0.2);
+    let (mut copies, shape) = pixels(&ddpm_cuda::data::load(&mut config).unwrap().train, false);
+    for image in copies.chunks_exact_mut(16).step_by(2) {
+        image.chunks_exact_mut(4).for_each(<[u8]>::reverse);
+    }
+    write_npz(&at("copies.npz"), shape, &copies, None).unwrap();
+    let of_copies = |json: &str, flags: &[&str]| {
+        let mut command = quality(&data);
+        command.args(["--held-out", "0.2", "--cache"]).arg(at("cache")).args(flags).arg("--samples");
+        ok(command.arg(at("copies.npz")).arg("--json").arg(at(json)));
+        read_json(&at(json))["memorising"].clone()
+    };
+    let plain = of_copies("plain.json", &[]);
+    assert_eq!(plain["pixels"]["copies"], Value::from(0.5), "{plain}");
+    let flipped = of_copies("flipped.json", &["--flip"]);
+    for kind in ["pixels", "features"] {
+        assert_eq!(flipped[kind]["copies"], Value::from(1.0), "{kind}: {flipped}");
+        assert_eq!(flipped[kind]["nearer_than_held_out"], Value::from(1.0), "{kind}: {flipped}");
+    }
+}
+
+#[test]
+fn features_and_statistics_of_ones_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let data = write_images(&at("data.npz"), 1, 10, false);
+    let samples = write_images(&at("samples.npz"), 2, 5, false);
+    // By image of the data: 0, 1, 2, .. 9, of which --held-out 0.4 takes four.
+    let of_data: Vec<f64> = (0..10).map(f64::from).collect();
+    let of_samples = [2.0, 3.0, 4.0, 5.0, 6.0];
+    let features =
+        write_arrays(&at("features.npz"), &[("samples", &[5, 1], &of_samples), ("data", &[10, 1], &of_data)]);
+    let run = |flags: &[&str], json: &str| {
+        let mut command = quality(&data);
+        command.args(["--held-out", "0.4", "--samples"]).arg(&samples).arg("--features").arg(&features).args(flags);
+        let said = ok(command.arg("--json").arg(at(json)));
+        (said, read_json(&at(json)))
+    };
+    let (said, got) = run(&[], "own.json");
+    assert!(said.contains("[features.npz]") && got["features"] == "features.npz", "{said}");
+    assert_eq!((&got["baseline"]["images"], &got["images"]), (&Value::from(4), &Value::from(5)));
+    // One dimension: (m1 - m2)^2 + (s1 - s2)^2 with the standard deviations of n - 1.
+    let moments = |x: &[f64]| {
+        let mean = x.iter().sum::<f64>() / x.len() as f64;
+        let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (x.len() - 1) as f64;
+        (mean, variance.sqrt())
+    };
+    let distance = |a: (f64, f64), b: (f64, f64)| (a.0 - b.0).powi(2) + (a.1 - b.1).powi(2);
+    let mut config = Config::preset(Preset::Auto);
+    (config.data, config.held_out) = (data.to_string_lossy().into_owned(), 0.4);
+    let split = ddpm_cuda::data::load(&mut config).unwrap();
+    let of = |set: &ddpm_cuda::data::Dataset| -> Vec<f64> {
+        set.rows(&(0..set.len()).collect::<Vec<_>>(), false).rows.into_iter().map(f64::from).collect()
+    };
+    let (train, held_out) = (moments(&of(&split.train)), moments(&of(&split.held_out)));
+    let near = |got: &Value, want: f64| assert!((got.as_f64().unwrap() - want).abs() < 1e-9, "{got}, expected {want}");
+    near(&got["frechet_distance"], distance(moments(&of_samples), train));
+    near(&got["baseline"]["frechet_distance"], distance(held_out, train));
+    // Four samples at even distances: 2, 3, 4, 5.
+    near(&got["baseline"]["samples"]["frechet_distance"], distance(moments(&of_samples[..4]), train));
+
+    // N(1, 4) of another program.
+    write_arrays(&at("stats.npz"), &[("mu", &[1], &[1.0]), ("sigma", &[1, 1], &[4.0])]);
+    let stats = at("stats.npz").to_string_lossy().into_owned();
+    let (said, got) = run(&["--reference", &stats], "reference.json");
+    assert!(said.contains("compared with mu and sigma of"), "{said}");
+    near(&got["frechet_distance"], distance(moments(&of_samples), (1.0, 2.0)));
+    near(&got["baseline"]["frechet_distance"], distance(held_out, (1.0, 2.0)));
+    assert!(got["precision"].is_f64());
+
+    // Without features of the data there are no neighbours in them.
+    let alone = write_arrays(&at("alone.npz"), &[("samples", &[5, 1], &of_samples)]);
+    let mut command = quality(&data);
+    command.arg("--samples").arg(&samples).arg("--features").arg(&alone).args(["--reference", &stats, "--json"]);
+    ok(command.arg(at("alone.json")));
+    let got = read_json(&at("alone.json"));
+    assert!(got["precision"].is_null() && got["baseline"].is_null(), "{got}");
+    assert!(got["memorising"]["features"].is_null() && got["memorising"]["pixels"].is_object(), "{got}");
+}
+
+#[test]
+fn what_cannot_be_measured_is_one_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let data = write_images(&at("data.npz"), 1, 20, false);
+    let samples = write_images(&at("samples.npz"), 2, 6, false);
+    let few = write_images(&at("few.npz"), 2, 3, false);
+    let (six, twenty): (Vec<f64>, Vec<f64>) = ((0..6).map(f64::from).collect(), (0..20).map(f64::from).collect());
+    let arrays = |name: &str, arrays: &[(&str, &[u64], &[f64])]| write_arrays(&at(name), arrays);
+    let good = arrays("good.npz", &[("samples", &[6, 1], &six), ("data", &[20, 1], &twenty)]);
+    let no_samples = arrays("no_samples.npz", &[("data", &[20, 1], &twenty)]);
+    let no_data = arrays("no_data.npz", &[("samples", &[6, 1], &six)]);
+    let fewer = arrays("fewer.npz", &[("samples", &[5, 1], &six[..5]), ("data", &[20, 1], &twenty)]);
+    let other_data = arrays("other_data.npz", &[("samples", &[6, 1], &six), ("data", &[6, 1], &six)]);
+    let flat = arrays("flat.npz", &[("samples", &[6], &six), ("data", &[20, 1], &twenty)]);
+    let wider = arrays("wider.npz", &[("samples", &[3, 2], &six), ("data", &[20, 1], &twenty)]);
+    let nan = arrays("nan.npz", &[("samples", &[6, 1], &[f64::NAN; 6]), ("data", &[20, 1], &twenty)]);
+    let stats = arrays("stats.npz", &[("mu", &[2], &[0.0; 2]), ("sigma", &[2, 2], &[1.0, 0.0, 0.0, 1.0])]);
+    let no_sigma = arrays("no_sigma.npz", &[("mu", &[1], &[0.0])]);
+    let negative = arrays("negative.npz", &[("mu", &[1], &[0.0]), ("sigma", &[1, 1], &[-1.0])]);
+    fs::write(at("text.npz"), "no archive").unwrap();
+    let text = at("text.npz");
+    let says = |flags: &[(&str, &Path)], more: &[&str], code: i32, part: &str| {
+        let mut command = quality(&data);
+        for (flag, path) in flags {
+            command.arg(flag).arg(path);
+        }
+        let said = fails(command.args(more), code);
+        assert!(said.contains(part), "{said}\ndoes not say: {part}");
+    };
+    let own = |features: &Path, code: i32, part: &str| {
+        says(&[("--samples", &samples), ("--features", features)], &[], code, part);
+    };
+    own(&at("missing.npz"), 1, "missing.npz: cannot be read");
+    own(&text, 1, "text.npz: is not a whole .npz archive");
+    own(&no_samples, 1, "holds no array `samples`; its arrays are: data");
+    own(&no_data, 1, "holds no array `data`, the features of --data; without it --reference is needed");
+    own(&fewer, 1, "holds features of 5 samples, but there are 6");
+    own(&other_data, 1, "holds `data` of 6 images, but the data has 20");
+    own(&flat, 1, "holds `samples` of shape 6; images x numbers is expected");
+    own(&nan, 1, "`samples`: feature 0 of image 0 is NaN; only finite features can be compared");
+    let three: [(&str, &Path); 2] = [("--samples", &samples), ("--features", &wider)];
+    says(&three, &["--count", "4"], 1, "holds features of 3 samples, but there are 4");
+    let with = |reference: &Path, code: i32, part: &str| {
+        says(&[("--samples", &samples), ("--features", &good), ("--reference", reference)], &[], code, part);
+    };
+    with(&stats, 1, "holds mu of shape 2 and sigma of 2x2, but the features have 1 numbers");
+    with(&no_sigma, 1, "holds no array `sigma`; its arrays are: mu");
+    with(&negative, 1, "sigma has the variance -1 at 0; it is no covariance");
+    with(&at("missing.npz"), 1, "missing.npz: cannot be read");
+    let alone: [(&str, &Path); 1] = [("--samples", &samples)];
+    let reference: [(&str, &Path); 2] = [("--samples", &samples), ("--reference", &stats)];
+    says(&reference, &[], 2, "mu and sigma belong to the network that made them; give its features");
+    says(&alone, &[], 1, "the data has no two classes, by which the features are learnt; give features of your own");
+    says(&[("--model", &samples), ("--features", &good)], &[], 2, "say with --samples whose features they are");
+    says(&alone, &["--count", "3"], 2, "--count 3: at least 4 samples are needed");
+    says(&alone, &["--count", "7"], 2, "--count 7: ");
+    says(&alone, &["--held-out", "0.6"], 2, "--held-out 0.6 must be a share between 0 (none) and 0.5");
+    says(&alone, &["--steps", "10"], 2, "--steps: the samples of --samples are drawn already");
+    says(&[("--samples", &few)], &[], 1, "holds 3 images; at least 4 are needed");
+    says(&[("--samples", &at("missing.npz"))], &[], 1, "missing.npz: cannot be read");
+    says(&[("--model", &at("missing"))], &[], 1, "missing: does not exist");
+    says(
+        &[("--samples", &samples), ("--json", &at("no/where.json"))],
+        &[],
+        1,
+        "where.json: cannot be written: there is no",
+    );
+    says(&[("--samples", &samples), ("--picture", folder.path())], &[], 2, "is a folder; a file is expected");
+    let clap = |flags: &[&str]| {
+        let out = quality(&data).args(flags).output().unwrap();
+        assert_eq!(out.status.code(), Some(2), "{flags:?}");
+    };
+    clap(&[]);
+    clap(&["--model", "a", "--samples", "b"]);
+}
+
+#[test]
+fn a_classifier_is_trained_stopped_and_resumed() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let train = |run: &str, steps: &str| {
+        let mut command = ddpm();
+        command.args(["train-classifier", "--device", "cpu", "--seed", "5", "--batch", "4", "--steps", steps]);
+        command.args(["--set", "validate_every=0", "--set", "log_every=2", "--out"]).arg(at(run)).args(TINY);
+        command
+    };
+    let said = ok(&mut train("run", "4"));
+    assert!(said.contains("to guide a model's samples: ddpm-cuda sample --model MODEL --classifier"), "{said}");
+    let settings = fs::read_to_string(at("run/config.toml")).unwrap();
+    assert!(settings.contains("classifier = true") && settings.contains("weight_decay = 0.05"), "{settings}");
+    assert!(settings.contains("classes = 10 "), "the digits have ten classes: {settings}");
+    // Two steps and two more are four, to the bit.
+    ok(&mut train("half", "2"));
+    ok(ddpm().args(["train-classifier", "--device", "cpu", "--steps", "4", "--resume"]).arg(at("half")));
+    for file in
+        ["classifier/config.json", "classifier/diffusion_pytorch_model.safetensors", "training_state.safetensors"]
+    {
+        let [whole, resumed] = ["run", "half"].map(|run| fs::read(at(run).join("checkpoints/4").join(file)).unwrap());
+        assert!(whole == resumed, "{file} differs");
+    }
+    let resumes = |command: &str, run: &str| fails(ddpm().args([command, "--resume"]).arg(at(run)), 1);
+    assert!(
+        resumes("train", "run").contains("is a run of train-classifier; resume it with ddpm-cuda train-classifier")
+    );
+    ok(ddpm()
+        .args(["train", "--device", "cpu", "--steps", "1", "--set", "batch=4", "--set", "sample_every=0"])
+        .args(["--set", "validate_every=0", "--out"])
+        .arg(at("model"))
+        .args(TINY));
+    assert!(
+        resumes("train-classifier", "model").contains("is a run of train; resume it with ddpm-cuda train --resume")
+    );
+    let draws = fails(ddpm().args(["sample", "--out", "a.png", "--model"]).arg(at("run")), 1);
+    assert!(draws.ends_with("is a classifier, which draws no images; a model is expected"), "{draws}");
+    let config = fails(ddpm().args(["train", "--config"]).arg(at("run/config.toml")), 1);
+    assert!(config.ends_with("holds the settings of a classifier, for train-classifier"), "{config}");
+    let samples = fails(train("other", "2").args(["--set", "sample_every=5"]), 2);
+    assert!(samples.ends_with("sample_every = 5: a classifier draws no samples, so leave it at 0"), "{samples}");
+    let plain = write_images(&at("plain.npz"), 1, 20, false);
+    let none = fails(train("none", "2").arg("--data").arg(&plain), 1);
+    assert!(none.contains("has no two classes to tell apart; class folders, or labels beside the images"), "{none}");
+    let one = fails(train("one", "2").args(["--set", "classes=1"]), 2);
+    assert!(one.ends_with("classes = 1: a classifier tells two classes or more apart"), "{one}");
+}
