@@ -222,7 +222,7 @@ fn flags_that_cannot_be_are_refused_by_name() {
         ("noise_schedule", json!("sqrt"), "has noise_schedule = sqrt; linear or cosine is expected"),
         ("image_size", json!("small"), "has image_size = small; a whole number is expected"),
         ("image_size", json!(9), "describes a network that cannot be built: image_size = 9x9"),
-        ("diffusion_steps", json!(1), "describes a process that cannot be: timesteps = 1"),
+        ("diffusion_steps", json!("all"), "has diffusion_steps = all; a whole number is expected"),
         ("predict_xstart", json!(2), "has predict_xstart = 2; true or false is expected"),
         ("conv_resample", json!(false), "has conv_resample = false; resampling without weights is not supported"),
         ("num_head_channels", json!(7), "head_dim = 7 does not divide"),

@@ -228,9 +228,10 @@ fn place(view: &View, start: u64, bytes: u64) -> Option<Place> {
     }
     let count = view.shape.iter().try_fold(1usize, |count, &extent| count.checked_mul(extent))?;
     // The last number's place, counted from the first's.
-    let last = view.shape.iter().zip(&view.strides).try_fold(0usize, |last, (&extent, &stride)| {
-        last.checked_add(extent.saturating_sub(1).checked_mul(stride)?)
-    })?;
+    let last =
+        view.shape.iter().zip(&view.strides).try_fold(0usize, |last, (&extent, &stride)| {
+            last.checked_add(extent.saturating_sub(1).checked_mul(stride)?)
+        })?;
     let span = if count == 0 { 0 } else { last + 1 };
     // A view that repeats numbers may claim any size.
     if view.offset.checked_add(span)? > view.storage.len || count > view.storage.len {
