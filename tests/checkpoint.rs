@@ -1048,7 +1048,10 @@ fn weights_in_shards_are_read_and_their_faults_named() {
         ];
         for name in unsafe_names {
             let said = with(json!(name));
-            assert!(said.contains("in weight_map; the name of a .safetensors file beside it is expected"), "{said}");
+            assert!(
+                said.contains("in weight_map; the name of a .safetensors or .bin file beside it is expected"),
+                "{said}"
+            );
         }
         assert!(with(json!(3)).contains("has 3 in weight_map"));
         assert!(with(json!("gone.safetensors")).contains("names the shard gone.safetensors, which is not beside it"));

@@ -253,3 +253,19 @@ fn a_file_of_pytorch_before_1_6_that_is_cut_short_is_refused() {
     let said = refusal_of_weights(&[magic, &pickles.concat(), &6u64.to_le_bytes(), &[0; 24]].concat());
     assert!(said.contains("lacks time_embed.0.weight"), "{said}");
 }
+
+/// Whatever becomes of a byte, the reader says a sentence or reads the pickle: no panic, and no memory without end.
+#[test]
+fn any_byte_of_a_pickle_may_be_another() {
+    let plain = torch::pickle(&[MATRIX]);
+    let wrapped = [b"\x80\x02}X\x05\x00\x00\x00model", &plain[2..plain.len() - 1], b"s."].concat();
+    for pickle in [plain, wrapped] {
+        for at in 0..pickle.len() {
+            for byte in [0, 1, 0x7f, 0x80, 0xff, b'(', b't', b'R', b'h', pickle[at].wrapping_add(1)] {
+                let mut changed = pickle.clone();
+                changed[at] = byte;
+                refusal_of_pickle(&changed);
+            }
+        }
+    }
+}

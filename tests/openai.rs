@@ -222,7 +222,7 @@ fn flags_that_cannot_be_are_refused_by_name() {
         ("noise_schedule", json!("sqrt"), "has noise_schedule = sqrt; linear or cosine is expected"),
         ("image_size", json!("small"), "has image_size = small; a whole number is expected"),
         ("image_size", json!(9), "describes a network that cannot be built: image_size = 9x9"),
-        ("diffusion_steps", json!(1), "describes a process that cannot be: timesteps = 1"),
+        ("diffusion_steps", json!("all"), "has diffusion_steps = all; a whole number is expected"),
         ("predict_xstart", json!(2), "has predict_xstart = 2; true or false is expected"),
         ("conv_resample", json!(false), "has conv_resample = false; resampling without weights is not supported"),
         ("num_head_channels", json!(7), "head_dim = 7 does not divide"),
@@ -364,4 +364,98 @@ fn our_pt_has_their_names_and_shapes() {
         names
     };
     assert_eq!(names(&pt), names(&weights("openai/improved")));
+}
+
+/// The networks that were released, by the flags that were released with them.
+#[test]
+fn the_released_networks_have_as_many_parameters() {
+    let guided = Model {
+        learned_variance: true,
+        scale_shift_norm: true,
+        downsample_type: Resampling::Resnet,
+        upsample_type: Resampling::Resnet,
+        attention_resolutions: vec![32, 16, 8],
+        head_dim: 64,
+        classes: 0,
+        blocks_per_level: 2,
+        ..checkpoint::describe(&weights("openai/guided")).unwrap().config.model
+    };
+    let of_256 =
+        Model { image_size: Size::square(256), widths: vec![256, 256, 512, 512, 1024, 1024], ..guided.clone() };
+    let improved = Model {
+        downsample_type: Resampling::Conv,
+        upsample_type: Resampling::Conv,
+        attention_resolutions: vec![16, 8],
+        head_dim: 0,
+        num_heads: 4,
+        blocks_per_level: 3,
+        image_size: Size::square(64),
+        widths: vec![128, 256, 384, 512],
+        ..guided.clone()
+    };
+    for (name, model, want) in [
+        (
+            "64x64_diffusion",
+            Model {
+                image_size: Size::square(64),
+                widths: vec![192, 384, 576, 768],
+                blocks_per_level: 3,
+                classes: 1000,
+                ..guided.clone()
+            },
+            295_904_454,
+        ),
+        (
+            "128x128_diffusion",
+            Model {
+                image_size: Size::square(128),
+                widths: vec![256, 256, 512, 768, 1024],
+                head_dim: 0,
+                num_heads: 4,
+                classes: 1000,
+                ..guided.clone()
+            },
+            421_529_606,
+        ),
+        ("256x256_diffusion", Model { classes: 1000, ..of_256.clone() }, 553_838_086),
+        ("256x256_diffusion_uncond", of_256, 552_814_086),
+        (
+            "512x512_diffusion",
+            Model {
+                image_size: Size::square(512),
+                widths: vec![128, 256, 256, 512, 512, 1024, 1024],
+                time_channels: 256,
+                classes: 1000,
+                ..guided
+            },
+            558_997_638,
+        ),
+        (
+            "cifar10_uncond_50M_500K",
+            Model { image_size: Size::square(32), widths: vec![128, 256, 256, 256], ..improved.clone() },
+            52_546_438,
+        ),
+        ("imagenet64_uncond_100M_1500K", improved.clone(), 121_063_942),
+        (
+            "imagenet64_cond_270M_250K",
+            Model { widths: vec![192, 384, 576, 768], classes: 1000, ..improved.clone() },
+            273_049_350,
+        ),
+        (
+            "lsun_uncond_100M_1200K_bs128",
+            Model {
+                image_size: Size::square(256),
+                widths: vec![128, 128, 256, 256, 512, 512],
+                blocks_per_level: 2,
+                attention_resolutions: vec![16],
+                scale_shift_norm: false,
+                num_heads: 1,
+                ..improved
+            },
+            113_676_678,
+        ),
+    ] {
+        let (_, specs) = UNet::new(&model).unwrap();
+        assert_eq!(specs.count(), want, "{name}");
+    }
 }

@@ -99,7 +99,13 @@ fn agrees_with_pytorch(name: &str, device: &Device) {
         // per group to a shift of the channel. Either implementation then has rounding errors of sums that cancel, so
         // the scale is that of the other gradients of the block.
         let scale = of_block[&block(&spec.name)];
-        let share = if largest(&want) > 1e-9 * scale {
+        // The gradients of the bias before a group norm cancel within each group, all of them if it has one channel.
+        // The roundings of what is summed do not, and in bf16 they show where two channels make a group.
+        let cancels = dtype == DType::Bf16 && spec.name.ends_with(".conv1.bias");
+        let share = if cancels {
+            let want: Vec<f64> = want.iter().map(|&v| f64::from(v)).collect();
+            worst(&spec.name, got, &want, |_| tolerance * scale)
+        } else if largest(&want) > 1e-9 * scale {
             close_to_largest(&spec.name, got, &want, tolerance)
         } else {
             worst(&spec.name, got, &vec![0.0; got.len()], |_| tolerance * scale)

@@ -168,7 +168,7 @@ impl Shapes {
         let time_channels = second("time_embed.0.weight")?;
         let channels = second("input_blocks.0.0.weight")?;
         let out_channels = shape("out.2.weight")?[0];
-        if channels == 6 && out_channels % 3 == 0 && out_channels < 12 {
+        if channels == 6 && out_channels.is_multiple_of(3) && out_channels < 12 {
             return Err("is an upsampler, whose network takes a small image beside the noisy one (6 channels); only those that draw images by themselves are supported".into());
         }
         if channels == 0 || (out_channels != channels && out_channels != 2 * channels) {
@@ -182,7 +182,7 @@ impl Shapes {
             if at("conv") { Some(Resampling::Conv) } else { at("in_layers.0").then_some(Resampling::Resnet) }
         };
         let of_level = (0..entries).find(|&i| up(i).is_some()).map_or(entries, |i| i + 1);
-        if entries == 0 || entries % of_level != 0 {
+        if entries == 0 || !entries.is_multiple_of(of_level) {
             return Err(format!(
                 "has {entries} output_blocks, {of_level} in the first level; as many are expected in each"
             ));
@@ -190,7 +190,7 @@ impl Shapes {
         let levels = entries / of_level;
         let resampling = up(of_level - 1).unwrap_or(Resampling::Conv);
         if let Some(i) = (0..entries).find(|i| {
-            let last_of_level = (i + 1) % of_level == 0 && i + 1 < entries;
+            let last_of_level = (i + 1).is_multiple_of(of_level) && i + 1 < entries;
             up(*i) != last_of_level.then_some(resampling)
         }) {
             return Err(format!(
