@@ -318,7 +318,8 @@ impl UNet {
     /// Output and intermediate values have the type of `x`, the device's activation type.
     ///
     /// h and w must divide by 2^(levels - 1); a classifier takes images of its model's size alone. `conditioning` has
-    /// labels, all below `classes`, if and only if the network is conditional, which a classifier is not. `dropout` applies the masks of a training step; `None` drops nothing.
+    /// labels, all below `classes`, if and only if the network is conditional, which a classifier is not. `dropout`
+    /// applies the masks of a training step; `None` drops nothing.
     ///
     /// # Errors
     /// A non-finite value on a tape that checks for them, and a GPU that fails.

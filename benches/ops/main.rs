@@ -154,9 +154,8 @@ criterion_group! {
         .sample_size(20)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1));
-    targets = adam::bench, add::bench, attention::bench, concat::bench, conv2d::bench,
-        cross_entropy::bench, dropout::bench, embedding::bench, grad_norm::bench, group_norm::bench, linear::bench, loss::bench,
-        pool::bench, q_sample::bench,
-        sample_step::bench, silu::bench, time_embedding::bench, upsample::bench
+    targets = adam::bench, add::bench, attention::bench, concat::bench, conv2d::bench, cross_entropy::bench,
+        dropout::bench, embedding::bench, grad_norm::bench, group_norm::bench, linear::bench, loss::bench,
+        pool::bench, q_sample::bench, sample_step::bench, silu::bench, time_embedding::bench, upsample::bench
 }
 criterion_main!(ops);
