@@ -3,22 +3,22 @@
 // computes   m_i = max_k z_ik, s_i = sum_k exp(z_ik - m_i), p_ik = exp(z_ik - m_i) / s_i;
 //            L_i = m_i - z_iy + log s_i for the image's class y; dz_ik = factor (p_ik - [k = y]) (unless dz is null);
 //            unless rows is null, for each image's quarter q = QUARTERS t_i / timesteps of the meter's row:
-//            loss_sums[q] += L_i, counts[q] += 1, right[q] += 1 if y is the first k with z_ik = m_i; if accumulate is 0,
-//            the row's sums and counts are overwritten
+//            loss_sums[q] += L_i, counts[q] += 1, right[q] += 1 if y is the first k with z_ik = m_i; if accumulate is
+//            0, the row's sums and counts are overwritten
 // layout     z, dz (n, classes) f32 or bf16; labels (n) f32, whole numbers; t (n) f32; rows as in meter.cuh; partial
 //            (2, n) f64, losses and then right answers; done one word, 0 before and after. t, partial and done are null
 //            if rows is
-// mapping    warp = image, lane = every 32nd class; grid ceil(n / WARPS), 256 threads (philox.cuh). The block that finishes last adds the images
-//            to the row: thread = every THREADS-th of them, by quarter; then thread j = sum j of losses, counts and
-//            right answers by quarter
+// mapping    warp = image, lane = every 32nd class; grid ceil(n / WARPS), 256 threads (philox.cuh). The block that
+//            finishes last adds the images to the row: thread = every THREADS-th of them, by quarter; then thread
+//            j = sum j of losses, counts and right answers by quarter
 // shared     772 B: whether this block is the last, and the warps' sums by quarter, written by each warp's first lane
 //            and read by the first threads
 // bound by   latency: some thousand logits
 // host       labels are below the number of classes, n <= 65535; the clock is null or the step's (clock.cuh)
 // numerics   exponentials in f32 (expf, 2 ulp) of differences that are at most 0; their sum, its logarithm and the
-//            losses in f64, so that the loss of an image that is nearly certain is right to 1e-16, not to 6e-8. An image's
-//            bits do not depend on the others; sums have a fixed order whichever block finishes last. NaN in a row of z
-//            makes its loss NaN
+//            losses in f64, so that the loss of an image that is nearly certain is right to 1e-16, not to 6e-8. An
+//            image's bits do not depend on the others; sums have a fixed order whichever block finishes last. NaN in a
+//            row of z makes its loss NaN
 #include "clock.cuh"
 #include "dtype.cuh"
 #include "meter.cuh"

@@ -46,9 +46,9 @@ const SHOWN: usize = 12;
 /// The classifier of images of this extent and these classes, and how it is trained: about a minute for the built-in
 /// digits on two cores. Fixed once, since figures of different classifiers cannot be compared.
 ///
-/// Its network is that of a classifier for guidance. Its process has two timesteps of next to no noise (1e-6 of an image
-/// in [-1, 1], a ten thousandth of a grey level), so it learns clean images. 64 features: the distance of finite sets to
-/// their own distribution grows with the square of their number, and 2,000 samples are too few for more.
+/// Its network is that of a classifier for guidance. Its process has two timesteps of next to no noise (1e-6 in images
+/// of [-1, 1], two ten-thousandths of a grey level), so it learns clean images. 64 features: the distance of finite
+/// sets to their own distribution grows with the square of their number, and 2,000 samples are too few for more.
 ///
 /// # Errors
 /// `Error::Usage` for images that cannot be halved to 32 pixels a side.
@@ -85,7 +85,7 @@ pub fn settings(extent: Extent, classes: usize) -> Result<Config> {
     };
     config.diffusion.timesteps = 2;
     config.diffusion.trained_betas = vec![1e-12; 2];
-    (config.seed, config.steps, config.batch) = (0, 1000, 32);
+    (config.seed, config.steps, config.batch) = (0, 2000, 32);
     (config.learning_rate, config.warmup_steps, config.ema_decay) = (1e-3, 50, 0.99);
     (config.flip, config.accumulate) = (false, 1);
     (config.data, config.class_names) = (String::new(), Vec::new());
@@ -369,8 +369,9 @@ pub fn nearest_in_features(of: &Features, train: &Features, images: usize) -> Ve
     nearest(of, train, images, NEAREST)
 }
 
-/// Writes the picture of the samples that are nearest to the training set, first in pixels and then in features: each a
-/// strip of the sample, its three nearest training images in pixels, and those in features.
+/// Writes the picture of the samples that are most like one training image and no other ([`Nearest::ratio`]), first in
+/// pixels and then in features: each a strip of the sample, its three nearest training images in pixels, and those in
+/// features. By the distance alone they would be the simplest images, such as ones among digits.
 ///
 /// # Errors
 /// `Error::File` for images that are no pictures, or a file that cannot be written.
@@ -383,13 +384,13 @@ pub fn write_picture(
     in_features: Option<&[Nearest]>,
 ) -> Result<()> {
     let Shape { h, w, c, .. } = image;
-    let nearest_first = |of: &[Nearest]| {
+    let likest_first = |of: &[Nearest]| {
         let mut order: Vec<usize> = (0..of.len()).collect();
-        order.sort_by(|&a, &b| of[a].distance().total_cmp(&of[b].distance()));
+        order.sort_by(|&a, &b| of[a].ratio().total_cmp(&of[b].ratio()));
         order.truncate(SHOWN);
         order
     };
-    let shown = [nearest_first(in_pixels), in_features.map_or(Vec::new(), nearest_first)].concat();
+    let shown = [likest_first(in_pixels), in_features.map_or(Vec::new(), likest_first)].concat();
     let gap = (w / 8).max(2);
     let width = w + (NEAREST * w + gap) * if in_features.is_some() { 2 } else { 1 };
     let mut strips = Vec::with_capacity(shown.len() * h * width * c);

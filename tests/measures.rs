@@ -47,6 +47,19 @@ fn a_covariance_is_divided_by_one_less_than_the_images() {
     near("the distance", frechet(&a, &b), 4.5f64.powi(2) + 0.5, 1e-14);
 }
 
+/// More images than are summed at a time, against the definition.
+#[test]
+fn a_covariance_is_that_of_all_images() {
+    let (n, d) = (2500, 2);
+    let x = normal(9, n, d);
+    let mean = |f: &dyn Fn(&[f64]) -> f64| x.rows().map(f).sum::<f64>() / n as f64;
+    let mu = [mean(&|row| row[0]), mean(&|row| row[1])];
+    let entry = |i: usize, j: usize| mean(&|row| (row[i] - mu[i]) * (row[j] - mu[j])) * n as f64 / (n - 1) as f64;
+    let sigma = [entry(0, 0), entry(0, 1), entry(1, 0), entry(1, 1)];
+    let want = Gaussian::from_statistics(&mu, &sigma).unwrap();
+    near("the distance", frechet_distance(&Gaussian::of(&x).unwrap(), &want), 0.0, 1e-12);
+}
+
 /// With E[x^2] - E[x]^2 nothing would be left of a deviation of 1 around 1e8: the squares have 16 digits.
 #[test]
 fn large_means_keep_their_digits() {
@@ -76,8 +89,8 @@ fn singular_covariances_have_a_distance() {
     near("of equal points", frechet(&constant, &features(&[2.0; 8], 4)), 4.0, 1e-12);
 }
 
-/// The expected distance of two samples of one normal distribution, (d + d (d + 1) / 4) (1/n + 1/m) to first order: 2.37
-/// for 500 and 10,000 points in 64 dimensions. The deviation of one such distance is a fiftieth of it.
+/// The expected distance of two samples of one normal distribution is (d + d (d + 1) / 4) (1/n + 1/m) to first order.
+/// What the second order and chance add is well within a quarter of it.
 #[test]
 fn finite_samples_have_the_floor_of_their_size() {
     let (n, m, d) = (500, 2000, 16);
@@ -156,6 +169,8 @@ fn copies_are_nearer_than_held_out_images() {
     // A tie counts half.
     let tied = Nearness::of(&at(&[1.0, 2.0]), &at(&[1.0, 1.0]));
     near("the share with ties", tied.nearer_than_held_out, 0.25, 1e-15);
+    let of = |distances: &[f64]| Nearest { images: vec![0; distances.len()], distances: distances.to_vec() };
+    assert_eq!([&[1.0, 4.0][..], &[0.0, 0.0], &[2.0]].map(|d| of(d).ratio()), [0.25, 0.0, 1.0]);
     let copies = Nearness::of(&at(&[0.0, 0.0]), &at(&[1.0, 2.0, 3.0]));
     assert_eq!((copies.nearer_than_held_out, copies.copies), (1.0, 1.0));
     assert!(copies.z < 0.0);

@@ -7,9 +7,10 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use ddpm_cuda::config::{Config, Preset};
+use ddpm_cuda::config::{Config, Preset, Size};
+use ddpm_cuda::data::Extent;
 use ddpm_cuda::output::write_npz;
-use ddpm_cuda::quality::pixels;
+use ddpm_cuda::quality::{pixels, settings};
 use ddpm_cuda::tensor::Shape;
 use npyz::WriterBuilder;
 use serde_json::Value;
@@ -295,6 +296,44 @@ fn what_cannot_be_measured_is_one_sentence() {
     };
     clap(&[]);
     clap(&["--model", "a", "--samples", "b"]);
+}
+
+/// What is fixed once: 64 features of any image that can be halved to a few pixels.
+#[test]
+fn the_classifier_of_the_features_suits_the_images() {
+    let widths = |h: usize, w: usize| {
+        let config = settings(Extent { size: Size { h, w }, channels: 3 }, 7).unwrap();
+        config.validate().unwrap();
+        assert_eq!((config.model.classes, config.model.channels, config.seed), (7, 3, 0));
+        config.model.widths
+    };
+    assert_eq!(widths(28, 28), [16, 32, 64]);
+    assert_eq!(widths(32, 24), [16, 32, 64]);
+    assert_eq!(widths(64, 64), [16, 32, 64, 64]);
+    assert_eq!(widths(256, 256), [16, 32, 64, 64, 64, 64]);
+    assert_eq!(widths(27, 27), [64]);
+    assert_eq!(widths(4, 4), [64]);
+    let extent = Extent { size: Size::square(250), channels: 3 };
+    let refused = settings(extent, 7).unwrap_err().to_string();
+    assert!(refused.starts_with("images of 250x250 cannot be halved to 32 pixels or less"), "{refused}");
+}
+
+/// Data of one's own: size and classes are the data's, the network is the recipe's.
+#[test]
+fn a_classifier_of_ones_own_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let data = write_images(&at("data.npz"), 1, 60, true);
+    let mut command = ddpm();
+    command.args(["train-classifier", "--device", "cpu", "--steps", "3", "--set", "log_every=3", "--data"]).arg(&data);
+    let said = ok(command.arg("--out").arg(at("run")));
+    assert!(said.contains("recipe for 60 images of 4x4") && said.contains(" % right ("), "{said}");
+    let config = Config::read(&at("run/config.toml")).unwrap();
+    assert_eq!((config.model.classes, config.model.image_size, config.model.classifier), (2, Size::square(4), true));
+    assert_eq!((config.sample_every, config.weight_decay), (0, 0.05));
+    let log = fs::read_to_string(at("run/metrics.jsonl")).unwrap();
+    let line: Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
+    assert!(line["validation_accuracy"].is_f64() && line["accuracy_by_quarter"].is_array(), "{line}");
 }
 
 #[test]

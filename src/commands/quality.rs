@@ -9,10 +9,12 @@ use super::{On, choice};
 use crate::checkpoint;
 use crate::config::{Config, Preset, Size};
 use crate::data::{self, Data, Dataset, npy};
+use crate::device::Device;
 use crate::diffusion::{Method, Sampler, Spacing};
 use crate::error::{Error, Result};
 use crate::measures::{Features, Gaussian, NEIGHBOURS, Nearness};
 use crate::output;
+use crate::params::Params;
 use crate::quality::{
     Extractor, Figures, Report, accuracy, evenly, nearest_in_features, nearest_in_pixels, pixels, write_picture,
 };
@@ -50,7 +52,7 @@ pub struct Args {
     /// Write the figures to this file
     #[arg(long, value_name = "FILE.json")]
     pub json: Option<PathBuf>,
-    /// Write the samples nearest to the training set, each with its nearest training images in pixels and features, to
+    /// Write the samples most like a training image, each with its nearest training images in pixels and features, to
     /// this file [default: beside --json]
     #[arg(long, value_name = "FILE.png")]
     pub picture: Option<PathBuf>,
@@ -97,6 +99,37 @@ struct Samples {
     shape: Shape,
 }
 
+/// Where samples come from.
+enum Source {
+    Model(Box<Drawn>),
+    File(Samples),
+}
+
+/// A model and how samples of it are drawn: as `sample` does by default.
+struct Drawn {
+    device: Device,
+    unet: UNet,
+    params: Params,
+    sampler: Sampler,
+    seed: u64,
+    count: usize,
+    labels: Option<Vec<u32>>,
+}
+
+impl Drawn {
+    fn draw(&self) -> Result<Samples> {
+        let Drawn { device, unet, params, sampler, seed, count, labels } = self;
+        let drawing = Drawing { device, unet, params, sampler, seed: *seed };
+        let bar = bar(count.div_ceil(drawing.batch()) * sampler.steps().len(), "network passes");
+        let bytes = drawing.images(*count, labels.as_deref(), |_| {
+            bar.inc(1);
+            Ok(())
+        })?;
+        bar.finish_and_clear();
+        Ok(Samples { bytes, shape: drawing.shape(*count) })
+    }
+}
+
 /// Features of the three sets.
 struct Sets {
     name: String,
@@ -140,8 +173,8 @@ pub fn run(args: &Args) -> Result<()> {
     }
 
     let mut terminal = Terminal::default();
-    let (samples, mut config) = match (&args.model, &args.samples) {
-        (Some(model), _) => drawn(args, model)?,
+    let (source, mut config) = match (&args.model, &args.samples) {
+        (Some(model), _) => open_model(args, model)?,
         (None, Some(samples)) => read(args, samples)?,
         (None, None) => usage!("give --model or --samples"),
     };
@@ -150,14 +183,23 @@ pub fn run(args: &Args) -> Result<()> {
         config.held_out = share;
     }
     let data = load(args, &mut config, &mut terminal)?;
-    let image = Shape { n: 1, ..samples.shape };
     let (train, train_shape) = pixels(&data.train, flip);
     let (held_out, held_out_shape) = pixels(&data.held_out, false);
+    // What may be refused comes before the drawing, which takes longest.
+    let extractor = match &args.features {
+        Some(_) => None,
+        None => Some(Extractor::of(&data, &cache(args)?, &mut terminal)?),
+    };
+    let samples = match source {
+        Source::Model(model) => model.draw()?,
+        Source::File(samples) => samples,
+    };
+    let image = Shape { n: 1, ..samples.shape };
 
-    let sets = match &args.features {
-        Some(file) => brought(file, samples.shape.n, &data)?,
-        None => {
-            let extractor = Extractor::of(&data, &cache(args)?, &mut terminal)?;
+    let sets = match (&args.features, extractor) {
+        (Some(file), _) => brought(file, samples.shape.n, &data)?,
+        (None, None) => unreachable!("there is an extractor where no features are brought"),
+        (None, Some(extractor)) => {
             let all = samples.shape.n + train_shape.n + held_out_shape.n;
             let bar = bar(all, "images through the classifier");
             let each = |n: usize| bar.inc(n as u64);
@@ -235,8 +277,8 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// Draws samples of a model as `sample` does by default. Returns them, and the model's settings.
-fn drawn(args: &Args, path: &Path) -> Result<(Samples, Config)> {
+/// Opens a model. Returns it with its settings.
+fn open_model(args: &Args, path: &Path) -> Result<(Source, Config)> {
     let device = args.on.open()?;
     let model = checkpoint::load(&device, path)?;
     for note in &model.notes {
@@ -252,20 +294,13 @@ fn drawn(args: &Args, path: &Path) -> Result<(Samples, Config)> {
     let kept = spacing.timesteps_from(stepping.steps_offset, schedule.len(), steps)?;
     let sampler = Sampler::over(&schedule, method, &kept)?;
     let sampler = if stepping.clip { sampler } else { sampler.unclipped() };
-    let drawing = Drawing { device: &device, unet: &unet, params: &model.params, sampler: &sampler, seed: args.seed };
     let labels = labels(c.model.classes, None, count)?;
-    let bar = bar(count.div_ceil(drawing.batch()) * steps, "network passes");
-    let bytes = drawing.images(count, labels.as_deref(), |_| {
-        bar.inc(1);
-        Ok(())
-    })?;
-    bar.finish_and_clear();
-    let shape = drawing.shape(count);
-    Ok((Samples { bytes, shape }, c))
+    let model = Drawn { device, unet, params: model.params, sampler, seed: args.seed, count, labels };
+    Ok((Source::Model(Box::new(model)), c))
 }
 
 /// Reads samples from a file or folder. Returns them, and the settings that the data are read with.
-fn read(args: &Args, path: &Path) -> Result<(Samples, Config)> {
+fn read(args: &Args, path: &Path) -> Result<(Source, Config)> {
     for (flag, given) in [("--steps", args.steps.is_some()), ("--spacing", args.spacing.is_some())] {
         if given {
             usage!("{flag}: the samples of --samples are drawn already, so leave {flag} out");
@@ -287,7 +322,7 @@ fn read(args: &Args, path: &Path) -> Result<(Samples, Config)> {
     let (size, channels) = (config.model.image_size, config.model.channels);
     let mut config = Config::preset(Preset::Auto);
     (config.model.image_size, config.model.channels) = (size, channels);
-    Ok((Samples { bytes, shape: Shape { n: count, ..shape } }, config))
+    Ok((Source::File(Samples { bytes, shape: Shape { n: count, ..shape } }), config))
 }
 
 /// Reads the data at the size of the samples, with classes unless features are brought.

@@ -5,6 +5,9 @@ use nalgebra::{DMatrix, DVector};
 use super::Features;
 use crate::error::{Error, Result};
 
+/// Images whose part of a covariance is summed at a time.
+const BLOCK: usize = 1024;
+
 /// Mean and covariance.
 #[derive(Clone, Debug)]
 pub struct Gaussian {
@@ -33,9 +36,13 @@ impl Gaussian {
             rest.iter_mut().zip(row).zip(&mean).for_each(|((rest, x), mean)| *rest += (x - mean) / n as f64);
         }
         mean += rest;
-        // (d, n), a column an image, so that the product is of two matrices.
-        let centred = DMatrix::from_fn(d, n, |k, i| features.row(i)[k] - mean[k]);
-        let covariance = &centred * centred.transpose() / (n - 1) as f64;
+        let mut covariance = DMatrix::zeros(d, d);
+        for first in (0..n).step_by(BLOCK) {
+            // (d, BLOCK), a column an image, so that the sum is a product of two matrices.
+            let centred = DMatrix::from_fn(d, BLOCK.min(n - first), |k, i| features.row(first + i)[k] - mean[k]);
+            covariance.gemm(1.0, &centred, &centred.transpose(), 1.0);
+        }
+        covariance /= (n - 1) as f64;
         Ok(Gaussian { mean, covariance })
     }
 

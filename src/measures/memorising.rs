@@ -24,11 +24,15 @@ impl Nearest {
         self.distances[0]
     }
 
-    /// True if the nearest is the same, or much nearer than the second nearest, which a training set of one image does
-    /// not have.
-    fn is_copy(&self) -> bool {
-        let second = self.distances.get(1).copied().unwrap_or(0.0);
-        self.distance() == 0.0 || self.distance() < COPY_RATIO * second
+    /// The distance to the nearest as a share of that to the second nearest: small for the copy of one image, whether
+    /// images of its kind lie close together or not. 0 for an image that is a training image, 1 where there is no
+    /// second.
+    pub fn ratio(&self) -> f64 {
+        match self.distances[..] {
+            [0.0, ..] => 0.0,
+            [nearest, second, ..] => nearest / second,
+            _ => 1.0,
+        }
     }
 }
 
@@ -119,7 +123,7 @@ impl Nearness {
         Nearness {
             nearer_than_held_out: 1.0 - u / (n * m),
             z: (u - (n * m / 2.0 - 0.5)) / deviation,
-            copies: samples.iter().filter(|nearest| nearest.is_copy()).count() as f64 / n,
+            copies: samples.iter().filter(|nearest| nearest.ratio() < COPY_RATIO).count() as f64 / n,
             distance: mean(samples),
             held_out_distance: mean(held_out),
         }

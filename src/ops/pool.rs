@@ -11,8 +11,8 @@
 //!
 //! Gradient: `dx_ip = dy_i,1+p + dy_i0 / P`, `de_j = sum_i dy_ij`; of first, `dx_i0 = dy_i` and 0 for the other tokens.
 //!
-//! Saved: nothing. Numerics: f32 sums in the order of the pixels or images, one rounding a result. The coarsest level of
-//! a network has few pixels, so the CPU path uses one core.
+//! Saved: nothing. Numerics: f32 sums in the order of the pixels or images, one rounding a result. The coarsest level
+//! of a network has few pixels, so the CPU path uses one core.
 
 use crate::device::Device;
 use crate::error::Result;

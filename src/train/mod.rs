@@ -128,17 +128,19 @@ impl Run {
             model => Some(Init::open(Path::new(model))?),
         };
         let source = data::Source::open(&config)?;
+        let mut given = given.clone();
         if config.model.classifier && !given.has("classes") {
+            given.add("classes");
             config.model.classes = source.survey().classes.len();
             if config.model.classes < 2 {
                 let what = "has no two classes to tell apart; class folders, or labels beside the images, are needed";
                 return Err(Error::file(&config.data, what));
             }
         }
-        let mut notes = recipe::suit(&mut config, given, source.survey(), device)?;
+        let mut notes = recipe::suit(&mut config, &given, source.survey(), device)?;
         let data = load(source, &mut config, watch)?;
-        notes.extend(recipe::adapt_attention(&mut config, given));
-        notes.extend(recipe::suit_flip(&mut config, given, &data.train));
+        notes.extend(recipe::adapt_attention(&mut config, &given));
+        notes.extend(recipe::suit_flip(&mut config, &given, &data.train));
         if let Some(init) = &init {
             notes.extend(init.settle(&mut config)?);
         }
