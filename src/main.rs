@@ -1,4 +1,4 @@
-//! The command line: `ddpm-cuda train | sample | predict | info`. No logic here: it calls a command and maps errors to
+//! The command line: `ddpm-cuda train | sample | predict` and so on. No logic here: it calls a command and maps errors to
 //! exit codes.
 
 use std::io::Write;
@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
-use ddpm_cuda::commands::{info, predict, sample, train};
+use ddpm_cuda::commands::{encode, info, inpaint, interpolate, predict, sample, train};
 use ddpm_cuda::config;
 use ddpm_cuda::error::Error;
 
@@ -24,7 +24,13 @@ enum Command {
     #[command(after_help = train::help())]
     Train(train::Args),
     /// Draw images with a trained model.
-    Sample(sample::Args),
+    Sample(Box<sample::Args>),
+    /// The noise that DDIM makes given images of.
+    Encode(encode::Args),
+    /// From one image to another through the noise.
+    Interpolate(interpolate::Args),
+    /// Paint a part of given images anew.
+    Inpaint(inpaint::Args),
     /// Evaluate the network once on given inputs.
     Predict(predict::Args),
     /// Parameters, operations and memory of a model, and the devices there are.
@@ -51,6 +57,9 @@ fn run() -> Result<ExitCode, Error> {
     match parse()?.command {
         Command::Train(args) => train::run(&args),
         Command::Sample(args) => sample::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Encode(args) => encode::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Interpolate(args) => interpolate::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Inpaint(args) => inpaint::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Predict(args) => predict::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),
     }

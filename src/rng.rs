@@ -41,6 +41,12 @@ pub enum Purpose {
     SampleNoise = 8,
     /// Timestep of each image of the validation loss; stream = position in the held-out split.
     ValidationTimestep = 9,
+    /// Noise of a Langevin correction; step = timestep corrections a step + correction, stream = index of the sample.
+    SampleCorrection = 16,
+    /// Noise of inpainting; step = number of the draw, stream = index of the image.
+    Inpaint = 17,
+    /// Noise of the two images that are interpolated.
+    Interpolate = 18,
 }
 
 /// Identifies a stream: everything but the position within it.

@@ -1,7 +1,12 @@
 //! The commands of the program, one file each: arguments, checks, calls, output. The work is done by the library below,
 //! which does not need this module.
 
+pub mod encode;
 pub mod info;
+pub mod inpaint;
+pub mod interpolate;
+mod opened;
+mod parts;
 pub mod predict;
 pub mod sample;
 mod signals;

@@ -5,16 +5,17 @@
 //! `alpha_bar` before index 0 is 1. All tables are f64; the factors of a step are rounded to f32 at the end.
 //!
 //! [`schedule`] has the noise levels, [`prediction`] what the network's output means, [`batch`] what a training step
-//! draws, [`sampler`] the steps of the reverse process. Coefficients only: the passes over pixels are the operations q_sample, loss and sample_step, built on this
-//! module. The network predicts the noise eps. Deliberately absent: the variational bound, other parameterisations,
-//! learned variances, guidance.
+//! draws, [`timesteps`] which timesteps are visited, [`sampler`] the steps of the reverse process. Coefficients only: the
+//! passes over pixels are the operations q_sample, loss and sample_step, built on this module.
 
 pub mod batch;
 pub mod prediction;
 pub mod sampler;
 pub mod schedule;
+pub mod timesteps;
 
 pub use batch::Batch;
 pub use prediction::Prediction;
-pub use sampler::{Method, Sampler, Spacing};
+pub use sampler::{Method, Sampler};
 pub use schedule::{Kind, Schedule, Variance};
+pub use timesteps::{Spacing, Timesteps};
