@@ -10,10 +10,10 @@ use ddpm_cuda::checkpoint;
 use ddpm_cuda::conditioning::Conditioning;
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::sampler::Samples;
-use ddpm_cuda::diffusion::{Method, Sampler, Spacing};
 use ddpm_cuda::error::{Error, Result};
 use ddpm_cuda::ops::sample_step::{sample_step, start};
 use ddpm_cuda::output;
+use ddpm_cuda::sample::default_sampler;
 use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::{Shape, Tensor};
 use ddpm_cuda::unet::UNet;
@@ -26,7 +26,7 @@ fn main() -> Result<()> {
     let (m, process) = (&model.config.model, &model.config.diffusion);
     let (unet, _) = UNet::new(m)?;
     let schedule = process.noise_schedule()?;
-    let sampler = Sampler::new(&schedule, Method::Ancestral(process.variance), Spacing::Even, 100.min(schedule.len()))?;
+    let sampler = default_sampler(process, &schedule)?;
 
     // The noise of sample 0 of seed 7. These two numbers determine the image.
     let samples = Samples { seed: 7, first: 0 };

@@ -5,7 +5,9 @@ use std::process::ExitCode;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
-use ddpm_cuda::commands::{convert, eval, info, likelihood, predict, quality, sample, train, train_classifier};
+use ddpm_cuda::commands::{
+    convert, encode, eval, info, inpaint, interpolate, likelihood, predict, quality, sample, train, train_classifier,
+};
 use ddpm_cuda::config;
 use ddpm_cuda::error::Error;
 
@@ -29,7 +31,13 @@ enum Command {
     #[command(after_help = quality::HELP)]
     Quality(quality::Args),
     /// Draw images with a trained model.
-    Sample(sample::Args),
+    Sample(Box<sample::Args>),
+    /// The noise that DDIM makes given images of.
+    Encode(encode::Args),
+    /// From one image to another through the noise.
+    Interpolate(interpolate::Args),
+    /// Paint a part of given images anew.
+    Inpaint(inpaint::Args),
     /// The variational bound of images, its terms, and the rate-distortion table.
     Eval(eval::Args),
     /// The exact likelihood of images by the probability-flow ODE.
@@ -64,6 +72,9 @@ fn run() -> Result<ExitCode, Error> {
         Command::TrainClassifier(args) => train_classifier::run(args),
         Command::Quality(args) => quality::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Sample(args) => sample::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Encode(args) => encode::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Interpolate(args) => interpolate::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Inpaint(args) => inpaint::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Eval(args) => eval::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Likelihood(args) => likelihood::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Predict(args) => predict::run(&args).map(|()| ExitCode::SUCCESS),

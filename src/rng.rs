@@ -49,6 +49,12 @@ pub enum Purpose {
     Dequantise = 12,
     /// Random signs that estimate a divergence; step = probe, stream = index of the image.
     Probe = 13,
+    /// Noise of a Langevin correction; step = timestep corrections a step + correction, stream = index of the sample.
+    SampleCorrection = 16,
+    /// Noise of inpainting; step = number of the draw, stream = index of the image.
+    Inpaint = 17,
+    /// Noise of the two images that are interpolated.
+    Interpolate = 18,
 }
 
 /// Identifies a stream: everything but the position within it.

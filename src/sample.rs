@@ -1,17 +1,24 @@
 //! Drawing images with a network: the reverse process from x_T to x_0, batch by batch.
 //!
-//! An image depends only on the seed, its index and its class, never on the batch it is computed in.
+//! An image depends only on the seed, its index and its class, never on the batch it is computed in. Beside the way
+//! from noise to images there are those that start from images: [`encode`], [`inpaint`], [`interpolate`].
+
+pub mod encode;
+pub mod inpaint;
+pub mod interpolate;
 
 use crate::conditioning::Conditioning;
+use crate::config::Diffusion;
 use crate::device::Device;
 use crate::device::cuda::tile;
-use crate::diffusion::sampler::Samples;
-use crate::diffusion::{Sampler, Variance};
+use crate::diffusion::sampler::{Before, Samples};
+use crate::diffusion::{Method, Sampler, Schedule, Spacing, Timesteps, Variance};
 use crate::error::{Error, Result};
 use crate::memory::available_on;
-use crate::ops::sample_step::{sample_step, start};
+use crate::ops::sample_step::{Given, Noise, Wanted, advance, correct, diffuse, start_from};
 use crate::output;
 use crate::params::Params;
+use crate::rng::Streams;
 use crate::tape::{Tape, Var};
 use crate::tensor::{DType, Shape, Tensor};
 use crate::unet::UNet;
@@ -21,34 +28,89 @@ use crate::usage;
 /// a short training it draws clean images where DDIM leaves specks. More than 100 steps change little that is visible.
 pub const DEFAULT_STEPS: usize = 100;
 
-/// The variance of ancestral sampling if none is asked for: the model's own over all its timesteps,
-/// [`Variance::FixedSmall`] over fewer. In long strides `FixedLarge` leaves more noise than the next step expects.
+/// The variance of ancestral sampling if none is asked for: the model's own over all its timesteps, over fewer
+/// [`Variance::FixedSmall`], but for a learned range, which is that of the steps that are taken. In long strides
+/// `FixedLarge` leaves more noise than the next step expects.
 ///
 /// Measured on 512 digits of the default run in 100 steps, as Frechet distance to the data in the features of a small
 /// classifier of digits (512 real ones: 3.2): `fixed_small` 13.8, `fixed_large` 15.3, DDIM with eta 0.5 22.2;
 /// `fixed_small` with leading timesteps 14.2, with trailing ones 15.6.
 pub fn default_variance(own: Variance, steps: usize, timesteps: usize) -> Variance {
-    if steps < timesteps { Variance::FixedSmall } else { own }
+    if steps < timesteps && own != Variance::LearnedRange { Variance::FixedSmall } else { own }
 }
 
-/// Progress of the reverse process, passed to the caller after every step.
+/// What `sample` draws with if it is told nothing, and training for a look in between: [`DEFAULT_STEPS`] ancestral
+/// steps, evenly spaced.
+///
+/// # Errors
+/// Those of [`Sampler::over`].
+pub fn default_sampler(process: &Diffusion, schedule: &Schedule) -> Result<Sampler> {
+    let steps = DEFAULT_STEPS.min(schedule.len());
+    let kept = Timesteps::Spaced(Spacing::Even).kept(schedule, false, 0, steps)?;
+    let variance = default_variance(process.variance, steps, schedule.len());
+    Sampler::over(schedule, process.prediction, Method::Ancestral(variance), &kept)
+}
+
+/// Progress of the reverse process, passed to the caller after every step and correction.
 #[derive(Debug)]
 pub struct Progress<'a> {
-    /// Steps taken.
+    /// Evaluations of the network done.
     pub done: usize,
-    /// Steps in all.
+    /// Evaluations in all.
     pub total: usize,
-    /// The timestep just undone.
+    /// The timestep just undone, or corrected.
     pub t: u32,
     /// The current x, f32 (n, h, w, c); x_0 when `done == total`. The caller may keep a clone of the handle.
     pub x: &'a Tensor,
+    /// The x_0 that the step predicted, alike, if it was asked for; none after a correction.
+    pub x_0: Option<&'a Tensor>,
+}
+
+/// What the network is asked.
+pub struct Call<'a> {
+    /// x_t, of the device's activation type; twice along n if `halves` is 2.
+    pub x: &'a Tensor,
+    /// The timestep; between two whole ones for Heun's method over noise levels.
+    pub t: f32,
+    /// 1, or 2 for guidance: then the second half of the images is asked without classes.
+    pub halves: usize,
+}
+
+/// Noise that images have in common (DDPM, figure 7).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shared {
+    /// So many images in a row share it; [`Noise::ALL`]: all.
+    pub row: u32,
+    /// They share x_T and all noise down to x at this timestep.
+    pub until: u32,
+}
+
+/// The gradient of log p(label | x_t) for x_t, f32, and a timestep, f32 (n, h, w, c), and its scale.
+pub type Gradient<'a> = (&'a mut dyn FnMut(&Tensor, f32) -> Result<Tensor>, f64);
+
+/// A reverse process.
+pub struct Reverse<'a> {
+    /// The device to compute on.
+    pub device: &'a Device,
+    /// The steps.
+    pub sampler: &'a Sampler,
+    /// Of x.
+    pub shape: Shape,
+    /// Whose noise is drawn.
+    pub samples: Samples,
+    /// x at the sampler's first timestep, f32; `None`: normals.
+    pub start: Option<&'a Tensor>,
+    /// Noise in common.
+    pub shared: Option<Shared>,
+    /// Whether [`Progress::x_0`] is wanted.
+    pub x_0: bool,
 }
 
 /// The reverse process (algorithm 2): draws x_T for `shape.n` images and takes every step of the sampler. Returns x_0,
 /// f32, of shape `shape`.
 ///
-/// `network(x_t, t)` returns the predicted noise, shaped like x_t; both have the type of the device's activations.
-/// `each` is called after every step.
+/// `network(x_t, t)` returns its prediction, shaped like x_t, or with twice the channels for a learned variance; both
+/// have the type of the device's activations. `each` is called after every step. For a sampler without guidance.
 ///
 /// # Errors
 /// Those of `network` and `each`, which end the loop, and a GPU that fails.
@@ -57,16 +119,91 @@ pub fn sample(
     sampler: &Sampler,
     shape: Shape,
     samples: Samples,
-    mut network: impl FnMut(&Tensor, u32) -> Result<Tensor>,
-    mut each: impl FnMut(Progress<'_>) -> Result<()>,
+    mut network: impl FnMut(&Tensor, f32) -> Result<Tensor>,
+    each: impl FnMut(Progress<'_>) -> Result<()>,
 ) -> Result<Tensor> {
-    let mut state = start(device, shape, samples)?;
-    for (i, step) in sampler.steps().iter().enumerate() {
-        let output = network(&state.input, step.t)?;
-        state = sample_step(device, &state.x, &output, step, samples)?;
-        each(Progress { done: i + 1, total: sampler.steps().len(), t: step.t, x: &state.x })?;
+    assert!(!sampler.is_guided(), "a network without classes has no guidance");
+    let reverse = Reverse { device, sampler, shape, samples, start: None, shared: None, x_0: false };
+    reverse.run(|call| network(call.x, call.t), None, each)
+}
+
+impl Reverse<'_> {
+    /// Takes every step, and returns x_0, f32, of the process's shape.
+    ///
+    /// `network` returns what it predicts for [`Call::x`], with as many images and of the same type. With a `gradient`
+    /// the steps are moved towards a label.
+    ///
+    /// # Errors
+    /// Those of `network`, `gradient` and `each`, which end the loop, and a GPU that fails.
+    pub fn run(
+        &self,
+        mut network: impl FnMut(Call<'_>) -> Result<Tensor>,
+        mut gradient: Option<Gradient<'_>>,
+        mut each: impl FnMut(Progress<'_>) -> Result<()>,
+    ) -> Result<Tensor> {
+        let (device, sampler, samples) = (self.device, self.sampler, self.samples);
+        let (steps, total) = (sampler.steps(), sampler.calls());
+        let halves = |level: f64| if sampler.guidance(level).is_some() { 2 } else { 1 };
+        let first = halves(steps[0].level);
+        let mut state = match self.start {
+            Some(x) => diffuse(device, x, None, (1.0, 0.0), Noise::own(samples.start()), first)?,
+            None => start_from(device, self.shape, self.noise(samples.start(), true), first)?,
+        };
+        let (mut before, mut done) = (None, 0);
+        for (i, step) in steps.iter().enumerate() {
+            let next = steps.get(i + 1);
+            let copies = next.map_or(1, |next| halves(next.level));
+            let output = network(Call { x: &state.input, t: step.time as f32, halves: halves(step.level) })?;
+            let slope = match &mut gradient {
+                Some((gradient, scale)) => Some((gradient(&state.x, step.time as f32)?, *scale)),
+                None => None,
+            };
+            let given = Given {
+                x: &state.x,
+                output: &output,
+                before: before.as_ref().filter(|_| step.before != Before::Nothing),
+                gradient: slope.as_ref().map(|(slope, scale)| (slope, *scale)),
+                guidance: sampler.guidance(step.level),
+                noise: self.noise(samples.noise(step.t), self.shared.is_some_and(|shared| step.t > shared.until)),
+            };
+            let wanted = next.map_or(Before::Nothing, |next| next.before);
+            let x_0 = self.x_0 || wanted == Before::X0;
+            let (after, x_0) = advance(device, &given, step, Wanted { copies, x_0 })?;
+            before = match wanted {
+                Before::Nothing => None,
+                Before::X0 => x_0.clone(),
+                Before::State => Some(state.x.clone()),
+            };
+            state = after;
+            done += 1;
+            each(Progress { done, total, t: step.t, x: &state.x, x_0: x_0.as_ref().filter(|_| self.x_0) })?;
+
+            let Some((corrector, correction)) = sampler.correction(i) else { continue };
+            for round in 0..corrector.steps {
+                let t = correction.t;
+                let output = network(Call { x: &state.input, t: t as f32, halves: copies })?;
+                let streams = samples.correction(t, round, corrector.steps);
+                let given = Given {
+                    x: &state.x,
+                    output: &output,
+                    before: None,
+                    gradient: None,
+                    guidance: sampler.guidance(correction.level),
+                    noise: self.noise(streams, self.shared.is_some_and(|shared| t >= shared.until)),
+                };
+                state = correct(device, &given, correction, corrector, copies)?;
+                done += 1;
+                each(Progress { done, total, t, x: &state.x, x_0: None })?;
+            }
+        }
+        Ok(state.x)
     }
-    Ok(state.x)
+
+    /// Each image's own noise, or what a row shares.
+    fn noise(&self, streams: Streams, shared: bool) -> Noise {
+        let row = self.shared.filter(|_| shared).map_or(1, |shared| shared.row);
+        Noise { streams, row }
+    }
 }
 
 /// Everything needed to draw images.
@@ -83,6 +220,67 @@ pub struct Drawing<'a> {
     pub seed: u64,
 }
 
+/// A batch of images to be drawn.
+#[derive(Clone, Copy, Default)]
+pub struct Request<'a> {
+    /// The index of the first.
+    pub first: u32,
+    /// How many.
+    pub count: usize,
+    /// The class of each, for a conditional model.
+    pub labels: Option<&'a [u32]>,
+    /// x at the sampler's first timestep, (count, h, w, c); `None`: normals.
+    pub start: Option<&'a [f32]>,
+    /// Noise in common.
+    pub shared: Option<Shared>,
+    /// Whether [`Progress::x_0`] is wanted.
+    pub x_0: bool,
+}
+
+/// The network with the classes of a batch.
+pub struct Conditional<'a> {
+    device: &'a Device,
+    unet: &'a UNet,
+    params: &'a Params,
+    /// With the classes, and twice as many, the second half without.
+    conditioning: [Conditioning; 2],
+}
+
+impl<'a> Conditional<'a> {
+    /// With the class of each image, for a conditional model; `guided` if it will be asked without classes too.
+    ///
+    /// # Errors
+    /// A GPU without enough memory.
+    pub fn new(
+        device: &'a Device,
+        unet: &'a UNet,
+        params: &'a Params,
+        labels: Option<&[u32]>,
+        guided: bool,
+    ) -> Result<Self> {
+        let m = unet.model();
+        let twice = labels.filter(|_| guided).map(|labels| {
+            assert!(m.null_class, "guidance needs a network with a null class");
+            labels.iter().copied().chain(labels.iter().map(|_| m.classes as u32)).collect::<Vec<u32>>()
+        });
+        let conditioning =
+            [Conditioning::from_labels(device, labels)?, Conditioning::from_labels(device, twice.as_deref())?];
+        Ok(Conditional { device, unet, params, conditioning })
+    }
+
+    /// Evaluates the network, of the device's activation type.
+    ///
+    /// # Errors
+    /// A GPU that fails.
+    pub fn call(&self, call: Call<'_>) -> Result<Tensor> {
+        let mut tape = Tape::inference(self.device, self.params);
+        let t = Tensor::full(self.device, Shape::new(call.x.shape().n, 1, 1, 1), call.t)?;
+        let x = Var::constant(call.x.clone());
+        let output = self.unet.forward(&mut tape, &x, &t, &self.conditioning[call.halves - 1], None)?; // (n, h, w, c)
+        Ok(output.into_value())
+    }
+}
+
 impl Drawing<'_> {
     /// Shape of `count` images.
     pub fn shape(&self, count: usize) -> Shape {
@@ -90,32 +288,72 @@ impl Drawing<'_> {
         Shape::new(count, m.image_size.h, m.image_size.w, m.channels)
     }
 
+    /// How often the network is asked at once for an image.
+    fn halves(&self) -> usize {
+        if self.sampler.is_guided() { 2 } else { 1 }
+    }
+
     /// Images drawn together. No image depends on it.
     ///
     /// On the CPU from 1 to 64: as many as keep an activation of the finest level within 8 MiB, near the caches. On a
     /// GPU as many as fill it at the coarsest level, where an image has the fewest pixels: enough for two waves of
     /// tiles of a convolution there, or half as many, and so on, until a pass takes no more than the memory that is
-    /// free.
+    /// free. Half of either with guidance, which evaluates the network twice for an image.
     pub fn batch(&self) -> usize {
         let m = self.unet.model();
         if !self.device.is_gpu() {
-            return (2 * 1024 * 1024 / (m.image_size.h * m.image_size.w * m.widths[0])).clamp(1, 64);
+            let images = (2 * 1024 * 1024 / (m.image_size.h * m.image_size.w * m.widths[0])).clamp(1, 64);
+            return (images / self.halves()).max(1);
         }
         let coarsest = m.levels() - 1;
         let pixels = m.size_at(coarsest).pixels();
         let available = available_on(self.device).unwrap_or(u64::MAX);
         let fits = |images: usize| {
-            let shape = self.shape(images);
+            let shape = self.shape(self.halves() * images);
             let needed =
                 || memory_of_forward(self.device, self.unet, self.params, shape).expect("shapes need no memory");
             // The convolutions count pixels to 2^30.
             shape.rows() < 1 << 30 && needed() <= available
         };
-        let mut images = tile::rows_of_waves(2, m.widths[coarsest]).div_ceil(pixels);
+        let mut images = tile::rows_of_waves(2, m.widths[coarsest]).div_ceil(pixels).div_ceil(self.halves());
         while images > 1 && !fits(images) {
             images = images.div_ceil(2);
         }
         images
+    }
+
+    /// Bytes of device memory that a batch of `count` images takes, the weights not counted.
+    ///
+    /// # Errors
+    /// None; shapes need no memory.
+    pub fn memory(&self, count: usize) -> Result<u64> {
+        memory_of_forward(self.device, self.unet, self.params, self.shape(self.halves() * count))
+    }
+
+    /// One batch of images in [-1, 1], (count, h, w, c). `each` is called after every step.
+    ///
+    /// # Errors
+    /// Those of `gradient` and `each`, which end the drawing; a pixel that is not finite; a GPU that fails.
+    pub fn draw(
+        &self,
+        request: &Request<'_>,
+        gradient: Option<Gradient<'_>>,
+        each: impl FnMut(Progress<'_>) -> Result<()>,
+    ) -> Result<Vec<f32>> {
+        let shape = self.shape(request.count);
+        let guided = self.sampler.is_guided();
+        let network = Conditional::new(self.device, self.unet, self.params, request.labels, guided)?;
+        let start = request.start.map(|x| Tensor::from_slice(self.device, shape, x)).transpose()?;
+        let reverse = Reverse {
+            device: self.device,
+            sampler: self.sampler,
+            shape,
+            samples: Samples { seed: self.seed, first: request.first },
+            start: start.as_ref(),
+            shared: request.shared,
+            x_0: request.x_0,
+        };
+        finite(reverse.run(|call| network.call(call), gradient, each)?.to_vec()?)
     }
 
     /// The bytes of images `0..count`, (count, h, w, c). A conditional model takes the class of each image from
@@ -136,25 +374,21 @@ impl Drawing<'_> {
         let together = self.batch();
         for first in (0..count_u32).step_by(together) {
             let range = first as usize..count.min(first as usize + together);
-            let conditioning = Conditioning::from_labels(self.device, labels.map(|labels| &labels[range.clone()]))?;
-            let network = |x: &Tensor, t: u32| {
-                let mut tape = Tape::inference(self.device, self.params);
-                let t = Tensor::full(self.device, Shape::new(range.len(), 1, 1, 1), t as f32)?;
-                let x = Var::constant(x.clone());
-                let eps = self.unet.forward(&mut tape, &x, &t, &conditioning, None)?; // (n, h, w, c)
-                Ok(eps.into_value())
-            };
-            let samples = Samples { seed: self.seed, first };
-            let x_0 = sample(self.device, self.sampler, self.shape(range.len()), samples, network, |p| each(&p))?;
-            let x_0 = x_0.to_vec()?; // (n, h, w, c)
-            if let Some(bad) = x_0.iter().find(|v| !v.is_finite()) {
-                return Err(Error::Failed(format!(
-                    "a pixel came out as {bad}: the network's weights are damaged, or were trained with too large a learning_rate"
-                )));
-            }
-            images.extend(output::to_bytes(&x_0));
+            let labels = labels.map(|labels| &labels[range.clone()]);
+            let request = Request { first, count: range.len(), labels, ..Request::default() };
+            images.extend(output::to_bytes(&self.draw(&request, None, |p| each(&p))?));
         }
         Ok(images)
+    }
+}
+
+/// The pixels, if all are numbers.
+fn finite(x_0: Vec<f32>) -> Result<Vec<f32>> {
+    match x_0.iter().find(|v| !v.is_finite()) {
+        None => Ok(x_0),
+        Some(bad) => Err(Error::Failed(format!(
+            "a pixel came out as {bad}: the network's weights are damaged, or were trained with too large a learning_rate"
+        ))),
     }
 }
 
@@ -208,6 +442,11 @@ pub fn memory_of_forward(device: &Device, unet: &UNet, params: &Params, shape: S
     Ok(meta.pool_stats().held - weights)
 }
 
+/// The class of image `i` of a network with `classes` classes: `class`, or all in turn; `None` if it is unconditional.
+pub fn label(classes: usize, class: Option<u32>, i: usize) -> Option<u32> {
+    (classes > 0).then(|| class.unwrap_or((i % classes.max(1)) as u32))
+}
+
 /// Classes for `count` images of a network with `classes` classes: `class` for every image, or all classes in turn;
 /// `None` for an unconditional network.
 ///
@@ -217,8 +456,6 @@ pub fn labels(classes: usize, class: Option<u32>, count: usize) -> Result<Option
     match class {
         Some(k) if classes == 0 => usage!("--class {k}: this model is unconditional, leave --class out"),
         Some(k) if k as usize >= classes => usage!("--class {k}: this model has the classes 0 to {}", classes - 1),
-        Some(k) => Ok(Some(vec![k; count])),
-        None if classes == 0 => Ok(None),
-        None => Ok(Some((0..count).map(|i| (i % classes) as u32).collect())),
+        _ => Ok((0..count).map(|i| label(classes, class, i)).collect()),
     }
 }

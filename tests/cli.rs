@@ -211,6 +211,24 @@ fn wrong_usage_is_one_sentence_and_exit_2() {
         (vec!["--out", "x.png", "--eta", "0.5"], "--sampler ddim"),
         (vec!["--out", "x.png", "--sampler", "ddim", "--variance", "fixed_small"], "--eta"),
         (vec!["--out", "x.png", "--count", "0"], "at least 1"),
+        (vec!["--out", "x.png", "--sampler", "dpm++", "--variance", "fixed_small"], "dpm++ adds no noise"),
+        (vec!["--out", "x.png", "--variance", "learned_range"], "was trained with"),
+        (vec!["--out", "x.png", "--spacing", "odd"], "karras or a list"),
+        (vec!["--out", "x.png", "--spacing", "10,20", "--steps", "30"], "leave --steps out"),
+        (vec!["--out", "x.png", "--spacing", "900,900"], "cannot keep 900"),
+        (vec!["--out", "x.png", "--sampler", "heun", "--steps", "1000"], "from 1 to 999"),
+        (vec!["--out", "x.png", "--threshold", "1.5"], "above 0 and at most 1"),
+        (vec!["--out", "x.png", "--threshold", "0.9", "--clip-x0", "false"], "leave one out"),
+        (vec!["--out", "x.png", "--clip-x0", "maybe"], "true"),
+        (vec!["--out", "x.png", "--guidance", "2"], "unconditional"),
+        (vec!["--out", "x.png", "--guidance-rescale", "0.7"], "add --guidance"),
+        (vec!["--out", "x.png", "--guidance-interval", "1,2"], "add --guidance"),
+        (vec!["--out", "x.png", "--corrector", "2", "--sampler", "heun"], "solve an ODE"),
+        (vec!["--out", "x.png", "--corrector", "2", "--snr", "0"], "above 0"),
+        (vec!["--out", "x.png", "--snr", "0.1"], "add --corrector"),
+        (vec!["--out", "x.png", "--shared-noise", "1000"], "0 to 999"),
+        (vec!["--out", "x.png", "--progressive", "y.npz"], "FILE.png"),
+        (vec!["--out", "x.png", "--progressive", "y.png", "--resume"], "leave one out"),
     ] {
         let said = fails(ddpm().arg("sample").arg("--model").arg(&model).args(&arguments).current_dir(&folder), 2);
         assert!(said.contains(says), "{arguments:?}: {said:?} does not say {says:?}");
@@ -505,7 +523,7 @@ fn more_images_than_memory_holds_are_refused() {
     let folder = tempfile::tempdir().unwrap();
     let mut sample = ddpm();
     sample.arg("sample").arg("--model").arg(fixture("unet_gray16")).args(["--count", "4000000000", "--out"]);
-    assert!(fails(sample.arg(folder.path().join("x.npz")), 1).contains("GiB"));
+    assert!(fails(sample.arg(folder.path().join("x.png")), 1).contains("GiB"));
 }
 
 #[test]
@@ -1296,18 +1314,204 @@ fn converts_models_of_openai_and_predicts_with_them() {
     assert!(ok(ddpm().args(["info", "--model"]).arg(at("ours"))).contains("714,209 parameters"));
 }
 
-/// What this sampler cannot do is refused, not passed over.
+/// A scheduler's limits of x_0 are those of `sample`: other images than with the usual ones, and said by `info`.
 #[test]
-fn thresholds_of_a_scheduler_are_refused_by_sample() {
+fn limits_of_a_scheduler_are_obeyed_by_sample() {
     let folder = tempfile::tempdir().unwrap();
     for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
         fs::copy(fixture("unet_gray16").join(file), folder.path().join(file)).unwrap();
     }
-    let scheduler = serde_json::json!({"_class_name": "DDPMScheduler", "clip_sample_range": 2.0});
-    fs::write(folder.path().join("scheduler_config.json"), scheduler.to_string()).unwrap();
-    let mut sample = ddpm();
-    sample.args(["sample", "--steps", "2", "--count", "1", "--model"]).arg(folder.path());
-    let said = fails(sample.arg("--out").arg(folder.path().join("out.npz")), 2);
-    assert!(said.contains("limits x_0 by thresholding or to other values than -1 to 1"), "{said}");
-    assert!(ok(ddpm().args(["info", "--model"]).arg(folder.path())).contains("x_0 clipped to 2"));
+    let draw = |scheduler: serde_json::Value, flags: &[&str]| {
+        fs::write(folder.path().join("scheduler_config.json"), scheduler.to_string()).unwrap();
+        let out = folder.path().join("out.npz");
+        let mut command = ddpm();
+        command.args(["sample", "--steps", "2", "--count", "1", "--sampler", "ddim", "--device", "cpu", "--model"]);
+        ok(command.arg(folder.path()).args(flags).arg("--out").arg(&out));
+        pixels_of(&out)
+    };
+    let class = "DDPMScheduler";
+    let usual = draw(serde_json::json!({"_class_name": class}), &[]);
+    let narrow = draw(serde_json::json!({"_class_name": class, "clip_sample_range": 0.25}), &[]);
+    assert!(ok(ddpm().args(["info", "--model"]).arg(folder.path())).contains("x_0 clipped to 0.25"));
+    assert!(narrow != usual && narrow.iter().all(|byte| (96..=159).contains(byte)), "{narrow:?}");
+    let threshold = serde_json::json!({"_class_name": class, "thresholding": true, "sample_max_value": 100.0,
+        "dynamic_thresholding_ratio": 0.9});
+    let thresholded = draw(threshold, &[]);
+    assert!(thresholded != usual);
+    assert!(draw(serde_json::json!({"_class_name": class}), &["--threshold", "0.9"]) == thresholded);
+}
+
+/// The bytes of `arr_0`.
+fn pixels_of(npz: &Path) -> Vec<u8> {
+    let mut arrays = ddpm_cuda::data::npy::parse_npz(&fs::read(npz).unwrap()).unwrap();
+    arrays.swap_remove(0).1.into_u8().unwrap()
+}
+
+/// A drawing that is killed between two batches goes on with --resume, with the bits of one that was not; nothing has its
+/// final name before.
+#[test]
+fn an_interrupted_drawing_goes_on() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let draw = |out: &str, more: &[&str]| {
+        let mut command = ddpm();
+        command.args(["sample", "--count", "200", "--steps", "12", "--sampler", "ddim", "--device", "cpu", "--model"]);
+        command.arg(fixture("unet_gray16")).arg("--out").arg(at(out)).args(more);
+        command
+    };
+    ok(&mut draw("whole.npz", &[]));
+    assert!(!at("whole.npz.part").exists(), "finished batches stay");
+    let mut child = draw("killed.npz", &[]).stdout(Stdio::null()).spawn().unwrap();
+    let started = Instant::now();
+    while !at("killed.npz.part/0.u8").exists() {
+        assert!(started.elapsed() < Duration::from_secs(120), "no batch is finished");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!at("killed.npz").exists() && at("killed.npz.part").exists(), "it was not killed in time");
+    assert!(fails(&mut draw("killed.npz", &[]), 1).contains("add --resume to go on"));
+    assert!(fails(&mut draw("killed.npz", &["--resume", "--seed", "1"]), 1).contains("another command"));
+    let first = fs::metadata(at("killed.npz.part/0.u8")).unwrap().modified().unwrap();
+    let said = ok(&mut draw("killed.npz", &["--resume"]));
+    assert!(said.contains("batches are done") && !said.contains("0 of"), "{said}");
+    assert!(fs::read(at("killed.npz")).unwrap() == fs::read(at("whole.npz")).unwrap(), "other bits");
+    assert!(!at("killed.npz.part").exists());
+    assert!(first <= std::time::SystemTime::now());
+    // A folder of as many pictures.
+    ok(&mut draw("pictures/", &[]));
+    assert_eq!(fs::read_dir(at("pictures")).unwrap().count(), 200);
+    let last = image::open(at("pictures/00199.png")).unwrap().into_luma8().into_raw();
+    assert!(last == pixels_of(&at("whole.npz"))[199 * 256..]);
+}
+
+/// x_T written and read back gives the same images, and other noise others; encoded images come back.
+#[test]
+fn drawings_start_from_given_noise() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_string();
+    let run = |arguments: &str| {
+        let mut command = ddpm();
+        command.args(arguments.split(' ').map(|a| a.replace("DIR", folder.path().to_str().unwrap())));
+        command.arg("--model").arg(fixture("unet_gray16")).args(["--device", "cpu"]);
+        command
+    };
+    ok(&mut run("sample --count 3 --steps 4 --out DIR/a.npz --save-start DIR/x.npy"));
+    ok(&mut run("sample --steps 4 --out DIR/b.npz --start DIR/x.npy"));
+    assert!(pixels_of(Path::new(&at("a.npz"))) == pixels_of(Path::new(&at("b.npz"))), "other images");
+    ok(&mut run("sample --steps 4 --out DIR/c.npz --count 3 --seed 1"));
+    assert!(pixels_of(Path::new(&at("a.npz"))) != pixels_of(Path::new(&at("c.npz"))), "the seed makes no difference");
+    assert!(fails(&mut run("sample --count 4 --out DIR/d.npz --start DIR/x.npy"), 2).contains("holds 3"));
+    assert!(fails(&mut run("sample --out DIR/d.npz --start DIR/a.npz"), 1).contains("a.npz"));
+    let both = "sample --out DIR/d.npz --start DIR/x.npy --save-start DIR/y.npy";
+    assert!(fails(&mut run(both), 2).contains("leave one out"));
+    ddpm_cuda::output::write_npy(Path::new(&at("wrong.npy")), &[1, 3, 16, 16], &[0.0; 768]).unwrap();
+    assert!(fails(&mut run("sample --out DIR/d.npz --start DIR/wrong.npy"), 1).contains("images x 1x16x16"));
+
+    // The images are samples, which the network knows something about.
+    ok(&mut run("encode --images DIR/a.npz --steps 20 --rounds 8 --out DIR/xt.npy"));
+    ok(&mut run("sample --start DIR/xt.npy --steps 20 --sampler ddim --clip-x0 false --out DIR/back.npz"));
+    let (was, is) = (pixels_of(Path::new(&at("a.npz"))), pixels_of(Path::new(&at("back.npz"))));
+    let off = was.iter().zip(&is).map(|(a, b)| a.abs_diff(*b)).max().unwrap();
+    assert!(off <= 1, "an image comes back off by {off} levels");
+    assert!(fails(&mut run("encode --images DIR/nothing --out DIR/y.npy"), 1).contains("nothing"));
+}
+
+/// Fig. 6 to 9 of the paper, and painting.
+#[test]
+fn pictures_along_the_way_between_images_and_within_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let run = |arguments: &str| {
+        let mut command = ddpm();
+        command.args(arguments.split(' ').map(|a| a.replace("DIR", folder.path().to_str().unwrap())));
+        command.arg("--model").arg(fixture("unet_gray16")).args(["--device", "cpu"]);
+        command
+    };
+    let size = |name: &str| image::image_dimensions(at(name)).unwrap();
+    // Three rows of 18 + 2 pixels, and 13 columns: of 25 steps every second, the last among them.
+    ok(&mut run("sample --count 3 --steps 25 --out DIR/a/ --progressive DIR/p.png"));
+    assert_eq!(size("p.png"), (13 * 18 + 2, 3 * 18 + 2));
+    let last = |path: &Path, left: u32, top: u32| {
+        let picture = image::open(path).unwrap().into_luma8();
+        (0..256).map(|k| picture.get_pixel(left + k % 16, top + k / 16).0[0]).collect::<Vec<u8>>()
+    };
+    let grey = |name: &str| image::open(at(name)).unwrap().into_luma8().into_raw();
+    assert!(last(&at("p.png"), 2 + 12 * 18, 2 + 18) == grey("a/00001.png"), "the last prediction is the image");
+
+    ok(&mut run("sample --count 4 --steps 4 --shared-noise 0 --out DIR/s/"));
+    assert!(grey("s/00000.png") == grey("s/00001.png") && grey("s/00001.png") != grey("s/00002.png"));
+
+    ok(&mut run("interpolate --images DIR/a/00000.png DIR/a/00000.png --t 500 --steps 5 --frames 3 --out DIR/i/"));
+    assert!(grey("i/00000.png") == grey("i/00001.png") && grey("i/00001.png") == grey("i/00002.png"));
+    ok(&mut run("interpolate --images DIR/a/00000.png DIR/a/00001.png --t 500 --steps 5 --frames 3 --out DIR/i.png"));
+    assert_eq!(size("i.png"), (5 * 18 + 2, 18 + 2));
+    assert!(last(&at("i.png"), 2, 2) == grey("a/00000.png"), "the source is at the end of the row");
+    let far = "interpolate --images DIR/a/00000.png DIR/a/00001.png --t 1000 --out DIR/x.png";
+    assert!(fails(&mut run(far), 2).contains("0 to 999"));
+    let none = "interpolate --images DIR/a/00000.png DIR/none.png --t 5 --out DIR/x.png";
+    assert!(fails(&mut run(none), 1).contains("none.png"));
+    let few = "interpolate --images DIR/a/00000.png DIR/a/00001.png --t 5 --frames 0 --out DIR/x.png";
+    assert!(fails(&mut run(few), 2).contains("at least 1"));
+
+    let mask = image::GrayImage::from_fn(16, 16, |x, _| image::Luma([if x < 8 { 255 } else { 0 }]));
+    mask.save(at("m.png")).unwrap();
+    ok(&mut run("inpaint --images DIR/a --mask DIR/m.png --steps 6 --jump 2 --resample 2 --out DIR/new/"));
+    let (was, is) = (grey("a/00002.png"), grey("new/00002.png"));
+    assert!((0..256).filter(|k| k % 16 >= 8).all(|k| was[k] == is[k]), "what is kept has changed");
+    assert!((0..256).filter(|k| k % 16 < 8).any(|k| was[k] != is[k]), "nothing is painted");
+    image::GrayImage::new(15, 16).save(at("small.png")).unwrap();
+    for (flags, words) in [
+        ("--mask DIR/small.png", "16x15, but the model's images are 16x16"),
+        ("--mask DIR/none.png", "none.png"),
+        ("--mask DIR/m.png --resample 0", "1 or more"),
+        ("--mask DIR/m.png --jump 0", "1 or more"),
+        ("--mask DIR/m.png --count 9", "holds 3 images"),
+    ] {
+        let code = if flags.contains("small") || flags.contains("none") { 1 } else { 2 };
+        let said = fails(&mut run(&format!("inpaint --images DIR/a {flags} --out DIR/y/")), code);
+        assert!(said.contains(words), "{flags}: {said}");
+    }
+}
+
+/// `predict --output` converts what the network predicts by the schedule.
+#[test]
+fn predictions_are_converted_on_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let x: Vec<f32> = (0..512).map(|k| (k as f32 * 0.37).sin()).collect();
+    ddpm_cuda::output::write_npy(&at("x.npy"), &[2, 1, 16, 16], &x).unwrap();
+    ddpm_cuda::output::write_npy(&at("t.npy"), &[2], &[500.0, 3.0]).unwrap();
+    ddpm_cuda::output::write_npy(&at("between.npy"), &[2], &[500.5, 3.0]).unwrap();
+    let predict = |t: &str, flags: &[&str]| {
+        let mut command = ddpm();
+        command.arg("predict").arg("--model").arg(fixture("unet_gray16")).args(flags).args(["--device", "cpu"]);
+        command.arg("--x").arg(at("x.npy")).arg("--t").arg(at(t)).arg("--out").arg(at("y.npy"));
+        command
+    };
+    let of = |flags: &[&str]| {
+        ok(&mut predict("t.npy", flags));
+        ddpm_cuda::data::npy::read(&at("y.npy")).unwrap().to_f32().unwrap()
+    };
+    let (eps, raw) = (of(&[]), of(&["--output", "raw"]));
+    assert!(eps == raw && eps == of(&["--output", "eps"]), "the network predicts eps");
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let outputs = ["x0", "v", "mu", "score", "log_variance"].map(|output| of(&["--output", output]));
+    for k in 0..512 {
+        let t = if k < 256 { 500 } else { 3 };
+        let (signal, noise) = s.q_sample_coefficients(t);
+        let (x, eps) = (f64::from(x[k]), f64::from(eps[k]));
+        let x_0 = (x - noise * eps) / signal;
+        let (c_x0, c_xt) = s.posterior_mean_coefficients(t);
+        // The fixture has no scheduler; diffusers' default is fixed_small.
+        let log_variance = s.log_variance(Variance::FixedSmall, t);
+        let want = [x_0, signal * eps - noise * x_0, c_x0 * x_0 + c_xt * x, -eps / noise, log_variance];
+        for (got, want) in outputs.iter().zip(want) {
+            assert!((f64::from(got[k]) - want).abs() <= 1e-6 * want.abs().max(1.0), "{k}: {} for {want}", got[k]);
+        }
+    }
+    assert!(fails(&mut predict("between.npy", &["--output", "x0"]), 1).contains("whole ones from 0 to 999"));
+    ok(&mut predict("between.npy", &[]));
+    assert!(fails(&mut predict("t.npy", &["--guidance", "2"]), 2).contains("without a class"));
+    fails(&mut predict("t.npy", &["--output", "noise"]), 2);
 }

@@ -9,8 +9,11 @@ mod support;
 
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::objective::{Loss, Objective};
-use ddpm_cuda::diffusion::sampler::{Samples, Step};
-use ddpm_cuda::diffusion::{Batch, Importance, Kind, Method, Prediction, Sampler, Schedule, Spacing, Variance};
+use ddpm_cuda::diffusion::sampler::{Before, Corrector, Guidance, Limit, Samples, Step, inversion};
+use ddpm_cuda::diffusion::{
+    Batch, Importance, Kind, Method, Prediction, Sampler, Schedule, Spacing, Timesteps, Variance,
+};
+use ddpm_cuda::ops::sample_step::reference::Image;
 use ddpm_cuda::ops::{loss, q_sample, sample_step};
 use ddpm_cuda::rng;
 use ddpm_cuda::sample::sample;
@@ -227,14 +230,297 @@ fn slice<T>(all: &[T], i: usize) -> &[T] {
     &all[i * IMAGES..(i + 1) * IMAGES]
 }
 
+/// Every prediction with every variance. OpenAI's clips no predicted mean.
 #[test]
 fn ancestral_sampling_is_openais() {
     let (s, noise) = (short(), golden("noise"));
-    for variance in [Variance::FixedSmall, Variance::FixedLarge] {
-        let sampler = Sampler::new(&s, Method::Ancestral(variance), Spacing::Even, 20).unwrap();
-        let got = trajectory(&sampler, 20, slice(&noise, 19), |t| slice(&noise, t.saturating_sub(1)));
-        agrees(&format!("ancestral {variance}"), &got, &golden(&format!("ancestral.eps.{variance}")));
+    let kept: Vec<u32> = (0..20).collect();
+    for prediction in [Prediction::Eps, Prediction::X0, Prediction::Mu] {
+        for variance in Variance::ALL {
+            let sampler = Sampler::over(&s, prediction, Method::Ancestral(variance), &kept).unwrap();
+            let sampler = if prediction == Prediction::Mu { sampler.unclipped() } else { sampler };
+            let (mut x, mut got) = (slice(&noise, 19).to_vec(), Vec::new());
+            for step in sampler.steps() {
+                let output = network(&x, step.t, 20);
+                let v: Vec<f64> = x.iter().map(|x| 0.6 * (2.0 * x).cos()).collect();
+                let z = slice(&noise, (step.t as usize).saturating_sub(1));
+                let image = Image { x: &x, output: &output, v: &v, before: &[], gradient: &[], z };
+                x = sample_step::reference::step_of(image, step).0;
+                got.extend_from_slice(&x);
+            }
+            let name = format!("ancestral.{prediction}.{variance}");
+            agrees(&name, &got, &golden(&name));
+        }
     }
+}
+
+/// DPM-Solver++ 2M is diffusers', whose tables are f32.
+#[test]
+fn dpm_solver_pp_is_diffusers() {
+    let (s, noise) = (Schedule::new(Kind::Linear, 1000).unwrap(), golden("noise"));
+    let sampler = Sampler::new(&s, Method::DpmPp, Spacing::Even, 10).unwrap().unclipped();
+    let times: Vec<f64> = sampler.steps().iter().map(|step| step.time).collect();
+    assert_eq!(times, golden("dpmpp2m.timesteps"));
+    let (mut x, mut before, mut got) = (slice(&noise, 19).to_vec(), Vec::new(), Vec::new());
+    for step in sampler.steps() {
+        let output = network(&x, step.t, 1000);
+        let image = Image { x: &x, output: &output, v: &[], before: &before, gradient: &[], z: &[] };
+        (x, before) = sample_step::reference::step_of(image, step);
+        got.extend_from_slice(&x);
+    }
+    let want = golden("dpmpp2m.traj");
+    agrees_to("dpmpp2m", &got, &want, |w| 1e-5 * w.abs().max(1.0));
+}
+
+/// eps of a network that knows that every pixel is N(0.1, 0.25), at a noise level sigma.
+fn toy(x: f64, sigma: f64) -> f64 {
+    let a = 1.0 / (1.0 + sigma * sigma);
+    (1.0 - a).sqrt() * (x - a.sqrt() * 0.1) / (a * 0.25 + 1.0 - a)
+}
+
+/// What `sampler` makes of x_T = 1 with that network.
+fn of_toy(sampler: &Sampler) -> f64 {
+    let (mut x, mut before) = (1.0, None::<(f64, f64)>);
+    for step in sampler.steps() {
+        let past = match (step.before, before) {
+            (Before::X0, Some((_, x_0))) => vec![x_0],
+            (Before::State, Some((x, _))) => vec![x],
+            _ => Vec::new(),
+        };
+        let output = [toy(x, step.level)];
+        let image = Image { x: &[x], output: &output, v: &[], before: &past, gradient: &[], z: &[] };
+        let (next, x_0) = sample_step::reference::step_of(image, step);
+        before = Some((x, x_0[0]));
+        x = next[0];
+    }
+    x
+}
+
+/// Solutions of the ODE from x_T = 1, which leads to 0.5996899216, computed independently in f64.
+#[test]
+fn solvers_solve_the_ode_as_well_as_is_known() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    for (steps, want) in [(10, 0.5032090643), (20, 0.5766318223), (50, 0.5994595114), (100, 0.6000255102)] {
+        let sampler = Sampler::new(&s, Method::DpmPp, Spacing::Even, steps).unwrap().unclipped();
+        near(&format!("dpm++ in {steps}"), of_toy(&sampler), want, 9);
+    }
+    let grid = Timesteps::Spaced(Spacing::Even);
+    for (steps, want) in [(10, 0.4689591427), (20, 0.5305942837), (50, 0.5708315604), (100, 0.5849563772)] {
+        let kept = grid.kept(&s, true, 0, steps).unwrap();
+        let sampler = Sampler::over(&s, Prediction::Eps, Method::Ddim { eta: 0.0 }, &kept).unwrap().unclipped();
+        near(&format!("ddim in {steps}"), of_toy(&sampler), want, 9);
+    }
+    for (steps, want) in [(10, 0.7254471137), (18, 0.6306811050), (50, 0.6030199569)] {
+        let sampler = Sampler::heun_over_levels(&s, Prediction::Eps, steps).unwrap().unclipped();
+        assert_eq!(sampler.calls(), 2 * steps - 1);
+        near(&format!("heun in {steps}"), of_toy(&sampler), want, 9);
+    }
+    let error = |spacing: &str, steps| {
+        let kept = spacing.parse::<Timesteps>().unwrap().kept(&s, true, 0, steps).unwrap();
+        of_toy(&Sampler::over(&s, Prediction::Eps, Method::DpmPp, &kept).unwrap().unclipped()) - 0.5996899216
+    };
+    near("even in 15", error("even", 15), -0.0460, 3);
+    near("trailing in 15", error("trailing", 15), -0.0447, 3);
+    // Its levels are those of whole timesteps here.
+    assert!((error("karras", 15) - 0.0417).abs() < 2e-3, "{}", error("karras", 15));
+}
+
+/// Heun's method over the same whole timesteps follows the ODE more closely than DDIM over twice as many.
+#[test]
+fn heun_over_timesteps_is_of_second_order() {
+    let s = Schedule::new(Kind::Cosine, 1000).unwrap();
+    let exact =
+        0.1 + 0.5 * (1.0 - s.alpha_bar(999).sqrt() * 0.1) / (s.alpha_bar(999) * 0.25 + 1.0 - s.alpha_bar(999)).sqrt();
+    let error = |steps| {
+        let kept = Timesteps::Spaced(Spacing::Trailing).kept(&s, true, 0, steps).unwrap();
+        let of = |method| of_toy(&Sampler::over(&s, Prediction::Eps, method, &kept).unwrap().unclipped());
+        ((of(Method::Heun) - exact).abs(), (of(Method::Ddim { eta: 0.0 }) - exact).abs())
+    };
+    let (heun, ddim) = error(200);
+    assert!(heun < 0.3 * ddim, "heun errs by {heun}, ddim by {ddim}");
+}
+
+/// DDIM inverted over the levels of ten or fifty steps, from x_0 = 0.3: what it leads to, and how far it comes back,
+/// computed independently in f64. Iterated to the end it comes back to rounding.
+#[test]
+fn inversion_leads_back() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    for (steps, naive, limit, back) in [
+        (10, 0.4356211888, 0.5423563574, [-0.0394060, -0.0146380, -0.00169120, 3.64335e-6]),
+        (50, 0.4130299425, 0.4251457872, [-0.00570815, -3.76456e-4, -5.22635e-7, 4.50e-12]),
+    ] {
+        let kept = Timesteps::Spaced(Spacing::Even).kept(&s, true, 0, steps).unwrap();
+        let inverse = inversion(&s, Prediction::Eps, &kept).unwrap();
+        let encode = |rounds: usize| {
+            inverse.iter().fold(0.3, |a, step| {
+                (0..=rounds).fold(a, |x, _| {
+                    let output = [toy(x, step.level)];
+                    let image = Image { x: &[x], output: &output, v: &[], before: &[a], gradient: &[], z: &[] };
+                    sample_step::reference::step_of(image, step).0[0]
+                })
+            })
+        };
+        let sampler = Sampler::over(&s, Prediction::Eps, Method::Ddim { eta: 0.0 }, &kept).unwrap().unclipped();
+        let decode = |x: f64| {
+            let step = |x: f64, step: &Step| sample_step::reference::forward(&[x], &[toy(x, step.level)], &[], step)[0];
+            sampler.steps().iter().fold(x, step)
+        };
+        near(&format!("x_T of {steps}"), encode(0), naive, 9);
+        near(&format!("x_T of {steps} in the end"), encode(100), limit, 9);
+        assert!((decode(encode(100)) - 0.3).abs() < 1e-12, "{steps}: {:e}", decode(encode(100)) - 0.3);
+        for (rounds, want) in [0, 1, 3, 10].into_iter().zip(back) {
+            // To the digits written, and to the rounding of a few hundred operations on numbers up to 157.
+            let off = (decode(encode(rounds)) - 0.3 - want).abs();
+            assert!(off <= 1e-4 * want.abs() + 1e-12, "{steps}, {rounds} rounds: off by {off:e}");
+        }
+    }
+}
+
+/// Lists and Karras' levels, against diffusers and OpenAI's respacing.
+#[test]
+fn timesteps_are_diffusers_and_openais() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let kept = |text: &str, solver: bool, steps: usize| {
+        let mut kept = text.parse::<Timesteps>().unwrap().kept(&s, solver, 0, steps).unwrap();
+        kept.reverse();
+        kept
+    };
+    assert_eq!(kept("even", true, 15), [999, 932, 866, 799, 733, 666, 599, 533, 466, 400, 333, 266, 200, 133, 67]);
+    assert_eq!(kept("trailing", true, 15), [999, 932, 866, 799, 732, 666, 599, 532, 466, 399, 332, 266, 199, 132, 66]);
+    assert_eq!((kept("leading", true, 15)[0], kept("leading", true, 15)[14]), (930, 62));
+    assert_eq!(kept("karras", true, 10), [999, 937, 864, 775, 663, 511, 301, 102, 18, 0]);
+    assert_eq!(kept("karras", false, 15), [999, 960, 917, 869, 815, 753, 681, 593, 484, 350, 205, 92, 32, 8, 0]);
+    let levels = Timesteps::karras_levels(&s, 10).unwrap();
+    for (i, want) in [(0, 157.407), (1, 85.7107), (4, 9.27474), (8, 0.0739303), (9, 0.0100005)] {
+        near(&format!("level {i}"), levels[i].1, want, 6);
+    }
+    // A long list repeats timesteps of the noisy end, and each is taken once.
+    let cosine = Schedule::new(Kind::Cosine, 1000).unwrap();
+    let once = Timesteps::Karras.kept(&cosine, true, 0, 15).unwrap();
+    assert!(once.is_sorted_by(|a, b| a < b) && once.len() < 15 && once[once.len() - 1] == 999, "{once:?}");
+    let mut listed = kept("10,15,20", false, 45);
+    listed.reverse();
+    assert_eq!(listed[..12], [0, 37, 74, 111, 148, 185, 222, 259, 296, 333, 334, 358]);
+    assert_eq!((listed[24], listed[25], listed[26], listed[44]), (666, 667, 684, 999));
+    assert_eq!(kept("10", false, 10), kept("even", false, 10));
+    for (text, words) in [("odd", "karras or a list"), ("10,x", "numbers with commas"), ("500,1", "")] {
+        match text.parse::<Timesteps>() {
+            Err(e) => assert!(e.to_string().contains(words), "{e}"),
+            Ok(list) => _ = list.kept(&s, false, 0, 501).unwrap(),
+        }
+    }
+    let said = |text: &str| text.parse::<Timesteps>().unwrap().kept(&s, true, 0, 1000).unwrap_err().to_string();
+    assert!(said("even").contains("must be from 1 to 999"));
+    assert!(said("900,900").contains("cannot keep 900"));
+}
+
+/// What cannot work is refused: pure noise for eps and for solvers, a learned variance in longer steps, corrections of an
+/// ODE, and numbers out of range.
+#[test]
+fn samplers_that_cannot_work_are_refused() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let zero = s.with_zero_terminal_snr();
+    let all: Vec<u32> = (0..1000).collect();
+    let ancestral = Method::Ancestral(Variance::FixedSmall);
+    let over = |s: &Schedule, prediction, method, kept: &[u32]| Sampler::over(s, prediction, method, kept).map(|_| ());
+    over(&zero, Prediction::V, ancestral, &all).unwrap();
+    over(&zero, Prediction::Eps, ancestral, &all[..999]).unwrap();
+    over(&s, Prediction::Eps, Method::Ancestral(Variance::Learned), &all).unwrap();
+    let ddim = Sampler::new(&s, Method::Ddim { eta: 0.0 }, Spacing::Even, 10).unwrap();
+    let heun = Sampler::new(&s, Method::Heun, Spacing::Even, 10).unwrap();
+    let guidance = Guidance::new(2.0).unwrap();
+    for (words, result) in [
+        ("predicts eps cannot start from pure noise", over(&zero, Prediction::Eps, ancestral, &all)),
+        ("the log-SNR is infinite", over(&zero, Prediction::V, Method::DpmPp, &all)),
+        ("the log-SNR is infinite", over(&zero, Prediction::V, Method::Heun, &all)),
+        ("3 of 1000 are kept", over(&s, Prediction::Eps, Method::Ancestral(Variance::Learned), &[0, 1, 3])),
+        ("no finite noise level", Timesteps::karras_levels(&zero, 5).map(|_| ())),
+        ("whole timesteps alone", Sampler::heun_over_levels(&s, Prediction::Mu, 5).map(|_| ())),
+        ("nothing can be encoded", inversion(&zero, Prediction::V, &all).map(|_| ())),
+        ("dpm++ and heun solve an ODE", heun.corrected(Corrector { steps: 1, snr: 0.16 }).map(|_| ())),
+        ("--snr 0: must be above 0", ddim.corrected(Corrector { steps: 1, snr: 0.0 }).map(|_| ())),
+        ("--threshold 0: the quantile", Limit::quantile(0.0).map(|_| ())),
+        ("--guidance NaN", Guidance::new(f64::NAN).map(|_| ())),
+        ("--guidance-rescale 2", guidance.rescaled(2.0).map(|_| ())),
+        ("--guidance-interval 2,1", guidance.within(2.0, 1.0).map(|_| ())),
+    ] {
+        let error = result.expect_err(words).to_string();
+        assert!(error.contains(words), "`{error}` does not say `{words}`");
+    }
+}
+
+/// From pure noise a network that predicts x_0 or v samples with finite factors, and a network that knows x_0 ends at it.
+#[test]
+fn zero_terminal_snr_is_sampled_from() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap().with_zero_terminal_snr();
+    let kept = Spacing::Trailing.timesteps(1000, 10).unwrap();
+    for prediction in [Prediction::X0, Prediction::V, Prediction::Mu] {
+        for method in [Method::Ancestral(Variance::FixedLarge), Method::Ddim { eta: 0.0 }, Method::Ddim { eta: 1.0 }] {
+            let (mut x, x_0) = (0.7, 0.3);
+            for step in Sampler::over(&s, prediction, method, &kept).unwrap().steps() {
+                let (signal, noise) = s.q_sample_coefficients(step.t as usize);
+                let eps = (x - signal * x_0) / noise;
+                let (of_x_0, of_eps) = prediction.target(&s, step.t as usize);
+                let output = [of_x_0 * x_0 + of_eps * eps];
+                x = sample_step::reference::forward(&[x], &output, &[-0.4], step)[0];
+                assert!(x.is_finite(), "{prediction} {method:?} at {}", step.t);
+            }
+            assert!((x - 0.3).abs() < 1e-9, "{prediction} {method:?}: {x}");
+        }
+    }
+}
+
+/// The learned range that makes ancestral sampling of the toy exact gives its samples their deviation of 0.5.
+#[test]
+fn a_learned_variance_makes_the_toy_exact() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let kept: Vec<u32> = (0..1000).collect();
+    let sampler = Sampler::over(&s, Prediction::Eps, Method::Ancestral(Variance::LearnedRange), &kept).unwrap();
+    let v = |a: f64| a * 0.25 + 1.0 - a;
+    for (t, want) in [(1, 0.99954374), (500, 0.76234044), (999, 0.25000764)] {
+        let variance = s.betas()[t] * v(s.alpha_bar(t - 1)) / v(s.alpha_bar(t));
+        let learned = sampler.steps()[999 - t].learned.unwrap();
+        near(&format!("fraction at {t}"), ((variance.ln() - learned.offset) / learned.factor + 1.0) / 2.0, want, 8);
+    }
+}
+
+/// Numbers of the notes on guidance and thresholding, computed by hand.
+#[test]
+fn guidance_and_thresholding_by_hand() {
+    let guidance = Guidance::new(3.0).unwrap();
+    let (with, without) = ([1.0, -1.0, 2.0, 0.0], [0.5, 0.0, 1.0, 0.5]);
+    agrees("W = 3", &sample_step::reference::guided(&with, &without, guidance), &[2.0, -3.0, 4.0, -1.0]);
+    let rescaled = sample_step::reference::guided(&with, &without, guidance.rescaled(0.7).unwrap());
+    agrees_to("phi = 0.7", &rescaled, &[1.18131836, -1.77197754, 2.36263672, -0.59065918], |_| 5e-9);
+    let x_0 = [-2.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 3.0];
+    agrees("0.9", &[sample_step::reference::quantile(&x_0, 0.9)], &[2.3]);
+    agrees("0.995", &[sample_step::reference::quantile(&x_0, 0.995)], &[2.965]);
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let sampler = Sampler::over(&s, Prediction::X0, Method::Ddim { eta: 0.0 }, &[500]).unwrap();
+    let step = sampler.limited(Limit::quantile(0.9).unwrap()).steps()[0];
+    let got = sample_step::reference::forward(&x_0, &x_0, &[], &step);
+    agrees("thresholded", &got, &x_0.map(|x: f64| x.clamp(-2.3, 2.3) / 2.3));
+    let interval = guidance.within(0.28, 2.9).unwrap();
+    assert_eq!([0.28, 0.281, 2.9, 2.91].map(|level| interval.applies(level)), [false, true, true, false]);
+    assert!(!Guidance::new(1.0).unwrap().applies(1.0), "W = 1 is no guidance");
+}
+
+/// A Langevin step by hand: s = (3, 4), z = (1, 2), snr 0.16.
+#[test]
+fn a_correction_by_hand() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let all: Vec<u32> = (0..1000).collect();
+    let corrector = Corrector { steps: 1, snr: 0.16 };
+    let sampler =
+        Sampler::over(&s, Prediction::Eps, Method::Ddim { eta: 0.0 }, &all).unwrap().corrected(corrector).unwrap();
+    assert_eq!(sampler.calls(), 1999);
+    let (_, correction) = sampler.correction(498).unwrap();
+    assert_eq!(correction.t, 500, "it corrects the level that the step has reached");
+    assert!(sampler.correction(999).is_none(), "there is none after the last step");
+    near("alpha", correction.alpha, 0.98993994004, 11);
+    let eps = [3.0, 4.0].map(|s| -s * correction.noise);
+    let got = sample_step::reference::correct(&[0.0, 0.0], &eps, &[1.0, 2.0], correction, corrector);
+    agrees_to("step", &got, &[0.17279766, 0.32532134], |_| 5e-9);
 }
 
 #[test]
@@ -292,12 +578,12 @@ fn an_offset_moves_the_leading_timesteps_alone() {
     // Over given timesteps the steps are those of the spacing that keeps them; unclipped they differ in nothing else.
     let (s, method) = (Schedule::new(Kind::Linear, 1000).unwrap(), Method::Ddim { eta: 0.5 });
     let kept = Spacing::Trailing.timesteps(1000, 7).unwrap();
-    let sampler = Sampler::over(&s, method, &kept).unwrap();
+    let sampler = Sampler::over(&s, Prediction::Eps, method, &kept).unwrap();
     assert_eq!(sampler, Sampler::new(&s, method, Spacing::Trailing, 7).unwrap());
     let unclipped = sampler.clone().unclipped();
     for (step, free) in sampler.steps().iter().zip(unclipped.steps()) {
-        assert!(step.clip && !free.clip);
-        assert_eq!(Step { clip: true, ..*free }, *step);
+        assert_eq!((step.limit, free.limit), (Limit::Range(1.0), Limit::None));
+        assert_eq!(Step { limit: step.limit, ..*free }, *step);
     }
 }
 
@@ -412,7 +698,9 @@ fn the_loop_in_f32_follows_the_reference() {
     for method in [Method::Ancestral(Variance::FixedSmall), Method::Ddim { eta: 0.5 }] {
         let sampler = Sampler::new(&s, method, Spacing::Even, 10).unwrap();
         let mut states: Vec<f32> = Vec::new();
-        let net = |x: &Tensor, t: u32| Ok(Tensor::from_slice(&device, x.shape(), &network(x.data(), t, 1000)).unwrap());
+        let net = |x: &Tensor, t: f32| {
+            Ok(Tensor::from_slice(&device, x.shape(), &network(x.data(), t as u32, 1000)).unwrap())
+        };
         let last = sample(&device, &sampler, shape, samples, net, |p| {
             states.extend_from_slice(p.x.data());
             Ok(())
@@ -439,7 +727,8 @@ fn a_sample_does_not_depend_on_its_batch_and_progress_is_told() {
     let device = Device::cpu_guarded();
     let s = Schedule::new(Kind::Linear, 100).unwrap();
     let sampler = Sampler::new(&s, Method::Ancestral(Variance::FixedLarge), Spacing::Even, 12).unwrap();
-    let net = |x: &Tensor, t: u32| Ok(Tensor::from_slice(&device, x.shape(), &network(x.data(), t, 100)).unwrap());
+    let net =
+        |x: &Tensor, t: f32| Ok(Tensor::from_slice(&device, x.shape(), &network(x.data(), t as u32, 100)).unwrap());
     let draw = |n: usize, first: u32| {
         let mut told = Vec::new();
         let x = sample(&device, &sampler, Shape::new(n, 4, 7, 3), Samples { seed: 1, first }, net, |p| {

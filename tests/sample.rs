@@ -5,14 +5,21 @@ mod support;
 use ddpm_cuda::checkpoint;
 use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::device::Device;
-use ddpm_cuda::diffusion::{Kind, Method, Sampler, Schedule, Spacing};
+use ddpm_cuda::diffusion::sampler::{Before, Corrector, Guidance, Limit, Samples, inversion};
+use ddpm_cuda::diffusion::{Kind, Method, Prediction, Sampler, Schedule, Spacing, Variance};
 use ddpm_cuda::memory::available_on;
+use ddpm_cuda::ops::sample_step::{Noise, reference};
 use ddpm_cuda::params::Params;
-use ddpm_cuda::sample::{Drawing, class_called, memory_of_forward};
-use ddpm_cuda::tensor::{DType, Shape};
+use ddpm_cuda::rng::reference::normals;
+use ddpm_cuda::sample::encode::encode;
+use ddpm_cuda::sample::inpaint::{Move, Painting, moves};
+use ddpm_cuda::sample::interpolate::{lambdas, mixtures};
+use ddpm_cuda::sample::{Call, Drawing, Reverse, Shared, class_called, memory_of_forward};
+use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::unet::UNet;
 
-use support::{gpu, places};
+use num_traits::{Float, FloatConst};
+use support::{close_but_for, gpu, numbers, places, same_bits, to_f32};
 
 /// More images than one batch holds, with a class-conditional network of random weights.
 #[test]
@@ -132,4 +139,333 @@ fn the_memory_of_a_forward_pass_is_foreseen() {
     let share = foreseen(64, 16) as f64 / held as f64;
     assert!((0.2..=1.5).contains(&share), "foreseen {} bytes, held {held}", foreseen(64, 16));
     assert!(foreseen(1, 65_536) > 1 << 40, "{}", foreseen(1, 65_536));
+}
+
+/// A network in closed form: `0.6 tanh x + 0.1 sin 3x`, less 0.2 for images without a class; of a doubled output `cos 2x / 2`
+/// in the second half of channels.
+fn closed<T: Float>(x: T, with: bool) -> [T; 2] {
+    let number = |v: f64| T::from(v).unwrap();
+    let y = number(0.6) * x.tanh() + number(0.1) * (number(3.0) * x).sin();
+    [if with { y } else { y - number(0.2) }, number(0.5) * (number(2.0) * x).cos()]
+}
+
+/// The same on a device, of as many images as there are, in halves.
+fn on_device(device: &Device, call: &Call<'_>, doubled: bool) -> Tensor {
+    let shape = call.x.shape();
+    let half = shape.len() / call.halves;
+    let x = call.x.to_vec().unwrap();
+    let mut y = Vec::new();
+    for (k, pixel) in x.chunks_exact(shape.c).enumerate() {
+        let both: Vec<[f32; 2]> = pixel.iter().map(|&x| closed(x, k * shape.c < half)).collect();
+        y.extend(both.iter().map(|b| b[0]));
+        if doubled {
+            y.extend(both.iter().map(|b| b[1]));
+        }
+    }
+    let shape = Shape { c: if doubled { 2 * shape.c } else { shape.c }, ..shape };
+    Tensor::from_slice_as(device, device.activations(), shape, &y).unwrap()
+}
+
+/// The whole reverse process of one image by the references.
+fn by_reference<T: Float + FloatConst>(
+    sampler: &Sampler,
+    samples: Samples,
+    shared: Option<Shared>,
+    len: usize,
+) -> Vec<T> {
+    let noise = |streams, common: bool| {
+        let row = shared.filter(|_| common).map_or(1, |shared| shared.row);
+        normals::<T>(&Noise { streams, row }.image(0), 0, len)
+    };
+    let output = |x: &[T], guidance: Option<Guidance>| {
+        let [with, without] = [true, false].map(|with| x.iter().map(|&x| closed(x, with)[0]).collect::<Vec<T>>());
+        guidance.map_or(with.clone(), |guidance| reference::guided(&with, &without, guidance))
+    };
+    let (mut x, mut past) = (noise(samples.start(), true), (Vec::new(), Vec::new()));
+    for (i, step) in sampler.steps().iter().enumerate() {
+        let y = output(&x, sampler.guidance(step.level));
+        let v: Vec<T> = x.iter().map(|&x| closed(x, true)[1]).collect();
+        let z = noise(samples.noise(step.t), shared.is_some_and(|shared| step.t > shared.until));
+        let before = match step.before {
+            Before::Nothing => Vec::new(),
+            Before::X0 => past.1.clone(),
+            Before::State => past.0.clone(),
+        };
+        let image = reference::Image { x: &x, output: &y, v: &v, before: &before, gradient: &[], z: &z };
+        let (next, x_0) = reference::step_of(image, step);
+        past = (x, x_0);
+        x = next;
+        let Some((corrector, correction)) = sampler.correction(i) else { continue };
+        for round in 0..corrector.steps {
+            let y = output(&x, sampler.guidance(correction.level));
+            let streams = samples.correction(correction.t, round, corrector.steps);
+            let z = noise(streams, shared.is_some_and(|shared| correction.t >= shared.until));
+            x = reference::correct(&x, &y, &z, correction, corrector);
+        }
+    }
+    x
+}
+
+fn samplers() -> Vec<(&'static str, Sampler, Option<Shared>)> {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let over = |prediction, method, kept: &[u32]| Sampler::over(&s, prediction, method, kept).unwrap();
+    let kept = Spacing::Even.timesteps(1000, 8).unwrap();
+    let small = Method::Ancestral(Variance::FixedSmall);
+    let guidance = Guidance::new(2.0).unwrap().rescaled(0.7).unwrap().within(0.3, 20.0).unwrap();
+    let corrector = Corrector { steps: 2, snr: 0.1 };
+    vec![
+        ("dpm++", Sampler::new(&s, Method::DpmPp, Spacing::Even, 8).unwrap(), None),
+        ("heun", Sampler::heun_over_levels(&s, Prediction::V, 6).unwrap(), None),
+        ("guided", over(Prediction::V, Method::Ddim { eta: 0.3 }, &kept).guided(guidance), None),
+        ("corrected", over(Prediction::X0, small, &kept).guided(guidance).corrected(corrector).unwrap(), None),
+        (
+            "shared",
+            over(Prediction::X0, small, &kept).corrected(corrector).unwrap(),
+            Some(Shared { row: 3, until: 428 }),
+        ),
+        ("learned range", over(Prediction::V, Method::Ancestral(Variance::LearnedRange), &kept), None),
+        ("thresholded", over(Prediction::V, small, &kept).limited(Limit::quantile(0.95).unwrap()), None),
+    ]
+}
+
+/// Every sampler on every device follows the references in f64, and an image does not depend on its batch.
+///
+/// A step's own error is measured by the reference in f32. The exponentials of a learned variance err by 2 ulp, four
+/// roundings, of noise below 1 in each of 8 steps, of which each passes on at most its whole error.
+#[test]
+fn every_sampler_follows_the_reference_on_every_device() {
+    let shape = Shape::new(3, 5, 7, 3);
+    let image = shape.len() / 3;
+    for (name, sampler, shared) in samplers() {
+        let doubled = sampler.steps()[0].learned.is_some();
+        let run = |device: &Device, shape: Shape, first: u32| {
+            let samples = Samples { seed: 5, first };
+            let reverse = Reverse { device, sampler: &sampler, shape, samples, start: None, shared, x_0: true };
+            let (mut told, mut images) = (0, 0);
+            let x = reverse.run(
+                |call| Ok(on_device(device, &call, doubled)),
+                None,
+                |p| {
+                    told += 1;
+                    images += usize::from(p.x_0.is_some());
+                    assert_eq!((p.done, p.total), (told, sampler.calls()));
+                    Ok(())
+                },
+            );
+            assert_eq!(told, sampler.calls(), "{name}: network passes");
+            assert_eq!(images, sampler.steps().len(), "{name}: predictions of x_0");
+            x.unwrap().to_vec().unwrap()
+        };
+        let each = |device: &Device| {
+            let x = run(device, shape, 7);
+            for i in 0..3 {
+                let alone = run(device, Shape { n: 1, ..shape }, 7 + i as u32);
+                same_bits(&format!("{name}: image {i} alone"), &alone, &x[i * image..(i + 1) * image]);
+            }
+            if device.activations() == DType::F32 {
+                let samples = |i: u32| Samples { seed: 5, first: 7 + i };
+                let oracle: Vec<f64> = (0..3).flat_map(|i| by_reference(&sampler, samples(i), shared, image)).collect();
+                let yardstick: Vec<f32> =
+                    (0..3).flat_map(|i| by_reference(&sampler, samples(i), shared, image)).collect();
+                let allowance = if doubled { 8.0 * 4.0 * 6.77 * support::F32_ROUNDING } else { 0.0 };
+                let share = close_but_for(name, &x, &oracle, &yardstick, allowance);
+                println!("{name} on {device}: {share:.2} of the budget");
+            }
+            x
+        };
+        each(&Device::cpu_guarded());
+        gpu::each(name, each);
+    }
+}
+
+/// Images 6, 7 and 8 are a row: with all noise in common they are equal, and with x_T alone they are not.
+#[test]
+fn a_row_shares_its_noise() {
+    let device = Device::cpu();
+    let (_, sampler, _) = samplers().swap_remove(4);
+    let draw = |until: u32| {
+        let samples = Samples { seed: 1, first: 5 };
+        let shared = Some(Shared { row: 3, until });
+        let shape = Shape::new(5, 4, 4, 1);
+        let reverse = Reverse { device: &device, sampler: &sampler, shape, samples, start: None, shared, x_0: false };
+        let x = reverse.run(|call| Ok(on_device(&device, &call, false)), None, |_| Ok(())).unwrap();
+        x.data().chunks_exact(16).map(<[f32]>::to_vec).collect::<Vec<_>>()
+    };
+    let all = draw(0);
+    assert!(all[1] == all[2] && all[2] == all[3] && all[0] != all[1] && all[3] != all[4]);
+    let start = draw(999);
+    assert!((0..4).all(|i| start[i] != start[i + 1]));
+}
+
+/// A closed-form classifier whose log probability is -|x - 2|^2 / 2 draws the samples towards 2, and more with its scale.
+#[test]
+fn a_gradient_moves_the_samples() {
+    let device = Device::cpu();
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let kept = Spacing::Even.timesteps(1000, 20).unwrap();
+    for method in [Method::Ancestral(Variance::FixedLarge), Method::Ddim { eta: 0.0 }] {
+        let sampler = Sampler::over(&s, Prediction::X0, method, &kept).unwrap();
+        let mean = |scale: f64| {
+            let shape = Shape::new(4, 3, 3, 1);
+            let samples = Samples { seed: 1, first: 0 };
+            let reverse =
+                Reverse { device: &device, sampler: &sampler, shape, samples, start: None, shared: None, x_0: false };
+            let mut gradient = |x: &Tensor, _: f32| {
+                let slope: Vec<f32> = x.data().iter().map(|x| 2.0 - x).collect();
+                Tensor::from_slice(&device, x.shape(), &slope)
+            };
+            let x = reverse.run(|call| Ok(on_device(&device, &call, false)), Some((&mut gradient, scale)), |_| Ok(()));
+            x.unwrap().data().iter().sum::<f32>() / 36.0
+        };
+        let means = [0.0, 0.05, 0.2].map(mean);
+        assert!(means[0] + 0.01 < means[1] && means[1] + 0.01 < means[2], "{method:?}: {means:?}");
+    }
+}
+
+/// What encodes and then decodes comes back, on every device.
+#[test]
+fn encoded_images_come_back() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let kept = Spacing::Even.timesteps(1000, 50).unwrap();
+    // eps of a network that knows every pixel to be N(0.1, 0.25).
+    let network = |device: &Device, x: &Tensor, t: f32| {
+        let (signal, noise) = s.q_sample_coefficients(t as usize);
+        let eps = |&x: &f32| {
+            let variance = signal * signal * 0.25 + noise * noise;
+            (noise * (f64::from(x) - signal * 0.1) / variance) as f32
+        };
+        let eps: Vec<f32> = x.to_vec()?.iter().map(eps).collect();
+        Tensor::from_slice_as(device, device.activations(), x.shape(), &eps)
+    };
+    let steps = inversion(&s, Prediction::Eps, &kept).unwrap();
+    let sampler = Sampler::over(&s, Prediction::Eps, Method::Ddim { eta: 0.0 }, &kept).unwrap().unclipped();
+    let shape = Shape::new(2, 3, 5, 1);
+    let pixels = to_f32(&numbers(1, shape.len()));
+    let back = |device: &Device, rounds: u32| {
+        let x_0 = Tensor::from_slice(device, shape, &pixels).unwrap();
+        let mut calls = 0;
+        let x_t = encode(
+            device,
+            &steps,
+            rounds,
+            &x_0,
+            |x, t| network(device, x, t),
+            || {
+                calls += 1;
+                Ok(())
+            },
+        );
+        assert_eq!(calls, 50 * (rounds + 1));
+        let start = Tensor::from_slice(device, shape, &x_t.unwrap()).unwrap();
+        let samples = Samples { seed: 0, first: 0 };
+        let reverse =
+            Reverse { device, sampler: &sampler, shape, samples, start: Some(&start), shared: None, x_0: false };
+        let x = reverse.run(|call| network(device, call.x, call.t), None, |_| Ok(())).unwrap().to_vec().unwrap();
+        let off = x.iter().zip(&pixels).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max);
+        (x, off)
+    };
+    let (_, naive) = back(&Device::cpu(), 0);
+    let (_, off) = back(&Device::cpu(), 10);
+    assert!(naive > 1e-3 && off < 1e-4, "off by {naive} without iteration and by {off} with it");
+    let want = back(&Device::cpu(), 3).0;
+    gpu::each("encode", |device| {
+        let (x, off) = back(device, 3);
+        assert!(off < if device.activations() == DType::F32 { 1e-3 } else { 0.1 }, "off by {off}");
+        if gpu::cpu_fuses() && device.activations() == DType::F32 {
+            same_bits("encoded and decoded", &x, &want);
+        }
+        x
+    });
+}
+
+/// RePaint's schedule: calls of the network and steps of noise.
+#[test]
+fn repaint_goes_back_as_often_as_its_paper() {
+    let count = |levels, jump, times| {
+        let moves = moves(levels, jump, times).unwrap();
+        let up = moves.iter().filter(|step| matches!(step, Move::Up(_))).count();
+        (moves.len() - up, up)
+    };
+    assert_eq!(count(250, 10, 10), (2410, 2160));
+    assert_eq!(count(250, 10, 20), (4810, 4560));
+    assert_eq!(count(100, 10, 10).0, 910);
+    assert_eq!(count(20, 5, 2), (35, 15));
+    assert_eq!(count(7, 10, 10), (7, 0));
+    // 19..10 up to 15, down to 10 and on to 5, and so on: never over a level.
+    let levels = moves(20, 5, 2).unwrap().into_iter().try_fold(19usize, |at, step| match step {
+        Move::Down(level) if level == at => Some(at.wrapping_sub(1)),
+        Move::Up(level) if level == at + 1 => Some(level),
+        _ => None,
+    });
+    assert_eq!(levels, Some(usize::MAX), "it ends at the image");
+    assert!(moves(20, 5, 0).is_err() && moves(20, 0, 1).is_err());
+}
+
+/// Known pixels come out as they are and the others do not, on every device with the same bits, alone and together.
+#[test]
+fn painting_keeps_what_is_known() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let kept = Spacing::Even.timesteps(1000, 12).unwrap();
+    let sampler = Sampler::over(&s, Prediction::Eps, Method::Ancestral(Variance::FixedSmall), &kept).unwrap();
+    let moves = moves(12, 3, 2).unwrap();
+    let shape = Shape::new(2, 4, 6, 3);
+    let known = to_f32(&numbers(1, shape.len()));
+    let mask: Vec<f32> = (0..shape.len()).map(|k| f32::from(u8::from(k % 72 < 36))).collect();
+    let paint = |device: &Device, first: u32, images: std::ops::Range<usize>| {
+        let shape = Shape { n: images.len(), ..shape };
+        let part = |x: &[f32]| Tensor::from_slice(device, shape, &x[images.start * 72..images.end * 72]).unwrap();
+        let (known, mask) = (part(&known), part(&mask));
+        let chain = s.keep(&kept);
+        let painting = Painting {
+            device,
+            chain: &chain,
+            sampler: &sampler,
+            moves: &moves,
+            seed: 3,
+            first,
+            known: &known,
+            mask: &mask,
+        };
+        let network = |x: &Tensor, t: f32| Ok(on_device(device, &Call { x, t, halves: 1 }, false));
+        painting.paint(network, || Ok(())).unwrap()
+    };
+    let want = paint(&Device::cpu(), 0, 0..2);
+    for k in 0..shape.len() {
+        assert_eq!(want[k] == known[k], mask[k] == 0.0, "pixel {k}");
+    }
+    assert!(want[..36] != want[72..108], "two images are painted alike");
+    same_bits("alone", &paint(&Device::cpu(), 1, 1..2), &want[72..]);
+    gpu::each("painting", |device| {
+        let x = paint(device, 0, 0..2);
+        if gpu::cpu_fuses() && device.activations() == DType::F32 {
+            same_bits("painted", &x, &want);
+        }
+        x
+    });
+}
+
+/// A mixture has the variance of its level whatever lambda is, and mixtures of an image with itself are one.
+#[test]
+fn mixtures_share_their_noise() {
+    let device = Device::cpu();
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let lambdas = lambdas(5);
+    assert_eq!(lambdas, [0.0, 0.25, 0.5, 0.75, 1.0]);
+    let shape = Shape::new(5, 32, 32, 3);
+    let image = 32 * 32 * 3;
+    let (a, b) = (vec![0.5; image], vec![-0.5; image]);
+    let x = mixtures(&device, &s, 400, 1, shape, [&a, &b], &lambdas).unwrap();
+    let (signal, noise) = s.q_sample_coefficients(400);
+    for (x, lambda) in x.data().chunks_exact(image).zip(&lambdas) {
+        let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / image as f64;
+        let variance = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / image as f64;
+        // Five standard deviations of a mean and of a variance of so many normals.
+        let spread = 5.0 / (image as f64).sqrt();
+        assert!((mean - signal * (0.5 - lambda)).abs() < spread * noise, "lambda {lambda}: mean {mean}");
+        assert!((variance / (noise * noise) - 1.0).abs() < 2f64.sqrt() * spread, "lambda {lambda}: {variance}");
+    }
+    let same = mixtures(&device, &s, 400, 1, shape, [&a, &a], &lambdas).unwrap();
+    assert!(same.data().chunks_exact(image).all(|x| x == &same.data()[..image]));
+    let other = mixtures(&device, &s, 400, 2, shape, [&a, &a], &lambdas).unwrap();
+    assert!(other.data()[..image] != same.data()[..image], "another seed, the same noise");
 }

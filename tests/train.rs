@@ -353,7 +353,7 @@ fn objective_run(c: &Config, device: &Device, steps: u32, resumed: Option<u32>) 
         trainer.step().unwrap();
         last = trainer.reports().unwrap().pop();
     }
-    (trainer.params().host().unwrap(), last.unwrap())
+    (trainer.params().host().unwrap().into_owned(), last.unwrap())
 }
 
 /// Every way to train: resumed runs have the bits of whole ones, also while timesteps are drawn by their losses; reports

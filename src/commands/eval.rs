@@ -7,8 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::on_data::OnData;
-use super::{On, choice};
-use crate::checkpoint;
+use super::{Of, On, choice};
 use crate::diffusion::objective::Loss;
 use crate::diffusion::{Objective, Spacing, Variance};
 use crate::error::{Error, Result};
@@ -24,9 +23,9 @@ const LINES: usize = 10;
 /// Arguments of `ddpm-cuda eval`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Run folder (its newest checkpoint), checkpoint, or model folder of diffusers
-    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER")]
-    pub model: PathBuf,
+    /// `--model` and `--set`
+    #[command(flatten)]
+    pub of: Of,
     /// `--data`, `--split` and `--count`
     #[command(flatten)]
     pub on_data: OnData,
@@ -66,10 +65,7 @@ pub fn run(args: &Args) -> Result<()> {
         usage!("--draws 0: must be at least 1");
     }
     let device = args.on.open()?;
-    let model = checkpoint::load(&device, &args.model)?;
-    for note in &model.notes {
-        say!("{note}");
-    }
+    let model = args.of.load(&device)?;
     let (c, stepping) = (&model.config, model.stepping);
     let (unet, _) = UNet::new(&c.model)?;
     let schedule = c.diffusion.noise_schedule()?;

@@ -6,9 +6,8 @@ use std::time::Instant;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
-use super::On;
 use super::on_data::OnData;
-use crate::checkpoint;
+use super::{Of, On};
 use crate::device::Precision;
 use crate::diffusion::Prediction;
 use crate::error::Result;
@@ -23,9 +22,9 @@ const TOGETHER: usize = 32;
 /// Arguments of `ddpm-cuda likelihood`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Run folder (its newest checkpoint), checkpoint, or model folder of diffusers
-    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER")]
-    pub model: PathBuf,
+    /// `--model` and `--set`
+    #[command(flatten)]
+    pub of: Of,
     /// `--data`, `--split` and `--count`
     #[command(flatten)]
     pub on_data: OnData,
@@ -62,10 +61,7 @@ pub fn run(args: &Args) -> Result<()> {
         usage!("--probes {}: must be from 1 to 10000", args.probes);
     }
     let device = args.on.open()?;
-    let model = checkpoint::load(&device, &args.model)?;
-    for note in &model.notes {
-        say!("{note}");
-    }
+    let model = args.of.load(&device)?;
     let c = &model.config;
     let (unet, _) = UNet::new(&c.model)?;
     let schedule = c.diffusion.noise_schedule()?;

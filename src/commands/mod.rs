@@ -2,10 +2,15 @@
 //! which does not need this module.
 
 pub mod convert;
+pub mod encode;
 pub mod eval;
 pub mod info;
+pub mod inpaint;
+pub mod interpolate;
 pub mod likelihood;
 mod on_data;
+mod opened;
+mod parts;
 pub mod predict;
 pub mod quality;
 pub mod sample;
@@ -13,12 +18,40 @@ mod signals;
 pub mod train;
 pub mod train_classifier;
 
+use std::path::PathBuf;
+
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
+use crate::checkpoint::{self, Loaded};
 use crate::device::{Choice, Device, Precision};
 use crate::error::Result;
 use crate::names::Named;
 use crate::say;
+
+/// `--model` and `--set`, for the commands that use a model.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Of {
+    /// Run folder (its newest checkpoint), checkpoint, model folder of diffusers, or .pt file of OpenAI's
+    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER|FILE.pt")]
+    pub model: PathBuf,
+    /// A flag of OpenAI's scripts that FILE.pt does not tell, such as num_heads=4; may be given several times
+    #[arg(long, value_name = "FLAG=VALUE")]
+    pub set: Vec<String>,
+}
+
+impl Of {
+    /// [`checkpoint::load_with`], saying what it says.
+    ///
+    /// # Errors
+    /// Those of [`checkpoint::load_with`].
+    pub fn load(&self, device: &Device) -> Result<Loaded> {
+        let model = checkpoint::load_with(device, &self.model, &self.set)?;
+        for note in &model.notes {
+            say!("{note}");
+        }
+        Ok(model)
+    }
+}
 
 /// `--device` and `--precision`, for the commands that use a model.
 #[derive(Clone, Copy, Debug, clap::Args)]

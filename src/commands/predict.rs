@@ -3,27 +3,57 @@
 
 use std::path::{Path, PathBuf};
 
-use super::On;
-use crate::checkpoint;
+use super::{Of, On, choice};
 use crate::conditioning::Conditioning;
+use crate::config::{Diffusion, Model};
 use crate::data::npy;
+use crate::diffusion::prediction::Mix;
+use crate::diffusion::sampler::Guidance;
+use crate::diffusion::{Prediction, Schedule, Variance};
 use crate::error::{Error, Result};
 use crate::layout;
+use crate::names::names;
 use crate::output;
-use crate::say;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Shape, Tensor};
 use crate::unet::UNet;
+use crate::usage;
+
+/// What is made of the network's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Output {
+    /// The noise.
+    Eps,
+    /// The image.
+    X0,
+    /// v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0.
+    V,
+    /// The mean of p(x_{t-1} | x_t).
+    Mu,
+    /// The logarithm of its variance.
+    LogVariance,
+    /// The score -eps / sqrt(1 - alpha_bar).
+    Score,
+    /// All channels as they are.
+    Raw,
+}
+
+names!(Output {
+    Eps = "eps",
+    X0 = "x0",
+    V = "v",
+    Mu = "mu",
+    LogVariance = "log_variance",
+    Score = "score",
+    Raw = "raw",
+});
 
 /// Arguments of `ddpm-cuda predict`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Run folder (its newest checkpoint), checkpoint, model folder of diffusers, or .pt file of OpenAI's
-    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER|FILE.pt")]
-    pub model: PathBuf,
-    /// A flag of OpenAI's scripts that FILE.pt does not tell, such as num_heads=4; may be given several times
-    #[arg(long, value_name = "FLAG=VALUE")]
-    pub set: Vec<String>,
+    /// `--model` and `--set`
+    #[command(flatten)]
+    pub of: Of,
     /// x_t: f32, images x channels x rows x columns
     #[arg(long, value_name = "X.npy")]
     pub x: PathBuf,
@@ -33,7 +63,13 @@ pub struct Args {
     /// Classes, one an image, for a conditional model
     #[arg(long, value_name = "L.npy")]
     pub labels: Option<PathBuf>,
-    /// The network's output: f32, images x channels x rows x columns
+    /// What to give: the prediction converted, nothing clipped, or raw, all channels [default: what the network predicts]
+    #[arg(long, value_name = "WHAT", value_parser = choice::<Output>())]
+    pub output: Option<Output>,
+    /// Classifier-free guidance, as in sample
+    #[arg(long, value_name = "W", allow_negative_numbers = true)]
+    pub guidance: Option<f64>,
+    /// The output: f32, images x channels x rows x columns
     #[arg(long, value_name = "OUT.npy")]
     pub out: PathBuf,
     /// `--device` and `--precision`
@@ -48,10 +84,7 @@ pub struct Args {
 /// files that cannot be read or written; those of [`On::open`].
 pub fn run(args: &Args) -> Result<()> {
     let device = args.on.open()?;
-    let model = checkpoint::load_with(&device, &args.model, &args.set)?;
-    for note in &model.notes {
-        say!("{note}");
-    }
+    let model = args.of.load(&device)?;
     let m = &model.config.model;
     let (unet, _) = UNet::new(m)?;
 
@@ -112,17 +145,142 @@ pub fn run(args: &Args) -> Result<()> {
         ),
     };
 
+    let guidance = args.guidance.map(Guidance::new).transpose()?;
+    if let Some(weight) = args.guidance.filter(|_| !m.null_class) {
+        usage!("--guidance {weight}: this model knows no images without a class; train one with label_dropout above 0");
+    }
+    let process = &model.config.diffusion;
+    let schedule = process.noise_schedule()?;
+    let conversion = Conversion { process, model: m, schedule: &schedule, output: args.output };
+    let steps = conversion.steps(&args.t, &t)?;
+
     let x = layout::to_channels_last(&x, shape.c, shape.pixels());
-    let mut tape = Tape::inference(&device, &model.params);
-    let x = Var::constant(Tensor::from_slice_as(&device, device.activations(), shape, &x)?); // (n, h, w, c)
-    let per_image = Shape::new(shape.n, 1, 1, 1);
-    let t = Tensor::from_slice(&device, per_image, &t)?;
-    let labels = labels.map(|l| Tensor::from_slice(&device, per_image, &l)).transpose()?;
-    let conditioning = labels.map_or(Conditioning::NONE, Conditioning::on_labels);
-    let y = unet.forward(&mut tape, &x, &t, &conditioning, None)?.into_value(); // (n, h, w, c)
-    let out = y.shape();
-    let y = layout::to_channels_first(&y.to_vec()?, out.c, out.pixels());
-    output::write_npy(&args.out, &[out.n, out.c, out.h, out.w], &y)
+    let forward = |labels: Option<&[f32]>| -> Result<Vec<f32>> {
+        let mut tape = Tape::inference(&device, &model.params);
+        let x = Var::constant(Tensor::from_slice_as(&device, device.activations(), shape, &x)?); // (n, h, w, c)
+        let per_image = Shape::new(shape.n, 1, 1, 1);
+        let t = Tensor::from_slice(&device, per_image, &t)?;
+        let labels = labels.map(|l| Tensor::from_slice(&device, per_image, l)).transpose()?;
+        let conditioning = labels.map_or(Conditioning::NONE, Conditioning::on_labels);
+        unet.forward(&mut tape, &x, &t, &conditioning, None)?.into_value().to_vec() // (n, h, w, c or 2c)
+    };
+    let mut y = forward(labels.as_deref())?;
+    if let Some(guidance) = guidance {
+        let without = forward(Some(&vec![m.classes as f32; shape.n]))?;
+        // The variance is that of the class.
+        let pixels = y.chunks_exact_mut(m.out_channels()).zip(without.chunks_exact(m.out_channels()));
+        for (with, without) in pixels.flat_map(|(with, without)| with.iter_mut().zip(without).take(shape.c)) {
+            *with = (f64::from(*without) + guidance.weight * (f64::from(*with) - f64::from(*without))) as f32;
+        }
+    }
+    let y = conversion.of(&x, &y, &steps, shape);
+    let channels = y.len() / shape.rows();
+    let y = layout::to_channels_first(&y, channels, shape.pixels());
+    output::write_npy(&args.out, &[shape.n, channels, shape.h, shape.w], &y)
+}
+
+/// From what the network puts out to what is asked for.
+struct Conversion<'a> {
+    process: &'a Diffusion,
+    model: &'a Model,
+    schedule: &'a Schedule,
+    output: Option<Output>,
+}
+
+/// What one timestep makes of the output.
+enum At {
+    /// Nothing.
+    Same,
+    /// A mixture of x_t and the prediction.
+    Mixed(Mix),
+    /// The logarithm of a variance: `offset + factor v`.
+    LogVariance(f64, f64),
+}
+
+impl Conversion<'_> {
+    /// For each image, whose timestep must be a whole one of the model unless nothing is converted.
+    fn steps(&self, path: &Path, t: &[f32]) -> Result<Vec<At>> {
+        let last = self.schedule.len() - 1;
+        let own = match self.process.prediction {
+            Prediction::Eps => Output::Eps,
+            Prediction::X0 => Output::X0,
+            Prediction::V => Output::V,
+            Prediction::Mu => Output::Mu,
+        };
+        let output = self.output.filter(|&output| output != own && output != Output::Raw);
+        t.iter()
+            .map(|&time| {
+                let Some(output) = output else { return Ok(At::Same) };
+                if time.fract() != 0.0 || time < 0.0 || time > last as f32 {
+                    let what =
+                        format!("holds the timestep {time}, but --output {output} needs whole ones from 0 to {last}");
+                    return Err(Error::file(path, what));
+                }
+                self.at(output, time as usize)
+            })
+            .collect()
+    }
+
+    fn at(&self, output: Output, t: usize) -> Result<At> {
+        let (s, prediction) = (self.schedule, self.process.prediction);
+        let (signal, noise) = s.q_sample_coefficients(t);
+        if signal == 0.0 && prediction == Prediction::Eps {
+            usage!(
+                "--output {output}: at timestep {t} nothing is left of the image (zero terminal SNR), of which eps says nothing"
+            );
+        }
+        let (x_0, eps) = (prediction.x_0(s, t), prediction.eps(s, t));
+        let mix = |of_x_0: f64, of_eps: f64| Mix {
+            xt: of_x_0 * x_0.xt + of_eps * eps.xt,
+            output: of_x_0 * x_0.output + of_eps * eps.output,
+        };
+        Ok(At::Mixed(match output {
+            Output::Eps => eps,
+            Output::X0 => x_0,
+            Output::V => mix(-noise, signal),
+            Output::Score => mix(0.0, -1.0 / noise),
+            Output::Mu => {
+                let (c_x0, c_xt) = s.posterior_mean_coefficients(t);
+                let mean = mix(c_x0, 0.0);
+                Mix { xt: mean.xt + c_xt, ..mean }
+            }
+            Output::LogVariance => {
+                let (offset, factor) = match self.process.variance {
+                    Variance::Learned => (0.0, 1.0),
+                    Variance::LearnedRange => {
+                        let (low, high) = (s.log_variance(Variance::FixedSmall, t), s.betas()[t].ln());
+                        (0.5 * (high + low), 0.5 * (high - low))
+                    }
+                    fixed => (s.log_variance(fixed, t), 0.0),
+                };
+                return Ok(At::LogVariance(offset, factor));
+            }
+            Output::Raw => return Ok(At::Same),
+        }))
+    }
+
+    /// The numbers asked for, (n, h, w, c), or (n, h, w, 2c) if all channels are.
+    fn of(&self, x: &[f32], y: &[f32], steps: &[At], shape: Shape) -> Vec<f32> {
+        let (c, channels) = (shape.c, self.model.out_channels());
+        if self.output == Some(Output::Raw) {
+            return y.to_vec();
+        }
+        let pixels = x.chunks_exact(c).zip(y.chunks_exact(channels)).enumerate();
+        let pixel = |(k, (x, y)): (usize, (&[f32], &[f32]))| -> Vec<f32> {
+            match steps[k / shape.pixels()] {
+                At::Same => y[..c].to_vec(),
+                At::Mixed(mix) => {
+                    let pairs = x.iter().zip(y).map(|(&x, &y)| (f64::from(x), f64::from(y)));
+                    pairs.map(|(x, y)| (mix.xt * x + mix.output * y) as f32).collect()
+                }
+                At::LogVariance(offset, 0.0) => vec![offset as f32; c],
+                At::LogVariance(offset, factor) => {
+                    y[c..].iter().map(|&v| (offset + factor * f64::from(v)) as f32).collect()
+                }
+            }
+        };
+        pixels.flat_map(pixel).collect()
+    }
 }
 
 fn one_per_image(path: &Path, n: usize) -> Result<npy::Array> {

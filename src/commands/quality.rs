@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::opened::limit;
 use super::train::Terminal;
 use super::{On, choice};
 use crate::checkpoint;
@@ -292,8 +293,7 @@ fn open_model(args: &Args, path: &Path) -> Result<(Source, Config)> {
     let method = Method::Ancestral(default_variance(c.diffusion.variance, steps, schedule.len()));
     let spacing = args.spacing.unwrap_or(stepping.spacing);
     let kept = spacing.timesteps_from(stepping.steps_offset, schedule.len(), steps)?;
-    let sampler = Sampler::over(&schedule, method, &kept)?;
-    let sampler = if stepping.clip { sampler } else { sampler.unclipped() };
+    let sampler = Sampler::over(&schedule, c.diffusion.prediction, method, &kept)?.limited(limit(&stepping));
     let labels = labels(c.model.classes, None, count)?;
     let model = Drawn { device, unet, params: model.params, sampler, seed: args.seed, count, labels };
     Ok((Source::Model(Box::new(model)), c))

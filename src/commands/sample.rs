@@ -1,24 +1,36 @@
 //! `ddpm-cuda sample`: draws images with a trained model.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use twox_hash::XxHash3_128;
 
-use super::{On, choice};
-use crate::checkpoint;
-use crate::diffusion::{Method, Sampler, Spacing, Variance};
+use super::opened::{Grid, Opened, bar};
+use super::parts::Parts;
+use super::{Of, On, choice};
+use crate::data::npy;
+use crate::device::Device;
+use crate::diffusion::sampler::{Corrector, Guidance, Limit, Samples};
+use crate::diffusion::{Method, Sampler, Timesteps, Variance};
 use crate::error::{Error, Result};
-use crate::memory::{available_memory, available_on};
+use crate::layout;
+use crate::memory::available_memory;
 use crate::names::names;
-use crate::output;
-use crate::sample::{DEFAULT_STEPS, Drawing, class_called, default_variance, labels, memory_of_forward};
+use crate::ops::sample_step::{Noise, start_from};
+use crate::output::{self, Target};
+use crate::sample::{Drawing, Progress, Request, Shared, default_variance, label};
+use crate::tensor::Shape;
 use crate::text::GIB;
-use crate::unet::UNet;
 use crate::{say, usage};
 
 /// Frames of an animation: about three seconds.
 const GIF_FRAMES: usize = 60;
+/// Most columns, and images, of the picture of predictions along the way.
+const PROGRESSIVE: (usize, usize) = (20, 64);
+/// Images if none are asked for.
+const DEFAULT_COUNT: usize = 64;
+/// Ratio of drift to noise of a correction, if none is asked for.
+const DEFAULT_SNR: f64 = 0.16;
 
 /// Names of the samplers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,43 +39,78 @@ pub enum SamplerName {
     Ddpm,
     /// DDIM: good images in few steps.
     Ddim,
+    /// DPM-Solver++ 2M: good images in fewer.
+    DpmPp,
+    /// Heun's method: two network passes a step.
+    Heun,
 }
 
-names!(SamplerName { Ddpm = "ddpm", Ddim = "ddim" });
+names!(SamplerName { Ddpm = "ddpm", Ddim = "ddim", DpmPp = "dpm++", Heun = "heun" });
 
 /// Arguments of `ddpm-cuda sample`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Run folder (its newest checkpoint), checkpoint, model folder of diffusers, or .pt file of OpenAI's
-    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER|FILE.pt")]
-    pub model: PathBuf,
-    /// A flag of OpenAI's scripts that FILE.pt does not tell, such as num_heads=4; may be given several times
-    #[arg(long, value_name = "FLAG=VALUE")]
-    pub set: Vec<String>,
-    /// Number of images
-    #[arg(long, default_value_t = 64, value_name = "N")]
-    pub count: usize,
-    /// How steps are taken: ddpm, the paper's algorithm 2, or ddim, good images in few steps
+    /// `--model` and `--set`
+    #[command(flatten)]
+    pub of: Of,
+    /// Number of images, any: they are kept batch by batch until they are written [default: 64, or those of --start]
+    #[arg(long, value_name = "N")]
+    pub count: Option<usize>,
+    /// How steps are taken: ddpm, the paper's algorithm 2; ddim or dpm++ (2M), good images in few steps; heun, two
+    /// network passes a step
     #[arg(long, default_value = "ddpm", value_parser = choice::<SamplerName>())]
     pub sampler: SamplerName,
-    /// Steps from noise to image, up to the model's number of timesteps [default: 100]
-    #[arg(long, value_name = "N")]
-    pub steps: Option<usize>,
+    /// `--steps` and `--spacing`
+    #[command(flatten)]
+    pub grid: Grid,
     /// DDIM's share of the ancestral noise, 0 to 1 [default: 0]
     #[arg(long, value_name = "ETA")]
     pub eta: Option<f64>,
-    /// Variance of ancestral sampling [default: the model's for all timesteps, fixed_small for fewer]
+    /// Variance of ancestral sampling [default: the model's for all timesteps or a learned range, else fixed_small]
     #[arg(long, value_name = "VARIANCE", value_parser = choice::<Variance>())]
     pub variance: Option<Variance>,
-    /// Which timesteps are kept when there are fewer steps [default: the model's; even if it says nothing]
-    #[arg(long, value_name = "SPACING", value_parser = choice::<Spacing>())]
-    pub spacing: Option<Spacing>,
+    /// Whether the predicted image is clipped to [-1, 1] at every step [default: the model's; true]
+    #[arg(long, value_name = "true|false")]
+    pub clip_x0: Option<bool>,
+    /// Dynamic thresholding instead of clipping: the quantile of the predicted image's sizes, such as 0.995
+    #[arg(long, value_name = "P")]
+    pub threshold: Option<f64>,
+    /// Classifier-free guidance: eps = eps_uncond + W (eps_class - eps_uncond); 1 is none
+    #[arg(long, value_name = "W", allow_negative_numbers = true)]
+    pub guidance: Option<f64>,
+    /// How far guidance is rescaled to the deviation without it, 0 to 1 [default: 0]
+    #[arg(long, value_name = "PHI")]
+    pub guidance_rescale: Option<f64>,
+    /// Guide only at noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) above A and up to B
+    #[arg(long, value_name = "A,B")]
+    pub guidance_interval: Option<String>,
+    /// Langevin steps with the score after each step (ddpm and ddim)
+    #[arg(long, value_name = "N")]
+    pub corrector: Option<u32>,
+    /// Their ratio of drift to noise [default: 0.16]
+    #[arg(long, value_name = "R")]
+    pub snr: Option<f64>,
     /// Seed of the noise; image i of a seed is the same whatever --count
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub seed: u64,
     /// Class of every image, by name or number; a conditional model without it draws the classes in turn
     #[arg(long, value_name = "NAME|K")]
     pub class: Option<String>,
+    /// Start from this x_T of unit variance: f32, images x channels x rows x columns
+    #[arg(long, value_name = "X.npy")]
+    pub start: Option<PathBuf>,
+    /// Write the x_T of the images there, as --start reads it
+    #[arg(long, value_name = "X.npy")]
+    pub save_start: Option<PathBuf>,
+    /// Write the predictions of x_0 along the way there, an image a row, of up to 64 images
+    #[arg(long, value_name = "FILE.png")]
+    pub progressive: Option<PathBuf>,
+    /// Images in a row of the grid share x_T and all noise down to x at this timestep
+    #[arg(long, value_name = "T")]
+    pub shared_noise: Option<u32>,
+    /// Go on with the same command, interrupted
+    #[arg(long)]
+    pub resume: bool,
     /// FILE.png (one grid), FILE.npz (arr_0, u8 NHWC), FILE.gif (the reverse process) or DIR/ (a PNG each)
     #[arg(long, value_name = "FILE.png|FILE.npz|FILE.gif|DIR/")]
     pub out: PathBuf,
@@ -78,93 +125,341 @@ pub struct Args {
 /// `Error::Usage` for arguments that do not fit the model, `Error::File` for files that cannot be read or written,
 /// `Error::Failed` for more images than fit into memory; those of [`On::open`].
 pub fn run(args: &Args) -> Result<()> {
-    let device = args.on.open()?;
-    if args.count == 0 {
+    let opened = Opened::new(&args.on, &args.of)?;
+    if args.count == Some(0) {
         usage!("--count 0: draw at least 1 image");
     }
-    let target = output::Target::parse(&args.out)?;
-    let model = checkpoint::load_with(&device, &args.model, &args.set)?;
-    for note in &model.notes {
-        say!("{note}");
-    }
-    let (c, stepping) = (&model.config, model.stepping);
-    if stepping.threshold.is_some() || (stepping.clip && stepping.clip_range != 1.0) {
-        usage!(
-            "{}: its scheduler limits x_0 by thresholding or to other values than -1 to 1, which this sampler cannot do",
-            args.model.display()
-        );
-    }
-    let (unet, _) = UNet::new(&c.model)?;
-    let schedule = c.diffusion.noise_schedule()?;
-    let steps = args.steps.unwrap_or(DEFAULT_STEPS.min(schedule.len()));
-    let method = match (args.sampler, args.eta, args.variance) {
-        (SamplerName::Ddpm, Some(eta), _) => usage!("--eta {eta}: only DDIM has it, so add --sampler ddim"),
-        (SamplerName::Ddim, _, Some(v)) => usage!("--variance {v}: DDIM's noise is --eta, so leave --variance out"),
-        (SamplerName::Ddpm, None, variance) => {
-            Method::Ancestral(variance.unwrap_or(default_variance(c.diffusion.variance, steps, schedule.len())))
-        }
-        (SamplerName::Ddim, eta, None) => Method::Ddim { eta: eta.unwrap_or(0.0) },
+    let target = Target::parse(&args.out)?;
+    let c = &opened.model.config;
+    let sampler = sampler(args, &opened)?;
+    let start = args.start.as_deref().map(|path| read_start(path, args, &opened)).transpose()?;
+    let image = opened.shape(1).len();
+    let count = start.as_ref().map_or(args.count.unwrap_or(DEFAULT_COUNT), |start| start.len() / image);
+    let drawing = Drawing {
+        device: &opened.device,
+        unet: &opened.unet,
+        params: &opened.model.params,
+        sampler: &sampler,
+        seed: args.seed,
     };
-    let spacing = args.spacing.unwrap_or(stepping.spacing);
-    let kept = spacing.timesteps_from(stepping.steps_offset, schedule.len(), steps)?;
-    let sampler = Sampler::over(&schedule, method, &kept)?;
-    let sampler = if stepping.clip { sampler } else { sampler.unclipped() };
-    let drawing = Drawing { device: &device, unet: &unet, params: &model.params, sampler: &sampler, seed: args.seed };
-    let frame_every = steps.div_ceil(GIF_FRAMES);
-    let held = if target == output::Target::Gif { steps.div_ceil(frame_every) } else { 1 };
-    refuse_too_many(args.count, drawing.shape(1).len().saturating_mul(args.count).saturating_mul(held))?;
-    let shape = drawing.shape(args.count);
+    let (calls, shape) = (sampler.calls(), drawing.shape(count));
+    let frame_every = calls.div_ceil(GIF_FRAMES);
+    let in_memory = match target {
+        Target::Gif => calls.div_ceil(frame_every),
+        Target::Png => 1,
+        Target::Npz | Target::Folder => 0,
+    };
+    refuse_too_many(count, image.saturating_mul(count).saturating_mul(in_memory))?;
     target.check(&args.out, shape)?;
-    let class = args.class.as_deref().map(|class| class_called(class, &c.class_names, c.model.classes)).transpose()?;
-    let labels = labels(c.model.classes, class, args.count)?;
-    let together = drawing.shape(args.count.min(drawing.batch()));
-    let needed = memory_of_forward(&device, &unet, &model.params, together)?;
-    let available = available_on(&device).unwrap_or(u64::MAX);
-    if needed > available {
-        let advice = if together.n > 1 { "draw fewer with --count" } else { "this model is too large to draw here" };
-        return Err(Error::Failed(format!(
-            "drawing {} images of {}x{} together takes {:.2} GiB of memory and {:.2} GiB are available: {advice}",
-            together.n,
-            c.model.image_size,
-            c.model.channels,
-            needed as f64 / GIB,
-            available as f64 / GIB
-        )));
+    let class = opened.class(args.class.as_deref())?;
+    let classes = c.model.classes;
+    let shared = match args.shared_noise {
+        Some(until) if until as usize >= opened.schedule.len() => {
+            usage!("--shared-noise {until}: this model has the timesteps 0 to {}", opened.schedule.len() - 1)
+        }
+        until => until.map(|until| Shared { row: output::columns(shape) as u32, until }),
+    };
+    if let Some(path) = &args.progressive {
+        check_progressive(path, args, shape, &sampler)?;
+    }
+    if let Some(path) = &args.save_start {
+        if args.start.is_some() {
+            usage!("--save-start beside --start: they are the same numbers, so leave one out");
+        }
+        save_start(path, shape, args.seed, shared)?;
+    }
+    let together = count.min(drawing.batch());
+    let advice = if together > 1 { "draw fewer with --count" } else { "this model is too large to draw here" };
+    opened.check_memory(together, drawing.memory(together)?, advice)?;
+    if calls != sampler.steps().len() || args.sampler == SamplerName::Heun {
+        say!("{} network passes an image", calls);
     }
 
     let started = Instant::now();
-    let style =
-        ProgressStyle::with_template("{wide_bar} {pos}/{len} network passes, {eta} left").expect("a valid template");
-    let bar = ProgressBar::new((args.count.div_ceil(drawing.batch()) * steps) as u64).with_style(style);
-    let mut frames: Vec<Vec<u8>> = Vec::new();
-    let images = drawing.images(args.count, labels.as_deref(), |p| {
-        bar.inc(1);
-        if target == output::Target::Gif && (p.done % frame_every == 0 || p.done == p.total) {
-            let index = (p.done - 1) / frame_every;
-            frames.resize_with(frames.len().max(index + 1), Vec::new);
-            frames[index].extend(output::to_bytes(&p.x.to_vec()?));
+    // A single batch is made at once; frames are of all batches.
+    let parts = match target {
+        Target::Gif => None,
+        _ if together == count && !args.resume => None,
+        _ => Some(Parts::open(
+            &args.out,
+            &hash(args, &opened, &sampler, start.as_deref())?,
+            args.resume,
+            count,
+            together,
+            image,
+        )?),
+    };
+    let together = parts.as_ref().map_or(together, |parts| parts.together);
+    let missing: Vec<usize> = (0..count)
+        .step_by(together)
+        .filter(|&first| parts.as_ref().is_none_or(|parts| !parts.is_done(first)))
+        .collect();
+    if parts.is_some() && args.resume {
+        say!("{} of {} batches are done", count.div_ceil(together) - missing.len(), count.div_ceil(together));
+    }
+    let bar = bar(missing.len() * calls);
+    let (mut frames, mut images) = (Vec::<Vec<u8>>::new(), Vec::new());
+    let mut along = Along::new(args.progressive.is_some(), sampler.steps().len());
+    for first in missing {
+        let batch = together.min(count - first);
+        let labels: Option<Vec<u32>> = (first..first + batch).map(|i| label(classes, class, i)).collect();
+        let request = Request {
+            first: first as u32,
+            count: batch,
+            labels: labels.as_deref(),
+            start: start.as_ref().map(|start| &start[first * image..][..batch * image]),
+            shared,
+            x_0: along.wanted && first < PROGRESSIVE.1,
+        };
+        along.begin();
+        let drawn = drawing.draw(&request, None, |p| {
+            bar.inc(1);
+            along.see(&p)?;
+            if target == Target::Gif && (p.done % frame_every == 0 || p.done == p.total) {
+                let index = (p.done - 1) / frame_every;
+                frames.resize_with(frames.len().max(index + 1), Vec::new);
+                frames[index].extend(output::to_bytes(&p.x.to_vec()?));
+            }
+            Ok(())
+        })?;
+        let bytes = output::to_bytes(&drawn);
+        match &parts {
+            Some(parts) => parts.keep(first, &bytes)?,
+            None => images.extend(bytes),
         }
-        Ok(())
-    })?;
+    }
     bar.finish_and_clear();
 
-    match target {
-        output::Target::Gif => output::write_gif(&args.out, shape, &frames)?,
-        output::Target::Png => output::write_grid(&args.out, shape, &images)?,
-        output::Target::Npz => output::write_npz(&args.out, shape, &images, labels.as_deref())?,
-        output::Target::Folder => output::write_folder(&args.out, shape, &images)?,
+    let labels = (classes > 0).then(|| (0..count).map(|i| label(classes, class, i).expect("a conditional model")));
+    match (target, &parts) {
+        (Target::Gif, _) => output::write_gif(&args.out, shape, &frames)?,
+        (Target::Png, None) => output::write_grid(&args.out, shape, &images)?,
+        (Target::Png, Some(parts)) => {
+            let read = parts.read().collect::<std::io::Result<Vec<_>>>();
+            let images = read.map_err(|e| Error::file(&args.out, format!("cannot be made of its parts: {e}")))?;
+            output::write_grid(&args.out, shape, &images.concat())?;
+        }
+        (Target::Npz, None) => output::write_npz_parts(&args.out, shape, std::iter::once(Ok(&images)), labels)?,
+        (Target::Npz, Some(parts)) => output::write_npz_parts(&args.out, shape, parts.read(), labels)?,
+        (Target::Folder, None) => output::write_folder(&args.out, shape, &images)?,
+        (Target::Folder, Some(parts)) => output::write_folder_parts(&args.out, shape, parts.read())?,
     }
-    say!("{} images in {:.1} s: {}", args.count, started.elapsed().as_secs_f64(), args.out.display());
+    if let Some(path) = &args.progressive {
+        along.write(path, shape)?;
+    }
+    if let Some(parts) = parts {
+        parts.delete()?;
+    }
+    say!("{count} images in {:.1} s: {}", started.elapsed().as_secs_f64(), args.out.display());
     Ok(())
+}
+
+/// The steps that the arguments ask for.
+fn sampler(args: &Args, opened: &Opened) -> Result<Sampler> {
+    let (process, m, schedule) = (&opened.model.config.diffusion, &opened.model.config.model, &opened.schedule);
+    let solver = matches!(args.sampler, SamplerName::DpmPp | SamplerName::Heun);
+    if let (Some(eta), true) = (args.eta, args.sampler != SamplerName::Ddim) {
+        usage!("--eta {eta}: only DDIM has it, so add --sampler ddim");
+    }
+    match (args.sampler, args.variance) {
+        (SamplerName::Ddpm, _) | (_, None) => {}
+        (SamplerName::Ddim, Some(v)) => usage!("--variance {v}: DDIM's noise is --eta, so leave --variance out"),
+        (_, Some(v)) => usage!("--variance {v}: {} adds no noise, so leave --variance out", args.sampler),
+    }
+    if let Some(v) = args.variance.filter(|v| v.is_learned() && *v != process.variance) {
+        usage!("--variance {v}: this model was trained with {}, so its network does not say it", process.variance);
+    }
+    let (spacing, steps) = args.grid.resolve(&opened.model.stepping, schedule.len(), solver)?;
+    let sampler = if args.sampler == SamplerName::Heun && spacing == Timesteps::Karras {
+        Sampler::heun_over_levels(schedule, process.prediction, steps)?
+    } else {
+        let kept = args.grid.kept(opened, solver)?;
+        let method = match args.sampler {
+            SamplerName::Ddpm => {
+                let default = default_variance(process.variance, kept.len(), schedule.len());
+                Method::Ancestral(args.variance.unwrap_or(default))
+            }
+            SamplerName::Ddim => Method::Ddim { eta: args.eta.unwrap_or(0.0) },
+            SamplerName::DpmPp => Method::DpmPp,
+            SamplerName::Heun => Method::Heun,
+        };
+        Sampler::over(schedule, process.prediction, method, &kept)?
+    };
+    let limit = match (args.threshold, args.clip_x0) {
+        (Some(p), Some(false)) => {
+            usage!("--threshold {p} beside --clip-x0 false: thresholding limits the image, so leave one out")
+        }
+        (Some(p), _) => Limit::quantile(p)?,
+        (None, Some(true)) => Limit::Range(1.0),
+        (None, Some(false)) => Limit::None,
+        (None, None) => opened.limit(),
+    };
+    let mut sampler = sampler.limited(limit);
+    match args.guidance {
+        Some(weight) => {
+            if m.classes == 0 {
+                usage!("--guidance {weight}: this model is unconditional, leave --guidance out");
+            }
+            let mut guidance = Guidance::new(weight)?.rescaled(args.guidance_rescale.unwrap_or(0.0))?;
+            if let Some(text) = &args.guidance_interval {
+                let (low, high) = interval(text)?;
+                guidance = guidance.within(low, high)?;
+            }
+            if !m.null_class && weight != 1.0 {
+                usage!(
+                    "--guidance {weight}: this model knows no images without a class; train one with label_dropout above 0"
+                );
+            }
+            sampler = sampler.guided(guidance);
+        }
+        None if args.guidance_rescale.is_some() => {
+            usage!("--guidance-rescale: there is no guidance to rescale, add --guidance W")
+        }
+        None if args.guidance_interval.is_some() => {
+            usage!("--guidance-interval: there is no guidance there, add --guidance W")
+        }
+        None => {}
+    }
+    match (args.corrector, args.snr) {
+        (Some(steps), snr) => sampler.corrected(Corrector { steps, snr: snr.unwrap_or(DEFAULT_SNR) }),
+        (None, Some(snr)) => usage!("--snr {snr}: it is that of the corrections, so add --corrector N"),
+        (None, None) => Ok(sampler),
+    }
+}
+
+/// `A,B` of `--guidance-interval`.
+fn interval(text: &str) -> Result<(f64, f64)> {
+    let ends = text.split_once(',').and_then(|(low, high)| Some((low.trim().parse().ok()?, high.trim().parse().ok()?)));
+    ends.ok_or_else(|| {
+        Error::Usage(format!(
+            "--guidance-interval {text}: two noise levels with a comma are expected, such as 0.28,2.9"
+        ))
+    })
+}
+
+/// x_T of `--start`, (n, h, w, c).
+fn read_start(path: &Path, args: &Args, opened: &Opened) -> Result<Vec<f32>> {
+    let array = npy::read(path)?;
+    let s = opened.shape(1);
+    let count = match array.shape[..] {
+        [n, c, h, w] if n > 0 && (h, w, c) == (s.h, s.w, s.c) => n,
+        _ => {
+            let what = format!(
+                "holds an array of shape {}, but this model starts from images x {}x{}x{}",
+                npy::extent(&array.shape),
+                s.c,
+                s.h,
+                s.w
+            );
+            return Err(Error::file(path, what));
+        }
+    };
+    if let Some(asked) = args.count.filter(|&asked| asked != count) {
+        usage!("--count {asked}: {} holds {count}, so leave --count out", path.display());
+    }
+    let x = array.to_f32().map_err(|e| Error::file(path, e))?;
+    if let Some(bad) = x.iter().find(|v| !v.is_finite()) {
+        return Err(Error::file(path, format!("holds {bad}; only finite numbers can be started from")));
+    }
+    Ok(layout::to_channels_last(&x, s.c, s.pixels()))
+}
+
+/// Writes the x_T that the images will be drawn from. It has the same bits on every device.
+fn save_start(path: &Path, shape: Shape, seed: u64, shared: Option<Shared>) -> Result<()> {
+    let cpu = Device::cpu();
+    let one = Shape { n: 1, ..shape };
+    let row = shared.map_or(1, |shared| shared.row);
+    let mut failed = None;
+    let images = (0..shape.n as u32).map_while(|first| {
+        let streams = Samples { seed, first }.start();
+        match start_from(&cpu, one, Noise { streams, row }, 1) {
+            Ok(state) => Some(layout::to_channels_first(state.x.data(), shape.c, shape.pixels())),
+            Err(e) => {
+                failed = Some(e);
+                None
+            }
+        }
+    });
+    output::write_npy_from(path, &[shape.n, shape.c, shape.h, shape.w], images.flatten())?;
+    failed.map_or(Ok(()), Err)
+}
+
+/// What the drawn bytes follow from: the arguments, the weights, the start, the device.
+fn hash(args: &Args, opened: &Opened, sampler: &Sampler, start: Option<&[f32]>) -> Result<String> {
+    let mut hash = XxHash3_128::new();
+    let class = opened.class(args.class.as_deref())?;
+    let plain = (args.seed, class, args.shared_noise, args.on.precision, opened.device.to_string());
+    hash.write(format!("{plain:?} {:?} {sampler:?}", args.count).as_bytes());
+    hash.write(bytemuck::cast_slice(&opened.model.params.host()?));
+    hash.write(bytemuck::cast_slice(start.unwrap_or_default()));
+    Ok(format!("{:032x}", hash.finish_128()))
+}
+
+fn check_progressive(path: &Path, args: &Args, shape: Shape, sampler: &Sampler) -> Result<()> {
+    if args.resume {
+        usage!("--progressive beside --resume: predictions along the way are not kept for later, so leave one out");
+    }
+    match Target::parse(path)? {
+        Target::Png => {}
+        _ => usage!("--progressive {}: a picture FILE.png is expected", path.display()),
+    }
+    let columns = sampler.steps().len().min(PROGRESSIVE.0);
+    Target::Png.check(path, Shape { n: shape.n.min(PROGRESSIVE.1) * columns, ..shape })
+}
+
+/// The predictions of x_0 along the way (DDPM, figure 6), of up to `PROGRESSIVE.1` images.
+struct Along {
+    wanted: bool,
+    /// Steps between two that are kept, of the last of which there is always one.
+    every: usize,
+    total: usize,
+    step: usize,
+    /// For each kept step the bytes of all images.
+    columns: Vec<Vec<u8>>,
+}
+
+impl Along {
+    fn new(wanted: bool, total: usize) -> Self {
+        Along { wanted, every: total.div_ceil(PROGRESSIVE.0), total, step: 0, columns: Vec::new() }
+    }
+
+    /// A batch begins.
+    fn begin(&mut self) {
+        self.step = 0;
+    }
+
+    fn see(&mut self, progress: &Progress<'_>) -> Result<()> {
+        let Some(x_0) = progress.x_0 else { return Ok(()) };
+        self.step += 1;
+        // Counted from the end, so that the last is the image.
+        let left = self.total - self.step;
+        if left.is_multiple_of(self.every) {
+            let column = (self.total - 1) / self.every - left / self.every;
+            self.columns.resize_with(self.columns.len().max(column + 1), Vec::new);
+            self.columns[column].extend(output::to_bytes(&x_0.to_vec()?));
+        }
+        Ok(())
+    }
+
+    fn write(&self, path: &Path, shape: Shape) -> Result<()> {
+        let image = Shape { n: 1, ..shape }.len();
+        let n = shape.n.min(PROGRESSIVE.1);
+        let row = |i: usize| self.columns.iter().flat_map(move |column| &column[i * image..][..image]);
+        let images: Vec<u8> = (0..n).flat_map(row).copied().collect();
+        output::write_table(path, Shape { n: n * self.columns.len(), ..shape }, &images, self.columns.len())
+    }
 }
 
 /// Refuses more images than fit into memory: their `bytes`, and as much again while they are written.
 fn refuse_too_many(count: usize, bytes: usize) -> Result<()> {
+    if count > u32::MAX as usize {
+        usage!("--count {count}: at most {} images have noise of their own", u32::MAX);
+    }
     // If the machine does not say how much there is, nothing is refused for it.
     let (needed, available) = ((bytes as u64).saturating_mul(2), available_memory().unwrap_or(u64::MAX));
-    if count > u32::MAX as usize || needed > available {
+    if needed > available {
         return Err(Error::Failed(format!(
-            "--count {count}: these images need {:.2} GiB of memory and {:.2} GiB are available; draw fewer at a time, each time with another --seed",
+            "--count {count}: a picture of these images needs {:.2} GiB of memory and {:.2} GiB are available; draw fewer, or into FILE.npz or DIR/",
             needed as f64 / GIB,
             available as f64 / GIB
         )));

@@ -30,7 +30,7 @@ use twox_hash::XxHash3_128;
 
 pub use order::Order;
 
-use crate::config::{Config, Size};
+use crate::config::{Background, Config, Size};
 use crate::error::{Error, Result, printable};
 use crate::images::Images;
 use crate::rng::philox;
@@ -272,6 +272,29 @@ impl Source {
         let notes = notes.iter().map(|note| printable(note)).collect();
         Ok(Data { train, held_out, classes: names, notes })
     }
+}
+
+/// One PNG or JPEG file, fitted to `to`: (h, w, c).
+///
+/// # Errors
+/// `Error::File` for a file that is missing, damaged or no such image.
+pub fn read_picture(path: &Path, to: Extent, background: Background) -> Result<Vec<u8>> {
+    let picture = picture::decode(path, background).map_err(|fault| Error::file(path, fault.sentence))?;
+    fit::check_channels(picture.extent.channels, to.channels).map_err(|e| Error::file(path, e))?;
+    Ok(fit::fit(&picture.pixels, picture.extent, to))
+}
+
+/// A mask from a PNG or JPEG file of the size of `to`: true where it is lighter than half, (h, w).
+///
+/// # Errors
+/// `Error::File` for a file that is missing, damaged, no such image or of another size.
+pub fn read_mask(path: &Path, to: Extent) -> Result<Vec<bool>> {
+    let picture = picture::decode(path, Background([255; 3])).map_err(|fault| Error::file(path, fault.sentence))?;
+    if picture.extent.size != to.size {
+        let what = format!("is {}, but the model's images are {}: a mask has their size", picture.extent.size, to.size);
+        return Err(Error::file(path, what));
+    }
+    Ok(fit::fit(&picture.pixels, picture.extent, Extent { channels: 1, ..to }).iter().map(|&v| v >= 128).collect())
 }
 
 /// [`Source::open`], then [`Source::load`].

@@ -13,7 +13,7 @@ use crate::rng::{Purpose, Streams};
 pub enum Sampling {
     /// Uniform on `0..T` (DDPM, algorithm 1).
     Uniform,
-    /// Evenly over the images of a batch ([`Timesteps::Stratified`]).
+    /// Evenly over the images of a batch ([`Timestep::Stratified`]).
     Stratified,
     /// By the losses so far ([`Importance`](super::Importance)).
     Importance,
@@ -23,7 +23,7 @@ names!(Sampling { Uniform = "uniform", Stratified = "stratified", Importance = "
 
 /// Where the images' timesteps come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Timesteps {
+pub enum Timestep {
     /// Uniform on `0..T`, each image from its own stream (DDPM, algorithm 1).
     Uniform(Streams),
     /// One u for the whole batch of a step, in which image i of B has t = floor(T ((u + i/B) mod 1)): each is uniform,
@@ -63,7 +63,7 @@ pub struct Batch {
     /// also in `timestep` and `noise`.
     pub flips: Option<Streams>,
     /// Where [`t`](Self::t) comes from.
-    pub timestep: Timesteps,
+    pub timestep: Timestep,
     /// T, the number of timesteps.
     pub timesteps: u32,
     /// The streams of the noise eps.
@@ -78,7 +78,7 @@ impl Batch {
     pub fn train(seed: u64, step: u32, first: u32, indices: Vec<usize>, flip: bool, timesteps: u32) -> Self {
         let streams = |purpose| Streams { seed, purpose, step, first };
         let flips = flip.then(|| streams(Purpose::Flip));
-        let (timestep, noise) = (Timesteps::Uniform(streams(Purpose::Timestep)), streams(Purpose::TrainNoise));
+        let (timestep, noise) = (Timestep::Uniform(streams(Purpose::Timestep)), streams(Purpose::TrainNoise));
         Batch { indices, labels: None, dropped: None, flips, timestep, timesteps, noise, weights: None }
     }
 
@@ -86,8 +86,7 @@ impl Batch {
     /// so the validation loss changes only because the network does. Nothing is mirrored.
     pub fn validation(seed: u64, first: u32, indices: Vec<usize>, timesteps: u32) -> Self {
         let streams = |purpose| Streams { seed, purpose, step: 0, first };
-        let (timestep, noise) =
-            (Timesteps::Uniform(streams(Purpose::ValidationTimestep)), streams(Purpose::Validation));
+        let (timestep, noise) = (Timestep::Uniform(streams(Purpose::ValidationTimestep)), streams(Purpose::Validation));
         Batch { indices, labels: None, dropped: None, flips: None, timestep, timesteps, noise, weights: None }
     }
 
@@ -98,21 +97,21 @@ impl Batch {
         let step = draw.checked_mul(timesteps).and_then(|step| step.checked_add(t));
         let step = step.unwrap_or_else(|| panic!("draw {draw} of {timesteps} timesteps: streams end at 2^32"));
         let noise = Streams { seed, purpose: Purpose::Evaluation, step, first };
-        let timestep = Timesteps::Given(vec![t; indices.len()]);
+        let timestep = Timestep::Given(vec![t; indices.len()]);
         Batch { indices, labels: None, dropped: None, flips: None, timestep, timesteps, noise, weights: None }
     }
 
     /// Each image's timestep, in `0..timesteps`.
     pub fn t(&self) -> Vec<u32> {
         match &self.timestep {
-            Timesteps::Uniform(streams) => (0..self.len()).map(|i| streams.image(i).below(self.timesteps)).collect(),
-            Timesteps::Stratified { streams, images } => {
+            Timestep::Uniform(streams) => (0..self.len()).map(|i| streams.image(i).below(self.timesteps)).collect(),
+            Timestep::Stratified { streams, images } => {
                 let [u, ..] = Streams { first: 0, ..*streams }.image(0).block(0);
                 let stratum = |i: usize| (u64::from(streams.image(i).stream) << 32) / u64::from(*images);
                 let place = |i: usize| u.wrapping_add(stratum(i) as u32);
                 (0..self.len()).map(|i| (u64::from(place(i)) * u64::from(self.timesteps) >> 32) as u32).collect()
             }
-            Timesteps::Given(t) => t.clone(),
+            Timestep::Given(t) => t.clone(),
         }
     }
 
@@ -133,16 +132,16 @@ impl Batch {
 
     /// The same batch of a training step with stratified timesteps; `images` in the batch of the step.
     pub fn stratified(self, images: usize) -> Self {
-        let Timesteps::Uniform(streams) = self.timestep else { panic!("the timesteps are given") };
+        let Timestep::Uniform(streams) = self.timestep else { panic!("the timesteps are given") };
         let images = u32::try_from(images).expect("a batch below 2^32");
-        Batch { timestep: Timesteps::Stratified { streams, images }, ..self }
+        Batch { timestep: Timestep::Stratified { streams, images }, ..self }
     }
 
     /// The same batch at the given timesteps.
     pub fn at(self, t: Vec<u32>) -> Self {
         assert_eq!(t.len(), self.len(), "one timestep for each of the images");
         assert!(t.iter().all(|t| *t < self.timesteps), "timesteps {t:?} of {}", self.timesteps);
-        Batch { timestep: Timesteps::Given(t), ..self }
+        Batch { timestep: Timestep::Given(t), ..self }
     }
 
     /// The same batch with a factor for the loss of each image.

@@ -11,7 +11,7 @@
 
 use std::collections::VecDeque;
 
-use super::batch::{Batch, Timesteps};
+use super::batch::{Batch, Timestep};
 
 /// Losses kept of each timestep.
 pub const KEPT: usize = 10;
@@ -116,7 +116,7 @@ impl Importance {
     /// The batch with the timesteps and the weights of this step. Its own timesteps must be uniform.
     pub fn draw(&self, batch: Batch) -> Batch {
         let n = batch.len();
-        let Timesteps::Uniform(streams) = &batch.timestep else { panic!("the timesteps are given already") };
+        let Timestep::Uniform(streams) = &batch.timestep else { panic!("the timesteps are given already") };
         if !self.is_warm() {
             return batch.weighted(vec![1.0; n]);
         }

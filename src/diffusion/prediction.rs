@@ -8,7 +8,9 @@
 //! and v are the same, since alpha_bar is; mu is not: it is converted with the betas of the full chain.
 
 use super::schedule::Schedule;
+use crate::error::Result;
 use crate::names::names;
+use crate::usage;
 
 /// What the network predicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +88,22 @@ impl Prediction {
             Prediction::V => Mix { xt: noise, output: signal },
             Prediction::Mu => panic!("mu is predicted for timesteps alone"),
         }
+    }
+
+    /// x_0 from x_t and the network's output at a level that need not be a timestep's.
+    ///
+    /// # Errors
+    /// `Error::Usage` for mu, which is defined by the betas of whole timesteps.
+    pub fn x_0_at(self, alpha_bar: f64) -> Result<Mix> {
+        let (signal, noise) = (alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt());
+        Ok(match self {
+            Prediction::Eps => Mix { xt: 1.0 / signal, output: -noise / signal },
+            Prediction::X0 => Mix { xt: 0.0, output: 1.0 },
+            Prediction::V => Mix { xt: signal, output: -noise },
+            Prediction::Mu => {
+                usage!("a network that predicts mu knows whole timesteps alone: take another --spacing than karras")
+            }
+        })
     }
 
     /// eps from x_t and the network's output at timestep `t`.

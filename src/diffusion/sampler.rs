@@ -1,18 +1,20 @@
-//! The reverse process from noise x_T to an image x_0: ancestral (DDPM, algorithm 2) or DDIM, over all timesteps or a
-//! subset.
+//! The reverse process from noise x_T to an image x_0, over all timesteps or a subset: ancestral (DDPM, algorithm 2),
+//! DDIM, DPM-Solver++ and Heun's method.
 //!
-//! A step of either is the same arithmetic with different factors ([`Step`]): predict x_0 from x_t and the network's
-//! output, clip it to [-1, 1], then `x_{t-1} = c_x0 x_0 + c_xt x_t + sigma z`. This form fits DDIM because its eps is
-//! derived again from the clipped x_0. So a device needs one operation, `ops::sample_step`; the loop over the steps is
-//! in `sample`. This module only computes factors, in f64.
+//! A step of any of them is the same arithmetic with different factors ([`Step`]): predict x_0 from x_t and the network's
+//! output, limit it, then `x_{t-1} = c_x0 x_0 + c_xt x_t + c_before before + sigma z`. This form fits DDIM because its
+//! eps is derived again from the limited x_0. So a device needs one operation, `ops::sample_step`; the loop over the
+//! steps is in `sample`. This module only computes factors, in f64.
 //!
 //! The noise of a sample depends only on the seed and its index: x_T and each z are streams of (seed, index, timestep).
 //!
-//! Deliberately absent: multistep samplers and guidance; both would change the prediction of x_0.
+//! Deliberately absent: UniPC, whose predictor is DPM-Solver++'s and whose corrector needs one more stored prediction,
+//! and stochastic variants of the two ODE solvers.
 
+use super::prediction::{Mix, Prediction};
 use super::schedule::{Schedule, Variance};
+use super::timesteps::{Spacing, Timesteps};
 use crate::error::Result;
-use crate::names::names;
 use crate::rng::{Purpose, Streams};
 use crate::usage;
 
@@ -27,172 +29,505 @@ pub enum Method {
         /// Fraction of the ancestral noise, in [0, 1].
         eta: f64,
     },
+    /// DPM-Solver++ 2M (Lu et al. 2022, algorithm 2): second order in the log-SNR from the last two predictions of x_0,
+    /// first order at the first and the last step. No noise.
+    DpmPp,
+    /// Heun's method on the ODE `dy/dsigma = eps`, `y = x / sqrt(alpha_bar)`, `sigma = sqrt((1 - alpha_bar)/alpha_bar)`
+    /// (Karras et al. 2022, algorithm 1, without churn). Two evaluations of the network a step, one in the last: 2N - 1.
+    Heun,
 }
 
-/// Which timesteps are kept when there are fewer steps than timesteps.
-///
-/// [`Spacing::Even`] is the default because it is right at both ends. It starts at T - 1, the noise level of x_T;
-/// `Stride` and `Leading` start about T/N lower, where a little of an image's brightness should already show. It ends
-/// at t = 0; `Trailing` jumps to the image from t = T/N - 1 and loses detail finer than the noise there. Measured with
-/// DDIM over the linear schedule and the exact denoiser of Gaussian data: for standard deviation 0.05, 10, 25 and 100
-/// steps keep 32, 48 and 79 per cent of it, and 15, 33 and 71 with `Trailing`; for mean 0.5, the mean is off by 0.0001
-/// after four steps, and by 0.0014 with `Leading`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub enum Spacing {
-    /// From 0 to T - 1 in equal steps, rounded half to even; OpenAI's respacing `N`. A single step is T - 1.
-    #[default]
-    Even,
-    /// Every k-th timestep from 0, with the smallest k that keeps N; OpenAI's `ddimN`. Some N have no such k.
-    Stride,
-    /// Multiples of floor(T/N) from 0; diffusers' `leading`.
-    Leading,
-    /// From T - 1 down in steps of T/N, rounded half to even; diffusers' `trailing`.
-    Trailing,
+impl Method {
+    /// Whether it is a solver of the ODE, whose grid does not include t = 0 but where it is spaced so, and whose steps
+    /// admit no correction.
+    pub const fn is_solver(self) -> bool {
+        matches!(self, Method::DpmPp | Method::Heun)
+    }
 }
 
-names!(Spacing { Even = "even", Stride = "stride", Leading = "leading", Trailing = "trailing" });
+/// What a predicted x_0 is confined to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Limit {
+    /// Nothing.
+    None,
+    /// [-r, r]; 1 is the range of images.
+    Range(f64),
+    /// [-1, 1] by dynamic thresholding (Saharia et al. 2022, section 2.3): clipped to +-s and divided by s, with s the
+    /// p-quantile of the image's |x_0|, at least 1 and at most `largest`.
+    Quantile {
+        /// Which quantile, in (0, 1].
+        p: f64,
+        /// The largest s, above 1; infinite if there is none.
+        largest: f64,
+    },
+}
 
-impl Spacing {
-    /// The `steps` kept out of `0..timesteps`, ascending.
+impl Limit {
+    /// [`Limit::Quantile`] without a largest s.
     ///
     /// # Errors
-    /// `Error::Usage` unless `steps` is from 1 to `timesteps`, or if [`Spacing::Stride`] has no such stride.
-    pub fn timesteps(self, timesteps: usize, steps: usize) -> Result<Vec<u32>> {
-        if steps == 0 || steps > timesteps {
-            usage!("the number of sampling steps is {steps}: must be from 1 to the model's {timesteps} timesteps");
+    /// `Error::Usage` for a `p` outside (0, 1].
+    pub fn quantile(p: f64) -> Result<Self> {
+        if !(p > 0.0 && p <= 1.0) {
+            usage!("--threshold {p}: the quantile must be above 0 and at most 1, such as 0.995");
         }
-        let last = timesteps - 1;
-        let kept: Vec<u32> = match self {
-            Spacing::Even if steps == 1 => vec![last as u32],
-            Spacing::Even => {
-                let stride = last as f64 / (steps - 1) as f64;
-                (0..steps).map(|i| (stride * i as f64).round_ties_even() as u32).collect()
-            }
-            Spacing::Stride => {
-                let Some(stride) = (1..=timesteps).find(|k| timesteps.div_ceil(*k) == steps) else {
-                    usage!(
-                        "no stride takes {timesteps} timesteps in {steps} steps: take another number or even spacing"
-                    );
-                };
-                (0..timesteps as u32).step_by(stride).collect()
-            }
-            Spacing::Leading => (0..steps).map(|i| (i * (timesteps / steps)) as u32).collect(),
-            Spacing::Trailing => {
-                let stride = timesteps as f64 / steps as f64;
-                let down = |i: usize| (timesteps as f64 - i as f64 * stride).round_ties_even() as u32 - 1;
-                (0..steps).rev().map(down).collect()
-            }
-        };
-        Ok(kept)
+        Ok(Limit::Quantile { p, largest: f64::INFINITY })
     }
+}
 
-    /// The same with `steps_offset` of diffusers' schedulers, which moves the timesteps of [`Spacing::Leading`] up and
-    /// no others.
-    ///
-    /// # Errors
-    /// Those of [`Spacing::timesteps`], and an offset that moves the last timestep beyond the end.
-    pub fn timesteps_from(self, offset: u32, timesteps: usize, steps: usize) -> Result<Vec<u32>> {
-        let mut kept = self.timesteps(timesteps, steps)?;
-        if self == Spacing::Leading && offset > 0 {
-            let last = u64::from(kept[steps - 1]) + u64::from(offset);
-            if last >= timesteps as u64 {
-                usage!(
-                    "steps_offset = {offset} of the model's scheduler moves the last of {steps} steps to timestep {last}, but the last there is is {}: take fewer steps or --spacing even",
-                    timesteps - 1
-                );
-            }
-            kept.iter_mut().for_each(|t| *t += offset);
-        }
-        Ok(kept)
-    }
+/// What a step reads besides x_t and the network's output.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Before {
+    /// Nothing.
+    Nothing,
+    /// The x_0 that the step before predicted.
+    X0,
+    /// The state that the step before started from.
+    State,
+}
+
+/// The logarithm of the variance, `offset + factor v`, from the second half v of the network's output.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct LogVariance {
+    /// Where v is 0.
+    pub offset: f64,
+    /// Of v.
+    pub factor: f64,
 }
 
 /// One step of the reverse process:
-/// `x_0 = clip(x0_xt x_t + x0_output output)`, `x_{t-1} = c_x0 x_0 + c_xt x_t + sigma z`.
+/// `x_0 = limit(x0_xt x_t + x0_output y)`, `x_{t-1} = c_x0 x_0 + c_xt x_t + c_before before + sigma z`.
+///
+/// A gradient g of log p(label | x_t), times its scale S, moves the mean (Dhariwal and Nichol 2021, algorithms 1 and 2):
+/// `x_0 += shift_x0 S g` after the limit, and `x_{t-1} += shift_mean variance S g`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Step {
-    /// The timestep given to the network, an index of the full chain.
+    /// The timestep, an index of the full chain. It names the stream of the noise.
     pub t: u32,
+    /// The timestep given to the network. That is `t`, but between two of them for Heun's method over noise levels.
+    pub time: f64,
+    /// The noise level sqrt((1 - alpha_bar) / alpha_bar) of x_t; infinite where nothing of the image is left.
+    pub level: f64,
     /// Factor of x_t in the prediction of x_0.
     pub x0_xt: f64,
     /// Factor of the network's output in the prediction of x_0.
     pub x0_output: f64,
-    /// Whether the predicted x_0 is clipped to [-1, 1].
-    pub clip: bool,
+    /// What the predicted x_0 is confined to.
+    pub limit: Limit,
     /// Factor of x_0 in x_{t-1}.
     pub c_x0: f64,
     /// Factor of x_t in x_{t-1}.
     pub c_xt: f64,
-    /// Standard deviation of the noise z; 0 at the last step.
+    /// Factor of `before` in x_{t-1}.
+    pub c_before: f64,
+    /// What `before` is.
+    pub before: Before,
+    /// Standard deviation of the noise z; 0 at the last step. With `learned` 1 or 0, whether there is noise.
     pub sigma: f64,
+    /// The variance, if the network says it.
+    pub learned: Option<LogVariance>,
+    /// The variance of p(x_{t-1} | x_t) if the network does not say it.
+    pub variance: f64,
+    /// Factor of a scaled gradient in x_0.
+    pub shift_x0: f64,
+    /// Factor of the variance times a scaled gradient in x_{t-1}.
+    pub shift_mean: f64,
+}
+
+/// A Langevin step with the score at the level that a step has reached (Song et al. 2021, algorithm 5):
+/// `x + e s + sqrt(2 e) z`, `s = -eps / noise`, `e = 2 alpha (snr |z| / |s|)^2`, norms per image.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Correction {
+    /// The timestep of the state that it corrects.
+    pub t: u32,
+    /// The noise level there, as in [`Step::level`].
+    pub level: f64,
+    /// eps from the state and the network's output.
+    pub eps: Mix,
+    /// sqrt(1 - alpha_bar).
+    pub noise: f64,
+    /// 1 - beta of the kept chain.
+    pub alpha: f64,
+}
+
+/// How many corrections follow a step, and how large they are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Corrector {
+    /// Corrections after every step but the last.
+    pub steps: u32,
+    /// Ratio of the norms of a correction's drift and noise; 0.16 is Song et al.'s.
+    pub snr: f64,
+}
+
+/// Classifier-free guidance (Ho and Salimans 2022): `eps = eps_without + weight (eps_with - eps_without)`, of the
+/// network's output with and without the class. For a learned variance that of the output with the class is taken.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Guidance {
+    /// 1: no guidance; 0: no class.
+    pub weight: f64,
+    /// phi, in [0, 1]: how far the output is rescaled to the deviation of that with the class (Lin et al. 2024,
+    /// equations 15 and 16).
+    pub rescale: f64,
+    /// Noise levels at which there is guidance, (above, up to) (Kynkaanniemi et al. 2024); elsewhere the weight is 1.
+    pub interval: (f64, f64),
+}
+
+impl Guidance {
+    /// With this weight, at every noise level, without rescaling.
+    ///
+    /// # Errors
+    /// `Error::Usage` for a weight that is no number.
+    pub fn new(weight: f64) -> Result<Self> {
+        if !weight.is_finite() {
+            usage!("--guidance {weight}: a finite number is expected, 1 for no guidance");
+        }
+        Ok(Guidance { weight, rescale: 0.0, interval: (0.0, f64::INFINITY) })
+    }
+
+    /// The same with rescaling.
+    ///
+    /// # Errors
+    /// `Error::Usage` for a `phi` outside [0, 1].
+    pub fn rescaled(self, phi: f64) -> Result<Self> {
+        if !(0.0..=1.0).contains(&phi) {
+            usage!("--guidance-rescale {phi}: must be from 0 to 1, such as 0.7");
+        }
+        Ok(Guidance { rescale: phi, ..self })
+    }
+
+    /// The same at the noise levels sqrt((1 - alpha_bar) / alpha_bar) above `low` and up to `high` only.
+    ///
+    /// # Errors
+    /// `Error::Usage` unless `0 <= low < high`.
+    pub fn within(self, low: f64, high: f64) -> Result<Self> {
+        if !(low >= 0.0 && low < high) {
+            usage!(
+                "--guidance-interval {low},{high}: noise levels sigma from low to high are expected, such as 0.28,2.9"
+            );
+        }
+        Ok(Guidance { interval: (low, high), ..self })
+    }
+
+    /// Whether the output without the class is needed at this noise level.
+    pub fn applies(&self, level: f64) -> bool {
+        self.weight != 1.0 && level > self.interval.0 && level <= self.interval.1
+    }
 }
 
 /// The steps of a reverse process, from x_T to x_0.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sampler {
     steps: Vec<Step>,
+    /// After each step but the last; empty for a solver.
+    corrections: Vec<Correction>,
+    corrector: Option<Corrector>,
+    guidance: Option<Guidance>,
+}
+
+/// A noise level of the ODE.
+struct Level {
+    time: f64,
+    alpha_bar: f64,
+    /// x_0 from the state and the network's output.
+    x_0: Mix,
+}
+
+impl Level {
+    fn sigma(&self) -> f64 {
+        level(self.alpha_bar)
+    }
+}
+
+/// sqrt((1 - alpha_bar) / alpha_bar).
+fn level(alpha_bar: f64) -> f64 {
+    ((1.0 - alpha_bar) / alpha_bar).sqrt()
 }
 
 impl Sampler {
-    /// `steps` steps of `method` over the timesteps that `spacing` keeps, with x_0 clipped. `steps = schedule.len()` is
-    /// the full chain.
+    /// `steps` steps of `method` over the timesteps that `spacing` keeps, for a network that predicts eps, with x_0
+    /// clipped to [-1, 1]. `steps = schedule.len()` is the full chain.
     ///
     /// # Errors
-    /// `Error::Usage` for an `eta` outside [0, 1], and those of [`Spacing::timesteps`].
+    /// Those of [`Sampler::over`] and [`Spacing::timesteps`].
     pub fn new(schedule: &Schedule, method: Method, spacing: Spacing, steps: usize) -> Result<Self> {
-        Sampler::over(schedule, method, &spacing.timesteps(schedule.len(), steps)?)
+        let kept = Timesteps::Spaced(spacing).kept(schedule, method.is_solver(), 0, steps)?;
+        Sampler::over(schedule, Prediction::Eps, method, &kept)
     }
 
-    /// The same over the timesteps `kept`, ascending.
+    /// The same over the timesteps `kept`, ascending, for a network that predicts `prediction`.
     ///
     /// # Errors
-    /// `Error::Usage` for an `eta` outside [0, 1].
-    pub fn over(schedule: &Schedule, method: Method, kept: &[u32]) -> Result<Self> {
+    /// `Error::Usage` for an `eta` outside [0, 1]; for a network that predicts eps, and for any with a solver, if
+    /// nothing of the image is left at the last timestep; for [`Variance::Learned`] over fewer timesteps than the
+    /// network learned it for.
+    pub fn over(schedule: &Schedule, prediction: Prediction, method: Method, kept: &[u32]) -> Result<Self> {
         if let Method::Ddim { eta } = method
             && !(0.0..=1.0).contains(&eta)
         {
             usage!("eta is {eta}: must be from 0 to 1");
         }
+        if method == Method::Ancestral(Variance::Learned) && kept.iter().enumerate().any(|(i, &t)| i != t as usize) {
+            usage!(
+                "the learned variance is that of a step of one timestep, but {} of {} are kept: take another, such as --variance fixed_small",
+                kept.len(),
+                schedule.len()
+            );
+        }
         let chain = schedule.keep(kept);
-        let step = |i: usize| {
-            let (signal, noise) = chain.q_sample_coefficients(i);
-            let (c_x0, c_xt, sigma) = match method {
-                Method::Ancestral(variance) => ancestral(&chain, variance, i),
-                Method::Ddim { eta } => ddim(&chain, eta, i),
+        let last = chain.len() - 1;
+        if chain.alpha_bar(last) == 0.0 {
+            if prediction == Prediction::Eps {
+                usage!(
+                    "a network that predicts eps cannot start from pure noise, which the schedule ends in (zero terminal SNR)"
+                );
+            }
+            if method.is_solver() {
+                usage!(
+                    "the schedule ends in pure noise (zero terminal SNR), where the log-SNR is infinite: take --sampler ddim or ddpm"
+                );
+            }
+        }
+        if method == Method::Heun {
+            let level = |&t: &u32| {
+                let x_0 = prediction.x_0(schedule, t as usize);
+                Level { time: f64::from(t), alpha_bar: schedule.alpha_bar(t as usize), x_0 }
             };
-            // x_t = signal x_0 + noise eps (DDPM, equation 4), solved for x_0.
-            Step { t: kept[i], x0_xt: 1.0 / signal, x0_output: -noise / signal, clip: true, c_x0, c_xt, sigma }
+            return Ok(Sampler::of(heun(&kept.iter().rev().map(level).collect::<Vec<_>>()), Vec::new()));
+        }
+        let step = |i: usize| {
+            let alpha_bar = chain.alpha_bar(i);
+            let x_0 = prediction.x_0(schedule, kept[i] as usize);
+            let plain = Step { shift_x0: shift_x0(alpha_bar), ..Step::plain(f64::from(kept[i]), alpha_bar, x_0) };
+            match method {
+                Method::Ancestral(variance) => ancestral(plain, &chain, variance, i),
+                Method::Ddim { eta } => ddim(plain, &chain, eta, i),
+                Method::DpmPp => dpm_pp(plain, &chain, i),
+                Method::Heun => unreachable!("its steps are made above"),
+            }
         };
-        Ok(Sampler { steps: (0..chain.len()).rev().map(step).collect() })
+        let correction = |i: usize| {
+            let alpha_bar = chain.alpha_bar(i);
+            Correction {
+                t: kept[i],
+                level: level(alpha_bar),
+                eps: prediction.eps(schedule, kept[i] as usize),
+                noise: (1.0 - alpha_bar).sqrt(),
+                alpha: alpha_bar / chain.alpha_bar_before(i),
+            }
+        };
+        let corrections = if method.is_solver() { Vec::new() } else { (0..last).rev().map(correction).collect() };
+        Ok(Sampler::of((0..=last).rev().map(step).collect(), corrections))
+    }
+
+    /// Heun's method over the noise levels of Karras et al. 2022, equation 5, which lie between the timesteps.
+    ///
+    /// # Errors
+    /// `Error::Usage` for a number of steps that is not from 1 to the number of timesteps, a network that predicts mu,
+    /// which is known at whole timesteps alone, and a schedule that ends in pure noise.
+    pub fn heun_over_levels(schedule: &Schedule, prediction: Prediction, steps: usize) -> Result<Self> {
+        let level = |(time, sigma): (f64, f64)| {
+            let alpha_bar = 1.0 / (1.0 + sigma * sigma);
+            Ok(Level { time, alpha_bar, x_0: prediction.x_0_at(alpha_bar)? })
+        };
+        let levels = Timesteps::karras_levels(schedule, steps)?.into_iter().map(level).collect::<Result<Vec<_>>>()?;
+        Ok(Sampler::of(heun(&levels), Vec::new()))
+    }
+
+    fn of(steps: Vec<Step>, corrections: Vec<Correction>) -> Self {
+        Sampler { steps, corrections, corrector: None, guidance: None }
+    }
+
+    /// The same steps with x_0 confined otherwise.
+    pub fn limited(mut self, limit: Limit) -> Self {
+        self.steps.iter_mut().for_each(|step| step.limit = limit);
+        self
     }
 
     /// The same steps without clipping of x_0, for a model whose scheduler asks for that.
-    pub fn unclipped(mut self) -> Self {
-        self.steps.iter_mut().for_each(|step| step.clip = false);
+    pub fn unclipped(self) -> Self {
+        self.limited(Limit::None)
+    }
+
+    /// The same with guidance.
+    pub fn guided(mut self, guidance: Guidance) -> Self {
+        self.guidance = Some(guidance);
         self
+    }
+
+    /// The same with corrections after every step but the last.
+    ///
+    /// # Errors
+    /// `Error::Usage` for an `snr` that is not above 0, and for a solver of the ODE.
+    pub fn corrected(mut self, corrector: Corrector) -> Result<Self> {
+        if !(corrector.snr > 0.0 && corrector.snr.is_finite()) {
+            usage!("--snr {}: must be above 0, such as 0.16", corrector.snr);
+        }
+        if self.corrections.len() + 1 != self.steps.len() {
+            usage!("--corrector {}: dpm++ and heun solve an ODE, so take --sampler ddpm or ddim", corrector.steps);
+        }
+        self.corrector = (corrector.steps > 0).then_some(corrector);
+        Ok(self)
     }
 
     /// The steps in the order they are taken.
     pub fn steps(&self) -> &[Step] {
         &self.steps
     }
+
+    /// The correction after the step of each index but the last, and how many there are of it.
+    pub fn correction(&self, index: usize) -> Option<(Corrector, &Correction)> {
+        self.corrector.zip(self.corrections.get(index))
+    }
+
+    /// The guidance, if it applies at this noise level.
+    pub fn guidance(&self, level: f64) -> Option<Guidance> {
+        self.guidance.filter(|guidance| guidance.applies(level))
+    }
+
+    /// Whether any step or correction needs the network's output with and without the class.
+    pub fn is_guided(&self) -> bool {
+        self.steps.iter().any(|step| self.guidance(step.level).is_some())
+    }
+
+    /// Evaluations of the network for a batch of images.
+    pub fn calls(&self) -> usize {
+        let corrections = self.corrector.map_or(0, |corrector| corrector.steps as usize * self.corrections.len());
+        self.steps.len() + corrections
+    }
+}
+
+impl Step {
+    /// A step at which nothing else is decided than the prediction of x_0.
+    pub(super) fn plain(time: f64, alpha_bar: f64, x_0: Mix) -> Step {
+        Step {
+            t: time as u32,
+            time,
+            level: level(alpha_bar),
+            x0_xt: x_0.xt,
+            x0_output: x_0.output,
+            limit: Limit::Range(1.0),
+            c_x0: 1.0,
+            c_xt: 0.0,
+            c_before: 0.0,
+            before: Before::Nothing,
+            sigma: 0.0,
+            learned: None,
+            variance: 0.0,
+            shift_x0: 0.0,
+            shift_mean: 0.0,
+        }
+    }
+}
+
+/// Factor of a scaled gradient in x_0 that lowers eps by sqrt(1 - alpha_bar) times it (Dhariwal and Nichol 2021,
+/// algorithm 2). Pure noise says nothing about a class, so there the gradient is 0.
+fn shift_x0(alpha_bar: f64) -> f64 {
+    if alpha_bar == 0.0 { 0.0 } else { (1.0 - alpha_bar) / alpha_bar.sqrt() }
 }
 
 /// Factors of x_0 and x_t in the mean of p(x_{t-1} | x_t), and its standard deviation (DDPM, equations 7 and 11).
-fn ancestral(chain: &Schedule, variance: Variance, i: usize) -> (f64, f64, f64) {
+fn ancestral(plain: Step, chain: &Schedule, variance: Variance, i: usize) -> Step {
     let (c_x0, c_xt) = chain.posterior_mean_coefficients(i);
-    let sigma = if i == 0 { 0.0 } else { (0.5 * chain.log_variance(variance, i)).exp() };
-    (c_x0, c_xt, sigma)
+    let step = Step { c_x0, c_xt, shift_x0: 0.0, shift_mean: 1.0, ..plain };
+    let noisy = if i == 0 { 0.0 } else { 1.0 };
+    match variance {
+        Variance::FixedSmall => {
+            let sigma = if i == 0 { 0.0 } else { (0.5 * chain.log_variance(variance, i)).exp() };
+            Step { sigma, variance: chain.posterior_variance(i), ..step }
+        }
+        Variance::FixedLarge => {
+            let log_variance = chain.log_variance(variance, i);
+            let sigma = if i == 0 { 0.0 } else { (0.5 * log_variance).exp() };
+            Step { sigma, variance: log_variance.exp(), ..step }
+        }
+        Variance::Learned => Step { sigma: noisy, learned: Some(LogVariance { offset: 0.0, factor: 1.0 }), ..step },
+        Variance::LearnedRange => {
+            let (low, high) = (chain.log_variance(Variance::FixedSmall, i), chain.betas()[i].ln());
+            let learned = LogVariance { offset: 0.5 * (high + low), factor: 0.5 * (high - low) };
+            Step { sigma: noisy, learned: Some(learned), ..step }
+        }
+    }
 }
 
 /// `x_{t-1} = sqrt(a') x_0 + sqrt(1 - a' - sigma^2) eps + sigma z` (DDIM, equation 12) with a' = alpha_bar_{t-1} and
 /// `eps = (x_t - sqrt(a) x_0) / sqrt(1 - a)`, collected by x_0 and x_t; sigma is DDIM's equation 16.
-fn ddim(chain: &Schedule, eta: f64, i: usize) -> (f64, f64, f64) {
+fn ddim(plain: Step, chain: &Schedule, eta: f64, i: usize) -> Step {
     let (a, before) = (chain.alpha_bar(i), chain.alpha_bar_before(i));
     let sigma = eta * ((1.0 - before) / (1.0 - a)).sqrt() * (1.0 - a / before).sqrt();
     // For eta = 1 and a long stride, rounding may take the difference below zero.
     let c_xt = ((1.0 - before - sigma * sigma).max(0.0) / (1.0 - a)).sqrt();
-    (before.sqrt() - c_xt * a.sqrt(), c_xt, sigma)
+    Step { c_x0: before.sqrt() - c_xt * a.sqrt(), c_xt, sigma, ..plain }
+}
+
+/// DPM-Solver++ 2M with the midpoint rule (Lu et al. 2022, algorithm 2): with lambda half the log-SNR and h its increase,
+/// `x_{t-1} = s'/s x_t - sqrt(a') expm1(-h) (x_0 + (x_0 - before) / (2 r))`, r the ratio of the last h to this one.
+///
+/// h is infinite at the last step, which returns x_0, and nothing is before the first, which is of first order.
+fn dpm_pp(plain: Step, chain: &Schedule, i: usize) -> Step {
+    if i == 0 {
+        return plain;
+    }
+    let (a, after) = (chain.alpha_bar(i), chain.alpha_bar(i - 1));
+    let lambda = |a: f64| 0.5 * (a / (1.0 - a)).ln();
+    let h = lambda(after) - lambda(a);
+    let (c_x0, c_xt) = (-after.sqrt() * (-h).exp_m1(), ((1.0 - after) / (1.0 - a)).sqrt());
+    if i + 1 == chain.len() {
+        return Step { c_x0, c_xt, ..plain };
+    }
+    let half = 0.5 * h / (lambda(a) - lambda(chain.alpha_bar(i + 1)));
+    Step { c_x0: c_x0 * (1.0 + half), c_xt, c_before: -c_x0 * half, before: Before::X0, ..plain }
+}
+
+/// Heun's method over the levels, noisiest first, then to the image: `y' = y + (sigma' - sigma) (d + d') / 2` with d at
+/// y and d' at `y + (sigma' - sigma) d`. The first half of a step is DDIM's, from x to x~; as it moved y by
+/// `(sigma' - sigma) d`, the second half is `x' = sqrt(a'/a) x / 2 + x~ / 2 + sqrt(a') (sigma' - sigma) d' / 2`, of x~, x
+/// and `d' = (x~ - sqrt(a') x~_0) / sqrt(1 - a')`. The last interval has the first half alone.
+fn heun(levels: &[Level]) -> Vec<Step> {
+    let mut steps = Vec::new();
+    let plain = |l: &Level| Step { shift_x0: shift_x0(l.alpha_bar), ..Step::plain(l.time, l.alpha_bar, l.x_0) };
+    for (j, here) in levels.iter().enumerate() {
+        let a = here.alpha_bar;
+        let Some(next) = levels.get(j + 1) else {
+            steps.push(plain(here));
+            break;
+        };
+        let after = next.alpha_bar;
+        let c_xt = ((1.0 - after) / (1.0 - a)).sqrt();
+        steps.push(Step { c_x0: after.sqrt() - c_xt * a.sqrt(), c_xt, ..plain(here) });
+        let slope = 0.5 * after.sqrt() * (next.sigma() - here.sigma()) / (1.0 - after).sqrt();
+        let (c_x0, c_xt, c_before) = (-slope * after.sqrt(), 0.5 + slope, 0.5 * (after / a).sqrt());
+        steps.push(Step { c_x0, c_xt, c_before, before: Before::State, ..plain(next) });
+    }
+    steps
+}
+
+/// The steps of DDIM inversion (Song et al. 2021, section 4.3), from x_0 up to the noisiest timestep kept: each inverts
+/// the step of DDIM with eta = 0 that leaves its timestep. `x_B = sqrt(b) (y_A + (sigma_B - sigma_A) eps(x_B))` from
+/// level A, implicit: it is iterated, with x_t the guess of x_B, from `x_B = x_A` on, and `before` x_A.
+///
+/// # Errors
+/// `Error::Usage` for a schedule that ends in pure noise, of which nothing leads back.
+pub fn inversion(schedule: &Schedule, prediction: Prediction, kept: &[u32]) -> Result<Vec<Step>> {
+    let chain = schedule.keep(kept);
+    if chain.alpha_bar(chain.len() - 1) == 0.0 {
+        usage!(
+            "the schedule ends in pure noise (zero terminal SNR), from which no image can be told: nothing can be encoded"
+        );
+    }
+    let step = |i: usize| {
+        let (b, a) = (chain.alpha_bar(i), chain.alpha_bar_before(i));
+        let x_0 = prediction.x_0(schedule, kept[i] as usize);
+        let slope = b.sqrt() * (level(b) - level(a)) / (1.0 - b).sqrt();
+        Step {
+            limit: Limit::None,
+            c_x0: -slope * b.sqrt(),
+            c_xt: slope,
+            c_before: (b / a).sqrt(),
+            before: Before::State,
+            ..Step::plain(f64::from(kept[i]), b, x_0)
+        }
+    };
+    Ok((0..chain.len()).map(step).collect())
 }
 
 /// Which samples a batch draws: those of one seed with the indices `first..`.
@@ -213,5 +548,11 @@ impl Samples {
     /// The streams of the noise that the step at timestep `t` adds.
     pub fn noise(&self, t: u32) -> Streams {
         Streams { seed: self.seed, purpose: Purpose::SampleNoise, step: t, first: self.first }
+    }
+
+    /// The streams of the noise of correction `round` of `rounds` at timestep `t`.
+    pub fn correction(&self, t: u32, round: u32, rounds: u32) -> Streams {
+        let step = t.wrapping_mul(rounds).wrapping_add(round);
+        Streams { seed: self.seed, purpose: Purpose::SampleCorrection, step, first: self.first }
     }
 }

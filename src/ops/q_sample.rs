@@ -11,7 +11,7 @@
 use crate::conditioning::Conditioning;
 use crate::device::Device;
 use crate::device::cuda::{Buffer, View};
-use crate::diffusion::{Batch, Schedule, Timesteps};
+use crate::diffusion::{Batch, Schedule, Timestep};
 use crate::error::Result;
 use crate::images::{Images, Source};
 use crate::tensor::{DType, Shape, Tensor};
@@ -70,7 +70,7 @@ pub fn q_sample(device: &Device, source: Source<'_>, batch: &Batch, coefficients
         (Device::Cuda(gpu), Source::Cuda { pixels, shape, rows, classes }) => {
             let mut x_t = Tensor::uninit(device, device.activations(), Shape { n, ..shape })?;
             let mut t = match &batch.timestep {
-                Timesteps::Given(t) => {
+                Timestep::Given(t) => {
                     let t: Vec<f32> = t.iter().map(|&t| t as f32).collect();
                     Tensor::from_slice(device, per_image, &t)?
                 }
@@ -242,9 +242,9 @@ mod cuda {
         // An image's streams (timestep, flip, label, noise) share seed, step and stream number.
         let s = batch.noise;
         let (drawn, strata) = match &batch.timestep {
-            Timesteps::Uniform(streams) => (*streams, 0),
-            Timesteps::Stratified { streams, images } => (*streams, *images as usize),
-            Timesteps::Given(_) => (s, 0),
+            Timestep::Uniform(streams) => (*streams, 0),
+            Timestep::Stratified { streams, images } => (*streams, *images as usize),
+            Timestep::Given(_) => (s, 0),
         };
         assert_eq!((drawn.seed, drawn.step, drawn.first), (s.seed, s.step, s.first), "the streams of an image");
         let launch = gpu.launch(kernel, each_four_of_images(n, image), THREADS).write(x_t).write(t).write_opt(labels);
@@ -252,7 +252,7 @@ mod cuda {
         let launch = launch.u32(n).u64(image).u32(w).u32(c).u32(batch.timesteps as usize).streams_of_step(s);
         let launch = launch.u32(drawn.purpose as usize).u32(Purpose::Flip as usize);
         let launch = launch.u32(batch.flips.is_some().into()).u32(strata);
-        let launch = launch.u32(matches!(batch.timestep, Timesteps::Given(_)).into());
+        let launch = launch.u32(matches!(batch.timestep, Timestep::Given(_)).into());
         let (below, null) = batch.dropped.map_or((0, 0), |dropped| (dropped.below, dropped.null));
         launch.u32(Purpose::LabelDropout as usize).u32(below as usize).u32(null as usize).clock().run()
     }

@@ -14,7 +14,7 @@ use rayon::prelude::*;
 
 pub use atomic::{UNFINISHED, remove_unfinished, write_atomically, write_folder_atomically};
 pub(crate) use npz::write_archive;
-pub use npz::{write_npy, write_npz};
+pub use npz::{write_npy, write_npy_from, write_npz, write_npz_parts};
 
 use crate::error::{Error, Result};
 use crate::tensor::Shape;
@@ -108,22 +108,58 @@ pub fn write_grid(path: &Path, shape: Shape, images: &[u8]) -> Result<()> {
     write_atomically(path, &png(path, h, w, shape.c, &grid(shape, images))?)
 }
 
+/// The same with so many images in a row.
+///
+/// # Errors
+/// The same.
+pub fn write_table(path: &Path, shape: Shape, images: &[u8], columns: usize) -> Result<()> {
+    check(path, shape, images.len())?;
+    let (h, w) = table_pixels(shape, columns);
+    write_atomically(path, &png(path, h, w, shape.c, &table(shape, images, columns))?)
+}
+
+/// Images in a row of the grid.
+pub fn columns(shape: Shape) -> usize {
+    grid_extent(shape).1
+}
+
 /// Writes a new folder of PNGs, `00000.png` and so on.
 ///
 /// # Errors
 /// `Error::File` for other than 1 or 3 channels, for a folder that is not empty, or if it cannot be written.
 pub fn write_folder(path: &Path, shape: Shape, images: &[u8]) -> Result<()> {
     check(path, shape, images.len())?;
+    write_folder_parts(path, shape, std::iter::once(Ok(images)))
+}
+
+/// The same of images that come in parts, each of whole ones.
+///
+/// # Errors
+/// The same, and those of the parts.
+pub fn write_folder_parts<P: AsRef<[u8]>>(
+    path: &Path,
+    shape: Shape,
+    parts: impl Iterator<Item = std::io::Result<P>>,
+) -> Result<()> {
+    check_channels(path, shape.c)?;
     if path.exists() {
         refuse_full_folder(path)?;
     }
     let digits = (shape.n - 1).to_string().len().max(5);
+    let failed = |e: std::io::Error| Error::file(path, format!("cannot be written: {e}"));
+    let (image, mut first) = (shape.len() / shape.n, 0);
     write_folder_atomically(path, |folder| {
-        images.par_chunks_exact(images.len() / shape.n).enumerate().try_for_each(|(i, image)| {
-            let file = folder.join(format!("{i:0digits$}.png"));
-            let bytes = png(&file, shape.h, shape.w, shape.c, image)?;
-            std::fs::write(&file, bytes).map_err(|e| Error::file(path, format!("cannot be written: {e}")))
-        })
+        for part in parts {
+            let part = part.map_err(failed)?;
+            part.as_ref().par_chunks_exact(image).enumerate().try_for_each(|(i, image)| {
+                let file = folder.join(format!("{:0digits$}.png", first + i));
+                let bytes = png(&file, shape.h, shape.w, shape.c, image)?;
+                std::fs::write(&file, bytes).map_err(failed)
+            })?;
+            first += part.as_ref().len() / image;
+        }
+        assert_eq!(first, shape.n, "images in parts");
+        Ok(())
     })
 }
 
@@ -158,9 +194,13 @@ pub fn write_gif(path: &Path, shape: Shape, frames: &[Vec<u8>]) -> Result<()> {
 
 /// The pixels of a grid of images with gaps around each.
 fn grid(shape: Shape, images: &[u8]) -> Vec<u8> {
+    table(shape, images, columns(shape))
+}
+
+/// The same with so many images in a row.
+fn table(shape: Shape, images: &[u8], columns: usize) -> Vec<u8> {
     let Shape { h, w, c, .. } = shape;
-    let (_, columns) = grid_extent(shape);
-    let (height, width) = grid_pixels(shape);
+    let (height, width) = table_pixels(shape, columns);
     let mut pixels = vec![GAP_VALUE; height * width * c];
     for (index, image) in images.chunks_exact(h * w * c).enumerate() {
         let (top, left) = (GAP + index / columns * (h + GAP), GAP + index % columns * (w + GAP));
@@ -180,8 +220,12 @@ fn grid_extent(shape: Shape) -> (usize, usize) {
 
 /// Rows and columns of the grid in pixels.
 fn grid_pixels(shape: Shape) -> (usize, usize) {
-    let (rows, columns) = grid_extent(shape);
-    (rows * (shape.h + GAP) + GAP, columns * (shape.w + GAP) + GAP)
+    table_pixels(shape, columns(shape))
+}
+
+/// The same with so many images in a row.
+fn table_pixels(shape: Shape, columns: usize) -> (usize, usize) {
+    (shape.n.div_ceil(columns) * (shape.h + GAP) + GAP, columns * (shape.w + GAP) + GAP)
 }
 
 fn png(path: &Path, h: usize, w: usize, c: usize, pixels: &[u8]) -> Result<Vec<u8>> {

@@ -18,7 +18,15 @@ use crate::tensor::Shape;
 /// `Error::File` if it cannot be written.
 pub fn write_npy(path: &Path, shape: &[usize], data: &[f32]) -> Result<()> {
     assert_eq!(shape.iter().product::<usize>(), data.len(), "an array of shape {shape:?}");
-    atomic::write_with(path, |file| write_array(file, shape, data.iter().copied()))
+    write_npy_from(path, shape, data.iter().copied())
+}
+
+/// The same of elements that are made as they are written.
+///
+/// # Errors
+/// `Error::File` if it cannot be written, or if the elements are too few.
+pub fn write_npy_from(path: &Path, shape: &[usize], elements: impl Iterator<Item = f32>) -> Result<()> {
+    atomic::write_with(path, |file| write_array(file, shape, elements))
 }
 
 /// Writes a `.npz` file as OpenAI's evaluator reads it: `arr_0`, bytes of shape `(n, h, w, c)`, and with labels
@@ -28,13 +36,31 @@ pub fn write_npy(path: &Path, shape: &[usize], data: &[f32]) -> Result<()> {
 /// `Error::File` if it cannot be written.
 pub fn write_npz(path: &Path, shape: Shape, images: &[u8], labels: Option<&[u32]>) -> Result<()> {
     assert_eq!(shape.len(), images.len(), "bytes for images of {shape}");
+    assert!(labels.is_none_or(|labels| labels.len() == shape.n), "one label per image");
+    write_npz_parts(path, shape, std::iter::once(Ok(images)), labels.map(|labels| labels.iter().copied()))
+}
+
+/// The same of images that come in parts, and of as many labels: nothing but a part is in memory.
+///
+/// # Errors
+/// `Error::File` if it cannot be written, and for the errors of the parts.
+pub fn write_npz_parts<P: AsRef<[u8]>>(
+    path: &Path,
+    shape: Shape,
+    parts: impl Iterator<Item = io::Result<P>>,
+    labels: Option<impl Iterator<Item = u32>>,
+) -> Result<()> {
     write_archive(path, |archive| {
-        start(archive, "arr_0.npy", images.len())?;
-        write_array(&mut *archive, &[shape.n, shape.h, shape.w, shape.c], images.iter().copied())?;
+        start(archive, "arr_0.npy", shape.len())?;
+        let extent = [shape.n, shape.h, shape.w, shape.c].map(|d| d as u64);
+        let mut array = npyz::WriteOptions::new().default_dtype().shape(&extent).writer(&mut *archive).begin_nd()?;
+        for part in parts {
+            array.extend(part?.as_ref().iter().copied())?;
+        }
+        array.finish()?;
         if let Some(labels) = labels {
-            assert_eq!(labels.len(), shape.n, "one label per image");
-            start(archive, "arr_1.npy", 8 * labels.len())?;
-            write_array(&mut *archive, &[shape.n], labels.iter().map(|&l| i64::from(l)))?;
+            start(archive, "arr_1.npy", 8 * shape.n)?;
+            write_array(&mut *archive, &[shape.n], labels.map(i64::from))?;
         }
         Ok(())
     })

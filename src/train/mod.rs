@@ -31,7 +31,6 @@ use crate::checkpoint::{self, DataMark};
 use crate::config::{Config, Given};
 use crate::data;
 use crate::device::Device;
-use crate::diffusion::{Method, Sampler, Spacing};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::meter::Quarters;
@@ -381,9 +380,8 @@ fn unless_interrupted<T>(result: Result<T>) -> Result<Option<T>> {
 /// them.
 fn draw_samples(trainer: &Trainer, run: &Path, stop: &AtomicBool) -> Result<PathBuf> {
     let (c, unet) = (trainer.config(), trainer.unet());
-    let steps = sample::DEFAULT_STEPS.min(c.diffusion.timesteps);
-    let variance = sample::default_variance(c.diffusion.variance, steps, c.diffusion.timesteps);
-    let sampler = Sampler::new(trainer.schedule(), Method::Ancestral(variance), Spacing::Even, steps)?;
+    let sampler = sample::default_sampler(&c.diffusion, trainer.schedule())?;
+    let steps = sampler.calls();
     let drawing = Drawing { device: trainer.device(), unet, params: trainer.ema(), sampler: &sampler, seed: c.seed };
     // A square of 64 images, or of as many as two cores draw in some twenty seconds, but at least four.
     let size = c.model.image_size;

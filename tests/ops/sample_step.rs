@@ -1,12 +1,17 @@
 use ddpm_cuda::device::Device;
-use ddpm_cuda::diffusion::sampler::{Samples, Step};
-use ddpm_cuda::diffusion::{Kind, Method, Sampler, Schedule, Spacing, Variance};
-use ddpm_cuda::ops::sample_step::{State, reference, sample_step, start};
+use ddpm_cuda::diffusion::sampler::{Before, Corrector, Guidance, Limit, Samples, Step};
+use ddpm_cuda::diffusion::{Kind, Method, Prediction, Sampler, Schedule, Spacing, Variance};
+use ddpm_cuda::ops::sample_step::reference::Image;
+use ddpm_cuda::ops::sample_step::{
+    Given, Noise, State, Wanted, advance, correct, diffuse, reference, sample_step, start,
+};
 use ddpm_cuda::rng::reference::normals;
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use num_traits::{Float, FloatConst};
 
-use crate::support::{close, gpu, numbers, plant, same_bits, same_bits_at_any_number_of_threads, to_f32};
+use crate::support::{
+    F32_ROUNDING, close, close_but_for, gpu, numbers, plant, same_bits, same_bits_at_any_number_of_threads, to_f32,
+};
 
 /// The CPU path draws 256 elements at a time; 4,096 are one task, 1,024 a block of the kernel.
 const SHAPES: [Shape; 6] = [
@@ -40,8 +45,8 @@ fn by_reference<T: Float + FloatConst>(x: &[f64], output: &[f64], shape: Shape, 
 fn cpu_follows_the_reference() {
     let device = Device::cpu_guarded();
     for step in steps() {
-        for clip in [true, false] {
-            let step = Step { clip, ..step };
+        for limit in [Limit::Range(1.0), Limit::None] {
+            let step = Step { limit, ..step };
             let (mut got, mut oracle, mut yardstick) = (Vec::new(), Vec::new(), Vec::new());
             for shape in SHAPES {
                 // Some are beyond [-1, 1], so that clipping happens at every noise level.
@@ -52,7 +57,7 @@ fn cpu_follows_the_reference() {
                 oracle.extend(by_reference::<f64>(&x, &output, shape, &step));
                 yardstick.extend(by_reference::<f32>(&x, &output, shape, &step));
             }
-            let name = format!("t = {}, clip {clip}, sigma {:.3}", step.t, step.sigma);
+            let name = format!("t = {}, {limit:?}, sigma {:.3}", step.t, step.sigma);
             println!("{name}: {:.2} of the budget", close(&name, &got, &oracle, &yardstick));
         }
     }
@@ -127,10 +132,11 @@ fn gpu_starts_with_the_bits_of_the_cpu() {
 #[test]
 fn gpu_steps_with_the_bits_of_the_cpu() {
     // With and without noise, of every method.
-    let steps = steps().into_iter().flat_map(|step| [true, false].map(|clip| Step { clip, ..step }));
+    let steps =
+        steps().into_iter().flat_map(|step| [Limit::Range(1.0), Limit::None].map(|limit| Step { limit, ..step }));
     for (step, shape) in steps.zip(SHAPES.into_iter().cycle()).chain(SHAPES.map(|shape| (steps_of_ddim(), shape))) {
         let x: Vec<f64> = numbers(1, shape.len()).iter().map(|x| 2.0 * x).collect();
-        let name = format!("x_t of {shape}, t = {}, clip {}, sigma {:.3}", step.t, step.clip, step.sigma);
+        let name = format!("x_t of {shape}, t = {}, {:?}, sigma {:.3}", step.t, step.limit, step.sigma);
         gpu::each(&name, |device| {
             let dtype = device.activations();
             let output = gpu::rounded(dtype, &numbers(2, shape.len()));
@@ -191,6 +197,294 @@ fn gpu_loops_over_images() {
     }
 }
 
+/// A step that reads more than x_t and the output, and what it reads.
+struct Kindly {
+    name: &'static str,
+    step: Step,
+    guidance: Option<Guidance>,
+    gradient: bool,
+}
+
+/// Every kind of step that `steps` does not have.
+fn kinds() -> Vec<Kindly> {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let kept = Spacing::Even.timesteps(1000, 10).unwrap();
+    let all: Vec<u32> = (0..1000).collect();
+    let at = |prediction, method, k: usize| Sampler::over(&s, prediction, method, &kept).unwrap().steps()[k];
+    let learned = Sampler::over(&s, Prediction::Eps, Method::Ancestral(Variance::Learned), &all).unwrap().steps()[300];
+    let range = at(Prediction::V, Method::Ancestral(Variance::LearnedRange), 4);
+    let small = at(Prediction::X0, Method::Ancestral(Variance::FixedSmall), 4);
+    let (ddim, dpm) = (at(Prediction::Eps, Method::Ddim { eta: 0.5 }, 3), at(Prediction::Eps, Method::DpmPp, 5));
+    let guidance = Guidance::new(2.5).unwrap();
+    let (plain, rescaled) = (Some(guidance), Some(guidance.rescaled(0.7).unwrap()));
+    let quantile = |step: Step| Step { limit: Limit::quantile(0.9).unwrap(), ..step };
+    let bounded = |step: Step| Step { limit: Limit::Quantile { p: 0.9, largest: 1.1 }, ..step };
+    let kind = |name, step, guidance, gradient| Kindly { name, step, guidance, gradient };
+    vec![
+        kind("learned", learned, None, false),
+        kind("learned range, v", range, None, false),
+        kind(
+            "last step, learned range",
+            at(Prediction::Eps, Method::Ancestral(Variance::LearnedRange), 9),
+            None,
+            false,
+        ),
+        kind("dpm++", dpm, None, false),
+        kind("second half of heun", at(Prediction::Eps, Method::Heun, 5), None, false),
+        kind("mu", at(Prediction::Mu, Method::Ancestral(Variance::FixedLarge), 3), None, false),
+        kind("thresholded", quantile(ddim), None, false),
+        kind("thresholded dpm++", quantile(dpm), None, false),
+        kind("thresholded up to a largest", bounded(ddim), None, false),
+        kind("guided", ddim, plain, false),
+        kind("guided and rescaled", ddim, rescaled, false),
+        kind("gradient, ddim", ddim, None, true),
+        kind("gradient, ancestral", small, None, true),
+        kind("gradient, learned range", range, None, true),
+        kind("all at once", quantile(range), rescaled, true),
+    ]
+}
+
+/// What a kind of step reads, of `shape`, rounded to the type of the output.
+struct Numbers {
+    shape: Shape,
+    x: Vec<f64>,
+    /// Halves, images, pixels, channels.
+    output: Vec<f64>,
+    channels: usize,
+    before: Vec<f64>,
+    gradient: Vec<f64>,
+}
+
+/// The scale of the gradient.
+const SCALE: f64 = 1.5;
+
+impl Numbers {
+    fn of(kind: &Kindly, shape: Shape, dtype: DType) -> Self {
+        let channels = if kind.step.learned.is_some() { 2 * shape.c } else { shape.c };
+        let halves = if kind.guidance.is_some() { 2 } else { 1 };
+        // Log variances around those of this step.
+        let shift = if kind.step.learned.is_some_and(|l| l.factor == 1.0) { -5.0 } else { 0.0 };
+        let mut output = numbers(2, halves * shape.rows() * channels);
+        output
+            .chunks_exact_mut(channels)
+            .for_each(|p| p[shape.c.min(channels - 1)..].iter_mut().for_each(|v| *v += shift));
+        let x = numbers(1, shape.len()).iter().map(|x| 2.0 * x).collect();
+        let output = gpu::rounded(dtype, &output);
+        Numbers { shape, x, output, channels, before: numbers(3, shape.len()), gradient: numbers(4, shape.len()) }
+    }
+
+    /// The same of image `i` alone.
+    fn image(&self, i: usize) -> Self {
+        let (image, n) = (self.shape.len() / self.shape.n, self.shape.n);
+        let part = |x: &[f64], len: usize, i: usize| x[i * len..][..len].to_vec();
+        let len = self.shape.pixels() * self.channels;
+        let halves = self.output.len() / len / n;
+        Numbers {
+            shape: Shape { n: 1, ..self.shape },
+            x: part(&self.x, image, i),
+            output: (0..halves).flat_map(|half| part(&self.output, len, half * n + i)).collect(),
+            channels: self.channels,
+            before: part(&self.before, image, i),
+            gradient: part(&self.gradient, image, i),
+        }
+    }
+
+    fn by_reference<T: Float + FloatConst>(&self, kind: &Kindly, samples: Samples) -> (Vec<T>, Vec<T>) {
+        let cast = |x: &[f64]| x.iter().map(|&x| T::from(x).unwrap()).collect::<Vec<T>>();
+        let c = self.shape.c;
+        let (mut next, mut images) = (Vec::new(), Vec::new());
+        for i in 0..self.shape.n {
+            let one = self.image(i);
+            let half = |half: usize, first: usize| {
+                let pixels = one.output.chunks_exact(self.channels).skip(half * self.shape.pixels());
+                let numbers: Vec<f64> =
+                    pixels.take(self.shape.pixels()).flat_map(|p| p[first..first + c].to_vec()).collect();
+                cast(&numbers)
+            };
+            let output = match kind.guidance {
+                Some(guidance) => reference::guided(&half(0, 0), &half(1, 0), guidance),
+                None => half(0, 0),
+            };
+            let v = if self.channels > c { half(0, c) } else { Vec::new() };
+            let scaled: Vec<f64> = one.gradient.iter().map(|g| SCALE * g).collect();
+            let gradient = if kind.gradient { cast(&scaled) } else { Vec::new() };
+            let z = normals(&samples.noise(kind.step.t).image(i), 0, one.x.len());
+            let (x, before) = (cast(&one.x), cast(&one.before));
+            let image = Image { x: &x, output: &output, v: &v, before: &before, gradient: &gradient, z: &z };
+            let (x, x_0) = reference::step_of(image, &kind.step);
+            next.extend(x);
+            images.extend(x_0);
+        }
+        (next, images)
+    }
+
+    fn advance(&self, device: &Device, kind: &Kindly, samples: Samples, copies: usize) -> (State, Tensor) {
+        let dtype = device.activations();
+        let tensor = |x: &[f64]| Tensor::from_slice(device, self.shape, &to_f32(x)).unwrap();
+        let [x, before, gradient] = [&self.x, &self.before, &self.gradient].map(|x| tensor(x));
+        let n = self.output.len() / self.channels / self.shape.pixels();
+        let shape = Shape { n, c: self.channels, ..self.shape };
+        let output = Tensor::from_slice_as(device, dtype, shape, &to_f32(&self.output)).unwrap();
+        let given = Given {
+            x: &x,
+            output: &output,
+            before: (kind.step.before != Before::Nothing).then_some(&before),
+            gradient: kind.gradient.then_some((&gradient, SCALE)),
+            guidance: kind.guidance,
+            noise: Noise::own(samples.noise(kind.step.t)),
+        };
+        let (state, x_0) = advance(device, &given, &kind.step, Wanted { copies, x_0: true }).unwrap();
+        (state, x_0.unwrap())
+    }
+
+    /// Two exponentials of 2 ulp, four roundings, of the noise and of what multiplies the gradient.
+    fn allowance(&self, kind: &Kindly) -> f64 {
+        let Some(learned) = kind.step.learned else { return 0.0 };
+        let largest = self.output.iter().fold(0.0f64, |m, v| m.max(learned.offset + learned.factor * v).max(-99.0));
+        let largest = largest.max(learned.offset + learned.factor.abs());
+        4.0 * F32_ROUNDING * (6.77 * (0.5 * largest).exp() + kind.step.shift_mean * SCALE * largest.exp())
+    }
+}
+
+const KINDS_SHAPES: [Shape; 3] = [Shape::new(3, 5, 3, 3), Shape::new(2, 1, 257, 1), Shape::new(2, 19, 41, 3)];
+
+#[test]
+fn every_kind_of_step_follows_the_reference() {
+    let device = Device::cpu_guarded();
+    for kind in kinds() {
+        let (mut got, mut oracle, mut yardstick) = ([vec![], vec![]], [vec![], vec![]], [vec![], vec![]]);
+        let mut allowance = 0.0f64;
+        for shape in KINDS_SHAPES {
+            let numbers = Numbers::of(&kind, shape, DType::F32);
+            allowance = allowance.max(numbers.allowance(&kind));
+            let (state, x_0) = numbers.advance(&device, &kind, SAMPLES, 2);
+            assert_eq!(state.input.data(), [state.x.data(), state.x.data()].concat(), "{}: the input twice", kind.name);
+            got[0].extend_from_slice(state.x.data());
+            got[1].extend_from_slice(x_0.data());
+            let (next, x_0) = numbers.by_reference::<f64>(&kind, SAMPLES);
+            (oracle[0].extend(next), oracle[1].extend(x_0));
+            let (next, x_0) = numbers.by_reference::<f32>(&kind, SAMPLES);
+            (yardstick[0].extend(next), yardstick[1].extend(x_0));
+        }
+        let share = close_but_for(kind.name, &got[0], &oracle[0], &yardstick[0], allowance);
+        println!("{}: {share:.2} of the budget", kind.name);
+        close(&format!("{}, x_0", kind.name), &got[1], &oracle[1], &yardstick[1]);
+    }
+}
+
+/// On every device an image's bits are its own: alone and among others.
+fn alone(device: &Device, kind: &Kindly, numbers: &Numbers, together: &[f32]) {
+    let image = numbers.shape.len() / numbers.shape.n;
+    for i in 0..numbers.shape.n {
+        let samples = Samples { first: SAMPLES.first + i as u32, ..SAMPLES };
+        let (state, _) = numbers.image(i).advance(device, kind, samples, 1);
+        let name = format!("{}: image {i} alone", kind.name);
+        same_bits(&name, &state.x.to_vec().unwrap(), &together[i * image..(i + 1) * image]);
+    }
+}
+
+#[test]
+fn gpu_takes_every_kind_of_step_as_the_cpu_does() {
+    for (kind, shape) in kinds().into_iter().zip(KINDS_SHAPES.into_iter().cycle()) {
+        gpu::each(kind.name, |device| {
+            let numbers = Numbers::of(&kind, shape, device.activations());
+            let (state, x_0) = numbers.advance(device, &kind, SAMPLES, 2);
+            let (x, x_0) = (state.x.to_vec().unwrap(), x_0.to_vec().unwrap());
+            let input = gpu::rounded_f32(device.activations(), &x);
+            same_bits("the input", &state.input.to_vec().unwrap(), &[&input[..], &input[..]].concat());
+            let (oracle, yardstick) =
+                (numbers.by_reference::<f64>(&kind, SAMPLES), numbers.by_reference(&kind, SAMPLES));
+            close_but_for(kind.name, &x, &oracle.0, &yardstick.0, numbers.allowance(&kind));
+            close(&format!("{}, x_0", kind.name), &x_0, &oracle.1, &yardstick.1);
+            let (cpu, _) = numbers.advance(&Device::cpu(), &kind, SAMPLES, 1);
+            // Exponentials and the sums of a deviation round in their own way on each device.
+            let rescaled = kind.guidance.is_some_and(|guidance| guidance.rescale != 0.0);
+            if gpu::cpu_fuses() && kind.step.learned.is_none() && !rescaled {
+                same_bits(kind.name, &x, cpu.x.data());
+            }
+            alone(device, &kind, &numbers, &x);
+            alone(&Device::cpu(), &kind, &numbers, cpu.x.data());
+            x
+        });
+    }
+}
+
+/// A Langevin step, guided or not, and the forward process under a mask.
+#[test]
+fn corrections_and_noise_follow_the_reference_on_every_device() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let kept = Spacing::Even.timesteps(1000, 10).unwrap();
+    let corrector = Corrector { steps: 1, snr: 0.16 };
+    let method = Method::Ancestral(Variance::FixedSmall);
+    let sampler = Sampler::over(&s, Prediction::V, method, &kept).unwrap().corrected(corrector).unwrap();
+    let (_, correction) = sampler.correction(4).unwrap();
+    let streams = SAMPLES.correction(correction.t, 0, 1);
+    let shape = Shape::new(2, 19, 41, 3);
+    let image = shape.len() / 2;
+    gpu::each("corrections", |device| {
+        let dtype = device.activations();
+        let (x, y) = (numbers(1, shape.len()), gpu::rounded(dtype, &numbers(2, shape.len())));
+        let oracle = |i: usize| {
+            let z = normals::<f64>(&streams.image(i), 0, image);
+            reference::correct(&x[i * image..][..image], &y[i * image..][..image], &z, correction, corrector)
+        };
+        let yardstick = |i: usize| {
+            let z = normals::<f32>(&streams.image(i), 0, image);
+            let [x, y] = [&x, &y].map(|v| to_f32(&v[i * image..][..image]));
+            reference::correct(&x, &y, &z, correction, corrector)
+        };
+        let of = |device: &Device| {
+            let x = Tensor::from_slice(device, shape, &to_f32(&x)).unwrap();
+            let output = Tensor::from_slice_as(device, device.activations(), shape, &to_f32(&y)).unwrap();
+            let noise = Noise::own(streams);
+            let given = Given { x: &x, output: &output, before: None, gradient: None, guidance: None, noise };
+            correct(device, &given, correction, corrector, 1).unwrap()
+        };
+        let got = state(device, "corrected", &of(device));
+        let (want, yardstick) = ([oracle(0), oracle(1)].concat(), [yardstick(0), yardstick(1)].concat());
+        close("corrected", &got, &want, &yardstick);
+        close("corrected on the CPU", of(&Device::cpu()).x.data(), &want, &yardstick);
+
+        let mask: Vec<f64> = (0..shape.len()).map(|k| f64::from(u8::from(k % 3 == 0))).collect();
+        let noised = |device: &Device, row: u32| {
+            let [x, from, mask] = [&x, &y, &mask].map(|v| Tensor::from_slice(device, shape, &to_f32(v)).unwrap());
+            diffuse(device, &from, Some((&mask, &x)), (0.8, 0.6), Noise { streams, row }, 1).unwrap()
+        };
+        for row in [1, 2, Noise::ALL] {
+            let (got, cpu) = (state(device, "noised", &noised(device, row)), noised(&Device::cpu(), row));
+            if gpu::cpu_fuses() {
+                same_bits("noised", &got, cpu.x.data());
+            }
+            for (k, &v) in got.iter().enumerate() {
+                let stream = Noise { streams, row }.image(k / image);
+                let z = normals::<f64>(&stream, k % image, 1)[0];
+                let want = if mask[k] == 0.0 { 0.8 * y[k] + 0.6 * z } else { x[k] };
+                assert!((f64::from(v) - want).abs() <= 2e-6, "row {row}: element {k} is {v}, expected {want}");
+            }
+        }
+        got
+    });
+    // Images 40 and 41 are a row of two, and all images share stream 0.
+    let first = |row: u32, i: usize| Noise { streams, row }.image(i).stream;
+    assert_eq!([first(1, 1), first(2, 1), first(2, 0), first(Noise::ALL, 1)], [41, 40, 40, 0]);
+}
+
+#[test]
+fn planted_bugs_in_every_kind_of_step_are_noticed() {
+    let test = "sample_step::gpu_takes_every_kind_of_step_as_the_cpu_does";
+    // c_before in place of c_xt; the factor of the learned log variance in place of its offset; the scale of another
+    // tensor; barriers of the selection and of the sums.
+    plant::notices_wrong_parameter(test, "sample_step_step_f32", "14+16", "14+12");
+    plant::notices_wrong_parameter(test, "sample_step_step_bf16", "14+28", "14+32");
+    plant::notices_wrong_parameter(test, "sample_step_threshold_f32", 8, 5);
+    plant::notices_lost_barrier(test, "sample_step_threshold_f32", 1);
+    plant::notices_lost_last_barrier(test, "sample_step_rescale_bf16");
+    let test = "sample_step::corrections_and_noise_follow_the_reference_on_every_device";
+    plant::notices_wrong_parameter(test, "sample_step_norms_f32", 10, 9);
+    plant::notices_lost_block(test, "sample_step_correct_f32");
+    plant::notices_lost_block(test, "sample_step_diffuse_bf16");
+}
+
 #[test]
 fn planted_bugs_are_noticed() {
     // A constant of Philox; the number of images in place of the size of one; a comparison of the clipping; a rounding;
@@ -205,7 +499,7 @@ fn planted_bugs_are_noticed() {
     let test = "sample_step::gpu_steps_with_the_bits_of_the_cpu";
     plant::notices(test, "sample_step_step_f32", "setp.gt.f32", "setp.lt.f32");
     plant::notices(test, "sample_step_step_f32", "fma.rn.f32", "fma.rz.f32");
-    plant::notices_wrong_parameter(test, "sample_step_step_bf16", "6+16", "6+12");
+    plant::notices_wrong_parameter(test, "sample_step_step_bf16", "14+20", "14+12");
     plant::notices_lost_block(test, "sample_step_step_f32");
     plant::notices_lost_block(test, "sample_step_step_bf16");
 }

@@ -1,0 +1,128 @@
+//! `ddpm-cuda inpaint`: paints a part of given images anew (RePaint).
+
+use std::path::PathBuf;
+
+use super::opened::{Grid, Opened, bar, scaled};
+use super::{Of, On};
+use crate::data;
+use crate::diffusion::{Method, Sampler};
+use crate::error::{Error, Result};
+use crate::output::{self, Target};
+use crate::sample::inpaint::{Move, Painting, moves};
+use crate::sample::{Call, Conditional, Drawing, default_variance};
+use crate::tensor::Tensor;
+use crate::{say, usage};
+
+/// Arguments of `ddpm-cuda inpaint`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// `--model` and `--set`
+    #[command(flatten)]
+    pub of: Of,
+    /// Images, read like --data of train
+    #[arg(long, value_name = "FOLDER|FILE|mnist")]
+    pub images: PathBuf,
+    /// What is painted: white is painted anew, black is kept; of the model's size
+    #[arg(long, value_name = "M.png")]
+    pub mask: PathBuf,
+    /// How often each stretch of levels is gone through; more makes the parts agree better, 1 is no repetition
+    #[arg(long, default_value_t = 10, value_name = "U")]
+    pub resample: u32,
+    /// Levels of a stretch
+    #[arg(long, default_value_t = 10, value_name = "N")]
+    pub jump: usize,
+    /// `--steps` and `--spacing`
+    #[command(flatten)]
+    pub grid: Grid,
+    /// Images, the first ones [default: all]
+    #[arg(long, value_name = "N")]
+    pub count: Option<usize>,
+    /// Class of every image, by name or number [default: the images' own]
+    #[arg(long, value_name = "NAME|K")]
+    pub class: Option<String>,
+    /// Seed of the noise
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub seed: u64,
+    /// FILE.png (one grid), FILE.npz or DIR/
+    #[arg(long, value_name = "FILE.png|FILE.npz|DIR/")]
+    pub out: PathBuf,
+    /// `--device` and `--precision`
+    #[command(flatten)]
+    pub on: On,
+}
+
+/// Runs the command.
+///
+/// # Errors
+/// `Error::Usage` for arguments that do not fit the model, `Error::File` for files that cannot be read or written; those
+/// of [`On::open`].
+pub fn run(args: &Args) -> Result<()> {
+    let opened = Opened::new(&args.on, &args.of)?;
+    let process = &opened.model.config.diffusion;
+    let target = Target::parse(&args.out)?;
+    if target == Target::Gif {
+        usage!("--out {}: give FILE.png, FILE.npz or DIR/", args.out.display());
+    }
+    let kept = args.grid.kept(&opened, false)?;
+    let moves = moves(kept.len(), args.jump, args.resample)?;
+    let variance = default_variance(process.variance, kept.len(), opened.schedule.len());
+    let sampler = Sampler::over(&opened.schedule, process.prediction, Method::Ancestral(variance), &kept)?;
+    let sampler = sampler.limited(opened.limit());
+    let one = opened.shape(1);
+    let grey = data::Extent { size: opened.model.config.model.image_size, channels: 1 };
+    let mask = data::read_mask(&args.mask, grey)?;
+    let mask: Vec<f32> = mask.iter().flat_map(|&new| std::iter::repeat_n(f32::from(u8::from(new)), one.c)).collect();
+    let (mut bytes, mut labels) = opened.images(&args.images, args.class.as_deref())?;
+    if let Some(count) = args.count {
+        let there = bytes.len() / one.len();
+        if count == 0 || count > there {
+            usage!("--count {count}: {} holds {there} images, give from 1 to so many", args.images.display());
+        }
+        bytes.truncate(count * one.len());
+        labels = labels.map(|labels| labels[..count].to_vec());
+    }
+    let count = bytes.len() / one.len();
+    if count > u32::MAX as usize {
+        return Err(Error::file(
+            &args.images,
+            format!("holds {count} images; at most {} have noise of their own", u32::MAX),
+        ));
+    }
+    target.check(&args.out, opened.shape(count))?;
+    let (device, unet, params) = (&opened.device, &opened.unet, &opened.model.params);
+    let together = count.min(Drawing { device, unet, params, sampler: &sampler, seed: args.seed }.batch());
+    opened.check_pass(together)?;
+    let chain = opened.schedule.keep(&kept);
+    let passes = moves.iter().filter(|step| matches!(step, Move::Down(_))).count();
+    let bar = bar(count.div_ceil(together) * passes);
+    let mut images = Vec::with_capacity(bytes.len());
+    for (k, bytes) in bytes.chunks(together * one.len()).enumerate() {
+        let shape = opened.shape(bytes.len() / one.len());
+        let labels = labels.as_ref().map(|labels| &labels[k * together..][..shape.n]);
+        let network = Conditional::new(device, unet, params, labels, false)?;
+        let painting = Painting {
+            device,
+            chain: &chain,
+            sampler: &sampler,
+            moves: &moves,
+            seed: args.seed,
+            first: (k * together) as u32,
+            known: &Tensor::from_slice(device, shape, &scaled(bytes))?,
+            mask: &Tensor::from_slice(device, shape, &mask.repeat(shape.n))?,
+        };
+        let network = |x: &Tensor, t: f32| network.call(Call { x, t, halves: 1 });
+        images.extend(output::to_bytes(&painting.paint(network, || {
+            bar.inc(1);
+            Ok(())
+        })?));
+    }
+    bar.finish_and_clear();
+    let shape = opened.shape(count);
+    match target {
+        Target::Npz => output::write_npz(&args.out, shape, &images, labels.as_deref())?,
+        Target::Folder => output::write_folder(&args.out, shape, &images)?,
+        Target::Png | Target::Gif => output::write_grid(&args.out, shape, &images)?,
+    }
+    say!("{count} images, {passes} network passes each: {}", args.out.display());
+    Ok(())
+}

@@ -1,0 +1,164 @@
+//! What the commands that draw have in common: a model opened on a device, its timesteps, images as its inputs.
+
+use std::path::Path;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::{Of, On};
+use crate::checkpoint::{Loaded, Stepping, Threshold};
+use crate::config::Config;
+use crate::data;
+use crate::device::Device;
+use crate::diffusion::sampler::Limit;
+use crate::diffusion::{Schedule, Timesteps};
+use crate::error::{Error, Result};
+use crate::memory::available_on;
+use crate::sample::{DEFAULT_STEPS, class_called, memory_of_forward};
+use crate::tensor::Shape;
+use crate::text::GIB;
+use crate::unet::UNet;
+use crate::{say, usage};
+
+/// A model and what follows from it.
+pub(super) struct Opened {
+    pub device: Device,
+    pub model: Loaded,
+    pub unet: UNet,
+    pub schedule: Schedule,
+}
+
+impl Opened {
+    /// Opens a model, saying what there is to say about it.
+    pub fn new(on: &On, of: &Of) -> Result<Self> {
+        let device = on.open()?;
+        let model = of.load(&device)?;
+        let (unet, _) = UNet::new(&model.config.model)?;
+        let schedule = model.config.diffusion.noise_schedule()?;
+        Ok(Opened { device, model, unet, schedule })
+    }
+
+    /// [`limit`] of the model's scheduler.
+    pub fn limit(&self) -> Limit {
+        limit(&self.model.stepping)
+    }
+
+    /// Shape of `count` images.
+    pub fn shape(&self, count: usize) -> Shape {
+        let m = &self.model.config.model;
+        Shape::new(count, m.image_size.h, m.image_size.w, m.channels)
+    }
+
+    /// The number of the class that `--class` names.
+    pub fn class(&self, class: Option<&str>) -> Result<Option<u32>> {
+        let c = &self.model.config;
+        class.map(|class| class_called(class, &c.class_names, c.model.classes)).transpose()
+    }
+
+    /// The bytes of the images at `path`, read like `--data` and fitted to the model, and their classes, if it is
+    /// conditional: `class`, or their own.
+    pub fn images(&self, path: &Path, class: Option<&str>) -> Result<(Vec<u8>, Option<Vec<u32>>)> {
+        let class = self.class(class)?;
+        let mut config: Config = self.model.config.clone();
+        let Some(text) = path.to_str() else { return Err(Error::file(path, "its name is not UTF-8")) };
+        (config.data, config.held_out, config.model.classes) = (text.into(), 0.0, 0);
+        let data = data::load(&mut config)?;
+        // Whether they have classes matters to a training.
+        for note in data.notes.iter().filter(|note| !note.contains("classes, not used")) {
+            say!("{note}");
+        }
+        let images = (0..data.train.len()).flat_map(|i| data.train.image(i)).copied().collect();
+        let classes = self.model.config.model.classes;
+        let labels = match (class, data.train.labels()) {
+            _ if classes == 0 => None,
+            (Some(class), _) => Some(vec![class; data.train.len()]),
+            (None, Some(own)) if own.iter().all(|&k| (k as usize) < classes) => Some(own.to_vec()),
+            (None, _) => usage!("this model has {classes} classes, and these images say none of them: give --class"),
+        };
+        Ok((images, labels))
+    }
+
+    /// Refuses a pass over `images` images that memory does not hold; `advice` ends the sentence.
+    pub fn check_memory(&self, images: usize, needed: u64, advice: &str) -> Result<()> {
+        let available = available_on(&self.device).unwrap_or(u64::MAX);
+        if needed > available {
+            let m = &self.model.config.model;
+            return Err(Error::Failed(format!(
+                "drawing {images} images of {}x{} together takes {:.2} GiB of memory and {:.2} GiB are available: {advice}",
+                m.image_size,
+                m.channels,
+                needed as f64 / GIB,
+                available as f64 / GIB
+            )));
+        }
+        Ok(())
+    }
+
+    /// [`check_memory`](Self::check_memory) of a pass over images asked once.
+    pub fn check_pass(&self, images: usize) -> Result<()> {
+        let needed = memory_of_forward(&self.device, &self.unet, &self.model.params, self.shape(images))?;
+        self.check_memory(images, needed, "this model is too large to draw here")
+    }
+}
+
+/// What a scheduler says that x_0 is confined to.
+pub(super) fn limit(stepping: &Stepping) -> Limit {
+    match *stepping {
+        Stepping { threshold: Some(Threshold { ratio, largest }), .. } => Limit::Quantile { p: ratio, largest },
+        Stepping { clip: true, clip_range, .. } => Limit::Range(clip_range),
+        _ => Limit::None,
+    }
+}
+
+/// Bytes as numbers in [-1, 1].
+pub(super) fn scaled(bytes: &[u8]) -> Vec<f32> {
+    bytes.iter().map(|&byte| (2.0 * f32::from(byte) - 255.0) / 255.0).collect()
+}
+
+/// `--steps` and `--spacing`.
+#[derive(Clone, Debug, clap::Args)]
+pub struct Grid {
+    /// Steps from noise to image, up to the model's number of timesteps [default: 100; 20 with dpm++ and heun]
+    #[arg(long, value_name = "N")]
+    pub steps: Option<usize>,
+    /// Which timesteps are kept when there are fewer steps: even, stride, leading, trailing, karras, or a list such as
+    /// 10,15,20, so many in each of equal sections [default: the model's; even if it says nothing]
+    #[arg(long, value_name = "SPACING|LIST", value_parser = |text: &str| text.parse::<Timesteps>())]
+    pub spacing: Option<Timesteps>,
+}
+
+/// Steps of the solvers if none are asked for.
+const DEFAULT_SOLVER_STEPS: usize = 20;
+
+impl Grid {
+    /// The spacing, and the number of steps.
+    pub(super) fn resolve(&self, stepping: &Stepping, timesteps: usize, solver: bool) -> Result<(Timesteps, usize)> {
+        let spacing = self.spacing.clone().unwrap_or(Timesteps::Spaced(stepping.spacing));
+        let steps = match (spacing.own_steps(), self.steps) {
+            (Some(_), Some(steps)) => {
+                usage!("--steps {steps} beside --spacing {spacing}: the list says how many, so leave --steps out")
+            }
+            (Some(own), None) => own,
+            (None, Some(steps)) => steps,
+            (None, None) if solver => DEFAULT_SOLVER_STEPS.min(timesteps - 1),
+            (None, None) => DEFAULT_STEPS.min(timesteps),
+        };
+        Ok((spacing, steps))
+    }
+
+    /// The timesteps kept, saying so if they are fewer than the steps asked for.
+    pub(super) fn kept(&self, opened: &Opened, solver: bool) -> Result<Vec<u32>> {
+        let stepping = &opened.model.stepping;
+        let (spacing, steps) = self.resolve(stepping, opened.schedule.len(), solver)?;
+        let kept = spacing.kept(&opened.schedule, solver, stepping.steps_offset, steps)?;
+        if kept.len() < steps {
+            say!("{} steps of {steps}, since several noise levels fall on the same timestep", kept.len());
+        }
+        Ok(kept)
+    }
+}
+
+/// A bar over so many evaluations of the network.
+pub(super) fn bar(passes: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{wide_bar} {pos}/{len} network passes, {eta} left");
+    ProgressBar::new(passes as u64).with_style(style.expect("a valid template"))
+}
