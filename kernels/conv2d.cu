@@ -7,56 +7,38 @@
 //            dgrad  dx[n,p,q,k] = sum over o,u,v with p = i s + u - top, q = j s + v - left of dy[n,i,j,o] w[o,u,v,k]
 //            wgrad  dw[o,u,v,k] = sum over n,i,j of dy[n,i,j,o] x[n, i s + u - top, j s + v - left, k], by split-K;
 //                   sum_parts adds up the segments
+//            join_segments  y or dx from the sums of segments of k
 //            bwd_shift  dshift[n,o] = sum over i,j of dy[n,i,j,o];  bwd_bias  db[o] = sum over n of the same, unrounded
 // layout     x (n, h, w, c_in), w (c_out, kh, kw, c_in), y, residual (n, oh, ow, c_out), shift (n, c_out), bias
 //            (c_out): contiguous. Gradients alike.
-// mapping    block = 64 threads = one tile of the product (tile_gemm.cuh)
+// mapping    block = one tile of the product: in f32 on FMAs, 64 threads (tile_gemm.cuh), in bf16 on tensor cores, 64
+//            or 128 threads (tile_mma.cuh; how the operands are gathered: conv2d_mma.cuh)
 //            fwd    rows = pixels of y, all images one after the other; cols = c_out; k = (u, v, c_in)
 //            dgrad  blockIdx.y = one of s s classes of pixels of dx, those with p = a and q = b (mod s). A class meets
 //                   the same taps, u = a + top and v = b + left (mod s), so no tap is tried in vain. rows = the class's
 //                   pixels; cols = c_in; k = (u, v, c_out). Each pixel gathers its sum: no two blocks write the same
 //                   element
 //            wgrad  rows = c_out; cols = (u, v, c_in); k = pixels of y; blockIdx.y = one split-K segment of them
-//            blockIdx.x counts tiles, along the columns first: blocks that run together read the same pixels
-// shared     two buffers of both operands, 9 KB (64x64) or 11 KB; fwd, dgrad: the positions of the tile's pixels, 2 or
-//            4 KB; wgrad: the origins of 2 BK patches, 256 B; bwd_shift: 2 KB
-// bound by   as tile_gemm.cuh says if both channel counts are 32 or more; the tile's idle columns if c_out is 1 or 3;
-//            bwd_shift: reading dy
-// host       n oh ow, n h w, kh kw c_in, kh kw c_out < 2^30; grids as stated above; tensors aligned to 16 bytes (vector
-//            accesses where channels divide by four)
-// numerics   sums in f32: fwd over (u, v, k), dgrad over (u, v, o) with the largest u and v first, wgrad over the
-//            pixels of a segment; the segments, shift and bias as column_sums.cuh says. An image's y and dx do not
+//            blockIdx.x counts tiles, along the columns first: blocks that run together read the same pixels. bf16 fwd
+//            and dgrad: blockIdx.z = one segment of k, where these are split
+// shared     f32: two buffers of both operands, 9 KB (64x64) or 11 KB; fwd, dgrad: the positions of the tile's pixels,
+//            2 or 4 KB; wgrad: the origins of 2 BK patches, 256 B; bwd_shift: 2 KB
+//            bf16: the ring, 96 KB (128x128), 54 KB (128x16) or 48 KB (64x64), in which the positions of pixels and the
+//            results lie too; wgrad: the origins of four slabs' patches, 2 KB behind it
+// bound by   as tile_gemm.cuh and tile_mma.cuh say if both channel counts are 32 or more; the tile's idle columns if
+//            c_out is 1 or 3; join_segments: reading the segments' sums; bwd_shift: reading dy
+// host       n oh ow, n h w, kh kw c_in, kh kw c_out < 2^30; grids as stated above; tensors aligned to 16 bytes (f32:
+//            vector accesses where channels divide by four; bf16: kernels by what divides the channels, as the entries
+//            say, the ring as dynamic shared memory, and what conv2d_mma.cuh says)
+// numerics   sums in f32. f32: fwd over (u, v, k), dgrad over (u, v, o) with the largest u and v first; bf16: over
+//            blocks of 64 channels, in each over the taps in that order, by segments in layers of few pixels. wgrad over
+//            the pixels of a segment; the segments, shift and bias as column_sums.cuh says. An image's y and dx do not
 //            depend on the rest of its batch
 #include "column_sums.cuh"
+#include "conv2d_mma.cuh"
+#include "geometry.cuh"
+#include "rows.cuh"
 #include "tile_gemm.cuh"
-
-// Host twin: the sizes of a convolution.
-struct Geometry {
-    unsigned n, h, w, c_in;  // x
-    unsigned oh, ow, c_out;  // y
-    unsigned kh, kw;         // kernel
-    unsigned stride, top, left;
-};
-
-// One dimension of a walk over the taps that reach a pixel: tap t of `taps` reads row (or column)
-// i * stride + first + t, with the weight's row (or column) u + t * du.
-struct Axis {
-    unsigned taps, stride;
-    int first, u, du;
-
-    __device__ static Axis forward(unsigned k, unsigned stride, unsigned before) {
-        return {k, stride, -(int)before, 0, 1};
-    }
-
-    // Pixels p = i s + a of dx receive dy's pixel i + (a + before - u) / s through the taps u = a + before (mod s),
-    // largest u first.
-    __device__ static Axis backward(unsigned a, unsigned k, unsigned s, unsigned before) {
-        const unsigned smallest = (a + before) % s;
-        const unsigned taps = smallest < k ? (k - 1 - smallest) / s + 1 : 0;
-        const int largest = (int)(smallest + taps * s) - (int)s;
-        return {taps, 1, ((int)(a + before) - largest) / (int)s, largest, -(int)s};
-    }
-};
 
 // A walk over k = (tap row, tap column, channel).
 struct Walk {
@@ -79,24 +61,16 @@ struct Walk {
     }
 };
 
-// A row of the tile: the offsets, in elements, of its patch in the image batch (negative in the first image's padding)
-// and of its result.
-struct Pixel {
-    long long patch, result;
-    int i, j;
-    unsigned image;
-};
-
 // Patches of an image batch `from` (n, h, w, channels) as rows of a matrix, k = (tap row, tap column, channel).
-template <class T, int SIDE>
+template <int SIDE>
 struct Patches {
-    const T* from[QUADS<SIDE>];
+    const float* from[QUADS<SIDE>];
     int i[QUADS<SIDE>], j[QUADS<SIDE>];
     unsigned h, w, channels, taps_h, taps_w;
     Walk k;
-    Quad<T> quads[QUADS<SIDE>];
+    Quad quads[QUADS<SIDE>];
 
-    __device__ Patches(const T* from_, const Pixel (&pixels)[SIDE], unsigned h_, unsigned w_, unsigned channels_,
+    __device__ Patches(const float* from_, const Pixel (&pixels)[SIDE], unsigned h_, unsigned w_, unsigned channels_,
                        const Axis& rows, const Axis& cols)
         : h(h_),
           w(w_),
@@ -141,19 +115,19 @@ struct Patches {
         k.advance(BK, taps_w, channels);
     }
 
-    __device__ __forceinline__ void put(Side<SIDE>& tile) const { AlongK::put<T, SIDE>(tile, quads); }
+    __device__ __forceinline__ void put(Side<SIDE>& tile) const { AlongK::put<SIDE>(tile, quads); }
 };
 
 // The weight (c_out, kh, kw, c_in) as a matrix with a row of c_in elements for each k = (tap row, tap column, c_out).
-template <class T, int SIDE>
+template <int SIDE>
 struct Weights {
-    const T* from;
+    const float* from;
     unsigned col, c_in, c_out, kh, kw;
     Axis rows, cols;
     Walk k[QUADS<SIDE>];
-    Quad<T> quads[QUADS<SIDE>];
+    Quad quads[QUADS<SIDE>];
 
-    __device__ Weights(const T* from_, unsigned first_col, const Geometry& g, const Axis& rows_, const Axis& cols_)
+    __device__ Weights(const float* from_, unsigned first_col, const Geometry& g, const Axis& rows_, const Axis& cols_)
         : from(from_),
           col(first_col + AcrossK<SIDE>::col()),
           c_in(g.c_in),
@@ -191,19 +165,19 @@ struct Origin {
 };
 
 // The patches of x as a matrix with a row for each k = pixel of y, and the columns (u, v, c_in).
-template <class T, int SIDE>
+template <int SIDE>
 struct PatchColumns {
-    const T* from;
+    const float* from;
     // Those of this step and of the next, alternating: found one step ahead by BK threads, read by all.
     Origin (*origins)[BK];
     unsigned turn, pixel, end;
     unsigned image, row, column;  // of y, where `pixel` lies
     const Geometry& g;
     Walk col;
-    Quad<T> quads[QUADS<SIDE>];
+    Quad quads[QUADS<SIDE>];
 
     // For pixels begin .. end. The caller must follow with a barrier.
-    __device__ PatchColumns(const T* from_, Origin (&origins_)[2][BK], const Geometry& g_, unsigned first_col,
+    __device__ PatchColumns(const float* from_, Origin (&origins_)[2][BK], const Geometry& g_, unsigned first_col,
                             unsigned begin, unsigned end_)
         : from(from_),
           origins(origins_),
@@ -268,17 +242,16 @@ struct PatchColumns {
 };
 
 // What the epilogue adds; null for none.
-template <class T>
 struct Plus {
     const float* bias;
-    const T* shift;
-    const T* residual;
+    const float* shift;
+    const float* residual;
 };
 
 // Stores the tile whose first row is pixel `first` of `count`, plus `plus`.
-template <class TILE, class T>
-__device__ __forceinline__ void store_pixels(T* to, const Pixel (&pixels)[TILE::BM], unsigned first, unsigned count,
-                                             unsigned col, unsigned cols, const Plus<T>& plus,
+template <class TILE>
+__device__ __forceinline__ void store_pixels(float* to, const Pixel (&pixels)[TILE::BM], unsigned first, unsigned count,
+                                             unsigned col, unsigned cols, const Plus& plus,
                                              const Accumulators<TILE>& acc) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -298,63 +271,48 @@ __device__ __forceinline__ void store_pixels(T* to, const Pixel (&pixels)[TILE::
     }
 }
 
-template <class TILE, class T>
-__device__ __forceinline__ void forward(T* y, const T* x, const T* weight, const Plus<T>& plus, const Geometry& g) {
+template <class TILE>
+__device__ __forceinline__ void forward(float* y, const float* x, const float* weight, const Plus& plus,
+                                        const Geometry& g) {
     __shared__ __align__(16) TILE tile;
     __shared__ Pixel pixels[TILE::BM];
     const unsigned count = g.n * g.oh * g.ow, depth = g.kh * g.kw * g.c_in;
     const unsigned across = (g.c_out + TILE::BN - 1) / TILE::BN;
     const unsigned first = blockIdx.x / across * TILE::BM, first_col = blockIdx.x % across * TILE::BN;
     const Axis rows = Axis::forward(g.kh, g.stride, g.top), cols = Axis::forward(g.kw, g.stride, g.left);
-    for (unsigned r = threadIdx.x; r < TILE::BM; r += THREADS) {
-        const unsigned p = min(first + r, count - 1);
-        const unsigned image = p / (g.oh * g.ow), rest = p % (g.oh * g.ow);
-        const int i = (int)(rest / g.ow * rows.stride) + rows.first, j = (int)(rest % g.ow * cols.stride) + cols.first;
-        pixels[r] = {(((long long)image * g.h + i) * g.w + j) * g.c_in, (long long)p * g.c_out, i, j, image};
-    }
+    for (unsigned r = threadIdx.x; r < TILE::BM; r += THREADS) pixels[r] = pixel_of_y(first + r, g, rows, cols);
     __syncthreads();  // pixels written above are read by the operands and the epilogue
 
-    Patches<T, TILE::BM> a(x, pixels, g.h, g.w, g.c_in, rows, cols);
-    Rows<T, TILE::BN> b(weight, first_col, g.c_out, depth);
+    Patches<TILE::BM> a(x, pixels, g.h, g.w, g.c_in, rows, cols);
+    Rows<TILE::BN> b(weight, first_col, g.c_out, depth);
     Accumulators<TILE> acc;
     multiply(tile, a, b, (depth + BK - 1) / BK, acc);
     store_pixels(y, pixels, first, count, first_col, g.c_out, plus, acc);
 }
 
-template <class TILE, class T>
-__device__ __forceinline__ void dgrad(T* dx, const T* dy, const T* weight, const Geometry& g) {
+template <class TILE>
+__device__ __forceinline__ void dgrad(float* dx, const float* dy, const float* weight, const Geometry& g) {
     __shared__ __align__(16) TILE tile;
     __shared__ Pixel pixels[TILE::BM];
-    const unsigned s = g.stride, above = blockIdx.y / s, before = blockIdx.y % s;
-    // The class: pixels (above + s i, before + s j).
-    const unsigned h = (g.h + s - 1 - above) / s, w = (g.w + s - 1 - before) / s, count = g.n * h * w;
+    const Class of(blockIdx.y, g);
     const unsigned across = (g.c_in + TILE::BN - 1) / TILE::BN;
     const unsigned first = blockIdx.x / across * TILE::BM, first_col = blockIdx.x % across * TILE::BN;
-    if (first >= count) return;
-    const Axis rows = Axis::backward(above, g.kh, s, g.top), cols = Axis::backward(before, g.kw, s, g.left);
-    for (unsigned r = threadIdx.x; r < TILE::BM; r += THREADS) {
-        const unsigned p = min(first + r, count - 1);
-        const unsigned image = p / (h * w), rest = p % (h * w), row = rest / w, col = rest % w;
-        const int i = (int)row + rows.first, j = (int)col + cols.first;
-        Pixel& pixel = pixels[r];
-        pixel.patch = (((long long)image * g.oh + i) * g.ow + j) * g.c_out;
-        pixel.result = (((long long)image * g.h + row * s + above) * g.w + col * s + before) * g.c_in;
-        pixel.i = i;
-        pixel.j = j;
-        pixel.image = image;
-    }
+    if (first >= of.count) return;
+    const Axis rows = Axis::backward(of.above, g.kh, g.stride, g.top);
+    const Axis cols = Axis::backward(of.before, g.kw, g.stride, g.left);
+    for (unsigned r = threadIdx.x; r < TILE::BM; r += THREADS) pixels[r] = of.pixel(first + r, g, rows, cols);
     __syncthreads();  // pixels written above are read by the operands and the epilogue
 
-    Patches<T, TILE::BM> a(dy, pixels, g.oh, g.ow, g.c_out, rows, cols);
-    Weights<T, TILE::BN> b(weight, first_col, g, rows, cols);
+    Patches<TILE::BM> a(dy, pixels, g.oh, g.ow, g.c_out, rows, cols);
+    Weights<TILE::BN> b(weight, first_col, g, rows, cols);
     Accumulators<TILE> acc;
     multiply(tile, a, b, (rows.taps * cols.taps * g.c_out + BK - 1) / BK, acc);
-    store_pixels(dx, pixels, first, count, first_col, g.c_in, Plus<T>{nullptr, nullptr, nullptr}, acc);
+    store_pixels(dx, pixels, first, of.count, first_col, g.c_in, Plus{nullptr, nullptr, nullptr}, acc);
 }
 
 // Writes `dw` if one segment has all pixels, otherwise each segment's partial sums to (segments, c_out, kh, kw, c_in).
-template <class TILE, class T>
-__device__ __forceinline__ void wgrad(float* dw, const T* x, const T* dy, const Geometry& g, unsigned segment,
+template <class TILE>
+__device__ __forceinline__ void wgrad(float* dw, const float* x, const float* dy, const Geometry& g, unsigned segment,
                                       bool add) {
     __shared__ __align__(16) TILE tile;
     __shared__ __align__(16) Origin origins[2][BK];
@@ -363,46 +321,142 @@ __device__ __forceinline__ void wgrad(float* dw, const T* x, const T* dy, const 
     const unsigned first = blockIdx.x / across * TILE::BM, first_col = blockIdx.x % across * TILE::BN;
     const unsigned begin = blockIdx.y * segment, end = min(begin + segment, count);
 
-    Columns<T, TILE::BM> a(dy, first, g.c_out, begin, end);
-    PatchColumns<T, TILE::BN> b(x, origins, g, first_col, begin, end);
+    Columns<TILE::BM> a(dy, first, g.c_out, begin, end);
+    PatchColumns<TILE::BN> b(x, origins, g, first_col, begin, end);
     __syncthreads();  // the first fetch reads the first origins; multiply's barriers order the later ones
     Accumulators<TILE> acc;
     multiply(tile, a, b, (end - begin + BK - 1) / BK, acc);
     store_tile(dw + (size_t)blockIdx.y * g.c_out * width, first, g.c_out, first_col, width, add, acc);
 }
 
-// Entries, each in f32 and bf16, named after their tile BM x BN:
+// Adds up the sums of `segments` segments (segments, rows, cols) in order, plus `plus`; an image has `pixels` rows.
+__device__ __forceinline__ void join_segments(bf16* to, const float* parts, unsigned segments, size_t rows,
+                                              unsigned cols, const mma::Plus& plus, unsigned pixels,
+                                              unsigned lane_bits) {
+    const size_t row = row_of_thread(lane_bits);
+    if (row >= rows) return;
+    each_item((cols + 3) / 4, lane_bits, [&](unsigned k) {
+        const Four four(4 * k, cols);
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (unsigned s = 0; s < segments; ++s) sum = sum + four.read(parts + (s * rows + row) * cols + four.col);
+        four.write(to + row * cols + four.col, mma::finished(sum, four, plus, row / pixels, row * cols, cols));
+    });
+}
+
+// Entries in f32, named after their tile BM x BN:
 //   conv2d_fwd_64x64    conv2d_dgrad_64x64    conv2d_wgrad_64x64     square: least traffic per result
 //   conv2d_fwd_128x32   conv2d_dgrad_128x32                          for few columns: channels
 //   conv2d_wgrad_32x128                                              for few rows: channels of y
-//   conv2d_bwd_shift
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) conv2d_fwd_64x64_f32(
+    float* y, const float* x, const float* weight, const float* bias, const float* shift, const float* residual,
+    Geometry g) {
+    forward<Tile<64, 64>>(y, x, weight, {bias, shift, residual}, g);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) conv2d_fwd_128x32_f32(
+    float* y, const float* x, const float* weight, const float* bias, const float* shift, const float* residual,
+    Geometry g) {
+    forward<Tile<128, 32>>(y, x, weight, {bias, shift, residual}, g);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) conv2d_dgrad_64x64_f32(
+    float* dx, const float* dy, const float* weight, Geometry g) {
+    dgrad<Tile<64, 64>>(dx, dy, weight, g);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) conv2d_dgrad_128x32_f32(
+    float* dx, const float* dy, const float* weight, Geometry g) {
+    dgrad<Tile<128, 32>>(dx, dy, weight, g);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) conv2d_wgrad_64x64_f32(
+    float* dw, const float* x, const float* dy, Geometry g, unsigned segment, unsigned accumulate) {
+    wgrad<Tile<64, 64>>(dw, x, dy, g, segment, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) conv2d_wgrad_32x128_f32(
+    float* dw, const float* x, const float* dy, Geometry g, unsigned segment, unsigned accumulate) {
+    wgrad<Tile<32, 128>>(dw, x, dy, g, segment, accumulate);
+}
+
+// Entries in bf16, on tensor cores, and what must divide the channels:
+//   conv2d_fwd_mma_128x128        c_in by 64
+//   conv2d_fwd_mma_128x16         c_in by 8; for few channels of y
+//   conv2d_fwd_mma_64x64          c_in by 8
+//   conv2d_fwd_mma_64x64_any      nothing
+//   conv2d_dgrad_mma_128x128      c_out by 64, c_in by 128
+//   conv2d_dgrad_mma_64x64        both by 8
+//   conv2d_dgrad_mma_64x64_any    nothing
+//   conv2d_wgrad_mma_128x128      c_out by 128, c_in by 8
+//   conv2d_wgrad_mma_64x64        both by 8
+//   conv2d_wgrad_mma_64x64_any    nothing
+// conv2d_fwd_mma_64x64 and conv2d_dgrad_mma_64x64 sum by segments of k.
+using Large = mma::Tile<128, 128, 64, 64>;
+using Small = mma::Tile<64, 64, 64, 32>;
+using Thin = mma::Tile<128, 16, 32, 16>;
+using mma::Unit;
+
+extern "C" __global__ void __launch_bounds__(Large::THREADS) conv2d_fwd_mma_128x128(
+    bf16* y, const bf16* x, const bf16* weight, const float* bias, const bf16* shift, const bf16* residual,
+    Geometry g) {
+    mma::forward<Large, Unit::BLOCK, false>(y, nullptr, x, weight, {bias, shift, residual}, g, 0);
+}
+
+extern "C" __global__ void __launch_bounds__(Thin::THREADS) conv2d_fwd_mma_128x16(
+    bf16* y, const bf16* x, const bf16* weight, const float* bias, const bf16* shift, const bf16* residual,
+    Geometry g) {
+    mma::forward<Thin, Unit::CHUNK, false>(y, nullptr, x, weight, {bias, shift, residual}, g, 0);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_fwd_mma_64x64(
+    bf16* y, float* parts, const bf16* x, const bf16* weight, const float* bias, const bf16* shift,
+    const bf16* residual, Geometry g, unsigned segment) {
+    mma::forward<Small, Unit::CHUNK, true>(y, parts, x, weight, {bias, shift, residual}, g, segment);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_fwd_mma_64x64_any(
+    bf16* y, const bf16* x, const bf16* weight, const float* bias, const bf16* shift, const bf16* residual,
+    Geometry g) {
+    mma::forward<Small, Unit::ELEMENT, false>(y, nullptr, x, weight, {bias, shift, residual}, g, 0);
+}
+
+extern "C" __global__ void __launch_bounds__(Large::THREADS) conv2d_dgrad_mma_128x128(
+    bf16* dx, const bf16* dy, const bf16* weight, Geometry g) {
+    mma::dgrad<Large, Unit::BLOCK, false>(dx, nullptr, dy, weight, g, 0);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_dgrad_mma_64x64(
+    bf16* dx, float* parts, const bf16* dy, const bf16* weight, Geometry g, unsigned segment) {
+    mma::dgrad<Small, Unit::CHUNK, true>(dx, parts, dy, weight, g, segment);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_dgrad_mma_64x64_any(
+    bf16* dx, const bf16* dy, const bf16* weight, Geometry g) {
+    mma::dgrad<Small, Unit::ELEMENT, false>(dx, nullptr, dy, weight, g, 0);
+}
+
+extern "C" __global__ void __launch_bounds__(Large::THREADS) conv2d_wgrad_mma_128x128(
+    float* dw, const bf16* x, const bf16* dy, Geometry g, unsigned segment, unsigned accumulate) {
+    mma::wgrad<Large, Unit::BLOCK>(dw, x, dy, g, segment, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64(
+    float* dw, const bf16* x, const bf16* dy, Geometry g, unsigned segment, unsigned accumulate) {
+    mma::wgrad<Small, Unit::CHUNK>(dw, x, dy, g, segment, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64_any(
+    float* dw, const bf16* x, const bf16* dy, Geometry g, unsigned segment, unsigned accumulate) {
+    mma::wgrad<Small, Unit::ELEMENT>(dw, x, dy, g, segment, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(256) conv2d_join_segments(
+    bf16* to, const float* parts, const float* bias, const bf16* shift, const bf16* residual, unsigned segments,
+    size_t rows, unsigned cols, unsigned pixels, unsigned lane_bits) {
+    join_segments(to, parts, segments, rows, cols, {bias, shift, residual}, pixels, lane_bits);
+}
+
 #define ENTRIES(suffix, T) \
-    extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) conv2d_fwd_64x64_##suffix( \
-        T* y, const T* x, const T* weight, const float* bias, const T* shift, const T* residual, \
-        Geometry g) { \
-        forward<Tile<64, 64>, T>(y, x, weight, {bias, shift, residual}, g); \
-    } \
-    extern "C" __global__ void __launch_bounds__(THREADS) conv2d_fwd_128x32_##suffix( \
-        T* y, const T* x, const T* weight, const float* bias, const T* shift, const T* residual, \
-        Geometry g) { \
-        forward<Tile<128, 32>, T>(y, x, weight, {bias, shift, residual}, g); \
-    } \
-    extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) conv2d_dgrad_64x64_##suffix( \
-        T* dx, const T* dy, const T* weight, Geometry g) { \
-        dgrad<Tile<64, 64>>(dx, dy, weight, g); \
-    } \
-    extern "C" __global__ void __launch_bounds__(THREADS) conv2d_dgrad_128x32_##suffix( \
-        T* dx, const T* dy, const T* weight, Geometry g) { \
-        dgrad<Tile<128, 32>>(dx, dy, weight, g); \
-    } \
-    extern "C" __global__ void __launch_bounds__(THREADS) conv2d_wgrad_64x64_##suffix( \
-        float* dw, const T* x, const T* dy, Geometry g, unsigned segment, unsigned accumulate) { \
-        wgrad<Tile<64, 64>>(dw, x, dy, g, segment, accumulate); \
-    } \
-    extern "C" __global__ void __launch_bounds__(THREADS) conv2d_wgrad_32x128_##suffix( \
-        float* dw, const T* x, const T* dy, Geometry g, unsigned segment, unsigned accumulate) { \
-        wgrad<Tile<32, 128>>(dw, x, dy, g, segment, accumulate); \
-    } \
     extern "C" __global__ void __launch_bounds__(SUM_THREADS) conv2d_bwd_shift_##suffix( \
         double* sums, T* dshift, const T* dy, unsigned pixels, size_t all_pixels, unsigned c, unsigned lanes) { \
         sum_rows(sums, dshift, dy, pixels, all_pixels, c, lanes); \

@@ -1,20 +1,23 @@
-// linear: the layer and its gradients, as three tiled matrix products (tile_gemm.cuh) and the column sums of dy.
+// linear: the layer and its gradients, as three tiled matrix products and the column sums of dy. The products run on
+// FMAs in f32 (tile_gemm.cuh) and on tensor cores in bf16 (tile_mma.cuh).
 //
 // computes   fwd    y[p,o]  = sum over k of x[p,k] w[o,k] (+ b[o] + residual[p,o])
 //            dgrad  dx[p,k] = sum over o of dy[p,o] w[o,k]
 //            wgrad  dw[o,k] = sum over p of dy[p,o] x[p,k], by split-K; sum_parts adds up the segments
 //            bwd_sums  sums of chunks of dy's rows;  bwd_bias  db[o] = sum over p of dy[p,o], from those
 // layout     x (rows, c_in), w (c_out, c_in), y, residual, dy (rows, c_out), bias (c_out): contiguous
-// mapping    block = 64 threads = one tile of the product; blockIdx.x counts tiles, along the columns first.
-//            wgrad: blockIdx.y is one split-K segment of the rows
-// shared     two buffers of both operands, 9 KB (64x64) or 11 KB
-// bound by   as tile_gemm.cuh says; idle rows of the tile if there are few (the time embedding has one per image);
-//            bwd_sums: reading dy
-// host       rows, c_in, c_out < 2^30; tensors aligned to 16 bytes (vector accesses where c_in, c_out divide by four)
+// mapping    block = one tile of the product; blockIdx.x counts tiles, along the columns first. wgrad: blockIdx.y is
+//            one split-K segment of the rows
+// shared     f32: two buffers of both operands, 9 KB (64x64) or 11 KB. bf16: the ring, 96 KB (128x128) or 48 KB (64x64)
+// bound by   memory, in bf16 with up to 512 channels; else as tile_gemm.cuh and tile_mma.cuh say; idle rows of the tile
+//            if there are few (the time embedding has one per image); bwd_sums: reading dy
+// host       rows, c_in, c_out < 2^30; tensors aligned to 16 bytes (f32: vector accesses where c_in, c_out divide by
+//            four; bf16: kernels by what divides them, as the entries say, and the ring as dynamic shared memory)
 // numerics   sums in f32: fwd over k, dgrad over o, wgrad over the rows of a segment; the segments and the bias as
 //            column_sums.cuh says. A row's y and dx do not depend on the other rows.
 #include "column_sums.cuh"
 #include "tile_gemm.cuh"
+#include "tile_mma.cuh"
 
 // Host twin: the sizes of a linear layer; rows are pixels or tokens.
 struct Sizes {
@@ -25,9 +28,9 @@ struct Sizes {
 constexpr int CHUNK = 512;
 
 // Stores the tile that begins at (row, col) to y (rows, cols), plus bias and residual unless they are null.
-template <class TILE, class T>
-__device__ __forceinline__ void store_rows(T* y, unsigned row, unsigned rows, unsigned col, unsigned cols,
-                                           const float* b, const T* residual, const Accumulators<TILE>& acc) {
+template <class TILE>
+__device__ __forceinline__ void store_rows(float* y, unsigned row, unsigned rows, unsigned col, unsigned cols,
+                                           const float* b, const float* residual, const Accumulators<TILE>& acc) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const Four four(col + acc.col(half), cols);
@@ -45,75 +48,267 @@ __device__ __forceinline__ void store_rows(T* y, unsigned row, unsigned rows, un
     }
 }
 
-template <class TILE, class T>
-__device__ __forceinline__ void forward(T* y, const T* x, const T* weight, const float* bias, const T* residual,
-                                        const Sizes& s) {
+template <class TILE>
+__device__ __forceinline__ void forward(float* y, const float* x, const float* weight, const float* bias,
+                                        const float* residual, const Sizes& s) {
     __shared__ __align__(16) TILE tile;
     const unsigned across = (s.c_out + TILE::BN - 1) / TILE::BN;
     const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
-    Rows<T, TILE::BM> a(x, row, s.rows, s.c_in);
-    Rows<T, TILE::BN> b(weight, col, s.c_out, s.c_in);
+    Rows<TILE::BM> a(x, row, s.rows, s.c_in);
+    Rows<TILE::BN> b(weight, col, s.c_out, s.c_in);
     Accumulators<TILE> acc;
     multiply(tile, a, b, (s.c_in + BK - 1) / BK, acc);
     store_rows(y, row, s.rows, col, s.c_out, bias, residual, acc);
 }
 
-template <class TILE, class T>
-__device__ __forceinline__ void dgrad(T* dx, const T* dy, const T* weight, const Sizes& s) {
+template <class TILE>
+__device__ __forceinline__ void dgrad(float* dx, const float* dy, const float* weight, const Sizes& s) {
     __shared__ __align__(16) TILE tile;
     const unsigned across = (s.c_in + TILE::BN - 1) / TILE::BN;
     const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
-    Rows<T, TILE::BM> a(dy, row, s.rows, s.c_out);
-    Columns<T, TILE::BN> b(weight, col, s.c_in, 0, s.c_out);
+    Rows<TILE::BM> a(dy, row, s.rows, s.c_out);
+    Columns<TILE::BN> b(weight, col, s.c_in, 0, s.c_out);
     Accumulators<TILE> acc;
     multiply(tile, a, b, (s.c_out + BK - 1) / BK, acc);
-    store_rows(dx, row, s.rows, col, s.c_in, nullptr, (const T*)nullptr, acc);
+    store_rows(dx, row, s.rows, col, s.c_in, nullptr, nullptr, acc);
 }
 
 // Writes `dw` if one segment has all rows, otherwise each segment's partial sums to (segments, c_out, c_in).
-template <class TILE, class T>
-__device__ __forceinline__ void wgrad(float* dw, const T* x, const T* dy, const Sizes& s, unsigned segment, bool add) {
+template <class TILE>
+__device__ __forceinline__ void wgrad(float* dw, const float* x, const float* dy, const Sizes& s, unsigned segment,
+                                      bool add) {
     __shared__ __align__(16) TILE tile;
     const unsigned across = (s.c_in + TILE::BN - 1) / TILE::BN;
     const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
     const unsigned begin = blockIdx.y * segment, end = min(begin + segment, s.rows);
-    Columns<T, TILE::BM> a(dy, row, s.c_out, begin, end);
-    Columns<T, TILE::BN> b(x, col, s.c_in, begin, end);
+    Columns<TILE::BM> a(dy, row, s.c_out, begin, end);
+    Columns<TILE::BN> b(x, col, s.c_in, begin, end);
     Accumulators<TILE> acc;
     multiply(tile, a, b, (end - begin + BK - 1) / BK, acc);
     store_tile(dw + (size_t)blockIdx.y * s.c_out * s.c_in, row, s.c_out, col, s.c_in, add, acc);
 }
 
-// Entries, each in f32 and bf16, named after their tile BM x BN:
+namespace mma {
+
+// a = rows of x, b = rows of the weight; a slab is the next BK columns of both.
+template <class TILE, Unit UNIT>
+struct ForwardOperands {
+    static constexpr bool A_ALONG_K = true, B_ALONG_K = true, WRITTEN_OUT = UNIT == Unit::BLOCK;
+    AlongK<TILE::THREADS, TILE::BM, UNIT> a;
+    AlongK<TILE::THREADS, TILE::BN, UNIT> b;
+    int k, left;
+
+    __device__ ForwardOperands(const bf16* x, const bf16* weight, unsigned row, unsigned col, const Sizes& s)
+        : a(0, x, row, s.rows, s.c_in), b(TILE::A_BYTES, weight, col, s.c_out, s.c_in), k(0), left((int)s.c_in) {}
+
+    __device__ __forceinline__ void bring(uint32_t slot) {
+        a.bring(slot, k, left);
+        b.bring(slot, k, left);
+        k += BK;
+        left -= BK;
+    }
+};
+
+// a = rows of dy, b = the weight; a slab is the next BK columns of dy and rows of the weight.
+template <class TILE, Unit UNIT>
+struct DgradOperands {
+    static constexpr bool A_ALONG_K = true, B_ALONG_K = false, WRITTEN_OUT = UNIT == Unit::BLOCK;
+    AlongK<TILE::THREADS, TILE::BM, UNIT> a;
+    AcrossK<TILE::THREADS, TILE::BN, UNIT> b;
+    int k, left;
+    unsigned c_in;
+
+    __device__ DgradOperands(const bf16* dy, const bf16* weight, unsigned row, unsigned col, const Sizes& s)
+        : a(0, dy, row, s.rows, s.c_out),
+          b(TILE::A_BYTES, weight, col, s.c_in, s.c_in),
+          k(0),
+          left((int)s.c_out),
+          c_in(s.c_in) {}
+
+    __device__ __forceinline__ void bring(uint32_t slot) {
+        a.bring(slot, k, left);
+        b.bring(slot, 0, left);
+        b.advance((size_t)BK * c_in);
+        k += BK;
+        left -= BK;
+    }
+};
+
+// a = dy, b = x; a slab is the next BK rows of both.
+template <class TILE, Unit UNIT>
+struct WgradOperands {
+    static constexpr bool A_ALONG_K = false, B_ALONG_K = false, WRITTEN_OUT = false;
+    AcrossK<TILE::THREADS, TILE::BM, UNIT> a;
+    AcrossK<TILE::THREADS, TILE::BN, UNIT> b;
+    int left;
+    unsigned c_out, c_in;
+
+    // For rows begin .. end.
+    __device__ WgradOperands(const bf16* dy, const bf16* x, unsigned row, unsigned col, const Sizes& s, unsigned begin,
+                             unsigned end)
+        : a(0, dy + (size_t)begin * s.c_out, row, s.c_out, s.c_out),
+          b(TILE::A_BYTES, x + (size_t)begin * s.c_in, col, s.c_in, s.c_in),
+          left((int)(end - begin)),
+          c_out(s.c_out),
+          c_in(s.c_in) {}
+
+    __device__ __forceinline__ void bring(uint32_t slot) {
+        a.bring(slot, 0, left);
+        b.bring(slot, 0, left);
+        a.advance((size_t)BK * c_out);
+        b.advance((size_t)BK * c_in);
+        left -= BK;
+    }
+};
+
+// Stores the tile that begins at (row, col) to y (rows, cols), plus bias and residual unless they are null.
+template <class TILE>
+__device__ __forceinline__ void store_rows(bf16* y, unsigned char* ring, unsigned row, unsigned rows, unsigned col,
+                                           unsigned cols, const float* bias, const bf16* residual,
+                                           const Accumulators<TILE>& acc) {
+    each_four(reinterpret_cast<float*>(ring), acc, [&](int r, int c, float4 v) {
+        const Four four(col + c, cols);
+        if (four.count == 0 || row + r >= rows) return;
+        const size_t offset = (size_t)(row + r) * cols + four.col;
+        if (bias) v = v + four.read(bias + four.col);
+        if (residual) v = v + four.read(residual + offset);
+        four.write(y + offset, v);
+    });
+}
+
+template <class TILE, Unit UNIT>
+__device__ __forceinline__ void forward(bf16* y, const bf16* x, const bf16* weight, const float* bias,
+                                        const bf16* residual, const Sizes& s) {
+    extern __shared__ __align__(1024) unsigned char ring[];
+    const unsigned across = (s.c_out + TILE::BN - 1) / TILE::BN;
+    const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
+    ForwardOperands<TILE, UNIT> operands(x, weight, row, col, s);
+    Accumulators<TILE> acc;
+    multiply(shared_address(ring), operands, (s.c_in + BK - 1) / BK, steps_of<UNIT>(s.c_in), acc, 0, [] {});
+    store_rows(y, ring, row, s.rows, col, s.c_out, bias, residual, acc);
+}
+
+template <class TILE, Unit UNIT>
+__device__ __forceinline__ void dgrad(bf16* dx, const bf16* dy, const bf16* weight, const Sizes& s) {
+    extern __shared__ __align__(1024) unsigned char ring[];
+    const unsigned across = (s.c_in + TILE::BN - 1) / TILE::BN;
+    const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
+    DgradOperands<TILE, UNIT> operands(dy, weight, row, col, s);
+    Accumulators<TILE> acc;
+    multiply(shared_address(ring), operands, (s.c_out + BK - 1) / BK, steps_of<UNIT>(s.c_out), acc, 0, [] {});
+    store_rows(dx, ring, row, s.rows, col, s.c_in, nullptr, nullptr, acc);
+}
+
+// Writes `dw` if one segment has all rows, otherwise each segment's partial sums to (segments, c_out, c_in).
+template <class TILE, Unit UNIT>
+__device__ __forceinline__ void wgrad(float* dw, const bf16* x, const bf16* dy, const Sizes& s, unsigned segment,
+                                      bool add) {
+    extern __shared__ __align__(1024) unsigned char ring[];
+    const unsigned across = (s.c_in + TILE::BN - 1) / TILE::BN;
+    const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
+    const unsigned begin = blockIdx.y * segment, end = min(begin + segment, s.rows);
+    WgradOperands<TILE, UNIT> operands(dy, x, row, col, s, begin, end);
+    Accumulators<TILE> acc;
+    multiply(shared_address(ring), operands, (end - begin + BK - 1) / BK, BK / 16, acc, 0, [] {});
+    store_tile(dw + (size_t)blockIdx.y * s.c_out * s.c_in, ring, row, s.c_out, col, s.c_in, add, acc);
+}
+
+}  // namespace mma
+
+// Entries in f32, named after their tile BM x BN:
 //   linear_fwd_64x64    linear_dgrad_64x64    linear_wgrad_64x64     square: least traffic per result
 //   linear_fwd_128x32   linear_dgrad_128x32                          for few columns: channels
 //   linear_wgrad_32x128                                              for few rows: channels of y
-//   linear_bwd_sums
+extern "C" __global__ void __launch_bounds__(THREADS) linear_fwd_64x64_f32(
+    float* y, const float* x, const float* weight, const float* bias, const float* residual, Sizes s) {
+    forward<Tile<64, 64>>(y, x, weight, bias, residual, s);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) linear_fwd_128x32_f32(
+    float* y, const float* x, const float* weight, const float* bias, const float* residual, Sizes s) {
+    forward<Tile<128, 32>>(y, x, weight, bias, residual, s);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) linear_dgrad_64x64_f32(
+    float* dx, const float* dy, const float* weight, Sizes s) {
+    dgrad<Tile<64, 64>>(dx, dy, weight, s);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) linear_dgrad_128x32_f32(
+    float* dx, const float* dy, const float* weight, Sizes s) {
+    dgrad<Tile<128, 32>>(dx, dy, weight, s);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) linear_wgrad_64x64_f32(
+    float* dw, const float* x, const float* dy, Sizes s, unsigned segment, unsigned accumulate) {
+    wgrad<Tile<64, 64>>(dw, x, dy, s, segment, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) linear_wgrad_32x128_f32(
+    float* dw, const float* x, const float* dy, Sizes s, unsigned segment, unsigned accumulate) {
+    wgrad<Tile<32, 128>>(dw, x, dy, s, segment, accumulate);
+}
+
+// Entries in bf16, on tensor cores, and what must divide the channels:
+//   linear_fwd_mma_128x128        c_in by 64
+//   linear_fwd_mma_64x64          c_in by 8
+//   linear_fwd_mma_64x64_any      nothing
+//   linear_dgrad_mma_128x128      c_out by 64, c_in by 128
+//   linear_dgrad_mma_64x64        both by 8
+//   linear_dgrad_mma_64x64_any    nothing
+//   linear_wgrad_mma_128x128      both by 128
+//   linear_wgrad_mma_64x64        both by 8
+//   linear_wgrad_mma_64x64_any    nothing
+using Large = mma::Tile<128, 128, 64, 64>;
+using Small = mma::Tile<64, 64, 64, 32>;
+using mma::Unit;
+
+extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_fwd_mma_128x128(
+    bf16* y, const bf16* x, const bf16* weight, const float* bias, const bf16* residual, Sizes s) {
+    mma::forward<Large, Unit::BLOCK>(y, x, weight, bias, residual, s);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_fwd_mma_64x64(
+    bf16* y, const bf16* x, const bf16* weight, const float* bias, const bf16* residual, Sizes s) {
+    mma::forward<Small, Unit::CHUNK>(y, x, weight, bias, residual, s);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_fwd_mma_64x64_any(
+    bf16* y, const bf16* x, const bf16* weight, const float* bias, const bf16* residual, Sizes s) {
+    mma::forward<Small, Unit::ELEMENT>(y, x, weight, bias, residual, s);
+}
+
+extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_dgrad_mma_128x128(
+    bf16* dx, const bf16* dy, const bf16* weight, Sizes s) {
+    mma::dgrad<Large, Unit::BLOCK>(dx, dy, weight, s);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_dgrad_mma_64x64(
+    bf16* dx, const bf16* dy, const bf16* weight, Sizes s) {
+    mma::dgrad<Small, Unit::CHUNK>(dx, dy, weight, s);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_dgrad_mma_64x64_any(
+    bf16* dx, const bf16* dy, const bf16* weight, Sizes s) {
+    mma::dgrad<Small, Unit::ELEMENT>(dx, dy, weight, s);
+}
+
+extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_wgrad_mma_128x128(
+    float* dw, const bf16* x, const bf16* dy, Sizes s, unsigned segment, unsigned accumulate) {
+    mma::wgrad<Large, Unit::BLOCK>(dw, x, dy, s, segment, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_wgrad_mma_64x64(
+    float* dw, const bf16* x, const bf16* dy, Sizes s, unsigned segment, unsigned accumulate) {
+    mma::wgrad<Small, Unit::CHUNK>(dw, x, dy, s, segment, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_wgrad_mma_64x64_any(
+    float* dw, const bf16* x, const bf16* dy, Sizes s, unsigned segment, unsigned accumulate) {
+    mma::wgrad<Small, Unit::ELEMENT>(dw, x, dy, s, segment, accumulate);
+}
+
 #define ENTRIES(suffix, T) \
-    extern "C" __global__ void __launch_bounds__(THREADS) linear_fwd_64x64_##suffix( \
-        T* y, const T* x, const T* weight, const float* bias, const T* residual, Sizes s) { \
-        forward<Tile<64, 64>>(y, x, weight, bias, residual, s); \
-    } \
-    extern "C" __global__ void __launch_bounds__(THREADS) linear_fwd_128x32_##suffix( \
-        T* y, const T* x, const T* weight, const float* bias, const T* residual, Sizes s) { \
-        forward<Tile<128, 32>>(y, x, weight, bias, residual, s); \
-    } \
-    extern "C" __global__ void __launch_bounds__(THREADS) linear_dgrad_64x64_##suffix( \
-        T* dx, const T* dy, const T* weight, Sizes s) { \
-        dgrad<Tile<64, 64>>(dx, dy, weight, s); \
-    } \
-    extern "C" __global__ void __launch_bounds__(THREADS) linear_dgrad_128x32_##suffix( \
-        T* dx, const T* dy, const T* weight, Sizes s) { \
-        dgrad<Tile<128, 32>>(dx, dy, weight, s); \
-    } \
-    extern "C" __global__ void __launch_bounds__(THREADS) linear_wgrad_64x64_##suffix( \
-        float* dw, const T* x, const T* dy, Sizes s, unsigned segment, unsigned accumulate) { \
-        wgrad<Tile<64, 64>>(dw, x, dy, s, segment, accumulate); \
-    } \
-    extern "C" __global__ void __launch_bounds__(THREADS) linear_wgrad_32x128_##suffix( \
-        float* dw, const T* x, const T* dy, Sizes s, unsigned segment, unsigned accumulate) { \
-        wgrad<Tile<32, 128>>(dw, x, dy, s, segment, accumulate); \
-    } \
     extern "C" __global__ void __launch_bounds__(SUM_THREADS) linear_bwd_sums_##suffix( \
         double* sums, const T* dy, size_t rows, unsigned c, unsigned lanes) { \
         sum_rows(sums, (T*)nullptr, dy, CHUNK, rows, c, lanes); \

@@ -12,7 +12,7 @@ use bytemuck::Zeroable;
 use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::data::{Data, Dataset, Extent};
 use ddpm_cuda::device::Device;
-use ddpm_cuda::device::cuda::tile::{MULTIPROCESSORS, RESIDENT, SplitK, choose};
+use ddpm_cuda::device::cuda::tile::{FMA, MMA_64, MMA_128, MULTIPROCESSORS, RESIDENT, SplitK, choose, shared};
 use ddpm_cuda::device::cuda::{Gpu, Launched};
 use ddpm_cuda::kernels::{self, Image, Kernel, Kind, MODULES, Module, best_image, entry_alone, parameters};
 use ddpm_cuda::params::Layout;
@@ -161,7 +161,8 @@ fn a_multiprocessor_holds_as_many_tiles_as_is_counted_on() {
         let used = resources(&said);
         let tiles: Vec<&Kernel> =
             kernels::ALL.iter().filter(|k| k.module.stem == stem && k.tile.is_some()).copied().collect();
-        assert_eq!(tiles.len(), 12, "tiled kernels of {stem}");
+        let tiles: Vec<&Kernel> = tiles.into_iter().filter(|k| !k.name.contains("_mma_")).collect();
+        assert_eq!(tiles.len(), 6, "tiled kernels of {stem} on FMAs");
         for kernel in tiles {
             let (registers, shared) = used[kernel.name];
             let resident = of.resident(kernel.max_threads as usize, registers, shared);
@@ -175,6 +176,34 @@ fn a_multiprocessor_holds_as_many_tiles_as_is_counted_on() {
                 kernel.name,
                 of.arch
             );
+        }
+    }
+}
+
+/// Split-K counts on this many blocks of a weight's gradient on tensor cores.
+#[test]
+fn a_multiprocessor_holds_as_many_tensor_core_tiles_as_is_counted_on() {
+    let (Some(ptxas), true) = (kernels::PTXAS, gpu::available()) else { return };
+    let folder = tempfile::tempdir().unwrap();
+    for stem in ["conv2d", "linear"] {
+        let path = folder.path().join(stem);
+        std::fs::write(&path, MODULES.iter().find(|m| m.stem == stem).expect("a stem").ptx()).unwrap();
+        for (gpu, arch) in ["sm_80", "sm_89", "sm_90"].into_iter().enumerate() {
+            let of = OF.iter().find(|of| of.arch == arch).expect("a GPU of the table");
+            let output =
+                Command::new(ptxas).args(["-v", "-o", "/dev/null", "-arch", arch]).arg(&path).output().unwrap();
+            let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
+            let used = resources(&said);
+            for kernel in kernels::ALL.iter().filter(|k| k.module.stem == stem && k.name.contains("_wgrad_mma_")) {
+                let (registers, fixed) = used[kernel.name];
+                assert_eq!(fixed, 0, "{}: its shared memory is dynamic", kernel.name);
+                let bytes = shared(kernel) + if stem == "conv2d" { kernels::conv2d_mma::ORIGINS as usize } else { 0 };
+                let resident = of.resident(kernel.max_threads as usize, registers, bytes);
+                let blocks = if kernel.tile == Some((128, 128)) { MMA_128 } else { MMA_64 };
+                let counted = blocks.slots[gpu] / MULTIPROCESSORS[gpu];
+                println!("{} on {arch}: {registers} registers, {bytes} bytes, {resident} blocks", kernel.name);
+                assert!(resident >= counted, "{} on {arch}: {resident} blocks, counted on {counted}", kernel.name);
+            }
         }
     }
 }
@@ -220,8 +249,9 @@ fn the_last_wave_of_a_weights_gradient_wastes_little() {
         let (mut work, mut time) = (0.0, [0.0; 3]);
         for (name, [rows, cols, depth]) in products {
             // The linear layers have the same tiles.
-            let (_, tiles) = choose([&kernels::conv2d::WGRAD_64X64, &kernels::conv2d::WGRAD_32X128], rows, cols);
-            let SplitK { segment, count } = SplitK::new(tiles, depth);
+            let (_, tiles) =
+                choose([&kernels::conv2d::WGRAD_64X64_F32, &kernels::conv2d::WGRAD_32X128_F32], rows, cols);
+            let SplitK { segment, count } = SplitK::new(FMA, tiles, depth);
             let blocks = (tiles * count) as f64;
             let waves = slots.map(|slots| (blocks / slots).ceil());
             let busy = std::array::from_fn::<f64, 3, _>(|g| blocks / (waves[g] * slots[g]));

@@ -47,6 +47,25 @@ __device__ __forceinline__ void store_group(T* p, size_t i, float4 v, unsigned c
     if (count > 3) store(p + i + 3, v.w);
 }
 
+// Four neighbouring results of a thread in a row of `cols` columns: those that exist, in one access if four divides
+// cols.
+struct Four {
+    unsigned col, count;
+    bool vector;
+    __device__ Four(unsigned col_, unsigned cols)
+        : col(col_), count(col < cols ? min(cols - col, 4u) : 0), vector(cols % 4 == 0) {}
+
+    template <class T>
+    __device__ __forceinline__ float4 read(const T* p) const { return load_group(p, 0, count, vector); }
+
+    template <class T>
+    __device__ __forceinline__ void write(T* p, float4 v) const { store_group(p, 0, v, count, vector); }
+};
+
+__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
 // A tensor as 16 bytes at a time, for copies, and how many elements they hold.
 template <class T>
 constexpr unsigned WIDE = sizeof(uint4) / sizeof(T);

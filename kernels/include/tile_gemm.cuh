@@ -1,4 +1,4 @@
-// Tiled matrix products: the core shared by the convolutions and the linear layer. f32 FMA, f32 accumulators.
+// Tiled matrix products on FMAs: the core shared by the convolutions and the linear layer in f32.
 //
 // computes   acc = sum over k of a[row, k] b[k, col], one tile of BM x BN results per block. Two operands define where
 //            a and b come from; each brings BK steps of k at a time into shared memory.
@@ -108,33 +108,13 @@ __device__ __forceinline__ void multiply(TILE& tile, A& a, B& b, unsigned steps,
     }
 }
 
-// Four neighbours in flight from global to shared memory, in their own type: converting them would wait for them.
-template <class T>
-struct Quad;
-
-template <>
-struct Quad<float> {
+// Four neighbours in flight from global to shared memory.
+struct Quad {
     float4 v;
     __device__ void clear() { v = make_float4(0.0f, 0.0f, 0.0f, 0.0f); }
     __device__ void load(const float* p) { v = load4(p); }
     // Element i alone, after clear(); i is a constant.
     __device__ void load(int i, const float* p) { (i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w) = *p; }
-    __device__ float4 floats() const { return v; }
-};
-
-template <>
-struct Quad<bf16> {
-    uint2 v;
-    __device__ void clear() { v = make_uint2(0, 0); }
-    __device__ void load(const bf16* p) { v = *reinterpret_cast<const uint2*>(p); }
-    __device__ void load(int i, const bf16* p) {
-        const unsigned bits = *reinterpret_cast<const unsigned short*>(p);
-        (i < 2 ? v.x : v.y) |= i % 2 == 0 ? bits : bits << 16;
-    }
-    __device__ float4 floats() const {
-        return make_float4(__uint_as_float(v.x << 16), __uint_as_float(v.x & 0xffff0000u),  //
-                           __uint_as_float(v.y << 16), __uint_as_float(v.y & 0xffff0000u));
-    }
 };
 
 // How threads divide an operand that is contiguous along k: quads of four k, transposed when they are put. A warp takes
@@ -145,11 +125,11 @@ struct AlongK {
     // The thread's i-th row of the tile.
     __device__ static int row(int i) { return threadIdx.x / 2 + i * (THREADS / 2); }
 
-    template <class T, int SIDE>
-    __device__ __forceinline__ static void put(Side<SIDE>& tile, const Quad<T> (&quads)[QUADS<SIDE>]) {
+    template <int SIDE>
+    __device__ __forceinline__ static void put(Side<SIDE>& tile, const Quad (&quads)[QUADS<SIDE>]) {
 #pragma unroll
         for (int i = 0; i < QUADS<SIDE>; ++i) {
-            const float4 v = quads[i].floats();
+            const float4 v = quads[i].v;
             tile[k() + 0][row(i)] = v.x;
             tile[k() + 1][row(i)] = v.y;
             tile[k() + 2][row(i)] = v.z;
@@ -167,16 +147,14 @@ struct AcrossK {
     __device__ static int k() { return threadIdx.x / (SIDE / 4); }
     __device__ static constexpr int step(int i) { return i * (THREADS * 4 / SIDE); }
 
-    template <class T>
-    __device__ __forceinline__ static void put(Side<SIDE>& tile, const Quad<T> (&quads)[QUADS<SIDE>]) {
+    __device__ __forceinline__ static void put(Side<SIDE>& tile, const Quad (&quads)[QUADS<SIDE>]) {
 #pragma unroll
-        for (int i = 0; i < QUADS<SIDE>; ++i) store4(&tile[k() + step(i)][col()], quads[i].floats());
+        for (int i = 0; i < QUADS<SIDE>; ++i) store4(&tile[k() + step(i)][col()], quads[i].v);
     }
 };
 
 // Columns col to col + 3 of a row of `cols`; beyond the end the last ones repeat.
-template <class T>
-__device__ __forceinline__ void load_columns(Quad<T>& quad, const T* row, unsigned col, unsigned cols, bool vector) {
+__device__ __forceinline__ void load_columns(Quad& quad, const float* row, unsigned col, unsigned cols, bool vector) {
     if (vector) {
         quad.load(row + min(col, cols - 4));
     } else {
@@ -186,15 +164,16 @@ __device__ __forceinline__ void load_columns(Quad<T>& quad, const T* row, unsign
 }
 
 // An operand with rows of `depth` elements, contiguous along k.
-template <class T, int SIDE>
+template <int SIDE>
 struct Rows {
-    const T* row[QUADS<SIDE>];  // advance along k: with a base and an offset nvcc recomputes addresses in every step
+    // Advance along k: with a base and an offset nvcc recomputes addresses in every step.
+    const float* row[QUADS<SIDE>];
     unsigned k, depth;
     bool vector;  // depth divides by four
-    Quad<T> quads[QUADS<SIDE>];
+    Quad quads[QUADS<SIDE>];
 
     // From row `first` of `rows`.
-    __device__ Rows(const T* from, unsigned first, unsigned rows, unsigned depth_)
+    __device__ Rows(const float* from, unsigned first, unsigned rows, unsigned depth_)
         : k(AlongK::k()), depth(depth_), vector(depth_ % 4 == 0) {
 #pragma unroll
         for (int i = 0; i < QUADS<SIDE>; ++i) {
@@ -224,19 +203,19 @@ struct Rows {
         for (int i = 0; i < QUADS<SIDE>; ++i) row[i] += BK;
     }
 
-    __device__ __forceinline__ void put(Side<SIDE>& tile) const { AlongK::put<T, SIDE>(tile, quads); }
+    __device__ __forceinline__ void put(Side<SIDE>& tile) const { AlongK::put<SIDE>(tile, quads); }
 };
 
 // An operand with a row of `cols` elements for each k.
-template <class T, int SIDE>
+template <int SIDE>
 struct Columns {
-    const T* from;
+    const float* from;
     unsigned k, end, col, cols;
     bool vector;  // cols divides by four
-    Quad<T> quads[QUADS<SIDE>];
+    Quad quads[QUADS<SIDE>];
 
     // From column `first`, for k from `begin` to `end`.
-    __device__ Columns(const T* from_, unsigned first, unsigned cols_, unsigned begin, unsigned end_)
+    __device__ Columns(const float* from_, unsigned first, unsigned cols_, unsigned begin, unsigned end_)
         : from(from_),
           k(begin + AcrossK<SIDE>::k()),
           end(end_),
@@ -256,25 +235,6 @@ struct Columns {
 
     __device__ __forceinline__ void put(Side<SIDE>& tile) const { AcrossK<SIDE>::put(tile, quads); }
 };
-
-// Four neighbouring results of a thread in a row of `cols` columns: those that exist, in one access if four divides
-// cols.
-struct Four {
-    unsigned col, count;
-    bool vector;
-    __device__ Four(unsigned col_, unsigned cols)
-        : col(col_), count(col < cols ? min(cols - col, 4u) : 0), vector(cols % 4 == 0) {}
-
-    template <class T>
-    __device__ __forceinline__ float4 read(const T* p) const { return load_group(p, 0, count, vector); }
-
-    template <class T>
-    __device__ __forceinline__ void write(T* p, float4 v) const { store_group(p, 0, v, count, vector); }
-};
-
-__device__ __forceinline__ float4 operator+(float4 a, float4 b) {
-    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
 
 // Stores the tile that begins at (row, col) to `to` (rows, cols), or adds it if `add`.
 template <class TILE>

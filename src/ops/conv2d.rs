@@ -519,16 +519,31 @@ mod cpu {
 
 mod cuda {
     use super::*;
-    use crate::device::cuda::tile::{Job, SUM_THREADS, TILE_THREADS, choose, lanes, sum_parts};
-    use crate::device::cuda::{Gpu, View};
-    use crate::kernels::conv2d::{
-        self as kernels, BWD_BIAS, BWD_SHIFT, DGRAD_64X64, DGRAD_128X32, FWD_64X64, FWD_128X32, SUM_PARTS,
-        WGRAD_32X128, WGRAD_64X64,
+    use crate::device::cuda::tile::{
+        Job, MANY, SUM_THREADS, Segments, choose, choose_mma, lanes, over_rows, shared, sum_parts, tiles,
     };
+    use crate::device::cuda::{Buffer, Gpu, Launch, View};
+    use crate::kernels::conv2d::{
+        BWD_BIAS, BWD_SHIFT, DGRAD_64X64_F32, DGRAD_128X32_F32, DGRAD_MMA_64X64, DGRAD_MMA_64X64_ANY,
+        DGRAD_MMA_128X128, FWD_64X64_F32, FWD_128X32_F32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X16,
+        FWD_MMA_128X128, JOIN_SEGMENTS, SUM_PARTS, WGRAD_32X128_F32, WGRAD_64X64_F32, WGRAD_MMA_64X64,
+        WGRAD_MMA_64X64_ANY, WGRAD_MMA_128X128,
+    };
+    use crate::kernels::conv2d_mma::ORIGINS;
+    use crate::kernels::geometry;
+    use crate::kernels::tile_mma::BK;
     use crate::params::{ParamView, Params};
 
+    /// Steps of k in a slab of a product on tensor cores: channels of one tap.
+    const SLAB: usize = BK as usize;
+
+    /// The segments of a sum over the taps of `ws` and `channels` channels, for images of `pixels` pixels.
+    fn segments(pixels: usize, ws: Shape, channels: usize) -> Segments {
+        Segments::new(pixels, channels.div_ceil(SLAB) * ws.h * ws.w)
+    }
+
     /// The sizes in the kernels' form.
-    fn sizes(xs: Shape, ws: Shape, g: Geometry) -> kernels::Geometry {
+    fn sizes(dtype: DType, xs: Shape, ws: Shape, g: Geometry) -> geometry::Geometry {
         let ys = g.output(xs, ws);
         let taps = ws.h * ws.w;
         // The kernels index pixels and patch elements with 32 bits, and step up to a tile beyond the last.
@@ -537,8 +552,17 @@ mod cuda {
         {
             assert!(count < 1 << 30, "conv2d: {what} is {count} for x {xs}, weight {ws}; the kernels count to 2^30");
         }
+        if dtype == DType::Bf16 {
+            // Those on tensor cores add 32-bit offsets from tap to tap and from one block of channels to the next, and
+            // know a pixel's taps by two times 15 bits.
+            let patch = ws.h * (xs.w * xs.c).max(ys.w * ys.c);
+            for (what, count) in [("the extent of a patch", patch), ("the extent of the weight", ws.len())] {
+                assert!(count < 1 << 31, "conv2d: {what} is {count} for x {xs}, weight {ws}; the limit is 2^31");
+            }
+            assert!(ws.h < 16 && ws.w < 16, "conv2d: the weight is {ws}; in bf16 it has at most 15 x 15 taps");
+        }
         let number = |v: usize| u32::try_from(v).unwrap_or_else(|_| panic!("conv2d: {v} in {xs}, {ws}, {g:?}"));
-        kernels::Geometry {
+        geometry::Geometry {
             n: number(xs.n),
             h: number(xs.h),
             w: number(xs.w),
@@ -571,10 +595,47 @@ mod cuda {
             assert_eq!(v.dtype(), x.dtype(), "conv2d: {v:?} is added to the convolution of {x:?}");
         }
         let (xs, ws, ys) = (x.shape(), params.shape(weight), y.shape());
-        let (kernel, tiles) = choose([&FWD_64X64, &FWD_128X32], ys.rows(), ys.c);
-        let launch = gpu.launch(kernel.of(x.dtype()), [tiles, 1, 1], TILE_THREADS).write(y).read(x);
-        let launch = launch.view(params.view(weight, x.dtype())).view(params.view(bias, DType::F32));
-        launch.read_opt(shift).read_opt(residual).value(sizes(xs, ws, g)).run()
+        let (weight, bias) = (params.view(weight, x.dtype()), params.view(bias, DType::F32));
+        let segments = segments(ys.pixels(), ws, xs.c);
+        let kernel = match x.dtype() {
+            DType::F32 => choose([&FWD_64X64_F32, &FWD_128X32_F32], ys.rows(), ys.c).0,
+            DType::Bf16 if !xs.c.is_multiple_of(8) => &FWD_MMA_64X64_ANY,
+            DType::Bf16 if ys.c <= 16 => &FWD_MMA_128X16,
+            DType::Bf16 => {
+                let large = (xs.c.is_multiple_of(SLAB) && segments.count == 1).then_some(&FWD_MMA_128X128);
+                choose_mma(large, &FWD_MMA_64X64, MANY, ys.rows(), ys.c)
+            }
+        };
+        let tiles = tiles(kernel, ys.rows(), ys.c);
+        let sizes = sizes(x.dtype(), xs, ws, g);
+        let launch = |blocks| gpu.launch(kernel, [tiles, 1, blocks], kernel.max_threads).shared(shared(kernel));
+        if !std::ptr::eq(kernel, &FWD_MMA_64X64) {
+            let launch = launch(1).write(y).read(x).view(weight).view(bias);
+            return launch.read_opt(shift).read_opt(residual).value(sizes).run();
+        }
+        let blocks = segments.blocks(tiles);
+        if blocks == 1 {
+            let launch = launch(1).write(y).null().read(x).view(weight).view(bias).read_opt(shift).read_opt(residual);
+            return launch.value(sizes).u32(segments.segment).run();
+        }
+        let mut parts = gpu.alloc(4 * blocks * ys.len())?; // (segments, n, oh, ow, c_out)
+        let launch = launch(blocks).null().buffer_mut(&mut parts).read(x).view(weight).null().null().null();
+        launch.value(sizes).u32(segments.segment).run()?;
+        join(gpu, y, &parts, blocks, |launch| launch.view(bias).read_opt(shift).read_opt(residual))
+    }
+
+    /// Adds up the sums of segments, and what `plus` passes: bias, shift and residual.
+    fn join<'a>(
+        gpu: &'a Gpu,
+        to: &'a mut Tensor,
+        parts: &'a Buffer,
+        count: usize,
+        plus: impl FnOnce(Launch<'a>) -> Launch<'a>,
+    ) -> Result<()> {
+        let shape = to.shape();
+        let (grid, lane_bits) = over_rows(shape.rows(), shape.c.div_ceil(4), JOIN_SEGMENTS.max_threads);
+        let launch = plus(gpu.launch(&JOIN_SEGMENTS, grid, JOIN_SEGMENTS.max_threads).write(to).buffer(parts));
+        launch.u32(count).u64(shape.rows()).u32(shape.c).u32(shape.pixels()).u32(lane_bits).run()
     }
 
     /// Rows are the pixels of `dx` in one class of remainders modulo the stride, of which class 0 is the largest;
@@ -582,21 +643,52 @@ mod cuda {
     pub fn dgrad(gpu: &Gpu, dx: &mut Tensor, dy: &Tensor, weight: View<'_>, ws: Shape, g: Geometry) -> Result<()> {
         let xs = dx.shape();
         let rows = xs.n * xs.h.div_ceil(g.stride) * xs.w.div_ceil(g.stride);
-        let (kernel, tiles) = choose([&DGRAD_64X64, &DGRAD_128X32], rows, xs.c);
-        let launch = gpu.launch(kernel.of(dy.dtype()), [tiles, g.stride * g.stride, 1], TILE_THREADS);
-        launch.write(dx).read(dy).view(weight).value(sizes(xs, ws, g)).run()
+        // The classes of a stride have different numbers of taps.
+        let segments = if g.stride == 1 { segments(xs.pixels(), ws, ws.n) } else { Segments::ONE };
+        let kernel = match dy.dtype() {
+            DType::F32 => choose([&DGRAD_64X64_F32, &DGRAD_128X32_F32], rows, xs.c).0,
+            DType::Bf16 if !(ws.n.is_multiple_of(8) && xs.c.is_multiple_of(8)) => &DGRAD_MMA_64X64_ANY,
+            DType::Bf16 => {
+                let whole = ws.n.is_multiple_of(SLAB) && xs.c.is_multiple_of(128) && segments.count == 1;
+                choose_mma(whole.then_some(&DGRAD_MMA_128X128), &DGRAD_MMA_64X64, MANY, rows, xs.c)
+            }
+        };
+        let tiles = tiles(kernel, rows, xs.c);
+        let sizes = sizes(dy.dtype(), xs, ws, g);
+        let launch = |blocks| {
+            let grid = [tiles, g.stride * g.stride, blocks];
+            gpu.launch(kernel, grid, kernel.max_threads).shared(shared(kernel))
+        };
+        if !std::ptr::eq(kernel, &DGRAD_MMA_64X64) {
+            return launch(1).write(dx).read(dy).view(weight).value(sizes).run();
+        }
+        let blocks = segments.blocks(tiles);
+        if blocks == 1 {
+            let launch = launch(1).write(dx).null().read(dy).view(weight);
+            return launch.value(sizes).u32(segments.segment).run();
+        }
+        let mut parts = gpu.alloc(4 * blocks * xs.len())?; // (segments, n, h, w, c_in)
+        let launch = launch(blocks).null().buffer_mut(&mut parts).read(dy).view(weight);
+        launch.value(sizes).u32(segments.segment).run()?;
+        join(gpu, dx, &parts, blocks, |launch| launch.null().null().null())
     }
 
     /// Rows are `c_out`, columns `(u, v, c_in)`, and the sum runs over the pixels of `y`.
     pub fn wgrad(gpu: &Gpu, dw: ParamView<'_>, x: &Tensor, dy: &Tensor, ws: Shape, g: Geometry) -> Result<()> {
-        let job = Job {
-            variants: [&WGRAD_64X64, &WGRAD_32X128],
-            sum_parts: &SUM_PARTS,
-            rows: ws.n,
-            cols: ws.h * ws.w * ws.c,
-            depth: dy.shape().rows(),
+        let (rows, cols, depth) = (ws.n, ws.h * ws.w * ws.c, dy.shape().rows());
+        let job = match x.dtype() {
+            DType::F32 => Job::on_fma([&WGRAD_64X64_F32, &WGRAD_32X128_F32], &SUM_PARTS, rows, cols, depth),
+            DType::Bf16 => {
+                let kernel = if ws.c.is_multiple_of(8) && ws.n.is_multiple_of(8) {
+                    let large = ws.n.is_multiple_of(128).then_some(&WGRAD_MMA_128X128);
+                    choose_mma(large, &WGRAD_MMA_64X64, 1, rows, cols)
+                } else {
+                    &WGRAD_MMA_64X64_ANY
+                };
+                Job::on_mma(kernel, ORIGINS as usize, &SUM_PARTS, rows, cols, depth)
+            }
         };
-        job.run(gpu, dw.view, dw.accumulate, [x.array(), dy.array()], sizes(x.shape(), ws, g))
+        job.run(gpu, dw.view, dw.accumulate, [x.array(), dy.array()], sizes(x.dtype(), x.shape(), ws, g))
     }
 
     /// `db`, and `dshift` (n, 1, 1, c_out) if `shift_on` names its device. A block sums an image's pixels for up to 32

@@ -223,13 +223,18 @@ mod cpu {
 
 mod cuda {
     use super::*;
-    use crate::device::cuda::tile::{Job, SUM_THREADS, TILE_THREADS, choose, lanes, sum_parts};
+    use crate::device::cuda::tile::{Job, MANY, SUM_THREADS, choose, choose_mma, lanes, shared, sum_parts, tiles};
     use crate::device::cuda::{Gpu, View};
     use crate::kernels::linear::{
-        BWD_BIAS, BWD_SUMS, CHUNK, DGRAD_64X64, DGRAD_128X32, FWD_64X64, FWD_128X32, SUM_PARTS, Sizes, WGRAD_32X128,
-        WGRAD_64X64,
+        BWD_BIAS, BWD_SUMS, CHUNK, DGRAD_64X64_F32, DGRAD_128X32_F32, DGRAD_MMA_64X64, DGRAD_MMA_64X64_ANY,
+        DGRAD_MMA_128X128, FWD_64X64_F32, FWD_128X32_F32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X128, SUM_PARTS,
+        Sizes, WGRAD_32X128_F32, WGRAD_64X64_F32, WGRAD_MMA_64X64, WGRAD_MMA_64X64_ANY, WGRAD_MMA_128X128,
     };
+    use crate::kernels::tile_mma::BK;
     use crate::params::ParamView;
+
+    /// Steps of k in a slab of a product on tensor cores.
+    const SLAB: usize = BK as usize;
 
     /// The sizes in the kernels' form.
     fn sizes(rows: usize, c_in: usize, c_out: usize) -> Sizes {
@@ -251,23 +256,48 @@ mod cuda {
             assert_eq!(residual.dtype(), x.dtype(), "linear: {residual:?} is added to a layer of {x:?}");
         }
         let (rows, c_in, c_out) = (x.shape().rows(), x.shape().c, y.shape().c);
-        let (kernel, tiles) = choose([&FWD_64X64, &FWD_128X32], rows, c_out);
-        let launch = gpu.launch(kernel.of(x.dtype()), [tiles, 1, 1], TILE_THREADS).write(y).read(x);
-        launch.view(weight).view_opt(bias).read_opt(residual).value(sizes(rows, c_in, c_out)).run()
+        let kernel = match x.dtype() {
+            DType::F32 => choose([&FWD_64X64_F32, &FWD_128X32_F32], rows, c_out).0,
+            DType::Bf16 if !c_in.is_multiple_of(8) => &FWD_MMA_64X64_ANY,
+            DType::Bf16 => {
+                let large = c_in.is_multiple_of(SLAB).then_some(&FWD_MMA_128X128);
+                choose_mma(large, &FWD_MMA_64X64, MANY, rows, c_out)
+            }
+        };
+        let launch = gpu.launch(kernel, [tiles(kernel, rows, c_out), 1, 1], kernel.max_threads).shared(shared(kernel));
+        let launch = launch.write(y).read(x).view(weight).view_opt(bias).read_opt(residual);
+        launch.value(sizes(rows, c_in, c_out)).run()
     }
 
     pub fn dgrad(gpu: &Gpu, dx: &mut Tensor, dy: &Tensor, weight: View<'_>) -> Result<()> {
         let (rows, c_in, c_out) = (dy.shape().rows(), dx.shape().c, dy.shape().c);
-        let (kernel, tiles) = choose([&DGRAD_64X64, &DGRAD_128X32], rows, c_in);
-        let launch = gpu.launch(kernel.of(dy.dtype()), [tiles, 1, 1], TILE_THREADS).write(dx).read(dy);
-        launch.view(weight).value(sizes(rows, c_in, c_out)).run()
+        let kernel = match dy.dtype() {
+            DType::F32 => choose([&DGRAD_64X64_F32, &DGRAD_128X32_F32], rows, c_in).0,
+            DType::Bf16 if !(c_in.is_multiple_of(8) && c_out.is_multiple_of(8)) => &DGRAD_MMA_64X64_ANY,
+            DType::Bf16 => {
+                let whole = c_out.is_multiple_of(SLAB) && c_in.is_multiple_of(128);
+                choose_mma(whole.then_some(&DGRAD_MMA_128X128), &DGRAD_MMA_64X64, MANY, rows, c_in)
+            }
+        };
+        let launch = gpu.launch(kernel, [tiles(kernel, rows, c_in), 1, 1], kernel.max_threads).shared(shared(kernel));
+        launch.write(dx).read(dy).view(weight).value(sizes(rows, c_in, c_out)).run()
     }
 
     /// Rows are `c_out`, columns `c_in`, and the sum runs over the rows of `x`.
     pub fn wgrad(gpu: &Gpu, dw: ParamView<'_>, x: &Tensor, dy: &Tensor) -> Result<()> {
         let (depth, cols, rows) = (dy.shape().rows(), x.shape().c, dy.shape().c);
-        let variants = [&WGRAD_64X64, &WGRAD_32X128];
-        let job = Job { variants, sum_parts: &SUM_PARTS, rows, cols, depth };
+        let job = match x.dtype() {
+            DType::F32 => Job::on_fma([&WGRAD_64X64_F32, &WGRAD_32X128_F32], &SUM_PARTS, rows, cols, depth),
+            DType::Bf16 => {
+                let kernel = if cols.is_multiple_of(8) && rows.is_multiple_of(8) {
+                    let whole = cols.is_multiple_of(128) && rows.is_multiple_of(128);
+                    choose_mma(whole.then_some(&WGRAD_MMA_128X128), &WGRAD_MMA_64X64, 1, rows, cols)
+                } else {
+                    &WGRAD_MMA_64X64_ANY
+                };
+                Job::on_mma(kernel, 0, &SUM_PARTS, rows, cols, depth)
+            }
+        };
         job.run(gpu, dw.view, dw.accumulate, [x.array(), dy.array()], sizes(depth, cols, rows))
     }
 

@@ -8,8 +8,8 @@ use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use num_traits::Float;
 
 use crate::support::{
-    F32_ROUNDING, close, close_as, finite_differences, gpu, numbers, plant, same_bits, through_tape_on, to_f32,
-    winograd, worst,
+    F32_ROUNDING, close, close_as, close_as_but_for, finite_differences, gpu, numbers, plant, same_bits,
+    through_tape_on, to_f32, winograd, worst,
 };
 
 /// One convolution: `x` (n, h, w, c_in), `w` (c_out, kh, kw, c_in).
@@ -56,6 +56,29 @@ const CASES: [Case; 22] = [
     case([2, 5, 4, 270], [35, 3, 3], SAME),
     // 68 pixels for each thread that sums them for the bias: more than are summed in f32.
     case([1, 27, 20, 3], [20, 1, 1], Geometry::POINTWISE),
+];
+
+/// More for the products on tensor cores, in bf16: channels that chunks of 16 bytes divide and others; several slabs of
+/// 64 channels, the last one full or not; images of one pixel, of odd sizes, with fewer pixels than a slab of a weight's
+/// gradient; both paddings of a stride of two; sums in segments; and few columns.
+const BF16_CASES: [Case; 11] = [
+    case([2, 4, 4, 136], [72, 3, 3], SAME),
+    case([1, 9, 7, 24], [20, 3, 3], HALVE),
+    case([3, 6, 8, 20], [24, 3, 3], HALVE),
+    case([2, 7, 6, 8], [24, 3, 3], Geometry { stride: 2, pad: Pad::all(1) }),
+    case([2, 8, 10, 40], [16, 3, 3], HALVE),
+    case([1, 1, 1, 64], [8, 3, 3], SAME),
+    case([2, 5, 7, 16], [3, 3, 3], SAME),
+    case([1, 6, 5, 67], [24, 3, 3], SAME),
+    case([1, 20, 13, 8], [72, 3, 3], SAME),
+    case([1, 11, 10, 8], [16, 5, 2], Geometry { stride: 3, pad: Pad { top: 2, left: 0, bottom: 1, right: 3 } }),
+    case([1, 17, 5, 128], [136, 1, 1], Geometry::POINTWISE),
+];
+
+/// Enough tiles of 128x128 for the large kernels of the forward pass and of dw, and of dx. Neither square nor symmetric.
+const LARGE_CASES: [Case; 2] = [
+    case([3, 64, 64, 64], [128, 2, 2], Geometry { stride: 1, pad: Pad { top: 1, left: 0, bottom: 0, right: 1 } }),
+    case([2, 48, 128, 128], [64, 2, 1], Geometry { stride: 1, pad: Pad { top: 0, left: 0, bottom: 1, right: 0 } }),
 ];
 
 /// The tensors of a case.
@@ -232,13 +255,79 @@ fn gpu_agrees_with_the_reference() {
     }
 }
 
+/// Compares a case in bf16. On a GPU the tensor cores may cut what an addition cannot hold instead of rounding it, and
+/// add four to sixteen products at a time: at most an ulp, 2^-23 of a partial sum, for each addition. The emulator rounds
+/// each to nearest, like the yardstick.
+fn bf16_agrees_with_the_reference(case: Case) {
+    let Some(gpu) = gpu::gpu(DType::Bf16) else { return };
+    let data = Data::new(case).rounded(DType::Bf16);
+    let (oracle, yardstick) = (by_reference(case, &data), by_reference(case, &data.to_f32()));
+    let ys = case.geometry.output(case.x, case.w);
+    let taps = case.w.h * case.w.w;
+    let depths = [taps * case.x.c, taps * ys.c, ys.rows(), 0, 0, 0];
+    let device = Device::Cuda(gpu);
+    let mut first: Option<Vec<f32>> = None;
+    for schedule in gpu::SCHEDULES {
+        gpu::configure("seed", schedule);
+        let got = by_tape_on(&device, case, &data.to_f32(), direct(Isa::best()), 1);
+        for i in 0..6 {
+            let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { DType::Bf16 };
+            // The products are below one.
+            let cut = if gpu::is_real() { depths[i] as f64 * depths[i] as f64 / 4.0 * 2f64.powi(-23) } else { 0.0 };
+            let name = format!("{} on {device}, {dtype:?}, of {case:?}", NAMES[i]);
+            close_as_but_for(dtype, &name, &got[i], &oracle[i], &yardstick[i], cut);
+        }
+        let got = got.concat();
+        same_bits(&format!("{case:?}, schedule {schedule}"), &got, first.get_or_insert_with(|| got.clone()));
+    }
+    gpu::configure("seed", "none");
+}
+
+#[test]
+fn gpu_agrees_with_the_reference_in_bf16() {
+    BF16_CASES.into_iter().for_each(bf16_agrees_with_the_reference);
+}
+
+#[test]
+fn gpu_large_tiles_agree_with_the_reference() {
+    LARGE_CASES.into_iter().for_each(bf16_agrees_with_the_reference);
+}
+
+/// 96 images of 64 pixels fill a GPU, so that a block goes through all segments of k; for one image each segment has
+/// blocks of its own.
+#[test]
+fn gpu_segments_give_the_same_bits_split_or_not() {
+    let Some(gpu) = gpu::gpu(DType::Bf16) else { return };
+    let device = Device::Cuda(gpu.clone());
+    let case = case([96, 8, 8, 72], [72, 3, 3], SAME);
+    let data = Data::new(case).to_f32();
+    gpu.record_launches();
+    let [y, dx, ..] = by_tape_on(&device, case, &data, direct(Isa::best()), 1);
+    let blocks = |part: &str| -> Vec<usize> {
+        let all = gpu.recorded_launches();
+        gpu.record_launches();
+        let of = |stem: &str| all.iter().find(|l| l.kernel == format!("conv2d_{stem}_mma_64x64")).map(|l| l.grid[2]);
+        ["fwd", "dgrad"].map(|stem| of(stem).unwrap_or_else(|| panic!("{part}: no {stem} by 64x64"))).to_vec()
+    };
+    assert_eq!(blocks("all images"), [1, 1]);
+    let single = Case { x: Shape { n: 1, ..case.x }, ..case };
+    for image in [0, 95] {
+        let part = |v: &[f32]| v[image * v.len() / case.x.n..][..v.len() / case.x.n].to_vec();
+        let [x, shift, residual, dy] = [&data.x, &data.shift, &data.residual, &data.dy].map(|v| part(v));
+        let alone = Data { x, w: data.w.clone(), b: data.b.clone(), shift, residual, dy };
+        let alone = by_tape_on(&device, single, &alone, direct(Isa::best()), 1);
+        // Two slabs of channels and nine taps: 18 slabs, at least four in a segment.
+        assert_eq!(blocks("one image"), [4, 4]);
+        same_bits(&format!("y of image {image} alone"), &alone[0], &part(&y));
+        same_bits(&format!("dx of image {image} alone"), &alone[1], &part(&dx));
+    }
+}
+
 /// Missing barriers, missing blocks, one parameter in place of another.
 #[test]
 fn planted_bugs_are_noticed() {
     const TEST: &str = "conv2d::gpu_agrees_with_the_reference";
-    for part in
-        ["fwd_64x64_f32", "dgrad_128x32_f32", "wgrad_64x64_bf16", "wgrad_32x128_f32", "bwd_shift_f32", "sum_parts"]
-    {
+    for part in ["fwd_64x64_f32", "dgrad_128x32_f32", "wgrad_32x128_f32", "bwd_shift_f32", "sum_parts"] {
         plant::notices_lost_last_barrier(TEST, &format!("conv2d_{part}"));
     }
     for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_64x64_f32", "bwd_shift_bf16", "bwd_bias", "sum_parts"] {
@@ -247,13 +336,49 @@ fn planted_bugs_are_noticed() {
     // The left padding for the top one, oh for ow, the height of the kernel for its width; a sum that is always added
     // to what is there.
     for (part, is, reads) in [
-        ("fwd_64x64_bf16", "6+44", "6+40"),
-        ("dgrad_128x32_bf16", "3+20", "3+16"),
+        ("fwd_64x64_f32", "6+44", "6+40"),
+        ("dgrad_128x32_f32", "3+20", "3+16"),
         ("wgrad_64x64_f32", "3+32", "3+28"),
         ("sum_parts", "4", "2"),
     ] {
         let entry = format!("conv2d_{part}");
         plant::notices_wrong_parameter(TEST, &entry, is, reads);
+    }
+}
+
+/// The same, and slabs that are read before they have arrived, for the products on tensor cores.
+#[test]
+fn bugs_planted_in_tensor_core_kernels_are_noticed() {
+    const TEST: &str = "conv2d::gpu_agrees_with_the_reference_in_bf16";
+    const LARGE: &str = "conv2d::gpu_large_tiles_agree_with_the_reference";
+    // The barriers in the order of the text: pixels, a slab, the end of the ring, results.
+    for (test, part, n) in [
+        (TEST, "fwd_mma_64x64", 0),
+        (TEST, "fwd_mma_128x16", 1),
+        (TEST, "dgrad_mma_64x64", 1),
+        (TEST, "wgrad_mma_64x64", 0),
+        (TEST, "wgrad_mma_64x64_any", 1),
+        (LARGE, "fwd_mma_128x128", 2),
+        (LARGE, "dgrad_mma_128x128", 3),
+    ] {
+        plant::notices_lost_barrier(test, &format!("conv2d_{part}"), n);
+    }
+    for part in ["fwd_mma_64x64_any", "dgrad_mma_64x64_any", "join_segments", "wgrad_mma_64x64"] {
+        plant::notices_lost_block(TEST, &format!("conv2d_{part}"));
+    }
+    plant::notices_lost_last_barrier(LARGE, "conv2d_wgrad_mma_128x128");
+    for (test, part) in [(TEST, "fwd_mma_64x64"), (LARGE, "fwd_mma_128x128"), (LARGE, "wgrad_mma_128x128")] {
+        plant::notices(test, &format!("conv2d_{part}"), "cp.async.wait_group 1;", "cp.async.wait_group 2;");
+    }
+    // One column of the image for its rows; segments that begin where the first one does; a residual for a shift.
+    for (part, is, reads) in [
+        ("fwd_mma_64x64", "7+8", "7+4"),
+        ("dgrad_mma_64x64", "4+20", "4+16"),
+        ("dgrad_mma_64x64_any", "3+32", "3+28"),
+        ("wgrad_mma_64x64_any", "3+8", "3+4"),
+        ("join_segments", "5", "7"),
+    ] {
+        plant::notices_wrong_parameter(TEST, &format!("conv2d_{part}"), is, reads);
     }
 }
 
@@ -368,8 +493,13 @@ fn gpu_image_does_not_depend_on_its_batch() {
         let Some(gpu) = gpu::gpu(dtype) else { return };
         let device = Device::Cuda(gpu);
         // Some of these split a single image into other tiles than the batch.
-        for case in CASES.into_iter().filter(|c| c.x.n > 1 && c.x.len() * c.w.n < 1 << 20) {
+        let more = BF16_CASES.into_iter().filter(|_| dtype == DType::Bf16);
+        for case in CASES.into_iter().chain(more).filter(|c| c.x.n > 1 && c.x.len() * c.w.n < 1 << 20) {
             images_stand_alone(&device, case, direct(Isa::best()));
+        }
+        // An image alone has too few tiles for the large kernels.
+        if dtype == DType::Bf16 {
+            LARGE_CASES.into_iter().for_each(|case| images_stand_alone(&device, case, direct(Isa::best())));
         }
     }
 }

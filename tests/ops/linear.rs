@@ -5,7 +5,8 @@ use ddpm_cuda::tensor::{DType, Shape};
 use num_traits::Float;
 
 use crate::support::{
-    F32_ROUNDING, Pass, close, close_as, finite_differences, gpu, numbers, plant, same_bits, through_tape_on, to_f32,
+    F32_ROUNDING, Pass, close, close_as, close_as_but_for, finite_differences, gpu, numbers, plant, same_bits,
+    through_tape_on, to_f32,
 };
 
 /// `x` and `c_out`. Sizes of one, primes, one over the AVX-512 register tile (32 columns, 14 rows) and over its block
@@ -20,6 +21,16 @@ const CASES: [(Shape, usize); 9] = [
     (Shape::new(2, 16, 16, 65), 64),
     (Shape::new(1, 1, 4099, 2), 2),
     (Shape::new(3, 7, 1, 130), 31),
+];
+
+/// More for the products on tensor cores, in bf16: channels that chunks of 16 bytes divide, slabs that are full and not,
+/// and enough tiles of 128x128.
+const BF16_CASES: [(Shape, usize); 5] = [
+    (Shape::new(2, 5, 1, 24), 40),
+    (Shape::new(1, 9, 8, 136), 72),
+    (Shape::new(1, 1, 3, 8), 8),
+    (Shape::new(1, 6, 12, 64), 20),
+    (Shape::new(3, 64, 64, 128), 128),
 ];
 
 /// `x`, `w`, `b`, residual, `dy`.
@@ -120,6 +131,35 @@ fn gpu_agrees_with_the_reference() {
     }
 }
 
+/// As for a convolution, on a GPU the tensor cores may cut what an addition cannot hold: an ulp of each partial sum of
+/// products below one.
+#[test]
+fn gpu_agrees_with_the_reference_in_bf16() {
+    let Some(gpu) = gpu::gpu(DType::Bf16) else { return };
+    let device = Device::Cuda(gpu);
+    for (case, plain) in BF16_CASES.into_iter().flat_map(|case| [(case, false), (case, true)]) {
+        let mut rounded = data(case).map(|v| gpu::rounded(DType::Bf16, &v));
+        rounded[2] = data(case)[2].clone();
+        let oracle = by_reference(case.0.c, &rounded, plain);
+        let yardstick = by_reference(case.0.c, &rounded.map(|v| to_f32(&v)), plain);
+        let depths = [case.0.c, case.1, case.0.rows(), 0, 0];
+        let mut first: Option<Vec<f32>> = None;
+        for schedule in gpu::SCHEDULES {
+            gpu::configure("seed", schedule);
+            let got = by_tape_on(&device, case, plain, Isa::best(), 1);
+            for i in 0..if plain { 3 } else { 5 } {
+                let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { DType::Bf16 };
+                let cut = if gpu::is_real() { depths[i] as f64 * depths[i] as f64 / 4.0 * 2f64.powi(-23) } else { 0.0 };
+                let name = format!("{} on {device}, {dtype:?}, of {case:?}", NAMES[i]);
+                close_as_but_for(dtype, &name, &got[i], &oracle[i], &yardstick[i], cut);
+            }
+            let got = got.concat();
+            same_bits(&format!("{case:?}, schedule {schedule}"), &got, first.get_or_insert_with(|| got.clone()));
+        }
+        gpu::configure("seed", "none");
+    }
+}
+
 /// Columns of numbers up to 10^4 that cancel but for a last one of 0.7. Sums of a thread's terms in f32 alone would err
 /// by some 10^-2. The kernel errs by 2^-36 of the sum of the magnitudes, and its result is rounded once.
 #[test]
@@ -167,15 +207,15 @@ fn gpu_parameter_gradients_accumulate() {
 #[test]
 fn planted_bugs_are_noticed() {
     const TEST: &str = "linear::gpu_agrees_with_the_reference";
-    for part in ["fwd_64x64_f32", "dgrad_128x32_bf16", "wgrad_64x64_f32", "bwd_sums_bf16", "bwd_bias", "sum_parts"] {
+    for part in ["fwd_64x64_f32", "dgrad_128x32_f32", "wgrad_64x64_f32", "bwd_sums_bf16", "bwd_bias", "sum_parts"] {
         plant::notices_lost_last_barrier(TEST, &format!("linear_{part}"));
     }
-    for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_32x128_bf16", "bwd_sums_f32", "bwd_bias", "sum_parts"] {
+    for part in ["fwd_128x32_f32", "dgrad_64x64_f32", "wgrad_32x128_f32", "bwd_sums_f32", "bwd_bias", "sum_parts"] {
         plant::notices_lost_block(TEST, &format!("linear_{part}"));
     }
     // The two channel counts swapped; a sum that always accumulates.
     for (part, is, reads) in [
-        ("fwd_64x64_bf16", "5+4", "5+8"),
+        ("fwd_64x64_f32", "5+4", "5+8"),
         ("dgrad_128x32_f32", "3+8", "3+4"),
         ("wgrad_64x64_f32", "3+8", "3+4"),
         ("bwd_bias", "4", "2"),
@@ -186,6 +226,27 @@ fn planted_bugs_are_noticed() {
     // The rounding error of the last term of three is taken off instead of added.
     let cancelling = "linear::gpu_sums_over_rows_keep_what_f32_would_lose";
     plant::notices(cancelling, "linear_bwd_sums_f32", "add.f32", "sub.f32");
+}
+
+#[test]
+fn bugs_planted_in_tensor_core_kernels_are_noticed() {
+    const TEST: &str = "linear::gpu_agrees_with_the_reference_in_bf16";
+    // The barriers in the order of the text: a slab, the end of the ring, results.
+    for (part, n) in
+        [("fwd_mma_64x64", 0), ("dgrad_mma_128x128", 1), ("wgrad_mma_64x64", 0), ("wgrad_mma_64x64_any", 2)]
+    {
+        plant::notices_lost_barrier(TEST, &format!("linear_{part}"), n);
+    }
+    plant::notices_lost_last_barrier(TEST, "linear_fwd_mma_128x128");
+    for part in ["fwd_mma_64x64", "dgrad_mma_64x64", "dgrad_mma_64x64_any", "wgrad_mma_128x128"] {
+        plant::notices_lost_block(TEST, &format!("linear_{part}"));
+    }
+    plant::notices(TEST, "linear_fwd_mma_128x128", "cp.async.wait_group 1;", "cp.async.wait_group 2;");
+    plant::notices_wrong_parameter(TEST, "linear_dgrad_mma_64x64", "3+8", "3+4");
+    plant::notices_wrong_parameter(TEST, "linear_wgrad_mma_64x64", "3+8", "3+4");
+    // This one odd number of channels is in the other test.
+    let odd = "linear::gpu_agrees_with_the_reference";
+    plant::notices_wrong_parameter(odd, "linear_fwd_mma_64x64_any", "5+4", "5+8");
 }
 
 #[test]

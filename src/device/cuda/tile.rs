@@ -1,13 +1,12 @@
-//! Launch grids of the kernels built on `include/tile_gemm.cuh`, `include/column_sums.cuh` and `include/rows.cuh`, and
-//! split-K.
+//! Launch grids of the kernels built on `include/tile_gemm.cuh`, `include/tile_mma.cuh`, `include/column_sums.cuh` and
+//! `include/rows.cuh`, and split-K.
 
 use super::Gpu;
 use super::launch::{Array, ViewMut};
 use super::pool::Buffer;
 use crate::error::Result;
 pub use crate::kernels::column_sums::SUM_THREADS;
-pub use crate::kernels::tile_gemm::THREADS as TILE_THREADS;
-use crate::kernels::{ByType, Kernel, Twin, tile_gemm};
+use crate::kernels::{Kernel, Twin, tile_gemm, tile_mma};
 
 /// Blocks of a weight's gradient that a multiprocessor holds at once. Each of its four schedulers has 512 registers a
 /// lane, and a thread takes 134 to 167, more than a quarter and at most a third of them: three warps each, six blocks
@@ -18,35 +17,87 @@ pub const RESIDENT: usize = 6;
 /// Multiprocessors of the GPUs for which split-K is chosen: A100, RTX 4090 and H100.
 pub const MULTIPROCESSORS: [usize; 3] = [108, 128, 132];
 
-/// What a segment costs beside its own steps of k, in such steps. Its tile of 4096 f32 results is written and read once
-/// more: as many bytes as the f32 operands of 64 steps, and about the time of 64 steps of FMAs at a multiprocessor's
-/// share of the memory's bandwidth.
-const JOIN: usize = 64;
+/// What split-K knows of the blocks of a weight's gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Blocks {
+    /// How many each of the GPUs of [`MULTIPROCESSORS`] holds at once.
+    pub slots: [usize; 3],
+    /// Steps of k that a block takes at a time.
+    pub step: usize,
+    /// What a segment costs beside its own steps of k, in such steps: its tile of f32 results is written and read once
+    /// more. No segment has fewer than twice as many steps: joining it costs at most half of it.
+    pub join: usize,
+}
 
-/// Fewest steps of k worth a segment of their own: joining it then costs at most half of it.
-const LEAST: usize = 2 * JOIN;
+/// Of `include/tile_gemm.cuh`. A tile of 4096 results and back is as many bytes as the f32 operands of 64 steps, and
+/// about the time of 64 steps of FMAs at a multiprocessor's share of the memory's bandwidth.
+pub const FMA: Blocks =
+    Blocks { slots: [RESIDENT * 108, RESIDENT * 128, RESIDENT * 132], step: tile_gemm::BK as usize, join: 64 };
 
-/// Waves of blocks, at most, into which split-K cuts a product. In four waves 3,072 blocks keep all three GPUs busy
-/// (0.95, 1.00 and 0.97 of their time). Their partial sums are 48 MiB.
+/// Of the 128x128 tiles of `include/tile_mma.cuh`, whose 98 KiB of shared memory leave room for one on an A100 and on an
+/// RTX 4090 and for two on an H100. An A100 takes 16 cycles for a step of k of a tile; its 128 KiB to the L2 cache and
+/// back are at its share of 47 bytes a cycle 2,800 cycles.
+pub const MMA_128: Blocks = Blocks { slots: [108, 128, 2 * 132], step: tile_mma::BK as usize, join: 192 };
+
+/// Of the 64x64 tiles, which take 50 KiB: three, one and four a multiprocessor.
+pub const MMA_64: Blocks = Blocks { slots: [3 * 108, 128, 4 * 132], step: tile_mma::BK as usize, join: 192 };
+
+/// Waves of blocks, at most, into which split-K cuts a product. In four waves 3,072 blocks on FMAs keep all three GPUs
+/// busy (0.95, 1.00 and 0.97 of their time). Their partial sums are 48 MiB.
 const WAVES: usize = 4;
+
+/// Rows and columns of a kernel's tile.
+fn tile(kernel: &Kernel) -> (usize, usize) {
+    let (bm, bn) = kernel.tile.expect("the kernel of a product is named by its tile");
+    (bm as usize, bn as usize)
+}
+
+/// Number of a kernel's tiles that cover a `rows` x `cols` matrix.
+pub fn tiles(kernel: &Kernel, rows: usize, cols: usize) -> usize {
+    let (bm, bn) = tile(kernel);
+    rows.div_ceil(bm) * cols.div_ceil(bn)
+}
 
 /// The variant that covers a `rows` x `cols` matrix with the fewest tiles, and their number. All tiles have the same
 /// area, so that one wastes the least. On a tie, the first: list the square tile first, which reads less per result.
 /// The choice does not affect any result's bits.
-pub fn choose(variants: [&'static ByType; 2], rows: usize, cols: usize) -> (&'static ByType, usize) {
-    let count = |variant: &ByType| {
-        let (bm, bn) = variant.f32.tile.expect("the kernel of a product is named by its tile");
-        rows.div_ceil(bm as usize) * cols.div_ceil(bn as usize)
-    };
+pub fn choose(variants: [&'static Kernel; 2], rows: usize, cols: usize) -> (&'static Kernel, usize) {
     let [a, b] = variants;
-    let (first, second) = (count(a), count(b));
+    let (first, second) = (tiles(a, rows, cols), tiles(b, rows, cols));
     if second < first { (b, second) } else { (a, first) }
+}
+
+/// Bytes of dynamic shared memory of a product's kernel: the ring of those on tensor cores, `S_PASS_mma_BMxBN`.
+pub fn shared(kernel: &Kernel) -> usize {
+    let (bm, bn) = tile(kernel);
+    if kernel.name.contains("_mma_") { (tile_mma::STAGES * tile_mma::BK) as usize * 2 * (bm + bn) } else { 0 }
+}
+
+/// Fewest tiles of 128x128 worth their size in a product whose k is not split: fewer leave most multiprocessors of a GPU
+/// idle, which four times as many of 64x64 do not.
+pub const MANY: usize = 96;
+
+/// The 128x128 kernel `large` for a product of `rows` x `cols` on tensor cores if there are at least `least` tiles and
+/// they multiply no more than an eighth in vain beside what tiles of 64x64 would; otherwise `small`. The choice does not
+/// affect any result's bits.
+pub fn choose_mma(
+    large: Option<&'static Kernel>,
+    small: &'static Kernel,
+    least: usize,
+    rows: usize,
+    cols: usize,
+) -> &'static Kernel {
+    let good = |large: &&Kernel| {
+        let count = tiles(large, rows, cols);
+        count >= least && 8 * 4 * count <= 9 * rows.div_ceil(64) * cols.div_ceil(64)
+    };
+    large.filter(good).unwrap_or(small)
 }
 
 /// How a long sum over k is split into segments.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SplitK {
-    /// Steps of k per segment, a multiple of 8; the last may be shorter.
+    /// Steps of k per segment, a multiple of the blocks' own; the last may be shorter.
     pub segment: usize,
     /// Number of segments.
     pub count: usize,
@@ -59,23 +110,23 @@ impl SplitK {
     /// A GPU computes the blocks in waves, as many at a time as it holds, each wave as long as a segment and its join.
     /// With more segments in the same number of waves, each is shorter. So only those numbers of segments are tried
     /// that just fill a number of waves of one of the GPUs.
-    pub fn new(tiles: usize, depth: usize) -> Self {
-        let most = (depth / LEAST).max(1);
+    pub fn new(blocks: Blocks, tiles: usize, depth: usize) -> Self {
+        let most = (depth / (2 * blocks.join)).max(1);
         let full = |(slots, waves): (usize, usize)| (waves * slots / tiles).clamp(1, most);
-        let every = slots().into_iter().flat_map(|slots| (1..=WAVES).map(move |waves| (slots, waves)));
+        let every = blocks.slots.into_iter().flat_map(|slots| (1..=WAVES).map(move |waves| (slots, waves)));
         let split = |wanted: usize| {
-            let segment = depth.div_ceil(wanted).next_multiple_of(tile_gemm::BK as usize);
+            let segment = depth.div_ceil(wanted).next_multiple_of(blocks.step);
             SplitK { segment, count: depth.div_ceil(segment).max(1) }
         };
-        let best = every.map(full).map(split).min_by_key(|split| (split.time(tiles), split.count));
+        let best = every.map(full).map(split).min_by_key(|split| (split.time(blocks, tiles), split.count));
         best.expect("there are GPUs, and each has a wave")
     }
 
     /// The steps of k for which it takes all resident blocks of a GPU: of that for which they are most.
-    fn time(&self, tiles: usize) -> usize {
-        let join = if self.count > 1 { JOIN } else { 0 };
+    fn time(&self, blocks: Blocks, tiles: usize) -> usize {
+        let join = if self.count > 1 { blocks.join } else { 0 };
         let of_gpu = |slots: usize| (tiles * self.count).div_ceil(slots) * slots * (self.segment + join);
-        slots().into_iter().map(of_gpu).max().expect("there are GPUs")
+        blocks.slots.into_iter().map(of_gpu).max().expect("there are GPUs")
     }
 }
 
@@ -86,17 +137,16 @@ pub fn rows_of_waves(waves: usize, cols: usize) -> usize {
     64 * (waves * tile_gemm::RESIDENT as usize * largest).div_ceil(cols.div_ceil(64))
 }
 
-/// Blocks of a weight's gradient that each of the three GPUs holds at once.
-fn slots() -> [usize; 3] {
-    MULTIPROCESSORS.map(|multiprocessors| RESIDENT * multiprocessors)
-}
-
 /// A matrix product with a long sum over k, such as a weight's gradient, and its kernels. If its tiles alone make too
 /// few blocks, k is split into segments (split-K): each segment's product is a matrix of its own, and a second kernel
 /// adds them up in order.
 pub struct Job {
-    /// The product's kernels, one per tile shape.
-    pub variants: [&'static ByType; 2],
+    /// The product's kernel.
+    pub kernel: &'static Kernel,
+    /// Bytes of its shared memory.
+    pub shared: usize,
+    /// How its blocks split k.
+    pub blocks: Blocks,
     /// Adds up the segments' products, as [`sum_parts`] says.
     pub sum_parts: &'static Kernel,
     /// Rows of the result.
@@ -108,6 +158,31 @@ pub struct Job {
 }
 
 impl Job {
+    /// On FMAs, by that of the `variants` that wastes least.
+    pub fn on_fma(
+        variants: [&'static Kernel; 2],
+        sum_parts: &'static Kernel,
+        rows: usize,
+        cols: usize,
+        depth: usize,
+    ) -> Self {
+        let (kernel, _) = choose(variants, rows, cols);
+        Job { kernel, shared: 0, blocks: FMA, sum_parts, rows, cols, depth }
+    }
+
+    /// On tensor cores, by a kernel with tiles of 128x128 or 64x64. `more`: bytes of shared memory beside its ring.
+    pub fn on_mma(
+        kernel: &'static Kernel,
+        more: usize,
+        sum_parts: &'static Kernel,
+        rows: usize,
+        cols: usize,
+        depth: usize,
+    ) -> Self {
+        let blocks = if kernel.tile == Some((128, 128)) { MMA_128 } else { MMA_64 };
+        Job { kernel, shared: shared(kernel) + more, blocks, sum_parts, rows, cols, depth }
+    }
+
     /// Writes the product of `a` and `b` to `to`, f32, or adds it if `accumulate`. The kernels' parameters are `(to, a,
     /// b, sizes, segment, accumulate)`.
     ///
@@ -123,9 +198,9 @@ impl Job {
     ) -> Result<()> {
         let len = self.rows * self.cols;
         assert_eq!(to.bytes(), 4 * len, "bytes of a product {} x {}", self.rows, self.cols);
-        let (variant, tiles) = choose(self.variants, self.rows, self.cols);
-        let SplitK { segment, count } = SplitK::new(tiles, self.depth);
-        let product = gpu.launch(variant.of(a.dtype), [tiles, count, 1], TILE_THREADS);
+        let tiles = tiles(self.kernel, self.rows, self.cols);
+        let SplitK { segment, count } = SplitK::new(self.blocks, tiles, self.depth);
+        let product = gpu.launch(self.kernel, [tiles, count, 1], self.kernel.max_threads).shared(self.shared);
         if count == 1 {
             let product = product.view_mut(to).array(a).array(b).value(sizes);
             return product.u32(segment).u32(accumulate.into()).run();
@@ -133,6 +208,39 @@ impl Job {
         let mut parts = gpu.alloc(4 * count * len)?; // (count, rows, cols)
         product.buffer_mut(&mut parts).array(a).array(b).value(sizes).u32(segment).u32(0).run()?;
         sum_parts(gpu, self.sum_parts, to, &parts, count, len, accumulate)
+    }
+}
+
+/// A product on tensor cores whose k is cut into segments of whole slabs by the layer's shape, so that an image's bits
+/// do not depend on its batch; see `include/conv2d_mma.cuh`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Segments {
+    /// Slabs in a segment; the last may be shorter.
+    pub segment: usize,
+    /// Number of segments.
+    pub count: usize,
+}
+
+impl Segments {
+    /// Pixels, at most, of an image whose sums are cut: with more a batch of one has enough tiles.
+    const PIXELS: usize = 64;
+    /// Segments of a sum, at most, and slabs of one, at least.
+    const MOST: usize = 8;
+    const LEAST: usize = 4;
+
+    /// All slabs in one.
+    pub const ONE: Segments = Segments { segment: usize::MAX >> 33, count: 1 };
+
+    /// For images of `pixels` pixels and `slabs` slabs.
+    pub fn new(pixels: usize, slabs: usize) -> Self {
+        let wanted = if pixels <= Self::PIXELS { (slabs / Self::LEAST).clamp(1, Self::MOST) } else { 1 };
+        let segment = slabs.div_ceil(wanted).max(1);
+        Segments { segment, count: slabs.div_ceil(segment).max(1) }
+    }
+
+    /// How many blocks share a tile: one for each segment if `tiles` tiles alone leave most multiprocessors idle.
+    pub fn blocks(&self, tiles: usize) -> usize {
+        if tiles < 2 * MANY { self.count } else { 1 }
     }
 }
 
