@@ -1226,6 +1226,9 @@ fn thresholds_of_a_scheduler_are_refused_by_sample() {
     let mut sample = ddpm();
     sample.args(["sample", "--steps", "2", "--count", "1", "--model"]).arg(folder.path());
     let said = fails(sample.arg("--out").arg(folder.path().join("out.npz")), 2);
-    assert!(said.contains("limits x_0 by thresholding or to other values than -1 to 1"), "{said}");
+    assert!(
+        said.contains("thresholds x_0 or clips it to other values than -1 and 1, which sample cannot do"),
+        "{said}"
+    );
     assert!(ok(ddpm().args(["info", "--model"]).arg(folder.path())).contains("x_0 clipped to 2"));
 }

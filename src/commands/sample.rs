@@ -90,7 +90,7 @@ pub fn run(args: &Args) -> Result<()> {
     let (c, stepping) = (&model.config, model.stepping);
     if stepping.threshold.is_some() || (stepping.clip && stepping.clip_range != 1.0) {
         usage!(
-            "{}: its scheduler limits x_0 by thresholding or to other values than -1 to 1, which this sampler cannot do",
+            "{}: its scheduler thresholds x_0 or clips it to other values than -1 and 1, which sample cannot do",
             args.model.display()
         );
     }
