@@ -1040,7 +1040,7 @@ fn weights_in_shards_are_read_and_their_faults_named() {
             "../x.safetensors",
             "/x.safetensors",
             "a/b.safetensors",
-            "x.bin",
+            "x.pt",
             "..",
             "",
             "a\\b.safetensors",

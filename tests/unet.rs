@@ -71,7 +71,10 @@ fn agrees_with_pytorch(name: &str, device: &Device) {
     let dtype = device.activations();
     let x = tape.leaf(Tensor::from_slice_as(device, dtype, shape, &x).unwrap());
     let y = unet.forward(&mut tape, &x, &t, &golden.conditioning(device), None).unwrap();
-    let tolerance = network::tolerance(dtype, tape.saved().len());
+    // The scales of the fixtures' scale-shift norms have a deviation of about a half, so that they multiply the errors
+    // of single channels by up to two and a half; the norm that follows a block takes only their mean out again.
+    let scaled = dtype == DType::Bf16 && model.config.model.scale_shift_norm;
+    let tolerance = network::tolerance(dtype, tape.saved().len()) * if scaled { 2.5 } else { 1.0 };
     let out = y.value().host().unwrap();
     let mut shares = vec![("out".to_string(), close_to_largest("out", &out, &golden.images("out").1, tolerance))];
 
@@ -99,13 +102,7 @@ fn agrees_with_pytorch(name: &str, device: &Device) {
         // per group to a shift of the channel. Either implementation then has rounding errors of sums that cancel, so
         // the scale is that of the other gradients of the block.
         let scale = of_block[&block(&spec.name)];
-        // The gradients of the bias before a group norm cancel within each group, all of them if it has one channel.
-        // The roundings of what is summed do not, and in bf16 they show where two channels make a group.
-        let cancels = dtype == DType::Bf16 && spec.name.ends_with(".conv1.bias");
-        let share = if cancels {
-            let want: Vec<f64> = want.iter().map(|&v| f64::from(v)).collect();
-            worst(&spec.name, got, &want, |_| tolerance * scale)
-        } else if largest(&want) > 1e-9 * scale {
+        let share = if largest(&want) > 1e-9 * scale {
             close_to_largest(&spec.name, got, &want, tolerance)
         } else {
             worst(&spec.name, got, &vec![0.0; got.len()], |_| tolerance * scale)

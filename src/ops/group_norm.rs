@@ -19,8 +19,8 @@
 //!
 //! With `scale_shift (n,1,1,2c)`, each image's scales before its shifts (OpenAI's `use_scale_shift_norm`, diffusers'
 //! `resnet_time_scale_shift`), `z = (gamma xhat + beta) (1 + scale) + shift`. That is the `z` above with coefficients
-//! of the image's own, `gamma (1 + scale)` and `beta (1 + scale) + shift`, so no pass over the image is added. With sums
-//! over the pixels of one image,
+//! of the image's own, `gamma (1 + scale)` and `beta (1 + scale) + shift`, so no pass over the image is added. With
+//! sums over the pixels of one image,
 //!
 //! ```text
 //! dshift = sum dz      dscale = gamma sum dz xhat + beta sum dz

@@ -7,8 +7,8 @@ use crate::support::{
 };
 
 /// Shapes of y. One element; primes; several tasks of 2^15 elements, the last one short; single pixels; rows longer
-/// than a task; one element beyond a block of 256. On a GPU, channels that four divides and such that it does not, and more
-/// of them than a block has threads.
+/// than a task; one element beyond a block of 256. On a GPU, channels that four divides and such that it does not, and
+/// more of them than a block has threads.
 const CASES: [Shape; 9] = [
     Shape::new(1, 1, 1, 1),
     Shape::new(2, 3, 5, 7),
