@@ -10,7 +10,7 @@ use crate::config::Config;
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::ops::cross_entropy::log_probability_gradient;
-use crate::params::{ParamGrads, Params};
+use crate::params::Params;
 use crate::tape::{Tape, Var};
 use crate::tensor::{DType, Shape, Tensor};
 use crate::unet::UNet;
@@ -104,9 +104,7 @@ impl Classifier {
         let labels: Vec<f32> = labels.iter().map(|&y| y as f32).collect();
         let labels = Tensor::from_slice(device, Shape::new(shape.n, 1, 1, 1), &labels)?;
         let dz = log_probability_gradient(device, logits.value(), &labels)?;
-        // The weights' gradients come along and are dropped.
-        let mut grads = ParamGrads::new(device, self.params.specs())?;
-        let mut leaves = tape.backward(&logits, dz, &mut grads)?;
+        let mut leaves = tape.backward_to_leaves(&logits, dz)?;
         let dx = leaves.take(&x).expect("every logit depends on x_t"); // (n, h, w, c)
         as_type(device, DType::F32, &dx)
     }

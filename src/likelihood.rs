@@ -24,7 +24,7 @@ use crate::conditioning::Conditioning;
 use crate::device::Device;
 use crate::diffusion::{Prediction, Schedule};
 use crate::error::{Error, Result};
-use crate::params::{ParamGrads, Params};
+use crate::params::Params;
 use crate::rng::{Purpose, Stream};
 use crate::tape::Tape;
 use crate::tensor::{Shape, Tensor};
@@ -343,17 +343,15 @@ impl Model<'_> {
         let pairs = (0..images.len()).flat_map(|image| (0..options.probes).map(move |probe| (image, probe)));
         let items: Vec<(Vec<f64>, Vec<f64>)> = pairs.map(|(image, probe)| dequantised(image, probe)).collect();
         let levels = Levels::new(self.schedule);
-        let mut grads = ParamGrads::new(self.device, self.params.specs())?;
         integrate(&levels, options.from, options.tolerance, &items, |query| {
             let of = |item: usize| labels.map(|labels| labels[item / options.probes]);
             let labels: Option<Vec<u32>> = query.items.iter().map(|&item| of(item)).collect();
-            grads.reset();
-            self.evaluate(query, labels.as_deref(), &mut grads)
+            self.evaluate(query, labels.as_deref())
         })
     }
 
     /// eps and `z . d eps / dx` by one pass forward and one backward.
-    fn evaluate(&self, query: &Query<'_>, labels: Option<&[u32]>, grads: &mut ParamGrads) -> Result<Answer> {
+    fn evaluate(&self, query: &Query<'_>, labels: Option<&[u32]>) -> Result<Answer> {
         let m = self.unet.model();
         let shape = Shape::new(query.x.len(), m.image_size.h, m.image_size.w, m.channels);
         let (n, dtype) = (shape.n, self.device.activations());
@@ -376,7 +374,7 @@ impl Model<'_> {
         }
         let dy = Tensor::from_slice_as(self.device, dtype, y.shape(), &dy)?;
         let output = output.into_owned();
-        let product = tape.backward(&y, dy, grads)?.take(&leaf);
+        let product = tape.backward_to_leaves(&y, dy)?.take(&leaf);
         let product = product.expect("the output depends on the input").to_vec()?; // (n, h, w, c)
         let d = shape.pixels() * c;
         let answer = |i: usize| {

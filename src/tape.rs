@@ -191,7 +191,7 @@ impl<'p> Tape<'p> {
         self,
         y: &Var,
         dy: Tensor,
-        param_grads: &mut ParamGrads,
+        param_grads: Option<&mut ParamGrads>,
         accumulate: Accumulate,
     ) -> Result<LeafGrads> {
         assert_eq!(y.shape(), dy.shape(), "gradient of shape {} for a value of shape {}", dy.shape(), y.shape());
@@ -233,7 +233,7 @@ impl<'p> Tape<'p> {
 pub struct Grads<'a> {
     device: &'a Device,
     params: &'a Params,
-    param_grads: &'a mut ParamGrads,
+    param_grads: Option<&'a mut ParamGrads>,
     vars: Vec<Option<Tensor>>,
     accumulate: Accumulate,
 }
@@ -262,14 +262,19 @@ impl<'a> Grads<'a> {
         self.params.view(p, dtype)
     }
 
-    /// Where to write a parameter's gradient on a GPU.
-    pub(crate) fn param_view(&mut self, p: Param) -> ParamView<'_> {
-        self.param_grads.view(self.params.specs(), p)
+    /// Whether gradients of parameters are wanted; otherwise an operation leaves out the work for them.
+    pub fn wants_params(&self) -> bool {
+        self.param_grads.is_some()
     }
 
-    /// Where to write a parameter's gradient on the CPU.
-    pub fn param(&mut self, p: Param) -> ParamGrad<'_> {
-        self.param_grads.slot(self.params.specs(), p)
+    /// Where to write a parameter's gradient on a GPU, if it is wanted.
+    pub(crate) fn param_view(&mut self, p: Param) -> Option<ParamView<'_>> {
+        Some(self.param_grads.as_mut()?.view(self.params.specs(), p))
+    }
+
+    /// Where to write a parameter's gradient on the CPU, if it is wanted.
+    pub fn param(&mut self, p: Param) -> Option<ParamGrad<'_>> {
+        Some(self.param_grads.as_mut()?.slot(self.params.specs(), p))
     }
 
     /// Adds `dx` to the gradient of a value: the first contribution moves in, later ones are added.

@@ -5,6 +5,7 @@ mod support;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use ddpm_cuda::conditioning::Conditioning;
 use ddpm_cuda::device::Device;
 use ddpm_cuda::error::Result;
 use ddpm_cuda::ops::add::add;
@@ -20,9 +21,10 @@ use ddpm_cuda::ops::upsample::upsample;
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
 use ddpm_cuda::rng::{Purpose, Streams};
 use ddpm_cuda::tape::{Backward, Grads, Tape, Var, VarId};
-use ddpm_cuda::tensor::{Shape, Tensor};
+use ddpm_cuda::tensor::{DType, Shape, Tensor};
+use ddpm_cuda::unet::UNet;
 
-use support::{numbers, per_image, same_bits, to_f32};
+use support::{gpu, numbers, per_image, same_bits, to_f32};
 
 const SHAPE: Shape = Shape::new(2, 6, 5, 8);
 const CLASSES: usize = 3;
@@ -248,5 +250,41 @@ fn the_first_output_that_is_not_finite_is_named() {
     let message = silu(&mut tape, &x).unwrap_err().to_string();
     for part in ["output of silu", "down_blocks.0", "1x1x1x5", "element 3 is inf"] {
         assert!(message.contains(part), "{message:?} does not say {part:?}");
+    }
+}
+
+/// A whole network, backwards for its input alone: the same bits of its gradient, and none of a parameter.
+#[test]
+fn a_leafs_gradient_does_not_depend_on_those_of_parameters() {
+    let mut config = support::tiny(8, 8, 3);
+    config.model.classes = CLASSES;
+    let on = |device: &Device| {
+        let (unet, specs) = UNet::new(&config.model).unwrap();
+        let params = Params::init(device, specs.clone(), 2).unwrap();
+        let shape = Shape::new(2, 8, 8, 3);
+        let upload = |numbers: &[f32]| Tensor::from_slice_as(device, device.activations(), shape, numbers).unwrap();
+        let x = to_f32(&numbers(1, shape.len()));
+        let dy = to_f32(&numbers(2, shape.len()));
+        let gradient = |grads: Option<&mut ParamGrads>| {
+            let mut tape = Tape::recording(device, &params);
+            let leaf = tape.leaf(upload(&x));
+            let t = Tensor::full(device, Shape::new(2, 1, 1, 1), 3.0).unwrap();
+            let labels = Conditioning::from_labels(device, Some(&[0, 2])).unwrap();
+            let y = unet.forward(&mut tape, &leaf, &t, &labels, None).unwrap();
+            let mut leaves = match grads {
+                Some(grads) => tape.backward(&y, upload(&dy), grads).unwrap(),
+                None => tape.backward_to_leaves(&y, upload(&dy)).unwrap(),
+            };
+            leaves.take(&leaf).expect("the input reaches the output").to_vec().unwrap()
+        };
+        let mut grads = ParamGrads::new(device, &specs).unwrap();
+        let with = gradient(Some(&mut grads));
+        assert!(with.iter().any(|dx| *dx != 0.0));
+        same_bits("gradient of the input", &gradient(None), &with);
+    };
+    on(&Device::cpu());
+    for dtype in [DType::F32, DType::Bf16] {
+        let Some(gpu) = gpu::gpu(dtype) else { return };
+        on(&Device::Cuda(gpu));
     }
 }

@@ -230,13 +230,18 @@ impl Backward for Conv2dBackward {
         let ws = grads.weight_shape(self.weight);
         match device {
             Device::Cpu(_) => {
-                let dw = grads.param(self.weight);
-                cpu::wgrad(device, self.method, self.x.data(), xs, dy.data(), ws, self.geometry, dw);
-                let mut dshift = Tensor::uninit(device, DType::F32, Shape::new(ys.n, 1, 1, ys.c))?; // (n, 1, 1, c_out)
-                cpu::sum_pixels(device, self.method, dy.data(), &mut dshift);
-                cpu::sum_images(dshift.data(), grads.param(self.bias));
-                if let Some(shift) = self.shift {
-                    grads.add(shift, dshift)?;
+                if let Some(dw) = grads.param(self.weight) {
+                    cpu::wgrad(device, self.method, self.x.data(), xs, dy.data(), ws, self.geometry, dw);
+                }
+                if grads.wants_params() || self.shift.is_some() {
+                    let mut dshift = Tensor::uninit(device, DType::F32, Shape::new(ys.n, 1, 1, ys.c))?; // (n, 1, 1, c_out)
+                    cpu::sum_pixels(device, self.method, dy.data(), &mut dshift);
+                    if let Some(db) = grads.param(self.bias) {
+                        cpu::sum_images(dshift.data(), db);
+                    }
+                    if let Some(shift) = self.shift {
+                        grads.add(shift, dshift)?;
+                    }
                 }
                 if let Some(id) = self.x_id {
                     let mut dx = Tensor::uninit(device, DType::F32, xs)?;
@@ -246,10 +251,14 @@ impl Backward for Conv2dBackward {
                 }
             }
             Device::Cuda(gpu) => {
-                cuda::wgrad(gpu, grads.param_view(self.weight), &self.x, &dy, ws, self.geometry)?;
-                let dshift = cuda::sums(gpu, grads.param_view(self.bias), &dy, self.shift.map(|_| device))?;
-                if let (Some(shift), Some(dshift)) = (self.shift, dshift) {
-                    grads.add(shift, dshift)?;
+                if let Some(dw) = grads.param_view(self.weight) {
+                    cuda::wgrad(gpu, dw, &self.x, &dy, ws, self.geometry)?;
+                }
+                if grads.wants_params() || self.shift.is_some() {
+                    let dshift = cuda::sums(gpu, grads.param_view(self.bias), &dy, self.shift.map(|_| device))?;
+                    if let (Some(shift), Some(dshift)) = (self.shift, dshift) {
+                        grads.add(shift, dshift)?;
+                    }
                 }
                 if let Some(id) = self.x_id {
                     let mut dx = Tensor::uninit(device, dy.dtype(), xs)?;
@@ -691,9 +700,14 @@ mod cuda {
         job.run(gpu, dw.view, dw.accumulate, [x.array(), dy.array()], sizes(x.dtype(), x.shape(), ws, g))
     }
 
-    /// `db`, and `dshift` (n, 1, 1, c_out) if `shift_on` names its device. A block sums an image's pixels for up to 32
+    /// `db` if it is wanted, and `dshift` (n, 1, 1, c_out) if `shift_on` names its device. A block sums an image's pixels for up to 32
     /// channels side by side.
-    pub fn sums(gpu: &Gpu, db: ParamView<'_>, dy: &Tensor, shift_on: Option<&Device>) -> Result<Option<Tensor>> {
+    pub fn sums(
+        gpu: &Gpu,
+        db: Option<ParamView<'_>>,
+        dy: &Tensor,
+        shift_on: Option<&Device>,
+    ) -> Result<Option<Tensor>> {
         let Shape { n, h, w, c } = dy.shape();
         let mut dshift =
             shift_on.map(|device| Tensor::uninit(device, dy.dtype(), Shape::new(n, 1, 1, c))).transpose()?;
@@ -702,7 +716,9 @@ mod cuda {
         let launch = gpu.launch(BWD_SHIFT.of(dy.dtype()), [n, c.div_ceil(lanes), 1], SUM_THREADS);
         let launch = launch.buffer_mut(&mut sums).write_opt(dshift.as_mut()).read(dy);
         launch.u32(h * w).u64(n * h * w).u32(c).u32(lanes).run()?;
-        sum_parts(gpu, &BWD_BIAS, db.view, &sums, n, c, db.accumulate)?;
+        if let Some(db) = db {
+            sum_parts(gpu, &BWD_BIAS, db.view, &sums, n, c, db.accumulate)?;
+        }
         Ok(dshift)
     }
 }

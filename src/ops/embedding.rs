@@ -52,12 +52,15 @@ impl Backward for EmbeddingBackward {
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         match grads.device() {
             Device::Cpu(_) => {
-                let table = grads.param(self.table);
-                cpu::backward(table.data, table.accumulate, self.labels.data(), dy.data());
+                if let Some(table) = grads.param(self.table) {
+                    cpu::backward(table.data, table.accumulate, self.labels.data(), dy.data());
+                }
             }
             Device::Cuda(gpu) => {
                 let rows = grads.weight_shape(self.table);
-                cuda::backward(gpu, grads.param_view(self.table), rows, &self.labels, &dy)?;
+                if let Some(table) = grads.param_view(self.table) {
+                    cuda::backward(gpu, table, rows, &self.labels, &dy)?;
+                }
             }
             Device::Meta(_) => {}
         }

@@ -176,8 +176,9 @@ impl Backward for GroupNormBackward {
                     cpu::scale_shift_gradient(d.data_mut(), partials.data_mut(), s.data(), gamma, beta);
                 }
                 for (p, part) in [(norm.gamma, 0), (norm.beta, 1)] {
-                    let grad = grads.param(p);
-                    cpu::sum_images(grad.data, grad.accumulate, partials.data(), rows, part);
+                    if let Some(grad) = grads.param(p) {
+                        cpu::sum_images(grad.data, grad.accumulate, partials.data(), rows, part);
+                    }
                 }
             }
             Device::Cuda(gpu) => {
@@ -190,7 +191,9 @@ impl Backward for GroupNormBackward {
                     cuda::scale_shift_gradient(gpu, d, &mut sums, s, gamma, beta)?;
                 }
                 for (p, part) in [(norm.gamma, 0), (norm.beta, 1)] {
-                    cuda::sum_images(gpu, grads.param_view(p), &sums, part)?;
+                    if let Some(grad) = grads.param_view(p) {
+                        cuda::sum_images(gpu, grad, &sums, part)?;
+                    }
                 }
             }
             Device::Meta(_) => {}

@@ -91,9 +91,11 @@ impl Backward for LinearBackward {
         let ws = grads.weight_shape(self.weight);
         match device {
             Device::Cpu(_) => {
-                cpu::wgrad(device, self.isa, self.x.data(), dy.data(), ws, grads.param(self.weight));
-                if let Some(bias) = self.bias {
-                    cpu::bias_grad(device, self.isa, dy.data(), grads.param(bias));
+                if let Some(dw) = grads.param(self.weight) {
+                    cpu::wgrad(device, self.isa, self.x.data(), dy.data(), ws, dw);
+                }
+                if let Some(db) = self.bias.and_then(|bias| grads.param(bias)) {
+                    cpu::bias_grad(device, self.isa, dy.data(), db);
                 }
                 if let Some(id) = self.x_id {
                     let mut dx = Tensor::uninit(device, DType::F32, xs)?;
@@ -102,9 +104,11 @@ impl Backward for LinearBackward {
                 }
             }
             Device::Cuda(gpu) => {
-                cuda::wgrad(gpu, grads.param_view(self.weight), &self.x, &dy)?;
-                if let Some(bias) = self.bias {
-                    cuda::bias_grad(gpu, grads.param_view(bias), &dy)?;
+                if let Some(dw) = grads.param_view(self.weight) {
+                    cuda::wgrad(gpu, dw, &self.x, &dy)?;
+                }
+                if let Some(db) = self.bias.and_then(|bias| grads.param_view(bias)) {
+                    cuda::bias_grad(gpu, db, &dy)?;
                 }
                 if let Some(id) = self.x_id {
                     let mut dx = Tensor::uninit(device, dy.dtype(), xs)?;

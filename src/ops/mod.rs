@@ -37,6 +37,14 @@ impl Tape<'_> {
     /// # Errors
     /// A GPU error.
     pub fn backward(self, y: &Var, dy: Tensor, param_grads: &mut ParamGrads) -> Result<LeafGrads> {
-        self.backward_by(y, dy, param_grads, add::accumulate)
+        self.backward_by(y, dy, Some(param_grads), add::accumulate)
+    }
+
+    /// The same for the leaves alone: what only the parameters' gradients need is not computed.
+    ///
+    /// # Errors
+    /// A GPU error.
+    pub fn backward_to_leaves(self, y: &Var, dy: Tensor) -> Result<LeafGrads> {
+        self.backward_by(y, dy, None, add::accumulate)
     }
 }

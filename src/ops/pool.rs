@@ -58,10 +58,15 @@ impl Backward for TokensBackward {
         let device = grads.device();
         match device {
             Device::Cpu(_) => {
-                let position = grads.param(self.position);
-                cpu::tokens_position(position.data, position.accumulate, dy.data());
+                if let Some(position) = grads.param(self.position) {
+                    cpu::tokens_position(position.data, position.accumulate, dy.data());
+                }
             }
-            Device::Cuda(gpu) => cuda::tokens_position(gpu, grads.param_view(self.position), &dy)?,
+            Device::Cuda(gpu) => {
+                if let Some(position) = grads.param_view(self.position) {
+                    cuda::tokens_position(gpu, position, &dy)?;
+                }
+            }
             Device::Meta(_) => {}
         }
         let Some(id) = self.x else { return Ok(()) };
