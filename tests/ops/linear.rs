@@ -30,7 +30,7 @@ const BF16_CASES: [(Shape, usize); 5] = [
     (Shape::new(1, 9, 8, 136), 72),
     (Shape::new(1, 1, 3, 8), 8),
     (Shape::new(1, 6, 12, 64), 20),
-    (Shape::new(3, 64, 64, 128), 128),
+    (Shape::new(3, 64, 64, 256), 128),
 ];
 
 /// `x`, `w`, `b`, residual, `dy`.
