@@ -23,8 +23,8 @@ const CASES: [(Shape, usize); 9] = [
     (Shape::new(3, 7, 1, 130), 31),
 ];
 
-/// More for the products on tensor cores, in bf16: channels that chunks of 16 bytes divide, slabs that are full and not,
-/// and enough tiles of 128x128.
+/// More for the products on tensor cores, in bf16: channels that chunks of 16 bytes divide, slabs that are full and
+/// not, and enough tiles of 128x128.
 const BF16_CASES: [(Shape, usize); 5] = [
     (Shape::new(2, 5, 1, 24), 40),
     (Shape::new(1, 9, 8, 136), 72),
