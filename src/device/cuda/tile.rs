@@ -35,8 +35,8 @@ pub const FMA: Blocks =
     Blocks { slots: [RESIDENT * 108, RESIDENT * 128, RESIDENT * 132], step: tile_gemm::BK as usize, join: 64 };
 
 /// Of the 128x128 tiles of `include/tile_mma.cuh`, whose 98 KiB of shared memory leave room for one on an A100 and on
-/// an RTX 4090 and for two on an H100. An A100 takes 16 cycles for a step of k of a tile; its 128 KiB to the L2 cache and
-/// back are at its share of 47 bytes a cycle 2,800 cycles.
+/// an RTX 4090 and for two on an H100. An A100 takes 16 cycles for a step of k of a tile; its 128 KiB to the L2 cache
+/// and back are at its share of 47 bytes a cycle 2,800 cycles.
 pub const MMA_128: Blocks = Blocks { slots: [108, 128, 2 * 132], step: tile_mma::BK as usize, join: 192 };
 
 /// Of the 64x64 tiles, which take 50 KiB: three, one and four a multiprocessor.
