@@ -31,9 +31,9 @@
 //            vector accesses where channels divide by four; bf16: kernels by what divides the channels, as the entries
 //            say, the ring as dynamic shared memory, and what conv2d_mma.cuh says)
 // numerics   sums in f32. f32: fwd over (u, v, k), dgrad over (u, v, o) with the largest u and v first; bf16: over
-//            blocks of 64 channels, in each over the taps in that order, by segments in layers of few pixels. wgrad over
-//            the pixels of a segment; the segments, shift and bias as column_sums.cuh says. An image's y and dx do not
-//            depend on the rest of its batch
+//            blocks of 64 channels, in each over the taps in that order, by segments in layers of few pixels. wgrad
+//            over the pixels of a segment; the segments, shift and bias as column_sums.cuh says. An image's y and dx
+//            do not depend on the rest of its batch
 #include "column_sums.cuh"
 #include "conv2d_mma.cuh"
 #include "geometry.cuh"

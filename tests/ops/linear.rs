@@ -23,14 +23,14 @@ const CASES: [(Shape, usize); 9] = [
     (Shape::new(3, 7, 1, 130), 31),
 ];
 
-/// More for the products on tensor cores, in bf16: channels that chunks of 16 bytes divide, slabs that are full and not,
-/// and enough tiles of 128x128.
+/// More for the products on tensor cores, in bf16: channels that chunks of 16 bytes divide, slabs that are full and
+/// not, and enough tiles of 128x128.
 const BF16_CASES: [(Shape, usize); 5] = [
     (Shape::new(2, 5, 1, 24), 40),
     (Shape::new(1, 9, 8, 136), 72),
     (Shape::new(1, 1, 3, 8), 8),
     (Shape::new(1, 6, 12, 64), 20),
-    (Shape::new(3, 64, 64, 128), 128),
+    (Shape::new(3, 64, 64, 256), 128),
 ];
 
 /// `x`, `w`, `b`, residual, `dy`.

@@ -34,9 +34,9 @@ pub struct Blocks {
 pub const FMA: Blocks =
     Blocks { slots: [RESIDENT * 108, RESIDENT * 128, RESIDENT * 132], step: tile_gemm::BK as usize, join: 64 };
 
-/// Of the 128x128 tiles of `include/tile_mma.cuh`, whose 98 KiB of shared memory leave room for one on an A100 and on an
-/// RTX 4090 and for two on an H100. An A100 takes 16 cycles for a step of k of a tile; its 128 KiB to the L2 cache and
-/// back are at its share of 47 bytes a cycle 2,800 cycles.
+/// Of the 128x128 tiles of `include/tile_mma.cuh`, whose 98 KiB of shared memory leave room for one on an A100 and on
+/// an RTX 4090 and for two on an H100. An A100 takes 16 cycles for a step of k of a tile; its 128 KiB to the L2 cache
+/// and back are at its share of 47 bytes a cycle 2,800 cycles.
 pub const MMA_128: Blocks = Blocks { slots: [108, 128, 2 * 132], step: tile_mma::BK as usize, join: 192 };
 
 /// Of the 64x64 tiles, which take 50 KiB: three, one and four a multiprocessor.
@@ -73,13 +73,13 @@ pub fn shared(kernel: &Kernel) -> usize {
     if kernel.name.contains("_mma_") { (tile_mma::STAGES * tile_mma::BK) as usize * 2 * (bm + bn) } else { 0 }
 }
 
-/// Fewest tiles of 128x128 worth their size in a product whose k is not split: fewer leave most multiprocessors of a GPU
-/// idle, which four times as many of 64x64 do not.
+/// Fewest tiles of 128x128 worth their size in a product whose k is not split: fewer leave most multiprocessors of a
+/// GPU idle, which four times as many of 64x64 do not.
 pub const MANY: usize = 96;
 
 /// The 128x128 kernel `large` for a product of `rows` x `cols` on tensor cores if there are at least `least` tiles and
-/// they multiply no more than an eighth in vain beside what tiles of 64x64 would; otherwise `small`. The choice does not
-/// affect any result's bits.
+/// they multiply no more than an eighth in vain beside what tiles of 64x64 would; otherwise `small`. The choice does
+/// not affect any result's bits.
 pub fn choose_mma(
     large: Option<&'static Kernel>,
     small: &'static Kernel,
