@@ -125,6 +125,7 @@ fn the_models_of_diffusers_are_understood() {
         norm_eps: 1e-6,
         dropout: 0.0,
         classes: 0,
+        classifier: false,
         downsample_padding: 0,
         freq_shift: 1,
         flip_sin_to_cos: false,
