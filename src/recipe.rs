@@ -119,6 +119,9 @@ pub fn suit(config: &mut Config, given: &Given, survey: &Survey, device: &Device
             *setting = every;
         }
     }
+    if config.model.classifier && !given.has("sample_every") {
+        config.sample_every = 0;
+    }
     if !given.has("accumulate")
         && let Some(available) = memory::available_on(device)
     {

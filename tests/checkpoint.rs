@@ -117,7 +117,6 @@ fn checkpoints(run: &Path) -> Vec<String> {
 fn the_models_of_diffusers_are_understood() {
     let gray = checkpoint::load(&Device::cpu(), &fixture("unet_gray16")).unwrap();
     let want = Model {
-        classifier: false,
         image_size: Size::square(16),
         channels: 1,
         widths: vec![16, 32],
@@ -137,6 +136,7 @@ fn the_models_of_diffusers_are_understood() {
         class_embedding: ClassEmbedding::Table,
         null_class: false,
         learned_variance: false,
+        classifier: false,
         downsample_padding: 0,
         freq_shift: 1,
         flip_sin_to_cos: false,
