@@ -637,6 +637,11 @@ impl Config {
         self.model.validate()?;
         self.diffusion.validate()?;
         self.objective()?;
+        if self.diffusion.prediction == Prediction::Mu && self.precision == Precision::Bf16 {
+            usage!(
+                "prediction = mu with precision = bf16: a mean differs from x_t by less than bf16 rounds it at most timesteps; precision = f32 would do, or prediction = eps"
+            );
+        }
         if !(0.0..1.0).contains(&self.label_dropout) {
             usage!("label_dropout = {} must be at least 0 and below 1; 0.1 is usual", self.label_dropout);
         }

@@ -6,6 +6,7 @@ use crate::conditioning::Conditioning;
 use crate::config::Config;
 use crate::device::{Device, cpu};
 use crate::error::{Error, Result};
+use crate::kernels::loss::Row;
 use crate::params::{Layout, ParamGrads, Params, Specs};
 use crate::tape::{Tape, Var};
 use crate::tensor::{DType, Shape, Tensor};
@@ -15,7 +16,7 @@ use crate::unet::{DropoutSeed, UNet};
 /// Bytes that a training run takes of `device`.
 ///
 /// What the run keeps, and what a step over one micro-batch has alive at its fullest, are asked of a step on shapes
-/// alone. Scratch space, which the pools keep by its size, is estimated:
+/// alone; the factors of every timestep are added. Scratch space, which the pools keep by its size, is estimated:
 ///
 /// - beside each convolution's weight, for every size of weight there is, its transform (4 times as many numbers) and
 ///   as much for its gradient; a GPU's split-K segments are of this order, too;
@@ -35,7 +36,9 @@ pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs, device: &Devic
     let weights: BTreeSet<u64> = convolutions.map(|(_, spec)| spec.shape.len() as u64).collect();
     let scratch = 2 * 4 * 4 * weights.iter().sum::<u64>() + BLOCKS_AND_TILES;
     let scratch_of_images = if device.is_gpu() { 0 } else { activations / 5 * 4 };
-    held.state.saturating_add(scratch).saturating_add(activations).saturating_add(scratch_of_images)
+    let factors = (config.diffusion.timesteps * (size_of::<Row>() + size_of::<[f32; 2]>())) as u64;
+    let state = held.state.saturating_add(factors);
+    state.saturating_add(scratch).saturating_add(activations).saturating_add(scratch_of_images)
 }
 
 /// Bytes that a pool holds.

@@ -337,7 +337,7 @@ fn values_that_cannot_be_read() {
 
 #[test]
 fn networks_that_cannot_be_built() {
-    let cases: [(&[&str], &str); 53] = [
+    let cases: [(&[&str], &str); 54] = [
         (
             &["image_size=30"],
             "image_size = 30x30 cannot be halved 2 times, which the 3 levels of widths = 32,32,64 ask for; 32x32 would do",
@@ -393,6 +393,10 @@ fn networks_that_cannot_be_built() {
         (&["vlb_weight=-1"], "vlb_weight = -1 must be above 0"),
         (&["label_dropout=0.1"], "label_dropout = 0.1: the network has no classes to leave out"),
         (&["label_dropout=1", "classes=10"], "label_dropout = 1 must be at least 0 and below 1"),
+        (
+            &["prediction=mu", "precision=bf16"],
+            "prediction = mu with precision = bf16: a mean differs from x_t by less",
+        ),
         (&["betas=0.9,0.999"], "a .npy file with a beta for each timestep is expected"),
         (&["betas=no/such.npy"], "betas = no/such.npy: no/such.npy cannot be read"),
         (&["loss_type=mse"], "here it is 'loss'"),

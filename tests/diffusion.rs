@@ -1014,7 +1014,9 @@ fn the_variance_half_is_drawn_to_the_exact_variance() {
         near("the exact place", exact, fraction, 8);
         let slope = |fraction: f64| toy.mean(t as u32, 2.0 * fraction - 1.0, |e| e.gradient[2]);
         let scale = slope(exact + 0.1).abs();
-        assert!(slope(exact).abs() < 1e-9 * scale, "at {t} the gradient is {:e} of {scale:e}", slope(exact));
+        // Both the place and the slope are differences of logarithms of order 10, of which large - small is left.
+        let allowed = 100.0 * f64::EPSILON / (large - small) * scale;
+        assert!(slope(exact).abs() <= allowed, "at {t} the gradient is {:e} of {scale:e}", slope(exact));
         assert!(slope(exact + 0.1) > 0.0 && slope(exact - 0.1) < 0.0, "at {t} the bound is least there");
     }
 }
@@ -1096,8 +1098,8 @@ fn stratified_timesteps_cover_the_chain() {
         assert!(sorted.windows(2).all(|w| (15..=16).contains(&(w[1] - w[0]))), "{sorted:?}");
         t.iter().for_each(|&t| counts[t as usize] += 1);
     }
-    // Over all u every timestep is equally likely: 128 of 128,000 expected; a step gives a timestep 0 or 1 of the 64. The
-    // count is binomial: 2000 times with probability 0.064, deviation 10.9.
+    // Over all u every timestep is equally likely: 128 of 128,000 expected; a step gives a timestep 0 or 1 of the 64.
+    // The count is binomial: 2000 times with probability 0.064, deviation 10.9.
     let worst = counts.iter().map(|&count| (f64::from(count) - 128.0).abs()).fold(0.0, f64::max);
     assert!(worst <= 5.0 * 10.95, "a timestep is {worst} from 128");
 }
@@ -1119,14 +1121,14 @@ fn labels_are_dropped_by_their_own_stream() {
     assert_eq!(piece.labels().unwrap(), seen[700..800]);
 }
 
-/// The last losses of four timesteps, and what follows: the figures of the definition, and an expectation that is exact.
+/// The last losses of four timesteps, and what follows: the figures of the definition, an expectation that is exact.
 #[test]
 fn importance_sampling_is_unbiased() {
     let mut importance = Importance::new(4, 4);
     let batch = || Batch::train(3, 9, 0, (0..4).collect(), true, 4);
     for step in 0..=10 {
         // Losses of long ago do not count.
-        importance.begin();
+        importance.begin(0);
         assert!(
             !importance.is_warm(),
             "ten losses of each timestep are known at step 11, which leaves the last one out"
@@ -1135,20 +1137,20 @@ fn importance_sampling_is_unbiased() {
         let loss = |t: u32| if step < 1 { 100.0 } else { t as f32 + 1.0 };
         importance.record((0..4).map(|t| (t, loss(t))).collect());
     }
-    importance.begin();
+    importance.begin(0);
     assert!(importance.is_warm(), "with the losses of steps 0 to 9");
     importance.record((0..4).map(|t| (t, t as f32 + 1.0)).collect());
-    importance.begin();
+    importance.begin(0);
     for (t, (p, weight)) in
         [(0.10015, 2.49625562), (0.20005, 1.24968758), (0.29995, 0.83347225), (0.39985, 0.62523446)].iter().enumerate()
     {
         let got = (importance.probability(t as u32), importance.weight(t as u32));
         // Probabilities are multiples of 2^-32.
-        assert!((got.0 - p).abs() <= 2.4e-10 && (got.1 - weight).abs() <= 1e-8, "{t}: {got:?}");
+        assert!((got.0 - p).abs() <= 2.4e-10 && (got.1 - weight).abs() <= 2e-8, "{t}: {got:?}");
     }
     let expectation = |f: &dyn Fn(u32) -> f64| (0..4).map(|t| importance.probability(t) * f(t)).sum::<f64>();
     let mean = expectation(&|t| importance.weight(t) * (f64::from(t) + 1.0));
-    assert!((mean - 2.5).abs() <= 4.0 * f64::EPSILON, "{mean}");
+    assert!((mean - 2.5).abs() <= 16.0 * f64::EPSILON, "{mean}");
     let second = expectation(&|t| (importance.weight(t) * (f64::from(t) + 1.0)).powi(2));
     assert!((second - mean * mean - 1.886e-6).abs() <= 1e-9, "variance {}", second - mean * mean);
 
@@ -1166,13 +1168,22 @@ fn importance_sampling_is_unbiased() {
     let piece = importance.draw(Batch::train(3, 9, 700, (700..800).collect(), true, 4));
     assert_eq!((&piece.t()[..], &piece.weights.unwrap()[..]), (&t[700..800], &weights[700..800]));
 
+    // A device that does not know the losses of the last step yet uses the same.
+    let (mut known, mut unknown) = (importance.clone(), importance.clone());
+    known.record(vec![(1, 7.0); 4]);
+    known.begin(0);
+    unknown.begin(1);
+    assert_eq!(known.probability(1), unknown.probability(1));
+    unknown.record(vec![(1, 7.0); 4]);
+    assert_eq!(known, unknown);
+
     // The state goes through numbers, with the losses that are not used yet.
     importance.record(vec![(3, 0.5); 4]);
     let numbers = importance.to_numbers();
     let mut again = Importance::new(4, 4);
     again.set_numbers(std::array::from_fn(|k| &numbers[k][..])).unwrap();
-    importance.begin();
-    again.begin();
+    importance.begin(0);
+    again.begin(0);
     assert_eq!(again, importance);
     let mut wrong = numbers.clone();
     wrong[2][7] = 4.0;

@@ -356,8 +356,8 @@ fn objective_run(c: &Config, device: &Device, steps: u32, resumed: Option<u32>) 
     (trainer.params().host().unwrap().into_owned(), last.unwrap())
 }
 
-/// Every way to train: resumed runs have the bits of whole ones, also while timesteps are drawn by their losses; reports
-/// have the bound where the loss has one.
+/// Every way to train: resumed runs have the bits of whole ones, also while timesteps are drawn by their losses;
+/// reports have the bound where the loss has one.
 #[test]
 fn every_objective_resumes_with_the_same_bits() {
     let mut base = tiny();

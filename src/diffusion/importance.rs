@@ -1,10 +1,10 @@
 //! Importance sampling of timesteps by the losses so far (IDDPM, section 3.3).
 //!
-//! The last ten losses of every timestep are kept, without the weights of their images. Once each timestep has ten, t is
-//! drawn with a probability p_t in proportion to the root of their mean square, and a thousandth of the draws uniformly;
-//! before that, all are drawn uniformly. A loss counts `1 / (T p_t)` times, so the expectation of loss and gradient is
-//! that of uniform timesteps: p_t is a whole number of the 2^32 words from which t is drawn, and the weight is made from
-//! that number, so this holds exactly but for the rounding of the weight to f32.
+//! The last ten losses of every timestep are kept, without the weights of their images. Once each timestep has ten, t
+//! is drawn with a probability p_t in proportion to the root of their mean square, and a thousandth of the draws
+//! uniformly; before that, all are drawn uniformly. A loss counts `1 / (T p_t)` times, so the expectation of loss and
+//! gradient is that of uniform timesteps: p_t is a whole number of the 2^32 words from which t is drawn, and the weight
+//! is made from that number, so this holds exactly but for the rounding of the weight to f32.
 //!
 //! Step k draws by the losses of the steps before k - 1. The last one's are left out so that a GPU can work on step
 //! k - 1 while the host waits for the losses of step k - 2; every device leaves them out, so that all draw the same.
@@ -70,10 +70,11 @@ impl Importance {
         self.pending.push_back(losses);
     }
 
-    /// Makes ready for the next step's draws: uses the losses of all steps but the last one.
-    pub fn begin(&mut self) {
-        while self.pending.len() > 1 {
-            let losses = self.pending.pop_front().expect("there are two");
+    /// Makes ready for the next step's draws: uses the losses of all steps but the last one. `unknown` is 1 if those of
+    /// the last one are still to be noted, and 0 if they are among the known.
+    pub fn begin(&mut self, unknown: usize) {
+        while self.pending.len() + unknown > 1 {
+            let Some(losses) = self.pending.pop_front() else { break };
             // A loss that is not finite ends the training.
             for (t, loss) in losses.into_iter().filter(|(_, loss)| loss.is_finite()) {
                 self.add(t as usize, loss);
@@ -144,8 +145,8 @@ impl Importance {
         1.0 / (self.timesteps() as f64 * self.probability(t))
     }
 
-    /// The state as numbers, for a checkpoint: the losses, how many there are of each timestep, and timesteps and losses
-    /// of the [`PENDING`] last steps, the oldest first, -1 for a step that there is not.
+    /// The state as numbers, for a checkpoint: the losses, how many there are of each timestep, and timesteps and
+    /// losses of the [`PENDING`] last steps, the oldest first, -1 for a step that there is not.
     pub fn to_numbers(&self) -> [Vec<f32>; 4] {
         assert!(self.pending.len() <= PENDING, "{} steps whose losses are not used", self.pending.len());
         let nothing = vec![(None, 0.0); (PENDING - self.pending.len()) * self.batch];

@@ -54,7 +54,8 @@ impl Losses {
         // What a step that failed half-way has left.
         self.step.clear();
         self.take(table, self.accumulate)?;
-        self.importance.begin();
+        let under_way = self.on_gpu.as_ref().map_or(0, |on_gpu| on_gpu.timesteps.len());
+        self.importance.begin(under_way / self.accumulate);
         Ok(())
     }
 
