@@ -1,5 +1,5 @@
-//! The command line: `ddpm-cuda train | sample | predict` and so on. No logic here: it calls a command and maps errors to
-//! exit codes.
+//! The command line: `ddpm-cuda train`, `sample` and so on. No logic here: it calls a command and maps errors to exit
+//! codes.
 
 use std::io::Write;
 use std::process::ExitCode;

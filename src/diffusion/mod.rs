@@ -5,8 +5,8 @@
 //! `alpha_bar` before index 0 is 1. All tables are f64; the factors of a step are rounded to f32 at the end.
 //!
 //! [`schedule`] has the noise levels, [`prediction`] what the network's output means, [`batch`] what a training step
-//! draws, [`timesteps`] which timesteps are visited, [`sampler`] the steps of the reverse process. Coefficients only: the
-//! passes over pixels are the operations q_sample, loss and sample_step, built on this module.
+//! draws, [`timesteps`] which timesteps are visited, [`sampler`] the steps of the reverse process. Coefficients only:
+//! the passes over pixels are the operations q_sample, loss and sample_step, built on this module.
 
 pub mod batch;
 pub mod prediction;
