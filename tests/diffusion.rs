@@ -192,7 +192,7 @@ fn names_parse_and_print_and_wrong_settings_are_refused() {
         ("timesteps is 20: the linear schedule needs at least 21", Schedule::new(Kind::Linear, 20).map(|_| ())),
         ("beta_start is 0: must lie", Schedule::with_betas(Kind::Linear, 10, 0.0, 0.02).map(|_| ())),
         ("beta_end is NaN: must lie", Schedule::with_betas(Kind::Constant, 10, 0.1, f64::NAN).map(|_| ())),
-        ("beta at timestep 1 is 1: must", Schedule::from_betas(vec![0.5, 1.0]).map(|_| ())),
+        ("beta at timestep 0 is 1: must", Schedule::from_betas(vec![1.0, 0.5]).map(|_| ())),
         ("underflows", Schedule::from_betas(vec![0.99; 200]).map(|_| ())),
         ("underflows: it is 9", Schedule::from_betas(vec![0.9; 80]).map(|_| ())),
         ("beta at timestep 0 is 1e-17: so small that", Schedule::from_betas(vec![1e-17; 2]).map(|_| ())),
