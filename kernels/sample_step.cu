@@ -2,8 +2,9 @@
 // Heun's, with guidance, a learned variance and a classifier's gradient.
 //
 // computes   start:     x[i, k] = z_k of image i's stream
-//            step:      y = y_2 + weight (y_1 - y_2) of two halves, times scale[i];  x_0 = limit(x0_xt x + x0_output y);
-//                       x_0 += shift_x0 g;  next = c_x0 x_0 + c_xt x + c_before before + shift_mean variance g + sigma z.
+//            step:      y = y_2 + weight (y_1 - y_2) of two halves, times scale[i];
+//                       x_0 = limit(x0_xt x + x0_output y) + shift_x0 g;
+//                       next = c_x0 x_0 + c_xt x + c_before before + shift_mean variance g + sigma z.
 //                       limit clips to +-bound, or to +-s and divides by s = limits[i]. A learned variance is
 //                       exp(log_offset + log_factor v), and sigma its root where f.sigma is not 0. z is drawn unless
 //                       sigma is 0
@@ -14,8 +15,8 @@
 //            threshold: limits[i] = the quantile of image i's |x_0| between those of ranks `rank` and rank + 1, at least 1
 //                       and at most `largest`
 //            norms:     factors[i] = (-e / noise, sqrt(2 e)), e = two_alpha (snr noise |z| / |eps|)^2
-// layout     x, next, x_0, before, gradient, from, mask (n, h, w, c) f32; y (the network's output) (halves n, h, w, c), or
-//            2c channels with v, the variance, in the second c; T like input (copies n, h, w, c); per image f32
+// layout     x, next, x_0, before, gradient, from, mask (n, h, w, c) f32; y (the network's output) (halves n, h, w, c)
+//            in T, or 2c channels with v, the variance, in the second c; input (copies n, h, w, c) in T; per image f32
 // mapping    start to diffuse: thread = 4 neighbours of one image = one Philox block; grid (ceil(image/1024), images up
 //            to 65535, looped). The rest: a block an image, 4 neighbours a thread at a time
 // shared     rescale, norms: 64 B, the warps' sums; threshold: 1036 B, a histogram of one byte of the bits of |x_0|
@@ -250,8 +251,8 @@ __device__ __forceinline__ void rescale(float* scale, const T* y, size_t n, unsi
     scale[i] = of_both == 0.0 ? 1.0f : float(phi * (of_one / of_both) + (1.0 - phi));
 }
 
-// Selection by radix: four passes over the image, each finds one byte of the bits of the wanted |x_0|, which are ordered
-// as the numbers are.
+// Selection by radix: four passes over the image, each finds one byte of the bits of the wanted |x_0|, which are
+// ordered as the numbers are.
 template <class T>
 __device__ __forceinline__ void threshold(float* limits, const float* x, const T* y, const float* scale, size_t n,
                                           unsigned image, float x0_xt, float x0_output, unsigned rank, double fraction,

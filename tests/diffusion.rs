@@ -189,13 +189,13 @@ fn names_parse_and_print_and_wrong_settings_are_refused() {
     let ddim = |eta| Sampler::new(&s, Method::Ddim { eta }, Spacing::Even, 10).map(|_| ());
     let refused = [
         ("`lineal`: one of linear, cosine", "lineal".parse::<Kind>().map(|_| ())),
-        ("`learned`: one of fixed_small", "learned".parse::<Variance>().map(|_| ())),
+        ("`learnt`: one of fixed_small", "learnt".parse::<Variance>().map(|_| ())),
         ("`odd`: one of even", "odd".parse::<Spacing>().map(|_| ())),
         ("timesteps is 1: must be from 2", Schedule::new(Kind::Cosine, 1).map(|_| ())),
         ("timesteps is 20: the linear schedule needs at least 21", Schedule::new(Kind::Linear, 20).map(|_| ())),
         ("beta_start is 0: must lie", Schedule::with_betas(Kind::Linear, 10, 0.0, 0.02).map(|_| ())),
         ("beta_end is NaN: must lie", Schedule::with_betas(Kind::Constant, 10, 0.1, f64::NAN).map(|_| ())),
-        ("beta at timestep 1 is 1: must", Schedule::from_betas(vec![0.5, 1.0]).map(|_| ())),
+        ("beta at timestep 0 is 1: must", Schedule::from_betas(vec![1.0, 0.5]).map(|_| ())),
         ("underflows", Schedule::from_betas(vec![0.99; 200]).map(|_| ())),
         ("underflows: it is 9", Schedule::from_betas(vec![0.9; 80]).map(|_| ())),
         ("beta at timestep 0 is 1e-17: so small that", Schedule::from_betas(vec![1e-17; 2]).map(|_| ())),
@@ -336,8 +336,13 @@ fn heun_over_timesteps_is_of_second_order() {
         let of = |method| of_toy(&Sampler::over(&s, Prediction::Eps, method, &kept).unwrap().unclipped());
         ((of(Method::Heun) - exact).abs(), (of(Method::Ddim { eta: 0.0 }) - exact).abs())
     };
-    let (heun, ddim) = error(200);
-    assert!(heun < 0.3 * ddim, "heun errs by {heun}, ddim by {ddim}");
+    for steps in [10, 50, 200] {
+        let (heun, ddim) = error(steps);
+        assert!(heun < 0.3 * ddim, "in {steps} steps heun errs by {heun}, ddim by {ddim}");
+    }
+    // Its first step is from a level of 20,291, where the slope at the end would lead astray.
+    let kept = Timesteps::Spaced(Spacing::Trailing).kept(&s, true, 0, 10).unwrap();
+    assert_eq!(Sampler::over(&s, Prediction::Eps, Method::Heun, &kept).unwrap().calls(), 18);
 }
 
 /// DDIM inverted over the levels of ten or fifty steps, from x_0 = 0.3: what it leads to, and how far it comes back,
@@ -391,13 +396,16 @@ fn timesteps_are_diffusers_and_openais() {
     assert_eq!(kept("karras", true, 10), [999, 937, 864, 775, 663, 511, 301, 102, 18, 0]);
     assert_eq!(kept("karras", false, 15), [999, 960, 917, 869, 815, 753, 681, 593, 484, 350, 205, 92, 32, 8, 0]);
     let levels = Timesteps::karras_levels(&s, 10).unwrap();
-    for (i, want) in [(0, 157.407), (1, 85.7107), (4, 9.27474), (8, 0.0739303), (9, 0.0100005)] {
-        near(&format!("level {i}"), levels[i].1, want, 6);
+    // diffusers rounds betas to f32, which is 1.7e-4 of 1 - alpha_bar at the clean end.
+    for (i, want) in [(0, 157.407), (1, 85.7107), (4, 9.27474), (8, 0.0739303), (9, 0.0100013)] {
+        let got = levels[i].1;
+        assert!((got / want - 1.0).abs() < 2e-4, "level {i} is {got}, expected {want}");
     }
-    // A long list repeats timesteps of the noisy end, and each is taken once.
+    // The cosine schedule's are spread below its last timesteps; a long list repeats some, and each is taken once.
     let cosine = Schedule::new(Kind::Cosine, 1000).unwrap();
-    let once = Timesteps::Karras.kept(&cosine, true, 0, 15).unwrap();
-    assert!(once.is_sorted_by(|a, b| a < b) && once.len() < 15 && once[once.len() - 1] == 999, "{once:?}");
+    let karras = |steps| Timesteps::Karras.kept(&cosine, true, 0, steps).unwrap();
+    assert_eq!(karras(15), [0, 11, 51, 156, 359, 608, 788, 886, 936, 962, 977, 985, 990, 993, 995]);
+    assert!(karras(40).is_sorted_by(|a, b| a < b) && karras(40).len() == 39, "{:?}", karras(40));
     let mut listed = kept("10,15,20", false, 45);
     listed.reverse();
     assert_eq!(listed[..12], [0, 37, 74, 111, 148, 185, 222, 259, 296, 333, 334, 358]);
@@ -414,8 +422,8 @@ fn timesteps_are_diffusers_and_openais() {
     assert!(said("900,900").contains("cannot keep 900"));
 }
 
-/// What cannot work is refused: pure noise for eps and for solvers, a learned variance in longer steps, corrections of an
-/// ODE, and numbers out of range.
+/// What cannot work is refused: pure noise for eps and for solvers, a learned variance in longer steps, corrections of
+/// an ODE, and numbers out of range.
 #[test]
 fn samplers_that_cannot_work_are_refused() {
     let s = Schedule::new(Kind::Linear, 1000).unwrap();
@@ -449,7 +457,7 @@ fn samplers_that_cannot_work_are_refused() {
     }
 }
 
-/// From pure noise a network that predicts x_0 or v samples with finite factors, and a network that knows x_0 ends at it.
+/// From pure noise a network that predicts x_0 or v samples with finite factors, and one that knows x_0 ends at it.
 #[test]
 fn zero_terminal_snr_is_sampled_from() {
     let s = Schedule::new(Kind::Linear, 1000).unwrap().with_zero_terminal_snr();
@@ -477,7 +485,7 @@ fn a_learned_variance_makes_the_toy_exact() {
     let kept: Vec<u32> = (0..1000).collect();
     let sampler = Sampler::over(&s, Prediction::Eps, Method::Ancestral(Variance::LearnedRange), &kept).unwrap();
     let v = |a: f64| a * 0.25 + 1.0 - a;
-    for (t, want) in [(1, 0.99954374), (500, 0.76234044), (999, 0.25000764)] {
+    for (t, want) in [(1, 0.99954374), (100, 0.76234044), (999, 0.25000764)] {
         let variance = s.betas()[t] * v(s.alpha_bar(t - 1)) / v(s.alpha_bar(t));
         let learned = sampler.steps()[999 - t].learned.unwrap();
         near(&format!("fraction at {t}"), ((variance.ln() - learned.offset) / learned.factor + 1.0) / 2.0, want, 8);
@@ -517,7 +525,7 @@ fn a_correction_by_hand() {
     let (_, correction) = sampler.correction(498).unwrap();
     assert_eq!(correction.t, 500, "it corrects the level that the step has reached");
     assert!(sampler.correction(999).is_none(), "there is none after the last step");
-    near("alpha", correction.alpha, 0.98993994004, 11);
+    near("alpha", correction.alpha, 0.98994004004, 11);
     let eps = [3.0, 4.0].map(|s| -s * correction.noise);
     let got = sample_step::reference::correct(&[0.0, 0.0], &eps, &[1.0, 2.0], correction, corrector);
     agrees_to("step", &got, &[0.17279766, 0.32532134], |_| 5e-9);

@@ -141,8 +141,8 @@ fn the_memory_of_a_forward_pass_is_foreseen() {
     assert!(foreseen(1, 65_536) > 1 << 40, "{}", foreseen(1, 65_536));
 }
 
-/// A network in closed form: `0.6 tanh x + 0.1 sin 3x`, less 0.2 for images without a class; of a doubled output `cos 2x / 2`
-/// in the second half of channels.
+/// A network in closed form: `0.6 tanh x + 0.1 sin 3x`, less 0.2 for images without a class; of a doubled output
+/// `cos 2x / 2` in the second half of channels.
 fn closed<T: Float>(x: T, with: bool) -> [T; 2] {
     let number = |v: f64| T::from(v).unwrap();
     let y = number(0.6) * x.tanh() + number(0.1) * (number(3.0) * x).sin();
@@ -297,7 +297,8 @@ fn a_row_shares_its_noise() {
     assert!((0..4).all(|i| start[i] != start[i + 1]));
 }
 
-/// A closed-form classifier whose log probability is -|x - 2|^2 / 2 draws the samples towards 2, and more with its scale.
+/// A classifier in closed form whose log probability is -|x - 2|^2 / 2 draws the samples towards 2, and more with its
+/// scale.
 #[test]
 fn a_gradient_moves_the_samples() {
     let device = Device::cpu();

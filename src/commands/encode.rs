@@ -15,6 +15,9 @@ use crate::sample::{Call, Conditional, Drawing};
 use crate::say;
 use crate::tensor::Tensor;
 
+/// Ratio of the noise levels of a step above which the iteration hardly contracts, by 1 - 1/ratio a round.
+const WIDEST: f64 = 8.0;
+
 /// Arguments of `ddpm-cuda encode`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -44,13 +47,23 @@ pub struct Args {
 /// Runs the command.
 ///
 /// # Errors
-/// `Error::Usage` for arguments that do not fit the model, `Error::File` for files that cannot be read or written; those
-/// of [`On::open`].
+/// `Error::Usage` for arguments that do not fit the model, `Error::File` for files that cannot be read or written;
+/// those of [`On::open`].
 pub fn run(args: &Args) -> Result<()> {
     let opened = Opened::new(&args.on, &args.of)?;
     let prediction = opened.model.config.diffusion.prediction;
     let kept = args.grid.kept(&opened, false)?;
     let steps = inversion(&opened.schedule, prediction, &kept)?;
+    if let [.., before, last] = &steps[..]
+        && last.level > WIDEST * before.level
+    {
+        say!(
+            "the last step, to timestep {}, leads from noise sigma {:.3} to {:.4}: over so much the iteration may not settle and the images not come back; --spacing leading stops below, for encode and sample",
+            last.t,
+            before.level,
+            last.level
+        );
+    }
     let (bytes, labels) = opened.images(&args.images, args.class.as_deref())?;
     let image = opened.shape(1).len();
     let count = bytes.len() / image;

@@ -54,8 +54,8 @@ pub struct Args {
 /// Runs the command.
 ///
 /// # Errors
-/// `Error::Usage` for arguments that do not fit the model, `Error::File` for files that cannot be read or written; those
-/// of [`On::open`].
+/// `Error::Usage` for arguments that do not fit the model, `Error::File` for files that cannot be read or written;
+/// those of [`On::open`].
 pub fn run(args: &Args) -> Result<()> {
     let opened = Opened::new(&args.on, &args.of)?;
     let process = &opened.model.config.diffusion;

@@ -63,7 +63,7 @@ pub struct Args {
     /// Classes, one an image, for a conditional model
     #[arg(long, value_name = "L.npy")]
     pub labels: Option<PathBuf>,
-    /// What to give: the prediction converted, nothing clipped, or raw, all channels [default: what the network predicts]
+    /// What to give: the prediction converted, unclipped, or raw, all channels [default: the network's prediction]
     #[arg(long, value_name = "WHAT", value_parser = choice::<Output>())]
     pub output: Option<Output>,
     /// Classifier-free guidance, as in sample

@@ -91,7 +91,8 @@ impl Spacing {
 pub enum Timesteps {
     /// A spacing by name.
     Spaced(Spacing),
-    /// The noise levels of Karras et al. 2022, equation 5, with rho = 7, between those of the schedule's ends.
+    /// The noise levels of Karras et al. 2022, equation 5, with rho = 7, between those of the schedule's ends, but none
+    /// above 164, where x is noise alone.
     Karras,
     /// So many in each of as many equal sections, evenly spaced there: OpenAI's respacing `10,15,20`.
     Sections(Vec<usize>),
@@ -140,6 +141,10 @@ impl FromStr for Timesteps {
 /// The exponent of Karras et al. 2022.
 const RHO: f64 = 7.0;
 
+/// A noise level (half the log-SNR is -5.1) above which x is noise alone: the linear schedule ends just below it, the
+/// cosine one at 20,291, in its last timestep.
+pub(super) const NOISE_ALONE: f64 = 164.0;
+
 impl Timesteps {
     /// The steps that a list of sections takes; `None` for what takes any number.
     pub fn own_steps(&self) -> Option<usize> {
@@ -156,8 +161,8 @@ impl Timesteps {
     /// points from 0, without 0, from which the last step would jump over the largest change of the log-SNR.
     ///
     /// # Errors
-    /// Those of [`Spacing::timesteps_from`]; `Error::Usage` for sections that keep more timesteps than they have, and for
-    /// levels of a schedule that ends in pure noise.
+    /// Those of [`Spacing::timesteps_from`]; `Error::Usage` for sections that keep more timesteps than they have, and
+    /// for levels of a schedule that ends in pure noise.
     pub fn kept(&self, schedule: &Schedule, solver: bool, offset: u32, steps: usize) -> Result<Vec<u32>> {
         let timesteps = schedule.len();
         match self {
@@ -183,8 +188,9 @@ impl Timesteps {
         }
     }
 
-    /// `steps` noise levels `sigma = sqrt((1 - alpha_bar) / alpha_bar)`, falling from the schedule's last to its first,
-    /// evenly spaced in sigma^(1/7), each with its timestep, fractional: linear in ln sigma between two timesteps.
+    /// `steps` noise levels `sigma = sqrt((1 - alpha_bar) / alpha_bar)`, falling from the schedule's last, at most 164,
+    /// to its first, evenly spaced in sigma^(1/7), each with its timestep, fractional: linear in ln sigma between two
+    /// timesteps.
     ///
     /// # Errors
     /// `Error::Usage` unless `steps` is from 1 to the number of timesteps, and for a schedule that ends in pure noise.
@@ -200,7 +206,7 @@ impl Timesteps {
         }
         let log_sigma: Vec<f64> =
             (0..timesteps).map(|t| 0.5 * ((1.0 - schedule.alpha_bar(t)) / schedule.alpha_bar(t)).ln()).collect();
-        let root = |t: usize| (log_sigma[t] / RHO).exp();
+        let root = |t: usize| (log_sigma[t].min(NOISE_ALONE.ln()) / RHO).exp();
         let (most, least) = (root(timesteps - 1), root(0));
         let level = |i: usize| {
             let part = if steps == 1 { 0.0 } else { i as f64 / (steps - 1) as f64 };

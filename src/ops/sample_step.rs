@@ -4,14 +4,15 @@
 //! y is what the network predicts; the factors are a [`Step`]. With guidance y is `y_2 + weight (y_1 - y_2)` of the
 //! output's two halves, times a factor per image if it is rescaled; with a learned variance the output has twice the
 //! channels, and sigma is formed per pixel. z is drawn in the same pass from the sample's own stream for this timestep,
-//! and only if sigma is not 0. Shapes: all `(n, h, w, c)`. No gradient. Numerics: f32 with factors rounded from f64. The
-//! prediction of x_0 amplifies errors by up to `1/sqrt(alpha_bar_T)` (157 for the linear schedule); clipping bounds them.
+//! and only if sigma is not 0. Shapes: all `(n, h, w, c)`. No gradient. Numerics: f32 with factors rounded from f64.
+//! The prediction of x_0 amplifies errors by up to `1/sqrt(alpha_bar_T)` (157 for the linear schedule); clipping bounds
+//! them.
 //!
 //! What needs all of an image first (dynamic thresholding, rescaled guidance, the norms of a Langevin correction) is a
 //! pass of its own before the step, per image, so that no image depends on its batch.
 //!
-//! The chain is f32 on every device. A network with bf16 activations gets a rounded copy of x, and one that is asked with
-//! and without classes gets it twice, written by the same kernel.
+//! The chain is f32 on every device. A network with bf16 activations gets a rounded copy of x, and one that is asked
+//! with and without classes gets it twice, written by the same kernel.
 
 use crate::device::Device;
 use crate::diffusion::sampler::{Correction, Corrector, Guidance, Limit, Samples, Step};
@@ -368,8 +369,8 @@ pub mod reference {
         low + number::<T>(fraction) * (high - low)
     }
 
-    /// The outputs with and without the class of one image, combined (Ho and Salimans 2022; Lin et al. 2024, equations 15
-    /// and 16).
+    /// The outputs with and without the class of one image, combined (Ho and Salimans 2022; Lin et al. 2024, equations
+    /// 15 and 16).
     pub fn guided<T: Float>(with: &[T], without: &[T], guidance: Guidance) -> Vec<T> {
         let weight = number::<T>(guidance.weight);
         let both: Vec<T> = with.iter().zip(without).map(|(&c, &u)| u + weight * (c - u)).collect();

@@ -1,7 +1,8 @@
 //! DDIM inversion: from images to the noise that DDIM makes these images of (Song et al. 2021, section 4.3).
 //!
 //! Each step inverts the sampler's step between the same two timesteps exactly, if its equation is solved: it holds the
-//! noise at the level it leads to, which is found by iteration. Without it (`rounds` 0) an image comes back changed.
+//! noise at the level it leads to, which is found by iteration from the image as it is. Without it (`rounds` 0) an
+//! image comes back changed.
 
 use super::finite;
 use crate::device::Device;

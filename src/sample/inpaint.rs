@@ -1,6 +1,6 @@
-//! Inpainting with an unconditional process (RePaint, Lugmayr et al. 2022, algorithm 1): at every level the known pixels
-//! are those of the image, noised afresh, and the others are the reverse process's, which goes back and forth until both
-//! agree.
+//! Inpainting with a process that knows nothing of it (RePaint, Lugmayr et al. 2022, algorithm 1): at every level the
+//! known pixels are those of the image, noised afresh, and the others are the reverse process's, which goes back and
+//! forth until both agree.
 
 use super::finite;
 use crate::device::Device;
@@ -20,8 +20,8 @@ pub enum Move {
     Up(usize),
 }
 
-/// The moves over a chain of `levels`: down, and at every multiple of `jump` below `levels - jump`, `times - 1` times up
-/// by `jump` and down again.
+/// The moves over a chain of `levels`: down, and at every multiple of `jump` below `levels - jump`, `times - 1` times
+/// up by `jump` and down again.
 ///
 /// # Errors
 /// `Error::Usage` for a `times` or a `jump` of 0.

@@ -11,8 +11,8 @@ use crate::ops::sample_step::{Noise, diffuse};
 use crate::rng::{Purpose, Streams};
 use crate::tensor::{Shape, Tensor};
 
-/// x_t of the mixtures `(1 - lambda) a + lambda b` of two images in [-1, 1], (h, w, c): f32 (n, h, w, c). The mixture of
-/// two images with the same noise is the mixture with that noise.
+/// x_t of the mixtures `(1 - lambda) a + lambda b` of two images in [-1, 1], (h, w, c): f32 (n, h, w, c). The mixture
+/// of two images with the same noise is the mixture with that noise.
 ///
 /// # Errors
 /// A GPU that fails.

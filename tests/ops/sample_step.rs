@@ -478,7 +478,7 @@ fn planted_bugs_in_every_kind_of_step_are_noticed() {
     plant::notices_wrong_parameter(test, "sample_step_step_bf16", "14+28", "14+32");
     plant::notices_wrong_parameter(test, "sample_step_threshold_f32", 8, 5);
     plant::notices_lost_barrier(test, "sample_step_threshold_f32", 1);
-    plant::notices_lost_last_barrier(test, "sample_step_rescale_bf16");
+    plant::notices_lost_barrier(test, "sample_step_rescale_bf16", 0);
     let test = "sample_step::corrections_and_noise_follow_the_reference_on_every_device";
     plant::notices_wrong_parameter(test, "sample_step_norms_f32", 10, 9);
     plant::notices_lost_block(test, "sample_step_correct_f32");
