@@ -14,7 +14,7 @@ fuzz_target!(init: offer(seeds), |bytes: &[u8]| {
     let mut params = Params::zeros(&Device::cpu(), specs.clone()).expect("host memory");
     let entries = [("a/data.pkl", bytes.to_vec()), ("a/data/0", vec![0; 64])];
     let in_archive = npz(&entries, CompressionMethod::Stored);
-    for bytes in [bytes, &in_archive] {
+    for bytes in [bytes, &in_archive[..]] {
         // As weights of a model of diffusers, and as a network of OpenAI's.
         if let Err(error) = checkpoint::read_weights(&file("torch/weights.bin", bytes), &mut params) {
             assert_sentence(&error);

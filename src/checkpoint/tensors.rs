@@ -192,7 +192,9 @@ pub(super) struct Place {
 impl Place {
     /// Extents and strides.
     fn dims(&self) -> Vec<(usize, usize)> {
-        let dense = |i: usize| (self.shape[i], self.shape[i + 1..].iter().product());
+        // Of nothing, extents may be any.
+        let after = |i: usize| self.shape[i + 1..].iter().fold(1, |product: usize, &d| product.saturating_mul(d));
+        let dense = |i: usize| (self.shape[i], after(i));
         self.dims.clone().unwrap_or_else(|| (0..self.shape.len()).map(dense).collect())
     }
 
