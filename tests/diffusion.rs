@@ -186,13 +186,13 @@ fn names_parse_and_print_and_wrong_settings_are_refused() {
     let ddim = |eta| Sampler::new(&s, Method::Ddim { eta }, Spacing::Even, 10).map(|_| ());
     let refused = [
         ("`lineal`: one of linear, cosine", "lineal".parse::<Kind>().map(|_| ())),
-        ("`learned`: one of fixed_small", "learned".parse::<Variance>().map(|_| ())),
+        ("`learnt`: one of fixed_small", "learnt".parse::<Variance>().map(|_| ())),
         ("`odd`: one of even", "odd".parse::<Spacing>().map(|_| ())),
         ("timesteps is 1: must be from 2", Schedule::new(Kind::Cosine, 1).map(|_| ())),
         ("timesteps is 20: the linear schedule needs at least 21", Schedule::new(Kind::Linear, 20).map(|_| ())),
         ("beta_start is 0: must lie", Schedule::with_betas(Kind::Linear, 10, 0.0, 0.02).map(|_| ())),
         ("beta_end is NaN: must lie", Schedule::with_betas(Kind::Constant, 10, 0.1, f64::NAN).map(|_| ())),
-        ("beta at timestep 1 is 1: must", Schedule::from_betas(vec![0.5, 1.0]).map(|_| ())),
+        ("beta at timestep 0 is 1: must", Schedule::from_betas(vec![1.0, 0.5]).map(|_| ())),
         ("underflows", Schedule::from_betas(vec![0.99; 200]).map(|_| ())),
         ("underflows: it is 9", Schedule::from_betas(vec![0.9; 80]).map(|_| ())),
         ("beta at timestep 0 is 1e-17: so small that", Schedule::from_betas(vec![1e-17; 2]).map(|_| ())),
@@ -719,14 +719,15 @@ fn the_bound_of_a_gaussian_is_its_entropy() {
 #[test]
 fn the_variance_half_is_drawn_to_the_exact_variance() {
     let toy = Toy::new(Prediction::Eps, Variance::LearnedRange);
-    for (t, fraction) in [(1, 0.99954374), (500, 0.76234044), (999, 0.25000764)] {
+    for (t, fraction) in [(1, 0.99954374), (100, 0.76234044), (500, 0.26557435), (999, 0.25000764)] {
         let (small, large) = (toy.schedule.posterior_variance(t).ln(), toy.schedule.betas()[t].ln());
         let exact = (toy.exact_variance(t).ln() - small) / (large - small);
         near("the exact place", exact, fraction, 8);
         let slope = |fraction: f64| toy.mean(t as u32, 2.0 * fraction - 1.0, |e| e.gradient[2]);
         let scale = slope(exact + 0.1).abs();
-        // Both the place and the slope are differences of logarithms of order 10, of which large - small is left.
-        let allowed = 100.0 * f64::EPSILON / (large - small) * scale;
+        // The slope is made of exponentials of logarithms of order 10 and of a difference of means that is a hundredth
+        // of them; the place is a share of large - small.
+        let allowed = 1000.0 * f64::EPSILON / (large - small) * scale;
         assert!(slope(exact).abs() <= allowed, "at {t} the gradient is {:e} of {scale:e}", slope(exact));
         assert!(slope(exact + 0.1) > 0.0 && slope(exact - 0.1) < 0.0, "at {t} the bound is least there");
     }
@@ -757,7 +758,8 @@ fn kept_chains_have_their_own_bound() {
                 let c_x0 = chain.posterior_mean_coefficients(i).0;
                 let (q, p) = (chain.posterior_variance(i), chain.betas()[i]);
                 let want = 0.5 * ((p / q).ln() - 1.0 + q / p + (c_x0 * 0.01).powi(2) / p);
-                assert!((element.nats - want).abs() < 1e-9 * want, "{prediction} at {t}: {}", element.nats);
+                // The terms of the divergence cancel to as little as 1e-8.
+                assert!((element.nats - want).abs() < 1e-9 * want + 1e-14, "{prediction} at {t}: {}", element.nats);
                 assert_eq!(row.half_bin, 0.0);
             } else {
                 assert!(row.half_bin > 0.0, "the first of the chain has the decoder");
