@@ -18,8 +18,9 @@
 // mapping    block = CHUNK elements of one image, thread = 4 neighbours at a time; grid (chunks, n). The block that
 //            finishes last adds the partial sums to the row: thread = every THREADS-th of them, by quarter; then thread
 //            q = quarter q of the losses, thread QUARTERS + q of the counts
-// shared     580 B: the warps' sums of a chunk (block_sum), whether this block is the last, and the warps' sums of
-//            losses and counts by quarter, written by each warp's first lane and read by the first threads
+// shared     fwd 580 B, any 644, terms 64: the warps' sums of a chunk (block_sum), whether this block is the last, and
+//            the warps' sums of losses and counts by quarter and of the bound, written by each warp's first lane and
+//            read by the first threads
 // bound by   latency for the small images of a training step. Beyond: 2 to 8 bytes moved per element, and two
 //            instructions in f64, a conversion and an FMA. An RTX 4090 does 645 G of these a second (1/64 of its f32
 //            rate) and moves 1008 GB/s: f64 takes 0.4 of the time of an f32 step's memory, 0.8 of a bf16 step's, and

@@ -1016,14 +1016,15 @@ fn the_bound_of_a_gaussian_is_its_entropy() {
 #[test]
 fn the_variance_half_is_drawn_to_the_exact_variance() {
     let toy = Toy::new(Prediction::Eps, Variance::LearnedRange);
-    for (t, fraction) in [(1, 0.99954374), (500, 0.76234044), (999, 0.25000764)] {
+    for (t, fraction) in [(1, 0.99954374), (100, 0.76234044), (500, 0.26557435), (999, 0.25000764)] {
         let (small, large) = (toy.schedule.posterior_variance(t).ln(), toy.schedule.betas()[t].ln());
         let exact = (toy.exact_variance(t).ln() - small) / (large - small);
         near("the exact place", exact, fraction, 8);
         let slope = |fraction: f64| toy.mean(t as u32, 2.0 * fraction - 1.0, |e| e.gradient[2]);
         let scale = slope(exact + 0.1).abs();
-        // Both the place and the slope are differences of logarithms of order 10, of which large - small is left.
-        let allowed = 100.0 * f64::EPSILON / (large - small) * scale;
+        // The slope is made of exponentials of logarithms of order 10 and of a difference of means that is a hundredth
+        // of them; the place is a share of large - small.
+        let allowed = 1000.0 * f64::EPSILON / (large - small) * scale;
         assert!(slope(exact).abs() <= allowed, "at {t} the gradient is {:e} of {scale:e}", slope(exact));
         assert!(slope(exact + 0.1) > 0.0 && slope(exact - 0.1) < 0.0, "at {t} the bound is least there");
     }
@@ -1054,7 +1055,8 @@ fn kept_chains_have_their_own_bound() {
                 let c_x0 = chain.posterior_mean_coefficients(i).0;
                 let (q, p) = (chain.posterior_variance(i), chain.betas()[i]);
                 let want = 0.5 * ((p / q).ln() - 1.0 + q / p + (c_x0 * 0.01).powi(2) / p);
-                assert!((element.nats - want).abs() < 1e-9 * want, "{prediction} at {t}: {}", element.nats);
+                // The terms of the divergence cancel to as little as 1e-8.
+                assert!((element.nats - want).abs() < 1e-9 * want + 1e-14, "{prediction} at {t}: {}", element.nats);
                 assert_eq!(row.half_bin, 0.0);
             } else {
                 assert!(row.half_bin > 0.0, "the first of the chain has the decoder");

@@ -12,8 +12,9 @@
 //! - at t = 0, -ln of the probability that a normal around the predicted mean gives to the byte of x_0 (equation 13),
 //!   by the approximation of the normal distribution in the paper's code, at least 1e-12.
 //!
-//! Derived in docs/derivations/diffusion.md. For a chain that keeps fewer timesteps the network gets the original t, and everything here is that of the kept chain, but for the meaning of the output, which is that
-//! of the chain it was trained on ([`Prediction`]). Rows are found by the original t.
+//! Derived in docs/derivations/diffusion.md. For a chain that keeps fewer timesteps the network gets the original t,
+//! and everything here is that of the kept chain, but for the meaning of the output, which is that of the chain it was
+//! trained on ([`Prediction`]). Rows are found by the original t.
 
 use std::f64::consts::LN_2;
 
@@ -146,7 +147,7 @@ impl Objective {
         }
         if loss == Loss::MinSnr && self.schedule.has_zero_terminal_snr() {
             usage!(
-                "loss = min_snr: with zero terminal SNR the last timestep, where sampling starts, has weight 0 and stays untrained; loss = simple or vlb would train it"
+                "loss = min_snr: with zero terminal SNR the last timestep, where sampling starts, has weight 0 and stays untrained; loss = simple would train it"
             );
         }
         Ok(())
