@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use ddpm_cuda::checkpoint;
 use ddpm_cuda::device::Device;
+use ddpm_cuda::diffusion::sampler::Guidance;
 use ddpm_cuda::diffusion::{Kind, Method, Sampler, Schedule, Spacing, Variance};
 use ddpm_cuda::sample::Drawing;
 use ddpm_cuda::tensor::{Shape, Tensor};
@@ -17,6 +18,7 @@ use ddpm_cuda::unet::UNet;
 use npyz::WriterBuilder;
 
 use support::TINY;
+use support::network;
 use support::places::{self, fixture};
 
 fn ddpm() -> Command {
@@ -1533,4 +1535,50 @@ fn predictions_are_converted_on_request() {
     ok(&mut predict("between.npy", &[]));
     assert!(fails(&mut predict("t.npy", &["--guidance", "2"]), 2).contains("without a class"));
     fails(&mut predict("t.npy", &["--output", "noise"]), 2);
+}
+
+/// The flags of guidance reach the sampler, and a model that knows no images without a class is not guided.
+#[test]
+fn guidance_needs_a_model_that_was_trained_for_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let device = Device::cpu();
+    let (config, params) = network::with_null_class(&device);
+    let zeros = Tensor::zeros(&device, Shape::vector(params.specs().flat_len())).unwrap();
+    let state = checkpoint::State { step: 1, params: &params, ema: &params, m: &zeros, v: &zeros, data: None };
+    let saved = checkpoint::save(folder.path(), &config, state).unwrap();
+    let out = folder.path().join("out.npz");
+    let draw = |model: &Path, flags: &str| {
+        let mut command = ddpm();
+        command
+            .args(["sample", "--count", "2", "--steps", "5", "--device", "cpu", "--class", "7", "--model"])
+            .arg(model);
+        command.args(flags.split(' ').filter(|flag| !flag.is_empty())).arg("--out").arg(&out);
+        command
+    };
+    let (unet, _) = UNet::new(&config.model).unwrap();
+    let schedule = config.diffusion.noise_schedule().unwrap();
+    let method = Method::Ancestral(Variance::FixedSmall);
+    let plain = Sampler::new(&schedule, method, Spacing::Even, 5).unwrap();
+    let guidance = Guidance::new(3.0).unwrap();
+    let mut seen: Vec<Vec<u8>> = Vec::new();
+    for (flags, guidance) in [
+        ("", None),
+        ("--guidance 3", Some(guidance)),
+        ("--guidance 3 --guidance-rescale 0.7", Some(guidance.rescaled(0.7).unwrap())),
+        ("--guidance 3 --guidance-interval 0.1,3", Some(guidance.within(0.1, 3.0).unwrap())),
+    ] {
+        ok(&mut draw(&saved, flags));
+        let sampler = guidance.map_or(plain.clone(), |guidance| plain.clone().guided(guidance));
+        let drawing = Drawing { device: &device, unet: &unet, params: &params, sampler: &sampler, seed: 0 };
+        let got = pixels_of(&out);
+        assert!(got == drawing.images(2, Some(&[7, 7]), |_| Ok(())).unwrap(), "{flags}: other images");
+        assert!(!seen.contains(&got), "{flags}: makes no difference to this test");
+        seen.push(got);
+    }
+    let model = fixture("unet_rgb16");
+    assert!(fails(&mut draw(&model, "--guidance 3"), 2).contains("train one with label_dropout above 0"));
+    ok(&mut draw(&model, "--guidance 1"));
+    assert!(fails(&mut draw(&saved, "--guidance 3 --guidance-interval 3"), 2).contains("two noise levels"));
+    assert!(fails(&mut draw(&saved, "--guidance 3 --guidance-interval 3,1"), 2).contains("from low to high"));
+    assert!(fails(&mut draw(&saved, "--guidance 3 --guidance-rescale 7"), 2).contains("from 0 to 1"));
 }

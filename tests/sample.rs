@@ -14,12 +14,12 @@ use ddpm_cuda::rng::reference::normals;
 use ddpm_cuda::sample::encode::encode;
 use ddpm_cuda::sample::inpaint::{Move, Painting, moves};
 use ddpm_cuda::sample::interpolate::{lambdas, mixtures};
-use ddpm_cuda::sample::{Call, Drawing, Reverse, Shared, class_called, memory_of_forward};
+use ddpm_cuda::sample::{Call, Drawing, Request, Reverse, Shared, class_called, memory_of_forward};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::unet::UNet;
 
 use num_traits::{Float, FloatConst};
-use support::{close_but_for, gpu, numbers, places, same_bits, to_f32};
+use support::{close_but_for, gpu, network, numbers, places, same_bits, to_f32};
 
 /// More images than one batch holds, with a class-conditional network of random weights.
 #[test]
@@ -469,4 +469,53 @@ fn mixtures_share_their_noise() {
     assert!(same.data().chunks_exact(image).all(|x| x == &same.data()[..image]));
     let other = mixtures(&device, &s, 400, 2, shape, [&a, &a], &lambdas).unwrap();
     assert!(other.data()[..image] != same.data()[..image], "another seed, the same noise");
+}
+
+/// In one unclipped step of DDIM the image is linear in the output: with W = 2 it is as far beyond that of the class as
+/// the one without a class is before it. Every half asks the network with the right labels, on every device, whatever
+/// the batch.
+#[test]
+fn guidance_leads_away_from_images_without_a_class() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let plain = Sampler::over(&s, Prediction::Eps, Method::Ddim { eta: 0.0 }, &[300]).unwrap().unclipped();
+    let labels = [3, 1, 0];
+    let each = |device: &Device| {
+        let (config, params) = network::with_null_class(device);
+        let (unet, _) = UNet::new(&config.model).unwrap();
+        let draw = |weight: f64, labels: &[u32], first: u32| {
+            let sampler = plain.clone().guided(Guidance::new(weight).unwrap());
+            assert_eq!(sampler.is_guided(), weight != 1.0);
+            let drawing = Drawing { device, unet: &unet, params: &params, sampler: &sampler, seed: 1 };
+            let request = Request { first, count: labels.len(), labels: Some(labels), ..Request::default() };
+            drawing.draw(&request, None, |_| Ok(())).unwrap()
+        };
+        let [without, with, beyond] = [0.0, 1.0, 2.0].map(|weight| draw(weight, &labels, 0));
+        let image = with.len() / 3;
+        // Class 10 is the null class.
+        let null = draw(1.0, &[10; 3], 0);
+        // The step amplifies the output, of the activations' type, by sqrt((1 - a)/a) = 1.2 at timestep 300, and the
+        // halves are combined with factors 2 and 1.
+        let largest = with.iter().chain(&without).fold(1.0f32, |m, v| m.max(v.abs()));
+        let budget = 16.0 * support::F32_ROUNDING as f32 * largest;
+        for k in 0..with.len() {
+            assert!(
+                (without[k] - null[k]).abs() <= budget,
+                "{k}: {} without a class, {} with none",
+                without[k],
+                null[k]
+            );
+            let want = 2.0 * with[k] - without[k];
+            assert!((beyond[k] - want).abs() <= budget, "{k}: {} for {want}", beyond[k]);
+        }
+        assert!(with.iter().zip(&without).any(|(a, b)| (a - b).abs() > 0.01), "the class makes no difference");
+        for i in 0..3 {
+            let alone = draw(2.0, &labels[i..=i], i as u32);
+            same_bits(&format!("image {i} alone"), &alone, &beyond[i * image..][..image]);
+        }
+        beyond
+    };
+    each(&Device::cpu());
+    let Some(gpu) = gpu::gpu(DType::F32) else { return };
+    each(&Device::Cuda(gpu));
+    each(&Device::Cuda(gpu::gpu(DType::Bf16).unwrap()));
 }

@@ -1,9 +1,31 @@
 //! How far a whole network may be from the exact one, relative to the largest element of each output and gradient.
 
-use ddpm_cuda::params::{Layout, Specs};
+use ddpm_cuda::checkpoint;
+use ddpm_cuda::config::Config;
+use ddpm_cuda::device::Device;
+use ddpm_cuda::params::{Layout, Params, Specs};
 use ddpm_cuda::tensor::DType;
+use ddpm_cuda::unet::UNet;
 
-use super::{F32_ROUNDING, winograd};
+use super::{F32_ROUNDING, places, winograd};
+
+/// The conditional fixture network with a row for images without a class, the negative of class 0.
+pub fn with_null_class(device: &Device) -> (Config, Params) {
+    let model = checkpoint::load(&Device::cpu(), &places::fixture("unet_rgb16")).expect("the fixture loads");
+    let mut config = model.config;
+    config.model.null_class = true;
+    let (_, specs) = UNet::new(&config.model).expect("a network with one class more");
+    let mut flat = vec![0.0; specs.flat_len()];
+    for ((p, spec), (own, _)) in specs.iter().zip(model.params.specs().iter()) {
+        let (weights, to) = (model.params.get(own), &mut flat[specs.range(p)]);
+        to[..weights.len()].copy_from_slice(weights);
+        if spec.name == "class_embedding.weight" {
+            let row = spec.shape.len() / spec.shape.n;
+            to[weights.len()..][..row].iter_mut().zip(weights).for_each(|(null, first)| *null = -first);
+        }
+    }
+    (config, Params::from_host(device, specs, &flat).expect("the parameters fit"))
+}
 
 /// Tolerance in f32. For the fixture networks of tests/unet.rs, [`derived`] allows 5.4e-5 and 7.7e-5, because it takes
 /// the worst row of Winograd's transforms for every row. The measured error against their float64 numbers, on the CPU
