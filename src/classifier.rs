@@ -85,21 +85,21 @@ impl Classifier {
     }
 
     /// grad with respect to x_t of sum_i log p(y_i given x_t_i), f32, shaped like `x_t`: (n, h, w, c), at timestep `t`
-    /// of the whole chain for all images, with the class of each in `labels`. No image's gradient depends on the
+    /// of the whole chain (in 0..T, not always whole) for all images, with the class of each in `labels`. No image's gradient depends on the
     /// others. `x_t` is f32 or of the device's activation type.
     ///
     /// With bf16 activations the gradient goes through the host to become f32, and an f32 `x_t` to become bf16.
     ///
     /// # Errors
     /// A GPU that fails or has too little memory.
-    pub fn gradient(&self, device: &Device, x_t: &Tensor, t: u32, labels: &[u32]) -> Result<Tensor> {
+    pub fn gradient(&self, device: &Device, x_t: &Tensor, t: f32, labels: &[u32]) -> Result<Tensor> {
         let shape = x_t.shape();
         assert_eq!(labels.len(), shape.n, "labels for images {shape}");
         let classes = self.config.model.classes;
         assert!(labels.iter().all(|&y| (y as usize) < classes), "labels {labels:?} of {classes} classes");
         let mut tape = Tape::recording(device, &self.params);
         let x = tape.leaf(as_type(device, device.activations(), x_t)?); // (n, h, w, c)
-        let t = Tensor::full(device, Shape::new(shape.n, 1, 1, 1), t as f32)?;
+        let t = Tensor::full(device, Shape::new(shape.n, 1, 1, 1), t)?;
         let logits = self.unet.forward(&mut tape, &x, &t, &Conditioning::NONE, None)?; // (n, 1, 1, classes)
         let labels: Vec<f32> = labels.iter().map(|&y| y as f32).collect();
         let labels = Tensor::from_slice(device, Shape::new(shape.n, 1, 1, 1), &labels)?;

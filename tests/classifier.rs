@@ -84,7 +84,7 @@ fn the_gradient_is_the_derivative() {
     let device = Device::cpu();
     let classifier = Classifier::load(&device, folder.path()).unwrap();
     let (x, labels, t) = (images(&device, 3), [2, 0, 1], 40);
-    let gradient = classifier.gradient(&device, &x, t, &labels).unwrap();
+    let gradient = classifier.gradient(&device, &x, t as f32, &labels).unwrap();
     assert_eq!((gradient.shape(), gradient.dtype()), (x.shape(), DType::F32));
     let (_, logits) = classifier.features(&device, &x, t).unwrap();
     let largest = logits.data().iter().fold(0.0, |m: f64, z| m.max(f64::from(z.abs())));
@@ -113,14 +113,14 @@ fn images_of_a_batch_do_not_interact() {
     let device = Device::cpu();
     let classifier = Classifier::load(&device, folder.path()).unwrap();
     let (x, labels) = (images(&device, 3), [1, 1, 2]);
-    let all = classifier.gradient(&device, &x, 7, &labels).unwrap();
+    let all = classifier.gradient(&device, &x, 7.0, &labels).unwrap();
     let each = x.shape().len() / 3;
     for i in 0..3 {
         let one = Tensor::from_slice(&device, Shape { n: 1, ..x.shape() }, &x.data()[i * each..][..each]).unwrap();
-        let alone = classifier.gradient(&device, &one, 7, &labels[i..=i]).unwrap();
+        let alone = classifier.gradient(&device, &one, 7.0, &labels[i..=i]).unwrap();
         same_bits("alone", alone.data(), &all.data()[i * each..][..each]);
     }
-    let other = classifier.gradient(&device, &x, 7, &[0, 1, 2]).unwrap();
+    let other = classifier.gradient(&device, &x, 7.0, &[0, 1, 2]).unwrap();
     assert_ne!(other.data()[..each], all.data()[..each], "the class does not matter");
     same_bits("another image's class", &other.data()[each..], &all.data()[each..]);
 }
@@ -133,7 +133,7 @@ fn the_gpu_has_the_gradient_of_the_cpu() {
     let cpu = Device::cpu();
     let of_cpu = Classifier::load(&cpu, folder.path()).unwrap();
     let (x, labels) = (images(&cpu, 2), [2, 1]);
-    let want = of_cpu.gradient(&cpu, &x, 30, &labels).unwrap();
+    let want = of_cpu.gradient(&cpu, &x, 30.0, &labels).unwrap();
     for dtype in [DType::F32, DType::Bf16] {
         let Some(gpu) = gpu::gpu(dtype) else { return };
         let device = Device::Cuda(gpu);
@@ -141,7 +141,7 @@ fn the_gpu_has_the_gradient_of_the_cpu() {
         let (unet, specs) = UNet::new(&classifier.config().model).unwrap();
         let operations = specs.iter().count();
         let x = Tensor::from_slice(&device, x.shape(), x.data()).unwrap();
-        let got = classifier.gradient(&device, &x, 30, &labels).unwrap();
+        let got = classifier.gradient(&device, &x, 30.0, &labels).unwrap();
         assert_eq!(got.dtype(), DType::F32);
         // Twice: both devices err.
         let tolerance = 2.0 * network::tolerance(dtype, operations);

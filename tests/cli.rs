@@ -1241,6 +1241,42 @@ fn a_model_is_judged_by_images() {
     assert!(said.starts_with("ddpm-cuda: nowhere: "), "{said}");
 }
 
+/// A classifier guides an unconditional model: of the classes asked for come other images, and more so with its scale.
+#[test]
+fn a_classifier_guides_a_drawing() {
+    let folder = tempfile::tempdir().unwrap();
+    let (run, judge) = (folder.path().join("run"), folder.path().join("judge"));
+    ok(&mut train(&run, 2));
+    let mut command = ddpm();
+    command.args(["train-classifier", "--device", "cpu", "--data", "mnist", "--batch", "8", "--steps", "4", "--out"]);
+    ok(command.arg(&judge).args(TINY).args(["--set", "validate_every=0"]));
+    let draw = |flags: &str| {
+        let mut command = ddpm();
+        command.args(["sample", "--count", "2", "--steps", "4", "--device", "cpu", "--model"]).arg(&run);
+        command.arg("--out").arg(folder.path().join("out.npz"));
+        command.args(flags.split(' ').map(|a| a.replace("JUDGE", judge.to_str().unwrap())).filter(|a| !a.is_empty()));
+        command
+    };
+    let pixels = |flags: &str| {
+        ok(&mut draw(flags));
+        pixels_of(&folder.path().join("out.npz"))
+    };
+    for sampler in ["ddpm", "ddim", "dpm++", "heun"] {
+        let plain = pixels(&format!("--sampler {sampler}"));
+        let of = |class: u32, scale: &str| {
+            pixels(&format!("--sampler {sampler} --classifier JUDGE --classifier-scale {scale} --class {class}"))
+        };
+        assert!(of(3, "0") == plain, "{sampler}: a scale of 0 makes a difference");
+        let (three, seven) = (of(3, "200"), of(7, "200"));
+        assert!(three != plain && seven != plain && three != seven, "{sampler}: the classes make no difference");
+    }
+    let turns = pixels("--classifier JUDGE --classifier-scale 200");
+    assert!(turns.len() == 2 * 784);
+    assert!(fails(&mut draw("--classifier-scale 2"), 2).contains("there is no classifier to scale"));
+    assert!(fails(&mut draw("--classifier nowhere"), 1).contains("nowhere"));
+    assert!(fails(&mut draw("--classifier JUDGE --class 10"), 2).contains("0 to 9"));
+}
+
 /// The step of each line of the log.
 fn lines(run: &Path) -> Vec<u64> {
     let log = fs::read_to_string(run.join("metrics.jsonl")).unwrap();

@@ -8,6 +8,7 @@ use twox_hash::XxHash3_128;
 use super::opened::{Grid, Opened, bar};
 use super::parts::Parts;
 use super::{Of, On, choice};
+use crate::classifier::Classifier;
 use crate::data::npy;
 use crate::device::Device;
 use crate::diffusion::sampler::{Corrector, Guidance, Limit, Samples};
@@ -18,8 +19,8 @@ use crate::memory::available_memory;
 use crate::names::names;
 use crate::ops::sample_step::{Noise, start_from};
 use crate::output::{self, Target};
-use crate::sample::{Drawing, Progress, Request, Shared, default_variance, label};
-use crate::tensor::Shape;
+use crate::sample::{Drawing, Progress, Request, Shared, class_called, default_variance, label};
+use crate::tensor::{Shape, Tensor};
 use crate::text::GIB;
 use crate::{say, usage};
 
@@ -84,6 +85,12 @@ pub struct Args {
     /// Guide only at noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) above A and up to B
     #[arg(long, value_name = "A,B")]
     pub guidance_interval: Option<String>,
+    /// Guide by a classifier of noisy images: a run of train-classifier on the same data and process
+    #[arg(long, value_name = "RUN")]
+    pub classifier: Option<PathBuf>,
+    /// How strongly it guides; 0 is not at all [default: 1]
+    #[arg(long, value_name = "S", allow_negative_numbers = true)]
+    pub classifier_scale: Option<f64>,
     /// Langevin steps with the score after each step (ddpm and ddim)
     #[arg(long, value_name = "N")]
     pub corrector: Option<u32>,
@@ -151,8 +158,8 @@ pub fn run(args: &Args) -> Result<()> {
     };
     refuse_too_many(count, image.saturating_mul(count).saturating_mul(in_memory))?;
     target.check(&args.out, shape)?;
-    let class = opened.class(args.class.as_deref())?;
-    let classes = c.model.classes;
+    let guide = guide(args, &opened)?;
+    let (class, classes) = class_of(args, &opened, guide.as_ref())?;
     let shared = match args.shared_noise {
         Some(until) if until as usize >= opened.schedule.len() => {
             usage!("--shared-noise {until}: this model has the timesteps 0 to {}", opened.schedule.len() - 1)
@@ -203,16 +210,21 @@ pub fn run(args: &Args) -> Result<()> {
     for first in missing {
         let batch = together.min(count - first);
         let labels: Option<Vec<u32>> = (first..first + batch).map(|i| label(classes, class, i)).collect();
+        let wanted = labels.clone().unwrap_or_default();
+        let mut slope = guide.as_ref().map(|(classifier, scale)| {
+            (move |x: &Tensor, t: f32| classifier.gradient(&opened.device, x, t, &wanted), *scale)
+        });
         let request = Request {
             first: first as u32,
             count: batch,
-            labels: labels.as_deref(),
+            labels: labels.as_deref().filter(|_| c.model.classes > 0),
             start: start.as_ref().map(|start| &start[first * image..][..batch * image]),
             shared,
             x_0: along.wanted && first < PROGRESSIVE.1,
         };
         along.begin();
-        let drawn = drawing.draw(&request, None, |p| {
+        let slope = slope.as_mut().map(|(gradient, scale)| (gradient as &mut dyn FnMut(&Tensor, f32) -> _, *scale));
+        let drawn = drawing.draw(&request, slope, |p| {
             bar.inc(1);
             along.see(&p)?;
             if target == Target::Gif && (p.done % frame_every == 0 || p.done == p.total) {
@@ -230,7 +242,7 @@ pub fn run(args: &Args) -> Result<()> {
     }
     bar.finish_and_clear();
 
-    let labels = (classes > 0).then(|| (0..count).map(|i| label(classes, class, i).expect("a conditional model")));
+    let labels = (classes > 0).then(|| (0..count).map(|i| label(classes, class, i).expect("there are classes")));
     match (target, &parts) {
         (Target::Gif, _) => output::write_gif(&args.out, shape, &frames)?,
         (Target::Png, None) => output::write_grid(&args.out, shape, &images)?,
@@ -327,6 +339,36 @@ fn sampler(args: &Args, opened: &Opened) -> Result<Sampler> {
     }
 }
 
+/// The classifier that guides, and how strongly.
+fn guide(args: &Args, opened: &Opened) -> Result<Option<(Classifier, f64)>> {
+    let Some(path) = &args.classifier else {
+        return match args.classifier_scale {
+            Some(scale) => usage!("--classifier-scale {scale}: there is no classifier to scale, add --classifier RUN"),
+            None => Ok(None),
+        };
+    };
+    let scale = args.classifier_scale.unwrap_or(1.0);
+    if !scale.is_finite() {
+        usage!("--classifier-scale {scale}: a number is expected, as in 1");
+    }
+    let classifier = Classifier::load(&opened.device, path)?;
+    classifier.check_guides(&opened.model.config)?;
+    Ok(Some((classifier, scale)))
+}
+
+/// The class that `--class` names, and how many there are: the model's, or of an unconditional one those of the
+/// classifier that guides it.
+fn class_of(args: &Args, opened: &Opened, guide: Option<&(Classifier, f64)>) -> Result<(Option<u32>, usize)> {
+    match guide {
+        Some((classifier, _)) if opened.model.config.model.classes == 0 => {
+            let c = classifier.config();
+            let class = args.class.as_deref().map(|class| class_called(class, &c.class_names, c.model.classes));
+            Ok((class.transpose()?, c.model.classes))
+        }
+        _ => Ok((opened.class(args.class.as_deref())?, opened.model.config.model.classes)),
+    }
+}
+
 /// `A,B` of `--guidance-interval`.
 fn interval(text: &str) -> Result<(f64, f64)> {
     let ends = text.split_once(',').and_then(|(low, high)| Some((low.trim().parse().ok()?, high.trim().parse().ok()?)));
@@ -387,11 +429,16 @@ fn save_start(path: &Path, shape: Shape, seed: u64, shared: Option<Shared>) -> R
 /// What the drawn bytes follow from: the arguments, the weights, the start, the device.
 fn hash(args: &Args, opened: &Opened, sampler: &Sampler, start: Option<&[f32]>) -> Result<String> {
     let mut hash = XxHash3_128::new();
-    let class = opened.class(args.class.as_deref())?;
+    let guide = guide(args, opened)?;
+    let (class, _) = class_of(args, opened, guide.as_ref())?;
     let plain = (args.seed, class, args.shared_noise, args.on.precision, opened.device.to_string());
     hash.write(format!("{plain:?} {:?} {sampler:?}", args.count).as_bytes());
     hash.write(bytemuck::cast_slice(&opened.model.params.host()?));
     hash.write(bytemuck::cast_slice(start.unwrap_or_default()));
+    if let Some((classifier, scale)) = guide {
+        hash.write(&scale.to_le_bytes());
+        hash.write(bytemuck::cast_slice(&classifier.params().host()?));
+    }
     Ok(format!("{:032x}", hash.finish_128()))
 }
 
