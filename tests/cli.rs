@@ -1580,7 +1580,15 @@ fn guidance_needs_a_model_that_was_trained_for_it() {
     let device = Device::cpu();
     let (config, params) = network::with_null_class(&device);
     let zeros = Tensor::zeros(&device, Shape::vector(params.specs().flat_len())).unwrap();
-    let state = checkpoint::State { step: 1, params: &params, ema: &params, m: &zeros, v: &zeros, data: None };
+    let state = checkpoint::State {
+        step: 1,
+        params: &params,
+        ema: &params,
+        m: &zeros,
+        v: &zeros,
+        data: None,
+        importance: None,
+    };
     let saved = checkpoint::save(folder.path(), &config, state).unwrap();
     let out = folder.path().join("out.npz");
     let draw = |model: &Path, flags: &str| {

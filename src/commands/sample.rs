@@ -212,7 +212,8 @@ pub fn run(args: &Args) -> Result<()> {
         let labels: Option<Vec<u32>> = (first..first + batch).map(|i| label(classes, class, i)).collect();
         let wanted = labels.clone().unwrap_or_default();
         let mut slope = guide.as_ref().map(|(classifier, scale)| {
-            (move |x: &Tensor, t: f32| classifier.gradient(&opened.device, x, t, &wanted), *scale)
+            let (device, wanted) = (&opened.device, &wanted);
+            (move |x: &Tensor, t: f32| classifier.gradient(device, x, t, wanted), *scale)
         });
         let request = Request {
             first: first as u32,
