@@ -109,7 +109,7 @@ impl Batch {
                 let [u, ..] = Streams { first: 0, ..*streams }.image(0).block(0);
                 let stratum = |i: usize| (u64::from(streams.image(i).stream) << 32) / u64::from(*images);
                 let place = |i: usize| u.wrapping_add(stratum(i) as u32);
-                (0..self.len()).map(|i| (u64::from(place(i)) * u64::from(self.timesteps) >> 32) as u32).collect()
+                (0..self.len()).map(|i| ((u64::from(place(i)) * u64::from(self.timesteps)) >> 32) as u32).collect()
             }
             Timestep::Given(t) => t.clone(),
         }

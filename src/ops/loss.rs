@@ -568,7 +568,7 @@ mod cpu {
     /// normal distribution approximated by `sigmoid(g(x))`, `g(x) = C (x + CUBE x^3)`, the difference of two of its
     /// values is `sigmoid(a) sigmoid(-b) (1 - exp(b - a))`, which cancels nowhere.
     fn decoder(z: f32, delta: f32, half_bin: f32, u: u8) -> Term {
-        const C: f32 = 1.595_769_1; // 2 sqrt(2 / pi)
+        const C: f32 = 1.595_769_2; // 2 sqrt(2 / pi)
         const CUBE: f32 = 0.044715;
         const LEAST: f32 = 27.631_021; // -ln of LEAST_PROBABILITY
         let r = (0.5 * delta).exp();

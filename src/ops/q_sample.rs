@@ -128,12 +128,11 @@ pub mod reference {
 
     /// The whole operation, image after image.
     pub fn batch<T: Float + FloatConst>(images: Images<'_>, batch: &Batch, schedule: &Schedule) -> Vec<T> {
-        let t = batch.t();
         let mut x_t = Vec::new();
-        for i in 0..batch.len() {
+        for (i, t) in batch.t().into_iter().enumerate() {
             let x_0: Vec<T> = x_0(images, batch, i);
             let eps = normals(&batch.noise.image(i), 0, x_0.len());
-            x_t.extend(forward(&x_0, &eps, t[i] as usize, schedule));
+            x_t.extend(forward(&x_0, &eps, t as usize, schedule));
         }
         x_t
     }

@@ -327,6 +327,9 @@ fn output_off_by(deviations: f64, objective: &Objective, images: Images<'_>, bat
     gpu::rounded(dtype, &to_f32(&output).into_iter().map(f64::from).collect::<Vec<f64>>())
 }
 
+/// The loss of each image and each number of the gradient.
+type LossAndGradient = (Vec<f64>, Vec<f64>);
+
 /// How far f32 may be from the reference in f64, for the loss of each image and for each number of the gradient.
 ///
 /// The distance d errs by the drawn eps (1e-6, times a factor below 1) and by roundings of the target, whose terms are
@@ -353,7 +356,7 @@ fn budgets(objective: &Objective, images: Images<'_>, batch: &Batch, output: &[f
     };
     let here = at(output);
     let there = [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)].map(|(d, v)| at(&moved(d, v)));
-    let largest = |of: &dyn Fn(&(Vec<f64>, Vec<f64>)) -> f64, here: f64| {
+    let largest = |of: &dyn Fn(&LossAndGradient) -> f64, here: f64| {
         there.iter().map(|there| (of(there) - here).abs()).fold(0.0, f64::max)
     };
     let t = batch.t();
@@ -370,7 +373,7 @@ fn budgets(objective: &Objective, images: Images<'_>, batch: &Batch, output: &[f
         let factor = weight * row.bound / (n * image) as f64;
         // z is up to 4 deviations, half of the slope of the decoder's distribution at most 1 + z^2.
         let parts = factor * 32.0 * if doubled && k % (2 * c) >= c { row.scale } else { row.mean_error.abs() };
-        let sum = |there: &(Vec<f64>, Vec<f64>)| there.1[k];
+        let sum = |there: &LossAndGradient| there.1[k];
         largest(&sum, here.1[k]) + roundings * (here.1[k].abs() + parts)
     };
     ((0..batch.len()).map(loss).collect(), (0..output.len()).map(gradient).collect())
