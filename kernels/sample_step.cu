@@ -339,13 +339,14 @@ __device__ __forceinline__ void norms(float* factors, const float* x, const T* y
     factors[2 * i] = float(-e / noise), factors[2 * i + 1] = float(sqrt(2.0 * e));
 }
 
-// sample_step_start_f32, and so on, and the same in bf16
+// sample_step_start_f32, and so on, and the same in bf16. Without a bound on the blocks, ptxas squeezes norms into 32
+// registers on sm_80 and step into 48 on sm_120, by spilling.
 #define ENTRIES(suffix, T) \
     extern "C" __global__ void __launch_bounds__(THREADS) sample_step_start_##suffix( \
         float* x, T* input, size_t n, size_t image, unsigned copies, Stream streams, unsigned row) { \
         start(x, input, n, image, copies, streams, row); \
     } \
-    extern "C" __global__ void __launch_bounds__(THREADS) sample_step_step_##suffix( \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_step_step_##suffix( \
         float* next, T* input, float* x_0, const float* x, const T* y, const float* before, const float* gradient, \
         const float* scale, const float* limits, size_t n, size_t image, unsigned copies, unsigned learned, \
         Reading r, Factors f, Stream streams, unsigned row) { \
@@ -370,7 +371,7 @@ __device__ __forceinline__ void norms(float* factors, const float* x, const T* y
         float x0_output, unsigned rank, double fraction, float largest, Reading r) { \
         threshold(limits, x, y, scale, n, image, x0_xt, x0_output, rank, fraction, largest, r); \
     } \
-    extern "C" __global__ void __launch_bounds__(THREADS) sample_step_norms_##suffix( \
+    extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_step_norms_##suffix( \
         float* factors, const float* x, const T* y, const float* scale, size_t n, unsigned image, float eps_xt, \
         float eps_output, double noise, double two_alpha, double snr, Reading r, Stream streams, unsigned row) { \
         norms(factors, x, y, scale, n, image, eps_xt, eps_output, noise, two_alpha, snr, r, streams, row); \
