@@ -114,7 +114,7 @@ template <class TILE, Unit UNIT>
 struct DgradOperands {
     static constexpr bool A_ALONG_K = true, B_ALONG_K = false, WRITTEN_OUT = UNIT == Unit::BLOCK;
     AlongK<TILE::THREADS, TILE::BM, UNIT> a;
-    AcrossK<TILE::THREADS, TILE::BN, UNIT> b;
+    AcrossK<TILE::THREADS, TILE::BN, UNIT, UNIT == Unit::BLOCK> b;
     int k, left;
     unsigned c_in;
 
@@ -138,8 +138,8 @@ struct DgradOperands {
 template <class TILE, Unit UNIT>
 struct WgradOperands {
     static constexpr bool A_ALONG_K = false, B_ALONG_K = false, WRITTEN_OUT = false;
-    AcrossK<TILE::THREADS, TILE::BM, UNIT> a;
-    AcrossK<TILE::THREADS, TILE::BN, UNIT> b;
+    AcrossK<TILE::THREADS, TILE::BM, UNIT, false> a;
+    AcrossK<TILE::THREADS, TILE::BN, UNIT, false> b;
     int left;
     unsigned c_out, c_in;
 

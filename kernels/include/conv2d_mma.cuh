@@ -151,7 +151,7 @@ struct DgradOperands {
     static constexpr bool A_ALONG_K = true, B_ALONG_K = false;
     static constexpr bool WRITTEN_OUT = UNIT == Unit::BLOCK;
     Patches<TILE::THREADS, TILE::BM, UNIT> a;
-    AcrossK<TILE::THREADS, TILE::BN, UNIT> b;
+    AcrossK<TILE::THREADS, TILE::BN, UNIT, UNIT == Unit::BLOCK> b;
     Walk walk;
 
     __device__ DgradOperands(const bf16* dy, const bf16* weight, const Pixel* pixels, unsigned first_col,
@@ -205,7 +205,7 @@ struct WgradOperands {
     static constexpr bool A_ALONG_K = false, B_ALONG_K = false;
     static constexpr bool WRITTEN_OUT = UNIT == Unit::BLOCK;
     using P = Panel<TILE::THREADS, BK, TILE::BN>;
-    AcrossK<TILE::THREADS, TILE::BM, UNIT> a;
+    AcrossK<TILE::THREADS, TILE::BM, UNIT, false> a;
     const bf16* x;
     OriginTable& origins;
     const Geometry& g;

@@ -155,8 +155,8 @@ struct AlongK {
 };
 
 // Columns of a matrix with a row for each k, as a panel of BK rows of COLS elements. What is beyond the last k, and
-// columns beyond the last, are zero.
-template <int THREADS, int COLS, Unit UNIT>
+// columns beyond the last, are zero. FULL: every slab has all its rows.
+template <int THREADS, int COLS, Unit UNIT, bool FULL>
 struct AcrossK {
     using P = Panel<THREADS, BK, COLS>;
     const bf16* row[P::PASSES];
@@ -184,7 +184,7 @@ struct AcrossK {
 #pragma unroll
         for (int i = 0; i < P::PASSES; ++i) {
             const bf16* from = row[i] + at;
-            const bool inside = UNIT == Unit::BLOCK || P::row() + i * P::STEP < rows;
+            const bool inside = FULL || P::row() + i * P::STEP < rows;
 #pragma unroll
             for (int j = 0; j < P::PIECES; ++j) {
                 copy<UNIT>(slot + places.at(i, j), from + 32 * j, inside, count - 32 * j);

@@ -61,7 +61,9 @@ const CASES: [Case; 22] = [
 /// More for the products on tensor cores, in bf16: channels that chunks of 16 bytes divide and others; several slabs of
 /// 64 channels, the last one full or not; images of one pixel, of odd sizes, with fewer pixels than a slab of dw; both
 /// paddings of a stride of two; sums in segments; and few columns.
-const BF16_CASES: [Case; 11] = [
+const BF16_CASES: [Case; 12] = [
+    // A weight of whole 128x128 tiles, but fewer pixels than a slab, and more than one.
+    case([3, 5, 7, 128], [128, 1, 1], Geometry::POINTWISE),
     case([2, 4, 4, 136], [72, 3, 3], SAME),
     case([1, 9, 7, 24], [20, 3, 3], HALVE),
     case([3, 6, 8, 20], [24, 3, 3], HALVE),

@@ -25,7 +25,9 @@ const CASES: [(Shape, usize); 9] = [
 
 /// More for the products on tensor cores, in bf16: channels that chunks of 16 bytes divide, slabs that are full and
 /// not, and enough tiles of 128x128.
-const BF16_CASES: [(Shape, usize); 5] = [
+const BF16_CASES: [(Shape, usize); 6] = [
+    // A weight of whole 128x128 tiles, but two rows: the layers of the timestep.
+    (Shape::new(2, 1, 1, 256), 128),
     (Shape::new(2, 5, 1, 24), 40),
     (Shape::new(1, 9, 8, 136), 72),
     (Shape::new(1, 1, 3, 8), 8),
