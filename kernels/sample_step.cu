@@ -12,8 +12,8 @@
 //            diffuse:   next = signal from + noise z where mask is 0 or there is no mask, otherwise x
 //            these four write the new x as f32 and, unless `input` is null, `copies` times in T for the network
 //            rescale:   scale[i] = phi dev(y_1) / dev(y) + 1 - phi, deviations over image i
-//            threshold: limits[i] = the quantile of image i's |x_0| between those of ranks `rank` and rank + 1, at least 1
-//                       and at most `largest`
+//            threshold: limits[i] = the quantile of image i's |x_0|, between ranks `rank` and rank + 1, at least 1 and
+//                       at most `largest`
 //            norms:     factors[i] = (-e / noise, sqrt(2 e)), e = two_alpha (snr noise |z| / |eps|)^2
 // layout     x, next, x_0, before, gradient, from, mask (n, h, w, c) f32; y (the network's output) (halves n, h, w, c)
 //            in T, or 2c channels with v, the variance, in the second c; input (copies n, h, w, c) in T; per image f32

@@ -85,8 +85,8 @@ impl Classifier {
     }
 
     /// grad with respect to x_t of sum_i log p(y_i given x_t_i), f32, shaped like `x_t`: (n, h, w, c), at timestep `t`
-    /// of the whole chain (in 0..T, not always whole) for all images, with the class of each in `labels`. No image's gradient depends on the
-    /// others. `x_t` is f32 or of the device's activation type.
+    /// of the whole chain (in 0..T, not always whole) for all images, with the class of each in `labels`. No image's
+    /// gradient depends on the others. `x_t` is f32 or of the device's activation type.
     ///
     /// With bf16 activations the gradient goes through the host to become f32, and an f32 `x_t` to become bf16.
     ///

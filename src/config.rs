@@ -170,7 +170,8 @@ pub struct Model {
     /// Whether the table of classes has one row more, for images without a class: what classifier-free guidance needs.
     /// No setting: it follows from `label_dropout`, or comes from a model and stays in `config.toml`.
     pub null_class: bool,
-    /// Whether the network puts out a second half of channels, for the variance. No setting: it follows from `variance`.
+    /// Whether the network puts out a second half of channels, for the variance. No setting: it follows from
+    /// `variance`.
     pub learned_variance: bool,
     /// The way down and the middle alone, with the classes' logits as output. No setting: the command that trains
     /// classifiers sets it, and it stays in `config.toml`.

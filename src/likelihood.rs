@@ -145,8 +145,8 @@ const ERROR: [f64; 7] =
 /// Steps after which an image is given up: a smooth network needs some dozens.
 const MOST_STEPS: usize = 10_000;
 
-/// The longest step, in ln sigma: over a longer one the network can turn twice without the error showing it. On Gaussian
-/// data a tolerance of 1e-3 gave an error of 0.06 without this bound, and 2e-5 with it.
+/// The longest step, in ln sigma: over a longer one the network can turn twice without the error showing it. On
+/// Gaussian data a tolerance of 1e-3 gave an error of 0.06 without this bound, and 2e-5 with it.
 const LONGEST_STEP: f64 = 1.0;
 
 /// A solution on its way: y and, as its last number, the integral of the divergence.

@@ -365,10 +365,10 @@ impl UNet {
         &self.model
     }
 
-    /// The network's output, (n, h, w, out_channels), for noisy images `x` (n, h, w, channels) at timesteps `t`
-    /// (n, 1, 1, 1), f32, in 0..T: the prediction in the first `channels`, and the variance in as many more if it is
-    /// learned; of a classifier the logits of p(y given x_t), (n, 1, 1, classes). Output and intermediate values have the
-    /// type of `x`, the device's activation type.
+    /// The network's output, (n, h, w, out_channels), for noisy images `x` (n, h, w, channels) at timesteps `t` (n, 1,
+    /// 1, 1), f32, in 0..T: the prediction in the first `channels`, and the variance in as many more if it is learned;
+    /// of a classifier the logits of p(y given x_t), (n, 1, 1, classes). Output and intermediate values have the type
+    /// of `x`, the device's activation type.
     ///
     /// h and w must divide by 2^(levels - 1); a classifier takes images of its model's size alone. `conditioning` has
     /// labels, all below `class_rows`, if and only if the network is conditional, which a classifier is not. `dropout`

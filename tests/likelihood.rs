@@ -37,7 +37,8 @@ fn linear() -> Levels {
 fn the_density_of_a_gaussian() {
     let levels = linear();
     let image = vec![(vec![0.3], vec![1.0])];
-    // Errors of some twenty steps, whose signs differ. The prior at T is not exactly that of the data, so the limit differs from the true -0.3057913526.
+    // Errors of some twenty steps, whose signs differ. The prior at T is not exactly that of the data, so the limit
+    // differs from the true -0.3057913526.
     for (tolerance, budget) in [(1e-3, 1e-3), (1e-5, 1e-5), (1e-8, 1e-8)] {
         let got = integrate(&levels, From::Image, tolerance, &image, |query| Ok(exact(query))).unwrap()[0];
         assert!((got.log_p - -0.3060583766).abs() <= budget, "{got:?} at {tolerance}");
@@ -118,7 +119,8 @@ fn eps_between_timesteps_is_that_at_timesteps() {
 const SIDE: usize = 4;
 const OPTIONS: Options = Options { tolerance: 1e-4, probes: 2, seed: 5, from: From::Image };
 
-/// A network whose last layer is not almost zero, so that its output matters; with a second half of channels if `learned`.
+/// A network whose last layer is not almost zero, so that its output matters; with a second half of channels if
+/// `learned`.
 fn network(learned: bool) -> (UNet, Vec<f32>) {
     let mut config = support::tiny(SIDE, SIDE, 2);
     config.model.learned_variance = learned;
@@ -149,7 +151,8 @@ fn likelihoods(device: &Device, learned: bool, prediction: Prediction) -> Vec<Li
     model.likelihoods(&images, Some(&labels), 7, OPTIONS).unwrap()
 }
 
-/// The same with the probe's product by finite differences of the forward pass, `z . (eps(x + h z) - eps(x - h z)) / 2h`.
+/// The same with the probe's product by finite differences of the forward pass, `z . (eps(x + h z) - eps(x - h z)) /
+/// 2h`.
 fn by_differences(learned: bool, prediction: Prediction) -> Vec<Likelihood> {
     let device = Device::cpu();
     let (unet, flat) = network(learned);
@@ -195,8 +198,8 @@ fn by_differences(learned: bool, prediction: Prediction) -> Vec<Likelihood> {
     .unwrap()
 }
 
-/// The third derivative times h^2 (measured: 25 times less for a fifth of h) and rounding over h, 6e-5, of 32 numbers over
-/// ten units of ln sigma.
+/// The third derivative times h^2 (measured: 25 times less for a fifth of h) and rounding over h, 6e-5, of 32 numbers
+/// over ten units of ln sigma.
 const DIFFERENCES: f64 = 0.05;
 
 #[test]

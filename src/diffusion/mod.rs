@@ -5,8 +5,8 @@
 //! `alpha_bar` before index 0 is 1. All tables are f64; the factors of a step are rounded to f32 at the end.
 //!
 //! [`schedule`] has the noise levels, [`prediction`] what the network's output means, [`objective`] the losses and the
-//! variational bound, [`batch`] what a training step draws, [`importance`] timesteps by their losses, [`timesteps`] which
-//! timesteps a reverse process visits, [`sampler`] its steps. Coefficients only: the passes over pixels are the
+//! variational bound, [`batch`] what a training step draws, [`importance`] timesteps by their losses, [`timesteps`]
+//! which timesteps a reverse process visits, [`sampler`] its steps. Coefficients only: the passes over pixels are the
 //! operations q_sample, loss and sample_step, built on this module.
 
 pub mod batch;

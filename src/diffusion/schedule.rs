@@ -84,8 +84,8 @@ pub enum Variance {
     FixedLarge,
     /// The second half of the network's output is its logarithm (DDPM, table 2).
     Learned,
-    /// The second half of the network's output, v, is a place between the logarithms of beta_tilde_t (v = -1) and beta_t
-    /// (v = 1) (IDDPM, equation 15).
+    /// The second half of the network's output, v, is a place between the logarithms of beta_tilde_t (v = -1) and
+    /// beta_t (v = 1) (IDDPM, equation 15).
     LearnedRange,
 }
 
@@ -198,8 +198,8 @@ impl Schedule {
         Schedule { betas, alpha_bar }
     }
 
-    /// The same with zero terminal SNR: sqrt(alpha_bar) shifted and scaled so that its first value stays and its last is
-    /// 0 (Lin et al. 2024, algorithm 1). Only a network that predicts x_0, v or mu can start from there.
+    /// The same with zero terminal SNR: sqrt(alpha_bar) shifted and scaled so that its first value stays and its last
+    /// is 0 (Lin et al. 2024, algorithm 1). Only a network that predicts x_0, v or mu can start from there.
     pub fn with_zero_terminal_snr(&self) -> Self {
         let last = self.len() - 1;
         let root = |t: usize| self.alpha_bar[t].sqrt();

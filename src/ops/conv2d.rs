@@ -234,7 +234,8 @@ impl Backward for Conv2dBackward {
                     cpu::wgrad(device, self.method, self.x.data(), xs, dy.data(), ws, self.geometry, dw);
                 }
                 if grads.wants_params() || self.shift.is_some() {
-                    let mut dshift = Tensor::uninit(device, DType::F32, Shape::new(ys.n, 1, 1, ys.c))?; // (n, 1, 1, c_out)
+                    // (n, 1, 1, c_out)
+                    let mut dshift = Tensor::uninit(device, DType::F32, Shape::new(ys.n, 1, 1, ys.c))?;
                     cpu::sum_pixels(device, self.method, dy.data(), &mut dshift);
                     if let Some(db) = grads.param(self.bias) {
                         cpu::sum_images(dshift.data(), db);
@@ -700,8 +701,8 @@ mod cuda {
         job.run(gpu, dw.view, dw.accumulate, [x.array(), dy.array()], sizes(x.dtype(), x.shape(), ws, g))
     }
 
-    /// `db` if it is wanted, and `dshift` (n, 1, 1, c_out) if `shift_on` names its device. A block sums an image's pixels for up to 32
-    /// channels side by side.
+    /// `db` if it is wanted, and `dshift` (n, 1, 1, c_out) if `shift_on` names its device. A block sums an image's
+    /// pixels for up to 32 channels side by side.
     pub fn sums(
         gpu: &Gpu,
         db: Option<ParamView<'_>>,

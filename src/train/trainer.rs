@@ -319,8 +319,9 @@ impl Trainer {
         Ok(first_not_finite("gradient", specs, &self.grads.finish(specs)?.host()?))
     }
 
-    /// The loss of the moving average on the held-out images, as of one step, and a classifier's right answers. The timestep, drawn uniformly, and the
-    /// noise of each image are the same in every call. Without losses if no images are held out.
+    /// The loss of the moving average on the held-out images, as of one step, and a classifier's right answers. The
+    /// timestep, drawn uniformly, and the noise of each image are the same in every call. Without losses if no images
+    /// are held out.
     ///
     /// # Errors
     /// `Error::Interrupted` once `stop` is set; a GPU that fails.
