@@ -316,16 +316,10 @@ fn what_the_other_side_has_no_words_for_is_refused_by_name() {
     let fresh = || load("openai/guided");
     type Change = fn(&mut Loaded);
     let changes: [(Change, &str); 8] = [
-        (
-            |m| m.config.model.norm_eps = 1e-6,
-            "OpenAI's files cannot say norm_eps = 0.000001; only 0.00001 is possible",
-        ),
+        (|m| m.config.model.norm_eps = 1e-6, "OpenAI's files cannot say norm_eps = 0.000001; only 0.00001 is possible"),
         (|m| m.config.model.freq_shift = 1, "freq_shift = 1; only 0 is possible there"),
         (|m| m.config.model.upsample_type = Resampling::Conv, "upsample_type = conv; only resnet is possible there"),
-        (
-            &|m| m.config.model.middle_attention = MiddleAttention::None,
-            "middle_attention = none; only norm is possible",
-        ),
+        (|m| m.config.model.middle_attention = MiddleAttention::None, "middle_attention = none; only norm is possible"),
         (|m| m.config.diffusion.prediction = Prediction::V, "prediction = v; only eps or x0 is possible there"),
         (|m| m.config.diffusion.variance = Variance::Learned, "variance = learned; only learned_range is possible"),
         (|m| m.config.diffusion.schedule = Kind::Sigmoid, "schedule = sigmoid; only linear or cosine is possible"),
