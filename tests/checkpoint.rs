@@ -893,7 +893,7 @@ fn the_schedulers_spacing_is_the_models_default() {
     ] {
         let mut keys = keys;
         keys["thresholding"] = json!(true);
-        let said = limits(keys).err().expect("refused").to_string();
+        let said = limits(keys).expect_err("refused").to_string();
         assert!(said.contains(want), "{said}");
     }
     // Without a scheduler nothing is said of it.
@@ -1355,7 +1355,9 @@ fn weights_in_files_of_pytorch_are_read() {
             .flat_map(|i| data[4 * i..][..4].to_vec())
             .collect()
     };
-    let numbers: Vec<(String, Vec<usize>, Vec<usize>, Vec<u8>)> = file
+    /// Name, shape, strides, bytes.
+    type Stored = (String, Vec<usize>, Vec<usize>, Vec<u8>);
+    let numbers: Vec<Stored> = file
         .tensors()
         .into_iter()
         .map(|(name, tensor)| {

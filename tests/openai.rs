@@ -288,7 +288,7 @@ fn what_the_other_side_has_no_words_for_is_refused_by_name() {
         checkpoint::write_folder(&out, config, params, stepping, For::Diffusers)
     };
     let refusal = |said: ddpm_cuda::error::Result<()>, want: &str| {
-        let error = said.err().expect("refused");
+        let error = said.expect_err("refused");
         let text = error.to_string();
         assert!(matches!(error, Error::Failed(_)) && text.contains(want), "{text}\nshould say: {want}");
         assert!(!out.exists(), "something was written");
@@ -306,7 +306,7 @@ fn what_the_other_side_has_no_words_for_is_refused_by_name() {
     model.config.diffusion.variance = Variance::LearnedRange;
     diffusers(&model).unwrap();
     same(&checkpoint::load(&device, &out).unwrap(), &model);
-    assert!(diffusers(&model).err().expect("it exists").to_string().contains("is not an empty folder"));
+    assert!(diffusers(&model).expect_err("it exists").to_string().contains("is not an empty folder"));
 
     let pt = folder.path().join("out.pt");
     let openai = |model: &Loaded| {
@@ -314,33 +314,28 @@ fn what_the_other_side_has_no_words_for_is_refused_by_name() {
         checkpoint::write_openai(&pt, config, params, stepping).map(|_| ())
     };
     let fresh = || load("openai/guided");
-    let change: [(&dyn Fn(&mut Loaded), &str); 8] = [
-        (
-            &|m| m.config.model.norm_eps = 1e-6,
-            "OpenAI's files cannot say norm_eps = 0.000001; only 0.00001 is possible",
-        ),
-        (&|m| m.config.model.freq_shift = 1, "freq_shift = 1; only 0 is possible there"),
-        (&|m| m.config.model.upsample_type = Resampling::Conv, "upsample_type = conv; only resnet is possible there"),
-        (
-            &|m| m.config.model.middle_attention = MiddleAttention::None,
-            "middle_attention = none; only norm is possible",
-        ),
-        (&|m| m.config.diffusion.prediction = Prediction::V, "prediction = v; only eps or x0 is possible there"),
-        (&|m| m.config.diffusion.variance = Variance::Learned, "variance = learned; only learned_range is possible"),
-        (&|m| m.config.diffusion.schedule = Kind::Sigmoid, "schedule = sigmoid; only linear or cosine is possible"),
-        (&|m| m.config.model.timestep_scale = 0.5, "timestep_scale = 0.5; only 1 or 1000/T is possible there"),
+    type Change = fn(&mut Loaded);
+    let changes: [(Change, &str); 8] = [
+        (|m| m.config.model.norm_eps = 1e-6, "OpenAI's files cannot say norm_eps = 0.000001; only 0.00001 is possible"),
+        (|m| m.config.model.freq_shift = 1, "freq_shift = 1; only 0 is possible there"),
+        (|m| m.config.model.upsample_type = Resampling::Conv, "upsample_type = conv; only resnet is possible there"),
+        (|m| m.config.model.middle_attention = MiddleAttention::None, "middle_attention = none; only norm is possible"),
+        (|m| m.config.diffusion.prediction = Prediction::V, "prediction = v; only eps or x0 is possible there"),
+        (|m| m.config.diffusion.variance = Variance::Learned, "variance = learned; only learned_range is possible"),
+        (|m| m.config.diffusion.schedule = Kind::Sigmoid, "schedule = sigmoid; only linear or cosine is possible"),
+        (|m| m.config.model.timestep_scale = 0.5, "timestep_scale = 0.5; only 1 or 1000/T is possible there"),
     ];
-    for (change, want) in change {
+    for (change, want) in changes {
         let mut model = fresh();
         change(&mut model);
-        let error = openai(&model).err().expect("refused").to_string();
+        let error = openai(&model).expect_err("refused").to_string();
         assert!(error.contains(want) && !pt.exists(), "{error}\nshould say: {want}");
     }
     // Flags of another model beside it are not overwritten.
     openai(&fresh()).unwrap();
     let other = folder.path().join("other.pt");
     let Loaded { config, params, stepping, .. } = load("openai/improved");
-    let error = checkpoint::write_openai(&other, &config, &params, &stepping).err().expect("refused").to_string();
+    let error = checkpoint::write_openai(&other, &config, &params, &stepping).expect_err("refused").to_string();
     assert!(error.contains("holds the flags of another model") && !other.exists(), "{error}");
 }
 

@@ -540,7 +540,6 @@ impl DDPMScheduler {
                 Variance::Learned => LEARNED_LOG.into(),
                 named => named.name().into(),
             }),
-            ..DDPMScheduler::default()
         })
     }
 }
@@ -774,7 +773,8 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<(Diffusion, 
         if betas.len() != timesteps {
             return Err(format!("has {} trained_betas for num_train_timesteps = {timesteps}", betas.len()));
         }
-        let impossible = |&(t, &beta): &(usize, &f64)| !possible(beta) && !(beta == 1.0 && t + 1 == timesteps);
+        let last_is_one = |t: usize, beta: f64| beta == 1.0 && t + 1 == timesteps;
+        let impossible = |&(t, &beta): &(usize, &f64)| !(possible(beta) || last_is_one(t, beta));
         if let Some((t, beta)) = betas.iter().enumerate().find(impossible) {
             return Err(format!("has {beta} in trained_betas at timestep {t}; numbers between 0 and 1 are expected"));
         }

@@ -65,8 +65,11 @@ fn open(path: &Path) -> Result<Opened> {
     Ok(Opened { file, header, data: 8 + size })
 }
 
-/// Opens a file of tensors of either kind; the metadata is that of safetensors.
-fn open_any(path: &Path) -> Result<(File, BTreeMap<String, Place>, HashMap<String, String>)> {
+/// An open file, its tensors, and the metadata of safetensors.
+type Contents = (File, BTreeMap<String, Place>, HashMap<String, String>);
+
+/// Opens a file of tensors of either kind.
+fn open_any(path: &Path) -> Result<Contents> {
     let unreadable = |e: io::Error| Error::file(path, format!("cannot be read: {e}"));
     let mut file = File::open(path).map_err(unreadable)?;
     let mut start = Vec::new();
