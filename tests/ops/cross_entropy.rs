@@ -114,7 +114,7 @@ fn is_right(z: &[f64], label: u32) -> f64 {
 /// logits of 1e4 do not overflow.
 #[test]
 fn small_losses_and_large_logits_are_seen() {
-    gpu::each("extremes", |device| extremes(device));
+    gpu::each("extremes", extremes);
     extremes(&Device::cpu_guarded());
 }
 

@@ -362,9 +362,11 @@ fn every_kind_of_step_follows_the_reference() {
             got[0].extend_from_slice(state.x.data());
             got[1].extend_from_slice(x_0.data());
             let (next, x_0) = numbers.by_reference::<f64>(&kind, SAMPLES);
-            (oracle[0].extend(next), oracle[1].extend(x_0));
+            oracle[0].extend(next);
+            oracle[1].extend(x_0);
             let (next, x_0) = numbers.by_reference::<f32>(&kind, SAMPLES);
-            (yardstick[0].extend(next), yardstick[1].extend(x_0));
+            yardstick[0].extend(next);
+            yardstick[1].extend(x_0);
         }
         let share = close_but_for(kind.name, &got[0], &oracle[0], &yardstick[0], allowance);
         println!("{}: {share:.2} of the budget", kind.name);
