@@ -1307,8 +1307,16 @@ fn converts_models_of_openai_and_predicts_with_them() {
     writer.finish().unwrap();
     let predict = |model: &Path| {
         let mut command = ddpm();
-        command.args(["predict", "--device", "cpu", "--model"]).arg(model).arg("--x").arg(at("x.npy"));
-        command.arg("--t").arg(at("t.npy")).arg("--labels").arg(at("labels.npy")).arg("--out").arg(at("out.npy"));
+        command.args(["predict", "--output", "raw", "--device", "cpu", "--model"]).arg(model);
+        command
+            .arg("--x")
+            .arg(at("x.npy"))
+            .arg("--t")
+            .arg(at("t.npy"))
+            .arg("--labels")
+            .arg(at("labels.npy"))
+            .arg("--out")
+            .arg(at("out.npy"));
         command
     };
     let convert = |model: &Path, out: &Path| {
