@@ -413,7 +413,7 @@ fn gpu_takes_every_kind_of_step_as_the_cpu_does() {
 
 /// A Langevin step, guided or not, and the forward process under a mask.
 #[test]
-fn corrections_and_noise_follow_the_reference_on_every_device() {
+fn gpu_corrections_and_noise_follow_the_reference() {
     let s = Schedule::new(Kind::Linear, 1000).unwrap();
     let kept = Spacing::Even.timesteps(1000, 10).unwrap();
     let corrector = Corrector { steps: 1, snr: 0.16 };
@@ -481,7 +481,7 @@ fn planted_bugs_in_every_kind_of_step_are_noticed() {
     plant::notices_wrong_parameter(test, "sample_step_threshold_f32", 8, 5);
     plant::notices_lost_barrier(test, "sample_step_threshold_f32", 1);
     plant::notices_lost_barrier(test, "sample_step_rescale_bf16", 0);
-    let test = "sample_step::corrections_and_noise_follow_the_reference_on_every_device";
+    let test = "sample_step::gpu_corrections_and_noise_follow_the_reference";
     plant::notices_wrong_parameter(test, "sample_step_norms_f32", 10, 9);
     plant::notices_lost_block(test, "sample_step_correct_f32");
     plant::notices_lost_block(test, "sample_step_diffuse_bf16");
