@@ -128,7 +128,15 @@ pub fn checkpoint() -> PathBuf {
     let params = || Params::init(&device, specs.clone(), 1).expect("host memory");
     let moments = || Tensor::zeros(&device, Shape::vector(specs.flat_len())).expect("host memory");
     let (params, ema, m, v) = (params(), params(), moments(), moments());
-    let state = ddpm_cuda::checkpoint::State { step: 7, params: &params, ema: &ema, m: &m, v: &v, data: None };
+    let state = ddpm_cuda::checkpoint::State {
+        step: 7,
+        params: &params,
+        ema: &ema,
+        m: &m,
+        v: &v,
+        data: None,
+        importance: None,
+    };
     ddpm_cuda::checkpoint::save(&scratch().join("saved"), &config, state).expect("a checkpoint")
 }
 
