@@ -643,6 +643,10 @@ impl Config {
                 "prediction = mu with precision = bf16: a mean differs from x_t by less than bf16 rounds it at most timesteps; precision = f32 would do, or prediction = eps"
             );
         }
+        if self.model.classifier && self.timestep_sampling == Sampling::Importance {
+            // Its weights would be left out of the loss, which would then favour the timesteps drawn most.
+            usage!("timestep_sampling = importance: a classifier's loss has no weights; take uniform or stratified");
+        }
         if !(0.0..1.0).contains(&self.label_dropout) {
             usage!("label_dropout = {} must be at least 0 and below 1; 0.1 is usual", self.label_dropout);
         }

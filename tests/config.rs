@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use ddpm_cuda::config::{Config, Preset, SETTINGS, Size};
-use ddpm_cuda::diffusion::{Kind, Variance};
+use ddpm_cuda::diffusion::{Kind, Sampling, Variance};
 
 fn sets(assignments: &[&str]) -> Vec<String> {
     assignments.iter().map(|s| s.to_string()).collect()
@@ -440,4 +440,14 @@ fn backgrounds_have_names_or_digits() {
     ] {
         assert_eq!((spelled(text).0, &*spelled(text).to_string()), (rgb, written), "{text}");
     }
+}
+
+#[test]
+fn a_classifier_draws_no_timesteps_by_importance() {
+    let mut config = Config::preset(Preset::Mnist).into_classifier();
+    (config.model.classes, config.timestep_sampling) = (10, Sampling::Importance);
+    let sentence = config.validate().expect_err("refused").to_string();
+    assert!(sentence.starts_with("timestep_sampling = importance: a classifier's loss has no weights"), "{sentence}");
+    config.timestep_sampling = Sampling::Stratified;
+    config.validate().expect("possible");
 }
