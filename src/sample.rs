@@ -416,17 +416,18 @@ pub fn class_called(text: &str, names: &[String], classes: usize) -> Result<u32>
         usage!("--class {text}: this model has the classes 0 to {last}, without names");
     }
     let lower = text.to_lowercase();
-    let mut nearest: Vec<&String> = names.iter().collect();
+    let mut nearest: Vec<(usize, &String)> = names.iter().enumerate().collect();
     // A stable sort: names that are equally far stay in order.
-    nearest.sort_by_cached_key(|name| {
+    nearest.sort_by_cached_key(|(_, name)| {
         let name = name.to_lowercase();
         let edits = strsim::damerau_levenshtein(&name, &lower);
         if edits <= 2.max(lower.chars().count() / 3) || name.contains(&lower) { edits } else { usize::MAX }
     });
     const SHOWN: usize = 10;
-    let shown: Vec<&str> = nearest.iter().take(SHOWN).map(|name| name.as_str()).collect();
+    // With their numbers, since their order here is not that of the classes.
+    let shown: Vec<String> = nearest.iter().take(SHOWN).map(|(k, name)| format!("{k} {name}")).collect();
     let more = if names.len() > SHOWN { format!(" and {} more", names.len() - SHOWN) } else { String::new() };
-    usage!("--class {text}: this model has the classes 0 to {last}, called {}{more}", shown.join(", "));
+    usage!("--class {text}: this model has the classes 0 to {last}: {}{more}", shown.join(", "));
 }
 
 /// Bytes that one evaluation of the network for `shape.n` images takes of `device`, its weights not counted.

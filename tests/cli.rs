@@ -430,7 +430,7 @@ fn what_a_model_says_of_itself_is_used_and_told() {
     };
     assert_eq!(["kind 3", "3", "7", "kind 7"].map(label), [3, 3, 4, 7]);
     let said = fails(&mut draw("kind 33"), 2);
-    assert!(said.contains("--class kind 33: this model has the classes 0 to 9, called kind 3, "), "{said}");
+    assert!(said.contains("--class kind 33: this model has the classes 0 to 9: 3 kind 3, "), "{said}");
     let info = ok(ddpm().arg("info").arg("--model").arg(&saved));
     assert!(info.contains("10 classes: kind 0, kind 1, kind 2, kind 3, 7, kind 5"), "{info}");
     let process = "process: 1000 timesteps, betas linear from 1.000e-4 to 2.000e-2, fixed_small; spacing even";

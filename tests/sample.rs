@@ -109,13 +109,13 @@ fn a_class_is_called_by_its_name_or_its_number() {
     assert_eq!(called("3"), Ok(1), "the name comes before the number");
     assert_eq!((called("2"), called("5")), (Ok(2), Ok(5)), "a class without a name has its number");
     assert_eq!(called("owl").unwrap_err(), "--class owl: the classes 3 and 4 are both called so; give the number");
-    let all = "this model has the classes 0 to 5, called";
-    assert_eq!(called("6").unwrap_err(), format!("--class 6: {all} 3, cat, dog, owl, owl"));
-    assert_eq!(called("Dgo").unwrap_err(), format!("--class Dgo: {all} dog, cat, 3, owl, owl"));
+    let all = "this model has the classes 0 to 5:";
+    assert_eq!(called("6").unwrap_err(), format!("--class 6: {all} 1 3, 0 cat, 2 dog, 3 owl, 4 owl"));
+    assert_eq!(called("Dgo").unwrap_err(), format!("--class Dgo: {all} 2 dog, 0 cat, 1 3, 3 owl, 4 owl"));
     called("-1").unwrap_err();
     let many: Vec<String> = (0..1000).map(|k| format!("class {k}")).collect();
     let said = class_called("clas 999", &many, 1000).unwrap_err().to_string();
-    assert!(said.contains("called class 999, ") && said.ends_with(" and 990 more"), "{said}");
+    assert!(said.contains(": 999 class 999, ") && said.ends_with(" and 990 more"), "{said}");
     let bare = |text: &str, classes| class_called(text, &[], classes).unwrap_err().to_string();
     assert_eq!(bare("cat", 10), "--class cat: this model has the classes 0 to 9, without names");
     assert_eq!(bare("cat", 0), "--class cat: this model is unconditional, leave --class out");
