@@ -376,7 +376,10 @@ fn idx_files_and_folders() {
     );
     refuses(&folder.put("long", &[&images[..], &[0]].concat()), "for its extents 4x2x3, but 25 are there");
     refuses(&folder.put("head", &images[..9]), "ends within its header, after 9 bytes");
-    refuses(&folder.put("empty", &idx(&[0, 2, 3], &[])), "holds no images");
+    for shape in [&[0, 2, 3][..], &[2, 0, 3], &[2, 3, 0], &[0, 3, 4, 5], &[2, 4, 0, 5], &[2, 4, 5, 0], &[2, 5, 0, 1]] {
+        refuses(&folder.put("empty", &idx(shape, &[])), "holds no images");
+        refuses(&folder.put("emnist-letters-train-images-idx3-ubyte", &idx(shape, &[])), "holds no images");
+    }
     refuses(&folder.put("floats", &[&[0, 0, 13, 3], &images[4..]].concat()), "holds IDX elements of type 0x0d");
     refuses(&folder.put("one", &idx(&[4], &[0; 4])), "these may be labels");
     refuses(&folder.put("huge", &idx(&[u32::MAX; 4], &[])), "more than any file has bytes");

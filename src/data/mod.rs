@@ -682,10 +682,8 @@ fn from_array(path: &Path, images: npy::Array, labels: Labels, channels: Option<
     let images = images.into_u8().map_err(|e| Error::file(path, e))?;
     let (extent, order) = extent_of(&shape, channels).map_err(|e| Error::file(path, e))?;
     let images = match order {
-        PixelOrder::First if !images.is_empty() => {
-            crate::layout::to_channels_last(&images, extent.channels, extent.size.h * extent.size.w)
-        }
-        _ => images,
+        PixelOrder::First => crate::layout::to_channels_last(&images, extent.channels, extent.size.h * extent.size.w),
+        PixelOrder::Last => images,
     };
     Part::new(path, extent, images, labels)
 }
