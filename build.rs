@@ -604,7 +604,8 @@ fn compile(compiler: &Compiler, sources: &[Source], out: &Path) -> Result<Vec<Pa
             let mut hash = DefaultHasher::new();
             (common, read(&source.path)?).hash(&mut hash);
             let (stamp, hash) = (ptx.with_extension("hash"), format!("{:016x}", hash.finish()));
-            let there = ptx.exists() && ptx.with_extension("fatbin").exists();
+            let assembled = compiler.machine_code.iter().all(|&code| said_of(ptx, code).exists());
+            let there = ptx.exists() && ptx.with_extension("fatbin").exists() && assembled;
             if there && fs::read_to_string(&stamp).is_ok_and(|old| old == hash) {
                 continue;
             }
@@ -629,7 +630,9 @@ fn compile_one(compiler: &Compiler, source: &Path, ptx: &Path) -> Result<()> {
     let (_, rest) = rest.split_once('\n').ok_or("PTX that ends with its .version")?;
     let assemble = |(major, minor)| {
         let cubin = ptx.with_extension(format!("sm_{major}{minor}.cubin"));
-        run(Command::new(&compiler.ptxas).arg(format!("-arch=sm_{major}{minor}")).arg("-o").arg(&cubin).arg(ptx))?;
+        let ptxas = &mut Command::new(&compiler.ptxas);
+        let said = run(ptxas.arg("-v").arg(format!("-arch=sm_{major}{minor}")).arg("-o").arg(&cubin).arg(ptx))?;
+        write(&said_of(ptx, (major, minor)), &said)?;
         Ok(cubin)
     };
     let mut refusal = String::new();
@@ -642,6 +645,30 @@ fn compile_one(compiler: &Compiler, source: &Path, ptx: &Path) -> Result<()> {
     }
     let _ = fs::remove_file(ptx);
     Err(format!("{}: ptxas accepts its PTX in no version up to 8.0: {refusal}", source.display()))
+}
+
+/// Where it is kept what `ptxas -v` said of a module for a compute capability.
+fn said_of(ptx: &Path, (major, minor): (u32, u32)) -> PathBuf {
+    ptx.with_extension(format!("sm_{major}{minor}.said"))
+}
+
+/// Registers of a thread and bytes of static shared memory of each entry, from what `ptxas -v` said:
+///
+/// ```text
+/// ptxas info    : Function properties for add_fwd_f32
+///     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+/// ptxas info    : Used 24 registers, used 1 barriers, 2048 bytes smem
+/// ```
+fn resources(said: &str) -> Result<BTreeMap<String, (u32, u32)>> {
+    let of_entry = |part: &str| {
+        let (name, rest) = part.split_once('\n')?;
+        let used = rest.lines().find_map(|line| line.split_once("Used "))?.1;
+        let number = |what: &str| used.split(',').find_map(|part| part.trim().strip_suffix(what)?.trim().parse().ok());
+        Some((name.trim().to_string(), (number("registers")?, number("bytes smem").unwrap_or(0))))
+    };
+    let parts = said.split("Function properties for ").skip(1);
+    let unknown = |part: &str| format!("ptxas does not say how many registers an entry uses, but: {part}");
+    parts.map(|part| of_entry(part).ok_or_else(|| unknown(part))).collect()
 }
 
 /// Assembles machine code and packs it into one file, `S.fatbin` beside the PTX. Compressed as every driver can read
@@ -657,15 +684,14 @@ fn fatbin(compiler: &Compiler, ptx: &Path, assemble: impl Fn((u32, u32)) -> Resu
         let command = &mut Command::new(&compiler.fatbinary);
         run(command.args(["--64", "--compress-all"]).args(options).arg("--create").arg(&to).args(&images))
     };
-    pack(&["--compress-mode=speed"]).or_else(|_| pack(&[]))
+    pack(&["--compress-mode=speed"]).or_else(|_| pack(&[])).map(|_| ())
 }
 
-fn run(command: &mut Command) -> Result<()> {
+/// Runs a command and returns what it said.
+fn run(command: &mut Command) -> Result<String> {
     let output = command.output().map_err(|e| format!("{} does not run: {e}", command.get_program().display()))?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(format!("{command:?}\n{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr)))
+    let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
+    if output.status.success() { Ok(said) } else { Err(format!("{command:?}\n{said}")) }
 }
 
 struct Stem {
@@ -708,14 +734,25 @@ fn table(compiler: Option<&Compiler>, headers: &[Header], stems: &[Stem]) -> Res
              pub(super) static MODULE: Module = Module {{ stem: {name:?}, images: &[{images}], fatbin: {fatbin} }};\n"
         );
         stem.twins.iter().for_each(|twin| text += &twin_text(twin));
+        let by_code = match &stem.ptx {
+            Some(ptx) => {
+                machine_code.iter().map(|&code| resources(&read(&said_of(ptx, code))?)).collect::<Result<_>>()?
+            }
+            None => Vec::new(),
+        };
         let kernel = |entry: &str| {
             let Entry { params, max_threads } = &stem.entries[entry];
             let params: String =
                 params.iter().map(|Param { kind, name, .. }| format!("(Kind::{kind}, {name:?}), ")).collect();
             let tile = tile(entry);
+            let of_code = |of: &BTreeMap<String, (u32, u32)>| {
+                let (registers, shared) = of[entry];
+                format!("Resources {{ registers: {registers}, shared: {shared} }}, ")
+            };
+            let resources: String = by_code.iter().map(of_code).collect();
             format!(
                 "Kernel {{ name: {entry:?}, module: &MODULE, params: &[{params}], max_threads: {max_threads}, \
-                 tile: {tile:?} }}"
+                 tile: {tile:?}, resources: &[{resources}] }}"
             )
         };
         for entry in stem.entries.keys() {

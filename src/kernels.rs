@@ -105,6 +105,30 @@ pub struct Kernel {
     pub max_threads: u32,
     /// Rows and columns of a block's tile, for a tiled matrix product, whose name contains `_BMxBN_`.
     pub tile: Option<(u32, u32)>,
+    /// What it takes on each of [`MACHINE_CODE`].
+    pub resources: &'static [Resources],
+}
+
+/// What a kernel's machine code takes of a multiprocessor, as its assembler said.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resources {
+    /// Registers of a thread.
+    pub registers: u32,
+    /// Bytes of static shared memory of a block.
+    pub shared: u32,
+}
+
+impl Kernel {
+    /// What it takes on a GPU of this compute capability; `None` if the build has no machine code for it.
+    pub fn resources_on(&self, capability: (u32, u32)) -> Option<Resources> {
+        let place = MACHINE_CODE.iter().position(|code| *code == capability)?;
+        self.resources.get(place).copied()
+    }
+}
+
+/// The entry of this name.
+pub fn called(name: &str) -> Option<&'static Kernel> {
+    ALL.iter().find(|kernel| kernel.name == name).copied()
 }
 
 impl fmt::Debug for Kernel {

@@ -15,6 +15,7 @@
 //! ```text modules
 //! main - the program
 //! commands - one file per command: arguments, checks, what is printed
+//! profile - what a step asks of a GPU, kernel by kernel, and how long it would take
 //! quality - how like the data samples are, and whether they are copies
 //! evaluate - the variational bound of images, term by term
 //! train - the training loop; one step (algorithm 1 of the paper); the run's folder and log
@@ -90,6 +91,7 @@ mod names;
 pub mod ops;
 pub mod output;
 pub mod params;
+pub mod profile;
 pub mod quality;
 pub mod recipe;
 pub mod rng;

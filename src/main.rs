@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
 use ddpm_cuda::commands::{
-    convert, encode, eval, info, inpaint, interpolate, likelihood, predict, quality, sample, train, train_classifier,
+    convert, encode, eval, info, inpaint, interpolate, likelihood, predict, profile, quality, sample, train,
+    train_classifier,
 };
 use ddpm_cuda::config;
 use ddpm_cuda::error::Error;
@@ -48,6 +49,9 @@ enum Command {
     Convert(convert::Args),
     /// Parameters, operations and memory of a model, and the devices there are.
     Info(info::Args),
+    /// What a step asks of a GPU, kernel by kernel, and how long it takes or would take.
+    #[command(after_help = profile::HELP)]
+    Profile(profile::Args),
 }
 
 /// The arguments; a flag of `train` that is a setting, or what other tools call one, is named as such.
@@ -80,6 +84,7 @@ fn run() -> Result<ExitCode, Error> {
         Command::Predict(args) => predict::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Convert(args) => convert::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Info(args) => info::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Profile(args) => profile::run(&args).map(|()| ExitCode::SUCCESS),
     }
 }
 

@@ -72,8 +72,17 @@ pub trait Backward: Send {
 
 struct Node {
     output: VarId,
+    /// Its value, by which it is found among what operations hold.
+    value: Identity,
     place: String,
     op: Box<dyn Backward>,
+}
+
+/// A tensor that may no longer be there: another can have its buffer's number then, but hardly its shape too.
+type Identity = (usize, Shape, DType);
+
+fn identity(tensor: &Tensor) -> Identity {
+    (tensor.buffer_id(), tensor.shape(), tensor.dtype())
 }
 
 /// One entry of [`Tape::saved`].
@@ -85,6 +94,23 @@ pub struct Saved {
     pub name: &'static str,
     /// Bytes of the tensors it holds that no earlier operation holds.
     pub bytes: usize,
+}
+
+/// A tensor that is kept from the forward pass for the backward pass, an entry of [`Tape::plan`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct Kept {
+    /// Where in the network the first operation is that holds it.
+    pub place: String,
+    /// That operation's stem.
+    pub op: &'static str,
+    /// Its shape.
+    pub shape: Shape,
+    /// Type of its elements.
+    pub dtype: DType,
+    /// Its size in bytes.
+    pub bytes: usize,
+    /// The backward pass computes a gradient of it: an operation on the tape made it.
+    pub gradient: bool,
 }
 
 /// Records operations (training) or only carries device and parameters along (sampling).
@@ -170,8 +196,28 @@ impl<'p> Tape<'p> {
             return Ok(Var::constant(y));
         }
         let id = self.new_id();
-        self.nodes.push(Node { output: id, place: self.place.clone(), op: Box::new(save()) });
+        let value = identity(&y);
+        self.nodes.push(Node { output: id, value, place: self.place.clone(), op: Box::new(save()) });
         Ok(Var { value: y, id: Some(id) })
+    }
+
+    /// Every tensor that the recorded operations hold, once, in the order of the forward pass.
+    pub fn plan(&self) -> Vec<Kept> {
+        let made: HashSet<Identity> = self.nodes.iter().map(|node| node.value).collect();
+        let mut held = HashSet::new();
+        let of_node = |node: &Node| {
+            let new = node.op.saved().into_iter().filter(|tensor| held.insert(tensor.buffer_id()));
+            let kept = |tensor: &Tensor| Kept {
+                place: node.place.clone(),
+                op: node.op.name(),
+                shape: tensor.shape(),
+                dtype: tensor.dtype(),
+                bytes: tensor.bytes(),
+                gradient: made.contains(&identity(tensor)),
+            };
+            new.map(kept).collect::<Vec<Kept>>()
+        };
+        self.nodes.iter().flat_map(of_node).collect()
     }
 
     /// What each recorded operation holds, in the order of the forward pass.

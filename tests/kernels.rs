@@ -4,7 +4,6 @@
 
 mod support;
 
-use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
 
@@ -16,6 +15,7 @@ use ddpm_cuda::device::cuda::tile::{FMA, MMA_64, MMA_128, MULTIPROCESSORS, RESID
 use ddpm_cuda::device::cuda::{Gpu, Launched};
 use ddpm_cuda::kernels::{self, Image, Kernel, Kind, MODULES, Module, best_image, entry_alone, parameters};
 use ddpm_cuda::params::Layout;
+use ddpm_cuda::profile::card::Multiprocessor;
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::train::Trainer;
 use ddpm_cuda::unet::UNet;
@@ -109,73 +109,36 @@ fn the_assemblers_words_are_understood() {
     assert_eq!(usage(&said), [("a_fwd".to_string(), vec![8, 4, 12])]);
 }
 
-/// What a multiprocessor holds of a kernel: registers and bytes of shared memory, and the most warps and blocks.
-struct Multiprocessor {
-    arch: &'static str,
-    /// Shared memory, of which the driver keeps 1 KiB for each block.
-    shared: usize,
-    warps: usize,
-    blocks: usize,
-}
-
-/// A100, RTX 30, RTX 40, H100, by the CUDA programming guide's table of compute capabilities.
-const OF: [Multiprocessor; 4] = [
-    Multiprocessor { arch: "sm_80", shared: 164 << 10, warps: 64, blocks: 32 },
-    Multiprocessor { arch: "sm_86", shared: 100 << 10, warps: 48, blocks: 16 },
-    Multiprocessor { arch: "sm_89", shared: 100 << 10, warps: 48, blocks: 24 },
-    Multiprocessor { arch: "sm_90", shared: 228 << 10, warps: 64, blocks: 32 },
-];
-
-impl Multiprocessor {
-    /// Blocks of `threads` threads that it holds at once. Registers are handed out 256 at a time to each warp, from the
-    /// 16,384 of one of four schedulers; shared memory 128 bytes at a time.
-    fn resident(&self, threads: usize, registers: usize, shared: usize) -> usize {
-        let warps = threads.div_ceil(32);
-        let of_scheduler = (16_384 / (32 * registers).next_multiple_of(256)).min(self.warps / 4);
-        let by_shared = self.shared / (shared.next_multiple_of(128) + 1024);
-        (4 * of_scheduler / warps).min(by_shared).min(self.blocks)
-    }
-}
-
-/// Registers and bytes of shared memory of each entry, from the output of `ptxas -v`.
-fn resources(said: &str) -> BTreeMap<String, (usize, usize)> {
-    let of_entry = |part: &str| {
-        let (name, rest) = part.split_once('\n').expect("lines of numbers follow");
-        let used = rest.lines().find_map(|line| line.split_once("Used ")).expect("the registers are said").1;
-        let number = |what: &str| used.split(',').find_map(|part| part.trim().strip_suffix(what)?.trim().parse().ok());
-        (name.trim().to_string(), (number("registers").expect("a number"), number("bytes smem").unwrap_or(0)))
-    };
-    said.split("Function properties for ").skip(1).map(of_entry).collect()
+/// Registers of a thread, bytes of shared memory of a block with `dynamic` bytes, and how many blocks a multiprocessor
+/// holds.
+fn resident(kernel: &Kernel, of: &Multiprocessor, dynamic: usize) -> (u32, usize, usize) {
+    let used = kernel.resources_on(of.capability).expect("the compiler knows the GPUs of the table");
+    let shared = used.shared as usize + dynamic;
+    (used.registers, shared, of.resident(kernel.max_threads as usize, used.registers as usize, shared))
 }
 
 /// Split-K counts on six blocks of a weight's gradient, sampling on eight of 64x64 forward.
 #[test]
 fn a_multiprocessor_holds_as_many_tiles_as_is_counted_on() {
-    let (Some(ptxas), true) = (kernels::PTXAS, gpu::available()) else { return };
-    let folder = tempfile::tempdir().unwrap();
-    for (stem, of) in ["conv2d", "linear"].into_iter().flat_map(|stem| OF.iter().map(move |of| (stem, of))) {
-        let path = folder.path().join(stem);
-        std::fs::write(&path, MODULES.iter().find(|m| m.stem == stem).expect("a stem").ptx()).unwrap();
-        let output = Command::new(ptxas).args(["-v", "-o", "/dev/null", "-arch", of.arch]).arg(&path).output().unwrap();
-        let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
-        let used = resources(&said);
+    if !gpu::available() {
+        return;
+    }
+    for (stem, of) in ["conv2d", "linear"].into_iter().flat_map(|stem| Multiprocessor::ALL.map(move |of| (stem, of))) {
         let tiles: Vec<&Kernel> =
             kernels::ALL.iter().filter(|k| k.module.stem == stem && k.tile.is_some()).copied().collect();
         let tiles: Vec<&Kernel> = tiles.into_iter().filter(|k| !k.name.contains("_mma_")).collect();
         assert_eq!(tiles.len(), 6, "tiled kernels of {stem} on FMAs");
         for kernel in tiles {
-            let (registers, shared) = used[kernel.name];
-            let resident = of.resident(kernel.max_threads as usize, registers, shared);
-            println!("{} on {}: {registers} registers, {shared} bytes, {resident} blocks", kernel.name, of.arch);
+            let (registers, shared, resident) = resident(kernel, &of, 0);
+            let said = format!(
+                "{} on {:?}: {registers} registers, {shared} bytes, {resident} blocks",
+                kernel.name, of.capability
+            );
+            println!("{said}");
             let eight = stem == "conv2d" && kernel.tile == Some((64, 64)) && !kernel.name.contains("wgrad");
             let at_least = if eight { kernels::tile_gemm::RESIDENT as usize } else { RESIDENT };
             let exact = kernel.name.contains("wgrad_64x64");
-            assert!(
-                resident == at_least || !exact && resident > at_least,
-                "{} on {}: {registers} registers, {shared} bytes, {resident} blocks",
-                kernel.name,
-                of.arch
-            );
+            assert!(resident == at_least || !exact && resident > at_least, "{said}");
         }
     }
 }
@@ -183,29 +146,44 @@ fn a_multiprocessor_holds_as_many_tiles_as_is_counted_on() {
 /// Split-K counts on this many blocks of a weight's gradient on tensor cores.
 #[test]
 fn a_multiprocessor_holds_as_many_tensor_core_tiles_as_is_counted_on() {
-    let (Some(ptxas), true) = (kernels::PTXAS, gpu::available()) else { return };
-    let folder = tempfile::tempdir().unwrap();
+    if !gpu::available() {
+        return;
+    }
     for stem in ["conv2d", "linear"] {
-        let path = folder.path().join(stem);
-        std::fs::write(&path, MODULES.iter().find(|m| m.stem == stem).expect("a stem").ptx()).unwrap();
-        for (gpu, arch) in ["sm_80", "sm_89", "sm_90"].into_iter().enumerate() {
-            let of = OF.iter().find(|of| of.arch == arch).expect("a GPU of the table");
-            let output =
-                Command::new(ptxas).args(["-v", "-o", "/dev/null", "-arch", arch]).arg(&path).output().unwrap();
-            let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
-            let used = resources(&said);
+        for (gpu, capability) in [(8, 0), (8, 9), (9, 0)].into_iter().enumerate() {
+            let of = Multiprocessor::of(capability).expect("a GPU of the table");
             for kernel in kernels::ALL.iter().filter(|k| k.module.stem == stem && k.name.contains("_wgrad_mma_")) {
-                let (registers, fixed) = used[kernel.name];
-                assert_eq!(fixed, 0, "{}: its shared memory is dynamic", kernel.name);
-                let bytes = shared(kernel) + if stem == "conv2d" { kernels::conv2d_mma::ORIGINS as usize } else { 0 };
-                let resident = of.resident(kernel.max_threads as usize, registers, bytes);
+                let dynamic = shared(kernel) + if stem == "conv2d" { kernels::conv2d_mma::ORIGINS as usize } else { 0 };
+                let (registers, bytes, resident) = resident(kernel, of, dynamic);
+                assert_eq!(bytes, dynamic, "{}: its shared memory is dynamic", kernel.name);
                 let blocks = if kernel.tile == Some((128, 128)) { MMA_128 } else { MMA_64 };
                 let counted = blocks.slots[gpu] / MULTIPROCESSORS[gpu];
-                println!("{} on {arch}: {registers} registers, {bytes} bytes, {resident} blocks", kernel.name);
-                assert!(resident >= counted, "{} on {arch}: {resident} blocks, counted on {counted}", kernel.name);
+                let name = kernel.name;
+                println!("{name} on {capability:?}: {registers} registers, {bytes} bytes, {resident} blocks");
+                assert!(resident >= counted, "{name} on {capability:?}: {resident} blocks, counted on {counted}");
             }
         }
     }
+}
+
+/// The table has the words of the assembler, for the same machine code.
+#[test]
+fn the_table_says_what_the_assembler_said() {
+    if !gpu::available() {
+        return;
+    }
+    for kernel in kernels::ALL {
+        assert_eq!(kernel.resources.len(), kernels::MACHINE_CODE.len(), "{}", kernel.name);
+        for used in kernel.resources {
+            let most = 65_536 / kernel.max_threads.next_multiple_of(128).max(256);
+            assert!((8..=most.min(255)).contains(&used.registers), "{}: {used:?}", kernel.name);
+            assert!(used.shared <= 48 << 10, "{}: {used:?}", kernel.name);
+        }
+        assert_eq!(kernel.resources_on((7, 5)), None);
+        assert_eq!(kernels::called(kernel.name).map(|found| found.name), Some(kernel.name));
+    }
+    let adam = kernels::called("adam_update").expect("the optimiser").resources_on((8, 0)).expect("machine code");
+    assert_eq!(adam.shared, 0, "it needs no shared memory");
 }
 
 /// Every product that computes a weight's gradient in a step of `c`: the weight's name, rows, columns and steps of k.

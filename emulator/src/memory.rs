@@ -2,8 +2,8 @@
 //!
 //! A device address is the host address of the same byte, in an address range reserved once and backed page by page as
 //! it is touched. Pinned and managed memory therefore have one address on both sides. Allocations are at least
-//! [`GUARD`] bytes apart, fresh memory is filled with 0xFF (NaN in every float format), and freed ranges are
-//! quarantined before reuse, so that a late access hits no live allocation.
+//! [`GUARD`] bytes apart, fresh memory is filled with 0xFF (NaN in every float format; zeros on request), and freed
+//! ranges are quarantined before reuse, so that a late access hits no live allocation.
 //!
 //! A bitmap records which bytes have been written. Not here: streams and their ordering, which belong to the driver.
 //!
@@ -115,29 +115,36 @@ fn poison_file() -> Option<libc::c_int> {
     })
 }
 
-/// Poisons fresh memory. Large ranges are remapped, so that untouched pages cost neither memory nor time.
+/// Fills fresh memory with poison or, if `zero`, with zeros. Large ranges are remapped, so that untouched pages cost
+/// neither memory nor time.
 ///
 /// # Safety
 /// The range lies inside a private mapping of this crate, and no reference to its contents exists.
-unsafe fn poison(at: u64, bytes: u64) {
+unsafe fn refill(at: u64, bytes: u64, zero: bool) {
     let (mut from, upto) = (at.next_multiple_of(PAGE), (at + bytes) / PAGE * PAGE);
-    let file = if bytes < LARGE { None } else { poison_file() };
-    let Some(file) = file else {
-        // SAFETY: the caller guarantees that the range is ours to write.
-        return unsafe { std::ptr::write_bytes(at as *mut u8, POISON, bytes as usize) };
+    // A file that is mapped again and again, or pages of no file, which are zero.
+    let file = match zero {
+        _ if bytes < LARGE => None,
+        true => Some((-1, libc::MAP_ANONYMOUS, u64::MAX)),
+        false => poison_file().map(|file| (file, 0, POISON_FILE)),
     };
-    // SAFETY: MAP_FIXED replaces only whole pages inside the caller's range, by private pages of the file; the partial
-    // pages at both ends are written.
+    let fill = if zero { 0 } else { POISON };
+    let Some((file, anonymous, piece)) = file else {
+        // SAFETY: the caller guarantees that the range is ours to write.
+        return unsafe { std::ptr::write_bytes(at as *mut u8, fill, bytes as usize) };
+    };
+    // SAFETY: MAP_FIXED replaces only whole pages inside the caller's range, by private pages of the file or of none;
+    // the partial pages at both ends are written.
     unsafe {
-        std::ptr::write_bytes(at as *mut u8, POISON, (from - at) as usize);
-        std::ptr::write_bytes(upto as *mut u8, POISON, (at + bytes - upto) as usize);
+        std::ptr::write_bytes(at as *mut u8, fill, (from - at) as usize);
+        std::ptr::write_bytes(upto as *mut u8, fill, (at + bytes - upto) as usize);
         while from < upto {
-            let length = POISON_FILE.min(upto - from);
+            let length = piece.min(upto - from);
             let protection = libc::PROT_READ | libc::PROT_WRITE;
-            let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE;
+            let flags = libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE | anonymous;
             let mapped = libc::mmap(from as *mut libc::c_void, length as usize, protection, flags, file, 0);
             if mapped == libc::MAP_FAILED {
-                std::ptr::write_bytes(from as *mut u8, POISON, length as usize);
+                std::ptr::write_bytes(from as *mut u8, fill, length as usize);
             }
             from += length;
         }
@@ -171,6 +178,8 @@ pub struct Memory {
     /// Last accesses to each 4-byte word, allocated by the first launch that checks for races between blocks.
     shadow: Mutex<Option<Arc<Shadow>>>,
     limit: u64,
+    /// Fresh memory is zero instead of poison.
+    zero: bool,
     table: Mutex<Table>,
     untracked: AtomicBool,
 }
@@ -253,6 +262,14 @@ impl Memory {
     /// # Panics
     /// If the operating system has no address space left.
     pub fn new(limit: u64) -> Self {
+        Memory::filled(limit, false)
+    }
+
+    /// The same, whose fresh memory is zero if `zero`: for launches that leave most of their results undone.
+    ///
+    /// # Panics
+    /// As [`Memory::new`].
+    pub fn filled(limit: u64, zero: bool) -> Self {
         let wanted = (2 * limit + (2 << 30)).next_multiple_of(1 << 21);
         // Smaller where address space is limited: fragmentation then shows earlier, nothing else changes.
         let range = [wanted, wanted / 2, wanted / 4, 1 << 30]
@@ -276,6 +293,7 @@ impl Memory {
             written,
             shadow: Mutex::new(None),
             limit,
+            zero,
             table: Mutex::new(table),
             untracked: AtomicBool::new(false),
         }
@@ -324,7 +342,7 @@ impl Memory {
         unsafe {
             match host {
                 true => std::ptr::write_bytes(address as *mut u8, 0, bytes as usize),
-                false => poison(address, bytes),
+                false => refill(address, bytes, self.zero),
             }
         }
         match host {
@@ -347,7 +365,7 @@ impl Memory {
         if allocation.bytes >= LARGE {
             // SAFETY: the range was just removed from the table of live allocations and stays mapped. Poisoning it now,
             // not at reuse, returns its pages to the operating system.
-            unsafe { poison(at, allocation.bytes) };
+            unsafe { refill(at, allocation.bytes, self.zero) };
         }
         let span = allocation.bytes.next_multiple_of(ALIGN) + GUARD;
         table.resting.push_back((allocation, span));
@@ -440,7 +458,7 @@ impl Memory {
             return Err(MemoryError::new(message));
         };
         // SAFETY: the range is a live allocation, which the lock keeps alive, inside this device's private mapping.
-        unsafe { poison(at, bytes) };
+        unsafe { refill(at, bytes, self.zero) };
         self.unmark(at, bytes);
         Ok(())
     }
@@ -672,7 +690,14 @@ mod tests {
     #[test]
     #[cfg_attr(miri, ignore = "device memory is mapped at fixed addresses, by memfd_create")]
     fn large_allocations_cost_what_is_touched() {
-        let memory = Memory::new(4 << 30);
+        for zero in [false, true] {
+            costs_what_is_touched(zero);
+        }
+    }
+
+    fn costs_what_is_touched(zero: bool) {
+        let memory = Memory::filled(4 << 30, zero);
+        let fresh = if zero { 0 } else { POISON };
         let odd = memory.alloc(1000).unwrap();
         let before = resident();
         let bytes = (3 << 30) + 12_345;
@@ -680,13 +705,13 @@ mod tests {
             let at = memory.alloc(bytes).unwrap();
             let places = [0, 100, PAGE, POISON_FILE, POISON_FILE + PAGE, 1 << 30, bytes - PAGE, bytes - 64];
             for place in places {
-                assert_eq!(bytes_at(at + place, 64), [POISON; 64], "round {round}, {place}");
+                assert_eq!(bytes_at(at + place, 64), [fresh; 64], "round {round}, {place}");
                 assert!(!memory.written(at + place, 1), "round {round}, {place}");
                 memory.copy_in(at + place, &[7; 64]).unwrap();
                 assert!(memory.written(at + place, 64));
             }
             // Neighbours are left alone.
-            assert_eq!(bytes_at(odd, 1000), if round == 0 { [POISON; 1000] } else { [5; 1000] });
+            assert_eq!(bytes_at(odd, 1000), if round == 0 { [fresh; 1000] } else { [5; 1000] });
             memory.copy_in(odd, &[5; 1000]).unwrap();
             memory.free(at).unwrap();
         }

@@ -1088,6 +1088,8 @@ fn counters_of_a_launch_are_exact() {
         ("global_store_bytes", 1024),
         ("global_sectors", 96),
         ("distinct_bytes", 2048),
+        ("distinct_read_bytes", 2048),
+        ("distinct_written_bytes", 1024),
         ("shared", 0),
         ("divergent_branches", 0),
         ("blocks", 2),

@@ -555,7 +555,37 @@ fn counters_do_not_depend_on_threads_or_order() {
     // What is read and written once, in whole sectors.
     let distinct = (100u64 * 40 * 4).div_ceil(32) + (40u64 * 130 * 4).div_ceil(32) + (100u64 * 130 * 4).div_ceil(32);
     assert_eq!(first.distinct_bytes, distinct * 32);
+    assert_eq!(first.distinct_read_bytes, (distinct - (100u64 * 130 * 4).div_ceil(32)) * 32);
+    assert_eq!(first.distinct_written_bytes, (100u64 * 130 * 4).div_ceil(32) * 32);
     assert!(first.shared_wavefronts >= first.shared_ideal && first.shared_ideal > 0);
+}
+
+/// So many blocks of the grid and no others, each once, whatever the order and the number of threads; all of them if
+/// there are no more.
+#[test]
+fn a_sample_of_the_blocks_is_counted() {
+    let count = |blocks: u64, threads: usize, seed: Option<u64>| {
+        let mut device = Device::new(include_str!("kernels/sgemm.ptx"));
+        device.settings.blocks = blocks;
+        (device.settings.threads, device.settings.schedule_seed) = (threads, seed);
+        let (m, n, k) = (64 * 5, 64 * 4, 32);
+        let (a, b) = (device.upload(&noise(m * k, 1)), device.upload(&noise(k * n, 2)));
+        let c = device.upload(&vec![-1e9f32; m * n]);
+        let args = [Arg::U64(a), Arg::U64(b), Arg::U64(c), Arg::U32(m as u32), Arg::U32(n as u32), Arg::U32(k as u32)];
+        let grid = [(n / 64) as u32, (m / 64) as u32, 1];
+        let counters = device.run("sgemm", grid, [256, 1, 1], 0, &args).unwrap_or_else(|fault| panic!("{fault}"));
+        let written = device.download::<f32>(c, m * n).into_iter().filter(|&v| v != -1e9).count() as u64;
+        (counters, written)
+    };
+    let (all, written) = count(0, 1, None);
+    assert_eq!((all.blocks, written), (20, 20 * 64 * 64));
+    for (blocks, threads, seed) in [(7, 1, None), (7, 3, Some(9)), (1, 2, None), (20, 2, None), (1000, 2, None)] {
+        let (some, written) = count(blocks, threads, seed);
+        let run = blocks.min(20);
+        assert_eq!((some.blocks, written), (run, run * 64 * 64), "{blocks} blocks on {threads} threads");
+        // All tiles of this product are whole, so each block does a twentieth.
+        assert_eq!((some.fma * 20, some.global_sectors * 20), (all.fma * run, all.global_sectors * run));
+    }
 }
 
 /// The cost of wide accesses is that of the hardware, whether the shape of the addresses is known already or not.

@@ -182,7 +182,7 @@ fn of_bound(bound: &Bound) -> Plot {
         title: format!("Variational bound by timestep, {:.4} bits/dim in all", bound.bits_per_dim()),
         x: Axis { label: "timestep t".into(), log: false },
         y: Axis { label: "bits/dim".into(), log: true },
-        series: vec![Series { name: String::new(), points }],
+        series: vec![Series { name: String::new(), points, line: true }],
         marks: bound.terms.len() <= 50,
     }
 }
@@ -194,7 +194,7 @@ fn of_rate_distortion(bound: &Bound) -> Plot {
         title: "Rate and distortion of progressive coding".into(),
         x: Axis { label: "rate, bits/dim".into(), log: false },
         y: Axis { label: "RMSE on the scale of 0 to 255".into(), log: false },
-        series: vec![Series { name: String::new(), points }],
+        series: vec![Series { name: String::new(), points, line: true }],
         marks: bound.terms.len() <= 50,
     }
 }

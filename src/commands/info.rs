@@ -5,13 +5,17 @@ use std::path::PathBuf;
 use super::choice;
 use crate::checkpoint;
 use crate::config::{Config, Preset};
-use crate::device::{Device, cuda};
+use crate::device::{Device, Precision, cuda};
 use crate::error::{Result, printable};
 use crate::kernels;
 use crate::memory::{available_memory, memory_needed};
+use crate::params::Specs;
 use crate::say;
+use crate::tape::Kept;
+use crate::tensor::{DType, Shape};
 use crate::text::{GIB, grouped};
 use crate::unet::{Cost, UNet};
+use crate::usage;
 
 /// Arguments of `ddpm-cuda info`.
 #[derive(Debug, clap::Args)]
@@ -25,7 +29,19 @@ pub struct Args {
     /// A flag of OpenAI's scripts that FILE.pt does not tell, such as num_heads=4; may be given several times
     #[arg(long, value_name = "FLAG=VALUE", requires = "model")]
     pub set: Vec<String>,
+    /// Images of a training step [default: the preset's or the model's]
+    #[arg(long, value_name = "N")]
+    pub batch: Option<usize>,
+    /// Type of activations and gradients
+    #[arg(long, default_value = "f32", value_parser = choice::<Precision>())]
+    pub precision: Precision,
+    /// List every tensor that a training step keeps from its forward pass for its backward pass
+    #[arg(long)]
+    pub tape: bool,
 }
+
+/// Images of a step, at most; a layer has as many streams of dropout.
+const MOST_IMAGES: usize = 1 << 20;
 
 /// Runs the command.
 ///
@@ -33,13 +49,29 @@ pub struct Args {
 /// A model that cannot be read.
 pub fn run(args: &Args) -> Result<()> {
     let described = args.model.as_deref().map(|path| checkpoint::describe_with(path, &args.set)).transpose()?;
-    let config = match &described {
+    let mut config = match &described {
         Some(model) => model.config.clone(),
         None => Config::preset(args.preset.unwrap_or(Preset::Mnist)),
     };
+    if let Some(batch) = args.batch {
+        if batch == 0 || batch > MOST_IMAGES || !batch.is_multiple_of(config.accumulate) {
+            let by =
+                if config.accumulate > 1 { format!(" that divides by {}", config.accumulate) } else { String::new() };
+            usage!("--batch {batch}: a step takes a number of images from 1 to {MOST_IMAGES}{by}");
+        }
+        config.batch = batch;
+    }
     let m = &config.model;
     let (unet, specs) = UNet::new(m)?;
-    let costs = unet.costs(&specs, m.image_size.h, m.image_size.w);
+    // bf16 is a GPU's.
+    let device = match args.precision {
+        Precision::F32 => Device::cpu(),
+        Precision::Bf16 => Device::meta_gpu_for(DType::Bf16),
+    };
+    if args.tape {
+        return tape(&config, &unet, &specs, &device);
+    }
+    let costs = unet.costs_on(&device, &specs, m.image_size.h, m.image_size.w);
     say!("{:<32} {:>12} {:>14} {:>16}", "block", "parameters", "MFLOP forward", "KiB kept/image");
     for Cost { place, params, flops, saved } in &costs {
         say!(
@@ -90,10 +122,12 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     say!(
-        "training with batch {}: {:.1} GFLOP a step, about {:.2} GiB of memory",
+        "training with batch {}: {:.1} GFLOP a step, about {:.2} GiB of memory, of which {:.2} GiB are kept from the \
+         forward pass",
         config.batch,
         3.0 * flops as f64 * config.batch as f64 / 1e9,
-        memory_needed(&config, &unet, &specs, &Device::cpu()) as f64 / GIB
+        memory_needed(&config, &unet, &specs, &device) as f64 / GIB,
+        saved as f64 * (config.batch / config.accumulate) as f64 / GIB,
     );
     match available_memory() {
         Some(bytes) => say!("devices: {}, {:.1} GiB of memory available", Device::cpu(), bytes as f64 / GIB),
@@ -138,5 +172,34 @@ pub fn run(args: &Args) -> Result<()> {
         (None, Some(missing)) => say!("kernels: none, {missing}"),
         (None, None) => say!("kernels: none"),
     }
+    Ok(())
+}
+
+/// Lists the tape plan of a step, or of one of its micro-batches.
+fn tape(config: &Config, unet: &UNet, specs: &Specs, device: &Device) -> Result<()> {
+    let (m, images) = (&config.model, config.batch / config.accumulate);
+    let plan = unet.tape_plan(device, specs, Shape::new(images, m.image_size.h, m.image_size.w, m.channels))?;
+    say!("{:<32} {:<14} {:>18} {:>5} {:>16}", "block", "operation", "shape", "type", "bytes");
+    for Kept { place, op, shape, dtype, bytes, .. } in &plan {
+        let dtype = match dtype {
+            DType::F32 => "f32",
+            DType::Bf16 => "bf16",
+        };
+        say!("{place:<32} {op:<14} {:>18} {dtype:>5} {:>16}", shape.to_string(), grouped(*bytes as u64));
+    }
+    let bytes: u64 = plan.iter().map(|kept| kept.bytes as u64).sum();
+    say!("{:<32} {:<14} {:>18} {:>5} {:>16}", "in all", "", "", "", grouped(bytes));
+    let step = if config.accumulate > 1 {
+        format!("each of the {} micro-batches of a step, of {images} images", config.accumulate)
+    } else {
+        format!("a step of {images} images")
+    };
+    say!("");
+    say!(
+        "{} tensors, {:.2} GiB, are kept from the forward pass of {step}; each stands beside the first operation that \
+         holds it",
+        plan.len(),
+        bytes as f64 / GIB
+    );
     Ok(())
 }

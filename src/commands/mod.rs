@@ -12,6 +12,7 @@ mod on_data;
 mod opened;
 mod parts;
 pub mod predict;
+pub mod profile;
 pub mod quality;
 pub mod sample;
 mod signals;

@@ -135,7 +135,12 @@ impl Device {
 
     /// A meta device that stands for a GPU with f32 activations, where there is none to ask.
     pub fn meta_gpu() -> Self {
-        Device::Meta(meta::Meta::new(DType::F32, true, cuda::UNIT))
+        Device::meta_gpu_for(DType::F32)
+    }
+
+    /// The same with activations of type `activations`.
+    pub fn meta_gpu_for(activations: DType) -> Self {
+        Device::Meta(meta::Meta::new(activations, true, cuda::UNIT))
     }
 
     /// True for a GPU and for a meta device that stands for one.

@@ -3,12 +3,12 @@
 //! Norms, activations and resampling without weights are not counted. The bytes that a training step keeps come from
 //! the tape, by a forward pass over shapes alone.
 
-use super::{Affine, Attention, Classes, Head, Level, Norm, Pool, Resample, Resnet, UNet};
+use super::{Affine, Attention, Classes, DropoutSeed, Head, Level, Norm, Pool, Resample, Resnet, UNet};
 use crate::conditioning::Conditioning;
 use crate::device::Device;
 use crate::error::Result;
 use crate::params::{Param, Params, Specs};
-use crate::tape::{Tape, Var};
+use crate::tape::{Kept, Tape, Var};
 use crate::tensor::{DType, Shape, Tensor};
 
 /// The cost of one part of the network, for one image.
@@ -20,8 +20,8 @@ pub struct Cost {
     pub params: usize,
     /// FLOP of one forward pass over one image.
     pub flops: u64,
-    /// Bytes kept from the forward pass of one f32 image for its backward pass. A tensor kept by several parts counts
-    /// for the first.
+    /// Bytes kept from the forward pass of one image for its backward pass. A tensor kept by several parts counts for
+    /// the first.
     pub saved: u64,
 }
 
@@ -118,8 +118,14 @@ impl Level {
 }
 
 impl UNet {
-    /// The cost of each part for one `height` x `width` image, in the order of the forward pass.
+    /// The cost of each part for one `height` x `width` image, in the order of the forward pass; with what the CPU
+    /// keeps, in f32.
     pub fn costs(&self, specs: &Specs, height: usize, width: usize) -> Vec<Cost> {
+        self.costs_on(&Device::cpu(), specs, height, width)
+    }
+
+    /// The same with what `device` keeps.
+    pub fn costs_on(&self, device: &Device, specs: &Specs, height: usize, width: usize) -> Vec<Cost> {
         let pixels = |level: usize| (height >> level) * (width >> level);
         let mut time = Cost::new("time_embedding");
         time.affine(specs, &self.time_linear_1, 1);
@@ -160,22 +166,30 @@ impl UNet {
             Head::Classes(pool) => pool.add_to(&mut out, specs, lowest),
         }
         costs.push(out);
-        for (place, bytes) in self.saved(specs, height, width).expect("shapes need no memory") {
+        let image = Shape::new(1, height, width, self.model.channels);
+        for Kept { place, bytes, .. } in self.tape_plan(device, specs, image).expect("shapes need no memory") {
             let part = costs.iter_mut().find(|cost| cost.place == place);
             part.unwrap_or_else(|| panic!("{place} keeps {bytes} bytes and has no cost")).saved += bytes as u64;
         }
         costs
     }
 
-    /// The bytes that each operation of a forward pass over one image keeps, with its place in the network.
-    fn saved(&self, specs: &Specs, height: usize, width: usize) -> Result<Vec<(String, usize)>> {
-        let device = Device::cpu().meta();
+    /// The tape plan: every tensor that a training step over images of `shape`, (n, h, w, c), keeps on `device` from
+    /// its forward pass for its backward pass, in the order of the forward pass. By a step over shapes alone.
+    ///
+    /// # Errors
+    /// None; shapes need no memory.
+    pub fn tape_plan(&self, device: &Device, specs: &Specs, shape: Shape) -> Result<Vec<Kept>> {
+        let device = device.meta();
         let params = Params::zeros(&device, specs.clone())?;
         let mut tape = Tape::recording(&device, &params);
-        let x = Tensor::uninit(&device, DType::F32, Shape::new(1, height, width, self.model.channels))?;
-        let conditioning = Conditioning::from_labels(&device, self.model.is_conditional().then_some(&[0][..]))?;
-        let t = Tensor::uninit(&device, DType::F32, Shape::vector(1))?;
-        self.forward(&mut tape, &Var::constant(x), &t, &conditioning, None)?;
-        Ok(tape.saved().into_iter().map(|saved| (saved.place, saved.bytes)).filter(|(_, bytes)| *bytes > 0).collect())
+        let x = Tensor::uninit(&device, device.activations(), shape)?;
+        let per_image = || Tensor::uninit(&device, DType::F32, Shape::new(shape.n, 1, 1, 1));
+        let (t, labels) = (per_image()?, per_image()?);
+        let conditioning =
+            if self.model.is_conditional() { Conditioning::on_labels(labels) } else { Conditioning::NONE };
+        let masks = Some(DropoutSeed { seed: 0, step: 0, first: 0 });
+        self.forward(&mut tape, &Var::constant(x), &t, &conditioning, masks)?;
+        Ok(tape.plan())
     }
 }

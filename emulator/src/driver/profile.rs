@@ -45,7 +45,7 @@ macro_rules! counters {
 counters! {
     mma fma arithmetic special global shared local control
     flops_f16 flops_bf16 flops_tf32 flops_f32 flops_f64
-    global_load_bytes global_store_bytes global_sectors distinct_bytes
+    global_load_bytes global_store_bytes global_sectors distinct_bytes distinct_read_bytes distinct_written_bytes
     shared_wavefronts shared_ideal shared_load_cycles shared_load_ideal shared_store_cycles shared_store_ideal
     divergent_branches barriers atomics blocks
 }

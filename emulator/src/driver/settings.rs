@@ -44,7 +44,8 @@ pub struct Settings {
     pub multiprocessors: u32,
     /// CUDA_EMU_PROFILE: where the counters go as JSON.
     pub profile: Option<PathBuf>,
-    /// CUDA_EMU_CHECKS, CUDA_EMU_SEED, CUDA_EMU_THREADS, CUDA_EMU_ISA.
+    /// CUDA_EMU_CHECKS, CUDA_EMU_SEED, CUDA_EMU_THREADS, CUDA_EMU_ISA, and CUDA_EMU_BLOCKS, which no thread overrides:
+    /// fresh memory is then zero, not poison, since what the other blocks would have written is missing.
     pub run: Run,
 }
 
@@ -88,6 +89,9 @@ impl Settings {
             settings.multiprocessors = number("CUDA_EMU_SMS", &value, 1, 1024)?;
         }
         settings.profile = variable("CUDA_EMU_PROFILE").map(PathBuf::from);
+        if let Some(value) = variable("CUDA_EMU_BLOCKS").filter(|value| value != "all") {
+            settings.run.exec.blocks = u64::from(number("CUDA_EMU_BLOCKS", &value, 1, u32::MAX)?);
+        }
         for name in ["checks", "seed", "threads", "isa"] {
             let upper = format!("CUDA_EMU_{}", name.to_uppercase());
             if let Some(value) = variable(&upper) {
@@ -239,11 +243,12 @@ mod tests {
             ("CUDA_EMU_SMS", "4"),
             ("CUDA_EMU_SEED", "7"),
             ("CUDA_EMU_CHECKS", "bounds, leaks"),
+            ("CUDA_EMU_BLOCKS", "16"),
         ]);
         let settings = settings.unwrap_or_else(|why| panic!("{why}"));
         assert_eq!((settings.devices, settings.capability), (2, (9, 0)));
         assert_eq!((settings.memory, settings.multiprocessors), (512 << 20, 4));
-        assert_eq!(settings.run.exec.schedule_seed, Some(7));
+        assert_eq!((settings.run.exec.schedule_seed, settings.run.exec.blocks), (Some(7), 16));
         let checks = &settings.run.exec.checks;
         assert!(checks.bounds && !checks.uninitialised && !checks.shared_races);
         assert!(settings.run.leaks);
@@ -260,6 +265,7 @@ mod tests {
             ("CUDA_EMU_SEED", "-1"),
             ("CUDA_EMU_CHECKS", "bonds"),
             ("CUDA_EMU_ISA", "sse"),
+            ("CUDA_EMU_BLOCKS", "0"),
         ] {
             let message = with(&[(name, value)]).err().expect(value);
             assert!(message.starts_with(&format!("{name}={value}: ")), "{message}");

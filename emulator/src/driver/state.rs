@@ -204,7 +204,7 @@ pub fn init() -> Answer<&'static Driver> {
             pools.insert(default_pool.handle, default_pool.clone());
             Device {
                 ordinal,
-                memory: Memory::new(settings.memory),
+                memory: Memory::filled(settings.memory, settings.run.exec.blocks > 0),
                 primary: Mutex::default(),
                 pool: Mutex::new(default_pool.clone()),
                 default_pool,

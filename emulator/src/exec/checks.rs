@@ -816,6 +816,18 @@ impl Machine<'_> {
         }
     }
 
+    /// Notes sectors `first..=last` (addresses over 32) as read or written; an atomic does both.
+    #[inline(always)]
+    fn touch(&self, usage: Use, first: u64, last: u64) {
+        let Some([read, written]) = &self.env.touched else { return };
+        if usage != Use::Store {
+            read.touch(first, last);
+        }
+        if usage != Use::Load {
+            written.touch(first, last);
+        }
+    }
+
     /// Counts accesses to ranges, which begin at the lanes in `starts`.
     #[inline(always)]
     fn count_ranges(&mut self, at: &Addresses, starts: u32, range: impl Fn(u32) -> (u64, u64), site: Site) {
@@ -832,9 +844,7 @@ impl Machine<'_> {
                 _ => sectors += last - first + 1,
             }
             before = Some(last);
-            if let Some(touched) = &self.env.touched {
-                touched.touch(first, last);
-            }
+            self.touch(site.usage, first, last);
         }
         self.count_asked(site);
         self.counters.global_sectors += sectors;
@@ -842,8 +852,6 @@ impl Machine<'_> {
 
     fn count_global(&mut self, at: &Addresses, site: Site) {
         self.count_asked(site);
-        let counters = &mut self.counters;
-        let touched = self.env.touched.as_ref();
         // An access is aligned to its size of at most 16 bytes, so it touches one sector.
         let mut sectors = at.map(|a| a / 32);
         if !sectors.is_sorted() {
@@ -852,10 +860,8 @@ impl Machine<'_> {
         let mut last = None;
         for sector in sectors {
             if last != Some(sector) {
-                counters.global_sectors += 1;
-                if let Some(touched) = touched {
-                    touched.touch(sector, sector);
-                }
+                self.counters.global_sectors += 1;
+                self.touch(site.usage, sector, sector);
                 last = Some(sector);
             }
         }

@@ -216,6 +216,9 @@ pub struct Settings {
     /// Faults a launch when a warp has executed this many instructions (CUDA_ERROR_LAUNCH_TIMEOUT), which catches
     /// endless loops; 0 is no limit.
     pub instruction_limit: u64,
+    /// Runs only so many blocks of a grid, spread over it, and leaves the rest of its results undone: for counting what
+    /// a block does in grids too large to run. 0 is all, as in a cooperative launch, whose blocks wait for each other.
+    pub blocks: u64,
 }
 
 impl Default for Settings {
@@ -228,6 +231,7 @@ impl Default for Settings {
             counters: true,
             output: None,
             instruction_limit: 0,
+            blocks: 0,
         }
     }
 }
@@ -269,6 +273,10 @@ pub struct Counters {
     pub global_sectors: u64,
     /// Distinct bytes of global memory touched, in whole 32-byte sectors.
     pub distinct_bytes: u64,
+    /// Those of `distinct_bytes` that are read.
+    pub distinct_read_bytes: u64,
+    /// Those of `distinct_bytes` that are written.
+    pub distinct_written_bytes: u64,
     /// Passes over the banks, of one cycle each, that accesses to shared memory take.
     pub shared_wavefronts: u64,
     /// Passes they would take without bank conflicts.
@@ -287,7 +295,7 @@ pub struct Counters {
     pub barriers: u64,
     /// Lanes' atomic operations.
     pub atomics: u64,
-    /// Blocks run.
+    /// Blocks run: those of the grid, or of a sample of it.
     pub blocks: u64,
 }
 
@@ -302,14 +310,14 @@ impl Counters {
         } += flops;
     }
 
-    /// Adds another launch's counts (`distinct_bytes` too: bytes touched by both count twice).
+    /// Adds another launch's counts (those of distinct bytes too: bytes touched by both count twice).
     pub fn add(&mut self, other: &Counters) {
         for (mine, theirs) in self.values_mut().into_iter().zip(other.clone().values_mut()) {
             *mine += *theirs;
         }
     }
 
-    fn values_mut(&mut self) -> [&mut u64; 27] {
+    fn values_mut(&mut self) -> [&mut u64; 29] {
         let Counters {
             mma,
             fma,
@@ -328,6 +336,8 @@ impl Counters {
             global_store_bytes,
             global_sectors,
             distinct_bytes,
+            distinct_read_bytes,
+            distinct_written_bytes,
             shared_wavefronts,
             shared_ideal,
             shared_load_cycles,
@@ -357,6 +367,8 @@ impl Counters {
             global_store_bytes,
             global_sectors,
             distinct_bytes,
+            distinct_read_bytes,
+            distinct_written_bytes,
             shared_wavefronts,
             shared_ideal,
             shared_load_cycles,

@@ -6,6 +6,9 @@
 //! Polls are the loads by which a program can wait for other blocks: on global memory, a volatile or other strong load,
 //! an atomic with a result, or a single thread's load past the L1 cache.
 //!
+//! **Sample.** [`Settings::blocks`] may limit a launch to some blocks of its grid, spread over it by a stride that is
+//! the golden section of their number, so that they meet no period of the grid.
+//!
 //! **Order.** Without a seed, blocks and warps run in order and a warp keeps its turn until it waits. With a seed,
 //! blocks are issued in a random order, the next warp is drawn at random, and turns are short and random.
 //!
@@ -38,6 +41,9 @@ const RESIDENT: (u32, u32) = (2048, 32);
 /// Polls of a warp after which its block counts as waiting for another. Loops that poll a few times per iteration
 /// without waiting stay below.
 const POLLS: u64 = 1 << 12;
+
+/// The golden section, whose multiples are spread most evenly over a circle, however many there are.
+const GOLDEN: f64 = 0.618_033_988_749_894_9;
 
 /// Bytes of the workspace of a cooperative grid.
 const GRID_WORKSPACE: u64 = 64;
@@ -77,17 +83,22 @@ fn runner(wanted: Option<Isa>) -> Runner {
     }
 }
 
-/// The order of issue: a permutation of `0..count` that needs no table.
+/// The order of issue: a permutation of `0..count` that needs no table, of which the first `run` are run.
 struct Order {
     count: u64,
+    run: u64,
     factor: u64,
     offset: u64,
 }
 
 impl Order {
-    fn new(count: u64, seed: Option<u64>) -> Self {
-        let Some(seed) = seed else {
-            return Order { count, factor: 1, offset: 0 };
+    /// `most`: how many blocks are run at most; 0 is all.
+    fn new(count: u64, seed: Option<u64>, most: u64) -> Self {
+        let run = if most == 0 { count } else { most.min(count) };
+        let (factor, offset) = match seed {
+            _ if run < count => ((count as f64 * GOLDEN) as u64, 0),
+            Some(seed) => (mix(seed) % count, mix(mix(seed)) % count),
+            None => return Order { count, run, factor: 1, offset: 0 },
         };
         let gcd = |mut a: u64, mut b: u64| {
             while b != 0 {
@@ -95,14 +106,14 @@ impl Order {
             }
             a
         };
-        let mut factor = mix(seed) % count;
+        let mut factor = factor;
         while gcd(factor, count) != 1 {
             factor = (factor + 1) % count;
             if count == 1 {
                 break;
             }
         }
-        Order { count, factor, offset: mix(mix(seed)) % count }
+        Order { count, run, factor, offset }
     }
 
     fn block(&self, issue: u64) -> u64 {
@@ -186,13 +197,13 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         },
         touched: settings.counters.then(|| {
             let end = allocations.last().map_or(range.0, |last| last.address + last.bytes);
-            Touched::new(range.0, if checks.bounds { end - range.0 } else { range.1 })
+            [(); 2].map(|()| Touched::new(range.0, if checks.bounds { end - range.0 } else { range.1 }))
         }),
         grid_workspace: workspace.unwrap_or(0),
     };
     let shared = Shared {
         env: &env,
-        order: Order::new(count, settings.schedule_seed),
+        order: Order::new(count, settings.schedule_seed, if launch.cooperative { 0 } else { settings.blocks }),
         next: AtomicU64::new(0),
         first_fault: AtomicU64::new(u64::MAX),
         fault: Mutex::new(None),
@@ -201,7 +212,7 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
         run: runner(settings.isa),
     };
     let cores = if settings.threads == 0 { rayon::current_num_threads() } else { settings.threads };
-    let workers = (cores as u64).min(count);
+    let workers = (cores as u64).min(shared.order.run);
     if workers == 1 {
         shared.work();
     } else if settings.threads == 0 {
@@ -230,8 +241,13 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
     }
     let mut counters = shared.counters.into_inner().unwrap_or_else(PoisonError::into_inner);
     if settings.counters {
-        counters.distinct_bytes = env.touched.as_ref().map_or(0, |touched| touched.sectors() * 32);
-        counters.blocks = count;
+        if let Some([read, written]) = &env.touched {
+            counters.distinct_read_bytes = read.sectors() * 32;
+            counters.distinct_written_bytes = written.sectors() * 32;
+            let both = read.sectors_in_both(written) * 32;
+            counters.distinct_bytes = counters.distinct_read_bytes + counters.distinct_written_bytes - both;
+        }
+        counters.blocks = shared.order.run;
     }
     Ok(counters)
 }
@@ -259,7 +275,7 @@ impl Shared<'_> {
         loop {
             let full = (busy >= MAX_BEGUN || aside.len() >= resident.max(MAX_BEGUN)) && !launch.cooperative;
             let issue = if full { u64::MAX } else { self.next.fetch_add(1, Ordering::Relaxed) };
-            let fresh = issue < self.order.count && issue <= self.first_fault.load(Ordering::Relaxed);
+            let fresh = issue < self.order.run && issue <= self.first_fault.load(Ordering::Relaxed);
             if fresh {
                 machine.block = spare.pop().unwrap_or_default();
                 machine.start(issue, self.order.block(issue));

@@ -261,8 +261,8 @@ pub struct Env<'a> {
     pub first_constant: u32,
     /// Races between blocks.
     pub global_races: Option<GlobalRaces>,
-    /// Sectors touched.
-    pub touched: Option<Touched>,
+    /// Sectors read and written, in this order.
+    pub touched: Option<[Touched; 2]>,
     /// Zeroed memory for the barrier of a cooperative grid; 0 for other launches.
     pub grid_workspace: u64,
 }
@@ -305,6 +305,13 @@ impl Touched {
     pub fn sectors(&self) -> u64 {
         let words = self.pages.iter().filter_map(|page| page.get()).flat_map(|page| page.iter());
         words.map(|word| u64::from(word.load(Ordering::Relaxed).count_ones())).sum()
+    }
+
+    /// How many sectors have been touched both here and in `other`, which begins where this does.
+    pub fn sectors_in_both(&self, other: &Touched) -> u64 {
+        let pages = self.pages.iter().zip(&other.pages).filter_map(|(a, b)| a.get().zip(b.get()));
+        let words = pages.flat_map(|(a, b)| a.iter().zip(b.iter()));
+        words.map(|(a, b)| u64::from((a.load(Ordering::Relaxed) & b.load(Ordering::Relaxed)).count_ones())).sum()
     }
 }
 

@@ -5,11 +5,13 @@
 //! block.
 
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
+use super::counters::{self, Counted};
 use super::driver::result;
 use super::trace::Trace;
 use super::{Buffer, Gpu, driver_error};
@@ -460,6 +462,10 @@ impl<'a> Launch<'a> {
             )
         };
         self.gpu.inner.trace.around(kernel.name, stream, launch).map_err(failed)?;
+        if let Some(counted) = self.gpu.inner.counted.get() {
+            let launch = self.counted(counters::of_last_launch()?);
+            counted.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(launch);
+        }
         if matches!(self.gpu.inner.trace, Trace::Sync) {
             stream.synchronize().map_err(|e| driver_error(&format!("running {}", self.describe()), e))?;
         }
@@ -475,6 +481,29 @@ impl<'a> Launch<'a> {
             self.shared,
             arguments.join(", ")
         )
+    }
+
+    fn counted(&self, counters: counters::Counters) -> Counted {
+        // By address, since an array may be passed twice.
+        let mut arrays = [BTreeMap::new(), BTreeMap::new()];
+        for (argument, (kind, _)) in self.arguments.list.iter().zip(self.kernel.params) {
+            let bytes = match argument.what {
+                What::Array(shape, dtype) => shape.len() * dtype.size(),
+                What::Bytes(bytes) => bytes,
+                _ => continue,
+            };
+            let address: u64 = bytemuck::pod_read_unaligned(self.arguments.bytes(argument));
+            let known = arrays[usize::from(*kind == Kind::PointerMut)].entry(address).or_insert(0);
+            *known = bytes.max(*known);
+        }
+        Counted {
+            kernel: self.kernel.name.into(),
+            blocks: self.grid.iter().map(|n| *n as u64).product(),
+            threads: self.block.iter().product(),
+            shared: self.shared,
+            arrays: arrays.map(|known| known.into_values().map(|bytes| bytes as u64).sum()),
+            counters,
+        }
     }
 
     fn launched(&self) -> Launched {

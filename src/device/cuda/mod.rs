@@ -7,6 +7,7 @@
 //! Deliberately absent: several streams and events between them, unified memory.
 
 mod clock;
+mod counters;
 mod driver;
 mod launch;
 mod modules;
@@ -26,6 +27,7 @@ use crate::shape::DType;
 use driver::{CudaContext, CudaStream, DriverError, result, sys};
 
 pub use clock::DeviceClock;
+pub use counters::{Counted, Counters};
 pub use launch::{Array, Launch, Launched, View, ViewMut, each_four, each_four_of_images};
 pub use pool::Buffer;
 pub(super) use pool::UNIT;
@@ -61,6 +63,8 @@ struct Inner {
     trace: trace::Trace,
     /// Launches so far, if they are being recorded.
     record: OnceLock<Mutex<Vec<Launched>>>,
+    /// The same with the emulator's counters.
+    counted: OnceLock<Mutex<Vec<Counted>>>,
     emulated: bool,
     /// What the user should know about the kernels.
     notes: Vec<String>,
@@ -290,7 +294,15 @@ impl Gpu {
     /// `Error::Failed` if this build has no CUDA support or no kernels, or if there is no driver, no such GPU, or it is
     /// too old.
     pub fn open(number: usize, activations: DType, guarded: bool) -> Result<Self> {
-        Self::open_as(number, activations, guarded, false)
+        Self::open_as(number, activations, guarded, false, trace::Trace::from_environment()?)
+    }
+
+    /// A GPU that measures each launch by two events, for [`Gpu::launch_times`].
+    ///
+    /// # Errors
+    /// As [`Gpu::open`].
+    pub fn open_timed(number: usize, activations: DType) -> Result<Self> {
+        Self::open_as(number, activations, false, false, trace::Trace::timing())
     }
 
     /// A guarded GPU with guard words on the emulator too, where they hide from it where a buffer ends: for tests of
@@ -299,11 +311,16 @@ impl Gpu {
     /// # Errors
     /// As [`Gpu::open`].
     pub fn open_with_guard_words(number: usize, activations: DType) -> Result<Self> {
-        Self::open_as(number, activations, true, true)
+        Self::open_as(number, activations, true, true, trace::Trace::from_environment()?)
     }
 
-    fn open_as(number: usize, activations: DType, guarded: bool, guard_words: bool) -> Result<Self> {
-        let trace = trace::Trace::from_environment()?;
+    fn open_as(
+        number: usize,
+        activations: DType,
+        guarded: bool,
+        guard_words: bool,
+        trace: trace::Trace,
+    ) -> Result<Self> {
         if let Some(missing) = missing_in_this_build() {
             let what = format!("cuda:{number} was asked for, but {missing}, or use --device cpu");
             return Err(Error::Failed(what));
@@ -338,6 +355,7 @@ impl Gpu {
             purpose: Mutex::default(),
             trace,
             record: OnceLock::new(),
+            counted: OnceLock::new(),
             emulated,
             notes,
         };
@@ -352,6 +370,11 @@ impl Gpu {
     /// Sentences for the user about the kernels, such as that they come from `DDPM_KERNELS`.
     pub fn notes(&self) -> &[String] {
         &self.inner.notes
+    }
+
+    /// N in cuda:N.
+    pub fn number(&self) -> usize {
+        self.inner.number
     }
 
     /// True on the emulator.

@@ -4,7 +4,7 @@
 //! An event is taken by the GPU when it gets there in the stream. So the time of a kernel that the GPU waits for,
 //! because the host is late with its launch, has the wait in it: a microsecond or two.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, PoisonError};
 
 use super::driver::{CudaEvent, CudaStream, DriverError, sys};
@@ -36,6 +36,8 @@ pub(super) struct Times {
     spare: Vec<[CudaEvent; 2]>,
     /// Launches and milliseconds.
     sums: HashMap<&'static str, (u64, f64)>,
+    /// They are taken by whoever asked for them and not printed.
+    silent: bool,
 }
 
 impl Trace {
@@ -54,6 +56,19 @@ impl Trace {
                 value.unwrap_or("not UTF-8")
             ))),
         }
+    }
+
+    /// Measures each launch, for [`Trace::take`].
+    pub fn timing() -> Trace {
+        Trace::Time(Mutex::new(Times { silent: true, ..Times::default() }))
+    }
+
+    /// Launches and milliseconds since the last call.
+    pub fn take(&self) -> std::result::Result<BTreeMap<&'static str, (u64, f64)>, DriverError> {
+        let Trace::Time(times) = self else { return Ok(BTreeMap::new()) };
+        let mut times = times.lock().unwrap_or_else(PoisonError::into_inner);
+        times.settle()?;
+        Ok(std::mem::take(&mut times.sums).into_iter().collect())
     }
 
     /// Runs `launch`, measured if times are asked for.
@@ -83,6 +98,9 @@ impl Trace {
     pub fn report(&self) {
         let Trace::Time(times) = self else { return };
         let mut times = times.lock().unwrap_or_else(PoisonError::into_inner);
+        if times.silent {
+            return;
+        }
         if let Err(e) = times.settle() {
             eprintln!("kernel time: {}", driver_error("reading the events", e));
             return;
