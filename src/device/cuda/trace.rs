@@ -56,6 +56,11 @@ impl Trace {
         }
     }
 
+    /// True if anything is shown.
+    pub fn is_on(&self) -> bool {
+        !matches!(self, Trace::Off)
+    }
+
     /// Runs `launch`, measured if times are asked for.
     pub fn around(
         &self,
