@@ -2,9 +2,9 @@
 //!
 //! Four things change from step to step: the step number, which seeds the random streams; the factors of the update
 //! (warm-up, bias correction, moving average); the meter row the step writes; and the place of its images among those
-//! that are loaded. On a GPU the clock is a struct of these in device memory, written at the start of a step and read by
-//! the kernels that need it. So every step launches the same kernels with the same arguments, and is captured in a CUDA
-//! graph that later steps replay.
+//! that are loaded. On a GPU the clock is a struct of these in device memory, written at the start of a step and read
+//! by the kernels that need it. So every step launches the same kernels with the same arguments, and is captured in a
+//! CUDA graph that later steps replay.
 
 use crate::device::Device;
 use crate::device::cuda::DeviceClock;

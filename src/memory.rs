@@ -16,7 +16,8 @@ use crate::unet::{DropoutSeed, UNet};
 /// Bytes that a training run takes of `device`.
 ///
 /// What the run keeps, and what a step over one micro-batch has alive at its fullest, are asked of a step on shapes
-/// alone; the factors of every timestep and the bytes of a step's images are added. Scratch space, which the pools keep by its size, is estimated:
+/// alone; the factors of every timestep and the bytes of a step's images are added. Scratch space, which the pools keep
+/// by its size, is estimated:
 ///
 /// - beside each convolution's weight, for every size of weight there is, its transform (4 times as many numbers) and
 ///   as much for its gradient; a GPU's split-K segments are of this order, too;

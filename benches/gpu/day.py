@@ -775,8 +775,8 @@ def twin(stage):
 
 
 def host(stage):
-    """What a step costs the host: steps a second where the GPU idles, processor time of a step, which is one launch of a
-    graph, and of each of its launches without graphs."""
+    """What a step costs the host: steps a second where the GPU idles, processor time of a step, which is one launch of
+    a graph, and of each of its launches without graphs."""
     day = stage.day
     few, many = (1, 3) if day.emulated else (100, 1100)
     launches = lambda ran: len(re.findall(r"^\w+ on \d+x\d+x\d+ blocks of ", ran.err, re.M))
