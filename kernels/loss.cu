@@ -255,7 +255,7 @@ __device__ __forceinline__ void any(T* dy, MeterRow* rows, double* partial, unsi
     const float scaled = weights != nullptr ? factor * weights[i] : factor;
     T* dy_i = dy != nullptr ? dy + size_t(i) * image * (doubled ? 2 : 1) : nullptr;
     double squares = 0.0, nats = 0.0;
-    each_difference(y, t, pixels, indices, row, image, w, c, doubled, needs_bytes, stream, mirrored,
+    each_difference(y, t, pixels, of_place(indices, clock), row, image, w, c, doubled, needs_bytes, stream, mirrored,
                     [&](unsigned at, float d, float delta, float, unsigned char u) {
                         squares += double(d) * double(d);
                         Term term = {0.0f, 0.0f, 0.0f};

@@ -5,9 +5,9 @@
 //            stream; u = pixels[rows[i]], mirrored along w if flipped;  x_t[i, k] = byte_t (2u - 255) + eps_t z_k.
 //            Also writes t and the labels, which are `null` where a stream's first word is below `dropped`.
 //            If strata is not 0, t_i = timesteps ((u + stream_i/strata) mod 1), one u for all; if given, t holds it
-// layout     pixels (images, h, w, c) u8; rows (n) u32, class_of (n) u32 or null, both of this batch; x_t (n, h, w, c)
-//            f32 or bf16; t, labels (n) f32; table (timesteps, 2) f32: byte_t = sqrt(alpha_bar_t) / 255,
-//            eps_t = sqrt(1 - alpha_bar_t)
+// layout     pixels (images, h, w, c) u8; rows (n) u32, class_of (n) u32 or null, both from the batch's place on
+//            (clock.cuh); x_t (n, h, w, c) f32 or bf16; t, labels (n) f32; table (timesteps, 2) f32:
+//            byte_t = sqrt(alpha_bar_t) / 255, eps_t = sqrt(1 - alpha_bar_t)
 // mapping    thread = 4 neighbours of one image = one Philox block; grid (ceil(h w c / 1024), images up to 65535,
 //            looped)
 // shared     12 B: timestep and flip of the image, drawn by thread 0, read by all; where in its row of the image the
@@ -39,6 +39,7 @@ __device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsig
     if (threadIdx.x == 0) start = unsigned(size_t(blockIdx.x) * (4 * THREADS) % row);
     const size_t block = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     const Stream streams = of_step(noise, clock);
+    const unsigned* row_of = of_place(rows, clock);
     for (unsigned i = blockIdx.y; i < n; i += gridDim.y) {
         const Stream stream = of_image(streams, i);
         if (threadIdx.x == 0) {
@@ -55,13 +56,13 @@ __device__ __forceinline__ void fwd(T* x_t, float* t, float* labels, const unsig
             if (!given) t[i] = float(t_i);
             if (class_of != nullptr) {
                 const bool drop = dropped > 0 && philox(for_purpose(stream, purpose_drop), 0).x < dropped;
-                labels[i] = float(drop ? null : class_of[i]);
+                labels[i] = float(drop ? null : of_place(class_of, clock)[i]);
             }
         }
         if (4 * block >= image) continue;
         const float byte_t = table[2 * t_i], eps_t = table[2 * t_i + 1];
         const float4 z = normals(stream, uint32_t(block));
-        const unsigned char* u = pixels + size_t(rows[i]) * image;
+        const unsigned char* u = pixels + size_t(row_of[i]) * image;
         const unsigned count = unsigned(min(size_t(4), image - 4 * block));
         const float noise[4] = {z.x, z.y, z.z, z.w};
         unsigned char bytes[4] = {0, 0, 0, 0};

@@ -15,15 +15,17 @@
 //            threshold: limits[i] = the quantile of image i's |x_0|, between ranks `rank` and rank + 1, at least 1 and
 //                       at most `largest`
 //            norms:     factors[i] = (-e / noise, sqrt(2 e)), e = two_alpha (snr noise |z| / |eps|)^2
+//            times:     t[i] = the turn's timestep
 // layout     x, next, x_0, before, gradient, from, mask (n, h, w, c) f32; y (the network's output) (halves n, h, w, c)
 //            in T, or 2c channels with v, the variance, in the second c; input (copies n, h, w, c) in T; per image f32
 // mapping    start to diffuse: thread = 4 neighbours of one image = one Philox block; grid (ceil(image/1024), images up
-//            to 65535, looped). The rest: a block an image, 4 neighbours a thread at a time
+//            to 65535, looped); times: thread = image. The rest: a block an image, 4 neighbours a thread at a time
 // shared     rescale, norms: 64 B, the warps' sums; threshold: 1036 B, a histogram of one byte of the bits of |x_0|
 // bound by   memory without noise (12 bytes per element in f32 for ddim); Philox and Box-Muller with it. The statistics
 //            read an image from the cache that it was just written to, threshold four times
 // host       image < 2^32; n < 2^31; bound is infinite if x_0 is not clipped; `row` is 1, or so many images draw from
-//            the stream of the first of them. One 32-bit division for 4 elements if the channels are doubled
+//            the stream of the first of them; the turn is the step's or, but for times, null. One 32-bit division for 4
+//            elements if the channels are doubled
 // numerics   f32 in the CPU's order of operations: the CPU's bits for equal y, if the CPU has FMA, but for a learned
 //            variance (expf, 2 ulp) and sums (f64, in another order); NaN stays NaN
 #include "dtype.cuh"
@@ -47,6 +49,24 @@ struct Factors {
     float variance;                  // if it is not learned
     float shift_x0, shift_mean;      // of the gradient, scaled
 };
+
+// Host twin: what changes from one step of a reverse process to the next, in device memory, written at a step's start
+// in stream order. So the launches of a step are captured once in a CUDA graph and replayed at every other timestep.
+// Kernels take `const Turn* turn` as their last parameter; with a null pointer the arguments themselves count.
+struct Turn {
+    uint32_t step;    // the `step` of the noise's streams
+    float time;       // the timestep that the network is given
+    Factors factors;
+};
+
+__device__ __forceinline__ Factors of_turn(const Factors& f, const Turn* turn) {
+    return turn != nullptr ? turn->factors : f;
+}
+
+__device__ __forceinline__ Stream of_turn(Stream s, const Turn* turn) {
+    if (turn != nullptr) s.step = turn->step;
+    return s;
+}
 
 // Stores elements i .. i + count of the new x.
 template <class T>
@@ -127,9 +147,11 @@ template <class T>
 __device__ __forceinline__ void step(float* next, T* input, float* x_0, const float* x, const T* y, const float* before,
                                      const float* gradient, const float* scale, const float* limits, size_t n,
                                      size_t image, unsigned copies, unsigned learned, const Reading& r,
-                                     const Factors& f, const Stream& streams, unsigned row) {
+                                     const Factors& by_value, const Stream& given, unsigned row, const Turn* turn) {
     const size_t block = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (4 * block >= image) return;
+    const Factors f = of_turn(by_value, turn);
+    const Stream streams = of_turn(given, turn);
     const unsigned count = unsigned(min(size_t(4), image - 4 * block));
     const bool vector = image % 4 == 0;
     for (size_t i = blockIdx.y; i < n; i += gridDim.y) {
@@ -256,7 +278,8 @@ __device__ __forceinline__ void rescale(float* scale, const T* y, size_t n, unsi
 template <class T>
 __device__ __forceinline__ void threshold(float* limits, const float* x, const T* y, const float* scale, size_t n,
                                           unsigned image, float x0_xt, float x0_output, unsigned rank, double fraction,
-                                          float largest, const Reading& r) {
+                                          float largest, const Reading& r, const Turn* turn) {
+    if (turn != nullptr) x0_xt = turn->factors.x0_xt, x0_output = turn->factors.x0_output;
     __shared__ unsigned counts[256];
     __shared__ unsigned found, left, above;
     const size_t i = blockIdx.x;
@@ -339,6 +362,11 @@ __device__ __forceinline__ void norms(float* factors, const float* x, const T* y
     factors[2 * i] = float(-e / noise), factors[2 * i + 1] = float(sqrt(2.0 * e));
 }
 
+extern "C" __global__ void __launch_bounds__(THREADS) sample_step_times(float* t, unsigned n, const Turn* turn) {
+    const unsigned i = blockIdx.x * THREADS + threadIdx.x;
+    if (i < n) t[i] = turn->time;
+}
+
 // sample_step_start_f32, and so on, and the same in bf16. Without a bound on the blocks, ptxas squeezes norms into 32
 // registers on sm_80 and step into 48 on sm_120, by spilling.
 #define ENTRIES(suffix, T) \
@@ -349,8 +377,9 @@ __device__ __forceinline__ void norms(float* factors, const float* x, const T* y
     extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_step_step_##suffix( \
         float* next, T* input, float* x_0, const float* x, const T* y, const float* before, const float* gradient, \
         const float* scale, const float* limits, size_t n, size_t image, unsigned copies, unsigned learned, \
-        Reading r, Factors f, Stream streams, unsigned row) { \
-        step(next, input, x_0, x, y, before, gradient, scale, limits, n, image, copies, learned, r, f, streams, row); \
+        Reading r, Factors f, Stream streams, unsigned row, const Turn* turn) { \
+        step(next, input, x_0, x, y, before, gradient, scale, limits, n, image, copies, learned, r, f, streams, row, \
+             turn); \
     } \
     extern "C" __global__ void __launch_bounds__(THREADS) sample_step_correct_##suffix( \
         float* next, T* input, const float* x, const T* y, const float* scale, const float* factors, size_t n, \
@@ -368,8 +397,8 @@ __device__ __forceinline__ void norms(float* factors, const float* x, const T* y
     } \
     extern "C" __global__ void __launch_bounds__(THREADS) sample_step_threshold_##suffix( \
         float* limits, const float* x, const T* y, const float* scale, size_t n, unsigned image, float x0_xt, \
-        float x0_output, unsigned rank, double fraction, float largest, Reading r) { \
-        threshold(limits, x, y, scale, n, image, x0_xt, x0_output, rank, fraction, largest, r); \
+        float x0_output, unsigned rank, double fraction, float largest, Reading r, const Turn* turn) { \
+        threshold(limits, x, y, scale, n, image, x0_xt, x0_output, rank, fraction, largest, r, turn); \
     } \
     extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_step_norms_##suffix( \
         float* factors, const float* x, const T* y, const float* scale, size_t n, unsigned image, float eps_xt, \

@@ -1,10 +1,10 @@
 //! The clock of training: everything that changes from one step to the next, in one struct.
 //!
 //! Four things change from step to step: the step number, which seeds the random streams; the factors of the update
-//! (warm-up, bias correction, moving average); the meter row the step writes; and the addresses of its images. The
-//! first three live in the clock. On a GPU that is a struct in device memory, written at the start of a step and read
-//! by the kernels that need it. So every step launches the same kernels with the same arguments, except for the images,
-//! and could be captured in a CUDA graph.
+//! (warm-up, bias correction, moving average); the meter row the step writes; and the place of its images among those
+//! that are loaded. On a GPU the clock is a struct of these in device memory, written at the start of a step and read
+//! by the kernels that need it. So every step launches the same kernels with the same arguments, and is captured in a
+//! CUDA graph that later steps replay.
 
 use crate::device::Device;
 use crate::device::cuda::DeviceClock;
@@ -30,17 +30,18 @@ impl Clock {
         Ok(Clock { device: device.clone(), on_gpu })
     }
 
-    /// Begins step `step` (from 0), which writes row `row` of the meter and ends with the update described by `adam`.
+    /// Begins step `step` (from 0), whose images begin at place `place` of those loaded, which writes row `row` of the
+    /// meter and ends with the update described by `adam`.
     /// Returns the device to run it on: on a GPU, a handle through which operations that draw, measure or update read
     /// the clock, after asserting that it agrees with their arguments. Drop the handle before the next step begins.
     /// Does not wait for the GPU.
     ///
     /// # Errors
     /// A GPU error.
-    pub fn begin(&mut self, step: u32, adam: AdamFactors, row: u32) -> Result<Device> {
+    pub fn begin(&mut self, step: u32, place: u32, adam: AdamFactors, row: u32) -> Result<Device> {
         match &mut self.on_gpu {
             None => Ok(self.device.clone()),
-            Some(on_gpu) => on_gpu.set(clock::Clock { step, row, adam }).map(Device::Cuda),
+            Some(on_gpu) => on_gpu.set(clock::Clock { step, row, place, adam }).map(Device::Cuda),
         }
     }
 }

@@ -49,8 +49,8 @@
 //! - Everything about an operation has one stem: `src/ops/S.rs`, `kernels/S.cu`, `tests/ops/S.rs`, `benches/ops/S.rs`,
 //!   kernel symbols `S_*`; a test enforces it.
 //! - Nothing outside [`device::cuda`] knows a device address: launches take tensors and views. A training step on a GPU
-//!   waits for nothing, and if the data set fits there uploads only its [`clock`], 40 bytes. What it measured is read
-//!   when the log asks.
+//!   waits for nothing, and if the data set fits there uploads only its [`clock`], 44 bytes; its launches are one CUDA
+//!   graph. What it measured is read when the log asks.
 //! - Tensors are contiguous and channels-last. Other layouts exist only in [`checkpoint`], [`commands::predict`] and
 //!   [`data`], which read and write files of other tools.
 //! - A result has the same bits for any number of threads: work is split by its size, never by the number of threads,

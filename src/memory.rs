@@ -16,7 +16,8 @@ use crate::unet::{DropoutSeed, UNet};
 /// Bytes that a training run takes of `device`.
 ///
 /// What the run keeps, and what a step over one micro-batch has alive at its fullest, are asked of a step on shapes
-/// alone; the factors of every timestep are added. Scratch space, which the pools keep by its size, is estimated:
+/// alone; the factors of every timestep and the bytes of a step's images are added. Scratch space, which the pools keep
+/// by its size, is estimated:
 ///
 /// - beside each convolution's weight, for every size of weight there is, its transform (4 times as many numbers) and
 ///   as much for its gradient; a GPU's split-K segments are of this order, too;
@@ -37,7 +38,11 @@ pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs, device: &Devic
     let scratch = 2 * 4 * 4 * weights.iter().sum::<u64>() + BLOCKS_AND_TILES;
     let scratch_of_images = if device.is_gpu() { 0 } else { activations / 5 * 4 };
     let factors = (config.diffusion.timesteps * (size_of::<Row>() + size_of::<[f32; 2]>())) as u64;
-    let state = held.state.saturating_add(factors);
+    // The bytes of a step's images, on a GPU that does not hold the data set.
+    let size = unet.model().image_size;
+    let bytes = (size.pixels() * unet.model().channels) as u64;
+    let images = if device.is_gpu() { bytes.saturating_mul(config.batch as u64) } else { 0 };
+    let state = held.state.saturating_add(factors).saturating_add(images);
     state.saturating_add(scratch).saturating_add(activations).saturating_add(scratch_of_images)
 }
 

@@ -153,6 +153,13 @@ impl Meter {
         }
     }
 
+    /// The last row begun holds nothing yet, whatever has been captured: for work that is launched twice.
+    pub fn restart(&mut self) {
+        if let Meter::Cuda(meter) = self {
+            meter.fresh = true;
+        }
+    }
+
     /// Index of the last row begun, from 0.
     pub fn row(&self) -> u32 {
         let used = match self {

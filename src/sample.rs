@@ -6,6 +6,7 @@
 pub mod encode;
 pub mod inpaint;
 pub mod interpolate;
+mod replay;
 
 use crate::conditioning::Conditioning;
 use crate::config::Diffusion;
@@ -15,7 +16,7 @@ use crate::diffusion::sampler::{Before, Samples};
 use crate::diffusion::{Method, Sampler, Schedule, Spacing, Timesteps, Variance};
 use crate::error::{Error, Result};
 use crate::memory::available_on;
-use crate::ops::sample_step::{Given, Noise, Wanted, advance, correct, diffuse, start_from};
+use crate::ops::sample_step::{Given, Noise, Wanted, advance, correct, diffuse, start_from, times, turn_of};
 use crate::output;
 use crate::params::Params;
 use crate::rng::Streams;
@@ -23,6 +24,7 @@ use crate::tape::{Tape, Var};
 use crate::tensor::{DType, Shape, Tensor};
 use crate::unet::UNet;
 use crate::usage;
+use replay::{Chain, Kind, Replays, Turns};
 
 /// Default number of sampling steps. Ancestral sampling is the default method because it corrects its own errors: after
 /// a short training it draws clean images where DDIM leaves specks. More than 100 steps change little that is visible.
@@ -74,6 +76,9 @@ pub struct Call<'a> {
     pub t: f32,
     /// 1, or 2 for guidance: then the second half of the images is asked without classes.
     pub halves: usize,
+    /// The timestep for each image of x, (n, 1, 1, 1), f32, in a process that [replays](Reverse::replays) its steps:
+    /// what a replay reads in place of `t`.
+    pub times: Option<&'a Tensor>,
 }
 
 /// Noise that images have in common (DDPM, figure 7).
@@ -104,6 +109,9 @@ pub struct Reverse<'a> {
     pub shared: Option<Shared>,
     /// Whether [`Progress::x_0`] is wanted.
     pub x_0: bool,
+    /// Whether a GPU may replay a step as a CUDA graph, in which `network` is not called. It must launch the same
+    /// kernels with the same arguments for every call of as many halves, but for [`Call::times`].
+    pub replays: bool,
 }
 
 /// The reverse process (algorithm 2): draws x_T for `shape.n` images and takes every step of the sampler. Returns x_0,
@@ -123,7 +131,7 @@ pub fn sample(
     each: impl FnMut(Progress<'_>) -> Result<()>,
 ) -> Result<Tensor> {
     assert!(!sampler.is_guided(), "a network without classes has no guidance");
-    let reverse = Reverse { device, sampler, shape, samples, start: None, shared: None, x_0: false };
+    let reverse = Reverse { device, sampler, shape, samples, start: None, shared: None, x_0: false, replays: false };
     reverse.run(|call| network(call.x, call.t), None, each)
 }
 
@@ -145,64 +153,90 @@ impl Reverse<'_> {
         let (steps, total) = (sampler.steps(), sampler.calls());
         let halves = |level: f64| if sampler.guidance(level).is_some() { 2 } else { 1 };
         let first = halves(steps[0].level);
-        let mut state = match self.start {
+        let start = match self.start {
             Some(x) => diffuse(device, x, None, (1.0, 0.0), Noise::own(samples.start()), first)?,
             None => start_from(device, self.shape, self.noise(samples.start(), true), first)?,
         };
-        let (mut before, mut done) = (None, 0);
+        let mut chain = Chain::new(start, first);
+        let mut turns = Turns::new(device)?;
+        let mut replays = Replays::new(self, gradient.is_some());
+        let mut done = 0;
         for (i, step) in steps.iter().enumerate() {
             let next = steps.get(i + 1);
-            let copies = next.map_or(1, |next| halves(next.level));
-            let output = network(Call { x: &state.input, t: step.time as f32, halves: halves(step.level) })?;
-            let slope = match &mut gradient {
-                Some((gradient, scale)) => Some((gradient(&state.x, step.time as f32)?, *scale)),
-                None => None,
-            };
-            let given = Given {
-                x: &state.x,
-                output: &output,
-                before: before.as_ref().filter(|_| step.before != Before::Nothing),
-                gradient: slope.as_ref().map(|(slope, scale)| (slope, *scale)),
+            let wants = next.map_or(Before::Nothing, |next| next.before);
+            let kind = Kind {
+                halves: halves(step.level),
+                copies: next.map_or(1, |next| halves(next.level)),
+                reads: step.before,
+                wants,
+                x_0: self.x_0,
+                row: self.row(self.shared.is_some_and(|shared| step.t > shared.until)),
                 guidance: sampler.guidance(step.level),
-                noise: self.noise(samples.noise(step.t), self.shared.is_some_and(|shared| step.t > shared.until)),
+                limit: step.limit,
+                learned: step.learned.is_some(),
             };
-            let wanted = next.map_or(Before::Nothing, |next| next.before);
-            let x_0 = self.x_0 || wanted == Before::X0;
-            let (after, x_0) = advance(device, &given, step, Wanted { copies, x_0 })?;
-            before = match wanted {
-                Before::Nothing => None,
-                Before::X0 => x_0.clone(),
-                Before::State => Some(state.x.clone()),
+            let noise = Noise { streams: samples.noise(step.t), row: kind.row };
+            let device = turns.begin(turn_of(step, noise, gradient.as_ref().map(|(_, scale)| *scale)))?;
+            let mut take = |chain: &Chain| {
+                let times = if self.replays { times(&device, kind.halves * self.shape.n)? } else { None };
+                let x = chain.input(kind.halves);
+                let call = Call { x, t: step.time as f32, halves: kind.halves, times: times.as_ref() };
+                let output = network(call)?;
+                let slope = match &mut gradient {
+                    Some((gradient, scale)) => Some((gradient(&chain.x, step.time as f32)?, *scale)),
+                    None => None,
+                };
+                let given = Given {
+                    x: &chain.x,
+                    output: &output,
+                    before: chain.before.as_ref().filter(|_| step.before != Before::Nothing),
+                    gradient: slope.as_ref().map(|(slope, scale)| (slope, *scale)),
+                    guidance: kind.guidance,
+                    noise,
+                };
+                let x_0 = kind.x_0 || kind.wants == Before::X0;
+                advance(&device, &given, step, Wanted { copies: kind.copies, x_0 })
             };
-            state = after;
+            match (&mut replays, &device) {
+                (Some(replays), Device::Cuda(gpu)) => replays.step(gpu, &mut chain, kind, take)?,
+                _ => {
+                    let after = take(&chain)?;
+                    chain.replace(after, &kind);
+                }
+            }
             done += 1;
-            each(Progress { done, total, t: step.t, x: &state.x, x_0: x_0.as_ref().filter(|_| self.x_0) })?;
+            each(Progress { done, total, t: step.t, x: &chain.x, x_0: chain.x_0.as_ref() })?;
 
             let Some((corrector, correction)) = sampler.correction(i) else { continue };
             for round in 0..corrector.steps {
                 let t = correction.t;
-                let output = network(Call { x: &state.input, t: t as f32, halves: copies })?;
+                let call = Call { x: chain.input(kind.copies), t: t as f32, halves: kind.copies, times: None };
+                let output = network(call)?;
                 let streams = samples.correction(t, round, corrector.steps);
                 let given = Given {
-                    x: &state.x,
+                    x: &chain.x,
                     output: &output,
                     before: None,
                     gradient: None,
                     guidance: sampler.guidance(correction.level),
                     noise: self.noise(streams, self.shared.is_some_and(|shared| t >= shared.until)),
                 };
-                state = correct(device, &given, correction, corrector, copies)?;
+                let after = correct(self.device, &given, correction, corrector, kind.copies)?;
+                chain.correct(after, kind.copies);
                 done += 1;
-                each(Progress { done, total, t, x: &state.x, x_0: None })?;
+                each(Progress { done, total, t, x: &chain.x, x_0: None })?;
             }
         }
-        Ok(state.x)
+        Ok(chain.x)
     }
 
     /// Each image's own noise, or what a row shares.
     fn noise(&self, streams: Streams, shared: bool) -> Noise {
-        let row = self.shared.filter(|_| shared).map_or(1, |shared| shared.row);
-        Noise { streams, row }
+        Noise { streams, row: self.row(shared) }
+    }
+
+    fn row(&self, shared: bool) -> u32 {
+        self.shared.filter(|_| shared).map_or(1, |shared| shared.row)
     }
 }
 
@@ -274,7 +308,10 @@ impl<'a> Conditional<'a> {
     /// A GPU that fails.
     pub fn call(&self, call: Call<'_>) -> Result<Tensor> {
         let mut tape = Tape::inference(self.device, self.params);
-        let t = Tensor::full(self.device, Shape::new(call.x.shape().n, 1, 1, 1), call.t)?;
+        let t = match call.times {
+            Some(times) => times.clone(),
+            None => Tensor::full(self.device, Shape::new(call.x.shape().n, 1, 1, 1), call.t)?,
+        };
         let x = Var::constant(call.x.clone());
         let output = self.unet.forward(&mut tape, &x, &t, &self.conditioning[call.halves - 1], None)?; // (n, h, w, c)
         Ok(output.into_value())
@@ -352,6 +389,7 @@ impl Drawing<'_> {
             start: start.as_ref(),
             shared: request.shared,
             x_0: request.x_0,
+            replays: true,
         };
         finite(reverse.run(|call| network.call(call), gradient, each)?.to_vec()?)
     }

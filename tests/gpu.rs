@@ -1,6 +1,6 @@
 //! The whole program on a GPU (emulated unless DDPM_TEST_DEVICE says otherwise): it computes what the CPU computes, is
-//! reproducible to the bit, allocates nothing once warm, stops at a non-finite loss, and its checkpoints work on either
-//! device.
+//! reproducible to the bit, replays its steps as CUDA graphs, allocates nothing once warm, stops at a non-finite loss,
+//! and its checkpoints work on either device.
 
 mod support;
 
@@ -13,11 +13,12 @@ use ddpm_cuda::conditioning::Conditioning;
 use ddpm_cuda::config::{Config, Size};
 use ddpm_cuda::data::{Data, Dataset, Extent};
 use ddpm_cuda::device::Device;
-use ddpm_cuda::device::cuda::Gpu;
+use ddpm_cuda::device::cuda::{Gpu, Repeated};
+use ddpm_cuda::diffusion::sampler::Guidance;
 use ddpm_cuda::diffusion::{Method, Sampler, Spacing, Variance};
 use ddpm_cuda::output::to_bytes;
 use ddpm_cuda::params::Params;
-use ddpm_cuda::sample::Drawing;
+use ddpm_cuda::sample::{Drawing, Request};
 use ddpm_cuda::tape::Tape;
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::train::{StepReport, Trainer};
@@ -226,7 +227,205 @@ fn a_warm_step_allocates_nothing() {
     let after = trainer.device().pool_stats();
     assert_eq!(after.misses, before.misses, "allocations in a warm step");
     assert_eq!(after.in_use, before.in_use, "bytes that a step keeps");
+    assert!(after.hits == before.hits && after.peak == before.peak, "a replay takes nothing from the pool");
+    let mut eager = on_eager_gpu(&c, DType::F32).unwrap();
+    steps(&mut eager, 2);
+    let before = eager.device().pool_stats();
+    steps(&mut eager, 2);
+    let after = eager.device().pool_stats();
+    assert_eq!((after.misses, after.in_use), (before.misses, before.in_use), "of a step launched kernel by kernel");
     assert!(after.hits > before.hits && after.peak == before.peak);
+}
+
+/// [`on_gpu`], launching kernel by kernel.
+fn on_eager_gpu(c: &Config, dtype: DType) -> Option<Trainer> {
+    let trainer = on_gpu(c, dtype)?;
+    let Device::Cuda(gpu) = trainer.device() else { unreachable!("on a GPU") };
+    gpu.launch_eagerly();
+    Some(trainer)
+}
+
+/// Weights, moving average and moments have the same bits.
+#[track_caller]
+fn same_state(name: &str, got: &Trainer, want: &Trainer) {
+    let of = |trainer: &Trainer| {
+        let state = trainer.state();
+        let flat = [state.params.host().unwrap().into_owned(), state.ema.host().unwrap().into_owned()];
+        [flat, [state.m.to_vec().unwrap(), state.v.to_vec().unwrap()]].concat()
+    };
+    for (what, (got, want)) in
+        ["weights", "moving average", "first moments", "second moments"].iter().zip(of(got).iter().zip(&of(want)))
+    {
+        same_bits(&format!("{what}, {name}"), got, want);
+    }
+}
+
+/// What the reports say, to the bit.
+fn measured(reports: &[StepReport]) -> Vec<(u32, u64, u64, u64)> {
+    let bits = |r: &StepReport| (r.step, r.loss.to_bits(), r.grad_norm.to_bits(), r.learning_rate.to_bits());
+    reports.iter().map(bits).collect()
+}
+
+/// Replayed steps and steps launched kernel by kernel, from the warm-up of the learning rate on, with dropout, flips,
+/// classes and a moving average, in one and in two micro-batches, and resumed.
+#[test]
+fn a_graph_of_a_step_has_the_bits_of_its_launches() {
+    for (dtype, accumulate) in [(DType::F32, 1), (DType::F32, 2), (DType::Bf16, 2)] {
+        let name = format!("{dtype:?}, {accumulate} micro-batches");
+        let c = Config { accumulate, ..tiny() };
+        let (Some(mut eager), Some(mut replayed)) = (on_eager_gpu(&c, dtype), on_gpu(&c, dtype)) else { return };
+        let (want, got) = (steps(&mut eager, 6), steps(&mut replayed, 6));
+        assert_eq!(eager.launches_captured(), None, "{name}");
+        println!("{name}: {} launches in the graph", replayed.launches_captured().expect("a graph"));
+        assert_eq!(measured(&got), measured(&want), "{name}");
+        same_state(&name, &replayed, &eager);
+        assert_ne!(want[4].loss, want[5].loss, "{name}: steps that do not differ show nothing");
+
+        // Resumed from steps that were launched, and held-out images measured in between.
+        let folder = tempfile::tempdir().unwrap();
+        let mut first = on_eager_gpu(&c, dtype).unwrap();
+        steps(&mut first, 2);
+        checkpoint::save(folder.path(), &c, first.state()).unwrap();
+        let mut second = on_gpu(&c, dtype).unwrap();
+        checkpoint::restore(&checkpoint::newest(folder.path()).unwrap().unwrap(), second.state_mut()).unwrap();
+        let mut again = steps(&mut second, 3);
+        let stop = AtomicBool::new(false);
+        second.validate(&stop).unwrap();
+        again.extend(steps(&mut second, 1));
+        assert_eq!(measured(&again), measured(&want[2..]), "{name}, resumed");
+        same_state(&format!("{name}, resumed"), &second, &eager);
+        assert!(second.launches_captured().is_some() && second.device().take_notes().is_empty(), "{name}");
+    }
+}
+
+/// A graph's memory lies idle in the pool between two steps. What somebody takes of it there stays theirs.
+#[test]
+fn a_graph_writes_into_no_memory_of_others() {
+    let c = tiny();
+    let (Some(mut eager), Some(mut replayed)) = (on_eager_gpu(&c, DType::F32), on_gpu(&c, DType::F32)) else { return };
+    steps(&mut eager, 7);
+    steps(&mut replayed, 3);
+    let device = replayed.device().clone();
+    // Everything idle, class by class of sizes: (8..16) 2^k units of 256 bytes.
+    let units = (1..8).chain((0..14).flat_map(|k| (8..16).map(move |m| m << k)));
+    let mut taken = Vec::new();
+    for units in units {
+        loop {
+            let misses = device.pool_stats().misses;
+            let tensor = Tensor::full(&device, Shape::vector(64 * units), 7.0).unwrap();
+            if device.pool_stats().misses > misses {
+                break;
+            }
+            taken.push(tensor);
+        }
+    }
+    assert!(taken.len() > 20, "{} idle buffers", taken.len());
+    steps(&mut replayed, 2);
+    for tensor in &taken {
+        assert!(tensor.host().unwrap().iter().all(|&v| v == 7.0), "a step has written into {tensor:?}");
+    }
+    assert!(replayed.launches_captured().is_some());
+    drop(taken);
+    steps(&mut replayed, 2);
+    same_state("beside others", &replayed, &eager);
+}
+
+/// Whoever puts another buffer in place of one of the trainer's gets steps on that buffer.
+#[test]
+fn a_graph_does_not_outlive_what_it_was_captured_with() {
+    let c = tiny();
+    let (Some(mut eager), Some(mut replayed)) = (on_eager_gpu(&c, DType::F32), on_gpu(&c, DType::F32)) else { return };
+    for trainer in [&mut eager, &mut replayed] {
+        steps(trainer, 3);
+        let device = trainer.device().clone();
+        let shape = trainer.state().m.shape();
+        let old = std::mem::replace(trainer.state_mut().m, Tensor::zeros(&device, shape).unwrap());
+        steps(trainer, 2);
+        assert!(old.to_vec().unwrap().iter().any(|&m| m != 0.0));
+    }
+    same_state("moments begun anew", &replayed, &eager);
+}
+
+/// What goes through the host happens each time, kernel by kernel, and is said once. The stream is as it was.
+#[test]
+fn what_cannot_be_captured_is_launched_and_said() {
+    let Some(gpu) = gpu::available().then(|| Gpu::open(0, DType::F32, false).unwrap()) else { return };
+    let (device, shape) = (Device::Cuda(gpu.clone()), Shape::vector(64));
+    let mut x = Tensor::full(&device, shape, 1.0).unwrap();
+    let mut uploads = Repeated::new("a test");
+    for number in 1..=4 {
+        uploads.run(&gpu, || x.write(&[number as f32; 64])).unwrap();
+        assert_eq!(x.to_vec().unwrap(), [number as f32; 64]);
+    }
+    assert_eq!(uploads.launches(), None);
+    let why = "a test is launched kernel by kernel, not replayed as a CUDA graph: it is a copy from the host's memory";
+    let notes = gpu.take_notes();
+    assert!(notes.len() == 1 && notes[0].starts_with(why), "{notes:?}");
+
+    // A buffer that outlives its work would be another one each time, also where the pool has some.
+    drop([(); 8].map(|()| Tensor::full(&device, shape, 0.0).unwrap()));
+    let mut kept = Vec::new();
+    let mut keeps = Repeated::new("a test");
+    for _ in 0..3 {
+        keeps.run(&gpu, || Tensor::full(&device, shape, 3.0).map(|tensor| kept.push(tensor))).unwrap();
+    }
+    assert!(kept.iter().rev().take(2).all(|tensor| tensor.to_vec().unwrap() == [3.0; 64]));
+    let notes = gpu.take_notes();
+    assert!(notes.len() == 1 && notes[0].ends_with("a buffer that it makes outlives it"), "{notes:?}");
+    assert_eq!(keeps.launches(), None);
+
+    // More memory than the pool has is taken by launching once more, and then captured.
+    let mut grows = Repeated::new("a test");
+    for words in [64, 1 << 22, 1 << 22, 1 << 22] {
+        grows.run(&gpu, || Tensor::full(&device, Shape::vector(words), 4.0).map(|_| ())).unwrap();
+        assert!(words > 64 || grows.launches().is_none());
+    }
+    assert_eq!((grows.launches(), gpu.take_notes().len()), (Some(0), 0), "fills are no kernels");
+}
+
+/// Samplers with and without noise, with a memory of x_0 and of x, with guidance; some states are kept while the
+/// process goes on.
+#[test]
+fn a_graph_of_a_reverse_step_has_the_bits_of_its_launches() {
+    let mut c = tiny();
+    c.set("label_dropout", "0.2").unwrap();
+    c.model.null_class = true;
+    for dtype in [DType::F32, DType::Bf16] {
+        let (Some(mut eager), Some(replayed)) = (on_eager_gpu(&c, dtype), on_gpu(&c, dtype)) else { return };
+        steps(&mut eager, 2);
+        let weights = eager.ema().host().unwrap().into_owned();
+        let sampler = |method| Sampler::new(eager.schedule(), method, Spacing::Even, 7).unwrap();
+        let samplers = [
+            sampler(Method::Ancestral(Variance::FixedSmall)),
+            sampler(Method::Ddim { eta: 0.0 }),
+            sampler(Method::DpmPp),
+            sampler(Method::Heun),
+            sampler(Method::Ddim { eta: 1.0 }).guided(Guidance::new(2.0).unwrap().rescaled(0.5).unwrap()),
+        ];
+        for (number, sampler) in samplers.iter().enumerate() {
+            let draw = |trainer: &Trainer| {
+                let device = trainer.device();
+                let params = Params::from_host(device, trainer.ema().specs().clone(), &weights).unwrap();
+                let drawing = Drawing { device, unet: trainer.unet(), params: &params, sampler, seed: 3 };
+                let request = Request { count: 2, labels: Some(&[0, 2]), x_0: true, ..Request::default() };
+                let mut kept = Vec::new();
+                let drawn = drawing.draw(&request, None, |p| {
+                    if p.done % 3 == 0 {
+                        kept.push((p.x.clone(), p.x_0.expect("it was asked for").clone()));
+                    }
+                    Ok(())
+                });
+                let kept = kept.iter().flat_map(|(x, x_0)| [x.to_vec().unwrap(), x_0.to_vec().unwrap()]);
+                [drawn.unwrap()].into_iter().chain(kept).collect::<Vec<_>>()
+            };
+            let (got, want) = (draw(&replayed), draw(&eager));
+            assert!(want.len() > 4 && want[1] != want[3], "{number}: states were kept");
+            for (got, want) in got.iter().zip(&want) {
+                same_bits(&format!("sampler {number}, {dtype:?}"), got, want);
+            }
+        }
+        assert!(replayed.device().take_notes().is_empty());
+    }
 }
 
 #[test]
@@ -402,6 +601,87 @@ fn the_command_line_trains_samples_and_predicts_on_a_gpu() {
     let mut info = program(folder.path()).unwrap();
     let said = String::from_utf8(info.arg("info").output().unwrap().stdout).unwrap();
     assert!(said.contains("cuda:0") && said.contains("compiled by CUDA"), "{said}");
+}
+
+/// The names of the driver's calls that a successful command makes on the emulator, and what it prints.
+fn calls(command: &mut Command) -> (Vec<String>, String) {
+    let out = command.env("CUDA_EMU_LOG", "calls").output().unwrap();
+    let log = String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success(), "{log}");
+    let calls = log.lines().filter_map(|line| Some(line.split_once("cuda_emu: ")?.1.to_string())).collect();
+    (calls, String::from_utf8(out.stdout).unwrap())
+}
+
+fn count(calls: &[String], name: &str) -> usize {
+    calls.iter().filter(|call| *call == name).count()
+}
+
+/// One launch of a graph a step, after one that is launched kernel by kernel, whether the data set is on the GPU or
+/// not; with `--eager` and `DDPM_TRACE` none, and the same bits. Timesteps that the host draws are said to prevent it.
+#[test]
+fn the_program_launches_one_graph_a_step() {
+    let folder = tempfile::tempdir().unwrap();
+    if !gpu::emulated("the calls of the driver") {
+        return;
+    }
+    let images = folder.path().join("images.npy");
+    let options = npyz::WriteOptions::new().default_dtype().shape(&[26_000, 28, 28]);
+    let mut writer = options.writer(std::fs::File::create(&images).unwrap()).begin_nd().unwrap();
+    writer.extend((0..26_000 * 28 * 28).map(|i| (i % 251) as u8)).unwrap();
+    writer.finish().unwrap();
+    const STEPS: usize = 4;
+    let train = |out: &str, memory: &str, more: &[&str]| {
+        let mut train = program(folder.path()).unwrap();
+        train.env("CUDA_EMU_MEMORY", memory).env("CUDA_EMU_CHECKS", "none");
+        train.args(["train", "--device", "cuda", "--preset", "mnist", "--data", "images.npy", "--out", out]).args(TINY);
+        train.args(["--steps", &STEPS.to_string(), "--batch", "2", "--set", "accumulate=2", "--set", "held_out=0"]);
+        train.args(["--set", "validate_every=0", "--set", "sample_every=0"]).args(more);
+        calls(&mut train)
+    };
+    let state = |out: &str| {
+        let file = folder.path().join(out).join(format!("checkpoints/{STEPS}/training_state.safetensors"));
+        std::fs::read(file).unwrap()
+    };
+    for (name, memory) in [("resident", "1G"), ("streamed", "42M")] {
+        let (eager, replayed) = (format!("{name}-eager"), format!("{name}-replayed"));
+        let (launched, _) = train(&eager, memory, &["--eager"]);
+        let (calls, said) = train(&replayed, memory, &[]);
+        assert_eq!(count(&calls, "cuMemHostAlloc") > 0, name == "streamed", "{name}: page-locked memory");
+        let launches = count(&launched, "cuLaunchKernel");
+        assert!(launches > 0 && launches.is_multiple_of(STEPS), "{name}: {launches} launches");
+        // Once launched and once captured.
+        assert_eq!(count(&calls, "cuLaunchKernel") * STEPS, launches * 2, "{name}");
+        assert_eq!([&calls, &launched].map(|calls| count(calls, "cuGraphLaunch")), [STEPS - 1, 0], "{name}");
+        assert_eq!(count(&calls, "cuGraphInstantiateWithFlags"), 1, "{name}");
+        assert!(!said.contains("CUDA graph"), "{said}");
+        assert!(state(&eager) == state(&replayed), "{name}: the checkpoints differ");
+    }
+    assert!(state("streamed-replayed") == state("resident-replayed"), "streamed or not, the images are the same");
+
+    let (calls_of_importance, said) = train("importance", "1G", &["--set", "timestep_sampling=importance"]);
+    let why =
+        "a training step is launched kernel by kernel, not replayed as a CUDA graph: timestep_sampling = importance";
+    assert!(count(&calls_of_importance, "cuGraphLaunch") == 0 && said.matches(why).count() == 1, "{said}");
+
+    let sample = |out: &str, more: &[&str]| {
+        let mut sample = program(folder.path()).unwrap();
+        sample.env("CUDA_EMU_CHECKS", "none").args(["sample", "--model", "resident-eager", "--device", "cuda"]);
+        calls(sample.args(["--count", "2", "--steps", "5", "--out", out]).args(more))
+    };
+    let (launched, _) = sample("eager.png", &["--eager"]);
+    let (calls, said) = sample("replayed.png", &[]);
+    assert_eq!([&calls, &launched].map(|calls| count(calls, "cuGraphLaunch")), [4, 0], "{said}");
+    let image = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
+    assert!(image("eager.png") == image("replayed.png"), "the samples differ");
+    // x_T is launched beside the steps.
+    println!("{} launches in a reverse step", (count(&launched, "cuLaunchKernel") - 1) / 5);
+    let mut traced = program(folder.path()).unwrap();
+    traced.env("DDPM_TRACE", "1").env("CUDA_EMU_CHECKS", "none").args(["sample", "--model", "resident-eager"]);
+    let out =
+        traced.args(["--device", "cuda", "--count", "1", "--steps", "3", "--out", "traced.png"]).output().unwrap();
+    let (said, traces) = (String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert!(out.status.success() && !said.contains("CUDA graph"), "{said}");
+    assert_eq!(traces.matches("sample_step_step_f32 on ").count(), 3, "each launch of each step is traced");
 }
 
 #[test]

@@ -440,9 +440,8 @@ fn launches(c: &Config, dtype: DType, count: usize) -> Option<Vec<Vec<Launched>>
     Some((0..count).map(step).collect())
 }
 
-/// Only the clock and the offset of the image indices change from one step to the next. All other launch arguments are
-/// the same to the byte, so that a step can be captured once and launched again. Covers dropout, flips, two
-/// micro-batches and warm-up.
+/// Only the clock changes from one step to the next. All launch arguments are the same to the byte, so that a step can
+/// be captured once and launched again. Covers dropout, flips, two micro-batches and warm-up.
 #[test]
 fn a_step_launches_what_the_last_one_launched() {
     for dtype in [DType::F32, DType::Bf16] {
@@ -453,15 +452,7 @@ fn a_step_launches_what_the_last_one_launched() {
         for (number, step) in steps.iter().enumerate().skip(1) {
             assert_eq!(step.len(), steps[0].len(), "launches of step {number} and step 0, {dtype:?}");
             for (k, (launched, first)) in step.iter().zip(&steps[0]).enumerate() {
-                let mut launched = launched.clone();
-                for (argument, first) in launched.arguments.iter_mut().zip(&first.arguments) {
-                    // The image indices of q_sample follow those of the last step.
-                    if launched.kernel.starts_with("q_sample") && argument.0 == "rows" {
-                        assert_ne!(argument.1, first.1, "rows of step {number}");
-                        argument.1.clone_from(&first.1);
-                    }
-                }
-                assert_eq!(launched, *first, "launch {k} of step {number} and of step 0, {dtype:?}");
+                assert_eq!(launched, first, "launch {k} of step {number} and of step 0, {dtype:?}");
             }
         }
     }

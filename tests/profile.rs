@@ -104,7 +104,7 @@ fn a_step_is_counted_as_by_hand() {
 }
 
 fn of_tiny(config: &Config, what: What) -> Of<'_> {
-    Of { network: "tiny".into(), config, what, measured: None }
+    Of { network: "tiny".into(), config, what, graphs: 0, measured: None }
 }
 
 /// A sampling step: one pass of the network and one step of the process, the step in the middle.
@@ -311,6 +311,7 @@ fn the_program_profiles_the_digits_network() {
         assert!(step.get(key).is_some(), "{key} is missing: {step:#}");
     }
     assert_eq!((&step["batch"], &step["precision"]), (&32.into(), &"bf16".into()));
+    assert_eq!(step["graphs"], 1, "a step is one graph");
     assert!(step["gpu"].is_null() && step["measured_ms"].is_null());
     for key in ["h100", "a100", "rtx4090"] {
         assert!(step["modelled_ms"][key].as_f64().is_some_and(|ms| ms > 0.0), "{key}");

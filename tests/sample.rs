@@ -240,7 +240,8 @@ fn every_sampler_follows_the_reference_on_every_device() {
         let doubled = sampler.steps()[0].learned.is_some();
         let run = |device: &Device, shape: Shape, first: u32| {
             let samples = Samples { seed: 5, first };
-            let reverse = Reverse { device, sampler: &sampler, shape, samples, start: None, shared, x_0: true };
+            let reverse =
+                Reverse { device, sampler: &sampler, shape, samples, start: None, shared, x_0: true, replays: false };
             let (mut told, mut images) = (0, 0);
             let x = reverse.run(
                 |call| Ok(on_device(device, &call, doubled)),
@@ -287,7 +288,16 @@ fn a_row_shares_its_noise() {
         let samples = Samples { seed: 1, first: 5 };
         let shared = Some(Shared { row: 3, until });
         let shape = Shape::new(5, 4, 4, 1);
-        let reverse = Reverse { device: &device, sampler: &sampler, shape, samples, start: None, shared, x_0: false };
+        let reverse = Reverse {
+            device: &device,
+            sampler: &sampler,
+            shape,
+            samples,
+            start: None,
+            shared,
+            x_0: false,
+            replays: false,
+        };
         let x = reverse.run(|call| Ok(on_device(&device, &call, false)), None, |_| Ok(())).unwrap();
         x.data().chunks_exact(16).map(<[f32]>::to_vec).collect::<Vec<_>>()
     };
@@ -309,8 +319,16 @@ fn a_gradient_moves_the_samples() {
         let mean = |scale: f64| {
             let shape = Shape::new(4, 3, 3, 1);
             let samples = Samples { seed: 1, first: 0 };
-            let reverse =
-                Reverse { device: &device, sampler: &sampler, shape, samples, start: None, shared: None, x_0: false };
+            let reverse = Reverse {
+                device: &device,
+                sampler: &sampler,
+                shape,
+                samples,
+                start: None,
+                shared: None,
+                x_0: false,
+                replays: false,
+            };
             let mut gradient = |x: &Tensor, _: f32| {
                 let slope: Vec<f32> = x.data().iter().map(|x| 2.0 - x).collect();
                 Tensor::from_slice(&device, x.shape(), &slope)
@@ -359,8 +377,16 @@ fn encoded_images_come_back() {
         assert_eq!(calls, 50 * (rounds + 1));
         let start = Tensor::from_slice(device, shape, &x_t.unwrap()).unwrap();
         let samples = Samples { seed: 0, first: 0 };
-        let reverse =
-            Reverse { device, sampler: &sampler, shape, samples, start: Some(&start), shared: None, x_0: false };
+        let reverse = Reverse {
+            device,
+            sampler: &sampler,
+            shape,
+            samples,
+            start: Some(&start),
+            shared: None,
+            x_0: false,
+            replays: false,
+        };
         let x = reverse.run(|call| network(device, call.x, call.t), None, |_| Ok(())).unwrap().to_vec().unwrap();
         let off = x.iter().zip(&pixels).map(|(a, b)| (a - b).abs()).fold(0.0f32, f32::max);
         (x, off)
@@ -427,7 +453,7 @@ fn painting_keeps_what_is_known() {
             known: &known,
             mask: &mask,
         };
-        let network = |x: &Tensor, t: f32| Ok(on_device(device, &Call { x, t, halves: 1 }, false));
+        let network = |x: &Tensor, t: f32| Ok(on_device(device, &Call { x, t, halves: 1, times: None }, false));
         painting.paint(network, || Ok(())).unwrap()
     };
     let want = paint(&Device::cpu(), 0, 0..2);

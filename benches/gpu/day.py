@@ -775,22 +775,29 @@ def twin(stage):
 
 
 def host(stage):
-    """What a step costs the host: steps a second where the GPU idles, processor time of a step and of a launch."""
+    """What a step costs the host: steps a second where the GPU idles, processor time of a step, which is one launch of
+    a graph, and of each of its launches without graphs."""
     day = stage.day
     few, many = (1, 3) if day.emulated else (100, 1100)
     launches = lambda ran: len(re.findall(r"^\w+ on \d+x\d+x\d+ blocks of ", ran.err, re.M))
     traced = [stage.train("host", TINY, steps, 2, env={"DDPM_TRACE": "1"})[0] for steps in (1, 3)]
     a_step = (launches(traced[1]) - launches(traced[0])) / 2
     stage.figure("launches_of_a_step", a_step, "launches")
-    cpu, rates = [], []
+    cpu, eager, rates = [], [], []
+
+    def of_a_step(*more):
+        short, _ = stage.train("host", TINY, few, 2, more=more)
+        long, windows = stage.train("host", TINY, many, 2, every=1 if day.emulated else 100, more=more)
+        return 1e3 * (long.cpu_s - short.cpu_s) / (many - few), windows
+
     for _ in range(1 if day.emulated else 3):
-        short, _ = stage.train("host", TINY, few, 2)
-        long, windows = stage.train("host", TINY, many, 2, every=1 if day.emulated else 100)
-        cpu.append(1e3 * (long.cpu_s - short.cpu_s) / (many - few))
+        ms, windows = of_a_step()
+        cpu.append(ms)
         rates += [window / 2 for window in windows[1:]]
+        eager.append(of_a_step("--eager")[0])
         stage.figure("steps", rates, "steps/s")
         stage.figure("processor_time_of_a_step", cpu, "ms")
-        stage.figure("processor_time_of_a_launch", [1e3 * ms / a_step for ms in cpu], "us")
+        stage.figure("processor_time_of_a_launch", [1e3 * ms / a_step for ms in eager], "us")
 
 
 # Name, seconds, work: in the order of `all`. The limits are for calls of at most ten minutes each: card to predict,

@@ -1,7 +1,6 @@
 // What changes from one training step to the next, in device memory. Kernels that need it take `const Clock* clock` as
-// their last parameter. So the arguments of a step's launches are the same in every step, and the launches could be
-// captured in a CUDA graph and replayed. With a null clock (validation, sampling, tests) the arguments themselves
-// count.
+// their last parameter. So the arguments of a step's launches are the same in every step, and the launches are captured
+// once in a CUDA graph and replayed. With a null clock (validation, tests) the arguments themselves count.
 #pragma once
 #include <cstdint>
 
@@ -22,6 +21,7 @@ struct AdamFactors {
 struct Clock {
     uint32_t step;     // index of the step from 0: the `step` of its random numbers
     uint32_t row;      // the meter row that it writes
+    uint32_t place;    // where its images begin in the numbers of those that are loaded
     AdamFactors adam;  // its update
 };
 
@@ -29,6 +29,11 @@ struct Clock {
 __device__ __forceinline__ Stream of_step(Stream s, const Clock* clock) {
     if (clock != nullptr) s.step = clock->step;
     return s;
+}
+
+// The numbers of this step's images: with a clock `numbers` are those of a step whose images would begin at place 0.
+__device__ __forceinline__ const unsigned* of_place(const unsigned* numbers, const Clock* clock) {
+    return clock != nullptr ? numbers + clock->place : numbers;
 }
 
 // The step's row of the meter: with a clock `rows` are all rows, otherwise just this one.

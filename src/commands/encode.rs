@@ -39,7 +39,7 @@ pub struct Args {
     /// x_T: f32, images x channels x rows x columns, as `sample --sampler ddim --clip-x0 false --start` takes it
     #[arg(long, value_name = "XT.npy")]
     pub out: PathBuf,
-    /// `--device` and `--precision`
+    /// `--device`, `--precision` and `--eager`
     #[command(flatten)]
     pub on: On,
 }
@@ -78,7 +78,7 @@ pub fn run(args: &Args) -> Result<()> {
         let labels = labels.as_ref().map(|labels| &labels[k * together..][..shape.n]);
         let network = Conditional::new(device, unet, params, labels, false)?;
         let x_0 = Tensor::from_slice(device, shape, &scaled(bytes))?;
-        let network = |x: &Tensor, t: f32| network.call(Call { x, t, halves: 1 });
+        let network = |x: &Tensor, t: f32| network.call(Call { x, t, halves: 1, times: None });
         let x_t = encode(device, &steps, args.rounds, &x_0, network, || {
             bar.inc(1);
             Ok(())

@@ -50,7 +50,7 @@ pub struct Args {
     /// Also draw plots into this folder: bound.svg, rate_distortion.svg, and PNGs of both
     #[arg(long, value_name = "DIR")]
     pub plots: Option<PathBuf>,
-    /// `--device` and `--precision`
+    /// `--device`, `--precision` and `--eager`
     #[command(flatten)]
     pub on: On,
 }

@@ -46,7 +46,7 @@ pub struct Args {
     /// FILE.png (one grid), FILE.npz or DIR/
     #[arg(long, value_name = "FILE.png|FILE.npz|DIR/")]
     pub out: PathBuf,
-    /// `--device` and `--precision`
+    /// `--device`, `--precision` and `--eager`
     #[command(flatten)]
     pub on: On,
 }
@@ -110,7 +110,7 @@ pub fn run(args: &Args) -> Result<()> {
             known: &Tensor::from_slice(device, shape, &scaled(bytes))?,
             mask: &Tensor::from_slice(device, shape, &mask.repeat(shape.n))?,
         };
-        let network = |x: &Tensor, t: f32| network.call(Call { x, t, halves: 1 });
+        let network = |x: &Tensor, t: f32| network.call(Call { x, t, halves: 1, times: None });
         images.extend(output::to_bytes(&painting.paint(network, || {
             bar.inc(1);
             Ok(())

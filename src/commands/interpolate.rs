@@ -41,7 +41,7 @@ pub struct Args {
     /// FILE.png (a row, A and B at its ends), or FILE.npz or DIR/ (the frames)
     #[arg(long, value_name = "FILE.png|FILE.npz|DIR/")]
     pub out: PathBuf,
-    /// `--device` and `--precision`
+    /// `--device`, `--precision` and `--eager`
     #[command(flatten)]
     pub on: On,
 }
@@ -112,6 +112,9 @@ pub fn run(args: &Args) -> Result<()> {
         })?));
     }
     bar.finish_and_clear();
+    for note in opened.device.take_notes() {
+        say!("{note}");
+    }
     match target {
         Target::Npz => output::write_npz(&args.out, shape, &images, None)?,
         Target::Folder => output::write_folder(&args.out, shape, &images)?,

@@ -43,7 +43,7 @@ pub struct Args {
     /// Also write the figures as JSON
     #[arg(long, value_name = "F.json")]
     pub json: Option<PathBuf>,
-    /// `--device` and `--precision`
+    /// `--device`, `--precision` and `--eager`
     #[command(flatten)]
     pub on: On,
 }

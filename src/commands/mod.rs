@@ -54,7 +54,7 @@ impl Of {
     }
 }
 
-/// `--device` and `--precision`, for the commands that use a model.
+/// `--device`, `--precision` and `--eager`, for the commands that use a model.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct On {
     /// auto, cpu, cuda or cuda:N
@@ -63,6 +63,9 @@ pub struct On {
     /// Type of activations and gradients
     #[arg(long, default_value = "f32", value_parser = choice::<Precision>())]
     pub precision: Precision,
+    /// On a GPU, launch kernel by kernel instead of whole steps as CUDA graphs: slower, the same numbers
+    #[arg(long)]
+    pub eager: bool,
 }
 
 impl On {
@@ -71,15 +74,18 @@ impl On {
     /// # Errors
     /// `Error::Failed` for a GPU or a precision that is not available.
     pub fn open(&self) -> Result<Device> {
-        open(self.device, self.precision)
+        open(self.device, self.precision, self.eager)
     }
 }
 
-/// [`On::open`] for a device and a precision of any source.
-fn open(device: Choice, precision: Precision) -> Result<Device> {
+/// [`On::open`] for flags of any source.
+fn open(device: Choice, precision: Precision, eager: bool) -> Result<Device> {
     let (device, notes) = Device::open(device, precision)?;
     for note in notes {
         say!("{note}");
+    }
+    if let (Device::Cuda(gpu), true) = (&device, eager) {
+        gpu.launch_eagerly();
     }
     Ok(device)
 }

@@ -72,7 +72,7 @@ pub struct Args {
     /// The output: f32, images x channels x rows x columns
     #[arg(long, value_name = "OUT.npy")]
     pub out: PathBuf,
-    /// `--device` and `--precision`
+    /// `--device`, `--precision` and `--eager`
     #[command(flatten)]
     pub on: On,
 }

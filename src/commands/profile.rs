@@ -7,6 +7,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use serde::{Deserialize, Serialize};
+
 use super::choice;
 use crate::checkpoint;
 use crate::config::{Config, Preset};
@@ -74,15 +76,17 @@ pub fn run(args: &Args) -> Result<()> {
     if let Some(file) = &args.counts {
         // Each buffer an allocation of its own: fresh memory is zero there, whatever a block that did not run owes.
         let gpu = Gpu::open(0, activations(args.precision), true)?;
-        let counted = profile::count(&gpu, &config, args.what)?;
-        return write_atomically(file, &json_of(&counted)?);
+        let launches = profile::count(&gpu, &config, args.what)?;
+        drop(gpu);
+        let graphs = profile::graphs(&Gpu::open(0, activations(args.precision), false)?, &config, args.what)?;
+        return write_atomically(file, &json_of(&Counts { launches, graphs })?);
     }
     if let Some(folder) = &args.plots {
         fs::create_dir_all(folder).map_err(|e| Error::file(folder, format!("cannot be created: {e}")))?;
     }
-    let counted = counted()?;
+    let Counts { launches, graphs } = counted()?;
     let measured = measured(&config, args.what)?;
-    let profile = Profile::new(Of { network, config: &config, what: args.what, measured }, &counted)?;
+    let profile = Profile::new(Of { network, config: &config, what: args.what, graphs, measured }, &launches)?;
     print(&profile);
     if let Some(file) = &args.json {
         write_atomically(file, &json_of(&profile)?)?;
@@ -116,15 +120,23 @@ fn settings(args: &Args) -> Result<(Config, String)> {
     Ok((config, network))
 }
 
-fn json_of(figures: &impl serde::Serialize) -> Result<Vec<u8>> {
+fn json_of(figures: &impl Serialize) -> Result<Vec<u8>> {
     let mut text = serde_json::to_vec_pretty(figures)
         .map_err(|e| Error::Failed(format!("the figures cannot be written as JSON: {e}")))?;
     text.push(b'\n');
     Ok(text)
 }
 
+/// What this program counts on the emulator.
+#[derive(Serialize, Deserialize)]
+struct Counts {
+    launches: Vec<Counted>,
+    /// That the step is launched as.
+    graphs: u64,
+}
+
 /// The launches of the step, counted by this program on the emulator.
-fn counted() -> Result<Vec<Counted>> {
+fn counted() -> Result<Counts> {
     let program = std::env::current_exe()
         .map_err(|e| Error::Failed(format!("the program cannot be started again, not knowing where it is: {e}")))?;
     let emulator = emulator(&program)?;
@@ -280,7 +292,9 @@ fn print(profile: &Profile) {
     say!("its banks by those without conflicts; Minstr: million warp instructions of PTX, a slot of issue each; regs,");
     say!("KiB of shared memory, occupancy, waves, bound by: on an {}", card.name);
     if std::env::var_os("DDPM_KERNELS").is_some_and(|folder| !folder.is_empty()) {
-        say!("regs, static shared memory, occupancy, waves: of the build's kernels, not of those that DDPM_KERNELS names");
+        say!(
+            "regs, static shared memory, occupancy, waves: of the build's kernels, not of those that DDPM_KERNELS names"
+        );
     }
 }
 

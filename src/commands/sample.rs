@@ -121,7 +121,7 @@ pub struct Args {
     /// FILE.png (one grid), FILE.npz (arr_0, u8 NHWC), FILE.gif (the reverse process) or DIR/ (a PNG each)
     #[arg(long, value_name = "FILE.png|FILE.npz|FILE.gif|DIR/")]
     pub out: PathBuf,
-    /// `--device` and `--precision`
+    /// `--device`, `--precision` and `--eager`
     #[command(flatten)]
     pub on: On,
 }
@@ -242,6 +242,9 @@ pub fn run(args: &Args) -> Result<()> {
         }
     }
     bar.finish_and_clear();
+    for note in opened.device.take_notes() {
+        say!("{note}");
+    }
 
     let labels = (classes > 0).then(|| (0..count).map(|i| label(classes, class, i).expect("there are classes")));
     match (target, &parts) {

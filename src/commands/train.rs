@@ -56,6 +56,9 @@ pub struct Args {
     /// Type of activations and gradients; bf16 needs a GPU [default: f32, or that of the resumed run]
     #[arg(long, value_parser = choice::<Precision>())]
     pub precision: Option<Precision>,
+    /// On a GPU, launch kernel by kernel instead of whole steps as CUDA graphs: slower, the same numbers
+    #[arg(long)]
+    pub eager: bool,
     /// Continue this run from its newest checkpoint, with its own settings, data and precision; see below what may
     /// change
     #[arg(long, value_name = "RUN", conflicts_with_all = ["preset", "init", "out", "config", "batch", "seed"])]
@@ -105,14 +108,14 @@ pub(super) fn run_of(args: &Args, classifier: bool) -> Result<ExitCode> {
                     format!("is a run of {other}; resume it with ddpm-cuda {other} --resume {}", shell_word(run));
                 return Err(Error::file(run, what));
             }
-            let device = open_to_resume(run, args.device, args.precision)?;
+            let device = open_to_resume(run, args)?;
             let data = args.data.as_deref().map(absolute);
             let changes = Changes { sets: &args.set, steps: args.steps, data: data.as_deref() };
             Run::open(Start::Resume { run, changes }, &device, &mut terminal)?
         }
         None => {
             let (config, given) = config(args, classifier)?;
-            let device = open(args.device, config.precision)?;
+            let device = open(args.device, config.precision, args.eager)?;
             let start = Start::New { config: &config, given: &given, out: args.out.as_deref() };
             Run::open(start, &device, &mut terminal)?
         }
@@ -140,16 +143,16 @@ pub(super) fn run_of(args: &Args, classifier: bool) -> Result<ExitCode> {
 }
 
 /// Opens a device for the precision of a run.
-fn open_to_resume(run: &Path, device: Choice, asked: Option<Precision>) -> Result<Device> {
-    let precision = Run::settings(run)?.precision;
-    if let Some(asked) = asked.filter(|asked| *asked != precision) {
+fn open_to_resume(run: &Path, args: &Args) -> Result<Device> {
+    let (device, precision) = (args.device, Run::settings(run)?.precision);
+    if let Some(asked) = args.precision.filter(|asked| *asked != precision) {
         usage!(
             "--precision {asked}: {} is a run in {precision} and goes on in it; leave --precision out",
             run.display()
         );
     }
     let no_gpu = precision == Precision::Bf16 && matches!(device, Choice::Auto | Choice::Cpu);
-    open(device, precision).map_err(|e| match e {
+    open(device, precision, args.eager).map_err(|e| match e {
         Error::Failed(_) if no_gpu => Error::file(
             run,
             "is a run in bf16, in which the CPU does not compute; resume it on a GPU, with --device cuda",

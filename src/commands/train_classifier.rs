@@ -41,6 +41,9 @@ pub struct Args {
     /// Type of activations and gradients; bf16 needs a GPU [default: f32, or that of the resumed run]
     #[arg(long, value_parser = choice::<Precision>())]
     pub precision: Option<Precision>,
+    /// On a GPU, launch kernel by kernel instead of whole steps as CUDA graphs: slower, the same numbers
+    #[arg(long)]
+    pub eager: bool,
     /// Continue this run from its newest checkpoint, with its own settings, data and precision; see below what may
     /// change
     #[arg(long, value_name = "RUN", conflicts_with_all = ["preset", "out", "config", "batch", "seed"])]
@@ -61,8 +64,21 @@ pub fn help() -> String {
 /// # Errors
 /// Those of [`train::run`]; data without classes.
 pub fn run(args: Args) -> Result<ExitCode> {
-    let Args { preset, data, out, config, set, steps, batch, seed, device, precision, resume } = args;
-    let args =
-        train::Args { preset, data, init: None, out, config, set, steps, batch, seed, device, precision, resume };
+    let Args { preset, data, out, config, set, steps, batch, seed, device, precision, eager, resume } = args;
+    let args = train::Args {
+        preset,
+        data,
+        init: None,
+        out,
+        config,
+        set,
+        steps,
+        batch,
+        seed,
+        device,
+        precision,
+        eager,
+        resume,
+    };
     train::run_of(&args, true)
 }

@@ -201,6 +201,14 @@ impl Device {
         }
     }
 
+    /// The sentences for the user that have come up since the last call: why work is not done as fast as it might be.
+    pub fn take_notes(&self) -> Vec<String> {
+        match self {
+            Device::Cpu(_) | Device::Meta(_) => Vec::new(),
+            Device::Cuda(gpu) => gpu.take_notes(),
+        }
+    }
+
     /// Waits until the device has finished all its work.
     ///
     /// # Errors

@@ -834,8 +834,13 @@ mod cuda {
         let row = meter.for_writing(gpu.now());
         let launch = gpu.launch(ANY.of(y.dtype()), [chunks, n, 1], THREADS).write_opt(dy).view_mut(row.rows);
         let launch = launch.buffer_mut(&mut partial).buffer_mut(row.done).read(y).read(t).buffer(pixels);
-        let launch = launch.view(indices).buffer(rows(table)).read_opt(weights.as_ref()).u32(extent.image());
-        let launch = launch.u32(extent.w).u32(extent.c).u32(extent.doubled.into()).u32(batch.timesteps as usize);
+        let launch = launch.view(indices.view(gpu.now())).buffer(rows(table)).read_opt(weights.as_ref());
+        let launch = launch
+            .u32(extent.image())
+            .u32(extent.w)
+            .u32(extent.c)
+            .u32(extent.doubled.into())
+            .u32(batch.timesteps as usize);
         let launch = launch.f64(table.objective.chain().len() as f64 / LN_2).f32(factor);
         let launch = launch.streams_of_step(batch.noise).u32(Purpose::Flip as usize).u32(batch.flips.is_some().into());
         launch.u32(row.has_losses.into()).clock().run()?;
@@ -864,8 +869,8 @@ mod cuda {
         };
         let mut partial = gpu.alloc(2 * 8 * n * chunks)?; // (n, chunks, 2), f64
         let launch = gpu.launch(TERMS.of(y.dtype()), [chunks, n, 1], THREADS).buffer_mut(&mut partial).read(y).read(t);
-        let launch = launch.buffer(pixels).view(indices).buffer(rows(table)).u32(extent.image()).u32(extent.w);
-        let launch = launch.u32(extent.c).u32(extent.doubled.into()).streams(batch.noise);
+        let launch = launch.buffer(pixels).view(indices.view(None)).buffer(rows(table)).u32(extent.image());
+        let launch = launch.u32(extent.w).u32(extent.c).u32(extent.doubled.into()).streams(batch.noise);
         let launch = launch.u32(Purpose::Flip as usize).u32(batch.flips.is_some().into()).u32(clip as usize);
         launch.run()?;
         let mut sums = vec![[0.0f64; 2]; n * chunks];

@@ -10,10 +10,10 @@
 
 use crate::conditioning::Conditioning;
 use crate::device::Device;
-use crate::device::cuda::{Buffer, View};
+use crate::device::cuda::Buffer;
 use crate::diffusion::{Batch, Schedule, Timestep};
 use crate::error::Result;
-use crate::images::{Images, Source};
+use crate::images::{Images, Numbers, Source};
 use crate::tensor::{DType, Shape, Tensor};
 
 /// `(timesteps, 1, 1, 2)`, f32: the factors of `2u - 255` and of eps at each timestep.
@@ -231,7 +231,7 @@ mod cuda {
         gpu: &Gpu,
         (x_t, t, labels): (&mut Tensor, &mut Tensor, Option<&mut Tensor>),
         pixels: &Buffer,
-        (rows, classes): (View<'_>, Option<View<'_>>),
+        (rows, classes): (Numbers<'_>, Option<Numbers<'_>>),
         batch: &Batch,
         table: &Tensor,
     ) -> Result<()> {
@@ -247,7 +247,8 @@ mod cuda {
         };
         assert_eq!((drawn.seed, drawn.step, drawn.first), (s.seed, s.step, s.first), "the streams of an image");
         let launch = gpu.launch(kernel, each_four_of_images(n, image), THREADS).write(x_t).write(t).write_opt(labels);
-        let launch = launch.buffer(pixels).view(rows).view_opt(classes).read(table);
+        let now = gpu.now();
+        let launch = launch.buffer(pixels).view(rows.view(now)).view_opt(classes.map(|c| c.view(now))).read(table);
         let launch = launch.u32(n).u64(image).u32(w).u32(c).u32(batch.timesteps as usize).streams_of_step(s);
         let launch = launch.u32(drawn.purpose as usize).u32(Purpose::Flip as usize);
         let launch = launch.u32(batch.flips.is_some().into()).u32(strata);

@@ -11,12 +11,17 @@
 //! What needs all of an image first (dynamic thresholding, rescaled guidance, the norms of a Langevin correction) is a
 //! pass of its own before the step, per image, so that no image depends on its batch.
 //!
+//! On a GPU what changes from step to step (factors, the streams' step, the timestep for the network) can be in device
+//! memory, as a [`Turn`] that the handle of the device is bound to. Then every step launches the same kernels with the
+//! same arguments.
+//!
 //! The chain is f32 on every device. A network with bf16 activations gets a rounded copy of x, and one that is asked
 //! with and without classes gets it twice, written by the same kernel.
 
 use crate::device::Device;
 use crate::diffusion::sampler::{Correction, Corrector, Guidance, Limit, Samples, Step};
 use crate::error::Result;
+use crate::kernels::sample_step::{Factors, Turn};
 use crate::rng::{Stream, Streams};
 use crate::tensor::{DType, Shape, Tensor};
 
@@ -98,6 +103,46 @@ pub struct Given<'a> {
     pub guidance: Option<Guidance>,
     /// Where the noise comes from.
     pub noise: Noise,
+}
+
+/// The turn of a step whose noise is `noise`, and whose gradient, if it has one, is scaled by `scale`.
+pub fn turn_of(step: &Step, noise: Noise, scale: Option<f64>) -> Turn {
+    Turn { step: noise.streams.step, time: step.time as f32, factors: factors(step, scale) }
+}
+
+/// The factors of a step in f32.
+fn factors(step: &Step, scale: Option<f64>) -> Factors {
+    let bound = if let Limit::Range(r) = step.limit { r as f32 } else { f32::INFINITY };
+    let learned = step.learned.map_or([0.0; 2], |learned| [learned.offset as f32, learned.factor as f32]);
+    let scale = scale.unwrap_or(0.0);
+    Factors {
+        x0_xt: step.x0_xt as f32,
+        x0_output: step.x0_output as f32,
+        c_x0: step.c_x0 as f32,
+        c_xt: step.c_xt as f32,
+        c_before: step.c_before as f32,
+        sigma: step.sigma as f32,
+        bound,
+        log_offset: learned[0],
+        log_factor: learned[1],
+        variance: step.variance as f32,
+        shift_x0: (step.shift_x0 * scale) as f32,
+        shift_mean: (step.shift_mean * scale) as f32,
+    }
+}
+
+/// The timestep of the turn that `device` is bound to, for the network: (n, 1, 1, 1), f32; `None` without a turn.
+///
+/// # Errors
+/// A GPU error.
+pub fn times(device: &Device, n: usize) -> Result<Option<Tensor>> {
+    let Device::Cuda(gpu) = device else { return Ok(None) };
+    if gpu.this_turn().is_none() {
+        return Ok(None);
+    }
+    let mut t = Tensor::uninit(device, DType::F32, Shape::new(n, 1, 1, 1))?;
+    cuda::times(gpu, &mut t)?;
+    Ok(Some(t))
 }
 
 /// What a step writes besides x_{t-1}.
@@ -746,10 +791,12 @@ mod cpu {
 }
 
 mod cuda {
+    use bytemuck::Zeroable;
+
     use super::*;
     use crate::device::cuda::{Gpu, Launch, each_four_of_images};
     use crate::kernels::philox::THREADS;
-    use crate::kernels::sample_step::{CORRECT, DIFFUSE, Factors, NORMS, RESCALE, Reading, START, STEP, THRESHOLD};
+    use crate::kernels::sample_step::{CORRECT, DIFFUSE, NORMS, RESCALE, Reading, START, STEP, THRESHOLD, TIMES};
 
     impl Given<'_> {
         fn reading(&self) -> Reading {
@@ -788,28 +835,31 @@ mod cuda {
         copies: usize,
     ) -> Result<()> {
         let (n, image) = extent(given.x);
-        let bound = if let Limit::Range(r) = step.limit { r as f32 } else { f32::INFINITY };
-        let learned = step.learned.map_or([0.0; 2], |learned| [learned.offset as f32, learned.factor as f32]);
-        let scale = given.gradient.map_or(0.0, |(_, scale)| scale);
-        let factors = Factors {
-            x0_xt: step.x0_xt as f32,
-            x0_output: step.x0_output as f32,
-            c_x0: step.c_x0 as f32,
-            c_xt: step.c_xt as f32,
-            c_before: step.c_before as f32,
-            sigma: step.sigma as f32,
-            bound,
-            log_offset: learned[0],
-            log_factor: learned[1],
-            variance: step.variance as f32,
-            shift_x0: (step.shift_x0 * scale) as f32,
-            shift_mean: (step.shift_mean * scale) as f32,
-        };
+        let own = turn_of(step, given.noise, given.gradient.map(|(_, scale)| scale));
+        let Turn { factors, step: number, .. } = by_value(gpu, own);
+        let streams = Streams { step: number, ..given.noise.streams };
         let launch = gpu.launch(STEP.of(given.output.dtype()), each_four_of_images(n, image), THREADS);
         let launch = launch.write(next).write_opt(input).write_opt(x_0).read(given.x).read(given.output);
         let launch = launch.read_opt(given.before).read_opt(given.gradient.map(|(gradient, _)| gradient));
         let launch = launch.read_opt(per_image.scale).read_opt(per_image.limits).u64(n).u64(image).u32(copies);
-        launch.u32(step.learned.is_some().into()).value(given.reading()).value(factors).noise(given.noise).run()
+        let launch = launch.u32(step.learned.is_some().into()).value(given.reading()).value(factors);
+        launch.noise(Noise { streams, ..given.noise }).turn().run()
+    }
+
+    pub fn times(gpu: &Gpu, t: &mut Tensor) -> Result<()> {
+        let n = t.shape().n;
+        gpu.launch(&TIMES, [n.div_ceil(THREADS as usize), 1, 1], THREADS).write(t).u32(n).turn().run()
+    }
+
+    /// What of a step's turn is passed by value: all without a turn in device memory, otherwise nothing.
+    fn by_value(gpu: &Gpu, own: Turn) -> Turn {
+        match gpu.this_turn() {
+            None => own,
+            Some(turn) => {
+                assert_eq!(*turn, own, "turn of the device and of the step");
+                Turn::zeroed()
+            }
+        }
     }
 
     #[expect(clippy::too_many_arguments, reason = "a kernel's results and what it reads")]
@@ -866,8 +916,10 @@ mod cuda {
         let (n, image) = extent(given.x);
         let launch = gpu.launch(THRESHOLD.of(given.output.dtype()), [n, 1, 1], THREADS);
         let launch = launch.write(limits).read(given.x).read(given.output).read_opt(scale).u64(n).u32(image);
-        let launch = launch.f32(step.x0_xt as f32).f32(step.x0_output as f32).u32(quantile.rank);
-        launch.f64(quantile.fraction).f32(quantile.largest as f32).value(given.reading()).run()
+        let own = turn_of(step, given.noise, given.gradient.map(|(_, scale)| scale));
+        let Factors { x0_xt, x0_output, .. } = by_value(gpu, own).factors;
+        let launch = launch.f32(x0_xt).f32(x0_output).u32(quantile.rank);
+        launch.f64(quantile.fraction).f32(quantile.largest as f32).value(given.reading()).turn().run()
     }
 
     pub fn norms(

@@ -52,7 +52,7 @@ pub const BLOCKS: usize = 16;
 /// Images of a step, at most.
 pub const MOST_IMAGES: usize = 1024;
 
-/// Steps before those that are measured: the first asks for memory and loads kernels.
+/// Steps before those that are measured: the first asks for memory and loads kernels, the second is captured.
 const WARM: usize = 2;
 
 /// Steps of which the times are means.
@@ -88,6 +88,21 @@ pub fn count(gpu: &Gpu, config: &Config, what: What) -> Result<Vec<Counted>> {
         Ok(())
     })?;
     Ok(counted)
+}
+
+/// Graphs that one step of `config` is launched as, once it has been captured; 0 if it is launched kernel by kernel. A
+/// `gpu` that counts or is guarded captures nothing.
+///
+/// # Errors
+/// A driver error.
+pub fn graphs(gpu: &Gpu, config: &Config, what: What) -> Result<u64> {
+    let (mut before, mut of_last) = (gpu.graph_launches(), 0);
+    steps(&Device::Cuda(gpu.clone()), config, what, WARM + 1, |_| {
+        let launched = gpu.graph_launches();
+        of_last = launched - std::mem::replace(&mut before, launched);
+        Ok(())
+    })?;
+    Ok(of_last)
 }
 
 /// Times of a step.
@@ -436,6 +451,8 @@ pub struct Of<'a> {
     pub config: &'a Config,
     /// Training or sampling.
     pub what: What,
+    /// Graphs that it is launched as.
+    pub graphs: u64,
     /// Name and compute capability of the GPU that was measured, and its times.
     pub measured: Option<(String, (u32, u32), Measured)>,
 }
@@ -446,7 +463,7 @@ impl Profile {
     /// # Errors
     /// Those of [`Launch::new`] and [`UNet::new`].
     pub fn new(of: Of<'_>, counted: &[Counted]) -> Result<Self> {
-        let Of { network, config, what, measured } = of;
+        let Of { network, config, what, graphs, measured } = of;
         let card = reference(measured.as_ref().map(|(_, capability, _)| *capability));
         let place = CARDS.iter().position(|other| other.key == card.key).expect("it is one of them");
         let launches: Vec<Launch> = counted.iter().map(Launch::new).collect::<Result<_>>()?;
@@ -489,7 +506,7 @@ impl Profile {
             batch: config.batch as u64,
             precision: config.precision.name(),
             launches: all.launches,
-            graphs: 0,
+            graphs,
             flops: all.flops.round() as u64,
             tensor_core_share: all.tensor_core_share(),
             bytes_asked: all.asked.round() as u64,

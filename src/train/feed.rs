@@ -1,17 +1,20 @@
 //! Brings the images of a data set to the device.
 //!
 //! On the CPU there is nothing to do: a step reads the data set. If the whole data set fits on a GPU, it stays there,
-//! and image indices for many steps ahead are uploaded at once, so most steps upload none. Otherwise each micro-batch
-//! is uploaded through two page-locked buffers in turn, so that the host fills one while the other is copied.
+//! and image indices for many steps ahead are uploaded at once, so most steps upload none. Otherwise the images of each
+//! step are uploaded through two page-locked buffers in turn, so that the host fills one while the other is copied.
+//!
+//! Either way a step's images are on the GPU, in buffers that stay where they are, before the first of its kernels is
+//! launched: they can be captured in a graph, which no copy from the host's memory can.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use crate::data::{Dataset, Rows};
 use crate::device::Device;
-use crate::device::cuda::{Buffer, Gpu, Staging, View};
+use crate::device::cuda::{Buffer, Gpu, Staging};
 use crate::error::Result;
-use crate::images::{Images, Source};
+use crate::images::{Images, Numbers, Source};
 use crate::tensor::Shape;
 
 /// Image indices uploaded at a time, 256 KiB: some hundreds of steps of small images.
@@ -43,7 +46,7 @@ pub enum Feed {
     Host,
     /// The data set is on the GPU.
     Resident(ResidentFeed),
-    /// Batches are uploaded one by one.
+    /// The images of each step are uploaded.
     Staged(StagedFeed),
 }
 
@@ -61,8 +64,11 @@ pub struct ResidentFeed {
 pub struct StagedFeed {
     staging: Staging,
     pixels: Option<Buffer>,
+    /// The numbers from 0 on.
     rows: Option<Buffer>,
     classes: Option<Buffer>,
+    /// Positions of the sequence of which the images are there.
+    step: Range<u64>,
 }
 
 impl Feed {
@@ -78,7 +84,7 @@ impl Feed {
                 window: 0..0,
             }),
             (Device::Cuda(gpu), None) => {
-                Feed::Staged(StagedFeed { staging: gpu.staging(), pixels: None, rows: None, classes: None })
+                Feed::Staged(StagedFeed { staging: gpu.staging(), pixels: None, rows: None, classes: None, step: 0..0 })
             }
         }
     }
@@ -92,10 +98,25 @@ impl Feed {
         &'a mut self,
         data: &'a Dataset,
         places: Range<u64>,
-        mut rows_of: impl FnMut(Range<u64>) -> Rows,
+        rows_of: impl FnMut(Range<u64>) -> Rows,
     ) -> Result<Source<'a>> {
+        self.begin(data, places.clone(), rows_of)?;
+        Ok(self.part(data, places.clone(), places))
+    }
+
+    /// Brings the images of a step, those of `data` at positions `places` of the sequence, to the GPU, and returns the
+    /// [place](crate::kernels::clock::Clock::place) where they begin. `rows_of` as in [`source`](Self::source).
+    ///
+    /// # Errors
+    /// A GPU that fails.
+    pub fn begin(
+        &mut self,
+        data: &Dataset,
+        places: Range<u64>,
+        mut rows_of: impl FnMut(Range<u64>) -> Rows,
+    ) -> Result<u32> {
         match self {
-            Feed::Host => Ok(Source::Host(data.images())),
+            Feed::Host => Ok(0),
             Feed::Resident(feed) => {
                 if places.start < feed.window.start || places.end > feed.window.end {
                     let ahead = places.start..places.start + WINDOW.max(places.end - places.start);
@@ -112,33 +133,45 @@ impl Feed {
                     feed.rows = Some(up(&feed.gpu, feed.rows.take(), &rows)?);
                     feed.classes = classes.map(|c| up(&feed.gpu, feed.classes.take(), &c)).transpose()?;
                 }
-                let (offset, bytes) =
-                    (4 * (places.start - feed.window.start) as usize, 4 * (places.end - places.start) as usize);
-                let view = |buffer: &'a Buffer| View::new(buffer, offset, bytes);
-                Ok(Source::Cuda {
-                    pixels: &feed.resident.pixels,
-                    shape: feed.resident.shape,
-                    rows: view(feed.rows.as_ref().expect("a window is loaded")),
-                    classes: feed.classes.as_ref().map(view),
-                })
+                Ok((places.start - feed.window.start) as u32)
             }
             Feed::Staged(feed) => {
-                let Rows { rows, classes } = rows_of(places);
+                let Rows { rows, classes } = rows_of(places.clone());
                 let gpu = feed.staging.gpu().clone();
                 let bytes = rows.len() * data.extent().len();
-                let pixels = feed.staging.upload(feed.pixels.take(), bytes, |to| data.gather(&rows, to))?;
-                let in_order: Vec<u32> = (0..rows.len() as u32).collect();
-                feed.rows = Some(up(&gpu, feed.rows.take(), &in_order)?);
+                // Until all of it is there, nothing is.
+                feed.step = 0..0;
+                feed.pixels = Some(feed.staging.upload(feed.pixels.take(), bytes, |to| data.gather(&rows, to))?);
+                if feed.rows.as_ref().is_none_or(|old| old.bytes() != 4 * rows.len()) {
+                    let in_order: Vec<u32> = (0..rows.len() as u32).collect();
+                    feed.rows = Some(up(&gpu, None, &in_order)?);
+                }
                 feed.classes = classes.map(|c| up(&gpu, feed.classes.take(), &c)).transpose()?;
-                let whole = |buffer: &'a Buffer| View::new(buffer, 0, buffer.bytes());
-                Ok(Source::Cuda {
-                    pixels: feed.pixels.insert(pixels),
-                    shape: Shape { n: rows.len(), ..data.images().shape },
-                    rows: whole(feed.rows.as_ref().expect("just made")),
-                    classes: feed.classes.as_ref().map(whole),
-                })
+                feed.step = places.start..places.start + rows.len() as u64;
+                Ok(0)
             }
         }
+    }
+
+    /// The images at positions `places`, which are among those of the `step` that has [begun](Self::begin).
+    pub fn part<'a>(&'a self, data: &'a Dataset, step: Range<u64>, places: Range<u64>) -> Source<'a> {
+        assert!(step.start <= places.start && places.end <= step.end, "images {places:?} of a step of {step:?}");
+        let (first, count) = ((places.start - step.start) as usize, (places.end - places.start) as usize);
+        let (pixels, shape, place, rows, classes) = match self {
+            Feed::Host => return Source::Host(data.images()),
+            Feed::Resident(ResidentFeed { resident, rows, classes, window, .. }) => {
+                assert!(window.start <= step.start && step.end <= window.end, "images {step:?}, loaded are {window:?}");
+                (&*resident.pixels, resident.shape, (step.start - window.start) as usize, rows, classes)
+            }
+            Feed::Staged(StagedFeed { pixels, rows, classes, step: loaded, .. }) => {
+                assert_eq!(step, *loaded, "images of the step and those loaded");
+                let shape = Shape { n: (step.end - step.start) as usize, ..data.images().shape };
+                (pixels.as_ref().expect("a step has begun"), shape, 0, rows, classes)
+            }
+        };
+        let numbers = |buffer: &'a Buffer| Numbers::new(buffer, place, first, count);
+        let rows = numbers(rows.as_ref().expect("a step has begun"));
+        Source::Cuda { pixels, shape, rows, classes: classes.as_ref().map(numbers) }
     }
 }
 

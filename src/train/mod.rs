@@ -254,9 +254,11 @@ fn steps(
     let config = trainer.config().clone();
     let mut report = Report::default();
     let mut samples = Fault::default();
+    trainer.device().take_notes().iter().for_each(|note| watch.say(note));
     while trainer.steps_done() < config.steps && !stop.load(Ordering::Relaxed) {
         let step_started = Instant::now();
         trainer.step()?;
+        trainer.device().take_notes().iter().for_each(|note| watch.say(note));
         let done = trainer.steps_done();
         let finished = done == config.steps;
         let due = |every: u32| every > 0 && done.is_multiple_of(every);

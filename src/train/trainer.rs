@@ -1,5 +1,6 @@
 //! A network in training: the state of a run and one step of it, algorithm 1 of the paper.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::feed::{Feed, Resident};
@@ -10,6 +11,7 @@ use crate::conditioning::Conditioning;
 use crate::config::Config;
 use crate::data::{Data, Dataset, Order};
 use crate::device::Device;
+use crate::device::cuda::{Repeated, eager_note};
 use crate::diffusion::{Batch, Importance, Sampling, Schedule};
 use crate::error::{Error, Result};
 use crate::images::Source;
@@ -29,6 +31,9 @@ use crate::unet::{DropoutSeed, UNet};
 const BETA1: f64 = 0.9;
 const BETA2: f64 = 0.999;
 const ADAM_EPS: f64 = 1e-8;
+
+/// What the launches of a step are called in messages.
+const A_STEP: &str = "a training step";
 
 /// A network in training: everything that changes from step to step.
 pub struct Trainer {
@@ -53,6 +58,8 @@ pub struct Trainer {
     meter: Meter,
     /// Steps launched but not yet read from the meter.
     unread: u32,
+    /// The launches of a step, on a GPU.
+    launches: Repeated,
     /// What its checkpoints say of the data.
     mark: DataMark,
 }
@@ -118,6 +125,13 @@ impl Trainer {
             clock: Clock::new(device)?,
             meter: Meter::new(device)?,
             unread: 0,
+            launches: match device {
+                Device::Cuda(gpu) if gpu.captures() && config.timestep_sampling == Sampling::Importance => {
+                    gpu.add_note(eager_note(A_STEP, "timestep_sampling = importance draws the timesteps on the host"));
+                    Repeated::eager(A_STEP)
+                }
+                _ => Repeated::new(A_STEP),
+            },
         })
     }
 
@@ -136,6 +150,8 @@ impl Trainer {
 
     /// The same, to be filled from a checkpoint.
     pub fn state_mut(&mut self) -> checkpoint::StateMut<'_> {
+        // Whoever gets it may put other buffers in place of these.
+        self.launches.forget();
         checkpoint::StateMut {
             step: &mut self.step,
             params: &mut self.params,
@@ -200,8 +216,8 @@ impl Trainer {
         &self.schedule
     }
 
-    /// One step on the next images: algorithm 1 of the paper, for a batch. On a GPU it only launches the work.
-    /// [`reports`](Self::reports) returns the measurements.
+    /// One step on the next images: algorithm 1 of the paper, for a batch. On a GPU it only launches the work, from the
+    /// second step on as a CUDA graph. [`reports`](Self::reports) returns the measurements.
     ///
     /// # Errors
     /// On the CPU, `Error::NotFinite` if the loss or the gradient is not finite; it names the step, the first
@@ -209,16 +225,34 @@ impl Trainer {
     /// [`reports`](Self::reports) returns this error.
     pub fn step(&mut self) -> Result<()> {
         self.meter.begin();
-        self.grads.reset();
         if let Some(losses) = &mut self.inputs.losses {
             losses.begin(&self.table)?;
         }
+        let place = self.inputs.begin(&self.config, &self.data.train, self.step)?;
         let update = update(&self.config, self.step + 1);
         // A handle of the device bound to the step's clock, from which kernels read what changes from step to step.
-        let device = self.clock.begin(self.step, update.factors(), self.meter.row())?;
+        let device = self.clock.begin(self.step, place, update.factors(), self.meter.row())?;
+        match &device {
+            Device::Cuda(gpu) => {
+                let mut launches = std::mem::replace(&mut self.launches, Repeated::new(A_STEP));
+                let done = launches.run(gpu, || self.compute(&device, &update));
+                self.launches = launches;
+                done?;
+            }
+            Device::Cpu(_) | Device::Meta(_) => self.compute(&device, &update)?,
+        }
+        self.step += 1;
+        self.unread += 1;
+        Ok(())
+    }
+
+    /// Everything of a step that is computed on `device`.
+    fn compute(&mut self, device: &Device, update: &Update) -> Result<()> {
+        self.meter.restart();
+        self.grads.reset();
         for k in 0..self.config.accumulate {
-            let batch = self.inputs.draw(&device, &self.config, &self.data.train, self.step, k)?;
-            let mut tape = Tape::recording(&device, &self.params);
+            let batch = self.inputs.draw(device, &self.config, &self.data.train, self.step, k)?;
+            let mut tape = Tape::recording(device, &self.params);
             let t = batch.batch.weights.is_some().then(|| batch.batch.t());
             let (y, loss) = forward_loss(&self.unet, &mut tape, &self.table, batch, &mut self.meter)?; // (n, h, w, c)
             if let Some(mean) = loss.mean().filter(|mean| !mean.is_finite()) {
@@ -231,7 +265,7 @@ impl Trainer {
         }
 
         let g = self.grads.finish(self.params.specs())?;
-        grad_norm(&device, g, self.config.grad_clip, &mut self.meter)?;
+        grad_norm(device, g, self.config.grad_clip, &mut self.meter)?;
         if let Meter::Cpu(_) = self.meter {
             let norm = self.meter.host_row().grad_norm;
             if !norm.is_finite() {
@@ -239,10 +273,12 @@ impl Trainer {
             }
         }
         let state = State { w: &mut self.params, ema: &mut self.ema, m: &mut self.m, v: &mut self.v, g };
-        adam(&device, state, &update, &mut self.meter)?;
-        self.step += 1;
-        self.unread += 1;
-        Ok(())
+        adam(device, state, update, &mut self.meter)
+    }
+
+    /// Launches in the CUDA graph of a step; `None` if there is no graph (yet).
+    pub fn launches_captured(&self) -> Option<usize> {
+        self.launches.launches()
     }
 
     /// The measurements of the steps since the last call, one report each. Waits for the GPU.
@@ -300,6 +336,7 @@ impl Trainer {
         self.meter.begin();
         self.grads.reset();
         let device = self.device.clone();
+        self.inputs.begin(&self.config, &self.data.train, self.step)?;
         for k in 0..self.config.accumulate {
             let batch = self.inputs.draw(&device, &self.config, &self.data.train, self.step, k)?;
             let mut tape = Tape::inspecting(&self.device, &self.params);
@@ -402,7 +439,20 @@ struct Inputs {
 }
 
 impl Inputs {
-    /// Micro-batch `k` of the batch of step `step` (from 0), noised.
+    /// Positions in the endless sequence of training images ([`Order`]) of those of step `step`.
+    fn places(c: &Config, step: u32) -> Range<u64> {
+        let place = u64::from(step) * c.batch as u64;
+        place..place + c.batch as u64
+    }
+
+    /// Brings the images of step `step` (from 0) to the device; where they begin there.
+    fn begin(&mut self, c: &Config, data: &Dataset, step: u32) -> Result<u32> {
+        let Inputs { order, feed, .. } = self;
+        let conditional = c.model.classes > 0;
+        feed.begin(data, Inputs::places(c, step), |places| data.rows(&order.range(places), conditional))
+    }
+
+    /// Micro-batch `k` of the batch of step `step` (from 0), which has begun, noised.
     fn draw<'a>(
         &'a mut self,
         device: &Device,
@@ -413,12 +463,10 @@ impl Inputs {
     ) -> Result<MicroBatch<'a>> {
         let Inputs { order, feed, coefficients, losses } = self;
         let (size, conditional) = (c.batch / c.accumulate, c.model.classes > 0);
-        let first = (k * size) as u32;
-        // Positions in the endless sequence of training images ([`Order`]).
-        let place = u64::from(step) * c.batch as u64 + u64::from(first);
+        let (first, of_step) = ((k * size) as u32, Inputs::places(c, step));
+        let place = of_step.start + u64::from(first);
         let places = place..place + size as u64;
-        let rows = |indices: Vec<usize>| data.rows(&indices, conditional);
-        let drawn = rows(order.range(places.clone()));
+        let drawn = data.rows(&order.range(places.clone()), conditional);
         let batch = Batch::train(c.seed, step, first, drawn.indices(), c.flip, c.diffusion.timesteps as u32);
         let batch = batch.with_labels(drawn.classes).dropping(c.label_dropout, c.model.classes);
         let batch = match (c.timestep_sampling, losses) {
@@ -426,7 +474,7 @@ impl Inputs {
             (_, Some(losses)) => losses.known().draw(batch),
             (_, None) => batch,
         };
-        let source = feed.source(data, places, |places| rows(order.range(places)))?;
+        let source = feed.part(data, of_step, places);
         let noised = q_sample(device, source, &batch, coefficients)?;
         let masks = Some(DropoutSeed { seed: c.seed, step, first });
         Ok(MicroBatch { batch, source, noised, masks, step_images: Some(c.batch) })

@@ -1,24 +1,32 @@
-//! The device side of a training step's clock. What changes from step to step lives in device memory, so that the
-//! launches themselves are identical in every step.
+//! What changes from one repetition of work to the next: a training step's clock and a reverse step's turn. They live
+//! in device memory, so that the launches themselves are identical in every repetition.
 
 use std::sync::Arc;
 
-use bytemuck::Zeroable;
-
 use super::{Buffer, Gpu};
 use crate::error::Result;
+use crate::kernels::Twin;
 use crate::kernels::clock::Clock;
+use crate::kernels::sample_step::Turn;
 
-/// A clock in GPU memory.
-pub struct DeviceClock {
+/// A struct in GPU memory that launches read in place of some arguments.
+pub struct OnDevice<T> {
     gpu: Gpu,
-    reading: Arc<Reading>,
+    reading: Arc<Reading<T>>,
+    /// A handle that is bound to it.
+    bind: fn(Gpu, Arc<Reading<T>>) -> Gpu,
 }
 
-/// A clock's buffer and its contents.
-pub(super) struct Reading {
+/// The clock of training steps.
+pub type DeviceClock = OnDevice<Clock>;
+
+/// The turn of the steps of a reverse process.
+pub type DeviceTurn = OnDevice<Turn>;
+
+/// A buffer and its contents.
+pub(super) struct Reading<T> {
     buffer: Buffer,
-    now: Clock,
+    now: T,
 }
 
 impl DeviceClock {
@@ -27,24 +35,40 @@ impl DeviceClock {
     /// # Errors
     /// Out of GPU memory.
     pub fn new(gpu: &Gpu) -> Result<Self> {
-        let reading = Reading { buffer: gpu.alloc(size_of::<Clock>())?, now: Clock::zeroed() };
-        Ok(DeviceClock { gpu: gpu.clone(), reading: Arc::new(reading) })
+        OnDevice::unset(gpu, |gpu, clock| Gpu { clock: Some(clock), ..gpu })
+    }
+}
+
+impl DeviceTurn {
+    /// A turn, not yet set.
+    ///
+    /// # Errors
+    /// Out of GPU memory.
+    pub fn new(gpu: &Gpu) -> Result<Self> {
+        OnDevice::unset(gpu, |gpu, turn| Gpu { turn: Some(turn), ..gpu })
+    }
+}
+
+impl<T: Twin> OnDevice<T> {
+    fn unset(gpu: &Gpu, bind: fn(Gpu, Arc<Reading<T>>) -> Gpu) -> Result<Self> {
+        let reading = Reading { buffer: gpu.alloc(size_of::<T>())?, now: T::zeroed() };
+        Ok(OnDevice { gpu: gpu.clone(), reading: Arc::new(reading), bind })
     }
 
-    /// Sets the clock, in stream order, and returns the handle through which to launch the step: its launches read the
-    /// clock. Does not wait: the driver queues the contents of a host-to-device copy of up to 64 KB (CUDA programming
-    /// guide, "Asynchronous Concurrent Execution"). Panics if the last step's handle is still alive, since its launches
-    /// would read this step's clock.
+    /// Sets it, in stream order, and returns the handle through which to launch what reads it. Does not wait: the
+    /// driver queues the contents of a host-to-device copy of up to 64 KB (CUDA programming guide, "Asynchronous
+    /// Concurrent Execution"). Panics if the last handle is still alive, since its launches would read what is set
+    /// here.
     ///
     /// # Errors
     /// A GPU error.
-    pub fn set(&mut self, now: Clock) -> Result<Gpu> {
+    pub fn set(&mut self, now: T) -> Result<Gpu> {
         // So that a step that makes the same requests as the last one gets the same addresses.
         self.gpu.pool().sort();
-        let reading = Arc::get_mut(&mut self.reading).expect("the last step on this clock is over");
+        let reading = Arc::get_mut(&mut self.reading).expect("the last step is over");
         self.gpu.upload(&mut reading.buffer, &[now])?;
         reading.now = now;
-        Ok(Gpu { clock: Some(self.reading.clone()), ..self.gpu.clone() })
+        Ok((self.bind)(self.gpu.clone(), self.reading.clone()))
     }
 }
 
@@ -59,8 +83,18 @@ impl Gpu {
         self.clock().map(|(_, now)| now)
     }
 
-    /// A handle of this GPU without a clock.
+    /// This handle's turn and its contents.
+    pub(super) fn turn(&self) -> Option<(&Buffer, &Turn)> {
+        self.turn.as_ref().map(|reading| (&reading.buffer, &reading.now))
+    }
+
+    /// The contents of this handle's turn; `None` if it has no turn.
+    pub fn this_turn(&self) -> Option<&Turn> {
+        self.turn().map(|(_, now)| now)
+    }
+
+    /// A handle of this GPU without clock and turn.
     pub(super) fn off_clock(&self) -> Gpu {
-        Gpu { inner: self.inner.clone(), clock: None }
+        Gpu { inner: self.inner.clone(), clock: None, turn: None }
     }
 }

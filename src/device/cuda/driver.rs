@@ -4,11 +4,13 @@
 
 #[cfg(feature = "cuda")]
 pub use cudarc::driver::{
-    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DriverError, PinnedHostSlice, result, sys,
+    CudaContext, CudaEvent, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError, PinnedHostSlice, result, sys,
 };
 
 #[cfg(not(feature = "cuda"))]
-pub use absent::{CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtr, DriverError, PinnedHostSlice, result, sys};
+pub use absent::{
+    CudaContext, CudaEvent, CudaGraph, CudaSlice, CudaStream, DevicePtr, DriverError, PinnedHostSlice, result, sys,
+};
 
 /// The part of cudarc that this crate uses, under the same names.
 #[cfg(not(feature = "cuda"))]
@@ -37,6 +39,7 @@ mod absent {
     pub enum CudaContext {}
     pub enum CudaStream {}
     pub enum CudaEvent {}
+    pub enum CudaGraph {}
     pub struct CudaSlice<T>(CudaContext, PhantomData<T>);
     pub struct PinnedHostSlice<T>(CudaContext, PhantomData<T>);
 
@@ -94,6 +97,18 @@ mod absent {
             match *self {}
         }
         pub fn clone_dtoh<T>(&self, _slice: &CudaSlice<T>) -> Result<Vec<T>> {
+            match *self {}
+        }
+        pub fn begin_capture(&self, _mode: sys::CUstreamCaptureMode) -> Result<()> {
+            match *self {}
+        }
+        pub fn end_capture(self: &Arc<Self>, _flags: sys::CUgraphInstantiate_flags) -> Result<Option<CudaGraph>> {
+            match **self {}
+        }
+    }
+
+    impl CudaGraph {
+        pub fn launch(&self) -> Result<()> {
             match *self {}
         }
     }
@@ -256,6 +271,13 @@ mod absent {
         pub enum CUevent_flags {
             CU_EVENT_DEFAULT,
         }
+
+        #[derive(Clone, Copy)]
+        pub enum CUstreamCaptureMode {
+            CU_STREAM_CAPTURE_MODE_THREAD_LOCAL,
+        }
+
+        pub struct CUgraphInstantiate_flags(pub u32);
 
         pub unsafe fn is_culib_present() -> bool {
             false

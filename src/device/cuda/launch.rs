@@ -356,6 +356,14 @@ impl<'a> Launch<'a> {
         }
     }
 
+    /// The turn of the reverse step this launch belongs to, or a null pointer.
+    pub fn turn(self) -> Self {
+        match self.gpu.turn() {
+            Some((buffer, _)) => self.buffer(buffer),
+            None => self.null(),
+        }
+    }
+
     /// The contents of that clock.
     pub fn now(&self) -> Option<&'a Clock> {
         self.gpu.clock().map(|(_, now)| now)
@@ -433,6 +441,7 @@ impl<'a> Launch<'a> {
         if let Some(record) = self.gpu.inner.record.get() {
             record.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(self.launched());
         }
+        let _ordered = self.gpu.ordered();
         let function = self.gpu.function(kernel, self.shared)?;
         let failed = |e| driver_error(&format!("launching {}", self.describe()), e);
         self.gpu.bind()?;
@@ -466,6 +475,7 @@ impl<'a> Launch<'a> {
             let launch = self.counted(counters::of_last_launch()?);
             counted.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(launch);
         }
+        self.gpu.note_launch();
         if matches!(self.gpu.inner.trace, Trace::Sync) {
             stream.synchronize().map_err(|e| driver_error(&format!("running {}", self.describe()), e))?;
         }

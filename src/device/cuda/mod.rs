@@ -9,6 +9,7 @@
 mod clock;
 mod counters;
 mod driver;
+mod graph;
 mod launch;
 mod modules;
 mod pool;
@@ -18,7 +19,8 @@ mod trace;
 
 use std::fmt::{self, Write};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
 
 use super::PoolStats;
 use crate::error::{Error, Result};
@@ -26,8 +28,10 @@ use crate::kernels;
 use crate::shape::DType;
 use driver::{CudaContext, CudaStream, DriverError, result, sys};
 
-pub use clock::DeviceClock;
+pub use clock::{DeviceClock, DeviceTurn};
 pub use counters::{Counted, Counters};
+pub use graph::Repeated;
+pub(crate) use graph::eager_note;
 pub use launch::{Array, Launch, Launched, View, ViewMut, each_four, each_four_of_images};
 pub use pool::Buffer;
 pub(super) use pool::UNIT;
@@ -44,7 +48,9 @@ const OLDEST_DRIVER: i32 = 12_000;
 pub struct Gpu {
     inner: Arc<Inner>,
     /// Read by launches through this handle in place of some arguments.
-    clock: Option<Arc<clock::Reading>>,
+    clock: Option<Arc<clock::Reading<kernels::clock::Clock>>>,
+    /// The same, for a reverse process.
+    turn: Option<Arc<clock::Reading<kernels::sample_step::Turn>>>,
 }
 
 struct Inner {
@@ -65,9 +71,19 @@ struct Inner {
     record: OnceLock<Mutex<Vec<Launched>>>,
     /// The same with the emulator's counters.
     counted: OnceLock<Mutex<Vec<Counted>>>,
+    /// Work that repeats is not captured.
+    eager: AtomicBool,
+    /// Graphs launched so far.
+    graph_launches: AtomicU64,
+    /// Held for reading over each call that gives the stream work, for writing over a capture.
+    order: RwLock<()>,
+    /// What a capture notes.
+    under_way: Mutex<graph::UnderWay>,
     emulated: bool,
     /// What the user should know about the kernels.
     notes: Vec<String>,
+    /// What has come up since.
+    later_notes: Mutex<Vec<String>>,
 }
 
 impl Drop for Inner {
@@ -356,10 +372,15 @@ impl Gpu {
             trace,
             record: OnceLock::new(),
             counted: OnceLock::new(),
+            eager: AtomicBool::new(false),
+            graph_launches: AtomicU64::new(0),
+            order: RwLock::default(),
+            under_way: Mutex::default(),
             emulated,
             notes,
+            later_notes: Mutex::default(),
         };
-        Ok(Gpu { inner: Arc::new(inner), clock: None })
+        Ok(Gpu { inner: Arc::new(inner), clock: None, turn: None })
     }
 
     /// Type of activations and gradients.
@@ -375,6 +396,16 @@ impl Gpu {
     /// N in cuda:N.
     pub fn number(&self) -> usize {
         self.inner.number
+    }
+
+    /// Adds a sentence for the user about what is going on.
+    pub(crate) fn add_note(&self, note: String) {
+        self.inner.later_notes.lock().unwrap_or_else(PoisonError::into_inner).push(note);
+    }
+
+    /// The sentences for the user that have come up since the last call.
+    pub fn take_notes(&self) -> Vec<String> {
+        std::mem::take(&mut *self.inner.later_notes.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// True on the emulator.
@@ -422,6 +453,13 @@ impl Gpu {
     /// # Errors
     /// An error of the driver, or of a kernel launched earlier.
     pub fn synchronize(&self) -> Result<()> {
+        self.refuse_host("a wait")?;
+        let _ordered = self.ordered();
+        self.wait()
+    }
+
+    /// The same for whoever has called [`ordered`](Self::ordered).
+    fn wait(&self) -> Result<()> {
         self.inner.stream.synchronize().map_err(|e| driver_error(&format!("waiting for {self}"), e))
     }
 
@@ -436,6 +474,8 @@ impl Gpu {
         if bytes.is_empty() {
             return Ok(());
         }
+        self.refuse_host("a copy from the host's memory")?;
+        let _ordered = self.ordered();
         self.bind()?;
         // SAFETY: `to` holds that many bytes (checked) and lives until the stream has passed the copy, since buffers
         // are reused or freed in the order of this GPU's stream. The driver stages pageable host memory before the call
@@ -456,6 +496,8 @@ impl Gpu {
         if bytes.is_empty() {
             return self.synchronize();
         }
+        self.refuse_host("a copy to the host's memory")?;
+        let _ordered = self.ordered();
         self.bind()?;
         // SAFETY: `from` holds that many bytes (checked). `bytes` is borrowed until the stream is synchronised, below;
         // if that fails, the context has failed for good and copies no more.
@@ -474,6 +516,7 @@ impl Gpu {
         if to.bytes() == 0 {
             return Ok(());
         }
+        let _ordered = self.ordered();
         self.bind()?;
         // SAFETY: both hold that many bytes and are used in the order of this GPU's stream; `to` is borrowed mutably,
         // so they are not the same.
@@ -498,6 +541,7 @@ impl Gpu {
         if words == 0 {
             return Ok(());
         }
+        let _ordered = self.ordered();
         self.bind()?;
         // SAFETY: inside the buffer (checked), which is borrowed mutably and used in the order of this GPU's stream.
         let filled = unsafe {
@@ -510,6 +554,7 @@ impl Gpu {
     fn owns(&self, buffer: &Buffer) {
         let owner = buffer.gpu();
         assert!(Arc::ptr_eq(&self.inner, &owner.inner), "a buffer of {owner} is used on {self}");
+        self.note_use(buffer);
     }
 
     /// Makes the context current on the calling thread, as raw driver calls require.

@@ -141,8 +141,15 @@ impl Gpu {
         let mut loaded = self.loaded();
         let function = match loaded.functions.get(kernel.name) {
             Some(function) if shared <= function.shared => return Ok(*function),
-            Some(function) => function.handle,
-            None => self.load(&mut loaded, kernel)?,
+            // A driver may wait for the GPU to load a function, or to give it more shared memory.
+            Some(function) => {
+                self.refuse_missing("shared memory of a kernel")?;
+                function.handle
+            }
+            None => {
+                self.refuse_missing("a kernel that is not loaded")?;
+                self.load(&mut loaded, kernel)?
+            }
         };
         let function = Function { handle: function, shared: shared.max(super::launch::SHARED_DEFAULT) };
         if shared > super::launch::SHARED_DEFAULT {

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::sync::PoisonError;
 
 use super::driver::{CudaSlice, DevicePtr, DriverError, sys};
+use super::graph::Memory;
 use super::{Gpu, driver_error};
 use crate::device::{PoolStats, size_class};
 use crate::error::{Error, Result};
@@ -20,6 +21,10 @@ const GUARD: u8 = 0xA5;
 pub(super) struct Pool {
     /// By size. Last in, first out, since the last one returned may still be in L2.
     free: HashMap<usize, Vec<Free>>,
+    /// Serial numbers of the buffers that are handed out, by the address of their memory.
+    live: HashMap<sys::CUdeviceptr, u64>,
+    /// Times that memory was handed out, returned or given back; also the last serial number.
+    changes: u64,
     pub(super) stats: PoolStats,
     /// Nothing is pooled: each buffer is its own allocation.
     guarded: bool,
@@ -40,6 +45,25 @@ impl Pool {
         self.free.values_mut().for_each(|free| free.sort_unstable_by_key(|free| Reverse(free.address)));
     }
 
+    /// True if the blocks that a graph takes are idle and the buffers it uses are those that were there.
+    pub(super) fn has(&self, memory: &Memory) -> bool {
+        let idle = |address: &_, size: &_| {
+            self.free.get(size).is_some_and(|free| free.iter().any(|free| free.address == *address))
+        };
+        memory.taken.iter().all(|(address, size)| idle(address, size))
+            && memory.used.iter().all(|(address, serial)| self.live.get(address) == Some(serial))
+    }
+
+    /// Changes with every change of what [`has`](Self::has) looks at.
+    pub(super) fn changes(&self) -> u64 {
+        self.changes
+    }
+
+    /// True if nothing is pooled.
+    pub(super) fn is_guarded(&self) -> bool {
+        self.guarded
+    }
+
     /// `guard_words`: a guarded pool's buffers lie between guards. The emulator needs none: it knows where every
     /// allocation ends and which bytes have been written, and guards would hide both.
     pub(super) fn new(guarded: bool, guard_words: bool) -> Self {
@@ -53,6 +77,8 @@ pub struct Buffer {
     memory: Option<CudaSlice<u8>>,
     bytes: usize,
     address: sys::CUdeviceptr,
+    /// Tells it from other buffers with the same memory, before it or after it.
+    serial: u64,
     gpu: Gpu,
 }
 
@@ -67,6 +93,11 @@ impl Buffer {
         &self.gpu
     }
 
+    /// The address of its memory, its guard included, and its serial number.
+    pub(super) fn memory(&self) -> (sys::CUdeviceptr, u64) {
+        (self.address - self.gpu.pool().guard as u64, self.serial)
+    }
+
     /// Its device address.
     pub(super) fn address(&self) -> sys::CUdeviceptr {
         self.address
@@ -79,6 +110,7 @@ impl Gpu {
     /// # Errors
     /// `Error::Failed` if there is not enough memory, with the sizes; or a driver error.
     pub fn alloc(&self, bytes: usize) -> Result<Buffer> {
+        let ordered = self.ordered();
         let mut pool = self.pool();
         let guard = pool.guard;
         let size = if pool.guarded { bytes.max(1) + 2 * guard } else { size_class(bytes.max(1), UNIT) };
@@ -89,12 +121,15 @@ impl Gpu {
                 memory
             }
             None => {
+                // It would become a node of the graph, which alone could use it.
+                self.refuse_missing("memory")?;
                 pool.stats.misses += 1;
                 let memory = match self.ask_driver(size) {
                     Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
                         let idle: usize = pool.free.values().flatten().map(|free| free.memory.len()).sum();
                         pool.stats.held -= idle as u64;
                         pool.free.clear();
+                        pool.changes += 1;
                         self.trim()?;
                         self.ask_driver(size)
                     }
@@ -108,9 +143,13 @@ impl Gpu {
         };
         pool.stats.in_use += size as u64;
         pool.stats.peak = pool.stats.peak.max(pool.stats.in_use);
-        drop(pool);
-        let start = memory.device_ptr(&self.inner.stream).0;
-        let buffer = Buffer { memory: Some(memory), bytes, address: start + guard as u64, gpu: self.off_clock() };
+        pool.changes += 1;
+        let (start, serial) = (memory.device_ptr(&self.inner.stream).0, pool.changes);
+        pool.live.insert(start, serial);
+        drop((pool, ordered));
+        self.note_taken(start, size);
+        let (address, gpu) = (start + guard as u64, self.off_clock());
+        let buffer = Buffer { memory: Some(memory), bytes, address, serial, gpu };
         if guard > 0 {
             // Byte by byte: the guard behind a buffer begins at its last byte.
             self.fill_bytes(start, GUARD, size)?;
@@ -125,6 +164,7 @@ impl Gpu {
         if bytes == 0 {
             return Ok(());
         }
+        let _ordered = self.ordered();
         self.bind()?;
         // SAFETY: `bytes` bytes of an allocation that nothing else refers to yet, in the order of this GPU's stream.
         let filled = unsafe { sys::cuMemsetD8Async(address, value, bytes, self.inner.stream.cu_stream()).result() };
@@ -134,7 +174,7 @@ impl Gpu {
     /// Gives memory that has been freed back to the system. The driver frees in stream order: what has just been
     /// returned is free once the stream has got there, and what it has freed it keeps for a while.
     fn trim(&self) -> Result<()> {
-        self.synchronize()?;
+        self.wait()?;
         let mut pool = std::ptr::null_mut();
         let context = self.inner.stream.context();
         // SAFETY: the device is this context's, and the driver writes one handle.
@@ -187,10 +227,13 @@ impl Drop for Buffer {
         let Some(memory) = self.memory.take() else { return };
         let guard = self.gpu.pool().guard;
         let start = self.address - guard as u64;
+        let _ordered = self.gpu.ordered();
         if guard > 0 && !std::thread::panicking() {
             self.gpu.check_guards(&memory, self.bytes, guard);
         }
         let mut pool = self.gpu.pool();
+        pool.changes += 1;
+        pool.live.remove(&start);
         pool.stats.in_use -= memory.len() as u64;
         if pool.guarded {
             pool.stats.held -= memory.len() as u64;

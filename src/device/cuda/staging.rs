@@ -59,6 +59,8 @@ impl Staging {
             fill(&mut []);
             return Ok(to);
         }
+        gpu.refuse_host("a copy from the host's memory")?;
+        let _ordered = gpu.ordered();
         self.turn = 1 - self.turn;
         let slot = &mut self.slots[self.turn];
         if slot.as_ref().is_none_or(|slot| slot.memory.len() < bytes) {
@@ -115,6 +117,8 @@ impl Readback {
         let (stream, context) = (&gpu.inner.stream, gpu.inner.stream.context());
         let failed = |e| driver_error(&format!("copying {bytes} bytes from {gpu}"), e);
         gpu.owns(from);
+        gpu.refuse_host("a copy to the host's memory")?;
+        let _ordered = gpu.ordered();
         let fitting = self.free.iter().position(|slot| slot.memory.len() >= bytes);
         let mut slot = match fitting.map(|k| self.free.swap_remove(k)) {
             Some(slot) => slot,

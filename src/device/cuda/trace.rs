@@ -71,6 +71,11 @@ impl Trace {
         Ok(std::mem::take(&mut times.sums).into_iter().collect())
     }
 
+    /// True if anything is shown.
+    pub fn is_on(&self) -> bool {
+        !matches!(self, Trace::Off)
+    }
+
     /// Runs `launch`, measured if times are asked for.
     pub fn around(
         &self,
