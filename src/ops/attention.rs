@@ -552,23 +552,17 @@ mod cuda {
     /// A [`Size`].
     macro_rules! size {
         ($d:expr, $rows:expr, $fwd:ident, $bwd_q:ident, $bwd_kv:ident) => {
-            Size {
-                d: $d,
-                rows: $rows as usize,
-                fwd: &kernels::$fwd,
-                bwd_q: &kernels::$bwd_q,
-                bwd_kv: &kernels::$bwd_kv,
-            }
+            Size { d: $d, rows: $rows, fwd: &kernels::$fwd, bwd_q: &kernels::$bwd_q, bwd_kv: &kernels::$bwd_kv }
         };
     }
 
     /// f32, on FMAs.
     const ON_FMA: [Size; 5] = [
-        size!(32, B_R, FWD_D32_F32, BWD_Q_D32_F32, BWD_KV_D32_F32),
-        size!(64, B_R, FWD_D64_F32, BWD_Q_D64_F32, BWD_KV_D64_F32),
-        size!(128, B_R, FWD_D128_F32, BWD_Q_D128_F32, BWD_KV_D128_F32),
-        size!(256, B_R, FWD_D256_F32, BWD_Q_D256_F32, BWD_KV_D256_F32),
-        size!(512, B_R_D512, FWD_D512_F32, BWD_Q_D512_F32, BWD_KV_D512_F32),
+        size!(32, B_R as usize, FWD_D32_F32, BWD_Q_D32_F32, BWD_KV_D32_F32),
+        size!(64, B_R as usize, FWD_D64_F32, BWD_Q_D64_F32, BWD_KV_D64_F32),
+        size!(128, B_R as usize, FWD_D128_F32, BWD_Q_D128_F32, BWD_KV_D128_F32),
+        size!(256, B_R as usize, FWD_D256_F32, BWD_Q_D256_F32, BWD_KV_D256_F32),
+        size!(512, B_R_D512 as usize, FWD_D512_F32, BWD_Q_D512_F32, BWD_KV_D512_F32),
     ];
 
     /// bf16, on tensor cores, if 8 divides `d`.
@@ -605,8 +599,10 @@ mod cuda {
             })
         }
 
-        /// On tensor cores, for `pairs` of image and head: large blocks if they are many and not mostly idle rows. The
-        /// choice does not affect any result's bits, which are sums over columns in the same order either way.
+        /// On tensor cores, for `pairs` of image and head: large blocks if they are many and not mostly idle rows. One
+        /// head of 256 tokens has four of them, so that 24 images fill most multiprocessors of a GPU once; fewer images
+        /// take 16 small blocks each. The choice does not affect any result's bits, which are sums over columns in the
+        /// same order either way.
         fn on_mma(pairs: usize, tokens: usize, d: usize) -> Result<&'static Size> {
             if !d.is_multiple_of(8) {
                 return Size::of(&ANY, d);
