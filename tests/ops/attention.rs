@@ -97,6 +97,7 @@ fn allowance(shape: Shape, heads: usize, [q, k, v, dy]: &[Vec<f64>; 4], dtype: D
         DType::F32 => 0.0,
         DType::Bf16 => BF16_ROUNDING + 2.0 * scale * cut(d) * largest(q) * largest(k),
     };
+    let of_dp = cut(d) * largest(dy) * largest(v);
     let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
     let y = reference::forward([&q[..], k, v], shape, heads);
     for (image, head) in (0..shape.n * heads).map(|pair| (pair / heads, pair % heads)) {
@@ -113,7 +114,7 @@ fn allowance(shape: Shape, heads: usize, [q, k, v, dy]: &[Vec<f64>; 4], dtype: D
             let of_p: f64 = p.iter().zip(&dp).map(|(p, dp)| p * dp.abs()).sum();
             let of_delta = u * of_p + (u * u + (2 * d + 4) as f64 * F32_ROUNDING) * terms;
             for j in 0..tokens {
-                let off = (dp[j] - delta).abs() + cut(d) * largest(dy) * largest(v);
+                let off = (dp[j] - delta).abs() + of_dp;
                 let of_ds = match dtype {
                     DType::F32 => p[j] * of_delta,
                     DType::Bf16 => 1.01 * ((u + 2f64.powi(-11)) * p[j] * off + 2f64.powi(-25) * off + p[j] * of_delta),
