@@ -208,7 +208,7 @@ const GPU_CASES: [(Shape, usize); 5] = [
 
 /// For the kernels on tensor cores: tokens that fill blocks of rows and of columns, fall one short of them and go
 /// beyond; heads of whole slabs, of chunks, of neither, and of more than the channels of a warp's sums, all and by 8.
-const BF16_CASES: [(Shape, usize); 12] = [
+const BF16_CASES: [(Shape, usize); 13] = [
     (Shape::new(1, 1, 1, 8), 1),
     (Shape::new(2, 1, 7, 6), 2),
     (Shape::new(3, 4, 4, 80), 2),
@@ -221,6 +221,7 @@ const BF16_CASES: [(Shape, usize); 12] = [
     (Shape::new(1, 2, 35, 136), 1),
     (Shape::new(2, 5, 13, 512), 1),
     (Shape::new(1, 3, 23, 264), 1),
+    (Shape::new(1, 1, 17, 129), 1),
 ];
 
 /// Enough heads for the large blocks of each size; an image alone has too few.
