@@ -333,14 +333,14 @@ fn sources(headers: &[Header]) -> Result<Vec<Source>> {
 }
 
 /// The entries that a source declares as `__global__ void __launch_bounds__(N) NAME(TYPE NAME, ...)`. `NAME_##suffix`
-/// stands for two, f32 and bf16; `##D##` in a name for one per number N in the `OF_SIZE(N, suffix, T)` of the text.
+/// stands for two, f32 and bf16; `##D##` in a name, in a macro M, for one per number N in the `M(N` of the text.
 /// `bytes` gives the size of a struct that has a twin.
 fn entries_of_source(text: &str, bytes: impl Fn(&str) -> Option<u32>) -> Result<BTreeMap<String, Entry>> {
     let text = text.replace("\\\n", " ");
-    let sizes = text.split("OF_SIZE(").skip(1).filter_map(|rest| rest.split_once(", suffix, T)"));
-    let sizes: Vec<&str> = sizes.map(|(size, _)| size).filter(|size| size.parse::<u32>().is_ok()).collect();
     let mut entries = BTreeMap::new();
-    for declaration in text.split("__global__ void __launch_bounds__(").skip(1) {
+    for (at, start) in text.match_indices("__global__ void __launch_bounds__(") {
+        let (line, declaration) = (text[..at].lines().next_back().unwrap_or_default(), &text[at + start.len()..]);
+        let of_macro = line.strip_prefix("#define ").and_then(|rest| rest.split_once('('));
         let (name, rest) = (declaration.split_once(") "))
             .and_then(|(_, after)| after.split_once('('))
             .ok_or("an entry is not declared as __global__ void __launch_bounds__(N) NAME(...)")?;
@@ -351,7 +351,12 @@ fn entries_of_source(text: &str, bytes: impl Fn(&str) -> Option<u32>) -> Result<
         });
         let entry = Entry { params: params.collect::<Result<_>>()?, max_threads: 0 };
         let sized = match name.trim().split_once("##D##") {
-            Some((head, tail)) => sizes.iter().map(|size| format!("{head}{size}{tail}")).collect(),
+            Some((head, tail)) => {
+                let (of, _) = of_macro.ok_or_else(|| format!("{name} is not in a macro"))?;
+                let of = format!("{of}(");
+                let uses = text.split(&of).skip(1).filter_map(|rest| rest.split([',', ')']).next());
+                uses.filter(|size| size.parse::<u32>().is_ok()).map(|size| format!("{head}{size}{tail}")).collect()
+            }
             None => vec![name.trim().to_string()],
         };
         for name in sized {

@@ -1,5 +1,6 @@
 // attention: scaled dot-product attention within each image, one head or several, and its gradients. No tokens x tokens
-// matrix is stored.
+// matrix is stored. bf16 runs on tensor cores: attention_mma.cuh has its mapping, shared, bound by and numerics. f32
+// runs on FMAs, as said here.
 //
 // computes   S_ij = q_i . k_j / sqrt(d), m_i = max_j S_ij, l_i = sum_j exp(S_ij - m_i), P_ij = exp(S_ij - m_i) / l_i,
 //            y_i = sum_j P_ij v_j;
@@ -9,7 +10,7 @@
 //            Three passes: fwd; bwd_q, which writes dq and delta; then bwd_kv. Both backward passes compute S and dP:
 //            seven products of tokens x tokens x d, where a stored matrix or atomics would need five
 // layout     q, k, v, y and their gradients (n, tokens, c), f32 or bf16; head e has the channels e d .. e d + d.
-//            lost (n, tokens, c), bf16 only: the rounding error of y. stats (n, heads, 2, tokens), f32: m log2 e,
+//            lost (n, tokens, c), bf16 only: what rounding took from y. stats (n, heads, 2, tokens), f32: m log2 e,
 //            then 1 / l (r in src/ops/attention.rs). delta (n, heads, tokens), f32
 // mapping    block = one (image, head) and B_R tokens as rows; it loops over all tokens as columns, B_C at a time.
 //            warp w = rows 8 w .. 8 w + 8 of the block (D > 256: 4 w .. 4 w + 4).
@@ -29,13 +30,13 @@
 //            D <= 256
 // host       heads d = c; grid.x = n heads ceil(tokens / B_R); scale = 1 / sqrt(d), scale_log2 = log2 e / sqrt(d); vec
 //            only if 4 divides d; tensors start on 256-byte boundaries; stats, delta and lost come from the earlier
-//            passes over the same tensors
+//            passes over the same tensors. bf16: as attention_mma.cuh says
 // numerics   f32 sums over the channels, and over the columns in order. The row's largest score so far is subtracted
 //            before each exponential, and the sums are rescaled when it grows (Milakov and Gimelshein 2018). 2^x is the
 //            hardware's, accurate to 2 ulp. m and 1 / l are stored separately: the log-sum-exp m + log l, as one f32,
-//            would lose digits of l when m is large. delta from y alone would carry y's bf16 rounding error, the same
-//            for all columns of a row, into sums whose terms nearly cancel (an error of 100 output roundings was seen
-//            in dq): hence lost, with which delta errs by 2^-18. The same bits at every repetition and for any batch
+//            would lose digits of l when m is large. In bf16, delta from y alone would carry y's rounding error, the
+//            same for all columns of a row, into sums whose terms nearly cancel (an error of 100 output roundings was
+//            seen in dq): hence lost. The same bits at every repetition and for any batch
 //
 // One block (D <= 256)                             S of a warp: the lane of each row and column
 //
@@ -46,8 +47,8 @@
 //   rows 56..63 [  warp 7  ]  -->  [  warp 7  ]    y of a warp: the same rows, 4 neighbouring channels per lane
 //
 //   fwd and bwd_q: rows are queries, columns keys. bwd_kv: rows are keys, columns queries
+#include "attention_mma.cuh"
 #include "dtype.cuh"
-#include "reduce.cuh"
 
 // Host twin: threads per block, 8 warps. A multiprocessor holds two blocks of up to 128 registers per thread, which
 // suffices for heads of up to 64 channels (forward 128); of larger heads it holds one.
@@ -123,18 +124,18 @@ __device__ __forceinline__ Position position_of(unsigned tokens, unsigned c, uns
     return pos;
 }
 
-// Copies tokens first .. first + COUNT, channels from .. from + WIDE of x to rows PITCH_OUT floats apart in shared
+// Copies tokens first .. first + COUNT, channels from .. from + WIDTH of x to rows PITCH_OUT floats apart in shared
 // memory; what does not exist becomes zero.
-template <unsigned COUNT, unsigned WIDE, unsigned PITCH_OUT, class T>
-__device__ __forceinline__ void copy_to_shared(float* to, const T* x, const Position& pos, unsigned first,
+template <unsigned COUNT, unsigned WIDTH, unsigned PITCH_OUT>
+__device__ __forceinline__ void copy_to_shared(float* to, const float* x, const Position& pos, unsigned first,
                                                unsigned from) {
     x += pos.offset + size_t(first) * pos.stride + from;
     // How many of them exist.
-    const unsigned count = first < pos.tokens ? min(pos.tokens - first, COUNT) : 0, channels = min(pos.d - from, WIDE);
+    const unsigned count = first < pos.tokens ? min(pos.tokens - first, COUNT) : 0, channels = min(pos.d - from, WIDTH);
     if (pos.vec) {
         // A thread has the same 4 channels of every STEP-th token.
-        constexpr unsigned STEP = THREADS / (WIDE / 4);
-        const unsigned token = threadIdx.x / (WIDE / 4), channel = threadIdx.x % (WIDE / 4) * 4;
+        constexpr unsigned STEP = THREADS / (WIDTH / 4);
+        const unsigned token = threadIdx.x / (WIDTH / 4), channel = threadIdx.x % (WIDTH / 4) * 4;
         const unsigned end = channel < channels ? count : 0;
         x += size_t(token) * pos.stride + channel;
         to += token * PITCH_OUT + channel;
@@ -146,19 +147,19 @@ __device__ __forceinline__ void copy_to_shared(float* to, const T* x, const Posi
         }
     } else {
 #pragma unroll 1
-        for (unsigned i = threadIdx.x; i < COUNT * WIDE; i += THREADS) {
-            const unsigned token = i / WIDE, channel = i % WIDE;
+        for (unsigned i = threadIdx.x; i < COUNT * WIDTH; i += THREADS) {
+            const unsigned token = i / WIDTH, channel = i % WIDTH;
             const bool live = token < count && channel < channels;
-            to[token * PITCH_OUT + channel] = live ? load(x + size_t(token) * pos.stride + channel) : 0;
+            to[token * PITCH_OUT + channel] = live ? x[size_t(token) * pos.stride + channel] : 0;
         }
     }
 }
 
 // s = A B^T over all channels: A = the block's rows of a, B = tokens column .. column + B_C of b. All threads call it.
-template <unsigned D, class T>
+template <unsigned D>
 __device__ __forceinline__ void multiply_abt(float (&s)[4][Tile<D>::COLS],  // (4 rows, every LANES-th column)
                                              Shared<D>& shared,
-                                             const T* a, const T* b,        // (n, tokens, c)
+                                             const float* a, const float* b,  // (n, tokens, c)
                                              const Position& pos, unsigned column) {
     using C = Tile<D>;
     const unsigned warp = threadIdx.x / 32;
@@ -199,11 +200,11 @@ __device__ __forceinline__ void multiply_abt(float (&s)[4][Tile<D>::COLS],  // (
 }
 
 // sum += P X, where X is tokens column .. column + B_C of x and P is p (or dS) of the warp's rows. All threads call it.
-template <unsigned D, class T>
+template <unsigned D>
 __device__ __forceinline__ void accumulate_px(float (&sum)[4][Tile<D>::CHANNELS],  // (4 rows, channels of the lane)
                                               Shared<D>& shared,
                                               const float (&p)[4][Tile<D>::COLS],  // (4 rows, every LANES-th column)
-                                              const T* x,                          // (n, tokens, c)
+                                              const float* x,                      // (n, tokens, c)
                                               const Position& pos, unsigned column) {
     using C = Tile<D>;
     float* const my_p = &shared.p_or_ds[threadIdx.x / 32][0][C::row()];  // (B_C, 4 rows)
@@ -248,14 +249,14 @@ __device__ __forceinline__ void accumulate_px(float (&sum)[4][Tile<D>::CHANNELS]
 }
 
 // Stores the thread's channels of its 4 rows, times the row's `factor`, to x (n, tokens, c).
-template <unsigned D, class T>
-__device__ __forceinline__ void store_rows(T* x, const float (&sum)[4][Tile<D>::CHANNELS], const float (&factor)[4],
+template <unsigned D>
+__device__ __forceinline__ void store_rows(float* x, const float (&sum)[4][Tile<D>::CHANNELS], const float (&factor)[4],
                                            const Position& pos) {
     using C = Tile<D>;
 #pragma unroll
     for (unsigned r = 0; r < 4; ++r) {
         if (pos.row + r >= pos.tokens) return;
-        T* to = x + pos.offset + size_t(pos.row + r) * pos.stride;
+        float* to = x + pos.offset + size_t(pos.row + r) * pos.stride;
         const float f = factor[r];
 #pragma unroll
         for (unsigned u = 0; u < C::CHANNELS; u += C::VEC) {
@@ -267,23 +268,10 @@ __device__ __forceinline__ void store_rows(T* x, const float (&sum)[4][Tile<D>::
             } else {
 #pragma unroll
                 for (unsigned i = 0; i < C::VEC; ++i)
-                    if (channel + i < pos.d) store(to + channel + i, from[i] * f);
+                    if (channel + i < pos.d) to[channel + i] = from[i] * f;
             }
         }
     }
-}
-
-// 2^x to 2 ulp; 0 instead of a subnormal.
-__device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
-// exp(S - m) from an unscaled score s and from m log2 e. Fused, so that the product is not rounded; the rounding of m
-// cancels between P and l.
-__device__ __forceinline__ float exp_score(float s, float scale_log2, float m) {
-    return exp2_fast(fmaf(s, scale_log2, -m));
 }
 
 // Sum over the lanes that share rows, every GROUPS-th; each of them gets it.
@@ -301,19 +289,10 @@ __device__ __forceinline__ float max_row(float v) {
     return v;
 }
 
-// v rounded to T.
-template <class T>
-__device__ __forceinline__ float rounded(float v) {
-    T held;
-    store(&held, v);
-    return load(&held);
-}
-
-// `lost` receives the error of rounding y to bf16; null if it is not needed, and in f32.
-template <unsigned D, class T>
-__device__ __forceinline__ void fwd(T* y, T* lost,                       // (n, tokens, c)
-                                    float* stats,                        // (n, heads, 2, tokens)
-                                    const T* q, const T* k, const T* v,  // (n, tokens, c)
+template <unsigned D>
+__device__ __forceinline__ void fwd(float* y,                                        // (n, tokens, c)
+                                    float* stats,                                    // (n, heads, 2, tokens)
+                                    const float* q, const float* k, const float* v,  // (n, tokens, c)
                                     unsigned tokens, unsigned c, unsigned heads, float scale_log2, unsigned vec) {
     using C = Tile<D>;
     __shared__ alignas(16) Shared<D> shared;
@@ -371,24 +350,15 @@ __device__ __forceinline__ void fwd(T* y, T* lost,                       // (n, 
         }
     }
     store_rows<D>(y, o, inv_l, pos);
-    if (sizeof(T) < sizeof(float) && lost) {
-        const float one[4] = {1, 1, 1, 1};
-#pragma unroll
-        for (unsigned r = 0; r < 4; ++r)
-#pragma unroll
-            for (unsigned u = 0; u < C::CHANNELS; ++u) o[r][u] = o[r][u] * inv_l[r] - rounded<T>(o[r][u] * inv_l[r]);
-        store_rows<D>(lost, o, one, pos);
-    }
 }
 
 // Rows are queries. Also writes delta.
-template <unsigned D, class T>
-__device__ __forceinline__ void bwd_q(T* dq,                               // (n, tokens, c)
-                                      float* delta,                        // (n, heads, tokens)
-                                      const T* q, const T* k, const T* v,  // (n, tokens, c)
-                                      const T* y, const T* lost,           // (n, tokens, c)
-                                      const T* dy,                         // (n, tokens, c)
-                                      const float* stats,                  // (n, heads, 2, tokens)
+template <unsigned D>
+__device__ __forceinline__ void bwd_q(float* dq,                                       // (n, tokens, c)
+                                      float* delta,                                    // (n, heads, tokens)
+                                      const float* q, const float* k, const float* v,  // (n, tokens, c)
+                                      const float* y, const float* dy,                 // (n, tokens, c)
+                                      const float* stats,                              // (n, heads, 2, tokens)
                                       unsigned tokens, unsigned c, unsigned heads, float scale, float scale_log2,
                                       unsigned vec) {
     using C = Tile<D>;
@@ -407,7 +377,7 @@ __device__ __forceinline__ void bwd_q(T* dq,                               // (n
             scale_over_l[r] = stats[2 * pos.first_token + tokens + pos.row + r] * scale;
             const size_t i = pos.offset + size_t(pos.row + r) * c;
             for (unsigned u = pos.col; u < pos.d; u += C::LANES)
-                my_delta[r] = fmaf(load(dy + i + u), load(y + i + u) + (lost ? load(lost + i + u) : 0), my_delta[r]);
+                my_delta[r] = fmaf(dy[i + u], y[i + u], my_delta[r]);
         }
 #pragma unroll
         for (unsigned u = 0; u < C::CHANNELS; ++u) sum[r][u] = 0;
@@ -438,12 +408,12 @@ __device__ __forceinline__ void bwd_q(T* dq,                               // (n
 }
 
 // Rows are keys, columns queries: S, P, dP and dS transposed.
-template <unsigned D, class T>
-__device__ __forceinline__ void bwd_kv(T* dk, T* dv,                        // (n, tokens, c)
-                                       const T* q, const T* k, const T* v,  // (n, tokens, c)
-                                       const T* dy,                         // (n, tokens, c)
-                                       const float* stats,                  // (n, heads, 2, tokens)
-                                       const float* delta,                  // (n, heads, tokens)
+template <unsigned D>
+__device__ __forceinline__ void bwd_kv(float* dk, float* dv,                            // (n, tokens, c)
+                                       const float* q, const float* k, const float* v,  // (n, tokens, c)
+                                       const float* dy,                                 // (n, tokens, c)
+                                       const float* stats,                              // (n, heads, 2, tokens)
+                                       const float* delta,                              // (n, heads, tokens)
                                        unsigned tokens, unsigned c, unsigned heads, float scale, float scale_log2,
                                        unsigned vec) {
     using C = Tile<D>;
@@ -485,30 +455,94 @@ __device__ __forceinline__ void bwd_kv(T* dk, T* dv,                        // (
     store_rows<D>(dk, sum_k, scales, pos);
 }
 
-// The entries for heads of up to D channels.
-#define OF_SIZE(D, suffix, T)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS) attention_fwd_d##D##_##suffix(                             \
-        T* y, T* lost, float* stats, const T* q, const T* k, const T* v, unsigned tokens, unsigned c,                \
-        unsigned heads, float scale_log2, unsigned vec) {                                                            \
-        fwd<D>(y, lost, stats, q, k, v, tokens, c, heads, scale_log2, vec);                                          \
-    }                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS) attention_bwd_q_d##D##_##suffix(                           \
-        T* dq, float* delta, const T* q, const T* k, const T* v, const T* y, const T* lost, const T* dy,             \
-        const float* stats, unsigned tokens, unsigned c, unsigned heads, float scale, float scale_log2,              \
-        unsigned vec) {                                                                                              \
-        bwd_q<D>(dq, delta, q, k, v, y, lost, dy, stats, tokens, c, heads, scale, scale_log2, vec);                  \
-    }                                                                                                                \
-    extern "C" __global__ void __launch_bounds__(THREADS) attention_bwd_kv_d##D##_##suffix(                          \
-        T* dk, T* dv, const T* q, const T* k, const T* v, const T* dy, const float* stats, const float* delta,       \
-        unsigned tokens, unsigned c, unsigned heads, float scale, float scale_log2, unsigned vec) {                  \
-        bwd_kv<D>(dk, dv, q, k, v, dy, stats, delta, tokens, c, heads, scale, scale_log2, vec);                      \
+// Entries in f32, on FMAs, for heads of up to D channels.
+#define ON_FMA(D)                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(THREADS) attention_fwd_d##D##_f32(                                 \
+        float* y, float* stats, const float* q, const float* k, const float* v, unsigned tokens, unsigned c,        \
+        unsigned heads, float scale_log2, unsigned vec) {                                                           \
+        fwd<D>(y, stats, q, k, v, tokens, c, heads, scale_log2, vec);                                               \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS) attention_bwd_q_d##D##_f32(                               \
+        float* dq, float* delta, const float* q, const float* k, const float* v, const float* y, const float* dy,   \
+        const float* stats, unsigned tokens, unsigned c, unsigned heads, float scale, float scale_log2,             \
+        unsigned vec) {                                                                                             \
+        bwd_q<D>(dq, delta, q, k, v, y, dy, stats, tokens, c, heads, scale, scale_log2, vec);                       \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(THREADS) attention_bwd_kv_d##D##_f32(                              \
+        float* dk, float* dv, const float* q, const float* k, const float* v, const float* dy, const float* stats,  \
+        const float* delta, unsigned tokens, unsigned c, unsigned heads, float scale, float scale_log2,             \
+        unsigned vec) {                                                                                             \
+        bwd_kv<D>(dk, dv, q, k, v, dy, stats, delta, tokens, c, heads, scale, scale_log2, vec);                     \
     }
-#define ENTRY(suffix, T)    \
-    OF_SIZE(32, suffix, T)  \
-    OF_SIZE(64, suffix, T)  \
-    OF_SIZE(128, suffix, T) \
-    OF_SIZE(256, suffix, T) \
-    OF_SIZE(512, suffix, T)
-F32_AND_BF16(ENTRY)
-#undef ENTRY
-#undef OF_SIZE
+ON_FMA(32)
+ON_FMA(64)
+ON_FMA(128)
+ON_FMA(256)
+ON_FMA(512)
+#undef ON_FMA
+
+// Entries in bf16, on tensor cores, for heads of up to D channels that 8 divides, in blocks of GROUPS x 16 rows; as far
+// as registers decide, a multiprocessor holds BLOCKS at least.
+#define LARGE(D, GROUPS, BLOCKS)                                                                                    \
+    extern "C" __global__ void __launch_bounds__(mma::threads(D, GROUPS), BLOCKS) attention_fwd_mma_d##D##_large(   \
+        bf16* y, bf16* lost, float* stats, const bf16* q, const bf16* k, const bf16* v, Sizes sizes) {              \
+        mma::fwd<mma::Pass<D, GROUPS, 1, 1>, mma::Unit::CHUNK>(y, lost, stats, q, k, v, sizes);                     \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(mma::threads(D, GROUPS), BLOCKS) attention_bwd_q_mma_d##D##_large( \
+        bf16* dq, float* delta, const bf16* q, const bf16* k, const bf16* v, const bf16* y, const bf16* lost,       \
+        const bf16* dy, const float* stats, Sizes sizes) {                                                          \
+        mma::bwd_q<mma::Pass<D, GROUPS, 2, 1>, mma::Unit::CHUNK>(dq, delta, q, k, v, y, lost, dy, stats, sizes);    \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(mma::threads(D, GROUPS), BLOCKS) attention_bwd_kv_mma_d##D##_large(\
+        bf16* dk, bf16* dv, const bf16* q, const bf16* k, const bf16* v, const bf16* dy, const float* stats,        \
+        const float* delta, Sizes sizes) {                                                                          \
+        mma::bwd_kv<D, GROUPS, mma::Unit::CHUNK>(dk, dv, q, k, v, dy, stats, delta, sizes);                         \
+    }
+LARGE(32, 4, 3)
+LARGE(64, 4, 2)
+LARGE(128, 4, 2)
+LARGE(256, 4, 2)
+LARGE(512, 2, 2)
+#undef LARGE
+
+// The same in blocks of 16 rows, where the others would be too few.
+#define SMALL(D)                                                                                                    \
+    extern "C" __global__ void __launch_bounds__(mma::threads(D, 1)) attention_fwd_mma_d##D##_small(                \
+        bf16* y, bf16* lost, float* stats, const bf16* q, const bf16* k, const bf16* v, Sizes sizes) {              \
+        mma::fwd<mma::Pass<D, 1, 1, 1>, mma::Unit::CHUNK>(y, lost, stats, q, k, v, sizes);                          \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(mma::threads(D, 1)) attention_bwd_q_mma_d##D##_small(              \
+        bf16* dq, float* delta, const bf16* q, const bf16* k, const bf16* v, const bf16* y, const bf16* lost,       \
+        const bf16* dy, const float* stats, Sizes sizes) {                                                          \
+        mma::bwd_q<mma::Pass<D, 1, 2, 1>, mma::Unit::CHUNK>(dq, delta, q, k, v, y, lost, dy, stats, sizes);         \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(mma::threads(D, 1)) attention_bwd_kv_mma_d##D##_small(             \
+        bf16* dk, bf16* dv, const bf16* q, const bf16* k, const bf16* v, const bf16* dy, const float* stats,        \
+        const float* delta, Sizes sizes) {                                                                          \
+        mma::bwd_kv<D, 1, mma::Unit::CHUNK>(dk, dv, q, k, v, dy, stats, delta, sizes);                              \
+    }
+SMALL(64)
+SMALL(128)
+SMALL(256)
+SMALL(512)
+#undef SMALL
+
+// For any number of channels, up to D.
+#define ANY(D)                                                                                                      \
+    extern "C" __global__ void __launch_bounds__(mma::threads(D, 1)) attention_fwd_mma_d##D##_any(                  \
+        bf16* y, bf16* lost, float* stats, const bf16* q, const bf16* k, const bf16* v, Sizes sizes) {              \
+        mma::fwd<mma::Pass<D, 1, 1, 1>, mma::Unit::ELEMENT>(y, lost, stats, q, k, v, sizes);                        \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(mma::threads(D, 1)) attention_bwd_q_mma_d##D##_any(                \
+        bf16* dq, float* delta, const bf16* q, const bf16* k, const bf16* v, const bf16* y, const bf16* lost,       \
+        const bf16* dy, const float* stats, Sizes sizes) {                                                          \
+        mma::bwd_q<mma::Pass<D, 1, 2, 1>, mma::Unit::ELEMENT>(dq, delta, q, k, v, y, lost, dy, stats, sizes);       \
+    }                                                                                                               \
+    extern "C" __global__ void __launch_bounds__(mma::threads(D, 1)) attention_bwd_kv_mma_d##D##_any(               \
+        bf16* dk, bf16* dv, const bf16* q, const bf16* k, const bf16* v, const bf16* dy, const float* stats,        \
+        const float* delta, Sizes sizes) {                                                                          \
+        mma::bwd_kv<D, 1, mma::Unit::ELEMENT>(dk, dv, q, k, v, dy, stats, delta, sizes);                            \
+    }
+ANY(64)
+ANY(512)
+#undef ANY

@@ -14,6 +14,7 @@ use ddpm_cuda::device::Device;
 use ddpm_cuda::device::cuda::tile::{FMA, MMA_64, MMA_128, MULTIPROCESSORS, RESIDENT, SplitK, choose, shared};
 use ddpm_cuda::device::cuda::{Gpu, Launched};
 use ddpm_cuda::kernels::{self, Image, Kernel, Kind, MODULES, Module, best_image, entry_alone, parameters};
+use ddpm_cuda::ops::attention::attention;
 use ddpm_cuda::params::Layout;
 use ddpm_cuda::profile::card::Multiprocessor;
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
@@ -21,7 +22,7 @@ use ddpm_cuda::train::Trainer;
 use ddpm_cuda::unet::UNet;
 use rayon::prelude::*;
 
-use support::{gpu, places};
+use support::{gpu, numbers, places, through_tape_on, to_f32};
 
 /// Architectures that the kernels run on (A100, RTX 30, RTX 40, H100, B200, RTX 50), each with the first CUDA version
 /// whose ptxas knows it.
@@ -258,6 +259,38 @@ fn the_last_wave_of_a_weights_gradient_wastes_little() {
             assert!(busy.iter().all(|busy| *busy >= at_least), "{preset}: {busy:.3?}, expected {at_least}");
         }
     }
+}
+
+/// Attention on tensor cores takes no more cycles of shared memory than without bank conflicts, and moves no more bytes
+/// than it asks for: large and small blocks, one head of 256 channels and several of 64.
+#[test]
+fn attention_on_tensor_cores_wastes_neither_shared_nor_global_memory() {
+    if !gpu::emulated("what attention asks of shared and global memory") {
+        return;
+    }
+    let device = Device::Cuda(Gpu::open(0, DType::Bf16, false).unwrap());
+    for (shape, heads) in [(Shape::new(1, 16, 16, 24 * 64), 24), (Shape::new(1, 16, 16, 256), 1)] {
+        let data = |seed| to_f32(&numbers(seed, shape.len()));
+        let inputs = [1, 2, 3].map(|seed| (shape, data(seed)));
+        through_tape_on(&device, &inputs, &[], &data(4), 1, |tape, x, _| attention(tape, &x[0], &x[1], &x[2], heads));
+    }
+    let counters = gpu::counters();
+    let number = |kernel: &serde_json::Value, name: &str| kernel[name].as_f64().expect("a counter");
+    let kernels = counters["kernels"].as_array().expect("kernels");
+    let of_attention = kernels.iter().filter(|kernel| {
+        let name = kernel["name"].as_str().expect("a name");
+        name.starts_with("attention_") && name.contains("_mma_")
+    });
+    let mut count = 0;
+    for kernel in of_attention {
+        let (cycles, ideal) = (number(kernel, "shared_wavefronts"), number(kernel, "shared_ideal"));
+        let sectors = number(kernel, "sector_bytes_per_byte");
+        println!("{}: {:.3} of the cycles without conflicts, {sectors:.3} sectors", kernel["name"], cycles / ideal);
+        assert!(cycles <= 1.05 * ideal, "{}: {cycles} cycles, {ideal} without bank conflicts", kernel["name"]);
+        assert!(sectors <= 1.05, "{}: {sectors} bytes moved for each asked for", kernel["name"]);
+        count += 1;
+    }
+    assert_eq!(count, 6, "kernels of attention on tensor cores");
 }
 
 /// A driver of CUDA 12.0 knows PTX up to 8.0, and every GPU from compute capability 8.0 on runs PTX for sm_80.

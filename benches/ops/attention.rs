@@ -5,16 +5,19 @@ use ddpm_cuda::tensor::Shape;
 
 use crate::{Case, Work};
 
-/// Sizes from the networks, a single image, several heads, many tokens. FLOP count two matrix products forward and the
-/// five that the backward pass cannot avoid.
+/// Sizes from the networks, a single image, several heads, many tokens; on a GPU also the layers of `cifar10` at batch
+/// 128. FLOP count two matrix products forward and the five that the backward pass cannot avoid.
 pub fn bench(c: &mut Criterion) {
-    let cases = [
+    let mut cases = vec![
         (Shape::new(16, 16, 16, 64), 1),
         (Shape::new(4, 16, 16, 256), 1),
         (Shape::new(1, 16, 16, 512), 1),
         (Shape::new(4, 16, 16, 256), 8),
         (Shape::new(1, 64, 64, 64), 1),
     ];
+    if crate::device().is_gpu() {
+        cases.extend([(Shape::new(128, 16, 16, 256), 1), (Shape::new(128, 4, 4, 256), 1)]);
+    }
     for (shape, heads) in cases {
         let op = |tape: &mut Tape<'_>, x: &[_], _: &[_]| attention(tape, &x[0], &x[1], &x[2], heads);
         let product = 2 * shape.n * shape.pixels() * shape.pixels() * shape.c;

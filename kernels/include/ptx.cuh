@@ -12,6 +12,11 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool i
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
 }
 
+// The same for 4 bytes.
+__device__ __forceinline__ void copy_word_async(uint32_t to, const void* from, bool inside) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(inside ? 4 : 0) : "memory");
+}
+
 __device__ __forceinline__ void commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // All but the YOUNGEST last committed groups of this thread have arrived.

@@ -21,10 +21,12 @@
 //!
 //! Numerics: no exponential exceeds 1, since the row's largest score is subtracted first (on a GPU the largest so far;
 //! the sums are rescaled when it grows). All sums are f32 and run over `k`'s (or `q`'s) tokens in order, so the bits of
-//! an image depend neither on its batch nor on the number of threads.
+//! an image depend neither on its batch nor on the number of threads. In bf16 a GPU multiplies on tensor cores, for
+//! which `P` and `dS` are rounded to bf16 (the derivations bound what that costs).
 //!
 //! Work: `4 n T^2 c` FLOP forward, `10 n T^2 c` backward: five products, one of which recomputes the scores. A GPU does
-//! seven, because `dq` is a separate pass from `dk` and `dv`, so that each sum has one owner and a fixed order. Scratch
+//! seven, because `dq` is a separate pass from `dk` and `dv`, so that each sum has one owner and a fixed order; in
+//! bf16, for heads of more than 128 channels, eight or more (`include/attention_mma.cuh`). Scratch
 //! on a GPU: `delta`, one number per row and head; no scores. On the CPU: forward, a block of rows of `S` per thread;
 //! backward, `P` and `dS` of some heads at a time, 8 MiB each, or of some rows of one head if its scores alone exceed
 //! that.
@@ -529,34 +531,101 @@ mod cuda {
     use std::f64::consts::LOG2_E;
 
     use super::*;
+    use crate::device::cuda::tile::MANY;
     use crate::device::cuda::{Gpu, Launch};
     use crate::error::Error;
     use crate::kernels::attention::{B_R, B_R_D512, THREADS};
-    use crate::kernels::{ByType, attention as kernels};
+    use crate::kernels::attention_mma::{BC, BOTH_SUMS, SLOTS, Sizes};
+    use crate::kernels::tile_mma::BK;
+    use crate::kernels::{Kernel, attention as kernels};
 
-    /// The entries compiled for heads of up to `d` channels, and the rows (tokens) per block: forward, backward for q,
-    /// backward for k and v.
+    /// The entries for heads of up to `d` channels, and the rows (tokens) per block: forward, backward for q, backward
+    /// for k and v.
     struct Size {
         d: usize,
-        rows: u32,
-        fwd: &'static ByType,
-        bwd_q: &'static ByType,
-        bwd_kv: &'static ByType,
+        rows: usize,
+        fwd: &'static Kernel,
+        bwd_q: &'static Kernel,
+        bwd_kv: &'static Kernel,
     }
 
-    const SIZES: [Size; 5] = [
-        Size { d: 32, rows: B_R, fwd: &kernels::FWD_D32, bwd_q: &kernels::BWD_Q_D32, bwd_kv: &kernels::BWD_KV_D32 },
-        Size { d: 64, rows: B_R, fwd: &kernels::FWD_D64, bwd_q: &kernels::BWD_Q_D64, bwd_kv: &kernels::BWD_KV_D64 },
-        Size { d: 128, rows: B_R, fwd: &kernels::FWD_D128, bwd_q: &kernels::BWD_Q_D128, bwd_kv: &kernels::BWD_KV_D128 },
-        Size { d: 256, rows: B_R, fwd: &kernels::FWD_D256, bwd_q: &kernels::BWD_Q_D256, bwd_kv: &kernels::BWD_KV_D256 },
-        Size {
-            d: 512,
-            rows: B_R_D512,
-            fwd: &kernels::FWD_D512,
-            bwd_q: &kernels::BWD_Q_D512,
-            bwd_kv: &kernels::BWD_KV_D512,
-        },
+    /// A [`Size`].
+    macro_rules! size {
+        ($d:expr, $rows:expr, $fwd:ident, $bwd_q:ident, $bwd_kv:ident) => {
+            Size { d: $d, rows: $rows, fwd: &kernels::$fwd, bwd_q: &kernels::$bwd_q, bwd_kv: &kernels::$bwd_kv }
+        };
+    }
+
+    /// f32, on FMAs.
+    const ON_FMA: [Size; 5] = [
+        size!(32, B_R as usize, FWD_D32_F32, BWD_Q_D32_F32, BWD_KV_D32_F32),
+        size!(64, B_R as usize, FWD_D64_F32, BWD_Q_D64_F32, BWD_KV_D64_F32),
+        size!(128, B_R as usize, FWD_D128_F32, BWD_Q_D128_F32, BWD_KV_D128_F32),
+        size!(256, B_R as usize, FWD_D256_F32, BWD_Q_D256_F32, BWD_KV_D256_F32),
+        size!(512, B_R_D512 as usize, FWD_D512_F32, BWD_Q_D512_F32, BWD_KV_D512_F32),
     ];
+
+    /// bf16, on tensor cores, if 8 divides `d`.
+    const LARGE: [Size; 5] = [
+        size!(32, 64, FWD_MMA_D32_LARGE, BWD_Q_MMA_D32_LARGE, BWD_KV_MMA_D32_LARGE),
+        size!(64, 64, FWD_MMA_D64_LARGE, BWD_Q_MMA_D64_LARGE, BWD_KV_MMA_D64_LARGE),
+        size!(128, 64, FWD_MMA_D128_LARGE, BWD_Q_MMA_D128_LARGE, BWD_KV_MMA_D128_LARGE),
+        size!(256, 64, FWD_MMA_D256_LARGE, BWD_Q_MMA_D256_LARGE, BWD_KV_MMA_D256_LARGE),
+        size!(512, 32, FWD_MMA_D512_LARGE, BWD_Q_MMA_D512_LARGE, BWD_KV_MMA_D512_LARGE),
+    ];
+
+    /// The same where those would be too few blocks.
+    const SMALL: [Size; 4] = [
+        size!(64, 16, FWD_MMA_D64_SMALL, BWD_Q_MMA_D64_SMALL, BWD_KV_MMA_D64_SMALL),
+        size!(128, 16, FWD_MMA_D128_SMALL, BWD_Q_MMA_D128_SMALL, BWD_KV_MMA_D128_SMALL),
+        size!(256, 16, FWD_MMA_D256_SMALL, BWD_Q_MMA_D256_SMALL, BWD_KV_MMA_D256_SMALL),
+        size!(512, 16, FWD_MMA_D512_SMALL, BWD_Q_MMA_D512_SMALL, BWD_KV_MMA_D512_SMALL),
+    ];
+
+    /// For any `d`.
+    const ANY: [Size; 2] = [
+        size!(64, 16, FWD_MMA_D64_ANY, BWD_Q_MMA_D64_ANY, BWD_KV_MMA_D64_ANY),
+        size!(512, 16, FWD_MMA_D512_ANY, BWD_Q_MMA_D512_ANY, BWD_KV_MMA_D512_ANY),
+    ];
+
+    impl Size {
+        /// The first of `sizes` that has room for heads of `d` channels.
+        fn of(sizes: &'static [Size], d: usize) -> Result<&'static Size> {
+            let largest = sizes[sizes.len() - 1].d;
+            sizes.iter().find(|size| d <= size.d).ok_or_else(|| {
+                Error::Failed(format!(
+                    "attention: heads of {d} channels, but on a GPU they have {largest} at most: use a smaller head_dim, or --device cpu"
+                ))
+            })
+        }
+
+        /// On tensor cores, for `pairs` of image and head: large blocks if they are many and not mostly idle rows. One
+        /// head of 256 tokens has four of them, so that 24 images fill most multiprocessors of a GPU once; fewer images
+        /// take 16 small blocks each. The choice does not affect any result's bits, which are sums over columns in the
+        /// same order either way.
+        fn on_mma(pairs: usize, tokens: usize, d: usize) -> Result<&'static Size> {
+            if !d.is_multiple_of(8) {
+                return Size::of(&ANY, d);
+            }
+            let (large, small) = (Size::of(&LARGE, d)?, Size::of(&SMALL, d)?);
+            let [of_large, of_small] = [large, small].map(|size| pairs * tokens.div_ceil(size.rows));
+            let idle = 8 * of_large * large.rows > 9 * of_small * small.rows;
+            Ok(if of_large >= MANY && !idle { large } else { small })
+        }
+
+        /// Bytes of shared memory of a kernel on tensor cores: rows of q (or k), and of dy (or v) if `operands` is 2;
+        /// the ring; m, 1 / l and delta of its columns.
+        fn shared(&self, operands: usize) -> usize {
+            let (bk, bc) = (BK as usize, BC as usize);
+            2 * bk * (operands * self.d.div_ceil(bk) * self.rows + SLOTS as usize * bc) + 3 * 4 * bc
+        }
+
+        /// Blocks of the backward pass for k and v on tensor cores for the same rows: one for each of dk and dv, if one
+        /// has no room for both.
+        fn sums(&self) -> usize {
+            if self.d > BOTH_SUMS as usize { 2 } else { 1 }
+        }
+    }
 
     /// What all passes over tensors of one shape share.
     struct Job<'a> {
@@ -569,19 +638,25 @@ mod cuda {
 
     impl<'a> Job<'a> {
         fn new(gpu: &'a Gpu, x: &Tensor, heads: usize) -> Result<Self> {
-            let (shape, d) = (x.shape(), x.shape().c / heads);
-            let largest = SIZES[SIZES.len() - 1].d;
-            let size = SIZES.iter().find(|size| d <= size.d).ok_or_else(|| {
-                Error::Failed(format!(
-                    "attention: heads of {d} channels, but on a GPU they have {largest} at most: use a smaller head_dim, or --device cpu"
-                ))
-            })?;
-            Ok(Job { gpu, shape, heads, dtype: x.dtype(), size })
+            let (shape, dtype) = (x.shape(), x.dtype());
+            let size = match dtype {
+                DType::F32 => Size::of(&ON_FMA, shape.c / heads)?,
+                DType::Bf16 => Size::on_mma(shape.n * heads, shape.pixels(), shape.c / heads)?,
+            };
+            Ok(Job { gpu, shape, heads, dtype, size })
         }
 
-        fn launch(&self, kernel: &'static ByType) -> Launch<'a> {
-            let blocks = self.shape.n * self.heads * self.shape.pixels().div_ceil(self.size.rows as usize);
-            self.gpu.launch(kernel.of(self.dtype), [blocks, 1, 1], THREADS)
+        /// `operands`: how many of its rows' operands the kernel keeps in shared memory; `sums`: blocks for the same
+        /// rows.
+        fn launch(&self, kernel: &'static Kernel, operands: usize, sums: usize) -> Launch<'a> {
+            let blocks = self.shape.n * self.heads * self.shape.pixels().div_ceil(self.size.rows);
+            match self.dtype {
+                DType::F32 => self.gpu.launch(kernel, [blocks, 1, 1], THREADS),
+                DType::Bf16 => {
+                    let launch = self.gpu.launch(kernel, [blocks, sums, 1], kernel.max_threads);
+                    launch.shared(self.size.shared(operands))
+                }
+            }
         }
 
         /// 1 / sqrt(d).
@@ -589,12 +664,24 @@ mod cuda {
             ((self.shape.c / self.heads) as f64).sqrt().recip()
         }
 
-        /// The last parameters: extents, scales, and whether groups of 4 channels are aligned, which holds if and only
-        /// if 4 divides d.
-        fn extents(&self, launch: Launch<'a>, scales: &[f64]) -> Launch<'a> {
-            let launch = launch.u32(self.shape.pixels()).u32(self.shape.c).u32(self.heads);
-            let launch = scales.iter().fold(launch, |launch, &scale| launch.f32(scale as f32));
-            launch.u32((self.shape.c / self.heads).is_multiple_of(4).into())
+        /// Runs a launch that lacks the last parameters: extents and scales. On FMAs the forward pass takes the second
+        /// scale alone, and all are told whether groups of 4 channels are aligned: if and only if 4 divides d.
+        fn run(&self, launch: Launch<'a>, forward: bool) -> Result<()> {
+            let (tokens, c, heads) = (self.shape.pixels(), self.shape.c, self.heads);
+            let [scale, scale_log2] = [self.scale(), self.scale() * LOG2_E].map(|scale| scale as f32);
+            match self.dtype {
+                DType::F32 => {
+                    let launch = launch.u32(tokens).u32(c).u32(heads);
+                    let launch = if forward { launch } else { launch.f32(scale) };
+                    launch.f32(scale_log2).u32((c / heads).is_multiple_of(4).into()).run()
+                }
+                DType::Bf16 => {
+                    let elements = self.shape.len();
+                    assert!(elements < 1 << 31, "attention: {elements} elements; the kernels count to 2^31");
+                    let [tokens, c, heads] = [tokens, c, heads].map(|extent| extent as u32);
+                    launch.value(Sizes { tokens, c, heads, scale, scale_log2 }).run()
+                }
+            }
         }
     }
 
@@ -607,8 +694,9 @@ mod cuda {
         [q, k, v]: [&Tensor; 3],
     ) -> Result<()> {
         let job = Job::new(gpu, q, heads)?;
-        let launch = job.launch(job.size.fwd).write(y).write_opt(lost).write(stats).read(q).read(k).read(v);
-        job.extents(launch, &[job.scale() * LOG2_E]).run()
+        let launch = job.launch(job.size.fwd, 1, 1).write(y);
+        let launch = if job.dtype == DType::Bf16 { launch.write_opt(lost) } else { launch };
+        job.run(launch.write(stats).read(q).read(k).read(v), true)
     }
 
     pub fn backward(gpu: &Gpu, saved: &AttentionBackward, [dq, dk, dv]: [&mut Tensor; 3], dy: &Tensor) -> Result<()> {
@@ -616,13 +704,13 @@ mod cuda {
             unreachable!("the forward pass on a GPU keeps its output")
         };
         let job = Job::new(gpu, q, *heads)?;
-        let scales = [job.scale(), job.scale() * LOG2_E];
         let by_row = Shape::new(job.shape.n, *heads, 1, job.shape.pixels());
         let mut delta = Tensor::uninit(&Device::Cuda(gpu.clone()), DType::F32, by_row)?;
-        let launch = job.launch(job.size.bwd_q).write(dq).write(&mut delta).read(q).read(k).read(v);
-        job.extents(launch.read(y).read_opt(lost.as_ref()).read(dy).read(stats), &scales).run()?;
+        let launch = job.launch(job.size.bwd_q, 2, 1).write(dq).write(&mut delta).read(q).read(k).read(v).read(y);
+        let launch = if job.dtype == DType::Bf16 { launch.read_opt(lost.as_ref()) } else { launch };
+        job.run(launch.read(dy).read(stats), false)?;
 
-        let launch = job.launch(job.size.bwd_kv).write(dk).write(dv).read(q).read(k).read(v);
-        job.extents(launch.read(dy).read(stats).read(&delta), &scales).run()
+        let launch = job.launch(job.size.bwd_kv, 2, job.size.sums()).write(dk).write(dv).read(q).read(k).read(v);
+        job.run(launch.read(dy).read(stats).read(&delta), false)
     }
 }

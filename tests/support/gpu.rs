@@ -107,6 +107,26 @@ pub fn configure(name: &str, value: &str) {
     }
 }
 
+/// The emulator's counters of every launch of this process so far, summed per kernel.
+pub fn counters() -> serde_json::Value {
+    assert!(available() && !is_real(), "counters are the emulator's");
+    // SAFETY: reopens the emulator as `configure` does, and calls the function that include/cuda_emu.h declares: first
+    // without room for the text, to learn how many bytes it takes, which a launch meanwhile may raise.
+    unsafe {
+        let driver = libloading::Library::new("libcuda.so").expect("the emulator is open under the name of the driver");
+        let function = driver.get::<unsafe extern "C" fn(*mut c_char, *mut usize) -> c_int>(b"emu_profile_json\0");
+        let function = function.expect("the driver that answers to libcuda.so is the emulator");
+        let mut text = Vec::<u8>::new();
+        let mut bytes = 0;
+        while function(text.as_mut_ptr().cast(), &mut bytes) != 0 || bytes > text.len() {
+            text.resize(2 * bytes, 0);
+            bytes = text.len();
+        }
+        let text = std::ffi::CStr::from_bytes_until_nul(&text).expect("a text that ends with a zero");
+        serde_json::from_str(text.to_str().expect("UTF-8")).expect("JSON")
+    }
+}
+
 /// Set when a test only has to show which kernels it launches: [`each`] then uses only the first schedule.
 pub const ONE_SCHEDULE: &str = "DDPM_TEST_ONE_SCHEDULE";
 

@@ -52,6 +52,12 @@ pub const F32_ROUNDING: f64 = 1.0 / (1u64 << 24) as f64;
 /// is negative or not finite.
 #[track_caller]
 pub fn worst(name: &str, got: &[f32], want: &[f64], budget: impl Fn(f64) -> f64) -> f64 {
+    worst_at(name, got, want, |_, w| budget(w))
+}
+
+/// [`worst`] with a budget for each element, by its index.
+#[track_caller]
+pub fn worst_at(name: &str, got: &[f32], want: &[f64], budget: impl Fn(usize, f64) -> f64) -> f64 {
     assert_eq!(got.len(), want.len(), "{name}: {} numbers, expected {}", got.len(), want.len());
     assert!(!want.is_empty(), "{name}: there is nothing to compare");
     let mut share = 0.0;
@@ -59,7 +65,7 @@ pub fn worst(name: &str, got: &[f32], want: &[f64], budget: impl Fn(f64) -> f64)
     for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
         assert!(w.is_finite(), "{name}: the oracle itself is {w} at {i}");
         assert!(g.is_finite(), "{name}: element {i} is {g}, expected {w}");
-        let (error, allowed) = ((f64::from(g) - w).abs(), budget(w));
+        let (error, allowed) = ((f64::from(g) - w).abs(), budget(i, w));
         assert!(allowed.is_finite() && allowed >= 0.0, "{name}: element {i} has a budget of {allowed}");
         // An error of zero is within a budget of zero.
         let used = if error == 0.0 { 0.0 } else { error / allowed };
@@ -107,8 +113,24 @@ pub fn close_as_but_for(
     yardstick: &[f32],
     allowance: f64,
 ) -> f64 {
-    let (rounding, own) = (gpu::rounding(dtype), 2.0 * error_of_reference(name, yardstick, oracle) + allowance);
-    worst(name, got, oracle, |w| own + rounding * (w.abs() + own))
+    close_as_but_for_each(dtype, name, got, oracle, yardstick, |_| allowance)
+}
+
+/// [`close_as_but_for`] with an allowance for each element, by its index.
+#[track_caller]
+pub fn close_as_but_for_each(
+    dtype: DType,
+    name: &str,
+    got: &[f32],
+    oracle: &[f64],
+    yardstick: &[f32],
+    allowance: impl Fn(usize) -> f64,
+) -> f64 {
+    let (rounding, own) = (gpu::rounding(dtype), 2.0 * error_of_reference(name, yardstick, oracle));
+    worst_at(name, got, oracle, |i, w| {
+        let own = own + allowance(i);
+        own + rounding * (w.abs() + own)
+    })
 }
 
 /// The largest error of the reference in f32. `f64::max` ignores NaN, so every number is checked.
