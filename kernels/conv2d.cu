@@ -9,7 +9,8 @@
 //                   sum_parts adds up the segments
 //            x may be two tensors, its first c_first channels and the others, read and dx written where they are; and
 //            what is convolved may be x with each pixel repeated in a 2x2 square (up), of which p and q above then are
-//            pixels; dx is the sum over the four. residual may be repeated likewise (halved)
+//            pixels; dx is the sum over the four. residual may be repeated likewise (halved). In bf16 fwd adds a
+//            shortcut, a 1x1 convolution of s, one tensor or two, as further steps of k
 //            join_segments  y or dx from the sums of segments of k
 //            bwd_shift  dshift[n,o] = sum over i,j of dy[n,i,j,o];  bwd_bias  db[o] = sum over n of the same, unrounded
 // layout     x (n, h, w, c_in), w (c_out, kh, kw, c_in), y, residual (n, oh, ow, c_out), shift (n, c_out), bias
@@ -38,8 +39,8 @@
 //            vector accesses where channels divide by four; bf16: kernels by what divides the channels, as the entries
 //            say, the ring as dynamic shared memory, and what conv2d_mma.cuh says)
 // numerics   sums in f32. f32: fwd over (u, v, k), dgrad over (u, v, o) with the largest u and v first; bf16: over
-//            blocks of 64 channels of each tensor, in each over the taps in that order, by segments in layers of few
-//            pixels. wgrad
+//            blocks of 64 channels of each tensor, in each over the taps in that order, the shortcut's last, by
+//            segments in layers of few pixels. wgrad
 //            over the pixels of a segment; the segments, shift and bias as column_sums.cuh says. An image's y and dx
 //            do not depend on the rest of its batch
 #include "column_sums.cuh"
@@ -383,13 +384,13 @@ __device__ __forceinline__ void join_segments(const Results<bf16>& to, const flo
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) conv2d_fwd_64x64_f32(
     float* y, const float* x, const float* x_second, const float* weight, const float* bias, const float* shift,
     const float* residual, unsigned halved, Geometry g) {
-    forward<Tile<64, 64>>(y, x, x_second, weight, {bias, shift, residual, halved}, g);
+    forward<Tile<64, 64>>(y, x, x_second, weight, {bias, shift, residual, halved, nullptr}, g);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) conv2d_fwd_128x32_f32(
     float* y, const float* x, const float* x_second, const float* weight, const float* bias, const float* shift,
     const float* residual, unsigned halved, Geometry g) {
-    forward<Tile<128, 32>>(y, x, x_second, weight, {bias, shift, residual, halved}, g);
+    forward<Tile<128, 32>>(y, x, x_second, weight, {bias, shift, residual, halved, nullptr}, g);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) conv2d_dgrad_64x64_f32(
@@ -433,26 +434,34 @@ using mma::Unit;
 
 extern "C" __global__ void __launch_bounds__(Large::THREADS) conv2d_fwd_mma_128x128(
     bf16* y, const bf16* x, const bf16* x_second, const bf16* weight, const float* bias, const bf16* shift,
-    const bf16* residual, unsigned halved, Geometry g) {
-    mma::forward<Large, Unit::BLOCK, false>(y, nullptr, x, x_second, weight, {bias, shift, residual, halved}, g, 0);
+    const bf16* residual, unsigned halved, const bf16* s, const bf16* s_second, const bf16* s_weight,
+    const float* s_bias, Geometry g) {
+    mma::forward<Large, Unit::BLOCK, false>(y, nullptr, x, x_second, weight, {s, s_second, s_weight},
+        {bias, shift, residual, halved, s_bias}, g, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(Thin::THREADS) conv2d_fwd_mma_128x16(
     bf16* y, const bf16* x, const bf16* x_second, const bf16* weight, const float* bias, const bf16* shift,
-    const bf16* residual, unsigned halved, Geometry g) {
-    mma::forward<Thin, Unit::CHUNK, false>(y, nullptr, x, x_second, weight, {bias, shift, residual, halved}, g, 0);
+    const bf16* residual, unsigned halved, const bf16* s, const bf16* s_second, const bf16* s_weight,
+    const float* s_bias, Geometry g) {
+    mma::forward<Thin, Unit::CHUNK, false>(y, nullptr, x, x_second, weight, {s, s_second, s_weight},
+        {bias, shift, residual, halved, s_bias}, g, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_fwd_mma_64x64(
     bf16* y, float* parts, const bf16* x, const bf16* x_second, const bf16* weight, const float* bias,
-    const bf16* shift, const bf16* residual, unsigned halved, Geometry g, unsigned segment) {
-    mma::forward<Small, Unit::CHUNK, true>(y, parts, x, x_second, weight, {bias, shift, residual, halved}, g, segment);
+    const bf16* shift, const bf16* residual, unsigned halved, const bf16* s, const bf16* s_second, const bf16* s_weight,
+    const float* s_bias, Geometry g, unsigned segment) {
+    mma::forward<Small, Unit::CHUNK, true>(y, parts, x, x_second, weight, {s, s_second, s_weight},
+        {bias, shift, residual, halved, s_bias}, g, segment);
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_fwd_mma_64x64_any(
     bf16* y, const bf16* x, const bf16* x_second, const bf16* weight, const float* bias, const bf16* shift,
-    const bf16* residual, unsigned halved, Geometry g) {
-    mma::forward<Small, Unit::ELEMENT, false>(y, nullptr, x, x_second, weight, {bias, shift, residual, halved}, g, 0);
+    const bf16* residual, unsigned halved, const bf16* s, const bf16* s_second, const bf16* s_weight,
+    const float* s_bias, Geometry g) {
+    mma::forward<Small, Unit::ELEMENT, false>(y, nullptr, x, x_second, weight, {s, s_second, s_weight},
+        {bias, shift, residual, halved, s_bias}, g, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(Large::THREADS) conv2d_dgrad_mma_128x128(
@@ -490,10 +499,10 @@ extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64
 
 extern "C" __global__ void __launch_bounds__(256) conv2d_join_segments(
     bf16* to, bf16* to_second, const float* parts, const float* bias, const bf16* shift, const bf16* residual,
-    unsigned halved, unsigned segments, size_t rows, unsigned c_first, unsigned cols, unsigned pixels,
-    unsigned lane_bits) {
-    join_segments({to, to_second, c_first, cols}, parts, segments, rows, {bias, shift, residual, halved}, pixels,
-                  lane_bits);
+    unsigned halved, const float* s_bias, unsigned segments, size_t rows, unsigned c_first, unsigned cols,
+    unsigned pixels, unsigned lane_bits) {
+    join_segments({to, to_second, c_first, cols}, parts, segments, rows, {bias, shift, residual, halved, s_bias},
+                  pixels, lane_bits);
 }
 
 #define ENTRIES(suffix, T) \

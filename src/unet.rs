@@ -36,7 +36,7 @@ use crate::ops::add::add;
 use crate::ops::attention::attention;
 use crate::ops::avg_pool::avg_pool;
 use crate::ops::concat::Joined;
-use crate::ops::conv2d::{Geometry, Input, Pad, Plus, conv2d};
+use crate::ops::conv2d::{Geometry, Input, Pad, Plus, Shortcut, conv2d};
 use crate::ops::dropout::dropout;
 use crate::ops::embedding::embedding;
 use crate::ops::group_norm::{Activation, group_norm, scale_shift_group_norm};
@@ -556,7 +556,7 @@ impl Resnet {
                 Input::from(&avg_pool(tape, &h)?) // (n, h, w, c_in)
             }
         };
-        let plus = Plus { shift: (!m.scale_shift_norm).then_some(&time), residual: None };
+        let plus = Plus { shift: (!m.scale_shift_norm).then_some(&time), ..Plus::default() };
         let h = conv2d(tape, h, self.conv1.weight, self.conv1.bias, Geometry::SAME_3X3, plus)?; // (n, h, w, c)
         let Norm { gamma, beta, groups } = self.norm2;
         let mut h = if m.scale_shift_norm {
@@ -572,11 +572,11 @@ impl Resnet {
             let streams = Streams { seed, purpose: Purpose::Dropout, step, first };
             h = dropout(tape, &h, m.dropout as f32, streams)?; // (n, h, w, c)
         }
-        let shortcut = match &self.conv_shortcut {
-            Some(s) => &conv2d(tape, joined, s.weight, s.bias, Geometry::POINTWISE, Plus::default())?, // (n, h, w, c)
-            None => &x, // (n, h, w, c), or (n, h/2, w/2, c)
-        };
-        let plus = Plus { shift: None, residual: Some(shortcut) };
+        // The shortcut is (n, h, w, c), or (n, h/2, w/2, c) of a block that doubles.
+        let conv = self.conv_shortcut.as_ref();
+        let conv = conv.map(|s| Shortcut { x: joined, weight: s.weight, bias: s.bias });
+        let residual = if conv.is_none() { Some(&x) } else { None };
+        let plus = Plus { shift: None, residual, shortcut: conv.as_ref() };
         conv2d(tape, &h, self.conv2.weight, self.conv2.bias, Geometry::SAME_3X3, plus) // (n, h, w, c)
     }
 }

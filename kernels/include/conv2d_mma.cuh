@@ -57,7 +57,7 @@ struct Tap {
 };
 
 // Host twin: bytes of the sources in a plan.
-constexpr int SOURCES = 80;
+constexpr int SOURCES = 160;
 
 // Host twin: bytes of each tap in a plan.
 constexpr int TAP = 16;
@@ -485,32 +485,55 @@ __device__ __forceinline__ void store_pixels(const Results<bf16>& to, float* par
     });
 }
 
-// Blocks of channels.
-__device__ __forceinline__ unsigned blocks(unsigned channels) { return (channels + BK - 1) / BK; }
-
-// Writes the source plan.sources[index]: `channels` channels of images of rows of w pixels, with taps[first ..], and
-// with the part of the weight (rows, kh, kw, c_in) that begins at `weight`.
+// Writes a plan, source by source. All threads call it; no channels make no source.
 template <class TILE>
-__device__ __forceinline__ void write_source(Plan<TILE>& plan, unsigned index, unsigned first, const bf16* from,
-                                             unsigned channels, unsigned w, const bf16* weight, const Geometry& g,
-                                             const Axis& rows, const Axis& cols) {
-    const unsigned taps = rows.taps * cols.taps;
-    for (unsigned e = threadIdx.x; e < taps; e += TILE::THREADS) {
-        const unsigned t = e / cols.taps, v = e % cols.taps;
-        plan.taps[first + e] = {(int)((rows.offset(t) * w + cols.offset(v)) * channels),
-                                (rows.tap(t) * (int)g.kw + cols.tap(v)) * (int)g.c_in, tap_row(t) | tap_col(v), 0};
+struct Writer {
+    Plan<TILE>& plan;
+    unsigned sources, taps, slabs;  // that have been written
+
+    __device__ explicit Writer(Plan<TILE>& plan_) : plan(plan_), sources(0), taps(0), slabs(0) {}
+
+    // All taps of a convolution, over images of rows of w pixels, in the weight (rows, kh, kw, c_in).
+    __device__ __forceinline__ void add(const bf16* from, unsigned channels, unsigned w, const bf16* weight,
+                                        const Geometry& g, const Axis& rows, const Axis& cols) {
+        const unsigned count = rows.taps * cols.taps;
+        if (channels == 0) return;
+        for (unsigned e = threadIdx.x; e < count; e += TILE::THREADS) {
+            const unsigned t = e / cols.taps, v = e % cols.taps;
+            plan.taps[taps + e] = {(int)((rows.offset(t) * w + cols.offset(v)) * channels),
+                                   (rows.tap(t) * (int)g.kw + cols.tap(v)) * (int)g.c_in, tap_row(t) | tap_col(v), 0};
+        }
+        if (count == 0 && threadIdx.x == 0) plan.taps[taps] = {};  // read, but not used
+        write(from, channels, weight, g.kh * g.kw * g.c_in, count);
     }
-    if (threadIdx.x > 0) return;
-    Source& source = plan.sources[index];
-    source.from = from;
-    source.weight = weight;
-    source.channels = (int)channels;
-    source.a_pitch = (int)(channels * sizeof(bf16));
-    source.b_pitch = (int)(g.kh * g.kw * g.c_in * sizeof(bf16));
-    source.first = first;
-    source.end = first + taps;
-    if (taps == 0) plan.taps[first] = {};  // read, but not used
-}
+
+    // The pixel of y alone, which is tap (top, left).
+    __device__ __forceinline__ void add_pixel(const bf16* from, unsigned channels, const bf16* weight,
+                                              const Geometry& g) {
+        if (channels == 0) return;
+        if (threadIdx.x == 0) {
+            plan.taps[taps] = {(int)((g.top * g.w + g.left) * channels), 0, tap_row(g.top) | tap_col(g.left), 0};
+        }
+        write(from, channels, weight, g.s_in, 1);
+    }
+
+    __device__ __forceinline__ void write(const bf16* from, unsigned channels, const bf16* weight, unsigned pitch,
+                                          unsigned count) {
+        if (threadIdx.x == 0) {
+            Source& source = plan.sources[sources];
+            source.from = from;
+            source.weight = weight;
+            source.channels = (int)channels;
+            source.a_pitch = (int)(channels * sizeof(bf16));
+            source.b_pitch = (int)(pitch * sizeof(bf16));
+            source.first = taps;
+            source.end = taps + count;
+        }
+        ++sources;
+        taps += count;
+        slabs += count * ((channels + BK - 1) / BK);
+    }
+};
 
 // Writes what the rows and columns of a tile are: `pixel` of the thread, and c_out rows of the weight.
 template <class TILE>
@@ -521,9 +544,15 @@ __device__ __forceinline__ void write_rows(Plan<TILE>& plan, const Pixel& pixel,
     for (unsigned r = threadIdx.x; r < TILE::BN; r += TILE::THREADS) plan.row[r] = (int)min(first_col + r, c_out - 1);
 }
 
+// A 1x1 convolution that is added to y: of s, one tensor or two as x, with weight (c_out, s_in).
+struct Shortcut {
+    const bf16 *s, *s_second, *weight;
+};
+
 template <class TILE, Unit UNIT, bool SEGMENTED>
 __device__ __forceinline__ void forward(bf16* y, float* parts, const bf16* x, const bf16* x_second, const bf16* weight,
-                                        const Plus<bf16>& plus, const Geometry& g, unsigned segment) {
+                                        const Shortcut& shortcut, const Plus<bf16>& plus, const Geometry& g,
+                                        unsigned segment) {
     extern __shared__ __align__(1024) unsigned char ring[];
     Pixel* pixels = pixels_in<TILE>(ring);
     Plan<TILE>& plan = Plan<TILE>::behind(ring);
@@ -535,15 +564,18 @@ __device__ __forceinline__ void forward(bf16* y, float* parts, const bf16* x, co
     const Pixel own = of.pixel(first + threadIdx.x, rows, cols);
     pixels[threadIdx.x] = own;
     write_rows(plan, own, g.h, g.w, g.up, first_col, g.c_out);
-    const unsigned taps = g.kh * g.kw, others = g.c_in - g.c_first;
-    write_source(plan, 0, 0, x, g.c_first, g.w, weight, g, rows, cols);
-    if (others > 0) write_source(plan, 1, taps, x_second, others, g.w, weight + g.c_first, g, rows, cols);
+    const unsigned others = g.c_in - g.c_first, s_others = g.s_in - g.s_first;
+    Writer<TILE> writer(plan);
+    writer.add(x, g.c_first, g.w, weight, g, rows, cols);
+    writer.add(x_second, others, g.w, weight + g.c_first, g, rows, cols);
+    writer.add_pixel(shortcut.s, g.s_first, shortcut.weight, g);
+    writer.add_pixel(shortcut.s_second, s_others, shortcut.weight + g.s_first, g);
     __syncthreads();  // the plan and the pixels written above are read by the operands
 
-    const Part part((blocks(g.c_first) + blocks(others)) * taps, segment);
-    ForwardOperands<TILE, UNIT> operands(plan, others > 0 ? 2 : 1, pixels, g, rows, cols, part.first);
+    const Part part(writer.slabs, segment);
+    ForwardOperands<TILE, UNIT> operands(plan, writer.sources, pixels, g, rows, cols, part.first);
     Accumulators<TILE> sum;
-    const int steps = steps_of<UNIT>(max(g.c_first, others));
+    const int steps = steps_of<UNIT>(max(max(g.c_first, others), max(g.s_first, s_others)));
     multiply_part<TILE, SEGMENTED>(shared_address(ring), operands, part, segment, steps, sum);
     pixels[threadIdx.x] = of.pixel(first + threadIdx.x, rows, cols);  // read behind a barrier of each_four
     store_pixels({y, nullptr, g.c_out, g.c_out}, parts, (size_t)g.n * g.oh * g.ow, ring, pixels, first, of.count,
@@ -565,10 +597,11 @@ __device__ __forceinline__ void dgrad(bf16* dx, bf16* dx_second, float* parts, c
     const Pixel own = of.pixel(first + threadIdx.x, rows, cols);
     pixels[threadIdx.x] = own;
     write_rows(plan, own, g.oh, g.ow, 0, 0, 1);
-    write_source(plan, 0, 0, dy, g.c_out, g.ow, weight, g, rows, cols);
+    Writer<TILE> writer(plan);
+    writer.add(dy, g.c_out, g.ow, weight, g, rows, cols);
     __syncthreads();  // the plan and the pixels written above are read by the operands
 
-    const Part part(blocks(g.c_out) * rows.taps * cols.taps, segment);
+    const Part part(writer.slabs, segment);
     DgradOperands<TILE, UNIT> operands(plan, pixels, weight, first_col, g, rows, cols, part.first);
     Accumulators<TILE> sum;
     multiply_part<TILE, SEGMENTED>(shared_address(ring), operands, part, segment, steps_of<UNIT>(g.c_out), sum);

@@ -10,6 +10,7 @@ struct Geometry {
     unsigned stride, top, left;
     unsigned c_first;  // x is two tensors, its first c_first channels and the others; c_in: it is one
     unsigned up;       // 1: what is convolved is x with each pixel repeated in a 2x2 square, 2h x 2w; stride is 1 then
+    unsigned s_in, s_first;  // channels of s, of which a 1x1 convolution is added to y, as for x; 0: there is none
 };
 
 // One dimension of a walk over the taps that reach a pixel: with i = index * stride + first, tap t of `taps` reads row
@@ -82,12 +83,14 @@ template <class T>
 struct Plus {
     const float* bias;
     const T *shift, *residual;
-    unsigned halved;  // the width of y if residual is half as high and wide as y, each pixel repeated; 0 if not
+    unsigned halved;      // the width of y if residual is half as high and wide as y, each pixel repeated; 0 if not
+    const float* s_bias;  // of the shortcut
 
     // Four neighbouring sums of result `pixel`, of image `image`, and what there is to add.
     __device__ __forceinline__ float4 to(float4 v, const Four& four, unsigned image, unsigned pixel,
                                          unsigned cols) const {
         if (bias) v = v + four.read(bias + four.col);
+        if (s_bias) v = v + four.read(s_bias + four.col);
         if (shift) v = v + four.read(shift + (size_t)image * cols + four.col);
         if (residual) {
             if (halved) pixel = pixel / halved / 2 * (halved / 2) + pixel % halved / 2;

@@ -6,15 +6,18 @@
 //!
 //! Shapes: `x` (n, h, w, c_in), `w` (c_out, kh, kw, c_in), `b` (c_out), `y` (n, oh, ow, c_out) with `oh = (h + top +
 //! bottom - kh) / s + 1`, likewise `ow`; `x` is zero outside. The shift, (n, 1, 1, c_out), is the time projection of a
-//! residual block, and the residual, shaped like `y`, its skip: adding them in the epilogue saves passes over `y`.
+//! residual block, and the residual, shaped like `y`, its skip: adding them in the epilogue saves passes over `y`. If
+//! the skip is a 1x1 convolution of its own, its channels are further steps of k, which saves writing and reading it.
 //!
 //! Gradients, by the chain rule (of repeated pixels, `dx` is the sum over each four):
 //! - `dx[n,p,q,k] = sum over o,u,v with p = i s + u - top, q = j s + v - left of dy[n,i,j,o] w[o,u,v,k]`
 //! - `dw[o,u,v,k] = sum over n,i,j of dy[n,i,j,o] x[n, i s + u - top, j s + v - left, k]`
 //! - `dshift[n,o] = sum over i,j of dy[n,i,j,o]`, `db[o] = sum over n of dshift[n,o]`
 //! - `dresidual = dy`: the same tensor, passed on.
+//! - of a shortcut, a 1x1 convolution that is added ([`Shortcut`]), as of that convolution with `dy`; its bias has the
+//!   gradient `db` too. Its dx and dw are products of their own, since they are of other tensors.
 //!
-//! Saved: a handle to `x`. `dx` is computed only if it is wanted.
+//! Saved: a handle to `x`, and to the shortcut's input. `dx` is computed only if it is wanted.
 //!
 //! On a GPU the gradient of a repeated pixel is summed in one go over all that its four copies reach, 4 kh kw c_out
 //! products, and written once: as many products as the four gradients take that the CPU makes and adds. A kernel of 2x2
@@ -29,7 +32,7 @@ use crate::device::cpu::simd::Isa;
 use crate::error::Result;
 use crate::ops::concat::Joined;
 use crate::ops::upsample;
-use crate::params::Param;
+use crate::params::{Param, Params};
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
 use crate::tensor::{DType, Shape, Tensor};
 
@@ -150,6 +153,18 @@ pub struct Plus<'a> {
     pub shift: Option<&'a Var>,
     /// Shaped like the output, or half as high and wide, each pixel repeated in a 2x2 square.
     pub residual: Option<&'a Var>,
+    /// In place of a residual.
+    pub shortcut: Option<&'a Shortcut>,
+}
+
+/// A 1x1 convolution of another input, as high and wide as the output, with bias: `weight` (c_out, 1, 1, c_in), `bias`
+/// (1, 1, 1, c_out). In bf16 on a GPU its channels are further steps of the same sums.
+#[derive(Clone)]
+#[allow(missing_docs)]
+pub struct Shortcut {
+    pub x: Joined,
+    pub weight: Param,
+    pub bias: Param,
 }
 
 /// How a convolution is computed on the CPU.
@@ -239,6 +254,7 @@ pub fn conv2d_by(
     method: Method,
 ) -> Result<Var> {
     let x = x.into();
+    let y_type = x.x.dtype();
     let (xs, ws, bs) = (x.shape(), tape.params().shape(weight), tape.params().shape(bias));
     assert_eq!(ws.c, xs.c, "conv2d: weight expects c_in={}, x has c={} (x: {xs})", ws.c, xs.c);
     assert_eq!(bs, Shape::vector(ws.n), "conv2d: bias is {bs} for c_out={}", ws.n);
@@ -255,12 +271,23 @@ pub fn conv2d_by(
         let shape = residual.shape();
         assert!(shape == ys || doubled(shape) == ys, "conv2d: residual is {shape}, the output {ys}");
     }
-    let mut y = Tensor::uninit(tape.device(), x.x.dtype(), ys)?;
+    if let Some(Shortcut { x, weight, bias }) = plus.shortcut {
+        let (w, b) = (tape.params().shape(*weight), tape.params().shape(*bias));
+        assert!(plus.residual.is_none(), "conv2d: a residual and a shortcut");
+        assert_eq!(w, Shape::new(ys.c, 1, 1, x.shape().c), "conv2d: the shortcut's weight is {w} for {}", x.shape());
+        assert_eq!(b, Shape::vector(ys.c), "conv2d: the shortcut's bias is {b}");
+        assert_eq!(x.shape().with_c(ys.c), ys, "conv2d: the shortcut's input is {}, the output {ys}", x.shape());
+        assert_eq!(x.dtype(), y_type, "conv2d: the shortcut's input");
+    }
+    let mut y = Tensor::uninit(tape.device(), y_type, ys)?;
     match tape.device() {
         Device::Cpu(_) => {
-            let (weight, bias) = (tape.params().get(weight), tape.params().get(bias));
             let residual = plus.residual.map(|r| if r.shape() == ys { r.into() } else { Input::doubled(r) });
-            let residual = residual.map(|r| r.whole(tape.device())).transpose()?;
+            let residual = match plus.shortcut {
+                Some(shortcut) => Some(shortcut.on_cpu(tape.device(), tape.params(), method.isa, ys)?),
+                None => residual.map(|r| r.whole(tape.device())).transpose()?,
+            };
+            let (weight, bias) = (tape.params().get(weight), tape.params().get(bias));
             let plus = cpu::Plus {
                 bias: Some(bias),
                 shift: plus.shift.map(Var::data),
@@ -278,6 +305,7 @@ pub fn conv2d_by(
         bias,
         shift: plus.shift.and_then(Var::id),
         residual: plus.residual.and_then(|r| Some((r.id()?, r.shape()))),
+        shortcut: plus.shortcut.cloned(),
         geometry,
         method,
     })
@@ -287,12 +315,36 @@ fn doubled(shape: Shape) -> Shape {
     Shape { h: 2 * shape.h, w: 2 * shape.w, ..shape }
 }
 
+impl Shortcut {
+    /// It as a convolution.
+    fn input(&self) -> Input {
+        Input { x: self.x.clone(), doubled: false }
+    }
+
+    /// The method for its shape.
+    fn method(&self, ws: Shape, isa: Isa) -> Method {
+        Method { isa, ..Method::choose(self.x.shape(), ws, Geometry::POINTWISE) }
+    }
+
+    /// Its output, shaped `ys`. CPU only.
+    fn on_cpu(&self, device: &Device, params: &Params, isa: Isa, ys: Shape) -> Result<Tensor> {
+        let (x, ws) = (self.input().whole(device)?, params.shape(self.weight));
+        let (weight, bias) = (params.get(self.weight), params.get(self.bias));
+        let mut y = Tensor::uninit(device, DType::F32, ys)?;
+        let plus = cpu::Plus { bias: Some(bias), ..cpu::Plus::default() };
+        let method = self.method(ws, isa);
+        cpu::forward(device, method, x.data(), x.shape(), weight, ws, Geometry::POINTWISE, plus, y.data_mut());
+        Ok(y)
+    }
+}
+
 struct Conv2dBackward {
     x: Input,
     weight: Param,
     bias: Param,
     shift: Option<VarId>,
     residual: Option<(VarId, Shape)>,
+    shortcut: Option<Shortcut>,
     geometry: Geometry,
     method: Method,
 }
@@ -303,7 +355,7 @@ impl Backward for Conv2dBackward {
     }
 
     fn saved(&self) -> Vec<&Tensor> {
-        self.x.x.tensors()
+        self.x.x.tensors().into_iter().chain(self.shortcut.iter().flat_map(|s| s.x.tensors())).collect()
     }
 
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
@@ -319,8 +371,10 @@ impl Backward for Conv2dBackward {
                     // (n, 1, 1, c_out)
                     let mut dshift = Tensor::uninit(device, DType::F32, Shape::new(ys.n, 1, 1, ys.c))?;
                     cpu::sum_pixels(device, self.method, dy.data(), &mut dshift);
-                    if let Some(db) = grads.param(self.bias) {
-                        cpu::sum_images(dshift.data(), db);
+                    for bias in [Some(self.bias), self.shortcut.as_ref().map(|s| s.bias)].into_iter().flatten() {
+                        if let Some(db) = grads.param(bias) {
+                            cpu::sum_images(dshift.data(), db);
+                        }
                     }
                     if let Some(shift) = self.shift {
                         grads.add(shift, dshift)?;
@@ -338,7 +392,8 @@ impl Backward for Conv2dBackward {
                     cuda::wgrad(gpu, dw, &self.x, &dy, ws, self.geometry)?;
                 }
                 if grads.wants_params() || self.shift.is_some() {
-                    let dshift = cuda::sums(gpu, grads.param_view(self.bias), &dy, self.shift.map(|_| device))?;
+                    let biases = [Some(self.bias), self.shortcut.as_ref().map(|s| s.bias)];
+                    let dshift = cuda::sums(gpu, grads, biases, &dy, self.shift.map(|_| device))?;
                     if let (Some(shift), Some(dshift)) = (self.shift, dshift) {
                         grads.add(shift, dshift)?;
                     }
@@ -351,6 +406,37 @@ impl Backward for Conv2dBackward {
                 }
             }
             Device::Meta(_) => {}
+        }
+        if let Some(shortcut) = &self.shortcut {
+            let (ws, x, g) = (grads.weight_shape(shortcut.weight), shortcut.input(), Geometry::POINTWISE);
+            match device {
+                Device::Cpu(_) => {
+                    let method = shortcut.method(ws, self.method.isa);
+                    if let Some(dw) = grads.param(shortcut.weight) {
+                        let x = x.whole(device)?;
+                        cpu::wgrad(device, method, x.data(), x.shape(), dy.data(), ws, g, dw);
+                    }
+                    if x.x.wants_gradient() {
+                        let xs = x.shape();
+                        let mut dx = Tensor::uninit(device, DType::F32, xs)?;
+                        let weight = grads.weight(shortcut.weight);
+                        cpu::dgrad(device, method, dy.data(), ys, weight, ws, g, xs, dx.data_mut());
+                        x.add(grads, dx)?;
+                    }
+                }
+                Device::Cuda(gpu) => {
+                    if let Some(dw) = grads.param_view(shortcut.weight) {
+                        cuda::wgrad(gpu, dw, &x, &dy, ws, g)?;
+                    }
+                    if x.x.wants_gradient() {
+                        let (mut dx, mut second) = x.x.gradients(device)?;
+                        let weight = grads.weight_view(shortcut.weight, dy.dtype());
+                        cuda::dgrad(gpu, &mut dx, second.as_mut(), &x, &dy, weight, ws, g)?;
+                        x.x.add(grads, (dx, second))?;
+                    }
+                }
+                Device::Meta(_) => {}
+            }
         }
         match self.residual {
             Some((id, shape)) if shape == ys => grads.add(id, dy),
@@ -635,7 +721,7 @@ mod cuda {
     use crate::kernels::conv2d_mma::{ORIGINS, SOURCES, TAP};
     use crate::kernels::geometry;
     use crate::kernels::tile_mma::BK;
-    use crate::params::{ParamView, Params};
+    use crate::params::ParamView;
 
     /// Steps of k in a slab of a product on tensor cores: channels of one tap.
     const SLAB: usize = BK as usize;
@@ -696,6 +782,8 @@ mod cuda {
             left: number(g.pad.left),
             c_first: number(x.x.first().shape().c),
             up: x.doubled.into(),
+            s_in: 0,
+            s_first: 0,
         }
     }
 
@@ -712,17 +800,34 @@ mod cuda {
         plus: Plus<'_>,
     ) -> Result<()> {
         let (x, dtype) = (&input.x, input.x.dtype());
+        // The pixel of y is the tap (top, left), if there is one.
+        let Shape { h: kh, w: kw, .. } = params.shape(weight);
+        let inside = !input.doubled && g.stride == 1 && g.pad.top < kh && g.pad.left < kw;
+        let in_sum = plus
+            .shortcut
+            .filter(|s| dtype == DType::Bf16 && inside && s.x.shape().with_c(0) == input.shape().with_c(0));
+        let apart = match plus.shortcut {
+            Some(s) if in_sum.is_none() => {
+                let mut y = Tensor::uninit(&Device::Cuda(gpu.clone()), dtype, y.shape())?;
+                forward(gpu, &mut y, &s.input(), params, s.weight, s.bias, Geometry::POINTWISE, Plus::default())?;
+                Some(y)
+            }
+            _ => None,
+        };
         let [shift, residual] = [plus.shift, plus.residual].map(|v| v.map(Var::value));
         for v in [shift, residual].into_iter().flatten() {
             assert_eq!(v.dtype(), dtype, "conv2d: {v:?} is added to the convolution of {:?}", x.first());
         }
-        let (widths, ws, ys) = (x.widths(), params.shape(weight), y.shape());
+        let residual = residual.or(apart.as_ref());
+        let (ws, ys) = (params.shape(weight), y.shape());
+        let (of_x, of_s) = (x.widths(), in_sum.map_or(Vec::new(), |s| s.x.widths()));
+        let widths: Vec<usize> = of_x.iter().chain(&of_s).copied().collect();
         let (weight, bias) = (params.view(weight, dtype), params.view(bias, DType::F32));
         // Of repeated pixels, y has four classes, of pixels that meet the same taps in the same places.
         let classes = if input.doubled { 4 } else { 1 };
         let rows = ys.n * (ys.h * ys.w).div_ceil(classes);
         let taps = ws.h * ws.w;
-        let segments = Segments::new(ys.pixels(), slabs(taps, &widths));
+        let segments = Segments::new(ys.pixels(), slabs(taps, &of_x) + slabs(1, &of_s));
         let kernel = match dtype {
             DType::F32 => choose([&FWD_64X64_F32, &FWD_128X32_F32], rows, ys.c).0,
             DType::Bf16 if !whole(&widths, 8) => &FWD_MMA_64X64_ANY,
@@ -733,29 +838,50 @@ mod cuda {
             }
         };
         let tiles = tiles(kernel, rows, ys.c);
-        let sizes = sizes(input, ws, g);
+        let sizes = geometry::Geometry {
+            s_in: of_s.iter().sum::<usize>() as u32,
+            s_first: of_s.first().map_or(0, |&c| c as u32),
+            ..sizes(input, ws, g)
+        };
+        let s_weight = in_sum.map(|s| params.view(s.weight, dtype));
+        let s_bias = in_sum.map(|s| params.view(s.bias, DType::F32));
         let launch = |blocks| {
-            let shared = shared_with_plan(kernel, taps * widths.len());
+            let shared = shared_with_plan(kernel, taps * of_x.len() + of_s.len());
             gpu.launch(kernel, [tiles, classes, blocks], kernel.max_threads).shared(shared)
         };
         let halved = if residual.is_some_and(|r| r.shape() != ys) { ys.w } else { 0 };
         if !std::ptr::eq(kernel, &FWD_MMA_64X64) {
             let launch = launch(1).write(y).read(x.first()).read_opt(x.second()).view(weight).view(bias);
-            return launch.read_opt(shift).read_opt(residual).u32(halved).value(sizes).run();
+            let launch = launch.read_opt(shift).read_opt(residual).u32(halved);
+            let launch = match dtype {
+                DType::F32 => launch,
+                DType::Bf16 => read_shortcut(launch, in_sum, s_weight).view_opt(s_bias),
+            };
+            return launch.value(sizes).run();
         }
         let blocks = segments.blocks(classes * tiles);
         if blocks == 1 {
             let launch = launch(1).write(y).null().read(x.first()).read_opt(x.second()).view(weight).view(bias);
             let launch = launch.read_opt(shift).read_opt(residual).u32(halved);
+            let launch = read_shortcut(launch, in_sum, s_weight).view_opt(s_bias);
             return launch.value(sizes).u32(segments.segment).run();
         }
         let mut parts = gpu.alloc(4 * blocks * ys.len())?; // (segments, n, oh, ow, c_out)
         let launch = launch(blocks).null().buffer_mut(&mut parts).read(x.first()).read_opt(x.second()).view(weight);
-        launch.null().null().null().u32(0).value(sizes).u32(segments.segment).run()?;
-        join(gpu, y, None, &parts, blocks, |launch| launch.view(bias).read_opt(shift).read_opt(residual).u32(halved))
+        let launch = read_shortcut(launch.null().null().null().u32(0), in_sum, s_weight).null();
+        launch.value(sizes).u32(segments.segment).run()?;
+        join(gpu, y, None, &parts, blocks, |launch| {
+            launch.view(bias).read_opt(shift).read_opt(residual).u32(halved).view_opt(s_bias)
+        })
     }
 
-    /// Adds up the sums of segments, and what `plus` passes: bias, shift and residual.
+    /// Both tensors of a shortcut and its weight.
+    fn read_shortcut<'a>(launch: Launch<'a>, s: Option<&'a Shortcut>, weight: Option<View<'a>>) -> Launch<'a> {
+        let x = s.map(|s| &s.x);
+        launch.read_opt(x.map(Joined::first)).read_opt(x.and_then(Joined::second)).view_opt(weight)
+    }
+
+    /// Adds up the sums of segments, and what `plus` passes: biases, shift and residual.
     fn join<'a>(
         gpu: &'a Gpu,
         to: &'a mut Tensor,
@@ -816,7 +942,7 @@ mod cuda {
         let mut parts = gpu.alloc(4 * blocks * xs.len())?; // (segments, n, h, w, c_in)
         let launch = launch(blocks).null().null().buffer_mut(&mut parts).read(dy).view(weight);
         launch.value(sizes).u32(segments.segment).run()?;
-        join(gpu, dx, dx_second, &parts, blocks, |launch| launch.null().null().null().u32(0))
+        join(gpu, dx, dx_second, &parts, blocks, |launch| launch.null().null().null().u32(0).null())
     }
 
     /// Rows are `c_out`, columns `(u, v, c_in)`, and the sum runs over the pixels of `y`.
@@ -841,11 +967,12 @@ mod cuda {
         job.run(gpu, dw.view, dw.accumulate, &operands, sizes(input, ws, g))
     }
 
-    /// `db` if it is wanted, and `dshift` (n, 1, 1, c_out) if `shift_on` names its device. A block sums an image's
-    /// pixels for up to 32 channels side by side.
+    /// The gradients of `biases`, each if it is wanted, and `dshift` (n, 1, 1, c_out) if `shift_on` names its device. A
+    /// block sums an image's pixels for up to 32 channels side by side.
     pub fn sums(
         gpu: &Gpu,
-        db: Option<ParamView<'_>>,
+        grads: &mut Grads<'_>,
+        biases: [Option<Param>; 2],
         dy: &Tensor,
         shift_on: Option<&Device>,
     ) -> Result<Option<Tensor>> {
@@ -857,8 +984,10 @@ mod cuda {
         let launch = gpu.launch(BWD_SHIFT.of(dy.dtype()), [n, c.div_ceil(lanes), 1], SUM_THREADS);
         let launch = launch.buffer_mut(&mut sums).write_opt(dshift.as_mut()).read(dy);
         launch.u32(h * w).u64(n * h * w).u32(c).u32(lanes).run()?;
-        if let Some(db) = db {
-            sum_parts(gpu, &BWD_BIAS, db.view, &sums, n, c, db.accumulate)?;
+        for bias in biases.into_iter().flatten() {
+            if let Some(db) = grads.param_view(bias) {
+                sum_parts(gpu, &BWD_BIAS, db.view, &sums, n, c, db.accumulate)?;
+            }
         }
         Ok(dshift)
     }

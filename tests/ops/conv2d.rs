@@ -2,7 +2,7 @@ use ddpm_cuda::device::Device;
 use ddpm_cuda::device::cpu::simd::Isa;
 use ddpm_cuda::ops::concat::Joined;
 use ddpm_cuda::ops::conv2d::reference::{self, Inputs};
-use ddpm_cuda::ops::conv2d::{Algorithm, Geometry, Input, Method, Pad, Plus, conv2d, conv2d_by};
+use ddpm_cuda::ops::conv2d::{Algorithm, Geometry, Input, Method, Pad, Plus, Shortcut, conv2d, conv2d_by};
 use ddpm_cuda::ops::{concat, upsample};
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
 use ddpm_cuda::tape::{Tape, Var};
@@ -183,7 +183,7 @@ impl InPlace {
             let (x, plus) = v.split_at(v.len() - 2);
             let x = if let [a, b] = x { Joined::from([a, b]) } else { Joined::from(&x[0]) };
             let x = if self.doubled { Input::doubled(x) } else { Input::from(x) };
-            let plus = Plus { shift: Some(&plus[0]), residual: Some(&plus[1]) };
+            let plus = Plus { shift: Some(&plus[0]), residual: Some(&plus[1]), ..Plus::default() };
             conv2d_by(tape, x, p[0], p[1], self.case.geometry, plus, direct(Isa::best()))
         });
         let mut dx = pass.dx;
@@ -273,13 +273,118 @@ fn bugs_planted_in_place_are_noticed() {
         ("fwd_64x64_f32", "8+52", "8+36"),
         ("dgrad_64x64_f32", "4+48", "4+12"),
         ("wgrad_64x64_f32", "4+52", "4+36"),
-        ("fwd_mma_64x64", "9+48", "9+12"),
-        ("fwd_mma_64x64_any", "8+52", "8+36"),
+        ("fwd_mma_64x64", "13+48", "13+12"),
+        ("fwd_mma_64x64_any", "12+52", "12+36"),
         ("dgrad_mma_64x64", "5+52", "5+36"),
         ("dgrad_mma_64x64_any", "4+48", "4+12"),
         ("wgrad_mma_64x64", "4+52", "4+36"),
         ("wgrad_mma_64x64_any", "4+48", "4+12"),
-        ("join_segments", "9", "10"),
+        ("join_segments", "10", "11"),
+    ] {
+        plant::notices_wrong_parameter(TEST, &format!("conv2d_{part}"), is, reads);
+    }
+}
+
+/// A convolution with a shortcut whose input has so many channels in its first tensor and in its second.
+type WithShortcut = (Case, [usize; 2]);
+
+/// Channels that blocks of 64 divide and others, one tensor and two, images of one pixel, and a stride, with which the
+/// shortcut is a product of its own.
+const SHORTCUTS: [WithShortcut; 5] = [
+    (case([2, 4, 4, 72], [24, 3, 3], SAME), [40, 0]),
+    (case([1, 5, 3, 16], [16, 3, 3], SAME), [72, 136]),
+    (case([2, 1, 1, 5], [7, 3, 3], SAME), [3, 4]),
+    (case([1, 3, 4, 8], [9, 3, 3], SAME), [67, 5]),
+    (case([1, 9, 7, 24], [20, 3, 3], HALVE), [8, 0]),
+];
+
+/// Enough tiles for the large kernel.
+const LARGE_SHORTCUT: WithShortcut = (case([3, 64, 64, 64], [128, 1, 1], Geometry::POINTWISE), [64, 128]);
+
+/// The shortcut alone.
+fn shortcut_of((case, [a, b]): WithShortcut) -> Case {
+    let x = case.geometry.output(case.x, case.w).with_c(a + b);
+    Case { x, w: Shape::new(case.w.n, 1, 1, a + b), geometry: Geometry::POINTWISE }
+}
+
+/// `y`, `dx`, `dw`, `db`, `ds`, `dw` and `db` of the shortcut.
+fn shortcut_by_reference<T: Float>(case: WithShortcut, data: &Data<T>, s: &Data<T>) -> [Vec<T>; 7] {
+    let inputs = Inputs { shift: None, residual: None, ..data.inputs(case.0) };
+    let shortcut = Inputs { shift: None, residual: None, ..s.inputs(shortcut_of(case)) };
+    let y = reference::forward(&inputs).iter().zip(reference::forward(&shortcut)).map(|(a, b)| *a + b).collect();
+    let (d, e) = (reference::backward(&inputs, &data.dy), reference::backward(&shortcut, &data.dy));
+    [y, d.x, d.weight, d.bias, e.x, e.weight, e.bias]
+}
+
+fn shortcut_by_tape(case: WithShortcut, device: &Device, data: &Data<f32>, s: &Data<f32>) -> [Vec<f32>; 7] {
+    let (of, [seam, second]) = (shortcut_of(case), case.1);
+    let part = |range| concat::reference::backward(&s.x, seam + second, range);
+    let mut inputs = vec![(case.0.x, data.x.clone()), (of.x.with_c(seam), part(0..seam))];
+    if second > 0 {
+        inputs.push((of.x.with_c(second), part(seam..seam + second)));
+    }
+    let vector = Shape::vector(case.0.w.n);
+    let params = [(case.0.w, data.w.clone()), (vector, data.b.clone()), (of.w, s.w.clone()), (vector, s.b.clone())];
+    let pass = through_tape_on(device, &inputs, &params, &data.dy, 1, |tape, v, p| {
+        let x = if let [_, a, b] = v { Joined::from([a, b]) } else { Joined::from(&v[1]) };
+        let shortcut = Shortcut { x, weight: p[2], bias: p[3] };
+        let plus = Plus { shortcut: Some(&shortcut), ..Plus::default() };
+        conv2d_by(tape, &v[0], p[0], p[1], case.0.geometry, plus, direct(Isa::best()))
+    });
+    let ds = match &pass.dx[1..] {
+        [a, b] => concat::reference::forward(a, b, seam, second),
+        rest => rest[0].clone(),
+    };
+    let [dw, db, s_dw, s_db] = pass.dw.try_into().expect("four parameters");
+    [pass.y, pass.dx[0].clone(), dw, db, ds, s_dw, s_db]
+}
+
+fn shortcut_data(case: WithShortcut, dtype: DType) -> [Data<f64>; 2] {
+    let s = Data::new(shortcut_of(case));
+    // Not the numbers of the convolution.
+    let s = Data { w: s.w.iter().map(|w| -w).collect(), b: s.b.iter().map(|b| 0.5 - b).collect(), ..s };
+    [Data::new(case.0).rounded(dtype), s.rounded(dtype)]
+}
+
+fn shortcut_agrees(case: WithShortcut, on: impl Fn(&dyn Fn(&Device) -> Vec<f32>)) {
+    let expected = [DType::F32, DType::Bf16].map(|dtype| {
+        let [data, s] = shortcut_data(case, dtype);
+        let (data32, s32) = (data.to_f32(), s.to_f32());
+        (shortcut_by_reference(case, &data, &s), shortcut_by_reference(case, &data32, &s32), data32, s32)
+    });
+    on(&|device| {
+        let dtype = device.activations();
+        let (oracle, yardstick, data, s) = &expected[(dtype == DType::Bf16) as usize];
+        let got = shortcut_by_tape(case, device, data, s);
+        for (i, name) in ["y", "dx", "dw", "db", "ds", "dw of s", "db of s"].into_iter().enumerate() {
+            let dtype = if ["y", "dx", "ds"].contains(&name) { dtype } else { DType::F32 };
+            let name = format!("{name} on {device}, {dtype:?}, of {case:?}");
+            close_as(dtype, &name, &got[i], &oracle[i], &yardstick[i]);
+        }
+        got.concat()
+    });
+}
+
+#[test]
+fn shortcuts_agree_with_the_reference() {
+    SHORTCUTS.into_iter().for_each(|case| shortcut_agrees(case, |f| _ = f(&Device::cpu_guarded())));
+}
+
+#[test]
+fn gpu_shortcuts_agree_with_the_reference() {
+    let cases = SHORTCUTS.into_iter().chain([LARGE_SHORTCUT]).filter(|_| gpu::available());
+    cases.for_each(|case| shortcut_agrees(case, |f| gpu::each(&format!("{case:?}"), f)));
+}
+
+/// The channels of the shortcut, and those of its first tensor, from other parameters; its bias left out.
+#[test]
+fn bugs_planted_in_shortcuts_are_noticed() {
+    const TEST: &str = "conv2d::gpu_shortcuts_agree_with_the_reference";
+    for (part, is, reads) in [
+        ("fwd_mma_64x64", "13+60", "13+56"),
+        ("fwd_mma_64x64_any", "12+56", "12+12"),
+        ("fwd_mma_128x128", "12+60", "12+56"),
+        ("join_segments", "7", "3"),
     ] {
         plant::notices_wrong_parameter(TEST, &format!("conv2d_{part}"), is, reads);
     }
@@ -374,7 +479,7 @@ fn by_tape_on(device: &Device, case: Case, data: &Data<f32>, method: Method, pas
     let [inputs, params] =
         [&inputs[..], &params].map(|all| all.iter().map(|&(s, v)| (s, v.clone())).collect::<Vec<_>>());
     let pass = through_tape_on(device, &inputs, &params, &data.dy, passes, |tape, v, p| {
-        let plus = Plus { shift: Some(&v[1]), residual: Some(&v[2]) };
+        let plus = Plus { shift: Some(&v[1]), residual: Some(&v[2]), ..Plus::default() };
         conv2d_by(tape, &v[0], p[0], p[1], case.geometry, plus, method)
     });
     let [dx, dshift, dresidual] = pass.dx.try_into().expect("three inputs");
@@ -576,11 +681,11 @@ fn bugs_planted_in_tensor_core_kernels_are_noticed() {
     }
     // The width of an image for its height, ow for oh; the channels for the pixels of an image.
     for (part, is, reads) in [
-        ("fwd_mma_64x64", "9+8", "9+4"),
+        ("fwd_mma_64x64", "13+8", "13+4"),
         ("dgrad_mma_64x64", "5+20", "5+16"),
         ("dgrad_mma_64x64_any", "4+20", "4+16"),
         ("wgrad_mma_64x64_any", "4+8", "4+4"),
-        ("join_segments", "11", "10"),
+        ("join_segments", "12", "11"),
     ] {
         plant::notices_wrong_parameter(TEST, &format!("conv2d_{part}"), is, reads);
     }
@@ -757,7 +862,7 @@ fn gradients_are_made_only_if_asked(device: &Device) {
             let value = Tensor::from_slice_as(device, device.activations(), shape, values).unwrap();
             if wanted[i] { tape.leaf(value) } else { Var::constant(value) }
         });
-        let plus = Plus { shift: Some(&inputs[1]), residual: Some(&inputs[2]) };
+        let plus = Plus { shift: Some(&inputs[1]), residual: Some(&inputs[2]), ..Plus::default() };
         let y = conv2d(&mut tape, &inputs[0], w, b, case.geometry, plus).unwrap();
         let dy = Tensor::from_slice_as(device, device.activations(), ys, &data.dy).unwrap();
         let before = handed_out();
