@@ -43,9 +43,10 @@ __device__ __forceinline__ unsigned inside(const Axis& axis, int from, unsigned 
 // One of the image batches whose channels are summed over, one after the other, with its weights.
 struct Source {
     const bf16 *from, *weight;  // pixel 0; the weight's first row and tap
+    // Those that are read together lie together: nvcc loads across a gap with a pragma of PTX 8.3.
+    unsigned first, end;  // its taps are taps[first .. end]
     int channels;
-    int a_pitch, b_pitch;  // bytes from one pixel to the next, and from one row of the weight
-    unsigned first, end;   // its taps are taps[first .. end]
+    int b_pitch, a_pitch;  // bytes from one row of the weight to the next, and from one pixel
     unsigned unused;
 };
 
