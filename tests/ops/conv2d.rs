@@ -219,7 +219,11 @@ fn gpu_agrees_in_place(case: InPlace) {
         for i in 0..6 {
             let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { dtype };
             let name = format!("{} on {device}, {dtype:?}, of {case:?}", NAMES[i]);
-            close_as(dtype, &name, &got[i], &oracle[i], &yardstick[i]);
+            // dx of a repeated pixel is one sum of four times as many terms as each of the four that the reference adds,
+            // and errs up to four times as much.
+            let own = yardstick[i].iter().zip(&oracle[i]).map(|(y, o)| (f64::from(*y) - o).abs()).fold(0.0, f64::max);
+            let longer = if case.doubled && i == 1 { 2.0 * 3.0 * own } else { 0.0 };
+            close_as_but_for(dtype, &name, &got[i], &oracle[i], &yardstick[i], longer);
         }
         got.concat()
     });
@@ -359,7 +363,11 @@ fn shortcut_agrees(case: WithShortcut, on: impl Fn(&dyn Fn(&Device) -> Vec<f32>)
         for (i, name) in ["y", "dx", "dw", "db", "ds", "dw of s", "db of s"].into_iter().enumerate() {
             let dtype = if ["y", "dx", "ds"].contains(&name) { dtype } else { DType::F32 };
             let name = format!("{name} on {device}, {dtype:?}, of {case:?}");
-            close_as(dtype, &name, &got[i], &oracle[i], &yardstick[i]);
+            // A shortcut apart is rounded once more; its products are below one, its bias below 1.5.
+            let apart = case.0.geometry.stride > 1 && i == 0;
+            let most = (case.1[0] + case.1[1]) as f64 + 1.5;
+            let rounding = if apart { gpu::rounding(dtype) * most } else { 0.0 };
+            close_as_but_for(dtype, &name, &got[i], &oracle[i], &yardstick[i], rounding);
         }
         got.concat()
     });
