@@ -7,31 +7,40 @@
 //            dgrad  dx[n,p,q,k] = sum over o,u,v with p = i s + u - top, q = j s + v - left of dy[n,i,j,o] w[o,u,v,k]
 //            wgrad  dw[o,u,v,k] = sum over n,i,j of dy[n,i,j,o] x[n, i s + u - top, j s + v - left, k], by split-K;
 //                   sum_parts adds up the segments
+//            x may be two tensors, its first c_first channels and the others, read and dx written where they are; and
+//            what is convolved may be x with each pixel repeated in a 2x2 square (up), of which p and q above then are
+//            pixels; dx is the sum over the four. residual may be repeated likewise (halved). In bf16 fwd adds a
+//            shortcut, a 1x1 convolution of s, one tensor or two, as further steps of k
 //            join_segments  y or dx from the sums of segments of k
 //            bwd_shift  dshift[n,o] = sum over i,j of dy[n,i,j,o];  bwd_bias  db[o] = sum over n of the same, unrounded
 // layout     x (n, h, w, c_in), w (c_out, kh, kw, c_in), y, residual (n, oh, ow, c_out), shift (n, c_out), bias
 //            (c_out): contiguous. Gradients alike.
 // mapping    block = one tile of the product: in f32 on FMAs, 64 threads (tile_gemm.cuh), in bf16 on tensor cores, 64
 //            or 128 threads (tile_mma.cuh; how the operands are gathered: conv2d_mma.cuh)
-//            fwd    rows = pixels of y, all images one after the other; cols = c_out; k = (u, v, c_in)
+//            fwd    rows = pixels of y, all images one after the other; cols = c_out; k = (u, v, c_in). up: blockIdx.y
+//                   = one of four classes, of even and odd rows and columns, so that a tap is at one distance from the
+//                   first in all patches
 //            dgrad  blockIdx.y = one of s s classes of pixels of dx, those with p = a and q = b (mod s). A class meets
 //                   the same taps, u = a + top and v = b + left (mod s), so no tap is tried in vain. rows = the class's
 //                   pixels; cols = c_in; k = (u, v, c_out). Each pixel gathers its sum: no two blocks write the same
-//                   element
-//            wgrad  rows = c_out; cols = (u, v, c_in); k = pixels of y; blockIdx.y = one split-K segment of them
+//                   element. up: k = (u, v, c_out) of each of the four
+//            wgrad  rows = c_out; cols = (u, v, c_in), in bf16 those of each tensor of x in tiles of their own; k =
+//                   pixels of y; blockIdx.y = one split-K segment of them
 //            blockIdx.x counts tiles, along the columns first: blocks that run together read the same pixels. bf16 fwd
 //            and dgrad: blockIdx.z = one segment of k, where these are split
 // shared     f32: two buffers of both operands, 9 KB (64x64) or 11 KB; fwd, dgrad: the positions of the tile's pixels,
-//            2 or 4 KB; wgrad: the origins of 2 BK patches, 256 B; bwd_shift: 2 KB
+//            1 or 2 KB; wgrad: the origins of 2 BK patches, 192 B; bwd_shift: 2 KB
 //            bf16: the ring, 96 KB (128x128), 54 KB (128x16) or 48 KB (64x64), in which the positions of pixels and the
-//            results lie too; wgrad: the origins of four slabs' patches, 2 KB behind it
+//            results lie too; behind it the plan (fwd, dgrad), 0.6 to 3 KB, or the origins of four slabs' patches
+//            (wgrad), 2 KB
 // bound by   as tile_gemm.cuh and tile_mma.cuh say if both channel counts are 32 or more; the tile's idle columns if
 //            c_out is 1 or 3; join_segments: reading the segments' sums; bwd_shift: reading dy
 // host       n oh ow, n h w, kh kw c_in, kh kw c_out < 2^30; grids as stated above; tensors aligned to 16 bytes (f32:
 //            vector accesses where channels divide by four; bf16: kernels by what divides the channels, as the entries
 //            say, the ring as dynamic shared memory, and what conv2d_mma.cuh says)
 // numerics   sums in f32. f32: fwd over (u, v, k), dgrad over (u, v, o) with the largest u and v first; bf16: over
-//            blocks of 64 channels, in each over the taps in that order, by segments in layers of few pixels. wgrad
+//            blocks of 64 channels of each tensor, in each over the taps in that order, the shortcut's last, by
+//            segments in layers of few pixels. wgrad
 //            over the pixels of a segment; the segments, shift and bias as column_sums.cuh says. An image's y and dx
 //            do not depend on the rest of its batch
 #include "column_sums.cuh"
@@ -61,58 +70,87 @@ struct Walk {
     }
 };
 
-// Patches of an image batch `from` (n, h, w, channels) as rows of a matrix, k = (tap row, tap column, channel).
+// An image batch of `channels` channels, in one tensor or in two, which hold the first c_first of them and the others.
+struct Images {
+    const float *first, *second;
+    unsigned c_first, channels;
+
+    // Channel c of pixel 0, and elements from one pixel to the next. Four neighbours from a multiple of four on lie
+    // side by side if four divides c_first.
+    __device__ __forceinline__ const float* channel(unsigned c, unsigned& pitch) const {
+        const bool of_first = c < c_first;
+        pitch = of_first ? c_first : channels - c_first;
+        return of_first ? first + c : second + (c - c_first);
+    }
+
+    // Four channels are loaded at once.
+    __device__ __forceinline__ bool vector() const { return channels % 4 == 0 && c_first % 4 == 0; }
+};
+
+// Patches of an image batch (n, h, w, channels) as rows of a matrix, k = (tap row, tap column, channel). All are of one
+// class, so that a tap is as far from the first of every patch.
 template <int SIDE>
 struct Patches {
-    const float* from[QUADS<SIDE>];
-    int i[QUADS<SIDE>], j[QUADS<SIDE>];
-    unsigned h, w, channels, taps_h, taps_w;
+    Images from;
+    int patch[QUADS<SIDE>], i[QUADS<SIDE>], j[QUADS<SIDE>];
+    unsigned h, w;  // of what is convolved
+    Axis rows, cols;
     Walk k;
     Quad quads[QUADS<SIDE>];
 
-    __device__ Patches(const float* from_, const Pixel (&pixels)[SIDE], unsigned h_, unsigned w_, unsigned channels_,
-                       const Axis& rows, const Axis& cols)
-        : h(h_),
-          w(w_),
-          channels(channels_),
-          taps_h(rows.taps),
-          taps_w(cols.taps),
-          k(AlongK::k(), cols.taps, channels_) {
+    __device__ Patches(const Images& from_, const Pixel (&pixels)[SIDE], unsigned h_, unsigned w_, const Axis& rows_,
+                       const Axis& cols_)
+        : from(from_),
+          h(h_ << rows_.up),
+          w(w_ << rows_.up),
+          rows(rows_),
+          cols(cols_),
+          k(AlongK::k(), cols.taps, from_.channels) {
 #pragma unroll
         for (int r = 0; r < QUADS<SIDE>; ++r) {
             const Pixel& pixel = pixels[AlongK::row(r)];
-            from[r] = from_ + pixel.patch;
+            patch[r] = pixel.patch(h_, w_, rows.up);
             i[r] = pixel.i;
             j[r] = pixel.j;
         }
     }
 
     __device__ bool inside(int r, const Walk& k) const {
-        return k.t < taps_h && (unsigned)(i[r] + (int)k.t) < h && (unsigned)(j[r] + (int)k.v) < w;
+        return k.t < rows.taps && (unsigned)(i[r] + (int)rows.step(k.t)) < h &&
+               (unsigned)(j[r] + (int)cols.step(k.v)) < w;
+    }
+
+    // Pixels from a patch's first tap on to that of k.
+    __device__ int step(const Walk& k) const {
+        return (int)(rows.offset(k.t) * (w >> cols.up) + cols.offset(k.v));
     }
 
     __device__ __forceinline__ void fetch() {
 #pragma unroll
         for (int r = 0; r < QUADS<SIDE>; ++r) quads[r].clear();
-        if (channels % 4 == 0) {
-            const size_t place = (size_t)(k.t * w + k.v) * channels + k.c;
+        if (from.vector()) {
+            unsigned pitch;
+            const float* channel = from.channel(k.c, pitch);
+            const int step = this->step(k);
 #pragma unroll
             for (int r = 0; r < QUADS<SIDE>; ++r) {
-                if (inside(r, k)) quads[r].load(from[r] + place);
+                if (inside(r, k)) quads[r].load(channel + (long long)(patch[r] + step) * (int)pitch);
             }
         } else {
             Walk one = k;
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-                const size_t place = (size_t)(one.t * w + one.v) * channels + one.c;
+                unsigned pitch;
+                const float* channel = from.channel(one.c, pitch);
+                const int step = this->step(one);
 #pragma unroll
                 for (int r = 0; r < QUADS<SIDE>; ++r) {
-                    if (inside(r, one)) quads[r].load(e, from[r] + place);
+                    if (inside(r, one)) quads[r].load(e, channel + (long long)(patch[r] + step) * (int)pitch);
                 }
-                one.advance(1, taps_w, channels);
+                one.advance(1, cols.taps, from.channels);
             }
         }
-        k.advance(BK, taps_w, channels);
+        k.advance(BK, cols.taps, from.channels);
     }
 
     __device__ __forceinline__ void put(Side<SIDE>& tile) const { AlongK::put<SIDE>(tile, quads); }
@@ -147,7 +185,7 @@ struct Weights {
         for (int i = 0; i < QUADS<SIDE>; ++i) {
             quads[i].clear();
             if (k[i].t < rows.taps) {
-                const unsigned u = rows.u + (int)k[i].t * rows.du, v = cols.u + (int)k[i].v * cols.du;
+                const unsigned u = rows.tap(k[i].t), v = cols.tap(k[i].v);
                 load_columns(quads[i], from + (((size_t)k[i].c * kh + u) * kw + v) * c_in, col, c_in, c_in % 4 == 0);
             }
             k[i].advance(BK, cols.taps, c_out);
@@ -157,17 +195,16 @@ struct Weights {
     __device__ __forceinline__ void put(Side<SIDE>& tile) const { AcrossK<SIDE>::put(tile, quads); }
 };
 
-// Where the patch of a pixel of y begins in x: element offset, row and column. A pixel beyond the end begins far
-// outside.
+// Where the patch of a pixel of y begins in x: the index of the first tap's pixel, row and column of what is convolved.
+// A pixel beyond the end begins far outside.
 struct Origin {
-    long long patch;
-    int i, j;
+    int patch, i, j;
 };
 
 // The patches of x as a matrix with a row for each k = pixel of y, and the columns (u, v, c_in).
 template <int SIDE>
 struct PatchColumns {
-    const float* from;
+    Images from;
     // Those of this step and of the next, alternating: found one step ahead by BK threads, read by all.
     Origin (*origins)[BK];
     unsigned turn, pixel, end;
@@ -177,7 +214,7 @@ struct PatchColumns {
     Quad quads[QUADS<SIDE>];
 
     // For pixels begin .. end. The caller must follow with a barrier.
-    __device__ PatchColumns(const float* from_, Origin (&origins_)[2][BK], const Geometry& g_, unsigned first_col,
+    __device__ PatchColumns(const Images& from_, Origin (&origins_)[2][BK], const Geometry& g_, unsigned first_col,
                             unsigned begin, unsigned end_)
         : from(from_),
           origins(origins_),
@@ -198,7 +235,7 @@ struct PatchColumns {
             if (pixel < end) {
                 origin.i = (int)(row * g.stride) - (int)g.top;
                 origin.j = (int)(column * g.stride) - (int)g.left;
-                origin.patch = (((long long)image * g.h + origin.i) * g.w + origin.j) * g.c_in;
+                origin.patch = Pixel{image, origin.i, origin.j, 0}.patch(g.h, g.w, g.up);
             }
             origins[turn][threadIdx.x] = origin;
             // A walk: two divisions in every step of BK would be a sixth of what is not an FMA.
@@ -218,12 +255,12 @@ struct PatchColumns {
             const Origin origin = origins[turn][AcrossK<SIDE>::k() + AcrossK<SIDE>::step(i)];
             quads[i].clear();
             Walk one = col;
-            if (g.c_in % 4 == 0) {
-                if (inside(origin, one)) quads[i].load(from + origin.patch + place(one));
+            if (from.vector()) {
+                if (inside(origin, one)) quads[i].load(place(origin, one));
             } else {
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
-                    if (inside(origin, one)) quads[i].load(e, from + origin.patch + place(one));
+                    if (inside(origin, one)) quads[i].load(e, place(origin, one));
                     one.advance(1, g.kw, g.c_in);
                 }
             }
@@ -233,96 +270,93 @@ struct PatchColumns {
     }
 
     __device__ bool inside(const Origin& origin, const Walk& col) const {
-        return col.t < g.kh && (unsigned)(origin.i + (int)col.t) < g.h && (unsigned)(origin.j + (int)col.v) < g.w;
+        return col.t < g.kh && (unsigned)(origin.i + (int)col.t) < g.h << g.up &&
+               (unsigned)(origin.j + (int)col.v) < g.w << g.up;
     }
 
-    __device__ size_t place(const Walk& col) const { return (size_t)(col.t * g.w + col.v) * g.c_in + col.c; }
+    // If the pixels of x are repeated, two taps read the same one: which two, depends on where the patch begins.
+    __device__ const float* place(const Origin& origin, const Walk& col) const {
+        const unsigned row = ((origin.i & g.up) + col.t) >> g.up, column = ((origin.j & g.up) + col.v) >> g.up;
+        unsigned pitch;
+        const float* channel = from.channel(col.c, pitch);
+        return channel + (long long)(origin.patch + (int)(row * g.w + column)) * (int)pitch;
+    }
 
     __device__ __forceinline__ void put(Side<SIDE>& tile) const { AcrossK<SIDE>::put(tile, quads); }
 };
 
-// What the epilogue adds; null for none.
-struct Plus {
-    const float* bias;
-    const float* shift;
-    const float* residual;
-};
-
 // Stores the tile whose first row is pixel `first` of `count`, plus `plus`.
 template <class TILE>
-__device__ __forceinline__ void store_pixels(float* to, const Pixel (&pixels)[TILE::BM], unsigned first, unsigned count,
-                                             unsigned col, unsigned cols, const Plus& plus,
+__device__ __forceinline__ void store_pixels(const Results<float>& to, const Pixel (&pixels)[TILE::BM], unsigned first,
+                                             unsigned count, unsigned col, const Plus<float>& plus,
                                              const Accumulators<TILE>& acc) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        const Four four(col + acc.col(half), cols);
+        const Four four(col + acc.col(half), to.cols);
         if (four.count == 0) return;
-        float4 bias = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        if (plus.bias) bias = four.read(plus.bias + four.col);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             if (first + acc.row(i) >= count) break;
             const Pixel& pixel = pixels[acc.row(i)];
-            float4 v = acc.quad(i, half) + bias;
-            if (plus.shift) v = v + four.read(plus.shift + (size_t)pixel.image * cols + four.col);
-            if (plus.residual) v = v + four.read(plus.residual + pixel.result + four.col);
-            four.write(to + pixel.result + four.col, v);
+            to.write(pixel.result, four, plus.to(acc.quad(i, half), four, pixel.image, pixel.result, to.cols));
         }
     }
 }
 
 template <class TILE>
-__device__ __forceinline__ void forward(float* y, const float* x, const float* weight, const Plus& plus,
-                                        const Geometry& g) {
+__device__ __forceinline__ void forward(float* y, const float* x, const float* x_second, const float* weight,
+                                        const Plus<float>& plus, const Geometry& g) {
     __shared__ __align__(16) TILE tile;
     __shared__ Pixel pixels[TILE::BM];
-    const unsigned count = g.n * g.oh * g.ow, depth = g.kh * g.kw * g.c_in;
-    const unsigned across = (g.c_out + TILE::BN - 1) / TILE::BN;
+    const Class of(blockIdx.y, 1 + g.up, g.n, g.oh, g.ow);
+    const unsigned depth = g.kh * g.kw * g.c_in, across = (g.c_out + TILE::BN - 1) / TILE::BN;
     const unsigned first = blockIdx.x / across * TILE::BM, first_col = blockIdx.x % across * TILE::BN;
-    const Axis rows = Axis::forward(g.kh, g.stride, g.top), cols = Axis::forward(g.kw, g.stride, g.left);
-    for (unsigned r = threadIdx.x; r < TILE::BM; r += THREADS) pixels[r] = pixel_of_y(first + r, g, rows, cols);
+    const Axis rows = Axis::forward(g.kh, g.stride, g.top, g.up, of.above);
+    const Axis cols = Axis::forward(g.kw, g.stride, g.left, g.up, of.before);
+    for (unsigned r = threadIdx.x; r < TILE::BM; r += THREADS) pixels[r] = of.pixel(first + r, rows, cols);
     __syncthreads();  // pixels written above are read by the operands and the epilogue
 
-    Patches<TILE::BM> a(x, pixels, g.h, g.w, g.c_in, rows, cols);
+    Patches<TILE::BM> a({x, x_second, g.c_first, g.c_in}, pixels, g.h, g.w, rows, cols);
     Rows<TILE::BN> b(weight, first_col, g.c_out, depth);
     Accumulators<TILE> acc;
     multiply(tile, a, b, (depth + BK - 1) / BK, acc);
-    store_pixels(y, pixels, first, count, first_col, g.c_out, plus, acc);
+    store_pixels({y, nullptr, g.c_out, g.c_out}, pixels, first, of.count, first_col, plus, acc);
 }
 
 template <class TILE>
-__device__ __forceinline__ void dgrad(float* dx, const float* dy, const float* weight, const Geometry& g) {
+__device__ __forceinline__ void dgrad(float* dx, float* dx_second, const float* dy, const float* weight,
+                                      const Geometry& g) {
     __shared__ __align__(16) TILE tile;
     __shared__ Pixel pixels[TILE::BM];
-    const Class of(blockIdx.y, g);
+    const Class of(blockIdx.y, g.stride, g.n, g.h, g.w);
     const unsigned across = (g.c_in + TILE::BN - 1) / TILE::BN;
     const unsigned first = blockIdx.x / across * TILE::BM, first_col = blockIdx.x % across * TILE::BN;
     if (first >= of.count) return;
-    const Axis rows = Axis::backward(of.above, g.kh, g.stride, g.top);
-    const Axis cols = Axis::backward(of.before, g.kw, g.stride, g.left);
-    for (unsigned r = threadIdx.x; r < TILE::BM; r += THREADS) pixels[r] = of.pixel(first + r, g, rows, cols);
+    const Axis rows = Axis::backward(of.above, g.kh, g.stride, g.top, g.up);
+    const Axis cols = Axis::backward(of.before, g.kw, g.stride, g.left, g.up);
+    for (unsigned r = threadIdx.x; r < TILE::BM; r += THREADS) pixels[r] = of.pixel(first + r, rows, cols);
     __syncthreads();  // pixels written above are read by the operands and the epilogue
 
-    Patches<TILE::BM> a(dy, pixels, g.oh, g.ow, g.c_out, rows, cols);
+    Patches<TILE::BM> a({dy, nullptr, g.c_out, g.c_out}, pixels, g.oh, g.ow, rows, cols);
     Weights<TILE::BN> b(weight, first_col, g, rows, cols);
     Accumulators<TILE> acc;
     multiply(tile, a, b, (rows.taps * cols.taps * g.c_out + BK - 1) / BK, acc);
-    store_pixels(dx, pixels, first, of.count, first_col, g.c_in, Plus{nullptr, nullptr, nullptr}, acc);
+    store_pixels({dx, dx_second, g.c_first, g.c_in}, pixels, first, of.count, first_col, Plus<float>{}, acc);
 }
 
 // Writes `dw` if one segment has all pixels, otherwise each segment's partial sums to (segments, c_out, kh, kw, c_in).
 template <class TILE>
-__device__ __forceinline__ void wgrad(float* dw, const float* x, const float* dy, const Geometry& g, unsigned segment,
-                                      bool add) {
+__device__ __forceinline__ void wgrad(float* dw, const float* x, const float* x_second, const float* dy,
+                                      const Geometry& g, unsigned segment, bool add) {
     __shared__ __align__(16) TILE tile;
-    __shared__ __align__(16) Origin origins[2][BK];
+    __shared__ Origin origins[2][BK];
     const unsigned count = g.n * g.oh * g.ow, width = g.kh * g.kw * g.c_in;
     const unsigned across = (width + TILE::BN - 1) / TILE::BN;
     const unsigned first = blockIdx.x / across * TILE::BM, first_col = blockIdx.x % across * TILE::BN;
     const unsigned begin = blockIdx.y * segment, end = min(begin + segment, count);
 
     Columns<TILE::BM> a(dy, first, g.c_out, begin, end);
-    PatchColumns<TILE::BN> b(x, origins, g, first_col, begin, end);
+    PatchColumns<TILE::BN> b({x, x_second, g.c_first, g.c_in}, origins, g, first_col, begin, end);
     __syncthreads();  // the first fetch reads the first origins; multiply's barriers order the later ones
     Accumulators<TILE> acc;
     multiply(tile, a, b, (end - begin + BK - 1) / BK, acc);
@@ -330,16 +364,16 @@ __device__ __forceinline__ void wgrad(float* dw, const float* x, const float* dy
 }
 
 // Adds up the sums of `segments` segments (segments, rows, cols) in order, plus `plus`; an image has `pixels` rows.
-__device__ __forceinline__ void join_segments(bf16* to, const float* parts, unsigned segments, size_t rows,
-                                              unsigned cols, const mma::Plus& plus, unsigned pixels,
+__device__ __forceinline__ void join_segments(const Results<bf16>& to, const float* parts, unsigned segments,
+                                              size_t rows, const Plus<bf16>& plus, unsigned pixels,
                                               unsigned lane_bits) {
     const size_t row = row_of_thread(lane_bits);
     if (row >= rows) return;
-    each_item((cols + 3) / 4, lane_bits, [&](unsigned k) {
-        const Four four(4 * k, cols);
+    each_item((to.cols + 3) / 4, lane_bits, [&](unsigned k) {
+        const Four four(4 * k, to.cols);
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        for (unsigned s = 0; s < segments; ++s) sum = sum + four.read(parts + (s * rows + row) * cols + four.col);
-        four.write(to + row * cols + four.col, mma::finished(sum, four, plus, row / pixels, row * cols, cols));
+        for (unsigned s = 0; s < segments; ++s) sum = sum + four.read(parts + (s * rows + row) * to.cols + four.col);
+        to.write(row, four, plus.to(sum, four, row / pixels, row, to.cols));
     });
 }
 
@@ -348,35 +382,37 @@ __device__ __forceinline__ void join_segments(bf16* to, const float* parts, unsi
 //   conv2d_fwd_128x32   conv2d_dgrad_128x32                          for few columns: channels
 //   conv2d_wgrad_32x128                                              for few rows: channels of y
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) conv2d_fwd_64x64_f32(
-    float* y, const float* x, const float* weight, const float* bias, const float* shift, const float* residual,
-    Geometry g) {
-    forward<Tile<64, 64>>(y, x, weight, {bias, shift, residual}, g);
+    float* y, const float* x, const float* x_second, const float* weight, const float* bias, const float* shift,
+    const float* residual, unsigned halved, Geometry g) {
+    forward<Tile<64, 64>>(y, x, x_second, weight, {bias, shift, residual, halved, nullptr}, g);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) conv2d_fwd_128x32_f32(
-    float* y, const float* x, const float* weight, const float* bias, const float* shift, const float* residual,
-    Geometry g) {
-    forward<Tile<128, 32>>(y, x, weight, {bias, shift, residual}, g);
+    float* y, const float* x, const float* x_second, const float* weight, const float* bias, const float* shift,
+    const float* residual, unsigned halved, Geometry g) {
+    forward<Tile<128, 32>>(y, x, x_second, weight, {bias, shift, residual, halved, nullptr}, g);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) conv2d_dgrad_64x64_f32(
-    float* dx, const float* dy, const float* weight, Geometry g) {
-    dgrad<Tile<64, 64>>(dx, dy, weight, g);
+    float* dx, float* dx_second, const float* dy, const float* weight, Geometry g) {
+    dgrad<Tile<64, 64>>(dx, dx_second, dy, weight, g);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) conv2d_dgrad_128x32_f32(
-    float* dx, const float* dy, const float* weight, Geometry g) {
-    dgrad<Tile<128, 32>>(dx, dy, weight, g);
+    float* dx, float* dx_second, const float* dy, const float* weight, Geometry g) {
+    dgrad<Tile<128, 32>>(dx, dx_second, dy, weight, g);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) conv2d_wgrad_64x64_f32(
-    float* dw, const float* x, const float* dy, Geometry g, unsigned segment, unsigned accumulate) {
-    wgrad<Tile<64, 64>>(dw, x, dy, g, segment, accumulate);
+    float* dw, const float* x, const float* x_second, const float* dy, Geometry g, unsigned segment,
+    unsigned accumulate) {
+    wgrad<Tile<64, 64>>(dw, x, x_second, dy, g, segment, accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) conv2d_wgrad_32x128_f32(
-    float* dw, const float* x, const float* dy, Geometry g, unsigned segment, unsigned accumulate) {
-    wgrad<Tile<32, 128>>(dw, x, dy, g, segment, accumulate);
+    float* dw, const float* x, const float* x_second, const float* dy, Geometry g, unsigned segment,
+    unsigned accumulate) {
+    wgrad<Tile<32, 128>>(dw, x, x_second, dy, g, segment, accumulate);
 }
 
 // Entries in bf16, on tensor cores, and what must divide the channels:
@@ -397,63 +433,76 @@ using Thin = mma::Tile<128, 16, 32, 16>;
 using mma::Unit;
 
 extern "C" __global__ void __launch_bounds__(Large::THREADS) conv2d_fwd_mma_128x128(
-    bf16* y, const bf16* x, const bf16* weight, const float* bias, const bf16* shift, const bf16* residual,
-    Geometry g) {
-    mma::forward<Large, Unit::BLOCK, false>(y, nullptr, x, weight, {bias, shift, residual}, g, 0);
+    bf16* y, const bf16* x, const bf16* x_second, const bf16* weight, const float* bias, const bf16* shift,
+    const bf16* residual, unsigned halved, const bf16* s, const bf16* s_second, const bf16* s_weight,
+    const float* s_bias, Geometry g) {
+    mma::forward<Large, Unit::BLOCK, false>(y, nullptr, x, x_second, weight, {s, s_second, s_weight},
+        {bias, shift, residual, halved, s_bias}, g, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(Thin::THREADS) conv2d_fwd_mma_128x16(
-    bf16* y, const bf16* x, const bf16* weight, const float* bias, const bf16* shift, const bf16* residual,
-    Geometry g) {
-    mma::forward<Thin, Unit::CHUNK, false>(y, nullptr, x, weight, {bias, shift, residual}, g, 0);
+    bf16* y, const bf16* x, const bf16* x_second, const bf16* weight, const float* bias, const bf16* shift,
+    const bf16* residual, unsigned halved, const bf16* s, const bf16* s_second, const bf16* s_weight,
+    const float* s_bias, Geometry g) {
+    mma::forward<Thin, Unit::CHUNK, false>(y, nullptr, x, x_second, weight, {s, s_second, s_weight},
+        {bias, shift, residual, halved, s_bias}, g, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_fwd_mma_64x64(
-    bf16* y, float* parts, const bf16* x, const bf16* weight, const float* bias, const bf16* shift,
-    const bf16* residual, Geometry g, unsigned segment) {
-    mma::forward<Small, Unit::CHUNK, true>(y, parts, x, weight, {bias, shift, residual}, g, segment);
+    bf16* y, float* parts, const bf16* x, const bf16* x_second, const bf16* weight, const float* bias,
+    const bf16* shift, const bf16* residual, unsigned halved, const bf16* s, const bf16* s_second, const bf16* s_weight,
+    const float* s_bias, Geometry g, unsigned segment) {
+    mma::forward<Small, Unit::CHUNK, true>(y, parts, x, x_second, weight, {s, s_second, s_weight},
+        {bias, shift, residual, halved, s_bias}, g, segment);
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_fwd_mma_64x64_any(
-    bf16* y, const bf16* x, const bf16* weight, const float* bias, const bf16* shift, const bf16* residual,
-    Geometry g) {
-    mma::forward<Small, Unit::ELEMENT, false>(y, nullptr, x, weight, {bias, shift, residual}, g, 0);
+    bf16* y, const bf16* x, const bf16* x_second, const bf16* weight, const float* bias, const bf16* shift,
+    const bf16* residual, unsigned halved, const bf16* s, const bf16* s_second, const bf16* s_weight,
+    const float* s_bias, Geometry g) {
+    mma::forward<Small, Unit::ELEMENT, false>(y, nullptr, x, x_second, weight, {s, s_second, s_weight},
+        {bias, shift, residual, halved, s_bias}, g, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(Large::THREADS) conv2d_dgrad_mma_128x128(
-    bf16* dx, const bf16* dy, const bf16* weight, Geometry g) {
-    mma::dgrad<Large, Unit::BLOCK, false>(dx, nullptr, dy, weight, g, 0);
+    bf16* dx, bf16* dx_second, const bf16* dy, const bf16* weight, Geometry g) {
+    mma::dgrad<Large, Unit::BLOCK, false>(dx, dx_second, nullptr, dy, weight, g, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_dgrad_mma_64x64(
-    bf16* dx, float* parts, const bf16* dy, const bf16* weight, Geometry g, unsigned segment) {
-    mma::dgrad<Small, Unit::CHUNK, true>(dx, parts, dy, weight, g, segment);
+    bf16* dx, bf16* dx_second, float* parts, const bf16* dy, const bf16* weight, Geometry g, unsigned segment) {
+    mma::dgrad<Small, Unit::CHUNK, true>(dx, dx_second, parts, dy, weight, g, segment);
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_dgrad_mma_64x64_any(
-    bf16* dx, const bf16* dy, const bf16* weight, Geometry g) {
-    mma::dgrad<Small, Unit::ELEMENT, false>(dx, nullptr, dy, weight, g, 0);
+    bf16* dx, bf16* dx_second, const bf16* dy, const bf16* weight, Geometry g) {
+    mma::dgrad<Small, Unit::ELEMENT, false>(dx, dx_second, nullptr, dy, weight, g, 0);
 }
 
 extern "C" __global__ void __launch_bounds__(Large::THREADS) conv2d_wgrad_mma_128x128(
-    float* dw, const bf16* x, const bf16* dy, Geometry g, unsigned segment, unsigned accumulate) {
-    mma::wgrad<Large, Unit::BLOCK>(dw, x, dy, g, segment, accumulate);
+    float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment,
+    unsigned accumulate) {
+    mma::wgrad<Large, Unit::BLOCK>(dw, x, x_second, dy, g, segment, accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64(
-    float* dw, const bf16* x, const bf16* dy, Geometry g, unsigned segment, unsigned accumulate) {
-    mma::wgrad<Small, Unit::CHUNK>(dw, x, dy, g, segment, accumulate);
+    float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment,
+    unsigned accumulate) {
+    mma::wgrad<Small, Unit::CHUNK>(dw, x, x_second, dy, g, segment, accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64_any(
-    float* dw, const bf16* x, const bf16* dy, Geometry g, unsigned segment, unsigned accumulate) {
-    mma::wgrad<Small, Unit::ELEMENT>(dw, x, dy, g, segment, accumulate);
+    float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment,
+    unsigned accumulate) {
+    mma::wgrad<Small, Unit::ELEMENT>(dw, x, x_second, dy, g, segment, accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(256) conv2d_join_segments(
-    bf16* to, const float* parts, const float* bias, const bf16* shift, const bf16* residual, unsigned segments,
-    size_t rows, unsigned cols, unsigned pixels, unsigned lane_bits) {
-    join_segments(to, parts, segments, rows, cols, {bias, shift, residual}, pixels, lane_bits);
+    bf16* to, bf16* to_second, const float* parts, const float* bias, const bf16* shift, const bf16* residual,
+    unsigned halved, const float* s_bias, unsigned segments, size_t rows, unsigned c_first, unsigned cols,
+    unsigned pixels, unsigned lane_bits) {
+    join_segments({to, to_second, c_first, cols}, parts, segments, rows, {bias, shift, residual, halved, s_bias},
+                  pixels, lane_bits);
 }
 
 #define ENTRIES(suffix, T) \

@@ -11,11 +11,12 @@
 //            gamma and beta of each image's own, with which all passes over the image run (per_image = c, otherwise
 //            0); bwd_scale_shift makes dscale = gamma sum dz xhat + beta sum dz and dshift = sum dz of bwd_join's sums,
 //            and of the sums the images' shares of dgamma and dbeta
-// layout     x, y (n, pixels, c) and dx, which holds dy on entry: f32 or bf16. The rest is f32: gamma, beta, dgamma,
-//            dbeta (c); stats (n, groups, 3): mean, its rounding error, rstd; partials, by strips of pixels:
-//            (n, strips, 3, c) forward, (n, strips, 2, c) backward; sums (n, 2, c): each image's share of dgamma and
-//            dbeta; slopes (n, groups, 2); gammas and betas of each image's own (2, n, c). scale_shift and its gradient
-//            (n, 2c), an image's scales before its shifts: f32 or bf16
+// layout     x, y, dx, dy (n, pixels, c): f32 or bf16. x and dx are each one tensor, or two: of the first c_first
+//            channels and of the others. If dx is one it may be dy. The rest is f32: gamma, beta, dgamma, dbeta (c);
+//            stats (n, groups, 3): mean, its rounding error, rstd; partials, by strips of pixels: (n, strips, 3, c)
+//            forward, (n, strips, 2, c) backward; sums (n, 2, c): each image's share of dgamma and dbeta; slopes
+//            (n, groups, 2); gammas and betas of each image's own (2, n, c). scale_shift and its gradient (n, 2c), an
+//            image's scales before its shifts: f32 or bf16
 // mapping    passes over the image: block = a strip of pixels and a tile of channels;
 //            warp w = the (w % 2^warp_bits)-th group of channels of the tile, the (w >> warp_bits)-th of pixels;
 //            lane l = 4 neighbouring channels, the (l % 2^lane_bits)-th quad of the warp, of PIXELS pixels, every
@@ -31,8 +32,8 @@
 //            no bound: for 128 images of 32x32x128 they take 2.8 M such instructions, 4 us of an RTX 4090 (1/64 of its
 //            f32 rate), beside 67 us in which it reads x once in f32
 // host       grid (n strips, tiles) with tiles of 4 << (lane_bits + warp_bits) channels and strips of
-//            2048 >> (lane_bits + warp_bits) pixels; lane_bits up to 5, warp_bits up to 3; vec only if 4 divides c;
-//            groups divides c; tensors start on 256-byte boundaries
+//            2048 >> (lane_bits + warp_bits) pixels; lane_bits up to 5, warp_bits up to 3; vec only if 4 divides c and
+//            c_first; c_first = c and no second tensor for one; groups divides c; tensors start on 256-byte boundaries
 // numerics   the variance takes two passes, over registers, about the mean of a warp's pixels: E[x^2] - E[x]^2 loses
 //            every digit when the mean is large compared with the deviation. A mean in f32 is off by up to half an ulp,
 //            which may be many deviations, so each mean m is kept with sum (x - m), and the joins are f64 (Chan, Golub
@@ -58,7 +59,7 @@ struct Position {
     unsigned c0, channels;  // the first of its 4 channels, and how many of them exist
     unsigned warp_pixels;   // pixels of its warp that exist
     unsigned pixels;        // pixels of its own that exist, 0 to PIXELS
-    size_t offset, stride;  // index of its first element, and elements from one of its pixels to the next
+    size_t pixel, step;     // index of its first pixel among those of all images, and from one to the next
 };
 
 // A warp with lane_bits = 3: 8 lanes across           A block with warp_bits = 1: 2 warps across
@@ -85,22 +86,56 @@ __device__ __forceinline__ Position position_of(unsigned pixels, unsigned c, uns
     pos.warp_pixels = start < pixels ? min(pixels - start, of_warp) : 0;
     const bool any = pos.channels && first < pos.warp_pixels;
     pos.pixels = any ? ((pos.warp_pixels - first - 1) >> (5 - lane_bits)) + 1 : 0;
-    pos.offset = (size_t(pos.image) * pixels + start + first) * c + pos.c0;
-    pos.stride = size_t(step) * c;
+    pos.pixel = size_t(pos.image) * pixels + start + first;
+    pos.step = step;
     return pos;
 }
 
+// A tensor (n, pixels, c), or two that hold its first c_first channels and the others. second: null for one.
+template <class T>
+struct Channels {
+    T *first, *second;
+    unsigned c_first, c;
+
+    // Channel i of a pixel. So are the three after it if i and both tensors' channels divide by four.
+    __device__ __forceinline__ T* at(size_t pixel, unsigned i) const {
+        const bool of_first = i < c_first;
+        return (of_first ? first : second) + pixel * width(i) + (of_first ? i : i - c_first);
+    }
+    __device__ __forceinline__ unsigned width(unsigned i) const { return i < c_first ? c_first : c - c_first; }
+};
+
 __device__ __forceinline__ float& get(float4& v, unsigned i) { return reinterpret_cast<float*>(&v)[i]; }
 
-// Loads pixels k0 .. k0 + K of the thread, zero where there are none. VEC: four divides c.
+// Loads pixels k0 .. k0 + K of the thread, zero where there are none. VEC: four divides the channels.
 template <bool VEC, unsigned K, class T>
 __device__ __forceinline__ void load_pixels(float4 (&v)[K],  // (K pixels, 4 channels)
-                                            const T* x,      // (n, pixels, c)
-                                            const Position& pos, unsigned k0) {
+                                            const Channels<const T>& x, const Position& pos, unsigned k0) {
+    const T* at = x.at(pos.pixel, pos.c0);
+    const size_t stride = pos.step * x.width(pos.c0);
 #pragma unroll
     for (unsigned k = 0; k < K; ++k) {
         v[k] = make_float4(0, 0, 0, 0);
-        if (k0 + k < pos.pixels) v[k] = load_group(x, pos.offset + (k0 + k) * pos.stride, pos.channels, VEC);
+        if (k0 + k >= pos.pixels) continue;
+        if (VEC) {
+            v[k] = load4(at + (k0 + k) * stride);
+        } else {
+#pragma unroll
+            for (unsigned i = 0; i < 4; ++i)
+                if (i < pos.channels) get(v[k], i) = load(x.at(pos.pixel + (k0 + k) * pos.step, pos.c0 + i));
+        }
+    }
+}
+
+// Stores pixel k of the thread.
+template <bool VEC, class T>
+__device__ __forceinline__ void store_pixel(const Channels<T>& y, const Position& pos, unsigned k, float4 v) {
+    if (VEC) {
+        store4(y.at(pos.pixel, pos.c0) + k * (pos.step * y.width(pos.c0)), v);
+    } else {
+#pragma unroll
+        for (unsigned i = 0; i < 4; ++i)
+            if (i < pos.channels) store(y.at(pos.pixel + k * pos.step, pos.c0 + i), get(v, i));
     }
 }
 
@@ -181,8 +216,8 @@ __device__ __forceinline__ void with_flags(unsigned silu, unsigned vec, F f) {
 
 // Each channel's m (about the mean of the strip), sum (x - m) and sum (x - m)^2 over a strip.
 template <class T>
-__device__ __forceinline__ void fwd_moments(float* partials,  // (n, strips, 3, c)
-                                            const T* x,       // (n, pixels, c)
+__device__ __forceinline__ void fwd_moments(float* partials,             // (n, strips, 3, c)
+                                            const Channels<const T>& x,  // (n, pixels, c)
                                             unsigned pixels, unsigned c, unsigned strips, unsigned lane_bits,
                                             unsigned warp_bits, unsigned vec) {
     // 12 KiB, (warp, moment, channel): written by share_sums, read below by a thread for each channel.
@@ -248,9 +283,10 @@ __device__ __forceinline__ void fwd_moments(float* partials,  // (n, strips, 3, 
 
 #define ENTRY(suffix, T)                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS) group_norm_fwd_moments_##suffix(                           \
-        float* partials, const T* x, unsigned pixels, unsigned c, unsigned strips, unsigned lane_bits,               \
-        unsigned warp_bits, unsigned vec) {                                                                          \
-        fwd_moments(partials, x, pixels, c, strips, lane_bits, warp_bits, vec);                                      \
+        float* partials, const T* x, const T* x_second, unsigned c_first, unsigned pixels, unsigned c,               \
+        unsigned strips, unsigned lane_bits, unsigned warp_bits, unsigned vec) {                                     \
+        const Channels<const T> whole = {x, x_second, c_first, c};                                                   \
+        fwd_moments(partials, whole, pixels, c, strips, lane_bits, warp_bits, vec);                                  \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY
@@ -311,8 +347,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) group_norm_fwd_join(
 }
 
 template <bool SILU, bool VEC, class T>
-__device__ __forceinline__ void apply_pixels(T* y, const T* x,  // (n, pixels, c)
-                                             const Position& pos, const Affine& affine) {
+__device__ __forceinline__ void apply_pixels(const Channels<T>& y, const Channels<const T>& x, const Position& pos,
+                                             const Affine& affine) {
     float4 v[PIXELS];  // (PIXELS, 4 channels)
     load_pixels<VEC>(v, x, pos, 0);
 #pragma unroll
@@ -323,12 +359,12 @@ __device__ __forceinline__ void apply_pixels(T* y, const T* x,  // (n, pixels, c
                 const float z = fmaf(get(v[k], i) - affine.mean[i], affine.a[i], affine.b[i]);
                 get(v[k], i) = SILU ? silu(z) : z;
             }
-            store_group(y, pos.offset + k * pos.stride, v[k], pos.channels, VEC);
+            store_pixel<VEC>(y, pos, k, v[k]);
         }
 }
 
 template <class T>
-__device__ __forceinline__ void fwd_apply(T* y, const T* x,                       // (n, pixels, c)
+__device__ __forceinline__ void fwd_apply(T* y, const Channels<const T>& x,       // (n, pixels, c)
                                           const float* stats,                     // (n, groups, 3)
                                           const float* gamma, const float* beta,  // (c) or (n, c)
                                           unsigned per_image, unsigned pixels, unsigned c, unsigned groups,
@@ -337,15 +373,18 @@ __device__ __forceinline__ void fwd_apply(T* y, const T* x,                     
     const Position pos = position_of(pixels, c, strips, lane_bits, warp_bits);
     if (pos.pixels == 0) return;
     const Affine affine = affine_of(pos, stats, gamma, beta, per_image, c, groups);
-    with_flags(silu, vec, [&](auto silu, auto vec) { apply_pixels<silu.VALUE, vec.VALUE>(y, x, pos, affine); });
+    const Channels<T> to = {y, nullptr, c, c};
+    with_flags(silu, vec, [&](auto silu, auto vec) { apply_pixels<silu.VALUE, vec.VALUE>(to, x, pos, affine); });
 }
 
 #define ENTRY(suffix, T)                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS) group_norm_fwd_apply_##suffix(                             \
-        T* y, const T* x, const float* stats, const float* gamma, const float* beta, unsigned per_image,             \
-        unsigned pixels, unsigned c, unsigned groups, unsigned strips, unsigned lane_bits, unsigned warp_bits,       \
-        unsigned vec, unsigned silu) {                                                                               \
-        fwd_apply(y, x, stats, gamma, beta, per_image, pixels, c, groups, strips, lane_bits, warp_bits, vec, silu);  \
+        T* y, const T* x, const T* x_second, unsigned c_first, const float* stats, const float* gamma,               \
+        const float* beta, unsigned per_image, unsigned pixels, unsigned c, unsigned groups, unsigned strips,        \
+        unsigned lane_bits, unsigned warp_bits, unsigned vec, unsigned silu) {                                       \
+        const Channels<const T> whole = {x, x_second, c_first, c};                                                   \
+        fwd_apply(y, whole, stats, gamma, beta, per_image, pixels, c, groups, strips, lane_bits, warp_bits, vec,     \
+                  silu);                                                                                             \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY
@@ -386,7 +425,7 @@ constexpr unsigned HALF = PIXELS / 2;
 
 template <bool SILU, bool VEC, class T>
 __device__ __forceinline__ void add_pixels(float (&sum_dz_d)[4], float (&sum_dz)[4],  // (4 channels)
-                                           const T* x, const T* dy,                   // (n, pixels, c)
+                                           const Channels<const T>& x, const Channels<const T>& dy,
                                            const Position& pos, const Affine& affine) {
 #pragma unroll
     for (unsigned k0 = 0; k0 < PIXELS; k0 += HALF) {
@@ -409,7 +448,8 @@ __device__ __forceinline__ void add_pixels(float (&sum_dz_d)[4], float (&sum_dz)
 // Each channel's sum dz (x - mean) and sum dz over a strip.
 template <class T>
 __device__ __forceinline__ void bwd_sums(float* partials,                        // (n, strips, 2, c)
-                                         const T* x, const T* dy,                // (n, pixels, c)
+                                         const Channels<const T>& x,             // (n, pixels, c)
+                                         const T* dy,                            // (n, pixels, c)
                                          const float* stats,                     // (n, groups, 3)
                                          const float* gamma, const float* beta,  // (c) or (n, c)
                                          unsigned per_image, unsigned pixels, unsigned c, unsigned groups,
@@ -422,7 +462,8 @@ __device__ __forceinline__ void bwd_sums(float* partials,                       
     if (pos.pixels != 0) {
         const Affine affine = affine_of(pos, stats, gamma, beta, per_image, c, groups);
         with_flags(silu, vec, [&](auto silu, auto vec) {
-            add_pixels<silu.VALUE, vec.VALUE>(sums[0], sums[1], x, dy, pos, affine);
+            const Channels<const T> of_y = {dy, nullptr, c, c};
+            add_pixels<silu.VALUE, vec.VALUE>(sums[0], sums[1], x, of_y, pos, affine);
         });
     }
     sum_pixels(sums[0], lane_bits);
@@ -442,14 +483,16 @@ __device__ __forceinline__ void bwd_sums(float* partials,                       
     }
 }
 
-// Three blocks a multiprocessor: left to itself, the assembler takes 64 registers for sm_100, and spills one.
+// Three blocks a multiprocessor: left to itself, the assembler takes 64 registers for sm_100, and spills one. (bwd_dx
+// would take 100 for channels that do not divide by four.)
 #define ENTRY(suffix, T)                                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, 3) group_norm_bwd_sums_##suffix(                           \
-        float* partials, const T* x, const T* dy, const float* stats, const float* gamma, const float* beta,         \
-        unsigned per_image, unsigned pixels, unsigned c, unsigned groups, unsigned strips, unsigned lane_bits,       \
-        unsigned warp_bits, unsigned vec, unsigned silu) {                                                           \
-        bwd_sums(partials, x, dy, stats, gamma, beta, per_image, pixels, c, groups, strips, lane_bits, warp_bits,    \
-                 vec, silu);                                                                                         \
+        float* partials, const T* x, const T* x_second, unsigned c_first, const T* dy, const float* stats,           \
+        const float* gamma, const float* beta, unsigned per_image, unsigned pixels, unsigned c, unsigned groups,     \
+        unsigned strips, unsigned lane_bits, unsigned warp_bits, unsigned vec, unsigned silu) {                      \
+        const Channels<const T> whole = {x, x_second, c_first, c};                                                   \
+        bwd_sums(partials, whole, dy, stats, gamma, beta, per_image, pixels, c, groups, strips, lane_bits,           \
+                 warp_bits, vec, silu);                                                                              \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY
@@ -569,15 +612,17 @@ struct Slopes {
 };
 
 template <bool SILU, bool VEC, class T>
-__device__ __forceinline__ void dx_pixels(T* dx, const T* x,  // (n, pixels, c)
-                                          const Position& pos, const Affine& affine, const Slopes& slopes) {
+__device__ __forceinline__ void dx_pixels(const Channels<T>& dx, const Channels<const T>& dy,
+                                          const Channels<const T>& x, const Position& pos, const Affine& affine,
+                                          const Slopes& slopes) {
+    constexpr unsigned COUNT = VEC ? HALF : 1;  // that is held at a time; each number has its own address otherwise
 #pragma unroll
-    for (unsigned k0 = 0; k0 < PIXELS; k0 += HALF) {
-        float4 v[HALF], g[HALF];  // (HALF pixels, 4 channels)
+    for (unsigned k0 = 0; k0 < PIXELS; k0 += COUNT) {
+        float4 v[COUNT], g[COUNT];  // (COUNT pixels, 4 channels)
         load_pixels<VEC>(v, x, pos, k0);
-        load_pixels<VEC>(g, dx, pos, k0);
+        load_pixels<VEC>(g, dy, pos, k0);
 #pragma unroll
-        for (unsigned k = 0; k < HALF; ++k)
+        for (unsigned k = 0; k < COUNT; ++k)
             if (k0 + k < pos.pixels) {
 #pragma unroll
                 for (unsigned i = 0; i < 4; ++i) {
@@ -587,14 +632,16 @@ __device__ __forceinline__ void dx_pixels(T* dx, const T* x,  // (n, pixels, c)
                     const float gamma_dz = __fmul_rn(dz, slopes.gamma[i]);
                     get(g[k], i) = (gamma_dz - fmaf(d, slopes.s2[i], slopes.s1[i])) * slopes.rstd[i];
                 }
-                store_group(dx, pos.offset + (k0 + k) * pos.stride, g[k], pos.channels, VEC);
+                store_pixel<VEC>(dx, pos, k0 + k, g[k]);
             }
     }
 }
 
-// dx holds dy on entry.
+// dx may be dy, if it is one tensor.
 template <class T>
-__device__ __forceinline__ void bwd_dx(T* dx, const T* x,                      // (n, pixels, c)
+__device__ __forceinline__ void bwd_dx(const Channels<T>& dx,                  // (n, pixels, c)
+                                       const T* dy,                            // (n, pixels, c)
+                                       const Channels<const T>& x,             // (n, pixels, c)
                                        const float* stats,                     // (n, groups, 3)
                                        const float* slopes,                    // (n, groups, 2)
                                        const float* gamma, const float* beta,  // (c) or (n, c)
@@ -613,17 +660,21 @@ __device__ __forceinline__ void bwd_dx(T* dx, const T* x,                      /
         of_channel.s2[i] = slopes[2 * of_group + 1];
     });
     with_flags(silu, vec, [&](auto silu, auto vec) {
-        dx_pixels<silu.VALUE, vec.VALUE>(dx, x, pos, affine, of_channel);
+        const Channels<const T> of_y = {dy, nullptr, c, c};
+        dx_pixels<silu.VALUE, vec.VALUE>(dx, of_y, x, pos, affine, of_channel);
     });
 }
 
 #define ENTRY(suffix, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS) group_norm_bwd_dx_##suffix(                                \
-        T* dx, const T* x, const float* stats, const float* slopes, const float* gamma, const float* beta,           \
-        unsigned per_image, unsigned pixels, unsigned c, unsigned groups, unsigned strips, unsigned lane_bits,       \
-        unsigned warp_bits, unsigned vec, unsigned silu) {                                                           \
-        bwd_dx(dx, x, stats, slopes, gamma, beta, per_image, pixels, c, groups, strips, lane_bits, warp_bits, vec,   \
-               silu);                                                                                                \
+    extern "C" __global__ void __launch_bounds__(THREADS, 3) group_norm_bwd_dx_##suffix(                             \
+        T* dx, T* dx_second, const T* dy, const T* x, const T* x_second, unsigned c_first, const float* stats,       \
+        const float* slopes, const float* gamma, const float* beta, unsigned per_image, unsigned pixels,             \
+        unsigned c, unsigned groups, unsigned strips, unsigned lane_bits, unsigned warp_bits, unsigned vec,          \
+        unsigned silu) {                                                                                             \
+        const Channels<T> to = {dx, dx_second, c_first, c};                                                          \
+        const Channels<const T> whole = {x, x_second, c_first, c};                                                   \
+        bwd_dx(to, dy, whole, stats, slopes, gamma, beta, per_image, pixels, c, groups, strips, lane_bits,           \
+               warp_bits, vec, silu);                                                                                \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY

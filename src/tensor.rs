@@ -266,10 +266,7 @@ impl<'a> Launch<'a> {
 
     /// A tensor that the kernel reads, or a null pointer.
     pub fn read_opt(self, x: Option<&'a Tensor>) -> Self {
-        match x {
-            Some(x) => self.read(x),
-            None => self.null(),
-        }
+        self.array_opt(x.map(Tensor::array))
     }
 
     /// A tensor that the kernel writes; no other handle may share its buffer.

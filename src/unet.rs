@@ -9,7 +9,8 @@
 //! - residual block: GN SiLU conv3x3, + projected time, GN SiLU dropout conv3x3, + input (1x1 convolution if c changes)
 //! - attention block: GN, q k v, softmax(q k^T / sqrt(d)) v, projection, + input
 //! - down: after each level but the last, a conv3x3 of stride 2, padded right and bottom only (`downsample_padding: 0`)
-//! - up: nearest x2, conv3x3; every block on the way up takes the concatenation `[h, skip]`
+//! - up: nearest x2, conv3x3; every block on the way up takes the concatenation `[h, skip]`. On a GPU neither upsampled
+//!   nor concatenated tensors are made: what reads them reads the tensors that they consist of
 //!
 //! And the network of OpenAI's improved-diffusion and guided-diffusion (Nichol and Dhariwal 2021; Dhariwal and Nichol
 //! 2021), each part of it a setting of its own:
@@ -34,8 +35,8 @@ use crate::error::Result;
 use crate::ops::add::add;
 use crate::ops::attention::attention;
 use crate::ops::avg_pool::avg_pool;
-use crate::ops::concat::concat;
-use crate::ops::conv2d::{Geometry, Pad, Plus, conv2d};
+use crate::ops::concat::Joined;
+use crate::ops::conv2d::{Geometry, Input, Pad, Plus, Shortcut, conv2d};
 use crate::ops::dropout::dropout;
 use crate::ops::embedding::embedding;
 use crate::ops::group_norm::{Activation, group_norm, scale_shift_group_norm};
@@ -43,7 +44,6 @@ use crate::ops::linear::linear;
 use crate::ops::pool;
 use crate::ops::silu::silu;
 use crate::ops::time_embedding::{Sinusoid, time_embedding};
-use crate::ops::upsample::upsample;
 use crate::params::{Init, Layout, Param, Specs};
 use crate::rng::{Purpose, Streams};
 use crate::tape::{Tape, Var};
@@ -115,7 +115,6 @@ struct Attention {
 
 /// One level on the way down or up: its blocks and what leads to the next level.
 struct Level {
-    place: String,
     blocks: Vec<(Resnet, Option<Attention>)>,
     resample: Option<Resample>,
 }
@@ -315,7 +314,7 @@ impl UNet {
             if resample.is_some() {
                 skips.push(c);
             }
-            down.push(Level { place, blocks, resample });
+            down.push(Level { blocks, resample });
         }
 
         let middle = (
@@ -337,7 +336,7 @@ impl UNet {
             }
             let resample = (level > 0)
                 .then(|| b.resample(format!("{place}.upsamplers.0"), c, model.upsample_type, Change::Double));
-            up.push(Level { place, blocks, resample });
+            up.push(Level { blocks, resample });
         }
 
         let conv_norm_out = b.norm("conv_norm_out", c);
@@ -455,7 +454,7 @@ impl UNet {
         let mut skips = vec![h.clone()];
         for level in &self.down {
             for (resnet, attention) in &level.blocks {
-                h = resnet.forward(tape, m, &h, &temb, dropout)?; // (n, h, w, width)
+                h = resnet.forward(tape, m, &h, None, &temb, dropout)?; // (n, h, w, width)
                 if let Some(attention) = attention {
                     h = attention.forward(tape, m, &h)?; // (n, h, w, width)
                 }
@@ -470,24 +469,24 @@ impl UNet {
                         let halve = Geometry { stride: 2, pad };
                         conv2d(tape, &h, conv.weight, conv.bias, halve, Plus::default())? // (n, h/2, w/2, width)
                     }
-                    Resample::Resnet(resnet) => resnet.forward(tape, m, &h, &temb, dropout)?, // (n, h/2, w/2, width)
+                    Resample::Resnet(resnet) => {
+                        resnet.forward(tape, m, &h, None, &temb, dropout)? // (n, h/2, w/2, width)
+                    }
                 };
                 skips.push(h.clone());
             }
         }
 
-        h = self.middle.0.forward(tape, m, &h, &temb, dropout)?;
+        h = self.middle.0.forward(tape, m, &h, None, &temb, dropout)?;
         if let Some(attention) = &self.middle.1 {
             h = attention.forward(tape, m, &h)?;
         }
-        h = self.middle.2.forward(tape, m, &h, &temb, dropout)?;
+        h = self.middle.2.forward(tape, m, &h, None, &temb, dropout)?;
 
         for level in &self.up {
             for (resnet, attention) in &level.blocks {
                 let skip = skips.pop().expect("one skip per block of the way up");
-                tape.at(&level.place);
-                h = concat(tape, &h, &skip)?; // (n, h, w, c + c_skip)
-                h = resnet.forward(tape, m, &h, &temb, dropout)?; // (n, h, w, width)
+                h = resnet.forward(tape, m, &h, Some(&skip), &temb, dropout)?; // (n, h, w, width)
                 if let Some(attention) = attention {
                     h = attention.forward(tape, m, &h)?; // (n, h, w, width)
                 }
@@ -495,11 +494,10 @@ impl UNet {
             match &level.resample {
                 Some(Resample::Conv { place, conv }) => {
                     tape.at(place);
-                    h = upsample(tape, &h)?; // (n, 2h, 2w, width)
-                    h = conv3x3(tape, &h, conv)?; // (n, 2h, 2w, width)
+                    h = conv3x3(tape, Input::doubled(&h), conv)?; // (n, 2h, 2w, width)
                 }
                 Some(Resample::Resnet(resnet)) => {
-                    h = resnet.forward(tape, m, &h, &temb, dropout)?; // (n, 2h, 2w, width)
+                    h = resnet.forward(tape, m, &h, None, &temb, dropout)?; // (n, 2h, 2w, width)
                 }
                 None => {}
             }
@@ -533,18 +531,33 @@ impl Pool {
 }
 
 impl Resnet {
-    fn forward(&self, tape: &mut Tape<'_>, m: &Model, x: &Var, temb: &Var, masks: Option<DropoutSeed>) -> Result<Var> {
+    /// Of `x` or, on the way up, of the concatenation of `x` and `skip`.
+    fn forward(
+        &self,
+        tape: &mut Tape<'_>,
+        m: &Model,
+        x: &Var,
+        skip: Option<&Var>,
+        temb: &Var,
+        masks: Option<DropoutSeed>,
+    ) -> Result<Var> {
         tape.at(&self.place);
         let time = dense(tape, temb, &self.time_emb_proj)?; // (n, 1, 1, c), or 2c: scale and shift
-        let h = norm(tape, m, x, &self.norm1, Activation::Silu)?; // (n, h, w, c_in)
+        let mut x = x.clone();
+        let mut joined = skip.map_or_else(|| Joined::from(&x), |skip| Joined::from([&x, skip])); // (n, h, w, c_in)
+        let h = norm(tape, m, joined.clone(), &self.norm1, Activation::Silu)?; // (n, h, w, c_in)
         // From here on h and w are those of the block's output.
-        let (h, x) = match self.change {
-            Change::Keep => (h, x.clone()),
-            Change::Halve => (avg_pool(tape, &h)?, avg_pool(tape, x)?), // (n, h, w, c_in)
-            Change::Double => (upsample(tape, &h)?, upsample(tape, x)?), // (n, h, w, c_in)
+        let h = match self.change {
+            Change::Keep => Input::from(&h),      // (n, h, w, c_in)
+            Change::Double => Input::doubled(&h), // (n, h, w, c_in)
+            Change::Halve => {
+                x = avg_pool(tape, &x)?; // (n, h, w, c_in)
+                joined = Joined::from(&x);
+                Input::from(&avg_pool(tape, &h)?) // (n, h, w, c_in)
+            }
         };
-        let plus = Plus { shift: (!m.scale_shift_norm).then_some(&time), residual: None };
-        let h = conv2d(tape, &h, self.conv1.weight, self.conv1.bias, Geometry::SAME_3X3, plus)?; // (n, h, w, c)
+        let plus = Plus { shift: (!m.scale_shift_norm).then_some(&time), ..Plus::default() };
+        let h = conv2d(tape, h, self.conv1.weight, self.conv1.bias, Geometry::SAME_3X3, plus)?; // (n, h, w, c)
         let Norm { gamma, beta, groups } = self.norm2;
         let mut h = if m.scale_shift_norm {
             let eps = m.norm_eps as f32;
@@ -553,17 +566,17 @@ impl Resnet {
             norm(tape, m, &h, &self.norm2, Activation::Silu)? // (n, h, w, c)
         };
         if let Some(DropoutSeed { seed, step, first }) = masks {
-            let end = first as usize + x.shape().n;
+            let end = first as usize + h.shape().n;
             assert!(end <= 1 << DROPOUT_IMAGES, "dropout for {end} images in a step: a layer has 2^20 streams");
             let first = (self.index << DROPOUT_IMAGES) + first;
             let streams = Streams { seed, purpose: Purpose::Dropout, step, first };
             h = dropout(tape, &h, m.dropout as f32, streams)?; // (n, h, w, c)
         }
-        let shortcut = match &self.conv_shortcut {
-            Some(s) => &conv2d(tape, &x, s.weight, s.bias, Geometry::POINTWISE, Plus::default())?, // (n, h, w, c)
-            None => &x,
-        };
-        let plus = Plus { shift: None, residual: Some(shortcut) };
+        // The shortcut is (n, h, w, c), or (n, h/2, w/2, c) of a block that doubles.
+        let conv = self.conv_shortcut.as_ref();
+        let conv = conv.map(|s| Shortcut { x: joined, weight: s.weight, bias: s.bias });
+        let residual = if conv.is_none() { Some(&x) } else { None };
+        let plus = Plus { shift: None, residual, shortcut: conv.as_ref() };
         conv2d(tape, &h, self.conv2.weight, self.conv2.bias, Geometry::SAME_3X3, plus) // (n, h, w, c)
     }
 }
@@ -588,7 +601,7 @@ fn time_features(model: &Model) -> usize {
     4 * model.time_channels()
 }
 
-fn conv3x3(tape: &mut Tape<'_>, x: &Var, conv: &Affine) -> Result<Var> {
+fn conv3x3(tape: &mut Tape<'_>, x: impl Into<Input>, conv: &Affine) -> Result<Var> {
     conv2d(tape, x, conv.weight, conv.bias, Geometry::SAME_3X3, Plus::default())
 }
 
@@ -596,6 +609,6 @@ fn dense(tape: &mut Tape<'_>, x: &Var, layer: &Affine) -> Result<Var> {
     linear(tape, x, layer.weight, Some(layer.bias), None)
 }
 
-fn norm(tape: &mut Tape<'_>, m: &Model, x: &Var, norm: &Norm, activation: Activation) -> Result<Var> {
+fn norm(tape: &mut Tape<'_>, m: &Model, x: impl Into<Joined>, norm: &Norm, activation: Activation) -> Result<Var> {
     group_norm(tape, x, norm.gamma, norm.beta, norm.groups, m.norm_eps as f32, activation)
 }

@@ -272,30 +272,36 @@ template <class TILE, class OPERANDS, class EACH>
 __device__ __forceinline__ void multiply(uint32_t ring, OPERANDS& operands, unsigned slabs, int steps,
                                          Accumulators<TILE>& acc, unsigned segment, EACH each) {
     static_assert(STAGES == 3, "as many turns are written out below");
-    const Fragments<TILE::BM, TILE::WM / 16, OPERANDS::A_ALONG_K, true> left(0, TILE::warp_row());
-    const Fragments<TILE::BN, TILE::WN / 16, OPERANDS::B_ALONG_K, false> right(TILE::A_BYTES, TILE::warp_col());
+    const Fragments<TILE::BM, TILE::WM / 16, OPERANDS::A_ALONG_K, true> left_operand(0, TILE::warp_row());
+    const Fragments<TILE::BN, TILE::WN / 16, OPERANDS::B_ALONG_K, false> right_operand(TILE::A_BYTES,
+                                                                                     TILE::warp_col());
 #pragma unroll
     for (unsigned k = 0; k < STAGES - 1; ++k) {
         if (k < slabs) operands.bring(ring + k * TILE::SLOT);
         commit_group();  // even an empty one, so that the count of those that may be under way is right
     }
-    unsigned k = 0, rest = segment;
+    unsigned left = slabs, rest = segment;
+    bool another = slabs > 1;  // follows this one: as many as were to be brought in the turn before
     auto turn = [&](unsigned slot) {
         wait_group<STAGES - 2>();
         __syncthreads();  // slab k is there for all threads, and all have read slab k - 1, whose slot is written next
-        if (k + STAGES - 1 < slabs) operands.bring(ring + (slot + STAGES - 1) % STAGES * TILE::SLOT);
+        const bool more = left > STAGES - 1;
+        if (more) operands.bring(ring + (slot + STAGES - 1) % STAGES * TILE::SLOT);
         commit_group();
-        acc.add_product(left, right, ring + slot * TILE::SLOT, steps);
+        acc.add_product(left_operand, right_operand, ring + slot * TILE::SLOT, steps);
         if (--rest == 0) {
             each();
             rest = segment;
         }
-        return ++k < slabs;
+        --left;
+        const bool go_on = another;
+        another = more;
+        return go_on;
     };
     if (OPERANDS::WRITTEN_OUT) {
         while (slabs > 0 && turn(0) && turn(1) && turn(2)) {}
     } else {
-        for (unsigned slot = 0; k < slabs; slot = (slot + 1) % STAGES) turn(slot);
+        for (unsigned slot = 0; left > 0; slot = (slot + 1) % STAGES) turn(slot);
     }
     each();
     wait_group<0>();

@@ -262,9 +262,14 @@ fn print(profile: &Profile) {
         );
     }
     let [h100, a100, rtx4090] = profile.modelled_ms.0;
+    let launched = match profile.graphs {
+        0 => "kernel by kernel".to_string(),
+        1 => "as one graph".to_string(),
+        graphs => format!("as {graphs} graphs"),
+    };
     say!("");
     say!(
-        "in all: {} launches, {:.1} GFLOP, {:.2} % of the multiply-adds on tensor cores",
+        "in all: {} launches, {launched}, {:.1} GFLOP, {:.2} % of the multiply-adds on tensor cores",
         profile.launches,
         profile.flops as f64 / 1e9,
         100.0 * profile.tensor_core_share

@@ -1,6 +1,10 @@
 //! `y = [a, b]` along the channels: `a (n,h,w,c_a)`, `b (n,h,w,c_b)`, `y (n,h,w,c_a + c_b)`.
 //!
 //! Gradient: `da` and `db` are the two parts of `dy`. Nothing is saved. Elements are only copied, so results are exact.
+//!
+//! [`Joined`] is a concatenation that is never made on a GPU: the operations that take one read both tensors in place,
+//! and write the gradients of both.
+//!
 //! Least traffic: every element read once and written once, `8 (c_a + c_b)` bytes per pixel in f32, forward and
 //! backward.
 
@@ -9,7 +13,7 @@ use rayon::prelude::*;
 use crate::device::Device;
 use crate::error::Result;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// `a` and `b` concatenated along the channels; everything but the number of channels must agree.
 pub fn concat(tape: &mut Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
@@ -22,6 +26,102 @@ pub fn concat(tape: &mut Tape<'_>, a: &Var, b: &Var) -> Result<Var> {
         Device::Meta(_) => {}
     }
     tape.push("concat", y, || ConcatBackward { a: a.id(), b: b.id(), a_shape, b_shape })
+}
+
+/// One value, or two whose channels follow one another, for an operation that reads both where they are. On the CPU it
+/// concatenates them.
+#[derive(Clone)]
+pub struct Joined {
+    first: (Tensor, Option<VarId>),
+    second: Option<(Tensor, Option<VarId>)>,
+}
+
+impl From<&Var> for Joined {
+    fn from(x: &Var) -> Self {
+        Joined { first: (x.value().clone(), x.id()), second: None }
+    }
+}
+
+impl From<[&Var; 2]> for Joined {
+    /// Everything but the number of channels must agree.
+    fn from([a, b]: [&Var; 2]) -> Self {
+        assert_eq!(a.shape().with_c(0), b.shape().with_c(0), "joined: a is {}, b is {}", a.shape(), b.shape());
+        assert_eq!(a.value().dtype(), b.value().dtype(), "joined: {:?} and {:?}", a.value(), b.value());
+        Joined { second: Some((b.value().clone(), b.id())), ..Joined::from(a) }
+    }
+}
+
+impl Joined {
+    /// The shape of the concatenation.
+    pub fn shape(&self) -> Shape {
+        let shape = self.first().shape();
+        shape.with_c(shape.c + self.second().map_or(0, |second| second.shape().c))
+    }
+
+    /// The type of the elements.
+    pub fn dtype(&self) -> DType {
+        self.first().dtype()
+    }
+
+    /// The first of the tensors, or the only one.
+    pub(crate) fn first(&self) -> &Tensor {
+        &self.first.0
+    }
+
+    /// The second.
+    pub(crate) fn second(&self) -> Option<&Tensor> {
+        self.second.as_ref().map(|(tensor, _)| tensor)
+    }
+
+    /// Both of them.
+    pub(crate) fn tensors(&self) -> Vec<&Tensor> {
+        [self.first()].into_iter().chain(self.second()).collect()
+    }
+
+    /// Channels of each of them.
+    pub(crate) fn widths(&self) -> Vec<usize> {
+        self.tensors().into_iter().map(|x| x.shape().c).collect()
+    }
+
+    /// Whether a gradient of any of them is wanted.
+    pub(crate) fn wants_gradient(&self) -> bool {
+        self.first.1.is_some() || self.second.as_ref().is_some_and(|(_, id)| id.is_some())
+    }
+
+    /// The concatenation. CPU only.
+    pub(crate) fn concatenated(&self, device: &Device) -> Result<Tensor> {
+        let Some(second) = self.second() else { return Ok(self.first().clone()) };
+        let mut y = Tensor::uninit(device, DType::F32, self.shape())?;
+        cpu::forward(y.data_mut(), self.first().data(), second.data(), self.first().shape().c, second.shape().c);
+        Ok(y)
+    }
+
+    /// Tensors for the gradients of both.
+    pub(crate) fn gradients(&self, device: &Device) -> Result<(Tensor, Option<Tensor>)> {
+        let uninit = |x: &Tensor| Tensor::uninit(device, x.dtype(), x.shape());
+        Ok((uninit(self.first())?, self.second().map(uninit).transpose()?))
+    }
+
+    /// Adds the gradients of both, each if it is wanted.
+    pub(crate) fn add(&self, grads: &mut Grads<'_>, dx: (Tensor, Option<Tensor>)) -> Result<()> {
+        if let Some(id) = self.first.1 {
+            grads.add(id, dx.0)?;
+        }
+        if let (Some((_, Some(id))), Some(dx)) = (&self.second, dx.1) {
+            grads.add(*id, dx)?;
+        }
+        Ok(())
+    }
+
+    /// The same for the gradient of the concatenation. CPU only.
+    pub(crate) fn add_parts(&self, grads: &mut Grads<'_>, dx: Tensor) -> Result<()> {
+        let c = dx.shape().c;
+        let (mut first, Some(mut second)) = self.gradients(grads.device())? else { return self.add(grads, (dx, None)) };
+        let seam = first.shape().c;
+        cpu::part(first.data_mut(), dx.data(), c, 0..seam);
+        cpu::part(second.data_mut(), dx.data(), c, seam..c);
+        self.add(grads, (first, Some(second)))
+    }
 }
 
 struct ConcatBackward {

@@ -1,17 +1,28 @@
 //! `y[n,i,j,o] = b[o] + sum over u,v,k of x[n, i s + u - top, j s + v - left, k] w[o,u,v,k]`, and in the epilogue
 //! `+ shift[n,o] + residual[n,i,j,o]`.
 //!
+//! What is convolved may be `x` with each pixel repeated in a 2x2 square, and `x` may be two tensors whose channels
+//! follow one another ([`Input`]). On a GPU neither is ever made: the kernels read where the pixels are.
+//!
 //! Shapes: `x` (n, h, w, c_in), `w` (c_out, kh, kw, c_in), `b` (c_out), `y` (n, oh, ow, c_out) with `oh = (h + top +
 //! bottom - kh) / s + 1`, likewise `ow`; `x` is zero outside. The shift, (n, 1, 1, c_out), is the time projection of a
-//! residual block, and the residual, shaped like `y`, its skip: adding them in the epilogue saves passes over `y`.
+//! residual block, and the residual, shaped like `y`, its skip: adding them in the epilogue saves passes over `y`. If
+//! the skip is a 1x1 convolution of its own, its channels are further steps of k, which saves writing and reading it.
 //!
-//! Gradients, by the chain rule:
+//! Gradients, by the chain rule (of repeated pixels, `dx` is the sum over each four):
 //! - `dx[n,p,q,k] = sum over o,u,v with p = i s + u - top, q = j s + v - left of dy[n,i,j,o] w[o,u,v,k]`
 //! - `dw[o,u,v,k] = sum over n,i,j of dy[n,i,j,o] x[n, i s + u - top, j s + v - left, k]`
 //! - `dshift[n,o] = sum over i,j of dy[n,i,j,o]`, `db[o] = sum over n of dshift[n,o]`
 //! - `dresidual = dy`: the same tensor, passed on.
+//! - of a shortcut, a 1x1 convolution that is added ([`Shortcut`]), as of that convolution with `dy`; its bias has the
+//!   gradient `db` too. Its dx and dw are products of their own, since they are of other tensors.
 //!
-//! Saved: a handle to `x`. `dx` is computed only if it is wanted.
+//! Saved: a handle to `x`, and to the shortcut's input. `dx` is computed only if it is wanted.
+//!
+//! On a GPU the gradient of a repeated pixel is summed in one go over all that its four copies reach, 4 kh kw c_out
+//! products, and written once: as many products as the four gradients take that the CPU makes and adds. A kernel of 2x2
+//! whose weights are sums of those of 3x3 would take 16 of the 36. It is not used, since the sums, rounded to bf16 once
+//! more, are other weights than those that the optimiser and the f32 path have.
 //!
 //! Numerics: f32 sums. An image's `y` and `dx` do not depend on the rest of its batch: their algorithm is chosen by the
 //! image's shape alone, and blocking never changes the order in which an element is summed.
@@ -19,7 +30,9 @@
 use crate::device::Device;
 use crate::device::cpu::simd::Isa;
 use crate::error::Result;
-use crate::params::Param;
+use crate::ops::concat::Joined;
+use crate::ops::upsample;
+use crate::params::{Param, Params};
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
 use crate::tensor::{DType, Shape, Tensor};
 
@@ -72,13 +85,86 @@ impl Geometry {
     }
 }
 
+/// What is convolved.
+#[derive(Clone)]
+pub struct Input {
+    x: Joined,
+    /// Each pixel is repeated in a 2x2 square.
+    doubled: bool,
+}
+
+impl From<&Var> for Input {
+    fn from(x: &Var) -> Self {
+        Input { x: x.into(), doubled: false }
+    }
+}
+
+impl From<[&Var; 2]> for Input {
+    /// Two whose channels follow one another; everything else must agree.
+    fn from(x: [&Var; 2]) -> Self {
+        Input { x: x.into(), doubled: false }
+    }
+}
+
+impl From<Joined> for Input {
+    fn from(x: Joined) -> Self {
+        Input { x, doubled: false }
+    }
+}
+
+impl Input {
+    /// Nearest-neighbour upsampling by two: each pixel repeated in a 2x2 square. For a stride of 1.
+    pub fn doubled(x: impl Into<Joined>) -> Self {
+        Input { x: x.into(), doubled: true }
+    }
+
+    /// The shape of what is convolved.
+    pub fn shape(&self) -> Shape {
+        let shape = self.x.shape();
+        if self.doubled { doubled(shape) } else { shape }
+    }
+
+    /// What is convolved. CPU only.
+    fn whole(&self, device: &Device) -> Result<Tensor> {
+        let x = self.x.concatenated(device)?;
+        if !self.doubled {
+            return Ok(x);
+        }
+        let mut y = Tensor::uninit(device, DType::F32, self.shape())?;
+        upsample::cpu::forward(y.data_mut(), x.data(), x.shape());
+        Ok(y)
+    }
+
+    /// Adds the gradient of what is convolved to those of the tensors. CPU only.
+    fn add(&self, grads: &mut Grads<'_>, dx: Tensor) -> Result<()> {
+        if !self.doubled {
+            return self.x.add_parts(grads, dx);
+        }
+        let mut sums = Tensor::uninit(grads.device(), DType::F32, self.x.shape())?;
+        upsample::cpu::backward(sums.data_mut(), dx.data(), self.x.shape());
+        self.x.add_parts(grads, sums)
+    }
+}
+
 /// What the epilogue adds to the convolution.
 #[derive(Clone, Copy, Default)]
 pub struct Plus<'a> {
     /// (n, 1, 1, c_out), added to every pixel of its image.
     pub shift: Option<&'a Var>,
-    /// Shaped like the output.
+    /// Shaped like the output, or half as high and wide, each pixel repeated in a 2x2 square.
     pub residual: Option<&'a Var>,
+    /// In place of a residual.
+    pub shortcut: Option<&'a Shortcut>,
+}
+
+/// A 1x1 convolution of another input, as high and wide as the output, with bias: `weight` (c_out, 1, 1, c_in), `bias`
+/// (1, 1, 1, c_out). In bf16 on a GPU its channels are further steps of the same sums.
+#[derive(Clone)]
+#[allow(missing_docs)]
+pub struct Shortcut {
+    pub x: Joined,
+    pub weight: Param,
+    pub bias: Param,
 }
 
 /// How a convolution is computed on the CPU.
@@ -142,15 +228,17 @@ impl Method {
     }
 }
 
-/// Convolution with bias; `weight` (c_out, kh, kw, c_in), `bias` (1, 1, 1, c_out).
+/// Convolution with bias; `weight` (c_out, kh, kw, c_in), `bias` (1, 1, 1, c_out). `x` is a value, two whose channels
+/// follow one another, or an [`Input`].
 pub fn conv2d(
     tape: &mut Tape<'_>,
-    x: &Var,
+    x: impl Into<Input>,
     weight: Param,
     bias: Param,
     geometry: Geometry,
     plus: Plus<'_>,
 ) -> Result<Var> {
+    let x = x.into();
     let method = Method::choose(x.shape(), tape.params().shape(weight), geometry);
     conv2d_by(tape, x, weight, bias, geometry, plus, method)
 }
@@ -158,60 +246,105 @@ pub fn conv2d(
 /// [`conv2d`] by a given method, for tests and for benches that look for the crossovers.
 pub fn conv2d_by(
     tape: &mut Tape<'_>,
-    x: &Var,
+    x: impl Into<Input>,
     weight: Param,
     bias: Param,
     geometry: Geometry,
     plus: Plus<'_>,
     method: Method,
 ) -> Result<Var> {
+    let x = x.into();
+    let y_type = x.x.dtype();
     let (xs, ws, bs) = (x.shape(), tape.params().shape(weight), tape.params().shape(bias));
     assert_eq!(ws.c, xs.c, "conv2d: weight expects c_in={}, x has c={} (x: {xs})", ws.c, xs.c);
     assert_eq!(bs, Shape::vector(ws.n), "conv2d: bias is {bs} for c_out={}", ws.n);
     for algorithm in [method.forward, method.dgrad, method.wgrad] {
         assert!(algorithm.can(ws, geometry), "conv2d: {algorithm:?} cannot do weight {ws} with {geometry:?}");
     }
+    assert!(!x.doubled || geometry.stride == 1, "conv2d: repeated pixels with {geometry:?}; their stride is 1");
     let ys = geometry.output(xs, ws);
     if let Some(shift) = plus.shift {
         let want = Shape::new(ys.n, 1, 1, ys.c);
         assert_eq!(shift.shape(), want, "conv2d: shift is {}, expected {want}", shift.shape());
     }
     if let Some(residual) = plus.residual {
-        assert_eq!(residual.shape(), ys, "conv2d: residual is {}, the output {ys}", residual.shape());
+        let shape = residual.shape();
+        assert!(shape == ys || doubled(shape) == ys, "conv2d: residual is {shape}, the output {ys}");
     }
-    let mut y = Tensor::uninit(tape.device(), x.value().dtype(), ys)?;
+    if let Some(Shortcut { x, weight, bias }) = plus.shortcut {
+        let (w, b) = (tape.params().shape(*weight), tape.params().shape(*bias));
+        assert!(plus.residual.is_none(), "conv2d: a residual and a shortcut");
+        assert_eq!(w, Shape::new(ys.c, 1, 1, x.shape().c), "conv2d: the shortcut's weight is {w} for {}", x.shape());
+        assert_eq!(b, Shape::vector(ys.c), "conv2d: the shortcut's bias is {b}");
+        assert_eq!(x.shape().with_c(ys.c), ys, "conv2d: the shortcut's input is {}, the output {ys}", x.shape());
+        assert_eq!(x.dtype(), y_type, "conv2d: the shortcut's input");
+    }
+    let mut y = Tensor::uninit(tape.device(), y_type, ys)?;
     match tape.device() {
         Device::Cpu(_) => {
+            let residual = plus.residual.map(|r| if r.shape() == ys { r.into() } else { Input::doubled(r) });
+            let residual = match plus.shortcut {
+                Some(shortcut) => Some(shortcut.on_cpu(tape.device(), tape.params(), method.isa, ys)?),
+                None => residual.map(|r| r.whole(tape.device())).transpose()?,
+            };
             let (weight, bias) = (tape.params().get(weight), tape.params().get(bias));
             let plus = cpu::Plus {
                 bias: Some(bias),
                 shift: plus.shift.map(Var::data),
-                residual: plus.residual.map(Var::data),
+                residual: residual.as_ref().map(Tensor::data),
             };
+            let x = x.whole(tape.device())?;
             cpu::forward(tape.device(), method, x.data(), xs, weight, ws, geometry, plus, y.data_mut());
         }
-        Device::Cuda(gpu) => cuda::forward(gpu, &mut y, x.value(), tape.params(), weight, bias, geometry, plus)?,
+        Device::Cuda(gpu) => cuda::forward(gpu, &mut y, &x, tape.params(), weight, bias, geometry, plus)?,
         Device::Meta(_) => {}
     }
     tape.push("conv2d", y, || Conv2dBackward {
-        x: x.value().clone(),
-        x_id: x.id(),
+        x,
         weight,
         bias,
         shift: plus.shift.and_then(Var::id),
-        residual: plus.residual.and_then(Var::id),
+        residual: plus.residual.and_then(|r| Some((r.id()?, r.shape()))),
+        shortcut: plus.shortcut.cloned(),
         geometry,
         method,
     })
 }
 
+fn doubled(shape: Shape) -> Shape {
+    Shape { h: 2 * shape.h, w: 2 * shape.w, ..shape }
+}
+
+impl Shortcut {
+    /// It as a convolution.
+    fn input(&self) -> Input {
+        Input { x: self.x.clone(), doubled: false }
+    }
+
+    /// The method for its shape.
+    fn method(&self, ws: Shape, isa: Isa) -> Method {
+        Method { isa, ..Method::choose(self.x.shape(), ws, Geometry::POINTWISE) }
+    }
+
+    /// Its output, shaped `ys`. CPU only.
+    fn on_cpu(&self, device: &Device, params: &Params, isa: Isa, ys: Shape) -> Result<Tensor> {
+        let (x, ws) = (self.input().whole(device)?, params.shape(self.weight));
+        let (weight, bias) = (params.get(self.weight), params.get(self.bias));
+        let mut y = Tensor::uninit(device, DType::F32, ys)?;
+        let plus = cpu::Plus { bias: Some(bias), ..cpu::Plus::default() };
+        let method = self.method(ws, isa);
+        cpu::forward(device, method, x.data(), x.shape(), weight, ws, Geometry::POINTWISE, plus, y.data_mut());
+        Ok(y)
+    }
+}
+
 struct Conv2dBackward {
-    x: Tensor,
-    x_id: Option<VarId>,
+    x: Input,
     weight: Param,
     bias: Param,
     shift: Option<VarId>,
-    residual: Option<VarId>,
+    residual: Option<(VarId, Shape)>,
+    shortcut: Option<Shortcut>,
     geometry: Geometry,
     method: Method,
 }
@@ -222,7 +355,7 @@ impl Backward for Conv2dBackward {
     }
 
     fn saved(&self) -> Vec<&Tensor> {
-        vec![&self.x]
+        self.x.x.tensors().into_iter().chain(self.shortcut.iter().flat_map(|s| s.x.tensors())).collect()
     }
 
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
@@ -231,24 +364,27 @@ impl Backward for Conv2dBackward {
         match device {
             Device::Cpu(_) => {
                 if let Some(dw) = grads.param(self.weight) {
-                    cpu::wgrad(device, self.method, self.x.data(), xs, dy.data(), ws, self.geometry, dw);
+                    let x = self.x.whole(device)?;
+                    cpu::wgrad(device, self.method, x.data(), xs, dy.data(), ws, self.geometry, dw);
                 }
                 if grads.wants_params() || self.shift.is_some() {
                     // (n, 1, 1, c_out)
                     let mut dshift = Tensor::uninit(device, DType::F32, Shape::new(ys.n, 1, 1, ys.c))?;
                     cpu::sum_pixels(device, self.method, dy.data(), &mut dshift);
-                    if let Some(db) = grads.param(self.bias) {
-                        cpu::sum_images(dshift.data(), db);
+                    for bias in [Some(self.bias), self.shortcut.as_ref().map(|s| s.bias)].into_iter().flatten() {
+                        if let Some(db) = grads.param(bias) {
+                            cpu::sum_images(dshift.data(), db);
+                        }
                     }
                     if let Some(shift) = self.shift {
                         grads.add(shift, dshift)?;
                     }
                 }
-                if let Some(id) = self.x_id {
+                if self.x.x.wants_gradient() {
                     let mut dx = Tensor::uninit(device, DType::F32, xs)?;
                     let weight = grads.weight(self.weight);
                     cpu::dgrad(device, self.method, dy.data(), ys, weight, ws, self.geometry, xs, dx.data_mut());
-                    grads.add(id, dx)?;
+                    self.x.add(grads, dx)?;
                 }
             }
             Device::Cuda(gpu) => {
@@ -256,23 +392,65 @@ impl Backward for Conv2dBackward {
                     cuda::wgrad(gpu, dw, &self.x, &dy, ws, self.geometry)?;
                 }
                 if grads.wants_params() || self.shift.is_some() {
-                    let dshift = cuda::sums(gpu, grads.param_view(self.bias), &dy, self.shift.map(|_| device))?;
+                    let biases = [Some(self.bias), self.shortcut.as_ref().map(|s| s.bias)];
+                    let dshift = cuda::sums(gpu, grads, biases, &dy, self.shift.map(|_| device))?;
                     if let (Some(shift), Some(dshift)) = (self.shift, dshift) {
                         grads.add(shift, dshift)?;
                     }
                 }
-                if let Some(id) = self.x_id {
-                    let mut dx = Tensor::uninit(device, dy.dtype(), xs)?;
-                    cuda::dgrad(gpu, &mut dx, &dy, grads.weight_view(self.weight, dy.dtype()), ws, self.geometry)?;
-                    grads.add(id, dx)?;
+                if self.x.x.wants_gradient() {
+                    let (mut dx, mut second) = self.x.x.gradients(device)?;
+                    let weight = grads.weight_view(self.weight, dy.dtype());
+                    cuda::dgrad(gpu, &mut dx, second.as_mut(), &self.x, &dy, weight, ws, self.geometry)?;
+                    self.x.x.add(grads, (dx, second))?;
                 }
             }
             Device::Meta(_) => {}
         }
-        if let Some(residual) = self.residual {
-            grads.add(residual, dy)?;
+        if let Some(shortcut) = &self.shortcut {
+            let (ws, x, g) = (grads.weight_shape(shortcut.weight), shortcut.input(), Geometry::POINTWISE);
+            match device {
+                Device::Cpu(_) => {
+                    let method = shortcut.method(ws, self.method.isa);
+                    if let Some(dw) = grads.param(shortcut.weight) {
+                        let x = x.whole(device)?;
+                        cpu::wgrad(device, method, x.data(), x.shape(), dy.data(), ws, g, dw);
+                    }
+                    if x.x.wants_gradient() {
+                        let xs = x.shape();
+                        let mut dx = Tensor::uninit(device, DType::F32, xs)?;
+                        let weight = grads.weight(shortcut.weight);
+                        cpu::dgrad(device, method, dy.data(), ys, weight, ws, g, xs, dx.data_mut());
+                        x.add(grads, dx)?;
+                    }
+                }
+                Device::Cuda(gpu) => {
+                    if let Some(dw) = grads.param_view(shortcut.weight) {
+                        cuda::wgrad(gpu, dw, &x, &dy, ws, g)?;
+                    }
+                    if x.x.wants_gradient() {
+                        let (mut dx, mut second) = x.x.gradients(device)?;
+                        let weight = grads.weight_view(shortcut.weight, dy.dtype());
+                        cuda::dgrad(gpu, &mut dx, second.as_mut(), &x, &dy, weight, ws, g)?;
+                        x.x.add(grads, (dx, second))?;
+                    }
+                }
+                Device::Meta(_) => {}
+            }
         }
-        Ok(())
+        match self.residual {
+            Some((id, shape)) if shape == ys => grads.add(id, dy),
+            Some((id, shape)) => {
+                let mut sums = Tensor::uninit(device, dy.dtype(), shape)?;
+                match device {
+                    Device::Cpu(_) => upsample::cpu::backward(sums.data_mut(), dy.data(), shape),
+                    Device::Cuda(gpu) => upsample::cuda::backward(gpu, &mut sums, &dy)?,
+                    Device::Meta(_) => {}
+                }
+                grads.add(id, sums)
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -533,27 +711,43 @@ mod cuda {
         Job, MANY, SUM_THREADS, Segments, choose, choose_mma, lanes, over_rows, shared, sum_parts, tiles,
     };
     use crate::device::cuda::{Buffer, Gpu, Launch, View};
+    use crate::kernels::Kernel;
     use crate::kernels::conv2d::{
         BWD_BIAS, BWD_SHIFT, DGRAD_64X64_F32, DGRAD_128X32_F32, DGRAD_MMA_64X64, DGRAD_MMA_64X64_ANY,
         DGRAD_MMA_128X128, FWD_64X64_F32, FWD_128X32_F32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X16,
         FWD_MMA_128X128, JOIN_SEGMENTS, SUM_PARTS, WGRAD_32X128_F32, WGRAD_64X64_F32, WGRAD_MMA_64X64,
         WGRAD_MMA_64X64_ANY, WGRAD_MMA_128X128,
     };
-    use crate::kernels::conv2d_mma::ORIGINS;
+    use crate::kernels::conv2d_mma::{ORIGINS, SOURCES, TAP};
     use crate::kernels::geometry;
     use crate::kernels::tile_mma::BK;
-    use crate::params::{ParamView, Params};
+    use crate::params::ParamView;
 
     /// Steps of k in a slab of a product on tensor cores: channels of one tap.
     const SLAB: usize = BK as usize;
 
-    /// The segments of a sum over the taps of `ws` and `channels` channels, for images of `pixels` pixels.
-    fn segments(pixels: usize, ws: Shape, channels: usize) -> Segments {
-        Segments::new(pixels, channels.div_ceil(SLAB) * ws.h * ws.w)
+    /// Slabs of a sum over `taps` taps of tensors of so many channels.
+    fn slabs(taps: usize, widths: &[usize]) -> usize {
+        taps * widths.iter().map(|c| c.div_ceil(SLAB)).sum::<usize>()
+    }
+
+    /// True if all chunks or slabs of so many channels are whole.
+    fn whole(widths: &[usize], channels: usize) -> bool {
+        widths.iter().all(|c| c.is_multiple_of(channels))
+    }
+
+    /// Shared memory of a kernel on tensor cores whose plan has `taps` taps, and of others.
+    fn shared_with_plan(kernel: &Kernel, taps: usize) -> usize {
+        let (bm, bn) = kernel.tile.expect("a product's kernel");
+        let ring = shared(kernel);
+        // Beside a ring of 96 KiB an RTX 4090 has room for so many.
+        assert!(ring == 0 || taps <= 120, "conv2d: a weight of {taps} taps; in bf16 they are at most 120");
+        if ring == 0 { 0 } else { ring + 4 * (bm + bn) as usize + SOURCES as usize + TAP as usize * taps }
     }
 
     /// The sizes in the kernels' form.
-    fn sizes(dtype: DType, xs: Shape, ws: Shape, g: Geometry) -> geometry::Geometry {
+    fn sizes(x: &Input, ws: Shape, g: Geometry) -> geometry::Geometry {
+        let (dtype, xs) = (x.x.dtype(), x.shape());
         let ys = g.output(xs, ws);
         let taps = ws.h * ws.w;
         // The kernels index pixels and patch elements with 32 bits, and step up to a tile beyond the last.
@@ -565,17 +759,18 @@ mod cuda {
         if dtype == DType::Bf16 {
             // Those on tensor cores add 32-bit offsets from tap to tap and from one block of channels to the next, and
             // know a pixel's taps by two times 15 bits.
-            let patch = ws.h * (xs.w * xs.c).max(ys.w * ys.c);
+            let patch = 2 * ws.h * (xs.w * xs.c).max(ys.w * ys.c);
             for (what, count) in [("the extent of a patch", patch), ("the extent of the weight", ws.len())] {
                 assert!(count < 1 << 31, "conv2d: {what} is {count} for x {xs}, weight {ws}; the limit is 2^31");
             }
-            assert!(ws.h < 16 && ws.w < 16, "conv2d: the weight is {ws}; in bf16 it has at most 15 x 15 taps");
+            let most = if x.doubled { 7 } else { 15 };
+            assert!(ws.h.max(ws.w) <= most, "conv2d: the weight is {ws}; in bf16 it has at most {most} x {most} taps");
         }
         let number = |v: usize| u32::try_from(v).unwrap_or_else(|_| panic!("conv2d: {v} in {xs}, {ws}, {g:?}"));
         geometry::Geometry {
             n: number(xs.n),
-            h: number(xs.h),
-            w: number(xs.w),
+            h: number(x.x.shape().h),
+            w: number(x.x.shape().w),
             c_in: number(xs.c),
             oh: number(ys.h),
             ow: number(ys.w),
@@ -585,6 +780,10 @@ mod cuda {
             stride: number(g.stride),
             top: number(g.pad.top),
             left: number(g.pad.left),
+            c_first: number(x.x.first().shape().c),
+            up: x.doubled.into(),
+            s_in: 0,
+            s_first: 0,
         }
     }
 
@@ -593,68 +792,131 @@ mod cuda {
     pub fn forward(
         gpu: &Gpu,
         y: &mut Tensor,
-        x: &Tensor,
+        input: &Input,
         params: &Params,
         weight: Param,
         bias: Param,
         g: Geometry,
         plus: Plus<'_>,
     ) -> Result<()> {
+        let (x, dtype) = (&input.x, input.x.dtype());
+        // The pixel of y is the tap (top, left), if there is one.
+        let Shape { h: kh, w: kw, .. } = params.shape(weight);
+        let inside = !input.doubled && g.stride == 1 && g.pad.top < kh && g.pad.left < kw;
+        let in_sum = plus
+            .shortcut
+            .filter(|s| dtype == DType::Bf16 && inside && s.x.shape().with_c(0) == input.shape().with_c(0));
+        let apart = match plus.shortcut {
+            Some(s) if in_sum.is_none() => {
+                let mut y = Tensor::uninit(&Device::Cuda(gpu.clone()), dtype, y.shape())?;
+                forward(gpu, &mut y, &s.input(), params, s.weight, s.bias, Geometry::POINTWISE, Plus::default())?;
+                Some(y)
+            }
+            _ => None,
+        };
         let [shift, residual] = [plus.shift, plus.residual].map(|v| v.map(Var::value));
         for v in [shift, residual].into_iter().flatten() {
-            assert_eq!(v.dtype(), x.dtype(), "conv2d: {v:?} is added to the convolution of {x:?}");
+            assert_eq!(v.dtype(), dtype, "conv2d: {v:?} is added to the convolution of {:?}", x.first());
         }
-        let (xs, ws, ys) = (x.shape(), params.shape(weight), y.shape());
-        let (weight, bias) = (params.view(weight, x.dtype()), params.view(bias, DType::F32));
-        let segments = segments(ys.pixels(), ws, xs.c);
-        let kernel = match x.dtype() {
-            DType::F32 => choose([&FWD_64X64_F32, &FWD_128X32_F32], ys.rows(), ys.c).0,
-            DType::Bf16 if !xs.c.is_multiple_of(8) => &FWD_MMA_64X64_ANY,
+        let residual = residual.or(apart.as_ref());
+        let (ws, ys) = (params.shape(weight), y.shape());
+        let (of_x, of_s) = (x.widths(), in_sum.map_or(Vec::new(), |s| s.x.widths()));
+        let widths: Vec<usize> = of_x.iter().chain(&of_s).copied().collect();
+        let (weight, bias) = (params.view(weight, dtype), params.view(bias, DType::F32));
+        // Of repeated pixels, y has four classes, of pixels that meet the same taps in the same places.
+        let classes = if input.doubled { 4 } else { 1 };
+        let rows = ys.n * (ys.h * ys.w).div_ceil(classes);
+        let taps = ws.h * ws.w;
+        let segments = Segments::new(ys.pixels(), slabs(taps, &of_x) + slabs(1, &of_s));
+        let kernel = match dtype {
+            DType::F32 => choose([&FWD_64X64_F32, &FWD_128X32_F32], rows, ys.c).0,
+            DType::Bf16 if !whole(&widths, 8) => &FWD_MMA_64X64_ANY,
             DType::Bf16 if ys.c <= 16 => &FWD_MMA_128X16,
             DType::Bf16 => {
-                let large = (xs.c.is_multiple_of(SLAB) && segments.count == 1).then_some(&FWD_MMA_128X128);
-                choose_mma(large, &FWD_MMA_64X64, MANY, ys.rows(), ys.c)
+                let large = (whole(&widths, SLAB) && segments.count == 1).then_some(&FWD_MMA_128X128);
+                choose_mma(large, &FWD_MMA_64X64, MANY.div_ceil(classes), rows, ys.c)
             }
         };
-        let tiles = tiles(kernel, ys.rows(), ys.c);
-        let sizes = sizes(x.dtype(), xs, ws, g);
-        let launch = |blocks| gpu.launch(kernel, [tiles, 1, blocks], kernel.max_threads).shared(shared(kernel));
+        let tiles = tiles(kernel, rows, ys.c);
+        let sizes = geometry::Geometry {
+            s_in: of_s.iter().sum::<usize>() as u32,
+            s_first: of_s.first().map_or(0, |&c| c as u32),
+            ..sizes(input, ws, g)
+        };
+        let s_weight = in_sum.map(|s| params.view(s.weight, dtype));
+        let s_bias = in_sum.map(|s| params.view(s.bias, DType::F32));
+        let launch = |blocks| {
+            let shared = shared_with_plan(kernel, taps * of_x.len() + of_s.len());
+            gpu.launch(kernel, [tiles, classes, blocks], kernel.max_threads).shared(shared)
+        };
+        let halved = if residual.is_some_and(|r| r.shape() != ys) { ys.w } else { 0 };
         if !std::ptr::eq(kernel, &FWD_MMA_64X64) {
-            let launch = launch(1).write(y).read(x).view(weight).view(bias);
-            return launch.read_opt(shift).read_opt(residual).value(sizes).run();
+            let launch = launch(1).write(y).read(x.first()).read_opt(x.second()).view(weight).view(bias);
+            let launch = launch.read_opt(shift).read_opt(residual).u32(halved);
+            let launch = match dtype {
+                DType::F32 => launch,
+                DType::Bf16 => read_shortcut(launch, in_sum, s_weight).view_opt(s_bias),
+            };
+            return launch.value(sizes).run();
         }
-        let blocks = segments.blocks(tiles);
+        let blocks = segments.blocks(classes * tiles);
         if blocks == 1 {
-            let launch = launch(1).write(y).null().read(x).view(weight).view(bias).read_opt(shift).read_opt(residual);
+            let launch = launch(1).write(y).null().read(x.first()).read_opt(x.second()).view(weight).view(bias);
+            let launch = launch.read_opt(shift).read_opt(residual).u32(halved);
+            let launch = read_shortcut(launch, in_sum, s_weight).view_opt(s_bias);
             return launch.value(sizes).u32(segments.segment).run();
         }
         let mut parts = gpu.alloc(4 * blocks * ys.len())?; // (segments, n, oh, ow, c_out)
-        let launch = launch(blocks).null().buffer_mut(&mut parts).read(x).view(weight).null().null().null();
+        let launch = launch(blocks).null().buffer_mut(&mut parts).read(x.first()).read_opt(x.second()).view(weight);
+        let launch = read_shortcut(launch.null().null().null().u32(0), in_sum, s_weight).null();
         launch.value(sizes).u32(segments.segment).run()?;
-        join(gpu, y, &parts, blocks, |launch| launch.view(bias).read_opt(shift).read_opt(residual))
+        join(gpu, y, None, &parts, blocks, |launch| {
+            launch.view(bias).read_opt(shift).read_opt(residual).u32(halved).view_opt(s_bias)
+        })
     }
 
-    /// Adds up the sums of segments, and what `plus` passes: bias, shift and residual.
+    /// Both tensors of a shortcut and its weight.
+    fn read_shortcut<'a>(launch: Launch<'a>, s: Option<&'a Shortcut>, weight: Option<View<'a>>) -> Launch<'a> {
+        let x = s.map(|s| &s.x);
+        launch.read_opt(x.map(Joined::first)).read_opt(x.and_then(Joined::second)).view_opt(weight)
+    }
+
+    /// Adds up the sums of segments, and what `plus` passes: biases, shift and residual.
     fn join<'a>(
         gpu: &'a Gpu,
         to: &'a mut Tensor,
+        to_second: Option<&'a mut Tensor>,
         parts: &'a Buffer,
         count: usize,
         plus: impl FnOnce(Launch<'a>) -> Launch<'a>,
     ) -> Result<()> {
-        let shape = to.shape();
-        let (grid, lane_bits) = over_rows(shape.rows(), shape.c.div_ceil(4), JOIN_SEGMENTS.max_threads);
-        let launch = plus(gpu.launch(&JOIN_SEGMENTS, grid, JOIN_SEGMENTS.max_threads).write(to).buffer(parts));
-        launch.u32(count).u64(shape.rows()).u32(shape.c).u32(shape.pixels()).u32(lane_bits).run()
+        let (shape, second) = (to.shape(), to_second.as_ref().map_or(0, |second| second.shape().c));
+        let c = shape.c + second;
+        let (grid, lane_bits) = over_rows(shape.rows(), c.div_ceil(4), JOIN_SEGMENTS.max_threads);
+        let launch = gpu.launch(&JOIN_SEGMENTS, grid, JOIN_SEGMENTS.max_threads).write(to).write_opt(to_second);
+        let launch = plus(launch.buffer(parts)).u32(count).u64(shape.rows());
+        launch.u32(shape.c).u32(c).u32(shape.pixels()).u32(lane_bits).run()
     }
 
     /// Rows are the pixels of `dx` in one class of remainders modulo the stride, of which class 0 is the largest;
     /// columns `c_in`.
-    pub fn dgrad(gpu: &Gpu, dx: &mut Tensor, dy: &Tensor, weight: View<'_>, ws: Shape, g: Geometry) -> Result<()> {
-        let xs = dx.shape();
+    #[allow(clippy::too_many_arguments)]
+    pub fn dgrad(
+        gpu: &Gpu,
+        dx: &mut Tensor,
+        dx_second: Option<&mut Tensor>,
+        x: &Input,
+        dy: &Tensor,
+        weight: View<'_>,
+        ws: Shape,
+        g: Geometry,
+    ) -> Result<()> {
+        let xs = x.x.shape();
         let rows = xs.n * xs.h.div_ceil(g.stride) * xs.w.div_ceil(g.stride);
+        // A repeated pixel is reached through each tap four times.
+        let taps = if x.doubled { 4 * ws.h * ws.w } else { ws.h * ws.w };
         // The classes of a stride have different numbers of taps.
-        let segments = if g.stride == 1 { segments(xs.pixels(), ws, ws.n) } else { Segments::ONE };
+        let segments = if g.stride == 1 { Segments::new(xs.pixels(), slabs(taps, &[ws.n])) } else { Segments::ONE };
         let kernel = match dy.dtype() {
             DType::F32 => choose([&DGRAD_64X64_F32, &DGRAD_128X32_F32], rows, xs.c).0,
             DType::Bf16 if !(ws.n.is_multiple_of(8) && xs.c.is_multiple_of(8)) => &DGRAD_MMA_64X64_ANY,
@@ -664,48 +926,53 @@ mod cuda {
             }
         };
         let tiles = tiles(kernel, rows, xs.c);
-        let sizes = sizes(dy.dtype(), xs, ws, g);
+        let sizes = sizes(x, ws, g);
         let launch = |blocks| {
             let grid = [tiles, g.stride * g.stride, blocks];
-            gpu.launch(kernel, grid, kernel.max_threads).shared(shared(kernel))
+            gpu.launch(kernel, grid, kernel.max_threads).shared(shared_with_plan(kernel, taps))
         };
         if !std::ptr::eq(kernel, &DGRAD_MMA_64X64) {
-            return launch(1).write(dx).read(dy).view(weight).value(sizes).run();
+            return launch(1).write(dx).write_opt(dx_second).read(dy).view(weight).value(sizes).run();
         }
         let blocks = segments.blocks(tiles);
         if blocks == 1 {
-            let launch = launch(1).write(dx).null().read(dy).view(weight);
+            let launch = launch(1).write(dx).write_opt(dx_second).null().read(dy).view(weight);
             return launch.value(sizes).u32(segments.segment).run();
         }
         let mut parts = gpu.alloc(4 * blocks * xs.len())?; // (segments, n, h, w, c_in)
-        let launch = launch(blocks).null().buffer_mut(&mut parts).read(dy).view(weight);
+        let launch = launch(blocks).null().null().buffer_mut(&mut parts).read(dy).view(weight);
         launch.value(sizes).u32(segments.segment).run()?;
-        join(gpu, dx, &parts, blocks, |launch| launch.null().null().null())
+        join(gpu, dx, dx_second, &parts, blocks, |launch| launch.null().null().null().u32(0).null())
     }
 
     /// Rows are `c_out`, columns `(u, v, c_in)`, and the sum runs over the pixels of `y`.
-    pub fn wgrad(gpu: &Gpu, dw: ParamView<'_>, x: &Tensor, dy: &Tensor, ws: Shape, g: Geometry) -> Result<()> {
-        let (rows, cols, depth) = (ws.n, ws.h * ws.w * ws.c, dy.shape().rows());
+    pub fn wgrad(gpu: &Gpu, dw: ParamView<'_>, input: &Input, dy: &Tensor, ws: Shape, g: Geometry) -> Result<()> {
+        let (x, widths, taps) = (&input.x, input.x.widths(), ws.h * ws.w);
+        let (rows, cols, depth) = (ws.n, taps * ws.c, dy.shape().rows());
         let job = match x.dtype() {
             DType::F32 => Job::on_fma([&WGRAD_64X64_F32, &WGRAD_32X128_F32], &SUM_PARTS, rows, cols, depth),
             DType::Bf16 => {
-                let kernel = if ws.c.is_multiple_of(8) && ws.n.is_multiple_of(8) {
+                let kernel = if whole(&widths, 8) && ws.n.is_multiple_of(8) {
                     let large = ws.n.is_multiple_of(128).then_some(&WGRAD_MMA_128X128);
                     choose_mma(large, &WGRAD_MMA_64X64, 1, rows, cols)
                 } else {
                     &WGRAD_MMA_64X64_ANY
                 };
-                Job::on_mma(kernel, ORIGINS as usize, &SUM_PARTS, rows, cols, depth)
+                // The columns of each tensor have tiles of their own.
+                let tiles = widths.iter().map(|c| tiles(kernel, rows, taps * c)).sum();
+                Job { tiles, ..Job::on_mma(kernel, ORIGINS as usize, &SUM_PARTS, rows, cols, depth) }
             }
         };
-        job.run(gpu, dw.view, dw.accumulate, [x.array(), dy.array()], sizes(x.dtype(), x.shape(), ws, g))
+        let operands = [Some(x.first()), x.second(), Some(dy)].map(|x| x.map(Tensor::array));
+        job.run(gpu, dw.view, dw.accumulate, &operands, sizes(input, ws, g))
     }
 
-    /// `db` if it is wanted, and `dshift` (n, 1, 1, c_out) if `shift_on` names its device. A block sums an image's
-    /// pixels for up to 32 channels side by side.
+    /// The gradients of `biases`, each if it is wanted, and `dshift` (n, 1, 1, c_out) if `shift_on` names its device. A
+    /// block sums an image's pixels for up to 32 channels side by side.
     pub fn sums(
         gpu: &Gpu,
-        db: Option<ParamView<'_>>,
+        grads: &mut Grads<'_>,
+        biases: [Option<Param>; 2],
         dy: &Tensor,
         shift_on: Option<&Device>,
     ) -> Result<Option<Tensor>> {
@@ -717,8 +984,10 @@ mod cuda {
         let launch = gpu.launch(BWD_SHIFT.of(dy.dtype()), [n, c.div_ceil(lanes), 1], SUM_THREADS);
         let launch = launch.buffer_mut(&mut sums).write_opt(dshift.as_mut()).read(dy);
         launch.u32(h * w).u64(n * h * w).u32(c).u32(lanes).run()?;
-        if let Some(db) = db {
-            sum_parts(gpu, &BWD_BIAS, db.view, &sums, n, c, db.accumulate)?;
+        for bias in biases.into_iter().flatten() {
+            if let Some(db) = grads.param_view(bias) {
+                sum_parts(gpu, &BWD_BIAS, db.view, &sums, n, c, db.accumulate)?;
+            }
         }
         Ok(dshift)
     }

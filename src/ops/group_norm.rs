@@ -27,6 +27,8 @@
 //! dgamma = sum over images of (1 + scale) sum dz xhat      dbeta = sum over images of (1 + scale) sum dz
 //! ```
 //!
+//! `x` may be two tensors whose channels follow one another ([`Joined`]); a group may have channels of both.
+//!
 //! Saved: `x`, per image and group `mean` (as the sum of two f32) and `rstd`, and `scale_shift`.
 //!
 //! Numerics: two passes, because `E[x^2] - E[x]^2` loses every digit when the mean is large compared with the
@@ -43,6 +45,7 @@ use rayon::prelude::*;
 
 use crate::device::Device;
 use crate::error::Result;
+use crate::ops::concat::Joined;
 use crate::params::Param;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
 use crate::tensor::{DType, Shape, Tensor};
@@ -59,14 +62,14 @@ pub enum Activation {
 /// Normalises each image's groups of channels. `groups` must divide the channels of `x`, and `eps > 0`.
 pub fn group_norm(
     tape: &mut Tape<'_>,
-    x: &Var,
+    x: impl Into<Joined>,
     gamma: Param,
     beta: Param,
     groups: usize,
     eps: f32,
     activation: Activation,
 ) -> Result<Var> {
-    normalised(tape, x, Norm { gamma, beta, groups, eps, activation }, None)
+    normalised(tape, x.into(), Norm { gamma, beta, groups, eps, activation }, None)
 }
 
 /// The same, then `(1 + scale)` times it, plus `shift`, before the activation: `scale_shift` is (n, 1, 1, 2c), the
@@ -74,7 +77,7 @@ pub fn group_norm(
 #[allow(clippy::too_many_arguments)]
 pub fn scale_shift_group_norm(
     tape: &mut Tape<'_>,
-    x: &Var,
+    x: impl Into<Joined>,
     scale_shift: &Var,
     gamma: Param,
     beta: Param,
@@ -82,6 +85,7 @@ pub fn scale_shift_group_norm(
     eps: f32,
     activation: Activation,
 ) -> Result<Var> {
+    let x = x.into();
     let (want, got) = (Shape::new(x.shape().n, 1, 1, 2 * x.shape().c), scale_shift.shape());
     assert_eq!(got, want, "scale_shift_group_norm: scale and shift of {}", x.shape());
     normalised(tape, x, Norm { gamma, beta, groups, eps, activation }, Some(scale_shift))
@@ -97,7 +101,7 @@ struct Norm {
     activation: Activation,
 }
 
-fn normalised(tape: &mut Tape<'_>, x: &Var, norm: Norm, scale_shift: Option<&Var>) -> Result<Var> {
+fn normalised(tape: &mut Tape<'_>, x: Joined, norm: Norm, scale_shift: Option<&Var>) -> Result<Var> {
     let Norm { gamma, beta, groups, eps, activation } = norm;
     let shape = x.shape();
     for (name, p) in [("gamma", gamma), ("beta", beta)] {
@@ -107,7 +111,7 @@ fn normalised(tape: &mut Tape<'_>, x: &Var, norm: Norm, scale_shift: Option<&Var
     assert!(groups > 0 && shape.c.is_multiple_of(groups), "group_norm: {groups} groups of {} channels", shape.c);
     assert!(eps > 0.0, "group_norm: eps is {eps}");
 
-    let mut y = Tensor::uninit(tape.device(), x.value().dtype(), shape)?;
+    let mut y = Tensor::uninit(tape.device(), x.dtype(), shape)?;
     let mut stats = Tensor::uninit(tape.device(), DType::F32, Shape::new(shape.n, 1, groups, 3))?;
     match tape.device() {
         Device::Cpu(_) => {
@@ -117,19 +121,19 @@ fn normalised(tape: &mut Tape<'_>, x: &Var, norm: Norm, scale_shift: Option<&Var
             let mut partials =
                 Tensor::uninit(tape.device(), DType::F32, Shape::new(shape.n, cpu::strips(shape), 3, shape.c))?;
             let job = cpu::Job { shape, groups, eps, activation, gamma, beta };
+            let x = x.concatenated(tape.device())?;
             cpu::forward(&job, y.data_mut(), stats.data_mut(), partials.data_mut(), x.data());
         }
         Device::Cuda(gpu) => {
             let [gamma, beta] = [gamma, beta].map(|p| tape.params().view(p, DType::F32));
             let own = scale_shift.map(|s| cuda::coefficients(gpu, s.value(), gamma, beta)).transpose()?;
             let job = cuda::Job::new(gpu, shape, norm, gamma, beta, own.as_ref());
-            cuda::forward(&job, &mut y, &mut stats, x.value())?;
+            cuda::forward(&job, &mut y, &mut stats, &x)?;
         }
         Device::Meta(_) => {}
     }
     tape.push("group_norm", y, || GroupNormBackward {
-        id: x.id(),
-        x: x.value().clone(),
+        x,
         stats,
         norm,
         scale_shift: scale_shift.map(|s| (s.id(), s.value().clone())),
@@ -137,8 +141,7 @@ fn normalised(tape: &mut Tape<'_>, x: &Var, norm: Norm, scale_shift: Option<&Var
 }
 
 struct GroupNormBackward {
-    id: Option<VarId>,
-    x: Tensor,
+    x: Joined,
     /// (n, 1, groups, 3): the mean, its rounding error, rstd.
     stats: Tensor,
     norm: Norm,
@@ -151,13 +154,23 @@ impl Backward for GroupNormBackward {
     }
 
     fn saved(&self) -> Vec<&Tensor> {
-        [&self.x, &self.stats].into_iter().chain(self.scale_shift.as_ref().map(|(_, s)| s)).collect()
+        let scale_shift = self.scale_shift.as_ref().map(|(_, s)| s);
+        self.x.tensors().into_iter().chain([&self.stats]).chain(scale_shift).collect()
     }
 
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let norm @ Norm { groups, eps, activation, .. } = self.norm;
         let shape = self.x.shape();
-        let mut dx = dy.into_unique(grads.device())?;
+        // Over dy, but for two gradients; the CPU parts them in the end.
+        let apart = self.x.second().is_some() && !matches!(grads.device(), Device::Cpu(_));
+        let (mut dx, mut dx_second) = (None, None);
+        let mut dy = if apart {
+            let (first, second) = self.x.gradients(grads.device())?;
+            (dx, dx_second) = (Some(first), second);
+            dy
+        } else {
+            dy.into_unique(grads.device())?
+        };
         let uninit = |s: &(_, Tensor)| Tensor::uninit(grads.device(), s.1.dtype(), s.1.shape());
         let mut dscale_shift = self.scale_shift.as_ref().map(uninit).transpose()?;
         match grads.device() {
@@ -170,7 +183,8 @@ impl Backward for GroupNormBackward {
                 {
                     let (gamma, beta) = own.as_ref().map_or((gamma, beta), |own| own.split_at(own.len() / 2));
                     let job = cpu::Job { shape, groups, eps, activation, gamma, beta };
-                    cpu::backward(&job, dx.data_mut(), partials.data_mut(), self.x.data(), self.stats.data());
+                    let x = self.x.concatenated(grads.device())?;
+                    cpu::backward(&job, dy.data_mut(), partials.data_mut(), x.data(), self.stats.data());
                 }
                 if let (Some(d), Some((_, s))) = (&mut dscale_shift, &self.scale_shift) {
                     cpu::scale_shift_gradient(d.data_mut(), partials.data_mut(), s.data(), gamma, beta);
@@ -186,7 +200,8 @@ impl Backward for GroupNormBackward {
                 let own = self.scale_shift.as_ref();
                 let own = own.map(|(_, s)| cuda::coefficients(gpu, s, gamma, beta)).transpose()?;
                 let job = cuda::Job::new(gpu, shape, norm, gamma, beta, own.as_ref());
-                let mut sums = cuda::backward(&job, &mut dx, &self.x, &self.stats)?;
+                let to = [dx.as_mut(), dx_second.as_mut()];
+                let mut sums = cuda::backward(&job, to, &mut dy, &self.x, &self.stats)?;
                 if let (Some(d), Some((_, s))) = (&mut dscale_shift, &self.scale_shift) {
                     cuda::scale_shift_gradient(gpu, d, &mut sums, s, gamma, beta)?;
                 }
@@ -201,10 +216,11 @@ impl Backward for GroupNormBackward {
         if let (Some(d), Some((Some(id), _))) = (dscale_shift, &self.scale_shift) {
             grads.add(*id, d)?;
         }
-        if let Some(id) = self.id {
-            grads.add(id, dx)?;
+        match (grads.device(), dx) {
+            (_, Some(dx)) => self.x.add(grads, (dx, dx_second)),
+            (Device::Cpu(_), None) => self.x.add_parts(grads, dy),
+            (_, None) => self.x.add(grads, (dy, None)),
         }
-        Ok(())
     }
 }
 
@@ -842,9 +858,9 @@ mod cuda {
         }
 
         /// The parameters shared by all passes over the image, which follow their own.
-        fn tiling(&self, launch: Launch<'a>, tiling: &Tiling) -> Launch<'a> {
-            // Groups of 4 channels start on multiples of 4 elements if and only if 4 divides c.
-            let vec = self.shape.c.is_multiple_of(4);
+        fn tiling(&self, launch: Launch<'a>, tiling: &Tiling, x: &Joined) -> Launch<'a> {
+            // Groups of 4 channels start on multiples of 4 elements if and only if 4 divides those of each tensor.
+            let vec = x.widths().iter().all(|c| c.is_multiple_of(4));
             launch.u32(tiling.strips).u32(tiling.lane_bits).u32(tiling.warp_bits).u32(vec.into())
         }
 
@@ -857,21 +873,26 @@ mod cuda {
         }
     }
 
-    pub fn forward(job: &Job<'_>, y: &mut Tensor, stats: &mut Tensor, x: &Tensor) -> Result<()> {
+    /// Both tensors of `x`, and the channels of the first.
+    fn read<'a>(launch: Launch<'a>, x: &'a Joined) -> Launch<'a> {
+        launch.read(x.first()).read_opt(x.second()).u32(x.first().shape().c)
+    }
+
+    pub fn forward(job: &Job<'_>, y: &mut Tensor, stats: &mut Tensor, x: &Joined) -> Result<()> {
         let (shape, tiling) = (job.shape, Tiling::new(job.shape));
         let (pixels, grid) = (shape.pixels(), job.grid(&tiling));
         let mut partials = job.scratch(Shape::new(shape.n, tiling.strips, 3, shape.c))?;
-        let launch = job.gpu.launch(FWD_MOMENTS.of(x.dtype()), grid, THREADS).write(&mut partials).read(x);
-        job.tiling(launch.u32(pixels).u32(shape.c), &tiling).run()?;
+        let launch = job.gpu.launch(FWD_MOMENTS.of(x.dtype()), grid, THREADS).write(&mut partials);
+        job.tiling(read(launch, x).u32(pixels).u32(shape.c), &tiling, x).run()?;
 
         let (lane_bits, threads) = job.join(tiling.strips);
         let launch = job.gpu.launch(&FWD_JOIN, [shape.n * job.groups, 1, 1], threads).write(stats).read(&partials);
         let launch = launch.u32(pixels).u32(tiling.strip).u32(tiling.strips).u32(shape.c).u32(job.groups);
         launch.u32(lane_bits).f32(job.eps).run()?;
 
-        let launch = job.gpu.launch(FWD_APPLY.of(x.dtype()), grid, THREADS).write(y).read(x).read(stats);
+        let launch = read(job.gpu.launch(FWD_APPLY.of(x.dtype()), grid, THREADS).write(y), x).read(stats);
         let launch = launch.view(job.gamma).view(job.beta).u32(job.per_image).u32(pixels).u32(shape.c);
-        job.tiling(launch.u32(job.groups), &tiling).u32(job.silu()).run()
+        job.tiling(launch.u32(job.groups), &tiling, x).u32(job.silu()).run()
     }
 
     /// `gamma (1 + scale)` and `beta (1 + scale) + shift` of each image, (2, n, 1, c).
@@ -903,16 +924,23 @@ mod cuda {
         [(n * c).div_ceil(THREADS as usize), 1, 1]
     }
 
-    /// `dx` holds `dy` on entry. Returns each image's share of `dgamma` and `dbeta`, (n, 1, 2, c).
-    pub fn backward(job: &Job<'_>, dx: &mut Tensor, x: &Tensor, stats: &Tensor) -> Result<Tensor> {
+    /// Writes to the tensors `dx`, or over `dy` if there are none. Returns each image's share of `dgamma` and `dbeta`,
+    /// (n, 1, 2, c).
+    pub fn backward(
+        job: &Job<'_>,
+        [dx, dx_second]: [Option<&mut Tensor>; 2],
+        dy: &mut Tensor,
+        x: &Joined,
+        stats: &Tensor,
+    ) -> Result<Tensor> {
         let (shape, tiling) = (job.shape, Tiling::new(job.shape));
         let (pixels, grid) = (shape.pixels(), job.grid(&tiling));
         let mut partials = job.scratch(Shape::new(shape.n, tiling.strips, 2, shape.c))?;
         let mut sums = job.scratch(Shape::new(shape.n, 1, 2, shape.c))?;
         let mut slopes = job.scratch(Shape::new(shape.n, 1, job.groups, 2))?;
-        let launch = job.gpu.launch(BWD_SUMS.of(x.dtype()), grid, THREADS).write(&mut partials).read(x).read(dx);
+        let launch = read(job.gpu.launch(BWD_SUMS.of(x.dtype()), grid, THREADS).write(&mut partials), x).read(dy);
         let launch = launch.read(stats).view(job.gamma).view(job.beta).u32(job.per_image).u32(pixels).u32(shape.c);
-        job.tiling(launch.u32(job.groups), &tiling).u32(job.silu()).run()?;
+        job.tiling(launch.u32(job.groups), &tiling, x).u32(job.silu()).run()?;
 
         let (lane_bits, threads) = job.join(tiling.strips);
         let launch = job.gpu.launch(&BWD_JOIN, [shape.n * job.groups, 1, 1], threads);
@@ -920,9 +948,14 @@ mod cuda {
         let launch = launch.u32(job.per_image).u32(pixels).u32(tiling.strips).u32(shape.c);
         launch.u32(job.groups).u32(lane_bits).run()?;
 
-        let launch = job.gpu.launch(BWD_DX.of(x.dtype()), grid, THREADS).write(dx).read(x).read(stats).read(&slopes);
-        let launch = launch.view(job.gamma).view(job.beta).u32(job.per_image).u32(pixels).u32(shape.c);
-        job.tiling(launch.u32(job.groups), &tiling).u32(job.silu()).run()?;
+        let launch = job.gpu.launch(BWD_DX.of(x.dtype()), grid, THREADS);
+        let launch = match dx {
+            Some(dx) => launch.write(dx).write_opt(dx_second).read(dy),
+            None => launch.write(dy).null().first_again(),
+        };
+        let launch = read(launch, x).read(stats).read(&slopes).view(job.gamma).view(job.beta);
+        let launch = launch.u32(job.per_image).u32(pixels).u32(shape.c).u32(job.groups);
+        job.tiling(launch, &tiling, x).u32(job.silu()).run()?;
         Ok(sums)
     }
 

@@ -302,7 +302,8 @@ mod cuda {
                 Job::on_mma(kernel, 0, &SUM_PARTS, rows, cols, depth)
             }
         };
-        job.run(gpu, dw.view, dw.accumulate, [x.array(), dy.array()], sizes(depth, cols, rows))
+        let operands = [x, dy].map(|x| Some(x.array()));
+        job.run(gpu, dw.view, dw.accumulate, &operands, sizes(depth, cols, rows))
     }
 
     /// Sums chunks of rows, up to 32 channels side by side, then the chunks in order.

@@ -82,7 +82,7 @@ pub mod reference {
     }
 }
 
-mod cpu {
+pub(super) mod cpu {
     use super::*;
 
     /// Elements of `y` per task: 128 KiB, large compared with the cost of scheduling a task.
@@ -127,7 +127,7 @@ mod cpu {
     }
 }
 
-mod cuda {
+pub(super) mod cuda {
     use super::*;
     use crate::device::cuda::Gpu;
     use crate::device::cuda::tile::{at_a_time, over_rows};

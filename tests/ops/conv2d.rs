@@ -1,7 +1,9 @@
 use ddpm_cuda::device::Device;
 use ddpm_cuda::device::cpu::simd::Isa;
+use ddpm_cuda::ops::concat::Joined;
 use ddpm_cuda::ops::conv2d::reference::{self, Inputs};
-use ddpm_cuda::ops::conv2d::{Algorithm, Geometry, Method, Pad, Plus, conv2d, conv2d_by};
+use ddpm_cuda::ops::conv2d::{Algorithm, Geometry, Input, Method, Pad, Plus, Shortcut, conv2d, conv2d_by};
+use ddpm_cuda::ops::{concat, upsample};
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
 use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
@@ -82,6 +84,319 @@ const LARGE_CASES: [Case; 2] = [
     case([3, 64, 64, 64], [128, 2, 2], Geometry { stride: 1, pad: Pad { top: 1, left: 0, bottom: 0, right: 1 } }),
     case([2, 48, 128, 128], [64, 2, 1], Geometry { stride: 1, pad: Pad { top: 0, left: 0, bottom: 1, right: 0 } }),
 ];
+
+/// A convolution that reads its input where it is: two tensors side by side, or each pixel repeated in a 2x2 square;
+/// and a residual whose pixels are repeated.
+#[derive(Clone, Copy, Debug)]
+struct InPlace {
+    /// What is convolved but for the repetition, and the weight.
+    case: Case,
+    /// Channels of the second tensor; 0: there is one.
+    second: usize,
+    doubled: bool,
+    halved: bool,
+}
+
+const fn joined(case: Case, second: usize) -> InPlace {
+    InPlace { case, second, doubled: false, halved: false }
+}
+
+const fn doubled(case: Case, second: usize) -> InPlace {
+    InPlace { case, second, doubled: true, halved: false }
+}
+
+/// One row of zeros.
+const ABOVE: Geometry = Geometry { stride: 1, pad: Pad { top: 1, left: 0, bottom: 0, right: 0 } };
+
+/// Seams that divide by 64, 8, 4 and nothing; images of one pixel; a stride; kernels of even and of different sides.
+const IN_PLACE: [InPlace; 15] = [
+    joined(case([2, 3, 5, 24], [24, 1, 1], Geometry::POINTWISE), 8),
+    joined(case([1, 5, 4, 208], [16, 3, 3], SAME), 136),
+    joined(case([1, 3, 3, 192], [8, 1, 1], Geometry::POINTWISE), 64),
+    joined(case([2, 1, 1, 8], [7, 3, 3], SAME), 3),
+    joined(case([1, 3, 4, 72], [9, 3, 3], SAME), 5),
+    joined(case([2, 3, 3, 16], [8, 1, 1], Geometry::POINTWISE), 12),
+    joined(case([1, 6, 5, 24], [8, 3, 3], HALVE), 16),
+    doubled(case([2, 2, 3, 16], [24, 3, 3], SAME), 0),
+    doubled(case([1, 1, 1, 3], [5, 3, 3], SAME), 0),
+    doubled(case([1, 3, 2, 12], [6, 3, 3], SAME), 7),
+    doubled(case([2, 2, 5, 32], [16, 3, 3], SAME), 8),
+    doubled(case([1, 3, 3, 8], [8, 2, 1], ABOVE), 0),
+    doubled(case([1, 4, 3, 8], [8, 5, 4], Geometry { stride: 1, pad: Pad { left: 1, ..Pad::all(2) } }), 0),
+    InPlace { halved: true, ..joined(case([2, 4, 6, 16], [8, 3, 3], SAME), 0) },
+    InPlace { halved: true, ..doubled(case([2, 2, 3, 16], [8, 3, 3], SAME), 0) },
+];
+
+/// Enough tiles of 128x128 for the large kernels.
+const LARGE_IN_PLACE: [InPlace; 2] = [
+    joined(case([3, 64, 64, 128], [128, 1, 1], Geometry::POINTWISE), 64),
+    doubled(case([3, 64, 64, 128], [64, 2, 1], ABOVE), 0),
+];
+
+impl InPlace {
+    /// The case whose input is made.
+    fn made(self) -> Case {
+        let Shape { h, w, .. } = self.case.x;
+        let x = if self.doubled { Shape { h: 2 * h, w: 2 * w, ..self.case.x } } else { self.case.x };
+        Case { x, ..self.case }
+    }
+
+    /// The shapes of the input and of the residual.
+    fn shapes(self) -> (Shape, Shape) {
+        let made = self.made();
+        let y = made.geometry.output(made.x, made.w);
+        (self.case.x, if self.halved { Shape { h: y.h / 2, w: y.w / 2, ..y } } else { y })
+    }
+
+    fn data(self, dtype: DType) -> Data<f64> {
+        let (x, residual) = self.shapes();
+        let data = Data::new(self.made());
+        Data { x: numbers(1, x.len()), residual: numbers(5, residual.len()), ..data }.rounded(dtype)
+    }
+
+    fn by_reference<T: Float>(self, data: &Data<T>) -> Results<T> {
+        let (x, residual) = self.shapes();
+        let (of_x, of_residual) = (
+            if self.doubled { upsample::reference::forward(&data.x, x) } else { data.x.clone() },
+            if self.halved { upsample::reference::forward(&data.residual, residual) } else { data.residual.clone() },
+        );
+        let inputs = Inputs { x: &of_x, residual: Some(&of_residual), ..data.inputs(self.made()) };
+        let d = reference::backward(&inputs, &data.dy);
+        let dx = if self.doubled { upsample::reference::backward(&d.x, x) } else { d.x };
+        let dy = &data.dy;
+        let dresidual = if self.halved { upsample::reference::backward(dy, residual) } else { dy.clone() };
+        [reference::forward(&inputs), dx, d.weight, d.bias, d.shift, dresidual]
+    }
+
+    fn by_tape(self, device: &Device, data: &Data<f32>) -> Results<f32> {
+        let (x, residual) = self.shapes();
+        let (c, seam, y) = (x.c, x.c - self.second, self.made().geometry.output(self.made().x, self.case.w));
+        let part = |range| concat::reference::backward(&data.x, c, range);
+        let mut inputs = vec![(x.with_c(seam), part(0..seam))];
+        if self.second > 0 {
+            inputs.push((x.with_c(self.second), part(seam..c)));
+        }
+        inputs.push((Shape::new(y.n, 1, 1, y.c), data.shift.clone()));
+        inputs.push((residual, data.residual.clone()));
+        let params = [(self.case.w, data.w.clone()), (Shape::vector(y.c), data.b.clone())];
+        let pass = through_tape_on(device, &inputs, &params, &data.dy, 1, |tape, v, p| {
+            let (x, plus) = v.split_at(v.len() - 2);
+            let x = if let [a, b] = x { Joined::from([a, b]) } else { Joined::from(&x[0]) };
+            let x = if self.doubled { Input::doubled(x) } else { Input::from(x) };
+            let plus = Plus { shift: Some(&plus[0]), residual: Some(&plus[1]), ..Plus::default() };
+            conv2d_by(tape, x, p[0], p[1], self.case.geometry, plus, direct(Isa::best()))
+        });
+        let mut dx = pass.dx;
+        let (dresidual, dshift) = (dx.pop().expect("the last"), dx.pop().expect("the last but one"));
+        let dx = if let [a, b] = &dx[..] { concat::reference::forward(a, b, seam, self.second) } else { dx.remove(0) };
+        let [dw, db] = pass.dw.try_into().expect("two parameters");
+        [pass.y, dx, dw, db, dshift, dresidual]
+    }
+}
+
+#[test]
+fn inputs_in_place_agree_with_the_reference() {
+    for case in IN_PLACE {
+        let data = case.data(DType::F32);
+        let (oracle, yardstick) = (case.by_reference(&data), case.by_reference(&data.to_f32()));
+        let got = case.by_tape(&Device::cpu_guarded(), &data.to_f32());
+        for i in 0..6 {
+            close(&format!("{} of {case:?}", NAMES[i]), &got[i], &oracle[i], &yardstick[i]);
+        }
+    }
+}
+
+/// Compares on a GPU, in both types and all schedules.
+fn gpu_agrees_in_place(case: InPlace) {
+    let expected = [DType::F32, DType::Bf16].map(|dtype| {
+        let data = case.data(dtype);
+        (case.by_reference(&data), case.by_reference(&data.to_f32()), data.to_f32())
+    });
+    gpu::each(&format!("{case:?}"), |device| {
+        let dtype = device.activations();
+        let (oracle, yardstick, data) = &expected[(dtype == DType::Bf16) as usize];
+        let got = case.by_tape(device, data);
+        for i in 0..6 {
+            let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { dtype };
+            let name = format!("{} on {device}, {dtype:?}, of {case:?}", NAMES[i]);
+            // dx of a repeated pixel is one sum of four times as many terms as each of the four that the reference adds,
+            // and errs up to four times as much.
+            let own = yardstick[i].iter().zip(&oracle[i]).map(|(y, o)| (f64::from(*y) - o).abs()).fold(0.0, f64::max);
+            let longer = if case.doubled && i == 1 { 2.0 * 3.0 * own } else { 0.0 };
+            close_as_but_for(dtype, &name, &got[i], &oracle[i], &yardstick[i], longer);
+        }
+        got.concat()
+    });
+}
+
+#[test]
+fn gpu_inputs_in_place_agree_with_the_reference() {
+    IN_PLACE.into_iter().filter(|_| gpu::available()).for_each(gpu_agrees_in_place);
+}
+
+#[test]
+fn gpu_large_tiles_agree_in_place() {
+    LARGE_IN_PLACE.into_iter().filter(|_| gpu::available()).for_each(gpu_agrees_in_place);
+}
+
+/// An image's y and dx do not depend on its batch, and two tensors side by side give the bits of their concatenation
+/// where blocks of 64 channels do not straddle the seam.
+#[test]
+fn gpu_images_in_place_stand_alone() {
+    for dtype in [DType::F32, DType::Bf16] {
+        let Some(gpu) = gpu::gpu(dtype) else { return };
+        let device = Device::Cuda(gpu);
+        for case in IN_PLACE {
+            let data = case.data(dtype).to_f32();
+            let all = case.by_tape(&device, &data);
+            let n = case.case.x.n;
+            for image in 0..if n > 1 { n } else { 0 } {
+                let part = |v: &[f32]| v[image * v.len() / n..][..v.len() / n].to_vec();
+                let [x, shift, residual, dy] = [&data.x, &data.shift, &data.residual, &data.dy].map(|v| part(v));
+                let alone = Data { x, w: data.w.clone(), b: data.b.clone(), shift, residual, dy };
+                let single = InPlace { case: Case { x: Shape { n: 1, ..case.case.x }, ..case.case }, ..case };
+                let alone = single.by_tape(&device, &alone);
+                same_bits(&format!("y of image {image} alone, {case:?}"), &alone[0], &part(&all[0]));
+                same_bits(&format!("dx of image {image} alone, {case:?}"), &alone[1], &part(&all[1]));
+            }
+            if !case.doubled && (dtype == DType::F32 || (case.case.x.c - case.second).is_multiple_of(64)) {
+                let whole = InPlace { second: 0, ..case }.by_tape(&device, &data);
+                for i in 0..6 {
+                    same_bits(&format!("{} of one tensor, {dtype:?}, {case:?}", NAMES[i]), &all[i], &whole[i]);
+                }
+            }
+        }
+    }
+}
+
+/// Whether pixels are repeated, and the channels of the first tensor, read from another parameter.
+#[test]
+fn bugs_planted_in_place_are_noticed() {
+    const TEST: &str = "conv2d::gpu_inputs_in_place_agree_with_the_reference";
+    for (part, is, reads) in [
+        ("fwd_64x64_f32", "8+52", "8+36"),
+        ("dgrad_64x64_f32", "4+48", "4+12"),
+        ("wgrad_64x64_f32", "4+52", "4+36"),
+        ("fwd_mma_64x64", "13+48", "13+12"),
+        ("fwd_mma_64x64_any", "12+52", "12+36"),
+        ("dgrad_mma_64x64", "5+52", "5+36"),
+        ("dgrad_mma_64x64_any", "4+48", "4+12"),
+        ("wgrad_mma_64x64", "4+52", "4+36"),
+        ("wgrad_mma_64x64_any", "4+48", "4+12"),
+        ("join_segments", "10", "11"),
+    ] {
+        plant::notices_wrong_parameter(TEST, &format!("conv2d_{part}"), is, reads);
+    }
+}
+
+/// A convolution with a shortcut whose input has so many channels in its first tensor and in its second.
+type WithShortcut = (Case, [usize; 2]);
+
+/// Channels that blocks of 64 divide and others, one tensor and two, images of one pixel, and a stride, with which the
+/// shortcut is a product of its own.
+const SHORTCUTS: [WithShortcut; 5] = [
+    (case([2, 4, 4, 72], [24, 3, 3], SAME), [40, 0]),
+    (case([1, 5, 3, 16], [16, 3, 3], SAME), [72, 136]),
+    (case([2, 1, 1, 5], [7, 3, 3], SAME), [3, 4]),
+    (case([1, 3, 4, 8], [9, 3, 3], SAME), [67, 5]),
+    (case([1, 9, 7, 24], [20, 3, 3], HALVE), [8, 0]),
+];
+
+/// Enough tiles for the large kernel.
+const LARGE_SHORTCUT: WithShortcut = (case([3, 64, 64, 64], [128, 1, 1], Geometry::POINTWISE), [64, 128]);
+
+/// The shortcut alone.
+fn shortcut_of((case, [a, b]): WithShortcut) -> Case {
+    let x = case.geometry.output(case.x, case.w).with_c(a + b);
+    Case { x, w: Shape::new(case.w.n, 1, 1, a + b), geometry: Geometry::POINTWISE }
+}
+
+/// `y`, `dx`, `dw`, `db`, `ds`, `dw` and `db` of the shortcut.
+fn shortcut_by_reference<T: Float>(case: WithShortcut, data: &Data<T>, s: &Data<T>) -> [Vec<T>; 7] {
+    let inputs = Inputs { shift: None, residual: None, ..data.inputs(case.0) };
+    let shortcut = Inputs { shift: None, residual: None, ..s.inputs(shortcut_of(case)) };
+    let y = reference::forward(&inputs).iter().zip(reference::forward(&shortcut)).map(|(a, b)| *a + b).collect();
+    let (d, e) = (reference::backward(&inputs, &data.dy), reference::backward(&shortcut, &data.dy));
+    [y, d.x, d.weight, d.bias, e.x, e.weight, e.bias]
+}
+
+fn shortcut_by_tape(case: WithShortcut, device: &Device, data: &Data<f32>, s: &Data<f32>) -> [Vec<f32>; 7] {
+    let (of, [seam, second]) = (shortcut_of(case), case.1);
+    let part = |range| concat::reference::backward(&s.x, seam + second, range);
+    let mut inputs = vec![(case.0.x, data.x.clone()), (of.x.with_c(seam), part(0..seam))];
+    if second > 0 {
+        inputs.push((of.x.with_c(second), part(seam..seam + second)));
+    }
+    let vector = Shape::vector(case.0.w.n);
+    let params = [(case.0.w, data.w.clone()), (vector, data.b.clone()), (of.w, s.w.clone()), (vector, s.b.clone())];
+    let pass = through_tape_on(device, &inputs, &params, &data.dy, 1, |tape, v, p| {
+        let x = if let [_, a, b] = v { Joined::from([a, b]) } else { Joined::from(&v[1]) };
+        let shortcut = Shortcut { x, weight: p[2], bias: p[3] };
+        let plus = Plus { shortcut: Some(&shortcut), ..Plus::default() };
+        conv2d_by(tape, &v[0], p[0], p[1], case.0.geometry, plus, direct(Isa::best()))
+    });
+    let ds = match &pass.dx[1..] {
+        [a, b] => concat::reference::forward(a, b, seam, second),
+        rest => rest[0].clone(),
+    };
+    let [dw, db, s_dw, s_db] = pass.dw.try_into().expect("four parameters");
+    [pass.y, pass.dx[0].clone(), dw, db, ds, s_dw, s_db]
+}
+
+fn shortcut_data(case: WithShortcut, dtype: DType) -> [Data<f64>; 2] {
+    let s = Data::new(shortcut_of(case));
+    // Not the numbers of the convolution.
+    let s = Data { w: s.w.iter().map(|w| -w).collect(), b: s.b.iter().map(|b| 0.5 - b).collect(), ..s };
+    [Data::new(case.0).rounded(dtype), s.rounded(dtype)]
+}
+
+fn shortcut_agrees(case: WithShortcut, on: impl Fn(&dyn Fn(&Device) -> Vec<f32>)) {
+    let expected = [DType::F32, DType::Bf16].map(|dtype| {
+        let [data, s] = shortcut_data(case, dtype);
+        let (data32, s32) = (data.to_f32(), s.to_f32());
+        (shortcut_by_reference(case, &data, &s), shortcut_by_reference(case, &data32, &s32), data32, s32)
+    });
+    on(&|device| {
+        let dtype = device.activations();
+        let (oracle, yardstick, data, s) = &expected[(dtype == DType::Bf16) as usize];
+        let got = shortcut_by_tape(case, device, data, s);
+        for (i, name) in ["y", "dx", "dw", "db", "ds", "dw of s", "db of s"].into_iter().enumerate() {
+            let dtype = if ["y", "dx", "ds"].contains(&name) { dtype } else { DType::F32 };
+            let name = format!("{name} on {device}, {dtype:?}, of {case:?}");
+            // A shortcut apart is rounded once more; its products are below one, its bias below 1.5.
+            let apart = case.0.geometry.stride > 1 && i == 0;
+            let most = (case.1[0] + case.1[1]) as f64 + 1.5;
+            let rounding = if apart { gpu::rounding(dtype) * most } else { 0.0 };
+            close_as_but_for(dtype, &name, &got[i], &oracle[i], &yardstick[i], rounding);
+        }
+        got.concat()
+    });
+}
+
+#[test]
+fn shortcuts_agree_with_the_reference() {
+    SHORTCUTS.into_iter().for_each(|case| shortcut_agrees(case, |f| _ = f(&Device::cpu_guarded())));
+}
+
+#[test]
+fn gpu_shortcuts_agree_with_the_reference() {
+    let cases = SHORTCUTS.into_iter().chain([LARGE_SHORTCUT]).filter(|_| gpu::available());
+    cases.for_each(|case| shortcut_agrees(case, |f| gpu::each(&format!("{case:?}"), f)));
+}
+
+/// The channels of the shortcut, and those of its first tensor, from other parameters; its bias left out.
+#[test]
+fn bugs_planted_in_shortcuts_are_noticed() {
+    const TEST: &str = "conv2d::gpu_shortcuts_agree_with_the_reference";
+    for (part, is, reads) in [
+        ("fwd_mma_64x64", "13+60", "13+56"),
+        ("fwd_mma_64x64_any", "12+56", "12+12"),
+        ("fwd_mma_128x128", "12+60", "12+56"),
+        ("join_segments", "7", "3"),
+    ] {
+        plant::notices_wrong_parameter(TEST, &format!("conv2d_{part}"), is, reads);
+    }
+}
 
 /// The tensors of a case.
 struct Data<T> {
@@ -172,7 +487,7 @@ fn by_tape_on(device: &Device, case: Case, data: &Data<f32>, method: Method, pas
     let [inputs, params] =
         [&inputs[..], &params].map(|all| all.iter().map(|&(s, v)| (s, v.clone())).collect::<Vec<_>>());
     let pass = through_tape_on(device, &inputs, &params, &data.dy, passes, |tape, v, p| {
-        let plus = Plus { shift: Some(&v[1]), residual: Some(&v[2]) };
+        let plus = Plus { shift: Some(&v[1]), residual: Some(&v[2]), ..Plus::default() };
         conv2d_by(tape, &v[0], p[0], p[1], case.geometry, plus, method)
     });
     let [dx, dshift, dresidual] = pass.dx.try_into().expect("three inputs");
@@ -338,9 +653,9 @@ fn planted_bugs_are_noticed() {
     // The left padding for the top one, oh for ow, the height of the kernel for its width; a sum that is always added
     // to what is there.
     for (part, is, reads) in [
-        ("fwd_64x64_f32", "6+44", "6+40"),
-        ("dgrad_128x32_f32", "3+20", "3+16"),
-        ("wgrad_64x64_f32", "3+32", "3+28"),
+        ("fwd_64x64_f32", "8+44", "8+40"),
+        ("dgrad_128x32_f32", "4+20", "4+16"),
+        ("wgrad_64x64_f32", "4+32", "4+28"),
         ("sum_parts", "4", "2"),
     ] {
         let entry = format!("conv2d_{part}");
@@ -374,11 +689,11 @@ fn bugs_planted_in_tensor_core_kernels_are_noticed() {
     }
     // The width of an image for its height, ow for oh; the channels for the pixels of an image.
     for (part, is, reads) in [
-        ("fwd_mma_64x64", "7+8", "7+4"),
-        ("dgrad_mma_64x64", "4+20", "4+16"),
-        ("dgrad_mma_64x64_any", "3+20", "3+16"),
-        ("wgrad_mma_64x64_any", "3+8", "3+4"),
-        ("join_segments", "8", "7"),
+        ("fwd_mma_64x64", "13+8", "13+4"),
+        ("dgrad_mma_64x64", "5+20", "5+16"),
+        ("dgrad_mma_64x64_any", "4+20", "4+16"),
+        ("wgrad_mma_64x64_any", "4+8", "4+4"),
+        ("join_segments", "12", "11"),
     ] {
         plant::notices_wrong_parameter(TEST, &format!("conv2d_{part}"), is, reads);
     }
@@ -555,7 +870,7 @@ fn gradients_are_made_only_if_asked(device: &Device) {
             let value = Tensor::from_slice_as(device, device.activations(), shape, values).unwrap();
             if wanted[i] { tape.leaf(value) } else { Var::constant(value) }
         });
-        let plus = Plus { shift: Some(&inputs[1]), residual: Some(&inputs[2]) };
+        let plus = Plus { shift: Some(&inputs[1]), residual: Some(&inputs[2]), ..Plus::default() };
         let y = conv2d(&mut tape, &inputs[0], w, b, case.geometry, plus).unwrap();
         let dy = Tensor::from_slice_as(device, device.activations(), ys, &data.dy).unwrap();
         let before = handed_out();

@@ -1,4 +1,7 @@
+use std::ops::Range;
+
 use ddpm_cuda::device::Device;
+use ddpm_cuda::ops::concat;
 use ddpm_cuda::ops::group_norm::Activation::{self, Identity, Silu};
 use ddpm_cuda::ops::group_norm::{group_norm, reference, scale_shift_group_norm};
 use ddpm_cuda::tensor::{DType, Shape};
@@ -73,6 +76,22 @@ impl Case {
             [x, s] => scale_shift_group_norm(tape, x, s, p[0], p[1], self.groups, EPS, self.activation),
             _ => group_norm(tape, &x[0], p[0], p[1], self.groups, EPS, self.activation),
         })
+    }
+
+    /// A pass over two tensors, of the first `seam` channels and of the others. The gradients of both side by side.
+    fn pass_in_two(&self, device: &Device, seam: usize) -> Pass {
+        let vector = |v: &[f64]| (Shape::vector(self.shape.c), to_f32(v));
+        let (params, x, c) = ([vector(&self.gamma), vector(&self.beta)], to_f32(&self.x), self.shape.c);
+        let part = |part: Range<usize>| (self.shape.with_c(part.len()), concat::reference::backward(&x, c, part));
+        let mut inputs = vec![part(0..seam), part(seam..c)];
+        inputs.extend(self.scale_shift.as_ref().map(|s| (Shape::new(self.shape.n, 1, 1, 2 * c), to_f32(s))));
+        let mut pass = through_tape_on(device, &inputs, &params, &to_f32(&self.dy), 1, |tape, x, p| match x {
+            [a, b, s] => scale_shift_group_norm(tape, [a, b], s, p[0], p[1], self.groups, EPS, self.activation),
+            _ => group_norm(tape, [&x[0], &x[1]], p[0], p[1], self.groups, EPS, self.activation),
+        });
+        let both = concat::reference::forward(&pass.dx[0], &pass.dx[1], seam, c - seam);
+        pass.dx.splice(0..2, [both]);
+        pass
     }
 
     /// `y, dx, dgamma, dbeta, dscale_shift` of the reference in f64 and in f32.
@@ -344,6 +363,51 @@ fn gpu_agrees_where_every_barrier_matters() {
     let Some(gpu) = gpu::gpu(DType::F32) else { return };
     let case = Case::new((Shape::new(2, 47, 47, 64), 1), Silu, 0.3, 2.0);
     case.check(&case.pass_on(&Device::Cuda(gpu), 1), DType::F32);
+}
+
+/// Seams between groups, within one, and within a quad of channels; with and without scales.
+const SEAMS: [(Shape, usize, usize); 6] = [
+    (Shape::new(2, 5, 7, 12), 4, 4),
+    (Shape::new(2, 1, 5, 8), 2, 3),
+    (Shape::new(1, 7, 7, 15), 5, 6),
+    (Shape::new(1, 15, 20, 4), 1, 1),
+    (Shape::new(3, 4, 4, 8), 4, 7),
+    (Shape::new(2, 4, 4, 384), 32, 256),
+];
+
+fn two_tensors_have_the_bits_of_one(device: &Device) {
+    for (shape, groups, seam) in SEAMS {
+        for scaled in [false, true] {
+            let case = Case::new((shape, groups), Silu, 0.5, 1.0);
+            let case = if scaled { case.scaled() } else { case };
+            let name = format!("{device}, {shape}, {groups} groups, {seam} channels in the first, scaled: {scaled}");
+            same_bits(&name, &case.pass_in_two(device, seam).flat(), &case.pass_on(device, 1).flat());
+        }
+    }
+}
+
+#[test]
+fn two_tensors_have_the_bits_of_their_concatenation() {
+    two_tensors_have_the_bits_of_one(&Device::cpu_guarded());
+}
+
+#[test]
+fn gpu_two_tensors_have_the_bits_of_their_concatenation() {
+    gpu::each("two tensors", |device| {
+        two_tensors_have_the_bits_of_one(device);
+        Case::new((SEAMS[1].0, 2), Silu, 0.5, 1.0).pass_in_two(device, 3).flat()
+    });
+}
+
+/// The channels of both tensors for those of the first.
+#[test]
+fn bugs_planted_between_two_tensors_are_noticed() {
+    let test = "group_norm::gpu_two_tensors_have_the_bits_of_their_concatenation";
+    for (pass, is, reads) in
+        [("fwd_moments_f32", 3, 5), ("fwd_apply_bf16", 3, 9), ("bwd_sums_bf16", 3, 10), ("bwd_dx_f32", 5, 12)]
+    {
+        plant::notices_wrong_parameter(test, &format!("group_norm_{pass}"), is, reads);
+    }
 }
 
 #[test]

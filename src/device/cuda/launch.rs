@@ -303,6 +303,14 @@ impl<'a> Launch<'a> {
         self.pointer(buffer, 0, Kind::Pointer, What::Array(shape, dtype))
     }
 
+    /// The same, or a null pointer.
+    pub fn array_opt(self, array: Option<Array<'a>>) -> Self {
+        match array {
+            Some(array) => self.array(array),
+            None => self.null(),
+        }
+    }
+
     /// An array that the kernel writes: `shape` elements of type `dtype` at the start of `buffer`.
     pub fn array_mut(self, buffer: &'a mut Buffer, shape: Shape, dtype: DType) -> Self {
         self.pointer(buffer, 0, Kind::PointerMut, What::Array(shape, dtype))

@@ -155,6 +155,8 @@ pub struct Job {
     pub cols: usize,
     /// Steps of k.
     pub depth: usize,
+    /// Tiles of the result.
+    pub tiles: usize,
 }
 
 impl Job {
@@ -166,8 +168,8 @@ impl Job {
         cols: usize,
         depth: usize,
     ) -> Self {
-        let (kernel, _) = choose(variants, rows, cols);
-        Job { kernel, shared: 0, blocks: FMA, sum_parts, rows, cols, depth }
+        let (kernel, tiles) = choose(variants, rows, cols);
+        Job { kernel, shared: 0, blocks: FMA, sum_parts, rows, cols, depth, tiles }
     }
 
     /// On tensor cores, by a kernel with tiles of 128x128 or 64x64. `more`: bytes of shared memory beside its ring.
@@ -180,11 +182,12 @@ impl Job {
         depth: usize,
     ) -> Self {
         let blocks = if kernel.tile == Some((128, 128)) { MMA_128 } else { MMA_64 };
-        Job { kernel, shared: shared(kernel) + more, blocks, sum_parts, rows, cols, depth }
+        let tiles = tiles(kernel, rows, cols);
+        Job { kernel, shared: shared(kernel) + more, blocks, sum_parts, rows, cols, depth, tiles }
     }
 
-    /// Writes the product of `a` and `b` to `to`, f32, or adds it if `accumulate`. The kernels' parameters are `(to, a,
-    /// b, sizes, segment, accumulate)`.
+    /// Writes the product to `to`, f32, or adds it if `accumulate`. The kernel's parameters are `to`, the operands, and
+    /// `(sizes, segment, accumulate)`.
     ///
     /// # Errors
     /// A GPU error, or no memory for the segments' products.
@@ -193,20 +196,20 @@ impl Job {
         gpu: &Gpu,
         to: ViewMut<'_>,
         accumulate: bool,
-        [a, b]: [Array<'_>; 2],
+        operands: &[Option<Array<'_>>],
         sizes: impl Twin,
     ) -> Result<()> {
         let len = self.rows * self.cols;
         assert_eq!(to.bytes(), 4 * len, "bytes of a product {} x {}", self.rows, self.cols);
-        let tiles = tiles(self.kernel, self.rows, self.cols);
-        let SplitK { segment, count } = SplitK::new(self.blocks, tiles, self.depth);
-        let product = gpu.launch(self.kernel, [tiles, count, 1], self.kernel.max_threads).shared(self.shared);
+        let SplitK { segment, count } = SplitK::new(self.blocks, self.tiles, self.depth);
+        let product = gpu.launch(self.kernel, [self.tiles, count, 1], self.kernel.max_threads).shared(self.shared);
         if count == 1 {
-            let product = product.view_mut(to).array(a).array(b).value(sizes);
-            return product.u32(segment).u32(accumulate.into()).run();
+            let product = operands.iter().fold(product.view_mut(to), |launch, x| launch.array_opt(*x));
+            return product.value(sizes).u32(segment).u32(accumulate.into()).run();
         }
         let mut parts = gpu.alloc(4 * count * len)?; // (count, rows, cols)
-        product.buffer_mut(&mut parts).array(a).array(b).value(sizes).u32(segment).u32(0).run()?;
+        let product = operands.iter().fold(product.buffer_mut(&mut parts), |launch, x| launch.array_opt(*x));
+        product.value(sizes).u32(segment).u32(0).run()?;
         sum_parts(gpu, self.sum_parts, to, &parts, count, len, accumulate)
     }
 }
