@@ -195,9 +195,10 @@ pub struct Diffusion {
     pub schedule: Kind,
     /// T, number of diffusion steps, at least 2.
     pub timesteps: usize,
-    /// beta of the first timestep, in (0, 1); 0: [`Kind::default_betas`]. Not for the cosine and constant schedules.
+    /// beta of the first timestep, in (0, 1); 0: [`Kind::default_betas`]. Not for the cosine and constant schedules and
+    /// a learned one.
     pub beta_start: f64,
-    /// beta of the last timestep, in (0, 1); 0: [`Kind::default_betas`]. Not for the cosine schedule.
+    /// beta of the last timestep, in (0, 1); 0: [`Kind::default_betas`]. Not for the cosine schedule and a learned one.
     pub beta_end: f64,
     /// beta of every timestep, each in (0, 1), of a model that has them one by one; then `schedule` and its end values
     /// have no meaning. Empty: they follow from these. No setting: it comes from a model or from `betas=FILE.npy` and
@@ -350,7 +351,7 @@ settings! {
     "flip_sin_to_cos" => model.flip_sin_to_cos, "time embedding: false [sin, cos] (the paper), true [cos, sin]";
     "time_channels" => model.time_channels, "time embedding: its length; 0: as many as widths starts with";
     "timestep_scale" => model.timestep_scale, "time embedding: factor of the timestep; 1000/T as OpenAI rescales";
-    "schedule" => diffusion.schedule, "linear, cosine, quadratic, constant or sigmoid";
+    "schedule" => diffusion.schedule, "linear, cosine, quadratic, constant, sigmoid, or learned, trained with loss = vlb";
     "timesteps" => diffusion.timesteps, "T, steps of the diffusion process";
     "beta_start" => diffusion.beta_start, "first beta of the schedule; 0: the paper's for this T, 0.1/T";
     "beta_end" => diffusion.beta_end, "last beta of the schedule; 0: the paper's for this T, 20/T";
@@ -643,6 +644,9 @@ impl Config {
                 "prediction = mu with precision = bf16: a mean differs from x_t by less than bf16 rounds it at most timesteps; precision = f32 would do, or prediction = eps"
             );
         }
+        if self.diffusion.schedule == Kind::Learned {
+            self.validate_learned()?;
+        }
         if self.model.classifier && self.timestep_sampling == Sampling::Importance {
             // Its weights would be left out of the loss, which would then favour the timesteps drawn most.
             usage!("timestep_sampling = importance: a classifier's loss has no weights; take uniform or stratified");
@@ -689,6 +693,29 @@ impl Config {
         }
         if !(0.0..=0.5).contains(&self.held_out) {
             usage!("held_out = {} must be a share between 0 (no validation) and 0.5", self.held_out);
+        }
+        Ok(())
+    }
+}
+
+impl Config {
+    /// Refuses what a schedule cannot be learned with.
+    fn validate_learned(&self) -> Result<()> {
+        if self.model.classifier {
+            usage!(
+                "schedule = learned: a classifier learns none; give that of the model, by --set betas=RUN/betas.npy"
+            );
+        }
+        if self.loss != Loss::Vlb {
+            usage!(
+                "schedule = learned with loss = {}: only the bound says which schedule is better, others are least where there is nothing to predict; loss = vlb trains it",
+                self.loss
+            );
+        }
+        if self.timestep_sampling == Sampling::Importance {
+            usage!(
+                "timestep_sampling = importance: with schedule = learned the last losses are those of other schedules; take stratified or uniform"
+            );
         }
         Ok(())
     }
@@ -915,11 +942,23 @@ impl Diffusion {
             let unused = match self.schedule {
                 Kind::Linear | Kind::Quadratic | Kind::Sigmoid => [None, None],
                 Kind::Constant => [Some(("beta_start", self.beta_start)), None],
-                Kind::Cosine => [Some(("beta_start", self.beta_start)), Some(("beta_end", self.beta_end))],
+                Kind::Cosine | Kind::Learned => {
+                    [Some(("beta_start", self.beta_start)), Some(("beta_end", self.beta_end))]
+                }
             };
             if let Some((key, value)) = unused.into_iter().flatten().find(|&(_, value)| value != 0.0) {
                 usage!("{key} = {value}: the {} schedule does not have it, so leave it at 0", self.schedule);
             }
+        }
+        if self.schedule == Kind::Learned && !self.trained_betas.is_empty() {
+            usage!(
+                "schedule = learned: the betas are given one by one already, and stay; take those out, or another schedule"
+            );
+        }
+        if self.schedule == Kind::Learned && self.zero_snr {
+            usage!(
+                "zero_snr = true: with schedule = learned the bound finds where the schedule ends, so leave zero_snr at false"
+            );
         }
         let schedule = self.noise_schedule()?;
         if self.prediction == Prediction::Eps && schedule.has_zero_terminal_snr() {

@@ -415,6 +415,7 @@ fn what_a_model_says_of_itself_is_used_and_told() {
         v: &zeros,
         data: None,
         importance: None,
+        curve: None,
     };
     let saved = checkpoint::save(folder.path(), &model.config, state).unwrap();
     let draw = |class: &str| {
@@ -1156,6 +1157,7 @@ fn the_arguments_of_sample_reach_the_sampler() {
         v: &zeros,
         data: None,
         importance: None,
+        curve: None,
     };
     let saved = checkpoint::save(folder.path(), &model.config, state).unwrap();
     let (unet, _) = UNet::new(&model.config.model).unwrap();
@@ -1257,6 +1259,57 @@ fn a_model_is_judged_by_images() {
     }
     let said = fails(&mut command("eval", "--data nowhere"), 1);
     assert!(said.starts_with("ddpm-cuda: nowhere: "), "{said}");
+}
+
+/// A learned schedule is plotted, kept as a table in the checkpoint, and what other commands use; a resumed run goes on
+/// with it, and a classifier takes its betas.
+#[test]
+fn a_learned_schedule_is_plotted_and_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let (run, json) = (folder.path().join("run"), folder.path().join("f.json"));
+    let said = ok(train(&run, 3).args(["--set", "schedule=learned", "--set", "loss=vlb", "--set", "validate_every=3"]));
+    assert!(said.contains(&format!("learned schedule: {}", run.join("schedule.svg").display())), "{said}");
+    let svg = fs::read_to_string(run.join("schedule.svg")).unwrap();
+    assert!(svg.contains("log-SNR") && svg.contains("at the start") && svg.contains("after 3 steps"), "{svg}");
+    assert!(image::open(run.join("schedule.png")).is_ok());
+    let table = || -> Vec<f64> {
+        let newest = ddpm_cuda::checkpoint::newest(&run).unwrap().unwrap();
+        let text = fs::read_to_string(newest.join("scheduler/scheduler_config.json")).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        json["trained_betas"].as_array().unwrap().iter().map(|beta| beta.as_f64().unwrap()).collect()
+    };
+    let first = table();
+    assert_eq!(first.len(), 50);
+    assert_eq!(fs::read_to_string(run.join("config.toml")).unwrap().matches("trained_betas").count(), 0);
+    ok(ddpm().args(["train", "--resume"]).arg(&run).args(["--steps", "5"]));
+    assert_ne!(table(), first, "the schedule stands still");
+    ok(ddpm().args(["eval", "--count", "2", "--model"]).arg(&run).arg("--json").arg(&json));
+    ok(ddpm()
+        .args(["sample", "--count", "1", "--steps", "5", "--model"])
+        .arg(&run)
+        .arg("--out")
+        .arg(run.join("x.png")));
+    let judge = || {
+        let mut command = ddpm();
+        command.args(["train-classifier", "--data", "mnist", "--batch", "4", "--steps", "1", "--device", "cpu"]);
+        command.args(TINY).arg("--out").arg(folder.path().join("judge"));
+        command
+    };
+    let said = fails(judge().args(["--set", "schedule=learned"]), 2);
+    assert!(said.contains("schedule = learned: a classifier learns none"), "{said}");
+    // The file says how many timesteps there are.
+    let betas = format!("betas={}", run.join("betas.npy").display());
+    let tiny: Vec<&str> = TINY[..6].to_vec();
+    let mut command = ddpm();
+    command.args(["train-classifier", "--data", "mnist", "--batch", "4", "--steps", "1", "--device", "cpu"]);
+    ok(command
+        .args(tiny)
+        .args(["--set", "validate_every=0", "--set", &betas])
+        .arg("--out")
+        .arg(folder.path().join("j")));
+    let mut command = ddpm();
+    command.args(["sample", "--count", "1", "--steps", "3", "--model"]).arg(&run).arg("--classifier");
+    ok(command.arg(folder.path().join("j")).arg("--out").arg(folder.path().join("guided.png")));
 }
 
 /// A classifier guides an unconditional model: of the classes asked for come other images, and more so with its scale.
@@ -1614,6 +1667,7 @@ fn guidance_needs_a_model_that_was_trained_for_it() {
         v: &zeros,
         data: None,
         importance: None,
+        curve: None,
     };
     let saved = checkpoint::save(folder.path(), &config, state).unwrap();
     let out = folder.path().join("out.npz");

@@ -117,6 +117,12 @@ impl Objective {
         Objective { vlb_weight, min_snr_gamma, ..self }
     }
 
+    /// The same over all timesteps of another schedule.
+    pub fn on(self, schedule: &Schedule) -> Self {
+        let kept = (0..schedule.len() as u32).collect();
+        Objective { schedule: schedule.clone(), chain: schedule.clone(), kept, ..self }
+    }
+
     /// The same over the chain that keeps only the given timesteps, ascending.
     pub fn over(self, kept: &[u32]) -> Self {
         Objective { chain: self.schedule.keep(kept), kept: kept.to_vec(), ..self }

@@ -5,6 +5,7 @@
 
 use std::f64::consts::FRAC_PI_2;
 
+use super::learned::Curve;
 use crate::error::Result;
 use crate::names::names;
 use crate::usage;
@@ -22,6 +23,8 @@ pub enum Kind {
     Constant,
     /// beta_t on a sigmoid over [-6, 6], scaled to the end values (GeoDiff, Xu et al. 2022), as in diffusers.
     Sigmoid,
+    /// Trained with the bound ([`learned`](super::learned)); as a schedule, where that begins.
+    Learned,
 }
 
 /// The smallest alpha_bar accepted, but for 0 itself: predicting x_0 from eps divides by its root, which must stay
@@ -35,17 +38,18 @@ names!(Kind {
     Quadratic = "quadratic" | "scaled_linear",
     Constant = "constant",
     Sigmoid = "sigmoid",
+    Learned = "learned",
 });
 
 impl Kind {
-    /// Its name in `beta_schedule` of diffusers' `scheduler_config.json`; `None` for the constant schedule, which is
-    /// written there as `trained_betas`.
+    /// Its name in `beta_schedule` of diffusers' `scheduler_config.json`; `None` for the constant schedule and a
+    /// learned one, which are written there as `trained_betas`.
     pub const fn diffusers_name(self) -> Option<&'static str> {
         match self {
             Kind::Linear => Some("linear"),
             Kind::Cosine => Some("squaredcos_cap_v2"),
             Kind::Quadratic => Some("scaled_linear"),
-            Kind::Constant => None,
+            Kind::Constant | Kind::Learned => None,
             Kind::Sigmoid => Some("sigmoid"),
         }
     }
@@ -118,24 +122,27 @@ impl Schedule {
     /// A named schedule with [`Kind::default_betas`].
     ///
     /// # Errors
-    /// `Error::Usage` for fewer than 2 timesteps (21 for all but the cosine schedule) or more than a million.
+    /// `Error::Usage` for fewer than 2 timesteps (21 for all that have end values) or more than a million.
     pub fn new(kind: Kind, timesteps: usize) -> Result<Self> {
         check_timesteps(timesteps)?;
         let (start, end) = Kind::default_betas(timesteps);
-        // Only the cosine schedule, which has no end values, can be shorter than 21 steps.
-        if kind != Kind::Cosine && end >= 1.0 {
+        // Only schedules without end values can be shorter than 21 steps.
+        if !matches!(kind, Kind::Cosine | Kind::Learned) && end >= 1.0 {
             usage!("timesteps is {timesteps}: the {kind} schedule needs at least 21");
         }
         Schedule::with_betas(kind, timesteps, start, end)
     }
 
-    /// A named schedule from beta `start` to beta `end`, each in (0, 1). The cosine schedule ignores both; the constant
-    /// one uses `end` only.
+    /// A named schedule from beta `start` to beta `end`, each in (0, 1). The cosine schedule and a learned one ignore
+    /// both; the constant one uses `end` only.
     ///
     /// # Errors
     /// `Error::Usage` for a beta or a number of timesteps out of range.
     pub fn with_betas(kind: Kind, timesteps: usize, start: f64, end: f64) -> Result<Self> {
         check_timesteps(timesteps)?;
+        if kind == Kind::Learned {
+            return Ok(Curve::new(timesteps).schedule());
+        }
         if kind != Kind::Cosine {
             check_beta("beta_start", start)?;
             check_beta("beta_end", end)?;
@@ -151,6 +158,7 @@ impl Schedule {
             Kind::Quadratic => spaced(start.sqrt(), end.sqrt(), t).powi(2),
             Kind::Constant => end,
             Kind::Sigmoid => start + (end - start) / (1.0 + (-spaced(-6.0, 6.0, t)).exp()),
+            Kind::Learned => unreachable!("its curve is made above"),
         };
         Schedule::from_betas((0..timesteps).map(beta).collect())
     }
@@ -234,6 +242,12 @@ impl Schedule {
     /// alpha_bar_{t-1}; 1 at `t = 0`.
     pub fn alpha_bar_before(&self, t: usize) -> f64 {
         if t == 0 { 1.0 } else { self.alpha_bar[t - 1] }
+    }
+
+    /// ln of the noise level sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t), minus half the log-SNR; infinite where
+    /// nothing of the image is left.
+    pub fn log_sigma(&self, t: usize) -> f64 {
+        0.5 * ((1.0 - self.alpha_bar[t]) / self.alpha_bar[t]).ln()
     }
 
     /// Factors of x_0 and of eps in x_t: `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` (DDPM, equation 4).

@@ -1,8 +1,10 @@
 //! A network in training: the state of a run and one step of it, algorithm 1 of the paper.
 
+use std::borrow::Cow;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::feed::{Feed, Resident};
+use super::learning::Learning;
 use super::losses::Losses;
 use crate::checkpoint::{self, DataMark};
 use crate::clock::Clock;
@@ -10,7 +12,7 @@ use crate::conditioning::Conditioning;
 use crate::config::Config;
 use crate::data::{Data, Dataset, Order};
 use crate::device::Device;
-use crate::diffusion::{Batch, Importance, Sampling, Schedule};
+use crate::diffusion::{Batch, Curve, Importance, Kind, Sampling, Schedule};
 use crate::error::{Error, Result};
 use crate::images::Source;
 use crate::memory::memory_needed;
@@ -36,7 +38,10 @@ pub struct Trainer {
     config: Config,
     data: Data,
     unet: UNet,
+    /// The noise schedule, unless it is learned.
     schedule: Schedule,
+    /// The noise schedule, if it is learned.
+    learning: Option<Learning>,
     params: Params,
     ema: Params,
     grads: ParamGrads,
@@ -93,6 +98,7 @@ impl Trainer {
         let flat = Shape::vector(specs.flat_len());
         let schedule = config.diffusion.noise_schedule()?;
         let [train, held_out] = resident(config, &unet, &specs, &data, device)?;
+        let is_learned = config.diffusion.schedule == Kind::Learned;
         Ok(Trainer {
             device: device.clone(),
             config: Config { precision: device.precision(), ..config.clone() },
@@ -104,6 +110,7 @@ impl Trainer {
                 losses: (config.timestep_sampling == Sampling::Importance)
                     .then(|| Losses::new(device, Importance::new(schedule.len(), config.batch), config.accumulate)),
             },
+            learning: is_learned.then(|| Learning::new(device, schedule.len(), &data.train)),
             data,
             table: Table::new(device, config.objective()?)?,
             schedule,
@@ -131,6 +138,7 @@ impl Trainer {
             v: &self.v,
             data: Some(&self.mark),
             importance: self.inputs.losses.as_ref().map(Losses::known),
+            curve: self.learning.as_ref().map(Learning::curve),
         }
     }
 
@@ -143,6 +151,7 @@ impl Trainer {
             m: &mut self.m,
             v: &mut self.v,
             importance: self.inputs.losses.as_mut().map(Losses::known_mut),
+            curve: self.learning.as_mut().map(Learning::curve_mut),
         }
     }
 
@@ -195,9 +204,17 @@ impl Trainer {
         &self.unet
     }
 
-    /// The noise schedule.
-    pub fn schedule(&self) -> &Schedule {
-        &self.schedule
+    /// The noise schedule, of a learned one the moving average, with which samples are drawn.
+    pub fn schedule(&self) -> Cow<'_, Schedule> {
+        match &self.learning {
+            Some(learning) => Cow::Owned(learning.curve().average()),
+            None => Cow::Borrowed(&self.schedule),
+        }
+    }
+
+    /// A schedule in training.
+    pub fn curve(&self) -> Option<&Curve> {
+        self.learning.as_ref().map(Learning::curve)
     }
 
     /// One step on the next images: algorithm 1 of the paper, for a batch. On a GPU it only launches the work.
@@ -213,21 +230,33 @@ impl Trainer {
         if let Some(losses) = &mut self.inputs.losses {
             losses.begin(&self.table)?;
         }
+        if let Some(learning) = &mut self.learning {
+            learning.begin()?;
+            let schedule = learning.curve().schedule();
+            self.table.follow(&schedule)?;
+            self.inputs.coefficients.follow(&schedule)?;
+        }
         let update = update(&self.config, self.step + 1);
         // A handle of the device bound to the step's clock, from which kernels read what changes from step to step.
         let device = self.clock.begin(self.step, update.factors(), self.meter.row())?;
         for k in 0..self.config.accumulate {
             let batch = self.inputs.draw(&device, &self.config, &self.data.train, self.step, k)?;
             let mut tape = Tape::recording(&device, &self.params);
-            let t = batch.batch.weights.is_some().then(|| batch.batch.t());
-            let (y, loss) = forward_loss(&self.unet, &mut tape, &self.table, batch, &mut self.meter)?; // (n, h, w, c)
+            let Passed { x_t, t, y, mut loss, batch, source } =
+                forward_loss(&self.unet, &mut tape, &self.table, batch, &mut self.meter)?;
             if let Some(mean) = loss.mean().filter(|mean| !mean.is_finite()) {
                 return Err(self.explain_not_finite("loss", mean));
             }
-            if let (Some(losses), Some(t)) = (&mut self.inputs.losses, t) {
-                losses.add(&t, &loss)?;
+            let dy = loss.gradient.take().expect("a training loss has a gradient");
+            let mut leaves = tape.backward(&y, dy, &mut self.grads)?;
+            if let Some(learning) = &mut self.learning {
+                let dx = leaves.take(&x_t).expect("the output depends on x_t"); // (n, h, w, c)
+                let sums = loss::of_schedule(&device, (y.value(), &dx), source, &batch, &t, &self.table)?;
+                learning.add(&self.table, batch.t(), sums, loss.image, self.config.batch)?;
             }
-            tape.backward(&y, loss.gradient.expect("a training loss has a gradient"), &mut self.grads)?;
+            if let (Some(losses), Some(_)) = (&mut self.inputs.losses, &batch.weights) {
+                losses.add(&batch.t(), &loss)?;
+            }
         }
 
         let g = self.grads.finish(self.params.specs())?;
@@ -240,6 +269,9 @@ impl Trainer {
         }
         let state = State { w: &mut self.params, ema: &mut self.ema, m: &mut self.m, v: &mut self.v, g };
         adam(&device, state, &update, &mut self.meter)?;
+        if let Some(learning) = &mut self.learning {
+            learning.update(&self.table, &update)?;
+        }
         self.step += 1;
         self.unread += 1;
         Ok(())
@@ -304,7 +336,7 @@ impl Trainer {
             let batch = self.inputs.draw(&device, &self.config, &self.data.train, self.step, k)?;
             let mut tape = Tape::inspecting(&self.device, &self.params);
             match forward_loss(&self.unet, &mut tape, &self.table, batch, &mut self.meter) {
-                Ok((y, loss)) => {
+                Ok(Passed { y, loss, .. }) => {
                     let dy = loss.gradient.expect("a training loss has a gradient");
                     tape.backward(&y, dy, &mut self.grads)?;
                 }
@@ -332,6 +364,17 @@ impl Trainer {
         let mut meter = Meter::new(&self.device)?;
         let mut feed = Feed::new(&self.device, self.held_out.as_ref());
         meter.begin();
+        // Of a learned schedule the moving average, as of the weights.
+        let averaged = match &self.learning {
+            Some(learning) => {
+                let (schedule, objective) = (learning.curve().average(), self.table.objective().clone());
+                let table = Table::new(&self.device, objective.on(&schedule))?;
+                Some((table, Coefficients::new(&self.device, &schedule)?))
+            }
+            None => None,
+        };
+        let (table, coefficients) =
+            averaged.as_ref().map_or((&self.table, &self.inputs.coefficients), |(table, factors)| (table, factors));
         let held_out: Vec<usize> = (0..data.len()).collect();
         for (k, indices) in held_out.chunks(size).enumerate() {
             if stop.load(Ordering::Relaxed) {
@@ -345,9 +388,9 @@ impl Trainer {
                 let end = places.end.min(data.len() as u64);
                 data.rows(&held_out[places.start as usize..end as usize], conditional)
             })?;
-            let noised = q_sample(&self.device, source, &batch, &self.inputs.coefficients)?;
-            let batch = MicroBatch { batch, source, noised, masks: None, step_images: None };
-            forward_loss(&self.unet, &mut Tape::inference(&self.device, &self.ema), &self.table, batch, &mut meter)?;
+            let noised = q_sample(&self.device, source, &batch, coefficients)?;
+            let batch = MicroBatch { batch, source, noised, masks: None, step_images: None, by_x_t: false };
+            forward_loss(&self.unet, &mut Tape::inference(&self.device, &self.ema), table, batch, &mut meter)?;
         }
         let measured = meter.read()?.pop().expect("one row");
         let vlb = self.table.objective().loss().has_bound() && !data.is_empty();
@@ -429,7 +472,8 @@ impl Inputs {
         let source = feed.source(data, places, |places| rows(order.range(places)))?;
         let noised = q_sample(device, source, &batch, coefficients)?;
         let masks = Some(DropoutSeed { seed: c.seed, step, first });
-        Ok(MicroBatch { batch, source, noised, masks, step_images: Some(c.batch) })
+        let by_x_t = c.diffusion.schedule == Kind::Learned;
+        Ok(MicroBatch { batch, source, noised, masks, step_images: Some(c.batch), by_x_t })
     }
 }
 
@@ -443,28 +487,43 @@ struct MicroBatch<'a> {
     masks: Option<DropoutSeed>,
     /// Images over which the step's loss is the mean; `None`: no gradient is wanted.
     step_images: Option<usize>,
+    /// Whether the derivative by x_t is wanted.
+    by_x_t: bool,
 }
 
-/// The network's output for noised images, (n, h, w, c), with a learned variance (n, h, w, 2c), of a classifier
-/// (n, 1, 1, classes), and its loss, which is also added to the meter's row.
-fn forward_loss(
+/// Noised images that went through the network.
+struct Passed<'a> {
+    /// (n, h, w, c).
+    x_t: Var,
+    /// (n, 1, 1, 1).
+    t: Tensor,
+    /// The output, (n, h, w, c), with a learned variance (n, h, w, 2c), of a classifier (n, 1, 1, classes).
+    y: Var,
+    loss: Loss,
+    batch: Batch,
+    source: Source<'a>,
+}
+
+/// Takes noised images through the network, and adds the loss to the meter's row.
+fn forward_loss<'a>(
     unet: &UNet,
     tape: &mut Tape<'_>,
     table: &Table,
-    batch: MicroBatch<'_>,
+    batch: MicroBatch<'a>,
     meter: &mut Meter,
-) -> Result<(Var, Loss)> {
-    let MicroBatch { batch, source, noised: Noised { x_t, t, conditioning }, masks, step_images } = batch;
+) -> Result<Passed<'a>> {
+    let MicroBatch { batch, source, noised: Noised { x_t, t, conditioning }, masks, step_images, by_x_t } = batch;
     let device = tape.device().clone();
+    let x_t = if by_x_t { tape.leaf(x_t) } else { Var::constant(x_t) };
     if unet.model().classifier {
         let labels = conditioning.labels().expect("images for a classifier have classes");
-        let logits = unet.forward(tape, &Var::constant(x_t), &t, &Conditioning::NONE, masks)?; // (n, 1, 1, classes)
-        let loss = cross_entropy(&device, logits.value(), labels, &batch, &t, step_images, meter)?;
-        return Ok((logits, loss));
+        let y = unet.forward(tape, &x_t, &t, &Conditioning::NONE, masks)?; // (n, 1, 1, classes)
+        let loss = cross_entropy(&device, y.value(), labels, &batch, &t, step_images, meter)?;
+        return Ok(Passed { x_t, t, y, loss, batch, source });
     }
-    let y = unet.forward(tape, &Var::constant(x_t), &t, &conditioning, masks)?; // (n, h, w, out_channels)
+    let y = unet.forward(tape, &x_t, &t, &conditioning, masks)?; // (n, h, w, out_channels)
     let loss = loss::any(&device, y.value(), source, &batch, &t, table, step_images, meter)?;
-    Ok((y, loss))
+    Ok(Passed { x_t, t, y, loss, batch, source })
 }
 
 /// The parameters of the update of step `step` (from 1).
