@@ -11,7 +11,7 @@
 //! Deliberately absent: UniPC, whose predictor is DPM-Solver++'s and whose corrector needs one more stored prediction,
 //! and stochastic variants of the two ODE solvers.
 
-use super::prediction::{Mix, Prediction};
+use super::prediction::{Mix, Prediction, Said};
 use super::schedule::{Schedule, Variance};
 use super::timesteps::{NOISE_ALONE, Spacing, Timesteps};
 use crate::error::Result;
@@ -328,8 +328,11 @@ impl Sampler {
     /// which is known at whole timesteps alone, and a schedule that ends in pure noise.
     pub fn heun_over_levels(schedule: &Schedule, prediction: Prediction, steps: usize) -> Result<Self> {
         let level = |(time, sigma): (f64, f64)| {
-            let alpha_bar = 1.0 / (1.0 + sigma * sigma);
-            Ok(Level { time, alpha_bar, x_0: prediction.x_0_at(alpha_bar)? })
+            let alpha_bar: f64 = 1.0 / (1.0 + sigma * sigma);
+            let Some(Said { x_0, .. }) = prediction.at_level(alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()) else {
+                usage!("a network that predicts mu knows whole timesteps alone: take another --spacing than karras")
+            };
+            Ok(Level { time, alpha_bar, x_0 })
         };
         let levels = Timesteps::karras_levels(schedule, steps)?.into_iter().map(level).collect::<Result<Vec<_>>>()?;
         Ok(Sampler::of(heun(&levels), Vec::new()))
