@@ -1348,6 +1348,31 @@ fn a_classifier_guides_a_drawing() {
     assert!(fails(&mut draw("--classifier JUDGE --class 10"), 2).contains("0 to 9"));
 }
 
+/// `.pt` files of OpenAI's are judged as any model, whose data must be given, with the flags that they lack.
+#[test]
+fn models_of_openai_are_judged_by_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let colour = folder.path().join("colour.npz");
+    let (shape, labels) = (Shape::new(20, 8, 8, 3), (0..20).map(|i| i % 5).collect::<Vec<u32>>());
+    let bytes: Vec<u8> = (0..shape.len()).map(|i| (i * 97 % 251) as u8).collect();
+    ddpm_cuda::output::write_npz(&colour, shape, &bytes, Some(&labels)).unwrap();
+    let colour = colour.to_str().unwrap();
+    for (name, data) in [("guided", colour), ("guided_legacy", colour), ("improved", "mnist")] {
+        let model = fixture(&format!("openai/{name}")).join("model.pt");
+        let command = |arguments: &str| {
+            let mut command = ddpm();
+            command.args(arguments.split(' ')).args(["--device", "cpu", "--model"]).arg(&model);
+            command
+        };
+        let said = ok(command("eval --count 2 --steps 4 --split train").args(["--data", data]));
+        assert!(said.contains(" bits per dimension: L_T ") && said.contains("2 images"), "{name}: {said}");
+        let said = ok(command("likelihood --count 1 --tolerance 0.3 --split train").args(["--data", data]));
+        assert!(said.contains("bits per dimension of uniformly dequantised pixels"), "{name}: {said}");
+        let said = fails(&mut command("eval --count 2"), 2);
+        assert!(said.contains("this model does not say what it was trained on: give images with --data"), "{said}");
+    }
+}
+
 /// The step of each line of the log.
 fn lines(run: &Path) -> Vec<u64> {
     let log = fs::read_to_string(run.join("metrics.jsonl")).unwrap();

@@ -14,6 +14,7 @@ mod parts;
 pub mod predict;
 pub mod quality;
 pub mod sample;
+mod sampling;
 mod signals;
 pub mod train;
 pub mod train_classifier;
