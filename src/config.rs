@@ -291,6 +291,11 @@ impl Given {
         self.0.contains(key)
     }
 
+    /// Forgets that these settings were chosen.
+    pub fn forget(&mut self, keys: &[&str]) {
+        self.0.retain(|key| !keys.contains(key));
+    }
+
     /// Notes that a setting was chosen.
     pub fn add(&mut self, key: &'static str) {
         self.0.insert(key);
@@ -393,6 +398,19 @@ const FILE_OF_BETAS: &str = "betas";
 pub const MAY_CHANGE: [&str; 7] =
     ["data", "steps", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints"];
 
+/// Settings that a classifier of noised images does not have: what a network predicts, its loss, its way up, and how it
+/// sees classes.
+pub const NOT_OF_CLASSIFIERS: [&str; 8] = [
+    "prediction",
+    "variance",
+    "loss",
+    "vlb_weight",
+    "min_snr_gamma",
+    "label_dropout",
+    "class_embedding",
+    "upsample_type",
+];
+
 /// Every setting with its value in the default preset, of a network or of a `classifier`, for `--help`.
 pub fn help(classifier: bool) -> String {
     let mut text = String::from("Settings of --set and config.toml, with the values of --preset mnist:\n");
@@ -400,7 +418,8 @@ pub fn help(classifier: bool) -> String {
     if classifier {
         config = config.into_classifier();
     }
-    for ((key, value), setting) in config.entries().zip(SETTINGS) {
+    let lacks = |key: &str| classifier && NOT_OF_CLASSIFIERS.contains(&key);
+    for ((key, value), setting) in config.entries().zip(SETTINGS).filter(|((key, _), _)| !lacks(key)) {
         text += &format!("  {:<32} {}\n", format!("{key} = {value}"), setting.help);
     }
     let help = "one beta for each timestep, f32 or f64, in place of schedule, timesteps, beta_start and beta_end";
@@ -571,6 +590,20 @@ impl Config {
             _ => self.preset.to_string(),
         };
         if self.model.classifier { name + "-classifier" } else { name }
+    }
+
+    /// Refuses `KEY=VALUE` of `--set` whose setting is among `keys`, which `what` does not have.
+    ///
+    /// # Errors
+    /// `Error::Usage`, with the first.
+    pub fn refuse_sets(sets: &[String], keys: &[&str], what: &str) -> Result<()> {
+        for assignment in sets {
+            let (key, _) = pair(assignment)?;
+            if keys.contains(&key) {
+                usage!("--set {assignment}: {what} has no {key}, so leave it out");
+            }
+        }
+        Ok(())
     }
 
     /// Takes every setting that is not `given` from `other`.

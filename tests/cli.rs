@@ -1348,6 +1348,45 @@ fn a_classifier_guides_a_drawing() {
     assert!(fails(&mut draw("--classifier JUDGE --class 10"), 2).contains("0 to 9"));
 }
 
+/// What a classifier does not have is refused by name, and passed over in the settings of the model to be guided.
+#[test]
+fn a_classifier_has_no_settings_of_a_network() {
+    let folder = tempfile::tempdir().unwrap();
+    let train_classifier = || {
+        let mut command = ddpm();
+        command.args(["train-classifier", "--data", "mnist", "--batch", "4", "--steps", "1", "--device", "cpu"]);
+        command.args(TINY).args(["--set", "validate_every=0"]);
+        command
+    };
+    for (assignment, key) in [
+        ("loss=vlb", "loss"),
+        ("prediction=v", "prediction"),
+        ("variance=learned_range", "variance"),
+        ("min_snr_gamma=3", "min_snr_gamma"),
+        ("vlb_weight=1", "vlb_weight"),
+        ("label_dropout=0.1", "label_dropout"),
+        ("class_embedding=timestep", "class_embedding"),
+        ("upsample_type=resnet", "upsample_type"),
+    ] {
+        let said = fails(train_classifier().args(["--set", assignment]), 2);
+        let want = format!("ddpm-cuda: --set {assignment}: a classifier has no {key}, so leave it out\n");
+        assert_eq!(said, want);
+    }
+    let help = ok(ddpm().args(["train-classifier", "--help"]));
+    assert!(!help.contains("min_snr_gamma = ") && help.contains("timestep_sampling = "), "{help}");
+    let model = folder.path().join("model.toml");
+    fs::write(&model, "timesteps = 40\nloss = \"hybrid\"\nvariance = \"learned_range\"\nlabel_dropout = 0.1\n")
+        .unwrap();
+    let run = folder.path().join("judge");
+    let mut command = ddpm();
+    command.args(["train-classifier", "--data", "mnist", "--batch", "4", "--steps", "1", "--device", "cpu"]);
+    ok(command.args(&TINY[..6]).args(["--set", "validate_every=0", "--config"]).arg(&model).arg("--out").arg(&run));
+    let settings = fs::read_to_string(run.join("config.toml")).unwrap();
+    for line in ["timesteps = 40", "loss = \"simple\"", "variance = \"fixed_large\"", "label_dropout = 0.0"] {
+        assert!(settings.lines().any(|l| l.starts_with(line)), "{line} is not in {settings}");
+    }
+}
+
 /// `.pt` files of OpenAI's are judged as any model, whose data must be given, with the flags that they lack.
 #[test]
 fn models_of_openai_are_judged_by_images() {
