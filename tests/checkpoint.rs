@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use ddpm_cuda::checkpoint::{self, State, StateMut, Stepping, Threshold};
+use ddpm_cuda::checkpoint::{self, For, State, StateMut, Stepping, Threshold};
 use ddpm_cuda::config::{ClassEmbedding, Config, Diffusion, MiddleAttention, Model, Preset, Resampling, Size};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::{Curve, Kind, Schedule, Spacing, Variance};
@@ -613,6 +613,12 @@ fn unsupported_processes_are_refused_by_the_key() {
             "has variance_type = learned_range, but the network has 1 out_channels for 1 in_channels",
         ),
         (
+            "variance_type",
+            json!("learned"),
+            "has variance_type = learned, but the network has 1 out_channels for 1 in_channels",
+        ),
+        ("variance_type", json!("odd"), "one of fixed_small, fixed_large, learned, learned_range is supported"),
+        (
             "beta_schedule",
             json!("stepped"),
             "has beta_schedule = \"stepped\"; one of linear, squaredcos_cap_v2, scaled_linear, sigmoid, laplace, exp",
@@ -643,6 +649,50 @@ fn unsupported_processes_are_refused_by_the_key() {
     }
     fs::write(&path, "{").unwrap();
     assert!(load().err().expect("refused").to_string().contains("is not JSON"));
+}
+
+/// `learned` of diffusers is the variance itself, and that of a network trained here its logarithm, which keeps a key of
+/// its own and is not written for diffusers.
+#[test]
+fn either_learned_variance_keeps_its_meaning() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let mut config = Config::preset(Preset::Mnist);
+    for (key, value) in [("widths", "8,16"), ("groups", "4"), ("attention_resolutions", "14"), ("loss", "vlb")] {
+        config.set(key, value).unwrap();
+    }
+    config.set("variance", "learned_range").unwrap();
+    let (_, specs) = UNet::new(&config.model).unwrap();
+    let params = Params::init(&Device::cpu(), specs, 1).unwrap();
+    let write = |name: &str, config: &Config, whose: For| {
+        checkpoint::write_folder(&at(name), config, &params, &Stepping::OURS, whose).map(|()| at(name))
+    };
+    let scheduler = |folder: &Path| folder.join("scheduler/scheduler_config.json");
+    let foreign = write("foreign", &config, For::Diffusers).unwrap();
+    let mut json = json_file(&scheduler(&foreign));
+    json["variance_type"] = json!("learned");
+    fs::write(scheduler(&foreign), json.to_string()).unwrap();
+    let read = |folder: &Path| checkpoint::load(&Device::cpu(), folder).unwrap().config;
+    let raw = read(&foreign);
+    assert_eq!(raw.diffusion.variance, Variance::LearnedRaw);
+    assert!(raw.model.learned_variance);
+    let again = write("again", &raw, For::Diffusers).unwrap();
+    let json = json_file(&scheduler(&again));
+    assert_eq!((json["variance_type"].as_str(), json.get("_variance")), (Some("learned"), None));
+    assert_eq!(read(&again).diffusion, raw.diffusion);
+    let refused = raw.validate().unwrap_err().to_string();
+    assert!(refused.starts_with("variance = learned_raw is that of models of diffusers"), "{refused}");
+
+    config.set("variance", "learned").unwrap();
+    let refused = write("none", &config, For::Diffusers).unwrap_err().to_string();
+    assert!(
+        refused.contains("diffusers has no words for variance = learned, whose output is the logarithm"),
+        "{refused}"
+    );
+    let ours = write("ours", &config, For::Ours).unwrap();
+    let json = json_file(&scheduler(&ours));
+    assert_eq!((json["variance_type"].as_str(), json["_variance"].as_str()), (Some("learned_log"), Some("learned")));
+    assert_eq!(read(&ours).diffusion.variance, Variance::Learned);
 }
 
 #[test]

@@ -538,7 +538,8 @@ impl Place {
                 let unfit = |e: Error| Error::file(file, format!("describes a process that cannot be: {e}"));
                 read.0.validate().map_err(unfit)?;
                 if read.0.variance.is_learned() != config.model.learned_variance {
-                    let (variance, outputs) = (read.0.variance, config.model.out_channels());
+                    let outputs = config.model.out_channels();
+                    let variance = json.get("variance_type").and_then(Value::as_str).unwrap_or("fixed_small");
                     let what = format!(
                         "has variance_type = {variance}, but the network has {outputs} out_channels for {} in_channels; a learned variance takes twice as many, and no other does",
                         config.model.channels

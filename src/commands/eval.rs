@@ -75,6 +75,11 @@ pub fn run(args: &Args) -> Result<()> {
         }
         asked => asked.unwrap_or(own),
     };
+    if variance == Variance::LearnedRaw {
+        usage!(
+            "this model's network puts out the variance itself (learned of diffusers), whose bound is not computed here; sample and quality judge it"
+        );
+    }
     let objective = Objective::new(Loss::Vlb, c.diffusion.prediction, variance, &schedule);
     let steps = args.steps.unwrap_or(schedule.len());
     let spacing = args.spacing.unwrap_or(stepping.spacing);

@@ -269,6 +269,7 @@ pub fn slope(objective: &Objective, t: u32, sums: &Sums<f64>, weight: f64) -> Sl
         Variance::FixedLarge => (apart, [0.0; 3]),
         Variance::Learned => (variance.map(|slope| -slope), [0.0; 3]),
         Variance::LearnedRange => (apart.map(|slope| 0.5 * slope), apart.map(|slope| 0.5 * slope)),
+        Variance::LearnedRaw => unreachable!("it has no row"),
     };
     let of_term = match t {
         // The decoder depends on the deviation of p and on the error of the mean, c_x0 being 1: z and the half width of

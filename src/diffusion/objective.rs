@@ -105,7 +105,8 @@ pub const LEAST_PROBABILITY: f64 = 1e-12;
 
 impl Objective {
     /// The objective `loss` over all timesteps of a schedule. Whether the settings can work together is
-    /// [`check`](Self::check)'s matter; the bound can be had of any.
+    /// [`check`](Self::check)'s matter; the bound can be had of any but [`Variance::LearnedRaw`], whose logarithm is not
+    /// linear in the output.
     pub fn new(loss: Loss, prediction: Prediction, variance: Variance, schedule: &Schedule) -> Self {
         let kept = (0..schedule.len() as u32).collect();
         let (schedule, chain) = (schedule.clone(), schedule.clone());
@@ -134,6 +135,11 @@ impl Objective {
     /// `Error::Usage`, with the reason.
     pub fn check(&self) -> Result<()> {
         let (loss, variance) = (self.loss, self.variance);
+        if variance == Variance::LearnedRaw {
+            usage!(
+                "variance = learned_raw is that of models of diffusers, whose network puts out the variance itself: they are sampled from, not trained; variance = learned trains its logarithm"
+            );
+        }
         let learned = variance.is_learned();
         if learned && !loss.has_bound() {
             usage!(
@@ -206,6 +212,7 @@ impl Objective {
         let log_q = chain.log_variance(Variance::FixedSmall, i);
         let (shift, scale) = match self.variance {
             Variance::Learned => (-log_q, 1.0),
+            Variance::LearnedRaw => panic!("the bound of a network that puts out the variance itself"),
             // v from -1 to 1 is from log_q to ln beta (IDDPM, equation 15).
             Variance::LearnedRange => {
                 let half = 0.5 * (chain.betas()[i].ln() - log_q);

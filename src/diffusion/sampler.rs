@@ -88,13 +88,15 @@ pub enum Before {
     State,
 }
 
-/// The logarithm of the variance, `offset + factor v`, from the second half v of the network's output.
+/// The variance from the second half v of the network's output: its logarithm is `offset + factor v`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LogVariance {
     /// Where v is 0.
     pub offset: f64,
     /// Of v.
     pub factor: f64,
+    /// v is the variance itself, and the other two mean nothing. A negative one makes what is no number.
+    pub raw: bool,
 }
 
 /// One step of the reverse process:
@@ -260,15 +262,17 @@ impl Sampler {
     ///
     /// # Errors
     /// `Error::Usage` for an `eta` outside [0, 1]; for a network that predicts eps, and for any with a solver, if
-    /// nothing of the image is left at the last timestep; for [`Variance::Learned`] over fewer timesteps than the
-    /// network learned it for.
+    /// nothing of the image is left at the last timestep; for [`Variance::Learned`] and [`Variance::LearnedRaw`] over
+    /// fewer timesteps than the network learned it for.
     pub fn over(schedule: &Schedule, prediction: Prediction, method: Method, kept: &[u32]) -> Result<Self> {
         if let Method::Ddim { eta } = method
             && !(0.0..=1.0).contains(&eta)
         {
             usage!("eta is {eta}: must be from 0 to 1");
         }
-        if method == Method::Ancestral(Variance::Learned) && kept.iter().enumerate().any(|(i, &t)| i != t as usize) {
+        if matches!(method, Method::Ancestral(Variance::Learned | Variance::LearnedRaw))
+            && kept.iter().enumerate().any(|(i, &t)| i != t as usize)
+        {
             usage!(
                 "the learned variance is that of a step of one timestep, but {} of {} are kept: take another, such as --variance fixed_small",
                 kept.len(),
@@ -445,10 +449,13 @@ fn ancestral(plain: Step, chain: &Schedule, variance: Variance, i: usize) -> Ste
             let sigma = if i == 0 { 0.0 } else { (0.5 * log_variance).exp() };
             Step { sigma, variance: log_variance.exp(), ..step }
         }
-        Variance::Learned => Step { sigma: noisy, learned: Some(LogVariance { offset: 0.0, factor: 1.0 }), ..step },
+        Variance::Learned | Variance::LearnedRaw => {
+            let raw = variance == Variance::LearnedRaw;
+            Step { sigma: noisy, learned: Some(LogVariance { offset: 0.0, factor: 1.0, raw }), ..step }
+        }
         Variance::LearnedRange => {
             let (low, high) = (chain.log_variance(Variance::FixedSmall, i), chain.betas()[i].ln());
-            let learned = LogVariance { offset: 0.5 * (high + low), factor: 0.5 * (high - low) };
+            let learned = LogVariance { offset: 0.5 * (high + low), factor: 0.5 * (high - low), raw: false };
             Step { sigma: noisy, learned: Some(learned), ..step }
         }
     }

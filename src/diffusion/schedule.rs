@@ -91,20 +91,24 @@ pub enum Variance {
     /// The second half of the network's output, v, is a place between the logarithms of beta_tilde_t (v = -1) and
     /// beta_t (v = 1) (IDDPM, equation 15).
     LearnedRange,
+    /// The second half of the network's output is the variance itself: `learned` of diffusers. Models that have it are
+    /// sampled from; nothing here trains it.
+    LearnedRaw,
 }
 
-// The names of diffusers' `variance_type`.
+// The names of diffusers' `variance_type`, but for its `learned`, which is `learned_raw` here.
 names!(Variance {
     FixedSmall = "fixed_small",
     FixedLarge = "fixed_large",
     Learned = "learned",
     LearnedRange = "learned_range",
+    LearnedRaw = "learned_raw",
 });
 
 impl Variance {
     /// Whether the network puts it out, in a second half of its channels.
     pub const fn is_learned(self) -> bool {
-        matches!(self, Variance::Learned | Variance::LearnedRange)
+        matches!(self, Variance::Learned | Variance::LearnedRange | Variance::LearnedRaw)
     }
 }
 
@@ -277,7 +281,9 @@ impl Schedule {
             _ if t == 0 => self.posterior_variance(1),
             Variance::FixedSmall => self.posterior_variance(t),
             Variance::FixedLarge => self.betas[t],
-            Variance::Learned | Variance::LearnedRange => panic!("the {variance} variance is the network's"),
+            Variance::Learned | Variance::LearnedRange | Variance::LearnedRaw => {
+                panic!("the {variance} variance is the network's")
+            }
         };
         value.ln()
     }

@@ -419,6 +419,7 @@ pub mod reference {
             // ln of the variance of p, and its derivative by v.
             let (log_p, by_v) = match variance {
                 Variance::Learned => (output[at + c], T::one()),
+                Variance::LearnedRaw => (output[at + c].ln(), output[at + c].recip()),
                 Variance::LearnedRange => {
                     let share = (output[at + c] + T::one()) * half;
                     (share * large + (T::one() - share) * small, half * (large - small))
