@@ -821,25 +821,25 @@ fn sums_follow(device: &Device, objective: &Objective, images: Images<'_>, batch
         let (y, dx) = (&y[i * len..][..len], &by_x_t[i * image..][..image]);
         let want = reference::of_schedule(objective, t, [&x_0, &eps, y, dx], c);
         let mut budget = [0.0; SUMS];
-        for k in 0..image {
+        for (k, (&image_k, &noise_k)) in x_0.iter().zip(&eps).enumerate() {
             let at = if doubled { k / c * 2 * c + k % c } else { k };
             let v = if doubled { y[at + c] } else { 0.0 };
             let of_v = F32_ROUNDING * 2.0 * (row.shift.abs() + 2.0 * (row.scale * v).abs()) / row.scale;
             let alone = |of_d: f64, v: f64| {
                 let y = [y[at] + of_d * 2.0 * (1e-6 + 16.0 * F32_ROUNDING), v];
-                let one = [&x_0[k..=k], &eps[k..=k], &y[..if doubled { 2 } else { 1 }], &dx[k..=k]];
+                let one: [&[f64]; 4] = [&[image_k], &[noise_k], &y[..if doubled { 2 } else { 1 }], &dx[k..=k]];
                 reference::of_schedule(objective, t, one, 1)
             };
             let here = alone(0.0, v);
             let there = [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)];
             let there = there.map(|(of_d, sign)| alone(of_d, if doubled { v + sign * of_v } else { v }));
-            let d = y[at] - (row.target.0 * x_0[k] + row.target.1 * eps[k]);
-            let factors = [d, x_0[k], eps[k], 1.0, v, 0.0, 0.0];
-            let drawn = [0.0, 0.0, here[2] / eps[k], 0.0, 0.0, 0.0, dx[k]];
-            for j in 0..SUMS {
+            let d = y[at] - (row.target.0 * image_k + row.target.1 * noise_k);
+            let factors = [d, image_k, noise_k, 1.0, v, 0.0, 0.0];
+            let drawn = [0.0, 0.0, here[2] / noise_k, 0.0, 0.0, 0.0, dx[k]];
+            for (j, budget) in budget.iter_mut().enumerate() {
                 let moved = there.iter().map(|there| (there[j] - here[j]).abs()).fold(0.0, f64::max);
                 let rounded = 32.0 * F32_ROUNDING * (here[j].abs() + 32.0 * factors[j].abs());
-                budget[j] += 2.0 * moved + rounded + 1e-6 * drawn[j].abs();
+                *budget += 2.0 * moved + rounded + 1e-6 * drawn[j].abs();
             }
         }
         within(&format!("{} of {}, sums at {t}", name(objective), images.shape), &got[i], &want, &budget);
