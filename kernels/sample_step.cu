@@ -6,8 +6,8 @@
 //                       x_0 = limit(x0_xt x + x0_output y) + shift_x0 g;
 //                       next = c_x0 x_0 + c_xt x + c_before before + shift_mean variance g + sigma z.
 //                       limit clips to +-bound, or to +-s and divides by s = limits[i]. A learned variance is
-//                       exp(log_offset + log_factor v), or v if it is RAW, and sigma its root where f.sigma is not 0. z is drawn unless
-//                       sigma is 0
+//                       exp(log_offset + log_factor v), or v if it is RAW, and sigma its root where f.sigma is not 0.
+//                       z is drawn unless sigma is 0
 //            correct:   eps = eps_xt x + eps_output y;  next = x + factors[i, 0] eps + factors[i, 1] z
 //            diffuse:   next = signal from + noise z where mask is 0 or there is no mask, otherwise x
 //            these four write the new x as f32 and, unless `input` is null, `copies` times in T for the network

@@ -651,8 +651,8 @@ fn unsupported_processes_are_refused_by_the_key() {
     assert!(load().err().expect("refused").to_string().contains("is not JSON"));
 }
 
-/// `learned` of diffusers is the variance itself, and that of a network trained here its logarithm, which keeps a key of
-/// its own and is not written for diffusers.
+/// `learned` of diffusers is the variance itself, and that of a network trained here its logarithm, which keeps a key
+/// of its own and is not written for diffusers.
 #[test]
 fn either_learned_variance_keeps_its_meaning() {
     let folder = tempfile::tempdir().unwrap();

@@ -1058,8 +1058,8 @@ fn the_bound_of_a_gaussian_is_its_entropy() {
 }
 
 /// A learned schedule has a lower bound than those that are given, of a chain so short that its shape matters.
-/// Independently computed: 8.6769 bits at the start, 7.2616 after as many steps, 8.1181 with the cosine schedule, 8.1096
-/// with the linear one.
+/// Independently computed: 8.6769 bits at the start, 7.2616 after as many steps, 8.1181 with the cosine schedule,
+/// 8.1096 with the linear one.
 #[test]
 fn a_learned_schedule_lowers_the_bound() {
     const STEPS: usize = 25;

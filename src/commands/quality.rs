@@ -28,8 +28,8 @@ const COUNT: usize = 2000;
 #[derive(Debug, clap::Args)]
 #[command(group(clap::ArgGroup::new("images").required(true).args(["model", "samples"])))]
 pub struct Args {
-    /// Draw the samples of this model: run folder (its newest checkpoint), checkpoint, model folder of diffusers, or .pt
-    /// file of OpenAI's
+    /// Draw the samples of this model: run folder (its newest checkpoint), checkpoint, model folder of diffusers, or
+    /// .pt file of OpenAI's
     #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER|FILE.pt")]
     pub model: Option<PathBuf>,
     /// A flag of OpenAI's scripts that FILE.pt does not tell, such as num_heads=4; may be given several times

@@ -105,8 +105,8 @@ pub const LEAST_PROBABILITY: f64 = 1e-12;
 
 impl Objective {
     /// The objective `loss` over all timesteps of a schedule. Whether the settings can work together is
-    /// [`check`](Self::check)'s matter; the bound can be had of any but [`Variance::LearnedRaw`], whose logarithm is not
-    /// linear in the output.
+    /// [`check`](Self::check)'s matter; the bound can be had of any but [`Variance::LearnedRaw`], whose logarithm is
+    /// not linear in the output.
     pub fn new(loss: Loss, prediction: Prediction, variance: Variance, schedule: &Schedule) -> Self {
         let kept = (0..schedule.len() as u32).collect();
         let (schedule, chain) = (schedule.clone(), schedule.clone());
