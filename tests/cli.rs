@@ -1272,6 +1272,10 @@ fn a_learned_schedule_is_plotted_and_used() {
     let svg = fs::read_to_string(run.join("schedule.svg")).unwrap();
     assert!(svg.contains("log-SNR") && svg.contains("at the start") && svg.contains("after 3 steps"), "{svg}");
     assert!(image::open(run.join("schedule.png")).is_ok());
+    let log = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let line: serde_json::Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
+    let [first, last] = [0, 1].map(|k| line["log_snr"][k].as_f64().unwrap());
+    assert!((first - 13.3).abs() < 0.1 && (last + 5.0).abs() < 0.1 && line["vlb"].is_f64(), "{line}");
     let table = || -> Vec<f64> {
         let newest = ddpm_cuda::checkpoint::newest(&run).unwrap().unwrap();
         let text = fs::read_to_string(newest.join("scheduler/scheduler_config.json")).unwrap();

@@ -284,6 +284,10 @@ fn steps(
 
         if logs {
             let mut line = report.line(done, config.model.classifier);
+            if let Some(curve) = trainer.curve() {
+                let schedule = curve.average();
+                line["log_snr"] = json!([0, schedule.len() - 1].map(|t| -2.0 * schedule.log_sigma(t)));
+            }
             if due_or_last(config.validate_every)
                 && let Some(held_out) = unless_interrupted(trainer.validate(stop))?
                 && let Some(mean) = held_out.quarters.mean()

@@ -864,7 +864,8 @@ fn cpu_sums_for_the_schedule_what_the_reference_does() {
     for set in SETS {
         let pixels = pixels(set.len());
         let images = Images { pixels: &pixels, shape: set };
-        for objective in bounds(&schedule) {
+        // Of the large images a few.
+        for objective in bounds(&schedule).step_by(if set == SETS[2] { 5 } else { 1 }) {
             sums_follow(&Device::cpu_guarded(), &objective, images, &spread(set));
         }
     }
