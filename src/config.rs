@@ -299,6 +299,10 @@ impl Given {
     /// Notes that a setting was chosen.
     pub fn add(&mut self, key: &'static str) {
         self.0.insert(key);
+        if key == FILE_OF_BETAS {
+            // The file says how many.
+            self.0.insert("timesteps");
+        }
     }
 }
 

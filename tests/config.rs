@@ -321,7 +321,7 @@ fn values_that_cannot_be_read() {
         ("background=blue", "background = blue: white, black, grey or #rrggbb is expected, as in #ff8000"),
         ("background=#12345", "white, black, grey or #rrggbb is expected"),
         ("background=#+12345", "white, black, grey or #rrggbb is expected"),
-        ("schedule=cosin", "one of linear, cosine, quadratic, constant, sigmoid is expected"),
+        ("schedule=cosin", "one of linear, cosine, quadratic, constant, sigmoid, learned is expected"),
         ("batch", "there is no '='; write --set KEY=VALUE"),
     ];
     for (assignment, want) in cases {
