@@ -61,7 +61,7 @@ fn main() -> Result<()> {
         }
     }
 
-    let sampler = Sampler::new(trainer.schedule(), Method::Ancestral(config.diffusion.variance), Spacing::Even, 50)?;
+    let sampler = Sampler::new(&trainer.schedule(), Method::Ancestral(config.diffusion.variance), Spacing::Even, 50)?;
     let drawing = Drawing { device: &device, unet: trainer.unet(), params: trainer.ema(), sampler: &sampler, seed: 1 };
     let images = drawing.images(16, None, |_| Ok(()))?;
     output::write_grid(Path::new("discs.png"), drawing.shape(16), &images)?;

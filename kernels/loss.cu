@@ -1,6 +1,7 @@
 // loss: a training loss, its gradient and its sums by quarter of the timesteps in one kernel; the noise is redrawn and
 // x_0 made from its bytes again, neither is read. fwd is L_simple of eps; any is every other loss (src/ops/loss.rs);
-// terms measures the bound and the error of x_0 without a gradient.
+// terms measures the bound and the error of x_0 without a gradient; schedule takes the sums of which the derivative of
+// the bound by the noise schedule is made.
 //
 // computes   fwd: d_ik = y_ik - z_ik;  dy_ik = factor d_ik (unless dy is null);  L_i = sum_k d_ik^2 / image;
 //            loss_sums[q] += L_i and counts[q] += 1 in the meter's row, for each image's quarter
@@ -12,23 +13,27 @@
 //                vlb_sum += terms sum l / image weights_i
 //            terms: partial = (sum l, sum e^2), e the error of x_0, which is clipped to [-1, 1] if clip is set, and the
 //                mean with it unless clip is KEEP_MEAN
+//            schedule: partial = sums of dz d, dz x_0, dz z_ik, ddelta, ddelta v, dx x_0 and dx z_ik, with dz and
+//                ddelta the derivatives of l by z and delta
 // layout     y, dy (n, h, w, c) f32 or bf16, if doubled (n, h, w, 2c), v behind y in each pixel; t, weights (n) f32,
-//            weights may be null; rows as in meter.cuh; partial (n, chunks) f64, of any and terms (n, chunks, 2); done
-//            one word, 0 before and after; pixels, indices as in q_sample.cu; table (timesteps) rows
+//            weights may be null; rows as in meter.cuh; partial (n, chunks) f64, of any and terms (n, chunks, 2), of
+//            schedule (n, chunks, SUMS); dx (n, h, w, c) of y's type; done one word, 0 before and after; pixels,
+//            indices as in q_sample.cu; table (timesteps) rows
 // mapping    block = CHUNK elements of one image, thread = 4 neighbours at a time; grid (chunks, n). The block that
 //            finishes last adds the partial sums to the row: thread = every THREADS-th of them, by quarter; then thread
 //            q = quarter q of the losses, thread QUARTERS + q of the counts
-// shared     fwd 580 B, any 644, terms 64: the warps' sums of a chunk (block_sum), whether this block is the last, and
-//            the warps' sums of losses and counts by quarter and of the bound, written by each warp's first lane and
-//            read by the first threads
+// shared     fwd 580 B, any 644, terms and schedule 64: the warps' sums of a chunk (block_sum), whether this block is
+//            the last, and the warps' sums of losses and counts by quarter and of the bound, written by each warp's
+//            first lane and read by the first threads
 // bound by   latency for the small images of a training step. Beyond: 2 to 8 bytes moved per element, and two
 //            instructions in f64, a conversion and an FMA. An RTX 4090 does 645 G of these a second (1/64 of its f32
 //            rate) and moves 1008 GB/s: f64 takes 0.4 of the time of an f32 step's memory, 0.8 of a bf16 step's, and
 //            1.6 of a bf16 validation's, which has no gradient. The last is no reason for sums in f32, which a finite
 //            prediction could overflow
-//            any and terms: two exponentials and two logarithms per element in f32 for the bound; they divide an
-//            index per four elements by c and w, of mirrored images and doubled outputs alone
-// host       n <= 65535, image < 2^34 (any, terms: 2^31), n chunks < 2^31; the clock is null or the step's (clock.cuh)
+//            any, terms and schedule: two exponentials and two logarithms per element in f32 for the bound; they
+//            divide an index per four elements by c and w, of mirrored images and doubled outputs alone
+// host       n <= 65535, image < 2^34 (any, terms, schedule: 2^31), n chunks < 2^31; the clock is null or the
+//            step's (clock.cuh)
 // numerics   z has the CPU's bits; differences and terms of the bound in f32, squares and sums in f64, in a fixed order
 //            whichever block finishes last
 #include "clock.cuh"
@@ -213,7 +218,14 @@ struct Places {
     }
 };
 
-// Calls f(element of the output, d, delta, x_0, byte) for the block's elements of its image.
+// One element of an image as a loss sees it.
+struct Difference {
+    unsigned k, at;           // its place in the image and in the output
+    float d, delta, x_0, z;   // z: the noise
+    unsigned char u;
+};
+
+// Calls f(Difference) for the block's elements of its image.
 template <class T, class F>
 __device__ __forceinline__ void each_difference(const T* y, const float* t, const unsigned char* pixels,
                                                 const unsigned* indices, const Row& row, unsigned image, unsigned w,
@@ -235,7 +247,7 @@ __device__ __forceinline__ void each_difference(const T* y, const float* t, cons
             const unsigned at = places.output[j];
             const float d = load(y_i + at) - fmaf(row.byte, x_0, row.eps * z[j]);
             const float delta = -(doubled ? fmaf(row.scale, load(y_i + at + c), row.shift) : row.shift);
-            f(at, d, delta, x_0 / 255.0f, u);
+            f(Difference{first + j, at, d, delta, x_0 / 255.0f, z[j], u});
         }
     }
 }
@@ -256,18 +268,20 @@ __device__ __forceinline__ void any(T* dy, MeterRow* rows, double* partial, unsi
     T* dy_i = dy != nullptr ? dy + size_t(i) * image * (doubled ? 2 : 1) : nullptr;
     double squares = 0.0, nats = 0.0;
     each_difference(y, t, pixels, of_place(indices, clock), row, image, w, c, doubled, needs_bytes, stream, mirrored,
-                    [&](unsigned at, float d, float delta, float, unsigned char u) {
+                    [&](const Difference& e) {
+                        const float d = e.d;
                         squares += double(d) * double(d);
                         Term term = {0.0f, 0.0f, 0.0f};
                         if (has_bound) {
                             const float z = row.mean_error * d;
-                            term = row.half_bin != 0.0f ? decoder(z, delta, row.half_bin, u) : divergence(z, delta);
+                            term = row.half_bin != 0.0f ? decoder(z, e.delta, row.half_bin, e.u)
+                                                        : divergence(z, e.delta);
                             nats += double(term.nats);
                         }
                         if (dy_i == nullptr) return;
                         const float by_mean = row.bound_mean * term.dz * row.mean_error;
-                        store(dy_i + at, scaled * (2.0f * row.squared * d + by_mean));
-                        if (doubled) store(dy_i + at + c, -scaled * row.bound * term.ddelta * row.scale);
+                        store(dy_i + e.at, scaled * (2.0f * row.squared * d + by_mean));
+                        if (doubled) store(dy_i + e.at + c, -scaled * row.bound * term.ddelta * row.scale);
                     });
     squares = block_sum<THREADS>(squares, scratch);
     nats = block_sum<THREADS>(nats, scratch);
@@ -296,17 +310,17 @@ __device__ __forceinline__ void terms(double* partial, const T* y, const float* 
     const Row row = table[unsigned(t[i])];
     double nats = 0.0, squares = 0.0;
     each_difference(y, t, pixels, indices, row, image, w, c, doubled, true, stream, mirrored,
-                    [&](unsigned, float d, float delta, float x_0, unsigned char u) {
-                        float error = row.x_0_error * d, z = row.mean_error * d;
+                    [&](const Difference& e) {
+                        float error = row.x_0_error * e.d, z = row.mean_error * e.d;
                         if (clip != 0) {
-                            const float predicted = x_0 + error;
+                            const float predicted = e.x_0 + error;
                             // Comparisons keep what is not a number.
-                            if (predicted > 1.0f) error = 1.0f - x_0;
-                            if (predicted < -1.0f) error = -1.0f - x_0;
+                            if (predicted > 1.0f) error = 1.0f - e.x_0;
+                            if (predicted < -1.0f) error = -1.0f - e.x_0;
                             if (clip != KEEP_MEAN) z = row.mean_of_x_0 * error;
                         }
                         const bool decodes = row.half_bin != 0.0f;
-                        const Term term = decodes ? decoder(z, delta, row.half_bin, u) : divergence(z, delta);
+                        const Term term = decodes ? decoder(z, e.delta, row.half_bin, e.u) : divergence(z, e.delta);
                         nats += double(term.nats);
                         squares += double(error) * double(error);
                     });
@@ -315,6 +329,44 @@ __device__ __forceinline__ void terms(double* partial, const T* y, const float* 
     if (threadIdx.x == 0) {
         partial[2 * (size_t(i) * chunks + blockIdx.x)] = nats;
         partial[2 * (size_t(i) * chunks + blockIdx.x) + 1] = squares;
+    }
+}
+
+// Host twin: sums of an image that the derivative by the schedule is made of.
+constexpr size_t SUMS = 7;
+
+template <class T>
+__device__ __forceinline__ void schedule(double* partial, const T* y, const T* dx, const float* t,
+                                         const unsigned char* pixels, const unsigned* indices, const Row* table,
+                                         unsigned image, unsigned w, unsigned c, unsigned doubled, const Stream& noise,
+                                         uint32_t purpose_flip, unsigned flip, const Clock* clock) {
+    __shared__ double scratch[THREADS / 32];
+    const unsigned i = blockIdx.y, chunks = gridDim.x;
+    const Stream stream = of_image(of_step(noise, clock), i);
+    const bool mirrored = flip && below(for_purpose(stream, purpose_flip), 2) == 1;
+    const Row& row = table[unsigned(t[i])];  // a copy would spill on sm_80
+    const T* y_i = y + size_t(i) * image * (doubled ? 2 : 1);
+    const T* dx_i = dx + size_t(i) * image;
+    double sums[SUMS] = {};
+    each_difference(y, t, pixels, indices, row, image, w, c, doubled, true, stream, mirrored,
+                    [&](const Difference& e) {
+                        const float z = row.mean_error * e.d;
+                        const Term term = row.half_bin != 0.0f ? decoder(z, e.delta, row.half_bin, e.u)
+                                                               : divergence(z, e.delta);
+                        const double v = doubled ? double(load(y_i + e.at + c)) : 0.0;
+                        const double dz = term.dz, ddelta = term.ddelta, of_x_t = load(dx_i + e.k);
+                        sums[0] += dz * double(e.d);
+                        sums[1] += dz * double(e.x_0);
+                        sums[2] += dz * double(e.z);
+                        sums[3] += ddelta;
+                        sums[4] += ddelta * v;
+                        sums[5] += of_x_t * double(e.x_0);
+                        sums[6] += of_x_t * double(e.z);
+                    });
+#pragma unroll
+    for (unsigned k = 0; k < SUMS; ++k) {
+        const double sum = block_sum<THREADS>(sums[k], scratch);
+        if (threadIdx.x == 0) partial[SUMS * (size_t(i) * chunks + blockIdx.x) + k] = sum;
     }
 }
 
@@ -348,6 +400,17 @@ F32_AND_BF16(ENTRY)
         const Row* table, unsigned image, unsigned w, unsigned c, unsigned doubled, Stream noise, \
         unsigned purpose_flip, unsigned flip, unsigned clip) { \
         terms(partial, y, t, pixels, indices, table, image, w, c, doubled, noise, purpose_flip, flip, clip); \
+    }
+F32_AND_BF16(ENTRY)
+#undef ENTRY
+
+// loss_schedule_f32, loss_schedule_bf16
+#define ENTRY(suffix, T) \
+    extern "C" __global__ void __launch_bounds__(THREADS) loss_schedule_##suffix( \
+        double* partial, const T* y, const T* dx, const float* t, const unsigned char* pixels, \
+        const unsigned* indices, const Row* table, unsigned image, unsigned w, unsigned c, unsigned doubled, \
+        Stream noise, unsigned purpose_flip, unsigned flip, const Clock* clock) { \
+        schedule(partial, y, dx, t, pixels, indices, table, image, w, c, doubled, noise, purpose_flip, flip, clock); \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY

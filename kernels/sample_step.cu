@@ -6,8 +6,8 @@
 //                       x_0 = limit(x0_xt x + x0_output y) + shift_x0 g;
 //                       next = c_x0 x_0 + c_xt x + c_before before + shift_mean variance g + sigma z.
 //                       limit clips to +-bound, or to +-s and divides by s = limits[i]. A learned variance is
-//                       exp(log_offset + log_factor v), and sigma its root where f.sigma is not 0. z is drawn unless
-//                       sigma is 0
+//                       exp(log_offset + log_factor v), or v if it is RAW, and sigma its root where f.sigma is not 0.
+//                       z is drawn unless sigma is 0
 //            correct:   eps = eps_xt x + eps_output y;  next = x + factors[i, 0] eps + factors[i, 1] z
 //            diffuse:   next = signal from + noise z where mask is 0 or there is no mask, otherwise x
 //            these four write the new x as f32 and, unless `input` is null, `copies` times in T for the network
@@ -67,6 +67,12 @@ __device__ __forceinline__ Stream of_turn(Stream s, const Turn* turn) {
     if (turn != nullptr) s.step = turn->step;
     return s;
 }
+
+// Host twin: the second half of the output is the logarithm of the variance, but for log_offset and log_factor.
+constexpr unsigned LOGARITHM = 1;
+
+// Host twin: it is the variance itself.
+constexpr unsigned RAW = 2;
 
 // Stores elements i .. i + count of the new x.
 template <class T>
@@ -175,7 +181,11 @@ __device__ __forceinline__ void step(float* next, T* input, float* x_0, const fl
             image_j = image_j > bound ? bound : image_j;
             if (limits != nullptr) image_j = __fdiv_rn(image_j, bound);
             float sigma = f.sigma, variance = f.variance;
-            if (learned) {
+            if (learned == RAW) {
+                variance = out.v[j];
+                // Without noise its root is not asked for.
+                if (sigma != 0.0f) sigma = __fmul_rn(sigma, __fsqrt_rn(variance));
+            } else if (learned == LOGARITHM) {
                 const float log_variance = fmaf(f.log_factor, out.v[j], f.log_offset);
                 sigma = __fmul_rn(sigma, expf(__fmul_rn(0.5f, log_variance)));
                 variance = expf(log_variance);

@@ -195,9 +195,10 @@ pub struct Diffusion {
     pub schedule: Kind,
     /// T, number of diffusion steps, at least 2.
     pub timesteps: usize,
-    /// beta of the first timestep, in (0, 1); 0: [`Kind::default_betas`]. Not for the cosine and constant schedules.
+    /// beta of the first timestep, in (0, 1); 0: [`Kind::default_betas`]. Not for the cosine and constant schedules and
+    /// a learned one.
     pub beta_start: f64,
-    /// beta of the last timestep, in (0, 1); 0: [`Kind::default_betas`]. Not for the cosine schedule.
+    /// beta of the last timestep, in (0, 1); 0: [`Kind::default_betas`]. Not for the cosine schedule and a learned one.
     pub beta_end: f64,
     /// beta of every timestep, each in (0, 1), of a model that has them one by one; then `schedule` and its end values
     /// have no meaning. Empty: they follow from these. No setting: it comes from a model or from `betas=FILE.npy` and
@@ -290,9 +291,18 @@ impl Given {
         self.0.contains(key)
     }
 
+    /// Forgets that these settings were chosen.
+    pub fn forget(&mut self, keys: &[&str]) {
+        self.0.retain(|key| !keys.contains(key));
+    }
+
     /// Notes that a setting was chosen.
     pub fn add(&mut self, key: &'static str) {
         self.0.insert(key);
+        if key == FILE_OF_BETAS {
+            // The file says how many.
+            self.0.insert("timesteps");
+        }
     }
 }
 
@@ -350,7 +360,7 @@ settings! {
     "flip_sin_to_cos" => model.flip_sin_to_cos, "time embedding: false [sin, cos] (the paper), true [cos, sin]";
     "time_channels" => model.time_channels, "time embedding: its length; 0: as many as widths starts with";
     "timestep_scale" => model.timestep_scale, "time embedding: factor of the timestep; 1000/T as OpenAI rescales";
-    "schedule" => diffusion.schedule, "linear, cosine, quadratic, constant or sigmoid";
+    "schedule" => diffusion.schedule, "linear, cosine, quadratic, constant, sigmoid, or learned, trained with loss = vlb";
     "timesteps" => diffusion.timesteps, "T, steps of the diffusion process";
     "beta_start" => diffusion.beta_start, "first beta of the schedule; 0: the paper's for this T, 0.1/T";
     "beta_end" => diffusion.beta_end, "last beta of the schedule; 0: the paper's for this T, 20/T";
@@ -392,6 +402,19 @@ const FILE_OF_BETAS: &str = "betas";
 pub const MAY_CHANGE: [&str; 7] =
     ["data", "steps", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints"];
 
+/// Settings that a classifier of noised images does not have: what a network predicts, its loss, its way up, and how it
+/// sees classes.
+pub const NOT_OF_CLASSIFIERS: [&str; 8] = [
+    "prediction",
+    "variance",
+    "loss",
+    "vlb_weight",
+    "min_snr_gamma",
+    "label_dropout",
+    "class_embedding",
+    "upsample_type",
+];
+
 /// Every setting with its value in the default preset, of a network or of a `classifier`, for `--help`.
 pub fn help(classifier: bool) -> String {
     let mut text = String::from("Settings of --set and config.toml, with the values of --preset mnist:\n");
@@ -399,7 +422,8 @@ pub fn help(classifier: bool) -> String {
     if classifier {
         config = config.into_classifier();
     }
-    for ((key, value), setting) in config.entries().zip(SETTINGS) {
+    let lacks = |key: &str| classifier && NOT_OF_CLASSIFIERS.contains(&key);
+    for ((key, value), setting) in config.entries().zip(SETTINGS).filter(|((key, _), _)| !lacks(key)) {
         text += &format!("  {:<32} {}\n", format!("{key} = {value}"), setting.help);
     }
     let help = "one beta for each timestep, f32 or f64, in place of schedule, timesteps, beta_start and beta_end";
@@ -572,6 +596,20 @@ impl Config {
         if self.model.classifier { name + "-classifier" } else { name }
     }
 
+    /// Refuses `KEY=VALUE` of `--set` whose setting is among `keys`, which `what` does not have.
+    ///
+    /// # Errors
+    /// `Error::Usage`, with the first.
+    pub fn refuse_sets(sets: &[String], keys: &[&str], what: &str) -> Result<()> {
+        for assignment in sets {
+            let (key, _) = pair(assignment)?;
+            if keys.contains(&key) {
+                usage!("--set {assignment}: {what} has no {key}, so leave it out");
+            }
+        }
+        Ok(())
+    }
+
     /// Takes every setting that is not `given` from `other`.
     pub fn fill(&mut self, given: &Given, other: &Config) {
         for setting in SETTINGS.iter().filter(|setting| !given.has(setting.key)) {
@@ -643,6 +681,9 @@ impl Config {
                 "prediction = mu with precision = bf16: a mean differs from x_t by less than bf16 rounds it at most timesteps; precision = f32 would do, or prediction = eps"
             );
         }
+        if self.diffusion.schedule == Kind::Learned {
+            self.validate_learned()?;
+        }
         if self.model.classifier && self.timestep_sampling == Sampling::Importance {
             // Its weights would be left out of the loss, which would then favour the timesteps drawn most.
             usage!("timestep_sampling = importance: a classifier's loss has no weights; take uniform or stratified");
@@ -689,6 +730,29 @@ impl Config {
         }
         if !(0.0..=0.5).contains(&self.held_out) {
             usage!("held_out = {} must be a share between 0 (no validation) and 0.5", self.held_out);
+        }
+        Ok(())
+    }
+}
+
+impl Config {
+    /// Refuses what a schedule cannot be learned with.
+    fn validate_learned(&self) -> Result<()> {
+        if self.model.classifier {
+            usage!(
+                "schedule = learned: a classifier learns none; give that of the model, by --set betas=RUN/betas.npy"
+            );
+        }
+        if self.loss != Loss::Vlb {
+            usage!(
+                "schedule = learned with loss = {}: only the bound says which schedule is better, others are least where there is nothing to predict; loss = vlb trains it",
+                self.loss
+            );
+        }
+        if self.timestep_sampling == Sampling::Importance {
+            usage!(
+                "timestep_sampling = importance: with schedule = learned the last losses are those of other schedules; take stratified or uniform"
+            );
         }
         Ok(())
     }
@@ -915,11 +979,23 @@ impl Diffusion {
             let unused = match self.schedule {
                 Kind::Linear | Kind::Quadratic | Kind::Sigmoid => [None, None],
                 Kind::Constant => [Some(("beta_start", self.beta_start)), None],
-                Kind::Cosine => [Some(("beta_start", self.beta_start)), Some(("beta_end", self.beta_end))],
+                Kind::Cosine | Kind::Learned => {
+                    [Some(("beta_start", self.beta_start)), Some(("beta_end", self.beta_end))]
+                }
             };
             if let Some((key, value)) = unused.into_iter().flatten().find(|&(_, value)| value != 0.0) {
                 usage!("{key} = {value}: the {} schedule does not have it, so leave it at 0", self.schedule);
             }
+        }
+        if self.schedule == Kind::Learned && !self.trained_betas.is_empty() {
+            usage!(
+                "schedule = learned: the betas are given one by one already, and stay; take those out, or another schedule"
+            );
+        }
+        if self.schedule == Kind::Learned && self.zero_snr {
+            usage!(
+                "zero_snr = true: with schedule = learned the bound finds where the schedule ends, so leave zero_snr at false"
+            );
         }
         let schedule = self.noise_schedule()?;
         if self.prediction == Prediction::Eps && schedule.has_zero_terminal_snr() {

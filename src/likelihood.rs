@@ -22,6 +22,7 @@ use std::f64::consts::{LN_2, PI};
 
 use crate::conditioning::Conditioning;
 use crate::device::Device;
+use crate::diffusion::timesteps::timestep_of;
 use crate::diffusion::{Prediction, Schedule};
 use crate::error::{Error, Result};
 use crate::params::Params;
@@ -76,39 +77,29 @@ pub struct Level {
     pub t: f64,
 }
 
-/// The levels of noise that a flow passes: sigma of every timestep.
+/// The levels of noise that a flow passes: ln sigma of every timestep.
 pub struct Levels {
-    sigma: Vec<f64>,
+    log_sigma: Vec<f64>,
 }
 
 impl Levels {
     /// Those of a schedule. A last timestep with nothing left of the image, whose sigma is infinite, is left out.
     pub fn new(schedule: &Schedule) -> Self {
-        let sigma = |t: usize| ((1.0 - schedule.alpha_bar(t)) / schedule.alpha_bar(t)).sqrt();
         let last = schedule.len() - usize::from(schedule.has_zero_terminal_snr());
-        Levels { sigma: (0..last).map(sigma).collect() }
+        Levels { log_sigma: (0..last).map(|t| schedule.log_sigma(t)).collect() }
     }
 
     fn first(&self) -> f64 {
-        self.sigma[0]
+        self.log_sigma[0].exp()
     }
 
     fn last(&self) -> f64 {
-        self.sigma[self.sigma.len() - 1]
+        self.log_sigma[self.log_sigma.len() - 1].exp()
     }
 
     /// The level of `sigma`, its timestep interpolated linearly in ln sigma.
     pub fn at(&self, sigma: f64) -> Level {
-        let above = self.sigma.partition_point(|&s| s <= sigma);
-        let t = match above {
-            0 => 0.0,
-            above if above == self.sigma.len() => (above - 1) as f64,
-            above => {
-                let (low, high) = (self.sigma[above - 1].ln(), self.sigma[above].ln());
-                (above - 1) as f64 + (sigma.ln() - low) / (high - low)
-            }
-        };
-        Level { sigma, t }
+        Level { sigma, t: timestep_of(&self.log_sigma, sigma.ln()) }
     }
 }
 
@@ -378,7 +369,9 @@ impl Model<'_> {
         let product = product.expect("the output depends on the input").to_vec()?; // (n, h, w, c)
         let d = shape.pixels() * c;
         let answer = |i: usize| {
-            let mix = self.prediction.eps_at(query.levels[i].sigma);
+            let sigma = query.levels[i].sigma;
+            let signal = 1.0 / (1.0 + sigma * sigma).sqrt();
+            let mix = self.prediction.at_level(signal, sigma * signal).expect("a prediction other than mu").eps;
             let prediction = output[i * shape.pixels() * out..(i + 1) * shape.pixels() * out].chunks(out);
             let prediction = prediction.flat_map(|pixel| &pixel[..c]);
             let eps = prediction.zip(&query.x[i]).map(|(&y, x)| mix.xt * x + mix.output * f64::from(y));

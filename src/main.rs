@@ -30,7 +30,7 @@ enum Command {
     TrainClassifier(train_classifier::Args),
     /// Measure how like the data a model's samples are, and whether they are copies.
     #[command(after_help = quality::HELP)]
-    Quality(quality::Args),
+    Quality(Box<quality::Args>),
     /// Draw images with a trained model.
     Sample(Box<sample::Args>),
     /// The noise that DDIM makes given images of.

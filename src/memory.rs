@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use crate::conditioning::Conditioning;
 use crate::config::Config;
 use crate::device::{Device, cpu};
+use crate::diffusion::Kind;
 use crate::error::{Error, Result};
 use crate::kernels::loss::Row;
 use crate::params::{Layout, ParamGrads, Params, Specs};
@@ -69,7 +70,10 @@ fn step_on_shapes(config: &Config, n: usize, unet: &UNet, specs: &Specs, meta: &
     let conditioning = if m.is_conditional() { Conditioning::on_labels(labels) } else { Conditioning::NONE };
     let masks = Some(DropoutSeed { seed: config.seed, step: 0, first: 0 });
     let mut tape = Tape::recording(meta, &params);
-    let eps = unet.forward(&mut tape, &Var::constant(x_t), &t, &conditioning, masks)?; // (n, h, w, c)
+    // A learned schedule takes the derivative by x_t too.
+    let is_learned = config.diffusion.schedule == Kind::Learned;
+    let x_t = if is_learned { tape.leaf(x_t) } else { Var::constant(x_t) };
+    let eps = unet.forward(&mut tape, &x_t, &t, &conditioning, masks)?; // (n, h, w, c)
     let dy = Tensor::uninit(meta, meta.activations(), eps.shape())?; // (n, h, w, c)
     tape.backward(&eps, dy, &mut grads)?;
     Ok(Held { state, activations: meta.pool_stats().held - state })

@@ -173,7 +173,7 @@ impl Reverse<'_> {
                 row: self.row(self.shared.is_some_and(|shared| step.t > shared.until)),
                 guidance: sampler.guidance(step.level),
                 limit: step.limit,
-                learned: step.learned.is_some(),
+                learned: step.learned.map(|learned| learned.raw),
             };
             let noise = Noise { streams: samples.noise(step.t), row: kind.row };
             let device = turns.begin(turn_of(step, noise, gradient.as_ref().map(|(_, scale)| *scale)))?;

@@ -12,10 +12,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use ddpm_cuda::checkpoint::{self, State, StateMut, Stepping, Threshold};
-use ddpm_cuda::config::{ClassEmbedding, Config, MiddleAttention, Model, Preset, Resampling, Size};
+use ddpm_cuda::checkpoint::{self, For, State, StateMut, Stepping, Threshold};
+use ddpm_cuda::config::{ClassEmbedding, Config, Diffusion, MiddleAttention, Model, Preset, Resampling, Size};
 use ddpm_cuda::device::Device;
-use ddpm_cuda::diffusion::{Kind, Schedule, Spacing, Variance};
+use ddpm_cuda::diffusion::{Curve, Kind, Schedule, Spacing, Variance};
 use ddpm_cuda::params::{Init, Layout, Params, Specs};
 use ddpm_cuda::tensor::{Shape, Tensor};
 use ddpm_cuda::unet::UNet;
@@ -85,13 +85,14 @@ impl Small {
         let mut config = Config::preset(Preset::Mnist);
         config.keep_checkpoints = keep;
         let Small { step, params, ema, m, v } = self;
-        checkpoint::save(run, &config, State { step: *step, params, ema, m, v, data: None, importance: None }).unwrap()
+        let state = State { step: *step, params, ema, m, v, data: None, importance: None, curve: None };
+        checkpoint::save(run, &config, state).unwrap()
     }
 
     fn restore(path: &Path) -> ddpm_cuda::error::Result<Self> {
         let mut state = Small::empty();
         let Small { step, params, ema, m, v } = &mut state;
-        checkpoint::restore(path, StateMut { step, params, ema, m, v, importance: None })?;
+        checkpoint::restore(path, StateMut { step, params, ema, m, v, importance: None, curve: None })?;
         Ok(state)
     }
 
@@ -182,7 +183,7 @@ fn what_is_written_is_what_diffusers_writes() {
         config.diffusion.variance = Variance::FixedLarge;
         let zeros = Tensor::zeros(&Device::cpu(), Shape::vector(model.params.specs().flat_len())).unwrap();
         let (params, ema) = (&model.params, &model.params);
-        let state = State { step: 7, params, ema, m: &zeros, v: &zeros, data: None, importance: None };
+        let state = State { step: 7, params, ema, m: &zeros, v: &zeros, data: None, importance: None, curve: None };
         let path = checkpoint::save(folder.path(), &config, state).unwrap();
         assert_eq!(path, folder.path().join("checkpoints/7"));
         assert_eq!(json_file(&path.join("unet/config.json")), json_file(&fixture(name).join("config.json")));
@@ -229,6 +230,7 @@ fn every_network_and_process_survives_its_json() {
         config.diffusion.schedule = schedule;
         config.diffusion.timesteps = [1000, 250, 4000][step % 3];
         config.diffusion.variance = [Variance::FixedSmall, Variance::FixedLarge][step % 2];
+        let curve = (schedule == Kind::Learned).then(|| Curve::new(config.diffusion.timesteps));
         let state = State {
             step: step as u32,
             params: &params,
@@ -237,17 +239,24 @@ fn every_network_and_process_survives_its_json() {
             v: &flat,
             data: None,
             importance: None,
+            curve: curve.as_ref(),
         };
         let path = checkpoint::save(folder.path(), &config, state).unwrap();
         let again = checkpoint::load(&Device::cpu(), &path).unwrap().config;
-        assert_eq!((again.model, again.diffusion), (config.model.clone(), config.diffusion.clone()));
+        let mut want = config.diffusion.clone();
+        if let Some(curve) = &curve {
+            // What reads the checkpoint sees a table.
+            want = Diffusion { schedule: Kind::Linear, trained_betas: curve.average().betas().to_vec(), ..want };
+        }
+        assert_eq!((again.model, again.diffusion), (config.model.clone(), want));
     }
     // The run's folder supplies the other settings.
     config.batch = 77;
     fs::write(folder.path().join("config.toml"), config.to_toml()).unwrap();
-    for place in [folder.path().to_path_buf(), folder.path().join("checkpoints/4")] {
+    let places = [(folder.path().to_path_buf(), Kind::Linear), (folder.path().join("checkpoints/4"), Kind::Sigmoid)];
+    for (place, kind) in places {
         let loaded = checkpoint::load(&Device::cpu(), &place).unwrap();
-        assert_eq!((loaded.config.batch, loaded.config.diffusion.schedule), (77, Kind::Sigmoid), "{}", place.display());
+        assert_eq!((loaded.config.batch, loaded.config.diffusion.schedule), (77, kind), "{}", place.display());
     }
 }
 
@@ -604,6 +613,12 @@ fn unsupported_processes_are_refused_by_the_key() {
             "has variance_type = learned_range, but the network has 1 out_channels for 1 in_channels",
         ),
         (
+            "variance_type",
+            json!("learned"),
+            "has variance_type = learned, but the network has 1 out_channels for 1 in_channels",
+        ),
+        ("variance_type", json!("odd"), "one of fixed_small, fixed_large, learned, learned_range is supported"),
+        (
             "beta_schedule",
             json!("stepped"),
             "has beta_schedule = \"stepped\"; one of linear, squaredcos_cap_v2, scaled_linear, sigmoid, laplace, exp",
@@ -634,6 +649,50 @@ fn unsupported_processes_are_refused_by_the_key() {
     }
     fs::write(&path, "{").unwrap();
     assert!(load().err().expect("refused").to_string().contains("is not JSON"));
+}
+
+/// `learned` of diffusers is the variance itself, and that of a network trained here its logarithm, which keeps a key
+/// of its own and is not written for diffusers.
+#[test]
+fn either_learned_variance_keeps_its_meaning() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let mut config = Config::preset(Preset::Mnist);
+    for (key, value) in [("widths", "8,16"), ("groups", "4"), ("attention_resolutions", "14"), ("loss", "vlb")] {
+        config.set(key, value).unwrap();
+    }
+    config.set("variance", "learned_range").unwrap();
+    let (_, specs) = UNet::new(&config.model).unwrap();
+    let params = Params::init(&Device::cpu(), specs, 1).unwrap();
+    let write = |name: &str, config: &Config, whose: For| {
+        checkpoint::write_folder(&at(name), config, &params, &Stepping::OURS, whose).map(|()| at(name))
+    };
+    let scheduler = |folder: &Path| folder.join("scheduler/scheduler_config.json");
+    let foreign = write("foreign", &config, For::Diffusers).unwrap();
+    let mut json = json_file(&scheduler(&foreign));
+    json["variance_type"] = json!("learned");
+    fs::write(scheduler(&foreign), json.to_string()).unwrap();
+    let read = |folder: &Path| checkpoint::load(&Device::cpu(), folder).unwrap().config;
+    let raw = read(&foreign);
+    assert_eq!(raw.diffusion.variance, Variance::LearnedRaw);
+    assert!(raw.model.learned_variance);
+    let again = write("again", &raw, For::Diffusers).unwrap();
+    let json = json_file(&scheduler(&again));
+    assert_eq!((json["variance_type"].as_str(), json.get("_variance")), (Some("learned"), None));
+    assert_eq!(read(&again).diffusion, raw.diffusion);
+    let refused = raw.validate().unwrap_err().to_string();
+    assert!(refused.starts_with("variance = learned_raw is that of models of diffusers"), "{refused}");
+
+    config.set("variance", "learned").unwrap();
+    let refused = write("none", &config, For::Diffusers).unwrap_err().to_string();
+    assert!(
+        refused.contains("diffusers has no words for variance = learned, whose output is the logarithm"),
+        "{refused}"
+    );
+    let ours = write("ours", &config, For::Ours).unwrap();
+    let json = json_file(&scheduler(&ours));
+    assert_eq!((json["variance_type"].as_str(), json["_variance"].as_str()), (Some("learned_log"), Some("learned")));
+    assert_eq!(read(&ours).diffusion.variance, Variance::Learned);
 }
 
 #[test]
@@ -836,6 +895,7 @@ fn any_betas_are_read_and_written_back() {
             v: &flat,
             data: None,
             importance: None,
+            curve: None,
         };
         let path = checkpoint::save(run.path(), &loaded.config, state).unwrap();
         let again = checkpoint::describe(&path).unwrap().config.diffusion.noise_schedule().unwrap();
@@ -1165,6 +1225,7 @@ fn names_of_classes_travel_with_the_checkpoint() {
         v: &zeros,
         data: None,
         importance: None,
+        curve: None,
     };
     let path = checkpoint::save(run.path(), &config, state).unwrap();
     // Private to diffusers, which passes over it.
@@ -1313,8 +1374,16 @@ fn every_part_of_the_network_survives_the_configuration() {
         let zeros = Tensor::zeros(&Device::cpu(), Shape::vector(params.specs().flat_len())).unwrap();
         let run = tempfile::tempdir().unwrap();
         let config = Config { model: model.clone(), ..Config::preset(Preset::Mnist) };
-        let state =
-            State { step: 1, params: &params, ema: &params, m: &zeros, v: &zeros, data: None, importance: None };
+        let state = State {
+            step: 1,
+            params: &params,
+            ema: &params,
+            m: &zeros,
+            v: &zeros,
+            data: None,
+            importance: None,
+            curve: None,
+        };
         let path = checkpoint::save(run.path(), &config, state).unwrap();
         let written = json_file(&path.join("unet/config.json"));
         for (key, value) in keys.as_object().unwrap() {

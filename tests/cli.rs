@@ -415,6 +415,7 @@ fn what_a_model_says_of_itself_is_used_and_told() {
         v: &zeros,
         data: None,
         importance: None,
+        curve: None,
     };
     let saved = checkpoint::save(folder.path(), &model.config, state).unwrap();
     let draw = |class: &str| {
@@ -1156,6 +1157,7 @@ fn the_arguments_of_sample_reach_the_sampler() {
         v: &zeros,
         data: None,
         importance: None,
+        curve: None,
     };
     let saved = checkpoint::save(folder.path(), &model.config, state).unwrap();
     let (unet, _) = UNet::new(&model.config.model).unwrap();
@@ -1259,6 +1261,61 @@ fn a_model_is_judged_by_images() {
     assert!(said.starts_with("ddpm-cuda: nowhere: "), "{said}");
 }
 
+/// A learned schedule is plotted, kept as a table in the checkpoint, and what other commands use; a resumed run goes on
+/// with it, and a classifier takes its betas.
+#[test]
+fn a_learned_schedule_is_plotted_and_used() {
+    let folder = tempfile::tempdir().unwrap();
+    let (run, json) = (folder.path().join("run"), folder.path().join("f.json"));
+    let said = ok(train(&run, 3).args(["--set", "schedule=learned", "--set", "loss=vlb", "--set", "validate_every=3"]));
+    assert!(said.contains(&format!("learned schedule: {}", run.join("schedule.svg").display())), "{said}");
+    let svg = fs::read_to_string(run.join("schedule.svg")).unwrap();
+    assert!(svg.contains("log-SNR") && svg.contains("at the start") && svg.contains("after 3 steps"), "{svg}");
+    assert!(image::open(run.join("schedule.png")).is_ok());
+    let log = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let line: serde_json::Value = serde_json::from_str(log.lines().last().unwrap()).unwrap();
+    let [first, last] = [0, 1].map(|k| line["log_snr"][k].as_f64().unwrap());
+    assert!((first - 13.3).abs() < 0.1 && (last + 5.0).abs() < 0.1 && line["vlb"].is_f64(), "{line}");
+    let table = || -> Vec<f64> {
+        let newest = ddpm_cuda::checkpoint::newest(&run).unwrap().unwrap();
+        let text = fs::read_to_string(newest.join("scheduler/scheduler_config.json")).unwrap();
+        let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+        json["trained_betas"].as_array().unwrap().iter().map(|beta| beta.as_f64().unwrap()).collect()
+    };
+    let first = table();
+    assert_eq!(first.len(), 50);
+    assert_eq!(fs::read_to_string(run.join("config.toml")).unwrap().matches("trained_betas").count(), 0);
+    ok(ddpm().args(["train", "--resume"]).arg(&run).args(["--steps", "5"]));
+    assert_ne!(table(), first, "the schedule stands still");
+    ok(ddpm().args(["eval", "--count", "2", "--model"]).arg(&run).arg("--json").arg(&json));
+    ok(ddpm()
+        .args(["sample", "--count", "1", "--steps", "5", "--model"])
+        .arg(&run)
+        .arg("--out")
+        .arg(run.join("x.png")));
+    let judge = || {
+        let mut command = ddpm();
+        command.args(["train-classifier", "--data", "mnist", "--batch", "4", "--steps", "1", "--device", "cpu"]);
+        command.args(TINY).arg("--out").arg(folder.path().join("judge"));
+        command
+    };
+    let said = fails(judge().args(["--set", "schedule=learned"]), 2);
+    assert!(said.contains("schedule = learned: a classifier learns none"), "{said}");
+    // The file says how many timesteps there are.
+    let betas = format!("betas={}", run.join("betas.npy").display());
+    let tiny: Vec<&str> = TINY[..6].to_vec();
+    let mut command = ddpm();
+    command.args(["train-classifier", "--data", "mnist", "--batch", "4", "--steps", "1", "--device", "cpu"]);
+    ok(command
+        .args(tiny)
+        .args(["--set", "validate_every=0", "--set", &betas])
+        .arg("--out")
+        .arg(folder.path().join("j")));
+    let mut command = ddpm();
+    command.args(["sample", "--count", "1", "--steps", "3", "--model"]).arg(&run).arg("--classifier");
+    ok(command.arg(folder.path().join("j")).arg("--out").arg(folder.path().join("guided.png")));
+}
+
 /// A classifier guides an unconditional model: of the classes asked for come other images, and more so with its scale.
 #[test]
 fn a_classifier_guides_a_drawing() {
@@ -1293,6 +1350,70 @@ fn a_classifier_guides_a_drawing() {
     assert!(fails(&mut draw("--classifier-scale 2"), 2).contains("there is no classifier to scale"));
     assert!(fails(&mut draw("--classifier nowhere"), 1).contains("nowhere"));
     assert!(fails(&mut draw("--classifier JUDGE --class 10"), 2).contains("0 to 9"));
+}
+
+/// What a classifier does not have is refused by name, and passed over in the settings of the model to be guided.
+#[test]
+fn a_classifier_has_no_settings_of_a_network() {
+    let folder = tempfile::tempdir().unwrap();
+    let train_classifier = || {
+        let mut command = ddpm();
+        command.args(["train-classifier", "--data", "mnist", "--batch", "4", "--steps", "1", "--device", "cpu"]);
+        command.args(TINY).args(["--set", "validate_every=0"]);
+        command
+    };
+    for (assignment, key) in [
+        ("loss=vlb", "loss"),
+        ("prediction=v", "prediction"),
+        ("variance=learned_range", "variance"),
+        ("min_snr_gamma=3", "min_snr_gamma"),
+        ("vlb_weight=1", "vlb_weight"),
+        ("label_dropout=0.1", "label_dropout"),
+        ("class_embedding=timestep", "class_embedding"),
+        ("upsample_type=resnet", "upsample_type"),
+    ] {
+        let said = fails(train_classifier().args(["--set", assignment]), 2);
+        let want = format!("ddpm-cuda: --set {assignment}: a classifier has no {key}, so leave it out\n");
+        assert_eq!(said, want);
+    }
+    let help = ok(ddpm().args(["train-classifier", "--help"]));
+    assert!(!help.contains("min_snr_gamma = ") && help.contains("timestep_sampling = "), "{help}");
+    let model = folder.path().join("model.toml");
+    fs::write(&model, "timesteps = 40\nloss = \"hybrid\"\nvariance = \"learned_range\"\nlabel_dropout = 0.1\n")
+        .unwrap();
+    let run = folder.path().join("judge");
+    let mut command = ddpm();
+    command.args(["train-classifier", "--data", "mnist", "--batch", "4", "--steps", "1", "--device", "cpu"]);
+    ok(command.args(&TINY[..6]).args(["--set", "validate_every=0", "--config"]).arg(&model).arg("--out").arg(&run));
+    let settings = fs::read_to_string(run.join("config.toml")).unwrap();
+    for line in ["timesteps = 40", "loss = \"simple\"", "variance = \"fixed_large\"", "label_dropout = 0.0"] {
+        assert!(settings.lines().any(|l| l.starts_with(line)), "{line} is not in {settings}");
+    }
+}
+
+/// `.pt` files of OpenAI's are judged as any model, whose data must be given, with the flags that they lack.
+#[test]
+fn models_of_openai_are_judged_by_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let colour = folder.path().join("colour.npz");
+    let (shape, labels) = (Shape::new(20, 8, 8, 3), (0..20).map(|i| i % 5).collect::<Vec<u32>>());
+    let bytes: Vec<u8> = (0..shape.len()).map(|i| (i * 97 % 251) as u8).collect();
+    ddpm_cuda::output::write_npz(&colour, shape, &bytes, Some(&labels)).unwrap();
+    let colour = colour.to_str().unwrap();
+    for (name, data) in [("guided", colour), ("guided_legacy", colour), ("improved", "mnist")] {
+        let model = fixture(&format!("openai/{name}")).join("model.pt");
+        let command = |arguments: &str| {
+            let mut command = ddpm();
+            command.args(arguments.split(' ')).args(["--device", "cpu", "--model"]).arg(&model);
+            command
+        };
+        let said = ok(command("eval --count 2 --steps 4 --split train").args(["--data", data]));
+        assert!(said.contains(" bits per dimension: L_T ") && said.contains("2 images"), "{name}: {said}");
+        let said = ok(command("likelihood --count 1 --tolerance 0.3 --split train").args(["--data", data]));
+        assert!(said.contains("bits per dimension of uniformly dequantised pixels"), "{name}: {said}");
+        let said = fails(&mut command("eval --count 2"), 2);
+        assert!(said.contains("this model does not say what it was trained on: give images with --data"), "{said}");
+    }
 }
 
 /// The step of each line of the log.
@@ -1614,6 +1735,7 @@ fn guidance_needs_a_model_that_was_trained_for_it() {
         v: &zeros,
         data: None,
         importance: None,
+        curve: None,
     };
     let saved = checkpoint::save(folder.path(), &config, state).unwrap();
     let out = folder.path().join("out.npz");

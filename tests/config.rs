@@ -182,6 +182,8 @@ fn betas_are_read_from_an_array() {
     assert!(refusal(&[&assignment, "timesteps=4"]).contains("timesteps follows from trained_betas or betas=FILE.npy"));
     write(&path, &[2], vec![0.5f32, 0.25]);
     assert_eq!(built(&[&assignment]).diffusion.trained_betas, [0.5, 0.25]);
+    let learned = refusal(&["schedule=learned", "loss=vlb", &assignment]);
+    assert!(learned.contains("schedule = learned: the betas are given one by one already, and stay"), "{learned}");
     write(&path, &[1, 2], vec![0.5, 0.25]);
     assert!(refusal(&[&assignment]).contains("has 2 dimensions; a list of betas has one"));
     write(&path, &[2], vec![1i64, 2]);
@@ -319,7 +321,7 @@ fn values_that_cannot_be_read() {
         ("background=blue", "background = blue: white, black, grey or #rrggbb is expected, as in #ff8000"),
         ("background=#12345", "white, black, grey or #rrggbb is expected"),
         ("background=#+12345", "white, black, grey or #rrggbb is expected"),
-        ("schedule=cosin", "one of linear, cosine, quadratic, constant, sigmoid is expected"),
+        ("schedule=cosin", "one of linear, cosine, quadratic, constant, sigmoid, learned is expected"),
         ("batch", "there is no '='; write --set KEY=VALUE"),
     ];
     for (assignment, want) in cases {
@@ -337,7 +339,7 @@ fn values_that_cannot_be_read() {
 
 #[test]
 fn networks_that_cannot_be_built() {
-    let cases: [(&[&str], &str); 54] = [
+    let cases: [(&[&str], &str); 58] = [
         (
             &["image_size=30"],
             "image_size = 30x30 cannot be halved 2 times, which the 3 levels of widths = 32,32,64 ask for; 32x32 would do",
@@ -397,6 +399,16 @@ fn networks_that_cannot_be_built() {
             &["prediction=mu", "precision=bf16"],
             "prediction = mu with precision = bf16: a mean differs from x_t by less",
         ),
+        (&["schedule=learned"], "schedule = learned with loss = simple: only the bound says which schedule is better"),
+        (
+            &["schedule=learned", "loss=vlb", "timestep_sampling=importance"],
+            "timestep_sampling = importance: with schedule = learned the last losses are those of other schedules",
+        ),
+        (
+            &["schedule=learned", "loss=vlb", "prediction=v", "zero_snr=true"],
+            "zero_snr = true: with schedule = learned the bound finds where the schedule ends",
+        ),
+        (&["schedule=learned", "beta_end=0.01"], "beta_end = 0.01: the learned schedule does not have it"),
         (&["betas=0.9,0.999"], "a .npy file with a beta for each timestep is expected"),
         (&["betas=no/such.npy"], "betas = no/such.npy: no/such.npy cannot be read"),
         (&["loss_type=mse"], "here it is 'loss'"),
@@ -450,4 +462,16 @@ fn a_classifier_draws_no_timesteps_by_importance() {
     assert!(sentence.starts_with("timestep_sampling = importance: a classifier's loss has no weights"), "{sentence}");
     config.timestep_sampling = Sampling::Stratified;
     config.validate().expect("possible");
+}
+
+/// A schedule is learned with the bound; a classifier takes that of its model.
+#[test]
+fn a_learned_schedule_needs_the_bound() {
+    let config = built(&["schedule=learned", "loss=vlb", "timestep_sampling=stratified", "timesteps=10"]);
+    config.validate().expect("possible");
+    assert_eq!(config.diffusion.noise_schedule().unwrap().len(), 10);
+    let mut classifier = config.into_classifier();
+    classifier.model.classes = 10;
+    let sentence = classifier.validate().expect_err("refused").to_string();
+    assert!(sentence.starts_with("schedule = learned: a classifier learns none; give that of the model"), "{sentence}");
 }

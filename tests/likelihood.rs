@@ -5,6 +5,7 @@ mod support;
 
 use ddpm_cuda::conditioning::Conditioning;
 use ddpm_cuda::device::Device;
+use ddpm_cuda::diffusion::prediction::Mix;
 use ddpm_cuda::diffusion::{Kind, Prediction, Schedule};
 use ddpm_cuda::likelihood::{Answer, From, Level, Levels, Likelihood, Model, Options, Query, bits_per_dim, integrate};
 use ddpm_cuda::params::Params;
@@ -103,13 +104,19 @@ fn bits_of_a_uniform_density_are_eight() {
     assert!((bits_per_dim(3.0 * 0.5f64.ln(), 3) - 255f64.log2()).abs() < 1e-12);
 }
 
+/// eps from x_t and the network's output at a level of noise.
+fn eps_at(prediction: Prediction, sigma: f64) -> Mix {
+    let signal = 1.0 / (1.0 + sigma * sigma).sqrt();
+    prediction.at_level(signal, sigma * signal).expect("a prediction other than mu").eps
+}
+
 #[test]
 fn eps_between_timesteps_is_that_at_timesteps() {
     let schedule = Schedule::new(Kind::Cosine, 100).unwrap();
     for prediction in [Prediction::Eps, Prediction::X0, Prediction::V] {
         for t in 0..100 {
             let sigma = ((1.0 - schedule.alpha_bar(t)) / schedule.alpha_bar(t)).sqrt();
-            let (a, b) = (prediction.eps(&schedule, t), prediction.eps_at(sigma));
+            let (a, b) = (prediction.eps(&schedule, t), eps_at(prediction, sigma));
             let near = |a: f64, b: f64| (a - b).abs() <= 1e-12 * a.abs();
             assert!(near(a.xt, b.xt) && near(a.output, b.output), "{prediction} at {t}: {a:?} {b:?}");
         }
@@ -178,7 +185,7 @@ fn by_differences(learned: bool, prediction: Prediction) -> Vec<Likelihood> {
         let t = Tensor::full(&device, Shape::new(1, 1, 1, 1), level.t as f32).unwrap();
         let labels = Conditioning::from_labels(&device, Some(&[label])).unwrap();
         let y = unet.forward(&mut Tape::inference(&device, &params), &input, &t, &labels, None).unwrap();
-        let mix = prediction.eps_at(level.sigma);
+        let mix = eps_at(prediction, level.sigma);
         let outputs = y.data().chunks(unet.model().out_channels()).flat_map(|pixel| &pixel[..2]);
         x.iter().zip(outputs).map(|(x, &y)| mix.xt * x + mix.output * f64::from(y)).collect()
     };

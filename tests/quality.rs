@@ -139,6 +139,19 @@ fn a_models_samples_and_copies_are_measured() {
     assert!(!said.contains("training the classifier"), "{said}");
     assert_eq!(first, second);
 
+    // With sample's flags the images are those that it draws.
+    let flags = ["--sampler", "ddim", "--eta", "0.5", "--steps", "3", "--clip-x0", "false", "--count", "20"];
+    let mut command = quality(&data);
+    command.args(flags).arg("--cache").arg(at("cache")).arg("--model").arg(at("run"));
+    ok(command.arg("--json").arg(at("ddim.json")));
+    ok(ddpm().args(["sample", "--device", "cpu", "--model"]).arg(at("run")).args(flags).arg("--out").arg(at("s.npz")));
+    let mut command = quality(&data);
+    command.args(["--held-out", "0.2", "--flip", "--cache"]).arg(at("cache")).arg("--samples").arg(at("s.npz"));
+    ok(command.arg("--json").arg(at("drawn.json")));
+    let [of_model, of_samples] = ["ddim.json", "drawn.json"].map(|json| read_json(&at(json)));
+    assert_eq!(of_model, of_samples);
+    assert_ne!(of_model["frechet_distance"], first["frechet_distance"]);
+
     // The training images themselves, every second one mirrored.
     let mut config = Config::preset(Preset::Auto);
     (config.data, config.held_out) = (data.to_string_lossy().into_owned(), 0.2);
@@ -280,6 +293,8 @@ fn what_cannot_be_measured_is_one_sentence() {
     says(&alone, &["--count", "7"], 2, "--count 7: ");
     says(&alone, &["--held-out", "0.6"], 2, "--held-out 0.6 must be a share between 0 (none) and 0.5");
     says(&alone, &["--steps", "10"], 2, "--steps: the samples of --samples are drawn already");
+    says(&alone, &["--guidance", "2"], 2, "--guidance: the samples of --samples are drawn already");
+    says(&alone, &["--class", "1"], 2, "--class: the samples of --samples are drawn already");
     says(&[("--samples", &few)], &[], 1, "holds 3 images; at least 4 are needed");
     says(&[("--samples", &at("missing.npz"))], &[], 1, "missing.npz: cannot be read");
     says(&[("--model", &at("missing"))], &[], 1, "missing: does not exist");

@@ -9,7 +9,7 @@ use ddpm_cuda::checkpoint;
 use ddpm_cuda::config::{Config, Preset};
 use ddpm_cuda::data::{Data, Dataset, Extent, Order};
 use ddpm_cuda::device::Device;
-use ddpm_cuda::diffusion::Batch;
+use ddpm_cuda::diffusion::{Batch, Curve};
 use ddpm_cuda::images::Source;
 use ddpm_cuda::memory::memory_needed;
 use ddpm_cuda::meter::Meter;
@@ -64,7 +64,7 @@ fn losses(
     batch: &Batch,
     masks: Option<DropoutSeed>,
 ) -> Vec<f64> {
-    let coefficients = Coefficients::new(device, trainer.schedule()).unwrap();
+    let coefficients = Coefficients::new(device, &trainer.schedule()).unwrap();
     let noised = q_sample(device, Source::Host(images.images()), batch, &coefficients).unwrap();
     let Noised { x_t, t, conditioning } = noised;
     let mut tape = match masks {
@@ -354,6 +354,108 @@ fn objective_run(c: &Config, device: &Device, steps: u32, resumed: Option<u32>) 
         last = trainer.reports().unwrap().pop();
     }
     (trainer.params().host().unwrap().into_owned(), last.unwrap())
+}
+
+/// A trainer of a learned schedule, every weight of a sizeable value, so that its output depends on x_t.
+fn learner(c: &Config) -> Trainer {
+    let mut trainer = Trainer::new(c, labelled(c), &Device::cpu()).unwrap();
+    let mut weights = trainer.params().host().unwrap().into_owned();
+    for (k, (p, spec)) in trainer.params().specs().iter().enumerate() {
+        let fan_in = (spec.shape.len() / spec.shape.n) as f64;
+        let drawn = numbers(k as u64, spec.shape.len());
+        let range = trainer.params().specs().range(p);
+        weights[range].iter_mut().zip(drawn).for_each(|(w, v)| *w += (v / fan_in.sqrt()) as f32);
+    }
+    trainer.state_mut().params.write(&weights).unwrap();
+    trainer
+}
+
+fn learned(variance: &str) -> Config {
+    let mut c = tiny();
+    c.model.classes = 3;
+    c.diffusion.timesteps = 12;
+    let sets = [("schedule", "learned"), ("loss", "vlb"), ("variance", variance), ("timestep_sampling", "stratified")];
+    for (key, value) in sets {
+        c.set(key, value).unwrap();
+    }
+    c.validate().unwrap();
+    c
+}
+
+/// What a step takes for the derivative by the schedule's parameters (Adam's first moments are a tenth of it) against
+/// differences of the step's loss and L_T, through the network, whose x_t moves with the schedule.
+///
+/// The network errs by f32's roundings, some 1e-6 of the loss; over 2h = 0.04 that is 3e-5 of it. Beside that, 1 % of
+/// the largest derivative is far more than h^2/6 of a third one.
+#[test]
+fn a_step_has_the_derivative_of_its_loss_by_the_schedule() {
+    const H: f32 = 0.02;
+    for variance in ["fixed_large", "learned_range"] {
+        let c = learned(variance);
+        let first_step = |moved: Option<(usize, f32)>| {
+            let mut trainer = learner(&c);
+            let curve = trainer.state_mut().curve.expect("a schedule in training");
+            curve.change(|[theta, ..]| moved.into_iter().for_each(|(k, by)| theta[k] += by));
+            let objective = c.objective().unwrap().on(&curve.schedule());
+            let data = labelled(&c).train;
+            let prior = (0..data.len()).map(|i| objective.prior(data.image(i))).sum::<f64>() / data.len() as f64;
+            let loss = step(&mut trainer).loss + prior;
+            (loss, trainer.curve().expect("the same").state()[2].to_vec())
+        };
+        let (loss, moments) = first_step(None);
+        let derived: Vec<f64> = moments.iter().map(|m| 10.0 * f64::from(*m)).collect();
+        let largest = derived.iter().fold(0.0f64, |largest, slope| largest.max(slope.abs()));
+        assert!(largest > 1e-2 * loss, "{variance}: the loss of {loss} hardly depends on the schedule: {derived:?}");
+        for k in [0, 1, 2, 6, 12] {
+            let [above, below] = [H, -H].map(|h| first_step(Some((k, h))).0);
+            // The parameter is an f32 and does not move by h exactly.
+            let theta = Curve::new(12).theta()[k] as f32;
+            let quotient = (above - below) / f64::from((theta + H) - (theta - H));
+            let budget = 3e-5 * loss + 0.01 * largest;
+            let error = (quotient - derived[k]).abs();
+            assert!(error <= budget, "{variance}, {k}: {}, differences say {quotient} +- {budget}", derived[k]);
+        }
+    }
+}
+
+/// A resumed run of a learned schedule has the bits of a whole one, so has one with other threads, and micro-batches
+/// have the gradient of the whole batch but for rounding. Validation is that of the moving average, which differs.
+#[test]
+fn a_learned_schedule_resumes_with_the_same_bits() {
+    let c = learned("fixed_large");
+    let run = |resumed: Option<u32>, threads: usize| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let mut trainer = learner(&c);
+            for done in 0..8 {
+                if resumed == Some(done) {
+                    let folder = tempfile::tempdir().unwrap();
+                    let path = checkpoint::save(folder.path(), &c, trainer.state()).unwrap();
+                    trainer = learner(&c);
+                    checkpoint::restore(&path, trainer.state_mut()).unwrap();
+                    let table = checkpoint::describe(&path).unwrap().config.diffusion.noise_schedule().unwrap();
+                    assert_eq!(&table, &*trainer.schedule(), "the table of the checkpoint");
+                }
+                step(&mut trainer);
+            }
+            let validated = trainer.validate(&AtomicBool::new(false)).unwrap().vlb.expect("the loss is the bound");
+            (trainer.params().host().unwrap().into_owned(), trainer.curve().unwrap().clone(), validated)
+        })
+    };
+    let (weights, curve, validated) = run(None, 2);
+    assert_ne!(curve.schedule(), curve.average(), "schedule and average are too alike for this test");
+    assert_ne!(curve.average(), Curve::new(12).schedule());
+    for (resumed, threads) in [(Some(1), 2), (Some(5), 2), (None, 1), (None, 3)] {
+        let (again, same, also) = run(resumed, threads);
+        same_bits(&format!("resumed after {resumed:?}, {threads} threads"), &again, &weights);
+        assert_eq!((same, also), (curve.clone(), validated));
+    }
+    let moments = |accumulate: usize| {
+        let mut trainer = learner(&Config { accumulate, ..c.clone() });
+        step(&mut trainer);
+        trainer.curve().unwrap().state()[2].to_vec()
+    };
+    support::close_to_largest("in micro-batches", &moments(3), &moments(1), support::network::F32);
 }
 
 /// Every way to train: resumed runs have the bits of whole ones, also while timesteps are drawn by their losses;

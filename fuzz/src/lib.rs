@@ -136,6 +136,7 @@ pub fn checkpoint() -> PathBuf {
         v: &v,
         data: None,
         importance: None,
+        curve: None,
     };
     ddpm_cuda::checkpoint::save(&scratch().join("saved"), &config, state).expect("a checkpoint")
 }

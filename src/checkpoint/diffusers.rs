@@ -496,8 +496,11 @@ impl Default for DDPMScheduler {
     }
 }
 
-/// `variance_type` of [`Variance::Learned`].
+/// `variance_type` of [`Variance::Learned`], which diffusers does not have and stops at.
 const LEARNED_LOG: &str = "learned_log";
+
+/// And of [`Variance::LearnedRaw`].
+const LEARNED_RAW: &str = "learned";
 
 impl DDPMScheduler {
     /// The configuration of the process `d` with steps as `stepping` says.
@@ -538,6 +541,7 @@ impl DDPMScheduler {
             variance_type: Some(match d.variance {
                 // diffusers' `learned` is the variance itself, not its logarithm.
                 Variance::Learned => LEARNED_LOG.into(),
+                Variance::LearnedRaw => LEARNED_RAW.into(),
                 named => named.name().into(),
             }),
         })
@@ -728,8 +732,10 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<(Diffusion, 
         (None, None | Some("fixed_small" | "fixed_small_log")) => Variance::FixedSmall,
         (None, Some("fixed_large")) => Variance::FixedLarge,
         (None, Some("learned_range")) => Variance::LearnedRange,
+        // diffusers takes the output itself for the variance.
+        (None, Some(LEARNED_RAW)) => Variance::LearnedRaw,
         (_, other) => {
-            let known = "one of fixed_small, fixed_large, learned_range is supported";
+            let known = "one of fixed_small, fixed_large, learned, learned_range is supported";
             return Err(format!("has variance_type = {}; {known}", short(&json!(other))));
         }
     };

@@ -9,6 +9,7 @@
 //!     scheduler/scheduler_config.json               schedule and variance
 //!     training_state.safetensors                    weights.NAME, adam_m.NAME, adam_v.NAME; metadata: step
 //!     timestep_sampling.safetensors                 the losses by which timesteps are drawn, if they are
+//!     schedule.safetensors                          a learned schedule: its curve, moving average and Adam's moments
 //!     run.json                                      the settings and the data that the numbers follow from
 //! ```
 //!
@@ -20,6 +21,9 @@
 //!     classifier/diffusion_pytorch_model.safetensors
 //!     scheduler/scheduler_config.json               the process whose x_t it tells apart
 //! ```
+//!
+//! Of a learned schedule the moving average is written as `trained_betas` of scheduler_config.json: that table is what
+//! every command but training reads.
 //!
 //! A checkpoint is written under a temporary name beside the others, synced and renamed; only then are old ones
 //! deleted. So the last good checkpoint survives a power failure at any moment. [`newest`] skips incomplete folders.
@@ -51,7 +55,7 @@ pub use tensors::read_weights;
 
 use crate::config::{Config, Diffusion, Preset};
 use crate::device::Device;
-use crate::diffusion::{Importance, Kind, Prediction, Spacing, Variance};
+use crate::diffusion::{Curve, Importance, Kind, Prediction, Spacing, Variance};
 use crate::error::{Error, Result, printable};
 use crate::memory::available_memory;
 use crate::output::{self, UNFINISHED};
@@ -70,6 +74,7 @@ const CLASSIFIER_WEIGHTS: &str = "classifier/diffusion_pytorch_model.safetensors
 const SCHEDULER_CONFIG: &str = "scheduler/scheduler_config.json";
 const TRAINING_STATE: &str = "training_state.safetensors";
 const TIMESTEP_SAMPLING: &str = "timestep_sampling.safetensors";
+const SCHEDULE: &str = "schedule.safetensors";
 
 /// The state of a run at one step, to be saved.
 pub struct State<'a> {
@@ -87,6 +92,8 @@ pub struct State<'a> {
     pub data: Option<&'a DataMark>,
     /// The losses by which timesteps are drawn, if they are.
     pub importance: Option<&'a Importance>,
+    /// The noise schedule, if it is learned.
+    pub curve: Option<&'a Curve>,
 }
 
 /// The same, to be filled from a checkpoint.
@@ -103,6 +110,8 @@ pub struct StateMut<'a> {
     pub v: &'a mut Tensor,
     /// The losses by which timesteps are drawn, if they are.
     pub importance: Option<&'a mut Importance>,
+    /// The noise schedule, if it is learned.
+    pub curve: Option<&'a mut Curve>,
 }
 
 /// A model to sample from or to evaluate.
@@ -182,6 +191,9 @@ pub fn restore(checkpoint: &Path, state: StateMut<'_>) -> Result<()> {
     if let Some(importance) = state.importance {
         restore_importance(&checkpoint.join(TIMESTEP_SAMPLING), importance)?;
     }
+    if let Some(curve) = state.curve {
+        restore_curve(&checkpoint.join(SCHEDULE), curve)?;
+    }
     let is_classifier = checkpoint.join(CLASSIFIER_CONFIG).is_file();
     read_weights(&checkpoint.join(if is_classifier { CLASSIFIER_WEIGHTS } else { UNET_WEIGHTS }), state.ema)
 }
@@ -212,6 +224,33 @@ fn restore_importance(path: &Path, importance: &mut Importance) -> Result<()> {
     let places: Vec<_> = specs.iter().map(|(p, _)| specs.range(p)).collect();
     let numbers = [0, 1, 2, 3].map(|k| &flat[places[k].clone()]);
     importance.set_numbers(numbers).map_err(|what| Error::file(path, what))
+}
+
+/// The tensors of [`SCHEDULE`], each as long as the curve has parameters.
+fn specs_of_curve(curve: &Curve) -> Specs {
+    let mut specs = Specs::default();
+    for (name, numbers) in ["theta", "average", "adam_m", "adam_v"].into_iter().zip(curve.state()) {
+        specs.add(name.into(), Shape::vector(numbers.len()), Layout::Vector, Init::Zeros);
+    }
+    specs
+}
+
+fn write_curve(path: &Path, curve: &Curve) -> Result<()> {
+    let specs = specs_of_curve(curve);
+    let mut flat = vec![0.0; specs.flat_len()];
+    for ((p, _), numbers) in specs.iter().zip(curve.state()) {
+        flat[specs.range(p)].copy_from_slice(numbers);
+    }
+    write_tensors(path, ("format", "pt"), &specs, &[("", &flat)])
+}
+
+fn restore_curve(path: &Path, curve: &mut Curve) -> Result<()> {
+    let specs = specs_of_curve(curve);
+    let mut flat = vec![0.0; specs.flat_len()];
+    TensorFile::open(path)?.fitting(&specs, &[""])?.read_into("", &specs, &mut flat)?;
+    let places: Vec<_> = specs.iter().map(|(p, _)| specs.range(p)).collect();
+    let state = [0, 1, 2, 3].map(|k| &flat[places[k].clone()]);
+    curve.set_state(state).map_err(|what| Error::file(path, what))
 }
 
 /// Opens a run folder (its newest checkpoint), a checkpoint, a diffusers model folder, with or without `unet/`, or a
@@ -499,7 +538,8 @@ impl Place {
                 let unfit = |e: Error| Error::file(file, format!("describes a process that cannot be: {e}"));
                 read.0.validate().map_err(unfit)?;
                 if read.0.variance.is_learned() != config.model.learned_variance {
-                    let (variance, outputs) = (read.0.variance, config.model.out_channels());
+                    let outputs = config.model.out_channels();
+                    let variance = json.get("variance_type").and_then(Value::as_str).unwrap_or("fixed_small");
                     let what = format!(
                         "has variance_type = {variance}, but the network has {outputs} out_channels for {} in_channels; a learned variance takes twice as many, and no other does",
                         config.model.channels
@@ -736,8 +776,8 @@ fn is_complete(checkpoint: &Path) -> bool {
         true => has_json(CLASSIFIER_CONFIG) && has_tensors(CLASSIFIER_WEIGHTS),
         false => has_json(MODEL_INDEX) && has_json(UNET_CONFIG) && has_tensors(UNET_WEIGHTS),
     };
-    let sampling = !checkpoint.join(TIMESTEP_SAMPLING).exists() || has_tensors(TIMESTEP_SAMPLING);
-    network && sampling && has_json(SCHEDULER_CONFIG) && Origin::read(checkpoint).is_ok() && has_tensors(TRAINING_STATE)
+    let more = [TIMESTEP_SAMPLING, SCHEDULE].iter().all(|name| !checkpoint.join(name).exists() || has_tensors(name));
+    network && more && has_json(SCHEDULER_CONFIG) && Origin::read(checkpoint).is_ok() && has_tensors(TRAINING_STATE)
 }
 
 /// Deletes a checkpoint. It is renamed first, so that a half-deleted one never has the name of a checkpoint.
@@ -752,7 +792,12 @@ fn remove(checkpoint: &Path) -> Result<()> {
 }
 
 fn write(folder: &Path, config: &Config, state: &State<'_>) -> Result<()> {
-    write_model(folder, config, state.ema, &Stepping::OURS)?;
+    let mut model = config.clone();
+    if let Some(curve) = state.curve {
+        model.diffusion.trained_betas = curve.average().betas().to_vec();
+        write_curve(&folder.join(SCHEDULE), curve)?;
+    }
+    write_model(folder, &model, state.ema, &Stepping::OURS)?;
     Origin::new(config, state.data).write(folder)?;
     if let Some(importance) = state.importance {
         write_importance(&folder.join(TIMESTEP_SAMPLING), importance)?;

@@ -666,7 +666,9 @@ fn beyond_openai(config: &Config) -> Option<String> {
         _ if !matches!(d.prediction, Prediction::Eps | Prediction::X0) => {
             unlike("prediction", &d.prediction, &"eps or x0")
         }
-        _ if d.variance == Variance::Learned => unlike("variance", &d.variance, &"learned_range"),
+        _ if matches!(d.variance, Variance::Learned | Variance::LearnedRaw) => {
+            unlike("variance", &d.variance, &"learned_range")
+        }
         _ if m.timestep_scale != 1.0 && m.timestep_scale != 1000.0 / d.timesteps as f64 => {
             unlike("timestep_scale", &m.timestep_scale, &"1 or 1000/T")
         }

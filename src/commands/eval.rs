@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::on_data::OnData;
+use super::opened::{Opened, bar};
 use super::{Of, On, choice};
 use crate::diffusion::objective::Loss;
 use crate::diffusion::{Objective, Spacing, Variance};
@@ -14,7 +14,6 @@ use crate::error::{Error, Result};
 use crate::evaluate::{Bound, Evaluation};
 use crate::output::plot::{Axis, Plot, Series, write_plot};
 use crate::output::write_atomically;
-use crate::unet::UNet;
 use crate::{say, usage};
 
 /// Lines of the rate-distortion table on the terminal, as in the paper's table 4.
@@ -64,11 +63,8 @@ pub fn run(args: &Args) -> Result<()> {
     if args.draws == 0 {
         usage!("--draws 0: must be at least 1");
     }
-    let device = args.on.open()?;
-    let model = args.of.load(&device)?;
+    let Opened { device, model, unet, schedule } = Opened::new(&args.on, &args.of)?;
     let (c, stepping) = (&model.config, model.stepping);
-    let (unet, _) = UNet::new(&c.model)?;
-    let schedule = c.diffusion.noise_schedule()?;
     let own = c.diffusion.variance;
     let variance = match args.variance {
         Some(asked) if asked != own && asked.is_learned() => {
@@ -79,6 +75,11 @@ pub fn run(args: &Args) -> Result<()> {
         }
         asked => asked.unwrap_or(own),
     };
+    if variance == Variance::LearnedRaw {
+        usage!(
+            "this model's network puts out the variance itself (learned of diffusers), whose bound is not computed here; sample and quality judge it"
+        );
+    }
     let objective = Objective::new(Loss::Vlb, c.diffusion.prediction, variance, &schedule);
     let steps = args.steps.unwrap_or(schedule.len());
     let spacing = args.spacing.unwrap_or(stepping.spacing);
@@ -112,9 +113,7 @@ pub fn run(args: &Args) -> Result<()> {
     };
 
     let started = Instant::now();
-    let style =
-        ProgressStyle::with_template("{wide_bar} {pos}/{len} network passes, {eta} left").expect("a valid template");
-    let bar = ProgressBar::new(evaluation.passes()).with_style(style);
+    let bar = bar(evaluation.passes() as usize);
     let bound = evaluation.bound(|| {
         bar.inc(1);
         Ok(())

@@ -2,14 +2,13 @@
 
 use std::path::PathBuf;
 
-use super::opened::{Grid, Opened, bar, scaled};
+use super::opened::{Grid, Opened, bar, scaled, still};
 use super::{Of, On};
 use crate::data;
-use crate::diffusion::{Method, Sampler};
 use crate::error::{Error, Result};
 use crate::output::{self, Target};
 use crate::sample::inpaint::{Move, Painting, moves};
-use crate::sample::{Call, Conditional, Drawing, default_variance};
+use crate::sample::{Call, Conditional, Drawing};
 use crate::tensor::Tensor;
 use crate::{say, usage};
 
@@ -58,16 +57,10 @@ pub struct Args {
 /// those of [`On::open`].
 pub fn run(args: &Args) -> Result<()> {
     let opened = Opened::new(&args.on, &args.of)?;
-    let process = &opened.model.config.diffusion;
-    let target = Target::parse(&args.out)?;
-    if target == Target::Gif {
-        usage!("--out {}: give FILE.png, FILE.npz or DIR/", args.out.display());
-    }
+    let target = still(&args.out)?;
     let kept = args.grid.kept(&opened, false)?;
     let moves = moves(kept.len(), args.jump, args.resample)?;
-    let variance = default_variance(process.variance, kept.len(), opened.schedule.len());
-    let sampler = Sampler::over(&opened.schedule, process.prediction, Method::Ancestral(variance), &kept)?;
-    let sampler = sampler.limited(opened.limit());
+    let sampler = opened.ancestral(&kept, opened.schedule.len())?;
     let one = opened.shape(1);
     let grey = data::Extent { size: opened.model.config.model.image_size, channels: 1 };
     let mask = data::read_mask(&args.mask, grey)?;

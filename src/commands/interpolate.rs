@@ -2,15 +2,15 @@
 
 use std::path::PathBuf;
 
-use super::opened::{Opened, bar, scaled};
+use super::opened::{Opened, bar, scaled, still};
 use super::{Of, On};
 use crate::data;
-use crate::diffusion::{Method, Sampler, Spacing};
+use crate::diffusion::Spacing;
 use crate::error::Result;
 use crate::ops::sample_step::Noise;
 use crate::output::{self, Target};
 use crate::sample::interpolate::{lambdas, mixtures};
-use crate::sample::{DEFAULT_STEPS, Drawing, Request, Shared, default_variance};
+use crate::sample::{DEFAULT_STEPS, Drawing, Request, Shared};
 use crate::tensor::Shape;
 use crate::{say, usage};
 
@@ -53,7 +53,7 @@ pub struct Args {
 /// those of [`On::open`].
 pub fn run(args: &Args) -> Result<()> {
     let opened = Opened::new(&args.on, &args.of)?;
-    let (process, classes) = (&opened.model.config.diffusion, opened.model.config.model.classes);
+    let classes = opened.model.config.model.classes;
     if args.frames == 0 {
         usage!("--frames 0: give at least 1");
     }
@@ -61,18 +61,13 @@ pub fn run(args: &Args) -> Result<()> {
     if args.t as usize >= timesteps {
         usage!("--t {}: this model has the timesteps 0 to {}", args.t, timesteps - 1);
     }
-    let target = Target::parse(&args.out)?;
-    if target == Target::Gif {
-        usage!("--out {}: give FILE.png, FILE.npz or DIR/", args.out.display());
-    }
+    let target = still(&args.out)?;
     let shape = opened.shape(args.frames);
     target.check(&args.out, Shape { n: args.frames + 2, ..shape })?;
     let below = args.t as usize + 1;
     let steps = args.steps.unwrap_or(DEFAULT_STEPS.min(below));
     let kept = Spacing::Even.timesteps(below, steps)?;
-    let variance = default_variance(process.variance, steps, below);
-    let sampler = Sampler::over(&opened.schedule, process.prediction, Method::Ancestral(variance), &kept)?;
-    let sampler = sampler.limited(opened.limit());
+    let sampler = opened.ancestral(&kept, below)?;
     let extent = data::Extent { size: opened.model.config.model.image_size, channels: shape.c };
     let background = opened.model.config.background;
     let sources =

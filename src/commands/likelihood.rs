@@ -7,13 +7,13 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use super::on_data::OnData;
+use super::opened::Opened;
 use super::{Of, On};
 use crate::device::Precision;
 use crate::diffusion::Prediction;
 use crate::error::Result;
 use crate::likelihood::{From, Model, Options, bits_per_dim};
 use crate::output;
-use crate::unet::UNet;
 use crate::{say, usage};
 
 /// Images that go through the network at once, times probes. No image depends on it.
@@ -60,11 +60,8 @@ pub fn run(args: &Args) -> Result<()> {
     if !(1..=10_000).contains(&args.probes) {
         usage!("--probes {}: must be from 1 to 10000", args.probes);
     }
-    let device = args.on.open()?;
-    let model = args.of.load(&device)?;
+    let Opened { device, model, unet, schedule } = Opened::new(&args.on, &args.of)?;
     let c = &model.config;
-    let (unet, _) = UNet::new(&c.model)?;
-    let schedule = c.diffusion.noise_schedule()?;
     let chosen = args.on_data.open(c)?;
     if args.on.precision == Precision::Bf16 {
         say!("in bf16 the network's rounding limits the steps; f32 needs fewer evaluations for small tolerances");

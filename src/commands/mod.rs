@@ -15,6 +15,7 @@ pub mod predict;
 pub mod profile;
 pub mod quality;
 pub mod sample;
+mod sampling;
 mod signals;
 pub mod train;
 pub mod train_classifier;

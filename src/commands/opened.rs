@@ -10,10 +10,11 @@ use crate::config::Config;
 use crate::data;
 use crate::device::Device;
 use crate::diffusion::sampler::Limit;
-use crate::diffusion::{Schedule, Timesteps};
+use crate::diffusion::{Method, Sampler, Schedule, Timesteps};
 use crate::error::{Error, Result};
 use crate::memory::available_on;
-use crate::sample::{DEFAULT_STEPS, class_called, memory_of_forward};
+use crate::output::Target;
+use crate::sample::{DEFAULT_STEPS, class_called, default_variance, memory_of_forward};
 use crate::tensor::Shape;
 use crate::text::GIB;
 use crate::unet::UNet;
@@ -37,9 +38,13 @@ impl Opened {
         Ok(Opened { device, model, unet, schedule })
     }
 
-    /// [`limit`] of the model's scheduler.
+    /// What the model's scheduler says that x_0 is confined to.
     pub fn limit(&self) -> Limit {
-        limit(&self.model.stepping)
+        match self.model.stepping {
+            Stepping { threshold: Some(Threshold { ratio, largest }), .. } => Limit::Quantile { p: ratio, largest },
+            Stepping { clip: true, clip_range, .. } => Limit::Range(clip_range),
+            _ => Limit::None,
+        }
     }
 
     /// Shape of `count` images.
@@ -77,6 +82,14 @@ impl Opened {
         Ok((images, labels))
     }
 
+    /// Ancestral sampling over the timesteps `kept` of the first `timesteps`, x_0 confined as the scheduler says.
+    pub fn ancestral(&self, kept: &[u32], timesteps: usize) -> Result<Sampler> {
+        let process = &self.model.config.diffusion;
+        let variance = default_variance(process.variance, kept.len(), timesteps);
+        let sampler = Sampler::over(&self.schedule, process.prediction, Method::Ancestral(variance), kept)?;
+        Ok(sampler.limited(self.limit()))
+    }
+
     /// Refuses a pass over `images` images that memory does not hold; `advice` ends the sentence.
     pub fn check_memory(&self, images: usize, needed: u64, advice: &str) -> Result<()> {
         let available = available_on(&self.device).unwrap_or(u64::MAX);
@@ -100,12 +113,11 @@ impl Opened {
     }
 }
 
-/// What a scheduler says that x_0 is confined to.
-pub(super) fn limit(stepping: &Stepping) -> Limit {
-    match *stepping {
-        Stepping { threshold: Some(Threshold { ratio, largest }), .. } => Limit::Quantile { p: ratio, largest },
-        Stepping { clip: true, clip_range, .. } => Limit::Range(clip_range),
-        _ => Limit::None,
+/// Where images go that do not move.
+pub(super) fn still(out: &Path) -> Result<Target> {
+    match Target::parse(out)? {
+        Target::Gif => usage!("--out {}: give FILE.png, FILE.npz or DIR/", out.display()),
+        target => Ok(target),
     }
 }
 

@@ -195,6 +195,8 @@ enum At {
     Mixed(Mix),
     /// The logarithm of a variance: `offset + factor v`.
     LogVariance(f64, f64),
+    /// The logarithm of v, which is a variance.
+    LogOfRaw,
 }
 
 impl Conversion<'_> {
@@ -247,6 +249,7 @@ impl Conversion<'_> {
             Output::LogVariance => {
                 let (offset, factor) = match self.process.variance {
                     Variance::Learned => (0.0, 1.0),
+                    Variance::LearnedRaw => return Ok(At::LogOfRaw),
                     Variance::LearnedRange => {
                         let (low, high) = (s.log_variance(Variance::FixedSmall, t), s.betas()[t].ln());
                         (0.5 * (high + low), 0.5 * (high - low))
@@ -273,6 +276,7 @@ impl Conversion<'_> {
                     let pairs = x.iter().zip(y).map(|(&x, &y)| (f64::from(x), f64::from(y)));
                     pairs.map(|(x, y)| (mix.xt * x + mix.output * y) as f32).collect()
                 }
+                At::LogOfRaw => y[c..].iter().map(|&v| f64::from(v).ln() as f32).collect(),
                 At::LogVariance(offset, 0.0) => vec![offset as f32; c],
                 At::LogVariance(offset, factor) => {
                     y[c..].iter().map(|&v| (offset + factor * f64::from(v)) as f32).collect()

@@ -4,25 +4,21 @@ use std::path::{Path, PathBuf};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::opened::limit;
+use super::opened::{self, Opened};
+use super::sampling::{Sampling, Way};
 use super::train::Terminal;
-use super::{On, choice};
-use crate::checkpoint;
+use super::{Of, On};
 use crate::config::{Config, Preset, Size};
 use crate::data::{self, Data, Dataset, npy};
-use crate::device::Device;
-use crate::diffusion::{Method, Sampler, Spacing};
 use crate::error::{Error, Result};
 use crate::measures::{Features, Gaussian, NEIGHBOURS, Nearness};
 use crate::output;
-use crate::params::Params;
 use crate::quality::{
     Extractor, Figures, Report, accuracy, evenly, nearest_in_features, nearest_in_pixels, pixels, write_picture,
 };
-use crate::sample::{DEFAULT_STEPS, Drawing, default_variance, labels};
+use crate::sample::Request;
 use crate::tensor::Shape;
 use crate::train::Watch;
-use crate::unet::UNet;
 use crate::{say, usage};
 
 /// Samples that are drawn of a model unless asked otherwise.
@@ -32,9 +28,13 @@ const COUNT: usize = 2000;
 #[derive(Debug, clap::Args)]
 #[command(group(clap::ArgGroup::new("images").required(true).args(["model", "samples"])))]
 pub struct Args {
-    /// Draw the samples of this model: run folder (its newest checkpoint), checkpoint, or model folder of diffusers
-    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER")]
+    /// Draw the samples of this model: run folder (its newest checkpoint), checkpoint, model folder of diffusers, or
+    /// .pt file of OpenAI's
+    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER|FILE.pt")]
     pub model: Option<PathBuf>,
+    /// A flag of OpenAI's scripts that FILE.pt does not tell, such as num_heads=4; may be given several times
+    #[arg(long, value_name = "FLAG=VALUE", requires = "model")]
+    pub set: Vec<String>,
     /// Measure these samples: .npz of `sample`, or images as --data takes them
     #[arg(long, value_name = "S.npz")]
     pub samples: Option<PathBuf>,
@@ -67,12 +67,9 @@ pub struct Args {
     /// Seed of the samples of --model
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub seed: u64,
-    /// Steps from noise to image of --model, as of `sample` [default: 100]
-    #[arg(long, value_name = "N")]
-    pub steps: Option<usize>,
-    /// Which timesteps are kept [default: the model's; even if it says nothing]
-    #[arg(long, value_name = "SPACING", value_parser = choice::<Spacing>())]
-    pub spacing: Option<Spacing>,
+    /// `--sampler` and what goes with it, for --model, as of `sample`
+    #[command(flatten)]
+    pub sampling: Sampling,
     /// Folder that keeps the classifiers of the features [default: ddpm-cuda in the user's cache folder]
     #[arg(long, value_name = "FOLDER")]
     pub cache: Option<PathBuf>,
@@ -92,7 +89,7 @@ Features: of a classifier of the data's classes, trained on the training images 
 first needed (a minute for mnist). Its name is in every figure: figures of different classifiers cannot be compared, and \
 none is the FID of the literature, which needs Inception-v3. With --features the features are your own.
 
-Other samplers: draw with `ddpm-cuda sample --out S.npz` and give --samples S.npz.";
+Samples of other programs, or drawn once for several measurements: give --samples S.npz.";
 
 /// Samples as bytes.
 struct Samples {
@@ -106,28 +103,33 @@ enum Source {
     File(Samples),
 }
 
-/// A model and how samples of it are drawn: as `sample` does by default.
+/// A model and how samples of it are drawn.
 struct Drawn {
-    device: Device,
-    unet: UNet,
-    params: Params,
-    sampler: Sampler,
+    opened: Opened,
+    way: Way,
     seed: u64,
     count: usize,
-    labels: Option<Vec<u32>>,
 }
 
 impl Drawn {
     fn draw(&self) -> Result<Samples> {
-        let Drawn { device, unet, params, sampler, seed, count, labels } = self;
-        let drawing = Drawing { device, unet, params, sampler, seed: *seed };
-        let bar = bar(count.div_ceil(drawing.batch()) * sampler.steps().len(), "network passes");
-        let bytes = drawing.images(*count, labels.as_deref(), |_| {
-            bar.inc(1);
-            Ok(())
-        })?;
+        let Drawn { opened, way, seed, count } = self;
+        let drawing = way.drawing(opened, *seed);
+        let (together, shape) = (drawing.batch().min(*count), drawing.shape(*count));
+        opened.check_memory(together, drawing.memory(together)?, "this model is too large to draw here")?;
+        let bar = opened::bar(count.div_ceil(together) * way.sampler.calls());
+        let mut bytes = Vec::with_capacity(shape.len());
+        for first in (0..*count).step_by(together) {
+            let count = together.min(count - first);
+            let request = Request { first: first as u32, count, ..Request::default() };
+            let drawn = way.draw(&drawing, request, |_| {
+                bar.inc(1);
+                Ok(())
+            })?;
+            bytes.extend(output::to_bytes(&drawn));
+        }
         bar.finish_and_clear();
-        Ok(Samples { bytes, shape: drawing.shape(*count) })
+        Ok(Samples { bytes, shape })
     }
 }
 
@@ -280,31 +282,20 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// Opens a model. Returns it with its settings.
 fn open_model(args: &Args, path: &Path) -> Result<(Source, Config)> {
-    let device = args.on.open()?;
-    let model = checkpoint::load(&device, path)?;
-    for note in &model.notes {
-        say!("{note}");
-    }
-    let (c, stepping) = (model.config, model.stepping);
+    let opened = Opened::new(&args.on, &Of { model: path.into(), set: args.set.clone() })?;
+    let way = args.sampling.of(&opened)?;
     let count = args.count.unwrap_or(COUNT);
-    let (unet, _) = UNet::new(&c.model)?;
-    let schedule = c.diffusion.noise_schedule()?;
-    let steps = args.steps.unwrap_or(DEFAULT_STEPS.min(schedule.len()));
-    let method = Method::Ancestral(default_variance(c.diffusion.variance, steps, schedule.len()));
-    let spacing = args.spacing.unwrap_or(stepping.spacing);
-    let kept = spacing.timesteps_from(stepping.steps_offset, schedule.len(), steps)?;
-    let sampler = Sampler::over(&schedule, c.diffusion.prediction, method, &kept)?.limited(limit(&stepping));
-    let labels = labels(c.model.classes, None, count)?;
-    let model = Drawn { device, unet, params: model.params, sampler, seed: args.seed, count, labels };
-    Ok((Source::Model(Box::new(model)), c))
+    if count > u32::MAX as usize {
+        usage!("--count {count}: at most {} images have noise of their own", u32::MAX);
+    }
+    let config = opened.model.config.clone();
+    Ok((Source::Model(Box::new(Drawn { opened, way, seed: args.seed, count })), config))
 }
 
 /// Reads samples from a file or folder. Returns them, and the settings that the data are read with.
 fn read(args: &Args, path: &Path) -> Result<(Source, Config)> {
-    for (flag, given) in [("--steps", args.steps.is_some()), ("--spacing", args.spacing.is_some())] {
-        if given {
-            usage!("{flag}: the samples of --samples are drawn already, so leave {flag} out");
-        }
+    if let Some(flag) = args.sampling.first_given() {
+        usage!("{flag}: the samples of --samples are drawn already, so leave {flag} out");
     }
     let mut config = Config::preset(Preset::Auto);
     config.data = path.to_string_lossy().into_owned();

@@ -5,22 +5,21 @@ use std::time::Instant;
 
 use twox_hash::XxHash3_128;
 
-use super::opened::{Grid, Opened, bar};
+use super::opened::{Opened, bar};
 use super::parts::Parts;
-use super::{Of, On, choice};
-use crate::classifier::Classifier;
+use super::sampling::{SamplerName, Sampling, Way};
+use super::{Of, On};
 use crate::data::npy;
 use crate::device::Device;
-use crate::diffusion::sampler::{Corrector, Guidance, Limit, Samples};
-use crate::diffusion::{Method, Sampler, Timesteps, Variance};
+use crate::diffusion::Sampler;
+use crate::diffusion::sampler::Samples;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::memory::available_memory;
-use crate::names::names;
 use crate::ops::sample_step::{Noise, start_from};
 use crate::output::{self, Target};
-use crate::sample::{Drawing, Progress, Request, Shared, class_called, default_variance, label};
-use crate::tensor::{Shape, Tensor};
+use crate::sample::{Progress, Request, Shared};
+use crate::tensor::Shape;
 use crate::text::GIB;
 use crate::{say, usage};
 
@@ -30,23 +29,6 @@ const GIF_FRAMES: usize = 60;
 const PROGRESSIVE: (usize, usize) = (20, 64);
 /// Images if none are asked for.
 const DEFAULT_COUNT: usize = 64;
-/// Ratio of drift to noise of a correction, if none is asked for.
-const DEFAULT_SNR: f64 = 0.16;
-
-/// Names of the samplers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum SamplerName {
-    /// Ancestral sampling, algorithm 2 of the paper.
-    Ddpm,
-    /// DDIM: good images in few steps.
-    Ddim,
-    /// DPM-Solver++ 2M: good images in fewer.
-    DpmPp,
-    /// Heun's method: two network passes a step.
-    Heun,
-}
-
-names!(SamplerName { Ddpm = "ddpm", Ddim = "ddim", DpmPp = "dpm++", Heun = "heun" });
 
 /// Arguments of `ddpm-cuda sample`.
 #[derive(Debug, clap::Args)]
@@ -57,52 +39,12 @@ pub struct Args {
     /// Number of images, any: they are kept batch by batch until they are written [default: 64, or those of --start]
     #[arg(long, value_name = "N")]
     pub count: Option<usize>,
-    /// How steps are taken: ddpm, the paper's algorithm 2; ddim or dpm++ (2M), good images in few steps; heun, two
-    /// network passes a step
-    #[arg(long, default_value = "ddpm", value_parser = choice::<SamplerName>())]
-    pub sampler: SamplerName,
-    /// `--steps` and `--spacing`
+    /// `--sampler` and what goes with it
     #[command(flatten)]
-    pub grid: Grid,
-    /// DDIM's share of the ancestral noise, 0 to 1 [default: 0]
-    #[arg(long, value_name = "ETA")]
-    pub eta: Option<f64>,
-    /// Variance of ancestral sampling [default: the model's for all timesteps or a learned range, else fixed_small]
-    #[arg(long, value_name = "VARIANCE", value_parser = choice::<Variance>())]
-    pub variance: Option<Variance>,
-    /// Whether the predicted image is clipped to [-1, 1] at every step [default: the model's; true]
-    #[arg(long, value_name = "true|false")]
-    pub clip_x0: Option<bool>,
-    /// Dynamic thresholding instead of clipping: the quantile of the predicted image's sizes, such as 0.995
-    #[arg(long, value_name = "P")]
-    pub threshold: Option<f64>,
-    /// Classifier-free guidance: eps = eps_uncond + W (eps_class - eps_uncond); 1 is none
-    #[arg(long, value_name = "W", allow_negative_numbers = true)]
-    pub guidance: Option<f64>,
-    /// How far guidance is rescaled to the deviation without it, 0 to 1 [default: 0]
-    #[arg(long, value_name = "PHI")]
-    pub guidance_rescale: Option<f64>,
-    /// Guide only at noise levels sigma = sqrt((1 - alpha_bar) / alpha_bar) above A and up to B
-    #[arg(long, value_name = "A,B")]
-    pub guidance_interval: Option<String>,
-    /// Guide by a classifier of noisy images: a run of train-classifier on the same data and process
-    #[arg(long, value_name = "RUN")]
-    pub classifier: Option<PathBuf>,
-    /// How strongly it guides; 0 is not at all [default: 1]
-    #[arg(long, value_name = "S", allow_negative_numbers = true)]
-    pub classifier_scale: Option<f64>,
-    /// Langevin steps with the score after each step (ddpm and ddim)
-    #[arg(long, value_name = "N")]
-    pub corrector: Option<u32>,
-    /// Their ratio of drift to noise [default: 0.16]
-    #[arg(long, value_name = "R")]
-    pub snr: Option<f64>,
+    pub sampling: Sampling,
     /// Seed of the noise; image i of a seed is the same whatever --count
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub seed: u64,
-    /// Class of every image, by name or number; a conditional model without it draws the classes in turn
-    #[arg(long, value_name = "NAME|K")]
-    pub class: Option<String>,
     /// Start from this x_T of unit variance: f32, images x channels x rows x columns
     #[arg(long, value_name = "X.npy")]
     pub start: Option<PathBuf>,
@@ -137,18 +79,12 @@ pub fn run(args: &Args) -> Result<()> {
         usage!("--count 0: draw at least 1 image");
     }
     let target = Target::parse(&args.out)?;
-    let c = &opened.model.config;
-    let sampler = sampler(args, &opened)?;
+    let way = args.sampling.of(&opened)?;
+    let sampler = &way.sampler;
     let start = args.start.as_deref().map(|path| read_start(path, args, &opened)).transpose()?;
     let image = opened.shape(1).len();
     let count = start.as_ref().map_or(args.count.unwrap_or(DEFAULT_COUNT), |start| start.len() / image);
-    let drawing = Drawing {
-        device: &opened.device,
-        unet: &opened.unet,
-        params: &opened.model.params,
-        sampler: &sampler,
-        seed: args.seed,
-    };
+    let drawing = way.drawing(&opened, args.seed);
     let (calls, shape) = (sampler.calls(), drawing.shape(count));
     let frame_every = calls.div_ceil(GIF_FRAMES);
     let in_memory = match target {
@@ -158,8 +94,6 @@ pub fn run(args: &Args) -> Result<()> {
     };
     refuse_too_many(count, image.saturating_mul(count).saturating_mul(in_memory))?;
     target.check(&args.out, shape)?;
-    let guide = guide(args, &opened)?;
-    let (class, classes) = class_of(args, &opened, guide.as_ref())?;
     let shared = match args.shared_noise {
         Some(until) if until as usize >= opened.schedule.len() => {
             usage!("--shared-noise {until}: this model has the timesteps 0 to {}", opened.schedule.len() - 1)
@@ -167,7 +101,7 @@ pub fn run(args: &Args) -> Result<()> {
         until => until.map(|until| Shared { row: output::columns(shape) as u32, until }),
     };
     if let Some(path) = &args.progressive {
-        check_progressive(path, args, shape, &sampler)?;
+        check_progressive(path, args, shape, sampler)?;
     }
     if let Some(path) = &args.save_start {
         if args.start.is_some() {
@@ -178,7 +112,7 @@ pub fn run(args: &Args) -> Result<()> {
     let together = count.min(drawing.batch());
     let advice = if together > 1 { "draw fewer with --count" } else { "this model is too large to draw here" };
     opened.check_memory(together, drawing.memory(together)?, advice)?;
-    if calls != sampler.steps().len() || args.sampler == SamplerName::Heun {
+    if calls != sampler.steps().len() || args.sampling.sampler == Some(SamplerName::Heun) {
         say!("{} network passes an image", calls);
     }
 
@@ -189,7 +123,7 @@ pub fn run(args: &Args) -> Result<()> {
         _ if together == count && !args.resume => None,
         _ => Some(Parts::open(
             &args.out,
-            &hash(args, &opened, &sampler, start.as_deref())?,
+            &hash(args, &opened, &way, start.as_deref())?,
             args.resume,
             count,
             together,
@@ -209,23 +143,16 @@ pub fn run(args: &Args) -> Result<()> {
     let mut along = Along::new(args.progressive.is_some(), sampler.steps().len());
     for first in missing {
         let batch = together.min(count - first);
-        let labels: Option<Vec<u32>> = (first..first + batch).map(|i| label(classes, class, i)).collect();
-        let wanted = labels.clone().unwrap_or_default();
-        let mut slope = guide.as_ref().map(|(classifier, scale)| {
-            let (device, wanted) = (&opened.device, &wanted);
-            (move |x: &Tensor, t: f32| classifier.gradient(device, x, t, wanted), *scale)
-        });
         let request = Request {
             first: first as u32,
             count: batch,
-            labels: labels.as_deref().filter(|_| c.model.classes > 0),
+            labels: None,
             start: start.as_ref().map(|start| &start[first * image..][..batch * image]),
             shared,
             x_0: along.wanted && first < PROGRESSIVE.1,
         };
         along.begin();
-        let slope = slope.as_mut().map(|(gradient, scale)| (gradient as &mut dyn FnMut(&Tensor, f32) -> _, *scale));
-        let drawn = drawing.draw(&request, slope, |p| {
+        let drawn = way.draw(&drawing, request, |p| {
             bar.inc(1);
             along.see(&p)?;
             if target == Target::Gif && (p.done % frame_every == 0 || p.done == p.total) {
@@ -246,7 +173,7 @@ pub fn run(args: &Args) -> Result<()> {
         say!("{note}");
     }
 
-    let labels = (classes > 0).then(|| (0..count).map(|i| label(classes, class, i).expect("there are classes")));
+    let labels = (way.classes > 0).then(|| (0..count).map(|i| way.label(i).expect("there are classes")));
     match (target, &parts) {
         (Target::Gif, _) => output::write_gif(&args.out, shape, &frames)?,
         (Target::Png, None) => output::write_grid(&args.out, shape, &images)?,
@@ -268,119 +195,6 @@ pub fn run(args: &Args) -> Result<()> {
     }
     say!("{count} images in {:.1} s: {}", started.elapsed().as_secs_f64(), args.out.display());
     Ok(())
-}
-
-/// The steps that the arguments ask for.
-fn sampler(args: &Args, opened: &Opened) -> Result<Sampler> {
-    let (process, m, schedule) = (&opened.model.config.diffusion, &opened.model.config.model, &opened.schedule);
-    let solver = matches!(args.sampler, SamplerName::DpmPp | SamplerName::Heun);
-    if let (Some(eta), true) = (args.eta, args.sampler != SamplerName::Ddim) {
-        usage!("--eta {eta}: only DDIM has it, so add --sampler ddim");
-    }
-    match (args.sampler, args.variance) {
-        (SamplerName::Ddpm, _) | (_, None) => {}
-        (SamplerName::Ddim, Some(v)) => usage!("--variance {v}: DDIM's noise is --eta, so leave --variance out"),
-        (_, Some(v)) => usage!("--variance {v}: {} adds no noise, so leave --variance out", args.sampler),
-    }
-    if let Some(v) = args.variance.filter(|v| v.is_learned() && *v != process.variance) {
-        usage!("--variance {v}: this model was trained with {}, so its network does not say it", process.variance);
-    }
-    let (spacing, steps) = args.grid.resolve(&opened.model.stepping, schedule.len(), solver)?;
-    let sampler = if args.sampler == SamplerName::Heun && spacing == Timesteps::Karras {
-        Sampler::heun_over_levels(schedule, process.prediction, steps)?
-    } else {
-        let kept = args.grid.kept(opened, solver)?;
-        let method = match args.sampler {
-            SamplerName::Ddpm => {
-                let default = default_variance(process.variance, kept.len(), schedule.len());
-                Method::Ancestral(args.variance.unwrap_or(default))
-            }
-            SamplerName::Ddim => Method::Ddim { eta: args.eta.unwrap_or(0.0) },
-            SamplerName::DpmPp => Method::DpmPp,
-            SamplerName::Heun => Method::Heun,
-        };
-        Sampler::over(schedule, process.prediction, method, &kept)?
-    };
-    let limit = match (args.threshold, args.clip_x0) {
-        (Some(p), Some(false)) => {
-            usage!("--threshold {p} beside --clip-x0 false: thresholding limits the image, so leave one out")
-        }
-        (Some(p), _) => Limit::quantile(p)?,
-        (None, Some(true)) => Limit::Range(1.0),
-        (None, Some(false)) => Limit::None,
-        (None, None) => opened.limit(),
-    };
-    let mut sampler = sampler.limited(limit);
-    match args.guidance {
-        Some(weight) => {
-            if m.classes == 0 {
-                usage!("--guidance {weight}: this model is unconditional, leave --guidance out");
-            }
-            let mut guidance = Guidance::new(weight)?.rescaled(args.guidance_rescale.unwrap_or(0.0))?;
-            if let Some(text) = &args.guidance_interval {
-                let (low, high) = interval(text)?;
-                guidance = guidance.within(low, high)?;
-            }
-            if !m.null_class && weight != 1.0 {
-                usage!(
-                    "--guidance {weight}: this model knows no images without a class; train one with label_dropout above 0"
-                );
-            }
-            sampler = sampler.guided(guidance);
-        }
-        None if args.guidance_rescale.is_some() => {
-            usage!("--guidance-rescale: there is no guidance to rescale, add --guidance W")
-        }
-        None if args.guidance_interval.is_some() => {
-            usage!("--guidance-interval: there is no guidance there, add --guidance W")
-        }
-        None => {}
-    }
-    match (args.corrector, args.snr) {
-        (Some(steps), snr) => sampler.corrected(Corrector { steps, snr: snr.unwrap_or(DEFAULT_SNR) }),
-        (None, Some(snr)) => usage!("--snr {snr}: it is that of the corrections, so add --corrector N"),
-        (None, None) => Ok(sampler),
-    }
-}
-
-/// The classifier that guides, and how strongly.
-fn guide(args: &Args, opened: &Opened) -> Result<Option<(Classifier, f64)>> {
-    let Some(path) = &args.classifier else {
-        return match args.classifier_scale {
-            Some(scale) => usage!("--classifier-scale {scale}: there is no classifier to scale, add --classifier RUN"),
-            None => Ok(None),
-        };
-    };
-    let scale = args.classifier_scale.unwrap_or(1.0);
-    if !scale.is_finite() {
-        usage!("--classifier-scale {scale}: a number is expected, as in 1");
-    }
-    let classifier = Classifier::load(&opened.device, path)?;
-    classifier.check_guides(&opened.model.config)?;
-    Ok(Some((classifier, scale)))
-}
-
-/// The class that `--class` names, and how many there are: the model's, or of an unconditional one those of the
-/// classifier that guides it.
-fn class_of(args: &Args, opened: &Opened, guide: Option<&(Classifier, f64)>) -> Result<(Option<u32>, usize)> {
-    match guide {
-        Some((classifier, _)) if opened.model.config.model.classes == 0 => {
-            let c = classifier.config();
-            let class = args.class.as_deref().map(|class| class_called(class, &c.class_names, c.model.classes));
-            Ok((class.transpose()?, c.model.classes))
-        }
-        _ => Ok((opened.class(args.class.as_deref())?, opened.model.config.model.classes)),
-    }
-}
-
-/// `A,B` of `--guidance-interval`.
-fn interval(text: &str) -> Result<(f64, f64)> {
-    let ends = text.split_once(',').and_then(|(low, high)| Some((low.trim().parse().ok()?, high.trim().parse().ok()?)));
-    ends.ok_or_else(|| {
-        Error::Usage(format!(
-            "--guidance-interval {text}: two noise levels with a comma are expected, such as 0.28,2.9"
-        ))
-    })
 }
 
 /// x_T of `--start`, (n, h, w, c).
@@ -431,15 +245,13 @@ fn save_start(path: &Path, shape: Shape, seed: u64, shared: Option<Shared>) -> R
 }
 
 /// What the drawn bytes follow from: the arguments, the weights, the start, the device.
-fn hash(args: &Args, opened: &Opened, sampler: &Sampler, start: Option<&[f32]>) -> Result<String> {
+fn hash(args: &Args, opened: &Opened, way: &Way, start: Option<&[f32]>) -> Result<String> {
     let mut hash = XxHash3_128::new();
-    let guide = guide(args, opened)?;
-    let (class, _) = class_of(args, opened, guide.as_ref())?;
-    let plain = (args.seed, class, args.shared_noise, args.on.precision, opened.device.to_string());
-    hash.write(format!("{plain:?} {:?} {sampler:?}", args.count).as_bytes());
+    let plain = (args.seed, way.class, args.shared_noise, args.on.precision, opened.device.to_string());
+    hash.write(format!("{plain:?} {:?} {:?}", args.count, way.sampler).as_bytes());
     hash.write(bytemuck::cast_slice(&opened.model.params.host()?));
     hash.write(bytemuck::cast_slice(start.unwrap_or_default()));
-    if let Some((classifier, scale)) = guide {
+    if let Some((classifier, scale)) = &way.guide {
         hash.write(&scale.to_le_bytes());
         hash.write(bytemuck::cast_slice(&classifier.params().host()?));
     }

@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::signals::Signals;
 use super::{choice, open};
-use crate::config::{self, Config, Given, MAY_CHANGE, Preset};
+use crate::config::{self, Config, Given, MAY_CHANGE, NOT_OF_CLASSIFIERS, Preset};
 use crate::device::{Choice, Device, Precision};
 use crate::error::{Error, Result};
 use crate::text::shell_word;
@@ -178,6 +178,10 @@ fn config(args: &Args, classifier: bool) -> Result<(Config, Given)> {
         return Err(Error::file(file, "holds the settings of a classifier, for train-classifier"));
     }
     if classifier {
+        // The file may be that of the model to be guided, which has them.
+        Config::refuse_sets(&args.set, &NOT_OF_CLASSIFIERS, "a classifier")?;
+        given.forget(&NOT_OF_CLASSIFIERS);
+        config.model.null_class = false;
         config.fill(&given, &Config::preset(config.preset).into_classifier());
         config.model.classifier = true;
     }

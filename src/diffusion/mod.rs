@@ -5,12 +5,14 @@
 //! `alpha_bar` before index 0 is 1. All tables are f64; the factors of a step are rounded to f32 at the end.
 //!
 //! [`schedule`] has the noise levels, [`prediction`] what the network's output means, [`objective`] the losses and the
-//! variational bound, [`batch`] what a training step draws, [`importance`] timesteps by their losses, [`timesteps`]
-//! which timesteps a reverse process visits, [`sampler`] its steps. Coefficients only: the passes over pixels are the
-//! operations q_sample, loss and sample_step, built on this module.
+//! variational bound, [`learned`] a schedule trained with the bound, [`batch`] what a training step draws,
+//! [`importance`] timesteps by their losses, [`timesteps`] which timesteps a reverse process visits, [`sampler`] its
+//! steps. Coefficients only: the passes over pixels are the operations q_sample, loss and sample_step, built on this
+//! module.
 
 pub mod batch;
 pub mod importance;
+pub mod learned;
 pub mod objective;
 pub mod prediction;
 pub mod sampler;
@@ -19,6 +21,7 @@ pub mod timesteps;
 
 pub use batch::{Batch, Sampling, Timestep};
 pub use importance::Importance;
+pub use learned::Curve;
 pub use objective::Objective;
 pub use prediction::Prediction;
 pub use sampler::{Method, Sampler};

@@ -105,7 +105,8 @@ pub const LEAST_PROBABILITY: f64 = 1e-12;
 
 impl Objective {
     /// The objective `loss` over all timesteps of a schedule. Whether the settings can work together is
-    /// [`check`](Self::check)'s matter; the bound can be had of any.
+    /// [`check`](Self::check)'s matter; the bound can be had of any but [`Variance::LearnedRaw`], whose logarithm is
+    /// not linear in the output.
     pub fn new(loss: Loss, prediction: Prediction, variance: Variance, schedule: &Schedule) -> Self {
         let kept = (0..schedule.len() as u32).collect();
         let (schedule, chain) = (schedule.clone(), schedule.clone());
@@ -115,6 +116,12 @@ impl Objective {
     /// With another weight of L_vlb in [`Loss::Hybrid`] and another gamma of [`Loss::MinSnr`]; 0.001 and 5 by default.
     pub fn with_weights(self, vlb_weight: f64, min_snr_gamma: f64) -> Self {
         Objective { vlb_weight, min_snr_gamma, ..self }
+    }
+
+    /// The same over all timesteps of another schedule.
+    pub fn on(self, schedule: &Schedule) -> Self {
+        let kept = (0..schedule.len() as u32).collect();
+        Objective { schedule: schedule.clone(), chain: schedule.clone(), kept, ..self }
     }
 
     /// The same over the chain that keeps only the given timesteps, ascending.
@@ -128,6 +135,11 @@ impl Objective {
     /// `Error::Usage`, with the reason.
     pub fn check(&self) -> Result<()> {
         let (loss, variance) = (self.loss, self.variance);
+        if variance == Variance::LearnedRaw {
+            usage!(
+                "variance = learned_raw is that of models of diffusers, whose network puts out the variance itself: they are sampled from, not trained; variance = learned trains its logarithm"
+            );
+        }
         let learned = variance.is_learned();
         if learned && !loss.has_bound() {
             usage!(
@@ -200,6 +212,7 @@ impl Objective {
         let log_q = chain.log_variance(Variance::FixedSmall, i);
         let (shift, scale) = match self.variance {
             Variance::Learned => (-log_q, 1.0),
+            Variance::LearnedRaw => panic!("the bound of a network that puts out the variance itself"),
             // v from -1 to 1 is from log_q to ln beta (IDDPM, equation 15).
             Variance::LearnedRange => {
                 let half = 0.5 * (chain.betas()[i].ln() - log_q);

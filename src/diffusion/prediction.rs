@@ -8,9 +8,7 @@
 //! and v are the same, since alpha_bar is; mu is not: it is converted with the betas of the full chain.
 
 use super::schedule::Schedule;
-use crate::error::Result;
 use crate::names::names;
-use crate::usage;
 
 /// What the network predicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +25,15 @@ pub enum Prediction {
 
 // Also accepts the names of diffusers.
 names!(Prediction { Eps = "eps" | "epsilon", X0 = "x0" | "sample", V = "v" | "v_prediction", Mu = "mu" });
+
+/// What x_t and the network's output say at a level of noise.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Said {
+    /// The image. Not finite for a prediction of eps where nothing of the image is left.
+    pub x_0: Mix,
+    /// The noise. Not finite for a prediction of x_0 where there is none.
+    pub eps: Mix,
+}
 
 /// `xt x_t + output y`, of x_t and the network's output y.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -63,61 +70,39 @@ impl Prediction {
         }
     }
 
-    /// x_0 from x_t and the network's output at timestep `t`. Not finite for eps where alpha_bar is 0.
-    pub fn x_0(self, schedule: &Schedule, t: usize) -> Mix {
+    /// What it says at any level of noise, where `x_t = signal x_0 + noise eps`, also between timesteps; `None` for mu,
+    /// which is defined by the betas of whole timesteps.
+    pub fn at_level(self, signal: f64, noise: f64) -> Option<Said> {
+        let mix = |xt: f64, output: f64| Mix { xt, output };
+        Some(match self {
+            Prediction::Eps => Said { x_0: mix(1.0 / signal, -noise / signal), eps: mix(0.0, 1.0) },
+            Prediction::X0 => Said { x_0: mix(0.0, 1.0), eps: mix(1.0 / noise, -signal / noise) },
+            Prediction::V => Said { x_0: mix(signal, -noise), eps: mix(noise, signal) },
+            Prediction::Mu => return None,
+        })
+    }
+
+    /// What it says at timestep `t`.
+    fn said(self, schedule: &Schedule, t: usize) -> Said {
         let (signal, noise) = schedule.q_sample_coefficients(t);
-        match self {
-            Prediction::Eps => Mix { xt: 1.0 / signal, output: -noise / signal },
-            Prediction::X0 => Mix { xt: 0.0, output: 1.0 },
-            Prediction::V => Mix { xt: signal, output: -noise },
-            Prediction::Mu => {
-                let (c_x0, c_xt) = schedule.posterior_mean_coefficients(t);
-                Mix { xt: -c_xt / c_x0, output: 1.0 / c_x0 }
-            }
-        }
-    }
-
-    /// The same at any level of noise sigma = sqrt((1 - alpha_bar) / alpha_bar), also between timesteps. Not finite for
-    /// x_0 where sigma is 0. Panics for mu, whose factors have no meaning there.
-    pub fn eps_at(self, sigma: f64) -> Mix {
-        let signal = 1.0 / (1.0 + sigma * sigma).sqrt();
-        let noise = sigma * signal;
-        match self {
-            Prediction::Eps => Mix { xt: 0.0, output: 1.0 },
-            Prediction::X0 => Mix { xt: 1.0 / noise, output: -signal / noise },
-            Prediction::V => Mix { xt: noise, output: signal },
-            Prediction::Mu => panic!("mu is predicted for timesteps alone"),
-        }
-    }
-
-    /// x_0 from x_t and the network's output at a level that need not be a timestep's.
-    ///
-    /// # Errors
-    /// `Error::Usage` for mu, which is defined by the betas of whole timesteps.
-    pub fn x_0_at(self, alpha_bar: f64) -> Result<Mix> {
-        let (signal, noise) = (alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt());
-        Ok(match self {
-            Prediction::Eps => Mix { xt: 1.0 / signal, output: -noise / signal },
-            Prediction::X0 => Mix { xt: 0.0, output: 1.0 },
-            Prediction::V => Mix { xt: signal, output: -noise },
-            Prediction::Mu => {
-                usage!("a network that predicts mu knows whole timesteps alone: take another --spacing than karras")
+        self.at_level(signal, noise).unwrap_or_else(|| {
+            let (c_x0, c_xt) = schedule.posterior_mean_coefficients(t);
+            // mu = (x_t - beta eps / sqrt(1 - alpha_bar)) / sqrt(alpha) (DDPM, equation 11).
+            let beta = schedule.betas()[t];
+            Said {
+                x_0: Mix { xt: -c_xt / c_x0, output: 1.0 / c_x0 },
+                eps: Mix { xt: noise / beta, output: -(1.0 - beta).sqrt() * noise / beta },
             }
         })
     }
 
+    /// x_0 from x_t and the network's output at timestep `t`. Not finite for eps where alpha_bar is 0.
+    pub fn x_0(self, schedule: &Schedule, t: usize) -> Mix {
+        self.said(schedule, t).x_0
+    }
+
     /// eps from x_t and the network's output at timestep `t`.
     pub fn eps(self, schedule: &Schedule, t: usize) -> Mix {
-        let (signal, noise) = schedule.q_sample_coefficients(t);
-        match self {
-            Prediction::Eps => Mix { xt: 0.0, output: 1.0 },
-            Prediction::X0 => Mix { xt: 1.0 / noise, output: -signal / noise },
-            Prediction::V => Mix { xt: noise, output: signal },
-            Prediction::Mu => {
-                // mu = (x_t - beta eps / sqrt(1 - alpha_bar)) / sqrt(alpha) (DDPM, equation 11).
-                let beta = schedule.betas()[t];
-                Mix { xt: noise / beta, output: -(1.0 - beta).sqrt() * noise / beta }
-            }
-        }
+        self.said(schedule, t).eps
     }
 }

@@ -11,7 +11,7 @@
 //! Deliberately absent: UniPC, whose predictor is DPM-Solver++'s and whose corrector needs one more stored prediction,
 //! and stochastic variants of the two ODE solvers.
 
-use super::prediction::{Mix, Prediction};
+use super::prediction::{Mix, Prediction, Said};
 use super::schedule::{Schedule, Variance};
 use super::timesteps::{NOISE_ALONE, Spacing, Timesteps};
 use crate::error::Result;
@@ -88,13 +88,15 @@ pub enum Before {
     State,
 }
 
-/// The logarithm of the variance, `offset + factor v`, from the second half v of the network's output.
+/// The variance from the second half v of the network's output: its logarithm is `offset + factor v`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct LogVariance {
     /// Where v is 0.
     pub offset: f64,
     /// Of v.
     pub factor: f64,
+    /// v is the variance itself, and the other two mean nothing. A negative one makes what is no number.
+    pub raw: bool,
 }
 
 /// One step of the reverse process:
@@ -260,15 +262,17 @@ impl Sampler {
     ///
     /// # Errors
     /// `Error::Usage` for an `eta` outside [0, 1]; for a network that predicts eps, and for any with a solver, if
-    /// nothing of the image is left at the last timestep; for [`Variance::Learned`] over fewer timesteps than the
-    /// network learned it for.
+    /// nothing of the image is left at the last timestep; for [`Variance::Learned`] and [`Variance::LearnedRaw`] over
+    /// fewer timesteps than the network learned it for.
     pub fn over(schedule: &Schedule, prediction: Prediction, method: Method, kept: &[u32]) -> Result<Self> {
         if let Method::Ddim { eta } = method
             && !(0.0..=1.0).contains(&eta)
         {
             usage!("eta is {eta}: must be from 0 to 1");
         }
-        if method == Method::Ancestral(Variance::Learned) && kept.iter().enumerate().any(|(i, &t)| i != t as usize) {
+        if matches!(method, Method::Ancestral(Variance::Learned | Variance::LearnedRaw))
+            && kept.iter().enumerate().any(|(i, &t)| i != t as usize)
+        {
             usage!(
                 "the learned variance is that of a step of one timestep, but {} of {} are kept: take another, such as --variance fixed_small",
                 kept.len(),
@@ -328,8 +332,11 @@ impl Sampler {
     /// which is known at whole timesteps alone, and a schedule that ends in pure noise.
     pub fn heun_over_levels(schedule: &Schedule, prediction: Prediction, steps: usize) -> Result<Self> {
         let level = |(time, sigma): (f64, f64)| {
-            let alpha_bar = 1.0 / (1.0 + sigma * sigma);
-            Ok(Level { time, alpha_bar, x_0: prediction.x_0_at(alpha_bar)? })
+            let alpha_bar: f64 = 1.0 / (1.0 + sigma * sigma);
+            let Some(Said { x_0, .. }) = prediction.at_level(alpha_bar.sqrt(), (1.0 - alpha_bar).sqrt()) else {
+                usage!("a network that predicts mu knows whole timesteps alone: take another --spacing than karras")
+            };
+            Ok(Level { time, alpha_bar, x_0 })
         };
         let levels = Timesteps::karras_levels(schedule, steps)?.into_iter().map(level).collect::<Result<Vec<_>>>()?;
         Ok(Sampler::of(heun(&levels), Vec::new()))
@@ -442,10 +449,13 @@ fn ancestral(plain: Step, chain: &Schedule, variance: Variance, i: usize) -> Ste
             let sigma = if i == 0 { 0.0 } else { (0.5 * log_variance).exp() };
             Step { sigma, variance: log_variance.exp(), ..step }
         }
-        Variance::Learned => Step { sigma: noisy, learned: Some(LogVariance { offset: 0.0, factor: 1.0 }), ..step },
+        Variance::Learned | Variance::LearnedRaw => {
+            let raw = variance == Variance::LearnedRaw;
+            Step { sigma: noisy, learned: Some(LogVariance { offset: 0.0, factor: 1.0, raw }), ..step }
+        }
         Variance::LearnedRange => {
             let (low, high) = (chain.log_variance(Variance::FixedSmall, i), chain.betas()[i].ln());
-            let learned = LogVariance { offset: 0.5 * (high + low), factor: 0.5 * (high - low) };
+            let learned = LogVariance { offset: 0.5 * (high + low), factor: 0.5 * (high - low), raw: false };
             Step { sigma: noisy, learned: Some(learned), ..step }
         }
     }

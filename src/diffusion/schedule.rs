@@ -5,6 +5,7 @@
 
 use std::f64::consts::FRAC_PI_2;
 
+use super::learned::Curve;
 use crate::error::Result;
 use crate::names::names;
 use crate::usage;
@@ -22,6 +23,8 @@ pub enum Kind {
     Constant,
     /// beta_t on a sigmoid over [-6, 6], scaled to the end values (GeoDiff, Xu et al. 2022), as in diffusers.
     Sigmoid,
+    /// Trained with the bound ([`learned`](super::learned)); as a schedule, where that begins.
+    Learned,
 }
 
 /// The smallest alpha_bar accepted, but for 0 itself: predicting x_0 from eps divides by its root, which must stay
@@ -35,17 +38,18 @@ names!(Kind {
     Quadratic = "quadratic" | "scaled_linear",
     Constant = "constant",
     Sigmoid = "sigmoid",
+    Learned = "learned",
 });
 
 impl Kind {
-    /// Its name in `beta_schedule` of diffusers' `scheduler_config.json`; `None` for the constant schedule, which is
-    /// written there as `trained_betas`.
+    /// Its name in `beta_schedule` of diffusers' `scheduler_config.json`; `None` for the constant schedule and a
+    /// learned one, which are written there as `trained_betas`.
     pub const fn diffusers_name(self) -> Option<&'static str> {
         match self {
             Kind::Linear => Some("linear"),
             Kind::Cosine => Some("squaredcos_cap_v2"),
             Kind::Quadratic => Some("scaled_linear"),
-            Kind::Constant => None,
+            Kind::Constant | Kind::Learned => None,
             Kind::Sigmoid => Some("sigmoid"),
         }
     }
@@ -87,20 +91,24 @@ pub enum Variance {
     /// The second half of the network's output, v, is a place between the logarithms of beta_tilde_t (v = -1) and
     /// beta_t (v = 1) (IDDPM, equation 15).
     LearnedRange,
+    /// The second half of the network's output is the variance itself: `learned` of diffusers. Models that have it are
+    /// sampled from; nothing here trains it.
+    LearnedRaw,
 }
 
-// The names of diffusers' `variance_type`.
+// The names of diffusers' `variance_type`, but for its `learned`, which is `learned_raw` here.
 names!(Variance {
     FixedSmall = "fixed_small",
     FixedLarge = "fixed_large",
     Learned = "learned",
     LearnedRange = "learned_range",
+    LearnedRaw = "learned_raw",
 });
 
 impl Variance {
     /// Whether the network puts it out, in a second half of its channels.
     pub const fn is_learned(self) -> bool {
-        matches!(self, Variance::Learned | Variance::LearnedRange)
+        matches!(self, Variance::Learned | Variance::LearnedRange | Variance::LearnedRaw)
     }
 }
 
@@ -118,24 +126,27 @@ impl Schedule {
     /// A named schedule with [`Kind::default_betas`].
     ///
     /// # Errors
-    /// `Error::Usage` for fewer than 2 timesteps (21 for all but the cosine schedule) or more than a million.
+    /// `Error::Usage` for fewer than 2 timesteps (21 for all that have end values) or more than a million.
     pub fn new(kind: Kind, timesteps: usize) -> Result<Self> {
         check_timesteps(timesteps)?;
         let (start, end) = Kind::default_betas(timesteps);
-        // Only the cosine schedule, which has no end values, can be shorter than 21 steps.
-        if kind != Kind::Cosine && end >= 1.0 {
+        // Only schedules without end values can be shorter than 21 steps.
+        if !matches!(kind, Kind::Cosine | Kind::Learned) && end >= 1.0 {
             usage!("timesteps is {timesteps}: the {kind} schedule needs at least 21");
         }
         Schedule::with_betas(kind, timesteps, start, end)
     }
 
-    /// A named schedule from beta `start` to beta `end`, each in (0, 1). The cosine schedule ignores both; the constant
-    /// one uses `end` only.
+    /// A named schedule from beta `start` to beta `end`, each in (0, 1). The cosine schedule and a learned one ignore
+    /// both; the constant one uses `end` only.
     ///
     /// # Errors
     /// `Error::Usage` for a beta or a number of timesteps out of range.
     pub fn with_betas(kind: Kind, timesteps: usize, start: f64, end: f64) -> Result<Self> {
         check_timesteps(timesteps)?;
+        if kind == Kind::Learned {
+            return Ok(Curve::new(timesteps).schedule());
+        }
         if kind != Kind::Cosine {
             check_beta("beta_start", start)?;
             check_beta("beta_end", end)?;
@@ -151,6 +162,7 @@ impl Schedule {
             Kind::Quadratic => spaced(start.sqrt(), end.sqrt(), t).powi(2),
             Kind::Constant => end,
             Kind::Sigmoid => start + (end - start) / (1.0 + (-spaced(-6.0, 6.0, t)).exp()),
+            Kind::Learned => unreachable!("its curve is made above"),
         };
         Schedule::from_betas((0..timesteps).map(beta).collect())
     }
@@ -236,6 +248,12 @@ impl Schedule {
         if t == 0 { 1.0 } else { self.alpha_bar[t - 1] }
     }
 
+    /// ln of the noise level sigma_t = sqrt((1 - alpha_bar_t) / alpha_bar_t), minus half the log-SNR; infinite where
+    /// nothing of the image is left.
+    pub fn log_sigma(&self, t: usize) -> f64 {
+        0.5 * ((1.0 - self.alpha_bar[t]) / self.alpha_bar[t]).ln()
+    }
+
     /// Factors of x_0 and of eps in x_t: `sqrt(alpha_bar_t)` and `sqrt(1 - alpha_bar_t)` (DDPM, equation 4).
     pub fn q_sample_coefficients(&self, t: usize) -> (f64, f64) {
         (self.alpha_bar[t].sqrt(), (1.0 - self.alpha_bar[t]).sqrt())
@@ -263,7 +281,9 @@ impl Schedule {
             _ if t == 0 => self.posterior_variance(1),
             Variance::FixedSmall => self.posterior_variance(t),
             Variance::FixedLarge => self.betas[t],
-            Variance::Learned | Variance::LearnedRange => panic!("the {variance} variance is the network's"),
+            Variance::Learned | Variance::LearnedRange | Variance::LearnedRaw => {
+                panic!("the {variance} variance is the network's")
+            }
         };
         value.ln()
     }

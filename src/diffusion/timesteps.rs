@@ -204,18 +204,28 @@ impl Timesteps {
                 "the schedule ends in pure noise (zero terminal SNR), which is no finite noise level: take another --spacing than karras"
             );
         }
-        let log_sigma: Vec<f64> =
-            (0..timesteps).map(|t| 0.5 * ((1.0 - schedule.alpha_bar(t)) / schedule.alpha_bar(t)).ln()).collect();
+        let log_sigma: Vec<f64> = (0..timesteps).map(|t| schedule.log_sigma(t)).collect();
         let root = |t: usize| (log_sigma[t].min(NOISE_ALONE.ln()) / RHO).exp();
         let (most, least) = (root(timesteps - 1), root(0));
         let level = |i: usize| {
             let part = if steps == 1 { 0.0 } else { i as f64 / (steps - 1) as f64 };
             let sigma = (most + part * (least - most)).powf(RHO);
-            let below = log_sigma.partition_point(|&l| l <= sigma.ln()).saturating_sub(1).min(timesteps - 2);
-            let between = (sigma.ln() - log_sigma[below]) / (log_sigma[below + 1] - log_sigma[below]);
-            (below as f64 + between.clamp(0.0, 1.0), sigma)
+            (timestep_of(&log_sigma, sigma.ln()), sigma)
         };
         Ok((0..steps).map(level).collect())
+    }
+}
+
+/// The timestep of a noise level with this ln sigma, fractional: linear between those around it in `log_sigma`, which
+/// has that of every timestep, ascending. Below the first it is 0, above the last the last.
+pub fn timestep_of(log_sigma: &[f64], wanted: f64) -> f64 {
+    match log_sigma.partition_point(|&l| l <= wanted) {
+        0 => 0.0,
+        above if above == log_sigma.len() => (above - 1) as f64,
+        above => {
+            let (low, high) = (log_sigma[above - 1], log_sigma[above]);
+            (above - 1) as f64 + (wanted - low) / (high - low)
+        }
     }
 }
 

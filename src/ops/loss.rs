@@ -7,7 +7,8 @@
 //! Every other loss, [`any`]: `L_i = 1/d sum_k (squared d_ik^2 + bound l_ik)`, d the distance from the target and l the
 //! bound's term, with the factors of the image's timestep ([`Row`](crate::diffusion::objective::Row)), which are
 //! uploaded once ([`Table`]). x_0 is made again from its bytes, as in q_sample. If the variance is learned, the output
-//! has twice the channels: in each pixel first the prediction, then v.
+//! has twice the channels: in each pixel first the prediction, then v. A schedule in training moves the factors and
+//! x_t: [`of_schedule`] takes the sums of which the derivative of the bound by it is made ([`Sums`]).
 //!
 //! Shapes: prediction and gradient `(n, h, w, c)`, of a learned variance `(n, h, w, 2c)`; the n images may be one
 //! micro-batch of the step's N. Numerics: differences and terms in f32, squares and sums in f64 over fixed chunks, so
@@ -19,7 +20,8 @@ use bytemuck::Zeroable;
 
 use crate::device::Device;
 use crate::device::cuda::Buffer;
-use crate::diffusion::{Batch, Objective, Prediction};
+use crate::diffusion::learned::{SUMS, Sums};
+use crate::diffusion::{Batch, Objective, Prediction, Schedule};
 use crate::error::Result;
 use crate::images::Source;
 use crate::kernels::loss::Row;
@@ -70,6 +72,20 @@ impl Table {
             _ => None,
         };
         Ok(Table { objective, rows, on_gpu })
+    }
+
+    /// Takes the factors of the same objective on another schedule of as many timesteps, in the same memory.
+    ///
+    /// # Errors
+    /// A GPU error.
+    pub fn follow(&mut self, schedule: &Schedule) -> Result<()> {
+        assert_eq!(schedule.len(), self.rows.len(), "timesteps of the schedule and of the table");
+        self.objective = self.objective.clone().on(schedule);
+        self.rows = (0..schedule.len() as u32).map(|t| row(&self.objective, t)).collect();
+        match &mut self.on_gpu {
+            Some(buffer) => buffer.gpu().clone().upload(buffer, &self.rows),
+            None => Ok(()),
+        }
     }
 
     /// L_i of each image, without its weight, at its timestep, from [`Loss::partial`] as it is downloaded; of images of
@@ -242,6 +258,52 @@ pub fn terms(
     Ok(Terms { vlb: nats.into_iter().map(|nats| nats / LN_2).collect(), mse_x0: squares, mse_eps })
 }
 
+/// [`Sums`] of each image, or on a GPU of parts of them.
+pub enum OfSchedule {
+    /// Of each image.
+    Host(Vec<Sums<f64>>),
+    /// (n, parts, [`SUMS`]), f64.
+    Cuda(Buffer),
+}
+
+impl OfSchedule {
+    /// [`Sums`] of each of `n` images, from [`OfSchedule::Cuda`] as it is downloaded.
+    pub fn of_images(n: usize, parts: &[f64]) -> Vec<Sums<f64>> {
+        let of_image = |parts: &[f64]| {
+            let part = |sums: Sums<f64>, part: &[f64]| std::array::from_fn(|k| sums[k] + part[k]);
+            parts.chunks(SUMS).fold([0.0; SUMS], part)
+        };
+        parts.chunks(parts.len() / n).map(of_image).collect()
+    }
+}
+
+/// What the derivative of [`any`]'s loss by the schedule is made of, for a loss that is the bound. `dx` is the
+/// derivative of the loss by x_t, shaped like x_t, from the tape.
+///
+/// # Errors
+/// A GPU error.
+pub fn of_schedule(
+    device: &Device,
+    (output, dx): (&Tensor, &Tensor),
+    source: Source<'_>,
+    batch: &Batch,
+    t: &Tensor,
+    table: &Table,
+) -> Result<OfSchedule> {
+    let extent = Extent::of(output, source, batch, table);
+    let x_t = Shape { n: batch.len(), ..source.shape() };
+    assert_eq!((dx.shape(), dx.dtype()), (x_t, output.dtype()), "loss: the derivative by x_t");
+    match (device, source) {
+        (Device::Cpu(_), Source::Host(images)) => {
+            Ok(OfSchedule::Host(cpu::of_schedule((output.data(), dx.data()), images, batch, table, extent)))
+        }
+        (Device::Cuda(gpu), source @ Source::Cuda { .. }) => {
+            Ok(OfSchedule::Cuda(cuda::of_schedule(gpu, (output, dx), source, batch, t, table, extent)?))
+        }
+        (device, _) => panic!("loss: the images are not on {device}"),
+    }
+}
+
 /// Extent of the images of an output, and how it holds them.
 #[derive(Clone, Copy)]
 struct Extent {
@@ -283,6 +345,7 @@ impl Extent {
 pub mod reference {
     use num_traits::{Float, FloatConst};
 
+    use crate::diffusion::learned::{SUMS, Sums};
     use crate::diffusion::objective::LEAST_PROBABILITY;
     use crate::diffusion::{Batch, Objective, Prediction, Variance};
     use crate::images::Images;
@@ -322,6 +385,8 @@ pub mod reference {
         pub x_0_square: T,
         /// Derivatives of `square` and of `nats` by the prediction, and of `nats` by v.
         pub gradient: [T; 3],
+        /// Derivative of `nats` by the logarithm of the variance of p.
+        pub by_log_p: T,
     }
 
     fn number<T: Float>(v: f64) -> T {
@@ -354,6 +419,7 @@ pub mod reference {
             // ln of the variance of p, and its derivative by v.
             let (log_p, by_v) = match variance {
                 Variance::Learned => (output[at + c], T::one()),
+                Variance::LearnedRaw => (output[at + c].ln(), output[at + c].recip()),
                 Variance::LearnedRange => {
                     let share = (output[at + c] + T::one()) * half;
                     (share * large + (T::one() - share) * small, half * (large - small))
@@ -375,6 +441,7 @@ pub mod reference {
                 nats,
                 x_0_square: (clipped - x_0) * (clipped - x_0),
                 gradient: [distance + distance, by_y, by_log_p * by_v],
+                by_log_p,
             }
         };
         (0..x_0.len()).map(element).collect()
@@ -419,6 +486,30 @@ pub mod reference {
         let by_mean = -scale * (by_upper - by_lower);
         let by_log_p = -half * (by_upper * upper - by_lower * lower);
         (-probability.ln(), -by_mean / probability, -by_log_p / probability)
+    }
+
+    /// The sums over an image of `c` channels at timestep `t`, from x_0, eps, the network's output, and `dx`, the
+    /// derivative of the training loss by x_t.
+    pub fn of_schedule<T: Float + FloatConst>(
+        objective: &Objective,
+        t: u32,
+        [x_0, eps, output, dx]: [&[T]; 4],
+        c: usize,
+    ) -> Sums<T> {
+        let row = objective.row(t).expect("a timestep that is kept");
+        let doubled = objective.variance().is_learned();
+        let (of_x_0, of_eps) = row.target;
+        let mut sums = [T::zero(); SUMS];
+        for (k, element) in elements(objective, t, [x_0, eps, output], c, false).into_iter().enumerate() {
+            let at = if doubled { k / c * 2 * c + k % c } else { k };
+            let d = output[at] - (number::<T>(of_x_0) * x_0[k] + number::<T>(of_eps) * eps[k]);
+            let v = if doubled { output[at + c] } else { T::zero() };
+            // z is mean_error d, and delta is ln of the variance of q minus that of p.
+            let (dz, ddelta) = (element.gradient[1] / number(row.mean_error), -element.by_log_p);
+            let parts = [dz * d, dz * x_0[k], dz * eps[k], ddelta, ddelta * v, dx[k] * x_0[k], dx[k] * eps[k]];
+            sums = std::array::from_fn(|j| sums[j] + parts[j]);
+        }
+        sums
     }
 
     /// x_0, eps and the output of image `i` of a batch.
@@ -600,14 +691,24 @@ mod cpu {
     }
 
     /// What an element is compared by.
+    #[derive(Clone, Copy)]
     struct Difference {
+        /// Its index in the image.
+        k: usize,
         /// Its index in the image's output.
         at: usize,
         /// Distance of the output from the target.
         d: f32,
         /// ln of the variance of q minus that of p.
         delta: f32,
+        eps: f32,
         byte: u8,
+    }
+
+    impl Difference {
+        fn x_0(&self) -> f32 {
+            (2 * i32::from(self.byte) - 255) as f32 / 255.0
+        }
     }
 
     /// Calls `f` for elements `first..first + len` of image `i`, whose output is `y`.
@@ -632,7 +733,7 @@ mod cpu {
                 let centred = (2 * i32::from(byte) - 255) as f32;
                 let d = y[at] - row.byte.mul_add(centred, row.eps * *eps);
                 let delta = -if doubled { row.scale.mul_add(y[at + c], row.shift) } else { row.shift };
-                f(Difference { at, d, delta, byte });
+                f(Difference { k, at, d, delta, eps: *eps, byte });
             }
         }
     }
@@ -663,7 +764,7 @@ mod cpu {
                 (images, batch, i, flip[i]),
                 row,
                 extent,
-                |Difference { at, d, delta, byte }| {
+                |Difference { at, d, delta, byte, .. }| {
                     squares += f64::from(d) * f64::from(d);
                     let z = row.mean_error * d;
                     let term = match has_bound {
@@ -718,10 +819,10 @@ mod cpu {
                 (images, batch, i, flip[i]),
                 row,
                 extent,
-                |Difference { d, delta, byte, .. }| {
+                |difference @ Difference { d, delta, byte, .. }| {
                     let (mut error, mut z) = (row.x_0_error * d, row.mean_error * d);
                     if clip {
-                        let x_0 = (2 * i32::from(byte) - 255) as f32 / 255.0;
+                        let x_0 = difference.x_0();
                         // Comparisons keep what is not a number.
                         if x_0 + error > 1.0 {
                             error = 1.0 - x_0;
@@ -748,6 +849,38 @@ mod cpu {
         [nats, squares]
     }
 
+    /// What the derivative by the schedule is made of, of each image.
+    pub fn of_schedule(
+        (y, dx): (&[f32], &[f32]),
+        images: Images<'_>,
+        batch: &Batch,
+        table: &Table,
+        extent: Extent,
+    ) -> Vec<Sums<f64>> {
+        let (t, flip) = (batch.t(), batch.flip());
+        let sum = |(i, first, count): (usize, usize, usize)| {
+            let row = &table.rows[t[i] as usize];
+            let (y, dx) = (&y[i * extent.output()..][..extent.output()], &dx[i * extent.image()..][..extent.image()]);
+            let mut sums = [0.0; SUMS];
+            each_difference((y, first, count), (images, batch, i, flip[i]), row, extent, |difference| {
+                let Difference { k, at, d, delta, eps, byte } = difference;
+                let (z, x_0) = (row.mean_error * d, difference.x_0());
+                let decodes = row.half_bin != 0.0;
+                let Term { dz, ddelta, .. } =
+                    if decodes { decoder(z, delta, row.half_bin, byte) } else { divergence(z, delta) };
+                let v = if extent.doubled { y[at + extent.c] } else { 0.0 };
+                let factors = [(dz, d), (dz, x_0), (dz, eps), (ddelta, 1.0), (ddelta, v), (dx[k], x_0), (dx[k], eps)];
+                for (sum, (a, b)) in sums.iter_mut().zip(factors) {
+                    *sum += f64::from(a) * f64::from(b);
+                }
+            });
+            sums
+        };
+        let tasks: Vec<(usize, usize, usize)> = extent.tasks(batch.len()).collect();
+        let sums: Vec<Sums<f64>> = tasks.into_par_iter().map(sum).collect();
+        OfSchedule::of_images(batch.len(), sums.as_flattened())
+    }
+
     impl Extent {
         /// Tasks over whole pixels: the image, its first element and how many.
         fn tasks(self, images: usize) -> impl Iterator<Item = (usize, usize, usize)> {
@@ -767,7 +900,7 @@ mod cpu {
 mod cuda {
     use super::*;
     use crate::device::cuda::Gpu;
-    use crate::kernels::loss::{ANY, CHUNK, CLIP, FWD, KEEP_MEAN, TERMS};
+    use crate::kernels::loss::{self as kernel, ANY, CHUNK, CLIP, FWD, KEEP_MEAN, SCHEDULE, TERMS};
     use crate::kernels::philox::THREADS;
     use crate::meter::CudaMeter;
     use crate::rng::Purpose;
@@ -877,5 +1010,27 @@ mod cuda {
         gpu.download(&mut sums, &partial)?;
         let mean = |image: &[[f64; 2]], k: usize| image.iter().map(|s| s[k]).sum::<f64>() / extent.image() as f64;
         Ok([0, 1].map(|k| sums.chunks(chunks).map(|image| mean(image, k)).collect()))
+    }
+
+    const _: () = assert!(SUMS == kernel::SUMS, "numbers that the kernel writes");
+
+    pub fn of_schedule(
+        gpu: &Gpu,
+        (y, dx): (&Tensor, &Tensor),
+        source: Source<'_>,
+        batch: &Batch,
+        t: &Tensor,
+        table: &Table,
+        extent: Extent,
+    ) -> Result<Buffer> {
+        let Source::Cuda { pixels, rows: indices, .. } = source else { unreachable!("checked by the caller") };
+        let n = batch.len();
+        let chunks = chunks(extent, n);
+        let mut partial = gpu.alloc(SUMS * 8 * n * chunks)?; // (n, chunks, SUMS), f64
+        let launch = gpu.launch(SCHEDULE.of(y.dtype()), [chunks, n, 1], THREADS).buffer_mut(&mut partial).read(y);
+        let launch = launch.read(dx).read(t).buffer(pixels).view(indices).buffer(rows(table)).u32(extent.image());
+        let launch = launch.u32(extent.w).u32(extent.c).u32(extent.doubled.into()).streams_of_step(batch.noise);
+        launch.u32(Purpose::Flip as usize).u32(batch.flips.is_some().into()).clock().run()?;
+        Ok(partial)
     }
 }

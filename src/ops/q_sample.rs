@@ -25,13 +25,24 @@ impl Coefficients {
     /// # Errors
     /// A GPU error.
     pub fn new(device: &Device, schedule: &Schedule) -> Result<Self> {
-        let pair = |t| {
-            let (signal, noise) = schedule.q_sample_coefficients(t);
-            [(signal / 255.0) as f32, noise as f32]
-        };
-        let table: Vec<f32> = (0..schedule.len()).flat_map(pair).collect();
-        Ok(Coefficients(Tensor::from_slice(device, Shape::new(schedule.len(), 1, 1, 2), &table)?))
+        Ok(Coefficients(Tensor::from_slice(device, Shape::new(schedule.len(), 1, 1, 2), &factors(schedule))?))
     }
+
+    /// Takes those of another schedule of as many timesteps, in the same memory.
+    ///
+    /// # Errors
+    /// A GPU error.
+    pub fn follow(&mut self, schedule: &Schedule) -> Result<()> {
+        self.0.write(&factors(schedule))
+    }
+}
+
+fn factors(schedule: &Schedule) -> Vec<f32> {
+    let pair = |t| {
+        let (signal, noise) = schedule.q_sample_coefficients(t);
+        [(signal / 255.0) as f32, noise as f32]
+    };
+    (0..schedule.len()).flat_map(pair).collect()
 }
 
 /// Noised images.

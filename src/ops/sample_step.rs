@@ -19,7 +19,7 @@
 //! with and without classes gets it twice, written by the same kernel.
 
 use crate::device::Device;
-use crate::diffusion::sampler::{Correction, Corrector, Guidance, Limit, Samples, Step};
+use crate::diffusion::sampler::{Correction, Corrector, Guidance, Limit, LogVariance, Samples, Step};
 use crate::error::Result;
 use crate::kernels::sample_step::{Factors, Turn};
 use crate::rng::{Stream, Streams};
@@ -338,7 +338,7 @@ pub mod reference {
     use num_traits::Float;
 
     use super::Quantile;
-    use crate::diffusion::sampler::{Correction, Corrector, Guidance, Limit, Step};
+    use crate::diffusion::sampler::{Correction, Corrector, Guidance, Limit, LogVariance, Step};
 
     /// What a step reads of one image; slices that it does not read may be empty.
     #[derive(Clone, Copy)]
@@ -385,9 +385,15 @@ pub mod reference {
         }
         let next = (0..x.len()).map(|i| {
             let (mut sigma, mut variance) = (number::<T>(step.sigma), number::<T>(step.variance));
-            if let Some(learned) = step.learned {
-                let log_variance = number::<T>(learned.offset) + number::<T>(learned.factor) * v[i];
-                (sigma, variance) = (sigma * (number::<T>(0.5) * log_variance).exp(), log_variance.exp());
+            match step.learned {
+                None => {}
+                // Without noise its root is not asked for.
+                Some(LogVariance { raw: true, .. }) if step.sigma == 0.0 => variance = v[i],
+                Some(LogVariance { raw: true, .. }) => (sigma, variance) = (sigma * v[i].sqrt(), v[i]),
+                Some(learned) => {
+                    let log_variance = number::<T>(learned.offset) + number::<T>(learned.factor) * v[i];
+                    (sigma, variance) = (sigma * (number::<T>(0.5) * log_variance).exp(), log_variance.exp());
+                }
             }
             if !gradient.is_empty() {
                 x_0[i] = x_0[i] + number::<T>(step.shift_x0) * gradient[i];
@@ -673,7 +679,12 @@ mod cpu {
                 y.iter_mut().for_each(|x_0| *x_0 /= limit);
             }
             let (mut sigmas, mut variances) = ([sigma; PART], [variance; PART]);
-            if let Some(learned) = step.learned {
+            if let Some(LogVariance { raw: true, .. }) = step.learned {
+                variances = own.v;
+                for (sigma, &v) in sigmas.iter_mut().zip(&own.v).filter(|(sigma, _)| **sigma != 0.0) {
+                    *sigma *= v.sqrt();
+                }
+            } else if let Some(learned) = step.learned {
                 let [offset, factor] = [learned.offset, learned.factor].map(|v| v as f32);
                 for ((sigma, variance), &v) in sigmas.iter_mut().zip(&mut variances).zip(&own.v) {
                     let log_variance = S::mul_add(factor, v, offset);
@@ -796,7 +807,9 @@ mod cuda {
     use super::*;
     use crate::device::cuda::{Gpu, Launch, each_four_of_images};
     use crate::kernels::philox::THREADS;
-    use crate::kernels::sample_step::{CORRECT, DIFFUSE, NORMS, RESCALE, Reading, START, STEP, THRESHOLD, TIMES};
+    use crate::kernels::sample_step::{
+        CORRECT, DIFFUSE, LOGARITHM, NORMS, RAW, RESCALE, Reading, START, STEP, THRESHOLD, TIMES,
+    };
 
     impl Given<'_> {
         fn reading(&self) -> Reading {
@@ -842,7 +855,8 @@ mod cuda {
         let launch = launch.write(next).write_opt(input).write_opt(x_0).read(given.x).read(given.output);
         let launch = launch.read_opt(given.before).read_opt(given.gradient.map(|(gradient, _)| gradient));
         let launch = launch.read_opt(per_image.scale).read_opt(per_image.limits).u64(n).u64(image).u32(copies);
-        let launch = launch.u32(step.learned.is_some().into()).value(given.reading()).value(factors);
+        let learned = step.learned.map_or(0, |learned| if learned.raw { RAW } else { LOGARITHM });
+        let launch = launch.u32(learned as usize).value(given.reading()).value(factors);
         launch.noise(Noise { streams, ..given.noise }).turn().run()
     }
 

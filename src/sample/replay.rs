@@ -35,8 +35,8 @@ pub struct Kind {
     pub guidance: Option<Guidance>,
     /// What x_0 is confined to.
     pub limit: Limit,
-    /// Whether the network says the variance.
-    pub learned: bool,
+    /// Whether the network says the variance: the variance itself, or its logarithm.
+    pub learned: Option<bool>,
 }
 
 /// What a step leaves for the next one.

@@ -11,6 +11,7 @@
 
 mod feed;
 mod init;
+mod learning;
 mod log;
 mod losses;
 mod run_folder;
@@ -31,10 +32,12 @@ use crate::checkpoint::{self, DataMark};
 use crate::config::{Config, Given};
 use crate::data;
 use crate::device::Device;
+use crate::diffusion::{Curve, Schedule};
 use crate::error::{Error, Result};
 use crate::memory;
 use crate::meter::Quarters;
 use crate::output;
+use crate::output::plot::{Axis, Plot, Series, write_plot};
 use crate::recipe;
 use crate::sample::{self, Drawing};
 use crate::text::{GIB, grouped};
@@ -239,6 +242,13 @@ impl Run {
             Ok(()) => trainer.reports().and_then(|_| folder.save(trainer)),
         };
         log.close(watch);
+        if let (Some(curve), Ok(_)) = (trainer.curve(), &saved) {
+            // Training can do without it.
+            match write_schedule(curve, trainer.steps_done(), &folder.path) {
+                Ok(plot) => watch.say(&format!("learned schedule: {}", plot.display())),
+                Err(e) => watch.say(&format!("{e}; the checkpoint has the schedule all the same")),
+            }
+        }
         saved.map_err(|e| folder.with_last_checkpoint(e))
     }
 }
@@ -276,6 +286,10 @@ fn steps(
 
         if logs {
             let mut line = report.line(done, config.model.classifier);
+            if let Some(curve) = trainer.curve() {
+                let schedule = curve.average();
+                line["log_snr"] = json!([0, schedule.len() - 1].map(|t| -2.0 * schedule.log_sigma(t)));
+            }
             if due_or_last(config.validate_every)
                 && let Some(held_out) = unless_interrupted(trainer.validate(stop))?
                 && let Some(mean) = held_out.quarters.mean()
@@ -363,6 +377,30 @@ fn announce(config: &Config, data: &data::Data, device: &Device, watch: &mut dyn
     }
 }
 
+/// Draws log-SNR by timestep, at the start and after `done` steps, into schedule.svg, which it returns, and
+/// schedule.png. Writes the betas, f32, to betas.npy, for the setting `betas` of another run, such as a classifier's.
+fn write_schedule(curve: &Curve, done: u32, run: &Path) -> Result<PathBuf> {
+    let series = |name: String, schedule: &Schedule| Series {
+        name,
+        points: (0..schedule.len()).map(|t| (t as f64, -2.0 * schedule.log_sigma(t))).collect(),
+    };
+    let (start, average) = (Curve::new(curve.timesteps()).schedule(), curve.average());
+    let betas: Vec<f32> = average.betas().iter().map(|&beta| beta as f32).collect();
+    output::write_npy(&run.join("betas.npy"), &[betas.len()], &betas)?;
+    let plot = Plot {
+        title: "Learned noise schedule".into(),
+        x: Axis { label: "timestep t".into(), log: false },
+        y: Axis { label: "log-SNR, ln(alpha_bar / (1 - alpha_bar))".into(), log: false },
+        series: vec![
+            series("at the start".into(), &start),
+            series(format!("after {done} steps, moving average"), &average),
+        ],
+        marks: curve.timesteps() <= 50,
+    };
+    let [svg, _] = write_plot(run, "schedule", &plot)?;
+    Ok(svg)
+}
+
 /// How often a classifier is right, overall and by quarter of the timesteps, the end of a sentence.
 fn accuracies(right: &Quarters) -> String {
     let percent = |share: f64| format!("{:.1} %", 100.0 * share);
@@ -382,7 +420,7 @@ fn unless_interrupted<T>(result: Result<T>) -> Result<Option<T>> {
 /// them.
 fn draw_samples(trainer: &Trainer, run: &Path, stop: &AtomicBool) -> Result<PathBuf> {
     let (c, unet) = (trainer.config(), trainer.unet());
-    let sampler = sample::default_sampler(&c.diffusion, trainer.schedule())?;
+    let sampler = sample::default_sampler(&c.diffusion, &trainer.schedule())?;
     let steps = sampler.calls();
     let drawing = Drawing { device: trainer.device(), unet, params: trainer.ema(), sampler: &sampler, seed: c.seed };
     // A square of 64 images, or of as many as two cores draw in some twenty seconds, but at least four.

@@ -1,9 +1,11 @@
 //! A network in training: the state of a run and one step of it, algorithm 1 of the paper.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::feed::{Feed, Resident};
+use super::learning::Learning;
 use super::losses::Losses;
 use crate::checkpoint::{self, DataMark};
 use crate::clock::Clock;
@@ -12,7 +14,7 @@ use crate::config::Config;
 use crate::data::{Data, Dataset, Order};
 use crate::device::Device;
 use crate::device::cuda::{Repeated, eager_note};
-use crate::diffusion::{Batch, Importance, Sampling, Schedule};
+use crate::diffusion::{Batch, Curve, Importance, Kind, Sampling, Schedule};
 use crate::error::{Error, Result};
 use crate::images::Source;
 use crate::memory::memory_needed;
@@ -41,7 +43,10 @@ pub struct Trainer {
     config: Config,
     data: Data,
     unet: UNet,
+    /// The noise schedule, unless it is learned.
     schedule: Schedule,
+    /// The noise schedule, if it is learned.
+    learning: Option<Learning>,
     params: Params,
     ema: Params,
     grads: ParamGrads,
@@ -100,6 +105,7 @@ impl Trainer {
         let flat = Shape::vector(specs.flat_len());
         let schedule = config.diffusion.noise_schedule()?;
         let [train, held_out] = resident(config, &unet, &specs, &data, device)?;
+        let is_learned = config.diffusion.schedule == Kind::Learned;
         Ok(Trainer {
             device: device.clone(),
             config: Config { precision: device.precision(), ..config.clone() },
@@ -111,6 +117,7 @@ impl Trainer {
                 losses: (config.timestep_sampling == Sampling::Importance)
                     .then(|| Losses::new(device, Importance::new(schedule.len(), config.batch), config.accumulate)),
             },
+            learning: is_learned.then(|| Learning::new(device, schedule.len(), &data.train)),
             data,
             table: Table::new(device, config.objective()?)?,
             schedule,
@@ -125,13 +132,7 @@ impl Trainer {
             clock: Clock::new(device)?,
             meter: Meter::new(device)?,
             unread: 0,
-            launches: match device {
-                Device::Cuda(gpu) if gpu.captures() && config.timestep_sampling == Sampling::Importance => {
-                    gpu.add_note(eager_note(A_STEP, "timestep_sampling = importance draws the timesteps on the host"));
-                    Repeated::eager(A_STEP)
-                }
-                _ => Repeated::new(A_STEP),
-            },
+            launches: launches(device, config),
         })
     }
 
@@ -145,6 +146,7 @@ impl Trainer {
             v: &self.v,
             data: Some(&self.mark),
             importance: self.inputs.losses.as_ref().map(Losses::known),
+            curve: self.learning.as_ref().map(Learning::curve),
         }
     }
 
@@ -159,6 +161,7 @@ impl Trainer {
             m: &mut self.m,
             v: &mut self.v,
             importance: self.inputs.losses.as_mut().map(Losses::known_mut),
+            curve: self.learning.as_mut().map(Learning::curve_mut),
         }
     }
 
@@ -211,9 +214,17 @@ impl Trainer {
         &self.unet
     }
 
-    /// The noise schedule.
-    pub fn schedule(&self) -> &Schedule {
-        &self.schedule
+    /// The noise schedule, of a learned one the moving average, with which samples are drawn.
+    pub fn schedule(&self) -> Cow<'_, Schedule> {
+        match &self.learning {
+            Some(learning) => Cow::Owned(learning.curve().average()),
+            None => Cow::Borrowed(&self.schedule),
+        }
+    }
+
+    /// A schedule in training.
+    pub fn curve(&self) -> Option<&Curve> {
+        self.learning.as_ref().map(Learning::curve)
     }
 
     /// One step on the next images: algorithm 1 of the paper, for a batch. On a GPU it only launches the work, from the
@@ -228,6 +239,12 @@ impl Trainer {
         if let Some(losses) = &mut self.inputs.losses {
             losses.begin(&self.table)?;
         }
+        if let Some(learning) = &mut self.learning {
+            learning.begin()?;
+            let schedule = learning.curve().schedule();
+            self.table.follow(&schedule)?;
+            self.inputs.coefficients.follow(&schedule)?;
+        }
         let place = self.inputs.begin(&self.config, &self.data.train, self.step)?;
         let update = update(&self.config, self.step + 1);
         // A handle of the device bound to the step's clock, from which kernels read what changes from step to step.
@@ -241,6 +258,9 @@ impl Trainer {
             }
             Device::Cpu(_) | Device::Meta(_) => self.compute(&device, &update)?,
         }
+        if let Some(learning) = &mut self.learning {
+            learning.update(&self.table, &update)?;
+        }
         self.step += 1;
         self.unread += 1;
         Ok(())
@@ -253,15 +273,21 @@ impl Trainer {
         for k in 0..self.config.accumulate {
             let batch = self.inputs.draw(device, &self.config, &self.data.train, self.step, k)?;
             let mut tape = Tape::recording(device, &self.params);
-            let t = batch.batch.weights.is_some().then(|| batch.batch.t());
-            let (y, loss) = forward_loss(&self.unet, &mut tape, &self.table, batch, &mut self.meter)?; // (n, h, w, c)
+            let Passed { x_t, t, y, mut loss, batch, source } =
+                forward_loss(&self.unet, &mut tape, &self.table, batch, &mut self.meter)?;
             if let Some(mean) = loss.mean().filter(|mean| !mean.is_finite()) {
                 return Err(self.explain_not_finite("loss", mean));
             }
-            if let (Some(losses), Some(t)) = (&mut self.inputs.losses, t) {
-                losses.add(&t, &loss)?;
+            let dy = loss.gradient.take().expect("a training loss has a gradient");
+            let mut leaves = tape.backward(&y, dy, &mut self.grads)?;
+            if let Some(learning) = &mut self.learning {
+                let dx = leaves.take(&x_t).expect("the output depends on x_t"); // (n, h, w, c)
+                let sums = loss::of_schedule(device, (y.value(), &dx), source, &batch, &t, &self.table)?;
+                learning.add(&self.table, batch.t(), sums, loss.image, self.config.batch)?;
             }
-            tape.backward(&y, loss.gradient.expect("a training loss has a gradient"), &mut self.grads)?;
+            if let (Some(losses), Some(_)) = (&mut self.inputs.losses, &batch.weights) {
+                losses.add(&batch.t(), &loss)?;
+            }
         }
 
         let g = self.grads.finish(self.params.specs())?;
@@ -341,7 +367,7 @@ impl Trainer {
             let batch = self.inputs.draw(&device, &self.config, &self.data.train, self.step, k)?;
             let mut tape = Tape::inspecting(&self.device, &self.params);
             match forward_loss(&self.unet, &mut tape, &self.table, batch, &mut self.meter) {
-                Ok((y, loss)) => {
+                Ok(Passed { y, loss, .. }) => {
                     let dy = loss.gradient.expect("a training loss has a gradient");
                     tape.backward(&y, dy, &mut self.grads)?;
                 }
@@ -369,6 +395,17 @@ impl Trainer {
         let mut meter = Meter::new(&self.device)?;
         let mut feed = Feed::new(&self.device, self.held_out.as_ref());
         meter.begin();
+        // Of a learned schedule the moving average, as of the weights.
+        let averaged = match &self.learning {
+            Some(learning) => {
+                let (schedule, objective) = (learning.curve().average(), self.table.objective().clone());
+                let table = Table::new(&self.device, objective.on(&schedule))?;
+                Some((table, Coefficients::new(&self.device, &schedule)?))
+            }
+            None => None,
+        };
+        let (table, coefficients) =
+            averaged.as_ref().map_or((&self.table, &self.inputs.coefficients), |(table, factors)| (table, factors));
         let held_out: Vec<usize> = (0..data.len()).collect();
         for (k, indices) in held_out.chunks(size).enumerate() {
             if stop.load(Ordering::Relaxed) {
@@ -382,9 +419,9 @@ impl Trainer {
                 let end = places.end.min(data.len() as u64);
                 data.rows(&held_out[places.start as usize..end as usize], conditional)
             })?;
-            let noised = q_sample(&self.device, source, &batch, &self.inputs.coefficients)?;
-            let batch = MicroBatch { batch, source, noised, masks: None, step_images: None };
-            forward_loss(&self.unet, &mut Tape::inference(&self.device, &self.ema), &self.table, batch, &mut meter)?;
+            let noised = q_sample(&self.device, source, &batch, coefficients)?;
+            let batch = MicroBatch { batch, source, noised, masks: None, step_images: None, by_x_t: false };
+            forward_loss(&self.unet, &mut Tape::inference(&self.device, &self.ema), table, batch, &mut meter)?;
         }
         let measured = meter.read()?.pop().expect("one row");
         let vlb = self.table.objective().loss().has_bound() && !data.is_empty();
@@ -477,7 +514,8 @@ impl Inputs {
         let source = feed.part(data, of_step, places);
         let noised = q_sample(device, source, &batch, coefficients)?;
         let masks = Some(DropoutSeed { seed: c.seed, step, first });
-        Ok(MicroBatch { batch, source, noised, masks, step_images: Some(c.batch) })
+        let by_x_t = c.diffusion.schedule == Kind::Learned;
+        Ok(MicroBatch { batch, source, noised, masks, step_images: Some(c.batch), by_x_t })
     }
 }
 
@@ -491,28 +529,43 @@ struct MicroBatch<'a> {
     masks: Option<DropoutSeed>,
     /// Images over which the step's loss is the mean; `None`: no gradient is wanted.
     step_images: Option<usize>,
+    /// Whether the derivative by x_t is wanted.
+    by_x_t: bool,
 }
 
-/// The network's output for noised images, (n, h, w, c), with a learned variance (n, h, w, 2c), of a classifier
-/// (n, 1, 1, classes), and its loss, which is also added to the meter's row.
-fn forward_loss(
+/// Noised images that went through the network.
+struct Passed<'a> {
+    /// (n, h, w, c).
+    x_t: Var,
+    /// (n, 1, 1, 1).
+    t: Tensor,
+    /// The output, (n, h, w, c), with a learned variance (n, h, w, 2c), of a classifier (n, 1, 1, classes).
+    y: Var,
+    loss: Loss,
+    batch: Batch,
+    source: Source<'a>,
+}
+
+/// Takes noised images through the network, and adds the loss to the meter's row.
+fn forward_loss<'a>(
     unet: &UNet,
     tape: &mut Tape<'_>,
     table: &Table,
-    batch: MicroBatch<'_>,
+    batch: MicroBatch<'a>,
     meter: &mut Meter,
-) -> Result<(Var, Loss)> {
-    let MicroBatch { batch, source, noised: Noised { x_t, t, conditioning }, masks, step_images } = batch;
+) -> Result<Passed<'a>> {
+    let MicroBatch { batch, source, noised: Noised { x_t, t, conditioning }, masks, step_images, by_x_t } = batch;
     let device = tape.device().clone();
+    let x_t = if by_x_t { tape.leaf(x_t) } else { Var::constant(x_t) };
     if unet.model().classifier {
         let labels = conditioning.labels().expect("images for a classifier have classes");
-        let logits = unet.forward(tape, &Var::constant(x_t), &t, &Conditioning::NONE, masks)?; // (n, 1, 1, classes)
-        let loss = cross_entropy(&device, logits.value(), labels, &batch, &t, step_images, meter)?;
-        return Ok((logits, loss));
+        let y = unet.forward(tape, &x_t, &t, &Conditioning::NONE, masks)?; // (n, 1, 1, classes)
+        let loss = cross_entropy(&device, y.value(), labels, &batch, &t, step_images, meter)?;
+        return Ok(Passed { x_t, t, y, loss, batch, source });
     }
-    let y = unet.forward(tape, &Var::constant(x_t), &t, &conditioning, masks)?; // (n, h, w, out_channels)
+    let y = unet.forward(tape, &x_t, &t, &conditioning, masks)?; // (n, h, w, out_channels)
     let loss = loss::any(&device, y.value(), source, &batch, &t, table, step_images, meter)?;
-    Ok((y, loss))
+    Ok(Passed { x_t, t, y, loss, batch, source })
 }
 
 /// The parameters of the update of step `step` (from 1).
@@ -542,6 +595,22 @@ fn first_not_finite(what: &str, specs: &Specs, flat: &[f32]) -> String {
         Some((_, spec)) => format!("the first {what} that is not finite is that of {}", spec.name),
         None => format!("every {what} is finite when looked at again"),
     }
+}
+
+/// The launches of a step, which are captured unless the steps need the host in between.
+fn launches(device: &Device, config: &Config) -> Repeated {
+    let Device::Cuda(gpu) = device else { return Repeated::eager(A_STEP) };
+    let why = if config.diffusion.schedule == Kind::Learned {
+        "schedule = learned updates the schedule on the host"
+    } else if config.timestep_sampling == Sampling::Importance {
+        "timestep_sampling = importance draws the timesteps on the host"
+    } else {
+        return Repeated::new(A_STEP);
+    };
+    if gpu.captures() {
+        gpu.add_note(eager_note(A_STEP, why));
+    }
+    Repeated::eager(A_STEP)
 }
 
 /// Training and held-out images on the GPU, if they fit beside the memory that training needs. If both come from one

@@ -1,11 +1,12 @@
 use ddpm_cuda::config::Size;
 use ddpm_cuda::data::{Dataset, Extent, Rows};
 use ddpm_cuda::device::Device;
+use ddpm_cuda::diffusion::learned::{self, SUMS};
 use ddpm_cuda::diffusion::objective::{self, Objective};
-use ddpm_cuda::diffusion::{Batch, Kind, Prediction, Schedule, Variance};
+use ddpm_cuda::diffusion::{Batch, Curve, Kind, Prediction, Schedule, Variance};
 use ddpm_cuda::images::{Images, Source};
 use ddpm_cuda::meter::{Measured, Meter, Quarters};
-use ddpm_cuda::ops::loss::{Loss, Table, Terms, any, loss, reference, terms};
+use ddpm_cuda::ops::loss::{Loss, OfSchedule, Table, Terms, any, loss, of_schedule, reference, terms};
 use ddpm_cuda::ops::q_sample;
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::train::{Feed, Resident};
@@ -700,6 +701,192 @@ fn a_timestep_that_is_left_out_is_not_a_number() {
     assert!(kept.vlb[0].is_finite() && kept.mse_x0[0].is_finite() && kept.mse_eps[0].is_finite());
 }
 
+/// A network whose outputs are smooth functions of x_t: for each element the output and its derivative by x_t, of a
+/// learned variance for v as well.
+fn smooth(x_t: f64, t: u32, variance: Variance) -> ([f64; 2], [f64; 2]) {
+    let (at, tanh) = (0.1 * f64::from(t), (0.6 * x_t + 0.2).tanh());
+    let y = (0.8 * tanh + at, 0.48 * (1.0 - tanh * tanh));
+    let v = match variance {
+        Variance::Learned => (-2.0 + 0.3 * x_t.sin(), 0.3 * x_t.cos()),
+        _ => (0.4 * x_t.sin(), 0.4 * x_t.cos()),
+    };
+    ([y.0, v.0], [y.1, v.1])
+}
+
+/// The bound of images under [`smooth`] at given timesteps, L_T among it, and its derivative by the curve's parameters.
+fn bound_by_schedule(
+    objective: &Objective,
+    images: Images<'_>,
+    batch: &Batch,
+    theta: &[f64],
+    steps: usize,
+) -> (f64, Vec<f64>) {
+    let schedule = learned::schedule(theta, steps);
+    let objective = objective.clone().on(&schedule);
+    let (c, image) = (images.shape.c, images.shape.len() / images.shape.n);
+    let doubled = objective.variance().is_learned();
+    let n = batch.len() as f64;
+    let (mut loss, mut by_gamma) = (0.0, vec![0.0; steps]);
+    for (i, t) in batch.t().into_iter().enumerate() {
+        let x_0: Vec<f64> = q_sample::reference::x_0(images, batch, i);
+        let eps: Vec<f64> = ddpm_cuda::rng::reference::normals(&batch.noise.image(i), 0, image);
+        let x_t = q_sample::reference::forward(&x_0, &eps, t as usize, &schedule);
+        let made: Vec<_> = x_t.iter().map(|&x| smooth(x, t, objective.variance())).collect();
+        let place = |k: usize| if doubled { k / c * 2 * c + k % c } else { k };
+        let mut output = vec![0.0; if doubled { 2 * image } else { image }];
+        for (k, (values, _)) in made.iter().enumerate() {
+            output[place(k)] = values[0];
+            if doubled {
+                output[place(k) + c] = values[1];
+            }
+        }
+        let weight = objective.row(t).expect("kept").bound / (n * image as f64);
+        let all = reference::elements(&objective, t, [&x_0, &eps, &output], c, false);
+        loss += weight * all.iter().map(|e| e.nats).sum::<f64>();
+        let dx: Vec<f64> = all
+            .iter()
+            .zip(&made)
+            .map(|(e, (_, slopes))| weight * (e.gradient[1] * slopes[0] + e.gradient[2] * slopes[1]))
+            .collect();
+        let sums = reference::of_schedule(&objective, t, [&x_0, &eps, &output, &dx], c);
+        for (place, slope) in (i64::from(t) - 1..).zip(learned::slope(&objective, t, &sums, weight)) {
+            match by_gamma.get_mut(place as usize) {
+                Some(sum) => *sum += slope,
+                None => assert_eq!(slope, 0.0, "there is no timestep {place}"),
+            }
+        }
+    }
+    let prior = images.pixels.chunks(image).map(|pixels| objective.prior(pixels)).sum::<f64>() / images.shape.n as f64;
+    let square = |&byte: &u8| ((2.0 * f64::from(byte) - 255.0) / 255.0).powi(2);
+    let mean_square = images.pixels.iter().map(square).sum::<f64>() / images.pixels.len() as f64;
+    by_gamma[steps - 1] += learned::slope_of_prior(&schedule, mean_square);
+    (loss + prior, learned::gradient(theta, &by_gamma))
+}
+
+/// Every prediction and variance, at every timestep, of a curve with a piece for each step and of one whose pieces hold
+/// several or a part of one.
+#[test]
+fn the_derivative_by_the_schedule_is_the_bounds() {
+    let shape = Shape::new(2, 2, 3, 2);
+    let pixels = pixels(shape.len());
+    let images = Images { pixels: &pixels, shape };
+    for steps in [6, 40] {
+        let start = Curve::new(steps);
+        let mut theta = start.theta();
+        // Ends at which no byte is so unlikely that its probability is cut off, and no gamma is alike.
+        (theta[0], theta[1]) = (-3.0, 2.0);
+        theta[2..].iter_mut().zip(numbers(3, steps)).for_each(|(logit, v)| *logit = v);
+        // Of the longer chain all kinds but the first: with its little noise the reference's decoder loses the digits
+        // that h divides.
+        let t: Vec<u32> = if steps == 6 { (0..6).collect() } else { vec![1, 2, 7, 20, 38, 39] };
+        let batch = Batch::train(7, 1, 0, vec![1, 0, 1, 0, 1, 0], true, steps as u32).at(t);
+        for (prediction, variance) in Prediction::ALL.into_iter().flat_map(|p| with_bound().map(move |v| (p, v))) {
+            let objective = Objective::new(objective::Loss::Vlb, prediction, variance, &start.schedule());
+            let (_, gradient) = bound_by_schedule(&objective, images, &batch, &theta, steps);
+            assert!(gradient.iter().all(|slope| *slope != 0.0), "{prediction}, {variance}: {gradient:?}");
+            let bound = |x: &[Vec<f64>]| bound_by_schedule(&objective, images, &batch, &x[0], steps).0;
+            let name = format!("{prediction}, {variance}, {steps} timesteps");
+            finite_differences(&name, bound, &[theta.clone()], &[gradient]);
+        }
+    }
+}
+
+/// Compares the sums that a device takes with the reference's.
+///
+/// The distance and v err as in [`budgets`]. What that makes of each element's parts of the sums is asked of the
+/// reference; the sizes are added, with 32 roundings of a derivative, which is below 32 as there, times its factor, and
+/// with the error of the drawn eps.
+fn sums_follow(device: &Device, objective: &Objective, images: Images<'_>, batch: &Batch) -> Vec<f32> {
+    let dtype = device.activations();
+    let y = output(objective, images, batch, dtype);
+    let (c, image, len) = (images.shape.c, images.shape.len() / images.shape.n, y.len() / batch.len());
+    let by_x_t = gpu::rounded(dtype, &numbers(40, batch.len() * image));
+    let got = on_device(device, objective, images, batch, &y, |y, source, t, table| {
+        let dx = prediction(device, Shape { n: batch.len(), ..images.shape }, &by_x_t);
+        match (of_schedule(device, (y, &dx), source, batch, t, table).unwrap(), device) {
+            (OfSchedule::Host(sums), _) => sums,
+            (OfSchedule::Cuda(buffer), Device::Cuda(gpu)) => {
+                let mut parts = vec![0.0f64; buffer.bytes() / 8];
+                gpu.download(&mut parts, &buffer).unwrap();
+                OfSchedule::of_images(batch.len(), &parts)
+            }
+            _ => panic!("sums of another device"),
+        }
+    });
+    let doubled = objective.variance().is_learned();
+    for (i, t) in batch.t().into_iter().enumerate() {
+        let row = objective.row(t).expect("kept");
+        let x_0: Vec<f64> = q_sample::reference::x_0(images, batch, i);
+        let eps: Vec<f64> = ddpm_cuda::rng::reference::normals(&batch.noise.image(i), 0, image);
+        let (y, dx) = (&y[i * len..][..len], &by_x_t[i * image..][..image]);
+        let want = reference::of_schedule(objective, t, [&x_0, &eps, y, dx], c);
+        let mut budget = [0.0; SUMS];
+        for (k, (&image_k, &noise_k)) in x_0.iter().zip(&eps).enumerate() {
+            let at = if doubled { k / c * 2 * c + k % c } else { k };
+            let v = if doubled { y[at + c] } else { 0.0 };
+            let of_v = F32_ROUNDING * 2.0 * (row.shift.abs() + 2.0 * (row.scale * v).abs()) / row.scale;
+            let alone = |of_d: f64, v: f64| {
+                let y = [y[at] + of_d * 2.0 * (1e-6 + 16.0 * F32_ROUNDING), v];
+                let one: [&[f64]; 4] = [&[image_k], &[noise_k], &y[..if doubled { 2 } else { 1 }], &dx[k..=k]];
+                reference::of_schedule(objective, t, one, 1)
+            };
+            let here = alone(0.0, v);
+            let there = [(1.0, 1.0), (1.0, -1.0), (-1.0, 1.0), (-1.0, -1.0)];
+            let there = there.map(|(of_d, sign)| alone(of_d, if doubled { v + sign * of_v } else { v }));
+            let d = y[at] - (row.target.0 * image_k + row.target.1 * noise_k);
+            let factors = [d, image_k, noise_k, 1.0, v, 0.0, 0.0];
+            let drawn = [0.0, 0.0, here[2] / noise_k, 0.0, 0.0, 0.0, dx[k]];
+            for (j, budget) in budget.iter_mut().enumerate() {
+                let moved = there.iter().map(|there| (there[j] - here[j]).abs()).fold(0.0, f64::max);
+                let rounded = 32.0 * F32_ROUNDING * (here[j].abs() + 32.0 * factors[j].abs());
+                *budget += 2.0 * moved + rounded + 1e-6 * drawn[j].abs();
+            }
+        }
+        within(&format!("{} of {}, sums at {t}", name(objective), images.shape), &got[i], &want, &budget);
+    }
+    got.into_iter().flatten().flat_map(halves).collect()
+}
+
+/// The variances whose bound is computed.
+fn with_bound() -> impl Iterator<Item = Variance> {
+    Variance::ALL.into_iter().filter(|variance| *variance != Variance::LearnedRaw)
+}
+
+/// The bound of every prediction and variance.
+fn bounds(schedule: &Schedule) -> impl Iterator<Item = Objective> {
+    let of = move |prediction, variance| Objective::new(objective::Loss::Vlb, prediction, variance, schedule);
+    Prediction::ALL.into_iter().flat_map(move |p| with_bound().map(move |variance| of(p, variance)))
+}
+
+#[test]
+fn cpu_sums_for_the_schedule_what_the_reference_does() {
+    let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
+    for set in SETS {
+        let pixels = pixels(set.len());
+        let images = Images { pixels: &pixels, shape: set };
+        // Of the large images a few.
+        for objective in bounds(&schedule).step_by(if set == SETS[2] { 5 } else { 1 }) {
+            sums_follow(&Device::cpu_guarded(), &objective, images, &spread(set));
+        }
+    }
+}
+
+#[test]
+fn gpu_sums_for_the_schedule_what_the_reference_does() {
+    let schedule = Schedule::new(Kind::Linear, 1000).unwrap();
+    for set in [SETS[0], SETS[2]] {
+        let pixels = pixels(set.len());
+        let (images, batch) = (Images { pixels: &pixels, shape: set }, &spread(set));
+        gpu::each("sums for the schedule", |device| {
+            let f32 = device.activations() == DType::F32;
+            let all = bounds(&schedule).filter(|o| f32 || o.prediction() != Prediction::Mu);
+            // Of the large images one, with v.
+            let all: Vec<Objective> = if set == SETS[2] { all.skip(11).take(1).collect() } else { all.collect() };
+            all.iter().flat_map(|objective| sums_follow(device, objective, images, batch)).collect()
+        });
+    }
+}
+
 #[test]
 fn planted_bugs_are_noticed() {
     let test = "loss::gpu_has_the_gradient_and_the_sums_of_the_cpu";
@@ -725,4 +912,10 @@ fn planted_bugs_are_noticed() {
     plant::notices_wrong_parameter(test, "loss_terms_f32", 13, 12);
     plant::notices_wrong_parameter(test, "loss_terms_bf16", 12, 9);
     plant::notices_lost_block(test, "loss_terms_f32");
+    // And for the sums; also x_t's derivatives read from the output.
+    let test = "loss::gpu_sums_for_the_schedule_what_the_reference_does";
+    plant::notices_lost_barrier(test, "loss_schedule_f32", 0);
+    plant::notices_wrong_parameter(test, "loss_schedule_f32", 2, 1);
+    plant::notices_wrong_parameter(test, "loss_schedule_bf16", 13, 10);
+    plant::notices_lost_block(test, "loss_schedule_f32");
 }

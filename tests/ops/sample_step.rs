@@ -1,6 +1,6 @@
 use ddpm_cuda::device::Device;
 use ddpm_cuda::device::cuda::DeviceTurn;
-use ddpm_cuda::diffusion::sampler::{Before, Corrector, Guidance, Limit, Samples, Step};
+use ddpm_cuda::diffusion::sampler::{Before, Corrector, Guidance, Limit, LogVariance, Samples, Step};
 use ddpm_cuda::diffusion::{Kind, Method, Prediction, Sampler, Schedule, Spacing, Variance};
 use ddpm_cuda::ops::sample_step::reference::Image;
 use ddpm_cuda::ops::sample_step::{
@@ -213,6 +213,7 @@ fn kinds() -> Vec<Kindly> {
     let all: Vec<u32> = (0..1000).collect();
     let at = |prediction, method, k: usize| Sampler::over(&s, prediction, method, &kept).unwrap().steps()[k];
     let learned = Sampler::over(&s, Prediction::Eps, Method::Ancestral(Variance::Learned), &all).unwrap().steps()[300];
+    let raw = Sampler::over(&s, Prediction::X0, Method::Ancestral(Variance::LearnedRaw), &all).unwrap().steps()[300];
     let range = at(Prediction::V, Method::Ancestral(Variance::LearnedRange), 4);
     let small = at(Prediction::X0, Method::Ancestral(Variance::FixedSmall), 4);
     let (ddim, dpm) = (at(Prediction::Eps, Method::Ddim { eta: 0.5 }, 3), at(Prediction::Eps, Method::DpmPp, 5));
@@ -223,6 +224,13 @@ fn kinds() -> Vec<Kindly> {
     let kind = |name, step, guidance, gradient| Kindly { name, step, guidance, gradient };
     vec![
         kind("learned", learned, None, false),
+        kind("learned, the variance itself", raw, None, false),
+        kind(
+            "its last step",
+            Sampler::over(&s, Prediction::Eps, Method::Ancestral(Variance::LearnedRaw), &all).unwrap().steps()[999],
+            None,
+            false,
+        ),
         kind("learned range, v", range, None, false),
         kind(
             "last step, learned range",
@@ -241,6 +249,7 @@ fn kinds() -> Vec<Kindly> {
         kind("gradient, ddim", ddim, None, true),
         kind("gradient, ancestral", small, None, true),
         kind("gradient, learned range", range, None, true),
+        kind("gradient, the variance itself", raw, None, true),
         kind("all at once", quantile(range), rescaled, true),
     ]
 }
@@ -263,8 +272,13 @@ impl Numbers {
     fn of(kind: &Kindly, shape: Shape, dtype: DType) -> Self {
         let channels = if kind.step.learned.is_some() { 2 * shape.c } else { shape.c };
         let halves = if kind.guidance.is_some() { 2 } else { 1 };
-        // Log variances around those of this step.
-        let shift = if kind.step.learned.is_some_and(|l| l.factor == 1.0) { -5.0 } else { 0.0 };
+        // Log variances around those of this step; variances above 0, but where none is asked for.
+        let shift = match kind.step.learned {
+            Some(LogVariance { raw: true, .. }) if kind.step.sigma == 0.0 => -2.0,
+            Some(LogVariance { raw: true, .. }) => 2.0,
+            Some(LogVariance { factor: 1.0, .. }) => -5.0,
+            _ => 0.0,
+        };
         let mut output = numbers(2, halves * shape.rows() * channels);
         output
             .chunks_exact_mut(channels)
@@ -340,7 +354,8 @@ impl Numbers {
 
     /// Two exponentials of 2 ulp, four roundings, of the noise and of what multiplies the gradient.
     fn allowance(&self, kind: &Kindly) -> f64 {
-        let Some(learned) = kind.step.learned else { return 0.0 };
+        // A root and products of a variance itself are the reference's.
+        let Some(learned) = kind.step.learned.filter(|learned| !learned.raw) else { return 0.0 };
         let largest = self.output.iter().fold(0.0f64, |m, v| m.max(learned.offset + learned.factor * v).max(-99.0));
         let largest = largest.max(learned.offset + learned.factor.abs());
         4.0 * F32_ROUNDING * (6.77 * (0.5 * largest).exp() + kind.step.shift_mean * SCALE * largest.exp())
@@ -515,8 +530,10 @@ fn planted_bugs_are_noticed() {
         "-845247144",
     );
     plant::notices_wrong_parameter("sample_step::gpu_starts_with_the_bits_of_the_cpu", "sample_step_start_bf16", 3, 2);
-    let test = "sample_step::gpu_steps_with_the_bits_of_the_cpu";
+    // The compiler makes a loop for each kind of variance; the last of these places is not in that of a fixed one.
+    let test = "sample_step::gpu_takes_every_kind_of_step_as_the_cpu_does";
     plant::notices(test, "sample_step_step_f32", "setp.gt.f32", "setp.lt.f32");
+    let test = "sample_step::gpu_steps_with_the_bits_of_the_cpu";
     plant::notices(test, "sample_step_step_f32", "fma.rn.f32", "fma.rz.f32");
     plant::notices_wrong_parameter(test, "sample_step_step_bf16", "14+20", "14+12");
     plant::notices_lost_block(test, "sample_step_step_f32");
