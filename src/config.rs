@@ -256,6 +256,8 @@ pub struct Config {
     pub learning_rate: f64,
     /// Steps over which the step size rises linearly.
     pub warmup_steps: u32,
+    /// Share of the steps, at the end, over which the step size falls linearly to next to 0, in [0, 1].
+    pub cooldown: f64,
     /// AdamW's decoupled weight decay.
     pub weight_decay: f64,
     /// Norm that the gradient is clipped to; 0: no clipping.
@@ -379,6 +381,7 @@ settings! {
     "accumulate" => accumulate, "micro-batches that a batch is worked through in, to save memory";
     "learning_rate" => learning_rate, "Adam's step size";
     "warmup_steps" => warmup_steps, "steps over which the step size rises from 0";
+    "cooldown" => cooldown, "share of the steps, at the end, over which the step size falls to 0; 0: it stays as it is";
     "weight_decay" => weight_decay, "AdamW's decoupled weight decay";
     "grad_clip" => grad_clip, "largest norm of the gradient; 0: no clipping";
     "ema_decay" => ema_decay, "decay of the moving average of the weights";
@@ -715,6 +718,9 @@ impl Config {
         }
         if self.learning_rate <= 0.0 {
             usage!("learning_rate = {} must be above 0; the paper has 0.0002", self.learning_rate);
+        }
+        if !(0.0..=1.0).contains(&self.cooldown) {
+            usage!("cooldown = {} must be a share of the steps between 0 (none) and 1", self.cooldown);
         }
         if self.weight_decay < 0.0 {
             usage!("weight_decay = {} must be 0 (off) or above", self.weight_decay);
@@ -1155,6 +1161,7 @@ fn cifar10() -> Config {
         accumulate: 1,
         learning_rate: 2e-4,
         warmup_steps: 5000,
+        cooldown: 0.0,
         weight_decay: 0.0,
         grad_clip: 1.0,
         ema_decay: 0.9999,

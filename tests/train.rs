@@ -315,6 +315,16 @@ fn the_learning_rate_warms_up_from_the_first_step_on() {
     assert_eq!(step(&mut cold).learning_rate, 0.75);
 }
 
+/// The last three of five steps, and one that a library's user takes beyond them.
+#[test]
+fn the_learning_rate_cools_down_to_the_planned_end() {
+    let c = Config { steps: 5, warmup_steps: 2, cooldown: 0.6, learning_rate: 0.75, grad_clip: 1e-9, ..tiny() };
+    let mut cooled = trainer(&c);
+    assert_eq!([(); 6].map(|()| step(&mut cooled).learning_rate), [0.375, 0.75, 0.75, 0.5, 0.25, 0.25]);
+    let mut whole = trainer(&Config { steps: 4, warmup_steps: 0, cooldown: 1.0, ..c });
+    assert_eq!([(); 4].map(|()| step(&mut whole).learning_rate), [0.75, 0.5625, 0.375, 0.1875]);
+}
+
 /// Seven held-out images, validated in micro-batches of three, computed again in one batch: with the moving average,
 /// not the weights.
 #[test]

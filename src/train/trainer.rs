@@ -582,10 +582,15 @@ fn update(c: &Config, step: u32) -> Update {
     }
 }
 
-/// The learning rate of step `step` (from 1), including warm-up. The paper's code multiplies by step/warmup with step
-/// counted from 0, so its first step does nothing; counting from 1 avoids that.
+/// The learning rate of step `step` (from 1), with warm-up and cooldown. The paper's code multiplies by step/warmup with
+/// step counted from 0, so its first step does nothing; counting from 1 avoids that. So does the last step's share of
+/// the cooldown, 1/cooldown. The rate depends on the run's planned number of steps in the cooldown alone, so a run that
+/// is prolonged before it goes on as if it had been longer from the start.
 fn learning_rate(c: &Config, step: u32) -> f64 {
-    c.learning_rate * (f64::from(step) / f64::from(c.warmup_steps.max(1))).min(1.0)
+    let risen = f64::from(step) / f64::from(c.warmup_steps.max(1));
+    let cooldown = (f64::from(c.steps) * c.cooldown).round().max(1.0);
+    let left = (f64::from(c.steps) + 1.0 - f64::from(step)).max(1.0);
+    c.learning_rate * risen.min(left / cooldown).min(1.0)
 }
 
 /// Names the first parameter whose `what` is not finite.
