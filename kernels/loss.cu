@@ -348,7 +348,7 @@ __device__ __forceinline__ void schedule(double* partial, const T* y, const T* d
     const T* y_i = y + size_t(i) * image * (doubled ? 2 : 1);
     const T* dx_i = dx + size_t(i) * image;
     double sums[SUMS] = {};
-    each_difference(y, t, pixels, indices, row, image, w, c, doubled, true, stream, mirrored,
+    each_difference(y, t, pixels, of_place(indices, clock), row, image, w, c, doubled, true, stream, mirrored,
                     [&](const Difference& e) {
                         const float z = row.mean_error * e.d;
                         const Term term = row.half_bin != 0.0f ? decoder(z, e.delta, row.half_bin, e.u)

@@ -274,7 +274,9 @@ const OTHERS: &[(&[&str], Here)] = &[
             "cosine_decay",
             "lr_decay_steps",
         ],
-        Instead("learning_rate rises over warmup_steps, stays, and falls over the last steps if cooldown, their share, is set"),
+        Instead(
+            "learning_rate rises over warmup_steps, stays, and falls over the last steps if cooldown, their share, is set",
+        ),
     ),
     (&["optimizer", "optim", "opt"], Instead("it is Adam, with learning_rate and weight_decay")),
     (

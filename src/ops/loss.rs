@@ -1028,7 +1028,13 @@ mod cuda {
         let chunks = chunks(extent, n);
         let mut partial = gpu.alloc(SUMS * 8 * n * chunks)?; // (n, chunks, SUMS), f64
         let launch = gpu.launch(SCHEDULE.of(y.dtype()), [chunks, n, 1], THREADS).buffer_mut(&mut partial).read(y);
-        let launch = launch.read(dx).read(t).buffer(pixels).view(indices).buffer(rows(table)).u32(extent.image());
+        let launch = launch
+            .read(dx)
+            .read(t)
+            .buffer(pixels)
+            .view(indices.view(gpu.now()))
+            .buffer(rows(table))
+            .u32(extent.image());
         let launch = launch.u32(extent.w).u32(extent.c).u32(extent.doubled.into()).streams_of_step(batch.noise);
         launch.u32(Purpose::Flip as usize).u32(batch.flips.is_some().into()).clock().run()?;
         Ok(partial)

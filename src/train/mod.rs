@@ -383,6 +383,7 @@ fn write_schedule(curve: &Curve, done: u32, run: &Path) -> Result<PathBuf> {
     let series = |name: String, schedule: &Schedule| Series {
         name,
         points: (0..schedule.len()).map(|t| (t as f64, -2.0 * schedule.log_sigma(t))).collect(),
+        line: true,
     };
     let (start, average) = (Curve::new(curve.timesteps()).schedule(), curve.average());
     let betas: Vec<f32> = average.betas().iter().map(|&beta| beta as f32).collect();
