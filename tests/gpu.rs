@@ -394,7 +394,7 @@ fn a_graph_of_a_reverse_step_has_the_bits_of_its_launches() {
         let (Some(mut eager), Some(replayed)) = (on_eager_gpu(&c, dtype), on_gpu(&c, dtype)) else { return };
         steps(&mut eager, 2);
         let weights = eager.ema().host().unwrap().into_owned();
-        let sampler = |method| Sampler::new(eager.schedule(), method, Spacing::Even, 7).unwrap();
+        let sampler = |method| Sampler::new(&eager.schedule(), method, Spacing::Even, 7).unwrap();
         let samplers = [
             sampler(Method::Ancestral(Variance::FixedSmall)),
             sampler(Method::Ddim { eta: 0.0 }),
