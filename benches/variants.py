@@ -91,7 +91,8 @@ def table(out, variants):
     for name, settings in variants.items():
         folders = [f for f in sorted(out.glob(f"{name}-*")) if (f / "quality.json").exists()]
         quality = [json.loads((f / "quality.json").read_text(encoding="utf-8")) for f in folders]
-        bound = [json.loads((f / "eval.json").read_text(encoding="utf-8")) for f in folders if (f / "eval.json").exists()]
+        bound = [f / "eval.json" for f in folders if (f / "eval.json").exists()]
+        bound = [json.loads(file.read_text(encoding="utf-8")) for file in bound]
         if quality:
             figures = [spread([q[key] for q in quality]) for key in ("frechet_distance", "precision", "recall")]
             bits = spread([b["bits_per_dim"] for b in bound]) if bound else ""

@@ -582,10 +582,10 @@ fn update(c: &Config, step: u32) -> Update {
     }
 }
 
-/// The learning rate of step `step` (from 1), with warm-up and cooldown. The paper's code multiplies by step/warmup with
-/// step counted from 0, so its first step does nothing; counting from 1 avoids that. So does the last step's share of
-/// the cooldown, 1/cooldown. The rate depends on the run's planned number of steps in the cooldown alone, so a run that
-/// is prolonged before it goes on as if it had been longer from the start.
+/// The learning rate of step `step` (from 1), with warm-up and cooldown. The paper's code multiplies by step/warmup
+/// with step counted from 0, so its first step does nothing; counting from 1 avoids that. So does the last step's share
+/// of the cooldown, 1/cooldown. The rate depends on the run's planned number of steps in the cooldown alone, so a run
+/// that is prolonged before it goes on as if it had been longer from the start.
 fn learning_rate(c: &Config, step: u32) -> f64 {
     let risen = f64::from(step) / f64::from(c.warmup_steps.max(1));
     let cooldown = (f64::from(c.steps) * c.cooldown).round().max(1.0);

@@ -530,11 +530,11 @@ fn planted_bugs_are_noticed() {
         "-845247144",
     );
     plant::notices_wrong_parameter("sample_step::gpu_starts_with_the_bits_of_the_cpu", "sample_step_start_bf16", 3, 2);
-    // The compiler makes a loop for each kind of variance; the last of these places is not in that of a fixed one.
+    // The compiler makes a loop for each kind of variance; the last of these places are not in that of a fixed one.
     let test = "sample_step::gpu_takes_every_kind_of_step_as_the_cpu_does";
     plant::notices(test, "sample_step_step_f32", "setp.gt.f32", "setp.lt.f32");
-    let test = "sample_step::gpu_steps_with_the_bits_of_the_cpu";
     plant::notices(test, "sample_step_step_f32", "fma.rn.f32", "fma.rz.f32");
+    let test = "sample_step::gpu_steps_with_the_bits_of_the_cpu";
     plant::notices_wrong_parameter(test, "sample_step_step_bf16", "14+20", "14+12");
     plant::notices_lost_block(test, "sample_step_step_f32");
     plant::notices_lost_block(test, "sample_step_step_bf16");
