@@ -315,8 +315,8 @@ fn costs_are_those_counted_by_hand() {
         )
     };
     assert_eq!(of("down_blocks.0.resnets.0"), (block(8).0, block(8).1, 4 * (16 * 32 + 24 + 32)));
-    // The concatenation of 16 channels needs a shortcut. It is read as two tensors, of which one, the output of conv_in,
-    // is kept by its first reader.
+    // The concatenation of 16 channels needs a shortcut. It is read as two tensors, of which one, the output of
+    // conv_in, is kept by its first reader.
     let (params, operations) = (block(16).0 + conv(16, 8, 1) + 8, block(16).1 + flops(128, 16));
     assert_eq!(of("up_blocks.0.resnets.1"), (params, operations, 4 * (16 * 40 + 24)));
     // Norm, q, k, v, projection; two products of 16 x 16 scores with 8 channels. Kept: input, norm, q, k, v, y, the
