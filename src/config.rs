@@ -28,6 +28,7 @@ use crate::diffusion::objective::{Loss, Objective};
 use crate::diffusion::{Kind, Prediction, Sampling, Schedule, Variance};
 use crate::error::{Error, Result};
 use crate::names::{self, Named, names};
+use crate::tape::Recompute;
 use crate::usage;
 
 /// A network and training recipe to start from.
@@ -252,6 +253,8 @@ pub struct Config {
     pub batch: usize,
     /// Micro-batches of equal size that a batch is split into, to save memory. The result is the same but for rounding.
     pub accumulate: usize,
+    /// What the backward pass computes again, to save memory. The result is the same to the bit.
+    pub recompute: Recompute,
     /// Adam's step size after the warm-up.
     pub learning_rate: f64,
     /// Steps over which the step size rises linearly.
@@ -379,6 +382,7 @@ settings! {
     "steps" => steps, "training steps";
     "batch" => batch, "images per step";
     "accumulate" => accumulate, "micro-batches that a batch is worked through in, to save memory";
+    "recompute" => recompute, "none, cheap (norms, dropout) or blocks again in the backward pass, to save memory";
     "learning_rate" => learning_rate, "Adam's step size";
     "warmup_steps" => warmup_steps, "steps over which the step size rises from 0";
     "cooldown" => cooldown, "share of the steps, at the end, over which the step size falls to 0; 0: it stays as it is";
@@ -402,8 +406,16 @@ const FILE_OF_BETAS: &str = "betas";
 
 /// Settings that may change when a run is resumed: the numbers of the steps do not depend on them. `data` may name
 /// another place, not other data.
-pub const MAY_CHANGE: [&str; 7] =
-    ["data", "steps", "log_every", "validate_every", "sample_every", "checkpoint_every", "keep_checkpoints"];
+pub const MAY_CHANGE: [&str; 8] = [
+    "data",
+    "steps",
+    "recompute",
+    "log_every",
+    "validate_every",
+    "sample_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+];
 
 /// Settings that a classifier of noised images does not have: what a network predicts, its loss, its way up, and how it
 /// sees classes.
@@ -1159,6 +1171,7 @@ fn cifar10() -> Config {
         steps: 800_000,
         batch: 128,
         accumulate: 1,
+        recompute: Recompute::None,
         learning_rate: 2e-4,
         warmup_steps: 5000,
         cooldown: 0.0,

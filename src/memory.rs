@@ -9,7 +9,7 @@ use crate::diffusion::Kind;
 use crate::error::{Error, Result};
 use crate::kernels::loss::Row;
 use crate::params::{Layout, ParamGrads, Params, Specs};
-use crate::tape::{Tape, Var};
+use crate::tape::{Recompute, Tape, Var};
 use crate::tensor::{DType, Shape, Tensor};
 use crate::text::GIB;
 use crate::unet::{DropoutSeed, UNet};
@@ -69,7 +69,7 @@ fn step_on_shapes(config: &Config, n: usize, unet: &UNet, specs: &Specs, meta: &
     let (t, labels) = (per_image()?, per_image()?);
     let conditioning = if m.is_conditional() { Conditioning::on_labels(labels) } else { Conditioning::NONE };
     let masks = Some(DropoutSeed { seed: config.seed, step: 0, first: 0 });
-    let mut tape = Tape::recording(meta, &params);
+    let mut tape = Tape::recording(meta, &params).recomputing(config.recompute);
     // A learned schedule takes the derivative by x_t too.
     let is_learned = config.diffusion.schedule == Kind::Learned;
     let x_t = if is_learned { tape.leaf(x_t) } else { Var::constant(x_t) };
@@ -101,13 +101,20 @@ pub fn check_fit(config: &Config, unet: &UNet, specs: &Specs, device: &Device, a
         config.batch.is_multiple_of(*accumulate)
             && memory_needed(&Config { accumulate: *accumulate, ..config.clone() }, unet, specs, device) <= available
     };
+    let again = Recompute::ALL.into_iter().find(|&recompute| {
+        recompute != Recompute::None
+            && memory_needed(&Config { recompute, ..config.clone() }, unet, specs, device) <= available
+    });
+    let again = again.map_or(String::new(), |recompute| {
+        format!(", or --set recompute={recompute}, which keeps less and computes it again")
+    });
     let advice = match (config.accumulate + 1..=config.batch).find(fits) {
         None => {
             "one image at a time is too much already, so use smaller widths, fewer classes or smaller images".into()
         }
         Some(accumulate) => {
             let batch = config.batch / accumulate;
-            format!("use --batch {batch}, or --set accumulate={accumulate} for the same batch in micro-batches")
+            format!("use --batch {batch}, or --set accumulate={accumulate} for the same batch in micro-batches{again}")
         }
     };
     Err(Error::Failed(format!(

@@ -5,15 +5,35 @@
 //! The first gradient to reach a value moves in; later ones are added. Parameter gradients accumulate in
 //! [`ParamGrads`], so splitting a batch into micro-batches costs no extra buffers.
 //!
-//! Deliberately absent: globals, closures, a central `match` over operations, higher derivatives, recomputation.
+//! A part of a network can be recorded as a whole ([`Tape::compute_part`]): of it the tape keeps the inputs alone, and the
+//! backward pass computes it again, on a tape of its own ([`Grads::again`]). The bits are the same: the operations are,
+//! and so is the order in which the gradients of one value are added.
+//!
+//! Deliberately absent: globals, closures that outlive a call, a central `match` over operations, higher derivatives.
 
 use std::collections::HashSet;
 
 use crate::device::Device;
 use crate::device::cuda::View;
 use crate::error::Result;
+use crate::names::names;
 use crate::params::{Param, ParamGrad, ParamGrads, ParamView, Params};
 use crate::tensor::{DType, Shape, Tensor};
+
+/// What a training step computes again in its backward pass instead of keeping it from the forward pass: less memory,
+/// more work, the same bits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Recompute {
+    /// Nothing.
+    #[default]
+    None,
+    /// In residual blocks what costs little: norms, activations, dropout, concatenations.
+    Cheap,
+    /// Residual blocks but for their last convolution, whose output the backward pass does not need.
+    Blocks,
+}
+
+names!(Recompute { None = "none", Cheap = "cheap", Blocks = "blocks" });
 
 /// Identifies a value on the tape whose gradient is wanted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -118,6 +138,12 @@ pub struct Tape<'p> {
     device: Device,
     params: &'p Params,
     recording: bool,
+    /// What the parts of a network are to keep.
+    recompute: Recompute,
+    /// Operations are those of a part that is recorded as a whole.
+    in_part: bool,
+    /// The weight of the convolution whose output nobody reads.
+    unread: Option<Param>,
     /// Check every output and fail at the first non-finite one, naming it.
     check_finite: bool,
     nodes: Vec<Node>,
@@ -132,6 +158,9 @@ impl<'p> Tape<'p> {
             device: device.clone(),
             params,
             recording: true,
+            recompute: Recompute::None,
+            in_part: false,
+            unread: None,
             check_finite: false,
             nodes: Vec::new(),
             ids: 0,
@@ -148,6 +177,22 @@ impl<'p> Tape<'p> {
     /// was not finite. It records, so that it computes exactly what a recording tape does.
     pub fn inspecting(device: &Device, params: &'p Params) -> Self {
         Tape { check_finite: true, ..Tape::recording(device, params) }
+    }
+
+    /// The same tape, with parts that compute again what `recompute` says.
+    pub fn recomputing(self, recompute: Recompute) -> Self {
+        Tape { recompute, ..self }
+    }
+
+    /// What parts of a network are to compute again in the backward pass.
+    pub fn recompute(&self) -> Recompute {
+        self.recompute
+    }
+
+    /// Whether nobody reads the output of the convolution with this weight, so that it need not be computed: where a
+    /// part that ends with it is computed again.
+    pub fn is_unread(&self, weight: Param) -> bool {
+        self.unread == Some(weight)
     }
 
     /// The device.
@@ -192,13 +237,27 @@ impl<'p> Tape<'p> {
         if self.check_finite {
             self.refuse_non_finite(name, &y)?;
         }
-        if !self.recording {
+        if !self.recording || self.in_part {
             return Ok(Var::constant(y));
         }
         let id = self.new_id();
         let value = identity(&y);
         self.nodes.push(Node { output: id, value, place: self.place.clone(), op: Box::new(save()) });
         Ok(Var { value: y, id: Some(id) })
+    }
+
+    /// Computes a part of a network that the caller records as a whole: of its operations nothing is recorded. The
+    /// backward pass of what is [`push`](Self::push)ed in their place must compute them again, as [`Grads::again`]
+    /// does.
+    ///
+    /// # Errors
+    /// Those of `part`.
+    pub fn compute_part(&mut self, part: impl FnOnce(&mut Self) -> Result<Var>) -> Result<Tensor> {
+        assert!(!self.in_part, "a part within a part");
+        self.in_part = true;
+        let y = part(self);
+        self.in_part = false;
+        Ok(y?.into_value())
     }
 
     /// Every tensor that the recorded operations hold, once, in the order of the forward pass.
@@ -244,15 +303,7 @@ impl<'p> Tape<'p> {
         let start = y.id.expect("backward starts from a value that this tape has recorded");
         let vars = vec![None; self.ids];
         let mut grads = Grads { device: &self.device, params: self.params, param_grads, vars, accumulate };
-        grads.vars[start.0] = Some(dy);
-        for node in self.nodes.into_iter().rev() {
-            if let Some(dy) = grads.vars[node.output.0].take() {
-                if let Device::Cuda(gpu) = &self.device {
-                    gpu.memory_is_for(format_args!("the backward pass of {} at {}", node.op.name(), node.place));
-                }
-                node.op.run(dy, &mut grads)?;
-            }
-        }
+        grads.walk(self.nodes, start, dy)?;
         Ok(LeafGrads(grads.vars))
     }
 
@@ -321,6 +372,59 @@ impl<'a> Grads<'a> {
     /// Where to write a parameter's gradient on the CPU, if it is wanted.
     pub fn param(&mut self, p: Param) -> Option<ParamGrad<'_>> {
         Some(self.param_grads.as_mut()?.slot(self.params.specs(), p))
+    }
+
+    /// Takes the gradient `dy` of the value `start` back through the operations `nodes`.
+    fn walk(&mut self, nodes: Vec<Node>, start: VarId, dy: Tensor) -> Result<()> {
+        self.vars[start.0] = Some(dy);
+        for node in nodes.into_iter().rev() {
+            if let Some(dy) = self.vars[node.output.0].take() {
+                if let Device::Cuda(gpu) = self.device {
+                    gpu.memory_is_for(format_args!("the backward pass of {} at {}", node.op.name(), node.place));
+                }
+                node.op.run(dy, self)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The backward pass of a part that was recorded as a whole: computes it again from its `inputs`, and takes `dy`,
+    /// the gradient of its output, back to them. `part` gets values that stand for the inputs, in their order; the
+    /// output of its convolution with the weight `last` is not computed.
+    ///
+    /// # Errors
+    /// Those of `part` and of its operations' backward passes.
+    pub fn again<const N: usize>(
+        &mut self,
+        place: &str,
+        inputs: [Option<&Var>; N],
+        last: Param,
+        dy: Tensor,
+        part: impl FnOnce(&mut Tape<'_>, [Option<Var>; N]) -> Result<Var>,
+    ) -> Result<()> {
+        let mut tape = Tape { unread: Some(last), ..Tape::recording(self.device, self.params) };
+        tape.at(place);
+        let leaves = inputs.map(|input| {
+            let Var { value, id } = input?;
+            Some(if id.is_some() { tape.leaf(value.clone()) } else { Var::constant(value.clone()) })
+        });
+        let ids = std::array::from_fn::<_, N, _>(|i| leaves[i].as_ref()?.id.zip(inputs[i]?.id));
+        let start = part(&mut tape, leaves)?.id.expect("a part that is recorded has an output that is");
+        // What has reached an input so far moves in, so that the sum is taken in the order that it has without parts.
+        let mut vars = vec![None; tape.ids];
+        for (leaf, input) in ids.into_iter().flatten() {
+            vars[leaf.0] = self.vars[input.0].take();
+        }
+        let (device, params, accumulate) = (self.device, self.params, self.accumulate);
+        let mut grads = Grads { device, params, param_grads: self.param_grads.as_deref_mut(), vars, accumulate };
+        grads.walk(tape.nodes, start, dy)?;
+        let mut vars = grads.vars;
+        for (leaf, input) in ids.into_iter().flatten() {
+            if let Some(dx) = vars[leaf.0].take() {
+                self.add(input, dx)?;
+            }
+        }
+        Ok(())
     }
 
     /// Adds `dx` to the gradient of a value: the first contribution moves in, later ones are added.

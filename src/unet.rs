@@ -25,9 +25,14 @@
 //! the way up: the first of the tokens \[mean, pixels\] attends to all of them, and a linear layer makes the classes'
 //! logits of it.
 //!
-//! Deliberately absent: resampling without weights, learned upsampling filters, activation checkpointing.
+//! A residual block is two parts, each of which ends with a convolution. If the tape is to recompute (a setting), it
+//! keeps the inputs of the parts or of the whole block alone.
+//!
+//! Deliberately absent: resampling without weights, learned upsampling filters.
 
 mod cost;
+
+use std::sync::Arc;
 
 use crate::conditioning::Conditioning;
 use crate::config::{ClassEmbedding, MiddleAttention, Model, Resampling, Size};
@@ -46,7 +51,7 @@ use crate::ops::silu::silu;
 use crate::ops::time_embedding::{Sinusoid, time_embedding};
 use crate::params::{Init, Layout, Param, Specs};
 use crate::rng::{Purpose, Streams};
-use crate::tape::{Tape, Var};
+use crate::tape::{Backward, Grads, Recompute, Tape, Var};
 use crate::tensor::{Shape, Tensor};
 use crate::usage;
 pub use cost::Cost;
@@ -115,14 +120,14 @@ struct Attention {
 
 /// One level on the way down or up: its blocks and what leads to the next level.
 struct Level {
-    blocks: Vec<(Resnet, Option<Attention>)>,
+    blocks: Vec<(Arc<Resnet>, Option<Attention>)>,
     resample: Option<Resample>,
 }
 
 /// What halves or doubles the image between two levels.
 enum Resample {
     Conv { place: String, conv: Affine },
-    Resnet(Resnet),
+    Resnet(Arc<Resnet>),
 }
 
 /// How classes become time features.
@@ -153,13 +158,13 @@ struct Pool {
 /// The network: handles of its parameters and how they are connected. The values are in
 /// [`Params`](crate::params::Params).
 pub struct UNet {
-    model: Model,
+    model: Arc<Model>,
     conv_in: Affine,
     time_linear_1: Affine,
     time_linear_2: Affine,
     class_embedding: Option<Classes>,
     down: Vec<Level>,
-    middle: (Resnet, Option<Attention>, Resnet),
+    middle: (Arc<Resnet>, Option<Attention>, Arc<Resnet>),
     up: Vec<Level>,
     conv_norm_out: Norm,
     head: Head,
@@ -201,10 +206,10 @@ impl Builder<'_> {
         }
     }
 
-    fn resnet(&mut self, place: String, c_in: usize, c_out: usize, change: Change) -> Resnet {
+    fn resnet(&mut self, place: String, c_in: usize, c_out: usize, change: Change) -> Arc<Resnet> {
         self.resnets += 1;
         let of_time = if self.model.scale_shift_norm { 2 * c_out } else { c_out };
-        Resnet {
+        Arc::new(Resnet {
             index: self.resnets - 1,
             change,
             norm1: self.norm(&format!("{place}.norm1"), c_in),
@@ -214,7 +219,7 @@ impl Builder<'_> {
             conv2: self.conv(&format!("{place}.conv2"), c_out, c_out, 3, ALMOST_ZERO),
             conv_shortcut: (c_in != c_out).then(|| self.conv(&format!("{place}.conv_shortcut"), c_in, c_out, 1, 1.0)),
             place,
-        }
+        })
     }
 
     fn attention(&mut self, place: String, c: usize, groups: Option<usize>) -> Attention {
@@ -261,7 +266,7 @@ impl Builder<'_> {
         c_in: usize,
         c_out: usize,
         attention: bool,
-    ) -> (Resnet, Option<Attention>) {
+    ) -> (Arc<Resnet>, Option<Attention>) {
         let resnet = self.resnet(format!("{level}.resnets.{j}"), c_in, c_out, Change::Keep);
         let groups = Some(self.model.groups);
         (resnet, attention.then(|| self.attention(format!("{level}.attentions.{j}"), c_out, groups)))
@@ -345,7 +350,7 @@ impl UNet {
             true => Head::Classes(b.pool(c, model.size_at(levels - 1).pixels())),
         };
         let unet = UNet {
-            model: model.clone(),
+            model: Arc::new(model.clone()),
             conv_in,
             time_linear_1,
             time_linear_2,
@@ -533,9 +538,9 @@ impl Pool {
 impl Resnet {
     /// Of `x` or, on the way up, of the concatenation of `x` and `skip`.
     fn forward(
-        &self,
+        self: &Arc<Self>,
         tape: &mut Tape<'_>,
-        m: &Model,
+        m: &Arc<Model>,
         x: &Var,
         skip: Option<&Var>,
         temb: &Var,
@@ -543,27 +548,55 @@ impl Resnet {
     ) -> Result<Var> {
         tape.at(&self.place);
         let time = dense(tape, temb, &self.time_emb_proj)?; // (n, 1, 1, c), or 2c: scale and shift
-        let mut x = x.clone();
-        let mut joined = skip.map_or_else(|| Joined::from(&x), |skip| Joined::from([&x, skip])); // (n, h, w, c_in)
-        let h = norm(tape, m, joined.clone(), &self.norm1, Activation::Silu)?; // (n, h, w, c_in)
+        match tape.recompute() {
+            Recompute::None => {
+                let h = self.first(tape, m, x, skip, &time)?; // (n, h, w, c)
+                self.second(tape, m, &h, x, skip, &time, masks) // (n, h, w, c)
+            }
+            Recompute::Cheap => {
+                let of = |h| Part::new(self, m, h, x, skip, &time, masks);
+                let h = of(Half::First).push(tape)?; // (n, h, w, c)
+                of(Half::Second(h)).push(tape) // (n, h, w, c)
+            }
+            Recompute::Blocks => Part::new(self, m, Half::Both, x, skip, &time, masks).push(tape), // (n, h, w, c)
+        }
+    }
+
+    /// Up to the first convolution: (n, h, w, c), with the block's h and w.
+    fn first(&self, tape: &mut Tape<'_>, m: &Model, x: &Var, skip: Option<&Var>, time: &Var) -> Result<Var> {
+        let joined = skip.map_or_else(|| Joined::from(x), |skip| Joined::from([x, skip])); // (n, h, w, c_in)
+        let h = norm(tape, m, joined, &self.norm1, Activation::Silu)?; // (n, h, w, c_in)
         // From here on h and w are those of the block's output.
         let h = match self.change {
-            Change::Keep => Input::from(&h),      // (n, h, w, c_in)
-            Change::Double => Input::doubled(&h), // (n, h, w, c_in)
-            Change::Halve => {
-                x = avg_pool(tape, &x)?; // (n, h, w, c_in)
-                joined = Joined::from(&x);
-                Input::from(&avg_pool(tape, &h)?) // (n, h, w, c_in)
-            }
+            Change::Keep => Input::from(&h),                    // (n, h, w, c_in)
+            Change::Double => Input::doubled(&h),               // (n, h, w, c_in)
+            Change::Halve => Input::from(&avg_pool(tape, &h)?), // (n, h, w, c_in)
         };
-        let plus = Plus { shift: (!m.scale_shift_norm).then_some(&time), ..Plus::default() };
-        let h = conv2d(tape, h, self.conv1.weight, self.conv1.bias, Geometry::SAME_3X3, plus)?; // (n, h, w, c)
+        let plus = Plus { shift: (!m.scale_shift_norm).then_some(time), ..Plus::default() };
+        conv2d(tape, h, self.conv1.weight, self.conv1.bias, Geometry::SAME_3X3, plus)
+    }
+
+    /// From the first convolution's output `h`, (n, h, w, c), to the block's, of the same shape.
+    #[expect(clippy::too_many_arguments, reason = "all that a block sees")]
+    fn second(
+        &self,
+        tape: &mut Tape<'_>,
+        m: &Model,
+        h: &Var,
+        x: &Var,
+        skip: Option<&Var>,
+        time: &Var,
+        masks: Option<DropoutSeed>,
+    ) -> Result<Var> {
+        // Each is (n, h, w, c_in), or (n, h/2, w/2, c_in) in a block that doubles.
+        let x = if self.change == Change::Halve { avg_pool(tape, x)? } else { x.clone() };
+        let joined = skip.map_or_else(|| Joined::from(&x), |skip| Joined::from([&x, skip]));
         let Norm { gamma, beta, groups } = self.norm2;
         let mut h = if m.scale_shift_norm {
             let eps = m.norm_eps as f32;
-            scale_shift_group_norm(tape, &h, &time, gamma, beta, groups, eps, Activation::Silu)? // (n, h, w, c)
+            scale_shift_group_norm(tape, h, time, gamma, beta, groups, eps, Activation::Silu)? // (n, h, w, c)
         } else {
-            norm(tape, m, &h, &self.norm2, Activation::Silu)? // (n, h, w, c)
+            norm(tape, m, h, &self.norm2, Activation::Silu)? // (n, h, w, c)
         };
         if let Some(DropoutSeed { seed, step, first }) = masks {
             let end = first as usize + h.shape().n;
@@ -572,12 +605,87 @@ impl Resnet {
             let streams = Streams { seed, purpose: Purpose::Dropout, step, first };
             h = dropout(tape, &h, m.dropout as f32, streams)?; // (n, h, w, c)
         }
-        // The shortcut is (n, h, w, c), or (n, h/2, w/2, c) of a block that doubles.
         let conv = self.conv_shortcut.as_ref();
         let conv = conv.map(|s| Shortcut { x: joined, weight: s.weight, bias: s.bias });
         let residual = if conv.is_none() { Some(&x) } else { None };
         let plus = Plus { shift: None, residual, shortcut: conv.as_ref() };
         conv2d(tape, &h, self.conv2.weight, self.conv2.bias, Geometry::SAME_3X3, plus) // (n, h, w, c)
+    }
+}
+
+/// What of a residual block is recorded as a whole.
+enum Half {
+    First,
+    /// After the first half's output.
+    Second(Var),
+    Both,
+}
+
+/// A residual block, or half of it, of which the tape keeps the inputs alone.
+struct Part {
+    resnet: Arc<Resnet>,
+    model: Arc<Model>,
+    half: Half,
+    x: Var,
+    skip: Option<Var>,
+    time: Var,
+    masks: Option<DropoutSeed>,
+}
+
+impl Part {
+    fn new(
+        resnet: &Arc<Resnet>,
+        model: &Arc<Model>,
+        half: Half,
+        x: &Var,
+        skip: Option<&Var>,
+        time: &Var,
+        masks: Option<DropoutSeed>,
+    ) -> Self {
+        let (resnet, model) = (resnet.clone(), model.clone());
+        Part { resnet, model, half, x: x.clone(), skip: skip.cloned(), time: time.clone(), masks }
+    }
+
+    fn push(self, tape: &mut Tape<'_>) -> Result<Var> {
+        let [x, skip, time, h] = self.inputs().map(|input| input.cloned());
+        let forward = |tape: &mut Tape<'_>| self.forward(tape, [x, skip, time, h]);
+        let y = tape.compute_part(forward)?;
+        tape.push("resnet", y, || self)
+    }
+
+    /// x, skip, the projected time and the first half's output, as far as there are any.
+    fn inputs(&self) -> [Option<&Var>; 4] {
+        let h = if let Half::Second(h) = &self.half { Some(h) } else { None };
+        [Some(&self.x), self.skip.as_ref(), Some(&self.time), h]
+    }
+
+    fn forward(&self, tape: &mut Tape<'_>, [x, skip, time, h]: [Option<Var>; 4]) -> Result<Var> {
+        let Part { resnet, model: m, masks, .. } = self;
+        let (x, skip, time) = (x.expect("an input"), skip.as_ref(), time.expect("an input"));
+        match (&self.half, h) {
+            (Half::First, _) => resnet.first(tape, m, &x, skip, &time), // (n, h, w, c)
+            (_, Some(h)) => resnet.second(tape, m, &h, &x, skip, &time, *masks), // (n, h, w, c)
+            (_, None) => {
+                let h = resnet.first(tape, m, &x, skip, &time)?; // (n, h, w, c)
+                resnet.second(tape, m, &h, &x, skip, &time, *masks) // (n, h, w, c)
+            }
+        }
+    }
+}
+
+impl Backward for Part {
+    fn name(&self) -> &'static str {
+        "resnet"
+    }
+
+    fn saved(&self) -> Vec<&Tensor> {
+        self.inputs().into_iter().flatten().map(Var::value).collect()
+    }
+
+    fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
+        let last = if let Half::First = self.half { &self.resnet.conv1 } else { &self.resnet.conv2 };
+        let forward = |tape: &mut Tape<'_>, inputs: [Option<Var>; 4]| self.forward(tape, inputs);
+        grads.again(&self.resnet.place, self.inputs(), last.weight, dy, forward)
     }
 }
 

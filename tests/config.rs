@@ -107,6 +107,7 @@ fn every_setting_survives_the_file() {
         "steps=1e5",
         "batch=12",
         "accumulate=3",
+        "recompute=cheap",
         "learning_rate=0.00012345678901234567",
         "warmup_steps=7",
         "cooldown=0.75",

@@ -19,7 +19,7 @@ use ddpm_cuda::diffusion::{Method, Sampler, Spacing, Variance};
 use ddpm_cuda::output::to_bytes;
 use ddpm_cuda::params::Params;
 use ddpm_cuda::sample::{Drawing, Request};
-use ddpm_cuda::tape::Tape;
+use ddpm_cuda::tape::{Recompute, Tape};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::train::{StepReport, Trainer};
 use npyz::WriterBuilder;
@@ -295,6 +295,23 @@ fn a_graph_of_a_step_has_the_bits_of_its_launches() {
         assert_eq!(measured(&again), measured(&want[2..]), "{name}, resumed");
         same_state(&format!("{name}, resumed"), &second, &eager);
         assert!(second.launches_captured().is_some() && second.device().take_notes().is_empty(), "{name}");
+    }
+}
+
+/// On a GPU, in graphs, as on the CPU (tests/train.rs).
+#[test]
+fn what_is_computed_again_changes_no_bit() {
+    let c = tiny();
+    for dtype in [DType::F32, DType::Bf16] {
+        let Some(mut of_none) = on_gpu(&c, dtype) else { return };
+        let want = steps(&mut of_none, 4);
+        for recompute in [Recompute::Cheap, Recompute::Blocks] {
+            let mut trainer = on_gpu(&Config { recompute, ..c.clone() }, dtype).unwrap();
+            let got = steps(&mut trainer, 4);
+            assert_eq!(measured(&got), measured(&want), "{dtype:?}, {recompute}");
+            same_state(&format!("{dtype:?}, {recompute}"), &trainer, &of_none);
+            assert!(trainer.launches_captured() > of_none.launches_captured(), "{dtype:?}, {recompute}");
+        }
     }
 }
 

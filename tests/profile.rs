@@ -17,7 +17,7 @@ use ddpm_cuda::params::{Init, Layout, Params, Specs};
 use ddpm_cuda::profile::bound::{self, Least};
 use ddpm_cuda::profile::card::{CARDS, Multiprocessor};
 use ddpm_cuda::profile::{Launch, Measured, Of, Profile, What, count, measure};
-use ddpm_cuda::tape::{Kept, Tape, Var};
+use ddpm_cuda::tape::{Kept, Recompute, Tape, Var};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::unet::UNet;
 use serde_json::Value;
@@ -248,7 +248,7 @@ fn the_tape_plan_is_what_a_step_keeps() {
     for dtype in [DType::F32, DType::Bf16] {
         let (config, device) = (support::tiny(6, 10, 3), Device::meta_gpu_for(dtype));
         let (unet, specs) = UNet::new(&config.model).unwrap();
-        let plan = |n: usize| unet.tape_plan(&device, &specs, Shape::new(n, 6, 10, 3)).unwrap();
+        let plan = |n: usize| unet.tape_plan(&device, Recompute::None, &specs, Shape::new(n, 6, 10, 3)).unwrap();
         let sum = |plan: &[Kept]| plan.iter().map(|kept| kept.bytes as u64).sum::<u64>();
         let costs: u64 = unet.costs_on(&device, &specs, 6, 10).iter().map(|cost| cost.saved).sum();
         assert_eq!((sum(&plan(1)), sum(&plan(5))), (costs, 5 * costs));

@@ -17,7 +17,8 @@ use ddpm_cuda::meter::Quarters;
 use ddpm_cuda::ops::loss::loss;
 use ddpm_cuda::ops::q_sample::{Coefficients, Noised, q_sample};
 use ddpm_cuda::params::Params;
-use ddpm_cuda::tape::{Tape, Var};
+use ddpm_cuda::tape::{Recompute, Tape, Var};
+use ddpm_cuda::tensor::Shape;
 use ddpm_cuda::train::{StepReport, Trainer};
 use ddpm_cuda::unet::{DropoutSeed, UNet};
 
@@ -161,7 +162,8 @@ fn the_predicted_memory_is_the_memory_taken() {
     mnist.batch = 8;
     let mut cifar10 = Config::preset(Preset::Cifar10);
     cifar10.batch = 2;
-    for c in [mnist, cifar10, Config { accumulate: 1, ..tiny() }] {
+    let again = [Recompute::Cheap, Recompute::Blocks].map(|recompute| Config { recompute, ..cifar10.clone() });
+    for c in [mnist, cifar10, Config { accumulate: 1, ..tiny() }].into_iter().chain(again) {
         let (unet, specs) = UNet::new(&c.model).unwrap();
         let device = Device::cpu();
         let foretold = memory_needed(&c, &unet, &specs, &device) as f64;
@@ -174,6 +176,39 @@ fn the_predicted_memory_is_the_memory_taken() {
         // The scratch space of 24 MiB is an upper bound that small networks do not reach.
         let bound = taken < 1.05 * foretold && foretold < 1.33 * taken + f64::from(24 << 20);
         assert!(bound, "{foretold:e} bytes foretold, {taken:e} taken");
+    }
+}
+
+/// Three steps of networks with all that a residual block can have: dropout, a shortcut, two inputs, a shift or a scale,
+/// a change of size.
+#[test]
+fn what_is_computed_again_changes_no_bit_and_less_is_kept() {
+    let of_openai = [("scale_shift_norm", "true"), ("downsample_type", "resnet"), ("upsample_type", "resnet")];
+    for settings in [&[][..], &of_openai, &[("dropout", "0")]] {
+        let mut c = tiny();
+        settings.iter().for_each(|(key, value)| _ = c.set(key, value).unwrap());
+        let mut of_none = trainer(&c);
+        let reports: Vec<StepReport> = (0..3).map(|_| step(&mut of_none)).collect();
+        let (unet, specs) = UNet::new(&c.model).unwrap();
+        let shape = Shape::new(2, c.model.image_size.h, c.model.image_size.w, c.model.channels);
+        let kept = |recompute| -> usize {
+            let plan = unet.tape_plan(&Device::cpu(), recompute, &specs, shape).unwrap();
+            plan.iter().map(|kept| kept.bytes).sum()
+        };
+        let mut more = kept(Recompute::None);
+        for recompute in [Recompute::Cheap, Recompute::Blocks] {
+            let name = format!("{recompute}, {settings:?}");
+            let mut trainer = trainer(&Config { recompute, ..c.clone() });
+            for want in &reports {
+                let got = step(&mut trainer);
+                let of = |report: &StepReport| [report.loss, report.grad_norm].map(f64::to_bits);
+                assert_eq!(of(&got), of(want), "{name}");
+            }
+            same_bits(&name, &trainer.params().host().unwrap(), &of_none.params().host().unwrap());
+            let bytes = kept(recompute);
+            assert!(bytes < more, "{name}: {bytes} bytes are kept, not fewer than {more}");
+            more = bytes;
+        }
     }
 }
 

@@ -11,7 +11,7 @@ use crate::kernels;
 use crate::memory::{available_memory, memory_needed};
 use crate::params::Specs;
 use crate::say;
-use crate::tape::Kept;
+use crate::tape::{Kept, Recompute};
 use crate::tensor::{DType, Shape};
 use crate::text::{GIB, grouped};
 use crate::unet::{Cost, UNet};
@@ -35,6 +35,10 @@ pub struct Args {
     /// Type of activations and gradients
     #[arg(long, default_value = "f32", value_parser = choice::<Precision>())]
     pub precision: Precision,
+    /// What a training step computes again in its backward pass instead of keeping it: none, cheap (norms, activations
+    /// and dropout of residual blocks) or blocks [default: none, or the model's]
+    #[arg(long, value_parser = choice::<Recompute>())]
+    pub recompute: Option<Recompute>,
     /// List every tensor that a training step keeps from its forward pass for its backward pass
     #[arg(long)]
     pub tape: bool,
@@ -61,6 +65,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
         config.batch = batch;
     }
+    config.recompute = args.recompute.unwrap_or(config.recompute);
     let m = &config.model;
     let (unet, specs) = UNet::new(m)?;
     // bf16 is a GPU's.
@@ -71,7 +76,8 @@ pub fn run(args: &Args) -> Result<()> {
     if args.tape {
         return tape(&config, &unet, &specs, &device);
     }
-    let costs = unet.costs_on(&device, &specs, m.image_size.h, m.image_size.w);
+    let costs_with = |recompute| unet.costs_on(&device, recompute, &specs, m.image_size.h, m.image_size.w);
+    let costs = costs_with(config.recompute);
     say!("{:<32} {:>12} {:>14} {:>16}", "block", "parameters", "MFLOP forward", "KiB kept/image");
     for Cost { place, params, flops, saved } in &costs {
         say!(
@@ -81,8 +87,9 @@ pub fn run(args: &Args) -> Result<()> {
             *saved as f64 / 1024.0
         );
     }
-    let total = |f: fn(&Cost) -> u64| costs.iter().map(f).fold(0, u64::saturating_add);
-    let (flops, saved) = (total(|c| c.flops), total(|c| c.saved));
+    let total = |costs: &[Cost], f: fn(&Cost) -> u64| costs.iter().map(f).fold(0, u64::saturating_add);
+    let (flops, saved) = (total(&costs, |c| c.flops), total(&costs, |c| c.saved));
+    let kept = |saved: u64| saved as f64 * (config.batch / config.accumulate) as f64 / GIB;
     say!(
         "{:<32} {:>12} {:>14.2} {:>16.1}",
         "in all",
@@ -127,8 +134,13 @@ pub fn run(args: &Args) -> Result<()> {
         config.batch,
         3.0 * flops as f64 * config.batch as f64 / 1e9,
         memory_needed(&config, &unet, &specs, &device) as f64 / GIB,
-        saved as f64 * (config.batch / config.accumulate) as f64 / GIB,
+        kept(saved),
     );
+    let others = Recompute::ALL.into_iter().filter(|&recompute| recompute != config.recompute);
+    let others = others.map(|recompute| {
+        format!("{:.2} GiB with recompute = {recompute}", kept(total(&costs_with(recompute), |c| c.saved)))
+    });
+    say!("with recompute = {}; it would be {}", config.recompute, others.collect::<Vec<_>>().join(", "));
     match available_memory() {
         Some(bytes) => say!("devices: {}, {:.1} GiB of memory available", Device::cpu(), bytes as f64 / GIB),
         None => say!("devices: {}; the system does not say how much memory is available", Device::cpu()),
@@ -178,7 +190,12 @@ pub fn run(args: &Args) -> Result<()> {
 /// Lists the tape plan of a step, or of one of its micro-batches.
 fn tape(config: &Config, unet: &UNet, specs: &Specs, device: &Device) -> Result<()> {
     let (m, images) = (&config.model, config.batch / config.accumulate);
-    let plan = unet.tape_plan(device, specs, Shape::new(images, m.image_size.h, m.image_size.w, m.channels))?;
+    let plan = unet.tape_plan(
+        device,
+        config.recompute,
+        specs,
+        Shape::new(images, m.image_size.h, m.image_size.w, m.channels),
+    )?;
     say!("{:<32} {:<14} {:>18} {:>5} {:>16}", "block", "operation", "shape", "type", "bytes");
     for Kept { place, op, shape, dtype, bytes, .. } in &plan {
         let dtype = match dtype {

@@ -138,6 +138,10 @@ const OTHERS: &[(&[&str], Here)] = &[
         Setting("accumulate"),
     ),
     (
+        &["gradient_checkpointing", "activation_checkpointing", "use_checkpoint", "grad_checkpoint"],
+        Like("recompute", "none, cheap or blocks"),
+    ),
+    (
         &["microbatch", "microbatch_size", "micro_batch_size", "batch_gpu", "micro_batch"],
         Like("accumulate", "the number of micro-batches in a batch, not their size"),
     ),

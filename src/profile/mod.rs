@@ -535,7 +535,7 @@ fn least(config: &Config, what: What) -> Result<Least> {
     let dtype = activations(config.precision);
     let images = if what == What::Train { config.batch / config.accumulate } else { config.batch };
     let shape = Shape::new(images, m.image_size.h, m.image_size.w, m.channels);
-    let plan = unet.tape_plan(&Device::meta_gpu_for(dtype), &specs, shape)?;
+    let plan = unet.tape_plan(&Device::meta_gpu_for(dtype), config.recompute, &specs, shape)?;
     Ok(match what {
         What::Train => bound::of_training(config, &specs, &plan, dtype),
         What::Sample => bound::of_sampling(config, &specs, &plan, dtype),

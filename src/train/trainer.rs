@@ -272,7 +272,7 @@ impl Trainer {
         self.grads.reset();
         for k in 0..self.config.accumulate {
             let batch = self.inputs.draw(device, &self.config, &self.data.train, self.step, k)?;
-            let mut tape = Tape::recording(device, &self.params);
+            let mut tape = Tape::recording(device, &self.params).recomputing(self.config.recompute);
             let Passed { x_t, t, y, mut loss, batch, source } =
                 forward_loss(&self.unet, &mut tape, &self.table, batch, &mut self.meter)?;
             if let Some(mean) = loss.mean().filter(|mean| !mean.is_finite()) {
@@ -365,7 +365,7 @@ impl Trainer {
         self.inputs.begin(&self.config, &self.data.train, self.step)?;
         for k in 0..self.config.accumulate {
             let batch = self.inputs.draw(&device, &self.config, &self.data.train, self.step, k)?;
-            let mut tape = Tape::inspecting(&self.device, &self.params);
+            let mut tape = Tape::inspecting(&self.device, &self.params).recomputing(self.config.recompute);
             match forward_loss(&self.unet, &mut tape, &self.table, batch, &mut self.meter) {
                 Ok(Passed { y, loss, .. }) => {
                     let dy = loss.gradient.expect("a training loss has a gradient");

@@ -8,7 +8,7 @@ use crate::conditioning::Conditioning;
 use crate::device::Device;
 use crate::error::Result;
 use crate::params::{Param, Params, Specs};
-use crate::tape::{Kept, Tape, Var};
+use crate::tape::{Kept, Recompute, Tape, Var};
 use crate::tensor::{DType, Shape, Tensor};
 
 /// The cost of one part of the network, for one image.
@@ -119,13 +119,20 @@ impl Level {
 
 impl UNet {
     /// The cost of each part for one `height` x `width` image, in the order of the forward pass; with what the CPU
-    /// keeps, in f32.
+    /// keeps, in f32, if nothing is computed again.
     pub fn costs(&self, specs: &Specs, height: usize, width: usize) -> Vec<Cost> {
-        self.costs_on(&Device::cpu(), specs, height, width)
+        self.costs_on(&Device::cpu(), Recompute::None, specs, height, width)
     }
 
-    /// The same with what `device` keeps.
-    pub fn costs_on(&self, device: &Device, specs: &Specs, height: usize, width: usize) -> Vec<Cost> {
+    /// The same with what `device` keeps of a step that computes again what `recompute` says.
+    pub fn costs_on(
+        &self,
+        device: &Device,
+        recompute: Recompute,
+        specs: &Specs,
+        height: usize,
+        width: usize,
+    ) -> Vec<Cost> {
         let pixels = |level: usize| (height >> level) * (width >> level);
         let mut time = Cost::new("time_embedding");
         time.affine(specs, &self.time_linear_1, 1);
@@ -167,7 +174,8 @@ impl UNet {
         }
         costs.push(out);
         let image = Shape::new(1, height, width, self.model.channels);
-        for Kept { place, bytes, .. } in self.tape_plan(device, specs, image).expect("shapes need no memory") {
+        for Kept { place, bytes, .. } in self.tape_plan(device, recompute, specs, image).expect("shapes need no memory")
+        {
             let part = costs.iter_mut().find(|cost| cost.place == place);
             part.unwrap_or_else(|| panic!("{place} keeps {bytes} bytes and has no cost")).saved += bytes as u64;
         }
@@ -175,14 +183,15 @@ impl UNet {
     }
 
     /// The tape plan: every tensor that a training step over images of `shape`, (n, h, w, c), keeps on `device` from
-    /// its forward pass for its backward pass, in the order of the forward pass. By a step over shapes alone.
+    /// its forward pass for its backward pass, in the order of the forward pass, if it computes again what `recompute`
+    /// says. By a step over shapes alone.
     ///
     /// # Errors
     /// None; shapes need no memory.
-    pub fn tape_plan(&self, device: &Device, specs: &Specs, shape: Shape) -> Result<Vec<Kept>> {
+    pub fn tape_plan(&self, device: &Device, recompute: Recompute, specs: &Specs, shape: Shape) -> Result<Vec<Kept>> {
         let device = device.meta();
         let params = Params::zeros(&device, specs.clone())?;
-        let mut tape = Tape::recording(&device, &params);
+        let mut tape = Tape::recording(&device, &params).recomputing(recompute);
         let x = Tensor::uninit(&device, device.activations(), shape)?;
         let per_image = || Tensor::uninit(&device, DType::F32, Shape::new(shape.n, 1, 1, 1));
         let (t, labels) = (per_image()?, per_image()?);
