@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 
 use ddpm_cuda::config::{Config, Preset};
 use ddpm_cuda::device::Device;
-use ddpm_cuda::device::cuda::{Counted, Counters};
+use ddpm_cuda::device::cuda::{Counted, Counters, devices};
 use ddpm_cuda::kernels;
 use ddpm_cuda::ops::conv2d::{Geometry, Plus, conv2d};
 use ddpm_cuda::params::{Init, Layout, Params, Specs};
@@ -126,12 +126,13 @@ fn each_kernel_is_measured() {
     let Some(gpu) = emulator(DType::F32) else { return };
     let config = support::tiny(6, 10, 3);
     let counted = count(&gpu, &config, What::Train).unwrap();
-    let measured = measure(0, &config, What::Train).unwrap();
+    let description = devices().unwrap().swap_remove(0);
+    let measured = measure(description, &config, What::Train).unwrap();
     assert!(measured.step > 0.0);
     for launch in &counted {
         assert!(measured.kernels.get(&launch.kernel).is_some_and(|ms| *ms > 0.0), "{} has no time", launch.kernel);
     }
-    let measured = Some(("A GPU".to_string(), (8, 9), measured));
+    let measured = Some(Measured { gpu: "A GPU".into(), capability: (8, 9), ..measured });
     let profile = Profile::new(Of { measured, ..of_tiny(&config, What::Train) }, &counted).unwrap();
     assert_eq!((profile.gpu.as_deref(), profile.reference), (Some("A GPU"), "rtx4090"));
     assert!(profile.measured_ms.is_some() && profile.kernels.iter().all(|kernel| kernel.measured_ms.is_some()));
@@ -460,7 +461,8 @@ fn info_lists_the_tape() {
 #[test]
 fn a_profile_of_nothing_is_written_too() {
     let config = support::tiny(6, 10, 3);
-    let measured = Some(("A GPU".to_string(), (9, 0), Measured { step: 1.5, kernels: BTreeMap::new() }));
+    let measured = Measured { gpu: "A GPU".into(), capability: (9, 0), step: 1.5, kernels: BTreeMap::new() };
+    let measured = Some(measured);
     let profile = Profile::new(Of { measured, ..of_tiny(&config, What::Train) }, &[]).unwrap();
     let written = serde_json::to_value(&profile).unwrap();
     assert_eq!(written["modelled_ms"], serde_json::json!({"h100": 0.0, "a100": 0.0, "rtx4090": 0.0}));

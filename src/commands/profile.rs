@@ -188,16 +188,14 @@ fn emulator(program: &Path) -> Result<PathBuf> {
     })
 }
 
-/// The times of the step on the first GPU that can run it, with the GPU's name and compute capability; `None` without
-/// one.
-fn measured(config: &Config, what: What) -> Result<Option<(String, (u32, u32), Measured)>> {
+/// What the step takes on the first GPU that can run it; `None` without one.
+fn measured(config: &Config, what: What) -> Result<Option<Measured>> {
     let Some(gpu) = cuda::open_any(activations(config.precision))?.filter(|gpu| !gpu.is_emulated()) else {
         return Ok(None);
     };
     let description = cuda::devices()?.into_iter().find(|other| other.number == gpu.number());
-    let Some(cuda::Description { number, name, capability, .. }) = description else { return Ok(None) };
     drop(gpu);
-    Ok(Some((name, capability, profile::measure(number, config, what)?)))
+    description.map(|gpu| profile::measure(gpu, config, what)).transpose()
 }
 
 /// The table, totals and what they mean.

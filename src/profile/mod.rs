@@ -17,7 +17,7 @@ use serde::ser::{SerializeMap, Serializer};
 
 use crate::config::{Config, Size};
 use crate::data::{Data, Dataset, Extent};
-use crate::device::cuda::{Counted, Gpu};
+use crate::device::cuda::{Counted, Description, Gpu};
 use crate::device::{Device, Precision};
 use crate::diffusion::{Method, Sampler, Spacing, Timesteps};
 use crate::error::{Error, Result};
@@ -105,20 +105,25 @@ pub fn graphs(gpu: &Gpu, config: &Config, what: What) -> Result<u64> {
     Ok(of_last)
 }
 
-/// Times of a step.
-#[derive(Clone, Debug, Default)]
+/// Times of a step on a GPU.
+#[derive(Clone, Debug)]
 pub struct Measured {
+    /// The GPU's name.
+    pub gpu: String,
+    /// Its compute capability, (major, minor).
+    pub capability: (u32, u32),
     /// Milliseconds of a step, from its first launch to its end.
     pub step: f64,
     /// Milliseconds of each kernel, all its launches in a step together.
     pub kernels: BTreeMap<String, f64>,
 }
 
-/// Measures a step on GPU `number`: the whole, and then each launch by two events.
+/// Measures a step on `gpu`: the whole, and then each launch by two events.
 ///
 /// # Errors
 /// A GPU that cannot be used, or that fails.
-pub fn measure(number: usize, config: &Config, what: What) -> Result<Measured> {
+pub fn measure(gpu: Description, config: &Config, what: What) -> Result<Measured> {
+    let Description { number, name, capability, .. } = gpu;
     let activations = activations(config.precision);
     let gpu = Gpu::open(number, activations, false)?;
     let device = Device::Cuda(gpu.clone());
@@ -145,7 +150,7 @@ pub fn measure(number: usize, config: &Config, what: What) -> Result<Measured> {
         }
         Ok(())
     })?;
-    Ok(Measured { step, kernels })
+    Ok(Measured { gpu: name, capability, step, kernels })
 }
 
 /// The type of activations.
@@ -453,8 +458,8 @@ pub struct Of<'a> {
     pub what: What,
     /// Graphs that it is launched as.
     pub graphs: u64,
-    /// Name and compute capability of the GPU that was measured, and its times.
-    pub measured: Option<(String, (u32, u32), Measured)>,
+    /// What it took on a GPU.
+    pub measured: Option<Measured>,
 }
 
 impl Profile {
@@ -464,7 +469,7 @@ impl Profile {
     /// Those of [`Launch::new`] and [`UNet::new`].
     pub fn new(of: Of<'_>, counted: &[Counted]) -> Result<Self> {
         let Of { network, config, what, graphs, measured } = of;
-        let card = reference(measured.as_ref().map(|(_, capability, _)| *capability));
+        let card = reference(measured.as_ref().map(|measured| measured.capability));
         let place = CARDS.iter().position(|other| other.key == card.key).expect("it is one of them");
         let launches: Vec<Launch> = counted.iter().map(Launch::new).collect::<Result<_>>()?;
         let (mut all, mut by_kernel) = (Sum::default(), BTreeMap::<&str, Sum>::new());
@@ -472,7 +477,6 @@ impl Profile {
             all.add(launch, place);
             by_kernel.entry(launch.kernel.name).or_default().add(launch, place);
         }
-        let times = measured.as_ref().map(|(_, _, times)| times);
         let of_kernel = |(name, sum): (&str, Sum)| {
             let most = sum.bound.iter().max_by(|a, b| a.1.total_cmp(b.1));
             KernelProfile {
@@ -492,7 +496,7 @@ impl Profile {
                 waves: sum.waves / sum.launches as f64,
                 bound_by: most.map_or(String::new(), |(unit, _)| unit.to_string()),
                 modelled_ms: sum.modelled_ms(),
-                measured_ms: times.and_then(|times| times.kernels.get(name).copied()),
+                measured_ms: measured.as_ref().and_then(|measured| measured.kernels.get(name).copied()),
             }
         };
         let mut kernels: Vec<KernelProfile> = by_kernel.into_iter().map(of_kernel).collect();
@@ -500,7 +504,7 @@ impl Profile {
         kernels.sort_by(|a, b| time(b).total_cmp(&time(a)));
         let least = least(config, what)?;
         Ok(Profile {
-            gpu: measured.as_ref().map(|(name, _, _)| name.clone()),
+            gpu: measured.as_ref().map(|measured| measured.gpu.clone()),
             network,
             what: what.name(),
             batch: config.batch as u64,
@@ -517,7 +521,7 @@ impl Profile {
             blocks_counted: launches.iter().map(|launch| launch.ran).sum(),
             blocks: counted.iter().map(|launch| launch.blocks).sum(),
             modelled_ms: all.modelled_ms(),
-            measured_ms: times.map(|times| times.step),
+            measured_ms: measured.as_ref().map(|measured| measured.step),
             kernels,
         })
     }

@@ -277,7 +277,7 @@ mod absent {
             CU_STREAM_CAPTURE_MODE_THREAD_LOCAL,
         }
 
-        pub struct CUgraphInstantiate_flags(pub u32);
+        pub struct CUgraphInstantiate_flags(#[expect(dead_code, reason = "no driver reads it")] pub u32);
 
         pub unsafe fn is_culib_present() -> bool {
             false
