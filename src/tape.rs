@@ -5,9 +5,9 @@
 //! The first gradient to reach a value moves in; later ones are added. Parameter gradients accumulate in
 //! [`ParamGrads`], so splitting a batch into micro-batches costs no extra buffers.
 //!
-//! A part of a network can be recorded as a whole ([`Tape::compute_part`]): of it the tape keeps the inputs alone, and the
-//! backward pass computes it again, on a tape of its own ([`Grads::again`]). The bits are the same: the operations are,
-//! and so is the order in which the gradients of one value are added.
+//! A part of a network can be recorded as a whole ([`Tape::compute_part`]): of it the tape keeps the inputs alone, and
+//! the backward pass computes it again, on a tape of its own ([`Grads::again`]). The bits are the same: the operations
+//! are, and so is the order in which the gradients of one value are added.
 //!
 //! Deliberately absent: globals, closures that outlive a call, a central `match` over operations, higher derivatives.
 

@@ -179,8 +179,8 @@ fn the_predicted_memory_is_the_memory_taken() {
     }
 }
 
-/// Three steps of networks with all that a residual block can have: dropout, a shortcut, two inputs, a shift or a scale,
-/// a change of size.
+/// Three steps of networks with all that a residual block can have: dropout, a shortcut, two inputs, a shift or a
+/// scale, a change of size.
 #[test]
 fn what_is_computed_again_changes_no_bit_and_less_is_kept() {
     let of_openai = [("scale_shift_norm", "true"), ("downsample_type", "resnet"), ("upsample_type", "resnet")];
