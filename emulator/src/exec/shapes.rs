@@ -4,14 +4,17 @@
 //! (granules touched and by which lane, bank conflicts, extent) is computed when a shape occurs for the second time, so
 //! that patternless addresses cost no more than a comparison.
 
-use super::lanes::{Addresses, Chunk, MANY, Site, Some16, Use, lanes};
+use super::lanes::{Addresses, Chunk, LINE, Lines, MANY, Reach, Site, Some16, Use, lanes};
 #[cfg(target_arch = "x86_64")]
 use crate::num::AVX512;
+use std::rc::Rc;
 
 /// Shapes remembered per instruction.
 const MOST: usize = 16;
 /// Unknown shapes in a row after which an instruction is taken to have no pattern.
 const PATIENCE: u32 = 64;
+/// Places of the first address in its line for which a shape's lines are remembered.
+const PLACES: usize = 32;
 
 /// What an access touches, relative to its first lane's address.
 pub struct Shape {
@@ -29,7 +32,11 @@ pub struct Shape {
     /// Some granule is touched by several lanes.
     pub overlap: bool,
     /// The granules touched.
-    pub chunks: Vec<Chunk>,
+    chunks: Rc<[Chunk]>,
+    /// The lines touched, by the place of the first address in its line.
+    lines: Vec<(u64, Vec<Lines>)>,
+    /// Which of these is meant.
+    place: usize,
     /// What it costs.
     pub cost: Cost,
 }
@@ -84,7 +91,9 @@ impl Shapes {
                 if !shape.ready {
                     known.shapes[index].work_out(site, granule);
                 }
-                return Some(&known.shapes[index]);
+                let shape = &mut known.shapes[index];
+                shape.find_place(first % (1 << LINE), site);
+                return Some(shape);
             }
             index = if index + 1 == count { 0 } else { index + 1 };
         }
@@ -113,7 +122,9 @@ impl Known {
             aligned: false,
             extent: (0, 0),
             overlap: false,
-            chunks: vec![],
+            chunks: Rc::new([]),
+            lines: vec![],
+            place: 0,
             cost: Cost::default(),
         };
         if self.shapes.len() < MOST {
@@ -158,23 +169,75 @@ impl Shape {
             lanes(site.mask).flat_map(|l| (0..per_lane).map(move |i| ((distance(l) >> granule) + i, l))).collect();
         touched.sort_unstable();
         let mut before = None;
+        let mut chunks = Vec::<Chunk>::new();
         for (at, lane) in touched {
             if before == Some(at) {
                 self.overlap = true;
-                let chunk = self.chunks.last_mut().expect("there was a granule before");
+                let chunk = chunks.last_mut().expect("there was a granule before");
                 chunk.lanes[(at - chunk.at) as usize] = MANY;
                 continue;
             }
             before = Some(at);
-            if self.chunks.last().is_none_or(|chunk| at - chunk.at >= 16) {
+            if chunks.last().is_none_or(|chunk| at - chunk.at >= 16) {
                 let some = Some16 { bits: 0, words: [0; 16] };
-                self.chunks.push(Chunk { at, some, lanes: [0; 16] });
+                chunks.push(Chunk { at, some, lanes: [0; 16] });
             }
-            let chunk = self.chunks.last_mut().expect("one was just made");
+            let chunk = chunks.last_mut().expect("one was just made");
             let i = (at - chunk.at) as usize;
             chunk.some.bits |= 1 << i;
             chunk.some.words[i] = !0;
             chunk.lanes[i] = lane;
+        }
+        self.chunks = chunks.into();
+    }
+
+    /// Makes `lines` those for a first address at this place in its line.
+    #[inline(always)]
+    fn find_place(&mut self, place: u64, site: Site) {
+        if self.lines.get(self.place).is_none_or(|lines| lines.0 != place) {
+            self.look_for_place(place, site);
+        }
+    }
+
+    #[inline(never)]
+    fn look_for_place(&mut self, place: u64, site: Site) {
+        if let Some(known) = self.lines.iter().position(|lines| lines.0 == place) {
+            self.place = known;
+            return;
+        }
+        if self.lines.len() == PLACES {
+            self.lines.clear();
+        }
+        let mut lines = Vec::<Lines>::new();
+        if self.aligned {
+            // An aligned access of at most 16 bytes is inside one line.
+            let line = |l: u32| (place as i64 + self.distance.0[l as usize] as i64) >> LINE;
+            let mut touched: Vec<i64> = lanes(site.mask).map(line).collect();
+            touched.sort_unstable();
+            for at in touched {
+                if lines.last().is_none_or(|last| at - last.at >= 16) {
+                    let some = Some16 { bits: 0, words: [0; 16] };
+                    lines.push(Lines { at, some, lanes: [0; 16] });
+                }
+                let last = lines.last_mut().expect("one was just made");
+                let i = (at - last.at) as usize;
+                last.some.bits |= 1 << i;
+                last.some.words[i] = !0;
+                last.lanes[i] += 1;
+            }
+        }
+        self.place = self.lines.len();
+        self.lines.push((place, lines));
+    }
+
+    /// What the access touches, given the first lane's address, for which the shape was recalled.
+    #[inline(always)]
+    pub fn reach(&self, first: u64, granule: u32) -> Reach<'_> {
+        Reach {
+            chunks: &self.chunks,
+            lines: &self.lines[self.place].1,
+            origin: (first >> granule) as i64,
+            line: (first >> LINE) as i64,
         }
     }
 }
