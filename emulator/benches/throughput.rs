@@ -182,11 +182,12 @@ fn mma(criterion: &mut Criterion<CpuTime>) {
     measure(criterion, "mma", 2 * (N * N * K) as u64, &run);
 }
 
-/// A layer of `cifar10`: 3x3, 128 to 128 channels, 32x32 pixels.
+/// A layer of `cifar10`: 3x3, 128 to 128 channels, 32x32 pixels; four images.
 fn conv2d(criterion: &mut Criterion<CpuTime>) {
     const SIDE: usize = 32;
     const C: usize = 128;
-    const PIXELS: usize = SIDE * SIDE;
+    const IMAGES: usize = 4;
+    const PIXELS: usize = IMAGES * SIDE * SIDE;
     let (x, weight, bias) = (values(PIXELS * C, 6), values(C * 9 * C, 7), values(C, 8));
     let mut run = Run::new(include_str!("kernels/conv2d.ptx"), [(PIXELS * C / (128 * 128)) as u32, 1, 1], 128);
     // Three slots of 64 steps of k of both operands, and the plan of nine taps.
@@ -201,25 +202,25 @@ fn conv2d(criterion: &mut Criterion<CpuTime>) {
     (0..7).for_each(|_| nothing(&mut run));
     // n, h, w, c_in; oh, ow, c_out; kernel; stride, padding; one tensor, not repeated, no shortcut.
     let (side, c) = (SIDE as u32, C as u32);
-    [1, side, side, c, side, side, c, 3, 3, 1, 1, 1, c, 0, 0, 0].iter().for_each(|size| run.word(*size));
+    [IMAGES as u32, side, side, c, side, side, c, 3, 3, 1, 1, 1, c, 0, 0, 0].iter().for_each(|size| run.word(*size));
     run.launch_all_ways(y, PIXELS * C / 2, |pairs| {
-        for (i, j, o) in [(0, 0, 0), (0, 31, 127), (17, 5, 64), (31, 31, 99)] {
+        for (n, i, j, o) in [(0, 0, 0, 0), (1, 0, 31, 127), (2, 17, 5, 64), (3, 31, 31, 99)] {
             let mut exact = bias[o];
             for (u, v) in (0..9).map(|tap| (tap / 3, tap % 3)) {
                 if (1..=SIDE).contains(&(i + u)) && (1..=SIDE).contains(&(j + v)) {
-                    let pixel = &x[((i + u - 1) * SIDE + j + v - 1) * C..][..C];
+                    let pixel = &x[((n * SIDE + i + u - 1) * SIDE + j + v - 1) * C..][..C];
                     let row = &weight[((o * 3 + u) * 3 + v) * C..][..C];
                     exact += pixel.iter().zip(row).map(|(x, w)| x * w).sum::<f32>();
                 }
             }
-            let at = (i * SIDE + j) * C + o;
+            let at = ((n * SIDE + i) * SIDE + j) * C + o;
             let got = f32::from_bits(if at % 2 == 0 {
                 pairs[at / 2].to_bits() << 16
             } else {
                 pairs[at / 2].to_bits() & 0xffff_0000
             });
             // The sum is exact; the result is rounded to 8 bits.
-            assert!((got - exact).abs() <= exact.abs() / 256.0, "y[{i}][{j}][{o}] = {got}, not {exact}");
+            assert!((got - exact).abs() <= exact.abs() / 256.0, "y[{n}][{i}][{j}][{o}] = {got}, not {exact}");
         }
     });
     measure(criterion, "conv2d", 2 * (PIXELS * C * 9 * C) as u64, &run);

@@ -7,7 +7,7 @@
 // Loops over lanes and elements index several registers at once, and vectorise as written.
 #![allow(clippy::needless_range_loop)]
 
-use super::lanes::{self as ask, Addresses, Reach, Site, Use, extent, lanes, progression, settle};
+use super::lanes::{self as ask, Addresses, Reach, Site, Some16, Use, extent, lanes, progression, settle};
 use super::races::Other;
 use super::shapes::{Cost, cost};
 use super::state::{Block, Machine, Warp, name_thread};
@@ -164,8 +164,8 @@ unsafe fn is_written<const ISA: usize>(block: &Block, reach: Reach<'_>) -> bool 
     for lines in reach.lines {
         // SAFETY: there is room for 16 lines from any on. The caller guarantees the ISA.
         full &= unsafe {
-            let marks = block.shared_full.as_ptr().add((reach.line + lines.at) as usize);
-            !ask::any_byte::<ISA, false>(marks, &lines.some)
+            let marks = block.shared_full.as_ptr().add((reach.line + i64::from(lines.at)) as usize);
+            !ask::any_byte::<ISA, false>(marks, &Some16::new(lines.bits))
         };
     }
     if !full {
@@ -193,8 +193,8 @@ unsafe fn note_written<const ISA: usize>(block: &mut Block, reach: Reach<'_>, gr
     for lines in reach.lines {
         // SAFETY: as in `is_written`.
         full &= unsafe {
-            let marks = block.shared_full.as_ptr().add((reach.line + lines.at) as usize);
-            !ask::any_byte::<ISA, false>(marks, &lines.some)
+            let marks = block.shared_full.as_ptr().add((reach.line + i64::from(lines.at)) as usize);
+            !ask::any_byte::<ISA, false>(marks, &Some16::new(lines.bits))
         };
     }
     if !full {
@@ -222,8 +222,8 @@ unsafe fn is_pending<const ISA: usize>(block: &Block, reach: Reach<'_>) -> bool 
     for lines in reach.lines {
         // SAFETY: there is room for 16 lines from any on. The caller guarantees the ISA.
         any |= unsafe {
-            let counts = block.pending_lines.as_ptr().add((reach.line + lines.at) as usize);
-            ask::above::<ISA>(counts, 0, &lines.some)
+            let counts = block.pending_lines.as_ptr().add((reach.line + i64::from(lines.at)) as usize);
+            ask::above::<ISA>(counts, 0, &Some16::new(lines.bits))
         };
     }
     if any {
@@ -253,9 +253,9 @@ unsafe fn count_pending<const ISA: usize, const UP: bool>(block: &mut Block, rea
             let counts = block.shared_pending.as_mut_ptr().add((reach.origin + chunk.at) as usize);
             ask::count_bytes::<ISA, UP>(counts, &chunk.some);
         }
-        for lines in reach.lines {
-            let counts = block.pending_lines.as_mut_ptr().add((reach.line + lines.at) as usize);
-            ask::count_words::<UP>(counts, &lines.lanes, &lines.some);
+        for (lines, lanes) in reach.lines.iter().zip(reach.lanes) {
+            let counts = block.pending_lines.as_mut_ptr().add((reach.line + i64::from(lines.at)) as usize);
+            ask::count_words::<UP>(counts, lanes);
         }
     }
 }

@@ -372,15 +372,28 @@ pub struct Chunk {
 /// the same warp has just written beside.
 pub const LINE: u32 = 6;
 
-/// Up to 16 consecutive lines of an access, possibly with gaps.
+impl Some16 {
+    /// The subset of these bits. Where only they are used, the words cost nothing.
+    #[inline(always)]
+    pub fn new(bits: u16) -> Self {
+        let mut words = [0; 16];
+        for i in 0..16 {
+            words[i] = (u32::from(bits) >> i & 1).wrapping_neg();
+        }
+        Some16 { bits, words }
+    }
+}
+
+/// Up to 16 consecutive lines of an access, possibly with gaps. Small, because every access reads its own.
 pub struct Lines {
     /// The first line, relative to that of the first lane.
-    pub at: i64,
-    /// Those that are touched.
-    pub some: Some16,
-    /// How many lanes touch each.
-    pub lanes: [u32; 16],
+    pub at: i32,
+    /// Those that are touched, as bits.
+    pub bits: u16,
 }
+
+/// How many lanes touch each of some [`Lines`].
+pub type LanesOfLines = [u32; 16];
 
 /// What an access to shared memory touches.
 #[derive(Clone, Copy)]
@@ -389,6 +402,8 @@ pub struct Reach<'a> {
     pub chunks: &'a Rc<[Chunk]>,
     /// Its lines.
     pub lines: &'a [Lines],
+    /// How many lanes touch them.
+    pub lanes: &'a [LanesOfLines],
     /// The granule of the first lane.
     pub origin: i64,
     /// The line of the first lane.
@@ -571,17 +586,16 @@ pub unsafe fn count_bytes<const ISA: usize, const UP: bool>(a: *mut u8, some: &S
     }
 }
 
-/// Adds `by` to the words of the subset, or subtracts it, at least 0 in all.
+/// Adds to 16 words, or subtracts from them, at least 0 in all.
 ///
 /// # Safety
 /// As for [`raise`].
 #[inline(always)]
-pub unsafe fn count_words<const UP: bool>(a: *mut u32, by: &[u32; 16], some: &Some16) {
+pub unsafe fn count_words<const UP: bool>(a: *mut u32, by: &[u32; 16]) {
     // SAFETY: guaranteed by the caller.
     let a = unsafe { &mut *a.cast::<[u32; 16]>() };
     for i in 0..16 {
-        let by = by[i] & some.words[i];
-        a[i] = if UP { a[i].saturating_add(by) } else { a[i].saturating_sub(by) };
+        a[i] = if UP { a[i].saturating_add(by[i]) } else { a[i].saturating_sub(by[i]) };
     }
 }
 

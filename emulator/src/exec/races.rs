@@ -29,7 +29,7 @@
 // Loops over lanes and granules index several arrays at once, and vectorise as written.
 #![allow(clippy::needless_range_loop)]
 
-use super::lanes::{self as ask, Chunk, LINE, MANY, Reach};
+use super::lanes::{self as ask, Chunk, LINE, MANY, Reach, Some16};
 use crate::memory::{HELD, SECTOR, Shadow};
 #[cfg(target_arch = "x86_64")]
 use crate::num::AVX512;
@@ -306,18 +306,18 @@ impl SharedRaces {
         let settled = self.settled(warp);
         let mut unsettled = false;
         for lines in reach.lines {
-            let at = (reach.line + lines.at) as usize;
+            let (at, some) = ((reach.line + i64::from(lines.at)) as usize, &Some16::new(lines.bits));
             debug_assert!(at + 16 <= self.line_writes.len());
             // SAFETY: a line that is reached is inside shared memory, and there is room for 16 lines from each on. The
             // caller guarantees the ISA.
             unsafe {
                 let (writes, reads) = (self.line_writes.as_mut_ptr().add(at), self.line_reads.as_mut_ptr().add(at));
-                unsettled |= ask::above::<ISA>(writes, settled, &lines.some);
+                unsettled |= ask::above::<ISA>(writes, settled, some);
                 if WRITE || !self.atomics.is_empty() {
-                    unsettled |= ask::above::<ISA>(reads, settled, &lines.some);
+                    unsettled |= ask::above::<ISA>(reads, settled, some);
                 }
                 if NOTE {
-                    ask::raise::<ISA>(if WRITE { writes } else { reads }, time, &lines.some);
+                    ask::raise::<ISA>(if WRITE { writes } else { reads }, time, some);
                 }
             }
         }

@@ -261,9 +261,9 @@ impl Block {
     #[inline(always)]
     pub fn find_full(&mut self, reach: Reach<'_>, granule: u32) {
         let bytes = 1 << (LINE - granule);
-        for Lines { at, some, .. } in reach.lines {
-            for i in lanes(some.bits.into()) {
-                let line = (reach.line + at) as usize + i as usize;
+        for &Lines { at, bits } in reach.lines {
+            for i in lanes(bits.into()) {
+                let line = (reach.line + i64::from(at)) as usize + i as usize;
                 let missing =
                     self.shared_written[line * bytes..][..bytes].iter().fold(0, |any, &mark| any | (mark ^ 1));
                 self.shared_full[line] = u8::from(missing == 0);
@@ -334,7 +334,23 @@ impl Touched {
     }
 
     /// Notes sectors `first..=last` (addresses over 32).
+    #[inline(always)]
     pub fn touch(&self, first: u64, last: u64) {
+        let (from, upto) = (first - self.base / 32, last - self.base / 32);
+        // Nearly always they are noted already, in one word.
+        if from / 64 == upto / 64
+            && let Some(page) = self.pages[from as usize / (64 * PAGE_WORDS)].get()
+        {
+            let bits = (!0 >> (63 - (upto - from))) << (from % 64);
+            if page[from as usize / 64 % PAGE_WORDS].load(Ordering::Relaxed) & bits == bits {
+                return;
+            }
+        }
+        self.note(first, last);
+    }
+
+    #[inline(never)]
+    fn note(&self, first: u64, last: u64) {
         let (mut index, end) = (first - self.base / 32, last - self.base / 32 + 1);
         while index < end {
             let word = index / 64;
