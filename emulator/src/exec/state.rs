@@ -128,9 +128,11 @@ pub struct Warp {
     pub instructions: u64,
     /// Loads of global memory so far that may have waited for another block.
     pub polls: u64,
-    /// Copies under way, in the order of issue.
+    /// Copies under way, in the order of issue. In boxes, because they are large and change their place.
+    #[allow(clippy::vec_box)]
     pub pending: Vec<Box<Pending>>,
     /// Records of copies that have arrived, for reuse.
+    #[allow(clippy::vec_box)]
     pub spare: Vec<Box<Pending>>,
     /// Commit groups of each lane.
     pub committed: [u32; 32],
