@@ -1,5 +1,6 @@
-//! Throughput of the interpreter on one core: a register-tiled f32 SGEMM, a bf16 product by ldmatrix and mma.sync, an
-//! element-wise kernel; with bounds checks only, and with every check and counter.
+//! Throughput of the interpreter on one core: a register-tiled f32 SGEMM, a bf16 product by ldmatrix and mma.sync, a
+//! bf16 convolution that is fed by cp.async, an element-wise kernel; with bounds checks only, and with every check and
+//! counter.
 //!
 //! Time is the process's CPU time, so other load on the machine counts little. Criterion's "elements" are
 //! floating-point operations for the products and array elements for the element-wise kernel. Each variant's result is
@@ -55,6 +56,7 @@ struct Run {
     loaded: LoadedModule,
     grid: [u32; 3],
     block: u32,
+    dynamic_shared: u32,
     params: Vec<u8>,
 }
 
@@ -63,7 +65,7 @@ impl Run {
         let module = ptx::parse(text).expect("nvcc's PTX parses");
         let memory = Memory::new(1 << 28);
         let loaded = LoadedModule::load(&memory, Arc::new(module)).expect("memory for the module");
-        Run { memory, loaded, grid, block, params: Vec::new() }
+        Run { memory, loaded, grid, block, dynamic_shared: 0, params: Vec::new() }
     }
 
     /// A buffer that holds `bytes`, as the next argument.
@@ -86,7 +88,7 @@ impl Run {
             module: &self.loaded,
             grid: self.grid,
             block: [self.block, 1, 1],
-            dynamic_shared: 0,
+            dynamic_shared: self.dynamic_shared,
             params: &self.params,
             multiprocessors: 1,
             cooperative: false,
@@ -180,6 +182,50 @@ fn mma(criterion: &mut Criterion<CpuTime>) {
     measure(criterion, "mma", 2 * (N * N * K) as u64, &run);
 }
 
+/// A layer of `cifar10`: 3x3, 128 to 128 channels, 32x32 pixels; four images.
+fn conv2d(criterion: &mut Criterion<CpuTime>) {
+    const SIDE: usize = 32;
+    const C: usize = 128;
+    const IMAGES: usize = 4;
+    const PIXELS: usize = IMAGES * SIDE * SIDE;
+    let (x, weight, bias) = (values(PIXELS * C, 6), values(C * 9 * C, 7), values(C, 8));
+    let mut run = Run::new(include_str!("kernels/conv2d.ptx"), [(PIXELS * C / (128 * 128)) as u32, 1, 1], 128);
+    // Three slots of 64 steps of k of both operands, and the plan of nine taps.
+    run.dynamic_shared = 3 * 64 * 2 * (128 + 128) + 4 * (128 + 128) + 160 + 9 * 16;
+    let nothing = |run: &mut Run| run.params.extend(0u64.to_le_bytes());
+    let y = run.buffer(&bytes_bf16(&[f32::NAN; PIXELS * C]));
+    run.buffer(&bytes_bf16(&x));
+    nothing(&mut run);
+    run.buffer(&bytes_bf16(&weight));
+    run.buffer(&bytes_f32(&bias));
+    // No shift, no residual (halved or not, and eight bytes aligned), no shortcut.
+    (0..7).for_each(|_| nothing(&mut run));
+    // n, h, w, c_in; oh, ow, c_out; kernel; stride, padding; one tensor, not repeated, no shortcut.
+    let (side, c) = (SIDE as u32, C as u32);
+    [IMAGES as u32, side, side, c, side, side, c, 3, 3, 1, 1, 1, c, 0, 0, 0].iter().for_each(|size| run.word(*size));
+    run.launch_all_ways(y, PIXELS * C / 2, |pairs| {
+        for (n, i, j, o) in [(0, 0, 0, 0), (1, 0, 31, 127), (2, 17, 5, 64), (3, 31, 31, 99)] {
+            let mut exact = bias[o];
+            for (u, v) in (0..9).map(|tap| (tap / 3, tap % 3)) {
+                if (1..=SIDE).contains(&(i + u)) && (1..=SIDE).contains(&(j + v)) {
+                    let pixel = &x[((n * SIDE + i + u - 1) * SIDE + j + v - 1) * C..][..C];
+                    let row = &weight[((o * 3 + u) * 3 + v) * C..][..C];
+                    exact += pixel.iter().zip(row).map(|(x, w)| x * w).sum::<f32>();
+                }
+            }
+            let at = ((n * SIDE + i) * SIDE + j) * C + o;
+            let got = f32::from_bits(if at % 2 == 0 {
+                pairs[at / 2].to_bits() << 16
+            } else {
+                pairs[at / 2].to_bits() & 0xffff_0000
+            });
+            // The sum is exact; the result is rounded to 8 bits.
+            assert!((got - exact).abs() <= exact.abs() / 256.0, "y[{n}][{i}][{j}][{o}] = {got}, not {exact}");
+        }
+    });
+    measure(criterion, "conv2d", 2 * (PIXELS * C * 9 * C) as u64, &run);
+}
+
 fn elementwise(criterion: &mut Criterion<CpuTime>) {
     const N: usize = 1 << 18;
     let x = values(N, 5);
@@ -201,6 +247,6 @@ fn elementwise(criterion: &mut Criterion<CpuTime>) {
 criterion_group! {
     name = benches;
     config = Criterion::default().with_measurement(CpuTime);
-    targets = sgemm, mma, elementwise
+    targets = sgemm, mma, conv2d, elementwise
 }
 criterion_main!(benches);

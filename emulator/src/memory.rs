@@ -189,9 +189,23 @@ pub struct Memory {
 pub struct Shadow {
     /// One u64 per 4 bytes of device memory for the writer, followed by as many for the reader.
     range: Range,
+    /// A [`Sector`] per [`SECTOR`] bytes of device memory.
+    sectors: Range,
     of: u64,
     generation: AtomicU64,
     locks: Box<[Lock; LOCKS]>,
+}
+
+/// Consecutive bytes of device memory that a [`Sector`] describes.
+pub const SECTOR: u64 = 64;
+
+/// The writer's and the reader's entry of all words of a sector, as long as they have the same. Atomic only because
+/// they may be read without the lock.
+pub struct Sector {
+    /// Entry of the last writer.
+    pub writer: AtomicU64,
+    /// Entry of the last reader.
+    pub reader: AtomicU64,
 }
 
 /// Consecutive bytes of device memory covered by one lock of a [`Shadow`].
@@ -241,11 +255,24 @@ impl Shadow {
         (at, unsafe { at.byte_add(self.range.bytes as usize / 2) })
     }
 
+    /// The sector that contains an address.
+    ///
+    /// # Safety
+    /// The address lies in the device's range. The sector is written only under [`hold`](Shadow::hold).
+    #[inline(always)]
+    pub unsafe fn sector(&self, address: u64) -> &Sector {
+        let index = (address - self.of) / SECTOR;
+        // SAFETY: with the address in range the sector is inside the mapping, which is page-aligned, zeroed by the
+        // operating system, and lives as long as self.
+        unsafe { &*((self.sectors.base + index * size_of::<Sector>() as u64) as *const Sector) }
+    }
+
     /// A generation from 1 to 4095 that no entry holds yet.
     pub fn next_generation(&self) -> u64 {
         let generation = self.generation.fetch_add(1, Ordering::Relaxed) % 4096;
         if generation == 0 {
             self.range.clear();
+            self.sectors.clear();
             return self.next_generation();
         }
         generation
@@ -509,8 +536,10 @@ impl Memory {
         let mut shadow = lock(&self.shadow);
         if shadow.is_none() {
             let range = Range::reserve(0, self.range.bytes * 4)?;
+            let sectors = Range::reserve(0, self.range.bytes.div_ceil(SECTOR) * size_of::<Sector>() as u64)?;
             let locks = Box::new([const { Lock(AtomicBool::new(false)) }; LOCKS]);
-            *shadow = Some(Arc::new(Shadow { range, of: self.range.base, generation: AtomicU64::new(1), locks }));
+            let (of, generation) = (self.range.base, AtomicU64::new(1));
+            *shadow = Some(Arc::new(Shadow { range, sectors, of, generation, locks }));
         }
         shadow.clone()
     }

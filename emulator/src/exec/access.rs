@@ -9,7 +9,7 @@
 
 use super::checks::{approve, approve_arrival, approve_copy, per_isa};
 use super::lanes::{self as ask, Addresses, Lie, Site, Use, lanes, settle};
-use super::state::{Machine, Pending, Warp};
+use super::state::{Machine, Pending, SPARE, Warp};
 use super::{Fault, FaultKind};
 use crate::num::{PORTABLE, ops};
 use crate::ptx::program::{Access, Op, Rmw, Space};
@@ -264,7 +264,7 @@ impl Machine<'_> {
     }
 
     /// `cp.async`: reads the source now and delivers it when it is waited for.
-    #[inline(never)]
+    #[inline(always)]
     pub fn cp_async<const ISA: usize>(
         &mut self,
         warp: &mut Warp,
@@ -273,40 +273,32 @@ impl Machine<'_> {
         pc: u32,
         mask: u32,
     ) -> Result<(), Box<Fault>> {
-        let Op::CpAsync { bytes, to, from, wide_to, ignore } = *op else { unreachable!("called for cp.async only") };
-        let file = warp.file.as_mut_ptr();
-        // SAFETY: the operands are destination, source and perhaps a third register, all inside the file.
-        let (mut target, source, sizes) = unsafe {
-            let sizes = match operands.get(2) {
-                None => [u32::from(bytes); 32],
-                Some(&p) if ignore => {
-                    let ignored = file.add(p as usize).cast::<u32>().read();
-                    std::array::from_fn(|l| if ignored >> l & 1 != 0 { 0 } else { u32::from(bytes) })
-                }
-                Some(&size) => file.add(size as usize).cast::<[u32; 32]>().read(),
-            };
-            (addresses(file, operands[0], wide_to, to), addresses(file, operands[1], true, from), sizes)
-        };
-        settle(&mut target, mask);
-        let site =
-            Site { pc, mask, bytes: u32::from(bytes), usage: Use::Store, element: 0, strong: false, rows: false };
-        // SAFETY: the interpreter runs only on processors that support ISA; `settle` has run.
-        if unsafe { !approve_copy::<ISA>(self, warp.index, &target, site) } {
-            self.begin_copy(warp, &target, site)?;
-        }
-        for size in 1..=u32::from(bytes) {
-            let part = lanes(mask).filter(|&l| sizes[l as usize] == size).fold(0, |part, l| part | 1 << l);
+        // SAFETY: the interpreter runs only on processors that support ISA; the operands are the step's.
+        unsafe { begin_copies::<ISA>(self, warp, operands, op, pc, mask) }
+    }
+
+    /// Checks the sources of copies of different sizes, or those that [`approve`] did not pass, by size.
+    #[inline(never)]
+    fn check_sources<const ISA: usize>(
+        &mut self,
+        warp: &mut Warp,
+        source: &Addresses,
+        sizes: &[u32; 32],
+        site: Site,
+    ) -> Result<(), Box<Fault>> {
+        for size in 1..=site.bytes {
+            let part = lanes(site.mask).filter(|&l| sizes[l as usize] == size).fold(0, |part, l| part | 1 << l);
             if part == 0 {
                 continue;
             }
             let site = Site { mask: part, usage: Use::Load, ..site };
-            let mut at = source;
+            let mut at = *source;
             settle(&mut at, part);
             // SAFETY: the interpreter runs only on processors that support ISA; `settle` has run.
-            if size == u32::from(bytes) && unsafe { approve::<ISA>(self, warp, Space::Global, &mut at, site) } {
+            if size == site.bytes && unsafe { approve::<ISA>(self, warp, Space::Global, &mut at, site) } {
                 continue;
             }
-            self.check_alignment(warp, &source, site, "address")?;
+            self.check_alignment(warp, source, site, "address")?;
             if size.is_power_of_two() {
                 self.locate(warp, Space::Global, &mut at, Site { bytes: size, ..site })?;
             } else {
@@ -316,27 +308,9 @@ impl Machine<'_> {
                 }
             }
         }
-        if let Some(lane) = lanes(mask).find(|&l| sizes[l as usize] > u32::from(bytes)) {
-            let detail = format!("a source of {} bytes for a copy of {bytes}", sizes[lane as usize]);
-            return Err(self.fault(FaultKind::Illegal, warp, pc, lane, detail));
-        }
-        let mut data = [[0; 16]; 32];
-        for l in lanes(mask) {
-            let l = l as usize;
-            // SAFETY: `approve` or `locate` has found `sizes[l]` readable bytes there; `sizes[l]` is at most `bytes`,
-            // at most 16.
-            unsafe {
-                let from = source[l] as *const u8;
-                std::ptr::copy_nonoverlapping(from, data[l].as_mut_ptr(), sizes[l] as usize)
-            };
-        }
-        // One entry per commit group: lanes differ only where they diverged between commits.
-        let mut rest = mask;
-        while rest != 0 {
-            let group = warp.committed[rest.trailing_zeros() as usize];
-            let same = lanes(rest).filter(|&l| warp.committed[l as usize] == group).fold(0, |same, l| same | 1 << l);
-            rest &= !same;
-            warp.pending.push(Pending { site: Site { mask: same, ..site }, group, to: target, data });
+        if let Some(lane) = lanes(site.mask).find(|&l| sizes[l as usize] > site.bytes) {
+            let detail = format!("a source of {} bytes for a copy of {}", sizes[lane as usize], site.bytes);
+            return Err(self.fault(FaultKind::Illegal, warp, site.pc, lane, detail));
         }
         Ok(())
     }
@@ -357,7 +331,7 @@ impl Machine<'_> {
         if self.env.settings.counters {
             self.count_shared(target, site);
         }
-        if let Some(races) = &self.block.races {
+        if let Some(races) = &mut self.block.races {
             for l in lanes(site.mask) {
                 let mut range = self.env.granules(target[l as usize], site.bytes);
                 if let Some(other) = range.find_map(|at| races.check_write(warp.index as usize, l, at)) {
@@ -367,6 +341,7 @@ impl Machine<'_> {
             for l in lanes(site.mask) {
                 let range = self.env.granules(target[l as usize], site.bytes);
                 self.block.shared_pending[range].iter_mut().for_each(|pending| *pending = pending.saturating_add(1));
+                self.block.count_pending(target[l as usize], site.bytes, true);
             }
         }
         Ok(())
@@ -374,7 +349,7 @@ impl Machine<'_> {
 
     /// Completes the copies of the lanes in `mask`, except those of their last `keep` groups. u32::MAX completes
     /// uncommitted copies too.
-    #[inline(never)]
+    #[inline(always)]
     pub fn cp_wait<const ISA: usize>(
         &mut self,
         warp: &mut Warp,
@@ -382,39 +357,8 @@ impl Machine<'_> {
         pc: u32,
         mask: u32,
     ) -> Result<(), Box<Fault>> {
-        let mut pending = std::mem::take(&mut warp.pending);
-        let mut kept = 0;
-        for i in 0..pending.len() {
-            let copy = &pending[i];
-            let done = lanes(copy.site.mask & mask)
-                .filter(|&l| keep == u32::MAX || copy.group < warp.committed[l as usize].saturating_sub(keep))
-                .fold(0, |done, l| done | 1 << l);
-            if done != 0 {
-                // SAFETY: the interpreter runs only on processors that support ISA; `cp_async` has settled `copy.to`.
-                let good =
-                    done == copy.site.mask && unsafe { approve_arrival::<ISA>(self, warp.index, &copy.to, copy.site) };
-                if !good {
-                    self.arrive_slowly(warp, copy, done, pc)?;
-                }
-                let bytes = copy.site.bytes as usize;
-                let shared = self.block.shared.as_mut_ptr();
-                for l in lanes(done) {
-                    // SAFETY: `begin_copy` or `approve_copy` has checked that the destination is inside shared memory.
-                    unsafe {
-                        let to = shared.add(copy.to[l as usize] as usize);
-                        std::ptr::copy_nonoverlapping(copy.data[l as usize].as_ptr(), to, bytes);
-                    }
-                }
-            }
-            if done != copy.site.mask {
-                pending[i].site.mask &= !done;
-                pending.swap(kept, i);
-                kept += 1;
-            }
-        }
-        pending.truncate(kept);
-        warp.pending = pending;
-        Ok(())
+        // SAFETY: the interpreter runs only on processors that support ISA.
+        unsafe { end_copies::<ISA>(self, warp, keep, pc, mask) }
     }
 
     /// Checks the arrival of a copy lane by lane.
@@ -422,6 +366,9 @@ impl Machine<'_> {
         let bytes = copy.site.bytes as usize;
         for l in lanes(done) {
             let range = self.env.granules(copy.to[l as usize], copy.site.bytes);
+            if self.block.races.is_some() {
+                self.block.count_pending(copy.to[l as usize], copy.site.bytes, false);
+            }
             if let Some(races) = &mut self.block.races {
                 for pending in &mut self.block.shared_pending[range.clone()] {
                     *pending = pending.saturating_sub(1);
@@ -438,7 +385,7 @@ impl Machine<'_> {
                 }
             }
             if self.env.checks.uninitialised {
-                self.block.shared_written[range].fill(1);
+                self.block.mark_written(range, self.env.granule, true);
             }
         }
         Ok(())
@@ -733,6 +680,183 @@ unsafe fn atom_body<const ISA: usize>(
         }
     }
     machine.acquire_seen(&asked, mask);
+    Ok(())
+}
+
+per_isa! {
+    /// Begins the copies of a `cp.async`.
+    ///
+    /// # Safety
+    /// As for [`load_checked`].
+    fn begin_copies(
+        machine: &mut Machine,
+        warp: &mut Warp,
+        operands: &[u32],
+        op: &Op,
+        pc: u32,
+        mask: u32,
+    ) -> Result<(), Box<Fault>> = begin_body
+}
+
+#[inline(always)]
+unsafe fn begin_body<const ISA: usize>(
+    machine: &mut Machine,
+    warp: &mut Warp,
+    operands: &[u32],
+    op: &Op,
+    pc: u32,
+    mask: u32,
+) -> Result<(), Box<Fault>> {
+    let Op::CpAsync { bytes, to, from, wide_to, ignore } = *op else { unreachable!("called for cp.async only") };
+    let bytes = u32::from(bytes);
+    let file = warp.file.as_mut_ptr();
+    // SAFETY: the operands are destination, source and perhaps a third register, all inside the file.
+    let (mut target, source, sizes) = unsafe {
+        let sizes = match operands.get(2) {
+            None => [bytes; 32],
+            Some(&p) if ignore => {
+                let ignored = file.add(p as usize).cast::<u32>().read();
+                std::array::from_fn(|l| if ignored >> l & 1 != 0 { 0 } else { bytes })
+            }
+            Some(&size) => file.add(size as usize).cast::<[u32; 32]>().read(),
+        };
+        (addresses(file, operands[0], wide_to, to), addresses(file, operands[1], true, from), sizes)
+    };
+    settle(&mut target, mask);
+    let site = Site { pc, mask, bytes, usage: Use::Store, element: 0, strong: false, rows: false };
+    // SAFETY: the caller guarantees the ISA; `settle` has run.
+    if unsafe { !approve_copy::<ISA>(machine, warp.index, &target, site) } {
+        machine.begin_copy(warp, &target, site)?;
+    }
+    // Lanes that copy all bytes, and lanes that copy none.
+    let (mut whole, mut none) = (0, 0);
+    for l in 0..32 {
+        whole |= u32::from(sizes[l] == bytes) << l;
+        none |= u32::from(sizes[l] == 0) << l;
+    }
+    whole &= mask;
+    if whole != 0 || mask & !none != 0 {
+        let mut at = source;
+        settle(&mut at, whole);
+        let part = Site { mask: whole, usage: Use::Load, ..site };
+        let good = whole | none & mask == mask
+            // SAFETY: the caller guarantees the ISA; `settle` has run.
+            && unsafe { approve::<ISA>(machine, warp, Space::Global, &mut at, part) };
+        if !good {
+            machine.check_sources::<ISA>(warp, &source, &sizes, site)?;
+        }
+    }
+    let mut copy = warp.spare.pop().unwrap_or_default();
+    copy.to = target;
+    for l in 0..32 {
+        let to = copy.data[l].as_mut_ptr();
+        // SAFETY: `approve` or `locate` has found `sizes[l]` readable bytes at the source of every lane in the mask;
+        // they are at most `bytes`, at most 16.
+        unsafe {
+            if bytes == 16 && whole >> l & 1 != 0 {
+                to.cast::<[u8; 16]>().write((one(source.as_ptr(), l) as *const [u8; 16]).read_unaligned());
+                continue;
+            }
+            to.cast::<[u8; 16]>().write([0; 16]);
+            if mask >> l & 1 != 0 && sizes[l] != 0 {
+                std::ptr::copy_nonoverlapping(source[l] as *const u8, to, sizes[l] as usize);
+            }
+        }
+    }
+    let group = warp.committed[mask.trailing_zeros() as usize & 31];
+    let mut apart = 0;
+    for l in 0..32 {
+        apart |= (warp.committed[l] ^ group) & (mask >> l & 1).wrapping_neg();
+    }
+    if apart == 0 {
+        (copy.site, copy.group) = (site, group);
+        warp.pending.push(copy);
+        return Ok(());
+    }
+    // One entry per commit group: lanes differ only where they diverged between commits.
+    let mut rest = mask;
+    while rest != 0 {
+        let group = warp.committed[rest.trailing_zeros() as usize];
+        let same = lanes(rest).filter(|&l| warp.committed[l as usize] == group).fold(0, |same, l| same | 1 << l);
+        rest &= !same;
+        warp.pending.push(Box::new(Pending { site: Site { mask: same, ..site }, group, ..*copy }));
+    }
+    Ok(())
+}
+
+per_isa! {
+    /// Ends copies; see `Machine::cp_wait`.
+    ///
+    /// # Safety
+    /// The processor supports `ISA`.
+    fn end_copies(
+        machine: &mut Machine,
+        warp: &mut Warp,
+        keep: u32,
+        pc: u32,
+        mask: u32,
+    ) -> Result<(), Box<Fault>> = end_body
+}
+
+#[inline(always)]
+unsafe fn end_body<const ISA: usize>(
+    machine: &mut Machine,
+    warp: &mut Warp,
+    keep: u32,
+    pc: u32,
+    mask: u32,
+) -> Result<(), Box<Fault>> {
+    // By lane: the first group that may stay under way.
+    let mut stay = [u32::MAX; 32];
+    let mut apart = 0;
+    if keep != u32::MAX {
+        for l in 0..32 {
+            stay[l] = warp.committed[l].saturating_sub(keep);
+            apart |= stay[l] ^ stay[0];
+        }
+    }
+    let mut pending = std::mem::take(&mut warp.pending);
+    let mut kept = 0;
+    for i in 0..pending.len() {
+        let copy = &pending[i];
+        let mut done = copy.site.mask & mask;
+        if keep != u32::MAX {
+            done = match apart {
+                0 if copy.group < stay[0] => done,
+                0 => 0,
+                _ => lanes(done).filter(|&l| copy.group < stay[l as usize]).fold(0, |done, l| done | 1 << l),
+            };
+        }
+        if done != 0 {
+            let good = done == copy.site.mask
+                // SAFETY: the caller guarantees the ISA; `begin_copies` has settled `copy.to`.
+                && unsafe { approve_arrival::<ISA>(machine, warp.index, &copy.to, copy.site) };
+            if !good {
+                machine.arrive_slowly(warp, copy, done, pc)?;
+            }
+            let bytes = copy.site.bytes as usize;
+            let shared = machine.block.shared.as_mut_ptr();
+            for l in lanes(done) {
+                let l = l as usize;
+                // SAFETY: `begin_copy` or `approve_copy` has checked that the destination is inside shared memory.
+                unsafe {
+                    let to = shared.add(copy.to[l] as usize);
+                    match bytes {
+                        16 => to.cast::<[u8; 16]>().write_unaligned(copy.data[l]),
+                        _ => std::ptr::copy_nonoverlapping(copy.data[l].as_ptr(), to, bytes),
+                    }
+                }
+            }
+        }
+        if done != copy.site.mask {
+            pending[i].site.mask &= !done;
+            pending.swap(kept, i);
+            kept += 1;
+        }
+    }
+    let spare = warp.spare.len();
+    warp.spare.extend(pending.drain(kept..).take(SPARE.saturating_sub(spare)));
+    warp.pending = pending;
     Ok(())
 }
 

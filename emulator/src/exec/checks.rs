@@ -7,10 +7,10 @@
 // Loops over lanes and elements index several registers at once, and vectorise as written.
 #![allow(clippy::needless_range_loop)]
 
-use super::lanes::{self as ask, Addresses, Site, Use, extent, lanes, progression, settle};
+use super::lanes::{self as ask, Addresses, Reach, Site, Some16, Use, extent, lanes, progression, settle};
 use super::races::Other;
 use super::shapes::{Cost, cost};
-use super::state::{Machine, Warp, name_thread};
+use super::state::{Block, Machine, Warp, name_thread};
 use super::{Counters, Fault, FaultKind, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
 use crate::ptx::program::Space;
 
@@ -121,36 +121,28 @@ unsafe fn approve_shared<const ISA: usize>(machine: &mut Machine, warp: u32, at:
     if !shape.fits(first, site.bytes, env.shared_bytes) || (store && shape.overlap) {
         return false;
     }
-    let origin = (first >> env.granule) as i64;
+    let reach = shape.reach(first, env.granule);
     let block = &mut machine.block;
-    for chunk in &shape.chunks {
-        let here = (origin + chunk.at) as usize;
-        // SAFETY: the marks and race records have room for a chunk that begins at any granule of shared memory, and
-        // `fits` says that this one does. The caller guarantees the ISA.
-        unsafe {
-            if env.checks.uninitialised {
-                let written = block.shared_written.as_mut_ptr().add(here);
-                if store {
-                    ask::set_bytes::<ISA>(written, &chunk.some);
-                } else if ask::any_byte::<ISA, false>(written, &chunk.some) {
-                    return false;
-                }
+    // SAFETY: the marks and race records have room for 16 granules from any granule of shared memory on, and for 16
+    // lines from any line on; `fits` says that all that is reached is inside it. The caller guarantees the ISA.
+    unsafe {
+        if env.checks.uninitialised {
+            match store {
+                true => note_written::<ISA>(block, reach, env.granule),
+                false if !is_written::<ISA>(block, reach) => return false,
+                false => {}
             }
-            if let Some(races) = &mut block.races {
-                debug_assert!(races.holds(here));
-                if !store
-                    && env.program.copies
-                    && ask::any_byte::<ISA, true>(block.shared_pending.as_ptr().add(here), &chunk.some)
-                {
-                    return false;
-                }
-                let good = match store {
-                    true => races.write_chunk::<ISA, true>(warp as usize, chunk, here),
-                    false => races.read_chunk::<ISA>(warp as usize, chunk, here),
-                };
-                if !good {
-                    return false;
-                }
+        }
+        if !store && env.program.copies && is_pending::<ISA>(block, reach) {
+            return false;
+        }
+        if let Some(races) = &mut block.races {
+            let good = match store {
+                true => races.write_all::<ISA, true>(warp as usize, reach),
+                false => races.read_all::<ISA>(warp as usize, reach),
+            };
+            if !good {
+                return false;
             }
         }
     }
@@ -160,6 +152,112 @@ unsafe fn approve_shared<const ISA: usize>(machine: &mut Machine, warp: u32, at:
     let base = machine.block.shared.as_mut_ptr() as u64;
     at.0.iter_mut().for_each(|a| *a = a.wrapping_add(base));
     true
+}
+
+/// Whether all that is reached has been written.
+///
+/// # Safety
+/// The processor supports `ISA`; what is reached is inside shared memory, whose reads of unwritten bytes are checked.
+#[inline(always)]
+unsafe fn is_written<const ISA: usize>(block: &Block, reach: Reach<'_>) -> bool {
+    let mut full = true;
+    for lines in reach.lines {
+        // SAFETY: there is room for 16 lines from any on. The caller guarantees the ISA.
+        full &= unsafe {
+            let marks = block.shared_full.as_ptr().add((reach.line + i64::from(lines.at)) as usize);
+            !ask::any_byte::<ISA, false>(marks, &Some16::new(lines.bits))
+        };
+    }
+    if !full {
+        for chunk in reach.chunks.iter() {
+            // SAFETY: there is room for 16 granules from any on. The caller guarantees the ISA.
+            let missing = unsafe {
+                let marks = block.shared_written.as_ptr().add((reach.origin + chunk.at) as usize);
+                ask::any_byte::<ISA, false>(marks, &chunk.some)
+            };
+            if missing {
+                return false;
+            }
+        }
+    }
+    true
+}
+
+/// Marks all that is reached as written.
+///
+/// # Safety
+/// As for [`is_written`].
+#[inline(always)]
+unsafe fn note_written<const ISA: usize>(block: &mut Block, reach: Reach<'_>, granule: u32) {
+    let mut full = true;
+    for lines in reach.lines {
+        // SAFETY: as in `is_written`.
+        full &= unsafe {
+            let marks = block.shared_full.as_ptr().add((reach.line + i64::from(lines.at)) as usize);
+            !ask::any_byte::<ISA, false>(marks, &Some16::new(lines.bits))
+        };
+    }
+    if !full {
+        for chunk in reach.chunks.iter() {
+            // SAFETY: as in `is_written`.
+            unsafe {
+                let marks = block.shared_written.as_mut_ptr().add((reach.origin + chunk.at) as usize);
+                ask::set_bytes::<ISA>(marks, &chunk.some);
+            }
+        }
+        block.find_full(reach, granule);
+    }
+}
+
+/// Whether a `cp.async` that has not arrived will write some of what is reached.
+///
+/// # Safety
+/// The processor supports `ISA`; what is reached is inside shared memory.
+#[inline(always)]
+unsafe fn is_pending<const ISA: usize>(block: &Block, reach: Reach<'_>) -> bool {
+    if block.races.is_none() {
+        return false;
+    }
+    let mut any = false;
+    for lines in reach.lines {
+        // SAFETY: there is room for 16 lines from any on. The caller guarantees the ISA.
+        any |= unsafe {
+            let counts = block.pending_lines.as_ptr().add((reach.line + i64::from(lines.at)) as usize);
+            ask::above::<ISA>(counts, 0, &Some16::new(lines.bits))
+        };
+    }
+    if any {
+        for chunk in reach.chunks.iter() {
+            // SAFETY: there is room for 16 granules from any on. The caller guarantees the ISA.
+            let pending = unsafe {
+                let counts = block.shared_pending.as_ptr().add((reach.origin + chunk.at) as usize);
+                ask::any_byte::<ISA, true>(counts, &chunk.some)
+            };
+            if pending {
+                return true;
+            }
+        }
+    }
+    false
+}
+
+/// Counts the copies of a `cp.async` as pending, or with `UP` false as arrived.
+///
+/// # Safety
+/// The processor supports `ISA`; what is reached is inside shared memory, which is checked for races.
+#[inline(always)]
+unsafe fn count_pending<const ISA: usize, const UP: bool>(block: &mut Block, reach: Reach<'_>) {
+    // SAFETY: there is room for 16 granules and lines from any on. The caller guarantees the ISA.
+    unsafe {
+        for chunk in reach.chunks.iter() {
+            let counts = block.shared_pending.as_mut_ptr().add((reach.origin + chunk.at) as usize);
+            ask::count_bytes::<ISA, UP>(counts, &chunk.some);
+        }
+        for (lines, lanes) in reach.lines.iter().zip(reach.lanes) {
+            let counts = block.pending_lines.as_mut_ptr().add((reach.line + i64::from(lines.at)) as usize);
+            ask::count_words::<UP>(counts, lanes);
+        }
+    }
 }
 
 per_isa! {
@@ -181,21 +279,15 @@ unsafe fn approve_copy_body<const ISA: usize>(machine: &mut Machine, warp: u32, 
     if !shape.fits(first, site.bytes, env.shared_bytes) || shape.overlap {
         return false;
     }
-    let origin = (first >> env.granule) as i64;
+    let reach = shape.reach(first, env.granule);
     let block = &mut machine.block;
     if let Some(races) = &mut block.races {
-        for chunk in &shape.chunks {
-            // SAFETY: the chunk begins inside shared memory, and the rows have room for it. The caller guarantees the
-            // ISA.
-            if unsafe { !races.write_chunk::<ISA, false>(warp as usize, chunk, (origin + chunk.at) as usize) } {
+        // SAFETY: `fits` says that all that is reached is inside shared memory. The caller guarantees the ISA.
+        unsafe {
+            if !races.write_all::<ISA, false>(warp as usize, reach) {
                 return false;
             }
-        }
-        for chunk in &shape.chunks {
-            let pending = &mut block.shared_pending[(origin + chunk.at) as usize..][..16];
-            for i in 0..16 {
-                pending[i] = pending[i].saturating_add(chunk.some.words[i] as u8 & 1);
-            }
+            count_pending::<ISA, true>(block, reach);
         }
     }
     if env.settings.counters {
@@ -219,32 +311,22 @@ unsafe fn approve_arrival_body<const ISA: usize>(machine: &mut Machine, warp: u3
     let Some(shape) = (unsafe { machine.shapes.recall::<ISA>(to, site, env.granule) }) else {
         return false;
     };
-    if shape.overlap || !shape.aligned {
+    let first = to.0[site.mask.trailing_zeros() as usize & 31];
+    if shape.overlap || !shape.aligned || first & u64::from(site.bytes - 1) != 0 {
         return false;
     }
-    let origin = (to.0[site.mask.trailing_zeros() as usize & 31] >> env.granule) as i64;
+    let reach = shape.reach(first, env.granule);
     let block = &mut machine.block;
-    if let Some(races) = &mut block.races {
-        for chunk in &shape.chunks {
-            // SAFETY: `cp_async` has checked that the destination is inside shared memory, and the rows have room for
-            // the chunk. The caller guarantees the ISA.
-            if unsafe { !races.write_chunk::<ISA, true>(warp as usize, chunk, (origin + chunk.at) as usize) } {
+    // SAFETY: `cp_async` has checked that the destination is inside shared memory. The caller guarantees the ISA.
+    unsafe {
+        if let Some(races) = &mut block.races {
+            if !races.write_all::<ISA, true>(warp as usize, reach) {
                 return false;
             }
+            count_pending::<ISA, false>(block, reach);
         }
-        for chunk in &shape.chunks {
-            let pending = &mut block.shared_pending[(origin + chunk.at) as usize..][..16];
-            for i in 0..16 {
-                pending[i] = pending[i].saturating_sub(chunk.some.words[i] as u8 & 1);
-            }
-        }
-    }
-    if env.checks.uninitialised {
-        for chunk in &shape.chunks {
-            let written = &mut block.shared_written[(origin + chunk.at) as usize..][..16];
-            for i in 0..16 {
-                written[i] |= chunk.some.words[i] as u8 & 1;
-            }
+        if env.checks.uninitialised {
+            note_written::<ISA>(block, reach, env.granule);
         }
     }
     true
@@ -314,7 +396,7 @@ unsafe fn approve_global<const ISA: usize>(machine: &mut Machine, at: &mut Addre
     let range = |l: u32| (at.0[l as usize], bytes * u64::from(1 + (joined >> 1 >> l).trailing_ones()));
     if !env.checks.any_global() {
         if env.settings.counters {
-            machine.count_ranges(at, starts, range, site);
+            machine.count_ranges(starts, range, site);
         }
         return true;
     }
@@ -348,7 +430,7 @@ unsafe fn approve_global<const ISA: usize>(machine: &mut Machine, at: &mut Addre
         }
     }
     if env.settings.counters {
-        machine.count_ranges(at, starts, range, site);
+        machine.count_ranges(starts, range, site);
     }
     true
 }
@@ -496,7 +578,7 @@ impl Machine<'_> {
                 // set up there bit by bit with atomics, so atomics may come first.
                 let reserved = at[l as usize] >= u64::from(env.shared_bytes - env.program.reserved_shared);
                 if site.usage == Use::Store || site.usage == Use::Atomic && reserved {
-                    self.block.shared_written[env.granules(at[l as usize], site.bytes)].fill(1);
+                    self.block.mark_written(env.granules(at[l as usize], site.bytes), env.granule, true);
                     continue;
                 }
                 let marks = &self.block.shared_written;
@@ -830,24 +912,32 @@ impl Machine<'_> {
 
     /// Counts accesses to ranges, which begin at the lanes in `starts`.
     #[inline(always)]
-    fn count_ranges(&mut self, at: &Addresses, starts: u32, range: impl Fn(u32) -> (u64, u64), site: Site) {
-        let mut sectors = 0;
-        let mut before = None;
+    fn count_ranges(&mut self, starts: u32, range: impl Fn(u32) -> (u64, u64), site: Site) {
+        // In ascending order: they mostly are, or nearly.
+        let mut ranges = [(0, 0); 32];
+        let mut count = 0;
         let mut rest = starts;
         while rest != 0 {
             let (first, length) = range(rest.trailing_zeros());
             let (first, last) = (first / 32, (first + length - 1) / 32);
             rest &= rest - 1;
-            match before {
-                Some(before) if first == before => sectors += last - first,
-                Some(before) if first < before => return self.count_global(at, site),
-                _ => sectors += last - first + 1,
+            let mut place = count;
+            while place > 0 && ranges[place - 1].0 > first {
+                ranges[place] = ranges[place - 1];
+                place -= 1;
             }
-            before = Some(last);
+            ranges[place] = (first, last);
+            count += 1;
             self.touch(site.usage, first, last);
         }
+        let mut next = 0;
+        for &(first, last) in &ranges[..count] {
+            if last >= next {
+                self.counters.global_sectors += last + 1 - first.max(next);
+                next = last + 1;
+            }
+        }
         self.count_asked(site);
-        self.counters.global_sectors += sectors;
     }
 
     fn count_global(&mut self, at: &Addresses, site: Site) {

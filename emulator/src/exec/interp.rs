@@ -666,6 +666,9 @@ impl Machine<'_> {
         if together && let Some(&latest) = state.completed_clock.iter().max() {
             state.resume = latest + 1;
             state.completed_clock.fill(latest);
+            if let Some(races) = &mut self.block.races {
+                races.forget(latest);
+            }
         }
         state.generation += 1;
     }

@@ -7,6 +7,7 @@
 
 use crate::num::{AVX2, AVX512};
 use std::ops::{Deref, DerefMut};
+use std::rc::Rc;
 
 /// One address per lane.
 #[repr(C, align(64))]
@@ -366,6 +367,49 @@ pub struct Chunk {
     pub lanes: [u32; 16],
 }
 
+/// log2 of the bytes of a line of shared memory, the unit in which its state is tracked first: as much as four lanes
+/// copy at a time, or a warp stores of two bytes each. With longer lines an instruction would meet what the last one of
+/// the same warp has just written beside.
+pub const LINE: u32 = 6;
+
+impl Some16 {
+    /// The subset of these bits. Where only they are used, the words cost nothing.
+    #[inline(always)]
+    pub fn new(bits: u16) -> Self {
+        let mut words = [0; 16];
+        for i in 0..16 {
+            words[i] = (u32::from(bits) >> i & 1).wrapping_neg();
+        }
+        Some16 { bits, words }
+    }
+}
+
+/// Up to 16 consecutive lines of an access, possibly with gaps. Small, because every access reads its own.
+pub struct Lines {
+    /// The first line, relative to that of the first lane.
+    pub at: i32,
+    /// Those that are touched, as bits.
+    pub bits: u16,
+}
+
+/// How many lanes touch each of some [`Lines`].
+pub type LanesOfLines = [u32; 16];
+
+/// What an access to shared memory touches.
+#[derive(Clone, Copy)]
+pub struct Reach<'a> {
+    /// Its granules.
+    pub chunks: &'a Rc<[Chunk]>,
+    /// Its lines.
+    pub lines: &'a [Lines],
+    /// How many lanes touch them.
+    pub lanes: &'a [LanesOfLines],
+    /// The granule of the first lane.
+    pub origin: i64,
+    /// The line of the first lane.
+    pub line: i64,
+}
+
 /// Whether any value of the subset is above a limit.
 ///
 /// # Safety
@@ -513,6 +557,45 @@ pub unsafe fn set_bytes<const ISA: usize>(a: *mut u8, some: &Some16) {
     let a = unsafe { &mut *a.cast::<[u8; 16]>() };
     for i in 0..16 {
         a[i] |= some.words[i] as u8 & 1;
+    }
+}
+
+/// Adds 1 to the bytes of the subset, at most 255 in all, or subtracts 1, at least 0 in all.
+///
+/// # Safety
+/// As for [`set_bytes`].
+#[inline(always)]
+pub unsafe fn count_bytes<const ISA: usize, const UP: bool>(a: *mut u8, some: &Some16) {
+    #[cfg(target_arch = "x86_64")]
+    if ISA == AVX512 {
+        use std::arch::x86_64::*;
+        // SAFETY: guaranteed by the caller.
+        unsafe {
+            let old = _mm_loadu_si128(a.cast());
+            let one = _mm_maskz_set1_epi8(some.bits, 1);
+            let new = if UP { _mm_adds_epu8(old, one) } else { _mm_subs_epu8(old, one) };
+            _mm_mask_storeu_epi8(a.cast(), some.bits, new);
+        }
+        return;
+    }
+    // SAFETY: guaranteed by the caller.
+    let a = unsafe { &mut *a.cast::<[u8; 16]>() };
+    for i in 0..16 {
+        let one = some.words[i] as u8 & 1;
+        a[i] = if UP { a[i].saturating_add(one) } else { a[i].saturating_sub(one) };
+    }
+}
+
+/// Adds to 16 words, or subtracts from them, at least 0 in all.
+///
+/// # Safety
+/// As for [`raise`].
+#[inline(always)]
+pub unsafe fn count_words<const UP: bool>(a: *mut u32, by: &[u32; 16]) {
+    // SAFETY: guaranteed by the caller.
+    let a = unsafe { &mut *a.cast::<[u32; 16]>() };
+    for i in 0..16 {
+        a[i] = if UP { a[i].saturating_add(by[i]) } else { a[i].saturating_sub(by[i]) };
     }
 }
 

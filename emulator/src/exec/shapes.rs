@@ -2,21 +2,26 @@
 //!
 //! A memory instruction meets few shapes, each of them many times. What does not depend on the first lane's address
 //! (granules touched and by which lane, bank conflicts, extent) is computed when a shape occurs for the second time, so
-//! that patternless addresses cost no more than a comparison.
+//! that patternless addresses cost no more than a comparison; an instruction's first two shapes are computed at once.
 
-use super::lanes::{Addresses, Chunk, MANY, Site, Some16, Use, lanes};
+use super::lanes::{Addresses, Chunk, LINE, LanesOfLines, Lines, MANY, Reach, Site, Some16, Use, lanes};
 #[cfg(target_arch = "x86_64")]
 use crate::num::AVX512;
+use std::rc::Rc;
 
 /// Shapes remembered per instruction.
 const MOST: usize = 16;
 /// Unknown shapes in a row after which an instruction is taken to have no pattern.
 const PATIENCE: u32 = 64;
+/// Shapes of an instruction that are computed when they first occur.
+const EAGER: usize = 2;
+/// Places of the first address in its line for which a shape's lines are remembered.
+const PLACES: usize = 32;
 
 /// What an access touches, relative to its first lane's address.
 pub struct Shape {
-    /// Distances of the lanes; 0 for those outside the mask.
-    distance: Addresses,
+    /// Distances of the lanes; 0 for those outside the mask. Of 32 bits, so that fewer bytes are compared.
+    distance: Distances,
     mask: u32,
     /// The first address modulo 4, on which the bank conflicts of narrow accesses depend.
     low: u64,
@@ -29,9 +34,24 @@ pub struct Shape {
     /// Some granule is touched by several lanes.
     pub overlap: bool,
     /// The granules touched.
-    pub chunks: Vec<Chunk>,
+    chunks: Rc<[Chunk]>,
+    /// The lines touched, by the place of the first address in its line.
+    lines: Vec<Placed>,
+    /// Which of these is meant.
+    place: usize,
     /// What it costs.
     pub cost: Cost,
+}
+
+/// The lanes' distances from the first.
+#[repr(C, align(64))]
+struct Distances([i32; 32]);
+
+/// The lines of a shape whose first address is at one place in its line.
+struct Placed {
+    place: u64,
+    lines: Vec<Lines>,
+    lanes: Vec<LanesOfLines>,
 }
 
 /// Cycles of the banks of shared memory; see [`cost()`].
@@ -84,11 +104,20 @@ impl Shapes {
                 if !shape.ready {
                     known.shapes[index].work_out(site, granule);
                 }
-                return Some(&known.shapes[index]);
+                let shape = &mut known.shapes[index];
+                shape.find_place(first % (1 << LINE), site);
+                return Some(shape);
             }
             index = if index + 1 == count { 0 } else { index + 1 };
         }
         known.learn(at, first, low, site.mask);
+        // It may not have been remembered.
+        if count < EAGER && known.shapes.len() == count + 1 {
+            let shape = known.shapes.last_mut()?;
+            shape.work_out(site, granule);
+            shape.find_place(first % (1 << LINE), site);
+            return Some(shape);
+        }
         None
     }
 }
@@ -105,15 +134,28 @@ impl Known {
             self.shapes.clear();
             self.last = 0;
         }
+        let mut distance = Distances([0; 32]);
+        let mut far = false;
+        for l in 0..32 {
+            let exact = at.0[l].wrapping_sub(first) as i64;
+            distance.0[l] = exact as i32;
+            far |= i64::from(distance.0[l]) != exact;
+        }
+        // Outside shared memory, and refused.
+        if far {
+            return;
+        }
         let shape = Shape {
-            distance: Addresses(at.0.map(|a| a.wrapping_sub(first))),
+            distance,
             mask,
             low,
             ready: false,
             aligned: false,
             extent: (0, 0),
             overlap: false,
-            chunks: vec![],
+            chunks: Rc::new([]),
+            lines: vec![],
+            place: 0,
             cost: Cost::default(),
         };
         if self.shapes.len() < MOST {
@@ -141,13 +183,13 @@ impl Shape {
     #[inline(never)]
     fn work_out(&mut self, site: Site, granule: u32) {
         let bytes = i64::from(site.bytes);
-        let distance = |l: u32| self.distance.0[l as usize] as i64;
+        let distance = |l: u32| i64::from(self.distance.0[l as usize]);
         self.ready = true;
         self.aligned = lanes(site.mask).all(|l| distance(l) % bytes == 0);
         let low = lanes(site.mask).map(distance).min().unwrap_or(0);
         let high = lanes(site.mask).map(distance).max().unwrap_or(0);
         self.extent = (low, high.saturating_add(bytes));
-        self.cost = cost(&self.distance, self.low, site);
+        self.cost = cost(&Addresses(self.distance.0.map(|d| i64::from(d) as u64)), self.low, site);
         // Shared memory is smaller than that; what reaches further is refused.
         if !self.aligned || low < -(1 << 24) || high > 1 << 24 {
             self.aligned = false;
@@ -158,23 +200,75 @@ impl Shape {
             lanes(site.mask).flat_map(|l| (0..per_lane).map(move |i| ((distance(l) >> granule) + i, l))).collect();
         touched.sort_unstable();
         let mut before = None;
+        let mut chunks = Vec::<Chunk>::new();
         for (at, lane) in touched {
             if before == Some(at) {
                 self.overlap = true;
-                let chunk = self.chunks.last_mut().expect("there was a granule before");
+                let chunk = chunks.last_mut().expect("there was a granule before");
                 chunk.lanes[(at - chunk.at) as usize] = MANY;
                 continue;
             }
             before = Some(at);
-            if self.chunks.last().is_none_or(|chunk| at - chunk.at >= 16) {
+            if chunks.last().is_none_or(|chunk| at - chunk.at >= 16) {
                 let some = Some16 { bits: 0, words: [0; 16] };
-                self.chunks.push(Chunk { at, some, lanes: [0; 16] });
+                chunks.push(Chunk { at, some, lanes: [0; 16] });
             }
-            let chunk = self.chunks.last_mut().expect("one was just made");
+            let chunk = chunks.last_mut().expect("one was just made");
             let i = (at - chunk.at) as usize;
             chunk.some.bits |= 1 << i;
             chunk.some.words[i] = !0;
             chunk.lanes[i] = lane;
+        }
+        self.chunks = chunks.into();
+    }
+
+    /// Makes `lines` those for a first address at this place in its line.
+    #[inline(always)]
+    fn find_place(&mut self, place: u64, site: Site) {
+        if self.lines.get(self.place).is_none_or(|placed| placed.place != place) {
+            self.look_for_place(place, site);
+        }
+    }
+
+    #[inline(never)]
+    fn look_for_place(&mut self, place: u64, site: Site) {
+        if let Some(known) = self.lines.iter().position(|placed| placed.place == place) {
+            self.place = known;
+            return;
+        }
+        if self.lines.len() == PLACES {
+            self.lines.clear();
+        }
+        let (mut lines, mut lanes_of) = (Vec::<Lines>::new(), Vec::<LanesOfLines>::new());
+        if self.aligned {
+            // An aligned access of at most 16 bytes is inside one line.
+            let line = |l: u32| ((place as i64 + i64::from(self.distance.0[l as usize])) >> LINE) as i32;
+            let mut touched: Vec<i32> = lanes(site.mask).map(line).collect();
+            touched.sort_unstable();
+            for at in touched {
+                if lines.last().is_none_or(|last| at - last.at >= 16) {
+                    lines.push(Lines { at, bits: 0 });
+                    lanes_of.push([0; 16]);
+                }
+                let (last, lanes) = lines.last_mut().zip(lanes_of.last_mut()).expect("both were just made");
+                let i = (at - last.at) as usize;
+                last.bits |= 1 << i;
+                lanes[i] += 1;
+            }
+        }
+        self.place = self.lines.len();
+        self.lines.push(Placed { place, lines, lanes: lanes_of });
+    }
+
+    /// What the access touches, given the first lane's address, for which the shape was recalled.
+    #[inline(always)]
+    pub fn reach(&self, first: u64, granule: u32) -> Reach<'_> {
+        Reach {
+            chunks: &self.chunks,
+            lines: &self.lines[self.place].lines,
+            lanes: &self.lines[self.place].lanes,
+            origin: (first >> granule) as i64,
+            line: (first >> LINE) as i64,
         }
     }
 }
@@ -259,7 +353,7 @@ pub fn cost(at: &Addresses, add: u64, site: Site) -> Cost {
 /// # Safety
 /// The processor supports `ISA`.
 #[inline(always)]
-unsafe fn same<const ISA: usize>(distance: &Addresses, at: &Addresses, first: u64) -> bool {
+unsafe fn same<const ISA: usize>(distance: &Distances, at: &Addresses, first: u64) -> bool {
     #[cfg(target_arch = "x86_64")]
     if ISA == AVX512 {
         use std::arch::x86_64::*;
@@ -268,7 +362,7 @@ unsafe fn same<const ISA: usize>(distance: &Addresses, at: &Addresses, first: u6
             let first = _mm512_set1_epi64(first as i64);
             macro_rules! wrong {
                 ($i:expr) => {{
-                    let distance = _mm512_load_si512(distance.0.as_ptr().add($i).cast());
+                    let distance = _mm512_cvtepi32_epi64(_mm256_load_si256(distance.0.as_ptr().add($i).cast()));
                     let at = _mm512_load_si512(at.0.as_ptr().add($i).cast());
                     _mm512_cmpneq_epi64_mask(_mm512_add_epi64(distance, first), at)
                 }};
@@ -278,7 +372,7 @@ unsafe fn same<const ISA: usize>(distance: &Addresses, at: &Addresses, first: u6
     }
     let mut wrong = 0;
     for l in 0..32 {
-        wrong |= distance.0[l].wrapping_add(first) ^ at.0[l];
+        wrong |= (i64::from(distance.0[l]) as u64).wrapping_add(first) ^ at.0[l];
     }
     wrong == 0
 }

@@ -1,6 +1,6 @@
 //! The state of a running launch: environment, worker, block, warp.
 
-use super::lanes::{Addresses, Site, lanes};
+use super::lanes::{Addresses, LINE, Lines, Reach, Site, Use, lanes};
 use super::races::{GlobalRaces, SharedRaces};
 use super::shapes::Shapes;
 use super::{Checks, Counters, Fault, FaultKind, Launch, LoadedModule, Settings};
@@ -78,7 +78,11 @@ pub struct Group {
     pub wait: Wait,
 }
 
+/// Records of copies that a warp keeps for reuse, at most.
+pub const SPARE: usize = 64;
+
 /// The copies of one `cp.async` that have not arrived.
+#[derive(Clone, Copy)]
 pub struct Pending {
     /// The instruction, with the lanes whose copies these are.
     pub site: Site,
@@ -88,6 +92,13 @@ pub struct Pending {
     pub to: Addresses,
     /// What arrives.
     pub data: [[u8; 16]; 32],
+}
+
+impl Default for Pending {
+    fn default() -> Self {
+        let site = Site { pc: 0, mask: 0, bytes: 0, usage: Use::Store, element: 0, strong: false, rows: false };
+        Pending { site, group: 0, to: Addresses([0; 32]), data: [[0; 16]; 32] }
+    }
 }
 
 /// A warp.
@@ -117,8 +128,12 @@ pub struct Warp {
     pub instructions: u64,
     /// Loads of global memory so far that may have waited for another block.
     pub polls: u64,
-    /// Copies under way.
-    pub pending: Vec<Pending>,
+    /// Copies under way, in the order of issue. In boxes, because they are large and change their place.
+    #[allow(clippy::vec_box)]
+    pub pending: Vec<Box<Pending>>,
+    /// Records of copies that have arrived, for reuse.
+    #[allow(clippy::vec_box)]
+    pub spare: Vec<Box<Pending>>,
     /// Commit groups of each lane.
     pub committed: [u32; 32],
 }
@@ -208,8 +223,12 @@ pub struct Block {
     pub shared: Aligned,
     /// Which granules of it have been written; empty without that check.
     pub shared_written: Vec<u8>,
+    /// Lines of which every granule has been written; may lack some. Empty without that check.
+    pub shared_full: Vec<u8>,
     /// How many pending `cp.async` will write each granule; empty without race checks.
     pub shared_pending: Vec<u8>,
+    /// How many lanes' pending copies go to each line; empty without race checks.
+    pub pending_lines: Vec<u32>,
     /// Race detector.
     pub races: Option<SharedRaces>,
     /// Barriers.
@@ -228,6 +247,38 @@ pub struct Block {
     pub unfenced: bool,
     /// Warp whose turn it is.
     pub turn: usize,
+}
+
+impl Block {
+    /// The granules of a range have been written, or count as unwritten again.
+    pub fn mark_written(&mut self, granules: Range<usize>, granule: u32, written: bool) {
+        if !written {
+            let shift = LINE - granule;
+            self.shared_full[granules.start >> shift..=(granules.end - 1) >> shift].fill(0);
+        }
+        self.shared_written[granules].fill(written.into());
+    }
+
+    /// Looks which of the lines that have just been written to are full now.
+    #[inline(always)]
+    pub fn find_full(&mut self, reach: Reach<'_>, granule: u32) {
+        let bytes = 1 << (LINE - granule);
+        for &Lines { at, bits } in reach.lines {
+            for i in lanes(bits.into()) {
+                let line = (reach.line + i64::from(at)) as usize + i as usize;
+                let missing =
+                    self.shared_written[line * bytes..][..bytes].iter().fold(0, |any, &mark| any | (mark ^ 1));
+                self.shared_full[line] = u8::from(missing == 0);
+            }
+        }
+    }
+
+    /// Counts a lane's copy to its lines, or with `up` false that it has arrived.
+    pub fn count_pending(&mut self, at: u64, bytes: u32, up: bool) {
+        for line in &mut self.pending_lines[(at >> LINE) as usize..=((at + u64::from(bytes) - 1) >> LINE) as usize] {
+            *line = if up { *line + 1 } else { line.saturating_sub(1) };
+        }
+    }
 }
 
 /// What the workers of a launch share.
@@ -285,7 +336,23 @@ impl Touched {
     }
 
     /// Notes sectors `first..=last` (addresses over 32).
+    #[inline(always)]
     pub fn touch(&self, first: u64, last: u64) {
+        let (from, upto) = (first - self.base / 32, last - self.base / 32);
+        // Nearly always they are noted already, in one word.
+        if from / 64 == upto / 64
+            && let Some(page) = self.pages[from as usize / (64 * PAGE_WORDS)].get()
+        {
+            let bits = (!0 >> (63 - (upto - from))) << (from % 64);
+            if page[from as usize / 64 % PAGE_WORDS].load(Ordering::Relaxed) & bits == bits {
+                return;
+            }
+        }
+        self.note(first, last);
+    }
+
+    #[inline(never)]
+    fn note(&self, first: u64, last: u64) {
         let (mut index, end) = (first - self.base / 32, last - self.base / 32 + 1);
         while index < end {
             let word = index / 64;
@@ -351,6 +418,11 @@ impl Env<'_> {
         (self.shared_bytes as usize).div_ceil(1 << self.granule)
     }
 
+    /// Lines of shared memory, the last perhaps a part of one.
+    fn lines(&self) -> usize {
+        (self.shared_bytes as usize).div_ceil(1 << LINE)
+    }
+
     /// The allocation that holds a range.
     pub fn allocation(&self, address: u64, bytes: u64) -> Option<&Allocation> {
         let index = self.allocations.partition_point(|a| a.address <= address).checked_sub(1)?;
@@ -409,16 +481,21 @@ impl<'a> Machine<'a> {
             block.shared = Aligned::new(env.shared_bytes as usize + 64, 0xff);
             block.barriers = vec![BarrierState::default(); 16];
             if env.checks.shared_races && env.shared_bytes > 0 {
-                block.races = Some(SharedRaces::new(warps as usize, env.shared_granules(), env.program.atomics));
-                block.shared_pending = vec![0; env.shared_granules() + 16];
+                let granules = env.shared_granules();
+                block.races = Some(SharedRaces::new(warps as usize, granules, env.granule, env.program.atomics));
+                block.shared_pending = vec![0; granules + 16];
+                block.pending_lines = vec![0; env.lines() + 16];
             }
             if env.checks.uninitialised {
-                block.shared_written = vec![0; env.shared_granules() + 16];
+                block.shared_written = vec![0; (env.lines() << (LINE - env.granule)) + 16];
+                block.shared_full = vec![0; env.lines() + 16];
             }
         } else {
             block.shared.fill(0xff);
             block.shared_written.fill(0);
+            block.shared_full.fill(0);
             block.shared_pending.fill(0);
+            block.pending_lines.fill(0);
             block.barriers.fill(BarrierState::default());
             if let Some(races) = &mut block.races {
                 races.restart();

@@ -141,7 +141,8 @@ impl Machine<'_> {
         let at = unsafe { addresses(warp.file.as_mut_ptr(), operands[0], access.wide_base, access.offset) };
         let bytes = u32::from(access.bytes) * u32::from(access.elements);
         for l in lanes(stored) {
-            self.block.shared_written[self.env.granules(at[l as usize], bytes)].fill(0);
+            let granules = self.env.granules(at[l as usize], bytes);
+            self.block.mark_written(granules, self.env.granule, false);
         }
     }
 
