@@ -607,12 +607,6 @@ fn dense(tape: &mut Tape<'_>, x: &Var, layer: &Affine) -> Result<Var> {
     linear(tape, x, layer.weight, Some(layer.bias), None)
 }
 
-fn norm(
-    tape: &mut Tape<'_>,
-    m: &Model,
-    x: impl Into<Joined>,
-    norm: &Norm,
-    then: impl Into<Then>,
-) -> Result<Var> {
+fn norm(tape: &mut Tape<'_>, m: &Model, x: impl Into<Joined>, norm: &Norm, then: impl Into<Then>) -> Result<Var> {
     group_norm(tape, x, norm.gamma, norm.beta, norm.groups, m.norm_eps as f32, then)
 }
