@@ -5,19 +5,25 @@
 //            xhat = (x - mean) rstd, z = gamma xhat + beta, y = z or silu(z);
 //            dz = dy or dy silu'(z); dgamma = sum dz xhat, dbeta = sum dz;
 //            dx = rstd (gamma dz - s1 - xhat s2), s1 = sum gamma dz / N, s2 = sum gamma dz xhat / N.
-//            Passes: fwd_moments, fwd_join, fwd_apply; bwd_sums, bwd_join, then bwd_params for each of gamma and beta,
-//            and bwd_dx.
-//            With scales and shifts of each image, z = (gamma xhat + beta) (1 + scale) + shift: fwd_scale_shift makes
-//            gamma and beta of each image's own, with which all passes over the image run (per_image = c, otherwise
-//            0); bwd_scale_shift makes dscale = gamma sum dz xhat + beta sum dz and dshift = sum dz of bwd_join's sums,
-//            and of the sums the images' shares of dgamma and dbeta
-// layout     x, y, dx, dy (n, pixels, c): f32 or bf16. x and dx are each one tensor, or two: of the first c_first
-//            channels and of the others. If dx is one it may be dy. The rest is f32: gamma, beta, dgamma, dbeta (c);
-//            stats (n, groups, 3): mean, its rounding error, rstd; partials, by strips of pixels: (n, strips, 3, c)
-//            forward, (n, strips, 2, c) backward; sums (n, 2, c): each image's share of dgamma and dbeta; slopes
-//            (n, groups, 2); gammas and betas of each image's own (2, n, c). scale_shift and its gradient (n, 2c), an
-//            image's scales before its shifts: f32 or bf16
-// mapping    passes over the image: block = a strip of pixels and a tile of channels;
+//            With dropout, y is m scale times that and dy is first multiplied by m scale, m a function of the stream.
+//            One launch each way, fwd_slab and bwd_slab, where a slab fits into shared memory: group_norm_slab.cuh.
+//            bwd_slab also adds up to two gradients of x that are there already, and may leave the sums of dx over the
+//            pixels. By strips otherwise: fwd_moments, fwd_join, fwd_apply; bwd_sums, bwd_join, then bwd_params for
+//            each of gamma and beta, and bwd_dx; dropout is a pass of its own.
+//            With scales and shifts of each image, z = (gamma xhat + beta) (1 + scale) + shift: slabs read them; for
+//            strips fwd_scale_shift makes gamma and beta of each image's own, with which all passes over the image run
+//            (per_image = c, otherwise 0), and bwd_scale_shift makes dscale = gamma sum dz xhat + beta sum dz and
+//            dshift = sum dz of bwd_join's sums, and of the sums the images' shares of dgamma and dbeta
+// layout     x, y, dx, dy (n, pixels, c): f32 or bf16. x, dx and what is added to it are each one tensor, or two: of
+//            the first c_first channels and of the others. If dx is one it may be dy. The rest is f32: gamma, beta,
+//            dgamma, dbeta (c); stats (n, groups, 3): mean, its rounding error, rstd; shares or sums (n, 2, c): each
+//            image's part of dgamma and dbeta; pixel sums (n, c), also rounded to x's type; of strips: partials
+//            (n, strips, 3, c) forward, (n, strips, 2, c) backward; slopes (n, groups, 2); gammas and betas of each
+//            image's own (2, n, c). scale_shift and its gradient (n, 2c), an image's scales before its shifts: f32 or
+//            bf16. done (slabs): zero before and after
+// mapping    slabs: block = all pixels of an image's slab, whole groups of at most 256 channels; a thread has 16 bytes
+//            of every rows-th pixel. The block of the last image that arrives adds up its slab's dgamma and dbeta.
+//            passes over strips: block = a strip of pixels and a tile of channels;
 //            warp w = the (w % 2^warp_bits)-th group of channels of the tile, the (w >> warp_bits)-th of pixels;
 //            lane l = 4 neighbouring channels, the (l % 2^lane_bits)-th quad of the warp, of PIXELS pixels, every
 //            (32 >> lane_bits)-th. So 4x4 pixels of 512 channels fill a block as well as 784 pixels of 32. Sums are per
@@ -26,31 +32,37 @@
 //            joins: block = one (image, group), 1 to 8 warps; 2^lane_bits lanes across the group's channels, the others
 //            along the strips. bwd_params: block = 32 channels, warp w = images w, w + 8, ..., lane = one channel.
 //            fwd_scale_shift, bwd_scale_shift: thread = a channel of an image
-// shared     12 KiB (fwd_moments), 8 KiB (bwd_sums): the 8 warps' sums; joins up to 4 KiB; bwd_params 2 KiB
-// bound by   memory: forward reads x twice and writes y, backward reads x and dy twice and writes dx; the second time
-//            from L2 if a batch fits. Storing dz would save an exponential and cost a write. The f64 of the joins is
-//            no bound: for 128 images of 32x32x128 they take 2.8 M such instructions, 4 us of an RTX 4090 (1/64 of its
-//            f32 rate), beside 67 us in which it reads x once in f32
-// host       grid (n strips, tiles) with tiles of 4 << (lane_bits + warp_bits) channels and strips of
+// shared     slabs: what is read more than once, 4 KiB for each 16 bytes of a thread, up to 84 KiB: x forward, x and dy
+//            backward; and 3 to 5 KiB (forward), 7 to 11 KiB (backward) for sums. Strips: 12 KiB (fwd_moments), 8 KiB
+//            (bwd_sums): the 8 warps' sums; joins up to 4 KiB; bwd_params 2 KiB
+// bound by   memory. Slabs: forward reads x and writes y, backward reads x, dy and what it adds, writes dx; all once.
+//            An image of 32x32 pixels of 16 channels in bf16 takes 32 KiB: six blocks a multiprocessor of an H100
+//            forward, three backward. Philox of the masks, ten rounds for four elements, and the exponentials come
+//            close. Strips: forward reads x twice, backward x and dy twice; the second time from L2 if a batch fits.
+//            Storing dz would save an exponential and cost a write. The f64 of the joins is no bound: for 128 images of
+//            32x32x128 they take 2.8 M such instructions, 4 us of an RTX 4090 (1/64 of its f32 rate), beside 67 us in
+//            which it reads x once in f32
+// host       slabs: grid n slabs; 4 divides c/groups, columns of 16 bytes divide c and c_first, up to 256 channels and
+//            64 groups in a slab; pixels c < 2^32; shared memory for `kept` pixels of a thread, all of them if there is
+//            a mask backward; one done counter a slab; the clock is null or the step's (clock.cuh).
+//            strips: grid (n strips, tiles) with tiles of 4 << (lane_bits + warp_bits) channels and strips of
 //            2048 >> (lane_bits + warp_bits) pixels; lane_bits up to 5, warp_bits up to 3; vec only if 4 divides c and
-//            c_first; c_first = c and no second tensor for one; groups divides c; tensors start on 256-byte boundaries
-// numerics   the variance takes two passes, over registers, about the mean of a warp's pixels: E[x^2] - E[x]^2 loses
+//            c_first. c_first = c and no second tensor for one; groups divides c; tensors start on 256-byte boundaries
+// numerics   the variance takes two passes, over shared memory or registers, about a mean in f32: E[x^2] - E[x]^2 loses
 //            every digit when the mean is large compared with the deviation. A mean in f32 is off by up to half an ulp,
 //            which may be many deviations, so each mean m is kept with sum (x - m), and the joins are f64 (Chan, Golub
-//            and LeVeque 1983). x - m is exact for x within a factor of two of m. The order of every sum depends on the
+//            and LeVeque 1983). x - m is exact for x within a factor of two of m. A sum over a slab has up to 25 terms
+//            of a thread (of each of its channels), then up to 16 threads in f32, the rest in f64. What is added to dx
+//            is added in f32, (first + second) + own, and rounded once with it. The order of every sum depends on the
 //            image's extent alone: the same bits for any batch, at every repetition
-#include "activation.cuh"
-#include "dtype.cuh"
+#include "group_norm_slab.cuh"
 #include "reduce.cuh"
 
-// Host twin: threads per block; the joins have as few as 32. At 80 registers per thread a multiprocessor holds three
-// blocks, 24 warps with 4 or 8 loads of 16 bytes per lane in flight.
-constexpr unsigned THREADS = 256;
 // Host twin: pixels per thread, each with 4 neighbouring channels: 32 f32 in registers, 8 loads of 16 bytes in flight.
 constexpr unsigned PIXELS = 8;
 // Host twin: channels per block of bwd_params.
 constexpr unsigned PARAM_CHANNELS = 32;
-constexpr unsigned WARPS = THREADS / 32;
+constexpr unsigned WARPS = BLOCK / 32;
 constexpr unsigned WARP_TILE = 4 * 32;    // channels per warp, at most
 
 // The channels and pixels of a thread in a pass over the image.
@@ -90,22 +102,6 @@ __device__ __forceinline__ Position position_of(unsigned pixels, unsigned c, uns
     pos.step = step;
     return pos;
 }
-
-// A tensor (n, pixels, c), or two that hold its first c_first channels and the others. second: null for one.
-template <class T>
-struct Channels {
-    T *first, *second;
-    unsigned c_first, c;
-
-    // Channel i of a pixel. So are the three after it if i and both tensors' channels divide by four.
-    __device__ __forceinline__ T* at(size_t pixel, unsigned i) const {
-        const bool of_first = i < c_first;
-        return (of_first ? first : second) + pixel * width(i) + (of_first ? i : i - c_first);
-    }
-    __device__ __forceinline__ unsigned width(unsigned i) const { return i < c_first ? c_first : c - c_first; }
-};
-
-__device__ __forceinline__ float& get(float4& v, unsigned i) { return reinterpret_cast<float*>(&v)[i]; }
 
 // Loads pixels k0 .. k0 + K of the thread, zero where there are none. VEC: four divides the channels.
 template <bool VEC, unsigned K, class T>
@@ -155,9 +151,8 @@ __device__ __forceinline__ void share_sums(float (&shared)[WARPS][SUMS][WARP_TIL
     const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (lane >> lane_bits == 0)
 #pragma unroll
-        for (unsigned i = 0; i < 4; ++i)
-#pragma unroll
-            for (unsigned s = 0; s < SUMS; ++s) shared[warp][s][4 * lane + i] = sums[s][i];
+        for (unsigned s = 0; s < SUMS; ++s)
+            store4(&shared[warp][s][4 * lane], make_float4(sums[s][0], sums[s][1], sums[s][2], sums[s][3]));
     __syncthreads();  // the warps' sums written above are read by the caller
 }
 
@@ -181,11 +176,25 @@ struct Affine {
 __device__ __forceinline__ Affine affine_of(const Position& pos,
                                             const float* stats,                     // (n, groups, 3)
                                             const float* gamma, const float* beta,  // (c) or (n, c)
-                                            unsigned per_image, unsigned c, unsigned groups) {
+                                            unsigned per_image, unsigned c, unsigned groups, unsigned vec) {
     Affine affine = {};
+    const unsigned width = c / groups;
     gamma += size_t(pos.image) * per_image;
     beta += size_t(pos.image) * per_image;
-    each_channel(pos, c / groups, [&](unsigned i, unsigned group) {
+    if (vec && width % 4 == 0) {
+        // Four channels of one group: as few loads as there are numbers, and whole sectors.
+        float4 g = load4(gamma + pos.c0), b = load4(beta + pos.c0);
+        const float* of_group = stats + 3 * (size_t(pos.image) * groups + pos.c0 / width);
+        const float mean = of_group[0], lost = of_group[1], rstd = of_group[2];
+#pragma unroll
+        for (unsigned i = 0; i < 4; ++i) {
+            affine.mean[i] = mean;
+            affine.a[i] = rstd * get(g, i);
+            affine.b[i] = get(b, i) - lost * affine.a[i];
+        }
+        return affine;
+    }
+    each_channel(pos, width, [&](unsigned i, unsigned group) {
         const float* of_group = stats + 3 * (size_t(pos.image) * groups + group);
         affine.mean[i] = of_group[0];
         affine.a[i] = of_group[2] * gamma[pos.c0 + i];
@@ -221,7 +230,7 @@ __device__ __forceinline__ void fwd_moments(float* partials,             // (n, 
                                             unsigned pixels, unsigned c, unsigned strips, unsigned lane_bits,
                                             unsigned warp_bits, unsigned vec) {
     // 12 KiB, (warp, moment, channel): written by share_sums, read below by a thread for each channel.
-    __shared__ float shared[WARPS][3][WARP_TILE];
+    __shared__ alignas(16) float shared[WARPS][3][WARP_TILE];
     const Position pos = position_of(pixels, c, strips, lane_bits, warp_bits);
     float4 v[PIXELS];  // (PIXELS, 4 channels)
     if (vec)
@@ -253,7 +262,7 @@ __device__ __forceinline__ void fwd_moments(float* partials,             // (n, 
 
     const unsigned tile = 4u << (lane_bits + warp_bits), of_warp = (32u >> lane_bits) * PIXELS;
     const unsigned first = pos.strip * (WARPS >> warp_bits) * of_warp;
-    for (unsigned j = threadIdx.x; j < tile && blockIdx.y * tile + j < c; j += THREADS) {
+    for (unsigned j = threadIdx.x; j < tile && blockIdx.y * tile + j < c; j += BLOCK) {
         const unsigned column = j >> (lane_bits + 2), i = j & ((4u << lane_bits) - 1);
         const unsigned along = WARPS >> warp_bits;
         float mean = 0, total_d = 0, total_d2 = 0;
@@ -282,7 +291,7 @@ __device__ __forceinline__ void fwd_moments(float* partials,             // (n, 
 }
 
 #define ENTRY(suffix, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS) group_norm_fwd_moments_##suffix(                           \
+    extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_fwd_moments_##suffix(                           \
         float* partials, const T* x, const T* x_second, unsigned c_first, unsigned pixels, unsigned c,               \
         unsigned strips, unsigned lane_bits, unsigned warp_bits, unsigned vec) {                                     \
         const Channels<const T> whole = {x, x_second, c_first, c};                                                   \
@@ -306,7 +315,7 @@ __device__ __forceinline__ double join_sum(double v, double* scratch) {
 
 // Joins the strips and channels of one (image, group), in partials (n, strips, 3, c), into its row of stats
 // (n, groups, 3). 2^lane_bits lanes lie side by side along the group's channels; `strip` is the pixels per strip.
-extern "C" __global__ void __launch_bounds__(THREADS) group_norm_fwd_join(
+extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_fwd_join(
     float* stats, const float* partials, unsigned pixels, unsigned strip, unsigned strips, unsigned c, unsigned groups,
     unsigned lane_bits, float eps) {
     __shared__ double scratch[WARPS];  // 64 bytes: join_sum's
@@ -372,13 +381,13 @@ __device__ __forceinline__ void fwd_apply(T* y, const Channels<const T>& x,     
                                           unsigned silu) {
     const Position pos = position_of(pixels, c, strips, lane_bits, warp_bits);
     if (pos.pixels == 0) return;
-    const Affine affine = affine_of(pos, stats, gamma, beta, per_image, c, groups);
+    const Affine affine = affine_of(pos, stats, gamma, beta, per_image, c, groups, vec);
     const Channels<T> to = {y, nullptr, c, c};
     with_flags(silu, vec, [&](auto silu, auto vec) { apply_pixels<silu.VALUE, vec.VALUE>(to, x, pos, affine); });
 }
 
 #define ENTRY(suffix, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS) group_norm_fwd_apply_##suffix(                             \
+    extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_fwd_apply_##suffix(                             \
         T* y, const T* x, const T* x_second, unsigned c_first, const float* stats, const float* gamma,               \
         const float* beta, unsigned per_image, unsigned pixels, unsigned c, unsigned groups, unsigned strips,        \
         unsigned lane_bits, unsigned warp_bits, unsigned vec, unsigned silu) {                                       \
@@ -395,7 +404,7 @@ __device__ __forceinline__ void fwd_scale_shift(float* own,                     
                                                 const T* scale_shift,                   // (n, 2c)
                                                 const float* gamma, const float* beta,  // (c)
                                                 unsigned n, unsigned c) {
-    const size_t at = size_t(blockIdx.x) * THREADS + threadIdx.x, rows = size_t(n) * c;
+    const size_t at = size_t(blockIdx.x) * BLOCK + threadIdx.x, rows = size_t(n) * c;
     if (at >= rows) return;
     const size_t image = at / c, i = at % c, row = image * 2 * c + i;
     const float scale = 1.0f + load(scale_shift + row), shift = load(scale_shift + row + c);
@@ -404,9 +413,22 @@ __device__ __forceinline__ void fwd_scale_shift(float* own,                     
 }
 
 #define ENTRY(suffix, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS) group_norm_fwd_scale_shift_##suffix(                       \
+    extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_fwd_scale_shift_##suffix(                       \
         float* own, const T* scale_shift, const float* gamma, const float* beta, unsigned n, unsigned c) {           \
         fwd_scale_shift(own, scale_shift, gamma, beta, n, c);                                                        \
+    }
+F32_AND_BF16(ENTRY)
+#undef ENTRY
+
+// One launch: group_norm_slab.cuh.
+#define ENTRY(suffix, T)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 3) group_norm_fwd_slab_##suffix(                             \
+        T* y, float* stats, const T* x, const T* x_second, const float* gamma, const float* beta,                    \
+        const T* scale_shift, Slab slab, float eps, Stream masks, unsigned threshold, float scale,                   \
+        const Clock* clock) {                                                                                        \
+        const Channels<const T> whole = {x, x_second, slab.c_first, slab.c};                                         \
+        const Masks of = {of_image(of_step(masks, clock), blockIdx.x / slab.slabs), threshold, scale};               \
+        fwd_slab(y, stats, whole, gamma, beta, scale_shift, slab, eps, of);                                          \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY
@@ -456,11 +478,11 @@ __device__ __forceinline__ void bwd_sums(float* partials,                       
                                          unsigned strips, unsigned lane_bits, unsigned warp_bits, unsigned vec,
                                          unsigned silu) {
     // 8 KiB, (warp, sum, channel): written by share_sums, read below by a thread for each channel.
-    __shared__ float shared[WARPS][2][WARP_TILE];
+    __shared__ alignas(16) float shared[WARPS][2][WARP_TILE];
     const Position pos = position_of(pixels, c, strips, lane_bits, warp_bits);
     float sums[2][4] = {};  // (sum, 4 channels): of dz (x - mean), and of dz
     if (pos.pixels != 0) {
-        const Affine affine = affine_of(pos, stats, gamma, beta, per_image, c, groups);
+        const Affine affine = affine_of(pos, stats, gamma, beta, per_image, c, groups, vec);
         with_flags(silu, vec, [&](auto silu, auto vec) {
             const Channels<const T> of_y = {dy, nullptr, c, c};
             add_pixels<silu.VALUE, vec.VALUE>(sums[0], sums[1], x, of_y, pos, affine);
@@ -471,7 +493,7 @@ __device__ __forceinline__ void bwd_sums(float* partials,                       
     share_sums(shared, sums, lane_bits);
 
     const unsigned tile = 4u << (lane_bits + warp_bits);
-    for (unsigned j = threadIdx.x; j < tile && blockIdx.y * tile + j < c; j += THREADS) {
+    for (unsigned j = threadIdx.x; j < tile && blockIdx.y * tile + j < c; j += BLOCK) {
         const unsigned column = j >> (lane_bits + 2), i = j & ((4u << lane_bits) - 1);
         float total[2] = {0, 0};
         for (unsigned w = 0; w < WARPS >> warp_bits; ++w)
@@ -486,7 +508,7 @@ __device__ __forceinline__ void bwd_sums(float* partials,                       
 // Three blocks a multiprocessor: left to itself, the assembler takes 64 registers for sm_100, and spills one. (bwd_dx
 // would take 100 for channels that do not divide by four.)
 #define ENTRY(suffix, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3) group_norm_bwd_sums_##suffix(                           \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 3) group_norm_bwd_sums_##suffix(                           \
         float* partials, const T* x, const T* x_second, unsigned c_first, const T* dy, const float* stats,           \
         const float* gamma, const float* beta, unsigned per_image, unsigned pixels, unsigned c, unsigned groups,     \
         unsigned strips, unsigned lane_bits, unsigned warp_bits, unsigned vec, unsigned silu) {                      \
@@ -500,7 +522,7 @@ F32_AND_BF16(ENTRY)
 // Joins the strips of one (image, group), in partials (n, strips, 2, c). Writes the image's share of each channel's
 // dgamma and dbeta to sums (n, 2, c), and what dx subtracts to slopes (n, groups, 2):
 // s1 + xhat s2 = slopes[0] + (x - mean) slopes[1].
-extern "C" __global__ void __launch_bounds__(THREADS) group_norm_bwd_join(
+extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_bwd_join(
     float* sums, float* slopes, const float* partials, const float* stats, const float* gamma, unsigned per_image,
     unsigned pixels, unsigned strips, unsigned c, unsigned groups, unsigned lane_bits) {
     // 4 KiB, (warp, sum, channel): each warp's sum dz (x - mean) and sum dz for up to 32 channels; read by the first
@@ -569,7 +591,7 @@ __device__ __forceinline__ void bwd_scale_shift(T* dscale_shift,                
                                                 const T* scale_shift,                   // (n, 2c)
                                                 const float* gamma, const float* beta,  // (c)
                                                 unsigned n, unsigned c) {
-    const size_t at = size_t(blockIdx.x) * THREADS + threadIdx.x;
+    const size_t at = size_t(blockIdx.x) * BLOCK + threadIdx.x;
     if (at >= size_t(n) * c) return;
     const size_t image = at / c, i = at % c, row = image * 2 * c + i;
     const float scale = 1.0f + load(scale_shift + row), sum_dz_xhat = sums[row], sum_dz = sums[row + c];
@@ -580,7 +602,7 @@ __device__ __forceinline__ void bwd_scale_shift(T* dscale_shift,                
 }
 
 #define ENTRY(suffix, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS) group_norm_bwd_scale_shift_##suffix(                       \
+    extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_bwd_scale_shift_##suffix(                       \
         T* dscale_shift, float* sums, const T* scale_shift, const float* gamma, const float* beta, unsigned n,       \
         unsigned c) {                                                                                                \
         bwd_scale_shift(dscale_shift, sums, scale_shift, gamma, beta, n, c);                                         \
@@ -589,7 +611,7 @@ F32_AND_BF16(ENTRY)
 #undef ENTRY
 
 // dgamma (part 0) or dbeta (1), (c): the sum over the images of part `part` of sums (n, 2, c).
-extern "C" __global__ void __launch_bounds__(THREADS) group_norm_bwd_params(
+extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_bwd_params(
     float* grad, const float* sums, unsigned part, unsigned n, unsigned c, unsigned accumulate) {
     static_assert(PARAM_CHANNELS == 32, "a lane for each channel");
     __shared__ double by_warp[WARPS][PARAM_CHANNELS];  // 2 KiB: written by all warps, read by the first
@@ -650,15 +672,27 @@ __device__ __forceinline__ void bwd_dx(const Channels<T>& dx,                  /
                                        unsigned silu) {
     const Position pos = position_of(pixels, c, strips, lane_bits, warp_bits);
     if (pos.pixels == 0) return;
-    const Affine affine = affine_of(pos, stats, gamma, beta, per_image, c, groups);
+    const Affine affine = affine_of(pos, stats, gamma, beta, per_image, c, groups, vec);
     Slopes of_channel = {};
-    each_channel(pos, c / groups, [&](unsigned i, unsigned group) {
-        const size_t of_group = size_t(pos.image) * groups + group;
-        of_channel.gamma[i] = gamma[size_t(pos.image) * per_image + pos.c0 + i];
-        of_channel.rstd[i] = stats[3 * of_group + 2];
-        of_channel.s1[i] = slopes[2 * of_group];
-        of_channel.s2[i] = slopes[2 * of_group + 1];
-    });
+    gamma += size_t(pos.image) * per_image;
+    if (vec && c / groups % 4 == 0) {
+        const size_t of_group = size_t(pos.image) * groups + pos.c0 / (c / groups);
+        float4 g = load4(gamma + pos.c0);
+        const float rstd = stats[3 * of_group + 2], s1 = slopes[2 * of_group], s2 = slopes[2 * of_group + 1];
+#pragma unroll
+        for (unsigned i = 0; i < 4; ++i) {
+            of_channel.gamma[i] = get(g, i);
+            of_channel.rstd[i] = rstd, of_channel.s1[i] = s1, of_channel.s2[i] = s2;
+        }
+    } else {
+        each_channel(pos, c / groups, [&](unsigned i, unsigned group) {
+            const size_t of_group = size_t(pos.image) * groups + group;
+            of_channel.gamma[i] = gamma[pos.c0 + i];
+            of_channel.rstd[i] = stats[3 * of_group + 2];
+            of_channel.s1[i] = slopes[2 * of_group];
+            of_channel.s2[i] = slopes[2 * of_group + 1];
+        });
+    }
     with_flags(silu, vec, [&](auto silu, auto vec) {
         const Channels<const T> of_y = {dy, nullptr, c, c};
         dx_pixels<silu.VALUE, vec.VALUE>(dx, of_y, x, pos, affine, of_channel);
@@ -666,7 +700,7 @@ __device__ __forceinline__ void bwd_dx(const Channels<T>& dx,                  /
 }
 
 #define ENTRY(suffix, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(THREADS, 3) group_norm_bwd_dx_##suffix(                             \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 3) group_norm_bwd_dx_##suffix(                             \
         T* dx, T* dx_second, const T* dy, const T* x, const T* x_second, unsigned c_first, const float* stats,       \
         const float* slopes, const float* gamma, const float* beta, unsigned per_image, unsigned pixels,             \
         unsigned c, unsigned groups, unsigned strips, unsigned lane_bits, unsigned warp_bits, unsigned vec,          \
@@ -675,6 +709,27 @@ __device__ __forceinline__ void bwd_dx(const Channels<T>& dx,                  /
         const Channels<const T> whole = {x, x_second, c_first, c};                                                   \
         bwd_dx(to, dy, whole, stats, slopes, gamma, beta, per_image, pixels, c, groups, strips, lane_bits,           \
                warp_bits, vec, silu);                                                                                \
+    }
+F32_AND_BF16(ENTRY)
+#undef ENTRY
+
+// One launch: group_norm_slab.cuh. dbeta is `beta_at` elements after dgamma.
+#define ENTRY(suffix, T)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(BLOCK, 3) group_norm_bwd_slab_##suffix(                             \
+        T* dx, T* dx_second, float* pixel_sums, float* pixel_sums_second, T* rounded_sums, T* rounded_sums_second,   \
+        float* dgamma, unsigned beta_at, float* shares, unsigned* done, unsigned accumulate, T* dscale_shift,        \
+        const T* dy, const T* plus, const T* plus_second, const T* more, const T* more_second, const T* x,           \
+        const T* x_second, const float* stats, const float* gamma, const float* beta, const T* scale_shift,          \
+        Slab slab, Stream masks, unsigned threshold, float scale, const Clock* clock) {                              \
+        const Channels<T> to = {dx, dx_second, slab.c_first, slab.c};                                                \
+        const Channels<const T> whole = {x, x_second, slab.c_first, slab.c};                                         \
+        const Channels<const T> others[2] = {{plus, plus_second, slab.c_first, slab.c},                              \
+                                             {more, more_second, slab.c_first, slab.c}};                             \
+        const Gives<T> gives = {{pixel_sums, pixel_sums_second, slab.c_first, slab.c},                               \
+                                {rounded_sums, rounded_sums_second, slab.c_first, slab.c},                           \
+                                dgamma, dgamma + beta_at, shares, done, accumulate, dscale_shift};                   \
+        const Masks of = {of_image(of_step(masks, clock), blockIdx.x / slab.slabs), threshold, scale};               \
+        bwd_slab(to, gives, dy, others, whole, stats, gamma, beta, scale_shift, slab, of);                           \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY

@@ -229,7 +229,13 @@ impl Params {
 pub struct ParamGrads {
     flat: Tensor,
     written: Vec<bool>,
+    /// On a GPU, [`ARRIVALS`] counters for kernels whose last block adds up what all blocks found: zero between
+    /// launches.
+    arrivals: Option<Tensor>,
 }
+
+/// Counters of [`PairView::arrivals`].
+pub(crate) const ARRIVALS: usize = 1024;
 
 /// Where an operation writes a parameter's gradient.
 pub struct ParamGrad<'a> {
@@ -247,6 +253,18 @@ pub struct ParamView<'a> {
     pub accumulate: bool,
 }
 
+/// Where a kernel writes the gradients of two parameters, the second registered after the first.
+pub(crate) struct PairView<'a> {
+    /// From the first gradient to the end of the second, f32.
+    pub view: ViewMut<'a>,
+    /// Elements from the first to the second.
+    pub second_at: usize,
+    /// As in [`ParamView`], for both.
+    pub accumulate: bool,
+    /// [`ARRIVALS`] words of zero, which the kernel leaves as they were.
+    pub arrivals: &'a mut Tensor,
+}
+
 impl ParamGrads {
     /// Gradients with nothing accumulated yet.
     ///
@@ -256,6 +274,7 @@ impl ParamGrads {
         Ok(ParamGrads {
             flat: Tensor::zeros(device, Shape::vector(specs.flat_len()))?,
             written: vec![false; specs.specs.len()],
+            arrivals: device.is_gpu().then(|| Tensor::zeros(device, Shape::vector(ARRIVALS))).transpose()?,
         })
     }
 
@@ -274,6 +293,20 @@ impl ParamGrads {
     pub(crate) fn view(&mut self, specs: &Specs, p: Param) -> ParamView<'_> {
         let accumulate = std::mem::replace(&mut self.written[p.index], true);
         ParamView { view: self.flat.view_mut(specs.range(p)), accumulate }
+    }
+
+    /// Both of a pair on a GPU, always written together.
+    pub(crate) fn pair(&mut self, specs: &Specs, [p, q]: [Param; 2]) -> PairView<'_> {
+        let (first, second) = (specs.range(p), specs.range(q));
+        assert!(first.end <= second.start, "{} comes before {}", specs.spec(q).name, specs.spec(p).name);
+        let accumulate = [p, q].map(|p| std::mem::replace(&mut self.written[p.index], true));
+        assert_eq!(accumulate[0], accumulate[1], "{} without {}", specs.spec(p).name, specs.spec(q).name);
+        PairView {
+            view: self.flat.view_mut(first.start..second.end),
+            second_at: second.start - first.start,
+            accumulate: accumulate[0],
+            arrivals: self.arrivals.as_mut().expect("there are counters on a GPU"),
+        }
     }
 
     /// All gradients, after zeroing those that no operation has written since [`reset`](Self::reset).

@@ -2,8 +2,10 @@
 //!
 //! Each operation appends one named struct with handles to what its backward pass needs. `Tape::backward` walks the
 //! list from the end and consumes it, so an activation's buffer returns to the pool as soon as its gradient is done.
-//! The first gradient to reach a value moves in; later ones are added. Parameter gradients accumulate in
-//! [`ParamGrads`], so splitting a batch into micro-batches costs no extra buffers.
+//! Gradients that reach a value are added in the order in which they come. Up to two wait to be added: whoever needs
+//! the sum adds them, or an operation that computes a third takes them along and adds all where it stores its own
+//! ([`Grads::waiting`]). Parameter gradients accumulate in [`ParamGrads`], so splitting a batch into micro-batches
+//! costs no extra buffers.
 //!
 //! A part of a network can be recorded as a whole ([`Tape::compute_part`]): of it the tape keeps the inputs alone, and
 //! the backward pass computes it again, on a tape of its own ([`Grads::again`]). The bits are the same: the operations
@@ -17,7 +19,7 @@ use crate::device::Device;
 use crate::device::cuda::View;
 use crate::error::Result;
 use crate::names::names;
-use crate::params::{Param, ParamGrad, ParamGrads, ParamView, Params};
+use crate::params::{PairView, Param, ParamGrad, ParamGrads, ParamView, Params};
 use crate::tensor::{DType, Shape, Tensor};
 
 /// What a training step computes again in its backward pass instead of keeping it from the forward pass: less memory,
@@ -86,8 +88,21 @@ pub trait Backward: Send {
     /// The tensors held for the backward pass.
     fn saved(&self) -> Vec<&Tensor>;
 
+    /// Whether it can use the sums over the pixels of the gradient of its output ([`Grads::pixel_sums`]).
+    fn wants_pixel_sums(&self) -> bool {
+        false
+    }
+
     /// Takes `dy`, the gradient of the operation's output, and adds its contribution to the gradients of the inputs.
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()>;
+}
+
+/// Sums over the pixels of each image of a gradient, as whoever stored it found them on a GPU: (n, 1, 1, c).
+pub struct PixelSums {
+    /// In f32.
+    pub sums: Tensor,
+    /// Rounded to the gradient's type.
+    pub rounded: Tensor,
 }
 
 struct Node {
@@ -301,10 +316,9 @@ impl<'p> Tape<'p> {
     ) -> Result<LeafGrads> {
         assert_eq!(y.shape(), dy.shape(), "gradient of shape {} for a value of shape {}", dy.shape(), y.shape());
         let start = y.id.expect("backward starts from a value that this tape has recorded");
-        let vars = vec![None; self.ids];
-        let mut grads = Grads { device: &self.device, params: self.params, param_grads, vars, accumulate };
-        grads.walk(self.nodes, start, dy)?;
-        Ok(LeafGrads(grads.vars))
+        let mut grads = Grads::new(&self.device, self.params, param_grads, self.ids, accumulate);
+        grads.walk(self.nodes, start, dy, None)?;
+        (0..self.ids).map(|id| grads.sum(VarId(id))).collect::<Result<_>>().map(LeafGrads)
     }
 
     fn new_id(&mut self) -> VarId {
@@ -331,8 +345,20 @@ pub struct Grads<'a> {
     device: &'a Device,
     params: &'a Params,
     param_grads: Option<&'a mut ParamGrads>,
-    vars: Vec<Option<Tensor>>,
+    vars: Vec<Sum>,
+    /// Of the gradient that the running operation was given.
+    pixel_sums: Option<PixelSums>,
     accumulate: Accumulate,
+}
+
+/// The gradient of a value.
+#[derive(Default)]
+struct Sum {
+    /// What waits to be added, in its order.
+    waiting: [Option<Tensor>; 2],
+    /// If the first of these is all.
+    pixel_sums: Option<PixelSums>,
+    wants_pixel_sums: bool,
 }
 
 /// `sum + term`.
@@ -369,16 +395,37 @@ impl<'a> Grads<'a> {
         Some(self.param_grads.as_mut()?.view(self.params.specs(), p))
     }
 
+    /// The same for two, the second registered after the first.
+    pub(crate) fn param_pair(&mut self, pair: [Param; 2]) -> Option<PairView<'_>> {
+        Some(self.param_grads.as_mut()?.pair(self.params.specs(), pair))
+    }
+
     /// Where to write a parameter's gradient on the CPU, if it is wanted.
     pub fn param(&mut self, p: Param) -> Option<ParamGrad<'_>> {
         Some(self.param_grads.as_mut()?.slot(self.params.specs(), p))
     }
 
-    /// Takes the gradient `dy` of the value `start` back through the operations `nodes`.
-    fn walk(&mut self, nodes: Vec<Node>, start: VarId, dy: Tensor) -> Result<()> {
-        self.vars[start.0] = Some(dy);
+    fn new(
+        device: &'a Device,
+        params: &'a Params,
+        param_grads: Option<&'a mut ParamGrads>,
+        ids: usize,
+        accumulate: Accumulate,
+    ) -> Self {
+        let vars = (0..ids).map(|_| Sum::default()).collect();
+        Grads { device, params, param_grads, vars, pixel_sums: None, accumulate }
+    }
+
+    /// Takes the gradient `dy` of the value `start`, and the sums over its pixels if they are known, back through the
+    /// operations `nodes`.
+    fn walk(&mut self, nodes: Vec<Node>, start: VarId, dy: Tensor, sums: Option<PixelSums>) -> Result<()> {
+        for node in &nodes {
+            self.vars[node.output.0].wants_pixel_sums = node.op.wants_pixel_sums();
+        }
+        self.add_with_sums(start, dy, sums)?;
         for node in nodes.into_iter().rev() {
-            if let Some(dy) = self.vars[node.output.0].take() {
+            if let Some(dy) = self.sum(node.output)? {
+                self.pixel_sums = self.vars[node.output.0].pixel_sums.take();
                 if let Device::Cuda(gpu) = self.device {
                     gpu.memory_is_for(format_args!("the backward pass of {} at {}", node.op.name(), node.place));
                 }
@@ -390,7 +437,7 @@ impl<'a> Grads<'a> {
 
     /// The backward pass of a part that was recorded as a whole: computes it again from its `inputs`, and takes `dy`,
     /// the gradient of its output, back to them. `part` gets values that stand for the inputs, in their order; the
-    /// output of its convolution with the weight `last` is not computed.
+    /// output of its convolution with the weight `last` is not computed. No input is there twice.
     ///
     /// # Errors
     /// Those of `part` and of its operations' backward passes.
@@ -410,34 +457,69 @@ impl<'a> Grads<'a> {
         });
         let ids = std::array::from_fn::<_, N, _>(|i| leaves[i].as_ref()?.id.zip(inputs[i]?.id));
         let start = part(&mut tape, leaves)?.id.expect("a part that is recorded has an output that is");
+        let param_grads = self.param_grads.as_deref_mut();
+        let mut grads = Grads::new(self.device, self.params, param_grads, tape.ids, self.accumulate);
         // What has reached an input so far moves in, so that the sum is taken in the order that it has without parts.
-        let mut vars = vec![None; tape.ids];
         for (leaf, input) in ids.into_iter().flatten() {
-            vars[leaf.0] = self.vars[input.0].take();
+            grads.vars[leaf.0] = std::mem::take(&mut self.vars[input.0]);
         }
-        let (device, params, accumulate) = (self.device, self.params, self.accumulate);
-        let mut grads = Grads { device, params, param_grads: self.param_grads.as_deref_mut(), vars, accumulate };
-        grads.walk(tape.nodes, start, dy)?;
+        grads.walk(tape.nodes, start, dy, self.pixel_sums.take())?;
         let mut vars = grads.vars;
         for (leaf, input) in ids.into_iter().flatten() {
-            if let Some(dx) = vars[leaf.0].take() {
-                self.add(input, dx)?;
-            }
+            self.vars[input.0] = std::mem::take(&mut vars[leaf.0]);
         }
         Ok(())
     }
 
-    /// Adds `dx` to the gradient of a value: the first contribution moves in, later ones are added.
+    /// Adds `dx` to the gradient of a value. A third contribution makes the first two one.
     ///
     /// # Errors
     /// A GPU error.
     pub fn add(&mut self, id: VarId, dx: Tensor) -> Result<()> {
-        let slot = &mut self.vars[id.0];
-        *slot = Some(match slot.take() {
-            None => dx,
-            Some(sum) => (self.accumulate)(self.device, sum, dx)?,
-        });
+        self.vars[id.0].waiting = match self.waiting(id) {
+            [None, _] => [Some(dx), None],
+            [first, None] => [first, Some(dx)],
+            [Some(first), Some(second)] => [Some((self.accumulate)(self.device, first, second)?), Some(dx)],
+        };
         Ok(())
+    }
+
+    /// The same with the sums over the pixels of `dx`, which count if nothing is added to it.
+    ///
+    /// # Errors
+    /// A GPU error.
+    pub fn add_with_sums(&mut self, id: VarId, dx: Tensor, sums: Option<PixelSums>) -> Result<()> {
+        let is_all = self.vars[id.0].waiting[0].is_none();
+        self.add(id, dx)?;
+        self.vars[id.0].pixel_sums = sums.filter(|_| is_all);
+        Ok(())
+    }
+
+    /// Whether the operation that made this value can use the sums over the pixels of its gradient.
+    pub fn wants_pixel_sums(&self, id: VarId) -> bool {
+        self.vars[id.0].wants_pixel_sums
+    }
+
+    /// Takes the sums over the pixels of the gradient that the running operation was given, if they are known.
+    pub fn pixel_sums(&mut self) -> Option<PixelSums> {
+        self.pixel_sums.take()
+    }
+
+    /// Takes the contributions to the gradient of a value that wait to be added, in their order, for an operation that
+    /// adds them where it stores its own: what it stores is then the gradient so far, and goes to
+    /// [`add`](Self::add). Of the first two terms of the sum `(first + second) + own` neither is rounded.
+    pub fn waiting(&mut self, id: VarId) -> [Option<Tensor>; 2] {
+        let var = &mut self.vars[id.0];
+        var.pixel_sums = None;
+        std::mem::take(&mut var.waiting)
+    }
+
+    /// Takes the gradient of a value, if one has reached it.
+    fn sum(&mut self, id: VarId) -> Result<Option<Tensor>> {
+        match std::mem::take(&mut self.vars[id.0].waiting) {
+            [Some(first), Some(second)] => (self.accumulate)(self.device, first, second).map(Some),
+            [one, _] => Ok(one),
+        }
     }
 }
 

@@ -42,9 +42,8 @@ use crate::ops::attention::attention;
 use crate::ops::avg_pool::avg_pool;
 use crate::ops::concat::Joined;
 use crate::ops::conv2d::{Geometry, Input, Pad, Plus, Shortcut, conv2d};
-use crate::ops::dropout::dropout;
 use crate::ops::embedding::embedding;
-use crate::ops::group_norm::{Activation, group_norm, scale_shift_group_norm};
+use crate::ops::group_norm::{Activation, Then, group_norm, scale_shift_group_norm};
 use crate::ops::linear::linear;
 use crate::ops::pool;
 use crate::ops::silu::silu;
@@ -591,20 +590,19 @@ impl Resnet {
         // Each is (n, h, w, c_in), or (n, h/2, w/2, c_in) in a block that doubles.
         let x = if self.change == Change::Halve { avg_pool(tape, x)? } else { x.clone() };
         let joined = skip.map_or_else(|| Joined::from(&x), |skip| Joined::from([&x, skip]));
-        let Norm { gamma, beta, groups } = self.norm2;
-        let mut h = if m.scale_shift_norm {
-            let eps = m.norm_eps as f32;
-            scale_shift_group_norm(tape, h, time, gamma, beta, groups, eps, Activation::Silu)? // (n, h, w, c)
-        } else {
-            norm(tape, m, h, &self.norm2, Activation::Silu)? // (n, h, w, c)
-        };
-        if let Some(DropoutSeed { seed, step, first }) = masks {
+        let dropout = masks.map(|DropoutSeed { seed, step, first }| {
             let end = first as usize + h.shape().n;
             assert!(end <= 1 << DROPOUT_IMAGES, "dropout for {end} images in a step: a layer has 2^20 streams");
             let first = (self.index << DROPOUT_IMAGES) + first;
-            let streams = Streams { seed, purpose: Purpose::Dropout, step, first };
-            h = dropout(tape, &h, m.dropout as f32, streams)?; // (n, h, w, c)
-        }
+            (m.dropout as f32, Streams { seed, purpose: Purpose::Dropout, step, first })
+        });
+        let then = Then { activation: Activation::Silu, dropout };
+        let h = if m.scale_shift_norm {
+            let (Norm { gamma, beta, groups }, eps) = (&self.norm2, m.norm_eps as f32);
+            scale_shift_group_norm(tape, h, time, *gamma, *beta, *groups, eps, then)? // (n, h, w, c)
+        } else {
+            norm(tape, m, h, &self.norm2, then)? // (n, h, w, c)
+        };
         let conv = self.conv_shortcut.as_ref();
         let conv = conv.map(|s| Shortcut { x: joined, weight: s.weight, bias: s.bias });
         let residual = if conv.is_none() { Some(&x) } else { None };
@@ -682,6 +680,11 @@ impl Backward for Part {
         self.inputs().into_iter().flatten().map(Var::value).collect()
     }
 
+    /// It ends with a convolution.
+    fn wants_pixel_sums(&self) -> bool {
+        true
+    }
+
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let last = if let Half::First = self.half { &self.resnet.conv1 } else { &self.resnet.conv2 };
         let forward = |tape: &mut Tape<'_>, inputs: [Option<Var>; 4]| self.forward(tape, inputs);
@@ -717,6 +720,6 @@ fn dense(tape: &mut Tape<'_>, x: &Var, layer: &Affine) -> Result<Var> {
     linear(tape, x, layer.weight, Some(layer.bias), None)
 }
 
-fn norm(tape: &mut Tape<'_>, m: &Model, x: impl Into<Joined>, norm: &Norm, activation: Activation) -> Result<Var> {
-    group_norm(tape, x, norm.gamma, norm.beta, norm.groups, m.norm_eps as f32, activation)
+fn norm(tape: &mut Tape<'_>, m: &Model, x: impl Into<Joined>, norm: &Norm, then: impl Into<Then>) -> Result<Var> {
+    group_norm(tape, x, norm.gamma, norm.beta, norm.groups, m.norm_eps as f32, then)
 }

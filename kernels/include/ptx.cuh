@@ -30,6 +30,15 @@ __device__ __forceinline__ void store_shared(uint32_t to, uint4 v) {
                  : "memory");
 }
 
+__device__ __forceinline__ float4 load_shared(uint32_t from) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(from)
+                 : "memory");
+    return v;
+}
+
 // Four matrices of 8x8 elements. Lane 8 i + j has the address of row j of matrix i; lane l gets elements 2 (l % 4) and
 // the next of row l / 4 of each, or of column l / 4 if TRANS.
 template <bool TRANS>

@@ -104,16 +104,20 @@ impl Joined {
 
     /// Adds the gradients of both, each if it is wanted.
     pub(crate) fn add(&self, grads: &mut Grads<'_>, dx: (Tensor, Option<Tensor>)) -> Result<()> {
-        if let Some(id) = self.first.1 {
-            grads.add(id, dx.0)?;
-        }
-        if let (Some((_, Some(id))), Some(dx)) = (&self.second, dx.1) {
-            grads.add(*id, dx)?;
+        for (id, dx) in self.ids().into_iter().zip([Some(dx.0), dx.1]) {
+            if let (Some(id), Some(dx)) = (id, dx) {
+                grads.add(id, dx)?;
+            }
         }
         Ok(())
     }
 
-    /// The same for the gradient of the concatenation. CPU only.
+    /// The places of both on the tape, of each whose gradient is wanted.
+    pub(crate) fn ids(&self) -> [Option<VarId>; 2] {
+        [self.first.1, self.second.as_ref().and_then(|(_, id)| *id)]
+    }
+
+    /// The same as [`add`](Self::add), for the gradient of the concatenation. CPU only.
     pub(crate) fn add_parts(&self, grads: &mut Grads<'_>, dx: Tensor) -> Result<()> {
         let c = dx.shape().c;
         let (mut first, Some(mut second)) = self.gradients(grads.device())? else { return self.add(grads, (dx, None)) };

@@ -359,6 +359,10 @@ impl Backward for Conv2dBackward {
         self.x.x.tensors().into_iter().chain(self.shortcut.iter().flat_map(|s| s.x.tensors())).collect()
     }
 
+    fn wants_pixel_sums(&self) -> bool {
+        true
+    }
+
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let (device, xs, ys) = (grads.device(), self.x.shape(), dy.shape());
         let ws = grads.weight_shape(self.weight);
@@ -394,7 +398,13 @@ impl Backward for Conv2dBackward {
                 }
                 if grads.wants_params() || self.shift.is_some() {
                     let biases = [Some(self.bias), self.shortcut.as_ref().map(|s| s.bias)];
-                    let dshift = cuda::sums(gpu, grads, biases, &dy, self.shift.map(|_| device))?;
+                    let dshift = match grads.pixel_sums() {
+                        None => cuda::sums(gpu, grads, biases, &dy, self.shift.map(|_| device))?,
+                        Some(known) => {
+                            cuda::bias_gradients(gpu, grads, biases, &known.sums)?;
+                            Some(known.rounded)
+                        }
+                    };
                     if let (Some(shift), Some(dshift)) = (self.shift, dshift) {
                         grads.add(shift, dshift)?;
                     }
@@ -966,6 +976,17 @@ mod cuda {
         };
         let operands = [Some(x.first()), x.second(), Some(dy)].map(|x| x.map(Tensor::array));
         job.run(gpu, dw.view, dw.accumulate, &operands, sizes(input, ws, g))
+    }
+
+    /// The gradients of `biases`, each if it is wanted, from the sums over each image's pixels, (n, 1, 1, c_out).
+    pub fn bias_gradients(gpu: &Gpu, grads: &mut Grads<'_>, biases: [Option<Param>; 2], dshift: &Tensor) -> Result<()> {
+        let Shape { n, c, .. } = dshift.shape();
+        for bias in biases.into_iter().flatten() {
+            if let Some(db) = grads.param_view(bias) {
+                sum_parts(gpu, &SUM_PARTS, db.view, dshift.gpu_buffer(), n, c, db.accumulate)?;
+            }
+        }
+        Ok(())
     }
 
     /// The gradients of `biases`, each if it is wanted, and `dshift` (n, 1, 1, c_out) if `shift_on` names its device. A

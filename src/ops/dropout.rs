@@ -7,7 +7,8 @@
 //!
 //! Gradient: `dx[i] = m[i] dy[i] / (1 - rate)`. One rounding per element, besides that of the scale. Least traffic: 8
 //! bytes per element in f32 forward, and 8 backward, where `dx` overwrites `dy`. Ten rounds of Philox per four elements
-//! cost about as much.
+//! cost about as much. Behind a group norm it is part of that operation ([`Then`](super::group_norm::Then)), which on a
+//! GPU takes no pass of its own for it.
 
 use rayon::prelude::*;
 
@@ -19,12 +20,11 @@ use crate::tensor::Tensor;
 
 /// Drops each element with probability `rate`, in `[0, 1)`. On a tape that does not record, or with rate 0, `y` is `x`.
 pub fn dropout(tape: &mut Tape<'_>, x: &Var, rate: f32, streams: Streams) -> Result<Var> {
-    assert!((0.0..1.0).contains(&rate), "dropout: rate {rate} is not in [0, 1)");
+    let mask = Mask::new(rate, streams);
     if rate == 0.0 || !tape.is_recording() {
         return Ok(x.clone());
     }
     let mut y = Tensor::uninit(tape.device(), x.value().dtype(), x.shape())?;
-    let mask = Mask::new(rate, streams);
     match tape.device() {
         Device::Cpu(_) => cpu::forward(y.data_mut(), x.data(), mask, x.shape().n),
         Device::Cuda(gpu) => cuda::forward(gpu, &mut y, x.value(), mask)?,
@@ -35,16 +35,17 @@ pub fn dropout(tape: &mut Tape<'_>, x: &Var, rate: f32, streams: Streams) -> Res
 
 /// What determines the mask.
 #[derive(Clone, Copy)]
-struct Mask {
-    streams: Streams,
+pub(super) struct Mask {
+    pub streams: Streams,
     /// Elements whose word is at least this are kept.
-    threshold: u32,
+    pub threshold: u32,
     /// `1 / (1 - rate)`.
-    scale: f32,
+    pub scale: f32,
 }
 
 impl Mask {
-    fn new(rate: f32, streams: Streams) -> Self {
+    pub fn new(rate: f32, streams: Streams) -> Self {
+        assert!((0.0..1.0).contains(&rate), "dropout: rate {rate} is not in [0, 1)");
         let threshold = (f64::from(rate) * (1u64 << 32) as f64).round() as u32;
         Mask { streams, threshold, scale: 1.0 / (1.0 - rate) }
     }
@@ -67,15 +68,21 @@ impl Backward for DropoutBackward {
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
         let Some(x) = self.x else { return Ok(()) };
         let mut dx = dy.into_unique(grads.device())?;
-        match grads.device() {
-            Device::Cpu(_) => {
-                let n = dx.shape().n;
-                cpu::backward(dx.data_mut(), self.mask, n);
-            }
-            Device::Cuda(gpu) => cuda::backward(gpu, &mut dx, self.mask)?,
-            Device::Meta(_) => {}
-        }
+        in_place(grads.device(), &mut dx, self.mask)?;
         grads.add(x, dx)
+    }
+}
+
+/// Drops elements of `x`, which no other handle shares.
+pub(super) fn in_place(device: &Device, x: &mut Tensor, mask: Mask) -> Result<()> {
+    match device {
+        Device::Cpu(_) => {
+            let n = x.shape().n;
+            cpu::in_place(x.data_mut(), mask, n);
+            Ok(())
+        }
+        Device::Cuda(gpu) => cuda::in_place(gpu, x, mask),
+        Device::Meta(_) => Ok(()),
     }
 }
 
@@ -122,13 +129,12 @@ mod cpu {
         });
     }
 
-    /// `dx` holds `dy` on entry.
-    pub fn backward(dx: &mut [f32], mask: Mask, n: usize) {
-        let image = dx.len() / n;
-        dx.par_chunks_mut(image).enumerate().for_each(|(i, dx)| {
+    pub fn in_place(x: &mut [f32], mask: Mask, n: usize) {
+        let image = x.len() / n;
+        x.par_chunks_mut(image).enumerate().for_each(|(i, x)| {
             let stream = mask.streams.image(i);
-            let chunks = dx.par_chunks_mut(CHUNK).enumerate();
-            chunks.for_each(|(k, dx)| drop_some(dx, mask, stream, k * CHUNK));
+            let chunks = x.par_chunks_mut(CHUNK).enumerate();
+            chunks.for_each(|(k, x)| drop_some(x, mask, stream, k * CHUNK));
         });
     }
 
@@ -159,10 +165,9 @@ mod cuda {
         apply(gpu.launch(MASK.of(x.dtype()), grid(shape), THREADS).write(y).read(x), shape, mask)
     }
 
-    /// `dx` holds `dy` on entry.
-    pub fn backward(gpu: &Gpu, dx: &mut Tensor, mask: Mask) -> Result<()> {
-        let shape = dx.shape();
-        apply(gpu.launch(MASK.of(dx.dtype()), grid(shape), THREADS).write(dx).first_again(), shape, mask)
+    pub fn in_place(gpu: &Gpu, x: &mut Tensor, mask: Mask) -> Result<()> {
+        let shape = x.shape();
+        apply(gpu.launch(MASK.of(x.dtype()), grid(shape), THREADS).write(x).first_again(), shape, mask)
     }
 
     fn grid(shape: Shape) -> [usize; 3] {

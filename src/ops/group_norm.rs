@@ -29,7 +29,17 @@
 //!
 //! `x` may be two tensors whose channels follow one another ([`Joined`]); a group may have channels of both.
 //!
+//! [Dropout](super::dropout) may follow ([`Then`]): then `y` is `m scale` times the above and `dz` has `m scale dy` for
+//! `dy`, where `m` is a function of the stream and is made again backward.
+//!
 //! Saved: `x`, per image and group `mean` (as the sum of two f32) and `rstd`, and `scale_shift`.
+//!
+//! On a GPU one launch does each pass where all pixels of some groups fit into a block's shared memory (slabs), and
+//! several over strips of pixels otherwise. The one backward also adds gradients of `x` that wait to be added where it
+//! stores `dx`: `round((first + second) + dx)` with both additions in f32, an error of at most `2^-24 (|first + second|
+//! + |sum|)` besides the rounding to the stored type, where `add` would round to that type at each addition. And it
+//! leaves the sums of the stored `dx` over the pixels to a convolution that made `x`
+//! ([`PixelSums`](crate::tape::PixelSums)).
 //!
 //! Numerics: two passes, because `E[x^2] - E[x]^2` loses every digit when the mean is large compared with the
 //! deviation. They run over strips of pixels, small enough that the second pass finds the strip in L1 (on a GPU, in
@@ -37,17 +47,20 @@
 //! image's extent alone and are joined in order: the same bits for any batch and any number of threads.
 //!
 //! Least traffic in f32: forward reads `x` and writes `y`, 8 bytes per element; backward reads `x` and `dy` and writes
-//! `dx` over `dy`, 12 bytes. That holds while an image (backward: two) fits in L2. Beyond that, the pass after the
-//! statistics reads from memory again: 12 bytes forward and up to 24 backward (with SiLU the CPU's first pass also
-//! writes `dz`).
+//! `dx` over `dy`, 12 bytes, and 4 for each gradient that it adds. Slabs take that. Strips do while an image (backward:
+//! two) fits in L2. Beyond that, the pass after the statistics reads from memory again: 12 bytes forward and up to 24
+//! backward (with SiLU the CPU's first pass also writes `dz`).
 
 use rayon::prelude::*;
 
 use crate::device::Device;
 use crate::error::Result;
+use crate::kernels::group_norm_slab::Slab;
 use crate::ops::concat::Joined;
+use crate::ops::dropout::{self, Mask};
 use crate::params::Param;
-use crate::tape::{Backward, Grads, Tape, Var, VarId};
+use crate::rng::Streams;
+use crate::tape::{Backward, Grads, PixelSums, Tape, Var, VarId};
 use crate::tensor::{DType, Shape, Tensor};
 
 /// What follows the normalisation.
@@ -59,7 +72,24 @@ pub enum Activation {
     Silu,
 }
 
-/// Normalises each image's groups of channels. `groups` must divide the channels of `x`, and `eps > 0`.
+/// What follows, with dropout in the end.
+#[derive(Clone, Copy, Debug)]
+pub struct Then {
+    /// After the normalisation.
+    pub activation: Activation,
+    /// After that each element is dropped with this probability, in `[0, 1)`, as [`dropout`](super::dropout) does. Not
+    /// on a tape that does not record.
+    pub dropout: Option<(f32, Streams)>,
+}
+
+impl From<Activation> for Then {
+    fn from(activation: Activation) -> Self {
+        Then { activation, dropout: None }
+    }
+}
+
+/// Normalises each image's groups of channels. `groups` must divide the channels of `x`, and `eps > 0`. `then` is an
+/// [`Activation`], or a [`Then`].
 pub fn group_norm(
     tape: &mut Tape<'_>,
     x: impl Into<Joined>,
@@ -67,9 +97,10 @@ pub fn group_norm(
     beta: Param,
     groups: usize,
     eps: f32,
-    activation: Activation,
+    then: impl Into<Then>,
 ) -> Result<Var> {
-    normalised(tape, x.into(), Norm { gamma, beta, groups, eps, activation }, None)
+    let norm = Norm::new(tape, gamma, beta, groups, eps, then.into());
+    normalised(tape, x.into(), norm, None)
 }
 
 /// The same, then `(1 + scale)` times it, plus `shift`, before the activation: `scale_shift` is (n, 1, 1, 2c), the
@@ -83,12 +114,13 @@ pub fn scale_shift_group_norm(
     beta: Param,
     groups: usize,
     eps: f32,
-    activation: Activation,
+    then: impl Into<Then>,
 ) -> Result<Var> {
     let x = x.into();
     let (want, got) = (Shape::new(x.shape().n, 1, 1, 2 * x.shape().c), scale_shift.shape());
     assert_eq!(got, want, "scale_shift_group_norm: scale and shift of {}", x.shape());
-    normalised(tape, x, Norm { gamma, beta, groups, eps, activation }, Some(scale_shift))
+    let norm = Norm::new(tape, gamma, beta, groups, eps, then.into());
+    normalised(tape, x, norm, Some(scale_shift))
 }
 
 /// The parameters of a normalisation.
@@ -99,10 +131,19 @@ struct Norm {
     groups: usize,
     eps: f32,
     activation: Activation,
+    mask: Option<Mask>,
+}
+
+impl Norm {
+    fn new(tape: &Tape<'_>, gamma: Param, beta: Param, groups: usize, eps: f32, then: Then) -> Self {
+        let mask = then.dropout.map(|(rate, streams)| (rate, Mask::new(rate, streams)));
+        let mask = mask.filter(|(rate, _)| *rate > 0.0 && tape.is_recording()).map(|(_, mask)| mask);
+        Norm { gamma, beta, groups, eps, activation: then.activation, mask }
+    }
 }
 
 fn normalised(tape: &mut Tape<'_>, x: Joined, norm: Norm, scale_shift: Option<&Var>) -> Result<Var> {
-    let Norm { gamma, beta, groups, eps, activation } = norm;
+    let Norm { gamma, beta, groups, eps, activation, mask } = norm;
     let shape = x.shape();
     for (name, p) in [("gamma", gamma), ("beta", beta)] {
         let p = tape.params().shape(p);
@@ -123,12 +164,23 @@ fn normalised(tape: &mut Tape<'_>, x: Joined, norm: Norm, scale_shift: Option<&V
             let job = cpu::Job { shape, groups, eps, activation, gamma, beta };
             let x = x.concatenated(tape.device())?;
             cpu::forward(&job, y.data_mut(), stats.data_mut(), partials.data_mut(), x.data());
+            if let Some(mask) = mask {
+                dropout::in_place(tape.device(), &mut y, mask)?;
+            }
         }
         Device::Cuda(gpu) => {
             let [gamma, beta] = [gamma, beta].map(|p| tape.params().view(p, DType::F32));
-            let own = scale_shift.map(|s| cuda::coefficients(gpu, s.value(), gamma, beta)).transpose()?;
-            let job = cuda::Job::new(gpu, shape, norm, gamma, beta, own.as_ref());
-            cuda::forward(&job, &mut y, &mut stats, &x)?;
+            if let Some(slab) = cuda::slab(&x, groups, 1) {
+                let scale_shift = scale_shift.map(Var::value);
+                cuda::forward_slab(gpu, slab, norm, &mut y, &mut stats, &x, [gamma, beta], scale_shift)?;
+            } else {
+                let own = scale_shift.map(|s| cuda::coefficients(gpu, s.value(), gamma, beta)).transpose()?;
+                let job = cuda::Job::new(gpu, shape, norm, gamma, beta, own.as_ref());
+                cuda::forward(&job, &mut y, &mut stats, &x)?;
+                if let Some(mask) = mask {
+                    dropout::in_place(tape.device(), &mut y, mask)?;
+                }
+            }
         }
         Device::Meta(_) => {}
     }
@@ -159,31 +211,85 @@ impl Backward for GroupNormBackward {
     }
 
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
-        let norm @ Norm { groups, eps, activation, .. } = self.norm;
-        let shape = self.x.shape();
-        // Over dy, but for two gradients; the CPU parts them in the end.
-        let apart = self.x.second().is_some() && !matches!(grads.device(), Device::Cpu(_));
-        let (mut dx, mut dx_second) = (None, None);
-        let mut dy = if apart {
-            let (first, second) = self.x.gradients(grads.device())?;
-            (dx, dx_second) = (Some(first), second);
-            dy
-        } else {
-            dy.into_unique(grads.device())?
-        };
-        let uninit = |s: &(_, Tensor)| Tensor::uninit(grads.device(), s.1.dtype(), s.1.shape());
+        let device = grads.device();
+        let uninit = |s: &(_, Tensor)| Tensor::uninit(device, s.1.dtype(), s.1.shape());
         let mut dscale_shift = self.scale_shift.as_ref().map(uninit).transpose()?;
-        match grads.device() {
+        let slab = if device.is_gpu() { cuda::slab(&self.x, self.norm.groups, 2) } else { None };
+        match slab {
+            None => self.by_strips(dy, dscale_shift.as_mut(), grads)?,
+            Some(slab) => self.by_slabs(slab, dy, dscale_shift.as_mut(), grads)?,
+        }
+        match (dscale_shift, &self.scale_shift) {
+            (Some(d), Some((Some(id), _))) => grads.add(*id, d),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl GroupNormBackward {
+    /// In one launch, which adds what waits to be added to the gradients of both tensors, and sums them over the pixels
+    /// for whoever made them.
+    fn by_slabs(&self, slab: Slab, dy: Tensor, dscale_shift: Option<&mut Tensor>, grads: &mut Grads<'_>) -> Result<()> {
+        let device = grads.device();
+        let (mut dy, mut mask) = (dy, self.norm.mask);
+        if let Some(mask) = mask.take_if(|_| !cuda::holds_all(&slab)) {
+            dy = dy.into_unique(device)?;
+            dropout::in_place(device, &mut dy, mask)?;
+        }
+        let (ids, tensors) = (self.x.ids(), [Some(self.x.first()), self.x.second()]);
+        let waiting = ids.map(|id| id.map_or([None, None], |id| grads.waiting(id)));
+        let mut sums = [None, None];
+        for ((sums, id), x) in sums.iter_mut().zip(ids).zip(tensors) {
+            if let (Some(x), true) = (x, id.is_some_and(|id| grads.wants_pixel_sums(id))) {
+                let shape = Shape::new(x.shape().n, 1, 1, x.shape().c);
+                let [sums_f32, rounded] = [DType::F32, x.dtype()].map(|dtype| Tensor::uninit(device, dtype, shape));
+                *sums = Some(PixelSums { sums: sums_f32?, rounded: rounded? });
+            }
+        }
+        // Over dy, but for two gradients.
+        let over = self.x.second().is_none() && dy.is_unique();
+        let apart = if over { None } else { Some(self.x.gradients(device)?) };
+        let (mut first, mut second) = apart.map_or((None, None), |(first, second)| (Some(first), second));
+        if let Device::Cuda(gpu) = device {
+            let scale_shift = self.scale_shift.as_ref().map(|(_, s)| s);
+            let norm = Norm { mask, ..self.norm };
+            let to = cuda::Gives { dx: [first.as_mut(), second.as_mut()], sums: &mut sums, dscale_shift };
+            cuda::backward_slab(gpu, slab, norm, to, &mut dy, &waiting, &self.x, &self.stats, scale_shift, grads)?;
+        }
+        for ((id, dx), sums) in ids.into_iter().zip([Some(first.unwrap_or(dy)), second]).zip(sums) {
+            if let (Some(id), Some(dx)) = (id, dx) {
+                grads.add_with_sums(id, dx, sums)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// By strips of pixels, and on the CPU.
+    fn by_strips(&self, dy: Tensor, mut dscale_shift: Option<&mut Tensor>, grads: &mut Grads<'_>) -> Result<()> {
+        let norm @ Norm { groups, eps, activation, mask, .. } = self.norm;
+        let (shape, device) = (self.x.shape(), grads.device());
+        // Over dy, but for two gradients; the CPU parts them in the end.
+        let apart = self.x.second().is_some() && device.is_gpu();
+        let mut dy = if apart && mask.is_none() { dy } else { dy.into_unique(device)? };
+        if let Some(mask) = mask {
+            dropout::in_place(device, &mut dy, mask)?;
+        }
+        let (mut dx, mut dx_second) = (None, None);
+        if apart {
+            let (first, second) = self.x.gradients(device)?;
+            (dx, dx_second) = (Some(first), second);
+        }
+        match device {
             Device::Cpu(_) => {
                 let (gamma, beta) = (grads.weight(norm.gamma), grads.weight(norm.beta));
                 let own = self.scale_shift.as_ref().map(|(_, s)| cpu::coefficients(s.data(), gamma, beta));
                 // The last row of each image holds its sums over all strips.
                 let rows = cpu::strips(shape) + 1;
-                let mut partials = Tensor::uninit(grads.device(), DType::F32, Shape::new(shape.n, rows, 2, shape.c))?;
+                let mut partials = Tensor::uninit(device, DType::F32, Shape::new(shape.n, rows, 2, shape.c))?;
                 {
                     let (gamma, beta) = own.as_ref().map_or((gamma, beta), |own| own.split_at(own.len() / 2));
                     let job = cpu::Job { shape, groups, eps, activation, gamma, beta };
-                    let x = self.x.concatenated(grads.device())?;
+                    let x = self.x.concatenated(device)?;
                     cpu::backward(&job, dy.data_mut(), partials.data_mut(), x.data(), self.stats.data());
                 }
                 if let (Some(d), Some((_, s))) = (&mut dscale_shift, &self.scale_shift) {
@@ -213,10 +319,7 @@ impl Backward for GroupNormBackward {
             }
             Device::Meta(_) => {}
         }
-        if let (Some(d), Some((Some(id), _))) = (dscale_shift, &self.scale_shift) {
-            grads.add(*id, d)?;
-        }
-        match (grads.device(), dx) {
+        match (device, dx) {
             (_, Some(dx)) => self.x.add(grads, (dx, dx_second)),
             (Device::Cpu(_), None) => self.x.add_parts(grads, dy),
             (_, None) => self.x.add(grads, (dy, None)),
@@ -762,14 +865,165 @@ mod cpu {
 mod cuda {
     use super::*;
     use crate::device::cuda::{Gpu, Launch, View};
+    use crate::kernels::Kernel;
     use crate::kernels::group_norm::{
-        BWD_DX, BWD_JOIN, BWD_PARAMS, BWD_SCALE_SHIFT, BWD_SUMS, FWD_APPLY, FWD_JOIN, FWD_MOMENTS, FWD_SCALE_SHIFT,
-        PARAM_CHANNELS, PIXELS, THREADS,
+        BWD_DX, BWD_JOIN, BWD_PARAMS, BWD_SCALE_SHIFT, BWD_SLAB, BWD_SUMS, FWD_APPLY, FWD_JOIN, FWD_MOMENTS,
+        FWD_SCALE_SHIFT, FWD_SLAB, PARAM_CHANNELS, PIXELS,
     };
-    use crate::params::ParamView;
+    use crate::kernels::group_norm_slab::{BLOCK, SLAB_CHANNELS};
+    use crate::params::{ARRIVALS, PairView, ParamView};
+    use crate::rng::Purpose;
 
     /// Warps per block in the passes over the image.
-    const WARPS: usize = THREADS as usize / 32;
+    const WARPS: usize = BLOCK as usize / 32;
+
+    /// Bytes of a column of a slab: an access.
+    const COLUMN: usize = 16;
+
+    /// Bytes that move together between memory and a multiprocessor.
+    const SECTOR: usize = 32;
+
+    /// Bytes of one tensor's slab, at most: 32x32 pixels of the paper's 384 channels in bf16, whose smallest slab is 48
+    /// channels wide. A larger image goes by strips, which fill a GPU with fewer images.
+    const LARGEST: usize = 96 << 10;
+
+    /// Bytes of shared memory for what is read more than once: beside the sums an RTX 4090 has room for so much.
+    const HELD: usize = 84 << 10;
+
+    /// The slabs of `x`, of which the kernel reads `tensors` more than once; `None` if it goes by strips: if its groups
+    /// are no quads or its pixels no columns, or if a slab would be too large. Depends on the image's extent alone.
+    pub fn slab(x: &Joined, groups: usize, tensors: usize) -> Option<Slab> {
+        let (shape, size, pixels) = (x.shape(), x.dtype().size(), x.shape().pixels());
+        let (wide, width) = (COLUMN / size, shape.c / groups);
+        let whole = width.is_multiple_of(4) && x.widths().iter().all(|c| c.is_multiple_of(wide));
+        let (row, most) = (shape.c / wide, SLAB_CHANNELS as usize / wide);
+        // Whole groups in whole sectors; then twice as wide while it is no 64 bytes, or no two columns a thread.
+        let mut columns = (lcm(width * size, SECTOR) / COLUMN).min(row);
+        let few = |columns: usize| columns < 4 || pixels * columns < 2 * BLOCK as usize;
+        while few(columns) && columns < row && 2 * columns <= most && 2 * columns * pixels * COLUMN <= LARGEST / 3 {
+            columns *= 2;
+        }
+        let columns = columns.min(row);
+        let fits = columns <= most && pixels * columns * COLUMN <= LARGEST && pixels * shape.c < 1 << 32;
+        let slabs = row.div_ceil(columns.max(1));
+        if !whole || !fits || slabs > ARRIVALS {
+            return None;
+        }
+        let of_thread = pixels.div_ceil(BLOCK as usize / columns);
+        let kept = of_thread.min(HELD / (tensors * BLOCK as usize * COLUMN));
+        let number = |v: usize| u32::try_from(v).ok();
+        Some(Slab {
+            n: number(shape.n)?,
+            pixels: number(pixels)?,
+            c: number(shape.c)?,
+            groups: number(groups)?,
+            c_first: number(x.first().shape().c)?,
+            columns: number(columns)?,
+            slabs: number(slabs)?,
+            kept: number(kept)?,
+            silu: 0,
+        })
+    }
+
+    fn lcm(a: usize, b: usize) -> usize {
+        let (mut x, mut y) = (a, b);
+        while y > 0 {
+            (x, y) = (y, x % y);
+        }
+        a / x * b
+    }
+
+    /// True if a thread holds all its pixels, so that dropout takes no pass of its own backward.
+    pub fn holds_all(slab: &Slab) -> bool {
+        slab.pixels.div_ceil(BLOCK / slab.columns) <= slab.kept
+    }
+
+    /// A launch of one of the kernels for `tensors` tensors in slabs.
+    fn launch_slab<'a>(gpu: &'a Gpu, kernel: &'static Kernel, slab: &Slab, tensors: usize) -> Launch<'a> {
+        let held = tensors * (slab.kept * BLOCK) as usize * COLUMN;
+        gpu.launch(kernel, [(slab.n * slab.slabs) as usize, 1, 1], BLOCK).shared(held)
+    }
+
+    /// Dropout's parameters, which are the last.
+    fn masked<'a>(launch: Launch<'a>, mask: Option<Mask>) -> Launch<'a> {
+        match mask {
+            Some(Mask { streams, threshold, scale }) => {
+                launch.streams_of_step(streams).u32(threshold as usize).f32(scale).clock()
+            }
+            None => {
+                let none = Streams { seed: 0, purpose: Purpose::Dropout, step: 0, first: 0 };
+                launch.streams(none).u32(0).f32(1.0).null()
+            }
+        }
+    }
+
+    /// In one launch.
+    #[allow(clippy::too_many_arguments)]
+    pub fn forward_slab(
+        gpu: &Gpu,
+        slab: Slab,
+        norm: Norm,
+        y: &mut Tensor,
+        stats: &mut Tensor,
+        x: &Joined,
+        [gamma, beta]: [View<'_>; 2],
+        scale_shift: Option<&Tensor>,
+    ) -> Result<()> {
+        let slab = Slab { silu: (norm.activation == Activation::Silu).into(), ..slab };
+        let launch = launch_slab(gpu, FWD_SLAB.of(x.dtype()), &slab, 1).write(y).write(stats);
+        let launch = launch.read(x.first()).read_opt(x.second()).view(gamma).view(beta).read_opt(scale_shift);
+        masked(launch.value(slab).f32(norm.eps), norm.mask).run()
+    }
+
+    /// Where a backward pass writes, besides the gradients of parameters: dx, or over dy if there is none.
+    pub struct Gives<'a> {
+        pub dx: [Option<&'a mut Tensor>; 2],
+        pub sums: &'a mut [Option<PixelSums>; 2],
+        pub dscale_shift: Option<&'a mut Tensor>,
+    }
+
+    /// In one launch. Adds what is `waiting` for both tensors of `x`.
+    #[allow(clippy::too_many_arguments)]
+    pub fn backward_slab(
+        gpu: &Gpu,
+        slab: Slab,
+        norm: Norm,
+        Gives { dx: [dx, dx_second], sums, dscale_shift }: Gives<'_>,
+        dy: &mut Tensor,
+        [of_first, of_second]: &[[Option<Tensor>; 2]; 2],
+        x: &Joined,
+        stats: &Tensor,
+        scale_shift: Option<&Tensor>,
+        grads: &mut Grads<'_>,
+    ) -> Result<()> {
+        let slab = Slab { silu: (norm.activation == Activation::Silu).into(), ..slab };
+        let [gamma, beta] = [norm.gamma, norm.beta].map(|p| grads.weight_view(p, DType::F32));
+        let params = grads.param_pair([norm.gamma, norm.beta]);
+        let shares = params.is_some().then(|| gpu.alloc(4 * 2 * (slab.n * slab.c) as usize));
+        let mut shares = shares.transpose()?; // (n, 2, c)
+        let over = dx.is_none();
+        let launch = launch_slab(gpu, BWD_SLAB.of(x.dtype()), &slab, 2);
+        let (launch, dy) = match dx {
+            Some(dx) => (launch.write(dx).write_opt(dx_second), Some(&*dy)),
+            None => (launch.write(dy).null(), None),
+        };
+        let [sums, sums_second] = sums
+            .each_mut()
+            .map(|sums| sums.as_mut().map_or((None, None), |PixelSums { sums, rounded }| (Some(sums), Some(rounded))));
+        let launch = launch.write_opt(sums.0).write_opt(sums_second.0).write_opt(sums.1).write_opt(sums_second.1);
+        let launch = match (params, &mut shares) {
+            (Some(PairView { view, second_at, accumulate, arrivals }), Some(shares)) => {
+                launch.view_mut(view).u32(second_at).buffer_mut(shares).write(arrivals).u32(accumulate.into())
+            }
+            _ => launch.null().u32(0).null().null().u32(0),
+        };
+        let launch = launch.write_opt(dscale_shift);
+        let launch = if over { launch.first_again() } else { launch.read_opt(dy) };
+        let launch = launch.read_opt(of_first[0].as_ref()).read_opt(of_second[0].as_ref());
+        let launch = launch.read_opt(of_first[1].as_ref()).read_opt(of_second[1].as_ref());
+        let launch = launch.read(x.first()).read_opt(x.second()).read(stats).view(gamma).view(beta);
+        masked(launch.read_opt(scale_shift).value(slab), norm.mask).run()
+    }
 
     /// What both passes need.
     pub struct Job<'a> {
@@ -882,7 +1136,7 @@ mod cuda {
         let (shape, tiling) = (job.shape, Tiling::new(job.shape));
         let (pixels, grid) = (shape.pixels(), job.grid(&tiling));
         let mut partials = job.scratch(Shape::new(shape.n, tiling.strips, 3, shape.c))?;
-        let launch = job.gpu.launch(FWD_MOMENTS.of(x.dtype()), grid, THREADS).write(&mut partials);
+        let launch = job.gpu.launch(FWD_MOMENTS.of(x.dtype()), grid, BLOCK).write(&mut partials);
         job.tiling(read(launch, x).u32(pixels).u32(shape.c), &tiling, x).run()?;
 
         let (lane_bits, threads) = job.join(tiling.strips);
@@ -890,7 +1144,7 @@ mod cuda {
         let launch = launch.u32(pixels).u32(tiling.strip).u32(tiling.strips).u32(shape.c).u32(job.groups);
         launch.u32(lane_bits).f32(job.eps).run()?;
 
-        let launch = read(job.gpu.launch(FWD_APPLY.of(x.dtype()), grid, THREADS).write(y), x).read(stats);
+        let launch = read(job.gpu.launch(FWD_APPLY.of(x.dtype()), grid, BLOCK).write(y), x).read(stats);
         let launch = launch.view(job.gamma).view(job.beta).u32(job.per_image).u32(pixels).u32(shape.c);
         job.tiling(launch.u32(job.groups), &tiling, x).u32(job.silu()).run()
     }
@@ -899,7 +1153,7 @@ mod cuda {
     pub fn coefficients(gpu: &Gpu, scale_shift: &Tensor, gamma: View<'_>, beta: View<'_>) -> Result<Tensor> {
         let Shape { n, c, .. } = scale_shift.shape();
         let mut own = Tensor::uninit(&Device::Cuda(gpu.clone()), DType::F32, Shape::new(2, n, 1, c / 2))?;
-        let launch = gpu.launch(FWD_SCALE_SHIFT.of(scale_shift.dtype()), per_channel(n, c / 2), THREADS);
+        let launch = gpu.launch(FWD_SCALE_SHIFT.of(scale_shift.dtype()), per_channel(n, c / 2), BLOCK);
         launch.write(&mut own).read(scale_shift).view(gamma).view(beta).u32(n).u32(c / 2).run()?;
         Ok(own)
     }
@@ -915,13 +1169,13 @@ mod cuda {
         beta: View<'_>,
     ) -> Result<()> {
         let Shape { n, c, .. } = sums.shape();
-        let launch = gpu.launch(BWD_SCALE_SHIFT.of(scale_shift.dtype()), per_channel(n, c), THREADS);
+        let launch = gpu.launch(BWD_SCALE_SHIFT.of(scale_shift.dtype()), per_channel(n, c), BLOCK);
         launch.write(dscale_shift).write(sums).read(scale_shift).view(gamma).view(beta).u32(n).u32(c).run()
     }
 
     /// A grid with a thread for each channel of each image.
     fn per_channel(n: usize, c: usize) -> [usize; 3] {
-        [(n * c).div_ceil(THREADS as usize), 1, 1]
+        [(n * c).div_ceil(BLOCK as usize), 1, 1]
     }
 
     /// Writes to the tensors `dx`, or over `dy` if there are none. Returns each image's share of `dgamma` and `dbeta`,
@@ -938,7 +1192,7 @@ mod cuda {
         let mut partials = job.scratch(Shape::new(shape.n, tiling.strips, 2, shape.c))?;
         let mut sums = job.scratch(Shape::new(shape.n, 1, 2, shape.c))?;
         let mut slopes = job.scratch(Shape::new(shape.n, 1, job.groups, 2))?;
-        let launch = read(job.gpu.launch(BWD_SUMS.of(x.dtype()), grid, THREADS).write(&mut partials), x).read(dy);
+        let launch = read(job.gpu.launch(BWD_SUMS.of(x.dtype()), grid, BLOCK).write(&mut partials), x).read(dy);
         let launch = launch.read(stats).view(job.gamma).view(job.beta).u32(job.per_image).u32(pixels).u32(shape.c);
         job.tiling(launch.u32(job.groups), &tiling, x).u32(job.silu()).run()?;
 
@@ -948,7 +1202,7 @@ mod cuda {
         let launch = launch.u32(job.per_image).u32(pixels).u32(tiling.strips).u32(shape.c);
         launch.u32(job.groups).u32(lane_bits).run()?;
 
-        let launch = job.gpu.launch(BWD_DX.of(x.dtype()), grid, THREADS);
+        let launch = job.gpu.launch(BWD_DX.of(x.dtype()), grid, BLOCK);
         let launch = match dx {
             Some(dx) => launch.write(dx).write_opt(dx_second).read(dy),
             None => launch.write(dy).null().first_again(),
@@ -962,10 +1216,8 @@ mod cuda {
     /// Part `part` of `sums` (n, 1, 2, c), summed over the images.
     pub fn sum_images(gpu: &Gpu, grad: ParamView<'_>, sums: &Tensor, part: usize) -> Result<()> {
         let Shape { n, c, .. } = sums.shape();
-        let launch = gpu
-            .launch(&BWD_PARAMS, [c.div_ceil(PARAM_CHANNELS as usize), 1, 1], THREADS)
-            .view_mut(grad.view)
-            .read(sums);
+        let launch =
+            gpu.launch(&BWD_PARAMS, [c.div_ceil(PARAM_CHANNELS as usize), 1, 1], BLOCK).view_mut(grad.view).read(sums);
         launch.u32(part).u32(n).u32(c).u32(grad.accumulate.into()).run()
     }
 }

@@ -1,20 +1,27 @@
 use std::ops::Range;
 
 use ddpm_cuda::device::Device;
+use ddpm_cuda::ops::add::add;
 use ddpm_cuda::ops::concat;
+use ddpm_cuda::ops::conv2d::{Geometry, Plus, conv2d};
+use ddpm_cuda::ops::dropout::dropout;
 use ddpm_cuda::ops::group_norm::Activation::{self, Identity, Silu};
-use ddpm_cuda::ops::group_norm::{group_norm, reference, scale_shift_group_norm};
+use ddpm_cuda::ops::group_norm::{Then, group_norm, reference, scale_shift_group_norm};
+use ddpm_cuda::ops::silu::{self, silu};
+use ddpm_cuda::rng::{Purpose, Streams};
 use ddpm_cuda::tensor::{DType, Shape};
 
 use crate::support::{
-    F32_ROUNDING, Pass, close_as_but_for, finite_differences, gpu, numbers, plant, same_bits,
-    same_bits_at_any_number_of_threads, through_tape_on, to_f32,
+    F32_ROUNDING, Pass, close_as_but_for, close_as_but_for_each, close_to_largest, finite_differences, gpu, numbers,
+    plant, same_bits, same_bits_at_any_number_of_threads, through_tape_on, to_f32, worst, worst_at,
 };
 
 /// Shape, groups. One element (its variance is 0, so y = beta); a group per channel; one group; primes; channels in
 /// every vector width (64, 32, 16, 4 and 1); strips of 64 pixels with a short last one; many channels on few pixels;
-/// not square.
-const CASES: [(Shape, usize); 10] = [
+/// not square. From [`IN_SLABS`] on, groups of fours of channels on images that fit into a GPU's shared memory: a pixel
+/// alone; groups of 12 channels, six columns of bf16; more pixels than a thread holds; groups of 20, whose pixels are
+/// no whole sectors; a narrower last slab; a group of all channels.
+const CASES: [(Shape, usize); 16] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 3, 5, 7), 7),
     (Shape::new(2, 3, 5, 7), 1),
@@ -25,7 +32,21 @@ const CASES: [(Shape, usize); 10] = [
     (Shape::new(2, 4, 4, 512), 32),
     (Shape::new(2, 32, 32, 96), 32),
     (Shape::new(1, 64, 66, 16), 4),
+    (Shape::new(3, 1, 1, 16), 4),
+    (Shape::new(2, 6, 7, 48), 4),
+    (Shape::new(1, 32, 32, 96), 8),
+    (Shape::new(2, 8, 8, 40), 2),
+    (Shape::new(2, 8, 16, 48), 12),
+    (Shape::new(1, 5, 7, 256), 1),
 ];
+
+/// The first of [`CASES`] of which all go by slabs.
+const IN_SLABS: usize = 10;
+
+/// Whether a GPU takes one of [`CASES`] by slabs.
+fn in_slabs(shape: Shape, groups: usize) -> bool {
+    (shape.c / groups).is_multiple_of(4) && shape.c.is_multiple_of(8) && shape.pixels() <= 1024
+}
 
 /// The tensors of a case, in f64 but exact in f32.
 struct Case {
@@ -131,6 +152,10 @@ impl Case {
     /// former has two of them; with scales each term of dgamma is up to twice as large.
     fn check(&self, got: &Pass, dtype: DType) {
         let walk = match self.activation {
+            // In slabs the first sums are f32, of partial sums of order one, in an order of their own.
+            Identity if in_slabs(self.shape, self.groups) => {
+                F32_ROUNDING * ((self.shape.n * self.shape.pixels()) as f64).sqrt()
+            }
             Identity => 0.0,
             Silu => 9.0 * F32_ROUNDING * ((self.shape.n * self.shape.pixels()) as f64).sqrt(),
         };
@@ -310,7 +335,8 @@ fn gpu_scales_and_shifts_each_image() {
     case.check(&case.pass_on(&Device::Cuda(gpu), 1), DType::F32);
 }
 
-/// On the GPU sums are shorter: 8 pixels per thread, 5 halvings in a warp, 8 warps.
+/// On the GPU sums are shorter: 8 pixels per thread, 5 halvings in a warp, 8 warps; in slabs up to 25 pixels per
+/// thread, 2 halvings of its four channels, up to 16 threads, and the rest in f64.
 #[test]
 fn on_the_gpu_a_large_mean_costs_no_more_than_the_sums_of_a_thread_and_a_block() {
     for dtype in [DType::F32, DType::Bf16] {
@@ -320,7 +346,8 @@ fn on_the_gpu_a_large_mean_costs_no_more_than_the_sums_of_a_thread_and_a_block()
             let got = case.pass_on(&Device::Cuda(gpu.clone()), 1);
             case.check(&got, dtype);
             if dtype == DType::F32 {
-                check_digits(&case, &got.y, 8 + 5 + 8);
+                let chain = if in_slabs(case.shape, case.groups) { 25 + 2 + 16 } else { 8 + 5 + 8 };
+                check_digits(&case, &got.y, chain);
             }
         }
     }
@@ -329,11 +356,14 @@ fn on_the_gpu_a_large_mean_costs_no_more_than_the_sums_of_a_thread_and_a_block()
 #[test]
 fn on_the_gpu_parameter_gradients_accumulate() {
     let Some(gpu) = gpu::gpu(DType::F32) else { return };
-    let (device, case) = (Device::Cuda(gpu), Case::new(CASES[5], Silu, 0.3, 2.0));
-    let (once, twice) = (case.pass_on(&device, 1), case.pass_on(&device, 2));
-    for (once, twice) in once.dw.iter().zip(&twice.dw) {
-        let sum: Vec<f32> = once.iter().map(|v| v + v).collect();
-        same_bits("after two passes", twice, &sum);
+    let device = Device::Cuda(gpu);
+    for case in [CASES[5], CASES[IN_SLABS + 4]] {
+        let case = Case::new(case, Silu, 0.3, 2.0);
+        let (once, twice) = (case.pass_on(&device, 1), case.pass_on(&device, 2));
+        for (once, twice) in once.dw.iter().zip(&twice.dw) {
+            let sum: Vec<f32> = once.iter().map(|v| v + v).collect();
+            same_bits("after two passes", twice, &sum);
+        }
     }
 }
 
@@ -341,7 +371,7 @@ fn on_the_gpu_parameter_gradients_accumulate() {
 fn on_the_gpu_an_image_does_not_depend_on_its_batch() {
     let Some(gpu) = gpu::gpu(DType::Bf16) else { return };
     let device = Device::Cuda(gpu);
-    for (shape, groups) in [CASES[5], CASES[7], CASES[8]] {
+    for (shape, groups) in [CASES[5], CASES[7], CASES[8], CASES[IN_SLABS + 4]] {
         let batch = Case::new((shape, groups), Silu, 0.3, 2.0);
         let together = batch.pass_on(&device, 1);
         let image = shape.len() / shape.n;
@@ -365,14 +395,187 @@ fn gpu_agrees_where_every_barrier_matters() {
     case.check(&case.pass_on(&Device::Cuda(gpu), 1), DType::F32);
 }
 
-/// Seams between groups, within one, and within a quad of channels; with and without scales.
-const SEAMS: [(Shape, usize, usize); 6] = [
+/// Two slabs of 16 columns of f32 and their images' last, of four threads a column; also for scales.
+#[test]
+fn gpu_slabs_agree_where_every_barrier_matters() {
+    let Some(gpu) = gpu::gpu(DType::F32) else { return };
+    let device = Device::Cuda(gpu);
+    let case = Case::new((Shape::new(2, 9, 33, 32), 4), Silu, 0.3, 2.0);
+    case.check(&case.pass_on(&device, 1), DType::F32);
+    let case = case.scaled();
+    case.check(&case.pass_on(&device, 1), DType::F32);
+}
+
+const STREAMS: Streams = Streams { seed: 7, purpose: Purpose::Dropout, step: 3, first: 5 };
+
+/// In f32 a norm with dropout has the bits of one that the operation `dropout` follows: the same products in the same
+/// order, and the mask is a function of the stream.
+fn drops_as_dropout_does(device: &Device, shape: Shape, groups: usize) -> Pass {
+    let vector = |seed| (Shape::vector(shape.c), to_f32(&numbers(seed, shape.c)));
+    let (params, inputs) = ([vector(2), vector(3)], [(shape, to_f32(&numbers(1, shape.len())))]);
+    let pass = |within: bool| {
+        through_tape_on(device, &inputs, &params, &to_f32(&numbers(4, shape.len())), 1, |tape, x, p| {
+            let then = Then { activation: Silu, dropout: within.then_some((0.3, STREAMS)) };
+            let y = group_norm(tape, &x[0], p[0], p[1], groups, EPS, then)?;
+            if within { Ok(y) } else { dropout(tape, &y, 0.3, STREAMS) }
+        })
+    };
+    let (within, apart) = (pass(true), pass(false));
+    if device.activations() == DType::F32 {
+        // Of zeros, whatever their sign.
+        let numbers = |pass: &Pass| pass.flat().into_iter().map(|v| v + 0.0).collect::<Vec<f32>>();
+        same_bits(&format!("{device}, {shape}"), &numbers(&within), &numbers(&apart));
+    } else {
+        // The one is rounded twice; the other once.
+        let twice: Vec<f64> = apart.y.iter().map(|&y| y.into()).collect();
+        worst("y with dropout", &within.y, &twice, |y| 2.01 * gpu::BF16_ROUNDING * y.abs());
+        // Where dy is rounded once more, so are the three terms of dx, none above the largest.
+        close_to_largest("dx with dropout", &within.dx[0], &apart.dx[0], 4.0 * gpu::BF16_ROUNDING);
+    }
+    let dropped = within.y.iter().filter(|y| **y == 0.0).count() as f64 / shape.len() as f64;
+    // Five standard deviations.
+    assert!((dropped - 0.3).abs() < 5.0 * (0.21 / shape.len() as f64).sqrt(), "{dropped} of {shape} are dropped");
+    within
+}
+
+/// By slabs that a thread holds whole, that it does not, and by strips.
+const DROPPED: [(Shape, usize); 3] =
+    [(Shape::new(2, 5, 7, 32), 4), (Shape::new(1, 32, 32, 48), 4), (Shape::new(2, 5, 7, 9), 3)];
+
+#[test]
+fn dropout_within_is_dropout_after() {
+    for (shape, groups) in DROPPED {
+        drops_as_dropout_does(&Device::cpu_guarded(), shape, groups);
+    }
+}
+
+#[test]
+fn gpu_drops_as_dropout_does() {
+    for (shape, groups) in DROPPED {
+        gpu::each("group_norm with dropout", |device| drops_as_dropout_does(device, shape, groups).flat());
+    }
+}
+
+/// Two other gradients reach x before that of the norm, which by slabs adds them where it stores its own: in bf16 one
+/// rounding of the sum, besides one of the slope's product, which another operation stored.
+fn adds_what_waits(device: &Device, (shape, groups): (Shape, usize)) -> Vec<f32> {
+    let dtype = device.activations();
+    let case = Case::new((shape, groups), Silu, 0.3, 1.0).rounded(dtype);
+    let vector = |v: &[f64]| (Shape::vector(shape.c), to_f32(v));
+    let params = [vector(&case.gamma), vector(&case.beta)];
+    let got = through_tape_on(device, &[(shape, to_f32(&case.x))], &params, &to_f32(&case.dy), 1, |tape, x, p| {
+        let y = group_norm(tape, &x[0], p[0], p[1], groups, EPS, Silu)?;
+        let other = silu(tape, &x[0])?;
+        let y = add(tape, &y, &other)?;
+        add(tape, &y, &x[0])
+    });
+    let (oracle, yardstick) = case.oracle();
+    let slope = silu::reference::backward(&case.x, &case.dy);
+    let want: Vec<f64> = oracle[1].iter().zip(&slope).zip(&case.dy).map(|((a, b), c)| a + b + c).collect();
+    let slope_f32 = silu::reference::backward(&to_f32(&case.x), &to_f32(&case.dy));
+    let others = yardstick[1].iter().zip(&slope_f32).zip(to_f32(&case.dy));
+    let yardstick: Vec<f32> = others.map(|((a, b), c)| (c + b) + a).collect();
+    // The sigmoid's own error, as in silu's tests: nine roundings of terms of order one.
+    // By strips the norm's own is stored apart, and so is the sum of the other two.
+    let apart = if device.is_gpu() && in_slabs(shape, groups) { 0.0 } else { gpu::rounding(dtype) };
+    let own = |i: usize| {
+        let stored = apart * (oracle[1][i].abs() + (slope[i] + case.dy[i]).abs());
+        gpu::rounding(dtype) * slope[i].abs() + stored + 16.0 * F32_ROUNDING
+    };
+    close_as_but_for_each(dtype, "dx and what waited", &got.dx[0], &want, &yardstick, own);
+    got.flat()
+}
+
+#[test]
+fn gradients_that_wait_are_added() {
+    for case in [CASES[5], CASES[IN_SLABS + 4]] {
+        adds_what_waits(&Device::cpu_guarded(), case);
+    }
+}
+
+#[test]
+fn gpu_adds_gradients_that_wait_on_store() {
+    for case in [CASES[5], CASES[IN_SLABS + 4]] {
+        gpu::each("what waits", |device| adds_what_waits(device, case));
+    }
+}
+
+/// The same for two tensors, of each of which one gradient waits.
+#[test]
+fn gpu_adds_gradients_that_wait_to_both_tensors() {
+    let (shape, groups, seam) = (Shape::new(2, 4, 5, 48), 4, 16);
+    let case = Case::new((shape, groups), Silu, 0.3, 1.0);
+    gpu::each("what waits for two", |device| {
+        let vector = |v: &[f64]| (Shape::vector(shape.c), to_f32(v));
+        let (params, x) = ([vector(&case.gamma), vector(&case.beta)], to_f32(&case.x));
+        let part = |part: Range<usize>| (shape.with_c(part.len()), concat::reference::backward(&x, shape.c, part));
+        let inputs = [part(0..seam), part(seam..shape.c)];
+        let pass = |waits: bool| {
+            let mut pass = through_tape_on(device, &inputs, &params, &to_f32(&case.dy), 1, |tape, x, p| {
+                let y = group_norm(tape, [&x[0], &x[1]], p[0], p[1], groups, EPS, Silu)?;
+                let both = concat::concat(tape, &x[0], &x[1])?;
+                if waits { add(tape, &y, &both) } else { Ok(y) }
+            });
+            let both = concat::reference::forward(&pass.dx[0], &pass.dx[1], seam, shape.c - seam);
+            pass.dx.splice(0..2, [both]);
+            pass
+        };
+        let (with, without) = (pass(true), pass(false));
+        let dtype = device.activations();
+        let dy = gpu::rounded(dtype, &case.dy);
+        // What is stored without the other gradient is rounded once more.
+        let want: Vec<f64> = without.dx[0].iter().zip(&dy).map(|(&dx, dy)| f64::from(dx) + dy).collect();
+        let budget = |i: usize, w: f64| gpu::rounding(dtype) * 1.01 * (w.abs() + f64::from(without.dx[0][i]).abs());
+        worst_at("dx", &with.dx[0], &want, budget);
+        with.flat()
+    });
+}
+
+/// A convolution takes the gradients of its bias and shift from the sums over the pixels that the norm behind it
+/// leaves. One with the identity for a weight hands on the dx that was summed. Sums of up to 25 terms and 16 of those
+/// in f32.
+#[test]
+fn gpu_leaves_the_sums_over_pixels_to_a_convolution() {
+    let (shape, groups) = (Shape::new(3, 5, 29, 32), 4);
+    let case = Case::new((shape, groups), Silu, 0.3, 2.0);
+    gpu::each("sums over pixels", |device| {
+        let (dtype, Shape { n, c, .. }) = (device.activations(), shape);
+        let identity = (0..c * c).map(|i| if i % c == i / c { 1.0 } else { 0.0 }).collect();
+        let vector = |v: &[f64]| (Shape::vector(c), to_f32(v));
+        let weights = [(Shape::new(c, 1, 1, c), identity), vector(&case.beta), vector(&case.gamma), vector(&case.beta)];
+        let inputs = [(shape, to_f32(&case.x)), (Shape::new(n, 1, 1, c), to_f32(&numbers(6, n * c)))];
+        let got = through_tape_on(device, &inputs, &weights, &to_f32(&case.dy), 1, |tape, x, p| {
+            let plus = Plus { shift: Some(&x[1]), ..Plus::default() };
+            let y = conv2d(tape, &x[0], p[0], p[1], Geometry::POINTWISE, plus)?;
+            group_norm(tape, &y, p[2], p[3], groups, EPS, Silu)
+        });
+        let (mut dshift, mut sizes) = (vec![0.0; n * c], vec![0.0; n * c]);
+        for (i, dx) in got.dx[0].iter().enumerate() {
+            let at = i / (shape.pixels() * c) * c + i % c;
+            dshift[at] += f64::from(*dx);
+            sizes[at] += f64::from(dx.abs());
+        }
+        let f32_sums = |i: usize| 41.0 * F32_ROUNDING * sizes[i];
+        let budget = |i: usize, w: f64| f32_sums(i) + gpu::rounding(dtype) * (w.abs() + f32_sums(i));
+        worst_at("dshift", &got.dx[1], &dshift, budget);
+        let over_images = |v: &[f64]| -> Vec<f64> { (0..c).map(|i| v[i..].iter().step_by(c).sum()).collect() };
+        let budgets = over_images(&(0..n * c).map(f32_sums).collect::<Vec<_>>());
+        let (db, rounding) = (over_images(&dshift), 2.0 * F32_ROUNDING);
+        worst_at("db", &got.dw[1], &db, |i, w| budgets[i] + rounding * (w.abs() + budgets[i]));
+        got.flat()
+    });
+}
+
+/// Seams between groups, within one, and within a quad of channels; with and without scales. The last two by slabs,
+/// whose columns belong to one tensor: with a seam within one, a GPU takes strips, whose sums have another order.
+const SEAMS: [(Shape, usize, usize); 7] = [
     (Shape::new(2, 5, 7, 12), 4, 4),
-    (Shape::new(2, 1, 5, 8), 2, 3),
+    (Shape::new(2, 1, 5, 8), 4, 3),
     (Shape::new(1, 7, 7, 15), 5, 6),
-    (Shape::new(1, 15, 20, 4), 1, 1),
+    (Shape::new(1, 15, 20, 4), 2, 1),
     (Shape::new(3, 4, 4, 8), 4, 7),
     (Shape::new(2, 4, 4, 384), 32, 256),
+    (Shape::new(2, 4, 5, 48), 4, 16),
 ];
 
 fn two_tensors_have_the_bits_of_one(device: &Device) {
@@ -395,7 +598,7 @@ fn two_tensors_have_the_bits_of_their_concatenation() {
 fn gpu_two_tensors_have_the_bits_of_their_concatenation() {
     gpu::each("two tensors", |device| {
         two_tensors_have_the_bits_of_one(device);
-        Case::new((SEAMS[1].0, 2), Silu, 0.5, 1.0).pass_in_two(device, 3).flat()
+        Case::new((SEAMS[1].0, 4), Silu, 0.5, 1.0).pass_in_two(device, 3).flat()
     });
 }
 
@@ -408,6 +611,42 @@ fn bugs_planted_between_two_tensors_are_noticed() {
     {
         plant::notices_wrong_parameter(test, &format!("group_norm_{pass}"), is, reads);
     }
+    // The channels of both for the first's: fields of `Slab`.
+    plant::notices_wrong_parameter(test, "group_norm_fwd_slab_bf16", "7+16", "7+8");
+    // The first tensor again.
+    plant::notices_wrong_parameter(test, "group_norm_bwd_slab_f32", 18, 17);
+}
+
+#[test]
+fn bugs_planted_in_slabs_are_noticed() {
+    let test = "group_norm::gpu_slabs_agree_where_every_barrier_matters";
+    let sums = "group_norm::gpu_leaves_the_sums_over_pixels_to_a_convolution";
+    let of = |entry: &str, test: &str, barriers: &[usize]| {
+        barriers.iter().for_each(|n| plant::notices_lost_barrier(test, entry, *n));
+    };
+    of("group_norm_fwd_slab_f32", test, &[0, 1, 2, 3, 4, 5]);
+    of("group_norm_bwd_slab_f32", test, &[0, 1, 2, 3, 4, 5]);
+    of("group_norm_bwd_slab_f32", sums, &[6, 7]);
+    // The next one orders a block's shares before its count, for other blocks; the emulator has them in order.
+    of("group_norm_bwd_slab_f32", test, &[9, 10]);
+    for pass in ["fwd_slab_f32", "bwd_slab_f32"] {
+        plant::notices_lost_block(test, &format!("group_norm_{pass}"));
+    }
+    // The images' shares for the sums over pixels.
+    plant::notices_wrong_parameter(sums, "group_norm_bwd_slab_f32", 2, 8);
+    // gamma where beta belongs.
+    plant::notices_wrong_parameter(test, "group_norm_fwd_slab_f32", 5, 4);
+    // The one that waits for the other; for the second tensor that of the first.
+    let waits = "group_norm::gpu_adds_gradients_that_wait_on_store";
+    plant::notices_wrong_parameter(waits, "group_norm_bwd_slab_f32", 15, 13);
+    plant::notices_wrong_parameter(waits, "group_norm_bwd_slab_bf16", 13, 15);
+    let both = "group_norm::gpu_adds_gradients_that_wait_to_both_tensors";
+    plant::notices_wrong_parameter(both, "group_norm_bwd_slab_bf16", 14, 13);
+    // A scale for the threshold, and the other way round.
+    let drops = "group_norm::gpu_drops_as_dropout_does";
+    plant::notices_wrong_parameter(drops, "group_norm_fwd_slab_bf16", 10, 11);
+    plant::notices_wrong_parameter(drops, "group_norm_bwd_slab_f32", 25, 26);
+    plant::notices_wrong_parameter(drops, "group_norm_bwd_slab_bf16", 26, 25);
 }
 
 #[test]

@@ -151,8 +151,11 @@ impl Gpu {
                 self.load(&mut loaded, kernel)?
             }
         };
-        let function = Function { handle: function, shared: shared.max(super::launch::SHARED_DEFAULT) };
-        if shared > super::launch::SHARED_DEFAULT {
+        // What a kernel declares itself counts too.
+        let declared = kernel.resources.iter().map(|resources| resources.shared).max().unwrap_or(0);
+        let free = super::launch::SHARED_DEFAULT.saturating_sub(declared);
+        let function = Function { handle: function, shared: shared.max(free) };
+        if shared > free {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             self.bind()?;
             // SAFETY: the function's module stays loaded while the GPU is open.
