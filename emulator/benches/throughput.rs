@@ -214,7 +214,7 @@ fn conv2d(criterion: &mut Criterion<CpuTime>) {
                 }
             }
             let at = ((n * SIDE + i) * SIDE + j) * C + o;
-            let got = f32::from_bits(if at % 2 == 0 {
+            let got = f32::from_bits(if at.is_multiple_of(2) {
                 pairs[at / 2].to_bits() << 16
             } else {
                 pairs[at / 2].to_bits() & 0xffff_0000
