@@ -425,6 +425,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_wgrad_32x128_f32(
 //   conv2d_dgrad_mma_64x64_any    nothing
 //   conv2d_wgrad_mma_128x128      c_out by 128, c_in by 8
 //   conv2d_wgrad_mma_64x64        both by 8
+//   conv2d_wgrad_mma_64x64_any_x  c_out by 8
+//   conv2d_wgrad_mma_64x64_any_y  c_in by 8
 //   conv2d_wgrad_mma_64x64_any    nothing
 // conv2d_fwd_mma_64x64 and conv2d_dgrad_mma_64x64 sum by segments of k.
 using Large = mma::Tile<128, 128, 64, 64>;
@@ -491,6 +493,18 @@ extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64
     mma::wgrad<Small, Unit::CHUNK>(dw, x, x_second, dy, g, segment, accumulate);
 }
 
+extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64_any_x(
+    float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment,
+    unsigned accumulate) {
+    mma::wgrad<Small, Unit::ELEMENT, Unit::CHUNK>(dw, x, x_second, dy, g, segment, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64_any_y(
+    float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment,
+    unsigned accumulate) {
+    mma::wgrad<Small, Unit::CHUNK, Unit::ELEMENT>(dw, x, x_second, dy, g, segment, accumulate);
+}
+
 extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64_any(
     float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment,
     unsigned accumulate) {
@@ -513,12 +527,10 @@ extern "C" __global__ void __launch_bounds__(256) conv2d_join_segments(
 F32_AND_BF16(ENTRIES)
 #undef ENTRIES
 
-extern "C" __global__ void __launch_bounds__(SUM_THREADS) conv2d_bwd_bias(
-    float* db, const double* sums, unsigned n, size_t c, unsigned accumulate, unsigned lanes) {
-    sum_parts(db, sums, n, c, accumulate, lanes);
+extern "C" __global__ void __launch_bounds__(SUM_THREADS) conv2d_bwd_bias(float* db, Sums sums) {
+    sum_parts<double>(db, sums);
 }
 
-extern "C" __global__ void __launch_bounds__(SUM_THREADS) conv2d_sum_parts(
-    float* to, const float* parts, unsigned count, size_t len, unsigned accumulate, unsigned lanes) {
-    sum_parts(to, parts, count, len, accumulate, lanes);
+extern "C" __global__ void __launch_bounds__(SUM_THREADS) conv2d_sum_parts(float* to, Sums sums) {
+    sum_parts<float>(to, sums);
 }

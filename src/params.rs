@@ -5,9 +5,10 @@
 //! cannot change between a forward pass and its backward pass.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
-use crate::device::Device;
 use crate::device::cuda::{View, ViewMut};
+use crate::device::{Device, cuda};
 use crate::error::Result;
 use crate::rng::{Purpose, Stream};
 use crate::tensor::{DType, Shape, Tensor};
@@ -96,8 +97,15 @@ impl Specs {
         &self.specs[p.index]
     }
 
+    /// From where the first of `params` begins in a flat buffer to where the last ends. Panics if there are none.
+    pub(crate) fn span(&self, params: impl Iterator<Item = Param> + Clone) -> Range<usize> {
+        let start = params.clone().map(|p| self.range(p).start).min();
+        let end = params.map(|p| self.range(p).end).max();
+        start.expect("a parameter")..end.expect("a parameter")
+    }
+
     /// Its range of elements in a flat buffer.
-    pub fn range(&self, p: Param) -> std::ops::Range<usize> {
+    pub fn range(&self, p: Param) -> Range<usize> {
         let s = &self.specs[p.index];
         s.offset..s.offset + s.shape.len()
     }
@@ -190,11 +198,19 @@ impl Params {
 
     /// Values of one parameter on a GPU: the f32 master or the copy rounded to bf16.
     pub(crate) fn view(&self, p: Param, dtype: DType) -> View<'_> {
-        let flat = match dtype {
+        self.view_range(self.specs.range(p), dtype)
+    }
+
+    /// The same for the elements `range` of all values.
+    pub(crate) fn view_range(&self, range: Range<usize>, dtype: DType) -> View<'_> {
+        self.of_type(dtype).view(range)
+    }
+
+    fn of_type(&self, dtype: DType) -> &Tensor {
+        match dtype {
             DType::F32 => &self.flat,
             DType::Bf16 => self.rounded.as_ref().expect("a GPU with bf16 activations has weights rounded to bf16"),
-        };
-        flat.view(self.specs.range(p))
+        }
     }
 
     /// All values, gaps included. Waits for the GPU.
@@ -274,6 +290,27 @@ impl ParamGrads {
     pub(crate) fn view(&mut self, specs: &Specs, p: Param) -> ParamView<'_> {
         let accumulate = std::mem::replace(&mut self.written[p.index], true);
         ParamView { view: self.flat.view_mut(specs.range(p)), accumulate }
+    }
+
+    /// Where the gradient of `p` is, in elements of [`buffer_mut`](Self::buffer_mut), and whether to add to it; the
+    /// caller must write or add to all of it.
+    pub(crate) fn place(&mut self, specs: &Specs, p: Param) -> (Range<usize>, bool) {
+        (specs.range(p), std::mem::replace(&mut self.written[p.index], true))
+    }
+
+    /// Where to write the gradients of `params` on a GPU: the elements from where the first begins to where the last
+    /// ends, of which the caller must write or add to all that are theirs and no others. Panics if some are stale and
+    /// others are not.
+    pub(crate) fn view_span(&mut self, specs: &Specs, params: impl Iterator<Item = Param> + Clone) -> ParamView<'_> {
+        let span = specs.span(params.clone());
+        let stale = params.clone().filter(|p| !std::mem::replace(&mut self.written[p.index], true)).count();
+        assert!(stale == 0 || stale == params.count(), "gradients of one group, of which {stale} are stale");
+        ParamView { view: self.flat.view_mut(span), accumulate: stale == 0 }
+    }
+
+    /// The memory of all gradients on a GPU.
+    pub(crate) fn buffer_mut(&mut self) -> &mut cuda::Buffer {
+        self.flat.gpu_buffer_mut()
     }
 
     /// All gradients, after zeroing those that no operation has written since [`reset`](Self::reset).

@@ -10,8 +10,10 @@
 use std::collections::HashSet;
 
 use crate::device::Device;
-use crate::device::cuda::View;
+use crate::device::cuda::tile::{Job, Parts, Waiting};
+use crate::device::cuda::{Array, Gpu, View};
 use crate::error::Result;
+use crate::kernels::Twin;
 use crate::params::{Param, ParamGrad, ParamGrads, ParamView, Params};
 use crate::tensor::{DType, Shape, Tensor};
 
@@ -70,12 +72,40 @@ pub trait Backward: Send {
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()>;
 }
 
+/// What an operation of several outputs leaves on the tape.
+pub trait BackwardOfAll: Send {
+    /// The operation's stem.
+    fn name(&self) -> &'static str;
+
+    /// The tensors held for the backward pass.
+    fn saved(&self) -> Vec<&Tensor>;
+
+    /// Takes the gradients of the outputs, `None` for one that nothing depends on, and adds their contribution to the
+    /// gradients of the inputs. It is called if there is one.
+    fn run(self: Box<Self>, dys: Vec<Option<Tensor>>, grads: &mut Grads<'_>) -> Result<()>;
+}
+
+impl<B: Backward> BackwardOfAll for B {
+    fn name(&self) -> &'static str {
+        Backward::name(self)
+    }
+
+    fn saved(&self) -> Vec<&Tensor> {
+        Backward::saved(self)
+    }
+
+    fn run(self: Box<Self>, dys: Vec<Option<Tensor>>, grads: &mut Grads<'_>) -> Result<()> {
+        let dy = dys.into_iter().flatten().next().expect("a gradient of the only output");
+        Backward::run(self, dy, grads)
+    }
+}
+
 struct Node {
-    output: VarId,
-    /// Its value, by which it is found among what operations hold.
-    value: Identity,
+    outputs: Vec<VarId>,
+    /// Their values, by which they are found among what operations hold.
+    values: Vec<Identity>,
     place: String,
-    op: Box<dyn Backward>,
+    op: Box<dyn BackwardOfAll>,
 }
 
 /// A tensor that may no longer be there: another can have its buffer's number then, but hardly its shape too.
@@ -189,21 +219,33 @@ impl<'p> Tape<'p> {
         y: Tensor,
         save: impl FnOnce() -> B,
     ) -> Result<Var> {
+        let mut vars = self.push_all(name, vec![y], save)?;
+        Ok(vars.pop().expect("one output"))
+    }
+
+    /// [`push`](Self::push) of an operation of several outputs.
+    pub fn push_all<B: BackwardOfAll + 'static>(
+        &mut self,
+        name: &'static str,
+        ys: Vec<Tensor>,
+        save: impl FnOnce() -> B,
+    ) -> Result<Vec<Var>> {
         if self.check_finite {
-            self.refuse_non_finite(name, &y)?;
+            ys.iter().try_for_each(|y| self.refuse_non_finite(name, y))?;
         }
         if !self.recording {
-            return Ok(Var::constant(y));
+            return Ok(ys.into_iter().map(Var::constant).collect());
         }
-        let id = self.new_id();
-        let value = identity(&y);
-        self.nodes.push(Node { output: id, value, place: self.place.clone(), op: Box::new(save()) });
-        Ok(Var { value: y, id: Some(id) })
+        let outputs: Vec<VarId> = ys.iter().map(|_| self.new_id()).collect();
+        let values = ys.iter().map(identity).collect();
+        let vars = ys.into_iter().zip(&outputs).map(|(value, id)| Var { value, id: Some(*id) }).collect();
+        self.nodes.push(Node { outputs, values, place: self.place.clone(), op: Box::new(save()) });
+        Ok(vars)
     }
 
     /// Every tensor that the recorded operations hold, once, in the order of the forward pass.
     pub fn plan(&self) -> Vec<Kept> {
-        let made: HashSet<Identity> = self.nodes.iter().map(|node| node.value).collect();
+        let made: HashSet<Identity> = self.nodes.iter().flat_map(|node| &node.values).copied().collect();
         let mut held = HashSet::new();
         let of_node = |node: &Node| {
             let new = node.op.saved().into_iter().filter(|tensor| held.insert(tensor.buffer_id()));
@@ -243,16 +285,19 @@ impl<'p> Tape<'p> {
         assert_eq!(y.shape(), dy.shape(), "gradient of shape {} for a value of shape {}", dy.shape(), y.shape());
         let start = y.id.expect("backward starts from a value that this tape has recorded");
         let vars = vec![None; self.ids];
-        let mut grads = Grads { device: &self.device, params: self.params, param_grads, vars, accumulate };
+        let sums = Waiting::default();
+        let mut grads = Grads { device: &self.device, params: self.params, param_grads, vars, accumulate, sums };
         grads.vars[start.0] = Some(dy);
         for node in self.nodes.into_iter().rev() {
-            if let Some(dy) = grads.vars[node.output.0].take() {
+            let dys: Vec<Option<Tensor>> = node.outputs.iter().map(|id| grads.vars[id.0].take()).collect();
+            if dys.iter().any(Option::is_some) {
                 if let Device::Cuda(gpu) = &self.device {
                     gpu.memory_is_for(format_args!("the backward pass of {} at {}", node.op.name(), node.place));
                 }
-                node.op.run(dy, &mut grads)?;
+                node.op.run(dys, &mut grads)?;
             }
         }
+        grads.add_up()?;
         Ok(LeafGrads(grads.vars))
     }
 
@@ -282,6 +327,8 @@ pub struct Grads<'a> {
     param_grads: Option<&'a mut ParamGrads>,
     vars: Vec<Option<Tensor>>,
     accumulate: Accumulate,
+    /// Gradients of parameters on a GPU that are partial sums so far.
+    sums: Waiting,
 }
 
 /// `sum + term`.
@@ -315,7 +362,62 @@ impl<'a> Grads<'a> {
 
     /// Where to write a parameter's gradient on a GPU, if it is wanted.
     pub(crate) fn param_view(&mut self, p: Param) -> Option<ParamView<'_>> {
+        let waits = self.sums.concerns(&self.params.specs().range(p));
+        assert!(!waits, "the gradient of {} waits for its partial sums", self.params.specs().spec(p).name);
         Some(self.param_grads.as_mut()?.view(self.params.specs(), p))
+    }
+
+    /// Writes a product with a long sum over k to the gradient of `p` on a GPU, or adds it, if it is wanted; if k is
+    /// split, by [`sum_later`](Self::sum_later).
+    pub(crate) fn product(
+        &mut self,
+        gpu: &Gpu,
+        p: Param,
+        job: &Job,
+        operands: &[Option<Array<'_>>],
+        sizes: impl Twin,
+    ) -> Result<()> {
+        if self.wants_params() && job.split().count > 1 {
+            let parts = job.run_split(gpu, operands, sizes)?;
+            return self.sum_later(gpu, p, parts);
+        }
+        match self.param_view(p) {
+            Some(ParamView { view, accumulate }) => job.run(gpu, view, accumulate, operands, sizes),
+            None => Ok(()),
+        }
+    }
+
+    /// Where to write the gradients of several parameters on a GPU, if they are wanted; see [`ParamGrads::view_span`].
+    pub(crate) fn param_span(&mut self, params: impl Iterator<Item = Param> + Clone) -> Option<ParamView<'_>> {
+        let specs = self.params.specs();
+        let waits = params.clone().any(|p| self.sums.concerns(&specs.range(p)));
+        assert!(!waits, "gradients of one group, of which some wait for their partial sums");
+        Some(self.param_grads.as_mut()?.view_span(specs, params))
+    }
+
+    /// The parameters, on a GPU.
+    pub(crate) fn params(&self) -> &'a Params {
+        self.params
+    }
+
+    /// Writes the sum of `parts` to the gradient of `p` on a GPU, or adds it, if it is wanted: at the end of the
+    /// backward pass at the latest.
+    pub(crate) fn sum_later(&mut self, gpu: &Gpu, p: Param, parts: Parts) -> Result<()> {
+        let Some(param_grads) = self.param_grads.as_deref_mut() else { return Ok(()) };
+        let (to, accumulate) = param_grads.place(self.params.specs(), p);
+        if self.sums.concerns(&to) {
+            self.sums.run(gpu, param_grads.buffer_mut())?;
+        }
+        self.sums.push(parts, to, accumulate);
+        if self.sums.is_full() { self.sums.run(gpu, param_grads.buffer_mut()) } else { Ok(()) }
+    }
+
+    /// Adds up what waits for it.
+    fn add_up(&mut self) -> Result<()> {
+        match (self.device, self.param_grads.as_deref_mut()) {
+            (Device::Cuda(gpu), Some(param_grads)) => self.sums.run(gpu, param_grads.buffer_mut()),
+            _ => Ok(()),
+        }
     }
 
     /// Where to write a parameter's gradient on the CPU, if it is wanted.

@@ -388,9 +388,7 @@ impl Backward for Conv2dBackward {
                 }
             }
             Device::Cuda(gpu) => {
-                if let Some(dw) = grads.param_view(self.weight) {
-                    cuda::wgrad(gpu, dw, &self.x, &dy, ws, self.geometry)?;
-                }
+                cuda::wgrad(gpu, grads, self.weight, &self.x, &dy, self.geometry)?;
                 if grads.wants_params() || self.shift.is_some() {
                     let biases = [Some(self.bias), self.shortcut.as_ref().map(|s| s.bias)];
                     let dshift = cuda::sums(gpu, grads, biases, &dy, self.shift.map(|_| device))?;
@@ -425,9 +423,7 @@ impl Backward for Conv2dBackward {
                     }
                 }
                 Device::Cuda(gpu) => {
-                    if let Some(dw) = grads.param_view(shortcut.weight) {
-                        cuda::wgrad(gpu, dw, &x, &dy, ws, g)?;
-                    }
+                    cuda::wgrad(gpu, grads, shortcut.weight, &x, &dy, g)?;
                     if x.x.wants_gradient() {
                         let (mut dx, mut second) = x.x.gradients(device)?;
                         let weight = grads.weight_view(shortcut.weight, dy.dtype());
@@ -706,9 +702,11 @@ mod cpu {
 }
 
 mod cuda {
+    use std::sync::Arc;
+
     use super::*;
     use crate::device::cuda::tile::{
-        Job, MANY, SUM_THREADS, Segments, choose, choose_mma, lanes, over_rows, shared, sum_parts, tiles,
+        Job, MANY, Parts, SUM_THREADS, Segments, choose, choose_mma, lanes, over_rows, shared, tiles,
     };
     use crate::device::cuda::{Buffer, Gpu, Launch, View};
     use crate::kernels::Kernel;
@@ -716,12 +714,11 @@ mod cuda {
         BWD_BIAS, BWD_SHIFT, DGRAD_64X64_F32, DGRAD_128X32_F32, DGRAD_MMA_64X64, DGRAD_MMA_64X64_ANY,
         DGRAD_MMA_128X128, FWD_64X64_F32, FWD_128X32_F32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X16,
         FWD_MMA_128X128, JOIN_SEGMENTS, SUM_PARTS, WGRAD_32X128_F32, WGRAD_64X64_F32, WGRAD_MMA_64X64,
-        WGRAD_MMA_64X64_ANY, WGRAD_MMA_128X128,
+        WGRAD_MMA_64X64_ANY, WGRAD_MMA_64X64_ANY_X, WGRAD_MMA_64X64_ANY_Y, WGRAD_MMA_128X128,
     };
     use crate::kernels::conv2d_mma::{ORIGINS, SOURCES, TAP};
     use crate::kernels::geometry;
     use crate::kernels::tile_mma::BK;
-    use crate::params::ParamView;
 
     /// Steps of k in a slab of a product on tensor cores: channels of one tap.
     const SLAB: usize = BK as usize;
@@ -945,18 +942,31 @@ mod cuda {
         join(gpu, dx, dx_second, &parts, blocks, |launch| launch.null().null().null().u32(0).null())
     }
 
-    /// Rows are `c_out`, columns `(u, v, c_in)`, and the sum runs over the pixels of `y`.
-    pub fn wgrad(gpu: &Gpu, dw: ParamView<'_>, input: &Input, dy: &Tensor, ws: Shape, g: Geometry) -> Result<()> {
+    /// The gradient of `weight`, if it is wanted. Rows are `c_out`, columns `(u, v, c_in)`, and the sum runs over the
+    /// pixels of `y`.
+    pub fn wgrad(
+        gpu: &Gpu,
+        grads: &mut Grads<'_>,
+        weight: Param,
+        input: &Input,
+        dy: &Tensor,
+        g: Geometry,
+    ) -> Result<()> {
+        let ws = grads.weight_shape(weight);
         let (x, widths, taps) = (&input.x, input.x.widths(), ws.h * ws.w);
         let (rows, cols, depth) = (ws.n, taps * ws.c, dy.shape().rows());
         let job = match x.dtype() {
             DType::F32 => Job::on_fma([&WGRAD_64X64_F32, &WGRAD_32X128_F32], &SUM_PARTS, rows, cols, depth),
             DType::Bf16 => {
-                let kernel = if whole(&widths, 8) && ws.n.is_multiple_of(8) {
-                    let large = ws.n.is_multiple_of(128).then_some(&WGRAD_MMA_128X128);
-                    choose_mma(large, &WGRAD_MMA_64X64, 1, rows, cols)
-                } else {
-                    &WGRAD_MMA_64X64_ANY
+                // The network's first convolution has few channels of x, its last few of y.
+                let kernel = match (whole(&widths, 8), ws.n.is_multiple_of(8)) {
+                    (true, true) => {
+                        let large = ws.n.is_multiple_of(128).then_some(&WGRAD_MMA_128X128);
+                        choose_mma(large, &WGRAD_MMA_64X64, 1, rows, cols)
+                    }
+                    (false, true) => &WGRAD_MMA_64X64_ANY_X,
+                    (true, false) => &WGRAD_MMA_64X64_ANY_Y,
+                    (false, false) => &WGRAD_MMA_64X64_ANY,
                 };
                 // The columns of each tensor have tiles of their own.
                 let tiles = widths.iter().map(|c| tiles(kernel, rows, taps * c)).sum();
@@ -964,7 +974,7 @@ mod cuda {
             }
         };
         let operands = [Some(x.first()), x.second(), Some(dy)].map(|x| x.map(Tensor::array));
-        job.run(gpu, dw.view, dw.accumulate, &operands, sizes(input, ws, g))
+        grads.product(gpu, weight, &job, &operands, sizes(input, ws, g))
     }
 
     /// The gradients of `biases`, each if it is wanted, and `dshift` (n, 1, 1, c_out) if `shift_on` names its device. A
@@ -984,10 +994,9 @@ mod cuda {
         let launch = gpu.launch(BWD_SHIFT.of(dy.dtype()), [n, c.div_ceil(lanes), 1], SUM_THREADS);
         let launch = launch.buffer_mut(&mut sums).write_opt(dshift.as_mut()).read(dy);
         launch.u32(h * w).u64(n * h * w).u32(c).u32(lanes).run()?;
+        let parts = Parts { kernel: &BWD_BIAS, buffer: Arc::new(sums), size: 8, from: 0, count: n, pitch: c };
         for bias in biases.into_iter().flatten() {
-            if let Some(db) = grads.param_view(bias) {
-                sum_parts(gpu, &BWD_BIAS, db.view, &sums, n, c, db.accumulate)?;
-            }
+            grads.sum_later(gpu, bias, parts.clone())?;
         }
         Ok(dshift)
     }

@@ -95,6 +95,8 @@ struct Arguments {
     /// Bytes of `block` in use.
     len: usize,
     list: Vec<Argument>,
+    /// The arrays whose addresses are in a struct: address, bytes, whether the kernel writes it.
+    in_structs: Vec<(u64, usize, bool)>,
 }
 
 #[derive(Clone, Copy)]
@@ -182,6 +184,7 @@ impl Reused {
         let mut arguments = SPARE.take().unwrap_or_default();
         arguments.len = 0;
         arguments.list.clear();
+        arguments.in_structs.clear();
         Reused(Some(arguments))
     }
 }
@@ -377,6 +380,22 @@ impl<'a> Launch<'a> {
         self.gpu.clock().map(|(_, now)| now)
     }
 
+    /// The address of a range of a buffer that the kernel reads, for a struct among the arguments.
+    pub fn address_in_struct(&mut self, view: View<'a>) -> u64 {
+        self.gpu.owns(view.buffer);
+        let address = view.buffer.address() + view.offset as u64;
+        self.arguments.in_structs.push((address, view.bytes, false));
+        address
+    }
+
+    /// The same of one that the kernel writes.
+    pub fn address_in_struct_mut(&mut self, view: ViewMut<'a>) -> u64 {
+        self.gpu.owns(view.buffer);
+        let address = view.buffer.address() + view.offset as u64;
+        self.arguments.in_structs.push((address, view.bytes, true));
+        address
+    }
+
     /// A 32-bit integer.
     pub fn u32(self, v: usize) -> Self {
         let value = u32::try_from(v).unwrap_or_else(|_| panic!("{}: {v} for a 32-bit parameter", self.kernel.name));
@@ -512,6 +531,10 @@ impl<'a> Launch<'a> {
             };
             let address: u64 = bytemuck::pod_read_unaligned(self.arguments.bytes(argument));
             let known = arrays[usize::from(*kind == Kind::PointerMut)].entry(address).or_insert(0);
+            *known = bytes.max(*known);
+        }
+        for &(address, bytes, written) in &self.arguments.in_structs {
+            let known = arrays[usize::from(written)].entry(address).or_insert(0);
             *known = bytes.max(*known);
         }
         Counted {
