@@ -241,7 +241,16 @@ fn gpu_layers_of_one_input_agree_with_the_reference() {
                 for i in 0..4 {
                     let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { DType::Bf16 };
                     let cut = depths[i] as f64 * depths[i] as f64 / 4.0 * 2f64.powi(-23);
-                    let cut = if gpu::is_real() { cut } else { 0.0 };
+                    let mut cut = if gpu::is_real() { cut } else { 0.0 };
+                    if NAMES[i] == "dx" && case.1.len() > 32 {
+                        // The parts of two launches are rounded before they are added.
+                        let seam: usize = case.1[..32].iter().sum();
+                        let [x, w, _, _, dy] = &rounded;
+                        let dy: Vec<f64> = dy.chunks(c_out).flat_map(|dy| dy[seam..].to_vec()).collect();
+                        let [last, ..] = reference::backward(x, &w[seam * shape.c..], shape.c, &dy);
+                        let parts = oracle[i].iter().zip(&last).map(|(all, last)| (all - last).abs() + last.abs());
+                        cut += gpu::rounding(dtype) * parts.fold(0.0, f64::max);
+                    }
                     let name = format!("{} on {device}, {dtype:?}, of {case:?}", NAMES[i]);
                     close_as_but_for(dtype, &name, &group[i], &oracle[i], &yardstick[i], cut);
                 }
