@@ -236,7 +236,7 @@ fn gpu_layers_of_one_input_agree_with_the_reference() {
                 rounded[2] = data((shape, c_out))[2].clone();
                 rounded[3].fill(0.0); // the residual
                 let oracle = by_reference(shape.c, &rounded, false);
-                let yardstick = by_reference(shape.c, &rounded.map(|v| to_f32(&v)), false);
+                let yardstick = by_reference(shape.c, &rounded.each_ref().map(|v| to_f32(v)), false);
                 let depths = [shape.c, c_out, shape.rows(), 0];
                 for i in 0..4 {
                     let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { DType::Bf16 };
