@@ -6,13 +6,13 @@
 //                                 (+ shift[n,o] + residual[n,i,j,o])
 //            dgrad  dx[n,p,q,k] = sum over o,u,v with p = i s + u - top, q = j s + v - left of dy[n,i,j,o] w[o,u,v,k]
 //            wgrad  dw[o,u,v,k] = sum over n,i,j of dy[n,i,j,o] x[n, i s + u - top, j s + v - left, k], by split-K;
-//                   sum_parts adds up the segments
+//                   add_parts adds up the segments
 //            x may be two tensors, its first c_first channels and the others, read and dx written where they are; and
 //            what is convolved may be x with each pixel repeated in a 2x2 square (up), of which p and q above then are
 //            pixels; dx is the sum over the four. residual may be repeated likewise (halved). In bf16 fwd adds a
 //            shortcut, a 1x1 convolution of s, one tensor or two, as further steps of k
 //            join_segments  y or dx from the sums of segments of k
-//            bwd_shift  dshift[n,o] = sum over i,j of dy[n,i,j,o];  bwd_bias  db[o] = sum over n of the same, unrounded
+//            bwd_shift  dshift[n,o] = sum over i,j of dy[n,i,j,o], and the same unrounded, of which add_parts makes db[o]
 // layout     x (n, h, w, c_in), w (c_out, kh, kw, c_in), y, residual (n, oh, ow, c_out), shift (n, c_out), bias
 //            (c_out): contiguous. Gradients alike.
 // mapping    block = one tile of the product: in f32 on FMAs, 64 threads (tile_gemm.cuh), in bf16 on tensor cores, 64
@@ -425,6 +425,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_wgrad_32x128_f32(
 //   conv2d_dgrad_mma_64x64_any    nothing
 //   conv2d_wgrad_mma_128x128      c_out by 128, c_in by 8
 //   conv2d_wgrad_mma_64x64        both by 8
+//   conv2d_wgrad_mma_64x64_any_x  c_out by 8
+//   conv2d_wgrad_mma_64x64_any_y  c_in by 8
 //   conv2d_wgrad_mma_64x64_any    nothing
 // conv2d_fwd_mma_64x64 and conv2d_dgrad_mma_64x64 sum by segments of k.
 using Large = mma::Tile<128, 128, 64, 64>;
@@ -491,6 +493,18 @@ extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64
     mma::wgrad<Small, Unit::CHUNK>(dw, x, x_second, dy, g, segment, accumulate);
 }
 
+extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64_any_x(
+    float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment,
+    unsigned accumulate) {
+    mma::wgrad<Small, Unit::ELEMENT, Unit::CHUNK>(dw, x, x_second, dy, g, segment, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64_any_y(
+    float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment,
+    unsigned accumulate) {
+    mma::wgrad<Small, Unit::CHUNK, Unit::ELEMENT>(dw, x, x_second, dy, g, segment, accumulate);
+}
+
 extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64_any(
     float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment,
     unsigned accumulate) {
@@ -512,13 +526,3 @@ extern "C" __global__ void __launch_bounds__(256) conv2d_join_segments(
     }
 F32_AND_BF16(ENTRIES)
 #undef ENTRIES
-
-extern "C" __global__ void __launch_bounds__(SUM_THREADS) conv2d_bwd_bias(
-    float* db, const double* sums, unsigned n, size_t c, unsigned accumulate, unsigned lanes) {
-    sum_parts(db, sums, n, c, accumulate, lanes);
-}
-
-extern "C" __global__ void __launch_bounds__(SUM_THREADS) conv2d_sum_parts(
-    float* to, const float* parts, unsigned count, size_t len, unsigned accumulate, unsigned lanes) {
-    sum_parts(to, parts, count, len, accumulate, lanes);
-}

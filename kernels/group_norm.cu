@@ -8,8 +8,8 @@
 //            With dropout, y is m scale times that and dy is first multiplied by m scale, m a function of the stream.
 //            One launch each way, fwd_slab and bwd_slab, where a slab fits into shared memory: group_norm_slab.cuh.
 //            bwd_slab also adds up to two gradients of x that are there already, and may leave the sums of dx over the
-//            pixels. By strips otherwise: fwd_moments, fwd_join, fwd_apply; bwd_sums, bwd_join, then bwd_params for
-//            each of gamma and beta, and bwd_dx; dropout is a pass of its own.
+//            pixels. By strips otherwise: fwd_moments, fwd_join, fwd_apply; bwd_sums, bwd_join and bwd_dx;
+//            dropout is a pass of its own. Either way each image's part of dgamma and dbeta is left for add_parts.
 //            With scales and shifts of each image, z = (gamma xhat + beta) (1 + scale) + shift: slabs read them; for
 //            strips fwd_scale_shift makes gamma and beta of each image's own, with which all passes over the image run
 //            (per_image = c, otherwise 0), and bwd_scale_shift makes dscale = gamma sum dz xhat + beta sum dz and
@@ -20,9 +20,9 @@
 //            image's part of dgamma and dbeta; pixel sums (n, c), also rounded to x's type; of strips: partials
 //            (n, strips, 3, c) forward, (n, strips, 2, c) backward; slopes (n, groups, 2); gammas and betas of each
 //            image's own (2, n, c). scale_shift and its gradient (n, 2c), an image's scales before its shifts: f32 or
-//            bf16. done (slabs): zero before and after
+//            bf16
 // mapping    slabs: block = all pixels of an image's slab, whole groups of at most 256 channels; a thread has 16 bytes
-//            of every rows-th pixel. The block of the last image that arrives adds up its slab's dgamma and dbeta.
+//            of every rows-th pixel.
 //            passes over strips: block = a strip of pixels and a tile of channels;
 //            warp w = the (w % 2^warp_bits)-th group of channels of the tile, the (w >> warp_bits)-th of pixels;
 //            lane l = 4 neighbouring channels, the (l % 2^lane_bits)-th quad of the warp, of PIXELS pixels, every
@@ -30,11 +30,11 @@
 //            channel, not per group: neighbours in memory are then neighbours in a warp whatever c/groups is, and
 //            dgamma and dbeta need sums per channel.
 //            joins: block = one (image, group), 1 to 8 warps; 2^lane_bits lanes across the group's channels, the others
-//            along the strips. bwd_params: block = 32 channels, warp w = images w, w + 8, ..., lane = one channel.
+//            along the strips.
 //            fwd_scale_shift, bwd_scale_shift: thread = a channel of an image
 // shared     slabs: what is read more than once, 4 KiB for each 16 bytes of a thread, up to 84 KiB: x forward, x and dy
 //            backward; and 3 to 5 KiB (forward), 7 to 11 KiB (backward) for sums. Strips: 12 KiB (fwd_moments), 8 KiB
-//            (bwd_sums): the 8 warps' sums; joins up to 4 KiB; bwd_params 2 KiB
+//            (bwd_sums): the 8 warps' sums; joins up to 4 KiB
 // bound by   memory. Slabs: forward reads x and writes y, backward reads x, dy and what it adds, writes dx; all once.
 //            An image of 32x32 pixels of 16 channels in bf16 takes 32 KiB: six blocks a multiprocessor of an H100
 //            forward, three backward. Philox of the masks, ten rounds for four elements, and the exponentials come
@@ -44,7 +44,7 @@
 //            which it reads x once in f32
 // host       slabs: grid n slabs; 4 divides c/groups, columns of 16 bytes divide c and c_first, up to 256 channels and
 //            64 groups in a slab; pixels c < 2^32; shared memory for `kept` pixels of a thread, all of them if there is
-//            a mask backward; one done counter a slab; the clock is null or the step's (clock.cuh).
+//            a mask backward; the clock is null or the step's (clock.cuh).
 //            strips: grid (n strips, tiles) with tiles of 4 << (lane_bits + warp_bits) channels and strips of
 //            2048 >> (lane_bits + warp_bits) pixels; lane_bits up to 5, warp_bits up to 3; vec only if 4 divides c and
 //            c_first. c_first = c and no second tensor for one; groups divides c; tensors start on 256-byte boundaries
@@ -60,8 +60,6 @@
 
 // Host twin: pixels per thread, each with 4 neighbouring channels: 32 f32 in registers, 8 loads of 16 bytes in flight.
 constexpr unsigned PIXELS = 8;
-// Host twin: channels per block of bwd_params.
-constexpr unsigned PARAM_CHANNELS = 32;
 constexpr unsigned WARPS = BLOCK / 32;
 constexpr unsigned WARP_TILE = 4 * 32;    // channels per warp, at most
 
@@ -610,24 +608,6 @@ __device__ __forceinline__ void bwd_scale_shift(T* dscale_shift,                
 F32_AND_BF16(ENTRY)
 #undef ENTRY
 
-// dgamma (part 0) or dbeta (1), (c): the sum over the images of part `part` of sums (n, 2, c).
-extern "C" __global__ void __launch_bounds__(BLOCK) group_norm_bwd_params(
-    float* grad, const float* sums, unsigned part, unsigned n, unsigned c, unsigned accumulate) {
-    static_assert(PARAM_CHANNELS == 32, "a lane for each channel");
-    __shared__ double by_warp[WARPS][PARAM_CHANNELS];  // 2 KiB: written by all warps, read by the first
-    const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, i = blockIdx.x * PARAM_CHANNELS + lane;
-    double sum = 0;
-    if (i < c)
-#pragma unroll 4
-        for (unsigned image = warp; image < n; image += WARPS) sum += double(sums[(size_t(image) * 2 + part) * c + i]);
-    by_warp[warp][lane] = sum;
-    __syncthreads();  // the warps' sums written above are read below
-    if (warp == 0 && i < c) {
-        for (unsigned w = 1; w < WARPS; ++w) sum += by_warp[w][lane];
-        grad[i] = accumulate ? grad[i] + float(sum) : float(sum);
-    }
-}
-
 // dx = (gamma dz - (s1 + (x - mean) s2)) rstd for the thread's channels.
 struct Slopes {
     float gamma[4], rstd[4], s1[4], s2[4];
@@ -713,11 +693,11 @@ __device__ __forceinline__ void bwd_dx(const Channels<T>& dx,                  /
 F32_AND_BF16(ENTRY)
 #undef ENTRY
 
-// One launch: group_norm_slab.cuh. dbeta is `beta_at` elements after dgamma.
+// One launch: group_norm_slab.cuh.
 #define ENTRY(suffix, T)                                                                                             \
     extern "C" __global__ void __launch_bounds__(BLOCK, 3) group_norm_bwd_slab_##suffix(                             \
         T* dx, T* dx_second, float* pixel_sums, float* pixel_sums_second, T* rounded_sums, T* rounded_sums_second,   \
-        float* dgamma, unsigned beta_at, float* shares, unsigned* done, unsigned accumulate, T* dscale_shift,        \
+        float* shares, T* dscale_shift,                                                                              \
         const T* dy, const T* plus, const T* plus_second, const T* more, const T* more_second, const T* x,           \
         const T* x_second, const float* stats, const float* gamma, const float* beta, const T* scale_shift,          \
         Slab slab, Stream masks, unsigned threshold, float scale, const Clock* clock) {                              \
@@ -727,7 +707,7 @@ F32_AND_BF16(ENTRY)
                                              {more, more_second, slab.c_first, slab.c}};                             \
         const Gives<T> gives = {{pixel_sums, pixel_sums_second, slab.c_first, slab.c},                               \
                                 {rounded_sums, rounded_sums_second, slab.c_first, slab.c},                           \
-                                dgamma, dgamma + beta_at, shares, done, accumulate, dscale_shift};                   \
+                                shares, dscale_shift};                                                               \
         const Masks of = {of_image(of_step(masks, clock), blockIdx.x / slab.slabs), threshold, scale};               \
         bwd_slab(to, gives, dy, others, whole, stats, gamma, beta, scale_shift, slab, of);                           \
     }

@@ -3,18 +3,22 @@
 //
 // computes   fwd    y[p,o]  = sum over k of x[p,k] w[o,k] (+ b[o] + residual[p,o])
 //            dgrad  dx[p,k] = sum over o of dy[p,o] w[o,k]
-//            wgrad  dw[o,k] = sum over p of dy[p,o] x[p,k], by split-K; sum_parts adds up the segments
-//            bwd_sums  sums of chunks of dy's rows;  bwd_bias  db[o] = sum over p of dy[p,o], from those
+//            wgrad  dw[o,k] = sum over p of dy[p,o] x[p,k], by split-K; add_parts adds up the segments
+//            bwd_sums  sums of chunks of dy's rows, of which add_parts makes db[o] = sum over p of dy[p,o]
 // layout     x (rows, c_in), w (c_out, c_in), y, residual, dy (rows, c_out), bias (c_out): contiguous
+//            group  in bf16 the layers that read the same x, each y of its own: one product of x and of all weights
+//                   (fwd, wgrad), and one sum over the channels of all dy (dgrad). Where each layer's tensors are is in
+//                   a table among the arguments (Layers)
 // mapping    block = one tile of the product; blockIdx.x counts tiles, along the columns first. wgrad: blockIdx.y is
-//            one split-K segment of the rows
+//            one split-K segment of the rows. group dgrad: of the layers; group_join adds up the segments
 // shared     f32: two buffers of both operands, 9 KB (64x64) or 11 KB. bf16: the ring, 96 KB (128x128) or 48 KB (64x64)
 // bound by   memory, in bf16 with up to 512 channels; else as tile_gemm.cuh and tile_mma.cuh say; idle rows of the tile
 //            if there are few (the time embedding has one per image); bwd_sums: reading dy
 // host       rows, c_in, c_out < 2^30; tensors aligned to 16 bytes (f32: vector accesses where c_in, c_out divide by
 //            four; bf16: kernels by what divides them, as the entries say, and the ring as dynamic shared memory)
-// numerics   sums in f32: fwd over k, dgrad over o, wgrad over the rows of a segment; the segments and the bias as
-//            column_sums.cuh says. A row's y and dx do not depend on the other rows.
+// numerics   sums in f32: fwd over k, dgrad over o (of a group: of one layer after the other, and by segments of layers
+//            if an image is one row), wgrad over the rows of a segment; the segments and the bias as column_sums.cuh
+//            says. A row's y and dx do not depend on the other rows.
 #include "column_sums.cuh"
 #include "tile_gemm.cuh"
 #include "tile_mma.cuh"
@@ -26,6 +30,30 @@ struct Sizes {
 
 // Host twin: rows per block of bwd_sums, 64 per thread with 32 lanes across the columns.
 constexpr int CHUNK = 512;
+
+// Host twin: layers of a group that a launch takes, at most.
+constexpr unsigned LAYERS = 32;
+
+// Host twin: a layer of a group.
+struct Layer {
+    size_t y;               // address of y or dy
+    unsigned weight, bias;  // where they and their gradients are in the launch's, in elements
+    unsigned c_out, first;  // channels of y; tiles along them, or LANES of them, before its own
+};
+
+// Host twin: layers with the same x.
+struct Layers {
+    Layer layers[LAYERS];
+    unsigned rows, c_in, count, total;  // layers, and their tiles along c_out, or LANES
+};
+
+// Host twin: columns side by side in a block of group_bwd_sums.
+constexpr int LANES = 32;
+
+// The layer of the tile, or of the LANES, number `at` along the channels of all.
+__device__ __forceinline__ const Layer& layer_at(const Layers& all, unsigned at) {
+    return all.layers[last_from<LAYERS>(all.layers, all.count, at)];
+}
 
 // Stores the tile that begins at (row, col) to y (rows, cols), plus bias and residual unless they are null.
 template <class TILE>
@@ -178,14 +206,30 @@ __device__ __forceinline__ void store_rows(bf16* y, unsigned char* ring, unsigne
 
 template <class TILE, Unit UNIT>
 __device__ __forceinline__ void forward(bf16* y, const bf16* x, const bf16* weight, const float* bias,
-                                        const bf16* residual, const Sizes& s) {
+                                        const bf16* residual, const Sizes& s, unsigned row, unsigned col) {
     extern __shared__ __align__(1024) unsigned char ring[];
-    const unsigned across = (s.c_out + TILE::BN - 1) / TILE::BN;
-    const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
     ForwardOperands<TILE, UNIT> operands(x, weight, row, col, s);
     Accumulators<TILE> acc;
     multiply(shared_address(ring), operands, (s.c_in + BK - 1) / BK, steps_of<UNIT>(s.c_in), acc, 0, [] {});
     store_rows(y, ring, row, s.rows, col, s.c_out, bias, residual, acc);
+}
+
+template <class TILE, Unit UNIT>
+__device__ __forceinline__ void forward(bf16* y, const bf16* x, const bf16* weight, const float* bias,
+                                        const bf16* residual, const Sizes& s) {
+    const unsigned across = (s.c_out + TILE::BN - 1) / TILE::BN;
+    const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
+    forward<TILE, UNIT>(y, x, weight, bias, residual, s, row, col);
+}
+
+// The tiles of all layers lie side by side, so that blocks that run together read the same rows of x.
+template <class TILE, Unit UNIT>
+__device__ __forceinline__ void group_forward(const bf16* x, const bf16* weights, const float* biases,
+                                              const Layers& all) {
+    const unsigned row = blockIdx.x / all.total * TILE::BM, tile = blockIdx.x % all.total;
+    const Layer& of = layer_at(all, tile);
+    forward<TILE, UNIT>(reinterpret_cast<bf16*>(of.y), x, weights + of.weight, biases + of.bias, nullptr,
+                        {all.rows, all.c_in, of.c_out}, row, (tile - of.first) * TILE::BN);
 }
 
 template <class TILE, Unit UNIT>
@@ -199,18 +243,106 @@ __device__ __forceinline__ void dgrad(bf16* dx, const bf16* dy, const bf16* weig
     store_rows(dx, ring, row, s.rows, col, s.c_in, nullptr, nullptr, acc);
 }
 
-// Writes `dw` if one segment has all rows, otherwise each segment's partial sums to (segments, c_out, c_in).
+// a = rows of dy of the layers from `layer` to `end`, one after the other, b = their weights.
 template <class TILE, Unit UNIT>
-__device__ __forceinline__ void wgrad(float* dw, const bf16* x, const bf16* dy, const Sizes& s, unsigned segment,
-                                      bool add) {
+struct GroupOperands {
+    static constexpr bool A_ALONG_K = true, B_ALONG_K = false, WRITTEN_OUT = UNIT == Unit::BLOCK;
+    const Layers& all;
+    const bf16* weights;
+    unsigned layer, end, row, col;
+    AlongK<TILE::THREADS, TILE::BM, UNIT> a;
+    AcrossK<TILE::THREADS, TILE::BN, UNIT, UNIT == Unit::BLOCK> b;
+    int k, left;
+
+    __device__ GroupOperands(const Layers& all_, const bf16* weights_, unsigned row_, unsigned col_, unsigned layer_,
+                             unsigned end_)
+        : all(all_),
+          weights(weights_),
+          layer(layer_),
+          end(end_),
+          row(row_),
+          col(col_),
+          a(0, dy(), row, all.rows, all.layers[layer].c_out),
+          b(TILE::A_BYTES, weights + all.layers[layer].weight, col, all.c_in, all.c_in),
+          k(0),
+          left((int)all.layers[layer].c_out) {}
+
+    __device__ __forceinline__ const bf16* dy() const { return reinterpret_cast<const bf16*>(all.layers[layer].y); }
+
+    __device__ __forceinline__ void bring(uint32_t slot) {
+        a.bring(slot, k, left);
+        b.bring(slot, 0, left);
+        k += BK;
+        left -= BK;
+        if (left > 0) {
+            b.advance((size_t)BK * all.c_in);
+        } else if (++layer < end) {
+            const Layer& of = all.layers[layer];
+            k = 0;
+            left = (int)of.c_out;
+            const AlongK<TILE::THREADS, TILE::BM, UNIT> next_a(0, dy(), row, all.rows, of.c_out);
+            const AcrossK<TILE::THREADS, TILE::BN, UNIT, UNIT == Unit::BLOCK> next_b(
+                TILE::A_BYTES, weights + of.weight, col, all.c_in, all.c_in);
+            // Their places in the slot stay.
+#pragma unroll
+            for (int i = 0; i < decltype(next_a)::P::PASSES; ++i) a.row[i] = next_a.row[i];
+#pragma unroll
+            for (int i = 0; i < decltype(next_b)::P::PASSES; ++i) b.row[i] = next_b.row[i];
+        }
+    }
+};
+
+// Writes `dx` if one segment has all layers, otherwise the sums of each segment of `segment` layers to `parts`
+// (segments, rows, c_in).
+template <class TILE, Unit UNIT>
+__device__ __forceinline__ void group_dgrad(bf16* dx, float* parts, const bf16* weights, const Layers& all,
+                                            unsigned segment) {
     extern __shared__ __align__(1024) unsigned char ring[];
-    const unsigned across = (s.c_in + TILE::BN - 1) / TILE::BN;
+    const unsigned across = (all.c_in + TILE::BN - 1) / TILE::BN;
     const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
+    const unsigned first = blockIdx.y * segment, end = min(first + segment, all.count);
+    unsigned slabs = 0;
+    for (unsigned layer = first; layer < end; ++layer) slabs += (all.layers[layer].c_out + BK - 1) / BK;
+    GroupOperands<TILE, UNIT> operands(all, weights, row, col, first, end);
+    Accumulators<TILE> acc;
+    multiply(shared_address(ring), operands, slabs, BK / 16, acc, 0, [] {});
+    if (parts) {
+        store_tile(parts + (size_t)blockIdx.y * all.rows * all.c_in, ring, row, all.rows, col, all.c_in, false, acc);
+    } else {
+        store_rows(dx, ring, row, all.rows, col, all.c_in, nullptr, nullptr, acc);
+    }
+}
+
+// Writes a segment's sums over its rows to `to` (c_out, c_in).
+template <class TILE, Unit UNIT>
+__device__ __forceinline__ void wgrad(float* to, const bf16* x, const bf16* dy, const Sizes& s, unsigned segment,
+                                      bool add, unsigned row, unsigned col) {
+    extern __shared__ __align__(1024) unsigned char ring[];
     const unsigned begin = blockIdx.y * segment, end = min(begin + segment, s.rows);
     WgradOperands<TILE, UNIT> operands(dy, x, row, col, s, begin, end);
     Accumulators<TILE> acc;
     multiply(shared_address(ring), operands, (end - begin + BK - 1) / BK, BK / 16, acc, 0, [] {});
-    store_tile(dw + (size_t)blockIdx.y * s.c_out * s.c_in, ring, row, s.c_out, col, s.c_in, add, acc);
+    store_tile(to, ring, row, s.c_out, col, s.c_in, add, acc);
+}
+
+// Writes `dw` if one segment has all rows, otherwise each segment's partial sums to (segments, c_out, c_in).
+template <class TILE, Unit UNIT>
+__device__ __forceinline__ void wgrad(float* dw, const bf16* x, const bf16* dy, const Sizes& s, unsigned segment,
+                                      bool add) {
+    const unsigned across = (s.c_in + TILE::BN - 1) / TILE::BN;
+    const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
+    wgrad<TILE, UNIT>(dw + (size_t)blockIdx.y * s.c_out * s.c_in, x, dy, s, segment, add, row, col);
+}
+
+// The same for the weights of all layers; the partial sums of a segment lie one layer after the other, in whole tiles.
+template <class TILE, Unit UNIT>
+__device__ __forceinline__ void group_wgrad(float* dw, const bf16* x, const Layers& all, unsigned segment, bool add) {
+    const unsigned across = (all.c_in + TILE::BN - 1) / TILE::BN, tile = blockIdx.x / across;
+    const Layer& of = layer_at(all, tile);
+    const size_t part = ((size_t)blockIdx.y * all.total + of.first) * TILE::BM * all.c_in;
+    wgrad<TILE, UNIT>(dw + (gridDim.y > 1 ? part : of.weight), x, reinterpret_cast<const bf16*>(of.y),
+                      {all.rows, all.c_in, of.c_out}, segment, add, (tile - of.first) * TILE::BM,
+                      blockIdx.x % across * TILE::BN);
 }
 
 }  // namespace mma
@@ -308,6 +440,61 @@ extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_wgrad_mma_64
     mma::wgrad<Small, Unit::ELEMENT>(dw, x, dy, s, segment, accumulate);
 }
 
+// Entries in bf16 for a group: layers that read the same x, such as all time projections, or q, k and v.
+//   linear_group_fwd_mma_128x128      c_in by 64, each c_out by 128
+//   linear_group_dgrad_mma_128x128    each c_out by 64, c_in by 128
+//   linear_group_wgrad_mma_128x128    all by 128
+//   ..._64x64                         all by 8
+extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_group_fwd_mma_128x128(
+    const bf16* x, const bf16* weights, const float* biases, Layers layers) {
+    mma::group_forward<Large, Unit::BLOCK>(x, weights, biases, layers);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_group_fwd_mma_64x64(
+    const bf16* x, const bf16* weights, const float* biases, Layers layers) {
+    mma::group_forward<Small, Unit::CHUNK>(x, weights, biases, layers);
+}
+
+extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_group_dgrad_mma_128x128(
+    bf16* dx, float* parts, const bf16* weights, Layers layers, unsigned segment) {
+    mma::group_dgrad<Large, Unit::BLOCK>(dx, parts, weights, layers, segment);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_group_dgrad_mma_64x64(
+    bf16* dx, float* parts, const bf16* weights, Layers layers, unsigned segment) {
+    mma::group_dgrad<Small, Unit::CHUNK>(dx, parts, weights, layers, segment);
+}
+
+extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_group_wgrad_mma_128x128(
+    float* dw, const bf16* x, Layers layers, unsigned segment, unsigned accumulate) {
+    mma::group_wgrad<Large, Unit::BLOCK>(dw, x, layers, segment, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_group_wgrad_mma_64x64(
+    float* dw, const bf16* x, Layers layers, unsigned segment, unsigned accumulate) {
+    mma::group_wgrad<Small, Unit::CHUNK>(dw, x, layers, segment, accumulate);
+}
+
+// dx (len, a multiple of four) from the sums of `segments` segments (segments, len), in order.
+extern "C" __global__ void __launch_bounds__(256) linear_group_join(bf16* dx, const float* parts, unsigned segments,
+                                                                   size_t len) {
+    const size_t i = 4 * ((size_t)blockIdx.x * 256 + threadIdx.x);
+    if (i >= len) return;
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (unsigned s = 0; s < segments; ++s) sum = sum + load4(parts + s * len + i);
+    store4(dx + i, sum);
+}
+
+// Sums of chunks of the rows of all dy to sums (chunks, total LANES). blockIdx.y counts LANES columns of all layers.
+extern "C" __global__ void __launch_bounds__(SUM_THREADS) linear_group_bwd_sums(double* sums, Layers layers) {
+    const Layer& of = layer_at(layers, blockIdx.y);
+    const unsigned col = (blockIdx.y - of.first) * LANES + threadIdx.x % LANES, first = blockIdx.x * CHUNK;
+    const bf16* dy = reinterpret_cast<const bf16*>(of.y) + (size_t)first * of.c_out;
+    const double sum = sum_column(dy, min((unsigned)CHUNK, layers.rows - first), of.c_out, col, LANES);
+    if (threadIdx.x >= LANES || col >= of.c_out) return;
+    sums[((size_t)blockIdx.x * layers.total + blockIdx.y) * LANES + threadIdx.x] = sum;
+}
+
 #define ENTRIES(suffix, T) \
     extern "C" __global__ void __launch_bounds__(SUM_THREADS) linear_bwd_sums_##suffix( \
         double* sums, const T* dy, size_t rows, unsigned c, unsigned lanes) { \
@@ -315,13 +502,3 @@ extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_wgrad_mma_64
     }
 F32_AND_BF16(ENTRIES)
 #undef ENTRIES
-
-extern "C" __global__ void __launch_bounds__(SUM_THREADS) linear_bwd_bias(
-    float* db, const double* sums, unsigned chunks, size_t c, unsigned accumulate, unsigned lanes) {
-    sum_parts(db, sums, chunks, c, accumulate, lanes);
-}
-
-extern "C" __global__ void __launch_bounds__(SUM_THREADS) linear_sum_parts(
-    float* to, const float* parts, unsigned count, size_t len, unsigned accumulate, unsigned lanes) {
-    sum_parts(to, parts, count, len, accumulate, lanes);
-}

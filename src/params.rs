@@ -5,9 +5,10 @@
 //! cannot change between a forward pass and its backward pass.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
-use crate::device::Device;
 use crate::device::cuda::{View, ViewMut};
+use crate::device::{Device, cuda};
 use crate::error::Result;
 use crate::rng::{Purpose, Stream};
 use crate::tensor::{DType, Shape, Tensor};
@@ -96,8 +97,15 @@ impl Specs {
         &self.specs[p.index]
     }
 
+    /// From where the first of `params` begins in a flat buffer to where the last ends. Panics if there are none.
+    pub(crate) fn span(&self, params: impl Iterator<Item = Param> + Clone) -> Range<usize> {
+        let start = params.clone().map(|p| self.range(p).start).min();
+        let end = params.map(|p| self.range(p).end).max();
+        start.expect("a parameter")..end.expect("a parameter")
+    }
+
     /// Its range of elements in a flat buffer.
-    pub fn range(&self, p: Param) -> std::ops::Range<usize> {
+    pub fn range(&self, p: Param) -> Range<usize> {
         let s = &self.specs[p.index];
         s.offset..s.offset + s.shape.len()
     }
@@ -190,11 +198,19 @@ impl Params {
 
     /// Values of one parameter on a GPU: the f32 master or the copy rounded to bf16.
     pub(crate) fn view(&self, p: Param, dtype: DType) -> View<'_> {
-        let flat = match dtype {
+        self.view_range(self.specs.range(p), dtype)
+    }
+
+    /// The same for the elements `range` of all values.
+    pub(crate) fn view_range(&self, range: Range<usize>, dtype: DType) -> View<'_> {
+        self.of_type(dtype).view(range)
+    }
+
+    fn of_type(&self, dtype: DType) -> &Tensor {
+        match dtype {
             DType::F32 => &self.flat,
             DType::Bf16 => self.rounded.as_ref().expect("a GPU with bf16 activations has weights rounded to bf16"),
-        };
-        flat.view(self.specs.range(p))
+        }
     }
 
     /// All values, gaps included. Waits for the GPU.
@@ -229,13 +245,7 @@ impl Params {
 pub struct ParamGrads {
     flat: Tensor,
     written: Vec<bool>,
-    /// On a GPU, [`ARRIVALS`] counters for kernels whose last block adds up what all blocks found: zero between
-    /// launches.
-    arrivals: Option<Tensor>,
 }
-
-/// Counters of [`PairView::arrivals`].
-pub(crate) const ARRIVALS: usize = 1024;
 
 /// Where an operation writes a parameter's gradient.
 pub struct ParamGrad<'a> {
@@ -253,18 +263,6 @@ pub struct ParamView<'a> {
     pub accumulate: bool,
 }
 
-/// Where a kernel writes the gradients of two parameters, the second registered after the first.
-pub(crate) struct PairView<'a> {
-    /// From the first gradient to the end of the second, f32.
-    pub view: ViewMut<'a>,
-    /// Elements from the first to the second.
-    pub second_at: usize,
-    /// As in [`ParamView`], for both.
-    pub accumulate: bool,
-    /// [`ARRIVALS`] words of zero, which the kernel leaves as they were.
-    pub arrivals: &'a mut Tensor,
-}
-
 impl ParamGrads {
     /// Gradients with nothing accumulated yet.
     ///
@@ -274,7 +272,6 @@ impl ParamGrads {
         Ok(ParamGrads {
             flat: Tensor::zeros(device, Shape::vector(specs.flat_len()))?,
             written: vec![false; specs.specs.len()],
-            arrivals: device.is_gpu().then(|| Tensor::zeros(device, Shape::vector(ARRIVALS))).transpose()?,
         })
     }
 
@@ -295,18 +292,25 @@ impl ParamGrads {
         ParamView { view: self.flat.view_mut(specs.range(p)), accumulate }
     }
 
-    /// Both of a pair on a GPU, always written together.
-    pub(crate) fn pair(&mut self, specs: &Specs, [p, q]: [Param; 2]) -> PairView<'_> {
-        let (first, second) = (specs.range(p), specs.range(q));
-        assert!(first.end <= second.start, "{} comes before {}", specs.spec(q).name, specs.spec(p).name);
-        let accumulate = [p, q].map(|p| std::mem::replace(&mut self.written[p.index], true));
-        assert_eq!(accumulate[0], accumulate[1], "{} without {}", specs.spec(p).name, specs.spec(q).name);
-        PairView {
-            view: self.flat.view_mut(first.start..second.end),
-            second_at: second.start - first.start,
-            accumulate: accumulate[0],
-            arrivals: self.arrivals.as_mut().expect("there are counters on a GPU"),
-        }
+    /// Where the gradient of `p` is, in elements of [`buffer_mut`](Self::buffer_mut), and whether to add to it; the
+    /// caller must write or add to all of it.
+    pub(crate) fn place(&mut self, specs: &Specs, p: Param) -> (Range<usize>, bool) {
+        (specs.range(p), std::mem::replace(&mut self.written[p.index], true))
+    }
+
+    /// Where to write the gradients of `params` on a GPU: the elements from where the first begins to where the last
+    /// ends, of which the caller must write or add to all that are theirs and no others. Panics if some are stale and
+    /// others are not.
+    pub(crate) fn view_span(&mut self, specs: &Specs, params: impl Iterator<Item = Param> + Clone) -> ParamView<'_> {
+        let span = specs.span(params.clone());
+        let stale = params.clone().filter(|p| !std::mem::replace(&mut self.written[p.index], true)).count();
+        assert!(stale == 0 || stale == params.count(), "gradients of one group, of which {stale} are stale");
+        ParamView { view: self.flat.view_mut(span), accumulate: stale == 0 }
+    }
+
+    /// The memory of all gradients on a GPU.
+    pub(crate) fn buffer_mut(&mut self) -> &mut cuda::Buffer {
+        self.flat.gpu_buffer_mut()
     }
 
     /// All gradients, after zeroing those that no operation has written since [`reset`](Self::reset).

@@ -14,12 +14,15 @@
 //! Deliberately absent: globals, closures that outlive a call, a central `match` over operations, higher derivatives.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
-use crate::device::Device;
-use crate::device::cuda::View;
+use crate::device::cuda::tile::{Job, Parts, PendingSums};
+use crate::device::cuda::{Array, Gpu, View};
+use crate::device::{Device, cuda};
 use crate::error::Result;
+use crate::kernels::Twin;
 use crate::names::names;
-use crate::params::{PairView, Param, ParamGrad, ParamGrads, ParamView, Params};
+use crate::params::{Param, ParamGrad, ParamGrads, ParamView, Params};
 use crate::tensor::{DType, Shape, Tensor};
 
 /// What a training step computes again in its backward pass instead of keeping it from the forward pass: less memory,
@@ -97,20 +100,57 @@ pub trait Backward: Send {
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()>;
 }
 
+/// What an operation of several outputs leaves on the tape.
+pub trait BackwardOfAll: Send {
+    /// The operation's stem.
+    fn name(&self) -> &'static str;
+
+    /// The tensors held for the backward pass.
+    fn saved(&self) -> Vec<&Tensor>;
+
+    /// [`Backward::wants_pixel_sums`], of an operation of one output.
+    fn wants_pixel_sums(&self) -> bool {
+        false
+    }
+
+    /// Takes the gradients of the outputs, `None` for one that nothing depends on, and adds their contribution to the
+    /// gradients of the inputs. It is called if there is one.
+    fn run(self: Box<Self>, dys: Vec<Option<Tensor>>, grads: &mut Grads<'_>) -> Result<()>;
+}
+
+impl<B: Backward> BackwardOfAll for B {
+    fn name(&self) -> &'static str {
+        Backward::name(self)
+    }
+
+    fn saved(&self) -> Vec<&Tensor> {
+        Backward::saved(self)
+    }
+
+    fn wants_pixel_sums(&self) -> bool {
+        Backward::wants_pixel_sums(self)
+    }
+
+    fn run(self: Box<Self>, dys: Vec<Option<Tensor>>, grads: &mut Grads<'_>) -> Result<()> {
+        let dy = dys.into_iter().flatten().next().expect("a gradient of the only output");
+        Backward::run(self, dy, grads)
+    }
+}
+
 /// Sums over the pixels of each image of a gradient, as whoever stored it found them on a GPU: (n, 1, 1, c).
 pub struct PixelSums {
-    /// In f32.
-    pub sums: Tensor,
+    /// In f32, (n, c).
+    pub sums: Arc<cuda::Buffer>,
     /// Rounded to the gradient's type.
     pub rounded: Tensor,
 }
 
 struct Node {
-    output: VarId,
-    /// Its value, by which it is found among what operations hold.
-    value: Identity,
+    outputs: Vec<VarId>,
+    /// Their values, by which they are found among what operations hold.
+    values: Vec<Identity>,
     place: String,
-    op: Box<dyn Backward>,
+    op: Box<dyn BackwardOfAll>,
 }
 
 /// A tensor that may no longer be there: another can have its buffer's number then, but hardly its shape too.
@@ -249,16 +289,28 @@ impl<'p> Tape<'p> {
         y: Tensor,
         save: impl FnOnce() -> B,
     ) -> Result<Var> {
+        let mut vars = self.push_all(name, vec![y], save)?;
+        Ok(vars.pop().expect("one output"))
+    }
+
+    /// [`push`](Self::push) of an operation of several outputs.
+    pub fn push_all<B: BackwardOfAll + 'static>(
+        &mut self,
+        name: &'static str,
+        ys: Vec<Tensor>,
+        save: impl FnOnce() -> B,
+    ) -> Result<Vec<Var>> {
         if self.check_finite {
-            self.refuse_non_finite(name, &y)?;
+            ys.iter().try_for_each(|y| self.refuse_non_finite(name, y))?;
         }
         if !self.recording || self.in_part {
-            return Ok(Var::constant(y));
+            return Ok(ys.into_iter().map(Var::constant).collect());
         }
-        let id = self.new_id();
-        let value = identity(&y);
-        self.nodes.push(Node { output: id, value, place: self.place.clone(), op: Box::new(save()) });
-        Ok(Var { value: y, id: Some(id) })
+        let outputs: Vec<VarId> = ys.iter().map(|_| self.new_id()).collect();
+        let values = ys.iter().map(identity).collect();
+        let vars = ys.into_iter().zip(&outputs).map(|(value, id)| Var { value, id: Some(*id) }).collect();
+        self.nodes.push(Node { outputs, values, place: self.place.clone(), op: Box::new(save()) });
+        Ok(vars)
     }
 
     /// Computes a part of a network that the caller records as a whole: of its operations nothing is recorded. The
@@ -277,7 +329,7 @@ impl<'p> Tape<'p> {
 
     /// Every tensor that the recorded operations hold, once, in the order of the forward pass.
     pub fn plan(&self) -> Vec<Kept> {
-        let made: HashSet<Identity> = self.nodes.iter().map(|node| node.value).collect();
+        let made: HashSet<Identity> = self.nodes.iter().flat_map(|node| &node.values).copied().collect();
         let mut held = HashSet::new();
         let of_node = |node: &Node| {
             let new = node.op.saved().into_iter().filter(|tensor| held.insert(tensor.buffer_id()));
@@ -318,6 +370,7 @@ impl<'p> Tape<'p> {
         let start = y.id.expect("backward starts from a value that this tape has recorded");
         let mut grads = Grads::new(&self.device, self.params, param_grads, self.ids, accumulate);
         grads.walk(self.nodes, start, dy, None)?;
+        grads.add_up()?;
         (0..self.ids).map(|id| grads.sum(VarId(id))).collect::<Result<_>>().map(LeafGrads)
     }
 
@@ -349,6 +402,8 @@ pub struct Grads<'a> {
     /// Of the gradient that the running operation was given.
     pixel_sums: Option<PixelSums>,
     accumulate: Accumulate,
+    /// Gradients of parameters on a GPU that are partial sums so far.
+    pending: PendingSums,
 }
 
 /// The gradient of a value.
@@ -392,12 +447,62 @@ impl<'a> Grads<'a> {
 
     /// Where to write a parameter's gradient on a GPU, if it is wanted.
     pub(crate) fn param_view(&mut self, p: Param) -> Option<ParamView<'_>> {
+        let waits = self.pending.concerns(&self.params.specs().range(p));
+        assert!(!waits, "the gradient of {} waits for its partial sums", self.params.specs().spec(p).name);
         Some(self.param_grads.as_mut()?.view(self.params.specs(), p))
     }
 
-    /// The same for two, the second registered after the first.
-    pub(crate) fn param_pair(&mut self, pair: [Param; 2]) -> Option<PairView<'_>> {
-        Some(self.param_grads.as_mut()?.pair(self.params.specs(), pair))
+    /// Writes a product with a long sum over k to the gradient of `p` on a GPU, or adds it, if it is wanted; if k is
+    /// split, by [`sum_later`](Self::sum_later).
+    pub(crate) fn product(
+        &mut self,
+        gpu: &Gpu,
+        p: Param,
+        job: &Job,
+        operands: &[Option<Array<'_>>],
+        sizes: impl Twin,
+    ) -> Result<()> {
+        if self.wants_params() && job.split().count > 1 {
+            let parts = job.run_split(gpu, operands, sizes)?;
+            return self.sum_later(gpu, p, parts);
+        }
+        match self.param_view(p) {
+            Some(ParamView { view, accumulate }) => job.run(gpu, view, accumulate, operands, sizes),
+            None => Ok(()),
+        }
+    }
+
+    /// Where to write the gradients of several parameters on a GPU, if they are wanted; see [`ParamGrads::view_span`].
+    pub(crate) fn param_span(&mut self, params: impl Iterator<Item = Param> + Clone) -> Option<ParamView<'_>> {
+        let specs = self.params.specs();
+        let waits = params.clone().any(|p| self.pending.concerns(&specs.range(p)));
+        assert!(!waits, "gradients of one group, of which some wait for their partial sums");
+        Some(self.param_grads.as_mut()?.view_span(specs, params))
+    }
+
+    /// The parameters, on a GPU.
+    pub(crate) fn params(&self) -> &'a Params {
+        self.params
+    }
+
+    /// Writes the sum of `parts` to the gradient of `p` on a GPU, or adds it, if it is wanted: at the end of the
+    /// backward pass at the latest.
+    pub(crate) fn sum_later(&mut self, gpu: &Gpu, p: Param, parts: Parts) -> Result<()> {
+        let Some(param_grads) = self.param_grads.as_deref_mut() else { return Ok(()) };
+        let (to, accumulate) = param_grads.place(self.params.specs(), p);
+        if self.pending.concerns(&to) {
+            self.pending.run(gpu, param_grads.buffer_mut())?;
+        }
+        self.pending.push(parts, to, accumulate);
+        if self.pending.is_full() { self.pending.run(gpu, param_grads.buffer_mut()) } else { Ok(()) }
+    }
+
+    /// Adds up what waits for it.
+    fn add_up(&mut self) -> Result<()> {
+        match (self.device, self.param_grads.as_deref_mut()) {
+            (Device::Cuda(gpu), Some(param_grads)) => self.pending.run(gpu, param_grads.buffer_mut()),
+            _ => Ok(()),
+        }
     }
 
     /// Where to write a parameter's gradient on the CPU, if it is wanted.
@@ -413,23 +518,26 @@ impl<'a> Grads<'a> {
         accumulate: Accumulate,
     ) -> Self {
         let vars = (0..ids).map(|_| Sum::default()).collect();
-        Grads { device, params, param_grads, vars, pixel_sums: None, accumulate }
+        Grads { device, params, param_grads, vars, pixel_sums: None, accumulate, pending: PendingSums::default() }
     }
 
     /// Takes the gradient `dy` of the value `start`, and the sums over its pixels if they are known, back through the
     /// operations `nodes`.
     fn walk(&mut self, nodes: Vec<Node>, start: VarId, dy: Tensor, sums: Option<PixelSums>) -> Result<()> {
         for node in &nodes {
-            self.vars[node.output.0].wants_pixel_sums = node.op.wants_pixel_sums();
+            if let [output] = node.outputs[..] {
+                self.vars[output.0].wants_pixel_sums = node.op.wants_pixel_sums();
+            }
         }
         self.add_with_sums(start, dy, sums)?;
         for node in nodes.into_iter().rev() {
-            if let Some(dy) = self.sum(node.output)? {
-                self.pixel_sums = self.vars[node.output.0].pixel_sums.take();
+            let dys: Vec<Option<Tensor>> = node.outputs.iter().map(|id| self.sum(*id)).collect::<Result<_>>()?;
+            if dys.iter().any(Option::is_some) {
+                self.pixel_sums = self.vars[node.outputs[0].0].pixel_sums.take();
                 if let Device::Cuda(gpu) = self.device {
                     gpu.memory_is_for(format_args!("the backward pass of {} at {}", node.op.name(), node.place));
                 }
-                node.op.run(dy, self)?;
+                node.op.run(dys, self)?;
             }
         }
         Ok(())
@@ -459,12 +567,14 @@ impl<'a> Grads<'a> {
         let start = part(&mut tape, leaves)?.id.expect("a part that is recorded has an output that is");
         let param_grads = self.param_grads.as_deref_mut();
         let mut grads = Grads::new(self.device, self.params, param_grads, tape.ids, self.accumulate);
+        grads.pending = std::mem::take(&mut self.pending);
         // What has reached an input so far moves in, so that the sum is taken in the order that it has without parts.
         for (leaf, input) in ids.into_iter().flatten() {
             grads.vars[leaf.0] = std::mem::take(&mut self.vars[input.0]);
         }
         grads.walk(tape.nodes, start, dy, self.pixel_sums.take())?;
-        let mut vars = grads.vars;
+        let Grads { mut vars, pending, .. } = grads;
+        self.pending = pending;
         for (leaf, input) in ids.into_iter().flatten() {
             self.vars[input.0] = std::mem::take(&mut vars[leaf.0]);
         }

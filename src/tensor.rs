@@ -275,6 +275,17 @@ impl<'a> Launch<'a> {
         self.array_mut(x.gpu_buffer_mut(), shape, dtype)
     }
 
+    /// The address of a tensor that the kernel reads, for a struct among the arguments.
+    pub fn read_in_struct(&mut self, x: &'a Tensor) -> u64 {
+        self.address_in_struct(x.view(0..x.shape.len()))
+    }
+
+    /// The same of one that the kernel writes; no other handle may share its buffer.
+    pub fn write_in_struct(&mut self, x: &'a mut Tensor) -> u64 {
+        let len = x.shape.len();
+        self.address_in_struct_mut(x.view_mut(0..len))
+    }
+
     /// A tensor that the kernel writes, or a null pointer.
     pub fn write_opt(self, x: Option<&'a mut Tensor>) -> Self {
         match x {

@@ -44,7 +44,7 @@ use crate::ops::concat::Joined;
 use crate::ops::conv2d::{Geometry, Input, Pad, Plus, Shortcut, conv2d};
 use crate::ops::embedding::embedding;
 use crate::ops::group_norm::{Activation, Then, group_norm, scale_shift_group_norm};
-use crate::ops::linear::linear;
+use crate::ops::linear::{linear, linears};
 use crate::ops::pool;
 use crate::ops::silu::silu;
 use crate::ops::time_embedding::{Sinusoid, time_embedding};
@@ -121,6 +121,17 @@ struct Attention {
 struct Level {
     blocks: Vec<(Arc<Resnet>, Option<Attention>)>,
     resample: Option<Resample>,
+}
+
+impl Level {
+    /// Its residual blocks, in order.
+    fn resnets(&self) -> Vec<&Arc<Resnet>> {
+        let between = match &self.resample {
+            Some(Resample::Resnet(resnet)) => Some(resnet),
+            _ => None,
+        };
+        self.blocks.iter().map(|(resnet, _)| resnet).chain(between).collect()
+    }
 }
 
 /// What halves or doubles the image between two levels.
@@ -410,6 +421,13 @@ impl UNet {
         Ok((features, logits))
     }
 
+    /// Every residual block, in the order of the network, which is that of their indices.
+    fn resnets(&self) -> Vec<&Arc<Resnet>> {
+        let down = self.down.iter().flat_map(Level::resnets);
+        let up = self.up.iter().flat_map(Level::resnets);
+        down.chain([&self.middle.0, &self.middle.2]).chain(up).collect()
+    }
+
     /// Everything before the head, (n, h, w, c): at full size, or of a classifier at the coarsest level.
     fn trunk(
         &self,
@@ -452,13 +470,18 @@ impl UNet {
             _ => {}
         }
         let temb = silu(tape, &temb)?; // (n, 1, 1, e), what every block projects
+        tape.at("time_embedding");
+        let resnets = self.resnets();
+        assert!(resnets.iter().enumerate().all(|(i, resnet)| resnet.index as usize == i));
+        let projections = resnets.into_iter().map(|resnet| &resnet.time_emb_proj).collect();
+        let times = denses(tape, &temb, projections)?; // of each block (n, 1, 1, c), or 2c: scale and shift
 
         tape.at("conv_in");
         let mut h = conv3x3(tape, x, &self.conv_in)?; // (n, h, w, widths[0])
         let mut skips = vec![h.clone()];
         for level in &self.down {
             for (resnet, attention) in &level.blocks {
-                h = resnet.forward(tape, m, &h, None, &temb, dropout)?; // (n, h, w, width)
+                h = resnet.forward(tape, m, &h, None, &times, dropout)?; // (n, h, w, width)
                 if let Some(attention) = attention {
                     h = attention.forward(tape, m, &h)?; // (n, h, w, width)
                 }
@@ -474,23 +497,23 @@ impl UNet {
                         conv2d(tape, &h, conv.weight, conv.bias, halve, Plus::default())? // (n, h/2, w/2, width)
                     }
                     Resample::Resnet(resnet) => {
-                        resnet.forward(tape, m, &h, None, &temb, dropout)? // (n, h/2, w/2, width)
+                        resnet.forward(tape, m, &h, None, &times, dropout)? // (n, h/2, w/2, width)
                     }
                 };
                 skips.push(h.clone());
             }
         }
 
-        h = self.middle.0.forward(tape, m, &h, None, &temb, dropout)?;
+        h = self.middle.0.forward(tape, m, &h, None, &times, dropout)?;
         if let Some(attention) = &self.middle.1 {
             h = attention.forward(tape, m, &h)?;
         }
-        h = self.middle.2.forward(tape, m, &h, None, &temb, dropout)?;
+        h = self.middle.2.forward(tape, m, &h, None, &times, dropout)?;
 
         for level in &self.up {
             for (resnet, attention) in &level.blocks {
                 let skip = skips.pop().expect("one skip per block of the way up");
-                h = resnet.forward(tape, m, &h, Some(&skip), &temb, dropout)?; // (n, h, w, width)
+                h = resnet.forward(tape, m, &h, Some(&skip), &times, dropout)?; // (n, h, w, width)
                 if let Some(attention) = attention {
                     h = attention.forward(tape, m, &h)?; // (n, h, w, width)
                 }
@@ -501,7 +524,7 @@ impl UNet {
                     h = conv3x3(tape, Input::doubled(&h), conv)?; // (n, 2h, 2w, width)
                 }
                 Some(Resample::Resnet(resnet)) => {
-                    h = resnet.forward(tape, m, &h, None, &temb, dropout)?; // (n, 2h, 2w, width)
+                    h = resnet.forward(tape, m, &h, None, &times, dropout)?; // (n, 2h, 2w, width)
                 }
                 None => {}
             }
@@ -525,11 +548,9 @@ impl Head {
 impl Pool {
     fn features(&self, tape: &mut Tape<'_>, x: &Var) -> Result<Var> {
         let tokens = pool::tokens(tape, x, self.positional_embedding)?; // (n, 1, h w + 1, c)
-        let q = dense(tape, &tokens, &self.to_q)?; // (n, 1, h w + 1, c)
-        let k = dense(tape, &tokens, &self.to_k)?; // (n, 1, h w + 1, c)
-        let v = dense(tape, &tokens, &self.to_v)?; // (n, 1, h w + 1, c)
+        let qkv = denses(tape, &tokens, vec![&self.to_q, &self.to_k, &self.to_v])?; // each (n, 1, h w + 1, c)
         // All tokens attend, though only the first is looked at: at this level they are few.
-        let tokens = attention(tape, &q, &k, &v, self.heads)?; // (n, 1, h w + 1, c)
+        let tokens = attention(tape, &qkv[0], &qkv[1], &qkv[2], self.heads)?; // (n, 1, h w + 1, c)
         pool::first(tape, &tokens) // (n, 1, 1, c)
     }
 }
@@ -542,22 +563,22 @@ impl Resnet {
         m: &Arc<Model>,
         x: &Var,
         skip: Option<&Var>,
-        temb: &Var,
+        times: &[Var],
         masks: Option<DropoutSeed>,
     ) -> Result<Var> {
         tape.at(&self.place);
-        let time = dense(tape, temb, &self.time_emb_proj)?; // (n, 1, 1, c), or 2c: scale and shift
+        let time = &times[self.index as usize]; // (n, 1, 1, c), or 2c: scale and shift
         match tape.recompute() {
             Recompute::None => {
-                let h = self.first(tape, m, x, skip, &time)?; // (n, h, w, c)
-                self.second(tape, m, &h, x, skip, &time, masks) // (n, h, w, c)
+                let h = self.first(tape, m, x, skip, time)?; // (n, h, w, c)
+                self.second(tape, m, &h, x, skip, time, masks) // (n, h, w, c)
             }
             Recompute::Cheap => {
-                let of = |h| Part::new(self, m, h, x, skip, &time, masks);
+                let of = |h| Part::new(self, m, h, x, skip, time, masks);
                 let h = of(Half::First).push(tape)?; // (n, h, w, c)
                 of(Half::Second(h)).push(tape) // (n, h, w, c)
             }
-            Recompute::Blocks => Part::new(self, m, Half::Both, x, skip, &time, masks).push(tape), // (n, h, w, c)
+            Recompute::Blocks => Part::new(self, m, Half::Both, x, skip, time, masks).push(tape), // (n, h, w, c)
         }
     }
 
@@ -699,10 +720,8 @@ impl Attention {
             Some(group_norm) => norm(tape, m, x, group_norm, Activation::Identity)?, // (n, h, w, c)
             None => x.clone(),
         };
-        let q = dense(tape, &h, &self.to_q)?; // (n, h, w, c)
-        let k = dense(tape, &h, &self.to_k)?; // (n, h, w, c)
-        let v = dense(tape, &h, &self.to_v)?; // (n, h, w, c)
-        let h = attention(tape, &q, &k, &v, self.heads)?; // (n, h, w, c)
+        let qkv = denses(tape, &h, vec![&self.to_q, &self.to_k, &self.to_v])?; // each (n, h, w, c)
+        let h = attention(tape, &qkv[0], &qkv[1], &qkv[2], self.heads)?; // (n, h, w, c)
         linear(tape, &h, self.to_out.weight, Some(self.to_out.bias), Some(x)) // (n, h, w, c)
     }
 }
@@ -718,6 +737,12 @@ fn conv3x3(tape: &mut Tape<'_>, x: impl Into<Input>, conv: &Affine) -> Result<Va
 
 fn dense(tape: &mut Tape<'_>, x: &Var, layer: &Affine) -> Result<Var> {
     linear(tape, x, layer.weight, Some(layer.bias), None)
+}
+
+/// Layers of the same `x`.
+fn denses(tape: &mut Tape<'_>, x: &Var, layers: Vec<&Affine>) -> Result<Vec<Var>> {
+    let layers: Vec<(Param, Param)> = layers.iter().map(|layer| (layer.weight, layer.bias)).collect();
+    linears(tape, x, &layers)
 }
 
 fn norm(tape: &mut Tape<'_>, m: &Model, x: impl Into<Joined>, norm: &Norm, then: impl Into<Then>) -> Result<Var> {

@@ -17,6 +17,24 @@ constexpr int SUM_THREADS = 256;
 
 constexpr unsigned SHORT = 64;
 
+// Host twin: sums that one launch adds up, at most.
+constexpr unsigned SUMS = 64;
+
+// Host twin: the sum of parts of `len` elements, of which the next begins `pitch` elements further on.
+struct Sum {
+    size_t parts;                 // address of the first
+    size_t pitch, len;            // elements
+    unsigned to, first;           // where the result is in the launch's, in elements; blocks before those of this sum
+    unsigned count, lanes;        // parts, elements per block
+    unsigned add, wide;           // 1: added to what is there; 1: the parts are f64
+};
+
+// Host twin: the sums of a launch, which are many small ones: one launch each would be most of their time.
+struct Sums {
+    Sum sums[SUMS];
+    unsigned count, unused;
+};
+
 // x[0] + x[stride] + ... + x[(terms - 1) stride], in order.
 template <class T>
 __device__ __forceinline__ double sum_terms(const T* x, unsigned terms, size_t stride) {
@@ -76,12 +94,23 @@ __device__ __forceinline__ void sum_rows(double* sums, T* rounded, const T* x, u
     }
 }
 
-// to[i] = sum over p of parts[p * len + i], added to to[i] if `add`. Block = `lanes` of the i; see part_lanes in
-// src/device/cuda/tile.rs.
+// Which of `count` (up to MOST, a power of two) rows is the last with first <= at; first grows and begins with 0.
+template <unsigned MOST, class ROW>
+__device__ __forceinline__ unsigned last_from(const ROW (&rows)[MOST], unsigned count, unsigned at) {
+    unsigned which = 0;
+#pragma unroll
+    for (unsigned step = MOST / 2; step > 0; step /= 2) {
+        if (which + step < count && rows[which + step].first <= at) which += step;
+    }
+    return which;
+}
+
+// result[i] = sum over p of parts[p * pitch + i], added to result[i] if so. Block `block` = `lanes` of the i; see
+// part_lanes in src/device/cuda/tile.rs.
 template <class PART>
-__device__ __forceinline__ void sum_parts(float* to, const PART* parts, unsigned count, size_t len, bool add,
-                                          unsigned lanes) {
-    const size_t i = (size_t)blockIdx.x * lanes + threadIdx.x % lanes;
-    const double sum = sum_column(parts, count, len, i, lanes);
-    if (threadIdx.x < lanes && i < len) to[i] = add ? to[i] + (float)sum : (float)sum;
+__device__ __forceinline__ void sum_parts(float* result, const PART* parts, const Sum& s, unsigned block) {
+    const size_t i = (size_t)block * s.lanes + threadIdx.x % s.lanes;
+    // What is beyond the end has no parts.
+    const double sum = sum_column(parts, s.count, s.pitch, i < s.len ? i : s.pitch, s.lanes);
+    if (threadIdx.x < s.lanes && i < s.len) result[i] = s.add ? result[i] + (float)sum : (float)sum;
 }

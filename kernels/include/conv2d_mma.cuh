@@ -324,12 +324,12 @@ struct Columns {
 };
 
 // a = dy, b = patches of x with the tile's columns; k = pixels of y.
-template <class TILE, Unit UNIT>
+template <class TILE, Unit UNIT_X, Unit UNIT_DY>
 struct WgradOperands {
     static constexpr bool A_ALONG_K = false, B_ALONG_K = false;
-    static constexpr bool WRITTEN_OUT = UNIT == Unit::BLOCK;
+    static constexpr bool WRITTEN_OUT = UNIT_X == Unit::BLOCK;
     using P = Panel<TILE::THREADS, BK, TILE::BN>;
-    AcrossK<TILE::THREADS, TILE::BM, UNIT, false> a;
+    AcrossK<TILE::THREADS, TILE::BM, UNIT_DY, false> a;
     const Columns& columns;
     OriginTable& origins;
     const Geometry& g;
@@ -397,7 +397,7 @@ struct WgradOperands {
 #pragma unroll
             for (int j = 0; j < P::PIECES; ++j) {
                 const uint32_t to = slot + places.at(i, j);
-                if (UNIT == Unit::ELEMENT) {
+                if (UNIT_X == Unit::ELEMENT) {
                     gather(to, origin, 8 * P::chunk() + 32 * j);
                 } else {
                     const int pixel = origin.pixel + (UP ? odd_step(want[j], origin.taps) : 0);
@@ -410,7 +410,7 @@ struct WgradOperands {
     __device__ __forceinline__ void bring(uint32_t slot) {
         a.bring(slot, 0, left);
         a.advance((size_t)BK * g.c_out);
-        if (UNIT != Unit::ELEMENT && g.up) {
+        if (UNIT_X != Unit::ELEMENT && g.up) {
             bring_patches<true>(slot);
         } else {
             bring_patches<false>(slot);
@@ -612,7 +612,7 @@ __device__ __forceinline__ void dgrad(bf16* dx, bf16* dx_second, float* parts, c
 }
 
 // Writes `dw` if one segment has all pixels, otherwise each segment's partial sums to (segments, c_out, kh, kw, c_in).
-template <class TILE, Unit UNIT>
+template <class TILE, Unit UNIT_X, Unit UNIT_DY = UNIT_X>
 __device__ __forceinline__ void wgrad(float* dw, const bf16* x, const bf16* x_second, const bf16* dy,
                                       const Geometry& g, unsigned segment, bool add) {
     extern __shared__ __align__(1024) unsigned char ring[];
@@ -623,7 +623,7 @@ __device__ __forceinline__ void wgrad(float* dw, const bf16* x, const bf16* x_se
     const Columns columns(blockIdx.x % across, TILE::BN, x, x_second, g);
     const unsigned begin = blockIdx.y * segment, end = min(begin + segment, count);
 
-    WgradOperands<TILE, UNIT> operands(dy, columns, origins, g, first, begin, end);
+    WgradOperands<TILE, UNIT_X, UNIT_DY> operands(dy, columns, origins, g, first, begin, end);
     __syncthreads();  // the first slabs' origins written above are read below; the core's barriers order the others
     Accumulators<TILE> acc;
     multiply(shared_address(ring), operands, (end - begin + BK - 1) / BK, BK / 16, acc, 0, [] {});

@@ -329,49 +329,9 @@ struct Gives {
     // (n, c_first), (n, c - c_first): sums over the pixels of dx as it was rounded, in f32 and rounded.
     Channels<float> pixel_sums;
     Channels<T> rounded_sums;
-    float *dgamma, *dbeta;                  // (c)
-    float* shares;                          // (n, 2, c): each image's part of them
-    unsigned* done;                         // (slabs): zero before and after
-    unsigned accumulate;                    // 1: adds to dgamma and dbeta
+    float* shares;                          // (n, 2, c): each image's part of dgamma and dbeta
     T* dscale_shift;                        // (n, 2c)
 };
-
-// dgamma and dbeta of the slab's channels, by the block that has its last image.
-template <class T>
-__device__ __forceinline__ void add_shares(const Gives<T>& to, const Place<T>& here, const Slab& s, double* scratch) {
-    __shared__ unsigned last;
-    const unsigned t = threadIdx.x;
-    __threadfence();  // this thread's shares are visible before the count
-    __syncthreads();  // so are those of all threads; scratch may be written
-    if (t == 0) {
-        last = atomicAdd(to.done + here.slab, 1u) == s.n - 1;
-        __threadfence();  // if the blocks of all images have counted, their shares are visible below
-    }
-    __syncthreads();  // `last` and what the other blocks wrote are read below
-    if (!last) return;
-    const unsigned parts = BLOCK / here.channels, i = t % here.channels, part = t / here.channels;
-    double by_xhat = 0.0, plain = 0.0;
-    if (part < parts) {
-        const float* share = to.shares + here.start + i;
-#pragma unroll 4
-        for (unsigned image = part; image < s.n; image += parts) {
-            by_xhat += double(share[size_t(image) * 2 * s.c]);
-            plain += double(share[size_t(image) * 2 * s.c + s.c]);
-        }
-    }
-    scratch[t] = by_xhat, scratch[BLOCK + t] = plain;
-    __syncthreads();  // the parts written above are read below
-    if (t < here.channels) {
-        for (unsigned p = 1; p < parts; ++p) {
-            by_xhat += scratch[p * here.channels + t];
-            plain += scratch[BLOCK + p * here.channels + t];
-        }
-        const unsigned at = here.start + t;
-        to.dgamma[at] = to.accumulate ? to.dgamma[at] + float(by_xhat) : float(by_xhat);
-        to.dbeta[at] = to.accumulate ? to.dbeta[at] + float(plain) : float(plain);
-    }
-    if (t == 0) to.done[here.slab] = 0;
-}
 
 // dx may be dy, if it is one tensor. plus: gradients of x that are added, each null if there is none.
 template <class T>
@@ -561,5 +521,4 @@ __device__ __forceinline__ void bwd_slab(const Channels<T>& dx, const Gives<T>& 
             store(gives.rounded_sums.at(here.image, here.start + t), total);
         }
     }
-    if (gives.shares != nullptr) add_shares(gives, here, s, wide_sums);
 }

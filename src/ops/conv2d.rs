@@ -393,15 +393,13 @@ impl Backward for Conv2dBackward {
                 }
             }
             Device::Cuda(gpu) => {
-                if let Some(dw) = grads.param_view(self.weight) {
-                    cuda::wgrad(gpu, dw, &self.x, &dy, ws, self.geometry)?;
-                }
+                cuda::wgrad(gpu, grads, self.weight, &self.x, &dy, self.geometry)?;
                 if grads.wants_params() || self.shift.is_some() {
                     let biases = [Some(self.bias), self.shortcut.as_ref().map(|s| s.bias)];
                     let dshift = match grads.pixel_sums() {
                         None => cuda::sums(gpu, grads, biases, &dy, self.shift.map(|_| device))?,
                         Some(known) => {
-                            cuda::bias_gradients(gpu, grads, biases, &known.sums)?;
+                            cuda::bias_gradients(gpu, grads, biases, &known)?;
                             Some(known.rounded)
                         }
                     };
@@ -436,9 +434,7 @@ impl Backward for Conv2dBackward {
                     }
                 }
                 Device::Cuda(gpu) => {
-                    if let Some(dw) = grads.param_view(shortcut.weight) {
-                        cuda::wgrad(gpu, dw, &x, &dy, ws, g)?;
-                    }
+                    cuda::wgrad(gpu, grads, shortcut.weight, &x, &dy, g)?;
                     if x.x.wants_gradient() {
                         let (mut dx, mut second) = x.x.gradients(device)?;
                         let weight = grads.weight_view(shortcut.weight, dy.dtype());
@@ -717,22 +713,24 @@ mod cpu {
 }
 
 mod cuda {
+    use std::sync::Arc;
+
     use super::*;
     use crate::device::cuda::tile::{
-        Job, MANY, SUM_THREADS, Segments, choose, choose_mma, lanes, over_rows, shared, sum_parts, tiles,
+        Job, MANY, Parts, SUM_THREADS, Segments, choose, choose_mma, lanes, over_rows, shared, tiles,
     };
     use crate::device::cuda::{Buffer, Gpu, Launch, View};
     use crate::kernels::Kernel;
     use crate::kernels::conv2d::{
-        BWD_BIAS, BWD_SHIFT, DGRAD_64X64_F32, DGRAD_128X32_F32, DGRAD_MMA_64X64, DGRAD_MMA_64X64_ANY,
-        DGRAD_MMA_128X128, FWD_64X64_F32, FWD_128X32_F32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X16,
-        FWD_MMA_128X128, JOIN_SEGMENTS, SUM_PARTS, WGRAD_32X128_F32, WGRAD_64X64_F32, WGRAD_MMA_64X64,
-        WGRAD_MMA_64X64_ANY, WGRAD_MMA_128X128,
+        BWD_SHIFT, DGRAD_64X64_F32, DGRAD_128X32_F32, DGRAD_MMA_64X64, DGRAD_MMA_64X64_ANY, DGRAD_MMA_128X128,
+        FWD_64X64_F32, FWD_128X32_F32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X16, FWD_MMA_128X128,
+        JOIN_SEGMENTS, WGRAD_32X128_F32, WGRAD_64X64_F32, WGRAD_MMA_64X64, WGRAD_MMA_64X64_ANY, WGRAD_MMA_64X64_ANY_X,
+        WGRAD_MMA_64X64_ANY_Y, WGRAD_MMA_128X128,
     };
     use crate::kernels::conv2d_mma::{ORIGINS, SOURCES, TAP};
     use crate::kernels::geometry;
     use crate::kernels::tile_mma::BK;
-    use crate::params::ParamView;
+    use crate::tape::PixelSums;
 
     /// Steps of k in a slab of a product on tensor cores: channels of one tap.
     const SLAB: usize = BK as usize;
@@ -956,37 +954,51 @@ mod cuda {
         join(gpu, dx, dx_second, &parts, blocks, |launch| launch.null().null().null().u32(0).null())
     }
 
-    /// Rows are `c_out`, columns `(u, v, c_in)`, and the sum runs over the pixels of `y`.
-    pub fn wgrad(gpu: &Gpu, dw: ParamView<'_>, input: &Input, dy: &Tensor, ws: Shape, g: Geometry) -> Result<()> {
+    /// The gradient of `weight`, if it is wanted. Rows are `c_out`, columns `(u, v, c_in)`, and the sum runs over the
+    /// pixels of `y`.
+    pub fn wgrad(
+        gpu: &Gpu,
+        grads: &mut Grads<'_>,
+        weight: Param,
+        input: &Input,
+        dy: &Tensor,
+        g: Geometry,
+    ) -> Result<()> {
+        let ws = grads.weight_shape(weight);
         let (x, widths, taps) = (&input.x, input.x.widths(), ws.h * ws.w);
         let (rows, cols, depth) = (ws.n, taps * ws.c, dy.shape().rows());
         let job = match x.dtype() {
-            DType::F32 => Job::on_fma([&WGRAD_64X64_F32, &WGRAD_32X128_F32], &SUM_PARTS, rows, cols, depth),
+            DType::F32 => Job::on_fma([&WGRAD_64X64_F32, &WGRAD_32X128_F32], rows, cols, depth),
             DType::Bf16 => {
-                let kernel = if whole(&widths, 8) && ws.n.is_multiple_of(8) {
-                    let large = ws.n.is_multiple_of(128).then_some(&WGRAD_MMA_128X128);
-                    choose_mma(large, &WGRAD_MMA_64X64, 1, rows, cols)
-                } else {
-                    &WGRAD_MMA_64X64_ANY
+                // The network's first convolution has few channels of x, its last few of y.
+                let kernel = match (whole(&widths, 8), ws.n.is_multiple_of(8)) {
+                    (true, true) => {
+                        let large = ws.n.is_multiple_of(128).then_some(&WGRAD_MMA_128X128);
+                        choose_mma(large, &WGRAD_MMA_64X64, 1, rows, cols)
+                    }
+                    (false, true) => &WGRAD_MMA_64X64_ANY_X,
+                    (true, false) => &WGRAD_MMA_64X64_ANY_Y,
+                    (false, false) => &WGRAD_MMA_64X64_ANY,
                 };
                 // The columns of each tensor have tiles of their own.
                 let tiles = widths.iter().map(|c| tiles(kernel, rows, taps * c)).sum();
-                Job { tiles, ..Job::on_mma(kernel, ORIGINS as usize, &SUM_PARTS, rows, cols, depth) }
+                Job { tiles, ..Job::on_mma(kernel, ORIGINS as usize, rows, cols, depth) }
             }
         };
         let operands = [Some(x.first()), x.second(), Some(dy)].map(|x| x.map(Tensor::array));
-        job.run(gpu, dw.view, dw.accumulate, &operands, sizes(input, ws, g))
+        grads.product(gpu, weight, &job, &operands, sizes(input, ws, g))
     }
 
-    /// The gradients of `biases`, each if it is wanted, from the sums over each image's pixels, (n, 1, 1, c_out).
-    pub fn bias_gradients(gpu: &Gpu, grads: &mut Grads<'_>, biases: [Option<Param>; 2], dshift: &Tensor) -> Result<()> {
-        let Shape { n, c, .. } = dshift.shape();
-        for bias in biases.into_iter().flatten() {
-            if let Some(db) = grads.param_view(bias) {
-                sum_parts(gpu, &SUM_PARTS, db.view, dshift.gpu_buffer(), n, c, db.accumulate)?;
-            }
-        }
-        Ok(())
+    /// The gradients of `biases`, each if it is wanted, from the sums over each image's pixels.
+    pub fn bias_gradients(
+        gpu: &Gpu,
+        grads: &mut Grads<'_>,
+        biases: [Option<Param>; 2],
+        known: &PixelSums,
+    ) -> Result<()> {
+        let Shape { n, c, .. } = known.rounded.shape();
+        let parts = Parts { buffer: known.sums.clone(), size: 4, from: 0, count: n, pitch: c };
+        biases.into_iter().flatten().try_for_each(|bias| grads.sum_later(gpu, bias, parts.clone()))
     }
 
     /// The gradients of `biases`, each if it is wanted, and `dshift` (n, 1, 1, c_out) if `shift_on` names its device. A
@@ -1006,10 +1018,9 @@ mod cuda {
         let launch = gpu.launch(BWD_SHIFT.of(dy.dtype()), [n, c.div_ceil(lanes), 1], SUM_THREADS);
         let launch = launch.buffer_mut(&mut sums).write_opt(dshift.as_mut()).read(dy);
         launch.u32(h * w).u64(n * h * w).u32(c).u32(lanes).run()?;
+        let parts = Parts { buffer: Arc::new(sums), size: 8, from: 0, count: n, pitch: c };
         for bias in biases.into_iter().flatten() {
-            if let Some(db) = grads.param_view(bias) {
-                sum_parts(gpu, &BWD_BIAS, db.view, &sums, n, c, db.accumulate)?;
-            }
+            grads.sum_later(gpu, bias, parts.clone())?;
         }
         Ok(dshift)
     }

@@ -51,9 +51,12 @@
 //! two) fits in L2. Beyond that, the pass after the statistics reads from memory again: 12 bytes forward and up to 24
 //! backward (with SiLU the CPU's first pass also writes `dz`).
 
+use std::sync::Arc;
+
 use rayon::prelude::*;
 
 use crate::device::Device;
+use crate::device::cuda::Gpu;
 use crate::error::Result;
 use crate::kernels::group_norm_slab::Slab;
 use crate::ops::concat::Joined;
@@ -214,10 +217,10 @@ impl Backward for GroupNormBackward {
         let device = grads.device();
         let uninit = |s: &(_, Tensor)| Tensor::uninit(device, s.1.dtype(), s.1.shape());
         let mut dscale_shift = self.scale_shift.as_ref().map(uninit).transpose()?;
-        let slab = if device.is_gpu() { cuda::slab(&self.x, self.norm.groups, 2) } else { None };
-        match slab {
-            None => self.by_strips(dy, dscale_shift.as_mut(), grads)?,
-            Some(slab) => self.by_slabs(slab, dy, dscale_shift.as_mut(), grads)?,
+        let slab = cuda::slab(&self.x, self.norm.groups, 2);
+        match (device, slab) {
+            (Device::Cuda(gpu), Some(slab)) => self.by_slabs(gpu, slab, dy, dscale_shift.as_mut(), grads)?,
+            _ => self.by_strips(dy, dscale_shift.as_mut(), grads)?,
         }
         match (dscale_shift, &self.scale_shift) {
             (Some(d), Some((Some(id), _))) => grads.add(*id, d),
@@ -229,7 +232,14 @@ impl Backward for GroupNormBackward {
 impl GroupNormBackward {
     /// In one launch, which adds what waits to be added to the gradients of both tensors, and sums them over the pixels
     /// for whoever made them.
-    fn by_slabs(&self, slab: Slab, dy: Tensor, dscale_shift: Option<&mut Tensor>, grads: &mut Grads<'_>) -> Result<()> {
+    fn by_slabs(
+        &self,
+        gpu: &Gpu,
+        slab: Slab,
+        dy: Tensor,
+        dscale_shift: Option<&mut Tensor>,
+        grads: &mut Grads<'_>,
+    ) -> Result<()> {
         let device = grads.device();
         let (mut dy, mut mask) = (dy, self.norm.mask);
         if let Some(mask) = mask.take_if(|_| !cuda::holds_all(&slab)) {
@@ -241,21 +251,19 @@ impl GroupNormBackward {
         let mut sums = [None, None];
         for ((sums, id), x) in sums.iter_mut().zip(ids).zip(tensors) {
             if let (Some(x), true) = (x, id.is_some_and(|id| grads.wants_pixel_sums(id))) {
-                let shape = Shape::new(x.shape().n, 1, 1, x.shape().c);
-                let [sums_f32, rounded] = [DType::F32, x.dtype()].map(|dtype| Tensor::uninit(device, dtype, shape));
-                *sums = Some(PixelSums { sums: sums_f32?, rounded: rounded? });
+                let Shape { n, c, .. } = x.shape();
+                *sums = Some((gpu.alloc(4 * n * c)?, Tensor::uninit(device, x.dtype(), Shape::new(n, 1, 1, c))?));
             }
         }
         // Over dy, but for two gradients.
         let over = self.x.second().is_none() && dy.is_unique();
         let apart = if over { None } else { Some(self.x.gradients(device)?) };
         let (mut first, mut second) = apart.map_or((None, None), |(first, second)| (Some(first), second));
-        if let Device::Cuda(gpu) = device {
-            let scale_shift = self.scale_shift.as_ref().map(|(_, s)| s);
-            let norm = Norm { mask, ..self.norm };
-            let to = cuda::Gives { dx: [first.as_mut(), second.as_mut()], sums: &mut sums, dscale_shift };
-            cuda::backward_slab(gpu, slab, norm, to, &mut dy, &waiting, &self.x, &self.stats, scale_shift, grads)?;
-        }
+        let scale_shift = self.scale_shift.as_ref().map(|(_, s)| s);
+        let norm = Norm { mask, ..self.norm };
+        let to = cuda::Gives { dx: [first.as_mut(), second.as_mut()], sums: &mut sums, dscale_shift };
+        cuda::backward_slab(gpu, slab, norm, to, &mut dy, &waiting, &self.x, &self.stats, scale_shift, grads)?;
+        let sums = sums.map(|sums| sums.map(|(sums, rounded)| PixelSums { sums: Arc::new(sums), rounded }));
         for ((id, dx), sums) in ids.into_iter().zip([Some(first.unwrap_or(dy)), second]).zip(sums) {
             if let (Some(id), Some(dx)) = (id, dx) {
                 grads.add_with_sums(id, dx, sums)?;
@@ -311,11 +319,7 @@ impl GroupNormBackward {
                 if let (Some(d), Some((_, s))) = (&mut dscale_shift, &self.scale_shift) {
                     cuda::scale_shift_gradient(gpu, d, &mut sums, s, gamma, beta)?;
                 }
-                for (p, part) in [(norm.gamma, 0), (norm.beta, 1)] {
-                    if let Some(grad) = grads.param_view(p) {
-                        cuda::sum_images(gpu, grad, &sums, part)?;
-                    }
-                }
+                cuda::param_gradients(gpu, grads, norm, sums, shape)?;
             }
             Device::Meta(_) => {}
         }
@@ -864,14 +868,14 @@ mod cpu {
 
 mod cuda {
     use super::*;
-    use crate::device::cuda::{Gpu, Launch, View};
+    use crate::device::cuda::tile::Parts;
+    use crate::device::cuda::{Buffer, Gpu, Launch, View};
     use crate::kernels::Kernel;
     use crate::kernels::group_norm::{
-        BWD_DX, BWD_JOIN, BWD_PARAMS, BWD_SCALE_SHIFT, BWD_SLAB, BWD_SUMS, FWD_APPLY, FWD_JOIN, FWD_MOMENTS,
-        FWD_SCALE_SHIFT, FWD_SLAB, PARAM_CHANNELS, PIXELS,
+        BWD_DX, BWD_JOIN, BWD_SCALE_SHIFT, BWD_SLAB, BWD_SUMS, FWD_APPLY, FWD_JOIN, FWD_MOMENTS, FWD_SCALE_SHIFT,
+        FWD_SLAB, PIXELS,
     };
     use crate::kernels::group_norm_slab::{BLOCK, SLAB_CHANNELS};
-    use crate::params::{ARRIVALS, PairView, ParamView};
     use crate::rng::Purpose;
 
     /// Warps per block in the passes over the image.
@@ -906,7 +910,7 @@ mod cuda {
         let columns = columns.min(row);
         let fits = columns <= most && pixels * columns * COLUMN <= LARGEST && pixels * shape.c < 1 << 32;
         let slabs = row.div_ceil(columns.max(1));
-        if !whole || !fits || slabs > ARRIVALS {
+        if !whole || !fits {
             return None;
         }
         let of_thread = pixels.div_ceil(BLOCK as usize / columns);
@@ -975,10 +979,11 @@ mod cuda {
         masked(launch.value(slab).f32(norm.eps), norm.mask).run()
     }
 
-    /// Where a backward pass writes, besides the gradients of parameters: dx, or over dy if there is none.
+    /// Where a backward pass writes, besides the gradients of parameters: dx, or over dy if there is none; its sums over
+    /// the pixels, in f32, (n, c), and rounded.
     pub struct Gives<'a> {
         pub dx: [Option<&'a mut Tensor>; 2],
-        pub sums: &'a mut [Option<PixelSums>; 2],
+        pub sums: &'a mut [Option<(Buffer, Tensor)>; 2],
         pub dscale_shift: Option<&'a mut Tensor>,
     }
 
@@ -998,8 +1003,7 @@ mod cuda {
     ) -> Result<()> {
         let slab = Slab { silu: (norm.activation == Activation::Silu).into(), ..slab };
         let [gamma, beta] = [norm.gamma, norm.beta].map(|p| grads.weight_view(p, DType::F32));
-        let params = grads.param_pair([norm.gamma, norm.beta]);
-        let shares = params.is_some().then(|| gpu.alloc(4 * 2 * (slab.n * slab.c) as usize));
+        let shares = grads.wants_params().then(|| gpu.alloc(4 * 2 * (slab.n * slab.c) as usize));
         let mut shares = shares.transpose()?; // (n, 2, c)
         let over = dx.is_none();
         let launch = launch_slab(gpu, BWD_SLAB.of(x.dtype()), &slab, 2);
@@ -1009,20 +1013,34 @@ mod cuda {
         };
         let [sums, sums_second] = sums
             .each_mut()
-            .map(|sums| sums.as_mut().map_or((None, None), |PixelSums { sums, rounded }| (Some(sums), Some(rounded))));
-        let launch = launch.write_opt(sums.0).write_opt(sums_second.0).write_opt(sums.1).write_opt(sums_second.1);
-        let launch = match (params, &mut shares) {
-            (Some(PairView { view, second_at, accumulate, arrivals }), Some(shares)) => {
-                launch.view_mut(view).u32(second_at).buffer_mut(shares).write(arrivals).u32(accumulate.into())
-            }
-            _ => launch.null().u32(0).null().null().u32(0),
-        };
+            .map(|sums| sums.as_mut().map_or((None, None), |(sums, rounded)| (Some(sums), Some(rounded))));
+        let launch = launch.buffer_mut_opt(sums.0).buffer_mut_opt(sums_second.0);
+        let launch = launch.write_opt(sums.1).write_opt(sums_second.1).buffer_mut_opt(shares.as_mut());
         let launch = launch.write_opt(dscale_shift);
         let launch = if over { launch.first_again() } else { launch.read_opt(dy) };
         let launch = launch.read_opt(of_first[0].as_ref()).read_opt(of_second[0].as_ref());
         let launch = launch.read_opt(of_first[1].as_ref()).read_opt(of_second[1].as_ref());
         let launch = launch.read(x.first()).read_opt(x.second()).read(stats).view(gamma).view(beta);
-        masked(launch.read_opt(scale_shift).value(slab), norm.mask).run()
+        masked(launch.read_opt(scale_shift).value(slab), norm.mask).run()?;
+        match shares {
+            Some(shares) => param_gradients(gpu, grads, norm, shares, x.shape()),
+            None => Ok(()),
+        }
+    }
+
+    /// The gradients of gamma and beta, if they are wanted, from each image's part of them, (n, 2, c).
+    pub fn param_gradients(
+        gpu: &Gpu,
+        grads: &mut Grads<'_>,
+        norm: Norm,
+        shares: Buffer,
+        Shape { n, c, .. }: Shape,
+    ) -> Result<()> {
+        let buffer = Arc::new(shares);
+        for (p, from) in [(norm.gamma, 0), (norm.beta, c)] {
+            grads.sum_later(gpu, p, Parts { buffer: buffer.clone(), size: 4, from, count: n, pitch: 2 * c })?;
+        }
+        Ok(())
     }
 
     /// What both passes need.
@@ -1158,19 +1176,19 @@ mod cuda {
         Ok(own)
     }
 
-    /// `dscale_shift` (n, 1, 1, 2c) from each image's sums (n, 1, 2, c), which become its share of `dgamma` and
-    /// `dbeta`.
+    /// `dscale_shift` (n, 1, 1, 2c) from each image's sums (n, 2, c), which become its share of `dgamma` and `dbeta`.
     pub fn scale_shift_gradient(
         gpu: &Gpu,
         dscale_shift: &mut Tensor,
-        sums: &mut Tensor,
+        sums: &mut Buffer,
         scale_shift: &Tensor,
         gamma: View<'_>,
         beta: View<'_>,
     ) -> Result<()> {
-        let Shape { n, c, .. } = sums.shape();
+        let Shape { n, c, .. } = scale_shift.shape();
+        let c = c / 2;
         let launch = gpu.launch(BWD_SCALE_SHIFT.of(scale_shift.dtype()), per_channel(n, c), BLOCK);
-        launch.write(dscale_shift).write(sums).read(scale_shift).view(gamma).view(beta).u32(n).u32(c).run()
+        launch.write(dscale_shift).buffer_mut(sums).read(scale_shift).view(gamma).view(beta).u32(n).u32(c).run()
     }
 
     /// A grid with a thread for each channel of each image.
@@ -1179,18 +1197,18 @@ mod cuda {
     }
 
     /// Writes to the tensors `dx`, or over `dy` if there are none. Returns each image's share of `dgamma` and `dbeta`,
-    /// (n, 1, 2, c).
+    /// (n, 2, c).
     pub fn backward(
         job: &Job<'_>,
         [dx, dx_second]: [Option<&mut Tensor>; 2],
         dy: &mut Tensor,
         x: &Joined,
         stats: &Tensor,
-    ) -> Result<Tensor> {
+    ) -> Result<Buffer> {
         let (shape, tiling) = (job.shape, Tiling::new(job.shape));
         let (pixels, grid) = (shape.pixels(), job.grid(&tiling));
         let mut partials = job.scratch(Shape::new(shape.n, tiling.strips, 2, shape.c))?;
-        let mut sums = job.scratch(Shape::new(shape.n, 1, 2, shape.c))?;
+        let mut sums = job.gpu.alloc(4 * shape.n * 2 * shape.c)?;
         let mut slopes = job.scratch(Shape::new(shape.n, 1, job.groups, 2))?;
         let launch = read(job.gpu.launch(BWD_SUMS.of(x.dtype()), grid, BLOCK).write(&mut partials), x).read(dy);
         let launch = launch.read(stats).view(job.gamma).view(job.beta).u32(job.per_image).u32(pixels).u32(shape.c);
@@ -1198,7 +1216,7 @@ mod cuda {
 
         let (lane_bits, threads) = job.join(tiling.strips);
         let launch = job.gpu.launch(&BWD_JOIN, [shape.n * job.groups, 1, 1], threads);
-        let launch = launch.write(&mut sums).write(&mut slopes).read(&partials).read(stats).view(job.gamma);
+        let launch = launch.buffer_mut(&mut sums).write(&mut slopes).read(&partials).read(stats).view(job.gamma);
         let launch = launch.u32(job.per_image).u32(pixels).u32(tiling.strips).u32(shape.c);
         launch.u32(job.groups).u32(lane_bits).run()?;
 
@@ -1211,13 +1229,5 @@ mod cuda {
         let launch = launch.u32(job.per_image).u32(pixels).u32(shape.c).u32(job.groups);
         job.tiling(launch, &tiling, x).u32(job.silu()).run()?;
         Ok(sums)
-    }
-
-    /// Part `part` of `sums` (n, 1, 2, c), summed over the images.
-    pub fn sum_images(gpu: &Gpu, grad: ParamView<'_>, sums: &Tensor, part: usize) -> Result<()> {
-        let Shape { n, c, .. } = sums.shape();
-        let launch =
-            gpu.launch(&BWD_PARAMS, [c.div_ceil(PARAM_CHANNELS as usize), 1, 1], BLOCK).view_mut(grad.view).read(sums);
-        launch.u32(part).u32(n).u32(c).u32(grad.accumulate.into()).run()
     }
 }

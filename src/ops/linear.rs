@@ -17,7 +17,7 @@ use crate::device::Device;
 use crate::device::cpu::simd::Isa;
 use crate::error::Result;
 use crate::params::Param;
-use crate::tape::{Backward, Grads, Tape, Var, VarId};
+use crate::tape::{Backward, BackwardOfAll, Grads, Tape, Var, VarId};
 use crate::tensor::{DType, Shape, Tensor};
 
 /// A linear layer over the channels; `weight` (c_out, 1, 1, c_in), `bias` (1, 1, 1, c_out).
@@ -68,6 +68,73 @@ pub fn linear_by(
     })
 }
 
+/// [`linear`] of several layers that read the same `x`, each with its weight and bias: their outputs, in order. In bf16
+/// on a GPU they are one product.
+pub fn linears(tape: &mut Tape<'_>, x: &Var, layers: &[(Param, Param)]) -> Result<Vec<Var>> {
+    let (xs, dtype, params, isa) = (x.shape(), x.value().dtype(), tape.params(), Isa::best());
+    let mut ys = Vec::new();
+    for &(weight, bias) in layers {
+        let (ws, bs) = (params.shape(weight), params.shape(bias));
+        assert_eq!(ws, Shape::new(ws.n, 1, 1, xs.c), "linear: weight is {ws} for x {xs}");
+        assert_eq!(bs, Shape::vector(ws.n), "linear: bias is {bs} for c_out={}", ws.n);
+        ys.push(Tensor::uninit(tape.device(), dtype, xs.with_c(ws.n))?);
+    }
+    match tape.device() {
+        Device::Cpu(_) => {
+            for (&(weight, bias), y) in layers.iter().zip(&mut ys) {
+                let plus = cpu::Plus { bias: Some(params.get(bias)), shift: None, residual: None };
+                let (w, ws) = (params.get(weight), params.shape(weight));
+                cpu::forward(tape.device(), isa, x.data(), w, ws, plus, y.data_mut());
+            }
+        }
+        Device::Cuda(gpu) if cuda::can_group(params, x.value(), layers) => {
+            cuda::group_forward(gpu, &mut ys, x.value(), params, layers)?;
+        }
+        Device::Cuda(gpu) => {
+            for (&(weight, bias), y) in layers.iter().zip(&mut ys) {
+                let (weight, bias) = (params.view(weight, dtype), params.view(bias, DType::F32));
+                cuda::forward(gpu, y, x.value(), weight, Some(bias), None)?;
+            }
+        }
+        Device::Meta(_) => {}
+    }
+    let save = || LinearsBackward { x: x.value().clone(), x_id: x.id(), layers: layers.to_vec(), isa };
+    tape.push_all("linear", ys, save)
+}
+
+struct LinearsBackward {
+    x: Tensor,
+    x_id: Option<VarId>,
+    /// Weights and biases.
+    layers: Vec<(Param, Param)>,
+    isa: Isa,
+}
+
+impl BackwardOfAll for LinearsBackward {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn saved(&self) -> Vec<&Tensor> {
+        vec![&self.x]
+    }
+
+    fn run(self: Box<Self>, dys: Vec<Option<Tensor>>, grads: &mut Grads<'_>) -> Result<()> {
+        let used = self.layers.into_iter().zip(dys).filter_map(|(layer, dy)| Some((layer, dy?)));
+        let (layers, dys): (Vec<(Param, Param)>, Vec<Tensor>) = used.unzip();
+        if let Device::Cuda(gpu) = grads.device()
+            && cuda::can_group(grads.params(), &self.x, &layers)
+        {
+            return cuda::group_backward(gpu, grads, &self.x, self.x_id, &layers, &dys);
+        }
+        // The last first, as if they had been recorded one by one.
+        for (&(weight, bias), dy) in layers.iter().zip(&dys).rev() {
+            backward(grads, &self.x, self.x_id, weight, Some(bias), dy, self.isa)?;
+        }
+        Ok(())
+    }
+}
+
 struct LinearBackward {
     x: Tensor,
     x_id: Option<VarId>,
@@ -87,42 +154,54 @@ impl Backward for LinearBackward {
     }
 
     fn run(self: Box<Self>, dy: Tensor, grads: &mut Grads<'_>) -> Result<()> {
-        let (device, xs) = (grads.device(), self.x.shape());
-        let ws = grads.weight_shape(self.weight);
-        match device {
-            Device::Cpu(_) => {
-                if let Some(dw) = grads.param(self.weight) {
-                    cpu::wgrad(device, self.isa, self.x.data(), dy.data(), ws, dw);
-                }
-                if let Some(db) = self.bias.and_then(|bias| grads.param(bias)) {
-                    cpu::bias_grad(device, self.isa, dy.data(), db);
-                }
-                if let Some(id) = self.x_id {
-                    let mut dx = Tensor::uninit(device, DType::F32, xs)?;
-                    cpu::dgrad(device, self.isa, dy.data(), grads.weight(self.weight), ws, dx.data_mut());
-                    grads.add(id, dx)?;
-                }
-            }
-            Device::Cuda(gpu) => {
-                if let Some(dw) = grads.param_view(self.weight) {
-                    cuda::wgrad(gpu, dw, &self.x, &dy)?;
-                }
-                if let Some(db) = self.bias.and_then(|bias| grads.param_view(bias)) {
-                    cuda::bias_grad(gpu, db, &dy)?;
-                }
-                if let Some(id) = self.x_id {
-                    let mut dx = Tensor::uninit(device, dy.dtype(), xs)?;
-                    cuda::dgrad(gpu, &mut dx, &dy, grads.weight_view(self.weight, dy.dtype()))?;
-                    grads.add(id, dx)?;
-                }
-            }
-            Device::Meta(_) => {}
-        }
+        backward(grads, &self.x, self.x_id, self.weight, self.bias, &dy, self.isa)?;
         if let Some(residual) = self.residual {
             grads.add(residual, dy)?;
         }
         Ok(())
     }
+}
+
+/// The gradients of a layer's parameters and of `x`.
+fn backward(
+    grads: &mut Grads<'_>,
+    x: &Tensor,
+    x_id: Option<VarId>,
+    weight: Param,
+    bias: Option<Param>,
+    dy: &Tensor,
+    isa: Isa,
+) -> Result<()> {
+    let (device, xs) = (grads.device(), x.shape());
+    let ws = grads.weight_shape(weight);
+    match device {
+        Device::Cpu(_) => {
+            if let Some(dw) = grads.param(weight) {
+                cpu::wgrad(device, isa, x.data(), dy.data(), ws, dw);
+            }
+            if let Some(db) = bias.and_then(|bias| grads.param(bias)) {
+                cpu::bias_grad(device, isa, dy.data(), db);
+            }
+            if let Some(id) = x_id {
+                let mut dx = Tensor::uninit(device, DType::F32, xs)?;
+                cpu::dgrad(device, isa, dy.data(), grads.weight(weight), ws, dx.data_mut());
+                grads.add(id, dx)?;
+            }
+        }
+        Device::Cuda(gpu) => {
+            cuda::wgrad(gpu, grads, weight, x, dy)?;
+            if let Some(bias) = bias.filter(|_| grads.wants_params()) {
+                cuda::bias_grad(gpu, grads, bias, dy)?;
+            }
+            if let Some(id) = x_id {
+                let mut dx = Tensor::uninit(device, dy.dtype(), xs)?;
+                cuda::dgrad(gpu, &mut dx, dy, grads.weight_view(weight, dy.dtype()))?;
+                grads.add(id, dx)?;
+            }
+        }
+        Device::Meta(_) => {}
+    }
+    Ok(())
 }
 
 /// The definition; `x` holds rows of `c_in`, `weight` `c_out` rows of `c_in`.
@@ -226,16 +305,25 @@ mod cpu {
 }
 
 mod cuda {
+    use std::ops::Range;
+    use std::sync::Arc;
+
+    use bytemuck::Zeroable;
+
     use super::*;
-    use crate::device::cuda::tile::{Job, MANY, SUM_THREADS, choose, choose_mma, lanes, shared, sum_parts, tiles};
-    use crate::device::cuda::{Gpu, View};
+    use crate::device::cuda::tile::{
+        Job, MANY, Parts, SUM_THREADS, SplitK, choose, choose_mma, lanes, shared, tile, tiles,
+    };
+    use crate::device::cuda::{Gpu, Launch, View, each_four};
     use crate::kernels::linear::{
-        BWD_BIAS, BWD_SUMS, CHUNK, DGRAD_64X64_F32, DGRAD_128X32_F32, DGRAD_MMA_64X64, DGRAD_MMA_64X64_ANY,
-        DGRAD_MMA_128X128, FWD_64X64_F32, FWD_128X32_F32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X128, SUM_PARTS,
-        Sizes, WGRAD_32X128_F32, WGRAD_64X64_F32, WGRAD_MMA_64X64, WGRAD_MMA_64X64_ANY, WGRAD_MMA_128X128,
+        BWD_SUMS, CHUNK, DGRAD_64X64_F32, DGRAD_128X32_F32, DGRAD_MMA_64X64, DGRAD_MMA_64X64_ANY, DGRAD_MMA_128X128,
+        FWD_64X64_F32, FWD_128X32_F32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X128, GROUP_BWD_SUMS,
+        GROUP_DGRAD_MMA_64X64, GROUP_DGRAD_MMA_128X128, GROUP_FWD_MMA_64X64, GROUP_FWD_MMA_128X128, GROUP_JOIN,
+        GROUP_WGRAD_MMA_64X64, GROUP_WGRAD_MMA_128X128, LANES, LAYERS, Layer, Layers, Sizes, WGRAD_32X128_F32,
+        WGRAD_64X64_F32, WGRAD_MMA_64X64, WGRAD_MMA_64X64_ANY, WGRAD_MMA_128X128,
     };
     use crate::kernels::tile_mma::BK;
-    use crate::params::ParamView;
+    use crate::params::{ParamView, Params, Specs};
 
     /// Steps of k in a slab of a product on tensor cores.
     const SLAB: usize = BK as usize;
@@ -287,11 +375,12 @@ mod cuda {
         launch.write(dx).read(dy).view(weight).value(sizes(rows, c_in, c_out)).run()
     }
 
-    /// Rows are `c_out`, columns `c_in`, and the sum runs over the rows of `x`.
-    pub fn wgrad(gpu: &Gpu, dw: ParamView<'_>, x: &Tensor, dy: &Tensor) -> Result<()> {
+    /// The gradient of `weight`, if it is wanted. Rows are `c_out`, columns `c_in`, and the sum runs over the rows of
+    /// `x`.
+    pub fn wgrad(gpu: &Gpu, grads: &mut Grads<'_>, weight: Param, x: &Tensor, dy: &Tensor) -> Result<()> {
         let (depth, cols, rows) = (dy.shape().rows(), x.shape().c, dy.shape().c);
         let job = match x.dtype() {
-            DType::F32 => Job::on_fma([&WGRAD_64X64_F32, &WGRAD_32X128_F32], &SUM_PARTS, rows, cols, depth),
+            DType::F32 => Job::on_fma([&WGRAD_64X64_F32, &WGRAD_32X128_F32], rows, cols, depth),
             DType::Bf16 => {
                 let kernel = if cols.is_multiple_of(8) && rows.is_multiple_of(8) {
                     let whole = cols.is_multiple_of(128) && rows.is_multiple_of(128);
@@ -299,20 +388,212 @@ mod cuda {
                 } else {
                     &WGRAD_MMA_64X64_ANY
                 };
-                Job::on_mma(kernel, 0, &SUM_PARTS, rows, cols, depth)
+                Job::on_mma(kernel, 0, rows, cols, depth)
             }
         };
         let operands = [x, dy].map(|x| Some(x.array()));
-        job.run(gpu, dw.view, dw.accumulate, &operands, sizes(depth, cols, rows))
+        grads.product(gpu, weight, &job, &operands, sizes(depth, cols, rows))
     }
 
     /// Sums chunks of rows, up to 32 channels side by side, then the chunks in order.
-    pub fn bias_grad(gpu: &Gpu, db: ParamView<'_>, dy: &Tensor) -> Result<()> {
+    pub fn bias_grad(gpu: &Gpu, grads: &mut Grads<'_>, bias: Param, dy: &Tensor) -> Result<()> {
         let (rows, c) = (dy.shape().rows(), dy.shape().c);
         let (chunks, lanes) = (rows.div_ceil(CHUNK as usize), lanes(c));
         let mut sums = gpu.alloc(8 * chunks * c)?; // (chunks, c), f64
         let launch = gpu.launch(BWD_SUMS.of(dy.dtype()), [chunks, c.div_ceil(lanes), 1], SUM_THREADS);
         launch.buffer_mut(&mut sums).read(dy).u64(rows).u32(c).u32(lanes).run()?;
-        sum_parts(gpu, &BWD_BIAS, db.view, &sums, chunks, c, db.accumulate)
+        grads.sum_later(gpu, bias, Parts { buffer: Arc::new(sums), size: 8, from: 0, count: chunks, pitch: c })
+    }
+
+    /// True if layers are computed as a group: in bf16, with channels in whole chunks.
+    pub fn can_group(params: &Params, x: &Tensor, layers: &[(Param, Param)]) -> bool {
+        let divide = |weight| params.shape(weight).n.is_multiple_of(8);
+        x.dtype() == DType::Bf16 && x.shape().c.is_multiple_of(8) && layers.iter().all(|(weight, _)| divide(*weight))
+    }
+
+    /// A group of layers that one launch takes.
+    struct Group<'a> {
+        layers: &'a [(Param, Param)],
+        /// Channels of each output.
+        widths: Vec<usize>,
+        /// Where the weights and the biases lie in the flat buffer, with what is between them.
+        weights: Range<usize>,
+        biases: Range<usize>,
+        rows: usize,
+        c_in: usize,
+    }
+
+    impl<'a> Group<'a> {
+        fn new(params: &Params, layers: &'a [(Param, Param)], x: Shape) -> Self {
+            let specs = params.specs();
+            Group {
+                layers,
+                widths: layers.iter().map(|(weight, _)| specs.spec(*weight).shape.n).collect(),
+                weights: specs.span(layers.iter().map(|(weight, _)| *weight)),
+                biases: specs.span(layers.iter().map(|(_, bias)| *bias)),
+                rows: x.rows(),
+                c_in: x.c,
+            }
+        }
+
+        /// Channels of all outputs.
+        fn width(&self) -> usize {
+            self.widths.iter().sum()
+        }
+
+        fn divides(&self, by: usize) -> bool {
+            self.widths.iter().all(|c| c.is_multiple_of(by))
+        }
+
+        /// Units of `unit` channels of all outputs, each output's last perhaps not full.
+        fn units(&self, unit: usize) -> usize {
+            self.widths.iter().map(|c| c.div_ceil(unit)).sum()
+        }
+
+        /// In the kernels' form: with the addresses of the outputs or their gradients, and units of `unit` channels.
+        fn table(&self, specs: &Specs, unit: usize, addresses: impl Iterator<Item = u64>) -> Layers {
+            let number = |v: usize| u32::try_from(v).unwrap_or_else(|_| panic!("linear: {v} in a group of layers"));
+            let mut table = Layers::zeroed();
+            let mut first = 0;
+            let rows = table.layers.iter_mut().zip(self.layers).zip(&self.widths).zip(addresses);
+            for (((row, &(weight, bias)), &c_out), y) in rows {
+                *row = Layer {
+                    y,
+                    weight: number(specs.range(weight).start - self.weights.start),
+                    bias: number(specs.range(bias).start - self.biases.start),
+                    c_out: number(c_out),
+                    first: number(first),
+                };
+                first += c_out.div_ceil(unit);
+            }
+            let Sizes { rows, c_in, .. } = sizes(self.rows, self.c_in, self.width());
+            Layers { rows, c_in, count: number(self.layers.len()), total: number(first), ..table }
+        }
+    }
+
+    pub fn group_forward(
+        gpu: &Gpu,
+        ys: &mut [Tensor],
+        x: &Tensor,
+        params: &Params,
+        layers: &[(Param, Param)],
+    ) -> Result<()> {
+        for (layers, ys) in layers.chunks(LAYERS as usize).zip(ys.chunks_mut(LAYERS as usize)) {
+            let group = Group::new(params, layers, x.shape());
+            let large = (group.c_in.is_multiple_of(SLAB) && group.divides(128)).then_some(&GROUP_FWD_MMA_128X128);
+            let kernel = choose_mma(large, &GROUP_FWD_MMA_64X64, MANY, group.rows, group.width());
+            let (bm, bn) = tile(kernel);
+            let grid = [group.rows.div_ceil(bm) * group.units(bn), 1, 1];
+            let launch = gpu.launch(kernel, grid, kernel.max_threads).shared(shared(kernel)).read(x);
+            let launch = launch.view(params.view_range(group.weights.clone(), DType::Bf16));
+            let mut launch = launch.view(params.view_range(group.biases.clone(), DType::F32));
+            let addresses: Vec<u64> = ys.iter_mut().map(|y| launch.write_in_struct(y)).collect();
+            launch.value(group.table(params.specs(), bn, addresses.into_iter())).run()?;
+        }
+        Ok(())
+    }
+
+    pub fn group_backward(
+        gpu: &Gpu,
+        grads: &mut Grads<'_>,
+        x: &Tensor,
+        x_id: Option<VarId>,
+        layers: &[(Param, Param)],
+        dys: &[Tensor],
+    ) -> Result<()> {
+        for (layers, dys) in layers.chunks(LAYERS as usize).zip(dys.chunks(LAYERS as usize)) {
+            let group = Group::new(grads.params(), layers, x.shape());
+            if grads.wants_params() {
+                group_wgrad(gpu, grads, &group, x, dys)?;
+                group_bias_grad(gpu, grads, &group, dys)?;
+            }
+            if let Some(id) = x_id {
+                let dx = group_dgrad(gpu, grads, &group, x, dys)?;
+                grads.add(id, dx)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Rows are the channels of all outputs, columns `c_in`, and the sum runs over the rows of `x`.
+    fn group_wgrad(gpu: &Gpu, grads: &mut Grads<'_>, group: &Group<'_>, x: &Tensor, dys: &[Tensor]) -> Result<()> {
+        let specs = grads.params().specs();
+        let large = (group.c_in.is_multiple_of(128) && group.divides(128)).then_some(&GROUP_WGRAD_MMA_128X128);
+        let kernel = choose_mma(large, &GROUP_WGRAD_MMA_64X64, 1, group.width(), group.c_in);
+        let (bm, bn) = tile(kernel);
+        let units = group.units(bm);
+        let tiles = units * group.c_in.div_ceil(bn);
+        let split = Job::on_mma(kernel, 0, group.width(), group.c_in, group.rows);
+        let SplitK { segment, count } = Job { tiles, ..split }.split();
+        let launch = gpu.launch(kernel, [tiles, count, 1], kernel.max_threads).shared(shared(kernel));
+        let run = |launch: Launch<'_>, accumulate: bool| {
+            let mut launch = launch.read(x);
+            let addresses: Vec<u64> = dys.iter().map(|dy| launch.read_in_struct(dy)).collect();
+            let table = group.table(specs, bm, addresses.into_iter());
+            launch.value(table).u32(segment).u32(accumulate.into()).run()
+        };
+        if count == 1 {
+            let weights = group.layers.iter().map(|(weight, _)| *weight);
+            let ParamView { view, accumulate } = grads.param_span(weights).expect("gradients that are wanted");
+            return run(launch.view_mut(view), accumulate);
+        }
+        let pitch = units * bm * group.c_in;
+        let mut parts = gpu.alloc(4 * count * pitch)?; // (segments, layers, c_out in whole tiles, c_in)
+        run(launch.buffer_mut(&mut parts), false)?;
+        let buffer = Arc::new(parts);
+        let mut from = 0;
+        for ((weight, _), c_out) in group.layers.iter().zip(&group.widths) {
+            let parts = Parts { buffer: buffer.clone(), size: 4, from, count, pitch };
+            grads.sum_later(gpu, *weight, parts)?;
+            from += c_out.next_multiple_of(bm) * group.c_in;
+        }
+        Ok(())
+    }
+
+    /// Sums chunks of rows, for the columns of all layers side by side.
+    fn group_bias_grad(gpu: &Gpu, grads: &mut Grads<'_>, group: &Group<'_>, dys: &[Tensor]) -> Result<()> {
+        let (chunks, lanes) = (group.rows.div_ceil(CHUNK as usize), LANES as usize);
+        let units = group.units(lanes);
+        let mut sums = gpu.alloc(8 * chunks * units * lanes)?; // (chunks, layers, c_out in whole LANES), f64
+        let mut launch = gpu.launch(&GROUP_BWD_SUMS, [chunks, units, 1], SUM_THREADS).buffer_mut(&mut sums);
+        let addresses: Vec<u64> = dys.iter().map(|dy| launch.read_in_struct(dy)).collect();
+        launch.value(group.table(grads.params().specs(), lanes, addresses.into_iter())).run()?;
+        let buffer = Arc::new(sums);
+        let mut from = 0;
+        for ((_, bias), c_out) in group.layers.iter().zip(&group.widths) {
+            let (count, pitch) = (chunks, units * lanes);
+            let parts = Parts { buffer: buffer.clone(), size: 8, from, count, pitch };
+            grads.sum_later(gpu, *bias, parts)?;
+            from += c_out.next_multiple_of(lanes);
+        }
+        Ok(())
+    }
+
+    /// One sum over the channels of all outputs. Where an image is one row there are few tiles, but many layers: each
+    /// is a segment of its own.
+    fn group_dgrad(gpu: &Gpu, grads: &Grads<'_>, group: &Group<'_>, x: &Tensor, dys: &[Tensor]) -> Result<Tensor> {
+        let (params, xs) = (grads.params(), x.shape());
+        let large = (group.c_in.is_multiple_of(128) && group.divides(SLAB)).then_some(&GROUP_DGRAD_MMA_128X128);
+        let kernel = choose_mma(large, &GROUP_DGRAD_MMA_64X64, MANY, group.rows, group.c_in);
+        let layers = group.layers.len();
+        let segment = if xs.pixels() == 1 { 1 } else { layers };
+        let segments = layers.div_ceil(segment);
+        let mut dx = Tensor::uninit(grads.device(), DType::Bf16, xs)?;
+        let mut parts = if segments > 1 { Some(gpu.alloc(4 * segments * xs.len())?) } else { None };
+        let grid = [tiles(kernel, group.rows, group.c_in), segments, 1];
+        let launch = gpu.launch(kernel, grid, kernel.max_threads).shared(shared(kernel));
+        let launch = match &mut parts {
+            Some(parts) => launch.null().buffer_mut(parts),
+            None => launch.write(&mut dx).null(),
+        };
+        let mut launch = launch.view(params.view_range(group.weights.clone(), DType::Bf16));
+        let addresses: Vec<u64> = dys.iter().map(|dy| launch.read_in_struct(dy)).collect();
+        // `first` is not read.
+        launch.value(group.table(params.specs(), SLAB, addresses.into_iter())).u32(segment).run()?;
+        if let Some(parts) = &parts {
+            let launch = gpu.launch(&GROUP_JOIN, each_four(xs.len()), GROUP_JOIN.max_threads).write(&mut dx);
+            launch.buffer(parts).u32(segments).u64(xs.len()).run()?;
+        }
+        Ok(dx)
     }
 }

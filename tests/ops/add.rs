@@ -1,10 +1,12 @@
 use ddpm_cuda::device::Device;
+use ddpm_cuda::error::Result;
 use ddpm_cuda::ops::add::{add, reference};
-use ddpm_cuda::params::{ParamGrads, Params, Specs};
+use ddpm_cuda::params::{Param, ParamGrads, Params, Specs};
 use ddpm_cuda::tape::Tape;
 use ddpm_cuda::tensor::{Shape, Tensor};
 
 use ddpm_cuda::ops::concat::concat;
+use ddpm_cuda::ops::conv2d::{Geometry, Plus, conv2d};
 
 use crate::support::{numbers, plant, same_as_the_cpu, same_bits, to_f32};
 
@@ -57,10 +59,40 @@ fn gpu_adds_gradients_in_place() {
     }
 }
 
+/// The parameters' gradients of 40 layers are 80 sums, which take two launches: f32 parts of weights, f64 parts of
+/// biases, of up to 33 channels, and the second time added to the first. Weights of zero and whole numbers everywhere else
+/// make every sum exact in any order.
+#[test]
+fn gpu_adds_up_parts() {
+    const LAYERS: usize = 40;
+    let xs = Shape::new(20, 13, 2, 3);
+    let width = |layer: usize| if layer == 7 { 33 } else { 1 + layer % 3 };
+    let whole = |seed, len| numbers(seed, len).iter().map(|v| (3.0 * v).round() as f32).collect::<Vec<f32>>();
+    let zeros = |shape: Shape| (shape, vec![0.0; shape.len()]);
+    let params: Vec<_> = (0..LAYERS)
+        .flat_map(|layer| [Shape::new(width(layer), 1, 1, xs.c), Shape::vector(width(layer))].map(zeros))
+        .collect();
+    let columns: usize = (0..LAYERS).map(width).sum();
+    let (x, dy) = (whole(1, xs.len()), whole(2, xs.rows() * columns));
+    same_as_the_cpu("sums of parts", &[(xs, x)], &params, &dy, 2, |tape, x, p| {
+        let layer = |p: &[Param]| conv2d(tape, &x[0], p[0], p[1], Geometry::POINTWISE, Plus::default());
+        let mut ys = p.chunks(2).map(layer).collect::<Result<Vec<_>>>()?;
+        let first = ys.remove(0);
+        ys.iter().try_fold(first, |all, y| concat(tape, &all, y))
+    });
+}
+
 #[test]
 fn planted_bugs_are_noticed() {
     plant::notices("add::gpu_has_the_bits_of_the_cpu", "add_fwd_f32", "add.f32", "sub.f32");
     plant::notices("add::gpu_adds_gradients_in_place", "add_fwd_bf16", "add.f32", "mul.f32");
     plant::notices_lost_block("add::gpu_has_the_bits_of_the_cpu", "add_fwd_f32");
     plant::notices_lost_block("add::gpu_adds_gradients_in_place", "add_fwd_bf16");
+    let parts = "add::gpu_adds_up_parts";
+    plant::notices_lost_barrier(parts, "add_parts", 0);
+    plant::notices_lost_last_barrier(parts, "add_parts");
+    plant::notices_lost_block(parts, "add_parts");
+    // Every sum is added to what is there: it takes the count for the flag. Parts of f64 read as f32.
+    plant::notices(parts, "add_parts", "[%rd2+16]", "[%rd2+8]");
+    plant::notices(parts, "add_parts", "[%rd46+44]", "[%rd46+40]");
 }

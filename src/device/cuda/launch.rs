@@ -95,6 +95,8 @@ struct Arguments {
     /// Bytes of `block` in use.
     len: usize,
     list: Vec<Argument>,
+    /// The arrays whose addresses are in a struct: address, bytes, whether the kernel writes it.
+    in_structs: Vec<(u64, usize, bool)>,
 }
 
 #[derive(Clone, Copy)]
@@ -182,6 +184,7 @@ impl Reused {
         let mut arguments = SPARE.take().unwrap_or_default();
         arguments.len = 0;
         arguments.list.clear();
+        arguments.in_structs.clear();
         Reused(Some(arguments))
     }
 }
@@ -356,6 +359,14 @@ impl<'a> Launch<'a> {
         self.pointer(buffer, 0, Kind::PointerMut, What::Bytes(buffer.bytes()))
     }
 
+    /// The same, or a null pointer.
+    pub fn buffer_mut_opt(self, buffer: Option<&'a mut Buffer>) -> Self {
+        match buffer {
+            Some(buffer) => self.buffer_mut(buffer),
+            None => self.null(),
+        }
+    }
+
     /// The clock of the training step this launch belongs to, or a null pointer.
     pub fn clock(self) -> Self {
         match self.gpu.clock() {
@@ -375,6 +386,22 @@ impl<'a> Launch<'a> {
     /// The contents of that clock.
     pub fn now(&self) -> Option<&'a Clock> {
         self.gpu.clock().map(|(_, now)| now)
+    }
+
+    /// The address of a range of a buffer that the kernel reads, for a struct among the arguments.
+    pub fn address_in_struct(&mut self, view: View<'a>) -> u64 {
+        self.gpu.owns(view.buffer);
+        let address = view.buffer.address() + view.offset as u64;
+        self.arguments.in_structs.push((address, view.bytes, false));
+        address
+    }
+
+    /// The same of one that the kernel writes.
+    pub fn address_in_struct_mut(&mut self, view: ViewMut<'a>) -> u64 {
+        self.gpu.owns(view.buffer);
+        let address = view.buffer.address() + view.offset as u64;
+        self.arguments.in_structs.push((address, view.bytes, true));
+        address
     }
 
     /// A 32-bit integer.
@@ -512,6 +539,10 @@ impl<'a> Launch<'a> {
             };
             let address: u64 = bytemuck::pod_read_unaligned(self.arguments.bytes(argument));
             let known = arrays[usize::from(*kind == Kind::PointerMut)].entry(address).or_insert(0);
+            *known = bytes.max(*known);
+        }
+        for &(address, bytes, written) in &self.arguments.in_structs {
+            let known = arrays[usize::from(written)].entry(address).or_insert(0);
             *known = bytes.max(*known);
         }
         Counted {

@@ -1,11 +1,18 @@
 //! Launch grids of the kernels built on `include/tile_gemm.cuh`, `include/tile_mma.cuh`, `include/column_sums.cuh` and
-//! `include/rows.cuh`, and split-K.
+//! `include/rows.cuh`, split-K, and the sums of partial sums, which `add.cu` adds up.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytemuck::Zeroable;
 
 use super::Gpu;
-use super::launch::{Array, ViewMut};
+use super::launch::{Array, Launch, View, ViewMut};
 use super::pool::Buffer;
 use crate::error::Result;
+use crate::kernels::add::PARTS;
 pub use crate::kernels::column_sums::SUM_THREADS;
+use crate::kernels::column_sums::{SUMS, Sum, Sums};
 use crate::kernels::{Kernel, Twin, tile_gemm, tile_mma};
 
 /// Blocks of a weight's gradient that a multiprocessor holds at once. Each of its four schedulers has 512 registers a
@@ -47,7 +54,7 @@ pub const MMA_64: Blocks = Blocks { slots: [3 * 108, 128, 4 * 132], step: tile_m
 const WAVES: usize = 4;
 
 /// Rows and columns of a kernel's tile.
-fn tile(kernel: &Kernel) -> (usize, usize) {
+pub fn tile(kernel: &Kernel) -> (usize, usize) {
     let (bm, bn) = kernel.tile.expect("the kernel of a product is named by its tile");
     (bm as usize, bn as usize)
 }
@@ -138,8 +145,8 @@ pub fn rows_of_waves(waves: usize, cols: usize) -> usize {
 }
 
 /// A matrix product with a long sum over k, such as a weight's gradient, and its kernels. If its tiles alone make too
-/// few blocks, k is split into segments (split-K): each segment's product is a matrix of its own, and a second kernel
-/// adds them up in order.
+/// few blocks, k is split into segments (split-K): each segment's product is a matrix of its own, and another kernel adds
+/// them up in order.
 pub struct Job {
     /// The product's kernel.
     pub kernel: &'static Kernel,
@@ -147,8 +154,6 @@ pub struct Job {
     pub shared: usize,
     /// How its blocks split k.
     pub blocks: Blocks,
-    /// Adds up the segments' products, as [`sum_parts`] says.
-    pub sum_parts: &'static Kernel,
     /// Rows of the result.
     pub rows: usize,
     /// Columns of the result.
@@ -161,36 +166,28 @@ pub struct Job {
 
 impl Job {
     /// On FMAs, by that of the `variants` that wastes least.
-    pub fn on_fma(
-        variants: [&'static Kernel; 2],
-        sum_parts: &'static Kernel,
-        rows: usize,
-        cols: usize,
-        depth: usize,
-    ) -> Self {
+    pub fn on_fma(variants: [&'static Kernel; 2], rows: usize, cols: usize, depth: usize) -> Self {
         let (kernel, tiles) = choose(variants, rows, cols);
-        Job { kernel, shared: 0, blocks: FMA, sum_parts, rows, cols, depth, tiles }
+        Job { kernel, shared: 0, blocks: FMA, rows, cols, depth, tiles }
     }
 
     /// On tensor cores, by a kernel with tiles of 128x128 or 64x64. `more`: bytes of shared memory beside its ring.
-    pub fn on_mma(
-        kernel: &'static Kernel,
-        more: usize,
-        sum_parts: &'static Kernel,
-        rows: usize,
-        cols: usize,
-        depth: usize,
-    ) -> Self {
+    pub fn on_mma(kernel: &'static Kernel, more: usize, rows: usize, cols: usize, depth: usize) -> Self {
         let blocks = if kernel.tile == Some((128, 128)) { MMA_128 } else { MMA_64 };
         let tiles = tiles(kernel, rows, cols);
-        Job { kernel, shared: shared(kernel) + more, blocks, sum_parts, rows, cols, depth, tiles }
+        Job { kernel, shared: shared(kernel) + more, blocks, rows, cols, depth, tiles }
     }
 
-    /// Writes the product to `to`, f32, or adds it if `accumulate`. The kernel's parameters are `to`, the operands, and
-    /// `(sizes, segment, accumulate)`.
+    /// How k is split.
+    pub fn split(&self) -> SplitK {
+        SplitK::new(self.blocks, self.tiles, self.depth)
+    }
+
+    /// Writes the product, of which k is not split, to `to`, f32, or adds it if `accumulate`. The kernel's parameters
+    /// are `to`, the operands, and `(sizes, segment, accumulate)`.
     ///
     /// # Errors
-    /// A GPU error, or no memory for the segments' products.
+    /// A GPU error.
     pub fn run(
         &self,
         gpu: &Gpu,
@@ -199,18 +196,33 @@ impl Job {
         operands: &[Option<Array<'_>>],
         sizes: impl Twin,
     ) -> Result<()> {
-        let len = self.rows * self.cols;
-        assert_eq!(to.bytes(), 4 * len, "bytes of a product {} x {}", self.rows, self.cols);
-        let SplitK { segment, count } = SplitK::new(self.blocks, self.tiles, self.depth);
+        assert_eq!(to.bytes(), 4 * self.rows * self.cols, "bytes of a product {} x {}", self.rows, self.cols);
+        self.launch(gpu, |launch| launch.view_mut(to), accumulate, operands, sizes)
+    }
+
+    /// The products of the segments.
+    ///
+    /// # Errors
+    /// A GPU error, or no memory for them.
+    pub fn run_split(&self, gpu: &Gpu, operands: &[Option<Array<'_>>], sizes: impl Twin) -> Result<Parts> {
+        let (len, count) = (self.rows * self.cols, self.split().count);
+        let mut buffer = gpu.alloc(4 * count * len)?; // (count, rows, cols)
+        self.launch(gpu, |launch| launch.buffer_mut(&mut buffer), false, operands, sizes)?;
+        Ok(Parts { buffer: Arc::new(buffer), size: 4, from: 0, count, pitch: len })
+    }
+
+    fn launch<'a>(
+        &self,
+        gpu: &'a Gpu,
+        to: impl FnOnce(Launch<'a>) -> Launch<'a>,
+        accumulate: bool,
+        operands: &[Option<Array<'a>>],
+        sizes: impl Twin,
+    ) -> Result<()> {
+        let SplitK { segment, count } = self.split();
         let product = gpu.launch(self.kernel, [self.tiles, count, 1], self.kernel.max_threads).shared(self.shared);
-        if count == 1 {
-            let product = operands.iter().fold(product.view_mut(to), |launch, x| launch.array_opt(*x));
-            return product.value(sizes).u32(segment).u32(accumulate.into()).run();
-        }
-        let mut parts = gpu.alloc(4 * count * len)?; // (count, rows, cols)
-        let product = operands.iter().fold(product.buffer_mut(&mut parts), |launch, x| launch.array_opt(*x));
-        product.value(sizes).u32(segment).u32(0).run()?;
-        sum_parts(gpu, self.sum_parts, to, &parts, count, len, accumulate)
+        let product = operands.iter().fold(to(product), |launch, x| launch.array_opt(*x));
+        product.value(sizes).u32(segment).u32(accumulate.into()).run()
     }
 }
 
@@ -247,23 +259,89 @@ impl Segments {
     }
 }
 
-/// Writes the column sums of `parts` (count, len) to `to` (len), f32, or adds them if `accumulate`. The kernel's
-/// parameters are `(to, parts, count, len, accumulate, lanes)`.
-///
-/// # Errors
-/// A GPU error.
-pub fn sum_parts(
-    gpu: &Gpu,
-    kernel: &'static Kernel,
-    to: ViewMut<'_>,
-    parts: &Buffer,
-    count: usize,
-    len: usize,
-    accumulate: bool,
-) -> Result<()> {
-    let lanes = part_lanes(count);
-    let launch = gpu.launch(kernel, [len.div_ceil(lanes), 1, 1], SUM_THREADS).view_mut(to).buffer(parts);
-    launch.u32(count).u64(len).u32(accumulate.into()).u32(lanes).run()
+/// Partial sums, whose sum becomes a parameter's gradient: `count` parts, of which the next begins `pitch` elements
+/// further on.
+#[derive(Clone)]
+pub struct Parts {
+    /// The memory.
+    pub buffer: Arc<Buffer>,
+    /// Bytes of an element: 4 for f32, 8 for f64.
+    pub size: usize,
+    /// Elements before the first part.
+    pub from: usize,
+    /// How many.
+    pub count: usize,
+    /// Elements from one to the next.
+    pub pitch: usize,
+}
+
+/// [`Parts`] that have yet to be added up. Most sums are a launch of some microseconds, and a backward pass has more
+/// than a hundred: so they wait for each other, at the price of the memory that they hold.
+#[derive(Default)]
+pub struct PendingSums {
+    list: Vec<(Parts, Range<usize>, bool)>,
+}
+
+impl PendingSums {
+    /// Bytes that may wait. More would save less: a pass over `cifar10` has some 1.4 GB of partial sums in all.
+    const MOST: usize = 128 << 20;
+
+    /// The sum of `parts` is to be written to the elements `to` of a buffer of f32, or added if `accumulate`.
+    pub fn push(&mut self, parts: Parts, to: Range<usize>, accumulate: bool) {
+        self.list.push((parts, to, accumulate));
+    }
+
+    /// True if elements of `to` wait for a sum.
+    pub fn concerns(&self, to: &Range<usize>) -> bool {
+        self.list.iter().any(|(_, of, _)| of.start < to.end && to.start < of.end)
+    }
+
+    /// True if they should wait no longer.
+    pub fn is_full(&self) -> bool {
+        let bytes = |(parts, to, _): &(Parts, Range<usize>, bool)| parts.size * parts.count * to.len();
+        self.list.iter().map(bytes).sum::<usize>() >= Self::MOST
+    }
+
+    /// Adds them up, into `to`.
+    ///
+    /// # Errors
+    /// A GPU error.
+    pub fn run(&mut self, gpu: &Gpu, to: &mut Buffer) -> Result<()> {
+        self.list.chunks(SUMS as usize).try_for_each(|sums| add_parts(gpu, to, sums))?;
+        self.list.clear();
+        Ok(())
+    }
+}
+
+fn add_parts(gpu: &Gpu, to: &mut Buffer, sums: &[(Parts, Range<usize>, bool)]) -> Result<()> {
+    let kernel = &PARTS;
+    let start = sums.iter().map(|(_, to, _)| to.start).min().expect("some sums");
+    let end = sums.iter().map(|(_, to, _)| to.end).max().expect("some sums");
+    let number = |v: usize| u32::try_from(v).unwrap_or_else(|_| panic!("{}: {v} in {} sums", kernel.name, sums.len()));
+    let blocks = |(parts, to, _): &(Parts, Range<usize>, bool)| to.len().div_ceil(part_lanes(parts.count));
+    let grid = [sums.iter().map(blocks).sum(), 1, 1];
+    let mut launch = gpu.launch(kernel, grid, SUM_THREADS).view_mut(ViewMut::new(to, 4 * start, 4 * (end - start)));
+    let mut table = Sums { count: number(sums.len()), ..Sums::zeroed() };
+    let mut first = 0;
+    for (row, sum) in table.sums.iter_mut().zip(sums) {
+        let (parts, to, accumulate) = sum;
+        assert!(to.len() <= parts.pitch, "{}: {} elements of parts {} apart", kernel.name, to.len(), parts.pitch);
+        let len = (parts.count - 1) * parts.pitch + to.len();
+        let view = View::new(&parts.buffer, parts.size * parts.from, parts.size * len);
+        *row = Sum {
+            parts: launch.address_in_struct(view),
+            pitch: parts.pitch as u64,
+            len: to.len() as u64,
+            to: number(to.start - start),
+            count: number(parts.count),
+            lanes: part_lanes(parts.count) as u32,
+            first: number(first),
+            add: (*accumulate).into(),
+            wide: (parts.size == 8).into(),
+        };
+        first += blocks(sum);
+    }
+    launch.value(table).run()
 }
 
 /// Threads side by side along the sums of `count` parts: a thread adds up at most eight, unless there are more than
