@@ -1,0 +1,225 @@
+//! The ladder, `kernels/steps`: each rung computes the convolution, under all of the emulator's checks; rungs that only
+//! move data have the bits of the one before; the pictures and the table in `kernels/steps/README.md` are true.
+
+#[path = "../emulator/tests/machine/mod.rs"]
+mod machine;
+
+use cuda_emu::exec::{Counters, Fault};
+use half::bf16;
+use machine::{Arg, Device};
+use std::fmt::Write;
+
+/// Name, threads, and pixels and channels of a block's tile.
+const RUNGS: [(&str, u32, usize, usize); 7] = [
+    ("conv2d_0_naive", 128, 4, 32),
+    ("conv2d_1_tile", 128, 64, 64),
+    ("conv2d_2_registers", 64, 64, 64),
+    ("conv2d_3_mma", 128, 64, 64),
+    ("conv2d_4_swizzle", 128, 64, 64),
+    ("conv2d_5_cp_async", 128, 64, 64),
+    ("conv2d_6_epilogue", 128, 64, 64),
+];
+
+/// n, h, w, c_in, c_out: no image is square, and extents lie on both sides of tiles and slabs.
+const SIZES: [[usize; 5]; 5] =
+    [[1, 1, 1, 8, 1], [1, 3, 4, 8, 5], [2, 5, 7, 40, 72], [1, 9, 8, 64, 65], [3, 2, 11, 24, 64]];
+
+struct Case {
+    size: [usize; 5],
+    x: Vec<bf16>,
+    weight: Vec<bf16>,
+    bias: Vec<f32>,
+    shift: Vec<f32>,
+    residual: Vec<bf16>,
+}
+
+impl Case {
+    /// With zeros for what rung 6 adds unless `epilogue`.
+    fn new(size: [usize; 5], epilogue: bool) -> Case {
+        let [n, h, w, c_in, c_out] = size;
+        let mut state = 1u32;
+        let mut noise = |count: usize, scale: f32| -> Vec<f32> {
+            let mut next = || {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                scale * ((state >> 8) as f32 / (1 << 23) as f32 - 1.0)
+            };
+            (0..count).map(|_| next()).collect()
+        };
+        let rounded = |values: Vec<f32>| values.into_iter().map(bf16::from_f32).collect();
+        let scale = if epilogue { 1.0 } else { 0.0 };
+        Case {
+            size,
+            x: rounded(noise(n * h * w * c_in, 1.0)),
+            weight: rounded(noise(c_out * 9 * c_in, 1.0)),
+            bias: noise(c_out, scale),
+            shift: noise(n * c_out, scale),
+            residual: rounded(noise(n * h * w * c_out, scale)),
+        }
+    }
+
+    fn run(&self, rung: usize, ptx: &str) -> Result<(Vec<bf16>, Counters), Fault> {
+        let [n, h, w, c_in, c_out] = self.size;
+        let (name, threads, bm, bn) = RUNGS[rung];
+        let device = Device::new(ptx);
+        let y = device.memory.alloc((n * h * w * c_out * 2) as u64).expect("memory for y");
+        let mut args = vec![Arg::U64(y), Arg::U64(device.upload(&self.x)), Arg::U64(device.upload(&self.weight))];
+        args.extend(self.size.map(|extent| Arg::U32(extent as u32)));
+        if rung == 6 {
+            args.extend([device.upload(&self.bias), device.upload(&self.shift)].map(Arg::U64));
+            args.push(Arg::U64(device.upload(&self.residual)));
+        }
+        let grid = [(n * h * w).div_ceil(bm) as u32, c_out.div_ceil(bn) as u32, 1];
+        let counters = device.run(name, grid, [threads, 1, 1], 0, &args)?;
+        assert_eq!(c_in % 8, 0, "what the rungs' headers demand");
+        Ok((device.download(y, n * h * w * c_out), counters))
+    }
+
+    /// The first result outside its bound. A sum of k products in f32, each step rounded or cut off, is wrong by at
+    /// most k 2^-23 of the sum of magnitudes, and bf16, of 8 digits, rounds by 2^-8. Written so that NaN is outside.
+    fn wrong(&self, rung: usize, y: &[bf16]) -> Option<String> {
+        let [n, h, w, c_in, c_out] = self.size;
+        for at in 0..n * h * w * c_out {
+            let (m, o) = (at / c_out, at % c_out);
+            let (image, i, j) = (m / (h * w), m / w % h, m % w);
+            let (mut sum, mut size) = (0.0f64, 0.0f64);
+            for (u, v) in (0..9).map(|tap| (tap / 3, tap % 3)) {
+                if i + u < 1 || i + u > h || j + v < 1 || j + v > w {
+                    continue;
+                }
+                let pixel = ((image * h + i + u - 1) * w + j + v - 1) * c_in;
+                for c in 0..c_in {
+                    let product = self.x[pixel + c].to_f64() * self.weight[((o * 3 + u) * 3 + v) * c_in + c].to_f64();
+                    (sum, size) = (sum + product, size + product.abs());
+                }
+            }
+            if rung == 6 {
+                for more in [self.bias[o].into(), self.shift[image * c_out + o].into(), self.residual[at].to_f64()] {
+                    (sum, size) = (sum + more, size + more.abs());
+                }
+            }
+            let summed = (9 * c_in + 3) as f64 * 2f64.powi(-23) * size;
+            let bound = summed + 2f64.powi(-8) * (sum.abs() + summed);
+            let within = (y[at].to_f64() - sum).abs() <= bound;
+            if !within {
+                return Some(format!("y[{m}, {o}] of {:?} is {}, not {sum} within {bound}", self.size, y[at]));
+            }
+        }
+        None
+    }
+}
+
+fn ptx(rung: usize) -> String {
+    let path = format!("{}/{}.ptx", env!("DDPM_CUDA_STEPS"), RUNGS[rung].0);
+    std::fs::read_to_string(&path).unwrap_or_else(|why| panic!("{path}: {why}"))
+}
+
+fn source(name: &str) -> String {
+    let path = format!("{}/kernels/steps/{name}", env!("CARGO_MANIFEST_DIR"));
+    std::fs::read_to_string(&path).unwrap_or_else(|why| panic!("{path}: {why}"))
+}
+
+#[test]
+fn every_rung_computes_the_convolution() {
+    for rung in 0..RUNGS.len() {
+        for size in SIZES {
+            let case = Case::new(size, true);
+            let (y, _) = case.run(rung, &ptx(rung)).unwrap_or_else(|fault| panic!("{}: {fault}", RUNGS[rung].0));
+            assert_eq!(case.wrong(rung, &y), None, "{}", RUNGS[rung].0);
+        }
+    }
+}
+
+#[test]
+fn rungs_that_move_data_keep_the_bits() {
+    for size in SIZES {
+        let case = Case::new(size, false);
+        let y: Vec<Vec<u16>> = (0..RUNGS.len())
+            .map(|rung| case.run(rung, &ptx(rung)).unwrap_or_else(|fault| panic!("{fault}")).0)
+            .map(|y| y.into_iter().map(bf16::to_bits).collect())
+            .collect();
+        for (before, rung) in [(0, 1), (1, 2), (3, 4), (4, 5), (5, 6)] {
+            assert_eq!(y[before], y[rung], "{} and {} of {size:?}", RUNGS[before].0, RUNGS[rung].0);
+        }
+    }
+}
+
+#[test]
+fn planted_bugs_are_noticed() {
+    let noticed = |rung: usize, from: &str, to: &str| {
+        let (good, case) = (ptx(rung), Case::new(SIZES[2], true));
+        assert!(good.contains(from), "{} has no {from}", RUNGS[rung].0);
+        let unchanged = case.run(rung, &good).map(|(y, _)| case.wrong(rung, &y));
+        assert!(matches!(unchanged, Ok(None)), "{} as it is: {unchanged:?}", RUNGS[rung].0);
+        let seen = case.run(rung, &good.replacen(from, to, 1)).map(|(y, _)| case.wrong(rung, &y));
+        assert!(!matches!(seen, Ok(None)), "{} with {to:?} for {from:?} is not noticed", RUNGS[rung].0);
+    };
+    noticed(0, "st.global", "//");
+    for rung in 1..RUNGS.len() {
+        noticed(rung, "bar.sync", "//");
+        noticed(rung, "st.global", "//");
+    }
+    for rung in 3..RUNGS.len() {
+        noticed(rung, "ldmatrix.sync.aligned.m8n8.x4.shared", "ldmatrix.sync.aligned.m8n8.x4.trans.shared");
+    }
+    // A slab is read before it has arrived.
+    noticed(5, "cp.async.wait_group 2", "cp.async.wait_group 3");
+    noticed(6, "cp.async.wait_group 2", "cp.async.wait_group 3");
+}
+
+/// The drawing above `slot` has chunk `r.c` where `slot(r, c)` says.
+#[test]
+fn pictures_are_what_slot_computes() {
+    let plain = |row: usize, chunk: usize| 4 * row + chunk;
+    let swizzled = |row: usize, chunk: usize| 4 * row + (chunk ^ row / 2 % 4);
+    let check = |rung: usize, code: &str, slot: &dyn Fn(usize, usize) -> usize| {
+        let text = source(&format!("{}.cu", RUNGS[rung].0));
+        assert!(text.contains(&format!("int slot(int row, int chunk) {{ return {code}; }}")), "{}", RUNGS[rung].0);
+        let lines = text.lines().filter_map(|line| line.strip_prefix("// rows "));
+        let cells: Vec<String> = lines
+            .flat_map(|line| line[4..].split_whitespace().take(8))
+            .map(|cell| cell.trim_matches(['[', ']']).to_string())
+            .collect();
+        assert_eq!(cells.len(), 32, "{}", RUNGS[rung].0);
+        for (row, chunk) in (0..32).map(|at| (at / 4, at % 4)) {
+            assert_eq!(cells[slot(row, chunk)], format!("{row}.{chunk}"), "{}", RUNGS[rung].0);
+        }
+    };
+    check(3, "4 * row + chunk", &plain);
+    for rung in 4..RUNGS.len() {
+        check(rung, "4 * row + (chunk ^ row / 2 % 4)", &swizzled);
+    }
+}
+
+/// The table in kernels/steps/README.md; run with `--nocapture` to see it.
+#[test]
+fn the_table_is_what_the_emulator_counts() {
+    let case = Case::new([1, 16, 16, 64, 64], true);
+    let mut table = String::from(
+        "| rung | HMMA | FMA | all warp instructions | shared cycles / ideal | MB asked | sectors / asked | \
+         registers |\n\
+         |---|---|---|---|---|---|---|---|\n",
+    );
+    for (rung, (name, ..)) in RUNGS.iter().enumerate() {
+        let (_, c) = case.run(rung, &ptx(rung)).unwrap_or_else(|fault| panic!("{fault}"));
+        let all = c.mma + c.fma + c.arithmetic + c.special + c.global + c.shared + c.local + c.control;
+        let cycles = c.shared_load_cycles + c.shared_store_cycles;
+        let ideal = c.shared_load_ideal + c.shared_store_ideal;
+        let shared = if ideal == 0 { "none".into() } else { format!("{cycles} / {ideal}") };
+        let asked = c.global_load_bytes + c.global_store_bytes;
+        let said = format!("{}/{name}.sm_80.said", env!("DDPM_CUDA_STEPS"));
+        let said = std::fs::read_to_string(&said).unwrap_or_else(|why| panic!("{said}: {why}"));
+        assert!(said.contains("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"), "{name}: {said}");
+        let registers = said.split_once("Used ").and_then(|(_, rest)| rest.split(' ').next()).expect("registers");
+        writeln!(
+            table,
+            "| {name} | {} | {} | {all} | {shared} | {:.2} | {:.2} | {registers} |",
+            c.mma,
+            c.fma,
+            asked as f64 / 1e6,
+            32.0 * c.global_sectors as f64 / asked as f64,
+        )
+        .expect("text grows");
+    }
+    println!("{table}");
+    assert!(source("README.md").contains(&table), "kernels/steps/README.md should have this table:\n{table}");
+}
