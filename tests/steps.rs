@@ -109,8 +109,20 @@ impl Case {
 }
 
 fn ptx(rung: usize) -> String {
-    let path = format!("{}/{}.ptx", env!("DDPM_CUDA_STEPS"), RUNGS[rung].0);
+    ptx_of(RUNGS[rung].0)
+}
+
+fn ptx_of(name: &str) -> String {
+    let path = format!("{}/{name}.ptx", env!("DDPM_CUDA_STEPS"));
     std::fs::read_to_string(&path).unwrap_or_else(|why| panic!("{path}: {why}"))
+}
+
+/// Registers of an entry on sm_80, of which none are spilled.
+fn registers(name: &str) -> String {
+    let path = format!("{}/{name}.sm_80.said", env!("DDPM_CUDA_STEPS"));
+    let said = std::fs::read_to_string(&path).unwrap_or_else(|why| panic!("{path}: {why}"));
+    assert!(said.contains("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"), "{name}: {said}");
+    said.split_once("Used ").and_then(|(_, rest)| rest.split(' ').next()).expect("registers").into()
 }
 
 fn source(name: &str) -> String {
@@ -206,17 +218,110 @@ fn the_table_is_what_the_emulator_counts() {
         let ideal = c.shared_load_ideal + c.shared_store_ideal;
         let shared = if ideal == 0 { "none".into() } else { format!("{cycles} / {ideal}") };
         let asked = c.global_load_bytes + c.global_store_bytes;
-        let said = format!("{}/{name}.sm_80.said", env!("DDPM_CUDA_STEPS"));
-        let said = std::fs::read_to_string(&said).unwrap_or_else(|why| panic!("{said}: {why}"));
-        assert!(said.contains("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"), "{name}: {said}");
-        let registers = said.split_once("Used ").and_then(|(_, rest)| rest.split(' ').next()).expect("registers");
         writeln!(
             table,
-            "| {name} | {} | {} | {all} | {shared} | {:.2} | {:.2} | {registers} |",
+            "| {name} | {} | {} | {all} | {shared} | {:.2} | {:.2} | {} |",
             c.mma,
             c.fma,
             asked as f64 / 1e6,
             32.0 * c.global_sectors as f64 / asked as f64,
+            registers(name),
+        )
+        .expect("text grows");
+    }
+    println!("{table}");
+    assert!(source("README.md").contains(&table), "kernels/steps/README.md should have this table:\n{table}");
+}
+
+/// Channels of the attention's head.
+const D: usize = 64;
+
+const ATTENTION: [(&str, usize); 2] = [("attention_0_naive", 1), ("attention_1_online", 64)];
+
+/// Runs a rung of attention over n tokens and says what is outside its bound.
+fn attend((name, bm): (&str, usize), n: usize, ptx: &str) -> Result<(Option<String>, Counters), Fault> {
+    let case = Case::new([3, n, 1, D, 1], true);
+    let (q, rest) = case.x.split_at(n * D);
+    let (k, v) = rest.split_at(n * D);
+    let device = Device::new(ptx);
+    let o = device.memory.alloc((n * D * 2) as u64).expect("memory for o");
+    let mut args = vec![Arg::U64(o)];
+    args.extend([q, k, v].map(|tensor| Arg::U64(device.upload(tensor))));
+    if name == "attention_0_naive" {
+        args.push(Arg::U64(device.memory.alloc((n * n * 4) as u64).expect("memory for S")));
+    }
+    args.push(Arg::U32(n as u32));
+    let counters = device.run(name, [n.div_ceil(bm) as u32, 1, 1], [64, 1, 1], 0, &args)?;
+    let o: Vec<bf16> = device.download(o, n * D);
+    for row in 0..n {
+        let products = |col: usize| (0..D).map(move |d| q[row * D + d].to_f64() * k[col * D + d].to_f64());
+        let scores: Vec<f64> = (0..n).map(|col| products(col).sum::<f64>() / 8.0).collect();
+        let size = (0..n).map(|col| products(col).map(f64::abs).sum::<f64>() / 8.0).fold(0.0, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|s| s.exp()).collect();
+        let l: f64 = weights.iter().sum();
+        // An error of S is a relative one of exp(S), above and below the line. Each of n columns scales and adds in f32
+        // and takes up to two exponentials, each to 2^-22.
+        let relative = 2.0 * ((D + 2) as f64 * 2f64.powi(-24) * size + n as f64 * 2f64.powi(-20));
+        for d in 0..D {
+            let terms = || (0..n).map(|col| weights[col] / l * v[col * D + d].to_f64());
+            let (sum, summed) = (terms().sum::<f64>(), relative * terms().map(f64::abs).sum::<f64>());
+            let bound = summed + 2f64.powi(-8) * (sum.abs() + summed);
+            let within = (o[row * D + d].to_f64() - sum).abs() <= bound;
+            if !within {
+                let wrong = format!("o[{row}, {d}] of {n} is {}, not {sum} within {bound}", o[row * D + d]);
+                return Ok((Some(wrong), counters));
+            }
+        }
+    }
+    Ok((None, counters))
+}
+
+#[test]
+fn every_rung_computes_attention() {
+    for rung in ATTENTION {
+        for n in [1, 31, 64, 97, 130] {
+            let (wrong, _) = attend(rung, n, &ptx_of(rung.0)).unwrap_or_else(|fault| panic!("{}: {fault}", rung.0));
+            assert_eq!(wrong, None, "{}", rung.0);
+        }
+    }
+}
+
+#[test]
+fn planted_bugs_in_attention_are_noticed() {
+    let noticed = |rung: (&str, usize), from: &str, to: &str| {
+        let good = ptx_of(rung.0);
+        assert!(good.contains(from), "{} has no {from}", rung.0);
+        let seen = attend(rung, 97, &good.replacen(from, to, 1));
+        assert!(!matches!(seen, Ok((None, _))), "{} with {to:?} for {from:?} is not noticed", rung.0);
+    };
+    for rung in ATTENTION {
+        noticed(rung, "bar.sync", "//");
+        noticed(rung, "st.global", "//");
+    }
+    noticed(ATTENTION[1], "max.f32", "min.f32");
+}
+
+/// The second table in kernels/steps/README.md.
+#[test]
+fn the_table_of_attention_is_what_the_emulator_counts() {
+    let mut table = String::from(
+        "| rung | FMA | all warp instructions | shared cycles / ideal | MB asked | sectors / asked | registers |\n\
+         |---|---|---|---|---|---|---|\n",
+    );
+    for rung in ATTENTION {
+        let (_, c) = attend(rung, 256, &ptx_of(rung.0)).unwrap_or_else(|fault| panic!("{fault}"));
+        let all = c.mma + c.fma + c.arithmetic + c.special + c.global + c.shared + c.local + c.control;
+        let asked = c.global_load_bytes + c.global_store_bytes;
+        writeln!(
+            table,
+            "| {} | {} | {all} | {} / {} | {:.2} | {:.2} | {} |",
+            rung.0,
+            c.fma,
+            c.shared_load_cycles + c.shared_store_cycles,
+            c.shared_load_ideal + c.shared_store_ideal,
+            asked as f64 / 1e6,
+            32.0 * c.global_sectors as f64 / asked as f64,
+            registers(rung.0),
         )
         .expect("text grows");
     }
