@@ -111,6 +111,9 @@ fn build() -> Result<()> {
     let headers = headers()?;
     let sources = sources(&headers)?;
     let compiler = find_compiler(&out)?;
+    if env::var_os("CARGO_FEATURE_STEPS").is_some() {
+        steps(compiler.as_ref(), &out)?;
+    }
     let mut stems = Vec::new();
     match &compiler {
         Some(compiler) => {
@@ -330,6 +333,16 @@ fn sources(headers: &[Header]) -> Result<Vec<Source>> {
         sources.push(Source { stem, path, entries, twins });
     }
     Ok(sources)
+}
+
+/// Compiles the ladder, kernels/steps, and tells its tests where the PTX is. The program has none of it.
+fn steps(compiler: Option<&Compiler>, out: &Path) -> Result<()> {
+    let compiler = compiler.ok_or("the feature steps needs a CUDA compiler: set DDPM_CUDA_TOOLCHAIN=fetch or NVCC")?;
+    let source = |path: PathBuf| Ok(Source { stem: stem(&path)?, path, entries: BTreeMap::new(), twins: Vec::new() });
+    let sources = files(Path::new("kernels/steps"), "cu")?.into_iter().map(source).collect::<Result<Vec<_>>>()?;
+    compile(compiler, &sources, out)?;
+    println!("cargo:rustc-env=DDPM_CUDA_STEPS={}", out.display());
+    Ok(())
 }
 
 /// The entries that a source declares as `__global__ void __launch_bounds__(N) NAME(TYPE NAME, ...)`. `NAME_##suffix`
