@@ -2,7 +2,7 @@ use ddpm_cuda::device::Device;
 use ddpm_cuda::error::Result;
 use ddpm_cuda::ops::add::{add, reference};
 use ddpm_cuda::params::{Param, ParamGrads, Params, Specs};
-use ddpm_cuda::tape::Tape;
+use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::{Shape, Tensor};
 
 use ddpm_cuda::ops::concat::concat;
@@ -60,12 +60,12 @@ fn gpu_adds_gradients_in_place() {
 }
 
 /// The parameters' gradients of 40 layers are 80 sums, which take two launches: f32 parts of weights, f64 parts of
-/// biases, of up to 33 channels, and the second time added to the first. Weights of zero and whole numbers everywhere else
+/// biases, more than eight of each, of up to 33 channels, and the second time added to the first. Weights of zero and whole numbers everywhere else
 /// make every sum exact in any order.
 #[test]
 fn gpu_adds_up_parts() {
     const LAYERS: usize = 40;
-    let xs = Shape::new(20, 13, 2, 3);
+    let xs = Shape::new(20, 13, 5, 3);
     let width = |layer: usize| if layer == 7 { 33 } else { 1 + layer % 3 };
     let whole = |seed, len| numbers(seed, len).iter().map(|v| (3.0 * v).round() as f32).collect::<Vec<f32>>();
     let zeros = |shape: Shape| (shape, vec![0.0; shape.len()]);
@@ -77,8 +77,11 @@ fn gpu_adds_up_parts() {
     same_as_the_cpu("sums of parts", &[(xs, x)], &params, &dy, 2, |tape, x, p| {
         let layer = |p: &[Param]| conv2d(tape, &x[0], p[0], p[1], Geometry::POINTWISE, Plus::default());
         let mut ys = p.chunks(2).map(layer).collect::<Result<Vec<_>>>()?;
-        let first = ys.remove(0);
-        ys.iter().try_fold(first, |all, y| concat(tape, &all, y))
+        while ys.len() > 1 {
+            let mut join = |ys: &[Var]| if let [a, b] = ys { concat(tape, a, b) } else { Ok(ys[0].clone()) };
+            ys = ys.chunks(2).map(&mut join).collect::<Result<_>>()?;
+        }
+        Ok(ys.remove(0))
     });
 }
 
