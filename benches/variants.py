@@ -1,14 +1,18 @@
 #!/usr/bin/env python3
-"""Trains variants of the default run and judges each: the tables of docs/recipes.md.
+"""Trains variants of the default run, or samples one in several ways, and judges each: the tables of docs/recipes.md.
 
     cargo build --release
-    benches/variants.py OUT recipes [--seeds 0,1,2] [--only NAME,...] [--program target/release/ddpm-cuda]
+    benches/variants.py OUT recipes [--seeds 0,1,2] [--only NAME;...] [--program target/release/ddpm-cuda]
     benches/variants.py OUT objectives ...
+    benches/variants.py OUT samplers --run RUN
+    benches/variants.py OUT guidance --run RUN          # trained with classes=10 label_dropout=0.15
+    benches/variants.py OUT classifier --run RUN --flags "--classifier RUN"
 
-Every variant is `ddpm-cuda train` on the built-in digits with the settings below, then `quality` on 2,000 samples as
-the default draws them, and `eval` on 100 held-out images. OUT/NAME-SEED/ keeps quality.json, eval.json, seconds.json
-and the run; what is there is not done again, so a stopped comparison goes on. Needs Python alone. About 12 minutes a
-variant and seed on two cores.
+A recipe or an objective is `ddpm-cuda train` on the built-in digits with the settings below, then `quality` on 2,000
+samples as the default draws them, and for an objective `eval` on 100 held-out images. The other tables are `quality` on
+2,000 samples of RUN with the flags below. OUT/NAME-SEED/ keeps quality.json, eval.json, seconds.json and the run; what is
+there is not done again, so a stopped comparison goes on. Needs Python alone. About 9 minutes a recipe and seed on two
+cores.
 """
 import argparse
 import json
@@ -54,6 +58,32 @@ OBJECTIVES = {
     ]
 }
 
+# How a run is sampled: name, flags of `quality`.
+SAMPLERS = {
+    "ddpm, 50": "--steps 50",
+    "ddpm, 100": "",
+    "ddpm, 250": "--steps 250",
+    "ddpm, 1000": "--steps 1000",
+    "fixed_large, 1000": "--steps 1000 --variance fixed_large",
+    "ddim, 50": "--sampler ddim --steps 50",
+    "ddim, 100": "--sampler ddim --steps 100",
+    "dpm++, 15": "--sampler dpm++ --steps 15",
+    "dpm++, 25": "--sampler dpm++ --steps 25",
+    "heun, 25": "--sampler heun --steps 25",
+}
+
+# Quality against diversity: how strongly the run of a conditional network is guided.
+GUIDANCE = {f"W = {w}": f"--guidance {w}" for w in (0, 1, 1.5, 2, 3, 5, 8)}
+CLASSIFIER = {f"scale {s}": f"--classifier-scale {s}" for s in (0, 0.5, 1, 2, 4, 8)}
+
+TABLES = {
+    "recipes": RECIPES,
+    "objectives": OBJECTIVES,
+    "samplers": SAMPLERS,
+    "guidance": GUIDANCE,
+    "classifier": CLASSIFIER,
+}
+
 
 def run(program, arguments, log):
     """Seconds that the program takes; its output goes to the file `log`."""
@@ -63,20 +93,24 @@ def run(program, arguments, log):
     return time.monotonic() - start
 
 
-def judge(program, folder, settings, seed):
-    folder.mkdir(parents=True, exist_ok=True)
-    trained, seconds = folder / "run", folder / "seconds.json"
+def trained(program, folder, settings, seed):
+    """The run with these settings, trained or gone on with if need be."""
+    to, seconds = folder / "run", folder / "seconds.json"
     if not seconds.exists():
         sets = [word for s in [*settings.split(), f"seed={seed}", "sample_every=0"] for word in ("--set", s)]
-        resume = (trained / "config.toml").exists() and any((trained / "checkpoints").glob("*"))
-        to = ["--resume", str(trained)] if resume else [*sets, "--out", str(trained)]
-        took = run(program, ["train", *to], folder / "train.log")
+        resume = (to / "config.toml").exists() and any((to / "checkpoints").glob("*"))
+        took = run(program, ["train", *(["--resume", str(to)] if resume else [*sets, "--out", str(to)])], folder / "train.log")
         seconds.write_text(json.dumps({"train": took}), encoding="utf-8")
-    for command, arguments in [("quality", []), ("eval", ["--count", "100"])]:
-        to = folder / f"{command}.json"
-        if not to.exists():
-            arguments = [command, "--model", str(trained), "--data", "mnist", "--json", str(to), *arguments]
-            run(program, arguments, folder / f"{command}.log")
+    return to
+
+
+def judge(program, folder, model, command, flags):
+    """Writes the figures of `quality` or `eval` to the folder, and how long the command took."""
+    to = folder / f"{command}.json"
+    if not to.exists():
+        arguments = [command, "--model", str(model), "--data", "mnist", "--json", str(to), *flags]
+        took = run(program, arguments, folder / f"{command}.log")
+        (folder / f"{command}-seconds.json").write_text(json.dumps(took), encoding="utf-8")
 
 
 def spread(values):
@@ -102,12 +136,17 @@ def table(out, variants):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("what", choices=["recipes", "objectives"])
+    parser.add_argument("what", choices=list(TABLES))
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--run", help="the run to sample: for samplers, guidance and classifier")
+    parser.add_argument("--flags", default="", help="further flags of quality, such as --classifier RUN")
     parser.add_argument("--only", help="names of variants, separated by semicolons")
     parser.add_argument("--program", default="target/release/ddpm-cuda")
     args = parser.parse_args()
-    variants = RECIPES if args.what == "recipes" else OBJECTIVES
+    variants = TABLES[args.what]
+    trains = args.what in ("recipes", "objectives")
+    if args.run is None and not trains:
+        sys.exit(f"{args.what} needs --run RUN")
     if args.only:
         wanted = args.only.split(";")
         unknown = [name for name in wanted if name not in variants]
@@ -117,7 +156,13 @@ def main():
     for seed in args.seeds.split(","):
         for name, settings in variants.items():
             try:
-                judge(args.program, args.out / f"{name}-{seed}", settings, seed)
+                folder = args.out / f"{name}-{seed}"
+                folder.mkdir(parents=True, exist_ok=True)
+                model = trained(args.program, folder, settings, seed) if trains else args.run
+                flags = args.flags.split() if trains else [*settings.split(), "--seed", seed, *args.flags.split()]
+                judge(args.program, folder, model, "quality", flags)
+                if args.what == "objectives":
+                    judge(args.program, folder, model, "eval", ["--count", "100"])
             except subprocess.CalledProcessError as error:
                 print(f"{name}, seed {seed}: {' '.join(error.cmd)} ended with {error.returncode}", file=sys.stderr)
     table(args.out, variants)
