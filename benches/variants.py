@@ -10,9 +10,9 @@
 
 A recipe or an objective is `ddpm-cuda train` on the built-in digits with the settings below, then `quality` on 2,000
 samples as the default draws them, and for an objective `eval` on 100 held-out images. The other tables are `quality` on
-2,000 samples of RUN with the flags below. OUT/NAME-SEED/ keeps quality.json, eval.json, seconds.json and the run; what is
-there is not done again, so a stopped comparison goes on. Needs Python alone. About 9 minutes a recipe and seed on two
-cores.
+2,000 samples of RUN with the flags below. OUT/NAME-SEED/ keeps quality.json, eval.json, seconds.json and the run; what
+is there is not done again, so a stopped comparison goes on. Needs Python alone. About 9 minutes a recipe and seed on
+two cores.
 """
 import argparse
 import json
@@ -99,7 +99,8 @@ def trained(program, folder, settings, seed):
     if not seconds.exists():
         sets = [word for s in [*settings.split(), f"seed={seed}", "sample_every=0"] for word in ("--set", s)]
         resume = (to / "config.toml").exists() and any((to / "checkpoints").glob("*"))
-        took = run(program, ["train", *(["--resume", str(to)] if resume else [*sets, "--out", str(to)])], folder / "train.log")
+        arguments = ["--resume", str(to)] if resume else [*sets, "--out", str(to)]
+        took = run(program, ["train", *arguments], folder / "train.log")
         seconds.write_text(json.dumps({"train": took}), encoding="utf-8")
     return to
 

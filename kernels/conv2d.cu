@@ -12,7 +12,7 @@
 //            pixels; dx is the sum over the four. residual may be repeated likewise (halved). In bf16 fwd adds a
 //            shortcut, a 1x1 convolution of s, one tensor or two, as further steps of k
 //            join_segments  y or dx from the sums of segments of k
-//            bwd_shift  dshift[n,o] = sum over i,j of dy[n,i,j,o], and the same unrounded, of which add_parts makes db[o]
+//            bwd_shift  dshift[n,o] = sum over i,j of dy[n,i,j,o], and unrounded, of which add_parts makes db[o]
 // layout     x (n, h, w, c_in), w (c_out, kh, kw, c_in), y, residual (n, oh, ow, c_out), shift (n, c_out), bias
 //            (c_out): contiguous. Gradients alike.
 // mapping    block = one tile of the product: in f32 on FMAs, 64 threads (tile_gemm.cuh), in bf16 on tensor cores, 64

@@ -64,8 +64,7 @@ pub fn read_file(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<F
     if is_emnist(path) && shape.len() == 3 {
         // A transposition is the change from planes to channels of an image whose rows are the planes.
         let Size { h, w } = extent.size;
-        let turned = images.chunks_exact(h.max(1) * w.max(1)).map(|image| crate::layout::to_channels_last(image, h, w));
-        images = turned.collect::<Vec<_>>().concat();
+        images = crate::layout::to_channels_last(&images, h, w);
         extent.size = Size { h: w, w: h };
         notes.push(format!("{}: EMNIST stores its images transposed; they are turned upright", path.display()));
     }

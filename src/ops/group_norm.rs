@@ -979,8 +979,8 @@ mod cuda {
         masked(launch.value(slab).f32(norm.eps), norm.mask).run()
     }
 
-    /// Where a backward pass writes, besides the gradients of parameters: dx, or over dy if there is none; its sums over
-    /// the pixels, in f32, (n, c), and rounded.
+    /// Where a backward pass writes, besides the gradients of parameters: dx, or over dy if there is none; its
+    /// sums over the pixels, in f32, (n, c), and rounded.
     pub struct Gives<'a> {
         pub dx: [Option<&'a mut Tensor>; 2],
         pub sums: &'a mut [Option<(Buffer, Tensor)>; 2],

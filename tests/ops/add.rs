@@ -60,8 +60,8 @@ fn gpu_adds_gradients_in_place() {
 }
 
 /// The parameters' gradients of 40 layers are 80 sums, which take two launches: f32 parts of weights, f64 parts of
-/// biases, more than eight of each, of up to 33 channels, and the second time added to the first. Weights of zero and whole numbers everywhere else
-/// make every sum exact in any order.
+/// biases, more than eight of each, of up to 33 channels, and the second time added to the first. Weights of zero and
+/// whole numbers everywhere else make every sum exact in any order.
 #[test]
 fn gpu_adds_up_parts() {
     const LAYERS: usize = 40;

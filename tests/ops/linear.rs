@@ -218,8 +218,8 @@ fn layers_of_one_input_have_the_bits_of_each() {
     }
 }
 
-/// In f32 and of odd channels everything has the bits of layer by layer. In bf16 `y` has; `dx` is rounded once, after all
-/// layers, and the rows, which `dw` sums over, are cut into other segments.
+/// In f32 and of odd channels everything has the bits of layer by layer. In bf16 `y` has; `dx` is rounded once, after
+/// all layers, and the rows, which `dw` sums over, are cut into other segments.
 #[test]
 fn gpu_layers_of_one_input_agree_with_the_reference() {
     for case in GROUPS {

@@ -145,7 +145,7 @@ pub fn rows_of_waves(waves: usize, cols: usize) -> usize {
 }
 
 /// A matrix product with a long sum over k, such as a weight's gradient, and its kernels. If its tiles alone make too
-/// few blocks, k is split into segments (split-K): each segment's product is a matrix of its own, and another kernel adds
+/// few blocks, k is split into segments (split-K): each segment's product is a matrix of its own, and `add_parts` adds
 /// them up in order.
 pub struct Job {
     /// The product's kernel.
