@@ -1124,14 +1124,13 @@ fn damaged_curves_are_refused() {
     };
     let (read, same) = with(&|_| {});
     assert_eq!((read, same), (Ok(()), curve.clone()));
-    let cases: [(&dyn Fn(&mut [Vec<f32>; 4]), &str); 4] = [
-        (&|state| state[0][4] = f32::NAN, "holds NaN; only finite numbers make a schedule"),
-        (&|state| state[3][0] = f32::INFINITY, "holds inf; only finite"),
-        (&|state| state[0][1] = -13.0, "does not rise between -30 and 30"),
-        (&|state| state[1][0] = -31.0, "does not rise between -30 and 30"),
-    ];
-    for (change, want) in cases {
-        let (result, unchanged) = with(change);
+    for (part, number, value, want) in [
+        (0, 4, f32::NAN, "holds NaN; only finite numbers make a schedule"),
+        (3, 0, f32::INFINITY, "holds inf; only finite"),
+        (0, 1, -13.0, "does not rise between -30 and 30"),
+        (1, 0, -31.0, "does not rise between -30 and 30"),
+    ] {
+        let (result, unchanged) = with(&|state| state[part][number] = value);
         let sentence = result.unwrap_err();
         assert!(sentence.contains(want), "{sentence}");
         assert_eq!(unchanged, curve);

@@ -80,8 +80,8 @@ pub enum Activation {
 pub struct Then {
     /// After the normalisation.
     pub activation: Activation,
-    /// After that each element is dropped with this probability, in `[0, 1)`, as [`dropout`](super::dropout) does. Not
-    /// on a tape that does not record.
+    /// After that each element is dropped with this probability, in `[0, 1)`, as [`dropout`] does. Not on a
+    /// tape that does not record.
     pub dropout: Option<(f32, Streams)>,
 }
 

@@ -1072,7 +1072,7 @@ mod tests {
     unsafe fn chunks_agree_with_lanes<const ISA: usize>(seed: u64) -> (u32, u32) {
         let mut random = StdRng::seed_from_u64(seed);
         // Half of the programs have atomics, after which reads too need the rows.
-        let atomics = seed % 2 == 0;
+        let atomics = seed.is_multiple_of(2);
         let new = || SharedRaces::new(WARPS, GRANULES, 2, atomics);
         let (mut quick, mut slow) = (new(), new());
         let mut shapes = Shapes::new(3);
