@@ -324,6 +324,40 @@ fn copies_arrive_when_they_are_waited_for() {
     }
 }
 
+/// Lanes part between a commit and a wait: a group more, of no copies, makes `wait_group 1` wait for the copies before
+/// it, so that even lanes have theirs and odd ones not; and lanes may wait apart from each other.
+#[test]
+fn commit_groups_are_each_lanes_own() {
+    let start = "and.b32 %r0, %t, 1; setp.eq.u32 %c0, %r0, 0;\n\
+                 mov.u32 %r9, s; shl.b32 %r1, %t, 4; add.u32 %r9, %r9, %r1;\n\
+                 cvt.u64.u32 %q1, %r1; add.u64 %q0, %p, %q1;\n\
+                 cp.async.cg.shared.global [%r9], [%q0], 16;\ncp.async.commit_group;\n";
+    let end = "ld.shared.u32 %r2, [%r9];\nst.global.u32 [%q0+512], %r2;\n";
+    let more = "@!%c0 bra ODD;\ncp.async.commit_group;\nODD:\n";
+    let apart = "@%c0 bra EVEN;\ncp.async.wait_group 0;\nbra BOTH;\nEVEN:\ncp.async.wait_group 1;\nBOTH:\n";
+    for (middle, odd_have_theirs) in
+        [(format!("{more}cp.async.wait_group 1;\n"), false), (format!("{more}{apart}"), true), (apart.into(), true)]
+    {
+        // Without a group more, even lanes wait for none: `apart` alone.
+        let even_have_theirs = middle.contains("ODD");
+        let text = module(&format!("{start}{middle}{end}"));
+        let input: Vec<u32> = (0..256).map(|i| i + 1).collect();
+        let mut device = Device::new(&text);
+        let at = device.upload(&input);
+        let checked = device.run("k", [1; 3], [32, 1, 1], 0, &[Arg::U64(at)]);
+        let all = even_have_theirs && odd_have_theirs;
+        assert_eq!(checked.is_ok(), all, "{middle}: {:?}", checked.err().map(|fault| fault.to_string()));
+        device.settings.checks = cuda_emu::exec::Checks::NONE;
+        let at = device.upload(&input);
+        device.run("k", [1; 3], [32, 1, 1], 0, &[Arg::U64(at)]).unwrap_or_else(|fault| panic!("{middle}: {fault}"));
+        let got: Vec<u32> = device.download(at, 256);
+        for lane in 0..32 {
+            let has = if lane % 2 == 0 { even_have_theirs } else { odd_have_theirs };
+            assert_eq!(got[128 + 4 * lane] == input[4 * lane], has, "lane {lane} of {middle}");
+        }
+    }
+}
+
 /// Accesses whose last byte, address plus offset, or row is beyond the address space, by every path an access can take.
 #[test]
 fn addresses_that_wrap_are_out_of_bounds() {
