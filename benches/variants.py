@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Trains variants of the default run, or samples one in several ways, and judges each: the tables of docs/recipes.md.
+"""Trains variants of the default run, or samples one in several ways, and judges each: the tables of docs/recipes.md
+and docs/objectives.md, and the figure of quality against diversity.
 
     cargo build --release
     benches/variants.py OUT recipes [--seeds 0,1,2] [--only NAME;...] [--program target/release/ddpm-cuda]
@@ -11,8 +12,8 @@
 A recipe or an objective is `ddpm-cuda train` on the built-in digits with the settings below, then `quality` on 2,000
 samples as the default draws them, and for an objective `eval` on 100 held-out images. The other tables are `quality` on
 2,000 samples of RUN with the flags below. OUT/NAME-SEED/ keeps quality.json, eval.json, seconds.json and the run; what
-is there is not done again, so a stopped comparison goes on. Needs Python alone. About 9 minutes a recipe and seed on
-two cores.
+is there is not done again, so a stopped comparison goes on. Needs Python alone. A recipe and seed takes 9 to
+18 minutes on two cores.
 """
 import argparse
 import json
@@ -22,21 +23,23 @@ import subprocess
 import sys
 import time
 
-# What one network does in the same number of steps: name, settings of the training.
+# What the same ten minutes can do: name, settings of the training that differ from the preset's.
 RECIPES = {
-    "before": "cooldown=0",
-    "cooldown 0.25": "cooldown=0.25",
-    "cooldown 0.5": "cooldown=0.5",
-    "cooldown 1": "cooldown=1",
-    "rate 2e-3, cooldown 1": "cooldown=1 learning_rate=2e-3",
-    "ema 0.995": "cooldown=0.5 ema_decay=0.995",
-    "stratified": "cooldown=0.5 timestep_sampling=stratified",
-    "v": "cooldown=0.5 prediction=v",
-    "x0": "cooldown=0.5 prediction=x0",
-    "min-SNR": "cooldown=0.5 loss=min_snr",
-    "v, min-SNR": "cooldown=0.5 prediction=v loss=min_snr",
-    "linear": "cooldown=0.5 schedule=linear",
-    "sigmoid": "cooldown=0.5 schedule=sigmoid",
+    "before": "prediction=eps cooldown=0",
+    "cooldown 0.5": "prediction=eps cooldown=0.5",
+    "cooldown 1": "prediction=eps cooldown=1",
+    "rate 2e-3, cooldown 1": "prediction=eps cooldown=1 learning_rate=2e-3",
+    "v": "prediction=v cooldown=0.5",
+    "v, min-SNR": "prediction=v loss=min_snr cooldown=0.5",
+    "x0, min-SNR": "prediction=x0 loss=min_snr cooldown=0.5",
+    "x0": "prediction=x0 cooldown=0.5",
+    "x0, batch 16": "prediction=x0 cooldown=0.5 batch=16",
+    "x0, rate 2e-3": "prediction=x0 cooldown=0.5 learning_rate=2e-3",
+    "x0, ema 0.995": "prediction=x0 cooldown=0.5 ema_decay=0.995",
+    "x0, linear": "prediction=x0 cooldown=0.5 schedule=linear",
+    "x0, sigmoid": "prediction=x0 cooldown=0.5 schedule=sigmoid",
+    "x0, stratified": "prediction=x0 cooldown=0.5 timestep_sampling=stratified",
+    "x0, widths 24,48,64": "prediction=x0 cooldown=0.5 widths=24,48,64",
 }
 
 # The paper's table 2: what the network predicts, the variance, and the loss.
@@ -134,6 +137,24 @@ def table(out, variants):
             print(f"| {name} | `{settings}` | {len(quality)} | {' | '.join(figures)} | {bits} |", flush=True)
 
 
+def figure(out, variants, to):
+    """Draws precision against recall and the Frechet distance, a point for each strength of guidance."""
+    from matplotlib import pyplot as plt
+
+    found = [(name, out / f"{name}-0" / "quality.json") for name in variants]
+    found = [(name, json.loads(file.read_text(encoding="utf-8"))) for name, file in found if file.exists()]
+    panes, (left, right) = plt.subplots(1, 2, figsize=(8.8, 3.8), layout="constrained")
+    recall, precision, distance = ([q[key] for _, q in found] for key in ("recall", "precision", "frechet_distance"))
+    left.plot(recall, precision, marker="o")
+    for (name, _), x, y in zip(found, recall, precision):
+        left.annotate(name, (x, y), textcoords="offset points", xytext=(6, 4))
+    left.set(xlabel="recall (diversity)", ylabel="precision (quality)")
+    left.margins(0.15)
+    right.plot([float(name.split()[-1]) for name, _ in found], distance, marker="o")
+    right.set(xlabel="strength of guidance", ylabel="Frechet distance", ylim=(0, None))
+    panes.savefig(to, dpi=100)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path)
@@ -141,6 +162,8 @@ def main():
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--run", help="the run to sample: for samplers, guidance and classifier")
     parser.add_argument("--flags", default="", help="further flags of quality, such as --classifier RUN")
+    parser.add_argument("--settings", default="", help="settings of every training, such as 'steps=1200 warmup_steps=50'")
+    parser.add_argument("--figure", help="also draw the table of guidance or classifier as this PNG; needs matplotlib")
     parser.add_argument("--only", help="names of variants, separated by semicolons")
     parser.add_argument("--program", default="target/release/ddpm-cuda")
     args = parser.parse_args()
@@ -159,7 +182,7 @@ def main():
             try:
                 folder = args.out / f"{name}-{seed}"
                 folder.mkdir(parents=True, exist_ok=True)
-                model = trained(args.program, folder, settings, seed) if trains else args.run
+                model = trained(args.program, folder, f"{settings} {args.settings}", seed) if trains else args.run
                 flags = args.flags.split() if trains else [*settings.split(), "--seed", seed, *args.flags.split()]
                 judge(args.program, folder, model, "quality", flags)
                 if args.what == "objectives":
@@ -167,6 +190,8 @@ def main():
             except subprocess.CalledProcessError as error:
                 print(f"{name}, seed {seed}: {' '.join(error.cmd)} ended with {error.returncode}", file=sys.stderr)
     table(args.out, variants)
+    if args.figure:
+        figure(args.out, variants, args.figure)
 
 
 main()
