@@ -504,7 +504,9 @@ fn watch_says_whether_a_run_goes_on() {
     assert!(report(&[&run]).contains("killed, can be resumed"));
 
     let mut training = Training::start(&mut resume(&run, 1_000_000));
-    watch_until(&run, "running");
+    // While it makes ready, a signal ends it without a word.
+    let said = watch_until(&run, &format!("process {}", training.0.id()));
+    assert!(said.contains("running"), "{said}");
     training.signal("TERM");
     assert_eq!(training.0.wait().unwrap().code(), Some(143));
     let said = watch(&run);

@@ -277,6 +277,7 @@ impl Run {
         };
         recorder.ended(trainer.steps_done(), how, saved.as_ref().err().map(Error::to_string));
         recorder.report();
+        recorder.close();
         saved
     }
 }

@@ -100,7 +100,6 @@ impl<'a> Recorder<'a> {
     pub fn ended(&mut self, step: u32, how: How, text: Option<String>) {
         self.step = step;
         self.event(Event::End { how, text });
-        self.events.flush(self.watch);
     }
 
     /// Writes the report anew.
@@ -112,6 +111,11 @@ impl<'a> Recorder<'a> {
             Err(e) => fault.occurred(&e, "training goes on without the report", self),
         }
         self.report_fault = fault;
+    }
+
+    /// The end: says so if events could not be written.
+    pub fn close(self) {
+        self.events.close(self.watch);
     }
 
     fn board(&mut self, step: u32, values: &[(String, Value<'_>)]) {
