@@ -19,6 +19,8 @@
 //! quality - how like the data samples are, and whether they are copies
 //! evaluate - the variational bound of images, term by term
 //! train - the training loop; one step (algorithm 1 of the paper); the run's folder and log
+//! report - one page of a run's curves, samples and settings, or of several runs
+//! history - what a run folder tells of its run
 //! sample likelihood - the reverse process (algorithm 2), and drawing images with it in batches; exact likelihoods
 //! recipe - settings that suit data of one's own
 //! classifier - a trained classifier of noised images, for guidance
@@ -80,6 +82,7 @@ pub mod device;
 pub mod diffusion;
 pub mod error;
 pub mod evaluate;
+pub mod history;
 pub mod images;
 pub mod kernels;
 pub mod layout;
@@ -94,6 +97,7 @@ pub mod params;
 pub mod profile;
 pub mod quality;
 pub mod recipe;
+pub mod report;
 pub mod rng;
 pub mod sample;
 pub mod shape;

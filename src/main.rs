@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
 use ddpm_cuda::commands::{
-    convert, encode, eval, info, inpaint, interpolate, likelihood, predict, profile, quality, sample, train,
-    train_classifier,
+    convert, encode, eval, info, inpaint, interpolate, likelihood, predict, profile, quality, report, sample, train,
+    train_classifier, watch,
 };
 use ddpm_cuda::config;
 use ddpm_cuda::error::Error;
@@ -28,6 +28,10 @@ enum Command {
     /// Train a classifier of noised images, to guide samples with.
     #[command(after_help = train_classifier::help())]
     TrainClassifier(train_classifier::Args),
+    /// The live state of a run, from another terminal.
+    Watch(watch::Args),
+    /// A run's curves, samples and settings as one page of HTML; several runs are compared.
+    Report(report::Args),
     /// Measure how like the data a model's samples are, and whether they are copies.
     #[command(after_help = quality::HELP)]
     Quality(Box<quality::Args>),
@@ -74,6 +78,8 @@ fn run() -> Result<ExitCode, Error> {
     match parse()?.command {
         Command::Train(args) => train::run(&args),
         Command::TrainClassifier(args) => train_classifier::run(args),
+        Command::Watch(args) => watch::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Report(args) => report::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Quality(args) => quality::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Sample(args) => sample::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Encode(args) => encode::run(&args).map(|()| ExitCode::SUCCESS),

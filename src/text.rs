@@ -1,4 +1,4 @@
-//! Numbers formatted for people, and paths for shells.
+//! Numbers and times formatted for people, and paths for shells.
 
 use std::path::{MAIN_SEPARATOR, Path};
 
@@ -41,6 +41,19 @@ pub fn shell_word(path: &Path) -> String {
     }
 }
 
+/// A length of time in its two largest units: `45 s`, `12 min`, `3 h 20 min`, `2 days 5 h`.
+pub fn duration(seconds: f64) -> String {
+    // What a file says may be anything; this is longer than the universe is old.
+    let seconds = seconds.round().clamp(0.0, 1e18) as u64;
+    let (minutes, hours) = ((seconds + 30) / 60, (seconds + 1800) / 3600);
+    match seconds {
+        0..100 => format!("{seconds} s"),
+        100..5970 => format!("{minutes} min"),
+        5970..172_800 => format!("{} h {} min", minutes / 60, minutes % 60),
+        _ => format!("{} days {} h", hours / 24, hours % 24),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -49,6 +62,26 @@ mod tests {
     fn thousands_have_commas() {
         let texts = [0, 999, 1000, 35_746_307].map(grouped);
         assert_eq!(texts, ["0", "999", "1,000", "35,746,307"]);
+    }
+
+    #[test]
+    fn times_have_their_largest_units() {
+        let texts = [0.4, 99.0, 100.0, 3599.0, 5969.0, 5970.0, 12_000.0, 172_799.0, 172_800.0, 1e6].map(duration);
+        let want = [
+            "0 s",
+            "99 s",
+            "2 min",
+            "60 min",
+            "99 min",
+            "1 h 40 min",
+            "3 h 20 min",
+            "48 h 0 min",
+            "2 days 0 h",
+            "11 days 14 h",
+        ];
+        assert_eq!(texts, want);
+        assert_eq!([-1.0, f64::NAN].map(duration), ["0 s", "0 s"]);
+        assert!(duration(f64::INFINITY).ends_with(" h"));
     }
 
     /// Shells give each word back as the path it was made of.

@@ -14,11 +14,13 @@ mod parts;
 pub mod predict;
 pub mod profile;
 pub mod quality;
+pub mod report;
 pub mod sample;
 mod sampling;
 mod signals;
 pub mod train;
 pub mod train_classifier;
+pub mod watch;
 
 use std::path::PathBuf;
 

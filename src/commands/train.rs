@@ -11,7 +11,7 @@ use super::{choice, open};
 use crate::config::{self, Config, Given, MAY_CHANGE, NOT_OF_CLASSIFIERS, Preset};
 use crate::device::{Choice, Device, Precision};
 use crate::error::{Error, Result};
-use crate::text::shell_word;
+use crate::text::{duration, shell_word};
 use crate::train::{Changes, Init, Run, Start, Watch};
 use crate::{recipe, say, usage};
 
@@ -295,40 +295,5 @@ impl Watch for Terminal {
 
     fn end(&mut self) {
         self.bar.finish_and_clear();
-    }
-}
-
-/// A length of time in its two largest units: `45 s`, `12 min`, `3 h 20 min`, `2 days 5 h`.
-fn duration(seconds: f64) -> String {
-    let seconds = seconds.round() as u64;
-    let (minutes, hours) = ((seconds + 30) / 60, (seconds + 1800) / 3600);
-    match seconds {
-        0..100 => format!("{seconds} s"),
-        100..5970 => format!("{minutes} min"),
-        5970..172_800 => format!("{} h {} min", minutes / 60, minutes % 60),
-        _ => format!("{} days {} h", hours / 24, hours % 24),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_have_their_largest_units() {
-        let texts = [0.4, 99.0, 100.0, 3599.0, 5969.0, 5970.0, 12_000.0, 172_799.0, 172_800.0, 1e6].map(duration);
-        let want = [
-            "0 s",
-            "99 s",
-            "2 min",
-            "60 min",
-            "99 min",
-            "1 h 40 min",
-            "3 h 20 min",
-            "48 h 0 min",
-            "2 days 0 h",
-            "11 days 14 h",
-        ];
-        assert_eq!(texts, want);
     }
 }

@@ -6,6 +6,7 @@
 mod atomic;
 mod npz;
 pub mod plot;
+pub mod tensorboard;
 
 use std::path::Path;
 
@@ -235,6 +236,14 @@ fn png(path: &Path, h: usize, w: usize, c: usize, pixels: &[u8]) -> Result<Vec<u
         .write_image(pixels, w as u32, h as u32, color)
         .map_err(|e| Error::file(path, format!("cannot be written as PNG: {e}")))?;
     Ok(bytes)
+}
+
+/// Rows and columns of a PNG; `None` for bytes that do not begin as one.
+pub(crate) fn png_size(bytes: &[u8]) -> Option<(u32, u32)> {
+    // Signature, then the chunk IHDR: length, name, columns, rows.
+    let header = bytes.strip_prefix(b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR")?;
+    let [w, h] = [0, 4].map(|at| header.get(at..at + 4)?.try_into().ok().map(u32::from_be_bytes));
+    Some((h?, w?)).filter(|(h, w)| *h > 0 && *w > 0)
 }
 
 fn check(path: &Path, shape: Shape, bytes: usize) -> Result<()> {

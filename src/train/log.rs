@@ -1,14 +1,17 @@
-//! The log of a run: a line of metrics.jsonl every few steps.
+//! The logs of a run: a line of metrics.jsonl every few steps, and what all logs have in common.
 
+use std::cell::Cell;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Instant;
 
 use serde_json::json;
 
 use super::{StepReport, Watch};
 use crate::error::{Error, Result};
+use crate::history::METRICS;
 use crate::meter::Quarters;
 use crate::output;
 
@@ -73,49 +76,37 @@ impl Report {
     }
 }
 
-/// metrics.jsonl: one object per line.
+/// Makes the file of a log ready to be added to, if it is there.
+type Prepare = Box<dyn Fn(&Path) -> Result<()>>;
+
+/// A log of a run folder, a JSON object per line.
 ///
 /// The file is opened anew for each write, and each write is a whole number of lines, so that whoever reads it
 /// meanwhile sees whole lines, and a file that was moved away or put back is noticed. What cannot be written is kept
 /// until it can.
-pub(super) struct Log {
-    path: PathBuf,
-    /// The step after which the run continues.
-    done: u32,
-    /// True once the lines of later steps are out of the file.
-    continued: bool,
+pub(super) struct Lines {
+    pub path: PathBuf,
+    prepare: Prepare,
+    /// True once that is done.
+    prepared: bool,
     /// True once this process has written a line.
     begun: bool,
     /// Whole lines not yet written.
     waiting: String,
     fault: Fault,
-    /// Seconds that the run took before this process, and when this process began.
-    before: f64,
-    started: Instant,
 }
 
-impl Log {
-    /// Opens the log of a run that continues after step `done`. Drops lines of later steps and a last line that a crash
-    /// cut short.
-    pub fn open(run: &Path, done: u32, watch: &mut dyn Watch) -> Self {
-        let mut log = Log {
-            path: run.join("metrics.jsonl"),
-            done,
-            continued: false,
-            begun: false,
-            waiting: String::new(),
-            fault: Fault::default(),
-            before: 0.0,
-            started: Instant::now(),
-        };
-        log.flush(watch);
-        log
+impl Lines {
+    /// A log at `path`. Before the first write `prepare` sees to what the file holds.
+    pub fn new(path: PathBuf, prepare: impl Fn(&Path) -> Result<()> + 'static) -> Self {
+        let (prepare, fault) = (Box::new(prepare), Fault::default());
+        Lines { path, prepare, prepared: false, begun: false, waiting: String::new(), fault }
     }
 
     /// Writes a line.
-    pub fn write(&mut self, mut line: serde_json::Value, watch: &mut dyn Watch) {
-        line["elapsed_s"] = json!(self.before + self.started.elapsed().as_secs_f64());
-        self.waiting += &format!("{line}\n");
+    pub fn write(&mut self, line: &impl serde::Serialize, watch: &mut dyn Watch) {
+        self.waiting += &serde_json::to_string(line).expect("keys that are texts");
+        self.waiting.push('\n');
         self.flush(watch);
     }
 
@@ -124,14 +115,14 @@ impl Log {
         self.flush(watch);
         if !self.waiting.is_empty() {
             let lines = self.waiting.lines().count();
-            watch.say(&format!("{}: {lines} lines could not be written and are lost", self.path.display()));
+            watch.warn(&format!("{}: {lines} lines could not be written and are lost", self.path.display()));
         }
     }
 
     /// Writes the lines that wait. Says what prevents it, once.
-    fn flush(&mut self, watch: &mut dyn Watch) {
+    pub fn flush(&mut self, watch: &mut dyn Watch) {
         if self.begun && !self.path.exists() {
-            watch.say(&format!("{} was removed; a new one begins", self.path.display()));
+            watch.warn(&format!("{} was removed; a new one begins", self.path.display()));
             self.begun = false;
         }
         match self.try_flush() {
@@ -141,9 +132,9 @@ impl Log {
     }
 
     fn try_flush(&mut self) -> Result<()> {
-        if !self.continued {
-            self.drop_later_lines()?;
-            self.continued = true;
+        if !self.prepared {
+            (self.prepare)(&self.path)?;
+            self.prepared = true;
         }
         if self.waiting.is_empty() {
             return Ok(());
@@ -161,22 +152,70 @@ impl Log {
         self.waiting.clear();
         Ok(())
     }
+}
 
-    fn drop_later_lines(&mut self) -> Result<()> {
-        let found = match fs::read(&self.path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            found => found.map_err(|e| Error::file(&self.path, format!("cannot be read: {e}")))?,
-        };
-        let mut kept = Vec::new();
-        for line in found.split(|&byte| byte == b'\n') {
-            let Ok(value) = serde_json::from_slice::<serde_json::Value>(line) else { continue };
-            if value["step"].as_u64().is_some_and(|step| step <= u64::from(self.done)) {
-                self.before = value["elapsed_s"].as_f64().unwrap_or(self.before);
-                kept.extend_from_slice(line);
-                kept.push(b'\n');
-            }
+/// metrics.jsonl.
+pub(super) struct Log {
+    lines: Lines,
+    /// Seconds that the run took before this process, and when this process began.
+    before: Rc<Cell<f64>>,
+    started: Instant,
+}
+
+impl Log {
+    /// Opens the log of a run that continues after step `done`. Drops lines of later steps and a last line that a crash
+    /// cut short.
+    pub fn open(run: &Path, done: u32, watch: &mut dyn Watch) -> Self {
+        let before = Rc::new(Cell::new(0.0));
+        let seconds = before.clone();
+        let prepare = move |path: &Path| drop_later_lines(path, done).map(|before| seconds.set(before));
+        let mut lines = Lines::new(run.join(METRICS), prepare);
+        lines.flush(watch);
+        Log { lines, before, started: Instant::now() }
+    }
+
+    /// Writes a line.
+    pub fn write(&mut self, mut line: serde_json::Value, watch: &mut dyn Watch) {
+        line["elapsed_s"] = json!(self.before.get() + self.started.elapsed().as_secs_f64());
+        self.lines.write(&line, watch);
+    }
+
+    /// The end of training: says so if lines could not be written.
+    pub fn close(self, watch: &mut dyn Watch) {
+        self.lines.close(watch);
+    }
+}
+
+/// Leaves only whole lines of steps up to `done` in a metrics.jsonl. Returns the seconds until the last of them.
+fn drop_later_lines(path: &Path, done: u32) -> Result<f64> {
+    let Some(found) = read(path)? else { return Ok(0.0) };
+    let (mut kept, mut seconds) = (Vec::new(), 0.0);
+    for line in found.split(|&byte| byte == b'\n') {
+        let Ok(value) = serde_json::from_slice::<serde_json::Value>(line) else { continue };
+        if value["step"].as_u64().is_some_and(|step| step <= u64::from(done)) {
+            seconds = value["elapsed_s"].as_f64().unwrap_or(seconds);
+            kept.extend_from_slice(line);
+            kept.push(b'\n');
         }
-        if kept != found { output::write_atomically(&self.path, &kept) } else { Ok(()) }
+    }
+    if kept != found {
+        output::write_atomically(path, &kept)?;
+    }
+    Ok(seconds)
+}
+
+/// Drops a last line that a crash cut short.
+pub(super) fn drop_unfinished_line(path: &Path) -> Result<()> {
+    let Some(found) = read(path)? else { return Ok(()) };
+    let whole = found.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+    if whole < found.len() { output::write_atomically(path, &found[..whole]) } else { Ok(()) }
+}
+
+/// The bytes of a file, if it exists.
+fn read(path: &Path) -> Result<Option<Vec<u8>>> {
+    match fs::read(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        found => found.map(Some).map_err(|e| Error::file(path, format!("cannot be read: {e}"))),
     }
 }
 
@@ -195,7 +234,7 @@ impl Fault {
             other => other.to_string(),
         };
         if self.cause.as_ref() != Some(&cause) {
-            watch.say(&format!("{error}; {consequence}"));
+            watch.warn(&format!("{error}; {consequence}"));
             self.cause = Some(cause);
         }
     }

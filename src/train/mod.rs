@@ -14,6 +14,7 @@ mod init;
 mod learning;
 mod log;
 mod losses;
+mod recorder;
 mod run_folder;
 mod trainer;
 
@@ -34,6 +35,7 @@ use crate::data;
 use crate::device::Device;
 use crate::diffusion::{Curve, Schedule};
 use crate::error::{Error, Result};
+use crate::history::{Event, How};
 use crate::memory;
 use crate::meter::Quarters;
 use crate::output;
@@ -44,12 +46,17 @@ use crate::text::{GIB, grouped};
 use crate::unet::UNet;
 use crate::usage;
 use log::{Fault, Log, Report};
+use recorder::{Recorder, Said};
 use run_folder::RunFolder;
 
 /// Receives the progress of a run. `()` ignores it.
 pub trait Watch {
     /// A sentence for the user, without a newline.
     fn say(&mut self, line: &str);
+    /// The same of something that went wrong and that training can do without.
+    fn warn(&mut self, line: &str) {
+        self.say(line);
+    }
     /// Training begins, with `done` of `steps` steps already done.
     fn begin(&mut self, _done: u32, _steps: u32) {}
     /// A summary of the steps since the last log line.
@@ -99,6 +106,9 @@ pub struct Changes<'a> {
 pub struct Run {
     trainer: Trainer,
     folder: RunFolder,
+    resumed: bool,
+    /// What was said while it was opened.
+    said: Vec<Event>,
 }
 
 impl Run {
@@ -111,10 +121,13 @@ impl Run {
     /// Unusable settings, data or checkpoints; settings or data other than the run's own; a folder that is in use; a
     /// run that does not fit into memory.
     pub fn open(start: Start<'_>, device: &Device, watch: &mut dyn Watch) -> Result<Self> {
-        match start {
-            Start::New { config, given, out } => Run::begin(config.clone(), given, out, device, watch),
-            Start::Resume { run, changes } => Run::resume(run, changes, device, watch),
-        }
+        let mut said = Said { watch, events: Vec::new() };
+        let mut run = match start {
+            Start::New { config, given, out } => Run::begin(config.clone(), given, out, device, &mut said),
+            Start::Resume { run, changes } => Run::resume(run, changes, device, &mut said),
+        }?;
+        run.said = said.events;
+        Ok(run)
     }
 
     fn begin(
@@ -160,7 +173,7 @@ impl Run {
             // From now on the run does not need the model.
             folder.save(&trainer)?;
         }
-        Ok(Run { trainer, folder })
+        Ok(Run { trainer, folder, resumed: false, said: Vec::new() })
     }
 
     fn resume(run: &Path, changes: Changes<'_>, device: &Device, watch: &mut dyn Watch) -> Result<Self> {
@@ -189,7 +202,7 @@ impl Run {
         if !config.init.is_empty() && checkpoint::newest(run)?.is_none() {
             Init::open(Path::new(&config.init))?.begin(&mut trainer)?;
         }
-        Ok(Run { trainer, folder })
+        Ok(Run { trainer, folder, resumed: true, said: Vec::new() })
     }
 
     /// The settings of a run folder.
@@ -221,35 +234,51 @@ impl Run {
     }
 
     /// Trains until all steps are done or `stop` is set, and returns the folder of the last checkpoint. Samples that
-    /// cannot be drawn or written, and log lines that cannot be written, do not end it: `watch` is told.
+    /// cannot be drawn or written, and log lines, events, a report or event files of TensorBoard that cannot be
+    /// written, do not end it: `watch` is told.
     ///
     /// # Errors
     /// A loss or gradient that is not finite, a checkpoint that cannot be written, a GPU that fails. The message names
     /// the last good checkpoint, which is of the last step if that could be saved and is worth it.
     pub fn train(&mut self, stop: &AtomicBool, watch: &mut dyn Watch) -> Result<PathBuf> {
-        let Run { trainer, folder } = self;
-        let mut log = Log::open(&folder.path, trainer.steps_done(), watch);
-        watch.begin(trainer.steps_done(), trainer.config().steps);
-        let ended = steps(trainer, folder, &mut log, stop, watch);
-        watch.end();
+        let Run { trainer, folder, resumed, said } = self;
+        let mut recorder = Recorder::open(&folder.path, trainer, *resumed, std::mem::take(said), watch);
+        let mut log = Log::open(&folder.path, trainer.steps_done(), &mut recorder);
+        recorder.begin(trainer.steps_done(), trainer.config().steps);
+        let ended = steps(trainer, folder, &mut log, stop, &mut recorder);
+        recorder.end();
         // A run stopped between two readings of the meter may be past its last good step.
+        let mut save = || {
+            let saved = trainer.reports().and_then(|_| folder.save(trainer))?;
+            recorder.saved(trainer.steps_done());
+            Ok(saved)
+        };
         let saved = match ended {
             Err(e @ Error::NotFinite(_)) => Err(e),
             Err(e) => {
-                let _ = trainer.reports().and_then(|_| folder.save(trainer));
+                let _: Result<PathBuf> = save();
                 Err(e)
             }
-            Ok(()) => trainer.reports().and_then(|_| folder.save(trainer)),
+            Ok(()) => save(),
         };
-        log.close(watch);
+        log.close(&mut recorder);
         if let (Some(curve), Ok(_)) = (trainer.curve(), &saved) {
             // Training can do without it.
             match write_schedule(curve, trainer.steps_done(), &folder.path) {
-                Ok(plot) => watch.say(&format!("learned schedule: {}", plot.display())),
-                Err(e) => watch.say(&format!("{e}; the checkpoint has the schedule all the same")),
+                Ok(plot) => recorder.say(&format!("learned schedule: {}", plot.display())),
+                Err(e) => recorder.warn(&format!("{e}; the checkpoint has the schedule all the same")),
             }
         }
-        saved.map_err(|e| folder.with_last_checkpoint(e))
+        let saved = saved.map_err(|e| folder.with_last_checkpoint(e));
+        let how = match &saved {
+            Ok(_) if trainer.steps_done() == trainer.config().steps => How::Done,
+            Ok(_) => How::Stopped,
+            Err(_) => How::Failed,
+        };
+        recorder.ended(trainer.steps_done(), how, saved.as_ref().err().map(Error::to_string));
+        recorder.report();
+        recorder.close();
+        saved
     }
 }
 
@@ -259,16 +288,16 @@ fn steps(
     folder: &RunFolder,
     log: &mut Log,
     stop: &AtomicBool,
-    watch: &mut dyn Watch,
+    watch: &mut Recorder<'_>,
 ) -> Result<()> {
     let config = trainer.config().clone();
     let mut report = Report::default();
     let mut samples = Fault::default();
-    trainer.device().take_notes().iter().for_each(|note| watch.say(note));
+    trainer.device().take_notes().iter().for_each(|note| watch.warn(note));
     while trainer.steps_done() < config.steps && !stop.load(Ordering::Relaxed) {
         let step_started = Instant::now();
         trainer.step()?;
-        trainer.device().take_notes().iter().for_each(|note| watch.say(note));
+        trainer.device().take_notes().iter().for_each(|note| watch.warn(note));
         let done = trainer.steps_done();
         let finished = done == config.steps;
         let due = |every: u32| every > 0 && done.is_multiple_of(every);
@@ -307,6 +336,7 @@ fn steps(
                 }
                 watch.say(&said);
             }
+            watch.line(done, &line);
             log.write(line, watch);
             report = Report::default();
         }
@@ -315,6 +345,7 @@ fn steps(
             match draw_samples(trainer, &folder.path, stop) {
                 Ok(path) => {
                     samples.is_over(&path, watch);
+                    watch.samples(done, &path);
                     if finished {
                         watch.say(&format!("samples: {}", path.display()));
                     }
@@ -325,6 +356,8 @@ fn steps(
         }
         if due(config.checkpoint_every) && !finished {
             folder.save(trainer)?;
+            watch.saved(done);
+            watch.report();
         }
     }
     Ok(())
@@ -371,7 +404,7 @@ fn announce(config: &Config, data: &data::Data, device: &Device, watch: &mut dyn
     match available {
         Some(available) => memory::check_fit(config, &unet, &specs, device, available),
         None => {
-            watch.say("the system does not say how much memory is available, so whether the run fits is not checked");
+            watch.warn("the system does not say how much memory is available, so whether the run fits is not checked");
             Ok(())
         }
     }

@@ -2,6 +2,8 @@
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use super::{Trainer, Watch};
 use crate::checkpoint::{self, Origin};
@@ -60,7 +62,7 @@ impl RunFolder {
         let Some(newest) = checkpoint::newest(&self.path)? else { return Ok(None) };
         let origin = Origin::read(&newest)?;
         if origin.is_none() {
-            watch.say(&format!(
+            watch.warn(&format!(
                 "{} has no run.json, so whether settings and data are still those of the run is not known",
                 newest.display()
             ));
@@ -81,7 +83,7 @@ impl RunFolder {
             (None, None) => {}
         }
         for damaged in damaged {
-            watch.say(&format!("{} is damaged and left out", damaged.display()));
+            watch.warn(&format!("{} is damaged and left out", damaged.display()));
         }
         let (steps, done) = (trainer.config().steps, trainer.steps_done());
         if steps < done {
@@ -93,7 +95,7 @@ impl RunFolder {
         for folder in [self.path.clone(), self.path.join("samples")].iter().filter(|folder| folder.is_dir()) {
             // What cannot be deleted harms nothing.
             if let Err(e) = output::remove_unfinished(folder) {
-                watch.say(&e.to_string());
+                watch.warn(&e.to_string());
             }
         }
         let path = self.path.display();
@@ -159,7 +161,13 @@ fn first_free(name: &str) -> std::io::Result<PathBuf> {
 /// lock folders.
 fn lock(run: &Path) -> Result<Option<File>> {
     let Ok(folder) = File::open(run) else { return Ok(None) };
-    match folder.try_lock() {
+    let mut locked = folder.try_lock();
+    if let Err(fs::TryLockError::WouldBlock) = locked {
+        // Whoever looks whether a process trains here (`history`) has the folder for a moment.
+        thread::sleep(Duration::from_millis(100));
+        locked = folder.try_lock();
+    }
+    match locked {
         Ok(()) => Ok(Some(folder)),
         Err(fs::TryLockError::WouldBlock) => Err(Error::file(
             run,
