@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
 use ddpm_cuda::commands::{
-    convert, encode, eval, info, inpaint, interpolate, likelihood, predict, profile, quality, sample, train,
+    convert, data, encode, eval, info, inpaint, interpolate, likelihood, predict, profile, quality, sample, train,
     train_classifier,
 };
 use ddpm_cuda::config;
@@ -28,6 +28,8 @@ enum Command {
     /// Train a classifier of noised images, to guide samples with.
     #[command(after_help = train_classifier::help())]
     TrainClassifier(train_classifier::Args),
+    /// Convert images into one file that is read from disk while training, for data larger than memory.
+    Data(data::Args),
     /// Measure how like the data a model's samples are, and whether they are copies.
     #[command(after_help = quality::HELP)]
     Quality(Box<quality::Args>),
@@ -74,6 +76,7 @@ fn run() -> Result<ExitCode, Error> {
     match parse()?.command {
         Command::Train(args) => train::run(&args),
         Command::TrainClassifier(args) => train_classifier::run(args),
+        Command::Data(args) => data::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Quality(args) => quality::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Sample(args) => sample::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Encode(args) => encode::run(&args).map(|()| ExitCode::SUCCESS),
