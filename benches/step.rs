@@ -36,7 +36,13 @@ fn data(config: &Config) -> Data {
     let extent = Extent { size: config.model.image_size, channels: config.model.channels };
     let images = (0..64 * extent.len()).map(|i| ((i * 2_654_435_761) >> 13) as u8).collect();
     let none = Dataset::new(extent, Vec::new(), None);
-    Data { train: Dataset::new(extent, images, None), held_out: none, classes: Vec::new(), notes: Vec::new() }
+    Data {
+        train: Dataset::new(extent, images, None),
+        held_out: none,
+        classes: Vec::new(),
+        notes: Vec::new(),
+        skipped: Vec::new(),
+    }
 }
 
 fn steps(criterion: &mut Criterion) {

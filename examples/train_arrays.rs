@@ -46,8 +46,13 @@ fn main() -> Result<()> {
 
     let extent = Extent { size: config.model.image_size, channels: 1 };
     let none = Dataset::new(extent, Vec::new(), None);
-    let data =
-        Data { train: Dataset::new(extent, discs(), None), held_out: none, classes: Vec::new(), notes: Vec::new() };
+    let data = Data {
+        train: Dataset::new(extent, discs(), None),
+        held_out: none,
+        classes: Vec::new(),
+        notes: Vec::new(),
+        skipped: Vec::new(),
+    };
 
     let device = Device::cpu();
     let mut trainer = Trainer::new(&config, data, &device)?;

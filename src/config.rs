@@ -213,6 +213,17 @@ pub struct Diffusion {
     pub variance: Variance,
 }
 
+/// What becomes of an image that cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnBadImage {
+    /// It is an error.
+    Stop,
+    /// It is left out, and listed.
+    Skip,
+}
+
+names!(OnBadImage { Stop = "stop", Skip = "skip" });
+
 /// All settings of a run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
@@ -229,6 +240,8 @@ pub struct Config {
     pub held_out: f64,
     /// The colour that images with transparency are laid over.
     pub background: Background,
+    /// What becomes of images that cannot be used.
+    pub on_bad_image: OnBadImage,
     /// The network.
     pub model: Model,
     /// The diffusion process.
@@ -339,10 +352,11 @@ macro_rules! settings {
 }
 
 settings! {
-    "data" => data, "mnist (built in), .npy, .npz, IDX file or folder, CIFAR binary folder, folder of PNG/JPEG";
+    "data" => data, "mnist (built in), .ddpm, .npy, .npz, IDX, .zip, .tar, .parquet, CIFAR's folder, folder of images";
     "init" => init, "model whose weights the run starts from, set by --init; empty: random weights";
     "held_out" => held_out, "share of the images kept for validation where the data has no test set of its own";
     "background" => background, "what transparent images are laid over: white, black, grey or #rrggbb";
+    "on_bad_image" => on_bad_image, "an image that cannot be used ends the run (stop) or is left out and listed (skip)";
     "image_size" => model.image_size, "rows x columns; images of another size are cropped and resized; 0: as the data is";
     "channels" => model.channels, "1 grey, 3 colour; 0: as the data is";
     "widths" => model.widths, "channels of each level, finest first";
@@ -405,9 +419,10 @@ pub const BETAS: [&str; 4] = ["schedule", "timesteps", "beta_start", "beta_end"]
 const FILE_OF_BETAS: &str = "betas";
 
 /// Settings that may change when a run is resumed: the numbers of the steps do not depend on them. `data` may name
-/// another place, not other data.
-pub const MAY_CHANGE: [&str; 8] = [
+/// another place, not other data, and `on_bad_image` leave out only what was left out before.
+pub const MAY_CHANGE: [&str; 9] = [
     "data",
+    "on_bad_image",
     "steps",
     "recompute",
     "log_every",
@@ -1124,6 +1139,7 @@ fn cifar10() -> Config {
         data: String::new(),
         held_out: 0.05,
         background: Background([255; 3]),
+        on_bad_image: OnBadImage::Stop,
         model: Model {
             image_size: Size::square(32),
             channels: 3,

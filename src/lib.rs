@@ -26,7 +26,8 @@
 //! classifier - a trained classifier of noised images, for guidance
 //! checkpoint - what is saved, in diffusers' formats
 //! memory - how much memory a run needs
-//! unet data output - the network, with a shape at the end of each line; data sets in; images and arrays out
+//! unet data - the network, with a shape at the end of each line; data sets in
+//! output - images and arrays out
 //! config - presets and settings: everything needed to repeat a run
 //! ops - one file per operation: formula, public function, backward pass, reference, CPU path, launches
 //! tape - reverse-mode differentiation
@@ -39,6 +40,7 @@
 //! rng - counter-based random numbers
 //! device - the CPU, GPUs (the only place that names cudarc), and a device of shapes alone
 //! kernels - the table of compiled CUDA kernels, `kernels/*.cu`
+//! pickle - Python's pickles, read and never executed
 //! shape layout names text - shapes and element types; channels first and last; names of choices; readable numbers
 //! error - what can go wrong, as one sentence
 //! ```
@@ -94,6 +96,7 @@ mod names;
 pub mod ops;
 pub mod output;
 pub mod params;
+mod pickle;
 pub mod profile;
 pub mod quality;
 pub mod recipe;

@@ -6,8 +6,8 @@ use std::process::ExitCode;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, Subcommand};
 use ddpm_cuda::commands::{
-    convert, encode, eval, info, inpaint, interpolate, likelihood, predict, profile, quality, report, sample, train,
-    train_classifier, watch,
+    convert, data, encode, eval, info, inpaint, interpolate, likelihood, predict, profile, quality, report, sample,
+    train, train_classifier, watch,
 };
 use ddpm_cuda::config;
 use ddpm_cuda::error::Error;
@@ -32,6 +32,8 @@ enum Command {
     Watch(watch::Args),
     /// A run's curves, samples and settings as one page of HTML; several runs are compared.
     Report(report::Args),
+    /// Convert images into one file that is read from disk while training, for data larger than memory.
+    Data(data::Args),
     /// Measure how like the data a model's samples are, and whether they are copies.
     #[command(after_help = quality::HELP)]
     Quality(Box<quality::Args>),
@@ -80,6 +82,7 @@ fn run() -> Result<ExitCode, Error> {
         Command::TrainClassifier(args) => train_classifier::run(args),
         Command::Watch(args) => watch::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Report(args) => report::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Data(args) => data::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Quality(args) => quality::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Sample(args) => sample::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Encode(args) => encode::run(&args).map(|()| ExitCode::SUCCESS),

@@ -168,7 +168,7 @@ fn train(config: &Config, data: &Data, folder: &Path, watch: &mut dyn Watch) -> 
         folder.display()
     ));
     let (train, held_out) = (data.train.clone(), data.held_out.clone());
-    let data = Data { train, held_out, classes: data.classes.clone(), notes: Vec::new() };
+    let data = Data { train, held_out, classes: data.classes.clone(), notes: Vec::new(), skipped: Vec::new() };
     let mut trainer = Trainer::new(config, data, &Device::cpu())?;
     watch.begin(0, config.steps);
     while trainer.steps_done() < config.steps {

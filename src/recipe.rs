@@ -185,6 +185,9 @@ fn only_size(survey: &Survey) -> Option<Size> {
 /// The size of the images if all have one that the device can bear and `levels` levels can halve; otherwise the largest
 /// square that at most one image in ten is too small for.
 fn suitable_size(survey: &Survey, most: usize, levels: usize) -> Size {
+    if let (true, Some(size)) = (survey.fitted, only_size(survey)) {
+        return size; // somebody has decided on it
+    }
     let step = (1 << (levels - 1).min(16)).max(4);
     if let Some(Size { h, w }) = only_size(survey)
         && [h, w].iter().all(|side| side.is_multiple_of(step) && (step..=most).contains(side))

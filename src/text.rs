@@ -18,6 +18,14 @@ pub fn grouped(number: u64) -> String {
     text
 }
 
+/// Text for a sentence: the first 80 characters.
+pub(crate) fn cut(text: &str) -> String {
+    match text.char_indices().nth(80) {
+        None => text.into(),
+        Some((end, _)) => format!("{}...", &text[..end]),
+    }
+}
+
 /// A path as one word of a command line that can be pasted into a shell: quoted if it must be, and not to be taken for
 /// a flag.
 pub fn shell_word(path: &Path) -> String {

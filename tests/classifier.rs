@@ -41,7 +41,7 @@ fn bars(c: &Config, count: usize) -> Dataset {
 
 fn data(c: &Config) -> Data {
     let classes = (0..CLASSES).map(|k| k.to_string()).collect();
-    Data { train: bars(c, 30), held_out: bars(c, 9), classes, notes: Vec::new() }
+    Data { train: bars(c, 30), held_out: bars(c, 9), classes, notes: Vec::new(), skipped: Vec::new() }
 }
 
 fn trained(c: &Config, steps: u32, device: &Device) -> Trainer {

@@ -68,6 +68,7 @@ fn every_setting_survives_the_file() {
         "init=/models/a model",
         "held_out=0.25",
         "background=#ff8000",
+        "on_bad_image=skip",
         "image_size=28x20",
         "channels=2",
         "widths=16,32,48",

@@ -43,7 +43,13 @@ fn data(c: &Config, count: usize, held_out: usize) -> Data {
         let labels = (0..count).map(|i| (i % 3) as u32).collect();
         Dataset::new(Extent { size: c.model.image_size, channels: 3 }, images, Some(labels))
     };
-    Data { train: set(count, 97), held_out: set(held_out, 89), classes: Vec::new(), notes: Vec::new() }
+    Data {
+        train: set(count, 97),
+        held_out: set(held_out, 89),
+        classes: Vec::new(),
+        notes: Vec::new(),
+        skipped: Vec::new(),
+    }
 }
 
 /// A trainer on a GPU with an unguarded pool, which keeps its buffers; `None` if kernels cannot be tested.

@@ -460,7 +460,7 @@ fn launches(c: &Config, dtype: DType, count: usize) -> Option<Vec<Vec<Launched>>
     let gpu = gpu::available().then(|| Gpu::open(0, dtype, false).unwrap())?;
     let images = (0..20 * 6 * 10 * 3).map(|i| (i * 97 % 251) as u8).collect();
     let train = Dataset::new(Extent { size: c.model.image_size, channels: 3 }, images, None);
-    let data = Data { held_out: train.clone(), train, classes: Vec::new(), notes: Vec::new() };
+    let data = Data { held_out: train.clone(), train, classes: Vec::new(), notes: Vec::new(), skipped: Vec::new() };
     let mut trainer = Trainer::new(c, data, &Device::Cuda(gpu.clone())).unwrap();
     for _ in 0..2 {
         trainer.step().unwrap();

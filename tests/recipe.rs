@@ -10,7 +10,7 @@ use ddpm_cuda::recipe;
 /// What a source of `images` of these sizes looks like.
 fn survey(sizes: &[(usize, usize, usize)], channels: usize) -> Survey {
     let sizes: BTreeMap<(usize, usize), usize> = sizes.iter().map(|&(h, w, n)| ((h, w), n)).collect();
-    Survey { images: sizes.values().sum(), sizes, channels, classes: Vec::new(), held_out: false }
+    Survey { images: sizes.values().sum(), sizes, channels, classes: Vec::new(), held_out: false, fitted: false }
 }
 
 /// The settings for a source, with `assignments` given; every one must be valid.
@@ -152,4 +152,13 @@ fn images_are_mirrored_if_the_data_is_like_its_mirror_image() {
     let (mut config, given) = Config::build(None, None, &["data=x".into(), "flip=false".into()]).unwrap();
     assert_eq!(recipe::suit_flip(&mut config, &given, &data.train), None);
     assert_eq!(recipe::suit_flip(&mut digits, &Given::default(), &data.train), None);
+}
+
+/// Somebody has decided on the size of a .ddpm file.
+#[test]
+fn ready_bytes_keep_their_size() {
+    let mut ready = survey(&[(64, 64, 100)], 3);
+    assert_eq!(recipe(&ready, &[], &Device::cpu()).0.model.image_size, Size::square(32));
+    ready.fitted = true;
+    assert_eq!(recipe(&ready, &[], &Device::cpu()).0.model.image_size, Size::square(64));
 }

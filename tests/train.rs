@@ -41,7 +41,13 @@ fn bars(c: &Config, count: usize) -> Data {
     let images = (0..count).flat_map(|i| (0..h * w).flat_map(move |p| pixel(i, p / w, p % w))).collect();
     let extent = Extent { size: c.model.image_size, channels: 2 };
     let dataset = Dataset::new(extent, images, None);
-    Data { train: dataset, held_out: Dataset::new(extent, Vec::new(), None), classes: Vec::new(), notes: Vec::new() }
+    Data {
+        train: dataset,
+        held_out: Dataset::new(extent, Vec::new(), None),
+        classes: Vec::new(),
+        notes: Vec::new(),
+        skipped: Vec::new(),
+    }
 }
 
 fn trainer(c: &Config) -> Trainer {
@@ -169,7 +175,13 @@ fn the_predicted_memory_is_the_memory_taken() {
         let foretold = memory_needed(&c, &unet, &specs, &device) as f64;
         let extent = Extent { size: c.model.image_size, channels: c.model.channels };
         let images = Dataset::new(extent, vec![100; 10 * extent.len()], None);
-        let data = Data { train: images.clone(), held_out: images, classes: Vec::new(), notes: Vec::new() };
+        let data = Data {
+            train: images.clone(),
+            held_out: images,
+            classes: Vec::new(),
+            notes: Vec::new(),
+            skipped: Vec::new(),
+        };
         Trainer::new(&c, data, &device).unwrap().step().unwrap();
         let taken = device.pool_stats().held as f64;
         // If the prediction is too low, the system kills the run; if too high, a run that would have worked is refused.
@@ -232,7 +244,7 @@ fn labelled(c: &Config) -> Data {
         Dataset::new(set.extent(), pixels, Some((0..set.len() as u32).map(|i| i * i % 3).collect()))
     };
     let (train, held_out) = (with_labels(&bars(20)), with_labels(&bars(7)));
-    Data { train, held_out, classes: Vec::new(), notes: Vec::new() }
+    Data { train, held_out, classes: Vec::new(), notes: Vec::new(), skipped: Vec::new() }
 }
 
 /// Everything a step draws is a function of seed, step and index in the batch, so it can be computed again here, in

@@ -7,6 +7,7 @@ use flate2::Compression;
 use flate2::read::ZlibDecoder;
 use flate2::write::ZlibEncoder;
 use libfuzzer_sys::fuzzer_mutate;
+use twox_hash::XxHash3_128;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
@@ -158,4 +159,35 @@ pub fn safetensors(data: &mut [u8], size: usize, most: usize, seed: u32) -> usiz
     };
     let new = if seed % 8 < 3 { None } else { through_header() };
     replace(data, size, most, new)
+}
+
+/// Tar archives: with the checksums of the headers written anew.
+pub fn tars(data: &mut [u8], size: usize, most: usize, seed: u32) -> usize {
+    let size = fuzzer_mutate(data, size, most);
+    if seed.is_multiple_of(8) {
+        return size;
+    }
+    let mut at = 0;
+    while at + 512 <= size && data[at..at + 512].iter().any(|&byte| byte != 0) {
+        let header = &mut data[at..at + 512];
+        header[148..156].fill(b' ');
+        let sum: u32 = header.iter().map(|&byte| u32::from(byte)).sum();
+        header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+        let digits = std::str::from_utf8(&header[124..135]).unwrap_or_default();
+        let bytes = usize::from_str_radix(digits, 8).unwrap_or(0);
+        at += 512 + bytes.next_multiple_of(512).min(most);
+    }
+    size
+}
+
+/// Files of ready bytes: with the hash of header and tables written anew.
+pub fn ddpms(data: &mut [u8], size: usize, most: usize, seed: u32) -> usize {
+    let size = fuzzer_mutate(data, size, most);
+    if seed.is_multiple_of(8) || size < 4096 {
+        return size;
+    }
+    let tables = u64::from_le_bytes(data[48..56].try_into().expect("eight bytes")).min(size as u64) as usize;
+    let hash = XxHash3_128::oneshot(&[&data[..96], &data[tables..size]].concat());
+    data[96..112].copy_from_slice(&hash.to_le_bytes());
+    size
 }

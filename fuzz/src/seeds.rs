@@ -78,9 +78,25 @@ pub fn idx(extents: &[u32]) -> Vec<u8> {
 
 /// A PNG of an image of 4x3 pixels.
 pub fn png(image: DynamicImage) -> Vec<u8> {
+    encoded(image, ImageFormat::Png)
+}
+
+/// An image in any format.
+pub fn encoded(image: DynamicImage, format: ImageFormat) -> Vec<u8> {
     let mut bytes = Cursor::new(Vec::new());
-    image.write_to(&mut bytes, ImageFormat::Png).expect("in memory");
+    image.write_to(&mut bytes, format).expect("in memory");
     bytes.into_inner()
+}
+
+/// A tar archive of named files.
+pub fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut archive = tar::Builder::new(Vec::new());
+    for (name, bytes) in files {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        archive.append_data(&mut header, name, *bytes).expect("in memory");
+    }
+    archive.into_inner().expect("in memory")
 }
 
 /// A JPEG of grey or coloured stripes.

@@ -10,6 +10,7 @@ use crate::diffusion::schedule::{MOST_TIMESTEPS, betas_of_diffusers};
 use crate::diffusion::{Kind, Prediction, Spacing, Variance};
 use crate::error::Result;
 use crate::names::{self, Named};
+use crate::text::cut;
 
 /// The version of diffusers whose file format this is.
 pub(super) const VERSION: &str = "0.42.1";
@@ -890,12 +891,4 @@ fn only<T: PartialEq + Serialize>(file: &Map<String, Value>, key: &str, value: &
 /// A value for a sentence.
 fn short(value: &Value) -> String {
     cut(&value.to_string())
-}
-
-/// Text for a sentence: the first 80 characters.
-pub(super) fn cut(text: &str) -> String {
-    match text.char_indices().nth(80) {
-        None => text.into(),
-        Some((end, _)) => format!("{}...", &text[..end]),
-    }
 }

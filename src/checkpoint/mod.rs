@@ -37,7 +37,6 @@
 mod diffusers;
 mod openai;
 mod origin;
-mod pickle;
 mod tensors;
 mod torch;
 

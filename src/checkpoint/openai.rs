@@ -15,13 +15,14 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::diffusers::{Stepping, cut};
+use super::diffusers::Stepping;
 use super::tensors::{Place, TensorFile, shape_in_file};
 use super::{read_json, torch};
 use crate::config::{ClassEmbedding, Config, Diffusion, MiddleAttention, Model, Preset, Resampling, Size};
 use crate::diffusion::{Kind, Prediction, Variance};
 use crate::error::{Error, Result, printable};
 use crate::params::{Param, Params, Specs};
+use crate::text::cut;
 use crate::unet::UNet;
 
 /// The flags of the scripts, beside a file of weights.

@@ -115,15 +115,19 @@ impl Origin {
         Err(Error::file(settings, what))
     }
 
-    /// Refuses data other than those the run began with. `source` is where `data` were read.
+    /// Refuses data other than those the run began with. `source` is where `data` were read. A .ddpm file and what it
+    /// was made of are the same data.
     ///
     /// # Errors
     /// `Error::File` for such data.
-    pub fn check_data(&self, checkpoint: &Path, source: &str, data: &DataMark) -> Result<()> {
-        let Some(then) = self.data.as_ref().filter(|then| then.fingerprint != data.fingerprint) else {
+    pub fn check_data(&self, checkpoint: &Path, source: &str, config: &Config, data: &Data) -> Result<()> {
+        let Some(then) = &self.data else { return Ok(()) };
+        let fingerprint = data.fingerprint_like(&then.fingerprint);
+        if then.fingerprint == fingerprint {
             return Ok(());
-        };
-        let (was, is) = (then.extent_and_numbers(), data.extent_and_numbers());
+        }
+        let now = DataMark { fingerprint, ..DataMark::of(config, data) };
+        let (was, is) = (then.extent_and_numbers(), now.extent_and_numbers());
         let change = if was == is {
             format!("{was} as before, but with other pixels or labels")
         } else {

@@ -10,11 +10,11 @@ use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::{Map, Value};
 
-use super::diffusers::cut;
 use super::torch;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::params::{Layout, Params, Spec, Specs};
+use crate::text::cut;
 
 /// Whether a safetensors file has the length that its header claims. Reads only the header.
 pub(super) fn is_whole(path: &Path) -> bool {

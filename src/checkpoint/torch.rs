@@ -17,11 +17,11 @@ use safetensors::Dtype;
 use zip::CompressionMethod;
 use zip::write::SimpleFileOptions;
 
-use super::diffusers::cut;
-use super::pickle::{self, Unpickled, Value, View};
 use super::tensors::Place;
 use crate::error::{Error, Result};
 use crate::output;
+use crate::pickle::{self, Reads, Unpickled, Value, View};
+use crate::text::cut;
 
 /// What a legacy file begins with: a pickle of protocol 2 of the magic number.
 const MAGIC: &[u8] = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.";
@@ -104,7 +104,7 @@ fn of_archive(file: &mut File) -> Sentence<BTreeMap<String, Place>> {
     }
     drop(archive);
     let len = file.metadata().map_err(|e| damaged(&e))?.len();
-    let unpickled = pickle::read(&pickle)?;
+    let unpickled = pickle::read(&pickle, Reads::Weights)?;
     places(&unpickled, |view| {
         let (start, size) = *storages
             .get(&*view.storage.key)
@@ -124,7 +124,7 @@ fn of_legacy(file: &mut File) -> Sentence<BTreeMap<String, Place>> {
     (&mut *file).take(pickle::LONGEST as u64).read_to_end(&mut bytes).map_err(failed)?;
     let mut at = 0;
     let mut next = || -> Sentence<Unpickled> {
-        let read = pickle::read(&bytes[at..])?;
+        let read = pickle::read(&bytes[at..], Reads::Weights)?;
         at += read.len;
         Ok(read)
     };

@@ -20,7 +20,7 @@ pub struct Args {
     /// `--model` and `--set`
     #[command(flatten)]
     pub of: Of,
-    /// The two images, PNG or JPEG
+    /// The two image files
     #[arg(long, num_args = 2, value_names = ["A.png", "B.png"], required = true)]
     pub images: Vec<PathBuf>,
     /// The timestep that they are noised to and mixed at: high ones change more than the details

@@ -2,6 +2,7 @@
 //! which does not need this module.
 
 pub mod convert;
+pub mod data;
 pub mod encode;
 pub mod eval;
 pub mod info;

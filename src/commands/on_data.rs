@@ -1,6 +1,6 @@
 //! `--data`, `--split` and `--count`: images that a model is judged by.
 
-use crate::config::Config;
+use crate::config::{Config, OnBadImage};
 use crate::data::{self, Dataset};
 use crate::error::Result;
 use crate::names::names;
@@ -31,6 +31,9 @@ pub struct OnData {
     /// Number of images, taken evenly from the split [default: all]
     #[arg(long, value_name = "N")]
     pub count: Option<usize>,
+    /// An image that cannot be used is an error (stop) or is left out and named (skip) [default: as the model's run]
+    #[arg(long, value_name = "WHAT", value_parser = super::choice::<OnBadImage>())]
+    pub on_bad_image: Option<OnBadImage>,
 }
 
 /// Images with what a network needs to be judged by them.
@@ -68,6 +71,7 @@ impl OnData {
         if let Some(data) = &self.data {
             config.data.clone_from(data);
         }
+        config.on_bad_image = self.on_bad_image.unwrap_or(config.on_bad_image);
         if config.data.is_empty() {
             usage!("this model does not say what it was trained on: give images with --data, as in --data mnist");
         }
@@ -93,6 +97,10 @@ impl OnData {
             usage!("--count {count}: {} has 1 to {} images of --split {}", config.data, all.len(), self.split);
         }
         let images: Vec<(bool, usize)> = (0..count).map(|k| all[k * all.len() / count]).collect();
+        for (held_out, set) in [(false, &data.train), (true, &data.held_out)] {
+            let of_set: Vec<usize> = images.iter().filter(|image| image.0 == held_out).map(|image| image.1).collect();
+            set.check(&set.rows(&of_set, false).rows)?;
+        }
         let label = |&(held_out, index): &(bool, usize)| {
             let set = if held_out { &data.held_out } else { &data.train };
             set.labels().map(|labels| labels[index])

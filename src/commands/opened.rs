@@ -67,6 +67,7 @@ impl Opened {
         let Some(text) = path.to_str() else { return Err(Error::file(path, "its name is not UTF-8")) };
         (config.data, config.held_out, config.model.classes) = (text.into(), 0.0, 0);
         let data = data::load(&mut config)?;
+        data.train.check_all()?;
         // Whether they have classes matters to a training.
         for note in data.notes.iter().filter(|note| !note.contains("classes, not used")) {
             say!("{note}");

@@ -301,6 +301,7 @@ fn read(args: &Args, path: &Path) -> Result<(Source, Config)> {
     config.data = path.to_string_lossy().into_owned();
     config.held_out = 0.0;
     let set = data::load(&mut config)?.train;
+    set.check_all()?;
     let count = args.count.unwrap_or(set.len());
     if count > set.len() {
         usage!("--count {count}: {} holds {} images", path.display(), set.len());
@@ -327,6 +328,8 @@ fn load(args: &Args, config: &mut Config, watch: &mut dyn Watch) -> Result<Data>
     // Labels are looked at only if they are needed.
     config.model.classes = if args.features.is_some() { 0 } else { source.survey().classes.len() };
     let data = source.load(config)?;
+    data.train.check_all()?;
+    data.held_out.check_all()?;
     for note in &data.notes {
         watch.say(note);
     }

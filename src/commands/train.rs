@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::signals::Signals;
 use super::{choice, open};
-use crate::config::{self, Config, Given, MAY_CHANGE, NOT_OF_CLASSIFIERS, Preset};
+use crate::config::{self, Config, Given, MAY_CHANGE, NOT_OF_CLASSIFIERS, OnBadImage, Preset};
 use crate::device::{Choice, Device, Precision};
 use crate::error::{Error, Result};
 use crate::text::{duration, shell_word};
@@ -26,9 +26,12 @@ pub struct Args {
     /// Network and recipe to start from [default: mnist for its digits, auto for other data: made from the data]
     #[arg(long, value_parser = choice::<Preset>())]
     pub preset: Option<Preset>,
-    /// Images: mnist (built in), .npy, .npz, IDX file or folder, CIFAR binary folder, folder of PNG/JPEG
+    /// Images: mnist (built in), .ddpm, .npy, .npz, IDX, .zip, .tar, .parquet, CIFAR's folder, folder of images
     #[arg(long, value_name = "mnist|PATH")]
     pub data: Option<String>,
+    /// An image that cannot be used ends the run (stop) or is left out and listed (skip) [default: stop]
+    #[arg(long, value_name = "WHAT", value_parser = choice::<OnBadImage>(), conflicts_with = "resume")]
+    pub on_bad_image: Option<OnBadImage>,
     /// Start from the weights of this model: a run, a checkpoint, or a model folder of diffusers
     #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER")]
     pub init: Option<PathBuf>,
@@ -165,6 +168,7 @@ fn open_to_resume(run: &Path, args: &Args) -> Result<Device> {
 fn config(args: &Args, classifier: bool) -> Result<(Config, Given)> {
     let flags = [
         ("data", args.data.clone()),
+        ("on_bad_image", args.on_bad_image.map(|what| what.to_string())),
         ("steps", args.steps.map(|steps| steps.to_string())),
         ("batch", args.batch.map(|batch| batch.to_string())),
         ("seed", args.seed.map(|seed| seed.to_string())),

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use super::{choice, train};
-use crate::config::Preset;
+use crate::config::{OnBadImage, Preset};
 use crate::device::{Choice, Precision};
 use crate::error::Result;
 
@@ -14,9 +14,12 @@ pub struct Args {
     /// Network and recipe to start from [default: mnist for its digits, auto for other data: made from the data]
     #[arg(long, value_parser = choice::<Preset>())]
     pub preset: Option<Preset>,
-    /// Images with classes: mnist (built in), .npy, .npz, IDX file or folder, CIFAR binary folder, class folders
+    /// Images with classes: mnist (built in), .ddpm, .npz, IDX, .zip, .tar, .parquet, CIFAR's folder, class folders
     #[arg(long, value_name = "mnist|PATH")]
     pub data: Option<String>,
+    /// An image that cannot be used ends the run (stop) or is left out and listed (skip) [default: stop]
+    #[arg(long, value_name = "WHAT", value_parser = choice::<OnBadImage>(), conflicts_with = "resume")]
+    pub on_bad_image: Option<OnBadImage>,
     /// Run folder to create [default: runs/PRESET-classifier or runs/DATA-classifier, numbered if it exists]
     #[arg(long, value_name = "RUN")]
     pub out: Option<PathBuf>,
@@ -64,10 +67,12 @@ pub fn help() -> String {
 /// # Errors
 /// Those of [`train::run`]; data without classes.
 pub fn run(args: Args) -> Result<ExitCode> {
-    let Args { preset, data, out, config, set, steps, batch, seed, device, precision, eager, resume } = args;
+    let Args { preset, data, on_bad_image, out, config, set, steps, batch, seed, device, precision, eager, resume } =
+        args;
     let args = train::Args {
         preset,
         data,
+        on_bad_image,
         init: None,
         out,
         config,

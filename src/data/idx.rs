@@ -68,7 +68,13 @@ pub fn read_file(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<F
         extent.size = Size { h: w, w: h };
         notes.push(format!("{}: EMNIST stores its images transposed; they are turned upright", path.display()));
     }
-    Ok(Found { train: Part::new(path, extent, images, labels)?, held_out: None, names: Vec::new(), notes })
+    Ok(Found {
+        train: Part::new(path, extent, images, labels)?,
+        held_out: None,
+        names: Vec::new(),
+        notes,
+        skipped: Vec::new(),
+    })
 }
 
 fn is_emnist(path: &Path) -> bool {

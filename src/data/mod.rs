@@ -1,33 +1,45 @@
 //! Data sets: reading images, splitting off held-out ones, and the order in which training sees them.
 //!
-//! [`load`] reads any source into memory as unsigned bytes, channels last: `mnist` (built in), .npy and .npz, IDX
-//! files, CIFAR's binary version, folders of PNG and JPEG. The content of a file decides its format, not its name.
-//! [`Source`] does it in two steps, so that a recipe can be made from what a source holds before its images are
-//! decoded. Labels that are not asked for stop nothing, whatever is wrong with them.
+//! [`load`] reads any source as unsigned bytes, channels last: `mnist` (built in), .npy and .npz, IDX files, CIFAR's
+//! binary version and that for Python, folders and archives (.zip, .tar) of images, tables of them (.parquet), and
+//! .ddpm. All come into memory but .ddpm, which [`convert`] makes of any other and whose images are mapped. The content
+//! of a file decides its format, not its name. [`Source`] does it in two steps, so that a recipe can be made from what
+//! a source holds before its images are decoded. Labels that are not asked for stop nothing, whatever is wrong with
+//! them.
 //!
 //! Which images are held out depends only on their number, and the training order is a pure function of (seed, step),
 //! so a resumed or repeated run sees the same images.
 //!
-//! Deliberately absent: streaming from disk, augmentation beyond flips.
+//! Deliberately absent: a buffer in which images are shuffled, since any image can be read at any time; augmentation
+//! beyond flips.
 
 mod cifar;
+mod ddpm;
 mod fit;
 mod folder;
 mod idx;
 mod jpeg;
 pub mod npy;
 mod order;
+mod parquet;
+mod pattern;
 mod picture;
+mod pictures;
+mod webdataset;
+mod zipped;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::fs::File;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::ops::Range;
+use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
 use rayon::prelude::*;
 use twox_hash::XxHash3_128;
 
+pub use ddpm::{Converted, Progress, convert, part_of};
 pub use order::Order;
 
 use crate::config::{Background, Config, Size};
@@ -35,9 +47,10 @@ use crate::error::{Error, Result, printable};
 use crate::images::Images;
 use crate::rng::philox;
 use crate::tensor::Shape;
-use crate::text::GIB;
+use crate::text::{GIB, shell_word};
 use crate::usage;
-use folder::Folder;
+use ddpm::Mapped;
+use pictures::Pictures;
 
 /// Rows, columns and channels of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,15 +79,46 @@ impl fmt::Display for Extent {
     }
 }
 
-/// Images in memory, `(n, h, w, c)` bytes, with labels where the source has them.
+/// Images, `(n, h, w, c)` bytes in memory or mapped, with labels where the source has them.
 #[derive(Clone)]
 pub struct Dataset {
     extent: Extent,
     /// All images of the source, shared by the training and the held-out set.
-    images: Arc<Vec<u8>>,
+    images: Pixels,
     /// Indices in `images` of the images of this set.
     rows: Vec<u32>,
     labels: Option<Vec<u32>>,
+}
+
+/// Bytes of images, one after the other.
+#[derive(Clone)]
+enum Pixels {
+    Memory(Arc<Vec<u8>>),
+    /// Some images of a .ddpm file.
+    Mapped(Arc<Mapped>, Range<usize>),
+}
+
+impl Pixels {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Pixels::Memory(bytes) => bytes,
+            Pixels::Mapped(file, images) => file.images(images),
+        }
+    }
+}
+
+/// An image that cannot be used and was left out.
+#[derive(Clone, Debug)]
+pub struct Skipped {
+    /// What it is called.
+    pub path: PathBuf,
+    fault: picture::Fault,
+}
+
+impl fmt::Display for Skipped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", printable(&format!("{}: {}", self.path.display(), self.fault.short)))
+    }
 }
 
 /// What a run trains on and what it validates on.
@@ -87,7 +131,12 @@ pub struct Data {
     pub classes: Vec<String>,
     /// One sentence for the user about each thing done to the images (cropped, converted, left out).
     pub notes: Vec<String>,
+    /// Images that were left out, since they cannot be used.
+    pub skipped: Vec<Skipped>,
 }
+
+/// What a fingerprint over the hashes of images begins with.
+const OVER_HASHES: &str = "images:";
 
 impl Data {
     /// A hash of everything that training and validation see: size and channels, the images of both sets in their
@@ -96,7 +145,19 @@ impl Data {
     /// Stable: the same data have the same fingerprint on every machine and in every version, since checkpoints keep
     /// it. The hash is over, for the training set and then the held-out set, as little-endian u64: rows, columns,
     /// channels, number of images, and 1 if there are labels, else 0; the bytes of each image; each label as u32.
+    ///
+    /// Of a .ddpm file, whose images are not read for it, the hash is over their hashes, XXH3-64 as u64, in place of
+    /// their bytes, and the digits stand behind `images:`.
     pub fn fingerprint(&self) -> String {
+        self.fingerprint_over(self.train.is_mapped())
+    }
+
+    /// The fingerprint of the kind that `other` is, so that data can be compared with what they were made of.
+    pub fn fingerprint_like(&self, other: &str) -> String {
+        self.fingerprint_over(other.starts_with(OVER_HASHES))
+    }
+
+    fn fingerprint_over(&self, hashes: bool) -> String {
         let mut hash = XxHash3_128::new();
         for set in [&self.train, &self.held_out] {
             let Extent { size: Size { h, w }, channels } = set.extent;
@@ -104,13 +165,16 @@ impl Data {
                 hash.write(&(number as u64).to_le_bytes());
             }
             for index in 0..set.len() {
-                hash.write(set.image(index));
+                match hashes {
+                    false => hash.write(set.image(index)),
+                    true => hash.write(&set.hash(index).to_le_bytes()),
+                }
             }
             for label in set.labels.iter().flatten() {
                 hash.write(&label.to_le_bytes());
             }
         }
-        format!("{:032x}", hash.finish_128())
+        format!("{}{:032x}", if hashes { OVER_HASHES } else { "" }, hash.finish_128())
     }
 }
 
@@ -120,7 +184,7 @@ impl Dataset {
         assert!(images.len().is_multiple_of(extent.len()), "{} bytes are not images of {extent}", images.len());
         let n = images.len() / extent.len();
         assert!(labels.as_ref().is_none_or(|l| l.len() == n), "one label for each of {n} images");
-        Dataset { extent, images: Arc::new(images), rows: (0..n as u32).collect(), labels }
+        Dataset { extent, images: Pixels::Memory(Arc::new(images)), rows: (0..n as u32).collect(), labels }
     }
 
     /// Number of images.
@@ -140,7 +204,43 @@ impl Dataset {
 
     /// Bytes of one image, `(h, w, c)`.
     pub fn image(&self, index: usize) -> &[u8] {
-        &self.images[self.rows[index] as usize * self.extent.len()..][..self.extent.len()]
+        &self.images.bytes()[self.rows[index] as usize * self.extent.len()..][..self.extent.len()]
+    }
+
+    /// True if the images are those of a file that is mapped, which [`check`](Self::check) reads.
+    pub fn is_mapped(&self) -> bool {
+        matches!(self.images, Pixels::Mapped(..))
+    }
+
+    /// Reads the images at `rows` of [`images`](Self::images), if they are in a file, and compares them with their
+    /// hashes; those of all `rows` are asked for at once.
+    ///
+    /// # Errors
+    /// `Error::File` for an image that is not as it was written.
+    pub fn check(&self, rows: &[u32]) -> Result<()> {
+        let Pixels::Mapped(file, images) = &self.images else { return Ok(()) };
+        let at = || rows.iter().map(|&row| images.start + row as usize);
+        file.want(at());
+        file.check(at())
+    }
+
+    /// [`check`](Self::check) of all images.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check_all(&self) -> Result<()> {
+        match self.is_mapped() {
+            true => self.rows.par_chunks(1024).try_for_each(|rows| self.check(rows)),
+            false => Ok(()),
+        }
+    }
+
+    /// The hash of one image, XXH3-64.
+    fn hash(&self, index: usize) -> u64 {
+        match &self.images {
+            Pixels::Memory(_) => ddpm::hash_of(self.image(index)),
+            Pixels::Mapped(file, images) => file.hash(images.start + self.rows[index] as usize),
+        }
     }
 
     /// Classes of this set's images, if the source has them.
@@ -151,7 +251,8 @@ impl Dataset {
     /// All images of the source, for the forward process; [`rows`](Self::rows) maps this set's images to them.
     pub fn images(&self) -> Images<'_> {
         let Extent { size: Size { h, w }, channels } = self.extent;
-        Images { pixels: &self.images, shape: Shape::new(self.images.len() / self.extent.len(), h, w, channels) }
+        let pixels = self.images.bytes();
+        Images { pixels, shape: Shape::new(pixels.len() / self.extent.len(), h, w, channels) }
     }
 
     /// Indices in [`images`](Self::images) of this set's images `indices`, and with `classes` their classes, if the
@@ -168,8 +269,9 @@ impl Dataset {
     pub fn gather(&self, rows: &[u32], to: &mut [u8]) {
         let image = self.extent.len();
         assert_eq!(to.len(), rows.len() * image, "bytes for {} images of {}", rows.len(), self.extent);
+        let images = self.images.bytes();
         for (to, &row) in to.chunks_exact_mut(image).zip(rows) {
-            to.copy_from_slice(&self.images[row as usize * image..][..image]);
+            to.copy_from_slice(&images[row as usize * image..][..image]);
         }
     }
 }
@@ -203,6 +305,8 @@ pub struct Survey {
     pub classes: Vec<String>,
     /// True if it brings a test or validation set of its own, which is held out whole.
     pub held_out: bool,
+    /// True if all images were fitted to one size already, which then is the size to train at.
+    pub fitted: bool,
 }
 
 /// A source that has been opened: looked through, but of image files only the headers read.
@@ -212,13 +316,15 @@ pub struct Source {
 }
 
 enum Content {
-    Arrays(Found),
-    Folder(Folder),
+    /// Images in memory or mapped.
+    Arrays(Box<Found>),
+    /// Encoded images.
+    Pictures(Box<Pictures>),
 }
 
 impl Source {
-    /// Opens `config.data`. Of the other settings it needs `channels`, by which it tells the layout of an array, and
-    /// `background`.
+    /// Opens `config.data`. Of the other settings it needs `channels`, by which it tells the layout of an array,
+    /// `background` and `on_bad_image`.
     ///
     /// # Errors
     /// `Error::Usage` if no data is given; `Error::File` for data that is missing or damaged.
@@ -226,7 +332,7 @@ impl Source {
         let content = open(config)?;
         let survey = match &content {
             Content::Arrays(found) => found.survey(),
-            Content::Folder(folder) => folder.survey(),
+            Content::Pictures(pictures) => pictures.survey(),
         };
         Ok(Source { survey, content })
     }
@@ -245,9 +351,9 @@ impl Source {
     pub fn load(self, config: &mut Config) -> Result<Data> {
         let target = Target::of(config);
         let arrays = matches!(self.content, Content::Arrays(_));
-        let Found { mut train, mut held_out, names, mut notes } = match self.content {
-            Content::Arrays(found) => found,
-            Content::Folder(folder) => folder.load(target, config.model.classes)?,
+        let Found { mut train, mut held_out, names, mut notes, skipped } = match self.content {
+            Content::Arrays(found) => *found,
+            Content::Pictures(pictures) => pictures.load(target, config.model.classes)?,
         };
         let to = target.over(train.extent);
         for part in std::iter::once(&mut train).chain(&mut held_out) {
@@ -270,11 +376,11 @@ impl Source {
         };
         // They name files and classes.
         let notes = notes.iter().map(|note| printable(note)).collect();
-        Ok(Data { train, held_out, classes: names, notes })
+        Ok(Data { train, held_out, classes: names, notes, skipped })
     }
 }
 
-/// One PNG or JPEG file, fitted to `to`: (h, w, c).
+/// One image file, fitted to `to`: (h, w, c).
 ///
 /// # Errors
 /// `Error::File` for a file that is missing, damaged or no such image.
@@ -284,7 +390,7 @@ pub fn read_picture(path: &Path, to: Extent, background: Background) -> Result<V
     Ok(fit::fit(&picture.pixels, picture.extent, to))
 }
 
-/// A mask from a PNG or JPEG file of the size of `to`: true where it is lighter than half, (h, w).
+/// A mask from an image file of the size of `to`: true where it is lighter than half, (h, w).
 ///
 /// # Errors
 /// `Error::File` for a file that is missing, damaged, no such image or of another size.
@@ -331,6 +437,8 @@ struct Found {
     /// Names of the classes by number, if the source has names.
     names: Vec<String>,
     notes: Vec<String>,
+    /// Images that were left out.
+    skipped: Vec<Skipped>,
 }
 
 impl Found {
@@ -345,6 +453,7 @@ impl Found {
             channels: self.train.extent.channels,
             classes: class_names(self.names.clone(), self.parts().map(|part| &part.labels)),
             held_out: self.held_out.is_some(),
+            fitted: matches!(self.train.images, Pixels::Mapped(..)),
         }
     }
 
@@ -373,7 +482,7 @@ fn class_names<'a>(names: Vec<String>, labels: impl Iterator<Item = &'a Labels>)
 struct Part {
     source: PathBuf,
     extent: Extent,
-    images: Vec<u8>,
+    images: Pixels,
     labels: Labels,
 }
 
@@ -402,11 +511,11 @@ impl Part {
         if images.len() / extent.len() > u32::MAX as usize {
             return Err(Error::file(source, "holds more than 4294967295 images"));
         }
-        Ok(Part { source: source.to_path_buf(), extent, images, labels })
+        Ok(Part { source: source.to_path_buf(), extent, images: Pixels::Memory(Arc::new(images)), labels })
     }
 
     fn len(&self) -> usize {
-        self.images.len() / self.extent.len()
+        self.images.bytes().len() / self.extent.len()
     }
 
     /// Crops, resizes and converts all images to `to`, if they differ from it, and returns a note that says so.
@@ -416,9 +525,18 @@ impl Part {
         if from == to {
             return Ok(None);
         }
-        let fitted: Vec<Vec<u8>> =
-            self.images.par_chunks_exact(from.len()).map(|image| fit::fit(image, from, to)).collect();
-        self.images = fitted.concat();
+        let bytes = (self.len() as u64).saturating_mul(to.len() as u64);
+        check_room(&format!("with {} images fitted to {to} it", self.len()), bytes, free_memory()).map_err(|e| {
+            let mapped = matches!(self.images, Pixels::Mapped(..));
+            let advice = if mapped { ", or convert its source again at this size" } else { "" };
+            Error::file(&self.source, format!("{e}{advice}"))
+        })?;
+        let images = self.images.bytes();
+        if let Pixels::Mapped(file, range) = &self.images {
+            file.check(range.clone())?;
+        }
+        let fitted: Vec<Vec<u8>> = images.par_chunks_exact(from.len()).map(|image| fit::fit(image, from, to)).collect();
+        self.images = Pixels::Memory(Arc::new(fitted.concat()));
         self.extent = to;
         let found = BTreeSet::from([(from.size.h, from.size.w, from.channels)]);
         Ok(fitted_note(fitted.len(), &found, to))
@@ -468,7 +586,8 @@ impl Part {
     }
 
     fn into_dataset(self) -> Dataset {
-        Dataset::new(self.extent, self.images, self.labels.ok())
+        let rows = (0..self.len() as u32).collect();
+        Dataset { extent: self.extent, images: self.images, rows, labels: self.labels.ok() }
     }
 
     /// Training and held-out images. Held out are the `share * n` images (rounded, at least one unless the share is 0)
@@ -491,10 +610,9 @@ impl Part {
         let mut train = by_hash[count..].to_vec();
         held_out.sort_unstable();
         train.sort_unstable();
-        let images = Arc::new(self.images);
         let pick = |rows: Vec<u32>| {
             let labels = self.labels.as_ref().ok().map(|l| rows.iter().map(|&i| l[i as usize]).collect());
-            Dataset { extent: self.extent, images: images.clone(), rows, labels }
+            Dataset { extent: self.extent, images: self.images.clone(), rows, labels }
         };
         Ok((pick(train), pick(held_out)))
     }
@@ -530,6 +648,10 @@ fn shortened(items: &[String]) -> String {
     }
 }
 
+fn arrays(found: Found) -> Content {
+    Content::Arrays(Box::new(found))
+}
+
 fn open(config: &Config) -> Result<Content> {
     let (source, channels) = (&config.data, Target::of(config).channels);
     if source.is_empty() {
@@ -538,21 +660,87 @@ fn open(config: &Config) -> Result<Content> {
     let path = Path::new(source);
     if source == "mnist" {
         #[cfg(feature = "mnist")]
-        return read_npz(path, include_bytes!("mnist-10k.npz"), channels).map(Content::Arrays);
+        return read_npz(path, include_bytes!("mnist-10k.npz"), channels).map(arrays);
         #[cfg(not(feature = "mnist"))]
         usage!("the digits of data = mnist are not in this build: build it with the feature mnist, or use --data PATH");
     }
+    let pictures = |listing| {
+        let opened = Pictures::open(path, listing, config.background, config.on_bad_image)?;
+        Ok(Content::Pictures(Box::new(opened)))
+    };
+    let shards = pattern::expand(path)?;
+    if let Some(first) = shards.first() {
+        return match start_of(first)? {
+            start if start.starts_with(parquet::MAGIC) => pictures(parquet::open(path, shards, config.background)?),
+            start if webdataset::is_tar(&start) => pictures(webdataset::open(path, &shards)?),
+            _ => Err(Error::file(first, "is neither a .parquet nor a .tar file, of which a pattern names several")),
+        };
+    }
     let kind = std::fs::metadata(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
     if kind.is_dir() {
-        return match read_binary_set(path, channels)? {
-            Some(found) => Ok(Content::Arrays(found)),
-            None => Folder::open(path, config.background).map(Content::Folder),
-        };
+        if let Some(found) = read_binary_set(path, channels)? {
+            return Ok(arrays(found));
+        }
+        let folder = folder::list(path)?;
+        if folder.has_images() {
+            return pictures(folder.into_listing(path));
+        }
+        if !folder.tables.is_empty() {
+            return pictures(parquet::open(path, folder.tables, config.background)?);
+        }
+        if !folder.shards.is_empty() {
+            return pictures(webdataset::open(path, &folder.shards)?);
+        }
+        return Err(Error::file(path, folder.nothing_to_read()));
     }
     if !kind.is_file() {
         return Err(Error::file(path, "is neither a file nor a folder"));
     }
-    read_one(path, channels).map(Content::Arrays)
+    // What may be larger than memory is told by how it begins.
+    let start = start_of(path)?;
+    if start.starts_with(ddpm::MAGIC) {
+        return Mapped::open(path).map(arrays);
+    }
+    if start.starts_with(parquet::MAGIC) {
+        return pictures(parquet::open(path, vec![path.into()], config.background)?);
+    }
+    if webdataset::is_tar(&start) {
+        return pictures(webdataset::open(path, &[path.into()])?);
+    }
+    if zipped::is_zip(&start)
+        && let Some(listing) = zipped::open(path)?
+    {
+        return pictures(listing);
+    }
+    read_one(path, channels).map(arrays)
+}
+
+/// True if there is something at the place of `data`, which may be a pattern.
+pub fn is_there(data: &str) -> bool {
+    data == "mnist" || Path::new(data).exists() || pattern::expand(Path::new(data)).is_ok_and(|files| !files.is_empty())
+}
+
+/// The first bytes of a file, 512 if it has as many.
+fn start_of(path: &Path) -> Result<Vec<u8>> {
+    let mut start = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(512).read_to_end(&mut start));
+    read.map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
+    Ok(start)
+}
+
+/// The name of a member of an archive, below its root whatever it says.
+fn safe_name(name: &Path) -> PathBuf {
+    let normal =
+        |part: Component<'_>| if let Component::Normal(part) = part { Some(part.to_os_string()) } else { None };
+    name.components().filter_map(normal).collect()
+}
+
+/// True for members of archives that other programs leave in them.
+fn litter(name: &Path) -> bool {
+    name.components().any(|part| {
+        let part = part.as_os_str().to_string_lossy();
+        part.starts_with('.') || folder::LITTER.contains(&&*part) || folder::LITTER_FILES.contains(&&*part)
+    })
 }
 
 /// A folder of the binary files of CIFAR or the MNIST family; `None` if it is neither.
@@ -581,7 +769,7 @@ fn read_one(path: &Path, channels: Option<usize>) -> Result<Found> {
         let labels = Err(NoLabels::new(path, "is a .npy file, which has no labels; put both into a .npz"));
         let train = from_array(path, array, labels, channels)?;
         let notes = array_note(&train).into_iter().collect();
-        return Ok(Found { train, held_out: None, names: Vec::new(), notes });
+        return Ok(Found { train, held_out: None, names: Vec::new(), notes, skipped: Vec::new() });
     }
     if idx::is_idx(&bytes) {
         return idx::read_file(path, &bytes, channels);
@@ -591,21 +779,25 @@ fn read_one(path: &Path, channels: Option<usize>) -> Result<Found> {
 
 /// What a file is that cannot be read, and what to do with it.
 fn foreign(path: &Path, bytes: &[u8]) -> String {
-    let wanted = "give a .npy, .npz or IDX file, a CIFAR binary folder or a folder of PNG/JPEG files";
-    // The magic of tar stands behind the first name.
-    if bytes.get(257..262) == Some(b"ustar") {
-        return "is a tar archive; unpack it and give the folder".into();
+    let wanted = "give a .npy, .npz, IDX, .parquet, .tar, .zip or .ddpm file, CIFAR's folder or a folder of images";
+    // It was compressed, or it would have been read.
+    if webdataset::is_tar(bytes) {
+        return "is a compressed tar archive; unpack it with gunzip and give the .tar".into();
+    }
+    if bytes.starts_with(ddpm::UNFINISHED) {
+        return "is an unfinished conversion; run its ddpm-cuda data again to go on".into();
     }
     if let Some(name) = cifar::batch_name(bytes) {
         return format!("may be a part of {name}; give its folder {}", path.parent().unwrap_or(path).display());
     }
     if cifar::is_pickle(bytes) {
-        return format!("is a Python pickle, which is not read; {wanted}");
+        let folder = path.parent().unwrap_or(path).display();
+        return format!("is a Python pickle; if it is a part of CIFAR, give its folder {folder}");
     }
     if let Some(kind) = picture::kind(bytes) {
         return format!("is a single {kind} image; give the folder that holds the images");
     }
-    format!("is none of .npy, .npz and IDX; {wanted}")
+    format!("is of no kind that is read; {wanted}")
 }
 
 /// Names of images and of their labels in .npz files.
@@ -626,10 +818,6 @@ fn read_npz(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<Found>
     let names = archive.names();
     let there = |name: &str| names.iter().any(|n| n == name);
     let listed = if names.is_empty() { "none".into() } else { shortened(&names) };
-    if names.is_empty() && archive.pictures() > 0 {
-        let what = format!("is an archive of {} image files; unpack it and give the folder", archive.pictures());
-        return Err(Error::file(path, what));
-    }
     let Some(&(images, labels)) = TRAIN_NAMES.iter().find(|(images, _)| there(images)) else {
         let tried = |names: [&str; 6]| {
             let [first @ .., last] = names;
@@ -658,7 +846,7 @@ fn read_npz(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<Found>
     let held_out = HELD_OUT_NAMES.iter().find(|(images, _)| there(images));
     let held_out = held_out.map(|&(images, labels)| part(images, labels)).transpose()?;
     let notes = array_note(&train).into_iter().collect();
-    Ok(Found { train, held_out, names: Vec::new(), notes })
+    Ok(Found { train, held_out, names: Vec::new(), notes, skipped: Vec::new() })
 }
 
 /// What the shape of an array leaves open. Nothing says what a fourth channel is, so it is neither dropped nor laid
@@ -753,5 +941,27 @@ fn check_room(name: &str, bytes: u64, room: u64) -> std::result::Result<(), Stri
         "{name} takes {:.2} GiB, but {:.2} GiB of memory are available; use a smaller part of it",
         bytes as f64 / GIB,
         room as f64 / GIB
+    ))
+}
+
+/// Refuses images that do not fit into memory, and says how they can be trained on all the same.
+fn needs_room(source: &Path, images: usize, extent: Extent, room: u64) -> Result<()> {
+    let bytes = (images as u64).saturating_mul(extent.len() as u64);
+    if bytes <= room {
+        return Ok(());
+    }
+    let plain = |c: char| c.is_alphanumeric() || "-_.".contains(c);
+    let stem = source.file_stem().unwrap_or_default().to_string_lossy();
+    let name = if !stem.is_empty() && stem.chars().all(plain) { format!("{stem}.ddpm") } else { "data.ddpm".into() };
+    let square = if extent.size.h == extent.size.w { extent.size.h.to_string() } else { extent.size.to_string() };
+    Err(Error::file(
+        source,
+        format!(
+            "{images} images of {extent} take {:.2} GiB, but {:.2} GiB of memory are available; convert them once with \
+             ddpm-cuda data {} --out {name} --image-size {square}, and give --data {name}, which stays on disk",
+            bytes as f64 / GIB,
+            room as f64 / GIB,
+            shell_word(source)
+        ),
     ))
 }

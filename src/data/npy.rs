@@ -175,7 +175,6 @@ pub struct Archive<'a> {
     zip: zip::ZipArchive<Cursor<&'a [u8]>>,
     /// Names of the arrays, in the order of the archive, with their places in it.
     arrays: Vec<(String, usize)>,
-    pictures: usize,
     bytes: u64,
 }
 
@@ -183,27 +182,19 @@ impl<'a> Archive<'a> {
     /// Reads the list of contents.
     pub fn open(bytes: &'a [u8]) -> std::result::Result<Self, String> {
         let mut zip = zip::ZipArchive::new(Cursor::new(bytes)).map_err(broken)?;
-        let (mut arrays, mut pictures) = (Vec::new(), 0);
+        let mut arrays = Vec::new();
         for index in 0..zip.len() {
             let name = zip.by_index_raw(index).map_err(broken)?.name().map_err(broken)?.into_owned();
             if let Some(name) = npyz::npz::array_name_from_file_name(&name) {
                 arrays.push((name.to_string(), index));
             }
-            let ending = Path::new(&name).extension().unwrap_or_default().to_ascii_lowercase();
-            let hidden = Path::new(&name).file_name().is_some_and(|n| n.as_encoded_bytes().starts_with(b"."));
-            pictures += usize::from(!hidden && ["png", "jpg", "jpeg", "webp"].iter().any(|known| ending == *known));
         }
-        Ok(Archive { zip, arrays, pictures, bytes: bytes.len() as u64 })
+        Ok(Archive { zip, arrays, bytes: bytes.len() as u64 })
     }
 
     /// Names of the arrays, in the order of the archive.
     pub fn names(&self) -> Vec<String> {
         self.arrays.iter().map(|(name, _)| name.clone()).collect()
-    }
-
-    /// Number of image files in the archive.
-    pub fn pictures(&self) -> usize {
-        self.pictures
     }
 
     /// Reads the array `name`, which must be one of [`names`](Self::names).

@@ -1,5 +1,6 @@
-//! Reading one PNG or JPEG file. Transparency is laid over a background, 16 bits become 8, and EXIF orientation is
-//! applied; grey images have one channel, all others three.
+//! Decoding one image: PNG, JPEG, WebP, TIFF, BMP or GIF, of several frames or pages the first. Transparency is laid
+//! over a background, 16 bits become 8, and EXIF orientation is applied; grey images have one channel, all others
+//! three.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Cursor, Read, Seek};
@@ -15,7 +16,17 @@ use crate::config::{Background, Size};
 /// Bytes of a decoded image: the limit of the `image` crate, a 13,000 x 13,000 photograph. Several are decoded at once.
 const LARGEST: u64 = 512 << 20;
 
+/// Bytes that an image of a few bytes may decode to where its format does not bound what a byte can become.
+const LARGEST_OF_FEW: u64 = 64 << 20;
+
+/// Endings of the files that are read.
+pub const READ: [&str; 11] = ["png", "jpg", "jpeg", "jfif", "jpe", "pjpeg", "webp", "tif", "tiff", "bmp", "gif"];
+
+/// What is read, for a sentence.
+pub const KINDS: &str = "PNG, JPEG, WebP, TIFF, BMP or GIF";
+
 /// Why a file cannot be used.
+#[derive(Clone, Debug)]
 pub struct Fault {
     /// The end of a sentence that begins with the file.
     pub sentence: String,
@@ -27,7 +38,7 @@ impl Fault {
     /// A file that is damaged.
     pub fn broken(why: impl std::fmt::Display) -> Fault {
         let short = why.to_string().replace('\n', " ");
-        Fault { sentence: format!("is not a whole PNG or JPEG image: {short}"), short }
+        Fault { sentence: format!("is not a whole image: {short}"), short }
     }
 }
 
@@ -51,17 +62,34 @@ pub fn kind(start: &[u8]) -> Option<&'static str> {
     })
 }
 
-/// True for the first bytes of a PNG or JPEG file.
+/// The format of a kind that is read.
+fn format(kind: &str) -> Option<ImageFormat> {
+    Some(match kind {
+        "PNG" => ImageFormat::Png,
+        "JPEG" => ImageFormat::Jpeg,
+        "WebP" => ImageFormat::WebP,
+        "TIFF" => ImageFormat::Tiff,
+        "BMP" => ImageFormat::Bmp,
+        "GIF" => ImageFormat::Gif,
+        _ => return None,
+    })
+}
+
+/// True for a file that begins like an image that is read.
 pub fn is_readable(file: &Path) -> bool {
     let mut start = [0; 16];
     let read = File::open(file).and_then(|mut f| f.read(&mut start)).unwrap_or(0);
-    matches!(kind(&start[..read]), Some("PNG" | "JPEG"))
+    kind(&start[..read]).and_then(format).is_some()
 }
 
-/// Size, channels and orientation of an image, without decoding it.
+/// Size and channels of the image in a file, without decoding it.
 pub fn header(file: &Path, background: Background) -> Result<Extent, Fault> {
-    let opened = File::open(file).map_err(unreadable)?;
-    let (decoder, orientation) = decoder(BufReader::new(opened))?;
+    header_of(BufReader::new(File::open(file).map_err(unreadable)?), background)
+}
+
+/// The same of an image elsewhere.
+pub fn header_of(image: impl BufRead + Seek, background: Background) -> Result<Extent, Fault> {
+    let (decoder, orientation) = decoder(image)?;
     let (w, h) = decoder.dimensions();
     Ok(extent(w, h, decoder.color_type(), orientation, background))
 }
@@ -80,16 +108,26 @@ pub struct Picture {
     pub unfinished: bool,
 }
 
-/// Decodes an image.
+/// Decodes the image in a file.
 pub fn decode(file: &Path, background: Background) -> Result<Picture, Fault> {
-    let bytes = std::fs::read(file).map_err(unreadable)?;
-    let (decoder, orientation) = decoder(Cursor::new(&bytes))?;
+    decode_bytes(&std::fs::read(file).map_err(unreadable)?, background)
+}
+
+/// Decodes an image.
+pub fn decode_bytes(bytes: &[u8], background: Background) -> Result<Picture, Fault> {
+    let (decoder, orientation) = decoder(Cursor::new(bytes))?;
     let (w, h) = decoder.dimensions();
     // DEFLATE makes at most 1032 bytes of one, and a pixel of a PNG takes at least a bit; jpeg::check knows the rest.
-    if u64::from(w) * u64::from(h) > 1032 * 8 * bytes.len() as u64 && kind(&bytes) == Some("PNG") {
+    // What WebP and GIF can make of a byte is not bounded, or hardly; more than is common is refused if it is large.
+    let large = kind(bytes) == Some("PNG") || decoder.total_bytes() > LARGEST_OF_FEW;
+    if u64::from(w) * u64::from(h) > 1032 * 8 * bytes.len() as u64 && kind(bytes) != Some("JPEG") && large {
         return Err(Fault::broken(format!("{} bytes are too few for {h}x{w} pixels", bytes.len())));
     }
-    let unfinished = kind(&bytes) == Some("JPEG") && jpeg::check(&bytes).map_err(Fault::broken)?;
+    if matches!(decoder.color_type(), ColorType::Rgb32F | ColorType::Rgba32F) {
+        let sentence = "holds numbers with a fraction, whose range nothing says; save it with 8 or 16 bits".into();
+        return Err(Fault { sentence, short: "numbers with a fraction".into() });
+    }
+    let unfinished = kind(bytes) == Some("JPEG") && jpeg::check(bytes).map_err(Fault::broken)?;
     let extent = extent(w, h, decoder.color_type(), orientation, background);
     let mut image = DynamicImage::from_decoder(decoder).map_err(Fault::broken)?;
     let deep = depth(&image);
@@ -99,7 +137,8 @@ pub fn decode(file: &Path, background: Background) -> Result<Picture, Fault> {
     Ok(Picture { extent, pixels, transparent, deep, unfinished })
 }
 
-fn unreadable(e: std::io::Error) -> Fault {
+/// A file that cannot be read.
+pub fn unreadable(e: std::io::Error) -> Fault {
     Fault { sentence: format!("cannot be read: {e}"), short: e.to_string() }
 }
 
@@ -107,12 +146,10 @@ fn unreadable(e: std::io::Error) -> Fault {
 fn decoder<'a>(mut file: impl BufRead + Seek + 'a) -> Result<(impl ImageDecoder + 'a, Orientation), Fault> {
     let start = file.fill_buf().map_err(unreadable)?;
     let format = match kind(start) {
-        Some("PNG") => ImageFormat::Png,
-        Some("JPEG") => ImageFormat::Jpeg,
-        Some(kind) => {
-            let sentence = format!("is a {kind} image, which is not read; convert it to PNG or JPEG");
-            return Err(Fault { sentence, short: format!("{kind} image") });
-        }
+        Some(kind) => format(kind).ok_or_else(|| Fault {
+            sentence: format!("is an image of the kind {kind}, which is not read; convert it to PNG or JPEG"),
+            short: format!("{kind} image"),
+        })?,
         None if start.is_empty() => return Err(Fault::broken("it is empty")),
         None if start.starts_with(b"version https://git-lfs") => {
             return Err(Fault::broken("it is a pointer of Git LFS; fetch its content with git lfs pull"));

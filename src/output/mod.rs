@@ -14,6 +14,7 @@ use image::{ExtendedColorType, ImageEncoder};
 use rayon::prelude::*;
 
 pub use atomic::{UNFINISHED, remove_unfinished, write_atomically, write_folder_atomically};
+pub(crate) use atomic::{parent, sync_folder};
 pub(crate) use npz::write_archive;
 pub use npz::{write_npy, write_npy_from, write_npz, write_npz_parts};
 

@@ -213,7 +213,7 @@ fn data(config: &Config) -> Data {
     let classes = (m.classes > 0).then(|| (0..config.batch).map(|i| (i % m.classes) as u32).collect());
     let train = Dataset::new(extent, images, classes);
     let none = Dataset::new(extent, Vec::new(), (m.classes > 0).then(Vec::new));
-    Data { train, held_out: none, classes: Vec::new(), notes: Vec::new() }
+    Data { train, held_out: none, classes: Vec::new(), notes: Vec::new(), skipped: Vec::new() }
 }
 
 /// A launch, its counts scaled from the blocks that ran to all.

@@ -9,6 +9,7 @@
 //! [`Run`] is a [`Trainer`] with a folder: it logs, validates, draws samples and saves checkpoints. To write your own
 //! loop, use the [`Trainer`] alone.
 
+mod ahead;
 mod feed;
 mod init;
 mod learning;
@@ -25,11 +26,12 @@ use std::time::Instant;
 
 use serde_json::json;
 
+pub use ahead::Waits;
 pub use feed::{Feed, Resident};
 pub use init::Init;
 pub use trainer::{StepReport, Trainer, Validation};
 
-use crate::checkpoint::{self, DataMark};
+use crate::checkpoint;
 use crate::config::{Config, Given};
 use crate::data;
 use crate::device::Device;
@@ -164,11 +166,13 @@ impl Run {
             watch.say(note);
         }
         announce(&config, &data, device, watch)?;
+        let skipped = data.skipped.clone();
         let mut trainer = Trainer::new(&config, data, device)?;
         if let Some(init) = &init {
             init.begin(&mut trainer)?;
         }
         let folder = RunFolder::create(out, &config, watch)?;
+        folder.list_skipped(&skipped, watch)?;
         if init.is_some() {
             // From now on the run does not need the model.
             folder.save(&trainer)?;
@@ -187,16 +191,17 @@ impl Run {
         if let Some((checkpoint, origin)) = &origin {
             origin.check_settings(checkpoint, &run.join("config.toml"), &config)?;
         }
-        if config.data != "mnist" && !Path::new(&config.data).exists() {
+        if !data::is_there(&config.data) {
             let what = "does not exist; if the data of the run are in another place now, give it with --data PATH";
             return Err(Error::file(&config.data, what));
         }
         let data = load(data::Source::open(&config)?, &mut config, watch)?;
         config.validate()?;
         if let Some((checkpoint, origin)) = &origin {
-            origin.check_data(checkpoint, &config.data, &DataMark::of(&config, &data))?;
+            origin.check_data(checkpoint, &config.data, &config, &data)?;
         }
         announce(&config, &data, device, watch)?;
+        folder.list_skipped(&data.skipped, watch)?;
         let mut trainer = Trainer::new(&config, data, device)?;
         folder.restore(&mut trainer, watch)?;
         if !config.init.is_empty() && checkpoint::newest(run)?.is_none() {
@@ -315,6 +320,10 @@ fn steps(
 
         if logs {
             let mut line = report.line(done, config.model.classifier);
+            if let Some(waits) = trainer.take_waits() {
+                line["data_waits"] = json!(waits.steps);
+                line["data_wait_s"] = json!(waits.seconds);
+            }
             if let Some(curve) = trainer.curve() {
                 let schedule = curve.average();
                 line["log_snr"] = json!([0, schedule.len() - 1].map(|t| -2.0 * schedule.log_sigma(t)));

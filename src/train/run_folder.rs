@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::{Trainer, Watch};
 use crate::checkpoint::{self, Origin};
 use crate::config::Config;
+use crate::data::Skipped;
 use crate::error::{Error, Result};
 use crate::output;
 use crate::text::shell_word;
@@ -55,6 +56,18 @@ impl RunFolder {
         let config = read_settings(path)?;
         let lock = lock(path)?;
         Ok(RunFolder { path: path.to_path_buf(), config, _lock: lock })
+    }
+
+    /// Lists the images that are left out in skipped_images.txt, a line each.
+    pub fn list_skipped(&self, skipped: &[Skipped], watch: &mut dyn Watch) -> Result<()> {
+        if skipped.is_empty() {
+            return Ok(());
+        }
+        let path = self.path.join("skipped_images.txt");
+        let list: String = skipped.iter().map(|image| format!("{image}\n")).collect();
+        output::write_atomically(&path, list.as_bytes())?;
+        watch.say(&format!("images that are left out: {}", path.display()));
+        Ok(())
     }
 
     /// What the newest checkpoint was made from, and that checkpoint. Says so if it does not know.

@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use super::ahead::{Ahead, Waits};
 use super::feed::{Feed, Resident};
 use super::learning::Learning;
 use super::losses::Losses;
@@ -112,6 +113,7 @@ impl Trainer {
             mark: DataMark::of(config, &data),
             inputs: Inputs {
                 order: Order::new(config.seed, data.train.len()),
+                ahead: train.is_none().then(|| Ahead::new(&data.train, Order::new(config.seed, data.train.len()))),
                 feed: Feed::new(device, train.as_ref()),
                 coefficients: Coefficients::new(device, &schedule)?,
                 losses: (config.timestep_sampling == Sampling::Importance)
@@ -413,6 +415,9 @@ impl Trainer {
             }
             let first = (k * size) as u64;
             let drawn = data.rows(indices, conditional);
+            if self.held_out.is_none() {
+                data.check(&drawn.rows)?;
+            }
             let batch = Batch::validation(c.seed, first as u32, drawn.indices(), c.diffusion.timesteps as u32);
             let batch = batch.with_labels(drawn.classes);
             let source = feed.source(data, first..first + indices.len() as u64, |places| {
@@ -427,6 +432,12 @@ impl Trainer {
         let vlb = self.table.objective().loss().has_bound() && !data.is_empty();
         let vlb = vlb.then(|| measured.vlb_sum / data.len() as f64);
         Ok(Validation { quarters: measured.quarters, right: measured.right, vlb })
+    }
+
+    /// How often and how long steps have waited for their images since this was last asked; `None` if the images are
+    /// in memory.
+    pub fn take_waits(&mut self) -> Option<Waits> {
+        self.inputs.ahead.as_mut().filter(|ahead| ahead.is_reading()).map(Ahead::take_waits)
     }
 
     /// Refuses non-finite weights, from which no run could continue.
@@ -469,6 +480,8 @@ pub struct Validation {
 /// Where the inputs of the steps come from.
 struct Inputs {
     order: Order,
+    /// Reads the images of the next steps, unless all are on a GPU.
+    ahead: Option<Ahead>,
     feed: Feed,
     coefficients: Coefficients,
     /// The losses so far, if the timesteps are drawn by them.
@@ -484,8 +497,11 @@ impl Inputs {
 
     /// Brings the images of step `step` (from 0) to the device; where they begin there.
     fn begin(&mut self, c: &Config, data: &Dataset, step: u32) -> Result<u32> {
-        let Inputs { order, feed, .. } = self;
+        let Inputs { order, ahead, feed, .. } = self;
         let conditional = c.model.classes > 0;
+        if let Some(ahead) = ahead {
+            ahead.begin(data, Inputs::places(c, step))?;
+        }
         feed.begin(data, Inputs::places(c, step), |places| data.rows(&order.range(places), conditional))
     }
 
@@ -498,7 +514,7 @@ impl Inputs {
         step: u32,
         k: usize,
     ) -> Result<MicroBatch<'a>> {
-        let Inputs { order, feed, coefficients, losses } = self;
+        let Inputs { order, feed, coefficients, losses, .. } = self;
         let (size, conditional) = (c.batch / c.accumulate, c.model.classes > 0);
         let (first, of_step) = ((k * size) as u32, Inputs::places(c, step));
         let place = of_step.start + u64::from(first);
@@ -636,6 +652,8 @@ fn resident(
     if memory_needed(config, unet, specs, device).saturating_add(bytes as u64) > available {
         return Ok([None, None]);
     }
+    data.train.check_all()?;
+    data.held_out.check_all()?;
     let train = Resident::new(gpu, train)?;
     let held_out = if shared { train.clone() } else { Resident::new(gpu, held_out)? };
     Ok([Some(train), Some(held_out)])

@@ -1,10 +1,10 @@
-//! Reads the pickles of PyTorch's weight files: a machine with a stack that knows tensors and plain containers, and
-//! nothing else.
+//! Reads pickles of PyTorch's weight files and of data sets: a machine with a stack that knows tensors, NumPy arrays of
+//! bytes and plain containers, and nothing else.
 //!
-//! A pickle is a program, and Python's reader calls whatever functions it names. Here nothing is executed: seven names
-//! stand for a tensor's parts, every other is an error that says it. Bytes, instructions and the sizes of lists are
-//! bounded by the length of the pickle, which the caller bounds; values lie in one list and refer to each other by
-//! index, so that no nesting can exhaust the stack.
+//! A pickle is a program, and Python's reader calls whatever functions it names. Here nothing is executed: a few names
+//! stand for the parts of a tensor or an array, every other is an error that says it. Bytes, instructions and the sizes
+//! of lists are bounded by the length of the pickle, which the caller bounds; values lie in one list and refer to each
+//! other by index, so that no nesting can exhaust the stack.
 //!
 //! Deliberately absent: protocol 0, which PyTorch has never written, and everything that only Python objects need.
 
@@ -13,10 +13,10 @@ use std::rc::Rc;
 
 use safetensors::Dtype;
 
-use super::diffusers::cut;
+use crate::text::cut;
 
 /// The longest pickle that is read: a network of ten thousand tensors has three megabytes.
-pub(super) const LONGEST: usize = 32 << 20;
+pub(crate) const LONGEST: usize = 32 << 20;
 
 /// The most instructions; such a network has half a million.
 const MOST_INSTRUCTIONS: usize = 4 << 20;
@@ -26,7 +26,7 @@ type Sentence<T> = Result<T, String>;
 
 /// Numbers in a file that tensors are views of.
 #[derive(Clone, Debug)]
-pub(super) struct Storage {
+pub(crate) struct Storage {
     pub dtype: Dtype,
     /// Its name in the file.
     pub key: Rc<str>,
@@ -36,7 +36,7 @@ pub(super) struct Storage {
 
 /// A tensor: a view of a storage.
 #[derive(Clone, Debug)]
-pub(super) struct View {
+pub(crate) struct View {
     pub storage: Storage,
     /// The first number.
     pub offset: usize,
@@ -47,12 +47,14 @@ pub(super) struct View {
 
 /// A value on the stack.
 #[derive(Clone, Debug)]
-pub(super) enum Value {
+pub(crate) enum Value {
     None,
     Bool(bool),
     Int(i64),
-    /// A float, bytes, or a whole number beyond 64 bits; nothing here depends on its value.
+    /// A float, or a whole number beyond 64 bits; nothing here depends on its value.
     Plain,
+    /// Bytes, or text of Python 2: where in the pickle they are, and how many.
+    Bytes(usize, usize),
     Text(Rc<str>),
     Name(Name),
     /// Something in the list of objects.
@@ -61,15 +63,39 @@ pub(super) enum Value {
 
 /// What a pickle may name.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Name {
+pub(crate) enum Name {
     OrderedDict,
     RebuildTensor,
     RebuildParameter,
     Storage(Dtype),
+    Reconstruct,
+    NdArray,
+    ArrayType,
+}
+
+/// What a pickle is read for: which names it may hold.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Reads {
+    /// Tensors of PyTorch.
+    Weights,
+    /// Arrays of NumPy.
+    Arrays,
 }
 
 impl Name {
-    fn of(module: &str, name: &str) -> Sentence<Self> {
+    fn of(module: &str, name: &str, reads: Reads) -> Sentence<Self> {
+        if reads == Reads::Arrays {
+            return match (module, name) {
+                ("numpy.core.multiarray" | "numpy._core.multiarray", "_reconstruct") => Ok(Name::Reconstruct),
+                ("numpy", "ndarray") => Ok(Name::NdArray),
+                ("numpy", "dtype") => Ok(Name::ArrayType),
+                _ => Err(format!(
+                    "names {}.{}, which is not read: a pickle of NumPy arrays and plain containers is expected, and nothing in it is executed",
+                    cut(module),
+                    cut(name)
+                )),
+            };
+        }
         match (module, name) {
             ("collections", "OrderedDict") => Ok(Name::OrderedDict),
             ("torch._utils", "_rebuild_tensor_v2") => Ok(Name::RebuildTensor),
@@ -93,17 +119,29 @@ impl Name {
 
 /// What a value may refer to.
 #[derive(Debug)]
-pub(super) enum Object {
+pub(crate) enum Object {
     Tuple(Vec<Value>),
     List(Vec<Value>),
     Dict(Vec<(Value, Value)>),
     Storage(Storage),
     Tensor(View),
+    /// The type of an array's elements: true for unsigned bytes.
+    ArrayType(bool),
+    Array(Array),
+}
+
+/// An array of unsigned bytes in C order.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Array {
+    pub shape: Vec<usize>,
+    /// Where in the pickle its elements are, as many as the shape says.
+    pub start: usize,
+    pub len: usize,
 }
 
 /// What a pickle holds.
 #[derive(Debug)]
-pub(super) struct Unpickled {
+pub(crate) struct Unpickled {
     pub value: Value,
     pub objects: Vec<Object>,
     /// Bytes of the pickle.
@@ -133,6 +171,17 @@ impl Unpickled {
         }
     }
 
+    /// An array.
+    pub fn array(&self, value: &Value) -> Option<&Array> {
+        match value {
+            Value::Object(i) => match &self.objects[*i] {
+                Object::Array(array) => Some(array),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
     /// The items of a list.
     pub fn list(&self, value: &Value) -> Option<&[Value]> {
         match value {
@@ -147,6 +196,7 @@ impl Unpickled {
 
 struct Machine<'a> {
     bytes: &'a [u8],
+    reads: Reads,
     at: usize,
     stack: Vec<Value>,
     /// Heights of the stack at the marks that are open.
@@ -158,17 +208,24 @@ struct Machine<'a> {
 /// Reads the pickle that `bytes` begin with.
 ///
 /// # Errors
-/// A sentence for anything but plain containers of tensors.
-pub(super) fn read(bytes: &[u8]) -> Sentence<Unpickled> {
-    let mut machine =
-        Machine { bytes, at: 0, stack: Vec::new(), marks: Vec::new(), memo: HashMap::new(), objects: Vec::new() };
+/// A sentence for anything but plain containers of tensors, or of arrays.
+pub(crate) fn read(bytes: &[u8], reads: Reads) -> Sentence<Unpickled> {
+    let mut machine = Machine {
+        bytes,
+        reads,
+        at: 0,
+        stack: Vec::new(),
+        marks: Vec::new(),
+        memo: HashMap::new(),
+        objects: Vec::new(),
+    };
     for _ in 0..MOST_INSTRUCTIONS {
         if machine.step()? {
             let value = machine.pop()?;
             return Ok(Unpickled { value, objects: machine.objects, len: machine.at });
         }
     }
-    Err(format!("holds a pickle of more than {MOST_INSTRUCTIONS} instructions; no weights have as many"))
+    Err(format!("holds a pickle of more than {MOST_INSTRUCTIONS} instructions; no weights and no labels have as many"))
 }
 
 fn damaged(what: &str) -> String {
@@ -264,11 +321,11 @@ impl<'a> Machine<'a> {
             }
             b'c' => {
                 let (module, name) = (self.line()?, self.line()?);
-                self.stack.push(Value::Name(Name::of(module, name)?));
+                self.stack.push(Value::Name(Name::of(module, name, self.reads)?));
             }
             0x93 => match (self.pop()?, self.pop()?) {
                 (Value::Text(name), Value::Text(module)) => {
-                    self.stack.push(Value::Name(Name::of(&module, &name)?));
+                    self.stack.push(Value::Name(Name::of(&module, &name, self.reads)?));
                 }
                 _ => return Err(damaged("a name that is no text")),
             },
@@ -279,8 +336,14 @@ impl<'a> Machine<'a> {
             }
             // The state of an object; a state dictionary's is `_metadata`, the versions of its modules.
             b'b' => {
-                self.pop()?;
-                if !matches!(self.stack.last(), Some(Value::Object(i)) if matches!(self.objects[*i], Object::Dict(_))) {
+                let state = self.pop()?;
+                let dict = match self.stack.last() {
+                    Some(Value::Object(i)) => matches!(self.objects[*i], Object::Dict(_)),
+                    _ => false,
+                };
+                if self.reads == Reads::Arrays {
+                    self.build(&state)?;
+                } else if !dict {
                     return Err("holds the state of a Python object; tensors and plain containers are expected".into());
                 }
             }
@@ -311,7 +374,7 @@ impl<'a> Machine<'a> {
             }
             other => {
                 return Err(format!(
-                    "holds the pickle instruction 0x{other:02x}, which is not read: weights need none but those for tensors and plain containers"
+                    "holds the pickle instruction 0x{other:02x}, which is not read: none is but those for tensors, arrays and plain containers"
                 ));
             }
         }
@@ -343,8 +406,8 @@ impl<'a> Machine<'a> {
     }
 
     fn plain(&mut self, width: usize) -> Sentence<()> {
-        self.counted(width)?;
-        self.stack.push(Value::Plain);
+        let len = self.counted(width)?.len();
+        self.stack.push(Value::Bytes(self.at - len, len));
         Ok(())
     }
 
@@ -444,10 +507,44 @@ impl<'a> Machine<'a> {
             {
                 return Ok(tensor.clone());
             }
+            (Name::Reconstruct, [Value::Name(Name::NdArray), ..]) => Object::Array(Array::default()),
+            (Name::ArrayType, [Value::Bytes(start, len), ..]) => {
+                Object::ArrayType(&self.bytes[*start..start + len] == b"u1")
+            }
+            (Name::ArrayType, [Value::Text(name), ..]) => Object::ArrayType(&**name == "u1"),
             _ => return Err(unfit()),
         };
         self.objects.push(made);
         Ok(Value::Object(self.objects.len() - 1))
+    }
+
+    /// Gives the array or element type on the stack its state: to an array (version, shape, type, whether columns come
+    /// first, elements), to a type its byte order and the like, which bytes do not have.
+    fn build(&mut self, state: &Value) -> Sentence<()> {
+        let unfit = || damaged("a state that is no array's");
+        let Some(Value::Object(object)) = self.stack.last() else { return Err(unfit()) };
+        let object = *object;
+        if matches!(self.objects[object], Object::ArrayType(_)) {
+            return Ok(());
+        }
+        let Some([_, shape, Value::Object(of), fortran, Value::Bytes(start, len)]) = self.tuple(state) else {
+            return Err(unfit());
+        };
+        let (Some(shape), Object::ArrayType(bytes)) = (self.numbers(shape), &self.objects[*of]) else {
+            return Err(unfit());
+        };
+        if !bytes || !matches!(fortran, Value::Bool(false)) {
+            return Err("holds an array that is not of unsigned bytes in C order".into());
+        }
+        let array = Array { shape, start: *start, len: *len };
+        if array.shape.iter().try_fold(1usize, |n, &d| n.checked_mul(d)) != Some(array.len) {
+            return Err(damaged("an array of another size than its shape"));
+        }
+        if !matches!(self.objects[object], Object::Array(_)) {
+            return Err(unfit());
+        }
+        self.objects[object] = Object::Array(array);
+        Ok(())
     }
 
     /// The storage of `('storage', class, key, device, numbers)`.
