@@ -1,6 +1,5 @@
 #!/usr/bin/env python3
-"""Trains variants of the default run, or samples one in several ways, and judges each: the tables of docs/recipes.md
-and docs/objectives.md, and the figure of quality against diversity.
+"""Trains variants of the default run, or samples one in several ways, and judges each: the tables of docs/recipes.md.
 
     cargo build --release
     benches/variants.py OUT recipes [--seeds 0,1,2] [--only NAME;...] [--program target/release/ddpm-cuda]
@@ -162,7 +161,7 @@ def main():
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--run", help="the run to sample: for samplers, guidance and classifier")
     parser.add_argument("--flags", default="", help="further flags of quality, such as --classifier RUN")
-    parser.add_argument("--settings", default="", help="settings of every training, such as 'steps=1200 warmup_steps=50'")
+    parser.add_argument("--settings", default="", help="settings of every training, such as 'steps=1200 batch=16'")
     parser.add_argument("--figure", help="also draw the table of guidance or classifier as this PNG; needs matplotlib")
     parser.add_argument("--only", help="names of variants, separated by semicolons")
     parser.add_argument("--program", default="target/release/ddpm-cuda")

@@ -17,9 +17,9 @@ use ddpm_cuda::tensor::{Shape, Tensor};
 use ddpm_cuda::unet::UNet;
 use npyz::WriterBuilder;
 
-use support::TINY;
 use support::network;
 use support::places::{self, fixture};
+use support::{PLAIN, TINY};
 
 fn ddpm() -> Command {
     let mut command = Command::new(places::program());
@@ -73,7 +73,8 @@ fn train(run: &Path, steps: u32) -> Command {
         .args(["train", "--set", "batch=4", "--set", "keep_checkpoints=0", "--seed", "5"])
         .args(["--steps", &steps.to_string(), "--out"])
         .arg(run)
-        .args(TINY);
+        .args(TINY)
+        .args(PLAIN);
     command
 }
 

@@ -65,7 +65,7 @@ fn program(folder: &Path) -> Command {
     if !gpu::is_real() {
         command.env("DDPM_CUDA_DRIVER", places::emulator());
     }
-    command.args(support::TINY).args(["--steps", "2", "--batch", "2", "--set", "sample_every=0"]);
+    command.args(support::TINY).args(support::PLAIN).args(["--steps", "2", "--batch", "2", "--set", "sample_every=0"]);
     command.args(["--set", "validate_every=0"]);
     command
 }

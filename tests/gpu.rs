@@ -25,7 +25,7 @@ use ddpm_cuda::train::{StepReport, Trainer};
 use npyz::WriterBuilder;
 
 use support::gpu::{self, configure};
-use support::{F32_ROUNDING, TINY, numbers, places, same_bits};
+use support::{F32_ROUNDING, PLAIN, TINY, numbers, places, same_bits};
 
 /// [`support::tiny`] with several heads and classes, and images that are not square.
 fn tiny() -> Config {
@@ -621,7 +621,7 @@ fn program(folder: &Path) -> Option<Command> {
 fn the_command_line_trains_samples_and_predicts_on_a_gpu() {
     let folder = tempfile::tempdir().unwrap();
     let Some(mut train) = program(folder.path()) else { return };
-    let out = train.args(["train", "--device", "cuda", "--precision", "bf16", "--out", "run"]).args(TINY);
+    let out = train.args(["train", "--device", "cuda", "--precision", "bf16", "--out", "run"]).args(TINY).args(PLAIN);
     let out = out.args(["--batch", "2", "--steps", "2", "--set", "sample_every=0", "--set", "validate_every=0"]);
     let out = out.output().unwrap();
     let said = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
@@ -679,7 +679,8 @@ fn the_program_launches_one_graph_a_step() {
     let train = |out: &str, memory: &str, more: &[&str]| {
         let mut train = program(folder.path()).unwrap();
         train.env("CUDA_EMU_MEMORY", memory).env("CUDA_EMU_CHECKS", "none");
-        train.args(["train", "--device", "cuda", "--preset", "mnist", "--data", "images.npy", "--out", out]).args(TINY);
+        train.args(["train", "--device", "cuda", "--preset", "mnist", "--data", "images.npy", "--out", out]);
+        train.args(TINY).args(PLAIN);
         train.args(["--steps", &STEPS.to_string(), "--batch", "2", "--set", "accumulate=2", "--set", "held_out=0"]);
         train.args(["--set", "validate_every=0", "--set", "sample_every=0"]).args(more);
         calls(&mut train)
@@ -747,7 +748,8 @@ fn a_gpu_that_is_too_small_old_or_absent_is_refused_in_one_sentence() {
             .env(name, value)
             .env("CUDA_EMU_LOG", "none")
             .args(["train", "--device", device, "--out", "run"])
-            .args(TINY);
+            .args(TINY)
+            .args(PLAIN);
         let out = out.output().unwrap();
         let said = String::from_utf8_lossy(&out.stderr).into_owned();
         assert_eq!(out.status.code(), Some(1), "{name}={value}: {said}");
@@ -770,7 +772,14 @@ fn a_gpu_without_room_for_all_samples_draws_them_in_smaller_batches() {
     let mut train = program(folder.path()).unwrap();
     train.env("CUDA_EMU_MEMORY", "40M").env("CUDA_EMU_LOG", "none").env("CUDA_EMU_CHECKS", "none");
     train.args(["train", "--device", "cuda", "--out", "run", "--data", "images.npy", "--batch", "1", "--steps", "2"]);
-    train.args(TINY).args(["--set", "image_size=64", "--set", "channels=1", "--set", "attention_resolutions="]);
+    train.args(TINY).args(PLAIN).args([
+        "--set",
+        "image_size=64",
+        "--set",
+        "channels=1",
+        "--set",
+        "attention_resolutions=",
+    ]);
     train.args(["--set", "timesteps=2", "--set", "held_out=0", "--set", "validate_every=0", "--set", "sample_every=2"]);
     let out = train.output().unwrap();
     let said = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
@@ -872,7 +881,7 @@ fn auto_and_info_go_on_with_the_cpu_where_a_driver_fails() {
         let what = format!("{} with {name}={value}", driver.display());
         let out = format!("run-{number}");
         let steps = ["--steps", "1", "--batch", "2", "--set", "sample_every=0", "--set", "validate_every=0"];
-        let small: Vec<&str> = TINY.iter().copied().chain(steps).collect();
+        let small: Vec<&str> = TINY.iter().chain(&PLAIN).copied().chain(steps).collect();
         let (code, said, error) = run(&["train", "--out", &out], &small);
         assert_eq!((code, &error[..]), (Some(0), ""), "{what}: {said}");
         let note = said.lines().find(|line| line.starts_with("computing on the CPU: "));

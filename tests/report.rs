@@ -13,7 +13,7 @@ use ddpm_cuda::history::{Event, How, parse_events};
 use npyz::WriterBuilder;
 use serde_json::Value;
 
-use support::{TINY, places};
+use support::{PLAIN, TINY, places};
 
 fn ddpm() -> Command {
     let mut command = Command::new(places::program());
@@ -44,7 +44,7 @@ fn train(run: &Path, steps: u32, sets: &[&str]) -> Command {
         writer.finish().unwrap();
         command.args(["--preset", "mnist", "--data"]).arg(data);
     }
-    command.args(TINY);
+    command.args(TINY).args(PLAIN);
     let small = ["image_size=8", "attention_resolutions=4", "timesteps=5"];
     let often = ["keep_checkpoints=0", "log_every=1", "validate_every=2", "sample_every=2"];
     for set in small.iter().chain(&often).chain(sets) {

@@ -16,6 +16,7 @@ pub mod winograd;
 
 use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::device::Device;
+use ddpm_cuda::diffusion::Prediction;
 use ddpm_cuda::error::Result;
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
 use ddpm_cuda::tape::{Tape, Var};
@@ -25,8 +26,11 @@ use ddpm_cuda::tensor::{DType, Shape, Tensor};
 pub const TINY: [&str; 8] =
     ["--set", "widths=8,16", "--set", "groups=4", "--set", "attention_resolutions=14", "--set", "timesteps=50"];
 
+/// Command-line settings of a network as in the paper, whose step size does not depend on the number of steps.
+pub const PLAIN: [&str; 4] = ["--set", "prediction=eps", "--set", "cooldown=0"];
+
 /// A minimal network with everything that draws random numbers: two levels, attention at the lower one, dropout, flips,
-/// two micro-batches.
+/// two micro-batches. It predicts eps, as in the paper.
 pub fn tiny(h: usize, w: usize, channels: usize) -> Config {
     let mut c = Config::preset(Preset::Mnist);
     c.model.image_size = Size { h, w };
@@ -39,7 +43,9 @@ pub fn tiny(h: usize, w: usize, channels: usize) -> Config {
     c.batch = 4;
     c.accumulate = 2;
     c.flip = true;
+    c.diffusion.prediction = Prediction::Eps;
     c.warmup_steps = 3;
+    c.cooldown = 0.0;
     c.seed = 11;
     c
 }
