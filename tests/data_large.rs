@@ -233,6 +233,14 @@ fn every_format_of_a_folder() {
     image::DynamicImage::ImageRgb32F(floats).write_to(&mut bytes, ImageFormat::Tiff).unwrap();
     let deep = folder.put("deep.tif", bytes.get_ref());
     assert!(refusal(&mut open(folder.path()), &deep).contains("holds numbers with a fraction"));
+    // No room is made for a frame of 40195x2308 pixels on a screen of 6x9: in the image's descriptor, behind two bytes
+    // each for left and top, are its width and height.
+    let folder = Folder::new();
+    let descriptor = gif.iter().position(|&byte| byte == b',').unwrap();
+    gif[descriptor + 5..descriptor + 9].copy_from_slice(&[0x04, 0x09, 0x03, 0x9d]);
+    let large = folder.put("large.gif", &gif);
+    let sentence = refusal(&mut open(folder.path()), &large);
+    assert!(sentence.contains("is not a whole image: Memory limit exceeded"), "{sentence}");
 }
 
 #[test]

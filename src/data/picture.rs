@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, Cursor, Read, Seek};
 use std::path::Path;
 
 use image::metadata::Orientation;
-use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader};
+use image::{ColorType, DynamicImage, ImageDecoder, ImageFormat, ImageReader, Limits};
 use num_traits::{PrimInt, Unsigned};
 
 use super::{Extent, jpeg};
@@ -168,6 +168,12 @@ fn decoder<'a>(mut file: impl BufRead + Seek + 'a) -> Result<(impl ImageDecoder 
             LARGEST >> 20
         );
         return Err(Fault { sentence, short: format!("too large with {h}x{w}") });
+    }
+    if format == ImageFormat::Gif {
+        // A frame may claim a size of its own, for which the decoder makes room; it lies within the screen.
+        let mut limits = Limits::no_limits();
+        limits.max_alloc = Some(decoder.total_bytes() + (1 << 20));
+        decoder.set_limits(limits).map_err(Fault::broken)?;
     }
     let orientation = decoder.orientation().map_err(Fault::broken)?;
     Ok((decoder, orientation))

@@ -222,7 +222,7 @@ impl Pictures {
     pub fn load(mut self, target: Target, classes: usize) -> Result<Found> {
         let to = self.extent(target)?;
         needs_room(&self.path, self.extents().count(), to, free_memory())?;
-        let mut pixels = [Vec::with_capacity(self.train.entries.len() * to.len()), Vec::new()];
+        let mut pixels = [Vec::new(), Vec::new()];
         let (mut broken, mut changes) = (Vec::new(), Changes::default());
         let mut kept = [Vec::new(), Vec::new()];
         for (which, set) in self.sets().enumerate() {
@@ -232,6 +232,10 @@ impl Pictures {
                     match picture {
                         Ok(picture) => {
                             changes.count(&set.entries[index].path, &picture);
+                            // Room for all once one of them has shown that their size is no invention of a header.
+                            if pixels[which].is_empty() {
+                                pixels[which].reserve_exact(set.entries.len() * to.len());
+                            }
                             pixels[which].extend_from_slice(&picture.pixels);
                             kept[which].push(index);
                         }
