@@ -2,6 +2,8 @@
 
 #[path = "support/places.rs"]
 mod places;
+#[path = "support/sources.rs"]
+mod sources;
 
 use std::fs;
 use std::io::Write;
@@ -9,48 +11,13 @@ use std::path::{Path, PathBuf};
 
 use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::data::{self, Data, Dataset, Order, Source};
+use sources::{Folder, all, load, open, refusal, refuses};
 
-/// A config that takes the data as it is, with nothing held out.
-fn open(source: &Path) -> Config {
-    let mut config = Config::preset(Preset::Mnist);
-    config.data = source.display().to_string();
-    config.model.image_size = Size::DATA;
-    config.model.channels = 0;
-    config.held_out = 0.0;
-    config
-}
-
-#[track_caller]
-fn load(source: &Path) -> Data {
-    data::load(&mut open(source)).unwrap_or_else(|e| panic!("{e}"))
-}
-
-/// The same with so many classes.
+/// A config that takes the data as it is, with so many classes.
 fn with_classes(source: &Path, classes: usize) -> Config {
     let mut config = open(source);
     config.model.classes = classes;
     config
-}
-
-/// The error of loading, which must be one sentence that begins with `names`, with exit code 1.
-#[track_caller]
-fn refusal(config: &mut Config, names: &Path) -> String {
-    let Err(error) = data::load(config) else { panic!("{} is refused", config.data) };
-    assert_eq!(error.exit_code(), 1, "{error}");
-    let sentence = error.to_string();
-    assert!(sentence.starts_with(&format!("{}: ", names.display())), "{sentence}");
-    assert!(!sentence.contains('\n'), "{sentence}");
-    sentence
-}
-
-#[track_caller]
-fn refuses(source: &Path, want: &str) {
-    let sentence = refusal(&mut open(source), source);
-    assert!(sentence.contains(want), "{sentence}\nshould say: {want}");
-}
-
-fn all(set: &Dataset) -> Vec<u8> {
-    (0..set.len()).flat_map(|i| set.image(i).to_vec()).collect()
 }
 
 fn bytes(len: usize) -> Vec<u8> {
@@ -95,27 +62,10 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
     packer.finish().unwrap()
 }
 
-struct Folder(tempfile::TempDir);
-
 impl Folder {
-    fn new() -> Self {
-        Folder(tempfile::tempdir().unwrap())
-    }
-
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-
-    fn put(&self, name: &str, content: &[u8]) -> PathBuf {
-        let path = self.path().join(name);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, content).unwrap();
-        path
-    }
-
     fn png(&self, name: &str, h: u32, w: u32, channels: usize, pixels: &[u8]) -> PathBuf {
         let color = if channels == 1 { image::ExtendedColorType::L8 } else { image::ExtendedColorType::Rgb8 };
-        let path = self.path().join(name);
+        let path = self.at(name);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         image::save_buffer(&path, pixels, w, h, color).unwrap();
         path

@@ -3,17 +3,19 @@
 
 #[path = "support/places.rs"]
 mod places;
+#[path = "support/sources.rs"]
+mod sources;
 
 use std::fs;
 use std::io::{Cursor, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
 use ddpm_cuda::checkpoint::{DataMark, Origin};
-use ddpm_cuda::config::{Config, OnBadImage, Preset, Size};
-use ddpm_cuda::data::{self, Converted, Data, Dataset, Progress, Source};
+use ddpm_cuda::config::{Config, OnBadImage, Size};
+use ddpm_cuda::data::{self, Converted, Data, Progress, Source};
 use image::{ExtendedColorType, ImageEncoder, ImageFormat};
 use parquet::basic::{Compression, Repetition, Type as Physical};
 use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
@@ -21,70 +23,12 @@ use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::types::Type;
-
-/// A config that takes the data as it is, with nothing held out.
-fn open(source: &Path) -> Config {
-    let mut config = Config::preset(Preset::Mnist);
-    config.data = source.display().to_string();
-    config.model.image_size = Size::DATA;
-    config.model.channels = 0;
-    config.held_out = 0.0;
-    config
-}
-
-#[track_caller]
-fn load(source: &Path) -> Data {
-    data::load(&mut open(source)).unwrap_or_else(|e| panic!("{e}"))
-}
-
-/// The error of loading, one sentence that begins with `names`.
-#[track_caller]
-fn refusal(config: &mut Config, names: &Path) -> String {
-    let Err(error) = data::load(config) else { panic!("{} is refused", config.data) };
-    assert_eq!(error.exit_code(), 1, "{error}");
-    let sentence = error.to_string();
-    assert!(sentence.starts_with(&format!("{}: ", names.display())), "{sentence}");
-    assert!(!sentence.contains('\n'), "{sentence}");
-    sentence
-}
-
-#[track_caller]
-fn refuses(source: &Path, want: &str) {
-    let sentence = refusal(&mut open(source), source);
-    assert!(sentence.contains(want), "{sentence}\nshould say: {want}");
-}
-
-fn all(set: &Dataset) -> Vec<u8> {
-    (0..set.len()).flat_map(|i| set.image(i).to_vec()).collect()
-}
+use sources::{Folder, all, load, open, refusal, refuses};
 
 /// Images, labels, held-out images and names: what must be the same however the data came.
 fn content(data: &Data) -> (Vec<u8>, Option<Vec<u32>>, Vec<u8>, Vec<String>) {
     let labels = data.train.labels().map(<[u32]>::to_vec);
     (all(&data.train), labels, all(&data.held_out), data.classes.clone())
-}
-
-struct Folder(tempfile::TempDir);
-
-impl Folder {
-    fn new() -> Self {
-        Folder(tempfile::tempdir().unwrap())
-    }
-
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-
-    fn at(&self, name: &str) -> PathBuf {
-        self.path().join(name)
-    }
-
-    fn put(&self, name: &str, content: &[u8]) -> PathBuf {
-        let path = self.at(name);
-        fs::create_dir_all(path.parent().unwrap()).unwrap();
-        fs::write(&path, content).unwrap();
-        path
-    }
 }
 
 /// Pixels of image `i`, colour, no two alike.
