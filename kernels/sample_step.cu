@@ -3,11 +3,11 @@
 //
 // computes   start:     x[i, k] = z_k of image i's stream
 //            step:      y = y_2 + weight (y_1 - y_2) of two halves, times scale[i];
-//                       x_0 = limit(x0_xt x + x0_output y) + shift_x0 g;
+//                       x_0 = clip(limit(x0_xt x + x0_output y) + shift_x0 g);
 //                       next = c_x0 x_0 + c_xt x + c_before before + shift_mean variance g + sigma z.
-//                       limit clips to +-bound, or to +-s and divides by s = limits[i]. A learned variance is
-//                       exp(log_offset + log_factor v), or v if it is RAW, and sigma its root where f.sigma is not 0.
-//                       z is drawn unless sigma is 0
+//                       limit clips to +-bound, or to +-s and divides by s = limits[i]; after it clip is to +-bound or
+//                       +-1. A learned variance is exp(log_offset + log_factor v), or v if it is RAW, and sigma its
+//                       root where f.sigma is not 0. z is drawn unless sigma is 0
 //            correct:   eps = eps_xt x + eps_output y;  next = x + factors[i, 0] eps + factors[i, 1] z
 //            diffuse:   next = signal from + noise z where mask is 0 or there is no mask, otherwise x
 //            these four write the new x as f32 and, unless `input` is null, `copies` times in T for the network
@@ -149,6 +149,12 @@ __device__ __forceinline__ float predicted(float x0_xt, float x0_output, float x
     return fmaf(x0_xt, x_t, __fmul_rn(x0_output, y));
 }
 
+// Comparisons, because fminf and fmaxf would drop a NaN.
+__device__ __forceinline__ float clip(float x_0, float bound) {
+    x_0 = x_0 < -bound ? -bound : x_0;
+    return x_0 > bound ? bound : x_0;
+}
+
 template <class T>
 __device__ __forceinline__ void step(float* next, T* input, float* x_0, const float* x, const T* y, const float* before,
                                      const float* gradient, const float* scale, const float* limits, size_t n,
@@ -175,10 +181,7 @@ __device__ __forceinline__ void step(float* next, T* input, float* x_0, const fl
         float images[4], v[4];
 #pragma unroll
         for (unsigned j = 0; j < 4; ++j) {
-            float image_j = predicted(f.x0_xt, f.x0_output, xs[j], out.y[j]);
-            // Comparisons, because fminf and fmaxf would drop a NaN.
-            image_j = image_j < -bound ? -bound : image_j;
-            image_j = image_j > bound ? bound : image_j;
+            float image_j = clip(predicted(f.x0_xt, f.x0_output, xs[j], out.y[j]), bound);
             if (limits != nullptr) image_j = __fdiv_rn(image_j, bound);
             float sigma = f.sigma, variance = f.variance;
             if (learned == RAW) {
@@ -190,7 +193,9 @@ __device__ __forceinline__ void step(float* next, T* input, float* x_0, const fl
                 sigma = __fmul_rn(sigma, expf(__fmul_rn(0.5f, log_variance)));
                 variance = expf(log_variance);
             }
-            if (gradient != nullptr) image_j = fmaf(f.shift_x0, gs[j], image_j);
+            if (gradient != nullptr) {
+                image_j = clip(fmaf(f.shift_x0, gs[j], image_j), limits == nullptr ? bound : 1.0f);
+            }
             float mean = fmaf(f.c_x0, image_j, __fmul_rn(f.c_xt, xs[j]));
             if (before != nullptr) mean = fmaf(f.c_before, bs[j], mean);
             if (gradient != nullptr) mean = fmaf(__fmul_rn(f.shift_mean, variance), gs[j], mean);

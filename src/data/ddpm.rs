@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use twox_hash::{XxHash3_64, XxHash3_128};
 
 use super::pictures::{Changes, Pictures};
-use super::{Content, Extent, Found, NoLabels, Part, Pixels, Skipped, Source, Target};
+use super::{Content, Extent, Found, Labels, NoLabels, Part, Pixels, Skipped, Source, Target};
 use crate::config::{Config, Size};
 use crate::error::{Error, Result, printable};
 use crate::output;
@@ -309,14 +309,20 @@ impl Images {
         }
     }
 
-    fn labels(&self, which: usize) -> &super::Labels {
-        match self {
-            Images::Arrays(found) => match (which, &found.held_out) {
-                (0, _) | (_, None) => &found.train.labels,
-                (_, Some(part)) => &part.labels,
-            },
-            Images::Pictures(pictures) => pictures.labels(which),
-        }
+    /// The labels of all, or why there are none.
+    fn all_labels(&self) -> Labels {
+        let of_both: Vec<&Labels> = match self {
+            Images::Arrays(found) => {
+                std::iter::once(&found.train).chain(&found.held_out).map(|part| &part.labels).collect()
+            }
+            Images::Pictures(pictures) => {
+                (0..1 + usize::from(pictures.lens().1.is_some())).map(|which| pictures.labels(which)).collect()
+            }
+        };
+        of_both.into_iter().try_fold(Vec::new(), |mut all, labels| {
+            all.extend_from_slice(labels.as_ref().map_err(Clone::clone)?);
+            Ok(all)
+        })
     }
 
     fn names(&self) -> &[String] {
@@ -356,30 +362,11 @@ pub fn convert(source: Source, config: &Config, out: &Path, progress: &mut dyn P
     if out.exists() {
         return Err(Error::file(out, "exists; remove it, or give another name"));
     }
-    let target = Target::of(config);
-    let (images, to) = match source.content {
-        Content::Pictures(pictures) => {
-            let to = pictures.extent(target)?;
-            pictures.notes(1).iter().for_each(|note| progress.say(&printable(note)));
-            (Images::Pictures(pictures), to)
-        }
-        Content::Arrays(mut found) => {
-            let to = target.over(found.train.extent);
-            for part in std::iter::once(&mut found.train).chain(&mut found.held_out) {
-                found.notes.extend(part.fit(to)?);
-            }
-            found.notes.iter().for_each(|note| progress.say(&printable(note)));
-            (Images::Arrays(found), to)
-        }
-    };
-    let (train, held_out) = images.lens();
-    let sets: Vec<(usize, usize)> = std::iter::once((0, train)).chain(held_out.map(|n| (1, n))).collect();
-    let labels: std::result::Result<Vec<u32>, &NoLabels> = sets
-        .iter()
-        .map(|&(which, _)| images.labels(which).as_ref())
-        .try_fold(Vec::new(), |all, labels| labels.map(|labels| [all, labels.clone()].concat()));
+    let (images, to) = fitted(source, config, progress)?;
+    let labels = images.all_labels();
     let text = Text { classes: images.names().to_vec(), no_labels: labels.as_ref().err().map(|none| none.why.clone()) };
     let text = serde_json::to_vec(&text).expect("texts are JSON");
+    let (train, held_out) = images.lens();
     let layout = Layout {
         extent: to,
         train: train as u64,
@@ -387,7 +374,6 @@ pub fn convert(source: Source, config: &Config, out: &Path, progress: &mut dyn P
         labels: labels.is_ok(),
         text: text.len() as u64,
     };
-    let size = to.len();
     let total = layout.images() as usize;
     if total > u32::MAX as usize || [to.size.h, to.size.w, to.channels].iter().any(|&n| n > u32::MAX as usize) {
         return Err(Error::file(&config.data, "holds more than 4294967295 images"));
@@ -402,9 +388,8 @@ pub fn convert(source: Source, config: &Config, out: &Path, progress: &mut dyn P
             return Err(Error::file(&part_path, "is being written by another process"));
         }
     }
-    let identity = images.identity(to);
     let mut header = layout.header(UNFINISHED).to_vec();
-    header.extend(identity.to_le_bytes());
+    header.extend(images.identity(to).to_le_bytes());
     let mut hashes = begun(&mut file, &header, &layout).map_err(written)?;
     if hashes.is_none() && file.metadata().map_err(written)?.len() > 0 {
         progress.say(&format!("{} is of another source or size, and begins anew", part_path.display()));
@@ -414,31 +399,93 @@ pub fn convert(source: Source, config: &Config, out: &Path, progress: &mut dyn P
         file.set_len(layout.len()).map_err(written)?;
         write_at(&mut file, 0, &header).map_err(written)?;
     }
-    let chunk = (AT_ONCE / size).clamp(1, 512);
     let hashes = hashes.get_or_insert_with(|| vec![0; total]);
-    let before = whole(&mut file, &layout, hashes, chunk).map_err(written)?;
-    let mut done = before;
-    progress.images(before, done, total);
+    let before = whole(&mut file, &layout, hashes).map_err(written)?;
+    let (done, broken) = fill(&mut file, &layout, &images, hashes, before, progress).map_err(written)?;
 
-    let mut broken: Vec<(usize, Skipped)> = Vec::new();
-    let mut changes = Changes::default();
-    let mut first = 0;
-    for &(which, len) in &sets {
-        for from in (0..len).step_by(chunk) {
-            let range = from..len.min(from + chunk);
+    let bad: Vec<usize> = broken.iter().map(|(index, _)| *index).collect();
+    let mut skipped = Vec::new();
+    if let Images::Pictures(pictures) = &images {
+        match pictures.skipped() {
+            None if !broken.is_empty() => {
+                return Err(pictures.refusal(broken.into_iter().map(|(_, bad)| (bad.path, bad.fault)).collect(), total));
+            }
+            None => {}
+            Some(known) => skipped.extend_from_slice(known),
+        }
+    }
+    skipped.extend(broken.into_iter().map(|(_, bad)| bad));
+    let kept: Vec<usize> = (0..total).filter(|index| bad.binary_search(index).is_err()).collect();
+    let train = kept.partition_point(|&index| index < layout.train as usize);
+    if train == 0 {
+        return Err(Error::file(&config.data, "holds no image that can be used"));
+    }
+    close_up(&mut file, &layout, &kept).map_err(written)?;
+    let held_out = layout.held_out.map(|_| (kept.len() - train) as u64);
+    let layout = Layout { train: train as u64, held_out, ..layout };
+    let mut tables: Vec<u8> = kept.iter().flat_map(|&i| hashes[i].to_le_bytes()).collect();
+    if let Ok(labels) = &labels {
+        tables.extend(kept.iter().flat_map(|&i| labels[i].to_le_bytes()));
+    }
+    tables.extend(text);
+    finish(&mut file, &layout, &tables)
+        .and_then(|()| fs::rename(&part_path, out))
+        .and_then(|()| output::sync_folder(output::parent(out)))
+        .map_err(written)?;
+    Ok(Converted { images: kept.len(), extent: to, decoded: done - before, bytes: layout.len(), skipped })
+}
+
+/// The images of a source and what they become; those that are in memory have become it.
+fn fitted(source: Source, config: &Config, progress: &mut dyn Progress) -> Result<(Images, Extent)> {
+    let target = Target::of(config);
+    match source.content {
+        Content::Pictures(pictures) => {
+            let to = pictures.extent(target)?;
+            pictures.notes(1).iter().for_each(|note| progress.say(&printable(note)));
+            Ok((Images::Pictures(pictures), to))
+        }
+        Content::Arrays(mut found) => {
+            let to = target.over(found.train.extent);
+            for part in std::iter::once(&mut found.train).chain(&mut found.held_out) {
+                found.notes.extend(part.fit(to)?);
+            }
+            found.notes.iter().for_each(|note| progress.say(&printable(note)));
+            Ok((Images::Arrays(found), to))
+        }
+    }
+}
+
+/// Writes the images that have no hash yet, and their hashes, which stay 0 for those that cannot be used. Returns how
+/// many of all are done, of which `before` were, and those that cannot be used, in their order.
+fn fill(
+    file: &mut File,
+    layout: &Layout,
+    images: &Images,
+    hashes: &mut [u64],
+    before: usize,
+    progress: &mut dyn Progress,
+) -> io::Result<(usize, Vec<(usize, Skipped)>)> {
+    let (size, total) = (layout.extent.len(), hashes.len());
+    let (mut done, mut broken, mut changes) = (before, Vec::new(), Changes::default());
+    progress.images(before, done, total);
+    let (train, held_out) = images.lens();
+    for (which, first, len) in [(0, 0, train), (1, train, held_out.unwrap_or(0))] {
+        for from in (0..len).step_by(chunk(layout)) {
+            let range = from..len.min(from + chunk(layout));
             let at = first + from..first + range.end;
             let known = hashes[at.clone()].iter().filter(|&&hash| hash != 0).count();
             if known == range.len() {
                 continue;
             }
+            let begins = broken.len();
             let mut pixels = Vec::with_capacity(range.len() * size);
-            match &images {
+            match images {
                 Images::Arrays(found) => {
                     let part = if which == 0 { &found.train } else { found.held_out.as_ref().expect("it has images") };
                     pixels.extend_from_slice(&part.images.bytes()[range.start * size..range.end * size]);
                 }
                 Images::Pictures(pictures) => {
-                    for (index, picture) in range.clone().zip(pictures.read(which, range.clone(), to)) {
+                    for (index, picture) in range.clone().zip(pictures.read(which, range.clone(), layout.extent)) {
                         match picture {
                             Ok(picture) => {
                                 changes.count(pictures.name(which, index), &picture);
@@ -454,60 +501,40 @@ pub fn convert(source: Source, config: &Config, out: &Path, progress: &mut dyn P
                 }
             }
             let mut new: Vec<u64> = pixels.par_chunks_exact(size).map(hash_of).collect();
-            for (bad, _) in broken.iter().rev().take_while(|(bad, _)| *bad >= at.start) {
+            for (bad, _) in &broken[begins..] {
                 new[bad - at.start] = 0;
             }
-            write_at(&mut file, layout.image(at.start as u64), &pixels).map_err(written)?;
+            write_at(file, layout.image(at.start as u64), &pixels)?;
             let bytes: Vec<u8> = new.iter().flat_map(|hash| hash.to_le_bytes()).collect();
-            write_at(&mut file, layout.hashes_at() + 8 * at.start as u64, &bytes).map_err(written)?;
-            hashes[at.clone()].copy_from_slice(&new);
+            write_at(file, layout.hashes_at() + 8 * at.start as u64, &bytes)?;
+            hashes[at].copy_from_slice(&new);
             done += range.len() - known;
             progress.images(before, done, total);
         }
-        first += len;
     }
-    let mut skipped = Vec::new();
-    if let Images::Pictures(pictures) = &images {
+    if let Images::Pictures(pictures) = images {
         changes.notes(pictures.background()).iter().for_each(|note| progress.say(&printable(note)));
-        match pictures.skipped() {
-            None if !broken.is_empty() => {
-                return Err(pictures.refusal(broken.into_iter().map(|(_, bad)| (bad.path, bad.fault)).collect(), total));
-            }
-            None => {}
-            Some(known) => skipped.extend_from_slice(known),
-        }
     }
-    let bad: Vec<usize> = broken.iter().map(|(bad, _)| *bad).collect();
-    skipped.extend(broken.into_iter().map(|(_, bad)| bad));
-    let kept: Vec<usize> = (0..total).filter(|index| bad.binary_search(index).is_err()).collect();
-    let train = kept.partition_point(|&index| index < layout.train as usize);
-    if train == 0 {
-        return Err(Error::file(&config.data, "holds no image that can be used"));
-    }
-    let final_layout =
-        Layout { train: train as u64, held_out: layout.held_out.map(|_| (kept.len() - train) as u64), ..layout };
-    close_up(&mut file, &layout, &kept).map_err(written)?;
-    let mut tables: Vec<u8> = kept.iter().flat_map(|&i| hashes[i].to_le_bytes()).collect();
-    if let Ok(labels) = &labels {
-        tables.extend(kept.iter().flat_map(|&i| labels[i].to_le_bytes()));
-    }
-    tables.extend(text);
-    let mut finish = || -> io::Result<()> {
-        // Between the images and the tables are zeros.
-        let end = final_layout.image(final_layout.images());
-        write_at(&mut file, end, &[0; 8][..(final_layout.hashes_at() - end) as usize])?;
-        write_at(&mut file, final_layout.hashes_at(), &tables)?;
-        file.sync_all()?;
-        file.set_len(final_layout.len())?;
-        let mut header = final_layout.header(MAGIC).to_vec();
-        header.extend(hash_of_tables(&final_layout.header(MAGIC), &tables).to_le_bytes());
-        write_at(&mut file, 0, &header)?;
-        file.sync_all()?;
-        fs::rename(&part_path, out)?;
-        output::sync_folder(output::parent(out))
-    };
-    finish().map_err(written)?;
-    Ok(Converted { images: kept.len(), extent: to, decoded: done - before, bytes: final_layout.len(), skipped })
+    Ok((done, broken))
+}
+
+/// Images that are decoded, or compared with their hashes, at once.
+fn chunk(layout: &Layout) -> usize {
+    (AT_ONCE / layout.extent.len()).clamp(1, 512)
+}
+
+/// Writes the tables behind the images and then the header that makes the file whole.
+fn finish(file: &mut File, layout: &Layout, tables: &[u8]) -> io::Result<()> {
+    // Between the images and the tables are zeros.
+    let end = layout.image(layout.images());
+    write_at(file, end, &[0; 8][..(layout.hashes_at() - end) as usize])?;
+    write_at(file, layout.hashes_at(), tables)?;
+    file.sync_all()?;
+    file.set_len(layout.len())?;
+    let mut header = layout.header(MAGIC).to_vec();
+    header.extend(hash_of_tables(&layout.header(MAGIC), tables).to_le_bytes());
+    write_at(file, 0, &header)?;
+    file.sync_all()
 }
 
 /// The name of an unfinished file.
@@ -540,8 +567,8 @@ fn begun(file: &mut File, header: &[u8], layout: &Layout) -> io::Result<Option<V
 }
 
 /// Forgets the hashes of images that are not there, and returns how many are.
-fn whole(file: &mut File, layout: &Layout, hashes: &mut [u64], chunk: usize) -> io::Result<usize> {
-    let size = layout.extent.len();
+fn whole(file: &mut File, layout: &Layout, hashes: &mut [u64]) -> io::Result<usize> {
+    let (size, chunk) = (layout.extent.len(), chunk(layout));
     let mut done = 0;
     for (k, hashes) in hashes.chunks_mut(chunk).enumerate() {
         if hashes.iter().all(|&hash| hash == 0) {

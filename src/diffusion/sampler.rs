@@ -103,7 +103,9 @@ pub struct LogVariance {
 /// `x_0 = limit(x0_xt x_t + x0_output y)`, `x_{t-1} = c_x0 x_0 + c_xt x_t + c_before before + sigma z`.
 ///
 /// A gradient g of log p(label | x_t), times its scale S, moves the mean (Dhariwal and Nichol 2021, algorithms 1 and
-/// 2): `x_0 += shift_x0 S g` after the limit, and `x_{t-1} += shift_mean variance S g`.
+/// 2): `x_0 += shift_x0 S g` after the limit, and `x_{t-1} += shift_mean variance S g`. What x_0 is confined to holds
+/// after its shift as well. Their code leaves that out, and the shift grows with 1/sqrt(alpha_bar): of a cosine
+/// schedule, whose last alpha_bar is 2e-9, nothing of an image would be left after the first step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Step {
     /// The timestep, an index of the full chain. It names the stream of the noise.

@@ -397,6 +397,11 @@ pub mod reference {
             }
             if !gradient.is_empty() {
                 x_0[i] = x_0[i] + number::<T>(step.shift_x0) * gradient[i];
+                match step.limit {
+                    Limit::None => {}
+                    Limit::Range(r) => x_0[i] = clip(x_0[i], number(r)),
+                    Limit::Quantile { .. } => x_0[i] = clip(x_0[i], T::one()),
+                }
             }
             let mut mean = number::<T>(step.c_x0) * x_0[i] + number::<T>(step.c_xt) * x[i];
             if step.c_before != 0.0 {
@@ -668,12 +673,14 @@ mod cpu {
             let [x0_xt, x0_output, c_x0, c_xt, c_before, sigma, variance] =
                 [step.x0_xt, step.x0_output, step.c_x0, step.c_xt, step.c_before, step.sigma, step.variance]
                     .map(|v| v as f32);
+            // Two comparisons instead of `clamp`, so that a NaN stays one and the loop vectorises.
+            let clip = |x_0: f32, limit: f32| {
+                let x_0 = if x_0 < -limit { -limit } else { x_0 };
+                if x_0 > limit { limit } else { x_0 }
+            };
             let limit = own.limit;
             for (y, &x) in y.iter_mut().zip(&own.x) {
-                let x_0 = S::mul_add(x0_xt, x, x0_output * *y);
-                // Two comparisons instead of `clamp`, so that a NaN stays one and the loop vectorises.
-                let x_0 = if x_0 < -limit { -limit } else { x_0 };
-                *y = if x_0 > limit { limit } else { x_0 };
+                *y = clip(S::mul_add(x0_xt, x, x0_output * *y), limit);
             }
             if own.divided {
                 y.iter_mut().for_each(|x_0| *x_0 /= limit);
@@ -694,8 +701,9 @@ mod cpu {
             let mut mean = [0.0; PART];
             if let Some((gradient, scale)) = &own.gradient {
                 let [shift_x0, shift_mean] = [step.shift_x0 * scale, step.shift_mean * scale].map(|v| v as f32);
+                let limit = if own.divided { 1.0 } else { limit };
                 for (x_0, &g) in y.iter_mut().zip(gradient) {
-                    *x_0 = S::mul_add(shift_x0, g, *x_0);
+                    *x_0 = clip(S::mul_add(shift_x0, g, *x_0), limit);
                 }
                 variances.iter_mut().for_each(|variance| *variance *= shift_mean);
             }
