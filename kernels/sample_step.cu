@@ -149,7 +149,7 @@ __device__ __forceinline__ float predicted(float x0_xt, float x0_output, float x
     return fmaf(x0_xt, x_t, __fmul_rn(x0_output, y));
 }
 
-// Comparisons, because fminf and fmaxf would drop a NaN.
+// x_0 within +-bound. Comparisons, because fminf and fmaxf would drop a NaN.
 __device__ __forceinline__ float clip(float x_0, float bound) {
     x_0 = x_0 < -bound ? -bound : x_0;
     return x_0 > bound ? bound : x_0;

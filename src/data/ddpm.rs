@@ -316,7 +316,7 @@ impl Images {
                 std::iter::once(&found.train).chain(&found.held_out).map(|part| &part.labels).collect()
             }
             Images::Pictures(pictures) => {
-                (0..1 + usize::from(pictures.lens().1.is_some())).map(|which| pictures.labels(which)).collect()
+                (0..=usize::from(pictures.lens().1.is_some())).map(|which| pictures.labels(which)).collect()
             }
         };
         of_both.into_iter().try_fold(Vec::new(), |mut all, labels| {
