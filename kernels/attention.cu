@@ -6,7 +6,8 @@
 //            y_i = sum_j P_ij v_j;
 //            dP_ij = dy_i . v_j, delta_i = sum_j P_ij dP_ij = dy_i . y_i, dS_ij = P_ij (dP_ij - delta_i) / sqrt(d),
 //            dq_i = sum_j dS_ij k_j, dk_j = sum_i dS_ij q_i, dv_j = sum_i P_ij dy_i.
-//            The letters are FlashAttention's (Dao et al. 2022); its O is y here and its D is delta.
+//            The letters are FlashAttention's (Dao et al. 2022); its O is y here and its D is delta. In bf16 fwd can
+//            go on with the linear layer that follows a single head.
 //            Three passes: fwd; bwd_q, which writes dq and delta; then bwd_kv. Both backward passes compute S and dP:
 //            seven products of tokens x tokens x d, where a stored matrix or atomics would need five
 // layout     q, k, v, y and their gradients (n, tokens, c), f32 or bf16; head e has the channels e d .. e d + d.
@@ -485,8 +486,10 @@ ON_FMA(512)
 // as registers decide, a multiprocessor holds BLOCKS at least.
 #define LARGE(D, GROUPS, BLOCKS)                                                                                    \
     extern "C" __global__ void __launch_bounds__(mma::threads(D, GROUPS), BLOCKS) attention_fwd_mma_d##D##_large(   \
-        bf16* y, bf16* lost, float* stats, const bf16* q, const bf16* k, const bf16* v, Sizes sizes) {              \
-        mma::fwd<mma::Pass<D, GROUPS, 1, 1>, mma::Unit::CHUNK>(y, lost, stats, q, k, v, sizes);                     \
+        bf16* y, bf16* lost, float* stats, const bf16* q, const bf16* k, const bf16* v, Sizes sizes, bf16* z,       \
+        const bf16* weight, const float* bias, const bf16* residual) {                                              \
+        mma::fwd<mma::Pass<D, GROUPS, 1, 1>, mma::Unit::CHUNK>(                                                     \
+            y, lost, stats, q, k, v, sizes, {z, weight, bias, residual});                                           \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(mma::threads(D, GROUPS), BLOCKS) attention_bwd_q_mma_d##D##_large( \
         bf16* dq, float* delta, const bf16* q, const bf16* k, const bf16* v, const bf16* y, const bf16* lost,       \
@@ -508,8 +511,10 @@ LARGE(512, 2, 2)
 // The same in blocks of 16 rows, where the others would be too few.
 #define SMALL(D)                                                                                                    \
     extern "C" __global__ void __launch_bounds__(mma::threads(D, 1)) attention_fwd_mma_d##D##_small(                \
-        bf16* y, bf16* lost, float* stats, const bf16* q, const bf16* k, const bf16* v, Sizes sizes) {              \
-        mma::fwd<mma::Pass<D, 1, 1, 1>, mma::Unit::CHUNK>(y, lost, stats, q, k, v, sizes);                          \
+        bf16* y, bf16* lost, float* stats, const bf16* q, const bf16* k, const bf16* v, Sizes sizes, bf16* z,       \
+        const bf16* weight, const float* bias, const bf16* residual) {                                              \
+        mma::fwd<mma::Pass<D, 1, 1, 1>, mma::Unit::CHUNK>(                                                          \
+            y, lost, stats, q, k, v, sizes, {z, weight, bias, residual});                                           \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(mma::threads(D, 1)) attention_bwd_q_mma_d##D##_small(              \
         bf16* dq, float* delta, const bf16* q, const bf16* k, const bf16* v, const bf16* y, const bf16* lost,       \
@@ -531,7 +536,7 @@ SMALL(512)
 #define ANY(D)                                                                                                      \
     extern "C" __global__ void __launch_bounds__(mma::threads(D, 1)) attention_fwd_mma_d##D##_any(                  \
         bf16* y, bf16* lost, float* stats, const bf16* q, const bf16* k, const bf16* v, Sizes sizes) {              \
-        mma::fwd<mma::Pass<D, 1, 1, 1>, mma::Unit::ELEMENT>(y, lost, stats, q, k, v, sizes);                        \
+        mma::fwd<mma::Pass<D, 1, 1, 1>, mma::Unit::ELEMENT>(y, lost, stats, q, k, v, sizes, {});                    \
     }                                                                                                               \
     extern "C" __global__ void __launch_bounds__(mma::threads(D, 1)) attention_bwd_q_mma_d##D##_any(                \
         bf16* dq, float* delta, const bf16* q, const bf16* k, const bf16* v, const bf16* y, const bf16* lost,       \

@@ -7,16 +7,19 @@
 //            dgrad  dx[n,p,q,k] = sum over o,u,v with p = i s + u - top, q = j s + v - left of dy[n,i,j,o] w[o,u,v,k]
 //            wgrad  dw[o,u,v,k] = sum over n,i,j of dy[n,i,j,o] x[n, i s + u - top, j s + v - left, k], by split-K;
 //                   add_parts adds up the segments
+//            bwd    in bf16 both in one launch, with the gradients of a shortcut, and the sums of dy over the pixels of
+//                   a segment, of which add_parts makes db[o]. A single dx may come on top of gradients that wait
 //            x may be two tensors, its first c_first channels and the others, read and dx written where they are; and
 //            what is convolved may be x with each pixel repeated in a 2x2 square (up), of which p and q above then are
 //            pixels; dx is the sum over the four. residual may be repeated likewise (halved). In bf16 fwd adds a
 //            shortcut, a 1x1 convolution of s, one tensor or two, as further steps of k
 //            join_segments  y or dx from the sums of segments of k
-//            bwd_shift  dshift[n,o] = sum over i,j of dy[n,i,j,o], and unrounded, of which add_parts makes db[o]
+//            bwd_shift  dshift[n,o] = sum over i,j of dy[n,i,j,o], and unrounded, of which add_parts makes db[o] where
+//                   bwd does not
 // layout     x (n, h, w, c_in), w (c_out, kh, kw, c_in), y, residual (n, oh, ow, c_out), shift (n, c_out), bias
 //            (c_out): contiguous. Gradients alike.
-// mapping    block = one tile of the product: in f32 on FMAs, 64 threads (tile_gemm.cuh), in bf16 on tensor cores, 64
-//            or 128 threads (tile_mma.cuh; how the operands are gathered: conv2d_mma.cuh)
+// mapping    block = one tile of the product: in f32 on FMAs, 64 threads (tile_gemm.cuh), in bf16 on tensor cores, 128
+//            threads (tile_mma.cuh; how the operands are gathered: conv2d_mma.cuh)
 //            fwd    rows = pixels of y, all images one after the other; cols = c_out; k = (u, v, c_in). up: blockIdx.y
 //                   = one of four classes, of even and odd rows and columns, so that a tap is at one distance from the
 //                   first in all patches
@@ -26,13 +29,14 @@
 //                   element. up: k = (u, v, c_out) of each of the four
 //            wgrad  rows = c_out; cols = (u, v, c_in), in bf16 those of each tensor of x in tiles of their own; k =
 //                   pixels of y; blockIdx.y = one split-K segment of them
-//            blockIdx.x counts tiles, along the columns first: blocks that run together read the same pixels. bf16 fwd
-//            and dgrad: blockIdx.z = one segment of k, where these are split
+//            blockIdx.x counts tiles, along the columns first: blocks that run together read the same pixels. bf16 fwd:
+//            blockIdx.z = one segment of k, where these are split. bwd: blockIdx.x counts everything, dw first
+//            (BackwardBlocks)
 // shared     f32: two buffers of both operands, 9 KB (64x64) or 11 KB; fwd, dgrad: the positions of the tile's pixels,
 //            1 or 2 KB; wgrad: the origins of 2 BK patches, 192 B; bwd_shift: 2 KB
 //            bf16: the ring, 96 KB (128x128), 54 KB (128x16) or 48 KB (64x64), in which the positions of pixels and the
 //            results lie too; behind it the plan (fwd, dgrad), 0.6 to 3 KB, or the origins of four slabs' patches
-//            (wgrad), 2 KB
+//            (wgrad), 2 KB; bwd: what its larger part takes
 // bound by   as tile_gemm.cuh and tile_mma.cuh say if both channel counts are 32 or more; the tile's idle columns if
 //            c_out is 1 or 3; join_segments: reading the segments' sums; bwd_shift: reading dy
 // host       n oh ow, n h w, kh kw c_in, kh kw c_out < 2^30; grids as stated above; tensors aligned to 16 bytes (f32:
@@ -40,9 +44,10 @@
 //            say, the ring as dynamic shared memory, and what conv2d_mma.cuh says)
 // numerics   sums in f32. f32: fwd over (u, v, k), dgrad over (u, v, o) with the largest u and v first; bf16: over
 //            blocks of 64 channels of each tensor, in each over the taps in that order, the shortcut's last, by
-//            segments in layers of few pixels. wgrad
-//            over the pixels of a segment; the segments, shift and bias as column_sums.cuh says. An image's y and dx
-//            do not depend on the rest of its batch
+//            segments in layers of few pixels; a shortcut's dx over o alone, in one. What waits to be added to dx is
+//            added in f32, (first + second) + dx, and the sum rounded once. wgrad over the pixels of a segment; the
+//            segments, shift and bias as column_sums.cuh says. An image's y and dx do not depend on the rest of its
+//            batch
 #include "column_sums.cuh"
 #include "conv2d_mma.cuh"
 #include "geometry.cuh"
@@ -415,23 +420,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_wgrad_32x128_f32(
     wgrad<Tile<32, 128>>(dw, x, x_second, dy, g, segment, accumulate);
 }
 
-// Entries in bf16, on tensor cores, and what must divide the channels:
-//   conv2d_fwd_mma_128x128        c_in by 64
-//   conv2d_fwd_mma_128x16         c_in by 8; for few channels of y
-//   conv2d_fwd_mma_64x64          c_in by 8
-//   conv2d_fwd_mma_64x64_any      nothing
-//   conv2d_dgrad_mma_128x128      c_out by 64, c_in by 128
-//   conv2d_dgrad_mma_64x64        both by 8
-//   conv2d_dgrad_mma_64x64_any    nothing
-//   conv2d_wgrad_mma_128x128      c_out by 128, c_in by 8
-//   conv2d_wgrad_mma_64x64        both by 8
-//   conv2d_wgrad_mma_64x64_any_x  c_out by 8
-//   conv2d_wgrad_mma_64x64_any_y  c_in by 8
-//   conv2d_wgrad_mma_64x64_any    nothing
-// conv2d_fwd_mma_64x64 and conv2d_dgrad_mma_64x64 sum by segments of k.
+// Entries in bf16, on tensor cores, and what must divide the channels, those of the shortcut's tensors too:
+//   conv2d_fwd_mma_128x128           c_in by 64
+//   conv2d_fwd_mma_128x16            c_in by 8; for few channels of y
+//   conv2d_fwd_mma_64x64             c_in by 8
+//   conv2d_fwd_mma_64x64_any         nothing
+//   conv2d_bwd_mma_128x128           c_out by 128, c_in by 128; for dx alone c_out by 64, for dw alone c_in by 8
+//   conv2d_bwd_mma_64x64_128x128     c_out by 128, c_in by 8; tiles of dx, of dw
+//   conv2d_bwd_mma_64x64             both by 8
+//   conv2d_dgrad_mma_64x64_any       nothing
+//   conv2d_wgrad_mma_64x64_any_x     c_out by 8
+//   conv2d_wgrad_mma_64x64_any_y     c_in by 8
+//   conv2d_wgrad_mma_64x64_any       nothing
+// conv2d_fwd_mma_64x64, and conv2d_bwd_mma_64x64... for dx, sum by segments of k.
 using Large = mma::Tile<128, 128, 64, 64>;
-using Small = mma::Tile<64, 64, 64, 32>;
+using Small = mma::Tile<64, 64, 32, 32>;
 using Thin = mma::Tile<128, 16, 32, 16>;
+using mma::BackwardBlocks;
 using mma::Unit;
 
 extern "C" __global__ void __launch_bounds__(Large::THREADS) conv2d_fwd_mma_128x128(
@@ -466,49 +471,58 @@ extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_fwd_mma_64x6
         {bias, shift, residual, halved, s_bias}, g, 0);
 }
 
-extern "C" __global__ void __launch_bounds__(Large::THREADS) conv2d_dgrad_mma_128x128(
-    bf16* dx, bf16* dx_second, const bf16* dy, const bf16* weight, Geometry g) {
-    mma::dgrad<Large, Unit::BLOCK, false>(dx, dx_second, nullptr, dy, weight, g, 0);
+extern "C" __global__ void __launch_bounds__(Large::THREADS) conv2d_bwd_mma_128x128(
+    float* dw, double* sums, bf16* dx, bf16* dx_second, bf16* ds, bf16* ds_second, float* parts, const bf16* x,
+    const bf16* x_second, const bf16* s, const bf16* s_second, const bf16* dy, const bf16* weight, const bf16* s_weight,
+    const bf16* waiting, const bf16* waiting_second, Geometry g, BackwardBlocks blocks) {
+    mma::backward<Large, Unit::BLOCK, false, Large, Unit::BLOCK>(
+        dw, sums, {dx, dx_second, weight, waiting, waiting_second}, {ds, ds_second, s_weight, nullptr, nullptr}, parts,
+        {x, x_second, s, s_second}, dy, g, blocks);
 }
 
-extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_dgrad_mma_64x64(
-    bf16* dx, bf16* dx_second, float* parts, const bf16* dy, const bf16* weight, Geometry g, unsigned segment) {
-    mma::dgrad<Small, Unit::CHUNK, true>(dx, dx_second, parts, dy, weight, g, segment);
+extern "C" __global__ void __launch_bounds__(Large::THREADS) conv2d_bwd_mma_64x64_128x128(
+    float* dw, double* sums, bf16* dx, bf16* dx_second, bf16* ds, bf16* ds_second, float* parts, const bf16* x,
+    const bf16* x_second, const bf16* s, const bf16* s_second, const bf16* dy, const bf16* weight, const bf16* s_weight,
+    const bf16* waiting, const bf16* waiting_second, Geometry g, BackwardBlocks blocks) {
+    mma::backward<Small, Unit::CHUNK, true, Large, Unit::BLOCK>(
+        dw, sums, {dx, dx_second, weight, waiting, waiting_second}, {ds, ds_second, s_weight, nullptr, nullptr}, parts,
+        {x, x_second, s, s_second}, dy, g, blocks);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_bwd_mma_64x64(
+    float* dw, double* sums, bf16* dx, bf16* dx_second, bf16* ds, bf16* ds_second, float* parts, const bf16* x,
+    const bf16* x_second, const bf16* s, const bf16* s_second, const bf16* dy, const bf16* weight, const bf16* s_weight,
+    const bf16* waiting, const bf16* waiting_second, Geometry g, BackwardBlocks blocks) {
+    mma::backward<Small, Unit::CHUNK, true, Small, Unit::CHUNK>(
+        dw, sums, {dx, dx_second, weight, waiting, waiting_second}, {ds, ds_second, s_weight, nullptr, nullptr}, parts,
+        {x, x_second, s, s_second}, dy, g, blocks);
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_dgrad_mma_64x64_any(
     bf16* dx, bf16* dx_second, const bf16* dy, const bf16* weight, Geometry g) {
-    mma::dgrad<Small, Unit::ELEMENT, false>(dx, dx_second, nullptr, dy, weight, g, 0);
-}
-
-extern "C" __global__ void __launch_bounds__(Large::THREADS) conv2d_wgrad_mma_128x128(
-    float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment,
-    unsigned accumulate) {
-    mma::wgrad<Large, Unit::BLOCK>(dw, x, x_second, dy, g, segment, accumulate);
-}
-
-extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64(
-    float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment,
-    unsigned accumulate) {
-    mma::wgrad<Small, Unit::CHUNK>(dw, x, x_second, dy, g, segment, accumulate);
+    mma::dgrad<Small, Unit::ELEMENT, false>({dx, dx_second, weight, nullptr, nullptr}, {}, nullptr, dy, g, 0,
+        mma::DxAlone());
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64_any_x(
-    float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment,
-    unsigned accumulate) {
-    mma::wgrad<Small, Unit::ELEMENT, Unit::CHUNK>(dw, x, x_second, dy, g, segment, accumulate);
+    float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment, unsigned accumulate,
+    double* sums) {
+    mma::wgrad<Small, Unit::ELEMENT, Unit::CHUNK>(dw, sums, {x, x_second, nullptr, nullptr}, dy, g, segment,
+        accumulate, mma::DwAlone());
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64_any_y(
-    float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment,
-    unsigned accumulate) {
-    mma::wgrad<Small, Unit::CHUNK, Unit::ELEMENT>(dw, x, x_second, dy, g, segment, accumulate);
+    float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment, unsigned accumulate,
+    double* sums) {
+    mma::wgrad<Small, Unit::CHUNK, Unit::ELEMENT>(dw, sums, {x, x_second, nullptr, nullptr}, dy, g, segment,
+        accumulate, mma::DwAlone());
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64_any(
-    float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment,
-    unsigned accumulate) {
-    mma::wgrad<Small, Unit::ELEMENT>(dw, x, x_second, dy, g, segment, accumulate);
+    float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment, unsigned accumulate,
+    double* sums) {
+    mma::wgrad<Small, Unit::ELEMENT, Unit::ELEMENT>(dw, sums, {x, x_second, nullptr, nullptr}, dy, g, segment,
+        accumulate, mma::DwAlone());
 }
 
 extern "C" __global__ void __launch_bounds__(256) conv2d_join_segments(

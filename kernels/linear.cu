@@ -1,16 +1,20 @@
 // linear: the layer and its gradients, as three tiled matrix products and the column sums of dy. The products run on
 // FMAs in f32 (tile_gemm.cuh) and on tensor cores in bf16 (tile_mma.cuh).
 //
-// computes   fwd    y[p,o]  = sum over k of x[p,k] w[o,k] (+ b[o] + residual[p,o])
+// computes   fwd    y[p,o]  = sum over k of x[p,k] w[o,k] (+ b[o] + residual[p,o]); in bf16 also silu(y) of the
+//                   rounded y, or that alone
 //            dgrad  dx[p,k] = sum over o of dy[p,o] w[o,k]
 //            wgrad  dw[o,k] = sum over p of dy[p,o] x[p,k], by split-K; add_parts adds up the segments
-//            bwd_sums  sums of chunks of dy's rows, of which add_parts makes db[o] = sum over p of dy[p,o]
+//            bwd    in bf16 both in one launch, and sums of dy over the rows of a segment, of which add_parts makes
+//                   db[o] = sum over p of dy[p,o]
+//            bwd_sums  in f32 sums of chunks of dy's rows for db
 // layout     x (rows, c_in), w (c_out, c_in), y, residual, dy (rows, c_out), bias (c_out): contiguous
 //            group  in bf16 the layers that read the same x, each y of its own: one product of x and of all weights
 //                   (fwd, wgrad), and one sum over the channels of all dy (dgrad). Where each layer's tensors are is in
 //                   a table among the arguments (Layers)
 // mapping    block = one tile of the product; blockIdx.x counts tiles, along the columns first. wgrad: blockIdx.y is
-//            one split-K segment of the rows. group dgrad: of the layers; group_join adds up the segments
+//            one split-K segment of the rows. bwd: blockIdx.x counts everything, dw first (BackwardBlocks); of a group,
+//            the segments of dx are of layers, and group_join adds them up
 // shared     f32: two buffers of both operands, 9 KB (64x64) or 11 KB. bf16: the ring, 96 KB (128x128) or 48 KB (64x64)
 // bound by   memory, in bf16 with up to 512 channels; else as tile_gemm.cuh and tile_mma.cuh say; idle rows of the tile
 //            if there are few (the time embedding has one per image); bwd_sums: reading dy
@@ -19,6 +23,7 @@
 // numerics   sums in f32: fwd over k, dgrad over o (of a group: of one layer after the other, and by segments of layers
 //            if an image is one row), wgrad over the rows of a segment; the segments and the bias as column_sums.cuh
 //            says. A row's y and dx do not depend on the other rows.
+#include "activation.cuh"
 #include "column_sums.cuh"
 #include "tile_gemm.cuh"
 #include "tile_mma.cuh"
@@ -38,19 +43,16 @@ constexpr unsigned LAYERS = 32;
 struct Layer {
     size_t y;               // address of y or dy
     unsigned weight, bias;  // where they and their gradients are in the launch's, in elements
-    unsigned c_out, first;  // channels of y; tiles along them, or LANES of them, before its own
+    unsigned c_out, first;  // channels of y; tiles along them before its own
 };
 
 // Host twin: layers with the same x.
 struct Layers {
     Layer layers[LAYERS];
-    unsigned rows, c_in, count, total;  // layers, and their tiles along c_out, or LANES
+    unsigned rows, c_in, total, count;  // tiles along c_out of all layers, and layers
 };
 
-// Host twin: columns side by side in a block of group_bwd_sums.
-constexpr int LANES = 32;
-
-// The layer of the tile, or of the LANES, number `at` along the channels of all.
+// The layer of the tile number `at` along the channels of all.
 __device__ __forceinline__ const Layer& layer_at(const Layers& all, unsigned at) {
     return all.layers[last_from<LAYERS>(all.layers, all.count, at)];
 }
@@ -189,10 +191,13 @@ struct WgradOperands {
     }
 };
 
-// Stores the tile that begins at (row, col) to y (rows, cols), plus bias and residual unless they are null.
+__device__ __forceinline__ float silu_of_rounded(float v) { return silu(__bfloat162float(__float2bfloat16_rn(v))); }
+
+// Stores the tile that begins at (row, col) to y (rows, cols), plus bias and residual unless they are null, and what
+// the SiLU makes of it to `activated`; to neither if it is null.
 template <class TILE>
-__device__ __forceinline__ void store_rows(bf16* y, unsigned char* ring, unsigned row, unsigned rows, unsigned col,
-                                           unsigned cols, const float* bias, const bf16* residual,
+__device__ __forceinline__ void store_rows(bf16* y, bf16* activated, unsigned char* ring, unsigned row, unsigned rows,
+                                           unsigned col, unsigned cols, const float* bias, const bf16* residual,
                                            const Accumulators<TILE>& acc) {
     each_four(reinterpret_cast<float*>(ring), acc, [&](int r, int c, float4 v) {
         const Four four(col + c, cols);
@@ -200,26 +205,30 @@ __device__ __forceinline__ void store_rows(bf16* y, unsigned char* ring, unsigne
         const size_t offset = (size_t)(row + r) * cols + four.col;
         if (bias) v = v + four.read(bias + four.col);
         if (residual) v = v + four.read(residual + offset);
-        four.write(y + offset, v);
+        if (y) four.write(y + offset, v);
+        if (activated) {
+            v = make_float4(silu_of_rounded(v.x), silu_of_rounded(v.y), silu_of_rounded(v.z), silu_of_rounded(v.w));
+            four.write(activated + offset, v);
+        }
     });
 }
 
 template <class TILE, Unit UNIT>
-__device__ __forceinline__ void forward(bf16* y, const bf16* x, const bf16* weight, const float* bias,
+__device__ __forceinline__ void forward(bf16* y, bf16* activated, const bf16* x, const bf16* weight, const float* bias,
                                         const bf16* residual, const Sizes& s, unsigned row, unsigned col) {
     extern __shared__ __align__(1024) unsigned char ring[];
     ForwardOperands<TILE, UNIT> operands(x, weight, row, col, s);
     Accumulators<TILE> acc;
     multiply(shared_address(ring), operands, (s.c_in + BK - 1) / BK, steps_of<UNIT>(s.c_in), acc, 0, [] {});
-    store_rows(y, ring, row, s.rows, col, s.c_out, bias, residual, acc);
+    store_rows(y, activated, ring, row, s.rows, col, s.c_out, bias, residual, acc);
 }
 
 template <class TILE, Unit UNIT>
-__device__ __forceinline__ void forward(bf16* y, const bf16* x, const bf16* weight, const float* bias,
+__device__ __forceinline__ void forward(bf16* y, bf16* activated, const bf16* x, const bf16* weight, const float* bias,
                                         const bf16* residual, const Sizes& s) {
     const unsigned across = (s.c_out + TILE::BN - 1) / TILE::BN;
     const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
-    forward<TILE, UNIT>(y, x, weight, bias, residual, s, row, col);
+    forward<TILE, UNIT>(y, activated, x, weight, bias, residual, s, row, col);
 }
 
 // The tiles of all layers lie side by side, so that blocks that run together read the same rows of x.
@@ -228,19 +237,19 @@ __device__ __forceinline__ void group_forward(const bf16* x, const bf16* weights
                                               const Layers& all) {
     const unsigned row = blockIdx.x / all.total * TILE::BM, tile = blockIdx.x % all.total;
     const Layer& of = layer_at(all, tile);
-    forward<TILE, UNIT>(reinterpret_cast<bf16*>(of.y), x, weights + of.weight, biases + of.bias, nullptr,
+    forward<TILE, UNIT>(reinterpret_cast<bf16*>(of.y), nullptr, x, weights + of.weight, biases + of.bias, nullptr,
                         {all.rows, all.c_in, of.c_out}, row, (tile - of.first) * TILE::BN);
 }
 
 template <class TILE, Unit UNIT>
-__device__ __forceinline__ void dgrad(bf16* dx, const bf16* dy, const bf16* weight, const Sizes& s) {
+__device__ __forceinline__ void dgrad(bf16* dx, const bf16* dy, const bf16* weight, const Sizes& s, unsigned tile) {
     extern __shared__ __align__(1024) unsigned char ring[];
     const unsigned across = (s.c_in + TILE::BN - 1) / TILE::BN;
-    const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
+    const unsigned row = tile / across * TILE::BM, col = tile % across * TILE::BN;
     DgradOperands<TILE, UNIT> operands(dy, weight, row, col, s);
     Accumulators<TILE> acc;
     multiply(shared_address(ring), operands, (s.c_out + BK - 1) / BK, steps_of<UNIT>(s.c_out), acc, 0, [] {});
-    store_rows(dx, ring, row, s.rows, col, s.c_in, nullptr, nullptr, acc);
+    store_rows(dx, nullptr, ring, row, s.rows, col, s.c_in, nullptr, nullptr, acc);
 }
 
 // a = rows of dy of the layers from `layer` to `end`, one after the other, b = their weights.
@@ -292,57 +301,89 @@ struct GroupOperands {
     }
 };
 
-// Writes `dx` if one segment has all layers, otherwise the sums of each segment of `segment` layers to `parts`
-// (segments, rows, c_in).
+// Writes `dx` if one segment has all layers, otherwise the sums of each segment of `depth` layers to `parts` (segments,
+// rows, c_in).
 template <class TILE, Unit UNIT>
 __device__ __forceinline__ void group_dgrad(bf16* dx, float* parts, const bf16* weights, const Layers& all,
-                                            unsigned segment) {
+                                            unsigned tile, unsigned segment, unsigned depth) {
     extern __shared__ __align__(1024) unsigned char ring[];
     const unsigned across = (all.c_in + TILE::BN - 1) / TILE::BN;
-    const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
-    const unsigned first = blockIdx.y * segment, end = min(first + segment, all.count);
+    const unsigned row = tile / across * TILE::BM, col = tile % across * TILE::BN;
+    const unsigned first = segment * depth, end = min(first + depth, all.count);
     unsigned slabs = 0;
     for (unsigned layer = first; layer < end; ++layer) slabs += (all.layers[layer].c_out + BK - 1) / BK;
     GroupOperands<TILE, UNIT> operands(all, weights, row, col, first, end);
     Accumulators<TILE> acc;
     multiply(shared_address(ring), operands, slabs, BK / 16, acc, 0, [] {});
     if (parts) {
-        store_tile(parts + (size_t)blockIdx.y * all.rows * all.c_in, ring, row, all.rows, col, all.c_in, false, acc);
+        store_tile(parts + (size_t)segment * all.rows * all.c_in, ring, row, all.rows, col, all.c_in, false, acc);
     } else {
-        store_rows(dx, ring, row, all.rows, col, all.c_in, nullptr, nullptr, acc);
+        store_rows(dx, nullptr, ring, row, all.rows, col, all.c_in, nullptr, nullptr, acc);
     }
 }
 
-// Writes a segment's sums over its rows to `to` (c_out, c_in).
+// Writes the sums over rows begin .. end to `to` (c_out, c_in), or adds them; and unless `sums` is null, those of dy to
+// it (c_out).
 template <class TILE, Unit UNIT>
-__device__ __forceinline__ void wgrad(float* to, const bf16* x, const bf16* dy, const Sizes& s, unsigned segment,
-                                      bool add, unsigned row, unsigned col) {
+__device__ __forceinline__ void wgrad(float* to, double* sums, const bf16* x, const bf16* dy, const Sizes& s,
+                                      unsigned begin, unsigned end, bool add, unsigned row, unsigned col) {
     extern __shared__ __align__(1024) unsigned char ring[];
-    const unsigned begin = blockIdx.y * segment, end = min(begin + segment, s.rows);
     WgradOperands<TILE, UNIT> operands(dy, x, row, col, s, begin, end);
     Accumulators<TILE> acc;
-    multiply(shared_address(ring), operands, (end - begin + BK - 1) / BK, BK / 16, acc, 0, [] {});
+    ColumnSum<TILE> of_dy;
+    const bool summing = sums && col == 0;
+    multiply(shared_address(ring), operands, (end - begin + BK - 1) / BK, BK / 16, acc, 0, [] {}, [&](uint32_t slot) {
+        if (summing) of_dy.add(slot);
+    });
+    if (summing) of_dy.store(sums, row, s.c_out);
     store_tile(to, ring, row, s.c_out, col, s.c_in, add, acc);
 }
 
-// Writes `dw` if one segment has all rows, otherwise each segment's partial sums to (segments, c_out, c_in).
+// Writes segment number `segment`, of `depth` rows, to its part of dw (segments, c_out, c_in), or adds it, and to its
+// part of sums (segments, c_out).
 template <class TILE, Unit UNIT>
-__device__ __forceinline__ void wgrad(float* dw, const bf16* x, const bf16* dy, const Sizes& s, unsigned segment,
-                                      bool add) {
-    const unsigned across = (s.c_in + TILE::BN - 1) / TILE::BN;
-    const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
-    wgrad<TILE, UNIT>(dw + (size_t)blockIdx.y * s.c_out * s.c_in, x, dy, s, segment, add, row, col);
+__device__ __forceinline__ void wgrad(float* dw, double* sums, const bf16* x, const bf16* dy, const Sizes& s,
+                                      unsigned tile, unsigned segment, unsigned depth, bool add) {
+    const unsigned across = (s.c_in + TILE::BN - 1) / TILE::BN, begin = segment * depth;
+    wgrad<TILE, UNIT>(dw + (size_t)segment * s.c_out * s.c_in, sums ? sums + (size_t)segment * s.c_out : nullptr, x, dy,
+                      s, begin, min(begin + depth, s.rows), add, tile / across * TILE::BM, tile % across * TILE::BN);
 }
 
-// The same for the weights of all layers; the partial sums of a segment lie one layer after the other, in whole tiles.
+// The same for all layers, whose parts lie one behind the other, in whole tiles along c_out.
 template <class TILE, Unit UNIT>
-__device__ __forceinline__ void group_wgrad(float* dw, const bf16* x, const Layers& all, unsigned segment, bool add) {
-    const unsigned across = (all.c_in + TILE::BN - 1) / TILE::BN, tile = blockIdx.x / across;
-    const Layer& of = layer_at(all, tile);
-    const size_t part = ((size_t)blockIdx.y * all.total + of.first) * TILE::BM * all.c_in;
-    wgrad<TILE, UNIT>(dw + (gridDim.y > 1 ? part : of.weight), x, reinterpret_cast<const bf16*>(of.y),
-                      {all.rows, all.c_in, of.c_out}, segment, add, (tile - of.first) * TILE::BM,
-                      blockIdx.x % across * TILE::BN);
+__device__ __forceinline__ void group_wgrad(float* dw, double* sums, const bf16* x, const Layers& all, unsigned tile,
+                                            unsigned segment, unsigned depth) {
+    const unsigned across = (all.c_in + TILE::BN - 1) / TILE::BN, row = tile / across, begin = segment * depth;
+    const Layer& of = layer_at(all, row);
+    const size_t part = ((size_t)segment * all.total + of.first) * TILE::BM;
+    wgrad<TILE, UNIT>(dw + part * all.c_in, sums ? sums + part : nullptr, x, reinterpret_cast<const bf16*>(of.y),
+                      {all.rows, all.c_in, of.c_out}, begin, min(begin + depth, all.rows), false,
+                      (row - of.first) * TILE::BM, tile % across * TILE::BN);
+}
+
+// One launch for both gradients.
+template <class DX, Unit UNIT_DX, class DW, Unit UNIT_DW>
+__device__ __forceinline__ void backward(float* dw, double* sums, bf16* dx, const bf16* x, const bf16* dy,
+                                         const bf16* weight, const Sizes& s, const BackwardBlocks& b) {
+    static_assert(DX::THREADS == DW::THREADS, "blocks of one launch");
+    const unsigned of_dw = b.dw_tiles * b.dw_segments;
+    if (blockIdx.x < of_dw) {
+        wgrad<DW, UNIT_DW>(dw, sums, x, dy, s, blockIdx.x % b.dw_tiles, blockIdx.x / b.dw_tiles, b.dw_depth, false);
+    } else {
+        dgrad<DX, UNIT_DX>(dx, dy, weight, s, blockIdx.x - of_dw);
+    }
+}
+
+template <class DX, Unit UNIT_DX, class DW, Unit UNIT_DW>
+__device__ __forceinline__ void group_backward(float* dw, double* sums, bf16* dx, float* parts, const bf16* x,
+                                               const bf16* weights, const Layers& all, const BackwardBlocks& b) {
+    static_assert(DX::THREADS == DW::THREADS, "blocks of one launch");
+    const unsigned of_dw = b.dw_tiles * b.dw_segments, block = blockIdx.x - of_dw;
+    if (blockIdx.x < of_dw) {
+        group_wgrad<DW, UNIT_DW>(dw, sums, x, all, blockIdx.x % b.dw_tiles, blockIdx.x / b.dw_tiles, b.dw_depth);
+    } else {
+        group_dgrad<DX, UNIT_DX>(dx, parts, weights, all, block % b.dx_tiles, block / b.dx_tiles, b.dx_depth);
+    }
 }
 
 }  // namespace mma
@@ -382,69 +423,68 @@ extern "C" __global__ void __launch_bounds__(THREADS) linear_wgrad_32x128_f32(
 }
 
 // Entries in bf16, on tensor cores, and what must divide the channels:
-//   linear_fwd_mma_128x128        c_in by 64
-//   linear_fwd_mma_64x64          c_in by 8
-//   linear_fwd_mma_64x64_any      nothing
-//   linear_dgrad_mma_128x128      c_out by 64, c_in by 128
-//   linear_dgrad_mma_64x64        both by 8
-//   linear_dgrad_mma_64x64_any    nothing
-//   linear_wgrad_mma_128x128      both by 128
-//   linear_wgrad_mma_64x64        both by 8
-//   linear_wgrad_mma_64x64_any    nothing
+//   linear_fwd_mma_128x128            c_in by 64
+//   linear_fwd_mma_64x64              c_in by 8
+//   linear_fwd_mma_64x64_any          nothing
+//   linear_bwd_mma_128x128            both by 128; for dx alone c_out by 64
+//   linear_bwd_mma_64x64_128x128      both by 128; tiles of dx, of dw
+//   linear_bwd_mma_64x64              both by 8
+//   linear_dgrad_mma_64x64_any        nothing
+//   linear_wgrad_mma_64x64_any        nothing
 using Large = mma::Tile<128, 128, 64, 64>;
-using Small = mma::Tile<64, 64, 64, 32>;
+using Small = mma::Tile<64, 64, 32, 32>;
+using mma::BackwardBlocks;
 using mma::Unit;
 
 extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_fwd_mma_128x128(
-    bf16* y, const bf16* x, const bf16* weight, const float* bias, const bf16* residual, Sizes s) {
-    mma::forward<Large, Unit::BLOCK>(y, x, weight, bias, residual, s);
+    bf16* y, const bf16* x, const bf16* weight, const float* bias, const bf16* residual, Sizes s, bf16* activated) {
+    mma::forward<Large, Unit::BLOCK>(y, activated, x, weight, bias, residual, s);
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_fwd_mma_64x64(
-    bf16* y, const bf16* x, const bf16* weight, const float* bias, const bf16* residual, Sizes s) {
-    mma::forward<Small, Unit::CHUNK>(y, x, weight, bias, residual, s);
+    bf16* y, const bf16* x, const bf16* weight, const float* bias, const bf16* residual, Sizes s, bf16* activated) {
+    mma::forward<Small, Unit::CHUNK>(y, activated, x, weight, bias, residual, s);
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_fwd_mma_64x64_any(
-    bf16* y, const bf16* x, const bf16* weight, const float* bias, const bf16* residual, Sizes s) {
-    mma::forward<Small, Unit::ELEMENT>(y, x, weight, bias, residual, s);
+    bf16* y, const bf16* x, const bf16* weight, const float* bias, const bf16* residual, Sizes s, bf16* activated) {
+    mma::forward<Small, Unit::ELEMENT>(y, activated, x, weight, bias, residual, s);
 }
 
-extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_dgrad_mma_128x128(
-    bf16* dx, const bf16* dy, const bf16* weight, Sizes s) {
-    mma::dgrad<Large, Unit::BLOCK>(dx, dy, weight, s);
+extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_bwd_mma_128x128(
+    float* dw, double* sums, bf16* dx, const bf16* x, const bf16* dy, const bf16* weight, Sizes s,
+    BackwardBlocks blocks) {
+    mma::backward<Large, Unit::BLOCK, Large, Unit::BLOCK>(dw, sums, dx, x, dy, weight, s, blocks);
 }
 
-extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_dgrad_mma_64x64(
-    bf16* dx, const bf16* dy, const bf16* weight, Sizes s) {
-    mma::dgrad<Small, Unit::CHUNK>(dx, dy, weight, s);
+extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_bwd_mma_64x64_128x128(
+    float* dw, double* sums, bf16* dx, const bf16* x, const bf16* dy, const bf16* weight, Sizes s,
+    BackwardBlocks blocks) {
+    mma::backward<Small, Unit::CHUNK, Large, Unit::BLOCK>(dw, sums, dx, x, dy, weight, s, blocks);
+}
+
+extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_bwd_mma_64x64(
+    float* dw, double* sums, bf16* dx, const bf16* x, const bf16* dy, const bf16* weight, Sizes s,
+    BackwardBlocks blocks) {
+    mma::backward<Small, Unit::CHUNK, Small, Unit::CHUNK>(dw, sums, dx, x, dy, weight, s, blocks);
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_dgrad_mma_64x64_any(
     bf16* dx, const bf16* dy, const bf16* weight, Sizes s) {
-    mma::dgrad<Small, Unit::ELEMENT>(dx, dy, weight, s);
-}
-
-extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_wgrad_mma_128x128(
-    float* dw, const bf16* x, const bf16* dy, Sizes s, unsigned segment, unsigned accumulate) {
-    mma::wgrad<Large, Unit::BLOCK>(dw, x, dy, s, segment, accumulate);
-}
-
-extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_wgrad_mma_64x64(
-    float* dw, const bf16* x, const bf16* dy, Sizes s, unsigned segment, unsigned accumulate) {
-    mma::wgrad<Small, Unit::CHUNK>(dw, x, dy, s, segment, accumulate);
+    mma::dgrad<Small, Unit::ELEMENT>(dx, dy, weight, s, blockIdx.x);
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_wgrad_mma_64x64_any(
-    float* dw, const bf16* x, const bf16* dy, Sizes s, unsigned segment, unsigned accumulate) {
-    mma::wgrad<Small, Unit::ELEMENT>(dw, x, dy, s, segment, accumulate);
+    float* dw, const bf16* x, const bf16* dy, Sizes s, unsigned segment, unsigned accumulate, double* sums) {
+    mma::wgrad<Small, Unit::ELEMENT>(dw, sums, x, dy, s, blockIdx.x, blockIdx.y, segment, accumulate);
 }
 
 // Entries in bf16 for a group: layers that read the same x, such as all time projections, or q, k and v.
-//   linear_group_fwd_mma_128x128      c_in by 64, each c_out by 128
-//   linear_group_dgrad_mma_128x128    each c_out by 64, c_in by 128
-//   linear_group_wgrad_mma_128x128    all by 128
-//   ..._64x64                         all by 8
+//   linear_group_fwd_mma_128x128          c_in by 64, each c_out by 128
+//   linear_group_fwd_mma_64x64            all by 8
+//   linear_group_bwd_mma_128x128          all by 128; for dx alone each c_out by 64
+//   linear_group_bwd_mma_64x64_128x128    all by 128; tiles of dx, of dw
+//   linear_group_bwd_mma_64x64            all by 8
 extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_group_fwd_mma_128x128(
     const bf16* x, const bf16* weights, const float* biases, Layers layers) {
     mma::group_forward<Large, Unit::BLOCK>(x, weights, biases, layers);
@@ -455,24 +495,22 @@ extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_group_fwd_mm
     mma::group_forward<Small, Unit::CHUNK>(x, weights, biases, layers);
 }
 
-extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_group_dgrad_mma_128x128(
-    bf16* dx, float* parts, const bf16* weights, Layers layers, unsigned segment) {
-    mma::group_dgrad<Large, Unit::BLOCK>(dx, parts, weights, layers, segment);
+extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_group_bwd_mma_128x128(
+    float* dw, double* sums, bf16* dx, float* parts, const bf16* x, const bf16* weights, Layers layers,
+    BackwardBlocks blocks) {
+    mma::group_backward<Large, Unit::BLOCK, Large, Unit::BLOCK>(dw, sums, dx, parts, x, weights, layers, blocks);
 }
 
-extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_group_dgrad_mma_64x64(
-    bf16* dx, float* parts, const bf16* weights, Layers layers, unsigned segment) {
-    mma::group_dgrad<Small, Unit::CHUNK>(dx, parts, weights, layers, segment);
+extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_group_bwd_mma_64x64_128x128(
+    float* dw, double* sums, bf16* dx, float* parts, const bf16* x, const bf16* weights, Layers layers,
+    BackwardBlocks blocks) {
+    mma::group_backward<Small, Unit::CHUNK, Large, Unit::BLOCK>(dw, sums, dx, parts, x, weights, layers, blocks);
 }
 
-extern "C" __global__ void __launch_bounds__(Large::THREADS) linear_group_wgrad_mma_128x128(
-    float* dw, const bf16* x, Layers layers, unsigned segment, unsigned accumulate) {
-    mma::group_wgrad<Large, Unit::BLOCK>(dw, x, layers, segment, accumulate);
-}
-
-extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_group_wgrad_mma_64x64(
-    float* dw, const bf16* x, Layers layers, unsigned segment, unsigned accumulate) {
-    mma::group_wgrad<Small, Unit::CHUNK>(dw, x, layers, segment, accumulate);
+extern "C" __global__ void __launch_bounds__(Small::THREADS) linear_group_bwd_mma_64x64(
+    float* dw, double* sums, bf16* dx, float* parts, const bf16* x, const bf16* weights, Layers layers,
+    BackwardBlocks blocks) {
+    mma::group_backward<Small, Unit::CHUNK, Small, Unit::CHUNK>(dw, sums, dx, parts, x, weights, layers, blocks);
 }
 
 // dx (len, a multiple of four) from the sums of `segments` segments (segments, len), in order.
@@ -485,20 +523,8 @@ extern "C" __global__ void __launch_bounds__(256) linear_group_join(bf16* dx, co
     store4(dx + i, sum);
 }
 
-// Sums of chunks of the rows of all dy to sums (chunks, total LANES). blockIdx.y counts LANES columns of all layers.
-extern "C" __global__ void __launch_bounds__(SUM_THREADS) linear_group_bwd_sums(double* sums, Layers layers) {
-    const Layer& of = layer_at(layers, blockIdx.y);
-    const unsigned col = (blockIdx.y - of.first) * LANES + threadIdx.x % LANES, first = blockIdx.x * CHUNK;
-    const bf16* dy = reinterpret_cast<const bf16*>(of.y) + (size_t)first * of.c_out;
-    const double sum = sum_column(dy, min((unsigned)CHUNK, layers.rows - first), of.c_out, col, LANES);
-    if (threadIdx.x >= LANES || col >= of.c_out) return;
-    sums[((size_t)blockIdx.x * layers.total + blockIdx.y) * LANES + threadIdx.x] = sum;
+// Sums of chunks of the rows of dy to sums (chunks, c).
+extern "C" __global__ void __launch_bounds__(SUM_THREADS) linear_bwd_sums_f32(
+    double* sums, const float* dy, size_t rows, unsigned c, unsigned lanes) {
+    sum_rows(sums, (float*)nullptr, dy, CHUNK, rows, c, lanes);
 }
-
-#define ENTRIES(suffix, T) \
-    extern "C" __global__ void __launch_bounds__(SUM_THREADS) linear_bwd_sums_##suffix( \
-        double* sums, const T* dy, size_t rows, unsigned c, unsigned lanes) { \
-        sum_rows(sums, (T*)nullptr, dy, CHUNK, rows, c, lanes); \
-    }
-F32_AND_BF16(ENTRIES)
-#undef ENTRIES

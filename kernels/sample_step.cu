@@ -15,17 +15,16 @@
 //            threshold: limits[i] = the quantile of image i's |x_0|, between ranks `rank` and rank + 1, at least 1 and
 //                       at most `largest`
 //            norms:     factors[i] = (-e / noise, sqrt(2 e)), e = two_alpha (snr noise |z| / |eps|)^2
-//            times:     t[i] = the turn's timestep
 // layout     x, next, x_0, before, gradient, from, mask (n, h, w, c) f32; y (the network's output) (halves n, h, w, c)
 //            in T, or 2c channels with v, the variance, in the second c; input (copies n, h, w, c) in T; per image f32
 // mapping    start to diffuse: thread = 4 neighbours of one image = one Philox block; grid (ceil(image/1024), images up
-//            to 65535, looped); times: thread = image. The rest: a block an image, 4 neighbours a thread at a time
+//            to 65535, looped). The rest: a block an image, 4 neighbours a thread at a time
 // shared     rescale, norms: 64 B, the warps' sums; threshold: 1036 B, a histogram of one byte of the bits of |x_0|
 // bound by   memory without noise (12 bytes per element in f32 for ddim); Philox and Box-Muller with it. The statistics
 //            read an image from the cache that it was just written to, threshold four times
 // host       image < 2^32; n < 2^31; bound is infinite if x_0 is not clipped; `row` is 1, or so many images draw from
-//            the stream of the first of them; the turn is the step's or, but for times, null. One 32-bit division for 4
-//            elements if the channels are doubled
+//            the stream of the first of them; the turn is the step's or null. One 32-bit division for 4 elements if the
+//            channels are doubled
 // numerics   f32 in the CPU's order of operations: the CPU's bits for equal y, if the CPU has FMA, but for a learned
 //            variance (expf, 2 ulp) and sums (f64, in another order); NaN stays NaN
 #include "dtype.cuh"
@@ -55,7 +54,7 @@ struct Factors {
 // Kernels take `const Turn* turn` as their last parameter; with a null pointer the arguments themselves count.
 struct Turn {
     uint32_t step;    // the `step` of the noise's streams
-    float time;       // the timestep that the network is given
+    float time;       // the timestep that the network is given (time_embedding.cu)
     Factors factors;
 };
 
@@ -375,11 +374,6 @@ __device__ __forceinline__ void norms(float* factors, const float* x, const T* y
     if (threadIdx.x != 0) return;
     const double e = of_eps == 0.0 ? 0.0 : two_alpha * snr * snr * noise * noise * (of_z / of_eps);
     factors[2 * i] = float(-e / noise), factors[2 * i + 1] = float(sqrt(2.0 * e));
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) sample_step_times(float* t, unsigned n, const Turn* turn) {
-    const unsigned i = blockIdx.x * THREADS + threadIdx.x;
-    if (i < n) t[i] = turn->time;
 }
 
 // sample_step_start_f32, and so on, and the same in bf16. Without a bound on the blocks, ptxas squeezes norms into 32

@@ -298,16 +298,6 @@ impl ParamGrads {
         (specs.range(p), std::mem::replace(&mut self.written[p.index], true))
     }
 
-    /// Where to write the gradients of `params` on a GPU: the elements from where the first begins to where the last
-    /// ends, of which the caller must write or add to all that are theirs and no others. Panics if some are stale and
-    /// others are not.
-    pub(crate) fn view_span(&mut self, specs: &Specs, params: impl Iterator<Item = Param> + Clone) -> ParamView<'_> {
-        let span = specs.span(params.clone());
-        let stale = params.clone().filter(|p| !std::mem::replace(&mut self.written[p.index], true)).count();
-        assert!(stale == 0 || stale == params.count(), "gradients of one group, of which {stale} are stale");
-        ParamView { view: self.flat.view_mut(span), accumulate: stale == 0 }
-    }
-
     /// The memory of all gradients on a GPU.
     pub(crate) fn buffer_mut(&mut self) -> &mut cuda::Buffer {
         self.flat.gpu_buffer_mut()

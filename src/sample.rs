@@ -16,7 +16,8 @@ use crate::diffusion::sampler::{Before, Samples};
 use crate::diffusion::{Method, Sampler, Schedule, Spacing, Timesteps, Variance};
 use crate::error::{Error, Result};
 use crate::memory::available_on;
-use crate::ops::sample_step::{Given, Noise, Wanted, advance, correct, diffuse, start_from, times, turn_of};
+use crate::ops::sample_step::{Given, Noise, Wanted, advance, correct, diffuse, start_from, turn_of};
+use crate::ops::time_embedding::Times;
 use crate::output;
 use crate::params::Params;
 use crate::rng::Streams;
@@ -76,9 +77,9 @@ pub struct Call<'a> {
     pub t: f32,
     /// 1, or 2 for guidance: then the second half of the images is asked without classes.
     pub halves: usize,
-    /// The timestep for each image of x, (n, 1, 1, 1), f32, in a process that [replays](Reverse::replays) its steps:
-    /// what a replay reads in place of `t`.
-    pub times: Option<&'a Tensor>,
+    /// In a process that [replays](Reverse::replays) its steps, the device as it is bound to this step's turn: what is
+    /// launched reads the timestep from there, in place of `t`.
+    pub turn: Option<&'a Device>,
 }
 
 /// Noise that images have in common (DDPM, figure 7).
@@ -110,7 +111,7 @@ pub struct Reverse<'a> {
     /// Whether [`Progress::x_0`] is wanted.
     pub x_0: bool,
     /// Whether a GPU may replay a step as a CUDA graph, in which `network` is not called. It must launch the same
-    /// kernels with the same arguments for every call of as many halves, but for [`Call::times`].
+    /// kernels with the same arguments for every call of as many halves, which read the timestep by [`Call::turn`].
     pub replays: bool,
 }
 
@@ -178,9 +179,8 @@ impl Reverse<'_> {
             let noise = Noise { streams: samples.noise(step.t), row: kind.row };
             let device = turns.begin(turn_of(step, noise, gradient.as_ref().map(|(_, scale)| *scale)))?;
             let mut take = |chain: &Chain| {
-                let times = if self.replays { times(&device, kind.halves * self.shape.n)? } else { None };
-                let x = chain.input(kind.halves);
-                let call = Call { x, t: step.time as f32, halves: kind.halves, times: times.as_ref() };
+                let turn = (self.replays && device.is_gpu()).then_some(&device);
+                let call = Call { x: chain.input(kind.halves), t: step.time as f32, halves: kind.halves, turn };
                 let output = network(call)?;
                 let slope = match &mut gradient {
                     Some((gradient, scale)) => Some((gradient(&chain.x, step.time as f32)?, *scale)),
@@ -210,7 +210,7 @@ impl Reverse<'_> {
             let Some((corrector, correction)) = sampler.correction(i) else { continue };
             for round in 0..corrector.steps {
                 let t = correction.t;
-                let call = Call { x: chain.input(kind.copies), t: t as f32, halves: kind.copies, times: None };
+                let call = Call { x: chain.input(kind.copies), t: t as f32, halves: kind.copies, turn: None };
                 let output = network(call)?;
                 let streams = samples.correction(t, round, corrector.steps);
                 let given = Given {
@@ -307,13 +307,19 @@ impl<'a> Conditional<'a> {
     /// # Errors
     /// A GPU that fails.
     pub fn call(&self, call: Call<'_>) -> Result<Tensor> {
-        let mut tape = Tape::inference(self.device, self.params);
-        let t = match call.times {
-            Some(times) => times.clone(),
-            None => Tensor::full(self.device, Shape::new(call.x.shape().n, 1, 1, 1), call.t)?,
+        let (x, n) = (Var::constant(call.x.clone()), call.x.shape().n);
+        let conditioning = &self.conditioning[call.halves - 1];
+        let output = match call.turn {
+            Some(device) => {
+                let mut tape = Tape::inference(device, self.params);
+                self.unet.forward(&mut tape, &x, Times::OfTurn(n), conditioning, None)? // (n, h, w, c)
+            }
+            None => {
+                let t = Tensor::full(self.device, Shape::new(n, 1, 1, 1), call.t)?;
+                let mut tape = Tape::inference(self.device, self.params);
+                self.unet.forward(&mut tape, &x, &t, conditioning, None)? // (n, h, w, c)
+            }
         };
-        let x = Var::constant(call.x.clone());
-        let output = self.unet.forward(&mut tape, &x, &t, &self.conditioning[call.halves - 1], None)?; // (n, h, w, c)
         Ok(output.into_value())
     }
 }

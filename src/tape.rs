@@ -453,31 +453,48 @@ impl<'a> Grads<'a> {
     }
 
     /// Writes a product with a long sum over k to the gradient of `p` on a GPU, or adds it, if it is wanted; if k is
-    /// split, by [`sum_later`](Self::sum_later).
+    /// split, by [`sum_later`](Self::sum_later). So does it with the sums over k of the first operand for `biases`, all
+    /// of them the same; none unless the job can leave them.
     pub(crate) fn product(
         &mut self,
         gpu: &Gpu,
         p: Param,
+        biases: &[Param],
         job: &Job,
         operands: &[Option<Array<'_>>],
         sizes: impl Twin,
     ) -> Result<()> {
-        if self.wants_params() && job.split().count > 1 {
-            let parts = job.run_split(gpu, operands, sizes)?;
-            return self.sum_later(gpu, p, parts);
+        if !self.wants_params() {
+            return Ok(());
         }
-        match self.param_view(p) {
-            Some(ParamView { view, accumulate }) => job.run(gpu, view, accumulate, operands, sizes),
+        let count = job.split().count;
+        let mut sums = None;
+        if !biases.is_empty() {
+            sums = Some(gpu.alloc(8 * count * job.rows)?); // (segments, rows), f64
+        }
+        if count > 1 {
+            let parts = job.run_split(gpu, operands, sizes, sums.as_mut())?;
+            self.sum_later(gpu, p, parts)?;
+        } else if let Some(ParamView { view, accumulate }) = self.param_view(p) {
+            job.run(gpu, view, accumulate, operands, sizes, sums.as_mut())?;
+        }
+        match sums {
+            Some(sums) => self.sums_later(gpu, biases, sums, count, job.rows),
             None => Ok(()),
         }
     }
 
-    /// Where to write the gradients of several parameters on a GPU, if they are wanted; see [`ParamGrads::view_span`].
-    pub(crate) fn param_span(&mut self, params: impl Iterator<Item = Param> + Clone) -> Option<ParamView<'_>> {
-        let specs = self.params.specs();
-        let waits = params.clone().any(|p| self.pending.concerns(&specs.range(p)));
-        assert!(!waits, "gradients of one group, of which some wait for their partial sums");
-        Some(self.param_grads.as_mut()?.view_span(specs, params))
+    /// [`sum_later`](Self::sum_later) of `sums`, f64 (count, len), for each of `biases`.
+    pub(crate) fn sums_later(
+        &mut self,
+        gpu: &Gpu,
+        biases: &[Param],
+        sums: cuda::Buffer,
+        count: usize,
+        len: usize,
+    ) -> Result<()> {
+        let parts = Parts { buffer: Arc::new(sums), size: 8, from: 0, count, pitch: len };
+        biases.iter().try_for_each(|bias| self.sum_later(gpu, *bias, parts.clone()))
     }
 
     /// The parameters, on a GPU.

@@ -38,16 +38,16 @@ use crate::conditioning::Conditioning;
 use crate::config::{ClassEmbedding, MiddleAttention, Model, Resampling, Size};
 use crate::error::Result;
 use crate::ops::add::add;
-use crate::ops::attention::attention;
+use crate::ops::attention::{attention, attention_then_linear};
 use crate::ops::avg_pool::avg_pool;
 use crate::ops::concat::Joined;
 use crate::ops::conv2d::{Geometry, Input, Pad, Plus, Shortcut, conv2d};
 use crate::ops::embedding::embedding;
 use crate::ops::group_norm::{Activation, Then, group_norm, scale_shift_group_norm};
-use crate::ops::linear::{linear, linears};
+use crate::ops::linear::{linear, linear_silu, linears};
 use crate::ops::pool;
 use crate::ops::silu::silu;
-use crate::ops::time_embedding::{Sinusoid, time_embedding};
+use crate::ops::time_embedding::{Sinusoid, Times, time_embedding};
 use crate::params::{Init, Layout, Param, Specs};
 use crate::rng::{Purpose, Streams};
 use crate::tape::{Backward, Grads, Recompute, Tape, Var};
@@ -379,10 +379,10 @@ impl UNet {
         &self.model
     }
 
-    /// The network's output, (n, h, w, out_channels), for noisy images `x` (n, h, w, channels) at timesteps `t` (n, 1,
-    /// 1, 1), f32, in 0..T: the prediction in the first `channels`, and the variance in as many more if it is learned;
-    /// of a classifier the logits of p(y given x_t), (n, 1, 1, classes). Output and intermediate values have the type
-    /// of `x`, the device's activation type.
+    /// The network's output, (n, h, w, out_channels), for noisy images `x` (n, h, w, channels) at timesteps `t`, in
+    /// 0..T, a tensor (n, 1, 1, 1), f32, or other [`Times`]: the prediction in the first `channels`, and the variance
+    /// in as many more if it is learned; of a classifier the logits of p(y given x_t), (n, 1, 1, classes). Output and
+    /// intermediate values have the type of `x`, the device's activation type.
     ///
     /// h and w must divide by 2^(levels - 1); a classifier takes images of its model's size alone. `conditioning` has
     /// labels, all below `class_rows`, if and only if the network is conditional, which a classifier is not. `dropout`
@@ -390,15 +390,15 @@ impl UNet {
     ///
     /// # Errors
     /// A non-finite value on a tape that checks for them, and a GPU that fails.
-    pub fn forward(
+    pub fn forward<'t>(
         &self,
         tape: &mut Tape<'_>,
         x: &Var,
-        t: &Tensor,
+        t: impl Into<Times<'t>>,
         conditioning: &Conditioning,
         dropout: Option<DropoutSeed>,
     ) -> Result<Var> {
-        let h = self.trunk(tape, x, t, conditioning, dropout)?; // (n, h, w, c)
+        let h = self.trunk(tape, x, t.into(), conditioning, dropout)?; // (n, h, w, c)
         match &self.head {
             Head::Noise(conv_out) => conv3x3(tape, &h, conv_out), // (n, h, w, out_channels)
             Head::Classes(pool) => {
@@ -415,7 +415,7 @@ impl UNet {
     /// Those of [`forward`](Self::forward).
     pub fn features(&self, tape: &mut Tape<'_>, x: &Var, t: &Tensor) -> Result<(Var, Var)> {
         let Head::Classes(pool) = &self.head else { panic!("features of a network that is no classifier") };
-        let h = self.trunk(tape, x, t, &Conditioning::NONE, None)?; // (n, h, w, c)
+        let h = self.trunk(tape, x, t.into(), &Conditioning::NONE, None)?; // (n, h, w, c)
         let features = pool.features(tape, &h)?; // (n, 1, 1, c)
         let logits = dense(tape, &features, &pool.to_classes)?; // (n, 1, 1, classes)
         Ok((features, logits))
@@ -433,7 +433,7 @@ impl UNet {
         &self,
         tape: &mut Tape<'_>,
         x: &Var,
-        t: &Tensor,
+        t: Times<'_>,
         conditioning: &Conditioning,
         dropout: Option<DropoutSeed>,
     ) -> Result<Var> {
@@ -444,32 +444,33 @@ impl UNet {
             s.h.is_multiple_of(multiple) && s.w.is_multiple_of(multiple),
             "{s} must divide by {multiple} in h and w"
         );
-        assert_eq!(s.n, t.shape().n, "{} images but {} timesteps", s.n, t.shape().n);
+        assert_eq!(s.n, t.count(), "{} images but {} timesteps", s.n, t.count());
         assert_eq!(conditioning.labels().is_some(), m.is_conditional(), "labels go with a conditional network");
 
         tape.at("time_embedding");
         let form = Sinusoid { freq_shift: m.freq_shift, flip_sin_to_cos: m.flip_sin_to_cos, scale: m.timestep_scale };
         let temb = Var::constant(time_embedding(tape.device(), t, m.time_channels(), form)?); // (n, 1, 1, e/4)
-        let temb = dense(tape, &temb, &self.time_linear_1)?; // (n, 1, 1, e)
-        let temb = silu(tape, &temb)?; // (n, 1, 1, e)
-        let mut temb = dense(tape, &temb, &self.time_linear_2)?; // (n, 1, 1, e)
-        match (&self.class_embedding, conditioning.labels()) {
+        let temb = dense_silu(tape, &temb, &self.time_linear_1)?; // (n, 1, 1, e)
+        // What every block projects is the SiLU of the second layer, to which a class is added before it.
+        let temb = match (&self.class_embedding, conditioning.labels()) {
             (Some(Classes::Table(table)), Some(labels)) => {
-                temb = embedding(tape, *table, labels, &temb)?; // (n, 1, 1, e)
+                let temb = dense(tape, &temb, &self.time_linear_2)?; // (n, 1, 1, e)
+                let temb = embedding(tape, *table, labels, &temb)?; // (n, 1, 1, e)
+                silu(tape, &temb)? // (n, 1, 1, e)
             }
             (Some(Classes::Timestep(linear_1, linear_2)), Some(labels)) => {
+                let temb = dense(tape, &temb, &self.time_linear_2)?; // (n, 1, 1, e)
                 tape.at("class_embedding");
                 let form = Sinusoid { scale: 1.0, ..form };
                 let c = time_embedding(tape.device(), labels, m.time_channels(), form)?; // (n, 1, 1, e/4)
                 let c = Var::constant(c);
-                let c = dense(tape, &c, linear_1)?; // (n, 1, 1, e)
-                let c = silu(tape, &c)?; // (n, 1, 1, e)
+                let c = dense_silu(tape, &c, linear_1)?; // (n, 1, 1, e)
                 let c = dense(tape, &c, linear_2)?; // (n, 1, 1, e)
-                temb = add(tape, &temb, &c)?; // (n, 1, 1, e)
+                let temb = add(tape, &temb, &c)?; // (n, 1, 1, e)
+                silu(tape, &temb)? // (n, 1, 1, e)
             }
-            _ => {}
-        }
-        let temb = silu(tape, &temb)?; // (n, 1, 1, e), what every block projects
+            _ => dense_silu(tape, &temb, &self.time_linear_2)?, // (n, 1, 1, e)
+        };
         tape.at("time_embedding");
         let resnets = self.resnets();
         assert!(resnets.iter().enumerate().all(|(i, resnet)| resnet.index as usize == i));
@@ -721,8 +722,8 @@ impl Attention {
             None => x.clone(),
         };
         let qkv = denses(tape, &h, vec![&self.to_q, &self.to_k, &self.to_v])?; // each (n, h, w, c)
-        let h = attention(tape, &qkv[0], &qkv[1], &qkv[2], self.heads)?; // (n, h, w, c)
-        linear(tape, &h, self.to_out.weight, Some(self.to_out.bias), Some(x)) // (n, h, w, c)
+        let qkv = [&qkv[0], &qkv[1], &qkv[2]];
+        attention_then_linear(tape, qkv, self.heads, self.to_out.weight, self.to_out.bias, x) // (n, h, w, c)
     }
 }
 
@@ -737,6 +738,10 @@ fn conv3x3(tape: &mut Tape<'_>, x: impl Into<Input>, conv: &Affine) -> Result<Va
 
 fn dense(tape: &mut Tape<'_>, x: &Var, layer: &Affine) -> Result<Var> {
     linear(tape, x, layer.weight, Some(layer.bias), None)
+}
+
+fn dense_silu(tape: &mut Tape<'_>, x: &Var, layer: &Affine) -> Result<Var> {
+    linear_silu(tape, x, layer.weight, layer.bias)
 }
 
 /// Layers of the same `x`.

@@ -11,7 +11,7 @@ use bytemuck::Zeroable;
 use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::data::{Data, Dataset, Extent};
 use ddpm_cuda::device::Device;
-use ddpm_cuda::device::cuda::tile::{FMA, MMA_64, MMA_128, MULTIPROCESSORS, RESIDENT, SplitK, choose, shared};
+use ddpm_cuda::device::cuda::tile::{FMA, MMA_64, MMA_128, MULTIPROCESSORS, RESIDENT, SplitK, choose, ring, split_in};
 use ddpm_cuda::device::cuda::{Gpu, Launched};
 use ddpm_cuda::kernels::{self, Image, Kernel, Kind, MODULES, Module, best_image, entry_alone, parameters};
 use ddpm_cuda::ops::attention::attention;
@@ -153,11 +153,15 @@ fn a_multiprocessor_holds_as_many_tensor_core_tiles_as_is_counted_on() {
     for stem in ["conv2d", "linear"] {
         for (gpu, capability) in [(8, 0), (8, 9), (9, 0)].into_iter().enumerate() {
             let of = Multiprocessor::of(capability).expect("a GPU of the table");
-            for kernel in kernels::ALL.iter().filter(|k| k.module.stem == stem && k.name.contains("_wgrad_mma_")) {
-                let dynamic = shared(kernel) + if stem == "conv2d" { kernels::conv2d_mma::ORIGINS as usize } else { 0 };
+            let of_stem = kernels::ALL.iter().filter(|k| k.module.stem == stem);
+            for kernel in of_stem.filter(|k| k.name.contains("_wgrad_mma_") || k.name.contains("bwd_mma_")) {
+                // The last tile in the name is that of the weight's gradient.
+                let side = if kernel.name.ends_with("128x128") { 128 } else { 64 };
+                let more = if stem == "conv2d" { kernels::conv2d_mma::ORIGINS as usize } else { 0 };
+                let dynamic = ring(side, side) + more;
                 let (registers, bytes, resident) = resident(kernel, of, dynamic);
                 assert_eq!(bytes, dynamic, "{}: its shared memory is dynamic", kernel.name);
-                let blocks = if kernel.tile == Some((128, 128)) { MMA_128 } else { MMA_64 };
+                let blocks = if side == 128 { MMA_128 } else { MMA_64 };
                 let counted = blocks.slots[gpu] / MULTIPROCESSORS[gpu];
                 let name = kernel.name;
                 println!("{name} on {capability:?}: {registers} registers, {bytes} bytes, {resident} blocks");
@@ -204,6 +208,35 @@ fn weight_gradients(c: &Config) -> Vec<(String, [usize; 3])> {
     };
     let weights = specs.iter().map(|(_, spec)| spec).filter(|spec| spec.layout != Layout::Vector);
     weights.map(|s| (s.name.clone(), [s.shape.n, s.shape.h * s.shape.w * s.shape.c, depth(&s.name)])).collect()
+}
+
+/// Beside the gradient of its input a weight's is cut into fewer segments, as long as they may be: the partial sums of a
+/// step are less than seven tenths. All of k is covered, and one segment fewer would be too long.
+#[test]
+fn few_segments_do_beside_another_product() {
+    let [.., largest] = MULTIPROCESSORS;
+    let [mut alone, mut beside] = [0; 2];
+    for (name, [rows, cols, depth]) in weight_gradients(&Config::preset(Preset::Cifar10)) {
+        let tiles = |side: usize| rows.div_ceil(side) * cols.div_ceil(side);
+        for (side, resident) in [(64, 3), (128, 2)] {
+            let sides = [Some(side), Some(side.min(64))];
+            let SplitK { segment, count } = split_in(sides, tiles(side), depth);
+            assert!(segment.is_multiple_of(64) && segment * count >= depth && segment * (count - 1) < depth, "{name}");
+            // Three quarters of what a multiprocessor does of both products, which its blocks do side by side.
+            let longest = 3 * (2 * tiles(side) * depth / largest) / (4 * resident);
+            let longest = longest.max(2 * MMA_128.join);
+            assert!(segment < longest + 64, "{name}: segments of {segment}, at most {longest}");
+            assert!(count == 1 || depth.div_ceil(count - 1) > longest, "{name}: {count} segments of {segment}");
+            assert_eq!(split_in([Some(side), None], tiles(side), depth), {
+                SplitK::new(if side == 128 { MMA_128 } else { MMA_64 }, tiles(side), depth)
+            });
+        }
+        let parts = |sides| 4 * rows * cols * split_in(sides, tiles(128), depth).count;
+        alone += parts([Some(128), None]);
+        beside += parts([Some(128), Some(128)]);
+    }
+    println!("partial sums of a cifar10 step: {beside} bytes beside the other gradients, {alone} alone");
+    assert!(10 * beside < 7 * alone, "{beside} bytes of partial sums, {alone} of products of their own");
 }
 
 /// What split-K leaves of a GPU, if a multiprocessor holds six blocks and all take as long.

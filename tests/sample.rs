@@ -464,7 +464,7 @@ fn painting_keeps_what_is_known() {
             known: &known,
             mask: &mask,
         };
-        let network = |x: &Tensor, t: f32| Ok(on_device(device, &Call { x, t, halves: 1, times: None }, false));
+        let network = |x: &Tensor, t: f32| Ok(on_device(device, &Call { x, t, halves: 1, turn: None }, false));
         painting.paint(network, || Ok(())).unwrap()
     };
     let want = paint(&Device::cpu(), 0, 0..2);

@@ -21,12 +21,16 @@ const char *emu_version(void);
  * thread, instruction, PTX line, address and nearest allocation. Never NULL; valid until the thread's next failure. */
 const char *emu_last_message(void);
 
-/* Changes how launches of this host thread are run. `name` and `value` are as in the variable CUDA_EMU_NAME:
+/* Changes how launches of this host thread are run. `name` and `value` are as in the variable CUDA_EMU_NAME, but for the
+ * last, which has none:
  *   "checks"   all, fast, none, or a list: bounds, uninitialised, shared_races, barrier_divergence, inactive_shuffle,
  *              global_races, leaks
  *   "seed"     none, or a number: blocks, warps and graph nodes run in a random order drawn from it
  *   "threads"  host threads that run blocks; 0 is one per core
  *   "isa"      auto, portable, avx2, avx512
+ *   "kinds"    numbers, as "126,1024": the next launches have so many blocks of one kind, then so many of the next. If
+ *              CUDA_EMU_BLOCKS lets some blocks run, some of each kind do, and counts are weighted by their numbers.
+ *              Launches of other grids are not concerned. "" for none
  * A launch without "uninitialised" does not record what it writes, which ends that check on its device for good: use it
  * in every launch of a process or in none. A NULL value undoes all changes of this thread. */
 int emu_configure(const char *name, const char *value);

@@ -1105,6 +1105,10 @@ fn settings_of_a_thread_are_its_own() {
     assert_ne!(support::try_configure("checks", "bonds"), 0);
     assert_says(&["bonds", "uninitialised"]);
     assert_ne!(support::try_configure("colour", "red"), 0);
+    assert_ne!(support::try_configure("kinds", "126,many"), 0);
+    assert_says(&["kinds=many"]);
+    support::configure("kinds", "126,1024");
+    support::configure("kinds", "");
     support::configure("checks", "bounds,leaks");
     support::configure("seed", "12");
 }

@@ -622,6 +622,40 @@ fn a_sample_of_the_blocks_is_counted() {
     }
 }
 
+/// Of a grid whose first three blocks do far more than the other fifty, a sample of all would have none or one of them.
+/// A sample of each kind is what an average of all is; a sample of a grid of another size knows no kinds.
+#[test]
+fn a_sample_has_blocks_of_every_kind() {
+    let text = module(
+        "mov.u32 %r0, %ctaid.x;\nsetp.lt.u32 %c0, %r0, 3;\nselp.u32 %r1, 500, 20, %c0;\nmov.f32 %f0, 0f3F800000;\n\
+         again:\nfma.rn.f32 %f0, %f0, %f0, %f0;\nsub.u32 %r1, %r1, 1;\nsetp.ne.u32 %c1, %r1, 0;\n@%c1 bra again;\n\
+         mad.wide.u32 %q0, %r0, 128, %p;\nmad.wide.u32 %q0, %t, 4, %q0;\nst.global.f32 [%q0], %f0;",
+    );
+    let count = |most: u64, kinds: &[u64], threads: usize| {
+        let mut device = Device::new(&text);
+        (device.settings.blocks, device.settings.kinds, device.settings.threads) = (most, kinds.to_vec(), threads);
+        let at = device.upload(&[0f32; 53 * 32]);
+        device.run("k", [53, 1, 1], [32, 1, 1], 0, &[Arg::U64(at)]).unwrap_or_else(|fault| panic!("{fault}"))
+    };
+    let all = count(0, &[3, 50], 1);
+    assert_eq!((all.blocks, all.fma, all.distinct_written_bytes), (53, 3 * 500 + 50 * 20, 53 * 128));
+    // As many of each kind, but for a kind that has fewer; one of each at least.
+    for (most, run) in [(8, 8), (4, 4), (1, 2)] {
+        let some = count(most, &[3, 50], 2);
+        let nearest = |whole: u64| (whole as f64 * run as f64 / 53.0).round();
+        assert_eq!(some.blocks, run);
+        for (got, whole) in [(some.fma, all.fma), (some.distinct_written_bytes, all.distinct_written_bytes)] {
+            // Each kind's share is rounded.
+            assert!((got as f64 - nearest(whole)).abs() <= 1.0, "{got} of {whole} in {run} blocks");
+        }
+    }
+    assert_eq!(count(0, &[3, 50], 1), count(1000, &[3, 50], 2));
+    assert_eq!(count(8, &[3, 50, 0], 1), count(8, &[3, 50], 1));
+    let alike = count(8, &[], 1);
+    assert!(alike.blocks == 8 && alike == count(8, &[3, 49], 1) && alike.fma % 20 == 0, "{alike:?}");
+    assert_ne!(alike.fma, count(8, &[3, 50], 1).fma);
+}
+
 /// The cost of wide accesses is that of the hardware, whether the shape of the addresses is known already or not.
 #[test]
 fn loads_and_stores_of_shared_memory_are_counted_in_cycles() {

@@ -3,7 +3,9 @@
 //
 // computes   as attention.cu says, in products of tokens x tokens x d: fwd S, y; bwd_q S, dP, dq; bwd_kv S, dv, dP, dk.
 //            Heads of more than 128 channels have one more, S for dk and S for dv: a thread has no registers for both
-//            sums, so each has blocks of its own
+//            sums, so each has blocks of its own. After fwd of a single head of up to 256 channels the layer that
+//            follows, z = residual + y w^T + b: a warp has all channels of its rows of y, in the panels through which
+//            they are stored, where they are an operand as the rows of q were, and the rows of w take the place of k
 // layout     as attention.cu says. In shared memory everything is a panel of rows (tokens) of 64 channels, swizzled as
 //            in tile_mma.cuh. S and dP read both operands along their rows, with the channels as k; the sums read the
 //            same panels with the tokens as k, by ldmatrix.trans. So nothing is transposed in memory
@@ -12,8 +14,9 @@
 //            for the same 16 rows, each with half of the channels of the sums and with all of S and dP: 3/2 of the
 //            products in fwd, 5/3 in bwd_q. (To share S they would have to exchange P through shared memory.)
 // shared     rows of q, or of k: D / 64 panels; as many of dy, or of v, for dP; a ring of two slots, one slab each (64
-//            columns, 64 channels, 8 KiB); m log2 e, 1 / l and delta of 64 columns. In large blocks 24 to 81 KiB. The
-//            slabs of 64 columns in fwd, d = 256; .c = channels 64 c .. 64 c + 64:
+//            columns, 64 channels, 8 KiB); m log2 e, 1 / l and delta of 64 columns; 16 rows of 32 channels of z, f32,
+//            for each warp. In large blocks 24 to 81 KiB. The slabs of 64 columns in fwd, d = 256; .c = channels
+//            64 c .. 64 c + 64:
 //
 //                turn          0         1         2         3         4         5         6         7
 //                wait         k.0       k.1       k.2       k.3       v.0       v.1       v.2       v.3    it is there
@@ -47,7 +50,8 @@
 // numerics   f32 sums: over channels 16 at a time, over columns in order. Neither rows per block nor batch change bits.
 //            P and dS are rounded to bf16, by 2^-8 of themselves, where they become operands; l is the sum of what was
 //            not rounded. Between S and dS P is an f16, by 2^-11. lost carries on what rounding took from y, so that
-//            delta errs by 2^-16 of dy . y and by what the rounding of P does to y, 2^-8 of sum_j P_ij |dP_ij|
+//            delta errs by 2^-16 of dy . y and by what the rounding of P does to y, 2^-8 of sum_j P_ij |dP_ij|. z has
+//            the bits that linear.cu makes of the rounded y
 #pragma once
 #include <cuda_fp16.h>
 
@@ -81,7 +85,7 @@ constexpr int BC = 64;
 // Host twin: slots of the ring.
 constexpr int SLOTS = 2;
 
-// Channels of a warp's sums: as many as its registers hold.
+// Host twin: channels of a warp's sums, at most: as many as its registers hold.
 constexpr int MOST = 256;
 
 // Host twin: channels of a head up to which a warp's registers hold the sums of both dk and dv.
@@ -114,19 +118,6 @@ struct Pass {
     __device__ static unsigned row(unsigned thread) { return thread / 32 % GROUPS * 16; }
     __device__ static unsigned channel(unsigned thread) { return PARTS == 1 ? 0 : thread / 32 / GROUPS * W; }
 };
-
-// threadIdx.x and blockIdx.x, read again where they are needed after the main loop, in which there are no registers for
-// what depends on them.
-__device__ __forceinline__ unsigned thread_again() {
-    unsigned i;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
-    return i;
-}
-__device__ __forceinline__ unsigned block_again() {
-    unsigned i;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(i));
-    return i;
-}
 
 // One (image, head), and what this block computes of it.
 template <class P>
@@ -357,8 +348,9 @@ __device__ __forceinline__ float sum_of_row(float v) {
     return v + __shfl_xor_sync(0xffffffffu, v, 2);
 }
 
-// Stores f(sum, half) of each of a lane's sums to x (n, tokens, c), through the panels of its rows. Those have been
-// read, by the other warp with the same rows before the barriers of the last sum.
+// Stores f(sum, half) of each of a lane's sums to x (n, tokens, c), through the panels of its rows, where they stay; to
+// these alone if x is null. The panels have been read, by the other warp with the same rows before the barriers of the
+// last sum.
 template <class P, Unit UNIT, class F>
 __device__ __forceinline__ void store_rows(bf16* x, unsigned char* panels, const float (&sum)[P::W / 8][4],
                                            const Head<P>& head, F f) {
@@ -374,7 +366,8 @@ __device__ __forceinline__ void store_rows(bf16* x, unsigned char* panels, const
             *reinterpret_cast<uint32_t*>(row + (j % 8 ^ g) * 16 + 4 * t) =
                 pack(f(sum[j][2 * half], half), f(sum[j][2 * half + 1], half));
         }
-    __syncwarp();  // what was written above is read below by other lanes
+    __syncwarp();  // what was written above is read below, or from the panels, by other lanes
+    if (!x) return;
     const unsigned first = head.row + P::row(thread);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -396,12 +389,68 @@ __device__ __forceinline__ void store_rows(bf16* x, unsigned char* panels, const
     }
 }
 
-// `lost` receives the error of rounding y to bf16; null if it is not needed.
+// The layer that follows: z = residual + y w^T + b, over all channels. z is null for none.
+struct Projection {
+    bf16* z;               // (n, tokens, c)
+    const bf16* weight;    // (c, c)
+    const float* bias;     // (c)
+    const bf16* residual;  // (n, tokens, c)
+};
+
+// z for the rows of y that lie in the panels; `rows` are those of the block.
+template <class P, Unit UNIT>
+__device__ __forceinline__ void project(const Projection& to, unsigned char* shared, const Head<P>& rows) {
+    using Q = Pass<P::D, P::GROUPS, 1, 0>;
+    static_assert(P::PARTS == 1 && UNIT != Unit::ELEMENT, "a warp has all channels of its rows, in whole chunks");
+    const unsigned thread = thread_again(), lane = thread % 32, g = lane / 4, t = lane % 4, c = rows.pitch;
+    // From here on the ring brings the rows of the weight, first to the slot that all have read: the last slab of v is
+    // in the other.
+    static_assert(P::TURNS % SLOTS == 0, "a round ends with the last slot");
+    const Head<Q> weight(c, c, 1, 0);
+    Columns<Q, UNIT, false> columns(shared_address(shared), weight, to.weight, nullptr);
+    const Products<Q> products(shared_address(shared));
+    // (16 rows, 32 channels) of a warp. Unit u of a row (four channels) is at place u ^ 2 (row % 4), so that the four
+    // rows of a half warp's stores are in different banks.
+    float* const stage =
+        reinterpret_cast<float*>(shared + Q::RING + SLOTS * SLAB) + 3 * BC + thread / 32 * 16 * 32;
+    auto place = [&](unsigned row, unsigned unit) { return stage + row * 32 + (unit ^ row % 4 * 2) * 4; };
+    while (columns.left()) {
+#pragma unroll
+        for (int turn = 0; turn < Q::ROUND && columns.left(); turn += Q::TURNS, columns.next()) {
+            float s[BC / 8][4];  // (16 rows, BC channels of z) of a warp
+            products.score(s, columns, 0, turn);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                __syncwarp();  // the warp has read what is overwritten below
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        float* two = place(g + 8 * half, 2 * j + t / 2) + t % 2 * 2;
+                        *reinterpret_cast<float2*>(two) =
+                            make_float2(s[4 * h + j][2 * half], s[4 * h + j][2 * half + 1]);
+                    }
+                __syncwarp();  // what was written above is read below by other lanes
+                const unsigned first = rows.row + P::row(thread), channel = columns.column + 32 * h + lane % 8 * 4;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const unsigned row = lane / 8 + 4 * i;
+                    if (first + row >= rows.tokens || channel >= c) continue;
+                    const size_t at = rows.offset + (first + row) * c + channel;
+                    const float4 v = load4(place(row, lane % 8)) + load4(to.bias + channel);
+                    store4(to.z + at, v + load4(to.residual + at));
+                }
+            }
+        }
+    }
+}
+
+// `lost` receives the error of rounding y to bf16; null if it is not needed. So is y, if something is projected.
 template <class P, Unit UNIT>
 __device__ __forceinline__ void fwd(bf16* y, bf16* lost,                          // (n, tokens, c)
                                     float* stats,                                 // (n, heads, 2, tokens)
                                     const bf16* q, const bf16* k, const bf16* v,  // (n, tokens, c)
-                                    const Sizes& sizes) {
+                                    const Sizes& sizes, const Projection& then) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const uint32_t base = shared_address(shared);
     const Head<P> head(sizes);
@@ -462,13 +511,16 @@ __device__ __forceinline__ void fwd(bf16* y, bf16* lost,                        
             stats[2 * last.first_token + last.tokens + row] = inv_l[half];
         }
     }
-    store_rows<P, UNIT>(y, shared, o, last, [&](float sum, int half) { return sum * inv_l[half]; });
     if (lost) {
-        // y's products are computed again: there are too few registers to keep them.
-        for (float& r : inv_l) r = __uint_as_float(kept(__float_as_uint(r)));
         store_rows<P, UNIT>(lost, shared, o, last, [&](float sum, int half) {
             return fmaf(sum, inv_l[half], -__bfloat162float(__float2bfloat16_rn(sum * inv_l[half])));
         });
+        // y's products are computed again: there are too few registers to keep them.
+        for (float& r : inv_l) r = __uint_as_float(kept(__float_as_uint(r)));
+    }
+    store_rows<P, UNIT>(y, shared, o, last, [&](float sum, int half) { return sum * inv_l[half]; });
+    if constexpr (P::PARTS == 1 && UNIT != Unit::ELEMENT) {
+        if (then.z) project<P, UNIT>(then, shared, Head<P>::again(sizes));
     }
 }
 

@@ -35,6 +35,13 @@ struct Sums {
     unsigned count, unused;
 };
 
+// hi + lo += term: lo takes what hi loses by rounding.
+__device__ __forceinline__ void add_term(float& hi, float& lo, float term) {
+    const float sum = hi + term, added = sum - hi;
+    lo += (hi - (sum - added)) + (term - added);
+    hi = sum;
+}
+
 // x[0] + x[stride] + ... + x[(terms - 1) stride], in order.
 template <class T>
 __device__ __forceinline__ double sum_terms(const T* x, unsigned terms, size_t stride) {
@@ -43,11 +50,7 @@ __device__ __forceinline__ double sum_terms(const T* x, unsigned terms, size_t s
         const unsigned count = min(terms, SHORT);
         float hi = 0.0f, lo = 0.0f;
 #pragma unroll 4
-        for (unsigned k = 0; k < count; ++k, x += stride) {
-            const float term = load(x), sum = hi + term, added = sum - hi;
-            lo += (hi - (sum - added)) + (term - added);
-            hi = sum;
-        }
+        for (unsigned k = 0; k < count; ++k, x += stride) add_term(hi, lo, load(x));
         total += double(hi) + double(lo);
         terms -= count;
     }

@@ -9,13 +9,27 @@
 //                        packed masks (Taps)
 //            wgrad       a slab is 64 pixels of y; their places in x and their masks are found two slabs ahead, by one
 //                        thread each, also without division (Origins)
+// backward   one launch computes dw and dx, and of a shortcut both gradients, since all four take the same dy: it comes
+//            from memory once, and the blocks of one product fill the waves of the others. Which tile of which product
+//            a block has depends on blockIdx.x alone (BackwardBlocks); its main loop is that of this product. The
+//            blocks of dw have the most steps of k, so they come first:
+//
+//                blockIdx.x   0 ..              of_dw ..         of_dw + of_dx ..
+//                             dw, dw of s       dx               dx of s
+//                rows         c_out             pixels of x      pixels of x
+//                cols         (u,v,c_in), s_in  c_in             s_in
+//                k            pixels of y       (u,v,c_out)      c_out
+//
+//            The blocks of the first columns of dw sum dy over their pixels, too: bias gradients take no pass over dy
 // segments   a layer of few pixels has its k cut into segments of whole slabs, by its shape alone: each is summed from
 //            zero, then the segments' sums are added in order. In a product with few tiles each segment has blocks of
 //            its own (blockIdx.z), and conv2d_join_segments adds up; in others a block goes through all of them. Either
 //            way the bits are the same, so that an image's do not depend on its batch
 // host       kh, kw < 16, of repeated pixels < 8; kh w c, kh kw c_in c_out < 2^31, with the c and w of the image that
 //            is gathered from; behind the ring: 4 BM + 4 BN + SOURCES bytes of shared memory and TAP for each tap of
-//            each tensor (fwd, dgrad; in dgrad of repeated pixels four times as many taps), or ORIGINS (wgrad)
+//            each tensor (fwd, dgrad; in dgrad of repeated pixels four times as many taps), or ORIGINS (wgrad). A
+//            shortcut's input has the pixels of x, which are those of y: a stride of 1, no repeated pixels, top < kh,
+//            left < kw. Gradients that wait: if dx is one tensor, and its segments have no blocks of their own
 #pragma once
 #include "geometry.cuh"
 #include "tile_mma.cuh"
@@ -293,33 +307,77 @@ struct Place {
     }
 };
 
-// The columns of a tile of dw: (u, v, channel), of the first tensor of x, or of the second, whose tiles come after
-// those of the first.
+// What wgrad gathers from: x and, if it has one in the same pass, a shortcut's input, each one tensor or two.
+struct Inputs {
+    const bf16 *x, *x_second, *s, *s_second;
+};
+
+// The columns of a tile of dw: (u, v, channel) of the first tensor of x or of the second, or of the shortcut's tensors,
+// which have one tap each, the pixel of y alone. Each tensor has tiles of its own, in this order.
 struct Columns {
     const bf16* x;
-    unsigned channels, width;  // of this tensor; its columns
-    unsigned first;            // of the tile
-    unsigned before;           // channels of x before those of this tensor
+    unsigned channels, kw, taps;  // of this tensor
+    unsigned top, left;           // the first tap
+    unsigned first;               // of the tile
+    unsigned before, all;         // channels before those of this tensor, and of both
+    bool of_shortcut;
 
-    __device__ Columns(unsigned tile, unsigned bn, const bf16* x_, const bf16* x_second, const Geometry& g)
-        : x(x_), channels(g.c_first), width(g.kh * g.kw * g.c_first), first(tile * bn), before(0) {
-        const unsigned tiles = (width + bn - 1) / bn;
-        if (tile < tiles) return;
-        x = x_second;
-        channels = g.c_in - g.c_first;
-        width = g.kh * g.kw * channels;
-        first = (tile - tiles) * bn;
-        before = g.c_first;
+    __device__ Columns(unsigned tile, unsigned bn, const Inputs& from, const Geometry& g)
+        : x(from.x),
+          channels(g.c_first),
+          kw(g.kw),
+          taps(g.kh * g.kw),
+          top(0),
+          left(0),
+          before(0),
+          all(g.c_in),
+          of_shortcut(false) {
+        unsigned tiles = Columns::tiles(channels * taps, bn);
+        if (tile >= tiles) {
+            tile -= tiles;
+            x = from.x_second;
+            before = g.c_first;
+            channels = g.c_in - g.c_first;
+            tiles = Columns::tiles(channels * taps, bn);
+        }
+        if (from.s && (of_shortcut = tile >= tiles)) {
+            tile -= tiles;
+            x = from.s;
+            kw = taps = 1;
+            top = g.top, left = g.left;
+            before = 0, all = g.s_in;
+            channels = g.s_first;
+            tiles = Columns::tiles(channels, bn);
+            if (tile >= tiles) {
+                tile -= tiles;
+                x = from.s_second;
+                before = g.s_first;
+                channels = g.s_in - g.s_first;
+            }
+        }
+        first = tile * bn;
     }
 
+    __device__ static unsigned tiles(unsigned width, unsigned bn) { return (width + bn - 1) / bn; }
+
+    // Of all tensors.
     __device__ static unsigned tiles(unsigned bn, const Geometry& g) {
         const unsigned taps = g.kh * g.kw;
-        return (taps * g.c_first + bn - 1) / bn + (taps * (g.c_in - g.c_first) + bn - 1) / bn;
+        return tiles(taps * g.c_first, bn) + tiles(taps * (g.c_in - g.c_first), bn) + tiles(g.s_first, bn) +
+               tiles(g.s_in - g.s_first, bn);
     }
 
-    // Where column `col` is in a row of dw (kh, kw, c_in).
-    __device__ __forceinline__ unsigned place(unsigned col, unsigned c_in) const {
-        return channels == c_in ? col : col / channels * c_in + before + col % channels;
+    __device__ __forceinline__ unsigned width() const { return taps * channels; }
+
+    // Elements of a row of the weight, and before its first, of those of all weights.
+    __device__ __forceinline__ unsigned pitch() const { return taps * all; }
+    __device__ __forceinline__ size_t part(const Geometry& g) const {
+        return of_shortcut ? (size_t)g.c_out * g.kh * g.kw * g.c_in : 0;
+    }
+
+    // Where column `col` is in a row of the weight, (kh, kw, c_in) or (s_in).
+    __device__ __forceinline__ unsigned place(unsigned col) const {
+        return channels == all ? col : col / channels * all + before + col % channels;
     }
 };
 
@@ -365,9 +423,10 @@ struct WgradOperands {
     }
 
     __device__ __forceinline__ void column(int col, int& offset, Taps& want) const {
-        const unsigned c = columns.channels, tap_of = (columns.first + col) / c, u = tap_of / g.kw, v = tap_of % g.kw;
+        const unsigned c = columns.channels, tap = (columns.first + col) / c;
+        const unsigned u = columns.top + tap / columns.kw, v = columns.left + tap % columns.kw;
         offset = (int)(((u >> g.up) * g.w + (v >> g.up)) * c + (columns.first + col) % c);
-        want = u < g.kh ? tap_row(u) | tap_col(v) : ~0u;
+        want = tap < columns.taps ? tap_row(u) | tap_col(v) : ~0u;
     }
 
     // Those of the slab `ahead` of this one, where the thread's `place` is. No tap of a pixel beyond the end is inside.
@@ -437,15 +496,16 @@ struct WgradOperands {
     }
 };
 
-// The block's part of a sum over `slabs` slabs: one of the segments, or all if no other block has the tile.
+// The block's part of a sum over `slabs` slabs: number `index` of `count` segments, or all if no other block has the
+// tile.
 struct Part {
     unsigned first, slabs;
 
-    __device__ Part(unsigned slabs_, unsigned segment)
-        : first(blockIdx.z * segment), slabs(gridDim.z > 1 ? min(segment, slabs_ - first) : slabs_) {}
+    __device__ Part(unsigned slabs_, unsigned segment, unsigned index, unsigned count)
+        : first(index * segment), slabs(count > 1 ? min(segment, slabs_ - first) : slabs_) {}
 };
 
-// sum += the block's part of the product. If SEGMENTED, each segment is summed from zero.
+// sum += the block's part of the product. If SEGMENTED, each segment is summed from zero; a segment of 0 slabs has all.
 template <class TILE, bool SEGMENTED, class OPERANDS>
 __device__ __forceinline__ void multiply_part(uint32_t ring, OPERANDS& operands, const Part& part, unsigned segment,
                                               int steps, Accumulators<TILE>& sum) {
@@ -461,27 +521,32 @@ __device__ __forceinline__ void multiply_part(uint32_t ring, OPERANDS& operands,
 // written, and again when the results leave through the ring's beginning.
 template <class TILE>
 __device__ __forceinline__ Pixel* pixels_in(unsigned char* ring) {
-    static_assert(TILE::THREADS == TILE::BM, "each thread finds one pixel");
+    static_assert(TILE::THREADS >= TILE::BM, "each pixel is found by a thread");
     static_assert(4 * TILE::BM * TILE::BN + sizeof(Pixel) * TILE::BM <= TILE::RING, "beside the results");
     static_assert(sizeof(Pixel) * TILE::BM <= TILE::SLOT, "within the last slot");
     return reinterpret_cast<Pixel*>(ring + TILE::RING) - TILE::BM;
 }
 
-// Stores the tile whose first row is pixel `first` of `count`, plus `plus`; or, if the block has one of several
-// segments, its sums to that segment's rows of `parts` (segments, results, cols).
+// True for the threads that find a pixel.
 template <class TILE>
-__device__ __forceinline__ void store_pixels(const Results<bf16>& to, float* parts, size_t results,
-                                             unsigned char* ring, const Pixel* pixels, unsigned first, unsigned count,
-                                             unsigned first_col, const Plus<bf16>& plus,
-                                             const Accumulators<TILE>& acc) {
+__device__ __forceinline__ bool has_pixel() {
+    return TILE::THREADS == TILE::BM || threadIdx.x < TILE::BM;
+}
+
+// Stores the tile whose first row is pixel `first` of `count`: f(sums, four, pixel) of each four neighbours; or, if the
+// block has one of several segments, its sums to that segment's rows of `parts` (results, cols), otherwise null.
+template <class TILE, class F>
+__device__ __forceinline__ void store_pixels(const Results<bf16>& to, float* parts, unsigned char* ring,
+                                             const Pixel* pixels, unsigned first, unsigned count, unsigned first_col,
+                                             const Accumulators<TILE>& acc, F f) {
     each_four(reinterpret_cast<float*>(ring), acc, [&](int row, int col, float4 v) {
         const Four four(first_col + col, to.cols);
         if (four.count == 0 || first + row >= count) return;
         const Pixel& pixel = pixels[row];
-        if (gridDim.z > 1) {
-            four.write(parts + (blockIdx.z * results + pixel.result) * to.cols + four.col, v);
+        if (parts) {
+            four.write(parts + (size_t)pixel.result * to.cols + four.col, v);
         } else {
-            to.write(pixel.result, four, plus.to(v, four, pixel.image, pixel.result, to.cols));
+            to.write(pixel.result, four, f(v, four, pixel));
         }
     });
 }
@@ -540,7 +605,7 @@ struct Writer {
 template <class TILE>
 __device__ __forceinline__ void write_rows(Plan<TILE>& plan, const Pixel& pixel, unsigned h, unsigned w, unsigned up,
                                            unsigned first_col, unsigned c_out) {
-    plan.patch[threadIdx.x] = pixel.patch(h, w, up);
+    if (has_pixel<TILE>()) plan.patch[threadIdx.x] = pixel.patch(h, w, up);
     // Rows beyond the last repeat it: they are multiplied but not stored, which costs no test.
     for (unsigned r = threadIdx.x; r < TILE::BN; r += TILE::THREADS) plan.row[r] = (int)min(first_col + r, c_out - 1);
 }
@@ -563,7 +628,7 @@ __device__ __forceinline__ void forward(bf16* y, float* parts, const bf16* x, co
     const Axis rows = Axis::forward(g.kh, g.stride, g.top, g.up, of.above);
     const Axis cols = Axis::forward(g.kw, g.stride, g.left, g.up, of.before);
     const Pixel own = of.pixel(first + threadIdx.x, rows, cols);
-    pixels[threadIdx.x] = own;
+    if (has_pixel<TILE>()) pixels[threadIdx.x] = own;
     write_rows(plan, own, g.h, g.w, g.up, first_col, g.c_out);
     const unsigned others = g.c_in - g.c_first, s_others = g.s_in - g.s_first;
     Writer<TILE> writer(plan);
@@ -573,79 +638,185 @@ __device__ __forceinline__ void forward(bf16* y, float* parts, const bf16* x, co
     writer.add_pixel(shortcut.s_second, s_others, shortcut.weight + g.s_first, g);
     __syncthreads();  // the plan and the pixels written above are read by the operands
 
-    const Part part(writer.slabs, segment);
+    const Part part(writer.slabs, segment, blockIdx.z, gridDim.z);
     ForwardOperands<TILE, UNIT> operands(plan, writer.sources, pixels, g, rows, cols, part.first);
     Accumulators<TILE> sum;
     const int steps = steps_of<UNIT>(max(max(g.c_first, others), max(g.s_first, s_others)));
     multiply_part<TILE, SEGMENTED>(shared_address(ring), operands, part, segment, steps, sum);
-    pixels[threadIdx.x] = of.pixel(first + threadIdx.x, rows, cols);  // read behind a barrier of each_four
-    store_pixels({y, nullptr, g.c_out, g.c_out}, parts, (size_t)g.n * g.oh * g.ow, ring, pixels, first, of.count,
-                 first_col, plus, sum);
+    const Pixel again = of.pixel(first + threadIdx.x, rows, cols);
+    if (has_pixel<TILE>()) pixels[threadIdx.x] = again;  // read behind a barrier of each_four
+    if (gridDim.z > 1) parts += (size_t)blockIdx.z * g.n * g.oh * g.ow * g.c_out;
+    store_pixels({y, nullptr, g.c_out, g.c_out}, gridDim.z > 1 ? parts : nullptr, ring, pixels, first, of.count,
+                 first_col, sum, [&](float4 v, const Four& four, const Pixel& pixel) {
+                     return plus.to(v, four, pixel.image, pixel.result, g.c_out);
+                 });
 }
 
-template <class TILE, Unit UNIT, bool SEGMENTED>
-__device__ __forceinline__ void dgrad(bf16* dx, bf16* dx_second, float* parts, const bf16* dy, const bf16* weight,
-                                      const Geometry& g, unsigned segment) {
+// A shortcut as a convolution of its own: of pixels where they are.
+__device__ __forceinline__ Geometry as_convolution(const Geometry& g) {
+    return {g.n, g.h, g.w, g.s_in, g.oh, g.ow, g.c_out, 1, 1, 1, 0, 0, g.s_first, 0, 0, 0};
+}
+
+// A block's part of dgrad: a tile of one class of the pixels of dx, and of k one segment of `segments`, if these have
+// blocks of their own; or a tile of the shortcut's.
+struct DxBlock {
+    unsigned tile, of_class, segment, segments;
+    bool of_shortcut;
+};
+
+// Gradients of one image batch, in one tensor or two, and the weight of the product. A single tensor's may come on top
+// of up to two others, `waiting` to be added: in f32, before the sum is rounded.
+struct Dx {
+    bf16 *first, *second;
+    const bf16 *weight, *waiting, *waiting_second;
+
+    __device__ __forceinline__ Dx or_other(bool other, const Dx& of) const {
+        return {other ? of.first : first, other ? of.second : second, other ? of.weight : weight,
+                other ? of.waiting : waiting, other ? of.waiting_second : waiting_second};
+    }
+};
+
+// find() says what the block has. It is asked before the main loop and behind it, so that the loop keeps nothing of it
+// in registers.
+template <class TILE, Unit UNIT, bool SEGMENTED, class FIND>
+__device__ __forceinline__ void dgrad(const Dx& of_x, const Dx& of_s, float* parts, const bf16* dy, const Geometry& all,
+                                      unsigned segment, FIND find) {
     extern __shared__ __align__(1024) unsigned char ring[];
     Pixel* pixels = pixels_in<TILE>(ring);
-    Plan<TILE>& plan = Plan<TILE>::behind(ring);
-    const Class of(blockIdx.y, g.stride, g.n, g.h, g.w);
-    const unsigned across = (g.c_in + TILE::BN - 1) / TILE::BN;
-    const unsigned first = blockIdx.x / across * TILE::BM, first_col = blockIdx.x % across * TILE::BN;
-    if (first >= of.count) return;
-    const Axis rows = Axis::backward(of.above, g.kh, g.stride, g.top, g.up);
-    const Axis cols = Axis::backward(of.before, g.kw, g.stride, g.left, g.up);
-    const Pixel own = of.pixel(first + threadIdx.x, rows, cols);
-    pixels[threadIdx.x] = own;
-    write_rows(plan, own, g.oh, g.ow, 0, 0, 1);
-    Writer<TILE> writer(plan);
-    writer.add(dy, g.c_out, g.ow, weight, g, rows, cols);
-    __syncthreads();  // the plan and the pixels written above are read by the operands
-
-    const Part part(writer.slabs, segment);
-    DgradOperands<TILE, UNIT> operands(plan, pixels, weight, first_col, g, rows, cols, part.first);
     Accumulators<TILE> sum;
-    multiply_part<TILE, SEGMENTED>(shared_address(ring), operands, part, segment, steps_of<UNIT>(g.c_out), sum);
-    pixels[threadIdx.x] = of.pixel(first + threadIdx.x, rows, cols);  // read behind a barrier of each_four
-    store_pixels({dx, dx_second, g.c_first, g.c_in}, parts, (size_t)g.n * g.h * g.w, ring, pixels, first, of.count,
-                 first_col, Plus<bf16>{}, sum);
+    {
+        Plan<TILE>& plan = Plan<TILE>::behind(ring);
+        const DxBlock block = find();
+        const Geometry g = block.of_shortcut ? as_convolution(all) : all;
+        const bf16* weight = of_x.or_other(block.of_shortcut, of_s).weight;
+        const Class of(block.of_class, g.stride, g.n, g.h, g.w);
+        const unsigned across = (g.c_in + TILE::BN - 1) / TILE::BN;
+        const unsigned first = block.tile / across * TILE::BM, first_col = block.tile % across * TILE::BN;
+        if (first >= of.count) return;
+        const Axis rows = Axis::backward(of.above, g.kh, g.stride, g.top, g.up);
+        const Axis cols = Axis::backward(of.before, g.kw, g.stride, g.left, g.up);
+        const Pixel own = of.pixel(first + threadIdx.x, rows, cols);
+        if (has_pixel<TILE>()) pixels[threadIdx.x] = own;
+        write_rows(plan, own, g.oh, g.ow, 0, 0, 1);
+        Writer<TILE> writer(plan);
+        writer.add(dy, g.c_out, g.ow, weight, g, rows, cols);
+        __syncthreads();  // the plan and the pixels written above are read by the operands
+
+        const Part part(writer.slabs, segment, block.segment, block.segments);
+        DgradOperands<TILE, UNIT> operands(plan, pixels, weight, first_col, g, rows, cols, part.first);
+        multiply_part<TILE, SEGMENTED>(shared_address(ring), operands, part, block.of_shortcut ? 0 : segment,
+                                       steps_of<UNIT>(g.c_out), sum);
+    }
+    const DxBlock block = find();
+    const Geometry g = block.of_shortcut ? as_convolution(all) : all;
+    const Dx dx = of_x.or_other(block.of_shortcut, of_s);
+    const Class of(block.of_class, g.stride, g.n, g.h, g.w);
+    const unsigned across = (g.c_in + TILE::BN - 1) / TILE::BN;
+    const unsigned first = block.tile / across * TILE::BM, first_col = block.tile % across * TILE::BN;
+    // Of a pixel of dx only the place of its result is read from here on.
+    const Axis any = Axis::forward(1, 1, 0, 0, 0);
+    const Pixel own = of.pixel(first + threadIdx.x, any, any);
+    if (has_pixel<TILE>()) pixels[threadIdx.x] = own;  // read behind a barrier of each_four
+    const size_t results = (size_t)g.n * g.h * g.w;
+    store_pixels({dx.first, dx.second, g.c_first, g.c_in},
+                 block.segments > 1 ? parts + block.segment * results * g.c_in : nullptr, ring, pixels, first, of.count,
+                 first_col, sum, [&](float4 v, const Four& four, const Pixel& pixel) {
+                     const size_t at = (size_t)pixel.result * g.c_in + four.col;
+                     if (!dx.waiting) return v;
+                     float4 before = four.read(dx.waiting + at);
+                     if (dx.waiting_second) before = before + four.read(dx.waiting_second + at);
+                     return before + v;
+                 });
 }
 
-// Writes `dw` if one segment has all pixels, otherwise each segment's partial sums to (segments, c_out, kh, kw, c_in).
-template <class TILE, Unit UNIT_X, Unit UNIT_DY = UNIT_X>
-__device__ __forceinline__ void wgrad(float* dw, const bf16* x, const bf16* x_second, const bf16* dy,
-                                      const Geometry& g, unsigned segment, bool add) {
+// A block's part of wgrad: a tile, and one segment of the pixels.
+struct DwBlock {
+    unsigned tile, segment;
+};
+
+// Writes the tile to dw if one segment has all pixels, or adds it, otherwise each segment's partial sums to (segments,
+// parts of all weights), where a part is that of (c_out, kh, kw, c_in) and behind it that of the shortcut's (c_out,
+// s_in). Unless `sums` is null, (segments, c_out) of it receives the sums of dy over the pixels of a segment. find() as
+// in dgrad; a segment has `pixels` pixels.
+template <class TILE, Unit UNIT_X, Unit UNIT_DY, class FIND>
+__device__ __forceinline__ void wgrad(float* dw, double* sums, const Inputs& from, const bf16* dy, const Geometry& g,
+                                      unsigned pixels, bool add, FIND find) {
     extern __shared__ __align__(1024) unsigned char ring[];
     OriginTable& origins = *reinterpret_cast<OriginTable*>(ring + TILE::RING);
-    const unsigned count = g.n * g.oh * g.ow, width = g.kh * g.kw * g.c_in;
-    const unsigned across = Columns::tiles(TILE::BN, g);
-    const unsigned first = blockIdx.x / across * TILE::BM;
-    const Columns columns(blockIdx.x % across, TILE::BN, x, x_second, g);
-    const unsigned begin = blockIdx.y * segment, end = min(begin + segment, count);
-
-    WgradOperands<TILE, UNIT_X, UNIT_DY> operands(dy, columns, origins, g, first, begin, end);
-    __syncthreads();  // the first slabs' origins written above are read below; the core's barriers order the others
     Accumulators<TILE> acc;
-    multiply(shared_address(ring), operands, (end - begin + BK - 1) / BK, BK / 16, acc, 0, [] {});
-    dw += (size_t)blockIdx.y * g.c_out * width;
+    ColumnSum<TILE> of_dy;
+    {
+        const DwBlock block = find();
+        const unsigned across = Columns::tiles(TILE::BN, g), tile = block.tile % across;
+        const Columns columns(tile, TILE::BN, from, g);
+        const unsigned begin = block.segment * pixels, end = min(begin + pixels, g.n * g.oh * g.ow);
+
+        WgradOperands<TILE, UNIT_X, UNIT_DY> operands(dy, columns, origins, g, block.tile / across * TILE::BM, begin,
+                                                      end);
+        __syncthreads();  // the first slabs' origins written above are read below; the core's barriers order the others
+        const bool summing = sums && tile == 0;
+        multiply(shared_address(ring), operands, (end - begin + BK - 1) / BK, BK / 16, acc, 0, [] {},
+                 [&](uint32_t slot) {
+                     if (summing) of_dy.add(slot);
+                 });
+    }
+    const DwBlock block = find();
+    const unsigned across = Columns::tiles(TILE::BN, g), tile = block.tile % across;
+    const unsigned first = block.tile / across * TILE::BM;
+    const Columns columns(tile, TILE::BN, from, g);
+    if (sums && tile == 0) of_dy.store(sums + (size_t)block.segment * g.c_out, first, g.c_out);
+    dw += (size_t)block.segment * g.c_out * (g.kh * g.kw * g.c_in + g.s_in) + columns.part(g);
     each_four(reinterpret_cast<float*>(ring), acc, [&](int row, int col, float4 v) {
         // Four neighbours stay together unless the channels do not divide by four.
-        Four four(columns.first + col, columns.width);
+        Four four(columns.first + col, columns.width());
         if (four.count == 0 || first + row >= g.c_out) return;
-        float* to = dw + (size_t)(first + row) * width;
-        if (columns.channels == g.c_in || (columns.channels % 4 == 0 && g.c_in % 4 == 0)) {
-            to += columns.place(four.col, g.c_in);
+        float* to = dw + (size_t)(first + row) * columns.pitch();
+        if (columns.channels == columns.all || (columns.channels % 4 == 0 && columns.all % 4 == 0)) {
+            to += columns.place(four.col);
             four.write(to, add ? four.read(to) + v : v);
         } else {
             const float e[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
             for (unsigned i = 0; i < 4; ++i) {
                 if (i >= four.count) break;
-                float* at = to + columns.place(four.col + i, g.c_in);
+                float* at = to + columns.place(four.col + i);
                 *at = add ? *at + e[i] : e[i];
             }
         }
     });
+}
+
+// A launch of its own for dw or for dx.
+struct DwAlone {
+    __device__ __forceinline__ DwBlock operator()() const { return {blockIdx.x, blockIdx.y}; }
+};
+struct DxAlone {
+    __device__ __forceinline__ DxBlock operator()() const { return {blockIdx.x, blockIdx.y, 0, 1, false}; }
+};
+
+// One launch for all gradients that there are. The tiles of dw are those of both weights, its segments of pixels; those
+// of dx are each class's, its segments of slabs. Then come the tiles of the shortcut's dx.
+template <class DX, Unit UNIT_DX, bool SEGMENTED, class DW, Unit UNIT_DW>
+__device__ __forceinline__ void backward(float* dw, double* sums, const Dx& dx, const Dx& ds, float* parts,
+                                         const Inputs& from, const bf16* dy, const Geometry& g,
+                                         const BackwardBlocks& blocks) {
+    static_assert(DX::THREADS == DW::THREADS, "blocks of one launch");
+    if (blockIdx.x < blocks.dw_tiles * blocks.dw_segments) {
+        wgrad<DW, UNIT_DW, UNIT_DW>(dw, sums, from, dy, g, blocks.dw_depth, false, [&]() -> DwBlock {
+            const unsigned block = block_again();
+            return {block % blocks.dw_tiles, block / blocks.dw_tiles};
+        });
+    } else {
+        dgrad<DX, UNIT_DX, SEGMENTED>(dx, ds, parts, dy, g, blocks.dx_depth, [&]() -> DxBlock {
+            const unsigned block = block_again() - blocks.dw_tiles * blocks.dw_segments;
+            const unsigned classes = g.stride * g.stride, tile = block % blocks.dx_tiles;
+            const unsigned group = block / blocks.dx_tiles;
+            if (group >= classes * blocks.dx_segments) {
+                return {block - blocks.dx_tiles * classes * blocks.dx_segments, 0, 0, 1, true};
+            }
+            return {tile, group % classes, group / classes, blocks.dx_segments, false};
+        });
+    }
 }
 
 }  // namespace mma

@@ -39,6 +39,12 @@ __device__ __forceinline__ float4 load_shared(uint32_t from) {
     return v;
 }
 
+__device__ __forceinline__ float load_shared_bf16(uint32_t from) {
+    unsigned short v;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(v) : "r"(from) : "memory");
+    return __uint_as_float(uint32_t(v) << 16);
+}
+
 // Four matrices of 8x8 elements. Lane 8 i + j has the address of row j of matrix i; lane l gets elements 2 (l % 4) and
 // the next of row l / 4 of each, or of column l / 4 if TRANS.
 template <bool TRANS>

@@ -3,7 +3,8 @@
 //
 // computes   acc = sum over k of a[row, k] b[k, col], one tile of BM x BN results per block. The operands bring one
 //            slab, BK steps of k, at a time into a slot of a ring in shared memory: `bring` is all that the core asks
-//            of them, and the only place that knows where a and b come from
+//            of them, and the only place that knows where a and b come from. On the way a block may sum a over k,
+//            column by column (ColumnSum)
 // mapping    warp = WM x WN results in fragments of mma.m16n8k16. With 64x64 a warp loads 16 fragments of 16x16 for 128
 //            mma, so that on an A100 shared memory is read half the time; smaller tiles are for smaller layers
 // shared     ring of STAGES slots; slot = a panel of a, then one of b. A panel lies as its operand lies in global
@@ -31,8 +32,10 @@
 //            loads of shared memory 128 of the 256 that four warps share
 // host       shared memory as Tile::RING says; extents below 2^30
 // numerics   each result is summed over k in the order of the slabs, within one 16 steps at a time, and within those as
-//            the hardware does it. So neither tile shape nor neighbours change its bits
+//            the hardware does it. So neither tile shape nor neighbours change its bits. Sums of columns as
+//            column_sums.cuh says
 #pragma once
+#include "column_sums.cuh"
 #include "ptx.cuh"
 
 namespace mma {
@@ -42,6 +45,13 @@ constexpr int BK = 64;
 
 // Host twin: slots of the ring.
 constexpr int STAGES = 3;
+
+// Host twin: the blocks of a launch for the gradients of a weight and of its input, those of dw first, which have more
+// steps of k. Of no tiles there are no blocks.
+struct BackwardBlocks {
+    unsigned dw_tiles, dw_segments, dw_depth;  // segments of k, with blocks of their own; steps of k in each
+    unsigned dx_tiles, dx_segments, dx_depth;  // segments, if they have blocks of their own; the length of each
+};
 
 // What the extent of an operand along memory is a multiple of, by the host's choice of the kernel: of all that a block
 // takes at a time, so that nothing needs a test; of 8, so that chunks are copied whole; or of nothing. Elements then
@@ -69,6 +79,19 @@ __device__ __forceinline__ uint32_t kept(uint32_t v) {
 __device__ __forceinline__ const bf16* kept(const bf16* p) {
     asm volatile("" : "+l"(p));
     return p;
+}
+
+// threadIdx.x and blockIdx.x, read again where they are needed after the main loop, in which there are no registers for
+// what depends on them.
+__device__ __forceinline__ unsigned thread_again() {
+    unsigned i;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(i));
+    return i;
+}
+__device__ __forceinline__ unsigned block_again() {
+    unsigned i;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(i));
+    return i;
 }
 
 // A panel of ROWS rows of WIDTH elements, and which of its chunks this thread brings: of rows row() + i THREADS / 4,
@@ -266,11 +289,42 @@ struct Accumulators {
     }
 };
 
+// The sums over k of the columns of a, which lies as BK rows of BM elements: what a bias takes of dy in the pass for
+// the weight. Thread t has column t, the slab's BK terms as column_sums.cuh says.
+template <class TILE>
+struct ColumnSum {
+    double sum = 0.0;
+
+    // Adds those of a slot. What is beyond the last k is zero there.
+    __device__ __forceinline__ void add(uint32_t slot) {
+        if (threadIdx.x >= TILE::BM) return;
+        const uint32_t column = slot + threadIdx.x / 8 * 16 + threadIdx.x % 8 * sizeof(bf16);
+        float hi = 0.0f, lo = 0.0f;
+#pragma unroll 8
+        for (unsigned k = 0; k < BK; ++k) {
+            add_term(hi, lo, load_shared_bf16((column ^ (k % 8 * 16)) + k * TILE::BM * sizeof(bf16)));
+        }
+        sum += double(hi) + double(lo);
+    }
+
+    // To element `first` and the next of `to`, which has `count`.
+    __device__ __forceinline__ void store(double* to, unsigned first, unsigned count) const {
+        const unsigned thread = thread_again();
+        if (thread < TILE::BM && first + thread < count) to[first + thread] = sum;
+    }
+};
+static_assert(BK <= SHORT, "a slab is a short sum");
+
+struct Nothing {
+    __device__ void operator()(uint32_t) const {}
+};
+
 // acc += the product over the next `slabs` slabs. Of each, 16 `steps` of k are multiplied: fewer than all where the
-// operands never have more. each() is called after every `segment` slabs and at the end.
-template <class TILE, class OPERANDS, class EACH>
+// operands never have more. each() is called after every `segment` slabs and at the end, look(slot) for every slab
+// while it is in its slot.
+template <class TILE, class OPERANDS, class EACH, class LOOK = Nothing>
 __device__ __forceinline__ void multiply(uint32_t ring, OPERANDS& operands, unsigned slabs, int steps,
-                                         Accumulators<TILE>& acc, unsigned segment, EACH each) {
+                                         Accumulators<TILE>& acc, unsigned segment, EACH each, LOOK look = LOOK()) {
     static_assert(STAGES == 3, "as many turns are written out below");
     const Fragments<TILE::BM, TILE::WM / 16, OPERANDS::A_ALONG_K, true> left_operand(0, TILE::warp_row());
     const Fragments<TILE::BN, TILE::WN / 16, OPERANDS::B_ALONG_K, false> right_operand(TILE::A_BYTES,
@@ -289,6 +343,7 @@ __device__ __forceinline__ void multiply(uint32_t ring, OPERANDS& operands, unsi
         if (more) operands.bring(ring + (slot + STAGES - 1) % STAGES * TILE::SLOT);
         commit_group();
         acc.add_product(left_operand, right_operand, ring + slot * TILE::SLOT, steps);
+        look(ring + slot * TILE::SLOT);
         if (--rest == 0) {
             each();
             rest = segment;

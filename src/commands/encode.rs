@@ -78,7 +78,7 @@ pub fn run(args: &Args) -> Result<()> {
         let labels = labels.as_ref().map(|labels| &labels[k * together..][..shape.n]);
         let network = Conditional::new(device, unet, params, labels, false)?;
         let x_0 = Tensor::from_slice(device, shape, &scaled(bytes))?;
-        let network = |x: &Tensor, t: f32| network.call(Call { x, t, halves: 1, times: None });
+        let network = |x: &Tensor, t: f32| network.call(Call { x, t, halves: 1, turn: None });
         let x_t = encode(device, &steps, args.rounds, &x_0, network, || {
             bar.inc(1);
             Ok(())

@@ -103,7 +103,7 @@ pub fn run(args: &Args) -> Result<()> {
             known: &Tensor::from_slice(device, shape, &scaled(bytes))?,
             mask: &Tensor::from_slice(device, shape, &mask.repeat(shape.n))?,
         };
-        let network = |x: &Tensor, t: f32| network.call(Call { x, t, halves: 1, times: None });
+        let network = |x: &Tensor, t: f32| network.call(Call { x, t, halves: 1, turn: None });
         images.extend(output::to_bytes(&painting.paint(network, || {
             bar.inc(1);
             Ok(())

@@ -24,6 +24,9 @@
 //! an image depend neither on its batch nor on the number of threads. In bf16 a GPU multiplies on tensor cores, for
 //! which `P` and `dS` are rounded to bf16 (the derivations bound what that costs).
 //!
+//! A linear layer that follows a single head, with a residual, can be part of the forward pass
+//! ([`attention_then_linear`]): a GPU has whole rows of `y` at hand for it.
+//!
 //! Work: `4 n T^2 c` FLOP forward, `10 n T^2 c` backward: five products, one of which recomputes the scores. A GPU does
 //! seven, because `dq` is a separate pass from `dk` and `dv`, so that each sum has one owner and a fixed order; in
 //! bf16, for heads of more than 128 channels, eight or more (`include/attention_mma.cuh`). Scratch
@@ -32,13 +35,76 @@
 //! that.
 
 use crate::device::Device;
+use crate::device::cpu::simd::Isa;
 use crate::error::Result;
+use crate::ops::linear::{self, linear};
+use crate::params::Param;
 use crate::tape::{Backward, Grads, Tape, Var, VarId};
 use crate::tensor::{DType, Shape, Tensor};
 
 /// Attention of every token of `q` over all tokens of its image. `q`, `k` and `v` have the same shape, and `heads`
 /// divides its channels.
 pub fn attention(tape: &mut Tape<'_>, q: &Var, k: &Var, v: &Var, heads: usize) -> Result<Var> {
+    let shape = extent([q, k, v], heads);
+    let mut y = Tensor::uninit(tape.device(), q.value().dtype(), shape)?;
+    let mut rows = Tensor::uninit(tape.device(), DType::F32, Shape::new(shape.n, heads, 2, shape.pixels()))?;
+    let mut lost = room_for_lost(tape, y.dtype(), shape)?;
+    match tape.device() {
+        Device::Cpu(_) => {
+            let job = cpu::Job { device: tape.device(), shape, heads };
+            cpu::forward(&job, y.data_mut(), rows.data_mut(), [q, k, v].map(Var::data));
+        }
+        Device::Cuda(gpu) => {
+            let to = cuda::Outputs { y: Some(&mut y), lost: lost.as_mut(), stats: &mut rows };
+            cuda::forward(gpu, heads, to, [q, k, v].map(Var::value), None)?;
+        }
+        Device::Meta(_) => {}
+    }
+    recorded(tape, [q, k, v], heads, y, rows, lost)
+}
+
+/// [`attention`], then a [`linear`](super::linear::linear) layer with `weight` (c, 1, 1, c) and `bias` (1, 1, 1, c),
+/// plus `residual`, shaped like `q`. In bf16 on a GPU a single head of up to 256 channels takes one launch for both,
+/// which stores what is between them only if the tape records. The bits are those of both operations.
+pub fn attention_then_linear(
+    tape: &mut Tape<'_>,
+    [q, k, v]: [&Var; 3],
+    heads: usize,
+    weight: Param,
+    bias: Param,
+    residual: &Var,
+) -> Result<Var> {
+    let (shape, params, dtype) = (extent([q, k, v], heads), tape.params(), q.value().dtype());
+    let gpu = match tape.device() {
+        Device::Cuda(gpu) if dtype == DType::Bf16 && heads == 1 && cuda::goes_on(shape.c) => gpu,
+        _ => {
+            let y = attention(tape, q, k, v, heads)?;
+            return linear(tape, &y, weight, Some(bias), Some(residual));
+        }
+    };
+    let (ws, bs) = (params.shape(weight), params.shape(bias));
+    assert_eq!(ws, Shape::new(shape.c, 1, 1, shape.c), "attention_then_linear: weight is {ws} for {shape}");
+    assert_eq!(bs, Shape::vector(shape.c), "attention_then_linear: bias is {bs} for {shape}");
+    assert_eq!(residual.shape(), shape, "attention_then_linear: residual is {}, q {shape}", residual.shape());
+    let uninit = || Tensor::uninit(tape.device(), dtype, shape);
+    let (mut y, mut z) = (tape.is_recording().then(uninit).transpose()?, uninit()?);
+    let mut rows = Tensor::uninit(tape.device(), DType::F32, Shape::new(shape.n, heads, 2, shape.pixels()))?;
+    let mut lost = room_for_lost(tape, dtype, shape)?;
+    let to = cuda::Outputs { y: y.as_mut(), lost: lost.as_mut(), stats: &mut rows };
+    let (view, of_bias) = (params.view(weight, dtype), params.view(bias, DType::F32));
+    let then = cuda::Then { z: &mut z, weight: view, bias: of_bias, residual: residual.value() };
+    cuda::forward(gpu, heads, to, [q, k, v].map(Var::value), Some(then))?;
+    match y {
+        Some(y) => {
+            let y = recorded(tape, [q, k, v], heads, y, rows, lost)?;
+            linear::recorded(tape, &y, weight, Some(bias), Some(residual), Isa::best(), z)
+        }
+        None => Ok(Var::constant(z)),
+    }
+}
+
+/// The shape of all three.
+fn extent([q, k, v]: [&Var; 3], heads: usize) -> Shape {
     let shape = q.shape();
     assert!(
         k.shape() == shape && v.shape() == shape,
@@ -47,28 +113,27 @@ pub fn attention(tape: &mut Tape<'_>, q: &Var, k: &Var, v: &Var, heads: usize) -
         v.shape()
     );
     assert!(heads > 0 && shape.c.is_multiple_of(heads), "attention: {heads} heads of {} channels", shape.c);
+    shape
+}
 
-    let mut y = Tensor::uninit(tape.device(), q.value().dtype(), shape)?;
-    let mut rows = Tensor::uninit(tape.device(), DType::F32, Shape::new(shape.n, heads, 2, shape.pixels()))?;
-    // A GPU computes delta from the output, in bf16 also from its rounding error; the CPU computes it from P and dP.
-    let on_gpu = tape.device().is_gpu();
-    let mut lost = (on_gpu && tape.is_recording() && y.dtype() == DType::Bf16)
-        .then(|| Tensor::uninit(tape.device(), DType::Bf16, shape))
-        .transpose()?;
-    match tape.device() {
-        Device::Cpu(_) => {
-            let job = cpu::Job { device: tape.device(), shape, heads };
-            cpu::forward(&job, y.data_mut(), rows.data_mut(), [q, k, v].map(Var::data));
-        }
-        Device::Cuda(gpu) => {
-            cuda::forward(gpu, heads, &mut y, lost.as_mut(), &mut rows, [q, k, v].map(Var::value))?;
-        }
-        Device::Meta(_) => {}
-    }
-    let output = on_gpu.then(|| y.clone());
+/// A GPU computes delta from the output, in bf16 also from its rounding error; the CPU computes it from P and dP.
+fn room_for_lost(tape: &Tape<'_>, dtype: DType, shape: Shape) -> Result<Option<Tensor>> {
+    let needed = tape.device().is_gpu() && tape.is_recording() && dtype == DType::Bf16;
+    needed.then(|| Tensor::uninit(tape.device(), DType::Bf16, shape)).transpose()
+}
+
+fn recorded(
+    tape: &mut Tape<'_>,
+    qkv: [&Var; 3],
+    heads: usize,
+    y: Tensor,
+    rows: Tensor,
+    lost: Option<Tensor>,
+) -> Result<Var> {
+    let output = tape.device().is_gpu().then(|| y.clone());
     tape.push("attention", y, || AttentionBackward {
-        ids: [q, k, v].map(Var::id),
-        qkv: [q, k, v].map(|x| x.value().clone()),
+        ids: qkv.map(Var::id),
+        qkv: qkv.map(|x| x.value().clone()),
         rows,
         y: output,
         lost,
@@ -532,10 +597,10 @@ mod cuda {
 
     use super::*;
     use crate::device::cuda::tile::MANY;
-    use crate::device::cuda::{Gpu, Launch};
+    use crate::device::cuda::{Gpu, Launch, View};
     use crate::error::Error;
     use crate::kernels::attention::{B_R, B_R_D512, THREADS};
-    use crate::kernels::attention_mma::{BC, BOTH_SUMS, SLOTS, Sizes};
+    use crate::kernels::attention_mma::{BC, BOTH_SUMS, MOST, SLOTS, Sizes};
     use crate::kernels::tile_mma::BK;
     use crate::kernels::{Kernel, attention as kernels};
 
@@ -620,6 +685,11 @@ mod cuda {
             2 * bk * (operands * self.d.div_ceil(bk) * self.rows + SLOTS as usize * bc) + 3 * 4 * bc
         }
 
+        /// Beside that, of a forward pass that goes on with a linear layer: 32 channels of its rows in f32.
+        fn staged(&self) -> usize {
+            4 * 32 * self.rows
+        }
+
         /// Blocks of the backward pass for k and v on tensor cores for the same rows: one for each of dk and dv, if one
         /// has no room for both.
         fn sums(&self) -> usize {
@@ -659,44 +729,75 @@ mod cuda {
             }
         }
 
+        /// In whole chunks; the others have kernels that end with y.
+        fn in_chunks(&self) -> bool {
+            (self.shape.c / self.heads).is_multiple_of(8)
+        }
+
         /// 1 / sqrt(d).
         fn scale(&self) -> f64 {
             ((self.shape.c / self.heads) as f64).sqrt().recip()
         }
 
-        /// Runs a launch that lacks the last parameters: extents and scales. On FMAs the forward pass takes the second
+        /// Adds the parameters that follow the tensors: extents and scales. On FMAs the forward pass takes the second
         /// scale alone, and all are told whether groups of 4 channels are aligned: if and only if 4 divides d.
-        fn run(&self, launch: Launch<'a>, forward: bool) -> Result<()> {
+        fn sized(&self, launch: Launch<'a>, forward: bool) -> Launch<'a> {
             let (tokens, c, heads) = (self.shape.pixels(), self.shape.c, self.heads);
             let [scale, scale_log2] = [self.scale(), self.scale() * LOG2_E].map(|scale| scale as f32);
             match self.dtype {
                 DType::F32 => {
                     let launch = launch.u32(tokens).u32(c).u32(heads);
                     let launch = if forward { launch } else { launch.f32(scale) };
-                    launch.f32(scale_log2).u32((c / heads).is_multiple_of(4).into()).run()
+                    launch.f32(scale_log2).u32((c / heads).is_multiple_of(4).into())
                 }
                 DType::Bf16 => {
                     let elements = self.shape.len();
                     assert!(elements < 1 << 31, "attention: {elements} elements; the kernels count to 2^31");
                     let [tokens, c, heads] = [tokens, c, heads].map(|extent| extent as u32);
-                    launch.value(Sizes { tokens, c, heads, scale, scale_log2 }).run()
+                    launch.value(Sizes { tokens, c, heads, scale, scale_log2 })
                 }
             }
         }
     }
 
+    /// What a forward pass writes: `y` unless it goes on, its rounding error in bf16 if it is wanted, and statistics.
+    pub struct Outputs<'a> {
+        pub y: Option<&'a mut Tensor>,
+        pub lost: Option<&'a mut Tensor>,
+        pub stats: &'a mut Tensor,
+    }
+
+    /// The linear layer that a forward pass of one head goes on with: `z = residual + y w^T + b`.
+    pub struct Then<'a> {
+        pub z: &'a mut Tensor,
+        pub weight: View<'a>,
+        pub bias: View<'a>,
+        pub residual: &'a Tensor,
+    }
+
+    /// Whether the forward pass of one head of `d` channels can go on with a linear layer, in bf16.
+    pub fn goes_on(d: usize) -> bool {
+        d.is_multiple_of(8) && d <= MOST as usize
+    }
+
     pub fn forward(
         gpu: &Gpu,
         heads: usize,
-        y: &mut Tensor,
-        lost: Option<&mut Tensor>,
-        stats: &mut Tensor,
+        to: Outputs<'_>,
         [q, k, v]: [&Tensor; 3],
+        then: Option<Then<'_>>,
     ) -> Result<()> {
         let job = Job::new(gpu, q, heads)?;
-        let launch = job.launch(job.size.fwd, 1, 1).write(y);
-        let launch = if job.dtype == DType::Bf16 { launch.write_opt(lost) } else { launch };
-        job.run(launch.write(stats).read(q).read(k).read(v), true)
+        let launch = job.launch(job.size.fwd, 1, 1);
+        let launch = if then.is_some() { launch.shared(job.size.shared(1) + job.size.staged()) } else { launch };
+        let launch = launch.write_opt(to.y);
+        let launch = if job.dtype == DType::Bf16 { launch.write_opt(to.lost) } else { launch };
+        let launch = job.sized(launch.write(to.stats).read(q).read(k).read(v), true);
+        match then {
+            Some(Then { z, weight, bias, residual }) => launch.write(z).view(weight).view(bias).read(residual).run(),
+            None if job.dtype == DType::Bf16 && job.in_chunks() => launch.null().null().null().null().run(),
+            None => launch.run(),
+        }
     }
 
     pub fn backward(gpu: &Gpu, saved: &AttentionBackward, [dq, dk, dv]: [&mut Tensor; 3], dy: &Tensor) -> Result<()> {
@@ -708,9 +809,9 @@ mod cuda {
         let mut delta = Tensor::uninit(&Device::Cuda(gpu.clone()), DType::F32, by_row)?;
         let launch = job.launch(job.size.bwd_q, 2, 1).write(dq).write(&mut delta).read(q).read(k).read(v).read(y);
         let launch = if job.dtype == DType::Bf16 { launch.read_opt(lost.as_ref()) } else { launch };
-        job.run(launch.read(dy).read(stats), false)?;
+        job.sized(launch.read(dy).read(stats), false).run()?;
 
         let launch = job.launch(job.size.bwd_kv, 2, job.size.sums()).write(dk).write(dv).read(q).read(k).read(v);
-        job.run(launch.read(dy).read(stats).read(&delta), false)
+        job.sized(launch.read(dy).read(stats).read(&delta), false).run()
     }
 }

@@ -15,7 +15,10 @@
 //! - `dshift[n,o] = sum over i,j of dy[n,i,j,o]`, `db[o] = sum over n of dshift[n,o]`
 //! - `dresidual = dy`: the same tensor, passed on.
 //! - of a shortcut, a 1x1 convolution that is added ([`Shortcut`]), as of that convolution with `dy`; its bias has the
-//!   gradient `db` too. Its dx and dw are products of their own, since they are of other tensors.
+//!   gradient `db` too.
+//!
+//! In bf16 on a GPU all of them take `dy` in one launch, `dshift` apart, and what waits to be added to the gradient of
+//! `x` is added where `dx` is stored.
 //!
 //! Saved: a handle to `x`, and to the shortcut's input. `dx` is computed only if it is wanted.
 //!
@@ -327,6 +330,13 @@ impl Shortcut {
         Method { isa, ..Method::choose(self.x.shape(), ws, Geometry::POINTWISE) }
     }
 
+    /// Whether it has the pixels of `x`, each as the tap (top, left) of its patch for a weight `w`: then its products
+    /// are part of the convolution's on a GPU.
+    fn is_beside(&self, x: &Input, w: Shape, g: Geometry) -> bool {
+        let inside = !x.doubled && g.stride == 1 && g.pad.top < w.h && g.pad.left < w.w;
+        inside && self.x.shape().with_c(0) == x.shape().with_c(0)
+    }
+
     /// Its output, shaped `ys`. CPU only.
     fn on_cpu(&self, device: &Device, params: &Params, isa: Isa, ys: Shape) -> Result<Tensor> {
         let (x, ws) = (self.input().whole(device)?, params.shape(self.weight));
@@ -393,56 +403,40 @@ impl Backward for Conv2dBackward {
                 }
             }
             Device::Cuda(gpu) => {
-                cuda::wgrad(gpu, grads, self.weight, &self.x, &dy, self.geometry)?;
-                if grads.wants_params() || self.shift.is_some() {
-                    let biases = [Some(self.bias), self.shortcut.as_ref().map(|s| s.bias)];
-                    let dshift = match grads.pixel_sums() {
-                        None => cuda::sums(gpu, grads, biases, &dy, self.shift.map(|_| device))?,
-                        Some(known) => {
-                            cuda::bias_gradients(gpu, grads, biases, &known)?;
-                            Some(known.rounded)
-                        }
-                    };
-                    if let (Some(shift), Some(dshift)) = (self.shift, dshift) {
-                        grads.add(shift, dshift)?;
+                let biases: Vec<Param> = [self.bias].into_iter().chain(self.shortcut.iter().map(|s| s.bias)).collect();
+                let known = grads.pixel_sums().filter(|_| grads.wants_params() || self.shift.is_some());
+                // Who stored dy may have summed its pixels; otherwise the pass for dw does, but for dshift.
+                let (dshift, with_dw) = match known {
+                    Some(known) => {
+                        cuda::bias_gradients(gpu, grads, &biases, &known)?;
+                        (Some(known.rounded), &[][..])
                     }
+                    None if self.shift.is_some() || dy.dtype() == DType::F32 && grads.wants_params() => {
+                        (cuda::sums(gpu, grads, &biases, &dy, self.shift.map(|_| device))?, &[][..])
+                    }
+                    None => (None, &biases[..]),
+                };
+                if let (Some(shift), Some(dshift)) = (self.shift, dshift) {
+                    grads.add(shift, dshift)?;
                 }
-                if self.x.x.wants_gradient() {
-                    let (mut dx, mut second) = self.x.x.gradients(device)?;
-                    let weight = grads.weight_view(self.weight, dy.dtype());
-                    cuda::dgrad(gpu, &mut dx, second.as_mut(), &self.x, &dy, weight, ws, self.geometry)?;
-                    self.x.x.add(grads, (dx, second))?;
-                }
+                let layer = cuda::Layer { x: &self.x, weight: self.weight, g: self.geometry };
+                cuda::backward(gpu, grads, layer, self.shortcut.as_ref(), with_dw, &dy)?;
             }
             Device::Meta(_) => {}
         }
-        if let Some(shortcut) = &self.shortcut {
+        if let (Some(shortcut), Device::Cpu(_)) = (&self.shortcut, device) {
             let (ws, x, g) = (grads.weight_shape(shortcut.weight), shortcut.input(), Geometry::POINTWISE);
-            match device {
-                Device::Cpu(_) => {
-                    let method = shortcut.method(ws, self.method.isa);
-                    if let Some(dw) = grads.param(shortcut.weight) {
-                        let x = x.whole(device)?;
-                        cpu::wgrad(device, method, x.data(), x.shape(), dy.data(), ws, g, dw);
-                    }
-                    if x.x.wants_gradient() {
-                        let xs = x.shape();
-                        let mut dx = Tensor::uninit(device, DType::F32, xs)?;
-                        let weight = grads.weight(shortcut.weight);
-                        cpu::dgrad(device, method, dy.data(), ys, weight, ws, g, xs, dx.data_mut());
-                        x.add(grads, dx)?;
-                    }
-                }
-                Device::Cuda(gpu) => {
-                    cuda::wgrad(gpu, grads, shortcut.weight, &x, &dy, g)?;
-                    if x.x.wants_gradient() {
-                        let (mut dx, mut second) = x.x.gradients(device)?;
-                        let weight = grads.weight_view(shortcut.weight, dy.dtype());
-                        cuda::dgrad(gpu, &mut dx, second.as_mut(), &x, &dy, weight, ws, g)?;
-                        x.x.add(grads, (dx, second))?;
-                    }
-                }
-                Device::Meta(_) => {}
+            let method = shortcut.method(ws, self.method.isa);
+            if let Some(dw) = grads.param(shortcut.weight) {
+                let x = x.whole(device)?;
+                cpu::wgrad(device, method, x.data(), x.shape(), dy.data(), ws, g, dw);
+            }
+            if x.x.wants_gradient() {
+                let xs = x.shape();
+                let mut dx = Tensor::uninit(device, DType::F32, xs)?;
+                let weight = grads.weight(shortcut.weight);
+                cpu::dgrad(device, method, dy.data(), ys, weight, ws, g, xs, dx.data_mut());
+                x.add(grads, dx)?;
             }
         }
         match self.residual {
@@ -717,19 +711,20 @@ mod cuda {
 
     use super::*;
     use crate::device::cuda::tile::{
-        Job, MANY, Parts, SUM_THREADS, Segments, choose, choose_mma, lanes, over_rows, shared, tiles,
+        Job, MANY, Parts, SUM_THREADS, Segments, SplitK, backward_kernel, backward_launches, choose, choose_mma, lanes,
+        over_rows, ring, shared, split_in, tile, tiles,
     };
     use crate::device::cuda::{Buffer, Gpu, Launch, View};
     use crate::kernels::Kernel;
     use crate::kernels::conv2d::{
-        BWD_SHIFT, DGRAD_64X64_F32, DGRAD_128X32_F32, DGRAD_MMA_64X64, DGRAD_MMA_64X64_ANY, DGRAD_MMA_128X128,
-        FWD_64X64_F32, FWD_128X32_F32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X16, FWD_MMA_128X128,
-        JOIN_SEGMENTS, WGRAD_32X128_F32, WGRAD_64X64_F32, WGRAD_MMA_64X64, WGRAD_MMA_64X64_ANY, WGRAD_MMA_64X64_ANY_X,
-        WGRAD_MMA_64X64_ANY_Y, WGRAD_MMA_128X128,
+        BWD_MMA_64X64, BWD_MMA_64X64_128X128, BWD_MMA_128X128, BWD_SHIFT, DGRAD_64X64_F32, DGRAD_128X32_F32,
+        DGRAD_MMA_64X64_ANY, FWD_64X64_F32, FWD_128X32_F32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X16,
+        FWD_MMA_128X128, JOIN_SEGMENTS, WGRAD_32X128_F32, WGRAD_64X64_F32, WGRAD_MMA_64X64_ANY, WGRAD_MMA_64X64_ANY_X,
+        WGRAD_MMA_64X64_ANY_Y,
     };
     use crate::kernels::conv2d_mma::{ORIGINS, SOURCES, TAP};
     use crate::kernels::geometry;
-    use crate::kernels::tile_mma::BK;
+    use crate::kernels::tile_mma::{BK, BackwardBlocks};
     use crate::tape::PixelSums;
 
     /// Steps of k in a slab of a product on tensor cores: channels of one tap.
@@ -747,11 +742,14 @@ mod cuda {
 
     /// Shared memory of a kernel on tensor cores whose plan has `taps` taps, and of others.
     fn shared_with_plan(kernel: &Kernel, taps: usize) -> usize {
-        let (bm, bn) = kernel.tile.expect("a product's kernel");
-        let ring = shared(kernel);
+        if shared(kernel) == 0 { 0 } else { with_plan(tile(kernel), taps) }
+    }
+
+    /// Shared memory of a product with such tiles on tensor cores whose plan has `taps` taps.
+    fn with_plan((bm, bn): (usize, usize), taps: usize) -> usize {
         // Beside a ring of 96 KiB an RTX 4090 has room for so many.
-        assert!(ring == 0 || taps <= 120, "conv2d: a weight of {taps} taps; in bf16 they are at most 120");
-        if ring == 0 { 0 } else { ring + 4 * (bm + bn) as usize + SOURCES as usize + TAP as usize * taps }
+        assert!(taps <= 120, "conv2d: a weight of {taps} taps; in bf16 they are at most 120");
+        ring(bm, bn) + 4 * (bm + bn) + SOURCES as usize + TAP as usize * taps
     }
 
     /// The sizes in the kernels' form.
@@ -809,12 +807,7 @@ mod cuda {
         plus: Plus<'_>,
     ) -> Result<()> {
         let (x, dtype) = (&input.x, input.x.dtype());
-        // The pixel of y is the tap (top, left), if there is one.
-        let Shape { h: kh, w: kw, .. } = params.shape(weight);
-        let inside = !input.doubled && g.stride == 1 && g.pad.top < kh && g.pad.left < kw;
-        let in_sum = plus
-            .shortcut
-            .filter(|s| dtype == DType::Bf16 && inside && s.x.shape().with_c(0) == input.shape().with_c(0));
+        let in_sum = plus.shortcut.filter(|s| dtype == DType::Bf16 && s.is_beside(input, params.shape(weight), g));
         let apart = match plus.shortcut {
             Some(s) if in_sum.is_none() => {
                 let mut y = Tensor::uninit(&Device::Cuda(gpu.clone()), dtype, y.shape())?;
@@ -907,98 +900,245 @@ mod cuda {
         launch.u32(shape.c).u32(c).u32(shape.pixels()).u32(lane_bits).run()
     }
 
-    /// Rows are the pixels of `dx` in one class of remainders modulo the stride, of which class 0 is the largest;
-    /// columns `c_in`.
-    #[allow(clippy::too_many_arguments)]
-    pub fn dgrad(
-        gpu: &Gpu,
-        dx: &mut Tensor,
-        dx_second: Option<&mut Tensor>,
-        x: &Input,
-        dy: &Tensor,
-        weight: View<'_>,
-        ws: Shape,
-        g: Geometry,
-    ) -> Result<()> {
-        let xs = x.x.shape();
-        let rows = xs.n * xs.h.div_ceil(g.stride) * xs.w.div_ceil(g.stride);
-        // A repeated pixel is reached through each tap four times.
-        let taps = if x.doubled { 4 * ws.h * ws.w } else { ws.h * ws.w };
-        // The classes of a stride have different numbers of taps.
-        let segments = if g.stride == 1 { Segments::new(xs.pixels(), slabs(taps, &[ws.n])) } else { Segments::ONE };
-        let kernel = match dy.dtype() {
-            DType::F32 => choose([&DGRAD_64X64_F32, &DGRAD_128X32_F32], rows, xs.c).0,
-            DType::Bf16 if !(ws.n.is_multiple_of(8) && xs.c.is_multiple_of(8)) => &DGRAD_MMA_64X64_ANY,
-            DType::Bf16 => {
-                let whole = ws.n.is_multiple_of(SLAB) && xs.c.is_multiple_of(128) && segments.count == 1;
-                choose_mma(whole.then_some(&DGRAD_MMA_128X128), &DGRAD_MMA_64X64, MANY, rows, xs.c)
-            }
-        };
-        let tiles = tiles(kernel, rows, xs.c);
-        let sizes = sizes(x, ws, g);
-        let launch = |blocks| {
-            let grid = [tiles, g.stride * g.stride, blocks];
-            gpu.launch(kernel, grid, kernel.max_threads).shared(shared_with_plan(kernel, taps))
-        };
-        if !std::ptr::eq(kernel, &DGRAD_MMA_64X64) {
-            return launch(1).write(dx).write_opt(dx_second).read(dy).view(weight).value(sizes).run();
-        }
-        let blocks = segments.blocks(tiles);
-        if blocks == 1 {
-            let launch = launch(1).write(dx).write_opt(dx_second).null().read(dy).view(weight);
-            return launch.value(sizes).u32(segments.segment).run();
-        }
-        let mut parts = gpu.alloc(4 * blocks * xs.len())?; // (segments, n, h, w, c_in)
-        let launch = launch(blocks).null().null().buffer_mut(&mut parts).read(dy).view(weight);
-        launch.value(sizes).u32(segments.segment).run()?;
-        join(gpu, dx, dx_second, &parts, blocks, |launch| launch.null().null().null().u32(0).null())
+    /// A convolution, or a shortcut as one.
+    #[derive(Clone, Copy)]
+    pub struct Layer<'a> {
+        pub x: &'a Input,
+        pub weight: Param,
+        pub g: Geometry,
     }
 
-    /// The gradient of `weight`, if it is wanted. Rows are `c_out`, columns `(u, v, c_in)`, and the sum runs over the
-    /// pixels of `y`.
-    pub fn wgrad(
+    /// The product for `dx`: rows are its pixels in one class of remainders modulo the stride, of which class 0 is the
+    /// largest; columns `c_in`.
+    struct ForDx {
+        rows: usize,
+        cols: usize,
+        classes: usize,
+        taps: usize,
+        segments: Segments,
+    }
+
+    impl ForDx {
+        fn new(x: &Input, ws: Shape, g: Geometry) -> Self {
+            let xs = x.x.shape();
+            // A repeated pixel is reached through each tap four times.
+            let taps = if x.doubled { 4 * ws.h * ws.w } else { ws.h * ws.w };
+            // The classes of a stride have different numbers of taps.
+            let segments = if g.stride == 1 { Segments::new(xs.pixels(), slabs(taps, &[ws.n])) } else { Segments::ONE };
+            let rows = xs.n * xs.h.div_ceil(g.stride) * xs.w.div_ceil(g.stride);
+            ForDx { rows, cols: xs.c, classes: g.stride * g.stride, taps, segments }
+        }
+
+        /// The side of its tiles beside those of `dw`; `None` if 8 does not divide the channels, which have a kernel of
+        /// their own.
+        fn side(&self, c_out: usize) -> Option<usize> {
+            let whole = c_out.is_multiple_of(SLAB) && self.cols.is_multiple_of(128) && self.segments.count == 1;
+            let kernel = choose_mma(whole.then_some(&BWD_MMA_128X128), &BWD_MMA_64X64, MANY, self.rows, self.cols);
+            (c_out.is_multiple_of(8) && self.cols.is_multiple_of(8)).then_some(tile(kernel).0)
+        }
+    }
+
+    /// The same for `dw`: rows are `c_out`, columns `(u, v, c_in)`, and the sum runs over the pixels of `y`.
+    fn dw_side(x: &Input, ws: Shape) -> Option<usize> {
+        let large = ws.n.is_multiple_of(128).then_some(&BWD_MMA_128X128);
+        let kernel = choose_mma(large, &BWD_MMA_64X64, 1, ws.n, ws.h * ws.w * ws.c);
+        (whole(&x.x.widths(), 8) && ws.n.is_multiple_of(8)).then_some(tile(kernel).0)
+    }
+
+    /// The gradients of `x` and of the weight, each if it is wanted; of `biases`, which are the sums of `dy`, unless dw
+    /// is computed in f32; and those of a shortcut.
+    pub fn backward(
         gpu: &Gpu,
         grads: &mut Grads<'_>,
-        weight: Param,
-        input: &Input,
+        layer: Layer<'_>,
+        shortcut: Option<&Shortcut>,
+        biases: &[Param],
         dy: &Tensor,
-        g: Geometry,
+    ) -> Result<()> {
+        let Layer { x, weight, g } = layer;
+        let ws = grads.weight_shape(weight);
+        let (mut dw, mut dx) = (None, None);
+        if dy.dtype() == DType::Bf16 {
+            (dw, dx) = (dw_side(x, ws), ForDx::new(x, ws, g).side(ws.n));
+        }
+        if dw.is_none() && grads.wants_params() {
+            dw_alone(gpu, grads, layer, biases, dy)?;
+        }
+        if dx.is_none() && x.x.wants_gradient() {
+            dx_alone(gpu, grads, layer, dy)?;
+        }
+        (dw, dx) = (dw.filter(|_| grads.wants_params()), dx.filter(|_| x.x.wants_gradient()));
+        let launches = backward_launches(dw, dx);
+        let beside = shortcut.filter(|s| {
+            let fits = |side: usize| if side == 64 { 8 } else { side };
+            let divides = dx.is_some_and(|side| s.x.shape().c.is_multiple_of(fits(side))) && whole(&s.x.widths(), 8);
+            let in_one = launches.len() == 1 && dw.is_some();
+            in_one && divides && s.x.wants_gradient() && s.is_beside(x, ws, g)
+        });
+        for sides in launches {
+            one_launch(gpu, grads, layer, sides, beside, biases, dy)?;
+        }
+        match shortcut {
+            Some(shortcut) if beside.is_none() => {
+                let x = shortcut.input();
+                let layer = Layer { x: &x, weight: shortcut.weight, g: Geometry::POINTWISE };
+                backward(gpu, grads, layer, None, &[], dy)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// On tensor cores what of `dw` and `dx` has a side for its tiles, in one launch, with both gradients of a shortcut
+    /// whose pixels are those of `x`.
+    fn one_launch(
+        gpu: &Gpu,
+        grads: &mut Grads<'_>,
+        Layer { x, weight, g }: Layer<'_>,
+        sides: [Option<usize>; 2],
+        shortcut: Option<&Shortcut>,
+        biases: &[Param],
+        dy: &Tensor,
+    ) -> Result<()> {
+        let ([dw, dx], ws, xs, dtype) = (sides, grads.weight_shape(weight), x.x.shape(), dy.dtype());
+        let kernel = backward_kernel(sides, [&BWD_MMA_128X128, &BWD_MMA_64X64_128X128, &BWD_MMA_64X64]);
+        let of_s = shortcut.map_or(Vec::new(), |s| s.x.widths());
+        let s_in = of_s.iter().sum::<usize>();
+
+        // dw, and the shortcut's: each tensor's columns have tiles of their own.
+        let (rows, depth, len) = (ws.n, dy.shape().rows(), ws.len() + ws.n * s_in);
+        let (mut dw_tiles, mut split, mut shared) = (0, SplitK { segment: 0, count: 0 }, 0);
+        let (mut parts, mut sums) = (None, None);
+        if let Some(side) = dw {
+            let of_x = x.x.widths().into_iter().map(|c| ws.h * ws.w * c);
+            let across: usize = of_x.chain(of_s.iter().copied()).map(|width| width.div_ceil(side)).sum();
+            dw_tiles = rows.div_ceil(side) * across;
+            split = split_in(sides, dw_tiles, depth);
+            parts = Some(gpu.alloc(4 * split.count * len)?); // (segments, weights)
+            if !biases.is_empty() {
+                sums = Some(gpu.alloc(8 * split.count * rows)?); // (segments, c_out), f64
+            }
+            shared = ring(side, side) + ORIGINS as usize;
+        }
+
+        // dx, and the shortcut's.
+        let of_dx = ForDx::new(x, ws, g);
+        let (mut dx_tiles, mut dx_segments, mut ds_tiles) = (0, 1, 0);
+        let (mut to, mut to_s, mut dx_parts, mut waiting) = (None, None, None, [None, None]);
+        if let Some(side) = dx {
+            dx_tiles = of_dx.rows.div_ceil(side) * of_dx.cols.div_ceil(side);
+            dx_segments = of_dx.segments.blocks(dx_tiles);
+            ds_tiles = dy.shape().rows().div_ceil(side) * s_in.div_ceil(side);
+            to = Some(x.x.gradients(grads.device())?);
+            to_s = shortcut.map(|s| s.x.gradients(grads.device())).transpose()?;
+            if dx_segments > 1 {
+                dx_parts = Some(gpu.alloc(4 * dx_segments * xs.len())?); // (segments, n, h, w, c_in)
+            } else if let ([Some(id), _], None) = (x.x.ids(), x.x.second()) {
+                waiting = grads.waiting(id);
+            }
+            shared = shared.max(with_plan((side, side), of_dx.taps));
+        }
+        let written = to.as_mut().filter(|_| dx_segments == 1);
+        let (first, second) = written.map_or((None, None), |(first, second)| (Some(first), second.as_mut()));
+        let (s_first, s_second) = to_s.as_mut().map_or((None, None), |(first, second)| (Some(first), second.as_mut()));
+
+        let number = |v: usize| u32::try_from(v).unwrap_or_else(|_| panic!("conv2d: {v} in {}", kernel.name));
+        let blocks = BackwardBlocks {
+            dw_tiles: number(dw_tiles),
+            dw_segments: number(split.count),
+            dw_depth: number(split.segment),
+            dx_tiles: number(dx_tiles),
+            dx_segments: number(dx_segments),
+            dx_depth: number(of_dx.segments.segment),
+        };
+        let sizes = geometry::Geometry {
+            s_in: number(s_in),
+            s_first: of_s.first().map_or(0, |&c| number(c)),
+            ..sizes(x, ws, g)
+        };
+        let kinds = [dw_tiles * split.count, dx_tiles * of_dx.classes * dx_segments, ds_tiles];
+        let launch = gpu.launch(kernel, [kinds.iter().sum(), 1, 1], kernel.max_threads).shared(shared).kinds(&kinds);
+        let launch = launch.buffer_mut_opt(parts.as_mut()).buffer_mut_opt(sums.as_mut());
+        let launch = launch.write_opt(first).write_opt(second).write_opt(s_first).write_opt(s_second);
+        let launch = launch.buffer_mut_opt(dx_parts.as_mut()).read(x.x.first()).read_opt(x.x.second());
+        let launch = launch.read_opt(shortcut.map(|s| s.x.first())).read_opt(shortcut.and_then(|s| s.x.second()));
+        let launch = launch.read(dy).view(grads.weight_view(weight, dtype));
+        let launch = launch.view_opt(shortcut.map(|s| grads.weight_view(s.weight, dtype)));
+        let launch = launch.read_opt(waiting[0].as_ref()).read_opt(waiting[1].as_ref());
+        launch.value(sizes).value(blocks).run()?;
+
+        if let Some(parts) = parts {
+            let all = Parts { buffer: Arc::new(parts), size: 4, from: 0, count: split.count, pitch: len };
+            grads.sum_later(gpu, weight, all.clone())?;
+            if let Some(shortcut) = shortcut {
+                grads.sum_later(gpu, shortcut.weight, Parts { from: ws.len(), ..all })?;
+            }
+        }
+        if let Some(sums) = sums {
+            grads.sums_later(gpu, biases, sums, split.count, rows)?;
+        }
+        if let Some((mut first, mut second)) = to {
+            if let Some(parts) = &dx_parts {
+                join(gpu, &mut first, second.as_mut(), parts, dx_segments, |launch| {
+                    launch.null().null().null().u32(0).null()
+                })?;
+            }
+            x.x.add(grads, (first, second))?;
+        }
+        match (shortcut, to_s) {
+            (Some(shortcut), Some(to_s)) => shortcut.x.add(grads, to_s),
+            _ => Ok(()),
+        }
+    }
+
+    /// `dx` in f32, or of channels that 8 does not divide.
+    fn dx_alone(gpu: &Gpu, grads: &mut Grads<'_>, Layer { x, weight, g }: Layer<'_>, dy: &Tensor) -> Result<()> {
+        let ws = grads.weight_shape(weight);
+        let ForDx { rows, cols, classes, taps, .. } = ForDx::new(x, ws, g);
+        let kernel = match dy.dtype() {
+            DType::F32 => choose([&DGRAD_64X64_F32, &DGRAD_128X32_F32], rows, cols).0,
+            DType::Bf16 => &DGRAD_MMA_64X64_ANY,
+        };
+        let (mut dx, mut second) = x.x.gradients(grads.device())?;
+        let launch = gpu.launch(kernel, [tiles(kernel, rows, cols), classes, 1], kernel.max_threads);
+        let launch = launch.shared(shared_with_plan(kernel, taps)).write(&mut dx).write_opt(second.as_mut());
+        launch.read(dy).view(grads.weight_view(weight, dy.dtype())).value(sizes(x, ws, g)).run()?;
+        x.x.add(grads, (dx, second))
+    }
+
+    /// `dw` in f32, or of channels that 8 does not divide, and then the gradients of `biases`.
+    fn dw_alone(
+        gpu: &Gpu,
+        grads: &mut Grads<'_>,
+        Layer { x, weight, g }: Layer<'_>,
+        biases: &[Param],
+        dy: &Tensor,
     ) -> Result<()> {
         let ws = grads.weight_shape(weight);
-        let (x, widths, taps) = (&input.x, input.x.widths(), ws.h * ws.w);
+        let (widths, taps) = (x.x.widths(), ws.h * ws.w);
         let (rows, cols, depth) = (ws.n, taps * ws.c, dy.shape().rows());
-        let job = match x.dtype() {
+        let job = match dy.dtype() {
             DType::F32 => Job::on_fma([&WGRAD_64X64_F32, &WGRAD_32X128_F32], rows, cols, depth),
             DType::Bf16 => {
                 // The network's first convolution has few channels of x, its last few of y.
                 let kernel = match (whole(&widths, 8), ws.n.is_multiple_of(8)) {
-                    (true, true) => {
-                        let large = ws.n.is_multiple_of(128).then_some(&WGRAD_MMA_128X128);
-                        choose_mma(large, &WGRAD_MMA_64X64, 1, rows, cols)
-                    }
                     (false, true) => &WGRAD_MMA_64X64_ANY_X,
                     (true, false) => &WGRAD_MMA_64X64_ANY_Y,
-                    (false, false) => &WGRAD_MMA_64X64_ANY,
+                    _ => &WGRAD_MMA_64X64_ANY,
                 };
                 // The columns of each tensor have tiles of their own.
                 let tiles = widths.iter().map(|c| tiles(kernel, rows, taps * c)).sum();
                 Job { tiles, ..Job::on_mma(kernel, ORIGINS as usize, rows, cols, depth) }
             }
         };
-        let operands = [Some(x.first()), x.second(), Some(dy)].map(|x| x.map(Tensor::array));
-        grads.product(gpu, weight, &job, &operands, sizes(input, ws, g))
+        let operands = [Some(x.x.first()), x.x.second(), Some(dy)].map(|x| x.map(Tensor::array));
+        grads.product(gpu, weight, biases, &job, &operands, sizes(x, ws, g))
     }
 
     /// The gradients of `biases`, each if it is wanted, from the sums over each image's pixels.
-    pub fn bias_gradients(
-        gpu: &Gpu,
-        grads: &mut Grads<'_>,
-        biases: [Option<Param>; 2],
-        known: &PixelSums,
-    ) -> Result<()> {
+    pub fn bias_gradients(gpu: &Gpu, grads: &mut Grads<'_>, biases: &[Param], known: &PixelSums) -> Result<()> {
         let Shape { n, c, .. } = known.rounded.shape();
         let parts = Parts { buffer: known.sums.clone(), size: 4, from: 0, count: n, pitch: c };
-        biases.into_iter().flatten().try_for_each(|bias| grads.sum_later(gpu, bias, parts.clone()))
+        biases.iter().try_for_each(|bias| grads.sum_later(gpu, *bias, parts.clone()))
     }
 
     /// The gradients of `biases`, each if it is wanted, and `dshift` (n, 1, 1, c_out) if `shift_on` names its device. A
@@ -1006,7 +1146,7 @@ mod cuda {
     pub fn sums(
         gpu: &Gpu,
         grads: &mut Grads<'_>,
-        biases: [Option<Param>; 2],
+        biases: &[Param],
         dy: &Tensor,
         shift_on: Option<&Device>,
     ) -> Result<Option<Tensor>> {
@@ -1018,10 +1158,7 @@ mod cuda {
         let launch = gpu.launch(BWD_SHIFT.of(dy.dtype()), [n, c.div_ceil(lanes), 1], SUM_THREADS);
         let launch = launch.buffer_mut(&mut sums).write_opt(dshift.as_mut()).read(dy);
         launch.u32(h * w).u64(n * h * w).u32(c).u32(lanes).run()?;
-        let parts = Parts { buffer: Arc::new(sums), size: 8, from: 0, count: n, pitch: c };
-        for bias in biases.into_iter().flatten() {
-            grads.sum_later(gpu, bias, parts.clone())?;
-        }
+        grads.sums_later(gpu, biases, sums, n, c)?;
         Ok(dshift)
     }
 }

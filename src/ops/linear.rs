@@ -9,13 +9,14 @@
 //! - `db[o] = sum over p of dy[p,o]`
 //! - `dresidual = dy`: the same tensor, passed on.
 //!
-//! Saved: a handle to `x`. `dx` is computed only if it is wanted.
+//! Saved: a handle to `x`. `dx` is computed only if it is wanted. On a GPU in bf16 one launch computes all gradients.
 //!
 //! Numerics: `y` and `dx` are f32 sums in order of `k` and `o`, so a row's bits do not depend on the other rows.
 
 use crate::device::Device;
 use crate::device::cpu::simd::Isa;
 use crate::error::Result;
+use crate::ops::silu;
 use crate::params::Param;
 use crate::tape::{Backward, BackwardOfAll, Grads, Tape, Var, VarId};
 use crate::tensor::{DType, Shape, Tensor};
@@ -58,6 +59,19 @@ pub fn linear_by(
         }
         Device::Meta(_) => {}
     }
+    recorded(tape, x, weight, bias, residual, isa, y)
+}
+
+/// Records `y`, the layer's output, for whoever has computed it.
+pub(crate) fn recorded(
+    tape: &mut Tape<'_>,
+    x: &Var,
+    weight: Param,
+    bias: Option<Param>,
+    residual: Option<&Var>,
+    isa: Isa,
+    y: Tensor,
+) -> Result<Var> {
     tape.push("linear", y, || LinearBackward {
         x: x.value().clone(),
         x_id: x.id(),
@@ -66,6 +80,32 @@ pub fn linear_by(
         residual: residual.and_then(Var::id),
         isa,
     })
+}
+
+/// The [SiLU](silu::silu) of a [`linear`] layer with bias: in bf16 on a GPU one launch, which stores the layer's own
+/// output only if the tape records. The bits are those of both operations.
+pub fn linear_silu(tape: &mut Tape<'_>, x: &Var, weight: Param, bias: Param) -> Result<Var> {
+    let (xs, ws, params, dtype) = (x.shape(), tape.params().shape(weight), tape.params(), x.value().dtype());
+    let gpu = match tape.device() {
+        Device::Cuda(gpu) if dtype == DType::Bf16 => gpu,
+        _ => {
+            let y = linear(tape, x, weight, Some(bias), None)?;
+            return silu::silu(tape, &y);
+        }
+    };
+    assert_eq!(ws, Shape::new(ws.n, 1, 1, xs.c), "linear: weight is {ws} for x {xs}");
+    assert_eq!(params.shape(bias), Shape::vector(ws.n), "linear: bias is {} for c_out={}", params.shape(bias), ws.n);
+    let uninit = || Tensor::uninit(tape.device(), dtype, xs.with_c(ws.n));
+    let (mut y, mut activated) = (tape.is_recording().then(uninit).transpose()?, uninit()?);
+    let (view, of_bias) = (params.view(weight, dtype), params.view(bias, DType::F32));
+    cuda::forward_silu(gpu, y.as_mut(), &mut activated, x.value(), view, of_bias)?;
+    match y {
+        Some(y) => {
+            let y = recorded(tape, x, weight, Some(bias), None, Isa::best(), y)?;
+            silu::recorded(tape, &y, activated)
+        }
+        None => Ok(Var::constant(activated)),
+    }
 }
 
 /// [`linear`] of several layers that read the same `x`, each with its weight and bias: their outputs, in order. In bf16
@@ -188,17 +228,7 @@ fn backward(
                 grads.add(id, dx)?;
             }
         }
-        Device::Cuda(gpu) => {
-            cuda::wgrad(gpu, grads, weight, x, dy)?;
-            if let Some(bias) = bias.filter(|_| grads.wants_params()) {
-                cuda::bias_grad(gpu, grads, bias, dy)?;
-            }
-            if let Some(id) = x_id {
-                let mut dx = Tensor::uninit(device, dy.dtype(), xs)?;
-                cuda::dgrad(gpu, &mut dx, dy, grads.weight_view(weight, dy.dtype()))?;
-                grads.add(id, dx)?;
-            }
-        }
+        Device::Cuda(gpu) => cuda::backward(gpu, grads, x, x_id, weight, bias, dy)?,
         Device::Meta(_) => {}
     }
     Ok(())
@@ -312,18 +342,20 @@ mod cuda {
 
     use super::*;
     use crate::device::cuda::tile::{
-        Job, MANY, Parts, SUM_THREADS, SplitK, choose, choose_mma, lanes, shared, tile, tiles,
+        Job, MANY, Parts, SUM_THREADS, SplitK, backward_kernel, backward_launches, choose, choose_mma, lanes, ring,
+        shared, split_in, tile, tiles,
     };
     use crate::device::cuda::{Gpu, Launch, View, each_four};
+    use crate::kernels::Kernel;
     use crate::kernels::linear::{
-        BWD_SUMS, CHUNK, DGRAD_64X64_F32, DGRAD_128X32_F32, DGRAD_MMA_64X64, DGRAD_MMA_64X64_ANY, DGRAD_MMA_128X128,
-        FWD_64X64_F32, FWD_128X32_F32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X128, GROUP_BWD_SUMS,
-        GROUP_DGRAD_MMA_64X64, GROUP_DGRAD_MMA_128X128, GROUP_FWD_MMA_64X64, GROUP_FWD_MMA_128X128, GROUP_JOIN,
-        GROUP_WGRAD_MMA_64X64, GROUP_WGRAD_MMA_128X128, LANES, LAYERS, Layer, Layers, Sizes, WGRAD_32X128_F32,
-        WGRAD_64X64_F32, WGRAD_MMA_64X64, WGRAD_MMA_64X64_ANY, WGRAD_MMA_128X128,
+        BWD_MMA_64X64, BWD_MMA_64X64_128X128, BWD_MMA_128X128, BWD_SUMS_F32, CHUNK, DGRAD_64X64_F32, DGRAD_128X32_F32,
+        DGRAD_MMA_64X64_ANY, FWD_64X64_F32, FWD_128X32_F32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X128,
+        GROUP_BWD_MMA_64X64, GROUP_BWD_MMA_64X64_128X128, GROUP_BWD_MMA_128X128, GROUP_FWD_MMA_64X64,
+        GROUP_FWD_MMA_128X128, GROUP_JOIN, LAYERS, Layer, Layers, Sizes, WGRAD_32X128_F32, WGRAD_64X64_F32,
+        WGRAD_MMA_64X64_ANY,
     };
-    use crate::kernels::tile_mma::BK;
-    use crate::params::{ParamView, Params, Specs};
+    use crate::kernels::tile_mma::{BK, BackwardBlocks};
+    use crate::params::{Params, Specs};
 
     /// Steps of k in a slab of a product on tensor cores.
     const SLAB: usize = BK as usize;
@@ -347,7 +379,34 @@ mod cuda {
         if let Some(residual) = residual {
             assert_eq!(residual.dtype(), x.dtype(), "linear: {residual:?} is added to a layer of {x:?}");
         }
-        let (rows, c_in, c_out) = (x.shape().rows(), x.shape().c, y.shape().c);
+        let c_out = y.shape().c;
+        forward_of(gpu, [Some(y), None], c_out, x, weight, bias, residual)
+    }
+
+    /// In bf16: `y`, if it is there, and its SiLU.
+    pub fn forward_silu(
+        gpu: &Gpu,
+        y: Option<&mut Tensor>,
+        activated: &mut Tensor,
+        x: &Tensor,
+        weight: View<'_>,
+        bias: View<'_>,
+    ) -> Result<()> {
+        let c_out = activated.shape().c;
+        forward_of(gpu, [y, Some(activated)], c_out, x, weight, Some(bias), None)
+    }
+
+    /// `y` and, in bf16 alone, its SiLU, each if it is there.
+    fn forward_of(
+        gpu: &Gpu,
+        [y, activated]: [Option<&mut Tensor>; 2],
+        c_out: usize,
+        x: &Tensor,
+        weight: View<'_>,
+        bias: Option<View<'_>>,
+        residual: Option<&Tensor>,
+    ) -> Result<()> {
+        let (rows, c_in) = (x.shape().rows(), x.shape().c);
         let kernel = match x.dtype() {
             DType::F32 => choose([&FWD_64X64_F32, &FWD_128X32_F32], rows, c_out).0,
             DType::Bf16 if !c_in.is_multiple_of(8) => &FWD_MMA_64X64_ANY,
@@ -357,52 +416,154 @@ mod cuda {
             }
         };
         let launch = gpu.launch(kernel, [tiles(kernel, rows, c_out), 1, 1], kernel.max_threads).shared(shared(kernel));
-        let launch = launch.write(y).read(x).view(weight).view_opt(bias).read_opt(residual);
-        launch.value(sizes(rows, c_in, c_out)).run()
+        let launch = launch.write_opt(y).read(x).view(weight).view_opt(bias).read_opt(residual);
+        let launch = launch.value(sizes(rows, c_in, c_out));
+        match x.dtype() {
+            DType::F32 => launch.run(),
+            DType::Bf16 => launch.write_opt(activated).run(),
+        }
     }
 
-    pub fn dgrad(gpu: &Gpu, dx: &mut Tensor, dy: &Tensor, weight: View<'_>) -> Result<()> {
-        let (rows, c_in, c_out) = (dy.shape().rows(), dx.shape().c, dy.shape().c);
-        let kernel = match dy.dtype() {
+    /// The gradients of the layer's parameters and of `x`, each if it is wanted: in bf16, with channels in whole
+    /// chunks, by one launch.
+    pub fn backward(
+        gpu: &Gpu,
+        grads: &mut Grads<'_>,
+        x: &Tensor,
+        x_id: Option<VarId>,
+        weight: Param,
+        bias: Option<Param>,
+        dy: &Tensor,
+    ) -> Result<()> {
+        let (rows, c_in, c_out, dtype) = (dy.shape().rows(), x.shape().c, dy.shape().c, dy.dtype());
+        if dtype == DType::F32 || !whole(&[c_in, c_out], 8) {
+            dw_alone(gpu, grads, weight, bias, x, dy)?;
+            return x_id.map_or(Ok(()), |id| dx_alone(gpu, grads, weight, x, id, dy));
+        }
+        let large = whole(&[c_in, c_out], 128).then_some(&BWD_MMA_128X128);
+        let dw = choose_mma(large, &BWD_MMA_64X64, 1, c_out, c_in);
+        let large = (whole(&[c_in], 128) && whole(&[c_out], SLAB)).then_some(&BWD_MMA_128X128);
+        let dx = choose_mma(large, &BWD_MMA_64X64, MANY, rows, c_in);
+        for sides in backward_launches(grads.wants_params().then(|| tile(dw).0), x_id.map(|_| tile(dx).0)) {
+            let kernel = backward_kernel(sides, [&BWD_MMA_128X128, &BWD_MMA_64X64_128X128, &BWD_MMA_64X64]);
+            let plan = Plan::new(sides, |side| c_out.div_ceil(side), rows, c_in, [1, 1]);
+            let (count, [of_dw, of_dx]) = (plan.count(), sides.map(|side| side.is_some()));
+            let mut parts = of_dw.then(|| gpu.alloc(4 * count * c_out * c_in)).transpose()?; // (segments, c_out, c_in)
+            let of_bias = of_dw && bias.is_some();
+            let mut sums = of_bias.then(|| gpu.alloc(8 * count * c_out)).transpose()?; // (segments, c_out), f64
+            let mut dx = of_dx.then(|| Tensor::uninit(grads.device(), dtype, x.shape())).transpose()?;
+            let launch = plan.launch(gpu, kernel).buffer_mut_opt(parts.as_mut()).buffer_mut_opt(sums.as_mut());
+            let launch = launch.write_opt(dx.as_mut()).read(x).read(dy).view(grads.weight_view(weight, dtype));
+            launch.value(sizes(rows, c_in, c_out)).value(plan.blocks).run()?;
+            if let Some(parts) = parts {
+                let parts = Parts { buffer: Arc::new(parts), size: 4, from: 0, count, pitch: c_out * c_in };
+                grads.sum_later(gpu, weight, parts)?;
+            }
+            if let Some(sums) = sums {
+                grads.sums_later(gpu, bias.as_slice(), sums, count, c_out)?;
+            }
+            if let (Some(id), Some(dx)) = (x_id, dx) {
+                grads.add(id, dx)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// True if `unit` divides each of so many channels.
+    fn whole(widths: &[usize], unit: usize) -> bool {
+        widths.iter().all(|c| c.is_multiple_of(unit))
+    }
+
+    /// A launch for the gradients of weights, for that of `x`, or for both.
+    struct Plan {
+        /// Of the tiles.
+        side: usize,
+        blocks: BackwardBlocks,
+    }
+
+    impl Plan {
+        /// For tiles with such sides, `units(side)` of them along the channels of all outputs. dx is one sum over all
+        /// layers or several, so many segments of so many layers each.
+        fn new(
+            sides: [Option<usize>; 2],
+            units: impl Fn(usize) -> usize,
+            rows: usize,
+            c_in: usize,
+            [segments, layers]: [usize; 2],
+        ) -> Self {
+            let [dw, dx] = sides;
+            let dw_tiles = dw.map_or(0, |side| units(side) * c_in.div_ceil(side));
+            let split = dw.map_or(SplitK { segment: 0, count: 0 }, |_| split_in(sides, dw_tiles, rows));
+            let number = |v: usize| u32::try_from(v).unwrap_or_else(|_| panic!("linear: {v} in a launch"));
+            let blocks = BackwardBlocks {
+                dw_tiles: number(dw_tiles),
+                dw_segments: number(split.count),
+                dw_depth: number(split.segment),
+                dx_tiles: number(dx.map_or(0, |side| rows.div_ceil(side) * c_in.div_ceil(side))),
+                dx_segments: number(segments),
+                dx_depth: number(layers),
+            };
+            Plan { side: dw.max(dx).expect("a gradient is wanted"), blocks }
+        }
+
+        /// Segments of the rows, for dw.
+        fn count(&self) -> usize {
+            self.blocks.dw_segments as usize
+        }
+
+        fn launch<'a>(&self, gpu: &'a Gpu, kernel: &'static Kernel) -> Launch<'a> {
+            let BackwardBlocks { dw_tiles, dw_segments, dx_tiles, dx_segments, .. } = self.blocks;
+            let kinds = [dw_tiles * dw_segments, dx_tiles * dx_segments].map(|blocks| blocks as usize);
+            let launch = gpu.launch(kernel, [kinds.iter().sum(), 1, 1], kernel.max_threads);
+            launch.shared(ring(self.side, self.side)).kinds(&kinds)
+        }
+    }
+
+    /// The gradient of `x` in f32, or of channels that 8 does not divide.
+    fn dx_alone(gpu: &Gpu, grads: &mut Grads<'_>, weight: Param, x: &Tensor, id: VarId, dy: &Tensor) -> Result<()> {
+        let (rows, c_in, c_out, dtype) = (dy.shape().rows(), x.shape().c, dy.shape().c, dy.dtype());
+        let kernel = match dtype {
             DType::F32 => choose([&DGRAD_64X64_F32, &DGRAD_128X32_F32], rows, c_in).0,
-            DType::Bf16 if !(c_in.is_multiple_of(8) && c_out.is_multiple_of(8)) => &DGRAD_MMA_64X64_ANY,
-            DType::Bf16 => {
-                let whole = c_out.is_multiple_of(SLAB) && c_in.is_multiple_of(128);
-                choose_mma(whole.then_some(&DGRAD_MMA_128X128), &DGRAD_MMA_64X64, MANY, rows, c_in)
-            }
+            DType::Bf16 => &DGRAD_MMA_64X64_ANY,
         };
+        let mut dx = Tensor::uninit(grads.device(), dtype, x.shape())?;
         let launch = gpu.launch(kernel, [tiles(kernel, rows, c_in), 1, 1], kernel.max_threads).shared(shared(kernel));
-        launch.write(dx).read(dy).view(weight).value(sizes(rows, c_in, c_out)).run()
+        let launch = launch.write(&mut dx).read(dy).view(grads.weight_view(weight, dtype));
+        launch.value(sizes(rows, c_in, c_out)).run()?;
+        grads.add(id, dx)
     }
 
-    /// The gradient of `weight`, if it is wanted. Rows are `c_out`, columns `c_in`, and the sum runs over the rows of
-    /// `x`.
-    pub fn wgrad(gpu: &Gpu, grads: &mut Grads<'_>, weight: Param, x: &Tensor, dy: &Tensor) -> Result<()> {
+    /// The gradients of the parameters, if they are wanted, in f32, or of channels that 8 does not divide. Rows are
+    /// `c_out`, columns `c_in`, and the sum runs over the rows of `x`.
+    fn dw_alone(
+        gpu: &Gpu,
+        grads: &mut Grads<'_>,
+        weight: Param,
+        bias: Option<Param>,
+        x: &Tensor,
+        dy: &Tensor,
+    ) -> Result<()> {
         let (depth, cols, rows) = (dy.shape().rows(), x.shape().c, dy.shape().c);
-        let job = match x.dtype() {
-            DType::F32 => Job::on_fma([&WGRAD_64X64_F32, &WGRAD_32X128_F32], rows, cols, depth),
-            DType::Bf16 => {
-                let kernel = if cols.is_multiple_of(8) && rows.is_multiple_of(8) {
-                    let whole = cols.is_multiple_of(128) && rows.is_multiple_of(128);
-                    choose_mma(whole.then_some(&WGRAD_MMA_128X128), &WGRAD_MMA_64X64, 1, rows, cols)
-                } else {
-                    &WGRAD_MMA_64X64_ANY
-                };
-                Job::on_mma(kernel, 0, rows, cols, depth)
-            }
+        let (job, with_dw) = match x.dtype() {
+            DType::F32 => (Job::on_fma([&WGRAD_64X64_F32, &WGRAD_32X128_F32], rows, cols, depth), None),
+            DType::Bf16 => (Job::on_mma(&WGRAD_MMA_64X64_ANY, 0, rows, cols, depth), bias),
         };
         let operands = [x, dy].map(|x| Some(x.array()));
-        grads.product(gpu, weight, &job, &operands, sizes(depth, cols, rows))
+        grads.product(gpu, weight, with_dw.as_slice(), &job, &operands, sizes(depth, cols, rows))?;
+        match bias {
+            Some(bias) if with_dw.is_none() && grads.wants_params() => bias_grad(gpu, grads, bias, dy),
+            _ => Ok(()),
+        }
     }
 
-    /// Sums chunks of rows, up to 32 channels side by side, then the chunks in order.
-    pub fn bias_grad(gpu: &Gpu, grads: &mut Grads<'_>, bias: Param, dy: &Tensor) -> Result<()> {
+    /// In f32: sums chunks of rows, up to 32 channels side by side, then the chunks in order.
+    fn bias_grad(gpu: &Gpu, grads: &mut Grads<'_>, bias: Param, dy: &Tensor) -> Result<()> {
         let (rows, c) = (dy.shape().rows(), dy.shape().c);
         let (chunks, lanes) = (rows.div_ceil(CHUNK as usize), lanes(c));
         let mut sums = gpu.alloc(8 * chunks * c)?; // (chunks, c), f64
-        let launch = gpu.launch(BWD_SUMS.of(dy.dtype()), [chunks, c.div_ceil(lanes), 1], SUM_THREADS);
+        let launch = gpu.launch(&BWD_SUMS_F32, [chunks, c.div_ceil(lanes), 1], SUM_THREADS);
         launch.buffer_mut(&mut sums).read(dy).u64(rows).u32(c).u32(lanes).run()?;
-        grads.sum_later(gpu, bias, Parts { buffer: Arc::new(sums), size: 8, from: 0, count: chunks, pitch: c })
+        grads.sums_later(gpu, &[bias], sums, chunks, c)
     }
 
     /// True if layers are computed as a group: in bf16, with channels in whole chunks.
@@ -493,6 +654,8 @@ mod cuda {
         Ok(())
     }
 
+    /// One product for the weights, whose rows are the channels of all outputs, and one sum over these for dx. Where an
+    /// image is one row there are few tiles of dx, but many layers: each is a segment of its own.
     pub fn group_backward(
         gpu: &Gpu,
         grads: &mut Grads<'_>,
@@ -503,95 +666,65 @@ mod cuda {
     ) -> Result<()> {
         for (layers, dys) in layers.chunks(LAYERS as usize).zip(dys.chunks(LAYERS as usize)) {
             let group = Group::new(grads.params(), layers, x.shape());
-            if grads.wants_params() {
-                group_wgrad(gpu, grads, &group, x, dys)?;
-                group_bias_grad(gpu, grads, &group, dys)?;
+            let large = (whole(&[group.c_in], 128) && group.divides(128)).then_some(&GROUP_BWD_MMA_128X128);
+            let dw = choose_mma(large, &GROUP_BWD_MMA_64X64, 1, group.width(), group.c_in);
+            let large = (whole(&[group.c_in], 128) && group.divides(SLAB)).then_some(&GROUP_BWD_MMA_128X128);
+            let dx = choose_mma(large, &GROUP_BWD_MMA_64X64, MANY, group.rows, group.c_in);
+            for sides in backward_launches(grads.wants_params().then(|| tile(dw).0), x_id.map(|_| tile(dx).0)) {
+                if let (Some(dx), Some(id)) = (group_launch(gpu, grads, &group, x, dys, sides)?, x_id) {
+                    grads.add(id, dx)?;
+                }
             }
-            if let Some(id) = x_id {
-                let dx = group_dgrad(gpu, grads, &group, x, dys)?;
-                grads.add(id, dx)?;
-            }
         }
         Ok(())
     }
 
-    /// Rows are the channels of all outputs, columns `c_in`, and the sum runs over the rows of `x`.
-    fn group_wgrad(gpu: &Gpu, grads: &mut Grads<'_>, group: &Group<'_>, x: &Tensor, dys: &[Tensor]) -> Result<()> {
-        let specs = grads.params().specs();
-        let large = (group.c_in.is_multiple_of(128) && group.divides(128)).then_some(&GROUP_WGRAD_MMA_128X128);
-        let kernel = choose_mma(large, &GROUP_WGRAD_MMA_64X64, 1, group.width(), group.c_in);
-        let (bm, bn) = tile(kernel);
-        let units = group.units(bm);
-        let tiles = units * group.c_in.div_ceil(bn);
-        let split = Job::on_mma(kernel, 0, group.width(), group.c_in, group.rows);
-        let SplitK { segment, count } = Job { tiles, ..split }.split();
-        let launch = gpu.launch(kernel, [tiles, count, 1], kernel.max_threads).shared(shared(kernel));
-        let run = |launch: Launch<'_>, accumulate: bool| {
-            let mut launch = launch.read(x);
-            let addresses: Vec<u64> = dys.iter().map(|dy| launch.read_in_struct(dy)).collect();
-            let table = group.table(specs, bm, addresses.into_iter());
-            launch.value(table).u32(segment).u32(accumulate.into()).run()
-        };
-        if count == 1 {
-            let weights = group.layers.iter().map(|(weight, _)| *weight);
-            let ParamView { view, accumulate } = grads.param_span(weights).expect("gradients that are wanted");
-            return run(launch.view_mut(view), accumulate);
-        }
-        let pitch = units * bm * group.c_in;
-        let mut parts = gpu.alloc(4 * count * pitch)?; // (segments, layers, c_out in whole tiles, c_in)
-        run(launch.buffer_mut(&mut parts), false)?;
-        let buffer = Arc::new(parts);
-        let mut from = 0;
-        for ((weight, _), c_out) in group.layers.iter().zip(&group.widths) {
-            let parts = Parts { buffer: buffer.clone(), size: 4, from, count, pitch };
-            grads.sum_later(gpu, *weight, parts)?;
-            from += c_out.next_multiple_of(bm) * group.c_in;
-        }
-        Ok(())
-    }
+    /// Returns dx, if it has a side for its tiles.
+    fn group_launch(
+        gpu: &Gpu,
+        grads: &mut Grads<'_>,
+        group: &Group<'_>,
+        x: &Tensor,
+        dys: &[Tensor],
+        sides: [Option<usize>; 2],
+    ) -> Result<Option<Tensor>> {
+        let kernels = [&GROUP_BWD_MMA_128X128, &GROUP_BWD_MMA_64X64_128X128, &GROUP_BWD_MMA_64X64];
+        let (params, layers, xs) = (grads.params(), group.layers.len(), x.shape());
+        let segments = if xs.pixels() == 1 { layers } else { 1 };
+        let units = |side: usize| group.units(side);
+        let plan = Plan::new(sides, units, group.rows, group.c_in, [segments, layers / segments]);
+        let (count, [of_dw, of_dx]) = (plan.count(), sides.map(|side| side.is_some()));
+        // Each layer's channels in whole tiles.
+        let unit = sides[0].unwrap_or(SLAB);
+        let channels = group.units(unit) * unit;
+        let pitch = channels * group.c_in;
+        let mut parts = of_dw.then(|| gpu.alloc(4 * count * pitch)).transpose()?; // (segments, channels, c_in)
+        let mut sums = of_dw.then(|| gpu.alloc(8 * count * channels)).transpose()?; // (segments, channels), f64
+        let mut dx = of_dx.then(|| Tensor::uninit(grads.device(), DType::Bf16, xs)).transpose()?;
+        let split = of_dx && segments > 1;
+        let mut dx_parts = split.then(|| gpu.alloc(4 * segments * xs.len())).transpose()?; // (segments, rows, c_in)
 
-    /// Sums chunks of rows, for the columns of all layers side by side.
-    fn group_bias_grad(gpu: &Gpu, grads: &mut Grads<'_>, group: &Group<'_>, dys: &[Tensor]) -> Result<()> {
-        let (chunks, lanes) = (group.rows.div_ceil(CHUNK as usize), LANES as usize);
-        let units = group.units(lanes);
-        let mut sums = gpu.alloc(8 * chunks * units * lanes)?; // (chunks, layers, c_out in whole LANES), f64
-        let mut launch = gpu.launch(&GROUP_BWD_SUMS, [chunks, units, 1], SUM_THREADS).buffer_mut(&mut sums);
-        let addresses: Vec<u64> = dys.iter().map(|dy| launch.read_in_struct(dy)).collect();
-        launch.value(group.table(grads.params().specs(), lanes, addresses.into_iter())).run()?;
-        let buffer = Arc::new(sums);
-        let mut from = 0;
-        for ((_, bias), c_out) in group.layers.iter().zip(&group.widths) {
-            let (count, pitch) = (chunks, units * lanes);
-            let parts = Parts { buffer: buffer.clone(), size: 8, from, count, pitch };
-            grads.sum_later(gpu, *bias, parts)?;
-            from += c_out.next_multiple_of(lanes);
-        }
-        Ok(())
-    }
-
-    /// One sum over the channels of all outputs. Where an image is one row there are few tiles, but many layers: each
-    /// is a segment of its own.
-    fn group_dgrad(gpu: &Gpu, grads: &Grads<'_>, group: &Group<'_>, x: &Tensor, dys: &[Tensor]) -> Result<Tensor> {
-        let (params, xs) = (grads.params(), x.shape());
-        let large = (group.c_in.is_multiple_of(128) && group.divides(SLAB)).then_some(&GROUP_DGRAD_MMA_128X128);
-        let kernel = choose_mma(large, &GROUP_DGRAD_MMA_64X64, MANY, group.rows, group.c_in);
-        let layers = group.layers.len();
-        let segment = if xs.pixels() == 1 { 1 } else { layers };
-        let segments = layers.div_ceil(segment);
-        let mut dx = Tensor::uninit(grads.device(), DType::Bf16, xs)?;
-        let mut parts = if segments > 1 { Some(gpu.alloc(4 * segments * xs.len())?) } else { None };
-        let grid = [tiles(kernel, group.rows, group.c_in), segments, 1];
-        let launch = gpu.launch(kernel, grid, kernel.max_threads).shared(shared(kernel));
-        let launch = match &mut parts {
-            Some(parts) => launch.null().buffer_mut(parts),
-            None => launch.write(&mut dx).null(),
-        };
+        let launch = plan.launch(gpu, backward_kernel(sides, kernels));
+        let launch = launch.buffer_mut_opt(parts.as_mut()).buffer_mut_opt(sums.as_mut());
+        let launch = launch.write_opt(dx.as_mut().filter(|_| !split)).buffer_mut_opt(dx_parts.as_mut()).read(x);
         let mut launch = launch.view(params.view_range(group.weights.clone(), DType::Bf16));
         let addresses: Vec<u64> = dys.iter().map(|dy| launch.read_in_struct(dy)).collect();
-        // `first` is not read.
-        launch.value(group.table(params.specs(), SLAB, addresses.into_iter())).u32(segment).run()?;
-        if let Some(parts) = &parts {
-            let launch = gpu.launch(&GROUP_JOIN, each_four(xs.len()), GROUP_JOIN.max_threads).write(&mut dx);
+        let table = group.table(params.specs(), unit, addresses.into_iter());
+        launch.value(table).value(plan.blocks).run()?;
+
+        if let (Some(parts), Some(sums)) = (parts, sums) {
+            let (parts, sums) = (Arc::new(parts), Arc::new(sums));
+            let mut first = 0;
+            for (&(weight, bias), c_out) in group.layers.iter().zip(&group.widths) {
+                let of_weight = Parts { buffer: parts.clone(), size: 4, from: first * group.c_in, count, pitch };
+                grads.sum_later(gpu, weight, of_weight)?;
+                let of_bias = Parts { buffer: sums.clone(), size: 8, from: first, count, pitch: channels };
+                grads.sum_later(gpu, bias, of_bias)?;
+                first += c_out.next_multiple_of(unit);
+            }
+        }
+        if let (Some(dx), Some(parts)) = (&mut dx, &dx_parts) {
+            let launch = gpu.launch(&GROUP_JOIN, each_four(xs.len()), GROUP_JOIN.max_threads).write(dx);
             launch.buffer(parts).u32(segments).u64(xs.len()).run()?;
         }
         Ok(dx)

@@ -131,20 +131,6 @@ fn factors(step: &Step, scale: Option<f64>) -> Factors {
     }
 }
 
-/// The timestep of the turn that `device` is bound to, for the network: (n, 1, 1, 1), f32; `None` without a turn.
-///
-/// # Errors
-/// A GPU error.
-pub fn times(device: &Device, n: usize) -> Result<Option<Tensor>> {
-    let Device::Cuda(gpu) = device else { return Ok(None) };
-    if gpu.this_turn().is_none() {
-        return Ok(None);
-    }
-    let mut t = Tensor::uninit(device, DType::F32, Shape::new(n, 1, 1, 1))?;
-    cuda::times(gpu, &mut t)?;
-    Ok(Some(t))
-}
-
 /// What a step writes besides x_{t-1}.
 #[derive(Clone, Copy, Debug)]
 pub struct Wanted {
@@ -816,7 +802,7 @@ mod cuda {
     use crate::device::cuda::{Gpu, Launch, each_four_of_images};
     use crate::kernels::philox::THREADS;
     use crate::kernels::sample_step::{
-        CORRECT, DIFFUSE, LOGARITHM, NORMS, RAW, RESCALE, Reading, START, STEP, THRESHOLD, TIMES,
+        CORRECT, DIFFUSE, LOGARITHM, NORMS, RAW, RESCALE, Reading, START, STEP, THRESHOLD,
     };
 
     impl Given<'_> {
@@ -866,11 +852,6 @@ mod cuda {
         let learned = step.learned.map_or(0, |learned| if learned.raw { RAW } else { LOGARITHM });
         let launch = launch.u32(learned as usize).value(given.reading()).value(factors);
         launch.noise(Noise { streams, ..given.noise }).turn().run()
-    }
-
-    pub fn times(gpu: &Gpu, t: &mut Tensor) -> Result<()> {
-        let n = t.shape().n;
-        gpu.launch(&TIMES, [n.div_ceil(THREADS as usize), 1, 1], THREADS).write(t).u32(n).turn().run()
     }
 
     /// What of a step's turn is passed by value: all without a turn in device memory, otherwise nothing.

@@ -4,7 +4,8 @@
 //! multiply-add), see `device::cpu::simd`. Least traffic in f32: 8 bytes per element forward; 12 backward, where `dx`
 //! overwrites `dy`.
 //!
-//! Used for the time embedding, a few rows. A SiLU after a normalisation is part of `group_norm`.
+//! Used for the time embedding, a few rows. A SiLU after a normalisation is part of `group_norm`, and one after a
+//! linear layer is part of that layer's launch on a GPU in bf16 ([`linear_silu`](super::linear::linear_silu)).
 
 use rayon::prelude::*;
 
@@ -21,6 +22,11 @@ pub fn silu(tape: &mut Tape<'_>, x: &Var) -> Result<Var> {
         Device::Cuda(gpu) => cuda::forward(gpu, &mut y, x.value())?,
         Device::Meta(_) => {}
     }
+    recorded(tape, x, y)
+}
+
+/// Records `y`, the SiLU of `x`, for whoever has computed it.
+pub(crate) fn recorded(tape: &mut Tape<'_>, x: &Var, y: Tensor) -> Result<Var> {
     tape.push("silu", y, || SiluBackward { id: x.id(), x: x.value().clone() })
 }
 

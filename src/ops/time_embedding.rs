@@ -43,20 +43,47 @@ impl Default for Sinusoid {
     }
 }
 
-/// One row of `dim` (at least 2) elements per timestep.
-///
-/// `t` (n, 1, 1, 1) is f32; the result (n, 1, 1, dim) has the device's activation type.
+/// The timesteps of a batch.
+#[derive(Clone, Copy)]
+pub enum Times<'a> {
+    /// Of each image its own, (n, 1, 1, 1), f32.
+    Each(&'a Tensor),
+    /// So many images that all have that of the turn which the device, a GPU, is bound to.
+    OfTurn(usize),
+}
+
+impl<'a> From<&'a Tensor> for Times<'a> {
+    fn from(t: &'a Tensor) -> Self {
+        Times::Each(t)
+    }
+}
+
+impl Times<'_> {
+    /// Number of images.
+    pub fn count(self) -> usize {
+        match self {
+            Times::Each(t) => t.shape().n,
+            Times::OfTurn(n) => n,
+        }
+    }
+}
+
+/// One row of `dim` (at least 2) elements per timestep: (n, 1, 1, dim), of the device's activation type.
 ///
 /// # Errors
 /// A GPU error.
-pub fn time_embedding(device: &Device, t: &Tensor, dim: usize, form: Sinusoid) -> Result<Tensor> {
+pub fn time_embedding<'a>(device: &Device, t: impl Into<Times<'a>>, dim: usize, form: Sinusoid) -> Result<Tensor> {
     assert!(dim >= 2, "time_embedding: dim is {dim}, a sine and a cosine need 2");
-    assert_eq!(t.shape(), Shape::new(t.shape().n, 1, 1, 1), "time_embedding: t is {}", t.shape());
-    let mut y = Tensor::uninit(device, device.activations(), Shape { c: dim, ..t.shape() })?;
-    match device {
-        Device::Cpu(_) => cpu::forward(y.data_mut(), t.data(), dim, form),
-        Device::Cuda(gpu) => cuda::forward(gpu, &mut y, t, form)?,
-        Device::Meta(_) => {}
+    let t = t.into();
+    if let Times::Each(t) = t {
+        assert_eq!(t.shape(), Shape::new(t.shape().n, 1, 1, 1), "time_embedding: t is {}", t.shape());
+    }
+    let mut y = Tensor::uninit(device, device.activations(), Shape::new(t.count(), 1, 1, dim))?;
+    match (device, t) {
+        (Device::Cpu(_), Times::Each(t)) => cpu::forward(y.data_mut(), t.data(), dim, form),
+        (Device::Cpu(_), Times::OfTurn(_)) => panic!("time_embedding: only a GPU has a turn"),
+        (Device::Cuda(gpu), t) => cuda::forward(gpu, &mut y, t, form)?,
+        (Device::Meta(_), _) => {}
     }
     Ok(y)
 }
@@ -102,13 +129,17 @@ mod cuda {
     use crate::device::cuda::tile::over_rows;
     use crate::kernels::time_embedding::FWD;
 
-    pub fn forward(gpu: &Gpu, y: &mut Tensor, t: &Tensor, form: Sinusoid) -> Result<()> {
+    pub fn forward(gpu: &Gpu, y: &mut Tensor, t: Times<'_>, form: Sinusoid) -> Result<()> {
         let Shape { n, c: dim, .. } = y.shape();
         let (sines, cosines) = form.places(dim / 2);
         // 128 threads: a batch's embedding is a few blocks, and smaller ones spread over more multiprocessors.
         let (grid, lane_bits) = over_rows(n, dim / 2, 128);
-        let launch = gpu.launch(FWD.of(y.dtype()), grid, 128).write(y).read(t).u64(n);
-        let launch = launch.u32(dim).f64(form.scale).f64((PERIOD as f64).ln()).f64(form.spread(dim / 2) as f64);
-        launch.u32(sines).u32(cosines).u32(lane_bits).run()
+        let launch = gpu.launch(FWD.of(y.dtype()), grid, 128).write(y);
+        let (launch, each) = match t {
+            Times::Each(t) => (launch.read(t), 1),
+            Times::OfTurn(_) => (launch.time_of_turn(), 0),
+        };
+        let launch = launch.u64(n).u32(dim).f64(form.scale).f64((PERIOD as f64).ln()).f64(form.spread(dim / 2) as f64);
+        launch.u32(sines).u32(cosines).u32(lane_bits).u32(each).run()
     }
 }

@@ -1,12 +1,14 @@
 use ddpm_cuda::device::Device;
-use ddpm_cuda::ops::attention::{attention, reference};
-use ddpm_cuda::params::{Params, Specs};
+use ddpm_cuda::error::Result;
+use ddpm_cuda::ops::attention::{attention, attention_then_linear, reference};
+use ddpm_cuda::ops::linear::linear;
+use ddpm_cuda::params::{Init, Layout, Param, Params, Specs};
 use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
 use crate::support::gpu::BF16_ROUNDING;
 use crate::support::{
-    F32_ROUNDING, Pass, close_as_but_for_each, finite_differences, gpu, numbers, plant, same_bits,
+    F32_ROUNDING, Numbers, Pass, close_as_but_for_each, finite_differences, gpu, numbers, plant, same_bits,
     same_bits_at_any_number_of_threads, through_tape_on, to_f32,
 };
 
@@ -330,6 +332,80 @@ fn heads_too_large_for_the_gpu_are_refused() {
     }
 }
 
+/// A head and the layer that follows it. Rows and channels in tiles that are not full, one tile and several of both,
+/// blocks of 16 rows and of 64; channels that 8 does not divide, more than 256, and two heads: two operations.
+const THEN_LINEAR: [((Shape, usize), bool); 8] = [
+    ((Shape::new(2, 3, 6, 24), 1), true),
+    ((Shape::new(1, 5, 14, 200), 1), true),
+    ((Shape::new(1, 4, 4, 256), 1), true),
+    ((Shape::new(48, 8, 16, 16), 1), true),
+    ((Shape::new(96, 8, 8, 256), 1), true),
+    ((Shape::new(2, 3, 5, 7), 1), false),
+    ((Shape::new(1, 2, 3, 264), 1), false),
+    ((Shape::new(1, 3, 5, 32), 2), false),
+];
+
+/// Both, in one call or two.
+fn then_linear(tape: &mut Tape<'_>, heads: usize, v: &[Var], p: &[Param], in_one: bool) -> Result<Var> {
+    if in_one {
+        return attention_then_linear(tape, [&v[0], &v[1], &v[2]], heads, p[0], p[1], &v[3]);
+    }
+    let y = attention(tape, &v[0], &v[1], &v[2], heads)?;
+    linear(tape, &y, p[0], Some(p[1]), Some(&v[3]))
+}
+
+/// q, k, v and the residual; weight and bias; dy.
+fn of_then_linear(shape: Shape) -> (Vec<Numbers>, [Numbers; 2], Vec<f32>) {
+    let of = |seed, shape: Shape| (shape, to_f32(&numbers(seed, shape.len())));
+    let inputs = [1, 2, 3, 5].map(|seed| of(seed, shape)).to_vec();
+    let params = [of(6, Shape::new(shape.c, 1, 1, shape.c)), of(7, Shape::vector(shape.c))];
+    (inputs, params, to_f32(&numbers(4, shape.len())))
+}
+
+/// All results and gradients of both operations.
+#[test]
+fn gpu_goes_on_with_a_linear_layer_by_the_same_bits() {
+    for ((shape, heads), _) in THEN_LINEAR {
+        let (inputs, params, dy) = of_then_linear(shape);
+        gpu::each(&format!("{shape}, {heads} heads, then a linear layer"), |device| {
+            let by = |in_one| {
+                let op = |tape: &mut Tape<'_>, v: &[Var], p: &[Param]| then_linear(tape, heads, v, p, in_one);
+                through_tape_on(device, &inputs, &params, &dy, 1, op).flat()
+            };
+            let in_one = by(true);
+            same_bits(&format!("{shape}, {heads} heads"), &in_one, &by(false));
+            in_one
+        });
+    }
+}
+
+/// A tape that does not record: the same output, of a launch that stores nothing else.
+#[test]
+fn gpu_goes_on_without_what_is_between() {
+    for ((shape, heads), goes_on) in THEN_LINEAR {
+        let Some(gpu) = gpu::gpu(DType::Bf16) else { return };
+        let device = Device::Cuda(gpu.clone());
+        let (inputs, params, _) = of_then_linear(shape);
+        let mut specs = Specs::default();
+        let p = params.each_ref().map(|(shape, _)| specs.add("p".into(), *shape, Layout::Vector, Init::Zeros));
+        let mut flat = vec![0.0; specs.flat_len()];
+        p.iter().zip(&params).for_each(|(p, (_, values))| flat[specs.range(*p)].copy_from_slice(values));
+        let params = Params::from_host(&device, specs, &flat).unwrap();
+        let tensor = |(shape, x): &Numbers| Tensor::from_slice_as(&device, DType::Bf16, *shape, x).unwrap();
+        let v: Vec<Var> = inputs.iter().map(|x| Var::constant(tensor(x))).collect();
+        gpu.record_launches();
+        let of = |tape: Tape<'_>, in_one| {
+            let mut tape = tape;
+            then_linear(&mut tape, heads, &v, &p, in_one).unwrap().into_value().to_vec().unwrap()
+        };
+        let got = of(Tape::inference(&device, &params), true);
+        let launched = gpu.recorded_launches();
+        let kernels: Vec<&str> = launched.iter().map(|l| l.kernel.split('_').next().unwrap_or_default()).collect();
+        assert_eq!(kernels, if goes_on { &["attention"][..] } else { &["attention", "linear"] }, "{shape}");
+        same_bits(&format!("{shape}, {heads} heads"), &got, &of(Tape::recording(&device, &params), false));
+    }
+}
+
 /// Two blocks of rows, two of columns and two chunks of channels, so that a missing barrier shows.
 #[test]
 fn gpu_agrees_where_every_barrier_matters() {
@@ -370,6 +446,12 @@ fn bugs_planted_in_tensor_core_kernels_are_noticed() {
     plant::notices_wrong_parameter(test, "attention_fwd_mma_d32_large", "6+4", "6");
     plant::notices_wrong_parameter(test, "attention_bwd_q_mma_d32_large", "9+8", "9+4");
     plant::notices_wrong_parameter(test, "attention_bwd_kv_mma_d32_large", "8+16", "8+12");
+    // Slabs of the weight that are overwritten too early; another matrix in the place of the weight, of the residual.
+    let test = "attention::gpu_goes_on_with_a_linear_layer_by_the_same_bits";
+    (2..4).for_each(|n| plant::notices_lost_barrier(test, "attention_fwd_mma_d32_large", n));
+    plant::notices_wrong_parameter(test, "attention_fwd_mma_d32_large", 8, 3);
+    plant::notices_wrong_parameter(test, "attention_fwd_mma_d256_large", 10, 3);
+    plant::notices_lost_block(test, "attention_fwd_mma_d256_large");
     let test = "attention::the_gpu_agrees_with_the_reference_in_bf16";
     for part in ["fwd_mma_d64_any", "bwd_q_mma_d64_small", "bwd_kv_mma_d512_small", "bwd_q_mma_d512_any"] {
         plant::notices_lost_block(test, &format!("attention_{part}"));

@@ -1,5 +1,6 @@
 use ddpm_cuda::device::Device;
 use ddpm_cuda::device::cpu::simd::Isa;
+use ddpm_cuda::kernels::tile_mma::BackwardBlocks;
 use ddpm_cuda::ops::concat::Joined;
 use ddpm_cuda::ops::conv2d::reference::{self, Inputs};
 use ddpm_cuda::ops::conv2d::{Algorithm, Geometry, Input, Method, Pad, Plus, Shortcut, conv2d, conv2d_by};
@@ -80,10 +81,12 @@ const BF16_CASES: [Case; 13] = [
     case([1, 17, 5, 128], [136, 1, 1], Geometry::POINTWISE),
 ];
 
-/// Enough tiles of 128x128 for the large kernels of the forward pass and of dw, and of dx. Nothing is symmetric.
-const LARGE_CASES: [Case; 2] = [
+/// Enough tiles of 128x128 for the large kernels of the forward pass and of dw, of dx, and of both gradients. Nothing is
+/// symmetric.
+const LARGE_CASES: [Case; 3] = [
     case([3, 64, 64, 64], [128, 2, 2], Geometry { stride: 1, pad: Pad { top: 1, left: 0, bottom: 0, right: 1 } }),
     case([2, 48, 128, 128], [64, 2, 1], Geometry { stride: 1, pad: Pad { top: 0, left: 0, bottom: 1, right: 0 } }),
+    case([1, 64, 192, 128], [128, 1, 2], Geometry { stride: 1, pad: Pad { top: 0, left: 1, bottom: 0, right: 0 } }),
 ];
 
 /// A convolution that reads its input where it is: two tensors side by side, or each pixel repeated in a 2x2 square;
@@ -280,9 +283,9 @@ fn bugs_planted_in_place_are_noticed() {
         ("wgrad_64x64_f32", "4+52", "4+36"),
         ("fwd_mma_64x64", "13+48", "13+12"),
         ("fwd_mma_64x64_any", "12+52", "12+36"),
-        ("dgrad_mma_64x64", "5+52", "5+36"),
+        ("bwd_mma_64x64", "16+52", "16+36"),
+        ("bwd_mma_64x64", "16+48", "16+12"),
         ("dgrad_mma_64x64_any", "4+48", "4+12"),
-        ("wgrad_mma_64x64", "4+52", "4+36"),
         ("wgrad_mma_64x64_any", "4+48", "4+12"),
         ("join_segments", "10", "11"),
     ] {
@@ -293,19 +296,26 @@ fn bugs_planted_in_place_are_noticed() {
 /// A convolution with a shortcut whose input has so many channels in its first tensor and in its second.
 type WithShortcut = (Case, [usize; 2]);
 
-/// Channels that blocks of 64 divide and others, one tensor and two, images of one pixel, and a stride, with which the
-/// shortcut is a product of its own.
-const SHORTCUTS: [WithShortcut; 6] = [
+/// Channels that blocks of 64 divide and others, one tensor and two, images of one pixel; channels of the convolution
+/// that 8 does not divide, or of the shortcut alone, and a stride, with which the shortcut is a product of its own. All
+/// pixels of a batch in one slab of dw, and in several segments.
+const SHORTCUTS: [WithShortcut; 9] = [
     (case([2, 4, 4, 72], [24, 3, 3], SAME), [40, 0]),
     (case([1, 5, 3, 16], [24, 3, 3], SAME), [72, 136]),
     (case([1, 5, 3, 16], [16, 3, 3], SAME), [72, 136]),
     (case([2, 1, 1, 5], [7, 3, 3], SAME), [3, 4]),
     (case([1, 3, 4, 8], [9, 3, 3], SAME), [67, 5]),
     (case([1, 9, 7, 24], [20, 3, 3], HALVE), [8, 0]),
+    (case([1, 3, 4, 8], [16, 3, 3], SAME), [12, 0]),
+    (case([3, 20, 21, 8], [8, 3, 3], SAME), [16, 8]),
+    (case([2, 4, 4, 128], [128, 3, 3], SAME), [8, 64]),
 ];
 
-/// Enough tiles for the large kernel.
-const LARGE_SHORTCUT: WithShortcut = (case([3, 64, 64, 64], [128, 1, 1], Geometry::POINTWISE), [64, 128]);
+/// Enough tiles for the large kernel forward, and backward.
+const LARGE_SHORTCUTS: [WithShortcut; 2] = [
+    (case([3, 64, 64, 64], [128, 1, 1], Geometry::POINTWISE), [64, 128]),
+    (case([3, 64, 64, 128], [128, 1, 1], Geometry::POINTWISE), [128, 128]),
+];
 
 /// The shortcut alone.
 fn shortcut_of((case, [a, b]): WithShortcut) -> Case {
@@ -382,11 +392,44 @@ fn shortcuts_agree_with_the_reference() {
 
 #[test]
 fn gpu_shortcuts_agree_with_the_reference() {
-    let cases = SHORTCUTS.into_iter().chain([LARGE_SHORTCUT]).filter(|_| gpu::available());
+    let cases = SHORTCUTS.into_iter().chain(LARGE_SHORTCUTS).filter(|_| gpu::available());
     cases.for_each(|case| shortcut_agrees(case, |f| gpu::each(&format!("{case:?}"), f)));
 }
 
-/// The channels of the shortcut, and those of its first tensor, from other parameters; its bias left out.
+/// The kernels of a backward pass: one for all gradients, with the sums for the biases, wherever the channels and the
+/// shortcut's pixels allow it; otherwise one for each gradient, or for what can be in one.
+#[test]
+fn gpu_gradients_of_a_shortcut_are_one_launch() {
+    let Some(gpu) = gpu::gpu(DType::Bf16) else { return };
+    let device = Device::Cuda(gpu.clone());
+    let [any_dw, any_dx] = ["wgrad_mma_64x64_any", "dgrad_mma_64x64_any"];
+    for (case, expected) in [
+        (SHORTCUTS[0], &["bwd_mma_64x64", "join_segments"][..]),
+        (SHORTCUTS[7], &["bwd_mma_64x64"]),
+        (SHORTCUTS[8], &["bwd_mma_64x64_128x128", "join_segments"]),
+        // dw has 64 columns.
+        (LARGE_SHORTCUTS[0], &["bwd_mma_64x64"]),
+        (LARGE_SHORTCUTS[1], &["bwd_mma_128x128"]),
+        // Of the stride and of 20 channels, of 9, of 12.
+        (SHORTCUTS[5], &["wgrad_mma_64x64_any_y", any_dx, "wgrad_mma_64x64_any_y", any_dx]),
+        (SHORTCUTS[4], &["wgrad_mma_64x64_any_y", any_dx, any_dw, any_dx]),
+        (SHORTCUTS[6], &["bwd_mma_64x64", "join_segments", "wgrad_mma_64x64_any_x", any_dx]),
+    ] {
+        let [data, s] = shortcut_data(case, DType::Bf16).map(|data| data.to_f32());
+        gpu.record_launches();
+        shortcut_by_tape(case, &device, &data, &s);
+        let launched = gpu.recorded_launches();
+        let backward = launched.iter().filter_map(|l| l.kernel.strip_prefix("conv2d_"));
+        let backward: Vec<&str> =
+            backward.skip_while(|part| !part.contains("grad_") && !part.contains("bwd_")).collect();
+        assert_eq!(backward, expected, "{case:?}");
+        let sums = launched.iter().filter(|l| l.kernel == "add_parts").count();
+        assert_eq!(sums, 1, "launches for the sums of {case:?}");
+    }
+}
+
+/// The channels of the shortcut, and those of its first tensor, from other parameters; its bias left out. Backward also
+/// the convolution's weight or input in place of the shortcut's, and a lost block, one of its dx.
 #[test]
 fn bugs_planted_in_shortcuts_are_noticed() {
     const TEST: &str = "conv2d::gpu_shortcuts_agree_with_the_reference";
@@ -395,7 +438,90 @@ fn bugs_planted_in_shortcuts_are_noticed() {
         ("fwd_mma_64x64_any", "12+56", "12+12"),
         ("fwd_mma_128x128", "12+60", "12+56"),
         ("join_segments", "7", "3"),
+        ("bwd_mma_64x64", "16+60", "16+56"),
+        ("bwd_mma_64x64", "13", "12"),
+        ("bwd_mma_64x64_128x128", "16+60", "16+56"),
+        ("bwd_mma_128x128", "9", "7"),
+        ("bwd_mma_128x128", "16+56", "16+12"),
     ] {
+        plant::notices_wrong_parameter(TEST, &format!("conv2d_{part}"), is, reads);
+    }
+    for part in ["bwd_mma_64x64", "bwd_mma_64x64_128x128", "bwd_mma_128x128"] {
+        plant::notices_lost_block(TEST, &format!("conv2d_{part}"));
+    }
+}
+
+/// Three uses of one value: two convolutions with the same weight, of which the second also adds the value, as a
+/// residual, to what it makes; dy of the second is `data.residual`. The last gradient that reaches the value is that of
+/// the first convolution, which adds those that wait where it stores its own. Returns dx, and dw with db.
+fn used_thrice(device: &Device, case: Case, data: &Data<f32>) -> [Vec<f32>; 2] {
+    let ys = case.geometry.output(case.x, case.w);
+    let vector = Shape::vector(case.w.n);
+    let params = [(case.w, data.w.clone()), (vector, data.b.clone())];
+    let dy = concat::reference::forward(&data.dy, &data.residual, ys.c, ys.c);
+    let pass = through_tape_on(device, &[(case.x, data.x.clone())], &params, &dy, 1, |tape, v, p| {
+        let conv = |tape: &mut Tape<'_>, plus: Plus<'_>| {
+            conv2d_by(tape, &v[0], p[0], p[1], case.geometry, plus, direct(Isa::best()))
+        };
+        let first = conv(tape, Plus::default())?;
+        let second = conv(tape, Plus { residual: Some(&v[0]), ..Plus::default() })?;
+        concat::concat(tape, &first, &second)
+    });
+    [pass.dx.into_iter().flatten().collect(), pass.dw.into_iter().flatten().collect()]
+}
+
+/// As wide at the end as at the beginning, in tiles of 64x64 and of 128x128, so that the value can be a residual too.
+const THRICE: [Case; 2] = [
+    case([2, 9, 8, 24], [24, 3, 3], SAME),
+    case([3, 64, 64, 128], [128, 1, 2], Geometry { stride: 1, pad: Pad { top: 0, left: 1, bottom: 0, right: 0 } }),
+];
+
+/// `dx`, and `dw` and `db` side by side, of both uses as a convolution; `dx` of the second.
+fn used_thrice_by_reference<T: Float>(case: Case, data: &Data<T>) -> [Vec<T>; 3] {
+    let [a, b] = [&data.dy, &data.residual].map(|dy| reference::backward(&data.inputs(case), dy));
+    let sum = |a: &[T], b: &[T]| a.iter().zip(b).map(|(a, b)| *a + *b).collect::<Vec<T>>();
+    let dw = [sum(&a.weight, &b.weight), sum(&a.bias, &b.bias)].concat();
+    [sum(&sum(&b.x, &data.residual), &a.x), dw, b.x]
+}
+
+/// dx is (dx of the second + its dy) + dx of the first. Besides the whole the first term is rounded. On the way no kernel
+/// adds two tensors.
+#[test]
+fn gpu_gradients_that_wait_are_added_where_dx_is_stored() {
+    let Some(gpu) = gpu::gpu(DType::Bf16) else { return };
+    let device = Device::Cuda(gpu.clone());
+    for case in THRICE {
+        let data = Data::new(case).rounded(DType::Bf16);
+        let oracle = used_thrice_by_reference(case, &data);
+        let yardstick = used_thrice_by_reference(case, &data.to_f32());
+        let first_term = oracle[2].iter().fold(0.0, |most: f64, v| most.max(v.abs())) * gpu::rounding(DType::Bf16);
+        let mut first: Option<Vec<f32>> = None;
+        for schedule in gpu::SCHEDULES {
+            gpu::configure("seed", schedule);
+            gpu.record_launches();
+            let got = used_thrice(&device, case, &data.to_f32());
+            let adds = gpu.recorded_launches().iter().filter(|l| l.kernel == "add_fwd_bf16").count();
+            assert_eq!(adds, 0, "additions of two tensors, {case:?}");
+            // As in `bf16_agrees_with_the_reference`.
+            let cut = |depth: usize| if gpu::is_real() { (depth * depth) as f64 / 4.0 * 2f64.powi(-23) } else { 0.0 };
+            let of_dx = first_term + 2.0 * cut(case.w.h * case.w.w * case.w.n);
+            close_as_but_for(DType::Bf16, &format!("dx of {case:?}"), &got[0], &oracle[0], &yardstick[0], of_dx);
+            let of_dw = 2.0 * cut(case.x.rows());
+            close_as_but_for(DType::F32, &format!("dw of {case:?}"), &got[1], &oracle[1], &yardstick[1], of_dw);
+            let got = got.concat();
+            same_bits(&format!("{case:?}, schedule {schedule}"), &got, first.get_or_insert_with(|| got.clone()));
+        }
+        gpu::configure("seed", "none");
+    }
+}
+
+/// The first of two that wait taken for both, and none added: x is read in the place of the first.
+#[test]
+fn bugs_planted_where_gradients_wait_are_noticed() {
+    const TEST: &str = "conv2d::gpu_gradients_that_wait_are_added_where_dx_is_stored";
+    for (part, is, reads) in
+        [("bwd_mma_64x64", "15", "14"), ("bwd_mma_64x64", "14", "7"), ("bwd_mma_128x128", "15", "14")]
+    {
         plant::notices_wrong_parameter(TEST, &format!("conv2d_{part}"), is, reads);
     }
 }
@@ -622,11 +748,17 @@ fn gpu_segments_give_the_same_bits_split_or_not() {
     let data = Data::new(case).to_f32();
     gpu.record_launches();
     let [y, dx, ..] = by_tape_on(&device, case, &data, direct(Isa::best()), 1);
-    let blocks = |part: &str| -> Vec<usize> {
+    let blocks = |part: &str| -> [usize; 2] {
         let all = gpu.recorded_launches();
         gpu.record_launches();
-        let of = |stem: &str| all.iter().find(|l| l.kernel == format!("conv2d_{stem}_mma_64x64")).map(|l| l.grid[2]);
-        ["fwd", "dgrad"].map(|stem| of(stem).unwrap_or_else(|| panic!("{part}: no {stem} by 64x64"))).to_vec()
+        let of = |stem: &str| {
+            let kernel = format!("conv2d_{stem}_mma_64x64");
+            all.iter().find(|l| l.kernel == kernel).unwrap_or_else(|| panic!("{part}: no {stem} by 64x64"))
+        };
+        let bytes = of("bwd").arguments.iter().find(|(name, _)| *name == "blocks").map(|(_, bytes)| bytes);
+        let blocks: BackwardBlocks =
+            bytemuck::pod_read_unaligned(bytes.expect("it says how its blocks are shared out"));
+        [of("fwd").grid[2], blocks.dx_segments as usize]
     };
     assert_eq!(blocks("all images"), [1, 1]);
     let single = Case { x: Shape { n: 1, ..case.x }, ..case };
@@ -670,27 +802,33 @@ fn bugs_planted_in_tensor_core_kernels_are_noticed() {
     for (test, part, n) in [
         (TEST, "fwd_mma_64x64", 0),
         (TEST, "fwd_mma_128x16", 1),
-        (TEST, "dgrad_mma_64x64", 1),
-        (TEST, "wgrad_mma_64x64", 0),
+        (TEST, "bwd_mma_64x64", 0),
+        (TEST, "bwd_mma_64x64", 1),
         (TEST, "wgrad_mma_64x64_any", 1),
         (TEST, "wgrad_mma_64x64_any_x", 1),
         (TEST, "wgrad_mma_64x64_any_y", 0),
         (LARGE, "fwd_mma_128x128", 2),
-        (LARGE, "dgrad_mma_128x128", 2),
+        (LARGE, "bwd_mma_128x128", 2),
+        (LARGE, "bwd_mma_64x64_128x128", 0),
     ] {
         plant::notices_lost_barrier(test, &format!("conv2d_{part}"), n);
     }
-    for part in ["fwd_mma_64x64_any", "dgrad_mma_64x64_any", "join_segments", "wgrad_mma_64x64"] {
+    for part in ["fwd_mma_64x64_any", "dgrad_mma_64x64_any", "join_segments", "bwd_mma_64x64"] {
         plant::notices_lost_block(TEST, &format!("conv2d_{part}"));
     }
-    plant::notices_lost_last_barrier(LARGE, "conv2d_wgrad_mma_128x128");
-    for (test, part) in [(TEST, "fwd_mma_64x64"), (LARGE, "fwd_mma_128x128"), (LARGE, "wgrad_mma_128x128")] {
+    for (test, part) in [(TEST, "bwd_mma_64x64"), (LARGE, "bwd_mma_128x128")] {
+        plant::notices_lost_last_barrier(test, &format!("conv2d_{part}"));
+    }
+    for (test, part) in [(TEST, "fwd_mma_64x64"), (LARGE, "fwd_mma_128x128"), (LARGE, "bwd_mma_128x128")] {
         plant::notices(test, &format!("conv2d_{part}"), "cp.async.wait_group 1;", "cp.async.wait_group 2;");
     }
-    // The width of an image for its height, ow for oh; the channels for the pixels of an image.
+    // The width of an image for its height, ow for oh; tiles for segments of dw, tiles of dx for those of dw; the channels
+    // for the pixels of an image.
     for (part, is, reads) in [
         ("fwd_mma_64x64", "13+8", "13+4"),
-        ("dgrad_mma_64x64", "5+20", "5+16"),
+        ("bwd_mma_64x64", "16+20", "16+16"),
+        ("bwd_mma_64x64", "17+4", "17"),
+        ("bwd_mma_64x64", "17", "17+12"),
         ("dgrad_mma_64x64_any", "4+20", "4+16"),
         ("wgrad_mma_64x64_any", "4+8", "4+4"),
         ("wgrad_mma_64x64_any_x", "4+8", "4+4"),

@@ -4,7 +4,7 @@ use ddpm_cuda::diffusion::sampler::{Before, Corrector, Guidance, Limit, LogVaria
 use ddpm_cuda::diffusion::{Kind, Method, Prediction, Sampler, Schedule, Spacing, Variance};
 use ddpm_cuda::ops::sample_step::reference::Image;
 use ddpm_cuda::ops::sample_step::{
-    Given, Noise, State, Wanted, advance, correct, diffuse, reference, sample_step, start, times, turn_of,
+    Given, Noise, State, Wanted, advance, correct, diffuse, reference, sample_step, start, turn_of,
 };
 use ddpm_cuda::rng::reference::normals;
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
@@ -401,7 +401,7 @@ fn alone(device: &Device, kind: &Kindly, numbers: &Numbers, together: &[f32]) {
     }
 }
 
-/// A step that reads from device memory what changes from step to step. Two blocks of timesteps.
+/// A step that reads from device memory what changes from step to step.
 fn by_its_turn(device: &Device, kind: &Kindly, numbers: &Numbers, want: &[f32]) {
     let Device::Cuda(gpu) = device else { unreachable!("on a GPU") };
     let noise = Noise::own(SAMPLES.noise(kind.step.t));
@@ -409,9 +409,6 @@ fn by_its_turn(device: &Device, kind: &Kindly, numbers: &Numbers, want: &[f32]) 
     let bound = turn.set(turn_of(&kind.step, noise, kind.gradient.then_some(SCALE))).map(Device::Cuda).unwrap();
     let (state, _) = numbers.advance(&bound, kind, SAMPLES, 1);
     same_bits(&format!("{}, by its turn", kind.name), &state.x.to_vec().unwrap(), want);
-    let t = times(&bound, 300).unwrap().expect("the device has a turn");
-    same_bits("timesteps", &t.to_vec().unwrap(), &[kind.step.time as f32; 300]);
-    assert!(times(device, 300).unwrap().is_none());
 }
 
 #[test]
@@ -505,14 +502,13 @@ fn gpu_corrections_and_noise_follow_the_reference() {
 fn planted_bugs_in_every_kind_of_step_are_noticed() {
     let test = "sample_step::gpu_takes_every_kind_of_step_as_the_cpu_does";
     // c_before in place of c_xt; the factor of the learned log variance in place of its offset; the scale of another
-    // tensor; barriers of the selection and of the sums; the limits in place of the turn; timesteps that are missing.
+    // tensor; barriers of the selection and of the sums; the limits in place of the turn.
     plant::notices_wrong_parameter(test, "sample_step_step_f32", "14+16", "14+12");
     plant::notices_wrong_parameter(test, "sample_step_step_bf16", "14+28", "14+32");
     plant::notices_wrong_parameter(test, "sample_step_threshold_f32", 8, 5);
     plant::notices_lost_barrier(test, "sample_step_threshold_f32", 1);
     plant::notices_lost_barrier(test, "sample_step_rescale_bf16", 0);
     plant::notices_wrong_parameter(test, "sample_step_step_f32", 17, 8);
-    plant::notices_lost_block(test, "sample_step_times");
     let test = "sample_step::gpu_corrections_and_noise_follow_the_reference";
     plant::notices_wrong_parameter(test, "sample_step_norms_f32", 10, 9);
     plant::notices_lost_block(test, "sample_step_correct_f32");

@@ -1,5 +1,8 @@
+use bytemuck::Zeroable;
 use ddpm_cuda::device::Device;
-use ddpm_cuda::ops::time_embedding::{Sinusoid, reference, time_embedding};
+use ddpm_cuda::device::cuda::DeviceTurn;
+use ddpm_cuda::kernels::sample_step::Turn;
+use ddpm_cuda::ops::time_embedding::{Sinusoid, Times, reference, time_embedding};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
 use crate::support::{F32_ROUNDING, gpu, per_image, plant, same_bits, worst};
@@ -80,6 +83,25 @@ fn gpu_agrees_with_the_reference() {
     }
 }
 
+/// Of a turn every image has the same timestep, that of its turn: two blocks of images, at the first turn and after the
+/// next has been set.
+#[test]
+fn gpu_reads_the_timestep_of_a_turn() {
+    gpu::each("the timestep of a turn", |device| {
+        let Device::Cuda(gpu) = device else { unreachable!("on a GPU") };
+        let mut turn = DeviceTurn::new(gpu).unwrap();
+        let mut all = Vec::new();
+        for time in [999.0, 3.5] {
+            let bound = turn.set(Turn { time, ..Turn::zeroed() }).map(Device::Cuda).unwrap();
+            let y = time_embedding(&bound, Times::OfTurn(300), 8, Sinusoid::default()).unwrap().to_vec().unwrap();
+            let want = embed(device, &[time; 300], 8, Sinusoid::default()).to_vec().unwrap();
+            same_bits(&format!("the embedding of {time}"), &y, &want);
+            all.extend(y);
+        }
+        all
+    });
+}
+
 #[test]
 fn planted_bugs_are_noticed() {
     let test = "time_embedding::gpu_agrees_with_the_reference";
@@ -88,4 +110,6 @@ fn planted_bugs_are_noticed() {
     plant::notices_wrong_parameter(test, "time_embedding_fwd_f32", 8, 7);
     plant::notices_wrong_parameter(test, "time_embedding_fwd_bf16", 8, 7);
     plant::notices_lost_block(test, "time_embedding_fwd_f32");
+    // Every image's own timestep where there is but one.
+    plant::notices_wrong_parameter("time_embedding::gpu_reads_the_timestep_of_a_turn", "time_embedding_fwd_f32", 10, 3);
 }

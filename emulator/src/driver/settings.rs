@@ -103,7 +103,7 @@ impl Settings {
 }
 
 impl Run {
-    /// Sets `name` (checks, seed, threads, isa) from its text.
+    /// Sets `name` (checks, seed, threads, isa, kinds) from its text.
     pub fn set(&mut self, name: &str, value: &str) -> Result<(), String> {
         match name {
             "checks" => self.set_checks(value),
@@ -132,7 +132,13 @@ impl Run {
                 };
                 Ok(())
             }
-            _ => Err(format!("there is no setting `{name}`: it must be checks, seed, threads or isa")),
+            "kinds" => {
+                let blocks = |part: &str| number("kinds", part, 0, i32::MAX as u32).map(u64::from);
+                let parts = value.split(',').filter(|part| !part.trim().is_empty());
+                self.exec.kinds = parts.map(blocks).collect::<Result<_, _>>()?;
+                Ok(())
+            }
+            _ => Err(format!("there is no setting `{name}`: it must be checks, seed, threads, isa or kinds")),
         }
     }
 

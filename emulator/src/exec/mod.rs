@@ -219,6 +219,9 @@ pub struct Settings {
     /// Runs only so many blocks of a grid, spread over it, and leaves the rest of its results undone: for counting what
     /// a block does in grids too large to run. 0 is all, as in a cooperative launch, whose blocks wait for each other.
     pub blocks: u64,
+    /// What such a sample is drawn from: so many blocks of one kind, then so many of the next. Some of each are run, and
+    /// counts are weighted as if it were as many of all. Empty, or of a grid of another number of blocks: all are alike.
+    pub kinds: Vec<u64>,
 }
 
 impl Default for Settings {
@@ -232,6 +235,7 @@ impl Default for Settings {
             output: None,
             instruction_limit: 0,
             blocks: 0,
+            kinds: Vec::new(),
         }
     }
 }
@@ -314,6 +318,13 @@ impl Counters {
     pub fn add(&mut self, other: &Counters) {
         for (mine, theirs) in self.values_mut().into_iter().zip(other.clone().values_mut()) {
             *mine += *theirs;
+        }
+    }
+
+    /// Multiplies every count by `by / of`, rounded to nearest.
+    fn scale(&mut self, by: u64, of: u64) {
+        for value in self.values_mut() {
+            *value = ((u128::from(*value) * u128::from(by) + u128::from(of / 2)) / u128::from(of)) as u64;
         }
     }
 

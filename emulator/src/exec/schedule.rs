@@ -7,7 +7,8 @@
 //! an atomic with a result, or a single thread's load past the L1 cache.
 //!
 //! **Sample.** [`Settings::blocks`] may limit a launch to some blocks of its grid, spread over it by a stride that is
-//! the golden section of their number, so that they meet no period of the grid.
+//! the golden section of their number, so that they meet no period of the grid. If the blocks are of several kinds
+//! ([`Settings::kinds`]), each has a sample of its own, since a few of all would hardly have each kind's share.
 //!
 //! **Order.** Without a seed, blocks and warps run in order and a warp keeps its turn until it waits. With a seed,
 //! blocks are issued in a random order, the next warp is drawn at random, and turns are short and random.
@@ -83,8 +84,10 @@ fn runner(wanted: Option<Isa>) -> Runner {
     }
 }
 
-/// The order of issue: a permutation of `0..count` that needs no table, of which the first `run` are run.
+/// The order of issue: a permutation of the `count` blocks from `first` on that needs no table, of which the first
+/// `run` are run.
 struct Order {
+    first: u64,
     count: u64,
     run: u64,
     factor: u64,
@@ -93,12 +96,12 @@ struct Order {
 
 impl Order {
     /// `most`: how many blocks are run at most; 0 is all.
-    fn new(count: u64, seed: Option<u64>, most: u64) -> Self {
+    fn new(first: u64, count: u64, seed: Option<u64>, most: u64) -> Self {
         let run = if most == 0 { count } else { most.min(count) };
         let (factor, offset) = match seed {
             _ if run < count => ((count as f64 * GOLDEN) as u64, 0),
             Some(seed) => (mix(seed) % count, mix(mix(seed)) % count),
-            None => return Order { count, run, factor: 1, offset: 0 },
+            None => return Order { first, count, run, factor: 1, offset: 0 },
         };
         let gcd = |mut a: u64, mut b: u64| {
             while b != 0 {
@@ -113,12 +116,26 @@ impl Order {
                 break;
             }
         }
-        Order { count, run, factor, offset }
+        Order { first, count, run, factor, offset }
     }
 
     fn block(&self, issue: u64) -> u64 {
-        ((u128::from(issue) * u128::from(self.factor) + u128::from(self.offset)) % u128::from(self.count)) as u64
+        let place = u128::from(issue) * u128::from(self.factor) + u128::from(self.offset);
+        self.first + (place % u128::from(self.count)) as u64
     }
+}
+
+/// How many blocks of each kind are run if `most` are in all: as many of each, as far as there are so many, and at
+/// least one.
+fn samples(kinds: &[u64], most: u64) -> Vec<u64> {
+    let mut by_size: Vec<usize> = (0..kinds.len()).collect();
+    by_size.sort_by_key(|&kind| kinds[kind]);
+    let (mut run, mut left) = (vec![0; kinds.len()], most);
+    for (done, kind) in by_size.into_iter().enumerate() {
+        run[kind] = (left / (kinds.len() - done) as u64).clamp(1, kinds[kind]);
+        left = left.saturating_sub(run[kind]);
+    }
+    run
 }
 
 /// State shared by the workers of a launch.
@@ -156,6 +173,29 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
     assert!((1..=1024).contains(&threads), "a block of {threads} threads");
     let count = launch.grid.iter().map(|&n| u64::from(n)).product::<u64>();
     assert!(count > 0, "an empty grid");
+    let most = if launch.cooperative { 0 } else { settings.blocks };
+    let kinds: Vec<u64> = settings.kinds.iter().copied().filter(|&blocks| blocks > 0).collect();
+    if most == 0 || most >= count || kinds.iter().sum::<u64>() != count {
+        return run(memory, launch, settings, count, Order::new(0, count, settings.schedule_seed, most));
+    }
+    let samples = samples(&kinds, most);
+    let (all_run, mut first, mut sum) = (samples.iter().sum::<u64>(), 0, Counters::default());
+    for (blocks, most) in kinds.into_iter().zip(samples) {
+        let order = Order::new(first, blocks, settings.schedule_seed, most);
+        let mut of_kind = run(memory, launch, settings, count, order)?;
+        of_kind.scale(blocks * all_run, most * count);
+        sum.add(&of_kind);
+        first += blocks;
+    }
+    sum.blocks = all_run;
+    Ok(sum)
+}
+
+/// Runs the blocks of a grid of `count` that `order` has.
+fn run(memory: &Memory, launch: &Launch, settings: &Settings, count: u64, order: Order) -> Result<Counters, Fault> {
+    let kernel = launch.kernel;
+    let program = &kernel.program;
+    let threads = launch.block.iter().product::<u32>();
     if !settings.checks.uninitialised {
         memory.stop_tracking();
     }
@@ -203,7 +243,7 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
     };
     let shared = Shared {
         env: &env,
-        order: Order::new(count, settings.schedule_seed, if launch.cooperative { 0 } else { settings.blocks }),
+        order,
         next: AtomicU64::new(0),
         first_fault: AtomicU64::new(u64::MAX),
         fault: Mutex::new(None),

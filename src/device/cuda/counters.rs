@@ -2,7 +2,7 @@
 //! driver has.
 
 use std::collections::BTreeMap;
-use std::ffi::{c_char, c_int};
+use std::ffi::{CString, c_char, c_int};
 use std::sync::PoisonError;
 
 use serde::{Deserialize, Serialize};
@@ -13,6 +13,9 @@ use crate::error::{Error, Result};
 
 /// The function of `emulator/include/cuda_emu.h` that describes the calling thread's last launch.
 const LAST_LAUNCH: &[u8] = b"emu_last_launch_json\0";
+
+/// The function that changes how it runs the calling thread's launches.
+const CONFIGURE: &[u8] = b"emu_configure\0";
 
 /// A launch and what the emulator counted while it ran some blocks of it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -94,6 +97,20 @@ impl Gpu {
     /// A driver error.
     pub fn launch_times(&self) -> Result<BTreeMap<&'static str, (u64, f64)>> {
         self.inner.trace.take().map_err(|e| driver_error("reading the events", e))
+    }
+}
+
+/// Tells the emulator that this thread's next launch has so many blocks of each kind; none: that all are alike.
+pub(super) fn say_kinds(kinds: &[usize]) -> Result<()> {
+    let text = kinds.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+    type Tell = unsafe extern "C" fn(*const c_char, *const c_char) -> c_int;
+    let text = CString::new(text).expect("digits and commas");
+    // SAFETY: the driver is open, and the function has the type that `cuda_emu.h` declares.
+    let tell = unsafe { sys::culib().get::<Tell>(CONFIGURE) };
+    // SAFETY: both are terminated strings, which the function only reads.
+    match tell.map(|tell| unsafe { tell(c"kinds".as_ptr(), text.as_ptr()) }) {
+        Ok(0) => Ok(()),
+        _ => Err(Error::Failed("the emulator does not sample blocks of several kinds: it is of another build".into())),
     }
 }
 

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use std::ffi::c_void;
 use std::fmt;
 use std::marker::PhantomData;
+use std::mem::offset_of;
 use std::ops::{Deref, DerefMut};
 
 use super::counters::{self, Counted};
@@ -17,6 +18,7 @@ use super::trace::Trace;
 use super::{Buffer, Gpu, driver_error};
 use crate::error::Result;
 use crate::kernels::clock::Clock;
+use crate::kernels::sample_step::Turn;
 use crate::kernels::{Kernel, Kind, Twin};
 use crate::shape::{DType, Shape};
 
@@ -217,6 +219,8 @@ pub struct Launch<'a> {
     grid: [usize; 3],
     block: [u32; 3],
     shared: u32,
+    /// Blocks of each kind; empty if all are alike.
+    kinds: Vec<usize>,
     arguments: Reused,
     /// The arguments borrow their buffers.
     borrowed: PhantomData<&'a Buffer>,
@@ -281,7 +285,8 @@ impl Gpu {
             kernel.name,
             kernel.max_threads
         );
-        Launch { gpu: self, kernel, grid, block, shared: 0, arguments: Reused::new(), borrowed: PhantomData }
+        let arguments = Reused::new();
+        Launch { gpu: self, kernel, grid, block, shared: 0, kinds: Vec::new(), arguments, borrowed: PhantomData }
     }
 
     /// A launch of `kernel` with arguments of the caller's choice.
@@ -298,6 +303,15 @@ impl<'a> Launch<'a> {
     /// Sets the dynamic shared memory, in bytes.
     pub fn shared(mut self, bytes: usize) -> Self {
         self.shared = u32::try_from(bytes).expect("shared memory is some kilobytes");
+        self
+    }
+
+    /// The blocks along x are of several kinds, so many of each, one kind after the other: for the profile, which runs
+    /// some of them.
+    pub fn kinds(mut self, kinds: &[usize]) -> Self {
+        if self.gpu.inner.counted.get().is_some() {
+            self.kinds = kinds.to_vec();
+        }
         self
     }
 
@@ -381,6 +395,12 @@ impl<'a> Launch<'a> {
             Some((buffer, _)) => self.buffer(buffer),
             None => self.null(),
         }
+    }
+
+    /// The timestep of that turn, for reading. Panics without a turn.
+    pub fn time_of_turn(self) -> Self {
+        let (buffer, _) = self.gpu.turn().expect("a launch that reads the timestep of a turn belongs to one");
+        self.view(View::new(buffer, offset_of!(Turn, time), size_of::<f32>()))
     }
 
     /// The contents of that clock.
@@ -505,7 +525,13 @@ impl<'a> Launch<'a> {
                 &mut pointers[..arguments.list.len()],
             )
         };
+        if !self.kinds.is_empty() {
+            counters::say_kinds(&self.kinds)?;
+        }
         self.gpu.inner.trace.around(kernel.name, stream, launch).map_err(failed)?;
+        if !self.kinds.is_empty() {
+            counters::say_kinds(&[])?;
+        }
         if let Some(counted) = self.gpu.inner.counted.get() {
             let launch = self.counted(counters::of_last_launch()?);
             counted.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(launch);

@@ -46,8 +46,9 @@ pub const FMA: Blocks =
 /// and back are at its share of 47 bytes a cycle 2,800 cycles.
 pub const MMA_128: Blocks = Blocks { slots: [108, 128, 2 * 132], step: tile_mma::BK as usize, join: 192 };
 
-/// Of the 64x64 tiles, which take 50 KiB: three, one and four a multiprocessor.
-pub const MMA_64: Blocks = Blocks { slots: [3 * 108, 128, 4 * 132], step: tile_mma::BK as usize, join: 192 };
+/// Of the 64x64 tiles, which take 50 KiB: three, one and three a multiprocessor, of which an H100 would have room for a
+/// fourth, but not registers.
+pub const MMA_64: Blocks = Blocks { slots: [3 * 108, 128, 3 * 132], step: tile_mma::BK as usize, join: 192 };
 
 /// Waves of blocks, at most, into which split-K cuts a product. In four waves 3,072 blocks on FMAs keep all three GPUs
 /// busy (0.95, 1.00 and 0.97 of their time). Their partial sums are 48 MiB.
@@ -74,10 +75,15 @@ pub fn choose(variants: [&'static Kernel; 2], rows: usize, cols: usize) -> (&'st
     if second < first { (b, second) } else { (a, first) }
 }
 
+/// Bytes of the ring of a product on tensor cores with tiles of `bm` x `bn`.
+pub fn ring(bm: usize, bn: usize) -> usize {
+    (tile_mma::STAGES * tile_mma::BK) as usize * 2 * (bm + bn)
+}
+
 /// Bytes of dynamic shared memory of a product's kernel: the ring of those on tensor cores, `S_PASS_mma_BMxBN`.
 pub fn shared(kernel: &Kernel) -> usize {
     let (bm, bn) = tile(kernel);
-    if kernel.name.contains("_mma_") { (tile_mma::STAGES * tile_mma::BK) as usize * 2 * (bm + bn) } else { 0 }
+    if kernel.name.contains("_mma_") { ring(bm, bn) } else { 0 }
 }
 
 /// Fewest tiles of 128x128 worth their size in a product whose k is not split: fewer leave most multiprocessors of a
@@ -129,6 +135,19 @@ impl SplitK {
         best.expect("there are GPUs, and each has a wave")
     }
 
+    /// The same for a product whose blocks are launched before others that take as many products of two numbers in all:
+    /// the gradient of a weight, before that of its input. The others fill the waves, so that few segments do, and with
+    /// them few partial sums, as long as a segment ends well before the launch: after three quarters of what each
+    /// multiprocessor of the largest GPU has to do, if it has as many blocks at a time as it holds.
+    pub fn beside_as_many(blocks: Blocks, tiles: usize, depth: usize) -> Self {
+        let [.., multiprocessors] = MULTIPROCESSORS;
+        let [.., slots] = blocks.slots;
+        let of_launch = 2 * tiles * depth / multiprocessors;
+        let longest = (3 * of_launch / (4 * slots / multiprocessors)).max(2 * blocks.join);
+        let segment = depth.div_ceil(depth.div_ceil(longest).max(1)).next_multiple_of(blocks.step);
+        SplitK { segment, count: depth.div_ceil(segment).max(1) }
+    }
+
     /// The steps of k for which it takes all resident blocks of a GPU: of that for which they are most.
     fn time(&self, blocks: Blocks, tiles: usize) -> usize {
         let join = if self.count > 1 { blocks.join } else { 0 };
@@ -162,20 +181,22 @@ pub struct Job {
     pub depth: usize,
     /// Tiles of the result.
     pub tiles: usize,
+    /// Its kernel can leave the sums over k of the first operand, f64 (segments, rows), by its last parameter.
+    pub sums: bool,
 }
 
 impl Job {
     /// On FMAs, by that of the `variants` that wastes least.
     pub fn on_fma(variants: [&'static Kernel; 2], rows: usize, cols: usize, depth: usize) -> Self {
         let (kernel, tiles) = choose(variants, rows, cols);
-        Job { kernel, shared: 0, blocks: FMA, rows, cols, depth, tiles }
+        Job { kernel, shared: 0, blocks: FMA, rows, cols, depth, tiles, sums: false }
     }
 
     /// On tensor cores, by a kernel with tiles of 128x128 or 64x64. `more`: bytes of shared memory beside its ring.
     pub fn on_mma(kernel: &'static Kernel, more: usize, rows: usize, cols: usize, depth: usize) -> Self {
         let blocks = if kernel.tile == Some((128, 128)) { MMA_128 } else { MMA_64 };
         let tiles = tiles(kernel, rows, cols);
-        Job { kernel, shared: shared(kernel) + more, blocks, rows, cols, depth, tiles }
+        Job { kernel, shared: shared(kernel) + more, blocks, rows, cols, depth, tiles, sums: true }
     }
 
     /// How k is split.
@@ -184,7 +205,7 @@ impl Job {
     }
 
     /// Writes the product, of which k is not split, to `to`, f32, or adds it if `accumulate`. The kernel's parameters
-    /// are `to`, the operands, and `(sizes, segment, accumulate)`.
+    /// are `to`, the operands, and `(sizes, segment, accumulate)`; and `sums`, if it can leave them.
     ///
     /// # Errors
     /// A GPU error.
@@ -195,19 +216,26 @@ impl Job {
         accumulate: bool,
         operands: &[Option<Array<'_>>],
         sizes: impl Twin,
+        sums: Option<&mut Buffer>,
     ) -> Result<()> {
         assert_eq!(to.bytes(), 4 * self.rows * self.cols, "bytes of a product {} x {}", self.rows, self.cols);
-        self.launch(gpu, |launch| launch.view_mut(to), accumulate, operands, sizes)
+        self.launch(gpu, |launch| launch.view_mut(to), accumulate, operands, sizes, sums)
     }
 
     /// The products of the segments.
     ///
     /// # Errors
     /// A GPU error, or no memory for them.
-    pub fn run_split(&self, gpu: &Gpu, operands: &[Option<Array<'_>>], sizes: impl Twin) -> Result<Parts> {
+    pub fn run_split(
+        &self,
+        gpu: &Gpu,
+        operands: &[Option<Array<'_>>],
+        sizes: impl Twin,
+        sums: Option<&mut Buffer>,
+    ) -> Result<Parts> {
         let (len, count) = (self.rows * self.cols, self.split().count);
         let mut buffer = gpu.alloc(4 * count * len)?; // (count, rows, cols)
-        self.launch(gpu, |launch| launch.buffer_mut(&mut buffer), false, operands, sizes)?;
+        self.launch(gpu, |launch| launch.buffer_mut(&mut buffer), false, operands, sizes, sums)?;
         Ok(Parts { buffer: Arc::new(buffer), size: 4, from: 0, count, pitch: len })
     }
 
@@ -218,12 +246,44 @@ impl Job {
         accumulate: bool,
         operands: &[Option<Array<'a>>],
         sizes: impl Twin,
+        sums: Option<&'a mut Buffer>,
     ) -> Result<()> {
         let SplitK { segment, count } = self.split();
         let product = gpu.launch(self.kernel, [self.tiles, count, 1], self.kernel.max_threads).shared(self.shared);
         let product = operands.iter().fold(to(product), |launch, x| launch.array_opt(*x));
-        product.value(sizes).u32(segment).u32(accumulate.into()).run()
+        let product = product.value(sizes).u32(segment).u32(accumulate.into());
+        assert!(self.sums || sums.is_none(), "{} leaves no sums", self.kernel.name);
+        if self.sums { product.buffer_mut_opt(sums).run() } else { product.run() }
     }
+}
+
+/// The launches for the gradient of a weight and for that of its input, on tensor cores, by the sides of their tiles, 64
+/// or 128, if they are wanted: one for both, unless those of the input's gradient are larger, for which there is no
+/// kernel.
+pub fn backward_launches(dw: Option<usize>, dx: Option<usize>) -> Vec<[Option<usize>; 2]> {
+    match (dw, dx) {
+        (None, None) => vec![],
+        (Some(of_dw), Some(of_dx)) if of_dw < of_dx => vec![[dw, None], [None, dx]],
+        _ => vec![[dw, dx]],
+    }
+}
+
+/// The kernel of such a launch: of those with tiles of 128x128 for both, of 64x64 for the input's gradient, and of 64x64
+/// for both.
+pub fn backward_kernel([dw, dx]: [Option<usize>; 2], kernels: [&'static Kernel; 3]) -> &'static Kernel {
+    let [large, mixed, small] = kernels;
+    match (dw.or(dx), dx.or(dw)) {
+        (Some(128), Some(128)) => large,
+        (Some(128), Some(64)) => mixed,
+        (Some(64), Some(64)) => small,
+        sides => panic!("no kernel has tiles of {sides:?} for the gradients of a weight and its input"),
+    }
+}
+
+/// How such a launch splits k of the weight's gradient, which has so many tiles.
+pub fn split_in([dw, dx]: [Option<usize>; 2], tiles: usize, depth: usize) -> SplitK {
+    let blocks = if dw == Some(128) { MMA_128 } else { MMA_64 };
+    if dx.is_some() { SplitK::beside_as_many(blocks, tiles, depth) } else { SplitK::new(blocks, tiles, depth) }
 }
 
 /// A product on tensor cores whose k is cut into segments of whole slabs by the layer's shape, so that an image's bits
@@ -253,9 +313,11 @@ impl Segments {
         Segments { segment, count: slabs.div_ceil(segment).max(1) }
     }
 
-    /// How many blocks share a tile: one for each segment if `tiles` tiles alone leave most multiprocessors idle.
+    /// How many blocks share a tile: one for each segment if `tiles` tiles alone leave multiprocessors idle. From [`MANY`]
+    /// on, each has a block or nearly, whose four warps keep it busy, and sums that are stored, read and added up by a
+    /// launch more would take longer than they save.
     pub fn blocks(&self, tiles: usize) -> usize {
-        if tiles < 2 * MANY { self.count } else { 1 }
+        if tiles < MANY { self.count } else { 1 }
     }
 }
 
