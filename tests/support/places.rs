@@ -14,6 +14,8 @@ pub const ROOT: &str = "DDPM_TEST_ROOT";
 pub const PROGRAM: &str = "DDPM_TEST_PROGRAM";
 /// The emulator's library: by default the one beside the test binary.
 pub const EMULATOR: &str = "DDPM_TEST_EMULATOR";
+/// The stand-in for NCCL: by default the one beside the test binary.
+pub const NCCL: &str = "DDPM_TEST_NCCL";
 /// The assembler: by default that of the compiler that made the kernels.
 pub const PTXAS: &str = "DDPM_TEST_PTXAS";
 
@@ -43,14 +45,24 @@ pub fn program() -> PathBuf {
     path
 }
 
-/// The emulator's shared library, which cargo puts beside the test executables.
+/// The emulator's shared library.
 pub fn emulator() -> PathBuf {
+    library(EMULATOR, "libcuda_emu.so")
+}
+
+/// The shared library that stands in for NCCL.
+pub fn nccl() -> PathBuf {
+    library(NCCL, "libnccl_emu.so")
+}
+
+/// A shared library of the workspace, which cargo puts beside the test executables.
+fn library(variable: &str, name: &str) -> PathBuf {
     let beside = || {
         let executable = std::env::current_exe().expect("a test knows its own path");
-        executable.parent().expect("an executable is in a folder").join("libcuda_emu.so")
+        executable.parent().expect("an executable is in a folder").join(name)
     };
-    let path = named(EMULATOR).unwrap_or_else(beside);
-    assert!(path.is_file(), "{} does not exist; {EMULATOR} is the path of libcuda_emu.so", path.display());
+    let path = named(variable).unwrap_or_else(beside);
+    assert!(path.is_file(), "{} does not exist; {variable} is the path of {name}", path.display());
     path
 }
 

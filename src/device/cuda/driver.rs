@@ -120,6 +120,9 @@ mod absent {
         pub fn synchronize(&self) -> Result<()> {
             match *self {}
         }
+        pub fn try_is_complete(&self) -> Result<bool> {
+            match *self {}
+        }
         pub fn elapsed_ms(&self, _end: &Self) -> Result<f32> {
             match *self {}
         }
@@ -248,6 +251,7 @@ mod absent {
         pub enum CUresult {
             CUDA_ERROR_NO_DEVICE,
             CUDA_ERROR_OUT_OF_MEMORY,
+            CUDA_ERROR_NOT_READY,
         }
 
         impl CUresult {
@@ -283,6 +287,9 @@ mod absent {
             false
         }
         pub unsafe fn cuDriverGetVersion(_version: &mut i32) -> CUresult {
+            CUresult::CUDA_ERROR_NO_DEVICE
+        }
+        pub unsafe fn cuStreamQuery(_stream: CUstream) -> CUresult {
             CUresult::CUDA_ERROR_NO_DEVICE
         }
         pub unsafe fn cuMemsetD32Async(_to: CUdeviceptr, _word: u32, _words: usize, _stream: CUstream) -> CUresult {

@@ -69,6 +69,11 @@ impl<'a> View<'a> {
     pub fn bytes(&self) -> usize {
         self.bytes
     }
+
+    /// The memory, and the address in it at which the range begins.
+    pub(super) fn place(&self) -> (&Buffer, u64) {
+        (self.buffer, self.buffer.address() + self.offset as u64)
+    }
 }
 
 impl<'a> ViewMut<'a> {
@@ -81,6 +86,11 @@ impl<'a> ViewMut<'a> {
     /// Its size.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// The memory, and the address in it at which the range begins.
+    pub(super) fn place(&self) -> (&Buffer, u64) {
+        (self.buffer, self.buffer.address() + self.offset as u64)
     }
 }
 
@@ -410,16 +420,16 @@ impl<'a> Launch<'a> {
 
     /// The address of a range of a buffer that the kernel reads, for a struct among the arguments.
     pub fn address_in_struct(&mut self, view: View<'a>) -> u64 {
-        self.gpu.owns(view.buffer);
-        let address = view.buffer.address() + view.offset as u64;
+        let (buffer, address) = view.place();
+        self.gpu.owns(buffer);
         self.arguments.in_structs.push((address, view.bytes, false));
         address
     }
 
     /// The same of one that the kernel writes.
     pub fn address_in_struct_mut(&mut self, view: ViewMut<'a>) -> u64 {
-        self.gpu.owns(view.buffer);
-        let address = view.buffer.address() + view.offset as u64;
+        let (buffer, address) = view.place();
+        self.gpu.owns(buffer);
         self.arguments.in_structs.push((address, view.bytes, true));
         address
     }
@@ -538,6 +548,7 @@ impl<'a> Launch<'a> {
         }
         self.gpu.note_launch();
         if matches!(self.gpu.inner.trace, Trace::Sync) {
+            self.gpu.watch_ranks(|| self.gpu.is_idle())?;
             stream.synchronize().map_err(|e| driver_error(&format!("running {}", self.describe()), e))?;
         }
         Ok(())

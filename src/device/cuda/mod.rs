@@ -2,7 +2,8 @@
 //!
 //! One context, one stream. Everything runs in stream order, so a buffer returned to the pool may be handed out again
 //! at once. Nothing waits for the GPU except [`Gpu::download`], [`Gpu::synchronize`], and `Staging` before it reuses
-//! its memory; the check of guard words (tests) waits too.
+//! its memory; the check of guard words (tests) waits too. Where other ranks take part in what the stream does
+//! ([`nccl`]), a wait may be for them, and ends with an error when they are gone.
 //!
 //! Deliberately absent: several streams and events between them, unified memory.
 
@@ -12,6 +13,7 @@ mod driver;
 mod graph;
 mod launch;
 mod modules;
+pub mod nccl;
 mod pool;
 mod staging;
 pub mod tile;
@@ -20,7 +22,7 @@ mod trace;
 use std::fmt::{self, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 
 use super::PoolStats;
 use crate::error::{Error, Result};
@@ -79,6 +81,8 @@ struct Inner {
     order: RwLock<()>,
     /// What a capture notes.
     under_way: Mutex<graph::UnderWay>,
+    /// Communicators: other ranks take part in what the stream does.
+    ranks: Mutex<Vec<Weak<nccl::Shared>>>,
     emulated: bool,
     /// What the user should know about the kernels.
     notes: Vec<String>,
@@ -376,6 +380,7 @@ impl Gpu {
             graph_launches: AtomicU64::new(0),
             order: RwLock::default(),
             under_way: Mutex::default(),
+            ranks: Mutex::default(),
             emulated,
             notes,
             later_notes: Mutex::default(),
@@ -460,7 +465,18 @@ impl Gpu {
 
     /// The same for whoever has called [`ordered`](Self::ordered).
     fn wait(&self) -> Result<()> {
+        self.watch_ranks(|| self.is_idle())?;
         self.inner.stream.synchronize().map_err(|e| driver_error(&format!("waiting for {self}"), e))
+    }
+
+    /// True if everything launched so far has finished.
+    fn is_idle(&self) -> std::result::Result<bool, DriverError> {
+        // SAFETY: this GPU's stream, which lives as long as it.
+        match unsafe { sys::cuStreamQuery(self.inner.stream.cu_stream()).result() } {
+            Ok(()) => Ok(true),
+            Err(e) if e.0 == sys::CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            Err(e) => Err(e),
+        }
     }
 
     /// Copies `data` to the start of `to`, in stream order. `data` may be reused when this returns.
@@ -499,6 +515,7 @@ impl Gpu {
         self.refuse_host("a copy to the host's memory")?;
         let _ordered = self.ordered();
         self.bind()?;
+        self.watch_ranks(|| self.is_idle())?;
         // SAFETY: `from` holds that many bytes (checked). `bytes` is borrowed until the stream is synchronised, below;
         // if that fails, the context has failed for good and copies no more.
         let copied = unsafe { result::memcpy_dtoh_async(bytes, from.address(), self.inner.stream.cu_stream()) };

@@ -75,6 +75,7 @@ impl Staging {
         }
         let slot = slot.as_mut().expect("just made");
         // The copy before the last used this memory. It has long finished unless the GPU is two steps behind.
+        gpu.watch_ranks(|| slot.copied.try_is_complete())?;
         slot.copied.synchronize().map_err(failed)?;
         let memory = &mut slot.memory.as_mut_slice().map_err(failed)?[..bytes];
         fill(memory);
@@ -156,6 +157,7 @@ impl Readback {
     pub fn take(&mut self) -> Result<Option<Vec<u8>>> {
         let Some((mut slot, bytes)) = self.copies.pop_front() else { return Ok(None) };
         let failed = |e| driver_error(&format!("copying {bytes} bytes from {}", self.gpu), e);
+        self.gpu.watch_ranks(|| slot.copied.try_is_complete())?;
         slot.copied.synchronize().map_err(failed)?;
         let taken = slot.memory.as_mut_slice().map_err(failed)?[..bytes].to_vec();
         self.free.push(slot);
