@@ -41,6 +41,7 @@
 //! device - the CPU, GPUs (the only place that names cudarc), and a device of shapes alone
 //! kernels - the table of compiled CUDA kernels, `kernels/*.cu`
 //! pickle - Python's pickles, read and never executed
+//! distributed - processes that train together: their ranks, how they meet, watch each other and end
 //! shape layout names text - shapes and element types; channels first and last; names of choices; readable numbers
 //! error - what can go wrong, as one sentence
 //! ```
@@ -82,6 +83,7 @@ pub mod config;
 pub mod data;
 pub mod device;
 pub mod diffusion;
+pub mod distributed;
 pub mod error;
 pub mod evaluate;
 pub mod history;

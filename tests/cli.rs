@@ -256,6 +256,47 @@ fn wrong_usage_is_one_sentence_and_exit_2() {
     }
 }
 
+/// One training would be as many of their own.
+#[test]
+fn several_ranks_and_several_gpus_are_refused_in_one_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    let two = "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500";
+    let slurm = "SLURM_PROCID=0 SLURM_NTASKS=8 SLURM_LOCALID=0";
+    let step = "SLURM_STEP_NODELIST=gnode[10-17]";
+    for (variables, arguments, says) in [
+        (two, vec![], "2 ranks were started to train together, which this version does not do"),
+        (&two[..20], vec![], "LOCAL_RANK is not set, though RANK, WORLD_SIZE are"),
+        (&two[7..], vec![], "RANK is not set, though WORLD_SIZE, LOCAL_RANK are"),
+        (
+            "",
+            vec!["--device", "cuda:0-7"],
+            "--device names 8 GPUs, and this version trains on one of them: give --device",
+        ),
+        (
+            "",
+            vec!["--device", "cuda:3,1"],
+            "--device names 2 GPUs, and this version trains on one of them: give --device",
+        ),
+        ("", vec!["--device", "cuda:7-0"], "'7-0' in 'cuda:7-0' counts down: write 0-7"),
+        ("", vec!["--device", "cuda:0,0"], "names GPU 0 twice"),
+        (slurm, vec!["--launch", "slurm"], "SLURM_STEP_NODELIST is not set, so this is no task of a job step"),
+        (&format!("{slurm} {step}"), vec!["--launch", "slurm"], "8 ranks were started to train together"),
+        ("", vec!["--launch", "mpi"], "OMPI_COMM_WORLD_RANK is not set"),
+        ("", vec!["--launch", "torchrun"], "slurm, mpi"),
+    ] {
+        let variables = variables.split_whitespace().map(|pair| pair.split_once('=').unwrap());
+        let said = fails(train(&run, 1).args(&arguments).envs(variables), 2);
+        assert!(said.contains(says), "{arguments:?}: {said:?} does not say {says:?}");
+        // The parser of arguments adds where to find help.
+        assert!(said.trim().lines().count() == 1 || said.contains("--help"), "{said}");
+        assert!(!run.exists(), "{arguments:?} left a run folder");
+    }
+    // The variables of a batch job start nothing, and one rank is a process alone.
+    let variables = slurm.split_whitespace().map(|pair| pair.split_once('=').unwrap());
+    ok(train(&run, 1).envs(variables).envs([("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")]));
+}
+
 #[test]
 fn what_is_wrong_with_a_file_is_said_with_its_name_and_exit_1() {
     let folder = tempfile::tempdir().unwrap();

@@ -22,7 +22,7 @@ use ddpm_cuda::unet::UNet;
 
 pub use bundle::{bundle, parts};
 pub use memory::LARGEST;
-pub use mutate::{ddpms, jpegs, pngs, safetensors, tars, zips};
+pub use mutate::{ddpms, jpegs, messages, pngs, safetensors, tars, zips};
 pub use seeds::{Seeds, encoded, idx, jpeg, npy, npz, offer, png, tar};
 
 /// The folder of this process, on a file system in memory if there is one.

@@ -191,3 +191,33 @@ pub fn ddpms(data: &mut [u8], size: usize, most: usize, seed: u32) -> usize {
     data[96..112].copy_from_slice(&hash.to_le_bytes());
     size
 }
+
+/// Messages of ranks: the opening, or the head or the body of a message, with its lengths written anew.
+pub fn messages(data: &mut [u8], size: usize, most: usize, seed: u32) -> usize {
+    let new = if seed % 8 < 2 { None } else { through_messages(&data[..size], seed) };
+    replace(data, size, most, new)
+}
+
+fn through_messages(bytes: &[u8], seed: u32) -> Option<Vec<u8>> {
+    let opening = 13 + usize::from(*bytes.get(12)?);
+    let (opening, mut rest) = bytes.split_at_checked(opening)?;
+    let mut parts: Vec<[Vec<u8>; 2]> = Vec::new();
+    while let Some((lengths, after)) = rest.split_first_chunk::<8>() {
+        let [head, body] = [0, 4].map(|at| u32::from_le_bytes(lengths[at..at + 4].try_into().expect("four bytes")));
+        let Some((head, after)) = after.split_at_checked(head as usize) else { break };
+        let Some((body, after)) = after.split_at_checked(body as usize) else { break };
+        parts.push([head.to_vec(), body.to_vec()]);
+        rest = after;
+    }
+    let chosen = (seed >> 8) as usize % parts.len().max(1);
+    let part = &mut parts.get_mut(chosen)?[usize::from(seed % 8 == 7)];
+    *part = mutated(part);
+    let mut new = opening.to_vec();
+    for [head, body] in &parts {
+        new.extend([head, body].map(|part| (part.len() as u32).to_le_bytes()).as_flattened());
+        new.extend(head);
+        new.extend(body);
+    }
+    new.extend(rest);
+    Some(new)
+}

@@ -9,7 +9,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::signals::Signals;
 use super::{choice, open};
 use crate::config::{self, Config, Given, MAY_CHANGE, NOT_OF_CLASSIFIERS, OnBadImage, Preset};
-use crate::device::{Choice, Device, Precision};
+use crate::device::{Choice, Device, Devices, Precision};
+use crate::distributed::{Launcher, World};
 use crate::error::{Error, Result};
 use crate::text::{duration, shell_word};
 use crate::train::{Changes, Init, Run, Start, Watch};
@@ -55,7 +56,10 @@ pub struct Args {
     pub seed: Option<u64>,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
-    pub device: Choice,
+    pub device: Devices,
+    /// Take the rank and the number of ranks from what this launcher has set; without it from RANK and WORLD_SIZE
+    #[arg(long, value_name = "LAUNCHER", value_parser = choice::<Launcher>())]
+    pub launch: Option<Launcher>,
     /// Type of activations and gradients; bf16 needs a GPU [default: f32, or that of the resumed run]
     #[arg(long, value_parser = choice::<Precision>())]
     pub precision: Option<Precision>,
@@ -101,6 +105,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// [`run`] for a network or a `classifier`.
 pub(super) fn run_of(args: &Args, classifier: bool) -> Result<ExitCode> {
     let command = if classifier { "train-classifier" } else { "train" };
+    let device = the_one_device(args)?;
     let signals = Signals::listen()?;
     let mut terminal = Terminal::default();
     let mut run = match &args.resume {
@@ -111,14 +116,14 @@ pub(super) fn run_of(args: &Args, classifier: bool) -> Result<ExitCode> {
                     format!("is a run of {other}; resume it with ddpm-cuda {other} --resume {}", shell_word(run));
                 return Err(Error::file(run, what));
             }
-            let device = open_to_resume(run, args)?;
+            let device = open_to_resume(run, device, args)?;
             let data = args.data.as_deref().map(absolute);
             let changes = Changes { sets: &args.set, steps: args.steps, data: data.as_deref() };
             Run::open(Start::Resume { run, changes }, &device, &mut terminal)?
         }
         None => {
             let (config, given) = config(args, classifier)?;
-            let device = open(args.device, config.precision, args.eager)?;
+            let device = open(device, config.precision, args.eager)?;
             let start = Start::New { config: &config, given: &given, out: args.out.as_deref() };
             Run::open(start, &device, &mut terminal)?
         }
@@ -145,9 +150,25 @@ pub(super) fn run_of(args: &Args, classifier: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The device of a training by one process. More would be as many runs of their own, which nobody has asked for.
+fn the_one_device(args: &Args) -> Result<Choice> {
+    let World { size, .. } = World::from_environment(args.launch)?;
+    if size > 1 {
+        usage!("{size} ranks were started to train together, which this version does not do: start one process");
+    }
+    match &args.device {
+        Devices::One(device) => Ok(*device),
+        Devices::Gpus(gpus) => usage!(
+            "--device names {} GPUs, and this version trains on one of them: give --device cuda:{}",
+            gpus.len(),
+            gpus[0]
+        ),
+    }
+}
+
 /// Opens a device for the precision of a run.
-fn open_to_resume(run: &Path, args: &Args) -> Result<Device> {
-    let (device, precision) = (args.device, Run::settings(run)?.precision);
+fn open_to_resume(run: &Path, device: Choice, args: &Args) -> Result<Device> {
+    let precision = Run::settings(run)?.precision;
     if let Some(asked) = args.precision.filter(|asked| *asked != precision) {
         usage!(
             "--precision {asked}: {} is a run in {precision} and goes on in it; leave --precision out",

@@ -5,7 +5,8 @@ use std::process::ExitCode;
 
 use super::{choice, train};
 use crate::config::{OnBadImage, Preset};
-use crate::device::{Choice, Precision};
+use crate::device::{Devices, Precision};
+use crate::distributed::Launcher;
 use crate::error::Result;
 
 /// Arguments of `ddpm-cuda train-classifier`.
@@ -40,7 +41,10 @@ pub struct Args {
     pub seed: Option<u64>,
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
-    pub device: Choice,
+    pub device: Devices,
+    /// Take the rank and the number of ranks from what this launcher has set; without it from RANK and WORLD_SIZE
+    #[arg(long, value_name = "LAUNCHER", value_parser = choice::<Launcher>())]
+    pub launch: Option<Launcher>,
     /// Type of activations and gradients; bf16 needs a GPU [default: f32, or that of the resumed run]
     #[arg(long, value_parser = choice::<Precision>())]
     pub precision: Option<Precision>,
@@ -67,8 +71,22 @@ pub fn help() -> String {
 /// # Errors
 /// Those of [`train::run`]; data without classes.
 pub fn run(args: Args) -> Result<ExitCode> {
-    let Args { preset, data, on_bad_image, out, config, set, steps, batch, seed, device, precision, eager, resume } =
-        args;
+    let Args {
+        preset,
+        data,
+        on_bad_image,
+        out,
+        config,
+        set,
+        steps,
+        batch,
+        seed,
+        device,
+        launch,
+        precision,
+        eager,
+        resume,
+    } = args;
     let args = train::Args {
         preset,
         data,
@@ -81,6 +99,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         batch,
         seed,
         device,
+        launch,
         precision,
         eager,
         resume,

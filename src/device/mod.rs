@@ -53,6 +53,89 @@ impl FromStr for Choice {
     }
 }
 
+/// What `--device` asks for where several GPUs may compute together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Devices {
+    /// One device.
+    One(Choice),
+    /// The NVIDIA GPUs of these numbers, two or more, each once; the first is rank 0's.
+    Gpus(Vec<usize>),
+}
+
+/// The most GPUs of one machine.
+const MOST_GPUS: usize = 256;
+
+impl FromStr for Devices {
+    type Err = String;
+
+    fn from_str(s: &str) -> std::result::Result<Self, String> {
+        let list = match s.strip_prefix("cuda:") {
+            Some(list) if list.contains([',', '-']) => list,
+            _ => {
+                let one = s.parse::<Choice>().map_err(|_| format!("'{s}' is no device: {DEVICES}"))?;
+                return Ok(Devices::One(one));
+            }
+        };
+        let mut gpus = Vec::new();
+        for part in list.split(',') {
+            let range = part.split_once('-').unwrap_or((part, part));
+            let (Ok(first), Ok(last)) = (range.0.parse::<usize>(), range.1.parse::<usize>()) else {
+                return Err(match part.is_empty() {
+                    true => format!("'{s}' names no GPU at one place of its list: {DEVICES}"),
+                    false => format!("'{part}' in '{s}' is neither a number nor a range of numbers: {DEVICES}"),
+                });
+            };
+            if first > last {
+                return Err(format!("'{part}' in '{s}' counts down: write {last}-{first}"));
+            }
+            if last - first >= MOST_GPUS || gpus.len() + (last - first) >= MOST_GPUS {
+                return Err(format!("'{s}' names more than {MOST_GPUS} GPUs"));
+            }
+            if let Some(twice) = (first..=last).find(|gpu| gpus.contains(gpu)) {
+                return Err(format!("'{s}' names GPU {twice} twice: a GPU computes for one process"));
+            }
+            gpus.extend(first..=last);
+        }
+        match gpus[..] {
+            [one] => Ok(Devices::One(Choice::Cuda(one))),
+            _ => Ok(Devices::Gpus(gpus)),
+        }
+    }
+}
+
+impl Devices {
+    /// The device of one of the ranks of a machine, of which there are `ranks` if that is known, and which see so many
+    /// GPUs. Without a list it is the GPU of the rank's number among them, or the only one that it sees: a scheduler may
+    /// show each of them its own.
+    ///
+    /// # Errors
+    /// A sentence if the list has another length, or names one GPU for several ranks.
+    pub fn of_rank(
+        &self,
+        local_rank: usize,
+        ranks: Option<usize>,
+        visible: usize,
+    ) -> std::result::Result<Choice, String> {
+        match self {
+            Devices::Gpus(gpus) if ranks.is_some_and(|ranks| ranks != gpus.len()) || local_rank >= gpus.len() => {
+                let ranks = ranks.unwrap_or(local_rank + 1);
+                Err(format!("--device names {} GPUs for {ranks} ranks of this machine: give one for each", gpus.len()))
+            }
+            Devices::Gpus(gpus) => Ok(Choice::Cuda(gpus[local_rank])),
+            Devices::One(Choice::Cuda(gpu)) if *gpu > 0 && (local_rank > 0 || ranks.is_none_or(|ranks| ranks > 1)) => {
+                Err(format!("--device cuda:{gpu} is one GPU for all ranks of this machine: give --device cuda"))
+            }
+            Devices::One(Choice::Cuda(gpu)) if *gpu > 0 => Ok(Choice::Cuda(*gpu)),
+            Devices::One(Choice::Cpu) => Ok(Choice::Cpu),
+            Devices::One(Choice::Auto) if visible == 0 => Ok(Choice::Auto),
+            Devices::One(_) => Ok(Choice::Cuda(if visible == 1 { 0 } else { local_rank })),
+        }
+    }
+}
+
+/// What [`Devices`] are named by.
+const DEVICES: &str = "use auto, cpu, cuda, cuda:N, or several GPUs as cuda:0-7 or cuda:0,2,3";
+
 /// What `--precision` asks for: the type of activations and their gradients. The master weights are always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
@@ -255,4 +338,84 @@ pub struct PoolStats {
     pub peak: u64,
     /// Bytes asked of the system so far, all of them still held.
     pub held: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lists_of_gpus() {
+        let gpus = |list: &str| match list.parse() {
+            Ok(Devices::Gpus(gpus)) => gpus,
+            other => panic!("{list}: {other:?}"),
+        };
+        assert_eq!(gpus("cuda:0-7"), (0..8).collect::<Vec<_>>());
+        assert_eq!(gpus("cuda:0,2,3"), [0, 2, 3]);
+        assert_eq!(gpus("cuda:4-5,0,2-3"), [4, 5, 0, 2, 3]);
+        assert_eq!(gpus("cuda:1000000,0"), [1_000_000, 0]);
+        assert_eq!(gpus("cuda:0-255").len(), MOST_GPUS);
+        for (one, choice) in [
+            ("auto", Choice::Auto),
+            ("cpu", Choice::Cpu),
+            ("cuda", Choice::Cuda(0)),
+            ("cuda:3", Choice::Cuda(3)),
+            ("cuda:3-3", Choice::Cuda(3)),
+        ] {
+            assert_eq!(one.parse(), Ok(Devices::One(choice)), "{one}");
+        }
+    }
+
+    #[test]
+    fn each_rank_of_a_machine_has_a_device_of_its_own() {
+        let of = |devices: &str, local_rank, ranks, visible| {
+            devices.parse::<Devices>().unwrap().of_rank(local_rank, ranks, visible)
+        };
+        for devices in ["cuda", "auto"] {
+            assert_eq!(of(devices, 3, Some(8), 8), Ok(Choice::Cuda(3)), "{devices}");
+            assert_eq!(of(devices, 3, Some(8), 1), Ok(Choice::Cuda(0)), "{devices}: a scheduler shows it its own");
+            assert_eq!(of(devices, 0, Some(1), 8), Ok(Choice::Cuda(0)), "{devices}");
+        }
+        assert_eq!(of("auto", 3, Some(8), 0), Ok(Choice::Auto));
+        assert_eq!(of("cpu", 3, Some(8), 8), Ok(Choice::Cpu));
+        assert_eq!(of("cuda:4,2", 1, Some(2), 8), Ok(Choice::Cuda(2)));
+        assert_eq!(of("cuda:4,2", 1, None, 8), Ok(Choice::Cuda(2)));
+        assert_eq!(of("cuda:5", 0, Some(1), 8), Ok(Choice::Cuda(5)));
+        for (devices, local_rank, ranks, says) in [
+            ("cuda:4,2", 0, Some(8), "names 2 GPUs for 8 ranks"),
+            ("cuda:4,2", 2, None, "names 2 GPUs for 3 ranks"),
+            ("cuda:5", 0, Some(2), "cuda:5 is one GPU for all ranks"),
+            ("cuda:5", 0, None, "cuda:5 is one GPU for all ranks"),
+        ] {
+            let said = of(devices, local_rank, ranks, 8).unwrap_err();
+            assert!(said.contains(says), "{devices}: {said}");
+        }
+    }
+
+    #[test]
+    fn lists_that_are_none() {
+        for (list, says) in [
+            ("cuda:", "'cuda:' is no device: use auto"),
+            ("gpu", "'gpu' is no device"),
+            ("cpu,cuda", "'cpu,cuda' is no device"),
+            ("cuda:7-0", "'7-0' in 'cuda:7-0' counts down: write 0-7"),
+            ("cuda:0,0", "'cuda:0,0' names GPU 0 twice"),
+            ("cuda:0-3,2", "names GPU 2 twice"),
+            ("cuda:2,0-3", "names GPU 2 twice"),
+            ("cuda:0,", "names no GPU at one place"),
+            ("cuda:,", "names no GPU at one place"),
+            ("cuda:-", "'-' in 'cuda:-' is neither a number nor a range"),
+            ("cuda:0-", "'0-' in"),
+            ("cuda:-1", "'-1' in"),
+            ("cuda:0-1-2", "'0-1-2' in"),
+            ("cuda:0, 1", "' 1' in"),
+            ("cuda:0-256", "more than 256 GPUs"),
+            ("cuda:0-18446744073709551615", "more than 256 GPUs"),
+            ("cuda:0-99999999999999999999", "is neither a number"),
+            ("cuda:0-99,100-199,200-299", "more than 256 GPUs"),
+        ] {
+            let said = list.parse::<Devices>().expect_err(list);
+            assert!(said.contains(says), "{list}: {said}");
+        }
+    }
 }
