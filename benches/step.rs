@@ -73,9 +73,10 @@ fn steps(criterion: &mut Criterion) {
         let shape = Shape::new(config.batch, m.image_size.h, m.image_size.w, m.channels);
         let x = Var::constant(Tensor::zeros_as(&device, device.activations(), shape).unwrap());
         let t = Tensor::full(&device, Shape::new(config.batch, 1, 1, 1), 500.0).unwrap();
+        let average = trainer.ema().expect("room for its rounded copy");
         group.bench_function("sample", |b| {
             b.iter(|| {
-                let mut tape = Tape::inference(&device, trainer.ema());
+                let mut tape = Tape::inference(&device, &average);
                 let eps =
                     trainer.unet().forward(&mut tape, &x, &t, &Conditioning::NONE, None).expect("nothing is checked");
                 support::finish(&device);

@@ -67,8 +67,9 @@ fn main() -> Result<()> {
     }
 
     let sampler = Sampler::new(&trainer.schedule(), Method::Ancestral(config.diffusion.variance), Spacing::Even, 50)?;
-    let drawing = Drawing { device: &device, unet: trainer.unet(), params: trainer.ema(), sampler: &sampler, seed: 1 };
-    let images = drawing.images(16, None, |_| Ok(()))?;
+    let average = trainer.ema()?;
+    let drawing = Drawing { device: &device, unet: trainer.unet(), params: &average, sampler: &sampler, seed: 1 };
+    let images = drawing.images(0..16, None, |_| Ok(()))?;
     output::write_grid(Path::new("discs.png"), drawing.shape(16), &images)?;
     println!("16 images: discs.png");
     Ok(())

@@ -1,13 +1,14 @@
-// adam: the whole parameter update in one kernel: clipping, Adam or AdamW, the moving average, and bf16 copies of
-// weights and average.
+// adam: the whole parameter update in one kernel: clipping, Adam or AdamW, the moving average, and a bf16 copy of the
+// weights.
 //
-// computes   g = clip g;  m += one_beta1 (g - m);  v = beta2 v + one_beta2 g^2;
+// computes   update: g = clip g;  m += one_beta1 (g - m);  v = beta2 v + one_beta2 g^2;
 //            w = keep w - rate m / (unbias sqrt(v) + eps);  ema += one_ema (w - ema);
-//            rounded = bf16(w), ema_rounded = bf16(ema) unless null. Does nothing if *halt.
+//            rounded = bf16(w) unless null. Does nothing if *halt.
+//            round: rounded = bf16(w)
 // layout     flat f32 buffers of len elements; clip is read from the meter's row, where grad_norm wrote it
 // mapping    thread = 4 neighbours, block = 1024 elements
 // shared     none
-// bound by   memory: 20 bytes read and 16 (20 with both copies) written per parameter
+// bound by   memory: 20 bytes read and 16 (18 with the copy) written per parameter; round: 4 and 2
 // host       len is a multiple of 4, buffers start on 256-byte boundaries; the clock is null or the step's (clock.cuh)
 // numerics   f32 in the CPU's order of operations, with correctly rounded division and square root: the CPU's bits for
 //            equal gradients and clip, if the CPU has FMA
@@ -26,7 +27,7 @@ __device__ __forceinline__ void update(float& w, float& ema, float& m, float& v,
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) adam_update(
-    float* w, float* ema, float* m, float* v, bf16* rounded, bf16* ema_rounded, const float* g, const MeterRow* rows,
+    float* w, float* ema, float* m, float* v, bf16* rounded, const float* g, const MeterRow* rows,
     const unsigned* halt, size_t len, AdamFactors factors, const Clock* clock) {
     const size_t i = 4 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
     if (i >= len || *halt) return;
@@ -43,5 +44,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) adam_update(
     store4(m + i, m4);
     store4(v + i, v4);
     if (rounded != nullptr) store4(rounded + i, w4);
-    if (ema_rounded != nullptr) store4(ema_rounded + i, ema4);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) adam_round(bf16* rounded, const float* w, size_t len) {
+    const size_t i = 4 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
+    if (i < len) store4(rounded + i, load4(w + i));
 }

@@ -264,7 +264,8 @@ pub struct Config {
     pub steps: u32,
     /// Images per step.
     pub batch: usize,
-    /// Micro-batches of equal size that a batch is split into, to save memory. The result is the same but for rounding.
+    /// Micro-batches of equal size that a batch is split into, to save memory, and for devices to share. The result is
+    /// the same but for rounding, and to the bit whichever device computes which.
     pub accumulate: usize,
     /// What the backward pass computes again, to save memory. The result is the same to the bit.
     pub recompute: Recompute,
@@ -395,7 +396,7 @@ settings! {
     "seed" => seed, "seed of all randomness";
     "steps" => steps, "training steps";
     "batch" => batch, "images per step";
-    "accumulate" => accumulate, "micro-batches that a batch is worked through in, to save memory";
+    "accumulate" => accumulate, "micro-batches that a batch is worked through in, to save memory or on several devices";
     "recompute" => recompute, "none, cheap (norms, dropout) or blocks again in the backward pass, to save memory";
     "learning_rate" => learning_rate, "Adam's step size";
     "warmup_steps" => warmup_steps, "steps over which the step size rises from 0";

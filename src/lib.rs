@@ -34,6 +34,7 @@
 //! params clock - parameters in one flat buffer; what changes from one training step to the next
 //! meter - what a step measures, kept on the device that computes it
 //! images conditioning - bytes that become x_0; network inputs besides x_t and t
+//! exchange - what the ranks of a run on several devices give each other
 //! tensor - NHWC arrays
 //! measures - distances between sets of images, in f64
 //! diffusion - schedules and sampler steps in f64, with the papers' equation numbers
@@ -62,6 +63,9 @@
 //!   and partial sums are joined in a fixed order.
 //! - A random number is a pure function of seed, purpose, step, image and element ([`rng`]). So a sample depends only
 //!   on its seed, index and class, and a resumed run continues with the same bits.
+//! - A run on several devices has the bits of one on one device. Ranks give each other bytes ([`exchange`]); what comes
+//!   from several is added in an order that knows no ranks ([`ops::tree_sum`]); nothing is drawn by rank, and nothing
+//!   but the writing of files asks which rank it is.
 //! - Files that must survive a crash are written under a temporary name beside the final one, synced and renamed.
 //! - Weights cannot change while a tape refers to them: the tape borrows [`params::Params`].
 //!
@@ -86,6 +90,7 @@ pub mod diffusion;
 pub mod distributed;
 pub mod error;
 pub mod evaluate;
+pub mod exchange;
 pub mod history;
 pub mod images;
 pub mod kernels;

@@ -8,13 +8,14 @@ use crate::device::{Device, cpu};
 use crate::diffusion::Kind;
 use crate::error::{Error, Result};
 use crate::kernels::loss::Row;
+use crate::ops::{grad_norm, tree_sum};
 use crate::params::{Layout, ParamGrads, Params, Specs};
 use crate::tape::{Recompute, Tape, Var};
 use crate::tensor::{DType, Shape, Tensor};
 use crate::text::GIB;
 use crate::unet::{DropoutSeed, UNet};
 
-/// Bytes that a training run takes of `device`.
+/// Bytes that a training run takes of `device`, or each of its `ranks` of a device of its own.
 ///
 /// What the run keeps, and what a step over one micro-batch has alive at its fullest, are asked of a step on shapes
 /// alone; the factors of every timestep and the bytes of a step's images are added. Scratch space, which the pools keep
@@ -25,13 +26,13 @@ use crate::unet::{DropoutSeed, UNet};
 /// - blocks of attention scores (two of 8 MiB) and the threads' tiles: 24 MiB;
 /// - on the CPU, what Winograd's algorithm and attention hold of a micro-batch: measured for `cifar10` with 1, 2 and 4
 ///   images a step at 0.8 of its activations, for `mnist` with 8 and 32 at 0.3. 0.8 is taken.
-pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs, device: &Device) -> u64 {
+pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs, device: &Device, ranks: usize) -> u64 {
     const BLOCKS_AND_TILES: u64 = 24 << 20;
     // A micro-batch too large for any memory is counted as a multiple of a smaller one, so that sizes do not overflow.
     let image = unet.model().image_size.pixels() * unet.model().widths.iter().max().copied().unwrap_or(1);
     let micro_batch = config.batch / config.accumulate;
     let counted = micro_batch.min(((1 << 40) / image).clamp(1, 1 << 20));
-    let held = step_on_shapes(config, counted, unet, specs, &device.meta()).expect("shapes need no memory");
+    let held = step_on_shapes(config, counted, unet, specs, &device.meta(), ranks).expect("shapes need no memory");
     let activations = held.activations.saturating_mul(micro_batch.div_ceil(counted) as u64);
 
     let convolutions = specs.iter().filter(|(_, spec)| spec.layout == Layout::Conv);
@@ -42,25 +43,34 @@ pub fn memory_needed(config: &Config, unet: &UNet, specs: &Specs, device: &Devic
     // The bytes of a step's images, on a GPU that does not hold the data set.
     let size = unet.model().image_size;
     let bytes = (size.pixels() * unet.model().channels) as u64;
-    let images = if device.is_gpu() { bytes.saturating_mul(config.batch as u64) } else { 0 };
+    let images = if device.is_gpu() { bytes.saturating_mul((config.batch / ranks) as u64) } else { 0 };
     let state = held.state.saturating_add(factors).saturating_add(images);
     state.saturating_add(scratch).saturating_add(activations).saturating_add(scratch_of_images)
 }
 
 /// Bytes that a pool holds.
 struct Held {
-    /// Weights, moving average, moments, gradients: as long as the run.
+    /// Weights, moving average, moments, gradients and what ranks exchange: as long as the run.
     state: u64,
     /// For a step.
     activations: u64,
 }
 
 /// What the pool of `meta` holds after a training step of `config` over a micro-batch of `n` images.
-fn step_on_shapes(config: &Config, n: usize, unet: &UNet, specs: &Specs, meta: &Device) -> Result<Held> {
-    let m = &config.model;
-    let flat = || Tensor::zeros(meta, Shape::vector(specs.flat_len()));
-    let (params, _ema) = (Params::zeros(meta, specs.clone())?, Params::zeros(meta, specs.clone())?);
-    let (mut grads, _m, _v) = (ParamGrads::new(meta, specs)?, flat()?, flat()?);
+fn step_on_shapes(config: &Config, n: usize, unet: &UNet, specs: &Specs, meta: &Device, ranks: usize) -> Result<Held> {
+    let (m, mut specs) = (&config.model, specs.clone());
+    if ranks > 1 {
+        specs.pad(ranks * grad_norm::CHUNK);
+    }
+    let params = Params::zeros(meta, specs.clone())?;
+    let shard = || Tensor::zeros(meta, Shape::vector(specs.flat_len() / ranks));
+    let _ema_m_v = [shard()?, shard()?, shard()?];
+    let nodes = tree_sum::most_waiting((config.accumulate / ranks).max(1));
+    let mut grads: Vec<ParamGrads> = (0..nodes).map(|_| ParamGrads::new(meta, &specs)).collect::<Result<_>>()?;
+    let _of_ranks = match ranks {
+        1 => None,
+        _ => Some((Tensor::zeros(meta, Shape::vector(specs.flat_len()))?, shard()?)),
+    };
     let state = meta.pool_stats().held;
 
     let shape = Shape::new(n, m.image_size.h, m.image_size.w, m.channels);
@@ -75,7 +85,7 @@ fn step_on_shapes(config: &Config, n: usize, unet: &UNet, specs: &Specs, meta: &
     let x_t = if is_learned { tape.leaf(x_t) } else { Var::constant(x_t) };
     let eps = unet.forward(&mut tape, &x_t, &t, &conditioning, masks)?; // (n, h, w, c)
     let dy = Tensor::uninit(meta, meta.activations(), eps.shape())?; // (n, h, w, c)
-    tape.backward(&eps, dy, &mut grads)?;
+    tape.backward(&eps, dy, &mut grads[0])?;
     Ok(Held { state, activations: meta.pool_stats().held - state })
 }
 
@@ -88,22 +98,30 @@ pub fn available_on(device: &Device) -> Option<u64> {
     }
 }
 
-/// Refuses a training run that needs more than `available` bytes on `device`, and says what would fit.
+/// Refuses a training run that needs more than `available` bytes on `device`, or on each of those of its `ranks`, and
+/// says what would fit.
 ///
 /// # Errors
 /// `Error::Failed` for such a run.
-pub fn check_fit(config: &Config, unet: &UNet, specs: &Specs, device: &Device, available: u64) -> Result<()> {
-    let needed = memory_needed(config, unet, specs, device);
-    if needed <= available {
+pub fn check_fit(
+    config: &Config,
+    unet: &UNet,
+    specs: &Specs,
+    device: &Device,
+    ranks: usize,
+    available: u64,
+) -> Result<()> {
+    let needed = |config: &Config| memory_needed(config, unet, specs, device, ranks);
+    if needed(config) <= available {
         return Ok(());
     }
     let fits = |accumulate: &usize| {
         config.batch.is_multiple_of(*accumulate)
-            && memory_needed(&Config { accumulate: *accumulate, ..config.clone() }, unet, specs, device) <= available
+            && tree_sum::fits(*accumulate, ranks)
+            && needed(&Config { accumulate: *accumulate, ..config.clone() }) <= available
     };
     let again = Recompute::ALL.into_iter().find(|&recompute| {
-        recompute != Recompute::None
-            && memory_needed(&Config { recompute, ..config.clone() }, unet, specs, device) <= available
+        recompute != Recompute::None && needed(&Config { recompute, ..config.clone() }) <= available
     });
     let again = again.map_or(String::new(), |recompute| {
         format!(", or --set recompute={recompute}, which keeps less and computes it again")
@@ -119,7 +137,7 @@ pub fn check_fit(config: &Config, unet: &UNet, specs: &Specs, device: &Device, a
     };
     Err(Error::Failed(format!(
         "this run needs {:.2} GiB of memory and {:.2} GiB are available: {advice}",
-        needed as f64 / GIB,
+        needed(config) as f64 / GIB,
         available as f64 / GIB,
     )))
 }

@@ -66,15 +66,28 @@ pub struct Spec {
 pub struct Specs {
     specs: Vec<Spec>,
     end: usize,
+    /// Elements of the flat buffer behind the end.
+    padding: usize,
 }
 
 impl Specs {
     /// Adds a parameter. Each starts on a 64-byte boundary of the flat buffer; the gaps stay zero.
     pub fn add(&mut self, name: String, shape: Shape, layout: Layout, init: Init) -> Param {
+        assert_eq!(self.padding, 0, "{name} behind the padding");
         let offset = self.end;
         self.end = (offset + shape.len()).next_multiple_of(16);
         self.specs.push(Spec { name, shape, layout, init, offset });
         Param { index: self.specs.len() - 1 }
+    }
+
+    /// Makes the length of the flat buffer a multiple of `multiple`, by a gap at its end. Nothing can be added then.
+    pub(crate) fn pad(&mut self, multiple: usize) {
+        self.padding = self.end.next_multiple_of(multiple) - self.end;
+    }
+
+    /// Length of the flat buffer without that gap.
+    pub(crate) fn end(&self) -> usize {
+        self.end
     }
 
     /// Number of trainable values, gaps not counted.
@@ -84,7 +97,7 @@ impl Specs {
 
     /// Length of the flat buffer in elements, gaps included.
     pub fn flat_len(&self) -> usize {
-        self.end
+        self.end + self.padding
     }
 
     /// All parameters with their handles, in the order they were added.
@@ -139,14 +152,24 @@ impl Params {
     /// # Errors
     /// See [`Params::zeros`].
     pub fn from_host(device: &Device, specs: Specs, flat: &[f32]) -> Result<Self> {
+        let uninit = Tensor::uninit(device, DType::F32, Shape::vector(specs.flat_len()))?;
+        let mut params = Params::of_flat(device, specs, uninit)?;
+        params.write(flat)?;
+        Ok(params)
+    }
+
+    /// Parameters with the values of `flat`, f32, in its memory, and a rounded copy with arbitrary contents.
+    ///
+    /// # Errors
+    /// See [`Params::zeros`].
+    pub(crate) fn of_flat(device: &Device, specs: Specs, flat: Tensor) -> Result<Self> {
         let shape = Shape::vector(specs.flat_len());
+        assert_eq!((flat.shape(), flat.dtype()), (shape, DType::F32), "the values of {} parameters", specs.count());
         let rounded = match device.activations() {
             DType::F32 => None,
             DType::Bf16 => Some(Tensor::uninit(device, DType::Bf16, shape)?),
         };
-        let mut params = Params { flat: Tensor::uninit(device, DType::F32, shape)?, specs, rounded };
-        params.write(flat)?;
-        Ok(params)
+        Ok(Params { flat, specs, rounded })
     }
 
     /// Every parameter drawn according to its [`Init`], each from its own stream of `seed`, so that adding a parameter
@@ -219,6 +242,11 @@ impl Params {
     /// A GPU error.
     pub fn host(&self) -> Result<Cow<'_, [f32]>> {
         self.flat.host()
+    }
+
+    /// All values as one tensor, f32, gaps included.
+    pub fn flat(&self) -> &Tensor {
+        &self.flat
     }
 
     /// All values rounded to bf16, gaps included; `None` if the activations are f32.
@@ -301,6 +329,11 @@ impl ParamGrads {
     /// The memory of all gradients on a GPU.
     pub(crate) fn buffer_mut(&mut self) -> &mut cuda::Buffer {
         self.flat.gpu_buffer_mut()
+    }
+
+    /// All gradients, as far as they have been written.
+    pub(crate) fn flat_mut(&mut self) -> &mut Tensor {
+        &mut self.flat
     }
 
     /// All gradients, after zeroing those that no operation has written since [`reset`](Self::reset).

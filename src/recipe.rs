@@ -16,8 +16,10 @@ use crate::device::Device;
 use crate::diffusion::Kind;
 use crate::error::Result;
 use crate::memory;
+use crate::ops::tree_sum;
 use crate::text::grouped;
 use crate::unet::UNet;
+use crate::usage;
 
 /// Largest side chosen unasked.
 const CPU_SIDE: usize = 32;
@@ -47,9 +49,11 @@ const FEW: usize = 20;
 ///
 /// With another preset than [`Preset::Auto`] only `attention_resolutions` is adapted to the image size.
 ///
+/// `device` is that of the run, or of each of its `ranks`.
+///
 /// # Errors
 /// `Error::Usage` for given settings that no network has.
-pub fn suit(config: &mut Config, given: &Given, survey: &Survey, device: &Device) -> Result<Vec<String>> {
+pub fn suit(config: &mut Config, given: &Given, survey: &Survey, device: &Device, ranks: usize) -> Result<Vec<String>> {
     if config.preset != Preset::Auto {
         return Ok(adapt_attention(config, given).into_iter().collect());
     }
@@ -128,7 +132,8 @@ pub fn suit(config: &mut Config, given: &Given, survey: &Survey, device: &Device
         let fits = |accumulate: &usize| {
             let split = Config { accumulate: *accumulate, ..config.clone() };
             config.batch.is_multiple_of(*accumulate)
-                && memory::memory_needed(&split, &unet, &specs, device) <= available
+                && tree_sum::fits(*accumulate, ranks)
+                && memory::memory_needed(&split, &unet, &specs, device, ranks) <= available
         };
         config.accumulate = (1..=config.batch).find(fits).unwrap_or(1);
     }
@@ -140,6 +145,23 @@ pub fn suit(config: &mut Config, given: &Given, survey: &Survey, device: &Device
         }
     };
     Ok(vec![summary(config, survey) + &duration + "; --set changes any setting, config.toml keeps them all"])
+}
+
+/// Chooses a number of micro-batches that `ranks` ranks can share, unless it is given: a multiple of `ranks` by a
+/// power of two, the smallest that is not below what the settings have; returns a sentence for the user.
+///
+/// # Errors
+/// `Error::Usage` for a batch of which so many ranks cannot have equal parts.
+pub fn suit_ranks(config: &mut Config, given: &Given, ranks: usize) -> Result<Option<String>> {
+    if given.has("accumulate") || tree_sum::fits(config.accumulate, ranks) {
+        return Ok(None);
+    }
+    if !config.batch.is_multiple_of(ranks) {
+        usage!("batch = {}: on {ranks} devices a step takes a multiple of {ranks} images", config.batch);
+    }
+    let fits = |accumulate: &usize| config.batch.is_multiple_of(*accumulate) && tree_sum::fits(*accumulate, ranks);
+    config.accumulate = (config.accumulate..=config.batch).find(fits).unwrap_or(ranks);
+    Ok(Some(format!("a step is computed in {} micro-batches on {ranks} devices", config.accumulate)))
 }
 
 /// Decides on mirrored images now that the images are there, if the settings of `suit` leave it open; returns a

@@ -8,6 +8,8 @@ pub mod inpaint;
 pub mod interpolate;
 mod replay;
 
+use std::ops::Range;
+
 use crate::conditioning::Conditioning;
 use crate::config::Diffusion;
 use crate::device::Device;
@@ -400,26 +402,28 @@ impl Drawing<'_> {
         finite(reverse.run(|call| network.call(call), gradient, each)?.to_vec()?)
     }
 
-    /// The bytes of images `0..count`, (count, h, w, c). A conditional model takes the class of each image from
-    /// `labels`. `each` is called after every step of every batch.
+    /// The bytes of images `which`, (n, h, w, c). A conditional model takes the class of image i from `labels[i]`.
+    /// `each` is called after every step of every batch.
     ///
     /// # Errors
     /// More than `u32::MAX` images; those of `each`, which end the drawing; a pixel that is not finite; a GPU that
     /// fails.
     pub fn images(
         &self,
-        count: usize,
+        which: Range<usize>,
         labels: Option<&[u32]>,
         mut each: impl FnMut(&Progress<'_>) -> Result<()>,
     ) -> Result<Vec<u8>> {
-        let count_u32 =
-            u32::try_from(count).map_err(|_| Error::Usage(format!("--count {count}: at most {} images", u32::MAX)))?;
-        let mut images = Vec::with_capacity(self.shape(count).len());
+        let end = which.end;
+        if u32::try_from(end).is_err() {
+            return Err(Error::Usage(format!("--count {end}: at most {} images", u32::MAX)));
+        }
+        let mut images = Vec::with_capacity(self.shape(which.len()).len());
         let together = self.batch();
-        for first in (0..count_u32).step_by(together) {
-            let range = first as usize..count.min(first as usize + together);
+        for first in which.step_by(together) {
+            let range = first..end.min(first + together);
             let labels = labels.map(|labels| &labels[range.clone()]);
-            let request = Request { first, count: range.len(), labels, ..Request::default() };
+            let request = Request { first: first as u32, count: range.len(), labels, ..Request::default() };
             images.extend(output::to_bytes(&self.draw(&request, None, |p| each(&p))?));
         }
         Ok(images)

@@ -4,8 +4,7 @@
 //! list from the end and consumes it, so an activation's buffer returns to the pool as soon as its gradient is done.
 //! Gradients that reach a value are added in the order in which they come. Up to two wait to be added: whoever needs
 //! the sum adds them, or an operation that computes a third takes them along and adds all where it stores its own
-//! ([`Grads::waiting`]). Parameter gradients accumulate in [`ParamGrads`], so splitting a batch into micro-batches
-//! costs no extra buffers.
+//! ([`Grads::waiting`]). Parameter gradients accumulate in [`ParamGrads`].
 //!
 //! A part of a network can be recorded as a whole ([`Tape::compute_part`]): of it the tape keeps the inputs alone, and
 //! the backward pass computes it again, on a tape of its own ([`Grads::again`]). The bits are the same: the operations

@@ -190,6 +190,24 @@ impl Tensor {
         Ok(())
     }
 
+    /// Copies all elements of `from`, of the same type on the same device, to those from `first` on.
+    ///
+    /// # Errors
+    /// A GPU error.
+    pub(crate) fn put(&mut self, first: usize, from: &Tensor) -> Result<()> {
+        let (dtype, len) = (self.dtype, from.shape.len());
+        assert!(dtype == from.dtype && first + len <= self.shape.len(), "{from:?} into {self:?} from {first} on");
+        match (self.buffer_mut(), &*from.buffer) {
+            (Buffer::Cpu(to), Buffer::Cpu(from)) => {
+                to.as_mut_slice()[first..first + len].copy_from_slice(from.as_slice());
+            }
+            (Buffer::Cuda(to), Buffer::Cuda(from)) => from.gpu().copy(to, first * dtype.size(), from)?,
+            (Buffer::Meta(_), Buffer::Meta(_)) => {}
+            _ => panic!("{from:?} is on another device"),
+        }
+        Ok(())
+    }
+
     /// True if no other handle shares the buffer, so it may be written in place.
     pub fn is_unique(&mut self) -> bool {
         Arc::get_mut(&mut self.buffer).is_some()
@@ -204,12 +222,7 @@ impl Tensor {
             return Ok(self);
         }
         let mut copy = Tensor::uninit(device, self.dtype, self.shape)?;
-        match (copy.buffer_mut(), &*self.buffer) {
-            (Buffer::Cpu(to), Buffer::Cpu(from)) => to.as_mut_slice().copy_from_slice(from.as_slice()),
-            (Buffer::Cuda(to), Buffer::Cuda(from)) => from.gpu().copy(to, from)?,
-            (Buffer::Meta(_), Buffer::Meta(_)) => {}
-            _ => panic!("{self:?} is not on {device}"),
-        }
+        copy.put(0, &self)?;
         Ok(copy)
     }
 

@@ -52,16 +52,16 @@ fn small_specs() -> Specs {
 struct Small {
     step: u32,
     params: Params,
-    ema: Params,
+    ema: Tensor,
     m: Tensor,
     v: Tensor,
 }
 
 impl Small {
     fn empty() -> Self {
-        let params = || Params::zeros(&Device::cpu(), small_specs()).unwrap();
-        let moments = || Tensor::zeros(&Device::cpu(), Shape::vector(small_specs().flat_len())).unwrap();
-        Small { step: 0, params: params(), ema: params(), m: moments(), v: moments() }
+        let params = Params::zeros(&Device::cpu(), small_specs()).unwrap();
+        let flat = || Tensor::zeros(&Device::cpu(), Shape::vector(small_specs().flat_len())).unwrap();
+        Small { step: 0, params, ema: flat(), m: flat(), v: flat() }
     }
 
     fn at(step: u32) -> Self {
@@ -76,8 +76,8 @@ impl Small {
             flat
         };
         let Small { params, ema, m, v, .. } = &mut state;
-        [params, ema].into_iter().zip(0..).for_each(|(params, k)| params.write(&numbers(k)).unwrap());
-        [m, v].into_iter().zip(2..).for_each(|(moments, k)| moments.write(&numbers(k)).unwrap());
+        params.write(&numbers(0)).unwrap();
+        [ema, m, v].into_iter().zip(1..).for_each(|(flat, k)| flat.write(&numbers(k)).unwrap());
         state
     }
 
@@ -92,7 +92,8 @@ impl Small {
     fn restore(path: &Path) -> ddpm_cuda::error::Result<Self> {
         let mut state = Small::empty();
         let Small { step, params, ema, m, v } = &mut state;
-        checkpoint::restore(path, StateMut { step, params, ema, m, v, importance: None, curve: None })?;
+        let shard = 0..small_specs().flat_len();
+        checkpoint::restore(path, StateMut { step, params, shard, ema, m, v, importance: None, curve: None })?;
         Ok(state)
     }
 
@@ -101,7 +102,7 @@ impl Small {
         let bits = |flat: &[f32]| flat.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
         assert_eq!(self.step, other.step);
         assert_eq!(bits(&self.params.host().unwrap()), bits(&other.params.host().unwrap()), "weights");
-        assert_eq!(bits(&self.ema.host().unwrap()), bits(&other.ema.host().unwrap()), "moving average");
+        assert_eq!(bits(self.ema.data()), bits(other.ema.data()), "moving average");
         assert_eq!(bits(self.m.data()), bits(other.m.data()), "first moments");
         assert_eq!(bits(self.v.data()), bits(other.v.data()), "second moments");
     }
@@ -182,7 +183,7 @@ fn what_is_written_is_what_diffusers_writes() {
         let mut config = model.config.clone();
         config.diffusion.variance = Variance::FixedLarge;
         let zeros = Tensor::zeros(&Device::cpu(), Shape::vector(model.params.specs().flat_len())).unwrap();
-        let (params, ema) = (&model.params, &model.params);
+        let (params, ema) = (&model.params, model.params.flat());
         let state = State { step: 7, params, ema, m: &zeros, v: &zeros, data: None, importance: None, curve: None };
         let path = checkpoint::save(folder.path(), &config, state).unwrap();
         assert_eq!(path, folder.path().join("checkpoints/7"));
@@ -234,7 +235,7 @@ fn every_network_and_process_survives_its_json() {
         let state = State {
             step: step as u32,
             params: &params,
-            ema: &params,
+            ema: params.flat(),
             m: &flat,
             v: &flat,
             data: None,
@@ -890,7 +891,7 @@ fn any_betas_are_read_and_written_back() {
         let state = State {
             step: 1,
             params: &loaded.params,
-            ema: &loaded.params,
+            ema: loaded.params.flat(),
             m: &flat,
             v: &flat,
             data: None,
@@ -1220,7 +1221,7 @@ fn names_of_classes_travel_with_the_checkpoint() {
     let state = State {
         step: 7,
         params: &model.params,
-        ema: &model.params,
+        ema: model.params.flat(),
         m: &zeros,
         v: &zeros,
         data: None,
@@ -1377,7 +1378,7 @@ fn every_part_of_the_network_survives_the_configuration() {
         let state = State {
             step: 1,
             params: &params,
-            ema: &params,
+            ema: params.flat(),
             m: &zeros,
             v: &zeros,
             data: None,

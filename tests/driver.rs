@@ -54,7 +54,7 @@ fn nothing_can_be_copied_and_filled() {
     let (mut a, mut b) = (device.alloc(0).unwrap(), device.alloc(0).unwrap());
     device.upload::<u8>(&mut a, &[]).unwrap();
     device.fill(&mut a, 0, 0, 7).unwrap();
-    device.copy(&mut b, &a).unwrap();
+    device.copy(&mut b, 0, &a).unwrap();
     device.download::<u8>(&mut [], &b).unwrap();
 }
 

@@ -18,7 +18,7 @@ fn recipe(survey: &Survey, assignments: &[&str], device: &Device) -> (Config, St
     let mut sets = vec!["data=photos".to_string()];
     sets.extend(assignments.iter().map(|s| s.to_string()));
     let (mut config, given) = Config::build(None, None, &sets).unwrap();
-    let notes = recipe::suit(&mut config, &given, survey, device).unwrap();
+    let notes = recipe::suit(&mut config, &given, survey, device, 1).unwrap();
     config.validate().unwrap();
     for assignment in assignments.iter().filter(|&&assignment| assignment != "image_size=0") {
         let (key, value) = assignment.split_once('=').unwrap();
@@ -111,12 +111,12 @@ fn few_images_are_all_trained_on() {
 fn other_presets_keep_their_settings_but_for_the_attention() {
     let (mut config, given) = Config::build(None, None, &["image_size=32".into()]).unwrap();
     let before = config.clone();
-    let notes = recipe::suit(&mut config, &given, &survey(&[(64, 64, 10)], 3), &gpu()).unwrap();
+    let notes = recipe::suit(&mut config, &given, &survey(&[(64, 64, 10)], 3), &gpu(), 1).unwrap();
     assert_eq!(notes, ["attention_resolutions = [7] are no levels of image_size = 32x32, so they are [8]"]);
     config.model.attention_resolutions = vec![7];
     assert_eq!(config, before);
     let mut all = before.clone();
-    assert!(recipe::suit(&mut all, &Given::all(), &survey(&[(64, 64, 10)], 3), &gpu()).unwrap().is_empty());
+    assert!(recipe::suit(&mut all, &Given::all(), &survey(&[(64, 64, 10)], 3), &gpu(), 1).unwrap().is_empty());
     assert_eq!(all, before);
 }
 

@@ -33,7 +33,7 @@ fn an_image_depends_on_its_seed_index_and_class_alone() {
     let draw = |seed: u64, labels: &[u32]| {
         let drawing = Drawing { device: &device, unet: &unet, params: &model.params, sampler: &sampler, seed };
         assert_eq!(drawing.batch(), 64, "the number drawn together that this test is made for");
-        let bytes = drawing.images(labels.len(), Some(labels), |_| Ok(())).unwrap();
+        let bytes = drawing.images(0..labels.len(), Some(labels), |_| Ok(())).unwrap();
         bytes.chunks_exact(16 * 16 * 3).map(<[u8]>::to_vec).collect::<Vec<_>>()
     };
     let in_turn: Vec<u32> = (0..66).map(|i| i % 10).collect();
@@ -63,7 +63,7 @@ fn on_a_gpu_an_image_does_not_depend_on_those_drawn_with_it() {
         let schedule = Schedule::new(model.config.diffusion.schedule, 1000).unwrap();
         let sampler = Sampler::new(&schedule, Method::Ddim { eta: 1.0 }, Spacing::Even, 2).unwrap();
         let drawing = Drawing { device: &device, unet: &unet, params: &model.params, sampler: &sampler, seed: 1 };
-        let draw = |count: usize| drawing.images(count, Some(&[3, 1, 4][..count]), |_| Ok(())).unwrap();
+        let draw = |count: usize| drawing.images(0..count, Some(&[3, 1, 4][..count]), |_| Ok(())).unwrap();
         let (one, two, three) = (draw(1), draw(2), draw(3));
         assert_eq!((one.len(), &three[..one.len()]), (16 * 16 * 3, &one[..]), "{dtype:?}: one of three and alone");
         assert_eq!(three[..two.len()], two, "{dtype:?}: two of three");
@@ -134,7 +134,7 @@ fn the_memory_of_a_forward_pass_is_foreseen() {
     let schedule = model.config.diffusion.noise_schedule().unwrap();
     let sampler = Sampler::new(&schedule, Method::Ddim { eta: 0.0 }, Spacing::Even, 1).unwrap();
     let drawing = Drawing { device: &device, unet: &unet, params: &model.params, sampler: &sampler, seed: 0 };
-    drawing.images(64, None, |_| Ok(())).unwrap();
+    drawing.images(0..64, None, |_| Ok(())).unwrap();
     let held = device.pool_stats().held - before;
     let share = foreseen(64, 16) as f64 / held as f64;
     assert!((0.2..=1.5).contains(&share), "foreseen {} bytes, held {held}", foreseen(64, 16));

@@ -184,7 +184,7 @@ fn diffusers_opens_our_checkpoints_and_computes_the_same() {
 
     let run = tempfile::tempdir().unwrap();
     let zeros = Tensor::zeros(&device, Shape::vector(specs.flat_len())).unwrap();
-    let (params, ema) = (&model.params, &model.params);
+    let (params, ema) = (&model.params, model.params.flat());
     let state =
         checkpoint::State { step: 3, params, ema, m: &zeros, v: &zeros, data: None, importance: None, curve: None };
     let written = checkpoint::save(run.path(), &model.config, state).unwrap();

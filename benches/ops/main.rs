@@ -25,6 +25,7 @@ mod silu;
 #[path = "../support/mod.rs"]
 mod support;
 mod time_embedding;
+mod tree_sum;
 mod upsample;
 
 use std::time::Duration;
@@ -158,6 +159,6 @@ criterion_group! {
     targets = adam::bench, add::bench, attention::bench, avg_pool::bench, concat::bench, conv2d::bench,
         cross_entropy::bench, dropout::bench, embedding::bench, grad_norm::bench, group_norm::bench, linear::bench,
         loss::bench, pool::bench, q_sample::bench, sample_step::bench, silu::bench, time_embedding::bench,
-        upsample::bench
+        tree_sum::bench, upsample::bench
 }
 criterion_main!(ops);

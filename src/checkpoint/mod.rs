@@ -43,6 +43,7 @@ mod torch;
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -81,11 +82,11 @@ pub struct State<'a> {
     pub step: u32,
     /// The weights.
     pub params: &'a Params,
-    /// Their moving average.
-    pub ema: &'a Params,
-    /// Adam's first moments, flat like the parameters.
+    /// Their moving average, flat like the parameters.
+    pub ema: &'a Tensor,
+    /// Adam's first moments, alike.
     pub m: &'a Tensor,
-    /// Adam's second moments.
+    /// Adam's second moments, alike.
     pub v: &'a Tensor,
     /// What it was trained on, if that is known.
     pub data: Option<&'a DataMark>,
@@ -101,9 +102,11 @@ pub struct StateMut<'a> {
     pub step: &'a mut u32,
     /// The weights.
     pub params: &'a mut Params,
-    /// Their moving average.
-    pub ema: &'a mut Params,
-    /// Adam's first moments, flat like the parameters.
+    /// The elements of the flat parameters that the next three are of: all, or a shard.
+    pub shard: Range<usize>,
+    /// The weights' moving average.
+    pub ema: &'a mut Tensor,
+    /// Adam's first moments.
     pub m: &'a mut Tensor,
     /// Adam's second moments.
     pub v: &'a mut Tensor,
@@ -147,7 +150,7 @@ pub fn save(run: &Path, config: &Config, state: State<'_>) -> Result<PathBuf> {
     let folder = run.join("checkpoints");
     fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, format!("cannot be created: {e}")))?;
     output::remove_unfinished(&folder)?;
-    let path = folder.join(state.step.to_string());
+    let path = of_step(run, state.step);
     if !is_complete(&path) {
         if path.exists() {
             remove(&path)?;
@@ -160,6 +163,11 @@ pub fn save(run: &Path, config: &Config, state: State<'_>) -> Result<PathBuf> {
         }
     }
     Ok(path)
+}
+
+/// Where the checkpoint of a step is.
+pub(crate) fn of_step(run: &Path, step: u32) -> PathBuf {
+    run.join("checkpoints").join(step.to_string())
 }
 
 /// The newest complete checkpoint of a run, if there is one.
@@ -185,7 +193,7 @@ pub fn restore(checkpoint: &Path, state: StateMut<'_>) -> Result<()> {
     state.params.write(&flat)?;
     for (prefix, moments) in [("adam_m.", state.m), ("adam_v.", state.v)] {
         file.read_into(prefix, &specs, &mut flat)?;
-        moments.write(&flat)?;
+        moments.write(&flat[state.shard.clone()])?;
     }
     if let Some(importance) = state.importance {
         restore_importance(&checkpoint.join(TIMESTEP_SAMPLING), importance)?;
@@ -194,7 +202,9 @@ pub fn restore(checkpoint: &Path, state: StateMut<'_>) -> Result<()> {
         restore_curve(&checkpoint.join(SCHEDULE), curve)?;
     }
     let is_classifier = checkpoint.join(CLASSIFIER_CONFIG).is_file();
-    read_weights(&checkpoint.join(if is_classifier { CLASSIFIER_WEIGHTS } else { UNET_WEIGHTS }), state.ema)
+    let weights = checkpoint.join(if is_classifier { CLASSIFIER_WEIGHTS } else { UNET_WEIGHTS });
+    TensorFile::of_weights(&weights)?.fitting(&specs, &[""])?.read_into("", &specs, &mut flat)?;
+    state.ema.write(&flat[state.shard])
 }
 
 /// The tensors of [`TIMESTEP_SAMPLING`].
@@ -384,7 +394,8 @@ pub fn write_folder(path: &Path, config: &Config, params: &Params, stepping: &St
     if path.exists() && fs::read_dir(path).map_or(true, |mut entries| entries.next().is_some()) {
         return Err(Error::file(path, "is not an empty folder; give a new or an empty one"));
     }
-    output::write_folder_atomically(path, |folder| write_model(folder, config, params, stepping))
+    let flat = params.host()?;
+    output::write_folder_atomically(path, |folder| write_model(folder, config, (params.specs(), &*flat), stepping))
 }
 
 /// Writes a `.pt` file as OpenAI's scripts save it, with their flags beside it. Returns sentences for the user, without
@@ -796,7 +807,7 @@ fn write(folder: &Path, config: &Config, state: &State<'_>) -> Result<()> {
         model.diffusion.trained_betas = curve.average().betas().to_vec();
         write_curve(&folder.join(SCHEDULE), curve)?;
     }
-    write_model(folder, &model, state.ema, &Stepping::OURS)?;
+    write_model(folder, &model, (state.params.specs(), &*state.ema.host()?), &Stepping::OURS)?;
     Origin::new(config, state.data).write(folder)?;
     if let Some(importance) = state.importance {
         write_importance(&folder.join(TIMESTEP_SAMPLING), importance)?;
@@ -809,8 +820,8 @@ fn write(folder: &Path, config: &Config, state: &State<'_>) -> Result<()> {
     write_tensors(&folder.join(TRAINING_STATE), ("step", &step), specs, &parts)
 }
 
-/// Writes the files of a model folder of diffusers.
-fn write_model(folder: &Path, config: &Config, params: &Params, stepping: &Stepping) -> Result<()> {
+/// Writes the files of a model folder of diffusers, with the weights `flat`.
+fn write_model(folder: &Path, config: &Config, (specs, flat): (&Specs, &[f32]), stepping: &Stepping) -> Result<()> {
     let classifier = config.model.classifier;
     for sub in [if classifier { "classifier" } else { "unet" }, "scheduler"] {
         fs::create_dir(folder.join(sub))
@@ -832,7 +843,7 @@ fn write_model(folder: &Path, config: &Config, params: &Params, stepping: &Stepp
     write_json(&folder.join(SCHEDULER_CONFIG), &diffusers::DDPMScheduler::of(&config.diffusion, stepping)?)?;
     // transformers and diffusers look for this entry.
     let weights = folder.join(if classifier { CLASSIFIER_WEIGHTS } else { UNET_WEIGHTS });
-    write_tensors(&weights, ("format", "pt"), params.specs(), &[("", &params.host()?)])
+    write_tensors(&weights, ("format", "pt"), specs, &[("", flat)])
 }
 
 /// The longest configuration that is read: a million betas have 26 MB.

@@ -133,7 +133,7 @@ pub fn run(args: &Args) -> Result<()> {
          forward pass",
         config.batch,
         3.0 * flops as f64 * config.batch as f64 / 1e9,
-        memory_needed(&config, &unet, &specs, &device) as f64 / GIB,
+        memory_needed(&config, &unet, &specs, &device, 1) as f64 / GIB,
         kept(saved),
     );
     let others = Recompute::ALL.into_iter().filter(|&recompute| recompute != config.recompute);

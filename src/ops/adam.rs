@@ -14,6 +14,11 @@
 //! eps is outside the bias correction, as in PyTorch. Buffers are flat and have the same length; where w, g, m, v and
 //! ema are all zero (the gaps between parameters) they stay zero. Numerics: f32; the factors are computed in f64, so `1
 //! - beta2` and `1 - ema_decay` keep their digits. Bound by memory: 20 bytes read and 16 written per parameter.
+//!
+//! Of several ranks each updates its shard of the weights, and has moments and average of that alone (ZeRO stage 1,
+//! Rajbhandari et al. 2020). The weights are then exchanged, and their bf16 copies made anew by [`round`].
+
+use std::ops::Range;
 
 use crate::device::Device;
 use crate::error::Result;
@@ -58,12 +63,14 @@ impl Update {
     }
 }
 
-/// What one update reads and writes: flat buffers, all of the parameters' length.
+/// What one update reads and writes: all weights, or a shard of them.
 pub struct State<'a> {
-    /// Weights.
+    /// Weights, of which those of the shard are updated.
     pub w: &'a mut Params,
-    /// Their moving average.
-    pub ema: &'a mut Params,
+    /// The shard's elements of the flat buffer; the other fields have as many.
+    pub shard: Range<usize>,
+    /// The weights' moving average.
+    pub ema: &'a mut Tensor,
     /// Mean of gradients.
     pub m: &'a mut Tensor,
     /// Mean of squared gradients.
@@ -73,29 +80,40 @@ pub struct State<'a> {
 }
 
 /// Updates weights, moments and moving average in place. The gradient is multiplied by the clipping factor that
-/// [`grad_norm`](crate::ops::grad_norm::grad_norm) wrote to the meter's row. On a GPU whose updates are halted nothing
-/// changes.
+/// [`grad_norm`](crate::ops::grad_norm::grad_norm) wrote to the meter's row. The weights' bf16 copies are updated if
+/// the shard is all of them. On a GPU whose updates are halted nothing changes.
 ///
 /// # Errors
 /// A GPU error.
 pub fn adam(device: &Device, state: State<'_>, update: &Update, meter: &mut Meter) -> Result<()> {
-    let State { w, ema, m, v, g } = state;
-    let ((w, rounded), (ema, ema_rounded)) = (w.tensors_mut(), ema.tensors_mut());
-    let len = w.shape().len();
-    let lengths = [ema.shape().len(), m.shape().len(), v.shape().len(), g.shape().len()];
-    assert!(lengths == [len; 4], "adam: {len} weights, but ema, m, v, g have {lengths:?}");
+    let State { w, shard, ema, m, v, g } = state;
+    let (w, rounded) = w.tensors_mut();
+    let rounded = rounded.filter(|_| shard.len() == w.shape().len());
+    let lengths = [&*ema, &*m, &*v, g].map(|x| x.shape().len());
+    assert_eq!(lengths, [shard.len(); 4], "adam: lengths of ema, m, v and g, and elements of the shard");
     assert!(update.step >= 1, "adam: updates are numbered from 1");
     match (device, meter) {
         (Device::Cpu(_), meter) => {
-            let buffers = [w.data_mut(), ema.data_mut(), m.data_mut(), v.data_mut()];
+            let buffers = [&mut w.data_mut()[shard], ema.data_mut(), m.data_mut(), v.data_mut()];
             cpu::update(buffers, g.data(), update, meter.host_row().clip);
             Ok(())
         }
         (Device::Cuda(gpu), Meter::Cuda(meter)) => {
-            cuda::update(gpu, [w, ema, m, v], [rounded, ema_rounded], g, update, meter)
+            cuda::update(gpu, (w, shard), [ema, m, v], rounded, g, update, meter)
         }
         (Device::Meta(_), _) => Ok(()),
         (Device::Cuda(gpu), Meter::Cpu(_)) => panic!("adam: the meter is not on {gpu}"),
+    }
+}
+
+/// Makes the weights' bf16 copies anew, where there are any.
+///
+/// # Errors
+/// A GPU error.
+pub fn round(device: &Device, w: &mut Params) -> Result<()> {
+    match (device, w.tensors_mut()) {
+        (Device::Cuda(gpu), (w, Some(rounded))) => cuda::round(gpu, rounded, w),
+        _ => Ok(()),
     }
 }
 
@@ -197,14 +215,15 @@ mod cuda {
 
     use super::*;
     use crate::device::cuda::{Gpu, each_four};
-    use crate::kernels::adam::UPDATE;
+    use crate::kernels::adam::{ROUND, UPDATE};
     use crate::kernels::philox::THREADS;
     use crate::meter::CudaMeter;
 
     pub fn update(
         gpu: &Gpu,
-        [w, ema, m, v]: [&mut Tensor; 4],
-        [rounded, ema_rounded]: [Option<&mut Tensor>; 2],
+        (w, shard): (&mut Tensor, Range<usize>),
+        [ema, m, v]: [&mut Tensor; 3],
+        rounded: Option<&mut Tensor>,
         g: &Tensor,
         update: &Update,
         meter: &CudaMeter,
@@ -218,8 +237,14 @@ mod cuda {
                 AdamFactors::zeroed()
             }
         };
-        let launch = gpu.launch(&UPDATE, each_four(len), THREADS).write(w).write(ema).write(m).write(v);
-        let launch = launch.write_opt(rounded).write_opt(ema_rounded).read(g).view(meter.rows(gpu.now()));
+        let launch = gpu.launch(&UPDATE, each_four(len), THREADS).view_mut(w.view_mut(shard));
+        let launch = launch.write(ema).write(m).write(v).write_opt(rounded).read(g).view(meter.rows(gpu.now()));
         launch.buffer(meter.halt()).u64(len).value(factors).clock().run()
+    }
+
+    pub fn round(gpu: &Gpu, rounded: &mut Tensor, w: &Tensor) -> Result<()> {
+        let len = w.shape().len();
+        assert!(len.is_multiple_of(4), "adam: {len} parameters, the flat buffer has a multiple of 4");
+        gpu.launch(&ROUND, each_four(len), THREADS).write(rounded).read(w).u64(len).run()
     }
 }

@@ -1,7 +1,7 @@
 //! `y = a + b`, element by element.
 //!
 //! Gradient: `da = dy`, `db = dy`: one tensor, two handles, nothing computed. Nothing is saved. One rounding per
-//! element. The tape also uses this sum to add two gradients of one value.
+//! element. The tape also uses this sum to add two gradients of one value, and training to add those of micro-batches.
 
 use rayon::prelude::*;
 
@@ -53,12 +53,22 @@ pub(crate) fn accumulate(device: &Device, mut sum: Tensor, mut term: Tensor) -> 
     if !sum.is_unique() {
         return self::sum(device, &sum, &term);
     }
+    add_assign(device, &mut sum, &term)?;
+    Ok(sum)
+}
+
+/// `sum = sum + term`, in the buffer of `sum`, which no other handle may share; both have the same shape.
+///
+/// # Errors
+/// A GPU error.
+pub fn add_assign(device: &Device, sum: &mut Tensor, term: &Tensor) -> Result<()> {
+    assert_eq!(sum.shape(), term.shape(), "add: a sum of {} and {}", sum.shape(), term.shape());
     match device {
         Device::Cpu(_) => cpu::add_assign(sum.data_mut(), term.data()),
-        Device::Cuda(gpu) => cuda::add_assign(gpu, &mut sum, &term)?,
+        Device::Cuda(gpu) => cuda::add_assign(gpu, sum, term)?,
         Device::Meta(_) => {}
     }
-    Ok(sum)
+    Ok(())
 }
 
 fn sum(device: &Device, a: &Tensor, b: &Tensor) -> Result<Tensor> {

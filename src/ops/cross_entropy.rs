@@ -44,9 +44,7 @@ pub fn cross_entropy(
             let dz = gradient.as_mut().map(|dz| dz.data_mut());
             let images = cpu::forward(logits.data(), labels.data(), shape.c, factor, dz);
             let (losses, right): (Vec<f64>, Vec<f64>) = images.into_iter().unzip();
-            let row = meter.host_row();
-            row.quarters.add(&batch.t(), batch.timesteps, &losses);
-            row.right.add(&batch.t(), batch.timesteps, &right);
+            meter.add(&batch.t(), batch.timesteps, &losses, Some(&right), None);
             Some(losses)
         }
         (Device::Cuda(gpu), Meter::Cuda(meter)) => {

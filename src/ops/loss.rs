@@ -172,7 +172,7 @@ pub fn loss(
         (Device::Cpu(_), meter) => {
             let dy = gradient.as_mut().map(|dy| dy.data_mut());
             let per_image = cpu::forward(prediction.data(), batch, image, factor, dy);
-            meter.host_row().quarters.add(&batch.t(), batch.timesteps, &per_image);
+            meter.add(&batch.t(), batch.timesteps, &per_image, None, None);
             Some(per_image)
         }
         (Device::Cuda(gpu), Meter::Cuda(meter)) => {
@@ -214,9 +214,8 @@ pub fn any(
             let (per_image, vlb) = cpu::any(output.data(), images, batch, table, extent, factor, dy);
             let weight = |i: usize| batch.weights.as_ref().map_or(1.0, |w| f64::from(w[i]));
             let weighted: Vec<f64> = per_image.iter().enumerate().map(|(i, l)| weight(i) * l).collect();
-            let row = meter.host_row();
-            row.quarters.add(&batch.t(), batch.timesteps, &weighted);
-            row.vlb_sum += vlb.iter().enumerate().map(|(i, l)| weight(i) * l).sum::<f64>();
+            let vlb_sum = vlb.iter().enumerate().map(|(i, l)| weight(i) * l).sum();
+            meter.add(&batch.t(), batch.timesteps, &weighted, None, Some(vlb_sum));
             (Some(per_image), None)
         }
         (Device::Cuda(gpu), source @ Source::Cuda { .. }, Meter::Cuda(meter)) => {

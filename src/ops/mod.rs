@@ -23,6 +23,7 @@ pub mod q_sample;
 pub mod sample_step;
 pub mod silu;
 pub mod time_embedding;
+pub mod tree_sum;
 pub mod upsample;
 
 use crate::error::Result;

@@ -92,7 +92,7 @@ impl Chain {
     fn overwrite(&mut self, gpu: &Gpu, (after, x_0): (State, Option<Tensor>), kind: &Kind) -> Result<()> {
         let copy = |to: &mut Option<Tensor>, from: &Tensor| {
             let to = to.as_mut().expect("room was made for it");
-            gpu.copy(to.gpu_buffer_mut(), from.gpu_buffer())
+            gpu.copy(to.gpu_buffer_mut(), 0, from.gpu_buffer())
         };
         let (x, input) = own_input(after);
         match kind.wants {
@@ -100,7 +100,7 @@ impl Chain {
             Before::X0 => copy(&mut self.before, x_0.as_ref().expect("it was wanted"))?,
             Before::State => copy(&mut self.before, &self.x)?,
         }
-        gpu.copy(self.x.gpu_buffer_mut(), x.gpu_buffer())?;
+        gpu.copy(self.x.gpu_buffer_mut(), 0, x.gpu_buffer())?;
         if let Some(input) = input {
             copy(&mut self.inputs[kind.copies - 1], &input)?;
         }

@@ -86,6 +86,8 @@ type Prepare = Box<dyn Fn(&Path) -> Result<()>>;
 /// until it can.
 pub(super) struct Lines {
     pub path: PathBuf,
+    /// Without it nothing is written or kept: another rank writes the log.
+    writes: bool,
     prepare: Prepare,
     /// True once that is done.
     prepared: bool,
@@ -97,14 +99,17 @@ pub(super) struct Lines {
 }
 
 impl Lines {
-    /// A log at `path`. Before the first write `prepare` sees to what the file holds.
-    pub fn new(path: PathBuf, prepare: impl Fn(&Path) -> Result<()> + 'static) -> Self {
+    /// A log at `path`, if this rank `writes` it. Before the first write `prepare` sees to what the file holds.
+    pub fn new(path: PathBuf, writes: bool, prepare: impl Fn(&Path) -> Result<()> + 'static) -> Self {
         let (prepare, fault) = (Box::new(prepare), Fault::default());
-        Lines { path, prepare, prepared: false, begun: false, waiting: String::new(), fault }
+        Lines { path, writes, prepare, prepared: false, begun: false, waiting: String::new(), fault }
     }
 
     /// Writes a line.
     pub fn write(&mut self, line: &impl serde::Serialize, watch: &mut dyn Watch) {
+        if !self.writes {
+            return;
+        }
         self.waiting += &serde_json::to_string(line).expect("keys that are texts");
         self.waiting.push('\n');
         self.flush(watch);
@@ -121,6 +126,9 @@ impl Lines {
 
     /// Writes the lines that wait. Says what prevents it, once.
     pub fn flush(&mut self, watch: &mut dyn Watch) {
+        if !self.writes {
+            return;
+        }
         if self.begun && !self.path.exists() {
             watch.warn(&format!("{} was removed; a new one begins", self.path.display()));
             self.begun = false;
@@ -163,13 +171,13 @@ pub(super) struct Log {
 }
 
 impl Log {
-    /// Opens the log of a run that continues after step `done`. Drops lines of later steps and a last line that a crash
-    /// cut short.
-    pub fn open(run: &Path, done: u32, watch: &mut dyn Watch) -> Self {
+    /// Opens the log of a run that continues after step `done`, if this rank `writes` it. Drops lines of later steps
+    /// and a last line that a crash cut short.
+    pub fn open(run: &Path, writes: bool, done: u32, watch: &mut dyn Watch) -> Self {
         let before = Rc::new(Cell::new(0.0));
         let seconds = before.clone();
         let prepare = move |path: &Path| drop_later_lines(path, done).map(|before| seconds.set(before));
-        let mut lines = Lines::new(run.join(METRICS), prepare);
+        let mut lines = Lines::new(run.join(METRICS), writes, prepare);
         lines.flush(watch);
         Log { lines, before, started: Instant::now() }
     }

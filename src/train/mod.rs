@@ -8,9 +8,16 @@
 //!
 //! [`Run`] is a [`Trainer`] with a folder: it logs, validates, draws samples and saves checkpoints. To write your own
 //! loop, use the [`Trainer`] alone.
+//!
+//! A run on several devices has a rank for each ([`Exchange`]). Each computes its micro-batches of a step, its shard of
+//! the update and its share of validation and samples; all pass through the same loop, and the first writes the files.
+//! Neither what is drawn nor the order of a sum depends on how many there are, so a checkpoint of four ranks has the
+//! bits of one, and any number of them may go on from it that the number of micro-batches allows
+//! ([`fits`](crate::ops::tree_sum::fits)).
 
 mod ahead;
 mod feed;
+mod gradient;
 mod init;
 mod learning;
 mod log;
@@ -29,7 +36,7 @@ use serde_json::json;
 pub use ahead::Waits;
 pub use feed::{Feed, Resident};
 pub use init::Init;
-pub use trainer::{StepReport, Trainer, Validation};
+pub use trainer::{Average, StepReport, Trainer, Validation};
 
 use crate::checkpoint;
 use crate::config::{Config, Given};
@@ -37,6 +44,7 @@ use crate::data;
 use crate::device::Device;
 use crate::diffusion::{Curve, Schedule};
 use crate::error::{Error, Result};
+use crate::exchange::Exchange;
 use crate::history::{Event, How};
 use crate::memory;
 use crate::meter::Quarters;
@@ -123,10 +131,19 @@ impl Run {
     /// Unusable settings, data or checkpoints; settings or data other than the run's own; a folder that is in use; a
     /// run that does not fit into memory.
     pub fn open(start: Start<'_>, device: &Device, watch: &mut dyn Watch) -> Result<Self> {
+        Run::open_rank(start, device, Exchange::alone(), watch)
+    }
+
+    /// The same of a rank; all of them start alike. The first has the folder, which the others see.
+    ///
+    /// # Errors
+    /// Those of [`Run::open`]; ranks whose settings or checkpoints differ, or that are too many for the micro-batches;
+    /// another rank that has ended.
+    pub fn open_rank(start: Start<'_>, device: &Device, exchange: Exchange, watch: &mut dyn Watch) -> Result<Self> {
         let mut said = Said { watch, events: Vec::new() };
         let mut run = match start {
-            Start::New { config, given, out } => Run::begin(config.clone(), given, out, device, &mut said),
-            Start::Resume { run, changes } => Run::resume(run, changes, device, &mut said),
+            Start::New { config, given, out } => Run::begin(config.clone(), given, out, device, exchange, &mut said),
+            Start::Resume { run, changes } => Run::resume(run, changes, device, exchange, &mut said),
         }?;
         run.said = said.events;
         Ok(run)
@@ -137,6 +154,7 @@ impl Run {
         given: &Given,
         out: Option<&Path>,
         device: &Device,
+        exchange: Exchange,
         watch: &mut dyn Watch,
     ) -> Result<Self> {
         check_precision(&config, device)?;
@@ -154,7 +172,8 @@ impl Run {
                 return Err(Error::file(&config.data, what));
             }
         }
-        let mut notes = recipe::suit(&mut config, &given, source.survey(), device)?;
+        let mut notes = recipe::suit(&mut config, &given, source.survey(), device, exchange.size())?;
+        notes.extend(recipe::suit_ranks(&mut config, &given, exchange.size())?);
         let data = load(source, &mut config, watch)?;
         notes.extend(recipe::adapt_attention(&mut config, &given));
         notes.extend(recipe::suit_flip(&mut config, &given, &data.train));
@@ -165,13 +184,17 @@ impl Run {
         for note in &notes {
             watch.say(note);
         }
-        announce(&config, &data, device, watch)?;
+        agree(&exchange, "settings", &all_settings(&config))?;
+        announce(&config, &data, device, exchange.size(), watch)?;
         let skipped = data.skipped.clone();
-        let mut trainer = Trainer::new(&config, data, device)?;
+        let mut trainer = Trainer::of_rank(&config, data, device, exchange)?;
         if let Some(init) = &init {
             init.begin(&mut trainer)?;
         }
-        let folder = RunFolder::create(out, &config, watch)?;
+        let created = trainer.exchange().is_first().then(|| RunFolder::create(out, &config, watch)).transpose()?;
+        let path = created.as_ref().map_or(String::new(), |folder| folder.path.to_string_lossy().into_owned());
+        let paths = trainer.exchange().texts(&path)?;
+        let folder = created.unwrap_or_else(|| RunFolder::of_first(&paths[0], &config));
         folder.list_skipped(&skipped, watch)?;
         if init.is_some() {
             // From now on the run does not need the model.
@@ -180,8 +203,14 @@ impl Run {
         Ok(Run { trainer, folder, resumed: false, said: Vec::new() })
     }
 
-    fn resume(run: &Path, changes: Changes<'_>, device: &Device, watch: &mut dyn Watch) -> Result<Self> {
-        let folder = RunFolder::open(run)?;
+    fn resume(
+        run: &Path,
+        changes: Changes<'_>,
+        device: &Device,
+        exchange: Exchange,
+        watch: &mut dyn Watch,
+    ) -> Result<Self> {
+        let folder = RunFolder::open(run, exchange.is_first())?;
         let mut config = folder.config.clone();
         config.change(changes.sets)?;
         config.steps = changes.steps.unwrap_or(config.steps);
@@ -200,9 +229,12 @@ impl Run {
         if let Some((checkpoint, origin)) = &origin {
             origin.check_data(checkpoint, &config.data, &config, &data)?;
         }
-        announce(&config, &data, device, watch)?;
+        agree(&exchange, "settings", &all_settings(&config))?;
+        let newest = origin.as_ref().map_or(String::new(), |(checkpoint, _)| checkpoint.display().to_string());
+        agree(&exchange, "newest checkpoint", &newest)?;
+        announce(&config, &data, device, exchange.size(), watch)?;
         folder.list_skipped(&data.skipped, watch)?;
-        let mut trainer = Trainer::new(&config, data, device)?;
+        let mut trainer = Trainer::of_rank(&config, data, device, exchange)?;
         folder.restore(&mut trainer, watch)?;
         if !config.init.is_empty() && checkpoint::newest(run)?.is_none() {
             Init::open(Path::new(&config.init))?.begin(&mut trainer)?;
@@ -248,10 +280,11 @@ impl Run {
     pub fn train(&mut self, stop: &AtomicBool, watch: &mut dyn Watch) -> Result<PathBuf> {
         let Run { trainer, folder, resumed, said } = self;
         let mut recorder = Recorder::open(&folder.path, trainer, *resumed, std::mem::take(said), watch);
-        let mut log = Log::open(&folder.path, trainer.steps_done(), &mut recorder);
+        let mut log = Log::open(&folder.path, folder.writes, trainer.steps_done(), &mut recorder);
         recorder.begin(trainer.steps_done(), trainer.config().steps);
         let ended = steps(trainer, folder, &mut log, stop, &mut recorder);
         recorder.end();
+        let ranks = trainer.exchange().size();
         // A run stopped between two readings of the meter may be past its last good step.
         let mut save = || {
             let saved = trainer.reports().and_then(|_| folder.save(trainer))?;
@@ -260,6 +293,8 @@ impl Run {
         };
         let saved = match ended {
             Err(e @ Error::NotFinite(_)) => Err(e),
+            // The other ranks are somewhere else, and do not help to save.
+            Err(e) if ranks > 1 => Err(e),
             Err(e) => {
                 let _: Result<PathBuf> = save();
                 Err(e)
@@ -267,7 +302,7 @@ impl Run {
             Ok(()) => save(),
         };
         log.close(&mut recorder);
-        if let (Some(curve), Ok(_)) = (trainer.curve(), &saved) {
+        if let (Some(curve), Ok(_), true) = (trainer.curve(), &saved, folder.writes) {
             // Training can do without it.
             match write_schedule(curve, trainer.steps_done(), &folder.path) {
                 Ok(plot) => recorder.say(&format!("learned schedule: {}", plot.display())),
@@ -287,7 +322,7 @@ impl Run {
     }
 }
 
-/// The loop: steps until all are done or `stop` is set.
+/// The loop: steps until all are done or `stop` is set, on one of the ranks.
 fn steps(
     trainer: &mut Trainer,
     folder: &RunFolder,
@@ -299,7 +334,8 @@ fn steps(
     let mut report = Report::default();
     let mut samples = Fault::default();
     trainer.device().take_notes().iter().for_each(|note| watch.warn(note));
-    while trainer.steps_done() < config.steps && !stop.load(Ordering::Relaxed) {
+    let stopping = |trainer: &Trainer| trainer.exchange().any(stop.load(Ordering::Relaxed));
+    while trainer.steps_done() < config.steps && !stopping(trainer)? {
         let step_started = Instant::now();
         trainer.step()?;
         trainer.device().take_notes().iter().for_each(|note| watch.warn(note));
@@ -309,7 +345,7 @@ fn steps(
         let due_or_last = |every: u32| due(every) || (finished && every > 0);
         let logs = due(config.log_every) || due(config.validate_every) || finished;
         // Read the meter only before work that needs good weights; otherwise let the GPU run ahead.
-        let stops = logs || due(config.sample_every) || due(config.checkpoint_every) || stop.load(Ordering::Relaxed);
+        let stops = logs || due(config.sample_every) || due(config.checkpoint_every) || stopping(trainer)?;
         let read = if stops || trainer.reports_are_due() { trainer.reports()? } else { Vec::new() };
         report.seconds += step_started.elapsed().as_secs_f64();
         if !read.is_empty() {
@@ -372,6 +408,25 @@ fn steps(
     Ok(())
 }
 
+/// All settings, a line each.
+fn all_settings(config: &Config) -> String {
+    let lines = config.entries().map(|(key, value)| format!("{key} = {value}\n"));
+    lines.collect::<String>() + &format!("betas = {:?}", config.diffusion.trained_betas)
+}
+
+/// Refuses ranks of which one has another `what` than the first, `own` being this one's.
+fn agree(exchange: &Exchange, what: &str, own: &str) -> Result<()> {
+    let all = exchange.texts(own)?;
+    let Some(rank) = all.iter().position(|of_rank| *of_rank != all[0]) else { return Ok(()) };
+    let line = |text: &str, number: usize| text.lines().nth(number).unwrap_or("nothing").to_string();
+    let differs = (0..).find(|&number| line(&all[0], number) != line(&all[rank], number)).unwrap_or_default();
+    Err(Error::Failed(format!(
+        "the ranks of a run have the same {what}, but rank 0 has {} and rank {rank} has {}",
+        line(&all[0], differs),
+        line(&all[rank], differs)
+    )))
+}
+
 fn check_precision(config: &Config, device: &Device) -> Result<()> {
     if config.precision != device.precision() {
         usage!("precision = {}, but {device} was opened for {}", config.precision, device.precision());
@@ -391,13 +446,13 @@ fn load(source: data::Source, config: &mut Config, watch: &mut dyn Watch) -> Res
     Ok(data)
 }
 
-/// Reports the cost of the run, and refuses one that does not fit into memory.
-fn announce(config: &Config, data: &data::Data, device: &Device, watch: &mut dyn Watch) -> Result<()> {
+/// Reports the cost of the run, and refuses one that does not fit into the memory of one of its ranks.
+fn announce(config: &Config, data: &data::Data, device: &Device, ranks: usize, watch: &mut dyn Watch) -> Result<()> {
     let (unet, specs) = UNet::new(&config.model)?;
     let size = config.model.image_size;
     let costs = unet.costs(&specs, size.h, size.w);
     let flops = costs.iter().map(|cost| cost.flops).fold(0, u64::saturating_add);
-    let needed = memory::memory_needed(config, &unet, &specs, device);
+    let needed = memory::memory_needed(config, &unet, &specs, device, ranks);
     let available = memory::available_on(device);
     watch.say(&format!(
         "{} parameters, {:.2} GFLOP per image and step, {:.2} GiB of memory needed{}; \
@@ -411,7 +466,7 @@ fn announce(config: &Config, data: &data::Data, device: &Device, watch: &mut dyn
         config.model.channels,
     ));
     match available {
-        Some(available) => memory::check_fit(config, &unet, &specs, device, available),
+        Some(available) => memory::check_fit(config, &unet, &specs, device, ranks, available),
         None => {
             watch.warn("the system does not say how much memory is available, so whether the run fits is not checked");
             Ok(())
@@ -460,26 +515,39 @@ fn unless_interrupted<T>(result: Result<T>) -> Result<Option<T>> {
 }
 
 /// Draws samples with the moving average of the weights into samples/STEP.png, or samples/STEP.npz if a PNG cannot hold
-/// them.
+/// them. Each rank draws a share of them.
 fn draw_samples(trainer: &Trainer, run: &Path, stop: &AtomicBool) -> Result<PathBuf> {
-    let (c, unet) = (trainer.config(), trainer.unet());
+    let (c, unet, exchange) = (trainer.config(), trainer.unet(), trainer.exchange());
     let sampler = sample::default_sampler(&c.diffusion, &trainer.schedule())?;
-    let steps = sampler.calls();
-    let drawing = Drawing { device: trainer.device(), unet, params: trainer.ema(), sampler: &sampler, seed: c.seed };
+    let (steps, average) = (sampler.calls(), trainer.ema()?);
+    let drawing = Drawing { device: trainer.device(), unet, params: &average, sampler: &sampler, seed: c.seed };
     // A square of 64 images, or of as many as two cores draw in some twenty seconds, but at least four.
     let size = c.model.image_size;
     let flops: u64 = unet.costs(trainer.params().specs(), size.h, size.w).iter().map(|cost| cost.flops).sum();
     let count = (5_000_000_000_000 / (flops * steps as u64)).clamp(4, 64).isqrt().pow(2) as usize;
     let labels = sample::labels(c.model.classes, None, count)?;
-    let images = drawing.images(count, labels.as_deref(), |_| match stop.load(Ordering::Relaxed) {
+    let own = exchange.rank() * count / exchange.size()..(exchange.rank() + 1) * count / exchange.size();
+    let drawn = drawing.images(own, labels.as_deref(), |_| match stop.load(Ordering::Relaxed) {
         true => Err(Error::Interrupted),
         false => Ok(()),
-    })?;
+    });
+    if exchange.any(matches!(drawn, Err(Error::Interrupted)))? {
+        return Err(Error::Interrupted);
+    }
+    let failed = exchange.any(drawn.is_err())?;
+    let images = exchange.gather(drawn.as_deref().unwrap_or_default())?.concat();
+    drawn?;
+    if failed {
+        return Err(Error::Failed("another rank could not draw its share of the samples".into()));
+    }
     let shape = drawing.shape(count);
     let folder = run.join("samples");
-    fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, format!("cannot be created: {e}")))?;
     let path = folder.join(trainer.steps_done().to_string());
     let png = path.with_extension("png");
+    if !exchange.is_first() {
+        return Ok(png);
+    }
+    fs::create_dir_all(&folder).map_err(|e| Error::file(&folder, format!("cannot be created: {e}")))?;
     if output::Target::Png.check(&png, shape).is_ok() {
         output::write_grid(&png, shape, &images)?;
         return Ok(png);

@@ -1,6 +1,7 @@
 //! What a run leaves for those who watch it, beside metrics.jsonl: events, TensorBoard's files, the report.
 //!
-//! None of it is needed to train or to resume. What cannot be written costs a sentence.
+//! None of it is needed to train or to resume. What cannot be written costs a sentence. Of several ranks the first
+//! alone writes.
 
 use std::fs;
 use std::mem;
@@ -38,6 +39,8 @@ impl Watch for Said<'_> {
 pub(super) struct Recorder<'a> {
     watch: &'a mut dyn Watch,
     run: PathBuf,
+    /// This rank writes to it.
+    writes: bool,
     events: Lines,
     /// Steps done.
     step: u32,
@@ -51,11 +54,12 @@ pub(super) struct Recorder<'a> {
 impl<'a> Recorder<'a> {
     /// Records that `trainer` begins in the folder `run`, and what was said before.
     pub fn open(run: &Path, trainer: &Trainer, resumed: bool, said: Vec<Event>, watch: &'a mut dyn Watch) -> Self {
-        let step = trainer.steps_done();
+        let (step, writes) = (trainer.steps_done(), trainer.exchange().is_first());
         let mut recorder = Recorder {
             watch,
             run: run.into(),
-            events: Lines::new(run.join(EVENTS), drop_unfinished_line),
+            writes,
+            events: Lines::new(run.join(EVENTS), writes, drop_unfinished_line),
             step,
             board: None,
             next: step + 1,
@@ -78,7 +82,7 @@ impl<'a> Recorder<'a> {
 
     /// A file of samples, of `step`. TensorBoard shows pictures alone.
     pub fn samples(&mut self, step: u32, path: &Path) {
-        if path.extension().is_some_and(|ending| ending == "png") {
+        if self.writes && path.extension().is_some_and(|ending| ending == "png") {
             match fs::read(path) {
                 Ok(png) => {
                     if let Some((h, w)) = png_size(&png) {
@@ -104,6 +108,9 @@ impl<'a> Recorder<'a> {
 
     /// Writes the report anew.
     pub fn report(&mut self) {
+        if !self.writes {
+            return;
+        }
         let path = report::path(&self.run);
         let mut fault = mem::take(&mut self.report_fault);
         match report::write(&[&self.run], &path) {
@@ -119,8 +126,10 @@ impl<'a> Recorder<'a> {
     }
 
     fn board(&mut self, step: u32, values: &[(String, Value<'_>)]) {
-        let written = self.try_board(step, values);
-        self.board_said(written);
+        if self.writes {
+            let written = self.try_board(step, values);
+            self.board_said(written);
+        }
     }
 
     fn try_board(&mut self, step: u32, values: &[(String, Value<'_>)]) -> Result<()> {

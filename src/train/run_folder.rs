@@ -1,4 +1,4 @@
-//! The folder of a run: config.toml, lock and checkpoints.
+//! The folder of a run: config.toml, lock and checkpoints. Of several ranks the first alone writes to it.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -19,6 +19,8 @@ pub(super) struct RunFolder {
     pub path: PathBuf,
     /// The settings in its config.toml.
     pub config: Config,
+    /// This rank writes to it.
+    pub writes: bool,
     _lock: Option<File>,
 }
 
@@ -48,19 +50,24 @@ impl RunFolder {
         }
         output::write_atomically(&path.join("config.toml"), config.to_toml().as_bytes())?;
         watch.say(&format!("run folder: {}", path.display()));
-        Ok(RunFolder { path, config: config.clone(), _lock: lock })
+        Ok(RunFolder { path, config: config.clone(), writes: true, _lock: lock })
+    }
+
+    /// The folder that the first of several ranks has created.
+    pub fn of_first(path: &str, config: &Config) -> Self {
+        RunFolder { path: path.into(), config: config.clone(), writes: false, _lock: None }
     }
 
     /// Opens the folder of a run to be continued.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path, writes: bool) -> Result<Self> {
         let config = read_settings(path)?;
-        let lock = lock(path)?;
-        Ok(RunFolder { path: path.to_path_buf(), config, _lock: lock })
+        let lock = if writes { lock(path)? } else { None };
+        Ok(RunFolder { path: path.to_path_buf(), config, writes, _lock: lock })
     }
 
     /// Lists the images that are left out in skipped_images.txt, a line each.
     pub fn list_skipped(&self, skipped: &[Skipped], watch: &mut dyn Watch) -> Result<()> {
-        if skipped.is_empty() {
+        if skipped.is_empty() || !self.writes {
             return Ok(());
         }
         let path = self.path.join("skipped_images.txt");
@@ -102,13 +109,15 @@ impl RunFolder {
         if steps < done {
             usage!("steps = {steps}: {} has done {done} already; give more with --steps", self.path.display());
         }
-        if *trainer.config() != self.config {
-            output::write_atomically(&self.path.join("config.toml"), trainer.config().to_toml().as_bytes())?;
-        }
-        for folder in [self.path.clone(), self.path.join("samples")].iter().filter(|folder| folder.is_dir()) {
-            // What cannot be deleted harms nothing.
-            if let Err(e) = output::remove_unfinished(folder) {
-                watch.warn(&e.to_string());
+        if self.writes {
+            if *trainer.config() != self.config {
+                output::write_atomically(&self.path.join("config.toml"), trainer.config().to_toml().as_bytes())?;
+            }
+            for folder in [self.path.clone(), self.path.join("samples")].iter().filter(|folder| folder.is_dir()) {
+                // What cannot be deleted harms nothing.
+                if let Err(e) = output::remove_unfinished(folder) {
+                    watch.warn(&e.to_string());
+                }
             }
         }
         let path = self.path.display();
@@ -124,12 +133,12 @@ impl RunFolder {
     pub fn save(&self, trainer: &Trainer) -> Result<PathBuf> {
         trainer.check_weights()?;
         let settings = self.path.join("config.toml");
-        if !settings.exists() {
+        if self.writes && !settings.exists() {
             fs::create_dir_all(&self.path)
                 .map_err(|e| Error::file(&self.path, format!("cannot be created again: {e}")))?;
             output::write_atomically(&settings, trainer.config().to_toml().as_bytes())?;
         }
-        checkpoint::save(&self.path, trainer.config(), trainer.state())
+        trainer.save(&self.path)
     }
 
     /// Adds the path of the last good checkpoint to an error.

@@ -1,9 +1,11 @@
 use ddpm_cuda::device::Device;
+use ddpm_cuda::diffusion::Batch;
 use ddpm_cuda::meter::{Measured, Meter};
-use ddpm_cuda::ops::grad_norm::{clip_factor, grad_norm, reference};
+use ddpm_cuda::ops::grad_norm::{CHUNK, clip_factor, grad_norm, join, reference, squares, squares_shape};
+use ddpm_cuda::ops::loss::loss;
 use ddpm_cuda::tensor::{Shape, Tensor};
 
-use crate::support::{gpu, halves, numbers, plant, same_bits_at_any_number_of_threads, to_f32};
+use crate::support::{gpu, halves, numbers, per_image, plant, same_bits_at_any_number_of_threads, to_f32};
 
 /// 65,536 is one task of the CPU path.
 const LENGTHS: [usize; 9] = [0, 1, 17, 31, 33, 1009, 65_536, 65_537, 300_007];
@@ -65,6 +67,61 @@ fn the_meter_gets_norm_and_clip_factor() {
         let measured = measure(&device, &g, max_norm);
         assert_eq!((measured.grad_norm, measured.clip), (5.0, clip), "clipped to {max_norm}");
     }
+}
+
+/// What the meter of a step gets whose gradient `ranks` ranks share, of which rank 1, if there is one, has a loss in
+/// its second micro-batch.
+fn measure_shards(device: &Device, g: &[f32], ranks: usize, max_norm: f64, of_rank_1: f32) -> Measured {
+    let shard = g.len().div_ceil(ranks).next_multiple_of(CHUNK);
+    let mut sums = Tensor::zeros(device, squares_shape(device, ranks, shard)).unwrap();
+    let mut meter = Meter::of_micro_batches(device, 2).unwrap();
+    for rank in 0..ranks {
+        meter.begin();
+        if rank == 1 {
+            meter.micro_batch(1);
+            let y = Tensor::from_slice_as(device, device.activations(), Shape::new(1, 1, 1, 3), &[of_rank_1; 3]);
+            let batch = Batch::train(0, 0, 0, vec![0], false, 10);
+            let t = per_image(device, [batch.t()[0] as f32]);
+            loss(device, &y.unwrap(), &batch, &t, Some(1), &mut meter).unwrap();
+        }
+        let [start, end] = [rank, rank + 1].map(|rank| (rank * shard).min(g.len()));
+        let mut own = g[start..end].to_vec();
+        own.resize(shard, 0.0);
+        let own = Tensor::from_slice(device, Shape::vector(shard), &own).unwrap();
+        squares(device, &own, end - start, &mut sums, rank, &mut meter).unwrap();
+    }
+    meter.begin();
+    join(device, &sums, max_norm, &mut meter).unwrap();
+    *meter.read().unwrap().last().unwrap()
+}
+
+/// Ranks with whole shards, with part of one and with nothing; the norm of the whole, to the bit.
+fn shards_have_the_bits_of_the_whole(device: &Device) -> Vec<f32> {
+    let mut all = Vec::new();
+    for (len, ranks) in [(20, 3), (CHUNK, 2), (CHUNK + 4, 2), (300_008, 2), (300_008, 4)] {
+        let g = to_f32(&numbers(4, len));
+        let want = measure(device, &g, 1.0);
+        let got = measure_shards(device, &g, ranks, 1.0, 0.0);
+        assert_eq!((got.grad_norm, got.clip), (want.grad_norm, want.clip), "{len} gradients, {ranks} ranks");
+        all.extend(halves(got.grad_norm));
+    }
+    for bad in [f32::NAN, f32::INFINITY] {
+        let (mut g, of_loss) = (vec![0.5; 2 * CHUNK], measure_shards(device, &[0.5; 20], 2, 1.0, bad));
+        assert!(!of_loss.grad_norm.is_finite(), "a loss of {bad} on one rank went unseen");
+        g[CHUNK + 7] = bad;
+        assert!(!measure_shards(device, &g, 2, 1.0, 0.0).grad_norm.is_finite(), "{bad} on one rank went unseen");
+    }
+    all
+}
+
+#[test]
+fn shards_have_the_norm_of_the_whole() {
+    shards_have_the_bits_of_the_whole(&Device::cpu_guarded());
+}
+
+#[test]
+fn gpu_shards_have_the_norm_of_the_whole() {
+    gpu::each("shards", shards_have_the_bits_of_the_whole);
 }
 
 #[test]
@@ -154,4 +211,9 @@ fn planted_bugs_are_noticed() {
     [0, 2, 3].into_iter().for_each(|n| plant::notices_lost_barrier(test, "grad_norm_fwd", n));
     plant::notices(test, "grad_norm_fwd", "sqrt.rn.f64", "mov.f64");
     plant::notices_lost_block(test, "grad_norm_fwd");
+    let test = "grad_norm::gpu_shards_have_the_norm_of_the_whole";
+    plant::notices_lost_block(test, "grad_norm_squares");
+    plant::notices_lost_barrier(test, "grad_norm_squares", 0);
+    plant::notices_lost_barrier(test, "grad_norm_join", 0);
+    plant::notices(test, "grad_norm_join", "sqrt.rn.f64", "mov.f64");
 }

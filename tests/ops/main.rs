@@ -21,6 +21,7 @@ mod q_sample;
 mod sample_step;
 mod silu;
 mod time_embedding;
+mod tree_sum;
 mod upsample;
 
 use std::collections::BTreeSet;

@@ -18,6 +18,7 @@ use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::Prediction;
 use ddpm_cuda::error::Result;
+use ddpm_cuda::exchange::Exchange;
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
 use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
@@ -224,6 +225,17 @@ pub fn numbers(seed: u64, len: usize) -> Vec<f64> {
 /// The same numbers in f32; exact for what [`numbers`] returns.
 pub fn to_f32(x: &[f64]) -> Vec<f32> {
     x.iter().map(|&v| v as f32).collect()
+}
+
+/// What `rank` returns for each of `ranks` ranks, each in a thread of its own.
+pub fn each_rank<T: Send>(ranks: usize, rank: impl Fn(Exchange) -> T + Sync) -> Vec<T> {
+    let rank = &rank;
+    std::thread::scope(|scope| {
+        let exchanges = Exchange::threads(ranks).into_iter();
+        let threads: Vec<_> = exchanges.map(|exchange| scope.spawn(move || rank(exchange))).collect();
+        let joined = threads.into_iter().map(|thread| thread.join());
+        joined.collect::<std::thread::Result<_>>().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }
 
 /// One number per image, `(n, 1, 1, 1)` in f32: timesteps or classes for the network.

@@ -522,25 +522,27 @@ impl Gpu {
         copied.and_then(|()| self.inner.stream.synchronize()).map_err(|e| driver_error(&what, e))
     }
 
-    /// Copies `from` to `to`, of the same size, on the device.
+    /// Copies all of `from` to `to`, from byte `offset` on, on the device.
     ///
     /// # Errors
     /// A driver error.
-    pub fn copy(&self, to: &mut Buffer, from: &Buffer) -> Result<()> {
-        assert_eq!(to.bytes(), from.bytes(), "bytes of the two buffers");
+    pub fn copy(&self, to: &mut Buffer, offset: usize, from: &Buffer) -> Result<()> {
+        let (bytes, end) = (from.bytes(), offset.checked_add(from.bytes()));
+        assert!(end.is_some_and(|end| end <= to.bytes()), "{bytes} bytes at {offset} of a buffer of {}", to.bytes());
         self.owns(to);
         self.owns(from);
-        if to.bytes() == 0 {
+        if bytes == 0 {
             return Ok(());
         }
         let _ordered = self.ordered();
         self.bind()?;
-        // SAFETY: both hold that many bytes and are used in the order of this GPU's stream; `to` is borrowed mutably,
-        // so they are not the same.
+        // SAFETY: `to` holds that many bytes from the offset on (checked), and both are used in the order of this GPU's
+        // stream; `to` is borrowed mutably, so they are not the same.
         let copied = unsafe {
-            result::memcpy_dtod_async(to.address(), from.address(), from.bytes(), self.inner.stream.cu_stream())
+            let to = to.address() + offset as u64;
+            result::memcpy_dtod_async(to, from.address(), bytes, self.inner.stream.cu_stream())
         };
-        copied.map_err(|e| driver_error(&format!("copying {} bytes on {self}", from.bytes()), e))
+        copied.map_err(|e| driver_error(&format!("copying {bytes} bytes on {self}"), e))
     }
 
     /// Fills `words` 32-bit words of `to`, from byte `offset` on, with `word`.
