@@ -677,15 +677,20 @@ fn said_of(ptx: &Path, (major, minor): (u32, u32)) -> PathBuf {
 ///     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 /// ptxas info    : Used 24 registers, used 1 barriers, 2048 bytes smem
 /// ```
-fn resources(said: &str) -> Result<BTreeMap<String, (u32, u32)>> {
+fn resources(said: &str) -> Result<BTreeMap<String, [u32; 3]>> {
     let of_entry = |part: &str| {
         let (name, rest) = part.split_once('\n')?;
+        // Bytes of the stack, of spill stores and of spill loads.
+        let mut local = 0;
+        for bytes in rest.lines().next()?.split(',') {
+            local += bytes.split_whitespace().next()?.parse::<u32>().ok()?;
+        }
         let used = rest.lines().find_map(|line| line.split_once("Used "))?.1;
         let number = |what: &str| used.split(',').find_map(|part| part.trim().strip_suffix(what)?.trim().parse().ok());
-        Some((name.trim().to_string(), (number("registers")?, number("bytes smem").unwrap_or(0))))
+        Some((name.trim().to_string(), [number("registers")?, number("bytes smem").unwrap_or(0), local]))
     };
     let parts = said.split("Function properties for ").skip(1);
-    let unknown = |part: &str| format!("ptxas does not say how many registers an entry uses, but: {part}");
+    let unknown = |part: &str| format!("ptxas does not say what an entry uses, but: {part}");
     parts.map(|part| of_entry(part).ok_or_else(|| unknown(part))).collect()
 }
 
@@ -763,9 +768,9 @@ fn table(compiler: Option<&Compiler>, headers: &[Header], stems: &[Stem]) -> Res
             let params: String =
                 params.iter().map(|Param { kind, name, .. }| format!("(Kind::{kind}, {name:?}), ")).collect();
             let tile = tile(entry);
-            let of_code = |of: &BTreeMap<String, (u32, u32)>| {
-                let (registers, shared) = of[entry];
-                format!("Resources {{ registers: {registers}, shared: {shared} }}, ")
+            let of_code = |of: &BTreeMap<String, [u32; 3]>| {
+                let [registers, shared, local] = of[entry];
+                format!("Resources {{ registers: {registers}, shared: {shared}, local: {local} }}, ")
             };
             let resources: String = by_code.iter().map(of_code).collect();
             format!(

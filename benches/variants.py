@@ -9,7 +9,7 @@
     benches/variants.py OUT classifier --run RUN --flags "--classifier RUN"
 
 A recipe or an objective is `ddpm-cuda train` on the built-in digits with the settings below, then `quality` on 2,000
-samples as the default draws them, and for an objective `eval` on 100 held-out images. The other tables are `quality` on
+samples as the default draws them, and for an objective `eval` on 40 held-out images. The other tables are `quality` on
 2,000 samples of RUN with the flags below. OUT/NAME-SEED/ keeps quality.json, eval.json, seconds.json and the run; what
 is there is not done again, so a stopped comparison goes on. Needs Python alone. A recipe and seed takes 9 to
 18 minutes on two cores.
@@ -185,7 +185,7 @@ def main():
                 flags = args.flags.split() if trains else [*settings.split(), "--seed", seed, *args.flags.split()]
                 judge(args.program, folder, model, "quality", flags)
                 if args.what == "objectives":
-                    judge(args.program, folder, model, "eval", ["--count", "100"])
+                    judge(args.program, folder, model, "eval", ["--count", "40"])
             except subprocess.CalledProcessError as error:
                 print(f"{name}, seed {seed}: {' '.join(error.cmd)} ended with {error.returncode}", file=sys.stderr)
     table(args.out, variants)

@@ -432,7 +432,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_wgrad_32x128_f32(
 //   conv2d_wgrad_mma_64x64_any_x     c_out by 8
 //   conv2d_wgrad_mma_64x64_any_y     c_in by 8
 //   conv2d_wgrad_mma_64x64_any       nothing
-// conv2d_fwd_mma_64x64, and conv2d_bwd_mma_64x64... for dx, sum by segments of k.
+// conv2d_fwd_mma_64x64, and conv2d_bwd_mma_64x64... for dx, sum by segments of k. For three blocks of
+// conv2d_wgrad_mma_64x64_any... a multiprocessor the registers do not suffice: ptxas spills on sm_80 and sm_120.
 using Large = mma::Tile<128, 128, 64, 64>;
 using Small = mma::Tile<64, 64, 32, 32>;
 using Thin = mma::Tile<128, 16, 32, 16>;
@@ -504,21 +505,21 @@ extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_dgrad_mma_64
         mma::DxAlone());
 }
 
-extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64_any_x(
+extern "C" __global__ void __launch_bounds__(Small::THREADS, 2) conv2d_wgrad_mma_64x64_any_x(
     float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment, unsigned accumulate,
     double* sums) {
     mma::wgrad<Small, Unit::ELEMENT, Unit::CHUNK>(dw, sums, {x, x_second, nullptr, nullptr}, dy, g, segment,
         accumulate, mma::DwAlone());
 }
 
-extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64_any_y(
+extern "C" __global__ void __launch_bounds__(Small::THREADS, 2) conv2d_wgrad_mma_64x64_any_y(
     float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment, unsigned accumulate,
     double* sums) {
     mma::wgrad<Small, Unit::CHUNK, Unit::ELEMENT>(dw, sums, {x, x_second, nullptr, nullptr}, dy, g, segment,
         accumulate, mma::DwAlone());
 }
 
-extern "C" __global__ void __launch_bounds__(Small::THREADS) conv2d_wgrad_mma_64x64_any(
+extern "C" __global__ void __launch_bounds__(Small::THREADS, 2) conv2d_wgrad_mma_64x64_any(
     float* dw, const bf16* x, const bf16* x_second, const bf16* dy, Geometry g, unsigned segment, unsigned accumulate,
     double* sums) {
     mma::wgrad<Small, Unit::ELEMENT, Unit::ELEMENT>(dw, sums, {x, x_second, nullptr, nullptr}, dy, g, segment,

@@ -35,6 +35,16 @@ impl Classifier {
         Ok(Classifier { config: loaded.config, unet, params: loaded.params, notes: loaded.notes })
     }
 
+    /// The same classifier on another device, with nothing to say of it.
+    ///
+    /// # Errors
+    /// Those of [`Params::copy_to`].
+    pub fn copy_to(&self, device: &Device) -> Result<Self> {
+        let (unet, _) = UNet::new(&self.config.model)?;
+        let params = self.params.copy_to(device)?;
+        Ok(Classifier { config: self.config.clone(), unet, params, notes: Vec::new() })
+    }
+
     /// Its settings: network, process, names of the classes.
     pub fn config(&self) -> &Config {
         &self.config

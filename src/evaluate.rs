@@ -9,13 +9,18 @@
 //! of all later timesteps (the rate), and predicts x_0 with the root mean square error there (the distortion). The
 //! paper's table 4 leaves L_T out.
 //!
+//! Images are measured in batches, on one device or on several ([`Evaluation::measure`]), and added up one by one in
+//! their order ([`Sums`]), so that no bit of a bound depends on the batches or on where they were measured.
+//!
 //! Deliberately absent: the likelihood by the ODE, which is `likelihood`'s; quality of samples.
+
+use std::ops::Range;
 
 use crate::data::Dataset;
 use crate::device::Device;
 use crate::diffusion::{Batch, Objective};
 use crate::error::Result;
-use crate::ops::loss::{Table, terms};
+use crate::ops::loss::{Table, Terms, terms};
 use crate::ops::q_sample::{Coefficients, q_sample};
 use crate::params::Params;
 use crate::tape::{Tape, Var};
@@ -61,6 +66,59 @@ pub struct Bound {
     pub mse_eps: Vec<f64>,
 }
 
+/// What some of the images contribute to a bound.
+pub struct Measured {
+    images: Range<usize>,
+    /// L of each image.
+    per_image: Vec<f64>,
+    /// L_T of each image.
+    prior: Vec<f64>,
+    /// For each timestep of the chain the sums over the draws, for each image.
+    steps: Vec<Terms>,
+}
+
+/// The sums over images from the first on, each image added by itself.
+pub struct Sums {
+    per_image: Vec<f64>,
+    prior: f64,
+    timesteps: Vec<u32>,
+    draws: u32,
+    terms: Vec<f64>,
+    mse_x0: Vec<f64>,
+    mse_eps: Vec<f64>,
+}
+
+impl Sums {
+    /// Adds the next images.
+    pub fn add(&mut self, measured: &Measured) {
+        let Measured { images, per_image, prior, steps } = measured;
+        assert_eq!(images.start, self.per_image.len(), "images {images:?} are not the next");
+        self.per_image.extend(per_image);
+        self.prior = prior.iter().fold(self.prior, |sum, bits| sum + bits);
+        for (i, of) in steps.iter().enumerate() {
+            for (sums, of_images) in
+                [(&mut self.terms, &of.vlb), (&mut self.mse_x0, &of.mse_x0), (&mut self.mse_eps, &of.mse_eps)]
+            {
+                sums[i] = of_images.iter().fold(sums[i], |sum, of_image| sum + of_image);
+            }
+        }
+    }
+
+    /// The bound of the images that were added.
+    pub fn bound(self) -> Bound {
+        let images = self.per_image.len() as f64;
+        let mean = |sums: Vec<f64>| sums.iter().map(|sum| sum / (images * f64::from(self.draws))).collect();
+        Bound {
+            prior: self.prior / images,
+            per_image: self.per_image,
+            timesteps: self.timesteps,
+            terms: mean(self.terms),
+            mse_x0: mean(self.mse_x0),
+            mse_eps: mean(self.mse_eps),
+        }
+    }
+}
+
 /// A line of the rate-distortion table.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Cut {
@@ -104,52 +162,67 @@ impl Evaluation<'_> {
     /// # Errors
     /// Those of `each`, which end it; a GPU that fails.
     pub fn bound(&self, mut each: impl FnMut() -> Result<()>) -> Result<Bound> {
+        let mut sums = self.sums();
+        for images in self.batches() {
+            sums.add(&self.measure(images, &mut each)?);
+        }
+        Ok(sums.bound())
+    }
+
+    /// The images that go through the network at once, batch by batch.
+    pub fn batches(&self) -> Vec<Range<usize>> {
+        let images = self.data.len();
+        (0..images).step_by(self.together).map(|first| first..images.min(first + self.together)).collect()
+    }
+
+    /// Sums over no images yet.
+    pub fn sums(&self) -> Sums {
+        let kept = self.objective.kept();
+        let [terms, mse_x0, mse_eps] = [0; 3].map(|_| vec![0.0; kept.len()]);
+        let (per_image, timesteps, draws) = (Vec::new(), kept.to_vec(), self.draws);
+        Sums { per_image, prior: 0.0, timesteps, draws, terms, mse_x0, mse_eps }
+    }
+
+    /// Measures the images of a batch. `each` is called after every pass of the network.
+    ///
+    /// # Errors
+    /// Those of [`bound`](Self::bound).
+    pub fn measure(&self, images: Range<usize>, mut each: impl FnMut() -> Result<()>) -> Result<Measured> {
         let (schedule, kept) = (self.objective.schedule(), self.objective.kept());
-        let (images, steps) = (self.data.len(), kept.len());
-        let all: Vec<usize> = (0..images).collect();
         let table = Table::new(self.device, self.objective.clone())?;
         let coefficients = Coefficients::new(self.device, schedule)?;
         let mut feed = Feed::new(self.device, None);
-        let conditional = self.unet.model().classes > 0;
-        let prior: Vec<f64> = all.iter().map(|&i| self.objective.prior(self.data.image(i))).collect();
-        let mut per_image = prior.clone();
-        let [mut sums, mut x0, mut eps] = [0; 3].map(|_| vec![0.0; steps]);
-        for indices in all.chunks(self.together) {
-            let (first, end) = (indices[0], indices[0] + indices.len());
-            let rows = self.data.rows(indices, conditional);
-            for (i, &t) in kept.iter().enumerate() {
-                for draw in 0..self.draws {
-                    let (numbers, timesteps) = (rows.indices(), schedule.len() as u32);
-                    let batch = Batch::evaluation(self.seed, draw, first as u32, numbers, t, timesteps);
-                    let batch = batch.with_labels(rows.classes.clone());
-                    let source = feed.source(self.data, first as u64..end as u64, |_| rows.clone())?;
-                    let noised = q_sample(self.device, source, &batch, &coefficients)?;
-                    let mut tape = Tape::inference(self.device, self.params);
-                    let x_t = Var::constant(noised.x_t);
-                    let output = self.unet.forward(&mut tape, &x_t, &noised.t, &noised.conditioning, None)?;
-                    let output = output.into_value(); // (n, h, w, out_channels)
-                    let terms = terms(self.device, &output, source, &batch, &noised.t, &table, self.clip)?;
-                    for (total, bits) in per_image[first..end].iter_mut().zip(&terms.vlb) {
-                        *total += bits / f64::from(self.draws);
-                    }
-                    for (sums, of_images) in
-                        [(&mut sums, terms.vlb), (&mut x0, terms.mse_x0), (&mut eps, terms.mse_eps)]
-                    {
-                        sums[i] += of_images.iter().sum::<f64>();
-                    }
-                    each()?;
+        let indices: Vec<usize> = images.clone().collect();
+        let rows = self.data.rows(&indices, self.unet.model().classes > 0);
+        let prior: Vec<f64> = indices.iter().map(|&i| self.objective.prior(self.data.image(i))).collect();
+        let (mut per_image, mut steps) = (prior.clone(), Vec::with_capacity(kept.len()));
+        for &t in kept {
+            let [vlb, mse_x0, mse_eps] = [0; 3].map(|_| vec![0.0; images.len()]);
+            let mut sums = Terms { vlb, mse_x0, mse_eps };
+            for draw in 0..self.draws {
+                let (numbers, timesteps) = (rows.indices(), schedule.len() as u32);
+                let batch = Batch::evaluation(self.seed, draw, images.start as u32, numbers, t, timesteps);
+                let batch = batch.with_labels(rows.classes.clone());
+                let source = feed.source(self.data, images.start as u64..images.end as u64, |_| rows.clone())?;
+                let noised = q_sample(self.device, source, &batch, &coefficients)?;
+                let mut tape = Tape::inference(self.device, self.params);
+                let x_t = Var::constant(noised.x_t);
+                let output = self.unet.forward(&mut tape, &x_t, &noised.t, &noised.conditioning, None)?;
+                let output = output.into_value(); // (n, h, w, out_channels)
+                let terms = terms(self.device, &output, source, &batch, &noised.t, &table, self.clip)?;
+                for (total, bits) in per_image.iter_mut().zip(&terms.vlb) {
+                    *total += bits / f64::from(self.draws);
                 }
+                for (sums, of_draw) in
+                    [(&mut sums.vlb, terms.vlb), (&mut sums.mse_x0, terms.mse_x0), (&mut sums.mse_eps, terms.mse_eps)]
+                {
+                    sums.iter_mut().zip(of_draw).for_each(|(sum, of_image)| *sum += of_image);
+                }
+                each()?;
             }
+            steps.push(sums);
         }
-        let mean = |sums: Vec<f64>| sums.iter().map(|sum| sum / (images as f64 * f64::from(self.draws))).collect();
-        Ok(Bound {
-            per_image,
-            prior: prior.iter().sum::<f64>() / images as f64,
-            timesteps: kept.to_vec(),
-            terms: mean(sums),
-            mse_x0: mean(x0),
-            mse_eps: mean(eps),
-        })
+        Ok(Measured { images, per_image, prior, steps })
     }
 
     /// Passes of the network that [`bound`](Self::bound) takes.

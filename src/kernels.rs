@@ -5,6 +5,9 @@
 //! images, and [`COMPILER`] is `None`.
 
 use std::fmt;
+use std::path::Path;
+
+use twox_hash::XxHash3_128;
 
 use crate::shape::DType;
 
@@ -33,6 +36,21 @@ impl Module {
     pub fn ptx(&self) -> &'static str {
         self.images.iter().min_by_key(|image| image.capability).map_or("", |image| image.ptx)
     }
+}
+
+/// A hash of all kernels that a GPU of this process would run, those of the folder that `DDPM_KERNELS` names included:
+/// ranks that train together compare it.
+pub fn hash() -> String {
+    let mut hash = XxHash3_128::new();
+    let folder = std::env::var_os("DDPM_KERNELS").filter(|folder| !folder.is_empty());
+    for module in MODULES {
+        hash.write(module.stem.as_bytes());
+        let replaced = folder.as_ref().map(|folder| Path::new(folder).join(format!("{}.ptx", module.stem)));
+        // What cannot be read is refused when the GPU is opened.
+        let replaced = replaced.and_then(|path| std::fs::read(path).ok());
+        hash.write(replaced.as_deref().unwrap_or(module.ptx().as_bytes()));
+    }
+    format!("{:032x}", hash.finish_128())
 }
 
 /// The newest of `images` that runs on a GPU of compute capability `device`; `None` if none does.
@@ -116,6 +134,8 @@ pub struct Resources {
     pub registers: u32,
     /// Bytes of static shared memory of a block.
     pub shared: u32,
+    /// Bytes of a thread's stack, and of what it spills and reads again, in local memory.
+    pub local: u32,
 }
 
 impl Kernel {

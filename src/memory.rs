@@ -67,9 +67,12 @@ fn step_on_shapes(config: &Config, n: usize, unet: &UNet, specs: &Specs, meta: &
     let _ema_m_v = [shard()?, shard()?, shard()?];
     let nodes = tree_sum::most_waiting((config.accumulate / ranks).max(1));
     let mut grads: Vec<ParamGrads> = (0..nodes).map(|_| ParamGrads::new(meta, &specs)).collect::<Result<_>>()?;
+    // Of four ranks or more as of two on each of several machines, which takes most.
+    let flat = |of: usize| Tensor::zeros(meta, Shape::vector(specs.flat_len() / of));
     let _of_ranks = match ranks {
-        1 => None,
-        _ => Some((Tensor::zeros(meta, Shape::vector(specs.flat_len()))?, shard()?)),
+        1 => Vec::new(),
+        2 | 3 => vec![flat(1)?, flat(ranks)?],
+        _ => vec![flat(1)?, flat(2)?, flat(2)?, flat(ranks)?],
     };
     let state = meta.pool_stats().held;
 

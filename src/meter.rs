@@ -327,15 +327,15 @@ impl CudaMeter {
 
     /// The buffers that a kernel writes to which measures the micro-batch.
     pub(crate) fn for_writing(&mut self, clock: Option<&Clock>) -> ToWrite<'_> {
-        self.to_write(self.micro_batch, clock)
+        self.buffers(self.micro_batch, clock)
     }
 
     /// The same for one which measures the step.
     pub(crate) fn for_writing_step(&mut self, clock: Option<&Clock>) -> ToWrite<'_> {
-        self.to_write(0, clock)
+        self.buffers(0, clock)
     }
 
-    fn to_write(&mut self, micro_batch: usize, clock: Option<&Clock>) -> ToWrite<'_> {
+    fn buffers(&mut self, micro_batch: usize, clock: Option<&Clock>) -> ToWrite<'_> {
         let (offset, bytes) = self.part(micro_batch, clock);
         let rows = ViewMut::new(&mut self.rows, offset, bytes);
         let (done, halt, has_losses, fresh) = (&mut self.done, &mut self.halt, !self.fresh, &mut self.fresh);

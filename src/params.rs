@@ -198,6 +198,14 @@ impl Params {
         Params::from_host(device, specs, &flat)
     }
 
+    /// The same values on another device, through the host. Waits for a GPU.
+    ///
+    /// # Errors
+    /// A GPU error, or no memory left.
+    pub fn copy_to(&self, device: &Device) -> Result<Self> {
+        Params::from_host(device, self.specs.clone(), &self.host()?)
+    }
+
     /// The specs of all parameters.
     pub fn specs(&self) -> &Specs {
         &self.specs

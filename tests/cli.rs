@@ -256,32 +256,24 @@ fn wrong_usage_is_one_sentence_and_exit_2() {
     }
 }
 
-/// One training would be as many of their own.
+/// What launchers set and what `--device` names must fit each other.
 #[test]
-fn several_ranks_and_several_gpus_are_refused_in_one_sentence() {
+fn ranks_that_cannot_be_are_refused_in_one_sentence() {
     let folder = tempfile::tempdir().unwrap();
     let run = folder.path().join("run");
     let two = "RANK=1 WORLD_SIZE=2 LOCAL_RANK=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29500";
     let slurm = "SLURM_PROCID=0 SLURM_NTASKS=8 SLURM_LOCALID=0";
-    let step = "SLURM_STEP_NODELIST=gnode[10-17]";
     for (variables, arguments, says) in [
-        (two, vec![], "2 ranks were started to train together, which this version does not do"),
+        (
+            &format!("{two} LOCAL_WORLD_SIZE=2")[..],
+            vec!["--device", "cuda:0-2"],
+            "--device names 3 GPUs for 2 ranks of this machine",
+        ),
         (&two[..20], vec![], "LOCAL_RANK is not set, though RANK, WORLD_SIZE are"),
         (&two[7..], vec![], "RANK is not set, though WORLD_SIZE, LOCAL_RANK are"),
-        (
-            "",
-            vec!["--device", "cuda:0-7"],
-            "--device names 8 GPUs, and this version trains on one of them: give --device",
-        ),
-        (
-            "",
-            vec!["--device", "cuda:3,1"],
-            "--device names 2 GPUs, and this version trains on one of them: give --device",
-        ),
         ("", vec!["--device", "cuda:7-0"], "'7-0' in 'cuda:7-0' counts down: write 0-7"),
         ("", vec!["--device", "cuda:0,0"], "names GPU 0 twice"),
         (slurm, vec!["--launch", "slurm"], "SLURM_STEP_NODELIST is not set, so this is no task of a job step"),
-        (&format!("{slurm} {step}"), vec!["--launch", "slurm"], "8 ranks were started to train together"),
         ("", vec!["--launch", "mpi"], "OMPI_COMM_WORLD_RANK is not set"),
         ("", vec!["--launch", "torchrun"], "slurm, mpi"),
     ] {
@@ -291,6 +283,20 @@ fn several_ranks_and_several_gpus_are_refused_in_one_sentence() {
         // The parser of arguments adds where to find help.
         assert!(said.trim().lines().count() == 1 || said.contains("--help"), "{said}");
         assert!(!run.exists(), "{arguments:?} left a run folder");
+    }
+    // What uses one GPU says who takes several.
+    for command in [
+        "encode --images x --out y.npy",
+        "inpaint --images x --mask m.png --out y.png",
+        "interpolate --images x y --t 1 --out z.png",
+        "likelihood",
+        "predict --x x.npy --t t.npy --out y.npy",
+    ] {
+        let mut command_of = ddpm();
+        command_of.args(command.split(' ')).args(["--model", "nowhere", "--device", "cuda:0-3"]);
+        let said = fails(&mut command_of, 2);
+        let says = "'cuda:0-3' names several GPUs, which only train, train-classifier, sample, quality and eval take: give one";
+        assert!(said.contains(says), "{command}: {said}");
     }
     // The variables of a batch job start nothing, and one rank is a process alone.
     let variables = slurm.split_whitespace().map(|pair| pair.split_once('=').unwrap());

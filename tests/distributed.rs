@@ -1,5 +1,5 @@
-//! Ranks meet, watch each other and end: as threads of this process, over real connections. `tests/launch.rs` has them as
-//! processes.
+//! Ranks meet, watch each other and end: as threads of this process, over real connections. `tests/launch.rs` has them
+//! as processes.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
@@ -86,7 +86,7 @@ fn ranks_meet_and_pass_things() {
         let (control, notes) = joined.unwrap();
         assert!(notes.is_empty(), "{notes:?}");
         let rank = control.rank();
-        assert_eq!((control.size(), control.machines()), (4, &[0..4][..]));
+        assert_eq!((control.size(), control.machines()), (4, &vec![0..4; 1][..]));
         let names: Vec<String> = control.ranks().iter().map(Who::to_string).collect();
         assert_eq!(names[3], format!("rank 3 (here, process {}, CPU)", std::process::id()));
         let id: Vec<u8> = (0..128).collect();

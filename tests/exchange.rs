@@ -6,7 +6,7 @@ use ddpm_cuda::device::Device;
 use ddpm_cuda::exchange::Exchange;
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 
-use support::{each_rank, gpu};
+use support::{each_rank, each_rank_of_machines, gpu};
 
 /// What element i of rank r's buffer is at first.
 fn number(rank: usize, i: usize) -> f32 {
@@ -21,18 +21,35 @@ fn buffer(device: &Device, rank: usize, len: usize) -> Tensor {
 /// Two rounds of each call, so that what was given last is not taken for what is given now.
 fn gets_what_the_others_gave(open: impl Fn() -> Device + Sync) {
     const SHARD: usize = 5;
-    for ranks in [2, 3, 4] {
-        each_rank(ranks, |exchange| {
+    for (machines, ranks) in [(1, 2), (1, 3), (1, 4), (2, 4), (3, 6), (2, 8), (2, 6)] {
+        each_rank_of_machines(machines, ranks, |exchange| {
             let (device, rank, len) = (open(), exchange.rank(), ranks * SHARD);
             assert_eq!((exchange.size(), exchange.is_first()), (ranks, rank == 0));
             for round in [0, 100] {
-                let mut to = Tensor::zeros(&device, Shape::vector(len)).unwrap();
-                exchange.all_to_all(&buffer(&device, rank + round, len), &mut to).unwrap();
+                let mut place = 0;
+                let mut own = buffer(&device, rank + round, len);
+                // Of each level the parts of the others; what is left after the last is the shard of all.
+                for level in exchange.levels() {
+                    let part = own.shape().len() / level.len();
+                    let mut to = Tensor::zeros(&device, own.shape()).unwrap();
+                    exchange.all_to_all(&own, &mut to, &level).unwrap();
+                    let at = place + level.iter().position(|&other| other == rank).unwrap() * part;
+                    let to = to.to_vec().unwrap();
+                    for (k, &other) in level.iter().enumerate() {
+                        for i in 0..part {
+                            assert_eq!(to[k * part + i], number(other + round, at + i), "{ranks} ranks, {i} at {rank}");
+                        }
+                    }
+                    let own_part = to[level.iter().position(|&other| other == rank).unwrap() * part..][..part].to_vec();
+                    own = Tensor::from_slice(&device, Shape::vector(part), &own_part).unwrap();
+                    place = at;
+                }
+                assert_eq!((own.shape().len(), place), (SHARD, exchange.shard() * SHARD), "{ranks} ranks, rank {rank}");
+                let owners = exchange.gather(&[exchange.shard() as u64]).unwrap().concat();
                 let mut whole = buffer(&device, rank + round, len);
                 exchange.all_gather(&mut whole).unwrap();
-                for (i, (got, gathered)) in to.to_vec().unwrap().into_iter().zip(whole.to_vec().unwrap()).enumerate() {
-                    let from = i / SHARD;
-                    assert_eq!(got, number(from + round, rank * SHARD + i % SHARD), "{ranks} ranks, {i} at {rank}");
+                for (i, gathered) in whole.to_vec().unwrap().into_iter().enumerate() {
+                    let from = owners.iter().position(|&shard| shard as usize == i / SHARD).unwrap();
                     assert_eq!(gathered, number(from + round, i), "{ranks} ranks, gathered {i} at {rank}");
                 }
                 // A rank gives as many numbers as its own.

@@ -13,7 +13,7 @@ use ddpm_cuda::conditioning::Conditioning;
 use ddpm_cuda::config::{Config, Size};
 use ddpm_cuda::data::{Data, Dataset, Extent};
 use ddpm_cuda::device::Device;
-use ddpm_cuda::device::cuda::{Gpu, Repeated};
+use ddpm_cuda::device::cuda::{self, Gpu, Repeated};
 use ddpm_cuda::diffusion::sampler::Guidance;
 use ddpm_cuda::diffusion::{Method, Sampler, Spacing, Variance};
 use ddpm_cuda::output::to_bytes;
@@ -648,6 +648,107 @@ fn the_command_line_trains_samples_and_predicts_on_a_gpu() {
     let mut info = program(folder.path()).unwrap();
     let said = String::from_utf8(info.arg("info").output().unwrap().stdout).unwrap();
     assert!(said.contains("cuda:0") && said.contains("compiled by CUDA"), "{said}");
+}
+
+/// A command on one of three GPUs or several, and what it says; it must end with `code`.
+fn on_several(folder: &Path, devices: &str, arguments: &str, code: i32) -> String {
+    let mut command = program(folder).expect("kernels can be tested");
+    if !gpu::is_real() {
+        command.envs([("CUDA_EMU_DEVICES", "3"), ("CUDA_EMU_CHECKS", "none"), ("CUDA_EMU_LOG", "none")]);
+    }
+    let out = command.args(arguments.split(' ')).args(["--device", devices]).output().unwrap();
+    let said = format!("{}{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert_eq!(out.status.code(), Some(code), "{arguments} on {devices}: {said}");
+    said
+}
+
+/// A folder with images of 8x8 in two classes, `data.npz`, and two trainings of them that have hardly begun: a network,
+/// `run`, and a classifier, `judge`. `None` if there are no three GPUs.
+fn for_three_gpus() -> Option<tempfile::TempDir> {
+    let there = gpu::available().then(|| if gpu::is_real() { cuda::devices().unwrap().len() } else { 3 })?;
+    if there < 3 {
+        gpu::skip(&format!("drawing on three GPUs, since there are only {there}"));
+        return None;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let shape = Shape::new(40, 8, 8, 1);
+    let bytes: Vec<u8> = (0..shape.len()).map(|i| (i * i / 7 % 251) as u8).collect();
+    let labels: Vec<u32> = (0..40).map(|i| i % 2).collect();
+    ddpm_cuda::output::write_npz(&folder.path().join("data.npz"), shape, &bytes, Some(&labels)).unwrap();
+    let small = "--data data.npz --batch 4 --steps 2 --set widths=8,16 --set groups=4 --set attention_resolutions=4 \
+                 --set timesteps=20 --set held_out=0.2 --set validate_every=0";
+    on_several(folder.path(), "cpu", &format!("train --out run --set sample_every=0 {small}"), 0);
+    on_several(folder.path(), "cpu", &format!("train-classifier --out judge {small}"), 0);
+    Some(folder)
+}
+
+/// Seven images, which neither two nor three GPUs divide: frames of them and predictions along the way, with
+/// corrections in between, guided by a classifier; and the figures of `eval`. (`quality` draws as `sample` does; the
+/// classifier that it trains first takes too long here.)
+#[test]
+fn several_gpus_draw_and_judge_to_the_bytes_of_one() {
+    let Some(folder) = for_three_gpus() else { return };
+    for (arguments, files) in [
+        ("sample --count 7 --steps 3 --out x.npz", &["x.npz"][..]),
+        ("sample --count 5 --steps 3 --corrector 1 --progressive p.png --out x.gif", &["p.png", "x.gif"]),
+        ("sample --count 4 --steps 2 --classifier judge --classifier-scale 200 --out g.npz", &["g.npz"]),
+        ("eval --split all --count 7 --steps 3 --draws 2 --json e.json", &["e.json"]),
+    ] {
+        let of = |devices: &str| -> Vec<Vec<u8>> {
+            on_several(folder.path(), devices, &format!("{arguments} --model run"), 0);
+            let taken = |file: &&str| {
+                let path = folder.path().join(file);
+                let bytes = std::fs::read(&path).unwrap();
+                std::fs::remove_file(&path).unwrap();
+                bytes
+            };
+            files.iter().map(taken).collect()
+        };
+        let one = of("cuda:0");
+        for several in ["cuda:0-1", "cuda:2,0,1"] {
+            assert!(of(several) == one, "{arguments}: other bytes on {several}");
+        }
+        assert!(!folder.path().join("x.npz.part").exists(), "finished batches stay");
+    }
+}
+
+/// A drawing on two GPUs, of which the second batch cannot be kept, goes on on one GPU or on three.
+#[test]
+fn a_drawing_goes_on_with_another_number_of_gpus() {
+    let Some(folder) = for_three_gpus() else { return };
+    let draw = |devices: &str, out: &str, more: &str, code: i32| {
+        let arguments = format!("sample --model run --count 7 --steps 2 --out {out}{more}");
+        on_several(folder.path(), devices, &arguments, code)
+    };
+    let at = |name: &str| folder.path().join(name);
+    draw("cuda:0", "whole.npz", "", 0);
+    for (out, devices) in [("a.npz", "cuda:1"), ("b.npz", "cuda:0-2")] {
+        let in_the_way = at(&format!("{out}.part/4.u8"));
+        std::fs::create_dir_all(&in_the_way).unwrap();
+        let said = draw("cuda:0-1", out, "", 1);
+        let last = said.trim_end().lines().last().unwrap();
+        assert!(last.starts_with(&format!("ddpm-cuda: {out}.part/4.u8: cannot be written: ")), "{said}");
+        std::fs::remove_dir(&in_the_way).unwrap();
+        assert!(!at(out).exists() && at(&format!("{out}.part/0.u8")).is_file(), "the first batch is not kept");
+        assert!(draw(devices, out, "", 1).contains("add --resume to go on"));
+        let said = draw(devices, out, " --resume", 0);
+        assert!(said.contains("1 of 2 batches are done"), "{said}");
+        assert!(std::fs::read(at(out)).unwrap() == std::fs::read(at("whole.npz")).unwrap(), "{devices}: other bytes");
+        assert!(!at(&format!("{out}.part")).exists());
+    }
+}
+
+#[test]
+fn a_list_with_a_gpu_that_is_not_there_is_refused_in_one_sentence() {
+    if !gpu::emulated("a list with a GPU that is not there") {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    for command in ["sample --model none --out x.png", "eval --model none", "quality --model none --data mnist"] {
+        let said = on_several(folder.path(), "cuda:0-9", command, 1);
+        let sentence = "ddpm-cuda: cuda:3 was asked for, but there are only cuda:0 to cuda:2";
+        assert_eq!(said.trim_end(), sentence, "{command}");
+    }
 }
 
 /// The names of the driver's calls that a successful command makes on the emulator, and what it prints.

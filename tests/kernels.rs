@@ -1,113 +1,57 @@
-//! The compiled kernels: ptxas accepts them for every architecture without spills, old drivers know their PTX, the best
+//! The compiled kernels: they are assembled for every architecture without spills, old drivers know their PTX, the best
 //! image for a GPU is chosen, and a launch that does not fit a kernel's parameters is refused before it reaches the
 //! driver.
 
 mod support;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::Command;
 
 use bytemuck::Zeroable;
 use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::data::{Data, Dataset, Extent};
 use ddpm_cuda::device::Device;
-use ddpm_cuda::device::cuda::tile::{FMA, MMA_64, MMA_128, MULTIPROCESSORS, RESIDENT, SplitK, choose, ring, split_in};
+use ddpm_cuda::device::cuda::tile::{
+    FMA, MMA_64, MMA_64_ANY, MMA_128, MULTIPROCESSORS, RESIDENT, SplitK, choose, ring, split_in,
+};
 use ddpm_cuda::device::cuda::{Gpu, Launched};
-use ddpm_cuda::kernels::{self, Image, Kernel, Kind, MODULES, Module, best_image, entry_alone, parameters};
+use ddpm_cuda::kernels::{self, Image, Kernel, Kind, MODULES, best_image, entry_alone, parameters};
 use ddpm_cuda::ops::attention::attention;
 use ddpm_cuda::params::Layout;
 use ddpm_cuda::profile::card::Multiprocessor;
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::train::Trainer;
 use ddpm_cuda::unet::UNet;
-use rayon::prelude::*;
 
-use support::{gpu, numbers, places, through_tape_on, to_f32};
-
-/// Architectures that the kernels run on (A100, RTX 30, RTX 40, H100, B200, RTX 50), each with the first CUDA version
-/// whose ptxas knows it.
-const ARCHITECTURES: [(&str, [u32; 2]); 6] = [
-    ("sm_80", [12, 0]),
-    ("sm_86", [12, 0]),
-    ("sm_89", [12, 0]),
-    ("sm_90", [12, 0]),
-    ("sm_100", [12, 8]),
-    ("sm_120", [12, 8]),
-];
+use support::{gpu, numbers, through_tape_on, to_f32};
 
 /// Entries that may use local memory, with the reason.
 const LOCAL_MEMORY: [(&str, &str); 0] = [];
 
-/// For each entry its name and the bytes of stack, spill stores and spill loads, from the output of `ptxas -v`:
-///
-/// ```text
-/// ptxas info    : Function properties for add_fwd_f32
-///     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
-/// ```
-fn usage(said: &str) -> Vec<(String, Vec<u64>)> {
-    let of_entry = |part: &str| {
-        let (name, rest) = part.split_once('\n').expect("a line of numbers follows");
-        let numbers = rest.lines().next().expect("the same").split(',');
-        let bytes =
-            numbers.map(|n| n.split_whitespace().next().and_then(|n| n.parse().ok()).expect("a number of bytes"));
-        (name.trim().to_string(), bytes.collect())
-    };
-    said.split("Function properties for ").skip(1).map(of_entry).collect()
-}
-
+/// The build has assembled each of them for A100, RTX 30, RTX 40, H100, B200 and RTX 50, as far as its compiler knows
+/// these, and noted what the assembler said.
 #[test]
-fn every_entry_assembles_for_every_architecture_without_local_memory() {
+fn every_entry_is_assembled_for_every_architecture_without_local_memory() {
     if !gpu::available() {
         return;
     }
-    let Some((ptxas, version)) = places::ptxas() else {
-        let set = places::PTXAS;
-        return gpu::skip(&format!("no kernel is assembled, since there is no ptxas; {set} is the path of one"));
+    let wanted = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)];
+    let compiler = kernels::COMPILER.expect("kernels are available");
+    // CUDA knows the last two since 12.8.
+    let known = if compiler.starts_with("12.") && !compiler.starts_with("12.8") && !compiler.starts_with("12.9") {
+        &wanted[..4]
+    } else {
+        &wanted[..]
     };
-    let folder = tempfile::tempdir().unwrap();
-    for module in MODULES {
-        std::fs::write(folder.path().join(module.stem), module.ptx()).unwrap();
-    }
-    let known = ARCHITECTURES.iter().filter(|(_, since)| version >= *since);
-    let all: Vec<(&Module, &str)> = known.flat_map(|(arch, _)| MODULES.iter().map(move |&m| (m, *arch))).collect();
-    let check = |&(module, arch): &(&Module, &str)| -> Option<String> {
-        let mut command = Command::new(&ptxas);
-        command.args(["-v", "-o", "/dev/null"]).arg(format!("-arch={arch}")).arg(folder.path().join(module.stem));
-        let output = command.output().expect("the assembler runs");
-        let said = [output.stdout, output.stderr].map(|said| String::from_utf8_lossy(&said).into_owned()).concat();
-        if !output.status.success() {
-            return Some(format!("{} for {arch}: {said}", module.stem));
+    assert!(known.iter().all(|code| kernels::MACHINE_CODE.contains(code)), "{:?} of {compiler}", kernels::MACHINE_CODE);
+    let mut bad = Vec::new();
+    for kernel in kernels::ALL.iter().filter(|kernel| !LOCAL_MEMORY.iter().any(|(entry, _)| *entry == kernel.name)) {
+        for (used, (major, minor)) in kernel.resources.iter().zip(kernels::MACHINE_CODE) {
+            if used.local > 0 {
+                bad.push(format!("{} for sm_{major}{minor}: {} bytes of local memory", kernel.name, used.local));
+            }
         }
-        let usage = usage(&said);
-        let mut found: Vec<&str> = usage.iter().map(|(name, _)| name.as_str()).collect();
-        let mut wanted: Vec<&str> =
-            kernels::ALL.iter().filter(|k| k.module.stem == module.stem).map(|k| k.name).collect();
-        found.sort_unstable();
-        wanted.sort_unstable();
-        assert_eq!(found, wanted, "entries of {} for {arch}; the assembler said\n{said}", module.stem);
-        let allowed = |name: &str| LOCAL_MEMORY.iter().any(|(entry, _)| *entry == name);
-        let bad = usage.into_iter().filter(|(name, bytes)| *bytes != [0, 0, 0] && !allowed(name));
-        let bad: Vec<String> = bad
-            .map(|(name, bytes)| format!("{name} for {arch}: stack, spill stores and loads of {bytes:?} bytes"))
-            .collect();
-        (!bad.is_empty()).then(|| bad.join("\n"))
-    };
-    let bad: Vec<String> = all.par_iter().filter_map(check).collect();
+    }
     assert!(bad.is_empty(), "{}", bad.join("\n"));
-}
-
-#[test]
-fn the_assemblers_words_are_understood() {
-    let said = [
-        "ptxas info    : 0 bytes gmem",
-        "ptxas info    : Compiling entry function 'a_fwd' for 'sm_80'",
-        "ptxas info    : Function properties for a_fwd",
-        "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads",
-        "ptxas info    : Used 24 registers",
-        "",
-    ]
-    .join("\n");
-    assert_eq!(usage(&said), [("a_fwd".to_string(), vec![8, 4, 12])]);
 }
 
 /// Registers of a thread, bytes of shared memory of a block with `dynamic` bytes, and how many blocks a multiprocessor
@@ -161,7 +105,8 @@ fn a_multiprocessor_holds_as_many_tensor_core_tiles_as_is_counted_on() {
                 let dynamic = ring(side, side) + more;
                 let (registers, bytes, resident) = resident(kernel, of, dynamic);
                 assert_eq!(bytes, dynamic, "{}: its shared memory is dynamic", kernel.name);
-                let blocks = if side == 128 { MMA_128 } else { MMA_64 };
+                let small = if kernel.name.contains("_any") { MMA_64_ANY } else { MMA_64 };
+                let blocks = if side == 128 { MMA_128 } else { small };
                 let counted = blocks.slots[gpu] / MULTIPROCESSORS[gpu];
                 let name = kernel.name;
                 println!("{name} on {capability:?}: {registers} registers, {bytes} bytes, {resident} blocks");
@@ -210,8 +155,8 @@ fn weight_gradients(c: &Config) -> Vec<(String, [usize; 3])> {
     weights.map(|s| (s.name.clone(), [s.shape.n, s.shape.h * s.shape.w * s.shape.c, depth(&s.name)])).collect()
 }
 
-/// Beside the gradient of its input a weight's is cut into fewer segments, as long as they may be: the partial sums of a
-/// step are less than seven tenths. All of k is covered, and one segment fewer would be too long.
+/// Beside the gradient of its input a weight's is cut into fewer segments, as long as they may be: the partial sums of
+/// a step are less than seven tenths. All of k is covered, and one segment fewer would be too long.
 #[test]
 fn few_segments_do_beside_another_product() {
     let [.., largest] = MULTIPROCESSORS;
@@ -222,8 +167,8 @@ fn few_segments_do_beside_another_product() {
             let sides = [Some(side), Some(side.min(64))];
             let SplitK { segment, count } = split_in(sides, tiles(side), depth);
             assert!(segment.is_multiple_of(64) && segment * count >= depth && segment * (count - 1) < depth, "{name}");
-            // Three quarters of what a multiprocessor does of both products, which its blocks do side by side.
-            let longest = 3 * (2 * tiles(side) * depth / largest) / (4 * resident);
+            // Seven eighths of what a multiprocessor does of both products, which its blocks do side by side.
+            let longest = 7 * (2 * tiles(side) * depth / largest) / (8 * resident);
             let longest = longest.max(2 * MMA_128.join);
             assert!(segment < longest + 64, "{name}: segments of {segment}, at most {longest}");
             assert!(count == 1 || depth.div_ceil(count - 1) > longest, "{name}: {count} segments of {segment}");
@@ -312,7 +257,8 @@ fn attention_on_tensor_cores_wastes_neither_shared_nor_global_memory() {
     let kernels = counters["kernels"].as_array().expect("kernels");
     let of_attention = kernels.iter().filter(|kernel| {
         let name = kernel["name"].as_str().expect("a name");
-        name.starts_with("attention_") && name.contains("_mma_")
+        // Tests beside this one run others, on networks of few channels.
+        name.starts_with("attention_") && (name.ends_with("_mma_d64_large") || name.ends_with("_mma_d256_small"))
     });
     let mut count = 0;
     for kernel in of_attention {

@@ -1,5 +1,5 @@
-//! Ranks as processes: started by the launcher or with torchrun's variables, killed, stopped and told to stop. This test
-//! binary starts itself again as a rank and as the launcher.
+//! Ranks as processes: started by the launcher or with torchrun's variables, killed, stopped and told to stop. This
+//! test binary starts itself again as a rank and as the launcher.
 #![cfg(target_os = "linux")]
 
 use std::fs;

@@ -53,6 +53,11 @@ fn emulated(size: usize) -> bool {
     enough(size) && gpu::emulated("ranks that fail")
 }
 
+/// All ranks, in order.
+fn everybody(ranks: &Communicator) -> Vec<usize> {
+    (0..ranks.size()).collect()
+}
+
 fn patience() -> Patience {
     Patience { limit: LONG, cancel: Arc::default() }
 }
@@ -133,7 +138,7 @@ fn equal_parts_go_to_every_rank() {
             for part in [1, 5, 1000] {
                 let from = upload(gpu, &numbers(ranks.rank(), size * part));
                 let mut to = upload(gpu, &vec![-1.0; size * part]);
-                ranks.all_to_all(all_mut(&mut to), all(&from)).unwrap();
+                ranks.all_to_all(all_mut(&mut to), all(&from), &everybody(&ranks)).unwrap();
                 let own = ranks.rank() * part;
                 let expected: Vec<f32> =
                     (0..size).flat_map(|rank| numbers(rank, size * part)[own..][..part].to_vec()).collect();
@@ -143,6 +148,33 @@ fn equal_parts_go_to_every_rank() {
             ranks.close().unwrap();
         });
     }
+}
+
+/// Some ranks exchange among themselves, while others do the same.
+#[test]
+fn some_of_the_ranks() {
+    if !enough(4) {
+        return;
+    }
+    together(4, |gpu, ranks| {
+        let (rank, part) = (ranks.rank(), 3);
+        for others in [[rank - rank % 2, rank - rank % 2 + 1], [rank % 2, rank % 2 + 2]] {
+            let place = others.iter().position(|&other| other == rank).unwrap();
+            let from = upload(gpu, &numbers(rank, 2 * part));
+            let mut to = upload(gpu, &vec![-1.0; 2 * part]);
+            ranks.all_to_all(all_mut(&mut to), all(&from), &others).unwrap();
+            let parts = others.map(|other| numbers(other, 2 * part)[place * part..][..part].to_vec());
+            assert_eq!(download(gpu, &to), parts.concat(), "rank {rank} and {others:?}");
+            ranks.all_gather(all_mut(&mut to), &others).unwrap();
+            // The k-th of them has sent its part k of what it had, which came from the k-th.
+            let kept = others.map(|other| {
+                let place = others.iter().position(|&one| one == other).unwrap();
+                numbers(other, 2 * part)[place * part..][..part].to_vec()
+            });
+            assert_eq!(download(gpu, &to), kept.concat(), "rank {rank} and {others:?}, gathered");
+        }
+        ranks.close().unwrap();
+    });
 }
 
 /// Parts, numbers and sums reach every rank, in the middle of buffers whose other elements stay as they are.
@@ -160,7 +192,7 @@ fn ranges_of_buffers_are_gathered_spread_and_added_up() {
             let mut own = vec![-3.0; whole];
             own[rank * part..][..part].copy_from_slice(&numbers(rank, part));
             let mut buffer = upload(gpu, &around(own));
-            ranks.all_gather(ViewMut::new(&mut buffer, 12, 4 * whole)).unwrap();
+            ranks.all_gather(ViewMut::new(&mut buffer, 12, 4 * whole), &everybody(&ranks)).unwrap();
             let gathered: Vec<f32> = (0..size).flat_map(|rank| numbers(rank, part)).collect();
             assert_eq!(download(gpu, &buffer), around(gathered));
 
@@ -189,8 +221,8 @@ fn the_exchange_is_in_the_order_of_the_stream() {
         let mut copy = gpu.alloc(4 * 2000).unwrap();
         for round in 1..=5u32 {
             gpu.fill(&mut buffer, 4 * 1000 * rank, 1000, 10 * round + rank as u32).unwrap();
-            ranks.all_gather(all_mut(&mut buffer)).unwrap();
-            gpu.copy(&mut copy, &buffer).unwrap();
+            ranks.all_gather(all_mut(&mut buffer), &everybody(&ranks)).unwrap();
+            gpu.copy(&mut copy, 0, &buffer).unwrap();
             gpu.fill(&mut buffer, 0, 2000, 7).unwrap();
             let mut words = vec![0u32; 2000];
             gpu.download(&mut words, &copy).unwrap();
@@ -217,8 +249,8 @@ fn an_exchange_is_replayed_in_a_graph() {
             let own: Vec<f32> = numbers(rank, 8).iter().map(|x| x + 100.0 * round as f32).collect();
             gpu.upload(&mut from, &own).unwrap();
             let run = || {
-                ranks.all_to_all(all_mut(&mut to), all(&from))?;
-                gpu.copy(&mut copy, &to)
+                ranks.all_to_all(all_mut(&mut to), all(&from), &everybody(&ranks))?;
+                gpu.copy(&mut copy, 0, &to)
             };
             work.run(gpu, run).unwrap();
             let expected: Vec<f32> = (0..2).flat_map(|of| numbers(of, 8)[4 * rank..][..4].to_vec()).collect();
@@ -269,7 +301,7 @@ fn a_wait_ends_with_the_patience() {
         let mut buffer = upload(gpu, &[1.0; 4]);
         ranks.set_limit(Duration::from_millis(300));
         let start = Instant::now();
-        let said = failure(ranks.all_gather(all_mut(&mut buffer)));
+        let said = failure(ranks.all_gather(all_mut(&mut buffer), &everybody(&ranks)));
         let words =
             "rank 0 of 2: all_gather of 2 parts of 8 bytes has lasted 0.3 s: another rank is slow, hangs or is gone";
         assert_eq!(said, words);
@@ -331,7 +363,7 @@ fn another_thread_ends_a_wait() {
                         false => cancel.store(true, Ordering::Relaxed),
                     }
                 });
-                failure(ranks.all_gather(all_mut(&mut buffer)))
+                failure(ranks.all_gather(all_mut(&mut buffer), &everybody(&ranks)))
             });
             match with_a_reason {
                 true => assert_eq!(said, "rank 0 of 2: rank 1 on host b is out of memory"),
@@ -354,7 +386,7 @@ fn another_thread_ends_the_wait_of_a_graph() {
         let mut buffer = upload(gpu, &[1.0; 4]);
         let mut work = Repeated::new("an exchange");
         for _ in 0..2 {
-            work.run(gpu, || ranks.all_gather(all_mut(&mut buffer))).unwrap();
+            work.run(gpu, || ranks.all_gather(all_mut(&mut buffer), &everybody(&ranks))).unwrap();
         }
         assert_eq!(gpu.graph_launches(), 1);
         gpu.synchronize().unwrap();
@@ -369,7 +401,7 @@ fn another_thread_ends_the_wait_of_a_graph() {
                 assert!(aborter.abort("rank 1 has left the training"));
             });
             // Whether the launch itself knows of it or what comes after it.
-            let launched = work.run(gpu, || ranks.all_gather(all_mut(&mut buffer)));
+            let launched = work.run(gpu, || ranks.all_gather(all_mut(&mut buffer), &everybody(&ranks)));
             assert_eq!(failure(launched.and_then(|()| gpu.synchronize())), "rank 0 of 2: rank 1 has left the training");
         });
         over.wait();
@@ -385,7 +417,7 @@ fn ranks_that_do_not_agree() {
     together(2, |gpu, ranks| {
         let rank = ranks.rank();
         let mut buffer = upload(gpu, &vec![1.0; 4 + 2 * rank]);
-        let said = failure(ranks.all_gather(all_mut(&mut buffer)));
+        let said = failure(ranks.all_gather(all_mut(&mut buffer), &everybody(&ranks)));
         let parts = [8, 12][rank];
         let words = format!(
             "rank {rank} of 2: all_gather of 2 parts of {parts} bytes failed with code 5 of NCCL, invalid usage (run with \
@@ -407,7 +439,7 @@ fn a_rank_that_leaves() {
             return drop(ranks);
         }
         let mut buffer = upload(gpu, &[1.0; 4]);
-        let said = failure(ranks.all_gather(all_mut(&mut buffer)));
+        let said = failure(ranks.all_gather(all_mut(&mut buffer), &everybody(&ranks)));
         let words = "failed with code 6 of NCCL, remote process exited or there was a network error: rank 1 (process ";
         assert!(said.contains(words) && said.ends_with(") has aborted its communicator"), "{said}");
     });
@@ -422,7 +454,7 @@ fn parts_are_equal() {
     let ranks = || {
         together(2, |gpu, ranks| {
             let mut buffer = gpu.alloc(21).unwrap();
-            ranks.all_gather(all_mut(&mut buffer)).unwrap();
+            ranks.all_gather(all_mut(&mut buffer), &everybody(&ranks)).unwrap();
         });
     };
     let panicked = std::panic::catch_unwind(ranks).expect_err("21 bytes have no two equal parts");

@@ -9,12 +9,12 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use ddpm_cuda::config::{Config, Preset};
-use ddpm_cuda::device::Device;
 use ddpm_cuda::device::cuda::{Counted, Counters, devices};
+use ddpm_cuda::device::{Device, Precision};
 use ddpm_cuda::kernels;
 use ddpm_cuda::ops::conv2d::{Geometry, Plus, conv2d};
 use ddpm_cuda::params::{Init, Layout, Params, Specs};
-use ddpm_cuda::profile::bound::{self, Least};
+use ddpm_cuda::profile::bound::{self, Least, Roofline};
 use ddpm_cuda::profile::card::{CARDS, Multiprocessor};
 use ddpm_cuda::profile::{Launch, Measured, Of, Profile, What, count, measure};
 use ddpm_cuda::tape::{Kept, Recompute, Tape, Var};
@@ -104,7 +104,7 @@ fn a_step_is_counted_as_by_hand() {
 }
 
 fn of_tiny(config: &Config, what: What) -> Of<'_> {
-    Of { network: "tiny".into(), config, what, graphs: 0, measured: None }
+    Of { network: "tiny".into(), config, what, graphs: 0, measured: None, devices: None }
 }
 
 /// A sampling step: one pass of the network and one step of the process, the step in the middle.
@@ -241,6 +241,26 @@ fn the_bound_is_that_of_its_definition() {
     let want =
         Least { activations: 2 * 1000, weights: 2 * 10 + 4 * 3, images: 96 * 2 * (4 + 2 + 2), ..Least::default() };
     assert_eq!(bound::of_sampling(&config, &specs, &plan, DType::Bf16), want);
+}
+
+/// Of 128 images the products' FLOP take longest, of one image the traffic, most of which is the update's.
+#[test]
+fn the_roofline_is_the_longer_of_two_times() {
+    let mut config = Config::preset(Preset::Cifar10);
+    config.precision = Precision::Bf16;
+    let (card, (unet, specs)) = (&CARDS[0], UNet::new(&config.model).unwrap());
+    let roofline = Roofline::of_training(&config, card).unwrap();
+    let close = |got: f64, want: f64| assert!((got / want - 1.0).abs() < 1e-9, "{got} s, expected {want} s");
+    let flops: u64 = unet.costs(&specs, 32, 32).iter().map(|cost| cost.flops).sum();
+    close(roofline.seconds(128.0, 1, 1), 3.0 * 128.0 * flops as f64 / card.tensor_peak());
+    (config.batch, config.accumulate) = (1, 1);
+    let device = Device::meta_gpu_for(DType::Bf16);
+    let plan = unet.tape_plan(&device, config.recompute, &specs, Shape::new(1, 32, 32, 3)).unwrap();
+    let least = bound::of_training(&config, &specs, &plan, DType::Bf16);
+    close(roofline.seconds(1.0, 1, 1), least.total() as f64 / card.memory);
+    // A second pass reads the weights again; of four GPUs each has a quarter of ten numbers for each parameter.
+    let of_four = (least.total() + least.weights - 30 * specs.count() as u64) as f64 / card.memory;
+    close(roofline.seconds(1.0, 2, 4), of_four);
 }
 
 /// The tape plan grows with the batch, is what `costs_on` counts, and knows which tensors have gradients.
@@ -387,7 +407,9 @@ fn a_sample_of_blocks_stands_for_all() {
     for (what, of_all) in &all {
         let error = some[what] / of_all - 1.0;
         println!("{what}: {of_all} in all, {error:+.4} by a sample");
-        assert!(error.abs() < 0.03, "{what}: {} by a sample, {of_all} in all", some[what]);
+        // What blocks of two kinds both touch, such as dy, counts for each until it is as much as the arrays hold.
+        let most = if *what == "bytes touched" { 0.05 } else { 0.03 };
+        assert!(error.abs() < most, "{what}: {} by a sample, {of_all} in all", some[what]);
     }
 }
 
@@ -422,6 +444,9 @@ fn what_cannot_be_profiled_is_refused_in_a_sentence() {
     for (arguments, says) in [
         (&["--batch", "0"][..], "--batch 0: a step is profiled for a number of images from 1 to 1024"),
         (&["--batch", "1025"], "--batch 1025: a step is profiled for a number of images from 1 to 1024"),
+        (&["--devices", "0"], "--devices 0: an exchange is between a number of GPUs from 2 to 1024"),
+        (&["--devices", "2000"], "--devices 2000: an exchange is between a number of GPUs from 2 to 1024"),
+        (&["--devices", "2", "--what", "sample"], "--devices with --what sample: a step of sampling exchanges nothing"),
         (&["--preset", "auto"], "--preset auto: its network is made for the data"),
         (&["--what", "dream"], "invalid value 'dream' for '--what <WHAT>'"),
         (&["--precision", "fp8"], "invalid value 'fp8' for '--precision <PRECISION>'"),
@@ -477,6 +502,39 @@ fn info_lists_the_tape() {
     assert!(refused.status.code() == Some(2) && said.contains("--batch 0: a step takes a number of images"), "{said}");
 }
 
+/// One line for each link, whose exchange of the gradient and the weights is not hidden; what cannot be is refused.
+#[test]
+fn info_says_what_an_exchange_costs() {
+    let info = |arguments: &[&str]| {
+        let mut command = Command::new(places::program());
+        command.args(["info", "--preset", "cifar10", "--precision", "bf16"]).args(arguments).output().unwrap()
+    };
+    let out = info(&["--devices", "8"]);
+    let said = String::from_utf8_lossy(&out.stdout).into_owned();
+    assert!(out.status.success(), "{said}");
+    // 35.75 million f32 in shards of whole chunks; 7/8 of them twice.
+    let says = "on 8 GPUs: accumulate = 8, 16 images on each";
+    assert!(said.contains(says) && said.contains("sends 253.2 MB a step to the others: of 144.7 MB"), "{said}");
+    let line = said.lines().find(|line| line.starts_with("NVLink, H100")).unwrap_or_else(|| panic!("{said}"));
+    let columns: Vec<&str> = line.split_whitespace().collect();
+    // 253.2 MB at 370 GB/s, 97 us of latencies, and a sum of nine eighths of the gradient at 3 TB/s.
+    assert_eq!(columns[2..4], ["370", "0.84"], "{line}");
+    for link in ["NVLink, A100", "PCIe 5.0 x16", "PCIe 4.0 x16", "100 Gb/s network", "2 machines of 4, in two levels"] {
+        assert!(said.contains(link), "{link} is missing: {said}");
+    }
+    for (arguments, says) in [
+        (&["--devices", "0"][..], "--devices 0: an exchange is between a number of GPUs from 2 to 1024"),
+        (&["--devices", "1"], "--devices 1: an exchange is between a number of GPUs from 2 to 1024"),
+        (&["--devices", "3"], "--devices 3: 128 images are not 3 equal micro-batches, 129 would be: --batch"),
+        (&["--devices", "-1"], "unexpected argument '-1'"),
+        (&["--devices", "2", "--tape"], "cannot be used with"),
+    ] {
+        let out = info(arguments);
+        let said = String::from_utf8_lossy(&out.stderr).into_owned();
+        assert!(out.status.code() == Some(2) && said.contains(says) && out.stdout.is_empty(), "{arguments:?}: {said}");
+    }
+}
+
 /// The JSON has its numbers by the cards' keys.
 #[test]
 fn a_profile_of_nothing_is_written_too() {
@@ -488,4 +546,15 @@ fn a_profile_of_nothing_is_written_too() {
     assert_eq!(written["modelled_ms"], serde_json::json!({"h100": 0.0, "a100": 0.0, "rtx4090": 0.0}));
     assert_eq!((&written["measured_ms"], &written["reference"]), (&1.5.into(), &"h100".into()));
     assert_eq!((&written["launches"], &written["tensor_core_share"]), (&0.into(), &0.0.into()));
+    assert!(written["exchange"].is_null());
+    let measured = Measured { gpu: "A GPU".into(), capability: (9, 0), step: 1.5, kernels: BTreeMap::new() };
+    let of = Of { measured: Some(measured), devices: Some(2), ..of_tiny(&config, What::Train) };
+    let exchange = serde_json::to_value(Profile::new(of, &[]).unwrap()).unwrap()["exchange"].take();
+    assert_eq!((&exchange["devices"], &exchange["step_ms"]), (&2.into(), &1.5.into()));
+    let links = exchange["links"].as_array().unwrap();
+    let keys: Vec<&str> = links.iter().map(|row| row["link"].as_str().unwrap()).collect();
+    assert_eq!(keys, ["nvlink_h100", "nvlink_a100", "pcie5", "pcie4", "network_100"]);
+    // Two shards of 65,536 elements; a link of 11.5 GB/s takes 46 us for one, 67 for three calls, and the sum two.
+    let ms = links[4]["exchange_ms"].as_f64().unwrap();
+    assert!((0.114..0.116).contains(&ms), "{ms} ms");
 }

@@ -21,7 +21,7 @@ use ddpm_cuda::train::{Changes, Run, Start, StepReport, Trainer, Validation, Wat
 use npyz::WriterBuilder;
 use walkdir::WalkDir;
 
-use support::{each_rank, gpu};
+use support::{each_rank, each_rank_of_machines, gpu};
 
 const CLASSES: usize = 3;
 
@@ -96,8 +96,20 @@ impl Left {
 
 /// A trainer in each of `ranks` ranks, begun anew or from the checkpoint `from`, up to step `steps`.
 fn run(c: &Config, ranks: usize, from: Option<&Path>, steps: u32, open: &(dyn Fn() -> Device + Sync)) -> Left {
+    run_on_machines(c, 1, ranks, from, steps, open)
+}
+
+/// The same of ranks that exchange as those of so many machines.
+fn run_on_machines(
+    c: &Config,
+    machines: usize,
+    ranks: usize,
+    from: Option<&Path>,
+    steps: u32,
+    open: &(dyn Fn() -> Device + Sync),
+) -> Left {
     let folder = tempfile::tempdir().unwrap();
-    let measured = each_rank(ranks, |exchange| {
+    let measured = each_rank_of_machines(machines, ranks, |exchange| {
         let exchange = if ranks == 1 { Exchange::alone() } else { exchange };
         let mut trainer = Trainer::of_rank(c, data(c), &open(), exchange).unwrap();
         if let Some(from) = from {
@@ -184,6 +196,18 @@ fn any_number_of_micro_batches_is_shared() {
     }
 }
 
+/// Two machines of two ranks, four of two, and three of two, whose sums are a tree that is not full.
+#[test]
+fn ranks_of_several_machines_write_the_checkpoint_of_one() {
+    for (machines, ranks) in [(2, 4), (4, 8), (3, 6)] {
+        let micro_batches = 2 * ranks;
+        let c = Config { batch: micro_batches, accumulate: micro_batches, ..network() };
+        let want = run(&c, 1, None, 4, &Device::cpu);
+        let left = run_on_machines(&c, machines, ranks, None, 4, &Device::cpu);
+        left.is_that_of(&want, &format!("{ranks} ranks of {machines} machines"));
+    }
+}
+
 #[test]
 fn ranks_that_cannot_share_the_micro_batches_are_refused() {
     let c = Config { batch: 12, accumulate: 12, ..small() };
@@ -200,7 +224,8 @@ fn ranks_that_cannot_share_the_micro_batches_are_refused() {
 }
 
 /// How a run ends in which image 17, the only one of the last class, makes a loss that is not a number, since the
-/// embedding of its class is none: after which step, with which words, and the bits of its weights, of every rank alike.
+/// embedding of its class is none: after which step, with which words, and the bits of its weights, of every rank
+/// alike.
 fn ended(c: &Config, ranks: usize, open: &(dyn Fn() -> Device + Sync)) -> (u32, String, Vec<u32>) {
     let labelled = || {
         let mut data = data(c);

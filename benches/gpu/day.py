@@ -411,8 +411,6 @@ def tests(stage):
     """Every test on the device; those that fail, or never came to their turn, once more, each in its own process."""
     day = stage.day
     env = test_settings(day)
-    if not day.emulated and (ptxas := stage.tool("ptxas")):
-        env["DDPM_TEST_PTXAS"] = ptxas
     if not day.packed["tests"]:
         raise Absent("no test binary was packed")
     passed, failed, skipped, alone = 0, {}, set(), {}

@@ -21,8 +21,8 @@ const char *emu_version(void);
  * thread, instruction, PTX line, address and nearest allocation. Never NULL; valid until the thread's next failure. */
 const char *emu_last_message(void);
 
-/* Changes how launches of this host thread are run. `name` and `value` are as in the variable CUDA_EMU_NAME, but for the
- * last, which has none:
+/* Changes how launches of this host thread are run. `name` and `value` are as in the variable CUDA_EMU_NAME, but for
+ * the last, which has none:
  *   "checks"   all, fast, none, or a list: bounds, uninitialised, shared_races, barrier_divergence, inactive_shuffle,
  *              global_races, leaks
  *   "seed"     none, or a number: blocks, warps and graph nodes run in a random order drawn from it

@@ -323,7 +323,7 @@ fn check_overlaps(rank: u32, asked: &[Asked]) -> Answer {
         }
         for (other_at, other) in asked.iter().enumerate().filter(|(other_at, _)| *other_at != at) {
             let twice = one.receives.overlaps(other.receives);
-            if twice && one.receives.overlaps(other.sends) {
+            if twice || one.receives.overlaps(other.sends) {
                 let what = format!(
                     "{}: call {} of a group of rank {rank} writes {} bytes at {:#x}, which its call {} {}",
                     one.function,

@@ -7,18 +7,18 @@
 //!
 //! The modules, each using only those below it:
 //!
-//! - [`api`]: the exported functions.
-//! - [`group`]: calls that are one, and what runs them.
-//! - [`batch`]: what one group asks of one communicator, as work of a stream.
-//! - [`comm`]: communicators: their states, their end, and the exchange of one batch.
-//! - [`hub`]: where the ranks meet.
-//! - [`matching`]: which calls of the ranks belong together, and what comes of them.
-//! - [`sum`]: reductions, in an order drawn from a seed.
-//! - [`wire`]: messages between a rank and the hub.
-//! - [`call`]: what a call asks for, in numbers and in words.
-//! - [`driver`]: the CUDA driver of this process.
-//! - [`settings`]: the variables that this library reads.
-//! - [`codes`]: results, and refusals in a sentence.
+//! - `api`: the exported functions.
+//! - `group`: calls that are one, and what runs them.
+//! - `batch`: what one group asks of one communicator, as work of a stream.
+//! - `comm`: communicators: their states, their end, and the exchange of one batch.
+//! - `hub`: where the ranks meet.
+//! - `matching`: which calls of the ranks belong together, and what comes of them.
+//! - `sum`: reductions, in an order drawn from a seed.
+//! - `wire`: messages between a rank and the hub.
+//! - `call`: what a call asks for, in numbers and in words.
+//! - `driver`: the CUDA driver of this process.
+//! - `settings`: the variables that this library reads.
+//! - `codes`: results, and refusals in a sentence.
 //!
 //! Deliberately absent: speed, other addresses than this machine's, and everything of NCCL that the functions exported
 //! here do not need: communicators out of communicators, windows, registered buffers, operators of one's own.

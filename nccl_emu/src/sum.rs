@@ -118,11 +118,11 @@ fn join<T: Element<N>, const N: usize>(parts: &[&[u8]], op: Op, draw: u64) -> Ve
     let mut joined = Vec::with_capacity(count * N);
     for start in (0..count).step_by(BLOCK) {
         shuffle(&mut order, draw ^ start as u64);
-        for at in start..count.min(start + BLOCK) {
+        joined.extend((start..count.min(start + BLOCK)).flat_map(|at| {
             let all = order.iter().map(|&rank| T::read(elements[rank][at])).reduce(step);
             let all = all.expect("a communicator has a rank");
-            joined.extend(if op == Op::Avg { all.over(parts.len()) } else { all }.write());
-        }
+            if op == Op::Avg { all.over(parts.len()) } else { all }.write()
+        }));
     }
     joined
 }

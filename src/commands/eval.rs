@@ -1,5 +1,6 @@
 //! `ddpm-cuda eval`: the variational bound of images, its terms, and the rate-distortion table.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -7,11 +8,13 @@ use serde_json::json;
 
 use super::on_data::OnData;
 use super::opened::{Opened, bar};
-use super::{Of, On, choice};
+use super::several::{self, Stop, in_order};
+use super::{Of, OnSeveral, choice};
+use crate::device::Device;
 use crate::diffusion::objective::Loss;
 use crate::diffusion::{Objective, Spacing, Variance};
 use crate::error::{Error, Result};
-use crate::evaluate::{Bound, Evaluation};
+use crate::evaluate::{Bound, Evaluation, Measured};
 use crate::output::plot::{Axis, Plot, Series, write_plot};
 use crate::output::write_atomically;
 use crate::{say, usage};
@@ -51,19 +54,20 @@ pub struct Args {
     pub plots: Option<PathBuf>,
     /// `--device`, `--precision` and `--eager`
     #[command(flatten)]
-    pub on: On,
+    pub on: OnSeveral,
 }
 
 /// Runs the command.
 ///
 /// # Errors
 /// `Error::Usage` for arguments that do not fit the model or the data, `Error::File` for files that cannot be read or
-/// written; those of [`On::open`].
+/// written; those of [`OnSeveral::open`].
 pub fn run(args: &Args) -> Result<()> {
     if args.draws == 0 {
         usage!("--draws 0: must be at least 1");
     }
-    let Opened { device, model, unet, schedule } = Opened::new(&args.on, &args.of)?;
+    let on_each = Opened::on_each(&args.on, &args.of)?;
+    let Opened { device, model, schedule, .. } = &on_each[0];
     let (c, stepping) = (&model.config, model.stepping);
     let own = c.diffusion.variance;
     let variance = match args.variance {
@@ -80,7 +84,7 @@ pub fn run(args: &Args) -> Result<()> {
             "this model's network puts out the variance itself (learned of diffusers), whose bound is not computed here; sample and quality judge it"
         );
     }
-    let objective = Objective::new(Loss::Vlb, c.diffusion.prediction, variance, &schedule);
+    let objective = Objective::new(Loss::Vlb, c.diffusion.prediction, variance, schedule);
     let steps = args.steps.unwrap_or(schedule.len());
     let spacing = args.spacing.unwrap_or(stepping.spacing);
     let objective = match steps == schedule.len() {
@@ -100,24 +104,36 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let chosen = args.on_data.open(c)?;
     let data = chosen.dataset();
-    let evaluation = Evaluation {
-        device: &device,
-        unet: &unet,
+    let together = several::batch(if device.is_gpu() { 256 } else { 32 }, data.len(), on_each.len());
+    let evaluations = on_each.iter().map(|Opened { device, model, unet, .. }| Evaluation {
+        device,
+        unet,
         params: &model.params,
         objective: &objective,
         data: &data,
         draws: args.draws,
         seed: args.seed,
         clip: stepping.clip,
-        together: if device.is_gpu() { 256 } else { 32 },
-    };
+        together,
+    });
+    let evaluations: Vec<Evaluation<'_>> = evaluations.collect();
 
     let started = Instant::now();
-    let bar = bar(evaluation.passes() as usize);
-    let bound = evaluation.bound(|| {
-        bar.inc(1);
+    let bar = bar(evaluations[0].passes() as usize);
+    let measure = |device: usize, images: &Range<usize>, stop: &Stop| {
+        evaluations[device].measure(images.clone(), || {
+            stop.check()?;
+            bar.inc(1);
+            Ok(())
+        })
+    };
+    let mut sums = evaluations[0].sums();
+    let devices: Vec<&Device> = on_each.iter().map(|opened| &opened.device).collect();
+    in_order(&devices, &evaluations[0].batches(), measure, |_, measured: Measured| {
+        sums.add(&measured);
         Ok(())
     })?;
+    let bound = sums.bound();
     bar.finish_and_clear();
     report(&bound, data.len(), args.draws, started);
     if let Some(path) = &args.json {

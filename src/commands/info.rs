@@ -9,7 +9,11 @@ use crate::device::{Device, Precision, cuda};
 use crate::error::{Result, printable};
 use crate::kernels;
 use crate::memory::{available_memory, memory_needed};
+use crate::ops::tree_sum;
 use crate::params::Specs;
+use crate::profile::activations;
+use crate::profile::bound::Roofline;
+use crate::profile::exchange::{self, Bytes, Row, Steps};
 use crate::say;
 use crate::tape::{Kept, Recompute};
 use crate::tensor::{DType, Shape};
@@ -39,6 +43,10 @@ pub struct Args {
     /// and dropout of residual blocks) or blocks [default: none, or the model's]
     #[arg(long, value_parser = choice::<Recompute>())]
     pub recompute: Option<Recompute>,
+    /// Also say what a training step on N GPUs exchanges, how long that takes over several links, and from how many
+    /// GPUs on it pays
+    #[arg(long, value_name = "N", conflicts_with = "tape")]
+    pub devices: Option<usize>,
     /// List every tensor that a training step keeps from its forward pass for its backward pass
     #[arg(long)]
     pub tape: bool,
@@ -50,7 +58,7 @@ const MOST_IMAGES: usize = 1 << 20;
 /// Runs the command.
 ///
 /// # Errors
-/// A model that cannot be read.
+/// A model that cannot be read, and a number of GPUs that cannot share a step.
 pub fn run(args: &Args) -> Result<()> {
     let described = args.model.as_deref().map(|path| checkpoint::describe_with(path, &args.set)).transpose()?;
     let mut config = match &described {
@@ -66,6 +74,8 @@ pub fn run(args: &Args) -> Result<()> {
         config.batch = batch;
     }
     config.recompute = args.recompute.unwrap_or(config.recompute);
+    config.precision = args.precision;
+    let shared = args.devices.map(|devices| shared(&config, devices)).transpose()?;
     let m = &config.model;
     let (unet, specs) = UNet::new(m)?;
     // bf16 is a GPU's.
@@ -141,6 +151,9 @@ pub fn run(args: &Args) -> Result<()> {
         format!("{:.2} GiB with recompute = {recompute}", kept(total(&costs_with(recompute), |c| c.saved)))
     });
     say!("with recompute = {}; it would be {}", config.recompute, others.collect::<Vec<_>>().join(", "));
+    if let (Some(devices), Some(shared)) = (args.devices, &shared) {
+        exchange(&config, shared, devices, &unet, &specs)?;
+    }
     match available_memory() {
         Some(bytes) => say!("devices: {}, {:.1} GiB of memory available", Device::cpu(), bytes as f64 / GIB),
         None => say!("devices: {}; the system does not say how much memory is available", Device::cpu()),
@@ -187,6 +200,79 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// The settings with which `devices` GPUs share a step. One of a single micro-batch is then divided among them.
+fn shared(config: &Config, devices: usize) -> Result<Config> {
+    exchange::check(devices)?;
+    let accumulate = if config.accumulate == 1 { devices } else { config.accumulate };
+    if !tree_sum::fits(accumulate, devices) {
+        let fits = |&n: &usize| tree_sum::fits(accumulate, n);
+        let fitting: Vec<String> = (1..=accumulate).filter(fits).map(|n| n.to_string()).collect();
+        usage!(
+            "--devices {devices}: a step of accumulate = {accumulate} micro-batches is shared by {} GPUs",
+            fitting.join(" or ")
+        );
+    }
+    if !config.batch.is_multiple_of(accumulate) {
+        usage!(
+            "--devices {devices}: {} images are not {accumulate} equal micro-batches, {} would be: --batch",
+            config.batch,
+            config.batch.next_multiple_of(accumulate)
+        );
+    }
+    Ok(Config { accumulate, ..config.clone() })
+}
+
+/// What a step exchanges between `devices` GPUs, which share it as `shared` says or each take one as `config` says.
+fn exchange(config: &Config, shared: &Config, devices: usize, unet: &UNet, specs: &Specs) -> Result<()> {
+    let (card, elements) = (exchange::h100(), specs.flat_len());
+    let (batch, of_each) = (config.batch, config.batch / devices);
+    let roofline = Roofline::of_training(config, card)?;
+    let bytes = Bytes::of(elements, devices);
+    let gpu = Device::meta_gpu_for(activations(config.precision));
+    let alone = roofline.seconds(batch as f64, config.accumulate, 1);
+    let part = |ranks: usize| roofline.seconds(batch as f64 / ranks as f64, config.accumulate.div_ceil(ranks), ranks);
+    let whole = |ranks: usize| roofline.seconds(batch as f64, config.accumulate, ranks);
+    let divides = |ranks: usize| {
+        batch.is_multiple_of(ranks) && (config.accumulate == 1 || tree_sum::fits(config.accumulate, ranks))
+    };
+    let one_batch = Steps { elements, card, counts: &divides, of_rank: &part, alone: &|_| alone };
+    let a_batch_each =
+        Steps { elements, card, counts: &|_| true, of_rank: &whole, alone: &|ranks| ranks as f64 * alone };
+    say!("");
+    say!(
+        "on {devices} GPUs: accumulate = {}, {of_each} images on each, which needs about {:.2} GiB of memory, and sends \
+         {:.1} MB a step to the others: of {:.1} MB of gradients and as many of weights all but its own shard",
+        shared.accumulate,
+        memory_needed(shared, unet, specs, &gpu, devices) as f64 / GIB,
+        bytes.sent(devices) as f64 / 1e6,
+        bytes.gradient as f64 / 1e6
+    );
+    say!(
+        "an {} takes at least {:.2} ms for {batch} images in {}, and {:.2} ms for its {of_each}, by the roofline (FLOP of \
+         the products, least traffic); a real step takes longer, so that the exchange has less of it and pays sooner \
+         than stands here",
+        card.name,
+        1e3 * alone,
+        config.precision,
+        1e3 * part(devices)
+    );
+    say!("");
+    let [few, many] = [of_each, batch].map(|images| format!("{} images, {images} on each", devices * images));
+    say!("{:<36} {:>6} {:>11}   {few:>27}   {many:>27}", "", "", "");
+    let columns = format!("{:>6} {:>10} {:>9}", "share", "efficiency", "pays from");
+    say!("{:<36} {:>6} {:>11}   {columns}   {columns}", "link", "GB/s", "exchange ms");
+    let columns = |row: &Row| {
+        let pays_from = row.pays_from.map_or("never".into(), |devices| devices.to_string());
+        format!("{:>5.0}% {:>9.0}% {pays_from:>9}", 100.0 * row.share, 100.0 * row.efficiency)
+    };
+    for (few, many) in one_batch.rows(devices).iter().zip(&a_batch_each.rows(devices)) {
+        let [of_few, of_many] = [few, many].map(columns);
+        say!("{:<36} {:>6} {:>11.2}   {of_few}   {of_many}", few.name, few.bandwidth / 1e9, few.exchange_ms);
+    }
+    say!("");
+    Ok(())
+}
+
 /// Lists the tape plan of a step, or of one of its micro-batches.
 fn tape(config: &Config, unet: &UNet, specs: &Specs, device: &Device) -> Result<()> {
     let (m, images) = (&config.model, config.batch / config.accumulate);
@@ -219,4 +305,24 @@ fn tape(config: &Config, unet: &UNet, specs: &Specs, device: &Device) -> Result<
         bytes as f64 / GIB
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A run keeps its micro-batches; one without gets as many as there are GPUs.
+    #[test]
+    fn micro_batches_are_shared_or_refused() {
+        let of = |batch: usize, accumulate: usize, devices: usize| {
+            let config = Config { batch, accumulate, ..Config::preset(Preset::Mnist) };
+            shared(&config, devices).map(|shared| shared.accumulate).map_err(|why| why.to_string())
+        };
+        assert_eq!((of(128, 1, 8), of(128, 8, 2), of(12, 6, 3)), (Ok(8), Ok(8), Ok(6)));
+        let refused = "--devices 4: a step of accumulate = 6 micro-batches is shared by 1 or 3 or 6 GPUs";
+        assert_eq!(of(12, 6, 4), Err(refused.into()));
+        let refused = "--devices 5: 128 images are not 5 equal micro-batches, 130 would be: --batch";
+        assert_eq!(of(128, 1, 5), Err(refused.into()));
+        assert!(of(128, 1, 1).is_err() && of(4096, 1, 2048).is_err());
+    }
 }

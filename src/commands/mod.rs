@@ -15,9 +15,11 @@ mod parts;
 pub mod predict;
 pub mod profile;
 pub mod quality;
+mod ranks;
 pub mod report;
 pub mod sample;
 mod sampling;
+mod several;
 mod signals;
 pub mod train;
 pub mod train_classifier;
@@ -28,7 +30,7 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use crate::checkpoint::{self, Loaded};
-use crate::device::{Choice, Device, Precision};
+use crate::device::{Choice, Device, Devices, Precision};
 use crate::error::Result;
 use crate::names::Named;
 use crate::say;
@@ -82,16 +84,63 @@ impl On {
     }
 }
 
+/// [`On`] for the commands that share out images among several GPUs.
+#[derive(Clone, Debug, clap::Args)]
+pub struct OnSeveral {
+    /// auto, cpu, cuda, cuda:N, or several GPUs of one kind as cuda:0-7 or cuda:0,2,3, which share out the images
+    #[arg(long, default_value = "auto", value_name = "DEVICES")]
+    pub device: Devices,
+    /// Type of activations and gradients
+    #[arg(long, default_value = "f32", value_parser = choice::<Precision>())]
+    pub precision: Precision,
+    /// On a GPU, launch kernel by kernel instead of whole steps as CUDA graphs: slower, the same numbers
+    #[arg(long)]
+    pub eager: bool,
+}
+
+impl OnSeveral {
+    /// [`Device::open`] for each of the devices, one at least, saying what they say.
+    ///
+    /// # Errors
+    /// `Error::Usage` for GPUs of different kinds; those of [`On::open`].
+    pub fn open(&self) -> Result<Vec<Device>> {
+        let choices = match &self.device {
+            Devices::One(choice) => vec![*choice],
+            Devices::Gpus(gpus) => gpus.iter().map(|&gpu| Choice::Cuda(gpu)).collect(),
+        };
+        let opened = choices.into_iter().map(|choice| open_quietly(choice, self.precision, self.eager));
+        let (devices, notes): (Vec<Device>, Vec<_>) = opened.collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        several::check_alike(&devices)?;
+        say_once(notes.into_iter().flatten());
+        Ok(devices)
+    }
+}
+
 /// [`On::open`] for flags of any source.
 fn open(device: Choice, precision: Precision, eager: bool) -> Result<Device> {
+    let (device, notes) = open_quietly(device, precision, eager)?;
+    say_once(notes);
+    Ok(device)
+}
+
+/// Opens a device; the sentences are to be said.
+fn open_quietly(device: Choice, precision: Precision, eager: bool) -> Result<(Device, Vec<String>)> {
     let (device, notes) = Device::open(device, precision)?;
-    for note in notes {
-        say!("{note}");
-    }
     if let (Device::Cuda(gpu), true) = (&device, eager) {
         gpu.launch_eagerly();
     }
-    Ok(device)
+    Ok((device, notes))
+}
+
+/// Says each sentence, those that several devices have in common once.
+fn say_once(notes: impl IntoIterator<Item = String>) {
+    let mut said = Vec::new();
+    for note in notes {
+        if !said.contains(&note) {
+            say!("{note}");
+            said.push(note);
+        }
+    }
 }
 
 /// Parses a name of `T`; the help lists them.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{Of, On};
+use super::{Of, On, OnSeveral};
 use crate::checkpoint::{Loaded, Stepping, Threshold};
 use crate::config::Config;
 use crate::data;
@@ -31,11 +31,33 @@ pub(super) struct Opened {
 impl Opened {
     /// Opens a model, saying what there is to say about it.
     pub fn new(on: &On, of: &Of) -> Result<Self> {
-        let device = on.open()?;
+        Opened::on(on.open()?, of)
+    }
+
+    /// Opens a model on each of the devices, one at least. It is read once: a run may save a newer checkpoint
+    /// meanwhile.
+    pub fn on_each(on: &OnSeveral, of: &Of) -> Result<Vec<Self>> {
+        let mut devices = on.open()?.into_iter();
+        let mut all = vec![Opened::on(devices.next().expect("one device at least"), of)?];
+        for device in devices {
+            all.push(all[0].copy_to(device)?);
+        }
+        Ok(all)
+    }
+
+    fn on(device: Device, of: &Of) -> Result<Self> {
         let model = of.load(&device)?;
         let (unet, _) = UNet::new(&model.config.model)?;
         let schedule = model.config.diffusion.noise_schedule()?;
         Ok(Opened { device, model, unet, schedule })
+    }
+
+    fn copy_to(&self, device: Device) -> Result<Self> {
+        let Loaded { config, params, stepping, .. } = &self.model;
+        let (config, params, stepping) = (config.clone(), params.copy_to(&device)?, *stepping);
+        let model = Loaded { config, params, stepping, notes: Vec::new() };
+        let (unet, _) = UNet::new(&model.config.model)?;
+        Ok(Opened { device, model, unet, schedule: self.schedule.clone() })
     }
 
     /// What the model's scheduler says that x_0 is confined to.

@@ -29,6 +29,11 @@ impl Parts {
         name.into()
     }
 
+    /// Whether there are batches of an interrupted drawing.
+    pub fn are_there(out: &Path) -> bool {
+        Parts::folder(out).join(PLAN).exists()
+    }
+
     /// Opens the batches of a drawing of `count` images of `image` bytes, which `hash` identifies: those that are there
     /// if `resume`, of as many images as they have; otherwise none, of `together`.
     ///

@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::output::plot::{Axis, Bars, Plot, Series, write_bars, write_plot};
 use crate::output::write_atomically;
 use crate::profile::card::CARDS;
+use crate::profile::exchange::Exchanged;
 use crate::profile::{self, BLOCKS, MOST_IMAGES, Measured, Of, Profile, What, activations};
 use crate::say;
 use crate::text::{GIB, grouped};
@@ -44,6 +45,10 @@ pub struct Args {
     /// A step of training or of sampling
     #[arg(long, default_value = "train", value_parser = choice::<What>())]
     pub what: What,
+    /// Also say what N GPUs exchange that each take such a training step, how long that takes over several links, and
+    /// from how many GPUs on it pays
+    #[arg(long, value_name = "N")]
+    pub devices: Option<usize>,
     /// Write the figures as JSON
     #[arg(long, value_name = "FILE")]
     pub json: Option<PathBuf>,
@@ -86,7 +91,8 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let Counts { launches, graphs } = counted()?;
     let measured = measured(&config, args.what)?;
-    let profile = Profile::new(Of { network, config: &config, what: args.what, graphs, measured }, &launches)?;
+    let of = Of { network, config: &config, what: args.what, graphs, measured, devices: args.devices };
+    let profile = Profile::new(of, &launches)?;
     print(&profile);
     if let Some(file) = &args.json {
         write_atomically(file, &json_of(&profile)?)?;
@@ -116,7 +122,7 @@ fn settings(args: &Args) -> Result<(Config, String)> {
         usage!("--batch {batch}: a step is profiled for a number of images from 1 to {MOST_IMAGES}{by}");
     }
     config.batch = batch;
-    profile::check(&config, args.what)?;
+    profile::check(&config, args.what, args.devices)?;
     Ok((config, network))
 }
 
@@ -283,6 +289,9 @@ fn print(profile: &Profile) {
         (Some(gpu), Some(ms)) => say!("measured on {gpu}: {ms:.2} ms, {:.0} images/s", 1e3 * *batch as f64 / ms),
         _ => say!("measured: nothing, since there is no GPU here"),
     }
+    if let Some(exchange) = &profile.exchange {
+        print_exchange(profile, exchange);
+    }
     say!("");
     say!(
         "{} of {} blocks ran on the emulator, at most {BLOCKS} of each launch, spread over its grid; the counts are \
@@ -297,6 +306,38 @@ fn print(profile: &Profile) {
     if std::env::var_os("DDPM_KERNELS").is_some_and(|folder| !folder.is_empty()) {
         say!(
             "regs, static shared memory, occupancy, waves: of the build's kernels, not of those that DDPM_KERNELS names"
+        );
+    }
+}
+
+/// What such a step exchanges as one of several, over each link.
+fn print_exchange(profile: &Profile, exchange: &Exchanged) {
+    let Exchanged { devices, step_ms, rank_step_ms, bytes, bytes_sent, links } = exchange;
+    let step = match &profile.gpu {
+        Some(gpu) => format!("measured on {gpu}"),
+        None => format!("modelled for an {}", profile.card().1.name),
+    };
+    say!("");
+    say!(
+        "if each of {devices} GPUs takes such a step, {} images in all, it sends {:.1} MB to the others: of {:.1} MB of gradients and as many of weights all but its own shard",
+        *devices as u64 * profile.batch,
+        *bytes_sent as f64 / 1e6,
+        bytes.gradient as f64 / 1e6
+    );
+    say!(
+        "its step takes {step_ms:.2} ms on one GPU, {step}, and {rank_step_ms:.2} ms on one of {devices}, each of which updates a shard"
+    );
+    say!("");
+    say!("{:<36} {:>6} {:>11} {:>6} {:>10} {:>9}", "link", "GB/s", "exchange ms", "share", "efficiency", "pays from");
+    for row in links {
+        say!(
+            "{:<36} {:>6} {:>11.2} {:>5.0}% {:>9.0}% {:>9}",
+            row.name,
+            row.bandwidth / 1e9,
+            row.exchange_ms,
+            100.0 * row.share,
+            100.0 * row.efficiency,
+            row.pays_from.map_or("never".into(), |devices| devices.to_string()),
         );
     }
 }

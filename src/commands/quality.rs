@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::opened::{self, Opened};
-use super::sampling::{Sampling, Way};
+use super::sampling::{Sampling, Way, drawings};
+use super::several::{Stop, in_order};
 use super::train::Terminal;
-use super::{Of, On};
+use super::{Of, OnSeveral, say_once};
 use crate::config::{Config, Preset, Size};
 use crate::data::{self, Data, Dataset, npy};
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::measures::{Features, Gaussian, NEIGHBOURS, Nearness};
 use crate::output;
@@ -75,7 +77,7 @@ pub struct Args {
     pub cache: Option<PathBuf>,
     /// `--device` and `--precision`, for drawing
     #[command(flatten)]
-    pub on: On,
+    pub on: OnSeveral,
 }
 
 /// What follows the arguments in the help.
@@ -103,32 +105,38 @@ enum Source {
     File(Samples),
 }
 
-/// A model and how samples of it are drawn.
+/// A model on each of the devices and how samples of it are drawn.
 struct Drawn {
-    opened: Opened,
-    way: Way,
+    on_each: Vec<Opened>,
+    ways: Vec<Way>,
     seed: u64,
     count: usize,
 }
 
 impl Drawn {
     fn draw(&self) -> Result<Samples> {
-        let Drawn { opened, way, seed, count } = self;
-        let drawing = way.drawing(opened, *seed);
-        let (together, shape) = (drawing.batch().min(*count), drawing.shape(*count));
-        opened.check_memory(together, drawing.memory(together)?, "this model is too large to draw here")?;
-        let bar = opened::bar(count.div_ceil(together) * way.sampler.calls());
-        let mut bytes = Vec::with_capacity(shape.len());
-        for first in (0..*count).step_by(together) {
+        let Drawn { on_each, ways, seed, count } = self;
+        let (drawings, together) = drawings(on_each, ways, *seed, *count)?;
+        let (firsts, shape): (Vec<usize>, _) = ((0..*count).step_by(together).collect(), on_each[0].shape(*count));
+        let bar = opened::bar(firsts.len() * ways[0].sampler.calls());
+        let draw = |device: usize, &first: &usize, stop: &Stop| {
             let count = together.min(count - first);
             let request = Request { first: first as u32, count, ..Request::default() };
-            let drawn = way.draw(&drawing, request, |_| {
+            let drawn = ways[device].draw(&drawings[device], request, |_| {
+                stop.check()?;
                 bar.inc(1);
                 Ok(())
             })?;
-            bytes.extend(output::to_bytes(&drawn));
-        }
+            Ok(output::to_bytes(&drawn))
+        };
+        let mut bytes = Vec::with_capacity(shape.len());
+        let devices: Vec<&Device> = on_each.iter().map(|opened| &opened.device).collect();
+        in_order(&devices, &firsts, draw, |_, images: Vec<u8>| {
+            bytes.extend(images);
+            Ok(())
+        })?;
         bar.finish_and_clear();
+        say_once(devices.iter().flat_map(|device| device.take_notes()));
         Ok(Samples { bytes, shape })
     }
 }
@@ -147,7 +155,7 @@ struct Sets {
 ///
 /// # Errors
 /// `Error::Usage` for arguments that do not go together, `Error::File` for files that cannot be read, do not fit or
-/// cannot be written, `Error::Failed` for data without classes and too few images; those of [`On::open`].
+/// cannot be written, `Error::Failed` for data without classes and too few images; those of [`OnSeveral::open`].
 pub fn run(args: &Args) -> Result<()> {
     if let (Some(reference), None) = (&args.reference, &args.features) {
         usage!(
@@ -282,14 +290,14 @@ pub fn run(args: &Args) -> Result<()> {
 
 /// Opens a model. Returns it with its settings.
 fn open_model(args: &Args, path: &Path) -> Result<(Source, Config)> {
-    let opened = Opened::new(&args.on, &Of { model: path.into(), set: args.set.clone() })?;
-    let way = args.sampling.of(&opened)?;
+    let on_each = Opened::on_each(&args.on, &Of { model: path.into(), set: args.set.clone() })?;
+    let ways = args.sampling.of_each(&on_each)?;
     let count = args.count.unwrap_or(COUNT);
     if count > u32::MAX as usize {
         usage!("--count {count}: at most {} images have noise of their own", u32::MAX);
     }
-    let config = opened.model.config.clone();
-    Ok((Source::Model(Box::new(Drawn { opened, way, seed: args.seed, count })), config))
+    let config = on_each[0].model.config.clone();
+    Ok((Source::Model(Box::new(Drawn { on_each, ways, seed: args.seed, count })), config))
 }
 
 /// Reads samples from a file or folder. Returns them, and the settings that the data are read with.

@@ -7,8 +7,9 @@ use twox_hash::XxHash3_128;
 
 use super::opened::{Opened, bar};
 use super::parts::Parts;
-use super::sampling::{SamplerName, Sampling, Way};
-use super::{Of, On};
+use super::sampling::{SamplerName, Sampling, Way, drawings};
+use super::several::{Stop, in_order};
+use super::{Of, OnSeveral, say_once};
 use crate::data::npy;
 use crate::device::Device;
 use crate::diffusion::Sampler;
@@ -65,27 +66,27 @@ pub struct Args {
     pub out: PathBuf,
     /// `--device`, `--precision` and `--eager`
     #[command(flatten)]
-    pub on: On,
+    pub on: OnSeveral,
 }
 
 /// Runs the command.
 ///
 /// # Errors
 /// `Error::Usage` for arguments that do not fit the model, `Error::File` for files that cannot be read or written,
-/// `Error::Failed` for more images than fit into memory; those of [`On::open`].
+/// `Error::Failed` for more images than fit into memory; those of [`OnSeveral::open`].
 pub fn run(args: &Args) -> Result<()> {
-    let opened = Opened::new(&args.on, &args.of)?;
+    let on_each = Opened::on_each(&args.on, &args.of)?;
+    let opened = &on_each[0];
     if args.count == Some(0) {
         usage!("--count 0: draw at least 1 image");
     }
     let target = Target::parse(&args.out)?;
-    let way = args.sampling.of(&opened)?;
-    let sampler = &way.sampler;
-    let start = args.start.as_deref().map(|path| read_start(path, args, &opened)).transpose()?;
+    let ways = args.sampling.of_each(&on_each)?;
+    let (way, sampler) = (&ways[0], &ways[0].sampler);
+    let start = args.start.as_deref().map(|path| read_start(path, args, opened)).transpose()?;
     let image = opened.shape(1).len();
     let count = start.as_ref().map_or(args.count.unwrap_or(DEFAULT_COUNT), |start| start.len() / image);
-    let drawing = way.drawing(&opened, args.seed);
-    let (calls, shape) = (sampler.calls(), drawing.shape(count));
+    let (calls, shape) = (sampler.calls(), opened.shape(count));
     let frame_every = calls.div_ceil(GIF_FRAMES);
     let in_memory = match target {
         Target::Gif => calls.div_ceil(frame_every),
@@ -109,9 +110,7 @@ pub fn run(args: &Args) -> Result<()> {
         }
         save_start(path, shape, args.seed, shared)?;
     }
-    let together = count.min(drawing.batch());
-    let advice = if together > 1 { "draw fewer with --count" } else { "this model is too large to draw here" };
-    opened.check_memory(together, drawing.memory(together)?, advice)?;
+    let (drawings, together) = drawings(&on_each, &ways, args.seed, count)?;
     if calls != sampler.steps().len() || args.sampling.sampler == Some(SamplerName::Heun) {
         say!("{} network passes an image", calls);
     }
@@ -120,10 +119,10 @@ pub fn run(args: &Args) -> Result<()> {
     // A single batch is made at once; frames are of all batches.
     let parts = match target {
         Target::Gif => None,
-        _ if together == count && !args.resume => None,
+        _ if together == count && !args.resume && !Parts::are_there(&args.out) => None,
         _ => Some(Parts::open(
             &args.out,
-            &hash(args, &opened, &way, start.as_deref())?,
+            &hash(args, opened, way, start.as_deref())?,
             args.resume,
             count,
             together,
@@ -139,39 +138,43 @@ pub fn run(args: &Args) -> Result<()> {
         say!("{} of {} batches are done", count.div_ceil(together) - missing.len(), count.div_ceil(together));
     }
     let bar = bar(missing.len() * calls);
-    let (mut frames, mut images) = (Vec::<Vec<u8>>::new(), Vec::new());
-    let mut along = Along::new(args.progressive.is_some(), sampler.steps().len());
-    for first in missing {
+    let draw = |device: usize, &first: &usize, stop: &Stop| {
         let batch = together.min(count - first);
+        let mut along = Along::new(sampler.steps().len());
+        let mut frames = Vec::new();
         let request = Request {
             first: first as u32,
             count: batch,
             labels: None,
             start: start.as_ref().map(|start| &start[first * image..][..batch * image]),
             shared,
-            x_0: along.wanted && first < PROGRESSIVE.1,
+            x_0: args.progressive.is_some() && first < PROGRESSIVE.1,
         };
-        along.begin();
-        let drawn = way.draw(&drawing, request, |p| {
+        let drawn = ways[device].draw(&drawings[device], request, |p| {
+            stop.check()?;
             bar.inc(1);
             along.see(&p)?;
             if target == Target::Gif && (p.done % frame_every == 0 || p.done == p.total) {
-                let index = (p.done - 1) / frame_every;
-                frames.resize_with(frames.len().max(index + 1), Vec::new);
-                frames[index].extend(output::to_bytes(&p.x.to_vec()?));
+                frames.push(output::to_bytes(&p.x.to_vec()?));
             }
             Ok(())
         })?;
-        let bytes = output::to_bytes(&drawn);
+        Ok((output::to_bytes(&drawn), frames, along.columns))
+    };
+    let (mut images, mut frames, mut columns) = (Vec::new(), Vec::new(), Vec::new());
+    let keep = |&first: &usize, (bytes, its_frames, its_columns): (Vec<u8>, _, _)| {
+        append(&mut frames, its_frames);
+        append(&mut columns, its_columns);
         match &parts {
             Some(parts) => parts.keep(first, &bytes)?,
             None => images.extend(bytes),
         }
-    }
+        Ok(())
+    };
+    let devices: Vec<&Device> = on_each.iter().map(|opened| &opened.device).collect();
+    in_order(&devices, &missing, draw, keep)?;
     bar.finish_and_clear();
-    for note in opened.device.take_notes() {
-        say!("{note}");
-    }
+    say_once(devices.iter().flat_map(|device| device.take_notes()));
 
     let labels = (way.classes > 0).then(|| (0..count).map(|i| way.label(i).expect("there are classes")));
     match (target, &parts) {
@@ -188,7 +191,7 @@ pub fn run(args: &Args) -> Result<()> {
         (Target::Folder, Some(parts)) => output::write_folder_parts(&args.out, shape, parts.read())?,
     }
     if let Some(path) = &args.progressive {
-        along.write(path, shape)?;
+        write_along(path, shape, &columns)?;
     }
     if let Some(parts) = parts {
         parts.delete()?;
@@ -244,10 +247,10 @@ fn save_start(path: &Path, shape: Shape, seed: u64, shared: Option<Shared>) -> R
     failed.map_or(Ok(()), Err)
 }
 
-/// What the drawn bytes follow from: the arguments, the weights, the start, the device.
+/// What the drawn bytes follow from: the arguments, the weights, the start, the kind of the devices.
 fn hash(args: &Args, opened: &Opened, way: &Way, start: Option<&[f32]>) -> Result<String> {
     let mut hash = XxHash3_128::new();
-    let plain = (args.seed, way.class, args.shared_noise, args.on.precision, opened.device.to_string());
+    let plain = (args.seed, way.class, args.shared_noise, args.on.precision, opened.device.kind());
     hash.write(format!("{plain:?} {:?} {:?}", args.count, way.sampler).as_bytes());
     hash.write(bytemuck::cast_slice(&opened.model.params.host()?));
     hash.write(bytemuck::cast_slice(start.unwrap_or_default()));
@@ -270,25 +273,25 @@ fn check_progressive(path: &Path, args: &Args, shape: Shape, sampler: &Sampler) 
     Target::Png.check(path, Shape { n: shape.n.min(PROGRESSIVE.1) * columns, ..shape })
 }
 
-/// The predictions of x_0 along the way (DDPM, figure 6), of up to `PROGRESSIVE.1` images.
+/// Adds the bytes of the next images to those of the images before, for each step that is shown.
+fn append(all: &mut Vec<Vec<u8>>, more: Vec<Vec<u8>>) {
+    all.resize_with(all.len().max(more.len()), Vec::new);
+    all.iter_mut().zip(more).for_each(|(all, more)| all.extend(more));
+}
+
+/// The predictions of x_0 along the way (DDPM, figure 6), of a batch.
 struct Along {
-    wanted: bool,
     /// Steps between two that are kept, of the last of which there is always one.
     every: usize,
     total: usize,
     step: usize,
-    /// For each kept step the bytes of all images.
+    /// For each kept step the bytes of the images.
     columns: Vec<Vec<u8>>,
 }
 
 impl Along {
-    fn new(wanted: bool, total: usize) -> Self {
-        Along { wanted, every: total.div_ceil(PROGRESSIVE.0), total, step: 0, columns: Vec::new() }
-    }
-
-    /// A batch begins.
-    fn begin(&mut self) {
-        self.step = 0;
+    fn new(total: usize) -> Self {
+        Along { every: total.div_ceil(PROGRESSIVE.0), total, step: 0, columns: Vec::new() }
     }
 
     fn see(&mut self, progress: &Progress<'_>) -> Result<()> {
@@ -297,20 +300,19 @@ impl Along {
         // Counted from the end, so that the last is the image.
         let left = self.total - self.step;
         if left.is_multiple_of(self.every) {
-            let column = (self.total - 1) / self.every - left / self.every;
-            self.columns.resize_with(self.columns.len().max(column + 1), Vec::new);
-            self.columns[column].extend(output::to_bytes(&x_0.to_vec()?));
+            self.columns.push(output::to_bytes(&x_0.to_vec()?));
         }
         Ok(())
     }
+}
 
-    fn write(&self, path: &Path, shape: Shape) -> Result<()> {
-        let image = Shape { n: 1, ..shape }.len();
-        let n = shape.n.min(PROGRESSIVE.1);
-        let row = |i: usize| self.columns.iter().flat_map(move |column| &column[i * image..][..image]);
-        let images: Vec<u8> = (0..n).flat_map(row).copied().collect();
-        output::write_table(path, Shape { n: n * self.columns.len(), ..shape }, &images, self.columns.len())
-    }
+/// Writes the picture of the first `PROGRESSIVE.1` images along the way: a row of `columns` for each.
+fn write_along(path: &Path, shape: Shape, columns: &[Vec<u8>]) -> Result<()> {
+    let image = Shape { n: 1, ..shape }.len();
+    let n = shape.n.min(PROGRESSIVE.1);
+    let row = |i: usize| columns.iter().flat_map(move |column| &column[i * image..][..image]);
+    let images: Vec<u8> = (0..n).flat_map(row).copied().collect();
+    output::write_table(path, Shape { n: n * columns.len(), ..shape }, &images, columns.len())
 }
 
 /// Refuses more images than fit into memory: their `bytes`, and as much again while they are written.

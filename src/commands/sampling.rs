@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::choice;
 use super::opened::{Grid, Opened};
+use super::several;
 use crate::classifier::Classifier;
 use crate::diffusion::sampler::{Corrector, Guidance, Limit};
 use crate::diffusion::{Method, Sampler, Timesteps, Variance};
@@ -135,6 +136,21 @@ impl Sampling {
         Ok(Way { sampler, guide, class, classes })
     }
 
+    /// [`of`](Self::of) for a model on each of several devices.
+    ///
+    /// # Errors
+    /// Those of [`of`](Self::of).
+    pub(super) fn of_each(&self, opened: &[Opened]) -> Result<Vec<Way>> {
+        let mut ways = vec![self.of(&opened[0])?];
+        for other in &opened[1..] {
+            let Way { sampler, guide, class, classes } = &ways[0];
+            let copied = |(classifier, scale): &(Classifier, f64)| Ok((classifier.copy_to(&other.device)?, *scale));
+            let guide = guide.as_ref().map(copied).transpose()?;
+            ways.push(Way { sampler: sampler.clone(), guide, class: *class, classes: *classes });
+        }
+        Ok(ways)
+    }
+
     /// The steps that the arguments ask for.
     fn sampler(&self, opened: &Opened) -> Result<Sampler> {
         let name = self.sampler.unwrap_or(SamplerName::Ddpm);
@@ -262,6 +278,26 @@ impl Way {
         let slope = slope.as_mut().map(|(gradient, scale)| (gradient as &mut dyn FnMut(&Tensor, f32) -> _, *scale));
         drawing.draw(&request, slope, each)
     }
+}
+
+/// The drawing of a model on each of several devices, and how many images of `count` one of them draws together.
+///
+/// # Errors
+/// `Error::Failed` for a device without room for so many.
+pub(super) fn drawings<'a>(
+    opened: &'a [Opened],
+    ways: &'a [Way],
+    seed: u64,
+    count: usize,
+) -> Result<(Vec<Drawing<'a>>, usize)> {
+    let drawings: Vec<_> = opened.iter().zip(ways).map(|(opened, way)| way.drawing(opened, seed)).collect();
+    let most = drawings.iter().map(Drawing::batch).min().expect("one device at least");
+    let together = several::batch(most, count, drawings.len());
+    let advice = if together > 1 { "draw fewer with --count" } else { "this model is too large to draw here" };
+    for (opened, drawing) in opened.iter().zip(&drawings) {
+        opened.check_memory(together, drawing.memory(together)?, advice)?;
+    }
+    Ok((drawings, together))
 }
 
 /// `A,B` of `--guidance-interval`.

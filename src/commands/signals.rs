@@ -5,10 +5,11 @@
 //! its terminal, and a shell script ignores SIGINT for what it starts in the background.
 
 use std::io::Write;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
+use crate::distributed::Control;
 use crate::error::{Error, Result};
 
 /// `timeout` and job schedulers signal a process and then its whole group, and mean one signal.
@@ -25,6 +26,8 @@ struct Shared {
     stop: AtomicBool,
     /// Number of the first signal, 0 before it.
     first: AtomicI32,
+    /// The other ranks of the training.
+    others: OnceLock<Weak<Control>>,
 }
 
 impl Signals {
@@ -37,6 +40,7 @@ impl Signals {
             training: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             first: AtomicI32::new(0),
+            others: OnceLock::new(),
         });
         let receiver = shared.clone();
         let mut since = None;
@@ -48,6 +52,11 @@ impl Signals {
     /// From now on there is something to save: the first signal sets [`stop`](Self::stop).
     pub fn training_begins(&self) {
         self.0.training.store(true, Ordering::SeqCst);
+    }
+
+    /// From now on the first signal is a request to all ranks, which stop after the same step.
+    pub fn tell(&self, others: &Arc<Control>) {
+        let _ = self.0.others.set(Arc::downgrade(others));
     }
 
     /// True once a signal has asked to save and stop.
@@ -74,6 +83,9 @@ impl Shared {
             None => {
                 *since = Some(Instant::now());
                 self.first.store(signal, Ordering::SeqCst);
+                if let Some(others) = self.others.get().and_then(Weak::upgrade) {
+                    others.ask_to_stop(code(signal), name);
+                }
                 self.stop.store(true, Ordering::SeqCst);
                 let line = format!("{name}: stopping after this step; a further Ctrl-C stops at once\n");
                 let _ = std::io::stderr().write_all(line.as_bytes());
@@ -82,6 +94,11 @@ impl Shared {
             Some(_) => {}
         }
     }
+}
+
+/// Ends the program without waiting for its other threads.
+pub(super) fn exit(code: u8) -> ! {
+    system::exit(code)
 }
 
 fn code(signal: i32) -> u8 {

@@ -6,12 +6,14 @@ use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::ranks::{Part, Quiet, Rank};
 use super::signals::Signals;
 use super::{choice, open};
 use crate::config::{self, Config, Given, MAY_CHANGE, NOT_OF_CLASSIFIERS, OnBadImage, Preset};
 use crate::device::{Choice, Device, Devices, Precision};
-use crate::distributed::{Launcher, World};
+use crate::distributed::{Fact, Launcher};
 use crate::error::{Error, Result};
+use crate::exchange::{Exchange, Sums};
 use crate::text::{duration, shell_word};
 use crate::train::{Changes, Init, Run, Start, Watch};
 use crate::{recipe, say, usage};
@@ -54,12 +56,16 @@ pub struct Args {
     /// Seed of all randomness [default: 0]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
-    /// auto, cpu, cuda or cuda:N
+    /// auto, cpu, cuda, cuda:N, or several GPUs: cuda:0-7, cuda:0,2,3
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     pub device: Devices,
     /// Take the rank and the number of ranks from what this launcher has set; without it from RANK and WORLD_SIZE
     #[arg(long, value_name = "LAUNCHER", value_parser = choice::<Launcher>())]
     pub launch: Option<Launcher>,
+    /// Who adds up the gradients of several GPUs: a fixed tree, with the bits of one GPU, or NCCL, with bits that
+    /// depend on the number of GPUs, their connections and NCCL's version [default: tree]
+    #[arg(long, value_name = "SUMS", value_parser = choice::<Sums>())]
+    pub exchange: Option<Sums>,
     /// Type of activations and gradients; bf16 needs a GPU [default: f32, or that of the resumed run]
     #[arg(long, value_parser = choice::<Precision>())]
     pub precision: Option<Precision>,
@@ -104,10 +110,53 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 /// [`run`] for a network or a `classifier`.
 pub(super) fn run_of(args: &Args, classifier: bool) -> Result<ExitCode> {
+    match Part::of(&args.device, args.launch, || facts(args, classifier))? {
+        Part::Launcher(code) => Ok(code),
+        Part::Alone(_) if args.exchange == Some(Sums::Nccl) => {
+            usage!("--exchange nccl: one process trains here, which exchanges nothing; give --device several GPUs")
+        }
+        Part::Alone(choice) => train(args, classifier, choice, None),
+        Part::Rank(rank) => {
+            let ended = train(args, classifier, rank.choice(), Some(&rank));
+            if let Err(e) = &ended {
+                rank.control().fail(&e.to_string());
+            }
+            ended
+        }
+    }
+}
+
+/// What ranks tell each other before they read any data: what they were asked for.
+fn facts(args: &Args, classifier: bool) -> Result<Vec<Fact>> {
+    let config = match &args.resume {
+        Some(run) => Run::settings(run)?,
+        None => config(args, classifier)?.0,
+    };
+    let mut facts = vec![Fact::new("what is trained", if classifier { "a classifier" } else { "a model" })];
+    facts.push(Fact::new("--exchange", args.exchange.unwrap_or_default()));
+    facts.extend(config.entries().map(|(key, value)| Fact::new(format!("setting {key}"), value)));
+    if args.resume.is_some() {
+        let changed = [("--set", args.set.join(" ")), ("--steps", format!("{:?}", args.steps))];
+        facts.extend(changed.map(|(flag, value)| Fact::new(flag, value)));
+    }
+    Ok(facts)
+}
+
+/// Trains on a device, as one of several ranks or alone.
+fn train(args: &Args, classifier: bool, choice: Choice, rank: Option<&Rank>) -> Result<ExitCode> {
     let command = if classifier { "train-classifier" } else { "train" };
-    let device = the_one_device(args)?;
     let signals = Signals::listen()?;
-    let mut terminal = Terminal::default();
+    let (mut terminal, mut quiet) = (Terminal::default(), Quiet { rank: rank.map_or(0, |rank| rank.control().rank()) });
+    let speaks = rank.is_none_or(Rank::speaks);
+    let watch: &mut dyn Watch = if speaks { &mut terminal } else { &mut quiet };
+    let sums = args.exchange.unwrap_or_default();
+    let exchange = |device: &Device| rank.map_or_else(|| Ok(Exchange::alone()), |rank| rank.exchange(device, sums));
+    if sums == Sums::Nccl {
+        watch.say(
+            "NCCL adds the gradients up: the bits of this run depend on the number of GPUs, how they are connected and \
+             NCCL's version",
+        );
+    }
     let mut run = match &args.resume {
         Some(run) => {
             if Run::settings(run)?.model.classifier != classifier {
@@ -116,54 +165,52 @@ pub(super) fn run_of(args: &Args, classifier: bool) -> Result<ExitCode> {
                     format!("is a run of {other}; resume it with ddpm-cuda {other} --resume {}", shell_word(run));
                 return Err(Error::file(run, what));
             }
-            let device = open_to_resume(run, device, args)?;
+            let device = open_to_resume(run, choice, args)?;
             let data = args.data.as_deref().map(absolute);
             let changes = Changes { sets: &args.set, steps: args.steps, data: data.as_deref() };
-            Run::open(Start::Resume { run, changes }, &device, &mut terminal)?
+            Run::open_rank(Start::Resume { run, changes }, &device, exchange(&device)?, watch)?
         }
         None => {
-            let (config, given) = config(args, classifier)?;
-            let device = open(device, config.precision, args.eager)?;
+            let (config, given, notes) = config(args, classifier)?;
+            notes.iter().for_each(|note| watch.say(note));
+            let device = open(choice, config.precision, args.eager)?;
             let start = Start::New { config: &config, given: &given, out: args.out.as_deref() };
-            Run::open(start, &device, &mut terminal)?
+            Run::open_rank(start, &device, exchange(&device)?, watch)?
         }
     };
+    if let Some(rank) = rank {
+        rank.log_to(&run)?;
+        signals.tell(rank.control());
+    }
     if run.is_done() {
-        return Ok(ExitCode::SUCCESS);
+        return run.leave().map(|()| ExitCode::SUCCESS);
     }
     signals.training_begins();
     let started = Instant::now();
-    let checkpoint = run.train(signals.stop(), &mut terminal)?;
+    let checkpoint = run.train(signals.stop(), watch)?;
     let (done, steps, folder) = (run.trainer().steps_done(), run.config().steps, shell_word(run.folder()));
+    run.leave()?;
     if done < steps {
-        say!("stopped after step {done} of {steps}: {}", checkpoint.display());
-        say!("to go on: ddpm-cuda {command} --resume {folder}");
-        return Ok(ExitCode::from(signals.exit_code()));
+        let stopped = rank.and_then(|rank| Some((rank.control().stopped()?, rank.control().ranks())));
+        if speaks {
+            if let Some((stop, ranks)) = &stopped {
+                say!("{} was told to stop: {}", ranks[stop.rank], stop.why);
+            }
+            say!("stopped after step {done} of {steps}: {}", checkpoint.display());
+            say!("to go on: ddpm-cuda {command} --resume {folder}");
+        }
+        return Ok(ExitCode::from(stopped.map_or_else(|| signals.exit_code(), |(stop, _)| stop.code)));
     }
-    say!("{done} steps, {:.0} s: {}", started.elapsed().as_secs_f64(), checkpoint.display());
-    match classifier {
-        false => say!("to draw images: ddpm-cuda sample --model {folder} --out samples.png"),
-        true => {
-            say!("to guide a model's samples: ddpm-cuda sample --model MODEL --classifier {folder} --out samples.png")
+    if speaks {
+        say!("{done} steps, {:.0} s: {}", started.elapsed().as_secs_f64(), checkpoint.display());
+        match classifier {
+            false => say!("to draw images: ddpm-cuda sample --model {folder} --out samples.png"),
+            true => say!(
+                "to guide a model's samples: ddpm-cuda sample --model MODEL --classifier {folder} --out samples.png"
+            ),
         }
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// The device of a training by one process. More would be as many runs of their own, which nobody has asked for.
-fn the_one_device(args: &Args) -> Result<Choice> {
-    let World { size, .. } = World::from_environment(args.launch)?;
-    if size > 1 {
-        usage!("{size} ranks were started to train together, which this version does not do: start one process");
-    }
-    match &args.device {
-        Devices::One(device) => Ok(*device),
-        Devices::Gpus(gpus) => usage!(
-            "--device names {} GPUs, and this version trains on one of them: give --device cuda:{}",
-            gpus.len(),
-            gpus[0]
-        ),
-    }
 }
 
 /// Opens a device for the precision of a run.
@@ -185,8 +232,9 @@ fn open_to_resume(run: &Path, device: Choice, args: &Args) -> Result<Device> {
     })
 }
 
-/// The settings of a new run: preset, file, `--set`, then flags; and which of them somebody chose.
-fn config(args: &Args, classifier: bool) -> Result<(Config, Given)> {
+/// The settings of a new run: preset, file, `--set`, then flags; which of them somebody chose; and sentences about
+/// them.
+fn config(args: &Args, classifier: bool) -> Result<(Config, Given, Vec<String>)> {
     let flags = [
         ("data", args.data.clone()),
         ("on_bad_image", args.on_bad_image.map(|what| what.to_string())),
@@ -211,17 +259,16 @@ fn config(args: &Args, classifier: bool) -> Result<(Config, Given)> {
         config.model.classifier = true;
     }
     config.data = absolute(&config.data);
+    let mut notes = Vec::new();
     if !config.init.is_empty() {
         if !given.has("data") {
             usage!("--init {}: say with --data which images to train it on", config.init);
         }
-        for note in Init::open(Path::new(&config.init))?.adopt(&mut config, &mut given)? {
-            say!("{note}");
-        }
+        notes = Init::open(Path::new(&config.init))?.adopt(&mut config, &mut given)?;
     }
     recipe::adapt_attention(&mut config, &given);
     config.validate()?;
-    Ok((config, given))
+    Ok((config, given, notes))
 }
 
 /// The place of the data, so that the run can be resumed from another working directory.

@@ -8,6 +8,7 @@ use crate::config::{OnBadImage, Preset};
 use crate::device::{Devices, Precision};
 use crate::distributed::Launcher;
 use crate::error::Result;
+use crate::exchange::Sums;
 
 /// Arguments of `ddpm-cuda train-classifier`.
 #[derive(Debug, clap::Args)]
@@ -39,12 +40,16 @@ pub struct Args {
     /// Seed of all randomness [default: 0]
     #[arg(long, value_name = "N")]
     pub seed: Option<u64>,
-    /// auto, cpu, cuda or cuda:N
+    /// auto, cpu, cuda, cuda:N, or several GPUs: cuda:0-7, cuda:0,2,3
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     pub device: Devices,
     /// Take the rank and the number of ranks from what this launcher has set; without it from RANK and WORLD_SIZE
     #[arg(long, value_name = "LAUNCHER", value_parser = choice::<Launcher>())]
     pub launch: Option<Launcher>,
+    /// Who adds up the gradients of several GPUs: a fixed tree, with the bits of one GPU, or NCCL, with bits that
+    /// depend on the number of GPUs, their connections and NCCL's version [default: tree]
+    #[arg(long, value_name = "SUMS", value_parser = choice::<Sums>())]
+    pub exchange: Option<Sums>,
     /// Type of activations and gradients; bf16 needs a GPU [default: f32, or that of the resumed run]
     #[arg(long, value_parser = choice::<Precision>())]
     pub precision: Option<Precision>,
@@ -83,6 +88,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         seed,
         device,
         launch,
+        exchange,
         precision,
         eager,
         resume,
@@ -100,6 +106,7 @@ pub fn run(args: Args) -> Result<ExitCode> {
         seed,
         device,
         launch,
+        exchange,
         precision,
         eager,
         resume,

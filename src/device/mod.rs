@@ -47,10 +47,18 @@ impl FromStr for Choice {
             "cuda" => Ok(Choice::Cuda(0)),
             _ => match s.strip_prefix("cuda:").map(str::parse) {
                 Some(Ok(number)) => Ok(Choice::Cuda(number)),
+                _ if list(s).is_some() && matches!(s.parse(), Ok(Devices::Gpus(_))) => Err(format!(
+                    "'{s}' names several GPUs, which only train, train-classifier, sample, quality and eval take: give one"
+                )),
                 _ => Err(format!("'{s}' is no device: use auto, cpu, cuda or cuda:N")),
             },
         }
     }
+}
+
+/// What `--device` lists, if it is a list of GPUs.
+fn list(s: &str) -> Option<&str> {
+    s.strip_prefix("cuda:").filter(|list| list.contains([',', '-']))
 }
 
 /// What `--device` asks for where several GPUs may compute together.
@@ -58,7 +66,7 @@ impl FromStr for Choice {
 pub enum Devices {
     /// One device.
     One(Choice),
-    /// The NVIDIA GPUs of these numbers, two or more, each once; the first is rank 0's.
+    /// The NVIDIA GPUs of these numbers, two or more, each once; the first is rank 0's in a training.
     Gpus(Vec<usize>),
 }
 
@@ -69,12 +77,9 @@ impl FromStr for Devices {
     type Err = String;
 
     fn from_str(s: &str) -> std::result::Result<Self, String> {
-        let list = match s.strip_prefix("cuda:") {
-            Some(list) if list.contains([',', '-']) => list,
-            _ => {
-                let one = s.parse::<Choice>().map_err(|_| format!("'{s}' is no device: {DEVICES}"))?;
-                return Ok(Devices::One(one));
-            }
+        let Some(list) = list(s) else {
+            let one = s.parse::<Choice>().map_err(|_| format!("'{s}' is no device: {DEVICES}"))?;
+            return Ok(Devices::One(one));
         };
         let mut gpus = Vec::new();
         for part in list.split(',') {
@@ -92,7 +97,7 @@ impl FromStr for Devices {
                 return Err(format!("'{s}' names more than {MOST_GPUS} GPUs"));
             }
             if let Some(twice) = (first..=last).find(|gpu| gpus.contains(gpu)) {
-                return Err(format!("'{s}' names GPU {twice} twice: a GPU computes for one process"));
+                return Err(format!("'{s}' names GPU {twice} twice: name each once"));
             }
             gpus.extend(first..=last);
         }
@@ -105,8 +110,8 @@ impl FromStr for Devices {
 
 impl Devices {
     /// The device of one of the ranks of a machine, of which there are `ranks` if that is known, and which see so many
-    /// GPUs. Without a list it is the GPU of the rank's number among them, or the only one that it sees: a scheduler may
-    /// show each of them its own.
+    /// GPUs. Without a list it is the GPU of the rank's number among them, or the only one that it sees: a scheduler
+    /// may show each of them its own.
     ///
     /// # Errors
     /// A sentence if the list has another length, or names one GPU for several ranks.
@@ -252,6 +257,16 @@ impl Device {
         }
     }
 
+    /// What computes, without which of several alike it is: devices of one kind compute the same bits, others may
+    /// round differently.
+    pub fn kind(&self) -> String {
+        match self {
+            Device::Cpu(_) => "CPU".into(),
+            Device::Cuda(gpu) => gpu.kind(),
+            Device::Meta(_) => "shapes alone".into(),
+        }
+    }
+
     /// A buffer for `len` elements, contents arbitrary.
     ///
     /// # Errors
@@ -363,6 +378,22 @@ mod tests {
             ("cuda:3-3", Choice::Cuda(3)),
         ] {
             assert_eq!(one.parse(), Ok(Devices::One(choice)), "{one}");
+        }
+    }
+
+    #[test]
+    fn one_device_is_no_list() {
+        let refused = |s: &str| s.parse::<Choice>().expect_err(s);
+        for list in ["cuda:0-3", "cuda:0,2"] {
+            let said = refused(list);
+            assert!(
+                said.contains(list)
+                    && said.contains("which only train, train-classifier, sample, quality and eval take"),
+                "{said}"
+            );
+        }
+        for none in ["cuda:0,", "cuda:3-3", "cuda:x", "0-3", "a,b", "gpu"] {
+            assert!(refused(none).contains("is no device: use auto, cpu, cuda or cuda:N"), "{none}");
         }
     }
 

@@ -62,7 +62,7 @@ struct Shared {
     state: Mutex<State>,
     changed: Condvar,
     /// As in the state, for looks that must cost nothing.
-    failed: AtomicBool,
+    failed: Arc<AtomicBool>,
     cancelled: Arc<AtomicBool>,
     last_resort: Option<LastResort>,
 }
@@ -147,7 +147,7 @@ impl Control {
             timeouts,
             state: Mutex::new(state),
             changed: Condvar::new(),
-            failed: AtomicBool::new(false),
+            failed: Arc::new(AtomicBool::new(false)),
             cancelled,
             last_resort,
         });
@@ -190,6 +190,12 @@ impl Control {
         self.shared.check()
     }
 
+    /// True from the moment on at which [`check`](Self::check) says that the run has failed, for threads that end other
+    /// waits then.
+    pub fn failed(&self) -> Arc<AtomicBool> {
+        self.shared.failed.clone()
+    }
+
     /// A wait for `what`, such as `the exchange of gradients`, with a deadline: while the work is not done, call
     /// [`Wait::poll`] every now and then.
     pub fn wait(&self, what: impl Into<String>) -> Wait<'_> {
@@ -213,6 +219,14 @@ impl Control {
     /// the others waiting in.
     pub fn is_stopping(&self) -> bool {
         !matches!(self.shared.lock().stopping, Stopping::No)
+    }
+
+    /// Where and why the run stops before its end, once that is decided.
+    pub fn stopped(&self) -> Option<Stop> {
+        match &self.shared.lock().stopping {
+            Stopping::At(stop) => Some(stop.clone()),
+            Stopping::No | Stopping::Asked | Stopping::Held(_) => None,
+        }
     }
 
     /// To be called before each step, with its number, which is greater than the last one: `None` to do it, or where
@@ -276,24 +290,22 @@ impl Control {
         }
     }
 
-    /// The last call of a rank that has done all its work, rank 0 its last file: waits until all have, and closes the
-    /// connections.
+    /// The last call of a rank that has done all its work, rank 0 its last file: waits until all have. Dropping this
+    /// closes the connections.
     ///
     /// # Errors
     /// Those of [`check`](Self::check): the run has failed after all.
-    pub fn leave(mut self) -> Result<()> {
+    pub fn leave(&self) -> Result<()> {
         let left = self.shared.leave();
         if let Err(e) = &left {
             self.shared.fail_myself(&e.to_string());
         }
-        self.close();
         left
     }
 
-    /// The last call of a rank that has failed: tells the others why, in a sentence.
-    pub fn fail(mut self, words: &str) {
+    /// The last call of a rank that has failed: tells the others why, in a sentence. Without effect once all have left.
+    pub fn fail(&self, words: &str) {
         self.shared.fail_myself(words);
-        self.close();
     }
 
     fn call(&self, kind: &str, name: &str) -> Call {
@@ -329,8 +341,12 @@ impl Control {
         }
         Ok(bytes.to_vec())
     }
+}
 
-    fn close(&mut self) {
+impl Drop for Control {
+    fn drop(&mut self) {
+        // Nothing, if the run has failed already or all have left.
+        self.shared.fail_myself(if thread::panicking() { "panicked, a fault of the program" } else { "ended early" });
         self.shared.close();
         for thread in self.threads.drain(..) {
             // A panic of a background thread has been printed.
@@ -338,16 +354,6 @@ impl Control {
         }
         if self.shared.lock().culprit.is_some_and(|rank| rank != self.shared.me) {
             thread::sleep(HINDSIGHT);
-        }
-    }
-}
-
-impl Drop for Control {
-    fn drop(&mut self) {
-        if !self.shared.lock().closing {
-            let how = if thread::panicking() { "panicked, a fault of the program" } else { "ended early" };
-            self.shared.fail_myself(how);
-            self.close();
         }
     }
 }

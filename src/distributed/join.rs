@@ -2,8 +2,8 @@
 //! rank 0 says so.
 //!
 //! Who has not shown the secret is a stranger: there may be any number of them, each is turned away as soon as its
-//! bytes are not those of a rank, or after [`HELLO`], and none of them disturbs the meeting. What goes wrong with a rank
-//! that knows the secret ends the meeting for all, with the same sentence everywhere.
+//! bytes are not those of a rank, or after [`HELLO`], and none of them disturbs the meeting. What goes wrong with a
+//! rank that knows the secret ends the meeting for all, with the same sentence everywhere.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -660,12 +660,14 @@ fn wait_for_welcome(
                 Ok(opened) => answered = opened.is_some(),
             }
         }
-        while answered {
-            match decoder.message().map_err(|e| Error::Failed(format!("rank 0 at {place} sends {e}")))? {
-                None => break,
-                Some((Message::Alive { .. }, _)) => {}
-                Some((Message::Refused { why } | Message::Failed { text: why, .. }, _)) => return failed(why),
-                Some((Message::Welcome { ranks }, _)) => {
+        let next = |decoder: &mut Decoder| {
+            decoder.message().map_err(|e| Error::Failed(format!("rank 0 at {place} sends {e}")))
+        };
+        while answered && let Some((message, _)) = next(&mut decoder)? {
+            match message {
+                Message::Alive { .. } => {}
+                Message::Refused { why } | Message::Failed { text: why, .. } => return failed(why),
+                Message::Welcome { ranks } => {
                     let orderly = ranks.len() == world.size && ranks.iter().enumerate().all(|(i, who)| who.rank == i);
                     if !orderly || machines(&ranks).is_err() {
                         return failed(format!("rank 0 at {place} says that other ranks have come than there are"));
@@ -673,7 +675,7 @@ fn wait_for_welcome(
                     let links = vec![Link { rank: 0, stream, decoder }];
                     return Ok(Some(Met { ranks, links, notes: Vec::new() }));
                 }
-                Some(_) => return failed(format!("rank 0 at {place} does not say whether the run begins")),
+                _ => return failed(format!("rank 0 at {place} does not say whether the run begins")),
             }
         }
         if cancelled.load(Ordering::Relaxed) {
@@ -713,7 +715,7 @@ mod tests {
             let ranks: Vec<Who> = local.iter().enumerate().map(|(rank, &local)| who(rank, local)).collect();
             machines(&ranks)
         };
-        assert_eq!(of(&[0]).unwrap(), [0..1]);
+        assert_eq!(of(&[0]).unwrap(), vec![0..1; 1]);
         assert_eq!(of(&[0, 1, 2, 0, 1, 2]).unwrap(), [0..3, 3..6]);
         assert_eq!(of(&[0, 0, 0]).unwrap(), [0..1, 1..2, 2..3]);
         assert_eq!(of(&[0, 1, 0]).unwrap(), [0..2, 2..3]);

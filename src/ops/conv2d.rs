@@ -967,12 +967,13 @@ mod cuda {
         if dx.is_none() && x.x.wants_gradient() {
             dx_alone(gpu, grads, layer, dy)?;
         }
+        // By the sizes alone, so that no gradient's bits depend on which others are wanted.
+        let in_one = dw.is_some() && backward_launches(dw, dx).len() == 1;
         (dw, dx) = (dw.filter(|_| grads.wants_params()), dx.filter(|_| x.x.wants_gradient()));
         let launches = backward_launches(dw, dx);
         let beside = shortcut.filter(|s| {
             let fits = |side: usize| if side == 64 { 8 } else { side };
             let divides = dx.is_some_and(|side| s.x.shape().c.is_multiple_of(fits(side))) && whole(&s.x.widths(), 8);
-            let in_one = launches.len() == 1 && dw.is_some();
             in_one && divides && s.x.wants_gradient() && s.is_beside(x, ws, g)
         });
         for sides in launches {

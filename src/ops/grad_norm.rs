@@ -48,7 +48,7 @@ pub fn squares_shape(device: &Device, ranks: usize, len: usize) -> Shape {
     Shape::new(ranks, 1, 1, 2 * chunks(device, len))
 }
 
-/// Writes the sums of squares of the chunks of `g`, a shard of which the first `len` elements count, to row `rank` of
+/// Writes the sums of squares of the chunks of `g`, a shard of which the first `len` elements count, to its row of
 /// `sums`, which is as [`squares_shape`] says. If a loss in the meter's row is not finite, they say that the norm is
 /// not, so that all ranks come to know.
 ///

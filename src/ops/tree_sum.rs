@@ -15,9 +15,9 @@
 //! ```
 //!
 //! Terms that come one after the other, as micro-batches do, are added up like the digits of a binary counter
-//! ([`waiting`], [`rises`]); those that are there at once by [`tree_sum`]. No gradient: it is not on the tape. Numerics:
-//! f32, one rounding for each addition, as many as the tree is high: the error grows with log2 n, not with n (Higham
-//! 1993, pairwise summation). Bound by memory.
+//! ([`waiting`], [`rises`]); those that are there at once by [`tree_sum`]. No gradient: it is not on the tape.
+//! Numerics: f32, one rounding for each addition, as many as the tree is high: the error grows with log2 n, not with n
+//! (Higham 1993, pairwise summation). Bound by memory.
 
 use crate::device::Device;
 use crate::error::Result;

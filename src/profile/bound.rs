@@ -15,13 +15,20 @@
 //! - the images are read once, a byte an element, and the network's output and its gradient are written and read once.
 //!
 //! What is not kept may stay on the chip: the bound does not count it.
+//!
+//! [`Roofline`] makes of it, and of the FLOP of the products, the least time of a training step.
 
 use serde::Serialize;
 
+use super::activations;
+use super::card::Card;
 use crate::config::Config;
+use crate::device::{Device, Precision};
+use crate::error::Result;
 use crate::params::{Layout, Specs};
 use crate::tape::Kept;
-use crate::tensor::DType;
+use crate::tensor::{DType, Shape};
+use crate::unet::UNet;
 
 /// Bytes of a step, by what they are of.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -75,6 +82,62 @@ pub fn of_training(config: &Config, specs: &Specs, plan: &[Kept], dtype: DType) 
         weights: passes * 2 * parameters(specs, dtype),
         update: 4 * count * (1 + 2 + 4 + 4) + rounded,
         images: images + 4 * output,
+    }
+}
+
+/// Bytes of the update of `parameters` parameters that several GPUs share, each with a shard: the gradient read for the
+/// norm and for the update; weights, moving average and both moments read and written.
+pub fn shared_update(parameters: usize) -> u64 {
+    40 * parameters as u64
+}
+
+/// The least time that a training step can take on a card: that of the products' FLOP at the card's peak or, if it is
+/// longer, of the least traffic at the bandwidth of its memory (Williams, Waterman, Patterson 2009).
+#[derive(Clone, Copy, Debug)]
+pub struct Roofline {
+    /// Seconds of the FLOP of an image.
+    flops: f64,
+    /// Seconds of the traffic of an image.
+    image: f64,
+    /// Seconds of the traffic of the weights in a pass.
+    weights: f64,
+    /// Seconds of the traffic of the update, (of each GPU, that several share).
+    update: (f64, f64),
+}
+
+impl Roofline {
+    /// For steps of `config` on `card`.
+    ///
+    /// # Errors
+    /// Those of [`UNet::new`].
+    pub fn of_training(config: &Config, card: &Card) -> Result<Self> {
+        let dtype = activations(config.precision);
+        let (device, size) = (Device::meta_gpu_for(dtype), config.model.image_size);
+        let (unet, specs) = UNet::new(&config.model)?;
+        let shape = Shape::new(1, size.h, size.w, config.model.channels);
+        let plan = unet.tape_plan(&device, config.recompute, &specs, shape)?;
+        let one = of_training(&Config { batch: 1, accumulate: 1, ..config.clone() }, &specs, &plan, dtype);
+        let costs = unet.costs_on(&device, config.recompute, &specs, size.h, size.w);
+        let flops = 3.0 * costs.iter().map(|cost| cost.flops as f64).sum::<f64>();
+        let peak = match config.precision {
+            Precision::F32 => card.lanes_peak(),
+            Precision::Bf16 => card.tensor_peak(),
+        };
+        let seconds = |bytes: u64| bytes as f64 / card.memory;
+        let shared = shared_update(specs.count());
+        Ok(Roofline {
+            flops: flops / peak,
+            image: seconds(one.activations + one.gradients + one.images),
+            weights: seconds(one.weights),
+            update: (seconds(one.update - shared), seconds(shared)),
+        })
+    }
+
+    /// Seconds of a step of one of `ranks` GPUs, which computes `images` images in `passes` micro-batches.
+    pub fn seconds(&self, images: f64, passes: usize, ranks: usize) -> f64 {
+        let (own, shared) = self.update;
+        let memory = images * self.image + passes as f64 * self.weights + own + shared / ranks as f64;
+        memory.max(images * self.flops)
     }
 }
 

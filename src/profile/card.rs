@@ -156,7 +156,7 @@ impl Card {
     /// build has no machine code for this card.
     pub fn fit(&self, kernel: &Kernel, threads: u32, shared: u32) -> Option<Fit> {
         let of = Multiprocessor::of(self.capability)?;
-        let kernels::Resources { registers, shared: fixed } = kernel.resources_on(self.capability)?;
+        let kernels::Resources { registers, shared: fixed, .. } = kernel.resources_on(self.capability)?;
         let shared = (shared + fixed) as usize;
         let resident = of.resident(threads as usize, registers as usize, shared);
         let warps = threads.div_ceil(32) as usize * resident;

@@ -3,10 +3,12 @@
 //! The launches are those of the host code itself, at the batch in question, on the emulator ([`count`]). It runs some
 //! blocks of each grid (`CUDA_EMU_BLOCKS`), spread over it, and counts what they do. [`Launch`] scales the counts to
 //! the whole grid; [`model`] makes a time of them for each of [`CARDS`]; [`bound`] says what traffic could not be
-//! avoided. On a GPU [`measure`] takes times by events. `docs/profiling.md` has the formulas and what they leave out.
+//! avoided; [`exchange`] says what several GPUs add. On a GPU [`measure`] takes times by events. `docs/profiling.md`
+//! has the formulas and what they leave out.
 
 pub mod bound;
 pub mod card;
+pub mod exchange;
 pub mod model;
 
 use std::collections::BTreeMap;
@@ -31,6 +33,7 @@ use crate::unet::UNet;
 use crate::usage;
 use bound::Least;
 use card::{CARDS, Card, Fit};
+use exchange::Exchanged;
 use model::{Unit, Work};
 
 /// What is profiled.
@@ -62,13 +65,19 @@ const TIMED: usize = 10;
 ///
 /// # Errors
 /// `Error::Usage`.
-pub fn check(config: &Config, what: What) -> Result<()> {
+pub fn check(config: &Config, what: What, devices: Option<usize>) -> Result<()> {
     let m = &config.model;
+    if let Some(devices) = devices {
+        exchange::check(devices)?;
+    }
     if m.image_size == Size::DATA || m.channels == 0 {
         usage!(
             "--preset {}: its network is made for the data, so give --model of a run, or mnist, cifar10 or celebahq256",
             config.preset
         );
+    }
+    if what == What::Sample && devices.is_some() {
+        usage!("--devices with --what sample: a step of sampling exchanges nothing, use --what train");
     }
     if what == What::Sample && m.classifier {
         usage!("--what sample: a classifier draws no images, use --what train");
@@ -382,6 +391,8 @@ pub struct Profile {
     pub modelled_ms: ByCard,
     /// Measured milliseconds.
     pub measured_ms: Option<f64>,
+    /// What it would exchange as one of several GPUs' steps, if that was asked for.
+    pub exchange: Option<Exchanged>,
     /// By kernel, the longest first.
     pub kernels: Vec<KernelProfile>,
 }
@@ -460,6 +471,8 @@ pub struct Of<'a> {
     pub graphs: u64,
     /// What it took on a GPU.
     pub measured: Option<Measured>,
+    /// GPUs that each take such a step, with an exchange between them.
+    pub devices: Option<usize>,
 }
 
 impl Profile {
@@ -468,7 +481,7 @@ impl Profile {
     /// # Errors
     /// Those of [`Launch::new`] and [`UNet::new`].
     pub fn new(of: Of<'_>, counted: &[Counted]) -> Result<Self> {
-        let Of { network, config, what, graphs, measured } = of;
+        let Of { network, config, what, graphs, measured, devices } = of;
         let card = reference(measured.as_ref().map(|measured| measured.capability));
         let place = CARDS.iter().position(|other| other.key == card.key).expect("it is one of them");
         let launches: Vec<Launch> = counted.iter().map(Launch::new).collect::<Result<_>>()?;
@@ -503,6 +516,15 @@ impl Profile {
         let time = |kernel: &KernelProfile| kernel.measured_ms.unwrap_or(kernel.modelled_ms.0[place]);
         kernels.sort_by(|a, b| time(b).total_cmp(&time(a)));
         let least = least(config, what)?;
+        let (modelled_ms, measured_ms) = (all.modelled_ms(), measured.as_ref().map(|measured| measured.step));
+        let exchange = match devices {
+            None => None,
+            Some(devices) => {
+                let (_, specs) = UNet::new(&config.model)?;
+                let step_ms = measured_ms.unwrap_or(modelled_ms.0[place]);
+                Some(Exchanged::new(devices, &specs, step_ms, card))
+            }
+        };
         Ok(Profile {
             gpu: measured.as_ref().map(|measured| measured.gpu.clone()),
             network,
@@ -520,8 +542,9 @@ impl Profile {
             reference: card.key,
             blocks_counted: launches.iter().map(|launch| launch.ran).sum(),
             blocks: counted.iter().map(|launch| launch.blocks).sum(),
-            modelled_ms: all.modelled_ms(),
-            measured_ms: measured.as_ref().map(|measured| measured.step),
+            modelled_ms,
+            measured_ms,
+            exchange,
             kernels,
         })
     }

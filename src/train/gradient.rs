@@ -1,12 +1,13 @@
 //! The gradient of a step: the sum of its micro-batches' gradients, whichever rank has computed which.
 //!
 //! Each micro-batch's gradient is written by itself, and they are added along the tree of [`tree_sum`], this rank's as
-//! they come. Of several ranks each then gets its shard of every rank's sum, and adds these along the rest of the tree.
-//! So the gradient has the same bits for every number of ranks that [`fits`](crate::ops::tree_sum::fits).
+//! they come. Of several ranks each then gets its part of the others' sums, and adds these along the rest of the tree:
+//! those of its machine, then those of the machines. So the gradient has the same bits for every number of ranks that
+//! [`fits`](crate::ops::tree_sum::fits).
 
 use crate::device::Device;
 use crate::error::Result;
-use crate::exchange::Exchange;
+use crate::exchange::{Exchange, Sums};
 use crate::meter::Meter;
 use crate::ops::add::add_assign;
 use crate::ops::grad_norm::{self, grad_norm};
@@ -25,12 +26,39 @@ pub(super) struct Gradient {
 
 /// What the sum over several ranks takes.
 struct OfRanks {
-    /// This rank's shard of every rank's sum, (ranks, 1, 1, shard).
-    received: Tensor,
-    /// Their sum, (1, 1, 1, shard).
-    sum: Tensor,
+    /// Of each level of the exchange; none if NCCL adds up.
+    levels: Vec<OfLevel>,
+    /// This rank's shard of what NCCL has added up.
+    reduced: Option<Tensor>,
     /// Sums of squares of the chunks of all shards ([`grad_norm::squares_shape`]).
     squares: Tensor,
+}
+
+/// What the sum over the ranks of a level takes.
+struct OfLevel {
+    ranks: Vec<usize>,
+    /// This rank's part of every rank's sum, (ranks, 1, 1, part).
+    received: Tensor,
+    /// Their sum, (1, 1, 1, part); after the last level this rank's shard.
+    sum: Tensor,
+}
+
+impl OfRanks {
+    fn new(device: &Device, len: usize, exchange: &Exchange) -> Result<Self> {
+        let mut part = len;
+        let level = |ranks: Vec<usize>| {
+            part /= ranks.len();
+            let received = Tensor::zeros(device, Shape::new(ranks.len(), 1, 1, part))?;
+            Ok(OfLevel { received, sum: Tensor::zeros(device, Shape::vector(part))?, ranks })
+        };
+        let shard = len / exchange.size();
+        let squares = Tensor::zeros(device, grad_norm::squares_shape(device, exchange.size(), shard))?;
+        let (levels, reduced) = match exchange.sums() {
+            Sums::Tree => (exchange.levels().into_iter().map(level).collect::<Result<_>>()?, None),
+            Sums::Nccl => (Vec::new(), Some(Tensor::zeros(device, Shape::vector(shard))?)),
+        };
+        Ok(OfRanks { levels, reduced, squares })
+    }
 }
 
 impl Gradient {
@@ -38,16 +66,9 @@ impl Gradient {
     ///
     /// # Errors
     /// Out of GPU memory.
-    pub fn new(device: &Device, specs: &Specs, micro_batches: usize, ranks: usize) -> Result<Self> {
+    pub fn new(device: &Device, specs: &Specs, micro_batches: usize, exchange: &Exchange) -> Result<Self> {
         let nodes = (0..tree_sum::most_waiting(micro_batches)).map(|_| ParamGrads::new(device, specs));
-        let of_ranks = || {
-            let shard = specs.flat_len() / ranks;
-            let received = Tensor::zeros(device, Shape::new(ranks, 1, 1, shard))?;
-            let sum = Tensor::zeros(device, Shape::vector(shard))?;
-            let squares = Tensor::zeros(device, grad_norm::squares_shape(device, ranks, shard))?;
-            Ok(OfRanks { received, sum, squares })
-        };
-        let of_ranks = (ranks > 1).then(of_ranks).transpose()?;
+        let of_ranks = (exchange.size() > 1).then(|| OfRanks::new(device, specs.flat_len(), exchange)).transpose()?;
         Ok(Gradient { nodes: nodes.collect::<Result<_>>()?, done: 0, of_ranks })
     }
 
@@ -109,13 +130,20 @@ impl Gradient {
     ) -> Result<&Tensor> {
         self.of_rank(device)?;
         let own = self.nodes[0].flat_mut();
-        let Some(OfRanks { received, sum, squares }) = &mut self.of_ranks else {
+        let Some(OfRanks { levels, reduced, squares }) = &mut self.of_ranks else {
             grad_norm(device, own, max_norm, meter)?;
             return Ok(own);
         };
-        exchange.all_to_all(own, received)?;
-        tree_sum(device, sum, received)?;
-        grad_norm::squares(device, sum, len, squares, exchange.rank(), meter)?;
+        if let Some(shard) = reduced {
+            exchange.all_reduce(own, shard)?;
+        }
+        let mut sum: &Tensor = reduced.as_ref().unwrap_or(own);
+        for level in levels {
+            exchange.all_to_all(sum, &mut level.received, &level.ranks)?;
+            tree_sum(device, &mut level.sum, &level.received)?;
+            sum = &level.sum;
+        }
+        grad_norm::squares(device, sum, len, squares, exchange.shard(), meter)?;
         exchange.all_gather(squares)?;
         grad_norm::join(device, squares, max_norm, meter)?;
         Ok(sum)

@@ -38,7 +38,7 @@ pub use feed::{Feed, Resident};
 pub use init::Init;
 pub use trainer::{Average, StepReport, Trainer, Validation};
 
-use crate::checkpoint;
+use crate::checkpoint::{self, DataMark};
 use crate::config::{Config, Given};
 use crate::data;
 use crate::device::Device;
@@ -184,7 +184,7 @@ impl Run {
         for note in &notes {
             watch.say(note);
         }
-        agree(&exchange, "settings", &all_settings(&config))?;
+        agree_on_run(&exchange, &config, &data)?;
         announce(&config, &data, device, exchange.size(), watch)?;
         let skipped = data.skipped.clone();
         let mut trainer = Trainer::of_rank(&config, data, device, exchange)?;
@@ -229,7 +229,7 @@ impl Run {
         if let Some((checkpoint, origin)) = &origin {
             origin.check_data(checkpoint, &config.data, &config, &data)?;
         }
-        agree(&exchange, "settings", &all_settings(&config))?;
+        agree_on_run(&exchange, &config, &data)?;
         let newest = origin.as_ref().map_or(String::new(), |(checkpoint, _)| checkpoint.display().to_string());
         agree(&exchange, "newest checkpoint", &newest)?;
         announce(&config, &data, device, exchange.size(), watch)?;
@@ -253,6 +253,15 @@ impl Run {
     /// True if all steps are done.
     pub fn is_done(&self) -> bool {
         self.trainer.steps_done() == self.config().steps
+    }
+
+    /// The last call of a rank that has done all its work: waits for the others, and leaves the folder to whoever comes
+    /// next.
+    ///
+    /// # Errors
+    /// Another rank that has failed after all.
+    pub fn leave(self) -> Result<()> {
+        self.trainer.leave()
     }
 
     /// Its settings.
@@ -294,7 +303,7 @@ impl Run {
         let saved = match ended {
             Err(e @ Error::NotFinite(_)) => Err(e),
             // The other ranks are somewhere else, and do not help to save.
-            Err(e) if ranks > 1 => Err(e),
+            Err(e) if ranks > 1 => Err(trainer.exchange().verdict(e)),
             Err(e) => {
                 let _: Result<PathBuf> = save();
                 Err(e)
@@ -334,8 +343,7 @@ fn steps(
     let mut report = Report::default();
     let mut samples = Fault::default();
     trainer.device().take_notes().iter().for_each(|note| watch.warn(note));
-    let stopping = |trainer: &Trainer| trainer.exchange().any(stop.load(Ordering::Relaxed));
-    while trainer.steps_done() < config.steps && !stopping(trainer)? {
+    while trainer.steps_done() < config.steps && trainer.exchange().goes_on(trainer.steps_done() + 1, stop)? {
         let step_started = Instant::now();
         trainer.step()?;
         trainer.device().take_notes().iter().for_each(|note| watch.warn(note));
@@ -345,7 +353,7 @@ fn steps(
         let due_or_last = |every: u32| due(every) || (finished && every > 0);
         let logs = due(config.log_every) || due(config.validate_every) || finished;
         // Read the meter only before work that needs good weights; otherwise let the GPU run ahead.
-        let stops = logs || due(config.sample_every) || due(config.checkpoint_every) || stopping(trainer)?;
+        let stops = logs || due(config.sample_every) || due(config.checkpoint_every);
         let read = if stops || trainer.reports_are_due() { trainer.reports()? } else { Vec::new() };
         report.seconds += step_started.elapsed().as_secs_f64();
         if !read.is_empty() {
@@ -406,6 +414,17 @@ fn steps(
         }
     }
     Ok(())
+}
+
+/// Refuses ranks of which one has other settings or data than the first.
+fn agree_on_run(exchange: &Exchange, config: &Config, data: &data::Data) -> Result<()> {
+    agree(exchange, "settings", &all_settings(config))?;
+    if exchange.size() == 1 {
+        return Ok(());
+    }
+    let DataMark { training_images, held_out_images, extent, fingerprint, .. } = DataMark::of(config, data);
+    let images = format!("{training_images} training and {held_out_images} held-out images of {extent}");
+    agree(exchange, "data", &format!("{images} with the hash {fingerprint} in {}", config.data))
 }
 
 /// All settings, a line each.

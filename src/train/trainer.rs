@@ -130,7 +130,7 @@ impl Trainer {
             specs.pad(ranks * grad_norm::CHUNK);
         }
         let len = specs.flat_len() / ranks;
-        let (shard, flat) = (rank * len..(rank + 1) * len, Shape::vector(len));
+        let (shard, flat) = (exchange.shard() * len..(exchange.shard() + 1) * len, Shape::vector(len));
         let params = Params::init(device, specs.clone(), config.seed)?;
         let schedule = config.diffusion.noise_schedule()?;
         let is_learned = config.diffusion.schedule == Kind::Learned;
@@ -155,7 +155,7 @@ impl Trainer {
             ema: Tensor::from_slice(device, flat, &params.host()?[shard.clone()])?,
             m: Tensor::zeros(device, flat)?,
             v: Tensor::zeros(device, flat)?,
-            gradient: Gradient::new(device, &specs, micro_batches, ranks)?,
+            gradient: Gradient::new(device, &specs, micro_batches, &exchange)?,
             params,
             shard,
             step: 0,
@@ -220,10 +220,12 @@ impl Trainer {
             let copy = || Tensor::from_slice(&Device::cpu(), whole.shape(), &whole.host()?);
             self.exchange.is_first().then(copy).transpose()
         };
-        match (on_host(&self.ema)?, on_host(&self.m)?, on_host(&self.v)?) {
-            (Some(ema), Some(m), Some(v)) => checkpoint::save(run, &self.config, self.state_with([&ema, &m, &v])),
-            _ => Ok(checkpoint::of_step(run, self.step)),
-        }
+        let whole = [on_host(&self.ema)?, on_host(&self.m)?, on_host(&self.v)?];
+        let saved = self.exchange.first_alone("saving a checkpoint", || {
+            let whole = whole.each_ref().map(|whole| whole.as_ref().expect("the first rank has them"));
+            checkpoint::save(run, &self.config, self.state_with(whole))
+        })?;
+        Ok(saved.unwrap_or_else(|| checkpoint::of_step(run, self.step)))
     }
 
     /// All of a flat buffer of which each rank has a shard.
@@ -284,6 +286,16 @@ impl Trainer {
         let mut params = Params::of_flat(&self.device, self.params.specs().clone(), self.whole(&self.ema)?)?;
         adam::round(&self.device, &mut params)?;
         Ok(Average { params, _trainer: PhantomData })
+    }
+
+    /// The last call of a rank that has done all its work: waits for the others.
+    ///
+    /// # Errors
+    /// Another rank that has failed after all.
+    pub fn leave(self) -> Result<()> {
+        // A graph with an exchange in it must be gone before NCCL is left.
+        drop(self.launches);
+        self.exchange.leave()
     }
 
     /// What it exchanges with the other ranks.
@@ -514,12 +526,13 @@ impl Trainer {
         let (rank, ranks) = (self.exchange.rank(), self.exchange.size());
         let mut interrupted = false;
         let mut row = Row::default();
-        for k in rank * batches.len() / ranks..(rank + 1) * batches.len() / ranks {
+        let own = rank * batches.len() / ranks..(rank + 1) * batches.len() / ranks;
+        for (&indices, k) in batches[own.clone()].iter().zip(own) {
             interrupted = stop.load(Ordering::Relaxed);
             if interrupted {
                 break;
             }
-            let (indices, first) = (batches[k], (k * size) as u64);
+            let first = (k * size) as u64;
             let drawn = data.rows(indices, conditional);
             if self.held_out.is_none() {
                 data.check(&drawn.rows)?;

@@ -433,12 +433,21 @@ fn gpu_agrees_where_every_barrier_of_tensor_core_kernels_matters() {
 #[test]
 fn bugs_planted_in_tensor_core_kernels_are_noticed() {
     let test = "attention::gpu_agrees_where_every_barrier_of_tensor_core_kernels_matters";
+    let goes_on = "attention::gpu_goes_on_with_a_linear_layer_by_the_same_bits";
     // As many barriers as slabs in a round.
     for (pass, barriers) in [("fwd", 2), ("bwd_q", 6), ("bwd_kv", 4)] {
         let entry = format!("attention_{pass}_mma_d32_large");
         (0..barriers).for_each(|n| plant::notices_lost_barrier(test, &entry, n));
         plant::notices_lost_block(test, &entry);
-        plant::notices(test, &entry, "cp.async.wait_group 0;", "cp.async.wait_group 1;");
+    }
+    // In fwd of smaller heads the last wait is for the weight of the layer that it goes on with, of which one slab is
+    // under way at most.
+    for (test, entry) in [
+        ("attention::the_gpu_agrees_with_the_reference_in_bf16", "attention_fwd_mma_d512_small"),
+        (test, "attention_bwd_q_mma_d32_large"),
+        (test, "attention_bwd_kv_mma_d32_large"),
+    ] {
+        plant::notices(test, entry, "cp.async.wait_group 0;", "cp.async.wait_group 1;");
     }
     // Sums are rescaled only if the maximum of all rows of a warp has grown, not of any.
     plant::notices(test, "attention_fwd_mma_d32_large", "vote.sync.any.pred", "vote.sync.all.pred");
@@ -447,11 +456,10 @@ fn bugs_planted_in_tensor_core_kernels_are_noticed() {
     plant::notices_wrong_parameter(test, "attention_bwd_q_mma_d32_large", "9+8", "9+4");
     plant::notices_wrong_parameter(test, "attention_bwd_kv_mma_d32_large", "8+16", "8+12");
     // Slabs of the weight that are overwritten too early; another matrix in the place of the weight, of the residual.
-    let test = "attention::gpu_goes_on_with_a_linear_layer_by_the_same_bits";
-    (2..4).for_each(|n| plant::notices_lost_barrier(test, "attention_fwd_mma_d32_large", n));
-    plant::notices_wrong_parameter(test, "attention_fwd_mma_d32_large", 8, 3);
-    plant::notices_wrong_parameter(test, "attention_fwd_mma_d256_large", 10, 3);
-    plant::notices_lost_block(test, "attention_fwd_mma_d256_large");
+    plant::notices_lost_barrier(goes_on, "attention_fwd_mma_d32_large", 2);
+    plant::notices_wrong_parameter(goes_on, "attention_fwd_mma_d32_large", 8, 3);
+    plant::notices_wrong_parameter(goes_on, "attention_fwd_mma_d256_large", 10, 3);
+    plant::notices_lost_block(goes_on, "attention_fwd_mma_d256_large");
     let test = "attention::the_gpu_agrees_with_the_reference_in_bf16";
     for part in ["fwd_mma_d64_any", "bwd_q_mma_d64_small", "bwd_kv_mma_d512_small", "bwd_q_mma_d512_any"] {
         plant::notices_lost_block(test, &format!("attention_{part}"));

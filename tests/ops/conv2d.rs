@@ -81,8 +81,8 @@ const BF16_CASES: [Case; 13] = [
     case([1, 17, 5, 128], [136, 1, 1], Geometry::POINTWISE),
 ];
 
-/// Enough tiles of 128x128 for the large kernels of the forward pass and of dw, of dx, and of both gradients. Nothing is
-/// symmetric.
+/// Enough tiles of 128x128 for the large kernels of the forward pass and of dw, of dx, and of both gradients. Nothing
+/// is symmetric.
 const LARGE_CASES: [Case; 3] = [
     case([3, 64, 64, 64], [128, 2, 2], Geometry { stride: 1, pad: Pad { top: 1, left: 0, bottom: 0, right: 1 } }),
     case([2, 48, 128, 128], [64, 2, 1], Geometry { stride: 1, pad: Pad { top: 0, left: 0, bottom: 1, right: 0 } }),
@@ -484,8 +484,8 @@ fn used_thrice_by_reference<T: Float>(case: Case, data: &Data<T>) -> [Vec<T>; 3]
     [sum(&sum(&b.x, &data.residual), &a.x), dw, b.x]
 }
 
-/// dx is (dx of the second + its dy) + dx of the first. Besides the whole the first term is rounded. On the way no kernel
-/// adds two tensors.
+/// dx is (dx of the second + its dy) + dx of the first. Besides the whole the first term is rounded. On the way no
+/// kernel adds two tensors.
 #[test]
 fn gpu_gradients_that_wait_are_added_where_dx_is_stored() {
     let Some(gpu) = gpu::gpu(DType::Bf16) else { return };
@@ -822,8 +822,8 @@ fn bugs_planted_in_tensor_core_kernels_are_noticed() {
     for (test, part) in [(TEST, "fwd_mma_64x64"), (LARGE, "fwd_mma_128x128"), (LARGE, "bwd_mma_128x128")] {
         plant::notices(test, &format!("conv2d_{part}"), "cp.async.wait_group 1;", "cp.async.wait_group 2;");
     }
-    // The width of an image for its height, ow for oh; tiles for segments of dw, tiles of dx for those of dw; the channels
-    // for the pixels of an image.
+    // The width of an image for its height, ow for oh; tiles for segments of dw, tiles of dx for those of dw; the
+    // channels for the pixels of an image.
     for (part, is, reads) in [
         ("fwd_mma_64x64", "13+8", "13+4"),
         ("bwd_mma_64x64", "16+20", "16+16"),

@@ -425,7 +425,7 @@ fn planted_bugs_are_noticed() {
 fn bugs_planted_in_tensor_core_kernels_are_noticed() {
     const TEST: &str = "linear::gpu_agrees_with_the_reference_in_bf16";
     // The barriers in the order of the text: a slab, the end of the ring, results.
-    for (part, n) in [("fwd_mma_64x64", 0), ("bwd_mma_128x128", 1), ("bwd_mma_64x64", 0), ("wgrad_mma_64x64_any", 2)] {
+    for (part, n) in [("fwd_mma_64x64", 0), ("bwd_mma_128x128", 2), ("bwd_mma_64x64", 0), ("wgrad_mma_64x64_any", 2)] {
         plant::notices_lost_barrier(TEST, &format!("linear_{part}"), n);
     }
     plant::notices_lost_last_barrier(TEST, "linear_fwd_mma_128x128");
@@ -433,8 +433,8 @@ fn bugs_planted_in_tensor_core_kernels_are_noticed() {
         plant::notices_lost_block(TEST, &format!("linear_{part}"));
     }
     plant::notices(TEST, "linear_fwd_mma_128x128", "cp.async.wait_group 1;", "cp.async.wait_group 2;");
-    // The two channel counts swapped; tiles for segments of dw, tiles of dx for those of dw.
-    for (is, reads) in [("6+8", "6+4"), ("7+4", "7"), ("7", "7+12")] {
+    // The two channel counts swapped; tiles for segments of dw, segments for their depth.
+    for (is, reads) in [("6+8", "6+4"), ("7+4", "7"), ("7+8", "7+4")] {
         plant::notices_wrong_parameter(TEST, "linear_bwd_mma_64x64", is, reads);
     }
     // The rounding error of the last term of a slab is taken off instead of added.
@@ -453,7 +453,7 @@ fn bugs_planted_in_tensor_core_kernels_are_noticed() {
 #[test]
 fn bugs_planted_in_kernels_of_several_layers_are_noticed() {
     const TEST: &str = "linear::gpu_layers_of_one_input_agree_with_the_reference";
-    for (part, n) in [("fwd_mma_64x64", 0), ("bwd_mma_64x64", 0), ("bwd_mma_64x64", 1), ("bwd_mma_128x128", 1)] {
+    for (part, n) in [("fwd_mma_64x64", 0), ("bwd_mma_64x64", 0), ("bwd_mma_64x64", 1), ("bwd_mma_128x128", 2)] {
         plant::notices_lost_barrier(TEST, &format!("linear_group_{part}"), n);
     }
     for part in ["fwd_mma_128x128", "bwd_mma_128x128", "join", "bwd_mma_64x64_128x128"] {

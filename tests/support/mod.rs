@@ -229,9 +229,14 @@ pub fn to_f32(x: &[f64]) -> Vec<f32> {
 
 /// What `rank` returns for each of `ranks` ranks, each in a thread of its own.
 pub fn each_rank<T: Send>(ranks: usize, rank: impl Fn(Exchange) -> T + Sync) -> Vec<T> {
+    each_rank_of_machines(1, ranks, rank)
+}
+
+/// The same of ranks that exchange as those of so many machines.
+pub fn each_rank_of_machines<T: Send>(machines: usize, ranks: usize, rank: impl Fn(Exchange) -> T + Sync) -> Vec<T> {
     let rank = &rank;
     std::thread::scope(|scope| {
-        let exchanges = Exchange::threads(ranks).into_iter();
+        let exchanges = Exchange::threads_as_machines(machines, ranks).into_iter();
         let threads: Vec<_> = exchanges.map(|exchange| scope.spawn(move || rank(exchange))).collect();
         let joined = threads.into_iter().map(|thread| thread.join());
         joined.collect::<std::thread::Result<_>>().unwrap_or_else(|panic| std::panic::resume_unwind(panic))

@@ -4,9 +4,6 @@
 #![allow(dead_code, reason = "each test target uses its own part of this module")]
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
-
-use ddpm_cuda::kernels;
 
 /// The folder that holds `tests/fixtures`, `src`, `kernels` and so on: by default the crate's.
 pub const ROOT: &str = "DDPM_TEST_ROOT";
@@ -16,8 +13,6 @@ pub const PROGRAM: &str = "DDPM_TEST_PROGRAM";
 pub const EMULATOR: &str = "DDPM_TEST_EMULATOR";
 /// The stand-in for NCCL: by default the one beside the test binary.
 pub const NCCL: &str = "DDPM_TEST_NCCL";
-/// The assembler: by default that of the compiler that made the kernels.
-pub const PTXAS: &str = "DDPM_TEST_PTXAS";
 
 /// The path that a variable names, absolute, since tests start programs in other folders.
 fn named(variable: &str) -> Option<PathBuf> {
@@ -64,22 +59,4 @@ fn library(variable: &str, name: &str) -> PathBuf {
     let path = named(variable).unwrap_or_else(beside);
     assert!(path.is_file(), "{} does not exist; {variable} is the path of {name}", path.display());
     path
-}
-
-/// The assembler and the CUDA version that it is of, (major, minor); `None` if this machine has none. One that is named
-/// must run.
-pub fn ptxas() -> Option<(PathBuf, [u32; 2])> {
-    let path = named(PTXAS).or_else(|| kernels::PTXAS.map(PathBuf::from).filter(|path| path.is_file()))?;
-    let said = Command::new(&path).arg("--version").output();
-    let said = said.map(|out| String::from_utf8_lossy(&out.stdout).into_owned()).unwrap_or_default();
-    // `Cuda compilation tools, release 13.5, V13.5.37`
-    let release = || {
-        let (_, rest) = said.split_once("release ")?;
-        let (major, minor) = rest.split_once(',')?.0.split_once('.')?;
-        Some([major.parse().ok()?, minor.parse().ok()?])
-    };
-    let version = release().unwrap_or_else(|| {
-        panic!("{} does not say its version, but {said:?}; {PTXAS} is the path of ptxas", path.display())
-    });
-    Some((path, version))
 }

@@ -29,7 +29,7 @@ const VARIABLE: &str = "DDPM_TEST_BUG";
 enum Bug<'a> {
     /// The last `from` becomes `to`.
     Text { from: &'a str, to: &'a str },
-    /// The last load of parameter `is` loads parameter `reads` instead.
+    /// Every load of parameter `is` loads parameter `reads` instead.
     Parameter { is: &'a str, reads: &'a str },
     /// The n-th barrier, counted from 0, is removed; `None`: the last one.
     Barrier(Option<usize>),
@@ -43,7 +43,7 @@ pub fn notices(test: &str, entry: &str, from: &str, to: &str) {
     check(test, entry, Bug::Text { from, to });
 }
 
-/// [`notices`] for a kernel whose last load of parameter `is` loads parameter `reads` instead. Parameters are counted
+/// [`notices`] for a kernel whose loads of parameter `is` load parameter `reads` instead. Parameters are counted
 /// from 0; "3+8" is the field at byte 8 of the struct that is parameter 3.
 #[track_caller]
 pub fn notices_wrong_parameter(test: &str, entry: &str, is: impl Display, reads: impl Display) {
@@ -164,11 +164,11 @@ impl<'a> Bug<'a> {
         let (gone, instead) = match self {
             Bug::Text { from, to } => (at_last(entry, from)?, to.to_string()),
             Bug::Parameter { is, reads } => {
-                // As `[NAME_param_3]` or, in a struct, `[NAME_param_3+8]`.
-                let last = |end| at_last(entry, &format!("[{name}_param_{is}{end}"));
-                let place = [last(']'), last('+')].into_iter().flatten().max_by_key(|place| place.start)?;
-                let end = entry[place.end - 1..].chars().next()?;
-                (place, format!("[{name}_param_{reads}{end}"))
+                // As `[NAME_param_3]` or, in a struct, `[NAME_param_3+8]`. The compiler loads a parameter again where
+                // it has no register for it.
+                let loaded = format!("[{name}_param_{is}]");
+                entry.find(&loaded)?;
+                (0..entry.len(), entry.replace(&loaded, &format!("[{name}_param_{reads}]")))
             }
             Bug::Barrier(n) => {
                 let barriers: Vec<usize> = entry.match_indices("bar.sync").map(|(at, _)| at).collect();
@@ -217,7 +217,7 @@ fn a_bug_is_planted_in_its_entry_alone() {
         Some(ptx.replace(from, to))
     };
     assert_eq!(planted("a", Bug::Text { from: "ret", to: "exit" }), swapped("4]; ret", "4]; exit"));
-    assert_eq!(planted("a", Bug::Parameter { is: "1", reads: "0" }), swapped("a_param_1+4", "a_param_0+4"));
+    assert_eq!(planted("a", Bug::Parameter { is: "1", reads: "0" }), swapped("a_param_1]", "a_param_0]"));
     assert_eq!(planted("b", Bug::Parameter { is: "1", reads: "0" }), swapped("b_param_1]", "b_param_0]"));
     assert_eq!(planted("b", Bug::Barrier(Some(0))), swapped("[b_param_1]; bar.sync 0;", "[b_param_1]; "));
     assert_eq!(planted("b", Bug::Barrier(None)), swapped("bar.sync 1;", ""));

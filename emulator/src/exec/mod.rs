@@ -219,8 +219,9 @@ pub struct Settings {
     /// Runs only so many blocks of a grid, spread over it, and leaves the rest of its results undone: for counting what
     /// a block does in grids too large to run. 0 is all, as in a cooperative launch, whose blocks wait for each other.
     pub blocks: u64,
-    /// What such a sample is drawn from: so many blocks of one kind, then so many of the next. Some of each are run, and
-    /// counts are weighted as if it were as many of all. Empty, or of a grid of another number of blocks: all are alike.
+    /// What such a sample is drawn from: so many blocks of one kind, then so many of the next. Some of each are run,
+    /// and counts are weighted as if it were as many of all. Empty, or of a grid of another number of blocks: all are
+    /// alike.
     pub kinds: Vec<u64>,
 }
 

@@ -398,6 +398,14 @@ impl Gpu {
         &self.inner.notes
     }
 
+    /// What it is, without its number: its name and compute capability.
+    pub fn kind(&self) -> String {
+        let Inner { name, capability: (major, minor), .. } = &*self.inner;
+        // The name of an emulated one ends with its number.
+        let name = if self.is_emulated() { "emulated" } else { name };
+        format!("{name}, compute capability {major}.{minor}")
+    }
+
     /// N in cuda:N.
     pub fn number(&self) -> usize {
         self.inner.number
@@ -592,10 +600,6 @@ impl Gpu {
 
 impl fmt::Display for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "cuda:{} ({}, compute capability {}.{})",
-            self.inner.number, self.inner.name, self.inner.capability.0, self.inner.capability.1
-        )
+        write!(f, "cuda:{} ({})", self.inner.number, self.kind())
     }
 }

@@ -9,9 +9,9 @@
 //! communicator does not block. Every wait here is a loop that asks NCCL for errors and ends when the [`Patience`]
 //! does, and so is every wait for the stream in the rest of `device::cuda`, since the stream waits with it
 //! (`watch_ranks`). What ends a wait gives the communicator up: it is aborted, which lets the stream go on, and all
-//! later calls fail with the same reason. NCCL sees little of what happens to another rank. Whoever learns more, as from
-//! a connection that has closed, ends the waits with an [`Aborter`], also where a call of the driver itself waits: a
-//! launch while its queue is full, or, on the emulator, that of a graph with an exchange in it. Only the events of
+//! later calls fail with the same reason. NCCL sees little of what happens to another rank. Whoever learns more, as
+//! from a connection that has closed, ends the waits with an [`Aborter`], also where a call of the driver itself waits:
+//! a launch while its queue is full, or, on the emulator, that of a graph with an exchange in it. Only the events of
 //! `DDPM_TRACE=time` are waited for without looking.
 //!
 //! NCCL computes nothing here: its sums depend on the number of ranks, their wiring and its version. The exception is
@@ -357,53 +357,61 @@ impl Communicator {
         Aborter { shared: self.shared.clone() }
     }
 
-    /// Part r of `from` goes to rank r, and part r of `to` comes from rank r: `size` equal parts each, in the order of
-    /// the ranks. Grouped sends and receives, the own part among them.
+    /// True once it has been given up: all later calls fail.
+    pub fn is_given_up(&self) -> bool {
+        matches!(*self.shared.state(), State::GivenUp(_))
+    }
+
+    /// Part k of `from` goes to the rank `ranks[k]`, and part k of `to` comes from it: as many equal parts each. All
+    /// `ranks` make this call with the same `ranks`, among them this one. Grouped sends and receives, the own part
+    /// among them.
     ///
     /// # Errors
     /// NCCL's own, a driver error, or the end of the patience; likewise for every call below.
-    pub fn all_to_all(&self, to: ViewMut<'_>, from: View<'_>) -> Result<()> {
-        let part = self.part("all_to_all", to.bytes());
+    pub fn all_to_all(&self, to: ViewMut<'_>, from: View<'_>, ranks: &[usize]) -> Result<()> {
+        let part = self.part("all_to_all", to.bytes(), ranks);
         assert_eq!(from.bytes(), to.bytes(), "all_to_all: bytes sent and received");
         let ((to_buffer, to), (from_buffer, from)) = (to.place(), from.place());
         self.gpu.owns(to_buffer);
         self.gpu.owns(from_buffer);
-        // SAFETY: both ranges have `size` parts. `to` is borrowed mutably, so they do not overlap, and nothing else
-        // writes `from` before the stream has passed the call, since buffers are reused in its order.
-        self.run(format_args!("all_to_all of {} parts of {part} bytes", self.size()), |api, comm, stream| unsafe {
-            let started = (api.group_start)();
-            if started != SUCCESS {
-                return started;
-            }
-            let mut first = SUCCESS;
-            for rank in 0..self.size() {
-                let at = (rank * part) as u64;
-                for code in [
-                    (api.send)(from + at, part, U8, rank as c_int, comm, stream),
-                    (api.recv)(to + at, part, U8, rank as c_int, comm, stream),
-                ] {
-                    first = if is_error(first) { first } else { code };
+        let what = format_args!("all_to_all of {} parts of {part} bytes", ranks.len());
+        // SAFETY: both ranges have as many parts as there are ranks. `to` is borrowed mutably, so they do not overlap,
+        // and nothing else writes `from` before the stream has passed the call, since buffers are reused in its order.
+        self.run(what, |api, comm, stream| unsafe {
+            group(api, |send_or_recv| {
+                for (k, &rank) in ranks.iter().enumerate() {
+                    let at = (k * part) as u64;
+                    send_or_recv((api.send)(from + at, part, U8, rank as c_int, comm, stream));
+                    send_or_recv((api.recv)(to + at, part, U8, rank as c_int, comm, stream));
                 }
-            }
-            // Also after an error, since the group would stay open.
-            let ended = (api.group_end)();
-            if is_error(first) { first } else { ended }
+            })
         })
     }
 
-    /// Each rank has its own part of `data`, part r of `size` equal ones; afterwards every rank has all of them.
+    /// Of `data` the rank `ranks[k]` has part k, of as many equal ones; afterwards all `ranks`, which make this call
+    /// with the same `ranks`, have all of it.
     ///
     /// # Errors
     /// As [`all_to_all`](Self::all_to_all).
-    pub fn all_gather(&self, data: ViewMut<'_>) -> Result<()> {
-        let part = self.part("all_gather", data.bytes());
+    pub fn all_gather(&self, data: ViewMut<'_>, ranks: &[usize]) -> Result<()> {
+        let part = self.part("all_gather", data.bytes(), ranks);
         let (buffer, at) = data.place();
         self.gpu.owns(buffer);
-        let own = at + (self.rank() * part) as u64;
-        // SAFETY: the range has `size` parts, is borrowed mutably, and is reused in the order of the stream. The own
-        // part is where NCCL expects it of a call in place.
-        self.run(format_args!("all_gather of {} parts of {part} bytes", self.size()), |api, comm, stream| unsafe {
-            (api.all_gather)(own, at, part, U8, comm, stream)
+        let place = ranks.iter().position(|&rank| rank == self.rank()).expect("a rank is among those that call");
+        let own = at + (place * part) as u64;
+        let what = format_args!("all_gather of {} parts of {part} bytes", ranks.len());
+        // SAFETY: the range has as many parts as there are ranks, is borrowed mutably, and is reused in the order of
+        // the stream. The own part is where NCCL expects it of a call in place; the parts that come do not overlap it.
+        self.run(what, |api, comm, stream| unsafe {
+            if ranks.len() == self.size() {
+                return (api.all_gather)(own, at, part, U8, comm, stream);
+            }
+            group(api, |send_or_recv| {
+                for (k, &rank) in ranks.iter().enumerate().filter(|(_, rank)| **rank != self.rank()) {
+                    send_or_recv((api.send)(own, part, U8, rank as c_int, comm, stream));
+                    send_or_recv((api.recv)(at + (k * part) as u64, part, U8, rank as c_int, comm, stream));
+                }
+            })
         })
     }
 
@@ -436,10 +444,11 @@ impl Communicator {
         })
     }
 
-    /// Bytes of one of `size` equal parts.
-    fn part(&self, what: &str, bytes: usize) -> usize {
-        assert!(bytes.is_multiple_of(self.size()), "{what}: {bytes} bytes for {} ranks", self.size());
-        bytes / self.size()
+    /// Bytes of one of as many equal parts as there are `ranks`, this one among them.
+    fn part(&self, what: &str, bytes: usize, ranks: &[usize]) -> usize {
+        assert!(ranks.contains(&self.rank()), "{what} of the ranks {ranks:?} on rank {}", self.rank());
+        assert!(bytes.is_multiple_of(ranks.len()), "{what}: {bytes} bytes for {} ranks", ranks.len());
+        bytes / ranks.len()
     }
 
     /// Makes a call and waits until its work is in the stream.
@@ -509,6 +518,23 @@ impl Aborter {
     pub fn abort(&self, why: &str) -> bool {
         self.shared.give_up(why)
     }
+}
+
+/// Calls in a group, each of which `calls` hands its code to; the first error of them.
+///
+/// # Safety
+/// `api` is NCCL.
+unsafe fn group(api: &Api, calls: impl FnOnce(&mut dyn FnMut(c_int))) -> c_int {
+    // SAFETY: takes nothing.
+    let started = unsafe { (api.group_start)() };
+    if started != SUCCESS {
+        return started;
+    }
+    let mut first = SUCCESS;
+    calls(&mut |code| first = if is_error(first) { first } else { code });
+    // SAFETY: takes nothing. Also after an error, since the group would stay open.
+    let ended = unsafe { (api.group_end)() };
+    if is_error(first) { first } else { ended }
 }
 
 fn is_error(code: c_int) -> bool {

@@ -50,6 +50,9 @@ pub const MMA_128: Blocks = Blocks { slots: [108, 128, 2 * 132], step: tile_mma:
 /// fourth, but not registers.
 pub const MMA_64: Blocks = Blocks { slots: [3 * 108, 128, 3 * 132], step: tile_mma::BK as usize, join: 192 };
 
+/// The same of channels that 8 does not divide, whose operands are gathered element by element: two, one and two.
+pub const MMA_64_ANY: Blocks = Blocks { slots: [2 * 108, 128, 2 * 132], ..MMA_64 };
+
 /// Waves of blocks, at most, into which split-K cuts a product. In four waves 3,072 blocks on FMAs keep all three GPUs
 /// busy (0.95, 1.00 and 0.97 of their time). Their partial sums are 48 MiB.
 const WAVES: usize = 4;
@@ -137,13 +140,13 @@ impl SplitK {
 
     /// The same for a product whose blocks are launched before others that take as many products of two numbers in all:
     /// the gradient of a weight, before that of its input. The others fill the waves, so that few segments do, and with
-    /// them few partial sums, as long as a segment ends well before the launch: after three quarters of what each
+    /// them few partial sums, as long as a segment ends well before the launch: after seven eighths of what each
     /// multiprocessor of the largest GPU has to do, if it has as many blocks at a time as it holds.
     pub fn beside_as_many(blocks: Blocks, tiles: usize, depth: usize) -> Self {
         let [.., multiprocessors] = MULTIPROCESSORS;
         let [.., slots] = blocks.slots;
         let of_launch = 2 * tiles * depth / multiprocessors;
-        let longest = (3 * of_launch / (4 * slots / multiprocessors)).max(2 * blocks.join);
+        let longest = (7 * of_launch / (8 * slots / multiprocessors)).max(2 * blocks.join);
         let segment = depth.div_ceil(depth.div_ceil(longest).max(1)).next_multiple_of(blocks.step);
         SplitK { segment, count: depth.div_ceil(segment).max(1) }
     }
@@ -194,7 +197,11 @@ impl Job {
 
     /// On tensor cores, by a kernel with tiles of 128x128 or 64x64. `more`: bytes of shared memory beside its ring.
     pub fn on_mma(kernel: &'static Kernel, more: usize, rows: usize, cols: usize, depth: usize) -> Self {
-        let blocks = if kernel.tile == Some((128, 128)) { MMA_128 } else { MMA_64 };
+        let blocks = match kernel.tile {
+            Some((128, 128)) => MMA_128,
+            _ if kernel.name.contains("_any") => MMA_64_ANY,
+            _ => MMA_64,
+        };
         let tiles = tiles(kernel, rows, cols);
         Job { kernel, shared: shared(kernel) + more, blocks, rows, cols, depth, tiles, sums: true }
     }
@@ -257,8 +264,8 @@ impl Job {
     }
 }
 
-/// The launches for the gradient of a weight and for that of its input, on tensor cores, by the sides of their tiles, 64
-/// or 128, if they are wanted: one for both, unless those of the input's gradient are larger, for which there is no
+/// The launches for the gradient of a weight and for that of its input, on tensor cores, by the sides of their tiles,
+/// 64 or 128, if they are wanted: one for both, unless those of the input's gradient are larger, for which there is no
 /// kernel.
 pub fn backward_launches(dw: Option<usize>, dx: Option<usize>) -> Vec<[Option<usize>; 2]> {
     match (dw, dx) {
@@ -268,8 +275,8 @@ pub fn backward_launches(dw: Option<usize>, dx: Option<usize>) -> Vec<[Option<us
     }
 }
 
-/// The kernel of such a launch: of those with tiles of 128x128 for both, of 64x64 for the input's gradient, and of 64x64
-/// for both.
+/// The kernel of such a launch: of those with tiles of 128x128 for both, of 64x64 for the input's gradient, and of
+/// 64x64 for both.
 pub fn backward_kernel([dw, dx]: [Option<usize>; 2], kernels: [&'static Kernel; 3]) -> &'static Kernel {
     let [large, mixed, small] = kernels;
     match (dw.or(dx), dx.or(dw)) {
@@ -313,9 +320,9 @@ impl Segments {
         Segments { segment, count: slabs.div_ceil(segment).max(1) }
     }
 
-    /// How many blocks share a tile: one for each segment if `tiles` tiles alone leave multiprocessors idle. From [`MANY`]
-    /// on, each has a block or nearly, whose four warps keep it busy, and sums that are stored, read and added up by a
-    /// launch more would take longer than they save.
+    /// How many blocks share a tile: one for each segment if `tiles` tiles alone leave multiprocessors idle. From
+    /// [`MANY`] on, each has a block or nearly, whose four warps keep it busy, and sums that are stored, read and added
+    /// up by a launch more would take longer than they save.
     pub fn blocks(&self, tiles: usize) -> usize {
         if tiles < MANY { self.count } else { 1 }
     }
