@@ -25,9 +25,9 @@ fuzz_target!(init: offer(seeds), |bytes: &[u8]| {
         Err(error) => assert_sentence(&error),
     }
     file(&format!("restored/{STATE}"), bytes);
-    let (mut step, mut weights, mut ema, mut m, mut v) = (0, params(), params(), moments(), moments());
-    let (m, v) = (&mut m, &mut v);
-    let state = StateMut { step: &mut step, params: &mut weights, ema: &mut ema, m, v, importance: None, curve: None };
+    let (mut step, mut params, mut ema, mut m, mut v) = (0, params(), moments(), moments(), moments());
+    let (step, params, ema, m, v) = (&mut step, &mut params, &mut ema, &mut m, &mut v);
+    let state = StateMut { step, params, shard: 0..specs.flat_len(), ema, m, v, importance: None, curve: None };
     let folder = ddpm_cuda_fuzz::scratch().join("restored");
     match checkpoint::restore(&folder, state) {
         Ok(()) => panic!("one file is both weights and state"),

@@ -132,7 +132,7 @@ pub fn checkpoint() -> PathBuf {
     let state = ddpm_cuda::checkpoint::State {
         step: 7,
         params: &params,
-        ema: &ema,
+        ema: ema.flat(),
         m: &m,
         v: &v,
         data: None,
