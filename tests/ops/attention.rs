@@ -440,8 +440,7 @@ fn bugs_planted_in_tensor_core_kernels_are_noticed() {
         (0..barriers).for_each(|n| plant::notices_lost_barrier(test, &entry, n));
         plant::notices_lost_block(test, &entry);
     }
-    // In fwd of smaller heads the last wait is for the weight of the layer that it goes on with, of which one slab is
-    // under way at most.
+    // In fwd of smaller heads the last wait of the text is for the weight of the layer that it goes on with.
     for (test, entry) in [
         ("attention::the_gpu_agrees_with_the_reference_in_bf16", "attention_fwd_mma_d512_small"),
         (test, "attention_bwd_q_mma_d32_large"),
