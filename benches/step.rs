@@ -3,8 +3,9 @@
 //!
 //! `small` has 1.62 M parameters at 32x32x1, batch 16: widths 32,64,64, two blocks per level, attention at 16.
 //! `cifar10` is the preset at batch 4. For GFLOP/s, multiply images per second (elem/s) by the GFLOP per image, printed
-//! first. `DDPM_BENCH_DEVICE=cuda` measures a GPU, `DDPM_BENCH_PRECISION=bf16` in bf16. A sample of training is many
-//! steps, which the GPU may fall behind, and the wait for the last of them.
+//! first. `DDPM_BENCH_DEVICE=cuda` measures a GPU, `cifar10` at batch 128, `DDPM_BENCH_PRECISION=bf16` in bf16. A
+//! sample of training is many steps, each a graph, which the GPU may fall behind, and the wait for the last of them:
+//! the time between two events there would be the same but for that of the first launch.
 
 mod support;
 
@@ -14,6 +15,7 @@ use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use ddpm_cuda::conditioning::Conditioning;
 use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::data::{Data, Dataset, Extent};
+use ddpm_cuda::device::{Choice, Device};
 use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::{Shape, Tensor};
 use ddpm_cuda::train::Trainer;
@@ -27,7 +29,7 @@ fn networks() -> [(&'static str, Config); 2] {
     small.model.groups = 32;
     small.batch = 16;
     let mut cifar10 = Config::preset(Preset::Cifar10);
-    cifar10.batch = 4;
+    cifar10.batch = if support::choice().0 == Choice::Cpu { 4 } else { support::BATCH };
     [("small", small), ("cifar10", cifar10)]
 }
 
@@ -47,7 +49,8 @@ fn data(config: &Config) -> Data {
 
 fn steps(criterion: &mut Criterion) {
     for (name, config) in networks() {
-        let device = support::device();
+        let (choice, precision) = support::choice();
+        let (device, _) = Device::open(choice, precision).unwrap_or_else(|e| panic!("DDPM_BENCH_DEVICE: {e}"));
         let mut trainer = Trainer::new(&config, data(&config), &device).expect("the settings are valid");
         let m = &config.model;
         let costs = trainer.unet().costs(trainer.params().specs(), m.image_size.h, m.image_size.w);

@@ -21,11 +21,11 @@ fn stems(folder: &Path, ending: &str) -> BTreeSet<String> {
     paths.filter_map(stem).collect()
 }
 
-/// Modules that a file declares outside nested modules, one `mod S;` a line.
+/// Modules that a file declares outside nested modules, one `mod S;` a line, but for those that serve all operations.
 fn modules(file: &Path) -> BTreeSet<String> {
     let text = fs::read_to_string(file).unwrap_or_else(|e| panic!("{}: {e}", file.display()));
     let name = |line: &str| Some(line.trim_start_matches("pub ").strip_prefix("mod ")?.strip_suffix(';')?.to_string());
-    text.lines().filter_map(name).filter(|name| name != "support").collect()
+    text.lines().filter_map(name).filter(|name| name != "support" && name != "group").collect()
 }
 
 /// Describes what `found` lacks and what it has in excess; `None` if it agrees.

@@ -1,4 +1,4 @@
-use criterion::{Criterion, Throughput};
+use criterion::Criterion;
 use ddpm_cuda::device::Precision;
 use ddpm_cuda::meter::Meter;
 use ddpm_cuda::ops::adam::{State, Update, adam};
@@ -7,7 +7,7 @@ use ddpm_cuda::params::{Init, Layout, Params, Specs};
 use ddpm_cuda::tensor::{Shape, Tensor};
 use rayon::prelude::*;
 
-use crate::{device, finish, named};
+use crate::{Group, Work, device, finish};
 
 /// Parameter counts of the `small` network of benches/step.rs and of `cifar10`. For comparison, `memory` is `x += a y`
 /// over as many bytes: the bandwidth of the machine, where the CPU is measured. In bf16 an update also writes the
@@ -24,9 +24,9 @@ pub fn bench(c: &mut Criterion) {
     };
     for len in [1_620_000, 35_746_307] {
         let device = device();
-        let mut group = c.benchmark_group(named(&format!("adam/{len}"), &device));
+        let mut group = Group::new(c, &device, "adam");
         let rounded = if device.precision() == Precision::Bf16 { 2 } else { 0 };
-        group.throughput(Throughput::Bytes((36 + rounded) * len as u64));
+        let work = Work::Bytes((36 + rounded) * len);
         let mut specs = Specs::default();
         specs.add("w".into(), Shape::vector(len), Layout::Vector, Init::Zeros);
         let flat = Shape::vector(specs.flat_len());
@@ -36,22 +36,19 @@ pub fn bench(c: &mut Criterion) {
         let mut meter = Meter::new(&device).unwrap();
         meter.begin();
         grad_norm(&device, &g, 1.0, &mut meter).unwrap();
-        group.bench_function("update", |b| {
-            b.iter(|| {
-                let shard = 0..flat.len();
-                let state = State { w: &mut w, shard, ema: &mut ema, m: &mut m, v: &mut v, g: &g };
-                adam(&device, state, &update, &mut meter).unwrap();
-                finish(&device);
-            });
+        group.case(&format!("{len}/update"), work, || {
+            let shard = 0..flat.len();
+            let state = State { w: &mut w, shard, ema: &mut ema, m: &mut m, v: &mut v, g: &g };
+            adam(&device, state, &update, &mut meter).unwrap();
+            finish(&device);
         });
         if !device.is_gpu() {
             // 12 bytes an element, so three passes move as much as one update.
-            group.bench_function("memory", |b| {
-                let [mut x, mut y] = [start.clone(), start.clone()];
-                b.iter(|| [&mut x[..], &mut y, m.data_mut()].into_iter().for_each(|x| axpy(x, g.data())));
+            let [mut x, mut y] = [start.clone(), start.clone()];
+            group.case(&format!("{len}/memory"), work, || {
+                [&mut x[..], &mut y, m.data_mut()].into_iter().for_each(|x| axpy(x, g.data()));
             });
         }
-        group.finish();
     }
 }
 

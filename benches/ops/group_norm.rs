@@ -3,7 +3,7 @@ use ddpm_cuda::ops::group_norm::{Activation, group_norm};
 use ddpm_cuda::tape::Tape;
 use ddpm_cuda::tensor::Shape;
 
-use crate::{Case, Work};
+use crate::{Case, Pass, batched};
 
 /// Sizes from the networks at 32 x 32, a single image, and one image larger than any cache.
 pub fn bench(c: &mut Criterion) {
@@ -16,11 +16,12 @@ pub fn bench(c: &mut Criterion) {
         Shape::new(1, 32, 32, 128),
         Shape::new(1, 256, 256, 128),
     ];
-    for shape in shapes {
+    for shape in shapes.map(batched) {
         for activation in [Activation::Identity, Activation::Silu] {
             let params = [Shape::vector(shape.c); 2];
             let op = |tape: &mut Tape<'_>, x: &[_], p: &[_]| group_norm(tape, &x[0], p[0], p[1], 32, 1e-6, activation);
-            let (case, work) = (format!("{shape}-{activation:?}"), Work::Moved([2 * shape.len(), 3 * shape.len()]));
+            let (case, work) =
+                (format!("{shape}-{activation:?}"), [2, 3].map(|tensors| Pass::Moved(tensors * shape.len())));
             Case { stem: "group_norm", case, inputs: &[shape], params: &params, work, op }.run(c);
         }
     }

@@ -2,8 +2,15 @@
 //!
 //! Memory-bound operations report bytes per second, counting the least traffic that their header in `src/ops` states.
 //! Others report FLOP per second, or elements per second where drawing noise dominates. Forward and backward run
-//! through the public function and the tape, on a warm pool. With `DDPM_BENCH_DEVICE=cuda` they run on a GPU, in bf16
-//! with `DDPM_BENCH_PRECISION=bf16`, and the clock stops when it has finished; on the emulator times mean nothing.
+//! through the public function and the tape, on a warm pool.
+//!
+//! `DDPM_BENCH_DEVICE=cuda` measures a GPU by events, `DDPM_BENCH_PRECISION=bf16` in bf16: the layers of `cifar10` at
+//! batch 128, their inputs in memory and not in the L2 cache. On the emulator the same cases are counted:
+//!
+//! ```sh
+//! CUDA_EMU_BLOCKS=16 CUDA_EMU_CHECKS=fast CUDA_EMU_MEMORY=1T DDPM_CUDA_DRIVER=target/release/libcuda_emu.so \
+//!     DDPM_BENCH_DEVICE=cuda DDPM_BENCH_PRECISION=bf16 cargo bench --bench ops -- conv2d
+//! ```
 
 mod adam;
 mod add;
@@ -15,6 +22,8 @@ mod cross_entropy;
 mod dropout;
 mod embedding;
 mod grad_norm;
+#[path = "../support/group.rs"]
+mod group;
 mod group_norm;
 mod linear;
 mod loss;
@@ -30,13 +39,14 @@ mod upsample;
 
 use std::time::Duration;
 
-use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::error::Result;
 use ddpm_cuda::params::{Init, Layout, Param, ParamGrads, Params, Specs};
 use ddpm_cuda::tape::{Tape, Var};
 use ddpm_cuda::tensor::{Shape, Tensor};
-use support::{device, finish, named};
+use group::{Group, Work, batched, device};
+use support::finish;
 
 /// An operation with the shapes of its inputs and parameters.
 struct Case<'a, F> {
@@ -46,8 +56,8 @@ struct Case<'a, F> {
     case: String,
     inputs: &'a [Shape],
     params: &'a [Shape],
-    /// Work of the forward and of the backward pass.
-    work: Work,
+    /// The forward and the backward pass.
+    work: [Pass; 2],
     op: F,
 }
 
@@ -66,53 +76,43 @@ impl<F: Fn(&mut Tape<'_>, &[Var], &[Param]) -> Result<Var>> Case<'_, F> {
         let mut grads = ParamGrads::new(device, params.specs()).unwrap();
         let inputs: Vec<Tensor> = self.inputs.iter().map(|&shape| numbers(device, shape)).collect();
 
-        let mut group = c.benchmark_group(named(self.stem, device));
-        let [forward, backward] = self.work.on(device);
-        group.throughput(forward).bench_function(BenchmarkId::new("forward", &self.case), |b| {
-            b.iter(|| {
-                let mut tape = Tape::inference(device, &params);
-                let x: Vec<Var> = inputs.iter().map(|x| tape.leaf(x.clone())).collect();
-                let y = (self.op)(&mut tape, &x, &handles).expect("a valid case");
-                finish(device);
-                y
-            });
+        let mut group = Group::new(c, device, self.stem);
+        group.case(&format!("forward/{}", self.case), self.work[0].on(device), || {
+            let mut tape = Tape::inference(device, &params);
+            let x: Vec<Var> = inputs.iter().map(|x| tape.leaf(x.clone())).collect();
+            let y = (self.op)(&mut tape, &x, &handles).expect("a valid case");
+            finish(device);
+            y
         });
-        group.throughput(backward).bench_function(BenchmarkId::new("backward", &self.case), |b| {
-            let record = || {
-                let mut tape = Tape::recording(device, &params);
-                let x: Vec<Var> = inputs.iter().map(|x| tape.leaf(x.clone())).collect();
-                let y = (self.op)(&mut tape, &x, &handles).expect("a valid case");
-                let dy = numbers(device, y.shape());
-                finish(device);
-                (tape, y, dy)
-            };
-            let run = |(tape, y, dy): (Tape<'_>, Var, Tensor)| {
-                tape.backward(&y, dy, &mut grads).map(drop).expect("a valid case");
-                finish(device);
-            };
-            b.iter_batched(record, run, BatchSize::PerIteration);
+        let record = || {
+            let mut tape = Tape::recording(device, &params);
+            let x: Vec<Var> = inputs.iter().map(|x| tape.leaf(x.clone())).collect();
+            let y = (self.op)(&mut tape, &x, &handles).expect("a valid case");
+            let dy = numbers(device, y.shape());
+            finish(device);
+            (tape, y, dy)
+        };
+        group.case_after(&format!("backward/{}", self.case), self.work[1].on(device), record, |(tape, y, dy)| {
+            tape.backward(&y, dy, &mut grads).map(drop).expect("a valid case");
+            finish(device);
         });
-        group.finish();
     }
 }
 
-/// What the forward and the backward pass do.
+/// What a pass does.
 #[derive(Clone, Copy)]
-enum Work {
-    /// Activations and gradients of activations that are moved, for bytes per second.
-    Moved([usize; 2]),
-    /// FLOP; criterion prints FLOP per second as elements per second.
-    Flops([usize; 2]),
+enum Pass {
+    /// Activations and gradients of activations that are moved.
+    Moved(usize),
+    /// FLOP.
+    Flops(usize),
 }
 
-impl Work {
-    /// As criterion counts it.
-    fn on(self, device: &Device) -> [Throughput; 2] {
+impl Pass {
+    fn on(self, device: &Device) -> Work {
         match self {
-            Work::Moved(numbers) => {
-                numbers.map(|count| Throughput::Bytes((count * device.activations().size()) as u64))
-            }
-            Work::Flops(count) => count.map(|count| Throughput::Elements(count as u64)),
+            Pass::Moved(numbers) => Work::Bytes(numbers * device.activations().size()),
+            Pass::Flops(count) => Work::Flops(count),
         }
     }
 }

@@ -1,22 +1,19 @@
-use criterion::{BenchmarkId, Criterion, Throughput};
+use criterion::Criterion;
 use ddpm_cuda::ops::time_embedding::{Sinusoid, time_embedding};
 use ddpm_cuda::tensor::{Shape, Tensor};
 
-use crate::{device, finish, named};
+use crate::support::BATCH;
+use crate::{Group, Work, device, finish};
 
 /// Has no gradient: a forward pass only, measured in sines and cosines per second.
 pub fn bench(c: &mut Criterion) {
     let device = device();
-    let (n, dim) = (16, 128);
+    let (n, dim) = (if device.is_gpu() { BATCH } else { 16 }, 128);
     let t = Tensor::full(&device, Shape::new(n, 1, 1, 1), 500.0).unwrap();
-    let mut group = c.benchmark_group(named("time_embedding", &device));
-    group.throughput(Throughput::Elements((n * dim) as u64));
-    group.bench_function(BenchmarkId::new("forward", "16x128"), |b| {
-        b.iter(|| {
-            let y = time_embedding(&device, &t, dim, Sinusoid::default()).unwrap();
-            finish(&device);
-            y
-        });
+    let mut group = Group::new(c, &device, "time_embedding");
+    group.case(&format!("forward/{n}x{dim}"), Work::Elements(n * dim), || {
+        let y = time_embedding(&device, &t, dim, Sinusoid::default()).unwrap();
+        finish(&device);
+        y
     });
-    group.finish();
 }

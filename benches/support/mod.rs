@@ -6,14 +6,13 @@ use std::str::FromStr;
 
 use ddpm_cuda::device::{Choice, Device, Precision};
 
-/// The device to measure: the CPU, or what `DDPM_BENCH_DEVICE` names as `--device` does, in f32 or the precision that
+/// Images of a step on a GPU.
+pub const BATCH: usize = 128;
+
+/// What to measure: the CPU, or what `DDPM_BENCH_DEVICE` names as `--device` does, in f32 or the precision that
 /// `DDPM_BENCH_PRECISION` names as `--precision` does.
-pub fn device() -> Device {
-    let choice = setting("DDPM_BENCH_DEVICE", Choice::Cpu);
-    let precision = setting("DDPM_BENCH_PRECISION", Precision::F32);
-    let (device, note) = Device::open(choice, precision).unwrap_or_else(|e| panic!("DDPM_BENCH_DEVICE: {e}"));
-    note.iter().for_each(|note| eprintln!("{note}"));
-    device
+pub fn choice() -> (Choice, Precision) {
+    (setting("DDPM_BENCH_DEVICE", Choice::Cpu), setting("DDPM_BENCH_PRECISION", Precision::F32))
 }
 
 /// The value of a variable, or `default` where it is not set.
