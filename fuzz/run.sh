@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")"
 seconds=${1:-20}
 targets=("${@:2}")
-[ ${#targets[@]} -gt 0 ] || targets=(npy npz idx png_folder jpeg_folder images zip_images tar_images ddpm cifar
-    cifar_python safetensors torch config_json config_toml run_folder rank_messages)
+[ ${#targets[@]} -gt 0 ] || targets=(npy npz idx png_folder jpeg_folder images zip_images tar_images parquet_images
+    ddpm cifar cifar_python safetensors torch config_json config_toml run_folder rank_messages)
 
 # Coverage as cargo-fuzz asks for it without a sanitizer. With --target the flags are not for build scripts.
 host=$(rustc -vV | sed -n 's/^host: //p')

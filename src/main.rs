@@ -10,6 +10,7 @@ use ddpm_cuda::commands::{
     train, train_classifier, watch,
 };
 use ddpm_cuda::config;
+use ddpm_cuda::data::panics_are_caught;
 use ddpm_cuda::error::Error;
 
 /// Denoising diffusion probabilistic models: train on a folder of images, draw new ones.
@@ -98,6 +99,13 @@ fn run() -> Result<ExitCode, Error> {
 }
 
 fn main() -> ExitCode {
+    // What is caught becomes a sentence of its own.
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        if !panics_are_caught() {
+            report(panic);
+        }
+    }));
     match run() {
         Ok(code) => code,
         Err(error) => {

@@ -1227,7 +1227,7 @@ fn the_arguments_of_sample_reach_the_sampler() {
         ok(command.arg("--out").arg(&out));
         let mut arrays = ddpm_cuda::data::npy::parse_npz(&fs::read(&out).unwrap()).unwrap();
         assert_eq!(arrays.pop().unwrap().1.to_i64().unwrap(), labels.map(i64::from), "{arguments}: labels");
-        let got = arrays.pop().unwrap().1.into_u8().unwrap();
+        let got = arrays.pop().unwrap().1.into_u8().unwrap().to_vec();
         let sampler = Sampler::new(&schedule, method, spacing, 5).unwrap();
         let drawing = Drawing { device: &device, unet: &unet, params: &model.params, sampler: &sampler, seed };
         assert!(got == drawing.images(0..2, Some(&labels), |_| Ok(())).unwrap(), "{arguments}: other images");
@@ -1577,7 +1577,7 @@ fn limits_of_a_scheduler_are_obeyed_by_sample() {
 /// The bytes of `arr_0`.
 fn pixels_of(npz: &Path) -> Vec<u8> {
     let mut arrays = ddpm_cuda::data::npy::parse_npz(&fs::read(npz).unwrap()).unwrap();
-    arrays.swap_remove(0).1.into_u8().unwrap()
+    arrays.swap_remove(0).1.into_u8().unwrap().to_vec()
 }
 
 /// A drawing that is killed between two batches goes on with --resume, with the bits of one that was not; nothing has
@@ -1667,6 +1667,29 @@ fn encoded_images_come_back() {
     // The cosine schedule's last timestep is far above the others.
     let said = of(encode);
     assert!(said.contains("to timestep 49, leads from noise sigma") && said.contains("may not settle"), "{said}");
+
+    // Of several files a broken one may be left out, here and where a part is painted anew.
+    let folder = at("several");
+    fs::create_dir(&folder).unwrap();
+    for (name, light) in [("a.png", 90), ("b.png", 160), ("c.png", 30)] {
+        image::GrayImage::from_pixel(28, 28, image::Luma([light])).save(folder.join(name)).unwrap();
+    }
+    image::GrayImage::from_pixel(28, 28, image::Luma([255])).save(at("mask.png")).unwrap();
+    let whole = fs::read(folder.join("b.png")).unwrap();
+    fs::write(folder.join("b.png"), &whole[..whole.len() / 2]).unwrap();
+    let encode = "encode --images several --steps 5 --spacing leading --out several.npy";
+    let inpaint = "inpaint --images several --mask mask.png --steps 2 --jump 1 --resample 1 --out painted.npz";
+    for (command, said_at_the_end) in [(encode, "2 images in 5 steps"), (inpaint, "2 images, ")] {
+        let mut without = ddpm();
+        without.args(command.split(' ')).args(["--device", "cpu", "--model"]).arg(&run).current_dir(at(""));
+        let refused = fails(&mut without, 1);
+        assert!(refused.contains("b.png: is not a whole image"), "{refused}");
+        let said = of(&format!("{command} --on-bad-image skip"));
+        assert!(said.contains("1 image cannot be used and is left out: b.png ("), "{said}");
+        assert!(said.contains(said_at_the_end), "{said}");
+    }
+    let array = ddpm_cuda::data::npy::read(&at("several.npy")).unwrap();
+    assert_eq!(array.shape, [2, 1, 28, 28]);
 }
 
 /// Fig. 6 to 9 of the paper, and painting.

@@ -54,6 +54,19 @@ fn a_png_with_a_filter_that_does_not_exist_is_refused_without_a_period() {
     assert!(said.contains("73"), "{said}");
 }
 
+/// The library would make room for them before it finds that they are not there.
+#[test]
+fn a_table_whose_schema_claims_two_billion_columns_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.parquet");
+    // Version 1; a schema of one group by the name of x with 2^31 - 1 children; no rows in no groups.
+    let metadata = b"\x15\x02\x19\x1c\x48\x01x\x15\xfe\xff\xff\xff\x0f\x00\x16\x00\x19\x0c\x00";
+    let table = [b"PAR1", &metadata[..], &(metadata.len() as u32).to_le_bytes(), b"PAR1"].concat();
+    fs::write(&path, table).unwrap();
+    let said = refusal(&path);
+    assert!(said.contains("its metadata do not hold together"), "{said}");
+}
+
 #[test]
 fn a_jpeg_without_components_is_refused_without_a_period() {
     let frame = b"\xff\xd8\xff\xc0\x00\x08\x08\x00\x02\x00\x02\x00\xff\xda\x00\x06\x00\x00\x3f\x00\xff\xd9";

@@ -175,6 +175,46 @@ fn a_models_samples_and_copies_are_measured() {
     }
 }
 
+/// What cannot be read of the data and of the samples changes no figure of the others.
+#[test]
+fn broken_files_are_left_out_if_that_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let write = |name: String, seed: u64| {
+        let path = at(&name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        let (_, bytes, _) = images(seed, 1);
+        image::GrayImage::from_raw(4, 4, bytes).unwrap().save(path).unwrap();
+    };
+    for k in 0..40 {
+        write(format!("data/{}/{k:02}.png", k % 2), k);
+    }
+    (0..8).for_each(|k| write(format!("samples/{k}.png"), 100 + k));
+    let measure = |json: &str, more: &[&str]| {
+        let mut command = quality(&at("data"));
+        command.arg("--samples").arg(at("samples")).arg("--cache").arg(at("cache")).arg("--json").arg(at(json));
+        command.args(more);
+        command
+    };
+    ok(&mut measure("whole.json", &[]));
+    for name in ["data/1/broken.png", "samples/broken.png"] {
+        fs::write(at(name), &fs::read(at("samples/0.png")).unwrap()[..40]).unwrap();
+        let refused = fails(&mut measure("refused.json", &[]), 1);
+        assert!(refused.contains("broken.png: is not a whole image"), "{refused}");
+        fs::rename(at(name), at(&name.replace('/', "_"))).unwrap();
+    }
+    for name in ["data/1/broken.png", "samples/broken.png"] {
+        fs::rename(at(&name.replace('/', "_")), at(name)).unwrap();
+    }
+    let said = ok(&mut measure("skipped.json", &["--on-bad-image", "skip"]));
+    assert!(said.contains("1 image cannot be used and is left out: broken.png ("), "{said}");
+    assert!(said.contains("1 image cannot be used and is left out: 1/broken.png ("), "{said}");
+    assert_eq!(read_json(&at("skipped.json")), read_json(&at("whole.json")));
+    // Features follow the files, of which none may be missing then.
+    let out = measure("own.json", &["--on-bad-image", "skip", "--features", "own.npz"]).output().unwrap();
+    assert_eq!(out.status.code(), Some(2), "{}", String::from_utf8_lossy(&out.stderr));
+}
+
 #[test]
 fn features_and_statistics_of_ones_own() {
     let folder = tempfile::tempdir().unwrap();

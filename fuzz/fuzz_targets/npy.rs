@@ -8,7 +8,7 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(init: offer(seeds), |bytes: &[u8]| {
     read_data(&file("images.npy", bytes));
-    match Array::parse("the file", bytes) {
+    match Array::parse("the file", bytes.to_vec()) {
         Err(message) => assert_sentence(&message),
         Ok(array) => {
             let count: usize = array.shape.iter().product();

@@ -22,8 +22,8 @@ use ddpm_cuda::unet::UNet;
 
 pub use bundle::{bundle, parts};
 pub use memory::LARGEST;
-pub use mutate::{ddpms, jpegs, messages, pngs, safetensors, tars, zips};
-pub use seeds::{Seeds, encoded, idx, jpeg, npy, npz, offer, png, tar};
+pub use mutate::{ddpms, jpegs, messages, pngs, safetensors, tables, tars, zips};
+pub use seeds::{Seeds, Table, encoded, idx, jpeg, npy, npz, offer, png, table, tar};
 
 /// The folder of this process, on a file system in memory if there is one.
 pub fn scratch() -> &'static Path {
@@ -79,8 +79,8 @@ pub fn read_data(path: &Path) {
     (fitted.model.image_size, fitted.model.channels, fitted.model.classes) = (Size { h: 4, w: 6 }, 3, 10);
     let fitted = load(&mut fitted);
     if let (None, Some(data)) = (&read, &fitted) {
-        // Only images of several sizes, in a folder or an archive, have none of their own.
-        let archive = path.extension().is_some_and(|ending| ending == "zip" || ending == "tar");
+        // Only images of several sizes, in a folder, an archive or a table, have none of their own.
+        let archive = path.extension().is_some_and(|ending| ["zip", "tar", "parquet"].iter().any(|of| ending == *of));
         assert!(path.is_dir() || archive, "{} images, which could not be read as they are", data.train.len());
     }
 }

@@ -161,6 +161,29 @@ pub fn safetensors(data: &mut [u8], size: usize, most: usize, seed: u32) -> usiz
     replace(data, size, most, new)
 }
 
+/// Parquet tables: the metadata at the end, with its length written anew, or the pages before it, whose length stays,
+/// since the metadata says where each of them is.
+pub fn tables(data: &mut [u8], size: usize, most: usize, seed: u32) -> usize {
+    let new = if seed % 8 == 0 { None } else { through_table(&data[..size], seed % 8 < 4) };
+    replace(data, size, most, new)
+}
+
+fn through_table(table: &[u8], metadata: bool) -> Option<Vec<u8>> {
+    let (body, tail) = table.split_at_checked(table.len().checked_sub(8)?)?;
+    let length = u32::from_le_bytes(tail[..4].try_into().ok()?) as usize;
+    let (pages, old) = body.split_at_checked(body.len().checked_sub(length)?)?;
+    let (mut pages, mut new) = (pages.to_vec(), old.to_vec());
+    if metadata {
+        new = mutated(old);
+    } else {
+        let length = pages.len();
+        pages = mutated(&pages);
+        pages.resize(length, 0);
+    }
+    let length = (new.len() as u32).to_le_bytes();
+    Some([&pages[..], &new, &length, &tail[4..]].concat())
+}
+
 /// Tar archives: with the checksums of the headers written anew.
 pub fn tars(data: &mut [u8], size: usize, most: usize, seed: u32) -> usize {
     let size = fuzzer_mutate(data, size, most);

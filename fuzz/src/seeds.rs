@@ -1,8 +1,15 @@
 //! Inputs to start from, made by code instead of kept as files, and writers of the formats for them.
 
 use std::io::{Cursor, Write};
+use std::sync::Arc;
 
 use image::{DynamicImage, ImageFormat};
+use parquet::basic::{Compression, Repetition, Type as Physical};
+use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
+use parquet::file::metadata::KeyValue;
+use parquet::file::properties::{WriterProperties, WriterVersion};
+use parquet::file::writer::SerializedFileWriter;
+use parquet::schema::types::Type;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
@@ -107,4 +114,63 @@ pub fn jpeg(width: u32, height: u32, grey: bool) -> Vec<u8> {
     let mut bytes = Cursor::new(Vec::new());
     image.write_to(&mut bytes, ImageFormat::Jpeg).expect("in memory");
     bytes.into_inner()
+}
+
+/// What a Parquet table holds, and how it is written.
+pub struct Table {
+    /// Files of images; `None` is a cell without one.
+    pub images: Vec<Option<Vec<u8>>>,
+    /// A class for each, if there is a column of them.
+    pub labels: Option<Vec<i64>>,
+    /// How pages are compressed.
+    pub compression: Compression,
+    /// True if equal cells are stored once.
+    pub dictionary: bool,
+    /// True for data pages of the format's second version.
+    pub second_version: bool,
+}
+
+impl Default for Table {
+    /// Without rows, written in the plainest way.
+    fn default() -> Self {
+        let compression = Compression::UNCOMPRESSED;
+        Table { images: Vec::new(), labels: None, compression, dictionary: false, second_version: false }
+    }
+}
+
+/// A Parquet table as `datasets` writes it, with one group of rows: image {bytes, path}, label, and the names of the
+/// classes.
+pub fn table(table: &Table) -> Vec<u8> {
+    let Table { images, labels, compression, dictionary, second_version } = table;
+    let node = |node: parquet::errors::Result<Type>| Arc::new(node.expect("a sound schema"));
+    let leaf =
+        |name, kind| node(Type::primitive_type_builder(name, kind).with_repetition(Repetition::OPTIONAL).build());
+    let cells = vec![leaf("bytes", Physical::BYTE_ARRAY), leaf("path", Physical::BYTE_ARRAY)];
+    let image = Type::group_type_builder("image").with_repetition(Repetition::OPTIONAL).with_fields(cells);
+    let mut fields = vec![node(image.build())];
+    fields.extend(labels.as_ref().map(|_| leaf("label", Physical::INT64)));
+    let schema = node(Type::group_type_builder("schema").with_fields(fields).build());
+    let names = r#"{"info": {"features": {"label": {"names": ["a", "b", "c"]}}}}"#;
+    let version = if *second_version { WriterVersion::PARQUET_2_0 } else { WriterVersion::PARQUET_1_0 };
+    let properties = WriterProperties::builder()
+        .set_compression(*compression)
+        .set_dictionary_enabled(*dictionary)
+        .set_writer_version(version)
+        .set_key_value_metadata(Some(vec![KeyValue::new("huggingface".into(), names.to_string())]));
+    let mut writer = SerializedFileWriter::new(Vec::new(), schema, Arc::new(properties.build())).expect("in memory");
+    let mut rows = writer.next_row_group().expect("in memory");
+    let bytes: Vec<ByteArray> = images.iter().flatten().map(|bytes| bytes.clone().into()).collect();
+    let there: Vec<i16> = images.iter().map(|image| if image.is_some() { 2 } else { 1 }).collect();
+    for (cells, levels) in [(&bytes[..], &there), (&[], &vec![1; images.len()])] {
+        let mut column = rows.next_column().expect("in memory").expect("two columns at least");
+        column.typed::<ByteArrayType>().write_batch(cells, Some(levels), None).expect("in memory");
+        column.close().expect("in memory");
+    }
+    if let Some(labels) = labels {
+        let mut column = rows.next_column().expect("in memory").expect("a column of labels");
+        column.typed::<Int64Type>().write_batch(labels, Some(&vec![1; labels.len()]), None).expect("in memory");
+        column.close().expect("in memory");
+    }
+    rows.close().expect("in memory");
+    writer.into_inner().expect("in memory")
 }

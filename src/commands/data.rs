@@ -57,7 +57,7 @@ pub fn run(args: &Args) -> Result<()> {
     for (key, value) in settings.into_iter().filter_map(|(key, value)| Some((key, value?))) {
         config.set(key, value).map_err(|e| Error::Usage(format!("--{}: {e}", key.replace('_', "-"))))?;
     }
-    let source = Source::open(&config)?;
+    let source = Source::open_for(&config, &args.out)?;
     let mut terminal = Terminal::default();
     let converted = data::convert(source, &config, &args.out, &mut terminal);
     terminal.bar.finish_and_clear();

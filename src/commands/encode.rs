@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use super::opened::{Grid, Opened, bar, scaled};
-use super::{Of, On};
+use super::{Of, On, choice};
+use crate::config::OnBadImage;
 use crate::diffusion::Method;
 use crate::diffusion::Sampler;
 use crate::diffusion::sampler::inversion;
@@ -27,6 +28,9 @@ pub struct Args {
     /// Images, read like --data of train
     #[arg(long, value_name = "FOLDER|FILE|mnist")]
     pub images: PathBuf,
+    /// An image that cannot be used is an error (stop) or is left out and named (skip) [default: as the model's run]
+    #[arg(long, value_name = "WHAT", value_parser = choice::<OnBadImage>())]
+    pub on_bad_image: Option<OnBadImage>,
     /// `--steps` and `--spacing`
     #[command(flatten)]
     pub grid: Grid,
@@ -64,7 +68,7 @@ pub fn run(args: &Args) -> Result<()> {
             last.level
         );
     }
-    let (bytes, labels) = opened.images(&args.images, args.class.as_deref())?;
+    let (bytes, labels) = opened.images(&args.images, args.class.as_deref(), args.on_bad_image)?;
     let image = opened.shape(1).len();
     let count = bytes.len() / image;
     let (device, unet, params) = (&opened.device, &opened.unet, &opened.model.params);

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use super::opened::{Grid, Opened, bar, scaled, still};
-use super::{Of, On};
+use super::{Of, On, choice};
+use crate::config::OnBadImage;
 use crate::data;
 use crate::error::{Error, Result};
 use crate::output::{self, Target};
@@ -21,6 +22,9 @@ pub struct Args {
     /// Images, read like --data of train
     #[arg(long, value_name = "FOLDER|FILE|mnist")]
     pub images: PathBuf,
+    /// An image that cannot be used is an error (stop) or is left out and named (skip) [default: as the model's run]
+    #[arg(long, value_name = "WHAT", value_parser = choice::<OnBadImage>())]
+    pub on_bad_image: Option<OnBadImage>,
     /// What is painted: white is painted anew, black is kept; of the model's size
     #[arg(long, value_name = "M.png")]
     pub mask: PathBuf,
@@ -65,7 +69,7 @@ pub fn run(args: &Args) -> Result<()> {
     let grey = data::Extent { size: opened.model.config.model.image_size, channels: 1 };
     let mask = data::read_mask(&args.mask, grey)?;
     let mask: Vec<f32> = mask.iter().flat_map(|&new| std::iter::repeat_n(f32::from(u8::from(new)), one.c)).collect();
-    let (mut bytes, mut labels) = opened.images(&args.images, args.class.as_deref())?;
+    let (mut bytes, mut labels) = opened.images(&args.images, args.class.as_deref(), args.on_bad_image)?;
     if let Some(count) = args.count {
         let there = bytes.len() / one.len();
         if count == 0 || count > there {

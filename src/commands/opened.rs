@@ -6,8 +6,8 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Of, On, OnSeveral};
 use crate::checkpoint::{Loaded, Stepping, Threshold};
-use crate::config::Config;
-use crate::data;
+use crate::config::{Config, OnBadImage};
+use crate::data::{self, Data};
 use crate::device::Device;
 use crate::diffusion::sampler::Limit;
 use crate::diffusion::{Method, Sampler, Schedule, Timesteps};
@@ -82,18 +82,21 @@ impl Opened {
     }
 
     /// The bytes of the images at `path`, read like `--data` and fitted to the model, and their classes, if it is
-    /// conditional: `class`, or their own.
-    pub fn images(&self, path: &Path, class: Option<&str>) -> Result<(Vec<u8>, Option<Vec<u32>>)> {
+    /// conditional: `class`, or their own. Of `bad` ones the model's run says what becomes of them if nobody else does.
+    pub fn images(
+        &self,
+        path: &Path,
+        class: Option<&str>,
+        bad: Option<OnBadImage>,
+    ) -> Result<(Vec<u8>, Option<Vec<u32>>)> {
         let class = self.class(class)?;
         let mut config: Config = self.model.config.clone();
         let Some(text) = path.to_str() else { return Err(Error::file(path, "its name is not UTF-8")) };
         (config.data, config.held_out, config.model.classes) = (text.into(), 0.0, 0);
+        config.on_bad_image = bad.unwrap_or(config.on_bad_image);
         let data = data::load(&mut config)?;
         data.train.check_all()?;
-        // Whether they have classes matters to a training.
-        for note in data.notes.iter().filter(|note| !note.contains("classes, not used")) {
-            say!("{note}");
-        }
+        say_notes(&data);
         let images = (0..data.train.len()).flat_map(|i| data.train.image(i)).copied().collect();
         let classes = self.model.config.model.classes;
         let labels = match (class, data.train.labels()) {
@@ -133,6 +136,14 @@ impl Opened {
     pub fn check_pass(&self, images: usize) -> Result<()> {
         let needed = memory_of_forward(&self.device, &self.unet, &self.model.params, self.shape(images))?;
         self.check_memory(images, needed, "this model is too large to draw here")
+    }
+}
+
+/// Says what was done to images that nothing is trained on.
+pub(super) fn say_notes(data: &Data) {
+    // Whether they have classes matters to a training.
+    for note in data.notes.iter().filter(|note| !note.contains("not used: classes = 0")) {
+        say!("{note}");
     }
 }
 

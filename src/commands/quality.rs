@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::opened::{self, Opened};
+use super::opened::{self, Opened, say_notes};
 use super::sampling::{Sampling, Way, drawings};
 use super::several::{Stop, in_order};
 use super::train::Terminal;
-use super::{Of, OnSeveral, say_once};
-use crate::config::{Config, Preset, Size};
+use super::{Of, OnSeveral, choice, say_once};
+use crate::config::{Config, OnBadImage, Preset, Size};
 use crate::data::{self, Data, Dataset, npy};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -43,6 +43,10 @@ pub struct Args {
     /// The data that the model was trained on
     #[arg(long, value_name = "mnist|PATH")]
     pub data: String,
+    /// An image of --data or --samples that cannot be used is an error (stop) or is left out and named (skip)
+    /// [default: as the model's run says, stop for --samples]
+    #[arg(long, value_name = "WHAT", value_parser = choice::<OnBadImage>(), conflicts_with = "features")]
+    pub on_bad_image: Option<OnBadImage>,
     /// Number of samples [default: 2000 of a model, all of --samples]
     #[arg(long, value_name = "N")]
     pub count: Option<usize>,
@@ -89,7 +93,8 @@ reaches. All depend on the number of images; compare figures of the same number 
 
 Features: of a classifier of the data's classes, trained on the training images with fixed settings and seed when it is \
 first needed (a minute for mnist). Its name is in every figure: figures of different classifiers cannot be compared, and \
-none is the FID of the literature, which needs Inception-v3. With --features the features are your own.
+none is the FID of the literature, which needs Inception-v3. With --features the features are your own, in the order of \
+the files, so that no image may be left out.
 
 Samples of other programs, or drawn once for several measurements: give --samples S.npz.";
 
@@ -308,7 +313,10 @@ fn read(args: &Args, path: &Path) -> Result<(Source, Config)> {
     let mut config = Config::preset(Preset::Auto);
     config.data = path.to_string_lossy().into_owned();
     config.held_out = 0.0;
-    let set = data::load(&mut config)?.train;
+    config.on_bad_image = args.on_bad_image.unwrap_or(config.on_bad_image);
+    let samples = data::load(&mut config)?;
+    say_notes(&samples);
+    let set = samples.train;
     set.check_all()?;
     let count = args.count.unwrap_or(set.len());
     if count > set.len() {
@@ -331,6 +339,7 @@ fn load(args: &Args, config: &mut Config, watch: &mut dyn Watch) -> Result<Data>
         usage!("--held-out {} must be a share between 0 (none) and 0.5", config.held_out);
     }
     config.data.clone_from(&args.data);
+    config.on_bad_image = args.on_bad_image.unwrap_or(config.on_bad_image);
     assert!(config.model.image_size != Size::DATA && config.model.channels > 0, "samples have a size");
     let source = data::Source::open(config)?;
     // Labels are looked at only if they are needed.
@@ -347,7 +356,7 @@ fn load(args: &Args, config: &mut Config, watch: &mut dyn Watch) -> Result<Data>
 /// Features from a file, sorted into the three sets.
 fn brought(file: &Path, samples: usize, data: &Data) -> Result<Sets> {
     let bytes = std::fs::read(file).map_err(|e| Error::file(file, format!("cannot be read: {e}")))?;
-    let mut archive = npy::Archive::open(&bytes).map_err(|e| Error::file(file, e))?;
+    let mut archive = npy::Archive::open(bytes).map_err(|e| Error::file(file, e))?;
     let names = archive.names();
     let mut matrix = |name: &str| -> Result<Option<Features>> {
         if !names.iter().any(|n| n == name) {
@@ -400,7 +409,7 @@ fn brought(file: &Path, samples: usize, data: &Data) -> Result<Sets> {
 fn statistics(file: &Path, d: usize) -> Result<Gaussian> {
     let broken = |e: String| Error::file(file, e);
     let bytes = std::fs::read(file).map_err(|e| broken(format!("cannot be read: {e}")))?;
-    let mut archive = npy::Archive::open(&bytes).map_err(broken)?;
+    let mut archive = npy::Archive::open(bytes).map_err(broken)?;
     let names = archive.names();
     if let Some(missing) = ["mu", "sigma"].iter().find(|name| !names.iter().any(|n| n == *name)) {
         return Err(broken(format!("holds no array `{missing}`; its arrays are: {}", names.join(", "))));

@@ -4,6 +4,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::contents::{SMALLER, check_room, free_memory};
 use super::{Extent, Found, Part, contents};
 use crate::config::Size;
 use crate::error::{Error, Result};
@@ -164,6 +165,7 @@ fn read_pickles(source: &Path, files: &[PathBuf], version: &Version) -> Result<P
     for file in files {
         let bytes = contents(file)?;
         let refused = |what: String| Error::file(file, what);
+        check_room("the file takes", bytes.len() as u64, free_memory(), SMALLER).map_err(refused)?;
         let read = pickle::read(&bytes, Reads::Arrays).map_err(refused)?;
         let unfit = |what: &str| refused(format!("holds {what}, so it is no batch of {} or is damaged", version.name));
         let data =
@@ -221,6 +223,7 @@ fn read_batches(source: &Path, files: &[&PathBuf], version: &Version) -> Result<
             );
             return Err(Error::file(file, what));
         }
+        check_room("the file takes", bytes.len() as u64, free_memory(), SMALLER).map_err(|e| Error::file(file, e))?;
         for (index, record) in bytes.chunks_exact(record_len).enumerate() {
             let (own, planes) = record.split_at(version.classes.len());
             if let Some((label, classes)) = own.iter().zip(version.classes).find(|(label, classes)| label >= classes) {

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 use twox_hash::{XxHash3_64, XxHash3_128};
 
 use super::pictures::{Changes, Pictures};
-use super::{Content, Extent, Found, Labels, NoLabels, Part, Pixels, Skipped, Source, Target};
+use super::{Content, Extent, Found, Labels, NoLabels, Part, Pixels, Skipped, Source, Stored, Target};
 use crate::config::{Config, Size};
 use crate::error::{Error, Result, printable};
 use crate::output;
@@ -213,7 +213,8 @@ impl Mapped {
         let part = |range: Range<usize>| {
             let why = text.no_labels.clone().unwrap_or_else(|| "has no labels".into());
             let labels = if layout.labels { Ok(labels[range.clone()].to_vec()) } else { Err(NoLabels::new(path, why)) };
-            Part { source: path.into(), extent, images: Pixels::Mapped(mapped.clone(), range), labels }
+            let images = Stored::Ready(Pixels::Mapped(mapped.clone(), range));
+            Part { source: path.into(), extent, images, labels }
         };
         let train = layout.train as usize;
         Ok(Found {
@@ -295,7 +296,7 @@ pub struct Converted {
     pub skipped: Vec<Skipped>,
 }
 
-/// What is converted: images in memory, or those of files.
+/// What is converted: images that are decoded, or those of files.
 enum Images {
     Arrays(Box<Found>),
     Pictures(Box<Pictures>),
@@ -338,9 +339,19 @@ impl Images {
         hash.write(format!("{} {to}\n", env!("CARGO_PKG_VERSION")).as_bytes());
         match self {
             Images::Arrays(found) => {
-                for part in std::iter::once(&found.train).chain(&found.held_out) {
-                    hash.write(part.images.bytes());
-                    hash.write(format!("{:?}\n", part.labels.as_ref().ok()).as_bytes());
+                for part in found.parts() {
+                    hash.write(format!("{} of {} {:?}\n", part.len(), part.extent, part.images.turned()).as_bytes());
+                    match &part.images {
+                        // Which are checked by their hashes when they are read.
+                        Stored::Ready(Pixels::Mapped(file, images)) => {
+                            images.clone().for_each(|image| hash.write(&file.hash(image).to_le_bytes()));
+                        }
+                        images => hash.write(images.bytes()),
+                    }
+                    match &part.labels {
+                        Ok(labels) => labels.iter().for_each(|label| hash.write(&label.to_le_bytes())),
+                        Err(_) => hash.write(b"no labels\n"),
+                    }
                 }
             }
             Images::Pictures(pictures) => {
@@ -352,13 +363,14 @@ impl Images {
 }
 
 /// Converts a source into the file `out`, with the image size and the channels of `config` if it says any; `config` is
-/// what the source was opened with. A conversion that was broken off goes on.
+/// what the source was opened with, by [`Source::open_for`] if it may be larger than memory. A conversion that was
+/// broken off goes on.
 ///
 /// # Errors
 /// `Error::File` for images that cannot be used, all of them named, unless they are skipped; for images of several
 /// sizes without one that is asked for; for a file that exists, is being written or cannot be written.
 pub fn convert(source: Source, config: &Config, out: &Path, progress: &mut dyn Progress) -> Result<Converted> {
-    let written = |e: io::Error| Error::file(out, format!("cannot be written: {e}; run the command again to go on"));
+    let written = |e: io::Error| unwritten(out, e);
     if out.exists() {
         return Err(Error::file(out, "exists; remove it, or give another name"));
     }
@@ -401,7 +413,7 @@ pub fn convert(source: Source, config: &Config, out: &Path, progress: &mut dyn P
     }
     let hashes = hashes.get_or_insert_with(|| vec![0; total]);
     let before = whole(&mut file, &layout, hashes).map_err(written)?;
-    let (done, broken) = fill(&mut file, &layout, &images, hashes, before, progress).map_err(written)?;
+    let (done, broken) = fill((&mut file, out), &layout, &images, hashes, before, progress)?;
 
     let bad: Vec<usize> = broken.iter().map(|(index, _)| *index).collect();
     let mut skipped = Vec::new();
@@ -435,7 +447,11 @@ pub fn convert(source: Source, config: &Config, out: &Path, progress: &mut dyn P
     Ok(Converted { images: kept.len(), extent: to, decoded: done - before, bytes: layout.len(), skipped })
 }
 
-/// The images of a source and what they become; those that are in memory have become it.
+fn unwritten(out: &Path, e: io::Error) -> Error {
+    Error::file(out, format!("cannot be written: {e}; run the command again to go on"))
+}
+
+/// The images of a source and what they become.
 fn fitted(source: Source, config: &Config, progress: &mut dyn Progress) -> Result<(Images, Extent)> {
     let target = Target::of(config);
     match source.content {
@@ -444,27 +460,26 @@ fn fitted(source: Source, config: &Config, progress: &mut dyn Progress) -> Resul
             pictures.notes(1).iter().for_each(|note| progress.say(&printable(note)));
             Ok((Images::Pictures(pictures), to))
         }
-        Content::Arrays(mut found) => {
+        Content::Arrays(found) => {
             let to = target.over(found.train.extent);
-            for part in std::iter::once(&mut found.train).chain(&mut found.held_out) {
-                found.notes.extend(part.fit(to)?);
-            }
-            found.notes.iter().for_each(|note| progress.say(&printable(note)));
+            let fitted = found.parts().map(|part| part.fitted_note(to)).collect::<Result<Vec<_>>>()?;
+            found.notes.iter().chain(fitted.iter().flatten()).for_each(|note| progress.say(&printable(note)));
             Ok((Images::Arrays(found), to))
         }
     }
 }
 
-/// Writes the images that have no hash yet, and their hashes, which stay 0 for those that cannot be used. Returns how
-/// many of all are done, of which `before` were, and those that cannot be used, in their order.
+/// Writes the images that have no hash yet, and their hashes, which stay 0 for those that cannot be used, into the file
+/// that becomes `out`. Returns how many of all are done, of which `before` were, and those that cannot be used, in
+/// their order.
 fn fill(
-    file: &mut File,
+    (file, out): (&mut File, &Path),
     layout: &Layout,
     images: &Images,
     hashes: &mut [u64],
     before: usize,
     progress: &mut dyn Progress,
-) -> io::Result<(usize, Vec<(usize, Skipped)>)> {
+) -> Result<(usize, Vec<(usize, Skipped)>)> {
     let (size, total) = (layout.extent.len(), hashes.len());
     let (mut done, mut broken, mut changes) = (before, Vec::new(), Changes::default());
     progress.images(before, done, total);
@@ -482,7 +497,7 @@ fn fill(
             match images {
                 Images::Arrays(found) => {
                     let part = if which == 0 { &found.train } else { found.held_out.as_ref().expect("it has images") };
-                    pixels.extend_from_slice(&part.images.bytes()[range.start * size..range.end * size]);
+                    pixels.extend(part.read(range.clone(), layout.extent)?);
                 }
                 Images::Pictures(pictures) => {
                     for (index, picture) in range.clone().zip(pictures.read(which, range.clone(), layout.extent)) {
@@ -504,9 +519,9 @@ fn fill(
             for (bad, _) in &broken[begins..] {
                 new[bad - at.start] = 0;
             }
-            write_at(file, layout.image(at.start as u64), &pixels)?;
+            write_at(file, layout.image(at.start as u64), &pixels).map_err(|e| unwritten(out, e))?;
             let bytes: Vec<u8> = new.iter().flat_map(|hash| hash.to_le_bytes()).collect();
-            write_at(file, layout.hashes_at() + 8 * at.start as u64, &bytes)?;
+            write_at(file, layout.hashes_at() + 8 * at.start as u64, &bytes).map_err(|e| unwritten(out, e))?;
             hashes[at].copy_from_slice(&new);
             done += range.len() - known;
             progress.images(before, done, total);

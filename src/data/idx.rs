@@ -3,7 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-use super::{Found, Labels, NoLabels, Part, PixelOrder, contents, extent_of};
+use bytes::Bytes;
+
+use super::contents::Reading;
+use super::{Found, Labels, NoLabels, Part, Stored, extent_of};
 use crate::config::Size;
 use crate::error::{Error, Result};
 
@@ -13,8 +16,8 @@ pub fn is_idx(bytes: &[u8]) -> bool {
 }
 
 /// Dimensions and elements.
-fn parse(bytes: &[u8]) -> std::result::Result<(Vec<usize>, &[u8]), String> {
-    if !is_idx(bytes) {
+fn parse(mut bytes: Bytes) -> std::result::Result<(Vec<usize>, Bytes), String> {
+    if !is_idx(&bytes) {
         return Err("is not an IDX file; one starts with two zero bytes, a type and a number of dimensions".into());
     }
     if bytes[2] != 8 {
@@ -35,41 +38,37 @@ fn parse(bytes: &[u8]) -> std::result::Result<(Vec<usize>, &[u8]), String> {
             body.len()
         ));
     }
-    Ok((shape, body))
+    let begin = bytes.len() - body.len();
+    Ok((shape, bytes.split_off(begin)))
 }
 
 /// Images from one file, with labels from the file beside it whose name has `labels` for `images`, if there is one.
 /// Those of EMNIST, told by their name, are stored with rows and columns exchanged and are turned upright.
-pub fn read_file(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<Found> {
-    let (shape, body) = parse(bytes).map_err(|e| Error::file(path, e))?;
+pub fn read_file(path: &Path, bytes: Bytes, reading: &Reading<'_>) -> Result<Found> {
+    let (shape, elements) = parse(bytes).map_err(|e| Error::file(path, e))?;
     if shape.len() < 3 {
         return Err(Error::file(
             path,
             format!("has {} dimensions; images have three (count, rows, columns), so these may be labels", shape.len()),
         ));
     }
-    let (mut extent, order) = extent_of(&shape, channels).map_err(|e| Error::file(path, e))?;
-    let mut images = match order {
-        PixelOrder::Last => body.to_vec(),
-        PixelOrder::First => crate::layout::to_channels_last(body, extent.channels, extent.size.h * extent.size.w),
-    };
+    let (mut extent, mut turned) = extent_of(&shape, reading.channels).map_err(|e| Error::file(path, e))?;
     let labels = match labels_beside(path) {
         None => {
             let name = path.file_name().unwrap_or_default().to_string_lossy().replace("images-idx3", "labels-idx1");
             Err(NoLabels::new(path, format!("has no file of labels beside it, such as {name}")))
         }
-        Some(file) => read_labels(&file, shape[0]),
+        Some(file) => read_labels(&file, shape[0], reading),
     };
     let mut notes = Vec::new();
     if is_emnist(path) && shape.len() == 3 {
-        // A transposition is the change from planes to channels of an image whose rows are the planes.
         let Size { h, w } = extent.size;
-        images = crate::layout::to_channels_last(&images, h, w);
+        turned = Some((h, w));
         extent.size = Size { h: w, w: h };
         notes.push(format!("{}: EMNIST stores its images transposed; they are turned upright", path.display()));
     }
     Ok(Found {
-        train: Part::new(path, extent, images, labels)?,
+        train: Part::of(path, extent, Stored::Array { elements, turned }, labels)?,
         held_out: None,
         names: Vec::new(),
         notes,
@@ -93,13 +92,13 @@ fn labels_beside(path: &Path) -> Option<PathBuf> {
     files.into_iter().find(|f| f.is_file())
 }
 
-fn read_labels(path: &Path, images: usize) -> Labels {
+fn read_labels(path: &Path, images: usize, reading: &Reading<'_>) -> Labels {
     let none = |why: String| NoLabels { path: path.to_path_buf(), why };
-    let bytes = contents(path).map_err(|e| match e {
+    let bytes = reading.contents(path).map_err(|e| match e {
         Error::File { what, .. } => none(what),
         other => none(other.to_string()),
     })?;
-    let (shape, body) = parse(&bytes).map_err(none)?;
+    let (shape, body) = parse(bytes).map_err(none)?;
     if shape != [images] {
         return Err(none(format!("holds {} labels for {images} images", super::npy::extent(&shape))));
     }
@@ -108,7 +107,7 @@ fn read_labels(path: &Path, images: usize) -> Labels {
 
 /// The image files of a folder by their usual names: `train-images*` and, for the held-out set, `t10k-images*` or
 /// `test-images*`, or EMNIST's `emnist-letters-train-images*` and `emnist-letters-test-images*`. `None` without them.
-pub fn read_folder(folder: &Path, files: &[PathBuf], channels: Option<usize>) -> Result<Option<Found>> {
+pub fn read_folder(folder: &Path, files: &[PathBuf], reading: &Reading<'_>) -> Result<Option<Found>> {
     let name = |f: &PathBuf| f.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let starting = |starts: &[&str]| files.iter().find(|f| starts.iter().any(|start| name(f).starts_with(start)));
     let (train, held_out) = match starting(&["train-images"]) {
@@ -134,9 +133,9 @@ pub fn read_folder(folder: &Path, files: &[PathBuf], channels: Option<usize>) ->
             }
         }
     };
-    let mut found = read_file(train, &contents(train)?, channels)?;
+    let mut found = read_file(train, reading.contents(train)?, reading)?;
     if let Some(file) = held_out {
-        found.held_out = Some(read_file(file, &contents(file)?, channels)?.train);
+        found.held_out = Some(read_file(file, reading.contents(file)?, reading)?.train);
     }
     Ok(Some(found))
 }

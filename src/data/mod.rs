@@ -2,10 +2,10 @@
 //!
 //! [`load`] reads any source as unsigned bytes, channels last: `mnist` (built in), .npy and .npz, IDX files, CIFAR's
 //! binary version and that for Python, folders and archives (.zip, .tar) of images, tables of them (.parquet), and
-//! .ddpm. All come into memory but .ddpm, which [`convert`] makes of any other and whose images are mapped. The content
-//! of a file decides its format, not its name. [`Source`] does it in two steps, so that a recipe can be made from what
-//! a source holds before its images are decoded. Labels that are not asked for stop nothing, whatever is wrong with
-//! them.
+//! .ddpm. All come into memory but .ddpm, which [`convert`] makes of any other, a few images at a time, and whose
+//! images are mapped. The content of a file decides its format, not its name. [`Source`] does it in two steps, so that
+//! a recipe can be made from what a source holds before its images are decoded. Labels that are not asked for stop
+//! nothing, whatever is wrong with them.
 //!
 //! Which images are held out depends only on their number, and the training order is a pure function of (seed, step),
 //! so a resumed or repeated run sees the same images.
@@ -14,6 +14,7 @@
 //! beyond flips.
 
 mod cifar;
+mod contents;
 mod ddpm;
 mod fit;
 mod folder;
@@ -25,6 +26,7 @@ mod parquet;
 mod pattern;
 mod picture;
 mod pictures;
+mod thrift;
 mod webdataset;
 mod zipped;
 
@@ -36,19 +38,21 @@ use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
+use bytes::Bytes;
 use rayon::prelude::*;
 use twox_hash::XxHash3_128;
 
 pub use ddpm::{Converted, Progress, convert, part_of};
 pub use order::Order;
+pub use parquet::panics_are_caught;
 
 use crate::config::{Background, Config, Size};
 use crate::error::{Error, Result, printable};
 use crate::images::Images;
 use crate::rng::philox;
 use crate::tensor::Shape;
-use crate::text::{GIB, shell_word};
 use crate::usage;
+use contents::{Reading, contents, free_memory, needs_room};
 use ddpm::Mapped;
 use pictures::Pictures;
 
@@ -316,7 +320,7 @@ pub struct Source {
 }
 
 enum Content {
-    /// Images in memory or mapped.
+    /// Images that are decoded, in memory or mapped.
     Arrays(Box<Found>),
     /// Encoded images.
     Pictures(Box<Pictures>),
@@ -327,9 +331,23 @@ impl Source {
     /// `background` and `on_bad_image`.
     ///
     /// # Errors
-    /// `Error::Usage` if no data is given; `Error::File` for data that is missing or damaged.
+    /// `Error::Usage` if no data is given; `Error::File` for data that is missing or damaged, and for compressed arrays
+    /// that do not fit into memory.
     pub fn open(config: &Config) -> Result<Source> {
-        let content = open(config)?;
+        Source::open_in(config, None)
+    }
+
+    /// The same to [`convert`] it into the file `out`: compressed arrays that do not fit into memory are unpacked into
+    /// a file without a name beside `out`, which is gone with this process.
+    ///
+    /// # Errors
+    /// As of [`open`](Self::open), without the last; `Error::File` if there is no room for that file.
+    pub fn open_for(config: &Config, out: &Path) -> Result<Source> {
+        Source::open_in(config, Some(crate::output::parent(out)))
+    }
+
+    fn open_in(config: &Config, scratch: Option<&Path>) -> Result<Source> {
+        let content = open(config, scratch)?;
         let survey = match &content {
             Content::Arrays(found) => found.survey(),
             Content::Pictures(pictures) => pictures.survey(),
@@ -347,7 +365,7 @@ impl Source {
     /// reports.
     ///
     /// # Errors
-    /// `Error::File` for data that is damaged or does not fit the settings.
+    /// `Error::File` for data that is damaged, does not fit the settings or does not fit into memory.
     pub fn load(self, config: &mut Config) -> Result<Data> {
         let target = Target::of(config);
         let arrays = matches!(self.content, Content::Arrays(_));
@@ -356,8 +374,14 @@ impl Source {
             Content::Pictures(pictures) => pictures.load(target, config.model.classes)?,
         };
         let to = target.over(train.extent);
+        let mut more = 0;
+        for part in std::iter::once(&train).chain(&held_out) {
+            notes.extend(part.fitted_note(to)?);
+            more += part.images_to_allocate(to);
+        }
+        needs_room(Path::new(&config.data), more, to, free_memory())?;
         for part in std::iter::once(&mut train).chain(&mut held_out) {
-            notes.extend(part.fit(to)?);
+            part.fit(to)?;
         }
         (config.model.image_size, config.model.channels) = (to.size, to.channels);
         let classes = config.model.classes;
@@ -453,7 +477,7 @@ impl Found {
             channels: self.train.extent.channels,
             classes: class_names(self.names.clone(), self.parts().map(|part| &part.labels)),
             held_out: self.held_out.is_some(),
-            fitted: matches!(self.train.images, Pixels::Mapped(..)),
+            fitted: matches!(self.train.images, Stored::Ready(Pixels::Mapped(..))),
         }
     }
 
@@ -482,8 +506,41 @@ fn class_names<'a>(names: Vec<String>, labels: impl Iterator<Item = &'a Labels>)
 struct Part {
     source: PathBuf,
     extent: Extent,
-    images: Pixels,
+    images: Stored,
     labels: Labels,
+}
+
+/// Images as a source holds them.
+enum Stored {
+    /// As they are used.
+    Ready(Pixels),
+    /// The elements of an array. With `turned` each image is the transpose of what is used: a matrix of so many rows
+    /// and columns, such as one row for each channel.
+    Array { elements: Bytes, turned: Option<(usize, usize)> },
+}
+
+impl Stored {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Stored::Ready(pixels) => pixels.bytes(),
+            Stored::Array { elements, .. } => elements,
+        }
+    }
+
+    fn turned(&self) -> Option<(usize, usize)> {
+        match self {
+            Stored::Ready(_) => None,
+            Stored::Array { turned, .. } => *turned,
+        }
+    }
+
+    /// Images that are in memory, and as they are used.
+    fn into_pixels(self) -> Pixels {
+        match self {
+            Stored::Ready(pixels) => pixels,
+            Stored::Array { .. } => unreachable!("images are fitted before they are used"),
+        }
+    }
 }
 
 /// The class of each image, or why there is none: the start of a sentence, said only if classes are asked for.
@@ -504,42 +561,78 @@ impl NoLabels {
 
 impl Part {
     fn new(source: &Path, extent: Extent, images: Vec<u8>, labels: Labels) -> Result<Part> {
-        if extent.is_empty() || images.is_empty() {
+        Part::of(source, extent, Stored::Ready(Pixels::Memory(Arc::new(images))), labels)
+    }
+
+    fn of(source: &Path, extent: Extent, images: Stored, labels: Labels) -> Result<Part> {
+        let len = images.bytes().len();
+        // In this order: where there are no elements, an extent may be anything.
+        if len == 0 || extent.is_empty() {
             return Err(Error::file(source, "holds no images"));
         }
-        assert!(images.len().is_multiple_of(extent.len()), "{} bytes are not images of {extent}", images.len());
-        if images.len() / extent.len() > u32::MAX as usize {
+        assert!(len.is_multiple_of(extent.len()), "{len} bytes are not images of {extent}");
+        if len / extent.len() > u32::MAX as usize {
             return Err(Error::file(source, "holds more than 4294967295 images"));
         }
-        Ok(Part { source: source.to_path_buf(), extent, images: Pixels::Memory(Arc::new(images)), labels })
+        Ok(Part { source: source.to_path_buf(), extent, images, labels })
     }
 
     fn len(&self) -> usize {
         self.images.bytes().len() / self.extent.len()
     }
 
-    /// Crops, resizes and converts all images to `to`, if they differ from it, and returns a note that says so.
-    fn fit(&mut self, to: Extent) -> Result<Option<String>> {
-        let from = self.extent;
-        fit::check_channels(from.channels, to.channels).map_err(|e| Error::file(&self.source, e))?;
-        if from == to {
-            return Ok(None);
+    /// A note that says how all images become `to`; none if they are it already.
+    fn fitted_note(&self, to: Extent) -> Result<Option<String>> {
+        let Extent { size: Size { h, w }, channels } = self.extent;
+        fit::check_channels(channels, to.channels).map_err(|e| Error::file(&self.source, e))?;
+        Ok(fitted_note(self.len(), &BTreeSet::from([(h, w, channels)]), to))
+    }
+
+    /// The images `range` as they are used: cropped, resized and converted to `to`, one after the other.
+    fn read(&self, range: Range<usize>, to: Extent) -> Result<Vec<u8>> {
+        if let Stored::Ready(Pixels::Mapped(file, images)) = &self.images {
+            let at = images.start + range.start..images.start + range.end;
+            file.want(at.clone());
+            file.check(at)?;
         }
-        let bytes = (self.len() as u64).saturating_mul(to.len() as u64);
-        check_room(&format!("with {} images fitted to {to} it", self.len()), bytes, free_memory()).map_err(|e| {
-            let mapped = matches!(self.images, Pixels::Mapped(..));
-            let advice = if mapped { ", or convert its source again at this size" } else { "" };
-            Error::file(&self.source, format!("{e}{advice}"))
-        })?;
-        let images = self.images.bytes();
-        if let Pixels::Mapped(file, range) = &self.images {
-            file.check(range.clone())?;
-        }
-        let fitted: Vec<Vec<u8>> = images.par_chunks_exact(from.len()).map(|image| fit::fit(image, from, to)).collect();
-        self.images = Pixels::Memory(Arc::new(fitted.concat()));
-        self.extent = to;
-        let found = BTreeSet::from([(from.size.h, from.size.w, from.channels)]);
-        Ok(fitted_note(fitted.len(), &found, to))
+        let (from, turned) = (self.extent, self.images.turned());
+        let mut fitted = vec![0; range.len() * to.len()];
+        let convert = |(image, place): (&[u8], &mut [u8])| {
+            let upright = turned.map(|(rows, columns)| crate::layout::to_channels_last(image, rows, columns));
+            let image = upright.as_deref().unwrap_or(image);
+            if from == to { place.copy_from_slice(image) } else { place.copy_from_slice(&fit::fit(image, from, to)) }
+        };
+        let images = &self.images.bytes()[range.start * from.len()..range.end * from.len()];
+        images.par_chunks_exact(from.len()).zip(fitted.par_chunks_exact_mut(to.len())).for_each(convert);
+        Ok(fitted)
+    }
+
+    /// Of how many images [`fit`](Self::fit) makes copies in memory.
+    fn images_to_allocate(&self, to: Extent) -> usize {
+        let is_there = match &self.images {
+            Stored::Ready(_) => true,
+            // What was unpacked into memory is taken as it is; what is mapped is never anybody's alone.
+            Stored::Array { elements, turned } => turned.is_none() && elements.is_unique(),
+        };
+        if is_there && self.extent == to { 0 } else { self.len() }
+    }
+
+    /// Brings all images into memory as they are used, if they are not there yet or differ from `to`.
+    fn fit(&mut self, to: Extent) -> Result<()> {
+        const AT_ONCE: usize = 512;
+        let pixels = match &mut self.images {
+            Stored::Ready(_) if self.extent == to => return Ok(()),
+            Stored::Array { elements, turned: None } if self.extent == to => Vec::from(std::mem::take(elements)),
+            _ => {
+                let mut pixels = Vec::with_capacity(self.len() * to.len());
+                for first in (0..self.len()).step_by(AT_ONCE) {
+                    pixels.extend(self.read(first..self.len().min(first + AT_ONCE), to)?);
+                }
+                pixels
+            }
+        };
+        (self.images, self.extent) = (Stored::Ready(Pixels::Memory(Arc::new(pixels))), to);
+        Ok(())
     }
 
     fn check_classes(&self, classes: usize) -> Result<()> {
@@ -587,7 +680,7 @@ impl Part {
 
     fn into_dataset(self) -> Dataset {
         let rows = (0..self.len() as u32).collect();
-        Dataset { extent: self.extent, images: self.images, rows, labels: self.labels.ok() }
+        Dataset { extent: self.extent, images: self.images.into_pixels(), rows, labels: self.labels.ok() }
     }
 
     /// Training and held-out images. Held out are the `share * n` images (rounded, at least one unless the share is 0)
@@ -610,9 +703,10 @@ impl Part {
         let mut train = by_hash[count..].to_vec();
         held_out.sort_unstable();
         train.sort_unstable();
+        let images = self.images.into_pixels();
         let pick = |rows: Vec<u32>| {
             let labels = self.labels.as_ref().ok().map(|l| rows.iter().map(|&i| l[i as usize]).collect());
-            Dataset { extent: self.extent, images: self.images.clone(), rows, labels }
+            Dataset { extent: self.extent, images: images.clone(), rows, labels }
         };
         Ok((pick(train), pick(held_out)))
     }
@@ -652,15 +746,16 @@ fn arrays(found: Found) -> Content {
     Content::Arrays(Box::new(found))
 }
 
-fn open(config: &Config) -> Result<Content> {
-    let (source, channels) = (&config.data, Target::of(config).channels);
+fn open(config: &Config, scratch: Option<&Path>) -> Result<Content> {
+    let source = &config.data;
     if source.is_empty() {
         usage!("no data is given; use --data mnist (built in) or --data PATH");
     }
     let path = Path::new(source);
+    let reading = Reading { source: path, channels: Target::of(config).channels, scratch };
     if source == "mnist" {
         #[cfg(feature = "mnist")]
-        return read_npz(path, include_bytes!("mnist-10k.npz"), channels).map(arrays);
+        return read_npz(path, Bytes::from_static(include_bytes!("mnist-10k.npz")), &reading).map(arrays);
         #[cfg(not(feature = "mnist"))]
         usage!("the digits of data = mnist are not in this build: build it with the feature mnist, or use --data PATH");
     }
@@ -678,7 +773,7 @@ fn open(config: &Config) -> Result<Content> {
     }
     let kind = std::fs::metadata(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
     if kind.is_dir() {
-        if let Some(found) = read_binary_set(path, channels)? {
+        if let Some(found) = read_binary_set(path, &reading)? {
             return Ok(arrays(found));
         }
         let folder = folder::list(path)?;
@@ -712,7 +807,7 @@ fn open(config: &Config) -> Result<Content> {
     {
         return pictures(listing);
     }
-    read_one(path, channels).map(arrays)
+    read_one(path, &reading).map(arrays)
 }
 
 /// True if there is something at the place of `data`, which may be a pattern.
@@ -744,7 +839,7 @@ fn litter(name: &Path) -> bool {
 }
 
 /// A folder of the binary files of CIFAR or the MNIST family; `None` if it is neither.
-fn read_binary_set(path: &Path, channels: Option<usize>) -> Result<Option<Found>> {
+fn read_binary_set(path: &Path, reading: &Reading<'_>) -> Result<Option<Found>> {
     let unreadable = |e: std::io::Error| Error::file(path, format!("cannot be read: {e}"));
     let entries = std::fs::read_dir(path).map_err(unreadable)?.collect::<std::io::Result<Vec<_>>>();
     let mut files: Vec<PathBuf> =
@@ -753,26 +848,26 @@ fn read_binary_set(path: &Path, channels: Option<usize>) -> Result<Option<Found>
     if let Some(found) = cifar::read_folder(path, &files)? {
         return Ok(Some(found));
     }
-    idx::read_folder(path, &files, channels)
+    idx::read_folder(path, &files, reading)
 }
 
-fn read_one(path: &Path, channels: Option<usize>) -> Result<Found> {
-    let bytes = contents(path)?;
+fn read_one(path: &Path, reading: &Reading<'_>) -> Result<Found> {
+    let bytes = reading.contents(path)?;
     if bytes.is_empty() {
         return Err(Error::file(path, "is empty"));
     }
     if bytes.starts_with(b"PK") {
-        return read_npz(path, &bytes, channels);
+        return read_npz(path, bytes, reading);
     }
     if bytes.starts_with(b"\x93NUMPY") {
-        let array = npy::Array::parse("the file", &bytes).map_err(|e| Error::file(path, e))?;
+        let array = npy::Array::parse("the file", bytes).map_err(|e| Error::file(path, e))?;
         let labels = Err(NoLabels::new(path, "is a .npy file, which has no labels; put both into a .npz"));
-        let train = from_array(path, array, labels, channels)?;
+        let train = from_array(path, array, labels, reading)?;
         let notes = array_note(&train).into_iter().collect();
         return Ok(Found { train, held_out: None, names: Vec::new(), notes, skipped: Vec::new() });
     }
     if idx::is_idx(&bytes) {
-        return idx::read_file(path, &bytes, channels);
+        return idx::read_file(path, bytes, reading);
     }
     Err(Error::file(path, foreign(path, &bytes)))
 }
@@ -812,7 +907,7 @@ const TRAIN_NAMES: [(&str, &str); 6] = [
 /// Names of a test set in the same file.
 const HELD_OUT_NAMES: [(&str, &str); 2] = [("x_test", "y_test"), ("test_images", "test_labels")];
 
-fn read_npz(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<Found> {
+fn read_npz(path: &Path, bytes: Bytes, reading: &Reading<'_>) -> Result<Found> {
     let broken = |e: String| Error::file(path, e);
     let mut archive = npy::Archive::open(bytes).map_err(broken)?;
     let names = archive.names();
@@ -831,16 +926,16 @@ fn read_npz(path: &Path, bytes: &[u8], channels: Option<usize>) -> Result<Found>
         return Err(Error::file(path, what));
     };
     let mut part = |images: &str, labels: &str| -> Result<Part> {
-        let array = archive.array(images).map_err(broken)?;
+        let array = archive.array_by(images, reading).map_err(broken)?;
         let count = array.shape.first().copied().unwrap_or(0);
         let labels = if there(labels) {
-            archive.array(labels).and_then(|l| labels_from(&l, count)).map_err(|e| NoLabels::new(path, e))
+            archive.array_by(labels, reading).and_then(|l| labels_from(&l, count)).map_err(|e| NoLabels::new(path, e))
         } else {
             let why =
                 format!("holds no labels, which go by the name of {labels} beside {images}; its arrays are: {listed}");
             Err(NoLabels::new(path, why))
         };
-        from_array(path, array, labels, channels)
+        from_array(path, array, labels, reading)
     };
     let train = part(images, labels)?;
     let held_out = HELD_OUT_NAMES.iter().find(|(images, _)| there(images));
@@ -865,15 +960,11 @@ fn array_note(part: &Part) -> Option<String> {
     }
 }
 
-fn from_array(path: &Path, images: npy::Array, labels: Labels, channels: Option<usize>) -> Result<Part> {
+fn from_array(path: &Path, images: npy::Array, labels: Labels, reading: &Reading<'_>) -> Result<Part> {
     let shape = images.shape.clone();
-    let images = images.into_u8().map_err(|e| Error::file(path, e))?;
-    let (extent, order) = extent_of(&shape, channels).map_err(|e| Error::file(path, e))?;
-    let images = match order {
-        PixelOrder::First => crate::layout::to_channels_last(&images, extent.channels, extent.size.h * extent.size.w),
-        PixelOrder::Last => images,
-    };
-    Part::new(path, extent, images, labels)
+    let elements = images.into_u8().map_err(|e| Error::file(path, e))?;
+    let (extent, turned) = extent_of(&shape, reading.channels).map_err(|e| Error::file(path, e))?;
+    Part::of(path, extent, Stored::Array { elements, turned }, labels)
 }
 
 fn labels_from(array: &npy::Array, images: usize) -> std::result::Result<Vec<u32>, String> {
@@ -886,82 +977,23 @@ fn labels_from(array: &npy::Array, images: usize) -> std::result::Result<Vec<u32
     labels.into_iter().enumerate().map(convert).collect()
 }
 
-/// Whether an array's images are `(h, w, c)` or `(c, h, w)`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum PixelOrder {
-    Last,
-    First,
-}
-
 /// Interprets the shape of an array: `(n, h, w)`, or four dimensions with the channels (1 to 4, or the number asked
-/// for) last or second, trying last first.
-fn extent_of(shape: &[usize], channels: Option<usize>) -> std::result::Result<(Extent, PixelOrder), String> {
+/// for) last or second, trying last first. Those with the channels second are to be turned.
+fn extent_of(
+    shape: &[usize],
+    channels: Option<usize>,
+) -> std::result::Result<(Extent, Option<(usize, usize)>), String> {
     let is_channels = |c: usize| (1..=4).contains(&c) || Some(c) == channels;
     match *shape {
-        [_, h, w] => Ok((Extent { size: Size { h, w }, channels: 1 }, PixelOrder::Last)),
-        [_, h, w, c] if is_channels(c) => Ok((Extent { size: Size { h, w }, channels: c }, PixelOrder::Last)),
-        [_, c, h, w] if is_channels(c) => Ok((Extent { size: Size { h, w }, channels: c }, PixelOrder::First)),
+        [_, h, w] => Ok((Extent { size: Size { h, w }, channels: 1 }, None)),
+        [_, h, w, c] if is_channels(c) => Ok((Extent { size: Size { h, w }, channels: c }, None)),
+        // Saturating, since an extent may be anything where another is 0.
+        [_, c, h, w] if is_channels(c) => {
+            Ok((Extent { size: Size { h, w }, channels: c }, Some((c, h.saturating_mul(w)))))
+        }
         _ => Err(format!(
             "holds an array of shape {}; images are count x rows x columns, with the channels (1 to 4) last or second",
             npy::extent(shape)
         )),
     }
-}
-
-/// A file's bytes, decompressed if they are gzip data.
-fn contents(path: &Path) -> Result<Vec<u8>> {
-    let unreadable = |e: std::io::Error| Error::file(path, format!("cannot be read: {e}"));
-    let room = free_memory();
-    let size = std::fs::metadata(path).map_err(unreadable)?.len();
-    check_room("the file", size, room).map_err(|e| Error::file(path, e))?;
-    let bytes = std::fs::read(path).map_err(unreadable)?;
-    if !bytes.starts_with(&[0x1F, 0x8B]) {
-        return Ok(bytes);
-    }
-    let mut unpacked = Vec::new();
-    flate2::read::MultiGzDecoder::new(&bytes[..])
-        .take(room)
-        .read_to_end(&mut unpacked)
-        .map_err(|e| Error::file(path, format!("is not whole gzip data ({e}); it is cut short or damaged")))?;
-    check_room("its content", unpacked.len() as u64 + 1, room).map_err(|e| Error::file(path, e))?;
-    Ok(unpacked)
-}
-
-/// Bytes of memory that the machine can still give; without an answer, more than there is anywhere.
-fn free_memory() -> u64 {
-    crate::device::cpu::available_memory().unwrap_or(u64::MAX)
-}
-
-/// Refuses what does not fit into memory, before it is allocated.
-fn check_room(name: &str, bytes: u64, room: u64) -> std::result::Result<(), String> {
-    if bytes <= room {
-        return Ok(());
-    }
-    Err(format!(
-        "{name} takes {:.2} GiB, but {:.2} GiB of memory are available; use a smaller part of it",
-        bytes as f64 / GIB,
-        room as f64 / GIB
-    ))
-}
-
-/// Refuses images that do not fit into memory, and says how they can be trained on all the same.
-fn needs_room(source: &Path, images: usize, extent: Extent, room: u64) -> Result<()> {
-    let bytes = (images as u64).saturating_mul(extent.len() as u64);
-    if bytes <= room {
-        return Ok(());
-    }
-    let plain = |c: char| c.is_alphanumeric() || "-_.".contains(c);
-    let stem = source.file_stem().unwrap_or_default().to_string_lossy();
-    let name = if !stem.is_empty() && stem.chars().all(plain) { format!("{stem}.ddpm") } else { "data.ddpm".into() };
-    let square = if extent.size.h == extent.size.w { extent.size.h.to_string() } else { extent.size.to_string() };
-    Err(Error::file(
-        source,
-        format!(
-            "{images} images of {extent} take {:.2} GiB, but {:.2} GiB of memory are available; convert them once with \
-             ddpm-cuda data {} --out {name} --image-size {square}, and give --data {name}, which stays on disk",
-            bytes as f64 / GIB,
-            room as f64 / GIB,
-            shell_word(source)
-        ),
-    ))
 }

@@ -1,27 +1,30 @@
 //! Reading NumPy's .npy and .npz (plain or compressed). Arrays in Fortran order and arrays of Python objects are
 //! refused.
 
-use std::io::{Cursor, Read};
+use std::io::{self, Cursor, Read};
 use std::path::Path;
 
+use bytes::Bytes;
 use npyz::{DType, NpyHeader, Order, TypeChar};
 
+use super::contents::{Reading, SMALLER, check_room, free_memory};
 use crate::error::{Error, Result};
 
-/// An array as stored in a file: raw elements, little- or big-endian.
+/// An array as stored in a file: raw elements, little- or big-endian, which may be a part of a file that is mapped.
 pub struct Array {
     name: String,
     dtype: DType,
     /// Dimensions, slowest first.
     pub shape: Vec<usize>,
-    body: Vec<u8>,
+    body: Bytes,
 }
 
 impl Array {
     /// From the bytes of a .npy file; `name` begins the error, a sentence.
-    pub fn parse(name: &str, bytes: &[u8]) -> std::result::Result<Self, String> {
-        let mut rest = bytes;
-        check_header(bytes).map_err(|e| format!("{name} is not a .npy array: {e}"))?;
+    pub fn parse(name: &str, bytes: impl Into<Bytes>) -> std::result::Result<Self, String> {
+        let mut bytes = bytes.into();
+        let mut rest = &bytes[..];
+        check_header(rest).map_err(|e| format!("{name} is not a .npy array: {e}"))?;
         // The parser's own message is a drawing over several lines.
         let header = NpyHeader::from_reader(&mut rest)
             .map_err(|_| format!("{name} is not a .npy array: its header cannot be understood; it is damaged"))?;
@@ -44,7 +47,8 @@ impl Array {
                 rest.len()
             ));
         }
-        Ok(Array { name: name.into(), dtype, shape, body: rest.to_vec() })
+        let body = bytes.split_off(bytes.len() - rest.len());
+        Ok(Array { name: name.into(), dtype, shape, body })
     }
 
     /// NumPy's spelling of the element type, such as `<f4`.
@@ -58,7 +62,7 @@ impl Array {
     }
 
     /// The elements of an array of unsigned bytes; an error for any other type.
-    pub fn into_u8(self) -> std::result::Result<Vec<u8>, String> {
+    pub fn into_u8(self) -> std::result::Result<Bytes, String> {
         if self.is_u8() {
             return Ok(self.body);
         }
@@ -167,21 +171,22 @@ fn check_header(bytes: &[u8]) -> std::result::Result<(), &'static str> {
 /// Reads one .npy file.
 pub fn read(path: &Path) -> Result<Array> {
     let bytes = std::fs::read(path).map_err(|e| Error::file(path, format!("cannot be read: {e}")))?;
-    Array::parse("the file", &bytes).map_err(|e| Error::file(path, e))
+    Array::parse("the file", bytes).map_err(|e| Error::file(path, e))
 }
 
 /// A .npz archive, plain or compressed, of which arrays are read one at a time.
-pub struct Archive<'a> {
-    zip: zip::ZipArchive<Cursor<&'a [u8]>>,
+pub struct Archive {
+    zip: zip::ZipArchive<Cursor<Bytes>>,
     /// Names of the arrays, in the order of the archive, with their places in it.
     arrays: Vec<(String, usize)>,
-    bytes: u64,
+    bytes: Bytes,
 }
 
-impl<'a> Archive<'a> {
+impl Archive {
     /// Reads the list of contents.
-    pub fn open(bytes: &'a [u8]) -> std::result::Result<Self, String> {
-        let mut zip = zip::ZipArchive::new(Cursor::new(bytes)).map_err(broken)?;
+    pub fn open(bytes: impl Into<Bytes>) -> std::result::Result<Self, String> {
+        let bytes = bytes.into();
+        let mut zip = zip::ZipArchive::new(Cursor::new(bytes.clone())).map_err(broken)?;
         let mut arrays = Vec::new();
         for index in 0..zip.len() {
             let name = zip.by_index_raw(index).map_err(broken)?.name().map_err(broken)?.into_owned();
@@ -189,7 +194,7 @@ impl<'a> Archive<'a> {
                 arrays.push((name.to_string(), index));
             }
         }
-        Ok(Archive { zip, arrays, bytes: bytes.len() as u64 })
+        Ok(Archive { zip, arrays, bytes })
     }
 
     /// Names of the arrays, in the order of the archive.
@@ -199,20 +204,52 @@ impl<'a> Archive<'a> {
 
     /// Reads the array `name`, which must be one of [`names`](Self::names).
     pub fn array(&mut self, name: &str) -> std::result::Result<Array, String> {
+        self.member(name, |entry, size| {
+            check_room(&format!("its array '{name}' takes"), size, free_memory(), SMALLER)?;
+            let mut content = Vec::new();
+            entry.read_to_end(&mut content).map_err(broken)?;
+            Ok(content.into())
+        })
+    }
+
+    /// The same for images, which may be larger than memory.
+    pub(super) fn array_by(&mut self, name: &str, reading: &Reading<'_>) -> std::result::Result<Array, String> {
+        let label = format!("its array '{name}'");
+        self.member(name, |entry, size| {
+            if reading.scratch.is_none() {
+                check_room(&format!("{label} takes"), size, free_memory(), &reading.advice())?;
+            }
+            reading.unpack(&label, entry, broken)
+        })
+    }
+
+    /// An array: a part of the archive if it is stored as it is, otherwise what `unpack` makes of it and of its size.
+    fn member(
+        &mut self,
+        name: &str,
+        unpack: impl FnOnce(&mut dyn Read, u64) -> std::result::Result<Bytes, String>,
+    ) -> std::result::Result<Array, String> {
         // DEFLATE makes at most 1032 bytes of one.
         const MOST: u64 = 1100;
         let place = self.arrays.iter().find(|(own, _)| own == name);
         let (_, index) = place.ok_or_else(|| format!("holds no array '{name}'"))?;
-        let entry = self.zip.by_index(*index).map_err(broken)?;
-        let (size, packed) = (entry.size(), entry.compressed_size().min(self.bytes));
+        let mut entry = self.zip.by_index(*index).map_err(broken)?;
+        let (size, packed) = (entry.size(), entry.compressed_size().min(self.bytes.len() as u64));
         if size > packed.saturating_mul(MOST).saturating_add(MOST) {
             return Err(broken(format!("its array '{name}' claims {size} bytes, packed in {packed}")));
         }
-        super::check_room(&format!("its array '{name}'"), size, super::free_memory())?;
-        let mut content = Vec::new();
-        // One byte more, so that an array longer than it claims is noticed.
-        entry.take(size.saturating_add(1)).read_to_end(&mut content).map_err(broken)?;
-        Array::parse(&format!("its array '{name}'"), &content)
+        let place = entry.data_start().and_then(|start| usize::try_from(start).ok());
+        let stored = place.filter(|_| entry.compression() == zip::CompressionMethod::Stored);
+        let content = match stored {
+            Some(start) => {
+                // To its end, for the sum that it is checked by.
+                let len = io::copy(&mut entry, &mut io::sink()).map_err(broken)? as usize;
+                self.bytes.slice(start..start + len)
+            }
+            // One byte more, so that an array longer than it claims is noticed.
+            None => unpack(&mut entry.take(size.saturating_add(1)), size)?,
+        };
+        Array::parse(&format!("its array '{name}'"), content)
     }
 }
 
@@ -222,7 +259,7 @@ fn broken(e: impl std::fmt::Display) -> String {
 
 /// Every array of a .npz archive with its name, in the order of the archive.
 pub fn parse_npz(bytes: &[u8]) -> std::result::Result<Vec<(String, Array)>, String> {
-    let mut archive = Archive::open(bytes)?;
+    let mut archive = Archive::open(bytes.to_vec())?;
     archive.names().into_iter().map(|name| Ok((name.clone(), archive.array(&name)?))).collect()
 }
 

@@ -7,23 +7,27 @@
 //!
 //! A cell can only be read behind those before it, so cells are read in their order, some hundred at a time.
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fs::File;
-use std::io::Cursor as Bytes;
+use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
-use parquet::basic::{Repetition, Type};
-use parquet::column::reader::{ColumnReaderImpl, get_typed_column_reader};
+use bytes::Bytes;
+use parquet::basic::{Compression, CompressionCodec, Repetition, Type};
+use parquet::column::page::{Page, PageMetadata, PageReader};
+use parquet::column::reader::{ColumnReaderImpl, get_column_reader, get_typed_column_reader};
 use parquet::data_type::{ByteArray, ByteArrayType, DataType, Int32Type, Int64Type};
 use parquet::errors::ParquetError;
-use parquet::file::metadata::ParquetMetaData;
-use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
+use parquet::file::reader::{ChunkReader, Length};
+use parquet::file::serialized_reader::SerializedPageReader;
 use rayon::prelude::*;
 
 use super::picture::{self, Fault};
 use super::pictures::{Classes, Entry, Listing, Place};
-use super::{Extent, NoLabels};
+use super::{Extent, NoLabels, thrift};
 use crate::config::Background;
 use crate::error::{Error, Result};
 
@@ -33,6 +37,9 @@ pub const MAGIC: &[u8; 4] = b"PAR1";
 /// Names of the columns of images and of labels, the best first.
 const IMAGES: [&str; 4] = ["image", "img", "images", "jpg"];
 const LABELS: [&str; 6] = ["label", "labels", "fine_label", "class", "cls", "target"];
+
+/// Rows of a byte, at most: runs of equal cells take little room, but nobody stores so many equal images.
+const MOST_ROWS: u64 = 64;
 
 /// Tables whose cells are images.
 #[derive(Default)]
@@ -86,7 +93,7 @@ impl Tables {
                 let Table { path, images, begins } = &self.tables[table];
                 let group = begins.partition_point(|&begin| begin <= row) - 1;
                 let file = File::open(path).map_err(picture::unreadable)?;
-                let column = guarded(|| column(&SerializedFileReader::new(file)?, group, *images)).map_err(in_table)?;
+                let column = guarded(|| column(&file, &metadata(&file)?, group, *images)).map_err(in_table)?;
                 Cursor { table, row: begins[group], end: begins[group + 1], column }
             }
         };
@@ -105,10 +112,25 @@ fn empty_cell() -> Fault {
     Fault::broken("its cell holds no bytes; an image that is only a path is not read")
 }
 
-/// Calls into the library, whose messages may have several lines and whose parser may panic on a table that lies. The
-/// error is the end of a sentence about a table.
+thread_local! {
+    /// True within [`guarded`].
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// True while this thread is in a library whose panics are caught and become an error, so that a hook has nothing to
+/// tell of them.
+pub fn panics_are_caught() -> bool {
+    GUARDED.get()
+}
+
+/// Calls into the library, whose messages may have several lines, and which panics on some tables that contradict
+/// themselves in ways that only its own parser sees. The error is the end of a sentence about a table.
 fn guarded<T>(call: impl FnOnce() -> std::result::Result<T, ParquetError>) -> std::result::Result<T, String> {
-    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(call)) {
+    GUARDED.set(true);
+    // Nothing that the call has changed is used after a panic.
+    let called = std::panic::catch_unwind(std::panic::AssertUnwindSafe(call));
+    GUARDED.set(false);
+    match called {
         Ok(read) => read.map_err(|e| {
             let e = e.to_string().replace('\n', " ");
             let unread = e.contains("feature") || e.contains("codec");
@@ -124,13 +146,160 @@ fn of_table(path: &Path) -> impl Fn(String) -> Error + '_ {
     move |e| Error::file(path, format!("is a table that {e}"))
 }
 
+fn metadata(file: &File) -> std::result::Result<ParquetMetaData, ParquetError> {
+    // Behind the metadata are their length and the magic number. What has no place for them the library refuses itself.
+    if let Some(end) = Length::len(file).checked_sub(8) {
+        let tail = file.get_bytes(end, 4)?;
+        let len = u32::from_le_bytes(tail[..].try_into().expect("four bytes"));
+        if let Some(start) = end.checked_sub(u64::from(len))
+            && !thrift::is_sound(&file.get_bytes(start, len as usize)?)
+        {
+            return Err(ParquetError::General("its metadata do not hold together".into()));
+        }
+    }
+    ParquetMetaDataReader::new().parse_and_finish(file)
+}
+
 /// The column of a row group.
 fn column<T: DataType>(
-    reader: &SerializedFileReader<File>,
+    file: &File,
+    metadata: &ParquetMetaData,
     group: usize,
     column: usize,
 ) -> std::result::Result<ColumnReaderImpl<T>, ParquetError> {
-    Ok(get_typed_column_reader(reader.get_row_group(group)?.get_column_reader(column)?))
+    let group = metadata.row_group(group);
+    let chunk = group.column(column);
+    // Read as if it was not compressed: the library would make room for whatever a page claims to unpack to.
+    let packed = chunk.clone().into_builder().set_compression(Compression::UNCOMPRESSED).build()?;
+    let rows = usize::try_from(group.num_rows())?;
+    let pages = SerializedPageReader::new(Arc::new(Ending(file.try_clone()?)), &packed, rows, None)?;
+    let pages = Pages { packed: pages, codec: chunk.compression_codec() };
+    Ok(get_typed_column_reader(get_column_reader(chunk.column_descr_ptr(), Box::new(pages))))
+}
+
+/// A file at whose end reading fails. The library takes nothing for a few bytes less, and goes on for as long as a
+/// damaged header claims: hours.
+struct Ending(File);
+
+/// What reads it from some byte on.
+struct FromHere(BufReader<File>);
+
+impl Length for Ending {
+    fn len(&self) -> u64 {
+        Length::len(&self.0)
+    }
+}
+
+impl ChunkReader for Ending {
+    type T = FromHere;
+
+    fn get_read(&self, start: u64) -> std::result::Result<FromHere, ParquetError> {
+        self.0.get_read(start).map(FromHere)
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> std::result::Result<Bytes, ParquetError> {
+        self.0.get_bytes(start, length)
+    }
+}
+
+impl Read for FromHere {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        match self.0.read(to)? {
+            0 if !to.is_empty() => Err(io::ErrorKind::UnexpectedEof.into()),
+            read => Ok(read),
+        }
+    }
+}
+
+/// The pages of a column, unpacked, of which none claims more than it has.
+struct Pages {
+    packed: SerializedPageReader<Ending>,
+    codec: CompressionCodec,
+}
+
+impl Pages {
+    /// What a page holds: `levels` bytes as they are and the rest unpacked.
+    fn unpacked(&self, page: &Bytes, levels: usize) -> std::result::Result<Bytes, ParquetError> {
+        // Of a page; it may hold several images.
+        const LONGEST: u64 = 1 << 30;
+        // Snappy makes at most 64 bytes of three.
+        const MOST_OF_ONE: usize = 22;
+        let too_long = || ParquetError::General("a page claims to unpack to more than it can".into());
+        let (levels, packed) =
+            page.split_at_checked(levels).ok_or_else(|| ParquetError::General("a page ends in its levels".into()))?;
+        let mut bytes = levels.to_vec();
+        match self.codec {
+            CompressionCodec::UNCOMPRESSED => return Ok(page.clone()),
+            // No value is there, so nothing was compressed.
+            _ if packed.is_empty() => {}
+            CompressionCodec::SNAPPY => {
+                let damaged = |e: snap::Error| ParquetError::General(e.to_string());
+                let len = snap::raw::decompress_len(packed).map_err(damaged)?;
+                if len > packed.len().saturating_mul(MOST_OF_ONE) || len as u64 > LONGEST {
+                    return Err(too_long());
+                }
+                bytes.resize(levels.len() + len, 0);
+                snap::raw::Decoder::new().decompress(packed, &mut bytes[levels.len()..]).map_err(damaged)?;
+            }
+            CompressionCodec::GZIP => {
+                let read = flate2::read::MultiGzDecoder::new(packed).take(LONGEST + 1).read_to_end(&mut bytes)?;
+                if read as u64 > LONGEST {
+                    return Err(too_long());
+                }
+            }
+            other => return Err(ParquetError::General(format!("its codec is {other}"))),
+        }
+        Ok(bytes.into())
+    }
+
+    fn unpack(&self, page: Page) -> std::result::Result<Page, ParquetError> {
+        // Of numbers and of bytes, which have their length before them.
+        const LEAST_OF_A_VALUE: u64 = 4;
+        let mut page = page;
+        match &mut page {
+            Page::DataPage { buf, .. } => *buf = self.unpacked(buf, 0)?,
+            Page::DataPageV2 { is_compressed: false, .. } => {}
+            Page::DataPageV2 { buf, def_levels_byte_len, rep_levels_byte_len, is_compressed, .. } => {
+                *buf = self.unpacked(buf, *def_levels_byte_len as usize + *rep_levels_byte_len as usize)?;
+                *is_compressed = false;
+            }
+            Page::DictionaryPage { buf, num_values, .. } => {
+                *buf = self.unpacked(buf, 0)?;
+                // The library makes room for so many before it reads the first.
+                if u64::from(*num_values) * LEAST_OF_A_VALUE > buf.len() as u64 {
+                    let what = format!("a dictionary of {} bytes claims {num_values} values", buf.len());
+                    return Err(ParquetError::General(what));
+                }
+            }
+        }
+        Ok(page)
+    }
+}
+
+impl Iterator for Pages {
+    type Item = std::result::Result<Page, ParquetError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.get_next_page().transpose()
+    }
+}
+
+impl PageReader for Pages {
+    fn get_next_page(&mut self) -> std::result::Result<Option<Page>, ParquetError> {
+        self.packed.get_next_page()?.map(|page| self.unpack(page)).transpose()
+    }
+
+    fn peek_next_page(&mut self) -> std::result::Result<Option<PageMetadata>, ParquetError> {
+        self.packed.peek_next_page()
+    }
+
+    fn skip_next_page(&mut self) -> std::result::Result<(), ParquetError> {
+        self.packed.skip_next_page()
+    }
+
+    fn at_record_boundary(&mut self) -> std::result::Result<bool, ParquetError> {
+        self.packed.at_record_boundary()
+    }
 }
 
 /// The next cell of a column; `None` for an empty one.
@@ -151,11 +320,10 @@ pub fn open(source: &Path, paths: Vec<PathBuf>, background: Background) -> Resul
     let mut names = Vec::new();
     for path in paths {
         let file = File::open(&path).map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?;
-        let reader = guarded(|| SerializedFileReader::new(file)).map_err(of_table(&path))?;
-        let metadata = reader.metadata();
-        let len = std::fs::metadata(&path).map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?.len();
-        check_places(metadata, len).map_err(of_table(&path))?;
-        let (images, label) = find(metadata).map_err(|e| Error::file(&path, e))?;
+        let metadata = guarded(|| metadata(&file)).map_err(of_table(&path))?;
+        let len = file.metadata().map_err(|e| Error::file(&path, format!("cannot be read: {e}")))?.len();
+        check_places(&metadata, len).map_err(of_table(&path))?;
+        let (images, label) = find(&metadata).map_err(|e| Error::file(&path, e))?;
         let name = |column: usize| metadata.file_metadata().schema_descr().column(column).path().string();
         let found = (name(images), label.map(name));
         match &columns {
@@ -168,7 +336,7 @@ pub fn open(source: &Path, paths: Vec<PathBuf>, background: Background) -> Resul
             }
             Some(_) => {}
             None => {
-                names = label.map_or(Vec::new(), |label| class_names(metadata, &name(label)));
+                names = label.map_or(Vec::new(), |label| class_names(&metadata, &name(label)));
                 columns = Some(found);
             }
         }
@@ -177,6 +345,10 @@ pub fn open(source: &Path, paths: Vec<PathBuf>, background: Background) -> Resul
             let rows =
                 usize::try_from(group.num_rows()).ok().and_then(|rows| begins[begins.len() - 1].checked_add(rows));
             begins.push(rows.ok_or_else(|| Error::file(&path, "claims a negative number of rows; it is damaged"))?);
+        }
+        let rows = begins[begins.len() - 1];
+        if rows as u64 > len.saturating_mul(MOST_ROWS) {
+            return Err(Error::file(&path, format!("claims {rows} rows in {len} bytes; it is damaged")));
         }
         labels.push(label);
         tables.push(Table { path, images, begins });
@@ -306,27 +478,27 @@ fn survey(table: &Table, group: usize, label: Option<usize>, background: Backgro
     let rows = table.begins[group + 1] - table.begins[group];
     let unreadable = of_table(&table.path);
     let file = File::open(&table.path).map_err(|e| Error::file(&table.path, format!("cannot be read: {e}")))?;
-    let reader = guarded(|| SerializedFileReader::new(file)).map_err(&unreadable)?;
-    let mut images = guarded(|| column::<ByteArrayType>(&reader, group, table.images)).map_err(&unreadable)?;
+    let metadata = guarded(|| metadata(&file)).map_err(&unreadable)?;
+    let mut images = guarded(|| column::<ByteArrayType>(&file, &metadata, group, table.images)).map_err(&unreadable)?;
     // Not with room for as many as are claimed: each is read first.
     let mut found: Vec<Row> = Vec::new();
     for _ in 0..rows {
         let cell: Option<ByteArray> = guarded(|| next(&mut images)).map_err(&unreadable)?;
         let header = match cell {
-            Some(cell) => picture::header_of(Bytes::new(cell.data()), background),
+            Some(cell) => picture::header_of(io::Cursor::new(cell.data()), background),
             None => Err(empty_cell()),
         };
         found.push((header, None));
     }
     let Some(label) = label else { return Ok(found) };
-    let wide = reader.metadata().file_metadata().schema_descr().column(label).physical_type() == Type::INT64;
+    let wide = metadata.file_metadata().schema_descr().column(label).physical_type() == Type::INT64;
     if wide {
-        let mut labels = guarded(|| column::<Int64Type>(&reader, group, label)).map_err(&unreadable)?;
+        let mut labels = guarded(|| column::<Int64Type>(&file, &metadata, group, label)).map_err(&unreadable)?;
         for (_, label) in &mut found {
             *label = guarded(|| next(&mut labels)).map_err(&unreadable)?;
         }
     } else {
-        let mut labels = guarded(|| column::<Int32Type>(&reader, group, label)).map_err(&unreadable)?;
+        let mut labels = guarded(|| column::<Int32Type>(&file, &metadata, group, label)).map_err(&unreadable)?;
         for (_, label) in &mut found {
             *label = guarded(|| next(&mut labels)).map_err(&unreadable)?.map(i64::from);
         }

@@ -16,11 +16,10 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
+use super::contents::{contents, free_memory, needs_room};
 use super::parquet::Tables;
 use super::picture::{self, Fault, Picture, unreadable};
-use super::{
-    Extent, Found, Labels, NoLabels, Part, Skipped, Survey, Target, contents, fit, free_memory, needs_room, shortened,
-};
+use super::{Extent, Found, Labels, NoLabels, Part, Skipped, Survey, Target, fit, shortened};
 use crate::config::{Background, OnBadImage};
 use crate::error::{Error, Result};
 
