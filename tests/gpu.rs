@@ -662,32 +662,32 @@ fn on_several(folder: &Path, devices: &str, arguments: &str, code: i32) -> Strin
     said
 }
 
-/// A folder with images of 8x8 in two classes, `data.npz`, and two trainings of them that have hardly begun: a network,
+/// A folder with square images in two classes, `data.npz`, and two trainings of them that have hardly begun: a network,
 /// `run`, and a classifier, `judge`. `None` if there are no three GPUs.
-fn for_three_gpus() -> Option<tempfile::TempDir> {
+fn for_three_gpus(side: usize) -> Option<tempfile::TempDir> {
     let there = gpu::available().then(|| if gpu::is_real() { cuda::devices().unwrap().len() } else { 3 })?;
     if there < 3 {
         gpu::skip(&format!("drawing on three GPUs, since there are only {there}"));
         return None;
     }
     let folder = tempfile::tempdir().unwrap();
-    let shape = Shape::new(40, 8, 8, 1);
+    let shape = Shape::new(40, side, side, 1);
     let bytes: Vec<u8> = (0..shape.len()).map(|i| (i * i / 7 % 251) as u8).collect();
     let labels: Vec<u32> = (0..40).map(|i| i % 2).collect();
     ddpm_cuda::output::write_npz(&folder.path().join("data.npz"), shape, &bytes, Some(&labels)).unwrap();
-    let small = "--data data.npz --batch 4 --steps 2 --set widths=8,16 --set groups=4 --set attention_resolutions=4 \
-                 --set timesteps=20 --set held_out=0.2 --set validate_every=0";
+    let small = "--data data.npz --batch 4 --steps 2 --set widths=8,16 --set groups=4 --set timesteps=20 \
+                 --set held_out=0.2 --set validate_every=0";
+    let small = format!("{small} --set attention_resolutions={}", side / 2);
     on_several(folder.path(), "cpu", &format!("train --out run --set sample_every=0 {small}"), 0);
     on_several(folder.path(), "cpu", &format!("train-classifier --out judge {small}"), 0);
     Some(folder)
 }
 
 /// Seven images, which neither two nor three GPUs divide: frames of them and predictions along the way, with
-/// corrections in between, guided by a classifier; and the figures of `eval`. (`quality` draws as `sample` does; the
-/// classifier that it trains first takes too long here.)
+/// corrections in between, guided by a classifier; and the figures of `eval`.
 #[test]
 fn several_gpus_draw_and_judge_to_the_bytes_of_one() {
-    let Some(folder) = for_three_gpus() else { return };
+    let Some(folder) = for_three_gpus(8) else { return };
     for (arguments, files) in [
         ("sample --count 7 --steps 3 --out x.npz", &["x.npz"][..]),
         ("sample --count 5 --steps 3 --corrector 1 --progressive p.png --out x.gif", &["p.png", "x.gif"]),
@@ -712,10 +712,31 @@ fn several_gpus_draw_and_judge_to_the_bytes_of_one() {
     }
 }
 
+/// The figures of `quality` and its picture. The classifier of the features is trained on the CPU whatever the devices,
+/// once for all that follow; of images larger than these it takes minutes.
+#[test]
+fn several_gpus_are_measured_to_the_figures_of_one() {
+    let Some(folder) = for_three_gpus(4) else { return };
+    let measured = |devices: &str| {
+        let arguments = "quality --model run --data data.npz --count 7 --steps 2 --cache cache --json q.json";
+        on_several(folder.path(), devices, arguments, 0);
+        ["q.json", "q.png"].map(|file| {
+            let path = folder.path().join(file);
+            let bytes = std::fs::read(&path).unwrap();
+            std::fs::remove_file(&path).unwrap();
+            bytes
+        })
+    };
+    let one = measured("cuda:0");
+    for several in ["cuda:0,1", "cuda:2,0,1"] {
+        assert!(measured(several) == one, "other figures on {several}");
+    }
+}
+
 /// A drawing on two GPUs, of which the second batch cannot be kept, goes on on one GPU or on three.
 #[test]
 fn a_drawing_goes_on_with_another_number_of_gpus() {
-    let Some(folder) = for_three_gpus() else { return };
+    let Some(folder) = for_three_gpus(8) else { return };
     let draw = |devices: &str, out: &str, more: &str, code: i32| {
         let arguments = format!("sample --model run --count 7 --steps 2 --out {out}{more}");
         on_several(folder.path(), devices, &arguments, code)

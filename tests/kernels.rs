@@ -167,8 +167,8 @@ fn few_segments_do_beside_another_product() {
             let sides = [Some(side), Some(side.min(64))];
             let SplitK { segment, count } = split_in(sides, tiles(side), depth);
             assert!(segment.is_multiple_of(64) && segment * count >= depth && segment * (count - 1) < depth, "{name}");
-            // Seven eighths of what a multiprocessor does of both products, which its blocks do side by side.
-            let longest = 7 * (2 * tiles(side) * depth / largest) / (8 * resident);
+            // 15/16 of what a multiprocessor does of both products, which its blocks do side by side.
+            let longest = 15 * (2 * tiles(side) * depth / largest) / (16 * resident);
             let longest = longest.max(2 * MMA_128.join);
             assert!(segment < longest + 64, "{name}: segments of {segment}, at most {longest}");
             assert!(count == 1 || depth.div_ceil(count - 1) > longest, "{name}: {count} segments of {segment}");

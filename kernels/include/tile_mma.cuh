@@ -397,12 +397,12 @@ __device__ __forceinline__ void each_four(float* ring, const Accumulators<TILE>&
     }
 }
 
-// Stores the tile that begins at (row, col) to `to` (rows, cols), or adds it if `add`.
-template <class TILE>
+// Stores the tile that begins at (row, col) to `to` (rows, cols), or adds it if `add`. UNIT is that of the columns.
+template <class TILE, Unit UNIT>
 __device__ __forceinline__ void store_tile(float* to, unsigned char* ring, unsigned row, unsigned rows, unsigned col,
                                            unsigned cols, bool add, const Accumulators<TILE>& acc) {
     each_four(reinterpret_cast<float*>(ring), acc, [&](int r, int c, float4 v) {
-        const Four four(col + c, cols);
+        const Four four(col + c, cols, UNIT != Unit::ELEMENT);
         if (four.count == 0 || row + r >= rows) return;
         float* p = to + (size_t)(row + r) * cols + four.col;
         four.write(p, add ? four.read(p) + v : v);

@@ -2,7 +2,7 @@
 //!
 //! On the CPU there is nothing to do: a step reads the data set. If the whole data set fits on a GPU, it stays there,
 //! and image indices for many steps ahead are uploaded at once, so most steps upload none. Otherwise the images of each
-//! step are uploaded through two page-locked buffers in turn, so that the host fills one while the other is copied.
+//! step are uploaded on a stream of their own ([`Staging`]), while the kernels of the step before still run.
 //!
 //! Either way a step's images are on the GPU, in buffers that stay where they are, before the first of its kernels is
 //! launched: they can be captured in a graph, which no copy from the host's memory can.

@@ -34,10 +34,11 @@ const BF16_CASES: [(Shape, usize); 6] = [
     // A weight of whole 128x128 tiles, but two rows: the layers of the timestep.
     (Shape::new(2, 1, 1, 256), 128),
     (Shape::new(2, 5, 1, 24), 40),
-    (Shape::new(1, 9, 8, 136), 72),
+    (Shape::new(1, 9, 16, 136), 72),
     (Shape::new(1, 1, 3, 8), 8),
     (Shape::new(1, 6, 12, 64), 20),
-    (Shape::new(3, 64, 64, 256), 128),
+    // The last segment of dw ends in a slot of the ring that its results go through.
+    (Shape::new(3, 43, 96, 256), 128),
 ];
 
 /// `x`, `w`, `b`, residual, `dy`.
@@ -230,7 +231,7 @@ const GROUPS: [(Shape, &[usize]); 7] = [
     (Shape::new(5, 1, 1, 72), &[40, 136, 8, 64]),
     (Shape::new(2, 5, 7, 136), &[72, 8, 136]),
     (Shape::new(1, 40, 64, 24), &[16, 16, 16]),
-    (Shape::new(3, 64, 64, 128), &[128, 128]),
+    (Shape::new(3, 43, 96, 128), &[128, 128]),
     (Shape::new(3, 1, 1, 8), &[8; 33]),
     (Shape::new(2, 3, 1, 9), &[5, 8]),
     (Shape::new(3, 1, 1, 128), &[128, 256]),
@@ -425,16 +426,21 @@ fn planted_bugs_are_noticed() {
 fn bugs_planted_in_tensor_core_kernels_are_noticed() {
     const TEST: &str = "linear::gpu_agrees_with_the_reference_in_bf16";
     // The barriers in the order of the text: a slab, the end of the ring, results.
-    for (part, n) in [("fwd_mma_64x64", 0), ("bwd_mma_128x128", 2), ("bwd_mma_64x64", 0), ("wgrad_mma_64x64_any", 2)] {
-        plant::notices_lost_barrier(TEST, &format!("linear_{part}"), n);
+    for (part, barriers) in [
+        ("fwd_mma_64x64", &[0][..]),
+        ("bwd_mma_128x128", &[1, 2]),
+        ("bwd_mma_64x64", &[0]),
+        ("wgrad_mma_64x64_any", &[2]),
+    ] {
+        barriers.iter().for_each(|&n| plant::notices_lost_barrier(TEST, &format!("linear_{part}"), n));
     }
     plant::notices_lost_last_barrier(TEST, "linear_fwd_mma_128x128");
     for part in ["fwd_mma_64x64", "bwd_mma_64x64", "dgrad_mma_64x64_any", "bwd_mma_64x64_128x128"] {
         plant::notices_lost_block(TEST, &format!("linear_{part}"));
     }
     plant::notices(TEST, "linear_fwd_mma_128x128", "cp.async.wait_group 1;", "cp.async.wait_group 2;");
-    // The two channel counts swapped; tiles for segments of dw, segments for their depth.
-    for (is, reads) in [("6+8", "6+4"), ("7+4", "7"), ("7+8", "7+4")] {
+    // The two channel counts swapped; tiles for segments of dw, segments for their depth, tiles of dx for those of dw.
+    for (is, reads) in [("6+8", "6+4"), ("7+4", "7"), ("7+8", "7+4"), ("7", "7+12")] {
         plant::notices_wrong_parameter(TEST, "linear_bwd_mma_64x64", is, reads);
     }
     // The rounding error of the last term of a slab is taken off instead of added.
@@ -453,8 +459,8 @@ fn bugs_planted_in_tensor_core_kernels_are_noticed() {
 #[test]
 fn bugs_planted_in_kernels_of_several_layers_are_noticed() {
     const TEST: &str = "linear::gpu_layers_of_one_input_agree_with_the_reference";
-    for (part, n) in [("fwd_mma_64x64", 0), ("bwd_mma_64x64", 0), ("bwd_mma_64x64", 1), ("bwd_mma_128x128", 2)] {
-        plant::notices_lost_barrier(TEST, &format!("linear_group_{part}"), n);
+    for (part, barriers) in [("fwd_mma_64x64", &[0][..]), ("bwd_mma_64x64", &[0, 1]), ("bwd_mma_128x128", &[1, 2])] {
+        barriers.iter().for_each(|&n| plant::notices_lost_barrier(TEST, &format!("linear_group_{part}"), n));
     }
     for part in ["fwd_mma_128x128", "bwd_mma_128x128", "join", "bwd_mma_64x64_128x128"] {
         plant::notices_lost_block(TEST, &format!("linear_group_{part}"));

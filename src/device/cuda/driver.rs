@@ -93,6 +93,9 @@ mod absent {
         pub fn synchronize(&self) -> Result<()> {
             match *self {}
         }
+        pub fn wait(&self, _event: &CudaEvent) -> Result<()> {
+            match *self {}
+        }
         pub unsafe fn alloc<T>(&self, _len: usize) -> Result<CudaSlice<T>> {
             match *self {}
         }

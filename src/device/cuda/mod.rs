@@ -1,11 +1,12 @@
 //! NVIDIA GPUs. Only this module's `driver` names cudarc.
 //!
-//! One context, one stream. Everything runs in stream order, so a buffer returned to the pool may be handed out again
-//! at once. Nothing waits for the GPU except [`Gpu::download`], [`Gpu::synchronize`], and `Staging` before it reuses
-//! its memory; the check of guard words (tests) waits too. Where other ranks take part in what the stream does
-//! ([`nccl`]), a wait may be for them, and ends with an error when they are gone.
+//! One context, one stream for everything but the copies of `Staging`, for whose results that stream waits. Everything
+//! runs in its order, so a buffer returned to the pool may be handed out again at once. Nothing waits for the GPU but
+//! [`Gpu::download`], [`Gpu::synchronize`], and `Staging` before it reuses its memory; the check of guard words (tests)
+//! waits too. Where other ranks take part in what the stream does ([`nccl`]), a wait may be for them, and ends with an
+//! error when they are gone.
 //!
-//! Deliberately absent: several streams and events between them, unified memory.
+//! Deliberately absent: kernels on several streams, unified memory.
 
 mod clock;
 mod counters;
@@ -357,8 +358,8 @@ impl Gpu {
         }
         let failed = |e| driver_error(&format!("opening cuda:{number}"), e);
         let context = CudaContext::new(number).map_err(failed)?;
-        // SAFETY: there is only one stream, so nothing needs cudarc's events for its order; and events recorded outside
-        // a captured graph would break the capture.
+        // SAFETY: everything is on one stream but the copies of `Staging`, which orders them with events of its own. So
+        // nothing needs cudarc's, and events recorded outside a captured graph would break the capture.
         unsafe { context.disable_event_tracking() };
         let stream = context.new_stream().map_err(failed)?;
         // SAFETY: looks up a symbol and calls nothing.
@@ -450,9 +451,9 @@ impl Gpu {
         let _ = text.write_fmt(purpose);
     }
 
-    /// Starts recording launches, for tests that compare them.
+    /// Records launches from now on, for tests that compare them. What was recorded before is dropped.
     pub fn record_launches(&self) {
-        self.inner.record.get_or_init(Mutex::default);
+        self.inner.record.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     /// The launches recorded since the last call, in order.
