@@ -18,45 +18,25 @@ use ddpm_cuda::device::cuda::Gpu;
 use ddpm_cuda::tensor::DType;
 use half::bf16;
 
+#[path = "support/cache.rs"]
+mod cache;
+#[path = "../tests/support/rungs.rs"]
+mod rungs;
+
+use cache::EVICTS;
+use rungs::{ATTENTION, D, RUNGS, Tensors};
+
 /// Images of a step.
 const BATCH: usize = 128;
-
-/// Name, threads, and pixels and channels of a block's tile.
-const RUNGS: [(&str, u32, usize, usize); 10] = [
-    ("conv2d_0_naive", 128, 4, 32),
-    ("conv2d_1_tile", 128, 64, 64),
-    ("conv2d_2_registers", 64, 64, 64),
-    ("conv2d_3_mma", 128, 64, 64),
-    ("conv2d_4_swizzle", 128, 64, 64),
-    ("conv2d_5_cp_async", 128, 64, 64),
-    ("conv2d_6_epilogue", 128, 64, 64),
-    ("conv2d_7_walk", 128, 64, 64),
-    ("conv2d_8_segments", 128, 64, 64),
-    ("conv2d_9_two_inputs", 128, 64, 64),
-];
 
 /// Rows and columns of an image, and channels in and out.
 const LAYERS: [[usize; 3]; 3] = [[32, 128, 128], [16, 256, 256], [4, 256, 256]];
 
-/// Name, threads, and rows of a block.
-const ATTENTION: [(&str, u32, usize); 5] = [
-    ("attention_0_naive", 64, 1),
-    ("attention_1_online", 64, 64),
-    ("attention_2_mma", 128, 64),
-    ("attention_3_cp_async", 128, 64),
-    ("attention_4_exp2", 128, 64),
-];
-
-/// Tokens, and channels of the head.
+/// Tokens of attention.
 const TOKENS: usize = 8192;
-const D: usize = 64;
 
-/// Channels of a slab from rung 3 on, and slabs of a segment from rung 8 on.
-const BK: usize = 32;
+/// Slabs of a segment from rung 8 on.
 const SEGMENT: usize = 9;
-
-/// Bytes that are written between two launches: more than the L2 cache of any GPU so far.
-const EVICTS: usize = 256 << 20;
 
 /// An argument of a kernel.
 #[derive(Clone, Copy)]
@@ -68,7 +48,7 @@ enum Arg {
 /// A grid, and what is launched over it.
 struct Launch {
     function: CUfunction,
-    grid: (u32, u32, u32),
+    grid: [u32; 3],
     threads: u32,
     args: Vec<Arg>,
 }
@@ -156,7 +136,7 @@ impl Machine {
             event
         };
         let start = event();
-        for Launch { function, grid, threads, args } in launches {
+        for Launch { function, grid: [gx, gy, gz], threads, args } in launches {
             let mut values = args.clone();
             let mut pointers: Vec<*mut c_void> = values
                 .iter_mut()
@@ -168,7 +148,14 @@ impl Machine {
             // SAFETY: the arguments are those that the rung's header lists, in its order; their memory is as large as
             // its extents say, and lives until the stream has been waited for, below.
             unsafe {
-                result::launch_kernel(*function, *grid, (*threads, 1, 1), 0, self.stream.cu_stream(), &mut pointers)
+                result::launch_kernel(
+                    *function,
+                    (*gx, *gy, *gz),
+                    (*threads, 1, 1),
+                    0,
+                    self.stream.cu_stream(),
+                    &mut pointers,
+                )
             }
             .expect("a valid launch");
         }
@@ -188,54 +175,51 @@ impl Drop for Machine {
 
 /// The launches of a rung for a layer: of itself, and of what adds up its segments.
 fn convolution(machine: &mut Machine, rung: usize, [side, c_in, c_out]: [usize; 3]) -> Vec<Launch> {
-    let (name, threads, bm, bn) = RUNGS[rung];
+    let (name, threads, ..) = RUNGS[rung];
     let pixels = BATCH * side * side;
     let c_first = if rung == 9 { c_in / 2 } else { c_in };
-    let y = machine.room(2 * pixels * c_out);
-    let (x, weight) = (machine.numbers(pixels * c_first, false), machine.numbers(c_out * 9 * c_in, false));
-    let more =
-        [machine.numbers(c_out, true), machine.numbers(BATCH * c_out, true), machine.numbers(pixels * c_out, false)];
-    let extents = [BATCH, side, side, c_in, c_out].map(|extent| Arg::U32(extent as u32));
-    let mut args = vec![y, x, weight];
-    args.extend(extents);
-    if rung >= 6 {
-        args.extend(more);
-    }
-    let slabs = 9 * (c_first.div_ceil(BK) + (c_in - c_first).div_ceil(BK));
+    let slabs = rungs::slabs(c_first, c_in);
     // As the program: only images of few pixels are cut into segments that have blocks of their own.
     let segments = if rung >= 8 && side * side <= 64 { slabs.div_ceil(SEGMENT) } else { 1 };
-    if rung >= 8 {
-        let parts = machine.room(4 * segments * pixels * c_out);
-        args.extend([parts, Arg::U32(if segments > 1 { SEGMENT } else { slabs } as u32)]);
-        if rung == 9 {
-            args.extend([machine.numbers(pixels * (c_in - c_first), false), Arg::U32(c_first as u32)]);
-        }
-        if segments > 1 {
-            let extents = [segments, BATCH, side, side, c_out].map(|extent| Arg::U32(extent as u32));
-            let join = Launch {
-                function: machine.function(name, &format!("conv2d_{rung}_join")),
-                grid: (pixels.div_ceil(4) as u32, c_out.div_ceil(64) as u32, 1),
-                threads: 256,
-                args: [y, parts].into_iter().chain(extents).chain(more).collect(),
-            };
-            let grid = (pixels.div_ceil(bm) as u32, c_out.div_ceil(bn) as u32, segments as u32);
-            return vec![Launch { function: machine.function(name, name), grid, threads, args }, join];
-        }
+    let number = |extent: usize| Arg::U32(extent as u32);
+    let tensors = Tensors {
+        y: machine.room(2 * pixels * c_out),
+        x: machine.numbers(pixels * c_first, false),
+        weight: machine.numbers(c_out * 9 * c_in, false),
+        added: [
+            machine.numbers(c_out, true),
+            machine.numbers(BATCH * c_out, true),
+            machine.numbers(pixels * c_out, false),
+        ],
+        parts: machine.room(4 * segments * pixels * c_out),
+        segment: number(if segments > 1 { SEGMENT } else { slabs }),
+        second: machine.numbers((pixels * (c_in - c_first)).max(1), false),
+        c_first: number(c_first),
+    };
+    let mut launches = vec![Launch {
+        function: machine.function(name, name),
+        grid: rungs::grid(rung, pixels, c_out, segments),
+        threads,
+        args: tensors.args(rung, [BATCH, side, side, c_in, c_out].map(number)),
+    }];
+    if segments > 1 {
+        launches.push(Launch {
+            function: machine.function(name, &rungs::join_name(rung)),
+            grid: rungs::join_grid(pixels, c_out),
+            threads: rungs::JOIN_THREADS,
+            args: tensors.join_args([segments, BATCH, side, side, c_out].map(number)),
+        });
     }
-    let grid = (pixels.div_ceil(bm) as u32, c_out.div_ceil(bn) as u32, 1);
-    vec![Launch { function: machine.function(name, name), grid, threads, args }]
+    launches
 }
 
 fn attention(machine: &mut Machine, rung: usize) -> Vec<Launch> {
-    let (name, threads, bm) = ATTENTION[rung];
-    let mut args = vec![machine.room(2 * TOKENS * D)];
-    args.extend([(); 3].map(|()| machine.numbers(TOKENS * D, false)));
-    if rung == 0 {
-        args.push(machine.room(4 * TOKENS * TOKENS));
-    }
-    args.push(Arg::U32(TOKENS as u32));
-    let grid = (TOKENS.div_ceil(bm) as u32, 1, 1);
-    vec![Launch { function: machine.function(name, name), grid, threads, args }]
+    let (name, threads, _) = ATTENTION[rung];
+    let o = machine.room(2 * TOKENS * D);
+    let inputs = [(); 3].map(|()| machine.numbers(TOKENS * D, false));
+    let scores = (rung == 0).then(|| machine.room(4 * TOKENS * TOKENS));
+    let args = rungs::attention_args(o, inputs, scores, Arg::U32(TOKENS as u32));
+    vec![Launch { function: machine.function(name, name), grid: rungs::attention_grid(rung, TOKENS), threads, args }]
 }
 
 /// Measures the launches of one rung.

@@ -194,13 +194,13 @@ struct WgradOperands {
 __device__ __forceinline__ float silu_of_rounded(float v) { return silu(__bfloat162float(__float2bfloat16_rn(v))); }
 
 // Stores the tile that begins at (row, col) to y (rows, cols), plus bias and residual unless they are null, and what
-// the SiLU makes of it to `activated`; to neither if it is null. UNIT is that of the columns.
-template <class TILE, Unit UNIT>
+// the SiLU makes of it to `activated`; to neither if it is null.
+template <class TILE>
 __device__ __forceinline__ void store_rows(bf16* y, bf16* activated, unsigned char* ring, unsigned row, unsigned rows,
                                            unsigned col, unsigned cols, const float* bias, const bf16* residual,
                                            const Accumulators<TILE>& acc) {
     each_four(reinterpret_cast<float*>(ring), acc, [&](int r, int c, float4 v) {
-        const Four four(col + c, cols, UNIT != Unit::ELEMENT);
+        const Four four(col + c, cols);
         if (four.count == 0 || row + r >= rows) return;
         const size_t offset = (size_t)(row + r) * cols + four.col;
         if (bias) v = v + four.read(bias + four.col);
@@ -220,8 +220,7 @@ __device__ __forceinline__ void forward(bf16* y, bf16* activated, const bf16* x,
     ForwardOperands<TILE, UNIT> operands(x, weight, row, col, s);
     Accumulators<TILE> acc;
     multiply(shared_address(ring), operands, (s.c_in + BK - 1) / BK, steps_of<UNIT>(s.c_in), acc, 0, [] {});
-    // Nothing need divide c_out.
-    store_rows<TILE, Unit::ELEMENT>(y, activated, ring, row, s.rows, col, s.c_out, bias, residual, acc);
+    store_rows(y, activated, ring, row, s.rows, col, s.c_out, bias, residual, acc);
 }
 
 template <class TILE, Unit UNIT>
@@ -250,7 +249,7 @@ __device__ __forceinline__ void dgrad(bf16* dx, const bf16* dy, const bf16* weig
     DgradOperands<TILE, UNIT> operands(dy, weight, row, col, s);
     Accumulators<TILE> acc;
     multiply(shared_address(ring), operands, (s.c_out + BK - 1) / BK, steps_of<UNIT>(s.c_out), acc, 0, [] {});
-    store_rows<TILE, UNIT>(dx, nullptr, ring, row, s.rows, col, s.c_in, nullptr, nullptr, acc);
+    store_rows(dx, nullptr, ring, row, s.rows, col, s.c_in, nullptr, nullptr, acc);
 }
 
 // a = rows of dy of the layers from `layer` to `end`, one after the other, b = their weights.
@@ -317,10 +316,9 @@ __device__ __forceinline__ void group_dgrad(bf16* dx, float* parts, const bf16* 
     Accumulators<TILE> acc;
     multiply(shared_address(ring), operands, slabs, BK / 16, acc, 0, [] {});
     if (parts) {
-        store_tile<TILE, UNIT>(parts + (size_t)segment * all.rows * all.c_in, ring, row, all.rows, col, all.c_in, false,
-                               acc);
+        store_tile(parts + (size_t)segment * all.rows * all.c_in, ring, row, all.rows, col, all.c_in, false, acc);
     } else {
-        store_rows<TILE, UNIT>(dx, nullptr, ring, row, all.rows, col, all.c_in, nullptr, nullptr, acc);
+        store_rows(dx, nullptr, ring, row, all.rows, col, all.c_in, nullptr, nullptr, acc);
     }
 }
 
@@ -338,7 +336,7 @@ __device__ __forceinline__ void wgrad(float* to, double* sums, const bf16* x, co
         if (summing) of_dy.add(slot);
     });
     if (summing) of_dy.store(sums, row, s.c_out);
-    store_tile<TILE, UNIT>(to, ring, row, s.c_out, col, s.c_in, add, acc);
+    store_tile(to, ring, row, s.c_out, col, s.c_in, add, acc);
 }
 
 // Writes segment number `segment`, of `depth` rows, to its part of dw (segments, c_out, c_in), or adds it, and to its

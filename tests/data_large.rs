@@ -7,11 +7,10 @@ mod places;
 mod sources;
 
 use std::fs;
-use std::io::{Cursor, Write};
+use std::io::{Cursor, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
 
 use ddpm_cuda::checkpoint::{DataMark, Origin};
 use ddpm_cuda::config::{Config, OnBadImage, Size};
@@ -648,24 +647,38 @@ fn a_killed_conversion_goes_on_to_the_same_bytes() {
         ok(&mut command(&whole));
         let took = begun.elapsed();
         let out = folder.at("killed.ddpm");
-        let mut kills = 0;
-        for k in 1..=6 {
-            let mut child = command(&out).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
-            // Early at first, since the other tests may have slowed down what was measured; later each time, so that a
-            // slow machine comes to an end too.
-            std::thread::sleep(took.mul_f64(0.15 * f64::from(k)).max(Duration::from_millis(1)));
-            kills += u32::from(child.try_wait().unwrap().is_none());
+        let spawn = || command(&out).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // At any moment, before its first image too.
+        for k in 0..4 {
+            let mut child = spawn();
+            std::thread::sleep(took.mul_f64(0.25 * f64::from(k)));
             child.kill().unwrap();
             child.wait().unwrap();
-            if out.exists() {
-                break;
+        }
+        // And when some images are there: the first has a hash, behind the images. A quick machine may have come to
+        // the end by then, and begins anew.
+        let hash = (4096 + images.len() * 16 * 12 * 3) as u64;
+        let has_begun = || {
+            let Ok(mut file) = fs::File::open(data::part_of(&out)) else { return false };
+            let mut bytes = [0; 8];
+            file.seek(SeekFrom::Start(hash)).is_ok() && file.read_exact(&mut bytes).is_ok() && bytes != [0; 8]
+        };
+        let mut tries = 0;
+        drop(fs::remove_file(&out));
+        while !has_begun() {
+            tries += 1;
+            assert!(tries <= 100, "no conversion of 100 was killed before its end");
+            drop(fs::remove_file(&out));
+            let mut child = spawn();
+            while !has_begun() && child.try_wait().unwrap().is_none() {
+                std::thread::yield_now();
             }
+            child.kill().unwrap();
+            child.wait().unwrap();
         }
-        assert!(kills > 0, "a conversion is killed before its end");
-        if !out.exists() {
-            let said = ok(&mut command(&out));
-            assert!(said.contains("images are there already"), "{said}");
-        }
+        assert!(!out.exists(), "what is unfinished has another name");
+        let said = ok(&mut command(&out));
+        assert!(said.contains("images are there already"), "{said}");
         assert!(fs::read(&out).unwrap() == fs::read(&whole).unwrap(), "{source}: the same bytes");
         [&out, &whole].iter().for_each(|file| fs::remove_file(file).unwrap());
     }

@@ -3,28 +3,14 @@
 
 #[path = "../emulator/tests/machine/mod.rs"]
 mod machine;
+#[path = "support/rungs.rs"]
+mod rungs;
 
 use cuda_emu::exec::{Counters, Fault};
 use half::bf16;
 use machine::{Arg, Device};
+use rungs::{ATTENTION, BK, D, RUNGS, Tensors};
 use std::fmt::Write;
-
-/// Name, threads, and pixels and channels of a block's tile.
-const RUNGS: [(&str, u32, usize, usize); 10] = [
-    ("conv2d_0_naive", 128, 4, 32),
-    ("conv2d_1_tile", 128, 64, 64),
-    ("conv2d_2_registers", 64, 64, 64),
-    ("conv2d_3_mma", 128, 64, 64),
-    ("conv2d_4_swizzle", 128, 64, 64),
-    ("conv2d_5_cp_async", 128, 64, 64),
-    ("conv2d_6_epilogue", 128, 64, 64),
-    ("conv2d_7_walk", 128, 64, 64),
-    ("conv2d_8_segments", 128, 64, 64),
-    ("conv2d_9_two_inputs", 128, 64, 64),
-];
-
-/// Channels of a slab from rung 3 on.
-const BK: usize = 32;
 
 /// n, h, w, c_in, c_out: no image is square, and extents lie on both sides of tiles and slabs.
 const SIZES: [[usize; 5]; 5] =
@@ -82,9 +68,8 @@ impl Case {
     /// With the counters of the launch, and of that which adds up segments, if there is one.
     fn launches(&self, rung: usize, ptx: &str) -> Result<(Vec<bf16>, [Counters; 2]), Fault> {
         let [n, h, w, c_in, c_out] = self.size;
-        let (name, threads, bm, bn) = RUNGS[rung];
+        let (name, threads, ..) = RUNGS[rung];
         let device = Device::new(ptx);
-        let y = device.memory.alloc((n * h * w * c_out * 2) as u64).expect("memory for y");
         let (first, second): (Vec<_>, Vec<_>) = if rung < 9 {
             (self.x.clone(), Vec::new())
         } else {
@@ -95,28 +80,28 @@ impl Case {
             )
         };
         let upload = |x: &[bf16]| Arg::U64(if x.is_empty() { 0 } else { device.upload(x) });
-        let more = [device.upload(&self.bias), device.upload(&self.shift), device.upload(&self.residual)].map(Arg::U64);
-        let mut args = vec![Arg::U64(y), upload(&first), upload(&self.weight)];
-        args.extend(self.size.map(|extent| Arg::U32(extent as u32)));
-        if rung >= 6 {
-            args.extend(more);
-        }
-        let results = n * h * w * c_out;
+        let (pixels, results) = (n * h * w, n * h * w * c_out);
         let segments = if rung >= 8 && self.own_blocks { self.slabs(rung).div_ceil(self.segment) } else { 1 };
+        let y = device.memory.alloc((results * 2) as u64).expect("memory for y");
         let parts = device.memory.alloc((segments * results * 4) as u64).expect("memory for the segments");
-        if rung >= 8 {
-            args.extend([Arg::U64(parts), Arg::U32(self.segment as u32)]);
-        }
-        if rung == 9 {
-            args.extend([upload(&second), Arg::U32(self.c_first as u32)]);
-        }
-        let grid = [(n * h * w).div_ceil(bm) as u32, c_out.div_ceil(bn) as u32, segments as u32];
+        let number = |extent: usize| Arg::U32(extent as u32);
+        let tensors = Tensors {
+            y: Arg::U64(y),
+            x: upload(&first),
+            weight: upload(&self.weight),
+            added: [device.upload(&self.bias), device.upload(&self.shift), device.upload(&self.residual)].map(Arg::U64),
+            parts: Arg::U64(parts),
+            segment: number(self.segment),
+            second: upload(&second),
+            c_first: number(self.c_first),
+        };
+        let args = tensors.args(rung, self.size.map(number));
+        let grid = rungs::grid(rung, pixels, c_out, segments);
         let mut counters = [device.run(name, grid, [threads, 1, 1], 0, &args)?, Counters::default()];
         if segments > 1 {
-            let extents = [segments, n, h, w, c_out].map(|extent| Arg::U32(extent as u32));
-            let args: Vec<Arg> = [Arg::U64(y), Arg::U64(parts)].into_iter().chain(extents).chain(more).collect();
-            let grid = [(n * h * w).div_ceil(4) as u32, c_out.div_ceil(64) as u32, 1];
-            counters[1] = device.run(&format!("conv2d_{rung}_join"), grid, [256, 1, 1], 0, &args)?;
+            let args = tensors.join_args([segments, n, h, w, c_out].map(number));
+            let threads = [rungs::JOIN_THREADS, 1, 1];
+            counters[1] = device.run(&rungs::join_name(rung), rungs::join_grid(pixels, c_out), threads, 0, &args)?;
         }
         assert_eq!((c_in % 8, self.c_first % 8), (0, 0), "what the rungs' headers demand");
         Ok((device.download(y, results), counters))
@@ -124,8 +109,7 @@ impl Case {
 
     /// Of k, from rung 3 on.
     fn slabs(&self, rung: usize) -> usize {
-        let first = if rung == 9 { self.c_first } else { self.size[3] };
-        9 * (first.div_ceil(BK) + (self.size[3] - first).div_ceil(BK))
+        rungs::slabs(if rung == 9 { self.c_first } else { self.size[3] }, self.size[3])
     }
 
     fn bits(&self, rung: usize) -> Vec<u16> {
@@ -372,18 +356,6 @@ fn the_table_of_few_pixels_is_what_the_emulator_counts() {
     assert!(source("README.md").contains(&table), "kernels/steps/README.md should have this table:\n{table}");
 }
 
-/// Channels of the attention's head.
-const D: usize = 64;
-
-/// Name, threads, and rows of a block.
-const ATTENTION: [(&str, u32, usize); 5] = [
-    ("attention_0_naive", 64, 1),
-    ("attention_1_online", 64, 64),
-    ("attention_2_mma", 128, 64),
-    ("attention_3_cp_async", 128, 64),
-    ("attention_4_exp2", 128, 64),
-];
-
 struct Attended {
     o: Vec<bf16>,
     /// The first result outside its bound.
@@ -393,19 +365,16 @@ struct Attended {
 
 /// Runs a rung of attention over n tokens.
 fn attend(rung: usize, n: usize, ptx: &str) -> Result<Attended, Fault> {
-    let (name, threads, bm) = ATTENTION[rung];
+    let (name, threads, _) = ATTENTION[rung];
     let case = Case::new([3, n, 1, D, 1], true);
     let (q, rest) = case.x.split_at(n * D);
     let (k, v) = rest.split_at(n * D);
     let device = Device::new(ptx);
     let o = device.memory.alloc((n * D * 2) as u64).expect("memory for o");
-    let mut args = vec![Arg::U64(o)];
-    args.extend([q, k, v].map(|tensor| Arg::U64(device.upload(tensor))));
-    if rung == 0 {
-        args.push(Arg::U64(device.memory.alloc((n * n * 4) as u64).expect("memory for S")));
-    }
-    args.push(Arg::U32(n as u32));
-    let counters = device.run(name, [n.div_ceil(bm) as u32, 1, 1], [threads, 1, 1], 0, &args)?;
+    let scores = (rung == 0).then(|| Arg::U64(device.memory.alloc((n * n * 4) as u64).expect("memory for S")));
+    let upload = |tensor| Arg::U64(device.upload(tensor));
+    let args = rungs::attention_args(Arg::U64(o), [q, k, v].map(upload), scores, Arg::U32(n as u32));
+    let counters = device.run(name, rungs::attention_grid(rung, n), [threads, 1, 1], 0, &args)?;
     let o: Vec<bf16> = device.download(o, n * D);
     for row in 0..n {
         let products = |col: usize| (0..D).map(move |d| q[row * D + d].to_f64() * k[col * D + d].to_f64());

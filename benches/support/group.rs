@@ -23,8 +23,10 @@ use serde_json::{Value, json};
 
 use crate::support::{BATCH, choice, named};
 
-/// Bytes that are written between two calls: more than the L2 cache of any GPU so far (126 MB on a B200).
-const EVICTS: usize = 256 << 20;
+#[path = "cache.rs"]
+mod cache;
+
+use cache::EVICTS;
 
 /// The device of [`choice`], opened once for all operations, and so that launches are measured or counted.
 pub fn device() -> Device {

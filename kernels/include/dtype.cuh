@@ -48,14 +48,12 @@ __device__ __forceinline__ void store_group(T* p, size_t i, float4 v, unsigned c
 }
 
 // Four neighbouring results of a thread in a row of `cols` columns: those that exist, in one access if four divides
-// cols, which `whole` says beforehand.
+// cols.
 struct Four {
     unsigned col, count;
     bool vector;
-    __device__ __forceinline__ Four(unsigned col_, unsigned cols, bool whole = false)
-        : col(col_),
-          count(col >= cols ? 0 : whole ? 4 : min(cols - col, 4u)),
-          vector(whole || cols % 4 == 0) {}
+    __device__ __forceinline__ Four(unsigned col_, unsigned cols)
+        : col(col_), count(col < cols ? min(cols - col, 4u) : 0), vector(cols % 4 == 0) {}
 
     template <class T>
     __device__ __forceinline__ float4 read(const T* p) const { return load_group(p, 0, count, vector); }

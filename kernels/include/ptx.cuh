@@ -45,6 +45,13 @@ __device__ __forceinline__ float load_shared_bf16(uint32_t from) {
     return __uint_as_float(uint32_t(v) << 16);
 }
 
+// Stores four neighbours to global memory, in one access where the compiler would make four of `store4`.
+__device__ __forceinline__ void store_global(float* p, float4 v) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "f"(v.x), "f"(v.y),
+                 "f"(v.z), "f"(v.w)
+                 : "memory");
+}
+
 // Four matrices of 8x8 elements. Lane 8 i + j has the address of row j of matrix i; lane l gets elements 2 (l % 4) and
 // the next of row l / 4 of each, or of column l / 4 if TRANS.
 template <bool TRANS>

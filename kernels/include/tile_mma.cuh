@@ -397,15 +397,17 @@ __device__ __forceinline__ void each_four(float* ring, const Accumulators<TILE>&
     }
 }
 
-// Stores the tile that begins at (row, col) to `to` (rows, cols), or adds it if `add`. UNIT is that of the columns.
-template <class TILE, Unit UNIT>
+// Stores the tile that begins at (row, col) to `to` (rows, cols), or adds it if `add`.
+template <class TILE>
 __device__ __forceinline__ void store_tile(float* to, unsigned char* ring, unsigned row, unsigned rows, unsigned col,
                                            unsigned cols, bool add, const Accumulators<TILE>& acc) {
     each_four(reinterpret_cast<float*>(ring), acc, [&](int r, int c, float4 v) {
-        const Four four(col + c, cols, UNIT != Unit::ELEMENT);
+        const Four four(col + c, cols);
         if (four.count == 0 || row + r >= rows) return;
         float* p = to + (size_t)(row + r) * cols + four.col;
-        four.write(p, add ? four.read(p) + v : v);
+        if (add) v = four.read(p) + v;
+        if (four.vector) return store_global(p, v);
+        four.write(p, v);
     });
 }
 
