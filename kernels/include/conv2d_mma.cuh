@@ -57,18 +57,18 @@ __device__ __forceinline__ unsigned inside(const Axis& axis, int from, unsigned 
 // One of the image batches whose channels are summed over, one after the other, with its weights.
 struct Source {
     const bf16 *from, *weight;  // pixel 0; the weight's first row and tap
-    // Those that are read together lie together: nvcc loads across a gap with a pragma of PTX 8.3.
-    unsigned first, end;  // its taps are taps[first .. end]
+    unsigned first, taps;  // bytes before the first of its taps, and how many it has
     int channels;
     int b_pitch, a_pitch;  // bytes from one row of the weight to the next, and from one pixel
     unsigned unused;
 };
 
-// One of its taps: how many elements further on than the first it is in an image, and than the weight's row begins.
-struct Tap {
+// One of its taps: how many elements further on than the first it is in an image, and than the weight's row begins. One
+// access reads it.
+struct alignas(16) Tap {
     int a, b;
     Taps want;
-    int unused;  // so that one access reads it
+    unsigned next;  // bytes before the tap that follows, or behind the last before the first
 };
 
 // Host twin: bytes of the sources in a plan.
@@ -82,8 +82,14 @@ template <class TILE>
 struct Plan {
     int patch[TILE::BM];  // of each row of the tile: the index of its first tap's pixel
     int row[TILE::BN];    // of each column: the row of the weight
-    Source sources[SOURCES / sizeof(Source)];
+    // Each word is read alone: nvcc would read several at once, across those not needed with a pragma of PTX 8.3.
+    volatile Source sources[SOURCES / sizeof(Source)];
     Tap taps[1];  // as many as there are
+
+    // By bytes, since an index would take an instruction more in each slab.
+    __device__ __forceinline__ const Tap& tap(unsigned before) const {
+        return *reinterpret_cast<const Tap*>(reinterpret_cast<const char*>(taps) + before);
+    }
 
     __device__ static Plan& behind(unsigned char* ring) { return *reinterpret_cast<Plan*>(ring + TILE::RING); }
 };
@@ -100,54 +106,53 @@ template <class TILE, bool B_ALONG_K>
 struct Walk {
     const Plan<TILE>& plan;
     unsigned source, sources;
-    unsigned at, first, end;  // the tap, those of the source
-    int channels;             // that are left in the source, with those of this block
-    int a, b, b_step;         // offsets of the block in both operands, in elements; in b from block to block
+    unsigned first, taps;  // of the source
+    int channels;          // that are left in the source, with those of this block
+    int a, b, b_step;      // offsets of the block in both operands, in elements; in b from block to block
     Tap tap;
 
     // From slab `slab` on.
     __device__ Walk(const Plan<TILE>& plan_, unsigned sources_, unsigned slab)
         : plan(plan_), source(0), sources(sources_) {
         open();
-        for (unsigned all; slab >= (all = (channels + BK - 1) / BK * (end - first)) && source + 1 < sources;) {
+        for (unsigned all; slab >= (all = (channels + BK - 1) / BK * taps) && source + 1 < sources;) {
             slab -= all;
             ++source;
             open();
         }
-        const unsigned taps = max(end - first, 1);  // a class without taps has no slabs
-        const int block = (int)(slab / taps);
+        const unsigned some = max(taps, 1);  // a class without taps has no slabs
+        const int block = (int)(slab / some);
         channels -= block * BK;
         a = block * BK;
         b = block * b_step;
-        at = first + slab % taps;
-        tap = plan.taps[at];
+        tap = plan.tap(first + slab % some * TAP);
     }
 
     __device__ __forceinline__ void open() {
-        const Source& of = plan.sources[source];
+        const volatile Source& of = plan.sources[source];
         channels = of.channels;
-        at = first = of.first;
-        end = of.end;
+        first = of.first;
+        taps = of.taps;
         a = b = 0;
         b_step = B_ALONG_K ? BK : BK * (of.b_pitch / (int)sizeof(bf16));
     }
 
-    // True if what follows is of another source.
-    __device__ __forceinline__ bool advance() {
-        bool other = false;
-        if (++at == end) {
-            at = first;
+    // Calls other() if what follows is of another source. (It said so by its result: two instructions more a slab.)
+    template <class OTHER>
+    __device__ __forceinline__ void advance(OTHER other) {
+        unsigned next = tap.next;
+        if (next == first) {
             channels -= BK;
             a += BK;
             b += b_step;
             if (channels <= 0 && source + 1 < sources) {
                 ++source;
                 open();
-                other = true;
+                next = first;
+                other();
             }
         }
-        tap = plan.taps[at];
-        return other;
+        tap = plan.tap(next);
     }
 };
 
@@ -169,7 +174,7 @@ struct Patches {
     }
 
     // From here on the rows are those of `source`.
-    __device__ __forceinline__ void open(const Plan<TILE>& plan, const Source& source) {
+    __device__ __forceinline__ void open(const Plan<TILE>& plan, const volatile Source& source) {
         const bf16* from = source.from + 8 * P::chunk();
 #pragma unroll
         for (int i = 0; i < P::PASSES; ++i) {
@@ -200,7 +205,7 @@ struct WeightRows {
     __device__ WeightRows() : places(TILE::A_BYTES) {}
 
     // From here on the rows are those of `source`.
-    __device__ __forceinline__ void open(const Plan<TILE>& plan, const Source& source) {
+    __device__ __forceinline__ void open(const Plan<TILE>& plan, const volatile Source& source) {
         if (!P::busy()) return;
         const bf16* from = source.weight + 8 * P::chunk();
 #pragma unroll
@@ -238,7 +243,7 @@ struct ForwardOperands {
     }
 
     __device__ __forceinline__ void open() {
-        const Source& source = walk.plan.sources[walk.source];
+        const volatile Source& source = walk.plan.sources[walk.source];
         a.open(walk.plan, source);
         b.open(walk.plan, source);
     }
@@ -246,7 +251,7 @@ struct ForwardOperands {
     __device__ __forceinline__ void bring(uint32_t slot) {
         a.bring(slot, walk.a + walk.tap.a, walk.tap.want, walk.channels);
         b.bring(slot, walk.b + walk.tap.b, walk.channels);
-        if (walk.advance()) open();
+        walk.advance([&] { open(); });
     }
 };
 
@@ -270,7 +275,7 @@ struct DgradOperands {
     __device__ __forceinline__ void bring(uint32_t slot) {
         a.bring(slot, walk.a + walk.tap.a, walk.tap.want, walk.channels);
         b.bring(slot, walk.b + walk.tap.b, walk.channels);
-        walk.advance();
+        walk.advance([] {});
     }
 };
 
@@ -567,7 +572,8 @@ struct Writer {
         for (unsigned e = threadIdx.x; e < count; e += TILE::THREADS) {
             const unsigned t = e / cols.taps, v = e % cols.taps;
             plan.taps[taps + e] = {(int)((rows.offset(t) * w + cols.offset(v)) * channels),
-                                   (rows.tap(t) * (int)g.kw + cols.tap(v)) * (int)g.c_in, tap_row(t) | tap_col(v), 0};
+                                   (rows.tap(t) * (int)g.kw + cols.tap(v)) * (int)g.c_in, tap_row(t) | tap_col(v),
+                                   (taps + (e + 1 < count ? e + 1 : 0)) * TAP};
         }
         if (count == 0 && threadIdx.x == 0) plan.taps[taps] = {};  // read, but not used
         write(from, channels, weight, g.kh * g.kw * g.c_in, count);
@@ -578,7 +584,8 @@ struct Writer {
                                               const Geometry& g) {
         if (channels == 0) return;
         if (threadIdx.x == 0) {
-            plan.taps[taps] = {(int)((g.top * g.w + g.left) * channels), 0, tap_row(g.top) | tap_col(g.left), 0};
+            plan.taps[taps] = {(int)((g.top * g.w + g.left) * channels), 0, tap_row(g.top) | tap_col(g.left),
+                               taps * TAP};
         }
         write(from, channels, weight, g.s_in, 1);
     }
@@ -586,14 +593,14 @@ struct Writer {
     __device__ __forceinline__ void write(const bf16* from, unsigned channels, const bf16* weight, unsigned pitch,
                                           unsigned count) {
         if (threadIdx.x == 0) {
-            Source& source = plan.sources[sources];
+            volatile Source& source = plan.sources[sources];
             source.from = from;
             source.weight = weight;
             source.channels = (int)channels;
             source.a_pitch = (int)(channels * sizeof(bf16));
             source.b_pitch = (int)(pitch * sizeof(bf16));
-            source.first = taps;
-            source.end = taps + count;
+            source.first = taps * TAP;
+            source.taps = count;
         }
         ++sources;
         taps += count;

@@ -334,29 +334,39 @@ __device__ __forceinline__ void multiply(uint32_t ring, OPERANDS& operands, unsi
         if (k < slabs) operands.bring(ring + k * TILE::SLOT);
         commit_group();  // even an empty one, so that the count of those that may be under way is right
     }
-    unsigned left = slabs, rest = segment;
-    bool another = slabs > 1;  // follows this one: as many as were to be brought in the turn before
-    auto turn = [&](unsigned slot) {
-        wait_group<STAGES - 2>();
-        __syncthreads();  // slab k is there for all threads, and all have read slab k - 1, whose slot is written next
-        const bool more = left > STAGES - 1;
-        if (more) operands.bring(ring + (slot + STAGES - 1) % STAGES * TILE::SLOT);
-        commit_group();
-        acc.add_product(left_operand, right_operand, ring + slot * TILE::SLOT, steps);
-        look(ring + slot * TILE::SLOT);
+    unsigned rest = segment;
+    auto product = [&](uint32_t slot) {
+        acc.add_product(left_operand, right_operand, slot, steps);
+        look(slot);
         if (--rest == 0) {
             each();
             rest = segment;
         }
-        --left;
-        const bool go_on = another;
-        another = more;
-        return go_on;
     };
-    if (OPERANDS::WRITTEN_OUT) {
-        while (slabs > 0 && turn(0) && turn(1) && turn(2)) {}
-    } else {
-        for (unsigned slot = 0; left > 0; slot = (slot + 1) % STAGES) turn(slot);
+    // The turns in which a slab is brought. Written out, they do not test that, and compare one number with constants.
+    const unsigned last = OPERANDS::WRITTEN_OUT ? min(slabs, STAGES - 1) : slabs;
+    unsigned turns = slabs - last;
+    auto turn = [&](unsigned slot) {
+        wait_group<STAGES - 2>();
+        __syncthreads();  // slab k is there for all threads, and all have read slab k - 1, whose slot is written next
+        operands.bring(ring + (slot + STAGES - 1) % STAGES * TILE::SLOT);
+        commit_group();
+        product(ring + slot * TILE::SLOT);
+        return --turns != 0;
+    };
+    if (turns != 0) {
+        while (turn(0) && turn(1) && turn(2)) {}
+    }
+    // The last ones, or all.
+#pragma unroll 1
+    for (unsigned left = last, slot = (slabs - last) % STAGES; left > 0; slot = (slot + 1) % STAGES, --left) {
+        wait_group<STAGES - 2>();
+        __syncthreads();  // as above
+        if (!OPERANDS::WRITTEN_OUT && left > STAGES - 1) {
+            operands.bring(ring + (slot + STAGES - 1) % STAGES * TILE::SLOT);
+        }
+        commit_group();
+        product(ring + slot * TILE::SLOT);
     }
     each();
     wait_group<0>();

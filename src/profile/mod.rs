@@ -292,7 +292,8 @@ impl Launch {
 /// if that is less, the arrays hold.
 fn touched(counted: &Counted, scale: f64) -> f64 {
     let (c, [read_only, writable]) = (&counted.counters, counted.arrays.map(|bytes| bytes as f64));
-    let both = c.distinct_read_bytes + c.distinct_written_bytes - c.distinct_bytes;
+    // Blocks of several kinds are weighted and each count is rounded, so that the union may be larger by one.
+    let both = (c.distinct_read_bytes + c.distinct_written_bytes).saturating_sub(c.distinct_bytes);
     let scaled = |bytes: u64, most: f64| (bytes as f64 * scale).min(most);
     scaled(c.distinct_read_bytes - both, read_only)
         + scaled(both, writable)
@@ -567,4 +568,34 @@ fn least(config: &Config, what: What) -> Result<Least> {
         What::Train => bound::of_training(config, &specs, &plan, dtype),
         What::Sample => bound::of_sampling(config, &specs, &plan, dtype),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::cuda::Counters;
+
+    #[test]
+    fn what_is_written_alone_is_touched_once() {
+        let counted = |distinct_bytes: u64| Counted {
+            kernel: "k".into(),
+            blocks: 8,
+            threads: 32,
+            shared: 0,
+            arrays: [1_000_000, 50_000],
+            counters: Counters {
+                distinct_read_bytes: 1000,
+                distinct_written_bytes: 500,
+                distinct_bytes,
+                ..Counters::default()
+            },
+        };
+        assert_eq!(touched(&counted(1500), 4.0), 6000.0);
+        // Rounded up.
+        assert_eq!(touched(&counted(1501), 4.0), 6000.0);
+        // A hundred bytes are written over.
+        assert_eq!(touched(&counted(1400), 4.0), 6000.0);
+        // Arrays bound it.
+        assert_eq!(touched(&counted(1500), 400.0), 400_000.0 + 50_000.0);
+    }
 }
