@@ -58,8 +58,8 @@ constexpr int THREADS = 64;
 
 // Host twin: blocks of 64x64 that a multiprocessor holds at once, in a convolution's f32 fwd and dgrad: the compiler
 // leaves each thread 128 registers, where it would take up to 153 (six blocks), at 5 more instructions beside 512 FMAs.
-// The other kernels take up to 167 and run six: the weight gradients would spill up to 100 bytes, the linear layer's f32
-// kernels 24, and for 128x32 an RTX 4090 has shared memory for six.
+// The others take up to 167 and run six: the weight gradients would spill up to 100 bytes, the linear layer's f32
+// kernels 24, those of a convolution in tf32 32, and for 128x32 an RTX 4090 has shared memory for six.
 constexpr int RESIDENT = 8;
 
 // Host twin: steps of k between two barriers. 16 are no faster in the emulator and take 30 more registers for data in
