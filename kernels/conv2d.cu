@@ -422,9 +422,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_wgrad_32x128_f32(
     wgrad<Tile<32, 128>, Math::FMA>(dw, x, x_second, dy, g, segment, accumulate);
 }
 
-// Entries in tf32, on tensor cores, with the same tiles. 141 registers at most, six blocks a multiprocessor: for eight
-// ptxas spills up to 32 bytes.
-extern "C" __global__ void __launch_bounds__(THREADS) conv2d_fwd_64x64_tf32(
+// Blocks of 64x64 that a multiprocessor holds at once, in fwd and dgrad in tf32: of itself ptxas aims at eight, 128
+// registers a thread, and spills up to 32 bytes.
+constexpr int TF32_RESIDENT = 6;
+
+// Entries in tf32, on tensor cores, with the same tiles.
+extern "C" __global__ void __launch_bounds__(THREADS, TF32_RESIDENT) conv2d_fwd_64x64_tf32(
     float* y, const float* x, const float* x_second, const float* weight, const float* bias, const float* shift,
     const float* residual, unsigned halved, Geometry g) {
     forward<Tile<64, 64>, Math::TF32>(y, x, x_second, weight, {bias, shift, residual, halved, nullptr}, g);
@@ -436,7 +439,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) conv2d_fwd_128x32_tf32(
     forward<Tile<128, 32>, Math::TF32>(y, x, x_second, weight, {bias, shift, residual, halved, nullptr}, g);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) conv2d_dgrad_64x64_tf32(
+extern "C" __global__ void __launch_bounds__(THREADS, TF32_RESIDENT) conv2d_dgrad_64x64_tf32(
     float* dx, float* dx_second, const float* dy, const float* weight, Geometry g) {
     dgrad<Tile<64, 64>, Math::TF32>(dx, dx_second, dy, weight, g);
 }

@@ -632,8 +632,8 @@ fn program(folder: &Path) -> Option<Command> {
     Some(command)
 }
 
-/// A run in tf32 says what that is, has the same bits in graphs and launched kernel by kernel, goes on as what it is, and
-/// its samples are not those of f32. The CPU refuses it.
+/// A run in tf32 says what that is, has the same bits in graphs and launched kernel by kernel and goes on in tf32; its
+/// samples are not those of f32. The CPU refuses it.
 #[test]
 fn the_command_line_trains_and_samples_in_tf32() {
     const SAYS: &str = "tf32: activations, gradients and weights are f32 in memory, but";

@@ -4,6 +4,7 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bytemuck::Zeroable;
@@ -19,6 +20,7 @@ use ddpm_cuda::ops::attention::attention;
 use ddpm_cuda::ops::conv2d::{Geometry, Plus, conv2d};
 use ddpm_cuda::ops::linear::linear;
 use ddpm_cuda::params::Layout;
+use ddpm_cuda::profile::Launch;
 use ddpm_cuda::profile::card::Multiprocessor;
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::train::Trainer;
@@ -249,8 +251,10 @@ fn products_in_tf32_waste_no_shared_memory() {
     if !gpu::emulated("what products in tf32 ask of shared memory") {
         return;
     }
-    let device = Device::Cuda(Gpu::open(0, Precision::Tf32, false).unwrap());
-    for (c_in, c_out) in [(64, 64), (32, 32), (128, 32)] {
+    let gpu = Gpu::open(0, Precision::Tf32, false).unwrap();
+    gpu.count_launches().unwrap();
+    let device = Device::Cuda(gpu.clone());
+    for (c_in, c_out) in [(64, 64), (128, 32), (32, 128)] {
         let (xs, ws) = (Shape::new(1, 16, 16, c_in), Shape::new(c_out, 3, 3, c_in));
         let data = |seed, len| to_f32(&numbers(seed, len));
         let weights = [(ws, data(2, ws.len())), (Shape::vector(c_out), data(3, c_out))];
@@ -263,19 +267,19 @@ fn products_in_tf32_waste_no_shared_memory() {
             linear(tape, &x[0], p[0], None, None)
         });
     }
-    let counters = gpu::counters();
-    let number = |kernel: &serde_json::Value, name: &str| kernel[name].as_f64().expect("a counter");
-    let kernels = counters["kernels"].as_array().expect("kernels");
-    let mut count = 0;
-    for kernel in kernels.iter().filter(|kernel| kernel["name"].as_str().expect("a name").ends_with("_tf32")) {
-        let (cycles, ideal) = (number(kernel, "shared_wavefronts"), number(kernel, "shared_ideal"));
-        let (name, on_tensor_cores) = (&kernel["name"], number(kernel, "flops_tf32"));
-        println!("{name}: {:.3} of the cycles without conflicts, {on_tensor_cores} FLOP in tf32", cycles / ideal);
-        assert!(cycles <= 1.05 * ideal, "{name}: {cycles} cycles, {ideal} without bank conflicts");
-        assert!(on_tensor_cores > 0.0 && number(kernel, "flops_f32") < 0.05 * on_tensor_cores, "{kernel:#}");
-        count += 1;
+    let mut of_kernels = BTreeMap::<&str, [f64; 4]>::new();
+    for launch in gpu.counted_launches().iter().map(|counted| Launch::new(counted).unwrap()) {
+        let of = of_kernels.entry(launch.kernel.name).or_default();
+        let counts = [launch.work.shared_cycles, launch.shared_ideal, launch.work.tf32_flops, launch.flops_outside];
+        of.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
     }
-    assert_eq!(count, 12, "kernels in tf32");
+    of_kernels.retain(|name, _| name.ends_with("_tf32"));
+    assert_eq!(of_kernels.len(), 12, "{of_kernels:?}");
+    for (name, [cycles, ideal, in_tf32, outside]) in of_kernels {
+        println!("{name}: {:.3} of the cycles without conflicts, {in_tf32} FLOP, {outside} others", cycles / ideal);
+        assert!(cycles <= 1.05 * ideal, "{name}: {cycles} cycles, {ideal} without bank conflicts");
+        assert!(in_tf32 > 0.0 && outside < 0.05 * in_tf32, "{name}: {in_tf32} FLOP in tf32, {outside} others");
+    }
 }
 
 /// Attention on tensor cores takes no more cycles of shared memory than without bank conflicts, and moves no more bytes

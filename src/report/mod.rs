@@ -574,7 +574,7 @@ fn processes(html: &mut String, run: &History, title: &str) {
             "<tr><td>{began} {}</td><td>{from} to {until}</td><td>{ended}</td><td>{checkpoints}</td><td>{}</td>\
              <td>{machine}</td><td>{versions}</td></tr>",
             time(at),
-            list(&[&p.device, Precision::named(&p.precision).map_or(&p.precision, Precision::described)]),
+            list(&[&p.device, Precision::named(&p.precision).map_or(p.precision.as_str(), |known| known.described())]),
         );
     }
     html.push_str("</table></div>\n");

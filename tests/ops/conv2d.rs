@@ -855,6 +855,12 @@ fn bugs_planted_in_tf32_kernels_are_noticed() {
     for part in ["fwd_64x64", "fwd_128x32", "dgrad_64x64", "dgrad_128x32", "wgrad_64x64", "wgrad_32x128"] {
         plant::notices(TEST, &format!("conv2d_{part}_tf32"), "cvt.rna.tf32.f32", "mov.b32");
     }
+    // The second step of the second 32 rows or columns is that of the first.
+    for (part, from, to) in
+        [("fwd_64x64", "+400];", "+272];"), ("dgrad_128x32", "+656];", "+528];"), ("wgrad_32x128", "+656];", "+528];")]
+    {
+        plant::notices(TEST, &format!("conv2d_{part}_tf32"), from, to);
+    }
 }
 
 /// The same, and slabs that are read before they have arrived, for the products on tensor cores.
