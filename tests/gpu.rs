@@ -633,7 +633,7 @@ fn program(folder: &Path) -> Option<Command> {
 }
 
 /// A run in tf32 says what that is, has the same bits in graphs and launched kernel by kernel and goes on in tf32; its
-/// samples are not those of f32. The CPU refuses it.
+/// predictions are not those of f32. The CPU refuses it.
 #[test]
 fn the_command_line_trains_and_samples_in_tf32() {
     const SAYS: &str = "tf32: activations, gradients and weights are f32 in memory, but";
@@ -670,14 +670,18 @@ fn the_command_line_trains_and_samples_in_tf32() {
     let said = run(&refused, 1).expect("there are kernels");
     assert!(said.contains("tf32 was asked for, but the CPU computes in f32 only: use --precision f32"), "{said}");
 
-    let sample = |precision: &str, out: &str| {
-        let start = ["sample", "--model", "eager", "--device", "cuda", "--count", "2", "--steps", "2", "--out", out];
-        let said = run(&[&start[..], &["--precision", precision]].concat(), 0).expect("there are kernels");
-        assert_eq!(said.contains(SAYS), precision == "tf32", "{said}");
-        ddpm_cuda::data::npy::read(&folder.path().join(out)).unwrap().to_f32().unwrap()
+    let drawn = ["sample", "--model", "eager", "--device", "cuda", "--count", "1", "--steps", "2", "--out", "x.png"];
+    run(&[&drawn[..], &["--precision", "tf32"]].concat(), 0);
+    let x: Vec<f32> = (0..784).map(|i| (i % 13) as f32 / 6.5 - 1.0).collect();
+    ddpm_cuda::output::write_npy(&folder.path().join("x.npy"), &[1, 1, 28, 28], &x).unwrap();
+    ddpm_cuda::output::write_npy(&folder.path().join("t.npy"), &[1], &[40.0]).unwrap();
+    let predict = |precision: &str| {
+        let start = ["predict", "--model", "eager", "--device", "cuda", "--x", "x.npy", "--t", "t.npy"];
+        let said = run(&[&start[..], &["--out", "y.npy", "--precision", precision]].concat(), 0);
+        assert_eq!(said.expect("there are kernels").contains(SAYS), precision == "tf32");
+        ddpm_cuda::data::npy::read(&folder.path().join("y.npy")).unwrap().to_f32().unwrap()
     };
-    let (tf32, f32) = (sample("tf32", "tf32.npy"), sample("f32", "f32.npy"));
-    assert_ne!(tf32, f32, "the products were computed in f32");
+    assert_ne!(predict("tf32"), predict("f32"), "the products were computed in f32");
 }
 
 #[test]
