@@ -16,7 +16,7 @@ use crate::support::{
 
 /// `x` and `c_out`. Sizes of one, primes, one over the AVX-512 register tile (32 columns, 14 rows) and over its block
 /// of 56 rows; on a GPU every tile shape.
-const CASES: [(Shape, usize); 9] = [
+const CASES: [(Shape, usize); 10] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 1, 1, 7), 5),
     (Shape::new(16, 1, 1, 32), 128),
@@ -26,6 +26,7 @@ const CASES: [(Shape, usize); 9] = [
     (Shape::new(2, 16, 16, 65), 64),
     (Shape::new(1, 1, 4099, 2), 2),
     (Shape::new(3, 7, 1, 130), 31),
+    (Shape::new(1, 9, 8, 12), 20),
 ];
 
 /// More for the products on tensor cores, in bf16: channels that chunks of 16 bytes divide, slabs that are full and
