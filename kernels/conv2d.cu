@@ -18,8 +18,9 @@
 //                   bwd does not
 // layout     x (n, h, w, c_in), w (c_out, kh, kw, c_in), y, residual (n, oh, ow, c_out), shift (n, c_out), bias
 //            (c_out): contiguous. Gradients alike.
-// mapping    block = one tile of the product: in f32 on FMAs, 64 threads (tile_gemm.cuh), in bf16 on tensor cores, 128
-//            threads (tile_mma.cuh; how the operands are gathered: conv2d_mma.cuh)
+// mapping    block = one tile of the product: in f32 on FMAs and in tf32 on tensor cores, 64 threads (tile_gemm.cuh),
+//            in bf16 on tensor cores, 128 threads (tile_mma.cuh; how the operands are gathered: conv2d_mma.cuh). What
+//            is said of f32 holds for tf32 but for what multiplies
 //            fwd    rows = pixels of y, all images one after the other; cols = c_out; k = (u, v, c_in). up: blockIdx.y
 //                   = one of four classes, of even and odd rows and columns, so that a tap is at one distance from the
 //                   first in all patches
@@ -42,8 +43,9 @@
 // host       n oh ow, n h w, kh kw c_in, kh kw c_out < 2^30; grids as stated above; tensors aligned to 16 bytes (f32:
 //            vector accesses where channels divide by four; bf16: kernels by what divides the channels, as the entries
 //            say, the ring as dynamic shared memory, and what conv2d_mma.cuh says)
-// numerics   sums in f32. f32: fwd over (u, v, k), dgrad over (u, v, o) with the largest u and v first; bf16: over
-//            blocks of 64 channels of each tensor, in each over the taps in that order, the shortcut's last, by
+// numerics   sums in f32. f32: fwd over (u, v, k), dgrad over (u, v, o) with the largest u and v first; tf32: the same
+//            eight steps at a time, of operands rounded to 10 bits of fraction, but for bias, shift and residual; bf16:
+//            over blocks of 64 channels of each tensor, in each over the taps in that order, the shortcut's last, by
 //            segments in layers of few pixels; a shortcut's dx over o alone, in one. What waits to be added to dx is
 //            added in f32, (first + second) + dx, and the sum rounded once. wgrad over the pixels of a segment; the
 //            segments, shift and bias as column_sums.cuh says. An image's y and dx do not depend on the rest of its
@@ -291,24 +293,24 @@ struct PatchColumns {
 };
 
 // Stores the tile whose first row is pixel `first` of `count`, plus `plus`.
-template <class TILE>
+template <class TILE, Math MATH>
 __device__ __forceinline__ void store_pixels(const Results<float>& to, const Pixel (&pixels)[TILE::BM], unsigned first,
                                              unsigned count, unsigned col, const Plus<float>& plus,
-                                             const Accumulators<TILE>& acc) {
+                                             const Accumulators<TILE, MATH>& acc) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const Four four(col + acc.col(half), to.cols);
+    for (int q = 0; q < acc.ACROSS; ++q) {
+        const Four four(col + acc.col(q), to.cols);
         if (four.count == 0) return;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < acc.ROWS; ++i) {
             if (first + acc.row(i) >= count) break;
             const Pixel& pixel = pixels[acc.row(i)];
-            to.write(pixel.result, four, plus.to(acc.quad(i, half), four, pixel.image, pixel.result, to.cols));
+            to.write(pixel.result, four, plus.to(acc.quad(i, q), four, pixel.image, pixel.result, to.cols));
         }
     }
 }
 
-template <class TILE>
+template <class TILE, Math MATH>
 __device__ __forceinline__ void forward(float* y, const float* x, const float* x_second, const float* weight,
                                         const Plus<float>& plus, const Geometry& g) {
     __shared__ __align__(16) TILE tile;
@@ -323,12 +325,12 @@ __device__ __forceinline__ void forward(float* y, const float* x, const float* x
 
     Patches<TILE::BM> a({x, x_second, g.c_first, g.c_in}, pixels, g.h, g.w, rows, cols);
     Rows<TILE::BN> b(weight, first_col, g.c_out, depth);
-    Accumulators<TILE> acc;
+    Accumulators<TILE, MATH> acc;
     multiply(tile, a, b, (depth + BK - 1) / BK, acc);
     store_pixels({y, nullptr, g.c_out, g.c_out}, pixels, first, of.count, first_col, plus, acc);
 }
 
-template <class TILE>
+template <class TILE, Math MATH>
 __device__ __forceinline__ void dgrad(float* dx, float* dx_second, const float* dy, const float* weight,
                                       const Geometry& g) {
     __shared__ __align__(16) TILE tile;
@@ -344,13 +346,13 @@ __device__ __forceinline__ void dgrad(float* dx, float* dx_second, const float* 
 
     Patches<TILE::BM> a({dy, nullptr, g.c_out, g.c_out}, pixels, g.oh, g.ow, rows, cols);
     Weights<TILE::BN> b(weight, first_col, g, rows, cols);
-    Accumulators<TILE> acc;
+    Accumulators<TILE, MATH> acc;
     multiply(tile, a, b, (rows.taps * cols.taps * g.c_out + BK - 1) / BK, acc);
     store_pixels({dx, dx_second, g.c_first, g.c_in}, pixels, first, of.count, first_col, Plus<float>{}, acc);
 }
 
 // Writes `dw` if one segment has all pixels, otherwise each segment's partial sums to (segments, c_out, kh, kw, c_in).
-template <class TILE>
+template <class TILE, Math MATH>
 __device__ __forceinline__ void wgrad(float* dw, const float* x, const float* x_second, const float* dy,
                                       const Geometry& g, unsigned segment, bool add) {
     __shared__ __align__(16) TILE tile;
@@ -363,7 +365,7 @@ __device__ __forceinline__ void wgrad(float* dw, const float* x, const float* x_
     Columns<TILE::BM> a(dy, first, g.c_out, begin, end);
     PatchColumns<TILE::BN> b({x, x_second, g.c_first, g.c_in}, origins, g, first_col, begin, end);
     __syncthreads();  // the first fetch reads the first origins; multiply's barriers order the later ones
-    Accumulators<TILE> acc;
+    Accumulators<TILE, MATH> acc;
     multiply(tile, a, b, (end - begin + BK - 1) / BK, acc);
     store_tile(dw + (size_t)blockIdx.y * g.c_out * width, first, g.c_out, first_col, width, add, acc);
 }
@@ -389,35 +391,74 @@ __device__ __forceinline__ void join_segments(const Results<bf16>& to, const flo
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) conv2d_fwd_64x64_f32(
     float* y, const float* x, const float* x_second, const float* weight, const float* bias, const float* shift,
     const float* residual, unsigned halved, Geometry g) {
-    forward<Tile<64, 64>>(y, x, x_second, weight, {bias, shift, residual, halved, nullptr}, g);
+    forward<Tile<64, 64>, Math::FMA>(y, x, x_second, weight, {bias, shift, residual, halved, nullptr}, g);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) conv2d_fwd_128x32_f32(
     float* y, const float* x, const float* x_second, const float* weight, const float* bias, const float* shift,
     const float* residual, unsigned halved, Geometry g) {
-    forward<Tile<128, 32>>(y, x, x_second, weight, {bias, shift, residual, halved, nullptr}, g);
+    forward<Tile<128, 32>, Math::FMA>(y, x, x_second, weight, {bias, shift, residual, halved, nullptr}, g);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) conv2d_dgrad_64x64_f32(
     float* dx, float* dx_second, const float* dy, const float* weight, Geometry g) {
-    dgrad<Tile<64, 64>>(dx, dx_second, dy, weight, g);
+    dgrad<Tile<64, 64>, Math::FMA>(dx, dx_second, dy, weight, g);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) conv2d_dgrad_128x32_f32(
     float* dx, float* dx_second, const float* dy, const float* weight, Geometry g) {
-    dgrad<Tile<128, 32>>(dx, dx_second, dy, weight, g);
+    dgrad<Tile<128, 32>, Math::FMA>(dx, dx_second, dy, weight, g);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) conv2d_wgrad_64x64_f32(
     float* dw, const float* x, const float* x_second, const float* dy, Geometry g, unsigned segment,
     unsigned accumulate) {
-    wgrad<Tile<64, 64>>(dw, x, x_second, dy, g, segment, accumulate);
+    wgrad<Tile<64, 64>, Math::FMA>(dw, x, x_second, dy, g, segment, accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) conv2d_wgrad_32x128_f32(
     float* dw, const float* x, const float* x_second, const float* dy, Geometry g, unsigned segment,
     unsigned accumulate) {
-    wgrad<Tile<32, 128>>(dw, x, x_second, dy, g, segment, accumulate);
+    wgrad<Tile<32, 128>, Math::FMA>(dw, x, x_second, dy, g, segment, accumulate);
+}
+
+// Blocks of 64x64 that a multiprocessor holds at once, in fwd and dgrad in tf32: of itself ptxas aims at eight, 128
+// registers a thread, and spills up to 32 bytes.
+constexpr int TF32_RESIDENT = 6;
+
+// Entries in tf32, on tensor cores, with the same tiles.
+extern "C" __global__ void __launch_bounds__(THREADS, TF32_RESIDENT) conv2d_fwd_64x64_tf32(
+    float* y, const float* x, const float* x_second, const float* weight, const float* bias, const float* shift,
+    const float* residual, unsigned halved, Geometry g) {
+    forward<Tile<64, 64>, Math::TF32>(y, x, x_second, weight, {bias, shift, residual, halved, nullptr}, g);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) conv2d_fwd_128x32_tf32(
+    float* y, const float* x, const float* x_second, const float* weight, const float* bias, const float* shift,
+    const float* residual, unsigned halved, Geometry g) {
+    forward<Tile<128, 32>, Math::TF32>(y, x, x_second, weight, {bias, shift, residual, halved, nullptr}, g);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, TF32_RESIDENT) conv2d_dgrad_64x64_tf32(
+    float* dx, float* dx_second, const float* dy, const float* weight, Geometry g) {
+    dgrad<Tile<64, 64>, Math::TF32>(dx, dx_second, dy, weight, g);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) conv2d_dgrad_128x32_tf32(
+    float* dx, float* dx_second, const float* dy, const float* weight, Geometry g) {
+    dgrad<Tile<128, 32>, Math::TF32>(dx, dx_second, dy, weight, g);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) conv2d_wgrad_64x64_tf32(
+    float* dw, const float* x, const float* x_second, const float* dy, Geometry g, unsigned segment,
+    unsigned accumulate) {
+    wgrad<Tile<64, 64>, Math::TF32>(dw, x, x_second, dy, g, segment, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) conv2d_wgrad_32x128_tf32(
+    float* dw, const float* x, const float* x_second, const float* dy, Geometry g, unsigned segment,
+    unsigned accumulate) {
+    wgrad<Tile<32, 128>, Math::TF32>(dw, x, x_second, dy, g, segment, accumulate);
 }
 
 // Entries in bf16, on tensor cores, and what must divide the channels, those of the shortcut's tensors too:

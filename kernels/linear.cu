@@ -1,5 +1,6 @@
 // linear: the layer and its gradients, as three tiled matrix products and the column sums of dy. The products run on
-// FMAs in f32 (tile_gemm.cuh) and on tensor cores in bf16 (tile_mma.cuh).
+// FMAs in f32 (tile_gemm.cuh) and on tensor cores in tf32 (the same) and bf16 (tile_mma.cuh). What is said of f32 holds
+// for tf32 but for what multiplies.
 //
 // computes   fwd    y[p,o]  = sum over k of x[p,k] w[o,k] (+ b[o] + residual[p,o]); in bf16 also silu(y) of the
 //                   rounded y, or that alone
@@ -21,8 +22,9 @@
 // host       rows, c_in, c_out < 2^30; tensors aligned to 16 bytes (f32: vector accesses where c_in, c_out divide by
 //            four; bf16: kernels by what divides them, as the entries say, and the ring as dynamic shared memory)
 // numerics   sums in f32: fwd over k, dgrad over o (of a group: of one layer after the other, and by segments of layers
-//            if an image is one row), wgrad over the rows of a segment; the segments and the bias as column_sums.cuh
-//            says. A row's y and dx do not depend on the other rows.
+//            if an image is one row), wgrad over the rows of a segment; in tf32 eight steps at a time, of operands
+//            rounded to 10 bits of fraction; the segments and the bias as column_sums.cuh says. A row's y and dx do
+//            not depend on the other rows.
 #include "activation.cuh"
 #include "column_sums.cuh"
 #include "tile_gemm.cuh"
@@ -58,27 +60,27 @@ __device__ __forceinline__ const Layer& layer_at(const Layers& all, unsigned at)
 }
 
 // Stores the tile that begins at (row, col) to y (rows, cols), plus bias and residual unless they are null.
-template <class TILE>
+template <class TILE, Math MATH>
 __device__ __forceinline__ void store_rows(float* y, unsigned row, unsigned rows, unsigned col, unsigned cols,
-                                           const float* b, const float* residual, const Accumulators<TILE>& acc) {
+                                           const float* b, const float* residual, const Accumulators<TILE, MATH>& acc) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const Four four(col + acc.col(half), cols);
+    for (int q = 0; q < acc.ACROSS; ++q) {
+        const Four four(col + acc.col(q), cols);
         if (four.count == 0) return;
         float4 bias = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         if (b) bias = four.read(b + four.col);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < acc.ROWS; ++i) {
             if (row + acc.row(i) >= rows) break;
             const size_t offset = (size_t)(row + acc.row(i)) * cols + four.col;
-            float4 v = acc.quad(i, half) + bias;
+            float4 v = acc.quad(i, q) + bias;
             if (residual) v = v + four.read(residual + offset);
             four.write(y + offset, v);
         }
     }
 }
 
-template <class TILE>
+template <class TILE, Math MATH>
 __device__ __forceinline__ void forward(float* y, const float* x, const float* weight, const float* bias,
                                         const float* residual, const Sizes& s) {
     __shared__ __align__(16) TILE tile;
@@ -86,25 +88,25 @@ __device__ __forceinline__ void forward(float* y, const float* x, const float* w
     const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
     Rows<TILE::BM> a(x, row, s.rows, s.c_in);
     Rows<TILE::BN> b(weight, col, s.c_out, s.c_in);
-    Accumulators<TILE> acc;
+    Accumulators<TILE, MATH> acc;
     multiply(tile, a, b, (s.c_in + BK - 1) / BK, acc);
     store_rows(y, row, s.rows, col, s.c_out, bias, residual, acc);
 }
 
-template <class TILE>
+template <class TILE, Math MATH>
 __device__ __forceinline__ void dgrad(float* dx, const float* dy, const float* weight, const Sizes& s) {
     __shared__ __align__(16) TILE tile;
     const unsigned across = (s.c_in + TILE::BN - 1) / TILE::BN;
     const unsigned row = blockIdx.x / across * TILE::BM, col = blockIdx.x % across * TILE::BN;
     Rows<TILE::BM> a(dy, row, s.rows, s.c_out);
     Columns<TILE::BN> b(weight, col, s.c_in, 0, s.c_out);
-    Accumulators<TILE> acc;
+    Accumulators<TILE, MATH> acc;
     multiply(tile, a, b, (s.c_out + BK - 1) / BK, acc);
     store_rows(dx, row, s.rows, col, s.c_in, nullptr, nullptr, acc);
 }
 
 // Writes `dw` if one segment has all rows, otherwise each segment's partial sums to (segments, c_out, c_in).
-template <class TILE>
+template <class TILE, Math MATH>
 __device__ __forceinline__ void wgrad(float* dw, const float* x, const float* dy, const Sizes& s, unsigned segment,
                                       bool add) {
     __shared__ __align__(16) TILE tile;
@@ -113,7 +115,7 @@ __device__ __forceinline__ void wgrad(float* dw, const float* x, const float* dy
     const unsigned begin = blockIdx.y * segment, end = min(begin + segment, s.rows);
     Columns<TILE::BM> a(dy, row, s.c_out, begin, end);
     Columns<TILE::BN> b(x, col, s.c_in, begin, end);
-    Accumulators<TILE> acc;
+    Accumulators<TILE, MATH> acc;
     multiply(tile, a, b, (end - begin + BK - 1) / BK, acc);
     store_tile(dw + (size_t)blockIdx.y * s.c_out * s.c_in, row, s.c_out, col, s.c_in, add, acc);
 }
@@ -394,32 +396,63 @@ __device__ __forceinline__ void group_backward(float* dw, double* sums, bf16* dx
 //   linear_wgrad_32x128                                              for few rows: channels of y
 extern "C" __global__ void __launch_bounds__(THREADS) linear_fwd_64x64_f32(
     float* y, const float* x, const float* weight, const float* bias, const float* residual, Sizes s) {
-    forward<Tile<64, 64>>(y, x, weight, bias, residual, s);
+    forward<Tile<64, 64>, Math::FMA>(y, x, weight, bias, residual, s);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) linear_fwd_128x32_f32(
     float* y, const float* x, const float* weight, const float* bias, const float* residual, Sizes s) {
-    forward<Tile<128, 32>>(y, x, weight, bias, residual, s);
+    forward<Tile<128, 32>, Math::FMA>(y, x, weight, bias, residual, s);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) linear_dgrad_64x64_f32(
     float* dx, const float* dy, const float* weight, Sizes s) {
-    dgrad<Tile<64, 64>>(dx, dy, weight, s);
+    dgrad<Tile<64, 64>, Math::FMA>(dx, dy, weight, s);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) linear_dgrad_128x32_f32(
     float* dx, const float* dy, const float* weight, Sizes s) {
-    dgrad<Tile<128, 32>>(dx, dy, weight, s);
+    dgrad<Tile<128, 32>, Math::FMA>(dx, dy, weight, s);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) linear_wgrad_64x64_f32(
     float* dw, const float* x, const float* dy, Sizes s, unsigned segment, unsigned accumulate) {
-    wgrad<Tile<64, 64>>(dw, x, dy, s, segment, accumulate);
+    wgrad<Tile<64, 64>, Math::FMA>(dw, x, dy, s, segment, accumulate);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) linear_wgrad_32x128_f32(
     float* dw, const float* x, const float* dy, Sizes s, unsigned segment, unsigned accumulate) {
-    wgrad<Tile<32, 128>>(dw, x, dy, s, segment, accumulate);
+    wgrad<Tile<32, 128>, Math::FMA>(dw, x, dy, s, segment, accumulate);
+}
+
+// Entries in tf32, on tensor cores, with the same tiles.
+extern "C" __global__ void __launch_bounds__(THREADS) linear_fwd_64x64_tf32(
+    float* y, const float* x, const float* weight, const float* bias, const float* residual, Sizes s) {
+    forward<Tile<64, 64>, Math::TF32>(y, x, weight, bias, residual, s);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) linear_fwd_128x32_tf32(
+    float* y, const float* x, const float* weight, const float* bias, const float* residual, Sizes s) {
+    forward<Tile<128, 32>, Math::TF32>(y, x, weight, bias, residual, s);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) linear_dgrad_64x64_tf32(
+    float* dx, const float* dy, const float* weight, Sizes s) {
+    dgrad<Tile<64, 64>, Math::TF32>(dx, dy, weight, s);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) linear_dgrad_128x32_tf32(
+    float* dx, const float* dy, const float* weight, Sizes s) {
+    dgrad<Tile<128, 32>, Math::TF32>(dx, dy, weight, s);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) linear_wgrad_64x64_tf32(
+    float* dw, const float* x, const float* dy, Sizes s, unsigned segment, unsigned accumulate) {
+    wgrad<Tile<64, 64>, Math::TF32>(dw, x, dy, s, segment, accumulate);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) linear_wgrad_32x128_tf32(
+    float* dw, const float* x, const float* dy, Sizes s, unsigned segment, unsigned accumulate) {
+    wgrad<Tile<32, 128>, Math::TF32>(dw, x, dy, s, segment, accumulate);
 }
 
 // Entries in bf16, on tensor cores, and what must divide the channels:

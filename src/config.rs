@@ -256,7 +256,7 @@ pub struct Config {
     pub timestep_sampling: Sampling,
     /// Share of the labels that are replaced by the null class, in [0, 1): for classifier-free guidance.
     pub label_dropout: f64,
-    /// Type of activations and their gradients.
+    /// Type of activations and their gradients, and what is multiplied.
     pub precision: Precision,
     /// Seed of all randomness.
     pub seed: u64,
@@ -392,7 +392,7 @@ settings! {
     "min_snr_gamma" => min_snr_gamma, "gamma of loss = min_snr";
     "timestep_sampling" => timestep_sampling, "uniform, stratified (evenly over a batch) or importance (by the losses so far)";
     "label_dropout" => label_dropout, "share of the labels hidden from the network, for guidance without a classifier";
-    "precision" => precision, "of activations and their gradients: f32, or bf16 on a GPU";
+    "precision" => precision, "f32, or on a GPU tf32 (f32 in memory, products of 10 bits of fraction) or bf16 (activations and their gradients)";
     "seed" => seed, "seed of all randomness";
     "steps" => steps, "training steps";
     "batch" => batch, "images per step";

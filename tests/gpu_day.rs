@@ -109,9 +109,12 @@ fn a_day_runs_in_a_folder_that_was_packed_and_moved() {
         ("card", &[]),
         ("start", &["cold_process", "cold_step", "warm_process", "warm_step", "memory_needed"]),
         ("tests", &["passed"]),
-        ("predict", &["unet_gray16_f32_error", "unet_gray16_bf16_error", "unet_rgb16_f32_error"]),
-        ("speed", &["f32_2", "bf16_2"]),
-        ("kernels", &["events_f32_step", "events_bf16_step"]),
+        (
+            "predict",
+            &["unet_gray16_f32_error", "unet_gray16_tf32_error", "unet_gray16_bf16_error", "unet_rgb16_f32_error"],
+        ),
+        ("speed", &["f32_2", "tf32_2", "bf16_2"]),
+        ("kernels", &["events_f32_step", "events_tf32_step", "events_bf16_step"]),
         ("host", &["launches_of_a_step", "steps", "processor_time_of_a_step", "processor_time_of_a_launch"]),
     ];
     for (name, figures) in measured {

@@ -4,19 +4,23 @@
 
 mod support;
 
+use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use bytemuck::Zeroable;
 use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::data::{Data, Dataset, Extent};
-use ddpm_cuda::device::Device;
 use ddpm_cuda::device::cuda::tile::{
     FMA, MMA_64, MMA_64_ANY, MMA_128, MULTIPROCESSORS, RESIDENT, SplitK, choose, ring, split_in,
 };
 use ddpm_cuda::device::cuda::{Gpu, Launched};
+use ddpm_cuda::device::{Device, Precision};
 use ddpm_cuda::kernels::{self, Image, Kernel, Kind, MODULES, best_image, entry_alone, parameters};
 use ddpm_cuda::ops::attention::attention;
+use ddpm_cuda::ops::conv2d::{Geometry, Pad, Plus, conv2d};
+use ddpm_cuda::ops::linear::linear;
 use ddpm_cuda::params::Layout;
+use ddpm_cuda::profile::Launch;
 use ddpm_cuda::profile::card::Multiprocessor;
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::train::Trainer;
@@ -72,7 +76,7 @@ fn a_multiprocessor_holds_as_many_tiles_as_is_counted_on() {
         let tiles: Vec<&Kernel> =
             kernels::ALL.iter().filter(|k| k.module.stem == stem && k.tile.is_some()).copied().collect();
         let tiles: Vec<&Kernel> = tiles.into_iter().filter(|k| !k.name.contains("_mma_")).collect();
-        assert_eq!(tiles.len(), 6, "tiled kernels of {stem} on FMAs");
+        assert_eq!(tiles.len(), 12, "tiled kernels of {stem} in f32 and tf32");
         for kernel in tiles {
             let (registers, shared, resident) = resident(kernel, &of, 0);
             let said = format!(
@@ -80,9 +84,10 @@ fn a_multiprocessor_holds_as_many_tiles_as_is_counted_on() {
                 kernel.name, of.capability
             );
             println!("{said}");
-            let eight = stem == "conv2d" && kernel.tile == Some((64, 64)) && !kernel.name.contains("wgrad");
+            let on_fma = kernel.name.ends_with("_f32");
+            let eight = on_fma && stem == "conv2d" && kernel.tile == Some((64, 64)) && !kernel.name.contains("wgrad");
             let at_least = if eight { kernels::tile_gemm::RESIDENT as usize } else { RESIDENT };
-            let exact = kernel.name.contains("wgrad_64x64");
+            let exact = on_fma && kernel.name.contains("wgrad_64x64");
             assert!(resident == at_least || !exact && resident > at_least, "{said}");
         }
     }
@@ -236,6 +241,45 @@ fn the_last_wave_of_a_weights_gradient_wastes_little() {
         if let Some(at_least) = at_least {
             assert!(busy.iter().all(|busy| *busy >= at_least), "{preset}: {busy:.3?}, expected {at_least}");
         }
+    }
+}
+
+/// Products in tf32 take no more cycles of shared memory than without bank conflicts, and multiply on tensor cores
+/// alone: whole tiles of each shape. What is seen above 1 are the epilogues of convolutions, which read where a row's
+/// pixel is stored: rows of a warp are four apart, in two banks. It counts for less the longer k is.
+#[test]
+fn products_in_tf32_waste_no_shared_memory() {
+    if !gpu::emulated("what products in tf32 ask of shared memory") {
+        return;
+    }
+    let gpu = Gpu::open(0, Precision::Tf32, false).unwrap();
+    gpu.count_launches().unwrap();
+    let device = Device::Cuda(gpu.clone());
+    for (c_in, c_out) in [(64, 64), (128, 32), (32, 128)] {
+        let (xs, ws) = (Shape::new(1, 16, 16, c_in), Shape::new(c_out, 5, 5, c_in));
+        let data = |seed, len| to_f32(&numbers(seed, len));
+        let weights = [(ws, data(2, ws.len())), (Shape::vector(c_out), data(3, c_out))];
+        let dy = data(4, 256 * c_out);
+        through_tape_on(&device, &[(xs, data(1, xs.len()))], &weights, &dy, 1, |tape, x, p| {
+            conv2d(tape, &x[0], p[0], p[1], Geometry { stride: 1, pad: Pad::all(2) }, Plus::default())
+        });
+        let weight = (Shape::new(c_out, 1, 1, c_in), data(5, c_out * c_in));
+        through_tape_on(&device, &[(xs, data(1, xs.len()))], &[weight], &dy, 1, |tape, x, p| {
+            linear(tape, &x[0], p[0], None, None)
+        });
+    }
+    let mut of_kernels = BTreeMap::<&str, [f64; 4]>::new();
+    for launch in gpu.counted_launches().iter().map(|counted| Launch::new(counted).unwrap()) {
+        let of = of_kernels.entry(launch.kernel.name).or_default();
+        let counts = [launch.work.shared_cycles, launch.shared_ideal, launch.work.tf32_flops, launch.flops_outside];
+        of.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+    }
+    of_kernels.retain(|name, _| name.ends_with("_tf32"));
+    assert_eq!(of_kernels.len(), 12, "{of_kernels:?}");
+    for (name, [cycles, ideal, in_tf32, outside]) in of_kernels {
+        println!("{name}: {:.3} of the cycles without conflicts, {in_tf32} FLOP, {outside} others", cycles / ideal);
+        assert!(cycles <= 1.05 * ideal, "{name}: {cycles} cycles, {ideal} without bank conflicts");
+        assert!(in_tf32 > 0.0 && outside < 0.05 * in_tf32, "{name}: {in_tf32} FLOP in tf32, {outside} others");
     }
 }
 
@@ -435,8 +479,8 @@ fn fatbins_hold_machine_code() {
 }
 
 /// The launches of each of `count` steps of a warm trainer whose data set is resident on the GPU.
-fn launches(c: &Config, dtype: DType, count: usize) -> Option<Vec<Vec<Launched>>> {
-    let gpu = gpu::available().then(|| Gpu::open(0, dtype, false).unwrap())?;
+fn launches(c: &Config, precision: Precision, count: usize) -> Option<Vec<Vec<Launched>>> {
+    let gpu = gpu::available().then(|| Gpu::open(0, precision, false).unwrap())?;
     let images = (0..20 * 6 * 10 * 3).map(|i| (i * 97 % 251) as u8).collect();
     let train = Dataset::new(Extent { size: c.model.image_size, channels: 3 }, images, None);
     let data = Data { held_out: train.clone(), train, classes: Vec::new(), notes: Vec::new(), skipped: Vec::new() };
@@ -456,15 +500,15 @@ fn launches(c: &Config, dtype: DType, count: usize) -> Option<Vec<Vec<Launched>>
 /// be captured once and launched again. Covers dropout, flips, two micro-batches and warm-up.
 #[test]
 fn a_step_launches_what_the_last_one_launched() {
-    for dtype in [DType::F32, DType::Bf16] {
-        let Some(steps) = launches(&support::tiny(6, 10, 3), dtype, 3) else { return };
+    for precision in Precision::ALL {
+        let Some(steps) = launches(&support::tiny(6, 10, 3), precision, 3) else { return };
         for stem in ["q_sample", "loss", "dropout", "grad_norm", "adam", "conv2d"] {
             assert!(steps[0].iter().any(|l| l.kernel.starts_with(stem)), "no {stem} among {}", steps[0].len());
         }
         for (number, step) in steps.iter().enumerate().skip(1) {
-            assert_eq!(step.len(), steps[0].len(), "launches of step {number} and step 0, {dtype:?}");
+            assert_eq!(step.len(), steps[0].len(), "launches of step {number} and step 0, {precision}");
             for (k, (launched, first)) in step.iter().zip(&steps[0]).enumerate() {
-                assert_eq!(launched, first, "launch {k} of step {number} and of step 0, {dtype:?}");
+                assert_eq!(launched, first, "launch {k} of step {number} and of step 0, {precision}");
             }
         }
     }

@@ -16,6 +16,7 @@ use ddpm_cuda::ops::conv2d::{Geometry, Plus, conv2d};
 use ddpm_cuda::params::{Init, Layout, Params, Specs};
 use ddpm_cuda::profile::bound::{self, Least, Roofline};
 use ddpm_cuda::profile::card::{CARDS, Multiprocessor};
+use ddpm_cuda::profile::model::Work;
 use ddpm_cuda::profile::{Launch, Measured, Of, Profile, What, count, measure};
 use ddpm_cuda::tape::{Kept, Recompute, Tape, Var};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
@@ -25,8 +26,8 @@ use serde_json::Value;
 use support::{gpu, places};
 
 /// The emulator, without the checks that take most of its time.
-fn emulator(dtype: DType) -> Option<ddpm_cuda::device::cuda::Gpu> {
-    let gpu = gpu::emulated("counters").then(|| gpu::gpu(dtype)).flatten();
+fn emulator(precision: impl Into<Precision>) -> Option<ddpm_cuda::device::cuda::Gpu> {
+    let gpu = gpu::emulated("counters").then(|| gpu::gpu(precision)).flatten();
     gpu::configure("checks", "fast");
     gpu
 }
@@ -35,8 +36,13 @@ fn emulator(dtype: DType) -> Option<ddpm_cuda::device::cuda::Gpu> {
 /// 64 steps of k, nothing of them in vain.
 #[test]
 fn a_convolution_is_counted_as_by_hand() {
-    for (dtype, name) in [(DType::F32, "conv2d_fwd_64x64_f32"), (DType::Bf16, "conv2d_fwd_mma_64x64")] {
-        let Some(gpu) = emulator(dtype) else { return };
+    for (precision, name) in [
+        (Precision::F32, "conv2d_fwd_64x64_f32"),
+        (Precision::Tf32, "conv2d_fwd_64x64_tf32"),
+        (Precision::Bf16, "conv2d_fwd_mma_64x64"),
+    ] {
+        let dtype = precision.activations();
+        let Some(gpu) = emulator(precision) else { return };
         let device = Device::Cuda(gpu.clone());
         let mut specs = Specs::default();
         let w = specs.add("w".into(), Shape::new(64, 3, 3, 64), Layout::Conv, Init::FanAvg { scale: 1.0 });
@@ -51,14 +57,16 @@ fn a_convolution_is_counted_as_by_hand() {
         assert!(counted.kernel.starts_with(name), "{}", counted.kernel);
         let launch = Launch::new(counted).unwrap();
         let flops = 2.0 * 256.0 * 64.0 * 576.0;
-        match dtype {
-            DType::Bf16 => assert_eq!(launch.work.tensor_flops, flops),
-            DType::F32 => assert_eq!((launch.work.fma * 64.0, launch.work.tensor_flops), (flops, 0.0)),
+        let Work { fma, tensor_flops, tf32_flops, .. } = launch.work;
+        match precision {
+            Precision::F32 => assert_eq!([fma * 64.0, tf32_flops, tensor_flops], [flops, 0.0, 0.0]),
+            Precision::Tf32 => assert_eq!([fma, tf32_flops, tensor_flops], [0.0, flops, 0.0]),
+            Precision::Bf16 => assert_eq!([tf32_flops, tensor_flops], [0.0, flops]),
         }
         let size = dtype.size() as f64;
         // Image and weights in, bias in f32, image out.
         let bytes = 2.0 * 256.0 * 64.0 * size + 64.0 * 576.0 * size + 4.0 * 64.0;
-        assert_eq!(launch.work.touched, bytes, "{dtype:?}");
+        assert_eq!(launch.work.touched, bytes, "{precision}");
         assert!(launch.asked >= launch.work.touched && launch.work.moved >= launch.work.touched, "{launch:?}");
         assert_eq!((launch.work.blocks, launch.ran), (4.0, 4));
         assert!(launch.work.shared_cycles >= launch.shared_ideal && launch.shared_ideal > 0.0);

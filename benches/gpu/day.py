@@ -466,7 +466,7 @@ def outcomes(said):
 
 
 def predict(stage):
-    """Three networks, once each in f32 and bf16, against numbers of PyTorch in f64, recorded or computed here."""
+    """Three networks, once each in f32, tf32 and bf16, against numbers of PyTorch in f64, recorded or computed here."""
     day, fixtures = stage.day, HERE / "tests" / "fixtures"
     has_torch = stage.has_torch()
     cases = [(name, fixtures / name) for name in ("unet_gray16", "unet_rgb16")]
@@ -491,9 +491,9 @@ def predict(stage):
             write_npy(at("labels"), "<i8", (len(labels),), array.array("q", labels).tobytes())
             args += ["--labels", at("labels")]
         if has_torch:
-            stage.twin("predict", *args, "--out", at("{}"), "--precision", "f64", "f32", "bf16")
+            stage.twin("predict", *args, "--out", at("{}"), "--precision", "f64", "f32", "tf32", "bf16")
             want = read_npy(at("f64"))
-            for precision in ("f32", "bf16"):
+            for precision in ("f32", "tf32", "bf16"):
                 error = apart(read_npy(at(precision)), want)
                 stage.figure(f"{name}_{precision}_error_of_twin", error, "of the largest")
             if recorded.exists():
@@ -501,13 +501,15 @@ def predict(stage):
                 if not checked["agrees"]:
                     bad.append(f"the twin's {checked['worst']} in {name} by {checked['worst_error']:.1e}")
                 stage.figure(f"{name}_gradients_error_of_twin", checked["worst_error"], "of the largest")
-        for precision in ("f32", "bf16"):
+        for precision in ("f32", "tf32", "bf16"):
             command = [day.program, "predict", *args, "--device", "cuda", "--precision", precision, "--out", at("ours")]
             stage.run(command)
             worst[name, precision] = apart(read_npy(at("ours")), want)
             stage.figure(f"{name}_{precision}_error", worst[name, precision], "of the largest")
-    # As tests/support/network.rs allows for a whole network: in bf16 it has some 50 to 200 operations.
-    allowed = {"f32": 2e-5, "bf16": 2.0 / 512.0 * math.sqrt(2 * 200)}
+    # As tests/support/network.rs allows for a whole network: in bf16 it has some 50 to 200 operations, of which tf32
+    # rounds both operands, to three bits more.
+    allowed = {"f32": 2e-5, "tf32": math.sqrt(2) * 2.0 / 4096.0 * math.sqrt(2 * 200),
+               "bf16": 2.0 / 512.0 * math.sqrt(2 * 200)}
     bad += [f"{name} in {p} by {error:.1e}" for (name, p), error in worst.items() if not error <= allowed[p]]
     if bad:
         raise Failed("numbers differ from PyTorch's: " + ", ".join(bad))
@@ -530,7 +532,7 @@ def sanitizer(stage):
     if not tool:
         raise Absent("there is no compute-sanitizer")
     tools, found = ("memcheck", "racecheck", "initcheck", "synccheck"), {}
-    runs = [(precision, name) for precision in ("f32", "bf16") for name in tools]
+    runs = [(precision, name) for precision in ("f32", "tf32", "bf16") for name in tools]
     for done, (precision, name) in enumerate(runs):
         out = WORK / "run-sanitizer"
         shutil.rmtree(out, ignore_errors=True)
@@ -553,13 +555,13 @@ def sanitizer(stage):
 
 
 # Precision, batch, steps of a window. A window of a step's time is long beside the reading of its measurements.
-SPEEDS = [("bf16", 128, 20), ("f32", 128, 10), ("bf16", 512, 5)]
+SPEEDS = [("bf16", 128, 20), ("f32", 128, 10), ("tf32", 128, 10), ("bf16", 512, 5)]
 
 
 def speed(stage):
     """Images per second in training: the median of six windows after one to warm up."""
     day = stage.day
-    for precision, batch, every in [("f32", 2, 1), ("bf16", 2, 1)] if day.emulated else SPEEDS:
+    for precision, batch, every in [("f32", 2, 1), ("tf32", 2, 1), ("bf16", 2, 1)] if day.emulated else SPEEDS:
         count = 2 if day.emulated else 6
         _, windows = stage.train("speed", day.network(), every * (count + 1), batch, precision, every=every)
         stage.figure(f"{precision}_{batch}", windows[1:], "images/s")
@@ -568,7 +570,7 @@ def speed(stage):
 def kernels(stage):
     """Where the time of a step goes, kernel by kernel: by the program's events, and by ncu."""
     day, batch = stage.day, 2 if stage.day.emulated else 128
-    for precision in ("bf16", "f32"):
+    for precision in ("bf16", "tf32", "f32"):
         ran, _ = stage.train("kernels", day.network(), 3, batch, precision, {"DDPM_TRACE": "time"})
         found = re.findall(r"^kernel time: (\S+), (\d+) launches, ([\d.]+) ms, ([\d.]+) %", ran.err, re.M)
         if not found:
@@ -580,7 +582,7 @@ def kernels(stage):
     if day.emulated:
         stage.absent("ncu", "the emulator is no GPU")
     elif ncu := stage.tool("ncu"):
-        for precision in ("bf16", "f32"):
+        for precision in ("bf16", "tf32", "f32"):
             log = LOGS / f"kernels-ncu-{precision}.csv"
             wrap = [ncu, "--csv", "--page", "raw", "--print-units", "base", "--clock-control", "none",
                     "--metrics", "gpu__time_duration.sum", "--log-file", log]

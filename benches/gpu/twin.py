@@ -334,7 +334,7 @@ def autocast(device, precision):
 
 
 def exact(precision):
-    """f32 means f32: without it PyTorch's convolutions may use tf32."""
+    """f32 means f32: without it PyTorch's convolutions may use tf32, which is what ddpm-cuda calls so too."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.benchmark = True
 
@@ -460,7 +460,7 @@ def main():
     sub.add_argument("--after", required=True)
     sub.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     sub.add_argument("--ema-decay", type=float, default=EMA_DECAY)
-    sub = command("predict", predict, ("f32", "bf16", "f64"), several=True)
+    sub = command("predict", predict, ("f32", "tf32", "bf16", "f64"), several=True)
     for name in ("model", "x", "t", "out"):
         sub.add_argument(f"--{name}", required=True)
     sub.add_argument("--labels")

@@ -31,14 +31,13 @@ use cache::EVICTS;
 /// The device of [`choice`], opened once for all operations, and so that launches are measured or counted.
 pub fn device() -> Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
-    let open = |number, precision| -> ddpm_cuda::error::Result<Gpu> {
-        let activations = profile::activations(precision);
-        let gpu = Gpu::open_timed(number, activations)?;
+    let open = |number, precision: Precision| -> ddpm_cuda::error::Result<Gpu> {
+        let gpu = Gpu::open_timed(number, precision)?;
         if !gpu.is_emulated() {
             return Ok(gpu);
         }
         // As `ddpm-cuda profile` counts: each buffer is an allocation of its own.
-        let gpu = Gpu::open(number, activations, true)?;
+        let gpu = Gpu::open(number, precision, true)?;
         gpu.count_launches()?;
         Ok(gpu)
     };
@@ -184,7 +183,7 @@ impl<'a> Group<'a> {
 
     /// A rate in words, and its share of what `card` sustains.
     fn rate(&self, work: Work, seconds: f64, card: &'static Card) -> (String, f64, &'static Card) {
-        let flops = if self.device.precision() == Precision::Bf16 { card.tensor_peak() } else { card.lanes_peak() };
+        let flops = card.peak(self.device.precision());
         match work {
             Work::Flops(count) => {
                 let rate = count as f64 / seconds;

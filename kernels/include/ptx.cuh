@@ -79,3 +79,21 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+
+// Rounds to tf32, 10 bits of fraction, to nearest, ties away from zero: an f32 whose last 13 bits are zero.
+__device__ __forceinline__ float to_tf32(float v) {
+    uint32_t rounded;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(v));
+    return __uint_as_float(rounded);
+}
+
+// d += a b, 16 x 8 results over 8 steps of k in tf32. With g = lane / 4 and t = lane % 4 a lane has
+//     of a, 16 x 8      rows g, g + 8, g, g + 8      k t, t, t + 4, t + 4                in four registers
+//     of b, 8 x 8       column g                     k t, t + 4                          in two
+//     of d, 16 x 8      rows g, g, g + 8, g + 8      columns 2t, 2t + 1, 2t, 2t + 1
+__device__ __forceinline__ void multiply_add_tf32(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}

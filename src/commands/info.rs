@@ -11,7 +11,6 @@ use crate::kernels;
 use crate::memory::{available_memory, memory_needed};
 use crate::ops::tree_sum;
 use crate::params::Specs;
-use crate::profile::activations;
 use crate::profile::bound::Roofline;
 use crate::profile::exchange::{self, Bytes, Row, Steps};
 use crate::say;
@@ -36,7 +35,8 @@ pub struct Args {
     /// Images of a training step [default: the preset's or the model's]
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
-    /// Type of activations and gradients
+    /// f32; tf32: f32 in memory, but convolutions and linear layers multiply operands of 10 bits of fraction, each off
+    /// by up to 2^-11, on tensor cores; bf16: activations and gradients of half the size. All but f32 need a GPU
     #[arg(long, default_value = "f32", value_parser = choice::<Precision>())]
     pub precision: Precision,
     /// What a training step computes again in its backward pass instead of keeping it: none, cheap (norms, activations
@@ -78,11 +78,14 @@ pub fn run(args: &Args) -> Result<()> {
     let shared = args.devices.map(|devices| shared(&config, devices)).transpose()?;
     let m = &config.model;
     let (unet, specs) = UNet::new(m)?;
-    // bf16 is a GPU's.
+    // The others are a GPU's.
     let device = match args.precision {
         Precision::F32 => Device::cpu(),
-        Precision::Bf16 => Device::meta_gpu_for(DType::Bf16),
+        other => Device::meta_gpu_for(other),
     };
+    if let Some(note) = args.precision.note() {
+        say!("{note}");
+    }
     if args.tape {
         return tape(&config, &unet, &specs, &device);
     }
@@ -228,7 +231,7 @@ fn exchange(config: &Config, shared: &Config, devices: usize, unet: &UNet, specs
     let (batch, of_each) = (config.batch, config.batch / devices);
     let roofline = Roofline::of_training(config, card)?;
     let bytes = Bytes::of(elements, devices);
-    let gpu = Device::meta_gpu_for(activations(config.precision));
+    let gpu = Device::meta_gpu_for(config.precision);
     let alone = roofline.seconds(batch as f64, config.accumulate, 1);
     let part = |ranks: usize| roofline.seconds(batch as f64 / ranks as f64, config.accumulate.div_ceil(ranks), ranks);
     let whole = |ranks: usize| roofline.seconds(batch as f64, config.accumulate, ranks);

@@ -63,8 +63,11 @@ pub fn run(args: &Args) -> Result<()> {
     let Opened { device, model, unet, schedule } = Opened::new(&args.on, &args.of)?;
     let c = &model.config;
     let chosen = args.on_data.open(c)?;
-    if args.on.precision == Precision::Bf16 {
-        say!("in bf16 the network's rounding limits the steps; f32 needs fewer evaluations for small tolerances");
+    if args.on.precision != Precision::F32 {
+        let precision = args.on.precision;
+        say!(
+            "in {precision} the network's rounding limits the steps; f32 needs fewer evaluations for small tolerances"
+        );
     }
     // Below the first timestep's noise, eps from a predicted x_0 divides by what tends to 0.
     let from = if args.cut || c.diffusion.prediction == Prediction::X0 { From::FirstTimestep } else { From::Image };

@@ -66,7 +66,8 @@ pub struct On {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     pub device: Choice,
-    /// Type of activations and gradients
+    /// f32; tf32: f32 in memory, but convolutions and linear layers multiply operands of 10 bits of fraction, each off
+    /// by up to 2^-11, on tensor cores; bf16: activations and gradients of half the size. All but f32 need a GPU
     #[arg(long, default_value = "f32", value_parser = choice::<Precision>())]
     pub precision: Precision,
     /// On a GPU, launch kernel by kernel instead of whole steps as CUDA graphs: slower, the same numbers
@@ -90,7 +91,8 @@ pub struct OnSeveral {
     /// auto, cpu, cuda, cuda:N, or several GPUs of one kind as cuda:0-7 or cuda:0,2,3, which share out the images
     #[arg(long, default_value = "auto", value_name = "DEVICES")]
     pub device: Devices,
-    /// Type of activations and gradients
+    /// f32; tf32: f32 in memory, but convolutions and linear layers multiply operands of 10 bits of fraction, each off
+    /// by up to 2^-11, on tensor cores; bf16: activations and gradients of half the size. All but f32 need a GPU
     #[arg(long, default_value = "f32", value_parser = choice::<Precision>())]
     pub precision: Precision,
     /// On a GPU, launch kernel by kernel instead of whole steps as CUDA graphs: slower, the same numbers

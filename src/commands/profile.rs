@@ -15,11 +15,12 @@ use crate::config::{Config, Preset};
 use crate::device::Precision;
 use crate::device::cuda::{self, Counted, Gpu};
 use crate::error::{Error, Result};
+use crate::names::Named;
 use crate::output::plot::{Axis, Bars, Plot, Series, write_bars, write_plot};
 use crate::output::write_atomically;
 use crate::profile::card::CARDS;
 use crate::profile::exchange::Exchanged;
-use crate::profile::{self, BLOCKS, MOST_IMAGES, Measured, Of, Profile, What, activations};
+use crate::profile::{self, BLOCKS, MOST_IMAGES, Measured, Of, Profile, What};
 use crate::say;
 use crate::text::{GIB, grouped};
 use crate::usage;
@@ -39,7 +40,8 @@ pub struct Args {
     /// Images of a step, up to 1024 [default: the preset's or the model's]
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
-    /// Type of activations and gradients
+    /// f32; tf32: f32 in memory, but convolutions and linear layers multiply operands of 10 bits of fraction, each off
+    /// by up to 2^-11, on tensor cores; bf16: activations and gradients of half the size. All but f32 need a GPU
     #[arg(long, default_value = "f32", value_parser = choice::<Precision>())]
     pub precision: Precision,
     /// A step of training or of sampling
@@ -80,10 +82,10 @@ pub fn run(args: &Args) -> Result<()> {
     }
     if let Some(file) = &args.counts {
         // Each buffer an allocation of its own: fresh memory is zero there, whatever a block that did not run owes.
-        let gpu = Gpu::open(0, activations(args.precision), true)?;
+        let gpu = Gpu::open(0, args.precision, true)?;
         let launches = profile::count(&gpu, &config, args.what)?;
         drop(gpu);
-        let graphs = profile::graphs(&Gpu::open(0, activations(args.precision), false)?, &config, args.what)?;
+        let graphs = profile::graphs(&Gpu::open(0, args.precision, false)?, &config, args.what)?;
         return write_atomically(file, &json_of(&Counts { launches, graphs })?);
     }
     if let Some(folder) = &args.plots {
@@ -196,7 +198,7 @@ fn emulator(program: &Path) -> Result<PathBuf> {
 
 /// What the step takes on the first GPU that can run it; `None` without one.
 fn measured(config: &Config, what: What) -> Result<Option<Measured>> {
-    let Some(gpu) = cuda::open_any(activations(config.precision))?.filter(|gpu| !gpu.is_emulated()) else {
+    let Some(gpu) = cuda::open_any(config.precision)?.filter(|gpu| !gpu.is_emulated()) else {
         return Ok(None);
     };
     let description = cuda::devices()?.into_iter().find(|other| other.number == gpu.number());
@@ -209,6 +211,9 @@ fn print(profile: &Profile) {
     let Profile { what, batch, precision, network, .. } = profile;
     let (_, card) = profile.card();
     say!("a {what} step of {network}, {batch} images, {precision}");
+    if let Some(note) = Precision::named(precision).and_then(Precision::note) {
+        say!("{note}");
+    }
     say!("");
     let measured = profile.measured_ms.is_some();
     say!(
@@ -364,7 +369,11 @@ fn roofline(profile: &Profile) -> Plot {
         let at = |step: i32| 10f64.powf(f64::from(step) / 10.0);
         (-20..=40).map(at).map(|x| (x, peak.min(x * card.memory) / 1e12)).collect::<Vec<_>>()
     };
-    series.push(Series { name: "roof: tensor cores, memory".into(), points: roof(card.tensor_peak()), line: true });
+    let tensor_cores = match Precision::named(profile.precision) {
+        Some(Precision::Tf32) => ("roof: tensor cores in tf32, memory", card.peak(Precision::Tf32)),
+        _ => ("roof: tensor cores, memory", card.tensor_peak()),
+    };
+    series.push(Series { name: tensor_cores.0.into(), points: roof(tensor_cores.1), line: true });
     series.push(Series { name: "roof: f32 lanes".into(), points: roof(card.lanes_peak()), line: true });
     let times = if profile.measured_ms.is_some() { "measured" } else { "modelled" };
     Plot {

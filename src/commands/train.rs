@@ -66,7 +66,9 @@ pub struct Args {
     /// depend on the number of GPUs, their connections and NCCL's version [default: tree]
     #[arg(long, value_name = "SUMS", value_parser = choice::<Sums>())]
     pub exchange: Option<Sums>,
-    /// Type of activations and gradients; bf16 needs a GPU [default: f32, or that of the resumed run]
+    /// f32; tf32: f32 in memory, but convolutions and linear layers multiply operands of 10 bits of fraction, each off
+    /// by up to 2^-11, on tensor cores; bf16: activations and gradients of half the size. All but f32 need a GPU
+    /// [default: f32, or that of the resumed run]
     #[arg(long, value_parser = choice::<Precision>())]
     pub precision: Option<Precision>,
     /// On a GPU, launch kernel by kernel instead of whole steps as CUDA graphs: slower, the same numbers
@@ -222,11 +224,13 @@ fn open_to_resume(run: &Path, device: Choice, args: &Args) -> Result<Device> {
             run.display()
         );
     }
-    let no_gpu = precision == Precision::Bf16 && matches!(device, Choice::Auto | Choice::Cpu);
+    let no_gpu = precision != Precision::F32 && matches!(device, Choice::Auto | Choice::Cpu);
     open(device, precision, args.eager).map_err(|e| match e {
         Error::Failed(_) if no_gpu => Error::file(
             run,
-            "is a run in bf16, in which the CPU does not compute; resume it on a GPU, with --device cuda",
+            format!(
+                "is a run in {precision}, in which the CPU does not compute; resume it on a GPU, with --device cuda"
+            ),
         ),
         other => other,
     })

@@ -212,7 +212,7 @@ const OTHERS: &[(&[&str], Here)] = &[
     ),
     (
         &["mixed_precision", "fp16", "bf16", "use_fp16", "use_bf16", "amp", "dtype", "half"],
-        Like("precision", "f32 or bf16"),
+        Like("precision", "f32, tf32 or bf16"),
     ),
     (
         &[

@@ -7,15 +7,14 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::{PoolStats, size_class};
-use crate::shape::DType;
+use super::{PoolStats, Precision, size_class};
 
 /// Stands for a device in questions of memory. Cloning clones the handle.
 #[derive(Clone)]
 pub struct Meta(Arc<Inner>);
 
 struct Inner {
-    activations: DType,
+    precision: Precision,
     gpu: bool,
     /// Allocation unit, in bytes, of the pool it stands for.
     unit: usize,
@@ -30,13 +29,13 @@ struct Shelves {
 }
 
 impl Meta {
-    pub(super) fn new(activations: DType, gpu: bool, unit: usize) -> Self {
-        Meta(Arc::new(Inner { activations, gpu, unit, shelves: Mutex::default() }))
+    pub(super) fn new(precision: Precision, gpu: bool, unit: usize) -> Self {
+        Meta(Arc::new(Inner { precision, gpu, unit, shelves: Mutex::default() }))
     }
 
-    /// Type of activations and gradients.
-    pub fn activations(&self) -> DType {
-        self.0.activations
+    /// What the device is opened for.
+    pub fn precision(&self) -> Precision {
+        self.0.precision
     }
 
     /// True if it stands for a GPU.

@@ -141,17 +141,60 @@ impl Devices {
 /// What [`Devices`] are named by.
 const DEVICES: &str = "use auto, cpu, cuda, cuda:N, or several GPUs as cuda:0-7 or cuda:0,2,3";
 
-/// What `--precision` asks for: the type of activations and their gradients. The master weights are always f32.
+/// What `--precision` asks for: the type of activations and their gradients, and what is multiplied. The master weights
+/// are always f32.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Precision {
     /// 32-bit floats.
     #[default]
     F32,
+    /// 32-bit floats in memory, of which convolutions and linear layers multiply roundings to 10 bits of fraction, on
+    /// tensor cores, and add up the products in f32.
+    Tf32,
     /// bfloat16.
     Bf16,
 }
 
-names!(Precision { F32 = "f32", Bf16 = "bf16" });
+names!(Precision { F32 = "f32", Tf32 = "tf32", Bf16 = "bf16" });
+
+impl Precision {
+    /// Type of activations and their gradients.
+    pub const fn activations(self) -> DType {
+        match self {
+            Precision::F32 | Precision::Tf32 => DType::F32,
+            Precision::Bf16 => DType::Bf16,
+        }
+    }
+
+    /// Its name, and what the name does not say.
+    pub const fn described(self) -> &'static str {
+        match self {
+            Precision::Tf32 => "tf32 (f32 in memory, products of operands of 10 bits of fraction)",
+            other => other.name(),
+        }
+    }
+
+    /// What its name does not say, as a sentence for the user.
+    pub const fn note(self) -> Option<&'static str> {
+        match self {
+            Precision::Tf32 => Some(
+                "tf32: activations, gradients and weights are f32 in memory, but convolutions and linear layers multiply \
+                 operands of 10 bits of fraction, each off by up to 2^-11 of it; sums and everything else are f32",
+            ),
+            Precision::F32 | Precision::Bf16 => None,
+        }
+    }
+}
+
+/// That in which nothing is rounded but to the type of the activations.
+impl From<DType> for Precision {
+    fn from(activations: DType) -> Self {
+        match activations {
+            DType::F32 => Precision::F32,
+            DType::Bf16 => Precision::Bf16,
+        }
+    }
+}
 
 /// A device and its buffer pool; cloning clones the handle.
 #[derive(Clone)]
@@ -175,26 +218,22 @@ impl Device {
     pub fn open(choice: Choice, precision: Precision) -> Result<(Self, Vec<String>)> {
         // For a GPU too: the host prepares its data.
         cpu::simd::limit().map_err(Error::Usage)?;
-        let activations = match precision {
-            Precision::F32 => DType::F32,
-            Precision::Bf16 => DType::Bf16,
-        };
         let (gpu, note) = match choice {
-            Choice::Cuda(number) => (Some(cuda::Gpu::open(number, activations, false)?), None),
+            Choice::Cuda(number) => (Some(cuda::Gpu::open(number, precision, false)?), None),
             Choice::Cpu => (None, None),
-            Choice::Auto => match cuda::open_any(activations) {
+            Choice::Auto => match cuda::open_any(precision) {
                 Ok(gpu) => (gpu, None),
                 Err(why) => (None, Some(why.to_string())),
             },
         };
         match gpu {
             Some(gpu) => {
-                let notes = gpu.notes().to_vec();
+                let notes = precision.note().map(String::from).into_iter().chain(gpu.notes().to_vec()).collect();
                 Ok((Device::Cuda(gpu), notes))
             }
-            None if precision == Precision::Bf16 => {
+            None if precision != Precision::F32 => {
                 let why = note.map_or(String::new(), |why| format!(" ({why})"));
-                let what = "bf16 was asked for, but the CPU computes in f32 only";
+                let what = format!("{precision} was asked for, but the CPU computes in f32 only");
                 Err(Error::Failed(format!("{what}{why}: use --precision f32")))
             }
             None => {
@@ -218,7 +257,7 @@ impl Device {
     /// A meta device that counts memory as this device would use it.
     pub fn meta(&self) -> Self {
         let unit = if self.is_gpu() { cuda::UNIT } else { cpu::UNIT };
-        Device::Meta(meta::Meta::new(self.activations(), self.is_gpu(), unit))
+        Device::Meta(meta::Meta::new(self.precision(), self.is_gpu(), unit))
     }
 
     /// A meta device that stands for a GPU with f32 activations, where there is none to ask.
@@ -226,9 +265,9 @@ impl Device {
         Device::meta_gpu_for(DType::F32)
     }
 
-    /// The same with activations of type `activations`.
-    pub fn meta_gpu_for(activations: DType) -> Self {
-        Device::Meta(meta::Meta::new(activations, true, cuda::UNIT))
+    /// The same for a precision, or for a type of activations.
+    pub fn meta_gpu_for(precision: impl Into<Precision>) -> Self {
+        Device::Meta(meta::Meta::new(precision.into(), true, cuda::UNIT))
     }
 
     /// True for a GPU and for a meta device that stands for one.
@@ -242,18 +281,15 @@ impl Device {
 
     /// Type of activations and their gradients.
     pub fn activations(&self) -> DType {
-        match self {
-            Device::Cpu(_) => DType::F32,
-            Device::Cuda(gpu) => gpu.activations(),
-            Device::Meta(meta) => meta.activations(),
-        }
+        self.precision().activations()
     }
 
-    /// The same as a setting.
+    /// What it was opened for.
     pub fn precision(&self) -> Precision {
-        match self.activations() {
-            DType::Bf16 => Precision::Bf16,
-            _ => Precision::F32,
+        match self {
+            Device::Cpu(_) => Precision::F32,
+            Device::Cuda(gpu) => gpu.precision(),
+            Device::Meta(meta) => meta.precision(),
         }
     }
 

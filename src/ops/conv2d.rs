@@ -712,15 +712,16 @@ mod cuda {
     use super::*;
     use crate::device::cuda::tile::{
         Job, MANY, Parts, SUM_THREADS, Segments, SplitK, backward_kernel, backward_launches, choose, choose_mma, lanes,
-        over_rows, ring, shared, split_in, tile, tiles,
+        of_f32, over_rows, ring, shared, split_in, tile, tiles,
     };
     use crate::device::cuda::{Buffer, Gpu, Launch, View};
     use crate::kernels::Kernel;
     use crate::kernels::conv2d::{
-        BWD_MMA_64X64, BWD_MMA_64X64_128X128, BWD_MMA_128X128, BWD_SHIFT, DGRAD_64X64_F32, DGRAD_128X32_F32,
-        DGRAD_MMA_64X64_ANY, FWD_64X64_F32, FWD_128X32_F32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X16,
-        FWD_MMA_128X128, JOIN_SEGMENTS, WGRAD_32X128_F32, WGRAD_64X64_F32, WGRAD_MMA_64X64_ANY, WGRAD_MMA_64X64_ANY_X,
-        WGRAD_MMA_64X64_ANY_Y,
+        BWD_MMA_64X64, BWD_MMA_64X64_128X128, BWD_MMA_128X128, BWD_SHIFT, DGRAD_64X64_F32, DGRAD_64X64_TF32,
+        DGRAD_128X32_F32, DGRAD_128X32_TF32, DGRAD_MMA_64X64_ANY, FWD_64X64_F32, FWD_64X64_TF32, FWD_128X32_F32,
+        FWD_128X32_TF32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X16, FWD_MMA_128X128, JOIN_SEGMENTS,
+        WGRAD_32X128_F32, WGRAD_32X128_TF32, WGRAD_64X64_F32, WGRAD_64X64_TF32, WGRAD_MMA_64X64_ANY,
+        WGRAD_MMA_64X64_ANY_X, WGRAD_MMA_64X64_ANY_Y,
     };
     use crate::kernels::conv2d_mma::{ORIGINS, SOURCES, TAP};
     use crate::kernels::geometry;
@@ -831,7 +832,10 @@ mod cuda {
         let taps = ws.h * ws.w;
         let segments = Segments::new(ys.pixels(), slabs(taps, &of_x) + slabs(1, &of_s));
         let kernel = match dtype {
-            DType::F32 => choose([&FWD_64X64_F32, &FWD_128X32_F32], rows, ys.c).0,
+            DType::F32 => {
+                let kernels = of_f32(gpu, [&FWD_64X64_F32, &FWD_128X32_F32], [&FWD_64X64_TF32, &FWD_128X32_TF32]);
+                choose(kernels, rows, ys.c).0
+            }
             DType::Bf16 if !whole(&widths, 8) => &FWD_MMA_64X64_ANY,
             DType::Bf16 if ys.c <= 16 => &FWD_MMA_128X16,
             DType::Bf16 => {
@@ -1096,7 +1100,10 @@ mod cuda {
         let ws = grads.weight_shape(weight);
         let ForDx { rows, cols, classes, taps, .. } = ForDx::new(x, ws, g);
         let kernel = match dy.dtype() {
-            DType::F32 => choose([&DGRAD_64X64_F32, &DGRAD_128X32_F32], rows, cols).0,
+            DType::F32 => {
+                let tf32 = [&DGRAD_64X64_TF32, &DGRAD_128X32_TF32];
+                choose(of_f32(gpu, [&DGRAD_64X64_F32, &DGRAD_128X32_F32], tf32), rows, cols).0
+            }
             DType::Bf16 => &DGRAD_MMA_64X64_ANY,
         };
         let (mut dx, mut second) = x.x.gradients(grads.device())?;
@@ -1118,7 +1125,10 @@ mod cuda {
         let (widths, taps) = (x.x.widths(), ws.h * ws.w);
         let (rows, cols, depth) = (ws.n, taps * ws.c, dy.shape().rows());
         let job = match dy.dtype() {
-            DType::F32 => Job::on_fma([&WGRAD_64X64_F32, &WGRAD_32X128_F32], rows, cols, depth),
+            DType::F32 => {
+                let tf32 = [&WGRAD_64X64_TF32, &WGRAD_32X128_TF32];
+                Job::of_f32(of_f32(gpu, [&WGRAD_64X64_F32, &WGRAD_32X128_F32], tf32), rows, cols, depth)
+            }
             DType::Bf16 => {
                 // The network's first convolution has few channels of x, its last few of y.
                 let kernel = match (whole(&widths, 8), ws.n.is_multiple_of(8)) {

@@ -342,16 +342,17 @@ mod cuda {
 
     use super::*;
     use crate::device::cuda::tile::{
-        Job, MANY, Parts, SUM_THREADS, SplitK, backward_kernel, backward_launches, choose, choose_mma, lanes, ring,
-        shared, split_in, tile, tiles,
+        Job, MANY, Parts, SUM_THREADS, SplitK, backward_kernel, backward_launches, choose, choose_mma, lanes, of_f32,
+        ring, shared, split_in, tile, tiles,
     };
     use crate::device::cuda::{Gpu, Launch, View, each_four};
     use crate::kernels::Kernel;
     use crate::kernels::linear::{
-        BWD_MMA_64X64, BWD_MMA_64X64_128X128, BWD_MMA_128X128, BWD_SUMS_F32, CHUNK, DGRAD_64X64_F32, DGRAD_128X32_F32,
-        DGRAD_MMA_64X64_ANY, FWD_64X64_F32, FWD_128X32_F32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X128,
-        GROUP_BWD_MMA_64X64, GROUP_BWD_MMA_64X64_128X128, GROUP_BWD_MMA_128X128, GROUP_FWD_MMA_64X64,
-        GROUP_FWD_MMA_128X128, GROUP_JOIN, LAYERS, Layer, Layers, Sizes, WGRAD_32X128_F32, WGRAD_64X64_F32,
+        BWD_MMA_64X64, BWD_MMA_64X64_128X128, BWD_MMA_128X128, BWD_SUMS_F32, CHUNK, DGRAD_64X64_F32, DGRAD_64X64_TF32,
+        DGRAD_128X32_F32, DGRAD_128X32_TF32, DGRAD_MMA_64X64_ANY, FWD_64X64_F32, FWD_64X64_TF32, FWD_128X32_F32,
+        FWD_128X32_TF32, FWD_MMA_64X64, FWD_MMA_64X64_ANY, FWD_MMA_128X128, GROUP_BWD_MMA_64X64,
+        GROUP_BWD_MMA_64X64_128X128, GROUP_BWD_MMA_128X128, GROUP_FWD_MMA_64X64, GROUP_FWD_MMA_128X128, GROUP_JOIN,
+        LAYERS, Layer, Layers, Sizes, WGRAD_32X128_F32, WGRAD_32X128_TF32, WGRAD_64X64_F32, WGRAD_64X64_TF32,
         WGRAD_MMA_64X64_ANY,
     };
     use crate::kernels::tile_mma::{BK, BackwardBlocks};
@@ -408,7 +409,10 @@ mod cuda {
     ) -> Result<()> {
         let (rows, c_in) = (x.shape().rows(), x.shape().c);
         let kernel = match x.dtype() {
-            DType::F32 => choose([&FWD_64X64_F32, &FWD_128X32_F32], rows, c_out).0,
+            DType::F32 => {
+                let kernels = of_f32(gpu, [&FWD_64X64_F32, &FWD_128X32_F32], [&FWD_64X64_TF32, &FWD_128X32_TF32]);
+                choose(kernels, rows, c_out).0
+            }
             DType::Bf16 if !c_in.is_multiple_of(8) => &FWD_MMA_64X64_ANY,
             DType::Bf16 => {
                 let large = c_in.is_multiple_of(SLAB).then_some(&FWD_MMA_128X128);
@@ -523,7 +527,10 @@ mod cuda {
     fn dx_alone(gpu: &Gpu, grads: &mut Grads<'_>, weight: Param, x: &Tensor, id: VarId, dy: &Tensor) -> Result<()> {
         let (rows, c_in, c_out, dtype) = (dy.shape().rows(), x.shape().c, dy.shape().c, dy.dtype());
         let kernel = match dtype {
-            DType::F32 => choose([&DGRAD_64X64_F32, &DGRAD_128X32_F32], rows, c_in).0,
+            DType::F32 => {
+                let tf32 = [&DGRAD_64X64_TF32, &DGRAD_128X32_TF32];
+                choose(of_f32(gpu, [&DGRAD_64X64_F32, &DGRAD_128X32_F32], tf32), rows, c_in).0
+            }
             DType::Bf16 => &DGRAD_MMA_64X64_ANY,
         };
         let mut dx = Tensor::uninit(grads.device(), dtype, x.shape())?;
@@ -545,7 +552,10 @@ mod cuda {
     ) -> Result<()> {
         let (depth, cols, rows) = (dy.shape().rows(), x.shape().c, dy.shape().c);
         let (job, with_dw) = match x.dtype() {
-            DType::F32 => (Job::on_fma([&WGRAD_64X64_F32, &WGRAD_32X128_F32], rows, cols, depth), None),
+            DType::F32 => {
+                let tf32 = [&WGRAD_64X64_TF32, &WGRAD_32X128_TF32];
+                (Job::of_f32(of_f32(gpu, [&WGRAD_64X64_F32, &WGRAD_32X128_F32], tf32), rows, cols, depth), None)
+            }
             DType::Bf16 => (Job::on_mma(&WGRAD_MMA_64X64_ANY, 0, rows, cols, depth), bias),
         };
         let operands = [x, dy].map(|x| Some(x.array()));

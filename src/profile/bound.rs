@@ -20,10 +20,9 @@
 
 use serde::Serialize;
 
-use super::activations;
 use super::card::Card;
 use crate::config::Config;
-use crate::device::{Device, Precision};
+use crate::device::Device;
 use crate::error::Result;
 use crate::params::{Layout, Specs};
 use crate::tape::Kept;
@@ -111,7 +110,7 @@ impl Roofline {
     /// # Errors
     /// Those of [`UNet::new`].
     pub fn of_training(config: &Config, card: &Card) -> Result<Self> {
-        let dtype = activations(config.precision);
+        let dtype = config.precision.activations();
         let (device, size) = (Device::meta_gpu_for(dtype), config.model.image_size);
         let (unet, specs) = UNet::new(&config.model)?;
         let shape = Shape::new(1, size.h, size.w, config.model.channels);
@@ -119,10 +118,7 @@ impl Roofline {
         let one = of_training(&Config { batch: 1, accumulate: 1, ..config.clone() }, &specs, &plan, dtype);
         let costs = unet.costs_on(&device, config.recompute, &specs, size.h, size.w);
         let flops = 3.0 * costs.iter().map(|cost| cost.flops as f64).sum::<f64>();
-        let peak = match config.precision {
-            Precision::F32 => card.lanes_peak(),
-            Precision::Bf16 => card.tensor_peak(),
-        };
+        let peak = card.peak(config.precision);
         let seconds = |bytes: u64| bytes as f64 / card.memory;
         let shared = shared_update(specs.count());
         Ok(Roofline {

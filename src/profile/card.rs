@@ -2,6 +2,7 @@
 //!
 //! Peaks are what well-made kernels sustain, not what a data sheet promises: each figure says where it is from.
 
+use crate::device::Precision;
 use crate::kernels::{self, Kernel};
 
 /// What a multiprocessor holds.
@@ -142,7 +143,16 @@ pub struct Fit {
 }
 
 impl Card {
-    /// FLOP a second of its tensor cores.
+    /// FLOP a second of the products of convolutions and linear layers.
+    pub fn peak(&self, precision: Precision) -> f64 {
+        match precision {
+            Precision::F32 => self.lanes_peak(),
+            Precision::Tf32 => self.tensor_peak() / 2.0,
+            Precision::Bf16 => self.tensor_peak(),
+        }
+    }
+
+    /// FLOP a second of its tensor cores in bf16.
     pub fn tensor_peak(&self) -> f64 {
         self.tensor * self.multiprocessors as f64 * self.clock
     }

@@ -19,15 +19,15 @@ use serde::ser::{SerializeMap, Serializer};
 
 use crate::config::{Config, Size};
 use crate::data::{Data, Dataset, Extent};
+use crate::device::Device;
 use crate::device::cuda::{Counted, Description, Gpu};
-use crate::device::{Device, Precision};
 use crate::diffusion::{Method, Sampler, Spacing, Timesteps};
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::names::names;
 use crate::params::Params;
 use crate::sample::{Drawing, Request, default_variance, labels};
-use crate::tensor::{DType, Shape};
+use crate::tensor::Shape;
 use crate::train::Trainer;
 use crate::unet::UNet;
 use crate::usage;
@@ -133,8 +133,7 @@ pub struct Measured {
 /// A GPU that cannot be used, or that fails.
 pub fn measure(gpu: Description, config: &Config, what: What) -> Result<Measured> {
     let Description { number, name, capability, .. } = gpu;
-    let activations = activations(config.precision);
-    let gpu = Gpu::open(number, activations, false)?;
+    let gpu = Gpu::open(number, config.precision, false)?;
     let device = Device::Cuda(gpu.clone());
     let (mut start, mut step) = (Instant::now(), 0.0);
     steps(&device, config, what, WARM + TIMED, |done| {
@@ -147,7 +146,7 @@ pub fn measure(gpu: Description, config: &Config, what: What) -> Result<Measured
         }
         Ok(())
     })?;
-    let gpu = Gpu::open_timed(number, activations)?;
+    let gpu = Gpu::open_timed(number, config.precision)?;
     let mut kernels = BTreeMap::new();
     steps(&Device::Cuda(gpu.clone()), config, what, WARM + TIMED, |done| {
         if done == WARM {
@@ -160,14 +159,6 @@ pub fn measure(gpu: Description, config: &Config, what: What) -> Result<Measured
         Ok(())
     })?;
     Ok(Measured { gpu: name, capability, step, kernels })
-}
-
-/// The type of activations.
-pub fn activations(precision: Precision) -> DType {
-    match precision {
-        Precision::F32 => DType::F32,
-        Precision::Bf16 => DType::Bf16,
-    }
 }
 
 /// Takes `count` steps and calls `each` after every one, with their number so far.
@@ -364,7 +355,7 @@ pub struct Profile {
     pub what: &'static str,
     /// Images.
     pub batch: u64,
-    /// f32 or bf16.
+    /// f32, tf32 or bf16.
     pub precision: &'static str,
     /// Launches of kernels.
     pub launches: u64,
@@ -560,7 +551,7 @@ impl Profile {
 fn least(config: &Config, what: What) -> Result<Least> {
     let m = &config.model;
     let (unet, specs) = UNet::new(m)?;
-    let dtype = activations(config.precision);
+    let dtype = config.precision.activations();
     let images = if what == What::Train { config.batch / config.accumulate } else { config.batch };
     let shape = Shape::new(images, m.image_size.h, m.image_size.w, m.channels);
     let plan = unet.tape_plan(&Device::meta_gpu_for(dtype), config.recompute, &specs, shape)?;

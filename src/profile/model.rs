@@ -100,6 +100,7 @@ pub fn time(card: &Card, work: &Work) -> (f64, Unit) {
 mod tests {
     use super::super::card::CARDS;
     use super::*;
+    use crate::device::Precision;
 
     /// Each unit alone, by hand: on the H100 in one wave of 132 blocks.
     #[test]
@@ -125,8 +126,10 @@ mod tests {
         // Where they differ: half the lanes and, without tensor cores' `wgmma`, the A100's peak of 265 TFLOP/s.
         let fma = Work { blocks: 108.0, fma: 2.0 * 1.41e9 * 108.0, ..Work::default() };
         assert!((time(a100, &fma).0 - 1.0 - GAP).abs() < 1e-9);
-        for (card, tflops) in [(h100, 613.0), (a100, 265.0), (rtx4090, 160.0)] {
+        for (card, tflops, in_tf32) in [(h100, 613.0, 306.7), (a100, 265.0, 132.5), (rtx4090, 160.0, 80.0)] {
             assert!((card.tensor_peak() / 1e12 - tflops).abs() < 1.0, "{}: {}", card.name, card.tensor_peak());
+            let peak = card.peak(Precision::Tf32);
+            assert!((peak / 1e12 - in_tf32).abs() < 0.5, "{}: {peak} in tf32", card.name);
         }
         assert_eq!(time(h100, &Work::default()), (GAP, Unit::Gap));
     }

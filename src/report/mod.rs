@@ -20,8 +20,10 @@ use base64::engine::general_purpose::STANDARD;
 use serde_json::json;
 
 use crate::config::{Config, SETTINGS};
+use crate::device::Precision;
 use crate::error::Result;
 use crate::history::{Curve, History, How, Point, Samples, Session, State};
+use crate::names::Named;
 use crate::output::{png_size, write_atomically};
 use crate::text::{duration, grouped};
 
@@ -572,7 +574,7 @@ fn processes(html: &mut String, run: &History, title: &str) {
             "<tr><td>{began} {}</td><td>{from} to {until}</td><td>{ended}</td><td>{checkpoints}</td><td>{}</td>\
              <td>{machine}</td><td>{versions}</td></tr>",
             time(at),
-            list(&[&p.device, &p.precision]),
+            list(&[&p.device, Precision::named(&p.precision).map_or(p.precision.as_str(), |known| known.described())]),
         );
     }
     html.push_str("</table></div>\n");

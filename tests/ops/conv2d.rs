@@ -1,5 +1,5 @@
-use ddpm_cuda::device::Device;
 use ddpm_cuda::device::cpu::simd::Isa;
+use ddpm_cuda::device::{Device, Precision};
 use ddpm_cuda::kernels::tile_mma::BackwardBlocks;
 use ddpm_cuda::ops::concat::Joined;
 use ddpm_cuda::ops::conv2d::reference::{self, Inputs};
@@ -11,8 +11,8 @@ use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use num_traits::Float;
 
 use crate::support::{
-    F32_ROUNDING, close, close_as, close_as_but_for, finite_differences, gpu, numbers, plant, same_bits,
-    through_tape_on, to_f32, winograd, worst,
+    F32_ROUNDING, close, close_as_but_for, finite_differences, gpu, numbers, plant, same_bits, through_tape_on, to_f32,
+    winograd, worst,
 };
 
 /// One convolution: `x` (n, h, w, c_in), `w` (c_out, kh, kw, c_in).
@@ -158,6 +158,13 @@ impl InPlace {
         Data { x: numbers(1, x.len()), residual: numbers(5, residual.len()), ..data }.rounded(dtype)
     }
 
+    /// The terms of y, dx and dw.
+    fn depths(self) -> [usize; 3] {
+        let made = self.made();
+        let ([of_y, of_dx, of_dw], copies) = (made.depths(), if self.doubled { 4 } else { 1 });
+        [of_y, copies * of_dx, of_dw]
+    }
+
     fn by_reference<T: Float>(self, data: &Data<T>) -> Results<T> {
         let (x, residual) = self.shapes();
         let (of_x, of_residual) = (
@@ -210,24 +217,28 @@ fn inputs_in_place_agree_with_the_reference() {
     }
 }
 
-/// Compares on a GPU, in both types and all schedules.
+/// Compares on a GPU, in every precision and all schedules.
 fn gpu_agrees_in_place(case: InPlace) {
-    let expected = [DType::F32, DType::Bf16].map(|dtype| {
-        let data = case.data(dtype);
-        (case.by_reference(&data), case.by_reference(&data.to_f32()), data.to_f32())
+    let expected = Precision::ALL.map(|precision| {
+        let data = case.data(precision.activations());
+        let oracle = in_precision(precision, &data, |data| case.by_reference(data));
+        let yardstick = in_precision(precision, &data, |data| case.by_reference(&data.to_f32()));
+        (oracle, yardstick, data.to_f32())
     });
-    gpu::each(&format!("{case:?}"), |device| {
-        let dtype = device.activations();
-        let (oracle, yardstick, data) = &expected[(dtype == DType::Bf16) as usize];
+    gpu::each_precision(&format!("{case:?}"), |device| {
+        let precision = device.precision();
+        let (oracle, yardstick, data) = &expected[precision as usize];
         let got = case.by_tape(device, data);
         for i in 0..6 {
-            let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { dtype };
-            let name = format!("{} on {device}, {dtype:?}, of {case:?}", NAMES[i]);
+            let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { precision.activations() };
+            let name = format!("{} on {device}, {precision}, of {case:?}", NAMES[i]);
             // dx of a repeated pixel is one sum of four times as many terms as each of the four that the reference
             // adds, and errs up to four times as much.
             let own = yardstick[i].iter().zip(&oracle[i]).map(|(y, o)| (f64::from(*y) - o).abs()).fold(0.0, f64::max);
             let longer = if case.doubled && i == 1 { 2.0 * 3.0 * own } else { 0.0 };
-            close_as_but_for(dtype, &name, &got[i], &oracle[i], &yardstick[i], longer);
+            let of_tensor_cores = case.depths().get(i).filter(|_| precision == Precision::Tf32).copied();
+            let cut = of_tensor_cores.map_or(0.0, gpu::cut);
+            close_as_but_for(dtype, &name, &got[i], &oracle[i], &yardstick[i], longer + cut);
         }
         got.concat()
     });
@@ -247,8 +258,9 @@ fn gpu_large_tiles_agree_in_place() {
 /// where blocks of 64 channels do not straddle the seam.
 #[test]
 fn gpu_images_in_place_stand_alone() {
-    for dtype in [DType::F32, DType::Bf16] {
-        let Some(gpu) = gpu::gpu(dtype) else { return };
+    for precision in Precision::ALL {
+        let dtype = precision.activations();
+        let Some(gpu) = gpu::gpu(precision) else { return };
         let device = Device::Cuda(gpu);
         for case in IN_PLACE {
             let data = case.data(dtype).to_f32();
@@ -266,7 +278,7 @@ fn gpu_images_in_place_stand_alone() {
             if !case.doubled && (dtype == DType::F32 || (case.case.x.c - case.second).is_multiple_of(64)) {
                 let whole = InPlace { second: 0, ..case }.by_tape(&device, &data);
                 for i in 0..6 {
-                    same_bits(&format!("{} of one tensor, {dtype:?}, {case:?}", NAMES[i]), &all[i], &whole[i]);
+                    same_bits(&format!("{} of one tensor, {precision}, {case:?}", NAMES[i]), &all[i], &whole[i]);
                 }
             }
         }
@@ -281,6 +293,9 @@ fn bugs_planted_in_place_are_noticed() {
         ("fwd_64x64_f32", "8+52", "8+36"),
         ("dgrad_64x64_f32", "4+48", "4+12"),
         ("wgrad_64x64_f32", "4+52", "4+36"),
+        ("fwd_64x64_tf32", "8+52", "8+36"),
+        ("dgrad_64x64_tf32", "4+48", "4+12"),
+        ("wgrad_64x64_tf32", "4+52", "4+36"),
         ("fwd_mma_64x64", "13+48", "13+12"),
         ("fwd_mma_64x64_any", "12+52", "12+36"),
         ("bwd_mma_64x64", "16+52", "16+36"),
@@ -363,23 +378,37 @@ fn shortcut_data(case: WithShortcut, dtype: DType) -> [Data<f64>; 2] {
 }
 
 fn shortcut_agrees(case: WithShortcut, on: impl Fn(&dyn Fn(&Device) -> Vec<f32>)) {
-    let expected = [DType::F32, DType::Bf16].map(|dtype| {
-        let [data, s] = shortcut_data(case, dtype);
+    let expected = Precision::ALL.map(|precision| {
+        let [data, s] = shortcut_data(case, precision.activations());
+        let [of_products, of_s] = [&data, &s].map(|data| data.multiplied(precision));
+        let mut oracle = shortcut_by_reference(case, &of_products, &of_s);
+        let mut yardstick = shortcut_by_reference(case, &of_products.to_f32(), &of_s.to_f32());
         let (data32, s32) = (data.to_f32(), s.to_f32());
-        (shortcut_by_reference(case, &data, &s), shortcut_by_reference(case, &data32, &s32), data32, s32)
+        if precision == Precision::Tf32 {
+            // The gradients of both biases are sums of dy as it is.
+            let [.., db, _, _, s_db] = shortcut_by_reference(case, &data, &s);
+            (oracle[3], oracle[6]) = (db, s_db);
+            let [.., db, _, _, s_db] = shortcut_by_reference(case, &data32, &s32);
+            (yardstick[3], yardstick[6]) = (db, s_db);
+        }
+        (oracle, yardstick, data32, s32)
     });
+    let [of_y, of_dx, of_dw] = case.0.depths();
+    let [of_shortcut, of_ds, _] = shortcut_of(case).depths();
+    let depths = [of_y + of_shortcut, of_dx, of_dw, 0, of_ds, of_dw, 0];
     on(&|device| {
-        let dtype = device.activations();
-        let (oracle, yardstick, data, s) = &expected[(dtype == DType::Bf16) as usize];
+        let (precision, dtype) = (device.precision(), device.activations());
+        let (oracle, yardstick, data, s) = &expected[precision as usize];
         let got = shortcut_by_tape(case, device, data, s);
         for (i, name) in ["y", "dx", "dw", "db", "ds", "dw of s", "db of s"].into_iter().enumerate() {
             let dtype = if ["y", "dx", "ds"].contains(&name) { dtype } else { DType::F32 };
-            let name = format!("{name} on {device}, {dtype:?}, of {case:?}");
+            let name = format!("{name} on {device}, {precision}, of {case:?}");
             // A shortcut apart is rounded once more; its products are below one, its bias below 1.5.
             let apart = case.0.geometry.stride > 1 && i == 0;
             let most = (case.1[0] + case.1[1]) as f64 + 1.5;
             let rounding = if apart { gpu::rounding(dtype) * most } else { 0.0 };
-            close_as_but_for(dtype, &name, &got[i], &oracle[i], &yardstick[i], rounding);
+            let cut = if precision == Precision::Tf32 { gpu::cut(depths[i]) } else { 0.0 };
+            close_as_but_for(dtype, &name, &got[i], &oracle[i], &yardstick[i], rounding + cut);
         }
         got.concat()
     });
@@ -393,7 +422,7 @@ fn shortcuts_agree_with_the_reference() {
 #[test]
 fn gpu_shortcuts_agree_with_the_reference() {
     let cases = SHORTCUTS.into_iter().chain(LARGE_SHORTCUTS).filter(|_| gpu::available());
-    cases.for_each(|case| shortcut_agrees(case, |f| gpu::each(&format!("{case:?}"), f)));
+    cases.for_each(|case| shortcut_agrees(case, |f| gpu::each_precision(&format!("{case:?}"), f)));
 }
 
 /// The kernels of a backward pass: one for all gradients, with the sums for the biases, wherever the channels and the
@@ -502,11 +531,9 @@ fn gpu_gradients_that_wait_are_added_where_dx_is_stored() {
             let got = used_thrice(&device, case, &data.to_f32());
             let adds = gpu.recorded_launches().iter().filter(|l| l.kernel == "add_fwd_bf16").count();
             assert_eq!(adds, 0, "additions of two tensors, {case:?}");
-            // As in `bf16_agrees_with_the_reference`.
-            let cut = |depth: usize| if gpu::is_real() { (depth * depth) as f64 / 4.0 * 2f64.powi(-23) } else { 0.0 };
-            let of_dx = first_term + 2.0 * cut(case.w.h * case.w.w * case.w.n);
+            let of_dx = first_term + 2.0 * gpu::cut(case.w.h * case.w.w * case.w.n);
             close_as_but_for(DType::Bf16, &format!("dx of {case:?}"), &got[0], &oracle[0], &yardstick[0], of_dx);
-            let of_dw = 2.0 * cut(case.x.rows());
+            let of_dw = 2.0 * gpu::cut(case.x.rows());
             close_as_but_for(DType::F32, &format!("dw of {case:?}"), &got[1], &oracle[1], &yardstick[1], of_dw);
             let got = got.concat();
             same_bits(&format!("{case:?}, schedule {schedule}"), &got, first.get_or_insert_with(|| got.clone()));
@@ -563,6 +590,24 @@ impl Data<f64> {
         let [x, w, shift, residual, dy] = [x, w, shift, residual, dy].map(|v| gpu::rounded(dtype, &v));
         Data { x, w, b, shift, residual, dy }
     }
+
+    /// As the products take it.
+    fn multiplied(&self, precision: Precision) -> Self {
+        let Data { x, w, b, shift, residual, dy } = self;
+        let [x, w, dy] = [x, w, dy].map(|v| gpu::multiplied(precision, v));
+        Data { x, w, b: b.clone(), shift: shift.clone(), residual: residual.clone(), dy }
+    }
+}
+
+/// The results that `by` has where the products take their operands in a precision; what are no products take dy as it
+/// is.
+fn in_precision<T: Clone>(precision: Precision, data: &Data<f64>, by: impl Fn(&Data<f64>) -> Results<T>) -> Results<T> {
+    let mut results = by(&data.multiplied(precision));
+    if precision == Precision::Tf32 {
+        let [.., db, dshift, dresidual] = by(data);
+        results[3..].clone_from_slice(&[db, dshift, dresidual]);
+    }
+    results
 }
 
 impl<T: Float> Data<T> {
@@ -584,6 +629,14 @@ impl<T: Float> Data<T> {
 type Results<T> = [Vec<T>; 6];
 
 const NAMES: [&str; 6] = ["y", "dx", "dw", "db", "dshift", "dresidual"];
+
+impl Case {
+    /// The terms of y, dx and dw.
+    fn depths(self) -> [usize; 3] {
+        let (y, taps) = (self.geometry.output(self.x, self.w), self.w.h * self.w.w);
+        [taps * self.x.c, taps * y.c, y.rows()]
+    }
+}
 
 fn by_reference<T: Float>(case: Case, data: &Data<T>) -> Results<T> {
     let inputs = data.inputs(case);
@@ -681,35 +734,34 @@ fn gpu_agrees_with_the_reference() {
         return;
     }
     for case in CASES {
-        let expected = [DType::F32, DType::Bf16].map(|dtype| {
-            let data = Data::new(case).rounded(dtype);
-            (by_reference(case, &data), by_reference(case, &data.to_f32()), data.to_f32())
+        let expected = Precision::ALL.map(|precision| {
+            let data = Data::new(case).rounded(precision.activations());
+            let oracle = in_precision(precision, &data, |data| by_reference(case, data));
+            let yardstick = in_precision(precision, &data, |data| by_reference(case, &data.to_f32()));
+            (oracle, yardstick, data.to_f32())
         });
-        gpu::each(&format!("{case:?}"), |device| {
-            let dtype = device.activations();
-            let (oracle, yardstick, data) = &expected[(dtype == DType::Bf16) as usize];
+        gpu::each_precision(&format!("{case:?}"), |device| {
+            let precision = device.precision();
+            let (oracle, yardstick, data) = &expected[precision as usize];
             let got = by_tape_on(device, case, data, direct(Isa::best()), 1);
             for i in 0..6 {
                 // Gradients of parameters are f32 in either case.
-                let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { dtype };
-                let name = format!("{} on {device}, {dtype:?}, of {case:?}", NAMES[i]);
-                close_as(dtype, &name, &got[i], &oracle[i], &yardstick[i]);
+                let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { precision.activations() };
+                let name = format!("{} on {device}, {precision}, of {case:?}", NAMES[i]);
+                let of_tensor_cores = case.depths().get(i).filter(|_| precision == Precision::Tf32).copied();
+                let cut = of_tensor_cores.map_or(0.0, gpu::cut);
+                close_as_but_for(dtype, &name, &got[i], &oracle[i], &yardstick[i], cut);
             }
             got.concat()
         });
     }
 }
 
-/// Compares a case in bf16. On a GPU the tensor cores may cut what an addition cannot hold instead of rounding it, and
-/// add four to sixteen products at a time: at most an ulp, 2^-23 of a partial sum, for each addition. The emulator
-/// rounds each to nearest, like the yardstick.
+/// Compares a case in bf16.
 fn bf16_agrees_with_the_reference(case: Case) {
     let Some(gpu) = gpu::gpu(DType::Bf16) else { return };
     let data = Data::new(case).rounded(DType::Bf16);
     let (oracle, yardstick) = (by_reference(case, &data), by_reference(case, &data.to_f32()));
-    let ys = case.geometry.output(case.x, case.w);
-    let taps = case.w.h * case.w.w;
-    let depths = [taps * case.x.c, taps * ys.c, ys.rows(), 0, 0, 0];
     let device = Device::Cuda(gpu);
     let mut first: Option<Vec<f32>> = None;
     for schedule in gpu::SCHEDULES {
@@ -717,8 +769,7 @@ fn bf16_agrees_with_the_reference(case: Case) {
         let got = by_tape_on(&device, case, &data.to_f32(), direct(Isa::best()), 1);
         for i in 0..6 {
             let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { DType::Bf16 };
-            // The products are below one.
-            let cut = if gpu::is_real() { depths[i] as f64 * depths[i] as f64 / 4.0 * 2f64.powi(-23) } else { 0.0 };
+            let cut = case.depths().get(i).copied().map_or(0.0, gpu::cut);
             let name = format!("{} on {device}, {dtype:?}, of {case:?}", NAMES[i]);
             close_as_but_for(dtype, &name, &got[i], &oracle[i], &yardstick[i], cut);
         }
@@ -790,6 +841,27 @@ fn planted_bugs_are_noticed() {
     {
         let entry = format!("conv2d_{part}");
         plant::notices_wrong_parameter(TEST, &entry, is, reads);
+    }
+}
+
+/// The same in tf32, and operands that are cut instead of rounded, or not those of their place.
+#[test]
+fn bugs_planted_in_tf32_kernels_are_noticed() {
+    const TEST: &str = "conv2d::gpu_agrees_with_the_reference";
+    for part in ["fwd_64x64", "dgrad_128x32", "wgrad_32x128"] {
+        plant::notices_lost_last_barrier(TEST, &format!("conv2d_{part}_tf32"));
+    }
+    for part in ["fwd_128x32", "dgrad_64x64", "wgrad_64x64"] {
+        plant::notices_lost_block(TEST, &format!("conv2d_{part}_tf32"));
+    }
+    for part in ["fwd_64x64", "fwd_128x32", "dgrad_64x64", "dgrad_128x32", "wgrad_64x64", "wgrad_32x128"] {
+        plant::notices(TEST, &format!("conv2d_{part}_tf32"), "cvt.rna.tf32.f32", "mov.b32");
+    }
+    // The second step of the second 32 rows or columns is that of the first.
+    for (part, from, to) in
+        [("fwd_64x64", "+400];", "+272];"), ("dgrad_128x32", "+656];", "+528];"), ("wgrad_32x128", "+656];", "+528];")]
+    {
+        plant::notices(TEST, &format!("conv2d_{part}_tf32"), from, to);
     }
 }
 
@@ -884,7 +956,7 @@ fn gpu_parameter_gradients_accumulate() {
     // One with a single split-K segment (its pixels are the k of dw) and one with several.
     for case in [CASES[3], CASES[18]] {
         let data = Data::new(case).to_f32();
-        gpu::each(&format!("{case:?}"), |device| {
+        gpu::each_precision(&format!("{case:?}"), |device| {
             let by_tape = |passes| by_tape_on(device, case, &data, direct(Isa::best()), passes);
             let (once, twice) = (by_tape(1), by_tape(2));
             for i in 2..4 {
@@ -946,16 +1018,16 @@ fn an_image_does_not_depend_on_its_batch() {
 
 #[test]
 fn gpu_image_does_not_depend_on_its_batch() {
-    for dtype in [DType::F32, DType::Bf16] {
-        let Some(gpu) = gpu::gpu(dtype) else { return };
+    for precision in Precision::ALL {
+        let Some(gpu) = gpu::gpu(precision) else { return };
         let device = Device::Cuda(gpu);
         // Some of these split a single image into other tiles than the batch.
-        let more = BF16_CASES.into_iter().filter(|_| dtype == DType::Bf16);
+        let more = BF16_CASES.into_iter().filter(|_| precision == Precision::Bf16);
         for case in CASES.into_iter().chain(more).filter(|c| c.x.n > 1 && c.x.len() * c.w.n < 1 << 20) {
             images_stand_alone(&device, case, direct(Isa::best()));
         }
         // An image alone has too few tiles for the large kernels.
-        if dtype == DType::Bf16 {
+        if precision == Precision::Bf16 {
             LARGE_CASES.into_iter().for_each(|case| images_stand_alone(&device, case, direct(Isa::best())));
         }
     }

@@ -1,5 +1,5 @@
-use ddpm_cuda::device::Device;
 use ddpm_cuda::device::cpu::simd::Isa;
+use ddpm_cuda::device::{Device, Precision};
 use ddpm_cuda::error::Result;
 use ddpm_cuda::ops::concat::concat;
 use ddpm_cuda::ops::linear::{linear, linear_by, linear_silu, linears, reference};
@@ -10,13 +10,13 @@ use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use num_traits::Float;
 
 use crate::support::{
-    F32_ROUNDING, Pass, close, close_as, close_as_but_for, finite_differences, gpu, numbers, plant, same_bits,
-    through_tape_on, to_f32,
+    F32_ROUNDING, Pass, close, close_as_but_for, finite_differences, gpu, numbers, plant, same_bits, through_tape_on,
+    to_f32,
 };
 
 /// `x` and `c_out`. Sizes of one, primes, one over the AVX-512 register tile (32 columns, 14 rows) and over its block
 /// of 56 rows; on a GPU every tile shape.
-const CASES: [(Shape, usize); 9] = [
+const CASES: [(Shape, usize); 10] = [
     (Shape::new(1, 1, 1, 1), 1),
     (Shape::new(2, 1, 1, 7), 5),
     (Shape::new(16, 1, 1, 32), 128),
@@ -26,6 +26,7 @@ const CASES: [(Shape, usize); 9] = [
     (Shape::new(2, 16, 16, 65), 64),
     (Shape::new(1, 1, 4099, 2), 2),
     (Shape::new(3, 7, 1, 130), 31),
+    (Shape::new(1, 9, 8, 12), 20),
 ];
 
 /// More for the products on tensor cores, in bf16: channels that chunks of 16 bytes divide, slabs that are full and
@@ -115,32 +116,96 @@ fn gpu_agrees_with_the_reference() {
         return;
     }
     for (case, plain) in CASES.into_iter().flat_map(|case| [(case, false), (case, true)]) {
-        let expected = [DType::F32, DType::Bf16].map(|dtype| {
+        let expected = Precision::ALL.map(|precision| {
             // The bias stays f32.
-            let mut rounded = data(case).map(|v| gpu::rounded(dtype, &v));
+            let mut rounded = data(case).map(|v| gpu::rounded(precision.activations(), &v));
             let [_, _, b, ..] = data(case);
             rounded[2] = b;
             let c_in = case.0.c;
-            let oracle = by_reference(c_in, &rounded, plain);
-            (oracle, by_reference(c_in, &rounded.map(|v| to_f32(&v)), plain))
+            let oracle = in_precision(precision, &rounded, |data| by_reference(c_in, data, plain));
+            let in_f32 = |data: &[Vec<f64>; 5]| by_reference(c_in, &data.each_ref().map(|v| to_f32(v)), plain);
+            (oracle, in_precision(precision, &rounded, in_f32))
         });
-        gpu::each(&format!("{case:?}"), |device| {
-            let dtype = device.activations();
-            let (oracle, yardstick) = &expected[(dtype == DType::Bf16) as usize];
+        let depths = [case.0.c, case.1, case.0.rows(), 0, 0];
+        gpu::each_precision(&format!("{case:?}"), |device| {
+            let precision = device.precision();
+            let (oracle, yardstick) = &expected[precision as usize];
             let got = by_tape_on(device, case, plain, Isa::best(), 1);
             for i in 0..if plain { 3 } else { 5 } {
                 // Gradients of parameters are f32 in either case.
-                let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { dtype };
-                let name = format!("{} on {device}, {dtype:?}, of {case:?}", NAMES[i]);
-                close_as(dtype, &name, &got[i], &oracle[i], &yardstick[i]);
+                let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { precision.activations() };
+                let name = format!("{} on {device}, {precision}, of {case:?}", NAMES[i]);
+                let cut = if precision == Precision::Tf32 { gpu::cut(depths[i]) } else { 0.0 };
+                close_as_but_for(dtype, &name, &got[i], &oracle[i], &yardstick[i], cut);
             }
             got.concat()
         });
     }
 }
 
-/// As for a convolution, on a GPU the tensor cores may cut what an addition cannot hold: an ulp of each partial sum of
-/// products below one.
+/// The results that `by` has where the products take x, w and dy in a precision; what are no products take dy as it is.
+fn in_precision<T: Clone>(
+    precision: Precision,
+    data: &[Vec<f64>; 5],
+    by: impl Fn(&[Vec<f64>; 5]) -> [Vec<T>; 5],
+) -> [Vec<T>; 5] {
+    let mut of_products = data.clone();
+    for i in [0, 1, 4] {
+        of_products[i] = gpu::multiplied(precision, &data[i]);
+    }
+    let mut results = by(&of_products);
+    if precision == Precision::Tf32 {
+        results[3..].clone_from_slice(&by(data)[3..]);
+    }
+    results
+}
+
+/// Operands that are rounded to 10 bits of fraction are off by 2^-11 each, and their product by (1 + 2^-11)^2 - 1. That
+/// is seen, or they were not rounded; and numbers that are not finite stay where they belong.
+#[test]
+fn gpu_errs_in_tf32_by_what_is_rounded_off() {
+    let Some(gpu) = gpu::gpu(Precision::Tf32) else { return };
+    let device = Device::Cuda(gpu.clone());
+    let (shape, c_out) = (Shape::new(1, 9, 8, 40), 64);
+    let [x, w, ..] = data((shape, c_out));
+    let params = [(Shape::new(c_out, 1, 1, shape.c), to_f32(&w))];
+    let y_of = |x: &[f32]| {
+        let dy = vec![0.0; shape.rows() * c_out];
+        let op = |tape: &mut Tape<'_>, v: &[Var], p: &[Param]| linear(tape, &v[0], p[0], None, None);
+        through_tape_on(&device, &[(shape, x.to_vec())], &params, &dy, 1, op).y
+    };
+    gpu.record_launches();
+    let y = y_of(&to_f32(&x));
+    assert_eq!(gpu.recorded_launches()[0].kernel, "linear_fwd_64x64_tf32");
+    let exact = reference::forward(&x, &w, shape.c, None, None);
+    let magnitudes = |v: &[f64]| v.iter().map(|v| v.abs()).collect::<Vec<f64>>();
+    let magnitudes = reference::forward(&magnitudes(&x), &magnitudes(&w), shape.c, None, None);
+    let of_product = (1.0 + 2f64.powi(-11)).powi(2) - 1.0;
+    let shares = y.iter().zip(&exact).zip(&magnitudes).map(|((y, exact), magnitude)| {
+        let allowed = magnitude * (of_product + shape.c as f64 * 2.0 * F32_ROUNDING);
+        (f64::from(*y) - exact).abs() / allowed
+    });
+    let worst = shares.fold(0.0, f64::max);
+    println!("{worst:.3} of what the roundings of both operands may make");
+    assert!(worst <= 1.0, "{worst} of what is allowed");
+    assert!(worst > 2f64.powi(-5), "{worst} of what is allowed: the operands were not rounded to tf32");
+
+    for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut x = to_f32(&x);
+        x[5 * shape.c + 3] = odd;
+        for (at, (got, want)) in y_of(&x).iter().zip(&y).enumerate() {
+            if at / c_out != 5 {
+                assert_eq!(got.to_bits(), want.to_bits(), "{odd} in another row changes {at}");
+            } else if odd.is_nan() {
+                assert!(got.is_nan(), "{got} at {at}, of NaN");
+            } else {
+                let sign = odd.signum() * params[0].1[at % c_out * shape.c + 3].signum();
+                assert_eq!(*got, sign * f32::INFINITY, "at {at}, of {odd}");
+            }
+        }
+    }
+}
+
 #[test]
 fn gpu_agrees_with_the_reference_in_bf16() {
     let Some(gpu) = gpu::gpu(DType::Bf16) else { return };
@@ -157,7 +222,7 @@ fn gpu_agrees_with_the_reference_in_bf16() {
             let got = by_tape_on(&device, case, plain, Isa::best(), 1);
             for i in 0..if plain { 3 } else { 5 } {
                 let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { DType::Bf16 };
-                let cut = if gpu::is_real() { depths[i] as f64 * depths[i] as f64 / 4.0 * 2f64.powi(-23) } else { 0.0 };
+                let cut = gpu::cut(depths[i]);
                 let name = format!("{} on {device}, {dtype:?}, of {case:?}", NAMES[i]);
                 close_as_but_for(dtype, &name, &got[i], &oracle[i], &yardstick[i], cut);
             }
@@ -299,8 +364,7 @@ fn gpu_layers_of_one_input_agree_with_the_reference() {
                 let depths = [shape.c, c_out, shape.rows(), 0];
                 for i in 0..4 {
                     let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { DType::Bf16 };
-                    let cut = depths[i] as f64 * depths[i] as f64 / 4.0 * 2f64.powi(-23);
-                    let mut cut = if gpu::is_real() { cut } else { 0.0 };
+                    let mut cut = gpu::cut(depths[i]);
                     if NAMES[i] == "dx" && case.1.len() > 32 {
                         // The parts of two launches are rounded before they are added.
                         let seam: usize = case.1[..32].iter().sum();
@@ -389,7 +453,7 @@ fn gpu_sums_over_rows_keep_what_f32_would_lose() {
 fn gpu_parameter_gradients_accumulate() {
     // One with a single split-K segment (its rows are the k of dw) and one with several.
     for case in [CASES[3], CASES[7]] {
-        gpu::each(&format!("{case:?}"), |device| {
+        gpu::each_precision(&format!("{case:?}"), |device| {
             let [once, twice] = [1, 2].map(|passes| by_tape_on(device, case, false, Isa::best(), passes));
             for i in 2..4 {
                 let sum: Vec<f32> = once[i].iter().map(|v| v + v).collect();
@@ -420,6 +484,27 @@ fn planted_bugs_are_noticed() {
     // The rounding error of the last term of three is taken off instead of added.
     let cancelling = "linear::gpu_sums_over_rows_keep_what_f32_would_lose";
     plant::notices(cancelling, "linear_bwd_sums_f32", "add.f32", "sub.f32");
+}
+
+/// The same in tf32, and operands that are cut instead of rounded.
+#[test]
+fn bugs_planted_in_tf32_kernels_are_noticed() {
+    const TEST: &str = "linear::gpu_agrees_with_the_reference";
+    for part in ["fwd_64x64", "dgrad_128x32", "wgrad_64x64"] {
+        plant::notices_lost_last_barrier(TEST, &format!("linear_{part}_tf32"));
+    }
+    for part in ["fwd_128x32", "dgrad_64x64", "wgrad_32x128"] {
+        plant::notices_lost_block(TEST, &format!("linear_{part}_tf32"));
+    }
+    for part in ["fwd_64x64", "fwd_128x32", "dgrad_64x64", "dgrad_128x32", "wgrad_64x64", "wgrad_32x128"] {
+        plant::notices(TEST, &format!("linear_{part}_tf32"), "cvt.rna.tf32.f32", "mov.b32");
+    }
+    // The second step of the second 32 rows or columns is that of the first.
+    for (part, from, to) in
+        [("fwd_64x64", "+400];", "+272];"), ("dgrad_128x32", "+656];", "+528];"), ("wgrad_32x128", "+656];", "+528];")]
+    {
+        plant::notices(TEST, &format!("linear_{part}_tf32"), from, to);
+    }
 }
 
 #[test]

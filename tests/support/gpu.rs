@@ -1,16 +1,16 @@
 //! GPUs for tests: by default the emulator ([`places::emulator`]) with all its checks; with `DDPM_TEST_DEVICE=cuda` a
 //! real one.
 //!
-//! [`each`] runs a test with both activation types and in several orders of blocks and warps. `plant` tests that the
-//! tests notice bugs.
+//! [`each`] runs a test with both activation types, [`each_precision`] in tf32 too, in several orders of blocks and
+//! warps. `plant` tests that the tests notice bugs.
 
 use std::ffi::{CString, c_char, c_int};
 use std::io::Write;
 use std::sync::OnceLock;
 
-use ddpm_cuda::device::Device;
 use ddpm_cuda::device::cpu::simd::{Isa, Level};
 use ddpm_cuda::device::cuda::{self, Gpu};
+use ddpm_cuda::device::{Device, Precision};
 use ddpm_cuda::kernels;
 use ddpm_cuda::tensor::DType;
 
@@ -73,13 +73,14 @@ pub fn available() -> bool {
 /// Set to have guard words on the emulator too, as on a real GPU: to test the guards, not the kernels.
 const GUARD_WORDS: &str = "DDPM_TEST_GUARD_WORDS";
 
-/// A guarded GPU with activations of type `dtype`, with the planted bug if there is one; `None` if kernels cannot be
-/// tested.
-pub fn gpu(dtype: DType) -> Option<Gpu> {
+/// A guarded GPU for a precision, or for that of a type of activations, with the planted bug if there is one; `None` if
+/// kernels cannot be tested.
+pub fn gpu(precision: impl Into<Precision>) -> Option<Gpu> {
+    let precision = precision.into();
     available().then(|| {
         let open = match std::env::var_os(GUARD_WORDS) {
-            Some(_) => Gpu::open_with_guard_words(0, dtype),
-            None => Gpu::open(0, dtype, true),
+            Some(_) => Gpu::open_with_guard_words(0, precision),
+            None => Gpu::open(0, precision, true),
         };
         let gpu = open.expect("the GPU opens");
         if let Some((stem, ptx)) = plant::planted() {
@@ -134,8 +135,19 @@ pub const ONE_SCHEDULE: &str = "DDPM_TEST_ONE_SCHEDULE";
 /// the same bits in all schedules, and no buffer may stay in use.
 #[track_caller]
 pub fn each(name: &str, f: impl Fn(&Device) -> Vec<f32>) {
-    for dtype in [DType::F32, DType::Bf16] {
-        let Some(gpu) = gpu(dtype) else { return };
+    each_of(name, &[Precision::F32, Precision::Bf16], f);
+}
+
+/// [`each`] in tf32 too, for operations that have products of their own there.
+#[track_caller]
+pub fn each_precision(name: &str, f: impl Fn(&Device) -> Vec<f32>) {
+    each_of(name, &Precision::ALL, f);
+}
+
+#[track_caller]
+fn each_of(name: &str, precisions: &[Precision], f: impl Fn(&Device) -> Vec<f32>) {
+    for &precision in precisions {
+        let Some(gpu) = gpu(precision) else { return };
         let device = Device::Cuda(gpu);
         let mut first: Option<Vec<f32>> = None;
         let schedules = if std::env::var_os(ONE_SCHEDULE).is_some() { 1 } else { SCHEDULES.len() };
@@ -145,7 +157,7 @@ pub fn each(name: &str, f: impl Fn(&Device) -> Vec<f32>) {
             assert!(!got.is_empty(), "{name}: no numbers to compare between schedules");
             match &first {
                 None => first = Some(got),
-                Some(first) => same_bits(&format!("{name}, {dtype:?}, schedule {schedule}"), &got, first),
+                Some(first) => same_bits(&format!("{name}, {precision}, schedule {schedule}"), &got, first),
             }
         }
         configure("seed", "none");
@@ -169,7 +181,24 @@ pub fn rounded(dtype: DType, x: &[f64]) -> Vec<f64> {
     }
 }
 
-/// The same for f32.
+/// `x` as the products of convolutions and linear layers take it: in tf32 as `cvt.rna.tf32.f32` rounds finite numbers,
+/// to 10 bits of fraction, to nearest, ties away from zero.
+pub fn multiplied(precision: Precision, x: &[f64]) -> Vec<f64> {
+    let tf32 = |x: f64| f64::from(f32::from_bits(((x as f32).to_bits() + 0x1000) & !0x1fff));
+    match precision {
+        Precision::Tf32 => x.iter().map(|&x| tf32(x)).collect(),
+        Precision::F32 | Precision::Bf16 => x.to_vec(),
+    }
+}
+
+/// What tensor cores may lose of a sum of `depth` products that are below one: on a GPU they may cut what an addition
+/// cannot hold instead of rounding it, and add four to sixteen products at a time, at most an ulp, 2^-23 of a partial
+/// sum, for each addition. The emulator rounds each to nearest, like the reference in f32.
+pub fn cut(depth: usize) -> f64 {
+    if is_real() { (depth * depth) as f64 / 4.0 * 2f64.powi(-23) } else { 0.0 }
+}
+
+/// [`rounded`] for f32.
 pub fn rounded_f32(dtype: DType, x: &[f32]) -> Vec<f32> {
     match dtype {
         DType::F32 => x.to_vec(),

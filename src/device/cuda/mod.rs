@@ -25,7 +25,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, Weak};
 
-use super::PoolStats;
+use super::{PoolStats, Precision};
 use crate::error::{Error, Result};
 use crate::kernels;
 use crate::shape::DType;
@@ -63,8 +63,7 @@ struct Inner {
     number: usize,
     name: String,
     capability: (u32, u32),
-    /// Type of activations and gradients.
-    activations: DType,
+    precision: Precision,
     pool: Mutex<pool::Pool>,
     /// What memory is being requested for, in words.
     purpose: Mutex<String>,
@@ -207,7 +206,7 @@ pub fn missing_in_this_build() -> Option<&'static str> {
 ///
 /// # Errors
 /// `Error::Failed` or `Error::File` with the reason why a driver or a GPU that is there cannot be used.
-pub fn open_any(activations: DType) -> Result<Option<Gpu>> {
+pub fn open_any(precision: Precision) -> Result<Option<Gpu>> {
     if let Some(missing) = missing_in_this_build() {
         return match driver_is_likely() {
             false => Ok(None),
@@ -223,7 +222,7 @@ pub fn open_any(activations: DType) -> Result<Option<Gpu>> {
         Some(first) => Error::Failed(first.too_old()),
     };
     for gpu in all.iter().filter(|gpu| gpu.can_run_kernels()) {
-        match Gpu::open(gpu.number, activations, false) {
+        match Gpu::open(gpu.number, precision, false) {
             Ok(gpu) => return Ok(Some(gpu)),
             Err(why) => failed = why,
         }
@@ -307,23 +306,23 @@ fn driver_error(what: &str, e: DriverError) -> Error {
 }
 
 impl Gpu {
-    /// Opens GPU `number` for activations of type `activations`. A guarded GPU (tests) does not pool: each buffer is
-    /// its own allocation of exactly its size, between guard words except on the emulator, which checks accesses
-    /// itself.
+    /// Opens GPU `number` for a precision, or for that of a type of activations. A guarded GPU (tests) does not pool:
+    /// each buffer is its own allocation of exactly its size, between guard words except on the emulator, which checks
+    /// accesses itself.
     ///
     /// # Errors
     /// `Error::Failed` if this build has no CUDA support or no kernels, or if there is no driver, no such GPU, or it is
     /// too old.
-    pub fn open(number: usize, activations: DType, guarded: bool) -> Result<Self> {
-        Self::open_as(number, activations, guarded, false, trace::Trace::from_environment()?)
+    pub fn open(number: usize, precision: impl Into<Precision>, guarded: bool) -> Result<Self> {
+        Self::open_as(number, precision.into(), guarded, false, trace::Trace::from_environment()?)
     }
 
     /// A GPU that measures each launch by two events, for [`Gpu::launch_times`].
     ///
     /// # Errors
     /// As [`Gpu::open`].
-    pub fn open_timed(number: usize, activations: DType) -> Result<Self> {
-        Self::open_as(number, activations, false, false, trace::Trace::timing())
+    pub fn open_timed(number: usize, precision: impl Into<Precision>) -> Result<Self> {
+        Self::open_as(number, precision.into(), false, false, trace::Trace::timing())
     }
 
     /// A guarded GPU with guard words on the emulator too, where they hide from it where a buffer ends: for tests of
@@ -331,13 +330,13 @@ impl Gpu {
     ///
     /// # Errors
     /// As [`Gpu::open`].
-    pub fn open_with_guard_words(number: usize, activations: DType) -> Result<Self> {
-        Self::open_as(number, activations, true, true, trace::Trace::from_environment()?)
+    pub fn open_with_guard_words(number: usize, precision: impl Into<Precision>) -> Result<Self> {
+        Self::open_as(number, precision.into(), true, true, trace::Trace::from_environment()?)
     }
 
     fn open_as(
         number: usize,
-        activations: DType,
+        precision: Precision,
         guarded: bool,
         guard_words: bool,
         trace: trace::Trace,
@@ -371,7 +370,7 @@ impl Gpu {
             number,
             name: description.name.clone(),
             capability: description.capability,
-            activations,
+            precision,
             loaded: Mutex::new(loaded),
             purpose: Mutex::default(),
             trace,
@@ -391,7 +390,12 @@ impl Gpu {
 
     /// Type of activations and gradients.
     pub fn activations(&self) -> DType {
-        self.inner.activations
+        self.inner.precision.activations()
+    }
+
+    /// What it was opened for.
+    pub fn precision(&self) -> Precision {
+        self.inner.precision
     }
 
     /// Sentences for the user about the kernels, such as that they come from `DDPM_KERNELS`.

@@ -9,6 +9,7 @@ use bytemuck::Zeroable;
 use super::Gpu;
 use super::launch::{Array, Launch, View, ViewMut};
 use super::pool::Buffer;
+use crate::device::Precision;
 use crate::error::Result;
 use crate::kernels::add::PARTS;
 pub use crate::kernels::column_sums::SUM_THREADS;
@@ -18,7 +19,8 @@ use crate::kernels::{Kernel, Twin, tile_gemm, tile_mma};
 /// Blocks of a weight's gradient that a multiprocessor holds at once. Each of its four schedulers has 512 registers a
 /// lane, and a thread takes 134 to 167, more than a quarter and at most a third of them: three warps each, six blocks
 /// of two. Shared memory, 12 KiB a block with what the driver adds, leaves room for as many on every architecture. (The
-/// linear layer's 32x128 in bf16 takes 127; such small products have no second wave.)
+/// linear layer's 32x128 in bf16 takes 127; such small products have no second wave. In tf32 they take 126 to 160, and
+/// are six to eight.)
 pub const RESIDENT: usize = 6;
 
 /// Multiprocessors of the GPUs for which split-K is chosen: A100, RTX 4090 and H100.
@@ -76,6 +78,11 @@ pub fn choose(variants: [&'static Kernel; 2], rows: usize, cols: usize) -> (&'st
     let [a, b] = variants;
     let (first, second) = (tiles(a, rows, cols), tiles(b, rows, cols));
     if second < first { (b, second) } else { (a, first) }
+}
+
+/// The kernels of a product of f32 tensors: those on FMAs or, where the GPU was opened for tf32, on tensor cores.
+pub fn of_f32(gpu: &Gpu, fma: [&'static Kernel; 2], tf32: [&'static Kernel; 2]) -> [&'static Kernel; 2] {
+    if gpu.precision() == Precision::Tf32 { tf32 } else { fma }
 }
 
 /// Bytes of the ring of a product on tensor cores with tiles of `bm` x `bn`.
@@ -190,8 +197,8 @@ pub struct Job {
 }
 
 impl Job {
-    /// On FMAs, by that of the `variants` that wastes least.
-    pub fn on_fma(variants: [&'static Kernel; 2], rows: usize, cols: usize, depth: usize) -> Self {
+    /// Of f32 tensors, by that of the `variants` that wastes least. In tf32 k is split as in f32.
+    pub fn of_f32(variants: [&'static Kernel; 2], rows: usize, cols: usize, depth: usize) -> Self {
         let (kernel, tiles) = choose(variants, rows, cols);
         Job { kernel, shared: 0, blocks: FMA, rows, cols, depth, tiles, sums: false }
     }
