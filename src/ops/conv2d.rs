@@ -266,6 +266,7 @@ pub fn conv2d_by(
     }
     assert!(!x.doubled || geometry.stride == 1, "conv2d: repeated pixels with {geometry:?}; their stride is 1");
     let ys = geometry.output(xs, ws);
+    assert!(!x.doubled || ys.h.min(ys.w) > 1, "conv2d: one row or column of y, {ys}, of repeated pixels");
     if let Some(shift) = plus.shift {
         let want = Shape::new(ys.n, 1, 1, ys.c);
         assert_eq!(shift.shape(), want, "conv2d: shift is {}, expected {want}", shift.shape());
@@ -749,7 +750,7 @@ mod cuda {
     /// Shared memory of a product with such tiles on tensor cores whose plan has `taps` taps.
     fn with_plan((bm, bn): (usize, usize), taps: usize) -> usize {
         // Beside a ring of 96 KiB an RTX 4090 has room for so many.
-        assert!(taps <= 120, "conv2d: a weight of {taps} taps; in bf16 they are at most 120");
+        assert!(taps <= 120, "conv2d: {taps} taps of all tensors together; in bf16 they are at most 120");
         ring(bm, bn) + 4 * (bm + bn) + SOURCES as usize + TAP as usize * taps
     }
 
@@ -826,9 +827,11 @@ mod cuda {
         let (of_x, of_s) = (x.widths(), in_sum.map_or(Vec::new(), |s| s.x.widths()));
         let widths: Vec<usize> = of_x.iter().chain(&of_s).copied().collect();
         let (weight, bias) = (params.view(weight, dtype), params.view(bias, DType::F32));
-        // Of repeated pixels, y has four classes, of pixels that meet the same taps in the same places.
+        // Of repeated pixels, y has four classes, of pixels that meet the same taps in the same places; the first is
+        // the largest.
         let classes = if input.doubled { 4 } else { 1 };
-        let rows = ys.n * (ys.h * ys.w).div_ceil(classes);
+        let of_class = |side: usize| if input.doubled { side.div_ceil(2) } else { side };
+        let rows = ys.n * of_class(ys.h) * of_class(ys.w);
         let taps = ws.h * ws.w;
         let segments = Segments::new(ys.pixels(), slabs(taps, &of_x) + slabs(1, &of_s));
         let kernel = match dtype {

@@ -113,7 +113,7 @@ const fn doubled(case: Case, second: usize) -> InPlace {
 const ABOVE: Geometry = Geometry { stride: 1, pad: Pad { top: 1, left: 0, bottom: 0, right: 0 } };
 
 /// Seams that divide by 64, 8, 4 and nothing; images of one pixel; a stride; kernels of even and of different sides.
-const IN_PLACE: [InPlace; 15] = [
+const IN_PLACE: [InPlace; 16] = [
     joined(case([2, 3, 5, 24], [24, 1, 1], Geometry::POINTWISE), 8),
     joined(case([1, 5, 4, 208], [16, 3, 3], SAME), 136),
     joined(case([1, 3, 3, 192], [8, 1, 1], Geometry::POINTWISE), 64),
@@ -126,6 +126,8 @@ const IN_PLACE: [InPlace; 15] = [
     doubled(case([1, 3, 2, 12], [6, 3, 3], SAME), 7),
     doubled(case([2, 2, 5, 32], [16, 3, 3], SAME), 8),
     doubled(case([1, 3, 3, 8], [8, 2, 1], ABOVE), 0),
+    // Odd sides of y, so that the pixels of the first class are more than a quarter: of these 1.6 tiles.
+    doubled(case([16, 3, 2, 8], [24, 2, 2], Geometry { stride: 1, pad: Pad::all(0) }), 0),
     doubled(case([1, 4, 3, 8], [8, 5, 4], Geometry { stride: 1, pad: Pad { left: 1, ..Pad::all(2) } }), 0),
     InPlace { halved: true, ..joined(case([2, 4, 6, 16], [8, 3, 3], SAME), 0) },
     InPlace { halved: true, ..doubled(case([2, 2, 3, 16], [8, 3, 3], SAME), 0) },
