@@ -2,7 +2,8 @@
 //
 // k          fwd, dgrad  a slab is one tap's next 64 channels (fewer at the end: zeros). All taps of a block of 64 come
 //                        first, then those of the next: taps read the same pixels, while these are in the caches. If
-//                        the channels are in two tensors, the blocks of the first come first. Where the tensors and
+//                        the channels are in two tensors, the blocks of the first come first; those of a shortcut,
+//                        which have one tap, come last. Where the tensors and
 //                        the taps are is found once and lies in shared memory (Plan). From slab to slab one offset, a
 //                        tap's, is added to the addresses of all rows (Walk), which needs no division; only a new
 //                        tensor makes new addresses. Whether a row's pixel is inside the image is one test of two
@@ -14,7 +15,7 @@
 //            a block has depends on blockIdx.x alone (BackwardBlocks); its main loop is that of this product. The
 //            blocks of dw have the most steps of k, so they come first:
 //
-//                blockIdx.x   0 ..              of_dw ..         of_dw + of_dx ..
+//                blockIdx.x   blocks of dw      blocks of dx     the others
 //                             dw, dw of s       dx               dx of s
 //                rows         c_out             pixels of x      pixels of x
 //                cols         (u,v,c_in), s_in  c_in             s_in
@@ -25,9 +26,10 @@
 //            zero, then the segments' sums are added in order. In a product with few tiles each segment has blocks of
 //            its own (blockIdx.z), and conv2d_join_segments adds up; in others a block goes through all of them. Either
 //            way the bits are the same, so that an image's do not depend on its batch
-// host       kh, kw < 16, of repeated pixels < 8; kh w c, kh kw c_in c_out < 2^31, with the c and w of the image that
-//            is gathered from; behind the ring: 4 BM + 4 BN + SOURCES bytes of shared memory and TAP for each tap of
-//            each tensor (fwd, dgrad; in dgrad of repeated pixels four times as many taps), or ORIGINS (wgrad). A
+// host       kh, kw < 16, of repeated pixels < 8; at most 120 taps in a plan: kh kw of each tensor, one of each of a
+//            shortcut's, 4 kh kw in dgrad of repeated pixels, whose y has two rows and columns at least; kh w c,
+//            kh kw c_in c_out < 2^31, with the c and w of the image that is gathered from; behind the ring: 4 BM +
+//            4 BN + SOURCES bytes of shared memory and TAP for each tap of the plan (fwd, dgrad), or ORIGINS (wgrad). A
 //            shortcut's input has the pixels of x, which are those of y: a stride of 1, no repeated pixels, top < kh,
 //            left < kw. Gradients that wait: if dx is one tensor, and its segments have no blocks of their own
 #pragma once
@@ -42,13 +44,14 @@ using Taps = unsigned;
 __device__ __forceinline__ Taps tap_row(unsigned u) { return 1u << u; }
 __device__ __forceinline__ Taps tap_col(unsigned v) { return 1u << (16 + v); }
 
-// Bits 0 .. k of those taps t for which 0 <= from + t < len.
+// A mask of k bits: bit t is set if 0 <= from + t < len.
 __device__ __forceinline__ unsigned inside(int from, unsigned k, unsigned len) {
     const int first = max(-from, 0), end = min((int)k, (int)len - from);
     return first < end ? (1u << end) - (1u << first) : 0;
 }
 
-// Those of the taps of `axis` at `from` that are inside an image of `len` rows, each repeated if so: bits 0 .. taps.
+// Those of the taps of `axis` at `from` that are inside an image of `len` rows, each repeated if axis.up: a mask of
+// axis.taps bits.
 __device__ __forceinline__ unsigned inside(const Axis& axis, int from, unsigned len) {
     const unsigned once = inside(from, axis.turn, len << axis.up);
     return axis.taps == axis.turn ? once : once | inside(from + 1, axis.turn, len) << axis.turn;
@@ -57,18 +60,18 @@ __device__ __forceinline__ unsigned inside(const Axis& axis, int from, unsigned 
 // One of the image batches whose channels are summed over, one after the other, with its weights.
 struct Source {
     const bf16 *from, *weight;  // pixel 0; the weight's first row and tap
-    unsigned first, taps;  // bytes before the first of its taps, and how many it has
+    unsigned first, taps;  // where its taps begin in Plan::taps, in bytes, and how many it has
     int channels;
     int b_pitch, a_pitch;  // bytes from one row of the weight to the next, and from one pixel
     unsigned unused;
 };
 
-// One of its taps: how many elements further on than the first it is in an image, and than the weight's row begins. One
-// access reads it.
+// Where one of its taps is: elements from the first tap's pixel on in the image, and from the beginning of the weight's
+// row on. One access of 16 bytes reads it.
 struct alignas(16) Tap {
     int a, b;
     Taps want;
-    unsigned next;  // bytes before the tap that follows, or behind the last before the first
+    unsigned next;  // where the tap that follows begins, in bytes from the first; behind a source's last, its first
 };
 
 // Host twin: bytes of the sources in a plan.
@@ -81,8 +84,9 @@ constexpr int TAP = 16;
 template <class TILE>
 struct Plan {
     int patch[TILE::BM];  // of each row of the tile: the index of its first tap's pixel
-    int row[TILE::BN];    // of each column: the row of the weight
-    // Each word is read alone: nvcc would read several at once, across those not needed with a pragma of PTX 8.3.
+    int row[TILE::BN];    // of each column: the row of the weight (fwd)
+    // volatile, so that each word is read alone: nvcc would read several at once, and mark those that nobody needs with
+    // a pragma of PTX 8.3, which drivers of CUDA 12.0 do not load.
     volatile Source sources[SOURCES / sizeof(Source)];
     Tap taps[1];  // as many as there are
 
@@ -137,7 +141,8 @@ struct Walk {
         b_step = B_ALONG_K ? BK : BK * (of.b_pitch / (int)sizeof(bf16));
     }
 
-    // Calls other() if what follows is of another source. (It said so by its result: two instructions more a slab.)
+    // Calls other() if what follows is of another source. (A result that says so, which the caller tests, took two
+    // instructions more a slab.)
     template <class OTHER>
     __device__ __forceinline__ void advance(OTHER other) {
         unsigned next = tap.next;
@@ -386,7 +391,8 @@ struct Columns {
     }
 };
 
-// a = dy, b = patches of x with the tile's columns; k = pixels of y.
+// a = dy, b = patches of x with the tile's columns; k = pixels of y. Columns beyond the last are always tested: BLOCK
+// is as CHUNK but for the turns written out.
 template <class TILE, Unit UNIT_X, Unit UNIT_DY>
 struct WgradOperands {
     static constexpr bool A_ALONG_K = false, B_ALONG_K = false;

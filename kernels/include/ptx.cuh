@@ -6,7 +6,7 @@
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
-// Copies 16 bytes to shared memory, past the L1 cache, or writes zeros and reads nothing unless `inside`. Arrives when
+// Copies 16 bytes to shared memory, past the L1 cache; unless `inside` it writes zeros and reads nothing. Arrives when
 // its group is waited for.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool inside) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");

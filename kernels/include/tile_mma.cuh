@@ -1,11 +1,10 @@
 // Tiled matrix products on tensor cores: the core shared by the convolutions and the linear layer in bf16, with f32
-// accumulators. (f32 tensors keep the FMAs of tile_gemm.cuh.)
+// accumulators. (f32 tensors have tile_gemm.cuh, on FMAs or in tf32.)
 //
 // computes   acc = sum over k of a[row, k] b[k, col], one tile of BM x BN results per block. The operands bring one
-//            slab, BK steps of k, at a time into a slot of a ring in shared memory: `bring` is all that the core asks
-//            of them, and the only place that knows where a and b come from. On the way a block may sum a over k,
-//            column by column (ColumnSum)
-// mapping    warp = WM x WN results in fragments of mma.m16n8k16. With 64x64 a warp loads 16 fragments of 16x16 for 128
+//            slab, BK steps of k, at a time into a slot of a ring in shared memory: `bring` is the only place that
+//            knows where a and b come from. On the way a block may sum a over k, column by column (ColumnSum)
+// mapping    warp = WM x WN results in fragments of mma.m16n8k16. With 64x64 a warp loads 32 fragments of 16x16 for 128
 //            mma, so that on an A100 shared memory is read half the time; smaller tiles are for smaller layers
 // shared     ring of STAGES slots; slot = a panel of a, then one of b. A panel lies as its operand lies in global
 //            memory, so none is ever transposed: rows of BK elements, or BK rows of BM (or BN) elements, which
@@ -47,7 +46,7 @@ constexpr int BK = 64;
 constexpr int STAGES = 3;
 
 // Host twin: the blocks of a launch for the gradients of a weight and of its input, those of dw first, which have more
-// steps of k. Of no tiles there are no blocks.
+// steps of k. A gradient without tiles has no blocks.
 struct BackwardBlocks {
     unsigned dw_tiles, dw_segments, dw_depth;  // segments of k, with blocks of their own; steps of k in each
     unsigned dx_tiles, dx_segments, dx_depth;  // segments, if they have blocks of their own; the length of each
@@ -319,9 +318,11 @@ struct Nothing {
     __device__ void operator()(uint32_t) const {}
 };
 
-// acc += the product over the next `slabs` slabs. Of each, 16 `steps` of k are multiplied: fewer than all where the
-// operands never have more. each() is called after every `segment` slabs and at the end, look(slot) for every slab
-// while it is in its slot.
+// acc += the product over the next `slabs` slabs. Of the BK steps of k of each, 16 * steps are multiplied: fewer than
+// all where the operands never have more. each() is called after every `segment` slabs, unless that is 0, and once more
+// at the end, when it may have nothing to add; look(slot) for every slab while it is in its slot. Operands have
+// bring(slot), called once for each slab, in order; A_ALONG_K and B_ALONG_K, whether the rows of a panel run along k;
+// and WRITTEN_OUT, whether the turns are written out, which is faster and three times the code.
 template <class TILE, class OPERANDS, class EACH, class LOOK = Nothing>
 __device__ __forceinline__ void multiply(uint32_t ring, OPERANDS& operands, unsigned slabs, int steps,
                                          Accumulators<TILE>& acc, unsigned segment, EACH each, LOOK look = LOOK()) {
@@ -343,7 +344,8 @@ __device__ __forceinline__ void multiply(uint32_t ring, OPERANDS& operands, unsi
             rest = segment;
         }
     };
-    // The turns in which a slab is brought. Written out, they do not test that, and compare one number with constants.
+    // The turns in which a slab is brought. Written out, each has a constant slot and none asks whether there is a slab
+    // to bring; one counter ends them.
     const unsigned last = OPERANDS::WRITTEN_OUT ? min(slabs, STAGES - 1) : slabs;
     unsigned turns = slabs - last;
     auto turn = [&](unsigned slot) {
@@ -357,7 +359,7 @@ __device__ __forceinline__ void multiply(uint32_t ring, OPERANDS& operands, unsi
     if (turns != 0) {
         while (turn(0) && turn(1) && turn(2)) {}
     }
-    // The last ones, or all.
+    // The last STAGES - 1 turns, which bring nothing; or, unless written out, all.
 #pragma unroll 1
     for (unsigned left = last, slot = (slabs - last) % STAGES; left > 0; slot = (slot + 1) % STAGES, --left) {
         wait_group<STAGES - 2>();

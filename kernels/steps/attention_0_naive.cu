@@ -3,8 +3,8 @@
 // computes   S = q k^T / sqrt(D); P = softmax of the rows of S; o = P v, for one head
 // layout     q, k, v, o (n, D) bf16, D = 64; S (n, n) f32
 // mapping    block = one row, 64 threads; thread = every 64th column of S, then one channel of o
-// shared     partial (64) f32: written by all, added up by all in the same order
-// bound by   memory: S is written, read, written and read, 16 bytes for 4 D FLOP; k is fetched again for every row
+// shared     partial (64) f32, the threads' maxima: written by all, read by all in the same order
+// bound by   memory: S is written, read, written and read, 16 bytes for 4 D FLOP; k and v are fetched for every row
 // host       n <= 16,384
 // numerics   f32 throughout, o rounded once; m is the row's maximum, l the sum of exp(S - m)
 #include "../include/dtype.cuh"

@@ -19,9 +19,9 @@
 //                multiply                   s0        s1        s0
 // bound by   shared memory: 640 cycles for a tile, beside 512 of an A100's tensor cores, or 256 of an H100's
 // host       n <= 16,384; buffers aligned to 16 bytes
-// numerics   as rung 2, but exp(S - m) is 2^(S log2 e / sqrt(D) - m), m in these units, by a fused multiply-add and an
-//            instruction good to 2 ulp; l is summed by each lane, over the four lanes at the end: other bits than rung
-//            3's
+// numerics   as rung 2, but exp(S - m) is 2^(q k^T log2 e / sqrt(D) - m), m in these units, by a fused multiply-add and
+//            an instruction good to 2 ulp; l is summed by each lane, over the four lanes at the end: other bits than
+//            rung 3's
 #include "../include/ptx.cuh"
 
 constexpr float SCALE = 0.125f * 1.44269504f;  // log2 e / sqrt(D)
@@ -88,7 +88,7 @@ __device__ __forceinline__ float exp2_fast(float x) {
     return y;
 }
 
-// s becomes exp(S - m), of `count` columns; where these raise m, l and acc are scaled by exp(old - new).
+// s becomes 2^(s SCALE - m), of `count` columns; where these raise m, l and acc are scaled by 2^(old - new).
 __device__ __forceinline__ void softmax(float (&s)[BN / 8][4], float (&acc)[D / 8][4], float (&m)[2], float (&l)[2],
                                         int count) {
     if (count < BN) {

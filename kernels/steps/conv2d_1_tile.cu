@@ -5,7 +5,7 @@
 // mapping    block = 64 pixels x 64 output channels; thread = 8 rows x 4 neighbouring columns
 // shared     a (BK, BM) and b (BK, BN) in f32, 8 KiB: written by all threads, read after the first barrier, free after
 //            the second
-// bound by   shared memory: 12 words are read for 32 FMAs
+// bound by   issue: two fifths of the instructions are FMAs; then the FMAs, then shared memory, 12 words for 32 FMAs
 // host       n h w <= 2^22, 9 c_in c_out < 2^30
 // numerics   one f32 FMA per (u, v, c), in that order; a tail of channels adds zeros. So the bits are those of rung 0
 #include "../include/dtype.cuh"

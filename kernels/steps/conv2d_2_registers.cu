@@ -6,7 +6,7 @@
 //            from the one before: TM, TN, row_of, col_of
 // shared     a (BK, BM) and b (BK, BN) in f32, 8 KiB: written by all threads, read after the first barrier, free after
 //            the second
-// bound by   FMA: 16 words are read for 64 FMAs, and lanes that share a quad read one address
+// bound by   issue, as rung 1, and FMA: 16 words are read for 64, and lanes that share a quad read one address
 // host       n h w <= 2^22, 9 c_in c_out < 2^30
 // numerics   one f32 FMA per (u, v, c), in that order; a tail of channels adds zeros. So the bits are those of rung 0
 #include "../include/dtype.cuh"

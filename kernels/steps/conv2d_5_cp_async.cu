@@ -12,7 +12,7 @@
 //                barrier                            b0        b1        b2      ... for all; all have read slab k - 1
 //                bring        0>s0, 1>s1, 2>s2    3>s3      4>s0      5>s1      the slot of slab k - 1
 //                multiply                           s0        s1        s2
-// bound by   addresses: bring() divides by w, h and 9 for every slab; conv2d_mma.cuh walks instead
+// bound by   addresses: bring() divides by w, h and 9 for every slab; rung 7 walks instead
 // host       c_in a multiple of 8; n h w <= 2^22, 9 c_in c_out < 2^30; buffers aligned to 16 bytes
 // numerics   the products and the order of rung 4, so its bits
 #include "../include/ptx.cuh"
