@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use ddpm_cuda::device::cuda::nccl::{self, Communicator, Id, Patience};
 use ddpm_cuda::device::cuda::{self, Buffer, Gpu, Repeated, View, ViewMut};
-use ddpm_cuda::error::Error;
+use ddpm_cuda::error::{Error, Result};
 use ddpm_cuda::kernels;
 use ddpm_cuda::tensor::DType;
 
@@ -481,13 +481,18 @@ fn roles() {
             let digits = std::env::var(ID).unwrap();
             let id = std::array::from_fn(|at| u8::from_str_radix(&digits[2 * at..][..2], 16).unwrap());
             let ranks = Communicator::new(&gpu, rank, 3, &id, patience()).unwrap();
+            let sums = || -> Result<Vec<f32>> {
+                let (mut buffer, mut sums) = (gpu.alloc(12)?, vec![0.0; 3]);
+                gpu.upload(&mut buffer, &numbers(rank, 3))?;
+                ranks.all_reduce(all_mut(&mut buffer))?;
+                gpu.download(&mut sums, &buffer)?;
+                Ok(sums)
+            };
             for _ in 0..5 {
-                let mut buffer = upload(&gpu, &numbers(rank, 3));
-                if let Err(e) = ranks.all_reduce(all_mut(&mut buffer)) {
-                    println!("\nfails: {e}");
-                    return;
+                match sums() {
+                    Ok(sums) => println!("\nsums: {sums:?}"),
+                    Err(e) => return println!("\nfails: {e}"),
                 }
-                println!("\nsums: {:?}", download(&gpu, &buffer));
             }
             ranks.close().unwrap();
         }
@@ -526,12 +531,14 @@ fn a_process_that_is_killed_is_named() {
     assert!(!outputs[1].status.success());
     for (rank, output) in outputs.iter().enumerate() {
         let sums = lines(output, "sums: ");
-        assert_eq!(sums, ["sums: [3000.0, 3003.0, 3006.0]"; 2], "rank {rank}: {output:?}");
+        assert!(sums.iter().all(|sums| sums == "sums: [3000.0, 3003.0, 3006.0]"), "rank {rank}: {output:?}");
+        // The others may hear of its end before they have read the sum of the call before.
+        assert!(sums.len() == 2 || rank != 1 && sums.len() == 1, "rank {rank}: {output:?}");
         let said = lines(output, "fails: ").concat();
         if rank != 1 {
+            let (begins, code) = (format!("fails: rank {rank} of 3: "), " failed with code 6 of NCCL, ");
             let words = format!(": rank 1 (process {killed} on ");
-            let begins = format!("fails: rank {rank} of 3: all_reduce of 3 f32 failed with code 6 of NCCL, ");
-            assert!(said.starts_with(&begins) && said.contains(&words), "{said}");
+            assert!(said.starts_with(&begins) && said.contains(code) && said.contains(&words), "{said}");
         }
     }
 }
