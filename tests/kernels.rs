@@ -246,7 +246,8 @@ fn the_last_wave_of_a_weights_gradient_wastes_little() {
 
 /// Products in tf32 take no more cycles of shared memory than without bank conflicts, and multiply on tensor cores
 /// alone: whole tiles of each shape. What is seen above 1 are the epilogues of convolutions, which read where a row's
-/// pixel is stored: rows of a warp are four apart, in two banks. It counts for less the longer k is.
+/// pixel is stored: rows of a warp are four apart, in two banks. It counts for less the longer k is, hence 5x5 kernels:
+/// with 3x3 it was up to 1.058 of the whole, which is no conflict of the products.
 #[test]
 fn products_in_tf32_waste_no_shared_memory() {
     if !gpu::emulated("what products in tf32 ask of shared memory") {
