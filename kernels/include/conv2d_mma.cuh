@@ -8,8 +8,10 @@
 //                        tap's, is added to the addresses of all rows (Walk), which needs no division; only a new
 //                        tensor makes new addresses. Whether a row's pixel is inside the image is one test of two
 //                        packed masks (Taps)
-//            wgrad       a slab is 64 pixels of y; their places in x and their masks are found two slabs ahead, by one
-//                        thread each, also without division (Origins)
+//            wgrad       a slab is 64 pixels of y. In images of at most 32x32 pixels whose sides are powers of two,
+//                        all rows go on by one step from slab to slab, and a mask says in which slabs the tile's tap is
+//                        inside (SteadyWgradOperands). In others the pixels' places in x and their masks are found two
+//                        slabs ahead, by one thread each, also without division (WgradOperands)
 // backward   one launch computes dw and dx, and of a shortcut both gradients, since all four take the same dy: it comes
 //            from memory once, and the blocks of one product fill the waves of the others. Which tile of which product
 //            a block has depends on blockIdx.x alone (BackwardBlocks); its main loop is that of this product. The
@@ -507,6 +509,70 @@ struct WgradOperands {
     }
 };
 
+// a = dy, b = one tap of x for pixels of y, as in WgradOperands, where both move on by one step from slab to slab: if
+// an image has pixels that divide 32 slabs, and its rows pixels that divide one. Then each pixel of a thread stays in
+// its column, and is in its row again after at most 32 slabs: whether the tap is inside is a mask that turns by a bit
+// each slab.
+template <class TILE>
+struct SteadyWgradOperands {
+    static constexpr bool A_ALONG_K = false, B_ALONG_K = false, WRITTEN_OUT = true;
+    using P = Panel<TILE::THREADS, BK, TILE::BN>;
+    AcrossK<TILE::THREADS, TILE::BM, Unit::BLOCK, true> a;
+    unsigned a_step;  // elements of dy from slab to slab
+    int b_step;       // bytes of x
+    Places<P, TILE::BN> places;
+    const bf16* row[P::PASSES];
+    unsigned inside[P::PASSES];  // bit 4 for the next slab, 5 for the one behind it: as a number of bytes to copy, 16
+
+    // Whether the columns and the pixels begin .. end are such.
+    __device__ static bool suits(const Columns& columns, const Geometry& g, unsigned begin, unsigned end) {
+        return columns.channels % TILE::BN == 0 && (end - begin) % BK == 0 && BK % g.ow == 0 &&
+               32 * BK % (g.oh * g.ow) == 0 && g.oh * g.stride == g.h << g.up && BK / g.ow * g.stride % (1 + g.up) == 0;
+    }
+
+    __device__ SteadyWgradOperands(const bf16* dy, const Columns& columns, const Geometry& g, unsigned first_row,
+                                   unsigned begin)
+        : a(0, dy + (size_t)begin * g.c_out, first_row, g.c_out, g.c_out),
+          a_step(BK * g.c_out),
+          places(TILE::A_BYTES) {
+        const unsigned rows = BK / g.ow, tap = columns.first / columns.channels;
+        const int pitch = (int)(columns.channels * sizeof(bf16));
+        const int u = (int)(columns.top + tap / columns.kw) - (int)g.top;
+        const int v = (int)(columns.left + tap % columns.kw) - (int)g.left;
+        b_step = (int)kept((rows * g.stride >> g.up) * g.w * pitch);
+#pragma unroll
+        for (int i = 0; i < P::PASSES; ++i) {
+            Place place(begin + P::row() + i * P::STEP, g);
+            const int x_col = (int)(place.col * g.stride) + v, x_row = (int)(place.row * g.stride) + u;
+            const int pixel = ((int)(place.image * g.h) + (x_row >> g.up)) * (int)g.w + (x_col >> g.up);
+            row[i] = kept(further(columns.x + columns.first % columns.channels + 8 * P::chunk(), pixel, pitch));
+            unsigned period = 0;
+            inside[i] = 0;
+            do {
+                const bool here = (unsigned)((int)(place.row * g.stride) + u) < g.h << g.up;
+                inside[i] |= here << period++;
+                place.row = (place.row + rows) % g.oh;
+            } while (period * rows % g.oh != 0);
+            for (; period < 32; period *= 2) inside[i] |= inside[i] << period;
+            inside[i] = (unsigned)x_col < g.w << g.up ? __funnelshift_l(inside[i], inside[i], 4) : 0;
+        }
+    }
+
+    __device__ __forceinline__ void bring(uint32_t slot) {
+        a.bring(slot, 0, BK);
+        a.advance(a_step);
+#pragma unroll
+        for (int i = 0; i < P::PASSES; ++i) {
+#pragma unroll
+            for (int j = 0; j < P::PIECES; ++j) {
+                copy_async(slot + places.at(i, j), row[i] + 32 * j, inside[i] & 16);
+            }
+            row[i] = further(row[i], b_step, 1);
+            inside[i] = __funnelshift_r(inside[i], inside[i], 1);
+        }
+    }
+};
+
 // The block's part of a sum over `slabs` slabs: number `index` of `count` segments, or all if no other block has the
 // tile.
 struct Part {
@@ -764,14 +830,24 @@ __device__ __forceinline__ void wgrad(float* dw, double* sums, const Inputs& fro
         const Columns columns(tile, TILE::BN, from, g);
         const unsigned begin = block.segment * pixels, end = min(begin + pixels, g.n * g.oh * g.ow);
 
-        WgradOperands<TILE, UNIT_X, UNIT_DY> operands(dy, columns, origins, g, block.tile / across * TILE::BM, begin,
-                                                      end);
-        __syncthreads();  // the first slabs' origins written above are read below; the core's barriers order the others
+        const unsigned slabs = (end - begin + BK - 1) / BK, first_row = block.tile / across * TILE::BM;
         const bool summing = sums && tile == 0;
-        multiply(shared_address(ring), operands, (end - begin + BK - 1) / BK, BK / 16, acc, 0, [] {},
-                 [&](uint32_t slot) {
-                     if (summing) of_dy.add(slot);
-                 });
+        auto look = [&](uint32_t slot) {
+            if (summing) of_dy.add(slot);
+        };
+        bool steady = false;
+        if constexpr (UNIT_X == Unit::BLOCK) {
+            steady = SteadyWgradOperands<TILE>::suits(columns, g, begin, end);
+            if (steady) {
+                SteadyWgradOperands<TILE> operands(dy, columns, g, first_row, begin);
+                multiply(shared_address(ring), operands, slabs, BK / 16, acc, 0, [] {}, look);
+            }
+        }
+        if (!steady) {
+            WgradOperands<TILE, UNIT_X, UNIT_DY> operands(dy, columns, origins, g, first_row, begin, end);
+            __syncthreads();  // the first slabs' origins written above are read; the core's barriers order the others
+            multiply(shared_address(ring), operands, slabs, BK / 16, acc, 0, [] {}, look);
+        }
     }
     const DwBlock block = find();
     const unsigned across = Columns::tiles(TILE::BN, g), tile = block.tile % across;

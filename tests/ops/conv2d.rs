@@ -111,6 +111,7 @@ const fn doubled(case: Case, second: usize) -> InPlace {
 
 /// One row of zeros.
 const ABOVE: Geometry = Geometry { stride: 1, pad: Pad { top: 1, left: 0, bottom: 0, right: 0 } };
+const BELOW: Geometry = Geometry { stride: 1, pad: Pad { top: 0, left: 0, bottom: 1, right: 0 } };
 
 /// Seams that divide by 64, 8, 4 and nothing; images of one pixel; a stride; kernels of even and of different sides.
 const IN_PLACE: [InPlace; 16] = [
@@ -256,6 +257,36 @@ fn gpu_large_tiles_agree_in_place() {
     LARGE_IN_PLACE.into_iter().filter(|_| gpu::available()).for_each(gpu_agrees_in_place);
 }
 
+/// Whole tiles of dw with one tap, over pixels that come back to the same columns from slab to slab: several images in a
+/// slab, a slab of less than an image, more slabs than an image has, a stride, repeated pixels, two tensors.
+const STEADY: [InPlace; 6] = [
+    joined(case([8, 4, 4, 128], [128, 3, 3], SAME), 0),
+    joined(case([1, 16, 32, 128], [128, 2, 3], Geometry { stride: 1, pad: Pad { bottom: 0, ..Pad::all(1) } }), 0),
+    joined(
+        case([9, 16, 16, 128], [128, 3, 1], Geometry { stride: 1, pad: Pad { left: 0, right: 0, ..Pad::all(1) } }),
+        0,
+    ),
+    joined(case([2, 16, 32, 128], [128, 3, 3], HALVE), 0),
+    doubled(case([2, 4, 8, 128], [128, 3, 3], SAME), 0),
+    joined(case([2, 8, 8, 256], [128, 3, 3], SAME), 128),
+];
+
+#[test]
+fn gpu_steady_pixels_agree_with_the_reference() {
+    STEADY.into_iter().filter(|_| gpu::available()).for_each(gpu_agrees_in_place);
+}
+
+/// The mask of pixels turned the other way, in one of three slabs; oh for ow; a lost block.
+#[test]
+fn bugs_planted_over_steady_pixels_are_noticed() {
+    const TEST: &str = "conv2d::gpu_steady_pixels_agree_with_the_reference";
+    const LARGE: &str = "conv2d::gpu_shortcuts_agree_with_the_reference";
+    plant::notices(TEST, "conv2d_bwd_mma_64x64_128x128", "shf.r.wrap.b32", "shf.l.wrap.b32");
+    plant::notices(LARGE, "conv2d_bwd_mma_128x128", "shf.r.wrap.b32", "shf.l.wrap.b32");
+    plant::notices_wrong_parameter(TEST, "conv2d_bwd_mma_64x64_128x128", "16+20", "16+16");
+    plant::notices_lost_block(TEST, "conv2d_bwd_mma_64x64_128x128");
+}
+
 /// An image's y and dx do not depend on its batch, and two tensors side by side give the bits of their concatenation
 /// where blocks of 64 channels do not straddle the seam.
 #[test]
@@ -328,10 +359,10 @@ const SHORTCUTS: [WithShortcut; 9] = [
     (case([2, 4, 4, 128], [128, 3, 3], SAME), [8, 64]),
 ];
 
-/// Enough tiles for the large kernel forward, and backward.
+/// Enough tiles for the large kernel forward, and backward, there over steady pixels.
 const LARGE_SHORTCUTS: [WithShortcut; 2] = [
     (case([3, 64, 64, 64], [128, 1, 1], Geometry::POINTWISE), [64, 128]),
-    (case([3, 64, 64, 128], [128, 1, 1], Geometry::POINTWISE), [128, 128]),
+    (case([12, 32, 32, 128], [128, 2, 1], BELOW), [128, 128]),
 ];
 
 /// The shortcut alone.
