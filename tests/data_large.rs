@@ -912,4 +912,11 @@ fn what_does_not_fit_is_offered_the_conversion() {
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
     let out = train(file.to_str().unwrap());
     assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+
+    // 8,700 of them, 107 MB, fit, but the run does not beside them.
+    let source = folder.put("fewer.tar", &tar(&members[..8700]));
+    fs::remove_dir_all(folder.at("run")).unwrap();
+    let said = String::from_utf8(train(source.to_str().unwrap()).stderr).unwrap();
+    let beside = "GiB are available beside its images, which take 0.10 GiB; convert them once with ddpm-cuda data ";
+    assert!(said.contains("this run needs ") && said.contains(beside), "{said}");
 }

@@ -148,8 +148,13 @@ pub fn check_room(takes: &str, bytes: u64, room: u64, advice: &str) -> std::resu
 /// Refuses images that do not fit into memory, and says how they can be trained on all the same.
 pub fn needs_room(source: &Path, images: usize, extent: Extent, room: u64) -> Result<()> {
     let bytes = (images as u64).saturating_mul(extent.len() as u64);
-    let advice = format!("convert them once {}", conversion(source, Some(extent)));
+    let advice = convert_them(source, extent);
     check_room(&format!("{images} images of {extent} take"), bytes, room, &advice).map_err(|e| Error::file(source, e))
+}
+
+/// How images can be trained on that are too large for memory, fitted to `extent`: the end of a sentence.
+pub fn convert_them(source: &Path, extent: Extent) -> String {
+    format!("convert them once {}", conversion(source, Some(extent)))
 }
 
 /// The command that converts a source, perhaps to a size, and what then is to be given.

@@ -52,7 +52,7 @@ use crate::images::Images;
 use crate::rng::philox;
 use crate::tensor::Shape;
 use crate::usage;
-use contents::{Reading, contents, free_memory, needs_room};
+use contents::{Reading, contents, convert_them, free_memory, needs_room};
 use ddpm::Mapped;
 use pictures::Pictures;
 
@@ -159,6 +159,19 @@ impl Data {
     /// The fingerprint of the kind that `other` is, so that data can be compared with what they were made of.
     pub fn fingerprint_like(&self, other: &str) -> String {
         self.fingerprint_over(other.starts_with(OVER_HASHES))
+    }
+
+    /// Bytes of the images in memory; none of a file that is mapped.
+    pub fn bytes_in_memory(&self) -> u64 {
+        let shared = self.train.images.bytes().as_ptr() == self.held_out.images.bytes().as_ptr();
+        let sets = [&self.train, &self.held_out];
+        let own = sets[..if shared { 1 } else { 2 }].iter().filter(|set| !set.is_mapped());
+        own.map(|set| set.images.bytes().len() as u64).sum()
+    }
+
+    /// How these images, which are those of `source`, can stay on disk: the end of a sentence.
+    pub fn advice(&self, source: &str) -> String {
+        convert_them(Path::new(source), self.train.extent)
     }
 
     fn fingerprint_over(&self, hashes: bool) -> String {

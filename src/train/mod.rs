@@ -484,13 +484,22 @@ fn announce(config: &Config, data: &data::Data, device: &Device, ranks: usize, w
         data.held_out.len(),
         config.model.channels,
     ));
-    match available {
-        Some(available) => memory::check_fit(config, &unet, &specs, device, ranks, available),
-        None => {
-            watch.warn("the system does not say how much memory is available, so whether the run fits is not checked");
-            Ok(())
-        }
+    let Some(available) = available else {
+        watch.warn("the system does not say how much memory is available, so whether the run fits is not checked");
+        return Ok(());
+    };
+    // Images that are converted leave their memory to the run.
+    let images = if device.is_gpu() { 0 } else { data.bytes_in_memory() };
+    if available < needed && needed <= available.saturating_add(images) {
+        return Err(Error::Failed(format!(
+            "this run needs {:.2} GiB of memory and {:.2} GiB are available beside its images, which take {:.2} GiB; {}",
+            needed as f64 / GIB,
+            available as f64 / GIB,
+            images as f64 / GIB,
+            data.advice(&config.data),
+        )));
     }
+    memory::check_fit(config, &unet, &specs, device, ranks, available)
 }
 
 /// Draws log-SNR by timestep, at the start and after `done` steps, into schedule.svg, which it returns, and
