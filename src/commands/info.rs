@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::choice;
+use super::{PRECISION, choice};
 use crate::checkpoint;
 use crate::config::{Config, Preset};
 use crate::device::{Device, Precision, cuda};
@@ -35,9 +35,8 @@ pub struct Args {
     /// Images of a training step [default: the preset's or the model's]
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
-    /// f32; tf32: f32 in memory, but convolutions and linear layers multiply operands of 10 bits of fraction, each off
-    /// by up to 2^-11, on tensor cores; bf16: activations and gradients of half the size. All but f32 need a GPU
-    #[arg(long, default_value = "f32", value_parser = choice::<Precision>())]
+    /// What is computed in.
+    #[arg(long, help = PRECISION, default_value = "f32", value_parser = choice::<Precision>())]
     pub precision: Precision,
     /// What a training step computes again in its backward pass instead of keeping it: none, cheap (norms, activations
     /// and dropout of residual blocks) or blocks [default: none, or the model's]

@@ -35,6 +35,11 @@ use crate::error::Result;
 use crate::names::Named;
 use crate::say;
 
+/// The help of `--precision`.
+const PRECISION: &str = "f32; tf32: f32 in memory, but convolutions and linear layers multiply operands of 10 bits of \
+                         fraction, each off by up to 2^-11, on tensor cores; bf16: activations and gradients of half \
+                         the size. All but f32 need a GPU";
+
 /// `--model` and `--set`, for the commands that use a model.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Of {
@@ -66,9 +71,8 @@ pub struct On {
     /// auto, cpu, cuda or cuda:N
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     pub device: Choice,
-    /// f32; tf32: f32 in memory, but convolutions and linear layers multiply operands of 10 bits of fraction, each off
-    /// by up to 2^-11, on tensor cores; bf16: activations and gradients of half the size. All but f32 need a GPU
-    #[arg(long, default_value = "f32", value_parser = choice::<Precision>())]
+    /// What is computed in.
+    #[arg(long, help = PRECISION, default_value = "f32", value_parser = choice::<Precision>())]
     pub precision: Precision,
     /// On a GPU, launch kernel by kernel instead of whole steps as CUDA graphs: slower, the same numbers
     #[arg(long)]
@@ -91,9 +95,8 @@ pub struct OnSeveral {
     /// auto, cpu, cuda, cuda:N, or several GPUs of one kind as cuda:0-7 or cuda:0,2,3, which share out the images
     #[arg(long, default_value = "auto", value_name = "DEVICES")]
     pub device: Devices,
-    /// f32; tf32: f32 in memory, but convolutions and linear layers multiply operands of 10 bits of fraction, each off
-    /// by up to 2^-11, on tensor cores; bf16: activations and gradients of half the size. All but f32 need a GPU
-    #[arg(long, default_value = "f32", value_parser = choice::<Precision>())]
+    /// What is computed in.
+    #[arg(long, help = PRECISION, default_value = "f32", value_parser = choice::<Precision>())]
     pub precision: Precision,
     /// On a GPU, launch kernel by kernel instead of whole steps as CUDA graphs: slower, the same numbers
     #[arg(long)]

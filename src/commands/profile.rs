@@ -9,7 +9,7 @@ use std::process::Command;
 
 use serde::{Deserialize, Serialize};
 
-use super::choice;
+use super::{PRECISION, choice};
 use crate::checkpoint;
 use crate::config::{Config, Preset};
 use crate::device::Precision;
@@ -40,9 +40,8 @@ pub struct Args {
     /// Images of a step, up to 1024 [default: the preset's or the model's]
     #[arg(long, value_name = "N")]
     pub batch: Option<usize>,
-    /// f32; tf32: f32 in memory, but convolutions and linear layers multiply operands of 10 bits of fraction, each off
-    /// by up to 2^-11, on tensor cores; bf16: activations and gradients of half the size. All but f32 need a GPU
-    #[arg(long, default_value = "f32", value_parser = choice::<Precision>())]
+    /// What is computed in.
+    #[arg(long, help = PRECISION, default_value = "f32", value_parser = choice::<Precision>())]
     pub precision: Precision,
     /// A step of training or of sampling
     #[arg(long, default_value = "train", value_parser = choice::<What>())]

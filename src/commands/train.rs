@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::ranks::{Part, Quiet, Rank};
 use super::signals::Signals;
-use super::{choice, open};
+use super::{PRECISION, choice, open};
 use crate::config::{self, Config, Given, MAY_CHANGE, NOT_OF_CLASSIFIERS, OnBadImage, Preset};
 use crate::device::{Choice, Device, Devices, Precision};
 use crate::distributed::{Fact, Launcher};
@@ -66,10 +66,12 @@ pub struct Args {
     /// depend on the number of GPUs, their connections and NCCL's version [default: tree]
     #[arg(long, value_name = "SUMS", value_parser = choice::<Sums>())]
     pub exchange: Option<Sums>,
-    /// f32; tf32: f32 in memory, but convolutions and linear layers multiply operands of 10 bits of fraction, each off
-    /// by up to 2^-11, on tensor cores; bf16: activations and gradients of half the size. All but f32 need a GPU
-    /// [default: f32, or that of the resumed run]
-    #[arg(long, value_parser = choice::<Precision>())]
+    /// What is computed in.
+    #[arg(
+        long,
+        help = format!("{PRECISION} [default: f32, or that of the resumed run]"),
+        value_parser = choice::<Precision>()
+    )]
     pub precision: Option<Precision>,
     /// On a GPU, launch kernel by kernel instead of whole steps as CUDA graphs: slower, the same numbers
     #[arg(long)]

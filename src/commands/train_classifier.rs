@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use super::{choice, train};
+use super::{PRECISION, choice, train};
 use crate::config::{OnBadImage, Preset};
 use crate::device::{Devices, Precision};
 use crate::distributed::Launcher;
@@ -50,10 +50,12 @@ pub struct Args {
     /// depend on the number of GPUs, their connections and NCCL's version [default: tree]
     #[arg(long, value_name = "SUMS", value_parser = choice::<Sums>())]
     pub exchange: Option<Sums>,
-    /// f32; tf32: f32 in memory, but convolutions and linear layers multiply operands of 10 bits of fraction, each off
-    /// by up to 2^-11, on tensor cores; bf16: activations and gradients of half the size. All but f32 need a GPU
-    /// [default: f32, or that of the resumed run]
-    #[arg(long, value_parser = choice::<Precision>())]
+    /// What is computed in.
+    #[arg(
+        long,
+        help = format!("{PRECISION} [default: f32, or that of the resumed run]"),
+        value_parser = choice::<Precision>()
+    )]
     pub precision: Option<Precision>,
     /// On a GPU, launch kernel by kernel instead of whole steps as CUDA graphs: slower, the same numbers
     #[arg(long)]
