@@ -24,7 +24,7 @@ const char *emu_last_message(void);
 /* Changes how launches of this host thread are run. `name` and `value` are as in the variable CUDA_EMU_NAME, but for
  * the last, which has none:
  *   "checks"   all, fast, none, or a list: bounds, uninitialised, shared_races, barrier_divergence, inactive_shuffle,
- *              global_races, leaks
+ *              global_races, stream_order, leaks
  *   "seed"     none, or a number: blocks, warps and graph nodes run in a random order drawn from it
  *   "threads"  host threads that run blocks; 0 is one per core
  *   "isa"      auto, portable, avx2, avx512

@@ -887,6 +887,8 @@ fn several_host_threads_share_a_context() {
     let (context, stream) = device(0);
     let axpy = kernel(&context, BASIC, "axpy");
     let x = stream.clone_htod(&[1.0f32; 1000]).unwrap();
+    // The streams of the threads do not wait for this one.
+    stream.synchronize().unwrap();
     std::thread::scope(|scope| {
         for thread in 0..4 {
             let (context, axpy, x) = (&context, &axpy, &x);

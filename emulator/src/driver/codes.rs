@@ -31,6 +31,7 @@ impl Code {
     pub const CONTEXT_IS_DESTROYED: Code = Code(709);
     pub const HOST_MEMORY_ALREADY_REGISTERED: Code = Code(712);
     pub const HOST_MEMORY_NOT_REGISTERED: Code = Code(713);
+    pub const LAUNCH_FAILED: Code = Code(719);
     pub const COOPERATIVE_LAUNCH_TOO_LARGE: Code = Code(720);
     pub const NOT_PERMITTED: Code = Code(800);
     pub const NOT_SUPPORTED: Code = Code(801);

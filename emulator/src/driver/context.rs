@@ -62,6 +62,7 @@ fn synchronize(context: &Context) -> Answer {
     graph::refuse_context_wait(context)?;
     graph::refuse_unsafe_call()?;
     super::stream::settle_all(context)?;
+    super::order::host_waited_for_all(context)?;
     context.check()?;
     super::pool::trim_at_synchronisation(context.device()?);
     Ok(())

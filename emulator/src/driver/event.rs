@@ -1,11 +1,13 @@
-//! Events. Work is done when its call returns, so a recorded event is always complete; it stores the time.
+//! Events. Work is done when its call returns, so a recorded event is always complete; it stores the time, and what
+//! comes before it.
 
 use super::call::{Answer, exports, give, refuse};
 use super::codes::Code;
 use super::graph;
 use super::handles;
+use super::order::{self, Clock};
 use super::state::{Handle, current, driver};
-use super::stream;
+use super::stream::{self, Stream};
 use super::work::Work;
 use std::ffi::c_uint;
 use std::sync::{Arc, Mutex};
@@ -22,7 +24,10 @@ pub struct Event {
 pub enum State {
     /// Never recorded: counts as complete, and waiting for it does nothing.
     Fresh,
-    Recorded(Instant),
+    Recorded {
+        at: Instant,
+        clock: Clock,
+    },
     /// Recorded in this capture sequence, after these nodes.
     Captured {
         sequence: u64,
@@ -37,8 +42,19 @@ const INTERPROCESS: c_uint = 4;
 pub const EXTERNAL: c_uint = 1;
 
 impl Event {
-    pub fn stamp(&self) {
-        *self.state.lock().unwrap() = State::Recorded(Instant::now());
+    /// Records it on a stream.
+    pub fn stamp(&self, stream: &Stream) -> Answer {
+        let clock = order::now(stream)?;
+        *self.state.lock().unwrap() = State::Recorded { at: Instant::now(), clock };
+        Ok(())
+    }
+
+    /// The host has found it complete.
+    fn host_waited(&self) -> Answer {
+        match &*self.state.lock().unwrap() {
+            State::Recorded { clock, .. } => order::host_waited_for(clock),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -66,7 +82,7 @@ fn time(event: &Event, which: &str) -> Answer<Instant> {
         return refuse(Code::INVALID_HANDLE, format!("the {which} event was created without timing"));
     }
     match &*event.state.lock().unwrap() {
-        State::Recorded(at) => Ok(*at),
+        State::Recorded { at, .. } => Ok(*at),
         State::Fresh => refuse(Code::INVALID_HANDLE, format!("the {which} event was never recorded")),
         State::Captured { .. } => {
             refuse(Code::CAPTURED_EVENT, format!("the {which} event was last recorded in a capturing stream"))
@@ -133,7 +149,8 @@ exports! { EVENT:
         let event = driver()?.events.get(event)?;
         refuse_captured(&event)?;
         graph::refuse_unsafe_call()?;
-        driver()?.contexts.get(event.context as Handle)?.check()
+        driver()?.contexts.get(event.context as Handle)?.check()?;
+        event.host_waited()
     }
 
     fn cuEventSynchronize(event: Handle) {
@@ -142,6 +159,7 @@ exports! { EVENT:
         graph::refuse_unsafe_call()?;
         let context = driver()?.contexts.get(event.context as Handle)?;
         context.check()?;
+        event.host_waited()?;
         super::pool::trim_at_synchronisation(context.device()?);
         Ok(())
     }

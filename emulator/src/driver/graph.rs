@@ -18,6 +18,7 @@ use super::call::{Answer, Refusal, exports, give, give_if_asked, refuse};
 use super::codes::Code;
 use super::event::{self, EXTERNAL, Event, State};
 use super::handles;
+use super::order::{self, Clock};
 use super::settings::Run;
 use super::state::{Context, DevicePointer, Handle, current, driver};
 use super::stream::{self, Role, Stream};
@@ -94,8 +95,8 @@ pub struct GraphExec {
     flags: u64,
     /// Launches so far: with a seed, each gets its own order.
     launches: AtomicU64,
-    /// One launch of an executable graph at a time, as the manual says.
-    busy: Mutex<()>,
+    /// One launch of an executable graph at a time, as the manual says, each after the last, which came after this.
+    busy: Mutex<Clock>,
     /// User objects, held as long as this lives.
     _objects: Objects,
 }
@@ -430,7 +431,7 @@ pub fn record_event(stream: &Stream, event: &Event) -> Answer<bool> {
 }
 
 /// `cuStreamWaitEvent`.
-pub fn wait_for_event(stream: &Stream, event: &Event, flags: c_uint) -> Answer {
+pub fn wait_for_event(stream: &Stream, event: &Arc<Event>, flags: c_uint) -> Answer {
     if flags > EXTERNAL {
         return refuse(Code::INVALID_VALUE, format!("the flags must be 0 or 1 (external), not {flags:#x}"));
     }
@@ -444,16 +445,17 @@ pub fn wait_for_event(stream: &Stream, event: &Event, flags: c_uint) -> Answer {
         return match own {
             Some(own) => {
                 let capture = captures.get_mut(&own).expect("found above");
-                capture.append(stream, Work::Nothing);
+                capture.append(stream, Work::Wait(event.clone()));
                 Ok(())
             }
             None => refuse(Code::ILLEGAL_STATE, "an external wait only makes sense in a capture"),
         };
     }
     match (own, event::state_of(event)) {
-        // Nothing to wait for: outside captures, recorded work is done.
-        (_, State::Fresh) | (None, State::Recorded(_)) => Ok(()),
-        (Some(own), State::Recorded(_)) => {
+        // Nothing to wait for, or, outside captures, nothing but the order to keep: recorded work is done.
+        (_, State::Fresh) => Ok(()),
+        (None, State::Recorded { clock, .. }) => order::wait(stream, &clock),
+        (Some(own), State::Recorded { .. }) => {
             let capture = captures.get_mut(&own).expect("found above");
             let why = "a capturing stream was made to wait for an event recorded outside the capture";
             capture.invalid.get_or_insert(why.into());
@@ -495,8 +497,9 @@ pub fn wait_for_event(stream: &Stream, event: &Event, flags: c_uint) -> Answer {
 
 impl GraphExec {
     /// Runs every node once, each after its dependencies.
-    pub fn run(&self, context: &Context, run: &Run) -> Answer {
-        let _turn = self.busy.lock().unwrap_or_else(|broken| broken.into_inner());
+    pub fn run(&self, context: &Context, stream: &Stream, run: &Run) -> Answer {
+        let mut last = self.busy.lock().unwrap_or_else(|broken| broken.into_inner());
+        order::wait(stream, &last)?;
         if self.flags & AUTO_FREE_ON_LAUNCH != 0 {
             for step in &self.steps {
                 if let Work::Alloc(memory) = &*step.work {
@@ -507,8 +510,9 @@ impl GraphExec {
         let launch = self.launches.fetch_add(1, Ordering::Relaxed);
         let seed = run.exec.schedule_seed.map(|seed| seed ^ (launch << 32));
         for node in order(&self.steps, seed) {
-            self.steps[node].work.run(context, run)?;
+            self.steps[node].work.run(context, stream, run)?;
         }
+        *last = order::now(stream)?;
         Ok(())
     }
 }
@@ -560,7 +564,7 @@ fn instantiate(graph: Handle, flags: u64) -> Answer<Handle> {
         steps: graph.steps.clone(),
         flags,
         launches: AtomicU64::new(0),
-        busy: Mutex::new(()),
+        busy: Mutex::default(),
         _objects: graph.objects.clone(),
     };
     Ok(driver.execs.insert(handles::fresh(), Arc::new(exec)))

@@ -5,10 +5,11 @@ use super::codes::Code;
 use super::device::{self, Figures};
 use super::module::Function;
 use super::occupancy;
+use super::order;
 use super::registered;
 use super::settings::Run;
 use super::state::{Context, Handle, current, driver};
-use super::stream;
+use super::stream::{self, Stream};
 use super::work::Work;
 use crate::exec::{self, Launch};
 use crate::ptx::Kernel;
@@ -34,7 +35,7 @@ pub struct KernelLaunch {
 }
 
 impl KernelLaunch {
-    pub fn run(&self, context: &Context, run: &Run) -> Answer {
+    pub fn run(&self, context: &Context, stream: &Stream, run: &Run) -> Answer {
         self.function.check()?;
         let device = context.device()?;
         let launch = Launch {
@@ -47,10 +48,16 @@ impl KernelLaunch {
             multiprocessors: driver()?.settings.multiprocessors,
             cooperative: self.shape.cooperative,
         };
-        match registered::with_mirrors(device, || exec::launch(&device.memory, &launch, &run.exec))? {
+        let mut spans = Vec::new();
+        let launched = registered::with_mirrors(device, || match run.stream_order {
+            true => exec::launch_noting(&device.memory, &launch, &run.exec, &mut spans),
+            false => exec::launch(&device.memory, &launch, &run.exec),
+        })?;
+        match launched {
             Ok(counters) => {
-                super::profile::count(&self.function.kernel.name, counters)?;
-                Ok(())
+                let name = &self.function.kernel.name;
+                super::profile::count(name, counters)?;
+                order::access(context, stream, run, &format!("kernel {name}"), false, &spans)
             }
             Err(fault) => {
                 let message = fault.to_string();

@@ -5,11 +5,14 @@
 use super::call::{Answer, exports, give, give_if_asked, refuse};
 use super::codes::Code;
 use super::graph::{self, GraphMemory};
+use super::order;
 use super::pool::{self, LOCATION_DEVICE, Location, Pool};
 use super::registered;
+use super::settings;
 use super::state::{self, Context, Device, DevicePointer, Handle, Kind, Owned, current, driver};
-use super::stream;
+use super::stream::{self, Stream};
 use super::work::{Copy, Fill, Place, Work, from_memory};
+use crate::exec::Span;
 use std::ffi::{c_int, c_uint, c_void};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
@@ -73,6 +76,7 @@ fn disown(address: DevicePointer, expected: impl Fn(&Kind) -> bool) -> Answer<(&
                 );
             }
             device.allocations.lock().unwrap().remove(&address);
+            order::forget_memory(address)?;
             Ok((device, owned))
         }
         Some((_, first, owned)) => refuse(
@@ -123,6 +127,7 @@ fn free_now(address: DevicePointer) -> Answer {
     graph::refuse_unsafe_call()?;
     // A free waits for all work of the context.
     stream::settle_all(&context)?;
+    order::host_waited_for_all(&context)?;
     free_device(address)
 }
 
@@ -165,9 +170,19 @@ fn allocate_in_stream(
         );
     }
     pool.take(bytes as u64)?;
-    allocate(&context, bytes, Kind::Pooled(pool.clone()), made_by).inspect_err(|_| {
+    let address = allocate(&context, bytes, Kind::Pooled(pool.clone()), made_by).inspect_err(|_| {
         pool.give_back(bytes as u64);
-    })
+    })?;
+    write_in_order(&context, &stream, made_by, address, bytes as u64)?;
+    Ok(address)
+}
+
+/// For the order of streams, to allocate or free memory in one is to write all of it.
+fn write_in_order(context: &Context, stream: &Stream, what: &str, first: DevicePointer, bytes: u64) -> Answer {
+    let span = Span { first, end: first + bytes, write: true, whole: true, strong: false };
+    let run = settings::of_this_thread(&driver()?.settings.run);
+    order::begin(stream)?;
+    order::access(context, stream, &run, what, true, &[span])
 }
 
 fn free_in_stream(address: DevicePointer, handle: Handle) -> Answer {
@@ -188,8 +203,12 @@ fn free_in_stream(address: DevicePointer, handle: Handle) -> Answer {
         };
     }
     graph::refuse_implicit_use(&stream)?;
-    let of_graph = match state::device_of(address) {
-        Some((_, first, Owned { kind: Kind::Graph(memory), .. })) if first == address => memory.upgrade(),
+    let owned = state::device_of(address).filter(|(_, first, _)| *first == address).map(|(_, _, owned)| owned);
+    if let Some(owned) = &owned {
+        write_in_order(&context, &stream, "cuMemFreeAsync", address, owned.bytes)?;
+    }
+    let of_graph = match owned {
+        Some(Owned { kind: Kind::Graph(memory), .. }) => memory.upgrade(),
         _ => None,
     };
     if let Some(memory) = of_graph {

@@ -21,6 +21,7 @@ mod linker;
 mod memory;
 mod module;
 mod occupancy;
+mod order;
 mod pool;
 mod profile;
 mod registered;

@@ -259,6 +259,7 @@ fn unload(handle: Handle) -> Answer {
     let image = driver.modules.remove(handle)?;
     let context: Arc<Context> = driver.contexts.get(image.context as Handle)?;
     super::stream::settle_all(&context)?;
+    super::order::host_waited_for_all(&context)?;
     driver.functions.take(|function| function.image.handle == image.handle);
     image.unload(&context.device()?.memory);
     context.check()

@@ -64,6 +64,7 @@ fn unregister(pointer: *mut c_void) -> Answer {
     let context = current()?;
     super::graph::refuse_unsafe_call()?;
     super::stream::settle_all(&context)?;
+    super::order::host_waited_for_all(&context)?;
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let removed = driver()?.registered.lock().unwrap().remove(&(pointer as u64));
     match removed {

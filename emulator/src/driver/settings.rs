@@ -55,6 +55,8 @@ pub struct Run {
     pub exec: exec::Settings,
     /// Report what is still allocated when a context is destroyed.
     pub leaks: bool,
+    /// Refuse accesses from two streams that nothing orders.
+    pub stream_order: bool,
 }
 
 thread_local! {
@@ -74,7 +76,7 @@ impl Settings {
             memory: 16 << 30,
             multiprocessors: 108,
             profile: None,
-            run: Run { exec: exec::Settings::default(), leaks: true },
+            run: Run { exec: exec::Settings::default(), leaks: true, stream_order: true },
         };
         if let Some(value) = variable("CUDA_EMU_DEVICES") {
             settings.devices = number("CUDA_EMU_DEVICES", &value, 0, 64)?;
@@ -146,7 +148,7 @@ impl Run {
     fn set_checks(&mut self, list: &str) -> Result<(), String> {
         let everything = list == "all";
         let mut checks = if everything { exec::Checks::ALL } else { exec::Checks::NONE };
-        let mut leaks = everything;
+        let (mut leaks, mut stream_order) = (everything, everything);
         if list == "fast" {
             checks = exec::Checks::FAST;
         } else if list != "all" && list != "none" {
@@ -158,18 +160,20 @@ impl Run {
                     "barrier_divergence" => checks.barrier_divergence = true,
                     "inactive_shuffle" => checks.inactive_shuffle = true,
                     "global_races" => checks.global_races = true,
+                    "stream_order" => stream_order = true,
                     "leaks" => leaks = true,
                     _ => {
                         return Err(format!(
                             "there is no check `{name}`: the list must be all, fast, none, or some of bounds, \
-                             uninitialised, shared_races, barrier_divergence, inactive_shuffle, global_races, leaks"
+                             uninitialised, shared_races, barrier_divergence, inactive_shuffle, global_races, \
+                             stream_order, leaks"
                         ));
                     }
                 }
             }
         }
         self.exec.checks = checks;
-        self.leaks = leaks;
+        (self.leaks, self.stream_order) = (leaks, stream_order);
         Ok(())
     }
 }

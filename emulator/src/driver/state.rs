@@ -10,6 +10,7 @@ use super::graph::{Capture, Graph, GraphExec, GraphMemory, Node};
 use super::handles::{self, Table};
 use super::linker::Link;
 use super::module::{Function, LoadedImage};
+use super::order::Order;
 use super::pool::Pool;
 use super::profile::Profile;
 use super::registered::Registered;
@@ -50,6 +51,8 @@ pub struct Driver {
     /// Live capture sequences by their id.
     pub captures: Mutex<BTreeMap<u64, Capture>>,
     pub profile: Mutex<Profile>,
+    /// What comes before what, and who accessed which memory.
+    pub order: Mutex<Order>,
 }
 
 pub struct Device {
@@ -229,6 +232,7 @@ pub fn init() -> Answer<&'static Driver> {
         registered: Mutex::default(),
         captures: Mutex::default(),
         profile: Mutex::default(),
+        order: Mutex::default(),
     });
     super::profile::write_at_exit(driver);
     Ok(driver)
@@ -438,7 +442,9 @@ pub fn destroy_context(context: &Arc<Context>) -> Answer {
         }
         // An address that `Memory` no longer knows has nothing left to free.
         let _ = device.memory.free(*address);
+        super::order::forget_memory(*address)?;
     }
+    super::order::forget_context(own)?;
 
     let faulty = context.fault.lock().unwrap().is_some();
     let wanted = settings::of_this_thread(&driver.settings.run).leaks;

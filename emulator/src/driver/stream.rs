@@ -4,13 +4,14 @@
 //! threads (its own lock, and the legacy stream's rule), capture, and the refusals of a real driver. Host functions are
 //! the exception: they run on a thread of their own, and the stream's next work waits for them.
 //!
-//! Not here: copies and kernels that overlap. A program that forgets to synchronise before it reads pinned memory is
-//! not caught.
+//! Not here: copies and kernels that overlap. What a program forgets to order between streams is found by
+//! [`super::order`]; if it forgets to synchronise before it reads pinned memory, it is not caught.
 
 use super::call::{Answer, exports, give, give_if_asked, refuse};
 use super::codes::Code;
 use super::graph::{self, Mode};
 use super::handles;
+use super::order;
 use super::settings;
 use super::state::{self, Context, Handle, current, driver};
 use super::work::{HostFunction, Work};
@@ -102,12 +103,17 @@ impl Stream {
         }
         let _turn = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
         self.join_host_functions();
+        order::begin(self)?;
         match work {
             Work::Host(function) => {
                 self.start_host_function(*function);
                 Ok(())
             }
-            _ => work.run(context, &run),
+            Work::Copy(copy) => {
+                work.run(context, self, &run)?;
+                if copy.is_waited_for()? { order::host_waited(self) } else { Ok(()) }
+            }
+            _ => work.run(context, self, &run),
         }
     }
 
@@ -155,7 +161,8 @@ pub fn run_synchronously(work: Work) -> Answer {
     let context = current()?;
     graph::refuse_implicit_use(&context.legacy)?;
     graph::refuse_unsafe_call()?;
-    context.legacy.run(&context, &work)
+    context.legacy.run(&context, &work)?;
+    order::host_waited(&context.legacy)
 }
 
 /// Waits for every stream of a context.
@@ -226,6 +233,7 @@ exports! { STREAM:
         } else {
             stream.settle();
         }
+        order::host_waited(&stream)?;
         context.check()?;
         super::pool::trim_at_synchronisation(context.device()?);
         Ok(())
@@ -237,7 +245,7 @@ exports! { STREAM:
         graph::refuse_implicit_use(&stream)?;
         graph::refuse_unsafe_call()?;
         if stream.is_idle() {
-            Ok(())
+            order::host_waited(&stream)
         } else {
             refuse(Code::NOT_READY, "the stream has work left")
         }
@@ -368,7 +376,7 @@ fn destroy(handle: Handle) -> Answer {
     let stream = driver()?.streams.remove(handle)?;
     graph::forget_stream(&stream);
     stream.settle();
-    Ok(())
+    order::forget_stream(&stream)
 }
 
 /// # Safety

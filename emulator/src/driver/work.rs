@@ -6,12 +6,15 @@
 
 use super::call::{self, Answer, Refusal, refuse};
 use super::codes::Code;
-use super::event::Event;
+use super::event::{self, Event, State};
 use super::graph::{GraphExec, GraphMemory};
 use super::launch::KernelLaunch;
+use super::order;
 use super::registered;
 use super::settings::Run;
 use super::state::{self, Context, Device, DevicePointer, Handle, Kind};
+use super::stream::Stream;
+use crate::exec::Span;
 use crate::memory::MemoryError;
 use std::ffi::c_void;
 use std::sync::Arc;
@@ -23,6 +26,8 @@ pub enum Work {
     Fill(Fill),
     Host(HostFunction),
     Record(Arc<Event>),
+    /// In a graph: waits for the event as it is at the launch.
+    Wait(Arc<Event>),
     Alloc(Arc<GraphMemory>),
     Free(Arc<GraphMemory>),
     Graph(Arc<GraphExec>),
@@ -101,6 +106,38 @@ impl Copy {
         }
         Ok(())
     }
+
+    /// Whether the call that submits it returns when it is done, even in a stream: from a device to host memory that is
+    /// neither pinned nor registered.
+    pub fn is_waited_for(&self) -> Answer<bool> {
+        let Place::Host(to) = self.to.settled(self.width)? else { return Ok(false) };
+        Ok(registered::find(to as u64)?.is_none() && matches!(self.from.settled(self.width)?, Place::Device(_)))
+    }
+
+    /// The rows on devices, which it reads and writes.
+    fn spans(&self) -> Answer<Vec<Span>> {
+        let mut spans = Vec::new();
+        let ends =
+            [(self.from, self.from_slice, self.from_pitch, false), (self.to, self.to_slice, self.to_pitch, true)];
+        for (place, slice, pitch, write) in ends {
+            for at in 0..self.depth * self.height {
+                let row = place.offset(at / self.height * slice + at % self.height * pitch);
+                if let Place::Device(first) = row.settled(self.width)? {
+                    add_row(&mut spans, first, self.width, write);
+                }
+            }
+        }
+        Ok(spans)
+    }
+}
+
+/// Adds a row of a copy or fill, to the one before if it follows on it.
+fn add_row(spans: &mut Vec<Span>, first: DevicePointer, width: usize, write: bool) {
+    let end = first + width as u64;
+    match spans.last_mut() {
+        Some(last) if last.write == write && last.end == first => last.end = end,
+        _ => spans.push(Span { first, end, write, whole: true, strong: false }),
+    }
 }
 
 /// `height` rows of `count` elements; the pattern is one element of 1, 2 or 4 bytes.
@@ -134,6 +171,13 @@ impl Fill {
             }
         }
         Ok(())
+    }
+
+    /// The rows, which it writes.
+    fn spans(&self) -> Vec<Span> {
+        let (mut spans, width) = (Vec::new(), self.count * self.element);
+        (0..self.height).for_each(|row| add_row(&mut spans, self.to + (row * self.pitch) as u64, width, true));
+        spans
     }
 }
 
@@ -216,11 +260,19 @@ fn copy_bytes(context: &Context, to: Place, from: Place, bytes: usize) -> Answer
 
 impl Work {
     /// Executes the work now, on this thread. Host functions come here from graphs only, not from streams.
-    pub fn run(&self, context: &Context, run: &Run) -> Answer {
+    pub fn run(&self, context: &Context, stream: &Stream, run: &Run) -> Answer {
         match self {
-            Work::Kernel(launch) => launch.run(context, run),
-            Work::Copy(copy) => copy.run(context),
-            Work::Fill(fill) => fill.run(context),
+            Work::Kernel(launch) => launch.run(context, stream, run),
+            Work::Copy(copy) => {
+                copy.run(context)?;
+                let spans = if run.stream_order && copy.width > 0 { copy.spans()? } else { Vec::new() };
+                order::access(context, stream, run, &self.describe(), true, &spans)
+            }
+            Work::Fill(fill) => {
+                fill.run(context)?;
+                let spans = if run.stream_order && fill.count > 0 { fill.spans() } else { Vec::new() };
+                order::access(context, stream, run, &self.describe(), true, &spans)
+            }
             Work::Host(function) => {
                 let function = *function;
                 let thread = std::thread::spawn(move || function.call());
@@ -228,10 +280,11 @@ impl Work {
                 let _ = thread.join();
                 Ok(())
             }
-            Work::Record(event) => {
-                event.stamp();
-                Ok(())
-            }
+            Work::Record(event) => event.stamp(stream),
+            Work::Wait(event) => match event::state_of(event) {
+                State::Recorded { clock, .. } => order::wait(stream, &clock),
+                _ => Ok(()),
+            },
             Work::Alloc(memory) => memory.come_alive(),
             Work::Free(memory) => {
                 if memory.live.swap(false, Ordering::Relaxed) {
@@ -239,7 +292,7 @@ impl Work {
                 }
                 refuse(Code::INVALID_VALUE, format!("memory of a graph at {:#x} was freed twice", memory.address))
             }
-            Work::Graph(exec) => exec.run(context, run),
+            Work::Graph(exec) => exec.run(context, stream, run),
             Work::Nothing => Ok(()),
         }
     }
@@ -253,6 +306,7 @@ impl Work {
             Work::Host(_) => 3,
             Work::Graph(_) => 4,
             Work::Nothing => 5,
+            Work::Wait(_) => 6,
             Work::Record(_) => 7,
             Work::Alloc(_) => 10,
             Work::Free(_) => 11,
@@ -268,6 +322,7 @@ impl Work {
             Work::Graph(_) => "graph".into(),
             Work::Nothing => "empty".into(),
             Work::Record(_) => "record event".into(),
+            Work::Wait(_) => "wait for event".into(),
             Work::Alloc(memory) => format!("allocate {}", memory.bytes),
             Work::Free(memory) => format!("free {}", memory.bytes),
         }
@@ -288,6 +343,7 @@ impl GraphMemory {
             );
         }
         let device = state::device(self.device)?;
+        order::forget_memory(self.address)?;
         device.memory.forget(self.address).map_err(from_memory)
     }
 }

@@ -898,16 +898,22 @@ impl Machine<'_> {
         }
     }
 
-    /// Notes sectors `first..=last` (addresses over 32) as read or written; an atomic does both.
+    /// Notes the sectors of `length` bytes from `first` on as read or written; an atomic does both. Returns the first
+    /// and the last sector (addresses over 32).
     #[inline(always)]
-    fn touch(&self, usage: Use, first: u64, last: u64) {
-        let Some([read, written]) = &self.env.touched else { return };
+    fn touch(&self, site: Site, first: u64, length: u64) -> (u64, u64) {
+        if let Some(noted) = &self.env.noted {
+            noted.note(site, first, length, self.cache[site.pc as usize % self.cache.len()].1);
+        }
+        let (usage, first, last) = (site.usage, first / 32, (first + length - 1) / 32);
+        let Some([read, written]) = &self.env.touched else { return (first, last) };
         if usage != Use::Store {
             read.touch(first, last);
         }
         if usage != Use::Load {
             written.touch(first, last);
         }
+        (first, last)
     }
 
     /// Counts accesses to ranges, which begin at the lanes in `starts`.
@@ -919,7 +925,7 @@ impl Machine<'_> {
         let mut rest = starts;
         while rest != 0 {
             let (first, length) = range(rest.trailing_zeros());
-            let (first, last) = (first / 32, (first + length - 1) / 32);
+            let (first, last) = self.touch(site, first, length);
             rest &= rest - 1;
             let mut place = count;
             while place > 0 && ranges[place - 1].0 > first {
@@ -928,7 +934,6 @@ impl Machine<'_> {
             }
             ranges[place] = (first, last);
             count += 1;
-            self.touch(site.usage, first, last);
         }
         let mut next = 0;
         for &(first, last) in &ranges[..count] {
@@ -951,7 +956,7 @@ impl Machine<'_> {
         for sector in sectors {
             if last != Some(sector) {
                 self.counters.global_sectors += 1;
-                self.touch(site.usage, sector, sector);
+                self.touch(site, sector * 32, 1);
                 last = Some(sector);
             }
         }

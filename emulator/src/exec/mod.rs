@@ -37,7 +37,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 pub use crate::ptx::program::{LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW};
-pub use schedule::{best_isa, launch};
+pub use schedule::{best_isa, launch, launch_noting};
 
 /// A module whose variables have addresses.
 #[derive(Debug)]
@@ -125,6 +125,21 @@ pub struct Launch<'a> {
     pub multiprocessors: u32,
     /// All blocks must be able to wait for each other (cuLaunchCooperativeKernel).
     pub cooperative: bool,
+}
+
+/// Consecutive sectors of 32 bytes of global memory that a launch read or wrote.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// First byte.
+    pub first: u64,
+    /// Behind the last byte.
+    pub end: u64,
+    /// Written, not read. What is both has a span for each.
+    pub write: bool,
+    /// Every byte is known to have been accessed; otherwise some of each sector.
+    pub whole: bool,
+    /// Some of the accesses were atomic, volatile or otherwise made for communication.
+    pub strong: bool,
 }
 
 /// Which checks are made. Out-of-bounds accesses never reach host memory, whatever is chosen here.

@@ -21,8 +21,8 @@
 
 use super::interp::{self, Runner, Turn};
 use super::races::{GlobalRaces, GridBarrier};
-use super::state::{Block, Env, Machine, TURN, Touched, Wait, Warp, mix, resolve};
-use super::{Checks, Counters, Fault, FaultKind, Isa, Launch, Settings};
+use super::state::{Block, Env, Machine, Noted, TURN, Touched, Wait, Warp, mix, resolve};
+use super::{Checks, Counters, Fault, FaultKind, Isa, Launch, Settings, Span};
 use crate::memory::Memory;
 use crate::num::FlopType;
 use crate::ptx::program::Op;
@@ -160,6 +160,32 @@ struct Shared<'a> {
 /// If the launch is not one that a driver would accept: a kernel that was not parsed, parameters shorter than the
 /// kernel's, an empty grid, or a block that is empty or has more than 1024 threads.
 pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<Counters, Fault> {
+    launch_and_note(memory, launch, settings, None)
+}
+
+/// The same, which also lists what the launch read and wrote of global memory, as far as it is counted
+/// ([`Settings::counters`]).
+///
+/// # Errors
+/// As [`launch`].
+///
+/// # Panics
+/// As [`launch`].
+pub fn launch_noting(
+    memory: &Memory,
+    launch: &Launch,
+    settings: &Settings,
+    spans: &mut Vec<Span>,
+) -> Result<Counters, Fault> {
+    launch_and_note(memory, launch, settings, Some(spans))
+}
+
+fn launch_and_note(
+    memory: &Memory,
+    launch: &Launch,
+    settings: &Settings,
+    mut spans: Option<&mut Vec<Span>>,
+) -> Result<Counters, Fault> {
     let kernel = launch.kernel;
     let program = &kernel.program;
     assert!(!program.steps.is_empty(), "kernel {} was not made by `ptx::parse`: it has no code", kernel.name);
@@ -176,13 +202,13 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
     let most = if launch.cooperative { 0 } else { settings.blocks };
     let kinds: Vec<u64> = settings.kinds.iter().copied().filter(|&blocks| blocks > 0).collect();
     if most == 0 || most >= count || kinds.iter().sum::<u64>() != count {
-        return run(memory, launch, settings, count, Order::new(0, count, settings.schedule_seed, most));
+        return run(memory, launch, settings, Order::new(0, count, settings.schedule_seed, most), spans);
     }
     let samples = samples(&kinds, most);
     let (all_run, mut first, mut sum) = (samples.iter().sum::<u64>(), 0, Counters::default());
     for (blocks, most) in kinds.into_iter().zip(samples) {
         let order = Order::new(first, blocks, settings.schedule_seed, most);
-        let mut of_kind = run(memory, launch, settings, count, order)?;
+        let mut of_kind = run(memory, launch, settings, order, spans.as_deref_mut())?;
         of_kind.scale(blocks * all_run, most * count);
         sum.add(&of_kind);
         first += blocks;
@@ -191,10 +217,17 @@ pub fn launch(memory: &Memory, launch: &Launch, settings: &Settings) -> Result<C
     Ok(sum)
 }
 
-/// Runs the blocks of a grid of `count` that `order` has.
-fn run(memory: &Memory, launch: &Launch, settings: &Settings, count: u64, order: Order) -> Result<Counters, Fault> {
+/// Runs the blocks of the grid that `order` has, and adds what they access to `spans`.
+fn run(
+    memory: &Memory,
+    launch: &Launch,
+    settings: &Settings,
+    order: Order,
+    spans: Option<&mut Vec<Span>>,
+) -> Result<Counters, Fault> {
     let kernel = launch.kernel;
     let program = &kernel.program;
+    let count = launch.grid.iter().map(|&n| u64::from(n)).product::<u64>();
     let threads = launch.block.iter().product::<u32>();
     if !settings.checks.uninitialised {
         memory.stop_tracking();
@@ -213,6 +246,8 @@ fn run(memory: &Memory, launch: &Launch, settings: &Settings, count: u64, order:
     let barrier =
         workspace.map(|address| GridBarrier { addresses: address..address + GRID_WORKSPACE, blocks: count as usize });
     let allocations = memory.snapshot();
+    let end = allocations.last().map_or(range.0, |last| last.address + last.bytes);
+    let reach = if checks.bounds { end - range.0 } else { range.1 };
     let env = Env {
         launch,
         program,
@@ -235,10 +270,8 @@ fn run(memory: &Memory, launch: &Launch, settings: &Settings, count: u64, order:
             true => memory.shadow().map(|shadow| GlobalRaces::new(shadow, barrier)),
             false => None,
         },
-        touched: settings.counters.then(|| {
-            let end = allocations.last().map_or(range.0, |last| last.address + last.bytes);
-            [(); 2].map(|()| Touched::new(range.0, if checks.bounds { end - range.0 } else { range.1 }))
-        }),
+        touched: settings.counters.then(|| [(); 2].map(|()| Touched::new(range.0, reach))),
+        noted: spans.is_some().then(|| Noted::new(range.0, reach)),
         grid_workspace: workspace.unwrap_or(0),
     };
     let shared = Shared {
@@ -281,7 +314,12 @@ fn run(memory: &Memory, launch: &Launch, settings: &Settings, count: u64, order:
     }
     let mut counters = shared.counters.into_inner().unwrap_or_else(PoisonError::into_inner);
     if settings.counters {
-        if let Some([read, written]) = &env.touched {
+        if let Some(touched @ [read, written]) = &env.touched {
+            if let (Some(noted), Some(spans)) = (&env.noted, spans) {
+                noted.list(touched, spans);
+                // The barrier of a cooperative grid is not the program's.
+                spans.retain(|span| span.first.wrapping_sub(env.grid_workspace) >= GRID_WORKSPACE);
+            }
             counters.distinct_read_bytes = read.sectors() * 32;
             counters.distinct_written_bytes = written.sectors() * 32;
             let both = read.sectors_in_both(written) * 32;

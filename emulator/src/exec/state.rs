@@ -3,7 +3,7 @@
 use super::lanes::{Addresses, LINE, Lines, Reach, Site, Use, lanes};
 use super::races::{GlobalRaces, SharedRaces};
 use super::shapes::Shapes;
-use super::{Checks, Counters, Fault, FaultKind, Launch, LoadedModule, Settings};
+use super::{Checks, Counters, Fault, FaultKind, Launch, LoadedModule, Settings, Span};
 use crate::memory::{Allocation, Memory};
 use crate::ptx::program::{Constant, FUNCTION_STRIDE, Program};
 use std::collections::HashMap;
@@ -314,6 +314,8 @@ pub struct Env<'a> {
     pub global_races: Option<GlobalRaces>,
     /// Sectors read and written, in this order.
     pub touched: Option<[Touched; 2]>,
+    /// More about them, where [`Span`]s are asked for.
+    pub noted: Option<Noted>,
     /// Zeroed memory for the barrier of a cooperative grid; 0 for other launches.
     pub grid_workspace: u64,
 }
@@ -368,6 +370,12 @@ impl Touched {
         }
     }
 
+    /// The bits of 64 sectors, by their number.
+    fn word(&self, at: usize) -> u64 {
+        let page = self.pages[at / PAGE_WORDS].get();
+        page.map_or(0, |page| page[at % PAGE_WORDS].load(Ordering::Relaxed))
+    }
+
     /// How many sectors have been touched.
     pub fn sectors(&self) -> u64 {
         let words = self.pages.iter().filter_map(|page| page.get()).flat_map(|page| page.iter());
@@ -379,6 +387,79 @@ impl Touched {
         let pages = self.pages.iter().zip(&other.pages).filter_map(|(a, b)| a.get().zip(b.get()));
         let words = pages.flat_map(|(a, b)| a.iter().zip(b.iter()));
         words.map(|(a, b)| u64::from((a.load(Ordering::Relaxed) & b.load(Ordering::Relaxed)).count_ones())).sum()
+    }
+}
+
+/// What [`Span`]s say of the sectors that a launch has touched.
+pub struct Noted {
+    /// Accessed so that threads may communicate.
+    strong: Touched,
+    /// Read and written whole by one instruction of a warp.
+    whole: [Touched; 2],
+}
+
+impl Noted {
+    /// Nothing noted.
+    pub fn new(base: u64, bytes: u64) -> Self {
+        Noted { strong: Touched::new(base, bytes), whole: [(); 2].map(|()| Touched::new(base, bytes)) }
+    }
+
+    /// Notes an access to the `length` bytes from `first` on, in an allocation that ends at `limit`: its last sector is
+    /// whole without the bytes behind it.
+    #[inline(always)]
+    pub fn note(&self, site: Site, first: u64, length: u64, limit: u64) {
+        let end = first + length;
+        if site.strong || site.usage == Use::Atomic {
+            self.strong.touch(first / 32, (end - 1) / 32);
+            return;
+        }
+        let (from, upto) = (first.div_ceil(32), if end == limit { end.div_ceil(32) } else { end / 32 });
+        if from < upto {
+            self.whole[usize::from(site.usage == Use::Store)].touch(from, upto - 1);
+        }
+    }
+
+    /// Lists what `touched` has, reads first, by ascending addresses.
+    pub fn list(&self, touched: &[Touched; 2], spans: &mut Vec<Span>) {
+        for (write, (some, whole)) in [false, true].into_iter().zip(touched.iter().zip(&self.whole)) {
+            let base = some.base;
+            for (number, page) in some.pages.iter().enumerate() {
+                let Some(page) = page.get() else { continue };
+                for (place, word) in page.iter().enumerate() {
+                    let some = word.load(Ordering::Relaxed);
+                    if some == 0 {
+                        continue;
+                    }
+                    let at = number * PAGE_WORDS + place;
+                    let words = [some, whole.word(at), self.strong.word(at)];
+                    list_word(words, base + at as u64 * 64 * 32, write, spans);
+                }
+            }
+        }
+    }
+}
+
+/// Lists the 64 sectors from `first` on: those touched, and of these the whole and the strong.
+fn list_word(words: [u64; 3], first: u64, write: bool, spans: &mut Vec<Span>) {
+    let mut at = 0;
+    while at < 64 {
+        // As long as none of the three changes.
+        let rest = words.map(|word| word >> at);
+        let [some, whole, strong] = rest.map(|bits| bits & 1 != 0);
+        let run = |bits: u64| if bits & 1 != 0 { bits.trailing_ones() } else { bits.trailing_zeros() };
+        let length = rest.into_iter().map(run).fold(64 - at, u32::min);
+        let span = |sector: u32| first + u64::from(sector) * 32;
+        let new = Span { first: span(at), end: span(at + length), write, whole, strong };
+        at += length;
+        match spans.last_mut() {
+            _ if !some => (),
+            Some(last)
+                if Span { first: last.first, ..new } == Span { end: new.end, ..*last } && last.end == new.first =>
+            {
+                last.end = new.end;
+            }
+            _ => spans.push(new),
+        }
     }
 }
 
