@@ -323,6 +323,24 @@ fn atomics_conflict_with_plain_accesses_only() {
 }
 
 #[test]
+fn a_host_function_knows_what_came_before_it() {
+    unsafe extern "C" fn nothing(_: *mut c_void) {}
+    for calls in [false, true] {
+        let bench = bench();
+        bench.upload(bench.a(), bench.x, BYTES).unwrap();
+        if calls {
+            let null = std::ptr::null_mut();
+            unsafe { sys::cuLaunchHostFunc(bench.a(), Some(nothing), null) }.result().unwrap();
+        }
+        let filled = bench.fill(bench.b(), bench.x, COUNT);
+        match calls {
+            true => filled.unwrap(),
+            false => refused(filled, &["kernel fill", "copy 4096x1x1", "has written"]),
+        }
+    }
+}
+
+#[test]
 fn memory_is_allocated_in_stream_order() {
     for waits in [false, true] {
         let bench = bench();

@@ -492,7 +492,8 @@ fn announce(config: &Config, data: &data::Data, device: &Device, ranks: usize, w
     let images = if device.is_gpu() { 0 } else { data.bytes_in_memory() };
     if available < needed && needed <= available.saturating_add(images) {
         return Err(Error::Failed(format!(
-            "this run needs {:.2} GiB of memory and {:.2} GiB are available beside its images, which take {:.2} GiB; {}",
+            "this run needs {:.2} GiB of memory and {:.2} GiB are available beside its images, which take {:.2} GiB; \
+             {}",
             needed as f64 / GIB,
             available as f64 / GIB,
             images as f64 / GIB,

@@ -9,9 +9,9 @@
 //! - an event, which keeps the clock of its stream from its last record, for the streams that wait for it;
 //! - the legacy stream, which waits for all blocking streams of its context, as these and the threads' default streams
 //!   wait for it;
-//! - the host: it learns the clock of what it synchronises with or queries with success, and every item begins with
-//!   what the host knows. There is one host clock for the whole process, since threads of a program tell each other
-//!   what they have waited for in ways that are not seen here.
+//! - the host: it learns the clock of what it synchronises with, queries with success or is called by as a host
+//!   function, and every item begins with what the host knows. There is one host clock for the whole process, since
+//!   threads of a program tell each other what they have waited for in ways that are not seen here.
 //!
 //! A call without `Async` counts as waited for, as does all work of a context when something is freed, even where the
 //! manual does not promise it. So does a copy from a device to pageable host memory, where it does.
@@ -24,8 +24,8 @@
 //! other calls has no history.
 //!
 //! Not here: what the host itself reads and writes, so neither pinned memory that it touches too early nor what it
-//! learns by polling memory or from a host function; accesses of the nodes of one graph to the same memory; kernels on
-//! two streams that share sectors bit by bit.
+//! learns by polling memory; accesses of the nodes of one graph to the same memory; kernels on two streams that share
+//! sectors bit by bit.
 
 use super::call::{Answer, Refusal};
 use super::codes::Code;

@@ -105,10 +105,7 @@ impl Stream {
         self.join_host_functions();
         order::begin(self)?;
         match work {
-            Work::Host(function) => {
-                self.start_host_function(*function);
-                Ok(())
-            }
+            Work::Host(function) => self.start_host_function(*function),
             Work::Copy(copy) => {
                 work.run(context, self, &run)?;
                 if copy.is_waited_for()? { order::host_waited(self) } else { Ok(()) }
@@ -117,9 +114,12 @@ impl Stream {
         }
     }
 
-    fn start_host_function(&self, function: HostFunction) {
+    fn start_host_function(&self, function: HostFunction) -> Answer {
+        // The function may tell a thread that submits work elsewhere.
+        order::host_waited(self)?;
         let thread = std::thread::spawn(move || function.call());
         self.host_functions.lock().unwrap().push(thread);
+        Ok(())
     }
 }
 

@@ -274,6 +274,7 @@ impl Work {
                 order::access(context, stream, run, &self.describe(), true, &spans)
             }
             Work::Host(function) => {
+                order::host_waited(stream)?;
                 let function = *function;
                 let thread = std::thread::spawn(move || function.call());
                 // The function's panic has already been printed.
