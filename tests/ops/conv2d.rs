@@ -1,3 +1,5 @@
+use std::cell::LazyCell;
+
 use ddpm_cuda::device::cpu::simd::Isa;
 use ddpm_cuda::device::{Device, Precision};
 use ddpm_cuda::kernels::tile_mma::BackwardBlocks;
@@ -134,7 +136,7 @@ const IN_PLACE: [InPlace; 16] = [
     InPlace { halved: true, ..doubled(case([2, 2, 3, 16], [8, 3, 3], SAME), 0) },
 ];
 
-/// Enough tiles of 128x128 for the large kernels.
+/// Enough tiles of 128x128 for the large kernels of bf16.
 const LARGE_IN_PLACE: [InPlace; 2] = [
     joined(case([3, 64, 64, 128], [128, 1, 1], Geometry::POINTWISE), 64),
     doubled(case([3, 64, 64, 128], [64, 2, 1], ABOVE), 0),
@@ -220,17 +222,19 @@ fn inputs_in_place_agree_with_the_reference() {
     }
 }
 
-/// Compares on a GPU, in every precision and all schedules.
-fn gpu_agrees_in_place(case: InPlace) {
+/// Compares on a GPU, in these precisions and all schedules.
+fn gpu_agrees_in_place(case: InPlace, precisions: &[Precision]) {
     let expected = Precision::ALL.map(|precision| {
-        let data = case.data(precision.activations());
-        let oracle = in_precision(precision, &data, |data| case.by_reference(data));
-        let yardstick = in_precision(precision, &data, |data| case.by_reference(&data.to_f32()));
-        (oracle, yardstick, data.to_f32())
+        LazyCell::new(move || {
+            let data = case.data(precision.activations());
+            let oracle = in_precision(precision, &data, |data| case.by_reference(data));
+            let yardstick = in_precision(precision, &data, |data| case.by_reference(&data.to_f32()));
+            (oracle, yardstick, data.to_f32())
+        })
     });
-    gpu::each_precision(&format!("{case:?}"), |device| {
+    gpu::each_of(&format!("{case:?}"), precisions, |device| {
         let precision = device.precision();
-        let (oracle, yardstick, data) = &expected[precision as usize];
+        let (oracle, yardstick, data) = &*expected[precision as usize];
         let got = case.by_tape(device, data);
         for i in 0..6 {
             let dtype = if ["dw", "db"].contains(&NAMES[i]) { DType::F32 } else { precision.activations() };
@@ -249,15 +253,17 @@ fn gpu_agrees_in_place(case: InPlace) {
 
 #[test]
 fn gpu_inputs_in_place_agree_with_the_reference() {
-    IN_PLACE.into_iter().filter(|_| gpu::available()).for_each(gpu_agrees_in_place);
+    let cases = IN_PLACE.into_iter().filter(|_| gpu::available());
+    cases.for_each(|case| gpu_agrees_in_place(case, &Precision::ALL));
 }
 
 #[test]
 fn gpu_large_tiles_agree_in_place() {
-    LARGE_IN_PLACE.into_iter().filter(|_| gpu::available()).for_each(gpu_agrees_in_place);
+    let cases = LARGE_IN_PLACE.into_iter().filter(|_| gpu::available());
+    cases.for_each(|case| gpu_agrees_in_place(case, &[Precision::Bf16]));
 }
 
-/// Whole tiles of dw with one tap, over pixels that come back to the same columns from slab to slab: several images in
+/// In bf16, whole tiles of dw with one tap, over pixels that come back to the same columns from slab to slab: several images in
 /// a slab, a slab of less than an image, more slabs than an image has, a stride, repeated pixels, two tensors.
 const STEADY: [InPlace; 6] = [
     joined(case([8, 4, 4, 128], [128, 3, 3], SAME), 0),
@@ -273,14 +279,14 @@ const STEADY: [InPlace; 6] = [
 
 #[test]
 fn gpu_steady_pixels_agree_with_the_reference() {
-    STEADY.into_iter().filter(|_| gpu::available()).for_each(gpu_agrees_in_place);
+    STEADY.into_iter().filter(|_| gpu::available()).for_each(|case| gpu_agrees_in_place(case, &[Precision::Bf16]));
 }
 
 /// The mask of pixels turned the other way, in one of three slabs; oh for ow; a lost block.
 #[test]
 fn bugs_planted_over_steady_pixels_are_noticed() {
     const TEST: &str = "conv2d::gpu_steady_pixels_agree_with_the_reference";
-    const LARGE: &str = "conv2d::gpu_shortcuts_agree_with_the_reference";
+    const LARGE: &str = "conv2d::gpu_large_shortcuts_agree_with_the_reference";
     plant::notices(TEST, "conv2d_bwd_mma_64x64_128x128", "shf.r.wrap.b32", "shf.l.wrap.b32");
     plant::notices(LARGE, "conv2d_bwd_mma_128x128", "shf.r.wrap.b32", "shf.l.wrap.b32");
     plant::notices_wrong_parameter(TEST, "conv2d_bwd_mma_64x64_128x128", "16+20", "16+16");
@@ -359,7 +365,7 @@ const SHORTCUTS: [WithShortcut; 9] = [
     (case([2, 4, 4, 128], [128, 3, 3], SAME), [8, 64]),
 ];
 
-/// Enough tiles for the large kernel forward, and backward, there over steady pixels.
+/// Enough tiles for the large kernels of bf16 forward, and backward, there over steady pixels.
 const LARGE_SHORTCUTS: [WithShortcut; 2] = [
     (case([3, 64, 64, 64], [128, 1, 1], Geometry::POINTWISE), [64, 128]),
     (case([12, 32, 32, 128], [128, 2, 1], BELOW), [128, 128]),
@@ -411,7 +417,7 @@ fn shortcut_data(case: WithShortcut, dtype: DType) -> [Data<f64>; 2] {
 }
 
 fn shortcut_agrees(case: WithShortcut, on: impl Fn(&dyn Fn(&Device) -> Vec<f32>)) {
-    let expected = Precision::ALL.map(|precision| {
+    let expected = |precision: Precision| {
         let [data, s] = shortcut_data(case, precision.activations());
         let [of_products, of_s] = [&data, &s].map(|data| data.multiplied(precision));
         let mut oracle = shortcut_by_reference(case, &of_products, &of_s);
@@ -425,13 +431,14 @@ fn shortcut_agrees(case: WithShortcut, on: impl Fn(&dyn Fn(&Device) -> Vec<f32>)
             (yardstick[3], yardstick[6]) = (db, s_db);
         }
         (oracle, yardstick, data32, s32)
-    });
+    };
+    let expected = Precision::ALL.map(|precision| LazyCell::new(move || expected(precision)));
     let [of_y, of_dx, of_dw] = case.0.depths();
     let [of_shortcut, of_ds, _] = shortcut_of(case).depths();
     let depths = [of_y + of_shortcut, of_dx, of_dw, 0, of_ds, of_dw, 0];
     on(&|device| {
         let (precision, dtype) = (device.precision(), device.activations());
-        let (oracle, yardstick, data, s) = &expected[precision as usize];
+        let (oracle, yardstick, data, s) = &*expected[precision as usize];
         let got = shortcut_by_tape(case, device, data, s);
         for (i, name) in ["y", "dx", "dw", "db", "ds", "dw of s", "db of s"].into_iter().enumerate() {
             let dtype = if ["y", "dx", "ds"].contains(&name) { dtype } else { DType::F32 };
@@ -454,8 +461,14 @@ fn shortcuts_agree_with_the_reference() {
 
 #[test]
 fn gpu_shortcuts_agree_with_the_reference() {
-    let cases = SHORTCUTS.into_iter().chain(LARGE_SHORTCUTS).filter(|_| gpu::available());
+    let cases = SHORTCUTS.into_iter().filter(|_| gpu::available());
     cases.for_each(|case| shortcut_agrees(case, |f| gpu::each_precision(&format!("{case:?}"), f)));
+}
+
+#[test]
+fn gpu_large_shortcuts_agree_with_the_reference() {
+    let cases = LARGE_SHORTCUTS.into_iter().filter(|_| gpu::available());
+    cases.for_each(|case| shortcut_agrees(case, |f| gpu::each_of(&format!("{case:?}"), &[Precision::Bf16], f)));
 }
 
 /// The kernels of a backward pass: one for all gradients, with the sums for the biases, wherever the channels and the
@@ -495,21 +508,22 @@ fn gpu_gradients_of_a_shortcut_are_one_launch() {
 #[test]
 fn bugs_planted_in_shortcuts_are_noticed() {
     const TEST: &str = "conv2d::gpu_shortcuts_agree_with_the_reference";
-    for (part, is, reads) in [
-        ("fwd_mma_64x64", "13+60", "13+56"),
-        ("fwd_mma_64x64_any", "12+56", "12+12"),
-        ("fwd_mma_128x128", "12+60", "12+56"),
-        ("join_segments", "7", "3"),
-        ("bwd_mma_64x64", "16+60", "16+56"),
-        ("bwd_mma_64x64", "13", "12"),
-        ("bwd_mma_64x64_128x128", "16+60", "16+56"),
-        ("bwd_mma_128x128", "9", "7"),
-        ("bwd_mma_128x128", "16+56", "16+12"),
+    const LARGE: &str = "conv2d::gpu_large_shortcuts_agree_with_the_reference";
+    for (test, part, is, reads) in [
+        (TEST, "fwd_mma_64x64", "13+60", "13+56"),
+        (TEST, "fwd_mma_64x64_any", "12+56", "12+12"),
+        (LARGE, "fwd_mma_128x128", "12+60", "12+56"),
+        (TEST, "join_segments", "7", "3"),
+        (TEST, "bwd_mma_64x64", "16+60", "16+56"),
+        (TEST, "bwd_mma_64x64", "13", "12"),
+        (TEST, "bwd_mma_64x64_128x128", "16+60", "16+56"),
+        (LARGE, "bwd_mma_128x128", "9", "7"),
+        (LARGE, "bwd_mma_128x128", "16+56", "16+12"),
     ] {
-        plant::notices_wrong_parameter(TEST, &format!("conv2d_{part}"), is, reads);
+        plant::notices_wrong_parameter(test, &format!("conv2d_{part}"), is, reads);
     }
-    for part in ["bwd_mma_64x64", "bwd_mma_64x64_128x128", "bwd_mma_128x128"] {
-        plant::notices_lost_block(TEST, &format!("conv2d_{part}"));
+    for (test, part) in [(TEST, "bwd_mma_64x64"), (TEST, "bwd_mma_64x64_128x128"), (LARGE, "bwd_mma_128x128")] {
+        plant::notices_lost_block(test, &format!("conv2d_{part}"));
     }
 }
 
@@ -768,14 +782,16 @@ fn gpu_agrees_with_the_reference() {
     }
     for case in CASES {
         let expected = Precision::ALL.map(|precision| {
-            let data = Data::new(case).rounded(precision.activations());
-            let oracle = in_precision(precision, &data, |data| by_reference(case, data));
-            let yardstick = in_precision(precision, &data, |data| by_reference(case, &data.to_f32()));
-            (oracle, yardstick, data.to_f32())
+            LazyCell::new(move || {
+                let data = Data::new(case).rounded(precision.activations());
+                let oracle = in_precision(precision, &data, |data| by_reference(case, data));
+                let yardstick = in_precision(precision, &data, |data| by_reference(case, &data.to_f32()));
+                (oracle, yardstick, data.to_f32())
+            })
         });
         gpu::each_precision(&format!("{case:?}"), |device| {
             let precision = device.precision();
-            let (oracle, yardstick, data) = &expected[precision as usize];
+            let (oracle, yardstick, data) = &*expected[precision as usize];
             let got = by_tape_on(device, case, data, direct(Isa::best()), 1);
             for i in 0..6 {
                 // Gradients of parameters are f32 in either case.

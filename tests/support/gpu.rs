@@ -144,8 +144,9 @@ pub fn each_precision(name: &str, f: impl Fn(&Device) -> Vec<f32>) {
     each_of(name, &Precision::ALL, f);
 }
 
+/// [`each`] in these precisions.
 #[track_caller]
-fn each_of(name: &str, precisions: &[Precision], f: impl Fn(&Device) -> Vec<f32>) {
+pub fn each_of(name: &str, precisions: &[Precision], f: impl Fn(&Device) -> Vec<f32>) {
     for &precision in precisions {
         let Some(gpu) = gpu(precision) else { return };
         let device = Device::Cuda(gpu);
