@@ -282,7 +282,8 @@ fn gpu_steady_pixels_agree_with_the_reference() {
     STEADY.into_iter().filter(|_| gpu::available()).for_each(|case| gpu_agrees_in_place(case, &[Precision::Bf16]));
 }
 
-/// The mask of pixels turned the other way, in one of three slabs; oh for ow; a lost block.
+/// The mask of pixels turned the other way, in one of three slabs; oh for ow; slabs that are read before they have
+/// arrived; a lost block.
 #[test]
 fn bugs_planted_over_steady_pixels_are_noticed() {
     const TEST: &str = "conv2d::gpu_steady_pixels_agree_with_the_reference";
@@ -290,6 +291,8 @@ fn bugs_planted_over_steady_pixels_are_noticed() {
     plant::notices(TEST, "conv2d_bwd_mma_64x64_128x128", "shf.r.wrap.b32", "shf.l.wrap.b32");
     plant::notices(LARGE, "conv2d_bwd_mma_128x128", "shf.r.wrap.b32", "shf.l.wrap.b32");
     plant::notices_wrong_parameter(TEST, "conv2d_bwd_mma_64x64_128x128", "16+20", "16+16");
+    plant::notices_lost_barrier(TEST, "conv2d_bwd_mma_64x64_128x128", 1);
+    plant::notices_lost_barrier(LARGE, "conv2d_bwd_mma_128x128", 2);
     plant::notices_lost_block(TEST, "conv2d_bwd_mma_64x64_128x128");
 }
 
@@ -919,7 +922,8 @@ fn bugs_planted_in_tf32_kernels_are_noticed() {
 fn bugs_planted_in_tensor_core_kernels_are_noticed() {
     const TEST: &str = "conv2d::gpu_agrees_with_the_reference_in_bf16";
     const LARGE: &str = "conv2d::gpu_large_tiles_agree_with_the_reference";
-    // The barriers in the order of the text: pixels, a slab, the end of the ring, results.
+    // The barriers in the order of the text: pixels, a slab, the end of the ring, results. Where tiles of dw are whole,
+    // the first five are of the loop over steady pixels.
     for (test, part, n) in [
         (TEST, "fwd_mma_64x64", 0),
         (TEST, "fwd_mma_128x16", 1),
@@ -929,8 +933,8 @@ fn bugs_planted_in_tensor_core_kernels_are_noticed() {
         (TEST, "wgrad_mma_64x64_any_x", 1),
         (TEST, "wgrad_mma_64x64_any_y", 0),
         (LARGE, "fwd_mma_128x128", 2),
-        (LARGE, "bwd_mma_128x128", 2),
-        (LARGE, "bwd_mma_64x64_128x128", 0),
+        (LARGE, "bwd_mma_128x128", 7),
+        (LARGE, "bwd_mma_64x64_128x128", 5),
     ] {
         plant::notices_lost_barrier(test, &format!("conv2d_{part}"), n);
     }
