@@ -25,24 +25,8 @@ fn ddpm() -> Command {
     let mut command = Command::new(places::program());
     command.stdin(Stdio::null());
     #[cfg(unix)]
-    hear_signals(&mut command);
+    support::hear_signals(&mut command);
     command
-}
-
-/// Ends what the tests were started with: a shell script ignores SIGINT for what it runs in the background, `nohup`
-/// SIGHUP, and the program leaves ignored signals alone.
-#[cfg(unix)]
-fn hear_signals(command: &mut Command) {
-    use std::os::unix::process::CommandExt;
-    let default = || {
-        for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGTERM] {
-            // SAFETY: `signal` may be called between fork and exec, with a signal's number and the default action.
-            unsafe { libc::signal(signal, libc::SIG_DFL) };
-        }
-        Ok(())
-    };
-    // SAFETY: the closure allocates nothing and calls only `signal`, which is safe after a fork.
-    unsafe { command.pre_exec(default) };
 }
 
 #[track_caller]

@@ -27,6 +27,7 @@ fn program(folder: &Path, arguments: &[&str]) -> Command {
     for name in ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "DDPM_KERNELS", "DDPM_JOIN_TOKEN"] {
         command.env_remove(name);
     }
+    support::hear_signals(&mut command);
     command
 }
 

@@ -30,6 +30,22 @@ pub const TINY: [&str; 8] =
 /// Command-line settings of a network as in the paper, whose step size does not depend on the number of steps.
 pub const PLAIN: [&str; 4] = ["--set", "prediction=eps", "--set", "cooldown=0"];
 
+/// Ends what the tests were started with: a shell script ignores SIGINT for what it runs in the background, `nohup`
+/// SIGHUP, and the program leaves ignored signals alone.
+#[cfg(unix)]
+pub fn hear_signals(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt;
+    let default = || {
+        for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGTERM] {
+            // SAFETY: `signal` may be called between fork and exec, with a signal's number and the default action.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
+        Ok(())
+    };
+    // SAFETY: the closure allocates nothing and calls only `signal`, which is safe after a fork.
+    unsafe { command.pre_exec(default) };
+}
+
 /// A minimal network with everything that draws random numbers: two levels, attention at the lower one, dropout, flips,
 /// two micro-batches. It predicts eps, as in the paper.
 pub fn tiny(h: usize, w: usize, channels: usize) -> Config {
