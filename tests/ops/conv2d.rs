@@ -263,8 +263,9 @@ fn gpu_large_tiles_agree_in_place() {
     cases.for_each(|case| gpu_agrees_in_place(case, &[Precision::Bf16]));
 }
 
-/// In bf16, whole tiles of dw with one tap, over pixels that come back to the same columns from slab to slab: several images in
-/// a slab, a slab of less than an image, more slabs than an image has, a stride, repeated pixels, two tensors.
+/// In bf16, whole tiles of dw with one tap, over pixels that come back to the same columns from slab to slab: several
+/// images in a slab, a slab of less than an image, more slabs than an image has, a stride, repeated pixels, and two
+/// tensors.
 const STEADY: [InPlace; 6] = [
     joined(case([8, 4, 4, 128], [128, 3, 3], SAME), 0),
     joined(case([1, 16, 32, 128], [128, 2, 3], Geometry { stride: 1, pad: Pad { bottom: 0, ..Pad::all(1) } }), 0),
