@@ -73,6 +73,15 @@ fn a_jpeg_without_components_is_refused_without_a_period() {
     refusal_of("a.jpg", frame);
 }
 
+/// The library would make room for 311 MiB before it finds that there are no Huffman tables.
+#[test]
+fn a_jpeg_of_a_few_bytes_that_claims_millions_of_pixels_is_refused() {
+    let frame = b"\xff\xd8\xff\xc0\x00\x0b\x08\x63\x72\x32\x08\x01\x01\x11\x00\xff\xdb\x00\x43\x00";
+    let scan = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00\xff\xd9";
+    let said = refusal_of("a.jpg", &[&frame[..], &[1; 64], scan].concat());
+    assert!(said.contains("96 bytes are too few for 25458x12808 pixels"), "{said}");
+}
+
 #[test]
 fn an_array_named_with_control_characters_does_not_command_the_terminal() {
     let folder = tempfile::tempdir().unwrap();

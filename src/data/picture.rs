@@ -117,10 +117,13 @@ pub fn decode(file: &Path, background: Background) -> Result<Picture, Fault> {
 pub fn decode_bytes(bytes: &[u8], background: Background) -> Result<Picture, Fault> {
     let (decoder, orientation) = decoder(Cursor::new(bytes))?;
     let (w, h) = decoder.dimensions();
-    // DEFLATE makes at most 1032 bytes of one, and a pixel of a PNG takes at least a bit; jpeg::check knows the rest.
-    // What WebP and GIF can make of a byte is not bounded, or hardly; more than is common is refused if it is large.
+    // DEFLATE makes at most 1032 bytes of one, and a pixel of a PNG takes at least a bit. So does a block of 64 pixels
+    // of a JPEG; jpeg::check knows better, but leaves what it does not understand to the decoder, which makes room
+    // first. What WebP and GIF can make of a byte is not bounded, or hardly; more than is common is refused if it is
+    // large.
     let large = kind(bytes) == Some("PNG") || decoder.total_bytes() > LARGEST_OF_FEW;
-    if u64::from(w) * u64::from(h) > 1032 * 8 * bytes.len() as u64 && kind(bytes) != Some("JPEG") && large {
+    let of_a_bit = if kind(bytes) == Some("JPEG") { 64 } else { 1032 };
+    if u64::from(w) * u64::from(h) > of_a_bit * 8 * bytes.len() as u64 && large {
         return Err(Fault::broken(format!("{} bytes are too few for {h}x{w} pixels", bytes.len())));
     }
     if matches!(decoder.color_type(), ColorType::Rgb32F | ColorType::Rgba32F) {
