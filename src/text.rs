@@ -18,6 +18,11 @@ pub fn grouped(number: u64) -> String {
     text
 }
 
+/// So many images: `1 image`, `12,345 images`.
+pub fn images(count: usize) -> String {
+    format!("{} image{}", grouped(count as u64), if count == 1 { "" } else { "s" })
+}
+
 /// Text for a sentence: the first 80 characters.
 pub(crate) fn cut(text: &str) -> String {
     match text.char_indices().nth(80) {
@@ -70,6 +75,7 @@ mod tests {
     fn thousands_have_commas() {
         let texts = [0, 999, 1000, 35_746_307].map(grouped);
         assert_eq!(texts, ["0", "999", "1,000", "35,746,307"]);
+        assert_eq!([0, 1, 12_345].map(images), ["0 images", "1 image", "12,345 images"]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::config::{Config, OnBadImage, Preset};
 use crate::data::{self, Progress, Source, part_of};
 use crate::error::{Error, Result};
 use crate::output;
-use crate::text::{GIB, grouped, shell_word};
+use crate::text::{self, GIB, grouped, shell_word};
 use crate::{say, usage};
 
 /// Off a terminal, seconds between two lines.
@@ -80,12 +80,16 @@ pub fn run(args: &Args) -> Result<()> {
         name.push(".skipped.txt");
         let list: String = converted.skipped.iter().map(|image| format!("{image}\n")).collect();
         output::write_atomically(name.as_ref(), list.as_bytes())?;
-        say!("{} images cannot be used and are left out: {}", converted.skipped.len(), PathBuf::from(name).display());
+        say!(
+            "left out {}, which cannot be used: {}",
+            text::images(converted.skipped.len()),
+            PathBuf::from(name).display()
+        );
     }
     say!(
-        "{}: {} images of {}, {:.2} GiB; {} converted in {seconds:.1} s, {:.0} images/s",
+        "{}: {} of {}, {:.2} GiB; {} converted in {seconds:.1} s, {:.0} images/s",
         args.out.display(),
-        grouped(converted.images as u64),
+        text::images(converted.images),
         converted.extent,
         converted.bytes as f64 / GIB,
         grouped(converted.decoded as u64),

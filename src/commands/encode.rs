@@ -15,6 +15,7 @@ use crate::sample::encode::encode;
 use crate::sample::{Call, Conditional, Drawing};
 use crate::say;
 use crate::tensor::Tensor;
+use crate::text;
 
 /// Ratio of the noise levels of a step above which the iteration hardly contracts, by 1 - 1/ratio a round.
 const WIDEST: f64 = 8.0;
@@ -92,6 +93,6 @@ pub fn run(args: &Args) -> Result<()> {
     bar.finish_and_clear();
     let s = opened.shape(count);
     output::write_npy(&args.out, &[s.n, s.c, s.h, s.w], &encoded)?;
-    say!("{count} images in {} steps: {}", steps.len(), args.out.display());
+    say!("{} in {} steps: {}", text::images(count), steps.len(), args.out.display());
     Ok(())
 }

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::evaluate::{Bound, Evaluation, Measured};
 use crate::output::plot::{Axis, Plot, Series, write_plot};
 use crate::output::write_atomically;
+use crate::text;
 use crate::{say, usage};
 
 /// Lines of the rate-distortion table on the terminal, as in the paper's table 4.
@@ -158,13 +159,14 @@ fn report(bound: &Bound, images: usize, draws: u32, started: Instant) {
     say!("rates hold L_T, which the paper's table 4 leaves out");
     let between: f64 = bound.terms[1..].iter().sum();
     say!(
-        "{:.4}{} bits per dimension: L_T {:.6}, L_1 to L_{} {:.4}, L_0 {:.4}; {images} images, {draws} draw{} a timestep, {:.1} s",
+        "{:.4}{} bits per dimension: L_T {:.6}, L_1 to L_{} {:.4}, L_0 {:.4}; {}, {draws} draw{} a timestep, {:.1} s",
         bound.bits_per_dim(),
         bound.standard_error().map_or(String::new(), |error| format!(" +- {error:.4}")),
         bound.prior,
         steps - 1,
         between,
         bound.terms[0],
+        text::images(images),
         if draws == 1 { "" } else { "s" },
         started.elapsed().as_secs_f64(),
     );

@@ -11,6 +11,7 @@ use crate::output::{self, Target};
 use crate::sample::inpaint::{Move, Painting, moves};
 use crate::sample::{Call, Conditional, Drawing};
 use crate::tensor::Tensor;
+use crate::text;
 use crate::{say, usage};
 
 /// Arguments of `ddpm-cuda inpaint`.
@@ -73,7 +74,7 @@ pub fn run(args: &Args) -> Result<()> {
     if let Some(count) = args.count {
         let there = bytes.len() / one.len();
         if count == 0 || count > there {
-            usage!("--count {count}: {} holds {there} images, give from 1 to so many", args.images.display());
+            usage!("--count {count}: {} holds {}, give from 1 to so many", args.images.display(), text::images(there));
         }
         bytes.truncate(count * one.len());
         labels = labels.map(|labels| labels[..count].to_vec());
@@ -120,6 +121,6 @@ pub fn run(args: &Args) -> Result<()> {
         Target::Folder => output::write_folder(&args.out, shape, &images)?,
         Target::Png | Target::Gif => output::write_grid(&args.out, shape, &images)?,
     }
-    say!("{count} images, {passes} network passes each: {}", args.out.display());
+    say!("{}, {passes} network passes each: {}", text::images(count), args.out.display());
     Ok(())
 }

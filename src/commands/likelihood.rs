@@ -14,6 +14,7 @@ use crate::diffusion::Prediction;
 use crate::error::Result;
 use crate::likelihood::{From, Model, Options, bits_per_dim};
 use crate::output;
+use crate::text;
 use crate::{say, usage};
 
 /// Images that go through the network at once, times probes. No image depends on it.
@@ -106,10 +107,11 @@ pub fn run(args: &Args) -> Result<()> {
     let standard_error = (count > 1).then(|| (squares / (n - 1.0) / n).sqrt());
     let each = evaluations as f64 / (n * args.probes as f64);
     say!(
-        "{mean:.4}{} bits per dimension of uniformly dequantised pixels, by the ODE from {} on; {count} images, {} \
+        "{mean:.4}{} bits per dimension of uniformly dequantised pixels, by the ODE from {} on; {}, {} \
          each, tolerance {:e}, {each:.0} evaluations of the network each, {:.1} s",
         standard_error.map_or(String::new(), |error| format!(" +- {error:.4}")),
         if from == From::Image { "the image" } else { "the first timestep" },
+        text::images(count),
         if args.probes == 1 { "one probe".into() } else { format!("{} probes", args.probes) },
         args.tolerance,
         started.elapsed().as_secs_f64(),

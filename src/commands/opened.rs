@@ -16,7 +16,7 @@ use crate::memory::available_on;
 use crate::output::Target;
 use crate::sample::{DEFAULT_STEPS, class_called, default_variance, memory_of_forward};
 use crate::tensor::Shape;
-use crate::text::GIB;
+use crate::text::{self, GIB};
 use crate::unet::UNet;
 use crate::{say, usage};
 
@@ -122,7 +122,8 @@ impl Opened {
         if needed > available {
             let m = &self.model.config.model;
             return Err(Error::Failed(format!(
-                "drawing {images} images of {}x{} together takes {:.2} GiB of memory and {:.2} GiB are available: {advice}",
+                "drawing {} of {}x{} together takes {:.2} GiB of memory and {:.2} GiB are available: {advice}",
+                text::images(images),
                 m.image_size,
                 m.channels,
                 needed as f64 / GIB,

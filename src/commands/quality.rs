@@ -20,6 +20,7 @@ use crate::quality::{
 };
 use crate::sample::Request;
 use crate::tensor::Shape;
+use crate::text;
 use crate::train::Watch;
 use crate::{say, usage};
 
@@ -320,10 +321,13 @@ fn read(args: &Args, path: &Path) -> Result<(Source, Config)> {
     set.check_all()?;
     let count = args.count.unwrap_or(set.len());
     if count > set.len() {
-        usage!("--count {count}: {} holds {} images", path.display(), set.len());
+        usage!("--count {count}: {} holds {}", path.display(), text::images(set.len()));
     }
     if args.features.is_none() && count <= NEIGHBOURS {
-        return Err(Error::file(path, format!("holds {count} images; at least {} are needed", NEIGHBOURS + 1)));
+        return Err(Error::file(
+            path,
+            format!("holds {}; at least {} are needed", text::images(count), NEIGHBOURS + 1),
+        ));
     }
     let (mut bytes, shape) = pixels(&set, false);
     bytes.truncate(count * shape.len() / shape.n);

@@ -21,7 +21,7 @@ use crate::ops::sample_step::{Noise, start_from};
 use crate::output::{self, Target};
 use crate::sample::{Progress, Request, Shared};
 use crate::tensor::Shape;
-use crate::text::GIB;
+use crate::text::{self, GIB};
 use crate::{say, usage};
 
 /// Frames of an animation: about three seconds.
@@ -196,7 +196,7 @@ pub fn run(args: &Args) -> Result<()> {
     if let Some(parts) = parts {
         parts.delete()?;
     }
-    say!("{count} images in {:.1} s: {}", started.elapsed().as_secs_f64(), args.out.display());
+    say!("{} in {:.1} s: {}", text::images(count), started.elapsed().as_secs_f64(), args.out.display());
     Ok(())
 }
 

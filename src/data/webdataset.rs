@@ -17,7 +17,7 @@ use super::picture::READ;
 use super::pictures::{Classes, Entry, Listing, Place};
 use super::{NoLabels, litter, safe_name};
 use crate::error::{Error, Result};
-use crate::text::cut;
+use crate::text::{self, cut};
 
 /// Bytes of a label file, at most; a .json may hold more than the label.
 const LONGEST_LABEL: u64 = 1 << 20;
@@ -63,7 +63,7 @@ pub fn open(source: &Path, paths: &[PathBuf]) -> Result<Listing> {
         (None, _) => Classes::Own { by: "the .cls or .json beside each image", names: Vec::new() },
     };
     if paths.len() > 1 {
-        notes.push(format!("{} archives of {} images together", paths.len(), entries.len()));
+        notes.push(format!("{} archives of {} together", paths.len(), text::images(entries.len())));
     }
     Ok(Listing { entries, classes, archived: Some(archived), notes, ..Listing::default() })
 }
