@@ -79,7 +79,7 @@ fn parse() -> Result<Cli, Error> {
 
 fn run() -> Result<ExitCode, Error> {
     match parse()?.command {
-        Command::Train(args) => train::run(&args),
+        Command::Train(args) => train::run(args),
         Command::TrainClassifier(args) => train_classifier::run(args),
         Command::Watch(args) => watch::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Report(args) => report::run(&args).map(|()| ExitCode::SUCCESS),

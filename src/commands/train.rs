@@ -26,6 +26,17 @@ const LINES: u64 = 10;
 /// Arguments of `ddpm-cuda train`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
+    /// All of them but one.
+    #[command(flatten)]
+    pub training: Training,
+    /// Start from the weights of this model: a run, a checkpoint, or a model folder of diffusers
+    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER", conflicts_with = "resume")]
+    pub init: Option<PathBuf>,
+}
+
+/// Arguments of whatever is trained.
+#[derive(Debug, clap::Args)]
+pub struct Training {
     /// Network and recipe to start from [default: mnist for its digits, auto for other data: made from the data]
     #[arg(long, value_parser = choice::<Preset>())]
     pub preset: Option<Preset>,
@@ -35,9 +46,6 @@ pub struct Args {
     /// An image that cannot be used ends the run (stop) or is left out and listed (skip) [default: stop]
     #[arg(long, value_name = "WHAT", value_parser = choice::<OnBadImage>(), conflicts_with = "resume")]
     pub on_bad_image: Option<OnBadImage>,
-    /// Start from the weights of this model: a run, a checkpoint, or a model folder of diffusers
-    #[arg(long, value_name = "RUN|CHECKPOINT|FOLDER")]
-    pub init: Option<PathBuf>,
     /// Run folder to create [default: runs/PRESET or runs/DATA, numbered if it exists]
     #[arg(long, value_name = "RUN")]
     pub out: Option<PathBuf>,
@@ -78,7 +86,7 @@ pub struct Args {
     pub eager: bool,
     /// Continue this run from its newest checkpoint, with its own settings, data and precision; see below what may
     /// change
-    #[arg(long, value_name = "RUN", conflicts_with_all = ["preset", "init", "out", "config", "batch", "seed"])]
+    #[arg(long, value_name = "RUN", conflicts_with_all = ["preset", "out", "config", "batch", "seed"])]
     pub resume: Option<PathBuf>,
 }
 
@@ -108,12 +116,14 @@ pub(super) fn help_of(classifier: bool) -> String {
 /// # Errors
 /// Unusable settings, data or checkpoints; a loss or gradient that is not finite; checkpoints that cannot be written;
 /// those of [`Device::open`].
-pub fn run(args: &Args) -> Result<ExitCode> {
-    run_of(args, false)
+pub fn run(args: Args) -> Result<ExitCode> {
+    let Args { mut training, init } = args;
+    training.set.extend(init.map(|model| format!("init={}", model.to_string_lossy())));
+    run_of(&training, false)
 }
 
 /// [`run`] for a network or a `classifier`.
-pub(super) fn run_of(args: &Args, classifier: bool) -> Result<ExitCode> {
+pub(super) fn run_of(args: &Training, classifier: bool) -> Result<ExitCode> {
     match Part::of(&args.device, args.launch, || facts(args, classifier))? {
         Part::Launcher(code) => Ok(code),
         Part::Alone(_) if args.exchange == Some(Sums::Nccl) => {
@@ -131,7 +141,7 @@ pub(super) fn run_of(args: &Args, classifier: bool) -> Result<ExitCode> {
 }
 
 /// What ranks tell each other before they read any data: what they were asked for.
-fn facts(args: &Args, classifier: bool) -> Result<Vec<Fact>> {
+fn facts(args: &Training, classifier: bool) -> Result<Vec<Fact>> {
     let config = match &args.resume {
         Some(run) => Run::settings(run)?,
         None => config(args, classifier)?.0,
@@ -147,7 +157,7 @@ fn facts(args: &Args, classifier: bool) -> Result<Vec<Fact>> {
 }
 
 /// Trains on a device, as one of several ranks or alone.
-fn train(args: &Args, classifier: bool, choice: Choice, rank: Option<&Rank>) -> Result<ExitCode> {
+fn train(args: &Training, classifier: bool, choice: Choice, rank: Option<&Rank>) -> Result<ExitCode> {
     let command = if classifier { "train-classifier" } else { "train" };
     let signals = Signals::listen()?;
     let (mut terminal, mut quiet) = (Terminal::default(), Quiet { rank: rank.map_or(0, |rank| rank.control().rank()) });
@@ -218,7 +228,7 @@ fn train(args: &Args, classifier: bool, choice: Choice, rank: Option<&Rank>) -> 
 }
 
 /// Opens a device for the precision of a run.
-fn open_to_resume(run: &Path, device: Choice, args: &Args) -> Result<Device> {
+fn open_to_resume(run: &Path, device: Choice, args: &Training) -> Result<Device> {
     let precision = Run::settings(run)?.precision;
     if let Some(asked) = args.precision.filter(|asked| *asked != precision) {
         usage!(
@@ -240,7 +250,7 @@ fn open_to_resume(run: &Path, device: Choice, args: &Args) -> Result<Device> {
 
 /// The settings of a new run: preset, file, `--set`, then flags; which of them somebody chose; and sentences about
 /// them.
-fn config(args: &Args, classifier: bool) -> Result<(Config, Given, Vec<String>)> {
+fn config(args: &Training, classifier: bool) -> Result<(Config, Given, Vec<String>)> {
     let flags = [
         ("data", args.data.clone()),
         ("on_bad_image", args.on_bad_image.map(|what| what.to_string())),
@@ -248,7 +258,6 @@ fn config(args: &Args, classifier: bool) -> Result<(Config, Given, Vec<String>)>
         ("batch", args.batch.map(|batch| batch.to_string())),
         ("seed", args.seed.map(|seed| seed.to_string())),
         ("precision", args.precision.map(|precision| precision.to_string())),
-        ("init", args.init.as_ref().map(|model| model.to_string_lossy().into_owned())),
     ];
     let mut sets = args.set.clone();
     sets.extend(flags.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value?))));
