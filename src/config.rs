@@ -433,9 +433,9 @@ pub const MAY_CHANGE: [&str; 9] = [
     "keep_checkpoints",
 ];
 
-/// Settings that a classifier of noised images does not have: what a network predicts, its loss, its way up, and how it
-/// sees classes.
-pub const NOT_OF_CLASSIFIERS: [&str; 8] = [
+/// Settings that a classifier of noised images does not have: what a network predicts, its loss, its way up, how it
+/// sees classes, and the model that its weights start from.
+pub const NOT_OF_CLASSIFIERS: [&str; 9] = [
     "prediction",
     "variance",
     "loss",
@@ -444,6 +444,7 @@ pub const NOT_OF_CLASSIFIERS: [&str; 8] = [
     "label_dropout",
     "class_embedding",
     "upsample_type",
+    "init",
 ];
 
 /// Every setting with its value in the default preset, of a network or of a `classifier`, for `--help`.

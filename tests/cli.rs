@@ -1403,6 +1403,7 @@ fn a_classifier_has_no_settings_of_a_network() {
         ("label_dropout=0.1", "label_dropout"),
         ("class_embedding=timestep", "class_embedding"),
         ("upsample_type=resnet", "upsample_type"),
+        ("init=runs/mnist", "init"),
     ] {
         let said = fails(train_classifier().args(["--set", assignment]), 2);
         let want = format!("ddpm-cuda: --set {assignment}: a classifier has no {key}, so leave it out\n");
@@ -1411,14 +1412,16 @@ fn a_classifier_has_no_settings_of_a_network() {
     let help = ok(ddpm().args(["train-classifier", "--help"]));
     assert!(!help.contains("min_snr_gamma = ") && help.contains("timestep_sampling = "), "{help}");
     let model = folder.path().join("model.toml");
-    fs::write(&model, "timesteps = 40\nloss = \"hybrid\"\nvariance = \"learned_range\"\nlabel_dropout = 0.1\n")
-        .unwrap();
+    let tuned = "init = \"runs/mnist\"\ntimesteps = 40\nloss = \"hybrid\"\nvariance = \"learned_range\"\n";
+    fs::write(&model, format!("{tuned}label_dropout = 0.1\n")).unwrap();
     let run = folder.path().join("judge");
     let mut command = ddpm();
     command.args(["train-classifier", "--data", "mnist", "--batch", "4", "--steps", "1", "--device", "cpu"]);
     ok(command.args(&TINY[..6]).args(["--set", "validate_every=0", "--config"]).arg(&model).arg("--out").arg(&run));
     let settings = fs::read_to_string(run.join("config.toml")).unwrap();
-    for line in ["timesteps = 40", "loss = \"simple\"", "variance = \"fixed_large\"", "label_dropout = 0.0"] {
+    for line in
+        ["timesteps = 40", "loss = \"simple\"", "variance = \"fixed_large\"", "label_dropout = 0.0", "init = \"\""]
+    {
         assert!(settings.lines().any(|l| l.starts_with(line)), "{line} is not in {settings}");
     }
 }

@@ -216,7 +216,12 @@ fn train(args: &Training, classifier: bool, choice: Choice, rank: Option<&Rank>)
         return Ok(ExitCode::from(stopped.map_or_else(|| signals.exit_code(), |(stop, _)| stop.code)));
     }
     if speaks {
-        say!("{done} steps, {:.0} s: {}", started.elapsed().as_secs_f64(), checkpoint.display());
+        say!(
+            "{done} step{}, {:.0} s: {}",
+            if done == 1 { "" } else { "s" },
+            started.elapsed().as_secs_f64(),
+            checkpoint.display()
+        );
         match classifier {
             false => say!("to draw images: ddpm-cuda sample --model {folder} --out samples.png"),
             true => say!(
