@@ -5,10 +5,10 @@
 //            step:      y = y_2 + weight (y_1 - y_2) of two halves, times scale[i];
 //                       x_0 = clip(limit(x0_xt x + x0_output y) + shift_x0 g);
 //                       next = c_x0 x_0 + c_xt x + c_before before + shift_mean variance g + sigma z.
-//                       limit clips to +-bound, or to +-s and divides by s = limits[i]; after it clip is to +-bound or
-//                       +-1. A learned variance is exp(log_offset + log_factor v), or v if it is RAW, and sigma its
+//                       limit clips to +-bound, or to +-s and divides by s = limits[i]; clip is to +-shifted_bound. A
+//                       learned variance is exp(log_offset + log_factor v), or v if it is RAW, and sigma its
 //                       root where f.sigma is not 0. z is drawn unless sigma is 0
-//            correct:   eps = eps_xt x + eps_output y;  next = x + factors[i, 0] eps + factors[i, 1] z
+//            correct:   eps = eps_xt x + eps_output y + shift g;  next = x + factors[i, 0] eps + factors[i, 1] z
 //            diffuse:   next = signal from + noise z where mask is 0 or there is no mask, otherwise x
 //            these four write the new x as f32 and, unless `input` is null, `copies` times in T for the network
 //            rescale:   scale[i] = phi dev(y_1) / dev(y) + 1 - phi, deviations over image i
@@ -47,6 +47,7 @@ struct Factors {
     float log_offset, log_factor;    // of the learned log variance
     float variance;                  // if it is not learned
     float shift_x0, shift_mean;      // of the gradient, scaled
+    float shifted_bound;             // on |x_0| after its shift; infinite if that is not clipped
 };
 
 // Host twin: what changes from one step of a reverse process to the next, in device memory, written at a step's start
@@ -193,7 +194,7 @@ __device__ __forceinline__ void step(float* next, T* input, float* x_0, const fl
                 variance = expf(log_variance);
             }
             if (gradient != nullptr) {
-                image_j = clip(fmaf(f.shift_x0, gs[j], image_j), limits == nullptr ? bound : 1.0f);
+                image_j = clip(fmaf(f.shift_x0, gs[j], image_j), f.shifted_bound);
             }
             float mean = fmaf(f.c_x0, image_j, __fmul_rn(f.c_xt, xs[j]));
             if (before != nullptr) mean = fmaf(f.c_before, bs[j], mean);
@@ -211,7 +212,8 @@ __device__ __forceinline__ void step(float* next, T* input, float* x_0, const fl
 template <class T>
 __device__ __forceinline__ void correct(float* next, T* input, const float* x, const T* y, const float* scale,
                                         const float* factors, size_t n, size_t image, unsigned copies, float eps_xt,
-                                        float eps_output, const Reading& r, const Stream& streams, unsigned row) {
+                                        float eps_output, const Reading& r, const Stream& streams, unsigned row,
+                                        const float* gradient, float shift) {
     const size_t block = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
     if (4 * block >= image) return;
     const unsigned count = unsigned(min(size_t(4), image - 4 * block));
@@ -222,12 +224,15 @@ __device__ __forceinline__ void correct(float* next, T* input, const float* x, c
         const float4 z = normals(of_row(streams, uint32_t(i), row), uint32_t(block));
         const Read out = read(y, i, unsigned(4 * block), count, n, unsigned(image), r,
                               scale == nullptr ? 1.0f : scale[i]);
+        float4 g = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (gradient != nullptr) g = load_group(gradient, offset, count, vector);
         const float drift = factors[2 * i], noise = factors[2 * i + 1];
         const float xs[4] = {x_t.x, x_t.y, x_t.z, x_t.w}, zs[4] = {z.x, z.y, z.z, z.w};
+        const float gs[4] = {g.x, g.y, g.z, g.w};
         float v[4];
 #pragma unroll
         for (unsigned j = 0; j < 4; ++j) {
-            const float eps = predicted(eps_xt, eps_output, xs[j], out.y[j]);
+            const float eps = fmaf(shift, gs[j], predicted(eps_xt, eps_output, xs[j], out.y[j]));
             v[j] = fmaf(noise, zs[j], fmaf(drift, eps, xs[j]));
         }
         put(next, input, offset, make_float4(v[0], v[1], v[2], v[3]), count, vector, n * image, copies);
@@ -351,7 +356,8 @@ __device__ __forceinline__ void threshold(float* limits, const float* x, const T
 template <class T>
 __device__ __forceinline__ void norms(float* factors, const float* x, const T* y, const float* scale, size_t n,
                                       unsigned image, float eps_xt, float eps_output, double noise, double two_alpha,
-                                      double snr, const Reading& r, const Stream& streams, unsigned row) {
+                                      double snr, const Reading& r, const Stream& streams, unsigned row,
+                                      const float* gradient, float shift) {
     __shared__ double scratch[THREADS / 32];
     const size_t i = blockIdx.x;
     const float scale_i = scale == nullptr ? 1.0f : scale[i];
@@ -361,11 +367,14 @@ __device__ __forceinline__ void norms(float* factors, const float* x, const T* y
         const unsigned count = min(4u, image - k);
         const Read out = read(y, i, k, count, n, image, r, scale_i);
         const float4 x_t = load_group(x, i * image + k, count, image % 4 == 0), z = normals(stream, k / 4);
+        float4 g = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (gradient != nullptr) g = load_group(gradient, i * image + k, count, image % 4 == 0);
         const float xs[4] = {x_t.x, x_t.y, x_t.z, x_t.w}, zs[4] = {z.x, z.y, z.z, z.w};
+        const float gs[4] = {g.x, g.y, g.z, g.w};
 #pragma unroll
         for (unsigned j = 0; j < 4; ++j) {
             if (j >= count) continue;
-            const double eps = predicted(eps_xt, eps_output, xs[j], out.y[j]);
+            const double eps = fmaf(shift, gs[j], predicted(eps_xt, eps_output, xs[j], out.y[j]));
             of_eps += eps * eps, of_z += double(zs[j]) * zs[j];
         }
     }
@@ -392,8 +401,10 @@ __device__ __forceinline__ void norms(float* factors, const float* x, const T* y
     } \
     extern "C" __global__ void __launch_bounds__(THREADS) sample_step_correct_##suffix( \
         float* next, T* input, const float* x, const T* y, const float* scale, const float* factors, size_t n, \
-        size_t image, unsigned copies, float eps_xt, float eps_output, Reading r, Stream streams, unsigned row) { \
-        correct(next, input, x, y, scale, factors, n, image, copies, eps_xt, eps_output, r, streams, row); \
+        size_t image, unsigned copies, float eps_xt, float eps_output, Reading r, Stream streams, unsigned row, \
+        const float* gradient, float shift) { \
+        correct(next, input, x, y, scale, factors, n, image, copies, eps_xt, eps_output, r, streams, row, gradient, \
+                shift); \
     } \
     extern "C" __global__ void __launch_bounds__(THREADS) sample_step_diffuse_##suffix( \
         float* next, T* input, const float* x, const float* from, const float* mask, size_t n, size_t image, \
@@ -411,8 +422,10 @@ __device__ __forceinline__ void norms(float* factors, const float* x, const T* y
     } \
     extern "C" __global__ void __launch_bounds__(THREADS, 4) sample_step_norms_##suffix( \
         float* factors, const float* x, const T* y, const float* scale, size_t n, unsigned image, float eps_xt, \
-        float eps_output, double noise, double two_alpha, double snr, Reading r, Stream streams, unsigned row) { \
-        norms(factors, x, y, scale, n, image, eps_xt, eps_output, noise, two_alpha, snr, r, streams, row); \
+        float eps_output, double noise, double two_alpha, double snr, Reading r, Stream streams, unsigned row, \
+        const float* gradient, float shift) { \
+        norms(factors, x, y, scale, n, image, eps_xt, eps_output, noise, two_alpha, snr, r, streams, row, gradient, \
+              shift); \
     }
 F32_AND_BF16(ENTRIES)
 #undef ENTRIES

@@ -119,6 +119,25 @@ impl Classifier {
         as_type(device, DType::F32, &dx)
     }
 
+    /// Bytes of `device`'s memory that [`gradient`](Self::gradient) takes for images of `shape`, the weights not
+    /// counted.
+    ///
+    /// # Errors
+    /// None; shapes need no memory.
+    pub fn memory(&self, device: &Device, shape: Shape) -> Result<u64> {
+        let meta = device.meta();
+        let params = Params::zeros(&meta, self.params.specs().clone())?;
+        let weights = meta.pool_stats().held;
+        let x_t = Tensor::uninit(&meta, meta.activations(), shape)?; // (n, h, w, c)
+        let t = Tensor::uninit(&meta, DType::F32, Shape::new(shape.n, 1, 1, 1))?;
+        let mut tape = Tape::recording(&meta, &params);
+        let x = tape.leaf(x_t);
+        let logits = self.unet.forward(&mut tape, &x, &t, &Conditioning::NONE, None)?; // (n, 1, 1, classes)
+        let dz = Tensor::uninit(&meta, meta.activations(), logits.shape())?;
+        tape.backward_to_leaves(&logits, dz)?;
+        Ok(meta.pool_stats().held - weights)
+    }
+
     /// For images `x` (n, h, w, c), of the device's activation type, at timestep `t`: what the last layer sees, (n, 1,
     /// 1, d) with d the width of the coarsest level, and the logits, (n, 1, 1, classes).
     ///

@@ -214,12 +214,16 @@ impl Reverse<'_> {
                 let t = correction.t;
                 let call = Call { x: chain.input(kind.copies), t: t as f32, halves: kind.copies, turn: None };
                 let output = network(call)?;
+                let slope = match &mut gradient {
+                    Some((gradient, scale)) => Some((gradient(&chain.x, t as f32)?, *scale)),
+                    None => None,
+                };
                 let streams = samples.correction(t, round, corrector.steps);
                 let given = Given {
                     x: &chain.x,
                     output: &output,
                     before: None,
-                    gradient: None,
+                    gradient: slope.as_ref().map(|(slope, scale)| (slope, *scale)),
                     guidance: sampler.guidance(correction.level),
                     noise: self.noise(streams, self.shared.is_some_and(|shared| t >= shared.until)),
                 };

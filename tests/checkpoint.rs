@@ -193,6 +193,9 @@ fn what_is_written_is_what_diffusers_writes() {
         // The default of diffusers but for the timesteps, which `sample` takes from both ends.
         let mut scheduler = json_file(&layout.join("scheduler/scheduler_config.json"));
         scheduler["timestep_spacing"] = json!("linspace");
+        // And but for the variance, which is the small one in fewer steps.
+        scheduler["variance_type"] = json!("fixed_small");
+        scheduler["_variance"] = json!("fixed_large");
         assert_eq!(json_file(&path.join("scheduler/scheduler_config.json")), scheduler);
         // The same tensors under the same names, bit for bit.
         let (ours, theirs) = (
@@ -696,6 +699,28 @@ fn either_learned_variance_keeps_its_meaning() {
     assert_eq!(read(&ours).diffusion.variance, Variance::Learned);
 }
 
+/// In fewer steps our own models take fixed_small in place of fixed_large, so that is what others read, and a word of
+/// our own says what all steps take. What another program's scheduler says holds for any number of steps.
+#[test]
+fn a_large_variance_is_written_as_it_is_drawn() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let config = Config::preset(Preset::Mnist);
+    assert_eq!(config.diffusion.variance, Variance::FixedLarge);
+    let (_, specs) = UNet::new(&config.model).unwrap();
+    let params = Params::zeros(&Device::cpu(), specs).unwrap();
+    for (stepping, words) in
+        [(Stepping::OURS, ("fixed_small", Some("fixed_large"))), (Stepping::FOREIGN, ("fixed_large", None))]
+    {
+        let folder = at(words.0);
+        checkpoint::write_folder(&folder, &config, &params, &stepping, For::Diffusers).unwrap();
+        let json = json_file(&folder.join("scheduler/scheduler_config.json"));
+        assert_eq!((json["variance_type"].as_str().unwrap(), json["_variance"].as_str()), words);
+        let read = checkpoint::load(&Device::cpu(), &folder).unwrap();
+        assert_eq!((read.config.diffusion.variance, read.stepping), (Variance::FixedLarge, stepping));
+    }
+}
+
 #[test]
 fn folders_that_hold_no_model() {
     let folder = tempfile::tempdir().unwrap();
@@ -827,12 +852,24 @@ fn schedulers_of_a_ddpms_process_are_read_and_others_refused_by_class() {
         let loaded = pipeline.load().unwrap();
         assert_eq!(loaded.config.diffusion.end_betas(), betas, "{class}");
         assert_eq!(loaded.stepping.spacing, spacing, "{class}");
-        assert_eq!(loaded.stepping.clip, class != "HeunDiscreteScheduler", "{class}");
+        let clips = ["DDPM", "DDIM", "RePaint"].iter().any(|name| class.starts_with(name));
+        assert_eq!((loaded.stepping.clip, loaded.stepping.small_if_fewer), (clips, false), "{class}");
         assert!(loaded.notes.is_empty(), "{class}: {:?}", loaded.notes);
     }
     // Keys of other samplers that change only their steps.
     pipeline.scheduler(&json!({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": true, "sigma_min": null,
         "interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"}));
+    let said = pipeline.load().unwrap().notes.join("\n");
+    assert!(said.contains("scheduler_config.json: use_karras_sigmas = true is not taken over"), "{said}");
+    assert!(said.ends_with("; --spacing karras takes its noise levels"), "{said}");
+    pipeline.scheduler(&json!({"_class_name": "DDIMScheduler", "set_alpha_to_one": false, "clip_sample": false,
+        "use_clipped_model_output": false, "eta": 0.5}));
+    let said = pipeline.load().unwrap().notes.join("\n");
+    assert!(said.contains("eta = 0.5, set_alpha_to_one = false is not taken over"), "{said}");
+    // eps of the unclipped x_0 is another step than ours; where nothing is clipped they are one.
+    pipeline.scheduler(&json!({"_class_name": "DDIMScheduler", "use_clipped_model_output": false}));
+    assert!(pipeline.refusal().contains("has use_clipped_model_output = false; only true is supported"));
+    pipeline.scheduler(&json!({"_class_name": "DDIMScheduler", "use_clipped_model_output": true}));
     pipeline.load().unwrap();
     for (class, why) in [
         ("FlowMatchEulerDiscreteScheduler", "flow matching"),
@@ -928,7 +965,7 @@ fn the_schedulers_spacing_is_the_models_default() {
     {
         let keys = json!({"timestep_spacing": spacing, "steps_offset": 1, "clip_sample": spacing != "linspace"});
         pipeline.change("scheduler/scheduler_config.json", keys);
-        let stepping = Stepping { spacing: want, steps_offset: 1, clip: spacing != "linspace", ..Stepping::OURS };
+        let stepping = Stepping { spacing: want, steps_offset: 1, clip: spacing != "linspace", ..Stepping::FOREIGN };
         assert_eq!(pipeline.load().unwrap().stepping, stepping);
     }
     // What limits x_0.
@@ -958,7 +995,7 @@ fn the_schedulers_spacing_is_the_models_default() {
         assert!(said.contains(want), "{said}");
     }
     // Without a scheduler nothing is said of it.
-    assert_eq!(checkpoint::describe(&fixture("unet_gray16")).unwrap().stepping, Stepping::OURS);
+    assert_eq!(checkpoint::describe(&fixture("unet_gray16")).unwrap().stepping, Stepping::FOREIGN);
     // This program's checkpoints once said `leading` and were drawn from evenly; a file beside them tells them apart.
     fs::write(pipeline.path().join("training_state.safetensors"), "").unwrap();
     pipeline.change("scheduler/scheduler_config.json", json!({"timestep_spacing": "leading", "steps_offset": 0}));

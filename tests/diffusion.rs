@@ -202,6 +202,7 @@ fn names_parse_and_print_and_wrong_settings_are_refused() {
         ("underflows", Schedule::from_betas(vec![0.99; 200]).map(|_| ())),
         ("underflows: it is 9", Schedule::from_betas(vec![0.9; 80]).map(|_| ())),
         ("beta at timestep 0 is 1e-17: so small that", Schedule::from_betas(vec![1e-17; 2]).map(|_| ())),
+        ("beta at timestep 2 is 1e-18: so small that", Schedule::from_betas(vec![0.1, 0.1, 1e-18]).map(|_| ())),
         ("timestep 999, but the last there is is 998", Spacing::Leading.timesteps_from(1, 999, 999).map(|_| ())),
         ("steps is 0: must be from 1 to the model's 1000", Spacing::Even.timesteps(1000, 0).map(|_| ())),
         ("steps is 1001: must be from 1", Spacing::Trailing.timesteps(1000, 1001).map(|_| ())),
@@ -363,7 +364,7 @@ fn inversion_leads_back() {
         (50, 0.4130299425, 0.4251457872, [-0.00570815, -3.76456e-4, -5.22635e-7, 4.50e-12]),
     ] {
         let kept = Timesteps::Spaced(Spacing::Even).kept(&s, true, 0, steps).unwrap();
-        let inverse = inversion(&s, Prediction::Eps, &kept).unwrap();
+        let inverse = inversion(&s, Prediction::Eps, &kept, 1).unwrap();
         let encode = |rounds: usize| {
             inverse.iter().fold(0.3, |a, step| {
                 (0..=rounds).fold(a, |x, _| {
@@ -452,7 +453,7 @@ fn samplers_that_cannot_work_are_refused() {
         ("3 of 1000 are kept", over(&s, Prediction::Eps, Method::Ancestral(Variance::Learned), &[0, 1, 3])),
         ("no finite noise level", Timesteps::karras_levels(&zero, 5).map(|_| ())),
         ("whole timesteps alone", Sampler::heun_over_levels(&s, Prediction::Mu, 5).map(|_| ())),
-        ("nothing can be encoded", inversion(&zero, Prediction::V, &all).map(|_| ())),
+        ("nothing can be encoded", inversion(&zero, Prediction::V, &all, 1).map(|_| ())),
         ("dpm++ and heun solve an ODE", heun.corrected(Corrector { steps: 1, snr: 0.16 }).map(|_| ())),
         ("--snr 0: must be above 0", ddim.corrected(Corrector { steps: 1, snr: 0.0 }).map(|_| ())),
         ("--threshold 0: the quantile", Limit::quantile(0.0).map(|_| ())),
@@ -535,8 +536,49 @@ fn a_correction_by_hand() {
     assert!(sampler.correction(999).is_none(), "there is none after the last step");
     near("alpha", correction.alpha, 0.98994004004, 11);
     let eps = [3.0, 4.0].map(|s| -s * correction.noise);
-    let got = sample_step::reference::correct(&[0.0, 0.0], &eps, &[1.0, 2.0], correction, corrector);
+    let of = |output: &[f64], gradient: &[f64]| {
+        let image = Image { x: &[0.0, 0.0], output, v: &[], before: &[], gradient, z: &[1.0, 2.0] };
+        sample_step::reference::correct(image, correction, corrector)
+    };
+    let got = of(&eps, &[]);
     agrees_to("step", &got, &[0.17279766, 0.32532134], |_| 5e-9);
+    // The gradient of a log probability is part of the score: (1, 5) + (2, -1).
+    let guided = of(&[1.0, 5.0].map(|s| -s * correction.noise), &[2.0, -1.0]);
+    agrees_to("step towards a class", &guided, &got, |want| 1e-14 * want.abs());
+}
+
+/// The gradient of a classifier lowers eps by sqrt(1 - alpha_bar) times it under DDIM, and moves the mean of ancestral
+/// sampling by the variance times it (Dhariwal and Nichol 2021, algorithms 1 and 2), whatever x_0 is clipped to.
+#[test]
+fn a_classifier_moves_eps_and_the_mean() {
+    let s = Schedule::new(Kind::Linear, 1000).unwrap();
+    let kept: Vec<u32> = (0..50).map(|i| 20 * i).collect();
+    // As their code steps from 900 to 880: x_t = 0.3, and a predicted x_0 below -1.
+    let (a, before) = (s.alpha_bar(900), s.alpha_bar(880));
+    let step_of = |method: Method, output: f64, g: &[f64]| {
+        let sampler = Sampler::over(&s, Prediction::X0, method, &kept).unwrap();
+        let step = *sampler.steps().iter().find(|step| step.t == 900).unwrap();
+        let image = Image { x: &[0.3], output: &[output], v: &[], before: &[], gradient: g, z: &[0.0] };
+        sample_step::reference::step_of(image, &step).0[0]
+    };
+    let ddim = Method::Ddim { eta: 0.0 };
+    for (output, g) in [(-1.7, -0.02), (-1.7, 0.02), (0.4, 0.3), (1.2, 0.1)] {
+        let x_0 = f64::clamp(output, -1.0, 1.0);
+        let eps = (0.3 - a.sqrt() * x_0) / (1.0 - a).sqrt() - (1.0 - a).sqrt() * g;
+        let x_0 = (0.3 - (1.0 - a).sqrt() * eps) / a.sqrt();
+        let want = before.sqrt() * x_0 + (1.0 - before).sqrt() * eps;
+        agrees(&format!("ddim, {output}, {g}"), &[step_of(ddim, output, &[g])], &[want]);
+        let variance = 1.0 - a / before;
+        for (name, method, variance) in [
+            ("fixed_large", Method::Ancestral(Variance::FixedLarge), variance),
+            ("fixed_small", Method::Ancestral(Variance::FixedSmall), variance * (1.0 - before) / (1.0 - a)),
+        ] {
+            let want = step_of(method, output, &[]) + variance * g;
+            agrees(&format!("{name}, {output}, {g}"), &[step_of(method, output, &[g])], &[want]);
+        }
+    }
+    // Of OpenAI's code.
+    near("ddim", step_of(ddim, -1.7, &[-0.02]), 0.29280, 4);
 }
 
 #[test]

@@ -510,6 +510,8 @@ impl DDPMScheduler {
     /// Those of [`Diffusion::noise_schedule`].
     pub fn of(d: &Diffusion, stepping: &Stepping) -> Result<Self> {
         let (beta_start, beta_end) = d.end_betas();
+        // What we do by default is what others read; that all timesteps take `fixed_large` is a word of our own.
+        let small = d.variance == Variance::FixedLarge && stepping.small_if_fewer;
         // diffusers has no constant schedule but accepts any betas.
         let trained_betas = match (d.trained_betas.is_empty(), d.schedule.diffusers_name()) {
             (true, Some(_)) => None,
@@ -519,7 +521,7 @@ impl DDPMScheduler {
             _class_name: Some("DDPMScheduler".into()),
             _diffusers_version: Some(VERSION.into()),
             _prediction: d.prediction.diffusers_name().is_none().then(|| d.prediction.name().into()),
-            _variance: (d.variance == Variance::Learned).then(|| d.variance.name().into()),
+            _variance: (small || d.variance == Variance::Learned).then(|| d.variance.name().into()),
             beta_end,
             beta_schedule: Some(d.schedule.diffusers_name().unwrap_or("linear").into()),
             beta_start,
@@ -540,6 +542,7 @@ impl DDPMScheduler {
             },
             trained_betas,
             variance_type: Some(match d.variance {
+                _ if small => Variance::FixedSmall.name().into(),
                 // diffusers' `learned` is the variance itself, not its logarithm.
                 Variance::Learned => LEARNED_LOG.into(),
                 Variance::LearnedRaw => LEARNED_RAW.into(),
@@ -562,6 +565,9 @@ pub struct Stepping {
     pub clip_range: f64,
     /// Dynamic thresholding of the predicted x_0, in place of clipping.
     pub threshold: Option<Threshold>,
+    /// Whether ancestral sampling over fewer steps than timesteps takes `fixed_small` in place of `fixed_large`, as this
+    /// program does with its own models and diffusers with none.
+    pub small_if_fewer: bool,
 }
 
 /// Dynamic thresholding (Saharia et al. 2022, section 2.3): each image's x_0 is clipped to [-s, s] and divided by s. s
@@ -576,8 +582,17 @@ pub struct Threshold {
 
 impl Stepping {
     /// What this program does with its own models.
-    pub const OURS: Stepping =
-        Stepping { spacing: Spacing::Even, steps_offset: 0, clip: true, clip_range: 1.0, threshold: None };
+    pub const OURS: Stepping = Stepping {
+        spacing: Spacing::Even,
+        steps_offset: 0,
+        clip: true,
+        clip_range: 1.0,
+        threshold: None,
+        small_if_fewer: true,
+    };
+
+    /// And with those of others whose files say nothing of it.
+    pub const FOREIGN: Stepping = Stepping { small_if_fewer: false, ..Stepping::OURS };
 }
 
 /// Schedulers over the process of a DDPM: betas over `num_train_timesteps` and a network that is given a timestep.
@@ -605,6 +620,16 @@ const LINSPACE: [&str; 9] = [
 /// Absent betas are those of latent diffusion, 0.00085 to 0.012.
 const LINSPACE_LATENT: [&str; 4] =
     ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"];
+
+/// Those that clip x_0 unless they say otherwise.
+const CLIPPING: [&str; 6] = [
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDIMInverseScheduler",
+    "RePaintScheduler",
+];
 
 /// Refuses a scheduler whose process is not a DDPM's.
 ///
@@ -634,38 +659,53 @@ pub(super) fn check_scheduler(class: &str) -> Sentence<()> {
     ))
 }
 
-/// Keys of the accepted schedulers that change how they step, not the process, and that other samplers do not have.
-const STEPS_ONLY: [&str; 29] = [
-    "algorithm_type",
-    "clip_predicted_image",
-    "corrector_order",
-    "disable_corrector",
-    "eta",
-    "euler_at_final",
-    "final_sigmas_type",
-    "flow_shift",
-    "interpolation_type",
-    "lambda_min_clipped",
-    "lower_order_final",
-    "noise_sampler_seed",
-    "predict_x0",
-    "predictor_order",
-    "set_alpha_to_one",
-    "shift_terminal",
-    "sigma_max",
-    "sigma_min",
-    "skip_prk_steps",
-    "solver_order",
-    "solver_p",
-    "solver_type",
-    "tau_func",
-    "tensor_format",
-    "time_shift_type",
-    "use_beta_sigmas",
-    "use_exponential_sigmas",
-    "use_karras_sigmas",
-    "use_lu_lambdas",
+/// Keys of the accepted schedulers that change how they step, not the process, and that other samplers do not have;
+/// with the values that ask for nothing unusual.
+const STEPS_ONLY: [(&str, &[&str]); 29] = [
+    ("algorithm_type", &["\"dpmsolver++\"", "\"data_prediction\"", "\"deis\""]),
+    ("clip_predicted_image", &["true"]),
+    ("corrector_order", &["2"]),
+    ("disable_corrector", &["[]"]),
+    ("eta", &["0", "0.0"]),
+    ("euler_at_final", &["false"]),
+    ("final_sigmas_type", &["\"zero\""]),
+    ("flow_shift", &["1", "1.0"]),
+    ("interpolation_type", &["\"linear\""]),
+    ("lambda_min_clipped", &["\"-inf\""]),
+    ("lower_order_final", &["true"]),
+    ("noise_sampler_seed", &[]),
+    ("predict_x0", &["true"]),
+    ("predictor_order", &["2"]),
+    ("set_alpha_to_one", &["true"]),
+    ("shift_terminal", &[]),
+    ("sigma_max", &[]),
+    ("sigma_min", &[]),
+    ("skip_prk_steps", &["false", "true"]),
+    ("solver_order", &["2"]),
+    ("solver_p", &[]),
+    ("solver_type", &["\"midpoint\"", "\"bh2\"", "\"logrho\""]),
+    ("tau_func", &[]),
+    ("tensor_format", &["\"pt\"", "\"np\""]),
+    ("time_shift_type", &["\"exponential\""]),
+    ("use_beta_sigmas", &["false"]),
+    ("use_exponential_sigmas", &["false"]),
+    ("use_karras_sigmas", &["false"]),
+    ("use_lu_lambdas", &["false"]),
 ];
+
+/// A sentence about the keys of a `scheduler_config.json` that ask for steps which `sample` does not take.
+pub(super) fn steps_not_taken(file: &Map<String, Value>) -> Option<String> {
+    let asked: Vec<String> = STEPS_ONLY
+        .iter()
+        .filter_map(|(key, usual)| Some((key, usual, file.get(*key).filter(|value| !value.is_null())?)))
+        .filter(|(_, usual, value)| !usual.contains(&value.to_string().as_str()))
+        .map(|(key, _, value)| format!("{key} = {}", short(value)))
+        .collect();
+    let karras = file.get("use_karras_sigmas") == Some(&json!(true));
+    let remedy = if karras { "; --spacing karras takes its noise levels" } else { "" };
+    let how = "--sampler and --spacing say how steps are taken";
+    (!asked.is_empty()).then(|| format!("{} is not taken over: {how}{remedy}", asked.join(", ")))
+}
 
 /// The process that a `scheduler_config.json` of any of diffusers' discrete schedulers describes, and the parts of its
 /// stepping that other samplers can take over. The network must predict the noise.
@@ -684,7 +724,7 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<(Diffusion, 
         c.beta_start = if absent("beta_start") { 0.00085 } else { c.beta_start };
         c.beta_end = if absent("beta_end") { 0.012 } else { c.beta_end };
     }
-    if class == "HeunDiscreteScheduler" && absent("clip_sample") {
+    if !CLIPPING.contains(&class) && absent("clip_sample") {
         c.clip_sample = false;
     }
     if c.clip_sample && (c.clip_sample_range <= 0.0 || !c.clip_sample_range.is_finite()) {
@@ -711,14 +751,17 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<(Diffusion, 
         ("use_flow_sigmas", json!(false)),
         ("use_dynamic_shifting", json!(false)),
         ("timestep_type", json!("discrete")),
+        // eps is derived again from the limited x_0. Where nothing is limited, that is no difference.
+        ("use_clipped_model_output", json!(true)),
     ];
     let known = json!(DDPMScheduler::default());
     for (key, value) in file.iter().filter(|(key, value)| !key.starts_with('_') && !value.is_null()) {
         if let Some((_, only)) = others.iter().find(|(other, _)| other == key) {
-            if value != only {
+            if value != only && (key != "use_clipped_model_output" || c.clip_sample) {
                 return Err(format!("has {key} = {}; only {only} is supported", short(value)));
             }
-        } else if known.get(key).is_none() && *value != json!(false) && !STEPS_ONLY.contains(&key.as_str()) {
+        } else if known.get(key).is_none() && *value != json!(false) && !STEPS_ONLY.iter().any(|(only, _)| only == key)
+        {
             let remedy = "take it out if it changes only how steps are taken";
             return Err(format!("has {} = {}, which is not known here; {remedy}", cut(key), short(value)));
         }
@@ -730,6 +773,7 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<(Diffusion, 
     };
     let variance = match (c._variance.as_deref(), c.variance_type.as_deref()) {
         (Some("learned"), Some(LEARNED_LOG)) => Variance::Learned,
+        (Some("fixed_large"), Some("fixed_small")) => Variance::FixedLarge,
         (None, None | Some("fixed_small" | "fixed_small_log")) => Variance::FixedSmall,
         (None, Some("fixed_large")) => Variance::FixedLarge,
         (None, Some("learned_range")) => Variance::LearnedRange,
@@ -755,6 +799,7 @@ pub(super) fn read_diffusion(file: &Map<String, Value>) -> Sentence<(Diffusion, 
         clip: c.clip_sample,
         clip_range: if c.clip_sample { c.clip_sample_range } else { 1.0 },
         threshold,
+        small_if_fewer: c._variance.as_deref() == Some("fixed_large"),
     };
     let timesteps = c.num_train_timesteps as usize;
     if !(2..=MOST_TIMESTEPS).contains(&timesteps) {

@@ -279,7 +279,7 @@ pub fn load(device: &Device, path: &Path) -> Result<Loaded> {
 pub fn load_with(device: &Device, path: &Path, flags: &[String]) -> Result<Loaded> {
     if is_weights(path) {
         let openai::Found { config, file, notes } = openai::open(path, flags)?;
-        return read(device, path, Description { config, stepping: Stepping::OURS, notes }, file);
+        return read(device, path, Description { config, stepping: Stepping::FOREIGN, notes }, file);
     }
     let place = Place::find(path)?;
     refuse_flags(path, flags)?;
@@ -337,7 +337,7 @@ pub fn describe(path: &Path) -> Result<Description> {
 pub fn describe_with(path: &Path, flags: &[String]) -> Result<Description> {
     if is_weights(path) {
         let openai::Found { config, notes, .. } = openai::open(path, flags)?;
-        return Ok(Description { config, stepping: Stepping::OURS, notes });
+        return Ok(Description { config, stepping: Stepping::FOREIGN, notes });
     }
     let place = Place::find(path)?;
     refuse_flags(path, flags)?;
@@ -545,6 +545,7 @@ impl Place {
                 if json.get("_class_name").is_none_or(Value::is_null) {
                     notes.push(format!("{}: names no class; DDPMScheduler is assumed", file.display()));
                 }
+                notes.extend(diffusers::steps_not_taken(&json).map(|what| format!("{}: {what}", file.display())));
                 let unfit = |e: Error| Error::file(file, format!("describes a process that cannot be: {e}"));
                 read.0.validate().map_err(unfit)?;
                 if read.0.variance.is_learned() != config.model.learned_variance {
@@ -568,13 +569,15 @@ impl Place {
                 if config.model.learned_variance {
                     process.variance = Variance::LearnedRange;
                 }
-                (process, Stepping::OURS)
+                (process, Stepping::FOREIGN)
             }
         };
         // This program once wrote `leading` and drew evenly all the same. What such a checkpoint drew it still draws.
         if self.resumable && stepping.spacing == Spacing::Leading {
             stepping = Stepping { spacing: Spacing::Even, steps_offset: 0, ..stepping };
         }
+        // And it once said `fixed_large` alone.
+        stepping.small_if_fewer |= self.resumable;
         let notes = notes.iter().map(|note| printable(note)).collect();
         Ok(Description { config, stepping, notes })
     }

@@ -731,7 +731,7 @@ pub(super) fn write(path: &Path, config: &Config, params: &Params, stepping: &St
     if !config.class_names.is_empty() {
         notes.push("the names of the classes are not kept: OpenAI's files have none".into());
     }
-    if *stepping != Stepping::OURS {
+    if !matches!(*stepping, Stepping::OURS | Stepping::FOREIGN) {
         notes.push("how the model's scheduler steps is not kept: OpenAI's files do not say it".into());
     }
     Ok(notes)

@@ -11,14 +11,15 @@ use crate::diffusion::sampler::inversion;
 use crate::error::Result;
 use crate::layout;
 use crate::output;
-use crate::sample::encode::encode;
-use crate::sample::{Call, Conditional, Drawing};
+use crate::sample::encode::{Encoded, encode};
+use crate::sample::{Call, Conditional, Drawing, label};
 use crate::say;
 use crate::tensor::Tensor;
 use crate::text;
 
-/// Ratio of the noise levels of a step above which the iteration hardly contracts, by 1 - 1/ratio a round.
-const WIDEST: f64 = 8.0;
+/// What the last round of a step may move x_t by, in silence: a level of 255. Between two images that x_t could be of,
+/// a little leads to the other: 0.05 let a digit pass that came back as another.
+const SETTLED: f32 = 0.01;
 
 /// Arguments of `ddpm-cuda encode`.
 #[derive(Debug, clap::Args)]
@@ -35,7 +36,7 @@ pub struct Args {
     /// `--steps` and `--spacing`
     #[command(flatten)]
     pub grid: Grid,
-    /// Rounds of iteration a step; without, the images do not come back
+    /// Rounds of iteration a step; more where the images do not come back closely enough
     #[arg(long, default_value_t = 3, value_name = "N")]
     pub rounds: u32,
     /// Class of every image, by name or number [default: the images' own]
@@ -58,18 +59,11 @@ pub fn run(args: &Args) -> Result<()> {
     let opened = Opened::new(&args.on, &args.of)?;
     let prediction = opened.model.config.diffusion.prediction;
     let kept = args.grid.kept(&opened, false)?;
-    let steps = inversion(&opened.schedule, prediction, &kept)?;
-    if let [.., before, last] = &steps[..]
-        && last.level > WIDEST * before.level
-    {
-        say!(
-            "the last step, to timestep {}, leads from noise sigma {:.3} to {:.4}: over so much the iteration may not settle and the images not come back; --spacing leading stops below, for encode and sample",
-            last.t,
-            before.level,
-            last.level
-        );
-    }
+    let steps = inversion(&opened.schedule, prediction, &kept, opened.shape(1).len())?;
     let (bytes, labels) = opened.images(&args.images, args.class.as_deref(), args.on_bad_image)?;
+    if let Some(labels) = &labels {
+        say_classes(labels, opened.model.config.model.classes);
+    }
     let image = opened.shape(1).len();
     let count = bytes.len() / image;
     let (device, unet, params) = (&opened.device, &opened.unet, &opened.model.params);
@@ -78,21 +72,43 @@ pub fn run(args: &Args) -> Result<()> {
     opened.check_pass(together)?;
     let bar = bar(count.div_ceil(together) * steps.len() * (args.rounds as usize + 1));
     let mut encoded = Vec::with_capacity(bytes.len());
+    let mut most = (0.0, 0);
     for (k, bytes) in bytes.chunks(together * image).enumerate() {
         let shape = opened.shape(bytes.len() / image);
         let labels = labels.as_ref().map(|labels| &labels[k * together..][..shape.n]);
         let network = Conditional::new(device, unet, params, labels, false)?;
         let x_0 = Tensor::from_slice(device, shape, &scaled(bytes))?;
         let network = |x: &Tensor, t: f32| network.call(Call { x, t, halves: 1, turn: None });
-        let x_t = encode(device, &steps, args.rounds, &x_0, network, || {
+        let Encoded { x_t, moved, at } = encode(device, &steps, args.rounds, &x_0, network, || {
             bar.inc(1);
             Ok(())
         })?;
         encoded.extend(layout::to_channels_first(&x_t, shape.c, shape.pixels()));
+        if moved > most.0 {
+            most = (moved, at);
+        }
     }
     bar.finish_and_clear();
+    let (moved, at) = most;
+    if moved > SETTLED {
+        say!(
+            "x_t has not settled at timestep {at}, by {moved:.3} of 1: images may come back changed; more --rounds may help"
+        );
+    }
     let s = opened.shape(count);
     output::write_npy(&args.out, &[s.n, s.c, s.h, s.w], &encoded)?;
     say!("{} in {} steps: {}", text::images(count), steps.len(), args.out.display());
     Ok(())
+}
+
+/// `sample --start` draws the classes in turn unless it is told one, so images of other classes need to be named.
+fn say_classes(labels: &[u32], classes: usize) {
+    let in_turn = labels.iter().enumerate().all(|(i, &k)| label(classes, None, i) == Some(k));
+    match labels {
+        _ if in_turn => {}
+        [first, rest @ ..] if rest.iter().all(|k| k == first) => {
+            say!("the images are of class {first}: draw them with --class {first}");
+        }
+        _ => say!("the images are of several classes: encode and draw each class on its own, with --class"),
+    }
 }

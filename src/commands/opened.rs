@@ -10,7 +10,7 @@ use crate::config::{Config, OnBadImage};
 use crate::data::{self, Data};
 use crate::device::Device;
 use crate::diffusion::sampler::Limit;
-use crate::diffusion::{Method, Sampler, Schedule, Timesteps};
+use crate::diffusion::{Method, Sampler, Schedule, Timesteps, Variance};
 use crate::error::{Error, Result};
 use crate::memory::available_on;
 use crate::output::Target;
@@ -69,6 +69,21 @@ impl Opened {
         }
     }
 
+    /// The variance of ancestral sampling in `steps` of `timesteps` if none is asked for: [`default_variance`], or that
+    /// which the scheduler of another program's model says.
+    pub fn variance(&self, steps: usize, timesteps: usize) -> Variance {
+        let own = self.model.config.diffusion.variance;
+        if own != Variance::FixedLarge || self.model.stepping.small_if_fewer {
+            return default_variance(own, steps, timesteps);
+        }
+        if steps < timesteps {
+            say!(
+                "{own} is the variance, as the model says; in {steps} of {timesteps} steps --variance fixed_small may draw better"
+            );
+        }
+        own
+    }
+
     /// Shape of `count` images.
     pub fn shape(&self, count: usize) -> Shape {
         let m = &self.model.config.model;
@@ -111,7 +126,7 @@ impl Opened {
     /// Ancestral sampling over the timesteps `kept` of the first `timesteps`, x_0 confined as the scheduler says.
     pub fn ancestral(&self, kept: &[u32], timesteps: usize) -> Result<Sampler> {
         let process = &self.model.config.diffusion;
-        let variance = default_variance(process.variance, kept.len(), timesteps);
+        let variance = self.variance(kept.len(), timesteps);
         let sampler = Sampler::over(&self.schedule, process.prediction, Method::Ancestral(variance), kept)?;
         Ok(sampler.limited(self.limit()))
     }

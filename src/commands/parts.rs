@@ -100,6 +100,38 @@ impl Parts {
         write_atomically(&self.file(first), bytes)
     }
 
+    fn file_along(&self, first: usize) -> PathBuf {
+        self.folder.join(format!("{first}.along.u8"))
+    }
+
+    /// Whether the predictions along the way of a batch are there.
+    pub fn has_along(&self, first: usize) -> bool {
+        self.file_along(first).is_file()
+    }
+
+    /// Keeps the bytes of the predictions along the way of a batch, all images of a step after those of the step
+    /// before.
+    ///
+    /// # Errors
+    /// `Error::File` if they cannot be written.
+    pub fn keep_along(&self, first: usize, bytes: &[u8]) -> Result<()> {
+        write_atomically(&self.file_along(first), bytes)
+    }
+
+    /// The predictions along the way of a batch, for each step the bytes of its images.
+    ///
+    /// # Errors
+    /// `Error::File` if they cannot be read.
+    pub fn along(&self, first: usize) -> Result<Vec<Vec<u8>>> {
+        let file = self.file_along(first);
+        let bytes = fs::read(&file).map_err(|e| Error::file(&file, format!("cannot be read: {e}")))?;
+        let of_a_step = self.len(first) * self.image;
+        if !bytes.len().is_multiple_of(of_a_step) {
+            return Err(Error::file(&file, "is not whole"));
+        }
+        Ok(bytes.chunks(of_a_step).map(<[u8]>::to_vec).collect())
+    }
+
     /// The bytes of every batch, in order.
     pub fn read(&self) -> impl Iterator<Item = io::Result<Vec<u8>>> + '_ {
         self.firsts().map(|first| {

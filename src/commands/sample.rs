@@ -99,10 +99,15 @@ pub fn run(args: &Args) -> Result<()> {
         Some(until) if until as usize >= opened.schedule.len() => {
             usage!("--shared-noise {until}: this model has the timesteps 0 to {}", opened.schedule.len() - 1)
         }
+        Some(until) if way.classes > 0 && way.class.is_none() && sampler.steps()[0].t > until => {
+            usage!(
+                "--shared-noise {until}: the images of a row have nothing in common if their classes differ, so give --class"
+            )
+        }
         until => until.map(|until| Shared { row: output::columns(shape) as u32, until }),
     };
     if let Some(path) = &args.progressive {
-        check_progressive(path, args, shape, sampler)?;
+        check_progressive(path, shape, sampler)?;
     }
     if let Some(path) = &args.save_start {
         if args.start.is_some() {
@@ -115,6 +120,13 @@ pub fn run(args: &Args) -> Result<()> {
         say!("{} network passes an image", calls);
     }
 
+    if args.resume && target == Target::Gif {
+        usage!("--resume beside {}: the frames of a GIF are not kept for later, so leave it out", args.out.display());
+    }
+    if args.resume && !Parts::are_there(&args.out) && args.out.exists() {
+        say!("{} is there already, and nothing of it is left to do", args.out.display());
+        return Ok(());
+    }
     let started = Instant::now();
     // A single batch is made at once; frames are of all batches.
     let parts = match target {
@@ -130,9 +142,11 @@ pub fn run(args: &Args) -> Result<()> {
         )?),
     };
     let together = parts.as_ref().map_or(together, |parts| parts.together);
+    let shows_along = |first: usize| args.progressive.is_some() && first < PROGRESSIVE.1;
+    let is_done = |parts: &Parts, first| parts.is_done(first) && (!shows_along(first) || parts.has_along(first));
     let missing: Vec<usize> = (0..count)
         .step_by(together)
-        .filter(|&first| parts.as_ref().is_none_or(|parts| !parts.is_done(first)))
+        .filter(|&first| parts.as_ref().is_none_or(|parts| !is_done(parts, first)))
         .collect();
     if parts.is_some() && args.resume {
         say!("{} of {} batches are done", count.div_ceil(together) - missing.len(), count.div_ceil(together));
@@ -148,7 +162,7 @@ pub fn run(args: &Args) -> Result<()> {
             labels: None,
             start: start.as_ref().map(|start| &start[first * image..][..batch * image]),
             shared,
-            x_0: args.progressive.is_some() && first < PROGRESSIVE.1,
+            x_0: shows_along(first),
         };
         let drawn = ways[device].draw(&drawings[device], request, |p| {
             stop.check()?;
@@ -162,12 +176,19 @@ pub fn run(args: &Args) -> Result<()> {
         Ok((output::to_bytes(&drawn), frames, along.columns))
     };
     let (mut images, mut frames, mut columns) = (Vec::new(), Vec::new(), Vec::new());
-    let keep = |&first: &usize, (bytes, its_frames, its_columns): (Vec<u8>, _, _)| {
+    let keep = |&first: &usize, (bytes, its_frames, its_columns): (Vec<u8>, _, Vec<Vec<u8>>)| {
         append(&mut frames, its_frames);
-        append(&mut columns, its_columns);
         match &parts {
-            Some(parts) => parts.keep(first, &bytes)?,
-            None => images.extend(bytes),
+            Some(parts) => {
+                if shows_along(first) {
+                    parts.keep_along(first, &its_columns.concat())?;
+                }
+                parts.keep(first, &bytes)?;
+            }
+            None => {
+                images.extend(bytes);
+                append(&mut columns, its_columns);
+            }
         }
         Ok(())
     };
@@ -191,6 +212,10 @@ pub fn run(args: &Args) -> Result<()> {
         (Target::Folder, Some(parts)) => output::write_folder_parts(&args.out, shape, parts.read())?,
     }
     if let Some(path) = &args.progressive {
+        for first in parts.iter().flat_map(Parts::firsts).filter(|&first| shows_along(first)) {
+            let parts = parts.as_ref().expect("their firsts are of them");
+            append(&mut columns, parts.along(first)?);
+        }
         write_along(path, shape, &columns)?;
     }
     if let Some(parts) = parts {
@@ -247,24 +272,24 @@ fn save_start(path: &Path, shape: Shape, seed: u64, shared: Option<Shared>) -> R
     failed.map_or(Ok(()), Err)
 }
 
-/// What the drawn bytes follow from: the arguments, the weights, the start, the kind of the devices.
+/// What the drawn bytes follow from: the arguments, the networks and their weights, the start, the kind of the devices.
 fn hash(args: &Args, opened: &Opened, way: &Way, start: Option<&[f32]>) -> Result<String> {
     let mut hash = XxHash3_128::new();
     let plain = (args.seed, way.class, args.shared_noise, args.on.precision, opened.device.kind());
     hash.write(format!("{plain:?} {:?} {:?}", args.count, way.sampler).as_bytes());
+    // Some settings change the network and leave its weights as they are.
+    hash.write(format!("{:?}", opened.model.config.model).as_bytes());
     hash.write(bytemuck::cast_slice(&opened.model.params.host()?));
     hash.write(bytemuck::cast_slice(start.unwrap_or_default()));
     if let Some((classifier, scale)) = &way.guide {
         hash.write(&scale.to_le_bytes());
+        hash.write(format!("{:?}", classifier.config().model).as_bytes());
         hash.write(bytemuck::cast_slice(&classifier.params().host()?));
     }
     Ok(format!("{:032x}", hash.finish_128()))
 }
 
-fn check_progressive(path: &Path, args: &Args, shape: Shape, sampler: &Sampler) -> Result<()> {
-    if args.resume {
-        usage!("--progressive beside --resume: predictions along the way are not kept for later, so leave one out");
-    }
+fn check_progressive(path: &Path, shape: Shape, sampler: &Sampler) -> Result<()> {
     match Target::parse(path)? {
         Target::Png => {}
         _ => usage!("--progressive {}: a picture FILE.png is expected", path.display()),

@@ -9,8 +9,9 @@ use crate::classifier::Classifier;
 use crate::diffusion::sampler::{Corrector, Guidance, Limit};
 use crate::diffusion::{Method, Sampler, Timesteps, Variance};
 use crate::error::{Error, Result};
+use crate::memory::available_on;
 use crate::names::names;
-use crate::sample::{Drawing, Progress, Request, class_called, default_variance, label};
+use crate::sample::{Drawing, Progress, Request, class_called, label};
 use crate::tensor::Tensor;
 use crate::usage;
 
@@ -174,8 +175,8 @@ impl Sampling {
             let kept = self.grid.kept(opened, solver)?;
             let method = match name {
                 SamplerName::Ddpm => {
-                    let default = default_variance(process.variance, kept.len(), schedule.len());
-                    Method::Ancestral(self.variance.unwrap_or(default))
+                    let default = || opened.variance(kept.len(), schedule.len());
+                    Method::Ancestral(self.variance.unwrap_or_else(default))
                 }
                 SamplerName::Ddim => Method::Ddim { eta: self.eta.unwrap_or(0.0) },
                 SamplerName::DpmPp => Method::DpmPp,
@@ -292,10 +293,21 @@ pub(super) fn drawings<'a>(
 ) -> Result<(Vec<Drawing<'a>>, usize)> {
     let drawings: Vec<_> = opened.iter().zip(ways).map(|(opened, way)| way.drawing(opened, seed)).collect();
     let most = drawings.iter().map(Drawing::batch).min().expect("one device at least");
-    let together = several::batch(most, count, drawings.len());
+    let mut together = several::batch(most, count, drawings.len());
+    let needed = |drawing: &Drawing<'_>, way: &Way, together| {
+        let of_guide = |(classifier, _): &(Classifier, f64)| classifier.memory(drawing.device, drawing.shape(together));
+        Ok::<u64, Error>(drawing.memory(together)? + way.guide.as_ref().map_or(Ok(0), of_guide)?)
+    };
+    // Drawing::batch knows nothing of a classifier, whose pass keeps what its gradient needs.
+    for (drawing, way) in drawings.iter().zip(ways).filter(|(_, way)| way.guide.is_some()) {
+        let available = available_on(drawing.device).unwrap_or(u64::MAX);
+        while together > 1 && needed(drawing, way, together)? > available {
+            together = together.div_ceil(2);
+        }
+    }
     let advice = if together > 1 { "draw fewer with --count" } else { "this model is too large to draw here" };
-    for (opened, drawing) in opened.iter().zip(&drawings) {
-        opened.check_memory(together, drawing.memory(together)?, advice)?;
+    for ((opened, drawing), way) in opened.iter().zip(&drawings).zip(ways) {
+        opened.check_memory(together, needed(drawing, way, together)?, advice)?;
     }
     Ok((drawings, together))
 }

@@ -103,9 +103,8 @@ pub struct LogVariance {
 /// `x_0 = limit(x0_xt x_t + x0_output y)`, `x_{t-1} = c_x0 x_0 + c_xt x_t + c_before before + sigma z`.
 ///
 /// A gradient g of log p(label | x_t), times its scale S, moves the mean (Dhariwal and Nichol 2021, algorithms 1 and
-/// 2): `x_0 += shift_x0 S g` after the limit, and `x_{t-1} += shift_mean variance S g`. What x_0 is confined to holds
-/// after its shift as well. Their code leaves that out, and the shift grows with 1/sqrt(alpha_bar): of a cosine
-/// schedule, whose last alpha_bar is 2e-9, nothing of an image would be left after the first step.
+/// 2): `x_0 += shift_x0 S g` after the limit, and `x_{t-1} += shift_mean variance S g`. As in their code, a shifted x_0
+/// may leave the range that it was confined to, but not where x_t is noise alone ([`Step::bound_of_shifted`]).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Step {
     /// The timestep, an index of the full chain. It names the stream of the noise.
@@ -226,6 +225,8 @@ pub struct Sampler {
     steps: Vec<Step>,
     /// After each step but the last; empty for a solver.
     corrections: Vec<Correction>,
+    /// Of the ODE, which admits no correction.
+    solver: bool,
     corrector: Option<Corrector>,
     guidance: Option<Guidance>,
 }
@@ -300,7 +301,7 @@ impl Sampler {
                 let x_0 = prediction.x_0(schedule, t as usize);
                 Level { time: f64::from(t), alpha_bar: schedule.alpha_bar(t as usize), x_0 }
             };
-            return Ok(Sampler::of(heun(&kept.iter().rev().map(level).collect::<Vec<_>>()), Vec::new()));
+            return Ok(Sampler::of(heun(&kept.iter().rev().map(level).collect::<Vec<_>>()), Vec::new(), true));
         }
         let step = |i: usize| {
             let alpha_bar = chain.alpha_bar(i);
@@ -324,7 +325,7 @@ impl Sampler {
             }
         };
         let corrections = if method.is_solver() { Vec::new() } else { (0..last).rev().map(correction).collect() };
-        Ok(Sampler::of((0..=last).rev().map(step).collect(), corrections))
+        Ok(Sampler::of((0..=last).rev().map(step).collect(), corrections, method.is_solver()))
     }
 
     /// Heun's method over the noise levels of Karras et al. 2022, equation 5, which lie between the timesteps.
@@ -341,11 +342,11 @@ impl Sampler {
             Ok(Level { time, alpha_bar, x_0 })
         };
         let levels = Timesteps::karras_levels(schedule, steps)?.into_iter().map(level).collect::<Result<Vec<_>>>()?;
-        Ok(Sampler::of(heun(&levels), Vec::new()))
+        Ok(Sampler::of(heun(&levels), Vec::new(), true))
     }
 
-    fn of(steps: Vec<Step>, corrections: Vec<Correction>) -> Self {
-        Sampler { steps, corrections, corrector: None, guidance: None }
+    fn of(steps: Vec<Step>, corrections: Vec<Correction>, solver: bool) -> Self {
+        Sampler { steps, corrections, solver, corrector: None, guidance: None }
     }
 
     /// The same steps with x_0 confined otherwise.
@@ -373,7 +374,7 @@ impl Sampler {
         if !(corrector.snr > 0.0 && corrector.snr.is_finite()) {
             usage!("--snr {}: must be above 0, such as 0.16", corrector.snr);
         }
-        if self.corrections.len() + 1 != self.steps.len() {
+        if self.solver {
             usage!("--corrector {}: dpm++ and heun solve an ODE, so take --sampler ddpm or ddim", corrector.steps);
         }
         self.corrector = (corrector.steps > 0).then_some(corrector);
@@ -408,6 +409,18 @@ impl Sampler {
 }
 
 impl Step {
+    /// What |x_0| is clipped to after a gradient's shift: infinite but above sigma = 164, where x_t is noise alone. The
+    /// shift grows with 1/sqrt(alpha_bar), and after the first step of a cosine schedule, whose last alpha_bar is 2e-9,
+    /// nothing of an image would be left.
+    pub fn bound_of_shifted(&self) -> f64 {
+        match self.limit {
+            _ if self.level <= NOISE_ALONE => f64::INFINITY,
+            Limit::None => f64::INFINITY,
+            Limit::Range(r) => r,
+            Limit::Quantile { .. } => 1.0,
+        }
+    }
+
     /// A step at which nothing else is decided than the prediction of x_0.
     pub(super) fn plain(time: f64, alpha_bar: f64, x_0: Mix) -> Step {
         Step {
@@ -520,13 +533,24 @@ fn heun(levels: &[Level]) -> Vec<Step> {
     steps
 }
 
+/// Ratio of the noise levels of a step of [`inversion`] above which iterating eps hardly contracts, by 1 - 1/ratio a
+/// round.
+const WIDEST: f64 = 8.0;
+
 /// The steps of DDIM inversion (Song et al. 2021, section 4.3), from x_0 up to the noisiest timestep kept: each inverts
 /// the step of DDIM with eta = 0 that leaves its timestep. `x_B = sqrt(b) (y_A + (sigma_B - sigma_A) eps(x_B))` from
 /// level A, implicit: it is iterated, with x_t the guess of x_B, from `x_B = x_A` on, and `before` x_A.
 ///
+/// A round of that contracts by `1 - sigma_A/sigma_B` at worst, hardly at all in the last step of a cosine schedule,
+/// from sigma 32 to 20,291. There the same equation is solved for x_0, `x_B = r x_A + (sqrt(b) - sqrt(a) r) x_0(x_B)`
+/// with `r = sqrt((1 - b)/(1 - a))`: for a perfect network `x_0(x_B)` moves by at most `image / sigma_B^2` times `x_B /
+/// sqrt(b)`, the covariance of as many numbers in [-1, 1] having no larger eigenvalue, so a round contracts by
+/// `(sigma_B/sigma_A - 1) image / sigma_B^2`. `image` is the number of elements of an image. Of a network that predicts
+/// x_0 or v: from eps or mu the x_0 of noise alone is told with errors of a thousand times.
+///
 /// # Errors
 /// `Error::Usage` for a schedule that ends in pure noise, of which nothing leads back.
-pub fn inversion(schedule: &Schedule, prediction: Prediction, kept: &[u32]) -> Result<Vec<Step>> {
+pub fn inversion(schedule: &Schedule, prediction: Prediction, kept: &[u32], image: usize) -> Result<Vec<Step>> {
     let chain = schedule.keep(kept);
     if chain.alpha_bar(chain.len() - 1) == 0.0 {
         usage!(
@@ -536,15 +560,15 @@ pub fn inversion(schedule: &Schedule, prediction: Prediction, kept: &[u32]) -> R
     let step = |i: usize| {
         let (b, a) = (chain.alpha_bar(i), chain.alpha_bar_before(i));
         let x_0 = prediction.x_0(schedule, kept[i] as usize);
-        let slope = b.sqrt() * (level(b) - level(a)) / (1.0 - b).sqrt();
-        Step {
-            limit: Limit::None,
-            c_x0: -slope * b.sqrt(),
-            c_xt: slope,
-            c_before: (b / a).sqrt(),
-            before: Before::State,
-            ..Step::plain(f64::from(kept[i]), b, x_0)
+        let plain = Step { limit: Limit::None, before: Before::State, ..Step::plain(f64::from(kept[i]), b, x_0) };
+        let ratio = level(b) / level(a);
+        let near = matches!(prediction, Prediction::X0 | Prediction::V);
+        if near && ratio > WIDEST && (ratio - 1.0) * image as f64 / level(b).powi(2) < 1.0 {
+            let r = ((1.0 - b) / (1.0 - a)).sqrt();
+            return Step { c_x0: b.sqrt() - a.sqrt() * r, c_before: r, ..plain };
         }
+        let slope = b.sqrt() * (level(b) - level(a)) / (1.0 - b).sqrt();
+        Step { c_x0: -slope * b.sqrt(), c_xt: slope, c_before: (b / a).sqrt(), ..plain }
     };
     Ok((0..chain.len()).map(step).collect())
 }

@@ -184,14 +184,15 @@ impl Schedule {
             Some(*alpha_bar)
         };
         let alpha_bar: Vec<f64> = betas.iter().scan(1.0, product).collect();
-        if alpha_bar[0] >= 1.0 {
-            usage!("beta at timestep 0 is {:e}: so small that nothing is noised there", betas[0]);
-        }
         let left = if betas[last] == 1.0 { alpha_bar[last - 1] } else { alpha_bar[last] };
         if left < SMALLEST_ALPHA_BAR {
             usage!(
                 "the product of all 1 - beta underflows: it is {left:e} and must be at least {SMALLEST_ALPHA_BAR:e}, with fewer timesteps or smaller betas"
             );
+        }
+        let before = std::iter::once(&1.0).chain(&alpha_bar);
+        if let Some(t) = alpha_bar.iter().zip(before).position(|(alpha_bar, before)| alpha_bar >= before) {
+            usage!("beta at timestep {t} is {:e}: so small that nothing is noised there", betas[t]);
         }
         Ok(Schedule { betas, alpha_bar })
     }

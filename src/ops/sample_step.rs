@@ -128,6 +128,7 @@ fn factors(step: &Step, scale: Option<f64>) -> Factors {
         variance: step.variance as f32,
         shift_x0: (step.shift_x0 * scale) as f32,
         shift_mean: (step.shift_mean * scale) as f32,
+        shifted_bound: step.bound_of_shifted() as f32,
     }
 }
 
@@ -149,6 +150,11 @@ impl Given<'_> {
         let want = Shape { n: halves * x.n, c: if doubled { 2 * x.c } else { x.c }, ..x };
         assert_eq!(want, y, "sample_step: x is {x}, the network's output {y} with {halves} halves");
         (halves, doubled)
+    }
+
+    /// The gradient in a correction, and its factor in eps: its scale is that in the score.
+    fn shift(&self, correction: &Correction) -> Option<(&Tensor, f32)> {
+        self.gradient.map(|(gradient, scale)| (gradient, (-correction.noise * scale) as f32))
     }
 
     /// The factor of each image's output, (n, 1, 1, 1) f32, if guidance is rescaled.
@@ -382,12 +388,7 @@ pub mod reference {
                 }
             }
             if !gradient.is_empty() {
-                x_0[i] = x_0[i] + number::<T>(step.shift_x0) * gradient[i];
-                match step.limit {
-                    Limit::None => {}
-                    Limit::Range(r) => x_0[i] = clip(x_0[i], number(r)),
-                    Limit::Quantile { .. } => x_0[i] = clip(x_0[i], T::one()),
-                }
+                x_0[i] = clip(x_0[i] + number::<T>(step.shift_x0) * gradient[i], number(step.bound_of_shifted()));
             }
             let mut mean = number::<T>(step.c_x0) * x_0[i] + number::<T>(step.c_xt) * x[i];
             if step.c_before != 0.0 {
@@ -432,15 +433,17 @@ pub mod reference {
         both.into_iter().map(|y| scale * y).collect()
     }
 
-    /// A correction of one image.
-    pub fn correct<T: Float>(x: &[T], output: &[T], z: &[T], correction: &Correction, corrector: Corrector) -> Vec<T> {
-        let eps: Vec<T> = x
+    /// A correction of one image, of which x, the output, the gradient and z are read.
+    pub fn correct<T: Float>(image: Image<'_, T>, correction: &Correction, corrector: Corrector) -> Vec<T> {
+        let Image { x, output, gradient, z, .. } = image;
+        let mut eps: Vec<T> = x
             .iter()
             .zip(output)
             .map(|(&x, &y)| number::<T>(correction.eps.xt) * x + number::<T>(correction.eps.output) * y)
             .collect();
         let squares = |v: &[T]| v.iter().fold(T::zero(), |sum, &v| sum + v * v);
         let noise = number::<T>(correction.noise);
+        eps.iter_mut().zip(gradient).for_each(|(eps, &g)| *eps = *eps - noise * g);
         let ratio = number::<T>(corrector.snr) * noise;
         let e = number::<T>(2.0 * correction.alpha) * ratio * ratio * squares(z) / squares(&eps);
         let root = (e + e).sqrt();
@@ -534,12 +537,23 @@ mod cpu {
         }
     }
 
-    /// Calls `each` with `factors[0] x + factors[1] y` of image `i`, part by part from the first element on.
+    simd::dispatch! {
+        /// `y + factor g`, in place of y.
+        fn shift<S>(y: &mut [f32], g: &[f32], factor: f32) {
+            for (y, &g) in y.iter_mut().zip(g) {
+                *y = S::mul_add(factor, g, *y);
+            }
+        }
+    }
+
+    /// Calls `each` with `factors[0] x + factors[1] y` of image `i`, part by part from the first element on, or with
+    /// that and a factor times a gradient.
     fn mixed(
         given: &Given<'_>,
         scale: Option<&Tensor>,
         i: usize,
         factors: [f64; 2],
+        gradient: Option<(&Tensor, f32)>,
         mut each: impl FnMut(usize, &[f32]),
     ) {
         let (output, len) = (Output::of(given, scale, i), image(given.x.shape()));
@@ -548,6 +562,9 @@ mod cpu {
             let (y, v) = (&mut y[..x.len()], &mut v[..x.len()]);
             output.read(y, v, k * PART);
             mix(y, x, factors.map(|f| f as f32));
+            if let Some((gradient, factor)) = gradient {
+                shift(y, &gradient.data()[i * len + k * PART..][..x.len()], factor);
+            }
             each(k * PART, y);
         }
     }
@@ -577,7 +594,9 @@ mod cpu {
     pub fn threshold(limits: &mut [f32], given: &Given<'_>, scale: Option<&Tensor>, step: &Step, quantile: Quantile) {
         limits.par_iter_mut().enumerate().for_each(|(i, limit)| {
             let mut sizes = Vec::with_capacity(image(given.x.shape()));
-            mixed(given, scale, i, [step.x0_xt, step.x0_output], |_, x_0| sizes.extend(x_0.iter().map(|x| x.abs())));
+            mixed(given, scale, i, [step.x0_xt, step.x0_output], None, |_, x_0| {
+                sizes.extend(x_0.iter().map(|x| x.abs()));
+            });
             let (_, &mut low, above) = sizes.select_nth_unstable_by(quantile.rank, f32::total_cmp);
             let high = above.iter().copied().min_by(f32::total_cmp).unwrap_or(low);
             let [low, high] = [low, high].map(f64::from);
@@ -687,7 +706,7 @@ mod cpu {
             let mut mean = [0.0; PART];
             if let Some((gradient, scale)) = &own.gradient {
                 let [shift_x0, shift_mean] = [step.shift_x0 * scale, step.shift_mean * scale].map(|v| v as f32);
-                let limit = if own.divided { 1.0 } else { limit };
+                let limit = step.bound_of_shifted() as f32;
                 for (x_0, &g) in y.iter_mut().zip(gradient) {
                     *x_0 = clip(S::mul_add(shift_x0, g, *x_0), limit);
                 }
@@ -723,11 +742,18 @@ mod cpu {
             let stream = given.noise.image(i);
             let (mut of_eps, mut of_z, mut z) = (0.0, 0.0, [0.0; PART]);
             let squares = |v: &[f32]| v.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
-            mixed(given, scale, i, [correction.eps.xt, correction.eps.output], |first, eps| {
-                normals_from(&stream, first, &mut z[..eps.len()]);
-                of_eps += squares(eps);
-                of_z += squares(&z[..eps.len()]);
-            });
+            mixed(
+                given,
+                scale,
+                i,
+                [correction.eps.xt, correction.eps.output],
+                given.shift(correction),
+                |first, eps| {
+                    normals_from(&stream, first, &mut z[..eps.len()]);
+                    of_eps += squares(eps);
+                    of_z += squares(&z[..eps.len()]);
+                },
+            );
             let ratio = corrector.snr * correction.noise;
             let e = if of_eps == 0.0 { 0.0 } else { 2.0 * correction.alpha * ratio * ratio * (of_z / of_eps) };
             (factors[0], factors[1]) = ((-e / correction.noise) as f32, (2.0 * e).sqrt() as f32);
@@ -746,11 +772,18 @@ mod cpu {
             let stream = given.noise.image(i);
             let x = &given.x.data()[i * len..][..len];
             let mut z = [0.0; PART];
-            mixed(given, scale, i, [correction.eps.xt, correction.eps.output], |first, eps| {
-                normals_from(&stream, first, &mut z[..eps.len()]);
-                let range = first..first + eps.len();
-                corrected(&mut next[range.clone()], &x[range], eps, &z, factors);
-            });
+            mixed(
+                given,
+                scale,
+                i,
+                [correction.eps.xt, correction.eps.output],
+                given.shift(correction),
+                |first, eps| {
+                    normals_from(&stream, first, &mut z[..eps.len()]);
+                    let range = first..first + eps.len();
+                    corrected(&mut next[range.clone()], &x[range], eps, &z, factors);
+                },
+            );
         });
     }
 
@@ -813,7 +846,13 @@ mod cuda {
         }
     }
 
-    impl Launch<'_> {
+    impl<'a> Launch<'a> {
+        /// What a gradient adds to the eps of a correction.
+        fn gradient(self, given: &'a Given<'_>, correction: &Correction) -> Self {
+            let (gradient, factor) = given.shift(correction).unzip();
+            self.read_opt(gradient).f32(factor.unwrap_or(0.0))
+        }
+
         fn noise(self, noise: Noise) -> Self {
             self.streams(noise.streams).u32(noise.row as usize)
         }
@@ -881,7 +920,7 @@ mod cuda {
         let launch = launch.write(next).write_opt(input).read(given.x).read(given.output).read_opt(scale).read(factors);
         let launch = launch.u64(n).u64(image).u32(copies);
         let launch = launch.f32(correction.eps.xt as f32).f32(correction.eps.output as f32);
-        launch.value(given.reading()).noise(given.noise).run()
+        launch.value(given.reading()).noise(given.noise).gradient(given, correction).run()
     }
 
     #[expect(clippy::too_many_arguments, reason = "a kernel's results and what it reads")]
@@ -938,6 +977,6 @@ mod cuda {
         let launch = launch.write(factors).read(given.x).read(given.output).read_opt(scale).u64(n).u32(image);
         let launch = launch.f32(correction.eps.xt as f32).f32(correction.eps.output as f32).f64(correction.noise);
         let launch = launch.f64(2.0 * correction.alpha).f64(corrector.snr).value(given.reading());
-        launch.noise(given.noise).run()
+        launch.noise(given.noise).gradient(given, correction).run()
     }
 }

@@ -453,26 +453,41 @@ fn gpu_corrections_and_noise_follow_the_reference() {
     gpu::each("corrections", |device| {
         let dtype = device.activations();
         let (x, y) = (numbers(1, shape.len()), gpu::rounded(dtype, &numbers(2, shape.len())));
-        let oracle = |i: usize| {
-            let z = normals::<f64>(&streams.image(i), 0, image);
-            reference::correct(&x[i * image..][..image], &y[i * image..][..image], &z, correction, corrector)
-        };
-        let yardstick = |i: usize| {
-            let z = normals::<f32>(&streams.image(i), 0, image);
-            let [x, y] = [&x, &y].map(|v| to_f32(&v[i * image..][..image]));
-            reference::correct(&x, &y, &z, correction, corrector)
-        };
-        let of = |device: &Device| {
-            let x = Tensor::from_slice(device, shape, &to_f32(&x)).unwrap();
-            let output = Tensor::from_slice_as(device, device.activations(), shape, &to_f32(&y)).unwrap();
-            let noise = Noise::own(streams);
-            let given = Given { x: &x, output: &output, before: None, gradient: None, guidance: None, noise };
-            correct(device, &given, correction, corrector, 1).unwrap()
-        };
-        let got = state(device, "corrected", &of(device));
-        let (want, yardstick) = ([oracle(0), oracle(1)].concat(), [yardstick(0), yardstick(1)].concat());
-        close("corrected", &got, &want, &yardstick);
-        close("corrected on the CPU", of(&Device::cpu()).x.data(), &want, &yardstick);
+        let slope = numbers(3, shape.len());
+        let mut corrected = Vec::new();
+        for guided in [false, true] {
+            let name = if guided { "corrected towards a class" } else { "corrected" };
+            let slope = if guided { &slope[..] } else { &[] };
+            let scaled: Vec<f64> = slope.iter().map(|g| SCALE * g).collect();
+            let part = |v: &[f64], i: usize| v.chunks(image).nth(i).unwrap_or_default().to_vec();
+            let oracle = |i: usize| {
+                let z = normals::<f64>(&streams.image(i), 0, image);
+                let [x, y, g] = [&x, &y, &scaled].map(|v| part(v, i));
+                let own = Image { x: &x, output: &y, v: &[], before: &[], gradient: &g, z: &z };
+                reference::correct(own, correction, corrector)
+            };
+            let yardstick = |i: usize| {
+                let z = normals::<f32>(&streams.image(i), 0, image);
+                let [x, y, g] = [&x, &y, &scaled].map(|v| to_f32(&part(v, i)));
+                let own = Image { x: &x, output: &y, v: &[], before: &[], gradient: &g, z: &z };
+                reference::correct(own, correction, corrector)
+            };
+            let of = |device: &Device| {
+                let x = Tensor::from_slice(device, shape, &to_f32(&x)).unwrap();
+                let output = Tensor::from_slice_as(device, device.activations(), shape, &to_f32(&y)).unwrap();
+                let noise = Noise::own(streams);
+                let slope = guided.then(|| Tensor::from_slice(device, shape, &to_f32(slope)).unwrap());
+                let gradient = slope.as_ref().map(|slope| (slope, SCALE));
+                let given = Given { x: &x, output: &output, before: None, gradient, guidance: None, noise };
+                correct(device, &given, correction, corrector, 1).unwrap()
+            };
+            let got = state(device, name, &of(device));
+            let (want, yardstick) = ([oracle(0), oracle(1)].concat(), [yardstick(0), yardstick(1)].concat());
+            close(name, &got, &want, &yardstick);
+            close(&format!("{name} on the CPU"), of(&Device::cpu()).x.data(), &want, &yardstick);
+            corrected.push(got);
+        }
+        assert_ne!(corrected[0], corrected[1], "the gradient makes no difference");
 
         let mask: Vec<f64> = (0..shape.len()).map(|k| f64::from(u8::from(k % 3 == 0))).collect();
         let noised = |device: &Device, row: u32| {
@@ -491,7 +506,7 @@ fn gpu_corrections_and_noise_follow_the_reference() {
                 assert!((f64::from(v) - want).abs() <= 2e-6, "row {row}: element {k} is {v}, expected {want}");
             }
         }
-        got
+        corrected.concat()
     });
     // Images 40 and 41 are a row of two, and all images share stream 0.
     let first = |row: u32, i: usize| Noise { streams, row }.image(i).stream;
