@@ -331,9 +331,18 @@ pub struct Setting {
     pub key: &'static str,
     /// One line of help.
     pub help: &'static str,
+    /// The way to its field in [`Config`].
+    path: &'static [&'static str],
     get: fn(&Config) -> toml::Value,
     copy: fn(&mut Config, &Config),
     set: fn(&mut Config, &str) -> std::result::Result<(), String>,
+}
+
+impl Setting {
+    /// Whether it is of the network or of the diffusion process, not of the data or the training.
+    pub fn is_of_model(&self) -> bool {
+        ["model", "diffusion"].contains(&self.path[0])
+    }
 }
 
 macro_rules! settings {
@@ -342,6 +351,7 @@ macro_rules! settings {
         pub const SETTINGS: &[Setting] = &[$(Setting {
             key: $key,
             help: $help,
+            path: &[$(stringify!($field)),+],
             get: |c| c.$($field).+.write(),
             copy: |to, from| to.$($field).+.clone_from(&from.$($field).+),
             set: |c, text| {
@@ -417,7 +427,7 @@ pub const BETAS: [&str; 4] = ["schedule", "timesteps", "beta_start", "beta_end"]
 
 /// Reads every beta, and their number, from a file. It is no setting: what it reads stays in `config.toml`, as
 /// `trained_betas`.
-const FILE_OF_BETAS: &str = "betas";
+pub const FILE_OF_BETAS: &str = "betas";
 
 /// Settings that may change when a run is resumed: the numbers of the steps do not depend on them. `data` may name
 /// another place, not other data, and `on_bad_image` leave out only what was left out before.

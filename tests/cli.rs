@@ -430,6 +430,51 @@ fn a_run_starts_from_a_models_weights() {
     assert!(end("repeated") == whole, "the same settings, other weights");
 }
 
+/// Whatever is given of the network and the process must be the model's, and what is not given is taken from it, also
+/// where the recipe for the data has another value.
+#[test]
+fn a_run_from_a_model_has_its_network_and_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    noise_images(&at("gray.npy"), 1);
+    let settings = |run: &str| ddpm_cuda::config::Config::read(&at(run).join("config.toml")).unwrap();
+    let model =
+        ["prediction=v", "zero_snr=true", "time_channels=8", "scale_shift_norm=true", "attention_resolutions=8"];
+    ok(train(&at("model"), 1).args(model.iter().flat_map(|set| ["--set", set])).arg("--data").arg(at("gray.npy")));
+    let start = |run: &str, arguments: &[&str]| {
+        let mut command = ddpm();
+        command.args(["train", "--batch", "4", "--steps", "1", "--set", "sample_every=0", "--set", "validate_every=0"]);
+        command.args(["--device", "cpu", "--init"]).arg(at("model")).arg("--out").arg(at(run)).args(arguments);
+        command
+    };
+    let data = at("gray.npy");
+    let data = ["--data", data.to_str().unwrap()];
+    ok(start("tuned", &[]).args(data));
+    let tuned = settings("tuned");
+    assert_eq!((tuned.preset.to_string(), tuned.diffusion.clone()), ("auto".into(), settings("model").diffusion));
+    assert!(tuned.model.scale_shift_norm && tuned.model.time_channels() == 8);
+    // What is spelled otherwise and means the same is no contradiction.
+    let config = at("model/config.toml");
+    ok(&mut start("equal", &["--config", config.to_str().unwrap()]));
+    for (assignment, says) in [
+        ("prediction=eps", "prediction = \"eps\" is given, but the model of --init has \"v\""),
+        ("zero_snr=false", "zero_snr = false is given, but the model of --init has true"),
+        ("num_heads=2", "num_heads = 2 is given, but the model of --init has 0"),
+        ("scale_shift_norm=false", "scale_shift_norm = false is given, but the model of --init has true"),
+        ("middle_attention=none", "middle_attention = \"none\" is given, but the model of --init has \"norm\""),
+        ("middle_groups=2", "middle_groups = 2 is given, but the model of --init has 0"),
+        ("downsample_type=resnet", "downsample_type = \"resnet\" is given, but the model of --init has \"conv\""),
+        ("upsample_type=resnet", "upsample_type = \"resnet\" is given, but the model of --init has \"conv\""),
+        ("class_embedding=timestep", "class_embedding = \"timestep\" is given, but the model of --init has \"table\""),
+        ("time_channels=16", "time_channels = 16 is given, but the model of --init has"),
+        ("timestep_scale=0.5", "timestep_scale = 0.5 is given, but the model of --init has 1.0"),
+    ] {
+        let said = fails(start("refused", &["--set", assignment]).args(data), 2);
+        assert!(said.contains(says) && said.trim().lines().count() == 1, "{assignment}: {said}");
+        assert!(!at("refused").exists());
+    }
+}
+
 /// Classes by name; the process and the classes in `info`; what was assumed, said by each command.
 #[test]
 fn what_a_model_says_of_itself_is_used_and_told() {
