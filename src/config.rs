@@ -297,30 +297,40 @@ pub struct Config {
 
 /// The keys of the settings that somebody chose, on the command line or in a file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Given(BTreeSet<&'static str>);
+pub struct Given {
+    /// Those that a file chose.
+    file: BTreeSet<&'static str>,
+    /// Those of the command line, of a model or of the data, which have the last word.
+    others: BTreeSet<&'static str>,
+}
 
 impl Given {
     /// Every setting: nothing is adapted.
     pub fn all() -> Self {
-        Given(SETTINGS.iter().map(|s| s.key).collect())
+        Given { file: BTreeSet::new(), others: SETTINGS.iter().map(|s| s.key).collect() }
     }
 
     /// Whether this setting was chosen.
     pub fn has(&self, key: &str) -> bool {
-        self.0.contains(key)
+        self.file.contains(key) || self.others.contains(key)
     }
 
-    /// Forgets that these settings were chosen.
-    pub fn forget(&mut self, keys: &[&str]) {
-        self.0.retain(|key| !keys.contains(key));
+    /// Whether a file chose settings that the file of a run holds and a file of a few settings does not.
+    pub fn has_file_of_run(&self) -> bool {
+        OF_EVERY_RUN.iter().all(|key| self.file.contains(key))
+    }
+
+    /// Forgets that a file chose these settings.
+    pub fn forget_file(&mut self, keys: &[&str]) {
+        self.file.retain(|key| !keys.contains(key));
     }
 
     /// Notes that a setting was chosen.
     pub fn add(&mut self, key: &'static str) {
-        self.0.insert(key);
+        self.others.insert(key);
         if key == FILE_OF_BETAS {
             // The file says how many.
-            self.0.insert("timesteps");
+            self.others.insert("timesteps");
         }
     }
 }
@@ -457,6 +467,21 @@ pub const NOT_OF_CLASSIFIERS: [&str; 9] = [
     "init",
 ];
 
+/// Settings of how a model was trained, which say nothing of how a classifier that guides it is.
+pub const OF_A_MODELS_TRAINING: [&str; 8] = [
+    "timestep_sampling",
+    "steps",
+    "learning_rate",
+    "warmup_steps",
+    "cooldown",
+    "weight_decay",
+    "ema_decay",
+    "sample_every",
+];
+
+/// Settings that every `config.toml` of a run has, of any version of this program.
+const OF_EVERY_RUN: [&str; 3] = ["image_size", "widths", "timesteps"];
+
 /// Every setting with its value in the default preset, of a network or of a `classifier`, for `--help`.
 pub fn help(classifier: bool) -> String {
     let mut text = String::from("Settings of --set and config.toml, with the values of --preset mnist:\n");
@@ -565,7 +590,7 @@ impl Config {
     /// Whether a text is a `config.toml` of this program, of any version of it: a few settings are enough.
     pub fn is_of_run(text: &str) -> bool {
         let table = text.parse::<toml::Table>();
-        table.is_ok_and(|table| ["image_size", "widths", "timesteps"].iter().all(|key| table.contains_key(*key)))
+        table.is_ok_and(|table| OF_EVERY_RUN.iter().all(|key| table.contains_key(*key)))
     }
 
     /// Settings from the text of a `config.toml`; a given `preset` replaces the text's own. `data` is what will replace
@@ -599,6 +624,7 @@ impl Config {
         for (key, value) in &table {
             given.add(config.set(key, &spelling(key, value)?)?);
         }
+        let given = Given { file: given.others, others: BTreeSet::new() };
         config.class_names = class_names;
         if !trained_betas.is_empty() {
             config.diffusion.trained_betas = trained_betas;

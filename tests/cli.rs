@@ -1471,6 +1471,52 @@ fn a_classifier_has_no_settings_of_a_network() {
     }
 }
 
+/// The settings of the model to be guided give its network and its process; how it was trained is its own matter.
+#[test]
+fn a_classifier_is_trained_from_the_settings_of_its_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let trained = ["sample_every=1", "learning_rate=3e-4", "warmup_steps=7", "cooldown=0.25", "ema_decay=0.5"];
+    let sets = trained.iter().flat_map(|set| ["--set", set]);
+    ok(train(&at("uniform"), 1).args(sets.clone()));
+    ok(train(&at("importance"), 1).args(sets).args(["--set", "timestep_sampling=importance"]));
+    let judge = |config: &Path, out: &str, arguments: &[&str]| {
+        let mut command = ddpm();
+        command.args(["train-classifier", "--device", "cpu", "--set", "validate_every=0", "--config"]).arg(config);
+        command.arg("--out").arg(at(out)).args(arguments);
+        command
+    };
+    let settings = |run: &str| ddpm_cuda::config::Config::read(&at(run).join("config.toml")).unwrap();
+    for model in ["uniform", "importance"] {
+        let out = format!("judge of {model}");
+        let said = ok(&mut judge(&at(model).join("config.toml"), &out, &["--steps", "1"]));
+        assert!(said.contains("config.toml is of a model, whose timestep_sampling, steps, learning_rate,"), "{said}");
+        let c = settings(&out);
+        assert_eq!((c.model.classes, c.model.widths, c.diffusion.timesteps, c.batch), (10, vec![8, 16], 50, 4));
+        assert_eq!((c.learning_rate, c.warmup_steps, c.cooldown), (1e-3, 100, 0.0));
+        assert_eq!((c.weight_decay, c.ema_decay, c.sample_every), (0.05, 0.999, 0));
+        assert_eq!(c.timestep_sampling.to_string(), "uniform");
+    }
+    // What --set says is taken, or refused by name.
+    let model = at("uniform/config.toml");
+    ok(&mut judge(&model, "heavy", &["--set", "weight_decay=0.2", "--set", "steps=2"]));
+    assert_eq!((settings("heavy").weight_decay, settings("heavy").steps), (0.2, 2));
+    for (assignment, says) in [
+        ("sample_every=5", "sample_every = 5: a classifier draws no samples"),
+        ("timestep_sampling=importance", "timestep_sampling = importance: a classifier's loss has no weights"),
+    ] {
+        let said = fails(&mut judge(&model, "refused", &["--set", assignment]), 2);
+        assert!(said.contains(says) && !at("refused").exists(), "{said}");
+    }
+    // The file of a classifier, and one of a few settings, are taken as they are.
+    let said = ok(&mut judge(&at("heavy/config.toml"), "again", &[]));
+    assert!(!said.contains("not taken"), "{said}");
+    assert_eq!((settings("again").weight_decay, settings("again").steps), (0.2, 2));
+    fs::write(at("few.toml"), "data = \"mnist\"\nbatch = 4\nsteps = 3\nweight_decay = 0.3\n").unwrap();
+    ok(judge(&at("few.toml"), "few", &[]).args(TINY));
+    assert_eq!((settings("few").weight_decay, settings("few").steps), (0.3, 3));
+}
+
 /// `.pt` files of OpenAI's are judged as any model, whose data must be given, with the flags that they lack.
 #[test]
 fn models_of_openai_are_judged_by_images() {
