@@ -744,7 +744,11 @@ impl Config {
     /// `Error::Usage`, with the value and one that would work.
     pub fn validate(&self) -> Result<()> {
         self.model.validate()?;
-        self.diffusion.validate()?;
+        if self.model.classifier {
+            self.diffusion.validate_process()?
+        } else {
+            self.diffusion.validate()?
+        }
         self.objective()?;
         if self.diffusion.prediction == Prediction::Mu && self.precision == Precision::Bf16 {
             usage!(
@@ -1040,11 +1044,26 @@ impl Model {
 }
 
 impl Diffusion {
-    /// Refuses a process that cannot be.
+    /// Refuses a process that cannot be, and one that the prediction cannot learn.
     ///
     /// # Errors
     /// `Error::Usage`, with the value and what would be right.
     pub fn validate(&self) -> Result<()> {
+        self.validate_process()?;
+        if self.prediction == Prediction::Eps && self.noise_schedule()?.has_zero_terminal_snr() {
+            usage!(
+                "prediction = eps: with zero terminal SNR (zero_snr = {}) the last x_t is the noise itself, from which nothing is learned; prediction = v or x0 would do",
+                self.zero_snr
+            );
+        }
+        Ok(())
+    }
+
+    /// Refuses a process that cannot be, whatever is predicted: a classifier predicts nothing of it.
+    ///
+    /// # Errors
+    /// `Error::Usage`, with the value and what would be right.
+    pub fn validate_process(&self) -> Result<()> {
         if self.timesteps < 2 {
             usage!("timesteps = {} must be at least 2; the paper has 1000", self.timesteps);
         }
@@ -1070,14 +1089,7 @@ impl Diffusion {
                 "zero_snr = true: with schedule = learned the bound finds where the schedule ends, so leave zero_snr at false"
             );
         }
-        let schedule = self.noise_schedule()?;
-        if self.prediction == Prediction::Eps && schedule.has_zero_terminal_snr() {
-            usage!(
-                "prediction = eps: with zero terminal SNR (zero_snr = {}) the last x_t is the noise itself, from which nothing is learned; prediction = v or x0 would do",
-                self.zero_snr
-            );
-        }
-        Ok(())
+        self.noise_schedule().map(|_| ())
     }
 
     /// The betas of the process.

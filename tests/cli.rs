@@ -1471,6 +1471,28 @@ fn a_classifier_has_no_settings_of_a_network() {
     }
 }
 
+/// Eps cannot be told from the last x_t where that is the noise itself; a classifier predicts none.
+#[test]
+fn a_classifier_guides_a_model_with_zero_terminal_snr() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    // The preset auto predicts eps.
+    let cpu = ["--device", "cpu", "--preset", "auto", "--set", "accumulate=1", "--set", "flip=false"];
+    ok(train(&at("model"), 1).args(cpu).args(["--set", "prediction=v", "--set", "zero_snr=true", "--data", "mnist"]));
+    let mut command = ddpm();
+    command.args(["train-classifier", "--device", "cpu", "--steps", "1", "--set", "validate_every=0", "--config"]);
+    ok(command.arg(at("model/config.toml")).arg("--out").arg(at("judge")));
+    let settings = ddpm_cuda::config::Config::read(&at("judge/config.toml")).unwrap();
+    assert!(settings.diffusion.zero_snr && settings.diffusion.prediction.to_string() == "eps");
+    let mut command = ddpm();
+    command.args(["sample", "--count", "1", "--steps", "3", "--device", "cpu", "--model"]).arg(at("model"));
+    ok(command.arg("--classifier").arg(at("judge")).arg("--out").arg(at("guided.png")));
+    assert!(
+        fails(ddpm().args(["train", "--set", "prediction=eps", "--set", "zero_snr=true"]), 2)
+            .contains("eps: with zero")
+    );
+}
+
 /// The settings of the model to be guided give its network and its process; how it was trained is its own matter.
 #[test]
 fn a_classifier_is_trained_from_the_settings_of_its_model() {

@@ -546,7 +546,8 @@ impl Place {
                     notes.push(format!("{}: names no class; DDPMScheduler is assumed", file.display()));
                 }
                 let unfit = |e: Error| Error::file(file, format!("describes a process that cannot be: {e}"));
-                read.0.validate().map_err(unfit)?;
+                let fits = if self.classifier { read.0.validate_process() } else { read.0.validate() };
+                fits.map_err(unfit)?;
                 if read.0.variance.is_learned() != config.model.learned_variance {
                     let outputs = config.model.out_channels();
                     let variance = json.get("variance_type").and_then(Value::as_str).unwrap_or("fixed_small");
