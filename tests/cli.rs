@@ -1471,6 +1471,23 @@ fn a_classifier_has_no_settings_of_a_network() {
     }
 }
 
+/// The settings of a checkpoint's run say what is held out, also where its path begins inside the run.
+#[test]
+fn a_checkpoint_is_of_its_run_from_wherever_it_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    noise_images(&at("gray.npy"), 1);
+    ok(train(&at("run"), 1)
+        .args(["--set", "held_out=0.5", "--set", "attention_resolutions=8", "--data"])
+        .arg(at("gray.npy")));
+    for (inside, model) in [("run", "checkpoints/1"), ("run/checkpoints", "1"), ("run/checkpoints/1", ".")] {
+        let mut command = ddpm();
+        command.args(["eval", "--steps", "2", "--device", "cpu", "--model", model]).current_dir(at(inside));
+        let said = ok(&mut command);
+        assert!(said.contains("10 images"), "{model} from {inside}: {said}");
+    }
+}
+
 /// Eps cannot be told from the last x_t where that is the noise itself; a classifier predicts none.
 #[test]
 fn a_classifier_guides_a_model_with_zero_terminal_snr() {
