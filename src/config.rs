@@ -537,22 +537,23 @@ impl Config {
     pub fn build(preset: Option<Preset>, file: Option<&Path>, sets: &[String]) -> Result<(Self, Given)> {
         let mut pairs = Vec::new();
         for assignment in sets {
-            pairs.push(pair(assignment)?);
+            let (key, value) = pair(assignment)?;
+            pairs.push((key, value, assignment));
         }
-        let data = pairs.iter().rev().find(|(key, _)| *key == "data").map(|(_, value)| *value);
+        let data = pairs.iter().rev().find(|(key, ..)| *key == "data").map(|(_, value, _)| *value);
         let (mut config, mut given) = match file {
             None => (Config::preset(preset.unwrap_or(Preset::of_data(data.unwrap_or_default()))), Given::default()),
             Some(path) => Config::read_over(path, preset, data)?,
         };
-        for ((key, value), assignment) in pairs.into_iter().zip(sets) {
+        // What is given beside a file of betas is compared with it, wherever it stands.
+        pairs.sort_by_key(|(key, ..)| *key != FILE_OF_BETAS);
+        let mut beside = Vec::new();
+        for (key, value, assignment) in pairs {
             let key = config.set(key, value).map_err(|e| Error::Usage(format!("--set {assignment}: {e}")))?;
-            if BETAS.contains(&key) && !config.diffusion.trained_betas.is_empty() {
-                usage!(
-                    "--set {assignment}: {key} follows from trained_betas or betas=FILE.npy, which gives every beta; take that out to set {key}"
-                );
-            }
+            beside.extend(BETAS.contains(&key).then_some(key));
             given.add(key);
         }
+        config.check_beside_betas(&beside).map_err(|e| Error::Usage(format!("--set: {e}")))?;
         Ok((config, given))
     }
 
@@ -621,9 +622,14 @@ impl Config {
         let data = data.or(table.get("data").and_then(toml::Value::as_str)).unwrap_or_default();
         let mut config = Config::preset(preset.or(own).unwrap_or(Preset::of_data(data)));
         let mut given = Given::default();
+        if let Some(value) = table.remove(FILE_OF_BETAS) {
+            given.add(config.set(FILE_OF_BETAS, &spelling(FILE_OF_BETAS, &value)?)?);
+        }
         for (key, value) in &table {
             given.add(config.set(key, &spelling(key, value)?)?);
         }
+        let beside: Vec<&str> = BETAS.into_iter().filter(|key| table.contains_key(*key)).collect();
+        config.check_beside_betas(&beside)?;
         let given = Given { file: given.others, others: BTreeSet::new() };
         config.class_names = class_names;
         if !trained_betas.is_empty() {
@@ -641,8 +647,15 @@ impl Config {
     pub fn set(&mut self, key: &str, value: &str) -> std::result::Result<&'static str, String> {
         if key == FILE_OF_BETAS {
             let betas = betas::read(value).map_err(|e| format!("{key} = {value}: {e}"))?;
-            self.diffusion.timesteps = betas.len();
-            self.diffusion.trained_betas = betas;
+            // As of a model that has its betas one by one. A preset or a file may have had another schedule.
+            self.diffusion = Diffusion {
+                schedule: Kind::Linear,
+                timesteps: betas.len(),
+                beta_start: 0.0,
+                beta_end: 0.0,
+                trained_betas: betas,
+                ..self.diffusion
+            };
             return Ok(FILE_OF_BETAS);
         }
         let Some(setting) = SETTINGS.iter().find(|s| s.key == key) else { return Err(others::no_setting(key)) };
@@ -652,6 +665,30 @@ impl Config {
         }
         self.derive();
         Ok(setting.key)
+    }
+
+    /// Refuses settings of [`BETAS`], those with the keys `beside`, that make other betas than those given one by one.
+    fn check_beside_betas(&self, beside: &[&str]) -> std::result::Result<(), String> {
+        const BETAS_ARE_GIVEN: &str = "given one by one, as trained_betas or by betas=FILE.npy";
+        let Diffusion { timesteps, trained_betas: betas, .. } = &self.diffusion;
+        let (Some(first), Some(last)) = (betas.first(), betas.last()) else { return Ok(()) };
+        if beside.contains(&"timesteps") && *timesteps != betas.len() {
+            let count = betas.len();
+            return Err(format!(
+                "timesteps = {timesteps}, but {count} betas are {BETAS_ARE_GIVEN}; leave one of the two out"
+            ));
+        }
+        // 0 stands for the schedule's own.
+        let says = |(key, value): &(&str, String)| beside.contains(key) && *key != "timesteps" && value != "0.0";
+        let said: Vec<String> = self.entries().filter(says).map(|(key, value)| format!("{key} = {value}")).collect();
+        let named = Diffusion { trained_betas: Vec::new(), ..self.diffusion.clone() }.betas_as_given();
+        // A file may hold them in f32.
+        let same = |named: Schedule| named.betas().iter().zip(betas).all(|(a, b)| *a as f32 == *b as f32);
+        if said.is_empty() || named.is_ok_and(same) {
+            return Ok(());
+        }
+        let said = said.join(", ");
+        Err(format!("{said}, but betas from {first:.3e} to {last:.3e} are {BETAS_ARE_GIVEN}; leave one of the two out"))
     }
 
     /// Name of the run's folder if none is asked for: that of the preset, or of the data for [`Preset::Auto`].

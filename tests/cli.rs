@@ -1389,6 +1389,9 @@ fn a_learned_schedule_is_plotted_and_used() {
         .arg("--out")
         .arg(folder.path().join("j")));
     let mut command = ddpm();
+    command.args(["train-classifier", "--steps", "1", "--device", "cpu", "--set", "validate_every=0", "--set", &betas]);
+    ok(command.arg("--config").arg(run.join("config.toml")).arg("--out").arg(folder.path().join("of the run's file")));
+    let mut command = ddpm();
     command.args(["sample", "--count", "1", "--steps", "3", "--model"]).arg(&run).arg("--classifier");
     ok(command.arg(folder.path().join("j")).arg("--out").arg(folder.path().join("guided.png")));
 }
