@@ -1513,6 +1513,29 @@ fn a_classifier_guides_a_model_with_zero_terminal_snr() {
     );
 }
 
+/// What is not trained any more is still drawn from.
+#[test]
+fn a_model_trained_without_its_last_timestep_is_drawn_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    ok(train(&run, 1).args(["--set", "prediction=v", "--set", "zero_snr=true"]));
+    let said = |from: &str, to: &str, file: &Path| {
+        let text = fs::read_to_string(file).unwrap();
+        assert!(text.contains(from), "{from} is not in {text}");
+        fs::write(file, text.replace(from, to)).unwrap();
+    };
+    said("loss = \"simple\"", "loss = \"vlb\"", &run.join("config.toml"));
+    let scheduler = run.join("checkpoints/1/scheduler/scheduler_config.json");
+    for prediction in ["v_prediction", "mu"] {
+        let mut command = ddpm();
+        command.args(["sample", "--count", "1", "--steps", "3", "--device", "cpu", "--model"]).arg(&run);
+        ok(command.arg("--out").arg(folder.path().join(format!("{prediction}.png"))));
+        if prediction == "v_prediction" {
+            said("\"v_prediction\"", "\"mu\"", &scheduler);
+        }
+    }
+}
+
 /// The settings of the model to be guided give its network and its process; how it was trained is its own matter.
 #[test]
 fn a_classifier_is_trained_from_the_settings_of_its_model() {

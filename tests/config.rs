@@ -372,7 +372,7 @@ fn values_that_cannot_be_read() {
 
 #[test]
 fn networks_that_cannot_be_built() {
-    let cases: [(&[&str], &str); 58] = [
+    let cases: [(&[&str], &str); 60] = [
         (
             &["image_size=30"],
             "image_size = 30x30 cannot be halved 2 times, which the 3 levels of widths = 32,32,64 ask for; 32x32 would do",
@@ -424,6 +424,14 @@ fn networks_that_cannot_be_built() {
         (&["variance=learned", "loss=min_snr"], "loss = min_snr: it does not depend on the variance"),
         (&["loss=hybrid"], "loss = hybrid: its bound trains the variance alone"),
         (&["loss=min_snr", "prediction=v", "zero_snr=true"], "where sampling starts, has weight 0 and stays untrained"),
+        (
+            &["loss=vlb", "prediction=x0", "zero_snr=true"],
+            "where sampling starts, has next to no weight and stays untrained",
+        ),
+        (
+            &["prediction=mu", "zero_snr=true"],
+            "prediction = mu: with zero terminal SNR next to nothing of x_0 is in the mean",
+        ),
         (&["loss=min_snr", "min_snr_gamma=0"], "min_snr_gamma = 0 must be above 0"),
         (&["vlb_weight=-1"], "vlb_weight = -1 must be above 0"),
         (&["label_dropout=0.1"], "label_dropout = 0.1: the network has no classes to leave out"),
