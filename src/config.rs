@@ -297,30 +297,40 @@ pub struct Config {
 
 /// The keys of the settings that somebody chose, on the command line or in a file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Given(BTreeSet<&'static str>);
+pub struct Given {
+    /// Those that a file chose.
+    file: BTreeSet<&'static str>,
+    /// Those of the command line, of a model or of the data, which have the last word.
+    others: BTreeSet<&'static str>,
+}
 
 impl Given {
     /// Every setting: nothing is adapted.
     pub fn all() -> Self {
-        Given(SETTINGS.iter().map(|s| s.key).collect())
+        Given { file: BTreeSet::new(), others: SETTINGS.iter().map(|s| s.key).collect() }
     }
 
     /// Whether this setting was chosen.
     pub fn has(&self, key: &str) -> bool {
-        self.0.contains(key)
+        self.file.contains(key) || self.others.contains(key)
     }
 
-    /// Forgets that these settings were chosen.
-    pub fn forget(&mut self, keys: &[&str]) {
-        self.0.retain(|key| !keys.contains(key));
+    /// Whether a file chose settings that the file of a run holds and a file of a few settings does not.
+    pub fn has_file_of_run(&self) -> bool {
+        OF_EVERY_RUN.iter().all(|key| self.file.contains(key))
+    }
+
+    /// Forgets that a file chose these settings.
+    pub fn forget_file(&mut self, keys: &[&str]) {
+        self.file.retain(|key| !keys.contains(key));
     }
 
     /// Notes that a setting was chosen.
     pub fn add(&mut self, key: &'static str) {
-        self.0.insert(key);
+        self.others.insert(key);
         if key == FILE_OF_BETAS {
             // The file says how many.
-            self.0.insert("timesteps");
+            self.others.insert("timesteps");
         }
     }
 }
@@ -331,9 +341,18 @@ pub struct Setting {
     pub key: &'static str,
     /// One line of help.
     pub help: &'static str,
+    /// The way to its field in [`Config`].
+    path: &'static [&'static str],
     get: fn(&Config) -> toml::Value,
     copy: fn(&mut Config, &Config),
     set: fn(&mut Config, &str) -> std::result::Result<(), String>,
+}
+
+impl Setting {
+    /// Whether it is of the network or of the diffusion process, not of the data or the training.
+    pub fn is_of_model(&self) -> bool {
+        ["model", "diffusion"].contains(&self.path[0])
+    }
 }
 
 macro_rules! settings {
@@ -342,6 +361,7 @@ macro_rules! settings {
         pub const SETTINGS: &[Setting] = &[$(Setting {
             key: $key,
             help: $help,
+            path: &[$(stringify!($field)),+],
             get: |c| c.$($field).+.write(),
             copy: |to, from| to.$($field).+.clone_from(&from.$($field).+),
             set: |c, text| {
@@ -417,7 +437,7 @@ pub const BETAS: [&str; 4] = ["schedule", "timesteps", "beta_start", "beta_end"]
 
 /// Reads every beta, and their number, from a file. It is no setting: what it reads stays in `config.toml`, as
 /// `trained_betas`.
-const FILE_OF_BETAS: &str = "betas";
+pub const FILE_OF_BETAS: &str = "betas";
 
 /// Settings that may change when a run is resumed: the numbers of the steps do not depend on them. `data` may name
 /// another place, not other data, and `on_bad_image` leave out only what was left out before.
@@ -446,6 +466,21 @@ pub const NOT_OF_CLASSIFIERS: [&str; 9] = [
     "upsample_type",
     "init",
 ];
+
+/// Settings of how a model was trained, which say nothing of how a classifier that guides it is.
+pub const OF_A_MODELS_TRAINING: [&str; 8] = [
+    "timestep_sampling",
+    "steps",
+    "learning_rate",
+    "warmup_steps",
+    "cooldown",
+    "weight_decay",
+    "ema_decay",
+    "sample_every",
+];
+
+/// Settings that every `config.toml` of a run has, of any version of this program.
+const OF_EVERY_RUN: [&str; 3] = ["image_size", "widths", "timesteps"];
 
 /// Every setting with its value in the default preset, of a network or of a `classifier`, for `--help`.
 pub fn help(classifier: bool) -> String {
@@ -502,22 +537,23 @@ impl Config {
     pub fn build(preset: Option<Preset>, file: Option<&Path>, sets: &[String]) -> Result<(Self, Given)> {
         let mut pairs = Vec::new();
         for assignment in sets {
-            pairs.push(pair(assignment)?);
+            let (key, value) = pair(assignment)?;
+            pairs.push((key, value, assignment));
         }
-        let data = pairs.iter().rev().find(|(key, _)| *key == "data").map(|(_, value)| *value);
+        let data = pairs.iter().rev().find(|(key, ..)| *key == "data").map(|(_, value, _)| *value);
         let (mut config, mut given) = match file {
             None => (Config::preset(preset.unwrap_or(Preset::of_data(data.unwrap_or_default()))), Given::default()),
             Some(path) => Config::read_over(path, preset, data)?,
         };
-        for ((key, value), assignment) in pairs.into_iter().zip(sets) {
+        // What is given beside a file of betas is compared with it, wherever it stands.
+        pairs.sort_by_key(|(key, ..)| *key != FILE_OF_BETAS);
+        let mut beside = Vec::new();
+        for (key, value, assignment) in pairs {
             let key = config.set(key, value).map_err(|e| Error::Usage(format!("--set {assignment}: {e}")))?;
-            if BETAS.contains(&key) && !config.diffusion.trained_betas.is_empty() {
-                usage!(
-                    "--set {assignment}: {key} follows from trained_betas or betas=FILE.npy, which gives every beta; take that out to set {key}"
-                );
-            }
+            beside.extend(BETAS.contains(&key).then_some(key));
             given.add(key);
         }
+        config.check_beside_betas(&beside).map_err(|e| Error::Usage(format!("--set: {e}")))?;
         Ok((config, given))
     }
 
@@ -555,7 +591,7 @@ impl Config {
     /// Whether a text is a `config.toml` of this program, of any version of it: a few settings are enough.
     pub fn is_of_run(text: &str) -> bool {
         let table = text.parse::<toml::Table>();
-        table.is_ok_and(|table| ["image_size", "widths", "timesteps"].iter().all(|key| table.contains_key(*key)))
+        table.is_ok_and(|table| OF_EVERY_RUN.iter().all(|key| table.contains_key(*key)))
     }
 
     /// Settings from the text of a `config.toml`; a given `preset` replaces the text's own. `data` is what will replace
@@ -586,9 +622,15 @@ impl Config {
         let data = data.or(table.get("data").and_then(toml::Value::as_str)).unwrap_or_default();
         let mut config = Config::preset(preset.or(own).unwrap_or(Preset::of_data(data)));
         let mut given = Given::default();
+        if let Some(value) = table.remove(FILE_OF_BETAS) {
+            given.add(config.set(FILE_OF_BETAS, &spelling(FILE_OF_BETAS, &value)?)?);
+        }
         for (key, value) in &table {
             given.add(config.set(key, &spelling(key, value)?)?);
         }
+        let beside: Vec<&str> = BETAS.into_iter().filter(|key| table.contains_key(*key)).collect();
+        config.check_beside_betas(&beside)?;
+        let given = Given { file: given.others, others: BTreeSet::new() };
         config.class_names = class_names;
         if !trained_betas.is_empty() {
             config.diffusion.trained_betas = trained_betas;
@@ -605,8 +647,15 @@ impl Config {
     pub fn set(&mut self, key: &str, value: &str) -> std::result::Result<&'static str, String> {
         if key == FILE_OF_BETAS {
             let betas = betas::read(value).map_err(|e| format!("{key} = {value}: {e}"))?;
-            self.diffusion.timesteps = betas.len();
-            self.diffusion.trained_betas = betas;
+            // As of a model that has its betas one by one. A preset or a file may have had another schedule.
+            self.diffusion = Diffusion {
+                schedule: Kind::Linear,
+                timesteps: betas.len(),
+                beta_start: 0.0,
+                beta_end: 0.0,
+                trained_betas: betas,
+                ..self.diffusion
+            };
             return Ok(FILE_OF_BETAS);
         }
         let Some(setting) = SETTINGS.iter().find(|s| s.key == key) else { return Err(others::no_setting(key)) };
@@ -616,6 +665,30 @@ impl Config {
         }
         self.derive();
         Ok(setting.key)
+    }
+
+    /// Refuses settings of [`BETAS`], those with the keys `beside`, that make other betas than those given one by one.
+    fn check_beside_betas(&self, beside: &[&str]) -> std::result::Result<(), String> {
+        const BETAS_ARE_GIVEN: &str = "given one by one, as trained_betas or by betas=FILE.npy";
+        let Diffusion { timesteps, trained_betas: betas, .. } = &self.diffusion;
+        let (Some(first), Some(last)) = (betas.first(), betas.last()) else { return Ok(()) };
+        if beside.contains(&"timesteps") && *timesteps != betas.len() {
+            let count = betas.len();
+            return Err(format!(
+                "timesteps = {timesteps}, but {count} betas are {BETAS_ARE_GIVEN}; leave one of the two out"
+            ));
+        }
+        // 0 stands for the schedule's own.
+        let says = |(key, value): &(&str, String)| beside.contains(key) && *key != "timesteps" && value != "0.0";
+        let said: Vec<String> = self.entries().filter(says).map(|(key, value)| format!("{key} = {value}")).collect();
+        let named = Diffusion { trained_betas: Vec::new(), ..self.diffusion.clone() }.betas_as_given();
+        // A file may hold them in f32.
+        let same = |named: Schedule| named.betas().iter().zip(betas).all(|(a, b)| *a as f32 == *b as f32);
+        if said.is_empty() || named.is_ok_and(same) {
+            return Ok(());
+        }
+        let said = said.join(", ");
+        Err(format!("{said}, but betas from {first:.3e} to {last:.3e} are {BETAS_ARE_GIVEN}; leave one of the two out"))
     }
 
     /// Name of the run's folder if none is asked for: that of the preset, or of the data for [`Preset::Auto`].
@@ -708,7 +781,11 @@ impl Config {
     /// `Error::Usage`, with the value and one that would work.
     pub fn validate(&self) -> Result<()> {
         self.model.validate()?;
-        self.diffusion.validate()?;
+        if self.model.classifier {
+            self.diffusion.validate_process()?
+        } else {
+            self.diffusion.validate()?
+        }
         self.objective()?;
         if self.diffusion.prediction == Prediction::Mu && self.precision == Precision::Bf16 {
             usage!(
@@ -1004,11 +1081,26 @@ impl Model {
 }
 
 impl Diffusion {
-    /// Refuses a process that cannot be.
+    /// Refuses a process that cannot be, and one that the prediction cannot learn.
     ///
     /// # Errors
     /// `Error::Usage`, with the value and what would be right.
     pub fn validate(&self) -> Result<()> {
+        self.validate_process()?;
+        if self.prediction == Prediction::Eps && self.noise_schedule()?.has_zero_terminal_snr() {
+            usage!(
+                "prediction = eps: with zero terminal SNR (zero_snr = {}) the last x_t is the noise itself, from which nothing is learned; prediction = v or x0 would do",
+                self.zero_snr
+            );
+        }
+        Ok(())
+    }
+
+    /// Refuses a process that cannot be, whatever is predicted: a classifier predicts nothing of it.
+    ///
+    /// # Errors
+    /// `Error::Usage`, with the value and what would be right.
+    pub fn validate_process(&self) -> Result<()> {
         if self.timesteps < 2 {
             usage!("timesteps = {} must be at least 2; the paper has 1000", self.timesteps);
         }
@@ -1034,14 +1126,7 @@ impl Diffusion {
                 "zero_snr = true: with schedule = learned the bound finds where the schedule ends, so leave zero_snr at false"
             );
         }
-        let schedule = self.noise_schedule()?;
-        if self.prediction == Prediction::Eps && schedule.has_zero_terminal_snr() {
-            usage!(
-                "prediction = eps: with zero terminal SNR (zero_snr = {}) the last x_t is the noise itself, from which nothing is learned; prediction = v or x0 would do",
-                self.zero_snr
-            );
-        }
-        Ok(())
+        self.noise_schedule().map(|_| ())
     }
 
     /// The betas of the process.

@@ -429,6 +429,51 @@ fn a_run_starts_from_a_models_weights() {
     assert!(end("repeated") == whole, "the same settings, other weights");
 }
 
+/// Whatever is given of the network and the process must be the model's, and what is not given is taken from it, also
+/// where the recipe for the data has another value.
+#[test]
+fn a_run_from_a_model_has_its_network_and_process() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    noise_images(&at("gray.npy"), 1);
+    let settings = |run: &str| ddpm_cuda::config::Config::read(&at(run).join("config.toml")).unwrap();
+    let model =
+        ["prediction=v", "zero_snr=true", "time_channels=8", "scale_shift_norm=true", "attention_resolutions=8"];
+    ok(train(&at("model"), 1).args(model.iter().flat_map(|set| ["--set", set])).arg("--data").arg(at("gray.npy")));
+    let start = |run: &str, arguments: &[&str]| {
+        let mut command = ddpm();
+        command.args(["train", "--batch", "4", "--steps", "1", "--set", "sample_every=0", "--set", "validate_every=0"]);
+        command.args(["--device", "cpu", "--init"]).arg(at("model")).arg("--out").arg(at(run)).args(arguments);
+        command
+    };
+    let data = at("gray.npy");
+    let data = ["--data", data.to_str().unwrap()];
+    ok(start("tuned", &[]).args(data));
+    let tuned = settings("tuned");
+    assert_eq!((tuned.preset.to_string(), tuned.diffusion.clone()), ("auto".into(), settings("model").diffusion));
+    assert!(tuned.model.scale_shift_norm && tuned.model.time_channels() == 8);
+    // What is spelled otherwise and means the same is no contradiction.
+    let config = at("model/config.toml");
+    ok(&mut start("equal", &["--config", config.to_str().unwrap()]));
+    for (assignment, says) in [
+        ("prediction=eps", "prediction = \"eps\" is given, but the model of --init has \"v\""),
+        ("zero_snr=false", "zero_snr = false is given, but the model of --init has true"),
+        ("num_heads=2", "num_heads = 2 is given, but the model of --init has 0"),
+        ("scale_shift_norm=false", "scale_shift_norm = false is given, but the model of --init has true"),
+        ("middle_attention=none", "middle_attention = \"none\" is given, but the model of --init has \"norm\""),
+        ("middle_groups=2", "middle_groups = 2 is given, but the model of --init has 0"),
+        ("downsample_type=resnet", "downsample_type = \"resnet\" is given, but the model of --init has \"conv\""),
+        ("upsample_type=resnet", "upsample_type = \"resnet\" is given, but the model of --init has \"conv\""),
+        ("class_embedding=timestep", "class_embedding = \"timestep\" is given, but the model of --init has \"table\""),
+        ("time_channels=16", "time_channels = 16 is given, but the model of --init has"),
+        ("timestep_scale=0.5", "timestep_scale = 0.5 is given, but the model of --init has 1.0"),
+    ] {
+        let said = fails(start("refused", &["--set", assignment]).args(data), 2);
+        assert!(said.contains(says) && said.trim().lines().count() == 1, "{assignment}: {said}");
+        assert!(!at("refused").exists());
+    }
+}
+
 /// Classes by name; the process and the classes in `info`; what was assumed, said by each command.
 #[test]
 fn what_a_model_says_of_itself_is_used_and_told() {
@@ -1343,6 +1388,9 @@ fn a_learned_schedule_is_plotted_and_used() {
         .arg("--out")
         .arg(folder.path().join("j")));
     let mut command = ddpm();
+    command.args(["train-classifier", "--steps", "1", "--device", "cpu", "--set", "validate_every=0", "--set", &betas]);
+    ok(command.arg("--config").arg(run.join("config.toml")).arg("--out").arg(folder.path().join("of the run's file")));
+    let mut command = ddpm();
     command.args(["sample", "--count", "1", "--steps", "3", "--model"]).arg(&run).arg("--classifier");
     ok(command.arg(folder.path().join("j")).arg("--out").arg(folder.path().join("guided.png")));
 }
@@ -1423,6 +1471,114 @@ fn a_classifier_has_no_settings_of_a_network() {
     {
         assert!(settings.lines().any(|l| l.starts_with(line)), "{line} is not in {settings}");
     }
+}
+
+/// The settings of a checkpoint's run say what is held out, also where its path begins inside the run.
+#[test]
+fn a_checkpoint_is_of_its_run_from_wherever_it_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    noise_images(&at("gray.npy"), 1);
+    ok(train(&at("run"), 1)
+        .args(["--set", "held_out=0.5", "--set", "attention_resolutions=8", "--data"])
+        .arg(at("gray.npy")));
+    for (inside, model) in [("run", "checkpoints/1"), ("run/checkpoints", "1"), ("run/checkpoints/1", ".")] {
+        let mut command = ddpm();
+        command.args(["eval", "--steps", "2", "--device", "cpu", "--model", model]).current_dir(at(inside));
+        let said = ok(&mut command);
+        assert!(said.contains("10 images"), "{model} from {inside}: {said}");
+    }
+}
+
+/// Eps cannot be told from the last x_t where that is the noise itself; a classifier predicts none.
+#[test]
+fn a_classifier_guides_a_model_with_zero_terminal_snr() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    // The preset auto predicts eps.
+    let cpu = ["--device", "cpu", "--preset", "auto", "--set", "accumulate=1", "--set", "flip=false"];
+    ok(train(&at("model"), 1).args(cpu).args(["--set", "prediction=v", "--set", "zero_snr=true", "--data", "mnist"]));
+    let mut command = ddpm();
+    command.args(["train-classifier", "--device", "cpu", "--steps", "1", "--set", "validate_every=0", "--config"]);
+    ok(command.arg(at("model/config.toml")).arg("--out").arg(at("judge")));
+    let settings = ddpm_cuda::config::Config::read(&at("judge/config.toml")).unwrap();
+    assert!(settings.diffusion.zero_snr && settings.diffusion.prediction.to_string() == "eps");
+    let mut command = ddpm();
+    command.args(["sample", "--count", "1", "--steps", "3", "--device", "cpu", "--model"]).arg(at("model"));
+    ok(command.arg("--classifier").arg(at("judge")).arg("--out").arg(at("guided.png")));
+    assert!(
+        fails(ddpm().args(["train", "--set", "prediction=eps", "--set", "zero_snr=true"]), 2)
+            .contains("eps: with zero")
+    );
+}
+
+/// What is not trained any more is still drawn from.
+#[test]
+fn a_model_trained_without_its_last_timestep_is_drawn_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    ok(train(&run, 1).args(["--set", "prediction=v", "--set", "zero_snr=true"]));
+    let said = |from: &str, to: &str, file: &Path| {
+        let text = fs::read_to_string(file).unwrap();
+        assert!(text.contains(from), "{from} is not in {text}");
+        fs::write(file, text.replace(from, to)).unwrap();
+    };
+    said("loss = \"simple\"", "loss = \"vlb\"", &run.join("config.toml"));
+    let scheduler = run.join("checkpoints/1/scheduler/scheduler_config.json");
+    for prediction in ["v_prediction", "mu"] {
+        let mut command = ddpm();
+        command.args(["sample", "--count", "1", "--steps", "3", "--device", "cpu", "--model"]).arg(&run);
+        ok(command.arg("--out").arg(folder.path().join(format!("{prediction}.png"))));
+        if prediction == "v_prediction" {
+            said("\"v_prediction\"", "\"mu\"", &scheduler);
+        }
+    }
+}
+
+/// The settings of the model to be guided give its network and its process; how it was trained is its own matter.
+#[test]
+fn a_classifier_is_trained_from_the_settings_of_its_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let trained = ["sample_every=1", "learning_rate=3e-4", "warmup_steps=7", "cooldown=0.25", "ema_decay=0.5"];
+    let sets = trained.iter().flat_map(|set| ["--set", set]);
+    ok(train(&at("uniform"), 1).args(sets.clone()));
+    ok(train(&at("importance"), 1).args(sets).args(["--set", "timestep_sampling=importance"]));
+    let judge = |config: &Path, out: &str, arguments: &[&str]| {
+        let mut command = ddpm();
+        command.args(["train-classifier", "--device", "cpu", "--set", "validate_every=0", "--config"]).arg(config);
+        command.arg("--out").arg(at(out)).args(arguments);
+        command
+    };
+    let settings = |run: &str| ddpm_cuda::config::Config::read(&at(run).join("config.toml")).unwrap();
+    for model in ["uniform", "importance"] {
+        let out = format!("judge of {model}");
+        let said = ok(&mut judge(&at(model).join("config.toml"), &out, &["--steps", "1"]));
+        assert!(said.contains("config.toml is of a model, whose timestep_sampling, steps, learning_rate,"), "{said}");
+        let c = settings(&out);
+        assert_eq!((c.model.classes, c.model.widths, c.diffusion.timesteps, c.batch), (10, vec![8, 16], 50, 4));
+        assert_eq!((c.learning_rate, c.warmup_steps, c.cooldown), (1e-3, 100, 0.0));
+        assert_eq!((c.weight_decay, c.ema_decay, c.sample_every), (0.05, 0.999, 0));
+        assert_eq!(c.timestep_sampling.to_string(), "uniform");
+    }
+    // What --set says is taken, or refused by name.
+    let model = at("uniform/config.toml");
+    ok(&mut judge(&model, "heavy", &["--set", "weight_decay=0.2", "--set", "steps=2"]));
+    assert_eq!((settings("heavy").weight_decay, settings("heavy").steps), (0.2, 2));
+    for (assignment, says) in [
+        ("sample_every=5", "sample_every = 5: a classifier draws no samples"),
+        ("timestep_sampling=importance", "timestep_sampling = importance: a classifier's loss has no weights"),
+    ] {
+        let said = fails(&mut judge(&model, "refused", &["--set", assignment]), 2);
+        assert!(said.contains(says) && !at("refused").exists(), "{said}");
+    }
+    // The file of a classifier, and one of a few settings, are taken as they are.
+    let said = ok(&mut judge(&at("heavy/config.toml"), "again", &[]));
+    assert!(!said.contains("not taken"), "{said}");
+    assert_eq!((settings("again").weight_decay, settings("again").steps), (0.2, 2));
+    fs::write(at("few.toml"), "data = \"mnist\"\nbatch = 4\nsteps = 3\nweight_decay = 0.3\n").unwrap();
+    ok(judge(&at("few.toml"), "few", &[]).args(TINY));
+    assert_eq!((settings("few").weight_decay, settings("few").steps), (0.3, 3));
 }
 
 /// `.pt` files of OpenAI's are judged as any model, whose data must be given, with the flags that they lack.

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use ddpm_cuda::config::{Config, Preset, SETTINGS, Size};
-use ddpm_cuda::diffusion::{Kind, Sampling, Variance};
+use ddpm_cuda::diffusion::{Kind, Sampling, Schedule, Variance};
 
 fn sets(assignments: &[&str]) -> Vec<String> {
     assignments.iter().map(|s| s.to_string()).collect()
@@ -145,10 +145,16 @@ fn names_and_betas_survive_the_file() {
     let (_folder, path) = file(&config.to_toml());
     assert_eq!(Config::read(&path).unwrap(), config);
     // Betas one by one leave these settings without meaning.
-    for key in ["schedule=cosine", "timesteps=4", "beta_start=0.1", "beta_end=0.1"] {
-        let error = Config::build(None, Some(&path), &sets(&[key])).expect_err("refused");
-        assert!(error.to_string().contains("follows from trained_betas or betas=FILE.npy"), "{error}");
+    for (assignment, says) in [
+        ("schedule=cosine", "schedule = \"cosine\", but betas from 1.000e-5 to 3.333e-1 are given one by one"),
+        ("timesteps=4", "timesteps = 4, but 3 betas are given one by one, as trained_betas or by betas=FILE.npy"),
+        ("beta_start=0.1", "beta_start = 0.1, but betas from"),
+        ("beta_end=0.1", "beta_end = 0.1, but betas from"),
+    ] {
+        let error = Config::build(None, Some(&path), &sets(&[assignment])).expect_err("refused");
+        assert!(error.to_string().contains(says), "{error}");
     }
+    assert_eq!(Config::build(None, Some(&path), &sets(&["timesteps=3"])).unwrap().0, config);
     assert_eq!(Config::build(None, Some(&path), &sets(&["variance=fixed_small"])).unwrap().0.diffusion.timesteps, 3);
     assert!(file_refusal("class_names = 3").ends_with("class_names is no list of names"));
     assert!(file_refusal("class_names = [3]").ends_with("class_names is no list of names"));
@@ -182,11 +188,35 @@ fn betas_are_read_from_an_array() {
     assert_eq!(Config::read(&file_of_run).unwrap(), config);
     let (_folder, with_betas) = file(&format!("betas = \"{}\"\n", path.display()));
     assert_eq!(Config::read(&with_betas).unwrap().diffusion, config.diffusion);
-    assert!(refusal(&[&assignment, "timesteps=4"]).contains("timesteps follows from trained_betas or betas=FILE.npy"));
+    // What is given beside them says the same or is refused, before and after them.
+    for (beside, says) in [
+        ("timesteps=4", "timesteps = 4, but 3 betas are given one by one"),
+        ("schedule=cosine", "schedule = \"cosine\", but betas from 1.000e-4 to 3.333e-1 are given one by one"),
+        ("beta_start=0.3", "beta_start = 0.3, but betas from 1.000e-4 to 3.333e-1 are given one by one"),
+    ] {
+        for order in [[&assignment[..], beside], [beside, &assignment]] {
+            let sentence = refusal(&order);
+            assert!(sentence.contains(says), "{order:?}: {sentence}");
+        }
+        let in_file = beside.replace("cosine", "\"cosine\"");
+        assert!(file_refusal(&format!("betas = \"{}\"\n{in_file}\n", path.display())).contains(says), "{beside}");
+    }
+    for order in [[&assignment[..], "timesteps=3"], ["timesteps=3", &assignment]] {
+        assert_eq!(built(&order).diffusion, config.diffusion);
+    }
+    let cosine = Schedule::new(Kind::Cosine, 50).unwrap();
+    write(&path, &[50], cosine.betas().iter().map(|&beta| beta as f32).collect());
+    for order in [[&assignment[..], "schedule=cosine"], ["schedule=cosine", &assignment]] {
+        assert_eq!(built(&order).diffusion.timesteps, 50);
+    }
+    // They take the place of the schedule of a file.
+    let (_folder, learned) = file("schedule = \"learned\"\nloss = \"vlb\"\n");
+    let replaced = Config::build(None, Some(&learned), &sets(&[&assignment])).unwrap().0;
+    replaced.validate().unwrap();
     write(&path, &[2], vec![0.5f32, 0.25]);
     assert_eq!(built(&[&assignment]).diffusion.trained_betas, [0.5, 0.25]);
     let learned = refusal(&["schedule=learned", "loss=vlb", &assignment]);
-    assert!(learned.contains("schedule = learned: the betas are given one by one already, and stay"), "{learned}");
+    assert!(learned.contains("schedule = \"learned\", but betas from 5.000e-1 to 2.500e-1 are given"), "{learned}");
     write(&path, &[1, 2], vec![0.5, 0.25]);
     assert!(refusal(&[&assignment]).contains("has 2 dimensions; a list of betas has one"));
     write(&path, &[2], vec![1i64, 2]);
@@ -342,7 +372,7 @@ fn values_that_cannot_be_read() {
 
 #[test]
 fn networks_that_cannot_be_built() {
-    let cases: [(&[&str], &str); 58] = [
+    let cases: [(&[&str], &str); 60] = [
         (
             &["image_size=30"],
             "image_size = 30x30 cannot be halved 2 times, which the 3 levels of widths = 32,32,64 ask for; 32x32 would do",
@@ -394,6 +424,14 @@ fn networks_that_cannot_be_built() {
         (&["variance=learned", "loss=min_snr"], "loss = min_snr: it does not depend on the variance"),
         (&["loss=hybrid"], "loss = hybrid: its bound trains the variance alone"),
         (&["loss=min_snr", "prediction=v", "zero_snr=true"], "where sampling starts, has weight 0 and stays untrained"),
+        (
+            &["loss=vlb", "prediction=x0", "zero_snr=true"],
+            "where sampling starts, has next to no weight and stays untrained",
+        ),
+        (
+            &["prediction=mu", "zero_snr=true"],
+            "prediction = mu: with zero terminal SNR next to nothing of x_0 is in the mean",
+        ),
         (&["loss=min_snr", "min_snr_gamma=0"], "min_snr_gamma = 0 must be above 0"),
         (&["vlb_weight=-1"], "vlb_weight = -1 must be above 0"),
         (&["label_dropout=0.1"], "label_dropout = 0.1: the network has no classes to leave out"),

@@ -1248,7 +1248,14 @@ fn objectives_that_cannot_work_are_refused() {
         ("trains the variance alone", of(Loss::Hybrid, Variance::FixedLarge, &s)),
         ("vlb_weight = 0 must", of(Loss::Hybrid, Variance::Learned, &s).with_weights(0.0, 5.0)),
         ("min_snr_gamma = -1 must", of(Loss::MinSnr, Variance::FixedLarge, &s).with_weights(0.001, -1.0)),
-        ("has weight 0 and stays untrained", of(Loss::MinSnr, Variance::FixedLarge, &zero)),
+        ("has weight 0 and stays untrained; loss = simple", of(Loss::MinSnr, Variance::FixedLarge, &zero)),
+        ("has next to no weight and stays untrained; loss = simple", of(Loss::Vlb, Variance::FixedSmall, &zero)),
+        ("has next to no weight and stays untrained; loss = hybrid", of(Loss::Vlb, Variance::Learned, &zero)),
+        ("has next to no weight and stays untrained", of(Loss::Weighted, Variance::FixedLarge, &zero)),
+        (
+            "prediction = mu: with zero terminal SNR",
+            Objective::new(Loss::Simple, Prediction::Mu, Variance::FixedLarge, &zero),
+        ),
     ];
     for (words, objective) in refused {
         let error = objective.check().expect_err(words);
@@ -1258,6 +1265,12 @@ fn objectives_that_cannot_work_are_refused() {
         of(loss, Variance::LearnedRange, &s).check().unwrap();
     }
     of(Loss::Simple, Variance::FixedLarge, &zero).check().unwrap();
+    of(Loss::Hybrid, Variance::LearnedRange, &zero).check().unwrap();
+    // Why: the weight of x_0's error at the last timestep, beside that at the first which predicts from much noise.
+    for prediction in [Prediction::V, Prediction::X0] {
+        let row = Objective::new(Loss::Weighted, prediction, Variance::FixedSmall, &zero).row(999).unwrap();
+        assert!(row.squared / row.x_0_error.powi(2) < 1e-8, "{prediction}: {row:?}");
+    }
 }
 
 /// The strata of one u: one image in each, together they cover the chain; micro-batches draw what the whole batch does.

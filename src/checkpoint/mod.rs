@@ -463,9 +463,6 @@ impl Place {
         let networks: Vec<&str> =
             ["unet", "unet_ema"].into_iter().filter(|n| has(&format!("{n}/config.json"))).collect();
         if let Some(&unet) = networks.first() {
-            // RUN/checkpoints/STEP
-            let run = path.ancestors().nth(2).filter(|run| path.starts_with(run.join("checkpoints")));
-            let run = run.filter(|run| run.join("config.toml").is_file()).map(Path::to_path_buf);
             let (scheduler, mut notes) = scheduler_near(path, &["scheduler", ".", "../scheduler"]);
             if networks.len() > 1 {
                 let ema = path.join("unet_ema");
@@ -476,7 +473,8 @@ impl Place {
                 ));
             }
             let resumable = has(TRAINING_STATE);
-            return Ok(Place { run, unet: path.join(unet), scheduler, resumable, classifier: false, notes });
+            let (run, unet) = (run_of(path), path.join(unet));
+            return Ok(Place { run, unet, scheduler, resumable, classifier: false, notes });
         }
         if has("config.json") {
             let own_name = path.canonicalize().ok().and_then(|p| p.file_name()?.to_str().map(String::from));
@@ -512,10 +510,8 @@ impl Place {
             };
             return Err(Error::file(path, what));
         }
-        let run = path.ancestors().nth(2).filter(|run| path.starts_with(run.join("checkpoints")));
-        let run = run.filter(|run| run.join("config.toml").is_file()).map(Path::to_path_buf);
         let (scheduler, notes) = scheduler_near(path, &["scheduler"]);
-        let unet = path.join("classifier");
+        let (run, unet) = (run_of(path), path.join("classifier"));
         Ok(Place { run, unet, scheduler, resumable: has(TRAINING_STATE), classifier: true, notes })
     }
 
@@ -547,7 +543,8 @@ impl Place {
                 }
                 notes.extend(diffusers::steps_not_taken(&json).map(|what| format!("{}: {what}", file.display())));
                 let unfit = |e: Error| Error::file(file, format!("describes a process that cannot be: {e}"));
-                read.0.validate().map_err(unfit)?;
+                let fits = if self.classifier { read.0.validate_process() } else { read.0.validate() };
+                fits.map_err(unfit)?;
                 if read.0.variance.is_learned() != config.model.learned_variance {
                     let outputs = config.model.out_channels();
                     let variance = json.get("variance_type").and_then(Value::as_str).unwrap_or("fixed_small");
@@ -655,6 +652,14 @@ impl Place {
         };
         Err(Error::file(&self.unet, what))
     }
+}
+
+/// The run that a checkpoint RUN/checkpoints/STEP belongs to, if it does. A path from inside `checkpoints` does not name
+/// the run.
+fn run_of(checkpoint: &Path) -> Option<PathBuf> {
+    let path = std::path::absolute(checkpoint).ok()?;
+    let run = path.ancestors().nth(2).filter(|run| path.starts_with(run.join("checkpoints")));
+    run.filter(|run| run.join("config.toml").is_file()).map(Path::to_path_buf)
 }
 
 const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use super::ranks::{Part, Quiet, Rank};
 use super::signals::Signals;
 use super::{PRECISION, choice, open};
-use crate::config::{self, Config, Given, MAY_CHANGE, NOT_OF_CLASSIFIERS, OnBadImage, Preset};
+use crate::config::{self, Config, Given, MAY_CHANGE, NOT_OF_CLASSIFIERS, OF_A_MODELS_TRAINING, OnBadImage, Preset};
 use crate::device::{Choice, Device, Devices, Precision};
 use crate::distributed::{Fact, Launcher};
 use crate::error::{Error, Result};
@@ -270,16 +270,24 @@ fn config(args: &Training, classifier: bool) -> Result<(Config, Given, Vec<Strin
     if let (true, false, Some(file)) = (config.model.classifier, classifier, &args.config) {
         return Err(Error::file(file, "holds the settings of a classifier, for train-classifier"));
     }
+    let mut notes = Vec::new();
     if classifier {
         // The file may be that of the model to be guided, which has them.
         Config::refuse_sets(&args.set, &NOT_OF_CLASSIFIERS, "a classifier")?;
-        given.forget(&NOT_OF_CLASSIFIERS);
+        given.forget_file(&NOT_OF_CLASSIFIERS);
+        if config.model.classes == 0 {
+            given.forget_file(&["classes"]); // the data has them
+        }
+        if let (true, false, Some(file)) = (given.has_file_of_run(), config.model.classifier, &args.config) {
+            given.forget_file(&OF_A_MODELS_TRAINING);
+            let (file, keys) = (file.display(), OF_A_MODELS_TRAINING.join(", "));
+            notes.push(format!("{file} is of a model, whose {keys} are not taken; --set gives a classifier's"));
+        }
         config.model.null_class = false;
         config.fill(&given, &Config::preset(config.preset).into_classifier());
         config.model.classifier = true;
     }
     config.data = absolute(&config.data);
-    let mut notes = Vec::new();
     if !config.init.is_empty() {
         if !given.has("data") {
             usage!("--init {}: say with --data which images to train it on", config.init);

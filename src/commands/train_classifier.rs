@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use super::train;
+use crate::config::OF_A_MODELS_TRAINING;
 use crate::error::Result;
 
 /// Arguments of `ddpm-cuda train-classifier`.
@@ -26,7 +27,8 @@ pub struct Args {
 pub fn help() -> String {
     format!(
         "To guide a model, schedule, timesteps, betas and image_size must be the model's. classes is the number that the \
-         data has.\n\n{}",
+         data has. Of the config.toml of a model's run these are not taken, which are of its own training: {}.\n\n{}",
+        OF_A_MODELS_TRAINING.join(", "),
         train::help_of(true)
     )
 }

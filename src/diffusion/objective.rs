@@ -157,12 +157,24 @@ impl Objective {
         if self.min_snr_gamma <= 0.0 {
             usage!("min_snr_gamma = {} must be above 0; its paper has 5", self.min_snr_gamma);
         }
-        if loss == Loss::MinSnr && self.schedule.has_zero_terminal_snr() {
+        if !self.schedule.has_zero_terminal_snr() {
+            return Ok(());
+        }
+        if self.prediction == Prediction::Mu {
             usage!(
-                "loss = min_snr: with zero terminal SNR the last timestep, where sampling starts, has weight 0 and stays untrained; loss = simple would train it"
+                "prediction = mu: with zero terminal SNR next to nothing of x_0 is in the mean of the last timestep, where sampling starts, which stays untrained; prediction = v or x0 would do"
             );
         }
-        Ok(())
+        // The bound's weight of x_0's error there is half of alpha_bar two timesteps before: 2e-9 of the linear one.
+        let weight = match loss {
+            Loss::Simple | Loss::Hybrid => return Ok(()),
+            Loss::MinSnr => "weight 0",
+            Loss::Vlb | Loss::Weighted => "next to no weight",
+        };
+        let other = if learned { Loss::Hybrid } else { Loss::Simple };
+        usage!(
+            "loss = {loss}: with zero terminal SNR the last timestep, where sampling starts, has {weight} and stays untrained; loss = {other} would train it"
+        );
     }
 
     /// The loss.

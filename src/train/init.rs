@@ -9,31 +9,28 @@ use std::path::{Path, PathBuf};
 
 use super::Trainer;
 use crate::checkpoint::{self, Description};
-use crate::config::{BETAS, Config, Diffusion, Given, Model, Size};
+use crate::config::{BETAS, Config, Diffusion, FILE_OF_BETAS, Given, Model, SETTINGS, Size};
 use crate::error::Result;
 use crate::usage;
 
 /// The largest learning rate that is a default of such a run: the weights are trained already.
 pub const LARGEST_LEARNING_RATE: f64 = 1e-4;
 
-/// Settings that the weights fix.
-const FIXED: [&str; 15] = [
-    "channels",
-    "widths",
-    "blocks_per_level",
-    "attention_resolutions",
-    "head_dim",
-    "groups",
-    "norm_eps",
-    "classes",
-    "downsample_padding",
-    "freq_shift",
-    "flip_sin_to_cos",
-    "schedule",
-    "timesteps",
-    "beta_start",
-    "beta_end",
-];
+/// The settings `own` with those spelled as in `other` where 0 and a number mean the same network and process.
+fn like(mut own: Config, other: &Config) -> Config {
+    let (model, theirs) = (&mut own.model, &other.model);
+    if model.time_channels == theirs.time_channels() {
+        model.time_channels = theirs.time_channels;
+    }
+    if model.middle_groups == theirs.middle_groups() {
+        model.middle_groups = theirs.middle_groups;
+    }
+    if own.diffusion.end_betas() == other.diffusion.end_betas() {
+        own.diffusion.beta_start = other.diffusion.beta_start;
+        own.diffusion.beta_end = other.diffusion.beta_end;
+    }
+    own
+}
 
 /// A model to start from.
 pub struct Init {
@@ -79,17 +76,19 @@ impl Init {
             self.keep_attention(&mut config.model);
         }
         if own.diffusion.trained_betas != config.diffusion.trained_betas
-            && let Some(key) = BETAS.iter().find(|&&key| key != "timesteps" && given.has(key))
+            && let Some(key) = [FILE_OF_BETAS].iter().chain(&BETAS).find(|&&key| key != "timesteps" && given.has(key))
         {
-            usage!("{key} is given, but the model of --init has other betas, one by one; leave it out to take them");
+            let has = if config.diffusion.trained_betas.is_empty() { "" } else { ", one by one" };
+            usage!("{key} is given, but the model of --init has other betas{has}; leave it out to take them");
         }
-        for ((key, asked), (_, has)) in own.entries().zip(config.entries()) {
-            let open = key == "channels" && own.model.channels == 0;
-            if given.has(key) && FIXED.contains(&key) && !open && asked != has {
+        let asked = like(own, config);
+        for ((setting, (key, asked)), (_, has)) in SETTINGS.iter().zip(asked.entries()).zip(config.entries()) {
+            let open = key == "channels" && asked == "0";
+            if given.has(key) && setting.is_of_model() && !open && asked != has {
                 usage!("{key} = {asked} is given, but the model of --init has {has}; leave it out to take the model's");
             }
         }
-        FIXED.iter().chain(&["image_size", "dropout", "variance"]).for_each(|key| given.add(key));
+        SETTINGS.iter().filter(|setting| setting.is_of_model()).for_each(|setting| given.add(setting.key));
         let mut notes = self.model.notes.clone();
         if !given.has("learning_rate") && config.learning_rate > LARGEST_LEARNING_RATE {
             config.learning_rate = LARGEST_LEARNING_RATE;
