@@ -1839,7 +1839,7 @@ fn encoded_images_come_back() {
         ok(&mut command)
     };
     of("sample --count 4 --steps 50 --out a.npz");
-    let encode = "encode --images a.npz --steps 10 --rounds 8 --out xt.npy";
+    let encode = "encode --images a.npz --steps 10 --rounds 20 --out xt.npy";
     let said = of(&format!("{encode} --spacing leading"));
     assert!(!said.contains("has not settled"), "{said}");
     of("sample --start xt.npy --steps 10 --sampler ddim --spacing leading --clip-x0 false --out back.npz");

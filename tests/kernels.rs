@@ -402,7 +402,7 @@ fn a_struct_is_compared_by_name_and_size() {
     // SAFETY: nothing is launched.
     let start = || unsafe { gpu.launch_any(kernel, [1, 1, 1], 256) };
     let message = refusal(|| start().value(kernels::sample_step::Factors::zeroed()).run().unwrap());
-    for part in ["(Struct(\"AdamFactors\", 32), \"factors\")", "but was launched with [(Struct(\"Factors\", 48)"] {
+    for part in ["(Struct(\"AdamFactors\", 32), \"factors\")", "but was launched with [(Struct(\"Factors\", 52)"] {
         assert!(message.contains(part), "{message:?} does not say {part:?}");
     }
 }

@@ -565,8 +565,8 @@ pub struct Stepping {
     pub clip_range: f64,
     /// Dynamic thresholding of the predicted x_0, in place of clipping.
     pub threshold: Option<Threshold>,
-    /// Whether ancestral sampling over fewer steps than timesteps takes `fixed_small` in place of `fixed_large`, as this
-    /// program does with its own models and diffusers with none.
+    /// Whether ancestral sampling over fewer steps than timesteps takes `fixed_small` in place of `fixed_large`, as
+    /// this program does with its own models and diffusers with none.
     pub small_if_fewer: bool,
 }
 

@@ -654,8 +654,8 @@ impl Place {
     }
 }
 
-/// The run that a checkpoint RUN/checkpoints/STEP belongs to, if it does. A path from inside `checkpoints` does not name
-/// the run.
+/// The run that a checkpoint RUN/checkpoints/STEP belongs to, if it does. A path from inside `checkpoints` does not
+/// name the run.
 fn run_of(checkpoint: &Path) -> Option<PathBuf> {
     let path = std::path::absolute(checkpoint).ok()?;
     let run = path.ancestors().nth(2).filter(|run| path.starts_with(run.join("checkpoints")));
