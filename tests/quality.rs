@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use ddpm_cuda::config::{Config, Preset, Size};
-use ddpm_cuda::data::Extent;
+use ddpm_cuda::data::{Extent, choose};
+use ddpm_cuda::measures::Features;
 use ddpm_cuda::output::write_npz;
-use ddpm_cuda::quality::{pixels, settings};
+use ddpm_cuda::quality::{pixels, settings, some_of};
 use ddpm_cuda::tensor::Shape;
 use npyz::WriterBuilder;
 use serde_json::Value;
@@ -252,8 +253,8 @@ fn features_and_statistics_of_ones_own() {
     let near = |got: &Value, want: f64| assert!((got.as_f64().unwrap() - want).abs() < 1e-9, "{got}, expected {want}");
     near(&got["frechet_distance"], distance(moments(&of_samples), train));
     near(&got["baseline"]["frechet_distance"], distance(held_out, train));
-    // Four samples at even distances: 2, 3, 4, 5.
-    near(&got["baseline"]["samples"]["frechet_distance"], distance(moments(&of_samples[..4]), train));
+    // Four of five samples by their hashes: all but the third.
+    near(&got["baseline"]["samples"]["frechet_distance"], distance(moments(&[2.0, 3.0, 5.0, 6.0]), train));
 
     // N(1, 4) of another program.
     write_arrays(&at("stats.npz"), &[("mu", &[1], &[1.0]), ("sigma", &[1, 1], &[4.0])]);
@@ -272,6 +273,23 @@ fn features_and_statistics_of_ones_own() {
     let got = read_json(&at("alone.json"));
     assert!(got["precision"].is_null() && got["baseline"].is_null(), "{got}");
     assert!(got["memorising"]["features"].is_null() && got["memorising"]["pixels"].is_object(), "{got}");
+}
+
+/// Classes of samples come in turn, so that every fourth sample would be of the even classes alone.
+#[test]
+fn some_of_the_samples_are_of_all_classes() {
+    let classes = (0..2000).map(|i| f64::from(i % 10)).collect();
+    let chosen = some_of(&Features::new(classes, 1).unwrap(), 500);
+    let of_class = |class: u32| chosen.rows().filter(|row| row[0] == f64::from(class)).count();
+    let counts: Vec<usize> = (0..10).map(of_class).collect();
+    assert_eq!(counts.iter().sum::<usize>(), 500);
+    // 50 are expected of each. Of 500 of 2,000 at random, of which a tenth is of the class, the standard deviation is
+    // sqrt(500 * 0.1 * 0.9 * 0.75) = 5.8; three of these.
+    assert!(counts.iter().all(|count| (33..=67).contains(count)), "{counts:?}");
+
+    assert_eq!(choose(10, 4), [1, 5, 8, 9]);
+    assert_eq!(choose(5, 5), [0, 1, 2, 3, 4]);
+    assert_eq!(choose(3, 9), [0, 1, 2]);
 }
 
 #[test]

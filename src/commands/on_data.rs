@@ -28,7 +28,7 @@ pub struct OnData {
     /// Which images: those that training does not see, those that it sees, or all
     #[arg(long, default_value = "held_out", value_parser = super::choice::<Split>())]
     pub split: Split,
-    /// Number of images, taken evenly from the split [default: all]
+    /// Number of images of the split, always the same ones, from all over it [default: all]
     #[arg(long, value_name = "N")]
     pub count: Option<usize>,
     /// An image that cannot be used is an error (stop) or is left out and named (skip) [default: as the model's run]
@@ -96,7 +96,7 @@ impl OnData {
         if count == 0 || count > all.len() {
             usage!("--count {count}: {} has 1 to {} images of --split {}", config.data, all.len(), self.split);
         }
-        let images: Vec<(bool, usize)> = (0..count).map(|k| all[k * all.len() / count]).collect();
+        let images: Vec<(bool, usize)> = data::choose(all.len(), count).into_iter().map(|i| all[i]).collect();
         for (held_out, set) in [(false, &data.train), (true, &data.held_out)] {
             let of_set: Vec<usize> = images.iter().filter(|image| image.0 == held_out).map(|image| image.1).collect();
             set.check(&set.rows(&of_set, false).rows)?;

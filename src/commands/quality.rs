@@ -16,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::measures::{Features, Gaussian, NEIGHBOURS, Nearness};
 use crate::output;
 use crate::quality::{
-    Extractor, Figures, Report, accuracy, evenly, nearest_in_features, nearest_in_pixels, pixels, write_picture,
+    Extractor, Figures, Report, accuracy, nearest_in_features, nearest_in_pixels, pixels, some_of, write_picture,
 };
 use crate::sample::Request;
 use crate::tensor::Shape;
@@ -249,11 +249,11 @@ pub fn run(args: &Args) -> Result<()> {
     let figures = |of: &Features| Figures::of(of, &reference, unmirrored.as_ref());
     let count = sets.samples.len();
     let baseline = match &sets.held_out {
-        Some(held_out) if held_out.len() >= few => Some(figures(&evenly(held_out, held_out.len().min(count)))?),
+        Some(held_out) if held_out.len() >= few => Some(figures(&some_of(held_out, count))?),
         _ => None,
     };
     let fewer = baseline.as_ref().filter(|baseline| baseline.images < count);
-    let samples_of_baseline = fewer.map(|fewer| figures(&evenly(&sets.samples, fewer.images))).transpose()?;
+    let samples_of_baseline = fewer.map(|fewer| figures(&some_of(&sets.samples, fewer.images))).transpose()?;
 
     let mut near_in_features = None;
     let mut nearness = None;
