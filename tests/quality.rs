@@ -292,6 +292,40 @@ fn some_of_the_samples_are_of_all_classes() {
     assert_eq!(choose(3, 9), [0, 1, 2]);
 }
 
+/// Figures need no picture, and images of two or four channels are none.
+#[test]
+fn figures_of_images_that_are_no_pictures_are_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for channels in [2, 4] {
+        let write = |name: &str, n: usize| {
+            let bytes: Vec<u8> = (0..n * 16 * channels).map(|k| (k * k / 3 % 251) as u8).collect();
+            write_npz(&at(name), Shape::new(n, 4, 4, channels), &bytes, None).unwrap();
+        };
+        write("data.npz", 10);
+        write("samples.npz", 5);
+        let (five, ten): (Vec<f64>, Vec<f64>) = ((0..5).map(f64::from).collect(), (0..10).map(f64::from).collect());
+        let own = write_arrays(&at("own.npz"), &[("samples", &[5, 1], &five), ("data", &[10, 1], &ten)]);
+        let measure = || {
+            let mut command = quality(&at("data.npz"));
+            command.arg("--samples").arg(at("samples.npz")).arg("--features").arg(&own);
+            command
+        };
+        let said = ok(measure().arg("--json").arg(at("own.json")));
+        let note = format!("not drawn, since images of {channels} channels are no pictures");
+        assert!(said.contains(&note), "{said}");
+        assert!(read_json(&at("own.json"))["frechet_distance"].is_f64());
+        assert!(!at("own.png").exists());
+        fs::remove_file(at("own.json")).unwrap();
+        // Before anything is read of the data, and so before anything is measured.
+        let mut command = quality(&at("missing.npz"));
+        command.arg("--samples").arg(at("samples.npz")).arg("--features").arg(&own);
+        let said = fails(command.arg("--picture").arg(at("p.png")), 2);
+        let wanted = format!("p.png: images of {channels} channels are no pictures, only those of 1 and 3 are;");
+        assert!(said.contains(&wanted), "{said}");
+    }
+}
+
 #[test]
 fn what_cannot_be_measured_is_one_sentence() {
     let folder = tempfile::tempdir().unwrap();

@@ -61,7 +61,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE.json")]
     pub json: Option<PathBuf>,
     /// Write the samples most like a training image, each with its nearest training images in pixels and features, to
-    /// this file [default: beside --json]
+    /// this file [default: beside --json, if images of so many channels are pictures]
     #[arg(long, value_name = "FILE.png")]
     pub picture: Option<PathBuf>,
     /// Training mirrors images, so mirror images count as copies too [default: as the model's run says]
@@ -195,6 +195,14 @@ pub fn run(args: &Args) -> Result<()> {
         (None, Some(samples)) => read(args, samples)?,
         (None, None) => usage!("give --model or --samples"),
     };
+    let channels = config.model.channels;
+    let pictures = output::are_pictures(channels);
+    if let (Some(file), false) = (&args.picture, pictures) {
+        usage!(
+            "--picture {}: images of {channels} channels are no pictures, only those of 1 and 3 are; leave --picture out",
+            file.display()
+        );
+    }
     let flip = args.flip || (args.model.is_some() && config.flip);
     if let Some(share) = args.held_out {
         config.held_out = share;
@@ -282,14 +290,19 @@ pub fn run(args: &Args) -> Result<()> {
     for line in report.lines() {
         say!("{line}");
     }
-    if let Some(file) = &picture {
-        let near = near_in_features.as_deref();
-        write_picture(file, &samples.bytes, &train.0, image, &near_in_pixels, near)?;
-        say!("nearest training images: {}", file.display());
-    }
+    // The figures first: a picture that cannot be written must not cost them.
     if let Some(file) = &args.json {
         let text = serde_json::to_string_pretty(&report.json()).map_err(|e| Error::file(file, e))?;
         output::write_atomically(file, (text + "\n").as_bytes())?;
+    }
+    match &picture {
+        Some(file) if pictures => {
+            let near = near_in_features.as_deref();
+            write_picture(file, &samples.bytes, &train.0, image, &near_in_pixels, near)?;
+            say!("nearest training images: {}", file.display());
+        }
+        Some(_) => say!("nearest training images are not drawn, since images of {channels} channels are no pictures"),
+        None => {}
     }
     Ok(())
 }
