@@ -1291,6 +1291,14 @@ fn a_model_is_judged_by_images() {
     }
     let said = fails(&mut command("eval", "--data nowhere"), 1);
     assert!(said.starts_with("ddpm-cuda: nowhere: "), "{said}");
+    // Where the figures go is looked at before the data, and so before anything is measured.
+    for name in ["eval", "likelihood"] {
+        let to = |json: &Path, code: i32| fails(command(name, "--data nowhere").arg("--json").arg(json), code);
+        let said = to(&folder.path().join("no/where.json"), 1);
+        assert!(said.contains("where.json: cannot be written: there is no folder"), "{name}: {said}");
+        let said = to(folder.path(), 2);
+        assert!(said.contains(": is a folder; a file is expected"), "{name}: {said}");
+    }
 }
 
 /// A learned schedule is plotted, kept as a table in the checkpoint, and what other commands use; a resumed run goes on

@@ -8,7 +8,7 @@ use super::opened::{self, Opened, say_notes};
 use super::sampling::{Sampling, Way, drawings};
 use super::several::{Stop, in_order};
 use super::train::Terminal;
-use super::{Of, OnSeveral, choice, say_once};
+use super::{Of, OnSeveral, check_writable, choice, say_once};
 use crate::config::{Config, OnBadImage, Preset, Size};
 use crate::data::{self, Data, Dataset, npy};
 use crate::device::Device;
@@ -179,13 +179,7 @@ pub fn run(args: &Args) -> Result<()> {
     let picture = args.picture.clone().or_else(|| Some(args.json.as_ref()?.with_extension("png")));
     for (flag, file) in [("--json", &args.json), ("--picture", &picture)] {
         if let Some(file) = file {
-            let parent = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            if !parent.is_dir() {
-                return Err(Error::file(file, format!("cannot be written: there is no folder {}", parent.display())));
-            }
-            if file.is_dir() {
-                usage!("{flag} {}: is a folder; a file is expected", file.display());
-            }
+            check_writable(flag, file)?;
         }
     }
 
