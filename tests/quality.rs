@@ -340,6 +340,7 @@ fn what_cannot_be_measured_is_one_sentence() {
     let no_data = arrays("no_data.npz", &[("samples", &[6, 1], &six)]);
     let fewer = arrays("fewer.npz", &[("samples", &[5, 1], &six[..5]), ("data", &[20, 1], &twenty)]);
     let other_data = arrays("other_data.npz", &[("samples", &[6, 1], &six), ("data", &[6, 1], &six)]);
+    let more = arrays("more.npz", &[("samples", &[7, 1], &twenty[..7]), ("data", &[20, 1], &twenty)]);
     let flat = arrays("flat.npz", &[("samples", &[6], &six), ("data", &[20, 1], &twenty)]);
     let wider = arrays("wider.npz", &[("samples", &[3, 2], &six), ("data", &[20, 1], &twenty)]);
     let nan = arrays("nan.npz", &[("samples", &[6, 1], &[f64::NAN; 6]), ("data", &[20, 1], &twenty)]);
@@ -364,6 +365,9 @@ fn what_cannot_be_measured_is_one_sentence() {
     own(&no_samples, 1, "holds no array `samples`; its arrays are: data");
     own(&no_data, 1, "holds no array `data`, the features of --data; without it --reference is needed");
     own(&fewer, 1, "holds features of 5 samples, but there are 6");
+    own(&more, 1, "holds features of 7 samples, but there are 6; --count 6 takes the first 6");
+    let mut counted = quality(&data);
+    ok(counted.arg("--samples").arg(&samples).arg("--features").arg(&more).args(["--count", "6"]));
     own(&other_data, 1, "holds `data` of 6 images, but the data has 20");
     own(&flat, 1, "holds `samples` of shape 6; images x numbers is expected");
     own(&nan, 1, "`samples`: feature 0 of image 0 is NaN; only finite features can be compared");

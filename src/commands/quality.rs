@@ -216,7 +216,7 @@ pub fn run(args: &Args) -> Result<()> {
     let image = Shape { n: 1, ..samples.shape };
 
     let sets = match (&args.features, extractor) {
-        (Some(file), _) => brought(file, samples.shape.n, &data)?,
+        (Some(file), _) => brought(file, samples.shape.n, args.count.is_some(), &data)?,
         (None, None) => unreachable!("there is an extractor where no features are brought"),
         (None, Some(extractor)) => {
             let all = samples.shape.n + train_shape.n + held_out_shape.n;
@@ -364,8 +364,9 @@ fn load(args: &Args, config: &mut Config, watch: &mut dyn Watch) -> Result<Data>
     Ok(data)
 }
 
-/// Features from a file, sorted into the three sets.
-fn brought(file: &Path, samples: usize, data: &Data) -> Result<Sets> {
+/// Features from a file, sorted into the three sets. Those of more images than there are samples are of other images,
+/// unless `counted`, if --count says that the first ones are meant.
+fn brought(file: &Path, samples: usize, counted: bool, data: &Data) -> Result<Sets> {
     let bytes = std::fs::read(file).map_err(|e| Error::file(file, format!("cannot be read: {e}")))?;
     let mut archive = npy::Archive::open(bytes).map_err(|e| Error::file(file, e))?;
     let names = archive.names();
@@ -388,6 +389,13 @@ fn brought(file: &Path, samples: usize, data: &Data) -> Result<Sets> {
     };
     if of_samples.len() < samples {
         let what = format!("holds features of {} samples, but there are {samples}", of_samples.len());
+        return Err(Error::file(file, what));
+    }
+    if of_samples.len() > samples && !counted {
+        let what = format!(
+            "holds features of {} samples, but there are {samples}; --count {samples} takes the first {samples}",
+            of_samples.len()
+        );
         return Err(Error::file(file, what));
     }
     let of_samples = of_samples.select(0..samples);
