@@ -1301,6 +1301,24 @@ fn a_model_is_judged_by_images() {
     }
 }
 
+/// Of fewer than 20 images training holds out none, so none of them is new to a model without a run.
+#[test]
+fn a_model_without_a_run_was_trained_on_all_of_few_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let said = |n: usize| {
+        let data = folder.path().join(format!("{n}.npz"));
+        let bytes: Vec<u8> = (0..n * 256).map(|k| (k * k / 7 % 256) as u8).collect();
+        ddpm_cuda::output::write_npz(&data, Shape::new(n, 16, 16, 1), &bytes, None).unwrap();
+        let mut command = ddpm();
+        command.args(["eval", "--count", "2", "--model"]).arg(fixture("unet_gray16")).arg("--data").arg(data);
+        fails(&mut command, 2)
+    };
+    let none = said(19);
+    assert!(none.contains("--split held_out: no image of ") && none.contains("; --split train takes"), "{none}");
+    let one = said(20);
+    assert!(one.contains("has 1 to 1 images of --split held_out"), "{one}");
+}
+
 /// A learned schedule is plotted, kept as a table in the checkpoint, and what other commands use; a resumed run goes on
 /// with it, and a classifier takes its betas.
 #[test]

@@ -267,12 +267,18 @@ fn features_and_statistics_of_ones_own() {
 
     // Without features of the data there are no neighbours in them.
     let alone = write_arrays(&at("alone.npz"), &[("samples", &[5, 1], &of_samples)]);
-    let mut command = quality(&data);
-    command.arg("--samples").arg(&samples).arg("--features").arg(&alone).args(["--reference", &stats, "--json"]);
-    ok(command.arg(at("alone.json")));
-    let got = read_json(&at("alone.json"));
+    let without_data = |flags: &[&str]| {
+        let mut command = quality(&data);
+        command.arg("--samples").arg(&samples).arg("--features").arg(&alone).args(["--reference", &stats]).args(flags);
+        ok(command.arg("--json").arg(at("alone.json")));
+        read_json(&at("alone.json"))
+    };
+    let got = without_data(&["--held-out", "0.4"]);
     assert!(got["precision"].is_null() && got["baseline"].is_null(), "{got}");
     assert!(got["memorising"]["features"].is_null() && got["memorising"]["pixels"].is_object(), "{got}");
+    // As training does of so few images, nothing is held out unless somebody says so.
+    let got = without_data(&[]);
+    assert!(got["memorising"]["pixels"].is_null(), "{got}");
 }
 
 /// Classes of samples come in turn, so that every fourth sample would be of the even classes alone.

@@ -4,7 +4,7 @@ use crate::config::{Config, OnBadImage};
 use crate::data::{self, Dataset};
 use crate::error::Result;
 use crate::names::names;
-use crate::{say, usage};
+use crate::{recipe, say, usage};
 
 /// A part of a data set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +68,7 @@ impl OnData {
     /// that is missing, damaged, or without the labels that the model needs.
     pub fn open(&self, config: &Config) -> Result<Chosen> {
         let mut config = config.clone();
+        let has_run = !config.data.is_empty();
         if let Some(data) = &self.data {
             config.data.clone_from(data);
         }
@@ -75,7 +76,11 @@ impl OnData {
         if config.data.is_empty() {
             usage!("this model does not say what it was trained on: give images with --data, as in --data mnist");
         }
-        let data = data::load(&mut config)?;
+        let source = data::Source::open(&config)?;
+        if !has_run {
+            config.held_out = recipe::held_out(config.held_out, source.survey().images);
+        }
+        let data = source.load(&mut config)?;
         for note in &data.notes {
             say!("{note}");
         }

@@ -22,7 +22,7 @@ use crate::sample::Request;
 use crate::tensor::Shape;
 use crate::text;
 use crate::train::Watch;
-use crate::{say, usage};
+use crate::{recipe, say, usage};
 
 /// Samples that are drawn of a model unless asked otherwise.
 const COUNT: usize = 2000;
@@ -68,7 +68,7 @@ pub struct Args {
     #[arg(long)]
     pub flip: bool,
     /// Share of the images that the model's training held out, where the data has no test set [default: as the model's
-    /// run says, 0.05 for --samples]
+    /// run says; without a run 0.05, and 0 of fewer than 20 images]
     #[arg(long, value_name = "SHARE")]
     pub held_out: Option<f64>,
     /// Seed of the samples of --model
@@ -349,10 +349,14 @@ fn load(args: &Args, config: &mut Config, watch: &mut dyn Watch) -> Result<Data>
     if !(0.0..=0.5).contains(&config.held_out) {
         usage!("--held-out {} must be a share between 0 (none) and 0.5", config.held_out);
     }
+    let has_run = !config.data.is_empty();
     config.data.clone_from(&args.data);
     config.on_bad_image = args.on_bad_image.unwrap_or(config.on_bad_image);
     assert!(config.model.image_size != Size::DATA && config.model.channels > 0, "samples have a size");
     let source = data::Source::open(config)?;
+    if args.held_out.is_none() && !has_run {
+        config.held_out = recipe::held_out(config.held_out, source.survey().images);
+    }
     // Labels are looked at only if they are needed.
     config.model.classes = if args.features.is_some() { 0 } else { source.survey().classes.len() };
     let data = source.load(config)?;
