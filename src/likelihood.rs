@@ -37,7 +37,7 @@ use crate::usage;
 pub enum From {
     /// At the image itself, sigma = 0: the density of what the flow makes of noise.
     Image,
-    /// At the first timestep, of whose x_t the image is taken to be one, as in score_sde's code.
+    /// At the first timestep, of whose x_t the image is taken to be one, as in score_sde's code: the density of x_t.
     FirstTimestep,
 }
 
@@ -140,7 +140,8 @@ const MOST_STEPS: usize = 10_000;
 /// Gaussian data a tolerance of 1e-3 gave an error of 0.06 without this bound, and 2e-5 with it.
 const LONGEST_STEP: f64 = 1.0;
 
-/// A solution on its way: y and, as its last number, the integral of the divergence.
+/// A solution on its way: y and, as its last number, log p less that of the prior: the integral of the divergence, and
+/// before it the change of variables from x to y.
 struct Solution {
     item: usize,
     state: Vec<f64>,
@@ -187,7 +188,9 @@ pub fn integrate(
             From::Image => (0.0, first, false, 1.0),
             From::FirstTimestep => (first.ln(), levels.last().ln(), true, (1.0 + first * first).sqrt()),
         };
-        let state = x.iter().map(|x| x * scale).chain([0.0]).collect();
+        // log p is asked for by x, and the flow's density is by y = x * scale.
+        let log_p = x.len() as f64 * scale.ln();
+        let state = x.iter().map(|x| x * scale).chain([log_p]).collect();
         let h = (end - s) / if logarithmic { 50.0 } else { 2.0 };
         Solution { item, state, s, end, logarithmic, h, k: Vec::new(), steps: 0, evaluations: 0 }
     };
@@ -242,11 +245,11 @@ pub fn integrate(
                     return true;
                 }
             }
-            let (y, divergence) = solution.state.split_at(solution.state.len() - 1);
+            let (y, log_p) = solution.state.split_at(solution.state.len() - 1);
             let variance = 1.0 + levels.last().powi(2);
             let squares: f64 = y.iter().map(|y| y * y).sum();
             let prior = -0.5 * (squares / variance + y.len() as f64 * (2.0 * PI * variance).ln());
-            done[solution.item] = Likelihood { log_p: prior + divergence[0], evaluations: solution.evaluations };
+            done[solution.item] = Likelihood { log_p: prior + log_p[0], evaluations: solution.evaluations };
             false
         });
     }

@@ -20,7 +20,7 @@ use twox_hash::XxHash3_128;
 use crate::checkpoint;
 use crate::classifier::Classifier;
 use crate::config::{Config, Model, Preset, Size};
-use crate::data::{Data, Dataset, Extent};
+use crate::data::{Data, Dataset, Extent, choose};
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::measures::{
@@ -215,8 +215,7 @@ pub struct Figures {
 }
 
 impl Figures {
-    /// Those of `images` against the `reference` and as many of `train` as there are images, which are taken at even
-    /// distances.
+    /// Those of `images` against the `reference` and as many of `train` as there are images ([`some_of`]).
     ///
     /// # Errors
     /// Fewer images than a covariance or a radius needs.
@@ -225,7 +224,7 @@ impl Figures {
             None => None,
             Some(train) => {
                 let n = images.len().min(train.len());
-                Some(precision_and_recall(&evenly(train, n), &evenly(images, n), NEIGHBOURS)?)
+                Some(precision_and_recall(&some_of(train, n), &some_of(images, n), NEIGHBOURS)?)
             }
         };
         Ok(Figures {
@@ -246,9 +245,9 @@ impl Figures {
     }
 }
 
-/// `n` of the images at even distances: files are often sorted in some way.
-pub fn evenly(all: &Features, n: usize) -> Features {
-    all.select((0..n).map(|k| k * all.len() / n))
+/// `n` of the images, or all if there are no more, those that [`choose`] takes.
+pub fn some_of(all: &Features, n: usize) -> Features {
+    all.select(choose(all.len(), n))
 }
 
 /// Everything that is reported.

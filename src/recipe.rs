@@ -90,8 +90,8 @@ pub fn suit(config: &mut Config, given: &Given, survey: &Survey, device: &Device
         let sides = (0..m.levels()).map(|level| m.size_at(level).longer());
         m.attention_resolutions = sides.into_iter().find(|&side| (1..=most).contains(&side)).into_iter().collect();
     }
-    if !given.has("held_out") && survey.images < FEW {
-        config.held_out = 0.0;
+    if !given.has("held_out") {
+        config.held_out = held_out(config.held_out, survey.images);
     }
     config.validate()?;
 
@@ -145,6 +145,11 @@ pub fn suit(config: &mut Config, given: &Given, survey: &Survey, device: &Device
         }
     };
     Ok(vec![summary(config, survey) + &duration + "; --set changes any setting, config.toml keeps them all"])
+}
+
+/// The share of so many `images` that is held out if nobody has said how much: `share`, but nothing of few.
+pub fn held_out(share: f64, images: usize) -> f64 {
+    if images < FEW { 0.0 } else { share }
 }
 
 /// Chooses a number of micro-batches that `ranks` ranks can share, unless it is given: a multiple of `ranks` by a

@@ -8,13 +8,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use ddpm_cuda::checkpoint;
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::sampler::Guidance;
 use ddpm_cuda::diffusion::{Kind, Method, Sampler, Schedule, Spacing, Variance};
 use ddpm_cuda::sample::Drawing;
 use ddpm_cuda::tensor::{Shape, Tensor};
 use ddpm_cuda::unet::UNet;
+use ddpm_cuda::{checkpoint, data, likelihood};
 use npyz::WriterBuilder;
 
 use support::network;
@@ -1295,13 +1295,14 @@ fn a_model_is_judged_by_images() {
     let total = number("prior") + terms.iter().sum::<f64>();
     assert!((number("bits_per_dim") - total).abs() < 1e-9 * total, "{total} {}", figures["bits_per_dim"]);
     assert_eq!(number("reconstruction"), terms[0]);
-    assert!(number("standard_error") > 0.0);
     let cuts = figures["rate_distortion"].as_array().unwrap();
     assert_eq!(cuts.len(), 50);
     let (first, last) = (&cuts[0], &cuts[49]);
+    for (cut, mse) in cuts.iter().zip(&mse_x0) {
+        assert_eq!(cut["rmse"].as_f64().unwrap(), 127.5 * mse.sqrt(), "{cut}");
+    }
     assert!((first["rate"].as_f64().unwrap() + terms[0] - total).abs() < 1e-9 * total, "{first}");
     assert_eq!(last["rate"].as_f64().unwrap(), number("prior"));
-    assert_eq!(last["rmse"].as_f64().unwrap(), 127.5 * mse_x0[49].sqrt());
     for name in ["bound.svg", "bound.png", "rate_distortion.svg", "rate_distortion.png"] {
         assert!(plots.join(name).is_file(), "{name}");
     }
@@ -1318,6 +1319,26 @@ fn a_model_is_judged_by_images() {
         "{said}"
     );
     assert_eq!((read()["images"].as_u64(), read()["from"].as_str()), (Some(2), Some("image")));
+    // The figures of three images, each the mean of two probes, and the standard error of their mean.
+    ok(command("likelihood", "--device cpu --count 3 --tolerance 1e-2 --probes 2").arg("--json").arg(&json));
+    let (device, figures) = (Device::cpu(), read());
+    let loaded = checkpoint::load(&device, &run).unwrap();
+    let (mut config, params) = (loaded.config, &loaded.params);
+    let (unet, schedule) = (UNet::new(&config.model).unwrap().0, config.diffusion.noise_schedule().unwrap());
+    let prediction = config.diffusion.prediction;
+    let model = likelihood::Model { device: &device, unet: &unet, params, schedule: &schedule, prediction };
+    let held_out = data::load(&mut config).unwrap().held_out;
+    let images: Vec<&[u8]> = data::choose(held_out.len(), 3).into_iter().map(|i| held_out.image(i)).collect();
+    let options = likelihood::Options { tolerance: 1e-2, probes: 2, seed: 0, from: likelihood::From::Image };
+    let found = model.likelihoods(&images, None, 0, options).unwrap();
+    let bits = |one: &likelihood::Likelihood| likelihood::bits_per_dim(one.log_p, images[0].len());
+    let [a, b, c] = [0, 2, 4].map(|k| (bits(&found[k]) + bits(&found[k + 1])) / 2.0);
+    let mean = (a + b + c) / 3.0;
+    let error = (((a - mean).powi(2) + (b - mean).powi(2) + (c - mean).powi(2)) / 2.0 / 3.0).sqrt();
+    for (key, want) in [("bits_per_dim", mean), ("standard_error", error)] {
+        let got = figures[key].as_f64().unwrap();
+        assert!((got - want).abs() < 1e-12 * want, "{key}: {got}, expected {want}");
+    }
     ok(command("likelihood", "--count 2 --tolerance 1e-2 --cut --probes 2").arg("--json").arg(&json));
     assert_eq!((read()["probes"].as_u64(), read()["from"].as_str()), (Some(2), Some("first_timestep")));
 
@@ -1335,6 +1356,32 @@ fn a_model_is_judged_by_images() {
     }
     let said = fails(&mut command("eval", "--data nowhere"), 1);
     assert!(said.starts_with("ddpm-cuda: nowhere: "), "{said}");
+    // Where the figures go is looked at before the data, and so before anything is measured.
+    for name in ["eval", "likelihood"] {
+        let to = |json: &Path, code: i32| fails(command(name, "--data nowhere").arg("--json").arg(json), code);
+        let said = to(&folder.path().join("no/where.json"), 1);
+        assert!(said.contains("where.json: cannot be written: there is no folder"), "{name}: {said}");
+        let said = to(folder.path(), 2);
+        assert!(said.contains(": is a folder; a file is expected"), "{name}: {said}");
+    }
+}
+
+/// Of fewer than 20 images training holds out none, so none of them is new to a model without a run.
+#[test]
+fn a_model_without_a_run_was_trained_on_all_of_few_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let said = |n: usize| {
+        let data = folder.path().join(format!("{n}.npz"));
+        let bytes: Vec<u8> = (0..n * 256).map(|k| (k * k / 7 % 256) as u8).collect();
+        ddpm_cuda::output::write_npz(&data, Shape::new(n, 16, 16, 1), &bytes, None).unwrap();
+        let mut command = ddpm();
+        command.args(["eval", "--count", "2", "--model"]).arg(fixture("unet_gray16")).arg("--data").arg(data);
+        fails(&mut command, 2)
+    };
+    let none = said(19);
+    assert!(none.contains("--split held_out: no image of ") && none.contains("; --split train takes"), "{none}");
+    let one = said(20);
+    assert!(one.contains("has 1 to 1 images of --split held_out"), "{one}");
 }
 
 /// A learned schedule is plotted, kept as a table in the checkpoint, and what other commands use; a resumed run goes on

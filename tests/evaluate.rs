@@ -82,6 +82,25 @@ fn a_shorter_chain_has_a_bound_of_its_own() {
 }
 
 #[test]
+fn the_standard_error_and_the_table_by_value() {
+    let per_image = vec![1.0, 2.0, 4.0];
+    let (timesteps, terms, mse_x0) = (vec![0, 3, 7], vec![1.0, 0.5, 0.25], vec![0.01, 0.04, 0.25]);
+    let bound = Bound { per_image, prior: 0.5, timesteps, terms, mse_x0, mse_eps: vec![1.0; 3] };
+    // Roundings of a few operations on numbers up to 64.
+    let near = |got: f64, want: f64| assert!((got - want).abs() < 1e-13, "{got}, expected {want}");
+    // A mean of 7/3, deviations of -4/3, -1/3 and 5/3: 14/3, over the n - 1 of a variance and the n of a mean.
+    near(bound.standard_error().unwrap(), (14.0f64 / 3.0 / 2.0 / 3.0).sqrt());
+    assert_eq!(Bound { per_image: vec![1.0], ..bound.clone() }.standard_error(), None);
+    let cuts = bound.rate_distortion();
+    assert_eq!(cuts.len(), 3);
+    for (cut, (t, rate, rmse)) in cuts.iter().zip([(0, 1.25, 12.75), (3, 0.75, 25.5), (7, 0.5, 63.75)]) {
+        assert_eq!(cut.t, t);
+        near(cut.rate, rate);
+        near(cut.rmse, rmse);
+    }
+}
+
+#[test]
 fn a_gpu_measures_what_the_cpu_does() {
     let want = bound(&Device::cpu(), 2, Variance::LearnedRange, None, 1);
     for dtype in [DType::F32, DType::Bf16] {

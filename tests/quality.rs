@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use ddpm_cuda::config::{Config, Preset, Size};
-use ddpm_cuda::data::Extent;
+use ddpm_cuda::data::{Extent, choose};
+use ddpm_cuda::measures::Features;
 use ddpm_cuda::output::write_npz;
-use ddpm_cuda::quality::{pixels, settings};
+use ddpm_cuda::quality::{pixels, settings, some_of};
 use ddpm_cuda::tensor::Shape;
 use npyz::WriterBuilder;
 use serde_json::Value;
@@ -252,8 +253,8 @@ fn features_and_statistics_of_ones_own() {
     let near = |got: &Value, want: f64| assert!((got.as_f64().unwrap() - want).abs() < 1e-9, "{got}, expected {want}");
     near(&got["frechet_distance"], distance(moments(&of_samples), train));
     near(&got["baseline"]["frechet_distance"], distance(held_out, train));
-    // Four samples at even distances: 2, 3, 4, 5.
-    near(&got["baseline"]["samples"]["frechet_distance"], distance(moments(&of_samples[..4]), train));
+    // Four of five samples by their hashes: all but the third.
+    near(&got["baseline"]["samples"]["frechet_distance"], distance(moments(&[2.0, 3.0, 5.0, 6.0]), train));
 
     // N(1, 4) of another program.
     write_arrays(&at("stats.npz"), &[("mu", &[1], &[1.0]), ("sigma", &[1, 1], &[4.0])]);
@@ -266,12 +267,69 @@ fn features_and_statistics_of_ones_own() {
 
     // Without features of the data there are no neighbours in them.
     let alone = write_arrays(&at("alone.npz"), &[("samples", &[5, 1], &of_samples)]);
-    let mut command = quality(&data);
-    command.arg("--samples").arg(&samples).arg("--features").arg(&alone).args(["--reference", &stats, "--json"]);
-    ok(command.arg(at("alone.json")));
-    let got = read_json(&at("alone.json"));
+    let without_data = |flags: &[&str]| {
+        let mut command = quality(&data);
+        command.arg("--samples").arg(&samples).arg("--features").arg(&alone).args(["--reference", &stats]).args(flags);
+        ok(command.arg("--json").arg(at("alone.json")));
+        read_json(&at("alone.json"))
+    };
+    let got = without_data(&["--held-out", "0.4"]);
     assert!(got["precision"].is_null() && got["baseline"].is_null(), "{got}");
     assert!(got["memorising"]["features"].is_null() && got["memorising"]["pixels"].is_object(), "{got}");
+    // As training does of so few images, nothing is held out unless somebody says so.
+    let got = without_data(&[]);
+    assert!(got["memorising"]["pixels"].is_null(), "{got}");
+}
+
+/// Classes of samples come in turn, so that every fourth sample would be of the even classes alone.
+#[test]
+fn some_of_the_samples_are_of_all_classes() {
+    let classes = (0..2000).map(|i| f64::from(i % 10)).collect();
+    let chosen = some_of(&Features::new(classes, 1).unwrap(), 500);
+    let of_class = |class: u32| chosen.rows().filter(|row| row[0] == f64::from(class)).count();
+    let counts: Vec<usize> = (0..10).map(of_class).collect();
+    assert_eq!(counts.iter().sum::<usize>(), 500);
+    // 50 are expected of each. Of 500 of 2,000 at random, of which a tenth is of the class, the standard deviation is
+    // sqrt(500 * 0.1 * 0.9 * 0.75) = 5.8; three of these.
+    assert!(counts.iter().all(|count| (33..=67).contains(count)), "{counts:?}");
+
+    assert_eq!(choose(10, 4), [1, 5, 8, 9]);
+    assert_eq!(choose(5, 5), [0, 1, 2, 3, 4]);
+    assert_eq!(choose(3, 9), [0, 1, 2]);
+}
+
+/// Figures need no picture, and images of two or four channels are none.
+#[test]
+fn figures_of_images_that_are_no_pictures_are_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for channels in [2, 4] {
+        let write = |name: &str, n: usize| {
+            let bytes: Vec<u8> = (0..n * 16 * channels).map(|k| (k * k / 3 % 251) as u8).collect();
+            write_npz(&at(name), Shape::new(n, 4, 4, channels), &bytes, None).unwrap();
+        };
+        write("data.npz", 10);
+        write("samples.npz", 5);
+        let (five, ten): (Vec<f64>, Vec<f64>) = ((0..5).map(f64::from).collect(), (0..10).map(f64::from).collect());
+        let own = write_arrays(&at("own.npz"), &[("samples", &[5, 1], &five), ("data", &[10, 1], &ten)]);
+        let measure = || {
+            let mut command = quality(&at("data.npz"));
+            command.arg("--samples").arg(at("samples.npz")).arg("--features").arg(&own);
+            command
+        };
+        let said = ok(measure().arg("--json").arg(at("own.json")));
+        let note = format!("not drawn, since images of {channels} channels are no pictures");
+        assert!(said.contains(&note), "{said}");
+        assert!(read_json(&at("own.json"))["frechet_distance"].is_f64());
+        assert!(!at("own.png").exists());
+        fs::remove_file(at("own.json")).unwrap();
+        // Before anything is read of the data, and so before anything is measured.
+        let mut command = quality(&at("missing.npz"));
+        command.arg("--samples").arg(at("samples.npz")).arg("--features").arg(&own);
+        let said = fails(command.arg("--picture").arg(at("p.png")), 2);
+        let wanted = format!("p.png: images of {channels} channels are no pictures, only those of 1 and 3 are;");
+        assert!(said.contains(&wanted), "{said}");
+    }
 }
 
 #[test]
@@ -288,6 +346,7 @@ fn what_cannot_be_measured_is_one_sentence() {
     let no_data = arrays("no_data.npz", &[("samples", &[6, 1], &six)]);
     let fewer = arrays("fewer.npz", &[("samples", &[5, 1], &six[..5]), ("data", &[20, 1], &twenty)]);
     let other_data = arrays("other_data.npz", &[("samples", &[6, 1], &six), ("data", &[6, 1], &six)]);
+    let more = arrays("more.npz", &[("samples", &[7, 1], &twenty[..7]), ("data", &[20, 1], &twenty)]);
     let flat = arrays("flat.npz", &[("samples", &[6], &six), ("data", &[20, 1], &twenty)]);
     let wider = arrays("wider.npz", &[("samples", &[3, 2], &six), ("data", &[20, 1], &twenty)]);
     let nan = arrays("nan.npz", &[("samples", &[6, 1], &[f64::NAN; 6]), ("data", &[20, 1], &twenty)]);
@@ -312,6 +371,9 @@ fn what_cannot_be_measured_is_one_sentence() {
     own(&no_samples, 1, "holds no array `samples`; its arrays are: data");
     own(&no_data, 1, "holds no array `data`, the features of --data; without it --reference is needed");
     own(&fewer, 1, "holds features of 5 samples, but there are 6");
+    own(&more, 1, "holds features of 7 samples, but there are 6; --count 6 takes the first 6");
+    let mut counted = quality(&data);
+    ok(counted.arg("--samples").arg(&samples).arg("--features").arg(&more).args(["--count", "6"]));
     own(&other_data, 1, "holds `data` of 6 images, but the data has 20");
     own(&flat, 1, "holds `samples` of shape 6; images x numbers is expected");
     own(&nan, 1, "`samples`: feature 0 of image 0 is NaN; only finite features can be compared");

@@ -9,7 +9,7 @@ use serde_json::json;
 use super::on_data::OnData;
 use super::opened::{Opened, bar};
 use super::several::{self, Stop, in_order};
-use super::{Of, OnSeveral, choice};
+use super::{Of, OnSeveral, check_writable, choice};
 use crate::device::Device;
 use crate::diffusion::objective::Loss;
 use crate::diffusion::{Objective, Spacing, Variance};
@@ -66,6 +66,9 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<()> {
     if args.draws == 0 {
         usage!("--draws 0: must be at least 1");
+    }
+    if let Some(file) = &args.json {
+        check_writable("--json", file)?;
     }
     let on_each = Opened::on_each(&args.on, &args.of)?;
     let Opened { device, model, schedule, .. } = &on_each[0];

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::on_data::OnData;
 use super::opened::Opened;
-use super::{Of, On};
+use super::{Of, On, check_writable};
 use crate::device::Precision;
 use crate::diffusion::Prediction;
 use crate::error::Result;
@@ -60,6 +60,9 @@ pub fn run(args: &Args) -> Result<()> {
     }
     if !(1..=10_000).contains(&args.probes) {
         usage!("--probes {}: must be from 1 to 10000", args.probes);
+    }
+    if let Some(file) = &args.json {
+        check_writable("--json", file)?;
     }
     let Opened { device, model, unet, schedule } = Opened::new(&args.on, &args.of)?;
     let c = &model.config;

@@ -25,15 +25,16 @@ pub mod train;
 pub mod train_classifier;
 pub mod watch;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 
 use crate::checkpoint::{self, Loaded};
 use crate::device::{Choice, Device, Devices, Precision};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::names::Named;
-use crate::say;
+use crate::output;
+use crate::{say, usage};
 
 /// The help of `--precision`.
 const PRECISION: &str = "f32; tf32: f32 in memory, but convolutions and linear layers multiply operands of 10 bits of \
@@ -146,6 +147,19 @@ fn say_once(notes: impl IntoIterator<Item = String>) {
             said.push(note);
         }
     }
+}
+
+/// Refuses a file of `flag` that cannot be written, before hours are spent on what it is to hold.
+fn check_writable(flag: &str, file: &Path) -> Result<()> {
+    let parent = output::parent(file);
+    if !parent.is_dir() {
+        return Err(Error::file(file, format!("cannot be written: there is no folder {}", parent.display())));
+    }
+    if file.is_dir() {
+        usage!("{flag} {}: is a folder; a file is expected", file.display());
+    }
+    tempfile::tempfile_in(parent).map_err(|e| Error::file(file, format!("cannot be written: {e}")))?;
+    Ok(())
 }
 
 /// Parses a name of `T`; the help lists them.

@@ -4,7 +4,7 @@ use crate::config::{Config, OnBadImage};
 use crate::data::{self, Dataset};
 use crate::error::Result;
 use crate::names::names;
-use crate::{say, usage};
+use crate::{recipe, say, usage};
 
 /// A part of a data set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,7 +28,7 @@ pub struct OnData {
     /// Which images: those that training does not see, those that it sees, or all
     #[arg(long, default_value = "held_out", value_parser = super::choice::<Split>())]
     pub split: Split,
-    /// Number of images, taken evenly from the split [default: all]
+    /// Number of images of the split, always the same ones, from all over it [default: all]
     #[arg(long, value_name = "N")]
     pub count: Option<usize>,
     /// An image that cannot be used is an error (stop) or is left out and named (skip) [default: as the model's run]
@@ -68,6 +68,7 @@ impl OnData {
     /// that is missing, damaged, or without the labels that the model needs.
     pub fn open(&self, config: &Config) -> Result<Chosen> {
         let mut config = config.clone();
+        let has_run = !config.data.is_empty();
         if let Some(data) = &self.data {
             config.data.clone_from(data);
         }
@@ -75,7 +76,11 @@ impl OnData {
         if config.data.is_empty() {
             usage!("this model does not say what it was trained on: give images with --data, as in --data mnist");
         }
-        let data = data::load(&mut config)?;
+        let source = data::Source::open(&config)?;
+        if !has_run {
+            config.held_out = recipe::held_out(config.held_out, source.survey().images);
+        }
+        let data = source.load(&mut config)?;
         for note in &data.notes {
             say!("{note}");
         }
@@ -96,7 +101,7 @@ impl OnData {
         if count == 0 || count > all.len() {
             usage!("--count {count}: {} has 1 to {} images of --split {}", config.data, all.len(), self.split);
         }
-        let images: Vec<(bool, usize)> = (0..count).map(|k| all[k * all.len() / count]).collect();
+        let images: Vec<(bool, usize)> = data::choose(all.len(), count).into_iter().map(|i| all[i]).collect();
         for (held_out, set) in [(false, &data.train), (true, &data.held_out)] {
             let of_set: Vec<usize> = images.iter().filter(|image| image.0 == held_out).map(|image| image.1).collect();
             set.check(&set.rows(&of_set, false).rows)?;

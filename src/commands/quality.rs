@@ -8,7 +8,7 @@ use super::opened::{self, Opened, say_notes};
 use super::sampling::{Sampling, Way, drawings};
 use super::several::{Stop, in_order};
 use super::train::Terminal;
-use super::{Of, OnSeveral, choice, say_once};
+use super::{Of, OnSeveral, check_writable, choice, say_once};
 use crate::config::{Config, OnBadImage, Preset, Size};
 use crate::data::{self, Data, Dataset, npy};
 use crate::device::Device;
@@ -16,13 +16,13 @@ use crate::error::{Error, Result};
 use crate::measures::{Features, Gaussian, NEIGHBOURS, Nearness};
 use crate::output;
 use crate::quality::{
-    Extractor, Figures, Report, accuracy, evenly, nearest_in_features, nearest_in_pixels, pixels, write_picture,
+    Extractor, Figures, Report, accuracy, nearest_in_features, nearest_in_pixels, pixels, some_of, write_picture,
 };
 use crate::sample::Request;
 use crate::tensor::Shape;
 use crate::text;
 use crate::train::Watch;
-use crate::{say, usage};
+use crate::{recipe, say, usage};
 
 /// Samples that are drawn of a model unless asked otherwise.
 const COUNT: usize = 2000;
@@ -61,14 +61,14 @@ pub struct Args {
     #[arg(long, value_name = "FILE.json")]
     pub json: Option<PathBuf>,
     /// Write the samples most like a training image, each with its nearest training images in pixels and features, to
-    /// this file [default: beside --json]
+    /// this file [default: beside --json, if images of so many channels are pictures]
     #[arg(long, value_name = "FILE.png")]
     pub picture: Option<PathBuf>,
     /// Training mirrors images, so mirror images count as copies too [default: as the model's run says]
     #[arg(long)]
     pub flip: bool,
     /// Share of the images that the model's training held out, where the data has no test set [default: as the model's
-    /// run says, 0.05 for --samples]
+    /// run says; without a run 0.05, and 0 of fewer than 20 images]
     #[arg(long, value_name = "SHARE")]
     pub held_out: Option<f64>,
     /// Seed of the samples of --model
@@ -179,13 +179,7 @@ pub fn run(args: &Args) -> Result<()> {
     let picture = args.picture.clone().or_else(|| Some(args.json.as_ref()?.with_extension("png")));
     for (flag, file) in [("--json", &args.json), ("--picture", &picture)] {
         if let Some(file) = file {
-            let parent = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-            if !parent.is_dir() {
-                return Err(Error::file(file, format!("cannot be written: there is no folder {}", parent.display())));
-            }
-            if file.is_dir() {
-                usage!("{flag} {}: is a folder; a file is expected", file.display());
-            }
+            check_writable(flag, file)?;
         }
     }
 
@@ -195,6 +189,14 @@ pub fn run(args: &Args) -> Result<()> {
         (None, Some(samples)) => read(args, samples)?,
         (None, None) => usage!("give --model or --samples"),
     };
+    let channels = config.model.channels;
+    let pictures = output::are_pictures(channels);
+    if let (Some(file), false) = (&args.picture, pictures) {
+        usage!(
+            "--picture {}: images of {channels} channels are no pictures, only those of 1 and 3 are; leave --picture out",
+            file.display()
+        );
+    }
     let flip = args.flip || (args.model.is_some() && config.flip);
     if let Some(share) = args.held_out {
         config.held_out = share;
@@ -214,7 +216,7 @@ pub fn run(args: &Args) -> Result<()> {
     let image = Shape { n: 1, ..samples.shape };
 
     let sets = match (&args.features, extractor) {
-        (Some(file), _) => brought(file, samples.shape.n, &data)?,
+        (Some(file), _) => brought(file, samples.shape.n, args.count.is_some(), &data)?,
         (None, None) => unreachable!("there is an extractor where no features are brought"),
         (None, Some(extractor)) => {
             let all = samples.shape.n + train_shape.n + held_out_shape.n;
@@ -249,11 +251,11 @@ pub fn run(args: &Args) -> Result<()> {
     let figures = |of: &Features| Figures::of(of, &reference, unmirrored.as_ref());
     let count = sets.samples.len();
     let baseline = match &sets.held_out {
-        Some(held_out) if held_out.len() >= few => Some(figures(&evenly(held_out, held_out.len().min(count)))?),
+        Some(held_out) if held_out.len() >= few => Some(figures(&some_of(held_out, count))?),
         _ => None,
     };
     let fewer = baseline.as_ref().filter(|baseline| baseline.images < count);
-    let samples_of_baseline = fewer.map(|fewer| figures(&evenly(&sets.samples, fewer.images))).transpose()?;
+    let samples_of_baseline = fewer.map(|fewer| figures(&some_of(&sets.samples, fewer.images))).transpose()?;
 
     let mut near_in_features = None;
     let mut nearness = None;
@@ -282,14 +284,19 @@ pub fn run(args: &Args) -> Result<()> {
     for line in report.lines() {
         say!("{line}");
     }
-    if let Some(file) = &picture {
-        let near = near_in_features.as_deref();
-        write_picture(file, &samples.bytes, &train.0, image, &near_in_pixels, near)?;
-        say!("nearest training images: {}", file.display());
-    }
+    // The figures first: a picture that cannot be written must not cost them.
     if let Some(file) = &args.json {
         let text = serde_json::to_string_pretty(&report.json()).map_err(|e| Error::file(file, e))?;
         output::write_atomically(file, (text + "\n").as_bytes())?;
+    }
+    match &picture {
+        Some(file) if pictures => {
+            let near = near_in_features.as_deref();
+            write_picture(file, &samples.bytes, &train.0, image, &near_in_pixels, near)?;
+            say!("nearest training images: {}", file.display());
+        }
+        Some(_) => say!("nearest training images are not drawn, since images of {channels} channels are no pictures"),
+        None => {}
     }
     Ok(())
 }
@@ -342,10 +349,14 @@ fn load(args: &Args, config: &mut Config, watch: &mut dyn Watch) -> Result<Data>
     if !(0.0..=0.5).contains(&config.held_out) {
         usage!("--held-out {} must be a share between 0 (none) and 0.5", config.held_out);
     }
+    let has_run = !config.data.is_empty();
     config.data.clone_from(&args.data);
     config.on_bad_image = args.on_bad_image.unwrap_or(config.on_bad_image);
     assert!(config.model.image_size != Size::DATA && config.model.channels > 0, "samples have a size");
     let source = data::Source::open(config)?;
+    if args.held_out.is_none() && !has_run {
+        config.held_out = recipe::held_out(config.held_out, source.survey().images);
+    }
     // Labels are looked at only if they are needed.
     config.model.classes = if args.features.is_some() { 0 } else { source.survey().classes.len() };
     let data = source.load(config)?;
@@ -357,8 +368,9 @@ fn load(args: &Args, config: &mut Config, watch: &mut dyn Watch) -> Result<Data>
     Ok(data)
 }
 
-/// Features from a file, sorted into the three sets.
-fn brought(file: &Path, samples: usize, data: &Data) -> Result<Sets> {
+/// Features from a file, sorted into the three sets. Those of more images than there are samples are of other images,
+/// unless `counted`, if --count says that the first ones are meant.
+fn brought(file: &Path, samples: usize, counted: bool, data: &Data) -> Result<Sets> {
     let bytes = std::fs::read(file).map_err(|e| Error::file(file, format!("cannot be read: {e}")))?;
     let mut archive = npy::Archive::open(bytes).map_err(|e| Error::file(file, e))?;
     let names = archive.names();
@@ -381,6 +393,13 @@ fn brought(file: &Path, samples: usize, data: &Data) -> Result<Sets> {
     };
     if of_samples.len() < samples {
         let what = format!("holds features of {} samples, but there are {samples}", of_samples.len());
+        return Err(Error::file(file, what));
+    }
+    if of_samples.len() > samples && !counted {
+        let what = format!(
+            "holds features of {} samples, but there are {samples}; --count {samples} takes the first {samples}",
+            of_samples.len()
+        );
         return Err(Error::file(file, what));
     }
     let of_samples = of_samples.select(0..samples);

@@ -709,9 +709,7 @@ impl Part {
             return Err(Error::file(&self.source, what));
         }
         // The key spells "held out!"; nothing else draws from it.
-        let hash = |index: u32| philox([index, 0, 0, 0], [0x6865_6C64, 0x6F75_7421])[0];
-        let mut by_hash: Vec<u32> = (0..n as u32).collect();
-        by_hash.sort_by_key(|&i| (hash(i), i));
+        let by_hash = by_hash(n, [0x6865_6C64, 0x6F75_7421]);
         let mut held_out = by_hash[..count].to_vec();
         let mut train = by_hash[count..].to_vec();
         held_out.sort_unstable();
@@ -723,6 +721,26 @@ impl Part {
         };
         Ok((pick(train), pick(held_out)))
     }
+}
+
+/// `count` of `n` indices, or all if there are no more, ascending. Always the same ones: those of the smallest
+/// hashes.
+///
+/// At even distances they would be of some classes only where classes come in turn, as those of samples do, and the
+/// first ones where files are sorted.
+pub fn choose(n: usize, count: usize) -> Vec<usize> {
+    // The key spells "a choice"; nothing else draws from it.
+    let by_hash = by_hash(n, [0x6120_6368, 0x6F69_6365]);
+    let mut chosen: Vec<usize> = by_hash.into_iter().take(count).map(|i| i as usize).collect();
+    chosen.sort_unstable();
+    chosen
+}
+
+/// `n` indices in the order of their hashes under `key`.
+fn by_hash(n: usize, key: [u32; 2]) -> Vec<u32> {
+    let mut indices: Vec<u32> = (0..n as u32).collect();
+    indices.sort_by_key(|&i| (philox([i, 0, 0, 0], key)[0], i));
+    indices
 }
 
 /// The note that says how images were changed; `found` holds their original (rows, columns, channels).

@@ -252,8 +252,13 @@ fn check(path: &Path, shape: Shape, bytes: usize) -> Result<()> {
     check_channels(path, shape.c)
 }
 
+/// Whether images of so many channels are pictures: grey or in colour.
+pub fn are_pictures(channels: usize) -> bool {
+    matches!(channels, 1 | 3)
+}
+
 fn check_channels(path: &Path, channels: usize) -> Result<()> {
-    if channels != 1 && channels != 3 {
+    if !are_pictures(channels) {
         let what = format!("images of {channels} channels are no pictures; only 1 and 3 are, use FILE.npz");
         return Err(Error::file(path, what));
     }
