@@ -269,7 +269,7 @@ fn what_is_written_is_read_again_from_every_kind_of_file() {
         checkpoint::write_folder(&ours, config, params, stepping, For::Ours).unwrap();
         let from_ours = checkpoint::load(&device, &ours).unwrap();
         same(&from_ours, &model);
-        assert_eq!(from_ours.stepping, Stepping::OURS);
+        assert_eq!(from_ours.stepping, Stepping::FOREIGN);
         let pt = folder.path().join("again.pt");
         checkpoint::write_openai(&pt, &from_ours.config, &from_ours.params, stepping).unwrap();
         same(&checkpoint::load(&device, &pt).unwrap(), &model);
