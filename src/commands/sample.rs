@@ -212,9 +212,10 @@ pub fn run(args: &Args) -> Result<()> {
         (Target::Folder, Some(parts)) => output::write_folder_parts(&args.out, shape, parts.read())?,
     }
     if let Some(path) = &args.progressive {
-        for first in parts.iter().flat_map(Parts::firsts).filter(|&first| shows_along(first)) {
-            let parts = parts.as_ref().expect("their firsts are of them");
-            append(&mut columns, parts.along(first)?);
+        if let Some(parts) = &parts {
+            for first in parts.firsts().filter(|&first| shows_along(first)) {
+                append(&mut columns, parts.along(first)?);
+            }
         }
         write_along(path, shape, &columns)?;
     }

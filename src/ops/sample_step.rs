@@ -731,6 +731,23 @@ mod cpu {
         }
     }
 
+    /// Calls `each` with eps and the noise of image `i` in a correction, part by part from the first element on.
+    fn eps_and_z(
+        given: &Given<'_>,
+        scale: Option<&Tensor>,
+        i: usize,
+        correction: &Correction,
+        mut each: impl FnMut(usize, &[f32], &[f32]),
+    ) {
+        let (stream, factors) = (given.noise.image(i), [correction.eps.xt, correction.eps.output]);
+        let mut z = [0.0; PART];
+        mixed(given, scale, i, factors, given.shift(correction), |first, eps| {
+            let z = &mut z[..eps.len()];
+            normals_from(&stream, first, z);
+            each(first, eps, z);
+        });
+    }
+
     pub fn norms(
         factors: &mut [f32],
         given: &Given<'_>,
@@ -739,21 +756,12 @@ mod cpu {
         corrector: Corrector,
     ) {
         factors.par_chunks_exact_mut(2).enumerate().for_each(|(i, factors)| {
-            let stream = given.noise.image(i);
-            let (mut of_eps, mut of_z, mut z) = (0.0, 0.0, [0.0; PART]);
+            let (mut of_eps, mut of_z) = (0.0, 0.0);
             let squares = |v: &[f32]| v.iter().map(|&v| f64::from(v) * f64::from(v)).sum::<f64>();
-            mixed(
-                given,
-                scale,
-                i,
-                [correction.eps.xt, correction.eps.output],
-                given.shift(correction),
-                |first, eps| {
-                    normals_from(&stream, first, &mut z[..eps.len()]);
-                    of_eps += squares(eps);
-                    of_z += squares(&z[..eps.len()]);
-                },
-            );
+            eps_and_z(given, scale, i, correction, |_, eps, z| {
+                of_eps += squares(eps);
+                of_z += squares(z);
+            });
             let ratio = corrector.snr * correction.noise;
             let e = if of_eps == 0.0 { 0.0 } else { 2.0 * correction.alpha * ratio * ratio * (of_z / of_eps) };
             (factors[0], factors[1]) = ((-e / correction.noise) as f32, (2.0 * e).sqrt() as f32);
@@ -769,21 +777,11 @@ mod cpu {
     ) {
         let len = image(given.x.shape());
         next.par_chunks_mut(len).zip(factors.par_chunks_exact(2)).enumerate().for_each(|(i, (next, factors))| {
-            let stream = given.noise.image(i);
             let x = &given.x.data()[i * len..][..len];
-            let mut z = [0.0; PART];
-            mixed(
-                given,
-                scale,
-                i,
-                [correction.eps.xt, correction.eps.output],
-                given.shift(correction),
-                |first, eps| {
-                    normals_from(&stream, first, &mut z[..eps.len()]);
-                    let range = first..first + eps.len();
-                    corrected(&mut next[range.clone()], &x[range], eps, &z, factors);
-                },
-            );
+            eps_and_z(given, scale, i, correction, |first, eps, z| {
+                let range = first..first + eps.len();
+                corrected(&mut next[range.clone()], &x[range], eps, z, factors);
+            });
         });
     }
 
