@@ -59,6 +59,16 @@ impl Quarters {
         std::array::from_fn(|q| (self.counts[q] > 0).then(|| self.sums[q] / self.counts[q] as f64))
     }
 
+    /// The same of losses with the weights of importance sampling, drawn from a chain of `timesteps`. The weights make up
+    /// for how often a quarter is drawn, so it is not the number drawn in it that its sum is divided by, but the share
+    /// of all that uniform sampling would draw there: unbiased, and over the quarters the mean over all images.
+    pub fn means_of_weighted(&self, timesteps: u32) -> [Option<f64>; PARTS] {
+        let (images, timesteps) = (self.counts.iter().sum::<u64>() as f64, u64::from(timesteps));
+        let first = |q: usize| (q as u64 * timesteps).div_ceil(u64::from(QUARTERS)) as f64;
+        let uniform = |q: usize| images * (first(q + 1) - first(q)) / timesteps as f64;
+        std::array::from_fn(|q| (self.counts[q] > 0).then(|| self.sums[q] / uniform(q)))
+    }
+
     /// Mean loss over all images; `None` if there are none.
     pub fn mean(&self) -> Option<f64> {
         let count: u64 = self.counts.iter().sum();

@@ -1582,6 +1582,26 @@ fn a_model_trained_without_its_last_timestep_is_drawn_from() {
     }
 }
 
+/// Timesteps that are drawn more often than others do not count for more in the losses of a log.
+#[test]
+fn losses_by_quarter_of_importance_sampling_add_up_to_the_loss() {
+    let folder = tempfile::tempdir().unwrap();
+    let run = folder.path().join("run");
+    // Every timestep has its ten losses long before the end.
+    let sets = ["timestep_sampling=importance", "timesteps=6", "log_every=1", "validate_every=0", "sample_every=0"];
+    ok(train(&run, 60).args(sets.iter().flat_map(|set| ["--set", set])));
+    let lines = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let lines: Vec<serde_json::Value> = lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 60);
+    for line in lines {
+        let quarters = line["loss_by_quarter"].as_array().unwrap();
+        let mean: f64 =
+            quarters.iter().zip([2.0, 1.0, 2.0, 1.0]).map(|(q, of)| of / 6.0 * q.as_f64().unwrap_or(0.0)).sum();
+        let loss = line["loss"].as_f64().unwrap();
+        assert!((mean - loss).abs() <= 1e-12 * loss, "{mean} of {line}");
+    }
+}
+
 /// The settings of the model to be guided give its network and its process; how it was trained is its own matter.
 #[test]
 fn a_classifier_is_trained_from_the_settings_of_its_model() {

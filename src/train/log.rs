@@ -10,6 +10,8 @@ use std::time::Instant;
 use serde_json::json;
 
 use super::{StepReport, Watch};
+use crate::config::Config;
+use crate::diffusion::Sampling;
 use crate::error::{Error, Result};
 use crate::history::METRICS;
 use crate::meter::Quarters;
@@ -55,12 +57,16 @@ impl Report {
         format!("loss {:.4}, {:.0} images/s", self.loss(), self.images_per_s())
     }
 
-    /// The line of the log, of a `classifier` with its right answers.
-    pub fn line(&self, done: u32, classifier: bool) -> serde_json::Value {
+    /// The line of the log, of a classifier with its right answers.
+    pub fn line(&self, done: u32, config: &Config) -> serde_json::Value {
+        let by_quarter = match config.timestep_sampling {
+            Sampling::Importance => self.quarters.means_of_weighted(config.diffusion.timesteps as u32),
+            Sampling::Uniform | Sampling::Stratified => self.quarters.means(),
+        };
         let mut line = json!({
             "step": done,
             "loss": self.loss(),
-            "loss_by_quarter": self.quarters.means(),
+            "loss_by_quarter": by_quarter,
             "grad_norm": self.last.as_ref().map(|step| step.grad_norm),
             "lr": self.last.as_ref().map(|step| step.learning_rate),
             "images_per_s": self.images_per_s(),
@@ -68,7 +74,7 @@ impl Report {
         if self.last.as_ref().is_some_and(|step| step.vlb.is_some()) {
             line["vlb"] = json!(self.vlb / f64::from(self.steps));
         }
-        if classifier {
+        if config.model.classifier {
             line["accuracy"] = json!(self.right.mean());
             line["accuracy_by_quarter"] = json!(self.right.means());
         }

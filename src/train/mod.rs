@@ -363,7 +363,7 @@ fn steps(
         watch.step();
 
         if logs {
-            let mut line = report.line(done, config.model.classifier);
+            let mut line = report.line(done, &config);
             if let Some(waits) = trainer.take_waits() {
                 line["data_waits"] = json!(waits.steps);
                 line["data_wait_s"] = json!(waits.seconds);

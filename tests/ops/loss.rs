@@ -154,6 +154,22 @@ fn quarters_sort_losses_by_timestep() {
     assert_eq!(odd.means(), [Some(1.0), Some(2.0), Some(4.0), Some(8.0)]);
 }
 
+/// Six timesteps in quarters of 2, 1, 2 and 1, drawn exactly as often as their probabilities say.
+#[test]
+fn quarters_of_weighted_losses_have_their_means() {
+    let times: [u32; 6] = [1, 9, 2, 2, 4, 6];
+    let images: u32 = times.iter().sum();
+    let mut quarters = Quarters::default();
+    for (t, times) in (0..).zip(times) {
+        let weight = f64::from(images) / (6.0 * f64::from(times));
+        (0..times).for_each(|_| quarters.add(&[t], 6, &[weight * f64::from(1 << t)]));
+    }
+    for (got, want) in quarters.means_of_weighted(6).into_iter().zip([1.5, 4.0, 12.0, 32.0]) {
+        assert!((got.unwrap() - want).abs() < 1e-12, "{got:?}, expected {want}");
+    }
+    assert_eq!(Quarters::default().means_of_weighted(6), [None; 4]);
+}
+
 #[test]
 fn same_bits_with_any_number_of_threads() {
     let shape = Shape::new(3, 37, 41, 3);
