@@ -11,7 +11,7 @@
 //! Deliberately absent: a search over recipes. The rules are few, and each fills in a setting that anyone can change.
 
 use crate::config::{Config, Given, Preset, Size};
-use crate::data::{Dataset, Survey};
+use crate::data::{Dataset, Survey, choose};
 use crate::device::Device;
 use crate::diffusion::Kind;
 use crate::error::Result;
@@ -264,11 +264,12 @@ fn asymmetry(data: &Dataset) -> f64 {
     /// More images change nothing.
     const MOST: usize = 10_000;
     let (Size { h, w }, c) = (data.extent().size, data.extent().channels);
-    let n = data.len().min(MOST);
+    let chosen = choose(data.len(), MOST);
+    let n = chosen.len();
     let mut mean = [0.0; ROWS * COLUMNS];
     let mut square = 0.0;
-    for k in 0..n {
-        let image = data.image(k * data.len() / n); // (h, w, c)
+    for i in chosen {
+        let image = data.image(i); // (h, w, c)
         let brightness = |y: usize, x: usize| -> f64 {
             image[(y * w + x) * c..][..c].iter().map(|&byte| f64::from(byte)).sum::<f64>()
         };

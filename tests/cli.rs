@@ -1476,6 +1476,12 @@ fn a_classifier_guides_a_drawing() {
     assert!(fails(&mut draw("--classifier-scale 2"), 2).contains("there is no classifier to scale"));
     assert!(fails(&mut draw("--classifier nowhere"), 1).contains("nowhere"));
     assert!(fails(&mut draw("--classifier JUDGE --class 10"), 2).contains("0 to 9"));
+    // What there is to say of the classifier's files is said.
+    let scheduler = judge.join("checkpoints/4/scheduler/scheduler_config.json");
+    let text = fs::read_to_string(&scheduler).unwrap();
+    fs::write(&scheduler, text.replace("_class_name", "_class_name_of_whom")).unwrap();
+    let said = ok(&mut draw("--classifier JUDGE"));
+    assert!(said.contains("scheduler_config.json: names no class; DDPMScheduler is assumed"), "{said}");
 }
 
 /// What a classifier does not have is refused by name, and passed over in the settings of the model to be guided.

@@ -463,6 +463,11 @@ fn what_cannot_be_profiled_is_refused_in_a_sentence() {
         let said = fails(&mut profile(arguments), 2);
         assert!(said.contains(says), "{arguments:?}: {said}");
     }
+    // Before anything is counted, also by a program that has nothing to count.
+    for flag in ["--json", "--counts"] {
+        let said = fails(&mut profile(&[flag, "nowhere/step.json"]), 1);
+        assert!(said.contains("nowhere/step.json: cannot be written: there is no folder nowhere"), "{said}");
+    }
     if kernels::COMPILER.is_none() {
         let said = fails(&mut profile(&[]), 1);
         return assert!(said.contains("there is no kernel to profile: this program was built without"), "{said}");

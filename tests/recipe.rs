@@ -142,6 +142,8 @@ fn images_are_mirrored_if_the_data_is_like_its_mirror_image() {
         assert!(flip(&even), "as often left as right, {w} wide");
         assert!(!flip(&left), "seven of ten to the left, {w} wide");
     }
+    // More than are looked at, at even distances all to the left.
+    assert!(flip(&points(20_000, 8, |k| if k % 2 == 0 { 0 } else { 7 })), "an image and its mirror image in turn");
     assert!(flip(&points(2, 8, |_| 1)), "two images show nothing");
     assert!(flip(&points(50, 1, |_| 0)), "one column has no sides");
     // The digits that come with the program are not mirrored.

@@ -9,7 +9,7 @@ use std::process::Command;
 
 use serde::{Deserialize, Serialize};
 
-use super::{PRECISION, choice};
+use super::{PRECISION, check_writable, choice};
 use crate::checkpoint;
 use crate::config::{Config, Preset};
 use crate::device::Precision;
@@ -76,6 +76,11 @@ one they are modelled for H100, A100 and RTX 4090. docs/profiling.md explains ev
 /// A model that cannot be read, a program without kernels, no emulator, a GPU that fails, and what cannot be written.
 pub fn run(args: &Args) -> Result<()> {
     let (config, network) = settings(args)?;
+    for (flag, file) in [("--json", &args.json), ("--counts", &args.counts)] {
+        if let Some(file) = file {
+            check_writable(flag, file)?;
+        }
+    }
     if let Some(missing) = cuda::missing_in_this_build() {
         return Err(Error::Failed(format!("there is no kernel to profile: {missing}")));
     }

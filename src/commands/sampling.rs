@@ -13,7 +13,7 @@ use crate::memory::available_on;
 use crate::names::names;
 use crate::sample::{Drawing, Progress, Request, class_called, label};
 use crate::tensor::Tensor;
-use crate::usage;
+use crate::{say, usage};
 
 /// Ratio of drift to noise of a correction, if none is asked for.
 const DEFAULT_SNR: f64 = 0.16;
@@ -241,6 +241,9 @@ impl Sampling {
             usage!("--classifier-scale {scale}: a number is expected, as in 1");
         }
         let classifier = Classifier::load(&opened.device, path)?;
+        for note in classifier.notes() {
+            say!("{note}");
+        }
         classifier.check_guides(&opened.model.config)?;
         Ok(Some((classifier, scale)))
     }
