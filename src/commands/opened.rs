@@ -6,6 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Of, On, OnSeveral};
 use crate::checkpoint::{Loaded, Stepping, Threshold};
+use crate::classes::go_by_name;
 use crate::config::{Config, OnBadImage};
 use crate::data::{self, Data};
 use crate::device::Device;
@@ -14,7 +15,7 @@ use crate::diffusion::{Method, Sampler, Schedule, Timesteps, Variance};
 use crate::error::{Error, Result};
 use crate::memory::available_on;
 use crate::output::Target;
-use crate::sample::{DEFAULT_STEPS, class_called, default_variance, memory_of_forward};
+use crate::sample::{DEFAULT_STEPS, class_called, classes_by_name, default_variance, memory_of_forward};
 use crate::tensor::Shape;
 use crate::text::{self, GIB};
 use crate::unet::UNet;
@@ -113,7 +114,7 @@ impl Opened {
         data.train.check_all()?;
         say_notes(&data);
         let images = (0..data.train.len()).flat_map(|i| data.train.image(i)).copied().collect();
-        let classes = self.model.config.model.classes;
+        let (classes, names) = (self.model.config.model.classes, &self.model.config.class_names);
         let labels = match (class, data.train.labels()) {
             _ if classes == 0 => None,
             (Some(class), _) => Some(vec![class; data.train.len()]),
@@ -129,6 +130,9 @@ impl Opened {
         let variance = self.variance(kept.len(), timesteps);
         let sampler = Sampler::over(&self.schedule, process.prediction, Method::Ancestral(variance), kept)?;
         Ok(sampler.limited(self.limit()))
+            (None, Some(own)) if go_by_name(&data.classes, names) => {
+                Some(classes_by_name(path, own, &data.classes, names, classes)?)
+            }
     }
 
     /// Refuses a pass over `images` images that memory does not hold; `advice` ends the sentence.
