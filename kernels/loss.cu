@@ -11,14 +11,14 @@
 //                delta = -(r.shift + r.scale v);
 //                L_i = (r.squared sum d^2 + r.bound sum l) / image weights_i, and likewise dy, dv and
 //                vlb_sum += terms sum l / image weights_i
-//            terms: partial = (sum l, sum e^2), e the error of x_0, which is clipped to [-1, 1] if clip is set, and the
-//                mean with it unless clip is KEEP_MEAN
+//            terms: partial = (sum l, sum e^2), e the error of x_0, which is clipped to +-range if clip is set, or with
+//                limits to +-limits_i and then divided by it, and the mean with it unless clip is KEEP_MEAN
 //            schedule: partial = sums of dz d, dz x_0, dz z_ik, ddelta, ddelta v, dx x_0 and dx z_ik, with dz and
 //                ddelta the derivatives of l by z and delta
 // layout     y, dy (n, h, w, c) f32 or bf16, if doubled (n, h, w, 2c), v behind y in each pixel; t, weights (n) f32,
 //            weights may be null; rows as in meter.cuh; partial (n, chunks) f64, of any and terms (n, chunks, 2), of
 //            schedule (n, chunks, SUMS); dx (n, h, w, c) of y's type; done one word, 0 before and after; pixels,
-//            indices as in q_sample.cu; table (timesteps) rows
+//            indices as in q_sample.cu; table (timesteps) rows; limits (n) f32, may be null
 // mapping    block = CHUNK elements of one image, thread = 4 neighbours at a time; grid (chunks, n). The block that
 //            finishes last adds the partial sums to the row: thread = every THREADS-th of them, by quarter; then thread
 //            q = quarter q of the losses, thread QUARTERS + q of the counts
@@ -300,14 +300,15 @@ __device__ __forceinline__ void any(T* dy, MeterRow* rows, double* partial, unsi
 
 template <class T>
 __device__ __forceinline__ void terms(double* partial, const T* y, const float* t, const unsigned char* pixels,
-                                      const unsigned* indices, const Row* table, unsigned image, unsigned w, unsigned c,
-                                      unsigned doubled, const Stream& noise, uint32_t purpose_flip, unsigned flip,
-                                      unsigned clip) {
+                                      const unsigned* indices, const Row* table, const float* limits, unsigned image,
+                                      unsigned w, unsigned c, unsigned doubled, const Stream& noise,
+                                      uint32_t purpose_flip, unsigned flip, unsigned clip, float range) {
     __shared__ double scratch[THREADS / 32];
     const unsigned i = blockIdx.y, chunks = gridDim.x;
     const Stream stream = of_image(noise, i);
     const bool mirrored = flip && below(for_purpose(stream, purpose_flip), 2) == 1;
     const Row row = table[unsigned(t[i])];
+    const float bound = limits != nullptr ? limits[i] : range;
     double nats = 0.0, squares = 0.0;
     each_difference(y, t, pixels, indices, row, image, w, c, doubled, true, stream, mirrored,
                     [&](const Difference& e) {
@@ -315,8 +316,9 @@ __device__ __forceinline__ void terms(double* partial, const T* y, const float* 
                         if (clip != 0) {
                             const float predicted = e.x_0 + error;
                             // Comparisons keep what is not a number.
-                            if (predicted > 1.0f) error = 1.0f - e.x_0;
-                            if (predicted < -1.0f) error = -1.0f - e.x_0;
+                            if (predicted > bound) error = bound - e.x_0;
+                            if (predicted < -bound) error = -bound - e.x_0;
+                            if (limits != nullptr) error = (e.x_0 + error) / bound - e.x_0;
                             if (clip != KEEP_MEAN) z = row.mean_of_x_0 * error;
                         }
                         const bool decodes = row.half_bin != 0.0f;
@@ -397,9 +399,10 @@ F32_AND_BF16(ENTRY)
 #define ENTRY(suffix, T) \
     extern "C" __global__ void __launch_bounds__(THREADS) loss_terms_##suffix( \
         double* partial, const T* y, const float* t, const unsigned char* pixels, const unsigned* indices, \
-        const Row* table, unsigned image, unsigned w, unsigned c, unsigned doubled, Stream noise, \
-        unsigned purpose_flip, unsigned flip, unsigned clip) { \
-        terms(partial, y, t, pixels, indices, table, image, w, c, doubled, noise, purpose_flip, flip, clip); \
+        const Row* table, const float* limits, unsigned image, unsigned w, unsigned c, unsigned doubled, \
+        Stream noise, unsigned purpose_flip, unsigned flip, unsigned clip, float range) { \
+        terms(partial, y, t, pixels, indices, table, limits, image, w, c, doubled, noise, purpose_flip, flip, clip, \
+              range); \
     }
 F32_AND_BF16(ENTRY)
 #undef ENTRY

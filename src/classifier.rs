@@ -5,6 +5,7 @@
 use std::path::Path;
 
 use crate::checkpoint;
+use crate::classes;
 use crate::conditioning::Conditioning;
 use crate::config::Config;
 use crate::device::Device;
@@ -77,6 +78,9 @@ impl Classifier {
         }
         if b.classes > 0 && a.classes != b.classes {
             return refused("classes =", &a.classes, &b.classes);
+        }
+        if let Some(k) = classes::first_difference(&own.class_names, &theirs.class_names) {
+            return refused(&format!("class {k} ="), &own.class_names[k], &theirs.class_names[k]);
         }
         let (a, b) = (own.diffusion.noise_schedule()?, theirs.diffusion.noise_schedule()?);
         if a.len() != b.len() {

@@ -717,6 +717,23 @@ impl Config {
         Ok(())
     }
 
+    /// Refuses a setting that somebody chose and that the loss does not have. The file of a run holds every setting, so
+    /// it chose none of them.
+    ///
+    /// # Errors
+    /// `Error::Usage`, with the first.
+    pub fn refuse_unused(&self, given: &Given) -> Result<()> {
+        let chosen = |key: &str| given.others.contains(key) || given.file.contains(key) && !given.has_file_of_run();
+        for (key, value, of) in
+            [("vlb_weight", self.vlb_weight, Loss::Hybrid), ("min_snr_gamma", self.min_snr_gamma, Loss::MinSnr)]
+        {
+            if chosen(key) && self.loss != of {
+                usage!("{key} = {value}: only loss = {of} has it and here loss = {}, so leave it out", self.loss);
+            }
+        }
+        Ok(())
+    }
+
     /// Takes every setting that is not `given` from `other`.
     pub fn fill(&mut self, given: &Given, other: &Config) {
         for setting in SETTINGS.iter().filter(|setting| !given.has(setting.key)) {

@@ -2,7 +2,7 @@
 //!
 //! `L = L_T + sum over t of L_t`, in bits per dimension: L_T is the prior's, L_0 the discretised decoder's (equation
 //! 13), the others are divergences of Gaussians. Every term is measured for every image with noise of its own, so the
-//! standard error over images is that of the whole estimate. Predicted x_0 are clipped to [-1, 1], as the model's
+//! standard error over images is that of the whole estimate. Predicted x_0 are clipped or thresholded as the model's
 //! scheduler says, unlike in training.
 //!
 //! The rate-distortion table cuts the chain at each timestep: a receiver that has been sent x_t knows L_T and the terms
@@ -18,12 +18,15 @@ use std::ops::Range;
 
 use crate::data::Dataset;
 use crate::device::Device;
-use crate::diffusion::{Batch, Objective};
+use crate::diffusion::sampler::Limit;
+use crate::diffusion::{Batch, Method, Objective, Sampler, Variance};
 use crate::error::Result;
-use crate::ops::loss::{Table, Terms, terms};
+use crate::ops::loss::{Bounds, Table, Terms, terms};
 use crate::ops::q_sample::{Coefficients, q_sample};
+use crate::ops::sample_step::{Given, Noise, diffuse, thresholds};
 use crate::params::Params;
 use crate::tape::{Tape, Var};
+use crate::tensor::{Shape, Tensor};
 use crate::train::Feed;
 use crate::unet::UNet;
 
@@ -43,8 +46,8 @@ pub struct Evaluation<'a> {
     pub draws: u32,
     /// Seed of the noise.
     pub seed: u64,
-    /// Whether the predicted x_0 is clipped to [-1, 1].
-    pub clip: bool,
+    /// What the predicted x_0 is confined to.
+    pub limit: Limit,
     /// Images that go through the network at once. No image depends on it.
     pub together: usize,
 }
@@ -196,7 +199,8 @@ impl Evaluation<'_> {
         let rows = self.data.rows(&indices, self.unet.model().classes > 0);
         let prior: Vec<f64> = indices.iter().map(|&i| self.objective.prior(self.data.image(i))).collect();
         let (mut per_image, mut steps) = (prior.clone(), Vec::with_capacity(kept.len()));
-        for &t in kept {
+        let thresholding = self.thresholding(&images)?;
+        for (place, &t) in kept.iter().enumerate() {
             let [vlb, mse_x0, mse_eps] = [0; 3].map(|_| vec![0.0; images.len()]);
             let mut sums = Terms { vlb, mse_x0, mse_eps };
             for draw in 0..self.draws {
@@ -209,7 +213,23 @@ impl Evaluation<'_> {
                 let x_t = Var::constant(noised.x_t);
                 let output = self.unet.forward(&mut tape, &x_t, &noised.t, &noised.conditioning, None)?;
                 let output = output.into_value(); // (n, h, w, out_channels)
-                let terms = terms(self.device, &output, source, &batch, &noised.t, &table, self.clip)?;
+                let limits = match &thresholding {
+                    None => None,
+                    Some((sampler, x_0)) => {
+                        let (step, noise) = (&sampler.steps()[kept.len() - 1 - place], Noise::own(batch.noise));
+                        let factors = schedule.q_sample_coefficients(t as usize);
+                        let x = &diffuse(self.device, x_0, None, factors, noise, 1)?.x; // (n, h, w, c)
+                        let output = &output;
+                        let given = Given { x, output, before: None, gradient: None, guidance: None, noise };
+                        thresholds(self.device, &given, step)?
+                    }
+                };
+                let bounds = match (&limits, self.limit) {
+                    (Some(limits), _) => Bounds::PerImage(limits),
+                    (None, Limit::Range(r)) => Bounds::Range(r),
+                    (None, _) => Bounds::None,
+                };
+                let terms = terms(self.device, &output, source, &batch, &noised.t, &table, bounds)?;
                 for (total, bits) in per_image.iter_mut().zip(&terms.vlb) {
                     *total += bits / f64::from(self.draws);
                 }
@@ -223,6 +243,21 @@ impl Evaluation<'_> {
             steps.push(sums);
         }
         Ok(Measured { images, per_image, prior, steps })
+    }
+
+    /// What dynamic thresholding needs, if there is any: the steps, and x_0 of the images in f32. The x_t that the
+    /// network sees is of the activations' type, whose rounding would show in the quantile at low signal.
+    fn thresholding(&self, images: &Range<usize>) -> Result<Option<(Sampler, Tensor)>> {
+        let Limit::Quantile { .. } = self.limit else { return Ok(None) };
+        let (schedule, prediction) = (self.objective.schedule(), self.objective.prediction());
+        // The variance is nothing to the predicted x_0, and this one fits any number of steps.
+        let method = Method::Ancestral(Variance::FixedSmall);
+        let sampler = Sampler::over(schedule, prediction, method, self.objective.kept())?.limited(self.limit);
+        let bytes = images.clone().flat_map(|i| self.data.image(i));
+        let x_0: Vec<f32> = bytes.map(|&byte| (2.0 * f32::from(byte) - 255.0) / 255.0).collect();
+        let m = self.unet.model();
+        let shape = Shape::new(images.len(), m.image_size.h, m.image_size.w, m.channels);
+        Ok(Some((sampler, Tensor::from_slice(self.device, shape, &x_0)?)))
     }
 
     /// Passes of the network that [`bound`](Self::bound) takes.

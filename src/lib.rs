@@ -43,6 +43,7 @@
 //! kernels - the table of compiled CUDA kernels, `kernels/*.cu`
 //! pickle - Python's pickles, read and never executed
 //! distributed - processes that train together: their ranks, how they meet, watch each other and end
+//! classes - which classes have the same name
 //! shape layout names text - shapes and element types; channels first and last; names of choices; readable numbers
 //! error - what can go wrong, as one sentence
 //! ```
@@ -78,6 +79,7 @@
 //! [arXiv 2006.11239]: https://arxiv.org/abs/2006.11239
 
 pub mod checkpoint;
+pub mod classes;
 pub mod classifier;
 pub mod clock;
 #[cfg(feature = "cli")]

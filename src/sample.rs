@@ -9,6 +9,7 @@ pub mod interpolate;
 mod replay;
 
 use std::ops::Range;
+use std::path::Path;
 
 use crate::conditioning::Conditioning;
 use crate::config::Diffusion;
@@ -463,9 +464,54 @@ pub fn class_called(text: &str, names: &[String], classes: usize) -> Result<u32>
         ([], Ok(number)) if number < classes => return Ok(number as u32),
         ([], _) => {}
     }
+    usage!("--class {text}: this model has the classes {}", nearest_first(text, names, classes));
+}
+
+/// The model's number of each of the `labels` of images, which go by name ([`crate::classes::go_by_name`]): `of_data`
+/// are the names of the data's classes, `names` those of the model's. A class of the same name and number is the same
+/// one, whatever else is called so.
+///
+/// # Errors
+/// `Error::File` for a label whose class the model does not have, or has twice.
+pub fn classes_by_name(
+    data: &Path,
+    labels: &[u32],
+    of_data: &[String],
+    names: &[String],
+    classes: usize,
+) -> Result<Vec<u32>> {
+    let mut found: Vec<Option<u32>> = vec![None; of_data.len()];
+    for &label in labels {
+        let k = label as usize;
+        if found[k].is_some() {
+            continue;
+        }
+        let name = &of_data[k];
+        let called: Vec<usize> = (0..names.len()).filter(|&k| names[k] == *name).collect();
+        found[k] = match called[..] {
+            _ if called.contains(&k) => Some(label),
+            [only] => Some(only as u32),
+            [] => {
+                let has = nearest_first(name, names, classes);
+                let what = format!("has images of class {name}, but this model has the classes {has}");
+                return Err(Error::file(data, what));
+            }
+            [first, second, ..] => {
+                let what = format!(
+                    "has images of class {name}, but the model calls two classes so, {first} and {second}; their names must differ"
+                );
+                return Err(Error::file(data, what));
+            }
+        };
+    }
+    Ok(labels.iter().map(|&label| found[label as usize].expect("found above")).collect())
+}
+
+/// The classes 0 to `classes` - 1 with their names, those nearest to `text` first.
+fn nearest_first(text: &str, names: &[String], classes: usize) -> String {
     let last = classes - 1;
     if names.is_empty() {
-        usage!("--class {text}: this model has the classes 0 to {last}, without names");
+        return format!("0 to {last}, without names");
     }
     let lower = text.to_lowercase();
     let mut nearest: Vec<(usize, &String)> = names.iter().enumerate().collect();
@@ -479,7 +525,7 @@ pub fn class_called(text: &str, names: &[String], classes: usize) -> Result<u32>
     // With their numbers, since their order here is not that of the classes.
     let shown: Vec<String> = nearest.iter().take(SHOWN).map(|(k, name)| format!("{k} {name}")).collect();
     let more = if names.len() > SHOWN { format!(" and {} more", names.len() - SHOWN) } else { String::new() };
-    usage!("--class {text}: this model has the classes 0 to {last}: {}{more}", shown.join(", "));
+    format!("0 to {last}: {}{more}", shown.join(", "))
 }
 
 /// Bytes that one evaluation of the network for `shape.n` images takes of `device`, its weights not counted.

@@ -286,6 +286,23 @@ fn only_models_of_the_same_images_and_process_are_guided() {
         refused(&|c| c.diffusion.timesteps = 50),
         format!("the classifier has timesteps = 100 and the model 50{advice}")
     );
+    // Classes without names, or named by their numbers, are told by number.
+    let named = |names: [&str; CLASSES]| -> Vec<String> { names.map(String::from).into() };
+    let classes = |own: [&str; CLASSES], theirs: [&str; CLASSES]| {
+        let mut c = tiny();
+        c.class_names = named(own);
+        fs::write(folder.path().join("config.toml"), c.to_toml()).unwrap();
+        let classifier = Classifier::load(&Device::cpu(), folder.path()).unwrap();
+        let mut model = model.clone();
+        (model.model.classes, model.class_names) = (CLASSES, named(theirs));
+        classifier.check_guides(&model).map_err(|e| e.to_string())
+    };
+    assert_eq!(classes(["ape", "cat", "owl"], ["ape", "cat", "owl"]), Ok(()));
+    assert_eq!(classes(["ape", "cat", "owl"], ["0", "1", "2"]), Ok(()));
+    assert_eq!(
+        classes(["ape", "cat", "owl"], ["ape", "owl", "cat"]),
+        Err(format!("the classifier has class 1 = cat and the model owl{advice}"))
+    );
     let other = refused(&|c| c.diffusion.schedule = ddpm_cuda::diffusion::Kind::Linear);
     assert!(other.starts_with("the classifier has alpha_bar at t = "), "{other}");
 }

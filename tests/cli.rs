@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::sampler::Guidance;
-use ddpm_cuda::diffusion::{Kind, Method, Sampler, Schedule, Spacing, Variance};
+use ddpm_cuda::diffusion::{Kind, Method, Sampler, Schedule, Spacing, Timesteps, Variance};
 use ddpm_cuda::sample::Drawing;
 use ddpm_cuda::tensor::{Shape, Tensor};
 use ddpm_cuda::unet::UNet;
@@ -1347,7 +1347,7 @@ fn a_model_is_judged_by_images() {
         ("eval", "--count 0", "--count 0: mnist has 1 to 500 images of --split held_out"),
         ("eval", "--split train --count 9501", "--count 9501: mnist has 1 to 9500 images of --split train"),
         ("eval", "--steps 51", "the number of sampling steps is 51: must be from 1 to the model's 50 timesteps"),
-        ("eval", "--variance learned", "--variance learned: this model has variance = fixed_large"),
+        ("eval", "--variance learned", "--variance learned: this model was trained with fixed_large"),
         ("likelihood", "--tolerance 2", "--tolerance 2: must be from 1e-12 to below 1"),
         ("likelihood", "--probes 0", "--probes 0: must be from 1 to 10000"),
     ] {
@@ -1364,6 +1364,253 @@ fn a_model_is_judged_by_images() {
         let said = to(folder.path(), 2);
         assert!(said.contains(": is a folder; a file is expected"), "{name}: {said}");
     }
+}
+
+/// The bound is of the chain that `sample` draws from: its timesteps, its variance, its limits of x_0.
+#[test]
+fn the_bound_is_of_the_chain_that_sample_draws_from() {
+    let folder = tempfile::tempdir().unwrap();
+    let (run, json) = (folder.path().join("run"), folder.path().join("f.json"));
+    ok(&mut train(&run, 2));
+    let eval = |model: &Path, arguments: &str| {
+        let mut command = ddpm();
+        command.args(["eval", "--count", "2", "--device", "cpu", "--model"]).arg(model).arg("--json").arg(&json);
+        command.args(arguments.split_whitespace());
+        command
+    };
+    let figures = |model: &Path, arguments: &str| {
+        let said = ok(&mut eval(model, arguments));
+        let figures: serde_json::Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
+        (said, figures)
+    };
+    let timesteps = |figures: &serde_json::Value| -> Vec<u64> {
+        figures["timesteps"].as_array().unwrap().iter().map(|t| t.as_u64().unwrap()).collect()
+    };
+
+    // fixed_large over all timesteps, as it was trained, and fixed_small over fewer.
+    let (said, all) = figures(&run, "");
+    assert!(said.contains("; variance = fixed_large, 2 images, 1 draw a timestep"), "{said}");
+    assert_eq!((all["variance"].as_str(), timesteps(&all).len()), (Some("fixed_large"), 50));
+    let (said, fewer) = figures(&run, "--steps 10");
+    assert!(said.contains("; variance = fixed_small, "), "{said}");
+    assert_eq!(fewer, figures(&run, "--steps 10 --variance fixed_small").1);
+    let large = figures(&run, "--steps 10 --variance fixed_large").1;
+    assert_ne!(large["bits_per_dim"], fewer["bits_per_dim"]);
+    assert_eq!((large["variance"].as_str(), &large["mse_x0"]), (Some("fixed_large"), &fewer["mse_x0"]));
+
+    // Every spacing of `sample`.
+    let schedule = Schedule::new(Kind::Cosine, 50).unwrap();
+    for (arguments, spacing, steps) in [
+        ("--steps 10", "even", 10),
+        ("--steps 10 --spacing trailing", "trailing", 10),
+        ("--spacing 2,3,5", "2,3,5", 10),
+        ("--steps 10 --spacing karras", "karras", 10),
+    ] {
+        let kept = spacing.parse::<Timesteps>().unwrap().kept(&schedule, false, 0, steps).unwrap();
+        let wanted: Vec<u64> = kept.into_iter().map(u64::from).collect();
+        let (_, figures) = figures(&run, arguments);
+        assert_eq!(timesteps(&figures), wanted, "{arguments}");
+        assert_eq!(figures["terms"].as_array().unwrap().len(), wanted.len(), "{arguments}");
+    }
+    for (arguments, says) in [
+        (
+            "--spacing 2,3,5 --steps 10",
+            "--steps 10 beside --spacing 2,3,5: the list says how many, so leave --steps out",
+        ),
+        ("--spacing 2,90", "a section of 25 of the 50 timesteps cannot keep 90: give from 1 to 25"),
+    ] {
+        let said = fails(&mut eval(&run, arguments), 2);
+        assert!(said.contains(says), "{arguments}: {said}");
+    }
+
+    // A single timestep has no terms between.
+    let (said, one) = figures(&run, "--steps 1");
+    let line = said.lines().last().unwrap();
+    assert!(line.contains(", L_0 ") && !line.contains("L_1") && !line.contains("-0.0"), "{line}");
+    assert_eq!(timesteps(&one), [49]);
+    let (said, _) = figures(&run, "--steps 2");
+    assert!(said.contains(", L_1 ") && !said.contains("L_1 to"), "{said}");
+
+    // A learned variance is that of single timesteps.
+    let learned = folder.path().join("learned");
+    ok(train(&learned, 2).args(["--set", "variance=learned", "--set", "loss=hybrid"]));
+    assert_eq!(figures(&learned, "").1["variance"], "learned");
+    assert_eq!(figures(&learned, "--steps 5").1["variance"], "fixed_small");
+    assert_eq!(figures(&learned, "--variance fixed_large").1["variance"], "fixed_large");
+    let mut sample = ddpm();
+    sample.args(["sample", "--steps", "5", "--variance", "learned", "--out", "x.png", "--model"]).arg(&learned);
+    let refused = fails(&mut sample, 2);
+    assert!(refused.contains("the learned variance is that of a step of one timestep"), "{refused}");
+    assert_eq!(fails(&mut eval(&learned, "--steps 5 --variance learned"), 2), refused);
+}
+
+/// What a scheduler says of x_0 holds for the bound, too.
+#[test]
+fn the_models_limits_of_x_0_are_those_of_the_bound() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "diffusion_pytorch_model.safetensors"] {
+        fs::copy(fixture("unet_gray16").join(file), folder.path().join(file)).unwrap();
+    }
+    let json = folder.path().join("f.json");
+    let mse = |scheduler: serde_json::Value| {
+        fs::write(folder.path().join("scheduler_config.json"), scheduler.to_string()).unwrap();
+        let mut command = ddpm();
+        command.args(["eval", "--data", "mnist", "--count", "2", "--steps", "4", "--device", "cpu", "--model"]);
+        ok(command.arg(folder.path()).arg("--json").arg(&json));
+        let figures: serde_json::Value = serde_json::from_str(&fs::read_to_string(&json).unwrap()).unwrap();
+        figures["mse_x0"].as_array().unwrap().iter().map(|mse| mse.as_f64().unwrap()).collect::<Vec<f64>>()
+    };
+    let clipped = |range: f64| serde_json::json!({"_class_name": "DDPMScheduler", "clip_sample": true, "clip_sample_range": range});
+    let [narrow, one, wide] = [0.1, 1.0, 3.0].map(|range| mse(clipped(range)));
+    assert!(narrow != one && one != wide, "{narrow:?} {one:?} {wide:?}");
+    let dynamic = serde_json::json!({"_class_name": "DDPMScheduler", "thresholding": true,
+        "dynamic_thresholding_ratio": 0.9, "sample_max_value": 2.0});
+    let dynamic = mse(dynamic);
+    assert!(dynamic != one && dynamic.iter().all(|mse| mse.is_finite()), "{dynamic:?}");
+}
+
+/// Of a schedule that ends in pure noise x_T tells nothing of the image, and the flow ends a timestep earlier.
+#[test]
+fn a_model_of_zero_terminal_snr_is_judged_by_images() {
+    let folder = tempfile::tempdir().unwrap();
+    let (run, json) = (folder.path().join("run"), folder.path().join("f.json"));
+    ok(train(&run, 2).args(["--set", "zero_snr=true", "--set", "prediction=x0"]));
+    let command = |arguments: &str| {
+        let mut command = ddpm();
+        command.args(arguments.split(' ')).args(["--count", "2", "--device", "cpu", "--model"]).arg(&run);
+        command.arg("--json").arg(&json);
+        command
+    };
+    let read = || serde_json::from_str::<serde_json::Value>(&fs::read_to_string(&json).unwrap()).unwrap();
+    for (arguments, count) in [("eval", 50), ("eval --steps 7", 7), ("eval --spacing 3,2,5", 10)] {
+        ok(&mut command(arguments));
+        let figures = read();
+        assert_eq!(figures["prior"], 0.0, "{arguments}");
+        let terms: Vec<f64> = figures["terms"].as_array().unwrap().iter().map(|term| term.as_f64().unwrap()).collect();
+        assert_eq!(terms.len(), count);
+        let (total, sum) = (figures["bits_per_dim"].as_f64().unwrap(), terms.iter().sum::<f64>());
+        assert!(terms.iter().all(|term| term.is_finite()) && (total - sum).abs() < 1e-9 * sum, "{figures}");
+    }
+    let said = fails(&mut command("eval --spacing karras"), 2);
+    assert!(said.contains("the schedule ends in pure noise (zero terminal SNR)"), "{said}");
+    // A network that predicts x_0 has no flow below the first timestep, with --cut and without.
+    let mut bits = Vec::new();
+    for arguments in ["likelihood --tolerance 1e-2", "likelihood --tolerance 1e-2 --cut"] {
+        ok(&mut command(arguments));
+        assert_eq!(read()["from"], "first_timestep", "{arguments}");
+        bits.push(read()["bits_per_dim"].as_f64().unwrap());
+    }
+    assert!(bits[0].is_finite() && bits[0] == bits[1], "{bits:?}");
+}
+
+/// Labels of data whose classes have names are those of the model's classes of the same name.
+#[test]
+fn classes_go_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    // Each folder of images of one lightness: training data, and others whose classes have other numbers.
+    let classes = |data: &str, classes: &[(&str, u8)]| {
+        for (class, light) in classes {
+            fs::create_dir_all(at(data).join(class)).unwrap();
+            for k in 0..6 {
+                let picture = image::GrayImage::from_fn(28, 28, |x, y| image::Luma([light ^ ((x * y + k) % 16) as u8]));
+                picture.save(at(data).join(class).join(format!("{k}.png"))).unwrap();
+            }
+        }
+    };
+    classes("two", &[("cat", 200), ("owl", 30)]);
+    classes("one", &[("owl", 30)]);
+    classes("more", &[("cat", 200), ("dog", 90), ("owl", 30)]);
+    let train = |run: &str, command: &str, data: &str, sets: &[&str]| {
+        let mut process = ddpm();
+        process.args([command, "--steps", "2", "--batch", "4", "--device", "cpu", "--data"]).arg(at(data));
+        process.args(["--preset", "mnist"]).args(TINY).args(["--set", "validate_every=0", "--set", "held_out=0"]);
+        ok(process.args(sets).arg("--out").arg(at(run)));
+    };
+    // A rate at which two steps are enough for the classes to make a difference.
+    let sets = ["--set", "classes=2", "--set", "learning_rate=0.05", "--set", "warmup_steps=0", "--set", "ema_decay=0"];
+    train("run", "train", "two", &sets);
+    let judge = |command: &str, data: &str| {
+        let mut process = ddpm();
+        process.args(command.split(' ')).args(["--split", "train", "--device", "cpu", "--model"]).arg(at("run"));
+        process.arg("--data").arg(at(data)).arg("--json").arg(at("f.json"));
+        process
+    };
+    // The same six images, once as class 0 of their folder and once as class 1 of an array.
+    let pixel = |k: usize| 30 ^ (((k % 28) * (k / 28 % 28) + k / 784) % 16) as u8;
+    let bytes: Vec<u8> = (0..6 * 784).map(pixel).collect();
+    for label in [0, 1] {
+        let labels = [label; 6];
+        let name = at(&format!("{label}.npz"));
+        ddpm_cuda::output::write_npz(&name, Shape::new(6, 28, 28, 1), &bytes, Some(&labels)).unwrap();
+    }
+    for command in ["eval --steps 3", "likelihood --tolerance 0.3"] {
+        let bits = |data: &str| {
+            ok(&mut judge(command, data));
+            serde_json::from_str::<serde_json::Value>(&fs::read_to_string(at("f.json")).unwrap()).unwrap()
+                ["bits_per_dim"]
+                .as_f64()
+                .unwrap()
+        };
+        assert_eq!(bits("one"), bits("1.npz"), "{command}: the class is not found by its name");
+        assert_ne!(bits("0.npz"), bits("1.npz"), "{command}: the class makes no difference to this test");
+        let said = fails(&mut judge(command, "more"), 1);
+        let says = "more: has images of class dog, but this model has the classes 0 to 1: ";
+        assert!(said.contains(says) && said.contains("0 cat") && said.contains("1 owl"), "{command}: {said}");
+    }
+    let encoded = |data: &str| {
+        let mut process = ddpm();
+        process.args(["encode", "--steps", "3", "--device", "cpu", "--model"]).arg(at("run"));
+        ok(process.arg("--images").arg(at(data)).arg("--out").arg(at("x.npy")));
+        fs::read(at("x.npy")).unwrap()
+    };
+    assert!(encoded("one") == encoded("1.npz") && encoded("0.npz") != encoded("1.npz"), "encode: other classes");
+    let mut process = ddpm();
+    process.args(["encode", "--steps", "3", "--model"]).arg(at("run")).arg("--images").arg(at("more"));
+    assert!(fails(process.arg("--out").arg(at("x.npy")), 1).contains("more: has images of class dog, but this model"));
+    // A classifier with other names does not guide.
+    classes("others", &[("ape", 200), ("owl", 30)]);
+    for (judge, data) in [("same", "two"), ("other", "others")] {
+        train(judge, "train-classifier", data, &[]);
+    }
+    let draw = |judge: &str| {
+        let mut process = ddpm();
+        process.args(["sample", "--count", "1", "--steps", "2", "--device", "cpu", "--model"]).arg(at("run"));
+        process.arg("--classifier").arg(at(judge)).arg("--out").arg(at("x.png"));
+        process
+    };
+    ok(&mut draw("same"));
+    let said = fails(&mut draw("other"), 2);
+    assert!(said.contains("the classifier has class 0 = ape and the model cat; train a classifier"), "{said}");
+}
+
+/// A setting that the loss does not have was meant for another loss.
+#[test]
+fn settings_of_another_loss_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for (sets, says) in [
+        (
+            &["vlb_weight=0.01"][..],
+            "vlb_weight = 0.01: only loss = hybrid has it and here loss = simple, so leave it out",
+        ),
+        (&["loss=vlb", "vlb_weight=1"], "vlb_weight = 1: only loss = hybrid has it and here loss = vlb"),
+        (&["min_snr_gamma=3"], "min_snr_gamma = 3: only loss = min_snr has it and here loss = simple"),
+    ] {
+        let mut command = train(&at("refused"), 1);
+        sets.iter().for_each(|set| {
+            command.args(["--set", set]);
+        });
+        let said = fails(&mut command, 2);
+        assert!(said.contains(says), "{said}");
+    }
+    fs::write(at("few.toml"), "min_snr_gamma = 3\n").unwrap();
+    let said = fails(train(&at("refused"), 1).arg("--config").arg(at("few.toml")), 2);
+    assert!(said.contains("min_snr_gamma = 3: only loss = min_snr has it"), "{said}");
+    // The file of a run holds all of them, whatever its loss.
+    ok(train(&at("run"), 1).args(["--set", "loss=min_snr", "--set", "min_snr_gamma=3"]));
+    let of_run = at("run").join("config.toml");
+    ok(train(&at("again"), 1).arg("--config").arg(of_run).args(["--set", "loss=simple"]));
 }
 
 /// Of fewer than 20 images training holds out none, so none of them is new to a model without a run.

@@ -879,7 +879,8 @@ fn the_bound_is_openais() {
                 let eps = slice(&noise, t as usize);
                 let x_t = q_sample::reference::forward(&x_0, eps, t as usize, &s);
                 let output = if variance.is_learned() { doubled_network(&x_t, t, 20) } else { network(&x_t, t, 20) };
-                let all = loss::reference::elements(&objective, t, [&x_0, eps, &output], 1, true);
+                let all =
+                    loss::reference::elements(&objective, t, [&x_0, eps, &output], 1, &|x_0| x_0.clamp(-1.0, 1.0));
                 for of_image in all.chunks(image) {
                     let mean = |f: &dyn Fn(&loss::reference::Element<f64>) -> f64| {
                         of_image.iter().map(f).sum::<f64>() / image as f64
@@ -998,7 +999,7 @@ impl Toy {
     /// The elements at timestep `t`, with `v` in the output's second half.
     fn elements(&self, t: u32, v: f64) -> Vec<loss::reference::Element<f64>> {
         let [x_0, eps, output] = self.made(t, v);
-        loss::reference::elements(&self.objective, t, [&x_0, &eps, &output], 1, false)
+        loss::reference::elements(&self.objective, t, [&x_0, &eps, &output], 1, &|x_0| x_0)
     }
 
     /// The four points x_0 and eps at timestep `t`, and the network's output for them.
@@ -1214,7 +1215,8 @@ fn kept_chains_have_their_own_bound() {
             let mix = prediction.x_0(&s, t as usize);
             let x_t = signal * x_0 + noise * -0.7;
             let output = (x_0 + 0.01 - mix.xt * x_t) / mix.output;
-            let [element] = loss::reference::elements(&objective, t, [&[x_0], &[-0.7], &[output]], 1, false)[..] else {
+            let [element] = loss::reference::elements(&objective, t, [&[x_0], &[-0.7], &[output]], 1, &|x_0| x_0)[..]
+            else {
                 panic!("one element")
             };
             assert!((element.x_0_square - 1e-4).abs() < 1e-9, "{prediction} at {t}: {}", element.x_0_square);

@@ -3,13 +3,17 @@
 
 mod support;
 
+use ddpm_cuda::conditioning::Conditioning;
 use ddpm_cuda::data::{Dataset, Extent};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::objective::Loss;
-use ddpm_cuda::diffusion::{Kind, Objective, Prediction, Schedule, Variance};
+use ddpm_cuda::diffusion::sampler::Limit;
+use ddpm_cuda::diffusion::{Batch, Kind, Method, Objective, Prediction, Sampler, Schedule, Variance};
 use ddpm_cuda::evaluate::{Bound, Evaluation};
+use ddpm_cuda::ops::sample_step::{Given, Noise, Wanted, advance, diffuse};
 use ddpm_cuda::params::Params;
-use ddpm_cuda::tensor::DType;
+use ddpm_cuda::tape::{Tape, Var};
+use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::unet::UNet;
 
 use support::gpu;
@@ -26,19 +30,37 @@ fn data() -> Dataset {
     Dataset::new(extent, bytes, Some(vec![0, 1, 1, 0, 1]))
 }
 
-/// The bound of a small network with random weights.
-fn bound(device: &Device, together: usize, variance: Variance, kept: Option<&[u32]>, draws: u32) -> Bound {
+/// A small network with random weights, of doubled channels for a `learned` variance.
+fn network(device: &Device, learned: bool) -> (UNet, Params) {
     let mut config = support::tiny(SIDE, SIDE, 3);
     config.model.classes = 2;
-    config.model.learned_variance = variance.is_learned();
+    config.model.learned_variance = learned;
     let (unet, specs) = UNet::new(&config.model).unwrap();
-    let params = Params::init(device, specs, 3).unwrap();
-    let schedule = Schedule::with_betas(Kind::Linear, TIMESTEPS, 1e-3, 0.5).unwrap();
-    let objective = Objective::new(Loss::Vlb, Prediction::V, variance, &schedule);
-    let objective = kept.map_or(objective.clone(), |kept| objective.over(kept));
-    let (data, objective) = (data(), &objective);
-    let (unet, params, data) = (&unet, &params, &data);
-    let evaluation = Evaluation { device, unet, params, objective, data, draws, seed: 2, clip: true, together };
+    (unet, Params::init(device, specs, 3).unwrap())
+}
+
+fn schedule() -> Schedule {
+    Schedule::with_betas(Kind::Linear, TIMESTEPS, 1e-3, 0.5).unwrap()
+}
+
+/// The bound of a small network with random weights.
+fn bound(device: &Device, together: usize, variance: Variance, kept: Option<&[u32]>, draws: u32) -> Bound {
+    let network = network(device, variance.is_learned());
+    bound_of(device, &network, (together, draws), variance, kept, Limit::Range(1.0))
+}
+
+fn bound_of(
+    device: &Device,
+    (unet, params): &(UNet, Params),
+    (together, draws): (usize, u32),
+    variance: Variance,
+    kept: Option<&[u32]>,
+    limit: Limit,
+) -> Bound {
+    let objective = Objective::new(Loss::Vlb, Prediction::V, variance, &schedule());
+    let objective = &kept.map_or(objective.clone(), |kept| objective.over(kept));
+    let data = &data();
+    let evaluation = Evaluation { device, unet, params, objective, data, draws, seed: 2, limit, together };
     let mut passes = 0;
     let bound = evaluation.bound(|| {
         passes += 1;
@@ -79,6 +101,86 @@ fn a_shorter_chain_has_a_bound_of_its_own() {
     assert_eq!(cuts.iter().map(|cut| cut.t).collect::<Vec<_>>(), kept);
     assert_eq!(cuts[2].rate, short.prior);
     assert_eq!(cuts[1].rate, short.prior + short.terms[2]);
+}
+
+/// The prediction half of a network with a learned variance goes with a fixed one, as in `sample` over fewer timesteps.
+#[test]
+fn a_fixed_variance_replaces_the_networks_own() {
+    let device = Device::cpu();
+    let network = network(&device, true);
+    let of = |variance| bound_of(&device, &network, (IMAGES, 1), variance, Some(&[0, 3, 11]), Limit::Range(1.0));
+    let (fixed, learned) = (of(Variance::FixedSmall), of(Variance::LearnedRange));
+    assert_eq!((&fixed.mse_x0, &fixed.mse_eps), (&learned.mse_x0, &learned.mse_eps));
+    let objective = Objective::new(Loss::Vlb, Prediction::V, Variance::FixedSmall, &schedule()).over(&[0, 3, 11]);
+    for i in [1, 2] {
+        // With the posterior's variance the divergence is the squared distance of the means alone. Terms and rows in
+        // f32, sums in f64.
+        let row = objective.row(fixed.timesteps[i]).unwrap();
+        let want = 0.5 * row.mean_of_x_0.powi(2) * fixed.mse_x0[i] / std::f64::consts::LN_2;
+        assert!((fixed.terms[i] - want).abs() <= 1e-5 * want, "{i}: {}, expected {want}", fixed.terms[i]);
+        assert!((learned.terms[i] - want).abs() > 1e-3 * want, "{i}: the network's variance makes no difference");
+    }
+}
+
+/// Against the predicted x_0 of a step of `sample` from the same x_t.
+#[test]
+fn predictions_are_confined_as_in_sampling() {
+    let kept = [0, 4, 11];
+    let limits = [Limit::None, Limit::Range(0.5), Limit::Range(1.5), Limit::Quantile { p: 0.7, largest: 1.8 }];
+    let mut devices = vec![(Device::cpu(), 1e-5)];
+    // An output off by a rounding of the network moves an error's square by twice as much of it.
+    for (dtype, budget) in [(DType::F32, 4e-5), (DType::Bf16, 8e-2)] {
+        devices.extend(gpu::gpu(dtype).map(|gpu| (Device::Cuda(gpu), budget)));
+    }
+    let (cpu, data) = (Device::cpu(), data());
+    // Outputs that go beyond the range.
+    let scaled = |device: &Device| {
+        let (unet, params) = network(&cpu, false);
+        let mut flat = params.host().unwrap().into_owned();
+        for (p, spec) in params.specs().iter().filter(|(_, spec)| spec.name.contains("conv_out")) {
+            let numbers = support::numbers(5, spec.shape.len());
+            flat[params.specs().range(p)].iter_mut().zip(numbers).for_each(|(w, n)| *w = 0.3 * n as f32);
+        }
+        let specs = UNet::new(unet.model()).unwrap().1;
+        (unet, Params::from_host(device, specs, &flat).unwrap())
+    };
+    let (unet, params) = scaled(&cpu);
+    let shape = Shape::new(IMAGES, SIDE, SIDE, 3);
+    let x_0: Vec<f32> =
+        (0..IMAGES).flat_map(|i| data.image(i)).map(|&u| (2.0 * f32::from(u) - 255.0) / 255.0).collect();
+    let x_0 = Tensor::from_slice(&cpu, shape, &x_0).unwrap();
+    let mut seen = Vec::new();
+    for limit in limits {
+        let method = Method::Ancestral(Variance::FixedSmall);
+        let sampler = Sampler::over(&schedule(), Prediction::V, method, &kept).unwrap().limited(limit);
+        let mut want = Vec::new();
+        for (i, &t) in kept.iter().enumerate() {
+            let batch = Batch::evaluation(2, 0, 0, (0..IMAGES).collect(), t, TIMESTEPS as u32);
+            let noise = Noise::own(batch.noise);
+            let factors = schedule().q_sample_coefficients(t as usize);
+            let x = diffuse(&cpu, &x_0, None, factors, noise, 1).unwrap().x; // (n, h, w, c)
+            let times = Tensor::full(&cpu, Shape::new(IMAGES, 1, 1, 1), t as f32).unwrap();
+            let labels = Conditioning::from_labels(&cpu, data.labels()).unwrap();
+            let mut tape = Tape::inference(&cpu, &params);
+            let output =
+                unet.forward(&mut tape, &Var::constant(x.clone()), &times, &labels, None).unwrap().into_value();
+            let given = Given { x: &x, output: &output, before: None, gradient: None, guidance: None, noise };
+            let wanted = Wanted { copies: 1, x_0: true };
+            let (_, predicted) = advance(&cpu, &given, &sampler.steps()[kept.len() - 1 - i], wanted).unwrap();
+            let predicted = predicted.expect("wanted");
+            let square = |(a, b): (&f32, &f32)| f64::from(a - b).powi(2);
+            want.push(predicted.data().iter().zip(x_0.data()).map(square).sum::<f64>() / shape.len() as f64);
+        }
+        for (device, budget) in &devices {
+            let network = scaled(device);
+            let got = bound_of(device, &network, (2, 1), Variance::FixedSmall, Some(&kept), limit);
+            for (got, want) in got.mse_x0.iter().zip(&want) {
+                assert!((got - want).abs() <= budget * want, "{device}, {limit:?}: {got}, expected {want}");
+            }
+        }
+        assert!(!seen.contains(&want[2].to_bits()), "{limit:?} makes no difference to this test");
+        seen.push(want[2].to_bits());
+    }
 }
 
 #[test]

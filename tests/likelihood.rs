@@ -159,23 +159,47 @@ fn images() -> (Vec<Vec<u8>>, [u32; 2]) {
     ((0..2).map(|i| (0..SIDE * SIDE * 2).map(|k| byte(i, k)).collect()).collect(), [2, 0])
 }
 
-fn likelihoods(device: &Device, learned: bool, prediction: Prediction) -> Vec<Likelihood> {
-    let (unet, flat) = network(learned);
+/// What the network is and which flow is followed.
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    learned: bool,
+    prediction: Prediction,
+    from: From,
+    zero_snr: bool,
+}
+
+impl Case {
+    const fn new(learned: bool, prediction: Prediction) -> Self {
+        Case { learned, prediction, from: From::Image, zero_snr: false }
+    }
+
+    fn schedule(self) -> Schedule {
+        let schedule = Schedule::new(Kind::Cosine, 50).unwrap();
+        if self.zero_snr { schedule.with_zero_terminal_snr() } else { schedule }
+    }
+}
+
+fn likelihoods(device: &Device, case: Case) -> Vec<Likelihood> {
+    likelihoods_with(device, case, Options { from: case.from, ..OPTIONS })
+}
+
+fn likelihoods_with(device: &Device, case: Case, options: Options) -> Vec<Likelihood> {
+    let (unet, flat) = network(case.learned);
     let params = Params::from_host(device, UNet::new(unet.model()).unwrap().1, &flat).unwrap();
-    let schedule = Schedule::new(Kind::Cosine, 50).unwrap();
+    let (schedule, prediction) = (case.schedule(), case.prediction);
     let model = Model { device, unet: &unet, params: &params, schedule: &schedule, prediction };
     let (images, labels) = images();
     let images: Vec<&[u8]> = images.iter().map(Vec::as_slice).collect();
-    model.likelihoods(&images, Some(&labels), 7, OPTIONS).unwrap()
+    model.likelihoods(&images, Some(&labels), 7, options).unwrap()
 }
 
 /// The same with the probe's product by finite differences of the forward pass, `z . (eps(x + h z) - eps(x - h z)) /
 /// 2h`.
-fn by_differences(learned: bool, prediction: Prediction) -> Vec<Likelihood> {
+fn by_differences(case: Case) -> Vec<Likelihood> {
     let device = Device::cpu();
-    let (unet, flat) = network(learned);
+    let (unet, flat) = network(case.learned);
     let params = Params::from_host(&device, UNet::new(unet.model()).unwrap().1, &flat).unwrap();
-    let schedule = Schedule::new(Kind::Cosine, 50).unwrap();
+    let schedule = case.schedule();
     let (images, labels) = images();
     let draw = |purpose, image: u32, probe| {
         let mut u = vec![0.0; SIDE * SIDE * 2];
@@ -196,11 +220,11 @@ fn by_differences(learned: bool, prediction: Prediction) -> Vec<Likelihood> {
         let t = Tensor::full(&device, Shape::new(1, 1, 1, 1), level.t as f32).unwrap();
         let labels = Conditioning::from_labels(&device, Some(&[label])).unwrap();
         let y = unet.forward(&mut Tape::inference(&device, &params), &input, &t, &labels, None).unwrap();
-        let mix = eps_at(prediction, level.sigma);
+        let mix = eps_at(case.prediction, level.sigma);
         let outputs = y.data().chunks(unet.model().out_channels()).flat_map(|pixel| &pixel[..2]);
         x.iter().zip(outputs).map(|(x, &y)| mix.xt * x + mix.output * f64::from(y)).collect()
     };
-    integrate(&Levels::new(&schedule), From::Image, OPTIONS.tolerance, &items, |query| {
+    integrate(&Levels::new(&schedule), case.from, OPTIONS.tolerance, &items, |query| {
         let one = |k: usize| {
             let (x, z, level) = (&query.x[k], query.z[k], query.levels[k]);
             let label = labels[query.items[k] / 2];
@@ -222,25 +246,43 @@ const DIFFERENCES: f64 = 0.05;
 
 #[test]
 fn the_tapes_product_is_that_of_finite_differences() {
-    for (learned, prediction) in [(false, Prediction::Eps), (true, Prediction::Eps), (false, Prediction::V)] {
-        let (got, want) = (likelihoods(&Device::cpu(), learned, prediction), by_differences(learned, prediction));
+    let (eps, v) = (Case::new(false, Prediction::Eps), Case::new(false, Prediction::V));
+    let x0 = Case { from: From::FirstTimestep, ..Case::new(false, Prediction::X0) };
+    let zero = Case { zero_snr: true, ..v };
+    for case in [eps, Case { learned: true, ..eps }, v, x0, zero, Case { zero_snr: true, ..x0 }] {
+        let (got, want) = (likelihoods(&Device::cpu(), case), by_differences(case));
         for (got, want) in got.iter().zip(&want) {
-            println!("{prediction}, learned {learned}: {got:?} {want:?}");
-            assert!((got.log_p - want.log_p).abs() < DIFFERENCES, "{prediction}, learned {learned}");
+            println!("{case:?}: {got:?} {want:?}");
+            assert!((got.log_p - want.log_p).abs() < DIFFERENCES, "{case:?}");
         }
         let [a, b, c, d] = [0, 1, 2, 3].map(|k| got[k].log_p);
         assert!(a != b && c != d && a != c, "probes and images differ: {got:?}");
     }
 }
 
+/// Every probe has noise of its own, which does not depend on how many there are, nor an image's on the others.
+#[test]
+fn probes_do_not_depend_on_how_many_there_are() {
+    let case = Case::new(false, Prediction::Eps);
+    let of = |probes: usize| likelihoods_with(&Device::cpu(), case, Options { probes, ..OPTIONS });
+    let (one, two, three) = (of(1), of(2), of(3));
+    for image in 0..2 {
+        let probes = &three[3 * image..][..3];
+        assert_eq!((&one[image], &two[2 * image..][..2]), (&probes[0], &probes[..2]), "image {image}");
+        let [a, b, c] = [0, 1, 2].map(|k| probes[k].log_p);
+        assert!(a != b && b != c && a != c, "image {image}: {probes:?}");
+    }
+}
+
 #[test]
 fn a_gpu_finds_the_cpus_likelihood() {
-    let want = likelihoods(&Device::cpu(), true, Prediction::V);
+    let case = Case::new(true, Prediction::V);
+    let want = likelihoods(&Device::cpu(), case);
     // A rounding of the network, 2e-5 and 4e-3 of values of order 1, over ten units of ln sigma, in 32 numbers whose
     // signs differ.
     for (dtype, budget) in [(DType::F32, 0.01), (DType::Bf16, 1.0)] {
         let Some(gpu) = gpu::gpu(dtype) else { return };
-        let got = likelihoods(&Device::Cuda(gpu), true, Prediction::V);
+        let got = likelihoods(&Device::Cuda(gpu), case);
         for (got, want) in got.iter().zip(&want) {
             println!("{dtype:?}: {got:?} {want:?}");
             assert!((got.log_p - want.log_p).abs() < budget, "{dtype:?}: {got:?} for {want:?}");

@@ -7,12 +7,12 @@ use std::time::Instant;
 use serde_json::json;
 
 use super::on_data::OnData;
-use super::opened::{Opened, bar};
+use super::opened::{Grid, Opened, bar};
 use super::several::{self, Stop, in_order};
 use super::{Of, OnSeveral, check_writable, choice};
 use crate::device::Device;
 use crate::diffusion::objective::Loss;
-use crate::diffusion::{Objective, Spacing, Variance};
+use crate::diffusion::{Method, Objective, Sampler, Timesteps, Variance};
 use crate::error::{Error, Result};
 use crate::evaluate::{Bound, Evaluation, Measured};
 use crate::output::plot::{Axis, Plot, Series, write_plot};
@@ -38,10 +38,12 @@ pub struct Args {
     /// Timesteps of the chain, if fewer than the model's
     #[arg(long, value_name = "N")]
     pub steps: Option<usize>,
-    /// Which timesteps are kept when there are fewer [default: the model's; even if it says nothing]
-    #[arg(long, value_name = "SPACING", value_parser = choice::<Spacing>())]
-    pub spacing: Option<Spacing>,
-    /// Another variance than the model's, of those that are not learned
+    /// Which timesteps are kept when there are fewer: even, stride, leading, trailing, karras, or a list such as
+    /// 10,15,20, so many in each of equal sections [default: the model's; even if it says nothing]
+    #[arg(long, value_name = "SPACING|LIST", value_parser = |text: &str| text.parse::<Timesteps>())]
+    pub spacing: Option<Timesteps>,
+    /// Variance of the chain [default: that of `sample`: the model's for all timesteps or a learned range, else
+    /// fixed_small]
     #[arg(long, value_name = "VARIANCE", value_parser = choice::<Variance>())]
     pub variance: Option<Variance>,
     /// Seed of the noise
@@ -72,29 +74,17 @@ pub fn run(args: &Args) -> Result<()> {
     }
     let on_each = Opened::on_each(&args.on, &args.of)?;
     let Opened { device, model, schedule, .. } = &on_each[0];
-    let (c, stepping) = (&model.config, model.stepping);
-    let own = c.diffusion.variance;
-    let variance = match args.variance {
-        Some(asked) if asked != own && asked.is_learned() => {
-            usage!("--variance {asked}: this model has variance = {own}, so it was not trained to say another")
-        }
-        Some(asked) if asked != own && own.is_learned() => {
-            usage!("--variance {asked}: this model's variance is {own}, a part of its output; leave --variance out")
-        }
-        asked => asked.unwrap_or(own),
-    };
+    let c = &model.config;
+    let kept = kept(args, &on_each[0])?;
+    let variance = on_each[0].variance(args.variance, kept.len(), schedule.len())?;
     if variance == Variance::LearnedRaw {
         usage!(
-            "this model's network puts out the variance itself (learned of diffusers), whose bound is not computed here; sample and quality judge it"
+            "this model's network puts out the variance itself (learned of diffusers), whose bound is not computed here; --variance fixed_small has one"
         );
     }
-    let objective = Objective::new(Loss::Vlb, c.diffusion.prediction, variance, schedule);
-    let steps = args.steps.unwrap_or(schedule.len());
-    let spacing = args.spacing.unwrap_or(stepping.spacing);
-    let objective = match steps == schedule.len() {
-        true => objective,
-        false => objective.over(&spacing.timesteps_from(stepping.steps_offset, schedule.len(), steps)?),
-    };
+    // What cannot be sampled from has no bound either.
+    Sampler::over(schedule, c.diffusion.prediction, Method::Ancestral(variance), &kept)?;
+    let objective = Objective::new(Loss::Vlb, c.diffusion.prediction, variance, schedule).over(&kept);
     if u64::from(args.draws) * schedule.len() as u64 > 1 << 32 {
         usage!(
             "--draws {}: at most {} for {} timesteps",
@@ -109,15 +99,15 @@ pub fn run(args: &Args) -> Result<()> {
     let chosen = args.on_data.open(c)?;
     let data = chosen.dataset();
     let together = several::batch(if device.is_gpu() { 256 } else { 32 }, data.len(), on_each.len());
-    let evaluations = on_each.iter().map(|Opened { device, model, unet, .. }| Evaluation {
-        device,
-        unet,
-        params: &model.params,
+    let evaluations = on_each.iter().map(|opened| Evaluation {
+        device: &opened.device,
+        unet: &opened.unet,
+        params: &opened.model.params,
         objective: &objective,
         data: &data,
         draws: args.draws,
         seed: args.seed,
-        clip: stepping.clip,
+        limit: opened.limit(),
         together,
     });
     let evaluations: Vec<Evaluation<'_>> = evaluations.collect();
@@ -139,9 +129,9 @@ pub fn run(args: &Args) -> Result<()> {
     })?;
     let bound = sums.bound();
     bar.finish_and_clear();
-    report(&bound, data.len(), args.draws, started);
+    report(&bound, variance, args.draws, started);
     if let Some(path) = &args.json {
-        write_json(path, &bound, args)?;
+        write_json(path, &bound, variance, args)?;
     }
     if let Some(folder) = &args.plots {
         let [bound_svg, _] = write_plot(folder, "bound", &of_bound(&bound))?;
@@ -151,8 +141,19 @@ pub fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
+/// The timesteps of the chain: all, unless fewer are asked for.
+fn kept(args: &Args, opened: &Opened) -> Result<Vec<u32>> {
+    let timesteps = opened.schedule.len();
+    let by_name = !matches!(args.spacing, Some(Timesteps::Sections(_) | Timesteps::Karras));
+    if by_name && args.steps.is_none_or(|steps| steps == timesteps) {
+        return Ok((0..timesteps as u32).collect());
+    }
+    let all = matches!(args.spacing, Some(Timesteps::Karras)).then_some(timesteps);
+    Grid { steps: args.steps.or(all), spacing: args.spacing.clone() }.kept(opened, false)
+}
+
 /// Says the bound, its parts and a part of the rate-distortion table.
-fn report(bound: &Bound, images: usize, draws: u32, started: Instant) {
+fn report(bound: &Bound, variance: Variance, draws: u32, started: Instant) {
     let (cuts, steps) = (bound.rate_distortion(), bound.terms.len());
     say!("{:>8} {:>18} {:>12}", "t", "rate, bits/dim", "RMSE, 0-255");
     for line in 0..LINES.min(steps) {
@@ -160,22 +161,25 @@ fn report(bound: &Bound, images: usize, draws: u32, started: Instant) {
         say!("{:>8} {:>18.5} {:>12.5}", cut.t, cut.rate, cut.rmse);
     }
     say!("rates hold L_T, which the paper's table 4 leaves out");
-    let between: f64 = bound.terms[1..].iter().sum();
+    let sum: f64 = bound.terms[1..].iter().sum();
+    let between = match steps - 1 {
+        0 => String::new(),
+        1 => format!("L_1 {sum:.4}, "),
+        last => format!("L_1 to L_{last} {sum:.4}, "),
+    };
     say!(
-        "{:.4}{} bits per dimension: L_T {:.6}, L_1 to L_{} {:.4}, L_0 {:.4}; {}, {draws} draw{} a timestep, {:.1} s",
+        "{:.4}{} bits per dimension: L_T {:.6}, {between}L_0 {:.4}; variance = {variance}, {}, {draws} draw{} a timestep, {:.1} s",
         bound.bits_per_dim(),
         bound.standard_error().map_or(String::new(), |error| format!(" +- {error:.4}")),
         bound.prior,
-        steps - 1,
-        between,
         bound.terms[0],
-        text::images(images),
+        text::images(bound.per_image.len()),
         if draws == 1 { "" } else { "s" },
         started.elapsed().as_secs_f64(),
     );
 }
 
-fn write_json(path: &Path, bound: &Bound, args: &Args) -> Result<()> {
+fn write_json(path: &Path, bound: &Bound, variance: Variance, args: &Args) -> Result<()> {
     let cuts = bound.rate_distortion();
     let cuts: Vec<_> = cuts.iter().map(|cut| json!({"t": cut.t, "rate": cut.rate, "rmse": cut.rmse})).collect();
     let figures = json!({
@@ -188,6 +192,7 @@ fn write_json(path: &Path, bound: &Bound, args: &Args) -> Result<()> {
         "mse_eps": bound.mse_eps,
         "rate_distortion": cuts,
         "timesteps": bound.timesteps,
+        "variance": variance.to_string(),
         "images": bound.per_image.len(),
         "draws": args.draws,
         "seed": args.seed,

@@ -1,9 +1,13 @@
 //! `--data`, `--split` and `--count`: images that a model is judged by.
 
+use std::path::Path;
+
+use crate::classes::go_by_name;
 use crate::config::{Config, OnBadImage};
 use crate::data::{self, Dataset};
 use crate::error::Result;
 use crate::names::names;
+use crate::sample::classes_by_name;
 use crate::{recipe, say, usage};
 
 /// A part of a data set.
@@ -42,7 +46,7 @@ pub struct Chosen {
     pub data: data::Data,
     /// The images chosen: whether of the held-out ones, and the index there.
     pub images: Vec<(bool, usize)>,
-    /// The class of each, for a conditional network.
+    /// The class of each as the model numbers them, for a conditional network.
     pub labels: Option<Vec<u32>>,
 }
 
@@ -76,9 +80,15 @@ impl OnData {
         if config.data.is_empty() {
             usage!("this model does not say what it was trained on: give images with --data, as in --data mnist");
         }
-        let source = data::Source::open(&config)?;
+        let (source, classes) = (data::Source::open(&config)?, config.model.classes);
+        let survey = source.survey();
         if !has_run {
-            config.held_out = recipe::held_out(config.held_out, source.survey().images);
+            config.held_out = recipe::held_out(config.held_out, survey.images);
+        }
+        let by_name = go_by_name(&survey.classes, &config.class_names);
+        if by_name && classes > 0 {
+            // The data's own numbers may go further than the model's.
+            config.model.classes = survey.classes.len();
         }
         let data = source.load(&mut config)?;
         for note in &data.notes {
@@ -110,10 +120,16 @@ impl OnData {
             let set = if held_out { &data.held_out } else { &data.train };
             set.labels().map(|labels| labels[index])
         };
-        let labels = if config.model.classes > 0 { images.iter().map(label).collect() } else { None };
-        if config.model.classes > 0 && labels.is_none() {
-            usage!("{} has no labels, and this model needs the class of each image", config.data);
-        }
+        let labels: Option<Vec<u32>> = if classes > 0 { images.iter().map(label).collect() } else { None };
+        let labels = match labels {
+            None if classes > 0 => {
+                usage!("{} has no labels, and this model needs the class of each image", config.data)
+            }
+            Some(own) if by_name => {
+                Some(classes_by_name(Path::new(&config.data), &own, &data.classes, &config.class_names, classes)?)
+            }
+            own => own,
+        };
         Ok(Chosen { data, images, labels })
     }
 }

@@ -6,6 +6,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Of, On, OnSeveral};
 use crate::checkpoint::{Loaded, Stepping, Threshold};
+use crate::classes::go_by_name;
 use crate::config::{Config, OnBadImage};
 use crate::data::{self, Data};
 use crate::device::Device;
@@ -14,7 +15,7 @@ use crate::diffusion::{Method, Sampler, Schedule, Timesteps, Variance};
 use crate::error::{Error, Result};
 use crate::memory::available_on;
 use crate::output::Target;
-use crate::sample::{DEFAULT_STEPS, class_called, default_variance, memory_of_forward};
+use crate::sample::{DEFAULT_STEPS, class_called, classes_by_name, default_variance, memory_of_forward};
 use crate::tensor::Shape;
 use crate::text::{self, GIB};
 use crate::unet::UNet;
@@ -69,19 +70,31 @@ impl Opened {
         }
     }
 
-    /// The variance of ancestral sampling in `steps` of `timesteps` if none is asked for: [`default_variance`], or that
-    /// which the scheduler of another program's model says.
-    pub fn variance(&self, steps: usize, timesteps: usize) -> Variance {
+    /// The variance of the ancestral chain of `steps` of `timesteps`: the one `asked` for, else [`default_variance`], or
+    /// that which the scheduler of another program's model says.
+    pub fn variance(&self, asked: Option<Variance>, steps: usize, timesteps: usize) -> Result<Variance> {
         let own = self.model.config.diffusion.variance;
-        if own != Variance::FixedLarge || self.model.stepping.small_if_fewer {
-            return default_variance(own, steps, timesteps);
+        match asked {
+            Some(v) if v.is_learned() && v != own => {
+                usage!("--variance {v}: this model was trained with {own}, so its network does not say it")
+            }
+            Some(v) => Ok(v),
+            None if own != Variance::FixedLarge || self.model.stepping.small_if_fewer => {
+                Ok(default_variance(own, steps, timesteps))
+            }
+            None => Ok(own),
         }
-        if steps < timesteps {
+    }
+
+    /// [`variance`](Self::variance) for images that are drawn, saying so where another may draw better.
+    pub fn variance_to_draw(&self, asked: Option<Variance>, steps: usize, timesteps: usize) -> Result<Variance> {
+        let variance = self.variance(asked, steps, timesteps)?;
+        if asked.is_none() && variance == Variance::FixedLarge && steps < timesteps {
             say!(
-                "{own} is the variance, as the model says; in {steps} of {timesteps} steps --variance fixed_small may draw better"
+                "{variance} is the variance, as the model says; in {steps} of {timesteps} steps --variance fixed_small may draw better"
             );
         }
-        own
+        Ok(variance)
     }
 
     /// Shape of `count` images.
@@ -113,10 +126,13 @@ impl Opened {
         data.train.check_all()?;
         say_notes(&data);
         let images = (0..data.train.len()).flat_map(|i| data.train.image(i)).copied().collect();
-        let classes = self.model.config.model.classes;
+        let (classes, names) = (self.model.config.model.classes, &self.model.config.class_names);
         let labels = match (class, data.train.labels()) {
             _ if classes == 0 => None,
             (Some(class), _) => Some(vec![class; data.train.len()]),
+            (None, Some(own)) if go_by_name(&data.classes, names) => {
+                Some(classes_by_name(path, own, &data.classes, names, classes)?)
+            }
             (None, Some(own)) if own.iter().all(|&k| (k as usize) < classes) => Some(own.to_vec()),
             (None, _) => usage!("this model has {classes} classes, and these images say none of them: give --class"),
         };
@@ -126,7 +142,7 @@ impl Opened {
     /// Ancestral sampling over the timesteps `kept` of the first `timesteps`, x_0 confined as the scheduler says.
     pub fn ancestral(&self, kept: &[u32], timesteps: usize) -> Result<Sampler> {
         let process = &self.model.config.diffusion;
-        let variance = self.variance(kept.len(), timesteps);
+        let variance = self.variance_to_draw(None, kept.len(), timesteps)?;
         let sampler = Sampler::over(&self.schedule, process.prediction, Method::Ancestral(variance), kept)?;
         Ok(sampler.limited(self.limit()))
     }

@@ -165,9 +165,6 @@ impl Sampling {
             (SamplerName::Ddim, Some(v)) => usage!("--variance {v}: DDIM's noise is --eta, so leave --variance out"),
             (_, Some(v)) => usage!("--variance {v}: {name} adds no noise, so leave --variance out"),
         }
-        if let Some(v) = self.variance.filter(|v| v.is_learned() && *v != process.variance) {
-            usage!("--variance {v}: this model was trained with {}, so its network does not say it", process.variance);
-        }
         let (spacing, steps) = self.grid.resolve(&opened.model.stepping, schedule.len(), solver)?;
         let sampler = if name == SamplerName::Heun && spacing == Timesteps::Karras {
             Sampler::heun_over_levels(schedule, process.prediction, steps)?
@@ -175,8 +172,7 @@ impl Sampling {
             let kept = self.grid.kept(opened, solver)?;
             let method = match name {
                 SamplerName::Ddpm => {
-                    let default = || opened.variance(kept.len(), schedule.len());
-                    Method::Ancestral(self.variance.unwrap_or_else(default))
+                    Method::Ancestral(opened.variance_to_draw(self.variance, kept.len(), schedule.len())?)
                 }
                 SamplerName::Ddim => Method::Ddim { eta: self.eta.unwrap_or(0.0) },
                 SamplerName::DpmPp => Method::DpmPp,

@@ -296,6 +296,7 @@ fn config(args: &Training, classifier: bool) -> Result<(Config, Given, Vec<Strin
     }
     recipe::adapt_attention(&mut config, &given);
     config.validate()?;
+    config.refuse_unused(&given)?;
     Ok((config, given, notes))
 }
 

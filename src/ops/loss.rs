@@ -26,7 +26,7 @@ use crate::error::Result;
 use crate::images::Source;
 use crate::kernels::loss::Row;
 use crate::meter::Meter;
-use crate::tensor::{Shape, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// The loss of a batch.
 pub struct Loss {
@@ -135,6 +135,28 @@ fn row(objective: &Objective, t: u32) -> Row {
     }
 }
 
+/// What the predicted x_0 is confined to in [`terms`].
+#[derive(Clone, Copy)]
+pub enum Bounds<'a> {
+    /// Nothing.
+    None,
+    /// [-r, r].
+    Range(f64),
+    /// [-s, s], then divided by s, with an s for each image: (n, 1, 1, 1), f32 (dynamic thresholding).
+    PerImage(&'a Tensor),
+}
+
+impl Bounds<'_> {
+    /// The bound of image `i`, on the CPU.
+    fn of_image(self, i: usize) -> f32 {
+        match self {
+            Bounds::None => f32::INFINITY,
+            Bounds::Range(r) => r as f32,
+            Bounds::PerImage(s) => s.data()[i],
+        }
+    }
+}
+
 /// What evaluation measures of each image, at its timestep.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Terms {
@@ -229,9 +251,10 @@ pub fn any(
     Ok(Loss { per_image, partial, image: extent.image(), gradient })
 }
 
-/// The terms of the bound and the errors of the predictions, of each image at its timestep, without a gradient. With
-/// `clip`, the predicted x_0 is clipped to [-1, 1], and the mean is that of the clipped x_0, but for a network that
-/// predicts the mean itself; eps is always that of the x_0. Waits for a GPU.
+/// The terms of the bound and the errors of the predictions, of each image at its timestep, without a gradient. The
+/// predicted x_0 is confined to `bounds`, and the mean is that of the confined x_0, but for a network that predicts the
+/// mean itself; eps is always that of the x_0. An output of doubled channels goes with a fixed variance, too, which
+/// then replaces the network's. Waits for a GPU.
 ///
 /// # Errors
 /// A GPU error.
@@ -242,13 +265,17 @@ pub fn terms(
     batch: &Batch,
     t: &Tensor,
     table: &Table,
-    clip: bool,
+    bounds: Bounds<'_>,
 ) -> Result<Terms> {
     let extent = Extent::of(output, source, batch, table);
+    if let Bounds::PerImage(s) = bounds {
+        let wanted = Shape::new(batch.len(), 1, 1, 1);
+        assert_eq!((s.shape(), s.dtype()), (wanted, DType::F32), "loss: the bounds of the images");
+    }
     let [nats, squares] = match (device, source) {
-        (Device::Cpu(_), Source::Host(images)) => cpu::terms(output.data(), images, batch, table, extent, clip),
+        (Device::Cpu(_), Source::Host(images)) => cpu::terms(output.data(), images, batch, table, extent, bounds),
         (Device::Cuda(gpu), source @ Source::Cuda { .. }) => {
-            cuda::terms(gpu, output, source, batch, t, table, extent, clip)?
+            cuda::terms(gpu, output, source, batch, t, table, extent, bounds)?
         }
         (device, _) => panic!("loss: the images are not on {device}"),
     };
@@ -316,7 +343,8 @@ struct Extent {
 impl Extent {
     fn of(output: &Tensor, source: Source<'_>, batch: &Batch, table: &Table) -> Self {
         let (shape, Shape { h, w, c, .. }) = (output.shape(), source.shape());
-        let doubled = table.objective.variance().is_learned();
+        // A network with a second half of channels may be asked for its prediction alone.
+        let doubled = table.objective.variance().is_learned() || shape.c == 2 * c;
         let wanted = Shape::new(batch.len(), h, w, if doubled { 2 * c } else { c });
         assert_eq!(shape, wanted, "loss: the output of {} images", batch.len());
         assert_eq!(batch.timesteps as usize, table.rows.len(), "loss: timesteps of the batch and of the table");
@@ -393,13 +421,13 @@ pub mod reference {
     }
 
     /// What each element of an image of `c` channels contributes at timestep `t`, from x_0, eps and the network's
-    /// output; clipped as in [`terms`](super::terms), without the gradients through the clipping.
+    /// output; the predicted x_0 is `confined` as in [`terms`](super::terms), without the gradients through that.
     pub fn elements<T: Float + FloatConst>(
         objective: &Objective,
         t: u32,
         [x_0, eps, output]: [&[T]; 3],
         c: usize,
-        clip: bool,
+        confined: &dyn Fn(T) -> T,
     ) -> Vec<Element<T>> {
         let (prediction, variance, chain) = (objective.prediction(), objective.variance(), objective.chain());
         let i = objective.kept().binary_search(&t).expect("a timestep that is kept");
@@ -410,9 +438,10 @@ pub mod reference {
         let small: T = number(chain.log_variance(Variance::FixedSmall, i));
         let large: T = number(chain.betas()[i].ln());
         let x_t = q_sample::reference::forward(x_0, eps, t, schedule);
+        let doubled = output.len() > x_0.len();
         let element = |k: usize| {
             let (x_0, eps, x_t) = (x_0[k], eps[k], x_t[k]);
-            let at = if variance.is_learned() { k / c * 2 * c + k % c } else { k };
+            let at = if doubled { k / c * 2 * c + k % c } else { k };
             let y = output[at];
             let half: T = number(0.5);
             // ln of the variance of p, and its derivative by v.
@@ -427,7 +456,7 @@ pub mod reference {
             };
             let distance = y - (number::<T>(of_x_0) * x_0 + number::<T>(of_eps) * eps);
             let free = number::<T>(to_x_0.xt) * x_t + number::<T>(to_x_0.output) * y;
-            let clipped = if clip { free.max(-T::one()).min(T::one()) } else { free };
+            let clipped = confined(free);
             let mean = |x_0: T| number::<T>(c_x0) * x_0 + number::<T>(c_xt) * x_t;
             let mean_p = mean(if prediction == Prediction::Mu { free } else { clipped });
             let (nats, by_mean, by_log_p) = match i {
@@ -499,7 +528,7 @@ pub mod reference {
         let doubled = objective.variance().is_learned();
         let (of_x_0, of_eps) = row.target;
         let mut sums = [T::zero(); SUMS];
-        for (k, element) in elements(objective, t, [x_0, eps, output], c, false).into_iter().enumerate() {
+        for (k, element) in elements(objective, t, [x_0, eps, output], c, &|x_0| x_0).into_iter().enumerate() {
             let at = if doubled { k / c * 2 * c + k % c } else { k };
             let d = output[at] - (number::<T>(of_x_0) * x_0[k] + number::<T>(of_eps) * eps[k]);
             let v = if doubled { output[at + c] } else { T::zero() };
@@ -534,7 +563,7 @@ pub mod reference {
         let per_image = |(i, t): (usize, u32)| {
             let row = objective.row(t).expect("a timestep that is kept");
             let (x_0, eps, y) = of_image(images, batch, output, i);
-            let all = elements(objective, t, [&x_0, &eps, y], images.shape.c, false);
+            let all = elements(objective, t, [&x_0, &eps, y], images.shape.c, &|x_0| x_0);
             let (squared, bound) = (number::<T>(row.squared), number::<T>(row.bound));
             // 0 times what is infinite is no number.
             let bound_of = |nats: T| if row.bound == 0.0 { T::zero() } else { bound * nats };
@@ -560,7 +589,7 @@ pub mod reference {
             let factor = weight / (step_images as f64 * x_0.len() as f64);
             let (squared, bound) = (number::<T>(factor * row.squared), number::<T>(factor * row.bound));
             let bound_mean = if objective.stops_mean() { T::zero() } else { bound };
-            let all = elements(objective, t, [&x_0, &eps, y], c, false);
+            let all = elements(objective, t, [&x_0, &eps, y], c, &|x_0| x_0);
             let mut dy = vec![T::zero(); y.len()];
             for (k, Element { gradient: [by_y, bound_by_y, bound_by_v], .. }) in all.into_iter().enumerate() {
                 let at = if doubled { k / c * 2 * c + k % c } else { k };
@@ -805,13 +834,14 @@ mod cpu {
         batch: &Batch,
         table: &Table,
         extent: Extent,
-        clip: bool,
+        bounds: Bounds<'_>,
     ) -> [Vec<f64>; 2] {
         let (t, flip) = (batch.t(), batch.flip());
+        let (clip, divide) = (!matches!(bounds, Bounds::None), matches!(bounds, Bounds::PerImage(_)));
         let keep_mean = table.objective.prediction() == Prediction::Mu;
         let sum = |(i, first, count): (usize, usize, usize)| {
             let row = &table.rows[t[i] as usize];
-            let y = &y[i * extent.output()..][..extent.output()];
+            let (y, bound) = (&y[i * extent.output()..][..extent.output()], bounds.of_image(i));
             let (mut nats, mut squares) = (0.0, 0.0);
             each_difference(
                 (y, first, count),
@@ -823,11 +853,14 @@ mod cpu {
                     if clip {
                         let x_0 = difference.x_0();
                         // Comparisons keep what is not a number.
-                        if x_0 + error > 1.0 {
-                            error = 1.0 - x_0;
+                        if x_0 + error > bound {
+                            error = bound - x_0;
                         }
-                        if x_0 + error < -1.0 {
-                            error = -1.0 - x_0;
+                        if x_0 + error < -bound {
+                            error = -bound - x_0;
+                        }
+                        if divide {
+                            error = (x_0 + error) / bound - x_0;
                         }
                         if !keep_mean {
                             z = row.mean_of_x_0 * error;
@@ -989,22 +1022,27 @@ mod cuda {
         t: &Tensor,
         table: &Table,
         extent: Extent,
-        clip: bool,
+        bounds: Bounds<'_>,
     ) -> Result<[Vec<f64>; 2]> {
         let Source::Cuda { pixels, rows: indices, .. } = source else { unreachable!("checked by the caller") };
         let n = batch.len();
         let chunks = chunks(extent, n);
-        let clip = match (clip, table.objective.prediction()) {
-            (false, _) => 0,
-            (true, Prediction::Mu) => KEEP_MEAN,
-            (true, _) => CLIP,
+        let clip = match (bounds, table.objective.prediction()) {
+            (Bounds::None, _) => 0,
+            (_, Prediction::Mu) => KEEP_MEAN,
+            _ => CLIP,
+        };
+        let (range, limits) = match bounds {
+            Bounds::None => (f32::INFINITY, None),
+            Bounds::Range(r) => (r as f32, None),
+            Bounds::PerImage(s) => (f32::INFINITY, Some(s)),
         };
         let mut partial = gpu.alloc(2 * 8 * n * chunks)?; // (n, chunks, 2), f64
         let launch = gpu.launch(TERMS.of(y.dtype()), [chunks, n, 1], THREADS).buffer_mut(&mut partial).read(y).read(t);
-        let launch = launch.buffer(pixels).view(indices.view(None)).buffer(rows(table)).u32(extent.image());
-        let launch = launch.u32(extent.w).u32(extent.c).u32(extent.doubled.into()).streams(batch.noise);
-        let launch = launch.u32(Purpose::Flip as usize).u32(batch.flips.is_some().into()).u32(clip as usize);
-        launch.run()?;
+        let launch = launch.buffer(pixels).view(indices.view(None)).buffer(rows(table)).read_opt(limits);
+        let launch = launch.u32(extent.image()).u32(extent.w).u32(extent.c).u32(extent.doubled.into());
+        let launch = launch.streams(batch.noise).u32(Purpose::Flip as usize).u32(batch.flips.is_some().into());
+        launch.u32(clip as usize).f32(range).run()?;
         let mut sums = vec![[0.0f64; 2]; n * chunks];
         gpu.download(&mut sums, &partial)?;
         let mean = |image: &[[f64; 2]], k: usize| image.iter().map(|s| s[k]).sum::<f64>() / extent.image() as f64;

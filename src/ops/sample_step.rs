@@ -214,19 +214,7 @@ pub fn advance(device: &Device, given: &Given<'_>, step: &Step, wanted: Wanted) 
     assert!(doubled || step.learned.is_none(), "sample_step: a learned variance, but {} channels", shape.c);
     assert_eq!(step.c_before != 0.0, given.before.is_some(), "sample_step: before, for {step:?}");
     let scale = given.scale(device)?;
-    let limits = match step.limit {
-        Limit::Quantile { p, largest } => {
-            let mut limits = Tensor::uninit(device, DType::F32, Shape::new(shape.n, 1, 1, 1))?;
-            let quantile = Quantile::of(p, shape.len() / shape.n.max(1), largest);
-            match device {
-                Device::Cpu(_) => cpu::threshold(limits.data_mut(), given, scale.as_ref(), step, quantile),
-                Device::Cuda(gpu) => cuda::threshold(gpu, &mut limits, given, scale.as_ref(), step, quantile)?,
-                Device::Meta(_) => {}
-            }
-            Some(limits)
-        }
-        Limit::None | Limit::Range(_) => None,
-    };
+    let limits = limits(device, given, scale.as_ref(), step)?;
     let mut x_0 = wanted.x_0.then(|| Tensor::uninit(device, DType::F32, shape)).transpose()?;
     let per_image = PerImage { scale: scale.as_ref(), limits: limits.as_ref() };
     let state = State::make(device, shape, wanted.copies, |next, input| match device {
@@ -238,6 +226,30 @@ pub fn advance(device: &Device, given: &Given<'_>, step: &Step, wanted: Wanted) 
         Device::Meta(_) => Ok(()),
     })?;
     Ok((state, x_0))
+}
+
+/// What each image's |x_0| is limited to, and then divided by, at a step with [`Limit::Quantile`]: (n, 1, 1, 1), f32.
+/// `None` at any other.
+///
+/// # Errors
+/// A GPU error.
+pub fn thresholds(device: &Device, given: &Given<'_>, step: &Step) -> Result<Option<Tensor>> {
+    given.halves();
+    limits(device, given, given.scale(device)?.as_ref(), step)
+}
+
+/// [`thresholds`], the factor of each image's output being known.
+fn limits(device: &Device, given: &Given<'_>, scale: Option<&Tensor>, step: &Step) -> Result<Option<Tensor>> {
+    let Limit::Quantile { p, largest } = step.limit else { return Ok(None) };
+    let shape = given.x.shape();
+    let mut limits = Tensor::uninit(device, DType::F32, Shape::new(shape.n, 1, 1, 1))?;
+    let quantile = Quantile::of(p, shape.len() / shape.n.max(1), largest);
+    match device {
+        Device::Cpu(_) => cpu::threshold(limits.data_mut(), given, scale, step, quantile),
+        Device::Cuda(gpu) => cuda::threshold(gpu, &mut limits, given, scale, step, quantile)?,
+        Device::Meta(_) => {}
+    }
+    Ok(Some(limits))
 }
 
 /// A Langevin correction of x at the level it is at.

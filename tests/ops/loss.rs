@@ -6,7 +6,7 @@ use ddpm_cuda::diffusion::objective::{self, Objective};
 use ddpm_cuda::diffusion::{Batch, Curve, Kind, Prediction, Schedule, Variance};
 use ddpm_cuda::images::{Images, Source};
 use ddpm_cuda::meter::{Measured, Meter, Quarters};
-use ddpm_cuda::ops::loss::{Loss, OfSchedule, Table, Terms, any, loss, of_schedule, reference, terms};
+use ddpm_cuda::ops::loss::{Bounds, Loss, OfSchedule, Table, Terms, any, loss, of_schedule, reference, terms};
 use ddpm_cuda::ops::q_sample;
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::train::{Feed, Resident};
@@ -611,12 +611,52 @@ fn the_fast_path_is_the_same_loss() {
     }
 }
 
-/// What evaluation measures, against the reference; with clipping, of every prediction.
-fn terms_follow(device: &Device, objective: &Objective, images: Images<'_>, batch: &Batch, clip: bool) -> Vec<f32> {
+/// What the predicted x_0 is confined to in a test.
+#[derive(Clone, Copy, Debug)]
+enum Confined {
+    Free,
+    /// To +-r.
+    Clipped(f64),
+    /// To +-s and divided by s, which is 1.25 for the first image and 0.25 more for each other.
+    Divided,
+}
+
+impl Confined {
+    const ALL: [Confined; 4] = [Confined::Free, Confined::Clipped(1.0), Confined::Clipped(0.75), Confined::Divided];
+
+    fn scale(i: usize) -> f64 {
+        1.25 + 0.25 * i as f64
+    }
+
+    fn of(self, x_0: f64, i: usize) -> f64 {
+        let s = Confined::scale(i);
+        match self {
+            Confined::Free => x_0,
+            Confined::Clipped(r) => x_0.clamp(-r, r),
+            Confined::Divided => x_0.clamp(-s, s) / s,
+        }
+    }
+}
+
+/// What evaluation measures, against the reference; also of every prediction that is confined.
+fn terms_follow(
+    device: &Device,
+    objective: &Objective,
+    images: Images<'_>,
+    batch: &Batch,
+    confined: Confined,
+) -> Vec<f32> {
+    let scales: Vec<f32> = (0..batch.len()).map(|i| Confined::scale(i) as f32).collect();
+    let scales = Tensor::from_slice(device, Shape::new(batch.len(), 1, 1, 1), &scales).unwrap();
+    let bounds = match confined {
+        Confined::Free => Bounds::None,
+        Confined::Clipped(r) => Bounds::Range(r),
+        Confined::Divided => Bounds::PerImage(&scales),
+    };
     let dtype = device.activations();
     let y = output(objective, images, batch, dtype);
     let got = on_device(device, objective, images, batch, &y, |y, source, t, table| {
-        terms(device, y, source, batch, t, table, clip).unwrap()
+        terms(device, y, source, batch, t, table, bounds).unwrap()
     });
     let (c, image) = (images.shape.c, images.shape.len() / images.shape.n);
     let len = y.len() / batch.len();
@@ -633,7 +673,7 @@ fn terms_follow(device: &Device, objective: &Objective, images: Images<'_>, batc
                 true => y + of_v * (row.shift.abs() + 2.0 * (row.scale * y).abs()) / row.scale,
             };
             let y: Vec<f64> = y[i * len..][..len].iter().enumerate().map(move_one).collect();
-            let all = reference::elements(objective, t, [&x_0, &eps, &y], c, clip);
+            let all = reference::elements(objective, t, [&x_0, &eps, &y], c, &|x_0| confined.of(x_0, i));
             let mean = |f: &dyn Fn(&reference::Element<f64>) -> f64| all.iter().map(f).sum::<f64>() / image as f64;
             [mean(&|e| e.nats) / std::f64::consts::LN_2, mean(&|e| e.x_0_square)]
         };
@@ -642,9 +682,10 @@ fn terms_follow(device: &Device, objective: &Objective, images: Images<'_>, batc
         for (k, (what, got)) in [("vlb", got.vlb[i]), ("mse of x_0", got.mse_x0[i])].into_iter().enumerate() {
             let moved = there.iter().map(|there| (there[k] - here[k]).abs()).fold(0.0, f64::max);
             // The rounding of x_0 itself where it is clipped, and what that is in deviations.
-            let clipped = if clip { [row.mean_of_x_0, 1.0][k] * 4.0 * F32_ROUNDING * 8.0 } else { 0.0 };
+            let clips = !matches!(confined, Confined::Free);
+            let clipped = if clips { [row.mean_of_x_0, 1.0][k] * 4.0 * F32_ROUNDING * 8.0 } else { 0.0 };
             let budget = 2.0 * moved + 32.0 * F32_ROUNDING * (here[k] + [12.0, 0.0][k]) + clipped;
-            let name = format!("{} of {}, clip {clip}, at {t}", name(objective), images.shape);
+            let name = format!("{} of {}, {confined:?}, at {t}", name(objective), images.shape);
             assert!((got - here[k]).abs() <= budget, "{name}: {what} is {got}, expected {} +- {budget:e}", here[k]);
         }
         let want = row.snr * got.mse_x0[i];
@@ -668,14 +709,14 @@ fn cpu_measures_the_terms_of_the_reference() {
         let pixels = pixels(set.len());
         let images = Images { pixels: &pixels, shape: set };
         for objective in evaluated(&schedule) {
-            for clip in [false, true] {
-                terms_follow(&Device::cpu_guarded(), &objective, images, &spread(set), clip);
+            for confined in Confined::ALL {
+                terms_follow(&Device::cpu_guarded(), &objective, images, &spread(set), confined);
             }
         }
         // A chain of seven of the timesteps.
         let kept = [0, 1, 2, 37, 500, 700, 999];
         for objective in evaluated(&schedule) {
-            terms_follow(&Device::cpu_guarded(), &objective.over(&kept), images, &spread(set), true);
+            terms_follow(&Device::cpu_guarded(), &objective.over(&kept), images, &spread(set), Confined::Clipped(1.0));
         }
     }
 }
@@ -690,9 +731,8 @@ fn gpu_measures_the_terms_of_the_reference() {
             let f32 = device.activations() == DType::F32;
             let all = evaluated(&schedule).filter(|o| f32 || o.prediction() != Prediction::Mu);
             let all: Vec<Objective> = if set == SETS[2] { all.step_by(4).collect() } else { all.collect() };
-            let clips = [false, true].into_iter();
-            let of = |clip| all.iter().flat_map(move |o| terms_follow(device, o, images, batch, clip));
-            clips.flat_map(of).collect()
+            let of = |confined| all.iter().flat_map(move |o| terms_follow(device, o, images, batch, confined));
+            Confined::ALL.into_iter().flat_map(of).collect()
         });
     }
 }
@@ -708,7 +748,7 @@ fn a_timestep_that_is_left_out_is_not_a_number() {
     let device = Device::cpu();
     let of = |objective: &Objective| {
         on_device(&device, objective, images, &batch, &[0.0; 4], |y, source, t, table| {
-            terms(&device, y, source, &batch, t, table, true).unwrap()
+            terms(&device, y, source, &batch, t, table, Bounds::Range(1.0)).unwrap()
         })
     };
     let Terms { vlb, mse_x0, mse_eps } = of(&objective.clone().over(&[3, 7, 999]));
@@ -757,7 +797,7 @@ fn bound_by_schedule(
             }
         }
         let weight = objective.row(t).expect("kept").bound / (n * image as f64);
-        let all = reference::elements(&objective, t, [&x_0, &eps, &output], c, false);
+        let all = reference::elements(&objective, t, [&x_0, &eps, &output], c, &|x_0| x_0);
         loss += weight * all.iter().map(|e| e.nats).sum::<f64>();
         let dx: Vec<f64> = all
             .iter()
