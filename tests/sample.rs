@@ -212,17 +212,17 @@ fn by_reference<T: Float + FloatConst>(
 }
 
 /// A pipeline of diffusers' draws the same from the same noise with checkpoints that `ddpm-cuda train` wrote
-/// (`fixtures/drawn/make_io.py`): x after every step, and the program the same bytes if it is told nothing but steps and
-/// seed, so that its defaults are what the schedulers say. The files are those that today's program writes.
+/// (`fixtures/drawn/make_io.py`): x after every step. So does the program, in bytes, without being told more than steps
+/// and seed: its defaults are what the schedulers say. The files are those that today's program writes.
 ///
 /// A learned range is that of the steps that are taken in both, and neither adds noise at the last step, where
 /// diffusers takes the variance 0 for 1e-20. In one thing diffusers differs, which is why DDIM is drawn with trailing
 /// timesteps: its DDIM takes T/N off a timestep for the next, whatever the spacing, so that with the "linspace" of our
 /// schedulers its steps end at other levels than the next ones start from.
 ///
-/// What is allowed: the network errs by [`network::F32`] of its largest output, noise by 1e-6, and x by ten roundings of
-/// at most 6.77. An error of the output reaches x by the step's factors, one of the variance by that of its logarithm, of
-/// noise below 6.77; a step passes on at most the error that it starts with.
+/// What is allowed: the network errs by [`network::F32`] of its largest output, noise by 1e-6, and x by ten roundings
+/// of at most 6.77. An error of the output reaches x by the step's factors, one of the variance by that of its
+/// logarithm, of noise below 6.77; a step passes on at most the error that it starts with.
 #[test]
 fn diffusers_draws_the_same_with_our_checkpoints() {
     let device = Device::cpu_guarded();

@@ -17,8 +17,8 @@ use crate::say;
 use crate::tensor::Tensor;
 use crate::text;
 
-/// What the last round of a step may move x_t by, in silence: about a grey level, 2/255. Between two images that x_t could be of,
-/// a little leads to the other: 0.05 let a digit pass that came back as another.
+/// What the last round of a step may move x_t by, in silence: about a grey level, 2/255. Between two images that x_t
+/// could be of, a little leads to the other: 0.05 let a digit pass that came back as another.
 const SETTLED: f32 = 0.01;
 
 /// Arguments of `ddpm-cuda encode`.
