@@ -537,7 +537,7 @@ fn unsupported_networks_are_refused_by_the_key() {
         (
             "class_embed_type",
             json!("timestep"),
-            "has class_embed_type = \"timestep\" without num_class_embeds, which says how many classes there are",
+            "has class_embed_type = \"timestep\" without num_class_embeds; add it there, the number of classes",
         ),
         ("class_embed_type", json!("identity"), "\"identity\", whose classes are vectors; only null or \"timestep\""),
         ("class_embed_type", json!("projection"), "has class_embed_type = \"projection\"; only null or \"timestep\""),

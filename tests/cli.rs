@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::sampler::Guidance;
-use ddpm_cuda::diffusion::{Kind, Method, Sampler, Schedule, Spacing, Timesteps, Variance};
+use ddpm_cuda::diffusion::{Kind, Method, Prediction, Sampler, Schedule, Spacing, Timesteps, Variance};
+use ddpm_cuda::params::Params;
 use ddpm_cuda::sample::Drawing;
 use ddpm_cuda::tensor::{Shape, Tensor};
 use ddpm_cuda::unet::UNet;
@@ -1224,18 +1225,7 @@ fn the_arguments_of_sample_reach_the_sampler() {
     let mut model = checkpoint::load(&device, &fixture("unet_rgb16")).unwrap();
     let process = &mut model.config.diffusion;
     (process.schedule, process.timesteps, process.variance) = (Kind::Cosine, 80, Variance::FixedSmall);
-    let zeros = Tensor::zeros(&device, Shape::vector(model.params.specs().flat_len())).unwrap();
-    let state = checkpoint::State {
-        step: 1,
-        params: &model.params,
-        ema: model.params.flat(),
-        m: &zeros,
-        v: &zeros,
-        data: None,
-        importance: None,
-        curve: None,
-    };
-    let saved = checkpoint::save(folder.path(), &model.config, state).unwrap();
+    let saved = support::saved(folder.path(), &model.config, &model.params);
     let (unet, _) = UNet::new(&model.config.model).unwrap();
     let schedule = Schedule::new(Kind::Cosine, 80).unwrap();
     let ddim = Method::Ddim { eta: 0.5 };
@@ -2169,6 +2159,8 @@ fn encoded_images_come_back() {
     // Up to noise alone, by a network that was hardly trained, they do not, and it is said.
     let said = of("encode --images a.npz --steps 10 --rounds 1 --out xt.npy");
     assert!(said.contains("x_t has not settled at timestep") && said.contains("more --rounds"), "{said}");
+    let levels = said.split_once("moved it by ").and_then(|(_, rest)| rest.split_once(" grey levels")).unwrap().0;
+    assert!(levels.parse::<f64>().unwrap() > 0.01 * 127.5, "{said}");
 
     // Of several files a broken one may be left out, here and where a part is painted anew.
     let folder = at("several");
@@ -2243,6 +2235,7 @@ fn pictures_along_the_way_between_images_and_within_them() {
         ("--mask DIR/none.png", "none.png"),
         ("--mask DIR/m.png --resample 0", "1 or more"),
         ("--mask DIR/m.png --jump 0", "1 or more"),
+        ("--mask DIR/m.png --steps 5", "with --steps 5 no level is gone through again, so give a --jump below 5"),
         ("--mask DIR/m.png --count 9", "holds 3 images"),
     ] {
         let code = if flags.contains("small") || flags.contains("none") { 1 } else { 2 };
@@ -2289,8 +2282,211 @@ fn predictions_are_converted_on_request() {
     }
     assert!(fails(&mut predict("between.npy", &["--output", "x0"]), 1).contains("whole ones from 0 to 999"));
     ok(&mut predict("between.npy", &[]));
-    assert!(fails(&mut predict("t.npy", &["--guidance", "2"]), 2).contains("without a class"));
     fails(&mut predict("t.npy", &["--output", "noise"]), 2);
+}
+
+/// Inputs of `predict` in a folder, and what it makes of them.
+struct Predicting {
+    folder: tempfile::TempDir,
+    x: Vec<f32>,
+    t: Vec<usize>,
+    shape: [usize; 4],
+}
+
+impl Predicting {
+    fn new(shape: [usize; 4], t: &[usize]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let x: Vec<f32> = (0..shape.iter().product()).map(|k: usize| 2.0 * (k as f32 * 0.37).sin()).collect();
+        ddpm_cuda::output::write_npy(&folder.path().join("x.npy"), &shape, &x).unwrap();
+        let times: Vec<f32> = t.iter().map(|&t| t as f32).collect();
+        ddpm_cuda::output::write_npy(&folder.path().join("t.npy"), &[t.len()], &times).unwrap();
+        Predicting { folder, x, t: t.to_vec(), shape }
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn command(&self, model: &Path, flags: &[&str]) -> Command {
+        let mut command = ddpm();
+        command.args(["predict", "--device", "cpu"]).args(flags).arg("--model").arg(model);
+        command.args(["--x", "x.npy", "--t", "t.npy", "--out", "y.npy"]).current_dir(self.folder.path());
+        command
+    }
+
+    /// The numbers, of so many channels.
+    fn of(&self, model: &Path, channels: usize, flags: &[&str]) -> Vec<f32> {
+        ok(&mut self.command(model, flags));
+        let y = ddpm_cuda::data::npy::read(&self.at("y.npy")).unwrap();
+        let [n, _, h, w] = self.shape;
+        assert_eq!(y.shape, [n, channels, h, w], "{flags:?}");
+        y.to_f32().unwrap()
+    }
+
+    /// Writes `l.npy`.
+    fn label(&self, labels: &[i32]) {
+        let file = fs::File::create(self.at("l.npy")).unwrap();
+        let options = npyz::WriteOptions::new().default_dtype().shape(&[labels.len() as u64]).writer(file);
+        let mut writer = options.begin_nd().unwrap();
+        writer.extend(labels.iter().copied()).unwrap();
+        writer.finish().unwrap();
+    }
+}
+
+/// They are computed to f64, from the same numbers, and written to f32.
+#[track_caller]
+fn same_to_f32(what: &str, got: f32, want: f64) {
+    assert!((f64::from(got) - want).abs() <= 1e-6 * want.abs().max(1.0), "{what}: {got} for {want}");
+}
+
+/// By the definitions, also where the last x_t is the noise itself: then it is eps.
+#[test]
+fn whatever_a_network_predicts_is_converted() {
+    let inputs = Predicting::new([4, 1, 12, 8], &[999, 500, 3, 0]);
+    let model = checkpoint::load(&Device::cpu(), &fixture("drawn/v")).unwrap();
+    for (name, prediction) in [("v", Prediction::V), ("x0", Prediction::X0), ("mu", Prediction::Mu)] {
+        for zero_snr in [false, true] {
+            let mut config = model.config.clone();
+            (config.diffusion.prediction, config.diffusion.zero_snr) = (prediction, zero_snr);
+            let run = support::saved(&inputs.at(&format!("{name}{zero_snr}")), &config, &model.params);
+            let s = config.diffusion.noise_schedule().unwrap();
+            assert_eq!(s.alpha_bar(999) == 0.0, zero_snr);
+            let of = |output: &str| inputs.of(&run, 1, &["--output", output]);
+            let own = inputs.of(&run, 1, &[]);
+            assert!(own == of("raw") && own == of(name), "{name}: its own prediction is changed");
+            let outputs = ["eps", "x0", "v", "mu", "score", "log_variance"];
+            let got = outputs.map(of);
+            for (k, (&x, &y)) in inputs.x.iter().zip(&own).enumerate() {
+                let (x, y, t) = (f64::from(x), f64::from(y), inputs.t[k / 96]);
+                let (signal, noise) = s.q_sample_coefficients(t);
+                let (c_x0, c_xt) = s.posterior_mean_coefficients(t);
+                let x_0 = match prediction {
+                    Prediction::V => signal * x - noise * y,
+                    Prediction::Mu => (y - c_xt * x) / c_x0,
+                    _ => y,
+                };
+                let eps = (x - signal * x_0) / noise;
+                let log_variance = s.log_variance(Variance::FixedLarge, t);
+                let mean = c_x0 * x_0 + c_xt * x;
+                let want = [eps, x_0, signal * eps - noise * x_0, mean, -eps / noise, log_variance];
+                for ((output, got), want) in outputs.iter().zip(&got).zip(want) {
+                    same_to_f32(&format!("{output} of {name} at {t}, zero_snr {zero_snr}"), got[k], want);
+                }
+            }
+        }
+    }
+}
+
+/// Of twice the channels the first half is the prediction, and the second says the variance in three ways.
+#[test]
+fn a_learned_variance_is_told_from_the_prediction() {
+    let inputs = Predicting::new([4, 1, 12, 8], &[999, 500, 3, 0]);
+    let model = checkpoint::load(&Device::cpu(), &fixture("drawn/learned_range")).unwrap();
+    let s = model.config.diffusion.noise_schedule().unwrap();
+    let mut positive = 0;
+    for variance in [Variance::LearnedRange, Variance::Learned, Variance::LearnedRaw] {
+        let mut config = model.config.clone();
+        config.diffusion.variance = variance;
+        let run = support::saved(&inputs.at(&variance.to_string()), &config, &model.params);
+        let raw = inputs.of(&run, 2, &["--output", "raw"]);
+        let half = |which: usize| raw.chunks_exact(96).skip(which).step_by(2).flatten().copied().collect::<Vec<f32>>();
+        let (eps, v) = (half(0), half(1));
+        assert!(inputs.of(&run, 1, &[]) == eps && inputs.of(&run, 1, &["--output", "eps"]) == eps, "{variance}");
+        let x_0 = inputs.of(&run, 1, &["--output", "x0"]);
+        let log_variance = inputs.of(&run, 1, &["--output", "log_variance"]);
+        for k in 0..4 * 96 {
+            let (t, v) = (inputs.t[k / 96], f64::from(v[k]));
+            let (signal, noise) = s.q_sample_coefficients(t);
+            let want = (f64::from(inputs.x[k]) - noise * f64::from(eps[k])) / signal;
+            same_to_f32(&format!("x_0 at {t}"), x_0[k], want);
+            let share = 0.5 * (v + 1.0);
+            let want = match variance {
+                Variance::LearnedRange => {
+                    share * s.betas()[t].ln() + (1.0 - share) * s.log_variance(Variance::FixedSmall, t)
+                }
+                Variance::LearnedRaw if v < 0.0 => {
+                    assert!(log_variance[k].is_nan(), "the logarithm of {v}");
+                    continue;
+                }
+                Variance::LearnedRaw => {
+                    positive += 1;
+                    v.ln()
+                }
+                _ => v,
+            };
+            same_to_f32(&format!("{variance} at {t}"), log_variance[k], want);
+        }
+    }
+    assert!(positive > 0, "no variance of its own is above 0");
+}
+
+/// `predict --guidance` mixes what the network predicts with and without the class, and leaves the variance.
+#[test]
+fn predictions_are_guided() {
+    let inputs = Predicting::new([2, 3, 16, 16], &[700, 40]);
+    let device = Device::cpu();
+    let (mut config, params) = network::with_null_class(&device);
+    // The channels of the variance are the prediction's once more.
+    (config.model.learned_variance, config.diffusion.variance) = (true, Variance::LearnedRange);
+    let (_, specs) = UNet::new(&config.model).unwrap();
+    let mut flat = vec![0.0; specs.flat_len()];
+    for ((p, _), (own, _)) in specs.iter().zip(params.specs().iter()) {
+        let weights = params.get(own);
+        flat[specs.range(p)].iter_mut().zip(weights.iter().chain(weights)).for_each(|(to, &weight)| *to = weight);
+    }
+    let params = Params::from_host(&device, specs, &flat).unwrap();
+    let guided = support::saved(&inputs.at("guided"), &config, &params);
+    // All its rows as classes, so that the null class can be asked for alone.
+    (config.model.classes, config.model.null_class) = (config.model.classes + 1, false);
+    let plain = support::saved(&inputs.at("plain"), &config, &params);
+
+    for output in ["raw", "x0", "eps"] {
+        let channels = if output == "raw" { 6 } else { 3 };
+        let of = |model: &Path, flags: &[&str]| {
+            inputs.of(model, channels, &[&["--labels", "l.npy", "--output", output], flags].concat())
+        };
+        inputs.label(&[10, 10]);
+        let without = of(&plain, &[]);
+        inputs.label(&[7, 2]);
+        let with = of(&plain, &[]);
+        assert!(with == of(&guided, &[]) && with == of(&guided, &["--guidance", "1"]), "1 is no guidance");
+        for weight in ["3", "0.5", "0", "-1"] {
+            let got = of(&guided, &["--guidance", weight]);
+            let weight: f64 = weight.parse().unwrap();
+            for (k, (&with, &without)) in with.iter().zip(&without).enumerate() {
+                let of_variance = k / 256 % channels >= 3;
+                let (with, without) = (f64::from(with), f64::from(without));
+                let want = if of_variance { with } else { without + weight * (with - without) };
+                // Converted from what is rounded to f32 once more. x_0 of eps is the larger by 1/signal, of rounding
+                // errors of eps, which is below 4.
+                let (signal, _) =
+                    Schedule::new(Kind::Linear, 1000).unwrap().q_sample_coefficients(inputs.t[k / (256 * channels)]);
+                let allowed = 1e-6 * (1.0 + weight.abs()) * 4.0 / signal;
+                assert!((f64::from(got[k]) - want).abs() <= allowed, "{output}, {weight}: {} for {want}", got[k]);
+            }
+        }
+    }
+
+    // What a model cannot be asked is refused in sample's words.
+    inputs.label(&[7, 2]);
+    for (model, labels, said) in [
+        ("unet_gray16", &[][..], "--guidance 2: this model is unconditional, leave --guidance out"),
+        (
+            "unet_rgb16",
+            &["--labels", "l.npy"][..],
+            "--guidance 2: this model knows no images without a class; train one with label_dropout above 0",
+        ),
+    ] {
+        let model = fixture(model);
+        let grey = Predicting::new([2, 1, 16, 16], &[700, 40]);
+        let inputs = if labels.is_empty() { &grey } else { &inputs };
+        let refused = fails(&mut inputs.command(&model, &[labels, &["--guidance", "2"]].concat()), 2);
+        let mut sample = ddpm();
+        sample.args(["sample", "--guidance", "2", "--out", "none.png", "--model"]).arg(&model);
+        assert!(refused.contains(said) && refused == fails(&mut sample, 2), "{refused}");
+    }
+    let one = ["--labels", "l.npy", "--guidance", "1"];
+    assert!(inputs.of(&fixture("unet_rgb16"), 3, &one) == inputs.of(&fixture("unet_rgb16"), 3, &one[..2]));
 }
 
 /// The flags of guidance reach the sampler, and a model that knows no images without a class is not guided.
@@ -2299,18 +2495,7 @@ fn guidance_needs_a_model_that_was_trained_for_it() {
     let folder = tempfile::tempdir().unwrap();
     let device = Device::cpu();
     let (config, params) = network::with_null_class(&device);
-    let zeros = Tensor::zeros(&device, Shape::vector(params.specs().flat_len())).unwrap();
-    let state = checkpoint::State {
-        step: 1,
-        params: &params,
-        ema: params.flat(),
-        m: &zeros,
-        v: &zeros,
-        data: None,
-        importance: None,
-        curve: None,
-    };
-    let saved = checkpoint::save(folder.path(), &config, state).unwrap();
+    let saved = support::saved(folder.path(), &config, &params);
     let out = folder.path().join("out.npz");
     let draw = |model: &Path, flags: &str| {
         let mut command = ddpm();

@@ -2,23 +2,27 @@
 
 mod support;
 
+use std::cell::Cell;
+
 use ddpm_cuda::checkpoint;
 use ddpm_cuda::config::{Config, Preset, Size};
+use ddpm_cuda::data::npy;
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::sampler::{Before, Corrector, Guidance, Limit, Samples, inversion};
 use ddpm_cuda::diffusion::{Kind, Method, Prediction, Sampler, Schedule, Spacing, Variance};
 use ddpm_cuda::memory::available_on;
-use ddpm_cuda::ops::sample_step::{Noise, reference};
+use ddpm_cuda::ops::sample_step::{Noise, reference, start_from};
 use ddpm_cuda::params::Params;
 use ddpm_cuda::rng::reference::normals;
 use ddpm_cuda::sample::encode::encode;
 use ddpm_cuda::sample::inpaint::{Move, Painting, moves};
 use ddpm_cuda::sample::interpolate::{lambdas, mixtures};
-use ddpm_cuda::sample::{Call, Drawing, Request, Reverse, Shared, class_called, memory_of_forward};
+use ddpm_cuda::sample::{Call, Conditional, Drawing, Request, Reverse, Shared, class_called, memory_of_forward};
 use ddpm_cuda::tensor::{DType, Shape, Tensor};
 use ddpm_cuda::unet::UNet;
 
 use num_traits::{Float, FloatConst};
+use safetensors::SafeTensors;
 use support::{close_but_for, gpu, network, numbers, places, same_bits, to_f32};
 
 /// More images than one batch holds, with a class-conditional network of random weights.
@@ -205,6 +209,113 @@ fn by_reference<T: Float + FloatConst>(
         }
     }
     x
+}
+
+/// A pipeline of diffusers' draws the same from the same noise with checkpoints that `ddpm-cuda train` wrote
+/// (`fixtures/drawn/make_io.py`): x after every step. So does the program, in bytes, without being told more than steps
+/// and seed: its defaults are what the schedulers say. The files are those that today's program writes.
+///
+/// A learned range is that of the steps that are taken in both, and neither adds noise at the last step, where
+/// diffusers takes the variance 0 for 1e-20. In one thing diffusers differs, which is why DDIM is drawn with trailing
+/// timesteps: its DDIM takes T/N off a timestep for the next, whatever the spacing, so that with the "linspace" of our
+/// schedulers its steps end at other levels than the next ones start from.
+///
+/// What is allowed: the network errs by [`network::F32`] of its largest output, noise by 1e-6, and x by ten roundings
+/// of at most 6.77. An error of the output reaches x by the step's factors, one of the variance by that of its
+/// logarithm, of noise below 6.77; a step passes on at most the error that it starts with.
+#[test]
+fn diffusers_draws_the_same_with_our_checkpoints() {
+    let device = Device::cpu_guarded();
+    let (small, large) = (Method::Ancestral(Variance::FixedSmall), Method::Ancestral(Variance::FixedLarge));
+    let ddim = Method::Ddim { eta: 0.0 };
+    for (name, key, flags, method, spacing, other) in [
+        (
+            "learned_range",
+            "ancestral",
+            "",
+            Method::Ancestral(Variance::LearnedRange),
+            Spacing::Even,
+            (small, Spacing::Even),
+        ),
+        ("v", "ancestral", "", small, Spacing::Even, (large, Spacing::Even)),
+        ("v", "ddim", "--sampler ddim --spacing trailing", ddim, Spacing::Trailing, (ddim, Spacing::Even)),
+    ] {
+        let folder = places::fixture("drawn").join(name);
+        let bytes = std::fs::read(folder.join("io.safetensors")).unwrap();
+        let golden = SafeTensors::deserialize(&bytes).unwrap();
+        let golden = |key: &str| bytemuck::pod_collect_to_vec::<u8, f32>(golden.tensor(key).unwrap().data());
+        let model = checkpoint::load(&device, &folder).unwrap();
+        support::assert_written_alike(&model, &folder);
+        let (unet, _) = UNet::new(&model.config.model).unwrap();
+        let schedule = model.config.diffusion.noise_schedule().unwrap();
+        let sampler = |(method, spacing): (Method, Spacing)| {
+            let kept = spacing.timesteps(schedule.len(), 10).unwrap();
+            Sampler::over(&schedule, model.config.diffusion.prediction, method, &kept).unwrap()
+        };
+        // One channel: the order of numbers is the same with channels first and last.
+        let shape = Shape::new(3, 12, 8, 1);
+        let samples = Samples { seed: 5, first: 0 };
+        let x_t = start_from(&device, shape, Noise::own(samples.start()), 1).unwrap().x;
+        let wide = |x: &[f32]| x.iter().copied().map(f64::from).collect::<Vec<_>>();
+        support::worst("x_T", x_t.data(), &wide(&golden("x_t")), |_| 1e-6);
+
+        let network = Conditional::new(&device, &unet, &model.params, None, false).unwrap();
+        let draw = |sampler: &Sampler| {
+            let largest = Cell::new(0.0);
+            let mut after = Vec::new();
+            let mut allowed = 1e-6;
+            let reverse = Reverse {
+                device: &device,
+                sampler,
+                shape,
+                samples,
+                start: None,
+                shared: None,
+                x_0: false,
+                replays: false,
+            };
+            let asked = |call: Call<'_>| {
+                let y = network.call(call)?;
+                largest.set(y.data().iter().fold(0.0, |m: f64, y| m.max(f64::from(y.abs()))));
+                Ok(y)
+            };
+            reverse
+                .run(asked, None, |p| {
+                    let step = &sampler.steps()[p.done - 1];
+                    let of_output = network::F32 * largest.get();
+                    let of_noise = step.learned.map_or(0.0, |learned| 0.5 * learned.factor * of_output);
+                    allowed += (step.c_x0 * step.x0_output).abs() * of_output
+                        + if step.sigma > 0.0 { 6.77 * of_noise + 1e-6 } else { 0.0 }
+                        + 10.0 * 6.77 * support::F32_ROUNDING;
+                    after.push((step.t, p.x.to_vec()?, allowed));
+                    Ok(())
+                })
+                .unwrap();
+            after
+        };
+        let want = golden(key);
+        let drawn = draw(&sampler((method, spacing)));
+        assert_eq!(want.len(), drawn.len() * shape.len());
+        for ((t, x, allowed), want) in drawn.iter().zip(want.chunks_exact(shape.len())) {
+            let share = support::worst(&format!("{name}, {key}: after {t}"), x, &wide(want), |_| *allowed);
+            println!("{name}, {key}: after {t} {share:.3} of {allowed:.1e}");
+        }
+        let (last, allowed) = (&want[want.len() - shape.len()..], drawn.last().unwrap().2);
+        let off =
+            draw(&sampler(other)).pop().unwrap().1.iter().zip(last).fold(0.0f32, |m, (a, b)| m.max((a - b).abs()));
+        assert!(f64::from(off) > 100.0 * allowed, "{name}, {key}: {other:?} is off by {off:e} alone");
+
+        let out = tempfile::tempdir().unwrap();
+        let npz = out.path().join("x.npz");
+        let mut program = std::process::Command::new(places::program());
+        program.args("sample --steps 10 --seed 5 --count 3 --device cpu".split(' ')).args(flags.split_whitespace());
+        let said = program.arg("--model").arg(&folder).arg("--out").arg(&npz).output().unwrap();
+        assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+        let pixels = npy::parse_npz(&std::fs::read(&npz).unwrap()).unwrap().swap_remove(0).1.into_u8().unwrap();
+        let pixels: Vec<f32> = pixels.iter().map(|&byte| f32::from(byte)).collect();
+        let levels: Vec<f64> = last.iter().map(|&x| (f64::from(x) + 1.0) * 127.5).collect();
+        support::worst(&format!("{name}, {key}: bytes"), &pixels, &levels, |_| 0.5 + 127.5 * allowed);
+    }
 }
 
 fn samplers() -> Vec<(&'static str, Sampler, Option<Shared>)> {
@@ -470,7 +581,8 @@ fn repaint_goes_back_as_often_as_its_paper() {
     assert_eq!(count(250, 10, 20), (4810, 4560));
     assert_eq!(count(100, 10, 10).0, 910);
     assert_eq!(count(20, 5, 2), (35, 15));
-    assert_eq!(count(7, 10, 10), (7, 0));
+    assert_eq!(count(7, 10, 1), (7, 0));
+    assert_eq!(count(7, 6, 2), (13, 6));
     // 19..10 up to 15, down to 10 and on to 5, and so on: never over a level.
     let levels = moves(20, 5, 2).unwrap().into_iter().try_fold(19usize, |at, step| match step {
         Move::Down(level) if level == at => Some(at.wrapping_sub(1)),
@@ -479,6 +591,10 @@ fn repaint_goes_back_as_often_as_its_paper() {
     });
     assert_eq!(levels, Some(usize::MAX), "it ends at the image");
     assert!(moves(20, 5, 0).is_err() && moves(20, 0, 1).is_err());
+    let refused = |levels| moves(levels, 10, 2).unwrap_err().to_string();
+    let never = |steps| format!("--jump 10: with --steps {steps} no level is gone through again, so give");
+    assert_eq!(refused(10), format!("{} a --jump below 10, or --resample 1", never(10)));
+    assert_eq!(refused(1), format!("{} --resample 1", never(1)));
 }
 
 /// Known pixels come out as they are and the others do not, on every device with the same bits, alone and together.

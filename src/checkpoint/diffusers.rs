@@ -378,7 +378,7 @@ pub(super) fn read_model(file: &Map<String, Value>) -> Sentence<(Model, Vec<Stri
         None => ClassEmbedding::Table,
         Some(_) if rows == 0 => {
             return Err(
-                "has class_embed_type = \"timestep\" without num_class_embeds, which says how many classes there are"
+                "has class_embed_type = \"timestep\" without num_class_embeds; add it there, the number of classes"
                     .into(),
             );
         }

@@ -654,6 +654,12 @@ fn beyond_openai(config: &Config) -> Option<String> {
             unlike("class_embedding", &m.class_embedding, &ClassEmbedding::Table)
         }
         _ if m.null_class => Some("the null class; there all rows are classes".into()),
+        // Their scripts multiply the length of the time embedding by whole numbers, to the widths.
+        _ if channel_mult(m).is_none() => unlike(
+            "widths",
+            &m.widths.iter().map(usize::to_string).collect::<Vec<_>>().join(","),
+            &format!("a whole multiple of time_channels = {} each", m.time_channels()),
+        ),
         _ if m.image_size.h != m.image_size.w => unlike("image_size", &m.image_size, &"a square"),
         _ if !d.trained_betas.is_empty() => {
             Some("betas one by one; only the linear and the cosine schedule are possible there".into())
@@ -745,17 +751,30 @@ fn joined(specs: &Specs, flat: &[f32], parts: &[Param], heads: usize) -> Vec<f32
     (0..heads).flat_map(|head| values.iter().flat_map(move |v| v[head * each..][..each].to_vec())).collect()
 }
 
+/// `channel_mult` of a network, if there is one: its scripts read whole numbers, and nothing as their own for the size
+/// of the images, of which 512x512 alone has a half.
+fn channel_mult(m: &Model) -> Option<String> {
+    let channels = m.time_channels();
+    let halves = [1, 2, 2, 4, 4, 8, 8].map(|halves| halves * channels);
+    if m.image_size.h == 512 && m.widths.iter().map(|width| 2 * width).eq(halves) {
+        return Some(String::new());
+    }
+    let multiple = |&width: &usize| width.is_multiple_of(channels).then(|| (width / channels).to_string());
+    m.widths.iter().map(multiple).collect::<Option<Vec<_>>>().map(|multiples| multiples.join(","))
+}
+
 /// The flags of a network that [`beyond_openai`] accepts.
 fn flags_of(m: &Model, d: &Diffusion) -> Map<String, Value> {
-    let list = |numbers: Vec<String>| Value::from(numbers.join(","));
-    let channels = m.time_channels();
-    let multipliers = m.widths.iter().map(|&width| (width as f64 / channels as f64).to_string()).collect();
+    // Their scripts read one number at least. This one is of no level.
+    let none = [2 * m.image_size.h];
+    let attended = if m.attention_resolutions.is_empty() { &none[..] } else { &m.attention_resolutions };
+    let attended = attended.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
     let flags = json!({
         "image_size": m.image_size.h,
-        "num_channels": channels,
+        "num_channels": m.time_channels(),
         "num_res_blocks": m.blocks_per_level,
-        "channel_mult": list(multipliers),
-        "attention_resolutions": list(m.attention_resolutions.iter().map(usize::to_string).collect()),
+        "channel_mult": channel_mult(m).expect("widths that the flags can say"),
+        "attention_resolutions": attended,
         "num_heads": if m.num_heads == 0 { 1 } else { m.num_heads },
         "num_head_channels": if m.head_dim == 0 { -1 } else { m.head_dim as i64 },
         "use_new_attention_order": false,

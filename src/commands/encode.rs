@@ -17,8 +17,8 @@ use crate::say;
 use crate::tensor::Tensor;
 use crate::text;
 
-/// What the last round of a step may move x_t by, in silence: a level of 255. Between two images that x_t could be of,
-/// a little leads to the other: 0.05 let a digit pass that came back as another.
+/// What the last round of a step may move x_t by, in silence: about a grey level, 2/255. Between two images that x_t
+/// could be of, a little leads to the other: 0.05 let a digit pass that came back as another.
 const SETTLED: f32 = 0.01;
 
 /// Arguments of `ddpm-cuda encode`.
@@ -92,7 +92,8 @@ pub fn run(args: &Args) -> Result<()> {
     let (moved, at) = most;
     if moved > SETTLED {
         say!(
-            "x_t has not settled at timestep {at}, by {moved:.3} of 1: images may come back changed; more --rounds may help"
+            "x_t has not settled at timestep {at}, where the last round moved it by {:.1} grey levels: images may come back as far off, or as others; more --rounds may help",
+            moved * 127.5
         );
     }
     let s = opened.shape(count);

@@ -32,7 +32,7 @@ pub struct Args {
     /// How often each stretch of levels is gone through; more makes the parts agree better, 1 is no repetition
     #[arg(long, default_value_t = 10, value_name = "U")]
     pub resample: u32,
-    /// Levels of a stretch
+    /// Levels of a stretch, fewer than there are steps
     #[arg(long, default_value_t = 10, value_name = "N")]
     pub jump: usize,
     /// `--steps` and `--spacing`

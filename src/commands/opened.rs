@@ -198,8 +198,9 @@ pub struct Grid {
     /// Steps from noise to image, up to the model's number of timesteps [default: 100; 20 with dpm++ and heun]
     #[arg(long, value_name = "N")]
     pub steps: Option<usize>,
-    /// Which timesteps are kept when there are fewer steps: even, stride, leading, trailing, karras, or a list such as
-    /// 10,15,20, so many in each of equal sections [default: the model's; even if it says nothing]
+    /// Which timesteps are kept when there are fewer steps: even, stride, leading, trailing, karras (the timesteps
+    /// nearest to its noise levels, with their own; heun takes the levels themselves), or a list such as 10,15,20, so
+    /// many in each of equal sections [default: the model's; even if it says nothing]
     #[arg(long, value_name = "SPACING|LIST", value_parser = |text: &str| text.parse::<Timesteps>())]
     pub spacing: Option<Timesteps>,
 }

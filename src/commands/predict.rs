@@ -3,12 +3,12 @@
 
 use std::path::{Path, PathBuf};
 
+use super::sampling::guidance_of;
 use super::{Of, On, choice};
 use crate::conditioning::Conditioning;
 use crate::config::{Diffusion, Model};
 use crate::data::npy;
 use crate::diffusion::prediction::Mix;
-use crate::diffusion::sampler::Guidance;
 use crate::diffusion::{Prediction, Schedule, Variance};
 use crate::error::{Error, Result};
 use crate::layout;
@@ -17,7 +17,6 @@ use crate::output;
 use crate::tape::{Tape, Var};
 use crate::tensor::{Shape, Tensor};
 use crate::unet::UNet;
-use crate::usage;
 
 /// What is made of the network's output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,7 +65,7 @@ pub struct Args {
     /// What to give: the prediction converted, unclipped, or raw, all channels [default: the network's prediction]
     #[arg(long, value_name = "WHAT", value_parser = choice::<Output>())]
     pub output: Option<Output>,
-    /// Classifier-free guidance, as in sample
+    /// Classifier-free guidance, as in sample; the variance stays that of the class
     #[arg(long, value_name = "W", allow_negative_numbers = true)]
     pub guidance: Option<f64>,
     /// The output: f32, images x channels x rows x columns
@@ -145,10 +144,7 @@ pub fn run(args: &Args) -> Result<()> {
         ),
     };
 
-    let guidance = args.guidance.map(Guidance::new).transpose()?;
-    if let Some(weight) = args.guidance.filter(|_| !m.null_class) {
-        usage!("--guidance {weight}: this model knows no images without a class; train one with label_dropout above 0");
-    }
+    let guidance = args.guidance.map(|weight| guidance_of(weight, m)).transpose()?.filter(|g| g.weight != 1.0);
     let process = &model.config.diffusion;
     let schedule = process.noise_schedule()?;
     let conversion = Conversion { process, model: m, schedule: &schedule, output: args.output };
@@ -226,11 +222,7 @@ impl Conversion<'_> {
     fn at(&self, output: Output, t: usize) -> Result<At> {
         let (s, prediction) = (self.schedule, self.process.prediction);
         let (signal, noise) = s.q_sample_coefficients(t);
-        if signal == 0.0 && prediction == Prediction::Eps {
-            usage!(
-                "--output {output}: at timestep {t} nothing is left of the image (zero terminal SNR), of which eps says nothing"
-            );
-        }
+        assert!(signal > 0.0 || prediction != Prediction::Eps, "eps with zero terminal SNR, which no model loads with");
         let (x_0, eps) = (prediction.x_0(s, t), prediction.eps(s, t));
         let mix = |of_x_0: f64, of_eps: f64| Mix {
             xt: of_x_0 * x_0.xt + of_eps * eps.xt,

@@ -6,6 +6,7 @@ use super::choice;
 use super::opened::{Grid, Opened};
 use super::several;
 use crate::classifier::Classifier;
+use crate::config::Model;
 use crate::diffusion::sampler::{Corrector, Guidance, Limit};
 use crate::diffusion::{Method, Sampler, Timesteps, Variance};
 use crate::error::{Error, Result};
@@ -192,18 +193,10 @@ impl Sampling {
         let mut sampler = sampler.limited(limit);
         match self.guidance {
             Some(weight) => {
-                if m.classes == 0 {
-                    usage!("--guidance {weight}: this model is unconditional, leave --guidance out");
-                }
-                let mut guidance = Guidance::new(weight)?.rescaled(self.guidance_rescale.unwrap_or(0.0))?;
+                let mut guidance = guidance_of(weight, m)?.rescaled(self.guidance_rescale.unwrap_or(0.0))?;
                 if let Some(text) = &self.guidance_interval {
                     let (low, high) = interval(text)?;
                     guidance = guidance.within(low, high)?;
-                }
-                if !m.null_class && weight != 1.0 {
-                    usage!(
-                        "--guidance {weight}: this model knows no images without a class; train one with label_dropout above 0"
-                    );
                 }
                 sampler = sampler.guided(guidance);
             }
@@ -309,6 +302,21 @@ pub(super) fn drawings<'a>(
         opened.check_memory(together, needed(drawing, way, together)?, advice)?;
     }
     Ok((drawings, together))
+}
+
+/// `--guidance` of a model: any weight but 1 asks it without a class.
+///
+/// # Errors
+/// `Error::Usage` for a weight that is no number or that the model cannot be guided by.
+pub(super) fn guidance_of(weight: f64, m: &Model) -> Result<Guidance> {
+    if m.classes == 0 {
+        usage!("--guidance {weight}: this model is unconditional, leave --guidance out");
+    }
+    let guidance = Guidance::new(weight)?;
+    if !m.null_class && weight != 1.0 {
+        usage!("--guidance {weight}: this model knows no images without a class; train one with label_dropout above 0");
+    }
+    Ok(guidance)
 }
 
 /// `A,B` of `--guidance-interval`.

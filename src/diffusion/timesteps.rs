@@ -93,6 +93,10 @@ pub enum Timesteps {
     Spaced(Spacing),
     /// The noise levels of Karras et al. 2022, equation 5, with rho = 7, between those of the schedule's ends, but none
     /// above 164, where x is noise alone.
+    ///
+    /// Each is rounded to a timestep, and a step is between the levels of the timesteps, so that the network is asked
+    /// about the noise that x_t has. diffusers' solvers ask it at the same rounded timesteps but step between the
+    /// levels before rounding. [`Sampler::heun_over_levels`](super::Sampler::heun_over_levels) rounds nothing.
     Karras,
     /// So many in each of as many equal sections, evenly spaced there: OpenAI's respacing `10,15,20`.
     Sections(Vec<usize>),

@@ -24,13 +24,17 @@ pub enum Move {
 /// up by `jump` and down again.
 ///
 /// # Errors
-/// `Error::Usage` for a `times` or a `jump` of 0.
+/// `Error::Usage` for a `times` or a `jump` of 0, and for a `jump` over all levels, of which none would be repeated.
 pub fn moves(levels: usize, jump: usize, times: u32) -> Result<Vec<Move>> {
     if times == 0 {
         usage!("--resample 0: every level is visited at least once, so give 1 or more");
     }
     if jump == 0 {
         usage!("--jump 0: give how many levels to go back, 1 or more");
+    }
+    if times > 1 && jump >= levels {
+        let less = if levels > 1 { format!("a --jump below {levels}, or ") } else { String::new() };
+        usage!("--jump {jump}: with --steps {levels} no level is gone through again, so give {less}--resample 1");
     }
     let mut again = vec![0; levels];
     (0..levels.saturating_sub(jump)).step_by(jump).for_each(|level| again[level] = times - 1);

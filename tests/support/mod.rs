@@ -14,6 +14,9 @@ pub mod plant;
 mod tests;
 pub mod winograd;
 
+use std::path::{Path, PathBuf};
+
+use ddpm_cuda::checkpoint::{self, Loaded};
 use ddpm_cuda::config::{Config, Preset, Size};
 use ddpm_cuda::device::Device;
 use ddpm_cuda::diffusion::Prediction;
@@ -174,6 +177,41 @@ pub fn close_to_largest(name: &str, got: &[f32], want: &[f32], relative: f64) ->
     let want: Vec<f64> = want.iter().map(|&w| f64::from(w)).collect();
     let largest = want.iter().fold(0.0, |m: f64, w| m.max(w.abs()));
     worst(name, got, &want, |_| relative * largest)
+}
+
+/// A checkpoint of these weights, as training writes it.
+pub fn saved(run: &Path, config: &Config, params: &Params) -> PathBuf {
+    let zeros = Tensor::zeros(&Device::cpu(), Shape::vector(params.specs().flat_len())).unwrap();
+    let state = checkpoint::State {
+        step: 1,
+        params,
+        ema: params.flat(),
+        m: &zeros,
+        v: &zeros,
+        data: None,
+        importance: None,
+        curve: None,
+    };
+    checkpoint::save(run, config, state).unwrap()
+}
+
+/// Asserts that today's program writes a model that was loaded from `folder` as it is there.
+#[track_caller]
+pub fn assert_written_alike(model: &Loaded, folder: &Path) {
+    let run = tempfile::tempdir().unwrap();
+    let written = saved(run.path(), &model.config, &model.params);
+    for file in [
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+    ] {
+        assert!(
+            std::fs::read(written.join(file)).unwrap() == std::fs::read(folder.join(file)).unwrap(),
+            "{} has changed",
+            folder.join(file).display()
+        );
+    }
 }
 
 /// Asserts that all bits are the same.
