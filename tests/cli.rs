@@ -9,10 +9,10 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use ddpm_cuda::device::Device;
-use ddpm_cuda::diffusion::sampler::Guidance;
+use ddpm_cuda::diffusion::sampler::{Guidance, inversion};
 use ddpm_cuda::diffusion::{Kind, Method, Prediction, Sampler, Schedule, Spacing, Timesteps, Variance};
 use ddpm_cuda::params::Params;
-use ddpm_cuda::sample::Drawing;
+use ddpm_cuda::sample::{Call, Conditional, Drawing};
 use ddpm_cuda::tensor::{Shape, Tensor};
 use ddpm_cuda::unet::UNet;
 use ddpm_cuda::{checkpoint, data, likelihood};
@@ -2159,8 +2159,21 @@ fn encoded_images_come_back() {
     // Up to noise alone, by a network that was hardly trained, they do not, and it is said.
     let said = of("encode --images a.npz --steps 10 --rounds 1 --out xt.npy");
     assert!(said.contains("x_t has not settled at timestep") && said.contains("more --rounds"), "{said}");
-    let levels = said.split_once("moved it by ").and_then(|(_, rest)| rest.split_once(" grey levels")).unwrap().0;
-    assert!(levels.parse::<f64>().unwrap() > 0.01 * 127.5, "{said}");
+    let device = Device::cpu();
+    let model = checkpoint::load(&device, &run).unwrap();
+    let schedule = model.config.diffusion.noise_schedule().unwrap();
+    let kept = Spacing::Even.timesteps(schedule.len(), 10).unwrap();
+    let (unet, _) = UNet::new(&model.config.model).unwrap();
+    let steps = inversion(&schedule, model.config.diffusion.prediction, &kept, was.len() / 4).unwrap();
+    let x_0: Vec<f32> = was.iter().map(|&byte| (2.0 * f32::from(byte) - 255.0) / 255.0).collect();
+    let size = model.config.model.image_size;
+    let x_0 = Tensor::from_slice(&device, Shape::new(4, size.h, size.w, 1), &x_0).unwrap();
+    let network = Conditional::new(&device, &unet, &model.params, None, false).unwrap();
+    let call = |x: &Tensor, t: f32| network.call(Call { x, t, halves: 1, turn: None });
+    let encoded = ddpm_cuda::sample::encode::encode(&device, &steps, 1, &x_0, call, || Ok(())).unwrap();
+    let (at_timestep, levels) = (encoded.at, 127.5 * encoded.moved);
+    let want = format!("at timestep {at_timestep}, where the last round moved it by {levels:.1} grey levels");
+    assert!(said.contains(&want), "{said} should say: {want}");
 
     // Of several files a broken one may be left out, here and where a part is painted anew.
     let folder = at("several");
@@ -2226,6 +2239,15 @@ fn pictures_along_the_way_between_images_and_within_them() {
     let mask = image::GrayImage::from_fn(16, 16, |x, _| image::Luma([if x < 8 { 255 } else { 0 }]));
     mask.save(at("m.png")).unwrap();
     ok(&mut run("inpaint --images DIR/a --mask DIR/m.png --steps 6 --jump 2 --resample 2 --out DIR/new/"));
+    // Where there are no ten levels to go back, it is all but one.
+    let painted = |jump: &str| {
+        ok(&mut run(&format!(
+            "inpaint --images DIR/a --mask DIR/m.png --steps 4 --resample 2 {jump} --out DIR/jump.npz"
+        )));
+        pixels_of(&at("jump.npz"))
+    };
+    let (own, all_but_one) = (painted(""), painted("--jump 3"));
+    assert!(own == all_but_one && own != painted("--jump 2"));
     let (was, is) = (grey("a/00002.png"), grey("new/00002.png"));
     assert!((0..256).filter(|k| k % 16 >= 8).all(|k| was[k] == is[k]), "what is kept has changed");
     assert!((0..256).filter(|k| k % 16 < 8).any(|k| was[k] != is[k]), "nothing is painted");
@@ -2235,7 +2257,10 @@ fn pictures_along_the_way_between_images_and_within_them() {
         ("--mask DIR/none.png", "none.png"),
         ("--mask DIR/m.png --resample 0", "1 or more"),
         ("--mask DIR/m.png --jump 0", "1 or more"),
-        ("--mask DIR/m.png --steps 5", "with --steps 5 no level is gone through again, so give a --jump below 5"),
+        (
+            "--mask DIR/m.png --steps 5 --jump 5",
+            "with --steps 5 no level is gone through again, so give a --jump below 5",
+        ),
         ("--mask DIR/m.png --count 9", "holds 3 images"),
     ] {
         let code = if flags.contains("small") || flags.contains("none") { 1 } else { 2 };

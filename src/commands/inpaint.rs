@@ -14,6 +14,9 @@ use crate::tensor::Tensor;
 use crate::text;
 use crate::{say, usage};
 
+/// Levels of a stretch unless others are asked for, as in the paper (RePaint, section 5).
+const JUMP: usize = 10;
+
 /// Arguments of `ddpm-cuda inpaint`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -32,9 +35,9 @@ pub struct Args {
     /// How often each stretch of levels is gone through; more makes the parts agree better, 1 is no repetition
     #[arg(long, default_value_t = 10, value_name = "U")]
     pub resample: u32,
-    /// Levels of a stretch, fewer than there are steps
-    #[arg(long, default_value_t = 10, value_name = "N")]
-    pub jump: usize,
+    /// Levels of a stretch, fewer than there are steps [default: 10, or all but one of fewer]
+    #[arg(long, value_name = "N")]
+    pub jump: Option<usize>,
     /// `--steps` and `--spacing`
     #[command(flatten)]
     pub grid: Grid,
@@ -64,7 +67,8 @@ pub fn run(args: &Args) -> Result<()> {
     let opened = Opened::new(&args.on, &args.of)?;
     let target = still(&args.out)?;
     let kept = args.grid.kept(&opened, false)?;
-    let moves = moves(kept.len(), args.jump, args.resample)?;
+    let jump = args.jump.unwrap_or(JUMP.min(kept.len() - 1).max(1));
+    let moves = moves(kept.len(), jump, args.resample)?;
     let sampler = opened.ancestral(&kept, opened.schedule.len())?;
     let one = opened.shape(1);
     let grey = data::Extent { size: opened.model.config.model.image_size, channels: 1 };
