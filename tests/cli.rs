@@ -2206,7 +2206,7 @@ fn pictures_along_the_way_between_images_and_within_them() {
     let at = |name: &str| folder.path().join(name);
     let run = |arguments: &str| {
         let mut command = ddpm();
-        command.args(arguments.split(' ').map(|a| a.replace("DIR", folder.path().to_str().unwrap())));
+        command.args(arguments.split_whitespace().map(|a| a.replace("DIR", folder.path().to_str().unwrap())));
         command.arg("--model").arg(fixture("unet_gray16")).args(["--device", "cpu"]);
         command
     };
