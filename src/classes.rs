@@ -10,7 +10,8 @@ fn are_numbers(names: &[String]) -> bool {
 /// numbers; words are not.
 pub fn go_by_name(of_data: &[String], of_model: &[String]) -> bool {
     let words = of_data.iter().any(|name| name.parse::<u64>().is_err());
-    !are_numbers(of_data) && !of_model.is_empty() && !(words && are_numbers(of_model))
+    let by_number = are_numbers(of_data) || of_model.is_empty() || (words && are_numbers(of_model));
+    !by_number
 }
 
 /// The first class that two networks call differently, if both have names for their classes.
