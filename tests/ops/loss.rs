@@ -956,7 +956,7 @@ fn planted_bugs_are_noticed() {
     plant::notices_wrong_parameter("loss::gpu_sums_the_micro_batches_of_a_step", "loss_fwd_f32", 10, 7);
     plant::notices_lost_block(test, "loss_fwd_f32");
     // The other losses: sums of an image; bytes of another image; no mirrored images; weights that are ignored; the
-    // widths; a scale of v; and so for the terms.
+    // widths; a scale of v; and so for the terms, with the range and the bounds of the images.
     let test = "loss::gpu_follows_the_reference_for_every_loss";
     plant::notices_lost_barrier(test, "loss_any_f32", 0);
     plant::notices_lost_last_barrier(test, "loss_any_f32");
@@ -965,8 +965,10 @@ fn planted_bugs_are_noticed() {
     plant::notices_wrong_parameter(test, "loss_any_f32", 11, 12);
     let test = "loss::gpu_measures_the_terms_of_the_reference";
     plant::notices_lost_barrier(test, "loss_terms_f32", 0);
-    plant::notices_wrong_parameter(test, "loss_terms_f32", 13, 12);
-    plant::notices_wrong_parameter(test, "loss_terms_bf16", 12, 9);
+    plant::notices_wrong_parameter(test, "loss_terms_f32", 14, 13);
+    plant::notices_wrong_parameter(test, "loss_terms_bf16", 13, 10);
+    plant::notices_wrong_parameter(test, "loss_terms_f32", 15, 14);
+    plant::notices_wrong_parameter(test, "loss_terms_bf16", 6, 2);
     plant::notices_lost_block(test, "loss_terms_f32");
     // And for the sums; also x_t's derivatives read from the output.
     let test = "loss::gpu_sums_for_the_schedule_what_the_reference_does";
