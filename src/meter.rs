@@ -59,9 +59,9 @@ impl Quarters {
         std::array::from_fn(|q| (self.counts[q] > 0).then(|| self.sums[q] / self.counts[q] as f64))
     }
 
-    /// The same of losses with the weights of importance sampling, drawn from a chain of `timesteps`. The weights make up
-    /// for how often a quarter is drawn, so it is not the number drawn in it that its sum is divided by, but the share
-    /// of all that uniform sampling would draw there: unbiased, and over the quarters the mean over all images.
+    /// The same of losses with the weights of importance sampling, drawn from a chain of `timesteps`. The weights make
+    /// up for how often a quarter is drawn, so it is not the number drawn in it that its sum is divided by, but the
+    /// share of all that uniform sampling would draw there: unbiased, and over the quarters the mean over all images.
     pub fn means_of_weighted(&self, timesteps: u32) -> [Option<f64>; PARTS] {
         let (images, timesteps) = (self.counts.iter().sum::<u64>() as f64, u64::from(timesteps));
         let first = |q: usize| (q as u64 * timesteps).div_ceil(u64::from(QUARTERS)) as f64;

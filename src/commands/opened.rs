@@ -70,8 +70,8 @@ impl Opened {
         }
     }
 
-    /// The variance of the ancestral chain of `steps` of `timesteps`: the one `asked` for, else [`default_variance`], or
-    /// that which the scheduler of another program's model says.
+    /// The variance of the ancestral chain of `steps` of `timesteps`: the one `asked` for, else [`default_variance`],
+    /// or that which the scheduler of another program's model says.
     pub fn variance(&self, asked: Option<Variance>, steps: usize, timesteps: usize) -> Result<Variance> {
         let own = self.model.config.diffusion.variance;
         match asked {
