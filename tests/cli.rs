@@ -1558,8 +1558,17 @@ fn classes_go_by_name() {
     let mut process = ddpm();
     process.args(["encode", "--steps", "3", "--model"]).arg(at("run")).arg("--images").arg(at("more"));
     assert!(fails(process.arg("--out").arg(at("x.npy")), 1).contains("more: has images of class dog, but this model"));
-    // A classifier with other names does not guide.
     classes("others", &[("ape", 200), ("owl", 30)]);
+    // A run that starts from the model takes its rows by number, and says where the names differ.
+    for (data, says) in [("two", None), ("0.npz", None), ("others", Some("class 0 is ape here and cat in the model"))] {
+        let mut process = ddpm();
+        process.args(["train", "--steps", "1", "--batch", "4", "--device", "cpu", "--set", "sample_every=0", "--init"]);
+        process.arg(at("run")).arg("--data").arg(at(data)).arg("--out").arg(at(&format!("from-{data}")));
+        let said = ok(process.args(["--set", "validate_every=0", "--set", "held_out=0"]));
+        assert_eq!(said.contains("in the model: classes keep"), says.is_some(), "{data}: {said}");
+        assert!(says.is_none_or(|says| said.contains(says)), "{data}: {said}");
+    }
+    // A classifier with other names does not guide.
     for (judge, data) in [("same", "two"), ("other", "others")] {
         train(judge, "train-classifier", data, &[]);
     }
