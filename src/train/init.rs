@@ -4,7 +4,7 @@
 //! The network is fully convolutional, so the images may have another size than the model's; its levels keep their
 //! attention. An unconditional model may be given classes: their embedding begins at zero, so that the network begins
 //! as the model. Random rows, as of a new network, would disturb every block from the first step on. Classes that the
-//! model has keep their numbers: its row k is that of the data's class k, which is said where the names differ.
+//! model has keep their numbers: the data's class k begins with the model's row k, which is said where names differ.
 
 use std::path::{Path, PathBuf};
 
@@ -145,9 +145,7 @@ impl Init {
         } else if config.model.null_class != theirs.model.null_class {
             notes.push("the model has no null class: its row of the embedding is new and begins at zero".into());
         }
-        if theirs.model.classes > 0
-            && let Some(k) = first_difference(&config.class_names, &theirs.class_names)
-        {
+        if let Some(k) = first_difference(&config.class_names, &theirs.class_names) {
             let (own, was) = (&config.class_names[k], &theirs.class_names[k]);
             notes.push(format!(
                 "class {k} is {own} here and {was} in the model: classes keep their numbers, so its row starts as {was}"
